@@ -1,0 +1,159 @@
+"""PackedBatch: several samples flat in one sequence, the one input that training, evaluation and engine share.
+
+Purely token ids, where vision rows go, and which sample each token belongs to; knows nothing of text or files.
+
+    input_ids     S S . . . . I I R R | S . . I R | pad
+    segment_ids   0 0 0 0 0 0 0 0 0 0 | 1 1 1 1 1 | -1
+    vision_index -1-1 0 1 2 3-1-1-1-1 |-1 4 5-1-1 | -1      rows of vision_features, -1 = not vision
+    position_ids  0 1 2 3 4 5 6 7 8 9 | 0 1 2 3 4 | 0
+    token_kind    0 0 1 1 1 1 2 2 3 3 | 0 1 1 2 3 | 0
+    labels        . . . . . . . R R . | . . . R . | .       already shifted: labels[t] is the id after t
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+"""torch.nn.functional.cross_entropy's own default for 'no target here'."""
+
+PADDING_SEGMENT = -1
+
+
+class TokenKind(IntEnum):
+    """What a token is to TransV; only INSTRUCTION tokens receive what dropped vision tokens know."""
+
+    SYSTEM = 0
+    """before the first vision token"""
+    VISION = 1
+    INSTRUCTION = 2
+    """every non-response token after the first vision token, assistant headers included"""
+    RESPONSE = 3
+    """an answer and its end token"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """One tokenised conversation before packing. Lists of equal length L; `vision_index` counts from 0."""
+
+    input_ids: list[int]
+    vision_index: list[int]
+    token_kind: list[int]
+    labels: list[int]
+    """shifted by one: labels[i] is input_ids[i + 1] where that is a response token, else IGNORE_INDEX"""
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.input_ids), len(self.vision_index), len(self.token_kind), len(self.labels)}
+        if len(lengths) != 1:
+            raise ValueError(f"a sample's lists must have one length, not {sorted(lengths)}")
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_vision_tokens(self) -> int:
+        """How many rows of vision features the sample takes."""
+        return sum(index >= 0 for index in self.vision_index)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedBatch:
+    """A flat batch of whole samples; checks itself when built.
+
+    Raises:
+        ValueError: when shapes or dtypes do not fit, a segment is not contiguous, or a vision row is out of range.
+    """
+
+    input_ids: Tensor
+    """(T,) int64; the pad id at vision positions"""
+    vision_index: Tensor
+    """(T,) int64; row of `vision_features`, -1 = text"""
+    vision_features: Tensor
+    """(V, dim) floating"""
+    segment_ids: Tensor
+    """(T,) int32; which sample, ascending from 0, PADDING_SEGMENT at the end"""
+    position_ids: Tensor
+    """(T,) int64; from 0 in every sample"""
+    labels: Tensor
+    """(T,) int64; IGNORE_INDEX where nothing is to be predicted"""
+    token_kind: Tensor
+    """(T,) int8 of TokenKind"""
+
+    def __post_init__(self) -> None:
+        shape = self.input_ids.shape
+        if len(shape) != 1:
+            raise ValueError(f"input_ids must be flat (T,), not {tuple(shape)}; pack samples with pack_samples()")
+        for name in ("vision_index", "segment_ids", "position_ids", "labels", "token_kind"):
+            if getattr(self, name).shape != shape:
+                raise ValueError(f"{name} has shape {tuple(getattr(self, name).shape)}, input_ids {tuple(shape)}")
+        if self.segment_ids.dtype != torch.int32:
+            raise ValueError(
+                f"segment_ids must be int32 (the CUDA kernels take nothing else), not {self.segment_ids.dtype}"
+            )
+        if self.vision_features.ndim != 2:
+            raise ValueError(f"vision_features must be (V, dim), not {tuple(self.vision_features.shape)}")
+        if shape[0] and int(self.vision_index.max()) >= self.vision_features.shape[0]:
+            raise ValueError(
+                f"vision_index reaches {int(self.vision_index.max())}"
+                f" but there are {self.vision_features.shape[0]} rows"
+            )
+        if bool(((self.token_kind == TokenKind.VISION) != (self.vision_index >= 0)).any()):
+            raise ValueError("token_kind must be VISION exactly where vision_index is not -1")
+
+    @property
+    def num_segments(self) -> int:
+        """How many samples are packed."""
+        return int(self.segment_ids.max()) + 1 if self.segment_ids.numel() else 0
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> PackedBatch:
+        """The batch on `device`; `dtype` casts the vision features alone."""
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in self.__slots__}
+        if dtype is not None:
+            moved["vision_features"] = moved["vision_features"].to(dtype)
+        return replace(self, **moved)
+
+
+def pack_samples(
+    samples: Sequence[Sample], features: Sequence[Tensor], *, pad_to: int | None = None, pad_token_id: int = 0
+) -> PackedBatch:
+    """One flat batch of `samples`, in their order.
+
+    Args:
+        samples: at least one.
+        features: for each sample its vision rows (num_vision_tokens, dim); (0, dim) for a text-only sample.
+        pad_to: length T of the result; default the sum of lengths.
+
+    Raises:
+        ValueError: when a sample's vision tokens and feature rows differ in number, or they do not fit `pad_to`.
+    """
+    if not samples or len(samples) != len(features):
+        raise ValueError(f"need as many feature tensors as samples and at least one: {len(samples)}, {len(features)}")
+    for number, (sample, rows) in enumerate(zip(samples, features, strict=True)):
+        if sample.num_vision_tokens != rows.shape[0]:
+            raise ValueError(f"sample {number} has {sample.num_vision_tokens} vision tokens but {rows.shape[0]} rows")
+    total = sum(len(sample) for sample in samples)
+    length = total if pad_to is None else pad_to
+    if length < total:
+        raise ValueError(f"{total} tokens do not fit {pad_to = }")
+    padding = length - total
+    first_rows = [0]
+    for rows in features:
+        first_rows.append(first_rows[-1] + rows.shape[0])
+    vision_index = [
+        i + first if i >= 0 else -1 for s, first in zip(samples, first_rows, strict=False) for i in s.vision_index
+    ]
+    segment_ids = [number for number, s in enumerate(samples) for _ in range(len(s))]
+    return PackedBatch(
+        input_ids=torch.tensor([i for s in samples for i in s.input_ids] + [pad_token_id] * padding),
+        vision_index=torch.tensor(vision_index + [-1] * padding),
+        vision_features=torch.cat(list(features)),
+        segment_ids=torch.tensor(segment_ids + [PADDING_SEGMENT] * padding, dtype=torch.int32),
+        position_ids=torch.tensor([i for s in samples for i in range(len(s))] + [0] * padding),
+        labels=torch.tensor([i for s in samples for i in s.labels] + [IGNORE_INDEX] * padding),
+        token_kind=torch.tensor([i for s in samples for i in s.token_kind] + [0] * padding, dtype=torch.int8),
+    )

@@ -1,0 +1,208 @@
+"""The model's sizes as frozen dataclasses, with Hugging Face's names, and the presets `tiny` and `9b`.
+
+Knows numbers and which of them fit together; builds nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+BlockType = Literal["mamba", "attention", "mlp"]
+PATTERN_LETTERS: dict[str, BlockType] = {"M": "mamba", "*": "attention", "-": "mlp"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HybridConfig:
+    """The language model; field names are those of NVIDIA's Nemotron-H `config.json`."""
+
+    hybrid_override_pattern: str
+    """one letter a block: M = Mamba-2, * = attention, - = MLP"""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    """width of the MLP blocks (relu squared, no gate)"""
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    mamba_num_heads: int
+    mamba_head_dim: int
+    ssm_state_size: int
+    n_groups: int
+    """groups that share B and C in Mamba-2; head h uses group h // (mamba_num_heads / n_groups)"""
+    conv_kernel: int = 4
+    use_conv_bias: bool = True
+    chunk_size: int = 128
+    layer_norm_epsilon: float = 1e-5
+    time_step_limit: tuple[float, float] = (0.0, math.inf)
+    """dt after softplus is clamped to this range"""
+    time_step_min: float = 0.001
+    time_step_max: float = 0.1
+    time_step_floor: float = 1e-4
+    """the last three only shape the initial dt_bias"""
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int = 131072
+    bos_token_id: int = 1
+    eos_token_id: int = 12
+    pad_token_id: int = 0
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.hybrid_override_pattern) - set(PATTERN_LETTERS))
+        if unknown or not self.hybrid_override_pattern:
+            hint = "; expert blocks (E) are not supported" if "E" in unknown else ""
+            raise ValueError(f"{self.hybrid_override_pattern = } may hold only M, * and -{hint}")
+        for big, small in (
+            ("num_attention_heads", "num_key_value_heads"),
+            ("mamba_num_heads", "n_groups"),
+            ("mamba_intermediate_size", "n_groups"),
+        ):
+            if getattr(self, big) % getattr(self, small):
+                raise ValueError(f"{big} = {getattr(self, big)} must be a multiple of {small} = {getattr(self, small)}")
+
+    @property
+    def block_types(self) -> tuple[BlockType, ...]:
+        """What each block is, first to last."""
+        return tuple(PATTERN_LETTERS[letter] for letter in self.hybrid_override_pattern)
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """The number of blocks."""
+        return len(self.hybrid_override_pattern)
+
+    @property
+    def mamba_intermediate_size(self) -> int:
+        """Width inside a Mamba-2 mixer: heads x head width."""
+        return self.mamba_num_heads * self.mamba_head_dim
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TransVSite:
+    """One place where vision tokens are dropped, on the residual stream before block `layer` (paper section 3.3)."""
+
+    layer: int
+    """0-based index of the block that first sees fewer tokens"""
+    select: Literal["uniform", "attention"]
+    keep: float
+    """fraction of the sample's ORIGINAL number of vision tokens"""
+    transfer: Literal["cross_attention", "none"] = "cross_attention"
+    """`none` is plain token dropping (the paper's TD)"""
+    transfer_from: Literal["dropped", "kept"] = "dropped"
+
+    def __post_init__(self) -> None:
+        if self.layer < 0:
+            raise ValueError(f"{self.layer = } must be at least 0")
+        if not 0.0 <= self.keep <= 1.0:
+            raise ValueError(f"{self.keep = } is a fraction of the vision tokens to keep: between 0 and 1")
+
+
+def parse_transv_plan(text: str) -> tuple[TransVSite, ...]:
+    """The sites in the paper's notation, `uni_7_0.5-attn_39_0.9`, whose numbers are layers and DROP rates.
+
+    Raises:
+        ValueError: when the text is not in that form.
+    """
+    sites = []
+    for part in filter(None, text.split("-")):
+        match = re.fullmatch(r"(uni|attn)_(\d+)_(0(?:\.\d+)?|1(?:\.0+)?)", part)
+        if match is None:
+            raise ValueError(
+                f"{part!r} in {text!r} is not (uni|attn)_LAYER_DROPRATE; the last number is the share that is dropped,"
+                " so uni_7_0.5 keeps half"
+            )
+        select: Literal["uniform", "attention"] = "uniform" if match[1] == "uni" else "attention"
+        sites.append(TransVSite(layer=int(match[2]), select=select, keep=round(1.0 - float(match[3]), 12)))
+    return tuple(sites)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VisionConfig:
+    """Which encoder made the features, and how; everything before the projector."""
+
+    encoder: str = "google/siglip-so400m-patch14-384"
+    """Hugging Face name or local folder"""
+    layer: int = -2
+    """index into hidden_states; -2 = the output of the second-to-last block"""
+    num_tokens_per_frame: int = 16
+    merge_heads: int = 16
+    """heads into which ToMe views the features for its similarity"""
+    hidden_size: int = 1152
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TimeViperConfig:
+    """The whole model from stored features to logits.
+
+    Raises:
+        ValueError: when a TransV site does not fit the backbone's pattern.
+    """
+
+    text: HybridConfig
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    transv: tuple[TransVSite, ...] = ()
+    chat_template: Literal["nemotron", "chatml"] = "nemotron"
+
+    def __post_init__(self) -> None:
+        layers = [site.layer for site in self.transv]
+        if layers != sorted(set(layers)):
+            raise ValueError(f"TransV sites must be in ascending order of distinct layers, not {layers}")
+        blocks = self.text.block_types
+        for site in self.transv:
+            if site.layer >= len(blocks):
+                raise ValueError(f"TransV {site.layer = } is past the last of {len(blocks)} blocks")
+            if site.select == "attention" and blocks[site.layer] != "attention":
+                places = [number for number, block in enumerate(blocks) if block == "attention"]
+                raise ValueError(
+                    f"TransV selects by attention at layer {site.layer}, which is a {blocks[site.layer]} block;"
+                    f" attention blocks are at {places}"
+                )
+            if site.transfer == "cross_attention" and "attention" not in blocks:
+                raise ValueError("TransV copies its first weights from an attention block; this pattern has none")
+
+
+NEMOTRON_NANO_9B_V2 = HybridConfig(
+    hybrid_override_pattern="M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-",
+    vocab_size=131072,
+    hidden_size=4480,
+    intermediate_size=15680,
+    num_attention_heads=40,
+    num_key_value_heads=8,
+    head_dim=128,
+    mamba_num_heads=128,
+    mamba_head_dim=80,
+    ssm_state_size=128,
+    n_groups=8,
+)
+"""NVIDIA's configuration of Nemotron-Nano-9B-v2."""
+
+PAPER_PLAN = parse_transv_plan("uni_7_0.5-attn_39_0.9")
+
+TINY = TimeViperConfig(
+    text=HybridConfig(
+        hybrid_override_pattern="M-M*-M-M*-",
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        mamba_num_heads=8,
+        mamba_head_dim=32,
+        ssm_state_size=32,
+        n_groups=2,
+        chunk_size=64,
+    ),
+    vision=VisionConfig(encoder="tiny", num_tokens_per_frame=4, merge_heads=4, hidden_size=64),
+    transv=(
+        TransVSite(layer=3, select="uniform", keep=0.5),
+        TransVSite(layer=8, select="attention", keep=0.25),
+    ),
+)
+
+PRESETS: dict[str, TimeViperConfig] = {
+    "tiny": TINY,
+    "9b": TimeViperConfig(text=NEMOTRON_NANO_9B_V2, transv=PAPER_PLAN),
+}
+"""`tiny` trains in minutes on two cores; `9b` has the paper's numbers."""

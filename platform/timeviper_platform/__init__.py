@@ -1,0 +1,1 @@
+"""The cluster side of TimeViper: data, training, serving and evaluation on Ray."""

@@ -1,0 +1,100 @@
+"""One YAML file to one frozen dataclass: `load_config(TrainConfig, path, overrides)`.
+
+Knows YAML, dotted overrides and how to say which key is wrong. Does not know any particular configuration:
+each dataclass lives beside the class that it configures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+T = TypeVar("T")
+
+
+def load_config(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
+    """The file at `path` as a `cls`, with `overrides` such as `["phases.align.steps=10"]` laid over it.
+
+    Raises:
+        ValueError: for a missing file, YAML that does not parse, an unknown key (with its dotted path and the
+            keys that exist there), a missing key or a value of the wrong type.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"there is no configuration at {str(path)!r}; pass --config with a YAML file")
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold keys and values at its top level, not a {type(values).__name__}")
+    for override in overrides:
+        _apply_override(values, override)
+    return parse_config(cls, values, source=str(path))
+
+
+def parse_config(cls: type[T], values: dict[str, Any], *, source: str = "the configuration") -> T:
+    """`values` as a `cls`; every unknown or wrong key is listed with its dotted path.
+
+    Raises:
+        ValueError: see `load_config`.
+    """
+    unknown = _unknown_keys(cls, values, "")
+    if unknown:
+        raise ValueError("\n".join(f"{source}: {line}" for line in unknown))
+    try:
+        return TypeAdapter(cls).validate_python(values)
+    except ValidationError as error:
+        raise ValueError("\n".join(f"{source}: {_describe(item)}" for item in error.errors())) from error
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, sign, text = override.partition("=")
+    if not sign or not key:
+        raise ValueError(f"override {override!r} must read key=value, for example feed.prefetch_bytes=1000000")
+    *parents, last = key.split(".")
+    node = values
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ValueError(f"override {override!r}: {parent!r} holds a value, not keys")
+        node = child
+    node[last] = yaml.safe_load(text)
+
+
+def _unknown_keys(cls: Any, values: Any, path: str) -> list[str]:
+    """Lines that name each key in `values` that no field of the dataclass `cls` has, at any depth."""
+    dataclass_type = next((t for t in (cls, *get_args(cls)) if isinstance(t, type) and is_dataclass(t)), None)
+    if isinstance(values, list):
+        item = dataclass_type or next(iter(get_args(cls)), None)
+        return [line for i, v in enumerate(values) for line in _unknown_keys(item, v, f"{path}[{i}]")]
+    if not isinstance(values, dict):
+        return []
+    if dataclass_type is None:
+        inner = next((a for a in reversed(get_args(cls)) if a is not type(None)), None)
+        return [line for k, v in values.items() for line in _unknown_keys(inner, v, _join(path, k))]
+    hints = get_type_hints(dataclass_type)
+    names = [field.name for field in fields(dataclass_type)]
+    lines = []
+    for key, value in values.items():
+        if key not in names:
+            lines.append(f"unknown key {_join(path, key)!r}; the keys here are {', '.join(names)}")
+        else:
+            lines += _unknown_keys(hints[key], value, _join(path, key))
+    return lines
+
+
+def _join(path: str, key: object) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _describe(error: Any) -> str:
+    path = ".".join(str(part) for part in error["loc"]) or "(top level)"
+    shown = repr(error.get("input"))
+    return f"{path}: {error['msg']}" + (f" (got {shown[:80]})" if error["type"] != "missing" else "")

@@ -1,0 +1,1 @@
+"""Weights to an OpenAI-compatible endpoint: gateway, feature service, engine service."""

@@ -1,0 +1,1 @@
+"""Feature store and samples to weights: pack plan, feed, DeepSpeed step, checkpoints."""
