@@ -1,0 +1,46 @@
+# Two commands do everything from a fresh clone: `make demo` and `make test`. Both first make .venv (Python 3.11+).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+FILM ?=
+QUICK ?=
+export HF_HUB_OFFLINE ?= 1
+export RAY_USAGE_STATS_ENABLED := 0
+# Ray finds its own programs, and starts workers, through PATH
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: demo test check slow cluster-test format env clean benchmark
+
+env: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "need Python 3.11 or newer: make PYTHON=python3.11"; exit 1; }
+	@echo "installing into $(VENV) (about two minutes)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: env
+	@$(BIN)/python jobs/demo.py $(if $(FILM),--film '$(FILM)') $(if $(QUICK),--quick)
+
+test: check
+	@$(BIN)/python -m coverage erase
+	@$(BIN)/python -m coverage run -m pytest --durations=10
+	@$(BIN)/python -m coverage combine --quiet
+	@$(BIN)/python -m coverage report --fail-under=85
+
+check: env
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+slow: env
+	@$(BIN)/python -m pytest -m slow
+
+format: env
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf outputs .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .coverage.*
