@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -68,19 +68,20 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     node[last] = yaml.safe_load(text)
 
 
-def _unknown_keys(cls: Any, values: Any, path: str) -> list[str]:
-    """Lines that name each key in `values` that no field of the dataclass `cls` has, at any depth."""
-    dataclass_type = next((t for t in (cls, *get_args(cls)) if isinstance(t, type) and is_dataclass(t)), None)
-    if isinstance(values, list):
-        item = dataclass_type or next(iter(get_args(cls)), None)
-        return [line for i, v in enumerate(values) for line in _unknown_keys(item, v, f"{path}[{i}]")]
+def _unknown_keys(annotation: Any, values: Any, path: str) -> list[str]:
+    """Lines that name each key in `values` that the annotated dataclass does not have, at any depth."""
+    inside = [argument for argument in get_args(annotation) if argument not in (type(None), Ellipsis)]
+    if isinstance(values, list) and inside:
+        return [line for i, value in enumerate(values) for line in _unknown_keys(inside[0], value, f"{path}[{i}]")]
     if not isinstance(values, dict):
         return []
-    if dataclass_type is None:
-        inner = next((a for a in reversed(get_args(cls)) if a is not type(None)), None)
-        return [line for k, v in values.items() for line in _unknown_keys(inner, v, _join(path, k))]
-    hints = get_type_hints(dataclass_type)
-    names = [field.name for field in fields(dataclass_type)]
+    if get_origin(annotation) is dict:
+        return [line for key, value in values.items() for line in _unknown_keys(inside[1], value, _join(path, key))]
+    if not is_dataclass(annotation):  # a union: each of its dataclasses may be meant
+        candidates = [_unknown_keys(choice, values, path) for choice in inside]
+        return min(candidates, key=len, default=[])
+    hints = get_type_hints(annotation)
+    names = [field.name for field in fields(annotation)]
     lines = []
     for key, value in values.items():
         if key not in names:
