@@ -1,0 +1,266 @@
+"""The feature store, write side: rows with features to data files, commit records and the index.
+
+Knows what 'committed' means: the data file is written, then its commit record (the INDEX rows of that file), both
+whole or not at all, both under a name that the caller derives from the content. Whatever lies there without a commit
+record is ignored by readers and removed by the next run. Does not know where rows come from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import PurePosixPath
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import xxhash
+from torch import Tensor
+
+from timeviper_platform import schemas, storage
+from timeviper_platform.data.features import COMMITS_FOLDER, DATA_FOLDER, INDEX_FILE, STORE_FILE, read_header
+
+MIN_ROW_GROUP_ROWS = 8
+MIN_ROW_GROUP_BYTES = 1 << 20
+MAX_ROW_GROUP_BYTES = 20 << 20
+"""Eight full segments (64 frames x 16 tokens x 1152) are 19 MB: one range read worth its latency. Small items share a
+row group up to 1 MB, so that a footer stays small beside what it describes."""
+
+Row = dict[str, Any]
+"""One FEATURES row as a dict; `features` holds bytes, or None for an error row."""
+
+
+def recipe_hash(recipe: Mapping[str, Any]) -> str:
+    """sha256 of the recipe as canonical JSON (sorted keys, no spaces)."""
+    text = json.dumps(recipe, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def create_store(uri: str, recipe: Mapping[str, Any]) -> str:
+    """Makes the store at `uri` or finds it there; returns the recipe's hash.
+
+    Raises:
+        ValueError: when the store there was made by another recipe, with what differs.
+        RuntimeError: when the folder cannot be written.
+    """
+    digest = recipe_hash(recipe)
+    header = read_header(uri)
+    if header is None:
+        storage.ensure_writable(uri)
+        content = {
+            "schema_version": schemas.STORE_VERSION,
+            "recipe_hash": digest,
+            "recipe": dict(recipe),
+            "written_by": f"timeviper-platform {_code_version()}",
+        }
+        storage.write_json(storage.join_uri(uri, STORE_FILE), content)
+    elif header["recipe_hash"] != digest:
+        lines = "\n".join(f"  {line}" for line in _differences(header["recipe"], dict(recipe)))
+        raise ValueError(
+            f"the store at {uri} was made by another recipe, and features of two recipes do not mix:\n{lines}\n"
+            "Write to another output folder, or remove that one."
+        )
+    else:
+        storage.ensure_writable(uri)
+    return digest
+
+
+def write_file(uri: str, name: str, rows: Iterable[Row], *, recipe_digest: str) -> list[Row]:
+    """Writes and commits the data file `name` of the store at `uri`; returns its INDEX rows.
+
+    `rows` may be a generator: one row group is in memory at a time.
+
+    Raises:
+        RuntimeError: when the store cannot be written.
+    """
+    file_name = f"{name}.parquet"
+    index_rows: list[Row] = []
+    schema = schemas.FEATURES.with_metadata({**schemas.FEATURES.metadata, b"timeviper.recipe_hash": recipe_digest})
+
+    def write(file: IO[bytes]) -> None:
+        with _parquet_writer(file, schema) as writer:
+            for number, group in enumerate(_row_groups(rows)):
+                writer.write_table(pa.Table.from_pylist(group, schema=schema), row_group_size=len(group))
+                for place, row in enumerate(group):
+                    location = {"file": file_name, "row_group": number, "row_in_group": place}
+                    index_rows.append({**{k: v for k, v in row.items() if k != "features"}, **location})
+
+    storage.write_atomic(storage.join_uri(uri, DATA_FOLDER, file_name), write)
+    _write_table(
+        storage.join_uri(uri, COMMITS_FOLDER, file_name), pa.Table.from_pylist(index_rows, schema=schemas.INDEX)
+    )
+    return index_rows
+
+
+def read_committed(uri: str) -> pa.Table:
+    """INDEX rows of every commit record, in order of file name."""
+    names = [PurePosixPath(path).name for path in storage.list_files(storage.join_uri(uri, COMMITS_FOLDER), ".parquet")]
+
+    def read(name: str) -> pa.Table:
+        data = storage.read_bytes(storage.join_uri(uri, COMMITS_FOLDER, name))
+        return pq.ParquetFile(pa.BufferReader(data)).read()
+
+    with ThreadPoolExecutor(16) as pool:  # requests to an object store wait, they do not work
+        tables = list(pool.map(read, names))
+    return pa.concat_tables(tables) if tables else schemas.INDEX.empty_table()
+
+
+def remove_uncommitted(uri: str) -> int:
+    """Deletes data files without a commit record, and half-written files of local disks; returns how many.
+
+    Only for the one job that writes to the store, before it starts to.
+    """
+    committed = {PurePosixPath(path).name for path in storage.list_files(storage.join_uri(uri, COMMITS_FOLDER))}
+    num_removed = 0
+    for folder in (DATA_FOLDER, COMMITS_FOLDER):
+        filesystem, path = storage.split_uri(storage.join_uri(uri, folder))
+        if not filesystem.isdir(path):
+            continue
+        for found in filesystem.ls(path, detail=False):
+            name = PurePosixPath(found).name
+            if name.endswith(".tmp") or (folder == DATA_FOLDER and name not in committed):
+                filesystem.rm(found)
+                num_removed += 1
+    return num_removed
+
+
+def best_rows(committed: pa.Table) -> pa.Table:
+    """One row a segment_id: ok before partial before error, so that a repaired segment replaces its error."""
+    rank = {"ok": 0, "partial": 1, "error": 2}
+    best: dict[str, tuple[int, int]] = {}
+    pairs = zip(committed["segment_id"].to_pylist(), committed["status"].to_pylist(), strict=True)
+    for number, (segment_id, status) in enumerate(pairs):
+        if segment_id not in best or rank[status] < best[segment_id][0]:
+            best[segment_id] = (rank[status], number)
+    return committed.take(sorted(number for _, number in best.values()))
+
+
+def write_index(uri: str, committed: pa.Table, current_versions: Mapping[str, str]) -> pa.Table:
+    """Writes the index: of each medium the rows of one source_version, sorted for reading; returns it.
+
+    Args:
+        uri: the store.
+        committed: what `read_committed` found.
+        current_versions: media_id -> source_version of the media in this run's plan. Media of earlier runs keep the
+            version that the index had.
+    """
+    versions = {**_indexed_versions(uri), **current_versions}
+    keep = [
+        versions.setdefault(media_id, source_version) == source_version
+        for media_id, source_version in zip(
+            committed["media_id"].to_pylist(), committed["source_version"].to_pylist(), strict=True
+        )
+    ]
+    index = best_rows(committed.filter(pa.array(keep, pa.bool_())))
+    index = index.sort_by([("media_id", "ascending"), ("segment_index", "ascending")])
+    index = index.replace_schema_metadata(schemas.INDEX.metadata)
+    _write_table(storage.join_uri(uri, INDEX_FILE), index)
+    return index
+
+
+def write_store(uri: str, media: Mapping[str, Tensor], *, recipe: Mapping[str, Any], fps: float = 1.0) -> None:
+    """A finished store from features at hand: media_id -> (F, N, dim), frame k at k / fps seconds.
+
+    Raises:
+        ValueError: when a tensor has not three dimensions.
+    """
+    digest = create_store(uri, recipe)
+    rows = [_row_of(media_id, features, digest, fps) for media_id, features in media.items()]
+    name = hashlib.sha256("".join(row["segment_id"] for row in rows).encode()).hexdigest()[:32]
+    write_file(uri, name, rows, recipe_digest=digest)
+    write_index(uri, read_committed(uri), {row["media_id"]: row["source_version"] for row in rows})
+
+
+def features_bytes(features: Tensor) -> bytes:
+    """What a row's `features` holds: little-endian bf16 in C order."""
+    return features.to(torch.bfloat16).contiguous().view(torch.int16).numpy().astype("<i2", copy=False).tobytes()
+
+
+def _row_of(media_id: str, features: Tensor, digest: str, fps: float) -> Row:
+    if features.ndim != 3:
+        raise ValueError(f"{media_id}: features must be (F, N, dim), not {tuple(features.shape)}")
+    num_frames, num_tokens, dim = features.shape
+    data = features_bytes(features)
+    times = (np.arange(num_frames) / fps).tolist()
+    content = xxhash.xxh64(data)
+    return {
+        "segment_id": hashlib.sha256(f"{media_id}/{content.hexdigest()}/{digest}/0".encode()).hexdigest()[:32],
+        "media_id": media_id,
+        "source_version": content.hexdigest(),
+        "segment_index": 0,
+        "num_segments": 1,
+        "modality": "video" if num_frames > 1 else "image",
+        "start_seconds": 0.0,
+        "end_seconds": num_frames / fps,
+        "duration_seconds": num_frames / fps,
+        "frame_times_seconds": times,
+        "frame_pts_seconds": times,
+        "num_frames": num_frames,
+        "num_tokens_per_frame": num_tokens,
+        "dim": dim,
+        "dtype": "bfloat16",
+        "status": "ok",
+        "frames_missing": 0,
+        "features_xxh64": content.intdigest(),
+        "features": data,
+    }
+
+
+def _row_groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    group: list[Row] = []
+    num_bytes = 0
+    for row in rows:
+        size = len(row["features"] or b"")
+        if group and num_bytes + size > MAX_ROW_GROUP_BYTES:
+            yield group
+            group, num_bytes = [], 0
+        group.append(row)
+        num_bytes += size
+        if len(group) >= MIN_ROW_GROUP_ROWS and num_bytes >= MIN_ROW_GROUP_BYTES:
+            yield group
+            group, num_bytes = [], 0
+    if group:
+        yield group
+
+
+def _parquet_writer(file: IO[bytes], schema: pa.Schema) -> Any:
+    others = [name for name in schema.names if name != "features"]
+    return pq.ParquetWriter(
+        file,
+        schema,
+        compression={"features": "none"} | dict.fromkeys(others, "zstd"),  # bf16 features hardly compress
+        use_dictionary=False,
+        write_statistics=["segment_id", "media_id"],
+        write_page_checksum=True,
+    )
+
+
+def _write_table(uri: str, table: pa.Table) -> None:
+    storage.write_atomic(uri, lambda file: pq.write_table(table, file, compression="zstd", write_page_checksum=True))
+
+
+def _indexed_versions(uri: str) -> dict[str, str]:
+    path = storage.join_uri(uri, INDEX_FILE)
+    if not storage.exists(path):
+        return {}
+    table = pq.ParquetFile(pa.BufferReader(storage.read_bytes(path))).read(columns=["media_id", "source_version"])
+    return dict(zip(table["media_id"].to_pylist(), table["source_version"].to_pylist(), strict=True))
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [line for k in keys for line in _differences(old.get(k), new.get(k), f"{path}.{k}" if path else k)]
+    return [] if old == new else [f"{path}: the store has {old!r}, this run {new!r}"]
+
+
+def _code_version() -> str:
+    try:
+        return version("timeviper-platform")
+    except PackageNotFoundError:  # run from a source folder that was never installed
+        return "unreleased"

@@ -1,0 +1,171 @@
+"""The contracts between jobs as versioned pyarrow schemas: manifest, plan, features, index, rejects, samples.
+
+Knows column names, types and versions. Does not know who writes or reads them; every part of the platform meets
+the others here. Each schema carries its name and version in its metadata, so that a file says what it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+
+STORE_VERSION = 1
+"""Version of the feature store: its folders, FEATURES and INDEX together."""
+
+NAME_KEY = b"timeviper.schema"
+VERSION_KEY = b"timeviper.schema_version"
+
+
+def _schema(name: str, version: int, fields: list[pa.Field]) -> pa.Schema:
+    return pa.schema(fields, metadata={NAME_KEY: name.encode(), VERSION_KEY: str(version).encode()})
+
+
+def _required(name: str, data_type: Any) -> pa.Field:
+    return pa.field(name, data_type, nullable=False)
+
+
+MANIFEST = _schema(
+    "manifest",
+    1,
+    [
+        _required("uri", pa.string()),  # absolute, or relative to the manifest's folder
+        pa.field("media_id", pa.string()),
+        pa.field("start_seconds", pa.float64()),
+        pa.field("end_seconds", pa.float64()),
+    ],
+)
+"""What to preprocess: one row a medium; extra columns are left out."""
+
+_MEDIUM = [
+    pa.field("uri", pa.string()),
+    pa.field("size", pa.int64()),  # bytes
+    pa.field("etag", pa.string()),
+    pa.field("sha256", pa.string()),  # of the file's bytes, when the job was told to hash
+    pa.field("modality", pa.string()),  # video | image
+]
+_STREAM = [
+    pa.field("duration_seconds", pa.float64()),  # the end of the last frame on the source's clock; 0 for an image
+    pa.field("source_fps", pa.float64()),  # average; for information, never for sampling
+    pa.field("width", pa.int32()),
+    pa.field("height", pa.int32()),
+    pa.field("codec", pa.string()),
+]
+_IDENTITY = [
+    _required("segment_id", pa.string()),
+    _required("media_id", pa.string()),
+    _required("source_version", pa.string()),
+    pa.field("segment_index", pa.int32()),
+    pa.field("num_segments", pa.int32()),
+]
+_OUTCOME = [
+    _required("status", pa.string()),  # ok | partial | error
+    pa.field("error_stage", pa.string()),
+    pa.field("error_type", pa.string()),
+    pa.field("error_message", pa.string()),
+]
+
+PLAN = _schema(
+    "plan",
+    1,
+    [
+        *_IDENTITY,
+        *_MEDIUM,
+        *_STREAM,
+        pa.field("grid_start_seconds", pa.float64()),  # sample k is taken at grid_start_seconds + k / fps
+        pa.field("first_sample", pa.int32()),
+        pa.field("num_samples", pa.int32()),
+    ],
+)
+"""One row a segment: at most 64 sampled frames of one medium. An image is one segment of one frame."""
+
+_SEGMENT = [
+    *_IDENTITY,
+    *_MEDIUM,
+    pa.field("start_seconds", pa.float64()),  # the first sample's time and one step past the last one's
+    pa.field("end_seconds", pa.float64()),
+    *_STREAM,
+    pa.field("frame_times_seconds", pa.list_(pa.float64())),  # the sampled t of every stored frame
+    pa.field("frame_pts_seconds", pa.list_(pa.float64())),  # the PTS on screen at that t
+    pa.field("num_frames", pa.int32()),
+    pa.field("num_tokens_per_frame", pa.int32()),
+    pa.field("dim", pa.int32()),
+    pa.field("dtype", pa.string()),
+    *_OUTCOME,
+    pa.field("frames_missing", pa.int32()),
+    pa.field("decode_ms", pa.float64()),
+    pa.field("encode_ms", pa.float64()),
+    pa.field("features_xxh64", pa.uint64()),
+]
+
+FEATURES = _schema("features", STORE_VERSION, [*_SEGMENT, pa.field("features", pa.large_binary())])
+"""One row a segment; `features` last: little-endian bf16 (num_frames, num_tokens_per_frame, dim) in C order.
+Binary because Parquet has no 16-bit integer: a uint16 column doubles the bytes and reads 24 times slower."""
+
+INDEX = _schema(
+    "index",
+    STORE_VERSION,
+    [
+        *_SEGMENT,
+        _required("file", pa.string()),  # name of the data file, without folder
+        _required("row_group", pa.int32()),
+        _required("row_in_group", pa.int32()),
+    ],
+)
+"""FEATURES without the features, and where they lie. A commit record is the INDEX rows of one data file."""
+
+REJECTS = _schema(
+    "rejects",
+    1,
+    [
+        _required("media_id", pa.string()),
+        _required("uri", pa.string()),
+        *_OUTCOME,
+        _required("num_segments", pa.int32()),  # how many segments this row stands for
+        _required("frames_missing", pa.int32()),
+    ],
+)
+"""What was not preprocessed, or in part: one row for each medium, stage and type of error."""
+
+SAMPLES = _schema(
+    "samples",
+    1,
+    [
+        _required("sample_id", pa.string()),
+        pa.field(
+            "media",
+            pa.list_(
+                pa.struct(
+                    [
+                        pa.field("media_id", pa.string()),
+                        pa.field("start_seconds", pa.float64()),
+                        pa.field("end_seconds", pa.float64()),
+                    ]
+                )
+            ),
+        ),
+        pa.field(
+            "conversation",
+            pa.list_(pa.struct([pa.field("role", pa.string()), pa.field("text", pa.string())])),
+        ),
+        pa.field("source", pa.string()),
+        pa.field("weight", pa.float64()),
+    ],
+)
+"""What training and evaluation read; joins features by media_id."""
+
+
+def check_version(schema: pa.Schema, expected: pa.Schema, *, source: str) -> None:
+    """Passes when `schema` says that it is `expected`.
+
+    Raises:
+        ValueError: when it is another schema or another version, with both and `source`.
+    """
+    found = schema.metadata or {}
+    for key, what in ((NAME_KEY, "schema"), (VERSION_KEY, "schema version")):
+        if found.get(key) != expected.metadata[key]:
+            value = found.get(key)
+            raise ValueError(
+                f"{source}: {what} is {value.decode() if value else 'not stated'}, this release reads"
+                f" {expected.metadata[key].decode()}; write it again, or read it with the release that wrote it"
+            )
