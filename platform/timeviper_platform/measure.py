@@ -1,0 +1,92 @@
+"""What every benchmark row is, and how two things are compared: in turn, in one process, by their medians.
+
+Knows rows, bars and medians; not what is measured (each part's suite lies beside the part).
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One measured figure."""
+
+    name: str
+    value: float
+    unit: str
+    bar: str | None = None
+    """what the figure must reach, such as ">= 1.6"; None = printed beside the others, no promise"""
+    command: str
+    """the command that measures it again"""
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether the value reaches its bar; None without one."""
+        if self.bar is None:
+            return None
+        relation, _, number = self.bar.partition(" ")
+        comparisons = {">=": self.value >= float(number), "<=": self.value <= float(number)}
+        if relation not in comparisons:
+            raise ValueError(f"{self.bar = } must read '>= NUMBER' or '<= NUMBER'")
+        return comparisons[relation]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The row with its verdict, as `--json` writes it."""
+        values = asdict(self)
+        return {key: values[key] for key in ("name", "value", "unit", "bar")} | {
+            "holds": self.holds,
+            "command": self.command,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """Seconds of two things run in turn."""
+
+    ours_seconds: tuple[float, ...]
+    control_seconds: tuple[float, ...]
+
+    @property
+    def speedup(self) -> float:
+        """Median of the control over the median of ours: above 1 when ours is faster."""
+        return statistics.median(self.control_seconds) / statistics.median(self.ours_seconds)
+
+    @property
+    def noise(self) -> float:
+        """Largest relative spread, (max - min) / median, of the two sides."""
+        return max((max(s) - min(s)) / statistics.median(s) for s in (self.ours_seconds, self.control_seconds))
+
+
+def compare(ours: Callable[[], object], control: Callable[[], object], *, repeats: int = 5) -> Comparison:
+    """Runs `ours` and `control` in turn, `repeats` times each, after one unmeasured run of both.
+
+    Raises:
+        ValueError: for fewer than three repeats: a median of two is no median.
+    """
+    if repeats < 3:
+        raise ValueError(f"{repeats = } must be at least 3")
+    ours()
+    control()
+    pairs = [(_seconds(ours), _seconds(control)) for _ in range(repeats)]
+    return Comparison(ours_seconds=tuple(a for a, _ in pairs), control_seconds=tuple(b for _, b in pairs))
+
+
+def format_rows(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table: the one that the README quotes."""
+    lines = ["| figure | value | bar | holds | command |", "| --- | --- | --- | --- | --- |"]
+    for row in rows:
+        verdict = {None: "", True: "yes", False: "NO"}[row.holds]
+        value = f"{row.value:.4g} {row.unit}".strip()
+        lines.append(f"| {row.name} | {value} | {row.bar or ''} | {verdict} | `{row.command}` |")
+    return "\n".join(lines)
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start

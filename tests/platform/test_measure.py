@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import pytest
+
+from timeviper_platform.measure import Comparison, Row, compare, format_rows
+
+
+def _row(value: float, bar: str | None) -> Row:
+    return Row(name="speed", value=value, unit="x", bar=bar, command="python jobs/benchmark.py decode")
+
+
+@pytest.mark.parametrize(
+    ("value", "bar", "holds"), [(1.6, ">= 1.6", True), (1.59, ">= 1.6", False), (2, "<= 1.5", False), (1, None, None)]
+)
+def test_a_row_judges_itself(value: float, bar: str | None, holds: bool | None) -> None:
+    assert _row(value, bar).holds is holds
+    assert _row(value, bar).as_dict()["holds"] is holds
+
+
+def test_a_bar_that_cannot_be_read_is_an_error() -> None:
+    with pytest.raises(ValueError, match="NUMBER"):
+        _ = _row(1.0, "about 3").holds
+
+
+def test_the_two_sides_run_in_turn() -> None:
+    order: list[str] = []
+    comparison = compare(lambda: order.append("ours"), lambda: order.append("control"), repeats=3)
+    assert order == ["ours", "control"] * 4
+    assert len(comparison.ours_seconds) == len(comparison.control_seconds) == 3
+
+
+def test_the_ratio_is_of_medians() -> None:
+    comparison = Comparison(ours_seconds=(1.0, 1.0, 9.0), control_seconds=(2.0, 2.0, 2.0))
+    assert comparison.speedup == 2.0
+    assert comparison.noise == 8.0
+
+
+def test_too_few_repeats_are_refused() -> None:
+    with pytest.raises(ValueError, match="repeats"):
+        compare(lambda: None, lambda: None, repeats=2)
+
+
+def test_the_table_shows_a_broken_bar() -> None:
+    assert "| speed | 1 x | >= 2 | NO | `python jobs/benchmark.py decode` |" in format_rows([_row(1.0, ">= 2")])
