@@ -1,0 +1,98 @@
+"""One private Ray on this machine, for the demo and the tests: own ports, own folder, token on, ended by its own id.
+
+Knows how to start `ray start --head --block`, wait for it and end exactly what it started. Other Rays on the
+machine are neither seen nor touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+PORTS = ("port", "dashboard-port", "ray-client-server-port", "dashboard-agent-grpc-port", "dashboard-agent-listen-port")
+
+
+def free_port() -> int:
+    """A port of the loopback address on which nothing listens now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@contextlib.contextmanager
+def local_cluster(
+    *, num_cpus: int, object_store_bytes: int = 1_000_000_000, environment: Mapping[str, str] | None = None
+) -> Iterator[dict[str, str]]:
+    """A running cluster; yields the environment variables that let a child process use it.
+
+    Args:
+        num_cpus: logical CPUs that tasks may claim.
+        object_store_bytes: size of the shared-memory store.
+        environment: more variables for Ray's own processes.
+
+    Raises:
+        RuntimeError: when Ray does not come up within a minute, with the end of its log.
+    """
+    # Unix sockets limit a path to 107 bytes and Ray adds about 70: hence not below the project's folder
+    folder = Path(tempfile.mkdtemp(prefix="tv-ray-", dir="/tmp"))
+    token_file = folder / "token"
+    token_file.touch(mode=0o600)
+    token_file.write_text(secrets.token_hex(32))
+    ports = {name: free_port() for name in PORTS}
+    programs = Path(sys.executable).parent
+    variables = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token_file),
+        "RAY_ADDRESS": f"127.0.0.1:{ports['port']}",
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports['dashboard-port']}",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+    }
+    command = [str(programs / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
+    command += [f"--{name}={port}" for name, port in ports.items()]
+    command += [f"--num-cpus={num_cpus}", f"--object-store-memory={object_store_bytes}", f"--temp-dir={folder}/ray"]
+    log = folder / "start.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, **(environment or {}), **variables},
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    try:
+        for name in ("port", "dashboard-port"):
+            _wait_for_port(ports[name], process, log)
+        yield variables
+    finally:
+        _end(process)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _wait_for_port(port: int, process: subprocess.Popen[bytes], log: Path, timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1.0):
+            return
+        time.sleep(0.2)
+    raise RuntimeError(f"Ray does not listen on port {port}; the end of its log:\n{log.read_text()[-2000:]}")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM lets `ray start --block` end its children; what is left of its session is then killed."""
+    process.send_signal(signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=20)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
