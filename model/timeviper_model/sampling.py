@@ -1,0 +1,97 @@
+"""Logits to the next token: greedy, temperature, top-k, top-p, with the log-probabilities asked for.
+
+Knows one row of logits, its parameters and its own generator; nothing of caches, slots or text. A row's draw
+depends on nothing but these, so a request gets the same tokens alone and in a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MAX_LOGPROBS = 20
+"""The most alternatives a token may report; OpenAI's limit for `top_logprobs`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How one request chooses its tokens.
+
+    Raises:
+        ValueError: for a value outside its range.
+    """
+
+    temperature: float = 0.0
+    """0 is greedy"""
+    top_p: float = 1.0
+    """draw from the smallest set of tokens whose probability reaches this"""
+    top_k: int = 0
+    """draw from this many most likely tokens; 0 = all"""
+    num_logprobs: int = 0
+    """alternatives to report beside each token's own log-probability"""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature <= 2.0:
+            raise ValueError(f"{self.temperature = } must be between 0 (greedy) and 2")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"{self.top_p = } must be above 0 and at most 1 (all tokens)")
+        if self.top_k < 0:
+            raise ValueError(f"{self.top_k = } must be at least 0 (0 = all tokens)")
+        if not 0 <= self.num_logprobs <= MAX_LOGPROBS:
+            raise ValueError(f"{self.num_logprobs = } must be between 0 and {MAX_LOGPROBS}")
+
+
+class SampledToken(NamedTuple):
+    """A chosen token; log-probabilities are the model's own, before temperature and cuts."""
+
+    id: int
+    logprob: float
+    top_logprobs: tuple[tuple[int, float], ...]
+    """the most likely (id, log-probability) pairs, best first; as many as were asked for"""
+
+
+def sample_tokens(
+    logits_BV: Tensor, params: Sequence[SamplingParams], generators: Sequence[torch.Generator]
+) -> list[SampledToken]:
+    """One token for every row.
+
+    Args:
+        logits_BV: (B, V) float32.
+        params: one for every row.
+        generators: one for every row, on the CPU; a greedy row leaves its generator alone.
+    """
+    logprobs_BV = torch.log_softmax(logits_BV.float(), dim=-1)
+    ids = torch.argmax(logprobs_BV, dim=-1).tolist()
+    for row, (param, generator) in enumerate(zip(params, generators, strict=True)):
+        if param.temperature > 0:
+            ids[row] = _draw(logits_BV[row], param, generator)
+    chosen = logprobs_BV.gather(1, torch.tensor(ids, device=logits_BV.device)[:, None])[:, 0].tolist()
+    return [
+        SampledToken(token, logprob, _most_likely(logprobs_BV[row], param.num_logprobs))
+        for row, (token, logprob, param) in enumerate(zip(ids, chosen, params, strict=True))
+    ]
+
+
+def _draw(logits_V: Tensor, params: SamplingParams, generator: torch.Generator) -> int:
+    """By inverse CDF over the tokens in descending order: one uniform number a token, whatever the cuts."""
+    scaled_V, order_V = torch.sort(logits_V.double() / params.temperature, descending=True, stable=True)
+    if params.top_k:
+        scaled_V = scaled_V[: params.top_k]
+    probs_K = torch.softmax(scaled_V, dim=0)
+    before_K = torch.cumsum(probs_K, dim=0) - probs_K
+    num_kept = max(1, int((before_K < params.top_p).sum()))  # a token stays while those before it have not reached it
+    cumulative_K = torch.cumsum(probs_K[:num_kept], dim=0)
+    uniform = torch.rand((), generator=generator, dtype=torch.float64).to(cumulative_K.device)
+    place = int(torch.searchsorted(cumulative_K, uniform * cumulative_K[-1], right=True))
+    return int(order_V[min(place, num_kept - 1)])
+
+
+def _most_likely(logprobs_V: Tensor, count: int) -> tuple[tuple[int, float], ...]:
+    if not count:
+        return ()
+    best = torch.topk(logprobs_V, min(count, logprobs_V.shape[0]))
+    return tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
