@@ -1,0 +1,121 @@
+"""Frames to patch tokens by a frozen Hugging Face vision tower. Knows pixels; not videos, merging or storage.
+
+Shapes: B frames, S image side, P patch tokens, D width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, SiglipVisionModel
+from transformers.utils import cached_file
+
+PREPROCESSOR_FILE = "preprocessor_config.json"
+WEIGHTS_FILES = ("model.safetensors", "model.safetensors.index.json")
+
+
+class VisionEncoder(nn.Module):
+    """A vision tower cut after the block whose output is used; frozen and in eval mode.
+
+    Build it with `from_pretrained`. The default `layer=-2` is `hidden_states[-2]` of the whole tower: the output of
+    the second-to-last block, without the final norm (TimeViper, arXiv 2511.16595, and LLaVA before it).
+    """
+
+    def __init__(self, tower: Any, *, layer: int, mean: list[float], std: list[float], weights_hash: str) -> None:
+        """Takes over `tower` (a transformers vision model) and removes the blocks that are not needed."""
+        super().__init__()
+        config = tower.config
+        num_blocks = config.num_hidden_layers
+        num_used = layer if layer >= 0 else num_blocks + 1 + layer
+        if not 0 <= num_used <= num_blocks:
+            raise ValueError(f"{layer = } is none of the {num_blocks + 1} hidden states of this tower")
+        blocks = _find_blocks(tower, num_blocks)
+        del blocks[num_used:]
+        self.image_size = int(config.image_size)
+        self.hidden_size = int(config.hidden_size)
+        self.num_patches = (self.image_size // int(config.patch_size)) ** 2
+        self.weights_hash = weights_hash
+        self._tower = tower
+        self.register_buffer("_mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("_std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.requires_grad_(False)
+        self.eval()
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str, *, layer: int = -2) -> VisionEncoder:
+        """The tower from a local folder or the Hugging Face hub, in fp32 on the CPU.
+
+        Raises:
+            ValueError: when the folder or name holds no vision model in safetensors form, or `layer` does not exist.
+        """
+        try:
+            config = AutoConfig.from_pretrained(name_or_folder)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"no vision encoder at {name_or_folder!r}: pass a folder with config.json and model.safetensors,"
+                f" or a Hugging Face name that this machine can fetch ({error})"
+            ) from error
+        if config.model_type in {"siglip", "siglip_vision_model"}:
+            tower = SiglipVisionModel.from_pretrained(name_or_folder)
+        else:
+            tower = AutoModel.from_pretrained(name_or_folder)
+            tower = getattr(tower, "vision_model", tower)
+        processor = json.loads(_local_file(name_or_folder, PREPROCESSOR_FILE).read_text(encoding="utf-8"))
+        return cls(
+            tower,
+            layer=layer,
+            mean=processor["image_mean"],
+            std=processor["image_std"],
+            weights_hash=_hash_weights(name_or_folder, tower),
+        )
+
+    def preprocess(self, frames: Tensor) -> Tensor:
+        """uint8 frames (B, S, S, 3), S = `image_size`, as normalised pixels (B, 3, S, S) in the encoder's dtype.
+
+        Raises:
+            ValueError: for another shape or dtype.
+        """
+        expected = (self.image_size, self.image_size, 3)
+        if frames.dtype != torch.uint8 or tuple(frames.shape[1:]) != expected:
+            raise ValueError(f"frames must be uint8 (B, {expected}), not {frames.dtype} {tuple(frames.shape)}")
+        pixels = frames.permute(0, 3, 1, 2).float() / 255.0
+        return ((pixels - self._mean) / self._std).to(next(self.parameters()).dtype)
+
+    @torch.no_grad()
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Patch tokens (B, P, D) of the chosen hidden state; class and register tokens are left out."""
+        hidden = self._tower(pixel_values=pixel_values, output_hidden_states=True).hidden_states[-1]
+        return hidden[:, hidden.shape[1] - self.num_patches :]
+
+
+def _find_blocks(tower: Any, num_blocks: int) -> nn.ModuleList:
+    """The tower's list of blocks: the one ModuleList that has as many entries as the configuration says."""
+    lists = [m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) == num_blocks]
+    if not lists:
+        raise ValueError(f"{type(tower).__name__} has no list of {num_blocks} blocks; is it a vision transformer?")
+    return lists[0]
+
+
+def _local_file(name_or_folder: str, file: str) -> Path:
+    try:
+        found = cached_file(name_or_folder, file)
+    except OSError as error:
+        raise ValueError(
+            f"{name_or_folder!r} has no {file}, which holds mean and std of the pixels: {error}"
+        ) from error
+    return Path(str(found))
+
+
+def _hash_weights(name_or_folder: str, tower: Any) -> str:
+    """sha256 over the configuration and every tensor, so that it does not depend on how the files are sharded."""
+    digest = hashlib.sha256(_local_file(name_or_folder, "config.json").read_bytes())
+    digest.update(_local_file(name_or_folder, PREPROCESSOR_FILE).read_bytes())
+    for name, tensor in sorted(tower.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
