@@ -54,7 +54,7 @@ def merge_tokens(x_BPD: Tensor, num_tokens: int, *, num_heads: int = 16) -> Tens
 
 
 def _merge_round(x_BPD: Tensor, sizes_BP1: Tensor, num_merged: int, num_heads: int) -> tuple[Tensor, Tensor]:
-    metric = F.normalize(x_BPD.unflatten(-1, (num_heads, -1)).mean(dim=-2), dim=-1)
+    metric = F.normalize(x_BPD.reshape(*x_BPD.shape[:2], num_heads, -1).mean(dim=2), dim=-1)
     similarity = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)  # (B, sources, destinations)
     best_score, best_destination = similarity.max(dim=-1)
     order = best_score.argsort(dim=-1, descending=True, stable=True)  # ties: the earlier token merges first

@@ -26,6 +26,9 @@ class VisionEncoder(nn.Module):
     the second-to-last block, without the final norm (TimeViper, arXiv 2511.16595, and LLaVA before it).
     """
 
+    _mean: Tensor
+    _std: Tensor
+
     def __init__(self, tower: Any, *, layer: int, mean: list[float], std: list[float], weights_hash: str) -> None:
         """Takes over `tower` (a transformers vision model) and removes the blocks that are not needed."""
         super().__init__()
