@@ -1,0 +1,106 @@
+"""Causal attention with grouped key/value heads and no position encoding, over a flat pack or one token a slot.
+
+Knows segments (no token sees another sample) and its own keys and values in a cache; not blocks, vision or text.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from timeviper_model.config import HybridConfig
+from timeviper_model.segments import Segments
+
+
+class KeyValueStore(Protocol):
+    """Where one attention layer keeps the keys and values of its slots; each slot has a length of its own."""
+
+    def write(self, k_THE: Tensor, v_THE: Tensor) -> None:
+        """Append T tokens to the one slot of this store."""
+
+    def attend(self, q_BHE: Tensor, k_BHE: Tensor, v_BHE: Tensor) -> Tensor:
+        """Append one token to each of B slots; (B, H, E), what its queries read from its slot."""
+        ...
+
+
+class Attention(nn.Module):
+    """Grouped-query attention of Nemotron-H: no bias, no position encoding, scale 1 / sqrt(head_dim)."""
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        query_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+
+    def forward(self, h_TD: Tensor, segments: Segments, store: KeyValueStore | None = None) -> Tensor:
+        """(T, D) -> (T, D), every token over the tokens of its segment up to itself; keys and values go to `store`."""
+        q, k, v = self.queries(h_TD), self.keys(h_TD), self.values(h_TD)
+        if store is not None:
+            store.write(k, v)
+        return self.o_proj(segment_causal_attention(q, k, v, segments).flatten(1))
+
+    def step(self, h_BD: Tensor, store: KeyValueStore) -> Tensor:
+        """The next token of B slots: (B, D) -> (B, D)."""
+        return self.o_proj(store.attend(self.queries(h_BD), self.keys(h_BD), self.values(h_BD)).flatten(1))
+
+    def queries(self, h: Tensor) -> Tensor:
+        """(..., D) -> (..., H, E)"""
+        return self.q_proj(h).unflatten(-1, (self.num_heads, self.head_dim))
+
+    def keys(self, h: Tensor) -> Tensor:
+        """(..., D) -> (..., Hkv, E)"""
+        return self.k_proj(h).unflatten(-1, (self.num_kv_heads, self.head_dim))
+
+    def values(self, h: Tensor) -> Tensor:
+        """(..., D) -> (..., Hkv, E)"""
+        return self.v_proj(h).unflatten(-1, (self.num_kv_heads, self.head_dim))
+
+
+def segment_causal_attention(q_THE: Tensor, k_THE: Tensor, v_THE: Tensor, segments: Segments) -> Tensor:
+    """(T, H, E): causal attention inside each segment.
+
+    Segments of similar length are padded to rows; padding comes after the real tokens, where a causal mask already
+    hides it. A long segment is a row of its own, and no T x T matrix is ever built.
+    """
+    outputs = []
+    for bucket in segments.buckets:
+        q, k, v = (bucket.pad(tensor).transpose(1, 2) for tensor in (q_THE, k_THE, v_THE))
+        mixed = F.scaled_dot_product_attention(q, *repeat_kv(k, v, q.shape[1]), is_causal=True)
+        outputs.append(bucket.unpad(mixed.transpose(1, 2)))
+    return segments.join(outputs)
+
+
+def grouped_attention(q_BHE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, visible_BL: Tensor | None = None) -> Tensor:
+    """(B, H, E): one query a head; the queries of a group share one pass over its keys and values.
+
+    Args:
+        q_BHE: queries.
+        k_BHLE: keys (B, Hkv, L, E), never repeated in memory.
+        v_BHLE: values, likewise.
+        visible_BL: bool; None = all. Every query must see something.
+    """
+    scores = grouped_scores(q_BHE, k_BHLE)
+    if visible_BL is not None:
+        scores = scores.masked_fill(~visible_BL[:, None, None], -torch.inf)
+    return (scores.softmax(-1).to(v_BHLE.dtype) @ v_BHLE).flatten(1, 2)
+
+
+def grouped_scores(q_BHE: Tensor, k_BHLE: Tensor) -> Tensor:
+    """(B, Hkv, H / Hkv, L): scaled scores before softmax, at least fp32."""
+    q = q_BHE.unflatten(1, (k_BHLE.shape[1], -1))
+    scores = q @ k_BHLE.transpose(-1, -2)
+    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    return scores.to(dtype) * q.shape[-1] ** -0.5
+
+
+def repeat_kv(k: Tensor, v: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    """Keys and values (B, Hkv, L, E) with a head for each query head."""
+    repeats = num_heads // k.shape[1]
+    return (k, v) if repeats == 1 else (k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1))

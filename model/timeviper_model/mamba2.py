@@ -1,0 +1,124 @@
+"""The Mamba-2 mixer of Nemotron-H: projection, short convolution, scan, gated norm, projection.
+
+Turns normalised hidden states of a flat pack into mixed ones. Knows segments (state and convolution start anew in
+each) and its own state in a cache; not blocks, vision or text. Parameter names are NVIDIA's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from timeviper_model.causal_conv import causal_conv_silu, causal_conv_silu_step
+from timeviper_model.config import HybridConfig
+from timeviper_model.segments import Segments
+from timeviper_model.ssd import ssd_scan, ssd_step
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mamba2State:
+    """What a mixer must remember of B sequences, whatever their length. Views into a cache, updated in place."""
+
+    window_BKD: Tensor
+    """(B, K - 1, conv_dim): the last inputs of the convolution, oldest first"""
+    ssm_BHPN: Tensor
+    """(B, H, P, N) fp32"""
+
+
+class GatedRMSNorm(nn.Module):
+    """`RMSNorm(x * silu(gate))` with the mean square taken in each group apart, then scaled."""
+
+    def __init__(self, size: int, num_groups: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.num_groups = num_groups
+        self.eps = eps
+
+    def forward(self, x_TD: Tensor, gate_TD: Tensor) -> Tensor:
+        """(T, D) in the gate's dtype; computed in that of `x_TD` (fp32)."""
+        gated = x_TD * F.silu(gate_TD.to(x_TD.dtype))
+        grouped = gated.unflatten(-1, (self.num_groups, -1))
+        normed = F.rms_norm(grouped, grouped.shape[-1:], eps=self.eps).flatten(-2)
+        return (normed * self.weight.to(normed.dtype)).to(gate_TD.dtype)
+
+
+class Mamba2Mixer(nn.Module):
+    """Mamba-2 as in NVIDIA's Nemotron-H; see `HybridConfig` for the sizes."""
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = config.mamba_num_heads, config.mamba_head_dim
+        self.num_groups, self.state_size = config.n_groups, config.ssm_state_size
+        self.intermediate_size = config.mamba_intermediate_size
+        self.chunk_size = config.chunk_size
+        self.time_step_limit = config.time_step_limit
+        self.conv_dim = conv_dim(config)
+        self.in_proj = nn.Linear(
+            config.hidden_size, self.intermediate_size + self.conv_dim + self.num_heads, bias=False
+        )
+        self.conv1d = nn.Conv1d(
+            self.conv_dim, self.conv_dim, config.conv_kernel, groups=self.conv_dim, bias=config.use_conv_bias
+        )  # holds the parameters under their names; causal_conv.py does the work
+        self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
+        self.A_log = nn.Parameter(torch.empty(self.num_heads))
+        self.D = nn.Parameter(torch.empty(self.num_heads))
+        self.norm = GatedRMSNorm(self.intermediate_size, self.num_groups, config.layer_norm_epsilon)
+        self.out_proj = nn.Linear(self.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, h_TD: Tensor, segments: Segments, state: Mamba2State | None = None) -> Tensor:
+        """(T, D) -> (T, D). With `state`, which needs a single segment and B = 1, its last values are written there."""
+        gate, channels, dt = self._project(h_TD)
+        if state is not None:
+            self._write_window(channels, state)
+        convolved = causal_conv_silu(
+            channels, self.conv1d.weight.squeeze(1), self.conv1d.bias, positions_T=segments.positions_T
+        )
+        x, B, C = self._split(convolved)
+        y, last = ssd_scan(
+            x, dt, self._decay_rates(), B, C, D_H=self.D, chunk_size=self.chunk_size, seq_idx_T=segments.seq_idx_T
+        )
+        if state is not None:
+            state.ssm_BHPN[0] = last
+        return self.out_proj(self.norm(y.flatten(1), gate))
+
+    def step(self, h_BD: Tensor, state: Mamba2State) -> Tensor:
+        """The next token of B sequences: (B, D) -> (B, D); advances `state` in place."""
+        gate, channels, dt = self._project(h_BD)
+        convolved = causal_conv_silu_step(channels, self.conv1d.weight.squeeze(1), self.conv1d.bias, state.window_BKD)
+        x, B, C = self._split(convolved)
+        y = ssd_step(x, dt, self._decay_rates(), B, C, D_H=self.D, state_BHPN=state.ssm_BHPN)
+        return self.out_proj(self.norm(y.flatten(1), gate))
+
+    def _project(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        gate, channels, dt = self.in_proj(h).split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
+        dtype = torch.float64 if dt.dtype == torch.float64 else torch.float32
+        dt = F.softplus(dt.to(dtype) + self.dt_bias.to(dtype)).clamp(*self.time_step_limit)
+        return gate, channels, dt
+
+    def _split(self, convolved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        size = self.num_groups * self.state_size
+        x, B, C = convolved.split([self.intermediate_size, size, size], dim=-1)
+        return (
+            x.unflatten(-1, (self.num_heads, self.head_dim)),
+            B.unflatten(-1, (self.num_groups, self.state_size)),
+            C.unflatten(-1, (self.num_groups, self.state_size)),
+        )
+
+    def _decay_rates(self) -> Tensor:
+        dtype = torch.float64 if self.A_log.dtype == torch.float64 else torch.float32
+        return -torch.exp(self.A_log.to(dtype))
+
+    @staticmethod
+    def _write_window(channels_TD: Tensor, state: Mamba2State) -> None:
+        window = state.window_BKD[0]
+        recent = channels_TD[max(0, len(channels_TD) - len(window)) :]
+        window.zero_()
+        window[len(window) - len(recent) :] = recent
+
+
+def conv_dim(config: HybridConfig) -> int:
+    """Channels that the convolution sees: x, B and C."""
+    return config.mamba_intermediate_size + 2 * config.n_groups * config.ssm_state_size

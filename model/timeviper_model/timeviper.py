@@ -1,0 +1,229 @@
+"""TimeViper: text ids and vision features to the next token; the blocks with TransV between them.
+
+Knows packs, the prompt's token kinds and caches; not tokenizers, files, requests or optimisers. Logits are computed
+for the positions that need them, never for a whole prompt: the labelled ones in training, the last one in prefill.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from timeviper_model.attention import Attention
+from timeviper_model.batch import IGNORE_INDEX, PADDING_SEGMENT, PackedBatch, TokenKind
+from timeviper_model.cache import HybridCache, SlotView
+from timeviper_model.config import TimeViperConfig
+from timeviper_model.hybrid import HybridBackbone, init_backbone
+from timeviper_model.projector import Projector
+from timeviper_model.segments import Segments
+from timeviper_model.shapes import take_rows
+from timeviper_model.transv import TokenStream, TransVLayer, apply_site
+
+LOGITS_ELEMENTS = 2**26
+"""logits computed at one time: 256 MiB in fp32, 512 positions of a vocabulary of 131072"""
+
+
+class TimeViperOutput(NamedTuple):
+    """What a training step needs; sums, so that packs of a global batch can be added."""
+
+    loss_sum: Tensor
+    """fp32 scalar: sum of cross entropy over labelled positions"""
+    num_targets: Tensor
+    """int64 scalar"""
+    num_vision_tokens: Tensor
+    """int64 (num_sites + 1,): vision tokens entering the language model, and left after every TransV site"""
+
+
+class TimeViper(nn.Module):
+    """The whole model behind the vision encoder. Weights are uninitialised until `init_weights` or loading.
+
+    Parameters: `backbone.*` and `lm_head.weight` under NVIDIA's Nemotron-H names, `projector.fc1/fc2`,
+    `transv.<layer>.{q_proj,k_proj,v_proj,o_proj,alpha}`.
+    """
+
+    def __init__(self, config: TimeViperConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.backbone = HybridBackbone(config.text)
+        self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+        self.projector = Projector(config.vision.hidden_size, config.text.hidden_size)
+        self.transv = nn.ModuleDict(
+            {str(site.layer): TransVLayer(config.text) for site in config.transv if site.transfer == "cross_attention"}
+        )
+        self._sites = {site.layer: site for site in config.transv}
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Makes the output matrix the embedding matrix, where the configuration says so."""
+        if self.config.text.tie_word_embeddings:
+            self.lm_head.weight = self.backbone.embeddings.weight
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Draws every weight in place from `generator`, in a fixed order; TransV starts as copies of attention."""
+        text = self.config.text
+        init_backbone(self.backbone, text, generator)
+        if not text.tie_word_embeddings:
+            self.lm_head.weight.normal_(0.0, text.initializer_range, generator=generator)
+        for linear in (self.projector.fc1, self.projector.fc2):
+            linear.weight.normal_(0.0, text.initializer_range, generator=generator)
+            linear.bias.zero_()
+        for module in self.transv.values():
+            assert isinstance(module, TransVLayer)
+            module.alpha.zero_()
+        self.init_transv_from_attention()
+
+    def init_transv_from_attention(self) -> None:
+        """Copies the nearest attention block at or after each site (else the last one) into its cross-attention."""
+        places = [layer for layer, kind in enumerate(self.config.text.block_types) if kind == "attention"]
+        for name, module in self.transv.items():
+            nearest = min((place for place in places if place >= int(name)), default=places[-1])
+            attention = self.backbone.block(nearest).mixer
+            assert isinstance(module, TransVLayer)
+            assert isinstance(attention, Attention)
+            module.copy_from(attention)
+
+    def forward(self, batch: PackedBatch, *, use_transv: bool = True) -> TimeViperOutput:
+        """Loss over the pack's labels. With gradients enabled every trainable parameter takes part in the graph."""
+        stream, num_vision_tokens = self._run(self._embed(batch), use_transv=use_transv)
+        hidden, targets, _ = self._labelled(stream)
+        loss_sum = torch.zeros((), device=hidden.device)
+        rows = max(1, LOGITS_ELEMENTS // self.config.text.vocab_size)
+        for start in range(0, max(1, len(targets)), rows):
+            part = hidden[start : start + rows], targets[start : start + rows]
+            if len(targets) > rows and torch.is_grad_enabled():
+                loss_sum = loss_sum + checkpoint(self._loss_sum, *part, use_reentrant=False)
+            else:
+                loss_sum = loss_sum + self._loss_sum(*part)
+        return TimeViperOutput(
+            loss_sum=loss_sum,
+            num_targets=torch.tensor(len(targets), device=hidden.device),
+            num_vision_tokens=torch.tensor(num_vision_tokens, device=hidden.device),
+        )
+
+    @torch.no_grad()
+    def target_log_probs(self, batch: PackedBatch, *, use_transv: bool = True) -> tuple[Tensor, Tensor]:
+        """The fp32 log-probability of each labelled target (K,), and the segment it belongs to (K,), in order."""
+        stream, _ = self._run(self._embed(batch), use_transv=use_transv)
+        hidden, targets, segment_ids = self._labelled(stream)
+        rows = max(1, LOGITS_ELEMENTS // self.config.text.vocab_size)
+        parts = [
+            -F.cross_entropy(
+                self._logits(hidden[start : start + rows]), targets[start : start + rows], reduction="none"
+            )
+            for start in range(0, max(1, len(targets)), rows)
+        ]
+        return torch.cat(parts), segment_ids
+
+    def new_cache(self, num_slots: int, *, device: torch.device | str, dtype: torch.dtype) -> HybridCache:
+        """An empty cache of this model's shape; `dtype` is that of keys and values (SSM states are fp32)."""
+        return HybridCache(self.config.text, num_slots, device=device, dtype=dtype)
+
+    @torch.no_grad()
+    def prefill(self, batch: PackedBatch, cache: HybridCache, slot: int) -> Tensor:
+        """Reads one prompt into a slot, which is emptied first; (V,) fp32 logits of the token after it.
+
+        Raises:
+            ValueError: when the batch does not hold exactly one segment.
+        """
+        if batch.num_segments != 1:
+            raise ValueError(f"prefill takes one prompt, not {batch.num_segments}; call it once for each slot")
+        view = cache.view([slot])
+        cache.reset(slot)
+        stream, _ = self._run(self._embed(batch), use_transv=True, view=view)
+        cache.num_tokens[slot] = int((batch.segment_ids != PADDING_SEGMENT).sum())
+        return self._logits(stream.hidden_TD[-1:])[0]
+
+    @torch.no_grad()
+    def decode_step(self, input_ids: Tensor, cache: HybridCache, slots: Tensor) -> Tensor:
+        """One more token in each of B slots: ids (B,), distinct slots (B,) -> (B, V) fp32 logits of the next.
+
+        Raises:
+            ValueError: when a slot holds no prompt, or is named twice.
+        """
+        order = slots.argsort()
+        view = cache.view(slots[order].tolist())
+        empty = [slot for slot in view.slots if not cache.num_tokens[slot]]
+        if empty:
+            raise ValueError(f"slots {empty} hold no prompt; prefill them before decode_step")
+        hidden = self.backbone.embeddings(input_ids[order])
+        for layer in range(self.config.text.num_hidden_layers):
+            state = view.layer(layer)
+            hidden = self.backbone.block(layer).step(hidden, state)
+            view.write_back(layer, state)
+        for slot in view.slots:
+            cache.num_tokens[slot] += 1
+        return self._logits(hidden[order.argsort()])
+
+    def _embed(self, batch: PackedBatch) -> TokenStream:
+        """The stream at the model's entrance: padding gone, vision rows projected, text looked up."""
+        real = (batch.segment_ids != PADDING_SEGMENT).nonzero().squeeze(1)
+        num_segments = batch.num_segments
+        segments = Segments(batch.segment_ids[real], num_segments)
+        kinds, vision_index = batch.token_kind[real], batch.vision_index[real]
+        is_vision = vision_index >= 0
+        text, vision = (~is_vision).nonzero().squeeze(1), is_vision.nonzero().squeeze(1)
+        hidden = self.backbone.embeddings(batch.input_ids[real][text])
+        if len(vision):
+            features = batch.vision_features[vision_index[vision]].to(self.projector.fc1.weight.dtype)
+            joined = torch.cat([hidden, self.projector(features).to(hidden.dtype)])
+            hidden = take_rows(joined, torch.cat([text, vision]).argsort())
+        elif torch.is_grad_enabled() and self.projector.fc1.weight.requires_grad:
+            hidden = hidden + 0.0 * self.projector(hidden.new_zeros(1, self.projector.fc1.in_features))
+        return TokenStream(
+            hidden_TD=hidden,
+            segments=segments,
+            token_kind_T=kinds,
+            labels_T=batch.labels[real],
+            original_counts=tuple(torch.bincount(segments.ids[vision], minlength=num_segments).tolist()),
+        )
+
+    def _run(
+        self, stream: TokenStream, *, use_transv: bool, view: SlotView | None = None
+    ) -> tuple[TokenStream, list[int]]:
+        """The stream behind the last block, and the vision tokens at the entrance and after each site."""
+        num_vision_tokens = [sum(stream.original_counts)]
+        for layer in range(self.config.text.num_hidden_layers):
+            if layer in self._sites:
+                stream = self._site(stream, layer, use_transv)
+                num_vision_tokens.append(int((stream.token_kind_T == TokenKind.VISION).sum()))
+            block = self.backbone.block(layer)
+            state = None if view is None else view.layer(layer)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                hidden = checkpoint(block, stream.hidden_TD, stream.segments, use_reentrant=False)
+            else:
+                hidden = block(stream.hidden_TD, stream.segments, state)
+            stream = stream.with_hidden(hidden)
+        return stream, num_vision_tokens
+
+    def _site(self, stream: TokenStream, layer: int, use_transv: bool) -> TokenStream:
+        module = self._transv_layer(layer)
+        if use_transv:
+            return apply_site(stream, self._sites[layer], module, self.backbone.block(layer))
+        if module is not None and torch.is_grad_enabled() and module.alpha.requires_grad:
+            return stream.with_hidden(stream.hidden_TD + module.idle(stream.hidden_TD))
+        return stream
+
+    def _transv_layer(self, layer: int) -> TransVLayer | None:
+        if str(layer) not in self.transv:
+            return None
+        module = self.transv[str(layer)]
+        assert isinstance(module, TransVLayer)
+        return module
+
+    def _labelled(self, stream: TokenStream) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states (K, D), targets (K,) and segments (K,) of the labelled positions."""
+        places = (stream.labels_T != IGNORE_INDEX).nonzero().squeeze(1)
+        return take_rows(stream.hidden_TD, places), stream.labels_T[places], stream.segments.ids[places]
+
+    def _logits(self, hidden_KD: Tensor) -> Tensor:
+        logits: Tensor = self.lm_head(self.backbone.norm_f(hidden_KD))
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def _loss_sum(self, hidden_KD: Tensor, targets_K: Tensor) -> Tensor:
+        return F.cross_entropy(self._logits(hidden_KD), targets_K, reduction="sum")

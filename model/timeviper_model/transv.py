@@ -1,0 +1,245 @@
+"""TransV: between two blocks, drop part of the vision tokens and hand what they know to the instruction.
+
+Turns the token stream before block `layer` into a shorter one (paper section 3.3, equations 4-6). Knows hidden states,
+token kinds and segments; not ids, logits or caches.
+
+    before   S S v v v v v v i i i R R        k = min(present, floor(keep * N + 1/2)) vision tokens stay; N counts
+    after    S S v . v . . v i i i R R        the sample's vision tokens at the model's entrance
+                   \\____\\_\\____/ instruction tokens attend to the dropped ones, x += tanh(alpha) * attention
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from timeviper_model.attention import Attention, grouped_scores, repeat_kv
+from timeviper_model.batch import TokenKind
+from timeviper_model.config import HybridConfig, TransVSite
+from timeviper_model.segments import RowBucket, Segments, group_by_length
+from timeviper_model.shapes import put_rows, take_rows
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenStream:
+    """What flows through the blocks; every field shrinks together when vision tokens are dropped."""
+
+    hidden_TD: Tensor
+    segments: Segments
+    token_kind_T: Tensor
+    labels_T: Tensor
+    original_counts: tuple[int, ...]
+    """vision tokens of each segment at the model's entrance"""
+
+    def with_hidden(self, hidden_TD: Tensor) -> TokenStream:
+        """The same tokens in another state."""
+        return replace(self, hidden_TD=hidden_TD)
+
+    def keep(self, index: Tensor) -> TokenStream:
+        """The stream of the tokens `index` (K,) int64, ascending."""
+        return TokenStream(
+            hidden_TD=take_rows(self.hidden_TD, index),
+            segments=self.segments.keep(index),
+            token_kind_T=self.token_kind_T[index],
+            labels_T=self.labels_T[index],
+            original_counts=self.original_counts,
+        )
+
+
+class ScoringBlock(Protocol):
+    """What selection by attention needs of the block behind the site."""
+
+    norm: nn.Module
+    mixer: nn.Module
+
+
+class TransVLayer(nn.Module):
+    """Cross-attention from instruction tokens to vision tokens: no bias, no positions, no norm, a gate (equation 6)."""
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        query_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.alpha = nn.Parameter(torch.zeros(1))
+
+    def forward(self, receivers_QD: Tensor, sources_KD: Tensor, rows: list[TransferRows]) -> Tensor:
+        """(Q, D): what each receiver is given, tanh(alpha) included."""
+        q = self.q_proj(receivers_QD).unflatten(-1, (self.num_heads, self.head_dim))
+        k = self.k_proj(sources_KD).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        v = self.v_proj(sources_KD).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        mixed = torch.cat([part.attend(q, k, v) for part in rows])
+        order = torch.cat([part.receivers.token_index for part in rows])
+        mixed_QHE = put_rows(mixed, order, len(receivers_QD))
+        return torch.tanh(self.alpha) * self.o_proj(mixed_QHE.flatten(1))
+
+    def idle(self, hidden_TD: Tensor) -> Tensor:
+        """(1, D) of zeros through every parameter: a rank that skips a trained module breaks ZeRO."""
+        token = hidden_TD.new_zeros(1, hidden_TD.shape[1])
+        one = Segments(torch.zeros(1, dtype=torch.long, device=token.device), 1).rows([0])
+        visible = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=token.device)
+        part = TransferRows(receivers=one, sources=one, visible_R1QK=visible)
+        return 0.0 * self(token, token, [part])
+
+    @torch.no_grad()
+    def copy_from(self, attention: Attention) -> None:
+        """Takes over an attention block's projections; the gate stays as it is."""
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            getattr(self, name).weight.copy_(getattr(attention, name).weight)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TransferRows:
+    """Segments whose receivers and sources are padded to one shape."""
+
+    receivers: RowBucket
+    """rows of the Q receiving tokens"""
+    sources: RowBucket
+    """rows of the K source tokens; the same segments"""
+    visible_R1QK: Tensor
+    """bool: the source is real and earlier in the sequence than the receiver"""
+
+    def attend(self, q_QHE: Tensor, k_KHE: Tensor, v_KHE: Tensor) -> Tensor:
+        """(M, H, E) for the bucket's receivers; zeros for a receiver that sees no source."""
+        q = self.receivers.pad(q_QHE).transpose(1, 2)
+        k, v = (self.sources.pad(tensor).transpose(1, 2) for tensor in (k_KHE, v_KHE))
+        sees_any = self.visible_R1QK.any(-1, keepdim=True)
+        mixed = F.scaled_dot_product_attention(q, *repeat_kv(k, v, q.shape[1]), attn_mask=self.visible_R1QK | ~sees_any)
+        return self.receivers.unpad((mixed * sees_any).transpose(1, 2))
+
+
+def apply_site(
+    stream: TokenStream, site: TransVSite, layer: TransVLayer | None, block: ScoringBlock | None
+) -> TokenStream:
+    """The stream behind a site: fewer vision tokens, instruction tokens that know of them.
+
+    Args:
+        stream: before block `site.layer`.
+        site: what to do.
+        layer: the cross-attention; None for `transfer: none`.
+        block: the block `site.layer`, needed for `select: attention`.
+    """
+    vision_T = stream.token_kind_T == TokenKind.VISION
+    kept_T = ~vision_T | _select(stream, site, block, vision_T)
+    if layer is not None:
+        stream = _transfer(stream, layer, kept_T & vision_T if site.transfer_from == "kept" else ~kept_T)
+    if bool(kept_T.all()):
+        return stream
+    return stream.keep(kept_T.nonzero().squeeze(1))
+
+
+def num_kept(original: int, present: int, keep: float) -> int:
+    """How many of `present` vision tokens stay: a share of the original count, rounded half up."""
+    return min(present, math.floor(keep * original + 0.5))
+
+
+def _select(stream: TokenStream, site: TransVSite, block: ScoringBlock | None, vision_T: Tensor) -> Tensor:
+    """(T,) bool: the vision tokens that stay."""
+    segments = stream.segments
+    present = torch.bincount(segments.ids[vision_T], minlength=segments.num_segments).tolist()
+    stay = [num_kept(n, here, site.keep) for n, here in zip(stream.original_counts, present, strict=True)]
+    if stay == present:
+        return vision_T
+    if site.select == "uniform":
+        return _select_uniform(vision_T, present, stay)
+    assert block is not None  # the configuration allows selection by attention only at an attention block
+    return _select_by_attention(stream, block, vision_T, present, stay)
+
+
+def _select_uniform(vision_T: Tensor, present: list[int], stay: list[int]) -> Tensor:
+    """Evenly spaced places: index j is j * (n - 1) // (k - 1), in integers; k = 1 takes the first."""
+    device = vision_T.device
+    n_S1, k_S1 = (torch.tensor(counts, device=device)[:, None] for counts in (present, stay))
+    j_1K = torch.arange(max(stay), device=device)[None]
+    first_S1 = n_S1.cumsum(0) - n_S1
+    index_SK = first_S1 + j_1K * (n_S1 - 1) // (k_S1 - 1).clamp(min=1)
+    chosen = index_SK[j_1K < k_S1]
+    places = vision_T.nonzero().squeeze(1)
+    kept_T = torch.zeros_like(vision_T)
+    kept_T[places[chosen]] = True
+    return kept_T
+
+
+@torch.no_grad()
+def _select_by_attention(
+    stream: TokenStream, block: ScoringBlock, vision_T: Tensor, present: list[int], stay: list[int]
+) -> Tensor:
+    """The vision tokens that the last token before the first response looks at most; ties go to the lower index."""
+    segments = stream.segments
+    kept_T = vision_T.clone()
+    lengths = [
+        length if k < n else 0 for length, n, k in zip(segments.lengths, present, stay, strict=True)
+    ]  # nothing to choose elsewhere
+    for members in group_by_length(lengths):
+        rows = segments.rows(members)
+        score_RL = _score_row(stream, block, rows)
+        vision_RL = rows.pad(vision_T)
+        ranked = score_RL.masked_fill(~vision_RL, -1.0).sort(dim=1, descending=True, stable=True).indices
+        k_R1 = torch.tensor([stay[member] for member in members], device=vision_T.device)[:, None]
+        chosen_RL = torch.arange(rows.length, device=vision_T.device) < k_R1
+        kept_RL = torch.zeros_like(vision_RL).scatter_(1, ranked, chosen_RL)
+        kept_T[rows.token_index] = rows.unpad(kept_RL)
+    return kept_T
+
+
+def _score_row(stream: TokenStream, block: ScoringBlock, rows: RowBucket) -> Tensor:
+    """(R, L): softmax over the causal row of each segment's score token, averaged over heads; only that row."""
+    attention = block.mixer
+    assert isinstance(attention, Attention)
+    hidden = take_rows(stream.hidden_TD, rows.token_index)
+    keys = rows.put(attention.keys(block.norm(hidden)))
+    score_token_R = _score_tokens(stream)[rows.segment_index]
+    queries = attention.queries(block.norm(stream.hidden_TD[score_token_R]))
+    scores = grouped_scores(queries, keys.transpose(1, 2))
+    last_R = score_token_R - stream.segments.starts_S[rows.segment_index]
+    visible_RL = torch.arange(rows.length, device=hidden.device) <= last_R[:, None]
+    return scores.masked_fill(~visible_RL[:, None, None], -torch.inf).softmax(-1).mean((1, 2))
+
+
+def _score_tokens(stream: TokenStream) -> Tensor:
+    """(S,) flat index of the last token before each segment's first response; without one, of its last token."""
+    segments = stream.segments
+    ends_S = segments.starts_S + segments.lengths_S
+    response = (stream.token_kind_T == TokenKind.RESPONSE).nonzero().squeeze(1)
+    first_S = ends_S.scatter_reduce(0, segments.ids[response], response, reduce="amin")
+    return (first_S - 1).clamp(min=0).maximum(segments.starts_S)
+
+
+def _transfer(stream: TokenStream, layer: TransVLayer, source_T: Tensor) -> TokenStream:
+    """Adds to each instruction token what it reads from the sources before it in its segment."""
+    receiver_index = (stream.token_kind_T == TokenKind.INSTRUCTION).nonzero().squeeze(1)
+    source_index = source_T.nonzero().squeeze(1)
+    rows = _transfer_rows(stream.segments, receiver_index, source_index)
+    hidden = stream.hidden_TD
+    if rows:
+        given = layer(take_rows(hidden, receiver_index), take_rows(hidden, source_index), rows)
+        hidden = hidden + put_rows(given, receiver_index, len(hidden))
+    elif torch.is_grad_enabled() and layer.alpha.requires_grad:
+        hidden = hidden + layer.idle(hidden)
+    return stream.with_hidden(hidden)
+
+
+def _transfer_rows(segments: Segments, receiver_index: Tensor, source_index: Tensor) -> list[TransferRows]:
+    """The segments that have both, grouped so that neither padded side is much larger than the real one."""
+    receivers, sources = segments.keep(receiver_index), segments.keep(source_index)
+    num_sources = [k if q else 0 for q, k in zip(receivers.lengths, sources.lengths, strict=True)]
+    rows = []
+    for alike in group_by_length(num_sources):
+        for group in group_by_length([receivers.lengths[member] for member in alike]):
+            members = [alike[number] for number in group]
+            receiver_rows, source_rows = receivers.rows(members), sources.rows(members)
+            place_RQ = receiver_rows.pad(receiver_index)
+            place_RK = source_rows.pad(source_index)
+            real_RK = torch.arange(source_rows.length, device=place_RK.device) < source_rows.row_lengths[:, None]
+            visible = (place_RK[:, None, :] < place_RQ[:, :, None]) & real_RK[:, None]
+            rows.append(TransferRows(receivers=receiver_rows, sources=source_rows, visible_R1QK=visible[:, None]))
+    return rows

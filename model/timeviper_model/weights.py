@@ -1,0 +1,315 @@
+"""Weights folders in Hugging Face layout: config.json, safetensors shards with an index, tokenizer files.
+
+    config.json                         text_config in Nemotron-H's own keys, vision_config, transv
+    model-00001-of-00002.safetensors    ...
+    model.safetensors.index.json        which tensor is in which shard
+
+Knows files and tensor names; not training states (those are checkpoints) and not remote stores. Shards are read one
+at a time into a model built on the meta device, so that loading needs the weights once and one shard beside them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from timeviper_model.config import HybridConfig, TimeViperConfig
+from timeviper_model.timeviper import TimeViper
+
+MODEL_TYPE = "timeviper"
+INDEX_NAME = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 4 * 2**30
+"""Hugging Face's tools cut at 5 GB; a shard is what loading holds beside the model"""
+
+IGNORED_BACKBONE_PREFIXES = ("mtp.",)
+"""multi-token-prediction heads that some Nemotron checkpoints carry; the model has none"""
+
+
+def save_pretrained(
+    model: TimeViper,
+    folder: str | Path,
+    *,
+    tokenizer: Any | None = None,
+    metadata: dict[str, str] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes the model as a weights folder, which appears whole or not at all.
+
+    Args:
+        model: with real (not meta) parameters.
+        folder: replaced where it exists.
+        tokenizer: a transformers tokenizer to save beside the weights.
+        metadata: strings for config.json under `timeviper_metadata`: steps, data, whatever identifies the run.
+        max_shard_bytes: size of a shard; a tensor larger than that has a shard of its own.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        config = config_to_dict(model.config) | {"timeviper_metadata": metadata or {}}
+        config["torch_dtype"] = str(model.lm_head.weight.dtype).removeprefix("torch.")
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        _write_shards(_named_tensors(model), temporary, max_shard_bytes)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        temporary.chmod(0o755)  # mkdtemp's own is for the owner alone
+        _replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def from_pretrained(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> TimeViper:
+    """The model of a weights folder, in evaluation mode.
+
+    Raises:
+        ValueError: when config.json is missing or wrong, or tensors are missing, unexpected or misshaped (by name).
+    """
+    folder = Path(folder)
+    with torch.device("meta"):
+        model = TimeViper(load_config(folder))
+    _assign(model, iter_tensors(folder), where=str(folder), dtype=dtype, device=device)
+    return model.eval()
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """The fast tokenizer of a local folder, or of a model by its Hugging Face name."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # seconds to import, and only texts need it
+
+    if (Path(folder) / "tokenizer.json").is_file():  # AutoTokenizer would ask config.json for a model type it knows
+        return PreTrainedTokenizerFast.from_pretrained(str(folder))
+    return AutoTokenizer.from_pretrained(str(folder))
+
+
+def load_backbone(model: TimeViper, folder: str | Path) -> None:
+    """Language model weights from a Nemotron-H folder or Hugging Face name, in place; TransV becomes copies of them.
+
+    NVIDIA's layout (`backbone.*`) and transformers' own (`model.*`) are both read. Projector values stay.
+
+    Raises:
+        ValueError: when the folder's sizes or tensor names do not fit the model's.
+    """
+    source = _local_folder(folder)
+    expected = {name: tensor for name, tensor in _named_tensors(model).items() if _is_backbone(name)}
+    renamed = (
+        (f"backbone.{name.removeprefix('model.')}" if name.startswith("model.") else name, tensor)
+        for name, tensor in iter_tensors(source)
+        if not name.startswith(IGNORED_BACKBONE_PREFIXES)
+    )
+    _copy(expected, renamed, where=str(folder))
+    model.init_transv_from_attention()
+
+
+def load_config(folder: str | Path) -> TimeViperConfig:
+    """The configuration of a weights folder.
+
+    Raises:
+        ValueError: when there is no config.json, it is not a TimeViper one, or a field is wrong.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; a weights folder is what save_pretrained or jobs/export.py writes")
+    return config_from_dict(json.loads(path.read_text()), where=str(path))
+
+
+def load_text_config(folder: str | Path) -> HybridConfig:
+    """The backbone's sizes from a Nemotron-H `config.json` (a folder or a Hugging Face name)."""
+    path = _local_folder(folder) / "config.json"
+    return _text_config(json.loads(path.read_text()), where=str(path))
+
+
+def config_to_dict(config: TimeViperConfig) -> dict[str, Any]:
+    """What config.json holds: plain values, `text_config` with the keys of Nemotron-H."""
+    text = asdict(config.text)
+    text["time_step_limit"] = [value if math.isfinite(value) else "Infinity" for value in config.text.time_step_limit]
+    text |= {"model_type": "nemotron_h", "num_hidden_layers": config.text.num_hidden_layers}
+    text |= {"mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "architectures": ["NemotronHForCausalLM"]}
+    return {
+        "model_type": MODEL_TYPE,
+        "architectures": ["TimeViper"],
+        "text_config": text,
+        "vision_config": asdict(config.vision),
+        "transv": [asdict(site) for site in config.transv],
+        "chat_template": config.chat_template,
+    }
+
+
+def config_from_dict(raw: Mapping[str, Any], *, where: str = "config") -> TimeViperConfig:
+    """The inverse of `config_to_dict`; keys that Hugging Face's tools add are passed over.
+
+    Raises:
+        ValueError: for another model type, or a field that is missing or wrong, with its name.
+    """
+    if raw.get("model_type") != MODEL_TYPE:
+        raise ValueError(
+            f"{where}: model_type is {raw.get('model_type')!r}, not {MODEL_TYPE!r};"
+            " for a bare language model use load_backbone"
+        )
+    values = {
+        "text": _text_config(raw.get("text_config", {}), where=where),
+        "vision": raw.get("vision_config", {}),
+        "transv": raw.get("transv", []),
+        "chat_template": raw.get("chat_template", "nemotron"),
+    }
+    return _validated(TypeAdapter(TimeViperConfig), values, where)
+
+
+def weights_hash(folder: str | Path) -> str:
+    """sha256 over config.json and every shard, names included: two folders with one hash answer alike."""
+    digest = hashlib.sha256()
+    for path in [Path(folder) / "config.json", *_shards(Path(folder))]:
+        digest.update(path.name.encode() + b"\0")
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def iter_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a folder's safetensors files with its name, one after another.
+
+    Raises:
+        ValueError: when there are none, or a shard that the index names is missing.
+    """
+    for shard in _shards(Path(folder)):
+        with safe_open(shard, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
+                yield name, file.get_tensor(name)
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / INDEX_NAME
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise ValueError(f"{folder}: the index names shards that are not there: {', '.join(missing)}")
+        return [folder / name for name in names]
+    shards = sorted(folder.glob("*.safetensors"))
+    if not shards:
+        raise ValueError(f"{folder} holds no .safetensors file")
+    return shards
+
+
+def _named_tensors(model: TimeViper) -> dict[str, Tensor]:
+    """What a folder must hold; a tied output matrix is stored once, as the embedding."""
+    tensors = dict(model.state_dict())
+    if model.config.text.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    return tensors
+
+
+def _is_backbone(name: str) -> bool:
+    return name.startswith("backbone.") or name == "lm_head.weight"
+
+
+def _write_shards(tensors: Mapping[str, Tensor], folder: Path, max_shard_bytes: int) -> None:
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in shard.items()}, folder / file_name)
+        weight_map |= dict.fromkeys(shard, file_name)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _replace(temporary: Path, folder: Path) -> None:
+    """Renames into place; an older folder steps aside first, since a rename cannot replace a full folder."""
+    if folder.exists():
+        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+        folder.replace(aside / "old")
+        temporary.replace(folder)
+        shutil.rmtree(aside)
+    else:
+        temporary.replace(folder)
+
+
+def _assign(
+    model: TimeViper, tensors: Iterator[tuple[str, Tensor]], *, where: str, dtype: torch.dtype, device: str
+) -> None:
+    expected = _named_tensors(model)
+    problems = _Problems(expected)
+    for name, tensor in tensors:
+        if problems.accept(name, tensor):
+            model.load_state_dict({name: tensor.to(device, dtype)}, strict=False, assign=True)
+    problems.check(where)
+    model.tie_weights()
+
+
+@torch.no_grad()
+def _copy(expected: Mapping[str, Tensor], tensors: Iterator[tuple[str, Tensor]], *, where: str) -> None:
+    problems = _Problems(expected)
+    for name, tensor in tensors:
+        if problems.accept(name, tensor):
+            expected[name].copy_(tensor)
+    problems.check(where)
+
+
+class _Problems:
+    """Collects what does not fit, so that one error names it all."""
+
+    def __init__(self, expected: Mapping[str, Tensor]) -> None:
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+        self._missing = dict.fromkeys(expected)
+        self._unexpected: list[str] = []
+        self._misshaped: list[str] = []
+
+    def accept(self, name: str, tensor: Tensor) -> bool:
+        if name not in self._shapes:
+            self._unexpected.append(name)
+            return False
+        self._missing.pop(name, None)
+        if tuple(tensor.shape) != self._shapes[name]:
+            self._misshaped.append(f"{name} is {tuple(tensor.shape)}, should be {self._shapes[name]}")
+            return False
+        return True
+
+    def check(self, where: str) -> None:
+        kinds = (("missing", [*self._missing]), ("unexpected", self._unexpected), ("misshaped", self._misshaped))
+        found = [f"{kind}: {', '.join(names)}" for kind, names in kinds if names]
+        if found:
+            raise ValueError(f"{where} does not fit the model; " + "; ".join(found))
+
+
+def _text_config(raw: Mapping[str, Any], *, where: str) -> HybridConfig:
+    known = {field.name for field in fields(HybridConfig)}
+    values = {name: value for name, value in raw.items() if name in known and value is not None}
+    if isinstance(values.get("eos_token_id"), list):
+        values["eos_token_id"] = values["eos_token_id"][0]
+    return _validated(TypeAdapter(HybridConfig), values, where)
+
+
+def _validated(adapter: TypeAdapter[Any], values: Any, where: str) -> Any:
+    try:
+        return adapter.validate_python(values)
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, item['loc'])) or 'config'}: {item['msg']}" for item in error.errors()]
+        raise ValueError(f"{where}: " + "; ".join(lines)) from error
+
+
+def _local_folder(name_or_folder: str | Path) -> Path:
+    if Path(name_or_folder).is_dir():
+        return Path(name_or_folder)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(str(name_or_folder), allow_patterns=["*.json", "*.safetensors"]))
