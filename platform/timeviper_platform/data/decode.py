@@ -1,0 +1,253 @@
+"""Media and sampling times to frames: uint8 at the encoder's size, each with the PTS that was on screen.
+
+Knows the sampling rule, images, and a pool of open decoders. Does not know the store, encoders or Ray; how a container
+is walked is the backends' business (decode_pyav.py, decode_decord.py). Preprocessing and serving both decode here.
+
+The rule: the frame of time t is the last one with PTS <= t, the first one for t before it, compared as integers in the
+stream's time base. Average frame rates are never used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal, Protocol
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from timeviper_platform.data.features import select_frames
+from timeviper_platform.data.media import (
+    DecodeError,
+    ErrorType,
+    MediaLimits,
+    MediaProbe,
+    Stage,
+    open_binary,
+    reading,
+)
+from timeviper_platform.data.probe import probe_media
+
+__all__ = [
+    "Backend",
+    "DecodeError",
+    "DecoderPool",
+    "ErrorType",
+    "FrameBatch",
+    "MediaLimits",
+    "MediaProbe",
+    "VideoReader",
+    "count_samples",
+    "iter_frames",
+    "open_video",
+    "probe_media",
+    "read_frames",
+    "read_image",
+    "sample_times",
+]
+
+Backend = Literal["pyav", "decord"]
+
+MAX_TAIL_SECONDS = 1
+"""How much longer than its pictures a container may say it is (sound often is) before samples count as missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class FrameBatch:
+    """Decoded frames of one medium, ascending in time; checks itself when built."""
+
+    frames: np.ndarray
+    """(F, H, W, 3) uint8, RGB"""
+    pts_seconds: np.ndarray
+    """(F,) float64: PTS of each frame"""
+    times_seconds: np.ndarray
+    """(F,) float64: the t it was sampled for"""
+    num_missing: int = 0
+    """samples that could not be decoded"""
+
+    def __post_init__(self) -> None:
+        count = len(self.frames)
+        if self.frames.ndim != 4 or self.frames.shape[-1] != 3 or self.frames.dtype != np.uint8:
+            raise ValueError(f"frames must be (F, H, W, 3) uint8, not {self.frames.shape} {self.frames.dtype}")
+        if self.pts_seconds.shape != (count,) or self.times_seconds.shape != (count,):
+            raise ValueError(f"{count} frames need as many PTS and times: {self.pts_seconds.shape}")
+        if count > 1 and bool((np.diff(self.times_seconds) < 0).any()):
+            raise ValueError("frames must ascend in time")
+
+
+class VideoReader(Protocol):
+    """An open video that can be sampled again and again; cheapest in ascending order."""
+
+    def sample(self, times: Sequence[Fraction]) -> FrameBatch:
+        """The frames on screen at `times` (ascending), those that decode; the others are counted as missing.
+
+        Raises:
+            DecodeError: when the file cannot be read any more.
+        """
+
+    def close(self) -> None:
+        """Gives file and decoder back."""
+
+
+def sample_times(start_seconds: Fraction, fps: Fraction, first_sample: int, num_samples: int) -> list[Fraction]:
+    """t of samples first_sample, first_sample + 1, ...: sample k lies at start + k / fps."""
+    return [start_seconds + k / fps for k in range(first_sample, first_sample + num_samples)]
+
+
+def count_samples(start_seconds: Fraction, end_seconds: Fraction, fps: Fraction) -> int:
+    """How many k >= 0 have start + k / fps < end: 597 for 596.46 s at 1 fps from 0."""
+    return max(0, math.ceil((end_seconds - start_seconds) * fps))
+
+
+def open_video(
+    source: str | bytes, image_size: int, *, limits: MediaLimits | None = None, backend: Backend = "pyav"
+) -> VideoReader:
+    """An open video whose frames come scaled to image_size x image_size, bicubic.
+
+    Raises:
+        DecodeError: when it cannot be opened.
+    """
+    if backend == "decord":
+        from timeviper_platform.data.decode_decord import DecordReader
+
+        return DecordReader(source, image_size, limits=limits)
+    from timeviper_platform.data.decode_pyav import PyAVReader
+
+    return PyAVReader(source, image_size, limits=limits)
+
+
+def read_image(source: str | bytes, image_size: int, *, limits: MediaLimits | None = None) -> FrameBatch:
+    """The picture as one frame at time 0, turned upright as its EXIF says, transparency on white.
+
+    Raises:
+        DecodeError: when it cannot be read, or is past a limit.
+    """
+    limits = limits or MediaLimits()
+    with reading("decode_image", source), open_binary(source) as file, Image.open(file) as image:
+        if image.width * image.height > limits.max_pixels:
+            message = f"{image.width} x {image.height} is past {limits.max_pixels = }"
+            raise DecodeError("decode_image", ErrorType.TOO_MANY_PIXELS, message)
+        upright = ImageOps.exif_transpose(image)
+        if upright.has_transparency_data:
+            upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright.convert("RGBA"))
+        pixels = np.asarray(upright.convert("RGB").resize((image_size, image_size), Image.Resampling.BICUBIC))
+    return FrameBatch(pixels[None].copy(), np.zeros(1), np.zeros(1))
+
+
+def read_frames(
+    source: str | bytes,
+    image_size: int,
+    *,
+    fps: Fraction = Fraction(1),
+    max_frames: int | None = None,
+    mode: Literal["uniform", "first"] = "uniform",
+    limits: MediaLimits | None = None,
+    backend: Backend = "pyav",
+) -> FrameBatch:
+    """A whole medium, sampled and thinned to `max_frames`: what a request about an uploaded file needs.
+
+    Memory is max_frames x image_size x image_size x 3 bytes; use `iter_frames` for long media.
+
+    Raises:
+        DecodeError: when it is no medium, is past a limit, or not one frame decodes.
+    """
+    batches = list(
+        iter_frames(source, image_size, fps=fps, max_frames=max_frames, mode=mode, limits=limits, backend=backend)
+    )
+    return FrameBatch(
+        np.concatenate([batch.frames for batch in batches]),
+        np.concatenate([batch.pts_seconds for batch in batches]),
+        np.concatenate([batch.times_seconds for batch in batches]),
+        sum(batch.num_missing for batch in batches),
+    )
+
+
+def iter_frames(
+    source: str | bytes,
+    image_size: int,
+    *,
+    fps: Fraction = Fraction(1),
+    max_frames: int | None = None,
+    mode: Literal["uniform", "first"] = "uniform",
+    limits: MediaLimits | None = None,
+    backend: Backend = "pyav",
+    frames_per_batch: int = 64,
+) -> Iterator[FrameBatch]:
+    """`read_frames` piece by piece, with at most `frames_per_batch` frames in memory.
+
+    Raises:
+        DecodeError: see `read_frames`.
+    """
+    limits = limits or MediaLimits()
+    probe = probe_media(source, limits)
+    if probe.modality == "image":
+        yield read_image(source, image_size, limits=limits)
+        return
+    count = count_samples(Fraction(0), probe.end_seconds, fps)
+    if count > limits.max_samples:
+        message = f"{count} samples at {float(fps)} fps are past {limits.max_samples = }"
+        raise DecodeError("decode_video", ErrorType.TOO_MANY_FRAMES, message)
+    grid = sample_times(Fraction(0), fps, 0, count)
+    times = [grid[k] for k in select_frames([float(t) for t in grid], max_frames=max_frames, mode=mode)]
+    reader = open_video(source, image_size, limits=limits, backend=backend)
+    num_frames = 0
+    try:
+        for start in range(0, len(times), frames_per_batch):
+            batch = reader.sample(times[start : start + frames_per_batch])
+            num_frames += len(batch.frames)
+            yield batch
+    finally:
+        reader.close()
+    if num_frames == 0:
+        raise DecodeError("decode_video", ErrorType.FRAMES_MISSING, f"none of {len(times)} sampled frames decodes")
+
+
+class DecoderPool:
+    """Open videos, least recently used closed first, so that the segments of a film share one decoder.
+
+    Opening a ten-hour film costs seconds and seeking decodes from a keyframe: reopening for every segment would make
+    the cost quadratic in the length.
+    """
+
+    def __init__(
+        self, image_size: int, *, limits: MediaLimits | None = None, backend: Backend = "pyav", max_open: int = 4
+    ) -> None:
+        if max_open < 1:
+            raise ValueError(f"{max_open = } must be at least 1")
+        self._image_size = image_size
+        self._limits = limits
+        self._backend: Backend = backend
+        self._max_open = max_open
+        self._readers: OrderedDict[str, VideoReader] = OrderedDict()
+
+    def sample(self, uri: str, times: Sequence[Fraction]) -> FrameBatch:
+        """See `VideoReader.sample`; a video that fails is closed, and opened again when asked for again."""
+        if uri not in self._readers:
+            while len(self._readers) >= self._max_open:
+                self._readers.popitem(last=False)[1].close()
+            self._readers[uri] = open_video(uri, self._image_size, limits=self._limits, backend=self._backend)
+        self._readers.move_to_end(uri)
+        try:
+            return self._readers[uri].sample(times)
+        except DecodeError:
+            self._readers.pop(uri).close()
+            raise
+
+    def close(self) -> None:
+        """Closes every video."""
+        while self._readers:
+            self._readers.popitem()[1].close()
+
+
+def check_size(width: int, height: int, limits: MediaLimits, stage: Stage, name: str) -> None:
+    """Passes for pictures within `limits`; a stream may change its size after the header.
+
+    Raises:
+        DecodeError: past `max_pixels`.
+    """
+    if width * height > limits.max_pixels:
+        message = f"{name}: {width} x {height} is past {limits.max_pixels = }"
+        raise DecodeError(stage, ErrorType.TOO_MANY_PIXELS, message)

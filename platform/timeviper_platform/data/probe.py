@@ -1,0 +1,111 @@
+"""Headers to facts: modality, duration, size, codec of a medium, without decoding a frame.
+
+Knows how containers state durations. Does not know plans or stores.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from fractions import Fraction
+
+from PIL import Image
+
+from timeviper_platform.data.media import (
+    DecodeError,
+    ErrorType,
+    MediaLimits,
+    MediaProbe,
+    clock_origin,
+    open_binary,
+    open_container,
+    read_head,
+    reading,
+    sniff_modality,
+    video_stream,
+)
+
+AV_TIME_BASE = 1_000_000
+"""FFmpeg states container durations in microseconds."""
+
+
+def probe_media(source: str | bytes, limits: MediaLimits | None = None) -> MediaProbe:
+    """What the headers of a medium say.
+
+    Args:
+        source: a URI, or the file's bytes.
+        limits: defaults when None.
+
+    Raises:
+        DecodeError: when it is missing, empty, no medium, or past a limit.
+    """
+    limits = limits or MediaLimits()
+    with reading("probe", source):
+        head = read_head(source)
+        if not head:
+            raise DecodeError("probe", ErrorType.EMPTY_FILE, f"{_name(source)}: the file has 0 bytes")
+        probe = _probe_image(source) if sniff_modality(head) == "image" else _probe_video(source)
+    if probe.width * probe.height > limits.max_pixels:
+        raise DecodeError(
+            "probe",
+            ErrorType.TOO_MANY_PIXELS,
+            f"{_name(source)}: {probe.width} x {probe.height} is past {limits.max_pixels = }; raise it if memory lasts",
+        )
+    return probe
+
+
+def sha256_of(uri: str) -> str:
+    """sha256 of a file's bytes, read in pieces.
+
+    Raises:
+        DecodeError: when it cannot be read.
+    """
+    with reading("probe", uri), open_binary(uri) as file:
+        digest = hashlib.sha256()
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+        return digest.hexdigest()
+
+
+def _probe_image(source: str | bytes) -> MediaProbe:
+    with open_binary(source) as file, Image.open(file) as image:  # reads the header alone
+        width, height = image.size
+        codec = (image.format or "").lower()
+    return MediaProbe(
+        modality="image",
+        end_seconds=Fraction(0),
+        end_is_exact=True,
+        source_fps=0.0,
+        width=width,
+        height=height,
+        codec=codec,
+    )
+
+
+def _probe_video(source: str | bytes) -> MediaProbe:
+    with open_container(source) as container:
+        stream = video_stream(container, "probe", _name(source))
+        if stream.duration:
+            ticks = (stream.start_time or 0) - clock_origin(container, stream) + stream.duration
+            end = ticks * Fraction(stream.time_base)
+        elif container.duration:
+            end = Fraction(container.duration, AV_TIME_BASE)
+        else:
+            raise DecodeError(
+                "probe", ErrorType.NO_DURATION, f"{_name(source)}: no header states a duration; remux the file"
+            )
+        context = stream.codec_context
+        if not context.width or not context.height:
+            raise DecodeError("probe", ErrorType.CORRUPT_FILE, f"{_name(source)}: the video stream has no size")
+        return MediaProbe(
+            modality="video",
+            end_seconds=end,
+            end_is_exact=bool(stream.duration),
+            source_fps=float(stream.average_rate or 0),
+            width=context.width,
+            height=context.height,
+            codec=context.name,
+        )
+
+
+def _name(source: str | bytes) -> str:
+    return source if isinstance(source, str) else f"{len(source)} bytes"
