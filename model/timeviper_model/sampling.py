@@ -60,12 +60,12 @@ def sample_tokens(
     """One token for every row.
 
     Args:
-        logits_BV: (B, V) float32.
+        logits_BV: (B, V) float32 or float64.
         params: one for every row.
         generators: one for every row, on the CPU; a greedy row leaves its generator alone.
     """
-    logprobs_BV = torch.log_softmax(logits_BV.float(), dim=-1)
-    ids = torch.argmax(logprobs_BV, dim=-1).tolist()
+    logprobs_BV = torch.log_softmax(logits_BV, dim=-1)
+    ids = torch.argmax(logits_BV, dim=-1).tolist()
     for row, (param, generator) in enumerate(zip(params, generators, strict=True)):
         if param.temperature > 0:
             ids[row] = _draw(logits_BV[row], param, generator)

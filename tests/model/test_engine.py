@@ -1,0 +1,300 @@
+"""engine: many requests together give what each gives alone, and nothing gets lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+
+from reference.tiny_serving import CONFIG_WITH_TRANSV, byte_tokenizer, generate_alone, prompt, random_model
+from timeviper_model.engine import (
+    EngineConfig,
+    Event,
+    Failed,
+    Finished,
+    InferenceEngine,
+    QueueFull,
+    Request,
+    RequestId,
+    Token,
+)
+from timeviper_model.sampling import SamplingParams
+from timeviper_model.timeviper import TimeViper
+
+TOKENIZER = byte_tokenizer()
+DIM = CONFIG_WITH_TRANSV.vision.hidden_size
+QUESTIONS = [("What?", 0), ("Which picture appears?", 24), ("When?", 9), ("How often does it appear?", 40), ("Why", 3)]
+
+
+@pytest.fixture(scope="module")
+def model() -> TimeViper:
+    return random_model()
+
+
+def vision(num_tokens: int) -> torch.Tensor:
+    return torch.randn(num_tokens, DIM, generator=torch.Generator().manual_seed(num_tokens), dtype=torch.float64)
+
+
+def ask(question: str = "What?", num_vision: int = 8, **values: Any) -> Request:
+    values.setdefault("vision_features", vision(num_vision))
+    return Request(prompt=prompt(TOKENIZER, question, num_vision), **values)
+
+
+def engine_of(model: TimeViper, **config: int) -> InferenceEngine:
+    return InferenceEngine(model, EngineConfig(**config), tokenizer=TOKENIZER)
+
+
+def run(engine: InferenceEngine) -> dict[RequestId, list[Event]]:
+    events: dict[RequestId, list[Event]] = {}
+    while engine.has_work:
+        for event in engine.step():
+            events.setdefault(event.request_id, []).append(event)
+    return events
+
+
+def ids_of(events: Iterable[Event]) -> list[int]:
+    return [event.id for event in events if isinstance(event, Token)]
+
+
+def text_of(events: Iterable[Event]) -> str:
+    return "".join(event.text for event in events if not isinstance(event, Failed))
+
+
+def test_batched_greedy_tokens_equal_one_by_one(model: TimeViper) -> None:
+    engine = engine_of(model, num_slots=3)
+    ids = [engine.submit(ask(q, n, max_new_tokens=12 + n % 5)) for q, n in QUESTIONS]
+    events = run(engine)
+    for request_id, (question, num_vision) in zip(ids, QUESTIONS, strict=True):
+        expected = generate_alone(
+            model,
+            prompt(TOKENIZER, question, num_vision),
+            vision(num_vision),
+            num_tokens=12 + num_vision % 5,
+            end_ids=engine.end_token_ids,
+        )
+        assert ids_of(events[request_id]) == expected
+        assert len(set(expected)) > 2  # random weights that say one thing for ever would prove nothing
+
+
+def test_sampled_tokens_depend_on_the_seed_and_not_on_the_neighbours(model: TimeViper) -> None:
+    sampling = SamplingParams(temperature=1.0, top_p=0.95)
+
+    def tokens(seeds: list[int], num_slots: int) -> dict[int, list[int]]:
+        engine = engine_of(model, num_slots=num_slots)
+        ids = {seed: engine.submit(ask(sampling=sampling, seed=seed, max_new_tokens=10)) for seed in seeds}
+        events = run(engine)
+        return {seed: ids_of(events[request_id]) for seed, request_id in ids.items()}
+
+    together = tokens([1, 2, 3, 4], num_slots=4)
+    assert tokens([3], num_slots=1)[3] == together[3]
+    assert tokens([4, 2], num_slots=2) == {4: together[4], 2: together[2]}
+    assert len({tuple(t) for t in together.values()}) > 1
+
+
+def test_one_prompt_is_prefilled_a_step_while_others_go_on(model: TimeViper) -> None:
+    engine = engine_of(model, num_slots=3)
+    ids = [engine.submit(ask(max_new_tokens=6)) for _ in range(3)]
+    per_step = [[len([e for e in step if e.request_id == i]) for i in ids] for step in (engine.step() for _ in "123")]
+    # a prompt's first token and its first decoded one come in the same step
+    assert per_step == [[2, 0, 0], [1, 2, 0], [1, 1, 2]]
+
+
+def test_a_waiting_request_takes_the_slot_that_becomes_free(model: TimeViper) -> None:
+    engine = engine_of(model, num_slots=1)
+    short, long = engine.submit(ask(max_new_tokens=1)), engine.submit(ask(max_new_tokens=3))
+    assert engine.stats().queued_requests == 2
+    engine.step()
+    assert (engine.stats().active_slots, engine.stats().queued_requests) == (0, 1)
+    events = run(engine)
+    assert short not in events
+    assert len(ids_of(events[long])) == 3
+
+
+def test_the_queue_has_a_limit_and_says_so(model: TimeViper) -> None:
+    engine = engine_of(model, num_slots=2, max_queued_requests=1)
+    for _ in range(3):
+        engine.submit(ask())
+    with pytest.raises(QueueFull, match="limits 2 and 1"):
+        engine.submit(ask())
+    engine.step()
+    with pytest.raises(QueueFull):  # one runs, two wait: still three
+        engine.submit(ask())
+
+
+def test_a_cancelled_request_frees_its_slot_at_once(model: TimeViper) -> None:
+    engine = engine_of(model, num_slots=1)
+    running, waiting, next_one = (engine.submit(ask(max_new_tokens=50)) for _ in range(3))
+    engine.step()
+    assert engine.cancel(running)
+    assert engine.cancel(waiting)
+    assert not engine.cancel(running)
+    assert engine.stats().active_slots == 0
+    events = engine.step()
+    assert {e.request_id: e.reason for e in events if isinstance(e, Finished)} == {
+        running: "cancelled",
+        waiting: "cancelled",
+    }
+    assert ids_of(e for e in events if e.request_id == next_one)
+
+
+def test_memory_of_keys_and_values_goes_back_when_all_is_done(model: TimeViper) -> None:
+    engine = engine_of(model, num_slots=2)
+    empty = engine.stats().cache_bytes
+    engine.submit(ask(num_vision=40, max_new_tokens=4))
+    engine.step()
+    assert engine.stats().cache_bytes > empty
+    run(engine)
+    assert engine.stats().cache_bytes == empty
+
+
+def test_a_stream_leaves_the_events_of_others_to_them(model: TimeViper) -> None:
+    engine = engine_of(model, num_slots=2)
+    first, second = engine.submit(ask("a", max_new_tokens=9)), engine.submit(ask("b", max_new_tokens=4))
+    streamed = {first: list(engine.stream(first)), second: list(engine.stream(second))}
+    assert [len(ids_of(events)) for events in streamed.values()] == [9, 4]
+    assert all(isinstance(events[-1], Finished) for events in streamed.values())
+    assert list(engine.stream(first)) == []
+    assert not engine.has_work
+
+
+def test_an_answer_ends_at_the_end_token_without_its_text(model: TimeViper) -> None:
+    end = next(iter(engine_of(model).end_token_ids))
+    script = [*TOKENIZER("Yes\n")["input_ids"], end]
+    events = run_script(script)
+    assert text_of(events) == "Yes"
+    assert ids_of(events) == script
+    assert isinstance(events[-1], Finished)
+    assert (events[-1].reason, events[-1].usage.completion_tokens) == ("stop", 5)
+
+
+def test_an_answer_ends_at_stop_texts_and_stop_ids() -> None:
+    script = TOKENIZER("one two three")["input_ids"]
+    assert text_of(run_script(script, stop=("wo t",))) == "one t"
+    assert text_of(run_script(script, stop=("w", "ne"))) == "o"
+    assert text_of(run_script(script, stop=(TOKENIZER("h")["input_ids"][0],))) == "one two t"
+    finished = run_script(script, stop=(" ",))[-1]
+    assert isinstance(finished, Finished)
+    assert finished.reason == "stop"
+
+
+def test_an_answer_that_is_cut_keeps_what_looked_like_a_stop() -> None:
+    events = run_script(TOKENIZER("one two")["input_ids"], stop=("two!",))
+    assert text_of(events) == "one two"
+    assert isinstance(events[-1], Finished)
+    assert events[-1].reason == "length"
+
+
+class _Scripted(TimeViper):
+    """Says what it is told to: the logits of decode step k favour `script[k]`."""
+
+    script: list[int]
+    place: int = 0
+
+    def prefill(self, batch: Any, cache: Any, slot: int) -> torch.Tensor:
+        super().prefill(batch, cache, slot)
+        return self._next()
+
+    def decode_step(self, input_ids: Any, cache: Any, slots: Any) -> torch.Tensor:
+        super().decode_step(input_ids, cache, slots)
+        return self._next()[None]
+
+    def _next(self) -> torch.Tensor:
+        logits = torch.zeros(self.config.text.vocab_size)
+        logits[self.script[self.place]] = 10.0
+        self.place += 1
+        return logits
+
+
+def run_script(script: list[int], **values: Any) -> list[Event]:
+    model = _Scripted(CONFIG_WITH_TRANSV)
+    model.init_weights(torch.Generator().manual_seed(0))
+    model.script = script
+    engine = InferenceEngine(model.eval(), EngineConfig(num_slots=1), tokenizer=TOKENIZER)
+    request_id = engine.submit(ask(max_new_tokens=len(script), **values))
+    return list(engine.stream(request_id))
+
+
+def test_usage_counts_vision_before_and_after_transv(model: TimeViper) -> None:
+    engine = engine_of(model)
+    events = list(engine.stream(engine.submit(ask(num_vision=41, max_new_tokens=2))))
+    assert isinstance(events[-1], Finished)
+    usage = events[-1].usage
+    # keep 0.5 then 0.25 of 41, rounded half up: 21 and 10
+    assert (usage.vision_tokens, usage.vision_tokens_kept, usage.cached_tokens) == (41, 10, 0)
+    assert usage.prompt_tokens == len(prompt(TOKENIZER, "What?", 41))
+    stats = engine.stats()
+    assert (stats.prompt_tokens, stats.completion_tokens, stats.prefix_hits) == (usage.prompt_tokens, 2, 0)
+
+
+def test_features_may_come_block_by_block_when_the_request_has_a_slot(model: TimeViper) -> None:
+    calls = []
+
+    def blocks() -> Iterable[torch.Tensor]:
+        calls.append(1)
+        return vision(24).split(10)
+
+    engine = engine_of(model)
+    whole = ids_of(list(engine.stream(engine.submit(ask(num_vision=24, max_new_tokens=5)))))
+    request = ask(num_vision=24, vision_features=blocks, max_new_tokens=5)
+    assert calls == []
+    assert ids_of(list(engine.stream(engine.submit(request)))) == whole
+    assert calls == [1]
+
+
+def test_a_request_whose_features_fail_leaves_the_others_alone(model: TimeViper) -> None:
+    def broken() -> Iterable[torch.Tensor]:
+        raise RuntimeError("the store is away")
+
+    engine = engine_of(model)
+    good, bad, short = (
+        engine.submit(ask(max_new_tokens=3)),
+        engine.submit(ask(vision_features=broken)),
+        engine.submit(ask(vision_features=lambda: [vision(5)])),  # 5 rows for 8 tokens
+    )
+    events = run(engine)
+    assert len(ids_of(events[good])) == 3
+    assert isinstance(events[bad][-1], Failed)
+    assert "the store is away" in events[bad][-1].error
+    assert isinstance(events[short][-1], Failed)
+
+
+def test_logits_that_are_not_finite_fail_their_request() -> None:
+    model = random_model()
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("nan")
+    engine = engine_of(model)
+    (event,) = engine.stream(engine.submit(ask()))
+    assert isinstance(event, Failed)
+    assert "not finite" in event.error
+    assert engine.stats().active_slots == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "values", "message"),
+    [
+        ({"max_prompt_tokens": 5}, {}, "the limit is 5"),
+        ({"max_new_tokens": 5}, {"max_new_tokens": 6}, "limit of 5"),
+        ({}, {"vision_features": torch.zeros(8, DIM + 1)}, "vision features"),
+    ],
+)
+def test_a_request_that_can_never_be_served_is_refused(
+    model: TimeViper, config: dict[str, int], values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        engine_of(model, **config).submit(ask(**values))
+
+
+def test_without_a_tokenizer_answers_are_ids_and_stop_texts_refused(model: TimeViper) -> None:
+    engine = InferenceEngine(model)
+    assert engine.end_token_ids == {CONFIG_WITH_TRANSV.text.eos_token_id}
+    assert text_of(list(engine.stream(engine.submit(ask(max_new_tokens=3))))) == ""
+    with pytest.raises(ValueError, match="tokenizer"):
+        engine.submit(ask(stop=("x",)))
+
+
+@pytest.mark.parametrize("values", [{"max_new_tokens": 0}, {"stop": ("",)}])
+def test_a_malformed_request_is_refused_when_made(values: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"must be at least 1|empty stop"):
+        ask(**values)
