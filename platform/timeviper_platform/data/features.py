@@ -14,16 +14,17 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
-from torch import Tensor
 
 from timeviper_platform import schemas, storage
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 STORE_FILE = "store.json"
 INDEX_FILE = "index.parquet"
@@ -166,6 +167,8 @@ class FeatureStore:
             ValueError: for frame numbers out of order or out of range.
             RuntimeError: when a data file is gone or damaged.
         """
+        import torch  # a process that decodes takes select_frames from here, and stays without torch
+
         info = self.info(media_id)
         wanted = np.arange(info.num_frames) if frames is None else np.asarray(frames, dtype=np.int64)
         if wanted.size and (wanted[0] < 0 or wanted[-1] >= info.num_frames or bool((np.diff(wanted) < 0).any())):
