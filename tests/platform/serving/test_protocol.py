@@ -33,7 +33,7 @@ def error_of(body: bytes) -> ApiError:
         b'"text"',
         b"\xff\xfe",
         b'{"model": ' + b"9" * 5000 + b"}",
-        b"[" * 100000,
+        b"[" * 100_000,
         b'{"model": "m", "messages": [{"role": "user", "content": "\\ud800"}]}',
     ],
 )
