@@ -59,7 +59,7 @@ _IDENTITY = [
     pa.field("num_segments", pa.int32()),
 ]
 _OUTCOME = [
-    _required("status", pa.string()),  # ok | partial | error
+    _required("status", pa.string()),  # ok | partial | error; in a plan: planned | error
     pa.field("error_stage", pa.string()),
     pa.field("error_type", pa.string()),
     pa.field("error_message", pa.string()),
@@ -75,9 +75,11 @@ PLAN = _schema(
         pa.field("grid_start_seconds", pa.float64()),  # sample k is taken at grid_start_seconds + k / fps
         pa.field("first_sample", pa.int32()),
         pa.field("num_samples", pa.int32()),
+        *_OUTCOME,
     ],
 )
-"""One row a segment: at most 64 sampled frames of one medium. An image is one segment of one frame."""
+"""One row a segment: at most 64 sampled frames of one medium; an image is one segment of one frame. A medium whose
+headers cannot be read has one row with status error and no segment_id."""
 
 _SEGMENT = [
     *_IDENTITY,

@@ -1,0 +1,261 @@
+"""The steps of a unit of work, as plain classes: segments to frames, frames to FEATURES rows, rows to a committed file.
+
+Knows how errors become rows and how frames of several segments share batches. Does not know Ray: pipeline.py wraps
+these classes where it builds the graph.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+
+from timeviper_platform.data.decode import Backend, DecodeError, DecoderPool, ErrorType, FrameBatch, read_image
+from timeviper_platform.data.encode import EncoderConfig, FrameEncoder
+from timeviper_platform.data.media import MediaLimits
+from timeviper_platform.data.segments import Segment, Unit
+from timeviper_platform.data.store_writer import Row, features_bytes, write_file
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodeConfig:
+    """How videos are opened."""
+
+    backend: Backend = "pyav"
+    max_open_videos: int = 4
+    """decoders that a worker keeps open; 4 cost about 250 MB at 720p"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerSpec:
+    """All that a worker is told."""
+
+    store: str
+    recipe_hash: str
+    encoder: EncoderConfig
+    image_size: int
+    fps: Fraction
+    decode: DecodeConfig
+    limits: MediaLimits
+    num_threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedSegment:
+    """A segment with its frames, or with the reason why there are none."""
+
+    segment: Segment
+    frames: FrameBatch | None
+    error: DecodeError | None
+    decode_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnitOutcome:
+    """What became of a unit; travels to the driver."""
+
+    unit: str
+    num_frames: int
+    num_ok: int
+    num_partial: int
+    num_error: int
+    error_types: list[str]
+    """one a segment with status partial or error"""
+    feature_bytes: int
+    decode_seconds: float
+    encode_seconds: float
+    write_seconds: float
+    started: float
+    """seconds since the epoch"""
+    ended: float
+    worker: str
+    """host and process"""
+
+
+class SegmentDecoder:
+    """Segments to frames; keeps videos open between segments."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self._spec = spec
+        self._pool = DecoderPool(
+            spec.image_size,
+            limits=spec.limits,
+            backend=spec.decode.backend,
+            max_open=spec.decode.max_open_videos,
+        )
+
+    def decode(self, segment: Segment) -> DecodedSegment:
+        """The frames of one segment; what is wrong with it is in the result, not raised."""
+        started = time.perf_counter()
+        frames, error = None, None
+        try:
+            frames = self._frames(segment)
+        except DecodeError as caught:
+            error = caught
+        return DecodedSegment(segment, frames, error, time.perf_counter() - started)
+
+    def _frames(self, segment: Segment) -> FrameBatch:
+        if segment.modality == "image":
+            return read_image(segment.uri, self._spec.image_size, limits=self._spec.limits)
+        frames = self._pool.sample(segment.uri, segment.times(self._spec.fps))
+        if len(frames.frames) == 0 and (frames.num_missing or segment.segment_index == 0):
+            message = f"{segment.uri}: none of {segment.num_samples} sampled frames decodes"
+            raise DecodeError("decode_video", ErrorType.FRAMES_MISSING, message)
+        return frames
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """A decoded segment whose tokens are partly made."""
+
+    decoded: DecodedSegment
+    num_frames: int
+    tokens: list[torch.Tensor] = field(default_factory=list)
+    num_encoded: int = 0
+    encode_seconds: float = 0.0
+
+
+class SegmentEncoder:
+    """Decoded segments to FEATURES rows, in order. Short segments share batches; a frame's values do not depend on
+    its neighbours in the batch."""
+
+    def __init__(self, encoder: FrameEncoder, fps: Fraction) -> None:
+        self._encoder = encoder
+        self._fps = fps
+
+    def rows(self, decoded: Iterable[DecodedSegment]) -> Iterator[Row]:
+        """A row a segment."""
+        waiting: deque[_Waiting] = deque()
+        size = self._encoder.config.encode_batch_frames
+        num_frames = 0  # decoded but not encoded
+        for item in decoded:
+            count = 0 if item.frames is None else len(item.frames.frames)
+            waiting.append(_Waiting(item, count))
+            num_frames += count
+            if num_frames >= size:
+                num_frames -= self._encode(waiting, num_frames - num_frames % size)
+            while waiting and waiting[0].num_encoded == waiting[0].num_frames:
+                yield self._row(waiting.popleft())
+        self._encode(waiting, num_frames)
+        while waiting:
+            yield self._row(waiting.popleft())
+
+    def _encode(self, waiting: Iterable[_Waiting], num_frames: int) -> int:
+        """Encodes the first `num_frames` frames that wait; returns their number."""
+        takes: list[tuple[_Waiting, np.ndarray]] = []
+        left = num_frames
+        for entry in waiting:
+            if left and entry.decoded.frames is not None:
+                frames = entry.decoded.frames.frames[entry.num_encoded : entry.num_encoded + left]
+                takes.append((entry, frames))
+                left -= len(frames)
+        if not takes:
+            return 0
+        started = time.perf_counter()
+        tokens = self._encoder.encode(np.concatenate([frames for _, frames in takes]))
+        seconds = time.perf_counter() - started
+        pieces = tokens.split([len(frames) for _, frames in takes])
+        for (entry, frames), piece in zip(takes, pieces, strict=True):
+            entry.tokens.append(piece)
+            entry.num_encoded += len(frames)
+            entry.encode_seconds += seconds * len(frames) / num_frames
+        return num_frames
+
+    def _row(self, entry: _Waiting) -> Row:
+        segment, frames, error = entry.decoded.segment, entry.decoded.frames, entry.decoded.error
+        times = segment.times(self._fps)
+        row: Row = {
+            **{k: v for k, v in asdict(segment).items() if k not in _PLAN_ONLY},
+            "start_seconds": float(times[0]),
+            "end_seconds": float(times[-1] + 1 / self._fps),
+            "num_frames": entry.num_frames,
+            "num_tokens_per_frame": self._encoder.num_tokens_per_frame,
+            "dim": self._encoder.dim,
+            "dtype": "bfloat16",
+            "decode_ms": entry.decoded.decode_seconds * 1e3,
+            "encode_ms": entry.encode_seconds * 1e3,
+        }
+        if frames is None:
+            assert error is not None
+            return row | {
+                "status": "error",
+                "error_stage": error.stage,
+                "error_type": error.error_type.value,
+                "error_message": error.message,
+                "frames_missing": segment.num_samples,
+                "frame_times_seconds": [],
+                "frame_pts_seconds": [],
+                "features": None,
+            }
+        data = features_bytes(torch.cat(entry.tokens)) if entry.tokens else b""
+        partial = {
+            "error_stage": "decode_video",
+            "error_type": ErrorType.FRAMES_MISSING.value,
+            "error_message": f"{frames.num_missing} of {segment.num_samples} sampled frames do not decode",
+        }
+        return row | {
+            "status": "partial" if frames.num_missing else "ok",
+            **(partial if frames.num_missing else {}),
+            "frames_missing": frames.num_missing,
+            "frame_times_seconds": frames.times_seconds.tolist(),
+            "frame_pts_seconds": frames.pts_seconds.tolist(),
+            "features_xxh64": xxhash.xxh64_intdigest(data),
+            "features": data,
+        }
+
+
+_PLAN_ONLY = frozenset({"grid_start_seconds", "first_sample", "num_samples"})
+
+
+class UnitProcessor:
+    """A whole unit in one process: decode, encode, write, commit. For machines whose decoder and encoder share cores."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        torch.set_num_threads(spec.num_threads)
+        self._spec = spec
+        self._decoder = SegmentDecoder(spec)
+        self._encoder = SegmentEncoder(FrameEncoder(spec.encoder), spec.fps)
+
+    def process(self, unit: Unit) -> UnitOutcome:
+        """Writes and commits the unit's file; memory holds one row group and one segment's frames at a time."""
+        started = time.time()
+        rows = self._encoder.rows(self._decoder.decode(segment) for segment in unit.segments)
+        return write_unit(self._spec, unit.name, rows, started)
+
+
+def write_unit(spec: WorkerSpec, name: str, rows: Iterable[Row], started: float) -> UnitOutcome:
+    """Writes and commits rows as the data file of unit `name`."""
+    index_rows = write_file(spec.store, name, rows, recipe_digest=spec.recipe_hash)
+    return outcome_of(name, index_rows, started)
+
+
+def outcome_of(name: str, rows: list[Row], started: float) -> UnitOutcome:
+    """The sum of a unit's rows."""
+    ended = time.time()
+    statuses = [row["status"] for row in rows]
+    decode_seconds = sum(row["decode_ms"] for row in rows) / 1e3
+    encode_seconds = sum(row["encode_ms"] for row in rows) / 1e3
+    return UnitOutcome(
+        unit=name,
+        num_frames=sum(row["num_frames"] for row in rows),
+        num_ok=statuses.count("ok"),
+        num_partial=statuses.count("partial"),
+        num_error=statuses.count("error"),
+        error_types=[row["error_type"] for row in rows if row["status"] != "ok"],
+        feature_bytes=sum(row["num_frames"] * row["num_tokens_per_frame"] * row["dim"] * 2 for row in rows),
+        decode_seconds=decode_seconds,
+        encode_seconds=encode_seconds,
+        write_seconds=max(0.0, ended - started - decode_seconds - encode_seconds),
+        started=started,
+        ended=ended,
+        worker=f"{socket.gethostname()}/{os.getpid()}",
+    )
