@@ -59,12 +59,16 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     if not sign or not key:
         raise ValueError(f"override {override!r} must read key=value, for example feed.prefetch_bytes=1000000")
     *parents, last = key.split(".")
-    node = values
+    node: Any = values
     for parent in parents:
-        child = node.setdefault(parent, {})
-        if not isinstance(child, dict):
+        if isinstance(node, list) and parent.isdigit() and int(parent) < len(node):
+            node = node[int(parent)]  # applications.0.args.weights: an entry of a list by its number
+        elif isinstance(node, dict):
+            node = node.setdefault(parent, {})
+        if not isinstance(node, dict | list):
             raise ValueError(f"override {override!r}: {parent!r} holds a value, not keys")
-        node = child
+    if not isinstance(node, dict):
+        raise ValueError(f"override {override!r}: {last!r} is no entry of the list there")
     node[last] = yaml.safe_load(text)
 
 
