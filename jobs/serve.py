@@ -1,0 +1,161 @@
+"""Weights -> endpoint: runs the application of a Serve configuration file until it is told to stop.
+
+    python jobs/serve.py --config ray_configs/tiny/serve.yaml [--port 8000] [weights=outputs/demo/weights ...]
+
+The same file works with `serve run` and `serve deploy`. Joins the cluster that RAY_ADDRESS names, else starts a Ray of
+its own; on SIGINT or SIGTERM it takes down its own application, and what else it started.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import ray
+from ray import serve
+
+from timeviper_platform.config import load_config
+from timeviper_platform.logs import setup_logging
+from timeviper_platform.serving.app import ServeConfig, build_application, with_absolute_paths
+
+logger = logging.getLogger("serve")
+
+READY_TIMEOUT_S = 180.0
+CONTROLLER = "SERVE_CONTROLLER_ACTOR"
+"""Ray Serve's own name for its controller, in its own namespace"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HttpOptions:
+    """Where Ray Serve's proxies listen."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    request_timeout_s: float | None = None
+    keep_alive_timeout_s: int = 90
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ApplicationEntry:
+    """One entry of `applications`."""
+
+    args: ServeConfig
+    import_path: Literal["timeviper_platform.serving.app:build"]
+    name: str = "timeviper"
+    route_prefix: str = "/"
+    runtime_env: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeFile:
+    """What this job reads of Ray Serve's file format; more options than these need `serve deploy`."""
+
+    applications: list[ApplicationEntry]
+    proxy_location: Literal["HeadOnly", "EveryNode", "Disabled"] = "EveryNode"
+    http_options: HttpOptions = field(default_factory=HttpOptions)
+
+    def __post_init__(self) -> None:
+        if len(self.applications) != 1:
+            raise ValueError(f"the file has {len(self.applications)} applications, this job runs one; use serve deploy")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Deploys, waits for a signal, takes down."""
+    options = _parse(arguments)
+    setup_logging()
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        file = _load(options.config, options.overrides)
+        (entry,) = file.applications
+        port = options.port or file.http_options.port
+        _connect(entry.runtime_env)
+        return _serve(file, entry, port, stop)
+    except (ValueError, RuntimeError) as error:
+        print(f"serve: {error}", file=sys.stderr)
+        return 1
+    finally:
+        ray.shutdown()
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a Ray Serve configuration file")
+    parser.add_argument("--port", type=int, help="instead of http_options.port")
+    parser.add_argument("overrides", nargs="*", help="key=value of the application's args, such as weights=FOLDER")
+    return parser.parse_args(arguments)
+
+
+def _load(path: str, overrides: Sequence[str]) -> ServeFile:
+    """The file with `overrides` laid over its application's args."""
+    return load_config(ServeFile, path, [f"applications.0.args.{override}" for override in overrides])
+
+
+def _connect(runtime_env: dict[str, Any]) -> None:
+    if "RAY_ADDRESS" not in os.environ:
+        logger.info("RAY_ADDRESS is not set: starting a Ray of our own")
+    ray.init(runtime_env=runtime_env or None, namespace="serve", log_to_driver=False, logging_level=logging.WARNING)
+
+
+def _serve(file: ServeFile, entry: ApplicationEntry, port: int, stop: threading.Event) -> int:
+    was_running = _is_serve_running()
+    http = file.http_options
+    serve.start(
+        proxy_location=file.proxy_location,
+        http_options={
+            "host": http.host,
+            "port": port,
+            "request_timeout_s": http.request_timeout_s,
+            "keep_alive_timeout_s": http.keep_alive_timeout_s,
+        },
+    )
+    try:
+        application = build_application(with_absolute_paths(entry.args, Path.cwd()))
+        serve.run(application, name=entry.name, route_prefix=entry.route_prefix)
+        host = "127.0.0.1" if http.host == "0.0.0.0" else http.host
+        url = f"http://{host}:{port}{entry.route_prefix.rstrip('/')}"
+        _wait_until_ready(url, stop)
+        if not stop.is_set():
+            print(f"ready: {url}/v1  model {entry.args.gateway.model_name}  (Ctrl-C ends it)", flush=True)
+        stop.wait()
+    finally:
+        serve.delete(entry.name)
+        if not was_running:
+            serve.shutdown()
+    return 0
+
+
+def _is_serve_running() -> bool:
+    try:
+        ray.get_actor(CONTROLLER, namespace="serve")
+    except ValueError:
+        return False
+    return True
+
+
+def _wait_until_ready(url: str, stop: threading.Event) -> None:
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    while time.monotonic() < deadline and not stop.is_set():
+        try:
+            with urllib.request.urlopen(f"{url}/health/ready", timeout=10):
+                return
+        except (urllib.error.URLError, OSError):
+            stop.wait(0.3)
+    if not stop.is_set():
+        raise RuntimeError(f"{url}/health/ready does not answer; does Ray Serve listen on another port already?")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
