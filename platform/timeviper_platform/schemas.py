@@ -154,7 +154,23 @@ SAMPLES = _schema(
         pa.field("weight", pa.float64()),
     ],
 )
-"""What training and evaluation read; joins features by media_id."""
+"""What training reads; joins features by media_id."""
+
+QUESTIONS = _schema(
+    "questions",
+    1,
+    [
+        _required("sample_id", pa.string()),
+        SAMPLES.field("media"),
+        _required("question", pa.string()),
+        _required("answer", pa.string()),
+        pa.field("choices", pa.list_(pa.string())),  # the answers to choose from; empty for a free answer
+        pa.field("start_seconds", pa.float64()),  # temporal grounding: the right interval, on the source's clock
+        pa.field("end_seconds", pa.float64()),
+        pa.field("source", pa.string()),
+    ],
+)
+"""What evaluation asks: held-out questions with their right answers."""
 
 
 def check_version(schema: pa.Schema, expected: pa.Schema, *, source: str) -> None:

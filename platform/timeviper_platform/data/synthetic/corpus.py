@@ -1,0 +1,421 @@
+"""The whole made corpus in one folder: videos, images, samples, held-out questions, tokenizer and vision encoder.
+
+    corpus/ videos/*.mp4  images/*.png|jpg  manifest.parquet  truth.parquet  corpus.json (written last)
+            samples/{language,align,instruct}.parquet   held_out/{choice,order,count,grounding}.parquet
+            encoder/  tokenizer/
+
+Knows the folder and the order of work; drawing, wording, encoding and learning are its neighbours'.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+
+from timeviper_platform import schemas, storage
+from timeviper_platform.data.synthetic import encoder as tiny_encoder
+from timeviper_platform.data.synthetic.backgrounds import Background, Split, film_segments, read_film
+from timeviper_platform.data.synthetic.pictures import ALL_PICTURES, draw_picture
+from timeviper_platform.data.synthetic.questions import (
+    Question,
+    image_question,
+    listing,
+    question_row,
+    sample_row,
+    scene_questions,
+)
+from timeviper_platform.data.synthetic.render import background_frames, scene_frames, write_image, write_video
+from timeviper_platform.data.synthetic.scenes import Scene, SceneKind, draw_placement, draw_scenes
+from timeviper_platform.data.synthetic.tokenizer import save_tokenizer
+
+logger = logging.getLogger(__name__)
+
+FINISHED_FILE = "corpus.json"
+FILM_FILE = ".film.npy"
+MEDIA_CHUNK = 32
+"""media a pool task makes: half a second of work, so that progress shows and the cores end together"""
+LANGUAGE_SEED, IMAGE_SEED, QUESTION_SEED = 1, 2, 3
+"""keep the random streams of one corpus seed apart"""
+
+TRUTH = pa.schema(
+    [
+        pa.field("media_id", pa.string()),
+        pa.field("split", pa.string()),
+        pa.field("kind", pa.string()),
+        pa.field("duration_seconds", pa.float64()),
+        pa.field("background_segments", pa.list_(pa.string())),
+        pa.field(
+            "appearances",
+            pa.list_(
+                pa.struct(
+                    [
+                        pa.field("picture", pa.string()),
+                        pa.field("start_seconds", pa.float64()),
+                        pa.field("end_seconds", pa.float64()),
+                    ]
+                )
+            ),
+        ),
+    ]
+)
+"""What every video shows; for people and tests, no job reads it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SceneCounts:
+    """How many videos of each kind."""
+
+    needle: int
+    """one picture once: 'which', grounding and caption questions"""
+    order: int
+    """four pictures one after the other: 'first' and 'last' questions"""
+    count: int
+    """one picture one to four times: 'how often' questions"""
+
+    def __post_init__(self) -> None:
+        if min(self.needle, self.order, self.count) < 0 or self.needle + self.order + self.count < 1:
+            raise ValueError(f"{self} must be counts with at least one video in all")
+
+    def by_kind(self) -> dict[SceneKind, int]:
+        """In the order in which they are drawn."""
+        return {"needle": self.needle, "order": self.order, "count": self.count}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CorpusConfig:
+    """A made corpus. The same configuration makes the same bytes.
+
+    Raises:
+        ValueError: for sizes that no video or picture fits.
+    """
+
+    output: str
+    """local folder; made anew unless a finished corpus of the same configuration is in it"""
+    seed: int = 0
+    train: SceneCounts = SceneCounts(needle=1200, order=400, count=400)
+    held_out: SceneCounts = SceneCounts(needle=440, order=120, count=120)
+    num_images: int = 640
+    """image-caption pairs for the align phase"""
+    num_language_samples: int = 6000
+    """text alone: the same questions about videos in words"""
+    duration_seconds: int = 24
+    fps: int = 4
+    """of the video files; they are sampled at 1 a second later"""
+    side: int = 96
+    """pixels; width and height"""
+    film: str | None = None
+    """path of any film; `film_share` of the backgrounds are cut from it"""
+    film_share: float = 0.5
+    vocab_size: int = 512
+    encoder_steps: int = 400
+    """of 64 frames, for the vision encoder"""
+    num_workers: int | None = None
+    """processes that draw and encode; None = one a core. Does not change the corpus"""
+
+    def __post_init__(self) -> None:
+        if self.duration_seconds < 20:
+            raise ValueError(f"{self.duration_seconds = } must be at least 20: four pictures need 19 s")
+        if self.side < 48 or self.side % 2:
+            raise ValueError(f"{self.side = } must be even and at least 48 pixels, or pictures cannot be told apart")
+        if self.fps < 1:
+            raise ValueError(f"{self.fps = } must be at least 1")
+        if not 0.0 <= self.film_share <= 1.0:
+            raise ValueError(f"{self.film_share = } must lie between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CorpusReport:
+    """What a corpus holds."""
+
+    num_videos: int
+    num_images: int
+    num_samples: dict[str, int]
+    num_questions: dict[str, int]
+    bytes: int
+    """of videos and images"""
+    seconds: float
+    reused: bool
+    """a finished corpus of this configuration was found"""
+
+
+def make_corpus(config: CorpusConfig) -> CorpusReport:
+    """Makes the corpus, or finds it made.
+
+    Raises:
+        ValueError: when `output` is no local path, or `film` does not open.
+    """
+    if not storage.is_local(config.output):
+        raise ValueError(f"{config.output = } must be a local folder; copy the finished corpus to where it is needed")
+    root = Path(storage.split_uri(config.output)[1])
+    identity = _identity(config)
+    finished = root / FINISHED_FILE
+    if finished.is_file():
+        found = json.loads(finished.read_text(encoding="utf-8"))
+        if found["identity"] == identity:
+            logger.info("corpus %s: finished, nothing to do", root)
+            return CorpusReport(**{**found["report"], "reused": True})
+    _clear(root)
+    report = _make(config, root)
+    storage.write_json(str(finished), {"identity": identity, "report": asdict(report)})
+    return report
+
+
+def _identity(config: CorpusConfig) -> dict[str, Any]:
+    """What decides about the corpus' content."""
+    values = asdict(config)
+    del values["output"], values["num_workers"]
+    if config.film is not None:
+        film = Path(config.film)
+        if not film.is_file():
+            raise ValueError(f"there is no film at {config.film!r}; pass the path of a video file, or leave `film` out")
+        values["film_bytes"] = film.stat().st_size
+    return values
+
+
+def _clear(root: Path) -> None:
+    """Removes a half-made or other corpus; nothing but its own files."""
+    for name in ("videos", "images", "samples", "held_out", "encoder", "tokenizer"):
+        shutil.rmtree(root / name, ignore_errors=True)
+    for name in ("manifest.parquet", "truth.parquet", FINISHED_FILE, FILM_FILE):
+        (root / name).unlink(missing_ok=True)
+
+
+def _make(config: CorpusConfig, root: Path) -> CorpusReport:
+    started = time.monotonic()
+    for name in ("videos", "images", "samples", "held_out"):
+        (root / name).mkdir(parents=True)
+    film, film_lengths = _prepare_film(config, root)
+    scenes = {split: list(_scenes(config, split, film_lengths)) for split in ("train", "held_out")}
+    everything = [*scenes["train"], *scenes["held_out"]]
+    pictures = [("png" if n % 2 else "jpg", n) for n in range(config.num_images)]
+    with ProcessPoolExecutor(config.num_workers or os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        tasks = [
+            *(pool.submit(_write_videos, chunk, root / "videos", config, film) for chunk in _chunks(everything)),
+            *(pool.submit(_write_images, chunk, root / "images", config) for chunk in _chunks(pictures)),
+        ]
+        num_samples, num_questions, texts = _write_tables(config, root, scenes)
+        save_tokenizer(texts, config.vocab_size, root / "tokenizer")
+        _make_encoder(config, root, scenes["train"], film)
+        num_bytes = _gather(tasks, len(everything) + len(pictures))
+    if film:
+        Path(film).unlink()
+    report = CorpusReport(
+        num_videos=len(everything),
+        num_images=len(pictures),
+        num_samples=num_samples,
+        num_questions=num_questions,
+        bytes=num_bytes,
+        seconds=round(time.monotonic() - started, 1),
+        reused=False,
+    )
+    logger.info("corpus %s: %d videos, %d images, %.1f s", root, len(everything), len(pictures), report.seconds)
+    return report
+
+
+def _prepare_film(config: CorpusConfig, root: Path) -> tuple[str, dict[Split, list[int]]]:
+    """Where the film's small frames lie (empty without a film), and which of its pieces each split may use."""
+    if config.film is None:
+        return "", {"train": [], "held_out": []}
+    frames = read_film(Path(config.film), config.fps, config.side)
+    np.save(root / FILM_FILE, frames)
+    lengths: dict[Split, list[int]] = {
+        "train": film_segments(len(frames), config.fps, "train"),
+        "held_out": film_segments(len(frames), config.fps, "held_out"),
+    }
+    return str(root / FILM_FILE), lengths
+
+
+def _scenes(config: CorpusConfig, split: Split, film_pieces: dict[Split, list[int]]) -> Iterator[Scene]:
+    counts = config.train if split == "train" else config.held_out
+    return draw_scenes(
+        split,
+        counts.by_kind(),
+        duration_seconds=config.duration_seconds,
+        seed=config.seed,
+        film_segments=film_pieces[split],
+        film_share=config.film_share,
+    )
+
+
+def _write_videos(scenes: Sequence[Scene], folder: Path, config: CorpusConfig, film: str) -> tuple[int, int]:
+    """Pool task: number and bytes of the videos written."""
+    num_bytes = 0
+    for scene in scenes:
+        path = folder / f"{scene.media_id}.mp4"
+        write_video(
+            path, scene_frames(scene, side=config.side, fps=config.fps, film=film), side=config.side, fps=config.fps
+        )
+        num_bytes += path.stat().st_size
+    return len(scenes), num_bytes
+
+
+def _write_images(images: Sequence[tuple[str, int]], folder: Path, config: CorpusConfig) -> tuple[int, int]:
+    """Pool task: number and bytes of the images written; `images` are suffixes and numbers."""
+    num_bytes = 0
+    for suffix, number in images:
+        rng = np.random.default_rng([config.seed, IMAGE_SEED, number])
+        path = folder / f"{_image_id(number)}.{suffix}"
+        write_image(
+            path,
+            _image_picture(number),
+            draw_placement(rng),
+            Background(kind="generated", segments=(int(rng.integers(2**30)) * 2,)),
+            side=config.side,
+            fps=config.fps,
+            film="",
+        )
+        num_bytes += path.stat().st_size
+    return len(images), num_bytes
+
+
+def _gather(tasks: Sequence[Future[tuple[int, int]]], total: int) -> int:
+    """Waits for the pool and says how far it is; the bytes written."""
+    num_done = num_bytes = 0
+    next_report = total // 5
+    for task in as_completed(tasks):
+        done, size = task.result()
+        num_done, num_bytes = num_done + done, num_bytes + size
+        if num_done >= next_report:
+            logger.info("corpus: %d of %d videos and images", num_done, total)
+            next_report += max(1, total // 5)
+    return num_bytes
+
+
+def _write_tables(
+    config: CorpusConfig, root: Path, scenes: dict[str, list[Scene]]
+) -> tuple[dict[str, int], dict[str, int], list[str]]:
+    """Manifest, truth, samples and questions; their numbers, and all text for the tokenizer."""
+    everything = [*scenes["train"], *scenes["held_out"]]
+    manifest = [{"uri": f"videos/{scene.media_id}.mp4", "media_id": scene.media_id} for scene in everything]
+    manifest += [
+        {"uri": f"images/{_image_id(n)}.{'png' if n % 2 else 'jpg'}", "media_id": _image_id(n)}
+        for n in range(config.num_images)
+    ]
+    _write_rows(root / "manifest.parquet", manifest, schemas.MANIFEST)
+    _write_rows(root / "truth.parquet", [_truth(scene) for scene in everything], TRUTH)
+    samples = {
+        "language": _language_samples(config),
+        "align": [
+            sample_row(_image_id(n), image_question(_image_picture(n)), media_id=_image_id(n))
+            for n in range(config.num_images)
+        ],
+        "instruct": [
+            sample_row(f"{scene.media_id}-{n}", question, media_id=scene.media_id)
+            for scene in scenes["train"]
+            for n, question in enumerate(_questions(config, scene))
+        ],
+    }
+    for name, rows in samples.items():
+        _write_rows(root / "samples" / f"{name}.parquet", rows, schemas.SAMPLES)
+    questions: dict[str, list[dict[str, Any]]] = {"choice": [], "order": [], "count": [], "grounding": []}
+    for scene in scenes["held_out"]:
+        for n, question in enumerate(_questions(config, scene)):
+            if question.task in questions:
+                row = question_row(f"{scene.media_id}-{n}", question, media_id=scene.media_id)
+                questions[question.task].append(row)
+    for name, rows in questions.items():
+        _write_rows(root / "held_out" / f"{name}.parquet", rows, schemas.QUESTIONS)
+    texts = [turn["text"] for rows in samples.values() for row in rows for turn in row["conversation"]]
+    return _lengths(samples), _lengths(questions), texts
+
+
+def _language_samples(config: CorpusConfig) -> list[dict[str, Any]]:
+    """Questions about videos that are told in words, one entry a second, where vision tokens would stand."""
+    share = config.num_language_samples // 4
+    counts: dict[SceneKind, int] = {"needle": config.num_language_samples - 2 * share, "order": share, "count": share}
+    scenes = draw_scenes(
+        "train", counts, duration_seconds=config.duration_seconds, seed=config.seed + 1_000_003 * LANGUAGE_SEED
+    )
+    rows = []
+    for scene in scenes:
+        questions = list(_questions(config, scene))
+        number = len(rows) % len(questions)  # one question a listing: as many kinds of questions, fewer repeats
+        rows.append(
+            sample_row(f"language-{scene.media_id}", questions[number], media_id=None, prefix=f"{listing(scene)}\n")
+        )
+    return rows
+
+
+def _questions(config: CorpusConfig, scene: Scene) -> Iterator[Question]:
+    # from the scene's name, not from Python's salted hash()
+    rng = np.random.default_rng([config.seed, QUESTION_SEED, *scene.media_id.encode()])
+    return scene_questions(scene, rng)
+
+
+def _truth(scene: Scene) -> dict[str, Any]:
+    return {
+        "media_id": scene.media_id,
+        "split": scene.split,
+        "kind": scene.kind,
+        "duration_seconds": float(scene.duration_seconds),
+        "background_segments": scene.background.segment_names,
+        "appearances": [
+            {"picture": str(a.picture), "start_seconds": a.start_seconds, "end_seconds": a.end_seconds}
+            for a in scene.appearances
+        ],
+    }
+
+
+def _make_encoder(config: CorpusConfig, root: Path, scenes: Sequence[Scene], film: str) -> None:
+    """Teaches the vision encoder on frames of training backgrounds; the held-out ones stay unseen."""
+    rng = np.random.default_rng([config.seed, 4])
+    frames, labels = [], []
+    for number in range(min(4096, 8 * len(scenes))):
+        background = scenes[number % len(scenes)].background
+        num_frames = config.duration_seconds * config.fps
+        frames_of = background_frames(background, num_frames, side=config.side, fps=config.fps, film=film)
+        frame = next(islice(frames_of, int(rng.integers(num_frames)), None))
+        picture = ALL_PICTURES[int(rng.integers(len(ALL_PICTURES)))] if rng.random() < 0.7 else None
+        if picture is not None:
+            draw_picture(frame, picture, draw_placement(rng))
+        size = (tiny_encoder.IMAGE_SIZE, tiny_encoder.IMAGE_SIZE)
+        frames.append(np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC)))
+        labels.append(tiny_encoder.picture_label(picture))
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the pool has the other cores, and one thread gives the same weights everywhere
+    try:
+        model = tiny_encoder.train_encoder(
+            np.stack(frames), np.array(labels), steps=config.encoder_steps, seed=config.seed
+        )
+    finally:
+        torch.set_num_threads(num_threads)
+    tiny_encoder.save_encoder(model, root / "encoder")
+
+
+def _write_rows(path: Path, rows: list[dict[str, Any]], schema: Any) -> None:
+    table = pa.Table.from_pylist(rows, schema=schema)
+    storage.write_atomic(str(path), lambda file: pq.write_table(table, file))
+
+
+def _lengths(tables: dict[str, list[dict[str, Any]]]) -> dict[str, int]:
+    return {name: len(rows) for name, rows in tables.items()}
+
+
+def _image_id(number: int) -> str:
+    return f"image-{number:05d}"
+
+
+def _image_picture(number: int) -> Any:
+    return ALL_PICTURES[number % len(ALL_PICTURES)]
+
+
+def _chunks(items: Iterable[Any]) -> Iterator[list[Any]]:
+    iterator = iter(items)
+    while chunk := list(islice(iterator, MEDIA_CHUNK)):
+        yield chunk

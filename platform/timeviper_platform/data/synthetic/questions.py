@@ -1,0 +1,145 @@
+"""Scenes to questions with their right answers, and those to training samples. Knows words; not pixels or files.
+
+An answer puts the content first, 'red circle (B)': a small model learns to name what it saw long before it learns to
+look up a letter. The options of a 'which' question are two colours times two shapes, the right one any of the four, so
+that neither the colour nor the shape alone, nor the options without the video, give it away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from timeviper_platform.data.synthetic.pictures import COLORS, SHAPES, Picture
+from timeviper_platform.data.synthetic.scenes import MAX_COUNT, Scene
+
+LETTERS = "ABCD"
+ORDER_WORDS = ("first", "last")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """One question about one medium."""
+
+    task: str
+    """choice | order | count | grounding | caption"""
+    text: str
+    answer: str
+    choices: tuple[str, ...] = ()
+    """the answers to choose from, `answer` among them; empty for a free answer"""
+    start_seconds: float | None = None
+    """grounding: the right interval, in seconds of the video"""
+    end_seconds: float | None = None
+
+
+def scene_questions(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
+    """Every question that the scene's kind allows."""
+    first = scene.appearances[0]
+    if scene.kind == "needle":
+        yield which_question(first.picture, rng)
+        yield grounding_question(first.picture, first.start_seconds, first.end_seconds)
+    elif scene.kind == "order":
+        pictures = [appearance.picture for appearance in scene.appearances]
+        for word, picture in zip(ORDER_WORDS, (pictures[0], pictures[-1]), strict=True):
+            yield order_question(word, picture, pictures, rng)
+    else:
+        yield count_question(first.picture, len(scene.appearances), rng)
+    yield Question(task="caption", text="Describe the video.", answer=caption(scene))
+
+
+def which_question(picture: Picture, rng: np.random.Generator) -> Question:
+    """Which of four pictures is in the video, where it shows one."""
+    other_color = _other(picture.color, tuple(COLORS), rng)
+    other_shape = _other(picture.shape, SHAPES, rng)
+    options = [str(Picture(c, s)) for c in (picture.color, other_color) for s in (picture.shape, other_shape)]
+    return _choice("choice", "Which picture appears in the video?", options, rng)
+
+
+def order_question(word: str, picture: Picture, shown: Sequence[Picture], rng: np.random.Generator) -> Question:
+    """Which of the pictures shown comes first, or last."""
+    options = [str(picture), *(str(other) for other in shown if other != picture)]
+    return _choice("order", f"Which picture appears {word}?", options, rng)
+
+
+def count_question(picture: Picture, count: int, rng: np.random.Generator) -> Question:
+    """How often the picture appears, 1 to 4 times."""
+    numbers = [count, *(n for n in range(1, MAX_COUNT + 1) if n != count)]
+    return _choice("count", f"How often does the {picture} appear?", [f"{n} times" for n in numbers], rng)
+
+
+def grounding_question(picture: Picture, start_seconds: int, end_seconds: int) -> Question:
+    """When the picture is on screen."""
+    return Question(
+        task="grounding",
+        text=f"When does the {picture} appear?",
+        answer=f"From {start_seconds} to {end_seconds} seconds.",
+        start_seconds=float(start_seconds),
+        end_seconds=float(end_seconds),
+    )
+
+
+def caption(scene: Scene) -> str:
+    """One sentence that tells all there is to see."""
+    pictures = [str(appearance.picture) for appearance in scene.appearances]
+    if scene.kind == "needle":
+        only = scene.appearances[0]
+        return f"A {pictures[0]} appears from {only.start_seconds} to {only.end_seconds} seconds."
+    if scene.kind == "count":
+        return f"A {pictures[0]} appears {len(pictures)} times."
+    return f"First a {', then a '.join(pictures)}."
+
+
+def image_question(picture: Picture) -> Question:
+    """The caption of a picture."""
+    return Question(task="caption", text="Describe the picture.", answer=f"A {picture}.")
+
+
+def listing(scene: Scene) -> str:
+    """The video in words, one entry a second: what a language model alone can learn the questions from."""
+    shown = (scene.appearance_at(second) for second in range(scene.duration_seconds))
+    return " ".join("nothing" if appearance is None else str(appearance.picture) for appearance in shown)
+
+
+def sample_row(sample_id: str, question: Question, *, media_id: str | None, prefix: str = "") -> dict[str, Any]:
+    """A row of the SAMPLES schema."""
+    media = [] if media_id is None else [{"media_id": media_id, "start_seconds": None, "end_seconds": None}]
+    return {
+        "sample_id": sample_id,
+        "media": media,
+        "conversation": [
+            {"role": "user", "text": prefix + question.text},
+            {"role": "assistant", "text": question.answer},
+        ],
+        "source": question.task,
+        "weight": 1.0,
+    }
+
+
+def question_row(sample_id: str, question: Question, *, media_id: str) -> dict[str, Any]:
+    """A row of the QUESTIONS schema."""
+    return {
+        "sample_id": sample_id,
+        "media": [{"media_id": media_id, "start_seconds": None, "end_seconds": None}],
+        "question": question.text,
+        "answer": question.answer,
+        "choices": list(question.choices),
+        "start_seconds": question.start_seconds,
+        "end_seconds": question.end_seconds,
+        "source": question.task,
+    }
+
+
+def _choice(task: str, text: str, options: Sequence[str], rng: np.random.Generator) -> Question:
+    """A question with lettered options in random order; `options[0]` is right."""
+    order = [int(n) for n in rng.permutation(len(options))]
+    choices = tuple(f"{options[n]} ({LETTERS[place]})" for place, n in enumerate(order))
+    listed = " ".join(f"({LETTERS[place]}) {options[n]}" for place, n in enumerate(order))
+    return Question(task=task, text=f"{text} {listed}", answer=choices[order.index(0)], choices=choices)
+
+
+def _other(value: str, values: Sequence[str], rng: np.random.Generator) -> str:
+    others = [other for other in values if other != value]
+    return others[int(rng.integers(len(others)))]

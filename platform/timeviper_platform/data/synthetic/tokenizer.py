@@ -1,0 +1,49 @@
+"""A small byte-level BPE tokenizer, trained on the corpus' text and saved as a Hugging Face folder.
+
+Byte-level, so that any user's text has tokens. The special tokens have Nemotron's names and ids: <SPECIAL_n> is id n.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", *(f"<SPECIAL_{n}>" for n in range(3, 13)))
+"""id = place; <SPECIAL_12> ends a turn in Nemotron's prompt"""
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """The tokenizer; the same texts give the same one.
+
+    Raises:
+        ValueError: when `vocab_size` has no room for the special tokens and the 256 bytes.
+    """
+    smallest = len(SPECIAL_TOKENS) + 256
+    if vocab_size < smallest:
+        raise ValueError(f"{vocab_size = } has no room for {smallest} special tokens and bytes")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="<SPECIAL_12>",
+        additional_special_tokens=[t for t in SPECIAL_TOKENS if t not in ("<pad>", "<s>", "<SPECIAL_12>")],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def save_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
+    """Trains and writes `tokenizer.json` and `tokenizer_config.json`."""
+    train_tokenizer(texts, vocab_size).save_pretrained(str(folder))
