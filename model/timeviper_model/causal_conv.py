@@ -37,9 +37,9 @@ def causal_conv_silu(
     if initial_KD is not None and initial_KD.shape[0]:
         joined = torch.cat([initial_KD.to(x_TD.dtype), x_TD])
         positions = torch.arange(len(joined), device=x_TD.device)
-        before: Tensor = _CausalConv.apply(joined, weight_DK, bias, positions)
+        before: Tensor = _CausalConv.apply(joined, weight_DK, bias, positions)  # type: ignore[no-untyped-call]
         return F.silu(before[len(initial_KD) :])
-    convolved: Tensor = _CausalConv.apply(x_TD, weight_DK, bias, positions_T)
+    convolved: Tensor = _CausalConv.apply(x_TD, weight_DK, bias, positions_T)  # type: ignore[no-untyped-call]
     return F.silu(convolved)
 
 

@@ -192,7 +192,7 @@ TINY = TimeViperConfig(
         mamba_head_dim=32,
         ssm_state_size=32,
         n_groups=2,
-        chunk_size=64,
+        chunk_size=32,
     ),
     vision=VisionConfig(encoder="tiny", num_tokens_per_frame=4, merge_heads=4, hidden_size=64),
     transv=(

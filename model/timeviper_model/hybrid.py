@@ -15,23 +15,11 @@ from torch.nn import functional as F
 from timeviper_model.attention import Attention, KeyValueStore
 from timeviper_model.config import BlockType, HybridConfig
 from timeviper_model.mamba2 import Mamba2Mixer, Mamba2State
+from timeviper_model.norm import RMSNorm
 from timeviper_model.segments import Segments
 
 LayerState = Mamba2State | KeyValueStore | None
 """What a block remembers between tokens; None for an MLP, and wherever nothing is to be remembered."""
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm with a scale, in fp32 inside."""
-
-    def __init__(self, hidden_size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)"""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class MLP(nn.Module):
@@ -71,7 +59,14 @@ class Block(nn.Module):
     def step(self, h_BD: Tensor, state: LayerState) -> Tensor:
         """(B, D) -> (B, D), one token of B sequences."""
         normed = self.norm(h_BD)
-        return h_BD + (self.mixer(normed) if isinstance(self.mixer, MLP) else self.mixer.step(normed, state))
+        if isinstance(self.mixer, MLP):
+            return h_BD + self.mixer(normed)
+        if isinstance(self.mixer, Mamba2Mixer):
+            assert isinstance(state, Mamba2State)
+            return h_BD + self.mixer.step(normed, state)
+        assert state is not None
+        assert not isinstance(state, Mamba2State)
+        return h_BD + self.mixer.step(normed, state)
 
 
 class HybridBackbone(nn.Module):

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from timeviper_model.causal_conv import causal_conv_silu, causal_conv_silu_step
 from timeviper_model.config import HybridConfig
+from timeviper_model.norm import GatedRMSNorm
 from timeviper_model.segments import Segments
 from timeviper_model.ssd import ssd_scan, ssd_step
 
@@ -26,23 +27,6 @@ class Mamba2State:
     """(B, K - 1, conv_dim): the last inputs of the convolution, oldest first"""
     ssm_BHPN: Tensor
     """(B, H, P, N) fp32"""
-
-
-class GatedRMSNorm(nn.Module):
-    """`RMSNorm(x * silu(gate))` with the mean square taken in each group apart, then scaled."""
-
-    def __init__(self, size: int, num_groups: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.num_groups = num_groups
-        self.eps = eps
-
-    def forward(self, x_TD: Tensor, gate_TD: Tensor) -> Tensor:
-        """(T, D) in the gate's dtype; computed in that of `x_TD` (fp32)."""
-        gated = x_TD * F.silu(gate_TD.to(x_TD.dtype))
-        grouped = gated.unflatten(-1, (self.num_groups, -1))
-        normed = F.rms_norm(grouped, grouped.shape[-1:], eps=self.eps).flatten(-2)
-        return (normed * self.weight.to(normed.dtype)).to(gate_TD.dtype)
 
 
 class Mamba2Mixer(nn.Module):
@@ -93,18 +77,19 @@ class Mamba2Mixer(nn.Module):
         return self.out_proj(self.norm(y.flatten(1), gate))
 
     def _project(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        gate, channels, dt = self.in_proj(h).split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
+        sizes = [self.intermediate_size, self.conv_dim, self.num_heads]
+        gate, channels, dt = torch.split(self.in_proj(h), sizes, dim=-1)
         dtype = torch.float64 if dt.dtype == torch.float64 else torch.float32
         dt = F.softplus(dt.to(dtype) + self.dt_bias.to(dtype)).clamp(*self.time_step_limit)
         return gate, channels, dt
 
     def _split(self, convolved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         size = self.num_groups * self.state_size
-        x, B, C = convolved.split([self.intermediate_size, size, size], dim=-1)
+        x, B, C = torch.split(convolved, [self.intermediate_size, size, size], dim=-1)
         return (
-            x.unflatten(-1, (self.num_heads, self.head_dim)),
-            B.unflatten(-1, (self.num_groups, self.state_size)),
-            C.unflatten(-1, (self.num_groups, self.state_size)),
+            x.view(len(x), self.num_heads, self.head_dim),
+            B.view(len(x), self.num_groups, self.state_size),
+            C.view(len(x), self.num_groups, self.state_size),
         )
 
     def _decay_rates(self) -> Tensor:

@@ -27,13 +27,13 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
         x: (M, ...).
         index: (K,) int64, no index twice.
     """
-    taken: Tensor = _TakeRows.apply(x, index)
+    taken: Tensor = _TakeRows.apply(x, index)  # type: ignore[no-untyped-call]
     return taken
 
 
 def put_rows(x: Tensor, index: Tensor, num_rows: int) -> Tensor:
     """(num_rows, ...) of zeros with `x` (K, ...) at the DISTINCT rows `index` (K,): the inverse of `take_rows`."""
-    put: Tensor = _PutRows.apply(x, index, num_rows)
+    put: Tensor = _PutRows.apply(x, index, num_rows)  # type: ignore[no-untyped-call]
     return put
 
 

@@ -3,7 +3,7 @@
     h_t = exp(dt_t A) h_(t-1) + dt_t B_t x_t          y_t = C_t h_t + D x_t          (per head; h is P x N)
 
 Knows tensors alone: not configurations, caches or samples beyond `seq_idx`. Inside a chunk the recurrence is a masked
-matrix product, done for all chunks at once; from chunk to chunk only the state is carried, so time and memory are
+matrix product, done for many chunks at once; from chunk to chunk only the state is carried, so time and memory are
 linear in length. Everything runs in fp32 (float64 for float64 input) and no exponent is ever positive. The backward
 pass is written out: it recomputes the C x C matrices instead of keeping them, and takes the gradient of the decays
 from inner products of size T x H (see `_decay_gradient`) where autograd would walk over every matrix again.
@@ -11,14 +11,17 @@ from inner products of size T x H (see `_decay_gradient`) where autograd would w
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 PIECE_ELEMENTS = 2**18
 """elements of the C x C matrices computed at one time: 1 MiB in fp32, so that they stay in a core's cache"""
+
+MIN_EXPONENT = -80.0
+"""exp(-80) is 2e-35, nothing beside what it is added to; below exp(-87) fp32 is denormal, and a CPU 20 times as slow"""
 
 
 def ssd_scan(
@@ -51,19 +54,10 @@ def ssd_scan(
     """
     dtype = torch.float64 if x_THP.dtype == torch.float64 else torch.float32
     x, dt, A, B, C, D = (tensor.to(dtype) for tensor in (x_THP, dt_TH, A_H, B_TGN, C_TGN, D_H))
-    (num_tokens, num_heads, head_dim), state_size = x.shape, B.shape[-1]
+    (_, num_heads, head_dim), state_size = x.shape, B.shape[-1]
     state = x.new_zeros(num_heads, head_dim, state_size) if initial_state_HPN is None else initial_state_HPN.to(dtype)
-    chunk = max(1, min(chunk_size, num_tokens))
-    piece = max(1, PIECE_ELEMENTS // (num_heads * chunk * chunk)) * chunk
-    outputs = []
-    pieces = zip(*(tensor.split(piece) for tensor in (x, dt, B, C)), strict=True)
-    for start, (x_piece, dt_piece, B_piece, C_piece) in zip(range(0, num_tokens, piece), pieces, strict=True):
-        seq_idx = None if seq_idx_T is None else seq_idx_T[max(start - 1, 0) : start + piece]
-        if seq_idx is not None and start == 0:
-            seq_idx = torch.cat([seq_idx[:1], seq_idx])  # the initial state is the first segment's
-        y, state = _ScanPiece.apply(x_piece, dt_piece, A, B_piece, C_piece, D, state, chunk, seq_idx)
-        outputs.append(y)
-    return torch.cat(outputs) if len(outputs) != 1 else outputs[0], state
+    y, last = _Scan.apply(x, dt, A, B, C, D, state, chunk_size, seq_idx_T)  # type: ignore[no-untyped-call]
+    return y, last
 
 
 def ssd_step(
@@ -83,81 +77,102 @@ def ssd_step(
 class _Decays(NamedTuple):
     """Products of decays, all <= 1; zero where the segment changes in between."""
 
-    within_ZHCC: Tensor
-    """from token s (last axis) to token l >= s of the same chunk"""
-    enter_ZHC: Tensor
+    within_HZCC: Tensor
+    """from token s (last axis) to token l >= s of the same chunk; meaningless for l < s, where `keep` is false"""
+    enter_ZCH: Tensor
     """from the state before the chunk to token l"""
-    leave_ZHC: Tensor
+    leave_ZCH: Tensor
     """from token s to the state after the chunk"""
     through_ZH: Tensor
     """from the state before to the state after the chunk"""
+    keep_ZCC: Tensor
+    """bool (Z or 1, C, C): l >= s in the same segment"""
 
 
-def _decays(dt_ZHC: Tensor, A_H: Tensor, seq_idx: Tensor | None) -> _Decays:
-    num_chunks, _, chunk = dt_ZHC.shape
-    log_ZHC = (dt_ZHC * A_H[:, None]).cumsum(-1)
-    keep = torch.ones(chunk, chunk, dtype=torch.bool, device=dt_ZHC.device).tril_()
-    within = log_ZHC[..., :, None] - log_ZHC[..., None, :]
-    enter, leave = log_ZHC.exp(), (log_ZHC[..., -1:] - log_ZHC).exp_()
+def _decays(dt_ZCH: Tensor, A_H: Tensor, seq_idx: Tensor | None) -> _Decays:
+    num_chunks, chunk, _ = dt_ZCH.shape
+    log_ZCH = (dt_ZCH * A_H).cumsum(1)
+    log_HZC = log_ZCH.permute(2, 0, 1).contiguous()
+    within = (log_HZC[..., :, None] - log_HZC[..., None, :]).clamp_(MIN_EXPONENT, 0.0).exp_()
+    enter = log_ZCH.clamp(min=MIN_EXPONENT).exp_()
+    leave = (log_ZCH[:, -1:] - log_ZCH).clamp_(min=MIN_EXPONENT).exp_()
+    keep = torch.ones(1, chunk, chunk, dtype=torch.bool, device=dt_ZCH.device).tril_()
     if seq_idx is None:
-        within.masked_fill_(~keep, -torch.inf)
-        return _Decays(within.exp_(), enter, leave, enter[..., -1])
-    padded = F.pad(seq_idx, (0, num_chunks * chunk + 1 - len(seq_idx)), value=0)
-    padded[len(seq_idx) :] = seq_idx[-1]
-    seq_ZC, before_Z1 = padded[1:].view(num_chunks, chunk), padded[:-1].view(num_chunks, chunk)[:, :1]
-    keep_ZCC = keep & (seq_ZC[:, :, None] == seq_ZC[:, None, :])
-    within.masked_fill_(~keep_ZCC[:, None], -torch.inf)
-    enter.mul_((seq_ZC == before_Z1)[:, None])
-    leave.mul_((seq_ZC == seq_ZC[:, -1:])[:, None])
-    return _Decays(within.exp_(), enter, leave, enter[..., -1])
+        return _Decays(within, enter, leave, enter[:, -1], keep)
+    seq_ZC = seq_idx[1:].view(num_chunks, chunk)
+    before_Z1 = seq_idx[:-1].view(num_chunks, chunk)[:, :1]
+    keep = keep & (seq_ZC[:, :, None] == seq_ZC[:, None, :])
+    enter.mul_((seq_ZC == before_Z1)[..., None])
+    leave.mul_((seq_ZC == seq_ZC[:, -1:])[..., None])
+    return _Decays(within, enter, leave, enter[:, -1], keep)
 
 
-class _Chunked(NamedTuple):
-    """The operands of a piece cut into Z chunks, in the layouts the matrix products want; r = heads per group."""
+class _Piece:
+    """Some neighbouring chunks: their operands as views into the pack, and the matrices both passes need.
 
-    xdt_ZHCP: Tensor
-    xdt_leave_ZGCrP: Tensor
-    """dt * x decayed to the end of its chunk"""
-    B_ZGCN: Tensor
-    C_ZGCN: Tensor
-    decays: _Decays
-    mix_ZHCC: Tensor
-    """the quadratic form of the chunk: (C_l . B_s) * decay"""
+    Products run group by group and head by head over strided views into contiguous results: batched products take the
+    first as they are, and fall back to one call a matrix for anything but the second. States are (G, Z + 1, N, r * P),
+    with the heads of a group side by side.
+    """
+
+    def __init__(self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, seq_idx: Tensor | None) -> None:
+        self.x_ZCHP, self.dt_ZCH, self.B_ZCGN, self.C_ZCGN = x, dt, B, C
+        (self.Z, self.C, self.H, self.P), (self.G, self.N) = x.shape, B.shape[2:]
+        self.r = self.H // self.G
+        self.decays = _decays(dt, A, seq_idx)
+        self.xdt_ZCHP = x * dt[..., None]
+        products = x.new_empty(self.G, self.Z, self.C, self.C)
+        for g in range(self.G):
+            torch.bmm(C[:, :, g], B[:, :, g].transpose(1, 2), out=products[g])
+        products.mul_(self.decays.keep_ZCC)
+        within = self.decays.within_HZCC
+        self.mix_HZCC = (within.view(self.G, self.r, *within.shape[1:]) * products[:, None]).view(within.shape)
+        """the quadratic form of a chunk: (C_l . B_s) times the decay between"""
+
+    def group(self, x_ZCHP: Tensor, g: int) -> Tensor:
+        """(Z, C, r * P): a view of a group's heads."""
+        return x_ZCHP[:, :, g * self.r : (g + 1) * self.r].flatten(2)
+
+    def into_states(self, projection_ZCGN: Tensor, values_ZCHP: Tensor, out_GZNQ: Tensor) -> None:
+        """Writes each chunk's sum over tokens of projection x values."""
+        for g in range(self.G):
+            torch.bmm(projection_ZCGN[:, :, g].transpose(1, 2), self.group(values_ZCHP, g), out=out_GZNQ[g])
+
+    def from_states(self, projection_ZCGN: Tensor, states_GZNQ: Tensor, weight_ZCH: Tensor, out_ZCHP: Tensor) -> None:
+        """Writes what each token reads from its chunk's state, times its weight."""
+        for g in range(self.G):
+            read_ZCrP = torch.bmm(projection_ZCGN[:, :, g], states_GZNQ[g]).view(self.Z, self.C, self.r, self.P)
+            heads = slice(g * self.r, (g + 1) * self.r)
+            torch.mul(read_ZCrP, weight_ZCH[:, :, heads, None], out=out_ZCHP[:, :, heads])
+
+    def add_mixed(self, values_ZCHP: Tensor, out_ZCHP: Tensor, *, transposed: bool = False) -> None:
+        """Adds `mix @ values` of each chunk and head (of its transpose, for gradients)."""
+        mixed_HZCP = values_ZCHP.new_empty(self.H, self.Z, self.C, self.P)
+        for h in range(self.H):
+            mix = self.mix_HZCC[h].transpose(1, 2) if transposed else self.mix_HZCC[h]
+            torch.bmm(mix, values_ZCHP[:, :, h], out=mixed_HZCP[h])
+        out_ZCHP += mixed_HZCP.permute(1, 2, 0, 3)
+
+    def carry(self, states_GZNQ: Tensor, *, backwards: bool = False) -> None:
+        """Turns what each chunk adds into the state after it (or, backwards, before it): the only loop over chunks."""
+        through = self.decays.through_ZH.view(self.Z, self.G, 1, self.r, 1)
+        states = states_GZNQ.view(self.G, self.Z + 1, self.N, self.r, self.P)
+        for z in reversed(range(self.Z)) if backwards else range(self.Z):
+            old, new = (z + 1, z) if backwards else (z, z + 1)
+            states[:, new].addcmul_(states[:, old], through[z])
 
 
-def _chunked(x_ZCHP: Tensor, dt_ZCH: Tensor, A: Tensor, B_ZCGN: Tensor, C_ZCGN: Tensor, seq: Tensor | None) -> _Chunked:
-    Z, C, H, P = x_ZCHP.shape
-    G = B_ZCGN.shape[2]
-    dt_ZHC = dt_ZCH.transpose(1, 2).contiguous()
-    decays = _decays(dt_ZHC, A, seq)
-    xdt = x_ZCHP.new_empty(Z, H, C, P)
-    torch.mul(x_ZCHP.transpose(1, 2), dt_ZHC[..., None], out=xdt)
-    xdt_leave = x_ZCHP.new_empty(Z, G, C, H // G, P)
-    weight = (dt_ZHC * decays.leave_ZHC).view(Z, G, H // G, C, 1).transpose(2, 3)
-    torch.mul(x_ZCHP.view(Z, C, G, H // G, P).transpose(1, 2), weight, out=xdt_leave)
-    B, C_ = (tensor.transpose(1, 2).contiguous() for tensor in (B_ZCGN, C_ZCGN))
-    products_ZGCC = C_ @ B.transpose(-1, -2)
-    mix = decays.within_ZHCC.view(Z, G, H // G, C, C) * products_ZGCC[:, :, None]
-    return _Chunked(xdt, xdt_leave, B, C_, decays, mix.view(Z, H, C, C))
+def _pieces(num_tokens: int, num_heads: int, chunk_size: int) -> Iterator[tuple[int, int, int]]:
+    """(start, stop, tokens a chunk) of the pieces; a last chunk that is not full is a piece of its own."""
+    full = num_tokens - num_tokens % chunk_size
+    step = max(1, PIECE_ELEMENTS // (num_heads * chunk_size * chunk_size)) * chunk_size
+    for start in range(0, full, step):
+        yield start, min(start + step, full), chunk_size
+    if full < num_tokens:
+        yield full, num_tokens, num_tokens - full
 
 
-def _carry(added_ZGNrP: Tensor, through_ZH: Tensor, first_HPN: Tensor) -> Tensor:
-    """(Z + 1, G, N, r, P): the state before each chunk, and the last one; the only loop over chunks."""
-    Z, G, N, r, P = added_ZGNrP.shape
-    states = added_ZGNrP.new_empty(Z + 1, G, N, r, P)
-    states[0] = first_HPN.view(G, r, P, N).permute(0, 3, 1, 2)
-    through = through_ZH.view(Z, G, 1, r, 1)
-    for z in range(Z):
-        torch.addcmul(added_ZGNrP[z], states[z], through[z], out=states[z + 1])
-    return states
-
-
-def _to_heads(state_GNrP: Tensor) -> Tensor:
-    G, N, r, P = state_GNrP.shape
-    return state_GNrP.permute(0, 2, 3, 1).reshape(G * r, P, N)
-
-
-class _ScanPiece(torch.autograd.Function):
+class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -168,104 +183,116 @@ class _ScanPiece(torch.autograd.Function):
         C_TGN: Tensor,
         D_H: Tensor,
         state_HPN: Tensor,
-        chunk: int,
-        seq_idx: Tensor | None,
+        chunk_size: int,
+        seq_idx_T: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        x, dt, B, C = (_cut(tensor, chunk) for tensor in (x_THP, dt_TH, B_TGN, C_TGN))
-        parts = _chunked(x, dt, A_H, B, C, seq_idx)
-        Z, G, C_, r, P = parts.xdt_leave_ZGCrP.shape
-        added = parts.B_ZGCN.transpose(-1, -2) @ parts.xdt_leave_ZGCrP.view(Z, G, C_, r * P)
-        states = _carry(added.view(Z, G, -1, r, P), parts.decays.through_ZH, state_HPN)
-        from_state = (parts.C_ZGCN @ states[:-1].view(Z, G, -1, r * P)).view(Z, G, C_, r, P)
-        y = x.new_empty(Z, C_, G * r, P)
-        enter = parts.decays.enter_ZHC.view(Z, G, r, C_, 1).permute(0, 3, 1, 2, 4)
-        torch.mul(from_state.transpose(1, 2), enter, out=y.view(Z, C_, G, r, P))
-        y += (parts.mix_ZHCC @ parts.xdt_ZHCP).transpose(1, 2)
-        y.addcmul_(x, D_H[:, None])
-        y_THP = y.view(Z * C_, G * r, P)[: len(x_THP)]
-        ctx.save_for_backward(x_THP, dt_TH, A_H, B_TGN, C_TGN, D_H, y_THP, states)
-        ctx.chunk, ctx.seq_idx = chunk, seq_idx
-        return y_THP, _to_heads(states[-1])
+        ctx.seq_idx = None if seq_idx_T is None else torch.cat([seq_idx_T[:1], seq_idx_T])  # of token t - 1, at t
+        ctx.chunk_size = chunk_size
+        y = torch.empty(x_THP.shape, dtype=x_THP.dtype, device=x_THP.device)
+        last, kept = _from_heads(state_HPN, B_TGN.shape[1]), []
+        for start, stop, chunk in _pieces(len(x_THP), x_THP.shape[1], chunk_size):
+            piece = _piece((x_THP, dt_TH, B_TGN, C_TGN), A_H, ctx.seq_idx, start, stop, chunk)
+            states = last.new_empty(piece.G, piece.Z + 1, *last.shape[1:])
+            states[:, 0] = last
+            piece.into_states(piece.B_ZCGN, piece.xdt_ZCHP * piece.decays.leave_ZCH[..., None], states[:, 1:])
+            piece.carry(states)
+            y_ZCHP = _chunks(y[start:stop], chunk)
+            piece.from_states(piece.C_ZCGN, states[:, :-1], piece.decays.enter_ZCH, y_ZCHP)
+            piece.add_mixed(piece.xdt_ZCHP, y_ZCHP)
+            y_ZCHP.addcmul_(piece.x_ZCHP, D_H[:, None])
+            last = states[:, -1]
+            if any(ctx.needs_input_grad):
+                kept.append(states)
+        ctx.save_for_backward(x_THP, dt_TH, A_H, B_TGN, C_TGN, D_H, y, *kept)
+        return y, _to_heads(last, x_THP.shape[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_THP, dt_TH, A_H, B_TGN, C_TGN, D_H, y_THP, states = ctx.saved_tensors
-        num_tokens, chunk = len(x_THP), ctx.chunk
-        x, dt, B, C, y, dy = (_cut(tensor, chunk) for tensor in (x_THP, dt_TH, B_TGN, C_TGN, y_THP, grads[0]))
-        parts = _chunked(x, dt, A_H, B, C, ctx.seq_idx)
-        dstates = _state_gradients(parts, dy, grads[1])
-        dxdt, dB, dC = _operand_gradients(parts, dy, states, dstates)
-        dy_x = torch.einsum("zchp,zchp->zch", dy, x)
-        dxdt_x = torch.einsum("zchp,zchp->zch", dxdt, x)
-        dy_y = torch.einsum("zchp,zchp->zch", dy, y) - D_H * dy_x
-        dlog = _decay_gradient(dy_y - dt * dxdt_x, dstates[1:], states[1:])
-        ddt = dxdt_x + dlog * A_H
-        dx = dxdt.mul_(dt[..., None]).addcmul_(dy, D_H[:, None])
-        return (
-            _uncut(dx, num_tokens),
-            _uncut(ddt, num_tokens),
-            (dlog * dt).sum((0, 1)),
-            _uncut(dB, num_tokens),
-            _uncut(dC, num_tokens),
-            dy_x.sum((0, 1)),
-            _to_heads(dstates[0]),
-            None,
-            None,
-        )
+        x, dt, A, B, C, D, y, *kept = ctx.saved_tensors
+        dy = grads[0].contiguous()
+        dx, ddt, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, B, C))
+        dA, dD = torch.zeros_like(A), torch.zeros_like(D)
+        dlast = _from_heads(grads[1], B.shape[1])
+        pieces = list(_pieces(len(x), x.shape[1], ctx.chunk_size))
+        for (start, stop, chunk), states in zip(reversed(pieces), reversed(kept), strict=True):
+            piece = _piece((x, dt, B, C), A, ctx.seq_idx, start, stop, chunk)
+            dy_p, y_p, dx_p, ddt_p, dB_p, dC_p = (_chunks(t[start:stop], chunk) for t in (dy, y, dx, ddt, dB, dC))
+            dstates = torch.empty_like(states)
+            dstates[:, -1] = dlast
+            dy_enter = dy_p * piece.decays.enter_ZCH[..., None]
+            piece.into_states(piece.C_ZCGN, dy_enter, dstates[:, :-1])
+            piece.carry(dstates, backwards=True)
+            dlast = dstates[:, 0]
+            _projection_gradients(piece, dy_p, dy_enter, states, dstates, dB_p, dC_p)
+            piece.from_states(piece.B_ZCGN, dstates[:, 1:], piece.decays.leave_ZCH, dx_p)
+            piece.add_mixed(dy_p, dx_p, transposed=True)  # dx is the gradient of dt * x, for now
+            dy_x, dxdt_x = _dot(dy_p, piece.x_ZCHP), _dot(dx_p, piece.x_ZCHP)
+            dy_y = _dot(dy_p, y_p) - D * dy_x
+            dlog = _decay_gradient(piece, dy_y - piece.dt_ZCH * dxdt_x, dstates[:, 1:], states[:, 1:])
+            torch.addcmul(dxdt_x, dlog, A, out=ddt_p)
+            dA += (dlog * piece.dt_ZCH).sum((0, 1))
+            dD += dy_x.sum((0, 1))
+            dx_p.mul_(piece.dt_ZCH[..., None]).addcmul_(dy_p, D[:, None])
+        return dx, ddt, dA, dB, dC, dD, _to_heads(dlast, x.shape[1]), None, None
 
 
-def _state_gradients(parts: _Chunked, dy_ZCHP: Tensor, dlast_HPN: Tensor) -> Tensor:
-    """(Z + 1, G, N, r, P): gradient of the state before each chunk through all that follows, and of the last one."""
-    Z, G, C, r, P = parts.xdt_leave_ZGCrP.shape
-    dy_enter = dy_ZCHP.new_empty(Z, G, C, r, P)
-    enter = parts.decays.enter_ZHC.view(Z, G, r, C, 1).transpose(2, 3)
-    torch.mul(dy_ZCHP.view(Z, C, G, r, P).transpose(1, 2), enter, out=dy_enter)
-    read = parts.C_ZGCN.transpose(-1, -2) @ dy_enter.view(Z, G, C, r * P)
-    backwards = _carry(read.view(Z, G, -1, r, P).flip(0), parts.decays.through_ZH.flip(0), dlast_HPN)
-    return backwards.flip(0)
+def _piece(
+    operands: tuple[Tensor, Tensor, Tensor, Tensor],
+    A: Tensor,
+    seq_idx: Tensor | None,
+    start: int,
+    stop: int,
+    chunk: int,
+) -> _Piece:
+    x, dt, B, C = (_chunks(tensor[start:stop], chunk) for tensor in operands)
+    return _Piece(x, dt, A, B, C, None if seq_idx is None else seq_idx[start : stop + 1])
 
 
-def _operand_gradients(
-    parts: _Chunked, dy_ZCHP: Tensor, states: Tensor, dstates: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of dt * x (Z, C, H, P), B and C (Z, C, G, N)."""
-    Z, G, C, r, P = parts.xdt_leave_ZGCrP.shape
-    dy_ZHCP = dy_ZCHP.transpose(1, 2).contiguous()
-    dmix = dy_ZHCP @ parts.xdt_ZHCP.transpose(-1, -2)
-    dproducts_ZGCC = dmix.mul_(parts.decays.within_ZHCC).view(Z, G, r, C, C).sum(2)
-    enter = parts.decays.enter_ZHC.view(Z, G, r, C, 1).transpose(2, 3)
-    dy_enter = torch.mul(dy_ZHCP.view(Z, G, r, C, P).transpose(2, 3), enter).reshape(Z, G, C, r * P)
-    dC = dproducts_ZGCC @ parts.B_ZGCN
-    dC += dy_enter @ states[:-1].view(Z, G, -1, r * P).transpose(-1, -2)
-    dB = dproducts_ZGCC.transpose(-1, -2) @ parts.C_ZGCN
-    dlater_ZGNrP = dstates[1:].view(Z, G, -1, r * P)
-    dB += parts.xdt_leave_ZGCrP.view(Z, G, C, r * P) @ dlater_ZGNrP.transpose(-1, -2)
-    dxdt = dy_ZCHP.new_empty(Z, C, G * r, P)
-    leave = parts.decays.leave_ZHC.view(Z, G, r, C, 1).permute(0, 3, 1, 2, 4)
-    through_state = (parts.B_ZGCN @ dlater_ZGNrP).view(Z, G, C, r, P).transpose(1, 2)
-    torch.mul(through_state, leave, out=dxdt.view(Z, C, G, r, P))
-    dxdt += (parts.mix_ZHCC.transpose(-1, -2) @ dy_ZHCP).transpose(1, 2)
-    return dxdt, dB.transpose(1, 2), dC.transpose(1, 2)
+def _projection_gradients(
+    piece: _Piece, dy: Tensor, dy_enter: Tensor, states: Tensor, dstates: Tensor, dB_ZCGN: Tensor, dC_ZCGN: Tensor
+) -> None:
+    """Writes the gradients of B and C."""
+    dmix = torch.empty_like(piece.mix_HZCC)
+    for h in range(piece.H):
+        torch.bmm(dy[:, :, h], piece.xdt_ZCHP[:, :, h].transpose(1, 2), out=dmix[h])
+    dmix.mul_(piece.decays.within_HZCC)
+    dproducts_GZCC = dmix.view(piece.G, piece.r, piece.Z, piece.C, piece.C).sum(1).mul_(piece.decays.keep_ZCC)
+    xdt_leave = piece.xdt_ZCHP * piece.decays.leave_ZCH[..., None]
+    for g in range(piece.G):
+        dC = dproducts_GZCC[g] @ piece.B_ZCGN[:, :, g]
+        dC_ZCGN[:, :, g] = dC.baddbmm_(piece.group(dy_enter, g), states[g, :-1].transpose(1, 2))
+        dB = dproducts_GZCC[g].transpose(1, 2) @ piece.C_ZCGN[:, :, g]
+        dB_ZCGN[:, :, g] = dB.baddbmm_(piece.group(xdt_leave, g), dstates[g, 1:].transpose(1, 2))
 
 
-def _decay_gradient(balance_ZCH: Tensor, dafter: Tensor, after: Tensor) -> Tensor:
+def _decay_gradient(piece: _Piece, balance_ZCH: Tensor, dafter_GZNQ: Tensor, after_GZNQ: Tensor) -> Tensor:
     """(Z, C, H): gradient of the log decay dt_t A.
 
     That decay scales every path from a token s < t to a token l >= t. A token's paths that end in it are worth
     <dy, y>, those that begin in it <d(dt x), dt x>; `balance` is their difference. Its sum from t to the chunk's end,
     plus what leaves through the state after the chunk, counts exactly the paths across t.
     """
-    leaving_ZH = (dafter * after).sum((2, 4)).flatten(1)
+    leaving_GZQ = (dafter_GZNQ * after_GZNQ).sum(2)
+    leaving_GZr = leaving_GZQ.view(piece.G, piece.Z, piece.r, piece.P).sum(-1)
+    leaving_ZH = leaving_GZr.transpose(0, 1).reshape(piece.Z, piece.H)
     return balance_ZCH.flip(1).cumsum(1).flip(1) + leaving_ZH[:, None]
 
 
-def _cut(x_T: Tensor, chunk: int) -> Tensor:
-    """(T, ...) -> (Z, C, ...), zeros after the end: with dt = 0 they neither decay nor add."""
-    missing = -len(x_T) % chunk
-    if missing:
-        x_T = torch.cat([x_T, x_T.new_zeros(missing, *x_T.shape[1:])])
-    return x_T.unflatten(0, (-1, chunk))
+def _dot(a_ZCHP: Tensor, b_ZCHP: Tensor) -> Tensor:
+    return (a_ZCHP * b_ZCHP).sum(-1)
 
 
-def _uncut(x_ZC: Tensor, num_tokens: int) -> Tensor:
-    return x_ZC.flatten(0, 1)[:num_tokens]
+def _chunks(x_T: Tensor, chunk: int) -> Tensor:
+    """(T, ...) -> (Z, C, ...), a view."""
+    return x_T.view(len(x_T) // chunk, chunk, *x_T.shape[1:])
+
+
+def _from_heads(state_HPN: Tensor, num_groups: int) -> Tensor:
+    """(H, P, N) -> (G, N, r * P)"""
+    grouped = state_HPN.reshape(num_groups, -1, state_HPN.shape[-1])
+    return grouped.transpose(1, 2).contiguous()
+
+
+def _to_heads(state_GNQ: Tensor, num_heads: int) -> Tensor:
+    """The inverse of `_from_heads`."""
+    return state_GNQ.transpose(1, 2).reshape(num_heads, -1, state_GNQ.shape[1])

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from torch.nn import functional as F
 from timeviper_model.attention import Attention, grouped_scores, repeat_kv
 from timeviper_model.batch import TokenKind
 from timeviper_model.config import HybridConfig, TransVSite
+from timeviper_model.hybrid import Block
 from timeviper_model.segments import RowBucket, Segments, group_by_length
 from timeviper_model.shapes import put_rows, take_rows
 
@@ -49,13 +49,6 @@ class TokenStream:
             labels_T=self.labels_T[index],
             original_counts=self.original_counts,
         )
-
-
-class ScoringBlock(Protocol):
-    """What selection by attention needs of the block behind the site."""
-
-    norm: nn.Module
-    mixer: nn.Module
 
 
 class TransVLayer(nn.Module):
@@ -117,9 +110,7 @@ class TransferRows:
         return self.receivers.unpad((mixed * sees_any).transpose(1, 2))
 
 
-def apply_site(
-    stream: TokenStream, site: TransVSite, layer: TransVLayer | None, block: ScoringBlock | None
-) -> TokenStream:
+def apply_site(stream: TokenStream, site: TransVSite, layer: TransVLayer | None, block: Block | None) -> TokenStream:
     """The stream behind a site: fewer vision tokens, instruction tokens that know of them.
 
     Args:
@@ -142,7 +133,7 @@ def num_kept(original: int, present: int, keep: float) -> int:
     return min(present, math.floor(keep * original + 0.5))
 
 
-def _select(stream: TokenStream, site: TransVSite, block: ScoringBlock | None, vision_T: Tensor) -> Tensor:
+def _select(stream: TokenStream, site: TransVSite, block: Block | None, vision_T: Tensor) -> Tensor:
     """(T,) bool: the vision tokens that stay."""
     segments = stream.segments
     present = torch.bincount(segments.ids[vision_T], minlength=segments.num_segments).tolist()
@@ -171,7 +162,7 @@ def _select_uniform(vision_T: Tensor, present: list[int], stay: list[int]) -> Te
 
 @torch.no_grad()
 def _select_by_attention(
-    stream: TokenStream, block: ScoringBlock, vision_T: Tensor, present: list[int], stay: list[int]
+    stream: TokenStream, block: Block, vision_T: Tensor, present: list[int], stay: list[int]
 ) -> Tensor:
     """The vision tokens that the last token before the first response looks at most; ties go to the lower index."""
     segments = stream.segments
@@ -191,7 +182,7 @@ def _select_by_attention(
     return kept_T
 
 
-def _score_row(stream: TokenStream, block: ScoringBlock, rows: RowBucket) -> Tensor:
+def _score_row(stream: TokenStream, block: Block, rows: RowBucket) -> Tensor:
     """(R, L): softmax over the causal row of each segment's score token, averaged over heads; only that row."""
     attention = block.mixer
     assert isinstance(attention, Attention)

@@ -223,7 +223,7 @@ def _write_shards(tensors: Mapping[str, Tensor], folder: Path, max_shard_bytes: 
             size = 0
         shards[-1][name] = tensor
         size += tensor.nbytes
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in shard.items()}, folder / file_name)

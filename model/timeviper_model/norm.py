@@ -1,0 +1,92 @@
+"""Root-mean-square norms: of hidden states, and of groups of gated channels inside Mamba-2.
+
+Knows tensors alone. On a CPU in fp32 or float64 the gradient is written out and taken in cache-sized blocks: autograd's
+own walks over fresh memory six times and took twice as long as the matrix product beside it. Elsewhere PyTorch's norm.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+BLOCK_ELEMENTS = 2**17
+"""elements handled at one time: half a MiB in fp32"""
+
+
+class RMSNorm(nn.Module):
+    """Norm with a scale, in fp32 inside."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)"""
+        return rms_norm(x.unsqueeze(-2), self.weight[None], self.eps).squeeze(-2)
+
+
+class GatedRMSNorm(nn.Module):
+    """`RMSNorm(x * silu(gate))` with the mean square taken in each group apart, then scaled."""
+
+    def __init__(self, size: int, num_groups: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.num_groups = num_groups
+        self.eps = eps
+
+    def forward(self, x_TD: Tensor, gate_TD: Tensor) -> Tensor:
+        """(T, D) in the gate's dtype; computed in that of `x_TD` (fp32)."""
+        gated = x_TD * F.silu(gate_TD.to(x_TD.dtype))
+        grouped = gated.view(len(gated), self.num_groups, -1)
+        weight = self.weight.view(self.num_groups, -1).to(x_TD.dtype)
+        return rms_norm(grouped, weight, self.eps).flatten(1).to(gate_TD.dtype)
+
+
+def rms_norm(x: Tensor, weight_GD: Tensor, eps: float) -> Tensor:
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension of (..., G, D)."""
+    if x.device.type == "cpu" and x.dtype == weight_GD.dtype and x.dtype in (torch.float32, torch.float64):
+        y: Tensor = _RMSNorm.apply(x, weight_GD, eps)  # type: ignore[no-untyped-call]
+        return y
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return (F.rms_norm(x.to(dtype), x.shape[-1:], eps=eps) * weight_GD.to(dtype)).to(x.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_GD: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight_GD)
+        ctx.eps = eps
+        y = torch.empty(x.shape, dtype=x.dtype)
+        x_MGD, y_MGD = x.reshape(-1, *weight_GD.shape), y.view(-1, *weight_GD.shape)
+        for part in _blocks(x_MGD):
+            torch.mul(x_MGD[part], _inverse_rms(x_MGD[part], eps), out=y_MGD[part]).mul_(weight_GD)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_GD = ctx.saved_tensors
+        x_MGD, dy_MGD = (tensor.reshape(-1, *weight_GD.shape) for tensor in (x, grads[0]))
+        dx, dweight = torch.empty(x.shape, dtype=x.dtype), torch.zeros_like(weight_GD)
+        dx_MGD = dx.view(-1, *weight_GD.shape)
+        for part in _blocks(x_MGD):
+            inverse = _inverse_rms(x_MGD[part], ctx.eps)
+            normed = x_MGD[part] * inverse
+            dweight += (dy_MGD[part] * normed).sum(0)
+            scaled = dy_MGD[part] * weight_GD
+            along = (scaled * normed).mean(-1, keepdim=True)
+            torch.addcmul(scaled, normed, along, value=-1, out=dx_MGD[part]).mul_(inverse)
+        return dx, dweight, None
+
+
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+    return mean_square.add_(eps).rsqrt_()
+
+
+def _blocks(x_MGD: Tensor) -> list[slice]:
+    length = max(1, BLOCK_ELEMENTS // max(1, x_MGD[:1].numel()))
+    return [slice(start, start + length) for start in range(0, len(x_MGD), length)]
