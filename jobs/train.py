@@ -1,0 +1,53 @@
+"""Feature store + samples -> checkpoints and weights, on Ray Train.
+
+    python jobs/train.py --config ray_configs/tiny/train.yaml
+    python jobs/train.py --config ray_configs/train.yaml --resume never phases.align.steps=10
+
+A run that was stopped goes on where its newest committed checkpoint is. The weights of each phase are in
+runs/name/weights/<phase>, the table below in runs/name/report.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from timeviper_platform.config import load_config
+from timeviper_platform.logs import setup_logging
+from timeviper_platform.training.config import TrainConfig
+from timeviper_platform.training.trainer import connect, train_on_ray
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the job; the exit code."""
+    parser = argparse.ArgumentParser(description="Train on Ray.")
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--resume", default="auto", help="auto (default), never, or the URI of a checkpoint")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as phases.align.steps=10")
+    parsed = parser.parse_args(arguments)
+    setup_logging()
+    try:
+        config = load_config(TrainConfig, parsed.config, parsed.overrides)
+        connect()
+        report = train_on_ray(config, resume=parsed.resume)
+    except (ValueError, RuntimeError) as error:
+        print(f"train: {error}", file=sys.stderr)
+        return 1
+    print_report(report)
+    return 0
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """One line a phase."""
+    print(f"{'phase':<12}{'steps':>8}{'first loss':>12}{'last loss':>12}{'samples':>10}{'rejects':>9}{'seconds':>9}")
+    for name, phase in report.items():
+        print(
+            f"{name:<12}{phase['steps']:>8}{phase['loss_first']:>12.4f}{phase['loss_last']:>12.4f}"
+            f"{phase['samples']:>10}{sum(phase['rejects'].values()):>9}{phase['seconds']:>9.1f}"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""The one YAML of a training run as a tree of frozen dataclasses. Knows keys and what fits together; runs nothing.
+
+A run is a chain of phases. Each says where its first weights come from (None: from the phase before), what it reads,
+what it trains and for how long; the optimizer is made anew for every phase.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from timeviper_model.config import PRESETS, TimeViperConfig, TransVSite
+from timeviper_platform import storage
+from timeviper_platform.training.checkpoint import CheckpointConfig
+from timeviper_platform.training.feed import FeedConfig
+from timeviper_platform.training.metrics import MetricsConfig
+from timeviper_platform.training.parameters import ParameterRule
+from timeviper_platform.training.plan import PackingConfig
+from timeviper_platform.training.samples import FramesConfig, SourceConfig
+from timeviper_platform.training.schedule import ScheduleConfig
+from timeviper_platform.training.zero import Precision, ZeroConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InitConfig:
+    """The first weights of a phase: a weights folder, or a preset with seeded values and, if named, a real backbone."""
+
+    weights: str | None = None
+    """folder that save_pretrained or jobs/export.py wrote; excludes the others"""
+    preset: Literal["tiny", "9b"] | None = None
+    seed: int = 0
+    backbone: str | None = None
+    """Hugging Face name or folder of a language model whose weights replace the preset's random ones"""
+    transv: tuple[TransVSite, ...] | None = None
+    """replaces the preset's TransV sites"""
+
+    def __post_init__(self) -> None:
+        if (self.weights is None) == (self.preset is None):
+            raise ValueError(f"init needs either weights or a preset: {self.weights = }, {self.preset = }")
+        if self.weights is not None and (self.backbone is not None or self.transv is not None):
+            raise ValueError("init.weights brings its own backbone and TransV sites; leave those keys out")
+
+    def model_config(self) -> TimeViperConfig:
+        """The preset with this configuration's TransV sites."""
+        if self.preset is None:
+            raise ValueError(f"the sizes of {self.weights} are in its config.json")
+        preset = PRESETS[self.preset]
+        return preset if self.transv is None else replace(preset, transv=self.transv)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PhaseConfig:
+    """One training phase."""
+
+    samples: tuple[SourceConfig, ...]
+    """the mixture"""
+    trainable: tuple[ParameterRule, ...]
+    """what is trained, at which rate; everything else is frozen"""
+    packing: PackingConfig
+    packs_per_step: int
+    """packs of the global batch, whatever the number of ranks"""
+    steps: int | None = None
+    epochs: int | None = None
+    """exactly one of steps and epochs"""
+    use_transv: bool = True
+    frames: FramesConfig = field(default_factory=FramesConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    init: InitConfig | None = None
+    """None takes the weights of the phase before"""
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(f"a phase needs either steps or epochs: {self.steps = }, {self.epochs = }")
+        for name in ("steps", "epochs", "packs_per_step"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} = {value} must be at least 1")
+        if not self.samples or not self.trainable:
+            raise ValueError("a phase needs at least one entry in samples and one in trainable")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkersConfig:
+    """Processes that share a run; used by the Ray adapter, where a plain launcher sets the same by its own flags."""
+
+    num_workers: int = 1
+    use_gpu: bool = False
+    """one GPU a worker, NCCL; else CPU and gloo"""
+    resources_per_worker: dict[str, float] = field(default_factory=lambda: {"CPU": 1.0})
+    max_failures: int = 3
+    """worker groups that may be lost before the run fails; each restart resumes from the newest committed checkpoint"""
+    threads_per_worker: int = 1
+    """torch threads; fixed, because another number adds up in another order"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """A whole run.
+
+    Raises:
+        ValueError: when there is no phase or the first one has no init.
+    """
+
+    name: str
+    """the run's folder is runs/name"""
+    feature_store: str
+    tokenizer: str
+    """Hugging Face name or folder"""
+    phases: dict[str, PhaseConfig]
+    """in this order"""
+    runs: str = "outputs/runs"
+    seed: int = 0
+    """of the epochs' orders"""
+    precision: Precision = "fp32"
+    """bf16 keeps fp32 master weights in the optimizer"""
+    activation_checkpointing: bool = False
+    encoder: str | None = None
+    """the vision encoder that made the features (Hugging Face name or folder), noted in the weights for serving"""
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    feed: FeedConfig = field(default_factory=FeedConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    workers: WorkersConfig = field(default_factory=WorkersConfig)
+
+    def __post_init__(self) -> None:
+        if not self.name or "/" in self.name:
+            raise ValueError(f"{self.name = } names a folder inside {self.runs}: no slash, not empty")
+        if not self.phases:
+            raise ValueError("phases: name at least one")
+        first = next(iter(self.phases))
+        if self.phases[first].init is None:
+            raise ValueError(f"phases.{first}.init: the first phase needs its initial weights")
+
+
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """`config` with every local path made absolute, for processes that start in other folders.
+
+    A tokenizer or backbone stays as it is where no such folder exists: then it is a name on the hub.
+    """
+    phases = {
+        name: replace(
+            phase,
+            samples=tuple(replace(source, uri=_absolute(source.uri)) for source in phase.samples),
+            init=None
+            if phase.init is None
+            else replace(
+                phase.init,
+                weights=phase.init.weights and _absolute(phase.init.weights),
+                backbone=phase.init.backbone and _absolute_if_exists(phase.init.backbone),
+            ),
+        )
+        for name, phase in config.phases.items()
+    }
+    return replace(
+        config,
+        phases=phases,
+        runs=_absolute(config.runs),
+        feature_store=_absolute(config.feature_store),
+        tokenizer=_absolute_if_exists(config.tokenizer),
+    )
+
+
+def _absolute(uri: str) -> str:
+    return storage.split_uri(uri)[1] if storage.is_local(uri) else uri
+
+
+def _absolute_if_exists(name: str) -> str:
+    return str(Path(name).absolute()) if Path(name).is_dir() else name

@@ -1,0 +1,60 @@
+"""A committed checkpoint to a weights folder that evaluation and serving load. Knows both formats; trains nothing."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from timeviper_model.timeviper import TimeViper
+from timeviper_model.weights import config_from_dict, load_tokenizer, save_pretrained
+from timeviper_platform import storage
+from timeviper_platform.training.checkpoint import MODEL_FILE, consolidate, local_copy, read_state
+from timeviper_platform.training.zero import DTYPES
+
+logger = logging.getLogger(__name__)
+
+
+def export_weights(checkpoint: str, output: str, *, dtype: Literal["fp32", "bf16"] = "fp32") -> None:
+    """Writes the checkpoint's model, with tokenizer and how it was made, as a weights folder at `output`.
+
+    Args:
+        checkpoint: URI of a committed checkpoint.
+        output: URI of the folder; replaced where it exists.
+        dtype: of the written tensors; training keeps fp32, serving takes either.
+
+    Raises:
+        ValueError: when there is no committed checkpoint, or it does not hold the whole model.
+    """
+    state = read_state(checkpoint)
+    description = storage.read_json(storage.join_uri(checkpoint, MODEL_FILE))
+    with local_copy(checkpoint) as folder:
+        tensors = consolidate(folder, state.zero_stage)
+    model = _model_of(description, tensors, source=checkpoint).to(DTYPES[dtype])
+    metadata = {**description["metadata"], "phase": state.phase, "step": str(state.step)}
+    tokenizer = load_tokenizer(description["tokenizer"])
+    if storage.is_local(output):
+        save_pretrained(model, storage.split_uri(output)[1], tokenizer=tokenizer, metadata=metadata)
+    else:
+        with tempfile.TemporaryDirectory(prefix="timeviper-weights-") as scratch:
+            save_pretrained(model, Path(scratch) / "weights", tokenizer=tokenizer, metadata=metadata)
+            filesystem, path = storage.split_uri(output)
+            storage.remove(output)
+            filesystem.put(str(Path(scratch) / "weights") + "/", path.rstrip("/") + "/", recursive=True)
+    logger.info("weights of %s at step %d of %s are in %s", state.phase, state.step, checkpoint, output)
+
+
+def _model_of(description: dict[str, Any], tensors: dict[str, torch.Tensor], *, source: str) -> TimeViper:
+    with torch.device("meta"):
+        model = TimeViper(config_from_dict(description["config"], where=source))
+    result = model.load_state_dict(tensors, strict=False, assign=True)
+    missing = [
+        name for name in result.missing_keys if not model.config.text.tie_word_embeddings or "lm_head" not in name
+    ]
+    if missing or result.unexpected_keys:
+        raise ValueError(f"{source} does not hold this model: {missing = }, unexpected = {result.unexpected_keys}")
+    model.tie_weights()
+    return model

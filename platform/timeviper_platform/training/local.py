@@ -1,0 +1,99 @@
+"""Training without Ray: `python -m timeviper_platform.training.local --config FILE`, one process a rank.
+
+Alone it is a run on one rank. Under torchrun (`torchrun --nproc-per-node 2 -m timeviper_platform.training.local ...`)
+it reads rank and address from the variables that torchrun sets. Knows process groups; the run itself is loop.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from timeviper_platform.config import load_config
+from timeviper_platform.logs import setup_logging
+from timeviper_platform.training.checkpoint import resolve_resume
+from timeviper_platform.training.config import TrainConfig
+from timeviper_platform.training.loop import RunFolder, run_training
+
+logger = logging.getLogger(__name__)
+
+
+def train_local(config: TrainConfig, *, resume: str = "auto") -> dict[str, Any]:
+    """Runs `config` in this process as one rank of what the launcher started; the report by phase.
+
+    Args:
+        config: the run.
+        resume: auto, never, or a checkpoint's URI.
+
+    Raises:
+        ValueError, RuntimeError: see `run_training` and `resolve_resume`.
+    """
+    torch.set_num_threads(config.workers.threads_per_worker)
+    with process_group(use_gpu=config.workers.use_gpu) as device:
+        resume_from = agree(lambda: resolve_resume(RunFolder.of(config).checkpoints, resume))
+        return run_training(config, resume_from=resume_from, device=device)
+
+
+def agree(decide: Any) -> Any:
+    """What rank 0 decides, on every rank; its ValueError too."""
+    decision: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            decision = [decide()]
+        except ValueError as error:
+            decision = [error]
+    dist.broadcast_object_list(decision)
+    if isinstance(decision[0], ValueError):
+        raise decision[0]
+    return decision[0]
+
+
+@contextlib.contextmanager
+def process_group(*, use_gpu: bool) -> Iterator[torch.device]:
+    """torch.distributed for the block: the launcher's group, or a group of one."""
+    backend = "nccl" if use_gpu else "gloo"
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_gpu else torch.device("cpu")
+    if use_gpu:
+        torch.cuda.set_device(device)
+    with tempfile.TemporaryDirectory(prefix="timeviper-rendezvous-") as folder:
+        if "RANK" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed looks for it
+            dist.init_process_group(backend, init_method=f"file://{Path(folder) / 'group'}", rank=0, world_size=1)
+        try:
+            yield device
+        finally:
+            dist.destroy_process_group()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; 0 when the run ended well, 1 when it could not be run as configured."""
+    parser = argparse.ArgumentParser(description="Train without Ray: one process a rank.")
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--resume", default="auto", help="auto, never, or the URI of a checkpoint")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parsed = parser.parse_args(arguments)
+    setup_logging()
+    try:
+        report = train_local(load_config(TrainConfig, parsed.config, parsed.overrides), resume=parsed.resume)
+    except (ValueError, RuntimeError) as error:
+        logger.error("%s", error)
+        return 1
+    sys.stdout.write(json.dumps(report, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""Which parameters a phase trains, at which learning rate and decay: regular expressions to optimizer groups.
+
+Knows parameter names alone. Every rule must match something, and no parameter two rules; what no rule matches
+stays frozen.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParameterRule:
+    """One line of a phase's `trainable`."""
+
+    match: str
+    """regular expression for the whole parameter name, such as `projector\\..*`"""
+    lr: float
+    """peak learning rate"""
+    weight_decay: float = 0.01
+    """for matrices; norms, biases, A_log, D, dt_bias and alpha (fewer than two dimensions) never decay"""
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.match)
+        except re.error as error:
+            raise ValueError(f"match: {self.match!r} is no regular expression: {error}") from error
+        if self.lr < 0 or self.weight_decay < 0:
+            raise ValueError(f"{self.match}: {self.lr = } and {self.weight_decay = } must be at least 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParameterGroup:
+    """One optimizer group."""
+
+    name: str
+    lr: float
+    weight_decay: float
+    parameter_names: tuple[str, ...]
+    num_parameters: int
+
+
+def resolve_groups(model: nn.Module, rules: Sequence[ParameterRule]) -> list[ParameterGroup]:
+    """The optimizer groups of `rules`, each split into parameters that decay and those that never do.
+
+    Raises:
+        ValueError: when a rule matches nothing (with the kinds of names there are) or a parameter matches two.
+    """
+    shapes = dict(model.named_parameters())
+    owners: dict[str, ParameterRule] = {}
+    for rule in rules:
+        matched = [name for name in shapes if re.fullmatch(rule.match, name)]
+        if not matched:
+            raise ValueError(f"trainable: {rule.match!r} matches no parameter; there are {_kinds(list(shapes))}")
+        for name in matched:
+            if name in owners:
+                raise ValueError(f"trainable: {name} matches both {owners[name].match!r} and {rule.match!r}")
+            owners[name] = rule
+    groups = []
+    for rule in rules:
+        for decays in (True, False):
+            names = tuple(n for n in shapes if owners.get(n) is rule and (shapes[n].ndim >= 2) is decays)
+            if names:
+                groups.append(
+                    ParameterGroup(
+                        name=f"{rule.match} {'decay' if decays else 'no decay'}",
+                        lr=rule.lr,
+                        weight_decay=rule.weight_decay if decays else 0.0,
+                        parameter_names=names,
+                        num_parameters=sum(shapes[name].numel() for name in names),
+                    )
+                )
+    return groups
+
+
+def freeze_others(model: nn.Module, groups: Sequence[ParameterGroup]) -> None:
+    """Only the parameters of `groups` get gradients."""
+    trained = {name for group in groups for name in group.parameter_names}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+
+
+def describe_groups(groups: Sequence[ParameterGroup], num_parameters: int) -> str:
+    """The resolved groups as the lines that a run logs."""
+    lines = [
+        f"  {group.name}: {len(group.parameter_names)} tensors, {group.num_parameters:,} parameters,"
+        f" lr {group.lr:g}, weight decay {group.weight_decay:g}"
+        for group in groups
+    ]
+    trained = sum(group.num_parameters for group in groups)
+    return "\n".join([f"{trained:,} of {num_parameters:,} parameters are trained", *lines])
+
+
+def _kinds(names: Sequence[str]) -> str:
+    """`backbone.layers.*.mixer.A_log, ...`: the names with their numbers starred, each once."""
+    return ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names}))

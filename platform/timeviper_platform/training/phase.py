@@ -1,0 +1,210 @@
+"""One phase made ready: its model with first weights, its samples measured, its plan, feed and parameter groups.
+
+Knows how the parts of a phase fit together and says clearly when they do not (a feature store of another encoder, a
+tokenizer larger than the vocabulary). Runs no step.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from timeviper_model.config import TimeViperConfig, VisionConfig
+from timeviper_model.timeviper import TimeViper
+from timeviper_model.weights import config_to_dict, from_pretrained, load_backbone
+from timeviper_platform import storage
+from timeviper_platform.data.features import FeatureStore
+from timeviper_platform.training.config import InitConfig, PhaseConfig, TrainConfig
+from timeviper_platform.training.feed import Feed, FeedShape
+from timeviper_platform.training.parameters import ParameterGroup, describe_groups, resolve_groups
+from timeviper_platform.training.plan import PackPlan
+from timeviper_platform.training.samples import (
+    Reject,
+    SampleBuilder,
+    SampleRows,
+    count_rejects,
+    measure_samples,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Phase:
+    """A phase that can be run."""
+
+    name: str
+    config: PhaseConfig
+    model: TimeViper
+    groups: list[ParameterGroup]
+    plan: PackPlan
+    feed: Feed
+    num_steps: int
+    rejects: list[Reject]
+    description: dict[str, Any]
+    """what model.json of its checkpoints holds"""
+
+
+def prepare_phase(
+    config: TrainConfig,
+    name: str,
+    model: TimeViper,
+    store: FeatureStore,
+    tokenizer: Any,
+    *,
+    rank: int,
+    world_size: int,
+) -> Phase:
+    """The phase `name` of `config`, on a model that has its first weights (or will load a checkpoint).
+
+    Raises:
+        ValueError: when samples, feature store, tokenizer, model and configuration do not fit together.
+    """
+    phase = config.phases[name]
+    _check_tokenizer(tokenizer, model.config)
+    builder = SampleBuilder(store, tokenizer, model.config.chat_template, phase.frames)
+    rows = SampleRows.read(phase.samples)
+    table, rejects = measure_samples(
+        rows, builder, max_tokens=phase.packing.max_tokens, max_frames=phase.packing.max_frames
+    )
+    plan = PackPlan(table, phase.packing, config.seed)
+    num_steps = phase.steps or plan.num_steps(phase.packs_per_step, phase.epochs or 1)
+    groups = resolve_groups(model, phase.trainable)
+    feed = Feed(plan, rows, builder, _feed_shape(phase, model.config, tokenizer), rank=rank, world_size=world_size)
+    logger.info(
+        "phase %s: %d samples, %d rejects %s, %d packs in the first epoch, %d steps of %d packs",
+        *(name, len(table), len(rejects), count_rejects(rejects), len(plan.epoch(0))),
+        *(num_steps, phase.packs_per_step),
+    )
+    logger.info("phase %s: %s", name, describe_groups(groups, sum(p.numel() for p in model.parameters())))
+    return Phase(
+        name=name,
+        config=phase,
+        model=model,
+        groups=groups,
+        plan=plan,
+        feed=feed,
+        num_steps=num_steps,
+        rejects=rejects,
+        description={
+            "config": config_to_dict(model.config),
+            "tokenizer": config.tokenizer,
+            "metadata": _metadata(config, phase, store),
+        },
+    )
+
+
+def first_model(init: InitConfig, store: FeatureStore, encoder: str | None) -> TimeViper:
+    """The model with a phase's first weights, fitted to the encoder that made the store.
+
+    Raises:
+        ValueError: when the store's features do not fit the model, or the weights cannot be loaded.
+    """
+    if init.weights is not None:
+        model = load_weights(init.weights)
+        _check_same_vision(model.config.vision, vision_of(store, model.config.vision, encoder), init.weights)
+        return model.train()
+    config = init.model_config()
+    config = replace(config, vision=vision_of(store, config.vision, encoder))
+    model = TimeViper(config)
+    model.init_weights(torch.Generator().manual_seed(init.seed))
+    if init.backbone is not None:
+        load_backbone(model, init.backbone)
+    return model.train()
+
+
+def load_weights(uri: str) -> TimeViper:
+    """The model of a weights folder on any file system, in fp32.
+
+    Raises:
+        ValueError: when there is none, or it is damaged.
+    """
+    filesystem, path = storage.split_uri(uri)
+    if storage.is_local(uri):
+        return from_pretrained(path)
+    with tempfile.TemporaryDirectory(prefix="timeviper-weights-") as scratch:
+        folder = Path(scratch) / "weights"
+        filesystem.get(path.rstrip("/") + "/", str(folder) + "/", recursive=True)
+        return from_pretrained(folder)
+
+
+def vision_of(store: FeatureStore, default: VisionConfig, encoder: str | None) -> VisionConfig:
+    """What the store's recipe and index say about the encoder; `default` where they are silent.
+
+    Raises:
+        ValueError: when the features have another width than the model's projector.
+    """
+    recipe_encoder, merge = store.recipe.get("encoder", {}), store.recipe.get("merge", {})
+    if store.media_ids:
+        dim = store.info(store.media_ids[0]).dim
+        if dim != default.hidden_size:
+            raise ValueError(
+                f"features in {store.uri} have width {dim}, the model's projector takes {default.hidden_size};"
+                " preprocess with the model's encoder, or train a model of that width"
+            )
+    return replace(
+        default,
+        encoder=encoder or recipe_encoder.get("name") or default.encoder,
+        layer=recipe_encoder.get("layer", default.layer),
+        num_tokens_per_frame=merge.get("num_tokens_per_frame", default.num_tokens_per_frame),
+        merge_heads=merge.get("heads", default.merge_heads),
+    )
+
+
+def mean_kept_share(config: TimeViperConfig) -> float:
+    """The share of a sample's vision tokens that a block sees, averaged over blocks."""
+    keep, shares = 1.0, []
+    sites = {site.layer: site.keep for site in config.transv}
+    for layer in range(config.text.num_hidden_layers):
+        keep = min(keep, sites.get(layer, keep))
+        shares.append(keep)
+    return sum(shares) / len(shares)
+
+
+def _feed_shape(phase: PhaseConfig, model: TimeViperConfig, tokenizer: Any) -> FeedShape:
+    return FeedShape(
+        packs_per_step=phase.packs_per_step,
+        max_tokens=phase.packing.max_tokens,
+        pad_to=phase.packing.max_tokens if phase.packing.pad_to_max_tokens else None,
+        dim=model.vision.hidden_size,
+        pad_token_id=int(tokenizer.pad_token_id or 0),
+        num_epochs=phase.epochs,
+        vision_cost=mean_kept_share(model) if phase.use_transv else 1.0,
+    )
+
+
+def _metadata(config: TrainConfig, phase: PhaseConfig, store: FeatureStore) -> dict[str, str]:
+    """What serving and evaluation need to feed the weights as training did."""
+    return {
+        "run": config.name,
+        "precision": config.precision,
+        "feature_store": config.feature_store,
+        "recipe_hash": store.recipe_hash,
+        "use_transv": str(phase.use_transv).lower(),
+        **{name: str(value) for name, value in asdict(phase.frames).items()},
+    }
+
+
+def _check_tokenizer(tokenizer: Any, config: TimeViperConfig) -> None:
+    if len(tokenizer) > config.text.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} ids, the model {config.text.vocab_size} embeddings;"
+            " they belong to different models"
+        )
+
+
+def _check_same_vision(own: VisionConfig, expected: VisionConfig, weights: str) -> None:
+    facts: Sequence[str] = ("layer", "num_tokens_per_frame", "merge_heads")
+    wrong = [
+        f"{name}: {getattr(own, name)} and {getattr(expected, name)}"
+        for name in facts
+        if getattr(own, name) != getattr(expected, name)
+    ]
+    if wrong:
+        raise ValueError(f"the weights {weights} and the feature store differ in {'; '.join(wrong)}")

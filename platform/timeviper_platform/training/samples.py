@@ -1,0 +1,298 @@
+"""SAMPLES tables joined with a feature store: each row becomes a tokenised Sample and the frames it takes.
+
+Knows Parquet, the SAMPLES schema, conversations and which frames a sample takes. Reads the store's index and never its
+features; does not know packs, steps or ranks. A row that cannot be used is a counted reject with a reason, and
+no other row takes its place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from timeviper_model.batch import IGNORE_INDEX, Sample
+from timeviper_model.prompt import TEMPLATES, Turn, build_sample, time_text
+from timeviper_platform import schemas, storage
+from timeviper_platform.data.features import FeatureStore, select_frames
+
+MEMO_TEXTS = 65_536
+"""Texts whose ids are remembered; templates and stock questions come again in every sample."""
+
+RejectReason = Literal[
+    "no_features", "no_frames", "bad_media", "bad_conversation", "no_targets", "too_long", "too_many_frames"
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceConfig:
+    """One part of a mixture."""
+
+    uri: str
+    """a Parquet file of SAMPLES rows, or a folder of them"""
+    weight: float = 1.0
+    """how often an epoch shows each row, times the row's own weight: 2 = twice, 0.25 = a seeded quarter of the rows"""
+
+    def __post_init__(self) -> None:
+        if self.weight < 0:
+            raise ValueError(f"{self.weight = } of {self.uri} must be at least 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FramesConfig:
+    """Which of a medium's stored frames a sample takes."""
+
+    max_frames: int | None = None
+    """thin every medium to at most this many frames; None keeps all"""
+    selection: Literal["uniform", "first"] = "uniform"
+    """how to thin; the paper trains with `uniform`"""
+    time_text: bool = False
+    """open a sample that has exactly one video with the sentence that tells its length and number of frames"""
+
+
+class MediaFrames(NamedTuple):
+    """The frames of one medium that a sample takes."""
+
+    media_id: str
+    frames: list[int]
+
+
+class BuiltSample(NamedTuple):
+    """One usable row."""
+
+    sample: Sample
+    media: list[MediaFrames]
+
+    @property
+    def num_frames(self) -> int:
+        """Frames over all media."""
+        return sum(len(item.frames) for item in self.media)
+
+
+class Reject(NamedTuple):
+    """One row that is left out, and why."""
+
+    sample_id: str
+    reason: RejectReason
+    detail: str
+
+
+class SampleRows:
+    """The rows of a mixture, in the order of its sources; kept as Arrow so that millions fit.
+
+    Args:
+        table: SAMPLES rows.
+        weights: (num_rows,) how often an epoch shows each row.
+    """
+
+    def __init__(self, table: pa.Table, weights: np.ndarray) -> None:
+        self._table = table
+        self.weights = weights
+
+    @classmethod
+    def read(cls, sources: Sequence[SourceConfig]) -> SampleRows:
+        """The rows of every source.
+
+        Raises:
+            ValueError: when a file is missing, is not a SAMPLES file, or there is no row at all.
+        """
+        tables, weights = [], []
+        for source in sources:
+            table = pa.concat_tables([_read_file(uri) for uri in _source_files(source.uri)])
+            tables.append(table)
+            own = table["weight"].fill_null(1.0).to_numpy()
+            weights.append(own * source.weight)
+        rows = cls(pa.concat_tables(tables).combine_chunks(), np.concatenate(weights))
+        if len(rows) == 0:
+            raise ValueError(f"the samples {[source.uri for source in sources]} hold no rows")
+        return rows
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        values: dict[str, Any] = self._table.slice(row, 1).to_pylist()[0]
+        return values
+
+
+class SampleBuilder:
+    """Builds the same Sample from the same row, for the plan (its length) and for the feed (its tokens).
+
+    Args:
+        store: the feature store that the rows' media are in.
+        tokenizer: a transformers fast tokenizer.
+        chat_template: key of timeviper_model.prompt.TEMPLATES.
+        frames: which frames a sample takes.
+    """
+
+    def __init__(self, store: FeatureStore, tokenizer: Any, chat_template: str, frames: FramesConfig) -> None:
+        self.store = store
+        self._tokenizer = _MemoTokenizer(tokenizer)
+        self._template = TEMPLATES[chat_template]
+        self._frames = frames
+
+    def build(self, row: dict[str, Any]) -> BuiltSample | Reject:
+        """The row's tokens and frames, or why it cannot be used."""
+        media = []
+        num_tokens = []
+        for item in row["media"] or []:
+            chosen = self._select(item)
+            if not isinstance(chosen, MediaFrames):
+                return Reject(row["sample_id"], *chosen)
+            media.append(chosen)
+            num_tokens.append(len(chosen.frames) * self.store.info(chosen.media_id).num_tokens_per_frame)
+        try:
+            turns = [Turn(role=turn["role"], text=turn["text"] or "") for turn in row["conversation"] or []]
+            turns = self._with_time_text(turns, media)
+            sample = build_sample(self._tokenizer, turns, num_tokens, template=self._template)
+        except ValueError as error:
+            return Reject(row["sample_id"], "bad_conversation", str(error))
+        if all(label == IGNORE_INDEX for label in sample.labels):
+            return Reject(row["sample_id"], "no_targets", "the conversation has no answer to learn from")
+        return BuiltSample(sample, media)
+
+    def _select(self, item: dict[str, Any]) -> MediaFrames | tuple[RejectReason, str]:
+        media_id, start, end = item["media_id"], item["start_seconds"], item["end_seconds"]
+        if media_id not in self.store:
+            return "no_features", f"medium {media_id!r} is not in {self.store.uri}"
+        try:
+            frames = select_frames(
+                self.store.info(media_id).pts_seconds,
+                max_frames=self._frames.max_frames,
+                mode=self._frames.selection,
+                start_seconds=start,
+                end_seconds=end,
+            )
+        except ValueError as error:
+            return "bad_media", f"medium {media_id!r}: {error}"
+        if not frames:
+            return "no_frames", f"medium {media_id!r} has no frame in {start}..{end} s"
+        return MediaFrames(media_id, frames)
+
+    def _with_time_text(self, turns: list[Turn], media: list[MediaFrames]) -> list[Turn]:
+        first = next((number for number, turn in enumerate(turns) if turn.role == "user"), None)
+        if not self._frames.time_text or len(media) != 1 or first is None:
+            return turns
+        info = self.store.info(media[0].media_id)
+        if info.modality != "video":
+            return turns
+        sentence = time_text(info.duration_seconds, len(media[0].frames))
+        return [*turns[:first], Turn(role="user", text=sentence + turns[first].text), *turns[first + 1 :]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleTable:
+    """Sizes of the usable rows, all that a pack plan needs; arrays have one entry a usable row."""
+
+    rows: np.ndarray
+    """row numbers in SampleRows"""
+    weights: np.ndarray
+    num_tokens: np.ndarray
+    """text and vision"""
+    num_vision_tokens: np.ndarray
+    num_frames: np.ndarray
+    num_targets: np.ndarray
+    """labelled positions"""
+    fingerprint: str
+    """hash of every usable row's id, weight and sizes"""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def measure_samples(
+    rows: SampleRows, builder: SampleBuilder, *, max_tokens: int, max_frames: int | None
+) -> tuple[SampleTable, list[Reject]]:
+    """Sizes of the rows that can be used under these caps of one pack, and the rejects.
+
+    Raises:
+        ValueError: when no row is left, with the counts by reason.
+    """
+    usable: list[tuple[int, int, int, int, int]] = []
+    rejects: list[Reject] = []
+    digest = hashlib.sha256()
+    for number in range(len(rows)):
+        if rows.weights[number] == 0:
+            continue
+        row = rows[number]
+        built = builder.build(row)
+        if isinstance(built, BuiltSample):
+            built = _within_caps(row["sample_id"], built, max_tokens, max_frames)
+        if isinstance(built, Reject):
+            rejects.append(built)
+            continue
+        sample = built.sample
+        num_targets = sum(label != IGNORE_INDEX for label in sample.labels)
+        usable.append((number, len(sample), sample.num_vision_tokens, built.num_frames, num_targets))
+        digest.update(f"{row['sample_id']}\t{rows.weights[number]!r}\t{usable[-1][1:]}\n".encode())
+    if not usable:
+        raise ValueError(f"none of {len(rows)} samples can be used: {count_rejects(rejects) or 'every weight is 0'}")
+    columns = np.array(usable, dtype=np.int64).T
+    table = SampleTable(
+        rows=columns[0],
+        weights=rows.weights[columns[0]],
+        num_tokens=columns[1],
+        num_vision_tokens=columns[2],
+        num_frames=columns[3],
+        num_targets=columns[4],
+        fingerprint=digest.hexdigest(),
+    )
+    return table, rejects
+
+
+def count_rejects(rejects: Sequence[Reject]) -> dict[str, int]:
+    """How many rows were left out for each reason."""
+    return dict(sorted(Counter(reject.reason for reject in rejects).items()))
+
+
+def _within_caps(sample_id: str, built: BuiltSample, max_tokens: int, max_frames: int | None) -> BuiltSample | Reject:
+    if len(built.sample) > max_tokens:
+        return Reject(sample_id, "too_long", f"{len(built.sample)} tokens, a pack holds {max_tokens}")
+    if max_frames is not None and built.num_frames > max_frames:
+        return Reject(sample_id, "too_many_frames", f"{built.num_frames} frames, a pack holds {max_frames}")
+    return built
+
+
+def _source_files(uri: str) -> list[str]:
+    files = [uri] if uri.endswith(".parquet") else storage.list_files(uri, ".parquet")
+    missing = [file for file in files if not storage.exists(file)]
+    if missing or not files:
+        raise ValueError(f"there are no samples at {uri!r}; name a Parquet file of SAMPLES rows or a folder of them")
+    return files
+
+
+def _read_file(uri: str) -> pa.Table:
+    filesystem, path = storage.split_uri(uri)
+    with filesystem.open(path, "rb") as file:
+        try:
+            table = pq.read_table(file)
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{uri} is not a Parquet file: {error}") from error
+    schemas.check_version(table.schema, schemas.SAMPLES, source=uri)
+    return table.select(schemas.SAMPLES.names).cast(schemas.SAMPLES)
+
+
+class _MemoTokenizer:
+    """Looks like the tokenizer to `build_sample`, and remembers the ids of texts that come again."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.pad_token_id = tokenizer.pad_token_id
+
+        @lru_cache(maxsize=MEMO_TEXTS)
+        def encode(text: str, split_special_tokens: bool) -> tuple[int, ...]:
+            encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=split_special_tokens)
+            return tuple(encoded["input_ids"])
+
+        self._encode = encode
+
+    def __call__(self, text: str, *, add_special_tokens: bool, split_special_tokens: bool) -> dict[str, Sequence[int]]:
+        if add_special_tokens:
+            raise ValueError("prompts write their special tokens out")
+        return {"input_ids": self._encode(text, split_special_tokens)}

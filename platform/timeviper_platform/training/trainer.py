@@ -1,0 +1,98 @@
+"""The run under Ray Train: a thin adapter that starts workers, restarts them, and calls the same loop.
+
+Knows Ray. Ray places the workers, brings up torch.distributed and restarts the group after a failure; checkpoints
+are ours (COMMIT-marked, in the run's folder), because a checkpoint that Ray was told of is not always there.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import ray
+import torch
+from ray import train
+from ray.train import Checkpoint, CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+
+from timeviper_platform import storage
+from timeviper_platform.logs import setup_logging
+from timeviper_platform.training.checkpoint import resolve_resume
+from timeviper_platform.training.config import TrainConfig, with_absolute_paths
+from timeviper_platform.training.local import agree
+from timeviper_platform.training.loop import RunFolder, run_training
+
+logger = logging.getLogger(__name__)
+
+RAY_FOLDER = "ray"
+"""Ray Train's own small files inside the run's folder"""
+
+
+def connect() -> None:
+    """Joins the cluster that RAY_ADDRESS names (`ray job submit` sets it); without one, starts Ray on this machine."""
+    if not ray.is_initialized():
+        ray.init(address=os.environ.get("RAY_ADDRESS") or "local", log_to_driver=True)
+
+
+def train_on_ray(config: TrainConfig, *, resume: str = "auto") -> dict[str, Any]:
+    """Runs `config` on the connected cluster; the report by phase.
+
+    Args:
+        config: the run; local paths in it must be the same folder on every node.
+        resume: auto, never, or a checkpoint's URI. After a failure the group resumes by itself in any case.
+
+    Raises:
+        ValueError: when `resume` would leave the run with two histories.
+        RuntimeError: when the run fails for good, with the cause.
+    """
+    config = with_absolute_paths(config)
+    folder = RunFolder.of(config)
+    start = resolve_resume(folder.checkpoints, resume)
+    workers = config.workers
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"config": config, "start": start},
+        torch_config=TorchConfig(backend="nccl" if workers.use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=workers.num_workers,
+            use_gpu=workers.use_gpu,
+            resources_per_worker=dict(workers.resources_per_worker),
+        ),
+        run_config=RunConfig(
+            name=f"{config.name}-{os.urandom(4).hex()}",  # a known name would make Ray resume an old run unasked
+            storage_path=storage.join_uri(folder.uri, RAY_FOLDER),
+            failure_config=FailureConfig(max_failures=workers.max_failures),
+        ),
+    )
+    try:
+        trainer.fit()
+    except train.TrainingFailedError as error:
+        raise RuntimeError(f"run {folder.uri} failed: {_cause(error)}") from error
+    report: dict[str, Any] = storage.read_json(folder.report)
+    return report
+
+
+def _worker(arguments: dict[str, Any]) -> None:
+    """One rank; called again in a new process after a failure."""
+    config: TrainConfig = arguments["config"]
+    setup_logging(logging.INFO if train.get_context().get_world_rank() == 0 else logging.WARNING)
+    torch.set_num_threads(config.workers.threads_per_worker)
+    checkpoints = RunFolder.of(config).checkpoints
+    # what this run has committed since comes before where it started
+    resume_from = agree(lambda: resolve_resume(checkpoints, "auto")) or arguments["start"]
+    run_training(config, resume_from=resume_from, device=get_device(), on_checkpoint=_report)
+
+
+def _report(uri: str, row: dict[str, Any]) -> None:
+    """Tells Ray of a committed checkpoint. Never once a step: the call waits for the controller's next look."""
+    metrics = {name: row[name] for name in ("phase", "step", "global_step", "loss")}
+    train.report(metrics, checkpoint=Checkpoint(uri), checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
+
+
+def _cause(error: BaseException) -> str:
+    """The last line of the innermost failure: what the user can act on."""
+    failures = getattr(error, "worker_failures", None) or {}
+    innermost = next(iter(failures.values()), error)
+    lines = [line for line in str(innermost).splitlines() if line.strip()]
+    return lines[-1] if lines else type(innermost).__name__
