@@ -342,7 +342,7 @@ def _language_samples(config: CorpusConfig) -> list[dict[str, Any]]:
     scenes = draw_scenes(
         "train", counts, duration_seconds=config.duration_seconds, seed=config.seed + 1_000_003 * LANGUAGE_SEED
     )
-    rows = []
+    rows: list[dict[str, Any]] = []
     for scene in scenes:
         questions = list(_questions(config, scene))
         number = len(rows) % len(questions)  # one question a listing: as many kinds of questions, fewer repeats

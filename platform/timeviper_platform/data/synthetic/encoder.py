@@ -51,7 +51,7 @@ def train_encoder(frames_FHWC: np.ndarray, labels_F: np.ndarray, *, steps: int, 
         features = used_features(model, frames_FHWC[chosen])
         loss = _loss(heads(features), features, torch.from_numpy(labels_F[chosen]))
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         optimizer.step()
         schedule.step()
         if (step + 1) % 100 == 0:
@@ -106,7 +106,7 @@ def _encoder_config() -> SiglipVisionConfig:
 def _loss(logits: Tensor, features: Tensor, labels: Tensor) -> Tensor:
     """Is there a picture, which colour, which shape, asked of every patch token; and channels of like scale."""
     shown = labels != NOTHING
-    present, color, shape = logits.split([1, len(COLORS), len(SHAPES)], dim=-1)
+    present, color, shape = torch.split(logits, [1, len(COLORS), len(SHAPES)], dim=-1)
     num_patches = logits.shape[1]
     loss = F.binary_cross_entropy_with_logits(present[..., 0], shown.float()[:, None].expand(-1, num_patches))
     colors, shapes = labels[shown] // len(SHAPES), labels[shown] % len(SHAPES)
