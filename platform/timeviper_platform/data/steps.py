@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 import torch
@@ -163,7 +162,7 @@ class SegmentEncoder:
         started = time.perf_counter()
         tokens = self._encoder.encode(np.concatenate([frames for _, frames in takes]))
         seconds = time.perf_counter() - started
-        pieces = tokens.split([len(frames) for _, frames in takes])
+        pieces = torch.split(tokens, [len(frames) for _, frames in takes])
         for (entry, frames), piece in zip(takes, pieces, strict=True):
             entry.tokens.append(piece)
             entry.num_encoded += len(frames)
@@ -217,7 +216,7 @@ _PLAN_ONLY = frozenset({"grid_start_seconds", "first_sample", "num_samples"})
 
 
 class UnitProcessor:
-    """A whole unit in one process: decode, encode, write, commit. For machines whose decoder and encoder share cores."""
+    """A whole unit in one process: decode, encode, write, commit. For decoders and encoders that share cores."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         torch.set_num_threads(spec.num_threads)

@@ -60,7 +60,7 @@ def create_store(uri: str, recipe: Mapping[str, Any]) -> str:
         }
         storage.write_json(storage.join_uri(uri, STORE_FILE), content)
     elif header["recipe_hash"] != digest:
-        lines = "\n".join(f"  {line}" for line in _differences(header["recipe"], dict(recipe)))
+        lines = "\n".join(f"  {line}" for line in differences(header["recipe"], dict(recipe)))
         raise ValueError(
             f"the store at {uri} was made by another recipe, and features of two recipes do not mix:\n{lines}\n"
             "Write to another output folder, or remove that one."
@@ -91,7 +91,7 @@ def write_file(uri: str, name: str, rows: Iterable[Row], *, recipe_digest: str) 
                     index_rows.append({**{k: v for k, v in row.items() if k != "features"}, **location})
 
     storage.write_atomic(storage.join_uri(uri, DATA_FOLDER, file_name), write)
-    _write_table(
+    write_table(
         storage.join_uri(uri, COMMITS_FOLDER, file_name), pa.Table.from_pylist(index_rows, schema=schemas.INDEX)
     )
     return index_rows
@@ -159,7 +159,7 @@ def write_index(uri: str, committed: pa.Table, current_versions: Mapping[str, st
     index = best_rows(committed.filter(pa.array(keep, pa.bool_())))
     index = index.sort_by([("media_id", "ascending"), ("segment_index", "ascending")])
     index = index.replace_schema_metadata(schemas.INDEX.metadata)
-    _write_table(storage.join_uri(uri, INDEX_FILE), index)
+    write_table(storage.join_uri(uri, INDEX_FILE), index)
     return index
 
 
@@ -240,7 +240,8 @@ def _parquet_writer(file: IO[bytes], schema: pa.Schema) -> Any:
     )
 
 
-def _write_table(uri: str, table: pa.Table) -> None:
+def write_table(uri: str, table: pa.Table) -> None:
+    """Writes a small table, all or nothing."""
     storage.write_atomic(uri, lambda file: pq.write_table(table, file, compression="zstd", write_page_checksum=True))
 
 
@@ -252,10 +253,11 @@ def _indexed_versions(uri: str) -> dict[str, str]:
     return dict(zip(table["media_id"].to_pylist(), table["source_version"].to_pylist(), strict=True))
 
 
-def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Lines that say, for each dotted path, what the store has and what this run asks for."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(old.keys() | new.keys())
-        return [line for k in keys for line in _differences(old.get(k), new.get(k), f"{path}.{k}" if path else k)]
+        return [line for k in keys for line in differences(old.get(k), new.get(k), f"{path}.{k}" if path else k)]
     return [] if old == new else [f"{path}: the store has {old!r}, this run {new!r}"]
 
 

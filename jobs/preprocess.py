@@ -1,0 +1,51 @@
+"""Media to features: `python jobs/preprocess.py --config ray_configs/tiny/preprocess.yaml [key=value ...]`.
+
+Plans which frames to take, decodes and encodes what the feature store does not hold yet, and says what became of every
+medium. Broken media are counted, not fatal: the exit code is 0. Run it again and it does what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from timeviper_platform.config import load_config
+from timeviper_platform.data.pipeline import PreprocessConfig, estimate, run_preprocess
+from timeviper_platform.logs import setup_logging
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parses, runs, prints; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML file, see ray_configs/preprocess.yaml")
+    parser.add_argument("--dry-run", action="store_true", help="plan and estimate; write nothing")
+    parser.add_argument("overrides", nargs="*", help="key=value, e.g. input=film.mp4 execution.num_workers=4")
+    options = parser.parse_args(arguments)
+    setup_logging()
+    try:
+        config = load_config(PreprocessConfig, options.config, options.overrides)
+        if options.dry_run:
+            _print_estimate(config)
+        else:
+            report = run_preprocess(config)
+            print("\n".join([f"features   {config.output}", *report.lines()]))
+    except (ValueError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _print_estimate(config: PreprocessConfig) -> None:
+    plan = estimate(config)
+    duration = "unknown before a first run" if plan.seconds is None else f"about {plan.seconds:.0f} s"
+    print(
+        f"media      {plan.media}, of which rejected by their headers: {plan.errors}\n"
+        f"segments   {plan.segments} planned, {plan.segments_missing} to do\n"
+        f"frames     {plan.frames_missing} to do, {plan.feature_bytes / 1e6:.1f} MB of features\n"
+        f"time       {duration}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

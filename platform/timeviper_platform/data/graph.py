@@ -1,0 +1,287 @@
+"""The steps as a Ray Data graph: a table of units in, their outcomes out as they finish.
+
+The one module of data/ that imports Ray. Knows actors, their shares of CPUs and GPUs, and how units travel in Arrow
+tables: one row a unit, so that a block is never less than a whole file's work. Does not know what a unit means.
+
+    fused   units -> [decode, encode, write, commit]              decoder and encoder share cores
+    split   units -> [decode] -> [encode] -> [write, commit]      the encoder has a GPU
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from timeviper_platform.data.decode import DecodeError, FrameBatch
+from timeviper_platform.data.encode import FrameEncoder
+from timeviper_platform.data.segments import Segment, Unit
+from timeviper_platform.data.steps import (
+    DecodedSegment,
+    SegmentDecoder,
+    SegmentEncoder,
+    UnitOutcome,
+    UnitProcessor,
+    WorkerSpec,
+    write_unit,
+)
+from timeviper_platform.local_cluster import local_cluster
+from timeviper_platform.schemas import FEATURES, PLAN
+
+WRITE_CPUS = 0.1
+"""Writing waits for disks and object stores; a whole CPU for it would starve on a small machine."""
+
+MAX_BLOCK_BYTES = 512 << 20
+"""Frames of one unit in Ray's object store, where the steps are split."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExecutionConfig:
+    """How the work is spread."""
+
+    mode: Literal["fused", "split"] = "fused"
+    """split gives decoding its own workers; right when the encoder has a GPU"""
+    num_workers: int | None = None
+    """processes that encode; None = one a CPU (fused) or one a GPU (split)"""
+    num_decode_workers: int | None = None
+    """split alone; None = one a CPU"""
+    cpus_per_worker: float = 0.75
+    """below 1, so that Ray's own small tasks find room; on two cores whole numbers starve them"""
+    gpus_per_worker: float = 0.0
+    num_threads: int = 1
+    """torch threads of a worker"""
+    frames_per_file: int = 2048
+    """about how many frames a data file holds; 8192 make 302 MB at 16 x 1152"""
+    progress_seconds: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.frames_per_file < 1:
+            raise ValueError(f"{self.frames_per_file = } must be at least 1")
+        if self.num_workers is not None and self.num_workers < 1:
+            raise ValueError(f"{self.num_workers = } must be at least 1, or null")
+        if self.num_decode_workers is not None and self.num_decode_workers < 1:
+            raise ValueError(f"{self.num_decode_workers = } must be at least 1, or null")
+
+
+@contextmanager
+def ray_session() -> Iterator[None]:
+    """A connection to the Ray of RAY_ADDRESS (`ray job submit` sets it), else to one started here and ended here."""
+    if os.environ.get("RAY_ADDRESS") or ("ray" in sys.modules and sys.modules["ray"].is_initialized()):
+        with _connection():
+            yield
+        return
+    with local_cluster(num_cpus=os.cpu_count() or 2) as variables:
+        before = {name: os.environ.get(name) for name in variables}
+        os.environ.update(variables)  # before `import ray`, which reads the authentication mode once
+        try:
+            with _connection():
+                yield
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@contextmanager
+def _connection() -> Iterator[None]:
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    ray.init(log_to_driver=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def count_workers(config: ExecutionConfig) -> int:
+    """Processes that will encode, on the connected cluster."""
+    import ray
+
+    resources = ray.cluster_resources()
+    resource = "GPU" if config.gpus_per_worker else "CPU"
+    return config.num_workers or max(1, int(resources.get(resource, 1)))
+
+
+def run_units(units: Sequence[Unit], spec: WorkerSpec, config: ExecutionConfig) -> Iterator[UnitOutcome]:
+    """Runs all units on the connected cluster; yields their outcomes as they finish, in any order."""
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = False
+    # One block a unit, put there by the driver. Reading the plan would take tasks of one whole CPU each (listing files,
+    # reading, repartitioning) that never find room beside the actors of a small machine: seen to wait for ever.
+    dataset = ray.data.from_arrow([units_table([unit]) for unit in units])
+    for step in _steps(spec, config, len(units)):
+        dataset = dataset.map_batches(batch_size=1, batch_format="pyarrow", zero_copy_batch=True, **step)
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        for row in batch.to_pylist():
+            yield UnitOutcome(**row)
+
+
+def units_table(units: Sequence[Unit]) -> pa.Table:
+    """Units as they travel to the workers, one row each."""
+    rows = [{"unit": unit.name, "segments": [_plan_row(segment) for segment in unit.segments]} for unit in units]
+    return pa.Table.from_pylist(rows, schema=UNITS)
+
+
+def _steps(spec: WorkerSpec, config: ExecutionConfig, num_units: int) -> list[dict[str, Any]]:
+    num_workers = min(count_workers(config), num_units)
+    worker = {"num_cpus": config.cpus_per_worker, "num_gpus": config.gpus_per_worker or None}
+    if config.mode == "fused":
+        return [_actors(FusedStep, spec, num_workers, **worker)]
+    num_decoders = config.num_decode_workers or _num_cpus()
+    return [
+        _actors(DecodeStep, spec, min(num_decoders, num_units), num_cpus=config.cpus_per_worker),
+        _actors(EncodeStep, spec, num_workers, **worker),
+        {"fn": WriteStep(spec), "num_cpus": WRITE_CPUS},
+    ]
+
+
+def _actors(step: type, spec: WorkerSpec, size: int, **resources: Any) -> dict[str, Any]:
+    import ray
+
+    # two units at a time wait at an actor: one in work, one at hand
+    compute = ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2)
+    return {"fn": step, "fn_constructor_args": (spec,), "compute": compute, **resources}
+
+
+def _num_cpus() -> int:
+    import ray
+
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+# -- what travels between the steps ------------------------------------------------------------------------------
+
+_SEGMENTS = pa.list_(pa.struct(list(PLAN)))
+UNITS = pa.schema([pa.field("unit", pa.string()), pa.field("segments", _SEGMENTS)])
+
+_DECODED = pa.list_(
+    pa.struct(
+        [
+            pa.field("frames", pa.large_binary()),  # uint8 (F, S, S, 3), or null for an error
+            pa.field("pts_seconds", pa.list_(pa.float64())),
+            pa.field("times_seconds", pa.list_(pa.float64())),
+            pa.field("num_missing", pa.int32()),
+            pa.field("error", pa.list_(pa.string())),  # stage, type, message
+            pa.field("decode_seconds", pa.float64()),
+        ]
+    )
+)
+DECODED_UNITS = pa.schema([*UNITS, pa.field("decoded", _DECODED), pa.field("started", pa.float64())])
+ENCODED_UNITS = pa.schema(
+    [
+        pa.field("unit", pa.string()),
+        pa.field("rows", pa.list_(pa.struct(list(FEATURES)))),
+        pa.field("started", pa.float64()),
+    ]
+)
+
+
+class FusedStep:
+    """Units to outcomes, all in one actor."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self._processor = UnitProcessor(spec)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """One outcome a unit."""
+        return _outcomes([self._processor.process(unit) for unit in _units(table)])
+
+
+class DecodeStep:
+    """Units to units with frames."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self._decoder = SegmentDecoder(spec)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """The table with the column `decoded`."""
+        started = time.time()
+        decoded = [[_to_arrow(self._decoder.decode(s)) for s in unit.segments] for unit in _units(table)]
+        columns = [table["unit"], table["segments"], pa.array(decoded, _DECODED), pa.array([started] * len(decoded))]
+        return pa.table(columns, schema=DECODED_UNITS)
+
+
+class EncodeStep:
+    """Units with frames to units with FEATURES rows."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        torch.set_num_threads(spec.num_threads)
+        self._spec = spec
+        self._encoder = SegmentEncoder(FrameEncoder(spec.encoder), spec.fps)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """One row of FEATURES rows a unit."""
+        rows = []
+        for unit, decoded in zip(_units(table), table["decoded"], strict=True):
+            pairs = zip(unit.segments, decoded, strict=True)
+            rows.append(list(self._encoder.rows(_from_arrow(s, d, self._spec.image_size) for s, d in pairs)))
+        columns = [table["unit"], pa.array(rows, ENCODED_UNITS.field("rows").type), table["started"]]
+        return pa.table(columns, schema=ENCODED_UNITS)
+
+
+class WriteStep:
+    """Units with FEATURES rows to committed files."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self._spec = spec
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """One outcome a unit."""
+        return _outcomes(
+            [write_unit(self._spec, row["unit"], row["rows"], row["started"]) for row in table.to_pylist()]
+        )
+
+
+def _units(table: pa.Table) -> list[Unit]:
+    rows = table.select(["unit", "segments"]).to_pylist()
+    return [Unit(row["unit"], tuple(Segment.from_row(segment) for segment in row["segments"])) for row in rows]
+
+
+def _plan_row(segment: Segment) -> dict[str, Any]:
+    return {**asdict(segment), "status": "planned"}
+
+
+def _outcomes(outcomes: list[UnitOutcome]) -> pa.Table:
+    return pa.Table.from_pylist([asdict(outcome) for outcome in outcomes])
+
+
+def _to_arrow(decoded: DecodedSegment) -> dict[str, Any]:
+    if decoded.frames is None:
+        error = decoded.error
+        assert error is not None
+        reason = [error.stage, error.error_type.value, error.message]
+        return {"error": reason, "decode_seconds": decoded.decode_seconds}
+    return {
+        "frames": decoded.frames.frames.tobytes(),
+        "pts_seconds": decoded.frames.pts_seconds,
+        "times_seconds": decoded.frames.times_seconds,
+        "num_missing": decoded.frames.num_missing,
+        "decode_seconds": decoded.decode_seconds,
+    }
+
+
+def _from_arrow(segment: Segment, value: Any, image_size: int) -> DecodedSegment:
+    decode_seconds = value["decode_seconds"].as_py()
+    if not value["frames"].is_valid:
+        return DecodedSegment(segment, None, DecodeError(*value["error"].as_py()), decode_seconds)
+    pixels = np.frombuffer(value["frames"].as_buffer(), np.uint8).reshape(-1, image_size, image_size, 3)
+    frames = FrameBatch(
+        pixels,
+        np.array(value["pts_seconds"].as_py()),
+        np.array(value["times_seconds"].as_py()),
+        value["num_missing"].as_py(),
+    )
+    return DecodedSegment(segment, frames, None, decode_seconds)

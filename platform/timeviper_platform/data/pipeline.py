@@ -1,0 +1,293 @@
+"""The whole job: media -> plan -> decode, encode, write -> index, audit, rejects, report.
+
+Knows the order of things and what makes a run one that can be repeated: what is committed is never done again. The
+work itself is in segments.py (plan), steps.py (decode, encode, write), graph.py (Ray) and store_writer.py (commits).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from timeviper_platform import storage
+from timeviper_platform.data import report as reporting
+from timeviper_platform.data.encode import EncoderConfig, FrameEncoder
+from timeviper_platform.data.features import read_header
+from timeviper_platform.data.graph import ExecutionConfig, count_workers, ray_session, run_units
+from timeviper_platform.data.manifest import list_media
+from timeviper_platform.data.media import RETRYABLE, MediaLimits
+from timeviper_platform.data.report import PreprocessReport, Progress
+from timeviper_platform.data.segments import (
+    SEGMENT_SAMPLES,
+    PlanError,
+    SamplingConfig,
+    Segment,
+    exact,
+    make_units,
+    plan_media,
+    plan_table,
+)
+from timeviper_platform.data.steps import DecodeConfig, UnitOutcome, WorkerSpec
+from timeviper_platform.data.store_writer import (
+    create_store,
+    differences,
+    read_committed,
+    recipe_hash,
+    remove_uncommitted,
+    write_index,
+    write_table,
+)
+
+logger = logging.getLogger(__name__)
+
+UNITS_PER_WORKER = 8
+"""Small inputs are cut finer than `frames_per_file`, so that every worker has work until near the end."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreprocessConfig:
+    """One run of `jobs/preprocess.py`."""
+
+    input: str
+    """a manifest (.parquet, .jsonl, .csv), a glob, a folder, or one file; local or any fsspec URI"""
+    output: str
+    """the feature store's folder; made when missing, added to when made by the same recipe"""
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    limits: MediaLimits = field(default_factory=MediaLimits)
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
+    hash: Literal["none", "sha256"] = "none"
+    """sha256 reads every byte of every file once more; needed by stores that serving looks uploads up in"""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What an input asks for, and what of it is missing."""
+
+    segments: list[Segment]
+    errors: list[PlanError]
+    missing: list[Segment]
+    table: pa.Table
+
+    @property
+    def num_media(self) -> int:
+        """Media in the input."""
+        return len({segment.media_id for segment in self.segments}) + len(self.errors)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """What a run would do (`--dry-run`)."""
+
+    media: int
+    errors: int
+    segments: int
+    segments_missing: int
+    frames_missing: int
+    feature_bytes: int
+    seconds: float | None
+    """from the store's last report; None before a first run"""
+
+
+def run_preprocess(
+    config: PreprocessConfig, *, session: Callable[[], AbstractContextManager[None]] = ray_session
+) -> PreprocessReport:
+    """Does what is missing of `config.input` in the store at `config.output`.
+
+    Args:
+        config: see the class.
+        session: connects to Ray; entered only when there is work.
+
+    Raises:
+        ValueError: for a missing input or encoder, or a store of another recipe.
+        RuntimeError: when the output cannot be written, or the audit finds a gap.
+    """
+    clock = _Clock()
+    config = _absolute(config)
+    storage.ensure_writable(config.output)
+    encoder = FrameEncoder(config.encoder)
+    recipe = make_recipe(encoder, config)
+    digest = create_store(config.output, recipe)
+    num_removed = remove_uncommitted(config.output)
+    if num_removed:
+        logger.info("removed %d files that an earlier run had not committed", num_removed)
+    plan = make_plan(config, digest)
+    write_table(storage.join_uri(config.output, "plan", "plan.parquet"), plan.table)
+    logger.info(
+        "%d media: %d segments planned, %d to do, %d media rejected by their headers",
+        *(plan.num_media, len(plan.segments), len(plan.missing), len(plan.errors)),
+    )
+    clock.lap("plan")
+    spec = WorkerSpec(
+        store=config.output,
+        recipe_hash=digest,
+        encoder=config.encoder,
+        image_size=encoder.image_size,
+        fps=exact(config.sampling.fps),
+        decode=config.decode,
+        limits=config.limits,
+        num_threads=config.execution.num_threads,
+    )
+    del encoder  # the workers have their own
+    outcomes = _run(plan.missing, spec, config.execution, session) if plan.missing else []
+    if outcomes:
+        clock.lap("start_up", until=min(outcome.started for outcome in outcomes))
+        clock.lap("run", until=max(outcome.ended for outcome in outcomes))
+    return _finalize(config, plan, outcomes, clock)
+
+
+def estimate(config: PreprocessConfig) -> Estimate:
+    """What `run_preprocess` would do; writes nothing.
+
+    Raises:
+        ValueError: see `run_preprocess`.
+    """
+    config = _absolute(config)
+    encoder = FrameEncoder(config.encoder)
+    recipe = make_recipe(encoder, config)
+    header = read_header(config.output)
+    if header is not None and header["recipe"] != recipe:
+        raise ValueError("\n".join(["the store there has another recipe:", *differences(header["recipe"], recipe)]))
+    plan = make_plan(config, recipe_hash(recipe))
+    frames = sum(segment.num_samples for segment in plan.missing)
+    report_uri = storage.join_uri(config.output, "report.json")
+    rate = storage.read_json(report_uri)["frames_per_second"] if storage.exists(report_uri) else 0.0
+    return Estimate(
+        media=plan.num_media,
+        errors=len(plan.errors),
+        segments=len(plan.segments),
+        segments_missing=len(plan.missing),
+        frames_missing=frames,
+        feature_bytes=frames * encoder.num_tokens_per_frame * encoder.dim * 2,
+        seconds=frames / rate if rate else None,
+    )
+
+
+def make_recipe(encoder: FrameEncoder, config: PreprocessConfig) -> dict[str, Any]:
+    """Everything that decides the features' values, as JSON."""
+    sampling = {"fps": config.sampling.fps, "rule": "last frame with PTS <= t", "backend": config.decode.backend}
+    return {**encoder.recipe, "sampling": sampling}
+
+
+def make_plan(config: PreprocessConfig, digest: str) -> Plan:
+    """Probes every medium and compares with what is committed."""
+    items = list_media(config.input)
+    logger.info("probing %d media", len(items))
+    planned = list(
+        plan_media(
+            items, fps=exact(config.sampling.fps), recipe_hash=digest, limits=config.limits, hash_mode=config.hash
+        )
+    )
+    segments = [segment for entry in planned if isinstance(entry, list) for segment in entry]
+    errors = [entry for entry in planned if isinstance(entry, PlanError)]
+    done = _finished(read_committed(config.output))
+    missing = [segment for segment in segments if segment.segment_id not in done]
+    return Plan(segments, errors, missing, plan_table(planned))
+
+
+def _run(
+    missing: Sequence[Segment],
+    spec: WorkerSpec,
+    execution: ExecutionConfig,
+    session: Callable[[], AbstractContextManager[None]],
+) -> list[UnitOutcome]:
+    num_frames = sum(segment.num_samples for segment in missing)
+    progress = Progress(len(missing), num_frames, execution.progress_seconds)
+    with session():
+        share = -(-num_frames // (UNITS_PER_WORKER * count_workers(execution)))
+        units = list(make_units(missing, min(execution.frames_per_file, max(SEGMENT_SAMPLES, share))))
+        logger.info("%d frames in %d files to write; workers are starting", num_frames, len(units))
+        for outcome in run_units(units, spec, execution):
+            progress.add(outcome)
+        logger.info("%s", progress.line())
+    return progress.outcomes
+
+
+def _finalize(config: PreprocessConfig, plan: Plan, outcomes: Sequence[UnitOutcome], clock: _Clock) -> PreprocessReport:
+    committed = read_committed(config.output)
+    index = write_index(config.output, committed, {s.media_id: s.source_version for s in plan.segments})
+    wanted = pa.array([segment.segment_id for segment in plan.segments], pa.string())
+    mine = index.filter(pc.is_in(index["segment_id"], wanted))
+    rejects = reporting.reject_table(plan.errors, mine)
+    write_table(storage.join_uri(config.output, "rejects.parquet"), rejects)
+    counts = reporting.audit(plan.segments, committed)
+    clock.lap("finalize")
+    report = PreprocessReport(
+        media=plan.num_media,
+        segments=len(plan.segments),
+        segments_done=counts["ok"],
+        segments_partial=counts["partial"],
+        segments_error=counts["error"],
+        segments_encoded=sum(o.num_ok + o.num_partial + o.num_error for o in outcomes),
+        frames=pc.sum(mine["num_frames"]).as_py() or 0,
+        frames_encoded=sum(o.num_frames for o in outcomes),
+        errors=len(set(rejects["media_id"].to_pylist())),
+        errors_by_stage=reporting.count_rejects(rejects),
+        frames_per_second=round(reporting.steady_rate(outcomes), 2),
+        bytes=_feature_bytes(mine),
+        seconds=clock.seconds,
+        stage_seconds={
+            "decode": round(sum(o.decode_seconds for o in outcomes), 2),
+            "encode": round(sum(o.encode_seconds for o in outcomes), 2),
+            "write": round(sum(o.write_seconds for o in outcomes), 2),
+        },
+        workers=len({o.worker for o in outcomes}),
+        audit=counts,
+    )
+    storage.write_json(storage.join_uri(config.output, "report.json"), report.to_json())
+    if counts["missing"] or counts["duplicate"]:
+        raise RuntimeError(f"{config.output}: the audit found {counts}; run the job again, and report this")
+    return report
+
+
+def _finished(committed: pa.Table) -> set[str]:
+    """Segments that need no work: all but those whose error was the world's."""
+    again = pc.and_(
+        pc.equal(committed["status"], "error"), pc.is_in(committed["error_type"], pa.array(sorted(RETRYABLE)))
+    )
+    return set(committed.filter(pc.invert(again))["segment_id"].to_pylist())
+
+
+def _feature_bytes(index: pa.Table) -> int:
+    shape = ("num_frames", "num_tokens_per_frame", "dim")
+    rows = zip(*(index[name].to_pylist() for name in shape), strict=True)
+    return sum(2 * frames * tokens * dim for frames, tokens, dim in rows)
+
+
+def _absolute(config: PreprocessConfig) -> PreprocessConfig:
+    """With local paths that mean the same in every worker's folder."""
+
+    def resolve(uri: str) -> str:
+        return storage.split_uri(uri)[1] if storage.is_local(uri) else uri
+
+    encoder = config.encoder
+    if Path(encoder.encoder).is_dir():
+        encoder = replace(encoder, encoder=str(Path(encoder.encoder).resolve()))
+    return replace(config, input=resolve(config.input), output=resolve(config.output), encoder=encoder)
+
+
+class _Clock:
+    """Wall time by name, one after the other."""
+
+    def __init__(self) -> None:
+        self._begin = self._last = time.time()
+        self._seconds: dict[str, float] = {}
+
+    def lap(self, name: str, *, until: float | None = None) -> None:
+        """The time since the last lap, up to now or to an earlier moment."""
+        now = time.time() if until is None else until
+        self._seconds[name] = round(max(0.0, now - self._last), 2)
+        self._last = now
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return {**self._seconds, "total": round(self._last - self._begin, 2)}

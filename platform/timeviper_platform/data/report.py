@@ -1,0 +1,195 @@
+"""What a run did, in numbers: progress while it works, then audit, rejects and report.
+
+Knows counts and clocks. Does not know how anything is decoded or written.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from timeviper_platform.data.segments import PlanError, Segment
+from timeviper_platform.data.steps import UnitOutcome
+from timeviper_platform.schemas import REJECTS
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreprocessReport:
+    """One run; `report.json` holds the same."""
+
+    media: int
+    """in the input"""
+    segments: int
+    """planned"""
+    segments_done: int
+    """with status ok"""
+    segments_partial: int
+    segments_error: int
+    segments_encoded: int
+    """in this run; the others were there before"""
+    frames: int
+    """stored for this input"""
+    frames_encoded: int
+    """in this run"""
+    errors: int
+    """media that are rejected, wholly or in part"""
+    errors_by_stage: dict[str, dict[str, int]]
+    """stage -> type -> media"""
+    frames_per_second: float
+    """in the steady state of this run: its middle 60 %; 0 when nothing was encoded"""
+    bytes: int
+    """of features stored for this input"""
+    seconds: dict[str, float]
+    """wall time: plan, start_up (Ray, and workers until the first unit begins), run, finalize (with Ray's end), total"""
+    stage_seconds: dict[str, float]
+    """sum over the workers: decode, encode, write"""
+    workers: int
+    audit: dict[str, int]
+    """planned = ok + partial + error, with missing = duplicate = 0"""
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is written to `report.json`."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """For people."""
+        reasons = ", ".join(
+            f"{count} {kind} ({stage})"
+            for stage, kinds in self.errors_by_stage.items()
+            for kind, count in kinds.items()
+        )
+        return [
+            f"media      {self.media}, of which rejected: {self.errors}" + (f" = {reasons}" if reasons else ""),
+            f"segments   {self.segments} planned = {self.segments_done} ok + {self.segments_partial} partial"
+            f" + {self.segments_error} error; encoded in this run: {self.segments_encoded}",
+            f"frames     {self.frames} stored, {self.bytes / 1e6:.1f} MB; encoded in this run: {self.frames_encoded}"
+            f" at {self.frames_per_second:.1f} a second with {self.workers} workers",
+            "seconds    " + ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items()),
+            "workers    " + ", ".join(f"{name} {value:.1f} s" for name, value in self.stage_seconds.items()),
+        ]
+
+
+@dataclass(slots=True)
+class Progress:
+    """Counts outcomes and logs a line every few seconds."""
+
+    num_segments: int
+    num_frames: int
+    every_seconds: float
+    outcomes: list[UnitOutcome] = field(default_factory=list)
+    _last: float = field(default_factory=time.monotonic)
+
+    def add(self, outcome: UnitOutcome) -> None:
+        """Takes note of a finished unit."""
+        self.outcomes.append(outcome)
+        now = time.monotonic()
+        if now - self._last >= self.every_seconds:
+            self._last = now
+            logger.info("%s", self.line())
+
+    def line(self) -> str:
+        """done/total segments, frames a second, rejects by reason, time left."""
+        segments = sum(o.num_ok + o.num_partial + o.num_error for o in self.outcomes)
+        frames = sum(o.num_frames for o in self.outcomes)
+        elapsed = max(1e-9, max(o.ended for o in self.outcomes) - min(o.started for o in self.outcomes))
+        rate = frames / elapsed
+        left = max(0, self.num_frames - frames) / rate if rate else float("inf")
+        reasons = Counter(kind for o in self.outcomes for kind in o.error_types)
+        rejects = ", ".join(f"{count} {kind}" for kind, count in sorted(reasons.items())) or "none"
+        share = segments / max(1, self.num_segments)
+        return (
+            f"{segments}/{self.num_segments} segments ({share:.0%}), {rate:.1f} frames/s, rejected: {rejects},"
+            f" {left:.0f} s left"
+        )
+
+
+def steady_rate(outcomes: Sequence[UnitOutcome]) -> float:
+    """Frames a second in the middle 60 % of the run; a unit's frames are spread evenly over its time.
+
+    Actors start one after the other and end one after the other: neither end says how fast the work goes.
+    """
+    if not outcomes:
+        return 0.0
+    begin, end = min(o.started for o in outcomes), max(o.ended for o in outcomes)
+    low, high = begin + 0.2 * (end - begin), end - 0.2 * (end - begin)
+    frames = sum(
+        o.num_frames * max(0.0, min(high, o.ended) - max(low, o.started)) / max(1e-9, o.ended - o.started)
+        for o in outcomes
+    )
+    return frames / max(1e-9, high - low)
+
+
+def audit(planned: Sequence[Segment], committed: pa.Table) -> dict[str, int]:
+    """Counts of planned segments by what became of them; `missing` and `duplicate` must be 0.
+
+    Args:
+        planned: every segment of this input.
+        committed: INDEX rows of all commit records.
+    """
+    wanted = {segment.segment_id for segment in planned}
+    status: dict[str, str] = {}
+    num_duplicates = 0
+    pairs = zip(committed["segment_id"].to_pylist(), committed["status"].to_pylist(), strict=True)
+    for segment_id, outcome in pairs:
+        if segment_id in wanted:
+            before = status.get(segment_id, "error")
+            num_duplicates += before != "error" and outcome != "error"
+            status[segment_id] = outcome if before == "error" else before
+    counts = Counter(status.values())
+    return {
+        "planned": len(planned),
+        "ok": counts["ok"],
+        "partial": counts["partial"],
+        "error": counts["error"],
+        "missing": len(wanted) - len(status),
+        "duplicate": num_duplicates,
+    }
+
+
+def reject_table(errors: Iterable[PlanError], index: pa.Table) -> pa.Table:
+    """REJECTS rows: one for each medium, status, stage and type.
+
+    Args:
+        errors: media that the plan could not take.
+        index: INDEX rows of this input.
+    """
+    rows: dict[tuple[str, ...], dict[str, Any]] = {}
+    for error in errors:
+        rows[(error.media_id, "error", error.error_stage, error.error_type)] = {
+            **asdict(error),
+            "status": "error",
+            "num_segments": 0,
+            "frames_missing": 0,
+        }
+    bad = index.filter(pc.field("status") != "ok")
+    for found in bad.select([*_REJECT_FIELDS, "frames_missing"]).to_pylist():
+        key = (found["media_id"], found["status"], found["error_stage"], found["error_type"])
+        row = rows.setdefault(key, {**found, "num_segments": 0, "frames_missing": 0})
+        row["num_segments"] += 1
+        row["frames_missing"] += found["frames_missing"]
+    return pa.Table.from_pylist(list(rows.values()), schema=REJECTS)
+
+
+def count_rejects(rejects: pa.Table) -> dict[str, dict[str, int]]:
+    """Stage -> type -> number of media."""
+    media = {
+        (row["error_stage"], row["error_type"], row["media_id"])
+        for row in rejects.select(["error_stage", "error_type", "media_id"]).to_pylist()
+    }
+    counts: dict[str, dict[str, int]] = {}
+    for stage, kind, _ in sorted(media):
+        counts.setdefault(stage, {}).setdefault(kind, 0)
+        counts[stage][kind] += 1
+    return counts
+
+
+_REJECT_FIELDS = ["media_id", "uri", "status", "error_stage", "error_type", "error_message"]
