@@ -1,1 +1,1 @@
-"""Weights and a benchmark to scores."""
+"""Weights and held-out questions to scores, always beside the same model without the video."""

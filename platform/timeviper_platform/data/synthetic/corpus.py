@@ -25,11 +25,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from PIL import Image
 
 from timeviper_platform import schemas, storage
-from timeviper_platform.data.synthetic import encoder as tiny_encoder
 from timeviper_platform.data.synthetic.backgrounds import Background, Split, film_segments, read_film
 from timeviper_platform.data.synthetic.pictures import ALL_PICTURES, draw_picture
 from timeviper_platform.data.synthetic.questions import (
@@ -42,7 +40,6 @@ from timeviper_platform.data.synthetic.questions import (
 )
 from timeviper_platform.data.synthetic.render import background_frames, scene_frames, write_image, write_video
 from timeviper_platform.data.synthetic.scenes import Scene, SceneKind, draw_placement, draw_scenes
-from timeviper_platform.data.synthetic.tokenizer import save_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +207,7 @@ def _make(config: CorpusConfig, root: Path) -> CorpusReport:
             *(pool.submit(_write_images, chunk, root / "images", config) for chunk in _chunks(pictures)),
         ]
         num_samples, num_questions, texts = _write_tables(config, root, scenes)
-        save_tokenizer(texts, config.vocab_size, root / "tokenizer")
+        _make_tokenizer(config, root, texts)
         _make_encoder(config, root, scenes["train"], film)
         num_bytes = _gather(tasks, len(everything) + len(pictures))
     if film:
@@ -372,8 +369,19 @@ def _truth(scene: Scene) -> dict[str, Any]:
     }
 
 
+def _make_tokenizer(config: CorpusConfig, root: Path, texts: Sequence[str]) -> None:
+    from timeviper_platform.data.synthetic.tokenizer import save_tokenizer
+
+    save_tokenizer(texts, config.vocab_size, root / "tokenizer")
+
+
 def _make_encoder(config: CorpusConfig, root: Path, scenes: Sequence[Scene], film: str) -> None:
     """Teaches the vision encoder on frames of training backgrounds; the held-out ones stay unseen."""
+    # here and not above: the pool's processes import this module and need neither torch nor transformers (4 s each)
+    import torch
+
+    from timeviper_platform.data.synthetic import encoder as tiny_encoder
+
     rng = np.random.default_rng([config.seed, 4])
     frames, labels = [], []
     for number in range(min(4096, 8 * len(scenes))):

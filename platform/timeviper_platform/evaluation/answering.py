@@ -1,0 +1,110 @@
+"""A model's own answers: the log-likelihood of each option, and greedy text.
+
+Knows the model, its tokenizer and vision rows; not questions' truth, scores, files or Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from timeviper_model.batch import Sample, pack_samples
+from timeviper_model.prompt import TEMPLATES, Turn, build_sample, end_token_id
+from timeviper_model.timeviper import TimeViper
+
+DEFAULT_MAX_PACK_TOKENS = 8192
+"""16 pairs of a minute of video at 16 tokens a second; bounds memory whatever the number of options"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """A user's text and the vision rows of each medium it is about."""
+
+    text: str
+    media: tuple[Tensor, ...] = ()
+    """(tokens, dim) each; none = ask without the video"""
+
+
+class Answerer:
+    """Answers prompts with one model; the same prompts give the same answers."""
+
+    def __init__(self, model: TimeViper, tokenizer: Any, *, max_pack_tokens: int = DEFAULT_MAX_PACK_TOKENS) -> None:
+        self._model = model.eval()
+        self._tokenizer = tokenizer
+        self._template = TEMPLATES[model.config.chat_template]
+        self._max_pack_tokens = max_pack_tokens
+        parameter = model.lm_head.weight
+        self._device, self._dtype = parameter.device, parameter.dtype
+
+    def score_options(self, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) -> list[list[float]]:
+        """For each prompt the log-probability of each of its options as the whole answer, end token included."""
+        pairs = [(p, option) for p, texts in zip(prompts, options, strict=True) for option in texts]
+        samples = [self._sample(prompt, option) for prompt, option in pairs]
+        scores: list[float] = []
+        for members in _packs([len(sample) for sample in samples], self._max_pack_tokens):
+            batch = pack_samples([samples[n] for n in members], [self._rows(pairs[n][0]) for n in members])
+            log_probs, segment_ids = self._model.target_log_probs(batch.to(self._device, self._dtype))
+            # float64: the order in which fp32 numbers are added must not decide between close options
+            sums = torch.zeros(len(members), dtype=torch.float64, device=log_probs.device)
+            scores += sums.index_add_(0, segment_ids.long(), log_probs.double()).tolist()
+        rest = iter(scores)
+        return [[next(rest) for _ in texts] for texts in options]
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[str]:
+        """Greedy answers, all prompts advancing together, one slot each."""
+        cache = self._model.new_cache(len(prompts), device=self._device, dtype=self._dtype)
+        end_id = end_token_id(self._tokenizer, self._template)
+        written: list[list[int]] = [[] for _ in prompts]
+        next_ids = []
+        for slot, prompt in enumerate(prompts):
+            batch = pack_samples([self._sample(prompt, None)], [self._rows(prompt)])
+            logits = self._model.prefill(batch.to(self._device, self._dtype), cache, slot)
+            next_ids.append(int(logits.argmax()))
+        active = list(range(len(prompts)))
+        for _ in range(max_new_tokens):
+            active = [slot for slot in active if next_ids[slot] != end_id]
+            if not active:
+                break
+            for slot in active:
+                written[slot].append(next_ids[slot])
+            ids = torch.tensor([next_ids[slot] for slot in active], device=self._device)
+            logits = self._model.decode_step(ids, cache, torch.tensor(active, device=self._device))
+            for slot, token in zip(active, logits.argmax(-1).tolist(), strict=True):
+                next_ids[slot] = token
+        return [self._tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written]
+
+    def _sample(self, prompt: Prompt, answer: str | None) -> Sample:
+        conversation = [Turn(role="user", text=prompt.text)]
+        if answer is not None:
+            conversation.append(Turn(role="assistant", text=answer))
+        return build_sample(
+            self._tokenizer,
+            conversation,
+            [rows.shape[0] for rows in prompt.media],
+            template=self._template,
+            add_generation_prompt=answer is None,
+        )
+
+    def _rows(self, prompt: Prompt) -> Tensor:
+        if prompt.media:
+            return torch.cat([rows.to(self._dtype) for rows in prompt.media])
+        return torch.zeros(0, self._model.config.vision.hidden_size, dtype=self._dtype)
+
+
+def _packs(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Numbers of neighbours that fit into `max_tokens` together; a longer one goes alone."""
+    members: list[int] = []
+    total = 0
+    for number, length in enumerate(lengths):
+        if members and total + length > max_tokens:
+            yield members
+            members, total = [], 0
+        members.append(number)
+        total += length
+    if members:
+        yield members
