@@ -75,13 +75,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     setup_logging()
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+    _watch_signals(stop)
     try:
         file = _load(options.config, options.overrides)
         (entry,) = file.applications
         port = options.port or file.http_options.port
         _connect(entry.runtime_env)
+        _watch_signals(stop)  # Ray has put its own handlers in their place
         return _serve(file, entry, port, stop)
     except (ValueError, RuntimeError) as error:
         print(f"serve: {error}", file=sys.stderr)
@@ -101,6 +101,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _load(path: str, overrides: Sequence[str]) -> ServeFile:
     """The file with `overrides` laid over its application's args."""
     return load_config(ServeFile, path, [f"applications.0.args.{override}" for override in overrides])
+
+
+def _watch_signals(stop: threading.Event) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
 
 
 def _connect(runtime_env: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -103,8 +104,10 @@ class EngineService:
             if isinstance(requests, Refusal):
                 yield requests
                 return
-            async for item in self._answers(requests, with_logprobs=request.num_logprobs is not None):
-                yield item
+            answers = self._answers(requests, with_logprobs=request.num_logprobs is not None)
+            async with aclosing(answers):  # a generator that is closed does not close the one it iterates over
+                async for item in answers:
+                    yield item
         finally:
             self._ongoing -= request.n
 
@@ -176,8 +179,10 @@ class EngineService:
             yield Refusal(status=503, message=str(error), code="engine_failed", retry_after_s=5.0)
             return
         try:
-            async for item in self._parts(events, len(requests), with_logprobs=with_logprobs):
-                yield item
+            parts = self._parts(events, len(requests), with_logprobs=with_logprobs)
+            async with aclosing(parts):
+                async for item in parts:
+                    yield item
         finally:
             self._loop.cancel(ids)
 

@@ -148,7 +148,7 @@ class DecodeSandbox:
         except (ConnectionError, asyncio.IncompleteReadError):  # killed by one of its limits, or by the medium
             return _refusal("decode_failed")
         return DecodedMedium(
-            np.frombuffer(frames, dtype=np.uint8).reshape(shape),
+            np.frombuffer(bytearray(frames), dtype=np.uint8).reshape(shape),  # writable, as PyTorch wants it
             np.asarray(header["pts_seconds"], dtype=np.float64),
             header["end_seconds"],
         )
