@@ -1,0 +1,275 @@
+"""The whole platform on one machine, on a made corpus: real video in, right answers over HTTP out.
+
+    python jobs/demo.py                         about 12 minutes on two cores
+    python jobs/demo.py --quick                 the same path in under 4 minutes, too short to learn
+    python jobs/demo.py --film path/to/film.mp4 half of the backgrounds cut from that film, which is preprocessed too
+    python jobs/demo.py --until preprocess      stop after that step
+
+Every step is the job that a cluster would run, with its configuration in ray_configs/tiny, on a private local Ray
+that is started here and ended by its own process id. A corpus and features that are there are not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from timeviper_platform.config import load_config
+from timeviper_platform.data.synthetic.corpus import CorpusConfig, make_corpus
+from timeviper_platform.local_cluster import free_port, local_cluster
+from timeviper_platform.logs import setup_logging
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "ray_configs" / "tiny"
+DEFAULT_FOLDER = "outputs/demo"
+"""what the files in ray_configs/tiny name; another folder gets copies of them that name it instead"""
+STEPS = ("corpus", "preprocess", "train", "export", "evaluate", "serve")
+NUM_LOGICAL_CPUS = 4
+"""two training workers beside the small actors of Ray Data and Serve; the real cores may be two"""
+MODEL_NAME = "timeviper-tiny"
+QUICK = {
+    "corpus": [
+        "train={needle: 160, order: 40, count: 40}",
+        "held_out={needle: 40, order: 10, count: 10}",
+        "num_images=64",
+        "num_language_samples=400",
+        "encoder_steps=100",
+    ],
+    "train": ["phases.language.steps=20", "phases.align.steps=10", "phases.instruct.steps=30"],
+}
+NUM_ASKED = {"choice": 3, "order": 1, "count": 1, "grounding": 1}
+"""questions put to the endpoint, by held-out file"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Demo:
+    """Where the demo keeps its files, and what is left out when it is quick."""
+
+    folder: Path
+    film: Path | None
+    quick: bool
+
+    def path(self, *parts: str) -> str:
+        """A place inside the demo's folder."""
+        return str(self.folder.joinpath(*parts))
+
+    def config(self, name: str) -> Path:
+        """The configuration of a job, with this demo's folder in it."""
+        original = CONFIGS / f"{name}.yaml"
+        if self.folder == ROOT / DEFAULT_FOLDER:
+            return original
+        copy = self.folder / "configs" / original.name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(original.read_text().replace(DEFAULT_FOLDER, str(self.folder)))
+        return copy
+
+    def overrides(self, name: str) -> list[str]:
+        """What the command line adds to a job's configuration."""
+        values = list(QUICK.get(name, [])) if self.quick else []
+        if name == "corpus" and self.film is not None:
+            values.append(f"film={self.film}")
+        if name == "preprocess" and self.film is not None:
+            values.append(f"input={self.path('manifest.parquet')}")
+        return values
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the steps, prints the table, writes report.json."""
+    demo, steps = _parse(arguments)
+    setup_logging()
+    started = time.monotonic()
+    _announce("corpus", "videos, questions, tokenizer and encoder")
+    make_corpus(load_config(CorpusConfig, demo.config("corpus"), demo.overrides("corpus")))
+    if demo.film is not None:
+        _write_manifest_with_film(demo, demo.film)
+    report: dict[str, Any] = {}
+    if steps[1:]:
+        with local_cluster(num_cpus=NUM_LOGICAL_CPUS) as cluster:
+            report = _run_jobs(demo, steps, {**os.environ, **cluster})
+    report = {"seconds": round(time.monotonic() - started, 1), **report}
+    if steps == STEPS:
+        Path(demo.path("report.json")).write_text(json.dumps(report, indent=2) + "\n")
+        print(format_report(report), f"\nreport: {demo.path('report.json')}", sep="\n")
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> tuple[Demo, tuple[str, ...]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--film", type=Path, help="a film for the backgrounds, preprocessed and asked about as well")
+    parser.add_argument("--quick", action="store_true", help="a small corpus and few steps")
+    parser.add_argument("--until", choices=STEPS, default=STEPS[-1], help="the last step to do")
+    parser.add_argument(
+        "--folder", type=Path, help=f"where the files go (default {DEFAULT_FOLDER}, with -quick, -film)"
+    )
+    options = parser.parse_args(arguments)
+    if options.film is not None and not options.film.is_file():
+        parser.error(f"there is no film at {str(options.film)!r}")
+    suffix = ("-film" if options.film else "") + ("-quick" if options.quick else "")
+    folder = options.folder or ROOT / (DEFAULT_FOLDER + suffix)
+    demo = Demo(folder=folder.resolve(), film=options.film and options.film.resolve(), quick=options.quick)
+    return demo, STEPS[: STEPS.index(options.until) + 1]
+
+
+def _run_jobs(demo: Demo, steps: Sequence[str], environment: dict[str, str]) -> dict[str, Any]:
+    report: dict[str, Any] = {}
+    if "preprocess" in steps:
+        _announce("preprocess", "decode and encode all media once")
+        _job(demo, "preprocess", environment)
+        summary = _read_json(demo.path("features", "report.json"))
+        report["preprocess"] = {
+            key: summary[key] for key in ("media", "frames", "segments", "errors", "frames_per_second")
+        }
+    if "train" in steps:
+        _announce("train", "language, align, instruct (TransV on)")
+        _job(demo, "train", environment)
+        phases = _read_json(demo.path("runs", "tiny", "report.json"))
+        report["train"] = {
+            name: {key: phase[key] for key in ("steps", "loss_first", "loss_last")} for name, phase in phases.items()
+        }
+    if "export" in steps:
+        _announce("export", "checkpoint to weights")
+        _run("export", environment, "--config", str(demo.config("train")), "--output", demo.path("weights"))
+    if "evaluate" in steps:
+        _announce("evaluate", "held-out videos, with and without the video")
+        _job(demo, "evaluate", environment)
+        report["evaluate"] = _read_json(demo.path("evaluation.json"))
+    if "serve" in steps:
+        _announce("serve", "questions over HTTP")
+        with _endpoint(demo, environment) as url:
+            report["serve"] = {"answers": _ask(demo, url)}
+    return report
+
+
+def _write_manifest_with_film(demo: Demo, film: Path) -> None:
+    """The corpus' manifest and one more row, so that the film itself is preprocessed too."""
+    table = pq.read_table(demo.path("corpus", "manifest.parquet"))
+    row = dict.fromkeys(table.schema.names) | {"uri": str(film), "media_id": film.stem}
+    pq.write_table(pa.Table.from_pylist([*table.to_pylist(), row], schema=table.schema), demo.path("manifest.parquet"))
+
+
+def _job(demo: Demo, name: str, environment: dict[str, str]) -> None:
+    _run(name, environment, "--config", str(demo.config(name)), *demo.overrides(name))
+
+
+def _run(name: str, environment: dict[str, str], *arguments: str) -> None:
+    subprocess.run(
+        [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *arguments], env=environment, cwd=ROOT, check=True
+    )
+
+
+@contextlib.contextmanager
+def _endpoint(demo: Demo, environment: dict[str, str]) -> Iterator[str]:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = [
+        sys.executable,
+        str(ROOT / "jobs" / "serve.py"),
+        "--config",
+        str(demo.config("serve")),
+        "--port",
+        str(port),
+    ]
+    process = subprocess.Popen(command, env=environment, cwd=ROOT)
+    try:
+        _wait_until_ready(url, process)
+        yield url
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=60)
+
+
+def _wait_until_ready(url: str, process: subprocess.Popen[bytes], timeout_s: float = 180.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise RuntimeError(f"the endpoint ended with exit code {process.returncode} before it was ready")
+        with contextlib.suppress(urllib.error.URLError, OSError):
+            if urllib.request.urlopen(f"{url}/health/ready", timeout=5).status == 200:
+                return
+        time.sleep(0.5)
+    raise RuntimeError(f"{url}/health/ready did not answer 200 within {timeout_s:.0f} s")
+
+
+def _ask(demo: Demo, url: str) -> list[dict[str, str]]:
+    """Held-out questions, and one about the film, through the `openai` client by stored id."""
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="unused")
+    answers = []
+    for name, number in NUM_ASKED.items():
+        for row in pq.read_table(demo.path("corpus", "held_out", f"{name}.parquet")).slice(0, number).to_pylist():
+            answer = _answer(client, row["media"][0]["media_id"], row["question"])
+            answers.append({"question": row["question"], "expected": row["answer"], "answer": answer})
+    if demo.film is not None:
+        question = "Describe the video."
+        answer = _answer(client, demo.film.stem, question)
+        answers.append(
+            {"question": f"{question} ({demo.film.name})", "expected": "(no such film in training)", "answer": answer}
+        )
+    return answers
+
+
+def _answer(client: openai.OpenAI, media_id: str, question: str) -> str:
+    completion = client.chat.completions.create(
+        model=MODEL_NAME,
+        temperature=0.0,
+        messages=[
+            {
+                "role": "user",
+                "content": [
+                    {"type": "video_url", "video_url": {"url": f"feature://{media_id}"}},  # type: ignore[list-item]
+                    {"type": "text", "text": question},
+                ],
+            }
+        ],
+    )
+    return completion.choices[0].message.content or ""
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """report.json as a plain table."""
+    lines = ["", "=== report", f"{'seconds':28}{report['seconds']}"]
+    lines += [f"{'preprocess ' + key:28}{value}" for key, value in report["preprocess"].items()]
+    for phase, values in report["train"].items():
+        losses = f"loss {values['loss_first']:.3f} -> {values['loss_last']:.3f}"
+        lines.append(f"{'train ' + phase:28}{values['steps']} steps, {losses}")
+    for task, scores in report["evaluate"].items():
+        lines.append(f"{'evaluate ' + task:28}" + ", ".join(f"{key} {_short(value)}" for key, value in scores.items()))
+    for number, answer in enumerate(report["serve"]["answers"]):
+        lines += [
+            f"{'serve' if number == 0 else '':28}{answer['question']}",
+            f"{'':28}  expected {answer['expected']!r}, answered {answer['answer']!r}",
+        ]
+    return "\n".join(lines)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_short(item) for item in value) + "]"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _announce(step: str, what: str) -> None:
+    print(f"\n=== {step}: {what}", flush=True)
+
+
+def _read_json(path: str) -> Any:
+    return json.loads(Path(path).read_text())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

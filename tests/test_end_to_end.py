@@ -1,0 +1,111 @@
+"""The jobs as a cluster's user runs them: `ray job submit` with the runtime environment, token on, real exit codes."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from timeviper_model.weights import from_pretrained
+from timeviper_platform.data.features import FeatureStore
+from timeviper_platform.data.synthetic.corpus import CorpusConfig, SceneCounts, make_corpus
+
+ROOT = Path(__file__).parent.parent
+RAY = str(Path(sys.executable).parent / "ray")
+
+pytestmark = pytest.mark.cluster
+
+
+def submit(environment: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:
+    """`ray job submit`, with what the submitter saw."""
+    return subprocess.run(
+        [RAY, "job", "submit", "--runtime-env", "ray_configs/runtime_env.yaml", "--", "python", *command],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("end-to-end") / "corpus"
+    counts = SceneCounts(needle=6, order=2, count=2)
+    make_corpus(
+        CorpusConfig(
+            output=str(folder),
+            train=counts,
+            held_out=counts,
+            num_images=8,
+            num_language_samples=40,
+            encoder_steps=5,
+            num_workers=1,
+        )
+    )
+    return folder
+
+
+def test_submitted_jobs_make_features_and_weights(ray_cluster: dict[str, str], corpus: Path, tmp_path: Path) -> None:
+    features, runs = tmp_path / "features", tmp_path / "runs"
+    preprocess = submit(
+        ray_cluster,
+        "jobs/preprocess.py",
+        "--config=ray_configs/tiny/preprocess.yaml",
+        f"input={_manifest_with_a_broken_file(corpus, tmp_path)}",
+        f"output={features}",
+        f"encoder.encoder={corpus / 'encoder'}",
+        "execution.num_workers=1",
+    )
+    assert preprocess.returncode == 0, preprocess.stdout
+    assert re.search(r"media\s+29, of which rejected: 1", preprocess.stdout), preprocess.stdout
+    assert len(FeatureStore.open(str(features)).media_ids) == 28
+
+    train = submit(
+        ray_cluster,
+        "jobs/train.py",
+        "--config=ray_configs/tiny/train.yaml",
+        f"runs={runs}",
+        f"feature_store={features}",
+        f"tokenizer={corpus / 'tokenizer'}",
+        f"encoder={corpus / 'encoder'}",
+        *(
+            f"phases.{phase}.{value}"
+            for phase in ("language", "align", "instruct")
+            for value in ("steps=2", f"samples.0.uri={corpus}/samples/{phase}.parquet")
+        ),
+    )
+    assert train.returncode == 0, train.stdout
+    assert re.search(r"^instruct\s+2\s", train.stdout, re.MULTILINE), train.stdout
+    model = from_pretrained(runs / "tiny" / "weights" / "instruct")
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
+
+
+def test_a_failing_job_fails_at_the_submitter(ray_cluster: dict[str, str], tmp_path: Path) -> None:
+    failed = submit(
+        ray_cluster,
+        "jobs/preprocess.py",
+        "--config=ray_configs/tiny/preprocess.yaml",
+        f"input={tmp_path / 'nowhere.parquet'}",
+    )
+    assert failed.returncode != 0
+    assert "nowhere.parquet" in failed.stdout
+
+
+def _manifest_with_a_broken_file(corpus: Path, folder: Path) -> Path:
+    broken = folder / "broken.mp4"
+    broken.write_text("this is no video")
+    table = pq.read_table(corpus / "manifest.parquet")
+    row = dict.fromkeys(table.schema.names) | {"uri": str(broken), "media_id": "broken"}
+    rows = [{**kept, "uri": str(corpus / kept["uri"])} for kept in table.to_pylist()]
+    pq.write_table(pa.Table.from_pylist([*rows, row], schema=table.schema), folder / "manifest.parquet")
+    return folder / "manifest.parquet"
