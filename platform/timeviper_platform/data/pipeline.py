@@ -48,6 +48,8 @@ from timeviper_platform.data.store_writer import (
 
 logger = logging.getLogger(__name__)
 
+REPORT_FILE = "report.json"
+
 UNITS_PER_WORKER = 8
 """Small inputs are cut finer than `frames_per_file`, so that every worker has work until near the end."""
 
@@ -159,8 +161,7 @@ def estimate(config: PreprocessConfig) -> Estimate:
         raise ValueError("\n".join(["the store there has another recipe:", *differences(header["recipe"], recipe)]))
     plan = make_plan(config, recipe_hash(recipe))
     frames = sum(segment.num_samples for segment in plan.missing)
-    report_uri = storage.join_uri(config.output, "report.json")
-    rate = storage.read_json(report_uri)["frames_per_second"] if storage.exists(report_uri) else 0.0
+    rate = _last_rate(config.output)
     return Estimate(
         media=plan.num_media,
         errors=len(plan.errors),
@@ -232,7 +233,7 @@ def _finalize(config: PreprocessConfig, plan: Plan, outcomes: Sequence[UnitOutco
         frames_encoded=sum(o.num_frames for o in outcomes),
         errors=len(set(rejects["media_id"].to_pylist())),
         errors_by_stage=reporting.count_rejects(rejects),
-        frames_per_second=round(reporting.steady_rate(outcomes), 2),
+        frames_per_second=round(reporting.steady_rate(outcomes), 2) if outcomes else _last_rate(config.output),
         bytes=_feature_bytes(mine),
         seconds=clock.seconds,
         stage_seconds={
@@ -243,7 +244,7 @@ def _finalize(config: PreprocessConfig, plan: Plan, outcomes: Sequence[UnitOutco
         workers=len({o.worker for o in outcomes}),
         audit=counts,
     )
-    storage.write_json(storage.join_uri(config.output, "report.json"), report.to_json())
+    storage.write_json(storage.join_uri(config.output, REPORT_FILE), report.to_json())
     if counts["missing"] or counts["duplicate"]:
         raise RuntimeError(f"{config.output}: the audit found {counts}; run the job again, and report this")
     return report
@@ -255,6 +256,12 @@ def _finished(committed: pa.Table) -> set[str]:
         pc.equal(committed["status"], "error"), pc.is_in(committed["error_type"], pa.array(sorted(RETRYABLE)))
     )
     return set(committed.filter(pc.invert(again))["segment_id"].to_pylist())
+
+
+def _last_rate(store: str) -> float:
+    """Frames a second of the last run that encoded; 0 before a first one."""
+    uri = storage.join_uri(store, REPORT_FILE)
+    return float(storage.read_json(uri)["frames_per_second"]) if storage.exists(uri) else 0.0
 
 
 def _feature_bytes(index: pa.Table) -> int:

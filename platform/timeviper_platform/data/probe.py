@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from fractions import Fraction
+from typing import Any
 
 from PIL import Image
 
@@ -26,6 +27,9 @@ from timeviper_platform.data.media import (
 
 AV_TIME_BASE = 1_000_000
 """FFmpeg states container durations in microseconds."""
+
+STEADY_RATE_TOLERANCE = Fraction(1, 100)
+"""A stream whose average rate is further from its base rate than this has a variable frame rate."""
 
 
 def probe_media(source: str | bytes, limits: MediaLimits | None = None) -> MediaProbe:
@@ -85,8 +89,7 @@ def _probe_video(source: str | bytes) -> MediaProbe:
     with open_container(source) as container:
         stream = video_stream(container, "probe", _name(source))
         if stream.duration:
-            ticks = (stream.start_time or 0) - clock_origin(container, stream) + stream.duration
-            end = ticks * Fraction(stream.time_base)
+            end = _stream_end(container, stream)
         elif container.duration:
             end = Fraction(container.duration, AV_TIME_BASE)
         else:
@@ -105,6 +108,21 @@ def _probe_video(source: str | bytes) -> MediaProbe:
             height=context.height,
             codec=context.name,
         )
+
+
+def _stream_end(container: Any, stream: Any) -> Fraction:
+    """Where the stream's header says that it ends; where its last packets do, for a variable frame rate.
+
+    MP4 states durations by DTS: with B frames and a variable rate that may be seconds before the last PTS.
+    """
+    origin = clock_origin(container, stream)
+    end = (stream.start_time or 0) + stream.duration
+    average, base = stream.average_rate, stream.base_rate
+    if average and base and abs(average / base - 1) > STEADY_RATE_TOLERANCE:
+        container.seek(end, stream=stream)  # to the last keyframe
+        last = [packet.pts + (packet.duration or 0) for packet in container.demux(stream) if packet.pts is not None]
+        end = max([end, *last])
+    return (end - origin) * Fraction(stream.time_base)
 
 
 def _name(source: str | bytes) -> str:

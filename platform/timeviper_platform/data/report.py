@@ -45,11 +45,11 @@ class PreprocessReport:
     errors_by_stage: dict[str, dict[str, int]]
     """stage -> type -> media"""
     frames_per_second: float
-    """in the steady state of this run: its middle 60 %; 0 when nothing was encoded"""
+    """in the steady state, the middle 60 %, of the last run that encoded"""
     bytes: int
     """of features stored for this input"""
     seconds: dict[str, float]
-    """wall time: plan, start_up (Ray, and workers until the first unit begins), run, finalize (with Ray's end), total"""
+    """wall time: plan, start_up (Ray, and workers until the first unit), run, finalize (with Ray's end), total"""
     stage_seconds: dict[str, float]
     """sum over the workers: decode, encode, write"""
     workers: int

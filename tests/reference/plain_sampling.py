@@ -1,0 +1,30 @@
+"""Sampling the slow, obvious way: decode every frame in order, keep the last one with PTS <= t."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from av.video.reformatter import Interpolation, VideoReformatter
+
+
+def sample_every_frame(path: Path, times: Sequence[Fraction], image_size: int) -> tuple[list[float], np.ndarray]:
+    """PTS in seconds and pixels (F, S, S, 3) of the frames on screen at `times`."""
+    scaler = VideoReformatter()
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "NONE"
+        time_base = Fraction(stream.time_base)
+        frames = sorted(container.decode(stream), key=lambda frame: frame.pts)
+        chosen = []
+        for t in times:
+            before = [frame for frame in frames if frame.pts * time_base <= t]
+            chosen.append(before[-1] if before else frames[0])
+        pixels = [
+            scaler.reformat(f, image_size, image_size, "rgb24", interpolation=Interpolation.BICUBIC).to_ndarray()
+            for f in chosen
+        ]
+    return [float(frame.pts * time_base) for frame in chosen], np.stack(pixels)
