@@ -69,6 +69,8 @@ def segment_causal_attention(q_THE: Tensor, k_THE: Tensor, v_THE: Tensor, segmen
     Segments of similar length are padded to rows; padding comes after the real tokens, where a causal mask already
     hides it. A long segment is a row of its own, and no T x T matrix is ever built.
     """
+    if not segments.buckets:
+        return q_THE  # no token is left
     outputs = []
     for bucket in segments.buckets:
         q, k, v = (bucket.pad(tensor).transpose(1, 2) for tensor in (q_THE, k_THE, v_THE))

@@ -61,7 +61,7 @@ class _CausalConv(torch.autograd.Function):
         for start, stop in _blocks(x_TD):
             torch.addcmul(bias_D, x_TD[start:stop], taps[-1], out=y[start:stop])
             for back in range(1, num_taps):
-                first = max(start, back)
+                first = min(max(start, back), stop)
                 y[first:stop].addcmul_(x_TD[first - back : stop - back], taps[-1 - back])
         rows = (positions_T < num_taps - 1).nonzero().squeeze(1)  # these mixed in the segment before: again, apart
         fresh = torch.addcmul(bias_D, x_TD[rows], taps[-1])
@@ -82,7 +82,7 @@ class _CausalConv(torch.autograd.Function):
             torch.mul(dy[start:stop], taps[-1], out=dx[start:stop])
             dtaps[-1] += (dy[start:stop] * x_TD[start:stop]).sum(0)
             for back in range(1, num_taps):
-                last = min(stop, num_tokens - back)
+                last = max(start, min(stop, num_tokens - back))
                 dx[start:last].addcmul_(dy[start + back : last + back], taps[-1 - back])
                 dtaps[-1 - back] += (dy[start + back : last + back] * x_TD[start:last]).sum(0)
         for back in range(1, num_taps):  # take back what crossed into the next segment

@@ -41,7 +41,7 @@ class GatedRMSNorm(nn.Module):
     def forward(self, x_TD: Tensor, gate_TD: Tensor) -> Tensor:
         """(T, D) in the gate's dtype; computed in that of `x_TD` (fp32)."""
         gated = x_TD * F.silu(gate_TD.to(x_TD.dtype))
-        grouped = gated.view(len(gated), self.num_groups, -1)
+        grouped = gated.view(len(gated), self.num_groups, gated.shape[1] // self.num_groups)
         weight = self.weight.view(self.num_groups, -1).to(x_TD.dtype)
         return rms_norm(grouped, weight, self.eps).flatten(1).to(gate_TD.dtype)
 

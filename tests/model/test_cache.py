@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from reference.small_models import SMALL, make_model, make_sample, pack
+from timeviper_model.cache import MIN_CAPACITY, HybridCache
+
+
+def make_cache(num_slots: int = 3) -> HybridCache:
+    return HybridCache(SMALL.text, num_slots, device="cpu", dtype=torch.float32)
+
+
+def test_empty_cache_holds_states_of_fixed_size_and_no_keys() -> None:
+    per_mamba_layer = 3 * (24 + 2 * 2 * 5) + 4 * 6 * 5  # the convolution's window and the state
+    assert make_cache(3).num_bytes == 3 * 2 * per_mamba_layer * 4
+    assert set(make_cache().mamba) == {0, 3}
+    assert set(make_cache().attention) == {2, 4}
+
+
+def test_layers_behind_a_drop_keep_fewer_tokens() -> None:
+    model = make_model()
+    cache = model.new_cache(2, device="cpu", dtype=torch.float64)
+    model.prefill(pack([make_sample("ss" + "v" * 40 + "iii")]), cache, 1)
+    assert {layer: attention.lengths for layer, attention in cache.attention.items()} == {2: [0, 25], 4: [0, 15]}
+    assert cache.num_tokens == [0, 45]
+
+
+def test_capacity_grows_and_goes_back_when_all_slots_are_empty() -> None:
+    model = make_model()
+    cache = model.new_cache(2, device="cpu", dtype=torch.float64)
+    empty = cache.num_bytes
+    model.prefill(pack([make_sample("i" * (MIN_CAPACITY - 2))]), cache, 0)
+    filled = cache.num_bytes
+    for _ in range(4):
+        model.decode_step(torch.tensor([1]), cache, torch.tensor([0]))
+    assert empty < filled < cache.num_bytes
+    assert cache.attention[2].lengths == [MIN_CAPACITY + 2, 0]
+    cache.reset(0)
+    assert cache.num_bytes == empty
+    assert cache.num_tokens == [0, 0]
+
+
+def test_a_slot_used_again_remembers_nothing() -> None:
+    model = make_model()
+    first, second = pack([make_sample("svvvvvvii", seed=1)]), pack([make_sample("ii", seed=2)])
+    used = model.new_cache(1, device="cpu", dtype=torch.float64)
+    model.prefill(first, used, 0)
+    model.decode_step(torch.tensor([5]), used, torch.tensor([0]))
+    fresh = model.new_cache(1, device="cpu", dtype=torch.float64)
+    assert torch.equal(model.prefill(second, used, 0), model.prefill(second, fresh, 0))
+    step = [model.decode_step(torch.tensor([5]), cache, torch.tensor([0])) for cache in (used, fresh)]
+    torch.testing.assert_close(step[0], step[1])
+
+
+@pytest.mark.parametrize("slots", [[], [1, 1], [2, 0], [-1], [3]])
+def test_slots_that_make_no_sense_are_refused(slots: list[int]) -> None:
+    with pytest.raises(ValueError, match="slot"):
+        make_cache(3).view(slots)
+
+
+def test_a_cache_needs_a_slot() -> None:
+    with pytest.raises(ValueError, match="num_slots = 0"):
+        make_cache(0)

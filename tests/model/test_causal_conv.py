@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+import timeviper_model.causal_conv as causal_conv
+from reference.slow_scan import slow_conv_silu
+from timeviper_model.causal_conv import causal_conv_silu, causal_conv_silu_step
+
+D, K = 5, 4
+
+
+@pytest.mark.parametrize("lengths", [[1], [2], [30], [1, 1, 2, 3, 9, 4, 1], [7, 8]])
+@pytest.mark.parametrize("rows_at_once", [3, 1000])
+def test_convolution_and_gradients_equal_the_taps_inside_each_segment(
+    lengths: list[int], rows_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(causal_conv, "BLOCK_ELEMENTS", rows_at_once * D)
+    generator = torch.Generator().manual_seed(0)
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    inputs = [
+        torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+        for shape in ((len(positions), D), (D, K), (D,))
+    ]
+    fast = causal_conv_silu(*inputs, positions_T=positions)
+    slow = slow_conv_silu(*inputs, positions)
+    torch.testing.assert_close(fast, slow)
+    weights = torch.randn(fast.shape, generator=generator, dtype=torch.float64)
+    grads = torch.autograd.grad((fast * weights).sum(), inputs)
+    torch.testing.assert_close(grads, torch.autograd.grad((slow * weights).sum(), inputs))
+
+
+def test_steps_and_a_given_window_continue_the_convolution() -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((9, D), (D, K), (D,)))
+    whole = causal_conv_silu(x, weight, bias, positions_T=torch.arange(9))
+    rest = causal_conv_silu(x[5:], weight, bias, positions_T=torch.arange(4), initial_KD=x[2:5])
+    torch.testing.assert_close(rest, whole[5:])
+    window = x[2:5][None].clone()
+    stepped = [causal_conv_silu_step(x[t : t + 1], weight, bias, window) for t in range(5, 9)]
+    torch.testing.assert_close(torch.cat(stepped), whole[5:])
+    assert torch.equal(window[0], x[6:9])
+
+
+def test_without_bias_the_taps_stand_alone() -> None:
+    x, weight = torch.randn(4, D), torch.randn(D, K)
+    positions = torch.arange(4)
+    torch.testing.assert_close(
+        causal_conv_silu(x, weight, None, positions_T=positions),
+        causal_conv_silu(x, weight, torch.zeros(D), positions_T=positions),
+    )

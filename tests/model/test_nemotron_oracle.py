@@ -1,0 +1,87 @@
+"""Identity 5: our backbone equals transformers' NemotronH on the same weights, from a folder in NVIDIA's layout."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from reference.small_models import SMALL, make_model, make_sample
+from timeviper_model.batch import pack_samples
+from timeviper_model.timeviper import TimeViper
+from timeviper_model.weights import config_to_dict, load_backbone
+
+
+@pytest.fixture(scope="module")
+def llm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("nvidia")
+    source = make_model(seed=5, dtype=torch.float32)
+    tensors = {n: t for n, t in source.state_dict().items() if n.startswith(("backbone.", "lm_head"))}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = config_to_dict(SMALL)["text_config"] | {"time_step_limit": [0.0, float("inf")]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def oracle(llm_folder: Path) -> Any:
+    from transformers import NemotronHForCausalLM
+
+    model, report = NemotronHForCausalLM.from_pretrained(llm_folder, dtype=torch.float32, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    for layer in model.model.layers:
+        if hasattr(layer.mixer, "time_step_limit"):
+            layer.mixer.time_step_limit = (0.0, float("inf"))  # transformers 5.23 clamps to (time_step_min, inf)
+    return model.eval()
+
+
+@pytest.fixture
+def ours(llm_folder: Path) -> TimeViper:
+    model = make_model(replace(SMALL, transv=()), seed=1, dtype=torch.float32)
+    load_backbone(model, llm_folder)
+    return model
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 61])
+def test_logits_equal_those_of_transformers(length: int, ours: TimeViper, oracle: Any) -> None:
+    sample = make_sample("i" + "r" * length, seed=length)
+    ids = torch.tensor([sample.input_ids])
+    with torch.no_grad():
+        expected = oracle(input_ids=ids).logits[0].log_softmax(-1)
+    scores, _ = ours.target_log_probs(pack_samples([sample], [torch.zeros(0, 12)]))
+    picked = expected[:-1].gather(1, ids[0, 1:, None]).squeeze(1)
+    torch.testing.assert_close(scores, picked, rtol=1e-4, atol=1e-4)
+    assert length < 7 or scores.std() > 0.1, "a model that says nothing would pass any comparison"
+
+
+def test_generation_with_caches_equals_transformers(ours: TimeViper, oracle: Any) -> None:
+    sample = make_sample("i" * 19)
+    ids = torch.tensor([sample.input_ids])
+    with torch.no_grad():  # the mask is spelled out: guessed from ids it hides every token that is the pad id
+        expected = oracle.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=None
+        )
+    cache = ours.new_cache(1, device="cpu", dtype=torch.float32)
+    token = int(ours.prefill(pack_samples([sample], [torch.zeros(0, 12)]), cache, 0).argmax())
+    tokens = [token]
+    for _ in range(11):
+        tokens.append(int(ours.decode_step(torch.tensor([tokens[-1]]), cache, torch.tensor([0])).argmax()))
+    assert tokens == expected[0, 19:].tolist()
+
+
+def test_loss_gradients_equal_those_of_transformers(ours: TimeViper, oracle: Any) -> None:
+    sample = make_sample("i" + "r" * 40)
+    ids = torch.tensor([sample.input_ids])
+    ours(pack_samples([sample], [torch.zeros(0, 12)])).loss_sum.backward()
+    oracle.zero_grad()
+    torch.nn.functional.cross_entropy(oracle(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="sum").backward()
+    found = dict(ours.named_parameters())
+    for name, parameter in oracle.named_parameters():
+        grad = found[name.replace("model.", "backbone.", 1)].grad
+        torch.testing.assert_close(grad, parameter.grad, rtol=1e-3, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}")

@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import timeviper_model.timeviper as timeviper
+from reference.slow_timeviper import slow_logits
+from reference.small_models import SMALL, first_tokens, make_features, make_model, make_sample, pack
+from timeviper_model.batch import IGNORE_INDEX, PackedBatch, pack_samples
+from timeviper_model.config import PRESETS, TransVSite
+from timeviper_model.timeviper import TimeViper
+
+LAYOUTS = [
+    "sss" + "v" * 24 + "iiii" + "rrrr",
+    "s" + "v" * 9 + "iiiiirr",
+    "ssiiirrrr",
+    "vvvvvvvviirrriirr",
+    "vviivvvvvirr",
+]
+
+
+def gradients(model: TimeViper, batch: PackedBatch) -> tuple[float, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    loss = model(batch).loss_sum
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_plan_that_keeps_everything_changes_nothing_at_all() -> None:
+    model = make_model(
+        replace(
+            SMALL,
+            transv=(TransVSite(layer=1, select="uniform", keep=1.0), TransVSite(layer=4, select="attention", keep=1.0)),
+        ),
+        dtype=torch.float32,
+    )
+    batch = pack([make_sample(layout, seed=n) for n, layout in enumerate(LAYOUTS)], dtype=torch.float32)
+    with_plan, without = model(batch), model(batch, use_transv=False)
+    assert torch.equal(with_plan.loss_sum, without.loss_sum)
+    assert with_plan.num_vision_tokens.tolist() == without.num_vision_tokens.tolist() == [48, 48, 48]
+
+
+def test_closed_gate_with_drops_is_plain_dropping_exactly() -> None:
+    closed = make_model(alpha=0.0, dtype=torch.float32)
+    plain = TimeViper(replace(SMALL, transv=tuple(replace(site, transfer="none") for site in SMALL.transv)))
+    plain.load_state_dict({k: v for k, v in closed.state_dict().items() if not k.startswith("transv")})
+    batch = pack([make_sample(layout, seed=n) for n, layout in enumerate(LAYOUTS)], dtype=torch.float32)
+    assert torch.equal(closed(batch).loss_sum, plain(batch).loss_sum)
+    assert not torch.equal(make_model(dtype=torch.float32)(batch).loss_sum, plain(batch).loss_sum)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_prefill_and_decode_equal_teacher_forcing(layout: str) -> None:
+    sample = make_sample(layout)
+    prompt_length = layout.index("r")
+    prompt = first_tokens(sample, prompt_length)
+    model = make_model(dtype=torch.float32)
+    features = make_features(sample, dtype=torch.float32)
+    prompt_features = features[: prompt.num_vision_tokens]
+    # labels on every answer token, whichever turn it is in; the prompt's media end before the first answer
+    only_first = first_tokens(sample, prompt_length + layout[prompt_length:].split("i")[0].count("r"))
+    expected, _ = model.target_log_probs(pack_samples([only_first], [prompt_features]))
+    cache = model.new_cache(2, device="cpu", dtype=torch.float32)
+    logits = model.prefill(pack_samples([prompt], [prompt_features]), cache, 1)
+    found = []
+    for token in only_first.input_ids[prompt_length:]:
+        found.append(logits.log_softmax(-1)[token])
+        logits = model.decode_step(torch.tensor([token]), cache, torch.tensor([1]))[0]
+    torch.testing.assert_close(torch.stack(found), expected, rtol=0, atol=5e-6)
+    assert cache.num_tokens == [0, len(only_first)]
+
+
+def test_decode_in_float64_equals_the_formulas_written_out() -> None:
+    model = make_model()
+    layout = "sss" + "v" * 20 + "iiii" + "r" * 9
+    sample = make_sample(layout)
+    features = make_features(sample)
+    slow, _ = slow_logits(model, sample, features)
+    cache = model.new_cache(1, device="cpu", dtype=torch.float64)
+    logits = model.prefill(pack_samples([first_tokens(sample, 27)], [features]), cache, 0)
+    torch.testing.assert_close(logits, slow[-10].detach())
+    for step, token in enumerate(sample.input_ids[27:]):
+        logits = model.decode_step(torch.tensor([token]), cache, torch.tensor([0]))[0]
+        torch.testing.assert_close(logits, slow[step - 9].detach())
+
+
+def test_slots_decoded_together_equal_slots_decoded_alone() -> None:
+    model = make_model()
+    prompts = [
+        make_sample(layout, seed=n)
+        for n, layout in enumerate(["s" + "v" * 200 + "ii", "svvvvii", "ii", "s" + "v" * 30 + "iii"])
+    ]
+    alone = []
+    for number, prompt in enumerate(prompts):
+        cache = model.new_cache(1, device="cpu", dtype=torch.float64)
+        model.prefill(pack([prompt]), cache, 0)
+        logits = [model.decode_step(torch.tensor([token + number]), cache, torch.tensor([0]))[0] for token in (3, 5, 7)]
+        alone.append(logits)
+    cache = model.new_cache(6, device="cpu", dtype=torch.float64)
+    slots = [4, 0, 1, 3]
+    for prompt, slot in zip(prompts, slots, strict=True):
+        model.prefill(pack([prompt]), cache, slot)
+    for step, token in enumerate((3, 5, 7)):
+        together = model.decode_step(torch.tensor([token + n for n in range(4)]), cache, torch.tensor(slots))
+        torch.testing.assert_close(together, torch.stack([logits[step] for logits in alone]))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_packed_samples_equal_separate_ones_in_loss_and_every_gradient(dtype: torch.dtype, tolerance: float) -> None:
+    model = make_model(dtype=dtype)
+    samples = [make_sample(layout, seed=n) for n, layout in enumerate(LAYOUTS)]
+    loss, grads = gradients(model, pack(samples, dtype=dtype, pad_to=140))
+    separate = [gradients(model, pack([sample], dtype=dtype)) for sample in samples]
+    assert loss == pytest.approx(sum(part for part, _ in separate), rel=tolerance)
+    assert set(grads) == {name for name, _ in model.named_parameters()}
+    for name, grad in grads.items():
+        total = torch.stack([part[name] for _, part in separate]).sum(0)
+        torch.testing.assert_close(grad, total, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_neighbours_and_their_order_change_nothing() -> None:
+    model = make_model(dtype=torch.float32)
+    samples = [make_sample(layout, seed=n) for n, layout in enumerate(LAYOUTS)]
+    scores, ids = model.target_log_probs(pack(samples, dtype=torch.float32))
+    order = [3, 0, 4, 2, 1]
+    swapped, swapped_ids = model.target_log_probs(pack([samples[n] for n in order], dtype=torch.float32))
+    for place, number in enumerate(order):
+        torch.testing.assert_close(swapped[swapped_ids == place], scores[ids == number], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layouts", [["ssiirr"], ["svvvviirr"], ["vvvviirr", "ssss"], ["ssss"], ["vvvv"]])
+@pytest.mark.parametrize("use_transv", [True, False])
+def test_every_parameter_takes_part_whatever_the_pack_holds(layouts: list[str], use_transv: bool) -> None:
+    model = make_model()
+    out = model(pack([make_sample(layout) for layout in layouts]), use_transv=use_transv)
+    out.loss_sum.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert bool(torch.isfinite(parameter.grad).all()), name
+
+
+def test_frozen_modules_stay_out_of_the_graph_and_the_projector_still_learns() -> None:
+    model = make_model()
+    model.requires_grad_(False)
+    model.projector.requires_grad_(True)
+    model(pack([make_sample("svvvviirr")]), use_transv=False).loss_sum.backward()
+    assert all((p.grad is not None) == name.startswith("projector") for name, p in model.named_parameters())
+
+
+def test_activation_checkpointing_changes_no_gradient() -> None:
+    model = make_model()
+    batch = pack([make_sample(layout, seed=n) for n, layout in enumerate(LAYOUTS)])
+    loss, grads = gradients(model, batch)
+    model.gradient_checkpointing = True
+    again, again_grads = gradients(model, batch)
+    assert again == loss
+    torch.testing.assert_close(again_grads, grads, rtol=0, atol=0)
+
+
+def test_logits_in_parts_give_the_same_loss_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    batch = pack([make_sample(layout, seed=n) for n, layout in enumerate(LAYOUTS)])
+    whole, grads = gradients(model, batch)
+    scores, _ = model.target_log_probs(batch)
+    monkeypatch.setattr(timeviper, "LOGITS_ELEMENTS", 4 * SMALL.text.vocab_size)
+    parts, part_grads = gradients(model, batch)
+    assert parts == pytest.approx(whole)
+    torch.testing.assert_close(part_grads, grads)
+    torch.testing.assert_close(model.target_log_probs(batch)[0], scores)
+
+
+def test_target_log_probs_are_the_loss_sample_by_sample() -> None:
+    model = make_model()
+    batch = pack([make_sample(layout, seed=n) for n, layout in enumerate(LAYOUTS)], pad_to=150)
+    scores, ids = model.target_log_probs(batch)
+    out = model(batch)
+    assert -scores.sum().item() == pytest.approx(out.loss_sum.item())
+    assert len(scores) == int(out.num_targets) == int((batch.labels != IGNORE_INDEX).sum())
+    assert torch.equal(ids, batch.segment_ids[batch.labels != IGNORE_INDEX].long())
+
+
+def test_vision_tokens_are_counted_at_the_entrance_and_after_each_site() -> None:
+    out = make_model()(pack([make_sample("s" + "v" * 24 + "iirr"), make_sample("svvviirr")]))
+    assert out.num_vision_tokens.tolist() == [27, 12 + 2, 6 + 1]
+
+
+def test_what_a_slot_cannot_do_is_an_error() -> None:
+    model = make_model()
+    cache = model.new_cache(2, device="cpu", dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"slots \[0\] hold no prompt"):
+        model.decode_step(torch.tensor([1]), cache, torch.tensor([0]))
+    with pytest.raises(ValueError, match="one prompt, not 2"):
+        model.prefill(pack([make_sample("si"), make_sample("si")]), cache, 0)
+    with pytest.raises(ValueError, match="slot 2 of a cache with 2 slots"):
+        model.prefill(pack([make_sample("si")]), cache, 2)
+
+
+def test_same_generator_seed_gives_the_same_weights() -> None:
+    first, second = (make_model(seed=3).state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    other = make_model(seed=4).state_dict()
+    assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
+
+
+def test_tied_embeddings_are_one_parameter() -> None:
+    model = make_model(replace(SMALL, text=replace(SMALL.text, tie_word_embeddings=True)))
+    assert model.lm_head.weight is model.backbone.embeddings.weight
+
+
+def test_nine_billion_parameters_of_the_paper() -> None:
+    with torch.device("meta"):
+        model = TimeViper(PRESETS["9b"])
+    counts = {
+        prefix: sum(p.numel() for name, p in model.named_parameters() if name.startswith(prefix))
+        for prefix in ("backbone", "lm_head", "transv", "projector")
+    }
+    assert counts["backbone"] + counts["lm_head"] == 8_888_227_328
+    assert counts["transv"] == 110_100_482
+    assert counts["projector"] == 25_240_320
+    assert sum(counts.values()) == 9_023_568_130
+
+
+def test_a_bf16_model_stays_near_its_fp32_twin() -> None:
+    model = make_model(dtype=torch.float32)
+    batch = pack([make_sample(layout, seed=n) for n, layout in enumerate(LAYOUTS)], dtype=torch.float32)
+    full = model(batch, use_transv=False)
+    half = model.bfloat16()(batch, use_transv=False)
+    assert half.loss_sum.dtype == torch.float32
+    assert half.loss_sum.item() == pytest.approx(full.loss_sum.item(), rel=0.05)
+    half.loss_sum.backward()
+
+
+def test_one_step_of_training_lowers_the_loss() -> None:
+    model = make_model()
+    batch = pack([make_sample(layout, seed=n) for n, layout in enumerate(LAYOUTS)])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    before = model(batch).loss_sum
+    before.backward()
+    optimizer.step()
+    assert model(batch).loss_sum < before

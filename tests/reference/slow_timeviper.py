@@ -1,0 +1,161 @@
+"""TimeViper for ONE sample, written as the formulas stand: full matrices, loops over tokens, no packing, no cache.
+
+Shares parameters with a TimeViper model and nothing else: the truth for packing, TransV and decoding.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from reference.slow_scan import slow_conv_silu, slow_scan
+from timeviper_model.batch import IGNORE_INDEX, Sample, TokenKind
+from timeviper_model.config import HybridConfig, TransVSite
+from timeviper_model.timeviper import TimeViper
+
+
+def slow_loss_sum(model: TimeViper, sample: Sample, features: Tensor, *, use_transv: bool = True) -> Tensor:
+    """Sum of cross entropy over the sample's labels."""
+    if all(label == IGNORE_INDEX for label in sample.labels):
+        return torch.zeros(())  # such a sample may even lose every token
+    logits, kept = slow_logits(model, sample, features, use_transv=use_transv)
+    labels = torch.tensor(sample.labels)[kept]
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def slow_logits(
+    model: TimeViper, sample: Sample, features: Tensor, *, use_transv: bool = True
+) -> tuple[Tensor, list[int]]:
+    """Logits (L', V) of every token that reaches the last block, and which of the sample's tokens those are."""
+    text = model.config.text
+    params = dict(model.named_parameters())
+    projected = F.linear(features, params["projector.fc1.weight"], params["projector.fc1.bias"])
+    projected = F.linear(F.gelu(projected), params["projector.fc2.weight"], params["projector.fc2.bias"])
+    rows = [
+        projected[vision] if vision >= 0 else params["backbone.embeddings.weight"][token]
+        for token, vision in zip(sample.input_ids, sample.vision_index, strict=True)
+    ]
+    h = torch.stack(rows)
+    tokens = list(range(len(sample)))
+    sites = {site.layer: site for site in model.config.transv}
+    for layer, kind in enumerate(text.block_types):
+        block = {
+            name.removeprefix(f"backbone.layers.{layer}."): value
+            for name, value in params.items()
+            if name.startswith(f"backbone.layers.{layer}.")
+        }
+        if use_transv and layer in sites:
+            cross = {
+                name.removeprefix(f"transv.{layer}."): value
+                for name, value in params.items()
+                if name.startswith(f"transv.{layer}.")
+            }
+            h, tokens = _transv(h, tokens, sample, sites[layer], cross, block, text)
+        normed = _rms(h, block["norm.weight"], text.layer_norm_epsilon)
+        h = h + {"mamba": _mamba, "attention": _attention, "mlp": _mlp}[kind](normed, block, text)
+    h = _rms(h, params["backbone.norm_f.weight"], text.layer_norm_epsilon)
+    return h @ params["lm_head.weight"].t(), tokens
+
+
+def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x / torch.sqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def _mlp(x: Tensor, p: dict[str, Tensor], config: HybridConfig) -> Tensor:
+    return F.relu(x @ p["mixer.up_proj.weight"].t()).square() @ p["mixer.down_proj.weight"].t()
+
+
+def _mamba(x: Tensor, p: dict[str, Tensor], c: HybridConfig) -> Tensor:
+    inner, shared = c.mamba_intermediate_size, c.n_groups * c.ssm_state_size
+    gate, channels, dt = (x @ p["mixer.in_proj.weight"].t()).split([inner, inner + 2 * shared, c.mamba_num_heads], -1)
+    channels = slow_conv_silu(
+        channels, p["mixer.conv1d.weight"].squeeze(1), p["mixer.conv1d.bias"], torch.arange(len(x))
+    )
+    values, B, C = channels.split([inner, shared, shared], -1)
+    y, _ = slow_scan(
+        values.reshape(len(x), c.mamba_num_heads, c.mamba_head_dim),
+        F.softplus(dt + p["mixer.dt_bias"]).clamp(*c.time_step_limit),
+        -torch.exp(p["mixer.A_log"]),
+        B.reshape(len(x), c.n_groups, c.ssm_state_size),
+        C.reshape(len(x), c.n_groups, c.ssm_state_size),
+        p["mixer.D"],
+    )
+    gated = (y.reshape(len(x), inner) * F.silu(gate)).reshape(len(x), c.n_groups, inner // c.n_groups)
+    normed = _rms(gated, torch.ones(()), c.layer_norm_epsilon).reshape(len(x), inner) * p["mixer.norm.weight"]
+    return normed @ p["mixer.out_proj.weight"].t()
+
+
+def _heads(x: Tensor, weight: Tensor, head_dim: int) -> Tensor:
+    return (x @ weight.t()).reshape(len(x), len(weight) // head_dim, head_dim)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+    """(Q, H * E); a query that sees nothing gets zeros."""
+    repeats = q.shape[1] // k.shape[1]
+    outputs = torch.zeros_like(q)
+    for i in range(len(q)):
+        if not visible[i].any():
+            continue
+        for head in range(q.shape[1]):
+            keys, values = k[visible[i], head // repeats], v[visible[i], head // repeats]
+            weights = torch.softmax(keys @ q[i, head] / math.sqrt(q.shape[-1]), 0)
+            outputs[i, head] = weights @ values
+    return outputs.flatten(1)
+
+
+def _attention(x: Tensor, p: dict[str, Tensor], c: HybridConfig) -> Tensor:
+    q, k, v = (_heads(x, p[f"mixer.{name}_proj.weight"], c.head_dim) for name in "qkv")
+    causal = torch.ones(len(x), len(x), dtype=torch.bool).tril()
+    return _attend(q, k, v, causal) @ p["mixer.o_proj.weight"].t()
+
+
+def _transv(
+    h: Tensor,
+    tokens: list[int],
+    sample: Sample,
+    site: TransVSite,
+    cross: dict[str, Tensor],
+    block: dict[str, Tensor],
+    c: HybridConfig,
+) -> tuple[Tensor, list[int]]:
+    kinds = [sample.token_kind[token] for token in tokens]
+    vision = [place for place, kind in enumerate(kinds) if kind == TokenKind.VISION]
+    k = min(len(vision), math.floor(site.keep * sample.num_vision_tokens + 0.5))
+    if site.select == "uniform":
+        kept = [vision[j * (len(vision) - 1) // (k - 1) if k > 1 else 0] for j in range(k)]
+    else:
+        scores = _scores(h, kinds, block, c)
+        kept = sorted(sorted(vision, key=lambda place: (-scores[place], place))[:k])
+    dropped = [place for place in vision if place not in kept]
+    if cross:
+        h = h + _given(h, kinds, kept if site.transfer_from == "kept" else dropped, cross, c)
+    stay = [place for place in range(len(tokens)) if place not in dropped]
+    return h[stay], [tokens[place] for place in stay]
+
+
+def _scores(h: Tensor, kinds: list[int], block: dict[str, Tensor], c: HybridConfig) -> list[float]:
+    row = kinds.index(TokenKind.RESPONSE) - 1 if TokenKind.RESPONSE in kinds else len(kinds) - 1
+    normed = _rms(h, block["norm.weight"], c.layer_norm_epsilon)
+    q, k = (_heads(normed, block[f"mixer.{name}_proj.weight"], c.head_dim) for name in "qk")
+    repeats = q.shape[1] // k.shape[1]
+    total = torch.zeros(len(kinds), dtype=h.dtype)
+    for head in range(q.shape[1]):
+        logits = k[: row + 1, head // repeats] @ q[row, head] / math.sqrt(c.head_dim)
+        total[: row + 1] += torch.softmax(logits, 0) / q.shape[1]
+    return total.tolist()
+
+
+def _given(h: Tensor, kinds: list[int], sources: list[int], cross: dict[str, Tensor], c: HybridConfig) -> Tensor:
+    given = torch.zeros_like(h)
+    receivers = [place for place, kind in enumerate(kinds) if kind == TokenKind.INSTRUCTION]
+    if not receivers or not sources:
+        return given
+    q = _heads(h[receivers], cross["q_proj.weight"], c.head_dim)
+    k, v = (_heads(h[sources], cross[f"{name}_proj.weight"], c.head_dim) for name in "kv")
+    earlier = torch.tensor([[source < receiver for source in sources] for receiver in receivers])
+    mixed = _attend(q, k, v, earlier) @ cross["o_proj.weight"].t()
+    given[receivers] = torch.tanh(cross["alpha"]) * mixed
+    return given
