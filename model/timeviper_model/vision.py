@@ -35,10 +35,15 @@ class VisionEncoder(nn.Module):
         config = tower.config
         num_blocks = config.num_hidden_layers
         num_used = layer if layer >= 0 else num_blocks + 1 + layer
-        if not 0 <= num_used <= num_blocks:
-            raise ValueError(f"{layer = } is none of the {num_blocks + 1} hidden states of this tower")
+        if not 1 <= num_used <= num_blocks:
+            raise ValueError(
+                f"{layer = } is not the output of one of this tower's {num_blocks} blocks; use 1 or -1 ..."
+            )
         blocks = _find_blocks(tower, num_blocks)
         del blocks[num_used:]
+        if isinstance(tower, SiglipVisionModel) and tower.use_head:
+            tower.use_head = False  # pools all tokens into one, which nobody asks for: 15 of 428 million parameters
+            del tower.head
         self.image_size = int(config.image_size)
         self.hidden_size = int(config.hidden_size)
         self.num_patches = (self.image_size // int(config.patch_size)) ** 2
@@ -64,9 +69,9 @@ class VisionEncoder(nn.Module):
                 f" or a Hugging Face name that this machine can fetch ({error})"
             ) from error
         if config.model_type in {"siglip", "siglip_vision_model"}:
-            tower = SiglipVisionModel.from_pretrained(name_or_folder)
+            tower = SiglipVisionModel.from_pretrained(name_or_folder, dtype=torch.float32)
         else:
-            tower = AutoModel.from_pretrained(name_or_folder)
+            tower = AutoModel.from_pretrained(name_or_folder, dtype=torch.float32)
             tower = getattr(tower, "vision_model", tower)
         processor = json.loads(_local_file(name_or_folder, PREPROCESSOR_FILE).read_text(encoding="utf-8"))
         return cls(
