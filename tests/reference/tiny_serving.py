@@ -1,18 +1,27 @@
-"""A model with random weights, a byte tokenizer and a one-request-at-a-time generator, for the engine and serving."""
+"""For engine and serving: random weights, a byte tokenizer, folders that fit one another, one request at a time."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import av
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, SiglipVisionConfig, SiglipVisionModel
 
 from timeviper_model.batch import Sample, pack_samples
 from timeviper_model.config import TINY, TimeViperConfig
 from timeviper_model.prompt import Turn, build_sample
 from timeviper_model.timeviper import TimeViper
+from timeviper_model.weights import save_pretrained
+from timeviper_platform.data.encode import EncoderConfig, FrameEncoder
+from timeviper_platform.data.store_writer import write_store
+
+IMAGE_SIZE = 32
 
 SPECIAL_TOKENS = ["<pad>", *(f"<SPECIAL_{number}>" for number in range(1, 13))]
 
@@ -67,3 +76,47 @@ def generate_alone(
     while len(tokens) < num_tokens and tokens[-1] not in end_ids:
         tokens.append(int(model.decode_step(torch.tensor(tokens[-1:]), cache, slot)[0].argmax()))
     return tokens
+
+
+@dataclass(frozen=True)
+class ServingFolders:
+    """What an endpoint needs, made for one another."""
+
+    weights: str
+    store: str
+    """holds `film`, 40 frames at 1 fps"""
+    encoder: EncoderConfig
+
+
+def make_serving_folders(root: Path) -> ServingFolders:
+    """Random weights, a random encoder, and a store with random features under that encoder's recipe."""
+    torch.manual_seed(0)
+    width = CONFIG.vision.hidden_size
+    tower = SiglipVisionConfig(
+        hidden_size=width,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=IMAGE_SIZE,
+        patch_size=8,
+    )
+    SiglipVisionModel(tower).save_pretrained(root / "encoder")
+    statistics = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (root / "encoder" / "preprocessor_config.json").write_text(json.dumps(statistics))
+    encoder = EncoderConfig(encoder=str(root / "encoder"), num_tokens_per_frame=4, merge_heads=4, encode_batch_frames=4)
+    write_store(str(root / "store"), {"film": torch.randn(40, 4, width)}, recipe=FrameEncoder(encoder).recipe)
+    save_pretrained(random_model(dtype=torch.float32), root / "weights", tokenizer=byte_tokenizer())
+    return ServingFolders(str(root / "weights"), str(root / "store"), encoder)
+
+
+def write_video(path: Path, *, seconds: int = 4, size: int = 64, fps: int = 4) -> Path:
+    """An H.264 file in which every second has its own grey: 20, 60, 100, ..."""
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "10"})
+        stream.width = stream.height = size
+        stream.pix_fmt = "yuv420p"
+        for number in range(seconds * fps):
+            grey = np.full((size, size, 3), 40 * (number // fps) + 20, dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
+        container.mux(stream.encode())
+    return path

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from reference.tiny_serving import CONFIG_WITH_TRANSV, random_model
-from timeviper_model.weights import save_pretrained
+from reference.tiny_serving import (
+    CONFIG_WITH_TRANSV,
+    IMAGE_SIZE,
+    ServingFolders,
+    make_serving_folders,
+    write_video,
+)
 from timeviper_platform.data.decode import read_frames
-from timeviper_platform.data.encode import EncoderConfig, FrameEncoder
-from timeviper_platform.data.store_writer import write_store
+from timeviper_platform.data.encode import FrameEncoder
+from timeviper_platform.data.features import FeatureStore
 from timeviper_platform.serving.contract import (
     FeatureReference,
     FeatureRequest,
@@ -31,42 +35,15 @@ from timeviper_platform.serving.contract import (
 )
 from timeviper_platform.serving.feature_service import FeatureService, FeatureServiceConfig, thin_to_fps
 
-SIZE = 32
 VISION = CONFIG_WITH_TRANSV.vision
 
 
-@dataclass(frozen=True)
-class Made:
-    """Folders that fit one another."""
-
-    weights: str
-    store: str
-    encoder: EncoderConfig
-
-
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    root = tmp_path_factory.mktemp("features")
-    torch.manual_seed(0)
-    sizes = SiglipVisionConfig(
-        hidden_size=VISION.hidden_size,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=SIZE,
-        patch_size=8,
-    )
-    SiglipVisionModel(sizes).save_pretrained(root / "encoder")
-    statistics = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    (root / "encoder" / "preprocessor_config.json").write_text(json.dumps(statistics))
-    config = EncoderConfig(encoder=str(root / "encoder"), num_tokens_per_frame=4, merge_heads=4, encode_batch_frames=4)
-    media = {"film": torch.randn(40, 4, VISION.hidden_size)}
-    write_store(str(root / "store"), media, recipe=FrameEncoder(config).recipe)
-    save_pretrained(random_model(dtype=torch.float32), root / "weights")
-    return Made(str(root / "weights"), str(root / "store"), config)
+def made(tmp_path_factory: pytest.TempPathFactory) -> ServingFolders:
+    return make_serving_folders(tmp_path_factory.mktemp("features"))
 
 
-def service_of(made: Made, **config: Any) -> FeatureService:
+def service_of(made: ServingFolders, **config: Any) -> FeatureService:
     values = {"store": made.store, "encoder": made.encoder, **config}
     return FeatureService(made.weights, FeatureServiceConfig(**values), lambda array: array)
 
@@ -86,8 +63,6 @@ def stored(media_id: str = "film", **limits: Any) -> FeatureRequest:
 
 
 def video_bytes(tmp_path: Path) -> bytes:
-    from test_sandbox import write_video
-
     return write_video(tmp_path / "a.mp4", seconds=6).read_bytes()
 
 
@@ -96,7 +71,7 @@ def upload(data: bytes, **limits: Any) -> FeatureRequest:
     return FeatureRequest(source=source, **limits)
 
 
-def test_stored_features_are_thinned_to_the_lower_of_both_limits(made: Made) -> None:
+def test_stored_features_are_thinned_to_the_lower_of_both_limits(made: ServingFolders) -> None:
     async def scenario(service: FeatureService) -> list[int]:
         limits = [{}, {"max_frames": 3}, {"max_frames": 1000}, {"fps": 0.25}, {"fps": 30.0}]
         return [(await service.features(stored(**values))).num_frames for values in limits]  # type: ignore[arg-type,union-attr]
@@ -104,24 +79,20 @@ def test_stored_features_are_thinned_to_the_lower_of_both_limits(made: Made) -> 
     assert run(service_of(made, max_frames=24), scenario) == [24, 3, 24, 10, 24]
 
 
-def test_stored_features_come_bit_by_bit(made: Made) -> None:
+def test_stored_features_come_bit_by_bit(made: ServingFolders) -> None:
     reference = run(service_of(made), lambda service: service.features(stored()))
-    generator = torch.manual_seed(0)
-    assert generator is not None
-    from timeviper_platform.data.features import FeatureStore
-
     expected = FeatureStore.open(made.store).read("film")
     assert np.array_equal(reference.ref, expected.features.view(torch.int16).numpy())
     assert (reference.num_tokens_per_frame, reference.duration_seconds, reference.modality) == (4, 40.0, "video")
 
 
-def test_an_unknown_id_is_a_404(made: Made) -> None:
+def test_an_unknown_id_is_a_404(made: ServingFolders) -> None:
     for config in ({}, {"store": None}):
         refusal = run(service_of(made, **config), lambda service: service.features(stored("nothing")))
         assert (refusal.status, refusal.code) == (404, "media_not_found")
 
 
-def test_an_upload_has_the_features_that_preprocessing_would_give(made: Made, tmp_path: Path) -> None:
+def test_an_upload_has_the_features_that_preprocessing_would_give(made: ServingFolders, tmp_path: Path) -> None:
     data = video_bytes(tmp_path)
     (tmp_path / "b.media").write_bytes(data)
     file = MediaFile(uri=str(tmp_path / "b.media"), sha256="other", modality="video")
@@ -133,14 +104,14 @@ def test_an_upload_has_the_features_that_preprocessing_would_give(made: Made, tm
         ]
 
     inline, stored_file = run(service_of(made), scenario)
-    frames = read_frames(data, SIZE, fps=Fraction(1), max_frames=4).frames
+    frames = read_frames(data, IMAGE_SIZE, fps=Fraction(1), max_frames=4).frames
     expected = FrameEncoder(made.encoder).encode(frames).view(torch.int16).numpy()
     assert np.array_equal(inline.ref, expected)
     assert np.array_equal(stored_file.ref, expected)
     assert inline.duration_seconds == pytest.approx(6.0)
 
 
-def test_an_upload_that_the_store_knows_is_not_decoded(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_upload_that_the_store_knows_is_not_decoded(made: ServingFolders, monkeypatch: pytest.MonkeyPatch) -> None:
     service = service_of(made, encoder=None)
     assert service._store is not None
     monkeypatch.setattr(service._store, "find", {hashlib.sha256(b"known").hexdigest(): "film"}.get)
@@ -150,7 +121,7 @@ def test_an_upload_that_the_store_knows_is_not_decoded(made: Made, monkeypatch: 
     assert (unknown.status, unknown.code) == (400, "uploads_disabled")
 
 
-def test_features_are_made_once_for_all_who_ask_and_kept(made: Made, tmp_path: Path) -> None:
+def test_features_are_made_once_for_all_who_ask_and_kept(made: ServingFolders, tmp_path: Path) -> None:
     data = video_bytes(tmp_path)
     puts = []
     config = FeatureServiceConfig(store=made.store, encoder=made.encoder)
@@ -168,7 +139,7 @@ def test_features_are_made_once_for_all_who_ask_and_kept(made: Made, tmp_path: P
     assert all(answer is answers[0] for answer in answers)
 
 
-def test_kept_features_give_way_least_recently_used_first(made: Made) -> None:
+def test_kept_features_give_way_least_recently_used_first(made: ServingFolders) -> None:
     frame_bytes = 4 * VISION.hidden_size * 2
     puts: list[int] = []
     config = FeatureServiceConfig(store=made.store, cache_bytes=5 * frame_bytes)
@@ -182,7 +153,7 @@ def test_kept_features_give_way_least_recently_used_first(made: Made) -> None:
     assert puts == [2, 3, 1, 3]
 
 
-def test_a_bad_upload_is_refused_and_not_kept(made: Made) -> None:
+def test_a_bad_upload_is_refused_and_not_kept(made: ServingFolders) -> None:
     service = service_of(made)
     refusal = run(service, lambda service: service.features(upload(b"this is no video" * 10)))
     assert (refusal.status, refusal.code) == (422, "unknown_format")
@@ -190,7 +161,7 @@ def test_a_bad_upload_is_refused_and_not_kept(made: Made) -> None:
     assert service._in_work == {}
 
 
-def test_trouble_of_the_store_is_a_503(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trouble_of_the_store_is_a_503(made: ServingFolders, monkeypatch: pytest.MonkeyPatch) -> None:
     service = service_of(made)
 
     def broken(media_id: str, frames: Any) -> Any:
@@ -209,7 +180,7 @@ def test_a_lower_rate_takes_the_first_frame_of_each_interval() -> None:
     assert thin_to_fps([], 1.0) == []
 
 
-def test_an_encoder_other_than_the_stores_is_refused_naming_both(made: Made) -> None:
+def test_an_encoder_other_than_the_stores_is_refused_naming_both(made: ServingFolders) -> None:
     other = replace(made.encoder, encode_batch_frames=8)
     with pytest.raises(ValueError, match="encode_batch_frames: 8 and 4") as caught:
         service_of(made, encoder=other)
@@ -217,7 +188,7 @@ def test_an_encoder_other_than_the_stores_is_refused_naming_both(made: Made) -> 
     assert made.encoder.encoder in str(caught.value)
 
 
-def test_weights_made_for_other_features_are_refused_naming_both(made: Made, tmp_path: Path) -> None:
+def test_weights_made_for_other_features_are_refused_naming_both(made: ServingFolders, tmp_path: Path) -> None:
     config = json.loads((Path(made.weights) / "config.json").read_text())
     config["vision_config"]["num_tokens_per_frame"] = 16
     config["timeviper_metadata"] = {"recipe_hash": "0" * 64}

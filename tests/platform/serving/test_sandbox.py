@@ -10,28 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import pytest
 
+from reference.tiny_serving import write_video
 from timeviper_platform.serving.contract import MediaBytes, MediaFile, Refusal
 from timeviper_platform.serving.decode_worker import decode_job
 from timeviper_platform.serving.sandbox import DecodedMedium, DecodeSandbox, SandboxConfig
 
 SIZE = 32
-
-
-def write_video(path: Path, *, seconds: int = 4, size: int = 64, fps: int = 4) -> Path:
-    """Every second has its own grey."""
-    with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": "10"})
-        stream.width = stream.height = size
-        stream.pix_fmt = "yuv420p"
-        for number in range(seconds * fps):
-            grey = np.full((size, size, 3), 40 * (number // fps) + 20, dtype=np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
-        container.mux(stream.encode())
-    return path
 
 
 def bytes_of(path: Path) -> MediaBytes:

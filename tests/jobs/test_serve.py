@@ -1,0 +1,199 @@
+"""jobs/serve.py on the shared cluster: real HTTP, the real openai client, real videos; and every bad input."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from reference.tiny_serving import make_serving_folders, write_video
+from timeviper_platform.local_cluster import free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = "timeviper-tiny"
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A running endpoint and what can be sent to it."""
+
+    url: str
+    process: subprocess.Popen[str]
+    video: Path
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+def run_job(*arguments: str, environment: dict[str, str]) -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "jobs" / "serve.py"), "--config", "ray_configs/tiny/serve.yaml", *arguments]
+    return subprocess.Popen(
+        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def endpoint(ray_cluster: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+    root = tmp_path_factory.mktemp("serve")
+    folders = make_serving_folders(root)
+    port = free_port()
+    overrides = [
+        f"weights={folders.weights}",
+        f"gateway.media_root={root / 'media'}",
+        "gateway.max_request_bytes=200000",
+        f"features.store={folders.store}",
+        f"features.encoder.encoder={folders.encoder.encoder}",
+        "features.encoder.encode_batch_frames=4",
+    ]
+    process = run_job("--port", str(port), *overrides, environment={**os.environ, **ray_cluster})
+    assert process.stdout is not None
+    try:
+        line = process.stdout.readline()
+        if not line.startswith("ready:"):
+            pytest.fail(f"the endpoint did not come up: {process.communicate(timeout=60)[1][-3000:]}")
+        yield Endpoint(f"http://127.0.0.1:{port}", process, write_video(root / "a.mp4", seconds=6))
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+    assert process.returncode == 0
+
+
+def question(text: str, url: str | None = None) -> list[dict[str, Any]]:
+    content: list[dict[str, Any]] = [{"type": "text", "text": text}]
+    if url is not None:
+        content.append({"type": "video_url", "video_url": {"url": url}})
+    return [{"role": "user", "content": content}]
+
+
+def post(endpoint: Endpoint, body: bytes, path: str = "/v1/chat/completions") -> tuple[int, dict[str, Any]]:
+    request = urllib.request.Request(endpoint.url + path, data=body, headers={"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+@pytest.mark.cluster
+def test_questions_about_stored_and_uploaded_videos_are_answered_plain_and_streamed(endpoint: Endpoint) -> None:
+    client = endpoint.client
+    assert [model.id for model in client.models.list()] == [MODEL]
+    with endpoint.video.open("rb") as file:
+        uploaded = client.files.create(file=file, purpose="vision")
+    inline = f"data:video/mp4;base64,{base64.b64encode(endpoint.video.read_bytes()).decode()}"
+    answers = {}
+    for name, url, frames in (("stored", "feature://film", 24), ("file", uploaded.id, 6), ("inline", inline, 6)):
+        asked: Any = {"model": MODEL, "messages": question("What?", url), "max_tokens": 12}
+        plain = client.chat.completions.create(**asked)
+        answers[name] = plain.choices[0].message.content
+        details = plain.usage.prompt_tokens_details.model_dump()
+        assert (details["vision_tokens"], details["vision_tokens_after_transv"]) == (frames * 4, frames)
+        chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+        streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+        assert streamed == answers[name]
+        assert chunks[-1].usage == plain.usage
+    assert answers["file"] == answers["inline"]
+    client.files.delete(uploaded.id)
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model=MODEL, messages=question("What?", uploaded.id))
+
+
+@pytest.mark.cluster
+def test_several_at_once_each_get_their_own_answer(endpoint: Endpoint) -> None:
+    client = endpoint.client
+
+    def ask(number: int) -> str:
+        limits = {"mm_processor_kwargs": {"max_frames": number + 1}}
+        messages: Any = question(f"Question {number}?", "feature://film")
+        answer = client.chat.completions.create(
+            model=MODEL, messages=messages, max_tokens=20, temperature=1, seed=number, extra_body=limits
+        )
+        assert answer.usage is not None
+        assert answer.usage.prompt_tokens_details.model_dump()["vision_tokens"] == 4 * (number + 1)  # type: ignore[union-attr]
+        return answer.choices[0].message.content or ""
+
+    alone = [ask(number) for number in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(ask, range(6)))
+    assert together == alone
+    assert len(set(alone)) == 6
+
+
+@pytest.mark.cluster
+def test_bad_input_is_a_4xx_in_openais_shape_and_never_a_500(endpoint: Endpoint) -> None:
+    def body(**values: Any) -> bytes:
+        return json.dumps({"model": MODEL, "messages": question("What?"), **values}).encode()
+
+    def inline(data: bytes) -> bytes:
+        return body(messages=question("What?", f"data:video/mp4;base64,{base64.b64encode(data).decode()}"))
+
+    video = endpoint.video.read_bytes()
+    cases = {
+        "malformed JSON": (b'{"model": ', 400),
+        "no object": (b"[]", 400),
+        "unknown model": (body(model="other"), 404),
+        "unknown stored id": (body(messages=question("What?", "feature://other")), 404),
+        "unknown file": (body(messages=question("What?", f"file-{'0' * 32}")), 404),
+        "remote address": (body(messages=question("What?", "https://127.0.0.1/a.mp4")), 400),
+        "over-large body": (body(messages=question("x" * 300_000)), 413),
+        "too long a prompt": (body(messages=question("x" * 20_000)), 400),
+        "truncated video": (inline(video[: len(video) // 3]), 422),
+        "garbage in a container's clothes": (inline(video[:40] + b"\x07" * 500), 422),
+        "text file as video": (inline(b"this is a text file" * 10), 415),
+        "empty video": (inline(b""), 415),
+        "playlist": (inline(b"#EXTM3U\nfile:///etc/passwd\n"), 415),
+        "two user turns": (body(messages=[*question("a"), *question("b")]), 400),
+        "media marker in a text": (body(messages=question("<media>", "feature://film")), 400),
+        "n too high": (body(n=9), 400),
+        "unknown field": (body(tools=[]), 400),
+    }
+    for name, (data, status) in cases.items():
+        got, answer = post(endpoint, data)
+        assert got == status, (name, got, answer)
+        assert set(answer["error"]) == {"message", "type", "param", "code"}, name
+    assert post(endpoint, b"x", "/v1/files")[0] == 415
+    assert post(endpoint, b"{}", "/v1/nothing")[0] == 404
+
+
+@pytest.mark.cluster
+def test_health_is_known_and_requests_are_counted(endpoint: Endpoint) -> None:
+    with urllib.request.urlopen(f"{endpoint.url}/health/ready", timeout=10) as response:
+        assert json.load(response) == {"status": "ready", "features": True, "engine": True}
+    with urllib.request.urlopen(f"{endpoint.url}/metrics", timeout=10) as response:
+        assert b"timeviper_gateway_requests_total" in response.read()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("engine.engine.num_slotz=3", "applications[0].args.engine.engine.num_slotz"),
+        ("weights", "must read key=value"),
+    ],
+)
+def test_a_wrong_setting_is_an_error_that_names_it(
+    override: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    specification = importlib.util.spec_from_file_location("serve_job", ROOT / "jobs" / "serve.py")
+    assert specification is not None
+    assert specification.loader is not None
+    job = importlib.util.module_from_spec(specification)
+    monkeypatch.setitem(sys.modules, "serve_job", job)
+    specification.loader.exec_module(job)
+    monkeypatch.setattr(job.signal, "signal", lambda *_: None)
+    assert job.main(["--config", str(ROOT / "ray_configs/tiny/serve.yaml"), override]) == 1
+    assert message in capsys.readouterr().err

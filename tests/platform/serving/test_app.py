@@ -1,0 +1,169 @@
+"""app: the files that are shipped, the graph they become, and what handles say when Ray refuses."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError
+from ray.serve.schema import ServeDeploySchema
+
+from timeviper_platform.config import parse_config
+from timeviper_platform.serving.app import ServeConfig, build, with_absolute_paths
+from timeviper_platform.serving.contract import AnswerPart, Refusal
+from timeviper_platform.serving.gateway_replica import EngineHandle, FeatureHandle
+from timeviper_platform.serving.scaling import AutoscalingSettings, DeploymentSettings
+
+CONFIGS = Path(__file__).resolve().parents[3] / "ray_configs"
+FILES = [CONFIGS / "serve.yaml", CONFIGS / "tiny" / "serve.yaml"]
+
+
+def args_of(path: Path) -> dict[str, Any]:
+    args: dict[str, Any] = yaml.safe_load(path.read_text())["applications"][0]["args"]
+    return args
+
+
+@pytest.mark.parametrize("path", FILES, ids=["full", "tiny"])
+def test_a_shipped_file_is_ray_serves_and_ours(path: Path) -> None:
+    schema = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text()))
+    assert schema.applications[0].import_path == "timeviper_platform.serving.app:build"
+    assert build(args_of(path)) is not None
+
+
+def test_the_twins_have_the_same_parts() -> None:
+    full, tiny = (args_of(path) for path in FILES)
+    assert set(full) == set(tiny)
+    assert set(full["deployments"]) == set(tiny["deployments"]) == {"gateway", "features", "engine"}
+
+
+def test_three_tiny_deployments_fit_beside_a_training_job_on_two_cores() -> None:
+    config = parse_config(ServeConfig, args_of(FILES[1]))
+    places = config.deployments
+    assert sum(place.num_cpus for place in (places.gateway, places.features, places.engine)) <= 0.5
+
+
+def test_an_unknown_key_is_named_by_its_path() -> None:
+    args = args_of(FILES[1])
+    args["engine"]["engine"]["num_slotz"] = 3
+    with pytest.raises(ValueError, match=r"'engine\.engine\.num_slotz'"):
+        build(args)
+
+
+def test_a_gateway_is_never_scaled_to_zero_and_asks_no_more_than_the_engine_gives() -> None:
+    args = args_of(FILES[1])
+    args["deployments"]["gateway"] = {"autoscaling": {"min_replicas": 0}}
+    with pytest.raises(ValueError, match="min_replicas must be at least 1"):
+        build(args)
+    args = args_of(FILES[1])
+    args["gateway"]["max_tokens"] = 5000
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        build(args)
+
+
+def test_the_target_is_two_thirds_of_what_is_served_at_once() -> None:
+    options = DeploymentSettings(num_cpus=0.2).options(capacity=40, served_at_once=8)
+    assert options["autoscaling_config"]["target_ongoing_requests"] == pytest.approx(5.2)
+    assert options["max_ongoing_requests"] == 40
+    assert options["backpressure_config"] == {"status_code": 429, "retry_after_s": 1.0}
+    chosen = DeploymentSettings(autoscaling=AutoscalingSettings(target_ongoing_requests=3.0), max_ongoing_requests=7)
+    options = chosen.options(capacity=40, served_at_once=8)
+    assert options["autoscaling_config"]["target_ongoing_requests"] == 3.0
+    assert options["max_ongoing_requests"] == 7
+
+
+@pytest.mark.parametrize("values", [{"min_replicas": 3}, {"look_back_period_s": 1.0}, {"max_replicas": 0}])
+def test_autoscaling_that_cannot_work_is_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="must"):
+        AutoscalingSettings(**values)
+
+
+def test_paths_are_written_out_and_names_and_uris_stay(tmp_path: Path) -> None:
+    (tmp_path / "weights").mkdir()
+    args = {
+        "weights": "weights",
+        "features": {"store": "s3://bucket/store", "encoder": {"encoder": "google/some-encoder"}},
+        "gateway": {"media_root": "uploads"},
+    }
+    config = with_absolute_paths(parse_config(ServeConfig, args), tmp_path)
+    assert config.weights == str(tmp_path / "weights")
+    assert config.gateway.media_root == str(tmp_path / "uploads")
+    assert config.features.store == "s3://bucket/store"
+    assert config.features.encoder is not None
+    assert config.features.encoder.encoder == "google/some-encoder"
+
+
+class Handle:
+    """A deployment handle whose every call raises, or answers."""
+
+    def __init__(self, error: Exception | None = None, answer: Any = True) -> None:
+        self.error = error
+        self.answer = answer
+        self.features = self.generate = self.is_ready = self
+        self.cancelled = 0
+
+    def options(self, *, stream: bool) -> Handle:
+        return self
+
+    def remote(self, *_: Any) -> Any:
+        return self
+
+    def __await__(self) -> Any:
+        yield from asyncio.sleep(0).__await__()
+        if self.error is not None:
+            raise self.error
+        return self.answer
+
+    async def _items(self) -> AsyncGenerator[Any]:
+        yield AnswerPart(index=0, text="a")
+        if self.error is not None:
+            raise self.error
+        yield AnswerPart(index=0, text="b", finish_reason="stop")
+
+    def __aiter__(self) -> Any:
+        return self._items()
+
+    def cancel(self) -> None:
+        self.cancelled += 1
+
+
+def test_what_ray_says_of_a_service_becomes_a_refusal() -> None:
+    async def ask(error: Exception) -> tuple[Any, list[Any], bool]:
+        handle = Handle(error)
+        items = [item async for item in EngineHandle(handle).generate(None)]  # type: ignore[arg-type]
+        assert handle.cancelled == 0
+        features = await FeatureHandle(handle).features(None)  # type: ignore[arg-type]
+        return features, items, await FeatureHandle(handle).is_ready()
+
+    features, items, is_ready = asyncio.run(ask(RayActorError()))
+    assert isinstance(features, Refusal)
+    assert (features.status, items[-1].status, is_ready) == (503, 503, False)
+    features, items, _ = asyncio.run(ask(BackPressureError(1, 1)))
+    assert (features.status, items[-1].status, items[-1].retry_after_s) == (429, 429, 1.0)
+
+
+def test_a_stream_that_is_closed_half_way_is_cancelled_and_a_whole_one_is_not() -> None:
+    async def run(whole: bool) -> int:
+        handle = Handle()
+        items = EngineHandle(handle).generate(None)  # type: ignore[arg-type]
+        await anext(items)
+        if whole:
+            assert len([item async for item in items]) == 1
+        await items.aclose()
+        return handle.cancelled
+
+    assert asyncio.run(run(whole=False)) == 1
+    assert asyncio.run(run(whole=True)) == 0
+
+
+def test_a_gateway_replica_loads_no_torch() -> None:
+    code = "import sys, timeviper_platform.serving.gateway_replica; print('torch' in sys.modules, 'av' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
+    assert result.stdout.strip() == "False False"
