@@ -9,6 +9,7 @@ tables: one row a unit, so that a block is never less than a whole file's work. 
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -23,7 +24,7 @@ import torch
 
 from timeviper_platform.data.decode import DecodeError, FrameBatch
 from timeviper_platform.data.encode import FrameEncoder
-from timeviper_platform.data.segments import Segment, Unit
+from timeviper_platform.data.segments import Segment, Unit, cut_units
 from timeviper_platform.data.steps import (
     DecodedSegment,
     SegmentDecoder,
@@ -35,6 +36,8 @@ from timeviper_platform.data.steps import (
 )
 from timeviper_platform.local_cluster import local_cluster
 from timeviper_platform.schemas import FEATURES, PLAN
+
+logger = logging.getLogger(__name__)
 
 WRITE_CPUS = 0.1
 """Writing waits for disks and object stores; a whole CPU for it would starve on a small machine."""
@@ -103,17 +106,26 @@ def _connection() -> Iterator[None]:
         ray.shutdown()
 
 
-def count_workers(config: ExecutionConfig) -> int:
-    """Processes that will encode, on the connected cluster."""
-    import ray
+def run_on_ray(missing: Sequence[Segment], spec: WorkerSpec, config: ExecutionConfig) -> Iterator[UnitOutcome]:
+    """Does the missing segments on Ray; yields the outcomes of their units as they finish, in any order.
 
-    resources = ray.cluster_resources()
-    resource = "GPU" if config.gpus_per_worker else "CPU"
-    return config.num_workers or max(1, int(resources.get(resource, 1)))
+    Raises:
+        ValueError: when the steps are split and a file's frames are too many to cross the object store together.
+    """
+    block_bytes = config.frames_per_file * spec.image_size**2 * 3
+    if config.mode == "split" and block_bytes > MAX_BLOCK_BYTES:
+        most = MAX_BLOCK_BYTES // (spec.image_size**2 * 3)
+        raise ValueError(
+            f"{config.frames_per_file = } makes blocks of {block_bytes} bytes; in split mode at most {most}"
+        )
+    with ray_session():
+        num_workers = _num_workers(config)
+        units = cut_units(missing, config.frames_per_file, num_workers)
+        logger.info("%d segments in %d files to write; %d workers are starting", len(missing), len(units), num_workers)
+        yield from _run_units(units, spec, config)
 
 
-def run_units(units: Sequence[Unit], spec: WorkerSpec, config: ExecutionConfig) -> Iterator[UnitOutcome]:
-    """Runs all units on the connected cluster; yields their outcomes as they finish, in any order."""
+def _run_units(units: Sequence[Unit], spec: WorkerSpec, config: ExecutionConfig) -> Iterator[UnitOutcome]:
     import ray
 
     context = ray.data.DataContext.get_current()
@@ -129,6 +141,14 @@ def run_units(units: Sequence[Unit], spec: WorkerSpec, config: ExecutionConfig) 
             yield UnitOutcome(**row)
 
 
+def _num_workers(config: ExecutionConfig) -> int:
+    """Processes that will encode, on the connected cluster."""
+    import ray
+
+    resource = "GPU" if config.gpus_per_worker else "CPU"
+    return config.num_workers or max(1, int(ray.cluster_resources().get(resource, 1)))
+
+
 def units_table(units: Sequence[Unit]) -> pa.Table:
     """Units as they travel to the workers, one row each."""
     rows = [{"unit": unit.name, "segments": [_plan_row(segment) for segment in unit.segments]} for unit in units]
@@ -136,7 +156,7 @@ def units_table(units: Sequence[Unit]) -> pa.Table:
 
 
 def _steps(spec: WorkerSpec, config: ExecutionConfig, num_units: int) -> list[dict[str, Any]]:
-    num_workers = min(count_workers(config), num_units)
+    num_workers = min(_num_workers(config), num_units)
     worker = {"num_cpus": config.cpus_per_worker, "num_gpus": config.gpus_per_worker or None}
     if config.mode == "fused":
         return [_actors(FusedStep, spec, num_workers, **worker)]

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,21 +20,20 @@ from timeviper_platform import storage
 from timeviper_platform.data import report as reporting
 from timeviper_platform.data.encode import EncoderConfig, FrameEncoder
 from timeviper_platform.data.features import read_header
-from timeviper_platform.data.graph import ExecutionConfig, count_workers, ray_session, run_units
+from timeviper_platform.data.graph import ExecutionConfig, run_on_ray
 from timeviper_platform.data.manifest import list_media
 from timeviper_platform.data.media import RETRYABLE, MediaLimits
 from timeviper_platform.data.report import PreprocessReport, Progress
 from timeviper_platform.data.segments import (
-    SEGMENT_SAMPLES,
     PlanError,
     SamplingConfig,
     Segment,
+    cut_units,
     exact,
-    make_units,
     plan_media,
     plan_table,
 )
-from timeviper_platform.data.steps import DecodeConfig, UnitOutcome, WorkerSpec
+from timeviper_platform.data.steps import DecodeConfig, UnitOutcome, WorkerSpec, run_here
 from timeviper_platform.data.store_writer import (
     create_store,
     differences,
@@ -50,8 +48,7 @@ logger = logging.getLogger(__name__)
 
 REPORT_FILE = "report.json"
 
-UNITS_PER_WORKER = 8
-"""Small inputs are cut finer than `frames_per_file`, so that every worker has work until near the end."""
+Runner = Callable[[Sequence[Segment], WorkerSpec, ExecutionConfig], Iterator[UnitOutcome]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,14 +97,12 @@ class Estimate:
     """from the store's last report; None before a first run"""
 
 
-def run_preprocess(
-    config: PreprocessConfig, *, session: Callable[[], AbstractContextManager[None]] = ray_session
-) -> PreprocessReport:
+def run_preprocess(config: PreprocessConfig, *, run: Runner = run_on_ray) -> PreprocessReport:
     """Does what is missing of `config.input` in the store at `config.output`.
 
     Args:
         config: see the class.
-        session: connects to Ray; entered only when there is work.
+        run: does the missing segments; called only when there are any.
 
     Raises:
         ValueError: for a missing input or encoder, or a store of another recipe.
@@ -140,7 +135,7 @@ def run_preprocess(
         num_threads=config.execution.num_threads,
     )
     del encoder  # the workers have their own
-    outcomes = _run(plan.missing, spec, config.execution, session) if plan.missing else []
+    outcomes = _run(plan.missing, spec, config.execution, run) if plan.missing else []
     if outcomes:
         clock.lap("start_up", until=min(outcome.started for outcome in outcomes))
         clock.lap("run", until=max(outcome.ended for outcome in outcomes))
@@ -195,21 +190,16 @@ def make_plan(config: PreprocessConfig, digest: str) -> Plan:
     return Plan(segments, errors, missing, plan_table(planned))
 
 
-def _run(
-    missing: Sequence[Segment],
-    spec: WorkerSpec,
-    execution: ExecutionConfig,
-    session: Callable[[], AbstractContextManager[None]],
-) -> list[UnitOutcome]:
+def run_in_process(missing: Sequence[Segment], spec: WorkerSpec, execution: ExecutionConfig) -> Iterator[UnitOutcome]:
+    """A runner without Ray, for tests and for measuring what Ray costs."""
+    yield from run_here(cut_units(missing, execution.frames_per_file, num_workers=1), spec)
+
+
+def _run(missing: Sequence[Segment], spec: WorkerSpec, execution: ExecutionConfig, run: Runner) -> list[UnitOutcome]:
     num_frames = sum(segment.num_samples for segment in missing)
     progress = Progress(len(missing), num_frames, execution.progress_seconds)
-    with session():
-        share = -(-num_frames // (UNITS_PER_WORKER * count_workers(execution)))
-        units = list(make_units(missing, min(execution.frames_per_file, max(SEGMENT_SAMPLES, share))))
-        logger.info("%d frames in %d files to write; workers are starting", num_frames, len(units))
-        for outcome in run_units(units, spec, execution):
-            progress.add(outcome)
-        logger.info("%s", progress.line())
+    for outcome in run(missing, spec, execution):
+        progress.add(outcome)
     return progress.outcomes
 
 

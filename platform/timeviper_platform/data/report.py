@@ -92,7 +92,8 @@ class Progress:
         """Takes note of a finished unit."""
         self.outcomes.append(outcome)
         now = time.monotonic()
-        if now - self._last >= self.every_seconds:
+        is_last = sum(o.num_ok + o.num_partial + o.num_error for o in self.outcomes) == self.num_segments
+        if is_last or now - self._last >= self.every_seconds:
             self._last = now
             logger.info("%s", self.line())
 

@@ -26,6 +26,7 @@ from timeviper_platform.schemas import PLAN
 SEGMENT_SAMPLES = 64
 """28 MB of frames at 384 x 384: what a worker holds at once, whatever the video's length."""
 
+UNITS_PER_WORKER = 8
 MAX_UNIT_SEGMENTS = 4096
 
 PROBE_THREADS = 16
@@ -182,8 +183,17 @@ def segment_id(media_id: str, source_version: str, recipe_hash: str, segment_ind
     return hashlib.sha256(f"{media_id}/{source_version}/{recipe_hash}/{segment_index}".encode()).hexdigest()[:32]
 
 
-def make_units(segments: Iterable[Segment], frames_per_unit: int) -> Iterator[Unit]:
-    """Segments in order, cut into units of about `frames_per_unit` frames: never fewer than one segment."""
+def cut_units(segments: Sequence[Segment], frames_per_file: int, num_workers: int) -> list[Unit]:
+    """Segments in order, cut into units of at most `frames_per_file` frames but never fewer than one segment.
+
+    Small inputs are cut finer, so that every worker has work until near the end.
+    """
+    total = sum(segment.num_samples for segment in segments)
+    share = -(-total // (UNITS_PER_WORKER * num_workers))
+    return list(_cut(segments, min(frames_per_file, max(SEGMENT_SAMPLES, share))))
+
+
+def _cut(segments: Iterable[Segment], frames_per_unit: int) -> Iterator[Unit]:
     group: list[Segment] = []
     num_frames = 0
     for segment in segments:

@@ -258,3 +258,10 @@ def outcome_of(name: str, rows: list[Row], started: float) -> UnitOutcome:
         ended=ended,
         worker=f"{socket.gethostname()}/{os.getpid()}",
     )
+
+
+def run_here(units: Iterable[Unit], spec: WorkerSpec) -> Iterator[UnitOutcome]:
+    """Does units one after the other in this process, without Ray."""
+    processor = UnitProcessor(spec)
+    for unit in units:
+        yield processor.process(unit)

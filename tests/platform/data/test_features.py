@@ -1,0 +1,271 @@
+"""The store's reader and writer: what goes in comes out, one row group a read, and nothing half-written counts."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from timeviper_platform import storage
+from timeviper_platform.data.features import FeatureStore, select_frames
+from timeviper_platform.data.store_writer import (
+    best_rows,
+    create_store,
+    read_committed,
+    recipe_hash,
+    remove_uncommitted,
+    write_file,
+    write_index,
+    write_store,
+)
+from timeviper_platform.schemas import FEATURES, INDEX, check_version
+
+RECIPE = {"encoder": {"weights_hash": "abc", "layer": -2}, "sampling": {"fps": 1.0}}
+
+
+def made_media(count: int = 30) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        f"m{number:03d}": torch.randn(1 + number % 7, 2, 4, generator=generator).bfloat16() for number in range(count)
+    }
+
+
+def segment_row(media_id: str, index: int, num_segments: int, features: torch.Tensor, **changes: object) -> dict:
+    num_frames = len(features)
+    times = [64.0 * index + k for k in range(num_frames)]
+    return {
+        "segment_id": f"{media_id}-{index}",
+        "media_id": media_id,
+        "source_version": "v1",
+        "segment_index": index,
+        "num_segments": num_segments,
+        "uri": f"/{media_id}.mp4",
+        "modality": "video",
+        "sha256": f"sha-{media_id}",
+        "duration_seconds": 64.0 * num_segments,
+        "frame_times_seconds": times,
+        "frame_pts_seconds": [time - 0.01 for time in times],
+        "num_frames": num_frames,
+        "num_tokens_per_frame": features.shape[1],
+        "dim": features.shape[2],
+        "dtype": "bfloat16",
+        "status": "ok",
+        "frames_missing": 0,
+        "features": features.view(torch.int16).numpy().tobytes(),
+    } | changes
+
+
+def test_every_medium_reads_back_bit_for_bit(tmp_path: Path) -> None:
+    media = made_media()
+    write_store(str(tmp_path), media, recipe=RECIPE)
+    store = FeatureStore.open(str(tmp_path), cache_bytes=1)
+    assert list(store.media_ids) == sorted(media)
+    for media_id, expected in media.items():
+        got = store.read(media_id)
+        assert got.features.dtype == torch.bfloat16
+        assert torch.equal(got.features.view(torch.int16), expected.view(torch.int16))
+        assert got.info.num_frames == len(expected)
+        assert got.info.modality == ("image" if len(expected) == 1 else "video")
+        assert got.pts_seconds.tolist() == list(range(len(expected)))
+    assert store.recipe == RECIPE
+    assert store.recipe_hash == recipe_hash(RECIPE)
+    assert "m000" in store
+    assert "nobody" not in store
+
+
+def test_frames_are_picked_across_segments_and_neighbours_are_cached(tmp_path: Path) -> None:
+    digest = create_store(str(tmp_path), RECIPE)
+    pieces = [torch.randn(length, 3, 5).bfloat16() for length in (64, 64, 10)]
+    rows = [segment_row("film", index, 3, piece) for index, piece in enumerate(pieces)]
+    other = segment_row("other", 0, 1, torch.zeros(2, 3, 5).bfloat16())
+    write_file(str(tmp_path), "one", [rows[1], other, rows[0]], recipe_digest=digest)
+    write_file(str(tmp_path), "two", [rows[2]], recipe_digest=digest)
+    write_index(str(tmp_path), read_committed(str(tmp_path)), {})
+    store = FeatureStore.open(str(tmp_path))
+    whole = torch.cat(pieces)
+    frames = [0, 63, 64, 64, 127, 128, 137]
+    got = store.read("film", frames)
+    assert torch.equal(got.features, whole[frames])
+    assert np.allclose(got.pts_seconds, np.array(frames) - 0.01)
+    assert store.info("film").times_seconds.tolist() == list(range(138))
+    assert torch.equal(store.read("film").features, whole)
+    assert store.find("sha-film") == "film"
+    assert store.find("sha-nobody") is None
+    got.features.zero_()  # the caller's own: the store's copy stays
+    assert torch.equal(store.read("film", frames).features, whole[frames])
+    assert store.read("film", []).features.shape == (0, 3, 5)
+    for bad in ([138], [-1], [5, 4]):
+        with pytest.raises(ValueError, match=r"ascend within 0\.\.137"):
+            store.read("film", bad)
+    with pytest.raises(KeyError):
+        store.info("nobody")
+
+
+def test_threads_share_a_store(tmp_path: Path) -> None:
+    media = made_media(60)
+    write_store(str(tmp_path), media, recipe=RECIPE)
+    store = FeatureStore.open(str(tmp_path), cache_bytes=1)
+    wrong: list[str] = []
+
+    def read(offset: int) -> None:
+        for number in range(200):
+            media_id = f"m{(number * 7 + offset) % 60:03d}"
+            if not torch.equal(store.read(media_id).features, media[media_id]):
+                wrong.append(media_id)
+
+    threads = [threading.Thread(target=read, args=(offset,)) for offset in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_features_are_stored_plain_last_and_with_checksums(tmp_path: Path) -> None:
+    digest = create_store(str(tmp_path), RECIPE)
+    rows = [segment_row("film", index, 20, torch.randn(64, 16, 128).bfloat16()) for index in range(20)]
+    write_file(str(tmp_path), "film", rows, recipe_digest=digest)
+    metadata = pq.read_metadata(tmp_path / "data" / "film.parquet")
+    column = metadata.row_group(0).column(metadata.num_columns - 1)
+    assert FEATURES.names[-1] == column.path_in_schema == "features"
+    assert (column.compression, column.is_stats_set, column.has_dictionary_page) == ("UNCOMPRESSED", False, False)
+    assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [8, 8, 4]
+    size = (tmp_path / "data" / "film.parquet").stat().st_size
+    assert size < 1.02 * 20 * 64 * 16 * 128 * 2
+    with pq.ParquetFile(tmp_path / "data" / "film.parquet", page_checksum_verification=True) as file:
+        check_version(file.schema_arrow, FEATURES, source="film")
+        assert file.read_row_group(2).num_rows == 4
+        with pytest.raises(ValueError, match="schema is features"):
+            check_version(file.schema_arrow, INDEX, source="film")
+
+
+def test_a_large_row_group_is_closed_before_it_grows_past_its_limit(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("timeviper_platform.data.store_writer.MAX_ROW_GROUP_BYTES", 3000)
+    digest = create_store(str(tmp_path), RECIPE)
+    rows = [segment_row("film", index, 4, torch.randn(10, 2, 50).bfloat16()) for index in range(4)]  # 2,000 bytes each
+    locations = [row["row_group"] for row in write_file(str(tmp_path), "film", rows, recipe_digest=digest)]
+    assert locations == [0, 1, 2, 3]
+
+
+def test_what_is_not_committed_is_ignored_and_removed(tmp_path: Path) -> None:
+    write_store(str(tmp_path), made_media(4), recipe=RECIPE)
+    (tmp_path / "data" / "orphan.parquet").write_bytes(b"half")
+    (tmp_path / "data" / ".x.parquet.123.tmp").write_bytes(b"half")
+    (tmp_path / "commits" / ".x.parquet.123.tmp").write_bytes(b"half")
+    assert len(FeatureStore.open(str(tmp_path)).media_ids) == 4
+    assert remove_uncommitted(str(tmp_path)) == 3
+    assert len(list((tmp_path / "data").iterdir())) == 1
+    assert remove_uncommitted(str(tmp_path)) == 0
+
+
+def test_a_writer_that_dies_leaves_no_data_file(tmp_path: Path) -> None:
+    digest = create_store(str(tmp_path), RECIPE)
+
+    def rows():
+        yield segment_row("film", 0, 2, torch.randn(2, 2, 2).bfloat16())
+        raise InterruptedError("killed")
+
+    with pytest.raises((InterruptedError, RuntimeError)):
+        write_file(str(tmp_path), "film", rows(), recipe_digest=digest)
+    assert list((tmp_path / "data").iterdir()) == []
+    assert read_committed(str(tmp_path)).num_rows == 0
+
+
+def test_the_index_holds_the_current_version_and_the_best_outcome(tmp_path: Path) -> None:
+    digest = create_store(str(tmp_path), RECIPE)
+    old, new = torch.zeros(1, 1, 2).bfloat16(), torch.ones(1, 1, 2).bfloat16()
+    failed = {"status": "error", "features": None, "num_frames": 0}
+    write_file(
+        str(tmp_path),
+        "a",
+        [
+            segment_row("a", 0, 1, old, segment_id="a1"),
+            segment_row("b", 0, 1, old, segment_id="b1") | failed,
+            segment_row("gone", 0, 1, old),
+        ],
+        recipe_digest=digest,
+    )
+    write_index(str(tmp_path), read_committed(str(tmp_path)), {})
+    assert list(FeatureStore.open(str(tmp_path)).media_ids) == ["a", "gone"]
+    write_file(
+        str(tmp_path),
+        "b",
+        [
+            segment_row("a", 0, 1, new, segment_id="a2", source_version="v2"),
+            segment_row("b", 0, 1, new, segment_id="b1"),
+        ],
+        recipe_digest=digest,
+    )
+    committed = read_committed(str(tmp_path))
+    write_index(str(tmp_path), committed, {"a": "v2", "b": "v1"})
+    store = FeatureStore.open(str(tmp_path))
+    assert [store.read(m).features.sum().item() for m in store.media_ids] == [2, 2, 0]
+    assert best_rows(committed).num_rows == 4  # a1, a2, b1 once, gone
+
+
+def test_two_recipes_do_not_mix_and_the_error_says_what_differs(tmp_path: Path) -> None:
+    assert create_store(str(tmp_path), RECIPE) == create_store(str(tmp_path), dict(reversed(RECIPE.items())))
+    changed = {"encoder": {"weights_hash": "abc", "layer": -1}, "sampling": {"fps": 1.0}, "more": 1}
+    with pytest.raises(ValueError, match=r"encoder\.layer: the store has -2, this run -1\n  more:"):
+        create_store(str(tmp_path), changed)
+
+
+def test_missing_unfinished_and_foreign_stores_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no feature store"):
+        FeatureStore.open(str(tmp_path))
+    create_store(str(tmp_path), RECIPE)
+    with pytest.raises(ValueError, match="without an index"):
+        FeatureStore.open(str(tmp_path))
+    write_store(str(tmp_path), made_media(2), recipe=RECIPE)
+    header = storage.read_json(str(tmp_path / "store.json"))
+    storage.write_json(str(tmp_path / "store.json"), header | {"schema_version": 99})
+    with pytest.raises(ValueError, match="schema_version = 99"):
+        FeatureStore.open(str(tmp_path))
+
+
+def test_a_lost_or_damaged_data_file_is_named(tmp_path: Path) -> None:
+    write_store(str(tmp_path), made_media(2), recipe=RECIPE)
+    store = FeatureStore.open(str(tmp_path))
+    (path,) = (tmp_path / "data").iterdir()
+    path.unlink()
+    with pytest.raises(RuntimeError, match="not in the store"):
+        store.read("m000")
+    with pytest.raises(ValueError, match="must be"):
+        write_store(str(tmp_path), {"flat": torch.zeros(3, 4)}, recipe=RECIPE)
+
+
+@pytest.mark.parametrize(
+    ("count", "arguments", "expected"),
+    [
+        (5, {"max_frames": None}, [0, 1, 2, 3, 4]),
+        (5, {"max_frames": 9}, [0, 1, 2, 3, 4]),
+        (5, {"max_frames": 3}, [0, 2, 4]),
+        (5, {"max_frames": 3, "mode": "first"}, [0, 1, 2]),
+        (5, {"max_frames": 1}, [2]),
+        (5, {"max_frames": 2, "start_seconds": 1}, [1, 4]),
+        (5, {"max_frames": None, "start_seconds": 1, "end_seconds": 3}, [1, 2]),
+        (5, {"max_frames": 4, "start_seconds": 9}, []),
+        (0, {"max_frames": 4}, []),
+    ],
+)
+def test_frames_are_thinned(count: int, arguments: dict, expected: list[int]) -> None:
+    assert select_frames(np.arange(count), **arguments) == expected
+
+
+def test_uniform_thinning_keeps_both_ends_and_even_steps() -> None:
+    for count in (257, 300, 600, 3601):
+        chosen = select_frames(range(count), max_frames=256)
+        assert (len(chosen), chosen[0], chosen[-1]) == (256, 0, count - 1)
+        steps = np.diff(chosen)
+        assert steps.max() - steps.min() <= 1
+
+
+def test_impossible_selections_are_refused() -> None:
+    with pytest.raises(ValueError, match="max_frames"):
+        select_frames([0.0], max_frames=0)
+    with pytest.raises(ValueError, match="end_seconds"):
+        select_frames([0.0], max_frames=None, start_seconds=2, end_seconds=2)

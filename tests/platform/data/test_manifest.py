@@ -1,0 +1,76 @@
+"""What a job is pointed at becomes media with ids, or an error that says what is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from timeviper_platform.data.manifest import MediaItem, list_media, media_id_of
+
+
+def test_three_kinds_of_manifest_say_the_same(tmp_path: Path) -> None:
+    rows = [
+        {"uri": "a.mp4", "media_id": "first", "start_seconds": None, "end_seconds": None, "note": "x"},
+        {"uri": "s3://bucket/b.mp4", "media_id": None, "start_seconds": 2.0, "end_seconds": 5.0, "note": "y"},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "m.parquet")
+    (tmp_path / "m.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (tmp_path / "m.csv").write_text(
+        "uri,media_id,start_seconds,end_seconds,note\na.mp4,first,,,x\ns3://bucket/b.mp4,,2.0,5.0,y\n"
+    )
+    expected = [
+        MediaItem(f"{tmp_path}/a.mp4", "first"),
+        MediaItem("s3://bucket/b.mp4", media_id_of("s3://bucket/b.mp4", "", 2.0, 5.0), 2.0, 5.0),
+    ]
+    for suffix in ("parquet", "jsonl", "csv"):
+        assert list_media(str(tmp_path / f"m.{suffix}")) == expected, suffix
+
+
+def test_folder_glob_and_file_give_the_same_ids(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("b.mp4", "sub/a.png", "notes.txt"):
+        (tmp_path / name).touch()
+    folder = list_media(str(tmp_path))
+    assert [item.uri for item in folder] == [f"{tmp_path}/b.mp4", f"{tmp_path}/sub/a.png"]
+    assert folder[0] == list_media(str(tmp_path / "*.mp4"))[0] == list_media(str(tmp_path / "b.mp4"))[0]
+    assert folder[0].media_id == media_id_of(f"{tmp_path}/b.mp4", str(tmp_path))
+    assert folder[0].media_id == media_id_of("/elsewhere/b.mp4", "/elsewhere")  # ids move with the root
+
+
+def test_repeated_rows_count_once_and_stretches_differ(tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text("uri,start_seconds\na.mp4,\na.mp4,\na.mp4,3\n")
+    items = list_media(str(tmp_path / "m.csv"))
+    assert len(items) == len({item.media_id for item in items}) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("path\na.mp4\n", "needs the column 'uri'; it has path"),
+        ("uri\n", "no rows"),
+        ("uri,media_id\n,x\n", "row 1 has no uri"),
+        ("uri,start_seconds,end_seconds\na.mp4,5,5\n", "must be after"),
+        ("uri,start_seconds\na.mp4,-1\n", "negative"),
+        ("uri,start_seconds\na.mp4,soon\n", "must have the types"),
+        ("uri,media_id\na.mp4,x\nb.mp4,x\n", "'x' stand for more than one"),
+        ("uri\na.mp4,b\n", "no readable manifest"),
+    ],
+)
+def test_wrong_manifests_are_explained(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "m.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        list_media(str(tmp_path / "m.csv"))
+
+
+def test_missing_inputs_are_named(tmp_path: Path) -> None:
+    for name, message in (
+        ("m.parquet", "no manifest at"),
+        ("none", "no manifest, folder or file"),
+        ("*.x", "no medium"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            list_media(str(tmp_path / name))

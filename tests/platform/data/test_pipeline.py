@@ -1,0 +1,237 @@
+"""The whole job without Ray, and once on the shared cluster: repeatable, byte-identical, and calm about bad files."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from reference.made_media import make_encoder, make_sound, make_video, picture
+from timeviper_platform import storage
+from timeviper_platform.data.decode import read_frames
+from timeviper_platform.data.encode import EncoderConfig, FrameEncoder
+from timeviper_platform.data.features import FeatureStore
+from timeviper_platform.data.graph import ExecutionConfig
+from timeviper_platform.data.pipeline import PreprocessConfig, estimate, run_in_process, run_preprocess
+from timeviper_platform.data.report import Progress, steady_rate
+from timeviper_platform.data.steps import UnitOutcome
+
+BAD = {
+    "cut.mp4": ("probe", "corrupt_file"),
+    "empty.mp4": ("probe", "empty_file"),
+    "nowhere.mp4": ("probe", "not_found"),
+    "sound.mp4": ("probe", "no_video_stream"),
+    "text.mp4": ("probe", "unknown_format"),
+    "half.jpg": ("decode_image", "corrupt_file"),
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A film of 66 s, ten clips, two images, six bad files, an encoder and a manifest of all."""
+    folder = tmp_path_factory.mktemp("corpus")
+    make_encoder(_made(folder / "encoder"))
+    media = _made(folder / "media")
+    make_video(media / "film.mp4", range(66 * 8), gop=64)
+    for number in range(10):
+        make_video(media / f"clip{number}.mp4", range(8 * (1 + number % 3)))
+    for number in range(2):
+        Image.fromarray(picture(number)).save(media / f"image{number}.jpg", quality=95)
+    (media / "empty.mp4").touch()
+    (media / "text.mp4").write_text("text")
+    make_sound(media / "sound.mp4")
+    (media / "cut.mp4").write_bytes((media / "film.mp4").read_bytes()[:3000])
+    (media / "half.jpg").write_bytes((media / "image0.jpg").read_bytes()[:700])
+    names = sorted({path.name for path in media.iterdir()} | {"nowhere.mp4"})
+    manifest = pa.table({"uri": [f"media/{name}" for name in names], "media_id": names})
+    pq.write_table(manifest, folder / "manifest.parquet")
+    return folder
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def make_config(corpus: Path, output: Path | str, **execution: object) -> PreprocessConfig:
+    return PreprocessConfig(
+        input=str(corpus / "manifest.parquet"),
+        output=str(output),
+        encoder=EncoderConfig(
+            encoder=str(corpus / "encoder"), num_tokens_per_frame=4, merge_heads=4, encode_batch_frames=8
+        ),
+        execution=ExecutionConfig(frames_per_file=20, progress_seconds=0.0, **execution),  # type: ignore[arg-type]
+    )
+
+
+def contents(store: str) -> dict[str, bytes]:
+    opened = FeatureStore.open(store)
+    return {m: opened.read(m).features.view(torch.int16).numpy().tobytes() for m in opened.media_ids}
+
+
+def no_runner(*_: object) -> Iterator[UnitOutcome]:
+    raise AssertionError("there is nothing to do")
+
+
+@pytest.fixture(scope="module")
+def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("finished") / "store"
+    run_preprocess(make_config(corpus, output), run=run_in_process)
+    return output
+
+
+def test_every_medium_is_stored_or_rejected_with_stage_and_type(finished: Path) -> None:
+    report = storage.read_json(str(finished / "report.json"))
+    rejects = pq.read_table(finished / "rejects.parquet").to_pylist()
+    assert {row["media_id"]: (row["error_stage"], row["error_type"]) for row in rejects} == BAD
+    assert len(rejects) == report["errors"] == len(BAD)
+    assert report["errors_by_stage"]["probe"]["empty_file"] == 1
+    assert report["media"] == 19
+    assert report["audit"] == {"planned": 15, "ok": 14, "partial": 0, "error": 1, "missing": 0, "duplicate": 0}
+    assert report["frames"] == 66 + (1 + 2 + 3) * 3 + 1 + 2
+    store = FeatureStore.open(str(finished))
+    assert set(store.media_ids) == {"film.mp4", "image0.jpg", "image1.jpg", *(f"clip{n}.mp4" for n in range(10))}
+    assert store.info("film.mp4").num_frames == 66
+    assert store.info("image0.jpg").modality == "image"
+
+
+def test_what_is_stored_is_what_serving_would_make(corpus: Path, finished: Path) -> None:
+    encoder = FrameEncoder(make_config(corpus, "x").encoder)
+    store = FeatureStore.open(str(finished))
+    for name in ("film.mp4", "clip1.mp4", "image1.jpg"):
+        frames = read_frames(str(corpus / "media" / name), encoder.image_size)
+        stored = store.read(name)
+        assert torch.equal(encoder.encode(frames.frames).view(torch.int16), stored.features.view(torch.int16))
+        assert stored.pts_seconds.tolist() == frames.pts_seconds.tolist()
+
+
+def test_run_again_nothing_is_done_and_nothing_changes(corpus: Path, finished: Path) -> None:
+    before = contents(str(finished))
+    report = run_preprocess(make_config(corpus, finished), run=no_runner)
+    assert (report.segments_encoded, report.frames_encoded, report.segments_done) == (0, 0, 14)
+    assert report.frames_per_second > 0  # of the run that did the work
+    assert contents(str(finished)) == before
+    assert "encoded in this run: 0" in "\n".join(report.lines())
+
+
+def test_a_run_that_dies_is_continued_and_ends_with_the_same_bytes(
+    corpus: Path, finished: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "store"
+
+    def dies_after_two(*arguments: object) -> Iterator[UnitOutcome]:
+        for number, outcome in enumerate(run_in_process(*arguments)):  # type: ignore[arg-type]
+            if number == 2:
+                raise KeyboardInterrupt
+            yield outcome
+
+    with pytest.raises(KeyboardInterrupt):
+        run_preprocess(make_config(corpus, output), run=dies_after_two)
+    committed = sorted((output / "commits").iterdir())
+    committed[0].unlink()  # as if killed between the data file and its commit record
+    (output / "data" / ".next.parquet.0.tmp").write_bytes(b"half a file")
+    report = run_preprocess(make_config(corpus, output), run=run_in_process)
+    assert 0 < report.segments_encoded < 15
+    assert (report.audit["missing"], report.audit["duplicate"]) == (0, 0)
+    assert contents(str(output)) == contents(str(finished))
+    assert len(list((output / "data").iterdir())) == len(list((output / "commits").iterdir()))
+
+
+def test_new_and_changed_media_alone_are_done(corpus: Path, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(corpus, tmp_path / "corpus")
+    shutil.copytree(finished, tmp_path / "store")
+    moved = tmp_path / "corpus"
+    config = make_config(moved, tmp_path / "store")
+    first = run_preprocess(config, run=run_in_process)
+    make_video(moved / "media" / "clip0.mp4", range(32))
+    make_video(moved / "media" / "nowhere.mp4", range(8))
+    report = run_preprocess(config, run=run_in_process)
+    assert report.segments_encoded == 2
+    assert report.errors == first.errors - 1
+    store = FeatureStore.open(config.output)
+    assert (store.info("clip0.mp4").num_frames, store.info("nowhere.mp4").num_frames) == (4, 1)
+
+
+def test_another_recipe_is_refused_with_the_difference(corpus: Path, finished: Path) -> None:
+    config = make_config(corpus, finished)
+    other = dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, num_tokens_per_frame=2))
+    with pytest.raises(ValueError, match=r"merge\.num_tokens_per_frame: the store has 4, this run 2"):
+        run_preprocess(other, run=no_runner)
+    with pytest.raises(ValueError, match="num_tokens_per_frame"):
+        estimate(other)
+
+
+def test_an_estimate_writes_nothing(corpus: Path, finished: Path, tmp_path: Path) -> None:
+    plan = estimate(make_config(corpus, tmp_path / "store"))
+    assert (plan.media, plan.errors, plan.segments, plan.segments_missing) == (19, 5, 15, 15)
+    assert plan.feature_bytes == plan.frames_missing * 4 * 16 * 2
+    assert plan.seconds is None
+    assert not (tmp_path / "store").exists()
+    assert estimate(make_config(corpus, finished)).seconds == 0
+
+
+def test_an_output_that_cannot_be_written_is_said_at_once(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(RuntimeError, match="cannot write"):
+        run_preprocess(make_config(corpus, tmp_path / "file" / "store"), run=no_runner)
+
+
+def test_a_store_that_is_served_hashes_its_media(corpus: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(
+        make_config(corpus, tmp_path / "store"), input=str(corpus / "media" / "clip?.mp4"), hash="sha256"
+    )
+    run_preprocess(config, run=run_in_process)
+    store = FeatureStore.open(config.output)
+    for media_id in store.media_ids:
+        digest = store.info(media_id).sha256
+        assert digest is not None
+        assert store.find(digest) is not None
+
+
+def test_progress_says_what_is_done_what_is_left_and_why_rows_are_rejected(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    progress = Progress(num_segments=4, num_frames=256, every_seconds=0.0)
+    progress.add(made_outcome(0.0, 10.0, 128, error_types=["frames_missing"]))
+    assert "2/4 segments (50%), 12.8 frames/s, rejected: 1 frames_missing, 10 s left" in caplog.text
+
+
+def test_the_steady_rate_leaves_the_ends_out() -> None:
+    slow_start = [made_outcome(0, 20, 0), made_outcome(20, 80, 600), made_outcome(80, 100, 0)]
+    assert steady_rate(slow_start) == pytest.approx(10.0)
+    assert steady_rate([]) == 0.0
+
+
+def made_outcome(started: float, ended: float, num_frames: int, error_types: list[str] | None = None) -> UnitOutcome:
+    return UnitOutcome(
+        unit="u", num_frames=num_frames, num_ok=2 - len(error_types or []), num_partial=0,
+        num_error=len(error_types or []), error_types=error_types or [], feature_bytes=0, decode_seconds=0.0,
+        encode_seconds=0.0, write_seconds=0.0, started=started, ended=ended, worker="w",
+    )  # fmt: skip
+
+
+@pytest.mark.cluster
+def test_on_ray_the_same_bytes_fused_and_split_and_nothing_the_second_time(
+    corpus: Path, finished: Path, tmp_path: Path, ray_address: str
+) -> None:
+    expected = contents(str(finished))
+    fused = make_config(corpus, tmp_path / "fused", num_workers=2)
+    report = run_preprocess(fused)
+    assert (report.segments_done, report.segments_error, report.errors) == (14, 1, len(BAD))
+    assert report.audit["missing"] == report.audit["duplicate"] == 0
+    assert contents(fused.output) == expected
+    assert run_preprocess(fused, run=no_runner).segments_encoded == 0
+    split = make_config(corpus, tmp_path / "split", mode="split", num_workers=1, num_decode_workers=1)
+    assert run_preprocess(split).audit == report.audit
+    assert contents(split.output) == expected
+    too_large = make_config(corpus, tmp_path / "large", mode="split")
+    too_large = dataclasses.replace(too_large, execution=ExecutionConfig(mode="split", frames_per_file=10**7))
+    with pytest.raises(ValueError, match="in split mode at most"):
+        run_preprocess(too_large)
