@@ -17,6 +17,7 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.schema import ServeDeploySchema
 
 from timeviper_platform.config import parse_config
+from timeviper_platform.data.encode import EncoderConfig
 from timeviper_platform.serving.app import ServeConfig, build, with_absolute_paths
 from timeviper_platform.serving.contract import AnswerPart, Refusal
 from timeviper_platform.serving.gateway_replica import EngineHandle, FeatureHandle
@@ -42,6 +43,15 @@ def test_the_twins_have_the_same_parts() -> None:
     full, tiny = (args_of(path) for path in FILES)
     assert set(full) == set(tiny)
     assert set(full["deployments"]) == set(tiny["deployments"]) == {"gateway", "features", "engine"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=["full", "tiny"])
+def test_uploads_are_encoded_as_the_preprocessing_file_beside_it_says(path: Path) -> None:
+    preprocess = yaml.safe_load(path.with_name("preprocess.yaml").read_text())
+    serving = args_of(path)["features"]
+    assert EncoderConfig(**serving["encoder"]) == EncoderConfig(**preprocess["encoder"])
+    assert serving["store"] == preprocess["output"]
+    assert serving.get("fps", 1.0) == preprocess["sampling"]["fps"]
 
 
 def test_three_tiny_deployments_fit_beside_a_training_job_on_two_cores() -> None:
