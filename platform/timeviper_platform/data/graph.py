@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from timeviper_platform.data.decode import DecodeError, FrameBatch
+from timeviper_platform.data.decode import DecodeError, ErrorType, FrameBatch
 from timeviper_platform.data.encode import FrameEncoder
 from timeviper_platform.data.segments import Segment, Unit, cut_units
 from timeviper_platform.data.steps import (
@@ -296,7 +296,8 @@ def _to_arrow(decoded: DecodedSegment) -> dict[str, Any]:
 def _from_arrow(segment: Segment, value: Any, image_size: int) -> DecodedSegment:
     decode_seconds = value["decode_seconds"].as_py()
     if not value["frames"].is_valid:
-        return DecodedSegment(segment, None, DecodeError(*value["error"].as_py()), decode_seconds)
+        stage, kind, message = value["error"].as_py()
+        return DecodedSegment(segment, None, DecodeError(stage, ErrorType(kind), message), decode_seconds)
     pixels = np.frombuffer(value["frames"].as_buffer(), np.uint8).reshape(-1, image_size, image_size, 3)
     frames = FrameBatch(
         pixels,

@@ -137,7 +137,7 @@ def best_rows(committed: pa.Table) -> pa.Table:
     for number, (segment_id, status) in enumerate(pairs):
         if segment_id not in best or rank[status] < best[segment_id][0]:
             best[segment_id] = (rank[status], number)
-    return committed.take(sorted(number for _, number in best.values()))
+    return committed.take(pa.array(sorted(number for _, number in best.values()), pa.int64()))
 
 
 def write_index(uri: str, committed: pa.Table, current_versions: Mapping[str, str]) -> pa.Table:

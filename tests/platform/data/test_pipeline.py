@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,10 +19,11 @@ from timeviper_platform import storage
 from timeviper_platform.data.decode import read_frames
 from timeviper_platform.data.encode import EncoderConfig, FrameEncoder
 from timeviper_platform.data.features import FeatureStore
-from timeviper_platform.data.graph import ExecutionConfig
+from timeviper_platform.data.graph import DecodeStep, EncodeStep, ExecutionConfig, WriteStep, units_table
 from timeviper_platform.data.pipeline import PreprocessConfig, estimate, run_in_process, run_preprocess
 from timeviper_platform.data.report import Progress, steady_rate
-from timeviper_platform.data.steps import UnitOutcome
+from timeviper_platform.data.segments import Segment, cut_units
+from timeviper_platform.data.steps import UnitOutcome, WorkerSpec
 
 BAD = {
     "cut.mp4": ("probe", "corrupt_file"),
@@ -194,6 +195,19 @@ def test_a_store_that_is_served_hashes_its_media(corpus: Path, tmp_path: Path) -
         digest = store.info(media_id).sha256
         assert digest is not None
         assert store.find(digest) is not None
+
+
+def test_split_steps_hand_over_frames_errors_and_rows_unchanged(corpus: Path, finished: Path, tmp_path: Path) -> None:
+    def run_split(missing: Sequence[Segment], spec: WorkerSpec, execution: ExecutionConfig) -> Iterator[UnitOutcome]:
+        decode, encode, write = DecodeStep(spec), EncodeStep(spec), WriteStep(spec)
+        for unit in cut_units(missing, execution.frames_per_file, num_workers=1):
+            for row in write(encode(decode(units_table([unit])))).to_pylist():
+                yield UnitOutcome(**row)
+
+    config = make_config(corpus, tmp_path / "store")
+    report = run_preprocess(config, run=run_split)
+    assert (report.segments_done, report.segments_error, report.errors) == (14, 1, len(BAD))
+    assert contents(config.output) == contents(str(finished))
 
 
 def test_progress_says_what_is_done_what_is_left_and_why_rows_are_rejected(caplog: pytest.LogCaptureFixture) -> None:
