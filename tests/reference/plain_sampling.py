@@ -24,7 +24,9 @@ def sample_every_frame(path: Path, times: Sequence[Fraction], image_size: int) -
             before = [frame for frame in frames if frame.pts * time_base <= t]
             chosen.append(before[-1] if before else frames[0])
         pixels = [
-            scaler.reformat(f, image_size, image_size, "rgb24", interpolation=Interpolation.BICUBIC).to_ndarray()
+            scaler.reformat(
+                f, image_size, image_size, "rgb24", interpolation=Interpolation.BICUBIC, threads=1
+            ).to_ndarray()
             for f in chosen
         ]
     return [float(frame.pts * time_base) for frame in chosen], np.stack(pixels)

@@ -84,7 +84,7 @@ def sample_with_decord(path: Path) -> int:
 
 
 def _scale(scaler: VideoReformatter, frame: av.VideoFrame) -> np.ndarray:
-    scaled = scaler.reformat(frame, IMAGE_SIZE, IMAGE_SIZE, "rgb24", interpolation=Interpolation.BICUBIC)
+    scaled = scaler.reformat(frame, IMAGE_SIZE, IMAGE_SIZE, "rgb24", interpolation=Interpolation.BICUBIC, threads=1)
     return np.asarray(scaled.to_ndarray())
 
 

@@ -138,7 +138,8 @@ class PyAVReader:
     def _scale(self, frame: Any) -> np.ndarray:
         check_size(frame.width, frame.height, self._limits, "decode_video", self._name)
         size = self._image_size
-        scaled = self._reformatter.reformat(frame, size, size, "rgb24", interpolation=Interpolation.BICUBIC)
+        # one thread: slices would make pixels depend on the number of cores, and cost twice as much for small pictures
+        scaled = self._reformatter.reformat(frame, size, size, "rgb24", interpolation=Interpolation.BICUBIC, threads=1)
         return np.asarray(scaled.to_ndarray())
 
     # -- selective: what is wanted, and what that refers to -------------------------------------------------------
