@@ -35,11 +35,12 @@ class Question:
     end_seconds: float | None = None
 
 
-def scene_questions(scene: Scene, rng: np.random.Generator) -> Iterator[Question]:
-    """Every question that the scene's kind allows."""
+def scene_questions(scene: Scene, rng: np.random.Generator, *, num_which: int = 1) -> Iterator[Question]:
+    """Every question that the scene's kind allows; `num_which` times 'which', each with options of its own."""
     first = scene.appearances[0]
     if scene.kind == "needle":
-        yield which_question(first.picture, rng)
+        for _ in range(num_which):
+            yield which_question(first.picture, rng)
         yield grounding_question(first.picture, first.start_seconds, first.end_seconds)
     elif scene.kind == "order":
         pictures = [appearance.picture for appearance in scene.appearances]
