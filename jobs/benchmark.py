@@ -1,0 +1,77 @@
+"""Every measured number of the README: `python jobs/benchmark.py SUITE [--json PATH]`.
+
+A row says what was measured, its unit, the bar it must reach and the command that measures it again. Both sides of a
+ratio run in turn in one process; a row is the median of at least five. Times alone are not promised: machines differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from timeviper_platform.data.benchmark import decode_suite
+from timeviper_platform.logs import setup_logging
+from timeviper_platform.measure import Row, format_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a suite, prints its table, and fails when a bar does not hold."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suite", choices=sorted(SUITES))
+    parser.add_argument("--json", type=Path, help="also write the rows there")
+    parser.add_argument("--film", type=Path, help="a film to measure on as well, such as Big Buck Bunny")
+    options = parser.parse_args(arguments)
+    if options.film is not None and not options.film.is_file():
+        parser.error(f"there is no film at {str(options.film)!r}")
+    setup_logging()
+    rows = SUITES[options.suite](options.film)
+    print(format_rows(rows))
+    if options.json is not None:
+        options.json.write_text(json.dumps([row.as_dict() for row in rows], indent=2) + "\n")
+    return 1 if any(row.holds is False for row in rows) else 0
+
+
+def demo_suite(film: Path | None) -> list[Row]:
+    """The demo from an empty folder: its accuracies against their bars, and its time."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / "jobs" / "demo.py"), "--folder", folder]
+        command += ["--film", str(film)] if film else []
+        subprocess.run(command, check=True)
+        report = json.loads(Path(folder, "report.json").read_text())
+    return demo_rows(report, "python jobs/benchmark.py demo" + (" --film FILM" if film else ""))
+
+
+def demo_rows(report: dict[str, Any], command: str) -> list[Row]:
+    """A demo's report as rows."""
+    scores = report["evaluate"]
+    values: list[tuple[str, float, str, str | None]] = [
+        ("held-out 'which' questions", scores["choice"]["num_questions"], "", ">= 400"),
+        ("'which' accuracy (chance 0.25)", scores["choice"]["accuracy"], "", ">= 0.90"),
+        ("'which' accuracy without the video", scores["choice"]["accuracy_without_video"], "", "<= 0.35"),
+        ("'order' accuracy (chance 0.25)", scores["order"]["accuracy"], "", None),
+        ("'count' accuracy (chance 0.25)", scores["count"]["accuracy"], "", None),
+        ("grounding mIoU", scores["grounding"]["miou"], "", ">= 0.5"),
+        (
+            "grounding mIoU above the model without video",
+            scores["grounding"]["miou"] - scores["grounding"]["miou_without_video"],
+            "",
+            ">= 0.25",
+        ),
+        ("demo after installation", report["seconds"] / 60, "min", None),
+    ]
+    return [Row(name=name, value=value, unit=unit, bar=bar, command=command) for name, value, unit, bar in values]
+
+
+SUITES: dict[str, Callable[[Path | None], list[Row]]] = {"decode": decode_suite, "demo": demo_suite}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
