@@ -77,7 +77,7 @@ class TransVLayer(nn.Module):
 
     def idle(self, hidden_TD: Tensor) -> Tensor:
         """(1, D) of zeros through every parameter: a rank that skips a trained module breaks ZeRO."""
-        token = hidden_TD.new_zeros(1, hidden_TD.shape[1])
+        token = hidden_TD[:1]  # its gradient is zero, but ZeRO-3 works where gradients pass
         one = Segments(torch.zeros(1, dtype=torch.long, device=token.device), 1).rows([0])
         visible = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=token.device)
         part = TransferRows(receivers=one, sources=one, visible_R1QK=visible)
@@ -138,10 +138,8 @@ def _select(stream: TokenStream, site: TransVSite, block: Block | None, vision_T
     segments = stream.segments
     present = torch.bincount(segments.ids[vision_T], minlength=segments.num_segments).tolist()
     stay = [num_kept(n, here, site.keep) for n, here in zip(stream.original_counts, present, strict=True)]
-    if stay == present:
-        return vision_T
     if site.select == "uniform":
-        return _select_uniform(vision_T, present, stay)
+        return vision_T if stay == present else _select_uniform(vision_T, present, stay)
     assert block is not None  # the configuration allows selection by attention only at an attention block
     return _select_by_attention(stream, block, vision_T, present, stay)
 
@@ -167,12 +165,13 @@ def _select_by_attention(
     """The vision tokens that the last token before the first response looks at most; ties go to the lower index."""
     segments = stream.segments
     kept_T = vision_T.clone()
+    queries_SHE, keys_TGE = _score_inputs(stream, block, any_drop=stay != present)
     lengths = [
         length if k < n else 0 for length, n, k in zip(segments.lengths, present, stay, strict=True)
     ]  # nothing to choose elsewhere
     for members in group_by_length(lengths):
         rows = segments.rows(members)
-        score_RL = _score_row(stream, block, rows)
+        score_RL = _score_row(stream, rows, queries_SHE[rows.segment_index], rows.pad(keys_TGE))
         vision_RL = rows.pad(vision_T)
         ranked = score_RL.masked_fill(~vision_RL, -1.0).sort(dim=1, descending=True, stable=True).indices
         k_R1 = torch.tensor([stay[member] for member in members], device=vision_T.device)[:, None]
@@ -182,17 +181,24 @@ def _select_by_attention(
     return kept_T
 
 
-def _score_row(stream: TokenStream, block: Block, rows: RowBucket) -> Tensor:
-    """(R, L): softmax over the causal row of each segment's score token, averaged over heads; only that row."""
+def _score_inputs(stream: TokenStream, block: Block, *, any_drop: bool) -> tuple[Tensor, Tensor]:
+    """Queries (S, H, E) of the score tokens and keys (T, G, E) of all tokens, as the block would compute them.
+
+    Each projection runs exactly once, on one token where there is nothing to drop: under ZeRO-3 a call is a collective,
+    and the ranks' packs differ.
+    """
     attention = block.mixer
     assert isinstance(attention, Attention)
-    hidden = take_rows(stream.hidden_TD, rows.token_index)
-    keys = rows.put(attention.keys(block.norm(hidden)))
-    score_token_R = _score_tokens(stream)[rows.segment_index]
-    queries = attention.queries(block.norm(stream.hidden_TD[score_token_R]))
-    scores = grouped_scores(queries, keys.transpose(1, 2))
-    last_R = score_token_R - stream.segments.starts_S[rows.segment_index]
-    visible_RL = torch.arange(rows.length, device=hidden.device) <= last_R[:, None]
+    hidden = stream.hidden_TD if any_drop else stream.hidden_TD[:1]
+    places = _score_tokens(stream) if any_drop else torch.zeros(1, dtype=torch.long, device=hidden.device)
+    return attention.queries(block.norm(hidden[places])), attention.keys(block.norm(hidden))
+
+
+def _score_row(stream: TokenStream, rows: RowBucket, queries_RHE: Tensor, keys_RLGE: Tensor) -> Tensor:
+    """(R, L): softmax over the causal row of each segment's score token, averaged over heads; only that row."""
+    scores = grouped_scores(queries_RHE, keys_RLGE.transpose(1, 2))
+    last_R = _score_tokens(stream)[rows.segment_index] - stream.segments.starts_S[rows.segment_index]
+    visible_RL = torch.arange(rows.length, device=scores.device) <= last_R[:, None]
     return scores.masked_fill(~visible_RL[:, None, None], -torch.inf).softmax(-1).mean((1, 2))
 
 
@@ -214,7 +220,7 @@ def _transfer(stream: TokenStream, layer: TransVLayer, source_T: Tensor) -> Toke
     if rows:
         given = layer(take_rows(hidden, receiver_index), take_rows(hidden, source_index), rows)
         hidden = hidden + put_rows(given, receiver_index, len(hidden))
-    elif torch.is_grad_enabled() and layer.alpha.requires_grad:
+    elif torch.is_grad_enabled():  # without a look at layer.alpha: under ZeRO-3 that alone is a collective
         hidden = hidden + layer.idle(hidden)
     return stream.with_hidden(hidden)
 
