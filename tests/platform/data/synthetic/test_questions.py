@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+
+from timeviper_model.prompt import NEMOTRON, Turn, build_sample, end_token_id
+from timeviper_platform.data.synthetic.pictures import ALL_PICTURES, Picture
+from timeviper_platform.data.synthetic.questions import (
+    caption,
+    count_question,
+    listing,
+    order_question,
+    scene_questions,
+    which_question,
+)
+from timeviper_platform.data.synthetic.scenes import Scene, draw_scenes
+from timeviper_platform.data.synthetic.tokenizer import SPECIAL_TOKENS, train_tokenizer
+
+
+def _scene(kind: str) -> Scene:
+    (scene,) = draw_scenes("train", {kind: 1}, duration_seconds=24, seed=3)  # type: ignore[dict-item]
+    return scene
+
+
+def test_right_letters_are_balanced() -> None:
+    rng = np.random.default_rng(0)
+    letters = Counter(which_question(ALL_PICTURES[n % 32], rng).answer[-2] for n in range(2000))
+    assert set(letters) == set("ABCD")
+    assert max(letters.values()) < 600
+
+
+def test_which_options_are_two_colours_times_two_shapes_so_that_they_give_nothing_away() -> None:
+    rng = np.random.default_rng(1)
+    for picture in ALL_PICTURES:
+        question = which_question(picture, rng)
+        words = [choice.split()[:2] for choice in question.choices]
+        assert Counter(Counter(color for color, _ in words).values()) == {2: 2}
+        assert Counter(Counter(shape for _, shape in words).values()) == {2: 2}
+        assert question.answer.startswith(str(picture))
+        assert question.answer in question.choices
+        for choice in question.choices:
+            name, letter = choice[:-4], choice[-3:]
+            assert f"{letter} {name}" in question.text
+
+
+def test_answers_are_the_scenes_truth() -> None:
+    rng = np.random.default_rng(2)
+    needle, order, count = (_scene(kind) for kind in ("needle", "order", "count"))
+    only = needle.appearances[0]
+    which, grounding, described = scene_questions(needle, rng)
+    assert which.answer.startswith(str(only.picture))
+    assert grounding.answer == f"From {only.start_seconds} to {only.end_seconds} seconds."
+    assert (grounding.start_seconds, grounding.end_seconds) == (only.start_seconds, only.end_seconds)
+    assert described.answer == caption(needle)
+    first, last, _ = scene_questions(order, rng)
+    assert first.answer.startswith(str(order.appearances[0].picture))
+    assert last.answer.startswith(str(order.appearances[-1].picture))
+    how_often, _ = scene_questions(count, rng)
+    assert how_often.answer.startswith(f"{len(count.appearances)} times")
+
+
+def test_order_and_count_choices_hold_the_answer_once() -> None:
+    rng = np.random.default_rng(3)
+    shown = list(ALL_PICTURES[4:8])
+    order = order_question("last", shown[3], shown, rng)
+    assert {choice[:-4] for choice in order.choices} == {str(picture) for picture in shown}
+    assert order.answer[:-4] == str(shown[3])
+    count = count_question(Picture("red", "circle"), 3, rng)
+    assert sorted(choice[:-4] for choice in count.choices) == ["1 times", "2 times", "3 times", "4 times"]
+    assert count.answer[:-4] == "3 times"
+
+
+def test_listing_says_what_each_second_shows() -> None:
+    scene = _scene("needle")
+    only = scene.appearances[0]
+    words = listing(scene).replace(str(only.picture), "X").split()
+    shown = [second for second, word in enumerate(words) if word == "X"]
+    assert len(words) == 24
+    assert shown == list(range(only.start_seconds, only.end_seconds))
+
+
+def test_tokenizer_gives_back_any_text_and_has_nemotrons_special_ids() -> None:
+    texts = [f"Which picture appears in the video? (A) {picture}" for picture in ALL_PICTURES] * 3
+    tokenizer = train_tokenizer(texts, 320)
+    for text in (*texts[:3], "Größe 12.5 °C\n\t日本 🙂  two  spaces", "<SPECIAL_11>User"):
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert tokenizer.decode(ids) == text
+        assert max(ids) < 320
+    assert [tokenizer.convert_tokens_to_ids(f"<SPECIAL_{n}>") for n in (10, 11, 12)] == [10, 11, 12]
+    assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 12)
+    assert len(SPECIAL_TOKENS) == 13
+
+
+def test_prompt_ends_with_the_end_token() -> None:
+    tokenizer = train_tokenizer(["Which picture appears?", "red circle (B)"], 280)
+    sample = build_sample(tokenizer, [Turn(role="user", text="Which?"), Turn(role="assistant", text="red")], [4])
+    assert end_token_id(tokenizer, NEMOTRON) == 12
+    assert sample.input_ids[-1] == 12
+    assert sample.input_ids.count(10) == 1
