@@ -47,6 +47,8 @@ def make_video(
         stream.gop_size = gop
         if codec == "libx264":
             stream.options = {"bf": str(b_frames), "sc_threshold": "0", "crf": "12", **(options or {})}
+        elif options:
+            stream.options = options
         sound = _add_sound(container, audio_seconds) if audio_seconds else None
         for number, tick in enumerate(pts):
             frame = av.VideoFrame.from_ndarray(picture(number, *size), format="rgb24")

@@ -3,7 +3,7 @@
 Walks packets in decode order; lookahead.py says which of them hold wanted frames. The others are sent with
 `skip_frame = NONREF`: the decoder drops them when no other frame refers to them (most B frames), which changes no
 pixel of what remains. Skipping non-reference frames everywhere, as players do, would return neighbours of the wanted
-frames instead. Streams whose packets lack timestamps (old AVI) are decoded frame by frame.
+frames instead. Streams whose packets state no PTS, or none of use (H.264 in AVI), are decoded frame by frame.
 
     decode order   I0   P4   B2   b1   b3   P8 ...    t = 1 wants b1: I0, P4 and B2 are references and decoded
     sent with      skip skip skip ALL  skip skip      anyway, b1 is decoded because it is wanted, b3 is dropped
@@ -11,6 +11,7 @@ frames instead. Streams whose packets lack timestamps (old AVI) are decoded fram
 
 from __future__ import annotations
 
+import heapq
 import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -53,7 +54,7 @@ class _Walk:
     """Where a reader stands between two keyframe jumps."""
 
     packets: Iterator[Any]
-    every_frame: Iterator[Any]
+    every_frame: Iterator[tuple[int, Any]]
     """used by the plain way alone"""
     end_tick: int
     """when the last frame seen so far leaves the screen"""
@@ -67,8 +68,9 @@ class _Walk:
     """the last tick that was asked for"""
     at_end: bool = False
     is_flushed: bool = False
-    shown: Any = None
-    next_frame: Any = None
+    shown: tuple[int, Any] | None = None
+    next_frame: tuple[int, Any] | None = None
+    """both used by the plain way alone"""
 
 
 class PyAVReader:
@@ -84,9 +86,10 @@ class PyAVReader:
         self._image_size = image_size
         self._limits = limits or MediaLimits()
         self._reformatter = VideoReformatter()
-        self._has_timestamps = True
         with reading("decode_video", source):
             self._open()
+        # AVI has no PTS: with B frames, what FFmpeg states is the order of decoding
+        self._has_timestamps = self._container.format.name != "avi" or not self._context.has_b_frames
 
     def sample(self, times: Sequence[Fraction]) -> FrameBatch:
         """See `VideoReader.sample`."""
@@ -195,7 +198,7 @@ class PyAVReader:
         self._walk.pending.append(packet)
         if packet.is_discard:  # before an edit list's start: referred to, but never shown
             return
-        self._note_end(packet)
+        self._note_end(packet.pts, packet.duration)
         try:
             self._walk.ahead.add(packet.pts, packet.dts)
         except ValueError as error:
@@ -248,25 +251,32 @@ class PyAVReader:
                 self._walk.next_frame = next(self._walk.every_frame, None)
                 self._walk.is_flushed = self._walk.next_frame is None
             upcoming = self._walk.next_frame
-            while todo and (upcoming is None or upcoming.pts > todo[0]):
+            while todo and (upcoming is None or upcoming[0] > todo[0]):
                 tick = todo.popleft()
-                frame = self._walk.shown or upcoming
-                if frame is not None and (upcoming is not None or tick < self._walk.end_tick):
-                    found[tick] = (frame.pts, self._scale(frame))
+                shown = self._walk.shown or upcoming
+                if shown is not None and (upcoming is not None or tick < self._walk.end_tick):
+                    found[tick] = (shown[0], self._scale(shown[1]))
             if upcoming is not None and todo:
                 self._walk.shown, self._walk.next_frame = upcoming, None
         return found
 
-    def _frames(self) -> Iterator[Any]:
+    def _frames(self) -> Iterator[tuple[int, Any]]:
+        """Every frame with the time at which it is shown.
+
+        Decoders emit in the order of display whatever the packets say, so the n-th frame has the n-th smallest stamp.
+        """
         self._context.skip_frame = "DEFAULT"
+        stamps: list[int] = []
         while not self._walk.at_end:
             packet = self._next_packet()
-            if packet is None:
-                self._walk.at_end = True
+            self._walk.at_end = packet is None
+            stamp = None if packet is None else packet.dts if packet.pts is None else packet.pts
+            if stamp is not None:
+                heapq.heappush(stamps, stamp)
+                self._note_end(stamp, packet.duration)
             for frame in self._send(packet):
-                if frame.pts is not None and not frame.is_corrupt:
-                    self._walk.end_tick = max(self._walk.end_tick, frame.pts + (frame.duration or self._frame_ticks))
-                    yield frame
+                if stamps:
+                    yield heapq.heappop(stamps), frame
 
     # -- the file ------------------------------------------------------------------------------------------------
 
@@ -298,8 +308,8 @@ class PyAVReader:
             return None
         return None if packet is None or packet.size == 0 else packet
 
-    def _note_end(self, packet: Any) -> None:
-        self._walk.end_tick = max(self._walk.end_tick, packet.pts + (packet.duration or self._frame_ticks))
+    def _note_end(self, pts: int, duration: int | None) -> None:
+        self._walk.end_tick = max(self._walk.end_tick, pts + (duration or self._frame_ticks))
 
     def _send(self, packet: Any) -> list[Any]:
         """What the decoder gives for a packet (None = give all you hold); damaged packets give nothing."""

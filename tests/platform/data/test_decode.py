@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from reference.made_media import make_sound, make_video
+from reference.made_media import make_sound, make_video, picture
 from reference.plain_sampling import sample_every_frame
 from timeviper_platform.data.decode import (
     DecodeError,
@@ -57,6 +57,7 @@ KINDS: dict[str, Callable[[Path], None]] = {
     "late_start.mkv": late_start,
     "h264.ts": lambda p: make_video(p, range(80), format="mpegts"),
     "mpeg4.avi": dts_first,
+    "mpeg4_b_frames.avi": lambda p: make_video(p, range(80), format="avi", codec="mpeg4", options={"bf": "2"}),
     "mpeg2.mkv": lambda p: make_video(p, range(100), codec="mpeg2video", time_base=Fraction(1, 25)),
 }
 
@@ -113,6 +114,25 @@ def test_far_jumps_seek_and_find_the_same_frames(tmp_path: Path) -> None:
     for chosen in (times, [Fraction(150)], [Fraction(7)], times[3:]):
         got = reader.sample(chosen)
         assert np.array_equal(got.frames, whole.frames[[int(t) for t in chosen]])
+
+
+def test_h264_in_avi_is_shown_in_the_order_of_display(tmp_path: Path, videos: dict[str, Path]) -> None:
+    """AVI has no PTS: what FFmpeg states is the order of decoding."""
+    make_video(tmp_path / "clip.avi", range(80), gop=40, b_frames=3)
+    mp4, avi = (read_frames(str(p), SIZE) for p in (videos["b_frames.mp4"], tmp_path / "clip.avi"))
+    # the stamps start a frame late, so the picture of t is that of an eighth before it, throughout
+    late = [int(t * 8) - number for t, number in zip(avi.times_seconds[1:], frame_numbers(avi)[1:], strict=True)]
+    assert set(late) == {1}
+    assert len(avi.frames) == len(mp4.frames)
+    reader = open_video(str(tmp_path / "clip.avi"), SIZE)
+    assert np.array_equal(reader.sample(seconds(9)[5:]).frames, avi.frames[5:9])
+    assert np.array_equal(reader.sample(seconds(3)).frames, avi.frames[:3])
+
+
+def frame_numbers(batch: FrameBatch) -> list[int]:
+    """Which picture() each frame shows, by its nearest."""
+    pictures = np.stack([np.asarray(Image.fromarray(picture(n)).resize((SIZE, SIZE))) for n in range(80)]).astype(int)
+    return [int(np.abs(pictures - frame.astype(int)).sum(axis=(1, 2, 3)).argmin()) for frame in batch.frames]
 
 
 def test_a_slide_is_sampled_as_often_as_it_is_shown(tmp_path: Path) -> None:
