@@ -6,14 +6,17 @@ are ours (COMMIT-marked, in the run's folder), because a checkpoint that Ray was
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 from ray import train
-from ray.train import Checkpoint, CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig
+from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from timeviper_platform import storage
@@ -27,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 RAY_FOLDER = "ray"
 """Ray Train's own small files inside the run's folder"""
+POINTER_FILE = "checkpoint.json"
+"""what Ray stores of a checkpoint: the URI of ours"""
 
 
 def connect() -> None:
@@ -85,9 +90,17 @@ def _worker(arguments: dict[str, Any]) -> None:
 
 
 def _report(uri: str, row: dict[str, Any]) -> None:
-    """Tells Ray of a committed checkpoint. Never once a step: the call waits for the controller's next look."""
+    """Tells Ray of a committed checkpoint. Never once a step: the call waits for the controller's next look.
+
+    Ray takes only checkpoints inside its own run folder, so it is given a small file that points to ours.
+    """
     metrics = {name: row[name] for name in ("phase", "step", "global_step", "loss")}
-    train.report(metrics, checkpoint=Checkpoint(uri), checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
+    if train.get_context().get_world_rank() != 0:
+        train.report(metrics)  # every rank reports, as the call is a barrier; one of them brings the pointer
+        return
+    with tempfile.TemporaryDirectory(prefix="timeviper-pointer-") as folder:
+        Path(folder, POINTER_FILE).write_text(json.dumps({"uri": uri}))
+        train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
 
 
 def _cause(error: BaseException) -> str:
