@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -93,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the steps, prints the table, writes report.json."""
     demo, steps = _parse(arguments)
     setup_logging()
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # the client's line for every request
     started = time.monotonic()
     _announce("corpus", "videos, questions, tokenizer and encoder")
     make_corpus(load_config(CorpusConfig, demo.config("corpus"), demo.overrides("corpus")))
@@ -242,17 +244,17 @@ def _answer(client: openai.OpenAI, media_id: str, question: str) -> str:
 
 def format_report(report: dict[str, Any]) -> str:
     """report.json as a plain table."""
-    lines = ["", "=== report", f"{'seconds':28}{report['seconds']}"]
-    lines += [f"{'preprocess ' + key:28}{value}" for key, value in report["preprocess"].items()]
+    lines = ["", "=== report", f"{'seconds':32}{report['seconds']}"]
+    lines += [f"{'preprocess ' + key:32}{value}" for key, value in report["preprocess"].items()]
     for phase, values in report["train"].items():
         losses = f"loss {values['loss_first']:.3f} -> {values['loss_last']:.3f}"
-        lines.append(f"{'train ' + phase:28}{values['steps']} steps, {losses}")
+        lines.append(f"{'train ' + phase:32}{values['steps']} steps, {losses}")
     for task, scores in report["evaluate"].items():
-        lines.append(f"{'evaluate ' + task:28}" + ", ".join(f"{key} {_short(value)}" for key, value in scores.items()))
+        lines.append(f"{'evaluate ' + task:32}" + ", ".join(f"{key} {_short(value)}" for key, value in scores.items()))
     for number, answer in enumerate(report["serve"]["answers"]):
         lines += [
-            f"{'serve' if number == 0 else '':28}{answer['question']}",
-            f"{'':28}  expected {answer['expected']!r}, answered {answer['answer']!r}",
+            f"{'serve' if number == 0 else '':32}{answer['question']}",
+            f"{'':32}  expected {answer['expected']!r}, answered {answer['answer']!r}",
         ]
     return "\n".join(lines)
 
