@@ -55,42 +55,69 @@ class _CausalConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_DK: Tensor, bias_D: Tensor, positions_T: Tensor) -> Tensor:
         num_taps = weight_DK.shape[1]
-        ctx.save_for_backward(x_TD, weight_DK, positions_T)
-        y = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
-        taps = weight_DK.t().contiguous()
+        ctx.save_for_backward(x_TD, weight_DK, bias_D, positions_T)
+        y = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
+        taps, bias = _wide(weight_DK.t().contiguous()), _wide(bias_D)
         for start, stop in _blocks(x_TD):
-            torch.addcmul(bias_D, x_TD[start:stop], taps[-1], out=y[start:stop])
+            x = _wide(x_TD[max(start - num_taps + 1, 0) : stop])
+            size, ahead = stop - start, len(x) - (stop - start)
+            block = torch.addcmul(bias, x[ahead:], taps[-1])
             for back in range(1, num_taps):
-                first = min(max(start, back), stop)
-                y[first:stop].addcmul_(x_TD[first - back : stop - back], taps[-1 - back])
+                missing = min(max(back - ahead, 0), size)
+                block[missing:].addcmul_(x[ahead + missing - back : len(x) - back], taps[-1 - back])
+            y[start:stop] = block
         rows = (positions_T < num_taps - 1).nonzero().squeeze(1)  # these mixed in the segment before: again, apart
-        fresh = torch.addcmul(bias_D, x_TD[rows], taps[-1])
+        fresh = torch.addcmul(bias, _wide(x_TD[rows]), taps[-1])
         for back in range(1, num_taps):
             inside = (positions_T[rows] >= back)[:, None]
-            fresh += torch.where(inside, x_TD[(rows - back).clamp(min=0)] * taps[-1 - back], 0.0)
-        return y.index_copy_(0, rows, fresh)
+            fresh += torch.where(inside, _wide(x_TD[(rows - back).clamp(min=0)]) * taps[-1 - back], 0.0)
+        return y.index_copy_(0, rows, fresh.to(y.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, weight_DK, positions_T = ctx.saved_tensors
-        dy = grads[0]
-        num_tokens, num_taps = len(x_TD), weight_DK.shape[1]
-        taps = weight_DK.t().contiguous()
-        dx = torch.empty_like(dy)
-        dtaps = torch.zeros_like(taps)
+        x_TD, weight_DK, bias_D, positions_T = ctx.saved_tensors
+        dy_TD = grads[0]
+        num_taps = weight_DK.shape[1]
+        taps = _wide(weight_DK.t().contiguous())
+        dx = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
+        dtaps, dbias = torch.zeros_like(taps), torch.zeros_like(taps[0])
         for start, stop in _blocks(x_TD):
-            torch.mul(dy[start:stop], taps[-1], out=dx[start:stop])
-            dtaps[-1] += (dy[start:stop] * x_TD[start:stop]).sum(0)
+            x, dy = _wide(x_TD[start:stop]), _wide(dy_TD[start : stop + num_taps - 1])
+            size = stop - start
+            block = dy[:size] * taps[-1]
+            dtaps[-1] += (dy[:size] * x).sum(0)
+            dbias += dy[:size].sum(0)
             for back in range(1, num_taps):
-                last = max(start, min(stop, num_tokens - back))
-                dx[start:last].addcmul_(dy[start + back : last + back], taps[-1 - back])
-                dtaps[-1 - back] += (dy[start + back : last + back] * x_TD[start:last]).sum(0)
-        for back in range(1, num_taps):  # take back what crossed into the next segment
-            rows = (positions_T[back:] < back).nonzero().squeeze(1)
-            crossed = dy[rows + back]
-            dtaps[-1 - back] -= (crossed * x_TD[rows]).sum(0)
-            dx.index_add_(0, rows, crossed * taps[-1 - back], alpha=-1)
-        return dx, dtaps.t(), dy.sum(0), None
+                later = dy[back : back + size]
+                block[: len(later)].addcmul_(later, taps[-1 - back])
+                dtaps[-1 - back] += (later * x[: len(later)]).sum(0)
+            dx[start:stop] = block
+        _take_back_crossings(dx, dtaps, x_TD, dy_TD, taps, positions_T)
+        return dx, dtaps.t().to(weight_DK.dtype), dbias.to(bias_D.dtype), None
+
+
+def _take_back_crossings(
+    dx_TD: Tensor, dtaps_KD: Tensor, x_TD: Tensor, dy_TD: Tensor, taps_KD: Tensor, positions_T: Tensor
+) -> None:
+    """Removes from both gradients what flowed from a segment's first tokens to the segment before."""
+    num_taps = len(taps_KD)
+    rows = (positions_T < num_taps - 1).nonzero().squeeze(1)
+    last = torch.cat([rows - back for back in range(1, num_taps)]).unique()
+    last = last[last >= 0]  # every token that a later segment's first tokens could have read, computed again
+    fresh = torch.zeros(len(last), dx_TD.shape[1], dtype=taps_KD.dtype, device=dx_TD.device)
+    for back in range(num_taps):
+        reader = (last + back).clamp(max=len(positions_T) - 1)
+        own = ((last + back < len(positions_T)) & (positions_T[reader] >= back))[:, None]
+        dy = _wide(dy_TD[reader])
+        fresh += torch.where(own, dy * taps_KD[-1 - back], 0.0)
+        foreign = ((last + back < len(positions_T)) & (positions_T[reader] < back))[:, None]
+        dtaps_KD[-1 - back] -= torch.where(foreign, dy * _wide(x_TD[last]), 0.0).sum(0)
+    dx_TD.index_copy_(0, last, fresh.to(dx_TD.dtype))
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least fp32; the tensor itself where it is."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _blocks(x_TD: Tensor) -> list[tuple[int, int]]:

@@ -1,7 +1,7 @@
 """Root-mean-square norms: of hidden states, and of groups of gated channels inside Mamba-2.
 
-Knows tensors alone. On a CPU in fp32 or float64 the gradient is written out and taken in cache-sized blocks: autograd's
-own walks over fresh memory six times and took twice as long as the matrix product beside it. Elsewhere PyTorch's norm.
+Knows tensors alone. On a CPU the gradient is written out and taken in cache-sized blocks: autograd's own walks over
+fresh memory six times and took twice as long as the matrix product beside it. Elsewhere PyTorch's norm.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class GatedRMSNorm(nn.Module):
 
 def rms_norm(x: Tensor, weight_GD: Tensor, eps: float) -> Tensor:
     """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension of (..., G, D)."""
-    if x.device.type == "cpu" and x.dtype == weight_GD.dtype and x.dtype in (torch.float32, torch.float64):
+    if x.device.type == "cpu":
         y: Tensor = _RMSNorm.apply(x, weight_GD, eps)  # type: ignore[no-untyped-call]
         return y
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -62,24 +62,33 @@ class _RMSNorm(torch.autograd.Function):
         ctx.eps = eps
         y = torch.empty(x.shape, dtype=x.dtype)
         x_MGD, y_MGD = x.reshape(-1, *weight_GD.shape), y.view(-1, *weight_GD.shape)
+        weight = _wide(weight_GD)
         for part in _blocks(x_MGD):
-            torch.mul(x_MGD[part], _inverse_rms(x_MGD[part], eps), out=y_MGD[part]).mul_(weight_GD)
+            block = _wide(x_MGD[part])
+            y_MGD[part] = (block * _inverse_rms(block, eps)).mul_(weight)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_GD = ctx.saved_tensors
         x_MGD, dy_MGD = (tensor.reshape(-1, *weight_GD.shape) for tensor in (x, grads[0]))
-        dx, dweight = torch.empty(x.shape, dtype=x.dtype), torch.zeros_like(weight_GD)
+        weight = _wide(weight_GD)
+        dx, dweight = torch.empty(x.shape, dtype=x.dtype), torch.zeros_like(weight)
         dx_MGD = dx.view(-1, *weight_GD.shape)
         for part in _blocks(x_MGD):
-            inverse = _inverse_rms(x_MGD[part], ctx.eps)
-            normed = x_MGD[part] * inverse
-            dweight += (dy_MGD[part] * normed).sum(0)
-            scaled = dy_MGD[part] * weight_GD
+            block, dy = _wide(x_MGD[part]), _wide(dy_MGD[part])
+            inverse = _inverse_rms(block, ctx.eps)
+            normed = block * inverse
+            dweight += (dy * normed).sum(0)
+            scaled = dy * weight
             along = (scaled * normed).mean(-1, keepdim=True)
-            torch.addcmul(scaled, normed, along, value=-1, out=dx_MGD[part]).mul_(inverse)
-        return dx, dweight, None
+            dx_MGD[part] = scaled.addcmul_(normed, along, value=-1).mul_(inverse)
+        return dx, dweight.to(weight_GD.dtype), None
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least fp32; the tensor itself where it is."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:

@@ -62,3 +62,16 @@ def test_slots_that_make_no_sense_are_refused(slots: list[int]) -> None:
 def test_a_cache_needs_a_slot() -> None:
     with pytest.raises(ValueError, match="num_slots = 0"):
         make_cache(0)
+
+
+def test_reset_clears_the_states_of_that_slot_alone() -> None:
+    model = make_model()
+    cache = model.new_cache(2, device="cpu", dtype=torch.float64)
+    for slot in (0, 1):
+        model.prefill(pack([make_sample("iiii")]), cache, slot)
+    cache.reset(0)
+    for state in cache.mamba.values():
+        assert not state.ssm_BHPN[0].any()
+        assert not state.window_BKD[0].any()
+        assert state.ssm_BHPN[1].any()
+        assert state.window_BKD[1].any()

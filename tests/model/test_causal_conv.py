@@ -49,3 +49,18 @@ def test_without_bias_the_taps_stand_alone() -> None:
         causal_conv_silu(x, weight, None, positions_T=positions),
         causal_conv_silu(x, weight, torch.zeros(D), positions_T=positions),
     )
+
+
+def test_bf16_is_summed_in_fp32() -> None:
+    generator = torch.Generator().manual_seed(2)
+    x, weight, bias = (torch.randn(shape, generator=generator).bfloat16() for shape in ((50, D), (D, K), (D,)))
+    inputs = [tensor.requires_grad_() for tensor in (x, weight, bias)]
+    wide = [tensor.detach().float().requires_grad_() for tensor in inputs]
+    positions = torch.arange(50) % 20
+    half, full = (causal_conv_silu(*given, positions_T=positions) for given in (inputs, wide))
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), full, rtol=1e-2, atol=1e-2)
+    grads = torch.autograd.grad(half.sum(), inputs)
+    expected = torch.autograd.grad(full.sum(), wide)
+    for grad, wide_grad in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad.float(), wide_grad, rtol=2e-2, atol=5e-2)
