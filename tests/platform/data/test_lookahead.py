@@ -56,11 +56,11 @@ def test_every_tick_gets_the_last_pts_before_it_and_no_needed_packet_is_dropped(
 
 def test_times_past_the_end_have_no_frame() -> None:
     ahead = LookAhead()
-    ahead.want([0, 4, 9])
+    ahead.want([0, 5, 6, 9])
     for pts in (0, 2, 4):
         ahead.add(pts, pts)
     ahead.finish(6)
-    assert ahead.pts_of == {0: 0, 4: 4}
+    assert ahead.pts_of == {0: 0, 5: 4}
 
 
 def test_an_empty_stream_resolves_to_nothing() -> None:

@@ -161,6 +161,23 @@ def test_new_and_changed_media_alone_are_done(corpus: Path, finished: Path, tmp_
     assert (store.info("clip0.mp4").num_frames, store.info("nowhere.mp4").num_frames) == (4, 1)
 
 
+def test_a_file_that_is_away_for_a_moment_is_tried_again(corpus: Path, tmp_path: Path) -> None:
+    shutil.copytree(corpus / "media", tmp_path / "media")
+    clip, away = tmp_path / "media" / "clip0.mp4", tmp_path / "away.mp4"
+    config = dataclasses.replace(make_config(corpus, tmp_path / "store"), input=str(tmp_path / "media" / "clip*.mp4"))
+
+    def while_away(*arguments: object) -> Iterator[UnitOutcome]:
+        clip.rename(away)
+        yield from run_in_process(*arguments)  # type: ignore[arg-type]
+        away.rename(clip)
+
+    first = run_preprocess(config, run=while_away)
+    assert first.errors_by_stage == {"decode_video": {"not_found": 1}}
+    second = run_preprocess(config, run=run_in_process)
+    assert (second.segments_encoded, second.errors, second.segments_done) == (1, 0, 10)
+    assert second.audit["duplicate"] == 0
+
+
 def test_another_recipe_is_refused_with_the_difference(corpus: Path, finished: Path) -> None:
     config = make_config(corpus, finished)
     other = dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, num_tokens_per_frame=2))
