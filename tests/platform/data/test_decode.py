@@ -117,6 +117,16 @@ def test_far_jumps_seek_and_find_the_same_frames(tmp_path: Path, suffix: str) ->
         assert np.array_equal(got.frames, whole.frames[[int(t) for t in chosen]])
 
 
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
+def test_a_seek_to_just_before_a_keyframe_does_not_land_on_it(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"long.{suffix}"
+    make_video(path, range(600), gop=30, b_frames=3)
+    eighths = open_video(str(path), SIZE).sample(seconds(600, fps=8))
+    for number in (599, 299, 298, 269, 59, 30, 29):  # backwards: each is a seek; DTS run two frames before PTS
+        got = open_video(str(path), SIZE).sample([Fraction(number, 8)])
+        assert np.array_equal(got.frames[0], eighths.frames[number])
+
+
 def test_h264_in_avi_is_shown_in_the_order_of_display(tmp_path: Path, videos: dict[str, Path]) -> None:
     """AVI has no PTS: what FFmpeg states is the order of decoding."""
     make_video(tmp_path / "clip.avi", range(80), gop=40, b_frames=3)
