@@ -85,7 +85,7 @@ def make_corpus(folder: Path, *, num_samples: int = 24, num_videos: int = 6) -> 
 
 
 def train_values(corpus: Corpus, **changes: Any) -> dict[str, Any]:
-    """A two-phase configuration as YAML would hold it: `align` 3 steps, `instruct` 6 steps; changes by top-level key."""
+    """A configuration as YAML holds it: `align` 3 steps, `instruct` 6 steps; changes by top-level key."""
     packing = {"max_tokens": 160}
     return {
         "name": "run",

@@ -200,13 +200,16 @@ def local_copy(uri: str) -> Iterator[Path]:
 def consolidate(folder: Path, zero_stage: int) -> dict[str, torch.Tensor]:
     """The fp32 parameters of a checkpoint's local folder by name, put together from the shards of all ranks."""
     import_deepspeed()
-    if zero_stage == 0:
-        states = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
-        return {name: tensor.float() for name, tensor in states["module"].items()}
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    tensors: dict[str, torch.Tensor] = {}
+    if zero_stage < 3:  # every rank has the whole module; what is frozen is nowhere else in stages 0 and 1
+        file = folder / "mp_rank_00_model_states.pt"
+        tensors = torch.load(file, map_location="cpu", weights_only=False)["module"]
+    if zero_stage > 0:
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints a page
-        tensors = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints a page
+            masters = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
+        tensors = {**tensors, **masters}
     return {name: tensor.float() for name, tensor in tensors.items()}
 
 

@@ -61,11 +61,17 @@ def agree(decide: Any) -> Any:
 
 @contextlib.contextmanager
 def process_group(*, use_gpu: bool) -> Iterator[torch.device]:
-    """torch.distributed for the block: the launcher's group, or a group of one."""
+    """torch.distributed for the block: the launcher's group, a group of one, or the one that this process has already.
+
+    One a process: DeepSpeed keeps the first it saw for good.
+    """
     backend = "nccl" if use_gpu else "gloo"
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_gpu else torch.device("cpu")
     if use_gpu:
         torch.cuda.set_device(device)
+    if dist.is_initialized():
+        yield device
+        return
     with tempfile.TemporaryDirectory(prefix="timeviper-rendezvous-") as folder:
         if "RANK" in os.environ:
             dist.init_process_group(backend)

@@ -165,6 +165,11 @@ class _Run:
         self, phase: Phase, checkpoint: str | None, global_step: int, writer: MetricsWriter | None
     ) -> tuple[int, str]:
         """Runs the phase's steps; the number of finished steps of all phases, and the phase's last checkpoint."""
+        if checkpoint is not None:
+            state = read_state(checkpoint)
+            _check_plan(phase, state, checkpoint)
+            if state.step >= phase.num_steps:
+                return global_step, checkpoint
         ds_engine = build_ds_engine(
             phase.model.to(self._device),
             phase.groups,
@@ -174,8 +179,6 @@ class _Run:
         )
         step, position, saved = 0, PlanPosition(0, 0), checkpoint
         if checkpoint is not None:
-            state = read_state(checkpoint)
-            _check_plan(phase, state, checkpoint)
             load_checkpoint(ds_engine, checkpoint, phase.groups)
             step, position = state.step, state.position
             logger.info("phase %s goes on after step %d, from %s", phase.name, step, checkpoint)

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from reference.training_corpus import DIM, Corpus, make_corpus
+from timeviper_model.weights import load_tokenizer
+from timeviper_platform.data.features import FeatureStore
+from timeviper_platform.training.feed import Feed, FeedShape
+from timeviper_platform.training.plan import PackingConfig, PackPlan, PlanPosition
+from timeviper_platform.training.prefetch import Prefetcher
+from timeviper_platform.training.samples import (
+    FramesConfig,
+    SampleBuilder,
+    SampleRows,
+    SourceConfig,
+    measure_samples,
+)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def make_feed(corpus: Corpus, *, rank: int, world_size: int, packs_per_step: int = 3, pad: bool = False) -> Feed:
+    builder = SampleBuilder(
+        FeatureStore.open(corpus.features), load_tokenizer(corpus.tokenizer), "nemotron", FramesConfig()
+    )
+    rows = SampleRows.read([SourceConfig(uri=corpus.samples)])
+    packing = PackingConfig(max_tokens=200)
+    table, _ = measure_samples(rows, builder, max_tokens=packing.max_tokens, max_frames=None)
+    shape = FeedShape(
+        packs_per_step=packs_per_step,
+        max_tokens=200,
+        pad_to=200 if pad else None,
+        dim=DIM,
+        pad_token_id=0,
+        num_epochs=None,
+        vision_cost=0.5,
+    )
+    return Feed(PackPlan(table, packing, seed=2), rows, builder, shape, rank=rank, world_size=world_size)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_ranks_together_see_what_one_rank_sees(corpus: Corpus, world_size: int) -> None:
+    alone = make_feed(corpus, rank=0, world_size=1).steps(PlanPosition(0, 0), 0, 4)
+    ranks = [
+        make_feed(corpus, rank=r, world_size=world_size).steps(PlanPosition(0, 0), 0, 4) for r in range(world_size)
+    ]
+    for expected, *shares in zip(alone, *ranks, strict=True):
+        assert {len(share.micro_batches) for share in shares} == {-(-3 // world_size)}
+        own = [item.batch for share in shares for item in share.micro_batches if not item.is_dummy]
+        key = [tuple(batch.input_ids.tolist()) for batch in own]
+        assert sorted(key) == sorted(tuple(item.batch.input_ids.tolist()) for item in expected.micro_batches)
+        assert {share.num_targets for share in shares} == {expected.num_targets}
+        labelled = sum(int((batch.labels >= 0).sum()) for batch in own)
+        assert labelled == expected.num_targets  # what the loss is divided by
+
+
+def test_a_feed_goes_on_from_any_step_as_if_it_had_not_stopped(corpus: Corpus) -> None:
+    whole = list(make_feed(corpus, rank=0, world_size=2).steps(PlanPosition(0, 0), 0, 9))
+    rest = list(make_feed(corpus, rank=0, world_size=2).steps(whole[5].end, 6, 9))
+    assert [step.step for step in rest] == [7, 8, 9]
+    for one, other in zip(whole[6:], rest, strict=True):
+        for a, b in zip(one.micro_batches, other.micro_batches, strict=True):
+            assert torch.equal(a.batch.input_ids, b.batch.input_ids)
+            assert torch.equal(a.batch.vision_features, b.batch.vision_features)
+    assert whole[-1].end.epoch > 0  # the walk crossed an epoch
+
+
+def test_padding_and_fill_are_counted(corpus: Corpus) -> None:
+    step = next(make_feed(corpus, rank=0, world_size=2, pad=True).steps(PlanPosition(0, 0), 0, 1))
+    assert all(len(item.batch.input_ids) == 200 for item in step.micro_batches if not item.is_dummy)
+    assert step.num_padding_tokens == 3 * 200 - step.num_tokens + 2  # one dummy of two tokens
+    assert step.fill == pytest.approx(step.num_tokens / 600)
+
+
+def test_prefetched_steps_are_the_steps(corpus: Corpus) -> None:
+    feed = make_feed(corpus, rank=1, world_size=2)
+    ahead = Prefetcher(feed.steps(PlanPosition(0, 0), 0, 3), num_bytes=lambda step: 1, max_bytes=10)
+    assert [step.step for step in ahead] == [1, 2, 3]
+    ahead.close()
+
+
+def test_prefetch_stays_within_its_bytes_and_always_holds_one_item() -> None:
+    made = 0
+
+    def source() -> Iterator[int]:
+        nonlocal made
+        for number in itertools.count():
+            made += 1
+            yield number
+
+    ahead = Prefetcher(source(), num_bytes=lambda item: 100, max_bytes=250)
+    _wait_until(lambda: made == 3)  # two wait, the third is in the thread's hand
+    time.sleep(0.05)
+    assert made == 3
+    assert next(ahead) == 0
+    _wait_until(lambda: made == 4)
+    ahead.close()
+    large = Prefetcher(iter([7]), num_bytes=lambda item: 1000, max_bytes=1)
+    assert list(large) == [7]
+
+
+def test_an_error_of_the_source_reaches_the_consumer_after_what_came_before() -> None:
+    def source() -> Iterator[int]:
+        yield 1
+        raise RuntimeError("row group 3 is damaged")
+
+    ahead = Prefetcher(source(), num_bytes=lambda item: 1, max_bytes=10)
+    assert next(ahead) == 1
+    with pytest.raises(RuntimeError, match="row group 3 is damaged"):
+        next(ahead)
+
+
+def test_closing_ends_the_thread() -> None:
+    ahead = Prefetcher(itertools.count(), num_bytes=lambda item: 1, max_bytes=5)
+    ahead.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "prefetch" and thread.is_alive()]
+
+
+def _wait_until(holds: object, timeout_s: float = 5.0) -> None:
+    assert callable(holds)
+    deadline = time.monotonic() + timeout_s
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert holds()

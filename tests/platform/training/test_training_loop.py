@@ -1,0 +1,256 @@
+"""Whole runs on one rank, in this process: plain torch and DeepSpeed, no Ray."""
+
+from __future__ import annotations
+
+import copy
+import json
+import runpy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from reference.training_corpus import DIM, QUESTIONS, RECIPE, Corpus, make_corpus, train_config, train_values
+from timeviper_model.weights import from_pretrained, load_tokenizer
+from timeviper_platform.config import parse_config
+from timeviper_platform.data.store_writer import write_store
+from timeviper_platform.training.checkpoint import Checkpoints
+from timeviper_platform.training.config import TrainConfig, with_absolute_paths
+from timeviper_platform.training.export import export_weights
+from timeviper_platform.training.local import main, train_local
+from timeviper_platform.training.loop import RunFolder
+from timeviper_platform.training.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parents[3]
+pytestmark = pytest.mark.usefixtures("group_of_one")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def finished(corpus: Corpus, group_of_one: None) -> TrainConfig:
+    """A run of both phases, never interrupted."""
+    config = train_config(corpus, name="finished")
+    train_local(config)
+    return config
+
+
+def curve(config: TrainConfig) -> list[tuple[int, float, float]]:
+    return [(row["global_step"], row["loss"], row["grad_norm"]) for row in read_metrics(RunFolder.of(config).uri)]
+
+
+def interrupted_after(finished: TrainConfig, corpus: Corpus, name: str, step: int) -> TrainConfig:
+    """A copy of the finished run as a kill after its checkpoint at `step` would have left it."""
+    config = train_config(corpus, name=name)
+    source, target = Path(RunFolder.of(finished).uri), Path(RunFolder.of(config).uri)
+    shutil.copytree(source, target)
+    for folder in (target / "checkpoints").glob("step-*"):
+        if int(folder.name[-8:]) > step:
+            shutil.rmtree(folder)
+    shutil.rmtree(target / "weights" / "instruct")
+    return config
+
+
+def test_phases_run_in_a_chain_and_learn(finished: TrainConfig) -> None:
+    folder = RunFolder.of(finished)
+    report = json.loads(Path(folder.report).read_text())
+    assert [(name, phase["steps"]) for name, phase in report.items()] == [("align", 3), ("instruct", 6)]
+    assert report["instruct"]["loss_last"] < report["instruct"]["loss_first"] - 1.0
+    assert report["align"]["rejects"] == {"too_long": 3}
+    assert report["instruct"]["samples"] > 0
+    rejects = json.loads(Path(folder.rejects("align")).read_text())
+    assert rejects[0]["reason"] == "too_long"
+    align, instruct = from_pretrained(folder.weights("align")), from_pretrained(folder.weights("instruct"))
+    assert torch.equal(align.backbone.embeddings.weight, _first_model_weight(finished))
+    assert not torch.equal(instruct.backbone.embeddings.weight, align.backbone.embeddings.weight)
+    assert instruct.state_dict()["transv.3.alpha"].item() != 0.0
+
+
+def _first_model_weight(config: TrainConfig) -> torch.Tensor:
+    from timeviper_model.config import PRESETS
+    from timeviper_model.timeviper import TimeViper
+
+    model = TimeViper(PRESETS["tiny"])
+    model.init_weights(torch.Generator().manual_seed(3))
+    return model.backbone.embeddings.weight
+
+
+def test_rows_say_what_a_step_did(finished: TrainConfig) -> None:
+    rows = read_metrics(RunFolder.of(finished).uri)
+    align, instruct = rows[0], rows[-1]
+    assert align["num_vision_tokens"][0] == align["num_vision_tokens"][2] > 0  # TransV off
+    before, after_first, after_second = instruct["num_vision_tokens"]
+    assert before > after_first > after_second > 0
+    assert set(align["lr"]) == {r"projector\..* decay", r"projector\..* no decay"}
+    assert align["attempt"] == 1
+    assert 0 < align["fill"] <= 1
+    assert 0 <= align["data_wait_share"] <= 1
+    assert align["tokens_per_second"] == pytest.approx(align["num_tokens"] / align["seconds"])
+
+
+@pytest.mark.parametrize("step", [2, 3, 5])  # inside the first phase, at its end, inside the second
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
+    finished: TrainConfig, corpus: Corpus, step: int
+) -> None:
+    config = interrupted_after(finished, corpus, f"resumed-{step}", step)
+    shutil.rmtree(Path(RunFolder.of(config).uri, "metrics"))
+    train_local(config)
+    assert curve(config) == curve(finished)[step:]
+    one, other = (from_pretrained(RunFolder.of(c).weights("instruct")).state_dict() for c in (config, finished))
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_a_finished_run_that_is_started_again_does_nothing_more(finished: TrainConfig, corpus: Corpus) -> None:
+    before = curve(finished)
+    report = train_local(finished)
+    assert report["instruct"]["steps"] == 6
+    assert curve(finished) == before
+
+
+def test_checkpoints_are_pruned_to_the_newest(corpus: Corpus) -> None:
+    config = train_config(corpus, name="pruned", checkpoint={"every_steps": 1, "keep": 2})
+    train_local(config)
+    folder = RunFolder.of(config).checkpoints
+    assert [Path(uri).name for uri in Checkpoints(folder).committed()] == ["step-00000008", "step-00000009"]
+    assert sorted(path.name for path in Path(folder).glob("step-*")) == ["step-00000008", "step-00000009"]
+
+
+def test_bf16_learns_and_exports_its_fp32_masters(corpus: Corpus, finished: TrainConfig) -> None:
+    values = train_values(corpus, name="bf16", precision="bf16", activation_checkpointing=True)
+    config = parse_config(TrainConfig, values)
+    report = train_local(config)
+    reference = json.loads(Path(RunFolder.of(finished).report).read_text())
+    assert report["instruct"]["loss_last"] == pytest.approx(reference["instruct"]["loss_last"], rel=0.1)
+    weight = from_pretrained(RunFolder.of(config).weights("instruct")).lm_head.weight
+    assert weight.dtype == torch.float32
+    assert not torch.equal(weight, weight.bfloat16().float())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_zero_stages_agree_and_export_the_same(corpus: Corpus, finished: TrainConfig, stage: int) -> None:
+    config = train_config(corpus, name=f"zero-{stage}", zero={"stage": stage})
+    train_local(config)
+    for (_, loss, norm), (_, expected_loss, expected_norm) in zip(curve(config), curve(finished), strict=True):
+        assert loss == pytest.approx(expected_loss, rel=1e-6)
+        assert norm == pytest.approx(expected_norm, rel=1e-5)
+    own, expected = (from_pretrained(RunFolder.of(c).weights("instruct")).state_dict() for c in (config, finished))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(own[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_exported_weights_answer_for_where_they_come_from(finished: TrainConfig, tmp_path: Path) -> None:
+    newest = Checkpoints(RunFolder.of(finished).checkpoints).newest()
+    assert newest is not None
+    export_weights(newest, str(tmp_path / "weights"), dtype="bf16")
+    described = json.loads((tmp_path / "weights" / "config.json").read_text())
+    metadata = described["timeviper_metadata"]
+    assert metadata["phase"] == "instruct"
+    assert metadata["step"] == "6"
+    assert len(metadata["recipe_hash"]) == 64
+    assert metadata["max_frames"] == "6"
+    assert metadata["use_transv"] == "true"
+    assert described["torch_dtype"] == "bfloat16"
+    text = QUESTIONS[0]
+    tokenizer = load_tokenizer(tmp_path / "weights")
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_export_job_takes_a_configuration_or_a_checkpoint(
+    finished: TrainConfig, corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = runpy.run_path(str(ROOT / "jobs" / "export.py"))["main"]
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(train_values(corpus, name="finished"), sort_keys=False))
+    assert job(["--config", str(tmp_path / "train.yaml"), "--output", str(tmp_path / "weights")]) == 0
+    assert "step-00000009 -> " in capsys.readouterr().out
+    assert from_pretrained(tmp_path / "weights").config.transv
+    assert job(["--checkpoint", "/nowhere", "--output", str(tmp_path / "other")]) == 1
+    assert "export: there is no committed checkpoint at '/nowhere'" in capsys.readouterr().err
+    assert job(["--config", str(tmp_path / "train.yaml"), "--output", str(tmp_path / "other"), "name=none"]) == 1
+    assert "no committed checkpoint in" in capsys.readouterr().err
+
+
+def test_a_changed_plan_is_refused_at_resume(finished: TrainConfig, corpus: Corpus) -> None:
+    with pytest.raises(ValueError, match="was training phase instruct on another pack plan"):
+        train_local(train_config(corpus, name="finished", seed=1))
+
+
+def test_other_zero_stage_or_other_parameters_are_refused_at_resume(finished: TrainConfig, corpus: Corpus) -> None:
+    config = interrupted_after(finished, corpus, "refused", 5)
+    with pytest.raises(ValueError, match="saved by 1 ranks with ZeRO-2, this run has 1 with ZeRO-1"):
+        train_local(parse_config(TrainConfig, train_values(corpus, name=config.name, zero={"stage": 1})))
+    values = train_values(corpus, name=config.name)
+    values["phases"]["instruct"]["trainable"] = [{"match": "lm_head.*", "lr": 1e-3}]
+    with pytest.raises(ValueError, match="cannot change its trainable parameters half-way"):
+        train_local(parse_config(TrainConfig, values))
+
+
+def broken(corpus: Corpus, path: str, value: Any) -> dict[str, Any]:
+    values = copy.deepcopy(train_values(corpus, name="broken"))
+    node: Any = values
+    *parents, last = path.split(".")
+    for parent in parents:
+        node = node[parent]
+    node[last] = value
+    return values
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (
+            "phases.align.packing.max_token",
+            3,
+            "unknown key 'phases.align.packing.max_token'; the keys here are max_tok",
+        ),
+        ("phases.align.init", None, "phases.align.init: the first phase needs its initial weights"),
+        ("phases.align.steps", None, "a phase needs either steps or epochs"),
+        ("phases", {}, "phases: name at least one"),
+        ("name", "a/b", "no slash"),
+        ("phases.align.init", {"preset": "tiny", "weights": "x"}, "init needs either weights or a preset"),
+        ("feature_store", "/nowhere/features", "no feature store at '/nowhere/features'"),
+        ("phases.align.samples", [{"uri": "/nowhere.parquet"}], "there are no samples at '/nowhere.parquet'"),
+        ("phases.align.trainable", [{"match": "nothing", "lr": 1e-3}], "'nothing' matches no parameter"),
+        ("phases.align.init", {"weights": "/nowhere"}, "config.json does not exist"),
+    ],
+)
+def test_what_cannot_work_is_said_before_it_starts(
+    corpus: Corpus, tmp_path: Path, caplog: pytest.LogCaptureFixture, path: str, value: Any, message: str
+) -> None:
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(broken(corpus, path, value), sort_keys=False))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("timeviper_platform.training.local.setup_logging", lambda: None)  # it would take caplog's place
+        assert main(["--config", str(tmp_path / "train.yaml")]) == 1
+    assert message in caplog.text
+
+
+def test_features_of_another_width_are_refused(corpus: Corpus, tmp_path: Path) -> None:
+    write_store(str(tmp_path / "wide"), {"a": torch.zeros(2, 4, DIM + 1)}, recipe=RECIPE)
+    with pytest.raises(ValueError, match="have width 65, the model's projector takes 64"):
+        train_local(train_config(corpus, name="wide", feature_store=str(tmp_path / "wide")))
+
+
+def test_paths_become_absolute_and_names_stay(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(corpus.folder)
+    config = with_absolute_paths(
+        train_config(corpus, feature_store="features", tokenizer="nvidia/NVIDIA-Nemotron-Nano-9B-v2", runs="s3://a/b")
+    )
+    assert config.feature_store == corpus.features
+    assert config.tokenizer == "nvidia/NVIDIA-Nemotron-Nano-9B-v2"
+    assert config.runs == "s3://a/b"
+    assert with_absolute_paths(train_config(corpus, tokenizer="tokenizer")).tokenizer == corpus.tokenizer
+
+
+@pytest.mark.parametrize("name", ["train.yaml", "tiny/train.yaml"])
+def test_shipped_configurations_load(name: str) -> None:
+    from timeviper_platform.config import load_config
+
+    config = load_config(TrainConfig, ROOT / "ray_configs" / name)
+    assert list(config.phases)[-2:] == ["align", "instruct"]
+    assert not config.phases["align"].use_transv
+    assert config.phases["instruct"].use_transv
