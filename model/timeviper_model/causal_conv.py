@@ -102,7 +102,7 @@ def _take_back_crossings(
     """Removes from both gradients what flowed from a segment's first tokens to the segment before."""
     num_taps = len(taps_KD)
     rows = (positions_T < num_taps - 1).nonzero().squeeze(1)
-    last = torch.unique(torch.cat([rows - back for back in range(1, num_taps)]))  # type: ignore[no-untyped-call]
+    last = torch.unique(torch.cat([rows - back for back in range(1, num_taps)]))
     last = last[last >= 0]  # every token that a later segment's first tokens could have read, computed again
     fresh = torch.zeros(len(last), dx_TD.shape[1], dtype=taps_KD.dtype, device=dx_TD.device)
     for back in range(num_taps):
