@@ -190,7 +190,7 @@ def _score_inputs(stream: TokenStream, block: Block, *, any_drop: bool) -> tuple
     attention = block.mixer
     assert isinstance(attention, Attention)
     hidden = stream.hidden_TD if any_drop else stream.hidden_TD[:1]
-    places = _score_tokens(stream) if any_drop else torch.zeros(1, dtype=torch.long, device=hidden.device)
+    places = _score_tokens(stream).clamp(max=len(hidden) - 1)  # a segment without tokens has no place of its own
     return attention.queries(block.norm(hidden[places])), attention.keys(block.norm(hidden))
 
 

@@ -94,6 +94,16 @@ def test_any_mix_of_kinds_equals_the_formulas_written_out(
     assert model(pack(samples)).loss_sum.item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
+def test_a_sample_that_lost_every_token_stays_out_of_later_selections() -> None:
+    model = with_sites(
+        TransVSite(layer=1, select="uniform", keep=0.34), TransVSite(layer=4, select="attention", keep=0.0)
+    )
+    alone = make_sample("svvvviirr", seed=0)
+    packed = model(pack([alone, make_sample("v", seed=1)]))
+    assert packed.num_vision_tokens.tolist() == [5, 1, 0]
+    assert packed.loss_sum.item() == pytest.approx(slow_loss_sum(model, alone, features_of(alone)).item(), rel=1e-9)
+
+
 def test_only_instruction_tokens_receive_and_only_from_earlier_media() -> None:
     model = make_model()
     layer = model._transv_layer(1)
