@@ -48,7 +48,7 @@ def train_on_ray(config: TrainConfig, *, resume: str = "auto") -> dict[str, Any]
         resume: auto, never, or a checkpoint's URI. After a failure the group resumes by itself in any case.
 
     Raises:
-        ValueError: when `resume` would leave the run with two histories.
+        ValueError: when the configuration and what it names do not fit together, or `resume` would leave two histories.
         RuntimeError: when the run fails for good, with the cause.
     """
     config = with_absolute_paths(config)
@@ -71,22 +71,27 @@ def train_on_ray(config: TrainConfig, *, resume: str = "auto") -> dict[str, Any]
         ),
     )
     try:
-        trainer.fit()
+        outcome = trainer.fit().return_value
     except train.TrainingFailedError as error:
         raise RuntimeError(f"run {folder.uri} failed: {_cause(error)}") from error
-    report: dict[str, Any] = storage.read_json(folder.report)
+    if isinstance(outcome, str):
+        raise ValueError(outcome)
+    report: dict[str, Any] = outcome
     return report
 
 
-def _worker(arguments: dict[str, Any]) -> None:
-    """One rank; called again in a new process after a failure."""
+def _worker(arguments: dict[str, Any]) -> dict[str, Any] | str:
+    """One rank; called again in a new process after a failure. The report, or what is wrong with the configuration."""
     config: TrainConfig = arguments["config"]
     setup_logging(logging.INFO if train.get_context().get_world_rank() == 0 else logging.WARNING)
     torch.set_num_threads(config.workers.threads_per_worker)
     checkpoints = RunFolder.of(config).checkpoints
     # what this run has committed since comes before where it started
     resume_from = agree(lambda: resolve_resume(checkpoints, "auto")) or arguments["start"]
-    run_training(config, resume_from=resume_from, device=get_device(), on_checkpoint=_report)
+    try:
+        return run_training(config, resume_from=resume_from, device=get_device(), on_checkpoint=_report)
+    except ValueError as error:  # the caller's mistake: every further attempt would meet it again
+        return str(error)
 
 
 def _report(uri: str, row: dict[str, Any]) -> None:

@@ -1,0 +1,100 @@
+"""Runs of two processes under gloo, as a launcher starts them: the same curve as one rank, and a kill in between."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from reference.training_corpus import Corpus, make_corpus, train_config, train_values
+from timeviper_platform.local_cluster import free_port
+from timeviper_platform.training.local import train_local
+from timeviper_platform.training.loop import RunFolder
+from timeviper_platform.training.metrics import read_metrics
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def start_ranks(values: dict[str, Any], folder: Path, world_size: int = 2) -> list[subprocess.Popen[bytes]]:
+    path = folder / f"{values['name']}.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    port = str(free_port())
+    processes = []
+    for rank in range(world_size):
+        environment = {
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, "-m", "timeviper_platform.training.local", "--config", str(path)]
+        with (folder / f"rank-{rank}.log").open("ab") as log:
+            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+    return processes
+
+
+def finish(processes: list[subprocess.Popen[bytes]], folder: Path) -> None:
+    codes = [process.wait(timeout=200) for process in processes]
+    assert codes == [0] * len(codes), (folder / "rank-0.log").read_text()[-2000:]
+
+
+def curve(run: str) -> list[tuple[float, float, list[int]]]:
+    return [(row["loss"], row["grad_norm"], row["num_vision_tokens"]) for row in read_metrics(run)]
+
+
+def expect_same(one: list[Any], other: list[Any], rel: float) -> None:
+    for (loss, norm, tokens), (expected_loss, expected_norm, expected_tokens) in zip(one, other, strict=True):
+        assert loss == pytest.approx(expected_loss, rel=rel)
+        assert norm == pytest.approx(expected_norm, rel=10 * rel)
+        assert tokens == expected_tokens
+
+
+def test_two_ranks_killed_and_started_again_give_the_curve_of_one_rank(
+    corpus: Corpus, tmp_path: Path, group_of_one: None
+) -> None:
+    values = train_values(corpus, name="ranks", checkpoint={"every_steps": 4, "keep": 9})
+    values["phases"]["instruct"]["steps"] = 24  # three packs a step: one rank gets a dummy
+    run = str(Path(values["runs"]) / "ranks")
+    processes = start_ranks(values, tmp_path)
+    deadline = time.monotonic() + 120
+    while len(read_metrics(run)) < 3 + 6 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for process in processes:
+        process.kill()
+        process.wait()
+    first = {row["global_step"]: row for row in read_metrics(run)}
+    assert 9 <= len(first) < 27
+
+    finish(start_ranks(values, tmp_path), tmp_path)
+    again = [row for row in read_metrics(run) if row["attempt"] == 2]
+    repeated = [row for row in again if row["global_step"] in first]
+    assert repeated  # steps between the last checkpoint and the kill
+    assert all(row["loss"] == first[row["global_step"]]["loss"] for row in repeated)
+
+    alone = train_config(corpus, **{**values, "name": "alone"})
+    train_local(alone)
+    expect_same(curve(run), curve(RunFolder.of(alone).uri), rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_ranks_under_every_zero_stage_give_the_curve_of_one_rank(
+    corpus: Corpus, tmp_path: Path, group_of_one: None, stage: int
+) -> None:
+    values = train_values(corpus, name=f"zero-{stage}", zero={"stage": stage})
+    finish(start_ranks(values, tmp_path), tmp_path)
+    alone = train_config(corpus, name=f"alone-{stage}", zero={"stage": 0})
+    train_local(alone)
+    expect_same(curve(str(Path(values["runs"]) / values["name"])), curve(RunFolder.of(alone).uri), rel=1e-6)
