@@ -56,6 +56,8 @@ def local_cluster(
         "RAY_ADDRESS": f"127.0.0.1:{ports['port']}",
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports['dashboard-port']}",
         "RAY_USAGE_STATS_ENABLED": "0",
+        # at the end there is nobody left to drain requests for
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
     }
     command = [str(programs / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
