@@ -45,8 +45,6 @@ logger = logging.getLogger(__name__)
 
 FINISHED_FILE = "corpus.json"
 FILM_FILE = ".film.npy"
-NUM_WHICH_IN_TRAINING = 3
-"""naming one of 32 pictures is learned last (intervals and counts come within 300 steps), so it is asked most"""
 MEDIA_CHUNK = 32
 """media a pool task makes: half a second of work, so that progress shows and the cores end together"""
 LANGUAGE_SEED, IMAGE_SEED, QUESTION_SEED, ENCODER_SEED = 1, 2, 3, 4
@@ -116,6 +114,8 @@ class CorpusConfig:
     """image-caption pairs for the align phase"""
     num_language_samples: int = 6000
     """text alone: the same questions about videos in words"""
+    which_per_video: int = 1
+    """'which' questions about a training video, each with options of its own; the share of what is learned they take"""
     duration_seconds: int = 24
     fps: int = 4
     """of the video files; they are sampled at 1 a second later"""
@@ -135,6 +135,8 @@ class CorpusConfig:
             raise ValueError(f"{self.duration_seconds = } must be at least 20: four pictures need 19 s")
         if self.side < 48 or self.side % 2:
             raise ValueError(f"{self.side = } must be even and at least 48 pixels, or pictures cannot be told apart")
+        if self.which_per_video < 0:
+            raise ValueError(f"{self.which_per_video = } must be at least 0")
         if self.fps < 1:
             raise ValueError(f"{self.fps = } must be at least 1")
         if not 0.0 <= self.film_share <= 1.0:
@@ -320,7 +322,7 @@ def _write_tables(
         "instruct": [
             sample_row(f"{scene.media_id}-{n}", question, media_id=scene.media_id)
             for scene in scenes["train"]
-            for n, question in enumerate(_questions(config, scene, num_which=NUM_WHICH_IN_TRAINING))
+            for n, question in enumerate(_questions(config, scene, num_which=config.which_per_video))
         ],
     }
     for name, rows in samples.items():

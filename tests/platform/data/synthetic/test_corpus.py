@@ -161,7 +161,10 @@ def test_unusable_films_and_folders_are_named(tmp_path: Path) -> None:
         make_corpus(replace(config, output="s3://bucket/corpus"))
 
 
-@pytest.mark.parametrize(("field", "value"), [("duration_seconds", 12), ("side", 33), ("fps", 0), ("film_share", 1.5)])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("which_per_video", -1), ("duration_seconds", 12), ("side", 33), ("fps", 0), ("film_share", 1.5)],
+)
 def test_sizes_that_cannot_be_drawn_are_refused(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=field):
         replace(SMALL, **{field: value})

@@ -53,6 +53,9 @@ def test_answers_are_the_scenes_truth() -> None:
     assert grounding.answer == f"From {only.start_seconds} to {only.end_seconds} seconds."
     assert (grounding.start_seconds, grounding.end_seconds) == (only.start_seconds, only.end_seconds)
     assert described.answer == caption(needle)
+    more = list(scene_questions(needle, rng, num_which=3))
+    assert [question.task for question in more] == ["choice"] * 3 + ["grounding", "caption"]
+    assert len({question.text for question in more[:3]}) == 3
     first, last, _ = scene_questions(order, rng)
     assert first.answer.startswith(str(order.appearances[0].picture))
     assert last.answer.startswith(str(order.appearances[-1].picture))
