@@ -114,6 +114,7 @@ def test_packs_are_shared_out_by_cost_and_in_equal_numbers() -> None:
     assert sorted(number for share in shares for number in share) == [0, 1, 2, 3, 4]
     assert max(len(share) for share in shares) == 2
     assert shares[0] == [0]
+    assert [len(share) for share in assign_packs([9, 1, 1, 1, 1], 2)] == [2, 3]  # not 1 and 4, whatever the costs
 
 
 def test_an_epoch_without_samples_is_an_error() -> None:

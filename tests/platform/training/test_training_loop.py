@@ -13,9 +13,11 @@ import pytest
 import torch
 import yaml
 
+from reference.bare_training import train_bare
 from reference.training_corpus import DIM, QUESTIONS, RECIPE, Corpus, make_corpus, train_config, train_values
 from timeviper_model.weights import from_pretrained, load_tokenizer
 from timeviper_platform.config import parse_config
+from timeviper_platform.data.features import FeatureStore
 from timeviper_platform.data.store_writer import write_store
 from timeviper_platform.training.checkpoint import Checkpoints
 from timeviper_platform.training.config import TrainConfig, with_absolute_paths
@@ -23,6 +25,7 @@ from timeviper_platform.training.export import export_weights
 from timeviper_platform.training.local import main, train_local
 from timeviper_platform.training.loop import RunFolder
 from timeviper_platform.training.metrics import read_metrics
+from timeviper_platform.training.phase import first_model, prepare_phase
 
 ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.usefixtures("group_of_one")
@@ -79,6 +82,26 @@ def _first_model_weight(config: TrainConfig) -> torch.Tensor:
     model = TimeViper(PRESETS["tiny"])
     model.init_weights(torch.Generator().manual_seed(3))
     return model.backbone.embeddings.weight
+
+
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.05])
+def test_losses_are_those_of_a_bare_loop(corpus: Corpus, max_grad_norm: float) -> None:
+    values = train_values(corpus, name=f"clip-{max_grad_norm}", zero={"max_grad_norm": max_grad_norm})
+    del values["phases"]["instruct"]
+    values["phases"]["align"] |= {
+        "trainable": [{"match": ".*", "lr": 5e-3, "weight_decay": 0.5}],
+        "steps": 5,
+        "schedule": {"warmup_ratio": 0.4, "final_ratio": 0.1},
+        "use_transv": True,
+    }
+    config = parse_config(TrainConfig, values)
+    train_local(config)
+    store = FeatureStore.open(corpus.features)
+    init = config.phases["align"].init
+    assert init is not None
+    model = first_model(init, store, None)
+    phase = prepare_phase(config, "align", model, store, load_tokenizer(corpus.tokenizer), rank=0, world_size=1)
+    assert [loss for _, loss, _ in curve(config)] == pytest.approx(train_bare(phase, config.zero), rel=2e-6)
 
 
 def test_rows_say_what_a_step_did(finished: TrainConfig) -> None:
