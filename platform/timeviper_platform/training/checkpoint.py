@@ -207,7 +207,7 @@ def consolidate(folder: Path, zero_stage: int) -> dict[str, torch.Tensor]:
     if zero_stage > 0:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints a page
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it prints a page
             masters = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
         tensors = {**tensors, **masters}
     return {name: tensor.float() for name, tensor in tensors.items()}

@@ -91,7 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--resume", default="auto", help="auto, never, or the URI of a checkpoint")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parsed = parser.parse_args(arguments)
-    setup_logging()
+    setup_logging(logging.WARNING)
+    if os.environ.get("RANK", "0") == "0":
+        logging.getLogger("timeviper_platform").setLevel(logging.INFO)
     try:
         report = train_local(load_config(TrainConfig, parsed.config, parsed.overrides), resume=parsed.resume)
     except (ValueError, RuntimeError) as error:

@@ -83,7 +83,9 @@ def train_on_ray(config: TrainConfig, *, resume: str = "auto") -> dict[str, Any]
 def _worker(arguments: dict[str, Any]) -> dict[str, Any] | str:
     """One rank; called again in a new process after a failure. The report, or what is wrong with the configuration."""
     config: TrainConfig = arguments["config"]
-    setup_logging(logging.INFO if train.get_context().get_world_rank() == 0 else logging.WARNING)
+    setup_logging(logging.WARNING)  # what Ray's and DeepSpeed's own modules tell is a page a checkpoint
+    if train.get_context().get_world_rank() == 0:
+        logging.getLogger("timeviper_platform").setLevel(logging.INFO)
     torch.set_num_threads(config.workers.threads_per_worker)
     checkpoints = RunFolder.of(config).checkpoints
     # what this run has committed since comes before where it started

@@ -106,12 +106,14 @@ def import_deepspeed() -> Any:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import logging
+    import warnings
 
     import deepspeed
 
     # else it compiles kernels for shared memory at first use wherever there is a compiler; gloo is there already
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # its own progress is a page an engine
+    warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)  # in its calls, not in ours
     return deepspeed
 
 

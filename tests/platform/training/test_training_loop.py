@@ -16,6 +16,7 @@ import yaml
 from reference.bare_training import train_bare
 from reference.training_corpus import DIM, QUESTIONS, RECIPE, Corpus, make_corpus, train_config, train_values
 from timeviper_model.weights import from_pretrained, load_tokenizer
+from timeviper_platform import storage
 from timeviper_platform.config import parse_config
 from timeviper_platform.data.features import FeatureStore
 from timeviper_platform.data.store_writer import write_store
@@ -25,7 +26,7 @@ from timeviper_platform.training.export import export_weights
 from timeviper_platform.training.local import main, train_local
 from timeviper_platform.training.loop import RunFolder
 from timeviper_platform.training.metrics import read_metrics
-from timeviper_platform.training.phase import first_model, prepare_phase
+from timeviper_platform.training.phase import first_model, load_weights, prepare_phase
 
 ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.usefixtures("group_of_one")
@@ -127,6 +128,22 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
     assert curve(config) == curve(finished)[step:]
     one, other = (from_pretrained(RunFolder.of(c).weights("instruct")).state_dict() for c in (config, finished))
     assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_a_run_on_an_object_store_goes_on_from_there(finished: TrainConfig, corpus: Corpus) -> None:
+    config = train_config(corpus, name="remote", runs="memory://runs")
+    train_local(config)
+    folder = RunFolder.of(config)
+    newest = Checkpoints(folder.checkpoints).newest()
+    assert newest is not None
+    storage.remove(newest)  # as if killed before its end
+    storage.remove(folder.weights("instruct"))
+    report = train_local(config)
+    assert report["instruct"]["steps"] == 6
+    assert curve(config) == curve(finished)
+    own, expected = (load_weights(RunFolder.of(c).weights("instruct")).state_dict() for c in (config, finished))
+    assert all(torch.equal(own[name], expected[name]) for name in expected)
+    storage.remove("memory://runs")
 
 
 def test_a_finished_run_that_is_started_again_does_nothing_more(finished: TrainConfig, corpus: Corpus) -> None:
@@ -247,7 +264,9 @@ def test_what_cannot_work_is_said_before_it_starts(
 ) -> None:
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(broken(corpus, path, value), sort_keys=False))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("timeviper_platform.training.local.setup_logging", lambda: None)  # it would take caplog's place
+        patch.setattr(
+            "timeviper_platform.training.local.setup_logging", lambda level: None
+        )  # it would take caplog's place
         assert main(["--config", str(tmp_path / "train.yaml")]) == 1
     assert message in caplog.text
 

@@ -64,18 +64,18 @@ def expect_same(one: list[Any], other: list[Any], rel: float) -> None:
 def test_two_ranks_killed_and_started_again_give_the_curve_of_one_rank(
     corpus: Corpus, tmp_path: Path, group_of_one: None
 ) -> None:
-    values = train_values(corpus, name="ranks", checkpoint={"every_steps": 4, "keep": 9})
-    values["phases"]["instruct"]["steps"] = 24  # three packs a step: one rank gets a dummy
+    values = train_values(corpus, name="ranks", checkpoint={"every_steps": 12, "keep": 9})
+    values["phases"]["instruct"]["steps"] = 30  # three packs a step: one rank gets a dummy
     run = str(Path(values["runs"]) / "ranks")
     processes = start_ranks(values, tmp_path)
     deadline = time.monotonic() + 120
-    while len(read_metrics(run)) < 3 + 6 and time.monotonic() < deadline:
+    while len(read_metrics(run)) < 3 + 14 and time.monotonic() < deadline:
         time.sleep(0.02)
     for process in processes:
         process.kill()
         process.wait()
     first = {row["global_step"]: row for row in read_metrics(run)}
-    assert 9 <= len(first) < 27
+    assert 17 <= len(first) < 27  # past the checkpoint after step 12, before the one after step 24
 
     finish(start_ranks(values, tmp_path), tmp_path)
     again = [row for row in read_metrics(run) if row["attempt"] == 2]
