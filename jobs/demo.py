@@ -16,6 +16,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,7 +98,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # the client's line for every request
     started = time.monotonic()
     _announce("corpus", "videos, questions, tokenizer and encoder")
-    make_corpus(load_config(CorpusConfig, demo.config("corpus"), demo.overrides("corpus")))
+    corpus = make_corpus(load_config(CorpusConfig, demo.config("corpus"), demo.overrides("corpus")))
+    if not corpus.reused:  # features and a run of another corpus would not fit, and both jobs would rightly refuse
+        for name in ("features", "runs", "weights"):
+            shutil.rmtree(demo.path(name), ignore_errors=True)
     if demo.film is not None:
         _write_manifest_with_film(demo, demo.film)
     report: dict[str, Any] = {}
