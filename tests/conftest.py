@@ -6,18 +6,24 @@ import contextlib
 import os
 import socket
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from timeviper_platform.local_cluster import local_cluster
+from timeviper_platform.local_cluster import local_cluster, make_token
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Ray reads the mode when it is imported and the token when it first connects, so both stand before any test module loads
+_TOKEN_FOLDER = tempfile.TemporaryDirectory(prefix="tv-token-")
+_TOKEN_FILE = make_token(Path(_TOKEN_FOLDER.name))
+os.environ["RAY_AUTH_MODE"] = "token"
+os.environ["RAY_AUTH_TOKEN_PATH"] = str(_TOKEN_FILE)
 
 _LOOPBACK = ("127.", "::1", "localhost", "0.0.0.0")
 
@@ -46,7 +52,7 @@ def _own_addresses() -> set[str]:
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[dict[str, str]]:
     """One Ray for the whole run, with token authentication on; yields the environment a client needs."""
-    with local_cluster(num_cpus=4) as environment:
+    with local_cluster(num_cpus=4, token_file=_TOKEN_FILE) as environment:
         yield environment
 
 

@@ -29,15 +29,28 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+def make_token(folder: Path) -> Path:
+    """A new token in a file of `folder` that only its owner can read."""
+    token_file = folder / "token"
+    token_file.touch(mode=0o600)
+    token_file.write_text(secrets.token_hex(32))
+    return token_file
+
+
 @contextlib.contextmanager
 def local_cluster(
-    *, num_cpus: int, object_store_bytes: int = 1_000_000_000, environment: Mapping[str, str] | None = None
+    *,
+    num_cpus: int,
+    object_store_bytes: int = 1_000_000_000,
+    token_file: Path | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[dict[str, str]]:
     """A running cluster; yields the environment variables that let a child process use it.
 
     Args:
         num_cpus: logical CPUs that tasks may claim.
         object_store_bytes: size of the shared-memory store.
+        token_file: a file with the cluster's token; None makes one that lives as long as the cluster.
         environment: more variables for Ray's own processes.
 
     Raises:
@@ -45,9 +58,7 @@ def local_cluster(
     """
     # Unix sockets limit a path to 107 bytes and Ray adds about 70: hence not below the project's folder
     folder = Path(tempfile.mkdtemp(prefix="tv-ray-", dir="/tmp"))
-    token_file = folder / "token"
-    token_file.touch(mode=0o600)
-    token_file.write_text(secrets.token_hex(32))
+    token_file = token_file or make_token(folder)
     ports = {name: free_port() for name in PORTS}
     programs = Path(sys.executable).parent
     variables = {
