@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
-# Ray reads the mode when it is imported and the token when it first connects, so both stand before any test module loads
+# Ray reads the mode when it is imported and the token at its first connection: both stand before any test module loads
 _TOKEN_FOLDER = tempfile.TemporaryDirectory(prefix="tv-token-")
 _TOKEN_FILE = make_token(Path(_TOKEN_FOLDER.name))
 os.environ["RAY_AUTH_MODE"] = "token"
