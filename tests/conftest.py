@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from timeviper_platform.local_cluster import local_cluster, make_token
@@ -24,6 +25,10 @@ _TOKEN_FOLDER = tempfile.TemporaryDirectory(prefix="tv-token-")
 _TOKEN_FILE = make_token(Path(_TOKEN_FOLDER.name))
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN_PATH"] = str(_TOKEN_FILE)
+
+# a commit's tests are the same in every run; new examples are looked for on purpose, not by chance in CI
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
 _LOOPBACK = ("127.", "::1", "localhost", "0.0.0.0")
 
