@@ -54,7 +54,8 @@ class _PutRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, num_rows: int) -> Tensor:
         ctx.save_for_backward(index)
-        return x.new_zeros((num_rows, *x.shape[1:])).index_copy_(0, index, x)
+        rows = x.new_zeros((num_rows, *x.shape[1:]))
+        return rows.index_copy_(0, index, x) if len(index) else rows  # torch refuses to copy nothing into nothing
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -77,7 +77,7 @@ class TransVLayer(nn.Module):
 
     def idle(self, hidden_TD: Tensor) -> Tensor:
         """(1, D) of zeros through every parameter: a rank that skips a trained module breaks ZeRO."""
-        token = hidden_TD[:1]  # its gradient is zero, but ZeRO-3 works where gradients pass
+        token = _one_token(hidden_TD)  # its gradient is zero, but ZeRO-3 works where gradients pass
         one = Segments(torch.zeros(1, dtype=torch.long, device=token.device), 1).rows([0])
         visible = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=token.device)
         part = TransferRows(receivers=one, sources=one, visible_R1QK=visible)
@@ -189,9 +189,14 @@ def _score_inputs(stream: TokenStream, block: Block, *, any_drop: bool) -> tuple
     """
     attention = block.mixer
     assert isinstance(attention, Attention)
-    hidden = stream.hidden_TD if any_drop else stream.hidden_TD[:1]
+    hidden = stream.hidden_TD if any_drop else _one_token(stream.hidden_TD)
     places = _score_tokens(stream).clamp(max=len(hidden) - 1)  # a segment without tokens has no place of its own
     return attention.queries(block.norm(hidden[places])), attention.keys(block.norm(hidden))
+
+
+def _one_token(hidden_TD: Tensor) -> Tensor:
+    """(1, D): the first token, a zero where every token was dropped."""
+    return hidden_TD[:1] if len(hidden_TD) else hidden_TD.new_zeros(1, hidden_TD.shape[1])
 
 
 def _score_row(stream: TokenStream, rows: RowBucket, queries_RHE: Tensor, keys_RLGE: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Literal
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -78,6 +78,8 @@ def test_packed_samples_equal_the_formulas_written_out(
 
 
 @settings(max_examples=15, deadline=None)
+@example(layouts=["v"], keeps=(0.0, 0.0), first="uniform")
+@example(layouts=["v", "vv"], keeps=(0.0, 0.5), first="attention")
 @given(
     layouts=st.lists(st.text(alphabet="svir", min_size=1, max_size=14), min_size=1, max_size=3),
     keeps=st.tuples(st.sampled_from([0.0, 0.34, 0.5, 1.0]), st.sampled_from([0.0, 0.2, 0.5])),
