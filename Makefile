@@ -26,7 +26,7 @@ demo: env
 
 test: check
 	@$(BIN)/python -m coverage erase
-	@$(BIN)/python -m coverage run -m pytest --durations=10
+	@$(BIN)/python -m coverage run -m pytest --numprocesses 2 --no-loadscope-reorder --durations=15
 	@find . -maxdepth 1 -name '.coverage.*' -size 0 -delete  # processes that tests killed leave empty files
 	-@$(BIN)/python -m coverage combine --quiet
 	@$(BIN)/python -m coverage report --fail-under=85

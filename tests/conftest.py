@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import socket
 import sys
@@ -19,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# two processes of tests (pytest -n 2) share two cores
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 # Ray reads the mode when it is imported and the token at its first connection: both stand before any test module loads
 _TOKEN_FOLDER = tempfile.TemporaryDirectory(prefix="tv-token-")
 _TOKEN_FILE = make_token(Path(_TOKEN_FOLDER.name))
@@ -31,6 +33,28 @@ hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=No
 hypothesis.settings.load_profile("repeatable")
 
 _LOOPBACK = ("127.", "::1", "localhost", "0.0.0.0")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with cluster tests come first: they take longest, and under `-n 2` one process takes them all."""
+    items.sort(key=lambda item: not _shares_ray(item.path))  # stable: the order inside a file stays
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Under `-n`: a file's tests stay in one process, and all files with cluster tests in one that shares a Ray."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return "cluster" if _shares_ray(config.rootpath / file) else file
+
+    return ByFile(config, log)
+
+
+@functools.cache
+def _shares_ray(file: Path) -> bool:
+    return "pytest.mark.cluster" in file.read_text()
 
 
 @pytest.fixture(autouse=True)
