@@ -1,6 +1,6 @@
 """The whole platform on one machine, on a made corpus: real video in, right answers over HTTP out.
 
-    python jobs/demo.py                         about 12 minutes on two cores
+    python jobs/demo.py                         about 9 minutes on two cores
     python jobs/demo.py --quick                 the same path in under 4 minutes, too short to learn
     python jobs/demo.py --film path/to/film.mp4 half of the backgrounds cut from that film, which is preprocessed too
     python jobs/demo.py --until preprocess      stop after that step
@@ -42,6 +42,8 @@ CONFIGS = ROOT / "ray_configs" / "tiny"
 DEFAULT_FOLDER = "outputs/demo"
 """what the files in ray_configs/tiny name; another folder gets copies of them that name it instead"""
 STEPS = ("corpus", "preprocess", "train", "export", "evaluate", "serve")
+MANIFEST_WITH_FILM = ("corpus", "manifest-with-film.parquet")
+"""beside the corpus' own manifest, from whose folder its rows' paths start"""
 NUM_LOGICAL_CPUS = 4
 """two training workers beside the small actors of Ray Data and Serve; the real cores may be two"""
 MODEL_NAME = "timeviper-tiny"
@@ -87,7 +89,7 @@ class Demo:
         if name == "corpus" and self.film is not None:
             values.append(f"film={self.film}")
         if name == "preprocess" and self.film is not None:
-            values.append(f"input={self.path('manifest.parquet')}")
+            values.append(f"input={self.path(*MANIFEST_WITH_FILM)}")
         return values
 
 
@@ -166,7 +168,8 @@ def _write_manifest_with_film(demo: Demo, film: Path) -> None:
     """The corpus' manifest and one more row, so that the film itself is preprocessed too."""
     table = pq.read_table(demo.path("corpus", "manifest.parquet"))
     row = dict.fromkeys(table.schema.names) | {"uri": str(film), "media_id": film.stem}
-    pq.write_table(pa.Table.from_pylist([*table.to_pylist(), row], schema=table.schema), demo.path("manifest.parquet"))
+    rows = pa.Table.from_pylist([*table.to_pylist(), row], schema=table.schema)
+    pq.write_table(rows, demo.path(*MANIFEST_WITH_FILM))
 
 
 def _job(demo: Demo, name: str, environment: dict[str, str]) -> None:

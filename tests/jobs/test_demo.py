@@ -1,0 +1,42 @@
+"""`jobs/demo.py` without its long steps: what it puts together before the jobs run."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from timeviper_platform.data.manifest import list_media
+from timeviper_platform.schemas import MANIFEST
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_film_is_one_more_medium_beside_those_of_the_corpus(tmp_path: Path) -> None:
+    corpus = tmp_path / "demo" / "corpus"
+    corpus.mkdir(parents=True)
+    film = tmp_path / "films" / "night.mp4"
+    film.parent.mkdir()
+    film.touch()  # no medium is opened here
+    row = dict.fromkeys(MANIFEST.names) | {"uri": "videos/a.mp4", "media_id": "a"}
+    pq.write_table(pa.Table.from_pylist([row], schema=MANIFEST), corpus / "manifest.parquet")
+
+    demo = runpy.run_path(str(ROOT / "jobs" / "demo.py"))
+    made = demo["Demo"](folder=tmp_path / "demo", film=film, quick=True)
+    demo["_write_manifest_with_film"](made, film)
+    (override,) = [value for value in made.overrides("preprocess") if value.startswith("input=")]
+    media = list_media(override.removeprefix("input="))
+    assert [(item.media_id, item.uri) for item in media] == [
+        ("a", str(corpus / "videos" / "a.mp4")),
+        ("night", str(film)),
+    ]
+
+
+def test_a_film_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main = runpy.run_path(str(ROOT / "jobs" / "demo.py"))["main"]
+    with pytest.raises(SystemExit):
+        main(["--film", str(tmp_path / "nowhere.mp4")])
+    assert "nowhere.mp4" in capsys.readouterr().err
