@@ -232,21 +232,25 @@ def _transfer(stream: TokenStream, layer: TransVLayer, source_T: Tensor, checkpo
     receiver_index = (stream.token_kind_T == TokenKind.INSTRUCTION).nonzero().squeeze(1)
     source_index = source_T.nonzero().squeeze(1)
     rows = _transfer_rows(stream.segments, receiver_index, source_index)
-    places = layer, receiver_index, source_index, rows
-    if checkpointing:  # the idle pass too: under ZeRO-3 ranks must run a module equally often
-        return stream.with_hidden(checkpoint(_add_given, stream.hidden_TD, *places, use_reentrant=False))
-    return stream.with_hidden(_add_given(stream.hidden_TD, *places))
+    hidden = stream.hidden_TD
+    if not rows and not torch.is_grad_enabled():  # a look at layer.alpha instead would be a collective under ZeRO-3
+        return stream
+    operands = hidden, layer, receiver_index, source_index, rows
+    given = checkpoint(_given, *operands, use_reentrant=False) if checkpointing else _given(*operands)
+    return stream.with_hidden(hidden + (put_rows(given, receiver_index, len(hidden)) if rows else given))
 
 
-def _add_given(
-    hidden: Tensor, layer: TransVLayer, receiver_index: Tensor, source_index: Tensor, rows: list[TransferRows]
+def _given(
+    hidden_TD: Tensor, layer: TransVLayer, receiver_index: Tensor, source_index: Tensor, rows: list[TransferRows]
 ) -> Tensor:
-    if rows:
-        given = layer(take_rows(hidden, receiver_index), take_rows(hidden, source_index), rows)
-        return hidden + put_rows(given, receiver_index, len(hidden))
-    if torch.is_grad_enabled():  # without a look at layer.alpha: under ZeRO-3 that alone is a collective
-        return hidden + layer.idle(hidden)
-    return hidden
+    """(Q, D) for the receivers; zeros (1, D) when nobody receives.
+
+    Ends with the module's call in either case. What is checkpointed is computed again at the first look at something it
+    kept, and the module's calls are collectives under ZeRO-3: the ranks, whose packs differ, must look there alike.
+    """
+    if not rows:
+        return layer.idle(hidden_TD)
+    return layer(take_rows(hidden_TD, receiver_index), take_rows(hidden_TD, source_index), rows)
 
 
 def _transfer_rows(segments: Segments, receiver_index: Tensor, source_index: Tensor) -> list[TransferRows]:
