@@ -20,14 +20,12 @@ import torch
 from torch import Tensor
 
 from timeviper_model.analysis.walk import LabelledLogits, labelled_logits, run_block, walk
-from timeviper_model.attention import Attention, segment_causal_attention
+from timeviper_model.attention import Attention
 from timeviper_model.batch import PackedBatch, TokenKind
-from timeviper_model.causal_conv import causal_conv_silu
 from timeviper_model.config import BlockType
 from timeviper_model.hybrid import Block
 from timeviper_model.mamba2 import Mamba2Mixer
 from timeviper_model.segments import Segments
-from timeviper_model.ssd import ssd_scan
 from timeviper_model.timeviper import TimeViper
 from timeviper_model.transv import TokenStream
 
@@ -107,11 +105,9 @@ def _blocked_attention(
     mixer: Attention, h_TD: Tensor, segments: Segments, receiver_T: Tensor, source_T: Tensor
 ) -> Tensor:
     q, k, v = mixer.queries(h_TD), mixer.keys(h_TD), mixer.values(h_TD)
-    read = segment_causal_attention(q, k, v, segments)
+    read = mixer.attend(q, k, v, segments)
     others = (~source_T).nonzero().squeeze(1)  # among these alone the ordinary attention is the blocked one
-    blocked = read.index_copy(
-        0, others, segment_causal_attention(q[others], k[others], v[others], segments.keep(others))
-    )
+    blocked = read.index_copy(0, others, mixer.attend(q[others], k[others], v[others], segments.keep(others)))
     return mixer.o_proj(torch.where(receiver_T[:, None, None], blocked, read).flatten(1))
 
 
@@ -121,12 +117,12 @@ def _blocked_mamba(
     gate, channels, dt = mixer._project(h_TD)
     taps = mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias
     convolved, without = (
-        causal_conv_silu(inputs, *taps, positions_T=segments.positions_T)
+        mixer.convolve(inputs, *taps, positions_T=segments.positions_T)
         for inputs in (channels, channels.masked_fill(source_T[:, None], 0.0))
     )
     x, B, C = mixer._split(torch.where(receiver_T[:, None], without, convolved))
     y, blocked = (
-        ssd_scan(
+        mixer.scan(
             values,
             dt,
             mixer._decay_rates(),

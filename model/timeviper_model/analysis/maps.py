@@ -19,7 +19,6 @@ from torch import Tensor
 from timeviper_model.analysis.walk import run_block, walk
 from timeviper_model.attention import Attention
 from timeviper_model.batch import PackedBatch
-from timeviper_model.causal_conv import causal_conv_silu
 from timeviper_model.hybrid import Block
 from timeviper_model.mamba2 import Mamba2Mixer
 from timeviper_model.segments import Segments
@@ -64,7 +63,7 @@ class HiddenAttentionMap:
     def __init__(self, mixer: Mamba2Mixer, normed_TD: Tensor, segments: Segments) -> None:
         self.segments, self.num_heads = segments, mixer.num_heads
         _, channels, dt = mixer._project(normed_TD)
-        convolved = causal_conv_silu(
+        convolved = mixer.convolve(
             channels, mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias, positions_T=segments.positions_T
         )
         _, B_TGN, C_TGN = mixer._split(convolved)
