@@ -5,6 +5,7 @@ Knows segments (no token sees another sample) and its own keys and values in a c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -38,13 +39,15 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.attend: Callable[[Tensor, Tensor, Tensor, Segments], Tensor] = segment_causal_attention
+        """a function of this signature; backends.py puts a kernel in its place"""
 
     def forward(self, h_TD: Tensor, segments: Segments, store: KeyValueStore | None = None) -> Tensor:
         """(T, D) -> (T, D), every token over the tokens of its segment up to itself; keys and values go to `store`."""
         q, k, v = self.queries(h_TD), self.keys(h_TD), self.values(h_TD)
         if store is not None:
             store.write(k, v)
-        return self.o_proj(segment_causal_attention(q, k, v, segments).flatten(1))
+        return self.o_proj(self.attend(q, k, v, segments).flatten(1))
 
     def step(self, h_BD: Tensor, store: KeyValueStore) -> Tensor:
         """The next token of B slots: (B, D) -> (B, D)."""

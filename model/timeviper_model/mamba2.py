@@ -51,17 +51,19 @@ class Mamba2Mixer(nn.Module):
         self.D = nn.Parameter(torch.empty(self.num_heads))
         self.norm = GatedRMSNorm(self.intermediate_size, self.num_groups, config.layer_norm_epsilon)
         self.out_proj = nn.Linear(self.intermediate_size, config.hidden_size, bias=False)
+        self.convolve, self.scan = causal_conv_silu, ssd_scan
+        """functions of these signatures; backends.py puts kernels in their place"""
 
     def forward(self, h_TD: Tensor, segments: Segments, state: Mamba2State | None = None) -> Tensor:
         """(T, D) -> (T, D). With `state`, which needs a single segment and B = 1, its last values are written there."""
         gate, channels, dt = self._project(h_TD)
         if state is not None:
             self._write_window(channels, state)
-        convolved = causal_conv_silu(
+        convolved = self.convolve(
             channels, self.conv1d.weight.squeeze(1), self.conv1d.bias, positions_T=segments.positions_T
         )
         x, B, C = self._split(convolved)
-        y, last = ssd_scan(
+        y, last = self.scan(
             x, dt, self._decay_rates(), B, C, D_H=self.D, chunk_size=self.chunk_size, seq_idx_T=segments.seq_idx_T
         )
         if state is not None:

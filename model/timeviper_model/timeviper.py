@@ -49,6 +49,7 @@ class TimeViper(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
+        """keep the hidden states between blocks and sites alone, and compute the rest again in the backward pass"""
         self.backbone = HybridBackbone(config.text)
         self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
         self.projector = Projector(config.vision.hidden_size, config.text.hidden_size)
@@ -194,17 +195,22 @@ class TimeViper(nn.Module):
                 num_vision_tokens.append(int((stream.token_kind_T == TokenKind.VISION).sum()))
             block = self.backbone.block(layer)
             state = None if view is None else view.layer(layer)
-            if self.gradient_checkpointing and torch.is_grad_enabled():
+            if self._checkpoints:
                 hidden = checkpoint(block, stream.hidden_TD, stream.segments, use_reentrant=False)
             else:
                 hidden = block(stream.hidden_TD, stream.segments, state)
             stream = stream.with_hidden(hidden)
         return stream, num_vision_tokens
 
+    @property
+    def _checkpoints(self) -> bool:
+        return self.gradient_checkpointing and torch.is_grad_enabled()
+
     def _site(self, stream: TokenStream, layer: int, use_transv: bool) -> TokenStream:
         module = self._transv_layer(layer)
         if use_transv:
-            return apply_site(stream, self._sites[layer], module, self.backbone.block(layer))
+            block = self.backbone.block(layer)
+            return apply_site(stream, self._sites[layer], module, block, checkpointing=self._checkpoints)
         if module is not None and torch.is_grad_enabled() and module.alpha.requires_grad:
             return stream.with_hidden(stream.hidden_TD + module.idle(stream.hidden_TD))
         return stream

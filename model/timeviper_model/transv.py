@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from timeviper_model.attention import Attention, grouped_scores, repeat_kv
 from timeviper_model.batch import TokenKind
@@ -110,7 +111,14 @@ class TransferRows:
         return self.receivers.unpad((mixed * sees_any).transpose(1, 2))
 
 
-def apply_site(stream: TokenStream, site: TransVSite, layer: TransVLayer | None, block: Block | None) -> TokenStream:
+def apply_site(
+    stream: TokenStream,
+    site: TransVSite,
+    layer: TransVLayer | None,
+    block: Block | None,
+    *,
+    checkpointing: bool = False,
+) -> TokenStream:
     """The stream behind a site: fewer vision tokens, instruction tokens that know of them.
 
     Args:
@@ -118,11 +126,14 @@ def apply_site(stream: TokenStream, site: TransVSite, layer: TransVLayer | None,
         site: what to do.
         layer: the cross-attention; None for `transfer: none`.
         block: the block `site.layer`, needed for `select: attention`.
+        checkpointing: compute the cross-attention again in the backward pass instead of keeping its queries, keys and
+            values; what was selected stays selected.
     """
     vision_T = stream.token_kind_T == TokenKind.VISION
     kept_T = ~vision_T | _select(stream, site, block, vision_T)
     if layer is not None:
-        stream = _transfer(stream, layer, kept_T & vision_T if site.transfer_from == "kept" else ~kept_T)
+        sources_T = kept_T & vision_T if site.transfer_from == "kept" else ~kept_T
+        stream = _transfer(stream, layer, sources_T, checkpointing)
     if bool(kept_T.all()):
         return stream
     return stream.keep(kept_T.nonzero().squeeze(1))
@@ -216,18 +227,30 @@ def _score_tokens(stream: TokenStream) -> Tensor:
     return (first_S - 1).clamp(min=0).maximum(segments.starts_S)
 
 
-def _transfer(stream: TokenStream, layer: TransVLayer, source_T: Tensor) -> TokenStream:
+def _transfer(stream: TokenStream, layer: TransVLayer, source_T: Tensor, checkpointing: bool) -> TokenStream:
     """Adds to each instruction token what it reads from the sources before it in its segment."""
     receiver_index = (stream.token_kind_T == TokenKind.INSTRUCTION).nonzero().squeeze(1)
     source_index = source_T.nonzero().squeeze(1)
     rows = _transfer_rows(stream.segments, receiver_index, source_index)
     hidden = stream.hidden_TD
-    if rows:
-        given = layer(take_rows(hidden, receiver_index), take_rows(hidden, source_index), rows)
-        hidden = hidden + put_rows(given, receiver_index, len(hidden))
-    elif torch.is_grad_enabled():  # without a look at layer.alpha: under ZeRO-3 that alone is a collective
-        hidden = hidden + layer.idle(hidden)
-    return stream.with_hidden(hidden)
+    if not rows and not torch.is_grad_enabled():  # a look at layer.alpha instead would be a collective under ZeRO-3
+        return stream
+    operands = hidden, layer, receiver_index, source_index, rows
+    given = checkpoint(_given, *operands, use_reentrant=False) if checkpointing else _given(*operands)
+    return stream.with_hidden(hidden + (put_rows(given, receiver_index, len(hidden)) if rows else given))
+
+
+def _given(
+    hidden_TD: Tensor, layer: TransVLayer, receiver_index: Tensor, source_index: Tensor, rows: list[TransferRows]
+) -> Tensor:
+    """(Q, D) for the receivers; zeros (1, D) when nobody receives.
+
+    Ends with the module's call in either case. What is checkpointed is computed again at the first look at something it
+    kept, and the module's calls are collectives under ZeRO-3: the ranks, whose packs differ, must look there alike.
+    """
+    if not rows:
+        return layer.idle(hidden_TD)
+    return layer(take_rows(hidden_TD, receiver_index), take_rows(hidden_TD, source_index), rows)
 
 
 def _transfer_rows(segments: Segments, receiver_index: Tensor, source_index: Tensor) -> list[TransferRows]:

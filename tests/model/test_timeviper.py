@@ -8,6 +8,7 @@ import torch
 import timeviper_model.timeviper as timeviper
 from reference.slow_timeviper import slow_logits
 from reference.small_models import SMALL, first_tokens, make_features, make_model, make_sample, pack
+from timeviper_model.analysis.dropping import with_plan
 from timeviper_model.batch import IGNORE_INDEX, PackedBatch, pack_samples
 from timeviper_model.config import PRESETS, TransVSite
 from timeviper_model.timeviper import TimeViper
@@ -21,9 +22,14 @@ LAYOUTS = [
 ]
 
 
-def gradients(model: TimeViper, batch: PackedBatch) -> tuple[float, dict[str, torch.Tensor]]:
+PLAIN = tuple(replace(site, transfer="none") for site in SMALL.transv)
+
+
+def gradients(
+    model: TimeViper, batch: PackedBatch, *, use_transv: bool = True
+) -> tuple[float, dict[str, torch.Tensor]]:
     model.zero_grad()
-    loss = model(batch).loss_sum
+    loss = model(batch, use_transv=use_transv).loss_sum
     loss.backward()
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -44,7 +50,7 @@ def test_plan_that_keeps_everything_changes_nothing_at_all() -> None:
 
 def test_closed_gate_with_drops_is_plain_dropping_exactly() -> None:
     closed = make_model(alpha=0.0, dtype=torch.float32)
-    plain = TimeViper(replace(SMALL, transv=tuple(replace(site, transfer="none") for site in SMALL.transv)))
+    plain = TimeViper(replace(SMALL, transv=PLAIN))
     plain.load_state_dict({k: v for k, v in closed.state_dict().items() if not k.startswith("transv")})
     batch = pack([make_sample(layout, seed=n) for n, layout in enumerate(LAYOUTS)], dtype=torch.float32)
     assert torch.equal(closed(batch).loss_sum, plain(batch).loss_sum)
@@ -149,14 +155,44 @@ def test_frozen_modules_stay_out_of_the_graph_and_the_projector_still_learns() -
     assert all((p.grad is not None) == name.startswith("projector") for name, p in model.named_parameters())
 
 
-def test_activation_checkpointing_changes_no_gradient() -> None:
+@pytest.mark.parametrize("use_transv", [True, False])
+@pytest.mark.parametrize("layouts", [LAYOUTS, ["ssiirr"]])
+def test_activation_checkpointing_changes_no_gradient(layouts: list[str], use_transv: bool) -> None:
     model = make_model()
-    batch = pack([make_sample(layout, seed=n) for n, layout in enumerate(LAYOUTS)])
-    loss, grads = gradients(model, batch)
+    batch = pack([make_sample(layout, seed=n) for n, layout in enumerate(layouts)])
+    loss, grads = gradients(model, batch, use_transv=use_transv)
     model.gradient_checkpointing = True
-    again, again_grads = gradients(model, batch)
+    again, again_grads = gradients(model, batch, use_transv=use_transv)
     assert again == loss
     torch.testing.assert_close(again_grads, grads, rtol=0, atol=0)
+
+
+def saved_bytes(model: TimeViper, batch: PackedBatch) -> int:
+    """Bytes that the graph of a loss keeps for its backward pass, parameters left out."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack_hook(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda tensor: tensor):
+        loss = model(batch).loss_sum
+    assert loss.requires_grad  # the graph, and so what it keeps, lives until here
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def test_checkpointed_blocks_and_sites_keep_little_but_hidden_states() -> None:
+    model = make_model(dtype=torch.float32)
+    batch = pack([make_sample("ss" + "v" * 400 + "i" * 20 + "rrrr")], dtype=torch.float32)
+    everything = saved_bytes(model, batch)
+    model.gradient_checkpointing = True
+    checkpointed = saved_bytes(model, batch)
+    assert checkpointed < everything / 5
+    # a site adds the states before it, and the places of its tokens; never its queries, keys and values
+    states = (426 + 226) * SMALL.text.hidden_size * 4
+    assert checkpointed - saved_bytes(with_plan(model, PLAIN), batch) < states * 1.2
 
 
 def test_logits_in_parts_give_the_same_loss_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:

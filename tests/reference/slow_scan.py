@@ -32,13 +32,31 @@ def slow_scan(
     return torch.stack(outputs), state
 
 
-def slow_conv_silu(x_TD: Tensor, weight_DK: Tensor, bias_D: Tensor, positions_T: Tensor) -> Tensor:
-    """silu(bias + sum over the taps that lie in the token's own segment)."""
+def slow_hidden_attention(dt_TH: Tensor, A_H: Tensor, B_TGN: Tensor, C_TGN: Tensor) -> Tensor:
+    """(H, T, T): the matrix that the recurrence of one segment is, but for its D; decays multiplied one by one."""
+    num_tokens, num_heads = dt_TH.shape
+    repeats = num_heads // B_TGN.shape[1]
+    B_THN, C_THN = B_TGN.repeat_interleave(repeats, 1), C_TGN.repeat_interleave(repeats, 1)
+    matrix = dt_TH.new_zeros(num_heads, num_tokens, num_tokens)
+    for j in range(num_tokens):
+        decay_H = dt_TH.new_ones(num_heads)
+        for i in range(j, num_tokens):
+            decay_H = decay_H * (torch.exp(dt_TH[i] * A_H) if i > j else 1.0)
+            matrix[:, i, j] = (C_THN[i] * B_THN[j]).sum(-1) * decay_H * dt_TH[j]
+    return matrix
+
+
+def slow_conv_silu(
+    x_TD: Tensor, weight_DK: Tensor, bias_D: Tensor, positions_T: Tensor, may_read_TT: Tensor | None = None
+) -> Tensor:
+    """silu(bias + sum over the taps that lie in the token's own segment, and on tokens it may read)."""
     num_taps = weight_DK.shape[1]
     rows = []
     for t, position in enumerate(positions_T.tolist()):
         row = bias_D
         for back in range(min(num_taps - 1, position) + 1):
+            if may_read_TT is not None and not may_read_TT[t, t - back]:
+                continue
             row = row + weight_DK[:, num_taps - 1 - back] * x_TD[t - back]
         rows.append(row)
     return F.silu(torch.stack(rows))

@@ -6,12 +6,13 @@ Shares parameters with a TimeViper model and nothing else: the truth for packing
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reference.slow_scan import slow_conv_silu, slow_scan
+from reference.slow_scan import slow_conv_silu, slow_hidden_attention, slow_scan
 from timeviper_model.batch import IGNORE_INDEX, Sample, TokenKind
 from timeviper_model.config import HybridConfig, TransVSite
 from timeviper_model.timeviper import TimeViper
@@ -26,8 +27,17 @@ def slow_loss_sum(model: TimeViper, sample: Sample, features: Tensor, *, use_tra
     return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
+MayRead = Callable[[int, list[int]], Tensor | None]
+"""(layer, kinds of the tokens present) -> bool (L, L), query x token, inside the causal triangle; None = all of it"""
+
+
 def slow_logits(
-    model: TimeViper, sample: Sample, features: Tensor, *, use_transv: bool = True
+    model: TimeViper,
+    sample: Sample,
+    features: Tensor,
+    *,
+    use_transv: bool = True,
+    may_read: MayRead = lambda layer, kinds: None,
 ) -> tuple[Tensor, list[int]]:
     """Logits (L', V) of every token that reaches the last block, and which of the sample's tokens those are."""
     text = model.config.text
@@ -55,7 +65,11 @@ def slow_logits(
             }
             h, tokens = _transv(h, tokens, sample, sites[layer], cross, block, text)
         normed = _rms(h, block["norm.weight"], text.layer_norm_epsilon)
-        h = h + {"mamba": _mamba, "attention": _attention, "mlp": _mlp}[kind](normed, block, text)
+        mask = may_read(layer, [sample.token_kind[token] for token in tokens])
+        if kind == "mlp":
+            h = h + _mlp(normed, block, text)
+        else:
+            h = h + {"mamba": _mamba, "attention": _attention}[kind](normed, block, text, mask)
     h = _rms(h, params["backbone.norm_f.weight"], text.layer_norm_epsilon)
     return h @ params["lm_head.weight"].t(), tokens
 
@@ -68,21 +82,25 @@ def _mlp(x: Tensor, p: dict[str, Tensor], config: HybridConfig) -> Tensor:
     return F.relu(x @ p["mixer.up_proj.weight"].t()).square() @ p["mixer.down_proj.weight"].t()
 
 
-def _mamba(x: Tensor, p: dict[str, Tensor], c: HybridConfig) -> Tensor:
+def _mamba(x: Tensor, p: dict[str, Tensor], c: HybridConfig, may_read: Tensor | None) -> Tensor:
     inner, shared = c.mamba_intermediate_size, c.n_groups * c.ssm_state_size
     gate, channels, dt = (x @ p["mixer.in_proj.weight"].t()).split([inner, inner + 2 * shared, c.mamba_num_heads], -1)
     channels = slow_conv_silu(
-        channels, p["mixer.conv1d.weight"].squeeze(1), p["mixer.conv1d.bias"], torch.arange(len(x))
+        channels, p["mixer.conv1d.weight"].squeeze(1), p["mixer.conv1d.bias"], torch.arange(len(x)), may_read
     )
     values, B, C = channels.split([inner, shared, shared], -1)
-    y, _ = slow_scan(
-        values.reshape(len(x), c.mamba_num_heads, c.mamba_head_dim),
+    values = values.reshape(len(x), c.mamba_num_heads, c.mamba_head_dim)
+    operands = (
         F.softplus(dt + p["mixer.dt_bias"]).clamp(*c.time_step_limit),
         -torch.exp(p["mixer.A_log"]),
         B.reshape(len(x), c.n_groups, c.ssm_state_size),
         C.reshape(len(x), c.n_groups, c.ssm_state_size),
-        p["mixer.D"],
     )
+    if may_read is None:
+        y, _ = slow_scan(values, *operands, p["mixer.D"])
+    else:
+        weights = slow_hidden_attention(*operands) * may_read
+        y = torch.einsum("hij,jhp->ihp", weights, values) + p["mixer.D"][:, None] * values
     gated = (y.reshape(len(x), inner) * F.silu(gate)).reshape(len(x), c.n_groups, inner // c.n_groups)
     normed = _rms(gated, torch.ones(()), c.layer_norm_epsilon).reshape(len(x), inner) * p["mixer.norm.weight"]
     return normed @ p["mixer.out_proj.weight"].t()
@@ -106,10 +124,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
     return outputs.flatten(1)
 
 
-def _attention(x: Tensor, p: dict[str, Tensor], c: HybridConfig) -> Tensor:
+def _attention(x: Tensor, p: dict[str, Tensor], c: HybridConfig, may_read: Tensor | None) -> Tensor:
     q, k, v = (_heads(x, p[f"mixer.{name}_proj.weight"], c.head_dim) for name in "qkv")
-    causal = torch.ones(len(x), len(x), dtype=torch.bool).tril()
-    return _attend(q, k, v, causal) @ p["mixer.o_proj.weight"].t()
+    visible = torch.ones(len(x), len(x), dtype=torch.bool).tril()
+    return _attend(q, k, v, visible if may_read is None else visible & may_read) @ p["mixer.o_proj.weight"].t()
 
 
 def _transv(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from timeviper_model import weights
+from timeviper_model.backends import Backend, set_backend
 from timeviper_platform.data.features import FeatureStore, select_frames
 from timeviper_platform.evaluation.answering import DEFAULT_MAX_PACK_TOKENS, Answerer, Prompt
 from timeviper_platform.evaluation.metrics import Span, parse_span, temporal_iou
@@ -34,6 +35,9 @@ class AnsweringConfig:
     """of (question, option) pairs that run together; bounds memory"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "cpu"
+    backend: Backend = "auto"
+    """what computes scans, convolutions and attention: CUDA kernels where they can be used (auto), torch, or kernels
+    or an error"""
     num_threads: int = 1
     """of torch, in each worker"""
 
@@ -69,7 +73,9 @@ class Evaluator:
         torch.set_num_threads(config.num_threads)
         self._config = config
         self._store = FeatureStore.open(features_uri)
-        model = weights.from_pretrained(weights_folder, dtype=getattr(torch, config.dtype), device=config.device)
+        dtype = getattr(torch, config.dtype)
+        model = weights.from_pretrained(weights_folder, dtype=dtype, device=config.device)
+        set_backend(model, config.backend, device=config.device, dtype=dtype)
         self._dim = model.config.vision.hidden_size
         self._answerer = Answerer(model, weights.load_tokenizer(weights_folder), max_pack_tokens=config.max_pack_tokens)
 

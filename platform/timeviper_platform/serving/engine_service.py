@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from timeviper_model.backends import Backend, set_backend
 from timeviper_model.batch import Sample
 from timeviper_model.engine import (
     EngineConfig,
@@ -56,6 +57,9 @@ class EngineServiceConfig:
 
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    backend: Backend = "auto"
+    """what computes scans, convolutions and attention: CUDA kernels where they can be used (auto), torch, or kernels
+    or an error"""
     num_threads: int = 0
     """of PyTorch on the CPU; 0 = its own choice"""
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -83,6 +87,7 @@ class EngineService:
         self._config = config
         self._fetch = fetch
         model = from_pretrained(weights, dtype=DTYPES[config.dtype], device=config.device).eval()
+        set_backend(model, config.backend, device=config.device, dtype=DTYPES[config.dtype])
         self._template = TEMPLATES[model.config.chat_template]
         # two tokenizers: a fast tokenizer may not be called from two threads at once
         self._tokenizer = load_tokenizer(weights)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from timeviper_model.backends import Backend
 from timeviper_model.config import PRESETS, TimeViperConfig, TransVSite
 from timeviper_platform import storage
 from timeviper_platform.training.checkpoint import CheckpointConfig
@@ -115,6 +116,9 @@ class TrainConfig:
     precision: Precision = "fp32"
     """bf16 keeps fp32 master weights in the optimizer"""
     activation_checkpointing: bool = False
+    backend: Backend = "auto"
+    """what computes scans, convolutions and attention: CUDA kernels where they can be used (auto), torch, or kernels
+    or an error"""
     encoder: str | None = None
     """the vision encoder that made the features (Hugging Face name or folder), noted in the weights for serving"""
     zero: ZeroConfig = field(default_factory=ZeroConfig)

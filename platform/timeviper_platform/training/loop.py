@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from timeviper_model.backends import set_backend
 from timeviper_model.timeviper import TimeViper
 from timeviper_model.weights import config_from_dict, load_tokenizer
 from timeviper_platform import storage
@@ -146,6 +147,8 @@ class _Run:
             world_size=dist.get_world_size(),
         )
         phase.model.gradient_checkpointing = self._config.activation_checkpointing
+        dtype = DTYPES[self._config.precision]
+        set_backend(phase.model, self._config.backend, device=self._device, dtype=dtype)
         if self._rank == 0:
             storage.write_json(self._folder.rejects(name), [reject._asdict() for reject in phase.rejects])
         return phase

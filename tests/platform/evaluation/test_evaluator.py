@@ -141,6 +141,11 @@ def _outcome(number: int, *, score: float, blind: float = 0.0, **changes: object
     return replace(outcome, **changes)  # type: ignore[arg-type]
 
 
+def test_kernels_that_cannot_be_used_are_named(known: KnownAnswers) -> None:
+    with pytest.raises(RuntimeError, match=r"backend = kernels cannot be used .*need CUDA, not cpu"):
+        Evaluator(weights_folder=known.weights, features_uri=known.features, config=AnsweringConfig(backend="kernels"))
+
+
 def test_report_has_the_agreed_keys_and_counts() -> None:
     outcomes = [_outcome(n, score=float(n < 90), blind=float(n < 25)) for n in range(100)]
     outcomes += [_outcome(100, score=0.0, status="no_features", chance=None)]

@@ -191,6 +191,14 @@ def test_an_engine_that_breaks_tells_everyone_and_the_cluster(weights: Path) -> 
     assert (broken.status, later.status, is_ready) == (503, 503, False)
 
 
+def test_kernels_that_cannot_be_used_stop_the_replica_with_their_reason(weights: Path) -> None:
+    async def fetch(reference: FeatureReference) -> np.ndarray:
+        return bits(reference.num_frames)
+
+    with pytest.raises(RuntimeError, match=r"backend = kernels cannot be used .*need CUDA, not cpu"):
+        EngineService(str(weights), EngineServiceConfig(backend="kernels"), fetch)
+
+
 def test_a_turns_media_stand_before_its_text() -> None:
     turns = [
         ChatTurn(role="system", text="Be brief."),

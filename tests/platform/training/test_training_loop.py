@@ -172,6 +172,13 @@ def test_bf16_learns_and_exports_its_fp32_masters(corpus: Corpus, finished: Trai
     assert not torch.equal(weight, weight.bfloat16().float())
 
 
+def test_kernels_that_cannot_be_used_end_a_run_before_its_first_step(corpus: Corpus) -> None:
+    config = train_config(corpus, name="kernels", backend="kernels")
+    with pytest.raises(RuntimeError, match=r"backend = kernels cannot be used .*need CUDA, not cpu"):
+        train_local(config)
+    assert curve(config) == []
+
+
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_zero_stages_agree_and_export_the_same(corpus: Corpus, finished: TrainConfig, stage: int) -> None:
     config = train_config(corpus, name=f"zero-{stage}", zero={"stage": stage})

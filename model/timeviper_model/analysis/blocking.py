@@ -1,0 +1,138 @@
+"""Information blocking: the model with the flow from vision to instruction or to response cut (the paper's Figure 3).
+
+In chosen blocks a receiver i may not read from a source j, in either kind of token mixing, one rule for both:
+
+    attention   softmax over the tokens the receiver may read; a blocked source has no weight
+    Mamba-2     convolution: a receiver's taps on sources are zero
+                scan: y_i = sum over j of M[i, j] x_j without the sources: their dt * x is zero, their decay stays
+
+Every other token is computed as ever. What is left of a source in a Mamba-2 block is its dt as a decay: it still says
+how fast older tokens fade. Cost stays linear in the length: the scan runs twice, attention once more over
+the tokens that are no vision. Knows blocks and token kinds; not labels, prompts or scores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from timeviper_model.analysis.walk import LabelledLogits, labelled_logits, run_block, walk
+from timeviper_model.attention import Attention
+from timeviper_model.batch import PackedBatch, TokenKind
+from timeviper_model.config import BlockType
+from timeviper_model.hybrid import Block
+from timeviper_model.mamba2 import Mamba2Mixer
+from timeviper_model.segments import Segments
+from timeviper_model.timeviper import TimeViper
+from timeviper_model.transv import TokenStream
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Blocking:
+    """Which flow is cut, and in which blocks.
+
+    The first token of an answer is predicted at the last INSTRUCTION token (the assistant header's), so `v2r` reaches
+    an answer from its second token on.
+    """
+
+    flow: Literal["v2i", "v2r"]
+    """from vision tokens to instruction tokens, or to response tokens"""
+    scope: Literal["layer", "window", "from_layer"]
+    """this block alone; as many as `window`, centred on it; it and every later one"""
+    layer: int
+    """0-based index of a block, of whatever type"""
+    window: int = 1
+    """blocks, odd; only for scope `window`"""
+    kind: Literal["attention", "mamba", "both"] = "both"
+    """the blocks in scope that are cut"""
+
+    def __post_init__(self) -> None:
+        if self.window < 1 or self.window % 2 == 0:
+            raise ValueError(f"{self.window = } must be odd, so that it has a middle")
+        if self.window > 1 and self.scope != "window":
+            raise ValueError(f"{self.window = } has no meaning for {self.scope = }; use scope window")
+
+    def covers(self, layer: int, block_type: BlockType) -> bool:
+        """Whether the block `layer` is cut."""
+        if block_type == "mlp" or self.kind not in ("both", block_type):
+            return False
+        if self.scope == "from_layer":
+            return layer >= self.layer
+        return abs(layer - self.layer) <= self.window // 2
+
+
+def blocked_logits(model: TimeViper, batch: PackedBatch, blocking: Blocking) -> LabelledLogits:
+    """What `model` says at the labelled positions of `batch` with a flow cut.
+
+    Raises:
+        ValueError: when the model has no block `blocking.layer`.
+    """
+    types = model.config.text.block_types
+    if not 0 <= blocking.layer < len(types):
+        raise ValueError(f"{blocking.layer = } is not one of the model's {len(types)} blocks, 0 to {len(types) - 1}")
+
+    def run(layer: int, block: Block, stream: TokenStream) -> Tensor:
+        if not blocking.covers(layer, types[layer]):
+            return run_block(layer, block, stream)
+        receiver = TokenKind.INSTRUCTION if blocking.flow == "v2i" else TokenKind.RESPONSE
+        return blocked_block(block, stream, stream.token_kind_T == receiver, stream.token_kind_T == TokenKind.VISION)
+
+    return labelled_logits(model, walk(model, batch, run))
+
+
+def blocked_block(block: Block, stream: TokenStream, receiver_T: Tensor, source_T: Tensor) -> Tensor:
+    """(T, D) behind an attention or Mamba-2 block in which no receiver reads from a source.
+
+    Args:
+        block: with a mixer of tokens.
+        stream: before the block.
+        receiver_T: bool (T,).
+        source_T: bool (T,), true for no receiver.
+    """
+    normed = block.norm(stream.hidden_TD)
+    if isinstance(block.mixer, Attention):
+        mixed = _blocked_attention(block.mixer, normed, stream.segments, receiver_T, source_T)
+    else:
+        assert isinstance(block.mixer, Mamba2Mixer)
+        mixed = _blocked_mamba(block.mixer, normed, stream.segments, receiver_T, source_T)
+    return stream.hidden_TD + mixed
+
+
+def _blocked_attention(
+    mixer: Attention, h_TD: Tensor, segments: Segments, receiver_T: Tensor, source_T: Tensor
+) -> Tensor:
+    q, k, v = mixer.queries(h_TD), mixer.keys(h_TD), mixer.values(h_TD)
+    read = mixer.attend(q, k, v, segments)
+    others = (~source_T).nonzero().squeeze(1)  # among these alone the ordinary attention is the blocked one
+    blocked = read.index_copy(0, others, mixer.attend(q[others], k[others], v[others], segments.keep(others)))
+    return mixer.o_proj(torch.where(receiver_T[:, None, None], blocked, read).flatten(1))
+
+
+def _blocked_mamba(
+    mixer: Mamba2Mixer, h_TD: Tensor, segments: Segments, receiver_T: Tensor, source_T: Tensor
+) -> Tensor:
+    gate, channels, dt = mixer._project(h_TD)
+    taps = mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias
+    convolved, without = (
+        mixer.convolve(inputs, *taps, positions_T=segments.positions_T)
+        for inputs in (channels, channels.masked_fill(source_T[:, None], 0.0))
+    )
+    x, B, C = mixer._split(torch.where(receiver_T[:, None], without, convolved))
+    y, blocked = (
+        mixer.scan(
+            values,
+            dt,
+            mixer._decay_rates(),
+            B,
+            C,
+            D_H=mixer.D,
+            chunk_size=mixer.chunk_size,
+            seq_idx_T=segments.seq_idx_T,
+        )[0]
+        for values in (x, x.masked_fill(source_T[:, None, None], 0.0))
+    )
+    y = torch.where(receiver_T[:, None, None], blocked, y)
+    return mixer.out_proj(mixer.norm(y.flatten(1), gate))

@@ -1,0 +1,40 @@
+"""Another drop plan for a trained model, without training and without a copy of its weights (the paper's Figure 4).
+
+Turns a model and TransV sites into a model that shares every parameter and drops elsewhere. Knows configurations and
+module names; runs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from timeviper_model.config import TransVSite
+from timeviper_model.timeviper import TimeViper
+
+
+def with_plan(model: TimeViper, sites: Sequence[TransVSite]) -> TimeViper:
+    """A model under the plan `sites` that shares `model`'s parameters; what happens to them happens to both.
+
+    `TransVSite(layer, select, keep, transfer="none")` drops tokens before any layer, whether or not the model has a
+    site there; a site with cross-attention needs the model to have one at that layer.
+
+    Raises:
+        ValueError: when a site does not fit the backbone, or asks for a cross-attention the model does not have.
+    """
+    config = replace(model.config, transv=tuple(sites))
+    missing = [s.layer for s in sites if s.transfer == "cross_attention" and str(s.layer) not in model.transv]
+    if missing:
+        raise ValueError(
+            f"the model has no cross-attention at layers {missing}, only at {sorted(map(int, model.transv))};"
+            ' drop there with transfer="none"'
+        )
+    with torch.device("meta"):
+        twin = TimeViper(config)
+    twin.backbone, twin.lm_head, twin.projector = model.backbone, model.lm_head, model.projector
+    twin.transv = nn.ModuleDict({name: model.transv[name] for name in twin.transv})
+    twin.gradient_checkpointing = model.gradient_checkpointing
+    return twin.train(model.training)

@@ -1,0 +1,142 @@
+"""Who reads from whom inside a block: rows of attention, and of the matrix that a Mamba-2 scan is (Figures 5 and 6).
+
+    attention   softmax(q_i . k_j / sqrt(E)) over j <= i
+    Mamba-2     M[i, j] = (C_i . B_j) exp(sum over k = j+1..i of dt_k A) dt_j for j <= i, so that y = M x + D x
+                (arXiv 2405.21060, section 3; x, B and C behind the convolution)
+
+Turns a block and the stream before it into rows for any queries; all rows together would be L x L and are never made.
+Knows blocks and segments; not token kinds, averages or pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from timeviper_model.analysis.walk import run_block, walk
+from timeviper_model.attention import Attention
+from timeviper_model.batch import PackedBatch
+from timeviper_model.hybrid import Block
+from timeviper_model.mamba2 import Mamba2Mixer
+from timeviper_model.segments import Segments
+from timeviper_model.timeviper import TimeViper
+from timeviper_model.transv import TokenStream
+
+ROW_ELEMENTS = 2**22
+"""weights held at one time by `row_blocks`: 16 MiB in fp32, a few times that with what they are made from"""
+
+Seen = TypeVar("Seen")
+
+
+class TokenMap(Protocol):
+    """The token mixing of one block, H heads, over the T tokens that are present there."""
+
+    segments: Segments
+    num_heads: int
+
+    def rows(self, places_Q: Tensor) -> Tensor:
+        """(H, Q, T), at least fp32: what the tokens at the flat indices `places_Q` read; zero where they may not."""
+        ...
+
+
+class AttentionMap:
+    """Softmax weights of an attention block."""
+
+    def __init__(self, mixer: Attention, normed_TD: Tensor, segments: Segments) -> None:
+        self.segments, self.num_heads = segments, mixer.num_heads
+        self._q_THE, self._k_TGE = mixer.queries(normed_TD), mixer.keys(normed_TD)
+
+    def rows(self, places_Q: Tensor) -> Tensor:
+        """(H, Q, T): each row sums to one."""
+        num_groups = self._k_TGE.shape[1]
+        q_GrQE = self._q_THE[places_Q].view(len(places_Q), num_groups, -1, self._q_THE.shape[-1]).permute(1, 2, 0, 3)
+        scores = _wide(q_GrQE @ self._k_TGE.permute(1, 2, 0)[:, None]) * q_GrQE.shape[-1] ** -0.5
+        return scores.masked_fill(~readable(self.segments, places_Q), -torch.inf).softmax(-1).flatten(0, 1)
+
+
+class HiddenAttentionMap:
+    """The matrix M of a Mamba-2 block."""
+
+    def __init__(self, mixer: Mamba2Mixer, normed_TD: Tensor, segments: Segments) -> None:
+        self.segments, self.num_heads = segments, mixer.num_heads
+        _, channels, dt = mixer._project(normed_TD)
+        convolved = mixer.convolve(
+            channels, mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias, positions_T=segments.positions_T
+        )
+        _, B_TGN, C_TGN = mixer._split(convolved)
+        self._dt_TH, self._B_TGN, self._C_TGN = dt, B_TGN, C_TGN
+        self._log_TH = (dt.double() * mixer._decay_rates()).cumsum(
+            0
+        )  # of a long input, fp32 would lose the differences
+
+    def rows(self, places_Q: Tensor) -> Tensor:
+        """(H, Q, T): signed, of any sum."""
+        may_read = readable(self.segments, places_Q)
+        exponent = (self._log_TH[places_Q].t()[..., None] - self._log_TH.t()[:, None]).masked_fill(
+            ~may_read, -torch.inf
+        )
+        weight = exponent.to(self._dt_TH.dtype).exp_().mul_(self._dt_TH.t()[:, None])
+        products = _wide(self._C_TGN[places_Q].transpose(0, 1) @ self._B_TGN.permute(1, 2, 0))
+        return weight * products.repeat_interleave(self.num_heads // len(products), 0)
+
+
+def token_map(block: Block, stream: TokenStream) -> TokenMap:
+    """The map of a block that mixes tokens, given the stream before it.
+
+    Raises:
+        ValueError: for an MLP block.
+    """
+    mixer = block.mixer
+    normed = block.norm(stream.hidden_TD)
+    if isinstance(mixer, Attention):
+        return AttentionMap(mixer, normed, stream.segments)
+    if isinstance(mixer, Mamba2Mixer):
+        return HiddenAttentionMap(mixer, normed, stream.segments)
+    raise ValueError("an MLP block mixes no tokens; name attention or Mamba-2 blocks")
+
+
+def observe(
+    model: TimeViper, batch: PackedBatch, layers: Collection[int], look: Callable[[TokenMap, TokenStream], Seen]
+) -> dict[int, Seen]:
+    """What `look` makes of each block in `layers` during one ordinary run; no more than one block's map at a time.
+
+    Raises:
+        ValueError: when a layer is no attention or Mamba-2 block.
+    """
+    types = model.config.text.block_types
+    wrong = [layer for layer in layers if not 0 <= layer < len(types) or types[layer] == "mlp"]
+    if wrong:
+        mixing = [layer for layer, kind in enumerate(types) if kind != "mlp"]
+        raise ValueError(f"layers {wrong} mix no tokens; attention and Mamba-2 blocks are at {mixing}")
+    seen: dict[int, Seen] = {}
+
+    def run(layer: int, block: Block, stream: TokenStream) -> Tensor:
+        if layer in layers:
+            seen[layer] = look(token_map(block, stream), stream)
+        return run_block(layer, block, stream)
+
+    walk(model, batch, run)
+    return seen
+
+
+@torch.no_grad()
+def row_blocks(tokens: TokenMap, places: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """(places (Q,), rows (H, Q, T)) for the queries `places`, default all, so many at a time as ROW_ELEMENTS allows."""
+    num_tokens = len(tokens.segments.ids)
+    every = torch.arange(num_tokens, device=tokens.segments.ids.device) if places is None else places
+    for part in torch.split(every, max(1, ROW_ELEMENTS // max(1, tokens.num_heads * num_tokens))):
+        yield part, tokens.rows(part)
+
+
+def readable(segments: Segments, places_Q: Tensor) -> Tensor:
+    """(Q, T) bool: the tokens of a query's segment up to itself."""
+    flat_T = torch.arange(len(segments.ids), device=segments.ids.device)
+    return (flat_T <= places_Q[:, None]) & (segments.ids == segments.ids[places_Q][:, None])
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least fp32."""
+    return x if x.dtype == torch.float64 else x.float()

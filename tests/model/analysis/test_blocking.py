@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from reference.slow_timeviper import slow_logits
+from reference.small_models import SMALL, make_features, make_model, make_sample, pack
+from timeviper_model.analysis.blocking import Blocking, blocked_logits
+from timeviper_model.batch import IGNORE_INDEX, TokenKind
+
+LAYOUTS = ["ssvvvvvviiiirrr", "vviivvvirriirr", "siirr"]
+SAMPLES = [make_sample(layout, seed=number) for number, layout in enumerate(LAYOUTS)]
+MODEL = make_model()
+"""M-*M*-: mixers of tokens at 0 and 3 (Mamba-2), 2 and 4 (attention); TransV before 1 and 4"""
+
+
+@torch.no_grad()
+def slow_blocked_logits(blocking: Blocking) -> Tensor:
+    """Labelled logits of SAMPLES one by one, each mixer given the explicit matrix of who may read whom."""
+    receiver = TokenKind.INSTRUCTION if blocking.flow == "v2i" else TokenKind.RESPONSE
+
+    def may_read(layer: int, kinds: list[int]) -> Tensor | None:
+        if not blocking.covers(layer, SMALL.text.block_types[layer]):
+            return None
+        return torch.tensor([[not (i == receiver and j == TokenKind.VISION) for j in kinds] for i in kinds])
+
+    rows = []
+    for sample in SAMPLES:
+        features = make_features(sample, seed=sum(sample.input_ids))
+        logits, tokens = slow_logits(MODEL, sample, features, may_read=may_read)
+        rows += [row for row, token in zip(logits, tokens, strict=True) if sample.labels[token] != IGNORE_INDEX]
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("flow", ["v2i", "v2r"])
+@pytest.mark.parametrize(
+    "scope",
+    [
+        {"scope": "layer", "layer": 0},
+        {"scope": "layer", "layer": 2},
+        {"scope": "window", "layer": 3, "window": 3},
+        {"scope": "from_layer", "layer": 1, "kind": "attention"},
+        {"scope": "from_layer", "layer": 0, "kind": "mamba"},
+        {"scope": "from_layer", "layer": 0, "kind": "both"},
+    ],
+)
+def test_blocked_model_equals_explicit_masks(flow: Any, scope: dict[str, Any]) -> None:
+    blocking = Blocking(flow=flow, **scope)
+    blocked = blocked_logits(MODEL, pack(SAMPLES), blocking)
+    torch.testing.assert_close(blocked.logits_KV, slow_blocked_logits(blocking))
+    assert not torch.equal(blocked.log_probs_K, MODEL.target_log_probs(pack(SAMPLES))[0])
+
+
+@pytest.mark.parametrize(
+    "nothing",
+    [
+        Blocking(flow="v2i", scope="layer", layer=1),  # an MLP
+        Blocking(flow="v2r", scope="layer", layer=0, kind="attention"),
+        Blocking(flow="v2r", scope="from_layer", layer=5),
+    ],
+)
+def test_blocking_nothing_is_the_plain_model_exactly(nothing: Blocking) -> None:
+    model, batch = make_model(dtype=torch.float32), pack(SAMPLES, dtype=torch.float32)
+    log_probs, segment_ids = model.target_log_probs(batch)
+    blocked = blocked_logits(model, batch, nothing)
+    assert torch.equal(blocked.log_probs_K, log_probs)
+    assert torch.equal(blocked.segment_ids_K, segment_ids)
+    assert torch.equal(blocked.loss_sum, model(batch).loss_sum)
+
+
+def test_a_sample_without_vision_has_nothing_to_lose() -> None:
+    batch = pack([make_sample("ssssrrr")], dtype=torch.float32)
+    model = make_model(dtype=torch.float32)
+    blocked = blocked_logits(model, batch, Blocking(flow="v2r", scope="from_layer", layer=0))
+    assert torch.equal(blocked.log_probs_K, model.target_log_probs(batch)[0])
+
+
+def test_with_every_path_cut_the_answer_does_not_depend_on_the_video() -> None:
+    # no token before the vision: what vision does to the decay, which stays, has nothing to act on
+    layout = "vvvvvviiiii"
+    sample = replace(make_sample(layout), labels=[IGNORE_INDEX] * 6 + [1, 2, 3, 4, 5])
+    model, batch = make_model(replace(SMALL, transv=())), pack([sample])
+    other = replace(batch, vision_features=batch.vision_features + 1.0)
+    for kind, is_cut in {"both": True, "attention": False, "mamba": False}.items():
+        blocking = Blocking(flow="v2i", scope="from_layer", layer=0, kind=kind)  # type: ignore[arg-type]
+        logits, other_logits = (blocked_logits(model, b, blocking).logits_KV for b in (batch, other))
+        assert torch.equal(logits, other_logits) == is_cut
+
+
+def test_blockings_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(ValueError, match="must be odd"):
+        Blocking(flow="v2i", scope="window", layer=2, window=4)
+    with pytest.raises(ValueError, match="no meaning"):
+        Blocking(flow="v2i", scope="layer", layer=2, window=3)
+    with pytest.raises(ValueError, match="0 to 5"):
+        blocked_logits(MODEL, pack(SAMPLES), Blocking(flow="v2i", scope="layer", layer=6))
