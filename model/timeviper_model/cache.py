@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from timeviper_model.attention import grouped_attention
+from timeviper_model.attention import continued_attention, grouped_attention
 from timeviper_model.config import HybridConfig
 from timeviper_model.mamba2 import Mamba2State, conv_dim
 
@@ -150,8 +150,8 @@ class SlotStore:
     def __init__(self, cache: AttentionCache, slots: list[int], runs: list[tuple[int, int]]) -> None:
         self._cache, self._slots, self._runs = cache, slots, runs
 
-    def write(self, k_THE: Tensor, v_THE: Tensor) -> None:
-        """Append T tokens to the single slot."""
+    def extend(self, q_THE: Tensor, k_THE: Tensor, v_THE: Tensor) -> Tensor:
+        """Append T tokens to the single slot, then (T, H, E): what each query reads there up to itself."""
         (slot,) = self._slots
         start = self._cache.lengths[slot]
         stop = start + len(k_THE)
@@ -159,6 +159,7 @@ class SlotStore:
         self._cache.keys[slot, :, start:stop] = k_THE.transpose(0, 1)
         self._cache.values[slot, :, start:stop] = v_THE.transpose(0, 1)
         self._cache.lengths[slot] = stop
+        return continued_attention(q_THE, self._cache.keys[slot, :, :stop], self._cache.values[slot, :, :stop])
 
     def attend(self, q_BHE: Tensor, k_BHE: Tensor, v_BHE: Tensor) -> Tensor:
         """Append one token to each slot, then (B, H, E): what its queries read there."""
