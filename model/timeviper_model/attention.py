@@ -115,7 +115,7 @@ def _read(
     q_THE: Tensor, k_GLE: Tensor, v_GLE: Tensor, *, mask_TL: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
     """(T, H, E); groups stand in for the batch, so that a group's heads share its keys as a view."""
-    q_GrTE = q_THE.unflatten(1, (len(k_GLE), -1)).permute(1, 2, 0, 3)
+    q_GrTE = q_THE.view(len(q_THE), len(k_GLE), -1, q_THE.shape[-1]).permute(1, 2, 0, 3)
     k, v = (x[:, None].expand(-1, q_GrTE.shape[1], -1, -1) for x in (k_GLE, v_GLE))
     mixed = F.scaled_dot_product_attention(q_GrTE, k, v, attn_mask=mask_TL, is_causal=is_causal)
     return mixed.permute(2, 0, 1, 3).flatten(1, 2)
