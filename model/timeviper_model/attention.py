@@ -1,4 +1,5 @@
-"""Causal attention with grouped key/value heads and no position encoding, over a flat pack or one token a slot.
+"""Causal attention with grouped key/value heads and no position encoding: over a flat pack, over tokens that continue
+a slot, or one token a slot.
 
 Knows segments (no token sees another sample) and its own keys and values in a cache; not blocks, vision or text.
 """
@@ -15,12 +16,16 @@ from torch.nn import functional as F
 from timeviper_model.config import HybridConfig
 from timeviper_model.segments import Segments
 
+MASK_ELEMENTS = 2**24
+"""cells of a causal mask built at one time, 64 MiB as fp32 scores; more queries than fit are taken in turn"""
+
 
 class KeyValueStore(Protocol):
     """Where one attention layer keeps the keys and values of its slots; each slot has a length of its own."""
 
-    def write(self, k_THE: Tensor, v_THE: Tensor) -> None:
-        """Append T tokens to the one slot of this store."""
+    def extend(self, q_THE: Tensor, k_THE: Tensor, v_THE: Tensor) -> Tensor:
+        """Append T tokens to the one slot of this store; (T, H, E), what each query reads up to itself."""
+        ...
 
     def attend(self, q_BHE: Tensor, k_BHE: Tensor, v_BHE: Tensor) -> Tensor:
         """Append one token to each of B slots; (B, H, E), what its queries read from its slot."""
@@ -43,11 +48,10 @@ class Attention(nn.Module):
         """a function of this signature; backends.py puts a kernel in its place"""
 
     def forward(self, h_TD: Tensor, segments: Segments, store: KeyValueStore | None = None) -> Tensor:
-        """(T, D) -> (T, D), every token over the tokens of its segment up to itself; keys and values go to `store`."""
+        """(T, D) -> (T, D), every token over its segment up to itself; with `store`, over what is in it too."""
         q, k, v = self.queries(h_TD), self.keys(h_TD), self.values(h_TD)
-        if store is not None:
-            store.write(k, v)
-        return self.o_proj(self.attend(q, k, v, segments).flatten(1))
+        mixed = self.attend(q, k, v, segments) if store is None else store.extend(q, k, v)
+        return self.o_proj(mixed.flatten(1))
 
     def step(self, h_BD: Tensor, store: KeyValueStore) -> Tensor:
         """The next token of B slots: (B, D) -> (B, D)."""
@@ -80,6 +84,44 @@ def segment_causal_attention(q_THE: Tensor, k_THE: Tensor, v_THE: Tensor, segmen
         mixed = F.scaled_dot_product_attention(q, *repeat_kv(k, v, q.shape[1]), is_causal=True)
         outputs.append(bucket.unpad(mixed.transpose(1, 2)))
     return segments.join(outputs)
+
+
+def continued_attention(q_THE: Tensor, k_GLE: Tensor, v_GLE: Tensor) -> Tensor:
+    """(T, H, E): causal attention of the last T of L tokens.
+
+    A mask is built for as many queries at a time as MASK_ELEMENTS allows, never for T x L.
+
+    Args:
+        q_THE: queries of the last T tokens.
+        k_GLE: keys (Hkv, L, E) of all of them, never repeated in memory.
+        v_GLE: values, likewise.
+    """
+    num_queries, length = len(q_THE), k_GLE.shape[1]
+    if num_queries == length:
+        return _read(q_THE, k_GLE, v_GLE, is_causal=True)
+    rows = max(1, MASK_ELEMENTS // length)
+    outputs = []
+    for start in range(0, num_queries, rows):
+        stop = min(start + rows, num_queries)
+        seen = length - num_queries + stop
+        mask = torch.ones(stop - start, seen, dtype=torch.bool, device=q_THE.device).tril(seen - (stop - start))
+        outputs.append(_read(q_THE[start:stop], k_GLE[:, :seen], v_GLE[:, :seen], mask_TL=mask))
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def full_attention(q_THE: Tensor, k_GLE: Tensor, v_GLE: Tensor) -> Tensor:
+    """(T, H, E): every query over all L keys and values (Hkv, L, E), which are never repeated in memory."""
+    return _read(q_THE, k_GLE, v_GLE)
+
+
+def _read(
+    q_THE: Tensor, k_GLE: Tensor, v_GLE: Tensor, *, mask_TL: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    """(T, H, E); groups stand in for the batch, so that a group's heads share its keys as a view."""
+    q_GrTE = q_THE.view(len(q_THE), len(k_GLE), -1, q_THE.shape[-1]).permute(1, 2, 0, 3)
+    k, v = (x[:, None].expand(-1, q_GrTE.shape[1], -1, -1) for x in (k_GLE, v_GLE))
+    mixed = F.scaled_dot_product_attention(q_GrTE, k, v, attn_mask=mask_TL, is_causal=is_causal)
+    return mixed.permute(2, 0, 1, 3).flatten(1, 2)
 
 
 def grouped_attention(q_BHE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, visible_BL: Tensor | None = None) -> Tensor:

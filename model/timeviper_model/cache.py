@@ -10,11 +10,12 @@ there. Knows slots, lengths and bytes; not tokens, vision or requests.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from timeviper_model.attention import grouped_attention
+from timeviper_model.attention import continued_attention, grouped_attention
 from timeviper_model.config import HybridConfig
 from timeviper_model.mamba2 import Mamba2State, conv_dim
 
@@ -39,6 +40,15 @@ class AttentionCache:
         if not any(self.lengths):
             self.keys, self.values = self.keys[:, :, :0].clone(), self.values[:, :, :0].clone()
 
+    def put(self, slot: int, k_GLE: Tensor, v_GLE: Tensor) -> None:
+        """Appends L tokens' keys and values (Hkv, L, E) to the slot."""
+        start = self.lengths[slot]
+        stop = start + k_GLE.shape[1]
+        self.reserve(stop)
+        self.keys[slot, :, start:stop] = k_GLE
+        self.values[slot, :, start:stop] = v_GLE
+        self.lengths[slot] = stop
+
     def reserve(self, length: int) -> None:
         """Room for `length` tokens in every slot."""
         capacity = self.keys.shape[2]
@@ -51,6 +61,22 @@ class AttentionCache:
     def num_bytes(self) -> int:
         """Bytes held, used or not."""
         return self.keys.nbytes + self.values.nbytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SavedSlot:
+    """What some first blocks remember of one sequence, by layer; never changed."""
+
+    mamba: dict[int, Mamba2State]
+    """B = 1"""
+    attention: dict[int, tuple[Tensor, Tensor]]
+    """keys and values (Hkv, L, E)"""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held."""
+        states = sum(state.window_BKD.nbytes + state.ssm_BHPN.nbytes for state in self.mamba.values())
+        return states + sum(keys.nbytes + values.nbytes for keys, values in self.attention.values())
 
 
 class HybridCache:
@@ -87,6 +113,33 @@ class HybridCache:
             state.ssm_BHPN[slot].zero_()
         for attention in self.attention.values():
             attention.reset(slot)
+
+    def save(self, slot: int, num_layers: int) -> SavedSlot:
+        """A copy of what the first `num_layers` blocks remember of the slot."""
+        return SavedSlot(
+            mamba={
+                layer: Mamba2State(
+                    window_BKD=state.window_BKD[slot : slot + 1].clone(),
+                    ssm_BHPN=state.ssm_BHPN[slot : slot + 1].clone(),
+                )
+                for layer, state in self.mamba.items()
+                if layer < num_layers
+            },
+            attention={
+                layer: (kv.keys[slot, :, : kv.lengths[slot]].clone(), kv.values[slot, :, : kv.lengths[slot]].clone())
+                for layer, kv in self.attention.items()
+                if layer < num_layers
+            },
+        )
+
+    def load(self, slot: int, saved: SavedSlot) -> None:
+        """Puts a copy of `saved` into the slot, in place of what was there."""
+        self.reset(slot)
+        for layer, state in saved.mamba.items():
+            self.mamba[layer].window_BKD[slot] = state.window_BKD[0]
+            self.mamba[layer].ssm_BHPN[slot] = state.ssm_BHPN[0]
+        for layer, (keys, values) in saved.attention.items():
+            self.attention[layer].put(slot, keys, values)
 
     @property
     def num_bytes(self) -> int:
@@ -150,15 +203,12 @@ class SlotStore:
     def __init__(self, cache: AttentionCache, slots: list[int], runs: list[tuple[int, int]]) -> None:
         self._cache, self._slots, self._runs = cache, slots, runs
 
-    def write(self, k_THE: Tensor, v_THE: Tensor) -> None:
-        """Append T tokens to the single slot."""
+    def extend(self, q_THE: Tensor, k_THE: Tensor, v_THE: Tensor) -> Tensor:
+        """Append T tokens to the single slot, then (T, H, E): what each query reads there up to itself."""
         (slot,) = self._slots
-        start = self._cache.lengths[slot]
-        stop = start + len(k_THE)
-        self._cache.reserve(stop)
-        self._cache.keys[slot, :, start:stop] = k_THE.transpose(0, 1)
-        self._cache.values[slot, :, start:stop] = v_THE.transpose(0, 1)
-        self._cache.lengths[slot] = stop
+        self._cache.put(slot, k_THE.transpose(0, 1), v_THE.transpose(0, 1))
+        stop = self._cache.lengths[slot]
+        return continued_attention(q_THE, self._cache.keys[slot, :, :stop], self._cache.values[slot, :, :stop])
 
     def attend(self, q_BHE: Tensor, k_BHE: Tensor, v_BHE: Tensor) -> Tensor:
         """Append one token to each slot, then (B, H, E): what its queries read there."""

@@ -1,7 +1,8 @@
 """InferenceEngine: many requests at once through one model, a step at a time. No Ray, no HTTP, no threads.
 
-A request waits in a queue, takes a slot of the cache, is prefilled (one a step, so that running answers never wait for
-more than one prompt), and from then on every step decodes one token for all slots together. The caller owns the loop:
+A request waits in a queue, takes a slot of the cache and is prefilled, a bounded piece of one prompt a step, so that
+running answers never wait for more than that; from then on every step decodes one token for all slots together. What
+the model knows of a video before the question can be kept for the next one (prefix_cache). The caller owns the loop:
 
     engine.submit(request) -> id;   while work: for event in engine.step(): ...
 
@@ -12,19 +13,21 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, NewType
+from typing import Any, Literal, NamedTuple, NewType
 
 import torch
 from torch import Tensor
 
-from timeviper_model.batch import PackedBatch, Sample, pack_samples
+from timeviper_model.batch import Sample
 from timeviper_model.detokenize import TextStream
+from timeviper_model.pieces import plan_sites
+from timeviper_model.prefill import DEFAULT_CHUNK_TOKENS, Prefill, prefix_length
+from timeviper_model.prefix_cache import PrefixCache, PrefixLease, prefix_entry_bytes
 from timeviper_model.prompt import TEMPLATES, end_token_id
 from timeviper_model.sampling import SampledToken, SamplingParams, sample_tokens
 from timeviper_model.timeviper import TimeViper
-from timeviper_model.transv import num_kept
 
 RequestId = NewType("RequestId", int)
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -44,15 +47,21 @@ class EngineConfig:
     """requests that may wait for a slot; past it `submit` raises QueueFull"""
     max_prompt_tokens: int = 16384
     """text and vision tokens of one prompt"""
+    max_prefill_tokens: int = DEFAULT_CHUNK_TOKENS
+    """prompt tokens read in one step, and the most that go through the blocks together"""
     max_new_tokens: int = 1024
     """the most a request may ask for"""
+    prefix_cache_bytes: int = 0
+    """of the video-prefix cache; 0 = keep nothing"""
 
     def __post_init__(self) -> None:
-        for name in ("num_slots", "max_prompt_tokens", "max_new_tokens"):
+        for name in ("num_slots", "max_prompt_tokens", "max_prefill_tokens", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
         if self.max_queued_requests < 0:
             raise ValueError(f"{self.max_queued_requests = } must be at least 0 (0 = only free slots)")
+        if self.prefix_cache_bytes < 0:
+            raise ValueError(f"{self.prefix_cache_bytes = } must be at least 0 (0 = keep nothing)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -62,7 +71,9 @@ class Request:
     prompt: Sample
     """token ids with kinds; ends with the opening of the assistant's turn (prompt.build_sample)"""
     vision_features: Tensor | Callable[[], Iterable[Tensor]]
-    """(num_vision_tokens, dim), or what yields it block by block; called once, when the request gets a slot"""
+    """(num_vision_tokens, dim), or what yields it block by block; called once, when the prompt's first vision token is
+    read, not at all on a hit in the video-prefix cache. A block of no rows says 'not yet' and costs the others nothing;
+    an iterator that blocks holds up every slot."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
     max_new_tokens: int = 128
     stop: tuple[str | int, ...] = ()
@@ -70,7 +81,9 @@ class Request:
     seed: int = 0
     """of this request's own generator; nothing draws from it when temperature is 0"""
     prefix_key: str | None = None
-    """identity of system + vision tokens for the video-prefix cache; no effect until there is one"""
+    """names the system + vision tokens for the video-prefix cache: equal keys must mean equal tokens and features, for
+    tenants who may share them (see prefix_cache); the engine adds the system ids and the number of vision tokens.
+    No effect on a prompt in which text stands between or before media, as an earlier question does."""
 
     def __post_init__(self) -> None:
         if not len(self.prompt):
@@ -92,8 +105,8 @@ class Usage:
     vision_tokens: int
     vision_tokens_kept: int
     """left after the last TransV site"""
-    cached_tokens: int = 0
-    """prompt tokens taken from the video-prefix cache; 0 until there is one"""
+    cached_tokens: int
+    """prompt tokens taken from the video-prefix cache"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,21 +152,49 @@ class EngineStats:
     queued_requests: int
     cache_bytes: int
     prompt_tokens: int
-    """prefilled since the start"""
+    """prefilled since the start, those of cached prefixes left out"""
     completion_tokens: int
     """decoded since the start"""
-    prefix_hits: int = 0
-    prefix_misses: int = 0
-    prefix_bytes: int = 0
-    """of the video-prefix cache; all 0 until there is one"""
+    prefix_hits: int
+    prefix_misses: int
+    prefix_evictions: int
+    """of the video-prefix cache, since the start"""
+    prefix_entries: int
+    prefix_bytes: int
+    """in it now"""
+
+
+class _Queued(NamedTuple):
+    """A request without a slot."""
+
+    id: RequestId
+    request: Request
+    prefix_key: Hashable | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Reading:
+    """A request in a slot whose prompt is being read."""
+
+    id: RequestId
+    request: Request
+    slot: int
+    prefill: Prefill
+    lease: PrefixLease | None
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that did not have to be read."""
+        return 0 if self.lease is None or self.lease.entry is None else self.lease.entry.num_tokens
 
 
 @dataclass(slots=True, eq=False)
 class _Running:
-    """A request in a slot."""
+    """A request in a slot whose answer is being written."""
 
     id: RequestId
     request: Request
+    cached_tokens: int
     generator: torch.Generator
     text: TextStream | None
     tokens: list[int] = field(default_factory=list)
@@ -185,8 +226,10 @@ class InferenceEngine:
             ids = tokenizer(template.assistant[1], add_special_tokens=False)["input_ids"]
             self._closing = str(tokenizer.decode(ids, skip_special_tokens=True))
         self._ids = itertools.count()
-        self._queue: deque[tuple[RequestId, Request]] = deque()
+        self._queue: deque[_Queued] = deque()
+        self._reading: deque[_Reading] = deque()
         self._running: dict[int, _Running] = {}
+        self._prefixes = PrefixCache(self.config.prefix_cache_bytes)
         self._undelivered: dict[RequestId, list[Event]] = {}
         self._num_prompt_tokens = 0
         self._num_completion_tokens = 0
@@ -199,18 +242,19 @@ class InferenceEngine:
             ValueError: when the request can never be served here.
         """
         self._check(request)
-        free = self.config.num_slots - len(self._running)
+        taken = len(self._reading) + len(self._running)
+        free = self.config.num_slots - taken
         if len(self._queue) >= free + self.config.max_queued_requests:
             raise QueueFull(
-                f"{len(self._running)} requests run and {len(self._queue)} wait"
+                f"{taken} requests run and {len(self._queue)} wait"
                 f" (limits {self.config.num_slots} and {self.config.max_queued_requests}); try again later"
             )
         request_id = RequestId(next(self._ids))
-        self._queue.append((request_id, request))
+        self._queue.append(_Queued(request_id, request, self._prefix_key(request)))
         return request_id
 
     def step(self) -> list[Event]:
-        """One iteration: admit and prefill at most one request, then decode one token for every slot."""
+        """One iteration: admit a request, read a piece of a prompt, then decode one token for every slot."""
         kept = [event for events in self._undelivered.values() for event in events]
         self._undelivered.clear()
         return kept + self._advance()
@@ -235,35 +279,50 @@ class InferenceEngine:
         Returns:
             False when the request is not queued or running (any more).
         """
-        for entry in self._queue:
-            if entry[0] == request_id:
-                self._queue.remove(entry)
-                usage = self._usage(entry[1], 0)
-                break
-        else:
-            slot = next((slot for slot, running in self._running.items() if running.id == request_id), None)
-            if slot is None:
-                return False
-            running = self._release(slot)
-            usage = self._usage(running.request, len(running.tokens))
+        usage = self._drop(request_id)
+        if usage is None:
+            return False
         finished = Finished(request_id=request_id, reason="cancelled", text="", usage=usage)
         self._undelivered.setdefault(request_id, []).append(finished)
         return True
 
+    def _drop(self, request_id: RequestId) -> Usage | None:
+        """Takes the request out of the queue or its slot, wherever it is; what it took, None when it is nowhere."""
+        for queued in self._queue:
+            if queued.id == request_id:
+                self._queue.remove(queued)
+                return self._usage(queued.request)
+        for reading in self._reading:
+            if reading.id == request_id:
+                self._reading.remove(reading)
+                self._end_reading(reading)
+                self._cache.reset(reading.slot)
+                return self._usage(reading.request, cached_tokens=reading.cached_tokens)
+        for slot, running in self._running.items():
+            if running.id == request_id:
+                self._release(slot)
+                return self._usage(running.request, len(running.tokens), running.cached_tokens)
+        return None
+
     @property
     def has_work(self) -> bool:
         """True while `step` has something to do or to deliver."""
-        return bool(self._queue or self._running or self._undelivered)
+        return bool(self._queue or self._reading or self._running or self._undelivered)
 
     def stats(self) -> EngineStats:
         """Counts of this moment and since the start."""
         return EngineStats(
             num_slots=self.config.num_slots,
-            active_slots=len(self._running),
+            active_slots=len(self._reading) + len(self._running),
             queued_requests=len(self._queue),
             cache_bytes=self._cache.num_bytes,
             prompt_tokens=self._num_prompt_tokens,
             completion_tokens=self._num_completion_tokens,
+            prefix_hits=self._prefixes.num_hits,
+            prefix_misses=self._prefixes.num_misses,
+            prefix_evictions=self._prefixes.num_evictions,
+            prefix_entries=len(self._prefixes),
+            prefix_bytes=self._prefixes.num_bytes,
         )
 
     def _check(self, request: Request) -> None:
@@ -283,40 +342,101 @@ class InferenceEngine:
                 raise ValueError(f"vision features are {tuple(request.vision_features.shape)}, must be {expected}")
 
     def _is_known(self, request_id: RequestId) -> bool:
-        return any(entry[0] == request_id for entry in self._queue) or any(
-            running.id == request_id for running in self._running.values()
+        return any(
+            request_id == known
+            for known in itertools.chain(
+                (queued.id for queued in self._queue),
+                (reading.id for reading in self._reading),
+                (running.id for running in self._running.values()),
+            )
         )
 
     @torch.inference_mode()
     def _advance(self) -> list[Event]:
-        return [*self._admit(), *self._decode()]
+        return [*self._admit(), *self._read(), *self._decode()]
 
     def _admit(self) -> list[Event]:
-        if not self._queue or len(self._running) == self.config.num_slots:
+        """Gives a free slot to the first request that need not wait for another to compute its prefix."""
+        taken = {reading.slot for reading in self._reading} | set(self._running)
+        ready = (q for q in self._queue if q.prefix_key is None or not self._prefixes.is_computing(q.prefix_key))
+        if len(taken) == self.config.num_slots or (queued := next(ready, None)) is None:
             return []
-        request_id, request = self._queue.popleft()
-        slot = next(slot for slot in range(self.config.num_slots) if slot not in self._running)
+        self._queue.remove(queued)
+        slot = next(slot for slot in range(self.config.num_slots) if slot not in taken)
+        lease = None if queued.prefix_key is None else self._prefixes.lease(queued.prefix_key)
         try:
-            logits_V = self._model.prefill(self._batch(request), self._cache, slot)
-        except (RuntimeError, ValueError, OSError) as error:  # its features, its length: this request's trouble alone
-            self._cache.reset(slot)
-            return [Failed(request_id=request_id, error=f"{type(error).__name__}: {error}")]
-        self._num_prompt_tokens += len(request.prompt)
+            prefill = self._prefill(queued.request, slot, lease)
+        except RuntimeError as error:  # no memory for so long a prompt
+            if lease is not None:
+                lease.release()
+            return [Failed(request_id=queued.id, error=f"{type(error).__name__}: {error}")]
+        self._reading.append(_Reading(id=queued.id, request=queued.request, slot=slot, prefill=prefill, lease=lease))
+        return []
+
+    def _prefill(self, request: Request, slot: int, lease: PrefixLease | None) -> Prefill:
+        features, prompt = request.vision_features, request.prompt
+        kinds = torch.tensor(prompt.token_kind, dtype=torch.int8, device=self._device)
+        return Prefill(
+            self._model,
+            torch.tensor(prompt.input_ids, device=self._device),
+            kinds,
+            (lambda: [features]) if isinstance(features, Tensor) else features,
+            self._cache,
+            slot,
+            max_chunk_tokens=self.config.max_prefill_tokens,
+            # cut there even if nothing is kept: the same pieces give the same bits with the cache and without
+            boundary=0 if request.prefix_key is None else prefix_length(kinds),
+            prefix=None if lease is None else lease.entry,
+            on_prefix=None if lease is None or lease.entry is not None else lease.publish,
+        )
+
+    def _prefix_key(self, request: Request) -> Hashable | None:
+        """The key under which this prompt's prefix is kept; None when it has none, or none that would fit."""
+        if request.prefix_key is None or not self._prefixes.max_bytes:
+            return None
+        length = prefix_length(torch.tensor(request.prompt.token_kind))
+        num_vision = request.prompt.num_vision_tokens
+        num_system = length - num_vision
+        needed = prefix_entry_bytes(self._model.config, num_system, num_vision, dtype=self._dtype)
+        if not length or needed > self._prefixes.max_bytes:
+            return None
+        return request.prefix_key, tuple(request.prompt.input_ids[:num_system]), num_vision
+
+    def _read(self) -> list[Event]:
+        """Reads on in one prompt; the prompts take turns, and one whose features are not there passes its turn on."""
+        for _ in range(len(self._reading)):
+            reading = self._reading.popleft()
+            try:
+                logits_V = reading.prefill.advance()
+            except (RuntimeError, ValueError, OSError) as error:  # its features, its length: this request's trouble
+                self._end_reading(reading)
+                self._cache.reset(reading.slot)
+                return [Failed(request_id=reading.id, error=f"{type(error).__name__}: {error}")]
+            if logits_V is not None:
+                return self._start_answer(reading, logits_V)
+            self._reading.append(reading)
+            if not reading.prefill.is_waiting:
+                break
+        return []
+
+    def _start_answer(self, reading: _Reading, logits_V: Tensor) -> list[Event]:
+        request = reading.request
+        self._end_reading(reading)
+        self._num_prompt_tokens += len(request.prompt) - reading.cached_tokens
         stop_texts = [stop for stop in request.stop if isinstance(stop, str)]
-        self._running[slot] = _Running(
-            id=request_id,
+        self._running[reading.slot] = _Running(
+            id=reading.id,
             request=request,
+            cached_tokens=reading.cached_tokens,
             generator=torch.Generator().manual_seed(request.seed),
             text=TextStream(self._tokenizer, stop=stop_texts, closing=self._closing) if self._tokenizer else None,
         )
-        return self._choose(logits_V[None], [slot])
+        return self._choose(logits_V[None], [reading.slot])
 
-    def _batch(self, request: Request) -> PackedBatch:
-        features = request.vision_features
-        if not isinstance(features, Tensor):
-            blocks = list(features())
-            features = torch.cat(blocks) if blocks else torch.zeros(0, self.feature_size)
-        return pack_samples([request.prompt], [features]).to(self._device, self._dtype)
+    @staticmethod
+    def _end_reading(reading: _Reading) -> None:
+        if reading.lease is not None:
+            reading.lease.release()
 
     def _decode(self) -> list[Event]:
         slots = sorted(self._running)
@@ -356,7 +476,7 @@ class InferenceEngine:
         self._release(slot)
         rest = running.text.finish(closed=ended) if running.text is not None else ""
         stopped = stopped or (running.text is not None and running.text.stopped)  # a stop string in what was held back
-        usage = self._usage(running.request, len(running.tokens))
+        usage = self._usage(running.request, len(running.tokens), running.cached_tokens)
         reason: FinishReason = "stop" if stopped else "length"
         return [event, Finished(request_id=running.id, reason=reason, text=rest, usage=usage)]
 
@@ -365,14 +485,14 @@ class InferenceEngine:
         self._cache.reset(slot)
         return self._running.pop(slot)
 
-    def _usage(self, request: Request, completion_tokens: int) -> Usage:
+    def _usage(self, request: Request, completion_tokens: int = 0, cached_tokens: int = 0) -> Usage:
         vision_tokens = request.prompt.num_vision_tokens
-        kept = vision_tokens
-        for site in self._model.config.transv:
-            kept = num_kept(vision_tokens, kept, site.keep)
+        plans = plan_sites(self._model.config, vision_tokens)
+        kept = min((plan.num_kept for plan in plans.values()), default=vision_tokens)
         return Usage(
             prompt_tokens=len(request.prompt),
             completion_tokens=completion_tokens,
             vision_tokens=vision_tokens,
             vision_tokens_kept=kept,
+            cached_tokens=cached_tokens,
         )

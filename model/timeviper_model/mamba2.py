@@ -55,18 +55,29 @@ class Mamba2Mixer(nn.Module):
         """functions of these signatures; backends.py puts kernels in their place"""
 
     def forward(self, h_TD: Tensor, segments: Segments, state: Mamba2State | None = None) -> Tensor:
-        """(T, D) -> (T, D). With `state`, which needs a single segment and B = 1, its last values are written there."""
+        """(T, D) -> (T, D). The tokens continue `state`, which needs one segment and B = 1, and advance it in place."""
         gate, channels, dt = self._project(h_TD)
-        if state is not None:
-            self._write_window(channels, state)
         convolved = self.convolve(
-            channels, self.conv1d.weight.squeeze(1), self.conv1d.bias, positions_T=segments.positions_T
+            channels,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            positions_T=segments.positions_T,
+            initial_KD=None if state is None else state.window_BKD[0],
         )
         x, B, C = self._split(convolved)
         y, last = self.scan(
-            x, dt, self._decay_rates(), B, C, D_H=self.D, chunk_size=self.chunk_size, seq_idx_T=segments.seq_idx_T
+            x,
+            dt,
+            self._decay_rates(),
+            B,
+            C,
+            D_H=self.D,
+            chunk_size=self.chunk_size,
+            initial_state_HPN=None if state is None else state.ssm_BHPN[0],
+            seq_idx_T=segments.seq_idx_T,
         )
         if state is not None:
+            _shift_window(state.window_BKD[0], channels)
             state.ssm_BHPN[0] = last
         return self.out_proj(self.norm(y.flatten(1), gate))
 
@@ -98,12 +109,11 @@ class Mamba2Mixer(nn.Module):
         dtype = torch.float64 if self.A_log.dtype == torch.float64 else torch.float32
         return -torch.exp(self.A_log.to(dtype))
 
-    @staticmethod
-    def _write_window(channels_TD: Tensor, state: Mamba2State) -> None:
-        window = state.window_BKD[0]
-        recent = channels_TD[max(0, len(channels_TD) - len(window)) :]
-        window.zero_()
-        window[len(window) - len(recent) :] = recent
+
+def _shift_window(window_KD: Tensor, channels_TD: Tensor) -> None:
+    """The last inputs of the convolution after T more, in place."""
+    recent = torch.cat([window_KD, channels_TD[max(0, len(channels_TD) - len(window_KD)) :].to(window_KD.dtype)])
+    window_KD.copy_(recent[len(recent) - len(window_KD) :])
 
 
 def conv_dim(config: HybridConfig) -> int:

@@ -15,9 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 from timeviper_model.attention import Attention
 from timeviper_model.batch import IGNORE_INDEX, PADDING_SEGMENT, PackedBatch, TokenKind
-from timeviper_model.cache import HybridCache, SlotView
+from timeviper_model.cache import HybridCache
 from timeviper_model.config import TimeViperConfig
 from timeviper_model.hybrid import HybridBackbone, init_backbone
+from timeviper_model.prefill import DEFAULT_CHUNK_TOKENS, Prefill
 from timeviper_model.projector import Projector
 from timeviper_model.segments import Segments
 from timeviper_model.shapes import take_rows
@@ -114,9 +115,7 @@ class TimeViper(nn.Module):
         hidden, targets, segment_ids = self._labelled(stream)
         rows = max(1, LOGITS_ELEMENTS // self.config.text.vocab_size)
         parts = [
-            -F.cross_entropy(
-                self._logits(hidden[start : start + rows]), targets[start : start + rows], reduction="none"
-            )
+            -F.cross_entropy(self.logits(hidden[start : start + rows]), targets[start : start + rows], reduction="none")
             for start in range(0, max(1, len(targets)), rows)
         ]
         return torch.cat(parts), segment_ids
@@ -126,19 +125,38 @@ class TimeViper(nn.Module):
         return HybridCache(self.config.text, num_slots, device=device, dtype=dtype)
 
     @torch.no_grad()
-    def prefill(self, batch: PackedBatch, cache: HybridCache, slot: int) -> Tensor:
+    def prefill(
+        self, batch: PackedBatch, cache: HybridCache, slot: int, *, max_chunk_tokens: int = DEFAULT_CHUNK_TOKENS
+    ) -> Tensor:
         """Reads one prompt into a slot, which is emptied first; (V,) fp32 logits of the token after it.
+
+        Args:
+            batch: one segment.
+            cache: of this model.
+            slot: of the cache.
+            max_chunk_tokens: tokens that go through the blocks together; bounds memory, changes no result.
+                `Prefill` has the same work a piece a call, and vision features that come in blocks.
 
         Raises:
             ValueError: when the batch does not hold exactly one segment.
         """
         if batch.num_segments != 1:
             raise ValueError(f"prefill takes one prompt, not {batch.num_segments}; call it once for each slot")
-        view = cache.view([slot])
-        cache.reset(slot)
-        stream, _ = self._run(self._embed(batch), use_transv=True, view=view)
-        cache.num_tokens[slot] = int((batch.segment_ids != PADDING_SEGMENT).sum())
-        return self._logits(stream.hidden_TD[-1:])[0]
+        real = (batch.segment_ids != PADDING_SEGMENT).nonzero().squeeze(1)
+        rows = batch.vision_index[real]
+        features = batch.vision_features[rows[rows >= 0]]
+        reading = Prefill(
+            self,
+            batch.input_ids[real],
+            batch.token_kind[real],
+            lambda: [features],
+            cache,
+            slot,
+            max_chunk_tokens=max_chunk_tokens,
+        )
+        while (logits_V := reading.advance()) is None:
+            pass
+        return logits_V
 
     @torch.no_grad()
     def decode_step(self, input_ids: Tensor, cache: HybridCache, slots: Tensor) -> Tensor:
@@ -159,7 +177,7 @@ class TimeViper(nn.Module):
             view.write_back(layer, state)
         for slot in view.slots:
             cache.num_tokens[slot] += 1
-        return self._logits(hidden[order.argsort()])
+        return self.logits(hidden[order.argsort()])
 
     def _embed(self, batch: PackedBatch) -> TokenStream:
         """The stream at the model's entrance: padding gone, vision rows projected, text looked up."""
@@ -184,9 +202,7 @@ class TimeViper(nn.Module):
             original_counts=tuple(torch.bincount(segments.ids[vision], minlength=num_segments).tolist()),
         )
 
-    def _run(
-        self, stream: TokenStream, *, use_transv: bool, view: SlotView | None = None
-    ) -> tuple[TokenStream, list[int]]:
+    def _run(self, stream: TokenStream, *, use_transv: bool) -> tuple[TokenStream, list[int]]:
         """The stream behind the last block, and the vision tokens at the entrance and after each site."""
         num_vision_tokens = [sum(stream.original_counts)]
         for layer in range(self.config.text.num_hidden_layers):
@@ -194,11 +210,10 @@ class TimeViper(nn.Module):
                 stream = self._site(stream, layer, use_transv)
                 num_vision_tokens.append(int((stream.token_kind_T == TokenKind.VISION).sum()))
             block = self.backbone.block(layer)
-            state = None if view is None else view.layer(layer)
             if self._checkpoints:
                 hidden = checkpoint(block, stream.hidden_TD, stream.segments, use_reentrant=False)
             else:
-                hidden = block(stream.hidden_TD, stream.segments, state)
+                hidden = block(stream.hidden_TD, stream.segments)
             stream = stream.with_hidden(hidden)
         return stream, num_vision_tokens
 
@@ -207,7 +222,7 @@ class TimeViper(nn.Module):
         return self.gradient_checkpointing and torch.is_grad_enabled()
 
     def _site(self, stream: TokenStream, layer: int, use_transv: bool) -> TokenStream:
-        module = self._transv_layer(layer)
+        module = self.transv_layer(layer)
         if use_transv:
             block = self.backbone.block(layer)
             return apply_site(stream, self._sites[layer], module, block, checkpointing=self._checkpoints)
@@ -215,7 +230,8 @@ class TimeViper(nn.Module):
             return stream.with_hidden(stream.hidden_TD + module.idle(stream.hidden_TD))
         return stream
 
-    def _transv_layer(self, layer: int) -> TransVLayer | None:
+    def transv_layer(self, layer: int) -> TransVLayer | None:
+        """The cross-attention before block `layer`; None where nothing is transferred."""
         if str(layer) not in self.transv:
             return None
         module = self.transv[str(layer)]
@@ -227,9 +243,10 @@ class TimeViper(nn.Module):
         places = (stream.labels_T != IGNORE_INDEX).nonzero().squeeze(1)
         return take_rows(stream.hidden_TD, places), stream.labels_T[places], stream.segments.ids[places]
 
-    def _logits(self, hidden_KD: Tensor) -> Tensor:
+    def logits(self, hidden_KD: Tensor) -> Tensor:
+        """(K, V), at least fp32, from hidden states behind the last block."""
         logits: Tensor = self.lm_head(self.backbone.norm_f(hidden_KD))
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def _loss_sum(self, hidden_KD: Tensor, targets_K: Tensor) -> Tensor:
-        return F.cross_entropy(self._logits(hidden_KD), targets_K, reduction="sum")
+        return F.cross_entropy(self.logits(hidden_KD), targets_K, reduction="sum")

@@ -10,6 +10,7 @@ token kinds and segments; not ids, logits or caches.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from timeviper_model.attention import Attention, grouped_scores, repeat_kv
+from timeviper_model.attention import Attention, full_attention, grouped_scores, repeat_kv
 from timeviper_model.batch import TokenKind
 from timeviper_model.config import HybridConfig, TransVSite
 from timeviper_model.hybrid import Block
@@ -69,12 +70,31 @@ class TransVLayer(nn.Module):
     def forward(self, receivers_QD: Tensor, sources_KD: Tensor, rows: list[TransferRows]) -> Tensor:
         """(Q, D): what each receiver is given, tanh(alpha) included."""
         q = self.q_proj(receivers_QD).unflatten(-1, (self.num_heads, self.head_dim))
-        k = self.k_proj(sources_KD).unflatten(-1, (self.num_kv_heads, self.head_dim))
-        v = self.v_proj(sources_KD).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        k, v = self.source_keys_values(sources_KD)
         mixed = torch.cat([part.attend(q, k, v) for part in rows])
         order = torch.cat([part.receivers.token_index for part in rows])
-        mixed_QHE = put_rows(mixed, order, len(receivers_QD))
-        return torch.tanh(self.alpha) * self.o_proj(mixed_QHE.flatten(1))
+        return self._gated(put_rows(mixed, order, len(receivers_QD)))
+
+    def source_keys_values(self, sources_KD: Tensor) -> tuple[Tensor, Tensor]:
+        """(K, Hkv, E) each: what `read` wants to know of the sources."""
+        keys, values = (proj(sources_KD).unflatten(-1, (self.num_kv_heads, -1)) for proj in (self.k_proj, self.v_proj))
+        return keys, values
+
+    def read(self, receivers_QD: Tensor, k_GKE: Tensor, v_GKE: Tensor, num_visible: list[int]) -> Tensor:
+        """(Q, D): what receiver q is given by the first `num_visible[q]` of K sources, an ascending number."""
+        q = self.q_proj(receivers_QD).unflatten(-1, (self.num_heads, self.head_dim))
+        mixed_QHE = torch.zeros_like(q)
+        start = 0
+        for count, alike in itertools.groupby(num_visible):
+            stop = start + len(list(alike))
+            if count:
+                mixed_QHE[start:stop] = full_attention(q[start:stop], k_GKE[:, :count], v_GKE[:, :count])
+            start = stop
+        return self._gated(mixed_QHE)
+
+    def _gated(self, mixed_QHE: Tensor) -> Tensor:
+        gated: Tensor = torch.tanh(self.alpha) * self.o_proj(mixed_QHE.flatten(1))
+        return gated
 
     def idle(self, hidden_TD: Tensor) -> Tensor:
         """(1, D) of zeros through every parameter: a rank that skips a trained module breaks ZeRO."""
@@ -142,6 +162,12 @@ def apply_site(
 def num_kept(original: int, present: int, keep: float) -> int:
     """How many of `present` vision tokens stay: a share of the original count, rounded half up."""
     return min(present, math.floor(keep * original + 0.5))
+
+
+def evenly_spaced(num_present: int, num_kept: int, device: torch.device) -> Tensor:
+    """(N,) bool: which of the vision tokens at a uniform site stay."""
+    every = torch.ones(num_present, dtype=torch.bool, device=device)
+    return every if num_kept == num_present else _select_uniform(every, [num_present], [num_kept])
 
 
 def _select(stream: TokenStream, site: TransVSite, block: Block | None, vision_T: Tensor) -> Tensor:

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import resource
 
+import pytest
 import torch
 from torch.nn import functional as F
 
+import timeviper_model.attention as attention
 from reference.small_models import SMALL
-from timeviper_model.attention import Attention, grouped_attention, segment_causal_attention
+from timeviper_model.attention import Attention, continued_attention, grouped_attention, segment_causal_attention
 from timeviper_model.segments import Segments
 
 
@@ -48,3 +50,16 @@ def test_grouped_attention_reads_only_what_is_visible() -> None:
         keys, values = (tensor[row, :, :length].repeat_interleave(2, 0) for tensor in (k, v))
         alone = F.scaled_dot_product_attention(q[row, :, None], keys, values)
         torch.testing.assert_close(mixed[row], alone[:, 0])
+
+
+@pytest.mark.parametrize("num_queries", [1, 5, 16, 20])
+@pytest.mark.parametrize("mask_elements", [1, 60, 2**20])
+def test_last_queries_see_all_before_them_however_few_fit_a_mask(
+    num_queries: int, mask_elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "MASK_ELEMENTS", mask_elements)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(20, heads, 8, generator=generator, dtype=torch.float64) for heads in (6, 2, 2))
+    whole = segment_causal_attention(q, k, v, Segments(torch.zeros(20, dtype=torch.long), 1))
+    last = continued_attention(q[-num_queries:], k.transpose(0, 1), v.transpose(0, 1))
+    torch.testing.assert_close(last, whole[-num_queries:])

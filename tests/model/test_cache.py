@@ -1,10 +1,17 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
 from reference.small_models import SMALL, make_model, make_sample, pack
 from timeviper_model.cache import MIN_CAPACITY, HybridCache
+from timeviper_model.segments import Segments
+from timeviper_model.timeviper import TimeViper
 
 
 def make_cache(num_slots: int = 3) -> HybridCache:
@@ -75,3 +82,26 @@ def test_reset_clears_the_states_of_that_slot_alone() -> None:
         assert not state.window_BKD[0].any()
         assert state.ssm_BHPN[1].any()
         assert state.window_BKD[1].any()
+
+
+def through_blocks(model: TimeViper, hidden_TD: Tensor, cache: HybridCache | None) -> Tensor:
+    segments = Segments(torch.zeros(len(hidden_TD), dtype=torch.long), 1)
+    for layer in range(model.config.text.num_hidden_layers):
+        state = None if cache is None else cache.view([1]).layer(layer)
+        hidden_TD = model.backbone.block(layer)(hidden_TD, segments, state)
+    return hidden_TD
+
+
+@settings(max_examples=20)
+@given(num_tokens=st.integers(1, 40), cuts=st.sets(st.integers(1, 39), max_size=4), wide=st.booleans())
+def test_pieces_that_continue_a_slot_equal_the_whole_at_any_cut(num_tokens: int, cuts: set[int], wide: bool) -> None:
+    dtype, tolerance = (torch.float64, 1e-11) if wide else (torch.float32, 2e-5)
+    model = make_model(dtype=dtype)
+    hidden = torch.randn(num_tokens, 24, generator=torch.Generator().manual_seed(num_tokens), dtype=dtype)
+    edges = [0, *sorted(cut for cut in cuts if cut < num_tokens), num_tokens]
+    cache = model.new_cache(3, device="cpu", dtype=dtype)
+    with torch.no_grad():
+        whole = through_blocks(model, hidden, None)
+        pieces = [through_blocks(model, hidden[start:stop], cache) for start, stop in pairwise(edges)]
+    torch.testing.assert_close(torch.cat(pieces), whole, rtol=tolerance, atol=tolerance)
+    assert cache.attention[2].lengths == [0, num_tokens, 0]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from reference.tiny_serving import CONFIG_WITH_TRANSV, byte_tokenizer, generate_alone, prompt, random_model
+from timeviper_model.config import TransVSite
 from timeviper_model.engine import (
     EngineConfig,
     Event,
@@ -20,6 +22,9 @@ from timeviper_model.engine import (
     RequestId,
     Token,
 )
+from timeviper_model.prefill import prefix_length
+from timeviper_model.prefix_cache import prefix_entry_bytes
+from timeviper_model.prompt import Turn, build_sample
 from timeviper_model.sampling import SamplingParams
 from timeviper_model.timeviper import TimeViper
 
@@ -192,17 +197,9 @@ class _Scripted(TimeViper):
     script: list[int]
     place: int = 0
 
-    def prefill(self, batch: Any, cache: Any, slot: int) -> torch.Tensor:
-        super().prefill(batch, cache, slot)
-        return self._next()
-
-    def decode_step(self, input_ids: Any, cache: Any, slots: Any) -> torch.Tensor:
-        super().decode_step(input_ids, cache, slots)
-        return self._next()[None]
-
-    def _next(self) -> torch.Tensor:
-        logits = torch.zeros(self.config.text.vocab_size)
-        logits[self.script[self.place]] = 10.0
+    def logits(self, hidden_KD: torch.Tensor) -> torch.Tensor:
+        logits = torch.zeros(1, self.config.text.vocab_size)
+        logits[0, self.script[self.place]] = 10.0
         self.place += 1
         return logits
 
@@ -258,6 +255,121 @@ def test_a_request_whose_features_fail_leaves_the_others_alone(model: TimeViper)
     assert isinstance(events[bad][-1], Failed)
     assert "the store is away" in events[bad][-1].error
     assert isinstance(events[short][-1], Failed)
+
+
+def test_running_answers_wait_for_one_bounded_piece_of_another_prompt(model: TimeViper) -> None:
+    engine = engine_of(model, num_slots=2, max_prefill_tokens=16)
+    short, long = engine.submit(ask("a", 0, max_new_tokens=8)), engine.submit(ask(num_vision=600, max_new_tokens=2))
+    sizes: list[int] = []
+    block = model.backbone.block(0)
+    handle = block.register_forward_hook(lambda module, args, output: sizes.append(len(args[0])))
+    steps = [engine.step() for _ in range(25)]
+    handle.remove()
+    assert max(sizes) == 16
+    assert {event.request_id for events in steps for event in events} == {short}  # the other prompt is still being read
+    tokens = [len(ids_of(events)) for events in steps]
+    begun = tokens.index(2)
+    assert tokens[begun : begun + 7] == [2, 1, 1, 1, 1, 1, 1]
+    assert engine.cancel(long)
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one(model: TimeViper) -> None:
+    engine = engine_of(model, num_slots=2, max_prefill_tokens=64)
+    long, short = engine.submit(ask(num_vision=2000, max_new_tokens=1)), engine.submit(ask("a", 0, max_new_tokens=1))
+    finished = [event.request_id for _ in range(5) for event in engine.step() if isinstance(event, Finished)]
+    assert finished == [short]
+    assert engine.cancel(long)
+
+
+def test_cancelling_in_the_middle_of_a_prompt_frees_its_slot(model: TimeViper) -> None:
+    engine = engine_of(model, num_slots=1, max_prefill_tokens=16, prefix_cache_bytes=2**30)
+    empty = engine.stats().cache_bytes
+    first = engine.submit(ask(num_vision=200, prefix_key="film"))
+    second = engine.submit(ask(num_vision=200, prefix_key="film", max_new_tokens=3))
+    engine.step()
+    engine.step()
+    assert engine.stats().active_slots == 1
+    assert engine.cancel(first)
+    assert (engine.stats().active_slots, engine.stats().cache_bytes) == (0, empty)
+    events = run(engine)
+    assert len(ids_of(events[second])) == 3
+    assert engine.stats().prefix_misses == 2  # what the first had not finished was the second's to compute
+
+
+def test_features_that_are_late_hold_up_nobody_else(model: TimeViper) -> None:
+    engine = engine_of(model, num_slots=2)
+    is_there = False
+
+    def blocks() -> Iterable[torch.Tensor]:
+        while not is_there:
+            yield vision(0)
+        yield vision(24)
+
+    late = engine.submit(ask(num_vision=24, vision_features=blocks, max_new_tokens=2))
+    other = engine.submit(ask(max_new_tokens=4))
+    steps = [engine.step() for _ in range(6)]
+    assert [len(ids_of(events)) for events in steps] == [0, 2, 1, 1, 0, 0]  # a step admits one request
+    assert {event.request_id for events in steps for event in events} == {other}
+    is_there = True
+    assert len(ids_of(run(engine)[late])) == 2
+
+
+def answers(model: TimeViper, requests: list[Request], **config: int) -> tuple[list[list[Token]], list[int], Any]:
+    engine = engine_of(model, **config)
+    ids = [engine.submit(request) for request in requests]
+    events = run(engine)
+    tokens = [[event for event in events[i] if isinstance(event, Token)] for i in ids]
+    cached = [event.usage.cached_tokens for i in ids for event in events[i] if isinstance(event, Finished)]
+    return tokens, cached, engine.stats()
+
+
+@pytest.mark.parametrize("plan", [CONFIG_WITH_TRANSV.transv, CONFIG_WITH_TRANSV.transv[:1], ()])
+def test_answers_are_the_same_with_the_prefix_cache_and_without(plan: tuple[TransVSite, ...]) -> None:
+    model = random_model(replace(CONFIG_WITH_TRANSV, transv=plan))
+    questions = ["What?", "Which picture appears?", "When?"]
+    options = {"prefix_key": "film", "max_new_tokens": 8}
+    requests = [ask(question, 60, **options) for question in questions]
+    limits = {"num_slots": 3, "max_prefill_tokens": 24}
+    plain, none_cached, _ = answers(model, requests, **limits)
+    kept, cached, stats = answers(model, requests, **limits, prefix_cache_bytes=2**30)
+    assert [ids_of(answer) for answer in kept] == [ids_of(answer) for answer in plain]
+    assert [answer[0].logprob for answer in kept] == [answer[0].logprob for answer in plain]  # to the last bit
+    assert len({token.id for answer in plain for token in answer}) > 3
+    prefix_tokens = prefix_length(torch.tensor(requests[0].prompt.token_kind))
+    assert none_cached == [0, 0, 0]
+    assert cached == [0, prefix_tokens, prefix_tokens]
+    assert (stats.prefix_hits, stats.prefix_misses, stats.prefix_entries) == (2, 1, 1)
+    expected_bytes = prefix_entry_bytes(model.config, prefix_tokens - 60, 60, dtype=torch.float64)
+    assert stats.prefix_bytes == expected_bytes
+    assert stats.prompt_tokens == sum(len(r.prompt) for r in requests) - 2 * prefix_tokens
+
+
+def test_one_key_never_serves_another_number_of_tokens_or_system_text(model: TimeViper) -> None:
+    other_system = build_sample(
+        TOKENIZER,
+        [Turn(role="system", text="Be brief."), Turn(role="user", text="What?")],
+        [24],
+        add_generation_prompt=True,
+    )
+    requests = [
+        ask(num_vision=24, prefix_key="film", max_new_tokens=4),
+        ask(num_vision=25, prefix_key="film", max_new_tokens=4),
+        Request(prompt=other_system, vision_features=vision(24), prefix_key="film", max_new_tokens=4),
+    ]
+    expected, _, _ = answers(model, requests)
+    found, cached, stats = answers(model, requests, prefix_cache_bytes=2**30)
+    assert [ids_of(answer) for answer in found] == [ids_of(answer) for answer in expected]
+    assert cached == [0, 0, 0]
+    assert stats.prefix_misses == 3
+
+
+def test_a_prompt_with_text_between_its_media_keeps_no_prefix(model: TimeViper) -> None:
+    conversation = [Turn(role="user", text="<media>one<media>two")]
+    sample = build_sample(TOKENIZER, conversation, [8, 8], add_generation_prompt=True)
+    request = Request(prompt=sample, vision_features=vision(16), prefix_key="two", max_new_tokens=3)
+    _, cached, stats = answers(model, [request, request], prefix_cache_bytes=2**30)
+    assert cached == [0, 0]
+    assert (stats.prefix_hits, stats.prefix_misses, stats.prefix_bytes) == (0, 0, 0)
 
 
 def test_logits_that_are_not_finite_fail_their_request() -> None:

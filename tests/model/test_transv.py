@@ -108,7 +108,7 @@ def test_a_sample_that_lost_every_token_stays_out_of_later_selections() -> None:
 
 def test_only_instruction_tokens_receive_and_only_from_earlier_media() -> None:
     model = make_model()
-    layer = model._transv_layer(1)
+    layer = model.transv_layer(1)
     assert layer is not None
     layout = torch.tensor([0, 2, 1, 1, 2, 3, 1, 1, 2, 3], dtype=torch.int8)  # of TokenKind
     stream = TokenStream(

@@ -62,4 +62,4 @@ def walk(model: TimeViper, batch: PackedBatch, run: RunBlock = run_block) -> Tok
 def labelled_logits(model: TimeViper, stream: TokenStream) -> LabelledLogits:
     """Logits of the labelled positions of a stream behind the last block."""
     hidden, targets, segment_ids = model._labelled(stream)
-    return LabelledLogits(model._logits(hidden), targets, segment_ids)
+    return LabelledLogits(model.logits(hidden), targets, segment_ids)
