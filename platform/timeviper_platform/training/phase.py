@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from timeviper_model.config import TimeViperConfig, VisionConfig
+from timeviper_model.prompt import TEMPLATES, check_tokenizer
 from timeviper_model.timeviper import TimeViper
 from timeviper_model.weights import config_to_dict, from_pretrained, load_backbone
 from timeviper_platform import storage
@@ -197,6 +198,7 @@ def _check_tokenizer(tokenizer: Any, config: TimeViperConfig) -> None:
             f"the tokenizer has {len(tokenizer)} ids, the model {config.text.vocab_size} embeddings;"
             " they belong to different models"
         )
+    check_tokenizer(tokenizer, TEMPLATES[config.chat_template])
 
 
 def _check_same_vision(own: VisionConfig, expected: VisionConfig, weights: str) -> None:
