@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from timeviper_model.attention import Attention
+from timeviper_model.backbone import Backbone, init_backbone
 from timeviper_model.batch import IGNORE_INDEX, PADDING_SEGMENT, PackedBatch, TokenKind
 from timeviper_model.cache import HybridCache, SlotView
 from timeviper_model.config import TimeViperConfig
-from timeviper_model.hybrid import HybridBackbone, init_backbone
 from timeviper_model.projector import Projector
 from timeviper_model.segments import Segments
 from timeviper_model.shapes import take_rows
@@ -41,7 +40,7 @@ class TimeViperOutput(NamedTuple):
 class TimeViper(nn.Module):
     """The whole model behind the vision encoder. Weights are uninitialised until `init_weights` or loading.
 
-    Parameters: `backbone.*` and `lm_head.weight` under NVIDIA's Nemotron-H names, `projector.fc1/fc2`,
+    Parameters: `backbone.*` (see backbone.py), `lm_head.weight`, `projector.fc1/fc2`,
     `transv.<layer>.{q_proj,k_proj,v_proj,o_proj,alpha}`.
     """
 
@@ -49,7 +48,7 @@ class TimeViper(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
-        self.backbone = HybridBackbone(config.text)
+        self.backbone = Backbone(config.text)
         self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
         self.projector = Projector(config.vision.hidden_size, config.text.hidden_size)
         self.transv = nn.ModuleDict(
@@ -83,10 +82,8 @@ class TimeViper(nn.Module):
         places = [layer for layer, kind in enumerate(self.config.text.block_types) if kind == "attention"]
         for name, module in self.transv.items():
             nearest = min((place for place in places if place >= int(name)), default=places[-1])
-            attention = self.backbone.block(nearest).mixer
             assert isinstance(module, TransVLayer)
-            assert isinstance(attention, Attention)
-            module.copy_from(attention)
+            module.copy_from(self.backbone.block(nearest).attention)
 
     def forward(self, batch: PackedBatch, *, use_transv: bool = True) -> TimeViperOutput:
         """Loss over the pack's labels. With gradients enabled every trainable parameter takes part in the graph."""
@@ -152,9 +149,10 @@ class TimeViper(nn.Module):
         if empty:
             raise ValueError(f"slots {empty} hold no prompt; prefill them before decode_step")
         hidden = self.backbone.embeddings(input_ids[order])
+        positions = torch.tensor([cache.num_tokens[slot] for slot in view.slots], device=hidden.device)
         for layer in range(self.config.text.num_hidden_layers):
             state = view.layer(layer)
-            hidden = self.backbone.block(layer).step(hidden, state)
+            hidden = self.backbone.block(layer).step(hidden, state, positions)
             view.write_back(layer, state)
         for slot in view.slots:
             cache.num_tokens[slot] += 1

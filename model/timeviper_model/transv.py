@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timeviper_model.attention import Attention, grouped_scores, repeat_kv
+from timeviper_model.backbone import DecoderBlock
 from timeviper_model.batch import TokenKind
-from timeviper_model.config import HybridConfig, TransVSite
-from timeviper_model.hybrid import Block
+from timeviper_model.config import TextConfig, TransVSite
 from timeviper_model.segments import RowBucket, Segments, group_by_length
 from timeviper_model.shapes import put_rows, take_rows
 
@@ -54,7 +54,7 @@ class TokenStream:
 class TransVLayer(nn.Module):
     """Cross-attention from instruction tokens to vision tokens: no bias, no positions, no norm, a gate (equation 6)."""
 
-    def __init__(self, config: HybridConfig) -> None:
+    def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
@@ -85,7 +85,7 @@ class TransVLayer(nn.Module):
 
     @torch.no_grad()
     def copy_from(self, attention: Attention) -> None:
-        """Takes over an attention block's projections; the gate stays as it is."""
+        """Takes over an attention block's matrices, without biases where it has some; the gate stays as it is."""
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             getattr(self, name).weight.copy_(getattr(attention, name).weight)
 
@@ -110,7 +110,9 @@ class TransferRows:
         return self.receivers.unpad((mixed * sees_any).transpose(1, 2))
 
 
-def apply_site(stream: TokenStream, site: TransVSite, layer: TransVLayer | None, block: Block | None) -> TokenStream:
+def apply_site(
+    stream: TokenStream, site: TransVSite, layer: TransVLayer | None, block: DecoderBlock | None
+) -> TokenStream:
     """The stream behind a site: fewer vision tokens, instruction tokens that know of them.
 
     Args:
@@ -133,7 +135,7 @@ def num_kept(original: int, present: int, keep: float) -> int:
     return min(present, math.floor(keep * original + 0.5))
 
 
-def _select(stream: TokenStream, site: TransVSite, block: Block | None, vision_T: Tensor) -> Tensor:
+def _select(stream: TokenStream, site: TransVSite, block: DecoderBlock | None, vision_T: Tensor) -> Tensor:
     """(T,) bool: the vision tokens that stay."""
     segments = stream.segments
     present = torch.bincount(segments.ids[vision_T], minlength=segments.num_segments).tolist()
@@ -160,7 +162,7 @@ def _select_uniform(vision_T: Tensor, present: list[int], stay: list[int]) -> Te
 
 @torch.no_grad()
 def _select_by_attention(
-    stream: TokenStream, block: Block, vision_T: Tensor, present: list[int], stay: list[int]
+    stream: TokenStream, block: DecoderBlock, vision_T: Tensor, present: list[int], stay: list[int]
 ) -> Tensor:
     """The vision tokens that the last token before the first response looks at most; ties go to the lower index."""
     segments = stream.segments
@@ -181,17 +183,19 @@ def _select_by_attention(
     return kept_T
 
 
-def _score_inputs(stream: TokenStream, block: Block, *, any_drop: bool) -> tuple[Tensor, Tensor]:
+def _score_inputs(stream: TokenStream, block: DecoderBlock, *, any_drop: bool) -> tuple[Tensor, Tensor]:
     """Queries (S, H, E) of the score tokens and keys (T, G, E) of all tokens, as the block would compute them.
 
     Each projection runs exactly once, on one token where there is nothing to drop: under ZeRO-3 a call is a collective,
     and the ranks' packs differ.
     """
-    attention = block.mixer
-    assert isinstance(attention, Attention)
-    hidden = stream.hidden_TD if any_drop else _one_token(stream.hidden_TD)
+    positions = stream.segments.original_positions_T
+    hidden = stream.hidden_TD
+    if not any_drop:
+        hidden, positions = _one_token(hidden), positions.new_zeros(1)
     places = _score_tokens(stream).clamp(max=len(hidden) - 1)  # a segment without tokens has no place of its own
-    return attention.queries(block.norm(hidden[places])), attention.keys(block.norm(hidden))
+    attention, norm = block.attention, block.attention_norm
+    return attention.queries(norm(hidden[places]), positions[places]), attention.keys(norm(hidden), positions)
 
 
 def _one_token(hidden_TD: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from reference.slow_scan import slow_conv_silu, slow_scan
 from timeviper_model.batch import IGNORE_INDEX, Sample, TokenKind
-from timeviper_model.config import HybridConfig, TransVSite
+from timeviper_model.config import HybridConfig, Qwen2Config, TextConfig, TransVSite
 from timeviper_model.timeviper import TimeViper
 
 
@@ -54,9 +54,13 @@ def slow_logits(
                 if name.startswith(f"transv.{layer}.")
             }
             h, tokens = _transv(h, tokens, sample, sites[layer], cross, block, text)
-        normed = _rms(h, block["norm.weight"], text.layer_norm_epsilon)
-        h = h + {"mamba": _mamba, "attention": _attention, "mlp": _mlp}[kind](normed, block, text)
-    h = _rms(h, params["backbone.norm_f.weight"], text.layer_norm_epsilon)
+        if isinstance(text, Qwen2Config):
+            h = _qwen2_layer(h, tokens, block, text)
+        else:
+            normed = _rms(h, block["norm.weight"], text.layer_norm_epsilon)
+            h = h + {"mamba": _mamba, "attention": _attention, "mlp": _mlp}[kind](normed, block, text)
+    eps = text.rms_norm_eps if isinstance(text, Qwen2Config) else text.layer_norm_epsilon
+    h = _rms(h, params["backbone.norm_f.weight"], eps)
     return h @ params["lm_head.weight"].t(), tokens
 
 
@@ -112,6 +116,39 @@ def _attention(x: Tensor, p: dict[str, Tensor], c: HybridConfig) -> Tensor:
     return _attend(q, k, v, causal) @ p["mixer.o_proj.weight"].t()
 
 
+def _qwen2_layer(h: Tensor, tokens: list[int], p: dict[str, Tensor], c: Qwen2Config) -> Tensor:
+    q, k = _qwen2_queries_and_keys(h, tokens, p, c)
+    normed = _rms(h, p["input_layernorm.weight"], c.rms_norm_eps)
+    v = _heads(normed, p["self_attn.v_proj.weight"], c.head_dim) + p["self_attn.v_proj.bias"].view(-1, c.head_dim)
+    causal = torch.ones(len(h), len(h), dtype=torch.bool).tril()
+    h = h + _attend(q, k, v, causal) @ p["self_attn.o_proj.weight"].t()
+    normed = _rms(h, p["post_attention_layernorm.weight"], c.rms_norm_eps)
+    gate, up = (normed @ p[f"mlp.{name}_proj.weight"].t() for name in ("gate", "up"))
+    return h + (gate * torch.sigmoid(gate) * up) @ p["mlp.down_proj.weight"].t()
+
+
+def _qwen2_queries_and_keys(
+    h: Tensor, tokens: list[int], p: dict[str, Tensor], c: Qwen2Config
+) -> tuple[Tensor, Tensor]:
+    """Turned by each token's place in the WHOLE sample, which `tokens` holds."""
+    normed = _rms(h, p["input_layernorm.weight"], c.rms_norm_eps)
+    turned = []
+    for name in "qk":
+        x = _heads(normed, p[f"self_attn.{name}_proj.weight"], c.head_dim)
+        x = x + p[f"self_attn.{name}_proj.bias"].view(-1, c.head_dim)
+        turned.append(torch.stack([_rope(x[row], place, c.rope_theta) for row, place in enumerate(tokens)]))
+    return turned[0], turned[1]
+
+
+def _rope(x_HE: Tensor, place: int, theta: float) -> Tensor:
+    """Each pair (j, j + E / 2) as one complex number, multiplied by exp(i * place * theta ** (-2j / E))."""
+    half = x_HE.shape[1] // 2
+    planes = torch.complex(x_HE[:, :half], x_HE[:, half:])
+    angles = [place * theta ** (-2 * j / x_HE.shape[1]) for j in range(half)]
+    planes = planes * torch.tensor([complex(math.cos(a), math.sin(a)) for a in angles], dtype=planes.dtype)
+    return torch.cat([planes.real, planes.imag], dim=1)
+
+
 def _transv(
     h: Tensor,
     tokens: list[int],
@@ -119,7 +156,7 @@ def _transv(
     site: TransVSite,
     cross: dict[str, Tensor],
     block: dict[str, Tensor],
-    c: HybridConfig,
+    c: TextConfig,
 ) -> tuple[Tensor, list[int]]:
     kinds = [sample.token_kind[token] for token in tokens]
     vision = [place for place, kind in enumerate(kinds) if kind == TokenKind.VISION]
@@ -127,7 +164,7 @@ def _transv(
     if site.select == "uniform":
         kept = [vision[j * (len(vision) - 1) // (k - 1) if k > 1 else 0] for j in range(k)]
     else:
-        scores = _scores(h, kinds, block, c)
+        scores = _scores(h, tokens, kinds, block, c)
         kept = sorted(sorted(vision, key=lambda place: (-scores[place], place))[:k])
     dropped = [place for place in vision if place not in kept]
     if cross:
@@ -136,10 +173,13 @@ def _transv(
     return h[stay], [tokens[place] for place in stay]
 
 
-def _scores(h: Tensor, kinds: list[int], block: dict[str, Tensor], c: HybridConfig) -> list[float]:
+def _scores(h: Tensor, tokens: list[int], kinds: list[int], block: dict[str, Tensor], c: TextConfig) -> list[float]:
     row = kinds.index(TokenKind.RESPONSE) - 1 if TokenKind.RESPONSE in kinds else len(kinds) - 1
-    normed = _rms(h, block["norm.weight"], c.layer_norm_epsilon)
-    q, k = (_heads(normed, block[f"mixer.{name}_proj.weight"], c.head_dim) for name in "qk")
+    if isinstance(c, Qwen2Config):
+        q, k = _qwen2_queries_and_keys(h, tokens, block, c)
+    else:
+        normed = _rms(h, block["norm.weight"], c.layer_norm_epsilon)
+        q, k = (_heads(normed, block[f"mixer.{name}_proj.weight"], c.head_dim) for name in "qk")
     repeats = q.shape[1] // k.shape[1]
     total = torch.zeros(len(kinds), dtype=h.dtype)
     for head in range(q.shape[1]):
@@ -148,7 +188,7 @@ def _scores(h: Tensor, kinds: list[int], block: dict[str, Tensor], c: HybridConf
     return total.tolist()
 
 
-def _given(h: Tensor, kinds: list[int], sources: list[int], cross: dict[str, Tensor], c: HybridConfig) -> Tensor:
+def _given(h: Tensor, kinds: list[int], sources: list[int], cross: dict[str, Tensor], c: TextConfig) -> Tensor:
     given = torch.zeros_like(h)
     receivers = [place for place, kind in enumerate(kinds) if kind == TokenKind.INSTRUCTION]
     if not receivers or not sources:
