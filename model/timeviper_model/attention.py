@@ -48,15 +48,15 @@ class Rotary:
 class Attention(nn.Module):
     """Grouped-query attention, scale 1 / sqrt(head_dim); Nemotron-H has neither bias nor positions, Qwen2 has both."""
 
-    def __init__(self, config: TextConfig, *, qkv_bias: bool = False, rotary: Rotary | None = None) -> None:
+    def __init__(self, config: TextConfig, *, rotary: Rotary | None = None) -> None:
         super().__init__()
         self.rotary = rotary
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
         query_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=qkv_bias)
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
 
     def forward(self, h_TD: Tensor, segments: Segments, store: KeyValueStore | None = None) -> Tensor:

@@ -73,6 +73,11 @@ class HybridConfig:
         return len(self.hybrid_override_pattern)
 
     @property
+    def qkv_bias(self) -> bool:
+        """Whether queries, keys and values have a bias."""
+        return False
+
+    @property
     def mamba_intermediate_size(self) -> int:
         """Width inside a Mamba-2 mixer: heads x head width."""
         return self.mamba_num_heads * self.mamba_head_dim
@@ -116,6 +121,11 @@ class Qwen2Config:
     def head_dim(self) -> int:
         """Width of an attention head."""
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether queries, keys and values have a bias."""
+        return True
 
     @property
     def block_types(self) -> tuple[BlockType, ...]:

@@ -37,8 +37,7 @@ class Qwen2Block(nn.Module):
     def __init__(self, config: Qwen2Config) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        rotary = Rotary(config.head_dim, config.rope_theta)
-        self.self_attn = Attention(config, qkv_bias=True, rotary=rotary)
+        self.self_attn = Attention(config, rotary=Rotary(config.head_dim, config.rope_theta))
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
 

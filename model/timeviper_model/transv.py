@@ -52,16 +52,19 @@ class TokenStream:
 
 
 class TransVLayer(nn.Module):
-    """Cross-attention from instruction tokens to vision tokens: no bias, no positions, no norm, a gate (equation 6)."""
+    """Cross-attention from instruction tokens to vision tokens: no positions, no norm, a gate (equation 6).
+
+    It has the biases that the backbone's attention has, being a copy of it at first: none in Nemotron-H.
+    """
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
         query_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
         self.alpha = nn.Parameter(torch.zeros(1))
 
@@ -85,9 +88,10 @@ class TransVLayer(nn.Module):
 
     @torch.no_grad()
     def copy_from(self, attention: Attention) -> None:
-        """Takes over an attention block's matrices, without biases where it has some; the gate stays as it is."""
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            getattr(self, name).weight.copy_(getattr(attention, name).weight)
+        """Takes over an attention block's projections; the gate stays as it is."""
+        own = dict(self.named_parameters())
+        for name, parameter in attention.named_parameters():
+            own[name].copy_(parameter)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reference.slow_timeviper import slow_logits, slow_loss_sum
+from reference.slow_timeviper import slow_logits, slow_loss_sum, slow_scores
 from reference.small_models import SMALL_QWEN, VOCAB_SIZE, first_tokens, make_features, make_model, make_sample, pack
-from timeviper_model.batch import pack_samples
-from timeviper_model.config import PRESETS, Qwen2Config
+from timeviper_model.batch import TokenKind, pack_samples
+from timeviper_model.config import PRESETS, Qwen2Config, TransVSite
+from timeviper_model.segments import Segments
 from timeviper_model.timeviper import TimeViper
+from timeviper_model.transv import TokenStream, apply_site
 from timeviper_model.weights import from_pretrained, load_backbone, load_text_config, save_pretrained
 
 LAYOUTS = ["sss" + "v" * 24 + "iiii" + "rrrr", "ssiiirrrr", "vvvvvvvviirrriirr", "vviivvvvvirr", "v"]
@@ -172,6 +174,29 @@ def test_packed_samples_with_transv_equal_the_formulas_written_out(layout: str) 
     assert model(pack([sample for sample, _ in samples])).loss_sum.item() == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_tokens_that_differ_in_their_place_alone_are_selected_by_their_original_place(seed: int) -> None:
+    model = make_model(SMALL_QWEN)
+    generator = torch.Generator().manual_seed(seed)
+    places = torch.randperm(60, generator=generator)[:22].sort().values
+    kinds = [TokenKind.SYSTEM, *[TokenKind.VISION] * 20, TokenKind.INSTRUCTION]
+    hidden = torch.randn(1, 24, generator=generator, dtype=torch.float64).repeat(22, 1)
+    stream = TokenStream(
+        hidden_TD=hidden,
+        segments=Segments(torch.zeros(22, dtype=torch.long), 1, places),
+        token_kind_T=torch.tensor(kinds, dtype=torch.int8),
+        labels_T=torch.arange(22),
+        original_counts=(20,),
+    )
+    site = TransVSite(layer=2, select="attention", keep=0.4, transfer="none")
+    kept = apply_site(stream, site, None, model.backbone.block(2)).labels_T.tolist()
+    prefix = "backbone.layers.2."
+    block = {n.removeprefix(prefix): p for n, p in model.named_parameters() if n.startswith(prefix)}
+    scores = slow_scores(hidden, places.tolist(), list(kinds), block, model.config.text)
+    ranked = sorted(range(1, 21), key=lambda place: (-scores[place], place))
+    assert kept == [0, *sorted(ranked[:8]), 21]
+
+
 def test_packed_samples_equal_separate_ones_in_every_gradient_with_transv() -> None:
     model = make_model(SMALL_QWEN, dtype=torch.float32)
     samples = [make_sample(layout, seed=n) for n, layout in enumerate(LAYOUTS)]
@@ -213,6 +238,14 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
     model.gradient_checkpointing = True
     model(batch).loss_sum.backward()
     torch.testing.assert_close({name: p.grad for name, p in model.named_parameters()}, plain, rtol=0, atol=0)
+
+
+def test_transv_starts_as_a_copy_of_the_attention_with_its_biases() -> None:
+    model = make_model(SMALL_QWEN)
+    model.init_transv_from_attention()
+    state = model.state_dict()
+    for name in ("q_proj.weight", "q_proj.bias", "k_proj.bias", "v_proj.bias", "o_proj.weight"):
+        assert torch.equal(state[f"transv.1.{name}"], state[f"backbone.layers.1.self_attn.{name}"])
 
 
 def test_qwen2_5_7b_has_its_published_size() -> None:

@@ -92,8 +92,8 @@ def _mamba(x: Tensor, p: dict[str, Tensor], c: HybridConfig) -> Tensor:
     return normed @ p["mixer.out_proj.weight"].t()
 
 
-def _heads(x: Tensor, weight: Tensor, head_dim: int) -> Tensor:
-    return (x @ weight.t()).reshape(len(x), len(weight) // head_dim, head_dim)
+def _heads(x: Tensor, head_dim: int) -> Tensor:
+    return x.reshape(len(x), x.shape[1] // head_dim, head_dim)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
 
 
 def _attention(x: Tensor, p: dict[str, Tensor], c: HybridConfig) -> Tensor:
-    q, k, v = (_heads(x, p[f"mixer.{name}_proj.weight"], c.head_dim) for name in "qkv")
+    q, k, v = (_heads(x @ p[f"mixer.{name}_proj.weight"].t(), c.head_dim) for name in "qkv")
     causal = torch.ones(len(x), len(x), dtype=torch.bool).tril()
     return _attend(q, k, v, causal) @ p["mixer.o_proj.weight"].t()
 
@@ -119,7 +119,7 @@ def _attention(x: Tensor, p: dict[str, Tensor], c: HybridConfig) -> Tensor:
 def _qwen2_layer(h: Tensor, tokens: list[int], p: dict[str, Tensor], c: Qwen2Config) -> Tensor:
     q, k = _qwen2_queries_and_keys(h, tokens, p, c)
     normed = _rms(h, p["input_layernorm.weight"], c.rms_norm_eps)
-    v = _heads(normed, p["self_attn.v_proj.weight"], c.head_dim) + p["self_attn.v_proj.bias"].view(-1, c.head_dim)
+    v = _heads(normed @ p["self_attn.v_proj.weight"].t() + p["self_attn.v_proj.bias"], c.head_dim)
     causal = torch.ones(len(h), len(h), dtype=torch.bool).tril()
     h = h + _attend(q, k, v, causal) @ p["self_attn.o_proj.weight"].t()
     normed = _rms(h, p["post_attention_layernorm.weight"], c.rms_norm_eps)
@@ -134,8 +134,7 @@ def _qwen2_queries_and_keys(
     normed = _rms(h, p["input_layernorm.weight"], c.rms_norm_eps)
     turned = []
     for name in "qk":
-        x = _heads(normed, p[f"self_attn.{name}_proj.weight"], c.head_dim)
-        x = x + p[f"self_attn.{name}_proj.bias"].view(-1, c.head_dim)
+        x = _heads(normed @ p[f"self_attn.{name}_proj.weight"].t() + p[f"self_attn.{name}_proj.bias"], c.head_dim)
         turned.append(torch.stack([_rope(x[row], place, c.rope_theta) for row, place in enumerate(tokens)]))
     return turned[0], turned[1]
 
@@ -164,7 +163,7 @@ def _transv(
     if site.select == "uniform":
         kept = [vision[j * (len(vision) - 1) // (k - 1) if k > 1 else 0] for j in range(k)]
     else:
-        scores = _scores(h, tokens, kinds, block, c)
+        scores = slow_scores(h, tokens, kinds, block, c)
         kept = sorted(sorted(vision, key=lambda place: (-scores[place], place))[:k])
     dropped = [place for place in vision if place not in kept]
     if cross:
@@ -173,13 +172,14 @@ def _transv(
     return h[stay], [tokens[place] for place in stay]
 
 
-def _scores(h: Tensor, tokens: list[int], kinds: list[int], block: dict[str, Tensor], c: TextConfig) -> list[float]:
+def slow_scores(h: Tensor, tokens: list[int], kinds: list[int], block: dict[str, Tensor], c: TextConfig) -> list[float]:
+    """How much the score token looks at each token before `block`, averaged over heads."""
     row = kinds.index(TokenKind.RESPONSE) - 1 if TokenKind.RESPONSE in kinds else len(kinds) - 1
     if isinstance(c, Qwen2Config):
         q, k = _qwen2_queries_and_keys(h, tokens, block, c)
     else:
         normed = _rms(h, block["norm.weight"], c.layer_norm_epsilon)
-        q, k = (_heads(normed, block[f"mixer.{name}_proj.weight"], c.head_dim) for name in "qk")
+        q, k = (_heads(normed @ block[f"mixer.{name}_proj.weight"].t(), c.head_dim) for name in "qk")
     repeats = q.shape[1] // k.shape[1]
     total = torch.zeros(len(kinds), dtype=h.dtype)
     for head in range(q.shape[1]):
@@ -193,8 +193,11 @@ def _given(h: Tensor, kinds: list[int], sources: list[int], cross: dict[str, Ten
     receivers = [place for place, kind in enumerate(kinds) if kind == TokenKind.INSTRUCTION]
     if not receivers or not sources:
         return given
-    q = _heads(h[receivers], cross["q_proj.weight"], c.head_dim)
-    k, v = (_heads(h[sources], cross[f"{name}_proj.weight"], c.head_dim) for name in "kv")
+    zero = torch.zeros((), dtype=h.dtype)
+    q, k, v = (
+        _heads(h[places] @ cross[f"{name}_proj.weight"].t() + cross.get(f"{name}_proj.bias", zero), c.head_dim)
+        for name, places in (("q", receivers), ("k", sources), ("v", sources))
+    )
     earlier = torch.tensor([[source < receiver for source in sources] for receiver in receivers])
     mixed = _attend(q, k, v, earlier) @ cross["o_proj.weight"].t()
     given[receivers] = torch.tanh(cross["alpha"]) * mixed
