@@ -57,7 +57,7 @@ def text_config_from_dict(raw: Mapping[str, Any], *, where: str) -> TextConfig:
     """
     model_type = raw.get("model_type")
     if model_type == "nemotron_h":
-        return _known_fields(HybridConfig, {**raw, **_nemotron_pattern(raw)}, where)
+        return _known_fields(HybridConfig, {**raw, **_nemotron_pattern(raw), **_nemotron_time_step_limit(raw)}, where)
     if model_type == "qwen2":
         return _known_fields(Qwen2Config, {**raw, **_qwen2_rope(raw, where), **_qwen2_window(raw)}, where)
     raise ValueError(f"{where}: the language model's model_type is {model_type!r}; supported are nemotron_h and qwen2")
@@ -101,9 +101,16 @@ def _known_fields(kind: type[HybridConfig] | type[Qwen2Config], raw: Mapping[str
 
 def _nemotron_pattern(raw: Mapping[str, Any]) -> dict[str, str]:
     layers = raw.get("layers_block_type")
-    if layers is None or "hybrid_override_pattern" in raw:
+    if layers is None or raw.get("hybrid_override_pattern"):
         return {}
     return {"hybrid_override_pattern": "".join(LAYER_LETTERS.get(layer, "?") for layer in layers)}
+
+
+def _nemotron_time_step_limit(raw: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """transformers writes infinity as {"__float__": "Infinity"}, since JSON has none."""
+    limit = raw.get("time_step_limit") or ()
+    values = [value["__float__"] if isinstance(value, dict) else value for value in limit]
+    return {"time_step_limit": values} if values else {}
 
 
 def _qwen2_rope(raw: Mapping[str, Any], where: str) -> dict[str, float]:

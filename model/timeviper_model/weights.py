@@ -14,7 +14,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ def save_pretrained(
         config = config_to_dict(model.config) | {"timeviper_metadata": metadata or {}}
         config["torch_dtype"] = str(model.lm_head.weight.dtype).removeprefix("torch.")
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        tensors = {file_name(name, model.config.text): tensor for name, tensor in _named_tensors(model).items()}
+        tensors = {file_name(name, model.config.text): tensor for name, tensor in named_tensors(model).items()}
         _write_shards(tensors, temporary, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
@@ -105,13 +105,13 @@ def load_backbone(model: TimeViper, folder: str | Path) -> None:
         ValueError: when the folder's sizes or tensor names do not fit the model's.
     """
     source = _local_folder(folder)
-    expected = {name: tensor for name, tensor in _named_tensors(model).items() if _is_backbone(name)}
+    expected = {name: tensor for name, tensor in named_tensors(model).items() if _is_backbone(name)}
     renamed = (
         (own_name(name, model.config.text), tensor)
         for name, tensor in iter_tensors(source)
         if not name.startswith(IGNORED_BACKBONE_PREFIXES)
     )
-    _copy(expected, renamed, where=str(folder))
+    copy_tensors(expected, renamed, where=str(folder))
     model.init_transv_from_attention()
 
 
@@ -202,7 +202,7 @@ def _shards(folder: Path) -> list[Path]:
     return shards
 
 
-def _named_tensors(model: TimeViper) -> dict[str, Tensor]:
+def named_tensors(model: TimeViper) -> dict[str, Tensor]:
     """What a folder must hold; a tied output matrix is stored once, as the embedding."""
     tensors = dict(model.state_dict())
     if model.config.text.tie_word_embeddings:
@@ -225,9 +225,9 @@ def _write_shards(tensors: Mapping[str, Tensor], folder: Path, max_shard_bytes: 
         size += tensor.nbytes
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
-        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in shard.items()}, folder / file_name)
-        weight_map |= dict.fromkeys(shard, file_name)
+        shard_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in shard.items()}, folder / shard_name)
+        weight_map |= dict.fromkeys(shard, shard_name)
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
@@ -247,7 +247,7 @@ def _replace(temporary: Path, folder: Path) -> None:
 def _assign(
     model: TimeViper, tensors: Iterator[tuple[str, Tensor]], *, where: str, dtype: torch.dtype, device: str
 ) -> None:
-    expected = _named_tensors(model)
+    expected = named_tensors(model)
     problems = _Problems(expected)
     for name, tensor in tensors:
         if problems.accept(name, tensor):
@@ -258,7 +258,12 @@ def _assign(
 
 
 @torch.no_grad()
-def _copy(expected: Mapping[str, Tensor], tensors: Iterator[tuple[str, Tensor]], *, where: str) -> None:
+def copy_tensors(expected: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]], *, where: str) -> None:
+    """Fills `expected` in place, by name.
+
+    Raises:
+        ValueError: one for all tensors that are missing, unexpected or misshaped, by name.
+    """
     problems = _Problems(expected)
     for name, tensor in tensors:
         if problems.accept(name, tensor):
@@ -288,6 +293,8 @@ class _Problems:
     def check(self, where: str) -> None:
         kinds = (("missing", [*self._missing]), ("unexpected", self._unexpected), ("misshaped", self._misshaped))
         found = [f"{kind}: {', '.join(names)}" for kind, names in kinds if names]
+        if any(".experts." in name for name in self._unexpected):
+            raise ValueError(f"{where} has expert layers, which are not supported; use a dense model of this family")
         if found:
             raise ValueError(f"{where} does not fit the model; " + "; ".join(found))
 
