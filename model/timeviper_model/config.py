@@ -177,8 +177,8 @@ def parse_transv_plan(text: str) -> tuple[TransVSite, ...]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class VisionConfig:
-    """Which encoder made the features, and how; everything before the projector."""
+class VisionTower:
+    """One encoder and how its tokens are merged."""
 
     encoder: str = "google/siglip-so400m-patch14-384"
     """Hugging Face name or local folder"""
@@ -188,6 +188,22 @@ class VisionConfig:
     merge_heads: int = 16
     """heads into which ToMe views the features for its similarity"""
     hidden_size: int = 1152
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VisionConfig(VisionTower):
+    """Which encoder made the features, and how; everything before the projector. Its own fields are the first tower's.
+
+    Two towers see every frame; projector.py says how their tokens lie in the rows of features.
+    """
+
+    second: VisionTower | None = None
+    """with exactly `num_tokens_per_frame` tokens from each tower for every frame"""
+
+    @property
+    def row_size(self) -> int:
+        """Width of a row of vision features: the wider tower's."""
+        return self.hidden_size if self.second is None else max(self.hidden_size, self.second.hidden_size)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

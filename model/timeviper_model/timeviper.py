@@ -17,7 +17,7 @@ from timeviper_model.backbone import Backbone, init_backbone
 from timeviper_model.batch import IGNORE_INDEX, PADDING_SEGMENT, PackedBatch, TokenKind
 from timeviper_model.cache import HybridCache, SlotView
 from timeviper_model.config import TimeViperConfig
-from timeviper_model.projector import Projector
+from timeviper_model.projector import make_projector
 from timeviper_model.segments import Segments
 from timeviper_model.shapes import take_rows
 from timeviper_model.transv import TokenStream, TransVLayer, apply_site
@@ -50,7 +50,7 @@ class TimeViper(nn.Module):
         self.gradient_checkpointing = False
         self.backbone = Backbone(config.text)
         self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
-        self.projector = Projector(config.vision.hidden_size, config.text.hidden_size)
+        self.projector = make_projector(config.vision, config.text.hidden_size)
         self.transv = nn.ModuleDict(
             {str(site.layer): TransVLayer(config.text) for site in config.transv if site.transfer == "cross_attention"}
         )
@@ -69,9 +69,10 @@ class TimeViper(nn.Module):
         init_backbone(self.backbone, text, generator)
         if not text.tie_word_embeddings:
             self.lm_head.weight.normal_(0.0, text.initializer_range, generator=generator)
-        for linear in (self.projector.fc1, self.projector.fc2):
-            linear.weight.normal_(0.0, text.initializer_range, generator=generator)
-            linear.bias.zero_()
+        for linear in self.projector.modules():
+            if isinstance(linear, nn.Linear):
+                linear.weight.normal_(0.0, text.initializer_range, generator=generator)
+                linear.bias.zero_()
         for module in self.transv.values():
             assert isinstance(module, TransVLayer)
             module.alpha.zero_()
@@ -168,11 +169,13 @@ class TimeViper(nn.Module):
         text, vision = (~is_vision).nonzero().squeeze(1), is_vision.nonzero().squeeze(1)
         hidden = self.backbone.embeddings(batch.input_ids[real][text])
         if len(vision):
-            features = batch.vision_features[vision_index[vision]].to(self.projector.fc1.weight.dtype)
-            joined = torch.cat([hidden, self.projector(features).to(hidden.dtype)])
+            rows = vision_index[vision]
+            features = batch.vision_features[rows].to(next(self.projector.parameters()).dtype)
+            joined = torch.cat([hidden, self.projector(features, rows).to(hidden.dtype)])
             hidden = take_rows(joined, torch.cat([text, vision]).argsort())
-        elif torch.is_grad_enabled() and self.projector.fc1.weight.requires_grad:
-            hidden = hidden + 0.0 * self.projector(hidden.new_zeros(1, self.projector.fc1.in_features))
+        elif torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.projector.parameters()):
+            nothing = hidden.new_zeros(1, self.config.vision.row_size)
+            hidden = hidden + 0.0 * self.projector(nothing, vision)
         return TokenStream(
             hidden_TD=hidden,
             segments=segments,

@@ -137,7 +137,7 @@ class VisionEncoder(nn.Module):
         )
 
     def preprocess(self, frames: Tensor) -> Tensor:
-        """uint8 frames (B, height, width, 3) as normalised pixels (B, 3, S, S) in the encoder's dtype; S = `image_size`.
+        """uint8 frames (B, height, width, 3) as normalised pixels (B, 3, S, S), S = `image_size`, in its dtype.
 
         Frames of another size are resized as the processor would; those of size S are taken as they are.
 

@@ -70,7 +70,7 @@ class Evaluator:
         self._config = config
         self._store = FeatureStore.open(features_uri)
         model = weights.from_pretrained(weights_folder, dtype=getattr(torch, config.dtype), device=config.device)
-        self._dim = model.config.vision.hidden_size
+        self._dim = model.config.vision.row_size
         self._answerer = Answerer(model, weights.load_tokenizer(weights_folder), max_pack_tokens=config.max_pack_tokens)
 
     def evaluate(self, questions: Sequence[dict[str, Any]]) -> list[Outcome]:

@@ -144,9 +144,9 @@ def vision_of(store: FeatureStore, default: VisionConfig, encoder: str | None) -
     recipe_encoder, merge = store.recipe.get("encoder", {}), store.recipe.get("merge", {})
     if store.media_ids:
         dim = store.info(store.media_ids[0]).dim
-        if dim != default.hidden_size:
+        if dim != default.row_size:
             raise ValueError(
-                f"features in {store.uri} have width {dim}, the model's projector takes {default.hidden_size};"
+                f"features in {store.uri} have width {dim}, the model's projector takes {default.row_size};"
                 " preprocess with the model's encoder, or train a model of that width"
             )
     return replace(
@@ -173,7 +173,7 @@ def _feed_shape(phase: PhaseConfig, model: TimeViperConfig, tokenizer: Any) -> F
         packs_per_step=phase.packs_per_step,
         max_tokens=phase.packing.max_tokens,
         pad_to=phase.packing.max_tokens if phase.packing.pad_to_max_tokens else None,
-        dim=model.vision.hidden_size,
+        dim=model.vision.row_size,
         pad_token_id=int(tokenizer.pad_token_id or 0),
         num_epochs=phase.epochs,
         vision_cost=mean_kept_share(model) if phase.use_transv else 1.0,
