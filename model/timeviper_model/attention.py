@@ -1,5 +1,5 @@
-"""Causal attention with grouped key/value heads and no position encoding: over a flat pack, over tokens that continue
-a slot, or one token a slot.
+"""Causal attention with grouped key/value heads: over a flat pack, over tokens that continue a slot, or one token a
+slot; positions by RoPE or not at all.
 
 Knows segments (no token sees another sample) and its own keys and values in a cache; not blocks, vision or text.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timeviper_model.config import HybridConfig
+from timeviper_model.config import TextConfig
 from timeviper_model.segments import Segments
 
 MASK_ELEMENTS = 2**24
@@ -32,42 +32,66 @@ class KeyValueStore(Protocol):
         ...
 
 
-class Attention(nn.Module):
-    """Grouped-query attention of Nemotron-H: no bias, no position encoding, scale 1 / sqrt(head_dim)."""
+class Rotary:
+    """Rotary position encoding (arXiv 2104.09864), in the half-split form of Hugging Face's Llama and Qwen2.
 
-    def __init__(self, config: HybridConfig) -> None:
+    Dimensions j and j + E/2 are one plane, turned by position * theta ** (-2j / E).
+    """
+
+    def __init__(self, head_dim: int, theta: float) -> None:
+        self.head_dim, self.theta = head_dim, theta
+
+    def __call__(self, x_THE: Tensor, positions_T: Tensor) -> Tensor:
+        """(T, H, E) -> (T, H, E), turned in at least fp32."""
+        dtype = torch.float64 if x_THE.dtype == torch.float64 else torch.float32
+        exponents = torch.arange(0, self.head_dim, 2, device=x_THE.device, dtype=dtype) / self.head_dim
+        angles_T1F = (positions_T[:, None] * self.theta**-exponents)[:, None]
+        cos, sin = angles_T1F.cos(), angles_T1F.sin()
+        first, second = x_THE.to(dtype).chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_THE.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention, scale 1 / sqrt(head_dim); Nemotron-H has neither bias nor positions, Qwen2 has both."""
+
+    def __init__(self, config: TextConfig, *, rotary: Rotary | None = None) -> None:
         super().__init__()
+        self.rotary = rotary
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
         query_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
         self.attend: Callable[[Tensor, Tensor, Tensor, Segments], Tensor] = segment_causal_attention
         """a function of this signature; backends.py puts a kernel in its place"""
 
     def forward(self, h_TD: Tensor, segments: Segments, store: KeyValueStore | None = None) -> Tensor:
         """(T, D) -> (T, D), every token over its segment up to itself; with `store`, over what is in it too."""
-        q, k, v = self.queries(h_TD), self.keys(h_TD), self.values(h_TD)
+        positions_T = segments.original_positions_T
+        q, k, v = self.queries(h_TD, positions_T), self.keys(h_TD, positions_T), self.values(h_TD)
         mixed = self.attend(q, k, v, segments) if store is None else store.extend(q, k, v)
         return self.o_proj(mixed.flatten(1))
 
-    def step(self, h_BD: Tensor, store: KeyValueStore) -> Tensor:
-        """The next token of B slots: (B, D) -> (B, D)."""
-        return self.o_proj(store.attend(self.queries(h_BD), self.keys(h_BD), self.values(h_BD)).flatten(1))
+    def step(self, h_BD: Tensor, store: KeyValueStore, positions_B: Tensor) -> Tensor:
+        """The next token of B slots, each at its place in its whole sequence: (B, D) -> (B, D)."""
+        q, k, v = self.queries(h_BD, positions_B), self.keys(h_BD, positions_B), self.values(h_BD)
+        return self.o_proj(store.attend(q, k, v).flatten(1))
 
-    def queries(self, h: Tensor) -> Tensor:
-        """(..., D) -> (..., H, E)"""
-        return self.q_proj(h).unflatten(-1, (self.num_heads, self.head_dim))
+    def queries(self, h_TD: Tensor, positions_T: Tensor) -> Tensor:
+        """(T, D) at their original positions -> (T, H, E)"""
+        q = self.q_proj(h_TD).unflatten(-1, (self.num_heads, self.head_dim))
+        return q if self.rotary is None else self.rotary(q, positions_T)
 
-    def keys(self, h: Tensor) -> Tensor:
-        """(..., D) -> (..., Hkv, E)"""
-        return self.k_proj(h).unflatten(-1, (self.num_kv_heads, self.head_dim))
+    def keys(self, h_TD: Tensor, positions_T: Tensor) -> Tensor:
+        """(T, D) at their original positions -> (T, Hkv, E)"""
+        k = self.k_proj(h_TD).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        return k if self.rotary is None else self.rotary(k, positions_T)
 
-    def values(self, h: Tensor) -> Tensor:
-        """(..., D) -> (..., Hkv, E)"""
-        return self.v_proj(h).unflatten(-1, (self.num_kv_heads, self.head_dim))
+    def values(self, h_TD: Tensor) -> Tensor:
+        """(T, D) -> (T, Hkv, E)"""
+        return self.v_proj(h_TD).unflatten(-1, (self.num_kv_heads, self.head_dim))
 
 
 def segment_causal_attention(q_THE: Tensor, k_THE: Tensor, v_THE: Tensor, segments: Segments) -> Tensor:
@@ -77,7 +101,7 @@ def segment_causal_attention(q_THE: Tensor, k_THE: Tensor, v_THE: Tensor, segmen
     hides it. A long segment is a row of its own, and no T x T matrix is ever built.
     """
     if not segments.buckets:
-        return q_THE  # no token is left
+        return q_THE + 0.0 * (k_THE.sum() + v_THE.sum())  # no token is left, yet every parameter takes part
     outputs = []
     for bucket in segments.buckets:
         q, k, v = (bucket.pad(tensor).transpose(1, 2) for tensor in (q_THE, k_THE, v_THE))

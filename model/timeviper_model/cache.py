@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from timeviper_model.attention import continued_attention, grouped_attention
-from timeviper_model.config import HybridConfig
+from timeviper_model.config import HybridConfig, TextConfig
 from timeviper_model.mamba2 import Mamba2State, conv_dim
 
 MIN_CAPACITY = 128
@@ -82,7 +82,7 @@ class SavedSlot:
 class HybridCache:
     """Slots for sequences; made by `TimeViper.new_cache`, filled by `prefill`, advanced by `decode_step`."""
 
-    def __init__(self, config: HybridConfig, num_slots: int, *, device: torch.device | str, dtype: torch.dtype) -> None:
+    def __init__(self, config: TextConfig, num_slots: int, *, device: torch.device | str, dtype: torch.dtype) -> None:
         if num_slots < 1:
             raise ValueError(f"{num_slots = } must be at least 1")
         self.num_slots = num_slots
@@ -92,10 +92,11 @@ class HybridCache:
         state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.mamba: dict[int, Mamba2State] = {}
         self.attention: dict[int, AttentionCache] = {}
-        window_shape = (num_slots, config.conv_kernel - 1, conv_dim(config))
-        ssm_shape = (num_slots, config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
         for layer, block_type in enumerate(config.block_types):
             if block_type == "mamba":
+                assert isinstance(config, HybridConfig)
+                window_shape = (num_slots, config.conv_kernel - 1, conv_dim(config))
+                ssm_shape = (num_slots, config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
                 self.mamba[layer] = Mamba2State(
                     window_BKD=torch.zeros(window_shape, device=device, dtype=dtype),
                     ssm_BHPN=torch.zeros(ssm_shape, device=device, dtype=state_dtype),

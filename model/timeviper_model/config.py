@@ -1,4 +1,4 @@
-"""The model's sizes as frozen dataclasses, with Hugging Face's names, and the presets `tiny` and `9b`.
+"""The model's sizes as frozen dataclasses, with Hugging Face's names, and the presets.
 
 Knows numbers and which of them fit together; builds nothing.
 """
@@ -73,9 +73,68 @@ class HybridConfig:
         return len(self.hybrid_override_pattern)
 
     @property
+    def qkv_bias(self) -> bool:
+        """Whether queries, keys and values have a bias."""
+        return False
+
+    @property
     def mamba_intermediate_size(self) -> int:
         """Width inside a Mamba-2 mixer: heads x head width."""
         return self.mamba_num_heads * self.mamba_head_dim
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Qwen2Config:
+    """A pure Transformer language model; field names are those of Qwen2.5's `config.json`."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    """width of the gated MLP"""
+    num_hidden_layers: int
+    """decoder layers, each attention and MLP; a TransV site's `layer` counts them"""
+    num_attention_heads: int
+    num_key_value_heads: int
+    rope_theta: float = 1_000_000.0
+    """base of the rotary position encoding's wavelengths"""
+    rms_norm_eps: float = 1e-6
+    use_sliding_window: bool = False
+    """must be False: every layer sees the whole sequence"""
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int = 32768
+    bos_token_id: int = 151643
+    eos_token_id: int = 151645
+    pad_token_id: int = 151643
+
+    def __post_init__(self) -> None:
+        if self.use_sliding_window:
+            raise ValueError(
+                "use_sliding_window = True is not supported: attention here always sees the whole sequence"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"{self.num_attention_heads = } must be a multiple of {self.num_key_value_heads = }")
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError(f"{self.hidden_size = } must give {self.num_attention_heads = } heads of an even width")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of an attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Whether queries, keys and values have a bias."""
+        return True
+
+    @property
+    def block_types(self) -> tuple[BlockType, ...]:
+        """What TransV may rely on: every decoder layer holds attention."""
+        return tuple([PATTERN_LETTERS["*"]] * self.num_hidden_layers)
+
+
+TextConfig = HybridConfig | Qwen2Config
+"""The language model's sizes; the class says which family it is."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,8 +177,8 @@ def parse_transv_plan(text: str) -> tuple[TransVSite, ...]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class VisionConfig:
-    """Which encoder made the features, and how; everything before the projector."""
+class VisionTower:
+    """One encoder and how its tokens are merged."""
 
     encoder: str = "google/siglip-so400m-patch14-384"
     """Hugging Face name or local folder"""
@@ -132,6 +191,22 @@ class VisionConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class VisionConfig(VisionTower):
+    """Which encoder made the features, and how; everything before the projector. Its own fields are the first tower's.
+
+    Two towers see every frame; projector.py says how their tokens lie in the rows of features.
+    """
+
+    second: VisionTower | None = None
+    """with exactly `num_tokens_per_frame` tokens from each tower for every frame"""
+
+    @property
+    def row_size(self) -> int:
+        """Width of a row of vision features: the wider tower's."""
+        return self.hidden_size if self.second is None else max(self.hidden_size, self.second.hidden_size)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TimeViperConfig:
     """The whole model from stored features to logits.
 
@@ -139,7 +214,7 @@ class TimeViperConfig:
         ValueError: when a TransV site does not fit the backbone's pattern.
     """
 
-    text: HybridConfig
+    text: TextConfig
     vision: VisionConfig = field(default_factory=VisionConfig)
     transv: tuple[TransVSite, ...] = ()
     chat_template: Literal["nemotron", "chatml"] = "nemotron"
@@ -177,6 +252,16 @@ NEMOTRON_NANO_9B_V2 = HybridConfig(
 )
 """NVIDIA's configuration of Nemotron-Nano-9B-v2."""
 
+QWEN2_5_7B = Qwen2Config(
+    vocab_size=152064,
+    hidden_size=3584,
+    intermediate_size=18944,
+    num_hidden_layers=28,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+)
+"""Alibaba's configuration of Qwen2.5-7B-Instruct."""
+
 PAPER_PLAN = parse_transv_plan("uni_7_0.5-attn_39_0.9")
 
 TINY = TimeViperConfig(
@@ -204,8 +289,32 @@ TINY = TimeViperConfig(
     ),
 )
 
+TINY_QWEN = TimeViperConfig(
+    text=Qwen2Config(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rope_theta=10_000.0,
+        initializer_range=TINY.text.initializer_range,
+        bos_token_id=1,
+        eos_token_id=12,
+        pad_token_id=0,
+    ),
+    vision=TINY.vision,
+    transv=(
+        TransVSite(layer=1, select="uniform", keep=0.5),
+        TransVSite(layer=4, select="attention", keep=0.25),
+    ),
+    chat_template="nemotron",  # the made corpus' tokenizer has those special tokens
+)
+
 PRESETS: dict[str, TimeViperConfig] = {
     "tiny": TINY,
     "9b": TimeViperConfig(text=NEMOTRON_NANO_9B_V2, transv=PAPER_PLAN),
+    "tiny-qwen": TINY_QWEN,
+    "qwen2.5-7b": TimeViperConfig(text=QWEN2_5_7B, chat_template="chatml"),
 }
-"""`tiny` trains in minutes on two cores; `9b` has the paper's numbers."""
+"""`tiny` trains in minutes on two cores; `9b` has the paper's numbers; the others are its pure Transformer backbone."""

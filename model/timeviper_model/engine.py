@@ -217,7 +217,7 @@ class InferenceEngine:
         self._cache = model.new_cache(self.config.num_slots, device=self._device, dtype=self._dtype)
         self.end_token_ids = frozenset({model.config.text.eos_token_id})
         """the ids that end every answer"""
-        self.feature_size = model.config.vision.hidden_size
+        self.feature_size = model.config.vision.row_size
         """width of a row of vision features"""
         self._closing = ""
         if tokenizer is not None:

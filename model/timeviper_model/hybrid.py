@@ -1,7 +1,7 @@
-"""The hybrid language model's blocks: a norm, one mixer (Mamba-2, attention or MLP), and the residual.
+"""Nemotron-H's blocks: a norm, one mixer (Mamba-2, attention or MLP), and the residual.
 
 `HybridConfig.block_types` IS the architecture. Knows hidden states and segments; not vision, TransV or logits.
-Module names give NVIDIA's parameter names below `backbone.`.
+Module names give NVIDIA's parameter names below `backbone.layers.N.`.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class Block(nn.Module):
         mixed = self.mixer(normed) if isinstance(self.mixer, MLP) else self.mixer(normed, segments, state)
         return h_TD + mixed
 
-    def step(self, h_BD: Tensor, state: LayerState) -> Tensor:
-        """(B, D) -> (B, D), one token of B sequences."""
+    def step(self, h_BD: Tensor, state: LayerState, positions_B: Tensor) -> Tensor:
+        """(B, D) -> (B, D), one token of B sequences, each at its place in its whole sequence."""
         normed = self.norm(h_BD)
         if isinstance(self.mixer, MLP):
             return h_BD + self.mixer(normed)
@@ -66,45 +66,28 @@ class Block(nn.Module):
             return h_BD + self.mixer.step(normed, state)
         assert state is not None
         assert not isinstance(state, Mamba2State)
-        return h_BD + self.mixer.step(normed, state)
+        return h_BD + self.mixer.step(normed, state, positions_B)
 
+    @property
+    def attention(self) -> Attention:
+        """The mixer of an attention block."""
+        assert isinstance(self.mixer, Attention)
+        return self.mixer
 
-class HybridBackbone(nn.Module):
-    """Embeddings, blocks and the last norm; whoever runs the blocks may act between them."""
-
-    def __init__(self, config: HybridConfig) -> None:
-        super().__init__()
-        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList([Block(config, block_type) for block_type in config.block_types])
-        self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
-
-    def block(self, layer: int) -> Block:
-        """Block `layer`, 0-based."""
-        block = self.layers[layer]
-        assert isinstance(block, Block)
-        return block
+    @property
+    def attention_norm(self) -> RMSNorm:
+        """The norm before it."""
+        return self.norm
 
 
 @torch.no_grad()
-def init_backbone(backbone: HybridBackbone, config: HybridConfig, generator: torch.Generator) -> None:
-    """Draws every weight in place, as transformers' NemotronH does but for the convolution.
+def init_mamba(mixer: Mamba2Mixer, config: HybridConfig, generator: torch.Generator) -> None:
+    """Draws what is Mamba's own, in place.
 
-    Matrices: normal(0, initializer_range). Mamba: A = 1..H, D = 1, dt log-uniform in [time_step_min, time_step_max]
-    (arXiv 2405.21060, reference code), the output projection smaller by sqrt(number of blocks). Convolution: uniform
-    in +-1/sqrt(taps) as in the reference code of Mamba; normal(0, 0.02) taps would all but close it.
+    A = 1..H, D = 1, dt log-uniform in [time_step_min, time_step_max] (arXiv 2405.21060, reference code), the output
+    projection smaller by sqrt(number of blocks). Convolution: uniform in +-1/sqrt(taps) as in the reference code of
+    Mamba; transformers' normal(0, 0.02) taps would all but close it.
     """
-    backbone.embeddings.weight.normal_(0.0, config.initializer_range, generator=generator)
-    for module in backbone.modules():
-        if isinstance(module, nn.Linear):
-            module.weight.normal_(0.0, config.initializer_range, generator=generator)
-        elif isinstance(module, RMSNorm):
-            module.weight.fill_(1.0)
-    for module in backbone.modules():
-        if isinstance(module, Mamba2Mixer):
-            _init_mamba(module, config, generator)
-
-
-def _init_mamba(mixer: Mamba2Mixer, config: HybridConfig, generator: torch.Generator) -> None:
     bound = config.conv_kernel**-0.5
     mixer.conv1d.weight.uniform_(-bound, bound, generator=generator)
     if mixer.conv1d.bias is not None:

@@ -17,10 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from timeviper_model.attention import Attention, grouped_scores
+from timeviper_model.attention import grouped_scores
+from timeviper_model.backbone import DecoderBlock
 from timeviper_model.batch import TokenKind
 from timeviper_model.config import TimeViperConfig, TransVSite
-from timeviper_model.hybrid import Block
 from timeviper_model.segments import Segments
 from timeviper_model.transv import TransVLayer, evenly_spaced, num_kept
 
@@ -76,7 +76,7 @@ class Piece:
 
     def segments(self) -> Segments:
         """What a block wants to know of where the tokens lie."""
-        return Segments(torch.zeros_like(self.position_T), 1)
+        return Segments(torch.zeros_like(self.position_T), 1, self.position_T)
 
     def through(self, hidden_TD: Tensor) -> Piece:
         """The same tokens in another state."""
@@ -145,9 +145,8 @@ class Crossing:
 class WaitingTokens:
     """Tokens before a site that selects by attention, with all that it will ask of them but the instruction."""
 
-    def __init__(self, num_tokens: int, num_vision: int, block: Block, layer: TransVLayer | None) -> None:
-        weight = block.norm.weight
-        attention = _attention(block)
+    def __init__(self, num_tokens: int, num_vision: int, block: DecoderBlock, layer: TransVLayer | None) -> None:
+        weight, attention = block.attention_norm.weight, block.attention
         self.hidden_TD = weight.new_empty(num_tokens, len(weight))
         self.token_kind_T = torch.empty(num_tokens, dtype=torch.int8, device=weight.device)
         self.position_T = torch.empty(num_tokens, dtype=torch.int64, device=weight.device)
@@ -170,13 +169,14 @@ class WaitingTokens:
         own = self.hidden_TD.nbytes + self.token_kind_T.nbytes + self.position_T.nbytes + self.score_keys.nbytes
         return own + (0 if self.sources is None else self.sources.num_bytes)
 
-    def add(self, piece: Piece, block: Block, layer: TransVLayer | None) -> None:
+    def add(self, piece: Piece, block: DecoderBlock, layer: TransVLayer | None) -> None:
         """The next tokens."""
         part = slice(self.count, self.count + len(piece))
         self.hidden_TD[part] = piece.hidden_TD
         self.token_kind_T[part] = piece.token_kind_T
         self.position_T[part] = piece.position_T
-        self.score_keys[:, part] = _attention(block).keys(block.norm(piece.hidden_TD)).transpose(0, 1)
+        keys = block.attention.keys(block.attention_norm(piece.hidden_TD), piece.position_T)
+        self.score_keys[:, part] = keys.transpose(0, 1)
         if self.sources is not None and layer is not None:
             self.sources.add(piece.hidden_TD[piece.is_vision_T], layer)
         self.count = part.stop
@@ -185,7 +185,7 @@ class WaitingTokens:
 def release_waiting(
     parts: Sequence[WaitingTokens],
     plan: SitePlan,
-    block: Block,
+    block: DecoderBlock,
     layer: TransVLayer | None,
     *,
     first_response: int,
@@ -219,13 +219,13 @@ def release_waiting(
 
 
 def _select(
-    parts: Sequence[WaitingTokens], is_vision_T: Tensor, num_kept: int, block: Block, first_response: int
+    parts: Sequence[WaitingTokens], is_vision_T: Tensor, num_kept: int, block: DecoderBlock, first_response: int
 ) -> Tensor:
     """(N,) bool: the vision tokens that the last token before the first response looks at most; ties to the lower."""
     position_T = torch.cat([part.position_T for part in parts])
     place = max(0, int((position_T < first_response).sum()) - 1)
-    row = _gather(parts, torch.tensor([place], device=position_T.device)).hidden_TD
-    query_1HE = _attention(block).queries(block.norm(row))
+    row = _gather(parts, torch.tensor([place], device=position_T.device))
+    query_1HE = block.attention.queries(block.attention_norm(row.hidden_TD), row.position_T)
     scores = torch.cat([grouped_scores(query_1HE, part.score_keys[None]) for part in parts], -1)[..., : place + 1]
     score_T = scores.new_zeros(len(position_T))
     score_T[: place + 1] = scores.softmax(-1).mean((0, 1, 2))
@@ -269,8 +269,3 @@ def _receive(piece: Piece, layer: TransVLayer, keys: Tensor, values: Tensor, num
         return piece
     given = layer.read(piece.hidden_TD[index], keys, values, num_visible)
     return piece.through(piece.hidden_TD.index_add(0, index, given))
-
-
-def _attention(block: Block) -> Attention:
-    assert isinstance(block.mixer, Attention)  # the configuration allows selection by attention nowhere else
-    return block.mixer

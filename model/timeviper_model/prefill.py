@@ -195,9 +195,10 @@ class Prefill:
         is_vision = kinds == TokenKind.VISION
         hidden = self._model.backbone.embeddings(self._input_ids[part])
         if num_rows := int(is_vision.sum()):
-            weight = self._model.projector.fc1.weight
-            rows = self._rows.take(num_rows).to(weight.device, weight.dtype)
-            hidden[is_vision] = self._model.projector(rows).to(hidden.dtype)
+            weight = next(self._model.projector.parameters())
+            places, features = self._rows.take(num_rows)
+            projected = self._model.projector(features.to(weight.device, weight.dtype), places.to(weight.device))
+            hidden[is_vision] = projected.to(hidden.dtype)
         positions = torch.arange(part.start, part.stop, device=hidden.device)
         return Piece(hidden_TD=hidden, token_kind_T=kinds, position_T=positions)
 
@@ -272,12 +273,13 @@ class _FeatureRows:
             self._held.append(block)
         return True
 
-    def take(self, count: int) -> Tensor:
-        """(count, dim): the next rows, which `has` has found."""
+    def take(self, count: int) -> tuple[Tensor, Tensor]:
+        """The places (count,) among all rows, and the rows (count, dim), that come next; `has` has found them."""
         rows = torch.cat(self._held) if len(self._held) > 1 else self._held[0]
         self._held = [rows[count:]] if len(rows) > count else []
+        places = torch.arange(self._num_taken, self._num_taken + count)
         self._num_taken += count
-        return rows[:count]
+        return places, rows[:count]
 
     def finish(self) -> None:
         """Raises ValueError when rows are left over."""

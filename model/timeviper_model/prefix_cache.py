@@ -15,7 +15,7 @@ from collections.abc import Hashable
 
 import torch
 
-from timeviper_model.config import TimeViperConfig
+from timeviper_model.config import HybridConfig, TimeViperConfig
 from timeviper_model.mamba2 import conv_dim
 from timeviper_model.pieces import plan_sites
 from timeviper_model.prefill import PrefixEntry
@@ -29,8 +29,10 @@ def prefix_entry_bytes(config: TimeViperConfig, num_system: int, num_vision: int
     text, size = config.text, dtype.itemsize
     kv_bytes = 2 * text.num_key_value_heads * text.head_dim * size
     state_size = 8 if dtype == torch.float64 else 4
-    mamba_bytes = (text.conv_kernel - 1) * conv_dim(text) * size
-    mamba_bytes += text.mamba_intermediate_size * text.ssm_state_size * state_size
+    mamba_bytes = 0
+    if isinstance(text, HybridConfig):
+        window, state = (text.conv_kernel - 1) * conv_dim(text), text.mamba_intermediate_size * text.ssm_state_size
+        mamba_bytes = window * size + state * state_size
     plans = plan_sites(config, num_vision)
     total, present = 0, num_vision
     for layer, block_type in enumerate(text.block_types):

@@ -10,6 +10,7 @@ Nemotron's prompt, with vision tokens (v) standing for the media:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -62,8 +63,29 @@ def time_text(duration_seconds: float, num_frames: int) -> str:
     )
 
 
+def check_tokenizer(tokenizer: Any, template: ChatTemplate) -> None:
+    """Passes when every special token of the template is one token of the tokenizer.
+
+    Raises:
+        ValueError: with the tokens it would cut into pieces.
+    """
+    pieces = "".join((*template.system, *template.user, *template.assistant))
+    special = dict.fromkeys(re.findall(r"<[^<>\s]+>", pieces))
+    cut = [name for name in special if len(_encode_template(tokenizer, name)) != 1]
+    if cut:
+        raise ValueError(
+            f"the tokenizer does not know {', '.join(cut)} of the model's chat template; use the tokenizer that came"
+            " with the language model, or a model whose chat_template fits this tokenizer"
+        )
+
+
 def end_token_id(tokenizer: Any, template: ChatTemplate) -> int:
-    """The id at which generation stops: the last token of what ends an answer."""
+    """The id at which generation stops: the last token of what ends an answer.
+
+    Raises:
+        ValueError: when the tokenizer is not one for this template.
+    """
+    check_tokenizer(tokenizer, template)
     return int(_encode_template(tokenizer, template.assistant[1])[-1])
 
 

@@ -59,18 +59,26 @@ class RowBucket:
 class Segments:
     """The lengths and places of S contiguous segments in a flat pack of T tokens; a segment may be empty.
 
+        ids                    0 0 0 0 0 1 1 1        keep([0, 3, 4, 5, 7])   0 0 0 1 1
+        positions_T            0 1 2 3 4 0 1 2                                0 1 2 0 1    among the tokens left
+        original_positions_T   0 1 2 3 4 0 1 2                                0 3 4 0 2    in the whole sample
+
     Args:
         ids: (T,) int32 or int64, ascending, no padding.
         num_segments: S; needed where the last segments may have lost all their tokens.
+        original_positions_T: (T,) int64, each token's place in its sample before any was dropped; None = nothing was.
     """
 
-    def __init__(self, ids: Tensor, num_segments: int) -> None:
+    def __init__(self, ids: Tensor, num_segments: int, original_positions_T: Tensor | None = None) -> None:
         self.ids = ids.long()
         self.num_segments = num_segments
+        self._original_positions_T = original_positions_T
         self.lengths_S = torch.bincount(self.ids, minlength=num_segments)
         self.lengths: list[int] = self.lengths_S.tolist()
         if len(self.lengths) != num_segments:
             raise ValueError(f"segment ids reach {len(self.lengths) - 1} but {num_segments = }")
+        if original_positions_T is not None and original_positions_T.shape != ids.shape:
+            raise ValueError(f"{tuple(original_positions_T.shape)} original positions for {tuple(ids.shape)} ids")
 
     @cached_property
     def starts_S(self) -> Tensor:
@@ -81,6 +89,11 @@ class Segments:
     def positions_T(self) -> Tensor:
         """(T,) int64: each token's place in its segment."""
         return torch.arange(len(self.ids), device=self.ids.device) - self.starts_S[self.ids]
+
+    @property
+    def original_positions_T(self) -> Tensor:
+        """(T,) int64: each token's place in its sample before any token was dropped; what RoPE turns by."""
+        return self.positions_T if self._original_positions_T is None else self._original_positions_T
 
     @cached_property
     def seq_idx_T(self) -> Tensor | None:
@@ -100,7 +113,8 @@ class Segments:
 
     def keep(self, index: Tensor) -> Segments:
         """The segments of the tokens `index` (K,) int64, ascending."""
-        return Segments(self.ids.index_select(0, index), self.num_segments)
+        ids, positions = (of_T.index_select(0, index) for of_T in (self.ids, self.original_positions_T))
+        return Segments(ids, self.num_segments, positions)
 
     def rows(self, members: list[int]) -> RowBucket:
         """The segments `members`, in that order, as rows as long as the longest of them."""

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from timeviper_model.attention import Attention
+from timeviper_model.backbone import Backbone, init_backbone
 from timeviper_model.batch import IGNORE_INDEX, PADDING_SEGMENT, PackedBatch, TokenKind
 from timeviper_model.cache import HybridCache
 from timeviper_model.config import TimeViperConfig
-from timeviper_model.hybrid import HybridBackbone, init_backbone
 from timeviper_model.prefill import DEFAULT_CHUNK_TOKENS, Prefill
-from timeviper_model.projector import Projector
+from timeviper_model.projector import make_projector
 from timeviper_model.segments import Segments
 from timeviper_model.shapes import take_rows
 from timeviper_model.transv import TokenStream, TransVLayer, apply_site
@@ -42,7 +41,7 @@ class TimeViperOutput(NamedTuple):
 class TimeViper(nn.Module):
     """The whole model behind the vision encoder. Weights are uninitialised until `init_weights` or loading.
 
-    Parameters: `backbone.*` and `lm_head.weight` under NVIDIA's Nemotron-H names, `projector.fc1/fc2`,
+    Parameters: `backbone.*` (see backbone.py), `lm_head.weight`, `projector.fc1/fc2`,
     `transv.<layer>.{q_proj,k_proj,v_proj,o_proj,alpha}`.
     """
 
@@ -51,9 +50,9 @@ class TimeViper(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         """keep the hidden states between blocks and sites alone, and compute the rest again in the backward pass"""
-        self.backbone = HybridBackbone(config.text)
+        self.backbone = Backbone(config.text)
         self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
-        self.projector = Projector(config.vision.hidden_size, config.text.hidden_size)
+        self.projector = make_projector(config.vision, config.text.hidden_size)
         self.transv = nn.ModuleDict(
             {str(site.layer): TransVLayer(config.text) for site in config.transv if site.transfer == "cross_attention"}
         )
@@ -72,9 +71,10 @@ class TimeViper(nn.Module):
         init_backbone(self.backbone, text, generator)
         if not text.tie_word_embeddings:
             self.lm_head.weight.normal_(0.0, text.initializer_range, generator=generator)
-        for linear in (self.projector.fc1, self.projector.fc2):
-            linear.weight.normal_(0.0, text.initializer_range, generator=generator)
-            linear.bias.zero_()
+        for linear in self.projector.modules():
+            if isinstance(linear, nn.Linear):
+                linear.weight.normal_(0.0, text.initializer_range, generator=generator)
+                linear.bias.zero_()
         for module in self.transv.values():
             assert isinstance(module, TransVLayer)
             module.alpha.zero_()
@@ -85,10 +85,8 @@ class TimeViper(nn.Module):
         places = [layer for layer, kind in enumerate(self.config.text.block_types) if kind == "attention"]
         for name, module in self.transv.items():
             nearest = min((place for place in places if place >= int(name)), default=places[-1])
-            attention = self.backbone.block(nearest).mixer
             assert isinstance(module, TransVLayer)
-            assert isinstance(attention, Attention)
-            module.copy_from(attention)
+            module.copy_from(self.backbone.block(nearest).attention)
 
     def forward(self, batch: PackedBatch, *, use_transv: bool = True) -> TimeViperOutput:
         """Loss over the pack's labels. With gradients enabled every trainable parameter takes part in the graph."""
@@ -171,9 +169,10 @@ class TimeViper(nn.Module):
         if empty:
             raise ValueError(f"slots {empty} hold no prompt; prefill them before decode_step")
         hidden = self.backbone.embeddings(input_ids[order])
+        positions = torch.tensor([cache.num_tokens[slot] for slot in view.slots], device=hidden.device)
         for layer in range(self.config.text.num_hidden_layers):
             state = view.layer(layer)
-            hidden = self.backbone.block(layer).step(hidden, state)
+            hidden = self.backbone.block(layer).step(hidden, state, positions)
             view.write_back(layer, state)
         for slot in view.slots:
             cache.num_tokens[slot] += 1
@@ -189,11 +188,13 @@ class TimeViper(nn.Module):
         text, vision = (~is_vision).nonzero().squeeze(1), is_vision.nonzero().squeeze(1)
         hidden = self.backbone.embeddings(batch.input_ids[real][text])
         if len(vision):
-            features = batch.vision_features[vision_index[vision]].to(self.projector.fc1.weight.dtype)
-            joined = torch.cat([hidden, self.projector(features).to(hidden.dtype)])
+            rows = vision_index[vision]
+            features = batch.vision_features[rows].to(next(self.projector.parameters()).dtype)
+            joined = torch.cat([hidden, self.projector(features, rows).to(hidden.dtype)])
             hidden = take_rows(joined, torch.cat([text, vision]).argsort())
-        elif torch.is_grad_enabled() and self.projector.fc1.weight.requires_grad:
-            hidden = hidden + 0.0 * self.projector(hidden.new_zeros(1, self.projector.fc1.in_features))
+        elif torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.projector.parameters()):
+            nothing = hidden.new_zeros(1, self.config.vision.row_size)
+            hidden = hidden + 0.0 * self.projector(nothing, vision)
         return TokenStream(
             hidden_TD=hidden,
             segments=segments,

@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from timeviper_model.attention import Attention, full_attention, grouped_scores, repeat_kv
+from timeviper_model.backbone import DecoderBlock
 from timeviper_model.batch import TokenKind
-from timeviper_model.config import HybridConfig, TransVSite
-from timeviper_model.hybrid import Block
+from timeviper_model.config import TextConfig, TransVSite
 from timeviper_model.segments import RowBucket, Segments, group_by_length
 from timeviper_model.shapes import put_rows, take_rows
 
@@ -54,16 +54,19 @@ class TokenStream:
 
 
 class TransVLayer(nn.Module):
-    """Cross-attention from instruction tokens to vision tokens: no bias, no positions, no norm, a gate (equation 6)."""
+    """Cross-attention from instruction tokens to vision tokens: no positions, no norm, a gate (equation 6).
 
-    def __init__(self, config: HybridConfig) -> None:
+    It has the biases that the backbone's attention has, being a copy of it at first: none in Nemotron-H.
+    """
+
+    def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
         query_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
         self.alpha = nn.Parameter(torch.zeros(1))
 
@@ -107,8 +110,9 @@ class TransVLayer(nn.Module):
     @torch.no_grad()
     def copy_from(self, attention: Attention) -> None:
         """Takes over an attention block's projections; the gate stays as it is."""
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            getattr(self, name).weight.copy_(getattr(attention, name).weight)
+        own = dict(self.named_parameters())
+        for name, parameter in attention.named_parameters():
+            own[name].copy_(parameter)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,7 +139,7 @@ def apply_site(
     stream: TokenStream,
     site: TransVSite,
     layer: TransVLayer | None,
-    block: Block | None,
+    block: DecoderBlock | None,
     *,
     checkpointing: bool = False,
 ) -> TokenStream:
@@ -170,7 +174,7 @@ def evenly_spaced(num_present: int, num_kept: int, device: torch.device) -> Tens
     return every if num_kept == num_present else _select_uniform(every, [num_present], [num_kept])
 
 
-def _select(stream: TokenStream, site: TransVSite, block: Block | None, vision_T: Tensor) -> Tensor:
+def _select(stream: TokenStream, site: TransVSite, block: DecoderBlock | None, vision_T: Tensor) -> Tensor:
     """(T,) bool: the vision tokens that stay."""
     segments = stream.segments
     present = torch.bincount(segments.ids[vision_T], minlength=segments.num_segments).tolist()
@@ -197,7 +201,7 @@ def _select_uniform(vision_T: Tensor, present: list[int], stay: list[int]) -> Te
 
 @torch.no_grad()
 def _select_by_attention(
-    stream: TokenStream, block: Block, vision_T: Tensor, present: list[int], stay: list[int]
+    stream: TokenStream, block: DecoderBlock, vision_T: Tensor, present: list[int], stay: list[int]
 ) -> Tensor:
     """The vision tokens that the last token before the first response looks at most; ties go to the lower index."""
     segments = stream.segments
@@ -218,17 +222,19 @@ def _select_by_attention(
     return kept_T
 
 
-def _score_inputs(stream: TokenStream, block: Block, *, any_drop: bool) -> tuple[Tensor, Tensor]:
+def _score_inputs(stream: TokenStream, block: DecoderBlock, *, any_drop: bool) -> tuple[Tensor, Tensor]:
     """Queries (S, H, E) of the score tokens and keys (T, G, E) of all tokens, as the block would compute them.
 
     Each projection runs exactly once, on one token where there is nothing to drop: under ZeRO-3 a call is a collective,
     and the ranks' packs differ.
     """
-    attention = block.mixer
-    assert isinstance(attention, Attention)
-    hidden = stream.hidden_TD if any_drop else _one_token(stream.hidden_TD)
+    positions = stream.segments.original_positions_T
+    hidden = stream.hidden_TD
+    if not any_drop:
+        hidden, positions = _one_token(hidden), positions.new_zeros(1)
     places = _score_tokens(stream).clamp(max=len(hidden) - 1)  # a segment without tokens has no place of its own
-    return attention.queries(block.norm(hidden[places])), attention.keys(block.norm(hidden))
+    attention, norm = block.attention, block.attention_norm
+    return attention.queries(norm(hidden[places]), positions[places]), attention.keys(norm(hidden), positions)
 
 
 def _one_token(hidden_TD: Tensor) -> Tensor:

@@ -1,4 +1,6 @@
-"""Frames to patch tokens by a frozen Hugging Face vision tower. Knows pixels; not videos, merging or storage.
+"""Frames to patch tokens by a frozen Hugging Face vision tower: SigLIP, SigLIP 2 of fixed resolution, DINOv2, ...
+
+Knows pixels and what the tower's processor configuration says of them; not videos, merging or storage.
 
 Shapes: B frames, S image side, P patch tokens, D width.
 """
@@ -7,16 +9,61 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, SiglipVisionModel
 from transformers.utils import cached_file
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 WEIGHTS_FILES = ("model.safetensors", "model.safetensors.index.json")
+
+
+Resample = Literal["bilinear", "bicubic"]
+RESAMPLES: dict[int, Resample] = {2: "bilinear", 3: "bicubic"}
+"""Pillow's numbers, which processor configurations hold"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preprocessing:
+    """How a tower wants its pixels."""
+
+    image_size: int
+    """side of the square that every frame is squeezed into, whatever its shape (the paper's choice: nothing is cut)"""
+    resample: Resample
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    """of pixels between 0 and 1"""
+
+    @classmethod
+    def from_processor(cls, values: Mapping[str, Any], *, image_size: int, where: str) -> Preprocessing:
+        """What a `preprocessor_config.json` says.
+
+        Args:
+            image_size: where it names no size.
+
+        Raises:
+            ValueError: when mean or std is missing, or the size or the resampling is one that is not supported.
+        """
+        missing = [name for name in ("image_mean", "image_std") if name not in values]
+        if missing:
+            raise ValueError(f"{where}: {PREPROCESSOR_FILE} lacks {' and '.join(missing)}")
+        number = values.get("resample", 3)
+        if number not in RESAMPLES:
+            raise ValueError(
+                f"{where}: resample = {number} is not supported; Pillow's 2 (bilinear) and 3 (bicubic) are"
+            )
+        return cls(
+            image_size=_side(values, where) or image_size,
+            resample=RESAMPLES[number],
+            mean=tuple(values["image_mean"]),
+            std=tuple(values["image_std"]),
+        )
 
 
 class VisionEncoder(nn.Module):
@@ -29,7 +76,7 @@ class VisionEncoder(nn.Module):
     _mean: Tensor
     _std: Tensor
 
-    def __init__(self, tower: Any, *, layer: int, mean: list[float], std: list[float], weights_hash: str) -> None:
+    def __init__(self, tower: Any, *, layer: int, preprocessing: Preprocessing, weights_hash: str) -> None:
         """Takes over `tower` (a transformers vision model) and removes the blocks that are not needed."""
         super().__init__()
         config = tower.config
@@ -44,13 +91,14 @@ class VisionEncoder(nn.Module):
         if isinstance(tower, SiglipVisionModel) and tower.use_head:
             tower.use_head = False  # pools all tokens into one, which nobody asks for: 15 of 428 million parameters
             del tower.head
-        self.image_size = int(config.image_size)
+        self.preprocessing = preprocessing
+        self.image_size = preprocessing.image_size
         self.hidden_size = int(config.hidden_size)
         self.num_patches = (self.image_size // int(config.patch_size)) ** 2
         self.weights_hash = weights_hash
         self._tower = tower
-        self.register_buffer("_mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("_std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("_mean", torch.tensor(preprocessing.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("_std", torch.tensor(preprocessing.std).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False)
         self.eval()
 
@@ -68,6 +116,11 @@ class VisionEncoder(nn.Module):
                 f"no vision encoder at {name_or_folder!r}: pass a folder with config.json and model.safetensors,"
                 f" or a Hugging Face name that this machine can fetch ({error})"
             ) from error
+        if config.model_type in {"siglip2", "siglip2_vision_model"}:
+            raise ValueError(
+                f"{name_or_folder!r} is SigLIP 2 of variable resolution (NaFlex), which takes patches, not frames;"
+                " use a SigLIP 2 checkpoint of fixed resolution, such as google/siglip2-so400m-patch14-384"
+            )
         if config.model_type in {"siglip", "siglip_vision_model"}:
             tower = SiglipVisionModel.from_pretrained(name_or_folder, dtype=torch.float32)
         else:
@@ -77,28 +130,45 @@ class VisionEncoder(nn.Module):
         return cls(
             tower,
             layer=layer,
-            mean=processor["image_mean"],
-            std=processor["image_std"],
+            preprocessing=Preprocessing.from_processor(
+                processor, image_size=int(tower.config.image_size), where=name_or_folder
+            ),
             weights_hash=_hash_weights(name_or_folder, tower),
         )
 
     def preprocess(self, frames: Tensor) -> Tensor:
-        """uint8 frames (B, S, S, 3), S = `image_size`, as normalised pixels (B, 3, S, S) in the encoder's dtype.
+        """uint8 frames (B, height, width, 3) as normalised pixels (B, 3, S, S), S = `image_size`, in its dtype.
+
+        Frames of another size are resized as the processor would; those of size S are taken as they are.
 
         Raises:
             ValueError: for another shape or dtype.
         """
-        expected = (self.image_size, self.image_size, 3)
-        if frames.dtype != torch.uint8 or tuple(frames.shape[1:]) != expected:
-            raise ValueError(f"frames must be uint8 (B, {expected}), not {frames.dtype} {tuple(frames.shape)}")
-        pixels = frames.permute(0, 3, 1, 2).float() / 255.0
-        return ((pixels - self._mean) / self._std).to(next(self.parameters()).dtype)
+        if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
+            raise ValueError(f"frames must be uint8 (B, height, width, 3), not {frames.dtype} {tuple(frames.shape)}")
+        pixels = frames.permute(0, 3, 1, 2).float()
+        size = (self.image_size, self.image_size)
+        if tuple(pixels.shape[2:]) != size:
+            pixels = F.interpolate(pixels, size, mode=self.preprocessing.resample, antialias=True)
+            pixels = pixels.round().clamp(0, 255)  # Pillow's result is bytes
+        return ((pixels / 255.0 - self._mean) / self._std).to(next(self.parameters()).dtype)
 
     @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Patch tokens (B, P, D) of the chosen hidden state; class and register tokens are left out."""
         hidden = self._tower(pixel_values=pixel_values, output_hidden_states=True).hidden_states[-1]
         return hidden[:, hidden.shape[1] - self.num_patches :]
+
+
+def _side(values: Mapping[str, Any], where: str) -> int | None:
+    """The side of the square that reaches the tower: the crop's where the processor crops, else the size's."""
+    size = values.get("crop_size" if values.get("do_center_crop") else "size")
+    if size is None or isinstance(size, int):
+        return size
+    sides = {size[name] for name in ("height", "width", "shortest_edge") if name in size}
+    if len(sides) != 1:
+        raise ValueError(f"{where}: {size = } in {PREPROCESSOR_FILE} is no square, which every tower here needs")
+    return int(sides.pop())
 
 
 def _find_blocks(tower: Any, num_blocks: int) -> nn.ModuleList:

@@ -1,6 +1,6 @@
 """Weights folders in Hugging Face layout: config.json, safetensors shards with an index, tokenizer files.
 
-    config.json                         text_config in Nemotron-H's own keys, vision_config, transv
+    config.json                         text_config in the language model's own keys, vision_config, transv
     model-00001-of-00002.safetensors    ...
     model.safetensors.index.json        which tensor is in which shard
 
@@ -12,21 +12,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, fields
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from timeviper_model.config import HybridConfig, TimeViperConfig
+from timeviper_model.config import TextConfig, TimeViperConfig
+from timeviper_model.families import file_name, own_name, text_config_from_dict, text_config_to_dict, validated
 from timeviper_model.timeviper import TimeViper
 
 MODEL_TYPE = "timeviper"
@@ -62,7 +62,8 @@ def save_pretrained(
         config = config_to_dict(model.config) | {"timeviper_metadata": metadata or {}}
         config["torch_dtype"] = str(model.lm_head.weight.dtype).removeprefix("torch.")
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        _write_shards(_named_tensors(model), temporary, max_shard_bytes)
+        tensors = {file_name(name, model.config.text): tensor for name, tensor in named_tensors(model).items()}
+        _write_shards(tensors, temporary, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         temporary.chmod(0o755)  # mkdtemp's own is for the owner alone
@@ -80,7 +81,8 @@ def from_pretrained(folder: str | Path, *, dtype: torch.dtype = torch.float32, d
     folder = Path(folder)
     with torch.device("meta"):
         model = TimeViper(load_config(folder))
-    _assign(model, iter_tensors(folder), where=str(folder), dtype=dtype, device=device)
+    tensors = ((own_name(name, model.config.text), tensor) for name, tensor in iter_tensors(folder))
+    _assign(model, tensors, where=str(folder), dtype=dtype, device=device)
     return model.eval()
 
 
@@ -94,21 +96,22 @@ def load_tokenizer(folder: str | Path) -> Any:
 
 
 def load_backbone(model: TimeViper, folder: str | Path) -> None:
-    """Language model weights from a Nemotron-H folder or Hugging Face name, in place; TransV becomes copies of them.
+    """Language model weights from a folder or Hugging Face name, in place; TransV becomes copies of them.
 
-    NVIDIA's layout (`backbone.*`) and transformers' own (`model.*`) are both read. Projector values stay.
+    Nemotron-H in NVIDIA's layout (`backbone.*`) or transformers' own (`model.*`), or Qwen2, as the model's
+    configuration says. Projector values stay.
 
     Raises:
         ValueError: when the folder's sizes or tensor names do not fit the model's.
     """
     source = _local_folder(folder)
-    expected = {name: tensor for name, tensor in _named_tensors(model).items() if _is_backbone(name)}
+    expected = {name: tensor for name, tensor in named_tensors(model).items() if _is_backbone(name)}
     renamed = (
-        (f"backbone.{name.removeprefix('model.')}" if name.startswith("model.") else name, tensor)
+        (own_name(name, model.config.text), tensor)
         for name, tensor in iter_tensors(source)
         if not name.startswith(IGNORED_BACKBONE_PREFIXES)
     )
-    _copy(expected, renamed, where=str(folder))
+    copy_tensors(expected, renamed, where=str(folder))
     model.init_transv_from_attention()
 
 
@@ -124,22 +127,18 @@ def load_config(folder: str | Path) -> TimeViperConfig:
     return config_from_dict(json.loads(path.read_text()), where=str(path))
 
 
-def load_text_config(folder: str | Path) -> HybridConfig:
-    """The backbone's sizes from a Nemotron-H `config.json` (a folder or a Hugging Face name)."""
+def load_text_config(folder: str | Path) -> TextConfig:
+    """The sizes of a language model by its `config.json` (a folder or a Hugging Face name)."""
     path = _local_folder(folder) / "config.json"
-    return _text_config(json.loads(path.read_text()), where=str(path))
+    return text_config_from_dict(json.loads(path.read_text()), where=str(path))
 
 
 def config_to_dict(config: TimeViperConfig) -> dict[str, Any]:
-    """What config.json holds: plain values, `text_config` with the keys of Nemotron-H."""
-    text = asdict(config.text)
-    text["time_step_limit"] = [value if math.isfinite(value) else "Infinity" for value in config.text.time_step_limit]
-    text |= {"model_type": "nemotron_h", "num_hidden_layers": config.text.num_hidden_layers}
-    text |= {"mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "architectures": ["NemotronHForCausalLM"]}
+    """What config.json holds: plain values, `text_config` with the keys of its family."""
     return {
         "model_type": MODEL_TYPE,
         "architectures": ["TimeViper"],
-        "text_config": text,
+        "text_config": text_config_to_dict(config.text),
         "vision_config": asdict(config.vision),
         "transv": [asdict(site) for site in config.transv],
         "chat_template": config.chat_template,
@@ -158,12 +157,13 @@ def config_from_dict(raw: Mapping[str, Any], *, where: str = "config") -> TimeVi
             " for a bare language model use load_backbone"
         )
     values = {
-        "text": _text_config(raw.get("text_config", {}), where=where),
+        "text": text_config_from_dict(raw.get("text_config", {}), where=where),
         "vision": raw.get("vision_config", {}),
         "transv": raw.get("transv", []),
         "chat_template": raw.get("chat_template", "nemotron"),
     }
-    return _validated(TypeAdapter(TimeViperConfig), values, where)
+    config: TimeViperConfig = validated(TypeAdapter(TimeViperConfig), values, where)
+    return config
 
 
 def weights_hash(folder: str | Path) -> str:
@@ -202,7 +202,7 @@ def _shards(folder: Path) -> list[Path]:
     return shards
 
 
-def _named_tensors(model: TimeViper) -> dict[str, Tensor]:
+def named_tensors(model: TimeViper) -> dict[str, Tensor]:
     """What a folder must hold; a tied output matrix is stored once, as the embedding."""
     tensors = dict(model.state_dict())
     if model.config.text.tie_word_embeddings:
@@ -225,9 +225,9 @@ def _write_shards(tensors: Mapping[str, Tensor], folder: Path, max_shard_bytes: 
         size += tensor.nbytes
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
-        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in shard.items()}, folder / file_name)
-        weight_map |= dict.fromkeys(shard, file_name)
+        shard_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in shard.items()}, folder / shard_name)
+        weight_map |= dict.fromkeys(shard, shard_name)
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
@@ -247,7 +247,7 @@ def _replace(temporary: Path, folder: Path) -> None:
 def _assign(
     model: TimeViper, tensors: Iterator[tuple[str, Tensor]], *, where: str, dtype: torch.dtype, device: str
 ) -> None:
-    expected = _named_tensors(model)
+    expected = named_tensors(model)
     problems = _Problems(expected)
     for name, tensor in tensors:
         if problems.accept(name, tensor):
@@ -258,7 +258,12 @@ def _assign(
 
 
 @torch.no_grad()
-def _copy(expected: Mapping[str, Tensor], tensors: Iterator[tuple[str, Tensor]], *, where: str) -> None:
+def copy_tensors(expected: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]], *, where: str) -> None:
+    """Fills `expected` in place, by name.
+
+    Raises:
+        ValueError: one for all tensors that are missing, unexpected or misshaped, by name.
+    """
     problems = _Problems(expected)
     for name, tensor in tensors:
         if problems.accept(name, tensor):
@@ -288,24 +293,10 @@ class _Problems:
     def check(self, where: str) -> None:
         kinds = (("missing", [*self._missing]), ("unexpected", self._unexpected), ("misshaped", self._misshaped))
         found = [f"{kind}: {', '.join(names)}" for kind, names in kinds if names]
+        if any(".experts." in name for name in self._unexpected):
+            raise ValueError(f"{where} has expert layers, which are not supported; use a dense model of this family")
         if found:
             raise ValueError(f"{where} does not fit the model; " + "; ".join(found))
-
-
-def _text_config(raw: Mapping[str, Any], *, where: str) -> HybridConfig:
-    known = {field.name for field in fields(HybridConfig)}
-    values = {name: value for name, value in raw.items() if name in known and value is not None}
-    if isinstance(values.get("eos_token_id"), list):
-        values["eos_token_id"] = values["eos_token_id"][0]
-    return _validated(TypeAdapter(HybridConfig), values, where)
-
-
-def _validated(adapter: TypeAdapter[Any], values: Any, where: str) -> Any:
-    try:
-        return adapter.validate_python(values)
-    except ValidationError as error:
-        lines = [f"{'.'.join(map(str, item['loc'])) or 'config'}: {item['msg']}" for item in error.errors()]
-        raise ValueError(f"{where}: " + "; ".join(lines)) from error
 
 
 def _local_folder(name_or_folder: str | Path) -> Path:

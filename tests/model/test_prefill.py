@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import timeviper_model.attention as attention
 from reference.slow_timeviper import slow_logits
-from reference.small_models import SMALL, first_tokens, make_features, make_model, make_sample, pack
+from reference.small_models import SMALL, SMALL_QWEN, first_tokens, make_features, make_model, make_sample, pack
 from timeviper_model.batch import Sample
 from timeviper_model.cache import HybridCache
 from timeviper_model.config import TransVSite
@@ -41,9 +41,19 @@ PLANS: dict[str, tuple[TransVSite, ...]] = {
     "all kept by attention": (by_attention(2, 1.0), uniform(3, 0.5)),
 }
 
+QWEN_PLANS: dict[str, tuple[TransVSite, ...]] = {
+    "none, RoPE": (),
+    "uniform, then attention, RoPE": (uniform(1, 0.5), by_attention(2, 0.2)),
+    "attention twice, RoPE": (by_attention(0, 0.7), by_attention(2, 0.3)),
+}
+CONFIGS = {name: replace(SMALL, transv=plan) for name, plan in PLANS.items()} | {
+    name: replace(SMALL_QWEN, transv=plan) for name, plan in QWEN_PLANS.items()
+}
 
-def with_plan(plan: tuple[TransVSite, ...], **changes: Any) -> TimeViper:
-    return make_model(replace(SMALL, transv=tuple(replace(site, **changes) for site in plan)))
+
+def with_plan(name: str, **changes: Any) -> TimeViper:
+    config = CONFIGS[name]
+    return make_model(replace(config, transv=tuple(replace(site, **changes) for site in config.transv)))
 
 
 def start(
@@ -65,7 +75,7 @@ def finish(reading: Prefill) -> Tensor:
 @example(plan="two uniform, then attention", changes={}, layout="ss" + "v" * 20 + "iii", max_tokens=7, rows=3)
 @example(plan="attention first", changes={}, layout="svviivvvvirriivvi", max_tokens=4, rows=5)
 @given(
-    plan=st.sampled_from(sorted(PLANS)),
+    plan=st.sampled_from(sorted(CONFIGS)),
     changes=st.sampled_from([{}, {"transfer": "none"}, {"transfer_from": "kept"}]),
     layout=st.one_of(
         st.text(alphabet="svvvir", max_size=24),
@@ -79,7 +89,7 @@ def finish(reading: Prefill) -> Tensor:
 def test_a_prompt_in_pieces_equals_the_formulas_written_out(
     plan: str, changes: dict[str, Any], layout: str, max_tokens: int, rows: int
 ) -> None:
-    model = with_plan(PLANS[plan], **changes)
+    model = with_plan(plan, **changes)
     sample = make_sample(layout + "rr", seed=len(layout))
     features = make_features(sample)
     expected, _ = slow_logits(model, sample, features)
@@ -131,7 +141,7 @@ class _LargestTensor(TorchDispatchMode):
 def test_no_tensor_grows_with_more_than_the_prompts_length(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "MASK_ELEMENTS", 30_000)
     num_vision, chunk = 3000, 128
-    model = with_plan(PLANS[plan])
+    model = with_plan(plan)
     prompt = make_sample("s" + "v" * num_vision + "iii")
     cache = model.new_cache(1, device="cpu", dtype=torch.float64)
     blocks = (torch.randn(100, 12, dtype=torch.float64) for _ in range(num_vision // 100))
@@ -180,7 +190,7 @@ def test_features_that_do_not_fit_the_prompt_are_an_error(num_rows: int, message
 
 
 def test_a_prompt_that_loses_every_token_is_an_error() -> None:
-    model = with_plan((uniform(1, 0.0),))
+    model = make_model(replace(SMALL, transv=(uniform(1, 0.0),)))
     with pytest.raises(ValueError, match="every token"):
         model.prefill(pack([make_sample("vvv")]), model.new_cache(1, device="cpu", dtype=torch.float64), 0)
 
@@ -193,13 +203,13 @@ def test_a_prefix_is_what_no_question_can_change(layout: str, length: int) -> No
     assert prefix_length(torch.tensor(make_sample(layout).token_kind)) == length
 
 
-@pytest.mark.parametrize("plan", sorted(PLANS))
+@pytest.mark.parametrize("plan", sorted(CONFIGS))
 @pytest.mark.parametrize("changes", [{}, {"transfer": "none"}, {"transfer_from": "kept"}])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_a_question_behind_a_kept_prefix_gives_the_very_same_logits(
     plan: str, changes: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    model = with_plan(PLANS[plan], **changes).to(dtype)
+    model = with_plan(plan, **changes).to(dtype)
     first, second = make_sample("ss" + "v" * 30 + "iiii", seed=1), make_sample("ss" + "v" * 30 + "iiiiirriii", seed=2)
     second = replace(second, input_ids=first.input_ids[:32] + second.input_ids[32:])
     features = make_features(first, dtype=dtype)

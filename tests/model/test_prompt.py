@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from timeviper_model.batch import IGNORE_INDEX, TokenKind
-from timeviper_model.prompt import CHATML, Turn, build_sample, end_token_id, time_text
+from timeviper_model.prompt import CHATML, NEMOTRON, Turn, build_sample, check_tokenizer, end_token_id, time_text
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +101,15 @@ def test_time_text_has_the_papers_wording() -> None:
     assert time_text(596.46, 256) == (
         "The video lasts for 596.46 seconds, and 256 frames are uniformly sampled from it.\n"
     )
+
+
+def test_a_tokenizer_of_another_model_is_refused_with_the_tokens_it_lacks(tokenizer: Any) -> None:
+    check_tokenizer(tokenizer, CHATML)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bare = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(letters)}, merges=[]))
+    bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    other = PreTrainedTokenizerFast(tokenizer_object=bare)
+    with pytest.raises(ValueError, match=r"does not know <\|im_start\|>, <\|im_end\|> of the model's chat template"):
+        check_tokenizer(other, CHATML)
+    with pytest.raises(ValueError, match="<SPECIAL_10>, <SPECIAL_12>, <SPECIAL_11>"):
+        end_token_id(other, NEMOTRON)

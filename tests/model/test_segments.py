@@ -50,6 +50,24 @@ def test_a_segment_may_lose_all_its_tokens() -> None:
     assert make_segments([0, 4]).seq_idx_T is None
 
 
+def test_tokens_remember_their_original_place_however_often_some_are_dropped() -> None:
+    whole = make_segments([5, 0, 3])
+    assert torch.equal(whole.original_positions_T, whole.positions_T)
+    once = whole.keep(torch.tensor([0, 2, 3, 4, 6, 7]))
+    twice = once.keep(torch.tensor([0, 2, 3, 5]))
+    assert twice.positions_T.tolist() == [0, 1, 2, 0]
+    assert twice.original_positions_T.tolist() == [0, 3, 4, 2]
+
+
+def test_original_positions_may_start_anywhere_but_must_be_one_for_each_token() -> None:
+    ids = torch.zeros(3, dtype=torch.int32)
+    later = Segments(ids, 1, torch.tensor([40, 41, 42]))
+    assert later.positions_T.tolist() == [0, 1, 2]
+    assert later.keep(torch.tensor([1, 2])).original_positions_T.tolist() == [41, 42]
+    with pytest.raises(ValueError, match=r"\(2,\) original positions for \(3,\) ids"):
+        Segments(ids, 1, torch.tensor([0, 1]))
+
+
 def test_ids_beyond_the_number_of_segments_are_refused() -> None:
     with pytest.raises(ValueError, match="num_segments = 1"):
         Segments(torch.tensor([0, 1]), 1)

@@ -136,7 +136,7 @@ def test_neighbours_and_their_order_change_nothing() -> None:
         torch.testing.assert_close(swapped[swapped_ids == place], scores[ids == number], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("layouts", [["ssiirr"], ["svvvviirr"], ["vvvviirr", "ssss"], ["ssss"], ["vvvv"]])
+@pytest.mark.parametrize("layouts", [["ssiirr"], ["svvvviirr"], ["vvvviirr", "ssss"], ["ssss"], ["vvvv"], ["v"]])
 @pytest.mark.parametrize("use_transv", [True, False])
 def test_every_parameter_takes_part_whatever_the_pack_holds(layouts: list[str], use_transv: bool) -> None:
     model = make_model()

@@ -6,9 +6,22 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Dinov2Config, Dinov2Model, SiglipConfig, SiglipModel, SiglipVisionConfig, SiglipVisionModel
+from PIL import Image
+from transformers import (
+    BitImageProcessorPil,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    Siglip2VisionConfig,
+    SiglipConfig,
+    SiglipImageProcessorPil,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
-from timeviper_model.vision import VisionEncoder
+from timeviper_model.vision import Preprocessing, VisionEncoder
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
 IMAGE: dict[str, Any] = {"image_size": 32, "patch_size": 8}
@@ -70,6 +83,60 @@ def test_pixels_are_normalised_as_the_processor_says(tmp_path: Path) -> None:
     pixels = VisionEncoder.from_pretrained(str(tmp_path)).preprocess(frames)
     assert pixels.shape == (1, 3, 32, 32)
     torch.testing.assert_close(pixels[0, :, 5, 7], torch.tensor([-1.0, -1.6, 3.5]))
+
+
+def test_register_tokens_are_left_out_too(tmp_path: Path) -> None:
+    config = Dinov2WithRegistersConfig(**SIZES, **IMAGE, mlp_ratio=2, num_register_tokens=4)
+    tower = _save(Dinov2WithRegistersModel(config), tmp_path)
+    pixels = torch.randn(2, 3, 32, 32)
+    expected = tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-2][:, 5:]
+    assert torch.equal(VisionEncoder.from_pretrained(str(tmp_path))(pixels), expected)
+
+
+def test_size_is_what_reaches_the_tower_after_the_processors_crop(tmp_path: Path) -> None:
+    tower = _save(Dinov2Model(Dinov2Config(**SIZES, **IMAGE, mlp_ratio=2)), tmp_path)
+    BitImageProcessorPil(
+        size={"shortest_edge": 28}, crop_size={"height": 24, "width": 24}, do_center_crop=True
+    ).save_pretrained(tmp_path)
+    encoder = VisionEncoder.from_pretrained(str(tmp_path))
+    assert (encoder.image_size, encoder.num_patches, encoder.preprocessing.resample) == (24, 9, "bicubic")
+    pixels = torch.randn(1, 3, 24, 24)  # the tower bends its position embeddings to the smaller grid itself
+    expected = tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+    assert torch.equal(encoder(pixels), expected)
+
+
+@pytest.mark.parametrize("resample", [2, 3])
+@pytest.mark.parametrize("shape", [(57, 90), (20, 32), (32, 32)])
+def test_pixels_equal_those_of_transformers_processor(tmp_path: Path, shape: tuple[int, int], resample: int) -> None:
+    _siglip(tmp_path)
+    processor = SiglipImageProcessorPil(
+        size={"height": 32, "width": 32}, resample=resample, image_mean=[0.5, 0.4, 0.3], image_std=[0.5, 0.25, 0.2]
+    )
+    processor.save_pretrained(tmp_path)
+    frames = torch.randint(0, 256, (2, *shape, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    images = [Image.fromarray(frame.numpy()) for frame in frames]
+    expected = processor(images, return_tensors="pt")["pixel_values"]
+    found = VisionEncoder.from_pretrained(str(tmp_path)).preprocess(frames)
+    one_level = 1.0 / 255.0 / 0.2  # Pillow rounds between its two passes and may end at the next byte
+    assert (found - expected).abs().max() <= one_level * 1.01
+    assert (found - expected).abs().mean() <= one_level / 5
+
+
+def test_processors_that_cannot_be_followed_are_refused(tmp_path: Path) -> None:
+    values = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    assert Preprocessing.from_processor(values, image_size=8, where="x").image_size == 8
+    for changes, message in (
+        ({"resample": 1}, "resample = 1 is not supported"),
+        ({"size": {"height": 8, "width": 9}}, "is no square"),
+        ({"size": {"longest_edge": 9}}, "is no square"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Preprocessing.from_processor(values | changes, image_size=8, where="x")
+    with pytest.raises(ValueError, match="lacks image_std"):
+        Preprocessing.from_processor({"image_mean": [0.5] * 3}, image_size=8, where="x")
+    Siglip2VisionConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="variable resolution"):
+        VisionEncoder.from_pretrained(str(tmp_path))
 
 
 def test_wrong_frames_are_refused(tmp_path: Path) -> None:

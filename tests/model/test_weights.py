@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from reference.small_models import SMALL, make_model, make_sample, pack
 from timeviper_model import weights
 from timeviper_model.config import PRESETS
+from timeviper_model.timeviper import TimeViper
 from timeviper_model.weights import (
     config_from_dict,
     config_to_dict,
@@ -144,6 +147,10 @@ def test_hash_follows_the_values(tmp_path: Path) -> None:
     assert a == b != c
 
 
+NVIDIA_VALUES = {"eos_token_id": [12, 11], "time_step_limit": [0.0, float("inf")]}
+"""lists and Infinity, as real configurations have them"""
+
+
 def write_backbone(folder: Path, prefix: str, extra: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
     source = make_model(seed=9, dtype=torch.float32)
     tensors = {
@@ -153,7 +160,7 @@ def write_backbone(folder: Path, prefix: str, extra: dict[str, torch.Tensor] | N
     }
     folder.mkdir()
     save_file(tensors | (extra or {}), folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config_to_dict(SMALL)["text_config"] | {"eos_token_id": [12, 11]}))
+    (folder / "config.json").write_text(json.dumps(config_to_dict(SMALL)["text_config"] | NVIDIA_VALUES))
     return dict(source.state_dict())
 
 
@@ -176,6 +183,59 @@ def test_backbone_of_other_sizes_is_refused_by_name(tmp_path: Path) -> None:
     other = make_model(replace(SMALL, text=replace(SMALL.text, intermediate_size=48)), dtype=torch.float32)
     with pytest.raises(ValueError, match=r"misshaped: backbone\.layers\.1\.mixer\.\w+_proj\.weight is"):
         load_backbone(other, tmp_path / "llm")
+
+
+def test_a_folder_that_transformers_saved_is_read(tmp_path: Path) -> None:
+    from transformers import NemotronHForCausalLM
+
+    expected = write_backbone(tmp_path / "llm", "backbone.")
+    NemotronHForCausalLM.from_pretrained(tmp_path / "llm").save_pretrained(tmp_path / "native")
+    assert load_text_config(tmp_path / "native") == SMALL.text
+    model = make_model(seed=1, dtype=torch.float32)
+    load_backbone(model, tmp_path / "native")
+    names = [name for name in expected if name.startswith(("backbone.", "lm_head"))]
+    assert all(torch.equal(model.state_dict()[name], expected[name]) for name in names)
+
+
+def test_expert_layers_are_a_clear_error(tmp_path: Path) -> None:
+    write_backbone(tmp_path / "llm", "model.", {"model.layers.1.mixer.experts.0.up_proj.weight": torch.zeros(2)})
+    with pytest.raises(ValueError, match="has expert layers, which are not supported"):
+        load_backbone(make_model(dtype=torch.float32), tmp_path / "llm")
+    raw = json.loads((tmp_path / "llm" / "config.json").read_text())
+    for changes in (
+        {"hybrid_override_pattern": "ME*M*-"},
+        {"hybrid_override_pattern": None, "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"]},
+    ):
+        (tmp_path / "llm" / "config.json").write_text(json.dumps(raw | changes))
+        with pytest.raises(ValueError, match=r"expert blocks \(E\) are not supported"):
+            load_text_config(tmp_path / "llm")
+
+
+LOAD_AND_MEASURE = """
+import sys, torch
+from timeviper_model.config import HybridConfig
+from timeviper_model.timeviper import TimeViper
+from timeviper_model.weights import from_pretrained, load_config
+def status(key):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+with torch.device("meta"):
+    TimeViper(load_config(sys.argv[1]))  # what is imported and set up once is no part of the measurement
+before = status("VmRSS")
+model = from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+print(status("VmHWM") - before, sum(p.nbytes for p in model.parameters()))
+"""
+
+
+def test_loading_holds_the_weights_and_one_shard_at_a_time(tmp_path: Path) -> None:
+    text = replace(SMALL.text, hybrid_override_pattern="-" * 12, hidden_size=512, intermediate_size=2048)
+    model = TimeViper(replace(SMALL, text=text, transv=()))
+    shard_bytes, slack_bytes = 17 * 2**20, 6 * 2**20
+    save_pretrained(model, tmp_path / "weights", max_shard_bytes=shard_bytes)
+    assert len(list((tmp_path / "weights").glob("*.safetensors"))) >= 6
+    command = [sys.executable, "-c", LOAD_AND_MEASURE, str(tmp_path / "weights")]
+    held, weights_bytes = map(int, subprocess.run(command, capture_output=True, check=True).stdout.split())
+    assert weights_bytes > 2 * (shard_bytes + slack_bytes)  # or reading all files at once would pass as well
+    assert held <= weights_bytes + shard_bytes + slack_bytes
 
 
 def test_tokenizer_is_saved_beside_the_weights_and_comes_back(tmp_path: Path) -> None:

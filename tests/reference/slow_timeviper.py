@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from reference.slow_scan import slow_conv_silu, slow_hidden_attention, slow_scan
 from timeviper_model.batch import IGNORE_INDEX, Sample, TokenKind
-from timeviper_model.config import HybridConfig, TransVSite
+from timeviper_model.config import HybridConfig, Qwen2Config, TextConfig, TransVSite
 from timeviper_model.timeviper import TimeViper
 
 
@@ -64,13 +64,17 @@ def slow_logits(
                 if name.startswith(f"transv.{layer}.")
             }
             h, tokens = _transv(h, tokens, sample, sites[layer], cross, block, text)
-        normed = _rms(h, block["norm.weight"], text.layer_norm_epsilon)
         mask = may_read(layer, [sample.token_kind[token] for token in tokens])
-        if kind == "mlp":
-            h = h + _mlp(normed, block, text)
+        if isinstance(text, Qwen2Config):
+            h = _qwen2_layer(h, tokens, block, text, mask)
         else:
-            h = h + {"mamba": _mamba, "attention": _attention}[kind](normed, block, text, mask)
-    h = _rms(h, params["backbone.norm_f.weight"], text.layer_norm_epsilon)
+            normed = _rms(h, block["norm.weight"], text.layer_norm_epsilon)
+            if kind == "mlp":
+                h = h + _mlp(normed, block, text)
+            else:
+                h = h + {"mamba": _mamba, "attention": _attention}[kind](normed, block, text, mask)
+    eps = text.rms_norm_eps if isinstance(text, Qwen2Config) else text.layer_norm_epsilon
+    h = _rms(h, params["backbone.norm_f.weight"], eps)
     return h @ params["lm_head.weight"].t(), tokens
 
 
@@ -106,8 +110,8 @@ def _mamba(x: Tensor, p: dict[str, Tensor], c: HybridConfig, may_read: Tensor | 
     return normed @ p["mixer.out_proj.weight"].t()
 
 
-def _heads(x: Tensor, weight: Tensor, head_dim: int) -> Tensor:
-    return (x @ weight.t()).reshape(len(x), len(weight) // head_dim, head_dim)
+def _heads(x: Tensor, head_dim: int) -> Tensor:
+    return x.reshape(len(x), x.shape[1] // head_dim, head_dim)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
@@ -125,9 +129,44 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
 
 
 def _attention(x: Tensor, p: dict[str, Tensor], c: HybridConfig, may_read: Tensor | None) -> Tensor:
-    q, k, v = (_heads(x, p[f"mixer.{name}_proj.weight"], c.head_dim) for name in "qkv")
-    visible = torch.ones(len(x), len(x), dtype=torch.bool).tril()
-    return _attend(q, k, v, visible if may_read is None else visible & may_read) @ p["mixer.o_proj.weight"].t()
+    q, k, v = (_heads(x @ p[f"mixer.{name}_proj.weight"].t(), c.head_dim) for name in "qkv")
+    return _attend(q, k, v, _visible(len(x), may_read)) @ p["mixer.o_proj.weight"].t()
+
+
+def _visible(length: int, may_read: Tensor | None) -> Tensor:
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    return causal if may_read is None else causal & may_read
+
+
+def _qwen2_layer(h: Tensor, tokens: list[int], p: dict[str, Tensor], c: Qwen2Config, may_read: Tensor | None) -> Tensor:
+    q, k = _qwen2_queries_and_keys(h, tokens, p, c)
+    normed = _rms(h, p["input_layernorm.weight"], c.rms_norm_eps)
+    v = _heads(normed @ p["self_attn.v_proj.weight"].t() + p["self_attn.v_proj.bias"], c.head_dim)
+    h = h + _attend(q, k, v, _visible(len(h), may_read)) @ p["self_attn.o_proj.weight"].t()
+    normed = _rms(h, p["post_attention_layernorm.weight"], c.rms_norm_eps)
+    gate, up = (normed @ p[f"mlp.{name}_proj.weight"].t() for name in ("gate", "up"))
+    return h + (gate * torch.sigmoid(gate) * up) @ p["mlp.down_proj.weight"].t()
+
+
+def _qwen2_queries_and_keys(
+    h: Tensor, tokens: list[int], p: dict[str, Tensor], c: Qwen2Config
+) -> tuple[Tensor, Tensor]:
+    """Turned by each token's place in the WHOLE sample, which `tokens` holds."""
+    normed = _rms(h, p["input_layernorm.weight"], c.rms_norm_eps)
+    turned = []
+    for name in "qk":
+        x = _heads(normed @ p[f"self_attn.{name}_proj.weight"].t() + p[f"self_attn.{name}_proj.bias"], c.head_dim)
+        turned.append(torch.stack([_rope(x[row], place, c.rope_theta) for row, place in enumerate(tokens)]))
+    return turned[0], turned[1]
+
+
+def _rope(x_HE: Tensor, place: int, theta: float) -> Tensor:
+    """Each pair (j, j + E / 2) as one complex number, multiplied by exp(i * place * theta ** (-2j / E))."""
+    half = x_HE.shape[1] // 2
+    planes = torch.complex(x_HE[:, :half], x_HE[:, half:])
+    angles = [place * theta ** (-2 * j / x_HE.shape[1]) for j in range(half)]
+    planes = planes * torch.tensor([complex(math.cos(a), math.sin(a)) for a in angles], dtype=planes.dtype)
+    return torch.cat([planes.real, planes.imag], dim=1)
 
 
 def _transv(
@@ -137,7 +176,7 @@ def _transv(
     site: TransVSite,
     cross: dict[str, Tensor],
     block: dict[str, Tensor],
-    c: HybridConfig,
+    c: TextConfig,
 ) -> tuple[Tensor, list[int]]:
     kinds = [sample.token_kind[token] for token in tokens]
     vision = [place for place, kind in enumerate(kinds) if kind == TokenKind.VISION]
@@ -145,7 +184,7 @@ def _transv(
     if site.select == "uniform":
         kept = [vision[j * (len(vision) - 1) // (k - 1) if k > 1 else 0] for j in range(k)]
     else:
-        scores = _scores(h, kinds, block, c)
+        scores = slow_scores(h, tokens, kinds, block, c)
         kept = sorted(sorted(vision, key=lambda place: (-scores[place], place))[:k])
     dropped = [place for place in vision if place not in kept]
     if cross:
@@ -154,10 +193,14 @@ def _transv(
     return h[stay], [tokens[place] for place in stay]
 
 
-def _scores(h: Tensor, kinds: list[int], block: dict[str, Tensor], c: HybridConfig) -> list[float]:
+def slow_scores(h: Tensor, tokens: list[int], kinds: list[int], block: dict[str, Tensor], c: TextConfig) -> list[float]:
+    """How much the score token looks at each token before `block`, averaged over heads."""
     row = kinds.index(TokenKind.RESPONSE) - 1 if TokenKind.RESPONSE in kinds else len(kinds) - 1
-    normed = _rms(h, block["norm.weight"], c.layer_norm_epsilon)
-    q, k = (_heads(normed, block[f"mixer.{name}_proj.weight"], c.head_dim) for name in "qk")
+    if isinstance(c, Qwen2Config):
+        q, k = _qwen2_queries_and_keys(h, tokens, block, c)
+    else:
+        normed = _rms(h, block["norm.weight"], c.layer_norm_epsilon)
+        q, k = (_heads(normed @ block[f"mixer.{name}_proj.weight"].t(), c.head_dim) for name in "qk")
     repeats = q.shape[1] // k.shape[1]
     total = torch.zeros(len(kinds), dtype=h.dtype)
     for head in range(q.shape[1]):
@@ -166,13 +209,16 @@ def _scores(h: Tensor, kinds: list[int], block: dict[str, Tensor], c: HybridConf
     return total.tolist()
 
 
-def _given(h: Tensor, kinds: list[int], sources: list[int], cross: dict[str, Tensor], c: HybridConfig) -> Tensor:
+def _given(h: Tensor, kinds: list[int], sources: list[int], cross: dict[str, Tensor], c: TextConfig) -> Tensor:
     given = torch.zeros_like(h)
     receivers = [place for place, kind in enumerate(kinds) if kind == TokenKind.INSTRUCTION]
     if not receivers or not sources:
         return given
-    q = _heads(h[receivers], cross["q_proj.weight"], c.head_dim)
-    k, v = (_heads(h[sources], cross[f"{name}_proj.weight"], c.head_dim) for name in "kv")
+    zero = torch.zeros((), dtype=h.dtype)
+    q, k, v = (
+        _heads(h[places] @ cross[f"{name}_proj.weight"].t() + cross.get(f"{name}_proj.bias", zero), c.head_dim)
+        for name, places in (("q", receivers), ("k", sources), ("v", sources))
+    )
     earlier = torch.tensor([[source < receiver for source in sources] for receiver in receivers])
     mixed = _attend(q, k, v, earlier) @ cross["o_proj.weight"].t()
     given[receivers] = torch.tanh(cross["alpha"]) * mixed

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from timeviper_model.batch import IGNORE_INDEX, PackedBatch, Sample, TokenKind, pack_samples
-from timeviper_model.config import HybridConfig, TimeViperConfig, TransVSite, VisionConfig
+from timeviper_model.config import HybridConfig, Qwen2Config, TimeViperConfig, TransVSite, VisionConfig
 from timeviper_model.timeviper import TimeViper
 
 VISION_SIZE = 12
@@ -32,6 +32,22 @@ SMALL = TimeViperConfig(
     ),
     vision=VisionConfig(encoder="none", num_tokens_per_frame=4, hidden_size=VISION_SIZE),
     transv=(TransVSite(layer=1, select="uniform", keep=0.5), TransVSite(layer=4, select="attention", keep=0.25)),
+)
+
+SMALL_QWEN = TimeViperConfig(
+    text=Qwen2Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rope_theta=100.0,
+        initializer_range=0.2,
+    ),
+    vision=SMALL.vision,
+    transv=(TransVSite(layer=1, select="uniform", keep=0.5), TransVSite(layer=2, select="attention", keep=0.25)),
+    chat_template="chatml",
 )
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from timeviper_model.analysis.walk import LabelledLogits, labelled_logits, run_block, walk
 from timeviper_model.attention import Attention
+from timeviper_model.backbone import DecoderBlock
 from timeviper_model.batch import PackedBatch, TokenKind
 from timeviper_model.config import BlockType
 from timeviper_model.hybrid import Block
@@ -74,7 +75,7 @@ def blocked_logits(model: TimeViper, batch: PackedBatch, blocking: Blocking) -> 
     if not 0 <= blocking.layer < len(types):
         raise ValueError(f"{blocking.layer = } is not one of the model's {len(types)} blocks, 0 to {len(types) - 1}")
 
-    def run(layer: int, block: Block, stream: TokenStream) -> Tensor:
+    def run(layer: int, block: DecoderBlock, stream: TokenStream) -> Tensor:
         if not blocking.covers(layer, types[layer]):
             return run_block(layer, block, stream)
         receiver = TokenKind.INSTRUCTION if blocking.flow == "v2i" else TokenKind.RESPONSE
@@ -83,7 +84,7 @@ def blocked_logits(model: TimeViper, batch: PackedBatch, blocking: Blocking) -> 
     return labelled_logits(model, walk(model, batch, run))
 
 
-def blocked_block(block: Block, stream: TokenStream, receiver_T: Tensor, source_T: Tensor) -> Tensor:
+def blocked_block(block: DecoderBlock, stream: TokenStream, receiver_T: Tensor, source_T: Tensor) -> Tensor:
     """(T, D) behind an attention or Mamba-2 block in which no receiver reads from a source.
 
     Args:
@@ -92,19 +93,18 @@ def blocked_block(block: Block, stream: TokenStream, receiver_T: Tensor, source_
         receiver_T: bool (T,).
         source_T: bool (T,), true for no receiver.
     """
-    normed = block.norm(stream.hidden_TD)
-    if isinstance(block.mixer, Attention):
-        mixed = _blocked_attention(block.mixer, normed, stream.segments, receiver_T, source_T)
-    else:
-        assert isinstance(block.mixer, Mamba2Mixer)
-        mixed = _blocked_mamba(block.mixer, normed, stream.segments, receiver_T, source_T)
-    return stream.hidden_TD + mixed
+    where = stream.segments, receiver_T, source_T
+    if isinstance(block, Block) and isinstance(block.mixer, Mamba2Mixer):
+        return stream.hidden_TD + _blocked_mamba(block.mixer, block.norm(stream.hidden_TD), *where)
+    h_TD = stream.hidden_TD + _blocked_attention(block.attention, block.attention_norm(stream.hidden_TD), *where)
+    return h_TD if isinstance(block, Block) else h_TD + block.mlp(block.post_attention_layernorm(h_TD))
 
 
 def _blocked_attention(
     mixer: Attention, h_TD: Tensor, segments: Segments, receiver_T: Tensor, source_T: Tensor
 ) -> Tensor:
-    q, k, v = mixer.queries(h_TD), mixer.keys(h_TD), mixer.values(h_TD)
+    positions_T = segments.original_positions_T
+    q, k, v = mixer.queries(h_TD, positions_T), mixer.keys(h_TD, positions_T), mixer.values(h_TD)
     read = mixer.attend(q, k, v, segments)
     others = (~source_T).nonzero().squeeze(1)  # among these alone the ordinary attention is the blocked one
     blocked = read.index_copy(0, others, mixer.attend(q[others], k[others], v[others], segments.keep(others)))

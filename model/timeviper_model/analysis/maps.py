@@ -18,6 +18,7 @@ from torch import Tensor
 
 from timeviper_model.analysis.walk import run_block, walk
 from timeviper_model.attention import Attention
+from timeviper_model.backbone import DecoderBlock
 from timeviper_model.batch import PackedBatch
 from timeviper_model.hybrid import Block
 from timeviper_model.mamba2 import Mamba2Mixer
@@ -47,7 +48,8 @@ class AttentionMap:
 
     def __init__(self, mixer: Attention, normed_TD: Tensor, segments: Segments) -> None:
         self.segments, self.num_heads = segments, mixer.num_heads
-        self._q_THE, self._k_TGE = mixer.queries(normed_TD), mixer.keys(normed_TD)
+        positions_T = segments.original_positions_T
+        self._q_THE, self._k_TGE = mixer.queries(normed_TD, positions_T), mixer.keys(normed_TD, positions_T)
 
     def rows(self, places_Q: Tensor) -> Tensor:
         """(H, Q, T): each row sums to one."""
@@ -83,18 +85,16 @@ class HiddenAttentionMap:
         return weight * products.repeat_interleave(self.num_heads // len(products), 0)
 
 
-def token_map(block: Block, stream: TokenStream) -> TokenMap:
+def token_map(block: DecoderBlock, stream: TokenStream) -> TokenMap:
     """The map of a block that mixes tokens, given the stream before it.
 
     Raises:
         ValueError: for an MLP block.
     """
-    mixer = block.mixer
-    normed = block.norm(stream.hidden_TD)
-    if isinstance(mixer, Attention):
-        return AttentionMap(mixer, normed, stream.segments)
-    if isinstance(mixer, Mamba2Mixer):
-        return HiddenAttentionMap(mixer, normed, stream.segments)
+    if isinstance(block, Block) and isinstance(block.mixer, Mamba2Mixer):
+        return HiddenAttentionMap(block.mixer, block.norm(stream.hidden_TD), stream.segments)
+    if not isinstance(block, Block) or isinstance(block.mixer, Attention):
+        return AttentionMap(block.attention, block.attention_norm(stream.hidden_TD), stream.segments)
     raise ValueError("an MLP block mixes no tokens; name attention or Mamba-2 blocks")
 
 
@@ -113,7 +113,7 @@ def observe(
         raise ValueError(f"layers {wrong} mix no tokens; attention and Mamba-2 blocks are at {mixing}")
     seen: dict[int, Seen] = {}
 
-    def run(layer: int, block: Block, stream: TokenStream) -> Tensor:
+    def run(layer: int, block: DecoderBlock, stream: TokenStream) -> Tensor:
         if layer in layers:
             seen[layer] = look(token_map(block, stream), stream)
         return run_block(layer, block, stream)

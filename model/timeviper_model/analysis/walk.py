@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from timeviper_model.backbone import DecoderBlock
 from timeviper_model.batch import PackedBatch
-from timeviper_model.hybrid import Block
 from timeviper_model.timeviper import TimeViper
 from timeviper_model.transv import TokenStream
 
-RunBlock = Callable[[int, Block, TokenStream], Tensor]
+RunBlock = Callable[[int, DecoderBlock, TokenStream], Tensor]
 """(layer, block, stream before it) -> hidden states (T, D) behind it"""
 
 
@@ -41,7 +41,7 @@ class LabelledLogits(NamedTuple):
         return F.cross_entropy(self.logits_KV, self.targets_K, reduction="sum")
 
 
-def run_block(layer: int, block: Block, stream: TokenStream) -> Tensor:
+def run_block(layer: int, block: DecoderBlock, stream: TokenStream) -> Tensor:
     """The block as the model runs it."""
     hidden: Tensor = block(stream.hidden_TD, stream.segments)
     return hidden

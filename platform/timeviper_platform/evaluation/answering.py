@@ -93,7 +93,7 @@ class Answerer:
     def _rows(self, prompt: Prompt) -> Tensor:
         if prompt.media:
             return torch.cat([rows.to(self._dtype) for rows in prompt.media])
-        return torch.zeros(0, self._model.config.vision.hidden_size, dtype=self._dtype)
+        return torch.zeros(0, self._model.config.vision.row_size, dtype=self._dtype)
 
 
 def _packs(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:

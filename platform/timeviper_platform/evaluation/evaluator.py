@@ -76,7 +76,7 @@ class Evaluator:
         dtype = getattr(torch, config.dtype)
         model = weights.from_pretrained(weights_folder, dtype=dtype, device=config.device)
         set_backend(model, config.backend, device=config.device, dtype=dtype)
-        self._dim = model.config.vision.hidden_size
+        self._dim = model.config.vision.row_size
         self._answerer = Answerer(model, weights.load_tokenizer(weights_folder), max_pack_tokens=config.max_pack_tokens)
 
     def evaluate(self, questions: Sequence[dict[str, Any]]) -> list[Outcome]:

@@ -41,7 +41,7 @@ def _expected_by(weights: str) -> dict[str, Any]:
     vision = load_config(weights).vision
     metadata = json.loads((Path(weights) / "config.json").read_text()).get("timeviper_metadata", {})
     facts: dict[str, Any] = {
-        "hidden_size": vision.hidden_size,
+        "hidden_size": vision.row_size,
         "num_tokens_per_frame": vision.num_tokens_per_frame,
         "layer": vision.layer,
         "merge_heads": vision.merge_heads,

@@ -29,7 +29,7 @@ class InitConfig:
 
     weights: str | None = None
     """folder that save_pretrained or jobs/export.py wrote; excludes the others"""
-    preset: Literal["tiny", "9b"] | None = None
+    preset: Literal["tiny", "9b", "tiny-qwen", "qwen2.5-7b"] | None = None
     seed: int = 0
     backbone: str | None = None
     """Hugging Face name or folder of a language model whose weights replace the preset's random ones"""

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from timeviper_model.config import TimeViperConfig, VisionConfig
+from timeviper_model.prompt import TEMPLATES, check_tokenizer
 from timeviper_model.timeviper import TimeViper
 from timeviper_model.weights import config_to_dict, from_pretrained, load_backbone
 from timeviper_platform import storage
@@ -143,9 +144,9 @@ def vision_of(store: FeatureStore, default: VisionConfig, encoder: str | None) -
     recipe_encoder, merge = store.recipe.get("encoder", {}), store.recipe.get("merge", {})
     if store.media_ids:
         dim = store.info(store.media_ids[0]).dim
-        if dim != default.hidden_size:
+        if dim != default.row_size:
             raise ValueError(
-                f"features in {store.uri} have width {dim}, the model's projector takes {default.hidden_size};"
+                f"features in {store.uri} have width {dim}, the model's projector takes {default.row_size};"
                 " preprocess with the model's encoder, or train a model of that width"
             )
     return replace(
@@ -172,7 +173,7 @@ def _feed_shape(phase: PhaseConfig, model: TimeViperConfig, tokenizer: Any) -> F
         packs_per_step=phase.packs_per_step,
         max_tokens=phase.packing.max_tokens,
         pad_to=phase.packing.max_tokens if phase.packing.pad_to_max_tokens else None,
-        dim=model.vision.hidden_size,
+        dim=model.vision.row_size,
         pad_token_id=int(tokenizer.pad_token_id or 0),
         num_epochs=phase.epochs,
         vision_cost=mean_kept_share(model) if phase.use_transv else 1.0,
@@ -197,6 +198,7 @@ def _check_tokenizer(tokenizer: Any, config: TimeViperConfig) -> None:
             f"the tokenizer has {len(tokenizer)} ids, the model {config.text.vocab_size} embeddings;"
             " they belong to different models"
         )
+    check_tokenizer(tokenizer, TEMPLATES[config.chat_template])
 
 
 def _check_same_vision(own: VisionConfig, expected: VisionConfig, weights: str) -> None:

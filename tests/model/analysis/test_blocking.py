@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from reference.slow_timeviper import slow_logits
-from reference.small_models import SMALL, make_features, make_model, make_sample, pack
+from reference.small_models import SMALL, SMALL_QWEN, make_features, make_model, make_sample, pack
 from timeviper_model.analysis.blocking import Blocking, blocked_logits
 from timeviper_model.batch import IGNORE_INDEX, TokenKind
+from timeviper_model.timeviper import TimeViper
 
 LAYOUTS = ["ssvvvvvviiiirrr", "vviivvvirriirr", "siirr"]
 SAMPLES = [make_sample(layout, seed=number) for number, layout in enumerate(LAYOUTS)]
@@ -19,19 +20,19 @@ MODEL = make_model()
 
 
 @torch.no_grad()
-def slow_blocked_logits(blocking: Blocking) -> Tensor:
+def slow_blocked_logits(blocking: Blocking, model: TimeViper = MODEL) -> Tensor:
     """Labelled logits of SAMPLES one by one, each mixer given the explicit matrix of who may read whom."""
     receiver = TokenKind.INSTRUCTION if blocking.flow == "v2i" else TokenKind.RESPONSE
 
     def may_read(layer: int, kinds: list[int]) -> Tensor | None:
-        if not blocking.covers(layer, SMALL.text.block_types[layer]):
+        if not blocking.covers(layer, model.config.text.block_types[layer]):
             return None
         return torch.tensor([[not (i == receiver and j == TokenKind.VISION) for j in kinds] for i in kinds])
 
     rows = []
     for sample in SAMPLES:
         features = make_features(sample, seed=sum(sample.input_ids))
-        logits, tokens = slow_logits(MODEL, sample, features, may_read=may_read)
+        logits, tokens = slow_logits(model, sample, features, may_read=may_read)
         rows += [row for row, token in zip(logits, tokens, strict=True) if sample.labels[token] != IGNORE_INDEX]
     return torch.stack(rows)
 
@@ -53,6 +54,14 @@ def test_blocked_model_equals_explicit_masks(flow: Any, scope: dict[str, Any]) -
     blocked = blocked_logits(MODEL, pack(SAMPLES), blocking)
     torch.testing.assert_close(blocked.logits_KV, slow_blocked_logits(blocking))
     assert not torch.equal(blocked.log_probs_K, MODEL.target_log_probs(pack(SAMPLES))[0])
+
+
+@pytest.mark.parametrize("scope", [{"scope": "layer", "layer": 1}, {"scope": "from_layer", "layer": 0}])
+def test_a_transformer_with_rope_is_blocked_likewise(scope: dict[str, Any]) -> None:
+    model, blocking = make_model(SMALL_QWEN), Blocking(flow="v2i", **scope)
+    blocked = blocked_logits(model, pack(SAMPLES), blocking)
+    torch.testing.assert_close(blocked.logits_KV, slow_blocked_logits(blocking, model))
+    assert not torch.equal(blocked.log_probs_K, model.target_log_probs(pack(SAMPLES))[0])
 
 
 @pytest.mark.parametrize(

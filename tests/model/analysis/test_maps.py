@@ -10,7 +10,7 @@ from reference.slow_scan import slow_hidden_attention
 from reference.small_models import make_model, make_sample, pack
 from timeviper_model.analysis import maps
 from timeviper_model.analysis.maps import TokenMap, observe, row_blocks
-from timeviper_model.attention import Attention, segment_causal_attention
+from timeviper_model.attention import segment_causal_attention
 from timeviper_model.causal_conv import causal_conv_silu
 from timeviper_model.mamba2 import Mamba2Mixer
 from timeviper_model.segments import Segments
@@ -29,9 +29,8 @@ def seen_at(layer: int) -> tuple[TokenMap, TokenStream]:
 def test_attention_rows_are_softmax_inside_each_segment(layer: int) -> None:
     tokens, stream = seen_at(layer)
     block = MODEL.backbone.block(layer)
-    assert isinstance(block.mixer, Attention)
-    h = block.norm(stream.hidden_TD)
-    q, k = block.mixer.queries(h), block.mixer.keys(h)
+    h, positions = block.attention_norm(stream.hidden_TD), stream.segments.original_positions_T
+    q, k = block.attention.queries(h, positions), block.attention.keys(h, positions)
     ids = stream.segments.ids.tolist()
     expected = torch.zeros(4, len(ids), len(ids), dtype=torch.float64)
     for head in range(4):
@@ -40,7 +39,7 @@ def test_attention_rows_are_softmax_inside_each_segment(layer: int) -> None:
             expected[head, i, sees] = torch.softmax(k[sees, head // 2] @ q[i, head] / math.sqrt(8), 0)
     places = torch.arange(len(ids)).flip(0)[::2]
     torch.testing.assert_close(tokens.rows(places), expected[:, places])
-    v = block.mixer.values(h)
+    v = block.attention.values(h)
     mixed = torch.einsum("hij,jhe->ihe", expected, v.repeat_interleave(2, 1))
     torch.testing.assert_close(mixed, segment_causal_attention(q, k, v, stream.segments))
 

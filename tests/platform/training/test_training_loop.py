@@ -15,6 +15,7 @@ import yaml
 
 from reference.bare_training import train_bare
 from reference.training_corpus import DIM, QUESTIONS, RECIPE, Corpus, make_corpus, train_config, train_values
+from timeviper_model.config import Qwen2Config
 from timeviper_model.weights import from_pretrained, load_tokenizer
 from timeviper_platform import storage
 from timeviper_platform.config import parse_config
@@ -74,6 +75,18 @@ def test_phases_run_in_a_chain_and_learn(finished: TrainConfig) -> None:
     assert torch.equal(align.backbone.embeddings.weight, _first_model_weight(finished))
     assert not torch.equal(instruct.backbone.embeddings.weight, align.backbone.embeddings.weight)
     assert instruct.state_dict()["transv.3.alpha"].item() != 0.0
+
+
+def test_a_pure_transformer_goes_through_the_same_phases(corpus: Corpus) -> None:
+    values = train_values(corpus, name="qwen", checkpoint={"every_steps": 100, "keep": 1})
+    values["phases"]["align"]["init"] = {"preset": "tiny-qwen", "seed": 3}
+    config = parse_config(TrainConfig, values)
+    train_local(config)
+    report = json.loads(Path(RunFolder.of(config).report).read_text())
+    assert report["instruct"]["loss_last"] < report["instruct"]["loss_first"] - 1.0
+    trained = from_pretrained(RunFolder.of(config).weights("instruct"))
+    assert isinstance(trained.config.text, Qwen2Config)
+    assert trained.state_dict()["transv.1.alpha"].item() != 0.0
 
 
 def _first_model_weight(config: TrainConfig) -> torch.Tensor:

@@ -1,0 +1,133 @@
+"""The language model families in files: each one's config.json, and the names its checkpoints give to tensors.
+
+Turns Hugging Face's keys and names into ours and back. Knows no tensor's value; weights.py reads and writes.
+
+    ours (in memory)         Nemotron-H, NVIDIA      Nemotron-H, transformers    Qwen2
+    backbone.embeddings      backbone.embeddings     model.embeddings            model.embed_tokens
+    backbone.layers.0.*      backbone.layers.0.*     model.layers.0.*            model.layers.0.*
+    backbone.norm_f          backbone.norm_f         model.norm_f                model.norm
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from timeviper_model.config import HybridConfig, Qwen2Config, TextConfig
+
+LAYER_LETTERS = {
+    "mamba": "M",
+    "linear_attention": "M",
+    "attention": "*",
+    "full_attention": "*",
+    "mlp": "-",
+    "moe": "E",
+}
+"""transformers writes `layers_block_type` where NVIDIA writes `hybrid_override_pattern`"""
+
+QWEN2_NAMES = (
+    ("backbone.embeddings.", "model.embed_tokens."),
+    ("backbone.layers.", "model.layers."),
+    ("backbone.norm_f.", "model.norm."),
+)
+"""ours and Hugging Face's"""
+
+
+def text_config_to_dict(config: TextConfig) -> dict[str, Any]:
+    """What the family's own `config.json` holds, in plain values."""
+    text = asdict(config)
+    if isinstance(config, HybridConfig):
+        text["time_step_limit"] = [value if math.isfinite(value) else "Infinity" for value in config.time_step_limit]
+        text |= {"model_type": "nemotron_h", "num_hidden_layers": config.num_hidden_layers}
+        text |= {"mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "architectures": ["NemotronHForCausalLM"]}
+        return text
+    text |= {"model_type": "qwen2", "hidden_act": "silu", "architectures": ["Qwen2ForCausalLM"]}
+    return text
+
+
+def text_config_from_dict(raw: Mapping[str, Any], *, where: str) -> TextConfig:
+    """The sizes in a family's `config.json`; keys that do not change what is computed here are passed over.
+
+    Raises:
+        ValueError: for another family, a field that is missing or wrong, or a variant that is not supported.
+    """
+    model_type = raw.get("model_type")
+    if model_type == "nemotron_h":
+        return _known_fields(HybridConfig, {**raw, **_nemotron_pattern(raw), **_nemotron_time_step_limit(raw)}, where)
+    if model_type == "qwen2":
+        return _known_fields(Qwen2Config, {**raw, **_qwen2_rope(raw, where), **_qwen2_window(raw)}, where)
+    raise ValueError(f"{where}: the language model's model_type is {model_type!r}; supported are nemotron_h and qwen2")
+
+
+def file_name(name: str, config: TextConfig) -> str:
+    """What a weights folder calls our tensor `name`."""
+    if isinstance(config, HybridConfig):
+        return name
+    return _swap_prefix(name, QWEN2_NAMES)
+
+
+def own_name(name: str, config: TextConfig) -> str:
+    """What we call a file's tensor; both layouts of Nemotron-H are known. Strange names come back as they are."""
+    if isinstance(config, HybridConfig):
+        return _swap_prefix(name, (("model.", "backbone."),))
+    return _swap_prefix(name, tuple((theirs, ours) for ours, theirs in QWEN2_NAMES))
+
+
+def validated(adapter: TypeAdapter[Any], values: Any, where: str) -> Any:
+    """`values` as the adapter's type.
+
+    Raises:
+        ValueError: with `where` and each wrong field by its dotted name.
+    """
+    try:
+        return adapter.validate_python(values)
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, item['loc'])) or 'config'}: {item['msg']}" for item in error.errors()]
+        raise ValueError(f"{where}: " + "; ".join(lines)) from error
+
+
+def _known_fields(kind: type[HybridConfig] | type[Qwen2Config], raw: Mapping[str, Any], where: str) -> TextConfig:
+    known = {field.name for field in fields(kind)}
+    values = {name: value for name, value in raw.items() if name in known and value is not None}
+    if isinstance(values.get("eos_token_id"), list):
+        values["eos_token_id"] = values["eos_token_id"][0]
+    config: TextConfig = validated(TypeAdapter(kind), values, where)
+    return config
+
+
+def _nemotron_pattern(raw: Mapping[str, Any]) -> dict[str, str]:
+    layers = raw.get("layers_block_type")
+    if layers is None or raw.get("hybrid_override_pattern"):
+        return {}
+    return {"hybrid_override_pattern": "".join(LAYER_LETTERS.get(layer, "?") for layer in layers)}
+
+
+def _nemotron_time_step_limit(raw: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """transformers writes infinity as {"__float__": "Infinity"}, since JSON has none."""
+    limit = raw.get("time_step_limit") or ()
+    values = [value["__float__"] if isinstance(value, dict) else value for value in limit]
+    return {"time_step_limit": values} if values else {}
+
+
+def _qwen2_rope(raw: Mapping[str, Any], where: str) -> dict[str, float]:
+    """`rope_theta` itself, or inside `rope_parameters` as transformers 5 writes it."""
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ValueError(f"{where}: RoPE of type {kind!r} is not supported; only 'default', without scaling")
+    return {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+
+
+def _qwen2_window(raw: Mapping[str, Any]) -> dict[str, bool]:
+    return {"use_sliding_window": True} if "sliding_attention" in (raw.get("layer_types") or ()) else {}
+
+
+def _swap_prefix(name: str, prefixes: tuple[tuple[str, str], ...]) -> str:
+    for old, new in prefixes:
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
