@@ -12,23 +12,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import av
 from PIL import Image, UnidentifiedImageError
 
 from timeviper_platform import storage
+from timeviper_platform.data.parts import open_file, open_part, parse_part
 
 Modality = Literal["video", "image"]
-Stage = Literal["probe", "decode_video", "decode_image"]
+Stage = Literal["list", "probe", "decode_video", "decode_image"]
 
 FORMAT_WHITELIST = ("mov", "mp4", "m4a", "3gp", "3g2", "mj2", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "ogg")
 """Demuxers that read one file and nothing else. Playlists (hls, dash, concat) name other files and hosts: never."""
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 
-READ_AHEAD_BYTES = 4 << 20
-"""Block of a remote file; larger costs memory for every open decoder, smaller costs requests."""
+MEDIA_SUFFIXES = (
+    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".mpeg", ".flv", ".3gp", ".ogv"),
+    *(".jpg", ".jpeg", ".png", ".webp", ".bmp"),
+)
+"""What is taken from a folder or a tar; a glob or a manifest may name anything."""
 
 
 class ErrorType(StrEnum):
@@ -37,6 +41,10 @@ class ErrorType(StrEnum):
     NOT_FOUND = "not_found"
     PERMISSION_DENIED = "permission_denied"
     READ_FAILED = "read_failed"
+    TIMED_OUT = "timed_out"
+    UNKNOWN_HOST = "unknown_host"
+    DOMAIN_NOT_ALLOWED = "domain_not_allowed"
+    TOO_MANY_BYTES = "too_many_bytes"
     EMPTY_FILE = "empty_file"
     UNKNOWN_FORMAT = "unknown_format"
     CORRUPT_FILE = "corrupt_file"
@@ -49,7 +57,12 @@ class ErrorType(StrEnum):
     FRAMES_MISSING = "frames_missing"
 
 
-RETRYABLE = frozenset({ErrorType.NOT_FOUND, ErrorType.PERMISSION_DENIED, ErrorType.READ_FAILED})
+RETRYABLE = frozenset(
+    {
+        *(ErrorType.NOT_FOUND, ErrorType.PERMISSION_DENIED, ErrorType.READ_FAILED),
+        *(ErrorType.TIMED_OUT, ErrorType.UNKNOWN_HOST, ErrorType.DOMAIN_NOT_ALLOWED),
+    }
+)
 """The world's fault, not the file's: the next run tries again."""
 
 
@@ -78,6 +91,15 @@ class MediaLimits:
     def __post_init__(self) -> None:
         if self.max_pixels < 1 or self.max_samples < 1:
             raise ValueError(f"{self.max_pixels = } and {self.max_samples = } must be at least 1")
+
+
+class FileVersion(NamedTuple):
+    """What tells a file's content from a later one under the same name."""
+
+    size: int
+    etag: str | None
+    text: str
+    """the etag, or size and time"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,10 +162,13 @@ def open_binary(source: str | bytes) -> Any:
     """A seekable file object for a URI or bytes; remote files are read ahead, never copied whole."""
     if isinstance(source, bytes):
         return io.BytesIO(source)
-    filesystem, path = storage.split_uri(source)
-    if storage.is_local(source):
-        return filesystem.open(path, "rb")
-    return filesystem.open(path, "rb", block_size=READ_AHEAD_BYTES, cache_type="readahead")
+    part = parse_part(source)
+    return open_file(source) if part is None else open_part(part)
+
+
+def is_local_file(uri: str) -> bool:
+    """True when `uri` is a whole file on this machine's disks, which libraries may open by its path."""
+    return parse_part(uri) is None and storage.is_local(uri)
 
 
 def read_head(source: str | bytes) -> bytes:
@@ -159,7 +184,7 @@ def open_container(source: str | bytes) -> Any:
     else as a file object.
     """
     options = {"format_whitelist": ",".join(FORMAT_WHITELIST), "protocol_whitelist": "file"}
-    if isinstance(source, str) and storage.is_local(source):
+    if isinstance(source, str) and is_local_file(source):
         return av.open("file:" + storage.split_uri(source)[1], options=options)
     return av.open(open_binary(source), options=options, buffer_size=1 << 20)
 

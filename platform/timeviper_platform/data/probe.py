@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import hashlib
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from timeviper_platform import storage
 from timeviper_platform.data.media import (
     DecodeError,
     ErrorType,
+    FileVersion,
     MediaLimits,
     MediaProbe,
     clock_origin,
@@ -24,6 +27,7 @@ from timeviper_platform.data.media import (
     sniff_modality,
     video_stream,
 )
+from timeviper_platform.data.parts import RangePart, parse_part
 
 AV_TIME_BASE = 1_000_000
 """FFmpeg states container durations in microseconds."""
@@ -55,6 +59,28 @@ def probe_media(source: str | bytes, limits: MediaLimits | None = None) -> Media
             f"{_name(source)}: {probe.width} x {probe.height} is past {limits.max_pixels = }; raise it if memory lasts",
         )
     return probe
+
+
+def file_version(uri: str) -> FileVersion:
+    """Size, etag, and what tells this content from a later one under the same name, of a file or a part of one.
+
+    Raises:
+        DecodeError: when it is missing.
+    """
+    part = parse_part(uri)
+    if part is not None:
+        whole = file_version(part.uri)
+        size = part.size if isinstance(part, RangePart) else whole.size
+        return FileVersion(size, whole.etag, f"{whole.text}/{'-'.join(str(value) for value in part[1:])}")
+    with reading("probe", uri):
+        filesystem, path = storage.split_uri(uri)
+        if storage.is_local(uri):
+            stat = Path(path).stat()
+            return FileVersion(stat.st_size, None, f"{stat.st_size}-{stat.st_mtime_ns}")
+        info = filesystem.info(path)
+        size = int(info.get("size") or 0)
+        etag = str(info.get("ETag") or info.get("etag") or "").strip('"') or None
+        return FileVersion(size, etag, etag or f"{size}-{info.get('LastModified') or info.get('created')}")
 
 
 def sha256_of(uri: str) -> str:

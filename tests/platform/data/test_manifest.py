@@ -9,7 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from timeviper_platform.data.manifest import MediaItem, list_media, media_id_of
+from timeviper_platform.data.inputs import read_pages
+from timeviper_platform.data.manifest import MediaItem, media_id_of
+
+
+def list_media(source: str) -> list[MediaItem]:
+    return [item for page in read_pages(source, page_rows=3) for item in page]
 
 
 def test_three_kinds_of_manifest_say_the_same(tmp_path: Path) -> None:
