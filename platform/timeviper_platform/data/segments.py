@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from timeviper_platform.data.decode import check_size, count_samples, sample_times
 from timeviper_platform.data.manifest import MediaItem
-from timeviper_platform.data.media import DecodeError, ErrorType, MediaLimits, Modality
+from timeviper_platform.data.media import DecodeError, ErrorType, MediaLimits, Modality, source_name
 from timeviper_platform.data.probe import file_version, probe_media, sha256_of
 from timeviper_platform.schemas import PLAN
 
@@ -195,10 +195,10 @@ def plan_item(item: MediaItem, spec: PlanSpec) -> PlannedMedium:
     """
     if item.rejected is not None:
         raise DecodeError("list", *item.rejected)
-    file = item.version or file_version(item.uri)
+    file = item.version or file_version(item.uri, spec.limits)
     probe = item.probe or probe_media(item.uri, spec.limits)
-    check_size(probe.width, probe.height, spec.limits, "probe", item.uri)
-    sha256 = item.sha256 or (sha256_of(item.uri) if spec.hash_mode == "sha256" else None)
+    check_size(probe.width, probe.height, spec.limits, "probe", source_name(item.uri))
+    sha256 = item.sha256 or (sha256_of(item.uri, spec.limits) if spec.hash_mode == "sha256" else None)
     start = exact(item.start_seconds or 0.0)
     end = probe.end_seconds if item.end_seconds is None else min(probe.end_seconds, exact(item.end_seconds))
     count = 1 if probe.modality == "image" else count_samples(start, end, spec.fps)
@@ -311,10 +311,11 @@ def _unit(group: Sequence[Segment]) -> Unit:
 
 def _check_count(item: MediaItem, count: int, end: Fraction, limits: MediaLimits) -> None:
     if count == 0:
-        message = f"{item.uri}: no sample lies in {item.start_seconds}..{item.end_seconds} of {float(end)} s"
+        message = (
+            f"{source_name(item.uri)}: no sample lies in {item.start_seconds}..{item.end_seconds} of {float(end)} s"
+        )
         raise DecodeError("probe", ErrorType.EMPTY_RANGE, message)
     if count > limits.max_samples:
-        message = (
-            f"{item.uri}: {count} samples are past {limits.max_samples = }; raise it if the header tells the truth"
-        )
+        name = source_name(item.uri)
+        message = f"{name}: {count} samples are past {limits.max_samples = }; raise it if the header tells the truth"
         raise DecodeError("probe", ErrorType.TOO_MANY_FRAMES, message)
