@@ -175,6 +175,16 @@ def _run_units(units: Sequence[Unit], spec: WorkerSpec, config: ExecutionConfig)
             yield UnitOutcome(**row)
 
 
+def worker_slots(config: ExecutionConfig) -> tuple[int, int]:
+    """How many processes a run has to decode and to encode: on the cluster when connected to one, else here."""
+    if has_cluster():
+        with ray_session():
+            return config.num_decode_workers or _num_cpus(), _num_workers(config)
+    num_cpus = os.cpu_count() or 1
+    num_encoders = torch.cuda.device_count() if config.gpus_per_worker else num_cpus
+    return config.num_decode_workers or num_cpus, config.num_workers or max(1, num_encoders)
+
+
 def _num_workers(config: ExecutionConfig) -> int:
     """Processes that will encode, on the connected cluster."""
     import ray

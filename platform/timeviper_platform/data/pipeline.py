@@ -18,9 +18,10 @@ import pyarrow.compute as pc
 
 from timeviper_platform import storage
 from timeviper_platform.data import report as reporting
+from timeviper_platform.data.calibrate import Calibration, SegmentSample, calibrate
 from timeviper_platform.data.encode import EncoderConfig, FrameEncoder
 from timeviper_platform.data.features import read_header
-from timeviper_platform.data.graph import ExecutionConfig, has_cluster, plan_on_ray, run_on_ray
+from timeviper_platform.data.graph import ExecutionConfig, has_cluster, plan_on_ray, run_on_ray, worker_slots
 from timeviper_platform.data.inputs import read_pages
 from timeviper_platform.data.media import MediaLimits
 from timeviper_platform.data.planning import (
@@ -75,12 +76,17 @@ class Estimate:
 
     media: int
     errors: int
+    errors_by_type: dict[str, int]
+    """error type -> media"""
     segments: int
     segments_missing: int
     frames_missing: int
     feature_bytes: int
     seconds: float | None
-    """from the store's last report; None before a first run"""
+    """by the calibration; None when there is nothing to do, or nothing to try it on decodes"""
+    seconds_at_last_rate: float | None
+    """by the store's last report; None before a first run"""
+    calibration: Calibration | None
 
 
 def run_preprocess(config: PreprocessConfig, *, run: Runner = run_on_ray) -> PreprocessReport:
@@ -109,16 +115,7 @@ def run_preprocess(config: PreprocessConfig, *, run: Runner = run_on_ray) -> Pre
         *(plan.num_media, len(plan.segments), len(plan.missing), plan.counts.errors.total()),
     )
     clock.lap("plan")
-    spec = WorkerSpec(
-        store=config.output,
-        recipe_hash=digest,
-        encoder=config.encoder,
-        image_size=encoder.image_size,
-        fps=exact(config.sampling.fps),
-        decode=config.decode,
-        limits=config.limits,
-        num_threads=config.execution.num_threads,
-    )
+    spec = _worker_spec(config, encoder, digest)
     del encoder  # the workers have their own
     outcomes = _run(plan, spec, config.execution, run) if plan.missing else []
     if outcomes:
@@ -139,19 +136,28 @@ def estimate(config: PreprocessConfig) -> Estimate:
     header = read_header(config.output)
     if header is not None and header["recipe"] != recipe:
         raise ValueError("\n".join(["the store there has another recipe:", *differences(header["recipe"], recipe)]))
-    counts, finished = PlanCounts(), finished_segments(config.output)
-    for table in plan_tables(config, recipe_hash(recipe)):
-        counts.add(table, missing_rows(table, finished))
+    digest = recipe_hash(recipe)
+    counts, sample, finished = PlanCounts(), SegmentSample(), finished_segments(config.output)
+    for table in plan_tables(config, digest):
+        is_missing = missing_rows(table, finished)
+        counts.add(table, is_missing)
+        sample.add(table.filter(pa.array(is_missing)))
     frames = counts.frames_missing
     rate = _last_rate(config.output)
+    calibration = calibrate(sample.segments, _worker_spec(config, encoder, digest), encoder)
+    slots = worker_slots(config.execution)
+    is_fused = config.execution.mode == "fused"
     return Estimate(
         media=counts.media,
         errors=counts.errors.total(),
+        errors_by_type=dict(counts.errors),
         segments=counts.segments,
         segments_missing=counts.segments_missing,
         frames_missing=frames,
         feature_bytes=frames * encoder.num_tokens_per_frame * encoder.dim * 2,
-        seconds=frames / rate if rate else None,
+        seconds=None if calibration is None else calibration.seconds(frames, *slots, is_fused=is_fused),
+        seconds_at_last_rate=frames / rate if rate else None,
+        calibration=calibration,
     )
 
 
@@ -166,6 +172,19 @@ def plan_tables(config: PreprocessConfig, digest: str) -> Iterator[pa.Table]:
     spec = PlanSpec(fps=exact(config.sampling.fps), recipe_hash=digest, limits=config.limits, hash_mode=config.hash)
     plan_pages: PlanPages = plan_on_ray if has_cluster() else plan_here
     return plan_pages(read_pages(config.input), spec)
+
+
+def _worker_spec(config: PreprocessConfig, encoder: FrameEncoder, digest: str) -> WorkerSpec:
+    return WorkerSpec(
+        store=config.output,
+        recipe_hash=digest,
+        encoder=config.encoder,
+        image_size=encoder.image_size,
+        fps=exact(config.sampling.fps),
+        decode=config.decode,
+        limits=config.limits,
+        num_threads=config.execution.num_threads,
+    )
 
 
 def run_in_process(missing: Collection[Segment], spec: WorkerSpec, execution: ExecutionConfig) -> Iterator[UnitOutcome]:
