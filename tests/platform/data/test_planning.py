@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import subprocess
@@ -24,6 +25,8 @@ from timeviper_platform.data.pipeline import PreprocessConfig, estimate
 from timeviper_platform.data.planning import finished_segments, plan_here, write_plan
 from timeviper_platform.data.segments import PlanSpec, iter_units
 from timeviper_platform.data.store_writer import write_file
+
+logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[3]
 SPEC = PlanSpec(fps=Fraction(1), recipe_hash="r")
@@ -115,7 +118,9 @@ def test_a_dry_run_of_a_million_rows_fits_in_two_gigabytes(tmp_path: Path) -> No
         process.returncode = os.waitstatus_to_exitcode(status)
         printed.seek(0)
         text = printed.read()
-    print(f"{time.monotonic() - began:.0f} s, {usage.ru_utime:.0f} s of CPU, {usage.ru_maxrss / 1e6:.2f} GB\n{text}")
+    logger.info(
+        "%s", f"{time.monotonic() - began:.0f} s, {usage.ru_utime:.0f} s of CPU, {usage.ru_maxrss / 1e6:.2f} GB\n{text}"
+    )
     assert process.returncode == 0
     assert usage.ru_maxrss * 1024 < 2_000_000_000
     assert f"frames     {sum(math.ceil(seconds) for seconds in durations)} to do" in text
