@@ -12,17 +12,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from reference.made_media import make_video, picture
+from reference.made_media import make_encoder, make_video, picture
 from timeviper_platform.data.decode import read_frames
+from timeviper_platform.data.encode import EncoderConfig
+from timeviper_platform.data.features import FeatureStore
 from timeviper_platform.data.hash_table import HashTable
 from timeviper_platform.data.inputs import read_pages
 from timeviper_platform.data.manifest import MediaItem, media_id_of
 from timeviper_platform.data.media import ErrorType, open_binary
 from timeviper_platform.data.parts import CellPart, RangePart, parse_part
+from timeviper_platform.data.pipeline import PreprocessConfig, run_in_process, run_preprocess
 from timeviper_platform.data.probe import file_version
 from timeviper_platform.data.segments import PlanSpec, plan_page
 
@@ -74,6 +78,20 @@ def test_members_of_a_tar_are_read_in_place(tmp_path: Path, media: dict[str, byt
     ]
     frames = read_frames(items[0].uri, 32)
     assert np.array_equal(frames.frames, read_frames(media["clip.mp4"], 32).frames)
+
+
+def test_a_folder_of_media_and_tars_becomes_features(tmp_path: Path, media: dict[str, bytes]) -> None:
+    (tmp_path / "in").mkdir()
+    write_tar(tmp_path / "in" / "a.tar", media)
+    (tmp_path / "in" / "clip.mp4").write_bytes(media["clip.mp4"])
+    encoder = EncoderConfig(encoder=str(make_encoder(tmp_path / "encoder")), num_tokens_per_frame=4, merge_heads=4)
+    config = PreprocessConfig(input=str(tmp_path / "in"), output=str(tmp_path / "out"), encoder=encoder)
+    report = run_preprocess(config, run=run_in_process)
+    assert (report.segments_done, report.frames, report.errors) == (4, 8, 0)
+    store = FeatureStore.open(config.output)
+    whole, member = (media_id_of(name, "") for name in ("clip.mp4", "a.tar/clip.mp4"))
+    assert torch.equal(store.read(whole).features, store.read(member).features)
+    assert run_preprocess(config, run=run_in_process).segments_encoded == 0
 
 
 def test_a_tar_that_breaks_off_keeps_what_is_whole_and_says_so(tmp_path: Path, media: dict[str, bytes]) -> None:
