@@ -177,6 +177,9 @@ def test_empty_endless_and_unreachable_answers_are_told_apart(server: Server, mo
 
 
 def test_an_urls_query_is_in_no_message(server: Server) -> None:
+    server.statuses["x.jpg"] = [403]
     items = [MediaItem(server.url("x.jpg?token=secret"), "x")]
     (table,) = plan_page(items, PlanSpec(fps=Fraction(1), recipe_hash="r", limits=LIMITS))
-    assert "secret" not in str(table["error_message"].to_pylist())
+    (message,) = table["error_message"].to_pylist()
+    assert "HTTP 403" in message
+    assert "secret" not in message
