@@ -38,12 +38,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _print_estimate(config: PreprocessConfig) -> None:
     plan = estimate(config)
-    duration = "unknown before a first run" if plan.seconds is None else f"about {plan.seconds:.0f} s"
+    reasons = ", ".join(f"{count} {kind}" for kind, count in sorted(plan.errors_by_type.items()))
+    times = []
+    if plan.seconds is not None and plan.calibration is not None:
+        tried = f"{plan.calibration.frames} frames of {plan.calibration.segments} segments, decoded and encoded here"
+        times.append(f"about {plan.seconds:.0f} s ({tried})")
+    if plan.seconds_at_last_rate is not None:
+        times.append(f"about {plan.seconds_at_last_rate:.0f} s at the rate of the last run")
     print(
-        f"media      {plan.media}, of which rejected by their headers: {plan.errors}\n"
-        f"segments   {plan.segments} planned, {plan.segments_missing} to do\n"
+        f"media      {plan.media}, of which rejected by their headers: {plan.errors}"
+        + (f" = {reasons}" if reasons else "")
+        + f"\nsegments   {plan.segments} planned, {plan.segments_missing} to do\n"
         f"frames     {plan.frames_missing} to do, {plan.feature_bytes / 1e6:.1f} MB of features\n"
-        f"time       {duration}"
+        f"time       {', '.join(times) or 'unknown: nothing to try it on decodes'}"
     )
 
 

@@ -33,9 +33,22 @@ MANIFEST = _schema(
         pa.field("media_id", pa.string()),
         pa.field("start_seconds", pa.float64()),
         pa.field("end_seconds", pa.float64()),
+        # what is known of the file: a row with size and either duration_seconds or modality image is not opened to plan
+        pa.field("size", pa.int64()),  # bytes
+        pa.field("etag", pa.string()),
+        pa.field("sha256", pa.string()),
+        pa.field("modality", pa.string()),  # video | image
+        pa.field("duration_seconds", pa.float64()),
+        pa.field("source_fps", pa.float64()),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("codec", pa.string()),
+        # img2dataset's: rows with failed_to_download or failed_to_resize are rejected with their message
+        pa.field("status", pa.string()),
+        pa.field("error_message", pa.string()),
     ],
 )
-"""What to preprocess: one row a medium; extra columns are left out."""
+"""What to preprocess: one row a medium; all but `uri` may be missing, extra columns are left out."""
 
 _MEDIUM = [
     pa.field("uri", pa.string()),

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from timeviper_platform.data.manifest import list_media
+from timeviper_platform.data.inputs import read_pages
 from timeviper_platform.schemas import MANIFEST
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,7 +28,7 @@ def test_a_film_is_one_more_medium_beside_those_of_the_corpus(tmp_path: Path) ->
     made = demo["Demo"](folder=tmp_path / "demo", film=film, quick=True)
     demo["_write_manifest_with_film"](made, film)
     (override,) = [value for value in made.overrides("preprocess") if value.startswith("input=")]
-    media = list_media(override.removeprefix("input="))
+    (media,) = read_pages(override.removeprefix("input="))
     assert [(item.media_id, item.uri) for item in media] == [
         ("a", str(corpus / "videos" / "a.mp4")),
         ("night", str(film)),

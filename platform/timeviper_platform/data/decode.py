@@ -126,7 +126,7 @@ def read_image(source: str | bytes, image_size: int, *, limits: MediaLimits | No
         DecodeError: when it cannot be read, or is past a limit.
     """
     limits = limits or MediaLimits()
-    with reading("decode_image", source), open_binary(source) as file, Image.open(file) as image:
+    with reading("decode_image", source, limits), open_binary(source, limits) as file, Image.open(file) as image:
         if image.width * image.height > limits.max_pixels:
             message = f"{image.width} x {image.height} is past {limits.max_pixels = }"
             raise DecodeError("decode_image", ErrorType.TOO_MANY_PIXELS, message)

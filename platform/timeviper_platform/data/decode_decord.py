@@ -13,7 +13,7 @@ import numpy as np
 
 from timeviper_platform import storage
 from timeviper_platform.data.decode import FrameBatch, check_size
-from timeviper_platform.data.media import DecodeError, ErrorType, MediaLimits
+from timeviper_platform.data.media import DecodeError, ErrorType, MediaLimits, is_local_file
 from timeviper_platform.data.probe import probe_media
 
 ROUNDING_SECONDS = 1e-5
@@ -30,7 +30,7 @@ class DecordReader:
     def __init__(self, source: str | bytes, image_size: int, *, limits: MediaLimits | None = None) -> None:
         import decord
 
-        if isinstance(source, bytes) or not storage.is_local(source):
+        if isinstance(source, bytes) or not is_local_file(source):
             raise ValueError("decord copies file objects many times over; use backend pyav for remote files and bytes")
         self._name = source
         self._limits = limits or MediaLimits()

@@ -30,6 +30,7 @@ from timeviper_platform.data.media import (
     clock_origin,
     open_container,
     reading,
+    source_name,
     video_stream,
 )
 
@@ -82,11 +83,11 @@ class PyAVReader:
 
     def __init__(self, source: str | bytes, image_size: int, *, limits: MediaLimits | None = None) -> None:
         self._source = source
-        self._name = source if isinstance(source, str) else f"{len(source)} bytes"
+        self._name = source_name(source)
         self._image_size = image_size
         self._limits = limits or MediaLimits()
         self._reformatter = VideoReformatter()
-        with reading("decode_video", source):
+        with reading("decode_video", source, self._limits):
             self._open()
         # AVI has no PTS: with B frames, what FFmpeg states is the order of decoding
         self._has_timestamps = self._container.format.name != "avi" or not self._context.has_b_frames
@@ -96,7 +97,7 @@ class PyAVReader:
         ticks = [self._origin + int(t // self._time_base) for t in times]  # PTS <= t, in whole ticks
         if ticks != sorted(ticks):
             raise ValueError("sampling times must ascend")
-        with reading("decode_video", self._source):
+        with reading("decode_video", self._source, self._limits):
             found = self._find(ticks) if ticks else {}
         kept = [(t, *found[tick]) for t, tick in zip(times, ticks, strict=True) if tick in found]
         size = self._image_size
@@ -281,7 +282,7 @@ class PyAVReader:
     # -- the file ------------------------------------------------------------------------------------------------
 
     def _open(self) -> None:
-        self._container = open_container(self._source)
+        self._container = open_container(self._source, self._limits)
         self._stream = video_stream(self._container, "decode_video", self._name)
         self._time_base = Fraction(self._stream.time_base)
         self._origin = clock_origin(self._container, self._stream)

@@ -13,7 +13,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -24,7 +25,9 @@ import torch
 
 from timeviper_platform.data.decode import DecodeError, ErrorType, FrameBatch
 from timeviper_platform.data.encode import FrameEncoder
-from timeviper_platform.data.segments import Segment, Unit, cut_units
+from timeviper_platform.data.listing import pages
+from timeviper_platform.data.manifest import MediaItem
+from timeviper_platform.data.segments import PlanSpec, Segment, Unit, iter_units, plan_page
 from timeviper_platform.data.steps import (
     DecodedSegment,
     SegmentDecoder,
@@ -41,6 +44,12 @@ logger = logging.getLogger(__name__)
 
 WRITE_CPUS = 0.1
 """Writing waits for disks and object stores; a whole CPU for it would starve on a small machine."""
+
+PLAN_CPUS = 0.25
+"""Probing waits for disks and object stores too."""
+
+UNITS_PER_GRAPH = 4096
+"""All units of a graph stand in the driver's memory; at 2048 frames each, new workers for the next cost nothing."""
 
 MAX_BLOCK_BYTES = 512 << 20
 """Frames of one unit in Ray's object store, where the steps are split."""
@@ -77,7 +86,7 @@ class ExecutionConfig:
 @contextmanager
 def ray_session() -> Iterator[None]:
     """A connection to the Ray of RAY_ADDRESS (`ray job submit` sets it), else to one started here and ended here."""
-    if os.environ.get("RAY_ADDRESS") or ("ray" in sys.modules and sys.modules["ray"].is_initialized()):
+    if has_cluster():
         with _connection():
             yield
         return
@@ -106,7 +115,32 @@ def _connection() -> Iterator[None]:
         ray.shutdown()
 
 
-def run_on_ray(missing: Sequence[Segment], spec: WorkerSpec, config: ExecutionConfig) -> Iterator[UnitOutcome]:
+def has_cluster() -> bool:
+    """True when this process is connected to a Ray, or told where one is."""
+    return bool(os.environ.get("RAY_ADDRESS")) or ("ray" in sys.modules and sys.modules["ray"].is_initialized())
+
+
+def plan_on_ray(pages: Iterable[list[MediaItem]], spec: PlanSpec) -> Iterator[pa.Table]:
+    """`plan_here` with a task for each page: a few at a time, results in order."""
+    import ray
+
+    with ray_session():
+        task = ray.remote(num_cpus=PLAN_CPUS)(_plan_page)
+        waiting: deque[Any] = deque()
+        most = max(2, round(_num_cpus() / PLAN_CPUS))
+        for page in pages:
+            waiting.append(task.remote(page, spec))
+            if len(waiting) == most:
+                yield from ray.get(waiting.popleft())
+        while waiting:
+            yield from ray.get(waiting.popleft())
+
+
+def _plan_page(page: list[MediaItem], spec: PlanSpec) -> list[pa.Table]:
+    return list(plan_page(page, spec))
+
+
+def run_on_ray(missing: Collection[Segment], spec: WorkerSpec, config: ExecutionConfig) -> Iterator[UnitOutcome]:
     """Does the missing segments on Ray; yields the outcomes of their units as they finish, in any order.
 
     Raises:
@@ -120,9 +154,9 @@ def run_on_ray(missing: Sequence[Segment], spec: WorkerSpec, config: ExecutionCo
         )
     with ray_session():
         num_workers = _num_workers(config)
-        units = cut_units(missing, config.frames_per_file, num_workers)
-        logger.info("%d segments in %d files to write; %d workers are starting", len(missing), len(units), num_workers)
-        yield from _run_units(units, spec, config)
+        logger.info("%d segments to do; %d workers are starting", len(missing), num_workers)
+        for units in pages(iter_units(missing, config.frames_per_file, num_workers), UNITS_PER_GRAPH):
+            yield from _run_units(units, spec, config)
 
 
 def _run_units(units: Sequence[Unit], spec: WorkerSpec, config: ExecutionConfig) -> Iterator[UnitOutcome]:
@@ -139,6 +173,16 @@ def _run_units(units: Sequence[Unit], spec: WorkerSpec, config: ExecutionConfig)
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         for row in batch.to_pylist():
             yield UnitOutcome(**row)
+
+
+def worker_slots(config: ExecutionConfig) -> tuple[int, int]:
+    """How many processes a run has to decode and to encode: on the cluster when connected to one, else here."""
+    if has_cluster():
+        with ray_session():
+            return config.num_decode_workers or _num_cpus(), _num_workers(config)
+    num_cpus = os.cpu_count() or 1
+    num_encoders = torch.cuda.device_count() if config.gpus_per_worker else num_cpus
+    return config.num_decode_workers or num_cpus, config.num_workers or max(1, num_encoders)
 
 
 def _num_workers(config: ExecutionConfig) -> int:

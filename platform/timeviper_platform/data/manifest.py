@@ -1,29 +1,50 @@
-"""What a job is pointed at (a manifest, a glob, a folder, one file) to media items with identities.
+"""Manifest rows to media items with identities: Parquet, JSONL and CSV, read a page at a time.
 
-Knows manifests in Parquet, JSONL and CSV, and how a medium without an id gets one. Opens no medium.
+Knows the MANIFEST columns and how a medium without an id gets one. Opens no medium and knows no folders (listing.py),
+tars or Parquet cells (shards.py).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
-import pyarrow.json
 import pyarrow.parquet as pq
 
 from timeviper_platform import storage
+from timeviper_platform.data.media import ErrorType, FileVersion, MediaProbe
+from timeviper_platform.data.parts import open_file
 from timeviper_platform.schemas import MANIFEST
 
 MANIFEST_SUFFIXES = (".parquet", ".jsonl", ".csv")
-MEDIA_SUFFIXES = (
-    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".mpeg", ".flv", ".3gp", ".ogv"),
-    *(".jpg", ".jpeg", ".png", ".webp", ".bmp"),
+
+URL_COLUMN = "url"
+"""Stands for `uri` where there is none: CC12M, PixelProse and img2dataset call it so."""
+
+_COLUMNS = [*MANIFEST.names, URL_COLUMN]
+_TYPES = {**{field.name: field.type for field in MANIFEST}, URL_COLUMN: pa.string()}
+
+DOWNLOAD_FAILURES = {"failed_to_download": ErrorType.READ_FAILED, "failed_to_resize": ErrorType.CORRUPT_FILE}
+"""img2dataset's `status` of a row that has no image; any other status is somebody else's column."""
+
+_DOWNLOAD_MESSAGES = (
+    ("404", ErrorType.NOT_FOUND),
+    ("410", ErrorType.NOT_FOUND),
+    ("401", ErrorType.PERMISSION_DENIED),
+    ("403", ErrorType.PERMISSION_DENIED),
+    ("timed out", ErrorType.TIMED_OUT),
+    ("not known", ErrorType.UNKNOWN_HOST),
+    ("No address", ErrorType.UNKNOWN_HOST),
+    ("name resolution", ErrorType.UNKNOWN_HOST),
 )
-"""What is taken from a folder; a glob or a manifest may name anything."""
+"""What Python's urllib writes into img2dataset's `error_message`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,37 +52,17 @@ class MediaItem:
     """One medium, or a stretch of it, that is to be preprocessed."""
 
     uri: str
-    """absolute"""
+    """absolute; may address a part of a file (parts.py)"""
     media_id: str
     start_seconds: float | None = None
     end_seconds: float | None = None
-
-
-def list_media(source: str) -> list[MediaItem]:
-    """The media that `source` names, in its order (sorted for globs and folders).
-
-    Raises:
-        ValueError: when there is nothing at `source`, or a manifest's row is wrong.
-    """
-    if source.endswith(MANIFEST_SUFFIXES):
-        return _read_manifest(source)
-    filesystem, path = storage.split_uri(source)
-    if any(letter in path for letter in "*?["):
-        root = path[: min(path.index(letter) for letter in "*?[" if letter in path)].rpartition("/")[0]
-        found = [name for name in filesystem.glob(path) if not filesystem.isdir(name)]
-    elif filesystem.isdir(path):
-        root = path
-        found = [name for name in filesystem.find(path) if name.lower().endswith(MEDIA_SUFFIXES)]
-    elif filesystem.exists(path):
-        root, found = path.rpartition("/")[0], [path]
-    else:
-        raise ValueError(f"there is no manifest, folder or file at {source!r}; fix `input`")
-    if not found:
-        raise ValueError(f"no medium matches {source!r}; a folder is searched for {', '.join(MEDIA_SUFFIXES)}")
-    local = storage.is_local(source)
-    names = [str(name) if local else str(filesystem.unstrip_protocol(name)) for name in sorted(found)]
-    root = root if local else str(filesystem.unstrip_protocol(root))
-    return [MediaItem(name, media_id_of(name, root)) for name in names]
+    version: FileVersion | None = None
+    """where a listing or the manifest says it; None = ask the file"""
+    probe: MediaProbe | None = None
+    """where the manifest says it; None = read the headers"""
+    sha256: str | None = None
+    rejected: tuple[ErrorType, str] | None = None
+    """the source itself says that there is no such medium, and why"""
 
 
 def media_id_of(uri: str, root: str, start_seconds: float | None = None, end_seconds: float | None = None) -> str:
@@ -75,43 +76,100 @@ def media_id_of(uri: str, root: str, start_seconds: float | None = None, end_sec
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _read_manifest(uri: str) -> list[MediaItem]:
+def read_manifest(uri: str, page_rows: int) -> Iterator[list[MediaItem]]:
+    """The items of a manifest, at most `page_rows` at a time, in its order.
+
+    Raises:
+        ValueError: when there is no manifest, or a row or column is wrong.
+    """
+    root = absolute(uri).rpartition("/")[0]
+    number = 0
+    for rows in _row_pages(uri, page_rows):
+        yield [_item(number + place, root, row, source=uri) for place, row in enumerate(rows, start=1)]
+        number += len(rows)
+
+
+def absolute(uri: str) -> str:
+    """A local path from the root of the file system; other URIs as they are."""
+    return storage.split_uri(uri)[1] if storage.is_local(uri) else uri
+
+
+def download_failure(status: str | None, message: str | None) -> tuple[ErrorType, str] | None:
+    """Why img2dataset has no image for a row; None when it has one."""
+    if status not in DOWNLOAD_FAILURES:
+        return None
+    text = message or status
+    kinds = (kind for part, kind in _DOWNLOAD_MESSAGES if part in text and status == "failed_to_download")
+    return next(kinds, DOWNLOAD_FAILURES[status]), f"{status}: {text}"
+
+
+def _row_pages(uri: str, page_rows: int) -> Iterator[list[dict[str, Any]]]:
+    """Rows as dicts of the columns that a manifest may have; those that are missing are not keys."""
     if not storage.exists(uri):
         raise ValueError(f"there is no manifest at {uri!r}; fix `input`, or write the file first")
-    table = _read_table(uri)
-    if "uri" not in table.column_names:
-        raise ValueError(f"{uri}: a manifest needs the column 'uri'; it has {', '.join(table.column_names) or 'none'}")
+    suffix = uri.rpartition(".")[2]
+    read = {"parquet": _read_parquet, "jsonl": _read_jsonl, "csv": _read_csv}[suffix]
     try:
-        columns = [
-            table[name].cast(MANIFEST.field(name).type).to_pylist()
-            if name in table.column_names
-            else [None] * table.num_rows
-            for name in MANIFEST.names
-        ]
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise ValueError(f"{uri}: columns must have the types {MANIFEST.to_string()}: {error}") from error
-    root = _absolute(uri).rpartition("/")[0]
-    items = [_item(number, root, *row, source=uri) for number, row in enumerate(zip(*columns, strict=True), start=1)]
-    if not items:
-        raise ValueError(f"{uri}: the manifest has no rows")
-    return _distinct(items, uri)
-
-
-def _read_table(uri: str) -> pa.Table:
-    data = pa.BufferReader(storage.read_bytes(uri))
-    try:
-        if uri.endswith(".parquet"):
-            columns = [name for name in pq.read_schema(data).names if name in MANIFEST.names]
-            data.seek(0)
-            return pq.ParquetFile(data).read(columns=columns)
-        return pa.json.read_json(data) if uri.endswith(".jsonl") else pa.csv.read_csv(data)
+        for batch in read(uri, page_rows):
+            yield batch.to_pylist()
     except pa.ArrowInvalid as error:
+        if "conversion error" in str(error):
+            raise _wrong_types(uri, error) from error
         raise ValueError(f"{uri} is no readable manifest: {error}") from error
 
 
-def _item(
-    number: int, root: str, uri: Any, media_id: Any, start_seconds: Any, end_seconds: Any, *, source: str
-) -> MediaItem:
+def _read_parquet(uri: str, page_rows: int) -> Iterator[Any]:
+    with open_file(uri) as file:
+        parquet = pq.ParquetFile(file)
+        columns = _known_columns(parquet.schema_arrow.names, uri)
+        schema = pa.schema([(name, _TYPES[name]) for name in columns])
+        for batch in parquet.iter_batches(batch_size=page_rows, columns=columns):
+            try:
+                yield pa.Table.from_batches([batch]).select(columns).cast(schema)
+            except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+                raise _wrong_types(uri, error) from error
+
+
+def _read_jsonl(uri: str, page_rows: int) -> Iterator[Any]:
+    with open_file(uri) as file:
+        lines = (line for line in file if line.strip())
+        columns: list[str] = []
+        while page := list(islice(lines, page_rows)):
+            try:
+                rows = [json.loads(line) for line in page]
+            except ValueError as error:
+                raise ValueError(f"{uri} is no readable manifest: {error}") from error
+            columns = columns or _known_columns(sorted({name for row in rows for name in row}), uri)
+            try:
+                yield pa.Table.from_pylist(rows, schema=pa.schema([(name, _TYPES[name]) for name in _COLUMNS]))
+            except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+                raise _wrong_types(uri, error) from error
+
+
+def _read_csv(uri: str, page_rows: int) -> Iterator[Any]:
+    with open_file(uri) as file, pa.csv.open_csv(file) as reader:
+        columns = _known_columns(reader.schema.names, uri)
+    # types are given, not guessed: a guess from the first block breaks on a later one
+    convert = pa.csv.ConvertOptions(include_columns=columns, column_types=_TYPES)
+    with open_file(uri) as file, pa.csv.open_csv(file, convert_options=convert) as reader:
+        for batch in reader:
+            for start in range(0, batch.num_rows, page_rows):
+                yield batch.slice(start, page_rows)
+
+
+def _known_columns(names: Sequence[str], uri: str) -> list[str]:
+    if "uri" not in names and URL_COLUMN not in names:
+        raise ValueError(f"{uri}: a manifest needs the column 'uri'; it has {', '.join(names) or 'none'}")
+    return [name for name in names if name in MANIFEST.names or (name == URL_COLUMN and "uri" not in names)]
+
+
+def _wrong_types(uri: str, error: Exception) -> ValueError:
+    return ValueError(f"{uri}: columns must have the types {MANIFEST.to_string(show_schema_metadata=False)}: {error}")
+
+
+def _item(number: int, root: str, row: dict[str, Any], *, source: str) -> MediaItem:
+    uri, start_seconds, end_seconds = row.get("uri"), row.get("start_seconds"), row.get("end_seconds")
+    uri = uri or row.get(URL_COLUMN)
     if not uri:
         raise ValueError(f"{source}: row {number} has no uri")
     if start_seconds is not None and end_seconds is not None and end_seconds <= start_seconds:
@@ -119,28 +177,35 @@ def _item(
     if start_seconds is not None and start_seconds < 0:
         raise ValueError(f"{source}: row {number}: {start_seconds = } must not be negative")
     full = uri if "://" in uri or uri.startswith("/") else storage.join_uri(root, uri)
-    name = media_id or media_id_of(full, root, start_seconds, end_seconds)
-    return MediaItem(full, name, start_seconds, end_seconds)
+    return MediaItem(
+        full,
+        row.get("media_id") or media_id_of(full, root, start_seconds, end_seconds),
+        start_seconds,
+        end_seconds,
+        version=_version(row),
+        probe=_probe(row),
+        sha256=row.get("sha256") or None,
+        rejected=download_failure(row.get("status"), row.get("error_message")),
+    )
 
 
-def _distinct(items: Sequence[MediaItem], source: str) -> list[MediaItem]:
-    """Without repeated rows.
-
-    Raises:
-        ValueError: when one media_id stands for two media.
-    """
-    by_id: dict[str, MediaItem] = {}
-    clashes = [item for item in items if by_id.setdefault(item.media_id, item) != item]
-    if clashes:
-        raise ValueError(f"{source}: {_listed(item.media_id for item in clashes)} stand for more than one medium")
-    return list(by_id.values())
+def _version(row: dict[str, Any]) -> FileVersion | None:
+    size, etag = row.get("size"), row.get("etag") or None
+    return None if size is None else FileVersion(size, etag, etag or f"{size}-stated")
 
 
-def _absolute(uri: str) -> str:
-    return storage.split_uri(uri)[1] if storage.is_local(uri) else uri
-
-
-def _listed(names: Iterable[str], limit: int = 5) -> str:
-    distinct = list(dict.fromkeys(names))
-    more = f" and {len(distinct) - limit} more" if len(distinct) > limit else ""
-    return "media_id " + ", ".join(repr(name) for name in distinct[:limit]) + more
+def _probe(row: dict[str, Any]) -> MediaProbe | None:
+    """What the row says in place of the headers; None where it says too little."""
+    duration = row.get("duration_seconds")
+    is_image = row.get("modality") == "image"
+    if row.get("size") is None or not (is_image or duration):
+        return None
+    return MediaProbe(
+        modality="image" if is_image else "video",
+        end_seconds=Fraction(repr(float(duration))) if duration and not is_image else Fraction(0),
+        end_is_exact=True,
+        source_fps=row.get("source_fps") or 0.0,
+        width=row.get("width") or 0,
+        height=row.get("height") or 0,
+        codec=row.get("codec") or "",
+    )

@@ -7,28 +7,34 @@ stranger's string. Does not know sampling or pixels (decode.py).
 from __future__ import annotations
 
 import io
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import av
 from PIL import Image, UnidentifiedImageError
 
 from timeviper_platform import storage
+from timeviper_platform.data.parts import open_file, open_part, parse_part
+from timeviper_platform.data.web_source import DomainNotAllowedError, TooManyBytesError, is_web, open_web
 
 Modality = Literal["video", "image"]
-Stage = Literal["probe", "decode_video", "decode_image"]
+Stage = Literal["list", "probe", "decode_video", "decode_image"]
 
 FORMAT_WHITELIST = ("mov", "mp4", "m4a", "3gp", "3g2", "mj2", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "ogg")
 """Demuxers that read one file and nothing else. Playlists (hls, dash, concat) name other files and hosts: never."""
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 
-READ_AHEAD_BYTES = 4 << 20
-"""Block of a remote file; larger costs memory for every open decoder, smaller costs requests."""
+MEDIA_SUFFIXES = (
+    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".mpeg", ".flv", ".3gp", ".ogv"),
+    *(".jpg", ".jpeg", ".png", ".webp", ".bmp"),
+)
+"""What is taken from a folder or a tar; a glob or a manifest may name anything."""
 
 
 class ErrorType(StrEnum):
@@ -37,6 +43,10 @@ class ErrorType(StrEnum):
     NOT_FOUND = "not_found"
     PERMISSION_DENIED = "permission_denied"
     READ_FAILED = "read_failed"
+    TIMED_OUT = "timed_out"
+    UNKNOWN_HOST = "unknown_host"
+    DOMAIN_NOT_ALLOWED = "domain_not_allowed"
+    TOO_MANY_BYTES = "too_many_bytes"
     EMPTY_FILE = "empty_file"
     UNKNOWN_FORMAT = "unknown_format"
     CORRUPT_FILE = "corrupt_file"
@@ -49,7 +59,12 @@ class ErrorType(StrEnum):
     FRAMES_MISSING = "frames_missing"
 
 
-RETRYABLE = frozenset({ErrorType.NOT_FOUND, ErrorType.PERMISSION_DENIED, ErrorType.READ_FAILED})
+RETRYABLE = frozenset(
+    {
+        *(ErrorType.NOT_FOUND, ErrorType.PERMISSION_DENIED, ErrorType.READ_FAILED),
+        *(ErrorType.TIMED_OUT, ErrorType.UNKNOWN_HOST, ErrorType.DOMAIN_NOT_ALLOWED),
+    }
+)
 """The world's fault, not the file's: the next run tries again."""
 
 
@@ -74,10 +89,25 @@ class MediaLimits:
     """width x height; 8K UHD (7680 x 4320) passes, 8192 x 8192 does not"""
     max_samples: int = 200_000
     """sampled frames of one medium; 55 hours at 1 fps"""
+    allowed_domains: tuple[str, ...] = ()
+    """hosts (with all below them) that https URLs are fetched from; empty = none is"""
+    max_download_bytes: int = 4 << 30
+    """of one medium on a web server that knows no ranges, which is copied to a temporary file"""
 
     def __post_init__(self) -> None:
         if self.max_pixels < 1 or self.max_samples < 1:
             raise ValueError(f"{self.max_pixels = } and {self.max_samples = } must be at least 1")
+        if wrong := [domain for domain in self.allowed_domains if not domain or set(domain) & set("/:*@")]:
+            raise ValueError(f"allowed_domains: {wrong} must be bare host names such as images.example.org")
+
+
+class FileVersion(NamedTuple):
+    """What tells a file's content from a later one under the same name."""
+
+    size: int
+    etag: str | None
+    text: str
+    """the etag, or size and time"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,13 +143,21 @@ def looks_like_video(head: bytes) -> bool:
 
 
 @contextmanager
-def reading(stage: Stage, source: str | bytes) -> Iterator[None]:
-    """Turns what the file system, FFmpeg and Pillow raise inside into a DecodeError of `stage`."""
-    name = source if isinstance(source, str) else f"{len(source)} bytes"
+def reading(stage: Stage, source: str | bytes, limits: MediaLimits | None = None) -> Iterator[None]:
+    """Turns what the file system, web servers, FFmpeg and Pillow raise inside into a DecodeError of `stage`."""
+    name = source_name(source)
     try:
         yield
     except FileNotFoundError as error:
         raise DecodeError(stage, ErrorType.NOT_FOUND, f"{name}: there is no such file") from error
+    except DomainNotAllowedError as error:
+        raise DecodeError(stage, ErrorType.DOMAIN_NOT_ALLOWED, f"{name}: {error}") from error
+    except TooManyBytesError as error:
+        raise DecodeError(stage, ErrorType.TOO_MANY_BYTES, f"{name}: {error}") from error
+    except TimeoutError as error:
+        raise DecodeError(stage, ErrorType.TIMED_OUT, f"{name}: {error}") from error
+    except socket.gaierror as error:
+        raise DecodeError(stage, ErrorType.UNKNOWN_HOST, f"{name}: {error}") from error
     except PermissionError as error:
         raise DecodeError(stage, ErrorType.PERMISSION_DENIED, f"{name}: {error}") from error
     except av.error.DecoderNotFoundError as error:
@@ -128,7 +166,7 @@ def reading(stage: Stage, source: str | bytes) -> Iterator[None]:
         raise DecodeError(stage, ErrorType.TOO_MANY_PIXELS, f"{name}: {error}") from error
     except (av.error.FFmpegError, UnidentifiedImageError, SyntaxError) as error:
         # Pillow reports some broken PNG chunks as SyntaxError
-        kind = ErrorType.CORRUPT_FILE if _known_head(source) else ErrorType.UNKNOWN_FORMAT
+        kind = ErrorType.CORRUPT_FILE if _known_head(source, limits) else ErrorType.UNKNOWN_FORMAT
         raise DecodeError(stage, kind, f"{name}: {error}") from error
     except OSError as error:
         # Pillow says 'image file is truncated' with a plain OSError; errors of the operating system have a number
@@ -136,32 +174,45 @@ def reading(stage: Stage, source: str | bytes) -> Iterator[None]:
         raise DecodeError(stage, kind, f"{name}: {error}") from error
 
 
-def open_binary(source: str | bytes) -> Any:
-    """A seekable file object for a URI or bytes; remote files are read ahead, never copied whole."""
+def open_binary(source: str | bytes, limits: MediaLimits | None = None) -> Any:
+    """A seekable file object for a URI, part of a file, URL or bytes; remote files are read ahead, not copied whole."""
     if isinstance(source, bytes):
         return io.BytesIO(source)
-    filesystem, path = storage.split_uri(source)
-    if storage.is_local(source):
-        return filesystem.open(path, "rb")
-    return filesystem.open(path, "rb", block_size=READ_AHEAD_BYTES, cache_type="readahead")
+    if is_web(source):
+        limits = limits or MediaLimits()
+        return open_web(source, limits.allowed_domains, limits.max_download_bytes)
+    part = parse_part(source)
+    return open_file(source) if part is None else open_part(part)
 
 
-def read_head(source: str | bytes) -> bytes:
+def is_local_file(uri: str) -> bool:
+    """True when `uri` is a whole file on this machine's disks, which libraries may open by its path."""
+    return not is_web(uri) and parse_part(uri) is None and storage.is_local(uri)
+
+
+def source_name(source: str | bytes) -> str:
+    """What errors call it: a URL without its query, which may hold a secret."""
+    if isinstance(source, bytes):
+        return f"{len(source)} bytes"
+    return source.partition("?")[0] if is_web(source) else source
+
+
+def read_head(source: str | bytes, limits: MediaLimits | None = None) -> bytes:
     """The first 16 bytes."""
-    with open_binary(source) as file:
+    with open_binary(source, limits) as file:
         return bytes(file.read(16))
 
 
-def open_container(source: str | bytes) -> Any:
+def open_container(source: str | bytes, limits: MediaLimits | None = None) -> Any:
     """A PyAV container with a pinned set of demuxers.
 
     A local path goes to FFmpeg as `file:/absolute/path`, so that no name can select another protocol; everything
     else as a file object.
     """
     options = {"format_whitelist": ",".join(FORMAT_WHITELIST), "protocol_whitelist": "file"}
-    if isinstance(source, str) and storage.is_local(source):
+    if isinstance(source, str) and is_local_file(source):
         return av.open("file:" + storage.split_uri(source)[1], options=options)
-    return av.open(open_binary(source), options=options, buffer_size=1 << 20)
+    return av.open(open_binary(source, limits), options=options, buffer_size=1 << 20)
 
 
 def video_stream(container: Any, stage: Stage, name: str) -> Any:
@@ -190,9 +241,9 @@ def clock_origin(container: Any, stream: Any) -> int:
     return 0
 
 
-def _known_head(source: str | bytes) -> bool:
+def _known_head(source: str | bytes, limits: MediaLimits | None) -> bool:
     try:
-        head = read_head(source)
+        head = read_head(source, limits)
     except OSError:
         return False
     return looks_like_video(head) or sniff_modality(head) == "image"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,21 +18,23 @@ import pyarrow.compute as pc
 
 from timeviper_platform import storage
 from timeviper_platform.data import report as reporting
+from timeviper_platform.data.calibrate import Calibration, SegmentSample, calibrate
 from timeviper_platform.data.encode import EncoderConfig, FrameEncoder
 from timeviper_platform.data.features import read_header
-from timeviper_platform.data.graph import ExecutionConfig, run_on_ray
-from timeviper_platform.data.manifest import list_media
-from timeviper_platform.data.media import RETRYABLE, MediaLimits
-from timeviper_platform.data.report import PreprocessReport, Progress
-from timeviper_platform.data.segments import (
-    PlanError,
-    SamplingConfig,
-    Segment,
-    cut_units,
-    exact,
-    plan_media,
-    plan_table,
+from timeviper_platform.data.graph import ExecutionConfig, has_cluster, plan_on_ray, run_on_ray, worker_slots
+from timeviper_platform.data.inputs import read_pages
+from timeviper_platform.data.media import MediaLimits
+from timeviper_platform.data.planning import (
+    Plan,
+    PlanCounts,
+    PlanPages,
+    finished_segments,
+    missing_rows,
+    plan_here,
+    write_plan,
 )
+from timeviper_platform.data.report import PreprocessReport, Progress
+from timeviper_platform.data.segments import PlanSpec, SamplingConfig, Segment, cut_units, exact
 from timeviper_platform.data.steps import DecodeConfig, UnitOutcome, WorkerSpec, run_here
 from timeviper_platform.data.store_writer import (
     create_store,
@@ -48,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 REPORT_FILE = "report.json"
 
-Runner = Callable[[Sequence[Segment], WorkerSpec, ExecutionConfig], Iterator[UnitOutcome]]
+Runner = Callable[[Collection[Segment], WorkerSpec, ExecutionConfig], Iterator[UnitOutcome]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +58,7 @@ class PreprocessConfig:
     """One run of `jobs/preprocess.py`."""
 
     input: str
-    """a manifest (.parquet, .jsonl, .csv), a glob, a folder, or one file; local or any fsspec URI"""
+    """a manifest (.parquet, .jsonl, .csv), a glob, a folder, or one file; local or any fsspec URI; see inputs.py"""
     output: str
     """the feature store's folder; made when missing, added to when made by the same recipe"""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
@@ -68,33 +70,23 @@ class PreprocessConfig:
     """sha256 reads every byte of every file once more; needed by stores that serving looks uploads up in"""
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What an input asks for, and what of it is missing."""
-
-    segments: list[Segment]
-    errors: list[PlanError]
-    missing: list[Segment]
-    table: pa.Table
-
-    @property
-    def num_media(self) -> int:
-        """Media in the input."""
-        return len({segment.media_id for segment in self.segments}) + len(self.errors)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
     """What a run would do (`--dry-run`)."""
 
     media: int
     errors: int
+    errors_by_type: dict[str, int]
+    """error type -> media"""
     segments: int
     segments_missing: int
     frames_missing: int
     feature_bytes: int
     seconds: float | None
-    """from the store's last report; None before a first run"""
+    """by the calibration; None when there is nothing to do, or nothing to try it on decodes"""
+    seconds_at_last_rate: float | None
+    """by the store's last report; None before a first run"""
+    calibration: Calibration | None
 
 
 def run_preprocess(config: PreprocessConfig, *, run: Runner = run_on_ray) -> PreprocessReport:
@@ -117,25 +109,15 @@ def run_preprocess(config: PreprocessConfig, *, run: Runner = run_on_ray) -> Pre
     num_removed = remove_uncommitted(config.output)
     if num_removed:
         logger.info("removed %d files that an earlier run had not committed", num_removed)
-    plan = make_plan(config, digest)
-    write_table(storage.join_uri(config.output, "plan", "plan.parquet"), plan.table)
+    plan = write_plan(config.output, plan_tables(config, digest), finished_segments(config.output))
     logger.info(
         "%d media: %d segments planned, %d to do, %d media rejected by their headers",
-        *(plan.num_media, len(plan.segments), len(plan.missing), len(plan.errors)),
+        *(plan.num_media, len(plan.segments), len(plan.missing), plan.counts.errors.total()),
     )
     clock.lap("plan")
-    spec = WorkerSpec(
-        store=config.output,
-        recipe_hash=digest,
-        encoder=config.encoder,
-        image_size=encoder.image_size,
-        fps=exact(config.sampling.fps),
-        decode=config.decode,
-        limits=config.limits,
-        num_threads=config.execution.num_threads,
-    )
+    spec = _worker_spec(config, encoder, digest)
     del encoder  # the workers have their own
-    outcomes = _run(plan.missing, spec, config.execution, run) if plan.missing else []
+    outcomes = _run(plan, spec, config.execution, run) if plan.missing else []
     if outcomes:
         clock.lap("start_up", until=min(outcome.started for outcome in outcomes))
         clock.lap("run", until=max(outcome.ended for outcome in outcomes))
@@ -154,17 +136,28 @@ def estimate(config: PreprocessConfig) -> Estimate:
     header = read_header(config.output)
     if header is not None and header["recipe"] != recipe:
         raise ValueError("\n".join(["the store there has another recipe:", *differences(header["recipe"], recipe)]))
-    plan = make_plan(config, recipe_hash(recipe))
-    frames = sum(segment.num_samples for segment in plan.missing)
+    digest = recipe_hash(recipe)
+    counts, sample, finished = PlanCounts(), SegmentSample(), finished_segments(config.output)
+    for table in plan_tables(config, digest):
+        is_missing = missing_rows(table, finished)
+        counts.add(table, is_missing)
+        sample.add(table.filter(pa.array(is_missing)))
+    frames = counts.frames_missing
     rate = _last_rate(config.output)
+    calibration = calibrate(sample.segments, _worker_spec(config, encoder, digest), encoder)
+    slots = worker_slots(config.execution)
+    is_fused = config.execution.mode == "fused"
     return Estimate(
-        media=plan.num_media,
-        errors=len(plan.errors),
-        segments=len(plan.segments),
-        segments_missing=len(plan.missing),
+        media=counts.media,
+        errors=counts.errors.total(),
+        errors_by_type=dict(counts.errors),
+        segments=counts.segments,
+        segments_missing=counts.segments_missing,
         frames_missing=frames,
         feature_bytes=frames * encoder.num_tokens_per_frame * encoder.dim * 2,
-        seconds=frames / rate if rate else None,
+        seconds=None if calibration is None else calibration.seconds(frames, *slots, is_fused=is_fused),
+        seconds_at_last_rate=frames / rate if rate else None,
+        calibration=calibration,
     )
 
 
@@ -174,31 +167,34 @@ def make_recipe(encoder: FrameEncoder, config: PreprocessConfig) -> dict[str, An
     return {**encoder.recipe, "sampling": sampling}
 
 
-def make_plan(config: PreprocessConfig, digest: str) -> Plan:
-    """Probes every medium and compares with what is committed."""
-    items = list_media(config.input)
-    logger.info("probing %d media", len(items))
-    planned = list(
-        plan_media(
-            items, fps=exact(config.sampling.fps), recipe_hash=digest, limits=config.limits, hash_mode=config.hash
-        )
+def plan_tables(config: PreprocessConfig, digest: str) -> Iterator[pa.Table]:
+    """PLAN tables of the whole input, as they are made: on the cluster when connected to one, else in this process."""
+    spec = PlanSpec(fps=exact(config.sampling.fps), recipe_hash=digest, limits=config.limits, hash_mode=config.hash)
+    plan_pages: PlanPages = plan_on_ray if has_cluster() else plan_here
+    return plan_pages(read_pages(config.input), spec)
+
+
+def _worker_spec(config: PreprocessConfig, encoder: FrameEncoder, digest: str) -> WorkerSpec:
+    return WorkerSpec(
+        store=config.output,
+        recipe_hash=digest,
+        encoder=config.encoder,
+        image_size=encoder.image_size,
+        fps=exact(config.sampling.fps),
+        decode=config.decode,
+        limits=config.limits,
+        num_threads=config.execution.num_threads,
     )
-    segments = [segment for entry in planned if isinstance(entry, list) for segment in entry]
-    errors = [entry for entry in planned if isinstance(entry, PlanError)]
-    done = _finished(read_committed(config.output))
-    missing = [segment for segment in segments if segment.segment_id not in done]
-    return Plan(segments, errors, missing, plan_table(planned))
 
 
-def run_in_process(missing: Sequence[Segment], spec: WorkerSpec, execution: ExecutionConfig) -> Iterator[UnitOutcome]:
+def run_in_process(missing: Collection[Segment], spec: WorkerSpec, execution: ExecutionConfig) -> Iterator[UnitOutcome]:
     """A runner without Ray, for tests and for measuring what Ray costs."""
     yield from run_here(cut_units(missing, execution.frames_per_file, num_workers=1), spec)
 
 
-def _run(missing: Sequence[Segment], spec: WorkerSpec, execution: ExecutionConfig, run: Runner) -> list[UnitOutcome]:
-    num_frames = sum(segment.num_samples for segment in missing)
-    progress = Progress(len(missing), num_frames, execution.progress_seconds)
-    for outcome in run(missing, spec, execution):
+def _run(plan: Plan, spec: WorkerSpec, execution: ExecutionConfig, run: Runner) -> list[UnitOutcome]:
+    progress = Progress(len(plan.missing), plan.counts.frames_missing, execution.progress_seconds)
+    for outcome in run(plan.missing, spec, execution):
         progress.add(outcome)
     return progress.outcomes
 
@@ -238,14 +234,6 @@ def _finalize(config: PreprocessConfig, plan: Plan, outcomes: Sequence[UnitOutco
     if counts["missing"] or counts["duplicate"]:
         raise RuntimeError(f"{config.output}: the audit found {counts}; run the job again, and report this")
     return report
-
-
-def _finished(committed: pa.Table) -> set[str]:
-    """Segments that need no work: all but those whose error was the world's."""
-    again = pc.and_(
-        pc.equal(committed["status"], "error"), pc.is_in(committed["error_type"], pa.array(sorted(RETRYABLE)))
-    )
-    return set(committed.filter(pc.invert(again))["segment_id"].to_pylist())
 
 
 def _last_rate(store: str) -> float:

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import hashlib
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from timeviper_platform import storage
 from timeviper_platform.data.media import (
     DecodeError,
     ErrorType,
+    FileVersion,
     MediaLimits,
     MediaProbe,
     clock_origin,
@@ -22,8 +25,11 @@ from timeviper_platform.data.media import (
     read_head,
     reading,
     sniff_modality,
+    source_name,
     video_stream,
 )
+from timeviper_platform.data.parts import RangePart, parse_part
+from timeviper_platform.data.web_source import is_web
 
 AV_TIME_BASE = 1_000_000
 """FFmpeg states container durations in microseconds."""
@@ -43,35 +49,61 @@ def probe_media(source: str | bytes, limits: MediaLimits | None = None) -> Media
         DecodeError: when it is missing, empty, no medium, or past a limit.
     """
     limits = limits or MediaLimits()
-    with reading("probe", source):
-        head = read_head(source)
+    with reading("probe", source, limits):
+        head = read_head(source, limits)
         if not head:
-            raise DecodeError("probe", ErrorType.EMPTY_FILE, f"{_name(source)}: the file has 0 bytes")
-        probe = _probe_image(source) if sniff_modality(head) == "image" else _probe_video(source)
+            raise DecodeError("probe", ErrorType.EMPTY_FILE, f"{source_name(source)}: the file has 0 bytes")
+        probe = _probe_image(source, limits) if sniff_modality(head) == "image" else _probe_video(source, limits)
     if probe.width * probe.height > limits.max_pixels:
         raise DecodeError(
             "probe",
             ErrorType.TOO_MANY_PIXELS,
-            f"{_name(source)}: {probe.width} x {probe.height} is past {limits.max_pixels = }; raise it if memory lasts",
+            f"{source_name(source)}: {probe.width} x {probe.height} is past {limits.max_pixels = };"
+            " raise it if memory lasts",
         )
     return probe
 
 
-def sha256_of(uri: str) -> str:
+def file_version(uri: str, limits: MediaLimits | None = None) -> FileVersion:
+    """Size, etag, and what tells this content from a later one under the same name: of a file, a part of one, or a URL.
+
+    Raises:
+        DecodeError: when it is missing.
+    """
+    part = parse_part(uri)
+    if part is not None:
+        whole = file_version(part.uri)
+        size = part.size if isinstance(part, RangePart) else whole.size
+        return FileVersion(size, whole.etag, f"{whole.text}/{'-'.join(str(value) for value in part[1:])}")
+    with reading("probe", uri, limits):
+        if is_web(uri):
+            with open_binary(uri, limits) as file:
+                return FileVersion(file.raw.size, file.raw.etag, file.raw.etag or f"{file.raw.size}-web")
+        filesystem, path = storage.split_uri(uri)
+        if storage.is_local(uri):
+            stat = Path(path).stat()
+            return FileVersion(stat.st_size, None, f"{stat.st_size}-{stat.st_mtime_ns}")
+        info = filesystem.info(path)
+        size = int(info.get("size") or 0)
+        etag = str(info.get("ETag") or info.get("etag") or "").strip('"') or None
+        return FileVersion(size, etag, etag or f"{size}-{info.get('LastModified') or info.get('created')}")
+
+
+def sha256_of(uri: str, limits: MediaLimits | None = None) -> str:
     """sha256 of a file's bytes, read in pieces.
 
     Raises:
         DecodeError: when it cannot be read.
     """
-    with reading("probe", uri), open_binary(uri) as file:
+    with reading("probe", uri, limits), open_binary(uri, limits) as file:
         digest = hashlib.sha256()
         while piece := file.read(1 << 20):
             digest.update(piece)
         return digest.hexdigest()
 
 
-def _probe_image(source: str | bytes) -> MediaProbe:
-    with open_binary(source) as file, Image.open(file) as image:  # reads the header alone
+def _probe_image(source: str | bytes, limits: MediaLimits) -> MediaProbe:
+    with open_binary(source, limits) as file, Image.open(file) as image:  # reads the header alone
         width, height = image.size
         codec = (image.format or "").lower()
     return MediaProbe(
@@ -85,20 +117,20 @@ def _probe_image(source: str | bytes) -> MediaProbe:
     )
 
 
-def _probe_video(source: str | bytes) -> MediaProbe:
-    with open_container(source) as container:
-        stream = video_stream(container, "probe", _name(source))
+def _probe_video(source: str | bytes, limits: MediaLimits) -> MediaProbe:
+    with open_container(source, limits) as container:
+        stream = video_stream(container, "probe", source_name(source))
         if stream.duration:
             end = _stream_end(container, stream)
         elif container.duration:
             end = Fraction(container.duration, AV_TIME_BASE)
         else:
             raise DecodeError(
-                "probe", ErrorType.NO_DURATION, f"{_name(source)}: no header states a duration; remux the file"
+                "probe", ErrorType.NO_DURATION, f"{source_name(source)}: no header states a duration; remux the file"
             )
         context = stream.codec_context
         if not context.width or not context.height:
-            raise DecodeError("probe", ErrorType.CORRUPT_FILE, f"{_name(source)}: the video stream has no size")
+            raise DecodeError("probe", ErrorType.CORRUPT_FILE, f"{source_name(source)}: the video stream has no size")
         return MediaProbe(
             modality="video",
             end_seconds=end,
@@ -123,7 +155,3 @@ def _stream_end(container: Any, stream: Any) -> Fraction:
         last = [packet.pts + (packet.duration or 0) for packet in container.demux(stream) if packet.pts is not None]
         end = max([end, *last])
     return (end - origin) * Fraction(stream.time_base)
-
-
-def _name(source: str | bytes) -> str:
-    return source if isinstance(source, str) else f"{len(source)} bytes"

@@ -7,20 +7,20 @@ before: that is what makes the job one that can be run again.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, field, fields
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from timeviper_platform import storage
-from timeviper_platform.data.decode import count_samples, sample_times
+from timeviper_platform.data.decode import check_size, count_samples, sample_times
 from timeviper_platform.data.manifest import MediaItem
-from timeviper_platform.data.media import DecodeError, ErrorType, MediaLimits, Modality, reading
-from timeviper_platform.data.probe import probe_media, sha256_of
+from timeviper_platform.data.media import DecodeError, ErrorType, MediaLimits, Modality, source_name
+from timeviper_platform.data.probe import file_version, probe_media, sha256_of
 from timeviper_platform.schemas import PLAN
 
 SEGMENT_SAMPLES = 64
@@ -28,6 +28,9 @@ SEGMENT_SAMPLES = 64
 
 UNITS_PER_WORKER = 8
 MAX_UNIT_SEGMENTS = 4096
+
+MAX_TABLE_ROWS = 65_536
+"""Of a plan's table: a page of films would have millions."""
 
 PROBE_THREADS = 16
 """Probing waits for disks and object stores."""
@@ -77,6 +80,45 @@ class PlanError:
     error_message: str
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanSpec:
+    """How media become segments; all that whoever probes is told."""
+
+    fps: Fraction
+    recipe_hash: str
+    limits: MediaLimits = field(default_factory=MediaLimits)
+    hash_mode: Literal["none", "sha256"] = "none"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedMedium:
+    """What the PLAN rows of one medium share; num_samples is that of all of them, 0 for a medium in error."""
+
+    media_id: str
+    uri: str
+    status: Literal["planned", "error"]
+    source_version: str = ""
+    size: int | None = None
+    etag: str | None = None
+    sha256: str | None = None
+    modality: Modality | None = None
+    duration_seconds: float | None = None
+    source_fps: float | None = None
+    width: int | None = None
+    height: int | None = None
+    codec: str | None = None
+    grid_start_seconds: float | None = None
+    num_samples: int = 0
+    error_stage: str | None = None
+    error_type: str | None = None
+    error_message: str | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """PLAN rows of this medium."""
+        return max(1, -(-self.num_samples // SEGMENT_SAMPLES))
+
+
 @dataclass(frozen=True, slots=True)
 class Unit:
     """Consecutive segments that become one data file."""
@@ -108,74 +150,79 @@ def exact(seconds: float) -> Fraction:
     return Fraction(repr(float(seconds)))
 
 
-def plan_media(
-    items: Sequence[MediaItem],
-    *,
-    fps: Fraction,
-    recipe_hash: str,
-    limits: MediaLimits,
-    hash_mode: Literal["none", "sha256"] = "none",
-) -> Iterator[list[Segment] | PlanError]:
-    """For each medium, in order, its segments, or what is wrong with it. Reads headers alone (and hashes if asked)."""
+def plan_page(items: Sequence[MediaItem], spec: PlanSpec) -> Iterator[pa.Table]:
+    """PLAN rows of the items, in order, in tables of about MAX_TABLE_ROWS: the segments of each medium, or one row that
+    says what is wrong with it.
 
-    def plan(item: MediaItem) -> list[Segment] | PlanError:
+    Reads headers alone (and hashes if asked), and nothing where the manifest says it all.
+    """
+
+    def plan(item: MediaItem) -> PlannedMedium:
         try:
-            return plan_item(item, fps=fps, recipe_hash=recipe_hash, limits=limits, hash_mode=hash_mode)
+            return plan_item(item, spec)
         except DecodeError as error:
-            return PlanError(
+            return PlannedMedium(
                 media_id=item.media_id,
                 uri=item.uri,
+                status="error",
                 error_stage=error.stage,
                 error_type=error.error_type,
                 error_message=error.message,
             )
 
-    with ThreadPoolExecutor(PROBE_THREADS) as pool:
-        yield from pool.map(plan, items)
+    if all(_is_told(item, spec) for item in items):
+        planned = [plan(item) for item in items]
+    else:
+        with ThreadPoolExecutor(PROBE_THREADS) as pool:
+            planned = list(pool.map(plan, items))
+    group: list[PlannedMedium] = []
+    num_rows = 0
+    for medium in planned:
+        group.append(medium)
+        num_rows += medium.num_rows
+        if num_rows >= MAX_TABLE_ROWS:
+            yield _table(group, spec.recipe_hash)
+            group, num_rows = [], 0
+    if group:
+        yield _table(group, spec.recipe_hash)
 
 
-def plan_item(
-    item: MediaItem, *, fps: Fraction, recipe_hash: str, limits: MediaLimits, hash_mode: Literal["none", "sha256"]
-) -> list[Segment]:
-    """The segments of one medium.
+def plan_item(item: MediaItem, spec: PlanSpec) -> PlannedMedium:
+    """What is to be sampled of one medium.
 
     Raises:
-        DecodeError: when its headers say that it cannot be preprocessed.
+        DecodeError: when its source or its headers say that it cannot be preprocessed.
     """
-    size, etag, version = _version(item.uri)
-    probe = probe_media(item.uri, limits)
-    sha256 = sha256_of(item.uri) if hash_mode == "sha256" else None
+    if item.rejected is not None:
+        raise DecodeError("list", *item.rejected)
+    file = item.version or file_version(item.uri, spec.limits)
+    probe = item.probe or probe_media(item.uri, spec.limits)
+    check_size(probe.width, probe.height, spec.limits, "probe", source_name(item.uri))
+    sha256 = item.sha256 or (sha256_of(item.uri, spec.limits) if spec.hash_mode == "sha256" else None)
     start = exact(item.start_seconds or 0.0)
     end = probe.end_seconds if item.end_seconds is None else min(probe.end_seconds, exact(item.end_seconds))
-    count = 1 if probe.modality == "image" else count_samples(start, end, fps)
-    _check_count(item, count, probe.end_seconds, limits)
-    version = sha256 or version
+    count = 1 if probe.modality == "image" else count_samples(start, end, spec.fps)
+    _check_count(item, count, probe.end_seconds, spec.limits)
+    version = sha256 or file.text
     if item.start_seconds is not None or item.end_seconds is not None:
         version += f"#t={item.start_seconds},{item.end_seconds}"
-    num_segments = -(-count // SEGMENT_SAMPLES)
-    return [
-        Segment(
-            segment_id=segment_id(item.media_id, version, recipe_hash, index),
-            media_id=item.media_id,
-            source_version=version,
-            segment_index=index,
-            num_segments=num_segments,
-            uri=item.uri,
-            size=size,
-            etag=etag,
-            sha256=sha256,
-            modality=probe.modality,
-            duration_seconds=float(probe.end_seconds),
-            source_fps=probe.source_fps,
-            width=probe.width,
-            height=probe.height,
-            codec=probe.codec,
-            grid_start_seconds=float(start),
-            first_sample=index * SEGMENT_SAMPLES,
-            num_samples=min(SEGMENT_SAMPLES, count - index * SEGMENT_SAMPLES),
-        )
-        for index in range(num_segments)
-    ]
+    return PlannedMedium(
+        media_id=item.media_id,
+        uri=item.uri,
+        status="planned",
+        source_version=version,
+        size=file.size,
+        etag=file.etag,
+        sha256=sha256,
+        modality=probe.modality,
+        duration_seconds=float(probe.end_seconds),
+        source_fps=probe.source_fps,
+        width=probe.width,
+        height=probe.height,
+        codec=probe.codec,
+        grid_start_seconds=float(start),
+        num_samples=count,
+    )
 
 
 def segment_id(media_id: str, source_version: str, recipe_hash: str, segment_index: int) -> str:
@@ -183,14 +230,19 @@ def segment_id(media_id: str, source_version: str, recipe_hash: str, segment_ind
     return hashlib.sha256(f"{media_id}/{source_version}/{recipe_hash}/{segment_index}".encode()).hexdigest()[:32]
 
 
-def cut_units(segments: Sequence[Segment], frames_per_file: int, num_workers: int) -> list[Unit]:
+def cut_units(segments: Collection[Segment], frames_per_file: int, num_workers: int) -> list[Unit]:
     """Segments in order, cut into units of at most `frames_per_file` frames but never fewer than one segment.
 
     Small inputs are cut finer, so that every worker has work until near the end.
     """
+    return list(iter_units(segments, frames_per_file, num_workers))
+
+
+def iter_units(segments: Collection[Segment], frames_per_file: int, num_workers: int) -> Iterator[Unit]:
+    """`cut_units` one at a time; reads the segments twice."""
     total = sum(segment.num_samples for segment in segments)
     share = -(-total // (UNITS_PER_WORKER * num_workers))
-    return list(_cut(segments, min(frames_per_file, max(SEGMENT_SAMPLES, share))))
+    return _cut(segments, min(frames_per_file, max(SEGMENT_SAMPLES, share)))
 
 
 def _cut(segments: Iterable[Segment], frames_per_unit: int) -> Iterator[Unit]:
@@ -206,15 +258,50 @@ def _cut(segments: Iterable[Segment], frames_per_unit: int) -> Iterator[Unit]:
         yield _unit(group)
 
 
-def plan_table(planned: Iterable[list[Segment] | PlanError]) -> pa.Table:
-    """PLAN rows: one a segment, and one for each medium in error."""
-    rows: list[dict[str, Any]] = []
-    for entry in planned:
-        if isinstance(entry, PlanError):
-            rows.append({"segment_id": "", "source_version": "", "status": "error", **asdict(entry)})
-        else:
-            rows += [{**asdict(segment), "status": "planned"} for segment in entry]
-    return pa.Table.from_pylist(rows, schema=PLAN)
+def segments_of(table: pa.Table) -> list[Segment]:
+    """The segments among PLAN rows."""
+    return [Segment.from_row(row) for row in table.filter(pc.field("status") == "planned").to_pylist()]
+
+
+def errors_of(table: pa.Table) -> list[PlanError]:
+    """The media in error among PLAN rows."""
+    names = [field.name for field in fields(PlanError)]
+    return [PlanError(**row) for row in table.filter(pc.field("status") == "error").select(names).to_pylist()]
+
+
+def _table(media: Sequence[PlannedMedium], recipe_hash: str) -> pa.Table:
+    """PLAN rows, column by column: a row at a time costs five times as much."""
+    samples = np.array([medium.num_samples for medium in media], dtype=np.int64)
+    num_segments = -(-samples // SEGMENT_SAMPLES)
+    num_rows = np.maximum(1, num_segments)  # a medium in error has a row too
+    source = np.repeat(np.arange(len(media)), num_rows)
+    index = np.arange(len(source)) - np.repeat(np.cumsum(num_rows) - num_rows, num_rows)
+    is_error = (samples == 0)[source]
+    ids = [
+        "" if error else segment_id(media[number].media_id, media[number].source_version, recipe_hash, place)
+        for number, place, error in zip(source.tolist(), index.tolist(), is_error.tolist(), strict=True)
+    ]
+    counted = {
+        "segment_index": index,
+        "num_segments": num_segments[source],
+        "first_sample": index * SEGMENT_SAMPLES,
+        "num_samples": np.minimum(SEGMENT_SAMPLES, samples[source] - index * SEGMENT_SAMPLES),
+    }
+    columns = [
+        pa.array(ids, pa.string())
+        if field.name == "segment_id"
+        else pa.array(counted[field.name], field.type, mask=is_error)
+        if field.name in counted
+        else pa.array([getattr(medium, field.name) for medium in media], field.type).take(pa.array(source))
+        for field in PLAN
+    ]
+    return pa.table(columns, schema=PLAN)
+
+
+def _is_told(item: MediaItem, spec: PlanSpec) -> bool:
+    """True when planning the item needs no file."""
+    known = item.version is not None and item.probe is not None
+    return item.rejected is not None or (known and (spec.hash_mode == "none" or item.sha256 is not None))
 
 
 def _unit(group: Sequence[Segment]) -> Unit:
@@ -222,25 +309,13 @@ def _unit(group: Sequence[Segment]) -> Unit:
     return Unit(name, tuple(group))
 
 
-def _version(uri: str) -> tuple[int, str | None, str]:
-    """Size, etag, and what tells this content from a later one under the same name."""
-    with reading("probe", uri):
-        filesystem, path = storage.split_uri(uri)
-        if storage.is_local(uri):
-            stat = Path(path).stat()
-            return stat.st_size, None, f"{stat.st_size}-{stat.st_mtime_ns}"
-        info = filesystem.info(path)
-        size = int(info.get("size") or 0)
-        etag = str(info.get("ETag") or info.get("etag") or "").strip('"') or None
-        return size, etag, etag or f"{size}-{info.get('LastModified') or info.get('created')}"
-
-
 def _check_count(item: MediaItem, count: int, end: Fraction, limits: MediaLimits) -> None:
     if count == 0:
-        message = f"{item.uri}: no sample lies in {item.start_seconds}..{item.end_seconds} of {float(end)} s"
+        message = (
+            f"{source_name(item.uri)}: no sample lies in {item.start_seconds}..{item.end_seconds} of {float(end)} s"
+        )
         raise DecodeError("probe", ErrorType.EMPTY_RANGE, message)
     if count > limits.max_samples:
-        message = (
-            f"{item.uri}: {count} samples are past {limits.max_samples = }; raise it if the header tells the truth"
-        )
+        name = source_name(item.uri)
+        message = f"{name}: {count} samples are past {limits.max_samples = }; raise it if the header tells the truth"
         raise DecodeError("probe", ErrorType.TOO_MANY_FRAMES, message)

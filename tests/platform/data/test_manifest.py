@@ -5,11 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from timeviper_platform.data.manifest import MediaItem, list_media, media_id_of
+from timeviper_platform.data.inputs import read_pages
+from timeviper_platform.data.manifest import MediaItem, media_id_of
+
+
+def list_media(source: str) -> list[MediaItem]:
+    return [item for page in read_pages(source, page_rows=3) for item in page]
 
 
 def test_three_kinds_of_manifest_say_the_same(tmp_path: Path) -> None:
@@ -39,6 +45,16 @@ def test_folder_glob_and_file_give_the_same_ids(tmp_path: Path) -> None:
     assert folder[0] == list_media(str(tmp_path / "*.mp4"))[0] == list_media(str(tmp_path / "b.mp4"))[0]
     assert folder[0].media_id == media_id_of(f"{tmp_path}/b.mp4", str(tmp_path))
     assert folder[0].media_id == media_id_of("/elsewhere/b.mp4", "/elsewhere")  # ids move with the root
+
+
+def test_globs_mean_what_fsspec_says_they_mean(tmp_path: Path) -> None:
+    for name in ("a/b/c/1.mp4", "a/b/2.mp4", "a/x1.mp4", "a/.hidden.mp4", "b.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for pattern in ("*.mp4", "a/*", "a/**/*.mp4", "**/*.mp4", "a/x?.mp4", "a/[xy]1.mp4", "*/b/*"):
+        found = fsspec.filesystem("file").glob(str(tmp_path / pattern))
+        expected = sorted(name for name in found if Path(name).is_file())
+        assert sorted(item.uri for item in list_media(str(tmp_path / pattern))) == expected, pattern
 
 
 def test_repeated_rows_count_once_and_stretches_differ(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,10 +12,13 @@ import torch
 from moto.server import ThreadedMotoServer
 
 from reference.made_media import make_encoder, make_video
+from timeviper_platform.data import listing
 from timeviper_platform.data.encode import EncoderConfig
 from timeviper_platform.data.features import FeatureStore
 from timeviper_platform.data.graph import ExecutionConfig
+from timeviper_platform.data.inputs import read_pages
 from timeviper_platform.data.pipeline import PreprocessConfig, run_in_process, run_preprocess
+from timeviper_platform.data.probe import file_version, probe_media
 
 
 @pytest.fixture
@@ -34,6 +38,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[s3fs.S3FileSystem]:
     filesystem = s3fs.S3FileSystem()
     filesystem.mkdir("bucket")
     yield filesystem
+    filesystem.rm("bucket", recursive=True)  # the server's buckets live as long as this process
     s3fs.S3FileSystem.clear_instance_cache()
     server.stop()
 
@@ -66,3 +71,27 @@ def test_media_and_features_on_an_object_store(bucket: s3fs.S3FileSystem, tmp_pa
         input="s3://bucket/videos/*.mp4", output=str(tmp_path / "store"), encoder=config.encoder
     )
     assert run_preprocess(from_glob, run=run_in_process).segments_done == 2
+
+
+def test_a_listing_comes_in_pages_and_says_what_the_objects_say(
+    bucket: s3fs.S3FileSystem, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(listing, "S3_PAGE_KEYS", 2)
+    make_video(tmp_path / "clip.mp4", range(8))
+    names = [f"videos/{folder}/{number}.mp4" for folder in "ab" for number in range(3)] + ["videos/c.mp4"]
+    for name in names:
+        bucket.put(str(tmp_path / "clip.mp4"), f"bucket/{name}")
+    bucket.pipe("bucket/videos/notes.txt", b"text")
+    bucket.pipe("bucket/videosb.mp4", b"beside the prefix")
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.add(tmp_path / "clip.mp4", "clip.mp4")
+    bucket.put(str(tmp_path / "x.tar"), "bucket/videos/x.tar")
+    items = [item for page in read_pages("s3://bucket/videos", page_rows=3) for item in page]
+    assert [item.uri.partition("#")[0] for item in items] == [
+        f"s3://bucket/{name}" for name in [*names, "videos/x.tar"]
+    ]
+    assert [item.version for item in items] == [file_version(item.uri) for item in items]
+    assert probe_media(items[-1].uri) == probe_media(items[0].uri)
+    for pattern in ("s3://bucket/videos/*/1.mp4", "s3://bucket/videos/**/*.mp4", "s3://bucket/*.mp4"):
+        found = [file.uri for file in listing.list_files(pattern).files]
+        assert found == sorted(f"s3://{name}" for name in bucket.glob(pattern)), pattern

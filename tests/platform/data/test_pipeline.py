@@ -191,9 +191,14 @@ def test_an_estimate_writes_nothing(corpus: Path, finished: Path, tmp_path: Path
     plan = estimate(make_config(corpus, tmp_path / "store"))
     assert (plan.media, plan.errors, plan.segments, plan.segments_missing) == (19, 5, 15, 15)
     assert plan.feature_bytes == plan.frames_missing * 4 * 16 * 2
-    assert plan.seconds is None
+    assert plan.errors_by_type == dict.fromkeys((kind for stage, kind in BAD.values() if stage == "probe"), 1)
+    assert plan.seconds_at_last_rate is None
+    assert plan.calibration is not None
+    assert 0 < plan.calibration.frames <= plan.frames_missing
+    assert plan.seconds
     assert not (tmp_path / "store").exists()
-    assert estimate(make_config(corpus, finished)).seconds == 0
+    done = estimate(make_config(corpus, finished))
+    assert (done.segments_missing, done.seconds, done.seconds_at_last_rate) == (0, None, 0)
 
 
 def test_an_output_that_cannot_be_written_is_said_at_once(corpus: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 from fractions import Fraction
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -13,19 +14,24 @@ from reference.made_media import make_video
 from timeviper_platform.data.decode import ErrorType, MediaLimits, count_samples
 from timeviper_platform.data.manifest import MediaItem
 from timeviper_platform.data.segments import (
-    PlanError,
+    PlanSpec,
     SamplingConfig,
     Segment,
     cut_units,
+    errors_of,
     exact,
-    plan_media,
-    plan_table,
+    plan_page,
+    segments_of,
 )
 
 
-def plan(items: list[MediaItem], fps: str = "1", **changes: object) -> list[list[Segment] | PlanError]:
-    arguments = {"recipe_hash": "r", "limits": MediaLimits(), "hash_mode": "none"} | changes
-    return list(plan_media(items, fps=Fraction(fps), **arguments))
+def plan(items: list[MediaItem], fps: str = "1", **changes: object) -> pa.Table:
+    arguments = {"recipe_hash": "r"} | changes
+    return pa.concat_tables(plan_page(items, PlanSpec(fps=Fraction(fps), **arguments)))  # type: ignore[arg-type]
+
+
+def segments(items: list[MediaItem], fps: str = "1", **changes: object) -> list[Segment]:
+    return segments_of(plan(items, fps, **changes))
 
 
 def test_there_is_a_sample_for_every_second_that_has_begun() -> None:
@@ -37,13 +43,13 @@ def test_there_is_a_sample_for_every_second_that_has_begun() -> None:
 
 def test_a_video_is_cut_into_segments_of_64(tmp_path: Path) -> None:
     make_video(tmp_path / "clip.mp4", range(0, 1040), gop=100)
-    (segments,) = plan([MediaItem(str(tmp_path / "clip.mp4"), "clip")])
-    assert isinstance(segments, list)
-    assert [s.num_samples for s in segments] == [64, 64, 2]
-    assert [s.first_sample for s in segments] == [0, 64, 128]
-    assert len({s.segment_id for s in segments}) == 3
-    assert segments[2].times(Fraction(1)) == [128, 129]
-    assert (segments[0].width, segments[0].height, segments[0].codec) == (64, 48, "h264")
+    found = segments([MediaItem(str(tmp_path / "clip.mp4"), "clip")])
+    assert [s.num_samples for s in found] == [64, 64, 2]
+    assert [s.first_sample for s in found] == [0, 64, 128]
+    assert [(s.segment_index, s.num_segments) for s in found] == [(0, 3), (1, 3), (2, 3)]
+    assert len({s.segment_id for s in found}) == 3
+    assert found[2].times(Fraction(1)) == [128, 129]
+    assert (found[0].width, found[0].height, found[0].codec) == (64, 48, "h264")
 
 
 def test_ids_change_with_content_recipe_and_stretch_and_with_nothing_else(tmp_path: Path) -> None:
@@ -52,9 +58,7 @@ def test_ids_change_with_content_recipe_and_stretch_and_with_nothing_else(tmp_pa
     item = MediaItem(str(path), "clip")
 
     def first_id(item: MediaItem = item, **changes: object) -> str:
-        (segments,) = plan([item], **changes)
-        assert isinstance(segments, list)
-        return segments[0].segment_id
+        return segments([item], **changes)[0].segment_id
 
     before = first_id()
     assert first_id() == before
@@ -68,9 +72,7 @@ def test_ids_change_with_content_recipe_and_stretch_and_with_nothing_else(tmp_pa
 
 def test_a_stretch_is_sampled_on_the_sources_clock(tmp_path: Path) -> None:
     make_video(tmp_path / "clip.mp4", range(80))
-    (segments,) = plan([MediaItem(str(tmp_path / "clip.mp4"), "clip", 2.5, 99.0)], fps="2")
-    assert isinstance(segments, list)
-    times = segments[0].times(Fraction(2))
+    times = segments([MediaItem(str(tmp_path / "clip.mp4"), "clip", 2.5, 99.0)], fps="2")[0].times(Fraction(2))
     assert (times[0], times[-1], len(times)) == (Fraction(5, 2), Fraction(19, 2), 15)
 
 
@@ -79,20 +81,20 @@ def test_bad_media_become_error_rows_in_their_place(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
     (tmp_path / "text.mp4").write_text("text")
     paths = ("image.png", "text.mp4", "nowhere.mp4", "clip.mp4")
-    planned = plan([MediaItem(str(tmp_path / name), name) for name in paths])
-    planned += plan([MediaItem(str(tmp_path / "clip.mp4"), "late", 50.0)])
-    planned += plan([MediaItem(str(tmp_path / "clip.mp4"), "long")], limits=MediaLimits(max_samples=4))
-    found = [entry.error_type if isinstance(entry, PlanError) else len(entry) for entry in planned]
-    assert found == [
-        1,
+    items = [MediaItem(str(tmp_path / name), name) for name in paths]
+    items.append(MediaItem(str(tmp_path / "clip.mp4"), "late", 50.0))
+    table = plan(items)
+    assert table["error_type"].to_pylist() == [
+        None,
         ErrorType.UNKNOWN_FORMAT,
         ErrorType.NOT_FOUND,
-        1,
+        None,
         ErrorType.EMPTY_RANGE,
-        ErrorType.TOO_MANY_FRAMES,
     ]
-    table = plan_table(planned)
-    assert table["status"].to_pylist() == ["planned", "error", "error", "planned", "error", "error"]
+    assert table["status"].to_pylist() == ["planned", "error", "error", "planned", "error"]
+    assert [error.media_id for error in errors_of(table)] == ["text.mp4", "nowhere.mp4", "late"]
+    long = plan([MediaItem(str(tmp_path / "clip.mp4"), "long")], limits=MediaLimits(max_samples=4))
+    assert long["error_type"].to_pylist() == [ErrorType.TOO_MANY_FRAMES]
 
 
 def make_segment(number: int, num_samples: int) -> Segment:
@@ -104,11 +106,11 @@ def make_segment(number: int, num_samples: int) -> Segment:
 
 
 def test_units_keep_order_lose_nothing_and_have_names_that_repeat() -> None:
-    segments = [make_segment(number, 24) for number in range(1000)]
-    units = cut_units(segments, frames_per_file=240, num_workers=2)
-    assert [segment for unit in units for segment in unit.segments] == segments
+    made = [make_segment(number, 24) for number in range(1000)]
+    units = cut_units(made, frames_per_file=240, num_workers=2)
+    assert [segment for unit in units for segment in unit.segments] == made
     assert {len(unit.segments) for unit in units} == {10}
-    assert [u.name for u in units] == [u.name for u in cut_units(segments, frames_per_file=240, num_workers=1)]
+    assert [u.name for u in units] == [u.name for u in cut_units(made, frames_per_file=240, num_workers=1)]
     assert len({u.name for u in units}) == 100
     assert units[0].num_samples == 240
 

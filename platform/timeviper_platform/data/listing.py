@@ -1,0 +1,116 @@
+"""A folder, prefix or glob to the files it names, a page at a time, so that a bucket of millions fits.
+
+Knows local folders, S3's paged listings and any other fsspec file system. Does not know what the files are.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any, NamedTuple
+
+from fsspec.utils import glob_translate
+
+from timeviper_platform import storage
+from timeviper_platform.data.media import FileVersion
+
+S3_PAGE_KEYS = 1000
+"""What one request for a listing answers at most."""
+
+_WILDCARDS = re.compile(r"[*?\[]")
+
+
+class FileEntry(NamedTuple):
+    """One file of a listing."""
+
+    uri: str
+    version: FileVersion | None
+    """where the listing says it"""
+
+
+class Listing(NamedTuple):
+    """Files below a root."""
+
+    root: str
+    files: Iterator[FileEntry]
+
+
+def list_files(source: str) -> Listing:
+    """The files that a folder, glob or file names, in sorted order (of each folder's names for local disks).
+
+    Raises:
+        ValueError: when there is nothing at `source`.
+    """
+    filesystem, path = storage.split_uri(source)
+    local = storage.is_local(source)
+    found: Iterator[tuple[str, FileVersion | None]]
+    if wildcard := _WILDCARDS.search(path):
+        root = path[: wildcard.start()].rpartition("/")[0]
+        matches = re.compile(glob_translate(path)).match
+        found = filter(lambda file: matches(file[0]), _walk(filesystem, root, local))
+    elif filesystem.isdir(path):
+        root, found = path, _walk(filesystem, path, local)
+    elif filesystem.exists(path):
+        root, found = path.rpartition("/")[0], iter([(path, None)])
+    else:
+        raise ValueError(f"there is no manifest, folder or file at {source!r}; fix `input`")
+
+    def name(path: str) -> str:
+        return path if local else str(filesystem.unstrip_protocol(path))
+
+    return Listing(name(root), (FileEntry(name(path), version) for path, version in found))
+
+
+def pages(values: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """`values` in lists of `size`, the last one shorter."""
+    iterator = iter(values)
+    while page := list(islice(iterator, size)):
+        yield page
+
+
+def _walk(filesystem: Any, root: str, local: bool) -> Iterator[tuple[str, FileVersion | None]]:
+    if local:
+        return ((path, None) for path in _walk_local(root))
+    if "s3" in _protocols(filesystem):
+        return _walk_s3(filesystem, root)
+    return ((path, None) for path in _walk_any(filesystem, root))
+
+
+def _protocols(filesystem: Any) -> tuple[str, ...]:
+    protocol = filesystem.protocol
+    return (protocol,) if isinstance(protocol, str) else tuple(protocol)
+
+
+def _walk_local(folder: str) -> Iterator[str]:
+    """Depth first; a folder's own names are the most that is in memory."""
+    with os.scandir(folder or "/") as entries:
+        names = sorted((entry.name, entry.is_dir()) for entry in entries)
+    for name, is_folder in names:
+        path = f"{folder}/{name}"
+        if is_folder:
+            yield from _walk_local(path)
+        else:
+            yield path
+
+
+def _walk_s3(filesystem: Any, root: str) -> Iterator[tuple[str, FileVersion | None]]:
+    """Key order. s3fs's own `find` holds the whole listing, and keeps it."""
+    bucket, _, prefix = root.partition("/")
+    request = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else "", "MaxKeys": S3_PAGE_KEYS}
+    while True:
+        answer = filesystem.call_s3("list_objects_v2", **request)
+        for found in answer.get("Contents", ()):
+            etag = found["ETag"].strip('"')
+            if not found["Key"].endswith("/"):
+                yield f"{bucket}/{found['Key']}", FileVersion(found["Size"], etag, etag)
+        if not answer.get("IsTruncated"):
+            return
+        request["ContinuationToken"] = answer["NextContinuationToken"]
+
+
+def _walk_any(filesystem: Any, root: str) -> Iterator[str]:
+    for folder, _, names in filesystem.walk(root):
+        for name in sorted(names):
+            yield f"{folder.rstrip('/')}/{name}"

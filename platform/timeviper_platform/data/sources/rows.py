@@ -1,0 +1,129 @@
+"""What all converters share: SAMPLES rows with the media ids of preprocessing, rejects, and text files read as streams.
+
+Knows ids, turns and times in answers. Does not know any format.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from timeviper_platform import storage
+from timeviper_platform.data.manifest import media_id_of
+from timeviper_platform.data.parts import open_file
+
+RejectReason = Literal[
+    "bad_row",
+    "bad_turns",
+    "marker_mismatch",
+    "no_answer",
+    "no_caption",
+    "no_media",
+    "not_captioned",
+    "bad_times",
+    "no_segment",
+]
+"""Why a row became no sample; each is explained where it is given."""
+
+Row = dict[str, Any]
+"""One SAMPLES row."""
+
+_JSON_PIECE = 1 << 20
+"""Characters."""
+
+
+class Reject(NamedTuple):
+    """A row of the input that became no sample."""
+
+    row: int
+    reason: RejectReason
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Labels:
+    """What every sample of a conversion gets."""
+
+    source: str
+    media_prefix: str = ""
+    """between the folder that was preprocessed and the names in the annotations, e.g. videos/"""
+    weight: float = 1.0
+
+    def medium(self, name: str, start_seconds: float | None = None, end_seconds: float | None = None) -> Row:
+        """The entry of a medium: a name relative to the folder that was preprocessed, or a URL."""
+        is_url = "://" in name
+        media_id = media_id_of(name if is_url else storage.join_uri(self.media_prefix, name).lstrip("/"), "")
+        return {"media_id": media_id, "start_seconds": start_seconds, "end_seconds": end_seconds}
+
+    def sample(self, row: int, name: str, media: Sequence[Row], turns: Sequence[tuple[str, str]]) -> Row:
+        """A SAMPLES row; the row's number makes its id one of a kind, whatever the input's ids are."""
+        return {
+            "sample_id": f"{self.source}/{row}/{name}",
+            "media": list(media),
+            "conversation": [{"role": role, "text": text} for role, text in turns],
+            "source": self.source,
+            "weight": self.weight,
+        }
+
+
+def span_text(start_seconds: float, end_seconds: float) -> str:
+    """`from 0 to 6.9 seconds`, which evaluation reads back; to a tenth of a second."""
+    return f"from {round(start_seconds, 1):g} to {round(end_seconds, 1):g} seconds"
+
+
+def check_span(span: Any, duration: float | None = None) -> str | None:
+    """What is wrong with [start, end] in seconds; None when nothing is. A second past the duration is rounding."""
+    if not isinstance(span, list | tuple) or len(span) != 2:
+        return f"{span!r} is no pair"
+    start, end = span
+    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in span):
+        return f"{start!r}..{end!r} are no seconds"
+    if start < 0 or end <= start:
+        return f"{start}..{end} s is no interval"
+    if duration is not None and end > duration + 1:
+        return f"{start}..{end} s is past the duration of {duration} s"
+    return None
+
+
+def read_lines(uri: str) -> Iterator[str]:
+    """The lines of a text file that are not blank."""
+    with open_file(uri) as file:
+        for line in file:
+            if (text := line.decode("utf-8").rstrip("\r\n")).strip():
+                yield text
+
+
+def read_objects(uri: str) -> Iterator[Any]:
+    """The entries of a JSON array, or of JSON lines, one at a time: such files have gigabytes.
+
+    Raises:
+        ValueError: where the text is no JSON.
+    """
+    decoder = json.JSONDecoder()
+    with io.TextIOWrapper(open_file(uri), encoding="utf-8") as file:
+        text = file.read(_JSON_PIECE).lstrip()
+        is_array = text.startswith("[")
+        between = " \t\r\n," if is_array else " \t\r\n"
+        place, is_end = int(is_array), False
+        while True:
+            while place < len(text) and text[place] in between:
+                place += 1
+            if is_array and text.startswith("]", place):
+                return
+            try:
+                value, stop = decoder.raw_decode(text, place)
+                if stop == len(text) and not is_end:
+                    raise ValueError("a number may go on in the next piece")
+            except ValueError as error:
+                if is_end and place == len(text) and not is_array:
+                    return
+                if is_end:
+                    raise ValueError(f"{uri} is no JSON array and no JSON lines: {error}") from error
+                piece = file.read(_JSON_PIECE)
+                text, place, is_end = text[place:] + piece, 0, not piece
+            else:
+                yield value
+                place = stop

@@ -1,0 +1,185 @@
+"""URLs are fetched from allowed hosts alone, by ranges, with retries, and each failure has its reason."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from fractions import Fraction
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from reference.made_media import make_video, picture
+from timeviper_platform.data import web_source
+from timeviper_platform.data.decode import read_frames
+from timeviper_platform.data.manifest import MediaItem
+from timeviper_platform.data.media import ErrorType, MediaLimits, open_binary
+from timeviper_platform.data.probe import file_version
+from timeviper_platform.data.segments import PlanSpec, plan_page
+
+LIMITS = MediaLimits(allowed_domains=("127.0.0.1",), max_download_bytes=1 << 20)
+
+
+class Server:
+    """A web server on loopback: `files` by path, statuses to answer before or in place of them, and what was asked."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.statuses: dict[str, list[int]] = {}
+        self.redirects: dict[str, str] = {}
+        self.asked: Counter[str] = Counter()
+        self.sent_bytes = 0
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                outer.answer(self)
+
+            def log_message(self, *_: object) -> None: ...
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
+        self._thread.start()
+
+    def url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self._server.server_port}/{path}"
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        path = request.path.lstrip("/").partition("?")[0]
+        self.asked[path] += 1
+        if waiting := self.statuses.get(path):
+            self._send(request, waiting.pop(0), b"")
+        elif path in self.redirects:
+            self._send(request, 302, b"", Location=self.redirects[path])
+        elif path not in self.files:
+            self._send(request, 404, b"")
+        else:
+            self._send_file(request, self.files[path], with_ranges=not path.startswith("whole"))
+
+    def _send_file(self, request: BaseHTTPRequestHandler, data: bytes, *, with_ranges: bool) -> None:
+        if not with_ranges:
+            self._send(request, 200, data)
+            return
+        first, last = (int(text) for text in request.headers["Range"].removeprefix("bytes=").split("-"))
+        if first >= len(data):
+            self._send(request, 416, b"")
+            return
+        piece = data[first : last + 1]
+        span = f"bytes {first}-{first + len(piece) - 1}/{len(data)}"
+        self._send(request, 206, piece, **{"Content-Range": span, "ETag": '"v1"'})
+
+    def _send(self, request: BaseHTTPRequestHandler, status: int, data: bytes, **headers: str) -> None:
+        request.send_response(status)
+        for name, value in {"Content-Length": str(len(data)), **headers}.items():
+            request.send_header(name, value)
+        request.end_headers()
+        request.wfile.write(data)
+        self.sent_bytes += len(data)
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(web_source, "BACKOFF_SECONDS", 0.001)
+    made = Server()
+    yield made
+    made.stop()
+
+
+@pytest.fixture(scope="module")
+def clip() -> bytes:
+    file = io.BytesIO()
+    make_video(file, range(24), format="mp4")
+    return file.getvalue()
+
+
+def error_of(url: str, limits: MediaLimits = LIMITS) -> str:
+    (table,) = plan_page([MediaItem(url, "x")], PlanSpec(fps=Fraction(1), recipe_hash="r", limits=limits))
+    (row,) = table.to_pylist()
+    return str(row["error_type"])
+
+
+def test_media_behind_urls_are_those_of_files(server: Server, clip: bytes) -> None:
+    image = io.BytesIO()
+    Image.fromarray(picture(1)).save(image, "PNG")
+    server.files = {"clip.mp4": clip, "whole.mp4": clip, "image.png": image.getvalue()}
+    for name in ("clip.mp4", "whole.mp4", "image.png"):
+        found = read_frames(server.url(name), 32, limits=LIMITS)
+        assert np.array_equal(found.frames, read_frames(server.files[name], 32).frames), name
+    assert file_version(server.url("clip.mp4"), LIMITS) == (len(clip), "v1", "v1")
+
+
+def test_only_the_ranges_that_are_needed_are_sent(server: Server) -> None:
+    server.files["large.bin"] = bytes(range(256)) * (1 << 16)
+    with open_binary(server.url("large.bin"), LIMITS) as file:
+        file.seek(-3, io.SEEK_END)
+        assert file.read() == b"\xfd\xfe\xff"
+        assert file.seek(5 << 20) == 5 << 20
+        assert file.read(2) == b"\x00\x01"
+    assert server.sent_bytes < 5 << 20
+
+
+def test_nothing_is_fetched_unless_its_domain_is_allowed(server: Server, clip: bytes) -> None:
+    server.files["clip.mp4"] = clip
+    assert error_of(server.url("clip.mp4"), MediaLimits()) == ErrorType.DOMAIN_NOT_ALLOWED
+    server.redirects["away"] = f"http://localhost:{server.url('').rpartition(':')[2]}clip.mp4"
+    assert error_of(server.url("away")) == ErrorType.DOMAIN_NOT_ALLOWED
+    assert server.asked == {"away": 1}  # not even asked for, and not asked again
+    both = MediaLimits(allowed_domains=("127.0.0.1", "localhost"))
+    assert error_of(server.url("away"), both) == "None"
+    for url in ("https://notexample.org/a", "http://example.org/a", "https://example.org.evil.test/a"):
+        with pytest.raises(web_source.DomainNotAllowedError):
+            web_source.check_allowed(url, ["example.org"])
+    web_source.check_allowed("https://images.example.org/a", ["example.org"])
+    with pytest.raises(ValueError, match="bare host names"):
+        MediaLimits(allowed_domains=("https://example.org",))
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "attempts"),
+    [
+        (404, ErrorType.NOT_FOUND, 1),
+        (410, ErrorType.NOT_FOUND, 1),
+        (403, ErrorType.PERMISSION_DENIED, 1),
+        (400, ErrorType.READ_FAILED, 1),
+        (503, ErrorType.READ_FAILED, web_source.ATTEMPTS),
+        (429, ErrorType.READ_FAILED, web_source.ATTEMPTS),
+    ],
+)
+def test_dead_links_have_their_reasons(server: Server, status: int, kind: ErrorType, attempts: int) -> None:
+    server.statuses["x.jpg"] = [status] * 9
+    assert error_of(server.url("x.jpg?token=secret")) == kind
+    assert server.asked["x.jpg"] == attempts
+
+
+def test_what_fails_for_a_moment_is_fetched(server: Server, clip: bytes) -> None:
+    server.files["clip.mp4"] = clip
+    server.statuses["clip.mp4"] = [503, 502]
+    assert error_of(server.url("clip.mp4")) == "None"
+    assert server.statuses["clip.mp4"] == []
+
+
+def test_empty_endless_and_unreachable_answers_are_told_apart(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.files = {"empty.mp4": b"", "whole-and-large.mp4": bytes(2 << 20)}
+    assert error_of(server.url("empty.mp4")) == ErrorType.EMPTY_FILE
+    assert error_of(server.url("whole-and-large.mp4")) == ErrorType.TOO_MANY_BYTES
+    monkeypatch.setattr(web_source, "ATTEMPTS", 1)
+    server.stop()
+    assert error_of(server.url("gone.mp4")) == ErrorType.READ_FAILED
+
+
+def test_an_urls_query_is_in_no_message(server: Server) -> None:
+    server.statuses["x.jpg"] = [403]
+    items = [MediaItem(server.url("x.jpg?token=secret"), "x")]
+    (table,) = plan_page(items, PlanSpec(fps=Fraction(1), recipe_hash="r", limits=LIMITS))
+    (message,) = table["error_message"].to_pylist()
+    assert "HTTP 403" in message
+    assert "secret" not in message
