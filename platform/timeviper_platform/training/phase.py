@@ -17,7 +17,7 @@ import torch
 
 from timeviper_model.config import TimeViperConfig, VisionConfig
 from timeviper_model.timeviper import TimeViper
-from timeviper_model.weights import config_to_dict, from_pretrained, load_backbone
+from timeviper_model.weights import config_from_dict, config_to_dict, from_pretrained, load_backbone
 from timeviper_platform import storage
 from timeviper_platform.data.features import FeatureStore
 from timeviper_platform.training.config import InitConfig, PhaseConfig, TrainConfig
@@ -106,17 +106,31 @@ def first_model(init: InitConfig, store: FeatureStore, encoder: str | None) -> T
     Raises:
         ValueError: when the store's features do not fit the model, or the weights cannot be loaded.
     """
+    config = first_model_config(init, store, encoder)
     if init.weights is not None:
-        model = load_weights(init.weights)
-        _check_same_vision(model.config.vision, vision_of(store, model.config.vision, encoder), init.weights)
-        return model.train()
-    config = init.model_config()
-    config = replace(config, vision=vision_of(store, config.vision, encoder))
+        return load_weights(init.weights).train()
     model = TimeViper(config)
     model.init_weights(torch.Generator().manual_seed(init.seed))
     if init.backbone is not None:
         load_backbone(model, init.backbone)
     return model.train()
+
+
+def first_model_config(init: InitConfig, store: FeatureStore, encoder: str | None) -> TimeViperConfig:
+    """The sizes of `first_model`, whose values are not read.
+
+    Raises:
+        ValueError: as `first_model`.
+    """
+    if init.weights is None:
+        config = init.model_config()
+        return replace(config, vision=vision_of(store, config.vision, encoder))
+    file = storage.join_uri(init.weights, "config.json")
+    if not storage.exists(file):
+        raise ValueError(f"{file} does not exist; a weights folder is what a phase or jobs/export.py writes")
+    config = config_from_dict(storage.read_json(file), where=file)
+    _check_same_vision(config.vision, vision_of(store, config.vision, encoder), init.weights)
+    return config
 
 
 def load_weights(uri: str) -> TimeViper:
