@@ -90,6 +90,8 @@ class WorkersConfig:
     resources_per_worker: dict[str, float] = field(default_factory=lambda: {"CPU": 1.0})
     max_failures: int = 3
     """worker groups that may be lost before the run fails; each restart resumes from the newest committed checkpoint"""
+    hang_timeout_s: float = 1800.0
+    """a worker that makes no progress for so long inside a step ends, and the log names the one that it waited for"""
     threads_per_worker: int = 1
     """torch threads; fixed, because another number adds up in another order"""
 

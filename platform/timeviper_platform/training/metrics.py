@@ -138,7 +138,15 @@ def phase_report(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
         "tokens": sum(row["num_tokens"] for row in rows),
         "fill": _mean([row["fill"] for row in rows]),
         "data_wait_share": _mean([row["data_wait_share"] for row in rows]),
+        "checkpoint_stall_share": _stall_share(rows),
     }
+
+
+def _stall_share(rows: list[dict[str, Any]]) -> float | None:
+    """Time that steps waited for checkpoints / all time; what is written after the last step is not in it."""
+    stall_s = sum(row["checkpoint_stall_s"] for row in rows)
+    seconds = sum(row["seconds"] for row in rows) + stall_s
+    return stall_s / seconds if seconds else None
 
 
 def _mean(values: list[float]) -> float | None:

@@ -27,7 +27,14 @@ MEMO_TEXTS = 65_536
 """Texts whose ids are remembered; templates and stock questions come again in every sample."""
 
 RejectReason = Literal[
-    "no_features", "no_frames", "bad_media", "bad_conversation", "no_targets", "too_long", "too_many_frames"
+    "no_features",
+    "no_frames",
+    "bad_media",
+    "bad_conversation",
+    "no_targets",
+    "too_long",
+    "too_many_frames",
+    "damaged_features",
 ]
 
 
