@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from timeviper_model.config import PRESETS, TimeViperConfig, TransVSite
+from timeviper_model.lora import LoraConfig
 from timeviper_platform import storage
 from timeviper_platform.training.checkpoint import CheckpointConfig
 from timeviper_platform.training.feed import FeedConfig
@@ -68,6 +69,8 @@ class PhaseConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     init: InitConfig | None = None
     """None takes the weights of the phase before"""
+    lora: LoraConfig | None = None
+    """adapters beside the chosen linear maps, trained by a rule such as `.*\\.lora_[AB]`; merged at the phase's end"""
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):

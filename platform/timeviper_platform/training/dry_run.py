@@ -28,8 +28,8 @@ from timeviper_platform.training.memory import (
     state_bytes,
     tokens_by_layer,
 )
-from timeviper_platform.training.parameters import ParameterGroup, describe_groups, resolve_groups
-from timeviper_platform.training.phase import Phase, first_model_config, prepare_phase
+from timeviper_platform.training.parameters import ParameterGroup, describe_groups
+from timeviper_platform.training.phase import Phase, adapt, first_model_config, phase_groups, prepare_phase
 from timeviper_platform.training.plan import Pack
 from timeviper_platform.training.samples import SampleRows, count_rejects, missing_sources
 
@@ -165,8 +165,8 @@ def _phase_facts(
 ) -> PhaseFacts:
     phase = config.phases[name]
     with torch.device("meta"):
-        model = TimeViper(model_config)
-    groups = resolve_groups(model, phase.trainable)
+        model = adapt(TimeViper(model_config), phase, config.seed)
+    groups = phase_groups(model, phase)
     sizes = ModelSizes(
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         num_trained=sum(group.num_parameters for group in groups),
@@ -272,9 +272,12 @@ def _memory_lines(phase: PhaseFacts, config: TrainConfig) -> list[str]:
         f"  memory of a rank in GB (activations are those of {source}; DeepSpeed's buckets are not counted):",
         f"    {'stage':<8}{'parameters':>12}{'gradients':>12}{'optimizer':>12}{'activations':>13}{'sum':>10}",
     ]
+    if config.zero.offload_optimizer:
+        lines.insert(1, "    the optimizer is in the host's memory and not in the sum")
     for stage, states in phase.states.items():
         mark = " <-" if stage == config.zero.stage else ""
         figures = f"{states.parameters / 1e9:>12.3f}{states.gradients / 1e9:>12.3f}{states.optimizer / 1e9:>12.3f}"
-        total = (states.total + phase.activations) / 1e9
+        offloaded = states.optimizer if config.zero.offload_optimizer else 0
+        total = (states.total - offloaded + phase.activations) / 1e9
         lines.append(f"    ZeRO-{stage:<3}{figures}{phase.activations / 1e9:>13.3f}{total:>10.3f}{mark}")
     return lines

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from timeviper_model.lora import merge_lora
 from timeviper_model.timeviper import TimeViper
 from timeviper_model.weights import config_from_dict, load_tokenizer, save_pretrained
 from timeviper_platform import storage
@@ -34,6 +35,8 @@ def export_weights(checkpoint: str, output: str, *, dtype: Literal["fp32", "bf16
     saved_groups = storage.read_json(storage.join_uri(checkpoint, GROUPS_FILE))
     with local_copy(checkpoint) as folder:
         tensors = open_shards(folder, state, saved_groups).tensors()
+    if description["lora_scale"] is not None:
+        tensors = merge_lora(tensors, description["lora_scale"])
     model = _model_of(description, tensors, source=checkpoint).to(DTYPES[dtype])
     metadata = {**description["metadata"], "phase": state.phase, "step": str(state.step)}
     tokenizer = load_tokenizer(description["tokenizer"])

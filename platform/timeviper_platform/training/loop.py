@@ -24,7 +24,7 @@ from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.export import export_weights
 from timeviper_platform.training.failures import Wishes, no_wishes
 from timeviper_platform.training.metrics import MetricsWriter, next_attempt, phase_report, read_metrics
-from timeviper_platform.training.phase import Phase, first_model, load_weights, prepare_phase
+from timeviper_platform.training.phase import Phase, adapt, first_model, load_weights, prepare_phase
 from timeviper_platform.training.phase_run import OnCheckpoint, PhaseRun
 from timeviper_platform.training.samples import Reject, count_rejects
 
@@ -145,7 +145,7 @@ class _Run:
         phase = prepare_phase(
             self._config,
             name,
-            self._model(name, checkpoint),
+            adapt(self._model(name, checkpoint), self._config.phases[name], self._config.seed),
             self._store,
             self._tokenizer,
             rank=self._rank,

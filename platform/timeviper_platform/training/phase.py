@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from timeviper_model.config import TimeViperConfig, VisionConfig
+from timeviper_model.lora import LORA_A, LORA_B, add_lora
 from timeviper_model.timeviper import TimeViper
 from timeviper_model.weights import config_from_dict, config_to_dict, from_pretrained, load_backbone
 from timeviper_platform import storage
@@ -61,7 +62,7 @@ def prepare_phase(
     rank: int,
     world_size: int,
 ) -> Phase:
-    """The phase `name` of `config`, on a model that has its first weights (or will load a checkpoint).
+    """The phase `name` of `config`, on a model that `adapt` has seen and that has (or will load) its weights.
 
     Raises:
         ValueError: when samples, feature store, tokenizer, model and configuration do not fit together.
@@ -75,7 +76,7 @@ def prepare_phase(
     )
     plan = PackPlan(table, phase.packing, config.seed)
     num_steps = phase.steps or plan.num_steps(phase.packs_per_step, phase.epochs or 1)
-    groups = resolve_groups(model, phase.trainable)
+    groups = phase_groups(model, phase)
     feed = Feed(plan, rows, builder, _feed_shape(phase, model.config, tokenizer), rank=rank, world_size=world_size)
     logger.info(
         "phase %s: %d samples, %d rejects %s, %d packs in the first epoch, %d steps of %d packs",
@@ -96,8 +97,32 @@ def prepare_phase(
             "config": config_to_dict(model.config),
             "tokenizer": config.tokenizer,
             "metadata": _metadata(config, phase, store),
+            "lora_scale": None if phase.lora is None else phase.lora.scale,
         },
     )
+
+
+def adapt(model: TimeViper, phase: PhaseConfig, seed: int) -> TimeViper:
+    """The model with the phase's adapters, in place; the same on every rank."""
+    if phase.lora is not None:
+        add_lora(model, phase.lora, torch.Generator().manual_seed(seed))
+    return model
+
+
+def phase_groups(model: TimeViper, phase: PhaseConfig) -> list[ParameterGroup]:
+    """The optimizer groups of a phase, on a model that has the phase's adapters.
+
+    Raises:
+        ValueError: see `resolve_groups`; and when adapters were added that no rule trains.
+    """
+    groups = resolve_groups(model, phase.trainable)
+    trained = {name for group in groups for name in group.parameter_names}
+    idle = [name for name, _ in model.named_parameters() if name.endswith((LORA_A, LORA_B)) and name not in trained]
+    if idle:
+        raise ValueError(
+            f"{len(idle)} LoRA tensors such as {idle[0]} are trained by no rule; add match: '.*\\.lora_[AB]'"
+        )
+    return groups
 
 
 def first_model(init: InitConfig, store: FeatureStore, encoder: str | None) -> TimeViper:

@@ -222,6 +222,14 @@ def test_zero_stages_agree_and_export_the_same(
     expect_same_run(runs_by_stage(stage), finished)
 
 
+def test_an_optimizer_in_the_hosts_memory_trains_the_same(corpus: Corpus, finished: TrainConfig) -> None:
+    config = train_config(corpus, name="offload", zero={"stage": 2, "offload_optimizer": True})
+    train_local(config)
+    expect_same_run(config, finished)
+    with pytest.raises(ValueError, match=r"offload_optimizer needs zero.stage 1, 2 or 3"):
+        train_config(corpus, zero={"stage": 0, "offload_optimizer": True})
+
+
 @pytest.mark.parametrize(("saved", "resumed"), [(2, 3), (3, 0), (0, 2)])
 def test_a_run_goes_on_under_another_zero_stage(
     runs_by_stage: Callable[[int], TrainConfig], finished: TrainConfig, corpus: Corpus, saved: int, resumed: int
