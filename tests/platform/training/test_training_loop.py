@@ -359,13 +359,3 @@ def test_paths_become_absolute_and_names_stay(corpus: Corpus, monkeypatch: pytes
     assert config.tokenizer == "nvidia/NVIDIA-Nemotron-Nano-9B-v2"
     assert config.runs == "s3://a/b"
     assert with_absolute_paths(train_config(corpus, tokenizer="tokenizer")).tokenizer == corpus.tokenizer
-
-
-@pytest.mark.parametrize("name", ["train.yaml", "tiny/train.yaml"])
-def test_shipped_configurations_load(name: str) -> None:
-    from timeviper_platform.config import load_config
-
-    config = load_config(TrainConfig, ROOT / "ray_configs" / name)
-    assert list(config.phases)[-2:] == ["align", "instruct"]
-    assert not config.phases["align"].use_transv
-    assert config.phases["instruct"].use_transv
