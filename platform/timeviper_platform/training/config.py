@@ -51,6 +51,19 @@ class InitConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class HeldOutConfig:
+    """Samples that are never trained on, whose loss is told beside the training's."""
+
+    samples: tuple[SourceConfig, ...]
+    every_steps: int = 500
+    """steps between two looks; also after the phase's last step"""
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 1 or not self.samples:
+            raise ValueError(f"held_out needs samples, and {self.every_steps = } must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PhaseConfig:
     """One training phase."""
 
@@ -69,6 +82,7 @@ class PhaseConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     init: InitConfig | None = None
     """None takes the weights of the phase before"""
+    held_out: HeldOutConfig | None = None
     lora: LoraConfig | None = None
     """adapters beside the chosen linear maps, trained by a rule such as `.*\\.lora_[AB]`; merged at the phase's end"""
 
@@ -146,7 +160,8 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     phases = {
         name: replace(
             phase,
-            samples=tuple(replace(source, uri=_absolute(source.uri)) for source in phase.samples),
+            samples=_absolute_sources(phase.samples),
+            held_out=phase.held_out and replace(phase.held_out, samples=_absolute_sources(phase.held_out.samples)),
             init=None
             if phase.init is None
             else replace(
@@ -164,6 +179,10 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
         feature_store=_absolute(config.feature_store),
         tokenizer=_absolute_if_exists(config.tokenizer),
     )
+
+
+def _absolute_sources(sources: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
+    return tuple(replace(source, uri=_absolute(source.uri)) for source in sources)
 
 
 def _absolute(uri: str) -> str:

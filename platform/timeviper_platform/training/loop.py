@@ -9,6 +9,7 @@ who started the process: local.py and trainer.py do.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,16 +22,19 @@ from timeviper_platform import storage
 from timeviper_platform.data.features import FeatureStore
 from timeviper_platform.training.checkpoint import MODEL_FILE, Checkpoints, read_state
 from timeviper_platform.training.config import TrainConfig
+from timeviper_platform.training.curves import draw_curves
 from timeviper_platform.training.export import export_weights
 from timeviper_platform.training.failures import Wishes, no_wishes
 from timeviper_platform.training.metrics import MetricsWriter, next_attempt, phase_report, read_metrics
 from timeviper_platform.training.phase import Phase, adapt, first_model, load_weights, prepare_phase
 from timeviper_platform.training.phase_run import OnCheckpoint, PhaseRun
 from timeviper_platform.training.samples import Reject, count_rejects
+from timeviper_platform.training.trackers import Tracker, open_trackers
 
 logger = logging.getLogger(__name__)
 
 REPORT_FILE = "report.json"
+CURVES_FILE = "curves.svg"
 REJECTS_FOLDER = "rejects"
 WEIGHTS_FOLDER = "weights"
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -73,6 +77,7 @@ def run_training(
     device: torch.device,
     wishes: Wishes = no_wishes,
     on_checkpoint: OnCheckpoint | None = None,
+    trackers: Sequence[Tracker] = (),
 ) -> dict[str, Any]:
     """Runs every phase that is not finished; the report by phase, equal on all ranks.
 
@@ -82,6 +87,7 @@ def run_training(
         device: of this rank.
         wishes: what somebody outside wants; asked before every step.
         on_checkpoint: see OnCheckpoint.
+        trackers: told of every step on rank 0, beside the configured ones.
 
     Raises:
         ValueError: when the configuration and what it names do not fit together.
@@ -89,17 +95,23 @@ def run_training(
         StoppedError: when somebody wished so.
         RuntimeError: when files cannot be read or written, or the memory does not suffice.
     """
-    return _Run(config, device, wishes, on_checkpoint).phases(resume_from)
+    return _Run(config, device, wishes, on_checkpoint, trackers).phases(resume_from)
 
 
 class _Run:
     def __init__(
-        self, config: TrainConfig, device: torch.device, wishes: Wishes, on_checkpoint: OnCheckpoint | None
+        self,
+        config: TrainConfig,
+        device: torch.device,
+        wishes: Wishes,
+        on_checkpoint: OnCheckpoint | None,
+        trackers: Sequence[Tracker],
     ) -> None:
         self._config = config
         self._folder = RunFolder.of(config)
         self._device = device
         self._wishes = wishes
+        self._trackers = trackers
         self._on_checkpoint = on_checkpoint
         self._rank = dist.get_rank()
         self._store = FeatureStore.open(config.feature_store, cache_bytes=config.feed.cache_bytes)
@@ -139,7 +151,9 @@ class _Run:
             return None
         attempt = next_attempt(self._folder.uri)
         logger.info("run %s, attempt %d, %d ranks", self._folder.uri, attempt, dist.get_world_size())
-        return MetricsWriter(self._folder.uri, attempt, tensorboard=self._config.metrics.tensorboard)
+        own = self._config.metrics
+        trackers = [*open_trackers(own.mlflow, own.wandb, self._config.name), *self._trackers]
+        return MetricsWriter(self._folder.uri, attempt, tensorboard=own.tensorboard, trackers=trackers)
 
     def _prepare(self, name: str, checkpoint: str | None) -> Phase:
         phase = prepare_phase(
@@ -182,3 +196,5 @@ class _Run:
             counts["damaged_features"] = num_damaged
         report[name] = {**phase_report(rows), "rejects": counts}
         storage.write_json(self._folder.report, report)
+        picture = draw_curves(read_metrics(self._folder.uri), self._config.name)
+        storage.write_bytes(storage.join_uri(self._folder.uri, CURVES_FILE), picture.encode())

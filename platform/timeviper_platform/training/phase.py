@@ -47,6 +47,9 @@ class Phase:
     plan: PackPlan
     feed: Feed
     num_steps: int
+    held_out: Feed | None
+    """one epoch of the held-out samples"""
+    num_held_out_steps: int
     rejects: list[Reject]
     description: dict[str, Any]
     """what model.json of its checkpoints holds"""
@@ -77,7 +80,9 @@ def prepare_phase(
     plan = PackPlan(table, phase.packing, config.seed)
     num_steps = phase.steps or plan.num_steps(phase.packs_per_step, phase.epochs or 1)
     groups = phase_groups(model, phase)
-    feed = Feed(plan, rows, builder, _feed_shape(phase, model.config, tokenizer), rank=rank, world_size=world_size)
+    shape = _feed_shape(phase, model.config, tokenizer)
+    feed = Feed(plan, rows, builder, shape, rank=rank, world_size=world_size)
+    held_out, num_held_out_steps = _held_out(phase, builder, shape, rank=rank, world_size=world_size)
     logger.info(
         "phase %s: %d samples, %d rejects %s, %d packs in the first epoch, %d steps of %d packs",
         *(name, len(table), len(rejects), count_rejects(rejects), len(plan.epoch(0))),
@@ -92,6 +97,8 @@ def prepare_phase(
         plan=plan,
         feed=feed,
         num_steps=num_steps,
+        held_out=held_out,
+        num_held_out_steps=num_held_out_steps,
         rejects=rejects,
         description={
             "config": config_to_dict(model.config),
@@ -100,6 +107,21 @@ def prepare_phase(
             "lora_scale": None if phase.lora is None else phase.lora.scale,
         },
     )
+
+
+def _held_out(
+    phase: PhaseConfig, builder: SampleBuilder, shape: FeedShape, *, rank: int, world_size: int
+) -> tuple[Feed | None, int]:
+    """The feed of the held-out samples and its steps; their order matters to nothing, so the seed is 0."""
+    if phase.held_out is None:
+        return None, 0
+    rows = SampleRows.read(phase.held_out.samples)
+    caps = phase.packing
+    table, rejects = measure_samples(rows, builder, max_tokens=caps.max_tokens, max_frames=caps.max_frames)
+    plan = PackPlan(table, caps, seed=0)
+    logger.info("held out: %d samples, rejects %s", len(table), count_rejects(rejects))
+    feed = Feed(plan, rows, builder, replace(shape, num_epochs=1), rank=rank, world_size=world_size)
+    return feed, plan.num_steps(shape.packs_per_step, 1)
 
 
 def adapt(model: TimeViper, phase: PhaseConfig, seed: int) -> TimeViper:

@@ -25,7 +25,7 @@ from timeviper_platform.training.phase import Phase
 from timeviper_platform.training.plan import PlanPosition
 from timeviper_platform.training.progress import Progress, step_row
 from timeviper_platform.training.schedule import learning_rate_factor
-from timeviper_platform.training.step import StepResult, agree, train_step
+from timeviper_platform.training.step import StepResult, agree, held_out_loss, train_step
 from timeviper_platform.training.watchdog import Watchdog
 from timeviper_platform.training.zero import DTYPES, build_ds_engine, set_groups
 
@@ -125,6 +125,7 @@ class PhaseRun:
             seconds = time.perf_counter() - started
             counts = state.global_step, seconds, waited_s, agreement.num_damaged
             self._row = step_row(self._phase, agreement.batches, result, rates, *counts)
+            self._look_at_held_out(ds_engine, state)
             watchdog.mark(state.step, "saving")
             if self._is_due(state.step):
                 self._save(ds_engine, state)
@@ -199,6 +200,23 @@ class PhaseRun:
             dtype=DTYPES[self._config.precision],
         )
         return result, {group.name: group.lr * factor for group in phase.groups}
+
+    def _look_at_held_out(self, ds_engine: Any, state: TrainState) -> None:
+        phase, feed = self._phase, self._phase.held_out
+        if feed is None or phase.config.held_out is None:
+            return
+        if state.step % phase.config.held_out.every_steps and state.step != phase.num_steps:
+            return
+        started = time.perf_counter()
+        self._row["held_out_loss"] = held_out_loss(
+            ds_engine,
+            feed.steps(PlanPosition(0, 0), 0, phase.num_held_out_steps),
+            use_transv=phase.config.use_transv,
+            device=self._device,
+            dtype=DTYPES[self._config.precision],
+        )
+        self._row["held_out_s"] = time.perf_counter() - started
+        logger.info("%s step %d held-out loss %.4f", phase.name, state.step, self._row["held_out_loss"])
 
     def _is_due(self, step: int) -> bool:
         every = self._config.checkpoint.every_steps

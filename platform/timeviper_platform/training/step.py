@@ -6,6 +6,7 @@ Knows the ds_engine and the model's output; does not know where batches come fro
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -92,6 +93,21 @@ def _train_step(
     if not math.isfinite(loss) or not math.isfinite(grad_norm):
         raise FatalTrainingError(_not_finite(batches, loss, grad_norm, torch.stack(losses)))
     return StepResult(loss, grad_norm, tuple(int(count) for count in num_vision_tokens))
+
+
+@torch.no_grad()
+def held_out_loss(
+    ds_engine: Any, steps: Iterable[StepBatches], *, use_transv: bool, device: torch.device, dtype: torch.dtype
+) -> float:
+    """Mean cross entropy over the labelled positions of all ranks' batches, without an update; collective."""
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for item in (item for step in steps for item in step.micro_batches):
+        output = ds_engine(item.batch.to(device, dtype), use_transv=use_transv)
+        if not item.is_dummy:
+            sums += torch.stack([output.loss_sum.double(), output.num_targets.double()])
+    dist.all_reduce(sums)
+    loss_sum, num_targets = sums.tolist()
+    return float(loss_sum / max(1.0, num_targets))
 
 
 def _not_finite(batches: StepBatches, loss: float, grad_norm: float, losses: torch.Tensor) -> str:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch
 from ray import train
 from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.util.metrics import Gauge
 
 from timeviper_platform import storage
 from timeviper_platform.logs import setup_logging
@@ -100,9 +103,30 @@ def _worker(arguments: dict[str, Any]) -> dict[str, Any] | str:
             device=get_device(),
             wishes=_PreemptionWatch(),
             on_checkpoint=_report,
+            trackers=[_Gauges(config.name)],
         )
     except (ValueError, FatalTrainingError) as error:  # on every rank alike: a further attempt would meet it again
         return str(error)
+
+
+class _Gauges:
+    """The numbers of the last step for Prometheus, which scrapes every Ray node."""
+
+    def __init__(self, run: str) -> None:
+        self._run = run
+        self._gauges: dict[str, Gauge] = {}
+
+    def log(self, scalars: Mapping[str, float], global_step: int) -> None:
+        """Sets one gauge a number; the phase and the run are tags."""
+        for name, value in {**scalars, "all/global_step": float(global_step)}.items():
+            phase, _, metric = name.partition("/")
+            gauge = "timeviper_train_" + re.sub(r"\W+", "_", metric).strip("_")
+            if gauge not in self._gauges:
+                self._gauges[gauge] = Gauge(gauge, description=metric, tag_keys=("run", "phase"))
+            self._gauges[gauge].set(value, tags={"run": self._run, "phase": phase})
+
+    def close(self) -> None:
+        """Ray takes the gauges away with the worker."""
 
 
 class _PreemptionWatch:

@@ -30,6 +30,10 @@ from timeviper_platform.training.local import main, train_local
 from timeviper_platform.training.loop import RunFolder
 from timeviper_platform.training.metrics import read_metrics
 from timeviper_platform.training.phase import first_model, load_weights, prepare_phase
+from timeviper_platform.training.plan import PlanPosition
+from timeviper_platform.training.snapshot import take_snapshot
+from timeviper_platform.training.step import train_step
+from timeviper_platform.training.zero import build_ds_engine
 
 ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.usefixtures("group_of_one")
@@ -131,6 +135,34 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
     assert curve(config) == curve(finished)[step:]
     one, other = (from_pretrained(RunFolder.of(c).weights("instruct")).state_dict() for c in (config, finished))
     assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_a_snapshot_stays_as_it_was_while_training_goes_on(corpus: Corpus) -> None:
+    values = train_values(corpus, name="snapshot")
+    values["phases"]["align"] |= {"trainable": [{"match": ".*", "lr": 1e-2}], "use_transv": True}
+    config = parse_config(TrainConfig, values)
+    store, init = FeatureStore.open(corpus.features), config.phases["align"].init
+    assert init is not None
+    model = first_model(init, store, None)
+    phase = prepare_phase(config, "align", model, store, load_tokenizer(corpus.tokenizer), rank=0, world_size=1)
+    micro_steps = phase.feed.num_micro_steps
+    ds_engine = build_ds_engine(model, phase.groups, config.zero, precision="fp32", num_micro_steps=micro_steps)
+    first, second = phase.feed.steps(PlanPosition(0, 0), 0, 2)
+    options = {"use_transv": True, "device": torch.device("cpu"), "dtype": torch.float32}
+    train_step(ds_engine, first, **options)
+    files = take_snapshot(ds_engine)
+    before = copy.deepcopy(files)
+    train_step(ds_engine, second, **options)
+    after = take_snapshot(ds_engine)
+    ds_engine.destroy()
+
+    def values_of(content: dict[str, Any]) -> list[torch.Tensor]:
+        saved = content["zero_pp_rank_0_mp_rank_00_optim_states.pt"]["optimizer_state_dict"]
+        moments = [state["exp_avg"] for state in saved["base_optimizer_state"]["state"].values()]
+        return [*content["mp_rank_00_model_states.pt"]["module"].values(), *moments]
+
+    assert all(torch.equal(one, other) for one, other in zip(values_of(files), values_of(before), strict=True))
+    assert not any(torch.equal(one, other) for one, other in zip(values_of(files), values_of(after), strict=True))
 
 
 def test_a_run_on_an_object_store_goes_on_from_there(
