@@ -2,6 +2,7 @@
 
     python jobs/train.py --config ray_configs/tiny/train.yaml
     python jobs/train.py --config ray_configs/train.yaml --resume never phases.align.steps=10
+    python jobs/train.py --config ray_configs/train.yaml --dry-run      # plan, groups and memory; starts nothing
 
 A run that was stopped goes on where its newest committed checkpoint is. The weights of each phase are in
 runs/name/weights/<phase>, the table below in runs/name/report.json.
@@ -17,6 +18,7 @@ from typing import Any
 from timeviper_platform.config import load_config
 from timeviper_platform.logs import setup_logging
 from timeviper_platform.training.config import TrainConfig
+from timeviper_platform.training.dry_run import describe_dry_run, dry_run
 from timeviper_platform.training.trainer import connect, train_on_ray
 
 
@@ -25,11 +27,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Train on Ray.")
     parser.add_argument("--config", required=True)
     parser.add_argument("--resume", default="auto", help="auto (default), never, or the URI of a checkpoint")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, groups and memory; exit 1 if data lack")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as phases.align.steps=10")
     parsed = parser.parse_args(arguments)
     setup_logging()
     try:
         config = load_config(TrainConfig, parsed.config, parsed.overrides)
+        if parsed.dry_run:
+            result = dry_run(config)
+            print(describe_dry_run(config, result))
+            return 1 if result.problems else 0
         connect()
         report = train_on_ray(config, resume=parsed.resume)
     except (ValueError, RuntimeError) as error:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -94,3 +95,29 @@ def ray_address(ray_cluster: dict[str, str], monkeypatch: pytest.MonkeyPatch) ->
     import ray
 
     ray.shutdown()
+
+
+@pytest.fixture
+def s3_bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The file system of an S3 server on loopback with an empty bucket named `bucket`."""
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in (
+        ("AWS_ENDPOINT_URL", f"http://{host}:{port}"),
+        ("AWS_ACCESS_KEY_ID", "test"),
+        ("AWS_SECRET_ACCESS_KEY", "test"),
+        ("AWS_DEFAULT_REGION", "us-east-1"),
+        ("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required"),
+    ):
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    filesystem = s3fs.S3FileSystem()
+    filesystem.mkdir("bucket")
+    yield filesystem
+    filesystem.rm("bucket", recursive=True)  # moto's buckets outlive its server
+    s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from timeviper_model.config import HybridConfig, TextConfig
+from timeviper_model.config import BlockType, HybridConfig, TextConfig
 from timeviper_model.hybrid import Block, init_mamba
 from timeviper_model.mamba2 import Mamba2Mixer
 from timeviper_model.norm import RMSNorm
@@ -26,12 +26,8 @@ class Backbone(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        if isinstance(config, HybridConfig):
-            self.layers = nn.ModuleList([Block(config, block_type) for block_type in config.block_types])
-            eps = config.layer_norm_epsilon
-        else:
-            self.layers = nn.ModuleList([Qwen2Block(config) for _ in range(config.num_hidden_layers)])
-            eps = config.rms_norm_eps
+        self.layers = nn.ModuleList([make_block(config, block_type) for block_type in config.block_types])
+        eps = config.layer_norm_epsilon if isinstance(config, HybridConfig) else config.rms_norm_eps
         self.norm_f = RMSNorm(config.hidden_size, eps)
 
     def block(self, layer: int) -> DecoderBlock:
@@ -39,6 +35,11 @@ class Backbone(nn.Module):
         block = self.layers[layer]
         assert isinstance(block, DecoderBlock)
         return block
+
+
+def make_block(config: TextConfig, block_type: BlockType) -> DecoderBlock:
+    """One block of the family that `config` belongs to, its weights not set."""
+    return Block(config, block_type) if isinstance(config, HybridConfig) else Qwen2Block(config)
 
 
 @torch.no_grad()

@@ -2,34 +2,37 @@
 
     checkpoints/step-00000120/
         mp_rank_00_model_states.pt, zero_pp_rank_*_optim_states.pt   DeepSpeed's own
-        rng-00000.pt        torch's generator of each rank
+        rng-00000.pt        torch's generators of each rank
         state.json          where the run stands
         groups.json         learning rate and decay of every optimizer group
         model.json          the model's sizes, and what its weights folder will say of its making
         COMMIT              names and sizes of all of the above; without it the folder is no checkpoint
 
-Knows files and ranks; does not know what a phase is or when to save. A checkpoint counts when it is COMMITTED, whatever
-a scheduler believes: a worker that is killed while saving leaves a folder that the next attempt writes anew.
+Knows files and ranks; does not know what a phase is or when to save. Training waits while its state is copied; a thread
+of each rank writes the copy, on any fsspec file system. A checkpoint counts when it is COMMITTED, whatever a scheduler
+believes: a worker that is killed while saving leaves a folder that the next attempt writes anew.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from timeviper_platform import storage
 from timeviper_platform.training.parameters import ParameterGroup
 from timeviper_platform.training.plan import PlanPosition
-from timeviper_platform.training.zero import import_deepspeed
+from timeviper_platform.training.shards import SavedShards, load_optimizer_from, load_weights_from
+from timeviper_platform.training.snapshot import take_snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +71,8 @@ class TrainState:
     world_size: int
     zero_stage: int
     precision: str
+    num_damaged: int = 0
+    """samples that the phase has left out because their features could not be read"""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -86,8 +91,19 @@ class TrainState:
         return cls(**{**values, "position": PlanPosition(**values["position"])})
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Snapshot:
+    """One rank's part of a checkpoint, in memory."""
+
+    tag: str
+    files: dict[str, Any]
+    """content by name, for torch.save"""
+    documents: dict[str, Any]
+    """content by name, as JSON; rank 0's alone"""
+
+
 class Checkpoints:
-    """The checkpoints of one run. Every rank makes one; saving and loading are collective.
+    """The checkpoints of one run. Every rank makes one; snapshot, write and wait are collective.
 
     Args:
         uri: the folder, on any fsspec file system.
@@ -97,37 +113,100 @@ class Checkpoints:
     def __init__(self, uri: str, *, keep: int = 2) -> None:
         self.uri = uri
         self._keep = keep
+        self._group: Any = None
+        self._thread: threading.Thread | None = None
+        self._outcome: str | BaseException | None = None
 
-    def save(self, ds_engine: Any, state: TrainState, groups: Sequence[ParameterGroup], model: dict[str, Any]) -> str:
-        """Writes and commits a checkpoint; its URI. `model` is what model.json will hold."""
-        tag = f"step-{state.global_step:08d}"
-        target = storage.join_uri(self.uri, tag)
-        rank = dist.get_rank()
-        if rank == 0:
-            storage.remove(target)  # what a killed attempt left
-        dist.barrier()
-        with tempfile.TemporaryDirectory(prefix="timeviper-checkpoint-") as scratch:
-            # on an object store each rank writes into a folder of its own and uploads what it wrote
-            folder = Path(storage.split_uri(self.uri)[1] if storage.is_local(self.uri) else scratch)
-            (folder / tag).mkdir(parents=True, exist_ok=True)
-            ds_engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
-            torch.save(torch.get_rng_state(), folder / tag / f"rng-{rank:05d}.pt")
-            if not storage.is_local(self.uri):
-                _upload(folder / tag, target)
+    def snapshot(
+        self, ds_engine: Any, state: TrainState, groups: Sequence[ParameterGroup], model: dict[str, Any]
+    ) -> Snapshot:
+        """A copy of this rank's state, after which training may go on. `model` is what model.json will hold."""
+        return Snapshot(
+            tag=f"step-{state.global_step:08d}",
+            files=take_snapshot(ds_engine) | {f"rng-{dist.get_rank():05d}.pt": _generator_states()},
+            documents={
+                STATE_FILE: state.to_json(),
+                GROUPS_FILE: [asdict(group) for group in groups],
+                MODEL_FILE: model,
+            },
+        )
+
+    def write(self, snapshot: Snapshot, before_commit: Callable[[], None] | None = None) -> None:
+        """Writes and commits the snapshot in a thread; call `wait` before the next one, and at the end.
+
+        Args:
+            snapshot: this rank's part.
+            before_commit: called on rank 0 in the thread, for what must be stored before the checkpoint counts.
+        """
+        assert self._thread is None  # one at a time: two would hold two copies of the state
+        if self._group is None:
+            # the threads' own: the training's group is busy, and gloo needs no GPU
+            self._group = dist.new_group(backend="gloo")
+        self._thread = threading.Thread(
+            target=self._run, args=(snapshot, before_commit), name="checkpoint", daemon=False
+        )
+        self._thread.start()
+
+    def wait(self) -> str | None:
+        """The URI of the checkpoint that was being written, once it is committed; None when there was none.
+
+        Raises:
+            RuntimeError: when a rank could not write its part; the checkpoints before it are untouched.
+        """
+        if self._thread is None:
+            return None
+        self._thread.join()
+        self._thread = None
+        outcome, self._outcome = self._outcome, None
+        if isinstance(outcome, BaseException):
+            raise RuntimeError(f"a checkpoint in {self.uri} could not be written: {outcome}") from outcome
+        return outcome
+
+    def wait_quietly(self) -> str | None:
+        """`wait` for a run that ends with another error: a checkpoint that fails is logged."""
+        try:
+            return self.wait()
+        except RuntimeError as error:
+            logger.error("%s", error)
+            return None
+
+    def _run(self, snapshot: Snapshot, before_commit: Callable[[], None] | None) -> None:
+        try:
+            target = storage.join_uri(self.uri, snapshot.tag)
+            rank = dist.get_rank()
             if rank == 0:
-                storage.write_json(storage.join_uri(target, STATE_FILE), state.to_json())
-                storage.write_json(storage.join_uri(target, GROUPS_FILE), [asdict(group) for group in groups])
-                storage.write_json(storage.join_uri(target, MODEL_FILE), model)
-            dist.barrier()
-        if rank == 0:
-            storage.write_json(storage.join_uri(target, COMMIT_FILE), {"files": _sizes(target)})
-            self._prune()
-        dist.barrier()
-        return target
+                self._agreed(lambda: storage.remove(target))  # what a killed attempt left
+                self._agreed(lambda: _write_files(target, snapshot.files, snapshot.documents))
+                self._agreed(lambda: self._commit(target, before_commit))
+            else:
+                self._agreed(lambda: None)
+                self._agreed(lambda: _write_files(target, snapshot.files, {}))
+                self._agreed(lambda: None)
+            self._outcome = target
+        except Exception as error:  # noqa: BLE001 - handed to `wait`, which raises it
+            self._outcome = error
+
+    def _agreed(self, act: Callable[[], None]) -> None:
+        """Runs `act`; then every rank knows whether all of them could."""
+        failure = None
+        try:
+            act()
+        except Exception as error:  # noqa: BLE001 - told to every rank, and raised on each
+            failure = f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
+        failures: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(failures, failure, group=self._group)
+        if any(failures):
+            raise RuntimeError("; ".join(text for text in failures if text))
+
+    def _commit(self, target: str, before_commit: Callable[[], None] | None) -> None:
+        if before_commit is not None:
+            before_commit()
+        storage.write_json(storage.join_uri(target, COMMIT_FILE), {"files": _sizes(target)})
+        self._prune()
 
     def newest(self) -> str | None:
         """The committed checkpoint with the highest step, or None."""
-        return next(iter(reversed(self.committed())), None)
+        return next((uri for uri in reversed(list_folders(self.uri)) if is_committed(uri)), None)
 
     def committed(self) -> list[str]:
         """Every committed checkpoint, oldest first."""
@@ -165,23 +244,46 @@ def read_state(uri: str) -> TrainState:
     return TrainState.from_json(storage.read_json(storage.join_uri(uri, STATE_FILE)), source=uri)
 
 
-def load_checkpoint(ds_engine: Any, uri: str, groups: Sequence[ParameterGroup]) -> None:
-    """Puts parameters, optimizer and generator back as they were at `uri`, on the same number of ranks.
+def restore_checkpoint(
+    uri: str,
+    model: nn.Module,
+    groups: Sequence[ParameterGroup],
+    build: Callable[[], Any],
+    *,
+    zero_stage: int,
+    precision: str,
+) -> Any:
+    """`build()`'s ds_engine with parameters, optimizer and generator as they were at `uri`.
+
+    With the shape that saved it (world size, ZeRO stage, precision) DeepSpeed loads its own files, bit for bit; with
+    another one every parameter is put together from the shards of all ranks and cut anew.
 
     Raises:
-        ValueError: when world size, ZeRO stage or the trained parameters are not the checkpoint's.
-        RuntimeError: when DeepSpeed cannot read it.
+        ValueError: when the trained parameters are not the checkpoint's.
+        RuntimeError: when the files cannot be read.
     """
     state = read_state(uri)
-    _check_same_shape(ds_engine, state, uri)
-    _check_same_groups(storage.read_json(storage.join_uri(uri, GROUPS_FILE)), groups, uri)
+    saved_groups = storage.read_json(storage.join_uri(uri, GROUPS_FILE))
+    _check_same_groups(saved_groups, groups, uri)
+    shape, saved_shape = (dist.get_world_size(), zero_stage, precision), _shape(state)
     with local_copy(uri) as folder:
-        loaded, _ = ds_engine.load_checkpoint(
-            str(folder.parent), tag=folder.name, load_lr_scheduler_states=False, load_module_strict=True
-        )
-        if loaded is None:
-            raise RuntimeError(f"DeepSpeed found no state in {uri}; resume from an earlier checkpoint")
-        torch.set_rng_state(torch.load(folder / f"rng-{dist.get_rank():05d}.pt", weights_only=True))
+        if shape == saved_shape:
+            ds_engine = build()
+            _load_natively(ds_engine, folder, uri)
+        else:
+            logger.info("%s: (ranks, ZeRO stage, precision) %s -> %s", uri, saved_shape, shape)
+            shards = open_shards(folder, state, saved_groups)
+            load_weights_from(shards, model)
+            ds_engine = build()
+            load_optimizer_from(shards, ds_engine, groups)
+        _set_generator_states(folder / f"rng-{dist.get_rank():05d}.pt", state)
+    return ds_engine
+
+
+def open_shards(folder: Path, state: TrainState, saved_groups: list[dict[str, Any]]) -> SavedShards:
+    """The parameters of a checkpoint's local folder."""
+    trained = [name for group in saved_groups for name in group["parameter_names"]]
+    return SavedShards(folder, zero_stage=state.zero_stage, trained=trained)
 
 
 @contextlib.contextmanager
@@ -195,22 +297,6 @@ def local_copy(uri: str) -> Iterator[Path]:
         folder = Path(scratch) / PurePosixPath(path).name
         filesystem.get(path.rstrip("/") + "/", f"{folder}/", recursive=True)
         yield folder
-
-
-def consolidate(folder: Path, zero_stage: int) -> dict[str, torch.Tensor]:
-    """The fp32 parameters of a checkpoint's local folder by name, put together from the shards of all ranks."""
-    import_deepspeed()
-    tensors: dict[str, torch.Tensor] = {}
-    if zero_stage < 3:  # every rank has the whole module; what is frozen is nowhere else in stages 0 and 1
-        file = folder / "mp_rank_00_model_states.pt"
-        tensors = torch.load(file, map_location="cpu", weights_only=False)["module"]
-    if zero_stage > 0:
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it prints a page
-            masters = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
-        tensors = {**tensors, **masters}
-    return {name: tensor.float() for name, tensor in tensors.items()}
 
 
 def list_folders(uri: str) -> list[str]:
@@ -247,13 +333,32 @@ def resolve_resume(uri: str, resume: Literal["auto", "never"] | str) -> str | No
     return resume
 
 
-def _check_same_shape(ds_engine: Any, state: TrainState, uri: str) -> None:
-    world_size, stage = dist.get_world_size(), ds_engine.zero_optimization_stage()
-    if (state.world_size, state.zero_stage) != (world_size, stage):
-        raise ValueError(
-            f"{uri} was saved by {state.world_size} ranks with ZeRO-{state.zero_stage}, this run has {world_size} with"
-            f" ZeRO-{stage}; use the same, or export its weights and start a phase from them"
-        )
+def _shape(state: TrainState) -> tuple[int, int, str]:
+    return state.world_size, state.zero_stage, state.precision
+
+
+def _load_natively(ds_engine: Any, folder: Path, uri: str) -> None:
+    loaded, _ = ds_engine.load_checkpoint(
+        str(folder.parent), tag=folder.name, load_lr_scheduler_states=False, load_module_strict=True
+    )
+    if loaded is None:
+        raise RuntimeError(f"DeepSpeed found no state in {uri}; resume from an earlier checkpoint")
+
+
+def _generator_states() -> dict[str, torch.Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def _set_generator_states(file: Path, state: TrainState) -> None:
+    """This rank's generators as they were; a rank that did not exist then gets a seed of its own."""
+    if not file.exists():
+        torch.manual_seed(state.global_step * 100_003 + dist.get_rank())
+        return
+    states = torch.load(file, weights_only=True)
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
 
 
 def _check_same_groups(saved: list[dict[str, Any]], groups: Sequence[ParameterGroup], uri: str) -> None:
@@ -280,7 +385,9 @@ def _sizes(uri: str) -> dict[str, int]:
     return sizes
 
 
-def _upload(folder: Path, target: str) -> None:
-    filesystem, path = storage.split_uri(target)
-    for file in sorted(folder.iterdir()):
-        filesystem.put_file(str(file), f"{path}/{file.name}")
+def _write_files(target: str, files: dict[str, Any], documents: dict[str, Any]) -> None:
+    for name, content in files.items():
+        uri = storage.join_uri(target, name)
+        storage.write_atomic(uri, lambda file, content=content: torch.save(content, file))  # type: ignore[misc]
+    for name, content in documents.items():
+        storage.write_json(storage.join_uri(target, name), content)

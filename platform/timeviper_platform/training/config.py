@@ -12,6 +12,7 @@ from typing import Literal
 
 from timeviper_model.backends import Backend
 from timeviper_model.config import PRESETS, TimeViperConfig, TransVSite
+from timeviper_model.lora import LoraConfig
 from timeviper_platform import storage
 from timeviper_platform.training.checkpoint import CheckpointConfig
 from timeviper_platform.training.feed import FeedConfig
@@ -51,6 +52,19 @@ class InitConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class HeldOutConfig:
+    """Samples that are never trained on, whose loss is told beside the training's."""
+
+    samples: tuple[SourceConfig, ...]
+    every_steps: int = 500
+    """steps between two looks; also after the phase's last step"""
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 1 or not self.samples:
+            raise ValueError(f"held_out needs samples, and {self.every_steps = } must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PhaseConfig:
     """One training phase."""
 
@@ -69,6 +83,9 @@ class PhaseConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     init: InitConfig | None = None
     """None takes the weights of the phase before"""
+    held_out: HeldOutConfig | None = None
+    lora: LoraConfig | None = None
+    """adapters beside the chosen linear maps, trained by a rule such as `.*\\.lora_[AB]`; merged at the phase's end"""
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
@@ -91,6 +108,8 @@ class WorkersConfig:
     resources_per_worker: dict[str, float] = field(default_factory=lambda: {"CPU": 1.0})
     max_failures: int = 3
     """worker groups that may be lost before the run fails; each restart resumes from the newest committed checkpoint"""
+    hang_timeout_s: float = 1800.0
+    """a worker that makes no progress for so long inside a step ends, and the log names the one that it waited for"""
     threads_per_worker: int = 1
     """torch threads; fixed, because another number adds up in another order"""
 
@@ -145,7 +164,8 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     phases = {
         name: replace(
             phase,
-            samples=tuple(replace(source, uri=_absolute(source.uri)) for source in phase.samples),
+            samples=_absolute_sources(phase.samples),
+            held_out=phase.held_out and replace(phase.held_out, samples=_absolute_sources(phase.held_out.samples)),
             init=None
             if phase.init is None
             else replace(
@@ -163,6 +183,10 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
         feature_store=_absolute(config.feature_store),
         tokenizer=_absolute_if_exists(config.tokenizer),
     )
+
+
+def _absolute_sources(sources: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
+    return tuple(replace(source, uri=_absolute(source.uri)) for source in sources)
 
 
 def _absolute(uri: str) -> str:

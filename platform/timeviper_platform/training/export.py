@@ -9,10 +9,11 @@ from typing import Any, Literal
 
 import torch
 
+from timeviper_model.lora import merge_lora
 from timeviper_model.timeviper import TimeViper
 from timeviper_model.weights import config_from_dict, load_tokenizer, save_pretrained
 from timeviper_platform import storage
-from timeviper_platform.training.checkpoint import MODEL_FILE, consolidate, local_copy, read_state
+from timeviper_platform.training.checkpoint import GROUPS_FILE, MODEL_FILE, local_copy, open_shards, read_state
 from timeviper_platform.training.zero import DTYPES
 
 logger = logging.getLogger(__name__)
@@ -31,8 +32,11 @@ def export_weights(checkpoint: str, output: str, *, dtype: Literal["fp32", "bf16
     """
     state = read_state(checkpoint)
     description = storage.read_json(storage.join_uri(checkpoint, MODEL_FILE))
+    saved_groups = storage.read_json(storage.join_uri(checkpoint, GROUPS_FILE))
     with local_copy(checkpoint) as folder:
-        tensors = consolidate(folder, state.zero_stage)
+        tensors = open_shards(folder, state, saved_groups).tensors()
+    if description["lora_scale"] is not None:
+        tensors = merge_lora(tensors, description["lora_scale"])
     model = _model_of(description, tensors, source=checkpoint).to(DTYPES[dtype])
     metadata = {**description["metadata"], "phase": state.phase, "step": str(state.step)}
     tokenizer = load_tokenizer(description["tokenizer"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from timeviper_model.batch import PackedBatch
 from timeviper_platform.training.collate import batch_bytes, collate, dummy_batch
@@ -26,6 +26,8 @@ class FeedConfig:
     """batches that wait, in bytes"""
     cache_bytes: int = 256 << 20
     """row groups of the feature store kept in memory"""
+    max_damaged_samples: int = 100
+    """samples whose features cannot be read are counted and left out; a run that meets more of them ends"""
 
 
 class MicroBatch(NamedTuple):
@@ -33,10 +35,24 @@ class MicroBatch(NamedTuple):
 
     batch: PackedBatch
     is_dummy: bool
+    pack: int = -1
+    """number within the step"""
+    sample_ids: tuple[str, ...] = ()
+
+
+class Damaged(NamedTuple):
+    """A sample that is left out of its pack."""
+
+    reject: Reject
+    num_tokens: int
+    num_targets: int
 
 
 class StepBatches(NamedTuple):
-    """What one rank needs for one step; the counts are those of the GLOBAL batch and equal on every rank."""
+    """What one rank needs for one step; the counts are those of the GLOBAL batch and equal on every rank.
+
+    They are the plan's: what is found to be damaged when it is read is in `damaged`, until all ranks agree on it.
+    """
 
     step: int
     micro_batches: list[MicroBatch]
@@ -50,6 +66,8 @@ class StepBatches(NamedTuple):
     """tokens / token budget of the step's packs"""
     end: PlanPosition
     """where the plan stands after this step"""
+    damaged: list[Damaged]
+    """samples that THIS rank cannot read"""
 
 
 class Feed:
@@ -106,8 +124,9 @@ class Feed:
     def _step(self, step: int, packs: list[Pack], end: PlanPosition) -> StepBatches:
         costs = [self._shape.cost(pack) for pack in packs]
         own = assign_packs(costs, self._world_size)[self._rank]
-        micro_batches = [MicroBatch(self._build(packs[number]), is_dummy=False) for number in own]
         dummy = dummy_batch(self._shape.dim, pad_token_id=self._shape.pad_token_id)
+        damaged: list[Damaged] = []
+        micro_batches = [self._micro_batch(number, packs[number], dummy, damaged) for number in own]
         micro_batches += [MicroBatch(dummy, is_dummy=True)] * (self.num_micro_steps - len(own))
         num_tokens = sum(pack.num_tokens for pack in packs)
         num_dummies = self.num_micro_steps * self._world_size - len(packs)
@@ -124,20 +143,38 @@ class Feed:
             num_padding_tokens=padding,
             fill=num_tokens / (len(packs) * self._shape.max_tokens),
             end=end,
+            damaged=damaged,
         )
 
-    def _build(self, pack: Pack) -> PackedBatch:
-        built = []
-        for entry in pack.entries:
-            item: BuiltSample | Reject = self._builder.build(self._rows[int(self._plan.table.rows[entry])])
-            if isinstance(item, Reject):
-                raise RuntimeError(
-                    f"sample {item.sample_id} was usable when the plan was made and is not now: {item.detail};"
-                    " the samples or the feature store changed under the run"
-                )
-            built.append(item)
+    def _micro_batch(self, number: int, pack: Pack, dummy: PackedBatch, damaged: list[Damaged]) -> MicroBatch:
+        """The pack's tensors; what it has lost is added to `damaged`."""
+        rows = [self._rows[int(self._plan.table.rows[entry])] for entry in pack.entries]
         shape = self._shape
-        return collate(built, self._builder.store, shape.dim, pad_to=shape.pad_to, pad_token_id=shape.pad_token_id)
+        batch, wrong = collate(
+            [self._build(row) for row in rows],
+            self._builder.store,
+            shape.dim,
+            pad_to=shape.pad_to,
+            pad_token_id=shape.pad_token_id,
+        )
+        for place, detail in wrong.items():
+            entry = pack.entries[place]
+            reject = Reject(rows[place]["sample_id"], "damaged_features", detail)
+            table = self._plan.table
+            damaged.append(Damaged(reject, int(table.num_tokens[entry]), int(table.num_targets[entry])))
+        sample_ids = tuple(row["sample_id"] for place, row in enumerate(rows) if place not in wrong)
+        if batch is None:
+            return MicroBatch(dummy, is_dummy=True)
+        return MicroBatch(batch, is_dummy=False, pack=number, sample_ids=sample_ids)
+
+    def _build(self, row: dict[str, Any]) -> BuiltSample:
+        item: BuiltSample | Reject = self._builder.build(row)
+        if isinstance(item, Reject):
+            raise RuntimeError(
+                f"sample {item.sample_id} was usable when the plan was made and is not now: {item.detail};"
+                " the samples or the feature store changed under the run"
+            )
+        return item
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from timeviper_platform.config import load_config
 from timeviper_platform.logs import setup_logging
 from timeviper_platform.training.checkpoint import resolve_resume
 from timeviper_platform.training.config import TrainConfig
+from timeviper_platform.training.failures import StoppedError, wishes_of_signals
 from timeviper_platform.training.loop import RunFolder, run_training
 
 logger = logging.getLogger(__name__)
@@ -40,9 +42,9 @@ def train_local(config: TrainConfig, *, resume: str = "auto") -> dict[str, Any]:
         ValueError, RuntimeError: see `run_training` and `resolve_resume`.
     """
     torch.set_num_threads(config.workers.threads_per_worker)
-    with process_group(use_gpu=config.workers.use_gpu) as device:
+    with process_group(use_gpu=config.workers.use_gpu) as device, wishes_of_signals() as wishes:
         resume_from = agree(lambda: resolve_resume(RunFolder.of(config).checkpoints, resume))
-        return run_training(config, resume_from=resume_from, device=device)
+        return run_training(config, resume_from=resume_from, device=device, wishes=wishes)
 
 
 def agree(decide: Any) -> Any:
@@ -85,7 +87,7 @@ def process_group(*, use_gpu: bool) -> Iterator[torch.device]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; 0 when the run ended well, 1 when it could not be run as configured."""
+    """The command line; 0 when the run ended well, 1 when it could not, 143 when SIGTERM stopped it."""
     parser = argparse.ArgumentParser(description="Train without Ray: one process a rank.")
     parser.add_argument("--config", required=True)
     parser.add_argument("--resume", default="auto", help="auto, never, or the URI of a checkpoint")
@@ -96,6 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger("timeviper_platform").setLevel(logging.INFO)
     try:
         report = train_local(load_config(TrainConfig, parsed.config, parsed.overrides), resume=parsed.resume)
+    except StoppedError as error:
+        logger.warning("%s", error)
+        return 128 + signal.SIGTERM  # as a shell says it
     except (ValueError, RuntimeError) as error:
         logger.error("%s", error)
         return 1

@@ -9,8 +9,7 @@ who started the process: local.py and trainer.py do.
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,33 +21,25 @@ from timeviper_model.timeviper import TimeViper
 from timeviper_model.weights import config_from_dict, load_tokenizer
 from timeviper_platform import storage
 from timeviper_platform.data.features import FeatureStore
-from timeviper_platform.training.checkpoint import (
-    MODEL_FILE,
-    Checkpoints,
-    TrainState,
-    load_checkpoint,
-    read_state,
-)
+from timeviper_platform.training.checkpoint import MODEL_FILE, Checkpoints, read_state
 from timeviper_platform.training.config import TrainConfig
+from timeviper_platform.training.curves import draw_curves
 from timeviper_platform.training.export import export_weights
-from timeviper_platform.training.feed import StepBatches
+from timeviper_platform.training.failures import Wishes, no_wishes
 from timeviper_platform.training.metrics import MetricsWriter, next_attempt, phase_report, read_metrics
-from timeviper_platform.training.phase import Phase, first_model, load_weights, prepare_phase
-from timeviper_platform.training.plan import PlanPosition
+from timeviper_platform.training.phase import Phase, adapt, first_model, load_weights, prepare_phase
+from timeviper_platform.training.phase_run import OnCheckpoint, PhaseRun
 from timeviper_platform.training.samples import Reject, count_rejects
-from timeviper_platform.training.schedule import learning_rate_factor
-from timeviper_platform.training.step import StepResult, train_step
-from timeviper_platform.training.zero import DTYPES, build_ds_engine, set_groups
+from timeviper_platform.training.trackers import Tracker, open_trackers
+from timeviper_platform.training.zero import DTYPES
 
 logger = logging.getLogger(__name__)
 
 REPORT_FILE = "report.json"
+CURVES_FILE = "curves.svg"
 REJECTS_FOLDER = "rejects"
 WEIGHTS_FOLDER = "weights"
 CHECKPOINTS_FOLDER = "checkpoints"
-
-OnCheckpoint = Callable[[str, dict[str, Any]], None]
-"""Called on every rank after a commit, with the checkpoint's URI and the step's row."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +73,13 @@ class RunFolder:
 
 
 def run_training(
-    config: TrainConfig, *, resume_from: str | None, device: torch.device, on_checkpoint: OnCheckpoint | None = None
+    config: TrainConfig,
+    *,
+    resume_from: str | None,
+    device: torch.device,
+    wishes: Wishes = no_wishes,
+    on_checkpoint: OnCheckpoint | None = None,
+    trackers: Sequence[Tracker] = (),
 ) -> dict[str, Any]:
     """Runs every phase that is not finished; the report by phase, equal on all ranks.
 
@@ -90,20 +87,33 @@ def run_training(
         config: the run.
         resume_from: a committed checkpoint, or None to begin with the first phase's weights.
         device: of this rank.
+        wishes: what somebody outside wants; asked before every step.
         on_checkpoint: see OnCheckpoint.
+        trackers: told of every step on rank 0, beside the configured ones.
 
     Raises:
         ValueError: when the configuration and what it names do not fit together.
-        RuntimeError: when the loss is not finite, or files cannot be read or written.
+        FatalTrainingError: when loss or gradients are not finite, or too many samples are damaged.
+        StoppedError: when somebody wished so.
+        RuntimeError: when files cannot be read or written, or the memory does not suffice.
     """
-    return _Run(config, device, on_checkpoint).phases(resume_from)
+    return _Run(config, device, wishes, on_checkpoint, trackers).phases(resume_from)
 
 
 class _Run:
-    def __init__(self, config: TrainConfig, device: torch.device, on_checkpoint: OnCheckpoint | None) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        device: torch.device,
+        wishes: Wishes,
+        on_checkpoint: OnCheckpoint | None,
+        trackers: Sequence[Tracker],
+    ) -> None:
         self._config = config
         self._folder = RunFolder.of(config)
         self._device = device
+        self._wishes = wishes
+        self._trackers = trackers
         self._on_checkpoint = on_checkpoint
         self._rank = dist.get_rank()
         self._store = FeatureStore.open(config.feature_store, cache_bytes=config.feed.cache_bytes)
@@ -121,7 +131,16 @@ class _Run:
             for name in names if resumed is None else names[names.index(resumed.phase) :]:
                 checkpoint = resume_from if resumed is not None and resumed.phase == name else None
                 phase = self._prepare(name, checkpoint)
-                global_step, newest = self._train(phase, checkpoint, global_step, writer)
+                run = PhaseRun(
+                    self._config,
+                    phase,
+                    self._checkpoints,
+                    writer,
+                    device=self._device,
+                    wishes=self._wishes,
+                    on_checkpoint=self._on_checkpoint,
+                )
+                global_step, newest = run.run(checkpoint, global_step)
                 self._finish(phase, newest)
         finally:
             if writer is not None:
@@ -134,13 +153,15 @@ class _Run:
             return None
         attempt = next_attempt(self._folder.uri)
         logger.info("run %s, attempt %d, %d ranks", self._folder.uri, attempt, dist.get_world_size())
-        return MetricsWriter(self._folder.uri, attempt, tensorboard=self._config.metrics.tensorboard)
+        own = self._config.metrics
+        trackers = [*open_trackers(own.mlflow, own.wandb, self._config.name), *self._trackers]
+        return MetricsWriter(self._folder.uri, attempt, tensorboard=own.tensorboard, trackers=trackers)
 
     def _prepare(self, name: str, checkpoint: str | None) -> Phase:
         phase = prepare_phase(
             self._config,
             name,
-            self._model(name, checkpoint),
+            adapt(self._model(name, checkpoint), self._config.phases[name], self._config.seed),
             self._store,
             self._tokenizer,
             rank=self._rank,
@@ -164,93 +185,6 @@ class _Run:
         names = list(self._config.phases)
         return load_weights(self._folder.weights(names[names.index(name) - 1])).train()
 
-    def _train(
-        self, phase: Phase, checkpoint: str | None, global_step: int, writer: MetricsWriter | None
-    ) -> tuple[int, str]:
-        """Runs the phase's steps; the number of finished steps of all phases, and the phase's last checkpoint."""
-        if checkpoint is not None:
-            state = read_state(checkpoint)
-            _check_plan(phase, state, checkpoint)
-            if state.step >= phase.num_steps:
-                return global_step, checkpoint
-        ds_engine = build_ds_engine(
-            phase.model.to(self._device),
-            phase.groups,
-            self._config.zero,
-            precision=self._config.precision,
-            num_micro_steps=phase.feed.num_micro_steps,
-        )
-        step, position, saved = 0, PlanPosition(0, 0), checkpoint
-        if checkpoint is not None:
-            load_checkpoint(ds_engine, checkpoint, phase.groups)
-            step, position = state.step, state.position
-            logger.info("phase %s goes on after step %d, from %s", phase.name, step, checkpoint)
-        progress = _Progress(phase, self._config.metrics.log_every_steps, step)
-        batches_ahead = phase.feed.prefetch(position, step, phase.num_steps, self._config.feed)
-        try:
-            started = time.perf_counter()
-            for batches in batches_ahead:
-                waited_s = time.perf_counter() - started
-                result, rates = self._step(ds_engine, phase, batches)
-                global_step += 1
-                seconds = time.perf_counter() - started
-                row = _row(phase, batches, result, rates, global_step, seconds, waited_s)
-                if writer is not None:
-                    writer.write(row)
-                    progress.show(row)
-                if self._is_due(batches.step, phase.num_steps):
-                    saved = self._save(ds_engine, phase, batches, global_step, writer, row)
-                started = time.perf_counter()
-        finally:
-            batches_ahead.close()
-            ds_engine.destroy()
-        assert saved is not None  # the last step is always saved
-        return global_step, saved
-
-    def _step(self, ds_engine: Any, phase: Phase, batches: StepBatches) -> tuple[StepResult, dict[str, float]]:
-        factor = learning_rate_factor(batches.step, phase.num_steps, phase.config.schedule)
-        set_groups(ds_engine, phase.groups, factor)
-        result = train_step(
-            ds_engine,
-            batches,
-            use_transv=phase.config.use_transv,
-            device=self._device,
-            dtype=DTYPES[self._config.precision],
-        )
-        return result, {group.name: group.lr * factor for group in phase.groups}
-
-    def _is_due(self, step: int, num_steps: int) -> bool:
-        every = self._config.checkpoint.every_steps
-        return step == num_steps or (every > 0 and step % every == 0)
-
-    def _save(
-        self,
-        ds_engine: Any,
-        phase: Phase,
-        batches: StepBatches,
-        global_step: int,
-        writer: MetricsWriter | None,
-        row: dict[str, Any],
-    ) -> str:
-        started = time.perf_counter()
-        state = TrainState(
-            phase=phase.name,
-            step=batches.step,
-            global_step=global_step,
-            position=batches.end,
-            plan_hash=phase.plan.hash,
-            world_size=dist.get_world_size(),
-            zero_stage=self._config.zero.stage,
-            precision=self._config.precision,
-        )
-        if writer is not None:
-            writer.flush()
-        uri = self._checkpoints.save(ds_engine, state, phase.groups, phase.description)
-        logger.info("checkpoint %s committed in %.2f s", uri, time.perf_counter() - started)
-        if self._on_checkpoint is not None:
-            self._on_checkpoint(uri, row)
-        return uri
-
     def _finish(self, phase: Phase, checkpoint: str) -> None:
         """Weights of the phase and its part of the report, by rank 0; the others wait."""
         if self._rank == 0:
@@ -261,66 +195,10 @@ class _Run:
     def _write_report(self, name: str, rejects: list[Reject]) -> None:
         report = storage.read_json(self._folder.report) if storage.exists(self._folder.report) else {}
         rows = [row for row in read_metrics(self._folder.uri) if row["phase"] == name]
-        report[name] = {**phase_report(rows), "rejects": count_rejects(rejects)}
+        counts = count_rejects(rejects)
+        if num_damaged := sum(row["num_damaged_samples"] for row in rows):
+            counts["damaged_features"] = num_damaged
+        report[name] = {**phase_report(rows), "rejects": counts}
         storage.write_json(self._folder.report, report)
-
-
-class _Progress:
-    """Lines in the log: what is done, how it goes, how long it will take."""
-
-    def __init__(self, phase: Phase, every: int, first_step: int) -> None:
-        self._phase = phase
-        self._every = every
-        self._first_step = first_step
-        self._started = time.perf_counter()
-
-    def show(self, row: dict[str, Any]) -> None:
-        step, num_steps = row["step"], self._phase.num_steps
-        if step % self._every and step not in (self._first_step + 1, num_steps):
-            return
-        elapsed = time.perf_counter() - self._started
-        left = elapsed / (step - self._first_step) * (num_steps - step)
-        logger.info(
-            "%s step %d/%d loss %.4f lr %.2e grad norm %.2f %.0f tokens/s data wait %.1f %% %.0f s left",
-            *(self._phase.name, step, num_steps, row["loss"], max(row["lr"].values()), row["grad_norm"]),
-            *(row["tokens_per_second"], 100 * row["data_wait_share"], left),
-        )
-
-
-def _row(
-    phase: Phase,
-    batches: StepBatches,
-    result: StepResult,
-    rates: dict[str, float],
-    global_step: int,
-    seconds: float,
-    waited_s: float,
-) -> dict[str, Any]:
-    computed = batches.num_tokens + batches.num_padding_tokens
-    return {
-        "phase": phase.name,
-        "step": batches.step,
-        "global_step": global_step,
-        "epoch": batches.end.epoch,
-        "loss": result.loss,
-        "lr": rates,
-        "grad_norm": result.grad_norm,
-        "num_tokens": batches.num_tokens,
-        "num_targets": batches.num_targets,
-        "num_samples": batches.num_samples,
-        "num_vision_tokens": list(result.num_vision_tokens),
-        "tokens_per_second": batches.num_tokens / seconds,
-        "padding_share": batches.num_padding_tokens / computed,
-        "fill": batches.fill,
-        "data_wait_share": waited_s / seconds,
-        "seconds": seconds,
-    }
-
-
-def _check_plan(phase: Phase, state: TrainState, checkpoint: str) -> None:
-    if state.plan_hash != phase.plan.hash:
-        raise ValueError(
-            f"{checkpoint} was training phase {state.phase} on another pack plan ({state.plan_hash[:12]}, now"
-            f" {phase.plan.hash[:12]}): seed, samples, weights, packing, frames or the feature store have changed;"
-            " put them back, or start a new run from exported weights"
-        )
+        picture = draw_curves(read_metrics(self._folder.uri), self._config.name)
+        storage.write_bytes(storage.join_uri(self._folder.uri, CURVES_FILE), picture.encode())

@@ -13,13 +13,14 @@ import json
 import logging
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
 
 from timeviper_platform import storage
+from timeviper_platform.training.trackers import MlflowConfig, Tracker, WandbConfig
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,8 @@ class MetricsConfig:
     log_every_steps: int = 20
     """steps between lines of progress in the log; every step is a row in the file"""
     tensorboard: bool = True
+    mlflow: MlflowConfig | None = None
+    wandb: WandbConfig | None = None
 
     def __post_init__(self) -> None:
         if self.log_every_steps < 1:
@@ -50,9 +53,11 @@ class MetricsWriter:
         run_uri: the run's folder; anything but a local disk gets a copy at every `flush`.
         attempt: from `next_attempt`.
         tensorboard: also write event files.
+        trackers: who else is told of every row.
     """
 
-    def __init__(self, run_uri: str, attempt: int, *, tensorboard: bool) -> None:
+    def __init__(self, run_uri: str, attempt: int, *, tensorboard: bool, trackers: Sequence[Tracker] = ()) -> None:
+        self._trackers = list(trackers)
         self._run_uri = run_uri
         self._attempt = attempt
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
@@ -74,9 +79,12 @@ class MetricsWriter:
         """Adds a row, which has at least `phase`, `step` and `global_step`."""
         self._file.write(json.dumps({"attempt": self._attempt, **row}) + "\n")
         self._file.flush()
+        scalars = {f"{row['phase']}/{name}": value for name, value in _scalars(row)}
         if self._tensorboard is not None:
-            for name, value in _scalars(row):
-                self._tensorboard.add_scalar(f"{row['phase']}/{name}", value, row["step"])
+            for name, value in scalars.items():
+                self._tensorboard.add_scalar(name, value, row["step"])
+        for tracker in self._trackers:
+            tracker.log(scalars, row["global_step"])
 
     def flush(self) -> None:
         """Everything written so far is in the run's folder afterwards."""
@@ -90,8 +98,10 @@ class MetricsWriter:
                 filesystem.put_file(str(file), f"{target}/{file.relative_to(self._root).as_posix()}")
 
     def close(self) -> None:
-        """Flushes and closes the files."""
+        """Flushes and closes the files and the trackers."""
         self.flush()
+        for tracker in self._trackers:
+            tracker.close()
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
@@ -138,7 +148,16 @@ def phase_report(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
         "tokens": sum(row["num_tokens"] for row in rows),
         "fill": _mean([row["fill"] for row in rows]),
         "data_wait_share": _mean([row["data_wait_share"] for row in rows]),
+        "checkpoint_stall_share": _stall_share(rows),
+        "held_out_loss": next((row["held_out_loss"] for row in reversed(rows) if "held_out_loss" in row), None),
     }
+
+
+def _stall_share(rows: list[dict[str, Any]]) -> float | None:
+    """Time that steps waited for checkpoints / all time; what is written after the last step is not in it."""
+    stall_s = sum(row["checkpoint_stall_s"] for row in rows)
+    seconds = sum(row["seconds"] for row in rows) + stall_s
+    return stall_s / seconds if seconds else None
 
 
 def _mean(values: list[float]) -> float | None:

@@ -85,14 +85,18 @@ def freeze_others(model: nn.Module, groups: Sequence[ParameterGroup]) -> None:
 
 
 def describe_groups(groups: Sequence[ParameterGroup], num_parameters: int) -> str:
-    """The resolved groups as the lines that a run logs."""
-    lines = [
-        f"  {group.name}: {len(group.parameter_names)} tensors, {group.num_parameters:,} parameters,"
-        f" lr {group.lr:g}, weight decay {group.weight_decay:g}"
-        for group in groups
-    ]
+    """The resolved groups as the lines that a run logs and a dry run prints."""
     trained = sum(group.num_parameters for group in groups)
-    return "\n".join([f"{trained:,} of {num_parameters:,} parameters are trained", *lines])
+    return "\n".join(
+        [
+            f"{trained:,} of {num_parameters:,} parameters are trained",
+            *(
+                f"    {group.name}: {len(group.parameter_names)} tensors, {group.num_parameters:,} parameters,"
+                f" lr {group.lr:g}, weight decay {group.weight_decay:g}"
+                for group in groups
+            ),
+        ]
+    )
 
 
 def _kinds(names: Sequence[str]) -> str:

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from timeviper_model.config import TimeViperConfig, VisionConfig
+from timeviper_model.lora import LORA_A, LORA_B, add_lora
 from timeviper_model.prompt import TEMPLATES, check_tokenizer
 from timeviper_model.timeviper import TimeViper
-from timeviper_model.weights import config_to_dict, from_pretrained, load_backbone
+from timeviper_model.weights import config_from_dict, config_to_dict, from_pretrained, load_backbone
 from timeviper_platform import storage
 from timeviper_platform.data.features import FeatureStore
 from timeviper_platform.training.config import InitConfig, PhaseConfig, TrainConfig
@@ -47,6 +48,9 @@ class Phase:
     plan: PackPlan
     feed: Feed
     num_steps: int
+    held_out: Feed | None
+    """one epoch of the held-out samples"""
+    num_held_out_steps: int
     rejects: list[Reject]
     description: dict[str, Any]
     """what model.json of its checkpoints holds"""
@@ -62,7 +66,7 @@ def prepare_phase(
     rank: int,
     world_size: int,
 ) -> Phase:
-    """The phase `name` of `config`, on a model that has its first weights (or will load a checkpoint).
+    """The phase `name` of `config`, on a model that `adapt` has seen and that has (or will load) its weights.
 
     Raises:
         ValueError: when samples, feature store, tokenizer, model and configuration do not fit together.
@@ -76,8 +80,10 @@ def prepare_phase(
     )
     plan = PackPlan(table, phase.packing, config.seed)
     num_steps = phase.steps or plan.num_steps(phase.packs_per_step, phase.epochs or 1)
-    groups = resolve_groups(model, phase.trainable)
-    feed = Feed(plan, rows, builder, _feed_shape(phase, model.config, tokenizer), rank=rank, world_size=world_size)
+    groups = phase_groups(model, phase)
+    shape = _feed_shape(phase, model.config, tokenizer)
+    feed = Feed(plan, rows, builder, shape, rank=rank, world_size=world_size)
+    held_out, num_held_out_steps = _held_out(phase, builder, shape, rank=rank, world_size=world_size)
     logger.info(
         "phase %s: %d samples, %d rejects %s, %d packs in the first epoch, %d steps of %d packs",
         *(name, len(table), len(rejects), count_rejects(rejects), len(plan.epoch(0))),
@@ -92,13 +98,54 @@ def prepare_phase(
         plan=plan,
         feed=feed,
         num_steps=num_steps,
+        held_out=held_out,
+        num_held_out_steps=num_held_out_steps,
         rejects=rejects,
         description={
             "config": config_to_dict(model.config),
             "tokenizer": config.tokenizer,
             "metadata": _metadata(config, phase, store),
+            "lora_scale": None if phase.lora is None else phase.lora.scale,
         },
     )
+
+
+def _held_out(
+    phase: PhaseConfig, builder: SampleBuilder, shape: FeedShape, *, rank: int, world_size: int
+) -> tuple[Feed | None, int]:
+    """The feed of the held-out samples and its steps; their order matters to nothing, so the seed is 0."""
+    if phase.held_out is None:
+        return None, 0
+    rows = SampleRows.read(phase.held_out.samples)
+    caps = phase.packing
+    table, rejects = measure_samples(rows, builder, max_tokens=caps.max_tokens, max_frames=caps.max_frames)
+    plan = PackPlan(table, caps, seed=0)
+    logger.info("held out: %d samples, rejects %s", len(table), count_rejects(rejects))
+    feed = Feed(plan, rows, builder, replace(shape, num_epochs=1), rank=rank, world_size=world_size)
+    return feed, plan.num_steps(shape.packs_per_step, 1)
+
+
+def adapt(model: TimeViper, phase: PhaseConfig, seed: int) -> TimeViper:
+    """The model with the phase's adapters, in place; the same on every rank."""
+    if phase.lora is not None:
+        add_lora(model, phase.lora, torch.Generator().manual_seed(seed))
+    return model
+
+
+def phase_groups(model: TimeViper, phase: PhaseConfig) -> list[ParameterGroup]:
+    """The optimizer groups of a phase, on a model that has the phase's adapters.
+
+    Raises:
+        ValueError: see `resolve_groups`; and when adapters were added that no rule trains.
+    """
+    groups = resolve_groups(model, phase.trainable)
+    trained = {name for group in groups for name in group.parameter_names}
+    idle = [name for name, _ in model.named_parameters() if name.endswith((LORA_A, LORA_B)) and name not in trained]
+    if idle:
+        raise ValueError(
+            f"{len(idle)} LoRA tensors such as {idle[0]} are trained by no rule; add match: '.*\\.lora_[AB]'"
+        )
+    return groups
 
 
 def first_model(init: InitConfig, store: FeatureStore, encoder: str | None) -> TimeViper:
@@ -107,17 +154,31 @@ def first_model(init: InitConfig, store: FeatureStore, encoder: str | None) -> T
     Raises:
         ValueError: when the store's features do not fit the model, or the weights cannot be loaded.
     """
+    config = first_model_config(init, store, encoder)
     if init.weights is not None:
-        model = load_weights(init.weights)
-        _check_same_vision(model.config.vision, vision_of(store, model.config.vision, encoder), init.weights)
-        return model.train()
-    config = init.model_config()
-    config = replace(config, vision=vision_of(store, config.vision, encoder))
+        return load_weights(init.weights).train()
     model = TimeViper(config)
     model.init_weights(torch.Generator().manual_seed(init.seed))
     if init.backbone is not None:
         load_backbone(model, init.backbone)
     return model.train()
+
+
+def first_model_config(init: InitConfig, store: FeatureStore, encoder: str | None) -> TimeViperConfig:
+    """The sizes of `first_model`, whose values are not read.
+
+    Raises:
+        ValueError: as `first_model`.
+    """
+    if init.weights is None:
+        config = init.model_config()
+        return replace(config, vision=vision_of(store, config.vision, encoder))
+    file = storage.join_uri(init.weights, "config.json")
+    if not storage.exists(file):
+        raise ValueError(f"{file} does not exist; a weights folder is what a phase or jobs/export.py writes")
+    config = config_from_dict(storage.read_json(file), where=file)
+    _check_same_vision(config.vision, vision_of(store, config.vision, encoder), init.weights)
+    return config
 
 
 def load_weights(uri: str) -> TimeViper:

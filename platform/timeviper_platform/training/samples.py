@@ -27,7 +27,14 @@ MEMO_TEXTS = 65_536
 """Texts whose ids are remembered; templates and stock questions come again in every sample."""
 
 RejectReason = Literal[
-    "no_features", "no_frames", "bad_media", "bad_conversation", "no_targets", "too_long", "too_many_frames"
+    "no_features",
+    "no_frames",
+    "bad_media",
+    "bad_conversation",
+    "no_targets",
+    "too_long",
+    "too_many_frames",
+    "damaged_features",
 ]
 
 
@@ -247,6 +254,11 @@ def measure_samples(
     return table, rejects
 
 
+def missing_sources(sources: Sequence[SourceConfig]) -> list[str]:
+    """URIs of the sources that have no files."""
+    return [source.uri for source in sources if not _existing_files(source.uri)]
+
+
 def count_rejects(rejects: Sequence[Reject]) -> dict[str, int]:
     """How many rows were left out for each reason."""
     return dict(sorted(Counter(reject.reason for reject in rejects).items()))
@@ -261,11 +273,16 @@ def _within_caps(sample_id: str, built: BuiltSample, max_tokens: int, max_frames
 
 
 def _source_files(uri: str) -> list[str]:
-    files = [uri] if uri.endswith(".parquet") else storage.list_files(uri, ".parquet")
-    missing = [file for file in files if not storage.exists(file)]
-    if missing or not files:
+    files = _existing_files(uri)
+    if not files:
         raise ValueError(f"there are no samples at {uri!r}; name a Parquet file of SAMPLES rows or a folder of them")
     return files
+
+
+def _existing_files(uri: str) -> list[str]:
+    if uri.endswith(".parquet"):
+        return [uri] if storage.exists(uri) else []
+    return storage.list_files(uri, ".parquet")
 
 
 def _read_file(uri: str) -> pa.Table:

@@ -1,15 +1,18 @@
-"""One training step: micro-batches forward and backward, one update, and the sums that describe it.
+"""One training step: what the ranks agree on before it, micro-batches forward and backward, one update, and its sums.
 
 Knows the ds_engine and the model's output; does not know where batches come from or where metrics go.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from timeviper_platform.training.failures import FatalTrainingError, Wish, out_of_memory_advice
 from timeviper_platform.training.feed import StepBatches
 from timeviper_platform.training.zero import loss_scale
 
@@ -25,18 +28,56 @@ class StepResult(NamedTuple):
     """entering the language model, and left after every TransV site"""
 
 
+class Agreement(NamedTuple):
+    """What all ranks know alike before a step."""
+
+    batches: StepBatches
+    """with the counts of what is really there"""
+    num_damaged: int
+    """samples of the global batch that some rank cannot read"""
+    wish: Wish
+
+
+def agree(batches: StepBatches, wish: Wish, *, device: torch.device) -> Agreement:
+    """The step without what any rank found damaged, and the strongest wish; one small collective."""
+    lost = [len(batches.damaged), sum(item.num_tokens for item in batches.damaged)]
+    lost += [sum(item.num_targets for item in batches.damaged)]
+    wishes = [int(wish is Wish.SAVE), int(wish is Wish.STOP)]
+    sums = torch.tensor(lost + wishes, dtype=torch.int64, device=device)
+    dist.all_reduce(sums)
+    num_samples, num_tokens, num_targets, num_save, num_stop = (int(count) for count in sums.tolist())
+    agreed = batches._replace(
+        num_samples=batches.num_samples - num_samples,
+        num_tokens=batches.num_tokens - num_tokens,
+        num_targets=batches.num_targets - num_targets,
+    )
+    return Agreement(agreed, num_samples, Wish.STOP if num_stop else Wish.SAVE if num_save else Wish.GO_ON)
+
+
 def train_step(
     ds_engine: Any, batches: StepBatches, *, use_transv: bool, device: torch.device, dtype: torch.dtype
 ) -> StepResult:
     """Runs the step's micro-batches and updates the parameters.
 
     Raises:
-        RuntimeError: when the loss is not finite, before the update's effect is saved anywhere.
+        FatalTrainingError: when loss or gradient norm are not finite, before the update's effect is saved anywhere.
+        RuntimeError: when the memory does not suffice.
     """
-    scale = loss_scale(batches.num_targets, dist.get_world_size())
+    largest = max(len(item.batch.input_ids) for item in batches.micro_batches)
+    with out_of_memory_advice(step=batches.step, largest_pack=largest):
+        return _train_step(ds_engine, batches, use_transv=use_transv, device=device, dtype=dtype)
+
+
+def _train_step(
+    ds_engine: Any, batches: StepBatches, *, use_transv: bool, device: torch.device, dtype: torch.dtype
+) -> StepResult:
+    scale = loss_scale(max(1, batches.num_targets), dist.get_world_size())
     sums: torch.Tensor | None = None
-    for number, (batch, is_dummy) in enumerate(batches.micro_batches, start=1):
-        output = ds_engine(batch.to(device, dtype), use_transv=use_transv)
+    losses = []
+    for number, item in enumerate(batches.micro_batches, start=1):
+        is_dummy = item.is_dummy
+        output = ds_engine(item.batch.to(device, dtype), use_transv=use_transv)
+        losses.append(output.loss_sum.detach())
         weight = 0.0 if is_dummy else scale
         ds_engine.backward(output.loss_sum * weight, scale_wrt_gas=False)
         figures = torch.cat([output.loss_sum.detach().double()[None], output.num_vision_tokens.double()])
@@ -47,13 +88,40 @@ def train_step(
     assert sums is not None
     dist.all_reduce(sums)
     loss_sum, *num_vision_tokens = sums.tolist()
-    loss = loss_sum / batches.num_targets
-    if loss != loss or loss in (float("inf"), float("-inf")):
-        raise RuntimeError(
-            f"loss is {loss} at step {batches.step}; resume from an earlier checkpoint with a lower learning rate"
-        )
-    grad_norm = ds_engine.get_global_grad_norm() if norm is None else norm
-    return StepResult(loss, float(grad_norm or 0.0), tuple(int(count) for count in num_vision_tokens))
+    loss = loss_sum / max(1, batches.num_targets)
+    grad_norm = float((ds_engine.get_global_grad_norm() if norm is None else norm) or 0.0)
+    if not math.isfinite(loss) or not math.isfinite(grad_norm):
+        raise FatalTrainingError(_not_finite(batches, loss, grad_norm, torch.stack(losses)))
+    return StepResult(loss, grad_norm, tuple(int(count) for count in num_vision_tokens))
+
+
+@torch.no_grad()
+def held_out_loss(
+    ds_engine: Any, steps: Iterable[StepBatches], *, use_transv: bool, device: torch.device, dtype: torch.dtype
+) -> float:
+    """Mean cross entropy over the labelled positions of all ranks' batches, without an update; collective."""
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for item in (item for step in steps for item in step.micro_batches):
+        output = ds_engine(item.batch.to(device, dtype), use_transv=use_transv)
+        if not item.is_dummy:
+            sums += torch.stack([output.loss_sum.double(), output.num_targets.double()])
+    dist.all_reduce(sums)
+    loss_sum, num_targets = sums.tolist()
+    return float(loss_sum / max(1.0, num_targets))
+
+
+def _not_finite(batches: StepBatches, loss: float, grad_norm: float, losses: torch.Tensor) -> str:
+    """Says which packs of which rank it came from; collective."""
+    own = [
+        f"pack {item.pack} (samples {', '.join(item.sample_ids)})"
+        for item, finite in zip(batches.micro_batches, losses.isfinite().tolist(), strict=True)
+        if not finite and not item.is_dummy
+    ]
+    found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(found, own)
+    packs = [pack for packs in found for pack in packs]
+    where = "in " + "; ".join(packs) if packs else "though the loss of every pack is finite"
+    return f"loss is {loss} and the gradient norm {grad_norm} at step {batches.step}, {where}"
 
 
 def _unpartitioned_norm(ds_engine: Any) -> float | None:

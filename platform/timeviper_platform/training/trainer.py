@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,13 @@ import torch
 from ray import train
 from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.util.metrics import Gauge
 
 from timeviper_platform import storage
 from timeviper_platform.logs import setup_logging
 from timeviper_platform.training.checkpoint import resolve_resume
 from timeviper_platform.training.config import TrainConfig, with_absolute_paths
+from timeviper_platform.training.failures import FatalTrainingError, Wish
 from timeviper_platform.training.local import agree
 from timeviper_platform.training.loop import RunFolder, run_training
 
@@ -30,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 RAY_FOLDER = "ray"
 """Ray Train's own small files inside the run's folder"""
+PREEMPTION_CHECK_STEPS = 10
+"""steps between questions to Ray whether a node goes away: each is a barrier of milliseconds"""
 POINTER_FILE = "checkpoint.json"
 """what Ray stores of a checkpoint: the URI of ours"""
 
@@ -91,9 +97,51 @@ def _worker(arguments: dict[str, Any]) -> dict[str, Any] | str:
     # what this run has committed since comes before where it started
     resume_from = agree(lambda: resolve_resume(checkpoints, "auto")) or arguments["start"]
     try:
-        return run_training(config, resume_from=resume_from, device=get_device(), on_checkpoint=_report)
-    except ValueError as error:  # the caller's mistake: every further attempt would meet it again
+        return run_training(
+            config,
+            resume_from=resume_from,
+            device=get_device(),
+            wishes=_PreemptionWatch(),
+            on_checkpoint=_report,
+            trackers=[_Gauges(config.name)],
+        )
+    except (ValueError, FatalTrainingError) as error:  # on every rank alike: a further attempt would meet it again
         return str(error)
+
+
+class _Gauges:
+    """The numbers of the last step for Prometheus, which scrapes every Ray node."""
+
+    def __init__(self, run: str) -> None:
+        self._run = run
+        self._gauges: dict[str, Gauge] = {}
+
+    def log(self, scalars: Mapping[str, float], global_step: int) -> None:
+        """Sets one gauge a number; the phase and the run are tags."""
+        for name, value in {**scalars, "all/global_step": float(global_step)}.items():
+            phase, _, metric = name.partition("/")
+            gauge = "timeviper_train_" + re.sub(r"\W+", "_", metric).strip("_")
+            if gauge not in self._gauges:
+                self._gauges[gauge] = Gauge(gauge, description=metric, tag_keys=("run", "phase"))
+            self._gauges[gauge].set(value, tags={"run": self._run, "phase": phase})
+
+    def close(self) -> None:
+        """Ray takes the gauges away with the worker."""
+
+
+class _PreemptionWatch:
+    """A wish to save, once, when Ray has heard that a node will be taken away; Ray itself ends the workers."""
+
+    def __init__(self) -> None:
+        self._num_asked = 0
+        self._has_wished = False
+
+    def __call__(self) -> Wish:
+        self._num_asked += 1
+        if self._has_wished or self._num_asked % PREEMPTION_CHECK_STEPS:
+            return Wish.GO_ON
+        self._has_wished = train.get_preemption_info() is not None  # a barrier: all ranks ask at the same steps
+        return Wish.SAVE if self._has_wished else Wish.GO_ON
 
 
 def _report(uri: str, row: dict[str, Any]) -> None:

@@ -32,12 +32,19 @@ class ZeroConfig:
     eps: float = 1e-8
     max_grad_norm: float = 1.0
     """gradients are scaled down to this global norm; 0 leaves them"""
+    offload_optimizer: bool = False
+    """keep masters and moments in the host's memory and step there: slower, and 12 bytes a trained parameter less"""
+
+    def __post_init__(self) -> None:
+        if self.offload_optimizer and self.stage == 0:
+            raise ValueError("zero.offload_optimizer needs zero.stage 1, 2 or 3: stage 0 has no optimizer of its own")
 
 
 def deepspeed_config(
     config: ZeroConfig, *, precision: Precision, world_size: int, num_micro_steps: int
 ) -> dict[str, Any]:
     """DeepSpeed's own configuration; a micro-batch is one pack."""
+    offload = {"offload_optimizer": {"device": "cpu"}} if config.offload_optimizer else {}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": num_micro_steps,
@@ -51,6 +58,7 @@ def deepspeed_config(
             "stage3_prefetch_bucket_size": config.bucket_size,
             "overlap_comm": False,  # on CPU there is no second stream; on CUDA a part of the performance work
             "contiguous_gradients": True,
+            **offload,
         },
         # torch's AdamW everywhere: DeepSpeed's own for CPU is compiled at first use, for minutes
         "zero_allow_untested_optimizer": True,

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import s3fs
 import torch
-from moto.server import ThreadedMotoServer
 
 from reference.made_media import make_encoder, make_video
 from timeviper_platform.data import listing
@@ -21,35 +19,13 @@ from timeviper_platform.data.pipeline import PreprocessConfig, run_in_process, r
 from timeviper_platform.data.probe import file_version, probe_media
 
 
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[s3fs.S3FileSystem]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in (
-        ("AWS_ENDPOINT_URL", f"http://{host}:{port}"),
-        ("AWS_ACCESS_KEY_ID", "test"),
-        ("AWS_SECRET_ACCESS_KEY", "test"),
-        ("AWS_DEFAULT_REGION", "us-east-1"),
-        ("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required"),
-    ):
-        monkeypatch.setenv(name, value)
-    s3fs.S3FileSystem.clear_instance_cache()
-    filesystem = s3fs.S3FileSystem()
-    filesystem.mkdir("bucket")
-    yield filesystem
-    filesystem.rm("bucket", recursive=True)  # the server's buckets live as long as this process
-    s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
-
-
-def test_media_and_features_on_an_object_store(bucket: s3fs.S3FileSystem, tmp_path: Path) -> None:
+def test_media_and_features_on_an_object_store(s3_bucket: s3fs.S3FileSystem, tmp_path: Path) -> None:
     encoder = make_encoder(tmp_path / "encoder")
     make_video(tmp_path / "clip.mp4", range(24))
     for name in ("videos/a.mp4", "videos/b.mp4"):
-        bucket.put(str(tmp_path / "clip.mp4"), f"bucket/{name}")
-    bucket.pipe("bucket/videos/text.mp4", b"text")
-    bucket.pipe("bucket/manifest.csv", b"uri\nvideos/a.mp4\nvideos/b.mp4\nvideos/text.mp4\nvideos/none.mp4\n")
+        s3_bucket.put(str(tmp_path / "clip.mp4"), f"bucket/{name}")
+    s3_bucket.pipe("bucket/videos/text.mp4", b"text")
+    s3_bucket.pipe("bucket/manifest.csv", b"uri\nvideos/a.mp4\nvideos/b.mp4\nvideos/text.mp4\nvideos/none.mp4\n")
     config = PreprocessConfig(
         input="s3://bucket/manifest.csv",
         output="s3://bucket/features",
@@ -64,9 +40,9 @@ def test_media_and_features_on_an_object_store(bucket: s3fs.S3FileSystem, tmp_pa
     assert first.features.shape == (3, 4, 16)
     assert torch.equal(first.features, second.features)
     assert first.info.uri.startswith("s3://bucket/videos/")
-    bucket.pipe("bucket/features/data/orphan.parquet", b"half")
+    s3_bucket.pipe("bucket/features/data/orphan.parquet", b"half")
     assert run_preprocess(config, run=run_in_process).segments_encoded == 0
-    assert not bucket.exists("bucket/features/data/orphan.parquet")
+    assert not s3_bucket.exists("bucket/features/data/orphan.parquet")
     from_glob = PreprocessConfig(
         input="s3://bucket/videos/*.mp4", output=str(tmp_path / "store"), encoder=config.encoder
     )
@@ -74,18 +50,18 @@ def test_media_and_features_on_an_object_store(bucket: s3fs.S3FileSystem, tmp_pa
 
 
 def test_a_listing_comes_in_pages_and_says_what_the_objects_say(
-    bucket: s3fs.S3FileSystem, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    s3_bucket: s3fs.S3FileSystem, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(listing, "S3_PAGE_KEYS", 2)
     make_video(tmp_path / "clip.mp4", range(8))
     names = [f"videos/{folder}/{number}.mp4" for folder in "ab" for number in range(3)] + ["videos/c.mp4"]
     for name in names:
-        bucket.put(str(tmp_path / "clip.mp4"), f"bucket/{name}")
-    bucket.pipe("bucket/videos/notes.txt", b"text")
-    bucket.pipe("bucket/videosb.mp4", b"beside the prefix")
+        s3_bucket.put(str(tmp_path / "clip.mp4"), f"bucket/{name}")
+    s3_bucket.pipe("bucket/videos/notes.txt", b"text")
+    s3_bucket.pipe("bucket/videosb.mp4", b"beside the prefix")
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         tar.add(tmp_path / "clip.mp4", "clip.mp4")
-    bucket.put(str(tmp_path / "x.tar"), "bucket/videos/x.tar")
+    s3_bucket.put(str(tmp_path / "x.tar"), "bucket/videos/x.tar")
     items = [item for page in read_pages("s3://bucket/videos", page_rows=3) for item in page]
     assert [item.uri.partition("#")[0] for item in items] == [
         f"s3://bucket/{name}" for name in [*names, "videos/x.tar"]
@@ -94,4 +70,4 @@ def test_a_listing_comes_in_pages_and_says_what_the_objects_say(
     assert probe_media(items[-1].uri) == probe_media(items[0].uri)
     for pattern in ("s3://bucket/videos/*/1.mp4", "s3://bucket/videos/**/*.mp4", "s3://bucket/*.mp4"):
         found = [file.uri for file in listing.list_files(pattern).files]
-        assert found == sorted(f"s3://{name}" for name in bucket.glob(pattern)), pattern
+        assert found == sorted(f"s3://{name}" for name in s3_bucket.glob(pattern)), pattern

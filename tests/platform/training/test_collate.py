@@ -11,7 +11,7 @@ from timeviper_model.config import PRESETS
 from timeviper_model.timeviper import TimeViper
 from timeviper_model.weights import load_tokenizer
 from timeviper_platform.data.features import FeatureStore
-from timeviper_platform.training.collate import collate, dummy_batch
+from timeviper_platform.training.collate import Collated, collate, dummy_batch
 from timeviper_platform.training.samples import BuiltSample, FramesConfig, SampleBuilder, SampleRows, SourceConfig
 
 
@@ -40,6 +40,12 @@ def built_samples(corpus: Corpus, count: int) -> tuple[list[BuiltSample], Featur
     return [item for item in built if isinstance(item, BuiltSample)], store
 
 
+def batch_of(collated: Collated) -> PackedBatch:
+    assert collated.batch is not None
+    assert not collated.damaged
+    return collated.batch
+
+
 def loss_and_gradients(model: TimeViper, batches: list[PackedBatch]) -> tuple[float, dict[str, torch.Tensor]]:
     """Mean loss over all labelled positions of the batches, and its gradients."""
     model.zero_grad()
@@ -57,8 +63,8 @@ def test_packed_samples_equal_separate_samples_in_loss_and_every_gradient(
     corpus: Corpus, model: TimeViper, pad_to: int | None
 ) -> None:
     built, store = built_samples(corpus, 6)  # text alone, one turn, two turns, several lengths
-    packed = collate(built, store, DIM, pad_to=pad_to, pad_token_id=0)
-    alone = [collate([item], store, DIM, pad_to=None, pad_token_id=0) for item in built]
+    packed = batch_of(collate(built, store, DIM, pad_to=pad_to, pad_token_id=0))
+    alone = [batch_of(collate([item], store, DIM, pad_to=None, pad_token_id=0)) for item in built]
     loss, gradients = loss_and_gradients(model, [packed])
     expected_loss, expected = loss_and_gradients(model, alone)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
@@ -71,7 +77,7 @@ def test_packed_samples_equal_separate_samples_in_loss_and_every_gradient(
 
 def test_a_pack_carries_the_stored_rows_of_its_frames(corpus: Corpus) -> None:
     built, store = built_samples(corpus, 3)
-    batch = collate(built, store, DIM, pad_to=None, pad_token_id=0)
+    batch = batch_of(collate(built, store, DIM, pad_to=None, pad_token_id=0))
     rows = [store.read(item.media_id, item.frames).features.flatten(0, 1) for sample in built for item in sample.media]
     assert torch.equal(batch.vision_features, torch.cat(rows))
     assert batch.num_segments == 3

@@ -22,6 +22,7 @@ def row(step: int, loss: float, phase: str = "align") -> dict[str, Any]:
         "num_tokens": 30,
         "fill": 0.9,
         "data_wait_share": 0.1,
+        "checkpoint_stall_s": 0.1,
     }
 
 

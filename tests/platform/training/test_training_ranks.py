@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,7 +14,9 @@ import pytest
 import yaml
 
 from reference.training_corpus import Corpus, make_corpus, train_config, train_values
+from timeviper_platform.config import parse_config
 from timeviper_platform.local_cluster import free_port
+from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.local import train_local
 from timeviper_platform.training.loop import RunFolder
 from timeviper_platform.training.metrics import read_metrics
@@ -46,7 +49,7 @@ def start_ranks(values: dict[str, Any], folder: Path, world_size: int = 2) -> li
 
 
 def finish(processes: list[subprocess.Popen[bytes]], folder: Path) -> None:
-    codes = [process.wait(timeout=200) for process in processes]
+    codes = [process.wait(timeout=600) for process in processes]
     assert codes == [0] * len(codes), (folder / "rank-0.log").read_text()[-2000:]
 
 
@@ -87,6 +90,56 @@ def test_two_ranks_killed_and_started_again_give_the_curve_of_one_rank(
     alone = train_config(corpus, **{**values, "name": "alone"})
     train_local(alone)
     expect_same(curve(run), curve(RunFolder.of(alone).uri), rel=1e-6)
+
+
+def keep_up_to(run: str, step: int) -> None:
+    """Leaves a run as a kill just after its checkpoint at `step` would have."""
+    for folder in Path(run, "checkpoints").glob("step-*"):
+        if int(folder.name[-8:]) > step:
+            shutil.rmtree(folder)
+
+
+def samples_of(run: str) -> list[tuple[int, int, int]]:
+    """What each step was given; the same packs in the same order have the same counts."""
+    return [(row["num_samples"], row["num_tokens"], row["num_targets"]) for row in read_metrics(run)]
+
+
+def one_phase(corpus: Corpus, name: str, steps: int, stage: int = 2) -> dict[str, Any]:
+    values = train_values(corpus, name=name, zero={"stage": stage}, checkpoint={"every_steps": steps // 3, "keep": 99})
+    init = values["phases"].pop("align")["init"]
+    values["phases"]["instruct"] |= {"init": init, "steps": steps}  # three packs a step: two ranks have a dummy
+    return values
+
+
+def test_a_run_of_two_ranks_goes_on_with_one(corpus: Corpus, tmp_path: Path, group_of_one: None) -> None:
+    values = one_phase(corpus, "two-one", steps=9)
+    run = str(Path(values["runs"]) / "two-one")
+    finish(start_ranks(values, tmp_path), tmp_path)
+    whole, given = curve(run), samples_of(run)
+    keep_up_to(run, 3)
+    train_local(parse_config(TrainConfig, values))
+    assert [row["attempt"] for row in read_metrics(run)] == [1] * 3 + [2] * 6
+    assert samples_of(run) == given
+    expect_same(curve(run), whole, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)  # six processes on two cores
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_sixty_steps_on_two_then_one_then_three_ranks_are_those_of_one_rank(
+    corpus: Corpus, tmp_path: Path, group_of_one: None, stage: int
+) -> None:
+    values = one_phase(corpus, f"two-one-three-{stage}", steps=60, stage=stage)
+    run = str(Path(values["runs"]) / values["name"])
+    for attempt, (world_size, last) in enumerate([(2, 20), (1, 40), (3, 60)], start=1):
+        finish(start_ranks(values, tmp_path, world_size), tmp_path)
+        assert read_metrics(run)[-1]["attempt"] == attempt
+        keep_up_to(run, last)
+    assert [row["attempt"] for row in read_metrics(run)] == [1] * 20 + [2] * 20 + [3] * 20
+    alone = parse_config(TrainConfig, values | {"name": f"alone-60-{stage}"})
+    train_local(alone)
+    assert samples_of(run) == samples_of(RunFolder.of(alone).uri)
+    expect_same(curve(run), curve(RunFolder.of(alone).uri), rel=1e-5)
 
 
 @pytest.mark.slow

@@ -1,0 +1,283 @@
+"""What a run would do, without doing it: plan, parameter groups and memory of every phase, and what is not there yet.
+
+Knows how to measure a phase on a model that holds no values (the meta device), so that the 9b is looked at on a laptop.
+Starts no process and writes no file. What is missing is a line of the report, not the end of it: a recipe can be read
+before its data has arrived.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from timeviper_model.config import TimeViperConfig
+from timeviper_model.timeviper import TimeViper
+from timeviper_model.weights import load_tokenizer
+from timeviper_platform import storage
+from timeviper_platform.data.features import FeatureStore
+from timeviper_platform.training.config import PhaseConfig, TrainConfig
+from timeviper_platform.training.loop import RunFolder
+from timeviper_platform.training.memory import (
+    ModelSizes,
+    PackShape,
+    StateBytes,
+    activation_bytes,
+    state_bytes,
+    tokens_by_layer,
+)
+from timeviper_platform.training.parameters import ParameterGroup, describe_groups
+from timeviper_platform.training.phase import Phase, adapt, first_model_config, phase_groups, prepare_phase
+from timeviper_platform.training.plan import Pack
+from timeviper_platform.training.samples import SampleRows, count_rejects, missing_sources
+
+ZERO_STAGES = (0, 1, 2, 3)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanFacts:
+    """The first epoch of a phase's pack plan."""
+
+    num_samples: int
+    rejects: dict[str, int]
+    num_packs: int
+    num_steps: int
+    fill: float
+    """tokens / token budget"""
+    text_tokens: int
+    vision_tokens: tuple[int, ...]
+    """entering the language model, and left after every TransV site"""
+    num_dummies_per_step: int
+    """micro-steps of a full step in which a rank has nothing to do"""
+    shares: dict[str, float]
+    """of each present source in the samples of an epoch"""
+    largest_pack: PackShape
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PhaseFacts:
+    """One phase."""
+
+    name: str
+    groups: list[ParameterGroup]
+    sizes: ModelSizes
+    plan: PlanFacts | None
+    """None where the data are not there to plan with"""
+    states: dict[int, StateBytes]
+    """by ZeRO stage, of one rank"""
+    activations: int
+    """of the pack that costs most; without data, of a full pack of text"""
+    missing: list[str]
+    """sources without files"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DryRun:
+    """The whole run."""
+
+    phases: list[PhaseFacts]
+    problems: list[str]
+    """what must be there before the run can start; empty when it could start now"""
+
+
+def dry_run(config: TrainConfig) -> DryRun:
+    """Looks at every phase of `config` as its ranks would.
+
+    Raises:
+        ValueError: when the parts that are there do not fit together.
+    """
+    problems: list[str] = []
+    store = _open_store(config, problems)
+    tokenizer = _load_tokenizer(config, problems)
+    phases: list[PhaseFacts] = []
+    model_config: TimeViperConfig | None = None
+    for name, phase in config.phases.items():
+        model_config = _model_config(config, phase, store, model_config, problems)
+        missing = missing_sources(phase.samples)
+        problems += [f"phases.{name}.samples: no files at {uri}" for uri in missing]
+        if model_config is not None:
+            phases.append(_phase_facts(config, name, model_config, store, tokenizer, missing))
+    return DryRun(phases=phases, problems=problems)
+
+
+def describe_dry_run(config: TrainConfig, result: DryRun) -> str:
+    """The report as text."""
+    workers = f"{config.workers.num_workers} ranks, {config.precision}, ZeRO-{config.zero.stage}"
+    lines = [f"run {RunFolder.of(config).uri}: {workers}"]
+    for phase in result.phases:
+        groups = "  " + describe_groups(phase.groups, phase.sizes.num_parameters)
+        lines += ["", f"phase {phase.name}", *_plan_lines(phase, config), groups, *_memory_lines(phase, config)]
+    if result.problems:
+        lines += ["", "not there yet:", *(f"  {problem}" for problem in result.problems)]
+    return "\n".join(lines)
+
+
+def _open_store(config: TrainConfig, problems: list[str]) -> FeatureStore | None:
+    try:
+        return FeatureStore.open(config.feature_store)
+    except (ValueError, OSError) as error:
+        problems.append(f"feature_store: {error}")
+        return None
+
+
+def _load_tokenizer(config: TrainConfig, problems: list[str]) -> object | None:
+    try:
+        return load_tokenizer(config.tokenizer)
+    except (ValueError, OSError) as error:
+        problems.append(f"tokenizer: {config.tokenizer!r} cannot be loaded: {str(error).splitlines()[0]}")
+        return None
+
+
+def _model_config(
+    config: TrainConfig,
+    phase: PhaseConfig,
+    store: FeatureStore | None,
+    before: TimeViperConfig | None,
+    problems: list[str],
+) -> TimeViperConfig | None:
+    """The sizes of the phase's model; None where only absent weights would tell them."""
+    init = phase.init
+    if init is None:
+        return before
+    if store is not None:
+        try:
+            return first_model_config(init, store, config.encoder)
+        except ValueError as error:
+            if init.weights is None or storage.exists(init.weights):
+                raise
+            problems.append(str(error))
+            return before
+    if init.weights is None:
+        return init.model_config()
+    problems.append(f"the weights {init.weights} cannot be looked at without the feature store")
+    return before
+
+
+def _phase_facts(
+    config: TrainConfig,
+    name: str,
+    model_config: TimeViperConfig,
+    store: FeatureStore | None,
+    tokenizer: object | None,
+    missing: Sequence[str],
+) -> PhaseFacts:
+    phase = config.phases[name]
+    with torch.device("meta"):
+        model = adapt(TimeViper(model_config), phase, config.seed)
+    groups = phase_groups(model, phase)
+    sizes = ModelSizes(
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_trained=sum(group.num_parameters for group in groups),
+    )
+    plan = None
+    present = tuple(source for source in phase.samples if source.uri not in missing)
+    if store is not None and tokenizer is not None and present:
+        own = replace(config, phases={**config.phases, name: replace(phase, samples=present)})
+        plan = _plan_facts(own, name, model, store, tokenizer)
+    pack = plan.largest_pack if plan is not None else _full_text_pack(phase)
+    return PhaseFacts(
+        name=name,
+        groups=groups,
+        sizes=sizes,
+        plan=plan,
+        states={
+            stage: state_bytes(
+                sizes, zero_stage=stage, world_size=config.workers.num_workers, precision=config.precision
+            )
+            for stage in ZERO_STAGES
+        },
+        activations=activation_bytes(
+            model_config,
+            pack,
+            precision=config.precision,
+            use_transv=phase.use_transv,
+            activation_checkpointing=config.activation_checkpointing,
+            trains_blocks=any("backbone.layers." in name for group in groups for name in group.parameter_names),
+        ),
+        missing=list(missing),
+    )
+
+
+def _plan_facts(config: TrainConfig, name: str, model: TimeViper, store: FeatureStore, tokenizer: object) -> PlanFacts:
+    prepared = prepare_phase(config, name, model, store, tokenizer, rank=0, world_size=config.workers.num_workers)
+    phase, table = prepared.config, prepared.plan.table
+    packs = prepared.plan.epoch(0)
+    shapes = [_pack_shape(prepared, pack) for pack in packs]
+    costs = [sum(tokens_by_layer(model.config, shape, use_transv=phase.use_transv)) for shape in shapes]
+    num_tokens = sum(pack.num_tokens for pack in packs)
+    num_ranks = config.workers.num_workers
+    return PlanFacts(
+        num_samples=len(table),
+        rejects=count_rejects(prepared.rejects),
+        num_packs=len(packs),
+        num_steps=prepared.num_steps,
+        fill=num_tokens / (len(packs) * phase.packing.max_tokens),
+        text_tokens=num_tokens - sum(pack.num_vision_tokens for pack in packs),
+        vision_tokens=_vision_tokens(model.config, shapes, use_transv=phase.use_transv),
+        num_dummies_per_step=prepared.feed.num_micro_steps * num_ranks - phase.packs_per_step,
+        shares=_shares(phase),
+        largest_pack=shapes[int(np.argmax(costs))],
+    )
+
+
+def _pack_shape(phase: Phase, pack: Pack) -> PackShape:
+    chosen = list(pack.entries)
+    return PackShape(
+        num_tokens=pack.num_tokens,
+        vision_counts=tuple(phase.plan.table.num_vision_tokens[chosen].tolist()),
+        num_targets=pack.num_targets,
+    )
+
+
+def _full_text_pack(phase: PhaseConfig) -> PackShape:
+    tokens = phase.packing.max_tokens
+    return PackShape(num_tokens=tokens, vision_counts=(), num_targets=tokens)
+
+
+def _vision_tokens(config: TimeViperConfig, shapes: Sequence[PackShape], *, use_transv: bool) -> tuple[int, ...]:
+    """Over all packs: at the entrance and behind each site."""
+    at_entrance = sum(sum(shape.vision_counts) for shape in shapes)
+    num_text = sum(shape.num_tokens for shape in shapes) - at_entrance
+    by_layer = np.sum([tokens_by_layer(config, shape, use_transv=use_transv) for shape in shapes], axis=0) - num_text
+    return (at_entrance, *(int(by_layer[site.layer]) for site in config.transv))
+
+
+def _shares(phase: PhaseConfig) -> dict[str, float]:
+    weights = {source.uri: float(SampleRows.read([source]).weights.sum()) for source in phase.samples}
+    total = sum(weights.values())
+    return {uri: weight / total for uri, weight in weights.items()}
+
+
+def _plan_lines(phase: PhaseFacts, config: TrainConfig) -> list[str]:
+    plan, own = phase.plan, config.phases[phase.name]
+    if plan is None:
+        return ["  no plan: its samples, the feature store or the tokenizer are not there yet"]
+    vision = " -> ".join(f"{count:,}" for count in plan.vision_tokens)
+    return [
+        f"  samples: {plan.num_samples:,} usable, rejects {plan.rejects or 'none'}"
+        + (", of the sources that are there" if phase.missing else ""),
+        *(f"    {share:7.2%}  {uri}" for uri, share in plan.shares.items()),
+        f"  plan: {plan.num_packs:,} packs an epoch, fill {plan.fill:.2%} of {own.packing.max_tokens:,} tokens,"
+        f" {plan.num_steps:,} steps of {own.packs_per_step} packs,"
+        f" {plan.num_dummies_per_step} of a step's micro-steps are dummies",
+        f"  tokens of an epoch: {plan.text_tokens:,} text; vision before and after each TransV site {vision}",
+    ]
+
+
+def _memory_lines(phase: PhaseFacts, config: TrainConfig) -> list[str]:
+    source = "the pack that costs most" if phase.plan is not None else "a full pack of text"
+    lines = [
+        f"  memory of a rank in GB (activations are those of {source}; DeepSpeed's buckets are not counted):",
+        f"    {'stage':<8}{'parameters':>12}{'gradients':>12}{'optimizer':>12}{'activations':>13}{'sum':>10}",
+    ]
+    if config.zero.offload_optimizer:
+        lines.insert(1, "    the optimizer is in the host's memory and not in the sum")
+    for stage, states in phase.states.items():
+        mark = " <-" if stage == config.zero.stage else ""
+        figures = f"{states.parameters / 1e9:>12.3f}{states.gradients / 1e9:>12.3f}{states.optimizer / 1e9:>12.3f}"
+        offloaded = states.optimizer if config.zero.offload_optimizer else 0
+        total = (states.total - offloaded + phase.activations) / 1e9
+        lines.append(f"    ZeRO-{stage:<3}{figures}{phase.activations / 1e9:>13.3f}{total:>10.3f}{mark}")
+    return lines

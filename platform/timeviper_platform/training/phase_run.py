@@ -1,0 +1,267 @@
+"""The steps of one phase on one rank, from its first or from a checkpoint to its last, with every way to end before.
+
+    batches read ahead -> all ranks agree -> step -> row -> (snapshot -> a thread writes and commits it) -> ...
+
+Knows when to save and whom to tell. Does not know the other phases, nor who started the process.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from timeviper_platform.training.checkpoint import Checkpoints, TrainState, read_state, restore_checkpoint
+from timeviper_platform.training.config import TrainConfig
+from timeviper_platform.training.failures import FatalTrainingError, StoppedError, Wish, Wishes
+from timeviper_platform.training.feed import StepBatches
+from timeviper_platform.training.metrics import MetricsWriter
+from timeviper_platform.training.phase import Phase
+from timeviper_platform.training.plan import PlanPosition
+from timeviper_platform.training.progress import Progress, step_row
+from timeviper_platform.training.schedule import learning_rate_factor
+from timeviper_platform.training.step import StepResult, agree, held_out_loss, train_step
+from timeviper_platform.training.watchdog import Watchdog
+from timeviper_platform.training.zero import DTYPES, build_ds_engine, set_groups
+
+logger = logging.getLogger(__name__)
+
+OnCheckpoint = Callable[[str, dict[str, Any]], None]
+"""Called on every rank after a commit, with the checkpoint's URI and the row of its step. It is called when the next
+checkpoint is due or the phase ends, since all ranks must be in the same place."""
+
+
+class PhaseRun:
+    """One phase being run.
+
+    Args:
+        config: the run.
+        phase: made ready.
+        checkpoints: of the run.
+        writer: of metrics; None on every rank but 0.
+        device: of this rank.
+        wishes: what somebody outside wants.
+        on_checkpoint: see OnCheckpoint.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        phase: Phase,
+        checkpoints: Checkpoints,
+        writer: MetricsWriter | None,
+        *,
+        device: torch.device,
+        wishes: Wishes,
+        on_checkpoint: OnCheckpoint | None,
+    ) -> None:
+        self._config = config
+        self._phase = phase
+        self._checkpoints = checkpoints
+        self._writer = writer
+        self._device = device
+        self._wishes = wishes
+        self._on_checkpoint = on_checkpoint
+        self._row: dict[str, Any] = {}
+        """of the last finished step"""
+        self._row_being_saved: dict[str, Any] = {}
+
+    def run(self, checkpoint: str | None, global_step: int) -> tuple[int, str]:
+        """Runs the steps that are left; the number of finished steps of all phases, and the phase's last checkpoint.
+
+        Args:
+            checkpoint: of this phase, to go on from; None begins with the weights that the model has.
+            global_step: finished steps of all phases.
+
+        Raises:
+            ValueError: when the checkpoint belongs to another plan or trains other parameters.
+            FatalTrainingError, StoppedError, RuntimeError: see failures.py.
+        """
+        state = self._first_state(global_step) if checkpoint is None else self._saved_state(checkpoint)
+        if checkpoint is not None and state.step >= self._phase.num_steps:
+            return global_step, checkpoint
+        ds_engine = self._ds_engine(checkpoint)
+        ahead = self._phase.feed.prefetch(state.position, state.step, self._phase.num_steps, self._config.feed)
+        try:
+            with Watchdog(self._config.workers.hang_timeout_s) as watchdog:
+                state = self._steps(ds_engine, ahead, state, watchdog)
+            saved = self._tell_committed()
+        except BaseException:
+            # no rank is told here: the others may be elsewhere
+            written = self._checkpoints.wait_quietly()
+            logger.error("the run ends; its newest checkpoint is %s", written or self._checkpoints.newest())
+            raise
+        finally:
+            ahead.close()
+            ds_engine.destroy()
+        assert saved is not None  # the last step is always saved
+        return state.global_step, saved
+
+    def _steps(self, ds_engine: Any, ahead: Any, state: TrainState, watchdog: Watchdog) -> TrainState:
+        progress = Progress(self._phase, self._config.metrics.log_every_steps, state.step)
+        saved_step = state.step
+        while state.step < self._phase.num_steps:
+            started = time.perf_counter()
+            watchdog.mark(state.step + 1, "reading")
+            batches = next(ahead)
+            waited_s = time.perf_counter() - started
+            watchdog.mark(state.step + 1, "computing")
+            agreement = agree(batches, self._wishes(), device=self._device)
+            self._log_damaged(batches)
+            if agreement.wish is not Wish.GO_ON:
+                if state.step > saved_step:
+                    self._save(ds_engine, state)
+                    saved_step = state.step
+                if agreement.wish is Wish.STOP:
+                    raise self._stopped(state)
+            self._blow_fuse(state, agreement.num_damaged)
+            result, rates = self._step(ds_engine, agreement.batches)
+            state = self._after(state, agreement.batches, agreement.num_damaged)
+            seconds = time.perf_counter() - started
+            counts = state.global_step, seconds, waited_s, agreement.num_damaged
+            self._row = step_row(self._phase, agreement.batches, result, rates, *counts)
+            self._look_at_held_out(ds_engine, state)
+            watchdog.mark(state.step, "saving")
+            if self._is_due(state.step):
+                self._save(ds_engine, state)
+                saved_step = state.step
+            else:
+                self._write_row(stall_s=0.0)
+            progress.show(self._row)
+        return state
+
+    def _first_state(self, global_step: int) -> TrainState:
+        return TrainState(
+            phase=self._phase.name,
+            step=0,
+            global_step=global_step,
+            position=PlanPosition(0, 0),
+            plan_hash=self._phase.plan.hash,
+            world_size=dist.get_world_size(),
+            zero_stage=self._config.zero.stage,
+            precision=self._config.precision,
+        )
+
+    def _saved_state(self, checkpoint: str) -> TrainState:
+        """The checkpoint's state as this run, on its own number of ranks, goes on from it."""
+        saved = read_state(checkpoint)
+        if saved.plan_hash != self._phase.plan.hash:
+            raise ValueError(
+                f"{checkpoint} was training phase {saved.phase} on another pack plan ({saved.plan_hash[:12]}, now"
+                f" {self._phase.plan.hash[:12]}): seed, samples, weights, packing, frames or the feature store have"
+                " changed; put them back, or start a new run from exported weights"
+            )
+        logger.info("phase %s goes on after step %d, from %s", saved.phase, saved.step, checkpoint)
+        shape = self._first_state(saved.global_step)
+        return replace(shape, step=saved.step, position=saved.position, num_damaged=saved.num_damaged)
+
+    @staticmethod
+    def _after(state: TrainState, batches: StepBatches, num_damaged: int) -> TrainState:
+        return replace(
+            state,
+            step=batches.step,
+            global_step=state.global_step + 1,
+            position=batches.end,
+            num_damaged=state.num_damaged + num_damaged,
+        )
+
+    def _ds_engine(self, checkpoint: str | None) -> Any:
+        config, phase = self._config, self._phase
+
+        def build() -> Any:
+            return build_ds_engine(
+                phase.model.to(self._device),
+                phase.groups,
+                config.zero,
+                precision=config.precision,
+                num_micro_steps=phase.feed.num_micro_steps,
+            )
+
+        if checkpoint is None:
+            return build()
+        return restore_checkpoint(
+            checkpoint, phase.model, phase.groups, build, zero_stage=config.zero.stage, precision=config.precision
+        )
+
+    def _step(self, ds_engine: Any, batches: StepBatches) -> tuple[StepResult, dict[str, float]]:
+        phase = self._phase
+        factor = learning_rate_factor(batches.step, phase.num_steps, phase.config.schedule)
+        set_groups(ds_engine, phase.groups, factor)
+        result = train_step(
+            ds_engine,
+            batches,
+            use_transv=phase.config.use_transv,
+            device=self._device,
+            dtype=DTYPES[self._config.precision],
+        )
+        return result, {group.name: group.lr * factor for group in phase.groups}
+
+    def _look_at_held_out(self, ds_engine: Any, state: TrainState) -> None:
+        phase, feed = self._phase, self._phase.held_out
+        if feed is None or phase.config.held_out is None:
+            return
+        if state.step % phase.config.held_out.every_steps and state.step != phase.num_steps:
+            return
+        started = time.perf_counter()
+        self._row["held_out_loss"] = held_out_loss(
+            ds_engine,
+            feed.steps(PlanPosition(0, 0), 0, phase.num_held_out_steps),
+            use_transv=phase.config.use_transv,
+            device=self._device,
+            dtype=DTYPES[self._config.precision],
+        )
+        self._row["held_out_s"] = time.perf_counter() - started
+        logger.info("%s step %d held-out loss %.4f", phase.name, state.step, self._row["held_out_loss"])
+
+    def _is_due(self, step: int) -> bool:
+        every = self._config.checkpoint.every_steps
+        return step == self._phase.num_steps or (every > 0 and step % every == 0)
+
+    def _save(self, ds_engine: Any, state: TrainState) -> None:
+        """Training stands still until the checkpoint before is finished and this one is in memory."""
+        started = time.perf_counter()
+        self._tell_committed()
+        snapshot = self._checkpoints.snapshot(ds_engine, state, self._phase.groups, self._phase.description)
+        self._write_row(stall_s=time.perf_counter() - started)
+        self._checkpoints.write(snapshot, None if self._writer is None else self._writer.flush)
+        self._row_being_saved = self._row
+
+    def _write_row(self, *, stall_s: float) -> None:
+        self._row["checkpoint_stall_s"] = stall_s
+        if self._writer is not None:
+            self._writer.write(self._row)
+
+    def _tell_committed(self) -> str | None:
+        uri = self._checkpoints.wait()
+        if uri is not None:
+            logger.info("checkpoint %s committed", uri)
+            if self._on_checkpoint is not None:
+                self._on_checkpoint(uri, self._row_being_saved)
+        return uri
+
+    def _stopped(self, state: TrainState) -> StoppedError:
+        uri = self._tell_committed() or self._checkpoints.newest()
+        return StoppedError(
+            f"stopped as asked after step {state.step} of phase {state.phase}; start it again to go on from {uri}"
+        )
+
+    @staticmethod
+    def _log_damaged(batches: StepBatches) -> None:
+        for item in batches.damaged:
+            logger.warning(
+                "step %d: sample %s is left out: %s", batches.step, item.reject.sample_id, item.reject.detail
+            )
+
+    def _blow_fuse(self, state: TrainState, num_damaged: int) -> None:
+        total, limit = state.num_damaged + num_damaged, self._config.feed.max_damaged_samples
+        if total > limit:
+            raise FatalTrainingError(
+                f"{total} samples of phase {state.phase} could not be read up to step {state.step + 1},"
+                f" feed.max_damaged_samples is {limit}; the log names them: write the damaged files anew with"
+                " jobs/preprocess.py, or raise the limit"
+            )

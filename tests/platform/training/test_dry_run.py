@@ -1,0 +1,158 @@
+"""The dry run against the run: same plan, same groups, and memory estimates against what is really kept."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from reference.training_corpus import Corpus, make_corpus, train_config, train_values
+from timeviper_model.weights import load_tokenizer
+from timeviper_platform.data.features import FeatureStore
+from timeviper_platform.training.config import TrainConfig
+from timeviper_platform.training.dry_run import PlanFacts, describe_dry_run, dry_run
+from timeviper_platform.training.memory import (
+    ModelSizes,
+    PackShape,
+    activation_bytes,
+    saved_bytes,
+    saved_bytes_per_token,
+    state_bytes,
+)
+from timeviper_platform.training.phase import first_model, prepare_phase
+from timeviper_platform.training.plan import PlanPosition
+from timeviper_platform.training.zero import DTYPES, Precision, build_ds_engine
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def plan_of(config: TrainConfig, phase: str) -> PlanFacts:
+    facts = {item.name: item.plan for item in dry_run(config).phases}[phase]
+    assert facts is not None
+    return facts
+
+
+def test_the_plan_is_the_one_that_the_feed_follows(corpus: Corpus) -> None:
+    values = train_values(corpus, workers={"num_workers": 2})
+    del values["phases"]["instruct"]["steps"]
+    values["phases"]["instruct"]["epochs"] = 1
+    config = train_config(corpus, **values)
+    facts = plan_of(config, "instruct")
+    store = FeatureStore.open(corpus.features)
+    init = config.phases["align"].init
+    assert init is not None
+    model = first_model(init, store, None)
+    phase = prepare_phase(config, "instruct", model, store, load_tokenizer(corpus.tokenizer), rank=0, world_size=1)
+    steps = list(phase.feed.steps(PlanPosition(0, 0), 0, phase.num_steps))
+    batches = [item.batch for step in steps for item in step.micro_batches if not item.is_dummy]
+    with torch.no_grad():
+        left = torch.stack([model(batch.to("cpu", torch.float32)).num_vision_tokens for batch in batches]).sum(0)
+    assert facts.num_steps == len(steps)
+    assert facts.num_packs == len(batches)
+    assert facts.vision_tokens == tuple(left.tolist())
+    assert facts.text_tokens == sum(step.num_tokens - step.num_vision_tokens for step in steps)
+    assert facts.fill == pytest.approx(sum(len(batch.input_ids) for batch in batches) / (len(batches) * 160))
+    assert facts.num_dummies_per_step == 1  # three packs on two ranks
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("use_transv", [True, False])
+def test_activation_estimates_are_what_autograd_keeps(corpus: Corpus, precision: Precision, use_transv: bool) -> None:
+    config = train_config(corpus)
+    store = FeatureStore.open(corpus.features)
+    init = config.phases["align"].init
+    assert init is not None
+    model = first_model(init, store, None)
+    phase = prepare_phase(config, "align", model, store, load_tokenizer(corpus.tokenizer), rank=0, world_size=1)
+    model = model.to(DTYPES[precision])
+    batch = next(phase.feed.steps(PlanPosition(0, 0), 0, 1)).micro_batches[0].batch.to("cpu", DTYPES[precision])
+    vision = torch.bincount(batch.segment_ids[batch.vision_index >= 0], minlength=batch.num_segments)
+    shape = PackShape(
+        num_tokens=len(batch.input_ids),
+        vision_counts=tuple(vision.tolist()),
+        num_targets=int((batch.labels >= 0).sum()),
+    )
+
+    def measured() -> int:
+        return saved_bytes(lambda: model(batch, use_transv=use_transv), list(model.parameters()))
+
+    def estimated(*, checkpointing: bool) -> int:
+        return activation_bytes(
+            model.config, shape, precision=precision, use_transv=use_transv, activation_checkpointing=checkpointing
+        )
+
+    assert estimated(checkpointing=False) == pytest.approx(measured(), rel=0.15)
+    model.gradient_checkpointing = True
+    text = model.config.text
+    again = max(saved_bytes_per_token(text, kind, DTYPES[precision]) for kind in set(text.block_types))
+    assert estimated(checkpointing=True) == pytest.approx(measured() + again * shape.num_tokens, rel=0.15)
+
+
+@pytest.mark.usefixtures("group_of_one")
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "fp32"), (3, "bf16")])
+def test_state_estimates_are_what_deepspeed_holds(corpus: Corpus, stage: int, precision: Precision) -> None:
+    config = train_config(corpus, zero={"stage": stage}, precision=precision)
+    store = FeatureStore.open(corpus.features)
+    init = config.phases["align"].init
+    assert init is not None
+    model = first_model(init, store, None)
+    phase = prepare_phase(config, "align", model, store, load_tokenizer(corpus.tokenizer), rank=0, world_size=1)
+    sizes = ModelSizes(sum(p.numel() for p in model.parameters()), sum(group.num_parameters for group in phase.groups))
+    ds_engine = build_ds_engine(model, phase.groups, config.zero, precision=precision, num_micro_steps=1)
+    expected = state_bytes(sizes, zero_stage=stage, world_size=1, precision=precision)
+    weights = sum(p.ds_numel if stage == 3 else p.numel() for p in model.parameters()) * DTYPES[precision].itemsize
+    masters = sum(tensor.nbytes for tensor in fp32_masters(ds_engine, stage, precision))
+    ds_engine.destroy()
+    assert weights == expected.parameters
+    assert masters + 2 * 4 * sizes.num_trained == expected.optimizer
+
+
+def fp32_masters(ds_engine: Any, stage: int, precision: Precision) -> list[torch.Tensor]:
+    if stage == 3:
+        return list(ds_engine.optimizer.fp32_partitioned_groups_flat)
+    if stage > 0:
+        return list(ds_engine.optimizer.single_partition_of_fp32_groups)
+    return [] if precision == "fp32" else [tensor for group in ds_engine.optimizer.fp32_groups for tensor in group]
+
+
+def test_what_a_stage_partitions_is_divided_by_the_ranks() -> None:
+    sizes = ModelSizes(num_parameters=1000, num_trained=100)
+    rows = [state_bytes(sizes, zero_stage=stage, world_size=4, precision="bf16") for stage in range(4)]
+    assert [tuple(row) for row in rows] == [(2000, 200, 1200), (2000, 200, 300), (2000, 50, 300), (500, 50, 300)]
+
+
+def test_the_job_prints_it_and_names_what_is_absent(corpus: Corpus, capsys: pytest.CaptureFixture[str]) -> None:
+    values = train_values(corpus, workers={"num_workers": 2})
+    values["phases"]["instruct"]["samples"].append({"uri": "/nowhere/videos", "weight": 2.0})
+    path = corpus.folder / "train.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    job = runpy.run_path(str(ROOT / "jobs" / "train.py"))["main"]
+    assert job(["--config", str(path), "--dry-run"]) == 1
+    shown = capsys.readouterr().out
+    assert "2 ranks, fp32, ZeRO-2" in shown
+    assert "projector\\..* decay: 2 tensors, 24,576 parameters, lr 0.001, weight decay 0.01" in shown
+    assert "100.00%  " + corpus.samples in shown
+    assert "phases.instruct.samples: no files at /nowhere/videos" in shown
+    assert not (corpus.folder / "runs").exists()
+    assert job(["--config", str(path), "--dry-run", "phases.instruct.samples=[]"]) == 1
+    override = f"phases.instruct.samples=[{{uri: {corpus.samples}}}]"
+    assert job(["--config", str(path), "--dry-run", override]) == 0
+
+
+def test_groups_and_memory_are_told_without_any_data(corpus: Corpus) -> None:
+    config = train_config(corpus, feature_store="/nowhere/features", tokenizer="/nowhere/tokenizer")
+    result = dry_run(config)
+    assert [phase.plan for phase in result.phases] == [None, None]
+    assert result.phases[0].sizes.num_trained == 24_832
+    assert result.phases[0].activations > 0
+    assert [problem.split(":")[0] for problem in result.problems] == ["feature_store", "tokenizer"]
+    assert "no plan" in describe_dry_run(config, result)
