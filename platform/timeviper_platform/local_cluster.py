@@ -72,6 +72,8 @@ def local_cluster(
         "MALLOC_TRIM_THRESHOLD_": str(8 * 2**30),
         # at the end there is nobody left to drain requests for
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+        # Serve kills a proxy that needs longer to start, and on a busy machine its imports alone do
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
         "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
     }
     command = [str(programs / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
