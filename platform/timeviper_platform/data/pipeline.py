@@ -37,6 +37,7 @@ from timeviper_platform.data.steps import DecodeConfig, UnitOutcome, WorkerSpec,
 from timeviper_platform.data.store_writer import (
     create_store,
     differences,
+    num_feature_bytes,
     read_committed,
     recipe_hash,
     remove_uncommitted,
@@ -210,7 +211,7 @@ def _finalize(config: PreprocessConfig, plan: Plan, outcomes: Sequence[UnitOutco
     mine = index.filter(pc.is_in(index["segment_id"], wanted))
     rejects = reporting.reject_table(plan.errors, mine)
     write_table(storage.join_uri(config.output, "rejects.parquet"), rejects)
-    counts = reporting.audit(plan.segments, committed)
+    counts = reporting.audit((segment.segment_id for segment in plan.segments), committed)
     clock.lap("finalize")
     report = PreprocessReport(
         media=plan.num_media,
@@ -224,7 +225,7 @@ def _finalize(config: PreprocessConfig, plan: Plan, outcomes: Sequence[UnitOutco
         errors=len(set(rejects["media_id"].to_pylist())),
         errors_by_stage=reporting.count_rejects(rejects),
         frames_per_second=round(reporting.steady_rate(outcomes), 2) if outcomes else _last_rate(config.output),
-        bytes=_feature_bytes(mine),
+        bytes=num_feature_bytes(mine),
         seconds=clock.seconds,
         stage_seconds={
             "decode": round(sum(o.decode_seconds for o in outcomes), 2),
@@ -252,12 +253,6 @@ def _last_rate(store: str) -> float:
     """Frames a second of the last run that encoded; 0 before a first one."""
     uri = storage.join_uri(store, REPORT_FILE)
     return float(storage.read_json(uri)["frames_per_second"]) if storage.exists(uri) else 0.0
-
-
-def _feature_bytes(index: pa.Table) -> int:
-    shape = ("num_frames", "num_tokens_per_frame", "dim")
-    rows = zip(*(index[name].to_pylist() for name in shape), strict=True)
-    return sum(2 * frames * tokens * dim for frames, tokens, dim in rows)
 
 
 def _absolute(config: PreprocessConfig) -> PreprocessConfig:

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from timeviper_platform.data.segments import PlanError, Segment
+from timeviper_platform.data.segments import PlanError
 from timeviper_platform.data.steps import UnitOutcome
 from timeviper_platform.schemas import REJECTS
 
@@ -129,14 +129,14 @@ def steady_rate(outcomes: Sequence[UnitOutcome]) -> float:
     return frames / max(1e-9, high - low)
 
 
-def audit(planned: Sequence[Segment], committed: pa.Table) -> dict[str, int]:
+def audit(planned: Iterable[str], committed: pa.Table) -> dict[str, int]:
     """Counts of planned segments by what became of them; `missing` and `duplicate` must be 0.
 
     Args:
-        planned: every segment of this input.
+        planned: segment_id of every segment of this input.
         committed: INDEX rows of all commit records.
     """
-    wanted = {segment.segment_id for segment in planned}
+    wanted = set(planned)
     status: dict[str, str] = {}
     num_duplicates = 0
     pairs = zip(committed["segment_id"].to_pylist(), committed["status"].to_pylist(), strict=True)
@@ -147,7 +147,7 @@ def audit(planned: Sequence[Segment], committed: pa.Table) -> dict[str, int]:
             status[segment_id] = outcome if before == "error" else before
     counts = Counter(status.values())
     return {
-        "planned": len(planned),
+        "planned": len(wanted),
         "ok": counts["ok"],
         "partial": counts["partial"],
         "error": counts["error"],
