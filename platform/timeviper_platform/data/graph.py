@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -31,7 +30,9 @@ from timeviper_platform.data.steps import (
     SegmentEncoder,
     UnitOutcome,
     UnitProcessor,
+    UnitStart,
     WorkerSpec,
+    process_name,
     write_unit,
 )
 from timeviper_platform.local_cluster import local_cluster
@@ -64,8 +65,12 @@ class ExecutionConfig:
     frames_per_file: int = 2048
     """about how many frames a data file holds; 8192 make 302 MB at 16 x 1152"""
     progress_seconds: float = 5.0
+    max_consecutive_failures: int | None = 100
+    """media in a row that fail for one and the same reason before the job stops; None = it never does"""
 
     def __post_init__(self) -> None:
+        if self.max_consecutive_failures is not None and self.max_consecutive_failures < 1:
+            raise ValueError(f"{self.max_consecutive_failures = } must be at least 1, or null")
         if self.frames_per_file < 1:
             raise ValueError(f"{self.frames_per_file = } must be at least 1")
         if self.num_workers is not None and self.num_workers < 1:
@@ -199,12 +204,16 @@ _DECODED = pa.list_(
         ]
     )
 )
-DECODED_UNITS = pa.schema([*UNITS, pa.field("decoded", _DECODED), pa.field("started", pa.float64())])
+_BEGIN = pa.struct(
+    [pa.field("started", pa.float64()), pa.field("decoder", pa.string()), pa.field("retries", pa.int64())]
+)
+DECODED_UNITS = pa.schema([*UNITS, pa.field("decoded", _DECODED), pa.field("begin", _BEGIN)])
 ENCODED_UNITS = pa.schema(
     [
         pa.field("unit", pa.string()),
         pa.field("rows", pa.list_(pa.struct(list(FEATURES)))),
-        pa.field("started", pa.float64()),
+        pa.field("begin", _BEGIN),
+        pa.field("encoder", pa.string()),
     ]
 )
 
@@ -228,9 +237,12 @@ class DecodeStep:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """The table with the column `decoded`."""
-        started = time.time()
-        decoded = [[_to_arrow(self._decoder.decode(s)) for s in unit.segments] for unit in _units(table)]
-        columns = [table["unit"], table["segments"], pa.array(decoded, _DECODED), pa.array([started] * len(decoded))]
+        begins, decoded = [], []
+        for unit in _units(table):
+            begin = UnitStart.now()
+            decoded.append([_to_arrow(self._decoder.decode(segment)) for segment in unit.segments])
+            begins.append(asdict(begin.finished()))
+        columns = [table["unit"], table["segments"], pa.array(decoded, _DECODED), pa.array(begins, _BEGIN)]
         return pa.table(columns, schema=DECODED_UNITS)
 
 
@@ -248,7 +260,8 @@ class EncodeStep:
         for unit, decoded in zip(_units(table), table["decoded"], strict=True):
             pairs = zip(unit.segments, decoded, strict=True)
             rows.append(list(self._encoder.rows(_from_arrow(s, d, self._spec.image_size) for s, d in pairs)))
-        columns = [table["unit"], pa.array(rows, ENCODED_UNITS.field("rows").type), table["started"]]
+        encoders = pa.array([process_name()] * len(rows))
+        columns = [table["unit"], pa.array(rows, ENCODED_UNITS.field("rows").type), table["begin"], encoders]
         return pa.table(columns, schema=ENCODED_UNITS)
 
 
@@ -261,7 +274,10 @@ class WriteStep:
     def __call__(self, table: pa.Table) -> pa.Table:
         """One outcome a unit."""
         return _outcomes(
-            [write_unit(self._spec, row["unit"], row["rows"], row["started"]) for row in table.to_pylist()]
+            [
+                write_unit(self._spec, row["unit"], row["rows"], UnitStart(**row["begin"]), encoder=row["encoder"])
+                for row in table.to_pylist()
+            ]
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from timeviper_platform.data.features import read_header
 from timeviper_platform.data.graph import ExecutionConfig, run_on_ray
 from timeviper_platform.data.manifest import list_media
 from timeviper_platform.data.media import RETRYABLE, MediaLimits
-from timeviper_platform.data.report import PreprocessReport, Progress
+from timeviper_platform.data.report import FailureFuse, PreprocessReport, Progress
 from timeviper_platform.data.segments import (
     PlanError,
     SamplingConfig,
@@ -33,7 +33,7 @@ from timeviper_platform.data.segments import (
     plan_media,
     plan_table,
 )
-from timeviper_platform.data.steps import DecodeConfig, UnitOutcome, WorkerSpec, run_here
+from timeviper_platform.data.steps import DecodeConfig, UnitOutcome, WorkerSpec, process_name, run_here
 from timeviper_platform.data.store_writer import (
     create_store,
     differences,
@@ -110,6 +110,7 @@ def run_preprocess(config: PreprocessConfig, *, run: Runner = run_on_ray) -> Pre
         RuntimeError: when the output cannot be written, or the audit finds a gap.
     """
     clock = _Clock()
+    retries = storage.num_retries()
     config = _absolute(config)
     storage.ensure_writable(config.output)
     encoder = FrameEncoder(config.encoder)
@@ -124,6 +125,7 @@ def run_preprocess(config: PreprocessConfig, *, run: Runner = run_on_ray) -> Pre
         "%d media: %d segments planned, %d to do, %d media rejected by their headers",
         *(plan.num_media, len(plan.segments), len(plan.missing), len(plan.errors)),
     )
+    FailureFuse(config.execution.max_consecutive_failures).add(*_planned_reasons(plan.table))
     clock.lap("plan")
     spec = WorkerSpec(
         store=config.output,
@@ -140,7 +142,7 @@ def run_preprocess(config: PreprocessConfig, *, run: Runner = run_on_ray) -> Pre
     if outcomes:
         clock.lap("start_up", until=min(outcome.started for outcome in outcomes))
         clock.lap("run", until=max(outcome.ended for outcome in outcomes))
-    return _finalize(config, plan, outcomes, clock)
+    return _finalize(config, plan, outcomes, clock, retries)
 
 
 def estimate(config: PreprocessConfig) -> Estimate:
@@ -199,12 +201,32 @@ def run_in_process(missing: Sequence[Segment], spec: WorkerSpec, execution: Exec
 def _run(missing: Sequence[Segment], spec: WorkerSpec, execution: ExecutionConfig, run: Runner) -> list[UnitOutcome]:
     num_frames = sum(segment.num_samples for segment in missing)
     progress = Progress(len(missing), num_frames, execution.progress_seconds)
+    fuse = FailureFuse(execution.max_consecutive_failures)
     for outcome in run(missing, spec, execution):
         progress.add(outcome)
+        fuse.add(outcome.media, outcome.reasons, message=outcome.last_error)
     return progress.outcomes
 
 
-def _finalize(config: PreprocessConfig, plan: Plan, outcomes: Sequence[UnitOutcome], clock: _Clock) -> PreprocessReport:
+def _planned_reasons(plan: pa.Table) -> tuple[list[str], list[str]]:
+    """media_id and, for those that their headers rejected, stage/type of each row of the plan."""
+    columns = (plan[name].to_pylist() for name in ("status", "error_stage", "error_type"))
+    reasons = [f"{stage}/{kind}" if status == "error" else "" for status, stage, kind in zip(*columns, strict=True)]
+    return plan["media_id"].to_pylist(), reasons
+
+
+def _finalize(
+    config: PreprocessConfig, plan: Plan, outcomes: Sequence[UnitOutcome], clock: _Clock, retries_before: int
+) -> PreprocessReport:
+    """Index, rejects, audit and report of a run.
+
+    Args:
+        config: the run's.
+        plan: what was planned.
+        outcomes: of this run's units.
+        clock: running since the start.
+        retries_before: this process's count when the run began.
+    """
     committed = read_committed(config.output)
     index = write_index(config.output, committed, {s.media_id: s.source_version for s in plan.segments})
     wanted = pa.array([segment.segment_id for segment in plan.segments], pa.string())
@@ -213,6 +235,7 @@ def _finalize(config: PreprocessConfig, plan: Plan, outcomes: Sequence[UnitOutco
     write_table(storage.join_uri(config.output, "rejects.parquet"), rejects)
     counts = reporting.audit((segment.segment_id for segment in plan.segments), committed)
     clock.lap("finalize")
+    elsewhere = sum(o.retries for o in outcomes if o.worker != process_name())
     report = PreprocessReport(
         media=plan.num_media,
         segments=len(plan.segments),
@@ -232,7 +255,8 @@ def _finalize(config: PreprocessConfig, plan: Plan, outcomes: Sequence[UnitOutco
             "encode": round(sum(o.encode_seconds for o in outcomes), 2),
             "write": round(sum(o.write_seconds for o in outcomes), 2),
         },
-        workers=len({o.worker for o in outcomes}),
+        **asdict(reporting.measure_speed(outcomes)),
+        retries=storage.num_retries() - retries_before + elsewhere,
         audit=counts,
     )
     storage.write_json(storage.join_uri(config.output, REPORT_FILE), report.to_json())

@@ -4,53 +4,125 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 import s3fs
 import torch
-from moto.server import ThreadedMotoServer
 
+from reference.faulty_s3 import Faults, s3_server
 from reference.made_media import make_encoder, make_video
+from timeviper_platform import storage
+from timeviper_platform.data.compact import compact
 from timeviper_platform.data.encode import EncoderConfig
 from timeviper_platform.data.features import FeatureStore
 from timeviper_platform.data.graph import ExecutionConfig
 from timeviper_platform.data.pipeline import PreprocessConfig, run_in_process, run_preprocess
+from timeviper_platform.data.store_check import verify_store
 
 
 @pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[s3fs.S3FileSystem]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in (
-        ("AWS_ENDPOINT_URL", f"http://{host}:{port}"),
-        ("AWS_ACCESS_KEY_ID", "test"),
-        ("AWS_SECRET_ACCESS_KEY", "test"),
-        ("AWS_DEFAULT_REGION", "us-east-1"),
-        ("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required"),
-    ):
-        monkeypatch.setenv(name, value)
-    s3fs.S3FileSystem.clear_instance_cache()
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
+    with s3_server() as (url, faults):
+        for name, value in (
+            ("AWS_ENDPOINT_URL", url),
+            ("AWS_ACCESS_KEY_ID", "test"),
+            ("AWS_SECRET_ACCESS_KEY", "test"),
+            ("AWS_DEFAULT_REGION", "us-east-1"),
+            ("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required"),
+            ("AWS_MAX_ATTEMPTS", "2"),
+        ):
+            monkeypatch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        yield faults
+        s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def bucket(server: Faults) -> s3fs.S3FileSystem:
     filesystem = s3fs.S3FileSystem()
     filesystem.mkdir("bucket")
-    yield filesystem
-    s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
+    return filesystem
+
+
+def make_config(tmp_path: Path, source: str, output: str) -> PreprocessConfig:
+    encoder = EncoderConfig(
+        encoder=str(tmp_path / "encoder"), num_tokens_per_frame=4, merge_heads=4, encode_batch_frames=8
+    )
+    return PreprocessConfig(input=source, output=output, encoder=encoder, execution=ExecutionConfig(frames_per_file=3))
+
+
+def contents(uri: str) -> dict[str, bytes]:
+    store = FeatureStore.open(uri, cache_bytes=1)
+    return {m: store.read(m).features.view(torch.int16).numpy().tobytes() for m in store.media_ids}
+
+
+def test_failing_and_slow_requests_lose_nothing_and_are_counted(
+    bucket: s3fs.S3FileSystem, server: Faults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.01)
+    make_encoder(tmp_path / "encoder")
+    (tmp_path / "media").mkdir()
+    for number in range(3):
+        make_video(tmp_path / "media" / f"{number}.mp4", range(8 * (1 + number)))
+        bucket.put(str(tmp_path / "media" / f"{number}.mp4"), f"bucket/media/{number}.mp4")
+    expected = make_config(tmp_path, str(tmp_path / "media"), str(tmp_path / "store"))
+    run_preprocess(expected, run=run_in_process)
+    config = make_config(tmp_path, "s3://bucket/media", "s3://bucket/store")
+    server.error_rate, server.slow_rate = 0.1, 0.1
+    storage.split_uri(config.output)
+    before, counted_before = server.num_errors, storage.num_retries()
+    report = run_preprocess(config, run=run_in_process)
+    injected, counted = server.num_errors - before, storage.num_retries() - counted_before
+    assert (report.segments_done, report.errors, report.audit["missing"], report.audit["duplicate"]) == (3, 0, 0, 0)
+    assert contents(config.output) == contents(expected.output)
+    assert verify_store(config.output).problems == []
+    assert compact(config.output).files_after == 1
+    assert contents(config.output) == contents(expected.output)
+    assert injected == counted > 0
+    assert 0 < report.retries <= injected  # those of writing the report itself come too late for it
+    assert server.num_slow > 0
+    assert f"retries    {report.retries}" in report.lines()
+    puts = [path for method, path, _ in server.requests if method == "PUT" and "/store/commits/" in path]
+    assert len(puts) == len(set(puts)) + 1 == 4  # one put each; the merged file's record is written twice
+    assert not [request for request in server.requests if request[0] == "POST" and "uploads" in request[2]]
+
+
+def test_storage_that_stays_away_ends_the_job_with_its_reason(
+    bucket: s3fs.S3FileSystem, server: Faults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+    storage.write_bytes("s3://bucket/name", b"old")
+    server.error_rate = 1.0
+    with pytest.raises(RuntimeError, match=r"cannot write s3://bucket/name: .*tried 4 times.*is the storage up"):
+        storage.write_bytes("s3://bucket/name", b"new")
+    with pytest.raises(storage.StorageUnavailableError, match="tried 4 times"):
+        storage.read_bytes("s3://bucket/name")
+    server.error_rate = 0.0
+    assert storage.read_bytes("s3://bucket/name") == b"old"
+
+
+def test_a_writer_that_dies_half_way_leaves_the_old_object(bucket: s3fs.S3FileSystem) -> None:
+    storage.write_bytes("s3://bucket/name", b"old")
+
+    def dies(file: IO[bytes]) -> None:
+        file.write(b"new but")
+        raise KeyError("killed")
+
+    with pytest.raises(KeyError):
+        storage.write_atomic("s3://bucket/name", dies)
+    assert storage.read_bytes("s3://bucket/name") == b"old"
 
 
 def test_media_and_features_on_an_object_store(bucket: s3fs.S3FileSystem, tmp_path: Path) -> None:
-    encoder = make_encoder(tmp_path / "encoder")
+    make_encoder(tmp_path / "encoder")
     make_video(tmp_path / "clip.mp4", range(24))
     for name in ("videos/a.mp4", "videos/b.mp4"):
         bucket.put(str(tmp_path / "clip.mp4"), f"bucket/{name}")
     bucket.pipe("bucket/videos/text.mp4", b"text")
     bucket.pipe("bucket/manifest.csv", b"uri\nvideos/a.mp4\nvideos/b.mp4\nvideos/text.mp4\nvideos/none.mp4\n")
-    config = PreprocessConfig(
-        input="s3://bucket/manifest.csv",
-        output="s3://bucket/features",
-        encoder=EncoderConfig(encoder=str(encoder), num_tokens_per_frame=4, merge_heads=4, encode_batch_frames=8),
-        execution=ExecutionConfig(frames_per_file=3),
-    )
+    config = make_config(tmp_path, "s3://bucket/manifest.csv", "s3://bucket/features")
     report = run_preprocess(config, run=run_in_process)
     assert (report.segments_done, report.errors, report.audit["missing"]) == (2, 2, 0)
     assert report.errors_by_stage == {"probe": {"not_found": 1, "unknown_format": 1}}
