@@ -27,6 +27,8 @@ class Faults:
     """share of requests answered with 503"""
     slow_rate: float = 0.0
     slow_seconds: float = 0.2
+    answers: dict[str, str] = field(default_factory=dict)
+    """last part of a path -> status that requests for it always get, such as 403 Forbidden"""
     num_errors: int = 0
     num_slow: int = 0
     requests: list[tuple[str, str, str]] = field(default_factory=list)
@@ -48,10 +50,11 @@ class Faults:
                     self.requests.append(request)
             if dawdles:
                 time.sleep(self.slow_seconds)
-            if fails:
+            status = "503 Slow Down" if fails else self.answers.get(environ["PATH_INFO"].rpartition("/")[2])
+            if status is not None:
                 environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-                start_response("503 Slow Down", [("Content-Type", "application/xml")])
-                return [SLOW_DOWN]
+                start_response(status, [("Content-Type", "application/xml")])
+                return [SLOW_DOWN] if status.startswith("503") and environ["REQUEST_METHOD"] != "HEAD" else []
             return application(environ, start_response)
 
         return faulty

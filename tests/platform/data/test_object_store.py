@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -10,7 +9,7 @@ import pytest
 import s3fs
 import torch
 
-from reference.faulty_s3 import Faults, s3_server
+from reference.faulty_s3 import Faults
 from reference.made_media import make_encoder, make_video
 from timeviper_platform import storage
 from timeviper_platform.data.compact import compact
@@ -19,30 +18,6 @@ from timeviper_platform.data.features import FeatureStore
 from timeviper_platform.data.graph import ExecutionConfig
 from timeviper_platform.data.pipeline import PreprocessConfig, run_in_process, run_preprocess
 from timeviper_platform.data.store_check import verify_store
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
-    with s3_server() as (url, faults):
-        for name, value in (
-            ("AWS_ENDPOINT_URL", url),
-            ("AWS_ACCESS_KEY_ID", "test"),
-            ("AWS_SECRET_ACCESS_KEY", "test"),
-            ("AWS_DEFAULT_REGION", "us-east-1"),
-            ("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required"),
-            ("AWS_MAX_ATTEMPTS", "2"),
-        ):
-            monkeypatch.setenv(name, value)
-        s3fs.S3FileSystem.clear_instance_cache()
-        yield faults
-        s3fs.S3FileSystem.clear_instance_cache()
-
-
-@pytest.fixture
-def bucket(server: Faults) -> s3fs.S3FileSystem:
-    filesystem = s3fs.S3FileSystem()
-    filesystem.mkdir("bucket")
-    return filesystem
 
 
 def make_config(tmp_path: Path, source: str, output: str) -> PreprocessConfig:
