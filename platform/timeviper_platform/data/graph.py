@@ -1,7 +1,8 @@
 """The steps as a Ray Data graph: a table of units in, their outcomes out as they finish.
 
-The one module of data/ that imports Ray. Knows actors, their shares of CPUs and GPUs, and how units travel in Arrow
-tables: one row a unit, so that a block is never less than a whole file's work. Does not know what a unit means.
+With metrics.py the one module of data/ that imports Ray. Knows actors, their shares of CPUs and GPUs, and how units
+travel in Arrow tables: one row a unit, so that a block is never less than a whole file's work. Does not know what a
+unit means.
 
     fused   units -> [decode, encode, write, commit]              decoder and encoder share cores
     split   units -> [decode] -> [encode] -> [write, commit]      the encoder has a GPU
@@ -23,6 +24,7 @@ import torch
 
 from timeviper_platform.data.decode import DecodeError, ErrorType, FrameBatch
 from timeviper_platform.data.encode import FrameEncoder
+from timeviper_platform.data.metrics import RunMetrics
 from timeviper_platform.data.segments import Segment, Unit, cut_units
 from timeviper_platform.data.steps import (
     DecodedSegment,
@@ -141,9 +143,12 @@ def _run_units(units: Sequence[Unit], spec: WorkerSpec, config: ExecutionConfig)
     dataset = ray.data.from_arrow([units_table([unit]) for unit in units])
     for step in _steps(spec, config, len(units)):
         dataset = dataset.map_batches(batch_size=1, batch_format="pyarrow", zero_copy_batch=True, **step)
+    metrics = RunMetrics()
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         for row in batch.to_pylist():
-            yield UnitOutcome(**row)
+            outcome = UnitOutcome(**row)
+            metrics.add(outcome)
+            yield outcome
 
 
 def _num_workers(config: ExecutionConfig) -> int:

@@ -54,7 +54,7 @@ class PreprocessReport:
     stage_seconds: dict[str, float]
     """sum over the workers: decode, encode, write"""
     workers: dict[str, int]
-    """processes by stage; one stage, fused, where each does everything"""
+    """processes that did some of the work, by stage; one stage, fused, where each does everything"""
     utilisation: dict[str, float]
     """busy seconds of a stage's workers over the seconds they had, from the first unit's start to the last one's end"""
     ideal_frames_per_second: float

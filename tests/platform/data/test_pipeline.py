@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
+import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -328,12 +330,31 @@ def made_outcome(started: float, ended: float, num_frames: int, error_types: lis
     )  # fmt: skip
 
 
+def exported(port: int, name: str, expected: float) -> float:
+    """Sum of a metric's samples, waited for: Ray exports every few seconds."""
+    deadline = time.monotonic() + 60
+    total = 0.0
+    while time.monotonic() < deadline and total != expected:
+        time.sleep(0.5)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        total = sum(float(x.rpartition(" ")[2]) for x in lines if x.startswith((name + "{", name + "_total{")))
+    return total
+
+
 @pytest.mark.cluster
 def test_on_ray_the_same_bytes_and_nothing_the_second_time(
     corpus: Path, finished: Path, tmp_path: Path, ray_address: str
 ) -> None:
+    import ray
+
+    ray.init(log_to_driver=False)  # the run leaves a connection alone that was there before
     config = make_config(corpus, tmp_path / "store", num_workers=2)
     report = run_preprocess(config)
+    assert report.share_of_ideal > 0
+    assert report.workers["fused"] in (1, 2)  # so little work may all be done before the second has started
+    port = ray.nodes()[0]["MetricsExportPort"]
+    assert exported(port, "ray_timeviper_preprocess_frames", report.frames_encoded) == report.frames_encoded
     assert (report.segments_done, report.segments_error, report.errors) == (14, 1, len(BAD))
     assert report.audit["missing"] == report.audit["duplicate"] == 0
     assert contents(config.output) == contents(str(finished))
