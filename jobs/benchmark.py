@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from timeviper_platform.data.benchmark import decode_suite
+from timeviper_platform.data.store_benchmark import store_suite
 from timeviper_platform.logs import setup_logging
 from timeviper_platform.measure import Row, format_rows
 
@@ -70,7 +71,11 @@ def demo_rows(report: dict[str, Any], command: str) -> list[Row]:
     return [Row(name=name, value=value, unit=unit, bar=bar, command=command) for name, value, unit, bar in values]
 
 
-SUITES: dict[str, Callable[[Path | None], list[Row]]] = {"decode": decode_suite, "demo": demo_suite}
+SUITES: dict[str, Callable[[Path | None], list[Row]]] = {
+    "decode": decode_suite,
+    "demo": demo_suite,
+    "store": lambda film: store_suite(),
+}
 
 
 if __name__ == "__main__":

@@ -1,26 +1,131 @@
 """Files at any fsspec URI (a local path, file://, s3://, memory://): open, list, and writes that are all or nothing.
 
-Knows how to make a file appear complete or not at all: write then rename on local disks, one put on object
-stores. Does not know what is in the files.
+Knows how to make a file appear complete or not at all: write then rename on local disks, one upload of a finished
+local copy on object stores (a single put below 100 MB, completed multipart parts above). Knows which errors pass by
+themselves: those are tried again, with growing waits, and counted. Does not know what is in the files.
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
+import random
+import tempfile
+import threading
+import time
 import uuid
+import weakref
 from collections.abc import Callable
 from pathlib import PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+MAX_ATTEMPTS = 4
+FIRST_WAIT_S = 0.5
+"""Doubled after every attempt: with the four attempts, up to 3.5 s in all. Object stores' own clients wait below this:
+botocore's five attempts inside each of s3fs's."""
+
+_TRANSIENT_ERRNOS = frozenset(
+    {errno.EBUSY, errno.EREMOTEIO, errno.EIO, errno.ETIMEDOUT, errno.EAGAIN, errno.ENETUNREACH, errno.EHOSTUNREACH}
+)
+"""s3fs says EBUSY for 503 and SlowDown, EREMOTEIO for 500, EIO for codes that it does not know, such as 502 and 504."""
+
+
+class StorageUnavailableError(OSError):
+    """Storage kept failing for a reason that should have passed."""
+
+
+class _Counter:
+    """A number that threads may raise."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.value = 0
+
+    def add(self) -> None:
+        with self._lock:
+            self.value += 1
+
+
+_retries = _Counter()
+_counted_clients: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def num_retries() -> int:
+    """Requests to storage that failed for a passing reason, in this process so far."""
+    return _retries.value
+
+
+def is_transient(error: BaseException | None) -> bool:
+    """True for errors that pass: timeouts, resets, 5xx and 429 answers, or what was raised from one of them."""
+    if error is None:
+        return False
+    if isinstance(error, TimeoutError | ConnectionError) or getattr(error, "errno", None) in _TRANSIENT_ERRNOS:
+        return True
+    from botocore.exceptions import HTTPClientError  # s3fs lets it through: it is no OSError
+
+    return isinstance(error, HTTPClientError) or is_transient(error.__cause__)
+
+
+def retrying(action: Callable[[], T], what: str) -> T:
+    """What `action` returns; it is tried again while it fails for a passing reason.
+
+    Raises:
+        StorageUnavailableError: when the last attempt failed as well, from its error.
+    """
+    for attempt in range(MAX_ATTEMPTS):
+        try:
+            return action()
+        except Exception as error:
+            if not is_transient(error):
+                raise
+            if attempt + 1 == MAX_ATTEMPTS:
+                message = (
+                    f"{what}: {error} (tried {MAX_ATTEMPTS} times); is the storage up, and within its rate limits?"
+                )
+                raise StorageUnavailableError(errno.EBUSY, message) from error
+            if not _is_counted(error):
+                _retries.add()
+            wait = FIRST_WAIT_S * 2**attempt * random.uniform(0.5, 1.0)  # workers that failed together part
+            logger.info("%s: %s; trying again in %.1f s", what, error, wait)
+            time.sleep(wait)
+    raise AssertionError("the last attempt returns or raises")
 
 
 def split_uri(uri: str) -> tuple[Any, str]:
     """The fsspec file system and the path on it; local paths come back absolute."""
     filesystem, path = fsspec.core.url_to_fs(uri)
+    if "s3" in filesystem.protocol:
+        _count_failures_of(filesystem.s3)
     return filesystem, str(path)
+
+
+def _count_failures_of(client: Any) -> None:
+    """Counts a botocore client's failed requests where they happen: it makes them again without a word."""
+    if client not in _counted_clients:
+        client.meta.events.register_first("needs-retry.s3", _note_answer)  # the first to decide ends the event
+        _counted_clients.add(client)
+
+
+def _note_answer(response: Any = None, caught_exception: Any = None, **_: Any) -> None:
+    status = response[0].status_code if response is not None else 0
+    if caught_exception is not None or status >= 500 or status == 429:
+        _retries.add()
+
+
+def _is_counted(error: BaseException | None) -> bool:
+    """True when the error came from botocore, whose failed requests are counted one by one."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    return error is not None and (isinstance(error, BotoCoreError | ClientError) or _is_counted(error.__cause__))
 
 
 def join_uri(root: str, *parts: str) -> str:
@@ -36,23 +141,25 @@ def is_local(uri: str) -> bool:
 def exists(uri: str) -> bool:
     """True when a file or folder is at `uri`."""
     filesystem, path = split_uri(uri)
-    return bool(filesystem.exists(path))
+    return retrying(lambda: bool(filesystem.exists(path)), uri)
 
 
 def list_files(uri: str, suffix: str = "") -> list[str]:
     """The files directly inside the folder `uri`, as URIs in sorted order; none when the folder is missing."""
     filesystem, path = split_uri(uri)
-    filesystem.invalidate_cache()  # object stores' listings are cached, and others write here
-    if not filesystem.isdir(path):
-        return []
-    names = [PurePosixPath(item["name"]).name for item in filesystem.ls(path, detail=True) if item["type"] == "file"]
+
+    def list_folder() -> list[dict[str, Any]]:
+        filesystem.invalidate_cache()  # object stores' listings are cached, and others write here
+        return list(filesystem.ls(path, detail=True)) if filesystem.isdir(path) else []
+
+    names = [PurePosixPath(item["name"]).name for item in retrying(list_folder, uri) if item["type"] == "file"]
     return [join_uri(uri, name) for name in sorted(names) if name.endswith(suffix) and not name.startswith(".")]
 
 
 def read_bytes(uri: str) -> bytes:
     """The whole file."""
     filesystem, path = split_uri(uri)
-    return bytes(filesystem.cat_file(path))
+    return retrying(lambda: bytes(filesystem.cat_file(path)), uri)
 
 
 def read_json(uri: str) -> Any:
@@ -71,8 +178,7 @@ def write_atomic(uri: str, write: Callable[[IO[bytes]], None]) -> None:
         if isinstance(filesystem, LocalFileSystem):
             _write_then_rename(path, write)
         else:
-            with filesystem.open(path, "wb") as file:  # object stores show an object when its upload completes
-                write(file)
+            _write_then_upload(filesystem, path, write, uri)
     except OSError as error:
         raise RuntimeError(f"cannot write {uri}: {error}; is the folder writable and the disk not full?") from error
 
@@ -90,8 +196,12 @@ def write_json(uri: str, value: Any) -> None:
 def remove(uri: str) -> None:
     """Deletes a file or a whole folder; nothing happens when it is not there."""
     filesystem, path = split_uri(uri)
-    if filesystem.exists(path):
-        filesystem.rm(path, recursive=True)
+
+    def remove_all() -> None:
+        if filesystem.exists(path):
+            filesystem.rm(path, recursive=True)
+
+    retrying(remove_all, uri)
 
 
 def ensure_writable(uri: str) -> None:
@@ -119,6 +229,14 @@ def _write_then_rename(path: str, write: Callable[[IO[bytes]], None]) -> None:
         if os.path.exists(temporary):  # noqa: PTH110
             os.unlink(temporary)  # noqa: PTH108
         raise
+
+
+def _write_then_upload(filesystem: Any, path: str, write: Callable[[IO[bytes]], None], uri: str) -> None:
+    """Closing a remote file that was written in part would show the part; and an upload can be tried again."""
+    with tempfile.NamedTemporaryFile(prefix="timeviper-upload-") as local:
+        write(local)
+        local.flush()
+        retrying(lambda: filesystem.put_file(local.name, path), uri)
 
 
 def _write_all(file: IO[bytes], data: bytes) -> None:

@@ -1,7 +1,8 @@
 """The feature store, read side: media_id and frame numbers to bf16 tensors; and the one rule that thins frames.
 
-Knows the store's folders, the index and Parquet row groups. Does not know how features are made (pipeline.py), nor
-what samples, prompts or models are. One range read gets one row group; handles and row groups are kept in small LRUs.
+Knows the store's folders and Parquet row groups; store_index.py knows the index. Does not know how features are made
+(pipeline.py), nor what samples, prompts or models are. One range read gets one row group; handles and row groups are
+kept in small LRUs.
 
     store.json       schema version, recipe, recipe_hash
     index.parquet    INDEX rows, sorted by media_id, segment_index
@@ -11,17 +12,18 @@ what samples, prompts or models are. One range read gets one row group; handles 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from timeviper_platform import schemas, storage
+from timeviper_platform.data.store_index import Modality, StoreIndex
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,8 +35,6 @@ COMMITS_FOLDER = "commits"
 
 MAX_OPEN_FILES = 128
 """A footer is about 0.1-1 MB and costs a millisecond (two requests on an object store) to read again."""
-
-Modality = Literal["video", "image"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,36 +71,44 @@ class MediaFeatures:
             raise ValueError(f"{self.features.shape[0]} frames of features but {len(self.pts_seconds)} PTS")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SegmentView:
+    """One stored segment as it lies in memory."""
+
+    features: Tensor
+    """(F', N, dim) bfloat16 that shares the reader's memory: never write to it"""
+    pts_seconds: np.ndarray
+    """(F',) float64"""
+    times_seconds: np.ndarray
+    """(F',) float64"""
+
+
+class FrameRequest(NamedTuple):
+    """What `FeatureStore.read_ahead` shall read."""
+
+    media_id: str
+    frames: Sequence[int] | None = None
+    """as for `FeatureStore.read`"""
+
+
 class FeatureStore:
     """Random access to a finished store. Safe to share between threads; reopen it in another process.
+
+    What is open stays readable while a compaction moves rows to other files: a reader that misses a file reads the
+    index again, once.
 
     Args:
         uri: the folder.
         header: content of `store.json`.
-        index: INDEX rows in order of (media_id, segment_index); rows with status error are left out.
+        index: what `index.parquet` says.
         cache_bytes: row groups kept in memory; neighbours in a row group cost no second read.
     """
 
-    def __init__(self, uri: str, header: dict[str, Any], index: pa.Table, *, cache_bytes: int = 128 << 20) -> None:
+    def __init__(self, uri: str, header: dict[str, Any], index: StoreIndex, *, cache_bytes: int = 128 << 20) -> None:
         self.uri = uri
         self.recipe: dict[str, Any] = header["recipe"]
         self.recipe_hash: str = header["recipe_hash"]
-        index = index.filter(pc.field("status") != "error")
-        self._columns = {
-            name: index[name].to_pylist() for name in ("file", "modality", "sha256", "uri", "row_group", "row_in_group")
-        }
-        self._num_frames = index["num_frames"].to_numpy()
-        self._tokens = index["num_tokens_per_frame"].to_numpy()
-        self._dim = index["dim"].to_numpy()
-        self._duration = index["duration_seconds"].to_numpy()
-        self._pts = _flat_lists(index["frame_pts_seconds"])
-        self._times = _flat_lists(index["frame_times_seconds"])
-        self._rows = _row_ranges(index["media_id"].to_pylist())
-        self._by_sha256 = {
-            self._columns["sha256"][rows.start]: media_id
-            for media_id, rows in self._rows.items()
-            if self._columns["sha256"][rows.start] is not None
-        }
+        self._index = index
         self._files: OrderedDict[str, tuple[Any, threading.Lock]] = OrderedDict()
         self._row_groups: OrderedDict[tuple[str, int], Any] = OrderedDict()
         self._cache_bytes = cache_bytes
@@ -118,22 +126,19 @@ class FeatureStore:
         if header is None or not storage.exists(storage.join_uri(uri, INDEX_FILE)):
             found = "a store without an index (its job has not finished)" if header else "no feature store"
             raise ValueError(f"{found} at {uri!r}; run jobs/preprocess.py with output: {uri}")
-        with _open(storage.join_uri(uri, INDEX_FILE)) as file:
-            index = file.read()
-        schemas.check_version(index.schema, schemas.INDEX, source=storage.join_uri(uri, INDEX_FILE))
-        return cls(uri, header, index, cache_bytes=cache_bytes)
+        return cls(uri, header, StoreIndex.open(storage.join_uri(uri, INDEX_FILE)), cache_bytes=cache_bytes)
 
     @property
     def media_ids(self) -> Sequence[str]:
-        """Every medium with at least one frame, in sorted order."""
-        return list(self._rows)
+        """Every medium with at least one segment that is not in error, in sorted order."""
+        return self._index.media_ids
 
     def __contains__(self, media_id: object) -> bool:
-        return media_id in self._rows
+        return media_id in self._index.media_ids
 
     def find(self, sha256: str) -> str | None:
         """The media_id of the medium with these bytes; None when absent or the store was made without hashing."""
-        return self._by_sha256.get(sha256)
+        return self._index.find(sha256)
 
     def info(self, media_id: str) -> MediaInfo:
         """What is stored of a medium.
@@ -141,19 +146,7 @@ class FeatureStore:
         Raises:
             KeyError: when the store does not hold it.
         """
-        rows = self._rows[media_id]
-        return MediaInfo(
-            media_id=media_id,
-            modality=self._columns["modality"][rows.start],
-            num_frames=int(self._num_frames[rows.start : rows.stop].sum()),
-            num_tokens_per_frame=int(self._tokens[rows.start]),
-            dim=int(self._dim[rows.start]),
-            duration_seconds=float(self._duration[rows.start]),
-            pts_seconds=_slice_lists(self._pts, rows),
-            times_seconds=_slice_lists(self._times, rows),
-            sha256=self._columns["sha256"][rows.start],
-            uri=self._columns["uri"][rows.start],
-        )
+        return _info(self._index, media_id)
 
     def read(self, media_id: str, frames: Sequence[int] | None = None) -> MediaFeatures:
         """Features of the frames with these numbers, or of all; reads only the row groups that hold them.
@@ -177,20 +170,89 @@ class FeatureStore:
         # numpy has no bf16: both sides are viewed as 16-bit integers, and copied once, straight into the result
         target = features.view(torch.int16).numpy()
         first_frame = 0
-        for row in self._rows[media_id]:
-            last_frame = first_frame + int(self._num_frames[row])
+        for number, num_frames in enumerate(self._index.num_frames(self._index.rows_of(media_id))):
+            last_frame = first_frame + int(num_frames)
             begin, end = np.searchsorted(wanted, (first_frame, last_frame))
             if begin < end:
-                target[begin:end] = self._segment(row)[wanted[begin:end] - first_frame]
+                target[begin:end] = self._segment(media_id, number).numpy()[wanted[begin:end] - first_frame]
             first_frame = last_frame
         return MediaFeatures(info=info, features=features, pts_seconds=info.pts_seconds[wanted])
 
-    def _segment(self, row: int) -> np.ndarray:
-        """(F, N, dim) int16 view of a stored segment."""
-        values = self._row_group(self._columns["file"][row], self._columns["row_group"][row])
-        buffer = values[self._columns["row_in_group"][row]].as_buffer()
-        shape = (int(self._num_frames[row]), int(self._tokens[row]), int(self._dim[row]))
-        return np.frombuffer(buffer, dtype="<i2").reshape(shape)
+    def read_range(self, media_id: str, start_seconds: float | None, end_seconds: float | None) -> MediaFeatures:
+        """Features of the frames sampled at start <= t < end; None = from the beginning, to the end.
+
+        Raises:
+            KeyError, RuntimeError: see `read`.
+            ValueError: when end is not after start.
+        """
+        times = self.info(media_id).times_seconds
+        frames = select_frames(times, max_frames=None, start_seconds=start_seconds, end_seconds=end_seconds)
+        return self.read(media_id, frames)
+
+    def read_ahead(self, requests: Iterable[FrameRequest], *, depth: int = 4) -> Iterator[MediaFeatures]:
+        """What `read` gives for each request, in order; up to `depth` requests are read while the caller works.
+
+        Raises:
+            KeyError, ValueError, RuntimeError: see `read`, when the request's turn comes.
+        """
+        with ThreadPoolExecutor(depth) as pool:
+            waiting: deque[Future[MediaFeatures]] = deque()
+            try:
+                for request in requests:
+                    waiting.append(pool.submit(self.read, *request))
+                    if len(waiting) > depth:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:  # a caller that stops early waits for what is being read alone
+                for future in waiting:
+                    future.cancel()
+
+    def segments(self, media_id: str) -> Iterator[SegmentView]:
+        """The medium's segments in order, without copying: features share the memory of the row group read.
+
+        Raises:
+            KeyError, RuntimeError: see `read`.
+        """
+        import torch
+
+        index = self._index
+        for number, row in enumerate(index.rows_of(media_id)):
+            rows = range(row, row + 1)
+            yield SegmentView(
+                features=self._segment(media_id, number).view(torch.bfloat16),
+                pts_seconds=index.seconds("frame_pts_seconds", rows),
+                times_seconds=index.seconds("frame_times_seconds", rows),
+            )
+
+    def _segment(self, media_id: str, number: int) -> Tensor:
+        """(F, N, dim) int16 view of a medium's stored segment, the index read again if its file is gone."""
+        index = self._index
+        row = index.rows_of(media_id)[number]
+        try:
+            return self._read_segment(index, row)
+        except FileNotFoundError:
+            fresh = StoreIndex.open(storage.join_uri(self.uri, INDEX_FILE))
+        rows = fresh.rows_of(media_id) if media_id in fresh.media_ids else range(0)
+        if number >= len(rows) or fresh.text("segment_id", rows[number]) != index.text("segment_id", row):
+            raise RuntimeError(f"{media_id}: the store at {self.uri} holds another version by now; open it again")
+        self._index = fresh
+        try:
+            return self._read_segment(fresh, rows[number])
+        except FileNotFoundError as error:
+            place = fresh.place(rows[number])
+            raise RuntimeError(
+                f"{place.file} is in the index but not in the store at {self.uri}; run the job again"
+            ) from error
+
+    def _read_segment(self, index: StoreIndex, row: int) -> Tensor:
+        from torch.utils.dlpack import from_dlpack
+
+        place = index.place(row)
+        buffer = value_buffer(self._row_group(place.file, place.row_group), place.row_in_group)
+        # by DLPack: torch.frombuffer warns that Arrow's memory is read-only
+        values = pa.Array.from_buffers(pa.int16(), buffer.size // 2, [None, buffer])
+        return from_dlpack(values).reshape(index.shape(row))
 
     def _row_group(self, name: str, number: int) -> Any:
         key = (name, number)
@@ -202,6 +264,10 @@ class FeatureStore:
         with file_lock:  # a ParquetFile serves one read at a time
             try:
                 values = file.read_row_group(number, columns=["features"], use_threads=False)["features"].chunk(0)
+            except FileNotFoundError:  # an object that was open and is gone
+                with self._lock:
+                    self._files.pop(name, None)
+                raise
             except OSError as error:  # pyarrow's errors of input and output, and of damaged pages
                 raise RuntimeError(f"cannot read row group {number} of {name} in {self.uri}: {error}") from error
         with self._lock:
@@ -215,11 +281,7 @@ class FeatureStore:
     def _file(self, name: str) -> tuple[Any, threading.Lock]:
         with self._lock:
             if name not in self._files:
-                uri = storage.join_uri(self.uri, DATA_FOLDER, name)
-                try:
-                    self._files[name] = (_open(uri), threading.Lock())
-                except FileNotFoundError as error:
-                    raise RuntimeError(f"{uri} is in the index but not in the store; run the job again") from error
+                self._files[name] = (open_data_file(storage.join_uri(self.uri, DATA_FOLDER, name)), threading.Lock())
                 while len(self._files) > MAX_OPEN_FILES:
                     self._files.popitem(last=False)
             self._files.move_to_end(name)
@@ -294,7 +356,12 @@ def select_frames(
     return [int(number) for number in chosen]
 
 
-def _open(uri: str) -> Any:
+def open_data_file(uri: str) -> Any:
+    """A ParquetFile for reading single row groups.
+
+    Raises:
+        FileNotFoundError: when it is not there.
+    """
     filesystem, path = storage.split_uri(uri)
     if storage.is_local(uri):
         return pq.ParquetFile(path, memory_map=True)
@@ -302,24 +369,25 @@ def _open(uri: str) -> Any:
     return pq.ParquetFile(filesystem.open(path, "rb", cache_type="none"), pre_buffer=True)
 
 
-def _flat_lists(column: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Offsets (rows + 1,) and values of a list column, without a Python object a row."""
-    lists = column.combine_chunks()
-    if isinstance(lists, pa.ChunkedArray):  # an empty column
-        lists = pa.concat_arrays(lists.chunks) if lists.num_chunks else pa.array([], lists.type)
-    return lists.offsets.to_numpy(), lists.values.to_numpy()
+def value_buffer(values: Any, place: int) -> Any:
+    """The bytes of one value of a large_binary array, without a copy (its scalars' `as_buffer` makes one)."""
+    _, offsets, data = values.buffers()
+    begin, end = np.frombuffer(offsets, np.int64)[values.offset + place : values.offset + place + 2]
+    return data.slice(int(begin), int(end - begin)) if end > begin else pa.py_buffer(b"")
 
 
-def _slice_lists(flat: tuple[np.ndarray, np.ndarray], rows: range) -> np.ndarray:
-    offsets, values = flat
-    return values[offsets[rows.start] : offsets[rows.stop]]
-
-
-def _row_ranges(media_ids: list[str]) -> dict[str, range]:
-    ranges: dict[str, range] = {}
-    start = 0
-    for number, media_id in enumerate(media_ids):
-        if number + 1 == len(media_ids) or media_ids[number + 1] != media_id:
-            ranges[media_id] = range(start, number + 1)
-            start = number + 1
-    return ranges
+def _info(index: StoreIndex, media_id: str) -> MediaInfo:
+    rows = index.rows_of(media_id)
+    _, num_tokens, dim = index.shape(rows.start)
+    return MediaInfo(
+        media_id=media_id,
+        modality=index.modality(rows.start),
+        num_frames=int(index.num_frames(rows).sum()),
+        num_tokens_per_frame=num_tokens,
+        dim=dim,
+        duration_seconds=index.duration_seconds(rows.start),
+        pts_seconds=index.seconds("frame_pts_seconds", rows),
+        times_seconds=index.seconds("frame_times_seconds", rows),
+        sha256=index.text("sha256", rows.start),
+        uri=index.text("uri", rows.start) or "",
+    )

@@ -1,7 +1,8 @@
 """The steps as a Ray Data graph: a table of units in, their outcomes out as they finish.
 
-The one module of data/ that imports Ray. Knows actors, their shares of CPUs and GPUs, and how units travel in Arrow
-tables: one row a unit, so that a block is never less than a whole file's work. Does not know what a unit means.
+With metrics.py the one module of data/ that imports Ray. Knows actors, their shares of CPUs and GPUs, and how units
+travel in Arrow tables: one row a unit, so that a block is never less than a whole file's work. Does not know what a
+unit means.
 
     fused   units -> [decode, encode, write, commit]              decoder and encoder share cores
     split   units -> [decode] -> [encode] -> [write, commit]      the encoder has a GPU
@@ -12,7 +13,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import time
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +27,7 @@ from timeviper_platform.data.decode import DecodeError, ErrorType, FrameBatch
 from timeviper_platform.data.encode import FrameEncoder
 from timeviper_platform.data.listing import pages
 from timeviper_platform.data.manifest import MediaItem
+from timeviper_platform.data.metrics import RunMetrics
 from timeviper_platform.data.segments import PlanSpec, Segment, Unit, iter_units, plan_page
 from timeviper_platform.data.steps import (
     DecodedSegment,
@@ -34,7 +35,9 @@ from timeviper_platform.data.steps import (
     SegmentEncoder,
     UnitOutcome,
     UnitProcessor,
+    UnitStart,
     WorkerSpec,
+    process_name,
     write_unit,
 )
 from timeviper_platform.local_cluster import local_cluster
@@ -73,8 +76,12 @@ class ExecutionConfig:
     frames_per_file: int = 2048
     """about how many frames a data file holds; 8192 make 302 MB at 16 x 1152"""
     progress_seconds: float = 5.0
+    max_consecutive_failures: int | None = 100
+    """media in a row that fail for one and the same reason before the job stops; None = it never does"""
 
     def __post_init__(self) -> None:
+        if self.max_consecutive_failures is not None and self.max_consecutive_failures < 1:
+            raise ValueError(f"{self.max_consecutive_failures = } must be at least 1, or null")
         if self.frames_per_file < 1:
             raise ValueError(f"{self.frames_per_file = } must be at least 1")
         if self.num_workers is not None and self.num_workers < 1:
@@ -170,9 +177,12 @@ def _run_units(units: Sequence[Unit], spec: WorkerSpec, config: ExecutionConfig)
     dataset = ray.data.from_arrow([units_table([unit]) for unit in units])
     for step in _steps(spec, config, len(units)):
         dataset = dataset.map_batches(batch_size=1, batch_format="pyarrow", zero_copy_batch=True, **step)
+    metrics = RunMetrics()
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         for row in batch.to_pylist():
-            yield UnitOutcome(**row)
+            outcome = UnitOutcome(**row)
+            metrics.add(outcome)
+            yield outcome
 
 
 def worker_slots(config: ExecutionConfig) -> tuple[int, int]:
@@ -243,12 +253,16 @@ _DECODED = pa.list_(
         ]
     )
 )
-DECODED_UNITS = pa.schema([*UNITS, pa.field("decoded", _DECODED), pa.field("started", pa.float64())])
+_BEGIN = pa.struct(
+    [pa.field("started", pa.float64()), pa.field("decoder", pa.string()), pa.field("retries", pa.int64())]
+)
+DECODED_UNITS = pa.schema([*UNITS, pa.field("decoded", _DECODED), pa.field("begin", _BEGIN)])
 ENCODED_UNITS = pa.schema(
     [
         pa.field("unit", pa.string()),
         pa.field("rows", pa.list_(pa.struct(list(FEATURES)))),
-        pa.field("started", pa.float64()),
+        pa.field("begin", _BEGIN),
+        pa.field("encoder", pa.string()),
     ]
 )
 
@@ -272,9 +286,12 @@ class DecodeStep:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """The table with the column `decoded`."""
-        started = time.time()
-        decoded = [[_to_arrow(self._decoder.decode(s)) for s in unit.segments] for unit in _units(table)]
-        columns = [table["unit"], table["segments"], pa.array(decoded, _DECODED), pa.array([started] * len(decoded))]
+        begins, decoded = [], []
+        for unit in _units(table):
+            begin = UnitStart.now()
+            decoded.append([_to_arrow(self._decoder.decode(segment)) for segment in unit.segments])
+            begins.append(asdict(begin.finished()))
+        columns = [table["unit"], table["segments"], pa.array(decoded, _DECODED), pa.array(begins, _BEGIN)]
         return pa.table(columns, schema=DECODED_UNITS)
 
 
@@ -292,7 +309,8 @@ class EncodeStep:
         for unit, decoded in zip(_units(table), table["decoded"], strict=True):
             pairs = zip(unit.segments, decoded, strict=True)
             rows.append(list(self._encoder.rows(_from_arrow(s, d, self._spec.image_size) for s, d in pairs)))
-        columns = [table["unit"], pa.array(rows, ENCODED_UNITS.field("rows").type), table["started"]]
+        encoders = pa.array([process_name()] * len(rows))
+        columns = [table["unit"], pa.array(rows, ENCODED_UNITS.field("rows").type), table["begin"], encoders]
         return pa.table(columns, schema=ENCODED_UNITS)
 
 
@@ -305,7 +323,10 @@ class WriteStep:
     def __call__(self, table: pa.Table) -> pa.Table:
         """One outcome a unit."""
         return _outcomes(
-            [write_unit(self._spec, row["unit"], row["rows"], row["started"]) for row in table.to_pylist()]
+            [
+                write_unit(self._spec, row["unit"], row["rows"], UnitStart(**row["begin"]), encoder=row["encoder"])
+                for row in table.to_pylist()
+            ]
         )
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,12 +33,13 @@ from timeviper_platform.data.planning import (
     plan_here,
     write_plan,
 )
-from timeviper_platform.data.report import PreprocessReport, Progress
+from timeviper_platform.data.report import FailureFuse, PreprocessReport, Progress
 from timeviper_platform.data.segments import PlanSpec, SamplingConfig, Segment, cut_units, exact
-from timeviper_platform.data.steps import DecodeConfig, UnitOutcome, WorkerSpec, run_here
+from timeviper_platform.data.steps import DecodeConfig, UnitOutcome, WorkerSpec, process_name, run_here
 from timeviper_platform.data.store_writer import (
     create_store,
     differences,
+    num_feature_bytes,
     read_committed,
     recipe_hash,
     remove_uncommitted,
@@ -101,6 +102,7 @@ def run_preprocess(config: PreprocessConfig, *, run: Runner = run_on_ray) -> Pre
         RuntimeError: when the output cannot be written, or the audit finds a gap.
     """
     clock = _Clock()
+    retries = storage.num_retries()
     config = _absolute(config)
     storage.ensure_writable(config.output)
     encoder = FrameEncoder(config.encoder)
@@ -109,7 +111,8 @@ def run_preprocess(config: PreprocessConfig, *, run: Runner = run_on_ray) -> Pre
     num_removed = remove_uncommitted(config.output)
     if num_removed:
         logger.info("removed %d files that an earlier run had not committed", num_removed)
-    plan = write_plan(config.output, plan_tables(config, digest), finished_segments(config.output))
+    fuse = FailureFuse(config.execution.max_consecutive_failures)
+    plan = write_plan(config.output, _guarded(plan_tables(config, digest), fuse), finished_segments(config.output))
     logger.info(
         "%d media: %d segments planned, %d to do, %d media rejected by their headers",
         *(plan.num_media, len(plan.segments), len(plan.missing), plan.counts.errors.total()),
@@ -121,7 +124,7 @@ def run_preprocess(config: PreprocessConfig, *, run: Runner = run_on_ray) -> Pre
     if outcomes:
         clock.lap("start_up", until=min(outcome.started for outcome in outcomes))
         clock.lap("run", until=max(outcome.ended for outcome in outcomes))
-    return _finalize(config, plan, outcomes, clock)
+    return _finalize(config, plan, outcomes, clock, retries)
 
 
 def estimate(config: PreprocessConfig) -> Estimate:
@@ -194,20 +197,43 @@ def run_in_process(missing: Collection[Segment], spec: WorkerSpec, execution: Ex
 
 def _run(plan: Plan, spec: WorkerSpec, execution: ExecutionConfig, run: Runner) -> list[UnitOutcome]:
     progress = Progress(len(plan.missing), plan.counts.frames_missing, execution.progress_seconds)
+    fuse = FailureFuse(execution.max_consecutive_failures)
     for outcome in run(plan.missing, spec, execution):
         progress.add(outcome)
+        fuse.add(outcome.media, outcome.reasons, message=outcome.last_error)
     return progress.outcomes
 
 
-def _finalize(config: PreprocessConfig, plan: Plan, outcomes: Sequence[UnitOutcome], clock: _Clock) -> PreprocessReport:
+def _guarded(tables: Iterable[pa.Table], fuse: FailureFuse) -> Iterator[pa.Table]:
+    """PLAN tables as they pass, until their headers reject too many media in a row for one reason."""
+    for table in tables:
+        columns = (table[name].to_pylist() for name in ("status", "error_stage", "error_type"))
+        reasons = [f"{stage}/{kind}" if status == "error" else "" for status, stage, kind in zip(*columns, strict=True)]
+        fuse.add(table["media_id"].to_pylist(), reasons)
+        yield table
+
+
+def _finalize(
+    config: PreprocessConfig, plan: Plan, outcomes: Sequence[UnitOutcome], clock: _Clock, retries_before: int
+) -> PreprocessReport:
+    """Index, rejects, audit and report of a run.
+
+    Args:
+        config: the run's.
+        plan: what was planned.
+        outcomes: of this run's units.
+        clock: running since the start.
+        retries_before: this process's count when the run began.
+    """
     committed = read_committed(config.output)
     index = write_index(config.output, committed, {s.media_id: s.source_version for s in plan.segments})
     wanted = pa.array([segment.segment_id for segment in plan.segments], pa.string())
     mine = index.filter(pc.is_in(index["segment_id"], wanted))
     rejects = reporting.reject_table(plan.errors, mine)
     write_table(storage.join_uri(config.output, "rejects.parquet"), rejects)
-    counts = reporting.audit(plan.segments, committed)
+    counts = reporting.audit((segment.segment_id for segment in plan.segments), committed)
     clock.lap("finalize")
+    elsewhere = sum(o.retries for o in outcomes if o.worker != process_name())
     report = PreprocessReport(
         media=plan.num_media,
         segments=len(plan.segments),
@@ -220,14 +246,15 @@ def _finalize(config: PreprocessConfig, plan: Plan, outcomes: Sequence[UnitOutco
         errors=len(set(rejects["media_id"].to_pylist())),
         errors_by_stage=reporting.count_rejects(rejects),
         frames_per_second=round(reporting.steady_rate(outcomes), 2) if outcomes else _last_rate(config.output),
-        bytes=_feature_bytes(mine),
+        bytes=num_feature_bytes(mine),
         seconds=clock.seconds,
         stage_seconds={
             "decode": round(sum(o.decode_seconds for o in outcomes), 2),
             "encode": round(sum(o.encode_seconds for o in outcomes), 2),
             "write": round(sum(o.write_seconds for o in outcomes), 2),
         },
-        workers=len({o.worker for o in outcomes}),
+        **asdict(reporting.measure_speed(outcomes)),
+        retries=storage.num_retries() - retries_before + elsewhere,
         audit=counts,
     )
     storage.write_json(storage.join_uri(config.output, REPORT_FILE), report.to_json())
@@ -240,12 +267,6 @@ def _last_rate(store: str) -> float:
     """Frames a second of the last run that encoded; 0 before a first one."""
     uri = storage.join_uri(store, REPORT_FILE)
     return float(storage.read_json(uri)["frames_per_second"]) if storage.exists(uri) else 0.0
-
-
-def _feature_bytes(index: pa.Table) -> int:
-    shape = ("num_frames", "num_tokens_per_frame", "dim")
-    rows = zip(*(index[name].to_pylist() for name in shape), strict=True)
-    return sum(2 * frames * tokens * dim for frames, tokens, dim in rows)
 
 
 def _absolute(config: PreprocessConfig) -> PreprocessConfig:

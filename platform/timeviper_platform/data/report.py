@@ -15,7 +15,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from timeviper_platform.data.segments import PlanError, Segment
+from timeviper_platform.data.media import ErrorType
+from timeviper_platform.data.segments import PlanError
 from timeviper_platform.data.steps import UnitOutcome
 from timeviper_platform.schemas import REJECTS
 
@@ -52,7 +53,18 @@ class PreprocessReport:
     """wall time: plan, start_up (Ray, and workers until the first unit), run, finalize (with Ray's end), total"""
     stage_seconds: dict[str, float]
     """sum over the workers: decode, encode, write"""
-    workers: int
+    workers: dict[str, int]
+    """processes that did some of the work, by stage; one stage, fused, where each does everything"""
+    utilisation: dict[str, float]
+    """busy seconds of a stage's workers over the seconds they had, from the first unit's start to the last one's end"""
+    ideal_frames_per_second: float
+    """1 / max(seconds a frame / workers) over the stages, at the costs measured in the workers while all were busy"""
+    share_of_ideal: float
+    """frames_per_second over that"""
+    cores_per_encoder: float
+    """CPU cores that decode and write as fast as one encoder encodes; for an encoder on a GPU, cores needed per GPU"""
+    retries: int
+    """requests to storage that failed for a passing reason and were made again, in this run"""
     audit: dict[str, int]
     """planned = ok + partial + error, with missing = duplicate = 0"""
 
@@ -72,9 +84,19 @@ class PreprocessReport:
             f"segments   {self.segments} planned = {self.segments_done} ok + {self.segments_partial} partial"
             f" + {self.segments_error} error; encoded in this run: {self.segments_encoded}",
             f"frames     {self.frames} stored, {self.bytes / 1e6:.1f} MB; encoded in this run: {self.frames_encoded}"
-            f" at {self.frames_per_second:.1f} a second with {self.workers} workers",
+            f" at {self.frames_per_second:.1f} a second",
             "seconds    " + ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items()),
-            "workers    " + ", ".join(f"{name} {value:.1f} s" for name, value in self.stage_seconds.items()),
+            "stages     " + ", ".join(f"{name} {value:.1f} s" for name, value in self.stage_seconds.items()),
+            *(self._speed_lines() if self.workers else []),
+            f"retries    {self.retries}",
+        ]
+
+    def _speed_lines(self) -> list[str]:
+        busy = ", ".join(f"{n} {name} ({self.utilisation[name]:.0%} busy)" for name, n in self.workers.items())
+        return [
+            f"workers    {busy}; one encoder needs {self.cores_per_encoder:.1f} cores to decode and write for it",
+            f"ideal      {self.ideal_frames_per_second:.1f} frames a second at these costs; reached:"
+            f" {self.share_of_ideal:.0%}",
         ]
 
 
@@ -129,14 +151,95 @@ def steady_rate(outcomes: Sequence[UnitOutcome]) -> float:
     return frames / max(1e-9, high - low)
 
 
-def audit(planned: Sequence[Segment], committed: pa.Table) -> dict[str, int]:
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """How a run's speed compares with what its own costs allow."""
+
+    workers: dict[str, int]
+    utilisation: dict[str, float]
+    ideal_frames_per_second: float
+    share_of_ideal: float
+    cores_per_encoder: float
+
+
+def measure_speed(outcomes: Sequence[UnitOutcome]) -> Speed:
+    """The speed of a run against 1 / max(seconds a frame / workers) over its stages.
+
+    Fused workers are one stage that costs all of a unit's seconds; split ones are decode, encode and write, each by
+    the processes that did it.
+    """
+    frames = sum(o.num_frames for o in outcomes)
+    if not frames:
+        return Speed({}, {}, 0.0, 0.0, 0.0)
+    decode, encode = sum(o.decode_seconds for o in outcomes), sum(o.encode_seconds for o in outcomes)
+    write = sum(o.write_seconds for o in outcomes)
+    if all(o.decoder == o.encoder for o in outcomes):
+        busy = {"fused": decode + encode + write}
+        workers = {"fused": len({o.worker for o in outcomes})}
+    else:
+        busy = {"decode": decode, "encode": encode, "write": write}
+        names = {"decode": "decoder", "encode": "encoder", "write": "worker"}
+        workers = {stage: len({getattr(o, name) for o in outcomes}) for stage, name in names.items()}
+    wall = max(1e-9, max(o.ended for o in outcomes) - min(o.started for o in outcomes))
+    ideal = frames / max(1e-9, *(busy[stage] / workers[stage] for stage in busy))
+    return Speed(
+        workers=workers,
+        utilisation={stage: round(busy[stage] / (workers[stage] * wall), 3) for stage in busy},
+        ideal_frames_per_second=round(ideal, 2),
+        share_of_ideal=round(steady_rate(outcomes) / ideal, 3),
+        cores_per_encoder=round((decode + write) / max(1e-9, encode), 2),
+    )
+
+
+@dataclass(slots=True)
+class FailureFuse:
+    """Stops a job whose media fail one after the other for one and the same reason: that is no matter of media."""
+
+    limit: int | None
+    """None = never"""
+    _reason: str = ""
+    _num_media: int = 0
+    _last_media_id: str = ""
+
+    def add(self, media: Iterable[str], reasons: Iterable[str], *, message: str = "") -> None:
+        """Takes note of media in the order of work; '' stands for those that did not fail.
+
+        Raises:
+            RuntimeError: when the limit is reached, with the reason and the way out.
+        """
+        for media_id, reason in zip(media, reasons, strict=True):
+            if not reason or reason != self._reason:
+                self._reason, self._num_media, self._last_media_id = reason, 0, ""
+            if reason and media_id != self._last_media_id:  # a long film's segments are one medium
+                self._num_media, self._last_media_id = self._num_media + 1, media_id
+            if self.limit is not None and self._num_media >= self.limit:
+                raise RuntimeError(self._text(message))
+
+    def _text(self, message: str) -> str:
+        advice = _WAYS_OUT.get(self._reason.partition("/")[2], "look at one of them with ffprobe")
+        return (
+            f"{self._num_media} media in a row failed for one reason, {self._reason}: {advice}. The last was"
+            f" {self._last_media_id}" + (f" ({message})" if message else "") + ". What is done is kept: run the job"
+            " again, or raise execution.max_consecutive_failures (null = never stop) if the media are to blame"
+        )
+
+
+_WAYS_OUT: dict[str, str] = {
+    ErrorType.NOT_FOUND: "are the paths right, and is the share mounted on the workers",
+    ErrorType.PERMISSION_DENIED: "may the workers' user or credentials read them",
+    ErrorType.READ_FAILED: "is the storage up, and within its rate limits",
+    ErrorType.NO_DECODER: "has this FFmpeg the codec",
+}
+
+
+def audit(planned: Iterable[str], committed: pa.Table) -> dict[str, int]:
     """Counts of planned segments by what became of them; `missing` and `duplicate` must be 0.
 
     Args:
-        planned: every segment of this input.
+        planned: segment_id of every segment of this input.
         committed: INDEX rows of all commit records.
     """
-    wanted = {segment.segment_id for segment in planned}
+    wanted = set(planned)
     status: dict[str, str] = {}
     num_duplicates = 0
     pairs = zip(committed["segment_id"].to_pylist(), committed["status"].to_pylist(), strict=True)
@@ -147,7 +250,7 @@ def audit(planned: Sequence[Segment], committed: pa.Table) -> dict[str, int]:
             status[segment_id] = outcome if before == "error" else before
     counts = Counter(status.values())
     return {
-        "planned": len(planned),
+        "planned": len(wanted),
         "ok": counts["ok"],
         "partial": counts["partial"],
         "error": counts["error"],

@@ -11,16 +11,17 @@ import socket
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 
 import numpy as np
 import torch
 import xxhash
 
+from timeviper_platform import storage
 from timeviper_platform.data.decode import Backend, DecodeError, DecoderPool, ErrorType, FrameBatch, read_image
 from timeviper_platform.data.encode import EncoderConfig, FrameEncoder
-from timeviper_platform.data.media import MediaLimits
+from timeviper_platform.data.media import MediaLimits, Stage
 from timeviper_platform.data.segments import Segment, Unit
 from timeviper_platform.data.store_writer import Row, features_bytes, write_file
 
@@ -69,6 +70,12 @@ class UnitOutcome:
     num_error: int
     error_types: list[str]
     """one a segment with status partial or error"""
+    media: list[str]
+    """every medium of the unit, in order"""
+    reasons: list[str]
+    """why each of them failed: stage/type of its first segment in error; '' for those without one"""
+    last_error: str
+    """message of the last segment in error"""
     feature_bytes: int
     decode_seconds: float
     encode_seconds: float
@@ -76,8 +83,13 @@ class UnitOutcome:
     started: float
     """seconds since the epoch"""
     ended: float
+    retries: int
+    """requests to storage that failed for a passing reason"""
+    decoder: str
+    """host and process of each step; one and the same where the steps are fused"""
+    encoder: str
     worker: str
-    """host and process"""
+    """that wrote"""
 
 
 class SegmentDecoder:
@@ -97,9 +109,12 @@ class SegmentDecoder:
         started = time.perf_counter()
         frames, error = None, None
         try:
-            frames = self._frames(segment)
+            frames = storage.retrying(lambda: self._frames(segment), segment.uri)
         except DecodeError as caught:
             error = caught
+        except storage.StorageUnavailableError as caught:  # not for good: the next run tries again
+            stage: Stage = "decode_image" if segment.modality == "image" else "decode_video"
+            error = DecodeError(stage, ErrorType.READ_FAILED, str(caught))
         return DecodedSegment(segment, frames, error, time.perf_counter() - started)
 
     def _frames(self, segment: Segment) -> FrameBatch:
@@ -226,23 +241,85 @@ class UnitProcessor:
 
     def process(self, unit: Unit) -> UnitOutcome:
         """Writes and commits the unit's file; memory holds one row group and one segment's frames at a time."""
-        started = time.time()
+        begin = UnitStart.now()
         rows = self._encoder.rows(self._decoder.decode(segment) for segment in unit.segments)
-        return write_unit(self._spec, unit.name, rows, started)
+        return write_unit(self._spec, unit.name, rows, begin, encoder=begin.decoder)
 
 
-def write_unit(spec: WorkerSpec, name: str, rows: Iterable[Row], started: float) -> UnitOutcome:
-    """Writes and commits rows as the data file of unit `name`."""
-    index_rows = write_file(spec.store, name, rows, recipe_digest=spec.recipe_hash)
-    return outcome_of(name, index_rows, started)
+@dataclass(frozen=True, slots=True)
+class UnitStart:
+    """What is noted where work on a unit begins; travels with it."""
+
+    started: float
+    """seconds since the epoch"""
+    decoder: str
+    """host and process"""
+    retries: int
+    """of this process until now; after the step, of the step"""
+
+    @classmethod
+    def now(cls) -> UnitStart:
+        """The note of this moment."""
+        return cls(time.time(), process_name(), storage.num_retries())
+
+    def finished(self) -> UnitStart:
+        """The note with the retries of the step that ends now, in the same process."""
+        return replace(self, retries=storage.num_retries() - self.retries)
 
 
-def outcome_of(name: str, rows: list[Row], started: float) -> UnitOutcome:
+def process_name() -> str:
+    """Host and process, as outcomes name workers."""
+    return f"{socket.gethostname()}/{os.getpid()}"
+
+
+def write_unit(spec: WorkerSpec, name: str, rows: Iterable[Row], begin: UnitStart, *, encoder: str) -> UnitOutcome:
+    """Writes and commits rows as the data file of unit `name`.
+
+    Args:
+        spec: what the worker is told.
+        name: the unit's.
+        rows: a generator works while it is written; its time is not the writing's.
+        begin: noted in this process, or where the unit was decoded and `finished` there.
+        encoder: the process that encoded.
+    """
+    here = process_name()
+    is_fused = begin.decoder == here and encoder == here
+    before = begin.retries if is_fused else storage.num_retries()
+    source = _TimedRows(rows)
+    started = time.perf_counter()
+    index_rows = write_file(spec.store, name, source, recipe_digest=spec.recipe_hash)
+    write_seconds = time.perf_counter() - started - source.seconds
+    retries = storage.num_retries() - before + (0 if is_fused else begin.retries)
+    return outcome_of(name, index_rows, begin, write_seconds=write_seconds, retries=retries, encoder=encoder)
+
+
+class _TimedRows:
+    """Rows, and how long their making took."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self._rows = iter(rows)
+        self.seconds = 0.0
+
+    def __iter__(self) -> _TimedRows:
+        return self
+
+    def __next__(self) -> Row:
+        started = time.perf_counter()
+        try:
+            return next(self._rows)
+        finally:
+            self.seconds += time.perf_counter() - started
+
+
+def outcome_of(
+    name: str, rows: list[Row], begin: UnitStart, *, write_seconds: float, retries: int, encoder: str
+) -> UnitOutcome:
     """The sum of a unit's rows."""
-    ended = time.time()
     statuses = [row["status"] for row in rows]
-    decode_seconds = sum(row["decode_ms"] for row in rows) / 1e3
-    encode_seconds = sum(row["encode_ms"] for row in rows) / 1e3
+    reasons: dict[str, str] = {}
+    for row in rows:
+        reason = f"{row['error_stage']}/{row['error_type']}" if row["status"] == "error" else ""
+        reasons[row["media_id"]] = reasons.get(row["media_id"]) or reason
     return UnitOutcome(
         unit=name,
         num_frames=sum(row["num_frames"] for row in rows),
@@ -250,13 +327,19 @@ def outcome_of(name: str, rows: list[Row], started: float) -> UnitOutcome:
         num_partial=statuses.count("partial"),
         num_error=statuses.count("error"),
         error_types=[row["error_type"] for row in rows if row["status"] != "ok"],
+        media=list(reasons),
+        reasons=list(reasons.values()),
+        last_error=next((row["error_message"] for row in reversed(rows) if row["status"] == "error"), ""),
         feature_bytes=sum(row["num_frames"] * row["num_tokens_per_frame"] * row["dim"] * 2 for row in rows),
-        decode_seconds=decode_seconds,
-        encode_seconds=encode_seconds,
-        write_seconds=max(0.0, ended - started - decode_seconds - encode_seconds),
-        started=started,
-        ended=ended,
-        worker=f"{socket.gethostname()}/{os.getpid()}",
+        decode_seconds=sum(row["decode_ms"] for row in rows) / 1e3,
+        encode_seconds=sum(row["encode_ms"] for row in rows) / 1e3,
+        write_seconds=write_seconds,
+        started=begin.started,
+        ended=time.time(),
+        retries=retries,
+        decoder=begin.decoder,
+        encoder=encoder,
+        worker=process_name(),
     )
 
 

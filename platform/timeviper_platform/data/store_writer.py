@@ -2,21 +2,25 @@
 
 Knows what 'committed' means: the data file is written, then its commit record (the INDEX rows of that file), both
 whole or not at all, both under a name that the caller derives from the content. Whatever lies there without a commit
-record is ignored by readers and removed by the next run. Does not know where rows come from.
+record is ignored by readers and removed by the next run. A commit record may name others that it replaces: writing
+it is the one moment in which those stop to count (`settle` then clears them away, at leisure and again if killed).
+One job writes to a store at a time. Does not know where rows come from.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import PurePosixPath
 from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 import xxhash
@@ -24,6 +28,7 @@ from torch import Tensor
 
 from timeviper_platform import schemas, storage
 from timeviper_platform.data.features import COMMITS_FOLDER, DATA_FOLDER, INDEX_FILE, STORE_FILE, read_header
+from timeviper_platform.data.store_index import ROW_GROUP_ROWS
 
 MIN_ROW_GROUP_ROWS = 8
 MIN_ROW_GROUP_BYTES = 1 << 20
@@ -33,6 +38,28 @@ row group up to 1 MB, so that a footer stays small beside what it describes."""
 
 Row = dict[str, Any]
 """One FEATURES row as a dict; `features` holds bytes, or None for an error row."""
+
+_REPLACES = b"timeviper.replaces"
+"""In a commit record's metadata: a JSON list of the data files whose rows it holds now."""
+
+
+INDEXED_KEY = b"timeviper.indexed"
+"""In the index's metadata: `indexed_digest` of what it was made from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Commits:
+    """The commit records of a store."""
+
+    tables: dict[str, pa.Table]
+    """name of the data file -> its INDEX rows"""
+    replaced: list[str]
+    """data files whose rows others hold by now"""
+
+    def rows(self) -> pa.Table:
+        """INDEX rows of all, in order of file name."""
+        tables = [table.replace_schema_metadata(schemas.INDEX.metadata) for table in self.tables.values()]
+        return pa.concat_tables(tables) if tables else schemas.INDEX.empty_table()
 
 
 def recipe_hash(recipe: Mapping[str, Any]) -> str:
@@ -70,10 +97,17 @@ def create_store(uri: str, recipe: Mapping[str, Any]) -> str:
     return digest
 
 
-def write_file(uri: str, name: str, rows: Iterable[Row], *, recipe_digest: str) -> list[Row]:
+def write_file(
+    uri: str, name: str, rows: Iterable[Row], *, recipe_digest: str, replaces: Sequence[str] = ()
+) -> list[Row]:
     """Writes and commits the data file `name` of the store at `uri`; returns its INDEX rows.
 
-    `rows` may be a generator: one row group is in memory at a time.
+    Args:
+        uri: the store.
+        name: without suffix, derived from what the rows are.
+        rows: may be a generator: one row group is in memory at a time.
+        recipe_digest: the store's recipe_hash.
+        replaces: names of committed data files whose rows these are from now on; `settle` removes them.
 
     Raises:
         RuntimeError: when the store cannot be written.
@@ -91,14 +125,12 @@ def write_file(uri: str, name: str, rows: Iterable[Row], *, recipe_digest: str) 
                     index_rows.append({**{k: v for k, v in row.items() if k != "features"}, **location})
 
     storage.write_atomic(storage.join_uri(uri, DATA_FOLDER, file_name), write)
-    write_table(
-        storage.join_uri(uri, COMMITS_FOLDER, file_name), pa.Table.from_pylist(index_rows, schema=schemas.INDEX)
-    )
+    _write_commit(uri, file_name, pa.Table.from_pylist(index_rows, schema=schemas.INDEX), replaces)
     return index_rows
 
 
-def read_committed(uri: str) -> pa.Table:
-    """INDEX rows of every commit record, in order of file name."""
+def read_commits(uri: str) -> Commits:
+    """Every commit record that counts, by the name of its data file in sorted order, and the names of the others."""
     names = [PurePosixPath(path).name for path in storage.list_files(storage.join_uri(uri, COMMITS_FOLDER), ".parquet")]
 
     def read(name: str) -> pa.Table:
@@ -106,8 +138,39 @@ def read_committed(uri: str) -> pa.Table:
         return pq.ParquetFile(pa.BufferReader(data)).read()
 
     with ThreadPoolExecutor(16) as pool:  # requests to an object store wait, they do not work
-        tables = list(pool.map(read, names))
-    return pa.concat_tables(tables) if tables else schemas.INDEX.empty_table()
+        tables = dict(zip(names, pool.map(read, names), strict=True))
+    replaced = {name for table in tables.values() for name in json.loads(table.schema.metadata.get(_REPLACES, "[]"))}
+    return Commits({name: table for name, table in tables.items() if name not in replaced}, sorted(replaced))
+
+
+def read_committed(uri: str) -> pa.Table:
+    """INDEX rows of every commit record that counts, in order of file name."""
+    return read_commits(uri).rows()
+
+
+def settle(uri: str) -> int:
+    """Clears away what a compaction replaced, however far it came; returns how many data files it removed.
+
+    The index points to the new files first; then the old records and files go; last, the new records forget them, so
+    that a file may be written again under an old name.
+    """
+    commits = read_commits(uri)
+    if not commits.replaced:
+        return 0
+    if storage.exists(storage.join_uri(uri, INDEX_FILE)):
+        write_index(uri, commits.rows(), {})
+    for folder in (COMMITS_FOLDER, DATA_FOLDER):
+        for name in commits.replaced:
+            storage.remove(storage.join_uri(uri, folder, name))
+    for name, table in commits.tables.items():
+        if _REPLACES not in table.schema.metadata:
+            continue
+        if table.num_rows:
+            _write_commit(uri, name, table, ())
+        else:  # all that it held was superseded
+            storage.remove(storage.join_uri(uri, COMMITS_FOLDER, name))
+            storage.remove(storage.join_uri(uri, DATA_FOLDER, name))
+    return len(commits.replaced)
 
 
 def remove_uncommitted(uri: str) -> int:
@@ -115,6 +178,7 @@ def remove_uncommitted(uri: str) -> int:
 
     Only for the one job that writes to the store, before it starts to.
     """
+    settle(uri)
     committed = {PurePosixPath(path).name for path in storage.list_files(storage.join_uri(uri, COMMITS_FOLDER))}
     num_removed = 0
     for folder in (DATA_FOLDER, COMMITS_FOLDER):
@@ -158,9 +222,14 @@ def write_index(uri: str, committed: pa.Table, current_versions: Mapping[str, st
     ]
     index = best_rows(committed.filter(pa.array(keep, pa.bool_())))
     index = index.sort_by([("media_id", "ascending"), ("segment_index", "ascending")])
-    index = index.replace_schema_metadata(schemas.INDEX.metadata)
-    write_table(storage.join_uri(uri, INDEX_FILE), index)
+    index = index.replace_schema_metadata(schemas.INDEX.metadata | {INDEXED_KEY: indexed_digest(committed)})
+    write_table(storage.join_uri(uri, INDEX_FILE), index, row_group_rows=ROW_GROUP_ROWS)
     return index
+
+
+def indexed_digest(committed: pa.Table) -> bytes:
+    """Stands for the data files whose rows an index was made from."""
+    return hashlib.sha256("\n".join(sorted(pc.unique(committed["file"]).to_pylist())).encode()).hexdigest().encode()
 
 
 def write_store(uri: str, media: Mapping[str, Tensor], *, recipe: Mapping[str, Any], fps: float = 1.0) -> None:
@@ -179,6 +248,33 @@ def write_store(uri: str, media: Mapping[str, Tensor], *, recipe: Mapping[str, A
 def features_bytes(features: Tensor) -> bytes:
     """What a row's `features` holds: little-endian bf16 in C order."""
     return features.to(torch.bfloat16).contiguous().view(torch.int16).numpy().astype("<i2", copy=False).tobytes()
+
+
+def features_fault(row: Mapping[str, Any], features: Any) -> str | None:
+    """What is wrong with the features of a row, held against its INDEX columns; None when nothing is.
+
+    Args:
+        row: INDEX columns.
+        features: bytes or a buffer, or None.
+    """
+    size = 0 if features is None else len(features)
+    expected = 2 * row["num_frames"] * row["num_tokens_per_frame"] * row["dim"] if row["num_frames"] else 0
+    if size != expected:
+        return f"{size} bytes of features instead of {expected}"
+    if len(row["frame_times_seconds"] or ()) != len(row["frame_pts_seconds"] or ()) or (
+        row["status"] != "error" and len(row["frame_pts_seconds"]) != row["num_frames"]
+    ):
+        return "frame times and frames differ in number"
+    checksum = row["features_xxh64"]
+    if checksum is not None and xxhash.xxh64_intdigest(features or b"") != checksum:
+        return "the features are not those that were written (xxh64)"
+    return None
+
+
+def num_feature_bytes(rows: pa.Table) -> int:
+    """Bytes of the features of INDEX rows."""
+    frames, tokens, dim = (rows[name].cast(pa.int64()) for name in ("num_frames", "num_tokens_per_frame", "dim"))
+    return 2 * (pc.sum(pc.multiply(pc.multiply(frames, tokens), dim)).as_py() or 0)
 
 
 def _row_of(media_id: str, features: Tensor, digest: str, fps: float) -> Row:
@@ -240,9 +336,19 @@ def _parquet_writer(file: IO[bytes], schema: pa.Schema) -> Any:
     )
 
 
-def write_table(uri: str, table: pa.Table) -> None:
+def write_table(uri: str, table: pa.Table, *, row_group_rows: int | None = None) -> None:
     """Writes a small table, all or nothing."""
-    storage.write_atomic(uri, lambda file: pq.write_table(table, file, compression="zstd", write_page_checksum=True))
+    storage.write_atomic(
+        uri,
+        lambda file: pq.write_table(
+            table, file, compression="zstd", write_page_checksum=True, row_group_size=row_group_rows
+        ),
+    )
+
+
+def _write_commit(uri: str, file_name: str, rows: pa.Table, replaces: Sequence[str]) -> None:
+    metadata = schemas.INDEX.metadata | ({_REPLACES: json.dumps(list(replaces)).encode()} if replaces else {})
+    write_table(storage.join_uri(uri, COMMITS_FOLDER, file_name), rows.replace_schema_metadata(metadata))
 
 
 def _indexed_versions(uri: str) -> dict[str, str]:

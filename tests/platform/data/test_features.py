@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from reference.made_store import RECIPE, error_row, segment_row, write_files
 from timeviper_platform import storage
-from timeviper_platform.data.features import FeatureStore, select_frames
+from timeviper_platform.data.features import FeatureStore, FrameRequest, select_frames
 from timeviper_platform.data.store_writer import (
     best_rows,
     create_store,
@@ -24,39 +26,12 @@ from timeviper_platform.data.store_writer import (
 )
 from timeviper_platform.schemas import FEATURES, INDEX, check_version
 
-RECIPE = {"encoder": {"weights_hash": "abc", "layer": -2}, "sampling": {"fps": 1.0}}
-
 
 def made_media(count: int = 30) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {
         f"m{number:03d}": torch.randn(1 + number % 7, 2, 4, generator=generator).bfloat16() for number in range(count)
     }
-
-
-def segment_row(media_id: str, index: int, num_segments: int, features: torch.Tensor, **changes: object) -> dict:
-    num_frames = len(features)
-    times = [64.0 * index + k for k in range(num_frames)]
-    return {
-        "segment_id": f"{media_id}-{index}",
-        "media_id": media_id,
-        "source_version": "v1",
-        "segment_index": index,
-        "num_segments": num_segments,
-        "uri": f"/{media_id}.mp4",
-        "modality": "video",
-        "sha256": f"sha-{media_id}",
-        "duration_seconds": 64.0 * num_segments,
-        "frame_times_seconds": times,
-        "frame_pts_seconds": [time - 0.01 for time in times],
-        "num_frames": num_frames,
-        "num_tokens_per_frame": features.shape[1],
-        "dim": features.shape[2],
-        "dtype": "bfloat16",
-        "status": "ok",
-        "frames_missing": 0,
-        "features": features.view(torch.int16).numpy().tobytes(),
-    } | changes
 
 
 def test_every_medium_reads_back_bit_for_bit(tmp_path: Path) -> None:
@@ -103,6 +78,87 @@ def test_frames_are_picked_across_segments_and_neighbours_are_cached(tmp_path: P
             store.read("film", bad)
     with pytest.raises(KeyError):
         store.info("nobody")
+
+
+def test_a_range_of_seconds_reads_the_frames_sampled_in_it(tmp_path: Path) -> None:
+    pieces = [torch.randn(length, 3, 5).bfloat16() for length in (64, 64, 10)]
+    write_files(str(tmp_path), {"film": [segment_row("film", n, 3, piece) for n, piece in enumerate(pieces)]})
+    store = FeatureStore.open(str(tmp_path))
+    got = store.read_range("film", 63.0, 65.5)
+    assert torch.equal(got.features, torch.cat(pieces)[[63, 64, 65]])
+    assert got.pts_seconds.tolist() == [62.99, 63.99, 64.99]
+    assert len(store.read_range("film", None, 2.0).features) == 2
+    assert len(store.read_range("film", 137.0, None).features) == 1
+    assert store.read_range("film", 900.0, None).features.shape == (0, 3, 5)
+
+
+def test_reading_ahead_gives_what_reading_gives_in_order(tmp_path: Path) -> None:
+    media = made_media(40)
+    write_store(str(tmp_path), media, recipe=RECIPE)
+    store = FeatureStore.open(str(tmp_path), cache_bytes=1)
+    requests = [FrameRequest(media_id, [0] if n % 3 else None) for n, media_id in enumerate(reversed(store.media_ids))]
+    taken: list[str] = []
+
+    def asked() -> Iterator[FrameRequest]:
+        for request in requests:
+            taken.append(request.media_id)
+            yield request
+
+    for number, got in enumerate(store.read_ahead(asked(), depth=3)):
+        assert len(taken) <= number + 4  # no more than three ahead of the one that is out
+        media_id, frames = requests[number]
+        assert got.info.media_id == media_id
+        assert torch.equal(got.features, media[media_id] if frames is None else media[media_id][frames])
+    assert len(taken) == len(media)
+    with pytest.raises(KeyError):
+        list(store.read_ahead([FrameRequest("nobody")]))
+
+
+def test_segments_are_seen_without_a_copy(tmp_path: Path) -> None:
+    pieces = [torch.randn(length, 3, 5).bfloat16() for length in (64, 10)]
+    write_files(str(tmp_path), {"film": [segment_row("film", n, 2, piece) for n, piece in enumerate(pieces)]})
+    store = FeatureStore.open(str(tmp_path))
+    views, again = list(store.segments("film")), list(store.segments("film"))
+    for view, second, piece in zip(views, again, pieces, strict=True):
+        assert view.features.dtype == torch.bfloat16
+        assert torch.equal(view.features, piece)
+        assert view.features.data_ptr() == second.features.data_ptr()
+    assert views[1].times_seconds.tolist() == [64.0 + k for k in range(10)]
+    del store, again
+    assert torch.equal(views[0].features, pieces[0])  # a view keeps its memory alive
+
+
+def test_a_segment_without_frames_is_empty(tmp_path: Path) -> None:
+    write_files(str(tmp_path), {"film": [segment_row("film", 0, 1, torch.zeros(0, 3, 5))]})
+    store = FeatureStore.open(str(tmp_path))
+    assert store.read("film").features.shape == (0, 3, 5)
+    assert [view.features.shape for view in store.segments("film")] == [(0, 3, 5)]
+
+
+def test_rows_in_error_between_others_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("timeviper_platform.data.store_writer.ROW_GROUP_ROWS", 2)  # lookups cross row groups
+    monkeypatch.setattr("timeviper_platform.data.store_index.DETAILS_CACHE_BYTES", 1)
+    pieces = {m: [torch.randn(3 + n, 2, 4).bfloat16() for n in range(4)] for m in ("a", "c", "\u00e9", "\U0001f600")}
+    rows = [segment_row(media_id, n, 4, piece) for media_id, parts in pieces.items() for n, piece in enumerate(parts)]
+    for media_id in pieces:
+        rows.append(error_row(media_id, segment_index=4, segment_id=f"{media_id}-4"))
+    rows += [error_row("b"), error_row("z")]
+    write_files(str(tmp_path), {"one": rows[::2], "two": rows[1::2]})
+    store = FeatureStore.open(str(tmp_path))
+    assert list(store.media_ids) == sorted(pieces) == store.media_ids[:]
+    assert store.media_ids[-1] == "\U0001f600"
+    for media_id, parts in pieces.items():
+        got = store.read(media_id)
+        assert torch.equal(got.features, torch.cat(parts))
+        assert got.info.times_seconds.tolist() == [64.0 * n + k for n in range(len(parts)) for k in range(3 + n)]
+        assert got.info.uri == f"/{media_id}.mp4"
+        assert store.find(f"sha-{media_id}") == media_id
+    assert not {"b", "z", "", 5} & set(store.media_ids)
+    assert "b" not in store
+    assert 5 not in store
+    assert store.find("sha-b") is None
+    with pytest.raises(IndexError):
+        store.media_ids[4]
 
 
 def test_threads_share_a_store(tmp_path: Path) -> None:

@@ -4,34 +4,104 @@ from __future__ import annotations
 
 import tarfile
 from pathlib import Path
+from typing import IO
 
 import pytest
 import s3fs
 import torch
 
+from reference.faulty_s3 import Faults
 from reference.made_media import make_encoder, make_video
+from timeviper_platform import storage
 from timeviper_platform.data import listing
+from timeviper_platform.data.compact import compact
 from timeviper_platform.data.encode import EncoderConfig
 from timeviper_platform.data.features import FeatureStore
 from timeviper_platform.data.graph import ExecutionConfig
 from timeviper_platform.data.inputs import read_pages
 from timeviper_platform.data.pipeline import PreprocessConfig, run_in_process, run_preprocess
 from timeviper_platform.data.probe import file_version, probe_media
+from timeviper_platform.data.store_check import verify_store
 
 
-def test_media_and_features_on_an_object_store(s3_bucket: s3fs.S3FileSystem, tmp_path: Path) -> None:
-    encoder = make_encoder(tmp_path / "encoder")
+def make_config(tmp_path: Path, source: str, output: str) -> PreprocessConfig:
+    encoder = EncoderConfig(
+        encoder=str(tmp_path / "encoder"), num_tokens_per_frame=4, merge_heads=4, encode_batch_frames=8
+    )
+    return PreprocessConfig(input=source, output=output, encoder=encoder, execution=ExecutionConfig(frames_per_file=3))
+
+
+def contents(uri: str) -> dict[str, bytes]:
+    store = FeatureStore.open(uri, cache_bytes=1)
+    return {m: store.read(m).features.view(torch.int16).numpy().tobytes() for m in store.media_ids}
+
+
+def test_failing_and_slow_requests_lose_nothing_and_are_counted(
+    bucket: s3fs.S3FileSystem, server: Faults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.01)
+    make_encoder(tmp_path / "encoder")
+    (tmp_path / "media").mkdir()
+    for number in range(3):
+        make_video(tmp_path / "media" / f"{number}.mp4", range(8 * (1 + number)))
+        bucket.put(str(tmp_path / "media" / f"{number}.mp4"), f"bucket/media/{number}.mp4")
+    expected = make_config(tmp_path, str(tmp_path / "media"), str(tmp_path / "store"))
+    run_preprocess(expected, run=run_in_process)
+    config = make_config(tmp_path, "s3://bucket/media", "s3://bucket/store")
+    server.error_rate, server.slow_rate = 0.1, 0.1
+    storage.split_uri(config.output)
+    before, counted_before = server.num_errors, storage.num_retries()
+    report = run_preprocess(config, run=run_in_process)
+    injected, counted = server.num_errors - before, storage.num_retries() - counted_before
+    assert (report.segments_done, report.errors, report.audit["missing"], report.audit["duplicate"]) == (3, 0, 0, 0)
+    assert contents(config.output) == contents(expected.output)
+    assert verify_store(config.output).problems == []
+    assert compact(config.output).files_after == 1
+    assert contents(config.output) == contents(expected.output)
+    assert injected == counted > 0
+    assert 0 < report.retries <= injected  # those of writing the report itself come too late for it
+    assert server.num_slow > 0
+    assert f"retries    {report.retries}" in report.lines()
+    puts = [path for method, path, _ in server.requests if method == "PUT" and "/store/commits/" in path]
+    assert len(puts) == len(set(puts)) + 1 == 4  # one put each; the merged file's record is written twice
+    assert not [request for request in server.requests if request[0] == "POST" and "uploads" in request[2]]
+
+
+def test_storage_that_stays_away_ends_the_job_with_its_reason(
+    bucket: s3fs.S3FileSystem, server: Faults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+    storage.write_bytes("s3://bucket/name", b"old")
+    server.error_rate = 1.0
+    with pytest.raises(RuntimeError, match=r"cannot write s3://bucket/name: .*tried 4 times.*is the storage up"):
+        storage.write_bytes("s3://bucket/name", b"new")
+    with pytest.raises(storage.StorageUnavailableError, match="tried 4 times"):
+        storage.read_bytes("s3://bucket/name")
+    server.error_rate = 0.0
+    assert storage.read_bytes("s3://bucket/name") == b"old"
+
+
+def test_a_writer_that_dies_half_way_leaves_the_old_object(bucket: s3fs.S3FileSystem) -> None:
+    storage.write_bytes("s3://bucket/name", b"old")
+
+    def dies(file: IO[bytes]) -> None:
+        file.write(b"new but")
+        raise KeyError("killed")
+
+    with pytest.raises(KeyError):
+        storage.write_atomic("s3://bucket/name", dies)
+    assert storage.read_bytes("s3://bucket/name") == b"old"
+
+
+def test_media_and_features_on_an_object_store(bucket: s3fs.S3FileSystem, tmp_path: Path) -> None:
+    make_encoder(tmp_path / "encoder")
     make_video(tmp_path / "clip.mp4", range(24))
     for name in ("videos/a.mp4", "videos/b.mp4"):
-        s3_bucket.put(str(tmp_path / "clip.mp4"), f"bucket/{name}")
-    s3_bucket.pipe("bucket/videos/text.mp4", b"text")
-    s3_bucket.pipe("bucket/manifest.csv", b"uri\nvideos/a.mp4\nvideos/b.mp4\nvideos/text.mp4\nvideos/none.mp4\n")
-    config = PreprocessConfig(
-        input="s3://bucket/manifest.csv",
-        output="s3://bucket/features",
-        encoder=EncoderConfig(encoder=str(encoder), num_tokens_per_frame=4, merge_heads=4, encode_batch_frames=8),
-        execution=ExecutionConfig(frames_per_file=3),
-    )
+        bucket.put(str(tmp_path / "clip.mp4"), f"bucket/{name}")
+    bucket.pipe("bucket/videos/text.mp4", b"text")
+    bucket.pipe("bucket/manifest.csv", b"uri\nvideos/a.mp4\nvideos/b.mp4\nvideos/text.mp4\nvideos/none.mp4\n")
+    config = make_config(tmp_path, "s3://bucket/manifest.csv", "s3://bucket/features")
     report = run_preprocess(config, run=run_in_process)
     assert (report.segments_done, report.errors, report.audit["missing"]) == (2, 2, 0)
     assert report.errors_by_stage == {"probe": {"not_found": 1, "unknown_format": 1}}
@@ -40,9 +110,9 @@ def test_media_and_features_on_an_object_store(s3_bucket: s3fs.S3FileSystem, tmp
     assert first.features.shape == (3, 4, 16)
     assert torch.equal(first.features, second.features)
     assert first.info.uri.startswith("s3://bucket/videos/")
-    s3_bucket.pipe("bucket/features/data/orphan.parquet", b"half")
+    bucket.pipe("bucket/features/data/orphan.parquet", b"half")
     assert run_preprocess(config, run=run_in_process).segments_encoded == 0
-    assert not s3_bucket.exists("bucket/features/data/orphan.parquet")
+    assert not bucket.exists("bucket/features/data/orphan.parquet")
     from_glob = PreprocessConfig(
         input="s3://bucket/videos/*.mp4", output=str(tmp_path / "store"), encoder=config.encoder
     )
@@ -50,18 +120,18 @@ def test_media_and_features_on_an_object_store(s3_bucket: s3fs.S3FileSystem, tmp
 
 
 def test_a_listing_comes_in_pages_and_says_what_the_objects_say(
-    s3_bucket: s3fs.S3FileSystem, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    bucket: s3fs.S3FileSystem, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(listing, "S3_PAGE_KEYS", 2)
     make_video(tmp_path / "clip.mp4", range(8))
     names = [f"videos/{folder}/{number}.mp4" for folder in "ab" for number in range(3)] + ["videos/c.mp4"]
     for name in names:
-        s3_bucket.put(str(tmp_path / "clip.mp4"), f"bucket/{name}")
-    s3_bucket.pipe("bucket/videos/notes.txt", b"text")
-    s3_bucket.pipe("bucket/videosb.mp4", b"beside the prefix")
+        bucket.put(str(tmp_path / "clip.mp4"), f"bucket/{name}")
+    bucket.pipe("bucket/videos/notes.txt", b"text")
+    bucket.pipe("bucket/videosb.mp4", b"beside the prefix")
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         tar.add(tmp_path / "clip.mp4", "clip.mp4")
-    s3_bucket.put(str(tmp_path / "x.tar"), "bucket/videos/x.tar")
+    bucket.put(str(tmp_path / "x.tar"), "bucket/videos/x.tar")
     items = [item for page in read_pages("s3://bucket/videos", page_rows=3) for item in page]
     assert [item.uri.partition("#")[0] for item in items] == [
         f"s3://bucket/{name}" for name in [*names, "videos/x.tar"]
@@ -70,4 +140,4 @@ def test_a_listing_comes_in_pages_and_says_what_the_objects_say(
     assert probe_media(items[-1].uri) == probe_media(items[0].uri)
     for pattern in ("s3://bucket/videos/*/1.mp4", "s3://bucket/videos/**/*.mp4", "s3://bucket/*.mp4"):
         found = [file.uri for file in listing.list_files(pattern).files]
-        assert found == sorted(f"s3://{name}" for name in s3_bucket.glob(pattern)), pattern
+        assert found == sorted(f"s3://{name}" for name in bucket.glob(pattern)), pattern

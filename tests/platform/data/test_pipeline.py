@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
+import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from PIL import Image
 
 from reference.made_media import make_encoder, make_sound, make_video, picture
 from timeviper_platform import storage
+from timeviper_platform.data.compact import compact
 from timeviper_platform.data.decode import read_frames
 from timeviper_platform.data.encode import EncoderConfig, FrameEncoder
 from timeviper_platform.data.features import FeatureStore
@@ -23,7 +26,8 @@ from timeviper_platform.data.graph import DecodeStep, EncodeStep, ExecutionConfi
 from timeviper_platform.data.pipeline import PreprocessConfig, estimate, run_in_process, run_preprocess
 from timeviper_platform.data.report import Progress, steady_rate
 from timeviper_platform.data.segments import Segment, cut_units
-from timeviper_platform.data.steps import UnitOutcome, WorkerSpec
+from timeviper_platform.data.steps import UnitOutcome, WorkerSpec, run_here
+from timeviper_platform.data.store_check import inspect_store, verify_store
 
 BAD = {
     "cut.mp4": ("probe", "corrupt_file"),
@@ -161,6 +165,46 @@ def test_new_and_changed_media_alone_are_done(corpus: Path, finished: Path, tmp_
     assert (store.info("clip0.mp4").num_frames, store.info("nowhere.mp4").num_frames) == (4, 1)
 
 
+def test_an_old_version_is_superseded_and_more_inputs_are_added(corpus: Path, tmp_path: Path) -> None:
+    shutil.copytree(corpus / "media", tmp_path / "media")
+    config = make_config(corpus, tmp_path / "store")
+    some = dataclasses.replace(config, input=str(tmp_path / "media" / "clip[0-4].mp4"))
+    every = dataclasses.replace(config, input=str(tmp_path / "media" / "clip?.mp4"))
+    run_preprocess(some, run=run_in_process)
+    old = contents(config.output)
+    make_video(tmp_path / "media" / "clip0.mp4", range(40, 72))
+    report = run_preprocess(every, run=run_in_process)
+    assert report.segments_encoded == 6  # one changed, five added
+    assert (report.segments, report.audit["missing"], report.audit["duplicate"]) == (10, 0, 0)
+    new = contents(config.output)
+    assert len(new) == 10
+    assert sum(new[media_id] != before for media_id, before in old.items()) == 1
+    assert inspect_store(config.output).segments_superseded == 1
+    assert verify_store(config.output).problems == []
+    assert compact(config.output).rows_dropped == 1
+    assert contents(config.output) == new
+    assert run_preprocess(every, run=no_runner).segments_encoded == 0
+
+
+@pytest.mark.parametrize("num_workers", [1, 3, 7])
+def test_another_number_of_workers_and_another_file_size_go_on_with_the_same_bytes(
+    corpus: Path, finished: Path, tmp_path: Path, num_workers: int
+) -> None:
+    def first_half(missing: Sequence[Segment], spec: WorkerSpec, execution: ExecutionConfig) -> Iterator[UnitOutcome]:
+        units = cut_units(missing, execution.frames_per_file, num_workers)
+        yield from run_here(units[: len(units) // 2], spec)
+        raise KeyboardInterrupt
+
+    config = make_config(corpus, tmp_path / "store")
+    with pytest.raises(KeyboardInterrupt):
+        run_preprocess(config, run=first_half)
+    other = dataclasses.replace(config, execution=ExecutionConfig(frames_per_file=7 * num_workers))
+    report = run_preprocess(other, run=run_in_process)
+    assert 0 < report.segments_encoded < 15
+    assert (report.audit["missing"], report.audit["duplicate"]) == (0, 0)
+    assert contents(config.output) == contents(str(finished))
+
+
 def test_a_file_that_is_away_for_a_moment_is_tried_again(corpus: Path, tmp_path: Path) -> None:
     shutil.copytree(corpus / "media", tmp_path / "media")
     clip, away = tmp_path / "media" / "clip0.mp4", tmp_path / "away.mp4"
@@ -176,6 +220,43 @@ def test_a_file_that_is_away_for_a_moment_is_tried_again(corpus: Path, tmp_path:
     second = run_preprocess(config, run=run_in_process)
     assert (second.segments_encoded, second.errors, second.segments_done) == (1, 0, 10)
     assert second.audit["duplicate"] == 0
+
+
+def test_the_job_stops_when_every_medium_fails_for_one_reason_and_keeps_what_is_done(
+    corpus: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(corpus / "media", tmp_path / "media")
+    config = dataclasses.replace(
+        make_config(corpus, tmp_path / "store"),
+        input=str(tmp_path / "media" / "clip*.mp4"),
+        execution=ExecutionConfig(frames_per_file=3, max_consecutive_failures=3),
+    )
+
+    def loses_the_share(*arguments: object) -> Iterator[UnitOutcome]:
+        for number, outcome in enumerate(run_in_process(*arguments)):  # type: ignore[arg-type]
+            yield outcome
+            if number == 0:
+                (tmp_path / "media").rename(tmp_path / "away")
+
+    message = r"3 media in a row failed for one reason, decode_video/not_found: are the paths right.*no such file"
+    with pytest.raises(RuntimeError, match=message):
+        run_preprocess(config, run=loses_the_share)
+    (tmp_path / "away").rename(tmp_path / "media")
+    report = run_preprocess(config, run=run_in_process)
+    assert 0 < report.segments_encoded < 10
+    assert (report.segments_done, report.errors) == (10, 0)
+
+
+def test_a_plan_of_nothing_but_errors_stops_the_job(tmp_path: Path, corpus: Path) -> None:
+    manifest = tmp_path / "manifest.csv"
+    manifest.write_text("uri\n" + "".join(f"/nowhere/{number}.mp4\n" for number in range(5)))
+    config = dataclasses.replace(
+        make_config(corpus, tmp_path / "store", max_consecutive_failures=5), input=str(manifest)
+    )
+    with pytest.raises(RuntimeError, match="5 media in a row failed for one reason, probe/not_found"):
+        run_preprocess(config, run=no_runner)
+    calm = dataclasses.replace(config, execution=ExecutionConfig(max_consecutive_failures=None))
+    assert run_preprocess(calm, run=no_runner).errors == 5
 
 
 def test_another_recipe_is_refused_with_the_difference(corpus: Path, finished: Path) -> None:
@@ -249,16 +330,36 @@ def made_outcome(started: float, ended: float, num_frames: int, error_types: lis
     return UnitOutcome(
         unit="u", num_frames=num_frames, num_ok=2 - len(error_types or []), num_partial=0,
         num_error=len(error_types or []), error_types=error_types or [], feature_bytes=0, decode_seconds=0.0,
-        encode_seconds=0.0, write_seconds=0.0, started=started, ended=ended, worker="w",
+        encode_seconds=0.0, write_seconds=0.0, started=started, ended=ended, worker="w", decoder="w", encoder="w",
+        media=[], reasons=[], last_error="", retries=0,
     )  # fmt: skip
+
+
+def exported(port: int, name: str, expected: float) -> float:
+    """Sum of a metric's samples, waited for: Ray exports every few seconds."""
+    deadline = time.monotonic() + 60
+    total = 0.0
+    while time.monotonic() < deadline and total != expected:
+        time.sleep(0.5)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        total = sum(float(x.rpartition(" ")[2]) for x in lines if x.startswith((name + "{", name + "_total{")))
+    return total
 
 
 @pytest.mark.cluster
 def test_on_ray_the_same_bytes_and_nothing_the_second_time(
     corpus: Path, finished: Path, tmp_path: Path, ray_address: str
 ) -> None:
+    import ray
+
+    ray.init(log_to_driver=False)  # the run leaves a connection alone that was there before
     config = make_config(corpus, tmp_path / "store", num_workers=2)
     report = run_preprocess(config)
+    assert report.share_of_ideal > 0
+    assert report.workers["fused"] in (1, 2)  # so little work may all be done before the second has started
+    port = ray.nodes()[0]["MetricsExportPort"]
+    assert exported(port, "ray_timeviper_preprocess_frames", report.frames_encoded) == report.frames_encoded
     assert (report.segments_done, report.segments_error, report.errors) == (14, 1, len(BAD))
     assert report.audit["missing"] == report.audit["duplicate"] == 0
     assert contents(config.output) == contents(str(finished))

@@ -1,0 +1,51 @@
+"""Upkeep of a feature store: `python jobs/store.py inspect|verify|compact URI`.
+
+`inspect` prints what the store holds. `verify` reads all of it, holds it against its checksums, records and plan, and
+names every bad row; the exit code is 1 when it finds anything. `compact` merges small data files, while others read,
+but not while a job writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from timeviper_platform.data.compact import DEFAULT_FILE_BYTES, compact
+from timeviper_platform.data.store_check import inspect_store, verify_store
+from timeviper_platform.logs import setup_logging
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parses, runs, prints; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (("inspect", "what it holds"), ("verify", "whether it does"), ("compact", "merge small files")):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("uri", help="the store's folder, local or any fsspec URI")
+        if name == "compact":
+            megabytes = DEFAULT_FILE_BYTES >> 20
+            command.add_argument("--file-mb", type=int, default=megabytes, help=f"size of a merged file ({megabytes})")
+    options = parser.parse_args(arguments)
+    setup_logging()
+    try:
+        return _run(options)
+    except (ValueError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.command == "compact":
+        print("\n".join(compact(options.uri, file_bytes=options.file_mb << 20).lines()))
+        return 0
+    if options.command == "inspect":
+        print("\n".join(inspect_store(options.uri).lines()))
+        return 0
+    report = verify_store(options.uri)
+    print("\n".join(report.lines()))
+    return 1 if report.problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""What a run says of itself: speed against its own costs, and when it gives up."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from timeviper_platform.data.report import FailureFuse, measure_speed, steady_rate
+from timeviper_platform.data.steps import UnitOutcome
+
+
+def made_outcome(**changes: object) -> UnitOutcome:
+    outcome = UnitOutcome(
+        unit="u", num_frames=100, num_ok=2, num_partial=0, num_error=0, error_types=[], media=[], reasons=[],
+        last_error="", feature_bytes=0, decode_seconds=6.0, encode_seconds=3.0, write_seconds=1.0, started=0.0,
+        ended=10.0, retries=0, decoder="a", encoder="a", worker="a",
+    )  # fmt: skip
+    return replace(outcome, **changes)  # type: ignore[arg-type]
+
+
+def test_fused_workers_are_held_against_all_of_a_frames_costs() -> None:
+    outcomes = [made_outcome(worker=w, decoder=w, encoder=w) for w in "ab"]
+    speed = measure_speed(outcomes)
+    assert speed.workers == {"fused": 2}
+    assert speed.ideal_frames_per_second == pytest.approx(20.0)  # 0.1 s a frame, two workers
+    assert (speed.utilisation, speed.share_of_ideal) == ({"fused": 1.0}, pytest.approx(1.0))
+    assert speed.cores_per_encoder == pytest.approx(7 / 3, abs=0.01)
+    idle = [replace(outcome, ended=20.0) for outcome in outcomes]
+    assert measure_speed(idle).share_of_ideal == pytest.approx(0.5)
+    assert measure_speed(idle).utilisation == {"fused": 0.5}
+
+
+def test_split_workers_are_held_against_their_slowest_stage() -> None:
+    outcomes = [made_outcome(decoder=d, encoder="gpu", worker="w") for d in "abcd"]
+    speed = measure_speed(outcomes)
+    assert speed.workers == {"decode": 4, "encode": 1, "write": 1}
+    assert speed.ideal_frames_per_second == pytest.approx(400 / 12.0, abs=0.01)  # the encoder's 12 s of work
+    assert speed.utilisation == {"decode": 0.6, "encode": 1.2, "write": 0.4}
+    assert speed.share_of_ideal == pytest.approx(steady_rate(outcomes) / (400 / 12.0), abs=0.001)
+
+
+def test_a_run_without_frames_has_no_speed() -> None:
+    assert measure_speed([]).workers == {}
+    assert measure_speed([made_outcome(num_frames=0)]).ideal_frames_per_second == 0
+
+
+def test_many_failures_in_a_row_for_one_reason_blow_the_fuse() -> None:
+    fuse = FailureFuse(3)
+    fuse.add("abcd", ["x/not_found", "x/not_found", "", "x/not_found"])
+    fuse.add("ef", ["x/not_found", "x/corrupt_file"])  # another reason begins anew
+    fuse.add("ggggg", ["x/corrupt_file"] * 5)  # a film's segments are one medium
+    with pytest.raises(RuntimeError) as raised:
+        fuse.add("h", ["x/corrupt_file"], message="bad header")
+    text = str(raised.value)
+    assert text.startswith("3 media in a row failed for one reason, x/corrupt_file: ")
+    assert "The last was h (bad header)" in text
+    assert "raise execution.max_consecutive_failures" in text
+
+
+def test_without_a_limit_the_fuse_holds() -> None:
+    FailureFuse(None).add((str(n) for n in range(1000)), ["x/not_found"] * 1000)

@@ -1,0 +1,78 @@
+"""An S3 server on loopback (moto) that fails and dawdles on purpose, and notes every request."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import make_server
+
+SLOW_DOWN = (
+    b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+)
+
+
+@dataclass
+class Faults:
+    """What goes wrong from now on, and what happened so far."""
+
+    error_rate: float = 0.0
+    """share of requests answered with 503"""
+    slow_rate: float = 0.0
+    slow_seconds: float = 0.2
+    answers: dict[str, str] = field(default_factory=dict)
+    """last part of a path -> status that requests for it always get, such as 403 Forbidden"""
+    num_errors: int = 0
+    num_slow: int = 0
+    requests: list[tuple[str, str, str]] = field(default_factory=list)
+    """method, path, query of those that were answered in earnest"""
+    _random: random.Random = field(default_factory=lambda: random.Random(0))
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def wrap(self, application: Callable[..., Iterable[bytes]]) -> Callable[..., Iterable[bytes]]:
+        """The application with faults in front of it."""
+
+        def faulty(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+            with self._lock:
+                fails = self._random.random() < self.error_rate
+                dawdles = self._random.random() < self.slow_rate
+                self.num_errors += fails
+                self.num_slow += dawdles
+                if not fails:
+                    request = (environ["REQUEST_METHOD"], environ["PATH_INFO"], environ.get("QUERY_STRING", ""))
+                    self.requests.append(request)
+            if dawdles:
+                time.sleep(self.slow_seconds)
+            status = "503 Slow Down" if fails else self.answers.get(environ["PATH_INFO"].rpartition("/")[2])
+            if status is not None:
+                environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+                start_response(status, [("Content-Type", "application/xml")])
+                return [SLOW_DOWN] if status.startswith("503") and environ["REQUEST_METHOD"] != "HEAD" else []
+            return application(environ, start_response)
+
+        return faulty
+
+
+@contextmanager
+def s3_server() -> Iterator[tuple[str, Faults]]:
+    """URL of a running server, and its faults."""
+    faults = Faults()
+    server = make_server("127.0.0.1", 0, faults.wrap(DomainDispatcherApplication(create_backend_app)), threaded=True)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    try:
+        yield url, faults
+    finally:
+        faults.error_rate = 0.0
+        urllib.request.urlopen(urllib.request.Request(f"{url}/moto-api/reset", method="POST")).close()
+        server.shutdown()
+        thread.join()
+        server.server_close()
