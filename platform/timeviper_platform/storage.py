@@ -134,8 +134,8 @@ def join_uri(root: str, *parts: str) -> str:
 
 
 def is_local(uri: str) -> bool:
-    """True when `uri` lies on this machine's disks."""
-    return isinstance(split_uri(uri)[0], LocalFileSystem)
+    """True when `uri` lies on this machine's disks; asks no storage."""
+    return isinstance(fsspec.core.url_to_fs(uri)[0], LocalFileSystem)
 
 
 def exists(uri: str) -> bool:
