@@ -23,9 +23,9 @@ BATCH = 32
 
 def decode_rows(
     *,
-    width: int = 512,
+    width: int = 1024,
     contexts: tuple[int, int] = (1024, 32768),
-    num_steps: int = 10,
+    num_steps: int = 5,
     batch_width: int = 256,
     repeats: int = 5,
 ) -> list[Row]:

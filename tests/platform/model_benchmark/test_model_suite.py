@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from timeviper_model.config import TimeViperConfig, parse_transv_plan
+from timeviper_model.config import TimeViperConfig, TransVSite, parse_transv_plan
 from timeviper_model.prefill import Prefill
 from timeviper_platform.measure import Row
 from timeviper_platform.model_benchmark import decode, generate, prefill, prefix, scan
@@ -89,7 +89,7 @@ def test_prefill_has_a_row_for_memory_time_transv_and_control(monkeypatch: pytes
         return run._replace(peak_bytes=1000 * num_frames)  # so short a video needs no page more
 
     monkeypatch.setattr(prefill, "run_apart", run_here)
-    rows = prefill.prefill_rows(width=16, frames=(2, 4), control_frames=2, repeats=3)
+    rows = prefill.prefill_rows(width=16, frames=(2, 4), control_width=16, control_frames=2, repeats=3)
     assert rows[0].value == 1.0
     check(rows, "prefill", ["<= 1.15", "<= 1.05", None, None, ">= 2.04", None, None, ">= 0.7"])
 
@@ -124,5 +124,6 @@ def test_counted_operations_are_those_of_one_block_by_hand() -> None:
     assert prefill.count_flops(mlp, 2) == tokens * 2 * (2 * 16 * 56)
     attention = narrow_config(16, plan=(), pattern="*")
     assert prefill.count_flops(attention, 2) == tokens * 2 * (16 * 16 * 2 + 2 * 16 * 4) + 4 * 16 * tokens**2 / 2
-    halved = narrow_config(16, plan=parse_transv_plan("uni_1_0.5"), pattern="--")
+    dropping = TransVSite(layer=1, select="uniform", keep=0.5, transfer="none")
+    halved = narrow_config(16, plan=(dropping,), pattern="--")
     assert prefill.count_flops(halved, 2) == (tokens + tokens - 16) * 2 * (2 * 16 * 56)
