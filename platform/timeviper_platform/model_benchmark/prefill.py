@@ -70,34 +70,31 @@ def prefill_rows(
 
     The latter in wider models: in a narrow Mamba block much of the time goes into starting its operations.
     """
-    name = f"width {width}, 56 blocks, the paper's plan"
+    label = f"width {width}, 56 blocks, the paper's plan"
     short, long = frames
     runs = [[run_apart(narrow_config(width), count) for count in frames] for _ in range(3)]
-    peaks, linear, seconds, attention = (
-        [statistics.median(value(run[side]) for run in runs) for side in (0, 1)]
-        for value in (
-            lambda run: run.peak_bytes,
-            lambda run: run.linear_seconds,
-            lambda run: run.seconds,
-            lambda run: run.block_seconds["attention"],
-        )
+    by_side = list(zip(*runs, strict=True))
+    peaks, linear, seconds = (
+        [statistics.median(getattr(run, name) for run in side) for side in by_side]
+        for name in ("peak_bytes", "linear_seconds", "seconds")
     )
+    attention = [statistics.median(run.block_seconds["attention"] for run in side) for side in by_side]
     growth = math.log(long / short)
     return [
         _row(
-            f"prefill of {long} frames: peak memory over {long / short:g} times that of {short} ({name})",
+            f"prefill of {long} frames: peak memory over {long / short:g} times that of {short} ({label})",
             peaks[1] / (peaks[0] * long / short),
             "x",
             "<= 1.15",
         ),
         _row(
-            f"exponent of the Mamba and MLP blocks' time, {short} to {long} frames ({name})",
+            f"exponent of the Mamba and MLP blocks' time, {short} to {long} frames ({label})",
             math.log(linear[1] / linear[0]) / growth,
             "",
             "<= 1.05",
         ),
-        _row(f"attention blocks' share of the time at {long} frames ({name})", attention[1] / seconds[1], "", None),
-        _row(f"attention blocks' share of the time at {short} frames ({name})", attention[0] / seconds[0], "", None),
+        _row(f"attention blocks' share of the time at {long} frames ({label})", attention[1] / seconds[1], "", None),
+        _row(f"attention blocks' share of the time at {short} frames ({label})", attention[0] / seconds[0], "", None),
         *_transv_rows(control_width, control_frames, repeats),
         *_control_rows(control_width, control_frames, repeats),
     ]
