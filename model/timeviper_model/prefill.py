@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from timeviper_model.batch import TokenKind
-from timeviper_model.cache import HybridCache, SavedSlot
+from timeviper_model.cache import MIN_CAPACITY, HybridCache, SavedSlot
 from timeviper_model.pieces import Crossing, Piece, TransferSources, WaitingTokens, plan_sites, release_waiting
 
 if TYPE_CHECKING:
@@ -128,12 +128,21 @@ class Prefill:
         """True when the last `advance` found no features to go on with"""
         self._view = cache.view([slot])
         cache.reset(slot)
+        self._reserve()
         self._waiting = self._waiting_at(stops[0], boundary) if stops else []
         self._num_resumed = 0
         if prefix is not None:
             self._resume(prefix)
         self._steps = self._run()
         self._next_size: int | None = 0
+
+    def _reserve(self) -> None:
+        """Makes room for what the prompt leaves in the cache, which is not copied from size to size as it grows."""
+        present = self._rows.num_rows
+        for layer in range(self._model.config.text.num_hidden_layers):
+            present = self._plans[layer].num_kept if layer in self._plans else present
+            if layer in self._cache.attention:
+                self._cache.attention[layer].reserve(self._num_text + present + MIN_CAPACITY)  # and for a first answer
 
     def advance(self) -> Tensor | None:
         """Takes pieces of at most `max_chunk_tokens` in all through their span; the next token's (V,) logits when done.

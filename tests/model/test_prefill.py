@@ -17,7 +17,7 @@ import timeviper_model.attention as attention
 from reference.slow_timeviper import slow_logits
 from reference.small_models import SMALL, SMALL_QWEN, first_tokens, make_features, make_model, make_sample, pack
 from timeviper_model.batch import Sample
-from timeviper_model.cache import HybridCache
+from timeviper_model.cache import MIN_CAPACITY, HybridCache
 from timeviper_model.config import TransVSite
 from timeviper_model.prefill import Prefill, PrefixEntry, prefix_length
 from timeviper_model.timeviper import TimeViper
@@ -225,3 +225,18 @@ def test_a_question_behind_a_kept_prefix_gives_the_very_same_logits(
 
     for _ in range(2):  # the entry is not used up
         assert torch.equal(finish(start(model, second, never, cache, prefix=entry, **cut)), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("plan", ["none", "two uniform, then attention", "attention twice, uniform between"])
+def test_keys_and_values_have_their_room_from_the_start(plan: str) -> None:
+    model = with_plan(plan)
+    prompt = make_sample("ss" + "v" * 600 + "iii")
+    cache = model.new_cache(1, device="cpu", dtype=torch.float64)
+    reading = start(model, prompt, lambda: [make_features(prompt)], cache, max_chunk_tokens=50)
+    places = {layer: kv.keys.data_ptr() for layer, kv in cache.attention.items()}
+    logits = finish(reading)
+    model.decode_step(logits.argmax()[None], cache, torch.tensor([0]))
+    for layer, kv in cache.attention.items():
+        assert kv.keys.data_ptr() == places[layer], f"layer {layer} has been copied"
+        assert kv.keys.shape[2] == kv.lengths[0] - 1 + MIN_CAPACITY, f"layer {layer} has more room than was planned"
