@@ -39,10 +39,10 @@ def test_capacity_grows_and_goes_back_when_all_slots_are_empty() -> None:
     empty = cache.num_bytes
     model.prefill(pack([make_sample("i" * (MIN_CAPACITY - 2))]), cache, 0)
     filled = cache.num_bytes
-    for _ in range(4):
+    for _ in range(MIN_CAPACITY + 2):  # prefill leaves room for MIN_CAPACITY
         model.decode_step(torch.tensor([1]), cache, torch.tensor([0]))
     assert empty < filled < cache.num_bytes
-    assert cache.attention[2].lengths == [MIN_CAPACITY + 2, 0]
+    assert cache.attention[2].lengths == [2 * MIN_CAPACITY, 0]
     cache.reset(0)
     assert cache.num_bytes == empty
     assert cache.num_tokens == [0, 0]
