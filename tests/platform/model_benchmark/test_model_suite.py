@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -23,7 +25,9 @@ def check(rows: list[Row], group: str, bars: list[str | None]) -> None:
     assert [row.bar for row in rows] == bars
     assert {row.command for row in rows} == {f"python jobs/benchmark.py model --only {group}"}
     assert len({row.name for row in rows}) == len(rows)
-    assert all(row.value >= 0 for row in rows)
+    assert all(
+        math.isfinite(row.value) for row in rows
+    )  # at toy sizes times are noise, and an exponent may be negative
 
 
 def test_every_group_has_its_key() -> None:
