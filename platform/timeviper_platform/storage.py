@@ -70,9 +70,9 @@ def is_transient(error: BaseException | None) -> bool:
         return False
     if isinstance(error, TimeoutError | ConnectionError) or getattr(error, "errno", None) in _TRANSIENT_ERRNOS:
         return True
-    from botocore.exceptions import HTTPClientError  # s3fs lets it through: it is no OSError
+    from botocore import exceptions  # s3fs lets them through: they are no OSErrors
 
-    return isinstance(error, HTTPClientError) or is_transient(error.__cause__)
+    return isinstance(error, exceptions.HTTPClientError | exceptions.ConnectionError) or is_transient(error.__cause__)
 
 
 def retrying(action: Callable[[], T], what: str) -> T:
@@ -111,7 +111,8 @@ def split_uri(uri: str) -> tuple[Any, str]:
 def _count_failures_of(client: Any) -> None:
     """Counts a botocore client's failed requests where they happen: it makes them again without a word."""
     if client not in _counted_clients:
-        client.meta.events.register_first("needs-retry.s3", _note_answer)  # the first to decide ends the event
+        # first: at the last attempt the client's own handler raises what it caught, and later ones are not asked
+        client.meta.events.register_first("needs-retry.s3", _note_answer)
         _counted_clients.add(client)
 
 

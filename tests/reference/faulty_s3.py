@@ -23,8 +23,10 @@ SLOW_DOWN = (
 class Faults:
     """What goes wrong from now on, and what happened so far."""
 
-    error_rate: float = 0.0
-    """share of requests answered with 503"""
+    is_down: bool = False
+    """every request is answered with 503"""
+    fail_first_of: int | None = None
+    """of the methods and paths seen from now on, every n-th is answered with 503 the first time"""
     slow_rate: float = 0.0
     slow_seconds: float = 0.2
     answers: dict[str, str] = field(default_factory=dict)
@@ -33,6 +35,7 @@ class Faults:
     num_slow: int = 0
     requests: list[tuple[str, str, str]] = field(default_factory=list)
     """method, path, query of those that were answered in earnest"""
+    _seen: set[tuple[str, str]] = field(default_factory=set)
     _random: random.Random = field(default_factory=lambda: random.Random(0))
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -41,7 +44,7 @@ class Faults:
 
         def faulty(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
             with self._lock:
-                fails = self._random.random() < self.error_rate
+                fails = self.is_down or self._fails_at_first((environ["REQUEST_METHOD"], environ["PATH_INFO"]))
                 dawdles = self._random.random() < self.slow_rate
                 self.num_errors += fails
                 self.num_slow += dawdles
@@ -59,6 +62,12 @@ class Faults:
 
         return faulty
 
+    def _fails_at_first(self, request: tuple[str, str]) -> bool:
+        if self.fail_first_of is None or request in self._seen:
+            return False
+        self._seen.add(request)
+        return len(self._seen) % self.fail_first_of == 0
+
 
 @contextmanager
 def s3_server() -> Iterator[tuple[str, Faults]]:
@@ -71,7 +80,7 @@ def s3_server() -> Iterator[tuple[str, Faults]]:
     try:
         yield url, faults
     finally:
-        faults.error_rate = 0.0
+        faults.is_down, faults.fail_first_of = False, None
         urllib.request.urlopen(urllib.request.Request(f"{url}/moto-api/reset", method="POST")).close()
         server.shutdown()
         thread.join()

@@ -33,7 +33,10 @@ from timeviper_platform.data.store_index import ROW_GROUP_ROWS
 MIN_ROW_GROUP_ROWS = 8
 MIN_ROW_GROUP_BYTES = 1 << 20
 MAX_ROW_GROUP_BYTES = 20 << 20
-"""Eight full segments (64 frames x 16 tokens x 1152) are 19 MB: one range read worth its latency. Small items share a
+MIN_CUT_ROWS = 4
+MIN_CUT_BYTES = 8 << 20
+"""From here on a row group ends where its medium does: whoever reads one film reads little of its neighbours.
+Eight full segments (64 frames x 16 tokens x 1152) are 19 MB: one range read worth its latency. Small items share a
 row group up to 1 MB, so that a footer stays small beside what it describes."""
 
 Row = dict[str, Any]
@@ -312,7 +315,8 @@ def _row_groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
     num_bytes = 0
     for row in rows:
         size = len(row["features"] or b"")
-        if group and num_bytes + size > MAX_ROW_GROUP_BYTES:
+        is_cut = len(group) >= MIN_CUT_ROWS and num_bytes >= MIN_CUT_BYTES and row["media_id"] != group[-1]["media_id"]
+        if is_cut or (group and num_bytes + size > MAX_ROW_GROUP_BYTES):
             yield group
             group, num_bytes = [], 0
         group.append(row)

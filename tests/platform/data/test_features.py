@@ -207,6 +207,19 @@ def test_a_large_row_group_is_closed_before_it_grows_past_its_limit(tmp_path: Pa
     assert locations == [0, 1, 2, 3]
 
 
+def test_a_row_group_ends_with_its_medium_once_it_is_worth_a_read(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("timeviper_platform.data.store_writer.MIN_CUT_BYTES", 600)
+    digest = create_store(str(tmp_path), RECIPE)
+    rows = [
+        segment_row(media_id, index, count, torch.randn(10, 2, 5).bfloat16())  # 200 bytes each
+        for media_id, count in (("a", 5), ("b", 2), ("c", 3), ("d", 9))
+        for index in range(count)
+    ]
+    written = write_file(str(tmp_path), "films", rows, recipe_digest=digest)
+    groups = [(row["media_id"], row["row_group"]) for row in written]
+    assert list(dict.fromkeys(groups)) == [("a", 0), ("b", 1), ("c", 1), ("d", 2)]
+
+
 def test_what_is_not_committed_is_ignored_and_removed(tmp_path: Path) -> None:
     write_store(str(tmp_path), made_media(4), recipe=RECIPE)
     (tmp_path / "data" / "orphan.parquet").write_bytes(b"half")

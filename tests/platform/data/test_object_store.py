@@ -22,6 +22,7 @@ from timeviper_platform.data.inputs import read_pages
 from timeviper_platform.data.pipeline import PreprocessConfig, run_in_process, run_preprocess
 from timeviper_platform.data.probe import file_version, probe_media
 from timeviper_platform.data.store_check import verify_store
+from timeviper_platform.local_cluster import free_port
 
 
 def make_config(tmp_path: Path, source: str, output: str) -> PreprocessConfig:
@@ -48,7 +49,7 @@ def test_failing_and_slow_requests_lose_nothing_and_are_counted(
     expected = make_config(tmp_path, str(tmp_path / "media"), str(tmp_path / "store"))
     run_preprocess(expected, run=run_in_process)
     config = make_config(tmp_path, "s3://bucket/media", "s3://bucket/store")
-    server.error_rate, server.slow_rate = 0.1, 0.1
+    server.fail_first_of, server.slow_rate = 3, 0.1
     storage.split_uri(config.output)
     before, counted_before = server.num_errors, storage.num_retries()
     report = run_preprocess(config, run=run_in_process)
@@ -58,7 +59,7 @@ def test_failing_and_slow_requests_lose_nothing_and_are_counted(
     assert verify_store(config.output).problems == []
     assert compact(config.output).files_after == 1
     assert contents(config.output) == contents(expected.output)
-    assert injected == counted > 0
+    assert injected == counted >= 8
     assert 0 < report.retries <= injected  # those of writing the report itself come too late for it
     assert server.num_slow > 0
     assert f"retries    {report.retries}" in report.lines()
@@ -73,13 +74,27 @@ def test_storage_that_stays_away_ends_the_job_with_its_reason(
     monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.01)
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     storage.write_bytes("s3://bucket/name", b"old")
-    server.error_rate = 1.0
+    server.is_down = True
     with pytest.raises(RuntimeError, match=r"cannot write s3://bucket/name: .*tried 4 times.*is the storage up"):
         storage.write_bytes("s3://bucket/name", b"new")
     with pytest.raises(storage.StorageUnavailableError, match="tried 4 times"):
         storage.read_bytes("s3://bucket/name")
-    server.error_rate = 0.0
+    server.is_down = False
     assert storage.read_bytes("s3://bucket/name") == b"old"
+
+
+def test_refused_connections_pass_by_themselves_and_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+    for name, value in (("ACCESS_KEY_ID", "test"), ("SECRET_ACCESS_KEY", "test"), ("MAX_ATTEMPTS", "1")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    s3fs.S3FileSystem.clear_instance_cache()
+    before = storage.num_retries()
+    with pytest.raises(storage.StorageUnavailableError, match="tried 4 times"):
+        storage.read_bytes("s3://bucket/name")
+    assert storage.num_retries() - before >= storage.MAX_ATTEMPTS
+    s3fs.S3FileSystem.clear_instance_cache()
 
 
 def test_a_writer_that_dies_half_way_leaves_the_old_object(bucket: s3fs.S3FileSystem) -> None:
