@@ -12,12 +12,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
 
 from timeviper_model.config import TextConfig
 from timeviper_model.segments import Segments
-
-MASK_ELEMENTS = 2**24
-"""cells of a causal mask built at one time, 64 MiB as fp32 scores; more queries than fit are taken in turn"""
 
 
 class KeyValueStore(Protocol):
@@ -111,26 +109,34 @@ def segment_causal_attention(q_THE: Tensor, k_THE: Tensor, v_THE: Tensor, segmen
 
 
 def continued_attention(q_THE: Tensor, k_GLE: Tensor, v_GLE: Tensor) -> Tensor:
-    """(T, H, E): causal attention of the last T of L tokens.
+    """(T, H, E): causal attention of the last T of L tokens, with no T x L mask or matrix anywhere.
 
-    A mask is built for as many queries at a time as MASK_ELEMENTS allows, never for T x L.
+    CUDA kernels align the causal mask to the last query themselves. PyTorch's CPU kernel aligns it to the first, and
+    takes twice as long with a mask written out; so each query reads the tokens before the piece and those of the piece
+    apart, and the two are weighted by their sums of exponentials, as Flash Attention does (arXiv 2205.14135, 3.1).
+
+        before     piece
+        x x x x | x . .        every query sees all of `before`, and the causal half of the piece
+        x x x x | x x .
+        x x x x | x x x
 
     Args:
         q_THE: queries of the last T tokens.
         k_GLE: keys (Hkv, L, E) of all of them, never repeated in memory.
         v_GLE: values, likewise.
     """
-    num_queries, length = len(q_THE), k_GLE.shape[1]
-    if num_queries == length:
+    num_queries, num_before = len(q_THE), k_GLE.shape[1] - len(q_THE)
+    if not num_before:
         return _read(q_THE, k_GLE, v_GLE, is_causal=True)
-    rows = max(1, MASK_ELEMENTS // length)
-    outputs = []
-    for start in range(0, num_queries, rows):
-        stop = min(start + rows, num_queries)
-        seen = length - num_queries + stop
-        mask = torch.ones(stop - start, seen, dtype=torch.bool, device=q_THE.device).tril(seen - (stop - start))
-        outputs.append(_read(q_THE[start:stop], k_GLE[:, :seen], v_GLE[:, :seen], mask_TL=mask))
-    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    if q_THE.device.type != "cpu" or q_THE.requires_grad:
+        return _read(q_THE, k_GLE, v_GLE, mask_TL=causal_lower_right(num_queries, k_GLE.shape[1]))
+    rows = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_THE, k_GLE, v_GLE))  # the kernel does not look
+    q, k, v = _by_group(*rows)
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # SDPA keeps the sums to itself
+    before, log_sum_before = kernel(q, k[:, :, :num_before], v[:, :, :num_before])
+    piece, log_sum_piece = kernel(q, k[:, :, num_before:], v[:, :, num_before:], is_causal=True)
+    share_before = torch.sigmoid(log_sum_before - log_sum_piece).to(q.dtype)[..., None]
+    return _from_groups(torch.lerp(piece, before, share_before))
 
 
 def full_attention(q_THE: Tensor, k_GLE: Tensor, v_GLE: Tensor) -> Tensor:
@@ -141,11 +147,21 @@ def full_attention(q_THE: Tensor, k_GLE: Tensor, v_GLE: Tensor) -> Tensor:
 def _read(
     q_THE: Tensor, k_GLE: Tensor, v_GLE: Tensor, *, mask_TL: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
-    """(T, H, E); groups stand in for the batch, so that a group's heads share its keys as a view."""
-    q_GrTE = q_THE.view(len(q_THE), len(k_GLE), -1, q_THE.shape[-1]).permute(1, 2, 0, 3)
-    k, v = (x[:, None].expand(-1, q_GrTE.shape[1], -1, -1) for x in (k_GLE, v_GLE))
-    mixed = F.scaled_dot_product_attention(q_GrTE, k, v, attn_mask=mask_TL, is_causal=is_causal)
-    return mixed.permute(2, 0, 1, 3).flatten(1, 2)
+    """(T, H, E)"""
+    q, k, v = _by_group(q_THE, k_GLE, v_GLE)
+    return _from_groups(F.scaled_dot_product_attention(q, k, v, attn_mask=mask_TL, is_causal=is_causal))
+
+
+def _by_group(q_THE: Tensor, k_GLE: Tensor, v_GLE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Views (Hkv, H / Hkv, T or L, E): groups stand in for the batch, so that a group's heads share its keys."""
+    q = q_THE.view(len(q_THE), len(k_GLE), -1, q_THE.shape[-1]).permute(1, 2, 0, 3)
+    k, v = (x[:, None].expand(-1, q.shape[1], -1, -1) for x in (k_GLE, v_GLE))
+    return q, k, v
+
+
+def _from_groups(mixed_GrTE: Tensor) -> Tensor:
+    """(T, H, E)"""
+    return mixed_GrTE.permute(2, 0, 1, 3).flatten(1, 2)
 
 
 def grouped_attention(q_BHE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, visible_BL: Tensor | None = None) -> Tensor:

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import timeviper_model.attention as attention
 from reference.small_models import SMALL
 from timeviper_model.attention import Attention, continued_attention, grouped_attention, segment_causal_attention
 from timeviper_model.segments import Segments
@@ -53,13 +52,19 @@ def test_grouped_attention_reads_only_what_is_visible() -> None:
 
 
 @pytest.mark.parametrize("num_queries", [1, 5, 16, 20])
-@pytest.mark.parametrize("mask_elements", [1, 60, 2**20])
-def test_last_queries_see_all_before_them_however_few_fit_a_mask(
-    num_queries: int, mask_elements: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(attention, "MASK_ELEMENTS", mask_elements)
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_last_queries_see_all_before_them(num_queries: int, requires_grad: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(20, heads, 8, generator=generator, dtype=torch.float64) for heads in (6, 2, 2))
     whole = segment_causal_attention(q, k, v, Segments(torch.zeros(20, dtype=torch.long), 1))
-    last = continued_attention(q[-num_queries:], k.transpose(0, 1), v.transpose(0, 1))
+    queries = q[-num_queries:].requires_grad_(requires_grad)
+    last = continued_attention(queries, k.transpose(0, 1), v.transpose(0, 1))
     torch.testing.assert_close(last, whole[-num_queries:])
+
+
+def test_scores_far_apart_before_and_within_a_piece_stay_finite() -> None:
+    q, v = torch.full((4, 1, 8), 30.0), torch.arange(24.0).view(24, 1, 1).expand(24, 1, 8)
+    k = torch.full((24, 1, 8), -30.0)
+    k[5] = 30.0  # one key before the piece takes it all: scores of 2546 against -2546
+    mixed = continued_attention(q, k.transpose(0, 1), v.transpose(0, 1))
+    torch.testing.assert_close(mixed, torch.full_like(mixed, 5.0))
