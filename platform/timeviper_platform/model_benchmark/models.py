@@ -56,7 +56,7 @@ def narrow_config(
 
 
 def all_attention(config: TimeViperConfig) -> TimeViperConfig:
-    """The control: attention where Mamba was, MLPs that much wider that a pass has as many weights, and no TransV."""
+    """The control: attention where Mamba was, and MLPs that much wider that a pass has as many weights."""
     text = config.text
     assert isinstance(text, HybridConfig)
     num_mamba, num_mlp = text.hybrid_override_pattern.count("M"), text.hybrid_override_pattern.count("-")
@@ -64,7 +64,7 @@ def all_attention(config: TimeViperConfig) -> TimeViperConfig:
     wider = round(missing / (2 * text.hidden_size * num_mlp)) if num_mlp else 0
     pattern = text.hybrid_override_pattern.replace("M", "*")
     wide = replace(text, hybrid_override_pattern=pattern, intermediate_size=text.intermediate_size + wider)
-    return replace(config, text=wide, transv=())
+    return replace(config, text=wide)
 
 
 def mamba_weights(text: HybridConfig) -> int:

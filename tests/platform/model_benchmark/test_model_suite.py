@@ -93,9 +93,9 @@ def test_prefill_has_a_row_for_memory_time_transv_and_control(monkeypatch: pytes
         return run._replace(peak_bytes=1000 * num_frames)  # so short a video needs no page more
 
     monkeypatch.setattr(prefill, "run_apart", run_here)
-    rows = prefill.prefill_rows(width=16, frames=(2, 4), control_width=16, control_frames=2, repeats=3)
-    assert rows[0].value == 1.0
-    check(rows, "prefill", ["<= 1.15", "<= 1.05", None, None, ">= 2.04", None, None, ">= 0.7"])
+    rows = prefill.prefill_rows(width=16, frames=(2, 4), transv_frames=2, repeats=3)
+    assert rows[1].value == 1.0
+    check(rows, "prefill", [None, "<= 1.15", "<= 1.05", None, None, None, None, ">= 0.7", ">= 2.04"])
 
 
 def test_the_peak_is_what_was_resident_for_a_moment_and_begins_anew() -> None:
