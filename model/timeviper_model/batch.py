@@ -58,7 +58,7 @@ class Sample:
     @property
     def num_vision_tokens(self) -> int:
         """How many rows of vision features the sample takes."""
-        return sum(index >= 0 for index in self.vision_index)
+        return len(self.vision_index) - self.vision_index.count(-1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
