@@ -37,6 +37,20 @@ MAX_SHARD_BYTES = 4 * 2**30
 IGNORED_BACKBONE_PREFIXES = ("mtp.",)
 """multi-token-prediction heads that some Nemotron checkpoints carry; the model has none"""
 
+COMPUTING_FIELDS = (
+    "hybrid_override_pattern",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "mamba_num_heads",
+    "n_groups",
+    "layer_norm_epsilon",
+    "rms_norm_eps",
+    "time_step_limit",
+    "rope_theta",
+)
+"""of a text configuration: with others of these the tensors may fit and mean something else"""
+
 
 def save_pretrained(
     model: TimeViper,
@@ -102,9 +116,11 @@ def load_backbone(model: TimeViper, folder: str | Path) -> None:
     configuration says. Projector values stay.
 
     Raises:
-        ValueError: when the folder's sizes or tensor names do not fit the model's.
+        ValueError: when the folder's tensors (by name) or what its config.json says of them do not fit the model's.
     """
     source = _local_folder(folder)
+    if (source / "config.json").is_file():
+        _check_computed_alike(model.config.text, load_text_config(source), where=str(source / "config.json"))
     expected = {name: tensor for name, tensor in named_tensors(model).items() if _is_backbone(name)}
     renamed = (
         (own_name(name, model.config.text), tensor)
@@ -113,6 +129,17 @@ def load_backbone(model: TimeViper, folder: str | Path) -> None:
     )
     copy_tensors(expected, renamed, where=str(folder))
     model.init_transv_from_attention()
+
+
+def _check_computed_alike(own: TextConfig, found: TextConfig, *, where: str) -> None:
+    """Raises ValueError with every setting that would make the same tensors another function."""
+    wrong = [
+        f"{name} = {getattr(found, name, None)!r}, the model's is {getattr(own, name)!r}"
+        for name in COMPUTING_FIELDS
+        if hasattr(own, name) and getattr(own, name) != getattr(found, name, None)
+    ]
+    if wrong:
+        raise ValueError(f"{where}: {'; '.join(wrong)}. Choose the preset or the text configuration of these weights")
 
 
 def load_config(folder: str | Path) -> TimeViperConfig:

@@ -185,6 +185,19 @@ def test_backbone_of_other_sizes_is_refused_by_name(tmp_path: Path) -> None:
         load_backbone(other, tmp_path / "llm")
 
 
+def test_backbone_that_fits_but_is_computed_otherwise_is_refused_by_setting(tmp_path: Path) -> None:
+    write_backbone(tmp_path / "llm", "backbone.")
+    text = replace(SMALL.text, layer_norm_epsilon=1e-3, num_attention_heads=1, head_dim=32, num_key_value_heads=1)
+    other = make_model(replace(SMALL, text=text), dtype=torch.float32)
+    before = other.state_dict()["lm_head.weight"].clone()
+    said = (
+        r"config\.json: num_attention_heads = \d+, the model's is 1; .*layer_norm_epsilon = 1e-05, the model's is 0.001"
+    )
+    with pytest.raises(ValueError, match=said):
+        load_backbone(other, tmp_path / "llm")
+    assert torch.equal(other.state_dict()["lm_head.weight"], before)
+
+
 def test_a_folder_that_transformers_saved_is_read(tmp_path: Path) -> None:
     from transformers import NemotronHForCausalLM
 
