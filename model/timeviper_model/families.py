@@ -41,7 +41,9 @@ def text_config_to_dict(config: TextConfig) -> dict[str, Any]:
     """What the family's own `config.json` holds, in plain values."""
     text = asdict(config)
     if isinstance(config, HybridConfig):
-        text["time_step_limit"] = [value if math.isfinite(value) else "Infinity" for value in config.time_step_limit]
+        text["time_step_limit"] = [
+            value if math.isfinite(value) else {"__float__": "Infinity"} for value in config.time_step_limit
+        ]  # as transformers writes it: JSON has no infinity
         text |= {"model_type": "nemotron_h", "num_hidden_layers": config.num_hidden_layers}
         text |= {"mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "architectures": ["NemotronHForCausalLM"]}
         return text

@@ -185,6 +185,15 @@ def test_backbone_of_other_sizes_is_refused_by_name(tmp_path: Path) -> None:
         load_backbone(other, tmp_path / "llm")
 
 
+def test_transformers_reads_the_language_models_own_sizes(tmp_path: Path) -> None:
+    from transformers import NemotronHConfig
+
+    (tmp_path / "config.json").write_text(json.dumps(config_to_dict(SMALL)["text_config"]))
+    config = NemotronHConfig.from_pretrained(tmp_path)
+    assert tuple(config.time_step_limit) == (0.0, float("inf"))
+    assert (config.hidden_size, config.ssm_state_size) == (SMALL.text.hidden_size, SMALL.text.ssm_state_size)
+
+
 def test_backbone_that_fits_but_is_computed_otherwise_is_refused_by_setting(tmp_path: Path) -> None:
     write_backbone(tmp_path / "llm", "backbone.")
     text = replace(SMALL.text, layer_norm_epsilon=1e-3, num_attention_heads=1, head_dim=32, num_key_value_heads=1)

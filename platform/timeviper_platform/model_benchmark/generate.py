@@ -55,7 +55,7 @@ def make_pair(width: int) -> tuple[TimeViper, Any]:
         folder = Path(name, "weights")
         save_pretrained(make_model(narrow_config(width, plan=())), folder)
         ours = from_pretrained(folder).eval().requires_grad_(False)
-        text = text_config_to_dict(ours.config.text) | {"time_step_limit": [0.0, float("inf")]}
+        text = text_config_to_dict(ours.config.text)
         (folder / "config.json").write_text(json.dumps(text))  # transformers knows the language model alone
         logging.disable_progress_bar()
         theirs = NemotronHForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
