@@ -83,6 +83,9 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _normed(x: Tensor, weight_GD: Tensor, eps: float) -> Tensor:
+    if x.numel() <= BLOCK_ELEMENTS:
+        block = _wide(x)
+        return (block * _inverse_rms(block, eps)).mul_(_wide(weight_GD)).to(x.dtype)
     y = torch.empty(x.shape, dtype=x.dtype)
     x_MGD, y_MGD = x.reshape(-1, *weight_GD.shape), y.view(-1, *weight_GD.shape)
     weight = _wide(weight_GD)

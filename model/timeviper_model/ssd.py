@@ -79,12 +79,14 @@ def ssd_step(
     dtype = state_BHPN.dtype
     x, dt = x_BHP.to(dtype), dt_BH.to(dtype)
     heads_per_group = x.shape[1] // B_BGN.shape[1]
-    B_BHN = B_BGN.to(dtype).repeat_interleave(heads_per_group, dim=1)
-    C_BHN = C_BGN.to(dtype).repeat_interleave(heads_per_group, dim=1)
+    B_BHN, C_BHN = (
+        group_BGN.to(dtype)[:, :, None].expand(-1, -1, heads_per_group, -1).flatten(1, 2)
+        for group_BGN in (B_BGN, C_BGN)
+    )  # views where there is one group
     state_BHPN.mul_(torch.exp(dt * A_H.to(dtype))[..., None, None])
     state_BHPN.addcmul_((x * dt[..., None])[..., None], B_BHN[:, :, None, :])
     read_BHP = (C_BHN[:, :, None] @ state_BHPN.transpose(-1, -2)).squeeze(-2)  # 2.7 times as fast as state @ C on a CPU
-    return read_BHP + D_H.to(dtype)[:, None] * x
+    return read_BHP.addcmul_(D_H.to(dtype)[:, None], x)
 
 
 class _Decays(NamedTuple):
