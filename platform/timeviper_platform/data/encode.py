@@ -7,6 +7,7 @@ batch (1e-6 at width 1152 in fp32), hence the last batch is padded, even for a l
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,6 +39,9 @@ class EncoderConfig:
     encode_batch_frames: int = 32
     """frames in every batch, padded if need be; part of the recipe"""
     device: str = "cpu"
+    compile: bool = False
+    """the vision tower as one program by torch.compile: a minute or more at a worker's start, fewer kernels after it;
+    other kernels round differently, so this too is part of the recipe"""
 
     def __post_init__(self) -> None:
         if self.encode_batch_frames < 1 or self.num_tokens_per_frame < 1:
@@ -55,6 +59,9 @@ class FrameEncoder:
         self.config = config
         self._vision = VisionEncoder.from_pretrained(config.encoder, layer=config.layer)
         self._vision.to(device=config.device, dtype=_DTYPES[config.dtype])
+        self._patches: Callable[[Tensor], Tensor] = (
+            torch.compile(self._vision, dynamic=False) if config.compile else self._vision
+        )
         self.image_size: int = self._vision.image_size
         self.dim: int = self._vision.hidden_size
         self.num_tokens_per_frame = min(config.num_tokens_per_frame, self._vision.num_patches)
@@ -74,7 +81,7 @@ class FrameEncoder:
             },
             "dtype": {"compute": self.config.dtype, "stored": "bfloat16"},
             "encode_batch_frames": self.config.encode_batch_frames,
-        }
+        } | ({"compiled": True} if self.config.compile else {})
 
     @torch.inference_mode()
     def encode(self, frames: Tensor | np.ndarray) -> Tensor:
@@ -93,7 +100,7 @@ class FrameEncoder:
             piece = pixels[start : start + size]
             batch = piece.new_zeros(size, *piece.shape[1:])
             batch[: len(piece)] = piece
-            patches = self._vision(self._vision.preprocess(batch.to(self.config.device)))
+            patches = self._patches(self._vision.preprocess(batch.to(self.config.device)))
             tokens = merge_tokens(patches, self.num_tokens_per_frame, num_heads=self.config.merge_heads)
             result[start : start + size] = tokens[: len(piece)].to("cpu", torch.bfloat16)
         return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,18 @@ def test_the_recipe_names_what_decides_the_values(tmp_path: Path) -> None:
         EncoderConfig(encoder=str(one), merge_heads=4),
         EncoderConfig(encoder=str(one), dtype="bfloat16"),
         EncoderConfig(encoder=str(one), encode_batch_frames=7),
+        EncoderConfig(encoder=str(one), compile=True),
     ):
         assert FrameEncoder(changed).recipe != recipe
     with pytest.raises(ValueError, match="at least 1"):
         EncoderConfig(encode_batch_frames=0)
+
+
+@pytest.mark.slow
+def test_a_compiled_encoder_gives_the_same_tokens_within_rounding(tmp_path: Path) -> None:
+    folder = str(make_encoder(tmp_path))
+    config = EncoderConfig(encoder=folder, num_tokens_per_frame=4, merge_heads=4, encode_batch_frames=4)
+    plain, compiled = FrameEncoder(config), FrameEncoder(replace(config, compile=True))
+    frames = made_frames(6, plain.image_size)
+    torch.testing.assert_close(compiled.encode(frames), plain.encode(frames), rtol=2**-6, atol=2**-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
