@@ -81,7 +81,7 @@ def decode_rows(
     rows: list[Row] = []
     sides: list[Side] = []
     for name, config in configs.items():
-        found, side = _side(name, config, device, num_frames, num_new, batch, num_steps, repeats)
+        found, side = decode_side(name, config, device, num_frames, num_new, batch, num_steps, repeats)
         rows += found
         sides.append(side)
         free_memory(device)
@@ -136,7 +136,7 @@ def fill_cache(cache: HybridCache, config: TimeViperConfig, num_vision: int, num
     cache.num_tokens = [num_vision + num_text for _ in slots]
 
 
-def _side(
+def decode_side(
     name: str,
     config: TimeViperConfig,
     device: torch.device,
@@ -145,7 +145,10 @@ def _side(
     batch: int,
     num_steps: int,
     repeats: int,
+    *,
+    group: str = "decode",
 ) -> tuple[list[Row], Side]:
+    """Rows of one model, under the name of a group, and its rates."""
     model, words = make_model(config, device)
     prompt = video_question(num_frames)
     reading = measure(lambda: read_prompt(model, prompt, num_frames, device), device, repeats=repeats)
@@ -165,7 +168,7 @@ def _side(
         (f"{label}: decoding alone, step by step from Python", batch / eager, "tokens/s"),
         (f"{label}: prompts included ({how})", whole, "tokens/s"),
     ]
-    return [make_row("decode", *value) for value in values], Side(decoding, whole)
+    return [make_row(group, *value) for value in values], Side(decoding, whole)
 
 
 @torch.inference_mode()

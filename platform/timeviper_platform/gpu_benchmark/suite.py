@@ -10,6 +10,7 @@ from timeviper_platform.gpu_benchmark.decode import decode_rows
 from timeviper_platform.gpu_benchmark.kernels import kernel_rows
 from timeviper_platform.gpu_benchmark.prefill import prefill_rows
 from timeviper_platform.gpu_benchmark.vision import vision_rows
+from timeviper_platform.gpu_benchmark.vllm import vllm_rows
 from timeviper_platform.measure import Row
 
 GPU_GROUPS: dict[str, Callable[[torch.device], list[Row]]] = {
@@ -17,6 +18,7 @@ GPU_GROUPS: dict[str, Callable[[torch.device], list[Row]]] = {
     "vision": vision_rows,
     "prefill": prefill_rows,
     "decode": decode_rows,
+    "vllm": vllm_rows,
 }
 
 

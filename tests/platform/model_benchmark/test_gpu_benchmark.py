@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from reference import kernel_contracts
 from timeviper_model.config import NEMOTRON_NANO_9B_V2, PAPER_PLAN, PRESETS, HybridConfig, Qwen2Config, TimeViperConfig
-from timeviper_platform.gpu_benchmark import decode, device, kernels, prefill, vision
+from timeviper_platform.gpu_benchmark import decode, device, kernels, prefill, vision, vllm
 from timeviper_platform.gpu_benchmark.suite import GPU_GROUPS
 from timeviper_platform.measure import Row
 from timeviper_platform.model_benchmark.models import narrow_config, video_question
@@ -42,7 +43,7 @@ def toy_text() -> HybridConfig:
 
 
 def test_every_group_has_its_key() -> None:
-    assert list(GPU_GROUPS) == ["kernels", "vision", "prefill", "decode"]
+    assert list(GPU_GROUPS) == ["kernels", "vision", "prefill", "decode", "vllm"]
 
 
 def test_kernels_that_keep_their_contracts_have_small_errors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,6 +149,39 @@ def test_the_decode_group_gives_its_rows() -> None:
     )
     check(rows, "decode")
     assert len(rows) == 3 * 4 + 4
+
+
+def test_without_vllm_there_are_no_rows_and_the_log_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(vllm.importlib.util, "find_spec", lambda name: None)
+    with caplog.at_level(logging.WARNING):
+        assert vllm.vllm_rows(CPU, ours=narrow_config(16)) == []
+    assert "not installed" in caplog.text
+
+
+def test_vllm_is_asked_for_as_many_tokens_of_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int, int]] = []
+
+    class LLM:
+        def __init__(self, *, model: str, load_format: str, max_model_len: int, **_: object) -> None:
+            values = json.loads(Path(model, "config.json").read_text())
+            assert (load_format, values["architectures"]) == ("dummy", ["NemotronHForCausalLM"])
+            self.room = max_model_len
+
+        def generate(self, prompts: list[dict[str, list[int]]], sampling: SimpleNamespace) -> None:
+            assert sampling.ignore_eos
+            (length,) = {len(prompt["prompt_token_ids"]) for prompt in prompts}
+            assert length + sampling.max_tokens <= self.room
+            asked.append((len(prompts), length, sampling.max_tokens))
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=SimpleNamespace))
+    rows = vllm.vllm_rows(
+        CPU, ours=narrow_config(16), num_frames=2, num_new=4, batch=2, num_steps=2, repeats=1, other=vllm.run_vllm
+    )
+    check(rows, "vllm")
+    assert asked == [(2, 64, 2), (2, 64, 4)]
+    assert rows[-1].bar == ">= 0.9"
 
 
 def test_bytes_of_a_slot_are_those_of_a_filled_cache() -> None:
