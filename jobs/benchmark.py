@@ -17,13 +17,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from timeviper_platform.data.benchmark import decode_suite
-from timeviper_platform.data.store_benchmark import store_suite
 from timeviper_platform.logs import setup_logging
 from timeviper_platform.measure import Row, format_rows
-from timeviper_platform.model_benchmark.suite import MODEL_GROUPS
 
 ROOT = Path(__file__).resolve().parent.parent
+
+Groups = dict[str, Callable[[Path | None], list[Row]]]
+"""a suite's groups of rows by key; each is given the film, which few measure on"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,7 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.film is not None and not options.film.is_file():
         parser.error(f"there is no film at {str(options.film)!r}")
-    groups = SUITES[options.suite]
+    try:
+        groups = SUITES[options.suite]()
+    except RuntimeError as error:  # what the suite runs on is not there
+        parser.error(str(error))
     chosen = options.only.split(",") if options.only else list(groups)
     if unknown := sorted(set(chosen) - set(groups)):
         parser.error(f"the {options.suite} suite has no rows {', '.join(unknown)}; it has {', '.join(groups)}")
@@ -82,13 +85,39 @@ def demo_rows(report: dict[str, Any], command: str) -> list[Row]:
     return [Row(name=name, value=value, unit=unit, bar=bar, command=command) for name, value, unit, bar in values]
 
 
-SUITES: dict[str, dict[str, Callable[[Path | None], list[Row]]]] = {
-    "decode": {"sampling": decode_suite},
-    "demo": {"demo": demo_suite},
-    "model": {key: lambda film, rows=rows: rows() for key, rows in MODEL_GROUPS.items()},  # type: ignore[misc]
-    "store": {"store": lambda film: store_suite()},
+def _decode_groups() -> Groups:
+    from timeviper_platform.data.benchmark import decode_suite
+
+    return {"sampling": decode_suite}
+
+
+def _gpu_groups() -> Groups:
+    from timeviper_platform.gpu_benchmark.suite import GPU_GROUPS, require_cuda
+
+    device = require_cuda()
+    return {key: lambda film, rows=rows: rows(device) for key, rows in GPU_GROUPS.items()}  # type: ignore[misc]
+
+
+def _model_groups() -> Groups:
+    from timeviper_platform.model_benchmark.suite import MODEL_GROUPS
+
+    return {key: lambda film, rows=rows: rows() for key, rows in MODEL_GROUPS.items()}  # type: ignore[misc]
+
+
+def _store_groups() -> Groups:
+    from timeviper_platform.data.store_benchmark import store_suite
+
+    return {"store": lambda film: store_suite()}
+
+
+SUITES: dict[str, Callable[[], Groups]] = {
+    "decode": _decode_groups,
+    "demo": lambda: {"demo": demo_suite},
+    "gpu": _gpu_groups,
+    "model": _model_groups,
+    "store": _store_groups,
 }
-"""groups of rows by suite and key; each is given the film, which few measure on"""
+"""a suite imports what it needs when it is chosen: a machine with a GPU may have neither Ray nor video decoders"""
 
 
 if __name__ == "__main__":

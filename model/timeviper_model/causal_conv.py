@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BLOCK_ELEMENTS = 2**17
-"""elements of a block of the pack: half a MiB in fp32"""
+"""elements of a block of the pack on a CPU: half a MiB in fp32"""
+DEVICE_BLOCK_ELEMENTS = 2**26
+"""elsewhere: 256 MiB, for a block of the 9B's 12,288 channels would be ten tokens, and launches all there is"""
 
 
 def causal_conv_silu(
@@ -121,5 +123,6 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _blocks(x_TD: Tensor) -> list[tuple[int, int]]:
-    length = max(1, BLOCK_ELEMENTS // max(1, x_TD.shape[1]))
+    elements = BLOCK_ELEMENTS if x_TD.device.type == "cpu" else DEVICE_BLOCK_ELEMENTS
+    length = max(1, elements // max(1, x_TD.shape[1]))
     return [(start, min(start + length, len(x_TD))) for start in range(0, len(x_TD), length)]

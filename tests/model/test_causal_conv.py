@@ -64,3 +64,9 @@ def test_bf16_is_summed_in_fp32() -> None:
     expected = torch.autograd.grad(full.sum(), wide)
     for grad, wide_grad in zip(grads, expected, strict=True):
         torch.testing.assert_close(grad.float(), wide_grad, rtol=2e-2, atol=5e-2)
+
+
+def test_a_device_takes_a_piece_of_prefill_as_one_block() -> None:
+    on_cpu, on_device = (torch.empty(2048, 12288, device=device) for device in ("cpu", "meta"))
+    assert causal_conv._blocks(on_device) == [(0, 2048)]
+    assert len(causal_conv._blocks(on_cpu)) == 205

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timeviper_model.batch import Sample, pack_samples
+from timeviper_model.batch import PackedBatch, Sample, pack_samples
 from timeviper_model.prompt import TEMPLATES, Turn, build_sample, end_token_id
 from timeviper_model.timeviper import TimeViper
 
@@ -42,17 +42,21 @@ class Answerer:
 
     def score_options(self, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) -> list[list[float]]:
         """For each prompt the log-probability of each of its options as the whole answer, end token included."""
-        pairs = [(p, option) for p, texts in zip(prompts, options, strict=True) for option in texts]
-        samples = [self._sample(prompt, option) for prompt, option in pairs]
         scores: list[float] = []
-        for members in _packs([len(sample) for sample in samples], self._max_pack_tokens):
-            batch = pack_samples([samples[n] for n in members], [self._rows(pairs[n][0]) for n in members])
-            log_probs, segment_ids = self._model.target_log_probs(batch.to(self._device, self._dtype))
+        for batch in self.packs([(p, option) for p, texts in zip(prompts, options, strict=True) for option in texts]):
+            log_probs, segment_ids = self._model.target_log_probs(batch)
             # float64: the order in which fp32 numbers are added must not decide between close options
-            sums = torch.zeros(len(members), dtype=torch.float64, device=log_probs.device)
+            sums = torch.zeros(batch.num_segments, dtype=torch.float64, device=log_probs.device)
             scores += sums.index_add_(0, segment_ids.long(), log_probs.double()).tolist()
         rest = iter(scores)
         return [[next(rest) for _ in texts] for texts in options]
+
+    def packs(self, pairs: Sequence[tuple[Prompt, str]]) -> Iterator[PackedBatch]:
+        """The prompts with an answer each, in order, on the model's device, as many together as fit a pack."""
+        samples = [self._sample(prompt, answer) for prompt, answer in pairs]
+        for members in _packs([len(sample) for sample in samples], self._max_pack_tokens):
+            batch = pack_samples([samples[n] for n in members], [self._rows(pairs[n][0]) for n in members])
+            yield batch.to(self._device, self._dtype)
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[str]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from timeviper_model import weights
 from timeviper_model.backends import Backend, set_backend
+from timeviper_model.timeviper import TimeViper
 from timeviper_platform.data.features import FeatureStore, select_frames
 from timeviper_platform.evaluation.answering import DEFAULT_MAX_PACK_TOKENS, Answerer, Prompt
 from timeviper_platform.evaluation.metrics import Span, parse_span, temporal_iou
@@ -73,9 +74,7 @@ class Evaluator:
         torch.set_num_threads(config.num_threads)
         self._config = config
         self._store = FeatureStore.open(features_uri)
-        dtype = getattr(torch, config.dtype)
-        model = weights.from_pretrained(weights_folder, dtype=dtype, device=config.device)
-        set_backend(model, config.backend, device=config.device, dtype=dtype)
+        model = load_model(weights_folder, config)
         self._dim = model.config.vision.row_size
         self._answerer = Answerer(model, weights.load_tokenizer(weights_folder), max_pack_tokens=config.max_pack_tokens)
 
@@ -85,7 +84,7 @@ class Evaluator:
         with_choices: dict[int, tuple[Tensor, ...]] = {}
         with_spans: dict[int, tuple[Tensor, ...]] = {}
         for number, question in enumerate(questions):
-            media = self._media(question)
+            media = read_media(self._store, question, self._config, dim=self._dim)
             if media is None:
                 outcomes[number] = _unanswered(question, "no_features")
             elif question["choices"]:
@@ -97,28 +96,6 @@ class Evaluator:
         outcomes |= self._choose(questions, with_choices) if with_choices else {}
         outcomes |= self._ground(questions, with_spans) if with_spans else {}
         return [outcomes[number] for number in range(len(questions))]
-
-    def _media(self, question: dict[str, Any]) -> tuple[Tensor, ...] | None:
-        """The vision rows of each of the question's media; None when the store lacks one."""
-        media = []
-        for medium in question["media"] or []:
-            if medium["media_id"] not in self._store:
-                return None
-            info = self._store.info(medium["media_id"])
-            if info.dim != self._dim:
-                raise ValueError(
-                    f"{medium['media_id']} has features of width {info.dim}, the weights want {self._dim};"
-                    " evaluate on a store that the weights' own vision encoder filled"
-                )
-            frames = select_frames(
-                info.times_seconds,
-                max_frames=self._config.max_frames,
-                mode=self._config.frame_mode,
-                start_seconds=medium["start_seconds"],
-                end_seconds=medium["end_seconds"],
-            )
-            media.append(self._store.read(medium["media_id"], frames).features.flatten(0, 1))
-        return tuple(media)
 
     def _choose(self, questions: Sequence[dict[str, Any]], media: dict[int, tuple[Tensor, ...]]) -> dict[int, Outcome]:
         rows = [questions[number] for number in media]
@@ -162,6 +139,43 @@ class Evaluator:
             )
             for number, row, seen, blind in zip(media, rows, *written, strict=True)
         }
+
+
+def read_media(
+    store: FeatureStore, question: dict[str, Any], config: AnsweringConfig, *, dim: int
+) -> tuple[Tensor, ...] | None:
+    """The vision rows of each of the question's media; None when the store lacks one.
+
+    Raises:
+        ValueError: when a medium's features are not `dim` wide.
+    """
+    media = []
+    for medium in question["media"] or []:
+        if medium["media_id"] not in store:
+            return None
+        info = store.info(medium["media_id"])
+        if info.dim != dim:
+            raise ValueError(
+                f"{medium['media_id']} has features of width {info.dim}, the weights want {dim};"
+                " evaluate on a store that the weights' own vision encoder filled"
+            )
+        frames = select_frames(
+            info.times_seconds,
+            max_frames=config.max_frames,
+            mode=config.frame_mode,
+            start_seconds=medium["start_seconds"],
+            end_seconds=medium["end_seconds"],
+        )
+        media.append(store.read(medium["media_id"], frames).features.flatten(0, 1))
+    return tuple(media)
+
+
+def load_model(weights_folder: str, config: AnsweringConfig) -> TimeViper:
+    """The weights on the configured device, with the configured backend."""
+    dtype = getattr(torch, config.dtype)
+    model = weights.from_pretrained(weights_folder, dtype=dtype, device=config.device)
+    set_backend(model, config.backend, device=config.device, dtype=dtype)
+    return model.eval()
 
 
 def _both_ways(

@@ -82,23 +82,23 @@ class EvaluateConfig:
             raise ValueError(f"{self.tasks = } must name each task once, and at least one")
 
 
-def read_questions(config: EvaluateConfig) -> list[dict[str, Any]]:
-    """The rows of all tasks, in order.
+def read_questions(folder: str, tasks: Sequence[str], max_questions: int | None) -> list[dict[str, Any]]:
+    """The rows of all tasks, in order; of each the first `max_questions`.
 
     Raises:
         ValueError: when a task has no file, or it is of another schema.
     """
     rows: list[dict[str, Any]] = []
-    for task in config.tasks:
-        uri = storage.join_uri(config.questions, f"{task}.parquet")
+    for task in tasks:
+        uri = storage.join_uri(folder, f"{task}.parquet")
         filesystem, path = storage.split_uri(uri)
         if not filesystem.isfile(path):
-            there = [name.rsplit("/", 1)[-1] for name in storage.list_files(config.questions, ".parquet")]
+            there = [name.rsplit("/", 1)[-1] for name in storage.list_files(folder, ".parquet")]
             raise ValueError(f"task {task!r} has no file {uri}; there are {', '.join(there) or 'none'} in that folder")
         with filesystem.open(path, "rb") as file:
             table = pq.read_table(file)
         schemas.check_version(table.schema, schemas.QUESTIONS, source=uri)
-        rows += [row | {"source": task} for row in table.slice(0, config.max_questions).to_pylist()]
+        rows += [row | {"source": task} for row in table.slice(0, max_questions).to_pylist()]
     return rows
 
 
@@ -110,8 +110,8 @@ def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
         RuntimeError: when the output cannot be written, or a worker dies.
     """
     config = with_absolute_paths(config)
-    questions = read_questions(config)
-    check_inputs(config)
+    questions = read_questions(config.questions, config.tasks, config.max_questions)
+    check_inputs(config.weights, config.features)
     folder = config.output.rpartition("/")[0]
     storage.ensure_writable(folder)
     outcomes: list[Outcome] = []
@@ -137,15 +137,15 @@ def with_absolute_paths(config: EvaluateConfig) -> EvaluateConfig:
     )
 
 
-def check_inputs(config: EvaluateConfig) -> None:
+def check_inputs(weights: str, features: str) -> None:
     """Passes when weights and store are there, so that a wrong path is said here and not by a worker.
 
     Raises:
         ValueError: when one is not.
     """
-    if not storage.exists(storage.join_uri(config.weights, "config.json")):
-        raise ValueError(f"no weights folder at {config.weights!r}; run jobs/export.py with output: {config.weights}")
-    FeatureStore.open(config.features)
+    if not storage.exists(storage.join_uri(weights, "config.json")):
+        raise ValueError(f"no weights folder at {weights!r}; run jobs/export.py with output: {weights}")
+    FeatureStore.open(features)
 
 
 def answer_on_ray(questions: Sequence[dict[str, Any]], config: EvaluateConfig) -> Iterator[Outcome]:

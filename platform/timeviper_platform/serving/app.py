@@ -6,6 +6,8 @@ jobs/serve.py all come here. Where the plain services meet Ray: deployments and 
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import dataclasses
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
@@ -26,6 +28,7 @@ from timeviper_platform.serving.contract import (
     GenerateRequest,
     Refusal,
 )
+from timeviper_platform.serving.engine_metrics import EngineMetrics
 from timeviper_platform.serving.engine_service import EngineService, EngineServiceConfig
 from timeviper_platform.serving.feature_service import FeatureService, FeatureServiceConfig
 from timeviper_platform.serving.gateway import GatewayConfig
@@ -34,6 +37,8 @@ from timeviper_platform.serving.scaling import DeploymentSettings
 
 MAX_GATEWAY_REQUESTS = 512
 """requests one gateway replica holds at once; they wait for the services and cost it little"""
+STATS_TIMEOUT_S = 2.0
+"""the engine tells its counts between two steps"""
 FEATURE_QUEUE = 64
 """requests one feature replica holds at once; lookups in the store are many and short"""
 
@@ -94,6 +99,7 @@ class EngineReplica:
     def __init__(self, weights: str, config: EngineServiceConfig) -> None:
         setup_logging()
         self._service = EngineService(weights, config, _fetch)
+        self._metrics = EngineMetrics()
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[AnswerPart | Refusal]:
         """See EngineService.generate."""
@@ -112,9 +118,11 @@ class EngineReplica:
         """The engine's counts by name."""
         return dataclasses.asdict(await self._service.stats())
 
-    def check_health(self) -> None:
-        """Ray Serve replaces the replica when this raises."""
+    async def check_health(self) -> None:
+        """Ray Serve replaces the replica when this raises; it asks every few seconds, so counts go out here too."""
         self._service.check_health()
+        with contextlib.suppress(TimeoutError):  # in the middle of a long step
+            self._metrics.report(await asyncio.wait_for(self._service.stats(), STATS_TIMEOUT_S))
 
     def __del__(self) -> None:
         if hasattr(self, "_service"):

@@ -69,7 +69,7 @@ class FeatureReference:
     """Where the features of one medium are. The array itself stays in the object store."""
 
     key: str
-    """names content and selection: equal keys, equal features"""
+    """names content, encoder recipe and frames, wherever the features were made: equal keys, equal features"""
     ref: Any
     """Ray object reference to int16 bits of bfloat16, (num_frames, num_tokens_per_frame, dim); an array in tests"""
     num_frames: int
@@ -94,6 +94,8 @@ class ChatTurn:
 class GenerateRequest:
     """`n` answers to one conversation."""
 
+    tenant: str
+    """whose request it is: what was kept of another tenant's video is never used, so its time betrays nothing"""
     turns: tuple[ChatTurn, ...]
     max_new_tokens: int
     temperature: float
@@ -125,6 +127,7 @@ class AnswerUsage:
     vision_tokens: int
     vision_tokens_kept: int
     cached_tokens: int
+    """prompt tokens that an earlier question on the same video had already had read"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,6 +8,8 @@ function that fetches a reference.
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -164,6 +166,7 @@ class EngineService:
                 max_new_tokens=request.max_new_tokens,
                 stop=request.stop,
                 seed=request.seed + number,
+                prefix_key=prefix_key(request.tenant, media),
             )
             for number in range(request.n)
         ]
@@ -256,6 +259,17 @@ def build_prompt(
         conversation.append(Turn(role=turn.role, text=text))
     num_tokens = [medium.num_frames * medium.num_tokens_per_frame for turn in turns for medium in turn.media]
     return build_sample(tokenizer, conversation, num_tokens, template=template, add_generation_prompt=True)
+
+
+def prefix_key(tenant: str, media: Sequence[FeatureReference]) -> str | None:
+    """Names what the engine may keep of a conversation's media for the next question; None without media.
+
+    A reference's key stands for content, encoder recipe and frames. The engine adds the tokens before the media
+    (template and system text); weights, dtype and TransV plan are the one engine's that owns the cache.
+    """
+    if not media:
+        return None
+    return hashlib.sha256(json.dumps([tenant, *(reference.key for reference in media)]).encode()).hexdigest()
 
 
 def _time_text(medium: FeatureReference) -> str:

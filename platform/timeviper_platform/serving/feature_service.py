@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from timeviper_platform.data.encode import EncoderConfig, FrameEncoder
-from timeviper_platform.data.features import FeatureStore, select_frames
+from timeviper_platform.data.features import FeatureStore, MediaInfo, select_frames
 from timeviper_platform.serving.compatibility import check_features_fit
 from timeviper_platform.serving.contract import (
     FeatureReference,
@@ -83,6 +84,7 @@ class FeatureService:
         self._store = None if config.store is None else FeatureStore.open(config.store)
         self._encoder = None if config.encoder is None else FrameEncoder(config.encoder)
         check_features_fit(weights, store=self._store, encoder=self._encoder)
+        self._recipe = None if self._encoder is None else json.dumps(self._encoder.recipe, sort_keys=True)
         self._sandbox = None if self._encoder is None else DecodeSandbox(config.sandbox, self._encoder.image_size)
         self._encode_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
         self._kept: OrderedDict[str, tuple[FeatureReference, int]] = OrderedDict()
@@ -107,7 +109,8 @@ class FeatureService:
             media_id = None if self._store is None else self._store.find(source.sha256)
         if media_id is None:
             assert not isinstance(source, StoredFeatures)
-            key = _key("upload", source.sha256, fps, max_frames, self._config.select)
+            # decoding is deterministic: the content and these limits say which frames
+            key = _key("upload", source.sha256, self._recipe, fps, max_frames, self._config.select)
             return await self._once(key, lambda: self._encode(source, key, fps, max_frames))
         if self._store is None or media_id not in self._store:
             return Refusal(
@@ -115,8 +118,13 @@ class FeatureService:
                 message="there is no such medium in the feature store; GET /v1/files lists uploads",
                 code="media_not_found",
             )
-        key = _key("store", media_id, fps, max_frames, self._config.select)
-        return await self._once(key, lambda: self._read(media_id, key, fps, max_frames))
+        info = self._store.info(media_id)
+        thinned = np.asarray(thin_to_fps(info.times_seconds, fps))
+        chosen = select_frames(info.times_seconds[thinned], max_frames=max_frames, mode=self._config.select)
+        frames = thinned[chosen]
+        content = info.sha256 or (self._store.uri, media_id)  # a store may have been made without hashing
+        key = _key("store", content, self._store.recipe_hash, info.times_seconds[frames].tobytes())
+        return await self._once(key, lambda: self._read(info, key, frames))
 
     async def is_ready(self) -> bool:
         """True once constructed."""
@@ -141,12 +149,9 @@ class FeatureService:
             task.add_done_callback(lambda _: self._in_work.pop(key))
         return await asyncio.shield(task)  # whoever asked first may go; the others still wait
 
-    async def _read(self, media_id: str, key: str, fps: float, max_frames: int) -> FeatureReference:
+    async def _read(self, info: MediaInfo, key: str, frames: np.ndarray) -> FeatureReference:
         assert self._store is not None
-        info = self._store.info(media_id)
-        frames = np.asarray(thin_to_fps(info.times_seconds, fps))
-        chosen = select_frames(info.times_seconds[frames], max_frames=max_frames, mode=self._config.select)
-        medium = await asyncio.to_thread(self._store.read, media_id, frames[chosen].tolist())
+        medium = await asyncio.to_thread(self._store.read, info.media_id, frames.tolist())
         return await self._keep(key, medium.features, info.modality, info.duration_seconds)
 
     async def _encode(

@@ -15,7 +15,7 @@ import re
 import secrets
 import time
 import traceback
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,13 +113,20 @@ class GatewayConfig:
 
 @dataclass(slots=True)
 class _Counters:
-    """Requests by route and status since this replica started."""
+    """Requests by route and status, and tokens of answered ones, since this replica started."""
 
     answered: dict[tuple[str, int], int] = field(default_factory=dict)
     ongoing: int = 0
+    tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("prompt", "cached_prompt", "completion"), 0))
 
     def add(self, route: str, status: int) -> None:
         self.answered[route, status] = self.answered.get((route, status), 0) + 1
+
+    def add_usage(self, usage: Mapping[str, Any]) -> None:
+        """Counts an answer's tokens, given in OpenAI's shape; cached ones are among the prompt's."""
+        self.tokens["prompt"] += usage["prompt_tokens"]
+        self.tokens["cached_prompt"] += usage["prompt_tokens_details"]["cached_tokens"]
+        self.tokens["completion"] += usage["completion_tokens"]
 
     def render(self) -> str:
         """In Prometheus' text format."""
@@ -130,13 +137,16 @@ class _Counters:
             "# TYPE timeviper_gateway_ongoing_requests gauge",
             f"timeviper_gateway_ongoing_requests {self.ongoing}",
         ]
+        for kind, count in self.tokens.items():
+            name = f"timeviper_gateway_{kind}_tokens_total"
+            lines += [f"# TYPE {name} counter", f"{name} {count}"]
         return "\n".join(lines) + "\n"
 
 
 def create_app(config: GatewayConfig, features: FeatureClient, engine: EngineClient) -> ASGIApp:
     """The ASGI application."""
     counters = _Counters()
-    gateway = _Gateway(config, features, engine)
+    gateway = _Gateway(config, features, engine, counters)
     api = FastAPI(title="TimeViper", docs_url=None, redoc_url=None)  # their pages load scripts from a CDN
     api.add_api_route("/v1/chat/completions", gateway.chat_completions, methods=["POST"], response_model=None)
     api.add_api_route("/v1/models", gateway.list_models, methods=["GET"])
@@ -254,8 +264,11 @@ def _route(scope: Scope) -> str:
 class _Gateway:
     """The handlers of the routes."""
 
-    def __init__(self, config: GatewayConfig, features: FeatureClient, engine: EngineClient) -> None:
+    def __init__(
+        self, config: GatewayConfig, features: FeatureClient, engine: EngineClient, counters: _Counters
+    ) -> None:
         self._config = config
+        self._counters = counters
         self._features = features
         self._engine = engine
         self._store = MediaStore(config.media_root)
@@ -332,7 +345,9 @@ class _Gateway:
                 parts = _checked(self._engine.generate(generate))
                 first = await anext(parts)
                 if not chat.stream:
-                    return JSONResponse(await _collect(completion, first, parts))
+                    response = await _collect(completion, first, parts)
+                    self._counters.add_usage(completion.usage())
+                    return JSONResponse(response)
         except TimeoutError:
             raise self._too_late() from None
         include_usage = chat.stream_options is not None and chat.stream_options.include_usage
@@ -368,6 +383,7 @@ class _Gateway:
             except ApiError as error:
                 yield sse(error.body())
                 return
+        self._counters.add_usage(completion.usage())
         if include_usage:
             yield sse(completion.usage_chunk())
         yield sse("[DONE]")
@@ -394,6 +410,7 @@ class _Gateway:
         )
         found = iter(references)
         return GenerateRequest(
+            tenant=tenant,
             turns=tuple(
                 ChatTurn(role=turn.role, text=turn.text, media=tuple(next(found) for _ in turn.media)) for turn in turns
             ),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -13,7 +14,6 @@ from reference.known_answers import (
     KnownAnswers,
     choice_row,
     grounding_row,
-    make_known_answers,
     span_answer,
     write_questions,
 )
@@ -25,7 +25,7 @@ from timeviper_platform.config import load_config
 from timeviper_platform.data.features import FeatureStore
 from timeviper_platform.data.store_writer import write_store
 from timeviper_platform.evaluation.answering import Answerer, Prompt
-from timeviper_platform.evaluation.evaluator import AnsweringConfig, Evaluator, Outcome
+from timeviper_platform.evaluation.evaluator import AnsweringConfig, Evaluator, Outcome, read_media
 from timeviper_platform.evaluation.job import (
     EvaluateConfig,
     WorkersConfig,
@@ -40,15 +40,14 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
-def known(tmp_path_factory: pytest.TempPathFactory) -> KnownAnswers:
-    return make_known_answers(tmp_path_factory.mktemp("known"))
-
-
-@pytest.fixture(scope="module")
 def evaluator(known: KnownAnswers) -> Evaluator:
     return Evaluator(
         weights_folder=known.weights, features_uri=known.features, config=AnsweringConfig(max_new_tokens=16)
     )
+
+
+def _read(config: EvaluateConfig) -> list[dict[str, Any]]:
+    return read_questions(config.questions, config.tasks, config.max_questions)
 
 
 def _rows(folder: KnownAnswers, media_id: str) -> torch.Tensor:
@@ -114,7 +113,7 @@ def test_a_missing_medium_and_a_question_without_truth_are_counted_outcomes(eval
 
 def test_a_samples_interval_selects_its_frames(evaluator: Evaluator, known: KnownAnswers) -> None:
     medium = {"media_id": "video-1", "start_seconds": 1.0, "end_seconds": 3.0}
-    media = evaluator._media(choice_row(1, media=[medium]))
+    media = read_media(evaluator._store, choice_row(1, media=[medium]), evaluator._config, dim=evaluator._dim)
     assert media is not None
     assert torch.equal(media[0], _rows(known, "video-1")[1:3])
 
@@ -184,28 +183,28 @@ def _config(known: KnownAnswers, output: Path, **changes: object) -> EvaluateCon
 
 def test_questions_keep_their_order_and_a_missing_task_is_named(known: KnownAnswers, tmp_path: Path) -> None:
     config = _config(known, tmp_path / "report.json", max_questions=3)
-    assert [row["sample_id"] for row in read_questions(config)] == [
+    assert [row["sample_id"] for row in _read(config)] == [
         *(f"choice-{n}" for n in range(3)),
         *(f"grounding-{n}" for n in range(3)),
     ]
     with pytest.raises(ValueError, match=r"task 'order' has no file .*choice\.parquet, grounding\.parquet"):
-        read_questions(replace(config, tasks=("order",)))
+        _read(replace(config, tasks=("order",)))
     with pytest.raises(ValueError, match="must name each task once"):
         replace(config, tasks=("choice", "choice"))
 
 
 def test_missing_inputs_are_named_before_anything_starts(known: KnownAnswers, tmp_path: Path) -> None:
     config = _config(known, tmp_path / "report.json")
-    check_inputs(config)
+    check_inputs(config.weights, config.features)
     with pytest.raises(ValueError, match="no weights folder at"):
-        check_inputs(replace(config, weights=str(tmp_path / "none")))
+        check_inputs(str(tmp_path / "none"), config.features)
     with pytest.raises(ValueError, match="no feature store at"):
-        check_inputs(replace(config, features=str(tmp_path / "none")))
+        check_inputs(config.weights, str(tmp_path / "none"))
 
 
 def test_report_and_outcomes_are_written_in_the_questions_order(known: KnownAnswers, tmp_path: Path) -> None:
     config = _config(known, tmp_path / "report.json", tasks=("choice",))
-    questions = read_questions(config)
+    questions = _read(config)
     outcomes = [_outcome(n, score=float(n < 2)) for n in (3, 1, 0, 2)]
     report = write_report(config, questions, outcomes)
     assert storage.read_json(config.output) == report
@@ -233,4 +232,4 @@ def test_a_question_file_of_another_schema_is_refused(known: KnownAnswers, tmp_p
     table = pq.read_table(tmp_path / "choice.parquet").replace_schema_metadata({"timeviper.schema": "samples"})
     pq.write_table(table, tmp_path / "choice.parquet")
     with pytest.raises(ValueError, match="schema is samples, this release reads questions"):
-        read_questions(_config(known, tmp_path / "r.json", questions=str(tmp_path), tasks=("choice",)))
+        _read(_config(known, tmp_path / "r.json", questions=str(tmp_path), tasks=("choice",)))

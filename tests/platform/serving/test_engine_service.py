@@ -50,7 +50,16 @@ def video(num_frames: int = 6) -> FeatureReference:
 
 def request(text: str = "What?", *, media: tuple[FeatureReference, ...] = (), **values: Any) -> GenerateRequest:
     turns = (ChatTurn(role="user", text=text, media=media),)
-    defaults = {"turns": turns, "max_new_tokens": 8, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "n": 1, "seed": 0}
+    defaults = {
+        "tenant": "a",
+        "turns": turns,
+        "max_new_tokens": 8,
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "n": 1,
+        "seed": 0,
+    }
     return GenerateRequest(**{**defaults, "stop": (), "num_logprobs": None, **values})
 
 
@@ -116,6 +125,58 @@ def test_parts_have_index_reason_usage_and_log_probabilities(weights: Path) -> N
     # the second answer is what its own seed gives
     alone = run(weights, lambda service: collect(service, replace(asked, n=1, seed=6)))
     assert text_of(alone) == text_of(items, index=1)
+
+
+def usages(items: list[AnswerPart | Refusal]) -> list[tuple[int, int]]:
+    """(prompt tokens, cached tokens) of every answer."""
+    found = [item.usage for item in items if isinstance(item, AnswerPart) and item.usage is not None]
+    return [(usage.prompt_tokens, usage.cached_tokens) for usage in found]
+
+
+def test_a_second_question_reads_its_own_words_alone_and_is_answered_alike(weights: Path) -> None:
+    questions = [request(text, media=(video(),)) for text in ("What?", "When is it?")]
+    follow_up = replace(
+        questions[0],
+        turns=(*questions[0].turns, ChatTurn(role="assistant", text="A"), ChatTurn(role="user", text="Why?")),
+    )
+    asked = [*questions, follow_up]
+
+    async def scenario(service: EngineService) -> list[list[AnswerPart | Refusal]]:
+        return [await collect(service, one) for one in asked]
+
+    engine = EngineConfig(prefix_cache_bytes=2**24)
+    cached, plain = run(weights, scenario, engine=engine), run(weights, scenario)
+    assert [text_of(items) for items in cached] == [text_of(items) for items in plain]
+    assert [usages(items)[0][1] for items in plain] == [0, 0, 0]
+    prefix = usages(cached[1])[0][1]
+    assert prefix > 24  # six frames of four tokens, and what stands before them
+    assert [usages(items)[0][1] for items in cached] == [0, prefix, prefix]
+
+
+def test_no_prefix_is_shared_across_tenants_videos_or_system_texts(weights: Path) -> None:
+    first = request(media=(video(),))
+    system = (ChatTurn(role="system", text="Be brief."), *first.turns)
+    other_video = replace(video(), key="other")
+    others = [replace(first, tenant="b"), request(media=(other_video,)), replace(first, turns=system)]
+
+    async def scenario(service: EngineService) -> list[int]:
+        return [usages(await collect(service, one))[0][1] for one in [first, *others, first]]
+
+    *misses, hit = run(weights, scenario, engine=EngineConfig(prefix_cache_bytes=2**24))
+    assert misses == [0, 0, 0, 0]
+    assert hit > 24
+
+
+def test_many_first_questions_at_once_compute_a_prefix_once(weights: Path) -> None:
+    async def scenario(service: EngineService) -> tuple[int, int, list[str]]:
+        asked = [request(f"Question {number}", media=(video(),)) for number in range(4)]
+        answers = await asyncio.gather(*(collect(service, one) for one in [*asked, replace(asked[0], n=2)]))
+        stats = await service.stats()
+        return stats.prefix_misses, stats.prefix_hits, [text_of(answers[0]), *map(text_of, (answers[-1],))]
+
+    misses, hits, same = run(weights, scenario, engine=EngineConfig(prefix_cache_bytes=2**24))
+    assert (misses, hits) == (1, 5)
+    assert same[0] == same[1]
 
 
 def test_the_first_token_goes_out_at_once_and_the_rest_is_gathered(weights: Path) -> None:

@@ -208,3 +208,33 @@ def test_weights_made_for_other_features_are_refused_naming_both(made: ServingFo
 def test_a_configuration_that_serves_nothing_is_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"needs a store|must be above 0"):
         FeatureServiceConfig(**values)
+
+
+def test_a_key_names_content_recipe_and_frames(made: ServingFolders, tmp_path: Path) -> None:
+    data = video_bytes(tmp_path)
+
+    async def scenario(service: FeatureService) -> list[str]:
+        asked = [
+            stored(),
+            stored(fps=30.0),  # above the stored rate: the same frames
+            stored(max_frames=3),
+            stored(fps=0.25),
+            upload(data),
+            upload(data, max_frames=3),
+            upload(video_bytes_of(tmp_path, seconds=5)),
+        ]
+        return [(await service.features(one)).key for one in asked]  # type: ignore[union-attr]
+
+    service = service_of(made)
+    stored_key, same, *others = run(service, scenario)
+    assert stored_key == same
+    assert len({stored_key, *others}) == 6
+    other_recipe = service_of(made)
+    assert other_recipe._store is not None
+    other_recipe._store.recipe_hash = "another"
+    other_recipe._recipe = "another"
+    assert not set(run(other_recipe, scenario)) & {stored_key, *others}
+
+
+def video_bytes_of(tmp_path: Path, *, seconds: int) -> bytes:
+    return write_video(tmp_path / "b.mp4", seconds=seconds).read_bytes()

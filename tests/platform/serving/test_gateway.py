@@ -10,6 +10,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ class Engine:
         self.refusal: Refusal | None = None
         self.refuse_at = 0
         self.bug = False
+        self.usage = USAGE
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[AnswerPart | Refusal]:
         self.requests.append(request)
@@ -82,7 +84,7 @@ class Engine:
                         text=text,
                         logprobs=() if last else logprobs,
                         finish_reason="stop" if last else None,
-                        usage=USAGE if last else None,
+                        usage=self.usage if last else None,
                     )
                 await asyncio.sleep(self.delay_s)
         finally:
@@ -302,6 +304,16 @@ def test_metrics_count_requests_by_route_pattern_and_status(server: Server) -> N
     assert "private" not in text
 
 
+def test_metrics_count_tokens_and_which_of_them_were_cached(server: Server) -> None:
+    server.chat(n=2)
+    server.engine.usage = replace(USAGE, cached_tokens=7)
+    server.chat(stream=True)
+    text = server.http.get("/metrics").text
+    assert "timeviper_gateway_prompt_tokens_total 18\n" in text
+    assert "timeviper_gateway_cached_prompt_tokens_total 7\n" in text
+    assert "timeviper_gateway_completion_tokens_total 9\n" in text
+
+
 def keys(*names: str) -> tuple[ApiKey, ...]:
     return tuple(ApiKey(tenant=name, sha256=hashlib.sha256(f"key-{name}".encode()).hexdigest()) for name in names)
 
@@ -316,6 +328,7 @@ def test_with_keys_configured_every_route_but_health_needs_one(tmp_path: Path) -
     check_error(basic, 401, "invalid_api_key")
     assert server.http.get("/health/live").status_code == 200
     assert server.chat(key="key-alice").status_code == 200
+    assert [request.tenant for request in server.engine.requests] == ["alice"]
 
 
 def test_another_tenants_file_is_not_found(tmp_path: Path) -> None:

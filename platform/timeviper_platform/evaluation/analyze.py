@@ -1,0 +1,219 @@
+"""The analysis job: a weights folder and questions to a folder of figures, as JSON, CSV and SVG.
+
+Each figure is written as soon as its numbers are there, and one that is there already is done again. Knows files and
+the configuration; the numbers are figures.py's, the pictures pictures.py's. One process holds the model.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from timeviper_model.timeviper import TimeViper
+from timeviper_model.weights import load_tokenizer
+from timeviper_platform import storage
+from timeviper_platform.data.features import FeatureStore
+from timeviper_platform.evaluation.answering import Answerer, Prompt
+from timeviper_platform.evaluation.evaluator import AnsweringConfig, load_model, read_media
+from timeviper_platform.evaluation.figures import (
+    Answered,
+    BlockingSweep,
+    DroppingSweep,
+    LayerMap,
+    MapsConfig,
+    blocking_rows,
+    dropping_rows,
+    layer_maps,
+)
+from timeviper_platform.evaluation.job import check_inputs, read_questions
+from timeviper_platform.evaluation.pictures import heat_map, line_chart
+
+logger = logging.getLogger(__name__)
+
+Figure = Literal["blocking", "dropping", "maps"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AnalyzeConfig:
+    """One analysis.
+
+    Raises:
+        ValueError: when no task or no figure is named.
+    """
+
+    weights: str
+    """weights folder"""
+    features: str
+    """feature store"""
+    questions: str
+    """folder with one QUESTIONS file a task"""
+    output: str
+    """folder for the figures"""
+    tasks: tuple[str, ...] = ("choice",)
+    """names of the files in `questions`, without .parquet"""
+    max_questions: int | None = 64
+    """of each task, the first ones; None = all"""
+    figures: tuple[Figure, ...] = ("blocking", "dropping", "maps")
+    answering: AnsweringConfig = field(default_factory=AnsweringConfig)
+    blocking: BlockingSweep = field(default_factory=BlockingSweep)
+    dropping: DroppingSweep = field(default_factory=DroppingSweep)
+    maps: MapsConfig = field(default_factory=MapsConfig)
+
+    def __post_init__(self) -> None:
+        if not self.tasks or not self.figures:
+            raise ValueError(f"{self.tasks = } and {self.figures = } must each name at least one")
+
+
+def run_analysis(config: AnalyzeConfig) -> list[str]:
+    """Writes every figure asked for; the URIs of the files, in the order they were written.
+
+    Raises:
+        ValueError: for wrong questions, weights or features, or when no question can be asked.
+        RuntimeError: when the output cannot be written.
+    """
+    rows = read_questions(config.questions, config.tasks, config.max_questions)
+    check_inputs(config.weights, config.features)
+    storage.ensure_writable(config.output)
+    torch.set_num_threads(config.answering.num_threads)
+    model = load_model(config.weights, config.answering)
+    answerer = Answerer(model, load_tokenizer(config.weights), max_pack_tokens=config.answering.max_pack_tokens)
+    asked = list(_with_media(rows, config, dim=model.config.vision.row_size))
+    if not asked:
+        raise ValueError(f"none of {len(rows)} questions has its media in {config.features!r}")
+    logger.info("analyze: %d of %d questions have their media", len(asked), len(rows))
+    written: list[str] = []
+    for figure in config.figures:
+        written += _WRITERS[figure](model, answerer, asked, config)
+    return written
+
+
+_Asked = tuple[dict[str, Any], Prompt]
+
+
+def _with_media(rows: Sequence[dict[str, Any]], config: AnalyzeConfig, *, dim: int) -> Iterator[_Asked]:
+    store = FeatureStore.open(config.features)
+    for row in rows:
+        media = read_media(store, row, config.answering, dim=dim)
+        if media is not None:
+            yield row, Prompt(text=row["question"], media=media)
+
+
+def make_answered(answerer: Answerer, asked: Sequence[_Asked]) -> Answered:
+    """Every question with each of its options, or with its right answer where it has none."""
+    options = [row["choices"] if row["answer"] in (row["choices"] or []) else [row["answer"]] for row, _ in asked]
+    pairs = [(prompt, text) for (_, prompt), texts in zip(asked, options, strict=True) for text in texts]
+    return Answered(
+        batches=tuple(answerer.packs(pairs)),
+        num_options=tuple(len(texts) for texts in options),
+        right=tuple(texts.index(row["answer"]) for (row, _), texts in zip(asked, options, strict=True)),
+    )
+
+
+def _write_blocking(model: TimeViper, answerer: Answerer, asked: Sequence[_Asked], config: AnalyzeConfig) -> list[str]:
+    rows = list(_logged("blocking", blocking_rows(model, make_answered(answerer, asked), config.blocking)))
+    return _write_sweep(config.output, "blocking", rows, ("flow", "scope", "kind"), "Figure 3: blocked from vision")
+
+
+def _write_dropping(model: TimeViper, answerer: Answerer, asked: Sequence[_Asked], config: AnalyzeConfig) -> list[str]:
+    rows = list(_logged("dropping", dropping_rows(model, make_answered(answerer, asked), config.dropping)))
+    return _write_sweep(config.output, "dropping", rows, ("select", "keep"), "Figure 4: vision tokens dropped")
+
+
+def _write_maps(model: TimeViper, answerer: Answerer, asked: Sequence[_Asked], config: AnalyzeConfig) -> list[str]:
+    pairs = [(prompt, row["answer"]) for row, prompt in asked[: config.maps.num_samples]]
+    batches = [batch for pair in pairs for batch in answerer.packs([pair])]
+    maps = layer_maps(model, batches, config.maps)
+    rows = [row for seen in maps for row in seen.rows()]
+    values = [_map_values(seen) for seen in maps]
+    pictures = {
+        f"map-{seen.layer:02d}.svg": heat_map(
+            seen.picture_BB.nan_to_num().tolist(), title=f"block {seen.layer}, {seen.block_type}"
+        )
+        for seen in maps
+    }
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row["from"] != "system":
+            lines.setdefault(f"{row['from']} to {row['to']}", []).append((row["layer"], row["share"]))
+    pictures["groups.svg"] = line_chart(lines, title="Figures 5 and 6: share of a query's weights", x_label="block")
+    return [
+        _write_json(config.output, "maps.json", values),
+        _write_csv(config.output, "groups.csv", rows),
+        *(_write(config.output, name, picture) for name, picture in pictures.items()),
+    ]
+
+
+_WRITERS = {"blocking": _write_blocking, "dropping": _write_dropping, "maps": _write_maps}
+
+
+def _map_values(seen: LayerMap) -> dict[str, Any]:
+    """A block's maps as plain values; each head's own among them."""
+    shares = seen.groups.share_HAB
+    return {
+        "layer": seen.layer,
+        "block": seen.block_type,
+        "groups": list(seen.rows()),
+        "groups_by_head": [[[_plain(value) for value in row] for row in head] for head in shares.tolist()],
+        "picture": [[_plain(value) for value in row] for row in seen.picture_BB.tolist()],
+        "heads": {name: of.tolist() for name, of in seen.heads._asdict().items()},
+    }
+
+
+def _write_sweep(
+    folder: str, name: str, rows: Sequence[dict[str, Any]], keys: tuple[str, ...], title: str
+) -> list[str]:
+    """The rows as JSON and CSV, and log-probability over layers, a line for each combination of `keys`."""
+    baseline, *measured = rows
+    layers = [row["layer"] for row in measured]
+    lines: dict[str, list[tuple[float, float]]] = {
+        "as trained" if name == "blocking" else "nothing dropped": [
+            (layer, baseline["log_prob"]) for layer in sorted({min(layers), max(layers)})
+        ]
+    }
+    for row in measured:
+        series = " ".join(str(row[key]) for key in keys)
+        lines.setdefault(series, []).append((row["layer"], row["log_prob"]))
+    picture = line_chart(lines, title=f"{title}: log-probability of the right answer, a token", x_label="block")
+    return [
+        _write_json(folder, f"{name}.json", rows),
+        _write_csv(folder, f"{name}.csv", rows),
+        _write(folder, f"{name}.svg", picture),
+    ]
+
+
+def _logged(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for number, row in enumerate(rows, start=1):
+        logger.info("%s %d: %s", name, number, row)
+        yield row
+
+
+def _plain(value: float) -> float | None:
+    """JSON has no NaN: None where nothing was averaged."""
+    return None if math.isnan(value) else value
+
+
+def _write_csv(folder: str, name: str, rows: Sequence[dict[str, Any]]) -> str:
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return _write(folder, name, file.getvalue())
+
+
+def _write_json(folder: str, name: str, value: Any) -> str:
+    uri = storage.join_uri(folder, name)
+    storage.write_json(uri, value)
+    return uri
+
+
+def _write(folder: str, name: str, text: str) -> str:
+    uri = storage.join_uri(folder, name)
+    storage.write_bytes(uri, text.encode())
+    return uri

@@ -1,0 +1,82 @@
+"""A decode graph's steps on the CPU, where they run one by one, against decode_step; the capture itself on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from reference.small_models import SMALL, SMALL_QWEN, make_model, make_sample, pack
+from timeviper_model.cache import HybridCache
+from timeviper_model.config import TimeViperConfig
+from timeviper_model.decode_graph import DecodeGraph
+from timeviper_model.timeviper import TimeViper
+
+PROMPTS = ["ss" + "v" * 12 + "iii", "svvvvii", "iii"]
+
+
+def filled_cache(model: TimeViper, device: str = "cpu") -> tuple[HybridCache, list[int]]:
+    """Three prompts of different lengths in slots 1, 2 and 3, and the token that follows each."""
+    cache = model.new_cache(4, device=device, dtype=model.lm_head.weight.dtype)
+    samples = [pack([make_sample(kinds, seed=seed)]) for seed, kinds in enumerate(PROMPTS)]
+    ids = [
+        int(model.prefill(sample.to(torch.device(device), cache_dtype(cache)), cache, slot).argmax())
+        for slot, sample in enumerate(samples, start=1)
+    ]
+    return cache, ids
+
+
+def cache_dtype(cache: HybridCache) -> torch.dtype:
+    return next(iter(cache.attention.values())).keys.dtype
+
+
+def decoded_by_steps(model: TimeViper, num_steps: int, device: str = "cpu") -> tuple[list[list[int]], HybridCache]:
+    cache, first = filled_cache(model, device)
+    ids, slots = torch.tensor(first, device=device), torch.tensor([1, 2, 3], device=device)
+    answers = []
+    for _ in range(num_steps):
+        ids = model.decode_step(ids, cache, slots).argmax(-1)
+        answers.append(ids.tolist())
+    return answers, cache
+
+
+@pytest.mark.parametrize("config", [SMALL, SMALL_QWEN], ids=["hybrid", "rope"])
+def test_the_steps_are_those_of_decode_step(config: TimeViperConfig) -> None:
+    model = make_model(config)
+    expected, stepped = decoded_by_steps(model, 6)
+    cache, ids = filled_cache(model)
+    decoding = DecodeGraph(model, cache, [1, 2, 3], ids, max_steps=6)
+    assert [decoding.step().tolist() for _ in range(6)] == expected
+    decoding.finish()
+    assert cache.num_tokens == stepped.num_tokens
+    for layer, attention in cache.attention.items():
+        assert attention.lengths == stepped.attention[layer].lengths
+    slots = torch.tensor([1, 2, 3])
+    after = [model.decode_step(torch.tensor([1, 2, 3]), each, slots) for each in (cache, stepped)]
+    torch.testing.assert_close(after[0], after[1])
+
+
+def test_no_step_past_the_room_that_was_made() -> None:
+    model = make_model()
+    cache, ids = filled_cache(model)
+    decoding = DecodeGraph(model, cache, [1, 2, 3], ids, max_steps=1)
+    decoding.step()
+    with pytest.raises(RuntimeError, match="max_steps = 1 steps are done"):
+        decoding.step()
+
+
+@pytest.mark.parametrize(("slots", "ids"), [([1, 3], [0, 0]), ([0, 1], [0, 0]), ([1, 2], [0])])
+def test_slots_that_are_no_neighbours_or_hold_nothing_are_an_error(slots: list[int], ids: list[int]) -> None:
+    model = make_model()
+    cache, _ = filled_cache(model)
+    with pytest.raises(ValueError, match="they must be neighbours with prompts"):
+        DecodeGraph(model, cache, slots, ids, max_steps=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [SMALL, SMALL_QWEN], ids=["hybrid", "rope"])
+def test_the_captured_steps_are_those_of_decode_step(config: TimeViperConfig) -> None:
+    model = make_model(config, dtype=torch.float32).cuda()
+    expected, _ = decoded_by_steps(model, 6, "cuda")
+    cache, ids = filled_cache(model, "cuda")
+    decoding = DecodeGraph(model, cache, [1, 2, 3], ids, max_steps=6)
+    assert [decoding.step().tolist() for _ in range(6)] == expected

@@ -1,0 +1,11 @@
+from __future__ import annotations
+
+import pytest
+
+from reference.known_answers import KnownAnswers, make_known_answers
+
+
+@pytest.fixture(scope="session")
+def known(tmp_path_factory: pytest.TempPathFactory) -> KnownAnswers:
+    """Weights that are trained once for all of these modules; nobody writes into the folders."""
+    return make_known_answers(tmp_path_factory.mktemp("known"))

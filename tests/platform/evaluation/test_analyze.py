@@ -1,0 +1,158 @@
+"""The analysis job on weights that know their answers: figures as numbers, files and pictures."""
+
+from __future__ import annotations
+
+import csv
+import json
+import runpy
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from reference.known_answers import KnownAnswers, choice_row, grounding_row, write_questions
+from timeviper_model.analysis.blocking import Blocking, blocked_logits
+from timeviper_model.analysis.maps import observe
+from timeviper_model.analysis.pooling import pool_map
+from timeviper_model.weights import load_tokenizer
+from timeviper_platform.data.features import FeatureStore
+from timeviper_platform.evaluation.analyze import AnalyzeConfig, make_answered, run_analysis
+from timeviper_platform.evaluation.answering import Answerer, Prompt
+from timeviper_platform.evaluation.evaluator import AnsweringConfig, load_model, read_media
+from timeviper_platform.evaluation.figures import (
+    BlockingSweep,
+    DroppingSweep,
+    MapsConfig,
+    blocking_rows,
+    dropping_rows,
+    layer_maps,
+    spread,
+)
+from timeviper_platform.evaluation.pictures import heat_map, line_chart
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def loaded(known: KnownAnswers) -> tuple[Any, Answerer, list[Any]]:
+    """The model (blocks: Mamba, attention, MLP), what answers with it, and the four choice questions with media."""
+    config = AnsweringConfig()
+    model = load_model(known.weights, config)
+    store = FeatureStore.open(known.features)
+    rows = [choice_row(number) for number in range(4)]
+    media = [read_media(store, row, config, dim=8) for row in rows]
+    asked = [(row, Prompt(text=row["question"], media=of)) for row, of in zip(rows, media, strict=True) if of]
+    return model, Answerer(model, load_tokenizer(known.weights), max_pack_tokens=128), asked
+
+
+def config_of(known: KnownAnswers, output: Path, **changes: Any) -> AnalyzeConfig:
+    values = {"weights": known.weights, "features": known.features, "questions": known.questions, "output": str(output)}
+    maps = MapsConfig(num_samples=2, num_bins=6)
+    return replace(AnalyzeConfig(**values, maps=maps), **changes)
+
+
+def test_scores_are_those_of_the_evaluation(loaded: tuple[Any, Answerer, list[Any]]) -> None:
+    model, answerer, asked = loaded
+    start = next(blocking_rows(model, make_answered(answerer, asked), BlockingSweep()))
+    assert start["accuracy"] == 1.0
+    options = [row["choices"] for row, _ in asked]
+    scores = answerer.score_options([prompt for _, prompt in asked], options)
+    tokenizer = answerer._tokenizer
+    expected = []
+    for (row, _), texts, of in zip(asked, options, scores, strict=True):
+        length = len(tokenizer(row["answer"], add_special_tokens=False)["input_ids"]) + 2  # a new line, the end
+        expected.append(of[texts.index(row["answer"])] / length)
+    assert start["log_prob"] == pytest.approx(sum(expected) / 4, rel=1e-4)
+
+
+def test_cutting_the_video_off_everywhere_leaves_a_guess(loaded: tuple[Any, Answerer, list[Any]]) -> None:
+    model, answerer, asked = loaded
+    sweep = BlockingSweep(flows=("v2i", "v2r"), scopes=("from_layer",))
+    start, *rows = blocking_rows(model, make_answered(answerer, asked), sweep)
+    assert [(row["flow"], row["layer"]) for row in rows] == [("v2i", 0), ("v2i", 1), ("v2r", 0), ("v2r", 1)]
+    assert all(row["log_prob"] < start["log_prob"] for row in rows if row["layer"] == 0)
+    answered = make_answered(answerer, asked)
+    by_hand = answered.score(
+        lambda batch: blocked_logits(model, batch, Blocking(flow="v2i", scope="from_layer", layer=1))
+    )
+    assert {key: rows[1][key] for key in by_hand} == by_hand
+
+
+def test_dropping_all_at_the_entrance_is_a_guess_and_none_is_the_model(loaded: tuple[Any, Answerer, list[Any]]) -> None:
+    model, answerer, asked = loaded
+    start, *rows = dropping_rows(model, make_answered(answerer, asked), DroppingSweep(keeps=(1.0, 0.0)))
+    places = [(row["select"], row["keep"], row["layer"]) for row in rows]
+    assert places == [
+        ("uniform", 1.0, 0), ("uniform", 1.0, 1), ("uniform", 0.0, 0), ("uniform", 0.0, 1),
+        ("attention", 1.0, 1), ("attention", 0.0, 1),
+    ]  # fmt: skip
+    assert rows[0]["log_prob"] == start["log_prob"]
+    assert rows[2]["accuracy"] == 0.25
+    assert start["accuracy"] == 1.0
+
+
+def test_maps_of_samples_are_their_average(loaded: tuple[Any, Answerer, list[Any]]) -> None:
+    model, answerer, asked = loaded
+    pairs = [(prompt, row["answer"]) for row, prompt in asked[:2]]
+    batches = [batch for pair in pairs for batch in answerer.packs([pair])]
+    mamba, attention = layer_maps(model, batches, MapsConfig(num_bins=4))
+    assert (mamba.block_type, attention.block_type) == ("mamba", "attention")
+    shares = {(row["from"], row["to"]): row["share"] for row in attention.rows()}
+    for query in ("vision", "instruction", "response"):
+        total = sum(share for (start, _), share in shares.items() if start == query)
+        assert total == pytest.approx(1.0, abs=1e-5)
+    singles = [
+        observe(model, batch, [1], lambda tokens, stream: pool_map(tokens, stream.token_kind_T, 4))[1]
+        for batch in batches
+    ]
+    expected = sum(float(one.sum_HAB[:, 2, 1].mean()) for one in singles) / sum(
+        int(o.num_queries_A[2]) for o in singles
+    )
+    assert shares["instruction", "vision"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_queries_are_spread_and_end_with_the_last_token() -> None:
+    assert spread(9, 3, torch.device("cpu")).tolist() == [2, 5, 8]
+    assert spread(3, 9, torch.device("cpu")).tolist() == [0, 1, 2]
+
+
+def test_the_job_writes_numbers_and_pictures_that_parse(known: KnownAnswers, tmp_path: Path) -> None:
+    main = runpy.run_path(str(ROOT / "jobs" / "analyze.py"))["main"]
+    config = ROOT / "ray_configs" / "tiny" / "analyze.yaml"
+    places = {"weights": known.weights, "features": known.features, "questions": known.questions, "output": tmp_path}
+    code = main(
+        ["--config", str(config), *(f"{key}={value}" for key, value in places.items()), "tasks=[choice, grounding]",
+         "answering.num_threads=1", "maps.num_bins=6"]
+    )  # fmt: skip
+    assert code == 0
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == sorted(
+        [f"{figure}.{kind}" for figure in ("blocking", "dropping") for kind in ("csv", "json", "svg")]
+        + ["maps.json", "groups.csv", "groups.svg", "map-00.svg", "map-01.svg"]
+    )
+    for path in tmp_path.glob("*.svg"):
+        assert ElementTree.parse(path).getroot().tag.endswith("svg")
+    rows = json.loads((tmp_path / "blocking.json").read_text())
+    with (tmp_path / "blocking.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(rows) == 1 + 2 * 2 * 2
+    assert [entry["layer"] for entry in json.loads((tmp_path / "maps.json").read_text())] == [0, 1]
+
+
+def test_questions_without_media_are_left_out_and_none_is_an_error(known: KnownAnswers, tmp_path: Path) -> None:
+    gone = [{"media_id": "gone", "start_seconds": None, "end_seconds": None}]
+    write_questions(tmp_path / "choice.parquet", [grounding_row(0, media=gone)])
+    with pytest.raises(ValueError, match="none of 1 questions has its media"):
+        run_analysis(config_of(known, tmp_path / "out", questions=str(tmp_path)))
+    with pytest.raises(ValueError, match="at least one"):
+        config_of(known, tmp_path, figures=())
+
+
+def test_pictures_place_their_extremes_at_the_edges() -> None:
+    chart = line_chart({"a & b": [(0, 0.0), (10, 2.0)]}, title="t", x_label="x")
+    assert 'points="60.0,300.0 840.0,40.0"' in chart
+    assert "a &amp; b" in chart
+    cells = heat_map([[1.0, 0.0], [0.0001, 0.01]], title="t")
+    assert [part.split('"')[0] for part in cells.split('fill-opacity="')[1:]] == ["1.00", "0.00", "0.50"]
