@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from timeviper_platform.data.benchmark import decode_suite
+from timeviper_platform.data.decode_benchmark.suite import DECODE_GROUPS
 from timeviper_platform.data.store_benchmark import store_suite
 from timeviper_platform.logs import setup_logging
 from timeviper_platform.measure import Row, format_rows
@@ -83,7 +83,7 @@ def demo_rows(report: dict[str, Any], command: str) -> list[Row]:
 
 
 SUITES: dict[str, dict[str, Callable[[Path | None], list[Row]]]] = {
-    "decode": {"sampling": decode_suite},
+    "decode": dict(DECODE_GROUPS),
     "demo": {"demo": demo_suite},
     "model": {key: lambda film, rows=rows: rows() for key, rows in MODEL_GROUPS.items()},  # type: ignore[misc]
     "store": {"store": lambda film: store_suite()},

@@ -206,10 +206,13 @@ class PyAVReader:
         return (
             walk.ahead.is_resolved
             or walk.at_end
-            or not walk.held.isdisjoint(walk.ahead.wanted)
+            or self._holds_wanted()
             or len(walk.pending) > MAX_HELD_PACKETS
             or walk.held_bytes > MAX_HELD_BYTES
         )
+
+    def _holds_wanted(self) -> bool:
+        return not self._walk.held.isdisjoint(self._walk.ahead.wanted)
 
     def _take(self, packet: Any) -> None:
         """Notes what was read; a keyframe that wanted frames lie behind makes the packets held before it useless."""
@@ -224,7 +227,7 @@ class PyAVReader:
         if packet.is_keyframe:
             walk.reorder = packet.pts - walk.read_until
             tick = walk.ahead.next_open
-            if walk.pending and tick is not None and packet.pts <= tick and walk.held.isdisjoint(walk.ahead.wanted):
+            if walk.pending and tick is not None and packet.pts <= tick and not self._holds_wanted():
                 walk.pending.clear()
                 walk.held.clear()
                 walk.held_bytes = 0
@@ -260,7 +263,7 @@ class PyAVReader:
     def _jump(self) -> bool:
         """Seeks to the next wanted frame where that is cheaper than reading on; considered once a frame."""
         tick = self._walk.ahead.next_open
-        if tick is None or tick == self._walk.asked:
+        if tick is None or tick == self._walk.asked or self._holds_wanted():
             return False
         self._walk.asked = tick
         position = self._origin if self._walk.read_until is None else self._walk.read_until

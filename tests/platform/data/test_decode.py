@@ -118,6 +118,19 @@ def test_far_jumps_seek_and_find_the_same_frames(tmp_path: Path, suffix: str) ->
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
+@pytest.mark.parametrize("gop", [1, 9, 250])
+def test_sparse_times_give_the_frames_of_decoding_everything(tmp_path: Path, suffix: str, gop: int) -> None:
+    path = tmp_path / f"film.{suffix}"
+    make_video(path, range(700), gop=gop, b_frames=0 if gop == 1 else 3)
+    eighths = open_video(str(path), SIZE).sample(seconds(700, fps=8))
+    for step in (3, 10, 47, 101):
+        numbers = list(range(step // 2, 690, step))
+        got = open_video(str(path), SIZE).sample([Fraction(number, 8) for number in numbers])
+        assert got.num_missing == 0
+        assert np.array_equal(got.frames, eighths.frames[numbers])
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
 def test_a_seek_to_just_before_a_keyframe_does_not_land_on_it(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"long.{suffix}"
     make_video(path, range(600), gop=30, b_frames=3)
