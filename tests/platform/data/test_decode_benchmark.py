@@ -44,6 +44,17 @@ def test_a_repeated_clip_shows_the_clip_again_and_again(tmp_path: Path) -> None:
     assert np.array_equal(thrice.frames, np.concatenate([once.frames] * 3))
 
 
+def test_frames_far_apart_are_those_of_asking_for_all(tmp_path: Path) -> None:
+    make_clip(tmp_path / "clip.mp4", ClipSpec(seconds=20, width=64, height=64))
+    repeat_clip(tmp_path / "clip.mp4", tmp_path / "long.mp4", 6)
+    times = [Fraction(k, 30) for k in range(3600)]
+    whole = np.concatenate(list(sample_ours(tmp_path / "long.mp4", times, 32)))
+    for step in (61, 113, 217, 400, 999):
+        numbers = list(range(step // 3, 3500, step))
+        got = np.concatenate(list(sample_ours(tmp_path / "long.mp4", [times[k] for k in numbers], 32)))
+        assert np.array_equal(got, whole[numbers])
+
+
 def test_clips_have_the_keyframes_and_times_that_they_promise(tmp_path: Path) -> None:
     def facts(spec: ClipSpec) -> tuple[int, set[int]]:
         make_clip(tmp_path / "clip.mp4", spec)
