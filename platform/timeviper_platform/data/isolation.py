@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 START_SECONDS = 120.0
 """until a child must have loaded its libraries; a second or two on a quiet machine"""
 
+MAX_ANSWER_BYTES = 1 << 26
+"""two floats and their commas a frame; a child that was taken over may say anything"""
+
 
 class ChildDiedError(RuntimeError):
     """The child ended before it answered: its file crashed it, or something killed it."""
@@ -117,6 +120,8 @@ class DecodeChild:
             self._socket.sendall(payload)
             self._socket.sendall(data)
             (num_bytes,) = ANSWER.unpack(self._receive(ANSWER.size, until))
+            if num_bytes > MAX_ANSWER_BYTES:
+                raise ChildDiedError(f"its answer would have {num_bytes} bytes")
             answer = json.loads(self._receive(num_bytes, until))
         except ConnectionError as error:
             raise ChildDiedError(self._last_words()) from error
@@ -139,9 +144,9 @@ class DecodeChild:
 
 
 def _end(process: subprocess.Popen[bytes], connection: socket.socket) -> None:
-    connection.close()
     process.kill()
     process.wait()
+    connection.close()
 
 
 def _shared_memory(num_bytes: int) -> tuple[mmap.mmap, int]:
