@@ -58,49 +58,51 @@ class JobRunner:
     def __init__(self) -> None:
         self._source: LocalFrames | None = None
 
-    def answer(self, job: dict[str, Any], data: bytes, target: np.ndarray) -> dict[str, Any]:
-        """What is said of the frames that now lie in `target`, or of why there are none."""
+    def answer(self, job: dict[str, Any], data: bytes) -> tuple[dict[str, Any], np.ndarray]:
+        """What is said of frames, and the frames; or why there are none."""
         retries = storage.num_retries()
         stage = decode_stage(job.get("modality", "video"))
+        frames = np.empty(0, np.uint8)
         try:
-            answer = self._segment(job, target) if job["kind"] == "segment" else _medium(job, data, target)
+            answer, frames = self._segment(job) if job["kind"] == "segment" else _medium(job, data)
         except DecodeError as error:
             answer = _error(error.stage, error.error_type, error.message)
         except MemoryError:
             answer = _error(stage, ErrorType.OUT_OF_MEMORY, f"{job['uri']}: decoding takes more memory than it may")
         except Exception as error:  # noqa: BLE001 - whatever a file makes a library raise is that file's own row
             answer = _error(stage, ErrorType.DECODER_CRASHED, f"{job['uri']}: {type(error).__name__}: {error}")
-        return answer | {"retries": storage.num_retries() - retries}
+        return answer | {"retries": storage.num_retries() - retries}, frames
 
-    def _segment(self, job: dict[str, Any], target: np.ndarray) -> dict[str, Any]:
+    def _segment(self, job: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
         if self._source is None:
             config = DecodeConfig(backend=job["backend"], max_open_videos=job["max_open_videos"], isolation="none")
             self._source = LocalFrames(job["image_size"], _limits(job), config)
         times = [Fraction(numerator, denominator) for numerator, denominator in job["times"]]
-        return _answer(self._source.frames(job["uri"], job["modality"], times), target)
+        return _answer(self._source.frames(job["uri"], job["modality"], times))
 
 
-def _medium(job: dict[str, Any], data: bytes, target: np.ndarray) -> dict[str, Any]:
+def _medium(job: dict[str, Any], data: bytes) -> tuple[dict[str, Any], np.ndarray]:
     source: str | bytes = job["uri"] if job["uri"] is not None else data
     limits = _limits(job)
     end_seconds = float(probe_media(source, limits).end_seconds)
     fps, max_frames = Fraction(job["fps"]), job["max_frames"]
     batch = read_frames(source, job["image_size"], fps=fps, max_frames=max_frames, limits=limits)
-    return _answer(batch, target) | {"end_seconds": end_seconds}
+    answer, frames = _answer(batch)
+    return answer | {"end_seconds": end_seconds}, frames
 
 
 def _limits(job: dict[str, Any]) -> MediaLimits:
     return MediaLimits(**{**job["limits"], "allowed_domains": tuple(job["limits"]["allowed_domains"])})
 
 
-def _answer(batch: FrameBatch, target: np.ndarray) -> dict[str, Any]:
-    target[: batch.frames.size] = batch.frames.reshape(-1)
-    return {
+def _answer(batch: FrameBatch) -> tuple[dict[str, Any], np.ndarray]:
+    answer = {
         "num_frames": len(batch.frames),
         "pts_seconds": batch.pts_seconds.tolist(),
         "times_seconds": batch.times_seconds.tolist(),
         "num_missing": batch.num_missing,
     }
+    return answer, batch.frames
 
 
 def _error(stage: Stage, error_type: ErrorType, message: str) -> dict[str, Any]:
@@ -119,13 +121,13 @@ def main(connection: socket.socket) -> None:
         job = json.loads(_receive(connection, num_job_bytes))
         data = _receive(connection, num_data_bytes)
         signal.setitimer(signal.ITIMER_REAL, job["deadline_seconds"] + GRACE_SECONDS)  # SIGALRM ends the process
+        answer, frames = runner.answer(job, data)
         with mmap.mmap(descriptors[0], 0) as memory:
-            os.close(descriptors[0])
-            target = np.frombuffer(memory, np.uint8)
-            answer = json.dumps(runner.answer(job, data, target)).encode()
-            del target
+            memory[: frames.nbytes] = frames.reshape(-1).data
+        os.close(descriptors[0])
         signal.setitimer(signal.ITIMER_REAL, 0)
-        connection.sendall(ANSWER.pack(len(answer)) + answer)
+        text = json.dumps(answer).encode()
+        connection.sendall(ANSWER.pack(len(text)) + text)
 
 
 def _receive(connection: socket.socket, num_bytes: int) -> bytes:

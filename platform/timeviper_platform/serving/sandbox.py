@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from timeviper_platform.data.decode import MediaLimits
 from timeviper_platform.data.isolation import ChildDiedError, ChildLimits, DecodeChild
-from timeviper_platform.data.media import MediaLimits
 from timeviper_platform.serving.contract import MediaBytes, MediaFile, Refusal
 
 MAX_OPEN_FILES = 64

@@ -57,7 +57,9 @@ def test_a_child_gives_the_frames_of_this_process(source: IsolatedFrames, film: 
     Image.new("RGB", (40, 30), (10, 200, 30)).save(tmp_path / "a.png")
     local = LocalFrames(SIZE, MediaLimits(), CONFIG)
     kept = []
-    for uri, modality, times in ((film, "video", TIMES), (str(tmp_path / "a.png"), "image", TIMES[:1])) * 2:
+    late = [Fraction(100)]  # has no frame
+    asked = ((film, "video", TIMES), (film, "video", late), (str(tmp_path / "a.png"), "image", TIMES[:1]))
+    for uri, modality, times in asked * 2:
         here, there = (s.frames(uri, modality, times) for s in (local, source))  # type: ignore[arg-type]
         kept.append((here, there))
     for here, there in kept:  # later answers do not write over earlier ones
