@@ -86,9 +86,9 @@ def demo_rows(report: dict[str, Any], command: str) -> list[Row]:
 
 
 def _decode_groups() -> Groups:
-    from timeviper_platform.data.benchmark import decode_suite
+    from timeviper_platform.data.decode_benchmark.suite import DECODE_GROUPS
 
-    return {"sampling": decode_suite}
+    return dict(DECODE_GROUPS)
 
 
 def _gpu_groups() -> Groups:

@@ -64,6 +64,12 @@ def num_retries() -> int:
     return _retries.value
 
 
+def add_retries(number: int) -> None:
+    """Counts requests that a child of this process made again."""
+    for _ in range(number):
+        _retries.add()
+
+
 def is_transient(error: BaseException | None) -> bool:
     """True for errors that pass: timeouts, resets, 5xx and 429 answers, or what was raised from one of them."""
     if error is None:

@@ -1,7 +1,8 @@
 """Media and sampling times to frames: uint8 at the encoder's size, each with the PTS that was on screen.
 
 Knows the sampling rule, images, and a pool of open decoders. Does not know the store, encoders or Ray; how a container
-is walked is the backends' business (decode_pyav.py, decode_decord.py). Preprocessing and serving both decode here.
+is walked is the backends' business (decode_pyav.py, decode_decord.py, decode_torchcodec.py). Preprocessing and serving
+both decode here.
 
 The rule: the frame of time t is the last one with PTS <= t, the first one for t before it, compared as integers in the
 stream's time base. Average frame rates are never used.
@@ -49,7 +50,7 @@ __all__ = [
     "sample_times",
 ]
 
-Backend = Literal["pyav", "decord"]
+Backend = Literal["pyav", "decord", "torchcodec"]
 
 MAX_TAIL_SECONDS = 1
 """How much longer than its pictures a container may say it is (sound often is) before samples count as missing."""
@@ -114,6 +115,10 @@ def open_video(
         from timeviper_platform.data.decode_decord import DecordReader
 
         return DecordReader(source, image_size, limits=limits)
+    if backend == "torchcodec":
+        from timeviper_platform.data.decode_torchcodec import TorchcodecReader
+
+        return TorchcodecReader(source, image_size, limits=limits)
     from timeviper_platform.data.decode_pyav import PyAVReader
 
     return PyAVReader(source, image_size, limits=limits)

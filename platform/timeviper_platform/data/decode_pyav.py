@@ -1,12 +1,14 @@
-"""Sampling with PyAV: exact, and without decoding what nothing refers to.
+"""Sampling with PyAV: exact, and without decoding what nothing wanted refers to.
 
-Walks packets in decode order; lookahead.py says which of them hold wanted frames. The others are sent with
+Walks packets in decode order; lookahead.py says which of them hold wanted frames. Those before are held back until a
+wanted one is seen: when a keyframe comes between, none of them is decoded at all. The rest is sent with
 `skip_frame = NONREF`: the decoder drops them when no other frame refers to them (most B frames), which changes no
 pixel of what remains. Skipping non-reference frames everywhere, as players do, would return neighbours of the wanted
-frames instead. Streams whose packets state no PTS, or none of use (H.264 in AVI), are decoded frame by frame.
+frames instead. keyframe_index.py says where a seek is cheaper than reading on.
+Streams whose packets state no PTS, or none of use (H.264 in AVI), are decoded frame by frame.
 
-    decode order   I0   P4   B2   b1   b3   P8 ...    t = 1 wants b1: I0, P4 and B2 are references and decoded
-    sent with      skip skip skip ALL  skip skip      anyway, b1 is decoded because it is wanted, b3 is dropped
+    decode order   P8   b7   I0   P4   B2   b1   b3   P8 ...    t = 1 wants b1: I0, P4 and B2 are references and
+    sent with       -    -   skip skip skip ALL  skip skip      decoded anyway, b1 because it is wanted, b3 is dropped
 """
 
 from __future__ import annotations
@@ -24,10 +26,12 @@ import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from timeviper_platform.data.decode import MAX_TAIL_SECONDS, FrameBatch, check_size
+from timeviper_platform.data.keyframe_index import KeyframeIndex
 from timeviper_platform.data.lookahead import LookAhead
 from timeviper_platform.data.media import (
     MediaLimits,
     clock_origin,
+    is_local_file,
     open_container,
     reading,
     source_name,
@@ -36,8 +40,9 @@ from timeviper_platform.data.media import (
 
 logger = logging.getLogger(__name__)
 
-SEEK_AHEAD_SECONDS = 20
-"""A jump further ahead than this is a seek; a shorter one decodes on, which costs less than a way from a keyframe."""
+MAX_HELD_PACKETS = 400
+MAX_HELD_BYTES = 32 << 20
+"""Of packets held back until a wanted one is seen."""
 
 STEP_BACK_SECONDS = 2
 """Containers seek by DTS or by byte and may land past the wanted PTS: step back, twice as far each time."""
@@ -59,9 +64,20 @@ class _Walk:
     """used by the plain way alone"""
     end_tick: int
     """when the last frame seen so far leaves the screen"""
-    ahead: LookAhead = field(default_factory=LookAhead)
+    ahead: LookAhead
+    read_until: int | None = None
+    """DTS of the last packet read"""
+    reorder: int = 0
+    """by how much PTS run ahead of DTS at the last keyframe"""
     pending: deque[Any] = field(default_factory=deque)
     """packets read but not sent, in decode order"""
+    held: set[int] = field(default_factory=set)
+    """their PTS"""
+    held_bytes: int = 0
+    is_cut: bool = False
+    """True when packets before the first pending one are left out, so that the decoder must begin anew"""
+    asked: int | None = None
+    """the last tick for which a seek was considered"""
     recent: dict[int, Any] = field(default_factory=dict)
     """decoded frames by PTS that may be wanted (again)"""
     emitted: deque[int] = field(default_factory=lambda: deque(maxlen=4 * MAX_REORDER))
@@ -87,6 +103,7 @@ class PyAVReader:
         self._image_size = image_size
         self._limits = limits or MediaLimits()
         self._reformatter = VideoReformatter()
+        self._pixels: dict[int, np.ndarray] = {}  # of the frames wanted now, by PTS
         with reading("decode_video", source, self._limits):
             self._open()
         # AVI has no PTS: with B frames, what FFmpeg states is the order of decoding
@@ -116,22 +133,12 @@ class PyAVReader:
         """For every tick whose frame decodes: the frame's PTS and pixels."""
         if self._has_timestamps:
             try:
-                return {k: v for run in self._runs(ticks) for k, v in self._find_selectively(run).items()}
+                return self._find_selectively(ticks)
             except _NoTimestamps as error:
                 logger.info("%s: %s; decoding every frame of it", self._name, error)
                 self._has_timestamps = False
                 self._reopen()
         return self._find_plainly(ticks)
-
-    def _runs(self, ticks: Sequence[int]) -> Iterator[list[int]]:
-        """`ticks` cut wherever the gap is worth a seek."""
-        run: list[int] = []
-        for tick in ticks:
-            if run and (tick - run[-1]) * self._time_base > SEEK_AHEAD_SECONDS:
-                yield run
-                run = []
-            run.append(tick)
-        yield run
 
     def _is_tail(self, tick: int) -> bool:
         """True for a time after the last frame that the container still counts as its own."""
@@ -149,61 +156,100 @@ class PyAVReader:
     # -- selective: what is wanted, and what that refers to -------------------------------------------------------
 
     def _find_selectively(self, ticks: Sequence[int]) -> dict[int, tuple[int, np.ndarray]]:
-        if not self._is_near(ticks[0]):
-            self._seek(ticks[0])
+        if self._walk.position is not None and ticks[0] < self._walk.position:
+            self._walk.ahead = LookAhead()
+            self._seek(ticks[0], ticks[0])
         self._walk.ahead.want(ticks)
-        pixels: dict[int, np.ndarray] = {}
-        self._collect(pixels)
-        while not (self._walk.is_flushed or self._is_complete(pixels)):
+        self._pixels = {}
+        self._collect()
+        while not (self._walk.is_flushed or self._is_complete()):
             self._step()
-            self._collect(pixels)
+            self._collect()
         self._walk.position = ticks[-1]
-        return {tick: (pts, pixels[pts]) for tick, pts in self._walk.ahead.pts_of.items() if pts in pixels}
+        return {tick: (pts, self._pixels[pts]) for tick, pts in self._walk.ahead.pts_of.items() if pts in self._pixels}
 
-    def _is_complete(self, pixels: dict[int, np.ndarray]) -> bool:
+    def _is_complete(self) -> bool:
         """True when every wanted frame is there, or was overtaken by so many later ones that it will not come."""
         return self._walk.ahead.is_resolved and all(
             sum(later > pts for later in self._walk.emitted) > MAX_REORDER
-            for pts in self._walk.ahead.wanted - pixels.keys()
+            for pts in self._walk.ahead.wanted - self._pixels.keys()
         )
 
-    def _collect(self, pixels: dict[int, np.ndarray]) -> None:
+    def _collect(self) -> None:
         """Scales decoded frames that are wanted; keeps those that this call or the next may still want."""
-        for pts in self._walk.recent.keys() & self._walk.ahead.wanted - pixels.keys():
-            pixels[pts] = self._scale(self._walk.recent[pts])
+        for pts in self._walk.recent.keys() & self._walk.ahead.wanted - self._pixels.keys():
+            self._pixels[pts] = self._scale(self._walk.recent[pts])
         self._walk.recent = {pts: frame for pts, frame in self._walk.recent.items() if self._walk.ahead.may_want(pts)}
 
     def _step(self) -> None:
-        """Sends the oldest packet to the decoder if its use is known; else reads one more."""
-        if self._walk.pending:
-            packet = self._walk.pending[0]
-            needed = packet.pts is not None and not packet.is_discard and self._walk.ahead.needed(packet.pts)
+        """Sends the oldest packet to the decoder if it must be; else seeks or reads one more."""
+        walk = self._walk
+        if walk.pending and self._is_due():
+            packet = walk.pending[0]
+            needed = packet.pts is not None and not packet.is_discard and walk.ahead.needed(packet.pts)
             if needed is not None:
-                self._walk.pending.popleft()
+                self._begin_anew_after_cut()
+                walk.pending.popleft()
+                walk.held.discard(packet.pts)
+                walk.held_bytes -= packet.size
                 self._decode(packet, needed)
                 return
-        if not self._walk.at_end:
-            self._read()
-        else:
+        if walk.at_end:
             self._decode(None, True)
-            self._walk.is_flushed = True
+            walk.is_flushed = True
+        elif not self._jump():
+            self._take(self._next_packet())
 
-    def _read(self) -> None:
-        packet = self._next_packet()
+    def _is_due(self) -> bool:
+        """True when packets need not be held back any more: a wanted one is among them, or too many are."""
+        walk = self._walk
+        return (
+            walk.ahead.is_resolved
+            or walk.at_end
+            or self._holds_wanted()
+            or len(walk.pending) > MAX_HELD_PACKETS
+            or walk.held_bytes > MAX_HELD_BYTES
+        )
+
+    def _holds_wanted(self) -> bool:
+        return not self._walk.held.isdisjoint(self._walk.ahead.wanted)
+
+    def _take(self, packet: Any) -> None:
+        """Notes what was read; a keyframe that wanted frames lie behind makes the packets held before it useless."""
+        walk = self._walk
         if packet is None:
-            self._walk.at_end = True
-            self._walk.ahead.finish(self._walk.end_tick)
+            walk.at_end = True
+            walk.ahead.finish(walk.end_tick)
             return
         if packet.pts is None:
             raise _NoTimestamps("a packet has no PTS")
-        self._walk.pending.append(packet)
+        walk.read_until = packet.pts if packet.dts is None else packet.dts
+        if packet.is_keyframe:
+            walk.reorder = packet.pts - walk.read_until
+            tick = walk.ahead.next_open
+            if walk.pending and tick is not None and packet.pts <= tick and not self._holds_wanted():
+                walk.pending.clear()
+                walk.held.clear()
+                walk.held_bytes = 0
+                walk.is_cut = True
+        walk.pending.append(packet)
+        walk.held_bytes += packet.size
         if packet.is_discard:  # before an edit list's start: referred to, but never shown
             return
+        walk.held.add(packet.pts)
         self._note_end(packet.pts, packet.duration)
         try:
-            self._walk.ahead.add(packet.pts, packet.dts)
+            walk.ahead.add(packet.pts, packet.dts)
         except ValueError as error:
             raise _NoTimestamps(str(error)) from error
+
+    def _begin_anew_after_cut(self) -> None:
+        """Has the decoder give all it holds, and forget it: what comes next follows nothing that it has seen."""
+        if self._walk.is_cut:
+            self._walk.is_cut = False
+            self._decode(None, True)
+            self._collect()
+            self._context.flush_buffers()
 
     def _decode(self, packet: Any, needed: bool) -> None:
         self._context.skip_frame = "DEFAULT" if needed else "NONREF"
@@ -214,30 +260,42 @@ class PyAVReader:
             if not frame.is_corrupt:
                 self._walk.recent[frame.pts] = frame
 
-    def _is_near(self, tick: int) -> bool:
-        """True when walking on leads to `tick`, with no seek."""
-        start = self._origin if self._walk.position is None else self._walk.position
-        is_ahead = self._walk.position is None or tick >= self._walk.position
-        return is_ahead and (tick - start) * self._time_base <= SEEK_AHEAD_SECONDS
+    def _jump(self) -> bool:
+        """Seeks to the next wanted frame where that is cheaper than reading on; considered once a frame."""
+        tick = self._walk.ahead.next_open
+        if tick is None or tick == self._walk.asked or self._holds_wanted():
+            return False
+        self._walk.asked = tick
+        position = self._origin if self._walk.read_until is None else self._walk.read_until
+        target = self._index.seek_target(position, tick, self._walk.reorder)
+        if target is None:
+            return False
+        self._walk.is_cut = True
+        self._begin_anew_after_cut()
+        self._seek(target, tick)
+        self._walk.asked = tick
+        return True
 
-    def _seek(self, tick: int) -> None:
-        """Goes to a keyframe whose PTS is at or before `tick`, or to the start."""
+    def _seek(self, target: int, tick: int) -> None:
+        """Goes on from a keyframe whose PTS is at or before `tick`: that at `target`, an earlier one, or the start."""
         step = int(STEP_BACK_SECONDS / self._time_base)
-        target = tick
+        ahead = self._walk.ahead
         while target > self._origin:
             try:
                 self._container.seek(target, stream=self._stream)
             except av.error.FFmpegError as error:
                 logger.info("%s: cannot seek (%s); decoding from its start", self._name, error)
                 break
-            self._restart()
-            self._read()
+            self._restart(ahead)
+            packet = self._next_packet()
             # the frame of `tick` has a PTS of at least the keyframe's: nothing of it lies before the keyframe
-            if self._walk.pending and self._walk.pending[0].is_keyframe and self._walk.pending[0].pts <= tick:
+            if packet is not None and packet.is_keyframe and packet.pts is not None and packet.pts <= tick:
+                self._take(packet)
                 return
             target -= step
             step *= 2
-        self._reopen()
+        self._container.close()
+        self._open(ahead)
 
     # -- plain: every frame, for streams without timestamps --------------------------------------------------------
 
@@ -281,7 +339,7 @@ class PyAVReader:
 
     # -- the file ------------------------------------------------------------------------------------------------
 
-    def _open(self) -> None:
+    def _open(self, ahead: LookAhead | None = None) -> None:
         self._container = open_container(self._source, self._limits)
         self._stream = video_stream(self._container, "decode_video", self._name)
         self._time_base = Fraction(self._stream.time_base)
@@ -290,15 +348,18 @@ class PyAVReader:
         self._frame_ticks = max(1, round(1 / (rate * self._time_base))) if rate else 1
         self._context = self._stream.codec_context
         self._context.thread_type = "NONE"
-        self._restart()
+        is_local = isinstance(self._source, bytes) or is_local_file(self._source)
+        self._index = KeyframeIndex(self._stream, self._time_base, is_local=is_local)
+        self._restart(ahead or LookAhead())
 
     def _reopen(self) -> None:
         self._container.close()
         self._open()
 
-    def _restart(self) -> None:
-        """Begins a walk where the demuxer stands."""
-        self._walk = _Walk(self._container.demux(self._stream), self._frames(), self._origin)
+    def _restart(self, ahead: LookAhead) -> None:
+        """Begins a walk where the demuxer stands; `ahead` keeps its ticks."""
+        ahead.restart()
+        self._walk = _Walk(self._container.demux(self._stream), self._frames(), self._origin, ahead)
 
     def _next_packet(self) -> Any:
         """The next packet with data, or None at the end."""

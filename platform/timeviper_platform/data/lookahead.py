@@ -62,6 +62,16 @@ class LookAhead:
         self._end = end
         self._resolve()
 
+    def restart(self) -> None:
+        """The walk goes on elsewhere, from a keyframe that is shown at the first open tick or before."""
+        self._seen = []
+        self._front = _NO_PACKET_YET
+
+    @property
+    def next_open(self) -> int | None:
+        """The first tick whose frame is not known yet."""
+        return self._open[0] if self._open else None
+
     @property
     def is_resolved(self) -> bool:
         """True when every tick's frame is known, or known not to exist."""

@@ -57,6 +57,9 @@ class ErrorType(StrEnum):
     TOO_MANY_PIXELS = "too_many_pixels"
     TOO_MANY_FRAMES = "too_many_frames"
     FRAMES_MISSING = "frames_missing"
+    OUT_OF_MEMORY = "out_of_memory"
+    DECODER_CRASHED = "decoder_crashed"
+    DECODER_TIMEOUT = "decoder_timeout"
 
 
 RETRYABLE = frozenset(

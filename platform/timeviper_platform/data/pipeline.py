@@ -34,8 +34,9 @@ from timeviper_platform.data.planning import (
     write_plan,
 )
 from timeviper_platform.data.report import FailureFuse, PreprocessReport, Progress
+from timeviper_platform.data.segment_frames import DecodeConfig
 from timeviper_platform.data.segments import PlanSpec, SamplingConfig, Segment, cut_units, exact
-from timeviper_platform.data.steps import DecodeConfig, UnitOutcome, WorkerSpec, process_name, run_here
+from timeviper_platform.data.steps import UnitOutcome, WorkerSpec, process_name, run_here
 from timeviper_platform.data.store_writer import (
     create_store,
     differences,

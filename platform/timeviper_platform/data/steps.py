@@ -19,20 +19,13 @@ import torch
 import xxhash
 
 from timeviper_platform import storage
-from timeviper_platform.data.decode import Backend, DecodeError, DecoderPool, ErrorType, FrameBatch, read_image
+from timeviper_platform.data.decode import DecodeError, ErrorType, FrameBatch
 from timeviper_platform.data.encode import EncoderConfig, FrameEncoder
-from timeviper_platform.data.media import MediaLimits, Stage
+from timeviper_platform.data.isolation import IsolatedFrames
+from timeviper_platform.data.media import MediaLimits
+from timeviper_platform.data.segment_frames import DecodeConfig, FrameSource, LocalFrames
 from timeviper_platform.data.segments import Segment, Unit
 from timeviper_platform.data.store_writer import Row, features_bytes, write_file
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DecodeConfig:
-    """How videos are opened."""
-
-    backend: Backend = "pyav"
-    max_open_videos: int = 4
-    """decoders that a worker keeps open; 4 cost about 250 MB at 720p"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,30 +90,21 @@ class SegmentDecoder:
 
     def __init__(self, spec: WorkerSpec) -> None:
         self._spec = spec
-        self._pool = DecoderPool(
-            spec.image_size,
-            limits=spec.limits,
-            backend=spec.decode.backend,
-            max_open=spec.decode.max_open_videos,
-        )
+        source = IsolatedFrames if spec.decode.isolation == "process" else LocalFrames
+        self._source: FrameSource = source(spec.image_size, spec.limits, spec.decode)
 
     def decode(self, segment: Segment) -> DecodedSegment:
         """The frames of one segment; what is wrong with it is in the result, not raised."""
         started = time.perf_counter()
         frames, error = None, None
         try:
-            frames = storage.retrying(lambda: self._frames(segment), segment.uri)
+            frames = self._frames(segment)
         except DecodeError as caught:
             error = caught
-        except storage.StorageUnavailableError as caught:  # not for good: the next run tries again
-            stage: Stage = "decode_image" if segment.modality == "image" else "decode_video"
-            error = DecodeError(stage, ErrorType.READ_FAILED, str(caught))
         return DecodedSegment(segment, frames, error, time.perf_counter() - started)
 
     def _frames(self, segment: Segment) -> FrameBatch:
-        if segment.modality == "image":
-            return read_image(segment.uri, self._spec.image_size, limits=self._spec.limits)
-        frames = self._pool.sample(segment.uri, segment.times(self._spec.fps))
+        frames = self._source.frames(segment.uri, segment.modality, segment.times(self._spec.fps))
         if len(frames.frames) == 0 and (frames.num_missing or segment.segment_index == 0):
             message = f"{segment.uri}: none of {segment.num_samples} sampled frames decodes"
             raise DecodeError("decode_video", ErrorType.FRAMES_MISSING, message)

@@ -1,27 +1,29 @@
 """Decoding what strangers send, from the service's side: a fresh process a medium, with a deadline.
 
-Keeps started workers in reserve, because loading the decoder takes longer than most videos. Knows processes and pipes;
-what happens inside one is decode_worker.py.
+Keeps a started process in reserve, because loading the decoder takes longer than most videos. The process and its
+limits are data/isolation.py's.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import math
 import os
-import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
+from timeviper_platform.data.decode import MediaLimits
+from timeviper_platform.data.isolation import ChildDiedError, ChildLimits, DecodeChild
 from timeviper_platform.serving.contract import MediaBytes, MediaFile, Refusal
-from timeviper_platform.serving.decode_worker import READY
+
+MAX_OPEN_FILES = 64
+MAX_WRITTEN_BYTES = 4 * 2**20
+"""of any file; what is decoded goes through memory"""
 
 PASSED_ON = ("PATH", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "AWS_", "FSSPEC_", "COVERAGE_")
-"""variables that a worker gets, by how they begin; keys and tokens of the cluster are not among them"""
+"""variables that a child gets, by how they begin; keys and tokens of the cluster are not among them"""
 
 REASONS = {
     "empty_file": "the file is empty",
@@ -72,97 +74,75 @@ class DecodeSandbox:
         self._config = config
         self._image_size = image_size
         self._slots = asyncio.Semaphore(config.num_workers)
-        self._spare: asyncio.Task[asyncio.subprocess.Process] | None = None
+        self._spare: asyncio.Task[DecodeChild] | None = None
 
     async def decode(self, source: MediaFile | MediaBytes, *, fps: float, max_frames: int) -> DecodedMedium | Refusal:
         """The medium's frames at `fps`, thinned to `max_frames`; or why there are none."""
         data = source.data if isinstance(source, MediaBytes) else b""
+        limits = MediaLimits(max_pixels=self._config.max_pixels, max_samples=self._config.max_samples)
         job = {
+            "kind": "medium",
             "uri": source.uri if isinstance(source, MediaFile) else None,
-            "num_bytes": len(data),
             "image_size": self._image_size,
             "fps": str(fps),
             "max_frames": max_frames,
-            "max_pixels": self._config.max_pixels,
-            "max_samples": self._config.max_samples,
+            "limits": asdict(limits),
         }
+        deadline_s = self._config.deadline_s
         async with self._slots:
-            worker = await self._take_worker()
+            child = await self._take_child()
             try:
-                async with asyncio.timeout(self._config.deadline_s):
-                    return await self._run(worker, job, data)
+                answer, memory = await asyncio.to_thread(
+                    child.ask, job, data, num_frames=max_frames, deadline_seconds=deadline_s
+                )
+                return self._medium(answer, memory)
             except TimeoutError:
-                message = f"decoding took longer than {self._config.deadline_s:g} s; send a shorter or smaller video"
+                message = f"decoding took longer than {deadline_s:g} s; send a shorter or smaller video"
                 return Refusal(status=408, message=message, code="decode_timeout")
+            except (ChildDiedError, KeyError, TypeError, ValueError):  # killed by a limit or the medium, or taken over
+                return _refusal("decode_failed")
             finally:
-                await _end(worker)
+                await asyncio.to_thread(child.kill)
 
     async def start(self) -> None:
-        """Has a worker ready before the first medium comes."""
+        """Has a child ready before the first medium comes."""
         if self._spare is None:
-            self._spare = asyncio.create_task(self._start_worker())
+            self._spare = asyncio.create_task(self._start_child())
         await asyncio.shield(self._spare)
 
     async def close(self) -> None:
-        """Ends the worker in reserve."""
+        """Ends the child in reserve."""
         if self._spare is not None:
-            await _end(await self._spare)
+            await asyncio.to_thread((await self._spare).kill)
             self._spare = None
 
-    async def _take_worker(self) -> asyncio.subprocess.Process:
-        spare = self._spare or asyncio.create_task(self._start_worker())
-        self._spare = asyncio.create_task(self._start_worker())
+    async def _take_child(self) -> DecodeChild:
+        spare = self._spare or asyncio.create_task(self._start_child())
+        self._spare = asyncio.create_task(self._start_child())
         return await spare
 
-    async def _start_worker(self) -> asyncio.subprocess.Process:
-        cpu_seconds = math.ceil(self._config.deadline_s) + 10  # starting up counts too
-        environment = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
-        worker = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "timeviper_platform.serving.decode_worker"),
-            *(str(self._config.max_memory_bytes), str(cpu_seconds)),
-            env={**environment, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,  # decoders quote what they read
-            limit=2**24,  # of the header's line: a float a frame
+    async def _start_child(self) -> DecodeChild:
+        limits = ChildLimits(
+            max_memory_bytes=self._config.max_memory_bytes,
+            cpu_seconds=math.ceil(self._config.deadline_s) + 10,  # starting up counts too
+            max_open_files=MAX_OPEN_FILES,
+            max_written_bytes=MAX_WRITTEN_BYTES,
         )
-        assert worker.stdout is not None
-        if await worker.stdout.readline() != READY:
-            await _end(worker)
-            raise RuntimeError(f"a decode worker did not start (exit code {worker.returncode}); see decode_worker.py")
-        return worker
+        child = DecodeChild(limits, {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)})
+        await asyncio.to_thread(child.wait_until_ready)
+        return child
 
-    async def _run(
-        self, worker: asyncio.subprocess.Process, job: dict[str, Any], data: bytes
-    ) -> DecodedMedium | Refusal:
-        assert worker.stdin is not None
-        assert worker.stdout is not None
-        try:
-            worker.stdin.write(json.dumps(job).encode() + b"\n" + data)
-            await worker.stdin.drain()
-            header = json.loads(await worker.stdout.readline() or b"null")
-            if header is None or "error_type" in header:
-                return _refusal("decode_failed" if header is None else header["error_type"])
-            shape = tuple(header["shape"])
-            frames = await worker.stdout.readexactly(math.prod(shape))
-        except (ConnectionError, asyncio.IncompleteReadError):  # killed by one of its limits, or by the medium
-            return _refusal("decode_failed")
-        return DecodedMedium(
-            np.frombuffer(bytearray(frames), dtype=np.uint8).reshape(shape),  # writable, as PyTorch wants it
-            np.asarray(header["pts_seconds"], dtype=np.float64),
-            header["end_seconds"],
-        )
+    def _medium(self, answer: dict[str, Any], memory: np.ndarray) -> DecodedMedium | Refusal:
+        if "error" in answer:
+            return _refusal(answer["error"][1])
+        shape = (int(answer["num_frames"]), self._image_size, self._image_size, 3)
+        frames = memory[: math.prod(shape)].reshape(shape)  # writable, as PyTorch wants it
+        return DecodedMedium(frames, np.asarray(answer["pts_seconds"], np.float64), float(answer["end_seconds"]))
 
 
 def _refusal(error_type: str) -> Refusal:
+    error_type = "decode_failed" if error_type == "decoder_crashed" else error_type
     reason = REASONS.get(error_type)
     if reason is None:  # the store's trouble (not found, not readable), not the client's
         return Refusal(status=503, message="the stored file cannot be read", code=error_type, retry_after_s=5.0)
     return Refusal(status=422, message=f"the medium cannot be decoded: {reason}", code=error_type)
-
-
-async def _end(worker: asyncio.subprocess.Process) -> None:
-    if worker.returncode is None:
-        with contextlib.suppress(ProcessLookupError):
-            worker.kill()
-    await worker.wait()

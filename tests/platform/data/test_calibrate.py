@@ -12,8 +12,9 @@ from timeviper_platform.data.calibrate import Calibration, SegmentSample, calibr
 from timeviper_platform.data.encode import EncoderConfig, FrameEncoder
 from timeviper_platform.data.manifest import MediaItem
 from timeviper_platform.data.media import MediaLimits
+from timeviper_platform.data.segment_frames import DecodeConfig
 from timeviper_platform.data.segments import PlanSpec, plan_page
-from timeviper_platform.data.steps import DecodeConfig, WorkerSpec
+from timeviper_platform.data.steps import WorkerSpec
 
 
 def test_time_is_the_sum_of_fused_steps_and_the_slower_of_split_ones() -> None:

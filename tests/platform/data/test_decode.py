@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -27,6 +28,7 @@ from timeviper_platform.data.decode import (
     read_image,
     sample_times,
 )
+from timeviper_platform.data.decode_torchcodec import load_torchcodec
 
 SIZE = 32
 
@@ -115,6 +117,19 @@ def test_far_jumps_seek_and_find_the_same_frames(tmp_path: Path, suffix: str) ->
     for chosen in (times, [Fraction(150)], [Fraction(7)], times[3:]):
         got = reader.sample(chosen)
         assert np.array_equal(got.frames, whole.frames[[int(t) for t in chosen]])
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
+@pytest.mark.parametrize("gop", [1, 9, 250])
+def test_sparse_times_give_the_frames_of_decoding_everything(tmp_path: Path, suffix: str, gop: int) -> None:
+    path = tmp_path / f"film.{suffix}"
+    make_video(path, range(700), gop=gop, b_frames=0 if gop == 1 else 3)
+    eighths = open_video(str(path), SIZE).sample(seconds(700, fps=8))
+    for step in (3, 10, 47, 101):
+        numbers = list(range(step // 2, 690, step))
+        got = open_video(str(path), SIZE).sample([Fraction(number, 8) for number in numbers])
+        assert got.num_missing == 0
+        assert np.array_equal(got.frames, eighths.frames[numbers])
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
@@ -292,6 +307,25 @@ def test_decord_shows_the_same_frames_within_rounding(videos: dict[str, Path]) -
         assert np.abs(ours.frames.astype(int) - theirs.frames.astype(int)).mean() < 4
     with pytest.raises(ValueError, match="pyav"):
         open_video(b"bytes", SIZE, backend="decord")
+
+
+def test_torchcodec_shows_the_same_frames_within_rounding(videos: dict[str, Path]) -> None:
+    try:
+        load_torchcodec()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    for name in ("b_frames.mp4", "ntsc.mp4", "variable.mp4", "late_start.mkv"):
+        ours, theirs = (read_frames(str(videos[name]), 64, backend=backend) for backend in ("pyav", "torchcodec"))
+        assert np.allclose(ours.pts_seconds, theirs.pts_seconds, atol=1e-9), name
+        assert np.abs(ours.frames.astype(int) - theirs.frames.astype(int)).mean() < 4, name
+
+
+def test_a_backend_that_is_absent_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, videos: dict[str, Path]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
+    with pytest.raises(RuntimeError, match="pip install"):
+        open_video(str(videos["b_frames.mp4"]), SIZE, backend="torchcodec")
 
 
 def test_times_that_do_not_ascend_are_refused(videos: dict[str, Path]) -> None:

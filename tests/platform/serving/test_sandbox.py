@@ -15,7 +15,6 @@ import pytest
 
 from reference.tiny_serving import write_video
 from timeviper_platform.serving.contract import MediaBytes, MediaFile, Refusal
-from timeviper_platform.serving.decode_worker import decode_job
 from timeviper_platform.serving.sandbox import DecodedMedium, DecodeSandbox, SandboxConfig
 
 SIZE = 32
@@ -122,13 +121,14 @@ def test_workers_get_no_secrets_from_the_environment(tmp_path: Path, monkeypatch
     assert b"PYTHONPATH" in environment
 
 
-def test_a_job_for_a_picture_is_one_frame(tmp_path: Path) -> None:
+def test_a_picture_is_one_frame_within_its_limit(tmp_path: Path) -> None:
     from PIL import Image
 
     Image.new("RGB", (50, 40), (200, 0, 0)).save(tmp_path / "a.png")
-    job = {"uri": str(tmp_path / "a.png"), "image_size": 8, "fps": "1.0", "max_frames": 4}
-    header, frames = decode_job({**job, "max_pixels": 10_000, "max_samples": 10}, b"")
-    assert (header["shape"], header["end_seconds"]) == ([1, 8, 8, 3], 0.0)
-    assert set(frames[0::3]) == {200}
-    header, _ = decode_job({**job, "max_pixels": 1000, "max_samples": 10}, b"")
-    assert header["error_type"] == "too_many_pixels"
+    file = MediaFile(uri=str(tmp_path / "a.png"), sha256="", modality="image")
+    medium = in_sandbox(lambda sandbox: sandbox.decode(file, fps=1.0, max_frames=4))
+    assert (medium.frames.shape, medium.end_seconds) == ((1, SIZE, SIZE, 3), 0.0)
+    assert (medium.frames[..., 0] == 200).all()
+    config = SandboxConfig(max_pixels=1000)
+    refusal = in_sandbox(lambda sandbox: sandbox.decode(file, fps=1.0, max_frames=4), config)
+    assert refusal.code == "too_many_pixels"

@@ -1,0 +1,1 @@
+"""The `decode` suite: sampling against other libraries, every strategy at its best, very long files."""

@@ -1,0 +1,145 @@
+"""Decoding in a process of its own: `python -m timeviper_platform.data.decode_child SOCKET LIMITS`.
+
+Limits itself, says that it is ready, then answers one job after another until the other side (isolation.py) closes the
+socket or kills it. Knows data/decode.py and data/segment_frames.py; nothing of Ray, models, services.
+
+    job      12 bytes (length of the job, of the data) with a file descriptor, the job as JSON, data
+    answer   4 bytes (its length), JSON; the frames lie in the memory behind the descriptor
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import resource
+import signal
+import socket
+import struct
+import sys
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from timeviper_platform import storage
+from timeviper_platform.data.decode import FrameBatch, read_frames
+from timeviper_platform.data.media import DecodeError, ErrorType, MediaLimits, Stage
+from timeviper_platform.data.probe import probe_media
+from timeviper_platform.data.segment_frames import DecodeConfig, LocalFrames, decode_stage
+
+JOB = struct.Struct("<IQ")
+ANSWER = struct.Struct("<I")
+GRACE_SECONDS = 5
+"""The parent kills first; a child whose parent has gone ends itself so much later."""
+
+
+def limit_resources(limits: dict[str, int | None]) -> None:
+    """From here on the process cannot take more than this, whatever it is made to decode."""
+    # DATA and not AS: what counts is memory written, and libraries map far more address space than they use
+    kinds = {
+        "max_memory_bytes": resource.RLIMIT_DATA,
+        "cpu_seconds": resource.RLIMIT_CPU,
+        "max_open_files": resource.RLIMIT_NOFILE,
+        "max_written_bytes": resource.RLIMIT_FSIZE,
+    }
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for name, kind in kinds.items():
+        limit = limits[name]
+        if limit is not None:
+            hard = resource.getrlimit(kind)[1]
+            soft = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+            resource.setrlimit(kind, (soft, soft + 1 if kind == resource.RLIMIT_CPU else soft))
+
+
+class JobRunner:
+    """Jobs to answers; videos of segments stay open between jobs."""
+
+    def __init__(self) -> None:
+        self._source: LocalFrames | None = None
+
+    def answer(self, job: dict[str, Any], data: bytes) -> tuple[dict[str, Any], np.ndarray]:
+        """What is said of frames, and the frames; or why there are none."""
+        retries = storage.num_retries()
+        stage = decode_stage(job.get("modality", "video"))
+        frames = np.empty(0, np.uint8)
+        try:
+            answer, frames = self._segment(job) if job["kind"] == "segment" else _medium(job, data)
+        except DecodeError as error:
+            answer = _error(error.stage, error.error_type, error.message)
+        except MemoryError:
+            answer = _error(stage, ErrorType.OUT_OF_MEMORY, f"{job['uri']}: decoding takes more memory than it may")
+        except Exception as error:  # noqa: BLE001 - whatever a file makes a library raise is that file's own row
+            answer = _error(stage, ErrorType.DECODER_CRASHED, f"{job['uri']}: {type(error).__name__}: {error}")
+        return answer | {"retries": storage.num_retries() - retries}, frames
+
+    def _segment(self, job: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
+        if self._source is None:
+            config = DecodeConfig(backend=job["backend"], max_open_videos=job["max_open_videos"], isolation="none")
+            self._source = LocalFrames(job["image_size"], _limits(job), config)
+        times = [Fraction(numerator, denominator) for numerator, denominator in job["times"]]
+        return _answer(self._source.frames(job["uri"], job["modality"], times))
+
+
+def _medium(job: dict[str, Any], data: bytes) -> tuple[dict[str, Any], np.ndarray]:
+    source: str | bytes = job["uri"] if job["uri"] is not None else data
+    limits = _limits(job)
+    end_seconds = float(probe_media(source, limits).end_seconds)
+    fps, max_frames = Fraction(job["fps"]), job["max_frames"]
+    batch = read_frames(source, job["image_size"], fps=fps, max_frames=max_frames, limits=limits)
+    answer, frames = _answer(batch)
+    return answer | {"end_seconds": end_seconds}, frames
+
+
+def _limits(job: dict[str, Any]) -> MediaLimits:
+    return MediaLimits(**{**job["limits"], "allowed_domains": tuple(job["limits"]["allowed_domains"])})
+
+
+def _answer(batch: FrameBatch) -> tuple[dict[str, Any], np.ndarray]:
+    answer = {
+        "num_frames": len(batch.frames),
+        "pts_seconds": batch.pts_seconds.tolist(),
+        "times_seconds": batch.times_seconds.tolist(),
+        "num_missing": batch.num_missing,
+    }
+    return answer, batch.frames
+
+
+def _error(stage: Stage, error_type: ErrorType, message: str) -> dict[str, Any]:
+    return {"error": [stage, error_type.value, message]}
+
+
+def main(connection: socket.socket) -> None:
+    """Jobs until the other side closes."""
+    runner = JobRunner()
+    connection.sendall(ANSWER.pack(0))  # ready
+    while True:
+        header, descriptors, _, _ = socket.recv_fds(connection, JOB.size, 1)
+        if not header:
+            return
+        num_job_bytes, num_data_bytes = JOB.unpack(header)
+        job = json.loads(_receive(connection, num_job_bytes))
+        data = _receive(connection, num_data_bytes)
+        signal.setitimer(signal.ITIMER_REAL, job["deadline_seconds"] + GRACE_SECONDS)  # SIGALRM ends the process
+        answer, frames = runner.answer(job, data)
+        with mmap.mmap(descriptors[0], 0) as memory:
+            memory[: frames.nbytes] = frames.reshape(-1).data
+        os.close(descriptors[0])
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        text = json.dumps(answer).encode()
+        connection.sendall(ANSWER.pack(len(text)) + text)
+
+
+def _receive(connection: socket.socket, num_bytes: int) -> bytes:
+    parts = bytearray()
+    while len(parts) < num_bytes:
+        part = connection.recv(min(1 << 20, num_bytes - len(parts)))
+        if not part:
+            raise ConnectionError("the other side has gone")
+        parts += part
+    return bytes(parts)
+
+
+if __name__ == "__main__":
+    limit_resources(json.loads(sys.argv[2]))
+    main(socket.socket(fileno=int(sys.argv[1])))

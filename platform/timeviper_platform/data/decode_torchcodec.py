@@ -1,0 +1,104 @@
+"""Sampling with torchcodec, behind the same protocol as PyAV. Optional: the extra `torchcodec`, and FFmpeg's libraries.
+
+Knows torchcodec's decoder alone. It finds frames by PTS itself and decodes all on the way there, at full size; one at a
+time is taken from it, so that memory holds one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+import av
+import numpy as np
+from av.video.reformatter import Interpolation, VideoReformatter
+
+from timeviper_platform import storage
+from timeviper_platform.data.decode import FrameBatch, check_size
+from timeviper_platform.data.media import (
+    DecodeError,
+    ErrorType,
+    MediaLimits,
+    clock_origin,
+    is_local_file,
+    open_container,
+    reading,
+    source_name,
+    video_stream,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def load_torchcodec() -> Any:
+    """The class torchcodec.decoders.VideoDecoder.
+
+    Raises:
+        RuntimeError: when it is not installed, or does not find FFmpeg's libraries.
+    """
+    try:
+        from torchcodec.decoders import VideoDecoder
+    except ModuleNotFoundError as error:
+        raise RuntimeError(
+            "backend torchcodec is not installed; pip install 'timeviper-platform[torchcodec]', or use pyav"
+        ) from error
+    except (RuntimeError, OSError, ImportError) as error:
+        raise RuntimeError(
+            "torchcodec does not load; install FFmpeg's shared libraries (4 to 8; PyAV's own do not serve), or use pyav"
+        ) from error
+    return VideoDecoder
+
+
+class TorchcodecReader:
+    """A VideoReader over torchcodec.
+
+    Raises:
+        DecodeError: when the video cannot be opened.
+        RuntimeError: see `load_torchcodec`.
+    """
+
+    def __init__(self, source: str | bytes, image_size: int, *, limits: MediaLimits | None = None) -> None:
+        decoder = load_torchcodec()
+        if not isinstance(source, bytes) and not is_local_file(source):
+            raise ValueError("torchcodec is given local files and bytes alone; use backend pyav for remote files")
+        self._name, self._size = source_name(source), image_size
+        limits = limits or MediaLimits()
+        with reading("decode_video", source, limits), open_container(source, limits) as container:
+            stream = video_stream(container, "decode_video", self._name)
+            check_size(stream.codec_context.width, stream.codec_context.height, limits, "decode_video", self._name)
+            self._origin = float(clock_origin(container, stream) * Fraction(stream.time_base))
+        content = source if isinstance(source, bytes) else storage.split_uri(source)[1]
+        try:
+            self._decoder = decoder(content, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
+        except (RuntimeError, ValueError) as error:
+            raise DecodeError("decode_video", ErrorType.CORRUPT_FILE, f"{self._name}: {error}") from error
+        self._scaler = VideoReformatter()
+
+    def sample(self, times: Sequence[Fraction]) -> FrameBatch:
+        """See `VideoReader.sample`."""
+        first = self._decoder.metadata.begin_stream_seconds
+        frames, pts_seconds, shown_for = [], [], []
+        for t in times:
+            try:
+                # the plural: it knows when the next frame comes, the singular trusts durations (variable frame rates)
+                frame = self._decoder.get_frames_played_at([max(float(t) + self._origin, first)])
+            except (RuntimeError, IndexError) as error:
+                logger.info("%s: no frame at %s s: %s", self._name, t, error)
+                continue
+            frames.append(self._scale(frame.data[0].numpy()))
+            pts_seconds.append(float(frame.pts_seconds[0]) - self._origin)
+            shown_for.append(float(t))
+        pixels = np.stack(frames) if frames else np.empty((0, self._size, self._size, 3), np.uint8)
+        return FrameBatch(pixels, np.array(pts_seconds), np.array(shown_for), len(times) - len(frames))
+
+    def close(self) -> None:
+        """See `VideoReader.close`."""
+        del self._decoder
+
+    def _scale(self, pixels: np.ndarray) -> np.ndarray:
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+        size = self._size
+        scaled = self._scaler.reformat(frame, size, size, "rgb24", interpolation=Interpolation.BICUBIC, threads=1)
+        return np.asarray(scaled.to_ndarray())
