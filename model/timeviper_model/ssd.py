@@ -18,7 +18,10 @@ import torch
 from torch import Tensor
 
 PIECE_ELEMENTS = 2**18
-"""elements of the C x C matrices computed at one time: 1 MiB in fp32, so that they stay in a core's cache"""
+"""elements of the C x C matrices computed at one time on a CPU: 1 MiB in fp32, so that they stay in a core's cache"""
+
+DEVICE_PIECE_ELEMENTS = 2**26
+"""elsewhere: 256 MiB, since there each operation has a price of its own and memory has no such edge"""
 
 MIN_EXPONENT = -80.0
 """exp(-80) is 2e-35, nothing beside what it is added to; below exp(-87) fp32 is denormal, and a CPU 20 times as slow"""
@@ -177,10 +180,12 @@ class _Piece:
             states[:, new].addcmul_(states[:, old], through[z])
 
 
-def _pieces(num_tokens: int, num_heads: int, chunk_size: int) -> Iterator[tuple[int, int, int]]:
+def _pieces(x_THP: Tensor, chunk_size: int) -> Iterator[tuple[int, int, int]]:
     """(start, stop, tokens a chunk) of the pieces; a last chunk that is not full is a piece of its own."""
+    num_tokens, num_heads = x_THP.shape[:2]
     full = num_tokens - num_tokens % chunk_size
-    step = max(1, PIECE_ELEMENTS // (num_heads * chunk_size * chunk_size)) * chunk_size
+    elements = PIECE_ELEMENTS if x_THP.device.type == "cpu" else DEVICE_PIECE_ELEMENTS
+    step = max(1, elements // (num_heads * chunk_size * chunk_size)) * chunk_size
     for start in range(0, full, step):
         yield start, min(start + step, full), chunk_size
     if full < num_tokens:
@@ -205,7 +210,7 @@ class _Scan(torch.autograd.Function):
         ctx.chunk_size = chunk_size
         y = torch.empty(x_THP.shape, dtype=x_THP.dtype, device=x_THP.device)
         last, kept = _from_heads(state_HPN, B_TGN.shape[1]), []
-        for start, stop, chunk in _pieces(len(x_THP), x_THP.shape[1], chunk_size):
+        for start, stop, chunk in _pieces(x_THP, chunk_size):
             piece = _piece((x_THP, dt_TH, B_TGN, C_TGN), A_H, ctx.seq_idx, start, stop, chunk)
             states = last.new_empty(piece.G, piece.Z + 1, *last.shape[1:])
             states[:, 0] = last
@@ -228,7 +233,7 @@ class _Scan(torch.autograd.Function):
         dx, ddt, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, B, C))
         dA, dD = torch.zeros_like(A), torch.zeros_like(D)
         dlast = _from_heads(grads[1], B.shape[1])
-        pieces = list(_pieces(len(x), x.shape[1], ctx.chunk_size))
+        pieces = list(_pieces(x, ctx.chunk_size))
         for (start, stop, chunk), states in zip(reversed(pieces), reversed(kept), strict=True):
             piece = _piece((x, dt, B, C), A, ctx.seq_idx, start, stop, chunk)
             dy_p, y_p, dx_p, ddt_p, dB_p, dC_p = (_chunks(t[start:stop], chunk) for t in (dy, y, dx, ddt, dB, dC))

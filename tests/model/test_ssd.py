@@ -121,3 +121,9 @@ def test_another_segment_leaves_no_trace_not_even_infinity() -> None:
 )
 def test_a_cpu_takes_shorter_chunks(chunk_size: int, state_size: int, device: str, expected: int) -> None:
     assert ssd.chunk_length(chunk_size, state_size, torch.device(device)) == expected
+
+
+def test_a_device_takes_longer_pieces() -> None:
+    on_cpu, elsewhere = (list(ssd._pieces(torch.empty(1000, 128, 1, device=device), 128)) for device in ("cpu", "meta"))
+    assert [stop - start for start, stop, _ in on_cpu] == [128] * 7 + [104]
+    assert [stop - start for start, stop, _ in elsewhere] == [896, 104]
