@@ -31,7 +31,8 @@ from timeviper_platform.training.memory import (
 from timeviper_platform.training.parameters import ParameterGroup, describe_groups
 from timeviper_platform.training.phase import Phase, adapt, first_model_config, phase_groups, prepare_phase
 from timeviper_platform.training.plan import Pack
-from timeviper_platform.training.samples import SampleRows, count_rejects, missing_sources
+from timeviper_platform.training.sample_table import count_rejects
+from timeviper_platform.training.samples import SampleRows, missing_sources
 
 ZERO_STAGES = (0, 1, 2, 3)
 

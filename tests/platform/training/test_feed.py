@@ -14,12 +14,12 @@ from timeviper_platform.data.features import FeatureStore
 from timeviper_platform.training.feed import Feed, FeedShape
 from timeviper_platform.training.plan import PackingConfig, PackPlan, PlanPosition
 from timeviper_platform.training.prefetch import Prefetcher
+from timeviper_platform.training.sample_table import measure_samples
 from timeviper_platform.training.samples import (
     FramesConfig,
     SampleBuilder,
     SampleRows,
     SourceConfig,
-    measure_samples,
 )
 
 
