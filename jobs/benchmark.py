@@ -22,6 +22,7 @@ from timeviper_platform.data.store_benchmark import store_suite
 from timeviper_platform.logs import setup_logging
 from timeviper_platform.measure import Row, format_rows
 from timeviper_platform.model_benchmark.suite import MODEL_GROUPS
+from timeviper_platform.training_benchmark.suite import TRAINING_GROUPS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -87,6 +88,7 @@ SUITES: dict[str, dict[str, Callable[[Path | None], list[Row]]]] = {
     "demo": {"demo": demo_suite},
     "model": {key: lambda film, rows=rows: rows() for key, rows in MODEL_GROUPS.items()},  # type: ignore[misc]
     "store": {"store": lambda film: store_suite()},
+    "training": {key: lambda film, rows=rows: rows() for key, rows in TRAINING_GROUPS.items()},  # type: ignore[misc]
 }
 """groups of rows by suite and key; each is given the film, which few measure on"""
 
