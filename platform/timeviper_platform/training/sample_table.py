@@ -87,7 +87,7 @@ def measure_samples(rows: SampleRows, builder: SampleBuilder, *, max_tokens: int
     Raises:
         ValueError: when no row is left, with the counts by reason.
     """
-    return _join(rows, [_measure_part(rows, builder, max_tokens, max_frames, part=0, num_parts=1)])
+    return join_parts(rows, [measure_part(rows, builder, max_tokens, max_frames, part=0, num_parts=1)])
 
 
 class MeasureTogether:
@@ -113,10 +113,10 @@ class MeasureTogether:
         dist.broadcast_object_list(kept)
         if kept[0] is not None:
             return kept[0]
-        part = _measure_part(rows, builder, max_tokens, max_frames, part=rank, num_parts=world_size)
+        part = measure_part(rows, builder, max_tokens, max_frames, part=rank, num_parts=world_size)
         parts = [part] * world_size
         dist.all_gather_object(parts, part)
-        measured = _join(rows, parts)
+        measured = join_parts(rows, parts)
         if rank == 0:
             _write(file, measured)
         return measured
@@ -127,7 +127,7 @@ def count_rejects(rejects: Sequence[Reject]) -> dict[str, int]:
     return dict(sorted(Counter(reject.reason for reject in rejects).items()))
 
 
-class _Part(NamedTuple):
+class MeasuredPart(NamedTuple):
     """What one rank found."""
 
     usable: np.ndarray
@@ -136,9 +136,10 @@ class _Part(NamedTuple):
     """with their row numbers"""
 
 
-def _measure_part(
+def measure_part(
     rows: SampleRows, builder: SampleBuilder, max_tokens: int, max_frames: int | None, *, part: int, num_parts: int
-) -> _Part:
+) -> MeasuredPart:
+    """Sizes of every `num_parts`-th block of rows, from block `part` on."""
     usable = array("q")
     rejects: list[tuple[int, Reject]] = []
     told = time.monotonic()
@@ -156,7 +157,7 @@ def _measure_part(
         if time.monotonic() - told > PROGRESS_S:
             told = time.monotonic()
             logger.info("measuring samples: row %d of %d", start, len(rows))
-    return _Part(np.array(usable, dtype=np.int64).reshape(-1, 5), rejects)
+    return MeasuredPart(np.array(usable, dtype=np.int64).reshape(-1, 5), rejects)
 
 
 def sample_sizes(built: BuiltSample) -> tuple[int, int, int, int]:
@@ -173,7 +174,7 @@ def _within_caps(sample_id: str, built: BuiltSample, max_tokens: int, max_frames
     return built
 
 
-def _join(rows: SampleRows, parts: Sequence[_Part]) -> Measured:
+def join_parts(rows: SampleRows, parts: Sequence[MeasuredPart]) -> Measured:
     """The parts in the order of the rows.
 
     Raises:

@@ -7,6 +7,7 @@ checkpoint, and the steps since it again.
 
 from __future__ import annotations
 
+import logging
 import statistics
 import subprocess
 import tempfile
@@ -23,6 +24,8 @@ from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.loop import RunFolder
 from timeviper_platform.training.metrics import read_metrics
 from timeviper_platform.training_benchmark.made import DEMO, make_mixture, run_values, training_command
+
+logger = logging.getLogger(__name__)
 
 COMMAND = "python jobs/benchmark.py training --only recovery"
 SAVE_EVERY = 10
@@ -70,6 +73,7 @@ def kill_and_measure(command: Sequence[str], run_uri: str, steps_before_kill: Se
             process = _start(command)
             _wait_for_step(run_uri, last_step + 1, process)
             seconds.append(time.monotonic() - killed)
+            logger.info("killed after step %d, a new step %.1f s later", last_step, seconds[-1])
     finally:
         process.kill()
         process.wait()
