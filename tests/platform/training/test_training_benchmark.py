@@ -10,14 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from timeviper_platform.config import load_config, parse_config
 from timeviper_platform.measure import Row
 from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.local import train_local
-from timeviper_platform.training.loop import RunFolder
-from timeviper_platform.training.metrics import read_metrics
 from timeviper_platform.training.plan import PackingConfig
 from timeviper_platform.training_benchmark import packing, recovery, step, waits
 from timeviper_platform.training_benchmark.made import TOY, make_films, make_mixture, run_values
@@ -73,36 +70,40 @@ def test_padding_counts_the_positions_that_no_sample_has(monkeypatch: pytest.Mon
 
 @pytest.mark.usefixtures("group_of_one")
 def test_the_bare_loop_takes_the_same_steps(tmp_path: Path) -> None:
-    values = run_values(make_mixture(tmp_path, TOY), {"steps": 4}, zero={"stage": 2, "bucket_size": 2_000_000})
+    phase = {"steps": 4, "packing": {"max_tokens": 300}}
+    values = run_values(make_mixture(tmp_path, TOY), phase, zero={"stage": 2, "bucket_size": 2_000_000})
     turns = step.run_in_turn(parse_config(TrainConfig, values), 2)
     assert turns.bare.losses == pytest.approx(turns.losses, rel=1e-5)
     assert len(turns.own_blocks) == len(turns.bare_blocks) == 1  # the first is not timed
 
 
-@pytest.mark.usefixtures("group_of_one")
-def test_a_step_has_a_bar_and_a_least_length() -> None:
-    check(step.step_rows(TOY, num_blocks=1, steps_per_block=1), "step", ["<= 1.03", None, ">= 100"])
-
-
-@pytest.mark.usefixtures("group_of_one")
-def test_saving_has_its_share_of_a_run() -> None:
-    check(waits.checkpoint_rows(TOY, num_saves=2, every=2, run=run_here), "checkpoint", ["<= 2", None])
+def test_a_step_is_compared_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = step.InTurn(None, 2)  # type: ignore[arg-type]  # nothing is run
+    turns.own_blocks = [step.Clock(2.0, 1.0), step.Clock(9.0, 3.0), step.Clock(2.2, 1.0)]
+    turns.bare_blocks = [step.Clock(2.0, 1.0), step.Clock(3.0, 2.0), step.Clock(2.0, 1.0)]
+    monkeypatch.setattr(step, "run_in_turn", lambda *_: turns)
+    rows = step.step_rows(TOY, num_blocks=3, steps_per_block=2)
+    check(rows, "step", ["<= 1.03", None, ">= 100"])
+    assert [row.value for row in rows] == pytest.approx([1.1, 1.0, 1000.0])
 
 
 def test_shares_are_of_whole_intervals_between_saves(monkeypatch: pytest.MonkeyPatch) -> None:
     intervals = [(1.0, 0.0), (1.0, 2.0), (1.0, 0.0), (1.0, 0.5)]  # seconds and stall of steps, saved every second one
-    rows = [{"seconds": seconds, "checkpoint_stall_s": stall} for seconds, stall in intervals]
-    monkeypatch.setattr(waits, "run_and_read", lambda *_: rows)
-    share, stall = waits.checkpoint_rows(TOY, num_saves=2, every=2)
+    metrics = [{"seconds": seconds, "checkpoint_stall_s": stall} for seconds, stall in intervals]
+    monkeypatch.setattr(waits, "run_and_read", lambda *_: metrics)
+    rows = waits.checkpoint_rows(TOY, num_saves=2, every=2)
+    check(rows, "checkpoint", ["<= 2", None])
+    share, stall = rows
     assert share.value == pytest.approx(100 * (2.0 / 4.0 + 0.5 / 2.5) / 2)
     assert stall.value == 1.25
 
 
 @pytest.mark.usefixtures("group_of_one")
-def test_films_of_the_papers_form_are_trained_on(tmp_path: Path) -> None:
+def test_films_in_the_papers_form_are_trained_on(tmp_path: Path) -> None:
     corpus = make_films(tmp_path, num_films=3, num_frames=4, dim=32)
     phase = {"steps": 2, "packing": {"max_tokens": 200}, "packs_per_step": 1}
-    rows = waits.run_and_read(corpus, run_values(corpus, phase), run_here)
+    rows = waits.run_and_read(corpus, run_values(corpus, phase, checkpoint={"every_steps": 1}), run_here)
+    assert all(row["checkpoint_stall_s"] > 0 for row in rows)
     assert [row["num_vision_tokens"][0] for row in rows] == [64 * row["num_samples"] for row in rows]
 
 
@@ -127,11 +128,3 @@ def test_recovery_is_timed_to_a_step_that_was_not_finished_before_the_kill(tmp_p
 def test_a_job_that_ends_by_itself_is_no_recovery(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="ended with 3 before its step 5"):
         recovery.kill_and_measure([sys.executable, "-c", "raise SystemExit(3)"], str(tmp_path), (5,))
-
-
-def test_the_made_runs_are_whole_configurations(tmp_path: Path) -> None:
-    corpus = make_mixture(tmp_path, TOY)
-    config = parse_config(TrainConfig, run_values(corpus, {"epochs": 1}))
-    assert RunFolder.of(config).uri == str(tmp_path / "runs" / "benchmark")
-    assert read_metrics(RunFolder.of(config).uri) == []
-    assert torch.get_num_threads() == 1
