@@ -181,6 +181,8 @@ def first_model_config(init: InitConfig, store: FeatureStore, encoder: str | Non
     if not storage.exists(file):
         raise ValueError(f"{file} does not exist; a weights folder is what a phase or jobs/export.py writes")
     config = config_from_dict(storage.read_json(file), where=file)
+    if init.preset is not None and config.text != init.model_config().text:
+        raise ValueError(f"the weights {init.weights} have other sizes than the preset {init.preset!r}; leave it out")
     _check_same_vision(config.vision, vision_of(store, config.vision, encoder), init.weights)
     return config
 
