@@ -69,7 +69,8 @@ def test_a_phase_alone_has_the_numbers_of_the_chain(whole: str, alone: str) -> N
 
 
 def test_a_dry_run_names_every_source_that_is_not_there() -> None:
-    config = load_config(TrainConfig, CONFIGS / "instruct.yaml")
+    # another size alone: the 9b's memory is probed on real blocks, for many seconds
+    config = load_config(TrainConfig, CONFIGS / "instruct.yaml", ["phases.instruct.init.preset=tiny"])
     result = dry_run(config)
     named = [problem for problem in result.problems if "no files at" in problem]
     assert len(named) == len(config.phases["instruct"].samples) == 24
