@@ -110,12 +110,19 @@ def _store_groups() -> Groups:
     return {"store": lambda film: store_suite()}
 
 
+def _training_groups() -> Groups:
+    from timeviper_platform.training_benchmark.suite import TRAINING_GROUPS
+
+    return {key: lambda film, rows=rows: rows() for key, rows in TRAINING_GROUPS.items()}  # type: ignore[misc]
+
+
 SUITES: dict[str, Callable[[], Groups]] = {
     "decode": _decode_groups,
     "demo": lambda: {"demo": demo_suite},
     "gpu": _gpu_groups,
     "model": _model_groups,
     "store": _store_groups,
+    "training": _training_groups,
 }
 """a suite imports what it needs when it is chosen: a machine with a GPU may have neither Ray nor video decoders"""
 

@@ -11,6 +11,7 @@ kept in small LRUs.
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -139,6 +140,12 @@ class FeatureStore:
     def find(self, sha256: str) -> str | None:
         """The media_id of the medium with these bytes; None when absent or the store was made without hashing."""
         return self._index.find(sha256)
+
+    def index_digest(self) -> str:
+        """Hash of `index.parquet` as it is now: equal means the same media with the same frames."""
+        filesystem, path = storage.split_uri(storage.join_uri(self.uri, INDEX_FILE))
+        with filesystem.open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def info(self, media_id: str) -> MediaInfo:
         """What is stored of a medium.

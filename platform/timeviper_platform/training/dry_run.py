@@ -19,6 +19,7 @@ from timeviper_model.weights import load_tokenizer
 from timeviper_platform import storage
 from timeviper_platform.data.features import FeatureStore
 from timeviper_platform.training.config import PhaseConfig, TrainConfig
+from timeviper_platform.training.flops import ASSUMED_MFU, PEAK_FLOPS, gpu_hours, training_flops
 from timeviper_platform.training.loop import RunFolder
 from timeviper_platform.training.memory import (
     ModelSizes,
@@ -31,9 +32,12 @@ from timeviper_platform.training.memory import (
 from timeviper_platform.training.parameters import ParameterGroup, describe_groups
 from timeviper_platform.training.phase import Phase, adapt, first_model_config, phase_groups, prepare_phase
 from timeviper_platform.training.plan import Pack
-from timeviper_platform.training.samples import SampleRows, count_rejects, missing_sources
+from timeviper_platform.training.sample_table import count_rejects
+from timeviper_platform.training.samples import SampleRows, missing_sources
 
 ZERO_STAGES = (0, 1, 2, 3)
+STEPS_WITHOUT_PLAN = 1000
+"""steps of full packs whose GPU-hours are told where the data are not there to plan with"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +58,8 @@ class PlanFacts:
     shares: dict[str, float]
     """of each present source in the samples of an epoch"""
     largest_pack: PackShape
+    mean_pack_flops: float
+    """operations that a pack's forward and backward pass need"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +75,10 @@ class PhaseFacts:
     """by ZeRO stage, of one rank"""
     activations: int
     """of the pack that costs most; without data, of a full pack of text"""
+    num_steps: int
+    """of the phase; STEPS_WITHOUT_PLAN where only data would tell"""
+    flops: float
+    """operations of these steps; without data, on full packs of text"""
     missing: list[str]
     """sources without files"""
 
@@ -108,7 +118,14 @@ def describe_dry_run(config: TrainConfig, result: DryRun) -> str:
     lines = [f"run {RunFolder.of(config).uri}: {workers}"]
     for phase in result.phases:
         groups = "  " + describe_groups(phase.groups, phase.sizes.num_parameters)
-        lines += ["", f"phase {phase.name}", *_plan_lines(phase, config), groups, *_memory_lines(phase, config)]
+        lines += [
+            "",
+            f"phase {phase.name}",
+            *_plan_lines(phase, config),
+            _compute_line(phase),
+            groups,
+            *_memory_lines(phase, config),
+        ]
     if result.problems:
         lines += ["", "not there yet:", *(f"  {problem}" for problem in result.problems)]
     return "\n".join(lines)
@@ -148,11 +165,9 @@ def _model_config(
             if init.weights is None or storage.exists(init.weights):
                 raise
             problems.append(str(error))
-            return before
-    if init.weights is None:
-        return init.model_config()
-    problems.append(f"the weights {init.weights} cannot be looked at without the feature store")
-    return before
+    elif init.weights is not None:
+        problems.append(f"the weights {init.weights} cannot be looked at without the feature store")
+    return before if init.preset is None else init.model_config()
 
 
 def _phase_facts(
@@ -171,12 +186,18 @@ def _phase_facts(
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         num_trained=sum(group.num_parameters for group in groups),
     )
+    trains_blocks = any("backbone.layers." in name for group in groups for name in group.parameter_names)
     plan = None
     present = tuple(source for source in phase.samples if source.uri not in missing)
     if store is not None and tokenizer is not None and present:
         own = replace(config, phases={**config.phases, name: replace(phase, samples=present)})
-        plan = _plan_facts(own, name, model, store, tokenizer)
+        plan = _plan_facts(own, name, model, store, tokenizer, trains_blocks=trains_blocks)
     pack = plan.largest_pack if plan is not None else _full_text_pack(phase)
+    if plan is not None:
+        num_steps, pack_flops = plan.num_steps, plan.mean_pack_flops
+    else:
+        num_steps = phase.steps or STEPS_WITHOUT_PLAN
+        pack_flops = training_flops(model_config, pack, use_transv=phase.use_transv, trains_blocks=trains_blocks)
     return PhaseFacts(
         name=name,
         groups=groups,
@@ -194,18 +215,26 @@ def _phase_facts(
             precision=config.precision,
             use_transv=phase.use_transv,
             activation_checkpointing=config.activation_checkpointing,
-            trains_blocks=any("backbone.layers." in name for group in groups for name in group.parameter_names),
+            trains_blocks=trains_blocks,
         ),
+        num_steps=num_steps,
+        flops=pack_flops * num_steps * phase.packs_per_step,
         missing=list(missing),
     )
 
 
-def _plan_facts(config: TrainConfig, name: str, model: TimeViper, store: FeatureStore, tokenizer: object) -> PlanFacts:
+def _plan_facts(
+    config: TrainConfig, name: str, model: TimeViper, store: FeatureStore, tokenizer: object, *, trains_blocks: bool
+) -> PlanFacts:
     prepared = prepare_phase(config, name, model, store, tokenizer, rank=0, world_size=config.workers.num_workers)
     phase, table = prepared.config, prepared.plan.table
     packs = prepared.plan.epoch(0)
     shapes = [_pack_shape(prepared, pack) for pack in packs]
     costs = [sum(tokens_by_layer(model.config, shape, use_transv=phase.use_transv)) for shape in shapes]
+    flops = [
+        training_flops(model.config, shape, use_transv=phase.use_transv, trains_blocks=trains_blocks)
+        for shape in shapes
+    ]
     num_tokens = sum(pack.num_tokens for pack in packs)
     num_ranks = config.workers.num_workers
     return PlanFacts(
@@ -219,6 +248,7 @@ def _plan_facts(config: TrainConfig, name: str, model: TimeViper, store: Feature
         num_dummies_per_step=prepared.feed.num_micro_steps * num_ranks - phase.packs_per_step,
         shares=_shares(phase),
         largest_pack=shapes[int(np.argmax(costs))],
+        mean_pack_flops=float(np.mean(flops)),
     )
 
 
@@ -264,6 +294,14 @@ def _plan_lines(phase: PhaseFacts, config: TrainConfig) -> list[str]:
         f" {plan.num_dummies_per_step} of a step's micro-steps are dummies",
         f"  tokens of an epoch: {plan.text_tokens:,} text; vision before and after each TransV site {vision}",
     ]
+
+
+def _compute_line(phase: PhaseFacts) -> str:
+    what = "" if phase.plan is not None else " of full packs of text"
+    return (
+        f"  compute: {phase.flops:.3g} FLOPs in {phase.num_steps:,} steps{what},"
+        f" {gpu_hours(phase.flops):,.1f} GPU-hours at {ASSUMED_MFU:.0%} of an H100's {PEAK_FLOPS / 1e12:.0f} TFLOP/s"
+    )
 
 
 def _memory_lines(phase: PhaseFacts, config: TrainConfig) -> list[str]:

@@ -15,6 +15,7 @@ from timeviper_model.batch import PackedBatch
 from timeviper_platform.training.collate import batch_bytes, collate, dummy_batch
 from timeviper_platform.training.plan import Pack, PackPlan, PlanPosition, assign_packs
 from timeviper_platform.training.prefetch import Prefetcher
+from timeviper_platform.training.sample_table import sample_sizes
 from timeviper_platform.training.samples import BuiltSample, Reject, SampleBuilder, SampleRows
 
 
@@ -151,7 +152,7 @@ class Feed:
         rows = [self._rows[int(self._plan.table.rows[entry])] for entry in pack.entries]
         shape = self._shape
         batch, wrong = collate(
-            [self._build(row) for row in rows],
+            [self._build(row, entry) for row, entry in zip(rows, pack.entries, strict=True)],
             self._builder.store,
             shape.dim,
             pad_to=shape.pad_to,
@@ -167,12 +168,24 @@ class Feed:
             return MicroBatch(dummy, is_dummy=True)
         return MicroBatch(batch, is_dummy=False, pack=number, sample_ids=sample_ids)
 
-    def _build(self, row: dict[str, Any]) -> BuiltSample:
+    def _build(self, row: dict[str, Any], entry: int) -> BuiltSample:
+        """The row's sample, held against the plan.
+
+        Raises:
+            RuntimeError: when it is not what was planned with.
+        """
         item: BuiltSample | Reject = self._builder.build(row)
+        planned = self._plan.table.sizes(entry)
         if isinstance(item, Reject):
             raise RuntimeError(
                 f"sample {item.sample_id} was usable when the plan was made and is not now: {item.detail};"
                 " the samples or the feature store changed under the run"
+            )
+        if sample_sizes(item) != planned:
+            raise RuntimeError(
+                f"sample {row['sample_id']} has (tokens, vision tokens, frames, targets) {sample_sizes(item)}, planned"
+                f" were {planned}: the samples or the feature store changed under the run, or the folder of kept sizes,"
+                " sample-tables beside the runs, is another release's and must be removed"
             )
         return item
 

@@ -29,7 +29,8 @@ from timeviper_platform.training.failures import Wishes, no_wishes
 from timeviper_platform.training.metrics import MetricsWriter, next_attempt, phase_report, read_metrics
 from timeviper_platform.training.phase import Phase, adapt, first_model, load_weights, prepare_phase
 from timeviper_platform.training.phase_run import OnCheckpoint, PhaseRun
-from timeviper_platform.training.samples import Reject, count_rejects
+from timeviper_platform.training.sample_table import MeasureTogether, count_rejects
+from timeviper_platform.training.samples import Reject
 from timeviper_platform.training.trackers import Tracker, open_trackers
 from timeviper_platform.training.zero import DTYPES
 
@@ -40,6 +41,8 @@ CURVES_FILE = "curves.svg"
 REJECTS_FOLDER = "rejects"
 WEIGHTS_FOLDER = "weights"
 CHECKPOINTS_FOLDER = "checkpoints"
+TABLES_FOLDER = "sample-tables"
+"""beside the runs, as many runs read the same mixture"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,6 +169,7 @@ class _Run:
             self._tokenizer,
             rank=self._rank,
             world_size=dist.get_world_size(),
+            measure=MeasureTogether(storage.join_uri(self._config.runs, TABLES_FOLDER)),
         )
         phase.model.gradient_checkpointing = self._config.activation_checkpointing
         dtype = DTYPES[self._config.precision]

@@ -76,14 +76,20 @@ def state_bytes(sizes: ModelSizes, *, zero_stage: int, world_size: int, precisio
 
 def tokens_by_layer(config: TimeViperConfig, pack: PackShape, *, use_transv: bool) -> list[int]:
     """Tokens that each block sees of a pack."""
+    num_text = pack.num_tokens - sum(pack.vision_counts)
+    return [num_text + sum(present) for present in vision_by_layer(config, pack, use_transv=use_transv)]
+
+
+def vision_by_layer(config: TimeViperConfig, pack: PackShape, *, use_transv: bool) -> list[list[int]]:
+    """Vision tokens of each sample that each block sees."""
     sites = {site.layer: site for site in config.transv} if use_transv else {}
-    present, num_tokens = list(pack.vision_counts), []
+    present, by_layer = list(pack.vision_counts), []
     for layer in range(config.text.num_hidden_layers):
         if layer in sites:
             keep = sites[layer].keep
             present = [num_kept(n, here, keep) for n, here in zip(pack.vision_counts, present, strict=True)]
-        num_tokens.append(pack.num_tokens - sum(pack.vision_counts) + sum(present))
-    return num_tokens
+        by_layer.append(present)
+    return by_layer
 
 
 def activation_bytes(

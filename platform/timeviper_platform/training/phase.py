@@ -26,13 +26,8 @@ from timeviper_platform.training.config import InitConfig, PhaseConfig, TrainCon
 from timeviper_platform.training.feed import Feed, FeedShape
 from timeviper_platform.training.parameters import ParameterGroup, describe_groups, resolve_groups
 from timeviper_platform.training.plan import PackPlan
-from timeviper_platform.training.samples import (
-    Reject,
-    SampleBuilder,
-    SampleRows,
-    count_rejects,
-    measure_samples,
-)
+from timeviper_platform.training.sample_table import Measure, count_rejects, measure_samples
+from timeviper_platform.training.samples import Reject, SampleBuilder, SampleRows
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +60,19 @@ def prepare_phase(
     *,
     rank: int,
     world_size: int,
+    measure: Measure = measure_samples,
 ) -> Phase:
     """The phase `name` of `config`, on a model that `adapt` has seen and that has (or will load) its weights.
+
+    Args:
+        config: the run.
+        name: of the phase.
+        model: what is trained.
+        store: of the features.
+        tokenizer: a transformers fast tokenizer.
+        rank: whose share of each step the feed reads.
+        world_size: how many share a step.
+        measure: how the samples' sizes are come by.
 
     Raises:
         ValueError: when samples, feature store, tokenizer, model and configuration do not fit together.
@@ -75,15 +81,13 @@ def prepare_phase(
     _check_tokenizer(tokenizer, model.config)
     builder = SampleBuilder(store, tokenizer, model.config.chat_template, phase.frames)
     rows = SampleRows.read(phase.samples)
-    table, rejects = measure_samples(
-        rows, builder, max_tokens=phase.packing.max_tokens, max_frames=phase.packing.max_frames
-    )
+    table, rejects = measure(rows, builder, max_tokens=phase.packing.max_tokens, max_frames=phase.packing.max_frames)
     plan = PackPlan(table, phase.packing, config.seed)
     num_steps = phase.steps or plan.num_steps(phase.packs_per_step, phase.epochs or 1)
     groups = phase_groups(model, phase)
     shape = _feed_shape(phase, model.config, tokenizer)
     feed = Feed(plan, rows, builder, shape, rank=rank, world_size=world_size)
-    held_out, num_held_out_steps = _held_out(phase, builder, shape, rank=rank, world_size=world_size)
+    held_out, num_held_out_steps = _held_out(phase, builder, shape, measure, rank=rank, world_size=world_size)
     logger.info(
         "phase %s: %d samples, %d rejects %s, %d packs in the first epoch, %d steps of %d packs",
         *(name, len(table), len(rejects), count_rejects(rejects), len(plan.epoch(0))),
@@ -111,14 +115,14 @@ def prepare_phase(
 
 
 def _held_out(
-    phase: PhaseConfig, builder: SampleBuilder, shape: FeedShape, *, rank: int, world_size: int
+    phase: PhaseConfig, builder: SampleBuilder, shape: FeedShape, measure: Measure, *, rank: int, world_size: int
 ) -> tuple[Feed | None, int]:
     """The feed of the held-out samples and its steps; their order matters to nothing, so the seed is 0."""
     if phase.held_out is None:
         return None, 0
     rows = SampleRows.read(phase.held_out.samples)
     caps = phase.packing
-    table, rejects = measure_samples(rows, builder, max_tokens=caps.max_tokens, max_frames=caps.max_frames)
+    table, rejects = measure(rows, builder, max_tokens=caps.max_tokens, max_frames=caps.max_frames)
     plan = PackPlan(table, caps, seed=0)
     logger.info("held out: %d samples, rejects %s", len(table), count_rejects(rejects))
     feed = Feed(plan, rows, builder, replace(shape, num_epochs=1), rank=rank, world_size=world_size)
@@ -177,6 +181,8 @@ def first_model_config(init: InitConfig, store: FeatureStore, encoder: str | Non
     if not storage.exists(file):
         raise ValueError(f"{file} does not exist; a weights folder is what a phase or jobs/export.py writes")
     config = config_from_dict(storage.read_json(file), where=file)
+    if init.preset is not None and config.text != init.model_config().text:
+        raise ValueError(f"the weights {init.weights} have other sizes than the preset {init.preset!r}; leave it out")
     _check_same_vision(config.vision, vision_of(store, config.vision, encoder), init.weights)
     return config
 

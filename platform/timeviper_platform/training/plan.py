@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from timeviper_platform.training.samples import SampleTable
+from timeviper_platform.training.sample_table import SampleTable
 
 PLAN_VERSION = 1
 """Raise it whenever the same inputs give other packs: a resumed run then refuses instead of mixing two orders."""

@@ -1,16 +1,16 @@
 """SAMPLES tables joined with a feature store: each row becomes a tokenised Sample and the frames it takes.
 
 Knows Parquet, the SAMPLES schema, conversations and which frames a sample takes. Reads the store's index and never its
-features; does not know packs, steps or ranks. A row that cannot be used is a counted reject with a reason, and
-no other row takes its place.
+features; does not know packs, steps or ranks, nor what the rows' sizes are for (sample_table.py). A row that cannot be
+used is a counted reject with a reason, and no other row takes its place.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
@@ -97,11 +97,13 @@ class SampleRows:
     Args:
         table: SAMPLES rows.
         weights: (num_rows,) how often an epoch shows each row.
+        digest: hash of the files and weights that they come from.
     """
 
-    def __init__(self, table: pa.Table, weights: np.ndarray) -> None:
+    def __init__(self, table: pa.Table, weights: np.ndarray, digest: str) -> None:
         self._table = table
         self.weights = weights
+        self.digest = digest
 
     @classmethod
     def read(cls, sources: Sequence[SourceConfig]) -> SampleRows:
@@ -111,12 +113,14 @@ class SampleRows:
             ValueError: when a file is missing, is not a SAMPLES file, or there is no row at all.
         """
         tables, weights = [], []
+        digest = hashlib.sha256()
         for source in sources:
-            table = pa.concat_tables([_read_file(uri) for uri in _source_files(source.uri)])
-            tables.append(table)
-            own = table["weight"].fill_null(1.0).to_numpy()
-            weights.append(own * source.weight)
-        rows = cls(pa.concat_tables(tables).combine_chunks(), np.concatenate(weights))
+            for uri in _source_files(source.uri):
+                data = storage.read_bytes(uri)
+                digest.update(f"{hashlib.sha256(data).hexdigest()} {source.weight!r}\n".encode())
+                tables.append(_parse_file(data, uri))
+                weights.append(tables[-1]["weight"].fill_null(1.0).to_numpy() * source.weight)
+        rows = cls(pa.concat_tables(tables).combine_chunks(), np.concatenate(weights), digest.hexdigest())
         if len(rows) == 0:
             raise ValueError(f"the samples {[source.uri for source in sources]} hold no rows")
         return rows
@@ -125,8 +129,18 @@ class SampleRows:
         return int(self._table.num_rows)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        values: dict[str, Any] = self._table.slice(row, 1).to_pylist()[0]
+        return self.block(row, 1)[0]
+
+    def block(self, start: int, count: int) -> list[dict[str, Any]]:
+        """`count` rows from `start` on, fewer at the end."""
+        values: list[dict[str, Any]] = self._table.slice(start, count).to_pylist()
         return values
+
+    def sample_ids(self, numbers: np.ndarray) -> list[str]:
+        """The ids of the rows with these numbers, which ascend and lie near each other."""
+        first = int(numbers[0])
+        ids = self._table["sample_id"].slice(first, int(numbers[-1]) - first + 1).to_pylist()
+        return [ids[number - first] for number in numbers.tolist()]
 
 
 class SampleBuilder:
@@ -165,6 +179,16 @@ class SampleBuilder:
             return Reject(row["sample_id"], "no_targets", "the conversation has no answer to learn from")
         return BuiltSample(sample, media)
 
+    def digest(self) -> str:
+        """Hash of all that the sizes of a row's sample depend on, besides the row."""
+        parts = {
+            "tokenizer": self._tokenizer.digest(),
+            "template": asdict(self._template),
+            "frames": asdict(self._frames),
+            "store": [self.store.recipe_hash, self.store.index_digest()],
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
     def _select(self, item: dict[str, Any]) -> MediaFrames | tuple[RejectReason, str]:
         media_id, start, end = item["media_id"], item["start_seconds"], item["end_seconds"]
         if media_id not in self.store:
@@ -194,82 +218,9 @@ class SampleBuilder:
         return [*turns[:first], Turn(role="user", text=sentence + turns[first].text), *turns[first + 1 :]]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SampleTable:
-    """Sizes of the usable rows, all that a pack plan needs; arrays have one entry a usable row."""
-
-    rows: np.ndarray
-    """row numbers in SampleRows"""
-    weights: np.ndarray
-    num_tokens: np.ndarray
-    """text and vision"""
-    num_vision_tokens: np.ndarray
-    num_frames: np.ndarray
-    num_targets: np.ndarray
-    """labelled positions"""
-    fingerprint: str
-    """hash of every usable row's id, weight and sizes"""
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-
-def measure_samples(
-    rows: SampleRows, builder: SampleBuilder, *, max_tokens: int, max_frames: int | None
-) -> tuple[SampleTable, list[Reject]]:
-    """Sizes of the rows that can be used under these caps of one pack, and the rejects.
-
-    Raises:
-        ValueError: when no row is left, with the counts by reason.
-    """
-    usable: list[tuple[int, int, int, int, int]] = []
-    rejects: list[Reject] = []
-    digest = hashlib.sha256()
-    for number in range(len(rows)):
-        if rows.weights[number] == 0:
-            continue
-        row = rows[number]
-        built = builder.build(row)
-        if isinstance(built, BuiltSample):
-            built = _within_caps(row["sample_id"], built, max_tokens, max_frames)
-        if isinstance(built, Reject):
-            rejects.append(built)
-            continue
-        sample = built.sample
-        num_targets = sum(label != IGNORE_INDEX for label in sample.labels)
-        usable.append((number, len(sample), sample.num_vision_tokens, built.num_frames, num_targets))
-        digest.update(f"{row['sample_id']}\t{rows.weights[number]!r}\t{usable[-1][1:]}\n".encode())
-    if not usable:
-        raise ValueError(f"none of {len(rows)} samples can be used: {count_rejects(rejects) or 'every weight is 0'}")
-    columns = np.array(usable, dtype=np.int64).T
-    table = SampleTable(
-        rows=columns[0],
-        weights=rows.weights[columns[0]],
-        num_tokens=columns[1],
-        num_vision_tokens=columns[2],
-        num_frames=columns[3],
-        num_targets=columns[4],
-        fingerprint=digest.hexdigest(),
-    )
-    return table, rejects
-
-
 def missing_sources(sources: Sequence[SourceConfig]) -> list[str]:
     """URIs of the sources that have no files."""
     return [source.uri for source in sources if not _existing_files(source.uri)]
-
-
-def count_rejects(rejects: Sequence[Reject]) -> dict[str, int]:
-    """How many rows were left out for each reason."""
-    return dict(sorted(Counter(reject.reason for reject in rejects).items()))
-
-
-def _within_caps(sample_id: str, built: BuiltSample, max_tokens: int, max_frames: int | None) -> BuiltSample | Reject:
-    if len(built.sample) > max_tokens:
-        return Reject(sample_id, "too_long", f"{len(built.sample)} tokens, a pack holds {max_tokens}")
-    if max_frames is not None and built.num_frames > max_frames:
-        return Reject(sample_id, "too_many_frames", f"{built.num_frames} frames, a pack holds {max_frames}")
-    return built
 
 
 def _source_files(uri: str) -> list[str]:
@@ -285,13 +236,11 @@ def _existing_files(uri: str) -> list[str]:
     return storage.list_files(uri, ".parquet")
 
 
-def _read_file(uri: str) -> pa.Table:
-    filesystem, path = storage.split_uri(uri)
-    with filesystem.open(path, "rb") as file:
-        try:
-            table = pq.read_table(file)
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{uri} is not a Parquet file: {error}") from error
+def _parse_file(data: bytes, uri: str) -> pa.Table:
+    try:
+        table = pq.read_table(pa.BufferReader(data))
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{uri} is not a Parquet file: {error}") from error
     schemas.check_version(table.schema, schemas.SAMPLES, source=uri)
     return table.select(schemas.SAMPLES.names).cast(schemas.SAMPLES)
 
@@ -301,6 +250,7 @@ class _MemoTokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         self.pad_token_id = tokenizer.pad_token_id
+        self._tokenizer = tokenizer
 
         @lru_cache(maxsize=MEMO_TEXTS)
         def encode(text: str, split_special_tokens: bool) -> tuple[int, ...]:
@@ -313,3 +263,7 @@ class _MemoTokenizer:
         if add_special_tokens:
             raise ValueError("prompts write their special tokens out")
         return {"input_ids": self._encode(text, split_special_tokens)}
+
+    def digest(self) -> str:
+        """Hash of the tokenizer's rules and vocabulary."""
+        return hashlib.sha256(self._tokenizer.backend_tokenizer.to_str().encode()).hexdigest()

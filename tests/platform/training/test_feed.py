@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,12 +15,12 @@ from timeviper_platform.data.features import FeatureStore
 from timeviper_platform.training.feed import Feed, FeedShape
 from timeviper_platform.training.plan import PackingConfig, PackPlan, PlanPosition
 from timeviper_platform.training.prefetch import Prefetcher
+from timeviper_platform.training.sample_table import measure_samples
 from timeviper_platform.training.samples import (
     FramesConfig,
     SampleBuilder,
     SampleRows,
     SourceConfig,
-    measure_samples,
 )
 
 
@@ -72,6 +73,14 @@ def test_a_feed_goes_on_from_any_step_as_if_it_had_not_stopped(corpus: Corpus) -
             assert torch.equal(a.batch.input_ids, b.batch.input_ids)
             assert torch.equal(a.batch.vision_features, b.batch.vision_features)
     assert whole[-1].end.epoch > 0  # the walk crossed an epoch
+
+
+def test_a_sample_of_another_size_than_planned_ends_the_feed(corpus: Corpus) -> None:
+    feed = make_feed(corpus, rank=0, world_size=1)
+    planned = feed._plan.table.num_targets
+    np.add(planned, 1, out=planned)
+    with pytest.raises(RuntimeError, match=r"sample sample-\d+ has .* planned were .*sample-tables beside the runs"):
+        next(feed.steps(PlanPosition(0, 0), 0, 1))
 
 
 def test_padding_and_fill_are_counted(corpus: Corpus) -> None:

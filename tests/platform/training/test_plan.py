@@ -15,7 +15,7 @@ from timeviper_platform.training.plan import (
     epoch_order,
     pack_best_fit,
 )
-from timeviper_platform.training.samples import SampleTable
+from timeviper_platform.training.sample_table import SampleTable
 
 
 def table_of(num_tokens: np.ndarray, *, weights: np.ndarray | None = None, frames: int = 1) -> SampleTable:

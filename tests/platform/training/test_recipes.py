@@ -8,22 +8,47 @@ import pytest
 import torch
 
 from reference.training_corpus import Corpus, make_corpus
-from timeviper_model.config import PRESETS
+from timeviper_model.config import PRESETS, Qwen2Config
 from timeviper_model.timeviper import TimeViper
 from timeviper_model.weights import from_pretrained, load_tokenizer, save_pretrained
 from timeviper_platform.config import load_config
-from timeviper_platform.training.config import TrainConfig
+from timeviper_platform.data.features import FeatureStore
+from timeviper_platform.training.config import InitConfig, TrainConfig
 from timeviper_platform.training.dry_run import describe_dry_run, dry_run
 from timeviper_platform.training.local import train_local
 from timeviper_platform.training.loop import RunFolder
+from timeviper_platform.training.phase import first_model_config
 
 CONFIGS = Path(__file__).resolve().parents[3] / "ray_configs"
 RECIPES = {"align.yaml": "align", "instruct.yaml": "instruct", "lora.yaml": "adapt"}
+SOURCES = {
+    "llava-video kinetics webvid sharegpt4video sharegemini moviechat videochat-flash",  # 1.8 M video instructions
+    "llava-onevision-single-image",  # 2.8 M
+    "activitynet coin vitt hirest youcook2",  # 26 K dense captions
+    "didemo ht-step vtg-llm et-bench howto100m timechat timesuite internvid vid2seq time-r1 queryd",  # 250 K grounding
+}
+"""what the paper names (arXiv 2511.16595)"""
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def tiny_weights(corpus: Corpus) -> Path:
+    weights = corpus.folder / "weights"
+    if not weights.exists():
+        model = TimeViper(PRESETS["tiny"])
+        model.init_weights(torch.Generator().manual_seed(0))
+        save_pretrained(model, weights, tokenizer=load_tokenizer(corpus.tokenizer))
+    return weights
+
+
+def test_weights_have_the_sizes_of_the_preset_beside_them(corpus: Corpus) -> None:
+    store, weights = FeatureStore.open(corpus.features), str(tiny_weights(corpus))
+    assert first_model_config(InitConfig(weights=weights, preset="tiny"), store, None).text == PRESETS["tiny"].text
+    with pytest.raises(ValueError, match="have other sizes than the preset '9b'"):
+        first_model_config(InitConfig(weights=weights, preset="9b"), store, None)
 
 
 @pytest.mark.parametrize("name", ["train.yaml", "tiny/train.yaml"])
@@ -44,28 +69,64 @@ def test_a_phase_alone_has_the_numbers_of_the_chain(whole: str, alone: str) -> N
 
 
 def test_a_dry_run_names_every_source_that_is_not_there() -> None:
-    config = load_config(TrainConfig, CONFIGS / "instruct.yaml")
+    # another size alone: the 9b's memory is probed on real blocks, for many seconds
+    config = load_config(TrainConfig, CONFIGS / "instruct.yaml", ["phases.instruct.init.preset=tiny"])
     result = dry_run(config)
     named = [problem for problem in result.problems if "no files at" in problem]
     assert len(named) == len(config.phases["instruct"].samples) == 24
-    assert "no files at /mnt/cluster/timeviper/samples/instruct/queryd" in describe_dry_run(config, result)
+    text = describe_dry_run(config, result)
+    assert "no files at /mnt/cluster/timeviper/samples/instruct/queryd" in text
+    assert "in 1,000 steps of full packs of text" in text
+    assert "GPU-hours at 40%" in text
+
+
+def test_instruct_lists_every_source_of_the_paper() -> None:
+    config = load_config(TrainConfig, CONFIGS / "instruct.yaml")
+    named = {Path(source.uri).name for source in config.phases["instruct"].samples}
+    assert named == {name for group in SOURCES for name in group.split()}
+
+
+def test_the_baseline_differs_from_the_hybrid_in_its_model_alone() -> None:
+    baseline = load_config(TrainConfig, CONFIGS / "qwen.yaml")
+    for name in ("align", "instruct"):
+        hybrid = load_config(TrainConfig, CONFIGS / f"{name}.yaml").phases[name]
+        own = baseline.phases[name]
+        for field in ("samples", "packing", "packs_per_step", "epochs", "frames", "schedule"):
+            assert getattr(own, field) == getattr(hybrid, field)
+        assert own.trainable[0] == hybrid.trainable[0]  # the others are TransV's
+        assert not own.use_transv
+    init = baseline.phases["align"].init
+    assert init is not None
+    assert init.model_config().transv == ()
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_the_tiny_baseline_goes_through_its_phases(corpus: Corpus) -> None:
+    overrides = [
+        f"runs={corpus.folder}/runs",
+        f"feature_store={corpus.features}",
+        f"tokenizer={corpus.tokenizer}",
+        "metrics.tensorboard=false",
+        *(f"phases.{name}.samples=[{{uri: {corpus.samples}}}]" for name in ("language", "align", "instruct")),
+        *(f"phases.{name}.steps=1" for name in ("language", "align", "instruct")),
+    ]
+    config = load_config(TrainConfig, CONFIGS / "tiny" / "qwen.yaml", overrides)
+    assert list(train_local(config)) == ["language", "align", "instruct"]
+    trained = from_pretrained(RunFolder.of(config).weights("instruct")).config
+    assert isinstance(trained.text, Qwen2Config)
+    assert trained.transv == ()
 
 
 @pytest.mark.usefixtures("group_of_one")
 @pytest.mark.parametrize("name", RECIPES)
 def test_tiny_twins_run(corpus: Corpus, name: str) -> None:
-    phase = RECIPES[name]
-    weights = corpus.folder / "weights"
-    if not weights.exists():
-        model = TimeViper(PRESETS["tiny"])
-        model.init_weights(torch.Generator().manual_seed(0))
-        save_pretrained(model, weights, tokenizer=load_tokenizer(corpus.tokenizer))
+    phase, weights = RECIPES[name], tiny_weights(corpus)
     overrides = [
         f"runs={corpus.folder}/runs",
         f"feature_store={corpus.features}",
         f"tokenizer={corpus.tokenizer}",
         f"phases.{phase}.samples=[{{uri: {corpus.samples}}}]",
-        f"phases.{phase}.init={{weights: {weights}}}",
+        f"phases.{phase}.init.weights={weights}",
         f"phases.{phase}.steps=3",
         "metrics.tensorboard=false",
     ]

@@ -274,7 +274,7 @@ def _write_images(images: Sequence[tuple[str, int]], folder: Path, config: Corpu
     num_bytes = 0
     for suffix, number in images:
         rng = np.random.default_rng([config.seed, IMAGE_SEED, number])
-        path = folder / f"{_image_id(number)}.{suffix}"
+        path = folder / f"{image_id(number)}.{suffix}"
         write_image(
             path,
             _image_picture(number),
@@ -308,23 +308,12 @@ def _write_tables(
     everything = [*scenes["train"], *scenes["held_out"]]
     manifest = [{"uri": f"videos/{scene.media_id}.mp4", "media_id": scene.media_id} for scene in everything]
     manifest += [
-        {"uri": f"images/{_image_id(n)}.{'png' if n % 2 else 'jpg'}", "media_id": _image_id(n)}
+        {"uri": f"images/{image_id(n)}.{'png' if n % 2 else 'jpg'}", "media_id": image_id(n)}
         for n in range(config.num_images)
     ]
     _write_rows(root / "manifest.parquet", manifest, schemas.MANIFEST)
     _write_rows(root / "truth.parquet", [_truth(scene) for scene in everything], TRUTH)
-    samples = {
-        "language": _language_samples(config),
-        "align": [
-            sample_row(_image_id(n), image_question(_image_picture(n)), media_id=_image_id(n))
-            for n in range(config.num_images)
-        ],
-        "instruct": [
-            sample_row(f"{scene.media_id}-{n}", question, media_id=scene.media_id)
-            for scene in scenes["train"]
-            for n, question in enumerate(_questions(config, scene, num_which=config.which_per_video))
-        ],
-    }
+    samples = training_samples(config, scenes["train"])
     for name, rows in samples.items():
         _write_rows(root / "samples" / f"{name}.parquet", rows, schemas.SAMPLES)
     questions: dict[str, list[dict[str, Any]]] = {"choice": [], "order": [], "count": [], "grounding": []}
@@ -337,6 +326,22 @@ def _write_tables(
         _write_rows(root / "held_out" / f"{name}.parquet", rows, schemas.QUESTIONS)
     texts = [turn["text"] for rows in samples.values() for row in rows for turn in row["conversation"]]
     return _lengths(samples), _lengths(questions), texts
+
+
+def training_samples(config: CorpusConfig, scenes: Sequence[Scene]) -> dict[str, list[dict[str, Any]]]:
+    """The SAMPLES rows of the three training phases: text alone, pictures, and the videos of `scenes`."""
+    return {
+        "language": _language_samples(config),
+        "align": [
+            sample_row(image_id(n), image_question(_image_picture(n)), media_id=image_id(n))
+            for n in range(config.num_images)
+        ],
+        "instruct": [
+            sample_row(f"{scene.media_id}-{n}", question, media_id=scene.media_id)
+            for scene in scenes
+            for n, question in enumerate(_questions(config, scene, num_which=config.which_per_video))
+        ],
+    }
 
 
 def _language_samples(config: CorpusConfig) -> list[dict[str, Any]]:
@@ -355,7 +360,7 @@ def _language_samples(config: CorpusConfig) -> list[dict[str, Any]]:
     for number in range(config.num_language_samples - len(rows)):
         picture = _image_picture(number)
         prefix = f"{picture}\n"
-        rows.append(sample_row(f"language-{_image_id(number)}", image_question(picture), media_id=None, prefix=prefix))
+        rows.append(sample_row(f"language-{image_id(number)}", image_question(picture), media_id=None, prefix=prefix))
     return rows
 
 
@@ -435,7 +440,8 @@ def _lengths(tables: dict[str, list[dict[str, Any]]]) -> dict[str, int]:
     return {name: len(rows) for name, rows in tables.items()}
 
 
-def _image_id(number: int) -> str:
+def image_id(number: int) -> str:
+    """The media_id of a picture."""
     return f"image-{number:05d}"
 
 

@@ -1,0 +1,1 @@
+"""The `training` suite: fill of packs, cost of steps, checkpoints and data, time to recover."""

@@ -1,0 +1,100 @@
+"""Row group `recovery`: from the SIGKILL of a whole training job to the next step that it had not finished.
+
+The benchmark is what a supervisor is on a cluster: it starts `python -m timeviper_platform.training.local`, kills the
+process, and starts the same command again at once. The time holds Python's start, imports, the plan, the newest
+checkpoint, and the steps since it again.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from timeviper_platform.config import parse_config
+from timeviper_platform.data.synthetic.corpus import CorpusConfig
+from timeviper_platform.measure import Row
+from timeviper_platform.training.config import TrainConfig
+from timeviper_platform.training.loop import RunFolder
+from timeviper_platform.training.metrics import read_metrics
+from timeviper_platform.training_benchmark.made import DEMO, make_mixture, run_values, training_command
+
+logger = logging.getLogger(__name__)
+
+COMMAND = "python jobs/benchmark.py training --only recovery"
+SAVE_EVERY = 10
+STEPS_BEFORE_KILL = (13, 17, 15, 19, 16)
+"""finished by an attempt before it is killed, so that steps since the last checkpoint are lost each time"""
+TIMEOUT_S = 300.0
+POLL_S = 0.02
+
+
+def recovery_rows(config: CorpusConfig = DEMO, steps_before_kill: Sequence[int] = STEPS_BEFORE_KILL) -> list[Row]:
+    """The median over the kills."""
+    with tempfile.TemporaryDirectory(prefix="timeviper-benchmark-") as folder:
+        corpus = make_mixture(Path(folder), config)
+        values = run_values(corpus, {"steps": 100_000}, checkpoint={"every_steps": SAVE_EVERY, "keep": 2})
+        file = corpus.folder / "config.yaml"
+        file.write_text(yaml.safe_dump(values))
+        uri = RunFolder.of(parse_config(TrainConfig, values)).uri
+        seconds = kill_and_measure(training_command(file), uri, steps_before_kill)
+    spread = f"{min(seconds):.1f} to {max(seconds):.1f} s"
+    name = f"from SIGKILL of the job to the next new step, saving every {SAVE_EVERY} steps ({spread})"
+    return [Row(name=name, value=statistics.median(seconds), unit="s", bar="<= 20", command=COMMAND)]
+
+
+def kill_and_measure(command: Sequence[str], run_uri: str, steps_before_kill: Sequence[int]) -> list[float]:
+    """Seconds from each kill to the first row of a later step; the process is gone afterwards.
+
+    Args:
+        command: a run that goes on where its newest checkpoint is.
+        run_uri: its folder.
+        steps_before_kill: steps that each attempt finishes before its kill.
+
+    Raises:
+        RuntimeError: when the run ends by itself or makes no steps.
+    """
+    seconds = []
+    process = _start(command)
+    try:
+        last_step = 0
+        for num_steps in steps_before_kill:
+            _wait_for_step(run_uri, last_step + num_steps, process)
+            process.kill()
+            killed = time.monotonic()
+            process.wait()
+            last_step = newest_step(run_uri)
+            process = _start(command)
+            _wait_for_step(run_uri, last_step + 1, process)
+            seconds.append(time.monotonic() - killed)
+            logger.info("killed after step %d, a new step %.1f s later", last_step, seconds[-1])
+    finally:
+        process.kill()
+        process.wait()
+    return seconds
+
+
+def newest_step(run_uri: str) -> int:
+    """The last step of which a row is written; 0 before the first."""
+    rows = read_metrics(run_uri)
+    return int(rows[-1]["global_step"]) if rows else 0
+
+
+def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def _wait_for_step(run_uri: str, step: int, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while newest_step(run_uri) < step:
+        if process.poll() is not None:
+            raise RuntimeError(f"the run {run_uri} ended with {process.returncode} before its step {step}")
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"the run {run_uri} did not reach step {step} within {TIMEOUT_S:.0f} s")
+        time.sleep(POLL_S)
