@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from timeviper_platform.data.benchmark import decode_suite
+from timeviper_platform.data.pipelines_benchmark import pipeline_rows
+from timeviper_platform.data.preprocess_benchmark import ideal_rows
 from timeviper_platform.data.store_benchmark import store_suite
 from timeviper_platform.logs import setup_logging
 from timeviper_platform.measure import Row, format_rows
@@ -86,6 +88,7 @@ SUITES: dict[str, dict[str, Callable[[Path | None], list[Row]]]] = {
     "decode": {"sampling": decode_suite},
     "demo": {"demo": demo_suite},
     "model": {key: lambda film, rows=rows: rows() for key, rows in MODEL_GROUPS.items()},  # type: ignore[misc]
+    "preprocess": {"ideal": ideal_rows, "pipelines": pipeline_rows},
     "store": {"store": lambda film: store_suite()},
 }
 """groups of rows by suite and key; each is given the film, which few measure on"""
