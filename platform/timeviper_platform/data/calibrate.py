@@ -10,7 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from threading import Barrier
@@ -139,27 +139,32 @@ class BusySlots:
             raise ValueError(
                 f"{len(segments)} segments are too few for {self._num_slots} slots; give more or longer media"
             )
-        slots = list(self._pool.map(_keep_busy, units, [seconds] * len(units)))
-        outcomes = [outcome for slot in slots for outcome in slot.outcomes]
-        frames = sum(outcome.num_frames for outcome in outcomes)
-        if not frames:
-            raise RuntimeError(f"not one frame of {segments[0].uri} and its like decodes: {outcomes[0].last_error}")
-        return Calibration(
-            segments=sum(outcome.num_ok + outcome.num_partial for outcome in outcomes),
-            frames=frames,
-            decode_seconds=sum(slot.cpu_share * o.decode_seconds for slot in slots for o in slot.outcomes),
-            encode_seconds=sum(slot.cpu_share * o.encode_seconds for slot in slots for o in slot.outcomes),
-            write_seconds=sum(slot.cpu_share * o.write_seconds for slot in slots for o in slot.outcomes),
-        )
+        work = list(self._pool.map(_keep_busy, units, [seconds] * len(units)))
+        if not any(outcome.num_frames for slot in work for outcome in slot.outcomes):
+            message = work[0].outcomes[0].last_error
+            raise RuntimeError(f"not one frame of {segments[0].uri} and its like decodes: {message}")
+        return cost_of(work)
 
 
 @dataclass(frozen=True, slots=True)
-class _SlotWork:
+class SlotWork:
     """What a slot did while the others were busy too."""
 
     outcomes: list[UnitOutcome]
     cpu_share: float
     """seconds of CPU over seconds: below 1 where the slot waited for a core"""
+
+
+def cost_of(work: Iterable[SlotWork]) -> Calibration:
+    """What the slots did, in seconds of CPU."""
+    done = [(slot.cpu_share, outcome) for slot in work for outcome in slot.outcomes]
+    return Calibration(
+        segments=sum(outcome.num_ok + outcome.num_partial for _, outcome in done),
+        frames=sum(outcome.num_frames for _, outcome in done),
+        decode_seconds=sum(share * outcome.decode_seconds for share, outcome in done),
+        encode_seconds=sum(share * outcome.encode_seconds for share, outcome in done),
+        write_seconds=sum(share * outcome.write_seconds for share, outcome in done),
+    )
 
 
 _slot: tuple[UnitProcessor, Barrier]
@@ -171,7 +176,7 @@ def _start_slot(spec: WorkerSpec, barrier: Barrier) -> None:
     _slot = UnitProcessor(spec), barrier
 
 
-def _keep_busy(unit: Unit, seconds: float) -> _SlotWork:
+def _keep_busy(unit: Unit, seconds: float) -> SlotWork:
     """Does the unit again and again, from when every slot is ready."""
     processor, barrier = _slot
     processor.process(replace(unit, segments=unit.segments[:1]))  # what only a first time costs is no frame's cost
@@ -180,7 +185,7 @@ def _keep_busy(unit: Unit, seconds: float) -> _SlotWork:
     outcomes = [processor.process(unit)]
     while time.perf_counter() - began < seconds:
         outcomes.append(processor.process(unit))
-    return _SlotWork(outcomes, (_cpu_seconds() - cpu_began) / (time.perf_counter() - began))
+    return SlotWork(outcomes, (_cpu_seconds() - cpu_began) / (time.perf_counter() - began))
 
 
 def _cpu_seconds() -> float:

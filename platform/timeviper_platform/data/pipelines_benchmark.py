@@ -7,10 +7,11 @@ lie in one shuffled order. The others are written as well as their documentation
     plain   ray.data.read_videos(fps=1, resize=...) -> map_batches(EncodeFrames) -> write_parquet; decord decodes every
             frame, its stride picks one a second; fractions of CPUs let as many files as cores be read at a time
     Daft    video_frames(sample_interval_seconds=1), a file a task -> a class with a batch method -> write_parquet; its
-            read_video_frames (0.7.26) decodes all files in one thread, and stands still on two cores with several files
+            read_video_frames (0.7.26) decodes all files in one thread, and hangs on two cores with several files
 
-Each writes when it made a frame's features: a rate is that of the middle 60 % between its first and its last, so that no
-start of Ray, of actors or of models is in it. They run in turn, and medians are compared.
+No rate has a start of Ray, of actors or of models in it: ours is the report's, of the middle 60 % of its units' time;
+each other one writes when it made a frame's features, and its rate is that of the middle 60 % between its first and
+its last, with plain reading told to wait until the encoder is up. They run in turn, and medians are compared.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -48,38 +50,59 @@ REPEATS = 3
 READ_CPUS, ENCODE_CPUS, WRITE_CPUS = 0.85, 0.2, 0.1
 """of the plain pipeline, on two cores: two readers, an encoder that waits for them, and the writing, all at once"""
 
-Pipeline = Callable[[Path, Path, EncoderConfig], float]
-"""a folder of pieces, an output folder and the encoder to frames a second in the steady state"""
+
+class Pass(NamedTuple):
+    """One pass of a pipeline over the pieces."""
+
+    frames_per_second: float
+    """in the steady state"""
+    decode_share: float | None = None
+    """of the workers' busy seconds, where they are told"""
+
+
+Pipeline = Callable[[Path, Path, EncoderConfig], Pass]
+"""a folder of pieces, an output folder and the encoder to what came of it"""
 
 
 def pipeline_rows(film: Path | None = None, *, film_seconds: int = FILM_SECONDS, repeats: int = REPEATS) -> list[Row]:
-    """How many times faster ours is than each other on pieces of `film`, or of a made clip.
-
-    Raises:
-        RuntimeError: when a pipeline loses frames.
-    """
-    command = "python jobs/benchmark.py preprocess --only pipelines" + (" --film FILM" if film else "")
+    """How many times faster ours is than each other on pieces of `film`, or of a made clip."""
     controls: dict[str, tuple[Pipeline, str]] = {"a plain Ray Data pipeline": (run_plain, ">= 1.5")}
     if has_daft():
         controls["Daft"] = (run_daft, ">= 1.2")
+    pipelines = {"ours": run_ours, **{name: run for name, (run, _) in controls.items()}}
+    passes: dict[str, list[Pass]] = {name: [] for name in pipelines}
     with tempfile.TemporaryDirectory(prefix="tv-benchmark-") as folder, ray_session():
         root = Path(folder)
         encoder = make_tiny_encoder(root / "encoder")
         pieces = make_pieces(root, film, film_seconds)
-        pipelines = {"ours": run_ours, **{name: run for name, (run, _) in controls.items()}}
-        rates: dict[str, list[float]] = {name: [] for name in pipelines}
         for turn in range(repeats):
             for name, run in pipelines.items():
-                rates[name].append(run(pieces, root / f"{name} {turn}", encoder))
-                logger.info("turn %d of %d, %s: %.1f frames/s", turn + 1, repeats, name, rates[name][-1])
-    text = f"{film.name if film else 'made clip'}, {film_seconds} s in pieces of {PIECE_SECONDS} s"
+                passes[name].append(run(pieces, root / f"{name} {turn}", encoder))
+                logger.info("turn %d of %d, %s: %s", turn + 1, repeats, name, passes[name][-1])
+    media = f"{film.name if film else 'made clip'}, {film_seconds} s in pieces of {PIECE_SECONDS} s"
+    return pipeline_speed_rows(passes, {name: bar for name, (_, bar) in controls.items()}, media, is_made=film is None)
+
+
+def pipeline_speed_rows(passes: dict[str, list[Pass]], bars: dict[str, str], media: str, *, is_made: bool) -> list[Row]:
+    """Ours against each other by medians, and what decoding takes of ours.
+
+    Args:
+        passes: by pipeline, `ours` among them.
+        bars: by the others' names.
+        media: what they worked on, in words.
+        is_made: whether no film was given; the bars are a film's.
+    """
+    command = "python jobs/benchmark.py preprocess --only pipelines" + ("" if is_made else " --film FILM")
+    rates = {name: [one.frames_per_second for one in found] for name, found in passes.items()}
     rows = []
-    for name, (_, bar) in controls.items():
+    for name, bar in bars.items():
         noise = max((max(r) - min(r)) / statistics.median(r) for r in (rates["ours"], rates[name]))
         speedup = statistics.median(rates["ours"]) / statistics.median(rates[name])
-        label = f"preprocessing, times faster than {name} ({text}; median of {repeats}, noise {noise:.0%})"
-        rows.append(Row(name=label, value=speedup, unit="x", bar=bar, command=command))
-    return rows
+        text = f"preprocessing, times faster than {name} ({media}; median of {len(rates[name])}, noise {noise:.0%})"
+        rows.append(Row(name=text, value=speedup, unit="x", bar=None if is_made else bar, command=command))
+    share = statistics.median(one.decode_share or 0.0 for one in passes["ours"])
+    text = f"preprocessing, what decoding takes of the workers' time ({media})"
+    return [*rows, Row(name=text, value=share, unit="", bar=None if is_made else ">= 0.7", command=command)]
 
 
 def make_pieces(root: Path, film: Path | None, film_seconds: int) -> Path:
@@ -133,23 +156,31 @@ def steady_rate_of(moments: Sequence[float]) -> float:
 
     Args:
         moments: when each frame's features were made, in seconds of any clock, in any order.
+
+    Raises:
+        ValueError: when too few batches were made for any to be in the middle.
     """
     ordered = np.sort(np.asarray(moments, dtype=np.float64))
     begin, end = ordered[0], ordered[-1]
     low, high = begin + 0.2 * (end - begin), end - 0.2 * (end - begin)
-    return float(np.count_nonzero((ordered > low) & (ordered <= high)) / max(1e-9, high - low))
+    count = int(np.count_nonzero((ordered > low) & (ordered <= high)))
+    if not count:
+        raise ValueError(
+            f"{len(ordered)} frames at {len(np.unique(ordered))} moments have no steady state; give more film"
+        )
+    return count / float(high - low)
 
 
 # -- ours --------------------------------------------------------------------------------------------------------
 
 
-def run_ours(pieces: Path, output: Path, encoder: EncoderConfig) -> float:
-    """Frames a second of `jobs/preprocess.py`, fused."""
+def run_ours(pieces: Path, output: Path, encoder: EncoderConfig) -> Pass:
+    """`jobs/preprocess.py`, fused."""
     execution = ExecutionConfig(mode="fused", num_workers=os.cpu_count() or 1)
     report = run_preprocess(
         PreprocessConfig(input=str(pieces), output=str(output), encoder=encoder, execution=execution)
     )
-    return report.frames_per_second
+    return Pass(report.frames_per_second, report.stage_seconds["decode"] / sum(report.stage_seconds.values()))
 
 
 # -- Ray Data, plainly -------------------------------------------------------------------------------------------
@@ -172,23 +203,34 @@ class EncodeFrames:
         return {"features": features, "made_at": [time.time()] * len(features)}
 
 
-def run_plain(pieces: Path, output: Path, encoder: EncoderConfig) -> float:
-    """Frames a second of read_videos -> map_batches -> write_parquet."""
+def run_plain(pieces: Path, output: Path, encoder: EncoderConfig) -> Pass:
+    """read_videos -> map_batches -> write_parquet."""
     import ray
 
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    frames = ray.data.read_videos(
-        str(pieces), fps=1, resize=(IMAGE_SIZE, IMAGE_SIZE), include_paths=True, num_cpus=READ_CPUS
-    )
-    features = frames.map_batches(
-        EncodeFrames,
-        fn_constructor_args=(encoder,),
-        batch_size=encoder.encode_batch_frames,
-        compute=ray.data.ActorPoolStrategy(size=1),
-        num_cpus=ENCODE_CPUS,
-    )
-    features.write_parquet(str(output), ray_remote_args={"num_cpus": WRITE_CPUS})
+    with _encoder_first(ray.data.DataContext.get_current()):
+        frames = ray.data.read_videos(
+            str(pieces), fps=1, resize=(IMAGE_SIZE, IMAGE_SIZE), include_paths=True, num_cpus=READ_CPUS
+        )
+        features = frames.map_batches(
+            EncodeFrames,
+            fn_constructor_args=(encoder,),
+            batch_size=encoder.encode_batch_frames,
+            compute=ray.data.ActorPoolStrategy(size=1),
+            num_cpus=ENCODE_CPUS,
+        )
+        features.write_parquet(str(output), ray_remote_args={"num_cpus": WRITE_CPUS})
     return _rate_of(output)
+
+
+@contextmanager
+def _encoder_first(context: Any) -> Iterator[None]:
+    """Nothing is read before the actors are up: else what was read meanwhile counts as read in no time."""
+    before, context.wait_for_min_actors_s = context.wait_for_min_actors_s, 600
+    context.enable_progress_bars = False
+    try:
+        yield
+    finally:
+        context.wait_for_min_actors_s = before
 
 
 # -- Daft --------------------------------------------------------------------------------------------------------
@@ -198,6 +240,7 @@ def has_daft() -> bool:
     """Whether Daft is installed; says how to get it when not."""
     os.environ.setdefault("DO_NOT_TRACK", "true")  # it would report home from its import on
     os.environ.setdefault("DAFT_PROGRESS_BAR", "0")
+    logging.getLogger("tracing").setLevel(logging.WARNING)  # a line for every read of a file
     try:
         import daft  # noqa: F401
     except ImportError:
@@ -209,8 +252,8 @@ def has_daft() -> bool:
     return True
 
 
-def run_daft(pieces: Path, output: Path, encoder: EncoderConfig) -> float:
-    """Frames a second of Daft's own runner, in this process."""
+def run_daft(pieces: Path, output: Path, encoder: EncoderConfig) -> Pass:
+    """Daft's own runner, in this process."""
     import daft
     from daft import DataType, col
     from daft.functions import video_file, video_frames
@@ -238,7 +281,7 @@ def run_daft(pieces: Path, output: Path, encoder: EncoderConfig) -> float:
     return _rate_of(output)
 
 
-def _rate_of(output: Path) -> float:
+def _rate_of(output: Path) -> Pass:
     moments = pa.dataset.dataset(output).to_table(columns=["made_at"])["made_at"].to_numpy()
     logger.info("%s: %d frames in %.1f s from the first", output.name, len(moments), np.ptp(moments))
-    return steady_rate_of(moments)
+    return Pass(steady_rate_of(moments))

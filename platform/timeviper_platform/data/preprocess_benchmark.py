@@ -2,9 +2,9 @@
 
 Knows three kinds of media (24 s clips, one long film, images alone), how long a run on them has to be, and the tiny
 encoder. A frame's cost is measured apart from any run: as many processes as cores, all busy together, without Ray, in
-seconds of CPU, before the runs and behind them (calibrate.py); the cheaper of the two is the ideal. A run's rate is that
-of its steady state, the middle 60 % between its first unit's start and its last one's end: no start of Ray or of actors
-is in it. Other pipelines are in pipelines_benchmark.py.
+seconds of CPU, before the runs and behind them (calibrate.py); the cheaper of the two is the ideal. A run's rate is
+that of its steady state, the middle 60 % between its first unit's start and its last one's end: no start of Ray or of
+actors is in it. Other pipelines are in pipelines_benchmark.py.
 """
 
 from __future__ import annotations
@@ -22,8 +22,15 @@ import numpy as np
 from timeviper_platform.data.benchmark import make_clip
 from timeviper_platform.data.calibrate import BusySlots, Calibration
 from timeviper_platform.data.encode import EncoderConfig, FrameEncoder
-from timeviper_platform.data.graph import ExecutionConfig, ray_session
-from timeviper_platform.data.pipeline import PreprocessConfig, make_recipe, plan_tables, run_preprocess, worker_spec
+from timeviper_platform.data.graph import ExecutionConfig, ray_session, run_on_ray
+from timeviper_platform.data.pipeline import (
+    PreprocessConfig,
+    Runner,
+    make_recipe,
+    plan_tables,
+    run_preprocess,
+    worker_spec,
+)
 from timeviper_platform.data.segments import Segment, segments_of
 from timeviper_platform.data.store_writer import recipe_hash
 from timeviper_platform.data.synthetic.encoder import IMAGE_SIZE, save_encoder, train_encoder
@@ -44,7 +51,7 @@ NUM_CLIPS_TRIED, NUM_IMAGES_TRIED = 32, 1024
 class IdealSizes:
     """How long things are measured."""
 
-    run_seconds: float = 24.0
+    run_seconds: float = 20.0
     """a run at the ideal rate; its steady state is 60 % of it"""
     calibration_seconds: float = 6.0
     clip_seconds: int = CLIP_SECONDS
@@ -62,6 +69,7 @@ class Media:
     """makes that many of them in a folder, at no cost"""
     num_tried: int
     """to calibrate on"""
+    unit: str = "frames/s"
 
 
 def ideal_rows(film: Path | None = None, sizes: IdealSizes | None = None) -> list[Row]:
@@ -70,7 +78,9 @@ def ideal_rows(film: Path | None = None, sizes: IdealSizes | None = None) -> lis
     with tempfile.TemporaryDirectory(prefix="tv-benchmark-") as folder, ray_session():
         root = Path(folder)
         encoder = make_tiny_encoder(root / "encoder")
-        return [row for media in make_media(root, film, sizes) for row in _rows(root, media, encoder, sizes)]
+        command = COMMAND + (" --film FILM" if film else "")
+        kinds = make_media(root, film, sizes)
+        return [row for media in kinds for row in media_rows(root, media, encoder, sizes, command=command)]
 
 
 def make_media(root: Path, film: Path | None, sizes: IdealSizes) -> list[Media]:
@@ -88,11 +98,20 @@ def make_media(root: Path, film: Path | None, sizes: IdealSizes) -> list[Media]:
     return [
         Media(f"{sizes.clip_seconds} s clips", lambda folder, count: link(clip, folder, count), sizes.num_clips_tried),
         Media("one film" + (f", {film.name} repeated" if film else ""), lengthen, 1),
-        Media("images alone", lambda folder, count: link(image, folder, count), sizes.num_images_tried),
+        Media("images alone", lambda folder, count: link(image, folder, count), sizes.num_images_tried, "images/s"),
     ]
 
 
-def _rows(root: Path, media: Media, encoder: EncoderConfig, sizes: IdealSizes) -> list[Row]:
+def media_rows(
+    root: Path,
+    media: Media,
+    encoder: EncoderConfig,
+    sizes: IdealSizes,
+    *,
+    run: Runner = run_on_ray,
+    command: str = COMMAND,
+) -> list[Row]:
+    """Calibrates, runs on as many media as `run_seconds` take at that rate, both ways, and calibrates again."""
     num_cores = os.cpu_count() or 1
     tried = root / f"{media.name}, tried"
     tried.mkdir()
@@ -107,9 +126,11 @@ def _rows(root: Path, media: Media, encoder: EncoderConfig, sizes: IdealSizes) -
         rate = before.ideal_frames_per_second(num_cores, num_cores, is_fused=True, num_cores=num_cores)
         num_frames = sum(segment.num_samples for segment in segments)
         media.grow(whole, max(media.num_tried, round(sizes.run_seconds * rate * media.num_tried / num_frames)))
-        rates = {name: _run(root, whole, encoder, execution) for name, execution in executions(num_cores).items()}
+        rates = {
+            name: media_rate(root, whole, encoder, execution, run) for name, execution in executions(num_cores).items()
+        }
         after = slots.measure(segments, sizes.calibration_seconds)
-    return speed_rows(media.name, rates, before, after, num_cores)
+    return speed_rows(media, rates, (before, after), num_cores=num_cores, command=command)
 
 
 def executions(num_cores: int) -> dict[str, ExecutionConfig]:
@@ -124,31 +145,30 @@ def executions(num_cores: int) -> dict[str, ExecutionConfig]:
 
 
 def speed_rows(
-    name: str, rates: dict[str, float], before: Calibration, after: Calibration, num_cores: int
+    media: Media, rates: dict[str, float], costs: tuple[Calibration, Calibration], *, num_cores: int, command: str
 ) -> list[Row]:
     """Shares of the ideal, rates, and what decoding takes of a frame's cost.
 
     Args:
-        name: of the media.
+        media: what was measured on.
         rates: frames a second in the steady state, by mode.
-        before: measured before the runs.
-        after: measured behind them.
+        costs: measured before the runs, and behind them.
         num_cores: decoders, or fused workers; the split encoder is one.
+        command: the rows'.
     """
     rows = []
     for mode, rate in rates.items():
         slots = (num_cores, num_cores if mode == "fused" else 1)
         ideals = [
-            found.ideal_frames_per_second(*slots, is_fused=mode == "fused", num_cores=num_cores)
-            for found in (before, after)
+            found.ideal_frames_per_second(*slots, is_fused=mode == "fused", num_cores=num_cores) for found in costs
         ]
         noise = abs(ideals[0] - ideals[1]) / max(ideals)
-        text = f"share of the ideal, {mode}, {name} (ideal {max(ideals):.4g} frames/s, noise {noise:.0%})"
-        rows.append(Row(name=text, value=rate / max(ideals), unit="", bar=">= 0.90", command=COMMAND))
-        rows.append(Row(name=f"its rate, {mode}, {name}", value=rate, unit="frames/s", command=COMMAND))
-    total = before.decode_seconds + before.encode_seconds + before.write_seconds
-    share = before.decode_seconds / total
-    rows.append(Row(name=f"what decoding takes of a frame's cost, {name}", value=share, unit="", command=COMMAND))
+        text = f"share of the ideal, {mode}, {media.name} (ideal {max(ideals):.4g} {media.unit}, noise {noise:.0%})"
+        rows.append(Row(name=text, value=rate / max(ideals), unit="", bar=">= 0.90", command=command))
+        rows.append(Row(name=f"its rate, {mode}, {media.name}", value=rate, unit=media.unit, command=command))
+    decode = sum(found.decode_seconds for found in costs)
+    share = decode / (decode + sum(found.encode_seconds + found.write_seconds for found in costs))
+    rows.append(Row(name=f"what decoding takes of a frame's cost, {media.name}", value=share, unit="", command=command))
     for row in rows:
         logger.info("%s: %.4g %s", row.name, row.value, row.unit)
     return rows
@@ -160,10 +180,12 @@ def planned(config: PreprocessConfig, encoder: FrameEncoder) -> list[Segment]:
     return [segment for table in tables for segment in segments_of(table)]
 
 
-def _run(root: Path, media: Path, encoder: EncoderConfig, execution: ExecutionConfig) -> float:
+def media_rate(root: Path, media: Path, encoder: EncoderConfig, execution: ExecutionConfig, run: Runner) -> float:
     """Frames a second in the steady state of a run of its own store."""
     store = root / f"{media.name}, {execution.mode}"
-    report = run_preprocess(PreprocessConfig(input=str(media), output=str(store), encoder=encoder, execution=execution))
+    report = run_preprocess(
+        PreprocessConfig(input=str(media), output=str(store), encoder=encoder, execution=execution), run=run
+    )
     logger.info("\n".join([f"{media.name}, {execution.mode}", *report.lines()]))
     if report.errors:
         raise RuntimeError(
