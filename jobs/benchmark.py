@@ -104,6 +104,13 @@ def _model_groups() -> Groups:
     return {key: lambda film, rows=rows: rows() for key, rows in MODEL_GROUPS.items()}  # type: ignore[misc]
 
 
+def _preprocess_groups() -> Groups:
+    from timeviper_platform.data.pipelines_benchmark import pipeline_rows
+    from timeviper_platform.data.preprocess_benchmark import ideal_rows
+
+    return {"ideal": ideal_rows, "pipelines": pipeline_rows}
+
+
 def _store_groups() -> Groups:
     from timeviper_platform.data.store_benchmark import store_suite
 
@@ -121,6 +128,7 @@ SUITES: dict[str, Callable[[], Groups]] = {
     "demo": lambda: {"demo": demo_suite},
     "gpu": _gpu_groups,
     "model": _model_groups,
+    "preprocess": _preprocess_groups,
     "store": _store_groups,
     "training": _training_groups,
 }

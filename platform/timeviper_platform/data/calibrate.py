@@ -1,21 +1,27 @@
-"""How fast this machine decodes and encodes a few real segments: what an estimate of a run's time is made from.
+"""What a frame costs on this machine: what an estimate of a run's time, and the ideal of a benchmark, are made from.
 
-Knows which segments to try and what a frame costs in each step, in one process with the run's own steps. Does not know
-Ray: what other processes do to each other's speed is not in it.
+Knows which segments to try and what a frame costs in each step, with the run's own steps: in one process (`calibrate`,
+seconds of an idle machine), or in as many as a run has, all busy together (`BusySlots`, seconds of CPU, so that the
+memory they share is in it and what else the machine does is not). Does not know Ray.
 """
 
 from __future__ import annotations
 
+import multiprocessing
+import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from threading import Barrier
 
+import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from timeviper_platform.data.encode import FrameEncoder
-from timeviper_platform.data.segments import Segment, segments_of
-from timeviper_platform.data.steps import SegmentDecoder, SegmentEncoder, WorkerSpec
+from timeviper_platform.data.segments import Segment, Unit, segments_of
+from timeviper_platform.data.steps import SegmentDecoder, SegmentEncoder, UnitOutcome, UnitProcessor, WorkerSpec
 
 MAX_SEGMENTS = 6
 MAX_SECONDS = 20.0
@@ -31,12 +37,24 @@ class Calibration:
     frames: int
     decode_seconds: float
     encode_seconds: float
+    write_seconds: float = 0.0
+    """0 where nothing was written"""
 
     def seconds(self, frames: int, decode_slots: int, encode_slots: int, *, is_fused: bool) -> float:
         """What `frames` take: the slower step alone where the steps have their own workers, else their sum."""
         decode = self.decode_seconds / decode_slots
         encode = self.encode_seconds / encode_slots
-        return frames / self.frames * (decode + encode if is_fused else max(decode, encode))
+        write = self.write_seconds / encode_slots
+        return frames / self.frames * (decode + encode + write if is_fused else max(decode, encode))
+
+    def ideal_frames_per_second(self, decode_slots: int, encode_slots: int, *, is_fused: bool, num_cores: int) -> float:
+        """1 / max(seconds a frame / slots) over the stages, but no more than `num_cores` could do of their sum.
+
+        Example: 9 ms of decoding and 1 ms of encoding, split over two decoders and an encoder on two cores: 200, not
+        the 222 of the decoders alone, since the three share the cores.
+        """
+        cores = self.frames * num_cores / (self.decode_seconds + self.encode_seconds + self.write_seconds)
+        return min(cores, self.frames / self.seconds(self.frames, decode_slots, encode_slots, is_fused=is_fused))
 
 
 class SegmentSample:
@@ -81,3 +99,96 @@ def calibrate(segments: Sequence[Segment], spec: WorkerSpec, encoder: FrameEncod
     return Calibration(
         segments=num_segments, frames=num_frames, decode_seconds=decode_seconds, encode_seconds=encode_seconds
     )
+
+
+class BusySlots:
+    """As many processes as a run has cores, kept for several measurements; each does whole units as a worker does.
+
+    Raises:
+        RuntimeError: from `measure`, when not one frame decodes.
+    """
+
+    def __init__(self, spec: WorkerSpec, num_slots: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._num_slots = num_slots
+        self._folder = tempfile.TemporaryDirectory()  # the files that the slots write are nobody's
+        self._pool = ProcessPoolExecutor(
+            num_slots,
+            mp_context=context,
+            initializer=_start_slot,
+            initargs=(replace(spec, store=self._folder.name), context.Barrier(num_slots)),
+        )
+
+    def __enter__(self) -> BusySlots:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        self._folder.cleanup()
+
+    def measure(self, segments: Sequence[Segment], seconds: float) -> Calibration:
+        """What a frame costs while all slots work: CPU seconds by stage.
+
+        Args:
+            segments: each slot takes consecutive ones, so that a film is walked and not jumped through.
+            seconds: after this no slot begins its segments once more.
+        """
+        share = -(-len(segments) // self._num_slots)
+        units = [Unit(f"slot{n}", tuple(segments[n * share : (n + 1) * share])) for n in range(self._num_slots)]
+        if not all(unit.segments for unit in units):
+            raise ValueError(
+                f"{len(segments)} segments are too few for {self._num_slots} slots; give more or longer media"
+            )
+        work = list(self._pool.map(_keep_busy, units, [seconds] * len(units)))
+        if not any(outcome.num_frames for slot in work for outcome in slot.outcomes):
+            message = work[0].outcomes[0].last_error
+            raise RuntimeError(f"not one frame of {segments[0].uri} and its like decodes: {message}")
+        return cost_of(work)
+
+
+@dataclass(frozen=True, slots=True)
+class SlotWork:
+    """What a slot did while the others were busy too."""
+
+    outcomes: list[UnitOutcome]
+    cpu_share: float
+    """seconds of CPU over seconds: below 1 where the slot waited for a core"""
+
+
+def cost_of(work: Iterable[SlotWork]) -> Calibration:
+    """What the slots did, in seconds of CPU."""
+    done = [(slot.cpu_share, outcome) for slot in work for outcome in slot.outcomes]
+    return Calibration(
+        segments=sum(outcome.num_ok + outcome.num_partial for _, outcome in done),
+        frames=sum(outcome.num_frames for _, outcome in done),
+        decode_seconds=sum(share * outcome.decode_seconds for share, outcome in done),
+        encode_seconds=sum(share * outcome.encode_seconds for share, outcome in done),
+        write_seconds=sum(share * outcome.write_seconds for share, outcome in done),
+    )
+
+
+_slot: tuple[UnitProcessor, Barrier]
+"""of this process, when it is a slot"""
+
+
+def _start_slot(spec: WorkerSpec, barrier: Barrier) -> None:
+    global _slot
+    _slot = UnitProcessor(spec), barrier
+
+
+def _keep_busy(unit: Unit, seconds: float) -> SlotWork:
+    """Does the unit again and again, from when every slot is ready."""
+    processor, barrier = _slot
+    processor.process(replace(unit, segments=unit.segments[:1]))  # what only a first time costs is no frame's cost
+    barrier.wait(timeout=300)
+    began, cpu_began = time.perf_counter(), _cpu_seconds()
+    outcomes = [processor.process(unit)]
+    while time.perf_counter() - began < seconds:
+        outcomes.append(processor.process(unit))
+    return SlotWork(outcomes, (_cpu_seconds() - cpu_began) / (time.perf_counter() - began))
+
+
+def _cpu_seconds() -> float:
+    """Of this process and its children, such as one that decodes for it."""
+    process = psutil.Process()
+    return float(sum(sum(p.cpu_times()[:4]) for p in (process, *process.children(recursive=True))))

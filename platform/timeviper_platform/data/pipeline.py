@@ -119,7 +119,7 @@ def run_preprocess(config: PreprocessConfig, *, run: Runner = run_on_ray) -> Pre
         *(plan.num_media, len(plan.segments), len(plan.missing), plan.counts.errors.total()),
     )
     clock.lap("plan")
-    spec = _worker_spec(config, encoder, digest)
+    spec = worker_spec(config, encoder, digest)
     del encoder  # the workers have their own
     outcomes = _run(plan, spec, config.execution, run) if plan.missing else []
     if outcomes:
@@ -148,7 +148,7 @@ def estimate(config: PreprocessConfig) -> Estimate:
         sample.add(table.filter(pa.array(is_missing)))
     frames = counts.frames_missing
     rate = _last_rate(config.output)
-    calibration = calibrate(sample.segments, _worker_spec(config, encoder, digest), encoder)
+    calibration = calibrate(sample.segments, worker_spec(config, encoder, digest), encoder)
     slots = worker_slots(config.execution)
     is_fused = config.execution.mode == "fused"
     return Estimate(
@@ -178,7 +178,8 @@ def plan_tables(config: PreprocessConfig, digest: str) -> Iterator[pa.Table]:
     return plan_pages(read_pages(config.input), spec)
 
 
-def _worker_spec(config: PreprocessConfig, encoder: FrameEncoder, digest: str) -> WorkerSpec:
+def worker_spec(config: PreprocessConfig, encoder: FrameEncoder, digest: str) -> WorkerSpec:
+    """What the workers of a run are told."""
     return WorkerSpec(
         store=config.output,
         recipe_hash=digest,

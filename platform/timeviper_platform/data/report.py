@@ -58,7 +58,9 @@ class PreprocessReport:
     utilisation: dict[str, float]
     """busy seconds of a stage's workers over the seconds they had, from the first unit's start to the last one's end"""
     ideal_frames_per_second: float
-    """1 / max(seconds a frame / workers) over the stages, at the costs measured in the workers while all were busy"""
+    """1 / max(seconds a frame / workers) over the stages, at the costs measured in this run's workers while all were
+    busy. A wait for a core counts as cost: on a machine that does other things too, the share flatters.
+    `jobs/benchmark.py preprocess` measures costs apart."""
     share_of_ideal: float
     """frames_per_second over that"""
     cores_per_encoder: float

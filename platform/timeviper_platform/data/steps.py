@@ -11,7 +11,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 
 import numpy as np
@@ -172,7 +172,7 @@ class SegmentEncoder:
         segment, frames, error = entry.decoded.segment, entry.decoded.frames, entry.decoded.error
         times = segment.times(self._fps)
         row: Row = {
-            **{k: v for k, v in asdict(segment).items() if k not in _PLAN_ONLY},
+            **{name: getattr(segment, name) for name in _SHARED_FIELDS},
             "start_seconds": float(times[0]),
             "end_seconds": float(times[-1] + 1 / self._fps),
             "num_frames": entry.num_frames,
@@ -211,7 +211,10 @@ class SegmentEncoder:
         }
 
 
-_PLAN_ONLY = frozenset({"grid_start_seconds", "first_sample", "num_samples"})
+_SHARED_FIELDS = tuple(
+    field.name for field in fields(Segment) if field.name not in ("grid_start_seconds", "first_sample", "num_samples")
+)
+"""of PLAN and FEATURES rows; `asdict` would copy every value, which an image's row feels"""
 
 
 class UnitProcessor:

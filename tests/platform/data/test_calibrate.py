@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
 from reference.made_media import make_encoder, make_video
-from timeviper_platform.data.calibrate import Calibration, SegmentSample, calibrate
+from reference.made_outcome import made_outcome
+from timeviper_platform.data.calibrate import BusySlots, Calibration, SegmentSample, SlotWork, calibrate, cost_of
 from timeviper_platform.data.encode import EncoderConfig, FrameEncoder
 from timeviper_platform.data.manifest import MediaItem
 from timeviper_platform.data.media import MediaLimits
 from timeviper_platform.data.segment_frames import DecodeConfig
-from timeviper_platform.data.segments import PlanSpec, plan_page
+from timeviper_platform.data.segments import PlanSpec, plan_page, segments_of
 from timeviper_platform.data.steps import WorkerSpec
 
 
@@ -22,6 +24,57 @@ def test_time_is_the_sum_of_fused_steps_and_the_slower_of_split_ones() -> None:
     assert measured.seconds(100, 2, 2, is_fused=True) == pytest.approx(25)
     assert measured.seconds(100, 2, 1, is_fused=False) == pytest.approx(20)
     assert measured.seconds(100, 8, 1, is_fused=False) == pytest.approx(10)
+
+
+def test_the_ideal_is_that_of_the_slowest_stage_and_never_more_than_the_cores_can_do() -> None:
+    measured = Calibration(segments=1, frames=100, decode_seconds=0.7, encode_seconds=0.2, write_seconds=0.1)
+    assert measured.ideal_frames_per_second(2, 2, is_fused=True, num_cores=2) == pytest.approx(200)
+    assert measured.ideal_frames_per_second(1, 1, is_fused=False, num_cores=2) == pytest.approx(100 / 0.7)
+    assert measured.ideal_frames_per_second(2, 1, is_fused=False, num_cores=2) == pytest.approx(200)  # not 100 / 0.35
+    assert measured.ideal_frames_per_second(8, 1, is_fused=False, num_cores=9) == pytest.approx(500)  # the encoder
+
+
+def test_a_wait_for_a_core_is_no_frames_cost() -> None:
+    waited, alone = (SlotWork([made_outcome(num_frames=10)], cpu_share) for cpu_share in (0.5, 1.0))
+    found = cost_of([waited, alone])  # 6 + 3 + 1 s of each slot's wall time
+    assert found.frames == 20
+    assert (found.decode_seconds, found.encode_seconds, found.write_seconds) == (9.0, 4.5, 1.5)
+
+
+def test_busy_slots_do_all_segments_together_and_leave_nothing(tmp_path: Path) -> None:
+    encoder = EncoderConfig(
+        encoder=str(make_encoder(tmp_path / "encoder")), num_tokens_per_frame=4, merge_heads=4, encode_batch_frames=8
+    )
+    for number in range(4):
+        make_video(tmp_path / f"{number}.mp4", range(8 * (1 + number)))
+    items = [MediaItem(str(tmp_path / f"{number}.mp4"), str(number)) for number in range(4)]
+    segments = [s for table in plan_page(items, PlanSpec(fps=Fraction(1), recipe_hash="r")) for s in segments_of(table)]
+    before = {path.name for path in tmp_path.iterdir()}
+    with BusySlots(made_spec(encoder, image_size=32, store=str(tmp_path / "store")), 2) as slots:
+        found = slots.measure(segments, seconds=0.0)
+        with pytest.raises(ValueError, match="1 segments are too few for 2 slots"):
+            slots.measure(segments[:1], seconds=0.0)
+        gone = [replace(segment, uri="/nowhere/0.mp4") for segment in segments]
+        with pytest.raises(
+            RuntimeError, match=r"not one frame of /nowhere/0\.mp4 and its like decodes: .*no such file"
+        ):
+            slots.measure(gone, seconds=0.0)
+    assert (found.segments, found.frames) == (4, 1 + 2 + 3 + 4)
+    assert min(found.decode_seconds, found.encode_seconds, found.write_seconds) > 0
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+
+def made_spec(encoder: EncoderConfig, *, image_size: int, store: str = "") -> WorkerSpec:
+    return WorkerSpec(
+        store=store,
+        recipe_hash="r",
+        encoder=encoder,
+        image_size=image_size,
+        fps=Fraction(1),
+        decode=DecodeConfig(),
+        limits=MediaLimits(),
+        num_threads=1,
+    )
 
 
 def test_a_few_segments_are_tried_and_broken_ones_are_not_counted(tmp_path: Path) -> None:
@@ -37,16 +90,7 @@ def test_a_few_segments_are_tried_and_broken_ones_are_not_counted(tmp_path: Path
     chosen = [segment.segment_id for segment in sample.segments]
     assert chosen == sorted(table["segment_id"][0].as_py() for table in tables)[:4]
     encoder = FrameEncoder(config)
-    worker = WorkerSpec(
-        store="",
-        recipe_hash="r",
-        encoder=config,
-        image_size=encoder.image_size,
-        fps=Fraction(1),
-        decode=DecodeConfig(),
-        limits=MediaLimits(),
-        num_threads=1,
-    )
+    worker = made_spec(config, image_size=encoder.image_size)
     found = calibrate(sample.segments, worker, encoder)
     assert found is not None
     assert (found.segments, found.frames) == (4, sum(segment.num_samples for segment in sample.segments))

@@ -6,17 +6,8 @@ from dataclasses import replace
 
 import pytest
 
+from reference.made_outcome import made_outcome
 from timeviper_platform.data.report import FailureFuse, measure_speed, steady_rate
-from timeviper_platform.data.steps import UnitOutcome
-
-
-def made_outcome(**changes: object) -> UnitOutcome:
-    outcome = UnitOutcome(
-        unit="u", num_frames=100, num_ok=2, num_partial=0, num_error=0, error_types=[], media=[], reasons=[],
-        last_error="", feature_bytes=0, decode_seconds=6.0, encode_seconds=3.0, write_seconds=1.0, started=0.0,
-        ended=10.0, retries=0, decoder="a", encoder="a", worker="a",
-    )  # fmt: skip
-    return replace(outcome, **changes)  # type: ignore[arg-type]
 
 
 def test_fused_workers_are_held_against_all_of_a_frames_costs() -> None:

@@ -1,0 +1,234 @@
+"""The `preprocess` suite, group `ideal`: how near a run comes to what its own costs allow, fused and split.
+
+Knows three kinds of media (24 s clips, one long film, images alone), how long a run on them has to be, and the tiny
+encoder. A frame's cost is measured apart from any run: as many processes as cores, all busy together, without Ray, in
+seconds of CPU, before the runs and behind them (calibrate.py); the cheaper of the two is the ideal. A run's rate is
+that of its steady state, the middle 60 % between its first unit's start and its last one's end: no start of Ray or of
+actors is in it. Other pipelines are in pipelines_benchmark.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+
+from timeviper_platform.data.benchmark import make_clip
+from timeviper_platform.data.calibrate import BusySlots, Calibration
+from timeviper_platform.data.encode import EncoderConfig, FrameEncoder
+from timeviper_platform.data.graph import ExecutionConfig, ray_session, run_on_ray
+from timeviper_platform.data.pipeline import (
+    PreprocessConfig,
+    Runner,
+    make_recipe,
+    plan_tables,
+    run_preprocess,
+    worker_spec,
+)
+from timeviper_platform.data.segments import Segment, segments_of
+from timeviper_platform.data.store_writer import recipe_hash
+from timeviper_platform.data.synthetic.encoder import IMAGE_SIZE, save_encoder, train_encoder
+from timeviper_platform.measure import Row
+
+logger = logging.getLogger(__name__)
+
+COMMAND = "python jobs/benchmark.py preprocess --only ideal"
+CLIP_SECONDS = 24
+FILM_SECONDS = 10 * 60
+"""of the base of the made film; a run's film is as many times as long as it takes"""
+JPEG_QUALITY = 90
+NUM_CLIPS_TRIED, NUM_IMAGES_TRIED = 32, 1024
+"""media that are calibrated on; at 1 fps they are about as many frames as FILM_SECONDS"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IdealSizes:
+    """How long things are measured."""
+
+    run_seconds: float = 20.0
+    """a run at the ideal rate; its steady state is 60 % of it"""
+    calibration_seconds: float = 6.0
+    clip_seconds: int = CLIP_SECONDS
+    film_seconds: int = FILM_SECONDS
+    num_clips_tried: int = NUM_CLIPS_TRIED
+    num_images_tried: int = NUM_IMAGES_TRIED
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """Media of one kind, as many as are asked for."""
+
+    name: str
+    grow: Callable[[Path, int], None]
+    """makes that many of them in a folder, at no cost"""
+    num_tried: int
+    """to calibrate on"""
+    unit: str = "frames/s"
+
+
+def ideal_rows(film: Path | None = None, sizes: IdealSizes | None = None) -> list[Row]:
+    """Rows for clips, a film (`film` or a made one, as often as it takes) and images, each fused and split."""
+    sizes = sizes or IdealSizes()
+    with tempfile.TemporaryDirectory(prefix="tv-benchmark-") as folder, ray_session():
+        root = Path(folder)
+        encoder = make_tiny_encoder(root / "encoder")
+        command = COMMAND + (" --film FILM" if film else "")
+        kinds = make_media(root, film, sizes)
+        return [row for media in kinds for row in media_rows(root, media, encoder, sizes, command=command)]
+
+
+def make_media(root: Path, film: Path | None, sizes: IdealSizes) -> list[Media]:
+    """The three kinds, made from one clip, and from `film` when one is given."""
+    clip, image, made_film = root / "clip.mp4", root / "image.jpg", root / "film.mp4"
+    make_clip(clip, sizes.clip_seconds)
+    save_first_frame(clip, image)
+    if film is None:
+        repeat_film(clip, made_film, max(1, sizes.film_seconds // sizes.clip_seconds))
+    base = film or made_film
+
+    def lengthen(folder: Path, times: int) -> None:
+        repeat_film(base, folder / "film.mp4", times)
+
+    return [
+        Media(f"{sizes.clip_seconds} s clips", lambda folder, count: link(clip, folder, count), sizes.num_clips_tried),
+        Media("one film" + (f", {film.name} repeated" if film else ""), lengthen, 1),
+        Media("images alone", lambda folder, count: link(image, folder, count), sizes.num_images_tried, "images/s"),
+    ]
+
+
+def media_rows(
+    root: Path,
+    media: Media,
+    encoder: EncoderConfig,
+    sizes: IdealSizes,
+    *,
+    run: Runner = run_on_ray,
+    command: str = COMMAND,
+) -> list[Row]:
+    """Calibrates, runs on as many media as `run_seconds` take at that rate, both ways, and calibrates again."""
+    num_cores = os.cpu_count() or 1
+    tried = root / f"{media.name}, tried"
+    tried.mkdir()
+    media.grow(tried, media.num_tried)
+    config = PreprocessConfig(input=str(tried), output=str(root / "none"), encoder=encoder)
+    frames = FrameEncoder(encoder)
+    segments = planned(config, frames)
+    with BusySlots(worker_spec(config, frames, ""), num_cores) as slots:
+        before = slots.measure(segments, sizes.calibration_seconds)
+        whole = root / media.name
+        whole.mkdir()
+        rate = before.ideal_frames_per_second(num_cores, num_cores, is_fused=True, num_cores=num_cores)
+        num_frames = sum(segment.num_samples for segment in segments)
+        media.grow(whole, max(media.num_tried, round(sizes.run_seconds * rate * media.num_tried / num_frames)))
+        rates = {
+            name: media_rate(root, whole, encoder, execution, run) for name, execution in executions(num_cores).items()
+        }
+        after = slots.measure(segments, sizes.calibration_seconds)
+    return speed_rows(media, rates, (before, after), num_cores=num_cores, command=command)
+
+
+def executions(num_cores: int) -> dict[str, ExecutionConfig]:
+    """The two ways to spread the work. Split decoders take what the encoder, far cheaper here, leaves of the cores."""
+    share = 0.9 / (1 + 1 / num_cores)  # of a CPU, so that all of them and the writing find room on the cores
+    return {
+        "fused": ExecutionConfig(mode="fused", num_workers=num_cores),
+        "split": ExecutionConfig(
+            mode="split", num_decode_workers=num_cores, num_workers=1, cpus_per_worker=round(share, 2)
+        ),
+    }
+
+
+def speed_rows(
+    media: Media, rates: dict[str, float], costs: tuple[Calibration, Calibration], *, num_cores: int, command: str
+) -> list[Row]:
+    """Shares of the ideal, rates, and what decoding takes of a frame's cost.
+
+    Args:
+        media: what was measured on.
+        rates: frames a second in the steady state, by mode.
+        costs: measured before the runs, and behind them.
+        num_cores: decoders, or fused workers; the split encoder is one.
+        command: the rows'.
+    """
+    rows = []
+    for mode, rate in rates.items():
+        slots = (num_cores, num_cores if mode == "fused" else 1)
+        ideals = [
+            found.ideal_frames_per_second(*slots, is_fused=mode == "fused", num_cores=num_cores) for found in costs
+        ]
+        noise = abs(ideals[0] - ideals[1]) / max(ideals)
+        text = f"share of the ideal, {mode}, {media.name} (ideal {max(ideals):.4g} {media.unit}, noise {noise:.0%})"
+        rows.append(Row(name=text, value=rate / max(ideals), unit="", bar=">= 0.90", command=command))
+        rows.append(Row(name=f"its rate, {mode}, {media.name}", value=rate, unit=media.unit, command=command))
+    decode = sum(found.decode_seconds for found in costs)
+    share = decode / (decode + sum(found.encode_seconds + found.write_seconds for found in costs))
+    rows.append(Row(name=f"what decoding takes of a frame's cost, {media.name}", value=share, unit="", command=command))
+    for row in rows:
+        logger.info("%s: %.4g %s", row.name, row.value, row.unit)
+    return rows
+
+
+def planned(config: PreprocessConfig, encoder: FrameEncoder) -> list[Segment]:
+    """The segments of a configuration's input."""
+    tables = plan_tables(config, recipe_hash(make_recipe(encoder, config)))
+    return [segment for table in tables for segment in segments_of(table)]
+
+
+def media_rate(root: Path, media: Path, encoder: EncoderConfig, execution: ExecutionConfig, run: Runner) -> float:
+    """Frames a second in the steady state of a run of its own store."""
+    store = root / f"{media.name}, {execution.mode}"
+    report = run_preprocess(
+        PreprocessConfig(input=str(media), output=str(store), encoder=encoder, execution=execution), run=run
+    )
+    logger.info("\n".join([f"{media.name}, {execution.mode}", *report.lines()]))
+    if report.errors:
+        raise RuntimeError(
+            f"{report.errors} of the {report.media} {media.name} were rejected: {report.errors_by_stage}"
+        )
+    return report.frames_per_second
+
+
+# -- what is measured on -----------------------------------------------------------------------------------------
+
+
+def make_tiny_encoder(folder: Path) -> EncoderConfig:
+    """The demo's encoder, untaught: its speed does not depend on what it knows."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+    save_encoder(train_encoder(noise, np.zeros(len(noise), np.int64), steps=0, seed=0), folder)
+    return EncoderConfig(encoder=str(folder), num_tokens_per_frame=4, merge_heads=4)
+
+
+def link(source: Path, folder: Path, count: int) -> None:
+    """`count` names for one file: as many media, whose bytes are on the disk once."""
+    for number in range(count):
+        (folder / f"{number:06d}{source.suffix}").hardlink_to(source)
+
+
+def save_first_frame(film: Path, image: Path) -> None:
+    """The film's first frame at its full size, as a JPEG."""
+    with av.open(str(film)) as container:
+        next(container.decode(video=0)).to_image().save(image, quality=JPEG_QUALITY)
+
+
+def repeat_film(source: Path, target: Path, times: int) -> None:
+    """The pictures of `source`, `times` in a row, without decoding one."""
+    with av.open(str(target), "w") as output:
+        copied, offset = None, 0
+        for _ in range(times):
+            with av.open(str(source)) as container:
+                stream = container.streams.video[0]
+                copied = copied or output.add_stream_from_template(stream)
+                end = 0
+                for packet in container.demux(stream):
+                    if packet.pts is None or packet.dts is None:
+                        continue  # the flushing packet
+                    end = max(end, packet.pts + (packet.duration or 1))
+                    packet.pts, packet.dts, packet.stream = packet.pts + offset, packet.dts + offset, copied
+                    output.mux(packet)
+                offset += end
