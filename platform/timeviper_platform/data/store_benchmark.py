@@ -18,8 +18,9 @@ import torch
 
 from timeviper_platform import schemas
 from timeviper_platform.data.features import FeatureStore
+from timeviper_platform.data.index_writer import write_index
 from timeviper_platform.data.store_index import ROW_GROUP_ROWS, StoreIndex
-from timeviper_platform.data.store_writer import create_store, features_bytes, read_committed, write_file, write_index
+from timeviper_platform.data.store_writer import create_store, features_bytes, write_file
 from timeviper_platform.measure import Row, compare
 
 COMMAND = "python jobs/benchmark.py store"
@@ -121,7 +122,7 @@ def _read_ratio(folder: str, num_media: int) -> tuple[float, float, float]:
     in_order = [f"m{number:06d}" for number in range(num_media)]
     rows = (_row(media_id, place, features) for media_id in in_order for place in range(SEGMENTS_PER_MEDIUM))
     write_file(uri, "made", rows, recipe_digest=create_store(uri, {"made": True}))
-    write_index(uri, read_committed(uri), {})
+    write_index(uri)
     shuffled = [in_order[place] for place in np.random.default_rng(0).permutation(num_media)]
 
     def read(order: list[str]) -> None:

@@ -19,12 +19,12 @@ import yaml
 
 from reference.killable import kill_after, start
 from reference.made_media import make_encoder, make_video
+from timeviper_platform.data.commits import read_committed
 from timeviper_platform.data.encode import EncoderConfig
 from timeviper_platform.data.features import FeatureStore
 from timeviper_platform.data.graph import ExecutionConfig
 from timeviper_platform.data.pipeline import PreprocessConfig, run_in_process, run_preprocess
 from timeviper_platform.data.store_check import verify_store
-from timeviper_platform.data.store_writer import read_committed
 
 ROOT = Path(__file__).resolve().parents[3]
 NUM_CLIPS = 24
