@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from timeviper_platform.data.benchmark import decode_suite
-from timeviper_platform.data.store_benchmark import store_suite
+from timeviper_platform.data.scale_benchmark import dry_run_rows, finalize_rows
+from timeviper_platform.data.store_benchmark import opening_rows, reading_rows
 from timeviper_platform.logs import setup_logging
 from timeviper_platform.measure import Row, format_rows
 from timeviper_platform.model_benchmark.suite import MODEL_GROUPS
@@ -86,7 +87,12 @@ SUITES: dict[str, dict[str, Callable[[Path | None], list[Row]]]] = {
     "decode": {"sampling": decode_suite},
     "demo": {"demo": demo_suite},
     "model": {key: lambda film, rows=rows: rows() for key, rows in MODEL_GROUPS.items()},  # type: ignore[misc]
-    "store": {"store": lambda film: store_suite()},
+    "store": {
+        "opening": lambda film: opening_rows(),
+        "reading": lambda film: reading_rows(),
+        "finalize": lambda film: finalize_rows(),
+        "dryrun": lambda film: dry_run_rows(),
+    },
 }
 """groups of rows by suite and key; each is given the film, which few measure on"""
 
