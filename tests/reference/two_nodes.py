@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -30,9 +31,12 @@ class TwoNodes:
         self._second = self._start()
 
     def kill(self, victim: str) -> bool:
-        """SIGKILLs the second node's raylet, or a worker of the step with this name; True when it was there."""
+        """SIGKILLs the second node's raylet, or a worker of the step with this name; True when it was there.
+
+        Ray itself starts a dead worker again; a dead node is replaced here.
+        """
         if victim != "second node":
-            return self._kill(self._worker(victim))
+            return self._kill(self.worker(victim))
         is_killed = self._kill(self._raylet())
         self.end()
         self._second = self._start()
@@ -58,17 +62,24 @@ class TwoNodes:
 
     def _raylet(self) -> psutil.Process | None:
         """The second node's, once it is there."""
-        return _wait_for(lambda: _below(self._second.pid, lambda process: process.name() == "raylet"))
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            if found := _below(self._second.pid, lambda process: process.name() == "raylet"):
+                return found[0]
+            time.sleep(0.05)
+        return None
 
-    def _worker(self, step: str) -> psutil.Process | None:
-        """A worker of either node that runs the step."""
-        return _wait_for(
-            lambda: [p for raylet in self._raylets() for p in _below(raylet.pid, lambda p: step in _title(p))]
-        )
+    def worker(self, step: str) -> psutil.Process | None:
+        """A worker of either node that runs the step now."""
+        found = (_below(raylet.pid, lambda process: step in _title(process)) for raylet in self._raylets())
+        return next((processes[0] for processes in found if processes), None)
 
     def _raylets(self) -> list[psutil.Process]:
-        address = self.environment["RAY_ADDRESS"]
-        return [p for p in psutil.process_iter(["name"]) if p.info["name"] == "raylet" and address in _title(p)]
+        """Found by the cluster's port: Ray writes the machine's own address where it was told 127.0.0.1."""
+        port = self.environment["RAY_ADDRESS"].rpartition(":")[2]
+        address = re.compile(rf"--gcs-address=[0-9.]+:{port}(\s|$)")
+        raylets = (process for process in psutil.process_iter(["name"]) if process.info["name"] == "raylet")
+        return [process for process in raylets if address.search(_title(process))]
 
     @staticmethod
     def _kill(process: psutil.Process | None) -> bool:
@@ -94,19 +105,11 @@ def two_nodes() -> Iterator[TwoNodes]:
             nodes.end()
 
 
-def _wait_for(find, timeout_s: float = 60.0):
-    """The first found; None when there is none in time."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        with contextlib.suppress(psutil.NoSuchProcess):  # one that ends while it is looked at
-            if found := find():
-                return found[0]
-        time.sleep(0.02)
-    return None
-
-
-def _below(pid: int, is_wanted) -> list[psutil.Process]:
-    return [process for process in psutil.Process(pid).children(recursive=True) if is_wanted(process)]
+def _below(pid: int, is_wanted: Callable[[psutil.Process], bool]) -> list[psutil.Process]:
+    try:
+        return [process for process in psutil.Process(pid).children(recursive=True) if is_wanted(process)]
+    except psutil.NoSuchProcess:  # one that ends while it is looked at
+        return []
 
 
 def _title(process: psutil.Process) -> str:
