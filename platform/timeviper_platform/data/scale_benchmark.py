@@ -122,8 +122,8 @@ def write_made_manifest(path: Path, num_media: int) -> None:
         for start in range(0, num_media, 100_000):
             numbers = range(start, min(num_media, start + 100_000))
             ids = [f"{number:032x}" for number in numbers]
-            columns = [[f"/nowhere/{name}.mp4" for name in ids], ids]
-            columns += [[value] * len(ids) for value in values]
+            uris = [f"/nowhere/{name}.mp4" for name in ids]
+            columns = [uris, ids, *([value] * len(ids) for value in values)]
             writer.write_table(pa.table(columns, schema=writer.schema))
 
 
