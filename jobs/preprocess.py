@@ -39,10 +39,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _print_estimate(config: PreprocessConfig) -> None:
     plan = estimate(config)
     reasons = ", ".join(f"{count} {kind}" for kind, count in sorted(plan.errors_by_type.items()))
-    times = []
+    times, costs = [], []
     if plan.seconds is not None and plan.calibration is not None:
         tried = f"{plan.calibration.frames} frames of {plan.calibration.segments} segments, decoded and encoded here"
         times.append(f"about {plan.seconds:.0f} s ({tried})")
+        decode, encode = (
+            seconds / plan.calibration.frames * 1e3
+            for seconds in (plan.calibration.decode_seconds, plan.calibration.encode_seconds)
+        )
+        costs.append(f"\ncosts      {decode:.1f} ms to decode a frame on one core, {encode:.1f} ms to encode it")
     if plan.seconds_at_last_rate is not None:
         times.append(f"about {plan.seconds_at_last_rate:.0f} s at the rate of the last run")
     print(
@@ -50,7 +55,7 @@ def _print_estimate(config: PreprocessConfig) -> None:
         + (f" = {reasons}" if reasons else "")
         + f"\nsegments   {plan.segments} planned, {plan.segments_missing} to do\n"
         f"frames     {plan.frames_missing} to do, {plan.feature_bytes / 1e6:.1f} MB of features\n"
-        f"time       {', '.join(times) or 'unknown: nothing to try it on decodes'}"
+        f"time       {', '.join(times) or 'unknown: nothing to try it on decodes'}" + "".join(costs)
     )
 
 

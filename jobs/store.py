@@ -1,8 +1,8 @@
-"""Upkeep of a feature store: `python jobs/store.py inspect|verify|compact URI`.
+"""Upkeep of a feature store: `python jobs/store.py inspect|verify|compact URI`; what a large one takes: `scale`.
 
 `inspect` prints what the store holds. `verify` reads all of it, holds it against its checksums, records and plan, and
 names every bad row; the exit code is 1 when it finds anything. `compact` merges small data files, while others read,
-but not while a job writes.
+but not while a job writes. `scale` computes frames, bytes, requests, hours and money from unit costs (docs/scale.md).
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 
 from timeviper_platform.data.compact import DEFAULT_FILE_BYTES, compact
+from timeviper_platform.data.scale import ScaleConfig, scale_table
 from timeviper_platform.data.store_check import inspect_store, verify_store
 from timeviper_platform.logs import setup_logging
 
@@ -26,6 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name == "compact":
             megabytes = DEFAULT_FILE_BYTES >> 20
             command.add_argument("--file-mb", type=int, default=megabytes, help=f"size of a merged file ({megabytes})")
+    scale = commands.add_parser("scale", help="what a large run takes, on paper")
+    scale.add_argument("--num-videos", type=int, nargs="+", default=[1_000_000, 10_000_000])
+    for item in fields(ScaleConfig):
+        if item.name != "num_videos":
+            scale.add_argument(f"--{item.name.replace('_', '-')}", type=type(item.default), default=item.default)
     options = parser.parse_args(arguments)
     setup_logging()
     try:
@@ -36,6 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.command == "scale":
+        values = {item.name: getattr(options, item.name) for item in fields(ScaleConfig)}
+        print(scale_table([ScaleConfig(**{**values, "num_videos": count}) for count in options.num_videos]))
+        return 0
     if options.command == "compact":
         print("\n".join(compact(options.uri, file_bytes=options.file_mb << 20).lines()))
         return 0

@@ -5,11 +5,13 @@ Knows rows, bars and medians; not what is measured (each part's suite lies besid
 
 from __future__ import annotations
 
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +76,36 @@ def compare(ours: Callable[[], object], control: Callable[[], object], *, repeat
     control()
     pairs = [(_seconds(ours), _seconds(control)) for _ in range(repeats)]
     return Comparison(ours_seconds=tuple(a for a, _ in pairs), control_seconds=tuple(b for _, b in pairs))
+
+
+class Cost(NamedTuple):
+    """What an action took."""
+
+    seconds: float
+    cpu_seconds: float
+    peak_bytes: int
+    """by which its process's memory grew, at most"""
+
+
+def cost_elsewhere(action: Callable[..., object], *arguments: object) -> Cost:
+    """The cost of a module's function in a new process, its imports left out. Linux alone."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(cost_here, (action, *arguments))
+
+
+def cost_here(action: Callable[..., object], *arguments: object) -> Cost:
+    """The cost of a call in this process."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
+    before = _status_bytes("VmRSS")
+    started, cpu_started = time.perf_counter(), time.process_time()
+    action(*arguments)
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    return Cost(seconds, cpu_seconds, _status_bytes("VmHWM") - before)
+
+
+def _status_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
 
 
 def format_rows(rows: Sequence[Row]) -> str:

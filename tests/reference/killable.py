@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.process import BaseProcess
 
 from timeviper_platform.data.pipeline import PreprocessConfig, run_in_process, run_preprocess
 
 
-def run(config: PreprocessConfig) -> None:
+def run(config: PreprocessConfig, environment: Mapping[str, str]) -> None:
     """All in this process."""
+    os.environ.update(environment)
     run_preprocess(config, run=run_in_process)
 
 
-def start(config: PreprocessConfig) -> BaseProcess:
-    """The run, forked from a server that has imported everything: imports would take longer than the work."""
+def start(config: PreprocessConfig, environment: Mapping[str, str] | None = None) -> BaseProcess:
+    """The run, forked from a server that has imported everything: imports would take longer than the work.
+
+    The server's own environment is that of the first test that needed it; a test's changes are given here.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["reference.killable", "transformers.models.siglip.modeling_siglip"])
-    process = context.Process(target=run, args=(config,))
+    process = context.Process(target=run, args=(config, environment or {}))
     process.start()
     return process
 

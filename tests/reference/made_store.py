@@ -8,7 +8,8 @@ from typing import Any
 import torch
 import xxhash
 
-from timeviper_platform.data.store_writer import create_store, features_bytes, read_committed, write_file, write_index
+from timeviper_platform.data.index_writer import write_index
+from timeviper_platform.data.store_writer import create_store, features_bytes, write_file
 
 RECIPE = {"encoder": {"weights_hash": "abc", "layer": -2}, "sampling": {"fps": 1.0}}
 
@@ -63,6 +64,4 @@ def write_files(uri: str, files: dict[str, Sequence[dict[str, Any]]], *, index: 
     for name, rows in files.items():
         write_file(uri, name, rows, recipe_digest=digest)
     if index:
-        write_index(
-            uri, read_committed(uri), {row["media_id"]: row["source_version"] for f in files.values() for row in f}
-        )
+        write_index(uri, {row["media_id"]: row["source_version"] for f in files.values() for row in f})

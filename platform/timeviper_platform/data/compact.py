@@ -19,19 +19,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from timeviper_platform import storage
+from timeviper_platform.data.commits import Commits, best_rows, num_feature_bytes, read_commits
 from timeviper_platform.data.features import DATA_FOLDER, INDEX_FILE, open_data_file, read_header
-from timeviper_platform.data.store_writer import (
-    INDEXED_KEY,
-    Commits,
-    Row,
-    best_rows,
-    features_fault,
-    indexed_digest,
-    num_feature_bytes,
-    read_commits,
-    settle,
-    write_file,
-)
+from timeviper_platform.data.index_writer import INDEXED_KEY
+from timeviper_platform.data.store_writer import Row, features_fault, settle, write_file
 
 logger = logging.getLogger(__name__)
 
@@ -111,12 +102,11 @@ def live_rows(uri: str, commits: Commits) -> pa.Table:
     Rows of another source_version can be told from rows not yet indexed only by an index of these very files.
     """
     path = storage.join_uri(uri, INDEX_FILE)
-    committed = commits.rows()
     if storage.exists(path):
         index = pq.ParquetFile(pa.BufferReader(storage.read_bytes(path)))
-        if (index.schema_arrow.metadata or {}).get(INDEXED_KEY) == indexed_digest(committed):
+        if (index.schema_arrow.metadata or {}).get(INDEXED_KEY) == commits.digest():
             return index.read()
-    return best_rows(committed)
+    return best_rows(commits.rows())
 
 
 def _sources(uri: str, commits: Commits) -> list[_Source]:

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from timeviper_platform import storage
 from timeviper_platform.data import report as reporting
 from timeviper_platform.data.calibrate import Calibration, SegmentSample, calibrate
 from timeviper_platform.data.encode import EncoderConfig, FrameEncoder
 from timeviper_platform.data.features import read_header
+from timeviper_platform.data.finalize import finalize_store
 from timeviper_platform.data.graph import ExecutionConfig, has_cluster, plan_on_ray, run_on_ray, worker_slots
 from timeviper_platform.data.inputs import read_pages
 from timeviper_platform.data.media import MediaLimits
@@ -40,12 +40,8 @@ from timeviper_platform.data.steps import UnitOutcome, WorkerSpec, process_name,
 from timeviper_platform.data.store_writer import (
     create_store,
     differences,
-    num_feature_bytes,
-    read_committed,
     recipe_hash,
     remove_uncommitted,
-    write_index,
-    write_table,
 )
 
 logger = logging.getLogger(__name__)
@@ -227,13 +223,8 @@ def _finalize(
         clock: running since the start.
         retries_before: this process's count when the run began.
     """
-    committed = read_committed(config.output)
-    index = write_index(config.output, committed, {s.media_id: s.source_version for s in plan.segments})
-    wanted = pa.array([segment.segment_id for segment in plan.segments], pa.string())
-    mine = index.filter(pc.is_in(index["segment_id"], wanted))
-    rejects = reporting.reject_table(plan.errors, mine)
-    write_table(storage.join_uri(config.output, "rejects.parquet"), rejects)
-    counts = reporting.audit((segment.segment_id for segment in plan.segments), committed)
+    totals = finalize_store(config.output, plan.tables())
+    counts = totals.counts()
     clock.lap("finalize")
     elsewhere = sum(o.retries for o in outcomes if o.worker != process_name())
     report = PreprocessReport(
@@ -243,12 +234,12 @@ def _finalize(
         segments_partial=counts["partial"],
         segments_error=counts["error"],
         segments_encoded=sum(o.num_ok + o.num_partial + o.num_error for o in outcomes),
-        frames=pc.sum(mine["num_frames"]).as_py() or 0,
+        frames=totals.frames,
         frames_encoded=sum(o.num_frames for o in outcomes),
-        errors=len(set(rejects["media_id"].to_pylist())),
-        errors_by_stage=reporting.count_rejects(rejects),
+        errors=totals.rejected_media,
+        errors_by_stage=totals.errors_by_stage(),
         frames_per_second=round(reporting.steady_rate(outcomes), 2) if outcomes else _last_rate(config.output),
-        bytes=num_feature_bytes(mine),
+        bytes=totals.bytes,
         seconds=clock.seconds,
         stage_seconds={
             "decode": round(sum(o.decode_seconds for o in outcomes), 2),

@@ -246,8 +246,8 @@ def has_daft() -> bool:
         import daft  # noqa: F401
     except ImportError:
         logger.warning(
-            "no row against Daft: it is not installed. It is the extra `benchmark`, and wants an older pyarrow than"
-            " constraints.txt names: `pip install --no-deps daft==0.7.26` leaves that one alone, and works"
+            "no row against Daft: it is not installed. It wants an older pyarrow than this project:"
+            " `pip install --no-deps daft==0.7.26` leaves that one alone, and works"
         )
         return False
     return True

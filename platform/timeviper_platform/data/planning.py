@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, overload
 
 import numpy as np
@@ -18,13 +17,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from timeviper_platform import storage
-from timeviper_platform.data.features import COMMITS_FOLDER
+from timeviper_platform.data.commits import iter_commits, write_table
 from timeviper_platform.data.hash_table import HashTable
 from timeviper_platform.data.manifest import MediaItem
 from timeviper_platform.data.media import RETRYABLE
 from timeviper_platform.data.parts import open_file
-from timeviper_platform.data.segments import PlanError, PlanSpec, Segment, errors_of, plan_page, segments_of
-from timeviper_platform.data.store_writer import write_table
+from timeviper_platform.data.segments import PlanSpec, Segment, plan_page, segments_of
 from timeviper_platform.schemas import PLAN
 
 PLAN_FOLDER = "plan"
@@ -108,10 +106,9 @@ class Plan:
         """Those that are not committed."""
         return StoredSegments(self.parts, self.counts.segments_missing, self.finished)
 
-    @cached_property
-    def errors(self) -> list[PlanError]:
-        """Media that cannot be preprocessed."""
-        return [error for part in self.parts for error in errors_of(read_part(part))] if self.counts.errors else []
+    def tables(self) -> Iterator[pa.Table]:
+        """PLAN rows of all media, those in error among them, a part at a time."""
+        return (read_part(part) for part in self.parts)
 
 
 def write_plan(store: str, tables: Iterable[pa.Table], finished: HashTable) -> Plan:
@@ -135,9 +132,7 @@ def plan_here(pages: Iterable[list[MediaItem]], spec: PlanSpec) -> Iterator[pa.T
 def finished_segments(store: str) -> HashTable:
     """Committed segments that need no work: all but those whose error was the world's."""
     finished = HashTable()
-    for uri in storage.list_files(storage.join_uri(store, COMMITS_FOLDER), ".parquet"):
-        with open_file(uri) as file:
-            table = pq.ParquetFile(file).read(columns=["segment_id", "status", "error_type"])
+    for _, table in iter_commits(store, ["segment_id", "status", "error_type"]):
         again = pc.is_in(table["error_type"], pa.array(sorted(RETRYABLE), pa.string()))
         done = table.filter(pc.invert(pc.and_(pc.equal(table["status"], "error"), again)))
         finished.add(*_halves(done["segment_id"]))

@@ -6,10 +6,11 @@ Knows counts and clocks. Does not know how anything is decoded or written.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -110,29 +111,35 @@ class Progress:
     num_frames: int
     every_seconds: float
     outcomes: list[UnitOutcome] = field(default_factory=list)
+    """without what grows with their segments; a plan of ten million has 300 000 units"""
     _last: float = field(default_factory=time.monotonic)
+    _segments: int = 0
+    _frames: int = 0
+    _reasons: Counter[str] = field(default_factory=Counter)
+    _begin: float = math.inf
+    _end: float = -math.inf
 
     def add(self, outcome: UnitOutcome) -> None:
         """Takes note of a finished unit."""
-        self.outcomes.append(outcome)
+        self.outcomes.append(replace(outcome, media=[], reasons=[], error_types=[], last_error=""))
+        self._segments += outcome.num_ok + outcome.num_partial + outcome.num_error
+        self._frames += outcome.num_frames
+        self._reasons.update(outcome.error_types)
+        self._begin, self._end = min(self._begin, outcome.started), max(self._end, outcome.ended)
         now = time.monotonic()
-        is_last = sum(o.num_ok + o.num_partial + o.num_error for o in self.outcomes) == self.num_segments
+        is_last = self._segments == self.num_segments
         if is_last or now - self._last >= self.every_seconds:
             self._last = now
             logger.info("%s", self.line())
 
     def line(self) -> str:
         """done/total segments, frames a second, rejects by reason, time left."""
-        segments = sum(o.num_ok + o.num_partial + o.num_error for o in self.outcomes)
-        frames = sum(o.num_frames for o in self.outcomes)
-        elapsed = max(1e-9, max(o.ended for o in self.outcomes) - min(o.started for o in self.outcomes))
-        rate = frames / elapsed
-        left = max(0, self.num_frames - frames) / rate if rate else float("inf")
-        reasons = Counter(kind for o in self.outcomes for kind in o.error_types)
-        rejects = ", ".join(f"{count} {kind}" for kind, count in sorted(reasons.items())) or "none"
-        share = segments / max(1, self.num_segments)
+        rate = self._frames / max(1e-9, self._end - self._begin)
+        left = max(0, self.num_frames - self._frames) / rate if rate else math.inf
+        rejects = ", ".join(f"{count} {kind}" for kind, count in sorted(self._reasons.items())) or "none"
+        share = self._segments / max(1, self.num_segments)
         return (
-            f"{segments}/{self.num_segments} segments ({share:.0%}), {rate:.1f} frames/s, rejected: {rejects},"
+            f"{self._segments}/{self.num_segments} segments ({share:.0%}), {rate:.1f} frames/s, rejected: {rejects},"
             f" {left:.0f} s left"
         )
 
@@ -234,8 +241,11 @@ _WAYS_OUT: dict[str, str] = {
 }
 
 
+AUDIT_KEYS = ("planned", "ok", "partial", "error", "missing", "duplicate")
+
+
 def audit(planned: Iterable[str], committed: pa.Table) -> dict[str, int]:
-    """Counts of planned segments by what became of them; `missing` and `duplicate` must be 0.
+    """Counts of planned segments by what became of them; `missing` and `duplicate` must be 0. Keys: AUDIT_KEYS.
 
     Args:
         planned: segment_id of every segment of this input.

@@ -5,11 +5,11 @@ Knows how to make an index of any size and a store of random features. The index
 
 from __future__ import annotations
 
-import multiprocessing
+import statistics
 import tempfile
-import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,42 +18,74 @@ import torch
 
 from timeviper_platform import schemas
 from timeviper_platform.data.features import FeatureStore
+from timeviper_platform.data.index_writer import write_index
 from timeviper_platform.data.store_index import ROW_GROUP_ROWS, StoreIndex
-from timeviper_platform.data.store_writer import create_store, features_bytes, read_committed, write_file, write_index
-from timeviper_platform.measure import Row, compare
+from timeviper_platform.data.store_writer import create_store, features_bytes, write_file
+from timeviper_platform.measure import Comparison, Row, compare, cost_elsewhere
 
 COMMAND = "python jobs/benchmark.py store"
 NUM_SEGMENTS = 1_000_000
 SEGMENTS_PER_MEDIUM = 5
 FRAMES_PER_SEGMENT = 64
-OPENINGS = 5
+STRETCH_SECONDS = 64.0
+CACHE_BYTES = 128 << 20
+REPEATS = 7
 
 
-def store_suite(num_segments: int = NUM_SEGMENTS, num_media: int = 40) -> list[Row]:
-    """Rows for an index of `num_segments` and a store of `num_media` films of 5 minutes at 16 x 1152."""
+def opening_rows(num_segments: int = NUM_SEGMENTS) -> list[Row]:
+    """What opening a store of `num_segments` costs."""
     with tempfile.TemporaryDirectory() as folder:
         index = Path(folder) / "index.parquet"
         write_made_index(index, num_segments)
-        openings = [_open_elsewhere(index) for _ in range(OPENINGS)]
-        index.unlink()
-        ratio, noise, overhead = _read_ratio(folder, num_media)
-    values: list[tuple[str, float, str, str | None]] = [
-        (f"opening a store of {num_segments} segments", float(np.median([o.seconds for o in openings])), "s", "<= 1"),
-        ("its CPU time", float(np.median([o.cpu_seconds for o in openings])), "s", None),
-        ("memory that takes, at most", max(o.peak_bytes for o in openings) / 1e6, "MB", "<= 300"),
-        (f"random reads against sequential ones (noise {noise:.0%})", ratio, "x", ">= 0.8"),
-        ("bytes of a store against its features", overhead, "x", "<= 1.01"),
+        costs = [cost_elsewhere(open_and_find, str(index)) for _ in range(REPEATS)]
+    command = f"{COMMAND} --only opening"
+    seconds, cpu_seconds = (statistics.median(values) for values in list(zip(*costs, strict=True))[:2])
+    peak = max(cost.peak_bytes for cost in costs) / 1e6
+    name = f"opening a store of {num_segments} segments"
+    return [
+        Row(name=name, value=seconds, unit="s", bar="<= 1", command=command),
+        Row(name=f"{name}: CPU time", value=cpu_seconds, unit="s", command=command),
+        Row(name=f"{name}: memory, at most", value=peak, unit="MB", bar="<= 300", command=command),
     ]
-    return [Row(name=name, value=value, unit=unit, bar=bar, command=COMMAND) for name, value, unit, bar in values]
+
+
+def reading_rows(num_media: int = 40) -> list[Row]:
+    """Random against sequential reads of a store of `num_media` films of 5 minutes at 16 x 1152, and its bytes."""
+    command = f"{COMMAND} --only reading"
+    with tempfile.TemporaryDirectory() as folder:
+        uri = f"{folder}/store"
+        write_made_store(uri, num_media)
+        stored = sum(path.stat().st_size for path in Path(uri).rglob("*.parquet"))
+        films = compare_reads(uri, seconds=None)
+        stretches = compare_reads(uri, seconds=STRETCH_SECONDS)
+    ideal = num_media * SEGMENTS_PER_MEDIUM * FRAMES_PER_SEGMENT * 16 * 1152 * 2
+    texts = (
+        (films, "random reads against sequential ones, whole films of 5 minutes"),
+        (stretches, f"random reads against sequential ones, stretches of {STRETCH_SECONDS} s in films of 5 minutes"),
+    )
+    return [
+        *(
+            Row(name=f"{text} (noise {reads.noise:.0%})", value=reads.speedup, unit="x", bar=">= 0.8", command=command)
+            for reads, text in texts
+        ),
+        Row(
+            name="bytes of a store against its features", value=stored / ideal, unit="x", bar="<= 1.01", command=command
+        ),
+    ]
 
 
 def write_made_index(path: Path, num_segments: int) -> None:
     """An index of full segments, five a medium, with frame times as a 25 fps film has them."""
-    random = np.random.default_rng(0)
     with pq.ParquetWriter(path, schemas.INDEX, compression="zstd", write_page_checksum=True) as writer:
-        for start in range(0, num_segments, 32 * ROW_GROUP_ROWS):
-            numbers = np.arange(start, min(num_segments, start + 32 * ROW_GROUP_ROWS))
-            writer.write_table(_made_rows(numbers, random), row_group_size=ROW_GROUP_ROWS)
+        for table in made_index_tables(num_segments):
+            writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
+
+
+def made_index_tables(num_segments: int) -> Iterator[pa.Table]:
+    """The rows of such an index, 65536 at a time."""
+    random = np.random.default_rng(0)
+    for start in range(0, num_segments, 32 * ROW_GROUP_ROWS):
+        yield _made_rows(np.arange(start, min(num_segments, start + 32 * ROW_GROUP_ROWS)), random)
 
 
 def _made_rows(numbers: np.ndarray, random: np.random.Generator) -> pa.Table:
@@ -82,56 +114,41 @@ def _made_rows(numbers: np.ndarray, random: np.random.Generator) -> pa.Table:
     return pa.table(columns, schema=schemas.INDEX)
 
 
-class Opening(NamedTuple):
-    """What opening an index cost."""
-
-    seconds: float
-    cpu_seconds: float
-    peak_bytes: int
-    """by which this process's memory grew, at most"""
-
-
-def _open_elsewhere(index: Path) -> Opening:
-    """In a process of its own, its imports left out."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(open_measured, (str(index),))
-
-
-def open_measured(index: str) -> Opening:
+def open_and_find(index: str) -> None:
     """Opens the index and finds a medium in its middle."""
-    pa.compute.equal(pa.array([1]), 1)  # loads Arrow's functions
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
-    before = _status_bytes("VmRSS")
-    started, cpu_started = time.perf_counter(), time.process_time()
     opened = StoreIndex.open(index)
     opened.rows_of(opened.media_ids[len(opened.media_ids) // 2])
-    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
-    return Opening(seconds, cpu_seconds, _status_bytes("VmHWM") - before)
 
 
-def _status_bytes(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
-
-
-def _read_ratio(folder: str, num_media: int) -> tuple[float, float, float]:
-    """Speed of reading all media in random order over in stored order, its noise, and bytes on disk over ideal."""
-    uri = f"{folder}/store"
+def write_made_store(uri: str, num_media: int) -> None:
+    """Films of five full segments with equal features, in one file."""
     features = features_bytes(torch.randn(FRAMES_PER_SEGMENT, 16, 1152))
-    in_order = [f"m{number:06d}" for number in range(num_media)]
-    rows = (_row(media_id, place, features) for media_id in in_order for place in range(SEGMENTS_PER_MEDIUM))
+    names = [f"m{number:06d}" for number in range(num_media)]
+    rows = (_row(media_id, place, features) for media_id in names for place in range(SEGMENTS_PER_MEDIUM))
     write_file(uri, "made", rows, recipe_digest=create_store(uri, {"made": True}))
-    write_index(uri, read_committed(uri), {})
-    shuffled = [in_order[place] for place in np.random.default_rng(0).permutation(num_media)]
+    write_index(uri)
 
-    def read(order: list[str]) -> None:
-        store = FeatureStore.open(uri)
-        for media_id in order:
-            store.read(media_id)
 
-    result = compare(lambda: read(shuffled), lambda: read(in_order), repeats=5)
-    stored = sum(path.stat().st_size for path in Path(uri).rglob("*.parquet"))
-    return result.speedup, result.noise, stored / (num_media * SEGMENTS_PER_MEDIUM * len(features))
+def compare_reads(uri: str, seconds: float | None) -> Comparison:
+    """Every stretch of `seconds` of every medium (None: all of it) in random order, then in stored order, in turn.
+
+    Each pass opens the store anew. What a reader keeps is less than a pass reads, so both read everything.
+    """
+    with_bounds: list[tuple[str, float | None, float | None]] = []
+    for media_id in FeatureStore.open(uri).media_ids:
+        if seconds is None:
+            with_bounds.append((media_id, None, None))
+        else:
+            count = int(SEGMENTS_PER_MEDIUM * FRAMES_PER_SEGMENT // seconds)
+            with_bounds += [(media_id, place * seconds, (place + 1) * seconds) for place in range(count)]
+    shuffled = [with_bounds[place] for place in np.random.default_rng(0).permutation(len(with_bounds))]
+
+    def read(order: list[tuple[str, float | None, float | None]]) -> None:
+        store = FeatureStore.open(uri, cache_bytes=CACHE_BYTES)
+        for stretch in order:
+            store.read_range(*stretch)
+
+    return compare(lambda: read(shuffled), lambda: read(with_bounds), repeats=REPEATS)
 
 
 def _row(media_id: str, place: int, features: bytes) -> dict[str, Any]:

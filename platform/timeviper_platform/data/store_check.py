@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from timeviper_platform import storage
+from timeviper_platform.data.commits import Commits, num_feature_bytes, read_commits
 from timeviper_platform.data.features import (
     COMMITS_FOLDER,
     DATA_FOLDER,
@@ -27,16 +28,10 @@ from timeviper_platform.data.features import (
     read_header,
     value_buffer,
 )
+from timeviper_platform.data.index_writer import INDEXED_KEY
+from timeviper_platform.data.planning import PLAN_FOLDER, read_part
 from timeviper_platform.data.report import audit, count_rejects
-from timeviper_platform.data.store_writer import (
-    INDEXED_KEY,
-    Commits,
-    features_fault,
-    indexed_digest,
-    num_feature_bytes,
-    read_commits,
-    recipe_hash,
-)
+from timeviper_platform.data.store_writer import features_fault, recipe_hash
 from timeviper_platform.schemas import FEATURES, INDEX
 
 VERIFY_THREADS = 4
@@ -153,7 +148,7 @@ def inspect_store(uri: str) -> StoreSummary:
         bytes=num_feature_bytes(rows),
         file_bytes=sum(sizes.get(name, 0) for name in commits.tables),
         files=len(commits.tables),
-        is_indexed=index is not None and index.schema.metadata.get(INDEXED_KEY) == indexed_digest(committed),
+        is_indexed=index is not None and index.schema.metadata.get(INDEXED_KEY) == commits.digest(),
         recipe_hash=header["recipe_hash"],
         recipe=header["recipe"],
         rejects=count_rejects(_read_table(rejects)) if storage.exists(rejects) else {},
@@ -178,7 +173,7 @@ def verify_store(uri: str) -> VerifyReport:
     problems += _check_index(uri, commits)
     counts = _audit(uri, committed)
     if counts is not None and (counts["missing"] or counts["duplicate"]):
-        problems.append(Problem(file="plan/plan.parquet", what=f"planned is not ok + partial + error: {counts}"))
+        problems.append(Problem(file=PLAN_FOLDER, what=f"planned is not ok + partial + error: {counts}"))
     there = _sizes(storage.join_uri(uri, DATA_FOLDER))
     return VerifyReport(
         files=len(commits.tables),
@@ -236,7 +231,7 @@ def _check_index(uri: str, commits: Commits) -> Iterator[Problem]:
         yield Problem(file=INDEX_FILE, what="there is none: the job has not finished; run it again")
         return
     committed = commits.rows()
-    if index.schema.metadata.get(INDEXED_KEY) != indexed_digest(committed):
+    if index.schema.metadata.get(INDEXED_KEY) != commits.digest():
         yield Problem(file=INDEX_FILE, what="it was made from other data files than are committed; run the job again")
         return
     names = ["segment_id", "media_id", "status", *_PLACE]
@@ -258,11 +253,12 @@ def _check_index(uri: str, commits: Commits) -> Iterator[Problem]:
 
 
 def _audit(uri: str, committed: pa.Table) -> dict[str, int] | None:
-    path = storage.join_uri(uri, "plan", "plan.parquet")
-    if not storage.exists(path):
+    parts = storage.list_files(storage.join_uri(uri, PLAN_FOLDER), ".parquet")
+    if not parts:
         return None
-    plan = _read_table(path)
-    return audit(plan.filter(pc.equal(plan["status"], "planned"))["segment_id"].to_pylist(), committed)
+    plans = (read_part(part) for part in parts)
+    ids = (plan.filter(pc.equal(plan["status"], "planned"))["segment_id"] for plan in plans)
+    return audit((segment_id for column in ids for segment_id in column.to_pylist()), committed)
 
 
 def _each_row(path: str, record: pa.Table, what: str) -> Iterator[Problem]:

@@ -1,4 +1,4 @@
-"""The feature store, write side: rows with features to data files, commit records and the index.
+"""The feature store, write side: rows with features to data files and commit records.
 
 Knows what 'committed' means: the data file is written, then its commit record (the INDEX rows of that file), both
 whole or not at all, both under a name that the caller derives from the content. Whatever lies there without a commit
@@ -12,23 +12,21 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import PurePosixPath
 from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 import xxhash
 from torch import Tensor
 
 from timeviper_platform import schemas, storage
+from timeviper_platform.data.commits import iter_commits, read_commit, replaced_by, write_commit
 from timeviper_platform.data.features import COMMITS_FOLDER, DATA_FOLDER, INDEX_FILE, STORE_FILE, read_header
-from timeviper_platform.data.store_index import ROW_GROUP_ROWS
+from timeviper_platform.data.index_writer import write_index
 
 MIN_ROW_GROUP_ROWS = 8
 MIN_ROW_GROUP_BYTES = 1 << 20
@@ -41,28 +39,6 @@ row group up to 1 MB, so that a footer stays small beside what it describes."""
 
 Row = dict[str, Any]
 """One FEATURES row as a dict; `features` holds bytes, or None for an error row."""
-
-_REPLACES = b"timeviper.replaces"
-"""In a commit record's metadata: a JSON list of the data files whose rows it holds now."""
-
-
-INDEXED_KEY = b"timeviper.indexed"
-"""In the index's metadata: `indexed_digest` of what it was made from."""
-
-
-@dataclass(frozen=True, slots=True)
-class Commits:
-    """The commit records of a store."""
-
-    tables: dict[str, pa.Table]
-    """name of the data file -> its INDEX rows"""
-    replaced: list[str]
-    """data files whose rows others hold by now"""
-
-    def rows(self) -> pa.Table:
-        """INDEX rows of all, in order of file name."""
-        tables = [table.replace_schema_metadata(schemas.INDEX.metadata) for table in self.tables.values()]
-        return pa.concat_tables(tables) if tables else schemas.INDEX.empty_table()
 
 
 def recipe_hash(recipe: Mapping[str, Any]) -> str:
@@ -128,27 +104,8 @@ def write_file(
                     index_rows.append({**{k: v for k, v in row.items() if k != "features"}, **location})
 
     storage.write_atomic(storage.join_uri(uri, DATA_FOLDER, file_name), write)
-    _write_commit(uri, file_name, pa.Table.from_pylist(index_rows, schema=schemas.INDEX), replaces)
+    write_commit(uri, file_name, pa.Table.from_pylist(index_rows, schema=schemas.INDEX), replaces)
     return index_rows
-
-
-def read_commits(uri: str) -> Commits:
-    """Every commit record that counts, by the name of its data file in sorted order, and the names of the others."""
-    names = [PurePosixPath(path).name for path in storage.list_files(storage.join_uri(uri, COMMITS_FOLDER), ".parquet")]
-
-    def read(name: str) -> pa.Table:
-        data = storage.read_bytes(storage.join_uri(uri, COMMITS_FOLDER, name))
-        return pq.ParquetFile(pa.BufferReader(data)).read()
-
-    with ThreadPoolExecutor(16) as pool:  # requests to an object store wait, they do not work
-        tables = dict(zip(names, pool.map(read, names), strict=True))
-    replaced = {name for table in tables.values() for name in json.loads(table.schema.metadata.get(_REPLACES, "[]"))}
-    return Commits({name: table for name, table in tables.items() if name not in replaced}, sorted(replaced))
-
-
-def read_committed(uri: str) -> pa.Table:
-    """INDEX rows of every commit record that counts, in order of file name."""
-    return read_commits(uri).rows()
 
 
 def settle(uri: str) -> int:
@@ -157,23 +114,23 @@ def settle(uri: str) -> int:
     The index points to the new files first; then the old records and files go; last, the new records forget them, so
     that a file may be written again under an old name.
     """
-    commits = read_commits(uri)
-    if not commits.replaced:
+    replaces = {name: replaced_by(record) for name, record in iter_commits(uri, columns=[])}
+    replaced = sorted({name for names in replaces.values() for name in names})
+    if not replaced:
         return 0
     if storage.exists(storage.join_uri(uri, INDEX_FILE)):
-        write_index(uri, commits.rows(), {})
+        write_index(uri)
     for folder in (COMMITS_FOLDER, DATA_FOLDER):
-        for name in commits.replaced:
+        for name in replaced:
             storage.remove(storage.join_uri(uri, folder, name))
-    for name, table in commits.tables.items():
-        if _REPLACES not in table.schema.metadata:
-            continue
-        if table.num_rows:
-            _write_commit(uri, name, table, ())
+    for name in sorted(name for name, others in replaces.items() if others and name not in replaced):
+        rows = read_commit(uri, name)
+        if rows.num_rows:
+            write_commit(uri, name, rows)
         else:  # all that it held was superseded
             storage.remove(storage.join_uri(uri, COMMITS_FOLDER, name))
             storage.remove(storage.join_uri(uri, DATA_FOLDER, name))
-    return len(commits.replaced)
+    return len(replaced)
 
 
 def remove_uncommitted(uri: str) -> int:
@@ -196,45 +153,6 @@ def remove_uncommitted(uri: str) -> int:
     return num_removed
 
 
-def best_rows(committed: pa.Table) -> pa.Table:
-    """One row a segment_id: ok before partial before error, so that a repaired segment replaces its error."""
-    rank = {"ok": 0, "partial": 1, "error": 2}
-    best: dict[str, tuple[int, int]] = {}
-    pairs = zip(committed["segment_id"].to_pylist(), committed["status"].to_pylist(), strict=True)
-    for number, (segment_id, status) in enumerate(pairs):
-        if segment_id not in best or rank[status] < best[segment_id][0]:
-            best[segment_id] = (rank[status], number)
-    return committed.take(pa.array(sorted(number for _, number in best.values()), pa.int64()))
-
-
-def write_index(uri: str, committed: pa.Table, current_versions: Mapping[str, str]) -> pa.Table:
-    """Writes the index: of each medium the rows of one source_version, sorted for reading; returns it.
-
-    Args:
-        uri: the store.
-        committed: what `read_committed` found.
-        current_versions: media_id -> source_version of the media in this run's plan. Media of earlier runs keep the
-            version that the index had.
-    """
-    versions = {**_indexed_versions(uri), **current_versions}
-    keep = [
-        versions.setdefault(media_id, source_version) == source_version
-        for media_id, source_version in zip(
-            committed["media_id"].to_pylist(), committed["source_version"].to_pylist(), strict=True
-        )
-    ]
-    index = best_rows(committed.filter(pa.array(keep, pa.bool_())))
-    index = index.sort_by([("media_id", "ascending"), ("segment_index", "ascending")])
-    index = index.replace_schema_metadata(schemas.INDEX.metadata | {INDEXED_KEY: indexed_digest(committed)})
-    write_table(storage.join_uri(uri, INDEX_FILE), index, row_group_rows=ROW_GROUP_ROWS)
-    return index
-
-
-def indexed_digest(committed: pa.Table) -> bytes:
-    """Stands for the data files whose rows an index was made from."""
-    return hashlib.sha256("\n".join(sorted(pc.unique(committed["file"]).to_pylist())).encode()).hexdigest().encode()
-
-
 def write_store(uri: str, media: Mapping[str, Tensor], *, recipe: Mapping[str, Any], fps: float = 1.0) -> None:
     """A finished store from features at hand: media_id -> (F, N, dim), frame k at k / fps seconds.
 
@@ -245,7 +163,7 @@ def write_store(uri: str, media: Mapping[str, Tensor], *, recipe: Mapping[str, A
     rows = [_row_of(media_id, features, digest, fps) for media_id, features in media.items()]
     name = hashlib.sha256("".join(row["segment_id"] for row in rows).encode()).hexdigest()[:32]
     write_file(uri, name, rows, recipe_digest=digest)
-    write_index(uri, read_committed(uri), {row["media_id"]: row["source_version"] for row in rows})
+    write_index(uri, {row["media_id"]: row["source_version"] for row in rows})
 
 
 def features_bytes(features: Tensor) -> bytes:
@@ -272,12 +190,6 @@ def features_fault(row: Mapping[str, Any], features: Any) -> str | None:
     if checksum is not None and xxhash.xxh64_intdigest(features or b"") != checksum:
         return "the features are not those that were written (xxh64)"
     return None
-
-
-def num_feature_bytes(rows: pa.Table) -> int:
-    """Bytes of the features of INDEX rows."""
-    frames, tokens, dim = (rows[name].cast(pa.int64()) for name in ("num_frames", "num_tokens_per_frame", "dim"))
-    return 2 * (pc.sum(pc.multiply(pc.multiply(frames, tokens), dim)).as_py() or 0)
 
 
 def _row_of(media_id: str, features: Tensor, digest: str, fps: float) -> Row:
@@ -338,29 +250,6 @@ def _parquet_writer(file: IO[bytes], schema: pa.Schema) -> Any:
         write_statistics=["segment_id", "media_id"],
         write_page_checksum=True,
     )
-
-
-def write_table(uri: str, table: pa.Table, *, row_group_rows: int | None = None) -> None:
-    """Writes a small table, all or nothing."""
-    storage.write_atomic(
-        uri,
-        lambda file: pq.write_table(
-            table, file, compression="zstd", write_page_checksum=True, row_group_size=row_group_rows
-        ),
-    )
-
-
-def _write_commit(uri: str, file_name: str, rows: pa.Table, replaces: Sequence[str]) -> None:
-    metadata = schemas.INDEX.metadata | ({_REPLACES: json.dumps(list(replaces)).encode()} if replaces else {})
-    write_table(storage.join_uri(uri, COMMITS_FOLDER, file_name), rows.replace_schema_metadata(metadata))
-
-
-def _indexed_versions(uri: str) -> dict[str, str]:
-    path = storage.join_uri(uri, INDEX_FILE)
-    if not storage.exists(path):
-        return {}
-    table = pq.ParquetFile(pa.BufferReader(storage.read_bytes(path))).read(columns=["media_id", "source_version"])
-    return dict(zip(table["media_id"].to_pylist(), table["source_version"].to_pylist(), strict=True))
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

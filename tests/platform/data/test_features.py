@@ -13,15 +13,14 @@ import torch
 
 from reference.made_store import RECIPE, error_row, segment_row, write_files
 from timeviper_platform import storage
+from timeviper_platform.data.commits import best_rows, read_committed
 from timeviper_platform.data.features import FeatureStore, FrameRequest, select_frames
+from timeviper_platform.data.index_writer import write_index
 from timeviper_platform.data.store_writer import (
-    best_rows,
     create_store,
-    read_committed,
     recipe_hash,
     remove_uncommitted,
     write_file,
-    write_index,
     write_store,
 )
 from timeviper_platform.schemas import FEATURES, INDEX, check_version
@@ -59,7 +58,7 @@ def test_frames_are_picked_across_segments_and_neighbours_are_cached(tmp_path: P
     other = segment_row("other", 0, 1, torch.zeros(2, 3, 5).bfloat16())
     write_file(str(tmp_path), "one", [rows[1], other, rows[0]], recipe_digest=digest)
     write_file(str(tmp_path), "two", [rows[2]], recipe_digest=digest)
-    write_index(str(tmp_path), read_committed(str(tmp_path)), {})
+    write_index(str(tmp_path))
     store = FeatureStore.open(str(tmp_path))
     whole = torch.cat(pieces)
     frames = [0, 63, 64, 64, 127, 128, 137]
@@ -136,7 +135,7 @@ def test_a_segment_without_frames_is_empty(tmp_path: Path) -> None:
 
 
 def test_rows_in_error_between_others_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("timeviper_platform.data.store_writer.ROW_GROUP_ROWS", 2)  # lookups cross row groups
+    monkeypatch.setattr("timeviper_platform.data.index_writer.ROW_GROUP_ROWS", 2)  # lookups cross row groups
     monkeypatch.setattr("timeviper_platform.data.store_index.DETAILS_CACHE_BYTES", 1)
     pieces = {m: [torch.randn(3 + n, 2, 4).bfloat16() for n in range(4)] for m in ("a", "c", "\u00e9", "\U0001f600")}
     rows = [segment_row(media_id, n, 4, piece) for media_id, parts in pieces.items() for n, piece in enumerate(parts)]
@@ -258,7 +257,7 @@ def test_the_index_holds_the_current_version_and_the_best_outcome(tmp_path: Path
         ],
         recipe_digest=digest,
     )
-    write_index(str(tmp_path), read_committed(str(tmp_path)), {})
+    write_index(str(tmp_path))
     assert list(FeatureStore.open(str(tmp_path)).media_ids) == ["a", "gone"]
     write_file(
         str(tmp_path),
@@ -270,7 +269,7 @@ def test_the_index_holds_the_current_version_and_the_best_outcome(tmp_path: Path
         recipe_digest=digest,
     )
     committed = read_committed(str(tmp_path))
-    write_index(str(tmp_path), committed, {"a": "v2", "b": "v1"})
+    write_index(str(tmp_path), {"a": "v2", "b": "v1"})
     store = FeatureStore.open(str(tmp_path))
     assert [store.read(m).features.sum().item() for m in store.media_ids] == [2, 2, 0]
     assert best_rows(committed).num_rows == 4  # a1, a2, b1 once, gone

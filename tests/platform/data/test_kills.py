@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
-import psutil
 import pytest
 import torch
 import yaml
 
 from reference.killable import kill_after, start
 from reference.made_media import make_encoder, make_video
+from reference.two_nodes import TwoNodes, two_nodes
+from timeviper_platform.data.commits import read_committed
 from timeviper_platform.data.encode import EncoderConfig
 from timeviper_platform.data.features import FeatureStore
 from timeviper_platform.data.graph import ExecutionConfig
 from timeviper_platform.data.pipeline import PreprocessConfig, run_in_process, run_preprocess
 from timeviper_platform.data.store_check import verify_store
-from timeviper_platform.data.store_writer import read_committed
+
+logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[3]
 NUM_CLIPS = 24
@@ -95,34 +99,80 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(
     check(config.output, expected)
 
 
+KILLED = ("DecodeStep", "EncodeStep", "second node", "driver")
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[TwoNodes]:
+    with two_nodes() as found:
+        yield found
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(1200)
+def test_decoder_encoder_second_node_and_driver_killed_on_ray_lose_nothing(
+    corpus: Path, expected: dict[str, bytes], tmp_path: Path, nodes: TwoNodes
+) -> None:
+    config = write_config(corpus, tmp_path / "store")
+    killed = run_killed(config, nodes, KILLED, random.Random(0))
+    assert killed == Counter(KILLED)
+    finish(config, nodes)
+    check(str(tmp_path / "store"), expected)
+
+
 @pytest.mark.cluster
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_killing_driver_decoders_and_encoders_on_ray_loses_nothing(
-    corpus: Path, expected: dict[str, bytes], tmp_path: Path, ray_cluster: dict[str, str]
+def test_twenty_kills_at_random_moments_on_ray_lose_nothing(
+    corpus: Path, expected: dict[str, bytes], tmp_path: Path, nodes: TwoNodes
 ) -> None:
-    moments = random.Random(0)
-    num_killed = dict.fromkeys(("driver", "DecodeStep", "EncodeStep"), 0)
-    for attempt in range(12):
-        if sum(num_killed.values()) >= NUM_KILLS and min(num_killed.values()) >= NUM_KILLS // 5:
+    moments = random.Random(1)
+    killed: Counter[str] = Counter()
+    for attempt in range(8):
+        if killed.total() >= NUM_KILLS and all(killed[victim] >= NUM_KILLS // 5 for victim in KILLED):
             break
         config = write_config(corpus, tmp_path / f"store{attempt}")
-        for victim in ("DecodeStep", "EncodeStep", "driver", ""):
-            driver = start_job(config, ray_cluster)
-            if victim == "driver":
-                wait_for_actors(ray_cluster, "EncodeStep", driver)
-                time.sleep(moments.uniform(0.0, 3.0))
-                num_killed["driver"] += driver.poll() is None
-                driver.kill()
-            elif victim:
-                for process in wait_for_actors(ray_cluster, victim, driver):
-                    time.sleep(moments.uniform(0.0, 2.0))
-                    num_killed[victim] += kill(process)
-            output = wait_for(driver, victim)
-            if victim != "driver":  # Ray starts a dead actor again: the run goes on
-                assert driver.returncode == 0, output
+        steps = moments.sample(("DecodeStep", "EncodeStep"), 2)
+        killed += run_killed(config, nodes, [*steps, "second node", "driver"], moments)
+        killed += run_killed(config, nodes, [moments.choice(KILLED)], moments)
+        finish(config, nodes)
         check(str(tmp_path / f"store{attempt}"), expected)
-    assert sum(num_killed.values()) >= NUM_KILLS, num_killed
+    assert killed.total() >= NUM_KILLS, killed
+    assert all(killed[victim] >= NUM_KILLS // 5 for victim in KILLED), killed
+
+
+def run_killed(config: Path, nodes: TwoNodes, victims: Sequence[str], moments: random.Random) -> Counter[str]:
+    """Starts the job, kills one victim after the other, each some time later; what was killed while the job ran."""
+    killed: Counter[str] = Counter()
+    commits = config.with_suffix("") / "commits"
+    with config.with_suffix(".log").open("a+") as log:
+        driver = start_job(config, nodes.environment, log)
+        for victim in victims:
+            wait_until(due_moment(victim, nodes, commits, moments), driver, log)
+            time.sleep(moments.uniform(0.0, 0.5))
+            if driver.poll() is None:
+                killed[victim] += kill(driver) if victim == "driver" else nodes.kill(victim)
+                logger.info("killed %s: %s, after %d commits", victim, killed[victim], num_commits(commits))
+        wait_until(lambda: False, driver, log)
+        may_fail = {"driver", "second node"} & set(killed)  # Ray starts a dead actor again: the run goes on
+        assert driver.returncode == 0 or may_fail, end_of(log)
+    return killed
+
+
+def due_moment(victim: str, nodes: TwoNodes, commits: Path, moments: random.Random) -> Callable[[], bool]:
+    """A worker is due when it is there (decoding ends long before the last commit), the others some commits later."""
+    if victim.endswith("Step"):
+        return lambda: nodes.worker(victim) is not None
+    due = num_commits(commits) + moments.randint(1, 3)
+    return lambda: num_commits(commits) >= due
+
+
+def finish(config: Path, nodes: TwoNodes) -> None:
+    """The same command again, to its end."""
+    with config.with_suffix(".log").open("a+") as log:
+        driver = start_job(config, nodes.environment, log)
+        wait_until(lambda: False, driver, log)
+        assert driver.returncode == 0, end_of(log)
 
 
 def write_config(corpus: Path, output: Path) -> Path:
@@ -133,7 +183,7 @@ def write_config(corpus: Path, output: Path) -> Path:
             "encoder": str(corpus / "encoder"), "num_tokens_per_frame": 4, "merge_heads": 4, "encode_batch_frames": 8
         },
         "execution": {
-            "mode": "split", "num_workers": 1, "num_decode_workers": 1, "frames_per_file": 4, "progress_seconds": 0.5
+            "mode": "split", "num_workers": 1, "num_decode_workers": 1, "frames_per_file": 1, "progress_seconds": 0.5
         },
     }  # fmt: skip
     path = output.with_suffix(".yaml")
@@ -141,56 +191,36 @@ def write_config(corpus: Path, output: Path) -> Path:
     return path
 
 
-def start_job(config: Path, cluster: dict[str, str]) -> subprocess.Popen[str]:
+def start_job(config: Path, environment: dict[str, str], log: IO[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, str(ROOT / "jobs" / "preprocess.py"), "--config", str(config)],
-        env={**os.environ, **cluster},
-        stdout=subprocess.PIPE,
+        env={**os.environ, **environment},
+        stdout=log,
         stderr=subprocess.STDOUT,
         text=True,
     )
 
 
-def wait_for(driver: subprocess.Popen[str], victim: str, timeout_s: float = 400.0) -> str:
-    """What the driver printed until it ended."""
-    try:
-        return driver.communicate(timeout=timeout_s)[0]
-    except subprocess.TimeoutExpired:
-        driver.kill()
-        pytest.fail(f"the job hangs after {victim or 'nothing'} was killed:\n{driver.communicate()[0][-3000:]}")
+def num_commits(folder: Path) -> int:
+    return sum(1 for _ in folder.glob("*.parquet"))
 
 
-def kill(process: psutil.Process) -> bool:
+def wait_until(is_due: Callable[[], bool], driver: subprocess.Popen[str], log: IO[str], timeout_s: float = 540) -> None:
+    """Until it is due or the job has ended; a job that hangs is ended and fails the test."""
+    deadline = time.monotonic() + timeout_s
+    while driver.poll() is None and not is_due():
+        if time.monotonic() > deadline:
+            driver.kill()
+            pytest.fail(f"the job hangs:\n{end_of(log)}")
+        time.sleep(0.01)
+
+
+def end_of(log: IO[str]) -> str:
+    log.seek(0)
+    return log.read()[-3000:]
+
+
+def kill(process: subprocess.Popen[str]) -> bool:
     """True when it was alive."""
-    try:
-        process.send_signal(signal.SIGKILL)
-        process.wait(timeout=30)
-    except psutil.NoSuchProcess:
-        return False
-    return True
-
-
-def wait_for_actors(cluster: dict[str, str], step: str, driver: subprocess.Popen[str]) -> list[psutil.Process]:
-    """Processes of the test's own cluster that run the step; none when the job ends before there are any."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and driver.poll() is None:
-        found = [process for process in workers_of(cluster) if step in title(process)]
-        if found:
-            return found
-        time.sleep(0.1)
-    return []
-
-
-def workers_of(cluster: dict[str, str]) -> Iterator[psutil.Process]:
-    for process in psutil.process_iter(["name", "cmdline"]):
-        command = " ".join(process.info["cmdline"] or [])
-        if process.info["name"] == "raylet" and cluster["RAY_ADDRESS"] in command:
-            with contextlib.suppress(psutil.NoSuchProcess):  # one that ends while its children are listed
-                yield from process.children(recursive=True)
-
-
-def title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except (psutil.NoSuchProcess, psutil.ZombieProcess):
-        return ""
+    process.kill()
+    return process.wait() == -signal.SIGKILL

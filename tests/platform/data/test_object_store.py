@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import random
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -11,9 +14,11 @@ import s3fs
 import torch
 
 from reference.faulty_s3 import Faults
+from reference.killable import kill_after, start
 from reference.made_media import make_encoder, make_video
 from timeviper_platform import storage
 from timeviper_platform.data import listing
+from timeviper_platform.data.commits import read_committed
 from timeviper_platform.data.compact import compact
 from timeviper_platform.data.encode import EncoderConfig
 from timeviper_platform.data.features import FeatureStore
@@ -66,6 +71,45 @@ def test_failing_and_slow_requests_lose_nothing_and_are_counted(
     puts = [path for method, path, _ in server.requests if method == "PUT" and "/store/commits/" in path]
     assert len(puts) == len(set(puts)) + 1 == 4  # one put each; the merged file's record is written twice
     assert not [request for request in server.requests if request[0] == "POST" and "uploads" in request[2]]
+
+
+def test_runs_killed_while_storage_fails_and_dawdles_end_with_the_same_bytes(
+    bucket: s3fs.S3FileSystem, server: Faults, tmp_path: Path
+) -> None:
+    make_encoder(tmp_path / "encoder")
+    (tmp_path / "media").mkdir()
+    for number in range(6):
+        make_video(tmp_path / "media" / f"{number}.mp4", range(8 * (1 + number % 3)))
+        bucket.put(str(tmp_path / "media" / f"{number}.mp4"), f"bucket/media/{number}.mp4")
+    one_a_file = ExecutionConfig(frames_per_file=1)
+    expected = replace(make_config(tmp_path, str(tmp_path / "media"), str(tmp_path / "store")), execution=one_a_file)
+    run_preprocess(expected, run=run_in_process)
+    config = replace(make_config(tmp_path, "s3://bucket/media", "s3://bucket/store"), execution=one_a_file)
+    environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    server.fail_first_of, server.slow_rate = 5, 0.1
+    moments = random.Random(0)
+
+    def num_puts() -> int:
+        return sum(method == "PUT" and ("/data/" in path or "/commits/" in path) for method, path, _ in server.requests)
+
+    num_killed = 0
+    for _ in range(4):
+        due = num_puts() + moments.randint(1, 3)
+        process = start(config, environment)
+        num_killed += kill_after(process, lambda due=due: num_puts() >= due, moments.uniform(0.0, 0.02))
+        bucket.invalidate_cache()
+        committed = {path.rpartition("/")[2] for path in bucket.find("bucket/store/commits")}
+        assert committed <= {path.rpartition("/")[2] for path in bucket.find("bucket/store/data")}
+        assert read_committed(config.output).num_rows == len(committed)  # each record is whole
+    assert num_killed >= 3
+    last = start(config, environment)
+    last.join()
+    assert last.exitcode == 0
+    assert storage.read_json("s3://bucket/store/report.json")["retries"] > 0
+    assert contents(config.output) == contents(expected.output)
+    ids = read_committed(config.output)["segment_id"].to_pylist()
+    assert len(ids) == len(set(ids)) == 6
+    assert verify_store(config.output).problems == []
 
 
 def test_storage_that_stays_away_ends_the_job_with_its_reason(

@@ -14,16 +14,16 @@ import torch
 
 from reference.made_store import RECIPE, error_row, segment_row, write_files
 from timeviper_platform import storage
+from timeviper_platform.data.commits import read_committed
 from timeviper_platform.data.compact import compact
 from timeviper_platform.data.features import FeatureStore
+from timeviper_platform.data.index_writer import write_index
 from timeviper_platform.data.store_check import inspect_store, verify_store
 from timeviper_platform.data.store_writer import (
     create_store,
-    read_committed,
     recipe_hash,
     remove_uncommitted,
     write_file,
-    write_index,
     write_store,
 )
 
@@ -142,7 +142,7 @@ def test_a_reader_is_told_when_its_version_is_gone(store: str) -> None:
     opened = FeatureStore.open(store, cache_bytes=1)
     new = [row | {"segment_id": "new", "source_version": "v2"} for row in made_rows("m02")]
     write_file(store, "new", new, recipe_digest=recipe_hash(RECIPE))
-    write_index(store, read_committed(store), {"m02": "v2"})
+    write_index(store, {"m02": "v2"})
     assert compact(store, file_bytes=FILE_BYTES).rows_dropped == 2
     with pytest.raises(RuntimeError, match=r"m02: the store at .* holds another version by now; open it again"):
         opened.read("m02")
@@ -156,7 +156,7 @@ def test_rows_that_are_not_indexed_yet_survive_and_names_can_be_used_again(store
     committed = read_committed(store)
     assert {"old", "next-0", "bad-0"} <= set(committed["segment_id"].to_pylist())
     write_file(store, "f00", made_rows("again"), recipe_digest=recipe_hash(RECIPE))  # a name that was replaced
-    write_index(store, read_committed(store), {})
+    write_index(store)
     assert {"again", "bad", "next"} <= set(FeatureStore.open(store).media_ids)
 
 

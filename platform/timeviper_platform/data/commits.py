@@ -1,0 +1,116 @@
+"""The commit records of a feature store: which data files count, and the INDEX rows of each.
+
+Knows where records lie, that one may name others that it replaces, and which of several rows of a segment counts.
+Reads many at a time, for on an object store each is a request. Does not know data files or the index.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from timeviper_platform import schemas, storage
+from timeviper_platform.data.features import COMMITS_FOLDER
+from timeviper_platform.data.listing import pages
+
+READERS = 16
+"""Requests at a time; they wait, they do not work."""
+
+READ_AHEAD = 128
+"""Records in memory at a time; one of 32 full segments is 40 KB."""
+
+_REPLACES = b"timeviper.replaces"
+"""In a commit record's metadata: a JSON list of the data files whose rows it holds now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Commits:
+    """The commit records of a store."""
+
+    tables: dict[str, pa.Table]
+    """name of the data file -> its INDEX rows"""
+    replaced: list[str]
+    """data files whose rows others hold by now"""
+
+    def rows(self) -> pa.Table:
+        """INDEX rows of all, in order of file name."""
+        tables = [table.replace_schema_metadata(schemas.INDEX.metadata) for table in self.tables.values()]
+        return pa.concat_tables(tables) if tables else schemas.INDEX.empty_table()
+
+    def digest(self) -> bytes:
+        """`indexed_digest` of an index of these."""
+        return indexed_digest(name for name, table in self.tables.items() if table.num_rows)
+
+
+def iter_commits(uri: str, columns: Sequence[str] | None = None) -> Iterator[tuple[str, pa.Table]]:
+    """Every commit record by the name of its data file, in sorted order, those that others replace among them."""
+    paths = storage.list_files(storage.join_uri(uri, COMMITS_FOLDER), ".parquet")
+    with ThreadPoolExecutor(READERS) as pool:
+        for page in pages((PurePosixPath(path).name for path in paths), READ_AHEAD):
+            yield from zip(page, pool.map(lambda name: read_commit(uri, name, columns), page), strict=True)
+
+
+def read_commit(uri: str, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """The commit record of the data file `name`, its own metadata included."""
+    data = storage.read_bytes(storage.join_uri(uri, COMMITS_FOLDER, name))
+    return pq.ParquetFile(pa.BufferReader(data)).read(columns=columns, use_threads=False)
+
+
+def replaced_by(record: pa.Table) -> list[str]:
+    """The data files whose rows a commit record holds now."""
+    return list(json.loads((record.schema.metadata or {}).get(_REPLACES, "[]")))
+
+
+def read_commits(uri: str) -> Commits:
+    """Every commit record that counts, by the name of its data file in sorted order, and the names of the others."""
+    tables = dict(iter_commits(uri))
+    replaced = {name for table in tables.values() for name in replaced_by(table)}
+    return Commits({name: table for name, table in tables.items() if name not in replaced}, sorted(replaced))
+
+
+def read_committed(uri: str) -> pa.Table:
+    """INDEX rows of every commit record that counts, in order of file name; all in memory."""
+    return read_commits(uri).rows()
+
+
+def write_commit(uri: str, file_name: str, rows: pa.Table, replaces: Sequence[str] = ()) -> None:
+    """Makes a data file count, and those that it replaces stop to, in one write."""
+    metadata = schemas.INDEX.metadata | ({_REPLACES: json.dumps(list(replaces)).encode()} if replaces else {})
+    write_table(storage.join_uri(uri, COMMITS_FOLDER, file_name), rows.replace_schema_metadata(metadata))
+
+
+def write_table(uri: str, table: pa.Table) -> None:
+    """Writes a small table, all or nothing."""
+    storage.write_atomic(uri, lambda file: pq.write_table(table, file, compression="zstd", write_page_checksum=True))
+
+
+def best_rows(committed: pa.Table) -> pa.Table:
+    """One row a segment_id: ok before partial before error, so that a repaired segment replaces its error."""
+    rank = {"ok": 0, "partial": 1, "error": 2}
+    best: dict[str, tuple[int, int]] = {}
+    pairs = zip(committed["segment_id"].to_pylist(), committed["status"].to_pylist(), strict=True)
+    for number, (segment_id, status) in enumerate(pairs):
+        if segment_id not in best or rank[status] < best[segment_id][0]:
+            best[segment_id] = (rank[status], number)
+    if len(best) == committed.num_rows:
+        return committed
+    return committed.take(pa.array(sorted(number for _, number in best.values()), pa.int64()))
+
+
+def indexed_digest(names: Iterable[str]) -> bytes:
+    """Stands for the data files whose rows an index was made from."""
+    return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest().encode()
+
+
+def num_feature_bytes(rows: pa.Table) -> int:
+    """Bytes of the features of INDEX rows."""
+    frames, tokens, dim = (rows[name].cast(pa.int64()) for name in ("num_frames", "num_tokens_per_frame", "dim"))
+    return 2 * (pc.sum(pc.multiply(pc.multiply(frames, tokens), dim)).as_py() or 0)

@@ -1,0 +1,119 @@
+"""A private Ray of two nodes on this machine whose processes a test may kill.
+
+The head has room for one worker and the second node for the others; a second node that dies is replaced by a new one.
+Only processes below these two nodes are ever touched, by their ids.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+
+from timeviper_platform.local_cluster import free_port, local_cluster
+
+PORTS = ("dashboard-agent-grpc-port", "dashboard-agent-listen-port", "node-manager-port", "object-manager-port")
+
+
+class TwoNodes:
+    """Both nodes; `environment` lets a child process use them."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        self.environment = environment
+        self._second = self._start()
+
+    def kill(self, victim: str) -> bool:
+        """SIGKILLs the second node's raylet, or a worker of the step with this name; True when it was there.
+
+        Ray itself starts a dead worker again; a dead node is replaced here.
+        """
+        if victim != "second node":
+            return self._kill(self.worker(victim))
+        is_killed = self._kill(self._raylet())
+        self.end()
+        self._second = self._start()
+        return is_killed
+
+    def end(self) -> None:
+        """Ends what is left of the second node."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._second.pid, signal.SIGKILL)  # its own group, below
+        self._second.wait()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        command = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--node-ip-address=127.0.0.1"]
+        command += [f"--address={self.environment['RAY_ADDRESS']}", "--num-cpus=2", "--object-store-memory=200000000"]
+        command += [f"--{name}={free_port()}" for name in PORTS]
+        return subprocess.Popen(
+            command,
+            env={**os.environ, **self.environment},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def _raylet(self) -> psutil.Process | None:
+        """The second node's, once it is there."""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            if found := _below(self._second.pid, lambda process: process.name() == "raylet"):
+                return found[0]
+            time.sleep(0.05)
+        return None
+
+    def worker(self, step: str) -> psutil.Process | None:
+        """A worker of either node that runs the step now."""
+        found = (_below(raylet.pid, lambda process: step in _title(process)) for raylet in self._raylets())
+        return next((processes[0] for processes in found if processes), None)
+
+    def _raylets(self) -> list[psutil.Process]:
+        """Found by the cluster's port: Ray writes the machine's own address where it was told 127.0.0.1."""
+        port = self.environment["RAY_ADDRESS"].rpartition(":")[2]
+        address = re.compile(rf"--gcs-address=[0-9.]+:{port}(\s|$)")
+        raylets = (process for process in psutil.process_iter(["name"]) if process.info["name"] == "raylet")
+        return [process for process in raylets if address.search(_title(process))]
+
+    @staticmethod
+    def _kill(process: psutil.Process | None) -> bool:
+        if process is None:
+            return False
+        try:
+            process.send_signal(signal.SIGKILL)
+            process.wait(timeout=30)
+        except psutil.NoSuchProcess:
+            return False
+        return True
+
+
+@contextlib.contextmanager
+def two_nodes() -> Iterator[TwoNodes]:
+    """Runs while the context is open. A dead node is noticed within seconds."""
+    quick = {"RAY_health_check_period_ms": "1000", "RAY_health_check_initial_delay_ms": "1000"}
+    with local_cluster(num_cpus=1, object_store_bytes=200_000_000, environment=quick) as environment:
+        nodes = TwoNodes(environment)
+        try:
+            yield nodes
+        finally:
+            nodes.end()
+
+
+def _below(pid: int, is_wanted: Callable[[psutil.Process], bool]) -> list[psutil.Process]:
+    try:
+        return [process for process in psutil.Process(pid).children(recursive=True) if is_wanted(process)]
+    except psutil.NoSuchProcess:  # one that ends while it is looked at
+        return []
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""
