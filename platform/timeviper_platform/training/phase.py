@@ -156,7 +156,8 @@ def first_model(init: InitConfig, store: FeatureStore, encoder: str | None) -> T
     """
     config = first_model_config(init, store, encoder)
     if init.weights is not None:
-        return load_weights(init.weights).train()
+        model = load_weights(init.weights).train()
+        return model if init.transv is None else model.with_transv(config.transv)
     model = TimeViper(config)
     model.init_weights(torch.Generator().manual_seed(init.seed))
     if init.backbone is not None:
@@ -178,7 +179,7 @@ def first_model_config(init: InitConfig, store: FeatureStore, encoder: str | Non
         raise ValueError(f"{file} does not exist; a weights folder is what a phase or jobs/export.py writes")
     config = config_from_dict(storage.read_json(file), where=file)
     _check_same_vision(config.vision, vision_of(store, config.vision, encoder), init.weights)
-    return config
+    return config if init.transv is None else replace(config, transv=init.transv)
 
 
 def load_weights(uri: str) -> TimeViper:
