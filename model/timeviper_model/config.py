@@ -176,6 +176,18 @@ def parse_transv_plan(text: str) -> tuple[TransVSite, ...]:
     return tuple(sites)
 
 
+def pyramid_drop(text: TextConfig) -> tuple[TransVSite, ...]:
+    """PyramidDrop (arXiv 2410.17247) for a backbone: every attention block keeps the better half of what it meets.
+
+    What is dropped is not transferred. `M-M*-M-M*-` keeps 0.5 at 3 and 0.25 at 8.
+    """
+    places = [layer for layer, kind in enumerate(text.block_types) if kind == "attention"]
+    return tuple(
+        TransVSite(layer=layer, select="attention", keep=0.5**number, transfer="none")
+        for number, layer in enumerate(places, start=1)
+    )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VisionTower:
     """One encoder and how its tokens are merged."""

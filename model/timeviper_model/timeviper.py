@@ -6,6 +6,7 @@ for the positions that need them, never for a whole prompt: the labelled ones in
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from timeviper_model.backbone import Backbone, init_backbone
 from timeviper_model.batch import IGNORE_INDEX, PADDING_SEGMENT, PackedBatch, TokenKind
 from timeviper_model.cache import HybridCache
-from timeviper_model.config import TimeViperConfig
+from timeviper_model.config import TimeViperConfig, TransVSite
 from timeviper_model.prefill import DEFAULT_CHUNK_TOKENS, Prefill
 from timeviper_model.projector import make_projector
 from timeviper_model.segments import Segments
@@ -87,6 +88,25 @@ class TimeViper(nn.Module):
             nearest = min((place for place in places if place >= int(name)), default=places[-1])
             assert isinstance(module, TransVLayer)
             module.copy_from(self.backbone.block(nearest).attention)
+
+    @torch.no_grad()
+    def with_transv(self, sites: tuple[TransVSite, ...]) -> TimeViper:
+        """A model of the same tensors with other TransV sites, which start as copies of attention and add nothing.
+
+        Raises:
+            ValueError: when a site does not fit the backbone's pattern.
+        """
+        with torch.device("meta"):
+            other = TimeViper(replace(self.config, transv=sites))
+        shared = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("transv.")}
+        other.load_state_dict(shared, strict=False, assign=True)
+        other.tie_weights()
+        weight = self.lm_head.weight
+        for module in other.transv.values():
+            assert isinstance(module, TransVLayer)
+            module.to(dtype=weight.dtype).to_empty(device=weight.device).alpha.zero_()
+        other.init_transv_from_attention()
+        return other.train(self.training)
 
     def forward(self, batch: PackedBatch, *, use_transv: bool = True) -> TimeViperOutput:
         """Loss over the pack's labels. With gradients enabled every trainable parameter takes part in the graph."""

@@ -12,12 +12,13 @@ from torch import Tensor
 from reference.slow_timeviper import slow_loss_sum
 from reference.small_models import SMALL, make_features, make_model, make_sample, pack
 from timeviper_model.batch import Sample, pack_samples
-from timeviper_model.config import TransVSite
+from timeviper_model.config import PRESETS, TransVSite, pyramid_drop
 from timeviper_model.segments import Segments
 from timeviper_model.timeviper import TimeViper
 from timeviper_model.transv import TokenStream, apply_site, num_kept
 
 Select = Literal["uniform", "attention"]
+KINDS_OF_TRANSFER: tuple[Literal["cross_attention", "none"], ...] = ("cross_attention", "none")
 
 
 def with_sites(*sites: TransVSite) -> TimeViper:
@@ -139,6 +140,32 @@ def test_copies_come_from_the_nearest_attention_block_at_or_after_the_site() -> 
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             copied = state[f"transv.{site}.{name}.weight"]
             assert torch.equal(copied, state[f"backbone.layers.{block}.mixer.{name}.weight"])
+
+
+def test_other_sites_leave_the_tensors_and_start_as_copies_that_add_nothing() -> None:
+    model, batch = make_model().train(), pack([make_sample(layout) for layout in LAYOUTS])
+    without = model.with_transv(())
+    assert without.training
+    assert without(batch).loss_sum == model(batch, use_transv=False).loss_sum
+    sites = (TransVSite(layer=2, select="attention", keep=0.25), TransVSite(layer=4, select="uniform", keep=0.25))
+    other, dropping = (model.with_transv(tuple(replace(s, transfer=t) for s in sites)) for t in KINDS_OF_TRANSFER)
+    assert other(batch).loss_sum == dropping(batch).loss_sum != without(batch).loss_sum
+    state = other.state_dict()
+    assert torch.equal(state["transv.2.k_proj.weight"], state["backbone.layers.2.mixer.k_proj.weight"])
+    assert all(parameter.requires_grad for parameter in other.parameters())
+    with pytest.raises(ValueError, match="attention blocks are at"):
+        model.with_transv((TransVSite(layer=1, select="attention", keep=0.5),))
+
+
+def test_pyramid_drop_halves_what_every_attention_block_meets() -> None:
+    sites = pyramid_drop(PRESETS["9b"].text)
+    assert [(site.layer, site.keep) for site in sites] == [(14, 0.5), (21, 0.25), (30, 0.125), (39, 0.0625)]
+    assert {(site.select, site.transfer) for site in sites} == {("attention", "none")}
+    stream = vision_stream(9, torch.ones(11, 24, dtype=torch.float64))
+    model = with_sites(*pyramid_drop(SMALL.text))
+    for site, num_left in zip(model.config.transv, (5, 2), strict=True):
+        stream = apply_site(stream, site, None, model.backbone.block(site.layer))
+        assert len(stream.hidden_TD) == num_left + 2
 
 
 def test_selection_never_looks_past_the_first_response() -> None:

@@ -9,7 +9,7 @@ import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import IO, Any
 
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
@@ -31,6 +31,8 @@ class Faults:
     slow_seconds: float = 0.2
     answers: dict[str, str] = field(default_factory=dict)
     """last part of a path -> status that requests for it always get, such as 403 Forbidden"""
+    drops: Callable[[str, str, IO[bytes]], bool] | None = None
+    """sees method, path and body of every request first; where it says True, nothing is stored"""
     num_errors: int = 0
     num_slow: int = 0
     requests: list[tuple[str, str, str]] = field(default_factory=list)
@@ -53,6 +55,11 @@ class Faults:
                     self.requests.append(request)
             if dawdles:
                 time.sleep(self.slow_seconds)
+            if self.drops is not None and self.drops(
+                environ["REQUEST_METHOD"], environ["PATH_INFO"], environ["wsgi.input"]
+            ):
+                start_response("500 Dropped", [])
+                return []
             status = "503 Slow Down" if fails else self.answers.get(environ["PATH_INFO"].rpartition("/")[2])
             if status is not None:
                 environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))

@@ -29,20 +29,20 @@ class InitConfig:
     """The first weights of a phase: a weights folder, or a preset with seeded values and, if named, a real backbone."""
 
     weights: str | None = None
-    """folder that save_pretrained or jobs/export.py wrote"""
+    """folder that save_pretrained or jobs/export.py wrote; excludes backbone"""
     preset: Literal["tiny", "9b", "tiny-qwen", "qwen2.5-7b"] | None = None
     """beside `weights`: the sizes that they must have, which a dry run knows before they are there"""
     seed: int = 0
     backbone: str | None = None
     """Hugging Face name or folder of a language model whose weights replace the preset's random ones"""
     transv: tuple[TransVSite, ...] | None = None
-    """replaces the preset's TransV sites"""
+    """replaces the preset's or the weights' TransV sites; in place of the weights' they start anew, from attention"""
 
     def __post_init__(self) -> None:
         if self.weights is None and self.preset is None:
             raise ValueError("init needs weights or a preset; neither is named")
-        if self.weights is not None and (self.backbone is not None or self.transv is not None):
-            raise ValueError("init.weights brings its own backbone and TransV sites; leave those keys out")
+        if self.weights is not None and self.backbone is not None:
+            raise ValueError("init.weights brings its own backbone; leave that key out")
 
     def model_config(self) -> TimeViperConfig:
         """The preset with this configuration's TransV sites."""

@@ -160,7 +160,8 @@ def first_model(init: InitConfig, store: FeatureStore, encoder: str | None) -> T
     """
     config = first_model_config(init, store, encoder)
     if init.weights is not None:
-        return load_weights(init.weights).train()
+        model = load_weights(init.weights).train()
+        return model if init.transv is None else model.with_transv(config.transv)
     model = TimeViper(config)
     model.init_weights(torch.Generator().manual_seed(init.seed))
     if init.backbone is not None:
@@ -184,7 +185,7 @@ def first_model_config(init: InitConfig, store: FeatureStore, encoder: str | Non
     if init.preset is not None and config.text != init.model_config().text:
         raise ValueError(f"the weights {init.weights} have other sizes than the preset {init.preset!r}; leave it out")
     _check_same_vision(config.vision, vision_of(store, config.vision, encoder), init.weights)
-    return config
+    return config if init.transv is None else replace(config, transv=init.transv)
 
 
 def load_weights(uri: str) -> TimeViper:

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,9 @@ logger = logging.getLogger(__name__)
 
 RAY_FOLDER = "ray"
 """Ray Train's own small files inside the run's folder"""
-PREEMPTION_CHECK_STEPS = 10
-"""steps between questions to Ray whether a node goes away: each is a barrier of milliseconds"""
+PREEMPTION_CHECK_S = 5.0
+"""between questions to Ray whether a node goes away: each is a barrier of milliseconds, and the shortest warnings are
+those of half a minute. Steps that take longer are each preceded by one"""
 POINTER_FILE = "checkpoint.json"
 """what Ray stores of a checkpoint: the URI of ours"""
 
@@ -101,7 +103,7 @@ def _worker(arguments: dict[str, Any]) -> dict[str, Any] | str:
             config,
             resume_from=resume_from,
             device=get_device(),
-            wishes=_PreemptionWatch(),
+            wishes=PreemptionWatch(),
             on_checkpoint=_report,
             trackers=[_Gauges(config.name)],
         )
@@ -129,19 +131,39 @@ class _Gauges:
         """Ray takes the gauges away with the worker."""
 
 
-class _PreemptionWatch:
-    """A wish to save, once, when Ray has heard that a node will be taken away; Ray itself ends the workers."""
+class PreemptionWatch:
+    """A wish to save, once, when Ray has heard that a node will be taken away; Ray itself ends the workers then.
+
+    Every rank must ask Ray before the same steps, and their clocks differ: rank 0 says after how many steps the next
+    question is due.
+    """
 
     def __init__(self) -> None:
+        self._interval = 1
         self._num_asked = 0
+        self._asked_at = time.monotonic()
         self._has_wished = False
 
     def __call__(self) -> Wish:
+        """Asked before every step; every so often that is a barrier over all ranks."""
         self._num_asked += 1
-        if self._has_wished or self._num_asked % PREEMPTION_CHECK_STEPS:
+        if self._has_wished or self._num_asked < self._interval:
             return Wish.GO_ON
-        self._has_wished = train.get_preemption_info() is not None  # a barrier: all ranks ask at the same steps
-        return Wish.SAVE if self._has_wished else Wish.GO_ON
+        info = train.get_preemption_info()
+        self._interval = agree(self._steps_until_next)
+        self._num_asked, self._asked_at = 0, time.monotonic()
+        if info is None:
+            return Wish.GO_ON
+        self._has_wished = True
+        left = "an unknown time" if info.deadline_ms is None else f"{info.deadline_ms / 1000 - time.time():.0f} s"
+        logger.warning(
+            "ranks %s lose their nodes %s in %s: saving now", info.preempted_ranks, info.preempted_node_ids, left
+        )
+        return Wish.SAVE
+
+    def _steps_until_next(self) -> int:
+        seconds_per_step = (time.monotonic() - self._asked_at) / self._num_asked
+        return max(1, int(PREEMPTION_CHECK_S / max(seconds_per_step, 1e-3)))
 
 
 def _report(uri: str, row: dict[str, Any]) -> None:

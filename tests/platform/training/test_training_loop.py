@@ -18,7 +18,7 @@ import yaml
 
 from reference.bare_training import train_bare
 from reference.training_corpus import DIM, QUESTIONS, RECIPE, Corpus, make_corpus, train_config, train_values
-from timeviper_model.config import Qwen2Config
+from timeviper_model.config import PRESETS, Qwen2Config, TransVSite
 from timeviper_model.weights import from_pretrained, load_tokenizer
 from timeviper_platform import storage
 from timeviper_platform.config import parse_config
@@ -97,12 +97,27 @@ def test_a_pure_transformer_goes_through_the_same_phases(corpus: Corpus) -> None
 
 
 def _first_model_weight(config: TrainConfig) -> torch.Tensor:
-    from timeviper_model.config import PRESETS
     from timeviper_model.timeviper import TimeViper
 
     model = TimeViper(PRESETS["tiny"])
     model.init_weights(torch.Generator().manual_seed(3))
     return model.backbone.embeddings.weight
+
+
+def test_a_phase_can_give_finished_weights_other_transv_sites(finished: TrainConfig, corpus: Corpus) -> None:
+    values = train_values(corpus, name="other-sites")
+    del values["phases"]["align"]
+    weights = RunFolder.of(finished).weights("align")
+    site = {"layer": 8, "select": "attention", "keep": 0.25, "transfer": "none"}
+    values["phases"]["instruct"] |= {"init": {"weights": weights, "transv": [site]}, "steps": 2}
+    values["phases"]["instruct"]["trainable"] = [{"match": ".*", "lr": 1e-3}]
+    config = parse_config(TrainConfig, values)
+    train_local(config)
+    before, after, *more = read_metrics(RunFolder.of(config).uri)[-1]["num_vision_tokens"]
+    assert before > after
+    assert not more
+    assert from_pretrained(RunFolder.of(config).weights("instruct")).config.transv == (TransVSite(**site),)
+    assert from_pretrained(weights).config.transv == PRESETS["tiny"].transv
 
 
 @pytest.mark.parametrize("max_grad_norm", [1.0, 0.05])

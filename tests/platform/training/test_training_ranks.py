@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from reference.training_corpus import Corpus, make_corpus, train_config, train_values
+from reference.training_ranks import start_ranks
 from timeviper_platform.config import parse_config
-from timeviper_platform.local_cluster import free_port
 from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.local import train_local
 from timeviper_platform.training.loop import RunFolder
@@ -25,32 +20,6 @@ from timeviper_platform.training.metrics import read_metrics
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     return make_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-def start_ranks(values: dict[str, Any], folder: Path, world_size: int = 2) -> list[subprocess.Popen[bytes]]:
-    path = folder / f"{values['name']}.yaml"
-    path.write_text(yaml.safe_dump(values, sort_keys=False))
-    port = str(free_port())
-    processes = []
-    for rank in range(world_size):
-        environment = {
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, "-m", "timeviper_platform.training.local", "--config", str(path)]
-        with (folder / f"rank-{rank}.log").open("ab") as log:
-            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-    return processes
-
-
-def finish(processes: list[subprocess.Popen[bytes]], folder: Path) -> None:
-    codes = [process.wait(timeout=600) for process in processes]
-    assert codes == [0] * len(codes), (folder / "rank-0.log").read_text()[-2000:]
 
 
 def curve(run: str) -> list[tuple[float, float, list[int]]]:
@@ -71,17 +40,14 @@ def test_two_ranks_killed_and_started_again_give_the_curve_of_one_rank(
     init = values["phases"].pop("align")["init"]
     values["phases"]["instruct"] |= {"init": init, "steps": 30}  # three packs a step: one rank gets a dummy
     run = str(Path(values["runs"]) / "ranks")
-    processes = start_ranks(values, tmp_path)
-    deadline = time.monotonic() + 120
-    while len(read_metrics(run)) < 14 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    for process in processes:
-        process.kill()
-        process.wait()
+    ranks = start_ranks(values, tmp_path)
+    ranks.wait_until(lambda: len(read_metrics(run)) >= 14)
+    ranks.kill()
+    ranks.wait()
     first = {row["global_step"]: row for row in read_metrics(run)}
     assert 14 <= len(first) < 24  # past the checkpoint after step 12, before the one after step 24
 
-    finish(start_ranks(values, tmp_path), tmp_path)
+    start_ranks(values, tmp_path).finish()
     again = [row for row in read_metrics(run) if row["attempt"] == 2]
     repeated = [row for row in again if row["global_step"] in first]
     assert repeated  # steps between the last checkpoint and the kill
@@ -114,7 +80,7 @@ def one_phase(corpus: Corpus, name: str, steps: int, stage: int = 2) -> dict[str
 def test_a_run_of_two_ranks_goes_on_with_one(corpus: Corpus, tmp_path: Path, group_of_one: None) -> None:
     values = one_phase(corpus, "two-one", steps=9)
     run = str(Path(values["runs"]) / "two-one")
-    finish(start_ranks(values, tmp_path), tmp_path)
+    start_ranks(values, tmp_path).finish()
     whole, given = curve(run), samples_of(run)
     keep_up_to(run, 3)
     train_local(parse_config(TrainConfig, values))
@@ -131,10 +97,12 @@ def test_sixty_steps_on_two_then_one_then_three_ranks_are_those_of_one_rank(
 ) -> None:
     values = one_phase(corpus, f"two-one-three-{stage}", steps=60, stage=stage)
     run = str(Path(values["runs"]) / values["name"])
-    for attempt, (world_size, last) in enumerate([(2, 20), (1, 40), (3, 60)], start=1):
-        finish(start_ranks(values, tmp_path, world_size), tmp_path)
-        assert read_metrics(run)[-1]["attempt"] == attempt
-        keep_up_to(run, last)
+    for world_size, last in ((2, 20), (1, 40)):
+        ranks = start_ranks(values, tmp_path, world_size=world_size)
+        ranks.wait_until(Path(run, "checkpoints", f"step-{last:08d}", "COMMIT").exists)
+        ranks.kill()
+        ranks.wait()
+    start_ranks(values, tmp_path, world_size=3).finish()
     assert [row["attempt"] for row in read_metrics(run)] == [1] * 20 + [2] * 20 + [3] * 20
     alone = parse_config(TrainConfig, values | {"name": f"alone-60-{stage}"})
     train_local(alone)
@@ -149,7 +117,7 @@ def test_two_ranks_under_every_zero_stage_give_the_curve_of_one_rank(
 ) -> None:
     # stage 3 computes blocks and sites twice: each gather of parameters must find its partner on the other rank
     values = train_values(corpus, name=f"zero-{stage}", zero={"stage": stage}, activation_checkpointing=stage == 3)
-    finish(start_ranks(values, tmp_path), tmp_path)
+    start_ranks(values, tmp_path).finish()
     alone = train_config(corpus, name=f"alone-{stage}", zero={"stage": 0})
     train_local(alone)
     expect_same(curve(str(Path(values["runs"]) / values["name"])), curve(RunFolder.of(alone).uri), rel=1e-6)

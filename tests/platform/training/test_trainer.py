@@ -1,0 +1,80 @@
+"""What the Ray Train adapter does with what Ray tells a worker, without a cluster."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+import time
+
+import pytest
+import torch
+from ray import train
+
+from reference.training_corpus import make_corpus, train_values
+from timeviper_platform.config import parse_config
+from timeviper_platform.training import trainer
+from timeviper_platform.training.checkpoint import Checkpoints
+from timeviper_platform.training.config import TrainConfig
+from timeviper_platform.training.failures import Wish
+from timeviper_platform.training.loop import RunFolder, run_training
+from timeviper_platform.training.trainer import PreemptionWatch
+
+pytestmark = pytest.mark.usefixtures("group_of_one")
+
+
+class Clock:
+    """Seconds that pass when the test says so."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def monotonic(self) -> float:
+        return self.seconds
+
+    time = staticmethod(time.time)
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[train.PreemptionInfo | None]:
+    """What Ray answers from now on, the last answer for good; `None` = no node goes away."""
+    answers: list[train.PreemptionInfo | None] = [None]
+    monkeypatch.setattr(train, "get_preemption_info", lambda: answers.pop(0) if len(answers) > 1 else answers[0])
+    return answers
+
+
+def test_a_warning_makes_one_checkpoint_at_once_and_training_goes_on(
+    told: list[train.PreemptionInfo | None],
+    tmp_path_factory: pytest.TempPathFactory,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(trainer, "PREEMPTION_CHECK_S", 0.0)  # before every step
+    deadline_ms = int((time.time() + 90_000) * 1000)
+    told[:] = [None, None, train.PreemptionInfo(deadline_ms, {"node-b": [1, 3], "node-a": [2]})]
+    values = train_values(make_corpus(tmp_path_factory.mktemp("corpus")), checkpoint={"every_steps": 0, "keep": 9})
+    init = values["phases"].pop("align")["init"]
+    values["phases"]["instruct"] |= {"init": init, "steps": 5}
+    config = parse_config(TrainConfig, values)
+    with caplog.at_level(logging.WARNING):
+        run_training(config, resume_from=None, device=torch.device("cpu"), wishes=PreemptionWatch())
+    committed = Checkpoints(RunFolder.of(config).checkpoints).committed()
+    assert [uri[-1] for uri in committed] == ["2", "5"]
+    (said,) = re.findall(r"ranks .*", caplog.text)
+    assert re.fullmatch(r"ranks \[1, 2, 3\] lose their nodes \['node-a', 'node-b'\] in \d+ s: saving now", said)
+
+
+@pytest.mark.parametrize(("step_seconds", "num_steps"), [(20.0, 1), (2.0, 2), (0.125, 40)])
+def test_ray_is_asked_every_few_seconds_whatever_a_step_takes(
+    monkeypatch: pytest.MonkeyPatch, step_seconds: float, num_steps: int
+) -> None:
+    clock, asked = Clock(), list[float]()
+    monkeypatch.setattr(trainer, "time", clock)
+    monkeypatch.setattr(train, "get_preemption_info", lambda: asked.append(clock.seconds))
+    watch = PreemptionWatch()
+    for _ in range(200):
+        clock.seconds += step_seconds
+        assert watch() is Wish.GO_ON
+    gaps = {round((after - before) / step_seconds) for before, after in itertools.pairwise(asked)}
+    assert gaps == {num_steps}
+    assert asked[0] == step_seconds  # before the first step

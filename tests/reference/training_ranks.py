@@ -1,0 +1,92 @@
+"""Training ranks as processes of their own, as a launcher starts them, for tests that end them from outside."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from timeviper_platform.local_cluster import free_port
+from timeviper_platform.training import local
+
+TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One attempt at a run."""
+
+    processes: list[BaseProcess]
+    log: Path
+
+    def kill(self, *ranks: int) -> None:
+        """SIGKILL, to all or to the named ones."""
+        for rank in ranks or range(len(self.processes)):
+            self.processes[rank].kill()
+
+    def wait_until(self, is_due: Callable[[], bool]) -> None:
+        """Returns when `is_due` says yes; the ranks must not have ended before."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while not is_due():
+            assert all(process.is_alive() for process in self.processes), self.tail()
+            assert time.monotonic() < deadline, self.tail()
+            time.sleep(0.02)
+
+    def wait(self) -> list[int | None]:
+        """Exit codes; what has not ended after TIMEOUT_S is killed."""
+        deadline = time.monotonic() + TIMEOUT_S
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        if any(process.is_alive() for process in self.processes):
+            self.kill()
+            raise AssertionError(f"ranks hang:\n{self.tail()}")
+        return [process.exitcode for process in self.processes]
+
+    def finish(self) -> None:
+        """Waits until all have ended well."""
+        assert self.wait() == [0] * len(self.processes), self.tail()
+
+    def tail(self) -> str:
+        """The end of what the ranks said."""
+        return self.log.read_text()[-3000:]
+
+
+def start_ranks(
+    values: dict[str, Any], folder: Path, *, world_size: int = 2, environment: Mapping[str, str] | None = None
+) -> Ranks:
+    """`world_size` processes that train `values`, with their words in a file of `folder`."""
+    path, log = folder / f"{values['name']}.yaml", folder / f"{values['name']}.log"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["reference.training_ranks", "reference.imported_deepspeed"])
+    port = free_port()
+    processes: list[BaseProcess] = []
+    for rank in range(world_size):
+        variables = {
+            **(environment or {}),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        process = context.Process(target=_run, args=(str(path), str(log), variables))
+        process.start()
+        processes.append(process)
+    return Ranks(processes, log)
+
+
+def _run(config: str, log: str, variables: dict[str, str]) -> None:
+    os.environ.update(variables)
+    output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.exit(local.main(["--config", config]))
