@@ -1,8 +1,8 @@
 """The feature store, read side: media_id and frame numbers to bf16 tensors; and the one rule that thins frames.
 
 Knows the store's folders and Parquet row groups; store_index.py knows the index. Does not know how features are made
-(pipeline.py), nor what samples, prompts or models are. One range read gets one row group; handles and row groups are
-kept in small LRUs.
+(pipeline.py), nor what samples, prompts or models are. One range read gets the row groups of neighbouring segments;
+handles and row groups are kept in small LRUs.
 
     store.json       schema version, recipe, recipe_hash
     index.parquet    INDEX rows, sorted by media_id, segment_index
@@ -12,6 +12,8 @@ kept in small LRUs.
 from __future__ import annotations
 
 import hashlib
+import itertools
+import math
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,6 +35,9 @@ STORE_FILE = "store.json"
 INDEX_FILE = "index.parquet"
 DATA_FOLDER = "data"
 COMMITS_FOLDER = "commits"
+
+READ_TOGETHER_BYTES = 16 << 20
+"""of one medium's neighbouring row groups, fetched at once: worth an object store's latency, and bounded"""
 
 MAX_OPEN_FILES = 128
 """A footer is about 0.1-1 MB and costs a millisecond (two requests on an object store) to read again."""
@@ -176,13 +181,13 @@ class FeatureStore:
         features = torch.empty(len(wanted), info.num_tokens_per_frame, info.dim, dtype=torch.bfloat16)
         # numpy has no bf16: both sides are viewed as 16-bit integers, and copied once, straight into the result
         target = features.view(torch.int16).numpy()
-        first_frame = 0
-        for number, num_frames in enumerate(self._index.num_frames(self._index.rows_of(media_id))):
-            last_frame = first_frame + int(num_frames)
-            begin, end = np.searchsorted(wanted, (first_frame, last_frame))
-            if begin < end:
-                target[begin:end] = self._segment(media_id, number).numpy()[wanted[begin:end] - first_frame]
-            first_frame = last_frame
+        stops = np.cumsum(self._index.num_frames(self._index.rows_of(media_id)))
+        bounds = np.searchsorted(wanted, np.concatenate([[0], stops]))
+        needed: list[int] = np.flatnonzero(bounds[:-1] < bounds[1:]).tolist()
+        for place, number in enumerate(needed):
+            begin, end = bounds[number], bounds[number + 1]
+            segment = self._segment(media_id, number, ahead=needed[place + 1 :])
+            target[begin:end] = segment.numpy()[wanted[begin:end] - (stops[number] - len(segment))]
         return MediaFeatures(info=info, features=features, pts_seconds=info.pts_seconds[wanted])
 
     def read_range(self, media_id: str, start_seconds: float | None, end_seconds: float | None) -> MediaFeatures:
@@ -232,12 +237,16 @@ class FeatureStore:
                 times_seconds=index.seconds("frame_times_seconds", rows),
             )
 
-    def _segment(self, media_id: str, number: int) -> Tensor:
-        """(F, N, dim) int16 view of a medium's stored segment, the index read again if its file is gone."""
+    def _segment(self, media_id: str, number: int, ahead: Sequence[int] = ()) -> Tensor:
+        """(F, N, dim) int16 view of a medium's stored segment, the index read again if its file is gone.
+
+        Segments `ahead` will be wanted next: those that lie right behind it come with the same read.
+        """
         index = self._index
-        row = index.rows_of(media_id)[number]
+        rows = index.rows_of(media_id)
+        row = rows[number]
         try:
-            return self._read_segment(index, row)
+            return self._read_segment(index, row, [rows[later] for later in ahead])
         except FileNotFoundError:
             fresh = StoreIndex.open(storage.join_uri(self.uri, INDEX_FILE))
         rows = fresh.rows_of(media_id) if media_id in fresh.media_ids else range(0)
@@ -252,38 +261,57 @@ class FeatureStore:
                 f"{place.file} is in the index but not in the store at {self.uri}; run the job again"
             ) from error
 
-    def _read_segment(self, index: StoreIndex, row: int) -> Tensor:
+    def _read_segment(self, index: StoreIndex, row: int, ahead: Sequence[int] = ()) -> Tensor:
         from torch.utils.dlpack import from_dlpack
 
         place = index.place(row)
-        buffer = value_buffer(self._row_group(place.file, place.row_group), place.row_in_group)
+        groups, num_bytes = {place.row_group}, 0
+        most = min(READ_TOGETHER_BYTES, self._cache_bytes // 2)
+        for later in ahead:
+            num_bytes += 2 * math.prod(index.shape(later))
+            behind = index.place(later)
+            if behind.file != place.file or behind.row_group > max(groups) + 1 or num_bytes > most:
+                break
+            groups.add(behind.row_group)
+        buffer = value_buffer(self._row_group(place.file, place.row_group, max(groups) + 1), place.row_in_group)
         # by DLPack: torch.frombuffer warns that Arrow's memory is read-only
         values = pa.Array.from_buffers(pa.int16(), buffer.size // 2, [None, buffer])
         return from_dlpack(values).reshape(index.shape(row))
 
-    def _row_group(self, name: str, number: int) -> Any:
-        key = (name, number)
+    def _row_group(self, name: str, number: int, stop: int) -> Any:
+        """The features of a row group; what is not in memory of those before `stop` is read with it."""
         with self._lock:
-            if key in self._row_groups:
-                self._row_groups.move_to_end(key)
-                return self._row_groups[key]
+            if (name, number) in self._row_groups:
+                self._row_groups.move_to_end((name, number))
+                return self._row_groups[name, number]
+            missing = list(itertools.takewhile(lambda n: (name, n) not in self._row_groups, range(number, stop)))
         file, file_lock = self._file(name)
         with file_lock:  # a ParquetFile serves one read at a time
             try:
-                values = file.read_row_group(number, columns=["features"], use_threads=False)["features"].chunk(0)
+                values = file.read_row_groups(missing, columns=["features"], use_threads=False)["features"]
             except FileNotFoundError:  # an object that was open and is gone
                 with self._lock:
                     self._files.pop(name, None)
                 raise
             except OSError as error:  # pyarrow's errors of input and output, and of damaged pages
                 raise RuntimeError(f"cannot read row group {number} of {name} in {self.uri}: {error}") from error
+        first, parts = 0, []
+        for group in missing:
+            part = values.slice(first, file.metadata.row_group(group).num_rows)
+            first += len(part)
+            parts.append(part.chunk(0) if part.num_chunks == 1 else part.combine_chunks())
         with self._lock:
-            if key not in self._row_groups:
-                self._row_groups[key] = values
-                self._cached_bytes += values.nbytes
-            while self._cached_bytes > self._cache_bytes and len(self._row_groups) > 1:
-                self._cached_bytes -= self._row_groups.popitem(last=False)[1].nbytes
-        return values
+            for group, part in zip(missing, parts, strict=True):
+                self._keep((name, group), part)
+        return parts[0]
+
+    def _keep(self, key: tuple[str, int], values: Any) -> None:
+        """Into memory, where those used last stay; the lock is held."""
+        if key not in self._row_groups:
+            self._row_groups[key] = values
+            self._cached_bytes += values.nbytes
+        while self._cached_bytes > self._cache_bytes and len(self._row_groups) > 1:
+            self._cached_bytes -= self._row_groups.popitem(last=False)[1].nbytes
 
     def _file(self, name: str) -> tuple[Any, threading.Lock]:
         with self._lock:

@@ -28,14 +28,10 @@ from timeviper_platform.data.commits import iter_commits, read_commit, replaced_
 from timeviper_platform.data.features import COMMITS_FOLDER, DATA_FOLDER, INDEX_FILE, STORE_FILE, read_header
 from timeviper_platform.data.index_writer import write_index
 
-MIN_ROW_GROUP_ROWS = 8
-MIN_ROW_GROUP_BYTES = 1 << 20
-MAX_ROW_GROUP_BYTES = 20 << 20
-MIN_CUT_ROWS = 4
-MIN_CUT_BYTES = 8 << 20
-"""From here on a row group ends where its medium does: whoever reads one film reads little of its neighbours.
-Eight full segments (64 frames x 16 tokens x 1152) are 19 MB: one range read worth its latency. Small items share a
-row group up to 1 MB, so that a footer stays small beside what it describes."""
+ROW_GROUP_BYTES = 512 << 10
+"""A row group ends with the row that fills it: a full segment (64 frames x 16 tokens x 1152: 2.4 MB) or a clip of 24 s
+is one by itself, so that whoever reads a stretch of a film reads nothing beside it. Small items share one, so that
+the footer, 3 KB a row group, stays below 1 %. Readers fetch neighbouring row groups together."""
 
 Row = dict[str, Any]
 """One FEATURES row as a dict; `features` holds bytes, or None for an error row."""
@@ -226,14 +222,9 @@ def _row_groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
     group: list[Row] = []
     num_bytes = 0
     for row in rows:
-        size = len(row["features"] or b"")
-        is_cut = len(group) >= MIN_CUT_ROWS and num_bytes >= MIN_CUT_BYTES and row["media_id"] != group[-1]["media_id"]
-        if is_cut or (group and num_bytes + size > MAX_ROW_GROUP_BYTES):
-            yield group
-            group, num_bytes = [], 0
         group.append(row)
-        num_bytes += size
-        if len(group) >= MIN_ROW_GROUP_ROWS and num_bytes >= MIN_ROW_GROUP_BYTES:
+        num_bytes += len(row["features"] or b"")
+        if num_bytes >= ROW_GROUP_BYTES:
             yield group
             group, num_bytes = [], 0
     if group:

@@ -19,7 +19,8 @@ from timeviper_model.config import TINY, VisionConfig
 from timeviper_model.timeviper import TimeViper
 from timeviper_model.weights import load_tokenizer, save_pretrained
 from timeviper_platform import schemas
-from timeviper_platform.data.store_writer import write_store, write_table
+from timeviper_platform.data.commits import write_table
+from timeviper_platform.data.store_writer import write_store
 from timeviper_platform.data.synthetic.corpus import CorpusConfig, SceneCounts, image_id, training_samples
 from timeviper_platform.data.synthetic.questions import Question, sample_row
 from timeviper_platform.data.synthetic.scenes import draw_scenes

@@ -188,35 +188,50 @@ def test_features_are_stored_plain_last_and_with_checksums(tmp_path: Path) -> No
     column = metadata.row_group(0).column(metadata.num_columns - 1)
     assert FEATURES.names[-1] == column.path_in_schema == "features"
     assert (column.compression, column.is_stats_set, column.has_dictionary_page) == ("UNCOMPRESSED", False, False)
-    assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [8, 8, 4]
+    assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [2] * 10
     size = (tmp_path / "data" / "film.parquet").stat().st_size
     assert size < 1.02 * 20 * 64 * 16 * 128 * 2
     with pq.ParquetFile(tmp_path / "data" / "film.parquet", page_checksum_verification=True) as file:
         check_version(file.schema_arrow, FEATURES, source="film")
-        assert file.read_row_group(2).num_rows == 4
+        assert file.read_row_group(9).num_rows == 2
         with pytest.raises(ValueError, match="schema is features"):
             check_version(file.schema_arrow, INDEX, source="film")
 
 
-def test_a_large_row_group_is_closed_before_it_grows_past_its_limit(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("timeviper_platform.data.store_writer.MAX_ROW_GROUP_BYTES", 3000)
+def test_a_row_group_ends_with_the_row_that_fills_it(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("timeviper_platform.data.store_writer.ROW_GROUP_BYTES", 600)
     digest = create_store(str(tmp_path), RECIPE)
-    rows = [segment_row("film", index, 4, torch.randn(10, 2, 50).bfloat16()) for index in range(4)]  # 2,000 bytes each
-    locations = [row["row_group"] for row in write_file(str(tmp_path), "film", rows, recipe_digest=digest)]
-    assert locations == [0, 1, 2, 3]
+    sizes = [10, 10, 10, 30, 40, 5, 5]  # frames of 20 bytes
+    rows = [segment_row("film", index, 7, torch.randn(size, 2, 5).bfloat16()) for index, size in enumerate(sizes)]
+    written = write_file(str(tmp_path), "film", rows, recipe_digest=digest)
+    assert [row["row_group"] for row in written] == [0, 0, 0, 1, 2, 3, 3]
 
 
-def test_a_row_group_ends_with_its_medium_once_it_is_worth_a_read(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("timeviper_platform.data.store_writer.MIN_CUT_BYTES", 600)
+def test_neighbouring_row_groups_come_with_one_read(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("timeviper_platform.data.store_writer.ROW_GROUP_BYTES", 1)
     digest = create_store(str(tmp_path), RECIPE)
-    rows = [
-        segment_row(media_id, index, count, torch.randn(10, 2, 5).bfloat16())  # 200 bytes each
-        for media_id, count in (("a", 5), ("b", 2), ("c", 3), ("d", 9))
-        for index in range(count)
-    ]
-    written = write_file(str(tmp_path), "films", rows, recipe_digest=digest)
-    groups = [(row["media_id"], row["row_group"]) for row in written]
-    assert list(dict.fromkeys(groups)) == [("a", 0), ("b", 1), ("c", 1), ("d", 2)]
+    parts = [torch.randn(64, 2, 5).bfloat16() for _ in range(5)]
+    rows = [segment_row("film", index, 5, part) for index, part in enumerate(parts)]
+    write_file(str(tmp_path), "film", rows, recipe_digest=digest)
+    write_index(str(tmp_path))
+    features = torch.cat(parts)
+    asked: list[list[int]] = []
+    read = pq.ParquetFile.read_row_groups
+    monkeypatch.setattr(
+        pq.ParquetFile, "read_row_groups", lambda self, groups, **k: asked.append(groups) or read(self, groups, **k)
+    )
+    store = FeatureStore.open(str(tmp_path))
+    assert torch.equal(store.read("film", [70, 319]).features, features[[70, 319]])
+    assert torch.equal(store.read("film").features, features)
+    assert asked == [[1], [4], [0], [2, 3]]  # what is in memory is not read again
+    asked.clear()
+    small = FeatureStore.open(str(tmp_path), cache_bytes=8 * 64 * 2 * 5)  # two row groups ahead are half of it
+    assert torch.equal(small.read("film").features, features)
+    assert asked == [[0, 1, 2], [3, 4]]
+    asked.clear()
+    forgetful = FeatureStore.open(str(tmp_path), cache_bytes=1)
+    assert torch.equal(forgetful.read("film").features, features)
+    assert asked == [[0], [1], [2], [3], [4]]
 
 
 def test_what_is_not_committed_is_ignored_and_removed(tmp_path: Path) -> None:
