@@ -54,15 +54,20 @@ class InitConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeldOutConfig:
-    """Samples that are never trained on, whose loss is told beside the training's."""
+    """Samples that are never trained on: their loss is told beside the training's, and how many are answered."""
 
     samples: tuple[SourceConfig, ...]
     every_steps: int = 500
     """steps between two looks; also after the phase's last step"""
+    num_answers: int = 0
+    """of the first so many usable samples the model writes the first answer itself, greedily, at every look; the share
+    that it writes id by id is `held_out_exact_match`. Not with zero.stage 3, which leaves no rank a whole model"""
 
     def __post_init__(self) -> None:
         if self.every_steps < 1 or not self.samples:
             raise ValueError(f"held_out needs samples, and {self.every_steps = } must be at least 1")
+        if self.num_answers < 0:
+            raise ValueError(f"held_out: {self.num_answers = } must be at least 0 (0 = only the loss)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,6 +160,12 @@ class TrainConfig:
         first = next(iter(self.phases))
         if self.phases[first].init is None:
             raise ValueError(f"phases.{first}.init: the first phase needs its initial weights")
+        asked = [name for name, phase in self.phases.items() if phase.held_out and phase.held_out.num_answers]
+        if asked and self.zero.stage > 2:
+            raise ValueError(
+                f"phases.{asked[0]}.held_out.num_answers: with {self.zero.stage = } no rank holds a whole model that"
+                " could answer; choose stage 2 or lower, or num_answers: 0 and the loss alone"
+            )
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:

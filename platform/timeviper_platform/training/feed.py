@@ -7,16 +7,21 @@ missing is a dummy that weighs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from timeviper_model.batch import PackedBatch
-from timeviper_platform.training.collate import batch_bytes, collate, dummy_batch
+from torch import Tensor
+
+from timeviper_model.batch import PackedBatch, Sample
+from timeviper_platform.training.collate import batch_bytes, collate, dummy_batch, read_vision_rows
 from timeviper_platform.training.plan import Pack, PackPlan, PlanPosition, assign_packs
 from timeviper_platform.training.prefetch import Prefetcher
 from timeviper_platform.training.sample_table import sample_sizes
 from timeviper_platform.training.samples import BuiltSample, Reject, SampleBuilder, SampleRows
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,6 +126,21 @@ class Feed:
             if not packs:
                 raise RuntimeError(f"the plan ends before {step = } of {last_step}; this is a bug in the phase's steps")
             yield self._step(step, packs, position)
+
+    def samples(self, entries: Sequence[int]) -> Iterator[tuple[Sample, Tensor]]:
+        """Held-out entries of the plan's table with their vision rows (num_vision_tokens, dim), one after another.
+
+        What cannot be read is left out, and the log names it.
+        """
+        for entry in entries:
+            row = self._rows[int(self._plan.table.rows[entry])]
+            item = self._build(row, entry)
+            try:
+                features = read_vision_rows(self._builder.store, item.media, self._shape.dim)
+            except RuntimeError as error:
+                logger.warning("held-out sample %s is left out: %s", row["sample_id"], error)
+            else:
+                yield item.sample, features
 
     def _step(self, step: int, packs: list[Pack], end: PlanPosition) -> StepBatches:
         costs = [self._shape.cost(pack) for pack in packs]

@@ -149,8 +149,13 @@ def phase_report(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
         "fill": _mean([row["fill"] for row in rows]),
         "data_wait_share": _mean([row["data_wait_share"] for row in rows]),
         "checkpoint_stall_share": _stall_share(rows),
-        "held_out_loss": next((row["held_out_loss"] for row in reversed(rows) if "held_out_loss" in row), None),
+        "held_out_loss": _last(rows, "held_out_loss"),
+        "held_out_exact_match": _last(rows, "held_out_exact_match"),
     }
+
+
+def _last(rows: list[dict[str, Any]], name: str) -> float | None:
+    return next((row[name] for row in reversed(rows) if name in row), None)
 
 
 def _stall_share(rows: list[dict[str, Any]]) -> float | None:

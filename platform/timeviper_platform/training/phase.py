@@ -46,6 +46,8 @@ class Phase:
     held_out: Feed | None
     """one epoch of the held-out samples"""
     num_held_out_steps: int
+    answer_entries: list[int]
+    """held-out entries that THIS rank answers"""
     rejects: list[Reject]
     description: dict[str, Any]
     """what model.json of its checkpoints holds"""
@@ -87,7 +89,11 @@ def prepare_phase(
     groups = phase_groups(model, phase)
     shape = _feed_shape(phase, model.config, tokenizer)
     feed = Feed(plan, rows, builder, shape, rank=rank, world_size=world_size)
-    held_out, num_held_out_steps = _held_out(phase, builder, shape, measure, rank=rank, world_size=world_size)
+    _check_can_answer(name, phase, model.config)
+    held_out, num_held_out_steps, num_held_out = _held_out(
+        phase, builder, shape, measure, rank=rank, world_size=world_size
+    )
+    num_answers = min(num_held_out, phase.held_out.num_answers if phase.held_out else 0)
     logger.info(
         "phase %s: %d samples, %d rejects %s, %d packs in the first epoch, %d steps of %d packs",
         *(name, len(table), len(rejects), count_rejects(rejects), len(plan.epoch(0))),
@@ -104,6 +110,7 @@ def prepare_phase(
         num_steps=num_steps,
         held_out=held_out,
         num_held_out_steps=num_held_out_steps,
+        answer_entries=list(range(rank, num_answers, world_size)),
         rejects=rejects,
         description={
             "config": config_to_dict(model.config),
@@ -116,17 +123,17 @@ def prepare_phase(
 
 def _held_out(
     phase: PhaseConfig, builder: SampleBuilder, shape: FeedShape, measure: Measure, *, rank: int, world_size: int
-) -> tuple[Feed | None, int]:
-    """The feed of the held-out samples and its steps; their order matters to nothing, so the seed is 0."""
+) -> tuple[Feed | None, int, int]:
+    """The feed of the held-out samples, its steps and usable samples; their order matters to nothing: the seed is 0."""
     if phase.held_out is None:
-        return None, 0
+        return None, 0, 0
     rows = SampleRows.read(phase.held_out.samples)
     caps = phase.packing
     table, rejects = measure(rows, builder, max_tokens=caps.max_tokens, max_frames=caps.max_frames)
     plan = PackPlan(table, caps, seed=0)
     logger.info("held out: %d samples, rejects %s", len(table), count_rejects(rejects))
     feed = Feed(plan, rows, builder, replace(shape, num_epochs=1), rank=rank, world_size=world_size)
-    return feed, plan.num_steps(shape.packs_per_step, 1)
+    return feed, plan.num_steps(shape.packs_per_step, 1), len(table)
 
 
 def adapt(model: TimeViper, phase: PhaseConfig, seed: int) -> TimeViper:
@@ -267,6 +274,15 @@ def _check_tokenizer(tokenizer: Any, config: TimeViperConfig) -> None:
             " they belong to different models"
         )
     check_tokenizer(tokenizer, TEMPLATES[config.chat_template])
+
+
+def _check_can_answer(name: str, phase: PhaseConfig, model: TimeViperConfig) -> None:
+    """Prefill drops vision tokens at every site that the model has, where such a phase trains on all of them."""
+    if phase.held_out is not None and phase.held_out.num_answers and model.transv and not phase.use_transv:
+        raise ValueError(
+            f"phases.{name}.held_out.num_answers: generation runs the model's TransV sites, and {phase.use_transv = };"
+            " set num_answers: 0 in this phase, or use_transv: true"
+        )
 
 
 def _check_same_vision(own: VisionConfig, expected: VisionConfig, weights: str) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from timeviper_platform.training.answers import answer_task, exact_match_share
 from timeviper_platform.training.checkpoint import Checkpoints, TrainState, read_state, restore_checkpoint
 from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.failures import FatalTrainingError, StoppedError, Wish, Wishes
@@ -215,8 +216,14 @@ class PhaseRun:
             device=self._device,
             dtype=DTYPES[self._config.precision],
         )
-        self._row["held_out_s"] = time.perf_counter() - started
         logger.info("%s step %d held-out loss %.4f", phase.name, state.step, self._row["held_out_loss"])
+        if phase.config.held_out.num_answers:
+            tasks = (answer_task(*item) for item in feed.samples(phase.answer_entries))
+            dtype = DTYPES[self._config.precision]
+            share = exact_match_share(ds_engine.module, tasks, device=self._device, dtype=dtype)
+            self._row["held_out_exact_match"] = share
+            logger.info("%s step %d held-out answers written exactly %.1f %%", phase.name, state.step, 100 * share)
+        self._row["held_out_s"] = time.perf_counter() - started
 
     def _is_due(self, step: int) -> bool:
         every = self._config.checkpoint.every_steps

@@ -130,6 +130,8 @@ def test_tiny_twins_run(corpus: Corpus, name: str) -> None:
         f"phases.{phase}.steps=3",
         "metrics.tensorboard=false",
     ]
+    if name == "instruct.yaml":
+        overrides.append(f"phases.{phase}.held_out.samples=[{{uri: {corpus.samples}}}]")
     config = load_config(TrainConfig, CONFIGS / "tiny" / name, overrides)
     assert train_local(config)[phase]["steps"] == 3
     before, after = from_pretrained(weights).state_dict(), from_pretrained(RunFolder.of(config).weights(phase))

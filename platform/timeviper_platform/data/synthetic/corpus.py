@@ -1,7 +1,7 @@
 """The whole made corpus in one folder: videos, images, samples, held-out questions, tokenizer and vision encoder.
 
     corpus/ videos/*.mp4  images/*.png|jpg  manifest.parquet  truth.parquet  corpus.json (written last)
-            samples/{language,align,instruct}.parquet   held_out/{choice,order,count,grounding}.parquet
+            samples/{language,align,instruct,held_out}.parquet   held_out/{choice,order,count,grounding}.parquet
             encoder/  tokenizer/
 
 Knows the folder and the order of work; drawing, wording, encoding and learning are its neighbours'.
@@ -52,6 +52,9 @@ LANGUAGE_SEED, IMAGE_SEED, QUESTION_SEED, ENCODER_SEED = 1, 2, 3, 4
 
 MAX_ENCODER_FRAMES = 16384
 """200 MB at the encoder's size; with half as many the tiny encoder knew its frames by heart"""
+
+MAX_HELD_OUT_SAMPLES = 48
+"""training looks at them many times; the evaluation asks all of the questions"""
 
 TRUTH = pa.schema(
     [
@@ -316,6 +319,10 @@ def _write_tables(
     samples = training_samples(config, scenes["train"])
     for name, rows in samples.items():
         _write_rows(root / "samples" / f"{name}.parquet", rows, schemas.SAMPLES)
+    # not among the texts of the tokenizer, nor in the report: nothing is trained on them
+    held_out = _video_samples(config, scenes["held_out"])
+    step = max(1, -(-len(held_out) // MAX_HELD_OUT_SAMPLES))
+    _write_rows(root / "samples" / "held_out.parquet", held_out[::step], schemas.SAMPLES)
     questions: dict[str, list[dict[str, Any]]] = {"choice": [], "order": [], "count": [], "grounding": []}
     for scene in scenes["held_out"]:
         for n, question in enumerate(_questions(config, scene)):
@@ -336,12 +343,16 @@ def training_samples(config: CorpusConfig, scenes: Sequence[Scene]) -> dict[str,
             sample_row(image_id(n), image_question(_image_picture(n)), media_id=image_id(n))
             for n in range(config.num_images)
         ],
-        "instruct": [
-            sample_row(f"{scene.media_id}-{n}", question, media_id=scene.media_id)
-            for scene in scenes
-            for n, question in enumerate(_questions(config, scene, num_which=config.which_per_video))
-        ],
+        "instruct": _video_samples(config, scenes),
     }
+
+
+def _video_samples(config: CorpusConfig, scenes: Sequence[Scene]) -> list[dict[str, Any]]:
+    return [
+        sample_row(f"{scene.media_id}-{n}", question, media_id=scene.media_id)
+        for scene in scenes
+        for n, question in enumerate(_questions(config, scene, num_which=config.which_per_video))
+    ]
 
 
 def _language_samples(config: CorpusConfig) -> list[dict[str, Any]]:

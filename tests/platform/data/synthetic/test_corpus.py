@@ -85,6 +85,11 @@ def test_tables_have_the_agreed_schemas_and_name_media_that_exist(corpus: tuple[
         assert used[name] <= set(media)
     assert used["language"] == set()
     assert used["instruct"] == {media_id for media_id in media if media_id.startswith("train-")}
+    held_out = pq.read_table(folder / "samples" / "held_out.parquet")
+    schemas.check_version(held_out.schema, schemas.SAMPLES, source="held_out")
+    shown = {medium["media_id"] for media in held_out["media"].to_pylist() for medium in media}
+    assert shown
+    assert all(media_id.startswith("held-out-") for media_id in shown)
     for name, number in {"choice": 3, "order": 2, "count": 2, "grounding": 3}.items():
         table = pq.read_table(folder / "held_out" / f"{name}.parquet")
         schemas.check_version(table.schema, schemas.QUESTIONS, source=name)
