@@ -32,7 +32,7 @@ import pyarrow as pa
 import pyarrow.dataset
 import torch
 
-from timeviper_platform.data.benchmark import make_clip
+from timeviper_platform.data.decode_benchmark.clips import ClipSpec, make_clip
 from timeviper_platform.data.encode import EncoderConfig, FrameEncoder
 from timeviper_platform.data.graph import ExecutionConfig, ray_session
 from timeviper_platform.data.pipeline import PreprocessConfig, run_preprocess
@@ -110,7 +110,7 @@ def make_pieces(root: Path, film: Path | None, film_seconds: int) -> Path:
     """A folder with pieces of the film, `film_seconds` in all, in a shuffled order: no end of it is all credits."""
     if film is None:
         film = root / "clip.mp4"
-        make_clip(film, PIECE_SECONDS)
+        make_clip(film, ClipSpec(seconds=PIECE_SECONDS))
     once, folder = root / "once", root / "pieces"
     once.mkdir()
     folder.mkdir()

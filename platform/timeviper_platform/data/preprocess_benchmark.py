@@ -19,8 +19,8 @@ from pathlib import Path
 import av
 import numpy as np
 
-from timeviper_platform.data.benchmark import make_clip
 from timeviper_platform.data.calibrate import BusySlots, Calibration
+from timeviper_platform.data.decode_benchmark.clips import ClipSpec, make_clip
 from timeviper_platform.data.encode import EncoderConfig, FrameEncoder
 from timeviper_platform.data.graph import ExecutionConfig, ray_session, run_on_ray
 from timeviper_platform.data.pipeline import (
@@ -86,7 +86,7 @@ def ideal_rows(film: Path | None = None, sizes: IdealSizes | None = None) -> lis
 def make_media(root: Path, film: Path | None, sizes: IdealSizes) -> list[Media]:
     """The three kinds, made from one clip, and from `film` when one is given."""
     clip, image, made_film = root / "clip.mp4", root / "image.jpg", root / "film.mp4"
-    make_clip(clip, sizes.clip_seconds)
+    make_clip(clip, ClipSpec(seconds=sizes.clip_seconds))
     save_first_frame(clip, image)
     if film is None:
         repeat_film(clip, made_film, max(1, sizes.film_seconds // sizes.clip_seconds))

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 
 from timeviper_model.config import PRESETS, TimeViperConfig
-from timeviper_model.families import text_config_to_dict
 from timeviper_platform.gpu_benchmark.decode import decode_side
 from timeviper_platform.gpu_benchmark.device import free_memory, make_row
 from timeviper_platform.measure import Row
@@ -74,6 +73,8 @@ def vllm_rows(
 
 def huggingface_config(config: TimeViperConfig) -> dict[str, Any]:
     """The language model's config.json as vLLM wants it."""
+    from timeviper_model.families import text_config_to_dict  # pydantic, which the rest of the suite runs without
+
     return text_config_to_dict(config.text) | {
         "architectures": ["NemotronHForCausalLM"],
         "model_type": "nemotron_h",

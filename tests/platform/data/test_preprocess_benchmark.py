@@ -153,7 +153,7 @@ def test_the_others_encode_as_we_do(tmp_path: Path) -> None:
     assert len(made["made_at"]) == len(made["path"]) == 5
 
 
-def test_without_daft_its_row_is_left_out_and_the_extra_is_named(
+def test_without_daft_its_row_is_left_out_and_the_command_is_named(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in ("DO_NOT_TRACK", "DAFT_PROGRESS_BAR"):
@@ -161,4 +161,4 @@ def test_without_daft_its_row_is_left_out_and_the_extra_is_named(
     monkeypatch.setitem(sys.modules, "daft", None)  # as if it were not installed
     caplog.set_level(logging.WARNING)
     assert not pipelines_benchmark.has_daft()
-    assert "no row against Daft: it is not installed. It is the extra `benchmark`" in caplog.text
+    assert "pip install --no-deps daft==" in caplog.text
