@@ -7,6 +7,7 @@ memory they share is in it and what else the machine does is not). Does not know
 
 from __future__ import annotations
 
+import heapq
 import multiprocessing
 import tempfile
 import time
@@ -14,8 +15,8 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from threading import Barrier
+from typing import Literal
 
-import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -26,6 +27,9 @@ from timeviper_platform.data.steps import SegmentDecoder, SegmentEncoder, UnitOu
 MAX_SEGMENTS = 6
 MAX_SECONDS = 20.0
 """After this no further segment is begun."""
+
+SPLIT_GAIN = 1.05
+"""Frames that cross the object store cost about that much."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,20 +45,42 @@ class Calibration:
     """0 where nothing was written"""
 
     def seconds(self, frames: int, decode_slots: int, encode_slots: int, *, is_fused: bool) -> float:
-        """What `frames` take: the slower step alone where the steps have their own workers, else their sum."""
-        decode = self.decode_seconds / decode_slots
-        encode = self.encode_seconds / encode_slots
-        write = self.write_seconds / encode_slots
-        return frames / self.frames * (decode + encode + write if is_fused else max(decode, encode))
+        """What `frames` take: the slower step alone where the steps have their own workers, else their sum, in
+        processes of which there are `encode_slots`."""
+        fused = (self.decode_seconds + self.encode_seconds + self.write_seconds) / encode_slots
+        split = max(self.decode_seconds / decode_slots, self.encode_seconds / encode_slots)
+        return frames / self.frames * (fused if is_fused else split)
 
-    def ideal_frames_per_second(self, decode_slots: int, encode_slots: int, *, is_fused: bool, num_cores: int) -> float:
+    def ideal_frames_per_second(
+        self, decode_slots: int, encode_slots: int, *, is_fused: bool, num_cores: int, has_gpu: bool = False
+    ) -> float:
         """1 / max(seconds a frame / slots) over the stages, but no more than `num_cores` could do of their sum.
+
+        Args:
+            decode_slots: processes that decode; alone where the steps are split.
+            encode_slots: processes that encode; fused, they do everything.
+            is_fused: the steps are one process's.
+            num_cores: that all of them share.
+            has_gpu: encoding takes nothing of the cores.
 
         Example: 9 ms of decoding and 1 ms of encoding, split over two decoders and an encoder on two cores: 200, not
         the 222 of the decoders alone, since the three share the cores.
         """
-        cores = self.frames * num_cores / (self.decode_seconds + self.encode_seconds + self.write_seconds)
+        on_cores = self.decode_seconds + self.write_seconds + (0.0 if has_gpu else self.encode_seconds)
+        cores = self.frames * num_cores / max(1e-9, on_cores)
         return min(cores, self.frames / self.seconds(self.frames, decode_slots, encode_slots, is_fused=is_fused))
+
+    def best_mode(
+        self, decode_slots: int, encode_slots: int, *, num_cores: int, has_gpu: bool
+    ) -> Literal["fused", "split"]:
+        """Split where that promises more than SPLIT_GAIN of what fused does; else frames need not travel."""
+        fused, split = (
+            self.ideal_frames_per_second(
+                decode_slots, encode_slots, is_fused=is_fused, num_cores=num_cores, has_gpu=has_gpu
+            )
+            for is_fused in (True, False)
+        )
+        return "split" if split > SPLIT_GAIN * fused else "fused"
 
 
 class SegmentSample:
@@ -74,6 +100,11 @@ class SegmentSample:
     def segments(self) -> list[Segment]:
         """At most `size`."""
         return [] if self._rows is None else segments_of(self._rows)
+
+
+def sample_of(segments: Iterable[Segment], size: int = MAX_SEGMENTS) -> list[Segment]:
+    """The same choice out of segments."""
+    return heapq.nsmallest(size, segments, key=lambda segment: segment.segment_id)
 
 
 def calibrate(segments: Sequence[Segment], spec: WorkerSpec, encoder: FrameEncoder) -> Calibration | None:
@@ -139,31 +170,26 @@ class BusySlots:
             raise ValueError(
                 f"{len(segments)} segments are too few for {self._num_slots} slots; give more or longer media"
             )
-        work = list(self._pool.map(_keep_busy, units, [seconds] * len(units)))
-        if not any(outcome.num_frames for slot in work for outcome in slot.outcomes):
-            message = work[0].outcomes[0].last_error
+        slots = list(self._pool.map(_keep_busy, units, [seconds] * len(units)))
+        work = [outcome for outcomes in slots for outcome in outcomes]
+        if not any(outcome.num_frames for outcome in work):
+            message = work[0].last_error
             raise RuntimeError(f"not one frame of {segments[0].uri} and its like decodes: {message}")
         return cost_of(work)
 
 
-@dataclass(frozen=True, slots=True)
-class SlotWork:
-    """What a slot did while the others were busy too."""
-
-    outcomes: list[UnitOutcome]
-    cpu_share: float
-    """seconds of CPU over seconds: below 1 where the slot waited for a core"""
-
-
-def cost_of(work: Iterable[SlotWork]) -> Calibration:
-    """What the slots did, in seconds of CPU."""
-    done = [(slot.cpu_share, outcome) for slot in work for outcome in slot.outcomes]
+def cost_of(outcomes: Iterable[UnitOutcome]) -> Calibration:
+    """What units cost, in seconds of CPU; those of an encoder on a GPU are seconds."""
+    done = list(outcomes)
     return Calibration(
-        segments=sum(outcome.num_ok + outcome.num_partial for _, outcome in done),
-        frames=sum(outcome.num_frames for _, outcome in done),
-        decode_seconds=sum(share * outcome.decode_seconds for share, outcome in done),
-        encode_seconds=sum(share * outcome.encode_seconds for share, outcome in done),
-        write_seconds=sum(share * outcome.write_seconds for share, outcome in done),
+        segments=sum(outcome.num_ok + outcome.num_partial for outcome in done),
+        frames=sum(outcome.num_frames for outcome in done),
+        decode_seconds=sum(outcome.decode_share * outcome.decode_seconds for outcome in done),
+        encode_seconds=sum(outcome.encode_share * outcome.encode_seconds for outcome in done),
+        write_seconds=sum(
+            outcome.write_seconds * (outcome.encode_share if outcome.worker == outcome.encoder else 1.0)
+            for outcome in done
+        ),
     )
 
 
@@ -176,19 +202,13 @@ def _start_slot(spec: WorkerSpec, barrier: Barrier) -> None:
     _slot = UnitProcessor(spec), barrier
 
 
-def _keep_busy(unit: Unit, seconds: float) -> SlotWork:
+def _keep_busy(unit: Unit, seconds: float) -> list[UnitOutcome]:
     """Does the unit again and again, from when every slot is ready."""
     processor, barrier = _slot
     processor.process(replace(unit, segments=unit.segments[:1]))  # what only a first time costs is no frame's cost
     barrier.wait(timeout=300)
-    began, cpu_began = time.perf_counter(), _cpu_seconds()
+    began = time.perf_counter()
     outcomes = [processor.process(unit)]
     while time.perf_counter() - began < seconds:
         outcomes.append(processor.process(unit))
-    return SlotWork(outcomes, (_cpu_seconds() - cpu_began) / (time.perf_counter() - began))
-
-
-def _cpu_seconds() -> float:
-    """Of this process and its children, such as one that decodes for it."""
-    process = psutil.Process()
-    return float(sum(sum(p.cpu_times()[:4]) for p in (process, *process.children(recursive=True))))
+    return outcomes

@@ -16,13 +16,14 @@ import sys
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import torch
 
+from timeviper_platform.data.calibrate import Calibration, calibrate, sample_of
 from timeviper_platform.data.decode import DecodeError, ErrorType, FrameBatch
 from timeviper_platform.data.encode import FrameEncoder
 from timeviper_platform.data.listing import pages
@@ -30,6 +31,7 @@ from timeviper_platform.data.manifest import MediaItem
 from timeviper_platform.data.metrics import RunMetrics
 from timeviper_platform.data.segments import PlanSpec, Segment, Unit, iter_units, plan_page
 from timeviper_platform.data.steps import (
+    CpuClock,
     DecodedSegment,
     SegmentDecoder,
     SegmentEncoder,
@@ -62,8 +64,9 @@ MAX_BLOCK_BYTES = 512 << 20
 class ExecutionConfig:
     """How the work is spread."""
 
-    mode: Literal["fused", "split"] = "fused"
-    """split gives decoding its own workers; right when the encoder has a GPU"""
+    mode: Literal["fused", "split", "auto"] = "fused"
+    """split gives decoding its own workers, as a GPU's encoder wants when decoding takes longer; auto measures a few
+    segments in a worker first, and takes what promises more"""
     num_workers: int | None = None
     """processes that encode; None = one a CPU (fused) or one a GPU (split)"""
     num_decode_workers: int | None = None
@@ -151,19 +154,46 @@ def run_on_ray(missing: Collection[Segment], spec: WorkerSpec, config: Execution
     """Does the missing segments on Ray; yields the outcomes of their units as they finish, in any order.
 
     Raises:
-        ValueError: when the steps are split and a file's frames are too many to cross the object store together.
+        ValueError: when the steps are or may be split and a file's frames are too many to cross the object store
+            together.
     """
     block_bytes = config.frames_per_file * spec.image_size**2 * 3
-    if config.mode == "split" and block_bytes > MAX_BLOCK_BYTES:
+    if config.mode != "fused" and block_bytes > MAX_BLOCK_BYTES:
         most = MAX_BLOCK_BYTES // (spec.image_size**2 * 3)
         raise ValueError(
-            f"{config.frames_per_file = } makes blocks of {block_bytes} bytes; in split mode at most {most}"
+            f"{config.frames_per_file = } makes blocks of {block_bytes} bytes; in modes split and auto at most {most}"
         )
     with ray_session():
+        config = settle_mode(config, missing, spec)
         num_workers = _num_workers(config)
         logger.info("%d segments to do; %d workers are starting", len(missing), num_workers)
         for units in pages(iter_units(missing, config.frames_per_file, num_workers), UNITS_PER_GRAPH):
             yield from _run_units(units, spec, config)
+
+
+def settle_mode(config: ExecutionConfig, missing: Iterable[Segment], spec: WorkerSpec) -> ExecutionConfig:
+    """The configuration with fused or split in place of auto, by what a few of the segments cost in a worker."""
+    import ray
+
+    if config.mode != "auto":
+        return config
+    options = {"num_cpus": config.cpus_per_worker, "num_gpus": config.gpus_per_worker or None}
+    found: Calibration | None = ray.get(ray.remote(**options)(_calibrate).remote(sample_of(missing), spec))
+    if found is None:
+        return replace(config, mode="fused")
+    decode_slots, encode_slots = config.num_decode_workers or _num_cpus(), _num_workers(config)
+    mode = found.best_mode(decode_slots, encode_slots, num_cores=_num_cpus(), has_gpu=spec.encoder.device != "cpu")
+    logger.info(
+        "mode %s: a frame takes %.1f ms to decode, %.1f ms to encode; for %d decoders and %d encoders",
+        *(mode, 1e3 * found.decode_seconds / found.frames, 1e3 * found.encode_seconds / found.frames),
+        *(decode_slots, encode_slots),
+    )
+    return replace(config, mode=mode)
+
+
+def _calibrate(segments: list[Segment], spec: WorkerSpec) -> Calibration | None:
+    torch.set_num_threads(spec.num_threads)
+    return calibrate(segments, spec, FrameEncoder(spec.encoder))
 
 
 def _run_units(units: Sequence[Unit], spec: WorkerSpec, config: ExecutionConfig) -> Iterator[UnitOutcome]:
@@ -193,6 +223,14 @@ def worker_slots(config: ExecutionConfig) -> tuple[int, int]:
     num_cpus = os.cpu_count() or 1
     num_encoders = torch.cuda.device_count() if config.gpus_per_worker else num_cpus
     return config.num_decode_workers or num_cpus, config.num_workers or max(1, num_encoders)
+
+
+def num_cores() -> int:
+    """CPUs of the cluster when connected to one, else of this machine."""
+    if has_cluster():
+        with ray_session():
+            return _num_cpus()
+    return os.cpu_count() or 1
 
 
 def _num_workers(config: ExecutionConfig) -> int:
@@ -256,13 +294,19 @@ _DECODED = pa.list_(
 _BEGIN = pa.struct(
     [pa.field("started", pa.float64()), pa.field("decoder", pa.string()), pa.field("retries", pa.int64())]
 )
-DECODED_UNITS = pa.schema([*UNITS, pa.field("decoded", _DECODED), pa.field("begin", _BEGIN)])
+_SHARE = pa.float64()
+"""of a CPU that a step used; see UnitOutcome"""
+DECODED_UNITS = pa.schema(
+    [*UNITS, pa.field("decoded", _DECODED), pa.field("begin", _BEGIN), pa.field("decode_share", _SHARE)]
+)
 ENCODED_UNITS = pa.schema(
     [
         pa.field("unit", pa.string()),
         pa.field("rows", pa.list_(pa.struct(list(FEATURES)))),
         pa.field("begin", _BEGIN),
         pa.field("encoder", pa.string()),
+        pa.field("decode_share", _SHARE),
+        pa.field("encode_share", _SHARE),
     ]
 )
 
@@ -286,13 +330,14 @@ class DecodeStep:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """The table with the column `decoded`."""
-        begins, decoded = [], []
+        begins, decoded, shares = [], [], []
         for unit in _units(table):
-            begin = UnitStart.now()
+            begin, clock = UnitStart.now(), CpuClock()
             decoded.append([_to_arrow(self._decoder.decode(segment)) for segment in unit.segments])
             begins.append(asdict(begin.finished()))
-        columns = [table["unit"], table["segments"], pa.array(decoded, _DECODED), pa.array(begins, _BEGIN)]
-        return pa.table(columns, schema=DECODED_UNITS)
+            shares.append(clock.share())
+        made = [pa.array(decoded, _DECODED), pa.array(begins, _BEGIN), pa.array(shares, _SHARE)]
+        return pa.table([table["unit"], table["segments"], *made], schema=DECODED_UNITS)
 
 
 class EncodeStep:
@@ -305,12 +350,14 @@ class EncodeStep:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """One row of FEATURES rows a unit."""
-        rows = []
+        rows, shares = [], []
         for unit, decoded in zip(_units(table), table["decoded"], strict=True):
-            pairs = zip(unit.segments, decoded, strict=True)
+            pairs, clock = zip(unit.segments, decoded, strict=True), CpuClock()
             rows.append(list(self._encoder.rows(_from_arrow(s, d, self._spec.image_size) for s, d in pairs)))
-        encoders = pa.array([process_name()] * len(rows))
-        columns = [table["unit"], pa.array(rows, ENCODED_UNITS.field("rows").type), table["begin"], encoders]
+            shares.append(clock.share() if self._spec.encoder.device == "cpu" else 1.0)
+        made = [pa.array(rows, ENCODED_UNITS.field("rows").type), table["begin"]]
+        names = pa.array([process_name()] * len(rows))
+        columns = [table["unit"], *made, names, table["decode_share"], pa.array(shares, _SHARE)]
         return pa.table(columns, schema=ENCODED_UNITS)
 
 
@@ -322,12 +369,12 @@ class WriteStep:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """One outcome a unit."""
-        return _outcomes(
-            [
-                write_unit(self._spec, row["unit"], row["rows"], UnitStart(**row["begin"]), encoder=row["encoder"])
-                for row in table.to_pylist()
-            ]
-        )
+        return _outcomes([self._outcome(row) for row in table.to_pylist()])
+
+    def _outcome(self, row: dict[str, Any]) -> UnitOutcome:
+        begin = UnitStart(**row["begin"])
+        outcome = write_unit(self._spec, row["unit"], row["rows"], begin, encoder=row["encoder"])
+        return replace(outcome, decode_share=row["decode_share"], encode_share=row["encode_share"])
 
 
 def _units(table: pa.Table) -> list[Unit]:

@@ -21,7 +21,14 @@ from timeviper_platform.data.calibrate import Calibration, SegmentSample, calibr
 from timeviper_platform.data.encode import EncoderConfig, FrameEncoder
 from timeviper_platform.data.features import read_header
 from timeviper_platform.data.finalize import finalize_store
-from timeviper_platform.data.graph import ExecutionConfig, has_cluster, plan_on_ray, run_on_ray, worker_slots
+from timeviper_platform.data.graph import (
+    ExecutionConfig,
+    has_cluster,
+    num_cores,
+    plan_on_ray,
+    run_on_ray,
+    worker_slots,
+)
 from timeviper_platform.data.inputs import read_pages
 from timeviper_platform.data.media import MediaLimits
 from timeviper_platform.data.planning import (
@@ -146,7 +153,10 @@ def estimate(config: PreprocessConfig) -> Estimate:
     rate = _last_rate(config.output)
     calibration = calibrate(sample.segments, worker_spec(config, encoder, digest), encoder)
     slots = worker_slots(config.execution)
-    is_fused = config.execution.mode == "fused"
+    mode = config.execution.mode
+    if mode == "auto" and calibration is not None:
+        has_gpu = config.encoder.device != "cpu"
+        mode = calibration.best_mode(*slots, num_cores=num_cores(), has_gpu=has_gpu)
     return Estimate(
         media=counts.media,
         errors=counts.errors.total(),
@@ -155,7 +165,7 @@ def estimate(config: PreprocessConfig) -> Estimate:
         segments_missing=counts.segments_missing,
         frames_missing=frames,
         feature_bytes=frames * encoder.num_tokens_per_frame * encoder.dim * 2,
-        seconds=None if calibration is None else calibration.seconds(frames, *slots, is_fused=is_fused),
+        seconds=None if calibration is None else calibration.seconds(frames, *slots, is_fused=mode == "fused"),
         seconds_at_last_rate=frames / rate if rate else None,
         calibration=calibration,
     )
@@ -246,7 +256,7 @@ def _finalize(
             "encode": round(sum(o.encode_seconds for o in outcomes), 2),
             "write": round(sum(o.write_seconds for o in outcomes), 2),
         },
-        **asdict(reporting.measure_speed(outcomes)),
+        **asdict(reporting.measure_speed(outcomes, num_cores=num_cores(), has_gpu=config.encoder.device != "cpu")),
         retries=storage.num_retries() - retries_before + elsewhere,
         audit=counts,
     )

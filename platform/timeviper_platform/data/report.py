@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from timeviper_platform.data.calibrate import cost_of
 from timeviper_platform.data.media import ErrorType
 from timeviper_platform.data.segments import PlanError
 from timeviper_platform.data.steps import UnitOutcome
@@ -59,9 +60,8 @@ class PreprocessReport:
     utilisation: dict[str, float]
     """busy seconds of a stage's workers over the seconds they had, from the first unit's start to the last one's end"""
     ideal_frames_per_second: float
-    """1 / max(seconds a frame / workers) over the stages, at the costs measured in this run's workers while all were
-    busy. A wait for a core counts as cost: on a machine that does other things too, the share flatters.
-    `jobs/benchmark.py preprocess` measures costs apart."""
+    """1 / max(seconds a frame / workers) over the stages, at the seconds of CPU that a frame cost in this run's
+    workers (on a GPU: seconds), and no more than the cores could do: waits for a core or for storage lower the share"""
     share_of_ideal: float
     """frames_per_second over that"""
     cores_per_encoder: float
@@ -171,18 +171,24 @@ class Speed:
     cores_per_encoder: float
 
 
-def measure_speed(outcomes: Sequence[UnitOutcome]) -> Speed:
+def measure_speed(outcomes: Sequence[UnitOutcome], *, num_cores: int, has_gpu: bool = False) -> Speed:
     """The speed of a run against 1 / max(seconds a frame / workers) over its stages.
 
     Fused workers are one stage that costs all of a unit's seconds; split ones are decode, encode and write, each by
     the processes that did it.
+
+    Args:
+        outcomes: of the run's units.
+        num_cores: of all its machines.
+        has_gpu: encoding takes nothing of them.
     """
     frames = sum(o.num_frames for o in outcomes)
     if not frames:
         return Speed({}, {}, 0.0, 0.0, 0.0)
     decode, encode = sum(o.decode_seconds for o in outcomes), sum(o.encode_seconds for o in outcomes)
     write = sum(o.write_seconds for o in outcomes)
-    if all(o.decoder == o.encoder for o in outcomes):
+    is_fused = all(o.decoder == o.encoder for o in outcomes)
+    if is_fused:
         busy = {"fused": decode + encode + write}
         workers = {"fused": len({o.worker for o in outcomes})}
     else:
@@ -190,7 +196,9 @@ def measure_speed(outcomes: Sequence[UnitOutcome]) -> Speed:
         names = {"decode": "decoder", "encode": "encoder", "write": "worker"}
         workers = {stage: len({getattr(o, name) for o in outcomes}) for stage, name in names.items()}
     wall = max(1e-9, max(o.ended for o in outcomes) - min(o.started for o in outcomes))
-    ideal = frames / max(1e-9, *(busy[stage] / workers[stage] for stage in busy))
+    slots = (workers["fused"], workers["fused"]) if is_fused else (workers["decode"], workers["encode"])
+    costs = cost_of(outcomes)
+    ideal = costs.ideal_frames_per_second(*slots, is_fused=is_fused, num_cores=num_cores, has_gpu=has_gpu)
     return Speed(
         workers=workers,
         utilisation={stage: round(busy[stage] / (workers[stage] * wall), 3) for stage in busy},

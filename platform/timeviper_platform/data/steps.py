@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 
 import numpy as np
+import psutil
 import torch
 import xxhash
 
@@ -83,6 +84,10 @@ class UnitOutcome:
     encoder: str
     worker: str
     """that wrote"""
+    decode_share: float = 1.0
+    """seconds of CPU over seconds of the process that decoded: below 1 where it waited for a core or for storage"""
+    encode_share: float = 1.0
+    """the same of the process that encoded; 1 where the encoder has a GPU"""
 
 
 class SegmentDecoder:
@@ -217,6 +222,22 @@ _SHARED_FIELDS = tuple(
 """of PLAN and FEATURES rows; `asdict` would copy every value, which an image's row feels"""
 
 
+class CpuClock:
+    """How much of a CPU this process and its children use from now on, such as one that decodes for it."""
+
+    def __init__(self) -> None:
+        self._began, self._cpu_began = time.perf_counter(), _cpu_seconds()
+
+    def share(self) -> float:
+        """Seconds of CPU over seconds, at most 1: a worker is one slot, whatever its threads."""
+        return min(1.0, (_cpu_seconds() - self._cpu_began) / max(1e-9, time.perf_counter() - self._began))
+
+
+def _cpu_seconds() -> float:
+    process = psutil.Process()
+    return float(sum(sum(p.cpu_times()[:4]) for p in (process, *process.children(recursive=True))))
+
+
 class UnitProcessor:
     """A whole unit in one process: decode, encode, write, commit. For decoders and encoders that share cores."""
 
@@ -228,9 +249,11 @@ class UnitProcessor:
 
     def process(self, unit: Unit) -> UnitOutcome:
         """Writes and commits the unit's file; memory holds one row group and one segment's frames at a time."""
-        begin = UnitStart.now()
+        begin, clock = UnitStart.now(), CpuClock()
         rows = self._encoder.rows(self._decoder.decode(segment) for segment in unit.segments)
-        return write_unit(self._spec, unit.name, rows, begin, encoder=begin.decoder)
+        outcome = write_unit(self._spec, unit.name, rows, begin, encoder=begin.decoder)
+        share = clock.share() if self._spec.encoder.device == "cpu" else 1.0
+        return replace(outcome, decode_share=share, encode_share=share)
 
 
 @dataclass(frozen=True, slots=True)

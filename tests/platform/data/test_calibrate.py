@@ -10,7 +10,7 @@ import pytest
 
 from reference.made_media import make_encoder, make_video
 from reference.made_outcome import made_outcome
-from timeviper_platform.data.calibrate import BusySlots, Calibration, SegmentSample, SlotWork, calibrate, cost_of
+from timeviper_platform.data.calibrate import BusySlots, Calibration, SegmentSample, calibrate, cost_of, sample_of
 from timeviper_platform.data.encode import EncoderConfig, FrameEncoder
 from timeviper_platform.data.manifest import MediaItem
 from timeviper_platform.data.media import MediaLimits
@@ -22,6 +22,7 @@ from timeviper_platform.data.steps import WorkerSpec
 def test_time_is_the_sum_of_fused_steps_and_the_slower_of_split_ones() -> None:
     measured = Calibration(segments=1, frames=10, decode_seconds=4.0, encode_seconds=1.0)
     assert measured.seconds(100, 2, 2, is_fused=True) == pytest.approx(25)
+    assert measured.seconds(100, 8, 2, is_fused=True) == pytest.approx(25)  # those who encode decode, and nobody else
     assert measured.seconds(100, 2, 1, is_fused=False) == pytest.approx(20)
     assert measured.seconds(100, 8, 1, is_fused=False) == pytest.approx(10)
 
@@ -35,10 +36,20 @@ def test_the_ideal_is_that_of_the_slowest_stage_and_never_more_than_the_cores_ca
 
 
 def test_a_wait_for_a_core_is_no_frames_cost() -> None:
-    waited, alone = (SlotWork([made_outcome(num_frames=10)], cpu_share) for cpu_share in (0.5, 1.0))
-    found = cost_of([waited, alone])  # 6 + 3 + 1 s of each slot's wall time
+    alone = made_outcome(num_frames=10)  # 6 + 3 + 1 s of wall time
+    waited = replace(alone, decode_share=0.5, encode_share=0.5)
+    found = cost_of([waited, alone])
     assert found.frames == 20
     assert (found.decode_seconds, found.encode_seconds, found.write_seconds) == (9.0, 4.5, 1.5)
+    split = replace(waited, worker="writer")  # whose wait for a disk is the writing itself
+    assert cost_of([split]).write_seconds == 1.0
+
+
+def test_the_steps_are_split_where_a_gpu_would_wait_for_its_own_decoder() -> None:
+    measured = Calibration(segments=1, frames=100, decode_seconds=0.8, encode_seconds=0.2)
+    assert measured.best_mode(16, 1, num_cores=16, has_gpu=True) == "split"
+    assert measured.best_mode(1, 4, num_cores=16, has_gpu=True) == "fused"  # too few decoders for four GPUs
+    assert measured.best_mode(2, 2, num_cores=2, has_gpu=False) == "fused"  # the cores are all there is
 
 
 def test_busy_slots_do_all_segments_together_and_leave_nothing(tmp_path: Path) -> None:
@@ -89,6 +100,7 @@ def test_a_few_segments_are_tried_and_broken_ones_are_not_counted(tmp_path: Path
         sample.add(table)
     chosen = [segment.segment_id for segment in sample.segments]
     assert chosen == sorted(table["segment_id"][0].as_py() for table in tables)[:4]
+    assert sample_of((s for table in tables for s in segments_of(table)), size=4) == sample.segments
     encoder = FrameEncoder(config)
     worker = made_spec(config, image_size=encoder.image_size)
     found = calibrate(sample.segments, worker, encoder)

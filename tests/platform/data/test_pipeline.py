@@ -9,6 +9,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -368,14 +369,20 @@ def test_on_ray_the_same_bytes_and_nothing_the_second_time(
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_split_steps_on_ray_give_the_same_bytes(corpus: Path, finished: Path, tmp_path: Path, ray_address: str) -> None:
-    config = make_config(corpus, tmp_path / "store", mode="split", num_workers=1, num_decode_workers=1)
+@pytest.mark.parametrize("mode", ["split", "auto"])
+def test_split_steps_on_ray_give_the_same_bytes(
+    corpus: Path, finished: Path, tmp_path: Path, ray_address: str, mode: str
+) -> None:
+    config = make_config(corpus, tmp_path / "store", mode=mode, num_workers=1, num_decode_workers=1)
     assert run_preprocess(config).segments_done == 14
     assert contents(config.output) == contents(str(finished))
 
 
-def test_too_many_frames_for_a_split_block_are_refused(corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["split", "auto"])
+def test_too_many_frames_for_a_split_block_are_refused(
+    corpus: Path, tmp_path: Path, mode: Literal["split", "auto"]
+) -> None:
     config = make_config(corpus, tmp_path / "large")
-    config = dataclasses.replace(config, execution=ExecutionConfig(mode="split", frames_per_file=10**7))
-    with pytest.raises(ValueError, match="in split mode at most"):
+    config = dataclasses.replace(config, execution=ExecutionConfig(mode=mode, frames_per_file=10**7))
+    with pytest.raises(ValueError, match="in modes split and auto at most"):
         run_preprocess(config)

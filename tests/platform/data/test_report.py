@@ -12,19 +12,22 @@ from timeviper_platform.data.report import FailureFuse, measure_speed, steady_ra
 
 def test_fused_workers_are_held_against_all_of_a_frames_costs() -> None:
     outcomes = [made_outcome(worker=w, decoder=w, encoder=w) for w in "ab"]
-    speed = measure_speed(outcomes)
+    speed = measure_speed(outcomes, num_cores=2)
     assert speed.workers == {"fused": 2}
     assert speed.ideal_frames_per_second == pytest.approx(20.0)  # 0.1 s a frame, two workers
     assert (speed.utilisation, speed.share_of_ideal) == ({"fused": 1.0}, pytest.approx(1.0))
     assert speed.cores_per_encoder == pytest.approx(7 / 3, abs=0.01)
     idle = [replace(outcome, ended=20.0) for outcome in outcomes]
-    assert measure_speed(idle).share_of_ideal == pytest.approx(0.5)
-    assert measure_speed(idle).utilisation == {"fused": 0.5}
+    assert measure_speed(idle, num_cores=2).share_of_ideal == pytest.approx(0.5)
+    assert measure_speed(idle, num_cores=2).utilisation == {"fused": 0.5}
+    waited = [replace(outcome, decode_share=0.5, encode_share=0.5) for outcome in outcomes]
+    assert measure_speed(waited, num_cores=2).share_of_ideal == pytest.approx(0.5)  # a wait is no frame's cost
+    assert measure_speed(outcomes, num_cores=1).ideal_frames_per_second == pytest.approx(10.0)
 
 
 def test_split_workers_are_held_against_their_slowest_stage() -> None:
     outcomes = [made_outcome(decoder=d, encoder="gpu", worker="w") for d in "abcd"]
-    speed = measure_speed(outcomes)
+    speed = measure_speed(outcomes, num_cores=9)
     assert speed.workers == {"decode": 4, "encode": 1, "write": 1}
     assert speed.ideal_frames_per_second == pytest.approx(400 / 12.0, abs=0.01)  # the encoder's 12 s of work
     assert speed.utilisation == {"decode": 0.6, "encode": 1.2, "write": 0.4}
@@ -32,8 +35,8 @@ def test_split_workers_are_held_against_their_slowest_stage() -> None:
 
 
 def test_a_run_without_frames_has_no_speed() -> None:
-    assert measure_speed([]).workers == {}
-    assert measure_speed([made_outcome(num_frames=0)]).ideal_frames_per_second == 0
+    assert measure_speed([], num_cores=2).workers == {}
+    assert measure_speed([made_outcome(num_frames=0)], num_cores=2).ideal_frames_per_second == 0
 
 
 def test_many_failures_in_a_row_for_one_reason_blow_the_fuse() -> None:
