@@ -98,7 +98,7 @@ class FrameRequest(NamedTuple):
 
 
 class FeatureStore:
-    """Random access to a finished store. Safe to share between threads; reopen it in another process.
+    """Random access to a finished store. Safe to share between threads; another process opens it anew.
 
     What is open stays readable while a compaction moves rows to other files: a reader that misses a file reads the
     index again, once.
@@ -133,6 +133,9 @@ class FeatureStore:
             found = "a store without an index (its job has not finished)" if header else "no feature store"
             raise ValueError(f"{found} at {uri!r}; run jobs/preprocess.py with output: {uri}")
         return cls(uri, header, StoreIndex.open(storage.join_uri(uri, INDEX_FILE)), cache_bytes=cache_bytes)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _open, (self.uri, self._cache_bytes)
 
     @property
     def media_ids(self) -> Sequence[str]:
@@ -409,6 +412,10 @@ def value_buffer(values: Any, place: int) -> Any:
     _, offsets, data = values.buffers()
     begin, end = np.frombuffer(offsets, np.int64)[values.offset + place : values.offset + place + 2]
     return data.slice(int(begin), int(end - begin)) if end > begin else pa.py_buffer(b"")
+
+
+def _open(uri: str, cache_bytes: int) -> FeatureStore:
+    return FeatureStore.open(uri, cache_bytes=cache_bytes)
 
 
 def _info(index: StoreIndex, media_id: str) -> MediaInfo:

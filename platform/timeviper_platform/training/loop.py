@@ -26,6 +26,7 @@ from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.curves import draw_curves
 from timeviper_platform.training.export import export_weights
 from timeviper_platform.training.failures import Wishes, no_wishes
+from timeviper_platform.training.feed import ReadAhead, read_in_thread
 from timeviper_platform.training.metrics import MetricsWriter, next_attempt, phase_report, read_metrics
 from timeviper_platform.training.phase import Phase, adapt, first_model, load_weights, prepare_phase
 from timeviper_platform.training.phase_run import OnCheckpoint, PhaseRun
@@ -83,6 +84,7 @@ def run_training(
     wishes: Wishes = no_wishes,
     on_checkpoint: OnCheckpoint | None = None,
     trackers: Sequence[Tracker] = (),
+    read_ahead: ReadAhead = read_in_thread,
 ) -> dict[str, Any]:
     """Runs every phase that is not finished; the report by phase, equal on all ranks.
 
@@ -93,6 +95,7 @@ def run_training(
         wishes: what somebody outside wants; asked before every step.
         on_checkpoint: see OnCheckpoint.
         trackers: told of every step on rank 0, beside the configured ones.
+        read_ahead: who reads a rank's batches before it needs them.
 
     Raises:
         ValueError: when the configuration and what it names do not fit together.
@@ -100,7 +103,7 @@ def run_training(
         StoppedError: when somebody wished so.
         RuntimeError: when files cannot be read or written, or the memory does not suffice.
     """
-    return _Run(config, device, wishes, on_checkpoint, trackers).phases(resume_from)
+    return _Run(config, device, wishes, on_checkpoint, trackers, read_ahead).phases(resume_from)
 
 
 class _Run:
@@ -111,12 +114,14 @@ class _Run:
         wishes: Wishes,
         on_checkpoint: OnCheckpoint | None,
         trackers: Sequence[Tracker],
+        read_ahead: ReadAhead,
     ) -> None:
         self._config = config
         self._folder = RunFolder.of(config)
         self._device = device
         self._wishes = wishes
         self._trackers = trackers
+        self._read_ahead = read_ahead
         self._on_checkpoint = on_checkpoint
         self._rank = dist.get_rank()
         self._store = FeatureStore.open(config.feature_store, cache_bytes=config.feed.cache_bytes)
@@ -142,6 +147,7 @@ class _Run:
                     device=self._device,
                     wishes=self._wishes,
                     on_checkpoint=self._on_checkpoint,
+                    read_ahead=self._read_ahead,
                 )
                 global_step, newest = run.run(checkpoint, global_step)
                 self._finish(phase, newest)

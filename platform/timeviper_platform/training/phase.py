@@ -23,11 +23,12 @@ from timeviper_model.weights import config_from_dict, config_to_dict, from_pretr
 from timeviper_platform import storage
 from timeviper_platform.data.features import FeatureStore
 from timeviper_platform.training.config import InitConfig, PhaseConfig, TrainConfig
-from timeviper_platform.training.feed import Feed, FeedShape
+from timeviper_platform.training.feed import Feed
 from timeviper_platform.training.parameters import ParameterGroup, describe_groups, resolve_groups
 from timeviper_platform.training.plan import PackPlan
 from timeviper_platform.training.sample_table import Measure, count_rejects, measure_samples
 from timeviper_platform.training.samples import Reject, SampleBuilder, SampleRows
+from timeviper_platform.training.step_batches import FeedShape
 
 logger = logging.getLogger(__name__)
 

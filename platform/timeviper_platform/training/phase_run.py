@@ -20,13 +20,14 @@ from timeviper_platform.training.answers import answer_task, exact_match_share
 from timeviper_platform.training.checkpoint import Checkpoints, TrainState, read_state, restore_checkpoint
 from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.failures import FatalTrainingError, StoppedError, Wish, Wishes
-from timeviper_platform.training.feed import StepBatches
+from timeviper_platform.training.feed import ReadAhead, read_in_thread
 from timeviper_platform.training.metrics import MetricsWriter
 from timeviper_platform.training.phase import Phase
 from timeviper_platform.training.plan import PlanPosition
 from timeviper_platform.training.progress import Progress, step_row
 from timeviper_platform.training.schedule import learning_rate_factor
 from timeviper_platform.training.step import StepResult, agree, held_out_loss, train_step
+from timeviper_platform.training.step_batches import StepBatches
 from timeviper_platform.training.watchdog import Watchdog
 from timeviper_platform.training.zero import DTYPES, build_ds_engine, set_groups
 
@@ -60,6 +61,7 @@ class PhaseRun:
         device: torch.device,
         wishes: Wishes,
         on_checkpoint: OnCheckpoint | None,
+        read_ahead: ReadAhead = read_in_thread,
     ) -> None:
         self._config = config
         self._phase = phase
@@ -68,6 +70,7 @@ class PhaseRun:
         self._device = device
         self._wishes = wishes
         self._on_checkpoint = on_checkpoint
+        self._read_ahead = read_ahead
         self._row: dict[str, Any] = {}
         """of the last finished step"""
         self._row_being_saved: dict[str, Any] = {}
@@ -87,7 +90,7 @@ class PhaseRun:
         if checkpoint is not None and state.step >= self._phase.num_steps:
             return global_step, checkpoint
         ds_engine = self._ds_engine(checkpoint)
-        ahead = self._phase.feed.prefetch(state.position, state.step, self._phase.num_steps, self._config.feed)
+        ahead = self._read_ahead(self._phase.feed, state.position, state.step, self._phase.num_steps, self._config.feed)
         try:
             with Watchdog(self._config.workers.hang_timeout_s) as watchdog:
                 state = self._steps(ds_engine, ahead, state, watchdog)

@@ -9,9 +9,9 @@ import logging
 import time
 from typing import Any
 
-from timeviper_platform.training.feed import StepBatches
 from timeviper_platform.training.phase import Phase
 from timeviper_platform.training.step import StepResult
+from timeviper_platform.training.step_batches import StepBatches
 
 logger = logging.getLogger(__name__)
 

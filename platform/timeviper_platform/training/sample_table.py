@@ -39,6 +39,16 @@ BLOCK_ROWS = 1024
 PROGRESS_S = 30.0
 
 
+class SampleSizes(NamedTuple):
+    """What a plan is made from."""
+
+    num_tokens: int
+    num_vision_tokens: int
+    num_frames: int
+    num_targets: int
+    """labelled positions"""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleTable:
     """Sizes of the usable rows, all that a pack plan needs; arrays have one entry a usable row."""
@@ -58,11 +68,10 @@ class SampleTable:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def sizes(self, entry: int) -> tuple[int, int, int, int]:
+    def sizes(self, entry: int) -> SampleSizes:
         """What `sample_sizes` says of the entry's sample."""
         columns = (self.num_tokens, self.num_vision_tokens, self.num_frames, self.num_targets)
-        tokens, vision_tokens, frames, targets = (int(column[entry]) for column in columns)
-        return tokens, vision_tokens, frames, targets
+        return SampleSizes(*(int(column[entry]) for column in columns))
 
 
 class Measured(NamedTuple):
@@ -160,10 +169,10 @@ def measure_part(
     return MeasuredPart(np.array(usable, dtype=np.int64).reshape(-1, 5), rejects)
 
 
-def sample_sizes(built: BuiltSample) -> tuple[int, int, int, int]:
-    """Tokens, vision tokens, frames and labelled positions of a sample."""
+def sample_sizes(built: BuiltSample) -> SampleSizes:
+    """Sizes of a sample."""
     num_targets = sum(label != IGNORE_INDEX for label in built.sample.labels)
-    return len(built.sample), built.sample.num_vision_tokens, built.num_frames, num_targets
+    return SampleSizes(len(built.sample), built.sample.num_vision_tokens, built.num_frames, num_targets)
 
 
 def _within_caps(sample_id: str, built: BuiltSample, max_tokens: int, max_frames: int | None) -> BuiltSample | Reject:

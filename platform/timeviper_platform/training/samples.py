@@ -259,6 +259,9 @@ class _MemoTokenizer:
 
         self._encode = encode
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _MemoTokenizer, (self._tokenizer,)
+
     def __call__(self, text: str, *, add_special_tokens: bool, split_special_tokens: bool) -> dict[str, Sequence[int]]:
         if add_special_tokens:
             raise ValueError("prompts write their special tokens out")

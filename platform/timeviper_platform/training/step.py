@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from timeviper_platform.training.failures import FatalTrainingError, Wish, out_of_memory_advice
-from timeviper_platform.training.feed import StepBatches
+from timeviper_platform.training.step_batches import StepBatches
 from timeviper_platform.training.zero import loss_scale
 
 

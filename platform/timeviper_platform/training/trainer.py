@@ -28,8 +28,10 @@ from timeviper_platform.logs import setup_logging
 from timeviper_platform.training.checkpoint import resolve_resume
 from timeviper_platform.training.config import TrainConfig, with_absolute_paths
 from timeviper_platform.training.failures import FatalTrainingError, Wish
+from timeviper_platform.training.feed import read_in_thread
 from timeviper_platform.training.local import agree
 from timeviper_platform.training.loop import RunFolder, run_training
+from timeviper_platform.training.ray_feed import read_on_ray
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +108,7 @@ def _worker(arguments: dict[str, Any]) -> dict[str, Any] | str:
             wishes=PreemptionWatch(),
             on_checkpoint=_report,
             trackers=[_Gauges(config.name)],
+            read_ahead=read_on_ray if config.feed.reader == "ray_data" else read_in_thread,
         )
     except (ValueError, FatalTrainingError) as error:  # on every rank alike: a further attempt would meet it again
         return str(error)

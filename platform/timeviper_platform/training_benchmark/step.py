@@ -22,13 +22,13 @@ from timeviper_platform.data.features import FeatureStore
 from timeviper_platform.data.synthetic.corpus import CorpusConfig
 from timeviper_platform.measure import Row
 from timeviper_platform.training.config import TrainConfig
-from timeviper_platform.training.feed import StepBatches
 from timeviper_platform.training.local import process_group
 from timeviper_platform.training.loop import run_training
 from timeviper_platform.training.parameters import freeze_others
 from timeviper_platform.training.phase import Phase, first_model, prepare_phase
 from timeviper_platform.training.plan import PlanPosition
 from timeviper_platform.training.schedule import learning_rate_factor
+from timeviper_platform.training.step_batches import StepBatches
 from timeviper_platform.training.zero import ZeroConfig
 from timeviper_platform.training_benchmark.made import DEMO, make_mixture, run_values
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 import threading
 import time
 from collections.abc import Iterator
@@ -12,7 +13,9 @@ import torch
 from reference.training_corpus import DIM, Corpus, make_corpus
 from timeviper_model.weights import load_tokenizer
 from timeviper_platform.data.features import FeatureStore
-from timeviper_platform.training.feed import Feed, FeedShape
+from timeviper_platform.data.graph import ray_session
+from timeviper_platform.training import ray_feed
+from timeviper_platform.training.feed import Feed, FeedConfig, read_in_thread
 from timeviper_platform.training.plan import PackingConfig, PackPlan, PlanPosition
 from timeviper_platform.training.prefetch import Prefetcher
 from timeviper_platform.training.sample_table import measure_samples
@@ -22,6 +25,7 @@ from timeviper_platform.training.samples import (
     SampleRows,
     SourceConfig,
 )
+from timeviper_platform.training.step_batches import FeedShape, StepBatches
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +96,40 @@ def test_padding_and_fill_are_counted(corpus: Corpus) -> None:
 
 def test_prefetched_steps_are_the_steps(corpus: Corpus) -> None:
     feed = make_feed(corpus, rank=1, world_size=2)
-    ahead = Prefetcher(feed.steps(PlanPosition(0, 0), 0, 3), num_bytes=lambda step: 1, max_bytes=10)
+    ahead = read_in_thread(feed, PlanPosition(0, 0), 0, 3, FeedConfig())
     assert [step.step for step in ahead] == [1, 2, 3]
     ahead.close()
+    with pytest.raises(ValueError, match="'ray_data' needs Ray: submit jobs"):
+        read_in_thread(feed, PlanPosition(0, 0), 0, 3, FeedConfig(reader="ray_data"))
+
+
+def test_a_reader_and_its_tasks_give_the_same_in_another_process(corpus: Corpus) -> None:
+    feed = make_feed(corpus, rank=0, world_size=2)
+    (task,) = feed.tasks(PlanPosition(0, 0), 0, 1)
+    reader, sent = pickle.loads(pickle.dumps((feed.reader, task)))
+    assert_same_steps([reader.read(sent)], [feed.reader.read(task)])
+
+
+@pytest.mark.cluster
+def test_ray_data_reads_the_same_steps_in_the_same_order(
+    corpus: Corpus, ray_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_feed, "STEPS_PER_GRAPH", 4)  # so that the order holds across graphs
+    feed = make_feed(corpus, rank=1, world_size=2)
+    config = FeedConfig(reader="ray_data", cpus_per_reader=0.25)
+    with ray_session():
+        ahead = ray_feed.read_on_ray(feed, PlanPosition(0, 0), 0, 9, config)
+        found = list(ahead)
+        ahead.close()
+    assert_same_steps(found, list(feed.steps(PlanPosition(0, 0), 0, 9)))
+
+
+def assert_same_steps(found: list[StepBatches], expected: list[StepBatches]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert one._replace(micro_batches=[]) == other._replace(micro_batches=[])
+        for a, b in zip(one.micro_batches, other.micro_batches, strict=True):
+            assert (a.sample_ids, a.pack, a.is_dummy) == (b.sample_ids, b.pack, b.is_dummy)
+            assert all(torch.equal(getattr(a.batch, n), getattr(b.batch, n)) for n in b.batch.__slots__)
 
 
 def test_prefetch_stays_within_its_bytes_and_always_holds_one_item() -> None:
