@@ -106,7 +106,10 @@ def test_questions_about_stored_and_uploaded_videos_are_answered_plain_and_strea
         chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
         streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
         assert streamed == answers[name]
-        assert chunks[-1].usage == plain.usage
+        usage, before = chunks[-1].usage.model_dump(), plain.usage.model_dump()
+        reused = [of.pop("prompt_tokens_details").pop("cached_tokens") for of in (usage, before)]
+        assert usage == before
+        assert reused[0] >= details["vision_tokens"]  # the film is not read again for the same question
     assert answers["file"] == answers["inline"]
     client.files.delete(uploaded.id)
     with pytest.raises(openai.NotFoundError):
