@@ -12,7 +12,6 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention.bias import causal_lower_right
 
 from timeviper_model.config import TextConfig
 from timeviper_model.segments import Segments
@@ -129,6 +128,8 @@ def continued_attention(q_THE: Tensor, k_GLE: Tensor, v_GLE: Tensor) -> Tensor:
     if not num_before:
         return _read(q_THE, k_GLE, v_GLE, is_causal=True)
     if q_THE.device.type != "cpu" or q_THE.requires_grad:
+        from torch.nn.attention.bias import causal_lower_right  # brings torch.compile: seconds of every start
+
         return _read(q_THE, k_GLE, v_GLE, mask_TL=causal_lower_right(num_queries, k_GLE.shape[1]))
     rows = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_THE, k_GLE, v_GLE))  # the kernel does not look
     q, k, v = _by_group(*rows)

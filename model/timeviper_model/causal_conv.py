@@ -49,8 +49,8 @@ def causal_conv_silu_step(x_BD: Tensor, weight_DK: Tensor, bias_D: Tensor | None
     """One token for each of B sequences (B, D); shifts it into `window_BKD` (B, K - 1, D), oldest first, in place."""
     taps = torch.cat([window_BKD, x_BD[:, None].to(window_BKD.dtype)], dim=1)
     window_BKD.copy_(taps[:, 1:])
-    y_BD = (taps.to(x_BD.dtype) * weight_DK.t()).sum(1)
-    return F.silu(y_BD if bias_D is None else y_BD + bias_D)
+    y_BD = (taps.to(x_BD.dtype) * weight_DK.t().contiguous()).sum(1)  # strided, the product takes 6 times as long
+    return F.silu(y_BD if bias_D is None else y_BD.add_(bias_D))
 
 
 class _CausalConv(torch.autograd.Function):

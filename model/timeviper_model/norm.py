@@ -101,8 +101,9 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
-    mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().mul_(1 / x.shape[-1])
-    return mean_square.add_(eps).rsqrt_()
+    # the fewest operations that say it; a number as operand would become a tensor of its own each time
+    squares = torch.linalg.vecdot(x, x).unsqueeze(-1)
+    return torch.add(torch.tensor(eps, dtype=x.dtype), squares, alpha=1 / x.shape[-1]).rsqrt_()
 
 
 def _blocks(x_MGD: Tensor) -> list[slice]:

@@ -19,6 +19,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -38,6 +39,9 @@ COMMITS_FOLDER = "commits"
 
 READ_TOGETHER_BYTES = 16 << 20
 """of one medium's neighbouring row groups, fetched at once: worth an object store's latency, and bounded"""
+
+MAX_INFOS = 4096
+"""media whose times are kept as arrays; a film of an hour takes 58 kB"""
 
 MAX_OPEN_FILES = 128
 """A footer is about 0.1-1 MB and costs a millisecond (two requests on an object store) to read again."""
@@ -120,6 +124,7 @@ class FeatureStore:
         self._cache_bytes = cache_bytes
         self._cached_bytes = 0
         self._lock = threading.Lock()
+        self._infos = lru_cache(maxsize=MAX_INFOS)(lambda media_id: _info(self._index, media_id))
 
     @classmethod
     def open(cls, uri: str, *, cache_bytes: int = 128 << 20) -> FeatureStore:
@@ -161,7 +166,7 @@ class FeatureStore:
         Raises:
             KeyError: when the store does not hold it.
         """
-        return _info(self._index, media_id)
+        return self._infos(media_id)
 
     def read(self, media_id: str, frames: Sequence[int] | None = None) -> MediaFeatures:
         """Features of the frames with these numbers, or of all; reads only the row groups that hold them.

@@ -167,7 +167,8 @@ def run_on_ray(missing: Collection[Segment], spec: WorkerSpec, config: Execution
         config = settle_mode(config, missing, spec)
         num_workers = _num_workers(config)
         logger.info("%d segments to do; %d workers are starting", len(missing), num_workers)
-        for units in pages(iter_units(missing, config.frames_per_file, num_workers), UNITS_PER_GRAPH):
+        num_shares = num_workers if config.mode == "fused" else max(num_workers, _num_decoders(config))
+        for units in pages(iter_units(missing, config.frames_per_file, num_shares), UNITS_PER_GRAPH):
             yield from _run_units(units, spec, config)
 
 
@@ -181,7 +182,7 @@ def settle_mode(config: ExecutionConfig, missing: Iterable[Segment], spec: Worke
     found: Calibration | None = ray.get(ray.remote(**options)(_calibrate).remote(sample_of(missing), spec))
     if found is None:
         return replace(config, mode="fused")
-    decode_slots, encode_slots = config.num_decode_workers or _num_cpus(), _num_workers(config)
+    decode_slots, encode_slots = _num_decoders(config), _num_workers(config)
     mode = found.best_mode(decode_slots, encode_slots, num_cores=_num_cpus(), has_gpu=spec.encoder.device != "cpu")
     logger.info(
         "mode %s: a frame takes %.1f ms to decode, %.1f ms to encode; for %d decoders and %d encoders",
@@ -219,7 +220,7 @@ def worker_slots(config: ExecutionConfig) -> tuple[int, int]:
     """How many processes a run has to decode and to encode: on the cluster when connected to one, else here."""
     if has_cluster():
         with ray_session():
-            return config.num_decode_workers or _num_cpus(), _num_workers(config)
+            return _num_decoders(config), _num_workers(config)
     num_cpus = os.cpu_count() or 1
     num_encoders = torch.cuda.device_count() if config.gpus_per_worker else num_cpus
     return config.num_decode_workers or num_cpus, config.num_workers or max(1, num_encoders)
@@ -252,11 +253,11 @@ def _steps(spec: WorkerSpec, config: ExecutionConfig, num_units: int) -> list[di
     worker = {"num_cpus": config.cpus_per_worker, "num_gpus": config.gpus_per_worker or None}
     if config.mode == "fused":
         return [_actors(FusedStep, spec, num_workers, **worker)]
-    num_decoders = config.num_decode_workers or _num_cpus()
+    num_decoders = min(_num_decoders(config), num_units)
     return [
-        _actors(DecodeStep, spec, min(num_decoders, num_units), num_cpus=config.cpus_per_worker),
+        _actors(DecodeStep, spec, num_decoders, num_cpus=config.cpus_per_worker),
         _actors(EncodeStep, spec, num_workers, **worker),
-        {"fn": WriteStep(spec), "num_cpus": WRITE_CPUS},
+        _actors(WriteStep, spec, num_workers, num_cpus=WRITE_CPUS),  # tasks would import torch again and again
     ]
 
 
@@ -266,6 +267,10 @@ def _actors(step: type, spec: WorkerSpec, size: int, **resources: Any) -> dict[s
     # two units at a time wait at an actor: one in work, one at hand
     compute = ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2)
     return {"fn": step, "fn_constructor_args": (spec,), "compute": compute, **resources}
+
+
+def _num_decoders(config: ExecutionConfig) -> int:
+    return config.num_decode_workers or _num_cpus()
 
 
 def _num_cpus() -> int:

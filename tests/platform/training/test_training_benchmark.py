@@ -28,7 +28,7 @@ attempt = len(list(folder.iterdir())) + 1
 first = 10 * (attempt - 1)  # a checkpoint every 10 steps
 with open(folder / f"attempt-{attempt:04d}.jsonl", "w") as file:
     for step in range(first + 1, first + 1000):
-        file.write(json.dumps({"global_step": step}) + "\\n")
+        file.write(json.dumps({"global_step": step, "attempt": attempt}) + "\\n")
         file.flush()
         time.sleep(0.01)
 """
@@ -113,11 +113,12 @@ def test_waiting_is_told_without_the_first_step() -> None:
     assert (share.value, share.bar, first.value) == (pytest.approx(10), "<= 2", pytest.approx(9))
 
 
-def test_recovery_is_timed_to_a_step_that_was_not_finished_before_the_kill(tmp_path: Path) -> None:
+def test_recovery_is_timed_to_the_next_finished_step_and_to_the_next_new_one(tmp_path: Path) -> None:
     job = tmp_path / "job.py"
     job.write_text(JOB)
-    seconds = recovery.kill_and_measure([sys.executable, str(job), str(tmp_path / "metrics")], str(tmp_path), (13, 3))
-    assert len(seconds) == 2
+    found = recovery.kill_and_measure([sys.executable, str(job), str(tmp_path / "metrics")], str(tmp_path), (13, 3))
+    assert len(found) == 2
+    assert all(0 < item.finished_s <= item.new_s for item in found)
     files = sorted((tmp_path / "metrics").iterdir())
     assert len(files) == 3  # the first attempt, and one after each kill
     last = [json.loads(line) for line in files[0].read_text().splitlines()][-1]["global_step"]
@@ -126,5 +127,5 @@ def test_recovery_is_timed_to_a_step_that_was_not_finished_before_the_kill(tmp_p
 
 
 def test_a_job_that_ends_by_itself_is_no_recovery(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="ended with 3 before its step 5"):
+    with pytest.raises(RuntimeError, match="ended with 3 before its next step"):
         recovery.kill_and_measure([sys.executable, "-c", "raise SystemExit(3)"], str(tmp_path), (5,))
