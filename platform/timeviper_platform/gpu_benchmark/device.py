@@ -25,17 +25,6 @@ logger = logging.getLogger(__name__)
 
 DTYPE = torch.bfloat16
 
-PEAK_FLOPS: dict[str, float] = {
-    "NVIDIA B200": 2250e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA L40S": 362e12,
-}
-"""dense bf16 operations a second by the start of the device's name, the longer names first; NVIDIA's data sheets
-(theirs with sparsity are twice these)"""
-
 FRAMES_PER_BLOCK = 64
 """frames of one block of features that a prompt's iterator yields"""
 
@@ -97,16 +86,6 @@ def free_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-
-
-def device_name(device: torch.device) -> str:
-    """As the driver says it."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
-def peak_flops(name: str) -> float | None:
-    """The device's dense bf16 operations a second; None for one that PEAK_FLOPS does not have."""
-    return next((peak for start, peak in PEAK_FLOPS.items() if name.startswith(start)), None)
 
 
 def make_model(config: TimeViperConfig, device: torch.device, *, dtype: torch.dtype = DTYPE) -> tuple[TimeViper, str]:

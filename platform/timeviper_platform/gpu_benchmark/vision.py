@@ -15,7 +15,8 @@ from torch import Tensor
 
 from timeviper_model.tome import merge_tokens
 from timeviper_model.vision import Preprocessing, VisionEncoder
-from timeviper_platform.gpu_benchmark.device import DTYPE, device_name, make_row, measure, peak_flops
+from timeviper_platform.devices import device_name, peak_flops
+from timeviper_platform.gpu_benchmark.device import DTYPE, make_row, measure
 from timeviper_platform.measure import Row
 
 logger = logging.getLogger(__name__)

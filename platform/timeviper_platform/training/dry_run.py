@@ -18,20 +18,14 @@ from timeviper_model.timeviper import TimeViper
 from timeviper_model.weights import load_tokenizer
 from timeviper_platform import storage
 from timeviper_platform.data.features import FeatureStore
+from timeviper_platform.devices import PEAK_FLOPS
 from timeviper_platform.training.config import PhaseConfig, TrainConfig
-from timeviper_platform.training.flops import ASSUMED_MFU, PEAK_FLOPS, gpu_hours, training_flops
+from timeviper_platform.training.flops import ASSUMED_DEVICE, ASSUMED_MFU, gpu_hours, training_flops
 from timeviper_platform.training.loop import RunFolder
-from timeviper_platform.training.memory import (
-    ModelSizes,
-    PackShape,
-    StateBytes,
-    activation_bytes,
-    state_bytes,
-    tokens_by_layer,
-)
-from timeviper_platform.training.parameters import ParameterGroup, describe_groups
-from timeviper_platform.training.phase import Phase, adapt, first_model_config, phase_groups, prepare_phase
-from timeviper_platform.training.plan import Pack
+from timeviper_platform.training.memory import ModelSizes, StateBytes, activation_bytes, state_bytes, tokens_by_layer
+from timeviper_platform.training.parameters import ParameterGroup, any_block_trained, describe_groups
+from timeviper_platform.training.phase import adapt, first_model_config, phase_groups, prepare_phase
+from timeviper_platform.training.plan import PackShape
 from timeviper_platform.training.sample_table import count_rejects
 from timeviper_platform.training.samples import SampleRows, missing_sources
 
@@ -186,7 +180,7 @@ def _phase_facts(
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         num_trained=sum(group.num_parameters for group in groups),
     )
-    trains_blocks = any("backbone.layers." in name for group in groups for name in group.parameter_names)
+    trains_blocks = any_block_trained(groups)
     plan = None
     present = tuple(source for source in phase.samples if source.uri not in missing)
     if store is not None and tokenizer is not None and present:
@@ -229,7 +223,7 @@ def _plan_facts(
     prepared = prepare_phase(config, name, model, store, tokenizer, rank=0, world_size=config.workers.num_workers)
     phase, table = prepared.config, prepared.plan.table
     packs = prepared.plan.epoch(0)
-    shapes = [_pack_shape(prepared, pack) for pack in packs]
+    shapes = [prepared.plan.pack_shape(pack) for pack in packs]
     costs = [sum(tokens_by_layer(model.config, shape, use_transv=phase.use_transv)) for shape in shapes]
     flops = [
         training_flops(model.config, shape, use_transv=phase.use_transv, trains_blocks=trains_blocks)
@@ -249,15 +243,6 @@ def _plan_facts(
         shares=_shares(phase),
         largest_pack=shapes[int(np.argmax(costs))],
         mean_pack_flops=float(np.mean(flops)),
-    )
-
-
-def _pack_shape(phase: Phase, pack: Pack) -> PackShape:
-    chosen = list(pack.entries)
-    return PackShape(
-        num_tokens=pack.num_tokens,
-        vision_counts=tuple(phase.plan.table.num_vision_tokens[chosen].tolist()),
-        num_targets=pack.num_targets,
     )
 
 
@@ -300,7 +285,8 @@ def _compute_line(phase: PhaseFacts) -> str:
     what = "" if phase.plan is not None else " of full packs of text"
     return (
         f"  compute: {phase.flops:.3g} FLOPs in {phase.num_steps:,} steps{what},"
-        f" {gpu_hours(phase.flops):,.1f} GPU-hours at {ASSUMED_MFU:.0%} of an H100's {PEAK_FLOPS / 1e12:.0f} TFLOP/s"
+        f" {gpu_hours(phase.flops):,.1f} GPU-hours at {ASSUMED_MFU:.0%} of an H100's"
+        f" {PEAK_FLOPS[ASSUMED_DEVICE] / 1e12:.0f} TFLOP/s"
     )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from timeviper_model.batch import Sample
 from timeviper_platform.training.collate import read_vision_rows
-from timeviper_platform.training.plan import Pack, PackPlan, PlanPosition, assign_packs
+from timeviper_platform.training.plan import Pack, PackPlan, PackShape, PlanPosition, assign_packs
 from timeviper_platform.training.prefetch import Prefetcher
 from timeviper_platform.training.samples import SampleBuilder, SampleRows
 from timeviper_platform.training.step_batches import (
@@ -64,6 +64,7 @@ class Feed:
         shape: sizes that the batches must have.
         rank: whose micro-batches.
         world_size: how many share a step.
+        pack_flops: operations of a pack's forward and backward pass; None = nobody asks.
     """
 
     def __init__(
@@ -75,12 +76,14 @@ class Feed:
         *,
         rank: int,
         world_size: int,
+        pack_flops: Callable[[PackShape], float] | None = None,
     ) -> None:
         self._plan = plan
         self._rows = rows
         self._shape = shape
         self._rank = rank
         self._world_size = world_size
+        self._pack_flops = pack_flops
         self.reader = StepReader(builder, shape)
 
     @property
@@ -131,6 +134,7 @@ class Feed:
             num_samples=sum(len(pack.entries) for pack in packs),
             num_padding_tokens=padding,
             fill=num_tokens / (len(packs) * self._shape.max_tokens),
+            flops=0.0 if self._pack_flops is None else sum(map(self._pack_flops, map(self._plan.pack_shape, packs))),
             end=end,
             damaged=[],
         )

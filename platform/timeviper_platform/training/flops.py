@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from timeviper_model.config import HybridConfig, TextConfig, TimeViperConfig
 from timeviper_model.mamba2 import conv_dim
-from timeviper_platform.training.memory import PackShape, vision_by_layer
+from timeviper_platform.devices import PEAK_FLOPS
+from timeviper_platform.training.memory import vision_by_layer
+from timeviper_platform.training.plan import PackShape
 
-PEAK_FLOPS = 989e12
-"""a second, dense bf16, of an H100 or H200 SXM by NVIDIA's data sheet"""
+ASSUMED_DEVICE = "NVIDIA H100"
 ASSUMED_MFU = 0.4
 """share of the peak that training reaches: published figures for models of this size lie between 0.33 and 0.43"""
 
@@ -37,7 +38,7 @@ def forward_flops(config: TimeViperConfig, pack: PackShape, *, use_transv: bool)
 
 def gpu_hours(flops: float) -> float:
     """Hours of one GPU at the assumed share of its peak."""
-    return flops / (PEAK_FLOPS * ASSUMED_MFU) / 3600
+    return flops / (PEAK_FLOPS[ASSUMED_DEVICE] * ASSUMED_MFU) / 3600
 
 
 def _block_flops(text: TextConfig, layer: int, lengths: list[float]) -> float:

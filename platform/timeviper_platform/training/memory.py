@@ -8,7 +8,6 @@ but their number. DeepSpeed's buckets, the allocator's waste and what NCCL holds
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ from timeviper_model.config import BlockType, HybridConfig, TextConfig, TimeVipe
 from timeviper_model.segments import Segments
 from timeviper_model.timeviper import LOGITS_ELEMENTS
 from timeviper_model.transv import num_kept
+from timeviper_platform.training.plan import PackShape
 from timeviper_platform.training.zero import DTYPES, Precision
 
 PROBE_CHUNKS = 2
@@ -47,16 +47,6 @@ class StateBytes(NamedTuple):
     def total(self) -> int:
         """All three."""
         return sum(self)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PackShape:
-    """The sizes of one pack that decide what its activations cost."""
-
-    num_tokens: int
-    vision_counts: tuple[int, ...]
-    """vision tokens of each sample"""
-    num_targets: int
 
 
 def state_bytes(sizes: ModelSizes, *, zero_stage: int, world_size: int, precision: Precision) -> StateBytes:

@@ -84,6 +84,11 @@ def freeze_others(model: nn.Module, groups: Sequence[ParameterGroup]) -> None:
         parameter.requires_grad_(name in trained)
 
 
+def any_block_trained(groups: Sequence[ParameterGroup]) -> bool:
+    """True when gradients of weights are taken inside the language model's blocks."""
+    return any("backbone.layers." in name for group in groups for name in group.parameter_names)
+
+
 def describe_groups(groups: Sequence[ParameterGroup], num_parameters: int) -> str:
     """The resolved groups as the lines that a run logs and a dry run prints."""
     trained = sum(group.num_parameters for group in groups)

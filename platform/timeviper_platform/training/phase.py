@@ -10,6 +10,7 @@ import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from timeviper_platform import storage
 from timeviper_platform.data.features import FeatureStore
 from timeviper_platform.training.config import InitConfig, PhaseConfig, TrainConfig
 from timeviper_platform.training.feed import Feed
-from timeviper_platform.training.parameters import ParameterGroup, describe_groups, resolve_groups
+from timeviper_platform.training.flops import training_flops
+from timeviper_platform.training.parameters import ParameterGroup, any_block_trained, describe_groups, resolve_groups
 from timeviper_platform.training.plan import PackPlan
 from timeviper_platform.training.sample_table import Measure, count_rejects, measure_samples
 from timeviper_platform.training.samples import Reject, SampleBuilder, SampleRows
@@ -89,7 +91,17 @@ def prepare_phase(
     num_steps = phase.steps or plan.num_steps(phase.packs_per_step, phase.epochs or 1)
     groups = phase_groups(model, phase)
     shape = _feed_shape(phase, model.config, tokenizer)
-    feed = Feed(plan, rows, builder, shape, rank=rank, world_size=world_size)
+    feed = Feed(
+        plan,
+        rows,
+        builder,
+        shape,
+        rank=rank,
+        world_size=world_size,
+        pack_flops=partial(
+            training_flops, model.config, use_transv=phase.use_transv, trains_blocks=any_block_trained(groups)
+        ),
+    )
     _check_can_answer(name, phase, model.config)
     held_out, num_held_out_steps, num_held_out = _held_out(
         phase, builder, shape, measure, rank=rank, world_size=world_size

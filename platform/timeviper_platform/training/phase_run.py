@@ -128,7 +128,7 @@ class PhaseRun:
             state = self._after(state, agreement.batches, agreement.num_damaged)
             seconds = time.perf_counter() - started
             counts = state.global_step, seconds, waited_s, agreement.num_damaged
-            self._row = step_row(self._phase, agreement.batches, result, rates, *counts)
+            self._row = step_row(self._phase, agreement.batches, result, rates, *counts, self._device)
             self._look_at_held_out(ds_engine, state)
             watchdog.mark(state.step, "saving")
             if self._is_due(state.step):

@@ -52,6 +52,16 @@ class Pack(NamedTuple):
     num_targets: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackShape:
+    """The sizes of one pack that decide what it costs to compute, and what its activations take."""
+
+    num_tokens: int
+    vision_counts: tuple[int, ...]
+    """vision tokens of each sample"""
+    num_targets: int
+
+
 class PlanPosition(NamedTuple):
     """Where a run stands in the stream of packs."""
 
@@ -105,6 +115,11 @@ class PackPlan:
             if start >= len(available):
                 epoch, start = epoch + 1, 0
         return packs, PlanPosition(epoch, start)
+
+    def pack_shape(self, pack: Pack) -> PackShape:
+        """Sizes of one of its packs."""
+        counts = self.table.num_vision_tokens[list(pack.entries)]
+        return PackShape(num_tokens=pack.num_tokens, vision_counts=tuple(counts.tolist()), num_targets=pack.num_targets)
 
     def num_steps(self, packs_per_step: int, num_epochs: int) -> int:
         """Steps that show `num_epochs` epochs once; the last may have fewer packs."""

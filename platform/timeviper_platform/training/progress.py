@@ -9,6 +9,10 @@ import logging
 import time
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
+from timeviper_platform.devices import device_name, peak_flops, peak_memory_bytes
 from timeviper_platform.training.phase import Phase
 from timeviper_platform.training.step import StepResult
 from timeviper_platform.training.step_batches import StepBatches
@@ -33,9 +37,10 @@ class Progress:
         elapsed = time.perf_counter() - self._started
         left = elapsed / (step - self._first_step) * (num_steps - step)
         logger.info(
-            "%s step %d/%d loss %.4f lr %.2e grad norm %.2f %.0f tokens/s data wait %.1f %% %.0f s left",
+            "%s step %d/%d loss %.4f lr %.2e grad norm %.2f %.0f tokens/s%s data wait %.1f %% %.0f s left",
             *(self._phase.name, step, num_steps, row["loss"], max(row["lr"].values()), row["grad_norm"]),
-            *(row["tokens_per_second"], 100 * row["data_wait_share"], left),
+            *(row["tokens_per_second"], f" MFU {row['mfu']:.1%}" if "mfu" in row else ""),
+            *(100 * row["data_wait_share"], left),
         )
 
 
@@ -48,9 +53,12 @@ def step_row(
     seconds: float,
     waited_s: float,
     num_damaged: int,
+    device: torch.device,
 ) -> dict[str, Any]:
-    """The row of a step; times are those of this rank."""
+    """The row of a step; times and memory are those of this rank. `mfu` only for a device whose peak is known."""
     computed = batches.num_tokens + batches.num_padding_tokens
+    flops_per_second = batches.flops / seconds
+    peak = peak_flops(device_name(device))
     return {
         "phase": phase.name,
         "step": batches.step,
@@ -69,4 +77,6 @@ def step_row(
         "fill": batches.fill,
         "data_wait_share": waited_s / seconds,
         "seconds": seconds,
-    }
+        "tflops_per_second": flops_per_second / 1e12,
+        "peak_memory_bytes": peak_memory_bytes(device),
+    } | ({} if peak is None else {"mfu": flops_per_second / (peak * dist.get_world_size())})

@@ -50,6 +50,8 @@ class StepBatches(NamedTuple):
     """padding inside packs and dummies, over all ranks"""
     fill: float
     """tokens / token budget of the step's packs"""
+    flops: float
+    """operations of the forward and backward passes that the model needs"""
     end: PlanPosition
     """where the plan stands after this step"""
     damaged: list[Damaged]

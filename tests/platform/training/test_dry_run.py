@@ -17,14 +17,13 @@ from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.dry_run import PlanFacts, describe_dry_run, dry_run
 from timeviper_platform.training.memory import (
     ModelSizes,
-    PackShape,
     activation_bytes,
     saved_bytes,
     saved_bytes_per_token,
     state_bytes,
 )
 from timeviper_platform.training.phase import first_model, prepare_phase
-from timeviper_platform.training.plan import PlanPosition
+from timeviper_platform.training.plan import PackShape, PlanPosition
 from timeviper_platform.training.zero import DTYPES, Precision, build_ds_engine
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -9,9 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from timeviper_model.batch import IGNORE_INDEX, Sample, TokenKind, pack_samples
 from timeviper_model.config import PRESETS
 from timeviper_model.timeviper import TimeViper
+from timeviper_platform.training import progress
 from timeviper_platform.training.flops import forward_flops, gpu_hours, training_flops
-from timeviper_platform.training.memory import PackShape
-from timeviper_platform.training.phase import mean_kept_share
+from timeviper_platform.training.phase import Phase, mean_kept_share
+from timeviper_platform.training.plan import PackShape, PlanPosition
+from timeviper_platform.training.step import StepResult
+from timeviper_platform.training.step_batches import StepBatches
 
 
 def text_sample(num_tokens: int) -> Sample:
@@ -67,3 +72,15 @@ def test_samples_of_a_pack_do_not_attend_to_each_other() -> None:
 
 def test_an_hour_is_an_hour() -> None:
     assert math.isclose(gpu_hours(989e12 * 0.4 * 3600), 1.0)
+
+
+def test_mfu_is_what_all_devices_computed_over_what_they_could(monkeypatch: pytest.MonkeyPatch) -> None:
+    zeros = dict.fromkeys(("num_targets", "num_vision_tokens", "num_samples", "num_padding_tokens"), 0)
+    step = StepBatches(
+        step=1, micro_batches=[], num_tokens=10, fill=1.0, flops=8e12, end=PlanPosition(0, 1), damaged=[], **zeros
+    )
+    phase = cast(Phase, SimpleNamespace(name="align"))
+    monkeypatch.setattr(progress, "peak_flops", lambda name: 16e12)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    row = progress.step_row(phase, step, StepResult(1.0, 1.0, (0,)), {}, 1, 0.5, 0.1, 0, torch.device("cpu"))
+    assert (row["tflops_per_second"], row["mfu"]) == (16.0, 0.5)  # 8 TFLOP in half a second on two devices

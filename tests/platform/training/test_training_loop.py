@@ -150,6 +150,9 @@ def test_rows_say_what_a_step_did(finished: TrainConfig) -> None:
     assert align["attempt"] == 1
     assert 0 < align["fill"] <= 1
     assert 0 <= align["data_wait_share"] <= 1
+    assert align["tflops_per_second"] > 0
+    assert align["peak_memory_bytes"] > 100e6
+    assert "mfu" not in align  # nobody says what this CPU can do at most
     assert align["tokens_per_second"] == pytest.approx(align["num_tokens"] / align["seconds"])
 
 
