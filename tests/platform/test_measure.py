@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from timeviper_platform.measure import Comparison, Row, compare, format_rows
+from timeviper_platform import measure
+from timeviper_platform.measure import Comparison, Row, StolenTime, compare, format_rows
 
 
 def _row(value: float, bar: str | None) -> Row:
@@ -29,10 +32,22 @@ def test_the_two_sides_run_in_turn() -> None:
     assert len(comparison.ours_seconds) == len(comparison.control_seconds) == 3
 
 
-def test_the_ratio_is_of_medians() -> None:
+def test_the_ratio_is_the_median_of_neighbours() -> None:
     comparison = Comparison(ours_seconds=(1.0, 1.0, 9.0), control_seconds=(2.0, 2.0, 2.0))
     assert comparison.speedup == 2.0
     assert comparison.noise == 8.0
+    # a machine that slows down, and ours is twice as fast throughout; the medians' ratio would be 4
+    assert Comparison(ours_seconds=(1.0, 1.0, 9.0, 10.0), control_seconds=(2.0, 2.0, 18.0, 20.0)).speedup == 2.0
+
+
+def test_what_the_host_took_is_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    stat = tmp_path / "stat"
+    monkeypatch.setattr(measure, "Path", lambda name: stat)
+    assert StolenTime().share() == 0.0  # no such file on this system
+    stat.write_text("cpu  100 0 50 850 0 0 0 0 0 0\ncpu0 1 1 1 1 1 1 1 1 1 1\n")
+    stolen = StolenTime()
+    stat.write_text("cpu  150 0 60 860 0 0 0 30 0 0\ncpu0 1 1 1 1 1 1 1 1 1 1\n")
+    assert stolen.share() == 0.3
 
 
 def test_too_few_repeats_are_refused() -> None:
