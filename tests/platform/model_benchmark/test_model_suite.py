@@ -18,7 +18,7 @@ from timeviper_platform.model_benchmark.models import (
     narrow_config,
     video_question,
 )
-from timeviper_platform.model_benchmark.suite import MODEL_GROUPS
+from timeviper_platform.model_benchmark.suite import MODEL_GROUPS, on_one_thread
 
 
 def check(rows: list[Row], group: str, bars: list[str | None]) -> None:
@@ -131,3 +131,14 @@ def test_counted_operations_are_those_of_one_block_by_hand() -> None:
     dropping = TransVSite(layer=1, select="uniform", keep=0.5, transfer="none")
     halved = narrow_config(16, plan=(dropping,), pattern="--")
     assert prefill.count_flops(halved, 2) == (tokens + tokens - 16) * 2 * (2 * 16 * 56)
+
+
+def test_a_group_of_small_steps_runs_on_one_thread_and_says_so() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        (row,) = on_one_thread(lambda: [Row(name="x", value=float(torch.get_num_threads()), unit="", command="c")])()
+        assert (row.name, row.value) == ("x, one thread", 1.0)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
