@@ -134,8 +134,14 @@ class HybridCache:
         )
 
     def load(self, slot: int, saved: SavedSlot) -> None:
-        """Puts a copy of `saved` into the slot, in place of what was there."""
-        self.reset(slot)
+        """Puts a copy of `saved` into the slot, in place of what was there. Room that is reserved stays."""
+        self.num_tokens[slot] = 0
+        for layer, state in self.mamba.items():
+            if layer not in saved.mamba:
+                state.window_BKD[slot].zero_()
+                state.ssm_BHPN[slot].zero_()
+        for attention in self.attention.values():
+            attention.lengths[slot] = 0
         for layer, state in saved.mamba.items():
             self.mamba[layer].window_BKD[slot] = state.window_BKD[0]
             self.mamba[layer].ssm_BHPN[slot] = state.ssm_BHPN[0]

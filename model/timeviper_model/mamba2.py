@@ -6,6 +6,7 @@ each) and its own state in a cache; not blocks, vision or text. Parameter names 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,8 @@ class Mamba2Mixer(nn.Module):
         self.intermediate_size = config.mamba_intermediate_size
         self.chunk_size = config.chunk_size
         self.time_step_limit = config.time_step_limit
+        self.is_unlimited = config.time_step_limit == (0.0, math.inf)
+        """as in every released model: softplus is never below 0"""
         self.conv_dim = conv_dim(config)
         self.in_proj = nn.Linear(
             config.hidden_size, self.intermediate_size + self.conv_dim + self.num_heads, bias=False
@@ -93,8 +96,8 @@ class Mamba2Mixer(nn.Module):
         sizes = [self.intermediate_size, self.conv_dim, self.num_heads]
         gate, channels, dt = torch.split(self.in_proj(h), sizes, dim=-1)
         dtype = torch.float64 if dt.dtype == torch.float64 else torch.float32
-        dt = F.softplus(dt.to(dtype) + self.dt_bias.to(dtype)).clamp(*self.time_step_limit)
-        return gate, channels, dt
+        dt = F.softplus(dt.to(dtype) + self.dt_bias.to(dtype))
+        return gate, channels, dt if self.is_unlimited else dt.clamp(*self.time_step_limit)
 
     def _split(self, convolved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         size = self.num_groups * self.state_size

@@ -6,6 +6,7 @@ fresh memory six times and took twice as long as the matrix product beside it. E
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -103,7 +104,13 @@ def _wide(x: Tensor) -> Tensor:
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
     # the fewest operations that say it; a number as operand would become a tensor of its own each time
     squares = torch.linalg.vecdot(x, x).unsqueeze(-1)
-    return torch.add(torch.tensor(eps, dtype=x.dtype), squares, alpha=1 / x.shape[-1]).rsqrt_()
+    return torch.add(_constant(eps, x.dtype), squares, alpha=1 / x.shape[-1]).rsqrt_()
+
+
+@lru_cache(maxsize=16)
+def _constant(value: float, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):  # else no graph could hold it later
+        return torch.tensor(value, dtype=dtype, device="cpu")
 
 
 def _blocks(x_MGD: Tensor) -> list[slice]:
