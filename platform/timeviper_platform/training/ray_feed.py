@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -15,7 +16,6 @@ import ray
 import ray.data
 import torch
 
-from timeviper_platform.data.listing import pages
 from timeviper_platform.training.feed import Feed, FeedConfig
 from timeviper_platform.training.plan import PlanPosition
 from timeviper_platform.training.prefetch import Prefetcher
@@ -40,7 +40,8 @@ def _steps(reader: StepReader, tasks: Iterable[StepTask], config: FeedConfig) ->
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     compute = ray.data.ActorPoolStrategy(size=config.num_readers, max_tasks_in_flight_per_actor=2)
-    for page in pages(tasks, STEPS_PER_GRAPH):
+    left = iter(tasks)
+    while page := list(islice(left, STEPS_PER_GRAPH)):
         # a block a task, put there by the rank: see graph.py of data/
         dataset = ray.data.from_arrow([_table(task) for task in page]).map_batches(
             _Read,

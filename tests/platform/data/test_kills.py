@@ -110,12 +110,13 @@ def nodes() -> Iterator[TwoNodes]:
 
 @pytest.mark.cluster
 @pytest.mark.timeout(1200)
-def test_decoder_encoder_second_node_and_driver_killed_on_ray_lose_nothing(
+def test_second_node_and_driver_killed_on_ray_lose_nothing(
     corpus: Path, expected: dict[str, bytes], tmp_path: Path, nodes: TwoNodes
 ) -> None:
     config = write_config(corpus, tmp_path / "store")
-    killed = run_killed(config, nodes, KILLED, random.Random(0))
-    assert killed == Counter(KILLED)
+    victims = KILLED[2:]  # a dead worker takes Ray a minute to replace: those are in the slow test
+    killed = run_killed(config, nodes, victims, random.Random(0))
+    assert killed == Counter(victims)
     finish(config, nodes)
     check(str(tmp_path / "store"), expected)
 

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from reference import kernel_contracts
 from timeviper_model.config import NEMOTRON_NANO_9B_V2, PAPER_PLAN, PRESETS, HybridConfig, Qwen2Config, TimeViperConfig
+from timeviper_platform.devices import peak_flops
 from timeviper_platform.gpu_benchmark import decode, device, kernels, prefill, vision, vllm
 from timeviper_platform.gpu_benchmark.suite import GPU_GROUPS
 from timeviper_platform.measure import Row
@@ -89,8 +90,8 @@ def test_the_vision_group_gives_its_rows() -> None:
 def test_no_share_of_a_peak_that_nobody_has_written_down() -> None:
     rows = vision.vision_rows(CPU, size=TINY_TOWER, batch_frames=1, num_batches=1, repeats=1)
     assert not any(row.name.endswith("MFU") for row in rows)
-    assert device.peak_flops("NVIDIA H100 PCIe") == 756e12
-    assert device.peak_flops("NVIDIA H100 80GB HBM3") == device.peak_flops("NVIDIA H200") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("NVIDIA H100 80GB HBM3") == peak_flops("NVIDIA H200") == 989e12
 
 
 def test_counted_operations_of_the_tower_are_those_that_torch_counts() -> None:

@@ -114,14 +114,14 @@ def test_a_reader_and_its_tasks_give_the_same_in_another_process(corpus: Corpus)
 def test_ray_data_reads_the_same_steps_in_the_same_order(
     corpus: Corpus, ray_address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_feed, "STEPS_PER_GRAPH", 4)  # so that the order holds across graphs
+    monkeypatch.setattr(ray_feed, "STEPS_PER_GRAPH", 5)  # so that the order holds across graphs
     feed = make_feed(corpus, rank=1, world_size=2)
-    config = FeedConfig(reader="ray_data", cpus_per_reader=0.25)
+    config = FeedConfig(reader="ray_data", num_readers=1, cpus_per_reader=0.25)
     with ray_session():
-        ahead = ray_feed.read_on_ray(feed, PlanPosition(0, 0), 0, 9, config)
+        ahead = ray_feed.read_on_ray(feed, PlanPosition(0, 0), 0, 8, config)
         found = list(ahead)
         ahead.close()
-    assert_same_steps(found, list(feed.steps(PlanPosition(0, 0), 0, 9)))
+    assert_same_steps(found, list(feed.steps(PlanPosition(0, 0), 0, 8)))
 
 
 def assert_same_steps(found: list[StepBatches], expected: list[StepBatches]) -> None:
