@@ -2,6 +2,7 @@
 
 With trainer.py the one module of training/ that imports Ray. The order is the plan's and never Ray Data's: a task says
 which rows are in a step, so that a run resumes in the middle of an epoch whatever Ray Data knows.
+Both travel as pickles, which only this module writes and reads, inside one cluster, as Ray's own arguments do.
 """
 
 from __future__ import annotations
