@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from timeviper_model.attention import Attention, KeyValueStore
 from timeviper_model.config import BlockType, HybridConfig
+from timeviper_model.linear import Linear
 from timeviper_model.mamba2 import Mamba2Mixer, Mamba2State
 from timeviper_model.norm import RMSNorm
 from timeviper_model.segments import Segments
@@ -27,8 +28,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: HybridConfig) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, h_TD: Tensor) -> Tensor:
         """(T, D) -> (T, D)"""

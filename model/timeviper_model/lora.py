@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from timeviper_model.linear import Linear
+
 LORA_A, LORA_B = "lora_A", "lora_B"
 
 
@@ -42,7 +44,7 @@ class LoraConfig:
         return self.alpha / self.rank
 
 
-class LoraLinear(nn.Linear):
+class LoraLinear(Linear):
     """`x W^T + scale * (x A^T) B^T`; W keeps its name, and B starts at zero."""
 
     lora_A: nn.Parameter

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timeviper_model.config import VisionConfig
+from timeviper_model.linear import Linear
 from timeviper_model.shapes import put_rows, take_rows
 
 
@@ -20,8 +21,8 @@ class Projector(nn.Module):
 
     def __init__(self, vision_size: int, hidden_size: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(vision_size, hidden_size)
-        self.fc2 = nn.Linear(hidden_size, hidden_size)
+        self.fc1 = Linear(vision_size, hidden_size)
+        self.fc2 = Linear(hidden_size, hidden_size)
 
     def forward(self, features_VD: Tensor, rows_V: Tensor) -> Tensor:
         """(V, vision_size) -> (V, hidden_size), whatever their rows."""

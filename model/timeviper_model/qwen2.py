@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from timeviper_model.attention import Attention, Rotary
 from timeviper_model.config import Qwen2Config
 from timeviper_model.hybrid import LayerState
+from timeviper_model.linear import Linear
 from timeviper_model.mamba2 import Mamba2State
 from timeviper_model.norm import RMSNorm
 from timeviper_model.segments import Segments
@@ -22,9 +23,9 @@ class GatedMLP(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, h_TD: Tensor) -> Tensor:
         """(T, D) -> (T, D)"""

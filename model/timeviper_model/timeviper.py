@@ -18,6 +18,7 @@ from timeviper_model.backbone import Backbone, init_backbone
 from timeviper_model.batch import IGNORE_INDEX, PADDING_SEGMENT, PackedBatch, TokenKind
 from timeviper_model.cache import HybridCache
 from timeviper_model.config import TimeViperConfig, TransVSite
+from timeviper_model.linear import Linear
 from timeviper_model.prefill import DEFAULT_CHUNK_TOKENS, Prefill
 from timeviper_model.projector import make_projector
 from timeviper_model.segments import Segments
@@ -52,7 +53,7 @@ class TimeViper(nn.Module):
         self.gradient_checkpointing = False
         """keep the hidden states between blocks and sites alone, and compute the rest again in the backward pass"""
         self.backbone = Backbone(config.text)
-        self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+        self.lm_head = Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
         self.projector = make_projector(config.vision, config.text.hidden_size)
         self.transv = nn.ModuleDict(
             {str(site.layer): TransVLayer(config.text) for site in config.transv if site.transfer == "cross_attention"}

@@ -23,6 +23,7 @@ from timeviper_model.attention import Attention, full_attention, grouped_scores,
 from timeviper_model.backbone import DecoderBlock
 from timeviper_model.batch import TokenKind
 from timeviper_model.config import TextConfig, TransVSite
+from timeviper_model.linear import Linear
 from timeviper_model.segments import RowBucket, Segments, group_by_length
 from timeviper_model.shapes import put_rows, take_rows
 
@@ -64,10 +65,10 @@ class TransVLayer(nn.Module):
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
         query_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, query_size, bias=config.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.o_proj = Linear(query_size, config.hidden_size, bias=False)
         self.alpha = nn.Parameter(torch.zeros(1))
 
     def forward(self, receivers_QD: Tensor, sources_KD: Tensor, rows: list[TransferRows]) -> Tensor:

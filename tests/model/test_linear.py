@@ -1,0 +1,66 @@
+"""linear: oneDNN's product where no gradient is kept and there is enough to multiply, else PyTorch's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from timeviper_model import linear as module
+from timeviper_model.linear import MIN_PRODUCTS, Linear
+
+ENOUGH = MIN_PRODUCTS // (64 * 48)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of the products that oneDNN is asked for."""
+    onednn, rows = module._onednn, []
+    if onednn is None:
+        pytest.skip("this PyTorch has no oneDNN")
+
+    def counted(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        rows.append(len(x))
+        product: torch.Tensor = onednn(x, *rest)
+        return product
+
+    monkeypatch.setattr(module, "_onednn", counted)
+    return rows
+
+
+def make(num_rows: int, dtype: torch.dtype = torch.float32, *, bias: bool = True) -> tuple[Linear, torch.Tensor]:
+    torch.manual_seed(0)
+    return Linear(64, 48, bias=bias, dtype=dtype), torch.randn(num_rows, 64, dtype=dtype)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_onednn_gives_the_same_product(bias: bool, calls: list[int]) -> None:
+    linear, x = make(ENOUGH + 1, bias=bias)
+    with torch.inference_mode():
+        y, y3 = linear(x), linear(x[None])[0]
+    assert calls == [ENOUGH + 1, 1]
+    expected = F.linear(x.double(), linear.weight.double(), linear.bias.double() if bias else None)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(y3, y)
+
+
+def test_gradients_other_dtypes_and_few_rows_are_left_to_pytorch(calls: list[int]) -> None:
+    linear, x = make(ENOUGH + 1)
+    linear(x).sum().backward()
+    torch.testing.assert_close(linear.weight.grad, x.sum(0).expand(48, -1), rtol=1e-4, atol=1e-4)
+    with torch.inference_mode():
+        linear(x[: ENOUGH // 2])
+        for dtype in (torch.float64, torch.bfloat16):
+            other, wide = make(ENOUGH + 1, dtype)
+            other(wide)
+    assert calls == []
+
+
+def test_a_build_without_onednn_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear, x = make(ENOUGH + 1)
+    with torch.inference_mode():
+        expected = linear(x)
+        monkeypatch.setattr(module, "_onednn", None)
+        torch.testing.assert_close(linear(x), expected, rtol=1e-5, atol=1e-5)
