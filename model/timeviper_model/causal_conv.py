@@ -38,6 +38,8 @@ def causal_conv_silu(
     bias = weight_DK.new_zeros(len(weight_DK)) if bias_D is None else bias_D
     if initial_KD is not None and initial_KD.shape[0]:
         joined = torch.cat([initial_KD.to(x_TD.dtype), x_TD])
+        if not torch.is_grad_enabled():
+            return F.silu(_convolved(joined, weight_DK, bias)[len(initial_KD) :])
         positions = torch.arange(len(joined), device=x_TD.device)
         before: Tensor = _CausalConv.apply(joined, weight_DK, bias, positions)  # type: ignore[no-untyped-call]
         return F.silu(before[len(initial_KD) :])
@@ -58,16 +60,8 @@ class _CausalConv(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor, weight_DK: Tensor, bias_D: Tensor, positions_T: Tensor) -> Tensor:
         num_taps = weight_DK.shape[1]
         ctx.save_for_backward(x_TD, weight_DK, bias_D, positions_T)
-        y = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
+        y = _convolved(x_TD, weight_DK, bias_D)
         taps, bias = _wide(weight_DK.t().contiguous()), _wide(bias_D)
-        for start, stop in _blocks(x_TD):
-            x = _wide(x_TD[max(start - num_taps + 1, 0) : stop])
-            size, ahead = stop - start, len(x) - (stop - start)
-            block = torch.addcmul(bias, x[ahead:], taps[-1])
-            for back in range(1, num_taps):
-                missing = min(max(back - ahead, 0), size)
-                block[missing:].addcmul_(x[ahead + missing - back : len(x) - back], taps[-1 - back])
-            y[start:stop] = block
         rows = (positions_T < num_taps - 1).nonzero().squeeze(1)  # these mixed in the segment before: again, apart
         fresh = torch.addcmul(bias, _wide(x_TD[rows]), taps[-1])
         for back in range(1, num_taps):
@@ -96,6 +90,22 @@ class _CausalConv(torch.autograd.Function):
             dx[start:stop] = block
         _take_back_crossings(dx, dtaps, x_TD, dy_TD, taps, positions_T)
         return dx, dtaps.t().to(weight_DK.dtype), dbias.to(bias_D.dtype), None
+
+
+def _convolved(x_TD: Tensor, weight_DK: Tensor, bias_D: Tensor) -> Tensor:
+    """(T, D): as if the pack were one segment."""
+    num_taps = weight_DK.shape[1]
+    y = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
+    taps, bias = _wide(weight_DK.t().contiguous()), _wide(bias_D)
+    for start, stop in _blocks(x_TD):
+        x = _wide(x_TD[max(start - num_taps + 1, 0) : stop])
+        size, ahead = stop - start, len(x) - (stop - start)
+        block = torch.addcmul(bias, x[ahead:], taps[-1])
+        for back in range(1, num_taps):
+            missing = min(max(back - ahead, 0), size)
+            block[missing:].addcmul_(x[ahead + missing - back : len(x) - back], taps[-1 - back])
+        y[start:stop] = block
+    return y
 
 
 def _take_back_crossings(

@@ -15,9 +15,14 @@ from torch.nn import functional as F
 
 from timeviper_model.causal_conv import causal_conv_silu, causal_conv_silu_step
 from timeviper_model.config import HybridConfig
+from timeviper_model.linear import Linear
 from timeviper_model.norm import GatedRMSNorm
 from timeviper_model.segments import Segments
 from timeviper_model.ssd import ssd_scan, ssd_step
+
+PART_ELEMENTS = 2**21
+"""of a part's input projection, where a long sequence is read part by part: 8 MiB in fp32. The system hands out buffers
+of more than 32 MiB (glibc's largest threshold) as new pages each time, which costs as much again as the work in them"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,9 +48,7 @@ class Mamba2Mixer(nn.Module):
         self.is_unlimited = config.time_step_limit == (0.0, math.inf)
         """as in every released model: softplus is never below 0"""
         self.conv_dim = conv_dim(config)
-        self.in_proj = nn.Linear(
-            config.hidden_size, self.intermediate_size + self.conv_dim + self.num_heads, bias=False
-        )
+        self.in_proj = Linear(config.hidden_size, self.intermediate_size + self.conv_dim + self.num_heads, bias=False)
         self.conv1d = nn.Conv1d(
             self.conv_dim, self.conv_dim, config.conv_kernel, groups=self.conv_dim, bias=config.use_conv_bias
         )  # holds the parameters under their names; causal_conv.py does the work
@@ -53,12 +56,23 @@ class Mamba2Mixer(nn.Module):
         self.A_log = nn.Parameter(torch.empty(self.num_heads))
         self.D = nn.Parameter(torch.empty(self.num_heads))
         self.norm = GatedRMSNorm(self.intermediate_size, self.num_groups, config.layer_norm_epsilon)
-        self.out_proj = nn.Linear(self.intermediate_size, config.hidden_size, bias=False)
+        self.out_proj = Linear(self.intermediate_size, config.hidden_size, bias=False)
         self.convolve, self.scan = causal_conv_silu, ssd_scan
         """functions of these signatures; backends.py puts kernels in their place"""
 
     def forward(self, h_TD: Tensor, segments: Segments, state: Mamba2State | None = None) -> Tensor:
         """(T, D) -> (T, D). The tokens continue `state`, which needs one segment and B = 1, and advance it in place."""
+        length = self._part_length(h_TD)
+        if len(h_TD) <= length or segments.seq_idx_T is not None:
+            return self._mix(h_TD, segments, state)
+        state = state or self._new_state(h_TD)
+        mixed = torch.empty_like(h_TD)
+        for start in range(0, len(h_TD), length):
+            part = slice(start, start + length)
+            mixed[part] = self._mix(h_TD[part], Segments(segments.ids[part], segments.num_segments), state)
+        return mixed
+
+    def _mix(self, h_TD: Tensor, segments: Segments, state: Mamba2State | None) -> Tensor:
         gate, channels, dt = self._project(h_TD)
         convolved = self.convolve(
             channels,
@@ -91,6 +105,21 @@ class Mamba2Mixer(nn.Module):
         x, B, C = self._split(convolved)
         y = ssd_step(x, dt, self._decay_rates(), B, C, D_H=self.D, state_BHPN=state.ssm_BHPN)
         return self.out_proj(self.norm(y.flatten(1), gate))
+
+    def _part_length(self, h_TD: Tensor) -> int:
+        """Tokens read together: all of them where gradients are kept or memory is no matter."""
+        if h_TD.device.type != "cpu" or torch.is_grad_enabled():
+            return len(h_TD)
+        num_chunks = PART_ELEMENTS // (self.in_proj.out_features * self.chunk_size)
+        return max(1, num_chunks) * self.chunk_size
+
+    def _new_state(self, h_TD: Tensor) -> Mamba2State:
+        """Of one sequence that has not begun."""
+        dtype = torch.float64 if h_TD.dtype == torch.float64 else torch.float32
+        return Mamba2State(
+            window_BKD=h_TD.new_zeros(1, self.conv1d.kernel_size[0] - 1, self.conv_dim),
+            ssm_BHPN=h_TD.new_zeros(1, self.num_heads, self.head_dim, self.state_size, dtype=dtype),
+        )
 
     def _project(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         sizes = [self.intermediate_size, self.conv_dim, self.num_heads]
