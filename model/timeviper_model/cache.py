@@ -255,8 +255,10 @@ class SlotStore:
 
 
 def _grow(old: Tensor, capacity: int, used: int) -> Tensor:
-    grown = old.new_zeros(old.shape[0], old.shape[1], capacity, old.shape[3])
+    grown = old.new_empty(old.shape[0], old.shape[1], capacity, old.shape[3])
     grown[:, :, :used] = old[:, :, :used]
+    if len(old) > 1:
+        grown[:, :, used:] = 0  # a shorter slot is read to the end of the longest, and weight 0 times NaN is NaN
     return grown
 
 

@@ -124,6 +124,8 @@ class Prefill:
         }
         self._rows = _FeatureRows(features, num_vision)
         self._last_1D: Tensor | None = None
+        self.num_read = 0
+        """tokens taken through their spans so far"""
         self.is_waiting = False
         """True when the last `advance` found no features to go on with"""
         self._view = cache.view([slot])
@@ -144,18 +146,24 @@ class Prefill:
             if layer in self._cache.attention:
                 self._cache.attention[layer].reserve(self._num_text + present + MIN_CAPACITY)  # and for a first answer
 
-    def advance(self) -> Tensor | None:
-        """Takes pieces of at most `max_chunk_tokens` in all through their span; the next token's (V,) logits when done.
+    def advance(self, max_tokens: int | None = None) -> Tensor | None:
+        """Takes pieces through their span; the next token's (V,) logits when done.
+
+        Args:
+            max_tokens: of the pieces in all, `max_chunk_tokens` when None; where to cut them is not changed by it, so
+                with less than that there may be no piece that fits.
 
         Raises:
             ValueError: when the features do not fit the prompt's vision tokens.
         """
-        left = self._max_tokens
+        left = self._max_tokens if max_tokens is None else max_tokens
         while self._next_size is not None and self._next_size <= left:
-            left -= self._next_size
+            size = self._next_size
             self._next_size = next(self._steps, None)
             if self.is_waiting:
                 return None
+            left -= size
+            self.num_read += size
         if self._next_size is not None:
             return None
         if self._last_1D is None:

@@ -98,12 +98,23 @@ def test_sampled_tokens_depend_on_the_seed_and_not_on_the_neighbours(model: Time
     assert len({tuple(t) for t in together.values()}) > 1
 
 
-def test_one_prompt_is_prefilled_a_step_while_others_go_on(model: TimeViper) -> None:
-    engine = engine_of(model, num_slots=3)
-    ids = [engine.submit(ask(max_new_tokens=6)) for _ in range(3)]
+@pytest.mark.parametrize(
+    ("prompts_a_step", "expected"),
+    [
+        (1, [[2, 0, 0], [1, 2, 0], [1, 1, 2]]),
+        (2.5, [[2, 2, 0], [1, 1, 2], [1, 1, 1]]),
+        (3, [[2, 2, 2], [1] * 3, [1] * 3]),
+    ],
+)
+def test_a_step_reads_the_prompts_that_fit_while_others_go_on(
+    prompts_a_step: float, expected: list[list[int]], model: TimeViper
+) -> None:
+    max_tokens = int(prompts_a_step * len(ask(num_vision=0).prompt))
+    engine = engine_of(model, num_slots=3, max_prefill_tokens=max_tokens)
+    ids = [engine.submit(ask(num_vision=0, max_new_tokens=6)) for _ in range(3)]
     per_step = [[len([e for e in step if e.request_id == i]) for i in ids] for step in (engine.step() for _ in "123")]
     # a prompt's first token and its first decoded one come in the same step
-    assert per_step == [[2, 0, 0], [1, 2, 0], [1, 1, 2]]
+    assert per_step == expected
 
 
 def test_a_waiting_request_takes_the_slot_that_becomes_free(model: TimeViper) -> None:
@@ -308,7 +319,7 @@ def test_features_that_are_late_hold_up_nobody_else(model: TimeViper) -> None:
     late = engine.submit(ask(num_vision=24, vision_features=blocks, max_new_tokens=2))
     other = engine.submit(ask(max_new_tokens=4))
     steps = [engine.step() for _ in range(6)]
-    assert [len(ids_of(events)) for events in steps] == [0, 2, 1, 1, 0, 0]  # a step admits one request
+    assert [len(ids_of(events)) for events in steps] == [2, 1, 1, 0, 0, 0]
     assert {event.request_id for events in steps for event in events} == {other}
     is_there = True
     assert len(ids_of(run(engine)[late])) == 2
