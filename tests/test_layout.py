@@ -15,7 +15,7 @@ PLATFORM = ROOT / "platform" / "timeviper_platform"
 MODEL = ROOT / "model" / "timeviper_model"
 AREAS = ("data", "training", "serving", "evaluation")
 # what the areas may share: the contracts, and the code that makes every part see the same frames and tokens
-SHARED_DATA_MODULES = {"decode", "encode", "features", "isolation"}
+SHARED_DATA_MODULES = {"decode", "encode", "features", "isolation", "towers"}
 
 
 def _tracked_files() -> list[Path]:

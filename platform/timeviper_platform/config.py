@@ -64,7 +64,9 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         if isinstance(node, list) and parent.isdigit() and int(parent) < len(node):
             node = node[int(parent)]  # applications.0.args.weights: an entry of a list by its number
         elif isinstance(node, dict):
-            node = node.setdefault(parent, {})
+            if node.get(parent) is None:  # absent, or a part that the file leaves out by null
+                node[parent] = {}
+            node = node[parent]
         if not isinstance(node, dict | list):
             raise ValueError(f"override {override!r}: {parent!r} holds a value, not keys")
     if not isinstance(node, dict):

@@ -38,6 +38,13 @@ def test_overrides_reach_into_the_tree(tmp_path: Path) -> None:
     assert config == Outer(name="b", inner=Inner(steps=7, rate=0.25))
 
 
+def test_overrides_fill_a_part_that_the_file_leaves_out(tmp_path: Path) -> None:
+    config = load_config(Outer, _write(tmp_path, "name: a\ninner: null\n"), ["inner.steps=7"])
+    assert config == Outer(name="a", inner=Inner(steps=7))
+    with pytest.raises(ValueError, match=r"inner\.steps: Field required"):
+        load_config(Outer, _write(tmp_path, "name: a\ninner: null\n"), ["inner.rate=0.25"])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -278,9 +278,7 @@ def _absolute(config: PreprocessConfig) -> PreprocessConfig:
     def resolve(uri: str) -> str:
         return storage.split_uri(uri)[1] if storage.is_local(uri) else uri
 
-    encoder = config.encoder
-    if Path(encoder.encoder).is_dir():
-        encoder = replace(encoder, encoder=str(Path(encoder.encoder).resolve()))
+    encoder = config.encoder.with_names(lambda name: str(Path(name).resolve()) if Path(name).is_dir() else name)
     return replace(config, input=resolve(config.input), output=resolve(config.output), encoder=encoder)
 
 

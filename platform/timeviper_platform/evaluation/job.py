@@ -14,8 +14,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from timeviper_model.weights import config_from_dict
 from timeviper_platform import schemas, storage
 from timeviper_platform.data.features import FeatureStore
+from timeviper_platform.data.towers import check_same_towers
 from timeviper_platform.evaluation.evaluator import AnsweringConfig, Evaluator, Outcome
 from timeviper_platform.evaluation.report import summarise
 
@@ -138,14 +140,16 @@ def with_absolute_paths(config: EvaluateConfig) -> EvaluateConfig:
 
 
 def check_inputs(weights: str, features: str) -> None:
-    """Passes when weights and store are there, so that a wrong path is said here and not by a worker.
+    """Passes when weights and store are there and of the same towers, so that this is said here and not by a worker.
 
     Raises:
-        ValueError: when one is not.
+        ValueError: when one is not there, or they do not fit.
     """
-    if not storage.exists(storage.join_uri(weights, "config.json")):
+    file = storage.join_uri(weights, "config.json")
+    if not storage.exists(file):
         raise ValueError(f"no weights folder at {weights!r}; run jobs/export.py with output: {weights}")
-    FeatureStore.open(features)
+    vision = config_from_dict(storage.read_json(file), where=file).vision
+    check_same_towers(vision, FeatureStore.open(features), weights)
 
 
 def answer_on_ray(questions: Sequence[dict[str, Any]], config: EvaluateConfig) -> Iterator[Outcome]:

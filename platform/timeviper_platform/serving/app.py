@@ -165,7 +165,7 @@ def with_absolute_paths(config: ServeConfig, root: Path) -> ServeConfig:
     """
     features = config.features
     if features.encoder is not None:
-        encoder = dataclasses.replace(features.encoder, encoder=_absolute(features.encoder.encoder, root))
+        encoder = features.encoder.with_names(lambda name: _absolute(name, root))
         features = dataclasses.replace(features, encoder=encoder)
     if features.store is not None:
         features = dataclasses.replace(features, store=_absolute(features.store, root))

@@ -146,6 +146,8 @@ class TrainConfig:
     or an error"""
     encoder: str | None = None
     """the vision encoder that made the features (Hugging Face name or folder), noted in the weights for serving"""
+    second_encoder: str | None = None
+    """the same of the second tower, where the features are of two"""
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     feed: FeedConfig = field(default_factory=FeedConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

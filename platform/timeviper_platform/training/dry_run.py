@@ -154,7 +154,7 @@ def _model_config(
         return before
     if store is not None:
         try:
-            return first_model_config(init, store, config.encoder)
+            return first_model_config(init, store, config.encoder, config.second_encoder)
         except ValueError as error:
             if init.weights is None or storage.exists(init.weights):
                 raise

@@ -191,7 +191,7 @@ class _Run:
             return TimeViper(config_from_dict(description["config"], where=checkpoint)).train()
         init = self._config.phases[name].init
         if init is not None:
-            return first_model(init, self._store, self._config.encoder)
+            return first_model(init, self._store, self._config.encoder, self._config.second_encoder)
         names = list(self._config.phases)
         return load_weights(self._folder.weights(names[names.index(name) - 1])).train()
 

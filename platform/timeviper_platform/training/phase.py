@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,13 +15,14 @@ from typing import Any
 
 import torch
 
-from timeviper_model.config import TimeViperConfig, VisionConfig
+from timeviper_model.config import TimeViperConfig, VisionConfig, VisionTower
 from timeviper_model.lora import LORA_A, LORA_B, add_lora
 from timeviper_model.prompt import TEMPLATES, check_tokenizer
 from timeviper_model.timeviper import TimeViper
 from timeviper_model.weights import config_from_dict, config_to_dict, from_pretrained, load_backbone
 from timeviper_platform import storage
 from timeviper_platform.data.features import FeatureStore
+from timeviper_platform.data.towers import check_same_towers, tower_facts
 from timeviper_platform.training.config import InitConfig, PhaseConfig, TrainConfig
 from timeviper_platform.training.feed import Feed
 from timeviper_platform.training.flops import training_flops
@@ -33,6 +33,9 @@ from timeviper_platform.training.samples import Reject, SampleBuilder, SampleRow
 from timeviper_platform.training.step_batches import FeedShape
 
 logger = logging.getLogger(__name__)
+
+UNNAMED = "unnamed"
+"""the second tower's encoder in weights of a run that names none"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,13 +175,15 @@ def phase_groups(model: TimeViper, phase: PhaseConfig) -> list[ParameterGroup]:
     return groups
 
 
-def first_model(init: InitConfig, store: FeatureStore, encoder: str | None) -> TimeViper:
-    """The model with a phase's first weights, fitted to the encoder that made the store.
+def first_model(
+    init: InitConfig, store: FeatureStore, encoder: str | None, second_encoder: str | None = None
+) -> TimeViper:
+    """The model with a phase's first weights, fitted to the towers that made the store.
 
     Raises:
         ValueError: when the store's features do not fit the model, or the weights cannot be loaded.
     """
-    config = first_model_config(init, store, encoder)
+    config = first_model_config(init, store, encoder, second_encoder)
     if init.weights is not None:
         model = load_weights(init.weights).train()
         return model if init.transv is None else model.with_transv(config.transv)
@@ -189,7 +194,9 @@ def first_model(init: InitConfig, store: FeatureStore, encoder: str | None) -> T
     return model.train()
 
 
-def first_model_config(init: InitConfig, store: FeatureStore, encoder: str | None) -> TimeViperConfig:
+def first_model_config(
+    init: InitConfig, store: FeatureStore, encoder: str | None, second_encoder: str | None = None
+) -> TimeViperConfig:
     """The sizes of `first_model`, whose values are not read.
 
     Raises:
@@ -197,14 +204,14 @@ def first_model_config(init: InitConfig, store: FeatureStore, encoder: str | Non
     """
     if init.weights is None:
         config = init.model_config()
-        return replace(config, vision=vision_of(store, config.vision, encoder))
+        return replace(config, vision=vision_of(store, config.vision, encoder, second_encoder))
     file = storage.join_uri(init.weights, "config.json")
     if not storage.exists(file):
         raise ValueError(f"{file} does not exist; a weights folder is what a phase or jobs/export.py writes")
     config = config_from_dict(storage.read_json(file), where=file)
     if init.preset is not None and config.text != init.model_config().text:
         raise ValueError(f"the weights {init.weights} have other sizes than the preset {init.preset!r}; leave it out")
-    _check_same_vision(config.vision, vision_of(store, config.vision, encoder), init.weights)
+    check_same_towers(config.vision, store, init.weights)
     return config if init.transv is None else replace(config, transv=init.transv)
 
 
@@ -223,27 +230,26 @@ def load_weights(uri: str) -> TimeViper:
         return from_pretrained(folder)
 
 
-def vision_of(store: FeatureStore, default: VisionConfig, encoder: str | None) -> VisionConfig:
-    """What the store's recipe and index say about the encoder; `default` where they are silent.
+def vision_of(
+    store: FeatureStore, default: VisionConfig, encoder: str | None, second_encoder: str | None = None
+) -> VisionConfig:
+    """What the store's recipe and index say about its towers; `default` where they are silent of the first.
 
     Raises:
-        ValueError: when the features have another width than the model's projector.
+        ValueError: when the features of the first tower have another width than the model's projector.
     """
-    recipe_encoder, merge = store.recipe.get("encoder", {}), store.recipe.get("merge", {})
-    if store.media_ids:
-        dim = store.info(store.media_ids[0]).dim
-        if dim != default.row_size:
-            raise ValueError(
-                f"features in {store.uri} have width {dim}, the model's projector takes {default.row_size};"
-                " preprocess with the model's encoder, or train a model of that width"
-            )
-    return replace(
-        default,
-        encoder=encoder or recipe_encoder.get("name") or default.encoder,
-        layer=recipe_encoder.get("layer", default.layer),
-        num_tokens_per_frame=merge.get("num_tokens_per_frame", default.num_tokens_per_frame),
-        merge_heads=merge.get("heads", default.merge_heads),
-    )
+    first, second = tower_facts(store.recipe), None
+    if "second" in store.recipe:
+        second = VisionTower(encoder=second_encoder or UNNAMED, **tower_facts(store.recipe["second"]))
+    elif store.media_ids:
+        first["hidden_size"] = store.info(store.media_ids[0]).dim
+    vision = replace(default, **first, encoder=encoder or default.encoder, second=second)
+    if vision.hidden_size != default.hidden_size:
+        raise ValueError(
+            f"features in {store.uri} have width {vision.hidden_size}, the model's projector takes"
+            f" {default.hidden_size}; preprocess with the model's encoder, or train a model of that width"
+        )
+    return vision
 
 
 def mean_kept_share(config: TimeViperConfig) -> float:
@@ -296,14 +302,3 @@ def _check_can_answer(name: str, phase: PhaseConfig, model: TimeViperConfig) -> 
             f"phases.{name}.held_out.num_answers: generation runs the model's TransV sites, and {phase.use_transv = };"
             " set num_answers: 0 in this phase, or use_transv: true"
         )
-
-
-def _check_same_vision(own: VisionConfig, expected: VisionConfig, weights: str) -> None:
-    facts: Sequence[str] = ("layer", "num_tokens_per_frame", "merge_heads")
-    wrong = [
-        f"{name}: {getattr(own, name)} and {getattr(expected, name)}"
-        for name in facts
-        if getattr(own, name) != getattr(expected, name)
-    ]
-    if wrong:
-        raise ValueError(f"the weights {weights} and the feature store differ in {'; '.join(wrong)}")

@@ -81,7 +81,7 @@ def prepare(config: TrainConfig) -> Phase:
     (name, phase), *_ = config.phases.items()
     assert phase.init is not None
     store = FeatureStore.open(config.feature_store)
-    model = first_model(phase.init, store, config.encoder)
+    model = first_model(phase.init, store, config.encoder, config.second_encoder)
     return prepare_phase(config, name, model, store, load_tokenizer(config.tokenizer), rank=0, world_size=1)
 
 

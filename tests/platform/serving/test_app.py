@@ -17,7 +17,7 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.schema import ServeDeploySchema
 
 from timeviper_platform.config import parse_config
-from timeviper_platform.data.encode import EncoderConfig
+from timeviper_platform.data.encode import EncoderConfig, TowerConfig
 from timeviper_platform.serving.app import ServeConfig, build, with_absolute_paths
 from timeviper_platform.serving.contract import AnswerPart, Refusal
 from timeviper_platform.serving.gateway_replica import EngineHandle, FeatureHandle
@@ -97,9 +97,11 @@ def test_autoscaling_that_cannot_work_is_refused(values: dict[str, Any]) -> None
 
 def test_paths_are_written_out_and_names_and_uris_stay(tmp_path: Path) -> None:
     (tmp_path / "weights").mkdir()
+    (tmp_path / "second").mkdir()
+    towers = {"encoder": "google/some-encoder", "second": {"encoder": "second", "layer": -1}}
     args = {
         "weights": "weights",
-        "features": {"store": "s3://bucket/store", "encoder": {"encoder": "google/some-encoder"}},
+        "features": {"store": "s3://bucket/store", "encoder": towers},
         "gateway": {"media_root": "uploads"},
     }
     config = with_absolute_paths(parse_config(ServeConfig, args), tmp_path)
@@ -108,6 +110,7 @@ def test_paths_are_written_out_and_names_and_uris_stay(tmp_path: Path) -> None:
     assert config.features.store == "s3://bucket/store"
     assert config.features.encoder is not None
     assert config.features.encoder.encoder == "google/some-encoder"
+    assert config.features.encoder.second == TowerConfig(encoder=str(tmp_path / "second"), layer=-1)
 
 
 class Handle:

@@ -186,6 +186,8 @@ def test_an_encoder_other_than_the_stores_is_refused_naming_both(made: ServingFo
         service_of(made, encoder=other)
     assert made.store in str(caught.value)
     assert made.encoder.encoder in str(caught.value)
+    with pytest.raises(ValueError, match="compiled: True and False"):
+        service_of(made, encoder=replace(made.encoder, compile=True))
 
 
 def test_weights_made_for_other_features_are_refused_naming_both(made: ServingFolders, tmp_path: Path) -> None:

@@ -1,0 +1,292 @@
+"""Two vision towers from media to an answer: one store, a projector each, and what does not fit is refused. No Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from reference.made_media import make_encoder, make_video
+from reference.tiny_serving import generate_alone, prompt
+from reference.training_corpus import ANSWERS, QUESTIONS, sample_row, write_samples
+from timeviper_model.config import VisionTower
+from timeviper_model.projector import TwoTowerProjector
+from timeviper_model.weights import from_pretrained, load_tokenizer
+from timeviper_platform.config import load_config, parse_config
+from timeviper_platform.data.decode import read_frames
+from timeviper_platform.data.encode import FrameEncoder
+from timeviper_platform.data.features import FeatureStore
+from timeviper_platform.data.graph import ExecutionConfig
+from timeviper_platform.data.pipeline import PreprocessConfig, estimate, run_in_process, run_preprocess
+from timeviper_platform.data.segments import Segment
+from timeviper_platform.data.steps import UnitOutcome, WorkerSpec
+from timeviper_platform.data.store_check import verify_store
+from timeviper_platform.data.store_writer import write_store
+from timeviper_platform.data.synthetic.tokenizer import save_tokenizer
+from timeviper_platform.evaluation.job import check_inputs
+from timeviper_platform.serving.contract import (
+    AnswerPart,
+    ChatTurn,
+    FeatureReference,
+    FeatureRequest,
+    GenerateRequest,
+    MediaFile,
+)
+from timeviper_platform.serving.engine_service import EngineService, EngineServiceConfig
+from timeviper_platform.serving.feature_service import FeatureService, FeatureServiceConfig
+from timeviper_platform.training.config import InitConfig, TrainConfig
+from timeviper_platform.training.local import train_local
+from timeviper_platform.training.loop import RunFolder
+from timeviper_platform.training.phase import first_model, first_model_config
+
+ROOT = Path(__file__).resolve().parents[3]
+NUM_FRAMES = {"clip0.mp4": 3, "clip1.mp4": 5}
+
+pytestmark = pytest.mark.usefixtures("group_of_one")
+
+
+@dataclass(frozen=True)
+class Made:
+    """Media, two towers, the store that the job made of both, and weights trained on it."""
+
+    folder: Path
+    preprocess: PreprocessConfig
+    train: TrainConfig
+
+    @property
+    def weights(self) -> str:
+        return RunFolder.of(self.train).weights("align")
+
+    @property
+    def store(self) -> FeatureStore:
+        return FeatureStore.open(self.preprocess.output)
+
+    def with_one_tower(self, output: str) -> PreprocessConfig:
+        return replace(self.preprocess, output=output, encoder=replace(self.preprocess.encoder, second=None))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, group_of_one: None) -> Made:
+    folder = tmp_path_factory.mktemp("two-towers")
+    for name in ("media", "first", "second"):
+        (folder / name).mkdir()
+    make_encoder(folder / "first", hidden_size=64, seed=0)
+    make_encoder(folder / "second", image_size=48, hidden_size=24, seed=1)
+    for name, seconds in NUM_FRAMES.items():
+        make_video(folder / "media" / name, range(8 * seconds))
+    (folder / "manifest.csv").write_text("uri,media_id\n" + "".join(f"media/{name},{name}\n" for name in NUM_FRAMES))
+    overrides = [
+        f"input={folder / 'manifest.csv'}",
+        f"output={folder / 'store'}",
+        f"encoder.encoder={folder / 'first'}",
+        "encoder.encode_batch_frames=4",
+        f"encoder.second.encoder={folder / 'second'}",
+        "encoder.second.num_tokens_per_frame=3",
+        "encoder.second.merge_heads=8",
+        "encoder.second.layer=-1",
+        "hash=sha256",
+    ]
+    preprocess = load_config(PreprocessConfig, ROOT / "ray_configs" / "tiny" / "preprocess.yaml", overrides)
+    run_preprocess(preprocess, run=run_in_process)
+    turns = [("user", QUESTIONS[0]), ("assistant", ANSWERS[0])]
+    rows = [sample_row(number, [(name, None, None)], turns) for number, name in enumerate(NUM_FRAMES)]
+    write_samples(folder / "samples.parquet", rows)
+    save_tokenizer([*QUESTIONS, *ANSWERS], 280, folder / "tokenizer")
+    train = parse_config(TrainConfig, train_values(folder))
+    train_local(train)
+    return Made(folder, preprocess, train)
+
+
+def train_values(folder: Path, **changes: Any) -> dict[str, Any]:
+    phase = {
+        "init": {"preset": "tiny", "seed": 3},
+        "samples": [{"uri": str(folder / "samples.parquet")}],
+        "trainable": [{"match": ".*", "lr": 1e-3}],
+        "packing": {"max_tokens": 160},
+        "packs_per_step": 1,
+        "steps": 1,
+    }
+    return {
+        "name": "two",
+        "runs": str(folder / "runs"),
+        "feature_store": str(folder / "store"),
+        "tokenizer": str(folder / "tokenizer"),
+        "encoder": "the/first",
+        "second_encoder": "the/second",
+        "phases": {"align": phase},
+        "metrics": {"tensorboard": False},
+        **changes,
+    }
+
+
+def test_one_run_stores_both_towers_of_frames_decoded_once(made: Made) -> None:
+    encoder, store = FrameEncoder(made.preprocess.encoder), made.store
+    for name, num_frames in NUM_FRAMES.items():
+        info = store.info(name)
+        assert (info.num_frames, info.num_tokens_per_frame, info.dim) == (num_frames, 4 + 3, 64)
+        frames = read_frames(str(made.folder / "media" / name), 48).frames
+        features = store.read(name).features
+        assert torch.equal(features.view(torch.int16), encoder.encode(frames).view(torch.int16))
+        assert not features[:, 4:, 24:].any()  # the second tower's width
+        assert features[:, 4:, :24].any()
+    assert verify_store(made.preprocess.output).problems == []
+    report = json.loads((made.folder / "store" / "report.json").read_text())
+    assert report["frames_encoded"] == 8
+    plan = estimate(replace(made.preprocess, output=str(made.folder / "nowhere")))
+    assert plan.feature_bytes == 8 * 7 * 64 * 2
+
+
+def test_workers_are_told_both_towers_and_the_larger_size(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[WorkerSpec] = []
+
+    def run(missing: Collection[Segment], spec: WorkerSpec, execution: ExecutionConfig) -> Iterator[UnitOutcome]:
+        told.append(spec)
+        return run_in_process(missing, spec, execution)
+
+    monkeypatch.chdir(made.folder)
+    encoder = made.preprocess.encoder.with_names(lambda folder: Path(folder).name)
+    assert [tower.encoder for tower in encoder.towers] == ["first", "second"]
+    run_preprocess(replace(made.preprocess, output=str(tmp_path / "store"), encoder=encoder), run=run)
+    (spec,) = told
+    assert spec.encoder == made.preprocess.encoder  # with both folders written out
+    assert spec.image_size == 48
+
+
+def test_stores_of_one_and_of_two_towers_refuse_each_others_recipe(made: Made, tmp_path: Path) -> None:
+    one = made.with_one_tower(made.preprocess.output)
+    with pytest.raises(ValueError, match=r"second: the store has \{.*\}, this run None"):
+        run_preprocess(one, run=run_in_process)
+    run_preprocess(replace(one, output=str(tmp_path / "one")), run=run_in_process)
+    with pytest.raises(ValueError, match=r"second: the store has None, this run \{.*'hidden_size': 24"):
+        estimate(replace(made.preprocess, output=str(tmp_path / "one")))
+    second = replace(made.preprocess.encoder.second, num_tokens_per_frame=4)
+    other = replace(made.preprocess, encoder=replace(made.preprocess.encoder, second=second))
+    with pytest.raises(ValueError, match=r"second\.merge\.num_tokens_per_frame: the store has 3, this run 4"):
+        run_preprocess(other, run=run_in_process)
+
+
+def test_a_step_trains_a_projector_for_each_tower_of_the_store(made: Made) -> None:
+    trained = from_pretrained(made.weights)
+    expected = VisionTower(encoder="the/second", layer=-1, num_tokens_per_frame=3, merge_heads=8, hidden_size=24)
+    assert trained.config.vision.second == expected
+    assert (trained.config.vision.encoder, trained.config.vision.hidden_size) == ("the/first", 64)
+    assert isinstance(trained.projector, TwoTowerProjector)
+    init = made.train.phases["align"].init
+    assert init is not None
+    before = first_model(init, made.store, None).state_dict()
+    after = trained.state_dict()
+    for name in ("projector.first.fc1.weight", "projector.second.fc1.weight"):
+        assert not torch.equal(before[name], after[name])
+
+
+def test_an_upload_is_answered_from_both_towers(made: Made) -> None:
+    config = FeatureServiceConfig(encoder=made.preprocess.encoder)
+    service = FeatureService(made.weights, config, lambda array: array)
+    file = MediaFile(uri=str(made.folder / "media" / "clip1.mp4"), sha256="unknown", modality="video")
+
+    async def scenario() -> tuple[FeatureReference, str]:
+        try:
+            reference = await service.features(FeatureRequest(source=file))
+        finally:
+            await service.close()
+        assert isinstance(reference, FeatureReference)
+        return reference, await answer(made.weights, reference)
+
+    reference, text = asyncio.run(scenario())
+    stored = made.store.read("clip1.mp4").features
+    assert np.array_equal(reference.ref, stored.view(torch.int16).numpy())
+    assert reference.num_tokens_per_frame == 7
+    model, tokenizer = from_pretrained(made.weights), load_tokenizer(made.weights)
+    sample, end_id = prompt(tokenizer, "What?", 5 * 7), tokenizer.convert_tokens_to_ids("<SPECIAL_12>")
+    rows = stored.flatten(0, 1).float()
+    ids = generate_alone(model, sample, rows, num_tokens=8, end_ids=frozenset({end_id}))
+    assert text == tokenizer.decode([i for i in ids if i != end_id], skip_special_tokens=True)
+    assert text
+
+
+async def answer(weights: str, video: FeatureReference) -> str:
+    async def fetch(reference: FeatureReference) -> np.ndarray:
+        array: np.ndarray = reference.ref
+        return array
+
+    service = EngineService(weights, EngineServiceConfig(), fetch)
+    asked = GenerateRequest(
+        tenant="a",
+        turns=(ChatTurn(role="user", text="What?", media=(video,)),),
+        max_new_tokens=8,
+        temperature=0.0,
+        top_p=1.0,
+        top_k=0,
+        n=1,
+        seed=0,
+        stop=(),
+        num_logprobs=None,
+    )
+    try:
+        return "".join([part.text async for part in service.generate(asked) if isinstance(part, AnswerPart)])
+    finally:
+        service.stop()
+
+
+def serving(made: Made, weights: str, **changes: Any) -> None:
+    values = {"store": made.preprocess.output, "encoder": made.preprocess.encoder, **changes}
+    FeatureService(weights, FeatureServiceConfig(**values), lambda array: array)
+
+
+def training(made: Made, weights: str, store: str) -> None:
+    first_model_config(InitConfig(weights=weights), FeatureStore.open(store), None)
+
+
+def test_one_tower_where_the_others_have_two_is_refused_naming_both(made: Made, tmp_path: Path) -> None:
+    one = made.with_one_tower(str(tmp_path / "one"))
+    run_preprocess(one, run=run_in_process)
+    refused: list[tuple[Callable[[], object], str, str]] = [
+        (lambda: training(made, made.weights, one.output), "num_towers: 2 and 1", one.output),
+        (lambda: check_inputs(made.weights, one.output), "num_towers: 2 and 1", one.output),
+        (lambda: serving(made, made.weights, store=one.output, encoder=None), "num_towers: 2 and 1", one.output),
+        (lambda: serving(made, made.weights, store=None, encoder=one.encoder), "num_towers: 2 and 1", made.weights),
+        (lambda: serving(made, made.weights, encoder=one.encoder), "num_towers: 1 and 2", made.preprocess.output),
+    ]
+    for act, difference, name in refused:
+        with pytest.raises(ValueError, match=difference) as caught:
+            act()
+        assert name in str(caught.value)
+    serving(made, made.weights)
+    check_inputs(made.weights, made.preprocess.output)
+    training(made, made.weights, made.preprocess.output)
+
+
+@pytest.mark.parametrize(("fact", "value", "stored"), [("num_tokens_per_frame", 8, 3), ("hidden_size", 16, 24)])
+def test_another_second_tower_is_refused_with_both_values(
+    made: Made, tmp_path: Path, fact: str, value: int, stored: int
+) -> None:
+    config = json.loads((Path(made.weights) / "config.json").read_text())
+    wrong = copy.deepcopy(config)
+    wrong["vision_config"]["second"][fact] = value
+    (tmp_path / "config.json").write_text(json.dumps(wrong))
+    message = rf"second\.{fact}: {value} and {stored}"
+    for act in (
+        lambda: training(made, str(tmp_path), made.preprocess.output),
+        lambda: check_inputs(str(tmp_path), made.preprocess.output),
+        lambda: serving(made, str(tmp_path), encoder=None),
+        lambda: serving(made, str(tmp_path), store=None),
+    ):
+        with pytest.raises(ValueError, match=message):
+            act()
+
+
+def test_a_first_tower_of_another_width_than_the_presets_is_refused(made: Made, tmp_path: Path) -> None:
+    recipe = {**made.store.recipe, "hidden_size": 16}
+    write_store(str(tmp_path / "narrow"), {"a": torch.zeros(2, 7, 24)}, recipe=recipe)
+    with pytest.raises(ValueError, match="have width 16, the model's projector takes 64"):
+        first_model_config(InitConfig(preset="tiny"), FeatureStore.open(str(tmp_path / "narrow")), None)
