@@ -19,7 +19,8 @@ from timeviper_platform.training.feed import FeedConfig
 from timeviper_platform.training.metrics import MetricsConfig
 from timeviper_platform.training.parameters import ParameterRule
 from timeviper_platform.training.plan import PackingConfig
-from timeviper_platform.training.samples import FramesConfig, SourceConfig
+from timeviper_platform.training.sample_rows import SourceConfig
+from timeviper_platform.training.samples import FramesConfig
 from timeviper_platform.training.schedule import ScheduleConfig
 from timeviper_platform.training.zero import Precision, ZeroConfig
 

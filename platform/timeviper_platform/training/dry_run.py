@@ -26,8 +26,8 @@ from timeviper_platform.training.memory import ModelSizes, StateBytes, activatio
 from timeviper_platform.training.parameters import ParameterGroup, any_block_trained, describe_groups
 from timeviper_platform.training.phase import adapt, first_model_config, phase_groups, prepare_phase
 from timeviper_platform.training.plan import PackShape
+from timeviper_platform.training.sample_rows import SampleRows, missing_sources
 from timeviper_platform.training.sample_table import count_rejects
-from timeviper_platform.training.samples import SampleRows, missing_sources
 
 ZERO_STAGES = (0, 1, 2, 3)
 STEPS_WITHOUT_PLAN = 1000

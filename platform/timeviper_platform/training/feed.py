@@ -18,7 +18,8 @@ from timeviper_model.batch import Sample
 from timeviper_platform.training.collate import read_vision_rows
 from timeviper_platform.training.plan import Pack, PackPlan, PackShape, PlanPosition, assign_packs
 from timeviper_platform.training.prefetch import Prefetcher
-from timeviper_platform.training.samples import SampleBuilder, SampleRows
+from timeviper_platform.training.sample_rows import SampleRows
+from timeviper_platform.training.samples import SampleBuilder
 from timeviper_platform.training.step_batches import (
     FeedShape,
     PackTask,

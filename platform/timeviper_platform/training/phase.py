@@ -28,8 +28,9 @@ from timeviper_platform.training.feed import Feed
 from timeviper_platform.training.flops import training_flops
 from timeviper_platform.training.parameters import ParameterGroup, any_block_trained, describe_groups, resolve_groups
 from timeviper_platform.training.plan import PackPlan
+from timeviper_platform.training.sample_rows import SampleRows
 from timeviper_platform.training.sample_table import Measure, count_rejects, measure_samples
-from timeviper_platform.training.samples import Reject, SampleBuilder, SampleRows
+from timeviper_platform.training.samples import Reject, SampleBuilder
 from timeviper_platform.training.step_batches import FeedShape
 
 logger = logging.getLogger(__name__)

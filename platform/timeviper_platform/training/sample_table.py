@@ -26,7 +26,8 @@ import torch.distributed as dist
 
 from timeviper_model.batch import IGNORE_INDEX
 from timeviper_platform import storage
-from timeviper_platform.training.samples import BuiltSample, Reject, SampleBuilder, SampleRows
+from timeviper_platform.training.sample_rows import SampleRows
+from timeviper_platform.training.samples import BuiltSample, Reject, SampleBuilder
 
 logger = logging.getLogger(__name__)
 

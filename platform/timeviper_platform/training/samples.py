@@ -1,8 +1,8 @@
-"""SAMPLES tables joined with a feature store: each row becomes a tokenised Sample and the frames it takes.
+"""Rows of SAMPLES joined with a feature store: each becomes a tokenised Sample and the frames it takes.
 
-Knows Parquet, the SAMPLES schema, conversations and which frames a sample takes. Reads the store's index and never its
-features; does not know packs, steps or ranks, nor what the rows' sizes are for (sample_table.py). A row that cannot be
-used is a counted reject with a reason, and no other row takes its place.
+Knows conversations and which frames a sample takes. Reads the store's index and never its features; does not know files
+(sample_rows.py), packs, steps or ranks, nor what the rows' sizes are for (sample_table.py). A row that cannot be used
+is a counted reject with a reason, and no other row takes its place.
 """
 
 from __future__ import annotations
@@ -14,13 +14,8 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from timeviper_model.batch import IGNORE_INDEX, Sample
 from timeviper_model.prompt import TEMPLATES, Turn, build_sample, time_text
-from timeviper_platform import schemas, storage
 from timeviper_platform.data.features import FeatureStore, select_frames
 
 MEMO_TEXTS = 65_536
@@ -36,20 +31,6 @@ RejectReason = Literal[
     "too_many_frames",
     "damaged_features",
 ]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SourceConfig:
-    """One part of a mixture."""
-
-    uri: str
-    """a Parquet file of SAMPLES rows, or a folder of them"""
-    weight: float = 1.0
-    """how often an epoch shows each row, times the row's own weight: 2 = twice, 0.25 = a seeded quarter of the rows"""
-
-    def __post_init__(self) -> None:
-        if self.weight < 0:
-            raise ValueError(f"{self.weight = } of {self.uri} must be at least 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,58 +70,6 @@ class Reject(NamedTuple):
     sample_id: str
     reason: RejectReason
     detail: str
-
-
-class SampleRows:
-    """The rows of a mixture, in the order of its sources; kept as Arrow so that millions fit.
-
-    Args:
-        table: SAMPLES rows.
-        weights: (num_rows,) how often an epoch shows each row.
-        digest: hash of the files and weights that they come from.
-    """
-
-    def __init__(self, table: pa.Table, weights: np.ndarray, digest: str) -> None:
-        self._table = table
-        self.weights = weights
-        self.digest = digest
-
-    @classmethod
-    def read(cls, sources: Sequence[SourceConfig]) -> SampleRows:
-        """The rows of every source.
-
-        Raises:
-            ValueError: when a file is missing, is not a SAMPLES file, or there is no row at all.
-        """
-        tables, weights = [], []
-        digest = hashlib.sha256()
-        for source in sources:
-            for uri in _source_files(source.uri):
-                data = storage.read_bytes(uri)
-                digest.update(f"{hashlib.sha256(data).hexdigest()} {source.weight!r}\n".encode())
-                tables.append(_parse_file(data, uri))
-                weights.append(tables[-1]["weight"].fill_null(1.0).to_numpy() * source.weight)
-        rows = cls(pa.concat_tables(tables).combine_chunks(), np.concatenate(weights), digest.hexdigest())
-        if len(rows) == 0:
-            raise ValueError(f"the samples {[source.uri for source in sources]} hold no rows")
-        return rows
-
-    def __len__(self) -> int:
-        return int(self._table.num_rows)
-
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        return self.block(row, 1)[0]
-
-    def block(self, start: int, count: int) -> list[dict[str, Any]]:
-        """`count` rows from `start` on, fewer at the end."""
-        values: list[dict[str, Any]] = self._table.slice(start, count).to_pylist()
-        return values
-
-    def sample_ids(self, numbers: np.ndarray) -> list[str]:
-        """The ids of the rows with these numbers, which ascend and lie near each other."""
-        first = int(numbers[0])
-        ids = self._table["sample_id"].slice(first, int(numbers[-1]) - first + 1).to_pylist()
-        return [ids[number - first] for number in numbers.tolist()]
 
 
 class SampleBuilder:
@@ -216,33 +145,6 @@ class SampleBuilder:
             return turns
         sentence = time_text(info.duration_seconds, len(media[0].frames))
         return [*turns[:first], Turn(role="user", text=sentence + turns[first].text), *turns[first + 1 :]]
-
-
-def missing_sources(sources: Sequence[SourceConfig]) -> list[str]:
-    """URIs of the sources that have no files."""
-    return [source.uri for source in sources if not _existing_files(source.uri)]
-
-
-def _source_files(uri: str) -> list[str]:
-    files = _existing_files(uri)
-    if not files:
-        raise ValueError(f"there are no samples at {uri!r}; name a Parquet file of SAMPLES rows or a folder of them")
-    return files
-
-
-def _existing_files(uri: str) -> list[str]:
-    if uri.endswith(".parquet"):
-        return [uri] if storage.exists(uri) else []
-    return storage.list_files(uri, ".parquet")
-
-
-def _parse_file(data: bytes, uri: str) -> pa.Table:
-    try:
-        table = pq.read_table(pa.BufferReader(data))
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{uri} is not a Parquet file: {error}") from error
-    schemas.check_version(table.schema, schemas.SAMPLES, source=uri)
-    return table.select(schemas.SAMPLES.names).cast(schemas.SAMPLES)
 
 
 class _MemoTokenizer:

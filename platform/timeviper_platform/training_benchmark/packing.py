@@ -16,8 +16,9 @@ from timeviper_platform.data.features import FeatureStore
 from timeviper_platform.data.synthetic.corpus import CorpusConfig
 from timeviper_platform.measure import Row
 from timeviper_platform.training.plan import PackingConfig, PackPlan, epoch_order
+from timeviper_platform.training.sample_rows import SampleRows, SourceConfig
 from timeviper_platform.training.sample_table import SampleTable, measure_samples
-from timeviper_platform.training.samples import FramesConfig, SampleBuilder, SampleRows, SourceConfig
+from timeviper_platform.training.samples import FramesConfig, SampleBuilder
 from timeviper_platform.training_benchmark.made import DEMO, make_mixture
 
 COMMAND = "python jobs/benchmark.py training --only packing"

@@ -19,7 +19,7 @@ from timeviper_platform.data.manifest import media_id_of
 from timeviper_platform.data.sources.convert import ConvertConfig, convert
 from timeviper_platform.data.sources.rows import read_objects
 from timeviper_platform.evaluation.metrics import parse_span
-from timeviper_platform.training.samples import SampleRows, SourceConfig
+from timeviper_platform.training.sample_rows import SampleRows, SourceConfig
 
 ROOT = Path(__file__).resolve().parents[3]
 

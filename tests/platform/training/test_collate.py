@@ -12,7 +12,8 @@ from timeviper_model.timeviper import TimeViper
 from timeviper_model.weights import load_tokenizer
 from timeviper_platform.data.features import FeatureStore
 from timeviper_platform.training.collate import Collated, collate, dummy_batch
-from timeviper_platform.training.samples import BuiltSample, FramesConfig, SampleBuilder, SampleRows, SourceConfig
+from timeviper_platform.training.sample_rows import SampleRows, SourceConfig
+from timeviper_platform.training.samples import BuiltSample, FramesConfig, SampleBuilder
 
 
 @pytest.fixture(scope="module")

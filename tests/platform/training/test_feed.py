@@ -18,13 +18,9 @@ from timeviper_platform.training import ray_feed
 from timeviper_platform.training.feed import Feed, FeedConfig, read_in_thread
 from timeviper_platform.training.plan import PackingConfig, PackPlan, PlanPosition
 from timeviper_platform.training.prefetch import Prefetcher
+from timeviper_platform.training.sample_rows import SampleRows, SourceConfig
 from timeviper_platform.training.sample_table import measure_samples
-from timeviper_platform.training.samples import (
-    FramesConfig,
-    SampleBuilder,
-    SampleRows,
-    SourceConfig,
-)
+from timeviper_platform.training.samples import FramesConfig, SampleBuilder
 from timeviper_platform.training.step_batches import FeedShape, StepBatches
 
 

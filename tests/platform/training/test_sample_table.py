@@ -11,6 +11,7 @@ from timeviper_model.weights import load_tokenizer
 from timeviper_platform.data.features import FeatureStore
 from timeviper_platform.data.synthetic.tokenizer import train_tokenizer
 from timeviper_platform.training import sample_table
+from timeviper_platform.training.sample_rows import SampleRows, SourceConfig
 from timeviper_platform.training.sample_table import (
     Measured,
     MeasureTogether,
@@ -19,7 +20,7 @@ from timeviper_platform.training.sample_table import (
     measure_part,
     measure_samples,
 )
-from timeviper_platform.training.samples import FramesConfig, SampleBuilder, SampleRows, SourceConfig
+from timeviper_platform.training.samples import FramesConfig, SampleBuilder
 
 MAX_TOKENS = 100
 

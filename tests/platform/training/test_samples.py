@@ -10,14 +10,9 @@ from reference.training_corpus import NUM_TOKENS_PER_FRAME, Corpus, make_corpus,
 from timeviper_model.batch import IGNORE_INDEX
 from timeviper_model.weights import load_tokenizer
 from timeviper_platform.data.features import FeatureStore
+from timeviper_platform.training.sample_rows import SampleRows, SourceConfig
 from timeviper_platform.training.sample_table import count_rejects, measure_samples
-from timeviper_platform.training.samples import (
-    BuiltSample,
-    FramesConfig,
-    SampleBuilder,
-    SampleRows,
-    SourceConfig,
-)
+from timeviper_platform.training.samples import BuiltSample, FramesConfig, SampleBuilder
 
 ANSWERED = [("user", "Which picture appears?"), ("assistant", "red circle (B)")]
 
