@@ -179,7 +179,13 @@ def make_recipe(encoder: FrameEncoder, config: PreprocessConfig) -> dict[str, An
 
 def plan_tables(config: PreprocessConfig, digest: str) -> Iterator[pa.Table]:
     """PLAN tables of the whole input, as they are made: on the cluster when connected to one, else in this process."""
-    spec = PlanSpec(fps=exact(config.sampling.fps), recipe_hash=digest, limits=config.limits, hash_mode=config.hash)
+    spec = PlanSpec(
+        fps=exact(config.sampling.fps),
+        recipe_hash=digest,
+        limits=config.limits,
+        hash_mode=config.hash,
+        decode=config.decode,
+    )
     plan_pages: PlanPages = plan_on_ray if has_cluster() else plan_here
     return plan_pages(read_pages(config.input), spec)
 

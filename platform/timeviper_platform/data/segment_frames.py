@@ -24,9 +24,10 @@ class DecodeConfig:
     max_open_videos: int = 4
     """decoders that a worker keeps open; 4 cost about 250 MB at 720p"""
     isolation: Literal["process", "none"] = "process"
-    """process = a child of the worker decodes: a file that crashes or hangs the decoder is one error row"""
+    """process = a child probes and decodes: a file that crashes or hangs FFmpeg is one error row"""
     deadline_seconds: float = 600.0
-    """process alone: for one segment of at most 64 frames; past it the child is killed, and the medium given up"""
+    """process alone: for the headers of one medium, and for one segment of at most 64 frames; past it the child is
+    killed, and the medium given up"""
     max_memory_bytes: int = 4 << 30
     """process alone: that the child may take"""
 
