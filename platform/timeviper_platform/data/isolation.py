@@ -48,7 +48,7 @@ class ChildDiedError(RuntimeError):
 class ChildLimits:
     """What a child may take in its whole life; None = no limit."""
 
-    max_memory_bytes: int
+    max_memory_bytes: int | None
     cpu_seconds: int | None = None
     max_open_files: int | None = None
     max_written_bytes: int | None = None
@@ -241,7 +241,9 @@ class IsolatedFrames:
             return self._child.ask(job, num_frames=len(times), deadline_seconds=deadline)
 
     def _start(self) -> DecodeChild:
-        return DecodeChild(ChildLimits(max_memory_bytes=self.config.max_memory_bytes))
+        # NVIDIA's driver takes memory of the process that nobody states, so that no limit for it is right
+        limit = None if self.config.backend == "nvdec" else self.config.max_memory_bytes
+        return DecodeChild(ChildLimits(max_memory_bytes=limit))
 
     def _renew(self) -> None:
         self._child.kill()

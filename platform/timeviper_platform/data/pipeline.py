@@ -74,6 +74,14 @@ class PreprocessConfig:
     hash: Literal["none", "sha256"] = "none"
     """sha256 reads every byte of every file once more; needed by stores that serving looks uploads up in"""
 
+    def __post_init__(self) -> None:
+        mode, device = self.execution.mode, self.encoder.device
+        if self.decode.backend == "nvdec" and (mode != "fused" or device != "cuda"):
+            raise ValueError(
+                "decode.backend nvdec decodes on the encoder's GPU, which split decoders have no share of: execution."
+                f"{mode = } must be fused and encoder.{device = } cuda; or use backend pyav"
+            )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:

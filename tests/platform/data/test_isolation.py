@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import resource
 import signal
 import struct
 import threading
@@ -142,6 +143,13 @@ def test_too_much_memory_is_an_error_of_its_own(tmp_path: Path) -> None:
     with pytest.raises(DecodeError) as caught:
         source.frames(str(tmp_path / "large.png"), "image", TIMES[:1])
     assert (caught.value.stage, caught.value.error_type) == ("decode_image", ErrorType.OUT_OF_MEMORY)
+
+
+def test_no_limit_of_memory_holds_beside_nvidias_driver() -> None:
+    for backend, limit in (("pyav", CONFIG.max_memory_bytes), ("nvdec", resource.RLIM_INFINITY)):
+        source = IsolatedFrames(SIZE, MediaLimits(), replace(CONFIG, backend=backend))  # type: ignore[arg-type]
+        source._child.wait_until_ready()
+        assert resource.prlimit(source._child.pid, resource.RLIMIT_DATA)[0] == limit
 
 
 def test_no_child_outlives_its_source(film: str) -> None:
