@@ -93,10 +93,9 @@ def _decode_groups() -> Groups:
 
 
 def _gpu_groups() -> Groups:
-    from timeviper_platform.gpu_benchmark.suite import GPU_GROUPS, require_cuda
+    from timeviper_platform.gpu_benchmark.suite import gpu_groups, require_cuda
 
-    device = require_cuda()
-    return {key: lambda film, rows=rows: rows(device) for key, rows in GPU_GROUPS.items()}  # type: ignore[misc]
+    return gpu_groups(require_cuda())
 
 
 def _model_groups() -> Groups:

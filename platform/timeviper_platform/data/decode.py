@@ -41,6 +41,7 @@ __all__ = [
     "MediaLimits",
     "MediaProbe",
     "VideoReader",
+    "check_backend",
     "count_samples",
     "iter_frames",
     "open_video",
@@ -50,7 +51,7 @@ __all__ = [
     "sample_times",
 ]
 
-Backend = Literal["pyav", "decord", "torchcodec"]
+Backend = Literal["pyav", "decord", "torchcodec", "nvdec"]
 
 MAX_TAIL_SECONDS = 1
 """How much longer than its pictures a container may say it is (sound often is) before samples count as missing."""
@@ -115,13 +116,25 @@ def open_video(
         from timeviper_platform.data.decode_decord import DecordReader
 
         return DecordReader(source, image_size, limits=limits)
-    if backend == "torchcodec":
+    if backend == "torchcodec" or backend == "nvdec":
         from timeviper_platform.data.decode_torchcodec import TorchcodecReader
 
-        return TorchcodecReader(source, image_size, limits=limits)
+        return TorchcodecReader(source, image_size, limits=limits, backend=backend)
     from timeviper_platform.data.decode_pyav import PyAVReader
 
     return PyAVReader(source, image_size, limits=limits)
+
+
+def check_backend(backend: Backend) -> None:
+    """Passes where videos can be opened with the backend; to be asked once, before the first of them.
+
+    Raises:
+        RuntimeError: when its library does not load, or its device is not there.
+    """
+    if backend == "torchcodec" or backend == "nvdec":
+        from timeviper_platform.data.decode_torchcodec import load_torchcodec
+
+        load_torchcodec(backend)
 
 
 def read_image(source: str | bytes, image_size: int, *, limits: MediaLimits | None = None) -> FrameBatch:

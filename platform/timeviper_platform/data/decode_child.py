@@ -1,10 +1,12 @@
-"""Decoding in a process of its own: `python -m timeviper_platform.data.decode_child SOCKET LIMITS`.
+"""Decoding and probing in a process of its own: `python -m timeviper_platform.data.decode_child SOCKET LIMITS`.
 
 Limits itself, says that it is ready, then answers one job after another until the other side (isolation.py) closes the
-socket or kills it. Knows data/decode.py and data/segment_frames.py; nothing of Ray, models, services.
+socket or kills it. Knows data/decode.py, probe.py and segment_frames.py; nothing of Ray, models, services.
 
-    job      12 bytes (length of the job, of the data) with a file descriptor, the job as JSON, data
+    job      12 bytes (length of the job, of the data) with a file descriptor if it wants frames, the job as JSON, data
     answer   4 bytes (its length), JSON; the frames lie in the memory behind the descriptor
+
+A job has one answer, but that of kind `probes`: one for each of its media, as they come.
 """
 
 from __future__ import annotations
@@ -17,21 +19,29 @@ import signal
 import socket
 import struct
 import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from timeviper_platform import storage
 from timeviper_platform.data.decode import FrameBatch, read_frames
-from timeviper_platform.data.media import DecodeError, ErrorType, MediaLimits, Stage
-from timeviper_platform.data.probe import probe_media
+from timeviper_platform.data.media import DecodeError, ErrorType, MediaLimits, Stage, source_name
+from timeviper_platform.data.probe import PROBE_THREADS, probe_media
 from timeviper_platform.data.segment_frames import DecodeConfig, LocalFrames, decode_stage
 
 JOB = struct.Struct("<IQ")
 ANSWER = struct.Struct("<I")
 GRACE_SECONDS = 5
 """The parent kills first; a child whose parent has gone ends itself so much later."""
+
+_NO_FRAMES = np.empty(0, np.uint8)
+_Answer = tuple[dict[str, Any], np.ndarray]
+"""what is said, and frames"""
 
 
 def limit_resources(limits: dict[str, int | None]) -> None:
@@ -58,22 +68,20 @@ class JobRunner:
     def __init__(self) -> None:
         self._source: LocalFrames | None = None
 
-    def answer(self, job: dict[str, Any], data: bytes) -> tuple[dict[str, Any], np.ndarray]:
-        """What is said of frames, and the frames; or why there are none."""
+    def answers(self, job: dict[str, Any], data: bytes) -> Iterator[_Answer]:
+        """What is said of frames, and the frames; or why there are none. Of `probes`, what is said of each medium."""
         retries = storage.num_retries()
-        stage = decode_stage(job.get("modality", "video"))
-        frames = np.empty(0, np.uint8)
-        try:
-            answer, frames = self._segment(job) if job["kind"] == "segment" else _medium(job, data)
-        except DecodeError as error:
-            answer = _error(error.stage, error.error_type, error.message)
-        except MemoryError:
-            answer = _error(stage, ErrorType.OUT_OF_MEMORY, f"{job['uri']}: decoding takes more memory than it may")
-        except Exception as error:  # noqa: BLE001 - whatever a file makes a library raise is that file's own row
-            answer = _error(stage, ErrorType.DECODER_CRASHED, f"{job['uri']}: {type(error).__name__}: {error}")
-        return answer | {"retries": storage.num_retries() - retries}, frames
+        for answer, frames in _probes(job) if job["kind"] == "probes" else [self._frames(job, data)]:
+            now = storage.num_retries()
+            yield answer | {"retries": now - retries}, frames
+            retries = now
 
-    def _segment(self, job: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
+    def _frames(self, job: dict[str, Any], data: bytes) -> _Answer:
+        if job["kind"] == "segment":
+            return _or_error(lambda: self._segment(job), decode_stage(job["modality"]), job["uri"])
+        return _or_error(lambda: _medium(job, data), "decode_video", job["uri"] or data)
+
+    def _segment(self, job: dict[str, Any]) -> _Answer:
         if self._source is None:
             config = DecodeConfig(backend=job["backend"], max_open_videos=job["max_open_videos"], isolation="none")
             self._source = LocalFrames(job["image_size"], _limits(job), config)
@@ -81,7 +89,36 @@ class JobRunner:
         return _answer(self._source.frames(job["uri"], job["modality"], times))
 
 
-def _medium(job: dict[str, Any], data: bytes) -> tuple[dict[str, Any], np.ndarray]:
+def _probes(job: dict[str, Any]) -> Iterator[_Answer]:
+    limits = _limits(job)
+    with ThreadPoolExecutor(PROBE_THREADS) as pool:  # begins them in order, as isolation.py knows
+        numbers = {
+            pool.submit(_or_error, partial(_probe, uri, limits), "probe", uri): number
+            for number, uri in enumerate(job["uris"])
+        }
+        for future in as_completed(numbers):
+            answer, nothing = future.result()
+            yield answer | {"number": numbers[future]}, nothing
+
+
+def _probe(uri: str, limits: MediaLimits) -> _Answer:
+    found = asdict(probe_media(uri, limits))
+    return {"probe": {**found, "end_seconds": str(found["end_seconds"])}}, _NO_FRAMES
+
+
+def _or_error(work: Callable[[], _Answer], stage: Stage, source: str | bytes) -> _Answer:
+    """The work's answer, or one that says what became of it."""
+    try:
+        return work()
+    except DecodeError as error:
+        return _error(error.stage, error.error_type, error.message)
+    except MemoryError:
+        return _error(stage, ErrorType.OUT_OF_MEMORY, f"{source_name(source)}: it takes more memory than it may")
+    except Exception as error:  # noqa: BLE001 - whatever a file makes a library raise is that file's own row
+        return _error(stage, ErrorType.DECODER_CRASHED, f"{source_name(source)}: {type(error).__name__}: {error}")
+
+
+def _medium(job: dict[str, Any], data: bytes) -> _Answer:
     source: str | bytes = job["uri"] if job["uri"] is not None else data
     limits = _limits(job)
     end_seconds = float(probe_media(source, limits).end_seconds)
@@ -95,7 +132,7 @@ def _limits(job: dict[str, Any]) -> MediaLimits:
     return MediaLimits(**{**job["limits"], "allowed_domains": tuple(job["limits"]["allowed_domains"])})
 
 
-def _answer(batch: FrameBatch) -> tuple[dict[str, Any], np.ndarray]:
+def _answer(batch: FrameBatch) -> _Answer:
     answer = {
         "num_frames": len(batch.frames),
         "pts_seconds": batch.pts_seconds.tolist(),
@@ -105,8 +142,8 @@ def _answer(batch: FrameBatch) -> tuple[dict[str, Any], np.ndarray]:
     return answer, batch.frames
 
 
-def _error(stage: Stage, error_type: ErrorType, message: str) -> dict[str, Any]:
-    return {"error": [stage, error_type.value, message]}
+def _error(stage: Stage, error_type: ErrorType, message: str) -> _Answer:
+    return {"error": [stage, error_type.value, message]}, _NO_FRAMES
 
 
 def main(connection: socket.socket) -> None:
@@ -121,13 +158,16 @@ def main(connection: socket.socket) -> None:
         job = json.loads(_receive(connection, num_job_bytes))
         data = _receive(connection, num_data_bytes)
         signal.setitimer(signal.ITIMER_REAL, job["deadline_seconds"] + GRACE_SECONDS)  # SIGALRM ends the process
-        answer, frames = runner.answer(job, data)
-        with mmap.mmap(descriptors[0], 0) as memory:
-            memory[: frames.nbytes] = frames.reshape(-1).data
-        os.close(descriptors[0])
+        for answer, frames in runner.answers(job, data):
+            if frames.size:
+                with mmap.mmap(descriptors[0], 0) as memory:
+                    memory[: frames.nbytes] = frames.reshape(-1).data
+            text = json.dumps(answer).encode()
+            connection.sendall(ANSWER.pack(len(text)) + text)
+            signal.setitimer(signal.ITIMER_REAL, job["deadline_seconds"] + GRACE_SECONDS)  # for the next answer
         signal.setitimer(signal.ITIMER_REAL, 0)
-        text = json.dumps(answer).encode()
-        connection.sendall(ANSWER.pack(len(text)) + text)
+        for descriptor in descriptors:
+            os.close(descriptor)
 
 
 def _receive(connection: socket.socket, num_bytes: int) -> bytes:

@@ -1,7 +1,8 @@
-"""Sampling with torchcodec, behind the same protocol as PyAV. Optional: the extra `torchcodec`, and FFmpeg's libraries.
+"""Sampling with torchcodec on the CPU or on a GPU's NVDEC, behind the same protocol as PyAV.
 
-Knows torchcodec's decoder alone. It finds frames by PTS itself and decodes all on the way there, at full size; one at a
-time is taken from it, so that memory holds one.
+Optional: the extra `torchcodec` or `nvdec`, and FFmpeg's libraries. Knows torchcodec's decoder alone. It finds frames
+by PTS itself and decodes all on the way there, at full size; one at a time is taken from it, so that memory holds one.
+From a GPU the sampled frames alone are copied, and scaled here as those of every backend are.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, Literal
 
 import av
 import numpy as np
+import torch
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from timeviper_platform import storage
@@ -31,23 +33,32 @@ from timeviper_platform.data.media import (
 
 logger = logging.getLogger(__name__)
 
+TorchcodecBackend = Literal["torchcodec", "nvdec"]
+"""the CPU, or a GPU; an extra of this package is called the same"""
 
-def load_torchcodec() -> Any:
+
+def load_torchcodec(backend: TorchcodecBackend = "torchcodec") -> Any:
     """The class torchcodec.decoders.VideoDecoder.
 
     Raises:
-        RuntimeError: when it is not installed, or does not find FFmpeg's libraries.
+        RuntimeError: when it is not installed, does not find FFmpeg's libraries, or lacks the CUDA device of nvdec.
     """
     try:
         from torchcodec.decoders import VideoDecoder
     except ModuleNotFoundError as error:
         raise RuntimeError(
-            "backend torchcodec is not installed; pip install 'timeviper-platform[torchcodec]', or use pyav"
+            f"backend {backend} is not installed; pip install 'timeviper-platform[{backend}]', or use pyav"
         ) from error
     except (RuntimeError, OSError, ImportError) as error:
         raise RuntimeError(
-            "torchcodec does not load; install FFmpeg's shared libraries (4 to 8; PyAV's own do not serve), or use pyav"
+            f"backend {backend} does not load torchcodec; install FFmpeg's shared libraries (4 to 8; PyAV's own do not"
+            " serve), or use pyav"
         ) from error
+    if backend == "nvdec" and not torch.cuda.is_available():
+        raise RuntimeError(
+            f"backend nvdec needs a CUDA device, and torch {torch.__version__} sees none; run where one is, with"
+            " PyTorch for CUDA and the extra nvdec installed, or use pyav"
+        )
     return VideoDecoder
 
 
@@ -56,13 +67,20 @@ class TorchcodecReader:
 
     Raises:
         DecodeError: when the video cannot be opened.
-        RuntimeError: see `load_torchcodec`.
+        RuntimeError: see `load_torchcodec`; or when torchcodec opens it on the CPU but not on the GPU.
     """
 
-    def __init__(self, source: str | bytes, image_size: int, *, limits: MediaLimits | None = None) -> None:
-        decoder = load_torchcodec()
+    def __init__(
+        self,
+        source: str | bytes,
+        image_size: int,
+        *,
+        limits: MediaLimits | None = None,
+        backend: TorchcodecBackend = "torchcodec",
+    ) -> None:
+        self._decoder_type = load_torchcodec(backend)
         if not isinstance(source, bytes) and not is_local_file(source):
-            raise ValueError("torchcodec is given local files and bytes alone; use backend pyav for remote files")
+            raise ValueError(f"{backend} is given local files and bytes alone; use backend pyav for remote files")
         self._name, self._size = source_name(source), image_size
         limits = limits or MediaLimits()
         with reading("decode_video", source, limits), open_container(source, limits) as container:
@@ -70,10 +88,7 @@ class TorchcodecReader:
             check_size(stream.codec_context.width, stream.codec_context.height, limits, "decode_video", self._name)
             self._origin = float(clock_origin(container, stream) * Fraction(stream.time_base))
         content = source if isinstance(source, bytes) else storage.split_uri(source)[1]
-        try:
-            self._decoder = decoder(content, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
-        except (RuntimeError, ValueError) as error:
-            raise DecodeError("decode_video", ErrorType.CORRUPT_FILE, f"{self._name}: {error}") from error
+        self._decoder = self._open(content, "cuda" if backend == "nvdec" else "cpu")
         self._scaler = VideoReformatter()
 
     def sample(self, times: Sequence[Fraction]) -> FrameBatch:
@@ -84,10 +99,12 @@ class TorchcodecReader:
             try:
                 # the plural: it knows when the next frame comes, the singular trusts durations (variable frame rates)
                 frame = self._decoder.get_frames_played_at([max(float(t) + self._origin, first)])
+            except torch.OutOfMemoryError as error:
+                raise DecodeError("decode_video", ErrorType.OUT_OF_MEMORY, f"{self._name}: {error}") from error
             except (RuntimeError, IndexError) as error:
                 logger.info("%s: no frame at %s s: %s", self._name, t, error)
                 continue
-            frames.append(self._scale(frame.data[0].numpy()))
+            frames.append(self._scale(frame.data[0].cpu().numpy()))
             pts_seconds.append(float(frame.pts_seconds[0]) - self._origin)
             shown_for.append(float(t))
         pixels = np.stack(frames) if frames else np.empty((0, self._size, self._size, 3), np.uint8)
@@ -96,6 +113,21 @@ class TorchcodecReader:
     def close(self) -> None:
         """See `VideoReader.close`."""
         del self._decoder
+
+    def _open(self, content: str | bytes, device: Literal["cpu", "cuda"]) -> Any:
+        options = {"dimension_order": "NHWC", "num_ffmpeg_threads": 1, "seek_mode": "exact"}
+        try:
+            return self._decoder_type(content, device=device, **options)
+        except torch.OutOfMemoryError as error:
+            raise DecodeError("decode_video", ErrorType.OUT_OF_MEMORY, f"{self._name}: {error}") from error
+        except (RuntimeError, ValueError) as error:
+            if device == "cpu":
+                raise DecodeError("decode_video", ErrorType.CORRUPT_FILE, f"{self._name}: {error}") from error
+            self._open(content, "cpu")  # raises where the file is to blame
+            raise RuntimeError(
+                f"backend nvdec: torchcodec opens {self._name} on the CPU alone ({error}); install a build for CUDA,"
+                " pip install 'timeviper-platform[nvdec]', and FFmpeg with NVDEC, or use pyav"
+            ) from error
 
     def _scale(self, pixels: np.ndarray) -> np.ndarray:
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")

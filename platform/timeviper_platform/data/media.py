@@ -165,6 +165,10 @@ def reading(stage: Stage, source: str | bytes, limits: MediaLimits | None = None
         raise DecodeError(stage, ErrorType.PERMISSION_DENIED, f"{name}: {error}") from error
     except av.error.DecoderNotFoundError as error:
         raise DecodeError(stage, ErrorType.NO_DECODER, f"{name}: {error}") from error
+    except MemoryError as error:  # before FFmpegError, which PyAV's own MemoryError is too
+        raise DecodeError(
+            stage, ErrorType.OUT_OF_MEMORY, f"{name}: reading it takes more memory than it may"
+        ) from error
     except Image.DecompressionBombError as error:
         raise DecodeError(stage, ErrorType.TOO_MANY_PIXELS, f"{name}: {error}") from error
     except (av.error.FFmpegError, UnidentifiedImageError, SyntaxError) as error:

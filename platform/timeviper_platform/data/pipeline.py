@@ -74,6 +74,14 @@ class PreprocessConfig:
     hash: Literal["none", "sha256"] = "none"
     """sha256 reads every byte of every file once more; needed by stores that serving looks uploads up in"""
 
+    def __post_init__(self) -> None:
+        mode, device = self.execution.mode, self.encoder.device
+        if self.decode.backend == "nvdec" and (mode != "fused" or device != "cuda"):
+            raise ValueError(
+                "decode.backend nvdec decodes on the encoder's GPU, which split decoders have no share of: execution."
+                f"{mode = } must be fused and encoder.{device = } cuda; or use backend pyav"
+            )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
@@ -179,7 +187,13 @@ def make_recipe(encoder: FrameEncoder, config: PreprocessConfig) -> dict[str, An
 
 def plan_tables(config: PreprocessConfig, digest: str) -> Iterator[pa.Table]:
     """PLAN tables of the whole input, as they are made: on the cluster when connected to one, else in this process."""
-    spec = PlanSpec(fps=exact(config.sampling.fps), recipe_hash=digest, limits=config.limits, hash_mode=config.hash)
+    spec = PlanSpec(
+        fps=exact(config.sampling.fps),
+        recipe_hash=digest,
+        limits=config.limits,
+        hash_mode=config.hash,
+        decode=config.decode,
+    )
     plan_pages: PlanPages = plan_on_ray if has_cluster() else plan_here
     return plan_pages(read_pages(config.input), spec)
 

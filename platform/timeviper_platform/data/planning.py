@@ -124,9 +124,10 @@ def write_plan(store: str, tables: Iterable[pa.Table], finished: HashTable) -> P
 
 
 def plan_here(pages: Iterable[list[MediaItem]], spec: PlanSpec) -> Iterator[pa.Table]:
-    """Plans in this process, one page after the other."""
+    """Plans in this process, one page after the other; headers are read in its child, if so configured."""
+    probes = spec.probe_source()
     for page in pages:
-        yield from plan_page(page, spec)
+        yield from plan_page(page, spec, probes)
 
 
 def finished_segments(store: str) -> HashTable:

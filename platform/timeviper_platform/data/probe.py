@@ -1,14 +1,18 @@
 """Headers to facts: modality, duration, size, codec of a medium, without decoding a frame.
 
-Knows how containers state durations. Does not know plans or stores.
+Knows how containers state durations, and probes many media at a time in threads of this process; in one that may crash
+or hang it is isolation.py's. Does not know plans or stores.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from PIL import Image
 
@@ -36,6 +40,37 @@ AV_TIME_BASE = 1_000_000
 
 STEADY_RATE_TOLERANCE = Fraction(1, 100)
 """A stream whose average rate is further from its base rate than this has a variable frame rate."""
+
+PROBE_THREADS = 16
+"""Probing waits for disks and object stores."""
+
+Probed = MediaProbe | DecodeError
+"""what the headers of a medium say, or why they say nothing"""
+
+
+class ProbeSource(Protocol):
+    """Where the headers of media are read."""
+
+    def probe(self, uris: Sequence[str]) -> list[Probed]:
+        """Of each, in order; what is wrong with one is its result, not raised."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalProbes:
+    """A ProbeSource in this process."""
+
+    limits: MediaLimits
+
+    def probe(self, uris: Sequence[str]) -> list[Probed]:
+        """See `ProbeSource.probe`."""
+        with ThreadPoolExecutor(PROBE_THREADS) as pool:
+            return list(pool.map(self._probe, uris))
+
+    def _probe(self, uri: str) -> Probed:
+        try:
+            return probe_media(uri, self.limits)
+        except DecodeError as error:
+            return error
 
 
 def probe_media(source: str | bytes, limits: MediaLimits | None = None) -> MediaProbe:

@@ -21,12 +21,16 @@ class DecodeConfig:
     """How videos are opened."""
 
     backend: Backend = "pyav"
+    """pyav takes everything; decord and torchcodec take local files; nvdec (extra of that name) decodes local files on
+    the encoder's GPU and so wants execution.mode fused, rounds in its own way, and is not held by max_memory_bytes,
+    which the driver's own memory would count against"""
     max_open_videos: int = 4
     """decoders that a worker keeps open; 4 cost about 250 MB at 720p"""
     isolation: Literal["process", "none"] = "process"
-    """process = a child of the worker decodes: a file that crashes or hangs the decoder is one error row"""
+    """process = a child probes and decodes: a file that crashes or hangs FFmpeg is one error row"""
     deadline_seconds: float = 600.0
-    """process alone: for one segment of at most 64 frames; past it the child is killed, and the medium given up"""
+    """process alone: for the headers of one medium, and for one segment of at most 64 frames; past it the child is
+    killed, and the medium given up"""
     max_memory_bytes: int = 4 << 30
     """process alone: that the child may take"""
 

@@ -1,7 +1,7 @@
 """Media items to the sampling plan: headers to rows of at most 64 sampled frames, and rows to units of work.
 
-Knows identities, versions and counts. Decodes nothing and knows no Ray. Equal input gives equal ids, whatever ran
-before: that is what makes the job one that can be run again.
+Knows identities, versions and counts; has headers read where it may crash or hang (isolation.py). Decodes nothing and
+knows no Ray. Equal input gives equal ids, whatever ran before: that is what makes the job one that can be run again.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -18,9 +18,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from timeviper_platform.data.decode import check_size, count_samples, sample_times
+from timeviper_platform.data.isolation import IsolatedProbes
 from timeviper_platform.data.manifest import MediaItem
 from timeviper_platform.data.media import DecodeError, ErrorType, MediaLimits, Modality, source_name
-from timeviper_platform.data.probe import file_version, probe_media, sha256_of
+from timeviper_platform.data.probe import LocalProbes, ProbeSource, file_version, sha256_of
+from timeviper_platform.data.segment_frames import DecodeConfig
 from timeviper_platform.schemas import PLAN
 
 SEGMENT_SAMPLES = 64
@@ -32,8 +34,8 @@ MAX_UNIT_SEGMENTS = 4096
 MAX_TABLE_ROWS = 65_536
 """Of a plan's table: a page of films would have millions."""
 
-PROBE_THREADS = 16
-"""Probing waits for disks and object stores."""
+READ_THREADS = 16
+"""Asking for a file's version and hashing it wait for disks and object stores."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,6 +90,14 @@ class PlanSpec:
     recipe_hash: str
     limits: MediaLimits = field(default_factory=MediaLimits)
     hash_mode: Literal["none", "sha256"] = "none"
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    """where headers are read, and what that may take"""
+
+    def probe_source(self) -> ProbeSource:
+        """Reads headers; whoever plans many pages keeps one."""
+        if self.decode.isolation == "process":
+            return IsolatedProbes(self.limits, self.decode)
+        return LocalProbes(self.limits)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,31 +160,24 @@ def exact(seconds: float) -> Fraction:
     return Fraction(repr(float(seconds)))
 
 
-def plan_page(items: Sequence[MediaItem], spec: PlanSpec) -> Iterator[pa.Table]:
+def plan_page(items: Sequence[MediaItem], spec: PlanSpec, probes: ProbeSource | None = None) -> Iterator[pa.Table]:
     """PLAN rows of the items, in order, in tables of about MAX_TABLE_ROWS: the segments of each medium, or one row that
     says what is wrong with it.
 
     Reads headers alone (and hashes if asked), and nothing where the manifest says it all.
+
+    Args:
+        items: in the order of their rows.
+        spec: how media become segments.
+        probes: what reads headers; None = of this page's own.
     """
-
-    def plan(item: MediaItem) -> PlannedMedium:
-        try:
-            return plan_item(item, spec)
-        except DecodeError as error:
-            return PlannedMedium(
-                media_id=item.media_id,
-                uri=item.uri,
-                status="error",
-                error_stage=error.stage,
-                error_type=error.error_type,
-                error_message=error.message,
-            )
-
     if all(_is_told(item, spec) for item in items):
-        planned = [plan(item) for item in items]
+        planned = [_planned(item, item, spec) for item in items]
     else:
-        with ThreadPoolExecutor(PROBE_THREADS) as pool:
-            planned = list(pool.map(plan, items))
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            versions = list(pool.map(lambda item: _with_version(item, spec), items))
+            known = _with_probes(versions, spec.probe_source() if probes is None else probes)
+            planned = list(pool.map(lambda item, told: _planned(item, told, spec), items, known))
     group: list[PlannedMedium] = []
     num_rows = 0
     for medium in planned:
@@ -188,15 +191,16 @@ def plan_page(items: Sequence[MediaItem], spec: PlanSpec) -> Iterator[pa.Table]:
 
 
 def plan_item(item: MediaItem, spec: PlanSpec) -> PlannedMedium:
-    """What is to be sampled of one medium.
+    """What is to be sampled of one medium, whose version and probe are known unless it is rejected.
 
     Raises:
         DecodeError: when its source or its headers say that it cannot be preprocessed.
     """
     if item.rejected is not None:
         raise DecodeError("list", *item.rejected)
-    file = item.version or file_version(item.uri, spec.limits)
-    probe = item.probe or probe_media(item.uri, spec.limits)
+    file, probe = item.version, item.probe
+    assert file is not None
+    assert probe is not None
     check_size(probe.width, probe.height, spec.limits, "probe", source_name(item.uri))
     sha256 = item.sha256 or (sha256_of(item.uri, spec.limits) if spec.hash_mode == "sha256" else None)
     start = exact(item.start_seconds or 0.0)
@@ -302,6 +306,47 @@ def _is_told(item: MediaItem, spec: PlanSpec) -> bool:
     """True when planning the item needs no file."""
     known = item.version is not None and item.probe is not None
     return item.rejected is not None or (known and (spec.hash_mode == "none" or item.sha256 is not None))
+
+
+def _with_version(item: MediaItem, spec: PlanSpec) -> MediaItem | DecodeError:
+    """The item with its file's version, asked for where nobody told it."""
+    if item.rejected is not None or item.version is not None:
+        return item
+    try:
+        return replace(item, version=file_version(item.uri, spec.limits))
+    except DecodeError as error:
+        return error
+
+
+def _with_probes(items: Sequence[MediaItem | DecodeError], probes: ProbeSource) -> list[MediaItem | DecodeError]:
+    """The items with what their headers say, read where nobody told it."""
+    known = list(items)
+    asked = [
+        (place, item)
+        for place, item in enumerate(items)
+        if isinstance(item, MediaItem) and item.rejected is None and item.probe is None
+    ]
+    answers = probes.probe([item.uri for _, item in asked])
+    for (place, item), answer in zip(asked, answers, strict=True):
+        known[place] = answer if isinstance(answer, DecodeError) else replace(item, probe=answer)
+    return known
+
+
+def _planned(item: MediaItem, known: MediaItem | DecodeError, spec: PlanSpec) -> PlannedMedium:
+    """What became of an item that is known now, or in error."""
+    try:
+        if isinstance(known, DecodeError):
+            raise known
+        return plan_item(known, spec)
+    except DecodeError as error:
+        return PlannedMedium(
+            media_id=item.media_id,
+            uri=item.uri,
+            status="error",
+            error_stage=error.stage,
+            error_type=error.error_type,
+            error_message=error.message,
+        )
 
 
 def _unit(group: Sequence[Segment]) -> Unit:

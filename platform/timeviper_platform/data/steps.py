@@ -20,7 +20,7 @@ import torch
 import xxhash
 
 from timeviper_platform import storage
-from timeviper_platform.data.decode import DecodeError, ErrorType, FrameBatch
+from timeviper_platform.data.decode import DecodeError, ErrorType, FrameBatch, check_backend
 from timeviper_platform.data.encode import EncoderConfig, FrameEncoder
 from timeviper_platform.data.isolation import IsolatedFrames
 from timeviper_platform.data.media import MediaLimits
@@ -91,9 +91,14 @@ class UnitOutcome:
 
 
 class SegmentDecoder:
-    """Segments to frames; keeps videos open between segments."""
+    """Segments to frames; keeps videos open between segments.
+
+    Raises:
+        RuntimeError: when the configured backend cannot be used here.
+    """
 
     def __init__(self, spec: WorkerSpec) -> None:
+        check_backend(spec.decode.backend)
         self._spec = spec
         source = IsolatedFrames if spec.decode.isolation == "process" else LocalFrames
         self._source: FrameSource = source(spec.image_size, spec.limits, spec.decode)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -13,13 +15,28 @@ from timeviper_platform.gpu_benchmark.vision import vision_rows
 from timeviper_platform.gpu_benchmark.vllm import vllm_rows
 from timeviper_platform.measure import Row
 
-GPU_GROUPS: dict[str, Callable[[torch.device], list[Row]]] = {
-    "kernels": kernel_rows,
-    "vision": vision_rows,
-    "prefill": prefill_rows,
-    "decode": decode_rows,
-    "vllm": vllm_rows,
-}
+logger = logging.getLogger(__name__)
+
+
+def gpu_groups(device: torch.device) -> dict[str, Callable[[Path | None], list[Row]]]:
+    """Groups that measure the device; `film` is given one, or none."""
+    return {
+        "kernels": lambda film: kernel_rows(device),
+        "vision": lambda film: vision_rows(device),
+        "prefill": lambda film: prefill_rows(device),
+        "decode": lambda film: decode_rows(device),
+        "vllm": lambda film: vllm_rows(device),
+        "film": lambda film: _film_rows(device, film),
+    }
+
+
+def _film_rows(device: torch.device, film: Path | None) -> list[Row]:
+    try:
+        from timeviper_platform.gpu_benchmark.film import film_rows
+    except ModuleNotFoundError as error:  # the other groups need no video decoder
+        logger.warning("no rows of films: %s is not installed", error.name)
+        return []
+    return film_rows(device, film)
 
 
 def require_cuda() -> torch.device:

@@ -7,19 +7,23 @@ import sys
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from reference.made_media import make_sound, make_video, picture
 from reference.plain_sampling import sample_every_frame
 from timeviper_platform.data.decode import (
+    Backend,
     DecodeError,
     DecoderPool,
     ErrorType,
     FrameBatch,
     MediaLimits,
+    check_backend,
     count_samples,
     iter_frames,
     open_video,
@@ -320,12 +324,66 @@ def test_torchcodec_shows_the_same_frames_within_rounding(videos: dict[str, Path
         assert np.abs(ours.frames.astype(int) - theirs.frames.astype(int)).mean() < 4, name
 
 
+@pytest.mark.gpu
+def test_nvdec_shows_the_same_frames_within_rounding(videos: dict[str, Path]) -> None:
+    try:
+        load_torchcodec("nvdec")
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    for name in ("b_frames.mp4", "pyramid.mp4", "ntsc.mp4", "variable.mp4", "late_start.mkv"):
+        ours, theirs = (read_frames(str(videos[name]), 64, backend=backend) for backend in ("pyav", "nvdec"))
+        assert np.allclose(ours.pts_seconds, theirs.pts_seconds, atol=1e-9), name
+        assert theirs.num_missing == 0
+        assert np.abs(ours.frames.astype(int) - theirs.frames.astype(int)).mean() < 4, name
+
+
+@pytest.mark.parametrize("backend", ["torchcodec", "nvdec"])
 def test_a_backend_that_is_absent_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, videos: dict[str, Path]
+    monkeypatch: pytest.MonkeyPatch, videos: dict[str, Path], backend: Backend
 ) -> None:
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
-    with pytest.raises(RuntimeError, match="pip install"):
-        open_video(str(videos["b_frames.mp4"]), SIZE, backend="torchcodec")
+    for use in (lambda: open_video(str(videos["b_frames.mp4"]), SIZE, backend=backend), lambda: check_backend(backend)):
+        with pytest.raises(
+            RuntimeError, match=rf"{backend} .* pip install 'timeviper-platform\[{backend}\]', or use pyav"
+        ):
+            use()
+
+
+class FakeDecoder:
+    """torchcodec's decoder in a build without CUDA; its files are those that do not say `damaged`."""
+
+    def __init__(self, content: str, *, device: str, **_: object) -> None:
+        if device != "cpu":
+            raise RuntimeError(f"Unsupported device: {device}")
+        if "damaged" in content:
+            raise RuntimeError("Could not open input file")
+
+
+@pytest.fixture
+def torchcodec_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", SimpleNamespace(VideoDecoder=FakeDecoder))
+
+
+@pytest.mark.usefixtures("torchcodec_without_cuda")
+def test_nvdec_without_a_cuda_device_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match=r"backend nvdec needs a CUDA device.* extra nvdec .*or use pyav"):
+        check_backend("nvdec")
+    check_backend("torchcodec")
+
+
+@pytest.mark.usefixtures("torchcodec_without_cuda")
+def test_nvdec_tells_a_build_without_cuda_from_a_damaged_file(
+    monkeypatch: pytest.MonkeyPatch, videos: dict[str, Path], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(RuntimeError, match=r"on the CPU alone .*pip install 'timeviper-platform\[nvdec\]'"):
+        open_video(str(videos["b_frames.mp4"]), SIZE, backend="nvdec")
+    (tmp_path / "damaged.mp4").hardlink_to(videos["b_frames.mp4"])
+    with pytest.raises(DecodeError, match="corrupt_file"):
+        open_video(str(tmp_path / "damaged.mp4"), SIZE, backend="nvdec")
+    with pytest.raises(ValueError, match=r"nvdec .*pyav for remote files"):
+        open_video("s3://bucket/film.mp4", SIZE, backend="nvdec")
 
 
 def test_times_that_do_not_ascend_are_refused(videos: dict[str, Path]) -> None:

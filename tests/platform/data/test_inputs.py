@@ -28,9 +28,10 @@ from timeviper_platform.data.media import ErrorType, open_binary
 from timeviper_platform.data.parts import CellPart, RangePart, parse_part
 from timeviper_platform.data.pipeline import PreprocessConfig, run_in_process, run_preprocess
 from timeviper_platform.data.probe import file_version
+from timeviper_platform.data.segment_frames import DecodeConfig
 from timeviper_platform.data.segments import PlanSpec, plan_page
 
-SPEC = PlanSpec(fps=Fraction(1), recipe_hash="r")
+SPEC = PlanSpec(fps=Fraction(1), recipe_hash="r", decode=DecodeConfig(isolation="none"))
 
 
 def items_of(source: object, page_rows: int = 3) -> list[MediaItem]:

@@ -1,10 +1,13 @@
-"""Decoding in a child: the same frames; a hang, a crash or too much memory is one error, and the rest decodes."""
+"""Decoding and probing in a child: the same results; a hang, a crash or too much memory is one error and no more."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import resource
 import signal
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -12,17 +15,24 @@ from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import psutil
+import pyarrow as pa
 import pytest
 from PIL import Image
 
 from reference.made_media import make_video
 from timeviper_platform import storage
+from timeviper_platform.data import isolation
 from timeviper_platform.data.decode import sample_times
-from timeviper_platform.data.isolation import IsolatedFrames
-from timeviper_platform.data.media import DecodeError, ErrorType, MediaLimits
+from timeviper_platform.data.isolation import IsolatedFrames, IsolatedProbes
+from timeviper_platform.data.manifest import MediaItem
+from timeviper_platform.data.media import DecodeError, ErrorType, FileVersion, MediaLimits, reading
+from timeviper_platform.data.planning import plan_here
+from timeviper_platform.data.probe import LocalProbes, probe_media
 from timeviper_platform.data.segment_frames import DecodeConfig, LocalFrames
+from timeviper_platform.data.segments import PlanSpec, plan_page
 
 SIZE = 32
 TIMES = sample_times(Fraction(0), Fraction(3), 0, 20)
@@ -135,6 +145,13 @@ def test_too_much_memory_is_an_error_of_its_own(tmp_path: Path) -> None:
     assert (caught.value.stage, caught.value.error_type) == ("decode_image", ErrorType.OUT_OF_MEMORY)
 
 
+def test_no_limit_of_memory_holds_beside_nvidias_driver() -> None:
+    for backend, limit in (("pyav", CONFIG.max_memory_bytes), ("nvdec", resource.RLIM_INFINITY)):
+        source = IsolatedFrames(SIZE, MediaLimits(), replace(CONFIG, backend=backend))  # type: ignore[arg-type]
+        source._child.wait_until_ready()
+        assert resource.prlimit(source._child.pid, resource.RLIMIT_DATA)[0] == limit
+
+
 def test_no_child_outlives_its_source(film: str) -> None:
     source = IsolatedFrames(SIZE, MediaLimits(), CONFIG)
     source.frames(film, "video", TIMES)
@@ -147,6 +164,155 @@ def test_retries_of_a_child_are_counted_here() -> None:
     before = storage.num_retries()
     storage.add_retries(3)
     assert storage.num_retries() == before + 3
+
+
+BROKEN_PROBER = """
+import os, signal, time
+from timeviper_platform import storage
+from timeviper_platform.data import probe
+
+def probe_media(source, limits=None, real=probe.probe_media):
+    if "crash" in source:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if "retried" in source:
+        storage.add_retries(2)
+    if "strange" in source:
+        raise KeyError("codec")
+    if "large" in source:
+        memory = bytearray(80 << 20)
+        time.sleep(0.5)
+    return real(source, limits)
+
+probe.probe_media = probe_media
+"""
+
+
+@pytest.fixture
+def broken_prober(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Children started from now on do what a file is called: crash, take memory, see storage fail twice."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(BROKEN_PROBER)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+
+
+def make_greedy_picture(path: Path) -> None:
+    """A PNG of 1 x 1 whose header has 600 MB of text, none of which is on the disk."""
+    Image.new("L", (1, 1)).save(path, "PNG")
+    header_end = 8 + 25
+    with path.open("r+b") as file:
+        file.seek(header_end)
+        file.write(struct.pack(">I", 600 << 20) + b"tEXt")
+        file.truncate(700 << 20)
+
+
+def spec(**changes: object) -> PlanSpec:
+    return PlanSpec(fps=Fraction(1), recipe_hash="r", decode=replace(CONFIG, **changes))  # type: ignore[arg-type]
+
+
+def plan(paths: list[Path], **changes: object) -> dict[str, tuple[str | None, str | None]]:
+    """Stage and type of the error of every medium, by its file's name; one row each."""
+    table = pa.concat_tables(plan_page([MediaItem(str(path), path.name) for path in paths], spec(**changes)))
+    assert table["media_id"].to_pylist() == [path.name for path in paths]
+    columns = (table[name].to_pylist() for name in ("media_id", "error_stage", "error_type"))
+    return {name: (stage, kind) for name, stage, kind in zip(*columns, strict=True)}
+
+
+def test_headers_read_in_a_child_say_what_they_say_here(tmp_path: Path) -> None:
+    make_video(tmp_path / "ntsc.mp4", [1001 * n for n in range(40)], time_base=Fraction(1, 30000))
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    (tmp_path / "text.mp4").write_text("no video")
+    uris = [str(tmp_path / name) for name in ("ntsc.mp4", "nowhere.mp4", "a.png", "text.mp4")]
+    here, there = (s.probe(uris) for s in (LocalProbes(MediaLimits()), IsolatedProbes(MediaLimits(), CONFIG)))
+    assert there[0] == here[0] == probe_media(uris[0])
+    assert there[2] == here[2]
+    assert [answer.args for answer in there[1::2]] == [answer.args for answer in here[1::2]]  # type: ignore[union-attr]
+
+
+@pytest.mark.usefixtures("broken_prober")
+def test_what_breaks_the_prober_is_one_error_row_each_and_the_rest_is_planned(tmp_path: Path, hang: str) -> None:
+    make_video(tmp_path / "good.mp4", range(8))
+    paths = [tmp_path / f"{number:02d}.mp4" for number in range(40)]
+    for path in paths:
+        path.hardlink_to(tmp_path / "good.mp4")
+    bad = [tmp_path / name for name in ("crash0.mp4", "greedy.png", "crash1.mp4", "strange.mp4")]
+    make_greedy_picture(bad[1])
+    for path in (bad[0], bad[2], bad[3]):
+        path.hardlink_to(tmp_path / "good.mp4")
+    paths[3:3], paths[20:20], paths[39:39] = bad[:2], [Path(hang)], bad[2:]
+    found = plan(paths, deadline_seconds=3.0, max_memory_bytes=1 << 28)
+    assert {name: error for name, error in found.items() if error != (None, None)} == {
+        "crash0.mp4": ("probe", ErrorType.DECODER_CRASHED),
+        "crash1.mp4": ("probe", ErrorType.DECODER_CRASHED),
+        "strange.mp4": ("probe", ErrorType.DECODER_CRASHED),
+        "hang.mp4": ("probe", ErrorType.DECODER_TIMEOUT),
+        "greedy.png": ("probe", ErrorType.OUT_OF_MEMORY),
+    }
+
+
+@pytest.mark.usefixtures("broken_prober")
+def test_media_whose_headers_fit_alone_but_not_together_are_planned(tmp_path: Path, film: str) -> None:
+    paths = [tmp_path / f"large{number}.mp4" for number in range(6)]
+    for path in paths:
+        path.hardlink_to(film)
+    assert set(plan(paths, max_memory_bytes=320 << 20).values()) == {(None, None)}
+
+
+def test_ffmpegs_lack_of_memory_is_not_the_files_fault(film: str) -> None:
+    with pytest.raises(DecodeError, match="out_of_memory"), reading("probe", film):
+        av.error.err_check(-errno.ENOMEM)
+
+
+@pytest.mark.usefixtures("broken_prober")
+def test_one_medium_that_breaks_the_prober_says_how(tmp_path: Path, film: str) -> None:
+    Path(tmp_path / "crash.mp4").hardlink_to(film)
+    source = IsolatedProbes(MediaLimits(), CONFIG)
+    (error,) = source.probe([str(tmp_path / "crash.mp4")])
+    assert isinstance(error, DecodeError)
+    assert "code -11, twice" in error.message
+    assert source.probe([film]) == [probe_media(film)]
+
+
+@pytest.mark.usefixtures("broken_prober")
+def test_retries_of_probing_in_a_child_are_counted_here(tmp_path: Path, film: str) -> None:
+    paths = [tmp_path / f"{kind}{number}.mp4" for kind in ("retried", "plain") for number in range(20)]
+    for path in paths:
+        path.hardlink_to(film)
+    before = storage.num_retries()
+    assert set(plan(paths).values()) == {(None, None)}
+    assert storage.num_retries() == before + 40
+    IsolatedProbes(MediaLimits(), CONFIG).probe([str(paths[0])] * 9)  # stretches of one film
+    assert storage.num_retries() == before + 42
+
+
+def test_a_prober_that_something_else_killed_costs_nothing(tmp_path: Path, film: str) -> None:
+    uris = [str(tmp_path / f"{number}.mp4") for number in range(40)]
+    for uri in uris:
+        Path(uri).hardlink_to(film)
+    source = IsolatedProbes(MediaLimits(), CONFIG)
+    expected = [probe_media(film)] * 40
+    assert source.probe(uris) == expected
+    assert source._child is not None
+    os.kill(source._child.pid, signal.SIGKILL)
+    assert source.probe(uris) == expected
+    child = source._child
+    assert source.probe([film]) == expected[:1]
+    assert source._child is child  # pages share it
+
+
+def test_no_child_is_started_for_media_of_which_all_is_told(film: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a child was started")
+
+    monkeypatch.setattr(isolation, "DecodeChild", refuse)
+    told = MediaItem(film, "told", version=FileVersion(1, None, "v"), probe=probe_media(film))
+    rejected = MediaItem(film, "rejected", rejected=(ErrorType.READ_FAILED, "as the manifest says"))
+    pages = [[told, rejected], [replace(told, sha256="0")]]
+    assert pa.concat_tables(plan_here(pages, spec())).num_rows == 3
+    assert pa.concat_tables(plan_here([[replace(told, version=None)]], spec())).num_rows == 1
+    with pytest.raises(AssertionError):
+        list(plan_here([[replace(told, probe=None)]], spec()))
+    plain = plan_here([[replace(told, probe=None)]], spec(isolation="none"))
+    assert pa.concat_tables(plain).num_rows == 1
 
 
 def test_settings_without_sense_are_refused() -> None:

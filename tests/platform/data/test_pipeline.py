@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,7 @@ from timeviper_platform.data.features import FeatureStore
 from timeviper_platform.data.graph import DecodeStep, EncodeStep, ExecutionConfig, WriteStep, units_table
 from timeviper_platform.data.pipeline import PreprocessConfig, estimate, run_in_process, run_preprocess
 from timeviper_platform.data.report import Progress, steady_rate
+from timeviper_platform.data.segment_frames import DecodeConfig
 from timeviper_platform.data.segments import Segment, cut_units
 from timeviper_platform.data.steps import UnitOutcome, WorkerSpec, run_here
 from timeviper_platform.data.store_check import inspect_store, verify_store
@@ -258,6 +260,32 @@ def test_a_plan_of_nothing_but_errors_stops_the_job(tmp_path: Path, corpus: Path
         run_preprocess(config, run=no_runner)
     calm = dataclasses.replace(config, execution=ExecutionConfig(max_consecutive_failures=None))
     assert run_preprocess(calm, run=no_runner).errors == 5
+
+
+@pytest.mark.parametrize(("mode", "device"), [("split", "cuda"), ("auto", "cuda"), ("fused", "cpu")])
+def test_nvdec_wants_the_encoders_gpu_in_the_same_worker(
+    corpus: Path, tmp_path: Path, mode: Literal["fused", "split", "auto"], device: str
+) -> None:
+    config = make_config(corpus, tmp_path)
+
+    def with_nvdec(mode: Literal["fused", "split", "auto"], device: str) -> PreprocessConfig:
+        execution = dataclasses.replace(config.execution, mode=mode)
+        encoder = dataclasses.replace(config.encoder, device=device)
+        decode = dataclasses.replace(config.decode, backend="nvdec")
+        return dataclasses.replace(config, execution=execution, encoder=encoder, decode=decode)
+
+    with pytest.raises(ValueError, match=rf"execution\.mode = '{mode}' must be fused .*device = '{device}' cuda"):
+        with_nvdec(mode, device)
+    with_nvdec("fused", "cuda")
+
+
+def test_a_run_without_its_backend_ends_before_the_first_file(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
+    config = dataclasses.replace(make_config(corpus, tmp_path), decode=DecodeConfig(backend="torchcodec"))
+    with pytest.raises(RuntimeError, match="backend torchcodec is not installed"):
+        run_preprocess(config, run=run_in_process)
 
 
 def test_another_recipe_is_refused_with_the_difference(corpus: Path, finished: Path) -> None:

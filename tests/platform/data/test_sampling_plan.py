@@ -13,6 +13,7 @@ from PIL import Image
 from reference.made_media import make_video
 from timeviper_platform.data.decode import ErrorType, MediaLimits, count_samples
 from timeviper_platform.data.manifest import MediaItem
+from timeviper_platform.data.segment_frames import DecodeConfig
 from timeviper_platform.data.segments import (
     PlanSpec,
     SamplingConfig,
@@ -26,7 +27,7 @@ from timeviper_platform.data.segments import (
 
 
 def plan(items: list[MediaItem], fps: str = "1", **changes: object) -> pa.Table:
-    arguments = {"recipe_hash": "r"} | changes
+    arguments = {"recipe_hash": "r", "decode": DecodeConfig(isolation="none")} | changes
     return pa.concat_tables(plan_page(items, PlanSpec(fps=Fraction(fps), **arguments)))  # type: ignore[arg-type]
 
 

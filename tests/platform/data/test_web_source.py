@@ -19,6 +19,7 @@ from timeviper_platform.data.decode import read_frames
 from timeviper_platform.data.manifest import MediaItem
 from timeviper_platform.data.media import ErrorType, MediaLimits, open_binary
 from timeviper_platform.data.probe import file_version
+from timeviper_platform.data.segment_frames import DecodeConfig
 from timeviper_platform.data.segments import PlanSpec, plan_page
 
 LIMITS = MediaLimits(allowed_domains=("127.0.0.1",), max_download_bytes=1 << 20)
@@ -102,7 +103,8 @@ def clip() -> bytes:
 
 
 def error_of(url: str, limits: MediaLimits = LIMITS) -> str:
-    (table,) = plan_page([MediaItem(url, "x")], PlanSpec(fps=Fraction(1), recipe_hash="r", limits=limits))
+    spec = PlanSpec(fps=Fraction(1), recipe_hash="r", limits=limits, decode=DecodeConfig(isolation="none"))
+    (table,) = plan_page([MediaItem(url, "x")], spec)
     (row,) = table.to_pylist()
     return str(row["error_type"])
 

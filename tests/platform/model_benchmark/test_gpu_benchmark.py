@@ -7,10 +7,12 @@ import logging
 import runpy
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -18,9 +20,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from reference import kernel_contracts
 from timeviper_model.config import NEMOTRON_NANO_9B_V2, PAPER_PLAN, PRESETS, HybridConfig, Qwen2Config, TimeViperConfig
+from timeviper_platform.data.decode import DecodeError, read_frames
+from timeviper_platform.data.decode_benchmark.clips import ClipSpec, make_clip
 from timeviper_platform.devices import peak_flops
-from timeviper_platform.gpu_benchmark import decode, device, kernels, prefill, vision, vllm
-from timeviper_platform.gpu_benchmark.suite import GPU_GROUPS
+from timeviper_platform.gpu_benchmark import decode, device, film, kernels, prefill, vision, vllm
+from timeviper_platform.gpu_benchmark.suite import gpu_groups
 from timeviper_platform.measure import Row
 from timeviper_platform.model_benchmark.models import narrow_config, video_question
 
@@ -44,7 +48,7 @@ def toy_text() -> HybridConfig:
 
 
 def test_every_group_has_its_key() -> None:
-    assert list(GPU_GROUPS) == ["kernels", "vision", "prefill", "decode", "vllm"]
+    assert list(gpu_groups(CPU)) == ["kernels", "vision", "prefill", "decode", "vllm", "film"]
 
 
 def test_kernels_that_keep_their_contracts_have_small_errors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,6 +187,70 @@ def test_vllm_is_asked_for_as_many_tokens_of_as_many(monkeypatch: pytest.MonkeyP
     check(rows, "vllm")
     assert asked == [(2, 64, 2), (2, 64, 4)]
     assert rows[-1].bar == ">= 0.9"
+
+
+TINY_CLIP = ClipSpec(seconds=3, fps=10, width=64, height=48)
+
+
+def test_the_film_group_gives_its_rows_and_says_which_backend_it_lacks(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
+    with caplog.at_level(logging.WARNING):
+        rows = film.film_rows(
+            CPU, size=TINY_TOWER, num_decoders=2, batch_frames=4, clip=TINY_CLIP, repetitions=3, peak=1e12, repeats=1
+        )
+    check(rows, "film")
+    rate, encoder_waits, decoders_wait, utilisation = rows
+    assert "made clip of 9 s.mp4, 9 frames at 1 fps, pyav in 2 threads" in rate.name
+    assert 0 <= encoder_waits.value <= 1
+    assert 0 <= decoders_wait.value <= 1
+    assert utilisation.value == pytest.approx(vision.mfu(rate.value, TINY_TOWER, 1e12))
+    assert [record.message.split(":")[0] for record in caplog.records] == ["no rows with nvdec"]
+
+
+def test_a_film_is_encoded_once_whatever_the_number_of_decoders(tmp_path: Path) -> None:
+    path = tmp_path / "film.mp4"
+    make_clip(path, replace(TINY_CLIP, seconds=11))
+    expected = read_frames(str(path), 32).frames
+    for num_decoders in (1, 2, 9):
+        seen: list[np.ndarray] = []
+        found = film.encode_film(path, seen.append, "pyav", 32, 2, num_decoders)
+        assert found.num_frames == len(expected) == 11
+        frames = np.concatenate(seen)
+        assert sorted(map(bytes, frames)) == sorted(map(bytes, expected))
+
+
+def test_a_film_tells_which_side_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "film.mp4"
+    make_clip(path, replace(TINY_CLIP, seconds=24))
+    slow = film.encode_film(path, lambda frames: time.sleep(0.1), "pyav", 32, 2, 1)
+    assert slow.decoders_wait > 0.3
+    assert slow.encoder_waits < 0.3
+    quick = film.encode_film(path, lambda frames: None, "pyav", 32, 2, 1)
+    assert quick.encoder_waits > 0.5
+    assert quick.decoders_wait < 0.3
+
+
+def test_an_encoder_or_a_decoder_that_fails_ends_the_film(tmp_path: Path) -> None:
+    def fail(_: np.ndarray) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    make_clip(tmp_path / "film.mp4", replace(TINY_CLIP, seconds=24))
+    with pytest.raises(torch.OutOfMemoryError):
+        film.encode_film(tmp_path / "film.mp4", fail, "pyav", 32, 2, 2)
+    with pytest.raises(DecodeError, match="not_found"):
+        film.encode_film(tmp_path / "none.mp4", fail, "pyav", 32, 2, 2)
+
+
+def test_without_a_video_decoder_there_are_no_rows_of_films(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delitem(sys.modules, "timeviper_platform.gpu_benchmark.film")
+    monkeypatch.setitem(sys.modules, "timeviper_platform.data.decode", None)
+    with caplog.at_level(logging.WARNING):
+        assert gpu_groups(CPU)["film"](None) == []
+    assert "not installed" in caplog.text
 
 
 def test_bytes_of_a_slot_are_those_of_a_filled_cache() -> None:
