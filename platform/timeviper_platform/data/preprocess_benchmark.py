@@ -2,18 +2,20 @@
 
 Knows three kinds of media (24 s clips, one long film, images alone), how long a run on them has to be, and the tiny
 encoder. A frame's cost is measured apart from any run: as many processes as cores, all busy together, without Ray, in
-seconds of CPU, before the runs and behind them (calibrate.py); the cheaper of the two is the ideal, on what the
-machine's host left of the cores during the run. A run's rate is that of its steady state, the middle 60 % between its
-first unit's start and its last one's end: no start of Ray or of actors is in it. Other pipelines are in
-pipelines_benchmark.py.
+seconds of CPU (calibrate.py). It is measured between all runs, for a shared machine's speed changes by a tenth within
+minutes: a run's ideal is the mean of what its two neighbours say, on what the machine's host left of the cores during
+the run. A run's rate is that of its steady state, the middle 60 % between its first unit's start and its last one's
+end: no start of Ray or of actors is in it. Other pipelines are in pipelines_benchmark.py.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import shutil
+import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -53,9 +55,11 @@ NUM_CLIPS_TRIED, NUM_IMAGES_TRIED = 32, 1024
 class IdealSizes:
     """How long things are measured."""
 
-    run_seconds: float = 20.0
+    run_seconds: float = 15.0
     """a run at the ideal rate; its steady state is 60 % of it"""
     calibration_seconds: float = 6.0
+    repeats: int = 5
+    """runs each way"""
     clip_seconds: int = CLIP_SECONDS
     film_seconds: int = FILM_SECONDS
     num_clips_tried: int = NUM_CLIPS_TRIED
@@ -113,7 +117,7 @@ def media_rows(
     run: Runner = run_on_ray,
     command: str = COMMAND,
 ) -> list[Row]:
-    """Calibrates, runs on as many media as `run_seconds` take at that rate, both ways, and calibrates again."""
+    """Runs on as many media as `run_seconds` take at the ideal rate, each way in turn, and calibrates between runs."""
     num_cores = os.cpu_count() or 1
     tried = root / f"{media.name}, tried"
     tried.mkdir()
@@ -121,18 +125,19 @@ def media_rows(
     config = PreprocessConfig(input=str(tried), output=str(root / "none"), encoder=encoder)
     frames = FrameEncoder(encoder)
     segments = planned(config, frames)
+    rates: dict[str, list[RunRate]] = {name: [] for name in executions(num_cores)}
     with BusySlots(worker_spec(config, frames, ""), num_cores) as slots:
-        before = slots.measure(segments, sizes.calibration_seconds)
+        costs = [slots.measure(segments, sizes.calibration_seconds)]
         whole = root / media.name
         whole.mkdir()
-        rate = before.ideal_frames_per_second(num_cores, num_cores, is_fused=True, num_cores=num_cores)
+        rate = costs[0].ideal_frames_per_second(num_cores, num_cores, is_fused=True, num_cores=num_cores)
         num_frames = sum(segment.num_samples for segment in segments)
         media.grow(whole, max(media.num_tried, round(sizes.run_seconds * rate * media.num_tried / num_frames)))
-        rates = {
-            name: media_rate(root, whole, encoder, execution, run) for name, execution in executions(num_cores).items()
-        }
-        after = slots.measure(segments, sizes.calibration_seconds)
-    return speed_rows(media, rates, (before, after), num_cores=num_cores, command=command)
+        for _ in range(sizes.repeats):
+            for name, execution in executions(num_cores).items():
+                rates[name].append(media_rate(root, whole, encoder, execution, run))
+                costs.append(slots.measure(segments, sizes.calibration_seconds))
+    return speed_rows(media, rates, costs, num_cores=num_cores, command=command)
 
 
 def executions(num_cores: int) -> dict[str, ExecutionConfig]:
@@ -147,30 +152,41 @@ def executions(num_cores: int) -> dict[str, ExecutionConfig]:
 
 
 def speed_rows(
-    media: Media, rates: dict[str, RunRate], costs: tuple[Calibration, Calibration], *, num_cores: int, command: str
+    media: Media,
+    rates: dict[str, list[RunRate]],
+    costs: Sequence[Calibration],
+    *,
+    num_cores: int,
+    command: str,
 ) -> list[Row]:
-    """Shares of the ideal, rates, and what decoding takes of a frame's cost.
+    """Shares of the ideal, rates, and what decoding takes of a frame's cost; medians over the runs.
 
     Args:
         media: what was measured on.
-        rates: by mode.
-        costs: measured before the runs, and behind them.
+        rates: by mode, the modes' runs in turn.
+        costs: measured before the first run and behind each.
         num_cores: decoders, or fused workers; the split encoder is one.
         command: the rows'.
     """
     rows = []
-    for mode, rate in rates.items():
+    for place, (mode, runs) in enumerate(rates.items()):
         slots = (num_cores, num_cores if mode == "fused" else 1)
         ideals = [
             found.ideal_frames_per_second(*slots, is_fused=mode == "fused", num_cores=num_cores) for found in costs
         ]
-        noise = abs(ideals[0] - ideals[1]) / max(ideals)
-        about = f"ideal {max(ideals):.4g} {media.unit}, noise {noise:.0%}, stolen {rate.stolen:.0%}"
-        share = rate.frames_per_second / (max(ideals) * (1.0 - rate.stolen))
-        text = f"share of the ideal, {mode}, {media.name} ({about})"
-        rows.append(Row(name=text, value=share, unit="", bar=">= 0.90", command=command))
+        around = [ideals[number : number + 2] for number in range(place, len(costs) - 1, len(rates))]
+        shares = [
+            run.frames_per_second / (statistics.mean(pair) * (1.0 - run.stolen))
+            for run, pair in zip(runs, around, strict=True)
+        ]
+        noise = (max(shares) - min(shares)) / statistics.median(shares)
+        about = f"ideal {statistics.median(ideals):.4g} {media.unit}, noise {noise:.0%}"
+        stolen = statistics.median(run.stolen for run in runs)
+        text = f"share of the ideal, {mode}, {media.name} ({about}, stolen {stolen:.0%})"
+        rows.append(Row(name=text, value=statistics.median(shares), unit="", bar=">= 0.90", command=command))
         text = f"its rate, {mode}, {media.name}"
-        rows.append(Row(name=text, value=rate.frames_per_second, unit=media.unit, command=command))
+        rate = statistics.median(run.frames_per_second for run in runs)
+        rows.append(Row(name=text, value=rate, unit=media.unit, command=command))
     decode = sum(found.decode_seconds for found in costs)
     share = decode / (decode + sum(found.encode_seconds + found.write_seconds for found in costs))
     rows.append(Row(name=f"what decoding takes of a frame's cost, {media.name}", value=share, unit="", command=command))
@@ -206,6 +222,7 @@ def media_rate(root: Path, media: Path, encoder: EncoderConfig, execution: Execu
         raise RuntimeError(
             f"{report.errors} of the {report.media} {media.name} were rejected: {report.errors_by_stage}"
         )
+    shutil.rmtree(store)  # the next run begins anew
     return RunRate(report.frames_per_second, stolen.share())
 
 
