@@ -221,12 +221,14 @@ class Prefill:
 
     def _flow(self, piece: Piece, first: int, stop: int) -> None:
         """Takes a piece through a span's blocks, to where it waits or to the end."""
+        segments = piece.segments()
         for layer in range(first, stop):
             if layer in self._crossings:
                 piece = self._crossings[layer].cross(piece)
+                segments = piece.segments()
             if len(piece):
                 block = self._model.backbone.block(layer)
-                piece = piece.through(block(piece.hidden_TD, piece.segments(), self._view.layer(layer)))
+                piece = piece.through(block(piece.hidden_TD, segments, self._view.layer(layer)))
         if self._waiting:
             part = next((part for part in self._waiting if not part.is_full), self._waiting[-1])
             part.add(piece, self._model.backbone.block(stop), self._model.transv_layer(stop))

@@ -74,6 +74,23 @@ def test_scan_in_fp32_stays_near_the_float64_recurrence() -> None:
     torch.testing.assert_close(last.double(), slow_last, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("num_tokens", [1, 2, 7, 8, 9])
+def test_without_gradients_short_sequences_equal_the_sequential_recurrence(num_tokens: int) -> None:
+    inputs = make_inputs(num_tokens)
+    y, last = run(inputs, None)
+    with torch.no_grad():
+        short_y, short_last = run(inputs, None)
+        slow_y, slow_last = slow_scan(*inputs.values(), None)
+    for short, slow in ((short_y, slow_y), (short_last, slow_last)):
+        torch.testing.assert_close(short, slow, rtol=1e-10, atol=1e-10)
+    assert (last.requires_grad, short_last.requires_grad) == (True, False)
+    with torch.no_grad():
+        state = inputs["initial"].clone()
+        run({**inputs, "initial": state}, None)
+        assert torch.equal(state, inputs["initial"])  # the caller's state is its own
+    assert y.shape == short_y.shape
+
+
 def test_a_sequence_in_parts_with_carried_state_equals_one_scan() -> None:
     x, dt, A, B, C, D, initial = make_inputs(40).values()
     whole, last = ssd_scan(x, dt, A, B, C, D_H=D, chunk_size=8, initial_state_HPN=initial)
@@ -100,6 +117,9 @@ def test_steps_equal_the_scan() -> None:
 def test_extreme_steps_stay_finite_in_value_and_gradient(dt: float) -> None:
     inputs = make_inputs(20, dtype=torch.float32)
     inputs["dt"] = torch.full((20, H), dt, requires_grad=True)
+    with torch.no_grad():
+        for value in run({name: tensor[:7] if len(tensor) == 20 else tensor for name, tensor in inputs.items()}, None):
+            assert bool(torch.isfinite(value).all())
     y, last = run(inputs, None)
     grads = torch.autograd.grad(y.sum() + last.sum(), list(inputs.values()))
     assert all(bool(torch.isfinite(tensor).all()) for tensor in (y, last, *grads))
