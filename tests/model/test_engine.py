@@ -11,20 +11,11 @@ import torch
 
 from reference.tiny_serving import CONFIG_WITH_TRANSV, byte_tokenizer, generate_alone, prompt, random_model
 from timeviper_model.config import TransVSite
-from timeviper_model.engine import (
-    EngineConfig,
-    Event,
-    Failed,
-    Finished,
-    InferenceEngine,
-    QueueFull,
-    Request,
-    RequestId,
-    Token,
-)
+from timeviper_model.engine import EngineConfig, InferenceEngine, QueueFull
 from timeviper_model.prefill import prefix_length
 from timeviper_model.prefix_cache import prefix_entry_bytes
 from timeviper_model.prompt import Turn, build_sample
+from timeviper_model.requests import Event, Failed, Finished, Request, RequestId, Token
 from timeviper_model.sampling import SamplingParams
 from timeviper_model.timeviper import TimeViper
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from timeviper_model.engine import EngineConfig, InferenceEngine, Request, Token
+from timeviper_model.engine import EngineConfig, InferenceEngine
 from timeviper_model.families import text_config_to_dict
+from timeviper_model.requests import Request, Token
 from timeviper_model.timeviper import TimeViper
 from timeviper_model.weights import from_pretrained, save_pretrained
 from timeviper_platform.measure import Row, compare

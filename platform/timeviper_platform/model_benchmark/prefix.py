@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 
 from timeviper_model.config import parse_transv_plan
-from timeviper_model.engine import EngineConfig, InferenceEngine, Request, Token
+from timeviper_model.engine import EngineConfig, InferenceEngine
 from timeviper_model.prefix_cache import prefix_entry_bytes
+from timeviper_model.requests import Request, Token
 from timeviper_model.timeviper import TimeViper
 from timeviper_platform.measure import Row
 from timeviper_platform.model_benchmark.models import (

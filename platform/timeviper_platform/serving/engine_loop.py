@@ -14,7 +14,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
 
-from timeviper_model.engine import EngineStats, Event, Failed, InferenceEngine, Request, RequestId, Token
+from timeviper_model.engine import InferenceEngine
+from timeviper_model.requests import EngineStats, Event, Failed, Request, RequestId, Token
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

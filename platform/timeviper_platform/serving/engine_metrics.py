@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from timeviper_model.engine import EngineStats
+from timeviper_model.requests import EngineStats
 
 
 class EngineMetrics:

@@ -23,18 +23,9 @@ from torch import Tensor
 
 from timeviper_model.backends import Backend, set_backend
 from timeviper_model.batch import Sample
-from timeviper_model.engine import (
-    EngineConfig,
-    EngineStats,
-    Event,
-    Failed,
-    Finished,
-    InferenceEngine,
-    QueueFull,
-    Request,
-    Token,
-)
+from timeviper_model.engine import EngineConfig, InferenceEngine, QueueFull
 from timeviper_model.prompt import MEDIA_MARKER, TEMPLATES, ChatTemplate, Turn, build_sample, time_text
+from timeviper_model.requests import EngineStats, Event, Failed, Finished, Request, Token
 from timeviper_model.sampling import SamplingParams
 from timeviper_model.weights import from_pretrained, load_tokenizer
 from timeviper_platform.serving.contract import (

@@ -6,7 +6,8 @@ import pytest
 from ray.serve import metrics
 
 from reference.tiny_serving import random_model
-from timeviper_model.engine import EngineConfig, EngineStats, InferenceEngine
+from timeviper_model.engine import EngineConfig, InferenceEngine
+from timeviper_model.requests import EngineStats
 from timeviper_platform.serving.engine_metrics import EngineMetrics
 
 
