@@ -17,8 +17,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, SiglipVisionModel
-from transformers.utils import cached_file
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 WEIGHTS_FILES = ("model.safetensors", "model.safetensors.index.json")
@@ -88,7 +86,7 @@ class VisionEncoder(nn.Module):
             )
         blocks = _find_blocks(tower, num_blocks)
         del blocks[num_used:]
-        if isinstance(tower, SiglipVisionModel) and tower.use_head:
+        if getattr(tower, "use_head", False):  # SigLIP's
             tower.use_head = False  # pools all tokens into one, which nobody asks for: 15 of 428 million parameters
             del tower.head
         self.preprocessing = preprocessing
@@ -109,6 +107,8 @@ class VisionEncoder(nn.Module):
         Raises:
             ValueError: when the folder or name holds no vision model in safetensors form, or `layer` does not exist.
         """
+        from transformers import AutoConfig, AutoModel, SiglipVisionModel  # seconds of a start that needs no tower
+
         try:
             config = AutoConfig.from_pretrained(name_or_folder)
         except (OSError, ValueError) as error:
@@ -180,6 +180,8 @@ def _find_blocks(tower: Any, num_blocks: int) -> nn.ModuleList:
 
 
 def _local_file(name_or_folder: str, file: str) -> Path:
+    from transformers.utils import cached_file
+
     try:
         found = cached_file(name_or_folder, file)
     except OSError as error:

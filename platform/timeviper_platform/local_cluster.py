@@ -42,6 +42,7 @@ def local_cluster(
     *,
     num_cpus: int,
     object_store_bytes: int = 1_000_000_000,
+    with_dashboard: bool = True,
     token_file: Path | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[dict[str, str]]:
@@ -50,6 +51,7 @@ def local_cluster(
     Args:
         num_cpus: logical CPUs that tasks may claim.
         object_store_bytes: size of the shared-memory store.
+        with_dashboard: what jobs are submitted to; it takes some hundredths of a core even when nobody looks.
         token_file: a file with the cluster's token; None makes one that lives as long as the cluster.
         environment: more variables for Ray's own processes.
 
@@ -78,6 +80,7 @@ def local_cluster(
     }
     command = [str(programs / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
     command += [f"--{name}={port}" for name, port in ports.items()]
+    command += [f"--include-dashboard={with_dashboard}"]
     command += [f"--num-cpus={num_cpus}", f"--object-store-memory={object_store_bytes}", f"--temp-dir={folder}/ray"]
     log = folder / "start.log"
     with log.open("wb") as output:
@@ -89,7 +92,7 @@ def local_cluster(
             start_new_session=True,
         )
     try:
-        for name in ("port", "dashboard-port"):
+        for name in ("port", "dashboard-port") if with_dashboard else ("port",):
             _wait_for_port(ports[name], process, log)
         yield variables
     finally:

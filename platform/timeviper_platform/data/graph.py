@@ -100,7 +100,7 @@ def ray_session() -> Iterator[None]:
         with _connection():
             yield
         return
-    with local_cluster(num_cpus=os.cpu_count() or 2) as variables:
+    with local_cluster(num_cpus=os.cpu_count() or 2, with_dashboard=False) as variables:
         before = {name: os.environ.get(name) for name in variables}
         os.environ.update(variables)  # before `import ray`, which reads the authentication mode once
         try:

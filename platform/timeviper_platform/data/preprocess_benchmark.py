@@ -4,8 +4,8 @@ Knows three kinds of media (24 s clips, one long film, images alone), how long a
 encoder. A frame's cost is measured apart from any run: as many processes as cores, all busy together, without Ray, in
 seconds of CPU (calibrate.py). It is measured between all runs, for a shared machine's speed changes by a tenth within
 minutes: a run's ideal is the mean of what its two neighbours say, on what the machine's host left of the cores during
-the run. A run's rate is that of its steady state, the middle 60 % between its first unit's start and its last one's
-end: no start of Ray or of actors is in it. Other pipelines are in pipelines_benchmark.py.
+the run. A run's rate is that of its steady state (report.py): no start of Ray or of actors is in it. Other pipelines
+are in pipelines_benchmark.py.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ NUM_CLIPS_TRIED, NUM_IMAGES_TRIED = 32, 1024
 class IdealSizes:
     """How long things are measured."""
 
-    run_seconds: float = 15.0
+    run_seconds: float = 30.0
     """a run at the ideal rate; its steady state is 60 % of it"""
     calibration_seconds: float = 6.0
-    repeats: int = 5
-    """runs each way"""
+    repeats: int = 3
+    """runs each way, of a minute each with what Ray takes to start"""
     clip_seconds: int = CLIP_SECONDS
     film_seconds: int = FILM_SECONDS
     num_clips_tried: int = NUM_CLIPS_TRIED

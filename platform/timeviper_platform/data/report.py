@@ -145,14 +145,17 @@ class Progress:
 
 
 def steady_rate(outcomes: Sequence[UnitOutcome]) -> float:
-    """Frames a second in the middle 60 % of the run; a unit's frames are spread evenly over its time.
+    """Frames a second in the middle 60 % of the run, from the first finished unit on; a unit's frames are spread
+    evenly over its time.
 
-    Actors start one after the other and end one after the other: neither end says how fast the work goes.
+    Actors start one after the other and end one after the other: neither end says how fast the work goes. Split
+    decoders may begin long before the encoder has loaded its weights.
     """
     if not outcomes:
         return 0.0
     begin, end = min(o.started for o in outcomes), max(o.ended for o in outcomes)
     low, high = begin + 0.2 * (end - begin), end - 0.2 * (end - begin)
+    low = min(max(low, min(o.ended for o in outcomes)), (low + high) / 2)  # a few long units: half of it at least
     frames = sum(
         o.num_frames * max(0.0, min(high, o.ended) - max(low, o.started)) / max(1e-9, o.ended - o.started)
         for o in outcomes

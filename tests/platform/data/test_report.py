@@ -34,6 +34,14 @@ def test_split_workers_are_held_against_their_slowest_stage() -> None:
     assert speed.share_of_ideal == pytest.approx(steady_rate(outcomes) / (400 / 12.0), abs=0.001)
 
 
+def test_the_steady_state_begins_with_the_first_finished_unit() -> None:
+    waited = [made_outcome(num_frames=100, started=0.0, ended=11.0 + second) for second in range(2)]
+    rest = [made_outcome(num_frames=100, started=second, ended=second + 1.0) for second in range(12, 30)]
+    assert steady_rate([*waited, *rest]) == pytest.approx(100.0, rel=0.1)  # not the 11 s of an encoder that loads
+    long = [made_outcome(num_frames=100, started=0.0, ended=10.0) for _ in range(2)]
+    assert steady_rate(long) == pytest.approx(20.0)
+
+
 def test_a_run_without_frames_has_no_speed() -> None:
     assert measure_speed([], num_cores=2).workers == {}
     assert measure_speed([made_outcome(num_frames=0)], num_cores=2).ideal_frames_per_second == 0
