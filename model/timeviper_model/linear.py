@@ -1,8 +1,8 @@
 """A linear map that a CPU multiplies with oneDNN where no gradient is kept; everything else is PyTorch's own.
 
 Knows one product. PyTorch gives fp32 products on x86 to MKL, which on AMD's processors leaves their widest registers
-idle. On one core of a Zen 5 oneDNN, which PyTorch brings along, was 2.1 times as fast for 512 tokens, 1.2 to 1.9 times
-for 8 to 32, and for a single one where the weight is large; below MIN_PRODUCTS its call costs more than it saves.
+idle. On one core of an EPYC with AVX-512, oneDNN, which PyTorch brings along, was 2.1 times as fast for 512 tokens, 1.1
+to 2.2 times for 8 to 32, and 1.2 for a single one; below MIN_PRODUCTS its call costs more than it saves.
 """
 
 from __future__ import annotations
