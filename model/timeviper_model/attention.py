@@ -132,18 +132,25 @@ def continued_attention(q_THE: Tensor, k_GLE: Tensor, v_GLE: Tensor) -> Tensor:
         from torch.nn.attention.bias import causal_lower_right  # brings torch.compile: seconds of every start
 
         return _read(q_THE, k_GLE, v_GLE, mask_TL=causal_lower_right(num_queries, k_GLE.shape[1]))
-    rows = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_THE, k_GLE, v_GLE))  # the kernel does not look
-    q, k, v = _by_group(*rows)
+    # the kernel does not look at the last stride
+    q_THE, k_GLE, v_GLE = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_THE, k_GLE, v_GLE))
+    q, k, v = _by_group(q_THE, k_GLE, v_GLE)
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # SDPA keeps the sums to itself
-    before, log_sum_before = kernel(q, k[:, :, :num_before], v[:, :, :num_before])
+    before, log_sum_before = kernel(q.flatten(1, 2)[:, None], k_GLE[:, None, :num_before], v_GLE[:, None, :num_before])
+    before, log_sum_before = before.view_as(q), log_sum_before.view(q.shape[:3])
     piece, log_sum_piece = kernel(q, k[:, :, num_before:], v[:, :, num_before:], is_causal=True)
     share_before = torch.sigmoid(log_sum_before - log_sum_piece).to(q.dtype)[..., None]
     return _from_groups(torch.lerp(piece, before, share_before))
 
 
 def full_attention(q_THE: Tensor, k_GLE: Tensor, v_GLE: Tensor) -> Tensor:
-    """(T, H, E): every query over all L keys and values (Hkv, L, E), which are never repeated in memory."""
-    return _read(q_THE, k_GLE, v_GLE)
+    """(T, H, E): every query over all L keys and values (Hkv, L, E), which are never repeated in memory.
+
+    A group's heads are one head of more queries, since all of them see the same: larger products.
+    """
+    q, _, _ = _by_group(q_THE, k_GLE, v_GLE)
+    mixed = F.scaled_dot_product_attention(q.flatten(1, 2)[:, None], k_GLE[:, None], v_GLE[:, None])
+    return _from_groups(mixed.view(q.shape))
 
 
 def _read(
