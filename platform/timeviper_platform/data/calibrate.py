@@ -44,22 +44,15 @@ class Calibration:
     write_seconds: float = 0.0
     """0 where nothing was written"""
 
-    def seconds(self, frames: int, decode_slots: int, encode_slots: int, *, is_fused: bool) -> float:
-        """What `frames` take: the slower step alone where the steps have their own workers, else their sum, in
-        processes of which there are `encode_slots`."""
-        fused = (self.decode_seconds + self.encode_seconds + self.write_seconds) / encode_slots
-        split = max(self.decode_seconds / decode_slots, self.encode_seconds / encode_slots)
-        return frames / self.frames * (fused if is_fused else split)
-
     def ideal_frames_per_second(
         self, decode_slots: int, encode_slots: int, *, is_fused: bool, num_cores: int, has_gpu: bool = False
     ) -> float:
         """1 / max(seconds a frame / slots) over the stages, but no more than `num_cores` could do of their sum.
 
         Args:
-            decode_slots: processes that decode; alone where the steps are split.
-            encode_slots: processes that encode; fused, they do everything.
-            is_fused: the steps are one process's.
+            decode_slots: processes that decode, where the steps are split.
+            encode_slots: processes that encode; fused, each writes too, and its child decodes ahead of it.
+            is_fused: the steps are one worker's.
             num_cores: that all of them share.
             has_gpu: encoding takes nothing of the cores.
 
@@ -68,7 +61,9 @@ class Calibration:
         """
         on_cores = self.decode_seconds + self.write_seconds + (0.0 if has_gpu else self.encode_seconds)
         cores = self.frames * num_cores / max(1e-9, on_cores)
-        return min(cores, self.frames / self.seconds(self.frames, decode_slots, encode_slots, is_fused=is_fused))
+        encode = self.encode_seconds + (self.write_seconds if is_fused else 0.0)
+        slowest = max(self.decode_seconds / (encode_slots if is_fused else decode_slots), encode / encode_slots)
+        return min(cores, self.frames / slowest)
 
     def best_mode(
         self, decode_slots: int, encode_slots: int, *, num_cores: int, has_gpu: bool
@@ -119,7 +114,7 @@ def calibrate(segments: Sequence[Segment], spec: WorkerSpec, encoder: FrameEncod
     for number, segment in enumerate([*segments[:1], *segments]):
         if number > 1 and time.perf_counter() - began > MAX_SECONDS:
             break
-        (row,) = rows.rows([decoder.decode(segment)])
+        (row,) = rows.rows(decoder.decode([segment]))
         if number and row["num_frames"]:
             num_segments += 1
             num_frames += row["num_frames"]
@@ -184,12 +179,9 @@ def cost_of(outcomes: Iterable[UnitOutcome]) -> Calibration:
     return Calibration(
         segments=sum(outcome.num_ok + outcome.num_partial for outcome in done),
         frames=sum(outcome.num_frames for outcome in done),
-        decode_seconds=sum(outcome.decode_share * outcome.decode_seconds for outcome in done),
-        encode_seconds=sum(outcome.encode_share * outcome.encode_seconds for outcome in done),
-        write_seconds=sum(
-            outcome.write_seconds * (outcome.encode_share if outcome.worker == outcome.encoder else 1.0)
-            for outcome in done
-        ),
+        decode_seconds=sum(outcome.decode_cpu_seconds for outcome in done),
+        encode_seconds=sum(outcome.encode_cpu_seconds for outcome in done),
+        write_seconds=sum(outcome.write_cpu_seconds for outcome in done),
     )
 
 

@@ -3,14 +3,17 @@
 Limits itself, says that it is ready, then answers one job after another until the other side (isolation.py) closes the
 socket or kills it. Knows data/decode.py, probe.py and segment_frames.py; nothing of Ray, models, services.
 
-    job      12 bytes (length of the job, of the data) with a file descriptor if it wants frames, the job as JSON, data
-    answer   4 bytes (its length), JSON; the frames lie in the memory behind the descriptor
+    job      12 bytes (length of the job, of the data) with a file descriptor, the job as JSON, data
+    answer   4 bytes (its length), JSON; frames lie in the memory behind the descriptor, those of each answer behind
+             those of the one before
 
-A job has one answer, but that of kind `probes`: one for each of its media, as they come.
+A job of kind `segments` has an answer for each of its requests, in order; one of `probes` for each of its media, as
+they come; one of `medium` a single one. Jobs may be sent before others are answered.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import mmap
 import os
@@ -19,6 +22,7 @@ import signal
 import socket
 import struct
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
@@ -32,12 +36,15 @@ from timeviper_platform import storage
 from timeviper_platform.data.decode import FrameBatch, read_frames
 from timeviper_platform.data.media import DecodeError, ErrorType, MediaLimits, Stage, source_name
 from timeviper_platform.data.probe import PROBE_THREADS, probe_media
-from timeviper_platform.data.segment_frames import DecodeConfig, LocalFrames, decode_stage
+from timeviper_platform.data.segment_frames import DecodeConfig, FrameRequest, LocalFrames, decode_stage
 
 JOB = struct.Struct("<IQ")
 ANSWER = struct.Struct("<I")
 GRACE_SECONDS = 5
 """The parent kills first; a child whose parent has gone ends itself so much later."""
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""of malloc.h"""
 
 _NO_FRAMES = np.empty(0, np.uint8)
 _Answer = tuple[dict[str, Any], np.ndarray]
@@ -69,29 +76,43 @@ class JobRunner:
         self._source: LocalFrames | None = None
 
     def answers(self, job: dict[str, Any], data: bytes) -> Iterator[_Answer]:
-        """What is said of frames, and the frames; or why there are none. Of `probes`, what is said of each medium."""
+        """What is said of frames, and the frames; or why there are none."""
+        kinds: dict[str, Callable[[dict[str, Any]], Iterator[_Answer]]] = {
+            "segments": self._segments,
+            "probes": _probes,
+            "medium": partial(_media, data=data),
+        }
         retries = storage.num_retries()
-        for answer, frames in _probes(job) if job["kind"] == "probes" else [self._frames(job, data)]:
+        for answer, frames in kinds[job["kind"]](job):
             now = storage.num_retries()
             yield answer | {"retries": now - retries}, frames
             retries = now
 
-    def _frames(self, job: dict[str, Any], data: bytes) -> _Answer:
-        if job["kind"] == "segment":
-            return _or_error(lambda: self._segment(job), decode_stage(job["modality"]), job["uri"])
-        return _or_error(lambda: _medium(job, data), "decode_video", job["uri"] or data)
-
-    def _segment(self, job: dict[str, Any]) -> _Answer:
+    def _segments(self, job: dict[str, Any]) -> Iterator[_Answer]:
         if self._source is None:
             config = DecodeConfig(backend=job["backend"], max_open_videos=job["max_open_videos"], isolation="none")
             self._source = LocalFrames(job["image_size"], _limits(job), config)
-        times = [Fraction(numerator, denominator) for numerator, denominator in job["times"]]
-        return _answer(self._source.frames(job["uri"], job["modality"], times))
+        for uri, modality, times in job["requests"]:
+            request = FrameRequest(
+                uri, modality, [Fraction(numerator, denominator) for numerator, denominator in times]
+            )
+            began = time.perf_counter(), time.process_time()
+            answer, frames = _or_error(partial(_frames, self._source, request), decode_stage(modality), uri)
+            seconds, cpu_seconds = time.perf_counter() - began[0], time.process_time() - began[1]
+            yield answer | {"seconds": seconds, "cpu_seconds": cpu_seconds}, frames
+
+
+def _frames(source: LocalFrames, request: FrameRequest) -> _Answer:
+    return _answer(source.frames(request))
+
+
+def _media(job: dict[str, Any], data: bytes) -> Iterator[_Answer]:
+    yield _or_error(lambda: _medium(job, data), "decode_video", job["uri"] or data)
 
 
 def _probes(job: dict[str, Any]) -> Iterator[_Answer]:
     limits = _limits(job)
-    with ThreadPoolExecutor(PROBE_THREADS) as pool:  # begins them in order, as isolation.py knows
+    with ThreadPoolExecutor(PROBE_THREADS) as pool:  # begins them in order, as isolated_sources.py knows
         numbers = {
             pool.submit(_or_error, partial(_probe, uri, limits), "probe", uri): number
             for number, uri in enumerate(job["uris"])
@@ -158,16 +179,16 @@ def main(connection: socket.socket) -> None:
         job = json.loads(_receive(connection, num_job_bytes))
         data = _receive(connection, num_data_bytes)
         signal.setitimer(signal.ITIMER_REAL, job["deadline_seconds"] + GRACE_SECONDS)  # SIGALRM ends the process
-        for answer, frames in runner.answers(job, data):
-            if frames.size:
-                with mmap.mmap(descriptors[0], 0) as memory:
-                    memory[: frames.nbytes] = frames.reshape(-1).data
-            text = json.dumps(answer).encode()
-            connection.sendall(ANSWER.pack(len(text)) + text)
-            signal.setitimer(signal.ITIMER_REAL, job["deadline_seconds"] + GRACE_SECONDS)  # for the next answer
+        with mmap.mmap(descriptors[0], 0) as memory:
+            os.close(descriptors[0])
+            num_bytes = 0
+            for answer, frames in runner.answers(job, data):
+                memory[num_bytes : num_bytes + frames.nbytes] = frames.reshape(-1).data
+                num_bytes += frames.nbytes
+                text = json.dumps(answer).encode()
+                connection.sendall(ANSWER.pack(len(text)) + text)
+                signal.setitimer(signal.ITIMER_REAL, job["deadline_seconds"] + GRACE_SECONDS)  # for the next answer
         signal.setitimer(signal.ITIMER_REAL, 0)
-        for descriptor in descriptors:
-            os.close(descriptor)
 
 
 def _receive(connection: socket.socket, num_bytes: int) -> bytes:
@@ -180,6 +201,16 @@ def _receive(connection: socket.socket, num_bytes: int) -> bytes:
     return bytes(parts)
 
 
+def keep_freed_memory() -> None:
+    """Pictures are allocated and freed again and again; what goes back to the system between comes as new pages, which
+    a virtual machine pays as much for as for decoding a small JPEG."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # glibc's
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(M_TRIM_THRESHOLD, 128 << 20)
+
+
 if __name__ == "__main__":
+    keep_freed_memory()
     limit_resources(json.loads(sys.argv[2]))
     main(socket.socket(fileno=int(sys.argv[1])))

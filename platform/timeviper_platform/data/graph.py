@@ -31,7 +31,6 @@ from timeviper_platform.data.manifest import MediaItem
 from timeviper_platform.data.metrics import RunMetrics
 from timeviper_platform.data.segments import PlanSpec, Segment, Unit, iter_units, plan_page
 from timeviper_platform.data.steps import (
-    CpuClock,
     DecodedSegment,
     SegmentDecoder,
     SegmentEncoder,
@@ -299,10 +298,10 @@ _DECODED = pa.list_(
 _BEGIN = pa.struct(
     [pa.field("started", pa.float64()), pa.field("decoder", pa.string()), pa.field("retries", pa.int64())]
 )
-_SHARE = pa.float64()
-"""of a CPU that a step used; see UnitOutcome"""
+_CPU_SECONDS = pa.float64()
+"""that a step took; see UnitOutcome"""
 DECODED_UNITS = pa.schema(
-    [*UNITS, pa.field("decoded", _DECODED), pa.field("begin", _BEGIN), pa.field("decode_share", _SHARE)]
+    [*UNITS, pa.field("decoded", _DECODED), pa.field("begin", _BEGIN), pa.field("decode_cpu_seconds", _CPU_SECONDS)]
 )
 ENCODED_UNITS = pa.schema(
     [
@@ -310,8 +309,8 @@ ENCODED_UNITS = pa.schema(
         pa.field("rows", pa.list_(pa.struct(list(FEATURES)))),
         pa.field("begin", _BEGIN),
         pa.field("encoder", pa.string()),
-        pa.field("decode_share", _SHARE),
-        pa.field("encode_share", _SHARE),
+        pa.field("decode_cpu_seconds", _CPU_SECONDS),
+        pa.field("encode_cpu_seconds", _CPU_SECONDS),
     ]
 )
 
@@ -335,13 +334,13 @@ class DecodeStep:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """The table with the column `decoded`."""
-        begins, decoded, shares = [], [], []
+        begins, decoded, costs = [], [], []
         for unit in _units(table):
-            begin, clock = UnitStart.now(), CpuClock()
-            decoded.append([_to_arrow(self._decoder.decode(segment)) for segment in unit.segments])
+            begin, before = UnitStart.now(), self._decoder.cpu_seconds
+            decoded.append([_to_arrow(segment) for segment in self._decoder.decode(unit.segments)])
             begins.append(asdict(begin.finished()))
-            shares.append(clock.share())
-        made = [pa.array(decoded, _DECODED), pa.array(begins, _BEGIN), pa.array(shares, _SHARE)]
+            costs.append(self._decoder.cpu_seconds - before)
+        made = [pa.array(decoded, _DECODED), pa.array(begins, _BEGIN), pa.array(costs, _CPU_SECONDS)]
         return pa.table([table["unit"], table["segments"], *made], schema=DECODED_UNITS)
 
 
@@ -355,14 +354,14 @@ class EncodeStep:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """One row of FEATURES rows a unit."""
-        rows, shares = [], []
+        rows, costs = [], []
         for unit, decoded in zip(_units(table), table["decoded"], strict=True):
-            pairs, clock = zip(unit.segments, decoded, strict=True), CpuClock()
+            pairs, before = zip(unit.segments, decoded, strict=True), self._encoder.cpu_seconds
             rows.append(list(self._encoder.rows(_from_arrow(s, d, self._spec.image_size) for s, d in pairs)))
-            shares.append(clock.share() if self._spec.encoder.device == "cpu" else 1.0)
+            costs.append(self._encoder.cpu_seconds - before)
         made = [pa.array(rows, ENCODED_UNITS.field("rows").type), table["begin"]]
         names = pa.array([process_name()] * len(rows))
-        columns = [table["unit"], *made, names, table["decode_share"], pa.array(shares, _SHARE)]
+        columns = [table["unit"], *made, names, table["decode_cpu_seconds"], pa.array(costs, _CPU_SECONDS)]
         return pa.table(columns, schema=ENCODED_UNITS)
 
 
@@ -379,7 +378,8 @@ class WriteStep:
     def _outcome(self, row: dict[str, Any]) -> UnitOutcome:
         begin = UnitStart(**row["begin"])
         outcome = write_unit(self._spec, row["unit"], row["rows"], begin, encoder=row["encoder"])
-        return replace(outcome, decode_share=row["decode_share"], encode_share=row["encode_share"])
+        costs = {name: row[name] for name in ("decode_cpu_seconds", "encode_cpu_seconds")}
+        return replace(outcome, **costs)
 
 
 def _units(table: pa.Table) -> list[Unit]:

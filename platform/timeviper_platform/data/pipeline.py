@@ -160,11 +160,7 @@ def estimate(config: PreprocessConfig) -> Estimate:
     frames = counts.frames_missing
     rate = _last_rate(config.output)
     calibration = calibrate(sample.segments, worker_spec(config, encoder, digest), encoder)
-    slots = worker_slots(config.execution)
-    mode = config.execution.mode
-    if mode == "auto" and calibration is not None:
-        has_gpu = config.encoder.device != "cpu"
-        mode = calibration.best_mode(*slots, num_cores=num_cores(), has_gpu=has_gpu)
+    ideal = None if calibration is None else _ideal(calibration, config)
     return Estimate(
         media=counts.media,
         errors=counts.errors.total(),
@@ -173,10 +169,19 @@ def estimate(config: PreprocessConfig) -> Estimate:
         segments_missing=counts.segments_missing,
         frames_missing=frames,
         feature_bytes=frames * encoder.num_tokens_per_frame * encoder.dim * 2,
-        seconds=None if calibration is None else calibration.seconds(frames, *slots, is_fused=mode == "fused"),
+        seconds=None if ideal is None else frames / ideal,
         seconds_at_last_rate=frames / rate if rate else None,
         calibration=calibration,
     )
+
+
+def _ideal(calibration: Calibration, config: PreprocessConfig) -> float:
+    """Frames a second that the configured workers could do at these costs."""
+    slots, cores = worker_slots(config.execution), num_cores()
+    has_gpu, mode = config.encoder.device != "cpu", config.execution.mode
+    if mode == "auto":
+        mode = calibration.best_mode(*slots, num_cores=cores, has_gpu=has_gpu)
+    return calibration.ideal_frames_per_second(*slots, is_fused=mode == "fused", num_cores=cores, has_gpu=has_gpu)
 
 
 def make_recipe(encoder: FrameEncoder, config: PreprocessConfig) -> dict[str, Any]:

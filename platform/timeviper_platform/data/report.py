@@ -56,7 +56,7 @@ class PreprocessReport:
     stage_seconds: dict[str, float]
     """sum over the workers: decode, encode, write"""
     workers: dict[str, int]
-    """processes that did some of the work, by stage; one stage, fused, where each does everything"""
+    """processes that did some of the work, by stage; fused ones are in every stage"""
     utilisation: dict[str, float]
     """busy seconds of a stage's workers over the seconds they had, from the first unit's start to the last one's end"""
     ideal_frames_per_second: float
@@ -177,8 +177,7 @@ class Speed:
 def measure_speed(outcomes: Sequence[UnitOutcome], *, num_cores: int, has_gpu: bool = False) -> Speed:
     """The speed of a run against 1 / max(seconds a frame / workers) over its stages.
 
-    Fused workers are one stage that costs all of a unit's seconds; split ones are decode, encode and write, each by
-    the processes that did it.
+    A fused worker encodes and writes while its child decodes ahead of it; split stages have processes of their own.
 
     Args:
         outcomes: of the run's units.
@@ -191,15 +190,11 @@ def measure_speed(outcomes: Sequence[UnitOutcome], *, num_cores: int, has_gpu: b
     decode, encode = sum(o.decode_seconds for o in outcomes), sum(o.encode_seconds for o in outcomes)
     write = sum(o.write_seconds for o in outcomes)
     is_fused = all(o.decoder == o.encoder for o in outcomes)
-    if is_fused:
-        busy = {"fused": decode + encode + write}
-        workers = {"fused": len({o.worker for o in outcomes})}
-    else:
-        busy = {"decode": decode, "encode": encode, "write": write}
-        names = {"decode": "decoder", "encode": "encoder", "write": "worker"}
-        workers = {stage: len({getattr(o, name) for o in outcomes}) for stage, name in names.items()}
+    busy = {"decode": decode, "encode": encode, "write": write}
+    names = {"decode": "decoder", "encode": "encoder", "write": "worker"}
+    workers = {stage: len({getattr(o, name) for o in outcomes}) for stage, name in names.items()}
     wall = max(1e-9, max(o.ended for o in outcomes) - min(o.started for o in outcomes))
-    slots = (workers["fused"], workers["fused"]) if is_fused else (workers["decode"], workers["encode"])
+    slots = workers["decode"], workers["encode"]
     costs = cost_of(outcomes)
     ideal = costs.ideal_frames_per_second(*slots, is_fused=is_fused, num_cores=num_cores, has_gpu=has_gpu)
     return Speed(

@@ -1,4 +1,4 @@
-"""Frames of segments, one after the other: in this process, or in one that may crash or hang (isolation.py).
+"""Frames of segments, one after the other: in this process, or in one that may crash or hang (isolated_sources.py).
 
 Knows images, videos that stay open between segments, and storage that fails for a passing reason; not what a segment
 is.
@@ -6,7 +6,8 @@ is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Literal, Protocol
@@ -42,15 +43,32 @@ class DecodeConfig:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class FrameRequest:
+    """Frames that are wanted of one medium."""
+
+    uri: str
+    modality: Modality
+    times: Sequence[Fraction]
+    """ascending; a picture has one frame, whatever its time"""
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """What became of a request."""
+
+    found: FrameBatch | DecodeError
+    seconds: float
+    """that it took where it was decoded"""
+    cpu_seconds: float = 0.0
+    """of CPU in another process than the caller's"""
+
+
 class FrameSource(Protocol):
     """Where frames come from."""
 
-    def frames(self, uri: str, modality: Modality, times: Sequence[Fraction]) -> FrameBatch:
-        """The frames on screen at `times`; a picture is one frame.
-
-        Raises:
-            DecodeError: when there are none to have.
-        """
+    def decode(self, requests: Iterable[FrameRequest]) -> Iterator[Decoded]:
+        """The frames on screen at the times of each request, in order, or why there are none to have."""
 
 
 @dataclass(slots=True)
@@ -70,17 +88,31 @@ class LocalFrames:
             max_open=self.config.max_open_videos,
         )
 
-    def frames(self, uri: str, modality: Modality, times: Sequence[Fraction]) -> FrameBatch:
-        """See `FrameSource.frames`."""
-        try:
-            return storage.retrying(lambda: self._read(uri, modality, times), uri)
-        except storage.StorageUnavailableError as error:  # not for good: the next run tries again
-            raise DecodeError(decode_stage(modality), ErrorType.READ_FAILED, str(error)) from error
+    def decode(self, requests: Iterable[FrameRequest]) -> Iterator[Decoded]:
+        """See `FrameSource.decode`."""
+        for request in requests:
+            started = time.perf_counter()
+            try:
+                found: FrameBatch | DecodeError = self.frames(request)
+            except DecodeError as error:
+                found = error
+            yield Decoded(found, time.perf_counter() - started)
 
-    def _read(self, uri: str, modality: Modality, times: Sequence[Fraction]) -> FrameBatch:
-        if modality == "image":
-            return read_image(uri, self.image_size, limits=self.limits)
-        return self._pool.sample(uri, times)
+    def frames(self, request: FrameRequest) -> FrameBatch:
+        """The frames of one request.
+
+        Raises:
+            DecodeError: when there are none to have.
+        """
+        try:
+            return storage.retrying(lambda: self._read(request), request.uri)
+        except storage.StorageUnavailableError as error:  # not for good: the next run tries again
+            raise DecodeError(decode_stage(request.modality), ErrorType.READ_FAILED, str(error)) from error
+
+    def _read(self, request: FrameRequest) -> FrameBatch:
+        if request.modality == "image":
+            return read_image(request.uri, self.image_size, limits=self.limits)
+        return self._pool.sample(request.uri, request.times)
 
 
 def decode_stage(modality: Modality) -> Stage:

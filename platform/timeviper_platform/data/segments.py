@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from timeviper_platform.data.decode import check_size, count_samples, sample_times
-from timeviper_platform.data.isolation import IsolatedProbes
+from timeviper_platform.data.isolated_sources import IsolatedProbes
 from timeviper_platform.data.manifest import MediaItem
 from timeviper_platform.data.media import DecodeError, ErrorType, MediaLimits, Modality, source_name
 from timeviper_platform.data.probe import LocalProbes, ProbeSource, file_version, sha256_of

@@ -10,21 +10,20 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 
 import numpy as np
-import psutil
 import torch
 import xxhash
 
 from timeviper_platform import storage
 from timeviper_platform.data.decode import DecodeError, ErrorType, FrameBatch, check_backend
 from timeviper_platform.data.encode import EncoderConfig, FrameEncoder
-from timeviper_platform.data.isolation import IsolatedFrames
+from timeviper_platform.data.isolated_sources import IsolatedFrames
 from timeviper_platform.data.media import MediaLimits
-from timeviper_platform.data.segment_frames import DecodeConfig, FrameSource, LocalFrames
+from timeviper_platform.data.segment_frames import DecodeConfig, FrameRequest, FrameSource, LocalFrames
 from timeviper_platform.data.segments import Segment, Unit
 from timeviper_platform.data.store_writer import Row, features_bytes, write_file
 
@@ -84,10 +83,11 @@ class UnitOutcome:
     encoder: str
     worker: str
     """that wrote"""
-    decode_share: float = 1.0
-    """seconds of CPU over seconds of the process that decoded: below 1 where it waited for a core or for storage"""
-    encode_share: float = 1.0
-    """the same of the process that encoded; 1 where the encoder has a GPU"""
+    decode_cpu_seconds: float = 0.0
+    """of CPU, by all processes that decode: what they waited for a core or for storage is not in it"""
+    encode_cpu_seconds: float = 0.0
+    """the same of the encoder; where that is on a GPU, the seconds it was busy"""
+    write_cpu_seconds: float = 0.0
 
 
 class SegmentDecoder:
@@ -103,22 +103,31 @@ class SegmentDecoder:
         source = IsolatedFrames if spec.decode.isolation == "process" else LocalFrames
         self._source: FrameSource = source(spec.image_size, spec.limits, spec.decode)
 
-    def decode(self, segment: Segment) -> DecodedSegment:
-        """The frames of one segment; what is wrong with it is in the result, not raised."""
-        started = time.perf_counter()
-        frames, error = None, None
-        try:
-            frames = self._frames(segment)
-        except DecodeError as caught:
-            error = caught
-        return DecodedSegment(segment, frames, error, time.perf_counter() - started)
+        self.cpu_seconds = 0.0
+        """of CPU that decoding took so far, here and in a child"""
 
-    def _frames(self, segment: Segment) -> FrameBatch:
-        frames = self._source.frames(segment.uri, segment.modality, segment.times(self._spec.fps))
-        if len(frames.frames) == 0 and (frames.num_missing or segment.segment_index == 0):
-            message = f"{segment.uri}: none of {segment.num_samples} sampled frames decodes"
-            raise DecodeError("decode_video", ErrorType.FRAMES_MISSING, message)
-        return frames
+    def decode(self, segments: Sequence[Segment]) -> Iterator[DecodedSegment]:
+        """The frames of each segment, in order; what is wrong with one is in its result, not raised.
+
+        A child decodes ahead of what is taken.
+        """
+        requests = (FrameRequest(s.uri, s.modality, s.times(self._spec.fps)) for s in segments)
+        results = self._source.decode(requests)
+        for segment in segments:
+            began = time.thread_time()
+            decoded = next(results)
+            self.cpu_seconds += time.thread_time() - began + decoded.cpu_seconds
+            found = _checked(segment, decoded.found)
+            frames, error = (None, found) if isinstance(found, DecodeError) else (found, None)
+            yield DecodedSegment(segment, frames, error, decoded.seconds)
+
+
+def _checked(segment: Segment, found: FrameBatch | DecodeError) -> FrameBatch | DecodeError:
+    """What was found, or that it is nothing: frames of a segment that has none, though it should."""
+    if isinstance(found, DecodeError) or len(found.frames) or not (found.num_missing or segment.segment_index == 0):
+        return found
+    message = f"{segment.uri}: none of {segment.num_samples} sampled frames decodes"
+    return DecodeError("decode_video", ErrorType.FRAMES_MISSING, message)
 
 
 @dataclass(slots=True)
@@ -139,6 +148,8 @@ class SegmentEncoder:
     def __init__(self, encoder: FrameEncoder, fps: Fraction) -> None:
         self._encoder = encoder
         self._fps = fps
+        self.cpu_seconds = 0.0
+        """of CPU that encoding took so far; of the clock where the encoder is on a GPU"""
 
     def rows(self, decoded: Iterable[DecodedSegment]) -> Iterator[Row]:
         """A row a segment."""
@@ -168,9 +179,11 @@ class SegmentEncoder:
                 left -= len(frames)
         if not takes:
             return 0
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         tokens = self._encoder.encode(np.concatenate([frames for _, frames in takes]))
         seconds = time.perf_counter() - started
+        has_cpu = self._encoder.config.device == "cpu"
+        self.cpu_seconds += time.process_time() - cpu_started if has_cpu else seconds
         pieces = torch.split(tokens, [len(frames) for _, frames in takes])
         for (entry, frames), piece in zip(takes, pieces, strict=True):
             entry.tokens.append(piece)
@@ -227,22 +240,6 @@ _SHARED_FIELDS = tuple(
 """of PLAN and FEATURES rows; `asdict` would copy every value, which an image's row feels"""
 
 
-class CpuClock:
-    """How much of a CPU this process and its children use from now on, such as one that decodes for it."""
-
-    def __init__(self) -> None:
-        self._began, self._cpu_began = time.perf_counter(), _cpu_seconds()
-
-    def share(self) -> float:
-        """Seconds of CPU over seconds, at most 1: a worker is one slot, whatever its threads."""
-        return min(1.0, (_cpu_seconds() - self._cpu_began) / max(1e-9, time.perf_counter() - self._began))
-
-
-def _cpu_seconds() -> float:
-    process = psutil.Process()
-    return float(sum(sum(p.cpu_times()[:4]) for p in (process, *process.children(recursive=True))))
-
-
 class UnitProcessor:
     """A whole unit in one process: decode, encode, write, commit. For decoders and encoders that share cores."""
 
@@ -253,12 +250,16 @@ class UnitProcessor:
         self._encoder = SegmentEncoder(FrameEncoder(spec.encoder), spec.fps)
 
     def process(self, unit: Unit) -> UnitOutcome:
-        """Writes and commits the unit's file; memory holds one row group and one segment's frames at a time."""
-        begin, clock = UnitStart.now(), CpuClock()
-        rows = self._encoder.rows(self._decoder.decode(segment) for segment in unit.segments)
+        """Writes and commits the unit's file; memory holds one row group and a few segments' frames at a time."""
+        begin = UnitStart.now()
+        decoded, encoded = self._decoder.cpu_seconds, self._encoder.cpu_seconds
+        rows = self._encoder.rows(self._decoder.decode(unit.segments))
         outcome = write_unit(self._spec, unit.name, rows, begin, encoder=begin.decoder)
-        share = clock.share() if self._spec.encoder.device == "cpu" else 1.0
-        return replace(outcome, decode_share=share, encode_share=share)
+        return replace(
+            outcome,
+            decode_cpu_seconds=self._decoder.cpu_seconds - decoded,
+            encode_cpu_seconds=self._encoder.cpu_seconds - encoded,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,11 +302,13 @@ def write_unit(spec: WorkerSpec, name: str, rows: Iterable[Row], begin: UnitStar
     is_fused = begin.decoder == here and encoder == here
     before = begin.retries if is_fused else storage.num_retries()
     source = _TimedRows(rows)
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.thread_time()
     index_rows = write_file(spec.store, name, source, recipe_digest=spec.recipe_hash)
     write_seconds = time.perf_counter() - started - source.seconds
+    cpu_seconds = time.thread_time() - cpu_started - source.cpu_seconds
     retries = storage.num_retries() - before + (0 if is_fused else begin.retries)
-    return outcome_of(name, index_rows, begin, write_seconds=write_seconds, retries=retries, encoder=encoder)
+    outcome = outcome_of(name, index_rows, begin, write_seconds=write_seconds, retries=retries, encoder=encoder)
+    return replace(outcome, write_cpu_seconds=cpu_seconds)
 
 
 class _TimedRows:
@@ -313,17 +316,18 @@ class _TimedRows:
 
     def __init__(self, rows: Iterable[Row]) -> None:
         self._rows = iter(rows)
-        self.seconds = 0.0
+        self.seconds = self.cpu_seconds = 0.0
 
     def __iter__(self) -> _TimedRows:
         return self
 
     def __next__(self) -> Row:
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.thread_time()  # the process's costs more the more threads
         try:
             return next(self._rows)
         finally:
             self.seconds += time.perf_counter() - started
+            self.cpu_seconds += time.thread_time() - cpu_started
 
 
 def outcome_of(

@@ -19,30 +19,24 @@ from timeviper_platform.data.segments import PlanSpec, plan_page, segments_of
 from timeviper_platform.data.steps import WorkerSpec
 
 
-def test_time_is_the_sum_of_fused_steps_and_the_slower_of_split_ones() -> None:
-    measured = Calibration(segments=1, frames=10, decode_seconds=4.0, encode_seconds=1.0)
-    assert measured.seconds(100, 2, 2, is_fused=True) == pytest.approx(25)
-    assert measured.seconds(100, 8, 2, is_fused=True) == pytest.approx(25)  # those who encode decode, and nobody else
-    assert measured.seconds(100, 2, 1, is_fused=False) == pytest.approx(20)
-    assert measured.seconds(100, 8, 1, is_fused=False) == pytest.approx(10)
-
-
 def test_the_ideal_is_that_of_the_slowest_stage_and_never_more_than_the_cores_can_do() -> None:
     measured = Calibration(segments=1, frames=100, decode_seconds=0.7, encode_seconds=0.2, write_seconds=0.1)
     assert measured.ideal_frames_per_second(2, 2, is_fused=True, num_cores=2) == pytest.approx(200)
+    assert measured.ideal_frames_per_second(1, 1, is_fused=True, num_cores=2) == pytest.approx(100 / 0.7)  # its child's
+    assert measured.ideal_frames_per_second(9, 1, is_fused=True, num_cores=9) == pytest.approx(100 / 0.7)  # has no more
+    slow = replace(measured, decode_seconds=0.25)
+    assert slow.ideal_frames_per_second(1, 1, is_fused=True, num_cores=2) == pytest.approx(
+        100 / 0.3
+    )  # who encodes writes
     assert measured.ideal_frames_per_second(1, 1, is_fused=False, num_cores=2) == pytest.approx(100 / 0.7)
     assert measured.ideal_frames_per_second(2, 1, is_fused=False, num_cores=2) == pytest.approx(200)  # not 100 / 0.35
     assert measured.ideal_frames_per_second(8, 1, is_fused=False, num_cores=9) == pytest.approx(500)  # the encoder
 
 
 def test_a_wait_for_a_core_is_no_frames_cost() -> None:
-    alone = made_outcome(num_frames=10)  # 6 + 3 + 1 s of wall time
-    waited = replace(alone, decode_share=0.5, encode_share=0.5)
-    found = cost_of([waited, alone])
+    found = cost_of([made_outcome(num_frames=10), made_outcome(num_frames=10, decode_seconds=60.0)])
     assert found.frames == 20
-    assert (found.decode_seconds, found.encode_seconds, found.write_seconds) == (9.0, 4.5, 1.5)
-    split = replace(waited, worker="writer")  # whose wait for a disk is the writing itself
-    assert cost_of([split]).write_seconds == 1.0
+    assert (found.decode_seconds, found.encode_seconds, found.write_seconds) == (12.0, 6.0, 2.0)
 
 
 def test_the_steps_are_split_where_a_gpu_would_wait_for_its_own_decoder() -> None:

@@ -10,7 +10,7 @@ import signal
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -24,14 +24,14 @@ from PIL import Image
 
 from reference.made_media import make_video
 from timeviper_platform import storage
-from timeviper_platform.data import isolation
-from timeviper_platform.data.decode import sample_times
-from timeviper_platform.data.isolation import IsolatedFrames, IsolatedProbes
+from timeviper_platform.data import isolated_sources
+from timeviper_platform.data.decode import FrameBatch, sample_times
+from timeviper_platform.data.isolated_sources import IsolatedFrames, IsolatedProbes
 from timeviper_platform.data.manifest import MediaItem
-from timeviper_platform.data.media import DecodeError, ErrorType, FileVersion, MediaLimits, reading
+from timeviper_platform.data.media import DecodeError, ErrorType, FileVersion, MediaLimits, Modality, reading
 from timeviper_platform.data.planning import plan_here
 from timeviper_platform.data.probe import LocalProbes, probe_media
-from timeviper_platform.data.segment_frames import DecodeConfig, LocalFrames
+from timeviper_platform.data.segment_frames import DecodeConfig, FrameRequest, FrameSource, LocalFrames
 from timeviper_platform.data.segments import PlanSpec, plan_page
 
 SIZE = 32
@@ -57,9 +57,19 @@ def source() -> IsolatedFrames:
     return IsolatedFrames(SIZE, MediaLimits(), CONFIG)
 
 
-def failure(source: IsolatedFrames, uri: str) -> tuple[str, ErrorType, str]:
+def frames(
+    source: FrameSource, uri: str, modality: Modality = "video", times: Sequence[Fraction] = TIMES
+) -> FrameBatch:
+    """Those of one request."""
+    (decoded,) = source.decode([FrameRequest(uri, modality, times)])
+    if isinstance(decoded.found, DecodeError):
+        raise decoded.found
+    return decoded.found
+
+
+def failure(source: FrameSource, uri: str) -> tuple[str, ErrorType, str]:
     with pytest.raises(DecodeError) as caught:
-        source.frames(uri, "video", TIMES)
+        frames(source, uri)
     return caught.value.stage, caught.value.error_type, caught.value.message
 
 
@@ -70,7 +80,7 @@ def test_a_child_gives_the_frames_of_this_process(source: IsolatedFrames, film: 
     late = [Fraction(100)]  # has no frame
     asked = ((film, "video", TIMES), (film, "video", late), (str(tmp_path / "a.png"), "image", TIMES[:1]))
     for uri, modality, times in asked * 2:
-        here, there = (s.frames(uri, modality, times) for s in (local, source))  # type: ignore[arg-type]
+        here, there = (frames(s, uri, modality, times) for s in (local, source))  # type: ignore[arg-type]
         kept.append((here, there))
     for here, there in kept:  # later answers do not write over earlier ones
         assert np.array_equal(here.frames, there.frames)
@@ -85,9 +95,9 @@ def test_errors_of_files_arrive_with_stage_type_and_message(source: IsolatedFram
     for name in ("nowhere.mp4", "text.mp4"):
         uri = str(tmp_path / name)
         with pytest.raises(DecodeError) as here:
-            local.frames(uri, "video", TIMES)
+            frames(local, uri)
         assert failure(source, uri) == here.value.args
-    assert len(source.frames(film, "video", TIMES).frames) == len(TIMES)
+    assert len(frames(source, film).frames) == len(TIMES)
 
 
 def test_a_hang_is_one_error_and_the_rest_of_that_medium_is_given_up(film: str, hang: str) -> None:
@@ -97,7 +107,7 @@ def test_a_hang_is_one_error_and_the_rest_of_that_medium_is_given_up(film: str, 
     assert failure(source, hang)[1] == ErrorType.DECODER_TIMEOUT
     assert time.monotonic() - started < 1
     source.config = CONFIG
-    assert len(source.frames(film, "video", TIMES).frames) == len(TIMES)
+    assert len(frames(source, film).frames) == len(TIMES)
 
 
 @contextlib.contextmanager
@@ -122,18 +132,107 @@ def killing(source: IsolatedFrames, times: int) -> Iterator[None]:
 
 def test_a_crash_is_one_error_and_the_next_medium_decodes(film: str, hang: str) -> None:
     source = IsolatedFrames(SIZE, MediaLimits(), CONFIG)
-    source.frames(film, "video", TIMES)
+    frames(source, film)
     with killing(source, times=2):
         stage, kind, message = failure(source, hang)
     assert (stage, kind) == ("decode_video", ErrorType.DECODER_CRASHED)
     assert "code -11" in message
-    assert len(source.frames(film, "video", TIMES).frames) == len(TIMES)
+    assert len(frames(source, film).frames) == len(TIMES)
 
 
 def test_a_child_that_something_else_killed_costs_nothing(source: IsolatedFrames, film: str) -> None:
-    expected = source.frames(film, "video", TIMES)
+    expected = frames(source, film)
     os.kill(source._child.pid, signal.SIGKILL)
-    assert np.array_equal(source.frames(film, "video", TIMES).frames, expected.frames)
+    assert np.array_equal(frames(source, film).frames, expected.frames)
+
+
+def described(source: FrameSource, requests: Sequence[FrameRequest]) -> list[object]:
+    """What became of each request, so that it can be compared."""
+    found = [decoded.found for decoded in source.decode(requests)]
+    return [
+        (one.stage, one.error_type)
+        if isinstance(one, DecodeError)
+        else (one.frames.tobytes(), one.times_seconds.tolist(), one.num_missing)
+        for one in found
+    ]
+
+
+@pytest.fixture
+def requests(film: str, tmp_path: Path) -> list[FrameRequest]:
+    """Pictures, of which each is another, stretches of a film, and two files that are neither: several jobs."""
+    made = [FrameRequest(film, "video", TIMES[start : start + 8]) for start in range(0, 16, 4)] * 10
+    for number in range(100):
+        Image.new("RGB", (40, 30), (number, 200, 30)).save(tmp_path / f"{number}.png")
+        made.insert(number, FrameRequest(str(tmp_path / f"{number}.png"), "image", TIMES[:1]))
+    (tmp_path / "text.mp4").write_text("no video")
+    for place, name in ((3, "text.mp4"), (90, "nowhere.mp4")):
+        made.insert(place, FrameRequest(str(tmp_path / name), "video", TIMES))
+    return made
+
+
+def test_results_of_many_requests_come_in_order_and_next_to_each_other(
+    source: IsolatedFrames, requests: list[FrameRequest]
+) -> None:
+    assert described(source, requests) == described(LocalFrames(SIZE, MediaLimits(), CONFIG), requests)
+    assert described(source, []) == []
+
+
+def test_the_child_decodes_ahead_of_what_is_taken(
+    source: IsolatedFrames, requests: list[FrameRequest], film: str
+) -> None:
+    taken = 0
+
+    def counted() -> Iterator[FrameRequest]:
+        nonlocal taken
+        for request in requests:
+            taken += 1
+            yield request
+
+    results = source.decode(counted())
+    assert isinstance(next(results).found, FrameBatch)
+    assert isolated_sources.MAX_FRAMES_A_JOB < taken < len(requests)
+    child = source._child
+    assert child is not None
+    results.close()
+    assert not psutil.pid_exists(child.pid)  # whose answers nobody waits for any more
+    assert len(frames(source, film).frames) == len(TIMES)
+    assert source._child is not None
+    pid = source._child.pid
+    results = source.decode(requests[:1])
+    next(results)
+    results.close()
+    assert source._child.pid == pid  # all of its answers were taken
+
+
+def test_a_child_killed_among_many_requests_costs_nothing(source: IsolatedFrames, requests: list[FrameRequest]) -> None:
+    expected = described(source, requests)
+
+    def killing_some() -> Iterator[FrameRequest]:
+        for number, request in enumerate(requests):
+            if number in (0, 5, 130) and source._child is not None:
+                os.kill(source._child.pid, signal.SIGKILL)
+            yield request
+
+    assert described(source, killing_some()) == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("broken_readers")
+def test_what_crashes_or_hangs_the_child_among_many_is_one_error_each(
+    requests: list[FrameRequest], film: str, hang: str, tmp_path: Path
+) -> None:
+    crash = tmp_path / "crash.mp4"
+    crash.hardlink_to(film)
+    expected = described(LocalFrames(SIZE, MediaLimits(), CONFIG), requests)
+    for place, uri, kind in (
+        (150, str(crash), ErrorType.DECODER_CRASHED),
+        (60, hang, ErrorType.DECODER_TIMEOUT),
+        (60, hang, ErrorType.DECODER_TIMEOUT),  # given up
+        (0, str(crash), ErrorType.DECODER_CRASHED),
+    ):
+        requests.insert(place, FrameRequest(uri, "video", TIMES))
+        expected.insert(place, ("decode_video", kind))
+    source = IsolatedFrames(SIZE, MediaLimits(), replace(CONFIG, deadline_seconds=3.0))
+    assert described(source, requests) == expected
 
 
 def test_too_much_memory_is_an_error_of_its_own(tmp_path: Path) -> None:
@@ -141,7 +240,7 @@ def test_too_much_memory_is_an_error_of_its_own(tmp_path: Path) -> None:
     limits = MediaLimits(max_pixels=1 << 30)
     source = IsolatedFrames(SIZE, limits, replace(CONFIG, max_memory_bytes=1 << 28))
     with pytest.raises(DecodeError) as caught:
-        source.frames(str(tmp_path / "large.png"), "image", TIMES[:1])
+        frames(source, str(tmp_path / "large.png"), "image", TIMES[:1])
     assert (caught.value.stage, caught.value.error_type) == ("decode_image", ErrorType.OUT_OF_MEMORY)
 
 
@@ -154,7 +253,7 @@ def test_no_limit_of_memory_holds_beside_nvidias_driver() -> None:
 
 def test_no_child_outlives_its_source(film: str) -> None:
     source = IsolatedFrames(SIZE, MediaLimits(), CONFIG)
-    source.frames(film, "video", TIMES)
+    frames(source, film)
     pid = source._child.pid
     del source
     assert not psutil.pid_exists(pid)
@@ -166,13 +265,13 @@ def test_retries_of_a_child_are_counted_here() -> None:
     assert storage.num_retries() == before + 3
 
 
-BROKEN_PROBER = """
+BROKEN_READERS = """
 import os, signal, time
 from timeviper_platform import storage
-from timeviper_platform.data import probe
+from timeviper_platform.data import decode, probe
 
 def probe_media(source, limits=None, real=probe.probe_media):
-    if "crash" in source:
+    if "crash" in os.path.basename(source):
         os.kill(os.getpid(), signal.SIGSEGV)
     if "retried" in source:
         storage.add_retries(2)
@@ -183,15 +282,20 @@ def probe_media(source, limits=None, real=probe.probe_media):
         time.sleep(0.5)
     return real(source, limits)
 
-probe.probe_media = probe_media
+def open_video(source, *rest, real=decode.open_video, **options):
+    if "crash" in os.path.basename(source):
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return real(source, *rest, **options)
+
+probe.probe_media, decode.open_video = probe_media, open_video
 """
 
 
 @pytest.fixture
-def broken_prober(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def broken_readers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Children started from now on do what a file is called: crash, take memory, see storage fail twice."""
     (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(BROKEN_PROBER)
+    (tmp_path / "site" / "sitecustomize.py").write_text(BROKEN_READERS)
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
 
 
@@ -228,7 +332,7 @@ def test_headers_read_in_a_child_say_what_they_say_here(tmp_path: Path) -> None:
     assert [answer.args for answer in there[1::2]] == [answer.args for answer in here[1::2]]  # type: ignore[union-attr]
 
 
-@pytest.mark.usefixtures("broken_prober")
+@pytest.mark.usefixtures("broken_readers")
 def test_what_breaks_the_prober_is_one_error_row_each_and_the_rest_is_planned(tmp_path: Path, hang: str) -> None:
     make_video(tmp_path / "good.mp4", range(8))
     paths = [tmp_path / f"{number:02d}.mp4" for number in range(40)]
@@ -249,7 +353,7 @@ def test_what_breaks_the_prober_is_one_error_row_each_and_the_rest_is_planned(tm
     }
 
 
-@pytest.mark.usefixtures("broken_prober")
+@pytest.mark.usefixtures("broken_readers")
 def test_media_whose_headers_fit_alone_but_not_together_are_planned(tmp_path: Path, film: str) -> None:
     paths = [tmp_path / f"large{number}.mp4" for number in range(6)]
     for path in paths:
@@ -262,7 +366,7 @@ def test_ffmpegs_lack_of_memory_is_not_the_files_fault(film: str) -> None:
         av.error.err_check(-errno.ENOMEM)
 
 
-@pytest.mark.usefixtures("broken_prober")
+@pytest.mark.usefixtures("broken_readers")
 def test_one_medium_that_breaks_the_prober_says_how(tmp_path: Path, film: str) -> None:
     Path(tmp_path / "crash.mp4").hardlink_to(film)
     source = IsolatedProbes(MediaLimits(), CONFIG)
@@ -272,7 +376,7 @@ def test_one_medium_that_breaks_the_prober_says_how(tmp_path: Path, film: str) -
     assert source.probe([film]) == [probe_media(film)]
 
 
-@pytest.mark.usefixtures("broken_prober")
+@pytest.mark.usefixtures("broken_readers")
 def test_retries_of_probing_in_a_child_are_counted_here(tmp_path: Path, film: str) -> None:
     paths = [tmp_path / f"{kind}{number}.mp4" for kind in ("retried", "plain") for number in range(20)]
     for path in paths:
@@ -303,7 +407,7 @@ def test_no_child_is_started_for_media_of_which_all_is_told(film: str, monkeypat
     def refuse(*_: object) -> None:
         raise AssertionError("a child was started")
 
-    monkeypatch.setattr(isolation, "DecodeChild", refuse)
+    monkeypatch.setattr(isolated_sources, "DecodeChild", refuse)
     told = MediaItem(film, "told", version=FileVersion(1, None, "v"), probe=probe_media(film))
     rejected = MediaItem(film, "rejected", rejected=(ErrorType.READ_FAILED, "as the manifest says"))
     pages = [[told, rejected], [replace(told, sha256="0")]]

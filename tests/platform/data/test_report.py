@@ -10,19 +10,21 @@ from reference.made_outcome import made_outcome
 from timeviper_platform.data.report import FailureFuse, measure_speed, steady_rate
 
 
-def test_fused_workers_are_held_against_all_of_a_frames_costs() -> None:
+def test_fused_workers_are_held_against_what_the_cores_can_do() -> None:
     outcomes = [made_outcome(worker=w, decoder=w, encoder=w) for w in "ab"]
     speed = measure_speed(outcomes, num_cores=2)
-    assert speed.workers == {"fused": 2}
-    assert speed.ideal_frames_per_second == pytest.approx(20.0)  # 0.1 s a frame, two workers
-    assert (speed.utilisation, speed.share_of_ideal) == ({"fused": 1.0}, pytest.approx(1.0))
+    assert speed.workers == {"decode": 2, "encode": 2, "write": 2}
+    assert speed.ideal_frames_per_second == pytest.approx(20.0)  # 0.1 s a frame, two cores
+    assert speed.utilisation == {"decode": 0.6, "encode": 0.3, "write": 0.1}
+    assert speed.share_of_ideal == pytest.approx(1.0)
     assert speed.cores_per_encoder == pytest.approx(7 / 3, abs=0.01)
     idle = [replace(outcome, ended=20.0) for outcome in outcomes]
     assert measure_speed(idle, num_cores=2).share_of_ideal == pytest.approx(0.5)
-    assert measure_speed(idle, num_cores=2).utilisation == {"fused": 0.5}
-    waited = [replace(outcome, decode_share=0.5, encode_share=0.5) for outcome in outcomes]
+    assert measure_speed(idle, num_cores=2).utilisation == {"decode": 0.3, "encode": 0.15, "write": 0.05}
+    waited = [replace(outcome, decode_cpu_seconds=1.0) for outcome in outcomes]
     assert measure_speed(waited, num_cores=2).share_of_ideal == pytest.approx(0.5)  # a wait is no frame's cost
     assert measure_speed(outcomes, num_cores=1).ideal_frames_per_second == pytest.approx(10.0)
+    assert measure_speed(outcomes, num_cores=9).ideal_frames_per_second == pytest.approx(200 / 6, abs=0.01)
 
 
 def test_split_workers_are_held_against_their_slowest_stage() -> None:
