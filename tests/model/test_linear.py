@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from timeviper_model import linear as module
-from timeviper_model.linear import MIN_PRODUCTS, Linear
+from timeviper_model.linear import MIN_PRODUCTS, Linear, pack_linears
 
 ENOUGH = MIN_PRODUCTS // (64 * 48)
 
@@ -64,3 +66,53 @@ def test_a_build_without_onednn_computes_the_same(monkeypatch: pytest.MonkeyPatc
         expected = linear(x)
         monkeypatch.setattr(module, "_onednn", None)
         torch.testing.assert_close(linear(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def used_weights(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of every product by oneDNN: whether its weight was packed."""
+    onednn, packed = module._onednn, []
+    if onednn is None:
+        pytest.skip("this PyTorch has no oneDNN")
+
+    def noted(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+        packed.append(weight.is_mkldnn)
+        product: torch.Tensor = onednn(x, weight, *rest)
+        return product
+
+    monkeypatch.setattr(module, "_onednn", noted)
+    return packed
+
+
+def test_a_packed_weight_gives_the_same_product_until_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = used_weights(monkeypatch)
+    linear, x = make(ENOUGH + 1)
+    model = torch.nn.Sequential(linear)
+    with torch.inference_mode():
+        expected = model(x)
+        pack_linears(model)
+        torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        linear.weight.mul_(2.0)
+        torch.testing.assert_close(model(x) - linear.bias, 2 * (expected - linear.bias), rtol=1e-5, atol=1e-5)
+        pack_linears(model)
+        model(x)
+        linear.weight = torch.nn.Parameter(torch.zeros_like(linear.weight))
+        torch.testing.assert_close(model(x), linear.bias.expand(len(x), -1))
+    assert packed == [False, True, False, True, False]
+    model(x).sum().backward()
+    assert linear.weight.grad is not None
+
+
+def test_a_packed_model_is_copied_and_written_without_what_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = used_weights(monkeypatch)
+    linear, x = make(ENOUGH + 1)
+    names = list(linear.state_dict())
+    pack_linears(linear)
+    assert list(linear.state_dict()) == names
+    with torch.inference_mode():
+        for other in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear))):
+            torch.testing.assert_close(other(x), linear(x), rtol=1e-5, atol=1e-5)
+    assert packed == [False, True] * 2
+    half, _ = make(1, torch.bfloat16)
+    pack_linears(half)
+    assert half._packed is None
