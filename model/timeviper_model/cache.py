@@ -22,6 +22,9 @@ from timeviper_model.mamba2 import Mamba2State, conv_dim
 MIN_CAPACITY = 128
 """tokens a slot can hold when the first one arrives; grows by half whenever it is full"""
 
+KEPT_BYTES = 16 << 20
+"""of one layer's keys and values that stay allocated when no slot holds any: a CPU pays for new pages"""
+
 MAX_LENGTH_WASTE = 1.5
 """slots are read by one masked product while their padded length is at most this times their real one"""
 
@@ -35,9 +38,9 @@ class AttentionCache:
         self.lengths = [0] * num_slots
 
     def reset(self, slot: int) -> None:
-        """Forgets the slot; when no slot holds anything the memory goes back."""
+        """Forgets the slot; when no slot holds anything, memory past KEPT_BYTES goes back."""
         self.lengths[slot] = 0
-        if not any(self.lengths):
+        if self.num_bytes > KEPT_BYTES and not any(self.lengths):
             self.keys, self.values = self.keys[:, :, :0].clone(), self.values[:, :, :0].clone()
 
     def put(self, slot: int, k_GLE: Tensor, v_GLE: Tensor) -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from reference.small_models import SMALL, make_model, make_sample, pack
+from timeviper_model import cache as cache_module
 from timeviper_model.cache import MIN_CAPACITY, HybridCache
 from timeviper_model.segments import Segments
 from timeviper_model.timeviper import TimeViper
@@ -33,7 +34,11 @@ def test_layers_behind_a_drop_keep_fewer_tokens() -> None:
     assert cache.num_tokens == [0, 45]
 
 
-def test_capacity_grows_and_goes_back_when_all_slots_are_empty() -> None:
+@pytest.mark.parametrize("kept", [0, cache_module.KEPT_BYTES])
+def test_capacity_grows_and_much_of_it_goes_back_when_all_slots_are_empty(
+    kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "KEPT_BYTES", kept)
     model = make_model()
     cache = model.new_cache(2, device="cpu", dtype=torch.float64)
     empty = cache.num_bytes
@@ -43,8 +48,9 @@ def test_capacity_grows_and_goes_back_when_all_slots_are_empty() -> None:
         model.decode_step(torch.tensor([1]), cache, torch.tensor([0]))
     assert empty < filled < cache.num_bytes
     assert cache.attention[2].lengths == [2 * MIN_CAPACITY, 0]
+    grown = cache.num_bytes
     cache.reset(0)
-    assert cache.num_bytes == empty
+    assert cache.num_bytes == (grown if kept else empty)
     assert cache.num_tokens == [0, 0]
 
 
