@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from reference.tiny_serving import CONFIG_WITH_TRANSV, byte_tokenizer, generate_alone, prompt, random_model
+from timeviper_model import cache as cache_module
 from timeviper_model.config import TransVSite
 from timeviper_model.engine import EngineConfig, InferenceEngine, QueueFull
 from timeviper_model.prefill import prefix_length
@@ -146,7 +147,10 @@ def test_a_cancelled_request_frees_its_slot_at_once(model: TimeViper) -> None:
     assert ids_of(e for e in events if e.request_id == next_one)
 
 
-def test_memory_of_keys_and_values_goes_back_when_all_is_done(model: TimeViper) -> None:
+def test_memory_of_keys_and_values_goes_back_when_all_is_done(
+    model: TimeViper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "KEPT_BYTES", 0)
     engine = engine_of(model, num_slots=2)
     empty = engine.stats().cache_bytes
     engine.submit(ask(num_vision=40, max_new_tokens=4))
@@ -283,7 +287,10 @@ def test_a_short_prompt_does_not_wait_for_a_long_one(model: TimeViper) -> None:
     assert engine.cancel(long)
 
 
-def test_cancelling_in_the_middle_of_a_prompt_frees_its_slot(model: TimeViper) -> None:
+def test_cancelling_in_the_middle_of_a_prompt_frees_its_slot(
+    model: TimeViper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "KEPT_BYTES", 0)
     engine = engine_of(model, num_slots=1, max_prefill_tokens=16, prefix_cache_bytes=2**30)
     empty = engine.stats().cache_bytes
     first = engine.submit(ask(num_vision=200, prefix_key="film"))

@@ -5,11 +5,12 @@ travel in Arrow tables: one row a unit, so that a block is never less than a who
 unit means.
 
     fused   units -> [decode, encode, write, commit]              decoder and encoder share cores
-    split   units -> [decode] -> [encode] -> [write, commit]      the encoder has a GPU
+    split   units -> [decode] -> [encode, write, commit]          the encoder has a GPU
 """
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -17,6 +18,7 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from threading import Lock
 from typing import Any, Literal
 
 import numpy as np
@@ -42,15 +44,15 @@ from timeviper_platform.data.steps import (
     write_unit,
 )
 from timeviper_platform.local_cluster import local_cluster
-from timeviper_platform.schemas import FEATURES, PLAN
+from timeviper_platform.schemas import PLAN
 
 logger = logging.getLogger(__name__)
 
-WRITE_CPUS = 0.1
-"""Writing waits for disks and object stores; a whole CPU for it would starve on a small machine."""
-
 PLAN_CPUS = 0.25
-"""Probing waits for disks and object stores too."""
+"""Probing waits for disks and object stores."""
+
+UNITS_PER_ENCODER = 2
+"""At a time: one is encoded while the one before it is written."""
 
 UNITS_PER_GRAPH = 4096
 """All units of a graph stand in the driver's memory; at 2048 frames each, new workers for the next cost nothing."""
@@ -67,7 +69,11 @@ class ExecutionConfig:
     """split gives decoding its own workers, as a GPU's encoder wants when decoding takes longer; auto measures a few
     segments in a worker first, and takes what promises more"""
     num_workers: int | None = None
-    """processes that encode; None = one a CPU (fused) or one a GPU (split)"""
+    """most processes that encode; None = one a CPU, or one a GPU where gpus_per_worker asks for any"""
+    min_workers: int | None = None
+    """fewest of them: below num_workers, more are started while units wait; None = initial_workers, else num_workers"""
+    initial_workers: int | None = None
+    """of them at the start; None = min_workers"""
     num_decode_workers: int | None = None
     """split alone; None = one a CPU"""
     cpus_per_worker: float = 0.75
@@ -86,8 +92,13 @@ class ExecutionConfig:
             raise ValueError(f"{self.max_consecutive_failures = } must be at least 1, or null")
         if self.frames_per_file < 1:
             raise ValueError(f"{self.frames_per_file = } must be at least 1")
-        if self.num_workers is not None and self.num_workers < 1:
-            raise ValueError(f"{self.num_workers = } must be at least 1, or null")
+        bounds = (1, self.min_workers, self.initial_workers, self.num_workers)
+        given = [bound for bound in bounds if bound is not None]
+        if given != sorted(given):
+            raise ValueError(
+                f"1 <= {self.min_workers = } <= {self.initial_workers = } <= {self.num_workers = } must hold for those"
+                " that are not null"
+            )
         if self.num_decode_workers is not None and self.num_decode_workers < 1:
             raise ValueError(f"{self.num_decode_workers = } must be at least 1, or null")
 
@@ -250,21 +261,24 @@ def units_table(units: Sequence[Unit]) -> pa.Table:
 def _steps(spec: WorkerSpec, config: ExecutionConfig, num_units: int) -> list[dict[str, Any]]:
     num_workers = min(_num_workers(config), num_units)
     worker = {"num_cpus": config.cpus_per_worker, "num_gpus": config.gpus_per_worker or None}
+    fewest = min(config.min_workers or config.initial_workers or num_workers, num_workers)
+    first = min(config.initial_workers or fewest, num_workers)
+    pool = {"min_size": fewest, "max_size": num_workers, "initial_size": first}
     if config.mode == "fused":
-        return [_actors(FusedStep, spec, num_workers, **worker)]
+        return [_actors(FusedStep, spec, pool, **worker)]
     num_decoders = min(_num_decoders(config), num_units)
+    pool |= {"max_concurrent_calls_per_actor": UNITS_PER_ENCODER, "enable_true_multi_threading": True}
     return [
-        _actors(DecodeStep, spec, num_decoders, num_cpus=config.cpus_per_worker),
-        _actors(EncodeStep, spec, num_workers, **worker),
-        _actors(WriteStep, spec, num_workers, num_cpus=WRITE_CPUS),  # tasks would import torch again and again
+        _actors(DecodeStep, spec, {"size": num_decoders}, num_cpus=config.cpus_per_worker),
+        _actors(EncodeStep, spec, pool, **worker),
     ]
 
 
-def _actors(step: type, spec: WorkerSpec, size: int, **resources: Any) -> dict[str, Any]:
+def _actors(step: type, spec: WorkerSpec, pool: dict[str, Any], **resources: Any) -> dict[str, Any]:
     import ray
 
-    # two units at a time wait at an actor: one in work, one at hand
-    compute = ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2)
+    in_work = pool.get("max_concurrent_calls_per_actor", 1)
+    compute = ray.data.ActorPoolStrategy(**pool, max_tasks_in_flight_per_actor=in_work + 1)  # one more is at hand
     return {"fn": step, "fn_constructor_args": (spec,), "compute": compute, **resources}
 
 
@@ -303,16 +317,6 @@ _CPU_SECONDS = pa.float64()
 DECODED_UNITS = pa.schema(
     [*UNITS, pa.field("decoded", _DECODED), pa.field("begin", _BEGIN), pa.field("decode_cpu_seconds", _CPU_SECONDS)]
 )
-ENCODED_UNITS = pa.schema(
-    [
-        pa.field("unit", pa.string()),
-        pa.field("rows", pa.list_(pa.struct(list(FEATURES)))),
-        pa.field("begin", _BEGIN),
-        pa.field("encoder", pa.string()),
-        pa.field("decode_cpu_seconds", _CPU_SECONDS),
-        pa.field("encode_cpu_seconds", _CPU_SECONDS),
-    ]
-)
 
 
 class FusedStep:
@@ -320,6 +324,7 @@ class FusedStep:
 
     def __init__(self, spec: WorkerSpec) -> None:
         self._processor = UnitProcessor(spec)
+        _freeze_memory()
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """One outcome a unit."""
@@ -331,6 +336,7 @@ class DecodeStep:
 
     def __init__(self, spec: WorkerSpec) -> None:
         self._decoder = SegmentDecoder(spec)
+        _freeze_memory()
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """The table with the column `decoded`."""
@@ -345,41 +351,36 @@ class DecodeStep:
 
 
 class EncodeStep:
-    """Units with frames to units with FEATURES rows."""
+    """Units with frames to committed files; of two units at a time, one is encoded and one is written."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         torch.set_num_threads(spec.num_threads)
         self._spec = spec
         self._encoder = SegmentEncoder(FrameEncoder(spec.encoder), spec.fps)
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        """One row of FEATURES rows a unit."""
-        rows, costs = [], []
-        for unit, decoded in zip(_units(table), table["decoded"], strict=True):
-            pairs, before = zip(unit.segments, decoded, strict=True), self._encoder.cpu_seconds
-            rows.append(list(self._encoder.rows(_from_arrow(s, d, self._spec.image_size) for s, d in pairs)))
-            costs.append(self._encoder.cpu_seconds - before)
-        made = [pa.array(rows, ENCODED_UNITS.field("rows").type), table["begin"]]
-        names = pa.array([process_name()] * len(rows))
-        columns = [table["unit"], *made, names, table["decode_cpu_seconds"], pa.array(costs, _CPU_SECONDS)]
-        return pa.table(columns, schema=ENCODED_UNITS)
-
-
-class WriteStep:
-    """Units with FEATURES rows to committed files."""
-
-    def __init__(self, spec: WorkerSpec) -> None:
-        self._spec = spec
+        self._encoding, self._writing = Lock(), Lock()
+        _freeze_memory()
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """One outcome a unit."""
-        return _outcomes([self._outcome(row) for row in table.to_pylist()])
+        units = zip(_units(table), *(table[name] for name in ("decoded", "begin", "decode_cpu_seconds")), strict=True)
+        return _outcomes([self._outcome(*unit) for unit in units])
 
-    def _outcome(self, row: dict[str, Any]) -> UnitOutcome:
-        begin = UnitStart(**row["begin"])
-        outcome = write_unit(self._spec, row["unit"], row["rows"], begin, encoder=row["encoder"])
-        costs = {name: row[name] for name in ("decode_cpu_seconds", "encode_cpu_seconds")}
-        return replace(outcome, **costs)
+    def _outcome(self, unit: Unit, decoded: Any, begin: Any, decode_cpu_seconds: Any) -> UnitOutcome:
+        with self._encoding:
+            before = self._encoder.cpu_seconds
+            rows = list(self._encoder.rows(_from_arrow(unit.segments, decoded.values, self._spec.image_size)))
+            encode_cpu_seconds = self._encoder.cpu_seconds - before
+        with self._writing:
+            begun = UnitStart(**begin.as_py())
+            outcome = write_unit(self._spec, unit.name, rows, begun, encoder=process_name())
+        return replace(outcome, decode_cpu_seconds=decode_cpu_seconds.as_py(), encode_cpu_seconds=encode_cpu_seconds)
+
+
+def _freeze_memory() -> None:
+    """What a worker has loaded stays as long as it lives: 400 000 objects, of which Python's collector would look at
+    each, a quarter of a second, again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def _units(table: pa.Table) -> list[Unit]:
@@ -410,16 +411,25 @@ def _to_arrow(decoded: DecodedSegment) -> dict[str, Any]:
     }
 
 
-def _from_arrow(segment: Segment, value: Any, image_size: int) -> DecodedSegment:
-    decode_seconds = value["decode_seconds"].as_py()
-    if not value["frames"].is_valid:
-        stage, kind, message = value["error"].as_py()
-        return DecodedSegment(segment, None, DecodeError(stage, ErrorType(kind), message), decode_seconds)
-    pixels = np.frombuffer(value["frames"].as_buffer(), np.uint8).reshape(-1, image_size, image_size, 3)
-    frames = FrameBatch(
-        pixels,
-        np.array(value["pts_seconds"].as_py()),
-        np.array(value["times_seconds"].as_py()),
-        value["num_missing"].as_py(),
+def _from_arrow(segments: Sequence[Segment], decoded: pa.StructArray, image_size: int) -> Iterator[DecodedSegment]:
+    """Segments with their frames, which stay where Arrow has them."""
+    pixels = decoded.field("frames")
+    others = pa.StructArray.from_arrays(
+        [decoded.field(name) for name in _NOT_FRAMES], fields=[decoded.type.field(name) for name in _NOT_FRAMES]
     )
-    return DecodedSegment(segment, frames, None, decode_seconds)
+    for segment, frames, rest in zip(segments, pixels, others.to_pylist(), strict=True):
+        if not frames.is_valid:
+            stage, kind, message = rest["error"]
+            error = DecodeError(stage, ErrorType(kind), message)
+            yield DecodedSegment(segment, None, error, rest["decode_seconds"])
+            continue
+        batch = FrameBatch(
+            np.frombuffer(frames.as_buffer(), np.uint8).reshape(-1, image_size, image_size, 3),
+            np.array(rest["pts_seconds"], float),
+            np.array(rest["times_seconds"], float),
+            rest["num_missing"],
+        )
+        yield DecodedSegment(segment, batch, None, rest["decode_seconds"])
+
+
+_NOT_FRAMES = [field.name for field in _DECODED.value_type if field.name != "frames"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -113,7 +114,7 @@ class IsolatedFrames:
         if "error" in answer:
             return Decoded(_error_of(answer), *costs)
         shape = (answer["num_frames"], self.image_size, self.image_size, 3)
-        start, job.num_bytes = job.num_bytes, job.num_bytes + int(np.prod(shape))
+        start, job.num_bytes = job.num_bytes, job.num_bytes + math.prod(shape)
         pts, shown_for = np.array(answer["pts_seconds"], float), np.array(answer["times_seconds"], float)
         pixels = job.memory[start : job.num_bytes].reshape(shape)
         return Decoded(FrameBatch(pixels, pts, shown_for, answer["num_missing"]), *costs)

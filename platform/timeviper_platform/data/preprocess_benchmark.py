@@ -142,7 +142,7 @@ def media_rows(
 
 def executions(num_cores: int) -> dict[str, ExecutionConfig]:
     """The two ways to spread the work. Split decoders take what the encoder, far cheaper here, leaves of the cores."""
-    share = 0.9 / (1 + 1 / num_cores)  # of a CPU, so that all of them and the writing find room on the cores
+    share = 0.9 / (1 + 1 / num_cores)  # of a CPU, so that all of them find room on the cores
     return {
         "fused": ExecutionConfig(mode="fused", num_workers=num_cores),
         "split": ExecutionConfig(

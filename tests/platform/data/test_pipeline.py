@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +25,7 @@ from timeviper_platform.data.compact import compact
 from timeviper_platform.data.decode import read_frames
 from timeviper_platform.data.encode import EncoderConfig, FrameEncoder
 from timeviper_platform.data.features import FeatureStore
-from timeviper_platform.data.graph import DecodeStep, EncodeStep, ExecutionConfig, WriteStep, units_table
+from timeviper_platform.data.graph import DecodeStep, EncodeStep, ExecutionConfig, units_table
 from timeviper_platform.data.pipeline import PreprocessConfig, estimate, run_in_process, run_preprocess
 from timeviper_platform.data.report import Progress, steady_rate
 from timeviper_platform.data.segment_frames import DecodeConfig
@@ -329,12 +330,23 @@ def test_a_store_that_is_served_hashes_its_media(corpus: Path, tmp_path: Path) -
         assert store.find(digest) is not None
 
 
+@pytest.mark.parametrize(
+    "bounds", [(0, None, None), (None, None, 0), (3, None, 2), (None, 3, 2), (2, 1, None), (1, 2, 1)]
+)
+def test_a_pool_that_cannot_be_is_refused(bounds: tuple[int | None, int | None, int | None]) -> None:
+    fewest, first, most = bounds
+    with pytest.raises(ValueError, match=r"<= self\.num_workers = .* must hold"):
+        ExecutionConfig(min_workers=fewest, initial_workers=first, num_workers=most)
+    assert ExecutionConfig(min_workers=1, initial_workers=2, num_workers=2).num_workers == 2
+
+
 def test_split_steps_hand_over_frames_errors_and_rows_unchanged(corpus: Path, finished: Path, tmp_path: Path) -> None:
     def run_split(missing: Sequence[Segment], spec: WorkerSpec, execution: ExecutionConfig) -> Iterator[UnitOutcome]:
-        decode, encode, write = DecodeStep(spec), EncodeStep(spec), WriteStep(spec)
-        for unit in cut_units(missing, execution.frames_per_file, num_workers=1):
-            for row in write(encode(decode(units_table([unit])))).to_pylist():
-                yield UnitOutcome(**row)
+        decode, encode = DecodeStep(spec), EncodeStep(spec)
+        units = cut_units(missing, execution.frames_per_file, num_workers=1)
+        with ThreadPoolExecutor(2) as pool:  # as Ray calls it
+            for table in pool.map(encode, [decode(units_table([unit])) for unit in units]):
+                yield from (UnitOutcome(**row) for row in table.to_pylist())
 
     config = make_config(corpus, tmp_path / "store")
     report = run_preprocess(config, run=run_split)
@@ -383,7 +395,7 @@ def test_on_ray_the_same_bytes_and_nothing_the_second_time(
     import ray
 
     ray.init(log_to_driver=False)  # the run leaves a connection alone that was there before
-    config = make_config(corpus, tmp_path / "store", num_workers=2)
+    config = make_config(corpus, tmp_path / "store", num_workers=2, min_workers=1)
     report = run_preprocess(config)
     assert report.share_of_ideal > 0
     assert report.workers["decode"] in (1, 2)  # so little work may all be done before the second has started
