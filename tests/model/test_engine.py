@@ -287,9 +287,7 @@ def test_a_short_prompt_does_not_wait_for_a_long_one(model: TimeViper) -> None:
     assert engine.cancel(long)
 
 
-def test_cancelling_in_the_middle_of_a_prompt_frees_its_slot(
-    model: TimeViper, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cancelling_in_the_middle_of_a_prompt_frees_its_slot(model: TimeViper, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_module, "KEPT_BYTES", 0)
     engine = engine_of(model, num_slots=1, max_prefill_tokens=16, prefix_cache_bytes=2**30)
     empty = engine.stats().cache_bytes
