@@ -209,7 +209,9 @@ class IsolatedProbes:
             for uri, answer in self._ask(uris):
                 found[uri] = answer
         except (TimeoutError, ChildDiedError) as error:
-            ended = f"nothing within {self.config.deadline_seconds = }" if isinstance(error, TimeoutError) else error
+            ended = (
+                f"nothing within {self.config.probe_deadline_seconds = }" if isinstance(error, TimeoutError) else error
+            )
             logger.warning("%s, %d of %d media probed; going on one by one", ended, len(found), len(uris))
             self._end_child()
         fed = {uri: answer for uri, answer in found.items() if not _is_starved(answer)}
@@ -234,7 +236,7 @@ class IsolatedProbes:
             ((_, answer),) = self._ask([uri])
         except TimeoutError:
             self._end_child()
-            message = f"{source_name(uri)}: not probed within {self.config.deadline_seconds = }"
+            message = f"{source_name(uri)}: not probed within {self.config.probe_deadline_seconds = }"
             return DecodeError("probe", ErrorType.DECODER_TIMEOUT, message)
         except ChildDiedError:
             self._end_child()
@@ -246,7 +248,7 @@ class IsolatedProbes:
         if self._child is None:
             self._child = DecodeChild(ChildLimits(max_memory_bytes=self.config.max_memory_bytes))
         job = {"kind": "probes", "uris": list(uris), "limits": asdict(self.limits)}
-        deadline = self.config.deadline_seconds
+        deadline = self.config.probe_deadline_seconds
         self._child.send(job, deadline_seconds=deadline)
         for _ in uris:
             answer = self._child.answer(deadline)

@@ -30,17 +30,20 @@ class DecodeConfig:
     isolation: Literal["process", "none"] = "process"
     """process = a child probes and decodes: a file that crashes or hangs FFmpeg is one error row"""
     deadline_seconds: float = 600.0
-    """process alone: for the headers of one medium, and for one segment of at most 64 frames; past it the child is
-    killed, and the medium given up"""
+    """process alone: for one segment of at most 64 frames; past it the child is killed, and the medium given up"""
+    probe_deadline_seconds: float = 120.0
+    """the same for the headers of one medium"""
     max_memory_bytes: int = 4 << 30
     """process alone: that the child may take"""
 
     def __post_init__(self) -> None:
-        if self.max_open_videos < 1 or self.deadline_seconds <= 0 or self.max_memory_bytes < 1 << 28:
+        if self.max_open_videos < 1 or self.max_memory_bytes < 1 << 28:
             raise ValueError(
-                f"{self.max_open_videos = } must be at least 1, {self.deadline_seconds = } above 0 and"
-                f" {self.max_memory_bytes = } at least 256 MiB, which the libraries take"
+                f"{self.max_open_videos = } must be at least 1, and {self.max_memory_bytes = } at least 256 MiB, which"
+                " the libraries take"
             )
+        if self.deadline_seconds <= 0 or self.probe_deadline_seconds <= 0:
+            raise ValueError(f"{self.deadline_seconds = } and {self.probe_deadline_seconds = } must be above 0")
 
 
 @dataclass(frozen=True, slots=True)

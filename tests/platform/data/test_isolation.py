@@ -36,7 +36,7 @@ from timeviper_platform.data.segments import PlanSpec, plan_page
 
 SIZE = 32
 TIMES = sample_times(Fraction(0), Fraction(3), 0, 20)
-CONFIG = DecodeConfig(deadline_seconds=60)
+CONFIG = DecodeConfig(deadline_seconds=60, probe_deadline_seconds=60)
 
 
 @pytest.fixture
@@ -116,9 +116,8 @@ def killing(source: IsolatedFrames, times: int) -> Iterator[None]:
 
     def kill() -> None:
         for _ in range(times):
-            while not source._child._is_ready:
+            while (child := source._child) is None or not child._is_ready:
                 time.sleep(0.01)
-            child = source._child
             time.sleep(0.1)
             os.kill(child.pid, signal.SIGSEGV)
             while source._child is child:
@@ -343,7 +342,7 @@ def test_what_breaks_the_prober_is_one_error_row_each_and_the_rest_is_planned(tm
     for path in (bad[0], bad[2], bad[3]):
         path.hardlink_to(tmp_path / "good.mp4")
     paths[3:3], paths[20:20], paths[39:39] = bad[:2], [Path(hang)], bad[2:]
-    found = plan(paths, deadline_seconds=3.0, max_memory_bytes=1 << 28)
+    found = plan(paths, probe_deadline_seconds=3.0, max_memory_bytes=1 << 28)
     assert {name: error for name, error in found.items() if error != (None, None)} == {
         "crash0.mp4": ("probe", ErrorType.DECODER_CRASHED),
         "crash1.mp4": ("probe", ErrorType.DECODER_CRASHED),
@@ -420,6 +419,11 @@ def test_no_child_is_started_for_media_of_which_all_is_told(film: str, monkeypat
 
 
 def test_settings_without_sense_are_refused() -> None:
-    for wrong in ({"deadline_seconds": 0.0}, {"max_memory_bytes": 1000}, {"max_open_videos": 0}):
+    for wrong in (
+        {"deadline_seconds": 0.0},
+        {"probe_deadline_seconds": 0.0},
+        {"max_memory_bytes": 1000},
+        {"max_open_videos": 0},
+    ):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             DecodeConfig(**wrong)  # type: ignore[arg-type]
