@@ -51,7 +51,8 @@ def local_cluster(
     Args:
         num_cpus: logical CPUs that tasks may claim.
         object_store_bytes: size of the shared-memory store.
-        with_dashboard: what jobs are submitted to; it takes some hundredths of a core even when nobody looks.
+        with_dashboard: what jobs are submitted to, and what brings workers' output to drivers; both take some
+            hundredths of a core even when nobody looks.
         token_file: a file with the cluster's token; None makes one that lives as long as the cluster.
         environment: more variables for Ray's own processes.
 
@@ -80,7 +81,7 @@ def local_cluster(
     }
     command = [str(programs / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
     command += [f"--{name}={port}" for name, port in ports.items()]
-    command += [f"--include-dashboard={with_dashboard}"]
+    command += [f"--include-dashboard={with_dashboard}", f"--include-log-monitor={with_dashboard}"]
     command += [f"--num-cpus={num_cpus}", f"--object-store-memory={object_store_bytes}", f"--temp-dir={folder}/ray"]
     log = folder / "start.log"
     with log.open("wb") as output:

@@ -10,14 +10,19 @@ unit means.
 
 from __future__ import annotations
 
+import atexit
+import functools
 import gc
 import logging
 import os
+import shutil
 import sys
+import tempfile
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from threading import Lock
 from typing import Any, Literal
 
@@ -43,7 +48,7 @@ from timeviper_platform.data.steps import (
     process_name,
     write_unit,
 )
-from timeviper_platform.local_cluster import local_cluster
+from timeviper_platform.local_cluster import local_cluster, make_token
 from timeviper_platform.schemas import PLAN
 
 logger = logging.getLogger(__name__)
@@ -110,7 +115,7 @@ def ray_session() -> Iterator[None]:
         with _connection():
             yield
         return
-    with local_cluster(num_cpus=os.cpu_count() or 2, with_dashboard=False) as variables:
+    with local_cluster(num_cpus=os.cpu_count() or 2, with_dashboard=False, token_file=_token_file()) as variables:
         before = {name: os.environ.get(name) for name in variables}
         os.environ.update(variables)  # before `import ray`, which reads the authentication mode once
         try:
@@ -119,6 +124,14 @@ def ray_session() -> Iterator[None]:
         finally:
             for name, value in before.items():
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@functools.cache
+def _token_file() -> Path:
+    """One token for every Ray that this process starts: Ray reads its own once a process."""
+    folder = Path(tempfile.mkdtemp(prefix="tv-token-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return make_token(folder)
 
 
 @contextmanager

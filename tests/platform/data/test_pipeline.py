@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import shutil
@@ -21,6 +22,7 @@ from PIL import Image
 
 from reference.made_media import make_encoder, make_sound, make_video, picture
 from timeviper_platform import storage
+from timeviper_platform.data import graph
 from timeviper_platform.data.compact import compact
 from timeviper_platform.data.decode import read_frames
 from timeviper_platform.data.encode import EncoderConfig, FrameEncoder
@@ -338,6 +340,24 @@ def test_a_pool_that_cannot_be_is_refused(bounds: tuple[int | None, int | None, 
     with pytest.raises(ValueError, match=r"<= self\.num_workers = .* must hold"):
         ExecutionConfig(min_workers=fewest, initial_workers=first, num_workers=most)
     assert ExecutionConfig(min_workers=1, initial_workers=2, num_workers=2).num_workers == 2
+
+
+def test_all_rays_that_a_process_starts_have_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    @contextlib.contextmanager
+    def cluster(*, token_file: Path, **_: object) -> Iterator[dict[str, str]]:
+        started.append(token_file.read_text())
+        yield {}
+
+    monkeypatch.setattr(graph, "has_cluster", lambda: False)
+    monkeypatch.setattr(graph, "local_cluster", cluster)
+    monkeypatch.setattr(graph, "_connection", contextlib.nullcontext)
+    for _ in range(2):
+        with graph.ray_session():
+            pass
+    assert len(started) == 2
+    assert len(set(started)) == 1
 
 
 def test_split_steps_hand_over_frames_errors_and_rows_unchanged(corpus: Path, finished: Path, tmp_path: Path) -> None:
