@@ -1,6 +1,6 @@
 """The steps as a Ray Data graph: a table of units in, their outcomes out as they finish.
 
-With metrics.py the one module of data/ that imports Ray. Knows actors, their shares of CPUs and GPUs, and how units
+With ray_session.py and metrics.py what imports Ray in data/. Knows actors, their shares of CPUs and GPUs, and how units
 travel in Arrow tables: one row a unit, so that a block is never less than a whole file's work. Does not know what a
 unit means.
 
@@ -10,19 +10,12 @@ unit means.
 
 from __future__ import annotations
 
-import atexit
-import functools
 import gc
 import logging
 import os
-import shutil
-import sys
-import tempfile
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from threading import Lock
 from typing import Any, Literal
 
@@ -36,6 +29,7 @@ from timeviper_platform.data.encode import FrameEncoder
 from timeviper_platform.data.listing import pages
 from timeviper_platform.data.manifest import MediaItem
 from timeviper_platform.data.metrics import RunMetrics
+from timeviper_platform.data.ray_session import has_cluster, ray_session
 from timeviper_platform.data.segments import PlanSpec, Segment, Unit, iter_units, plan_page
 from timeviper_platform.data.steps import (
     DecodedSegment,
@@ -48,7 +42,6 @@ from timeviper_platform.data.steps import (
     process_name,
     write_unit,
 )
-from timeviper_platform.local_cluster import local_cluster, make_token
 from timeviper_platform.schemas import PLAN
 
 logger = logging.getLogger(__name__)
@@ -106,51 +99,6 @@ class ExecutionConfig:
             )
         if self.num_decode_workers is not None and self.num_decode_workers < 1:
             raise ValueError(f"{self.num_decode_workers = } must be at least 1, or null")
-
-
-@contextmanager
-def ray_session() -> Iterator[None]:
-    """A connection to the Ray of RAY_ADDRESS (`ray job submit` sets it), else to one started here and ended here."""
-    if has_cluster():
-        with _connection():
-            yield
-        return
-    with local_cluster(num_cpus=os.cpu_count() or 2, with_dashboard=False, token_file=_token_file()) as variables:
-        before = {name: os.environ.get(name) for name in variables}
-        os.environ.update(variables)  # before `import ray`, which reads the authentication mode once
-        try:
-            with _connection():
-                yield
-        finally:
-            for name, value in before.items():
-                os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
-@functools.cache
-def _token_file() -> Path:
-    """One token for every Ray that this process starts: Ray reads its own once a process."""
-    folder = Path(tempfile.mkdtemp(prefix="tv-token-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return make_token(folder)
-
-
-@contextmanager
-def _connection() -> Iterator[None]:
-    import ray
-
-    if ray.is_initialized():
-        yield
-        return
-    ray.init(log_to_driver=False)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def has_cluster() -> bool:
-    """True when this process is connected to a Ray, or told where one is."""
-    return bool(os.environ.get("RAY_ADDRESS")) or ("ray" in sys.modules and sys.modules["ray"].is_initialized())
 
 
 def plan_on_ray(pages: Iterable[list[MediaItem]], spec: PlanSpec) -> Iterator[pa.Table]:

@@ -23,7 +23,6 @@ from timeviper_platform.data.features import read_header
 from timeviper_platform.data.finalize import finalize_store
 from timeviper_platform.data.graph import (
     ExecutionConfig,
-    has_cluster,
     num_cores,
     plan_on_ray,
     run_on_ray,
@@ -40,6 +39,7 @@ from timeviper_platform.data.planning import (
     plan_here,
     write_plan,
 )
+from timeviper_platform.data.ray_session import has_cluster
 from timeviper_platform.data.report import FailureFuse, PreprocessReport, Progress
 from timeviper_platform.data.segment_frames import DecodeConfig
 from timeviper_platform.data.segments import PlanSpec, SamplingConfig, Segment, cut_units, exact

@@ -34,9 +34,10 @@ import torch
 
 from timeviper_platform.data.decode_benchmark.clips import ClipSpec, make_clip
 from timeviper_platform.data.encode import EncoderConfig, FrameEncoder
-from timeviper_platform.data.graph import ExecutionConfig, ray_session
+from timeviper_platform.data.graph import ExecutionConfig
 from timeviper_platform.data.pipeline import PreprocessConfig, run_preprocess
 from timeviper_platform.data.preprocess_benchmark import make_tiny_encoder
+from timeviper_platform.data.ray_session import ray_session
 from timeviper_platform.data.store_writer import features_bytes
 from timeviper_platform.data.synthetic.encoder import IMAGE_SIZE
 from timeviper_platform.measure import Row

@@ -26,7 +26,7 @@ import numpy as np
 from timeviper_platform.data.calibrate import BusySlots, Calibration
 from timeviper_platform.data.decode_benchmark.clips import ClipSpec, make_clip
 from timeviper_platform.data.encode import EncoderConfig, FrameEncoder
-from timeviper_platform.data.graph import ExecutionConfig, ray_session, run_on_ray
+from timeviper_platform.data.graph import ExecutionConfig, run_on_ray
 from timeviper_platform.data.pipeline import (
     PreprocessConfig,
     Runner,
@@ -35,6 +35,7 @@ from timeviper_platform.data.pipeline import (
     run_preprocess,
     worker_spec,
 )
+from timeviper_platform.data.ray_session import ray_session
 from timeviper_platform.data.segments import Segment, segments_of
 from timeviper_platform.data.store_writer import recipe_hash
 from timeviper_platform.data.synthetic.encoder import IMAGE_SIZE, save_encoder, train_encoder

@@ -22,7 +22,7 @@ from PIL import Image
 
 from reference.made_media import make_encoder, make_sound, make_video, picture
 from timeviper_platform import storage
-from timeviper_platform.data import graph
+from timeviper_platform.data import ray_session as session
 from timeviper_platform.data.compact import compact
 from timeviper_platform.data.decode import read_frames
 from timeviper_platform.data.encode import EncoderConfig, FrameEncoder
@@ -350,11 +350,11 @@ def test_all_rays_that_a_process_starts_have_one_token(monkeypatch: pytest.Monke
         started.append(token_file.read_text())
         yield {}
 
-    monkeypatch.setattr(graph, "has_cluster", lambda: False)
-    monkeypatch.setattr(graph, "local_cluster", cluster)
-    monkeypatch.setattr(graph, "_connection", contextlib.nullcontext)
+    monkeypatch.setattr(session, "has_cluster", lambda: False)
+    monkeypatch.setattr(session, "local_cluster", cluster)
+    monkeypatch.setattr(session, "_connection", contextlib.nullcontext)
     for _ in range(2):
-        with graph.ray_session():
+        with session.ray_session():
             pass
     assert len(started) == 2
     assert len(set(started)) == 1

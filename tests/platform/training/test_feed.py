@@ -13,7 +13,7 @@ import torch
 from reference.training_corpus import DIM, Corpus, make_corpus
 from timeviper_model.weights import load_tokenizer
 from timeviper_platform.data.features import FeatureStore
-from timeviper_platform.data.graph import ray_session
+from timeviper_platform.data.ray_session import ray_session
 from timeviper_platform.training import ray_feed
 from timeviper_platform.training.feed import Feed, FeedConfig, read_in_thread
 from timeviper_platform.training.plan import PackingConfig, PackPlan, PlanPosition
