@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from typing import Literal, Protocol
 
 import numpy as np
@@ -105,13 +106,29 @@ def count_samples(start_seconds: Fraction, end_seconds: Fraction, fps: Fraction)
 
 
 def open_video(
-    source: str | bytes, image_size: int, *, limits: MediaLimits | None = None, backend: Backend = "pyav"
+    source: str | bytes,
+    image_size: int,
+    *,
+    limits: MediaLimits | None = None,
+    backend: Backend = "pyav",
+    keyframe_step: Fraction | None = None,
 ) -> VideoReader:
     """An open video whose frames come scaled to image_size x image_size, bicubic.
+
+    Args:
+        source: path, URI or bytes.
+        image_size: of the frames.
+        limits: of the medium.
+        backend: for all but keyframes, which are PyAV's.
+        keyframe_step: of the sampling grid, where keyframes alone are wanted; see decode_keyframes.py.
 
     Raises:
         DecodeError: when it cannot be opened.
     """
+    if keyframe_step is not None:
+        from timeviper_platform.data.decode_keyframes import KeyframeReader
+
+        return KeyframeReader(source, image_size, step=keyframe_step, limits=limits)
     if backend == "decord":
         from timeviper_platform.data.decode_decord import DecordReader
 
@@ -231,13 +248,19 @@ class DecoderPool:
     """
 
     def __init__(
-        self, image_size: int, *, limits: MediaLimits | None = None, backend: Backend = "pyav", max_open: int = 4
+        self,
+        image_size: int,
+        *,
+        limits: MediaLimits | None = None,
+        backend: Backend = "pyav",
+        max_open: int = 4,
+        keyframe_step: Fraction | None = None,
     ) -> None:
         if max_open < 1:
             raise ValueError(f"{max_open = } must be at least 1")
-        self._image_size = image_size
-        self._limits = limits
-        self._backend: Backend = backend
+        self._open = partial(
+            open_video, image_size=image_size, limits=limits, backend=backend, keyframe_step=keyframe_step
+        )
         self._max_open = max_open
         self._readers: OrderedDict[str, VideoReader] = OrderedDict()
 
@@ -246,7 +269,7 @@ class DecoderPool:
         if uri not in self._readers:
             while len(self._readers) >= self._max_open:
                 self._readers.popitem(last=False)[1].close()
-            self._readers[uri] = open_video(uri, self._image_size, limits=self._limits, backend=self._backend)
+            self._readers[uri] = self._open(uri)
         self._readers.move_to_end(uri)
         try:
             return self._readers[uri].sample(times)

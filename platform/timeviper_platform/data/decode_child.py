@@ -91,7 +91,8 @@ class JobRunner:
     def _segments(self, job: dict[str, Any]) -> Iterator[_Answer]:
         if self._source is None:
             config = DecodeConfig(backend=job["backend"], max_open_videos=job["max_open_videos"], isolation="none")
-            self._source = LocalFrames(job["image_size"], _limits(job), config)
+            step = job["keyframe_step"] and Fraction(*job["keyframe_step"])
+            self._source = LocalFrames(job["image_size"], _limits(job), config, step)
         for uri, modality, times in job["requests"]:
             request = FrameRequest(
                 uri, modality, [Fraction(numerator, denominator) for numerator, denominator in times]

@@ -55,6 +55,8 @@ class IsolatedFrames:
     image_size: int
     limits: MediaLimits
     config: DecodeConfig
+    keyframe_step: Fraction | None = None
+    """see `open_video`"""
     _child: DecodeChild | None = field(init=False)
     _given_up: dict[str, DecodeError] = field(default_factory=dict, init=False)
     """media that passed the deadline once: each further segment would cost as much"""
@@ -140,9 +142,9 @@ class IsolatedFrames:
         content = {
             "kind": "segments",
             "requests": [
-                (request.uri, request.modality, [(t.numerator, t.denominator) for t in request.times])
-                for request in wanted
+                (request.uri, request.modality, [t.as_integer_ratio() for t in request.times]) for request in wanted
             ],
+            "keyframe_step": self.keyframe_step and self.keyframe_step.as_integer_ratio(),
             "image_size": self.image_size,
             "limits": asdict(self.limits),
             "backend": self.config.backend,

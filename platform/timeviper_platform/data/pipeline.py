@@ -75,6 +75,8 @@ class PreprocessConfig:
     """sha256 reads every byte of every file once more; needed by stores that serving looks uploads up in"""
 
     def __post_init__(self) -> None:
+        if self.sampling.frames == "keyframes" and self.decode.backend != "pyav":
+            raise ValueError(f"{self.sampling.frames = } needs decode.backend pyav, not {self.decode.backend!r}")
         mode, device = self.execution.mode, self.encoder.device
         if self.decode.backend == "nvdec" and (mode != "fused" or device != "cuda"):
             raise ValueError(
@@ -186,7 +188,9 @@ def _ideal(calibration: Calibration, config: PreprocessConfig) -> float:
 
 def make_recipe(encoder: FrameEncoder, config: PreprocessConfig) -> dict[str, Any]:
     """Everything that decides the features' values, as JSON."""
-    sampling = {"fps": config.sampling.fps, "rule": "last frame with PTS <= t", "backend": config.decode.backend}
+    is_whole = config.sampling.frames == "all"
+    rule = "last frame with PTS <= t" if is_whole else "last keyframe with t - 1 / fps < PTS <= t, if any"
+    sampling = {"fps": config.sampling.fps, "rule": rule, "backend": config.decode.backend}
     return {**encoder.recipe, "sampling": sampling}
 
 
@@ -214,6 +218,7 @@ def worker_spec(config: PreprocessConfig, encoder: FrameEncoder, digest: str) ->
         decode=config.decode,
         limits=config.limits,
         num_threads=config.execution.num_threads,
+        keyframes_only=config.sampling.frames == "keyframes",
     )
 
 

@@ -81,6 +81,8 @@ class LocalFrames:
     image_size: int
     limits: MediaLimits
     config: DecodeConfig
+    keyframe_step: Fraction | None = None
+    """see `open_video`"""
     _pool: DecoderPool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -89,6 +91,7 @@ class LocalFrames:
             limits=self.limits,
             backend=self.config.backend,
             max_open=self.config.max_open_videos,
+            keyframe_step=self.keyframe_step,
         )
 
     def decode(self, requests: Iterable[FrameRequest]) -> Iterator[Decoded]:

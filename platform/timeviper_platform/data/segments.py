@@ -149,6 +149,9 @@ class SamplingConfig:
 
     fps: float = 1.0
     """samples a second; sample k lies at start + k / fps and shows the frame on screen then"""
+    frames: Literal["all", "keyframes"] = "all"
+    """keyframes = a sample shows the last keyframe since the one before it, and is left out where there is none: a
+    small part of the work, for a first look at many hours"""
 
     def __post_init__(self) -> None:
         if not 0 < self.fps <= 240:

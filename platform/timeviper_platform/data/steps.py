@@ -40,6 +40,7 @@ class WorkerSpec:
     decode: DecodeConfig
     limits: MediaLimits
     num_threads: int
+    keyframes_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,8 @@ class SegmentDecoder:
         check_backend(spec.decode.backend)
         self._spec = spec
         source = IsolatedFrames if spec.decode.isolation == "process" else LocalFrames
-        self._source: FrameSource = source(spec.image_size, spec.limits, spec.decode)
+        step = 1 / spec.fps if spec.keyframes_only else None
+        self._source: FrameSource = source(spec.image_size, spec.limits, spec.decode, step)
 
         self.cpu_seconds = 0.0
         """of CPU that decoding took so far, here and in a child"""
