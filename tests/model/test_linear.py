@@ -17,19 +17,19 @@ ENOUGH = MIN_PRODUCTS // (64 * 48)
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rows of the products that oneDNN is asked for."""
-    onednn, rows = module._onednn, []
+def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
+    """Of every product that oneDNN is asked for: its rows, and whether the weight was packed."""
+    onednn, asked = module._onednn, []
     if onednn is None:
         pytest.skip("this PyTorch has no oneDNN")
 
-    def counted(x: torch.Tensor, *rest: Any) -> torch.Tensor:
-        rows.append(len(x))
-        product: torch.Tensor = onednn(x, *rest)
+    def noted(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+        asked.append((len(x), weight.is_mkldnn))
+        product: torch.Tensor = onednn(x, weight, *rest)
         return product
 
-    monkeypatch.setattr(module, "_onednn", counted)
-    return rows
+    monkeypatch.setattr(module, "_onednn", noted)
+    return asked
 
 
 def make(num_rows: int, dtype: torch.dtype = torch.float32, *, bias: bool = True) -> tuple[Linear, torch.Tensor]:
@@ -38,17 +38,17 @@ def make(num_rows: int, dtype: torch.dtype = torch.float32, *, bias: bool = True
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_onednn_gives_the_same_product(bias: bool, calls: list[int]) -> None:
+def test_onednn_gives_the_same_product(bias: bool, products: list[tuple[int, bool]]) -> None:
     linear, x = make(ENOUGH + 1, bias=bias)
     with torch.inference_mode():
         y, y3 = linear(x), linear(x[None])[0]
-    assert calls == [ENOUGH + 1, 1]
+    assert products == [(ENOUGH + 1, False), (1, False)]
     expected = F.linear(x.double(), linear.weight.double(), linear.bias.double() if bias else None)
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(y3, y)
 
 
-def test_gradients_other_dtypes_and_few_rows_are_left_to_pytorch(calls: list[int]) -> None:
+def test_gradients_other_dtypes_and_few_rows_are_left_to_pytorch(products: list[tuple[int, bool]]) -> None:
     linear, x = make(ENOUGH + 1)
     linear(x).sum().backward()
     torch.testing.assert_close(linear.weight.grad, x.sum(0).expand(48, -1), rtol=1e-4, atol=1e-4)
@@ -57,7 +57,7 @@ def test_gradients_other_dtypes_and_few_rows_are_left_to_pytorch(calls: list[int
         for dtype in (torch.float64, torch.bfloat16):
             other, wide = make(ENOUGH + 1, dtype)
             other(wide)
-    assert calls == []
+    assert products == []
 
 
 def test_a_build_without_onednn_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,23 +68,7 @@ def test_a_build_without_onednn_computes_the_same(monkeypatch: pytest.MonkeyPatc
         torch.testing.assert_close(linear(x), expected, rtol=1e-5, atol=1e-5)
 
 
-def used_weights(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Of every product by oneDNN: whether its weight was packed."""
-    onednn, packed = module._onednn, []
-    if onednn is None:
-        pytest.skip("this PyTorch has no oneDNN")
-
-    def noted(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
-        packed.append(weight.is_mkldnn)
-        product: torch.Tensor = onednn(x, weight, *rest)
-        return product
-
-    monkeypatch.setattr(module, "_onednn", noted)
-    return packed
-
-
-def test_a_packed_weight_gives_the_same_product_until_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    packed = used_weights(monkeypatch)
+def test_a_packed_weight_gives_the_same_product_until_it_changes(products: list[tuple[int, bool]]) -> None:
     linear, x = make(ENOUGH + 1)
     model = torch.nn.Sequential(linear)
     with torch.inference_mode():
@@ -98,13 +82,12 @@ def test_a_packed_weight_gives_the_same_product_until_it_changes(monkeypatch: py
         model(x)
         linear.weight = torch.nn.Parameter(torch.zeros_like(linear.weight))
         torch.testing.assert_close(model(x), linear.bias.expand(len(x), -1))
-    assert packed == [False, True, False, True, False]
+    assert [packed for _, packed in products] == [False, True, False, True, False]
     model(x).sum().backward()
     assert linear.weight.grad is not None
 
 
-def test_a_packed_model_is_copied_and_written_without_what_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    packed = used_weights(monkeypatch)
+def test_a_packed_model_is_copied_and_written_without_what_is_packed(products: list[tuple[int, bool]]) -> None:
     linear, x = make(ENOUGH + 1)
     names = list(linear.state_dict())
     pack_linears(linear)
@@ -112,7 +95,7 @@ def test_a_packed_model_is_copied_and_written_without_what_is_packed(monkeypatch
     with torch.inference_mode():
         for other in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear))):
             torch.testing.assert_close(other(x), linear(x), rtol=1e-5, atol=1e-5)
-    assert packed == [False, True] * 2
+    assert [packed for _, packed in products] == [False, True] * 2
     half, _ = make(1, torch.bfloat16)
     pack_linears(half)
     assert half._packed is None

@@ -14,9 +14,10 @@ from typing import Any
 
 import av
 import numpy as np
-from av.video.reformatter import Interpolation, VideoReformatter
+from av.video.reformatter import VideoReformatter
 
-from timeviper_platform.data.decode import FrameBatch, check_size
+from timeviper_platform.data.decode import FrameBatch
+from timeviper_platform.data.decode_pyav import scale_frame
 from timeviper_platform.data.media import MediaLimits, clock_origin, open_container, reading, source_name, video_stream
 
 logger = logging.getLogger(__name__)
@@ -132,10 +133,7 @@ class KeyframeReader:
         frame = next((frame for frame in frames if not frame.is_corrupt), None)
         if frame is None:
             return None
-        check_size(frame.width, frame.height, self._limits, "decode_video", self._name)
-        size = self._image_size
-        scaled = self._reformatter.reformat(frame, size, size, "rgb24", interpolation=Interpolation.BICUBIC, threads=1)
-        return np.asarray(scaled.to_ndarray())
+        return scale_frame(frame, self._image_size, self._reformatter, limits=self._limits, name=self._name)
 
     def _open(self) -> None:
         self._container = open_container(self._source, self._limits)

@@ -90,6 +90,22 @@ class _Walk:
     """both used by the plain way alone"""
 
 
+def scale_frame(
+    frame: Any, image_size: int, reformatter: VideoReformatter, *, limits: MediaLimits, name: str
+) -> np.ndarray:
+    """A decoded frame as (image_size, image_size, 3) uint8 RGB.
+
+    Raises:
+        DecodeError: when it is larger than `limits`.
+    """
+    check_size(frame.width, frame.height, limits, "decode_video", name)
+    # one thread: slices would make pixels depend on the number of cores, and cost twice as much for small pictures
+    scaled = reformatter.reformat(
+        frame, image_size, image_size, "rgb24", interpolation=Interpolation.BICUBIC, threads=1
+    )
+    return np.asarray(scaled.to_ndarray())
+
+
 class PyAVReader:
     """A VideoReader of one video, on one thread: parallel work is the business of the workers around it.
 
@@ -147,11 +163,7 @@ class PyAVReader:
         )
 
     def _scale(self, frame: Any) -> np.ndarray:
-        check_size(frame.width, frame.height, self._limits, "decode_video", self._name)
-        size = self._image_size
-        # one thread: slices would make pixels depend on the number of cores, and cost twice as much for small pictures
-        scaled = self._reformatter.reformat(frame, size, size, "rgb24", interpolation=Interpolation.BICUBIC, threads=1)
-        return np.asarray(scaled.to_ndarray())
+        return scale_frame(frame, self._image_size, self._reformatter, limits=self._limits, name=self._name)
 
     # -- selective: what is wanted, and what that refers to -------------------------------------------------------
 
