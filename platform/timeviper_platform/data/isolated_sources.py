@@ -33,6 +33,9 @@ MAX_FRAMES_A_JOB = 64
 JOBS_AHEAD = 2
 """jobs that the child has at a time: it decodes one while this process works on what came of another"""
 
+NAP_SECONDS = 0.01
+"""a few pictures' time; a child that is ahead has far more to do"""
+
 
 @dataclass(slots=True)
 class _Job:
@@ -109,7 +112,7 @@ class IsolatedFrames:
         job = jobs[0]
         if self._child is None or job.memory is None:
             raise ChildDiedError("the decoding process ended before it was asked")
-        answer = self._child.answer(self.config.deadline_seconds)
+        answer = self._child.answer(self.config.deadline_seconds, NAP_SECONDS)
         job.requests.popleft()
         storage.add_retries(answer["retries"])
         costs = answer["seconds"], answer["cpu_seconds"]

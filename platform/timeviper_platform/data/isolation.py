@@ -11,6 +11,7 @@ import fcntl
 import json
 import mmap
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -74,6 +75,8 @@ class DecodeChild:
             )
         self._is_ready = False
         self._received = bytearray()
+        self._arrived = select.poll()
+        self._arrived.register(self._socket, select.POLLIN)
         self.kill = weakref.finalize(self, _end, self._process, self._socket)
         """Ends it, whatever it does."""
 
@@ -138,8 +141,13 @@ class DecodeChild:
             os.close(descriptor)
         return np.frombuffer(memory, np.uint8)
 
-    def answer(self, deadline_seconds: float) -> dict[str, Any]:
+    def answer(self, deadline_seconds: float, nap_seconds: float = 0.0) -> dict[str, Any]:
         """Its next answer.
+
+        Args:
+            deadline_seconds: that it may take.
+            nap_seconds: where no answer lies there yet, so long nobody looks, so that a child with many short answers
+                does not wake this process for each.
 
         Raises:
             ChildDiedError: when it ends instead.
@@ -147,7 +155,7 @@ class DecodeChild:
         """
         until = time.monotonic() + deadline_seconds
         try:
-            (num_bytes,) = ANSWER.unpack(self._receive(ANSWER.size, until))
+            (num_bytes,) = ANSWER.unpack(self._receive(ANSWER.size, until, nap_seconds))
             if num_bytes > MAX_ANSWER_BYTES:
                 raise ChildDiedError(f"its answer would have {num_bytes} bytes")
             answer: dict[str, Any] = json.loads(self._receive(num_bytes, until))
@@ -155,8 +163,10 @@ class DecodeChild:
             raise ChildDiedError(self._last_words()) from error
         return answer
 
-    def _receive(self, num_bytes: int, until: float) -> bytes:
+    def _receive(self, num_bytes: int, until: float, nap_seconds: float = 0.0) -> bytes:
         while len(self._received) < num_bytes:
+            if nap_seconds and not self._arrived.poll(0):
+                time.sleep(nap_seconds)
             self._socket.settimeout(max(1e-3, until - time.monotonic()))
             part = self._socket.recv(RECEIVED_BYTES)
             if not part:

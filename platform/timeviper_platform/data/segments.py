@@ -6,6 +6,7 @@ knows no Ray. Equal input gives equal ids, whatever ran before: that is what mak
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -69,6 +70,10 @@ class Segment:
     def times(self, fps: Fraction) -> list[Fraction]:
         """t of every sample."""
         return sample_times(exact(self.grid_start_seconds), fps, self.first_sample, self.num_samples)
+
+    def time(self, number: int, fps: Fraction) -> Fraction:
+        """t of sample `number` of the segment, from 0; that of `num_samples` is its end."""
+        return exact(self.grid_start_seconds) + (self.first_sample + number) / fps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,6 +163,7 @@ class SamplingConfig:
             raise ValueError(f"{self.fps = } must be above 0 and at most 240")
 
 
+@functools.lru_cache(maxsize=1024)  # most are 0, and reading a decimal takes longer than all else of an image's row
 def exact(seconds: float) -> Fraction:
     """The decimal number that the float stands for: 0.1 is 1/10."""
     return Fraction(repr(float(seconds)))

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -91,6 +92,30 @@ class UnitOutcome:
     write_cpu_seconds: float = 0.0
 
 
+Item = TypeVar("Item")
+
+
+class _Timed(Iterator[Item]):
+    """The items, and how long their making took."""
+
+    def __init__(self, items: Iterable[Item]) -> None:
+        self._items = iter(items)
+        self.seconds = self.cpu_seconds = 0.0
+        """of the clock, and of this thread's CPU"""
+
+    def __next__(self) -> Item:
+        started, cpu_started = time.perf_counter(), time.thread_time()
+        try:
+            return next(self._items)
+        finally:
+            self.seconds += time.perf_counter() - started
+            self.cpu_seconds += time.thread_time() - cpu_started
+
+
+def _cpu_of_other_threads() -> float:
+    return time.process_time() - time.thread_time()
+
+
 class SegmentDecoder:
     """Segments to frames; keeps videos open between segments.
 
@@ -114,11 +139,11 @@ class SegmentDecoder:
         A child decodes ahead of what is taken.
         """
         requests = (FrameRequest(s.uri, s.modality, s.times(self._spec.fps)) for s in segments)
-        results = self._source.decode(requests)
+        results = _Timed(self._source.decode(requests))
         for segment in segments:
-            began = time.thread_time()
+            before = results.cpu_seconds
             decoded = next(results)
-            self.cpu_seconds += time.thread_time() - began + decoded.cpu_seconds
+            self.cpu_seconds += results.cpu_seconds - before + decoded.cpu_seconds
             found = _checked(segment, decoded.found)
             frames, error = (None, found) if isinstance(found, DecodeError) else (found, None)
             yield DecodedSegment(segment, frames, error, decoded.seconds)
@@ -151,10 +176,17 @@ class SegmentEncoder:
         self._encoder = encoder
         self._fps = fps
         self.cpu_seconds = 0.0
-        """of CPU that encoding took so far; of the clock where the encoder is on a GPU"""
+        """of CPU that making rows took so far; where the encoder is on a GPU, the seconds it was busy"""
 
     def rows(self, decoded: Iterable[DecodedSegment]) -> Iterator[Row]:
         """A row a segment."""
+        source = _Timed(decoded)
+        made = _Timed(self._rows(source))
+        yield from made
+        if self._encoder.config.device == "cpu":
+            self.cpu_seconds += made.cpu_seconds - source.cpu_seconds
+
+    def _rows(self, decoded: Iterable[DecodedSegment]) -> Iterator[Row]:
         waiting: deque[_Waiting] = deque()
         size = self._encoder.config.encode_batch_frames
         num_frames = 0  # decoded but not encoded
@@ -181,11 +213,11 @@ class SegmentEncoder:
                 left -= len(frames)
         if not takes:
             return 0
-        started, cpu_started = time.perf_counter(), time.process_time()
+        started, others_started = time.perf_counter(), _cpu_of_other_threads()
         tokens = self._encoder.encode(np.concatenate([frames for _, frames in takes]))
         seconds = time.perf_counter() - started
-        has_cpu = self._encoder.config.device == "cpu"
-        self.cpu_seconds += time.process_time() - cpu_started if has_cpu else seconds
+        is_on_cpu = self._encoder.config.device == "cpu"
+        self.cpu_seconds += _cpu_of_other_threads() - others_started if is_on_cpu else seconds
         pieces = torch.split(tokens, [len(frames) for _, frames in takes])
         for (entry, frames), piece in zip(takes, pieces, strict=True):
             entry.tokens.append(piece)
@@ -195,11 +227,10 @@ class SegmentEncoder:
 
     def _row(self, entry: _Waiting) -> Row:
         segment, frames, error = entry.decoded.segment, entry.decoded.frames, entry.decoded.error
-        times = segment.times(self._fps)
         row: Row = {
             **{name: getattr(segment, name) for name in _SHARED_FIELDS},
-            "start_seconds": float(times[0]),
-            "end_seconds": float(times[-1] + 1 / self._fps),
+            "start_seconds": float(segment.time(0, self._fps)),
+            "end_seconds": float(segment.time(segment.num_samples, self._fps)),
             "num_frames": entry.num_frames,
             "num_tokens_per_frame": self._encoder.num_tokens_per_frame,
             "dim": self._encoder.dim,
@@ -303,7 +334,7 @@ def write_unit(spec: WorkerSpec, name: str, rows: Iterable[Row], begin: UnitStar
     here = process_name()
     is_fused = begin.decoder == here and encoder == here
     before = begin.retries if is_fused else storage.num_retries()
-    source = _TimedRows(rows)
+    source = _Timed(rows)
     started, cpu_started = time.perf_counter(), time.thread_time()
     index_rows = write_file(spec.store, name, source, recipe_digest=spec.recipe_hash)
     write_seconds = time.perf_counter() - started - source.seconds
@@ -311,25 +342,6 @@ def write_unit(spec: WorkerSpec, name: str, rows: Iterable[Row], begin: UnitStar
     retries = storage.num_retries() - before + (0 if is_fused else begin.retries)
     outcome = outcome_of(name, index_rows, begin, write_seconds=write_seconds, retries=retries, encoder=encoder)
     return replace(outcome, write_cpu_seconds=cpu_seconds)
-
-
-class _TimedRows:
-    """Rows, and how long their making took."""
-
-    def __init__(self, rows: Iterable[Row]) -> None:
-        self._rows = iter(rows)
-        self.seconds = self.cpu_seconds = 0.0
-
-    def __iter__(self) -> _TimedRows:
-        return self
-
-    def __next__(self) -> Row:
-        started, cpu_started = time.perf_counter(), time.thread_time()  # the process's costs more the more threads
-        try:
-            return next(self._rows)
-        finally:
-            self.seconds += time.perf_counter() - started
-            self.cpu_seconds += time.thread_time() - cpu_started
 
 
 def outcome_of(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
+import psutil
 import pytest
+from PIL import Image
 
 from reference.made_media import make_encoder, make_video
 from reference.made_outcome import made_outcome
@@ -15,8 +18,8 @@ from timeviper_platform.data.encode import EncoderConfig, FrameEncoder
 from timeviper_platform.data.manifest import MediaItem
 from timeviper_platform.data.media import MediaLimits
 from timeviper_platform.data.segment_frames import DecodeConfig
-from timeviper_platform.data.segments import PlanSpec, plan_page, segments_of
-from timeviper_platform.data.steps import WorkerSpec
+from timeviper_platform.data.segments import PlanSpec, Unit, plan_page, segments_of
+from timeviper_platform.data.steps import UnitProcessor, WorkerSpec
 
 
 def test_the_ideal_is_that_of_the_slowest_stage_and_never_more_than_the_cores_can_do() -> None:
@@ -67,6 +70,30 @@ def test_busy_slots_do_all_segments_together_and_leave_nothing(tmp_path: Path) -
     assert (found.segments, found.frames) == (4, 1 + 2 + 3 + 4)
     assert min(found.decode_seconds, found.encode_seconds, found.write_seconds) > 0
     assert {path.name for path in tmp_path.iterdir()} == before
+
+
+def test_all_that_a_worker_and_its_child_compute_is_some_stages_cost(tmp_path: Path) -> None:
+    encoder = EncoderConfig(encoder=str(make_encoder(tmp_path / "encoder")), num_tokens_per_frame=4, merge_heads=4)
+    (tmp_path / "pictures").mkdir()
+    items = []
+    for number in range(600):
+        path = tmp_path / "pictures" / f"{number}.png"
+        Image.new("RGB", (48, 32), (number % 256, 7, 9)).save(path)
+        items.append(MediaItem(str(path), str(number)))
+    plan = PlanSpec(fps=Fraction(1), recipe_hash="r", decode=DecodeConfig(isolation="none"))
+    segments = [segment for table in plan_page(items, plan) for segment in segments_of(table)]
+    processor = UnitProcessor(made_spec(encoder, image_size=32, store=str(tmp_path / "store")))
+    processor.process(Unit("first", tuple(segments[:8])))
+
+    def spent() -> float:
+        (child,) = (process for process in psutil.Process().children() if "decode_child" in " ".join(process.cmdline()))
+        times = child.cpu_times()
+        return time.process_time() + float(times.user + times.system)
+
+    before = spent()
+    found = cost_of([processor.process(Unit("all", tuple(segments)))])
+    stages = found.decode_seconds + found.encode_seconds + found.write_seconds
+    assert stages == pytest.approx(spent() - before, rel=0.1)
 
 
 def made_spec(encoder: EncoderConfig, *, image_size: int, store: str = "") -> WorkerSpec:

@@ -24,7 +24,7 @@ from PIL import Image
 
 from reference.made_media import make_video
 from timeviper_platform import storage
-from timeviper_platform.data import isolated_sources
+from timeviper_platform.data import isolated_sources, isolation
 from timeviper_platform.data.decode import FrameBatch, sample_times
 from timeviper_platform.data.isolated_sources import IsolatedFrames, IsolatedProbes
 from timeviper_platform.data.manifest import MediaItem
@@ -71,6 +71,24 @@ def failure(source: FrameSource, uri: str) -> tuple[str, ErrorType, str]:
     with pytest.raises(DecodeError) as caught:
         frames(source, uri)
     return caught.value.stage, caught.value.error_type, caught.value.message
+
+
+def test_nobody_looks_for_an_answer_again_at_once_where_there_is_none_yet(
+    source: IsolatedFrames, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = []
+    for number in range(300):
+        path = tmp_path / f"{number}.png"
+        Image.new("RGB", (64, 48), (number % 256, 7, 9)).save(path)
+        requests.append(FrameRequest(str(path), "image", [Fraction(0)]))
+    naps: list[float] = []
+    sleep = time.sleep
+    monkeypatch.setattr(isolation.time, "sleep", lambda seconds: (naps.append(seconds), sleep(0.05)))
+    found = [decoded.found for decoded in source.decode(requests)]
+    reds = [int(batch.frames[0, 0, 0, 0]) for batch in found if isinstance(batch, FrameBatch)]
+    assert reds == [number % 256 for number in range(300)]
+    assert set(naps) == {isolated_sources.NAP_SECONDS}
+    assert len(naps) < 100  # many answers a nap
 
 
 def test_a_child_gives_the_frames_of_this_process(source: IsolatedFrames, film: str, tmp_path: Path) -> None:
