@@ -68,6 +68,7 @@ def demo_suite(film: Path | None) -> list[Row]:
 def demo_rows(report: dict[str, Any], command: str) -> list[Row]:
     """A demo's report as rows."""
     scores = report["evaluate"]
+    num_asked = sum(answer["right"] is not None for answer in report["serve"]["answers"])
     values: list[tuple[str, float, str, str | None]] = [
         ("held-out 'which' questions", scores["choice"]["num_questions"], "", ">= 400"),
         ("'which' accuracy (chance 0.25)", scores["choice"]["accuracy"], "", ">= 0.90"),
@@ -81,6 +82,7 @@ def demo_rows(report: dict[str, Any], command: str) -> list[Row]:
             "",
             ">= 0.25",
         ),
+        (f"right answers over HTTP, of {num_asked}", report["serve"]["num_right"], "", None),
         ("demo after installation", report["seconds"] / 60, "min", None),
     ]
     return [Row(name=name, value=value, unit=unit, bar=bar, command=command) for name, value, unit, bar in values]

@@ -34,6 +34,7 @@ import pyarrow.parquet as pq
 
 from timeviper_platform.config import load_config
 from timeviper_platform.data.synthetic.corpus import CorpusConfig, make_corpus
+from timeviper_platform.evaluation.metrics import parse_span, temporal_iou
 from timeviper_platform.local_cluster import free_port, local_cluster
 from timeviper_platform.logs import setup_logging
 
@@ -57,7 +58,10 @@ QUICK = {
     ],
     "train": ["phases.language.steps=20", "phases.align.steps=10", "phases.instruct.steps=30"],
 }
-NUM_ASKED = {"choice": 3, "order": 1, "count": 1, "grounding": 1}
+NUM_ASKED = {"choice": 4, "order": 2, "count": 2, "grounding": 4}
+"""held-out questions of each task over HTTP"""
+RIGHT_IOU = 0.5
+"""a stretch of time counts as right from there"""
 """questions put to the endpoint, by held-out file"""
 
 
@@ -160,7 +164,8 @@ def _run_jobs(demo: Demo, steps: Sequence[str], environment: dict[str, str]) -> 
     if "serve" in steps:
         _announce("serve", "questions over HTTP")
         with _endpoint(demo, environment) as url:
-            report["serve"] = {"answers": _ask(demo, url)}
+            answers = _ask(demo, url)
+        report["serve"] = {"answers": answers, "num_right": sum(bool(answer["right"]) for answer in answers)}
     return report
 
 
@@ -215,21 +220,30 @@ def _wait_until_ready(url: str, process: subprocess.Popen[bytes], timeout_s: flo
     raise RuntimeError(f"{url}/health/ready did not answer 200 within {timeout_s:.0f} s")
 
 
-def _ask(demo: Demo, url: str) -> list[dict[str, str]]:
+def _ask(demo: Demo, url: str) -> list[dict[str, Any]]:
     """Held-out questions, and one about the film, through the `openai` client by stored id."""
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="unused")
     answers = []
     for name, number in NUM_ASKED.items():
         for row in pq.read_table(demo.path("corpus", "held_out", f"{name}.parquet")).slice(0, number).to_pylist():
             answer = _answer(client, row["media"][0]["media_id"], row["question"])
-            answers.append({"question": row["question"], "expected": row["answer"], "answer": answer})
+            right = is_right(answer, row["answer"])
+            answers.append({"question": row["question"], "expected": row["answer"], "answer": answer, "right": right})
     if demo.film is not None:
         question = "Describe the video."
         answer = _answer(client, demo.film.stem, question)
-        answers.append(
-            {"question": f"{question} ({demo.film.name})", "expected": "(no such film in training)", "answer": answer}
-        )
+        name = f"{question} ({demo.film.name})"
+        answers.append({"question": name, "expected": "(no such film in training)", "answer": answer, "right": None})
     return answers
+
+
+def is_right(answer: str, expected: str) -> bool:
+    """Whether an answer in free text says what was expected; of a stretch of time, at least half of it."""
+    span = parse_span(expected)
+    if span is None:
+        return answer.strip() == expected
+    answered = parse_span(answer)
+    return answered is not None and temporal_iou(answered, span) >= RIGHT_IOU
 
 
 def _answer(client: openai.OpenAI, media_id: str, question: str) -> str:
@@ -258,10 +272,14 @@ def format_report(report: dict[str, Any]) -> str:
         lines.append(f"{'train ' + phase:32}{values['steps']} steps, {losses}")
     for task, scores in report["evaluate"].items():
         lines.append(f"{'evaluate ' + task:32}" + ", ".join(f"{key} {_short(value)}" for key, value in scores.items()))
-    for number, answer in enumerate(report["serve"]["answers"]):
+    answers = report["serve"]["answers"]
+    num_known = sum(answer["right"] is not None for answer in answers)
+    lines.append(f"{'serve':32}{report['serve']['num_right']} of {num_known} questions over HTTP answered right")
+    for answer in answers:
+        verdict = {True: "right: ", False: "wrong: ", None: ""}[answer["right"]]
         lines += [
-            f"{'serve' if number == 0 else '':32}{answer['question']}",
-            f"{'':32}  expected {answer['expected']!r}, answered {answer['answer']!r}",
+            f"{'':32}{answer['question']}",
+            f"{'':32}  {verdict}expected {answer['expected']!r}, answered {answer['answer']!r}",
         ]
     return "\n".join(lines)
 

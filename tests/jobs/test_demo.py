@@ -40,3 +40,19 @@ def test_a_film_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.Captur
     with pytest.raises(SystemExit):
         main(["--film", str(tmp_path / "nowhere.mp4")])
     assert "nowhere.mp4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "right"),
+    [
+        ("red circle", "red circle", True),
+        (" red circle\n", "red circle", True),
+        ("red circle or blue square", "red circle", False),
+        ("From 4 to 9 seconds.", "From 4 to 10 seconds.", True),
+        ("From 8 to 14 seconds.", "From 4 to 10 seconds.", False),
+        ("red circle", "From 4 to 10 seconds.", False),
+    ],
+)
+def test_an_answer_is_right_that_says_the_same_or_half_of_the_time(answer: str, expected: str, right: bool) -> None:
+    is_right = runpy.run_path(str(ROOT / "jobs" / "demo.py"))["is_right"]
+    assert is_right(answer, expected) is right

@@ -1,8 +1,8 @@
 """Scenes to questions with their right answers, and those to training samples. Knows words; not pixels or files.
 
-An answer puts the content first, 'red circle (B)': a small model learns to name what it saw long before it learns to
-look up a letter. The options of a 'which' question are two colours times two shapes, the right one any of the four, so
-that neither the colour nor the shape alone, nor the options without the video, give it away.
+An answer is the content itself, 'red circle', not a letter: a small model learns to name what it saw long before it
+learns to look up where an option stands. The options of a 'which' question are two colours times two shapes, the right
+one any of the four, so that neither the colour nor the shape alone, nor the options without the video, give it away.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import numpy as np
 from timeviper_platform.data.synthetic.pictures import COLORS, SHAPES, Picture
 from timeviper_platform.data.synthetic.scenes import MAX_COUNT, Scene
 
-LETTERS = "ABCD"
 ORDER_WORDS = ("first", "last")
+HOW_OFTEN = ("once", "twice", "three times", "four times")
+"""1 to MAX_COUNT times"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,9 +67,10 @@ def order_question(word: str, picture: Picture, shown: Sequence[Picture], rng: n
 
 
 def count_question(picture: Picture, count: int, rng: np.random.Generator) -> Question:
-    """How often the picture appears, 1 to 4 times."""
-    numbers = [count, *(n for n in range(1, MAX_COUNT + 1) if n != count)]
-    return _choice("count", f"How often does the {picture} appear?", [f"{n} times" for n in numbers], rng)
+    """How often the picture appears, 1 to MAX_COUNT times."""
+    right = HOW_OFTEN[count - 1]
+    others = [words for words in HOW_OFTEN[:MAX_COUNT] if words != right]
+    return _choice("count", f"How often does the {picture} appear?", [right, *others], rng)
 
 
 def grounding_question(picture: Picture, start_seconds: int, end_seconds: int) -> Question:
@@ -89,7 +91,7 @@ def caption(scene: Scene) -> str:
         only = scene.appearances[0]
         return f"A {pictures[0]} appears from {only.start_seconds} to {only.end_seconds} seconds."
     if scene.kind == "count":
-        return f"A {pictures[0]} appears {len(pictures)} times."
+        return f"A {pictures[0]} appears {HOW_OFTEN[len(pictures) - 1]}."
     return f"First a {', then a '.join(pictures)}."
 
 
@@ -134,11 +136,9 @@ def question_row(sample_id: str, question: Question, *, media_id: str) -> dict[s
 
 
 def _choice(task: str, text: str, options: Sequence[str], rng: np.random.Generator) -> Question:
-    """A question with lettered options in random order; `options[0]` is right."""
-    order = [int(n) for n in rng.permutation(len(options))]
-    choices = tuple(f"{options[n]} ({LETTERS[place]})" for place, n in enumerate(order))
-    listed = " ".join(f"({LETTERS[place]}) {options[n]}" for place, n in enumerate(order))
-    return Question(task=task, text=f"{text} {listed}", answer=choices[order.index(0)], choices=choices)
+    """A question that lists its options in random order; `options[0]` is right."""
+    choices = tuple(options[int(n)] for n in rng.permutation(len(options)))
+    return Question(task=task, text=f"{text} Options: {', '.join(choices)}.", answer=options[0], choices=choices)
 
 
 def _other(value: str, values: Sequence[str], rng: np.random.Generator) -> str:

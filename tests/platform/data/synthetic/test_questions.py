@@ -7,6 +7,7 @@ import numpy as np
 from timeviper_model.prompt import NEMOTRON, Turn, build_sample, end_token_id
 from timeviper_platform.data.synthetic.pictures import ALL_PICTURES, Picture
 from timeviper_platform.data.synthetic.questions import (
+    HOW_OFTEN,
     caption,
     count_question,
     listing,
@@ -23,25 +24,24 @@ def _scene(kind: str) -> Scene:
     return scene
 
 
-def test_right_letters_are_balanced() -> None:
+def test_the_right_option_stands_anywhere() -> None:
     rng = np.random.default_rng(0)
-    letters = Counter(which_question(ALL_PICTURES[n % 32], rng).answer[-2] for n in range(2000))
-    assert set(letters) == set("ABCD")
-    assert max(letters.values()) < 600
+    questions = [which_question(ALL_PICTURES[n % 32], rng) for n in range(2000)]
+    places = Counter(question.choices.index(question.answer) for question in questions)
+    assert set(places) == {0, 1, 2, 3}
+    assert max(places.values()) < 600
 
 
 def test_which_options_are_two_colours_times_two_shapes_so_that_they_give_nothing_away() -> None:
     rng = np.random.default_rng(1)
     for picture in ALL_PICTURES:
         question = which_question(picture, rng)
-        words = [choice.split()[:2] for choice in question.choices]
+        words = [choice.split() for choice in question.choices]
         assert Counter(Counter(color for color, _ in words).values()) == {2: 2}
         assert Counter(Counter(shape for _, shape in words).values()) == {2: 2}
-        assert question.answer.startswith(str(picture))
+        assert question.answer == str(picture)
         assert question.answer in question.choices
-        for choice in question.choices:
-            name, letter = choice[:-4], choice[-3:]
-            assert f"{letter} {name}" in question.text
+        assert question.text.endswith(f"Options: {', '.join(question.choices)}.")
 
 
 def test_answers_are_the_scenes_truth() -> None:
@@ -49,7 +49,7 @@ def test_answers_are_the_scenes_truth() -> None:
     needle, order, count = (_scene(kind) for kind in ("needle", "order", "count"))
     only = needle.appearances[0]
     which, grounding, described = scene_questions(needle, rng)
-    assert which.answer.startswith(str(only.picture))
+    assert which.answer == str(only.picture)
     assert grounding.answer == f"From {only.start_seconds} to {only.end_seconds} seconds."
     assert (grounding.start_seconds, grounding.end_seconds) == (only.start_seconds, only.end_seconds)
     assert described.answer == caption(needle)
@@ -57,21 +57,22 @@ def test_answers_are_the_scenes_truth() -> None:
     assert [question.task for question in more] == ["choice"] * 3 + ["grounding", "caption"]
     assert len({question.text for question in more[:3]}) == 3
     first, last, _ = scene_questions(order, rng)
-    assert first.answer.startswith(str(order.appearances[0].picture))
-    assert last.answer.startswith(str(order.appearances[-1].picture))
-    how_often, _ = scene_questions(count, rng)
-    assert how_often.answer.startswith(f"{len(count.appearances)} times")
+    assert first.answer == str(order.appearances[0].picture)
+    assert last.answer == str(order.appearances[-1].picture)
+    how_often, described = scene_questions(count, rng)
+    assert how_often.answer == HOW_OFTEN[len(count.appearances) - 1]
+    assert described.answer == f"A {count.appearances[0].picture} appears {how_often.answer}."
 
 
 def test_order_and_count_choices_hold_the_answer_once() -> None:
     rng = np.random.default_rng(3)
     shown = list(ALL_PICTURES[4:8])
     order = order_question("last", shown[3], shown, rng)
-    assert {choice[:-4] for choice in order.choices} == {str(picture) for picture in shown}
-    assert order.answer[:-4] == str(shown[3])
+    assert sorted(order.choices) == sorted(str(picture) for picture in shown)
+    assert order.answer == str(shown[3])
     count = count_question(Picture("red", "circle"), 3, rng)
-    assert sorted(choice[:-4] for choice in count.choices) == ["1 times", "2 times", "3 times", "4 times"]
-    assert count.answer[:-4] == "3 times"
+    assert sorted(count.choices) == ["four times", "once", "three times", "twice"]
+    assert count.answer == "three times"
 
 
 def test_listing_says_what_each_second_shows() -> None:
@@ -84,7 +85,7 @@ def test_listing_says_what_each_second_shows() -> None:
 
 
 def test_tokenizer_gives_back_any_text_and_has_nemotrons_special_ids() -> None:
-    texts = [f"Which picture appears in the video? (A) {picture}" for picture in ALL_PICTURES] * 3
+    texts = [f"Which picture appears in the video? Options: {picture}" for picture in ALL_PICTURES] * 3
     tokenizer = train_tokenizer(texts, 320)
     for text in (*texts[:3], "Größe 12.5 °C\n\t日本 🙂  two  spaces", "<SPECIAL_11>User"):
         ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -96,7 +97,7 @@ def test_tokenizer_gives_back_any_text_and_has_nemotrons_special_ids() -> None:
 
 
 def test_prompt_ends_with_the_end_token() -> None:
-    tokenizer = train_tokenizer(["Which picture appears?", "red circle (B)"], 280)
+    tokenizer = train_tokenizer(["Which picture appears?", "red circle"], 280)
     sample = build_sample(tokenizer, [Turn(role="user", text="Which?"), Turn(role="assistant", text="red")], [4])
     assert end_token_id(tokenizer, NEMOTRON) == 12
     assert sample.input_ids[-1] == 12
