@@ -165,11 +165,14 @@ def read_image(source: str | bytes, image_size: int, *, limits: MediaLimits | No
         if image.width * image.height > limits.max_pixels:
             message = f"{image.width} x {image.height} is past {limits.max_pixels = }"
             raise DecodeError("decode_image", ErrorType.TOO_MANY_PIXELS, message)
-        upright = ImageOps.exif_transpose(image)
-        if upright.has_transparency_data:
-            upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright.convert("RGBA"))
-        pixels = np.asarray(upright.convert("RGB").resize((image_size, image_size), Image.Resampling.BICUBIC))
-    return FrameBatch(pixels[None].copy(), np.zeros(1), np.zeros(1))
+        ImageOps.exif_transpose(image, in_place=True)
+        shown: Image.Image = image
+        if image.has_transparency_data:
+            shown = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        if shown.mode != "RGB":  # a copy else
+            shown = shown.convert("RGB")
+        pixels = np.array(shown.resize((image_size, image_size), Image.Resampling.BICUBIC))
+    return FrameBatch(pixels[None], np.zeros(1), np.zeros(1))
 
 
 def read_frames(
