@@ -20,8 +20,9 @@ import pyarrow.parquet as pq
 
 from timeviper_platform import storage
 from timeviper_platform.data.commits import Commits, best_rows, num_feature_bytes, read_commits
-from timeviper_platform.data.features import DATA_FOLDER, INDEX_FILE, open_data_file, read_header
+from timeviper_platform.data.features import DATA_FOLDER, INDEX_FILE, read_header
 from timeviper_platform.data.index_writer import INDEXED_KEY
+from timeviper_platform.data.row_groups import open_data_file
 from timeviper_platform.data.store_writer import Row, features_fault, settle, write_file
 
 logger = logging.getLogger(__name__)

@@ -1,8 +1,7 @@
 """The feature store, read side: media_id and frame numbers to bf16 tensors; and the one rule that thins frames.
 
-Knows the store's folders and Parquet row groups; store_index.py knows the index. Does not know how features are made
-(pipeline.py), nor what samples, prompts or models are. One range read gets the row groups of neighbouring segments;
-handles and row groups are kept in small LRUs.
+Knows the store's folders; store_index.py knows the index, row_groups.py the data files. Does not know how features are
+made (pipeline.py), nor what samples, prompts or models are. Neighbouring segments' row groups come with one range read.
 
     store.json       schema version, recipe, recipe_hash
     index.parquet    INDEX rows, sorted by media_id, segment_index
@@ -12,10 +11,8 @@ handles and row groups are kept in small LRUs.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
-import threading
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,9 +21,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from timeviper_platform import schemas, storage
+from timeviper_platform.data.row_groups import RowGroups, value_buffer
 from timeviper_platform.data.store_index import Modality, StoreIndex
 
 if TYPE_CHECKING:
@@ -42,9 +39,6 @@ READ_TOGETHER_BYTES = 16 << 20
 
 MAX_INFOS = 4096
 """media whose times are kept as arrays; a film of an hour takes 58 kB"""
-
-MAX_OPEN_FILES = 128
-"""A footer is about 0.1-1 MB and costs a millisecond (two requests on an object store) to read again."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,11 +113,7 @@ class FeatureStore:
         self.recipe: dict[str, Any] = header["recipe"]
         self.recipe_hash: str = header["recipe_hash"]
         self._index = index
-        self._files: OrderedDict[str, tuple[Any, threading.Lock]] = OrderedDict()
-        self._row_groups: OrderedDict[tuple[str, int], Any] = OrderedDict()
-        self._cache_bytes = cache_bytes
-        self._cached_bytes = 0
-        self._lock = threading.Lock()
+        self._row_groups = RowGroups(storage.join_uri(uri, DATA_FOLDER), cache_bytes)
         self._infos = lru_cache(maxsize=MAX_INFOS)(lambda media_id: _info(self._index, media_id))
 
     @classmethod
@@ -140,7 +130,7 @@ class FeatureStore:
         return cls(uri, header, StoreIndex.open(storage.join_uri(uri, INDEX_FILE)), cache_bytes=cache_bytes)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _open, (self.uri, self._cache_bytes)
+        return _open, (self.uri, self._row_groups.cache_bytes)
 
     @property
     def media_ids(self) -> Sequence[str]:
@@ -274,61 +264,17 @@ class FeatureStore:
 
         place = index.place(row)
         groups, num_bytes = {place.row_group}, 0
-        most = min(READ_TOGETHER_BYTES, self._cache_bytes // 2)
+        most = min(READ_TOGETHER_BYTES, self._row_groups.cache_bytes // 2)
         for later in ahead:
             num_bytes += 2 * math.prod(index.shape(later))
             behind = index.place(later)
             if behind.file != place.file or behind.row_group > max(groups) + 1 or num_bytes > most:
                 break
             groups.add(behind.row_group)
-        buffer = value_buffer(self._row_group(place.file, place.row_group, max(groups) + 1), place.row_in_group)
+        buffer = value_buffer(self._row_groups.read(place.file, place.row_group, max(groups) + 1), place.row_in_group)
         # by DLPack: torch.frombuffer warns that Arrow's memory is read-only
         values = pa.Array.from_buffers(pa.int16(), buffer.size // 2, [None, buffer])
         return from_dlpack(values).reshape(index.shape(row))
-
-    def _row_group(self, name: str, number: int, stop: int) -> Any:
-        """The features of a row group; what is not in memory of those before `stop` is read with it."""
-        with self._lock:
-            if (name, number) in self._row_groups:
-                self._row_groups.move_to_end((name, number))
-                return self._row_groups[name, number]
-            missing = list(itertools.takewhile(lambda n: (name, n) not in self._row_groups, range(number, stop)))
-        file, file_lock = self._file(name)
-        with file_lock:  # a ParquetFile serves one read at a time
-            try:
-                values = file.read_row_groups(missing, columns=["features"], use_threads=False)["features"]
-            except FileNotFoundError:  # an object that was open and is gone
-                with self._lock:
-                    self._files.pop(name, None)
-                raise
-            except OSError as error:  # pyarrow's errors of input and output, and of damaged pages
-                raise RuntimeError(f"cannot read row group {number} of {name} in {self.uri}: {error}") from error
-        first, parts = 0, []
-        for group in missing:
-            part = values.slice(first, file.metadata.row_group(group).num_rows)
-            first += len(part)
-            parts.append(part.chunk(0) if part.num_chunks == 1 else part.combine_chunks())
-        with self._lock:
-            for group, part in zip(missing, parts, strict=True):
-                self._keep((name, group), part)
-        return parts[0]
-
-    def _keep(self, key: tuple[str, int], values: Any) -> None:
-        """Into memory, where those used last stay; the lock is held."""
-        if key not in self._row_groups:
-            self._row_groups[key] = values
-            self._cached_bytes += values.nbytes
-        while self._cached_bytes > self._cache_bytes and len(self._row_groups) > 1:
-            self._cached_bytes -= self._row_groups.popitem(last=False)[1].nbytes
-
-    def _file(self, name: str) -> tuple[Any, threading.Lock]:
-        with self._lock:
-            if name not in self._files:
-                self._files[name] = (open_data_file(storage.join_uri(self.uri, DATA_FOLDER, name)), threading.Lock())
-                while len(self._files) > MAX_OPEN_FILES:
-                    self._files.popitem(last=False)
-            self._files.move_to_end(name)
-            return self._files[name]
 
 
 def read_header(uri: str) -> dict[str, Any] | None:
@@ -397,26 +343,6 @@ def select_frames(
         places = (np.arange(max_frames) * (count - 1) + (max_frames - 1) // 2) // (max_frames - 1)
         chosen = inside[places]
     return [int(number) for number in chosen]
-
-
-def open_data_file(uri: str) -> Any:
-    """A ParquetFile for reading single row groups.
-
-    Raises:
-        FileNotFoundError: when it is not there.
-    """
-    filesystem, path = storage.split_uri(uri)
-    if storage.is_local(uri):
-        return pq.ParquetFile(path, memory_map=True)
-    # one row group is one range read, so a cache between would only copy it
-    return pq.ParquetFile(filesystem.open(path, "rb", cache_type="none"), pre_buffer=True)
-
-
-def value_buffer(values: Any, place: int) -> Any:
-    """The bytes of one value of a large_binary array, without a copy (its scalars' `as_buffer` makes one)."""
-    _, offsets, data = values.buffers()
-    begin, end = np.frombuffer(offsets, np.int64)[values.offset + place : values.offset + place + 2]
-    return data.slice(int(begin), int(end - begin)) if end > begin else pa.py_buffer(b"")
 
 
 def _open(uri: str, cache_bytes: int) -> FeatureStore:

@@ -54,6 +54,14 @@ class ScaleConfig:
     """dense bf16, by its maker: 989 for an H100 SXM"""
     mfu: float = 0.4
     """share of the peak that the encoder reaches; an assumption until a GPU has run it"""
+    second_num_tokens_per_frame: int = 0
+    """of a second tower, as in `encoder.second`; 0 = there is none"""
+    second_dim: int = 0
+    """its width; a store's rows have the wider tower's"""
+    second_teraflops_per_frame: float = 0.0
+    """what a frame costs it, for the same peak and share as the first"""
+    second_encode_frames_per_second: float = 0.0
+    """of it alone on one GPU, measured; 0 = computed"""
     decode_milliseconds: float = 17.0
     """of one core, to decode and scale one sampled frame, as `jobs/preprocess.py --dry-run` prints it; the default was
     measured once, on a busy machine, on the decode suite's clip (H.264, 640 x 360, 30 frames a second)"""
@@ -67,6 +75,18 @@ class ScaleConfig:
         for name in ("num_videos", "seconds_per_video", "fps", "frames_per_file", "num_gpus", "mfu", "gpu_peak_tflops"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} = {getattr(self, name)} must be above 0")
+        cost = self.second_encode_frames_per_second or self.second_teraflops_per_frame
+        second = (self.second_num_tokens_per_frame, self.second_dim, cost)
+        if min(second) < 0 or (any(second) and not all(second)):
+            raise ValueError(
+                f"{self.second_num_tokens_per_frame = }, {self.second_dim = } and its cost = {cost}: give all of a"
+                " second tower (the cost as second_encode_frames_per_second or second_teraflops_per_frame), or none"
+            )
+
+    @property
+    def has_second(self) -> bool:
+        """Whether two towers see every frame."""
+        return self.second_num_tokens_per_frame > 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +99,7 @@ class Scale:
     """at most: a file takes this many full segments, and more short ones"""
     feature_bytes: int
     encode_frames_per_second: float
-    """of one GPU"""
+    """of one GPU, through all towers one after the other"""
     gpu_hours: float
     hours: float
     """with all GPUs busy"""
@@ -99,9 +119,9 @@ def compute_scale(config: ScaleConfig, tower: VisionTower | None = None) -> Scal
     frames = config.num_videos * of_video
     segments = config.num_videos * -(-of_video // SEGMENT_SAMPLES)
     files = -(-segments // max(1, config.frames_per_file // SEGMENT_SAMPLES))
-    feature_bytes = frames * config.num_tokens_per_frame * config.dim * BYTES_A_VALUE
-    computed = config.gpu_peak_tflops * 1e12 * config.mfu / (tower or VisionTower()).flops()
-    rate = config.encode_frames_per_second or computed
+    num_tokens = config.num_tokens_per_frame + config.second_num_tokens_per_frame
+    feature_bytes = frames * num_tokens * max(config.dim, config.second_dim) * BYTES_A_VALUE
+    rate = _encode_rate(config, tower or VisionTower())
     gpu_hours, core_hours = frames / rate / 3600, frames * config.decode_milliseconds / 1e3 / 3600
     # a data file and its record; the parts of the plan; the index, the rejects, the report and store.json
     puts = 2 * files + -(-segments // MAX_TABLE_ROWS) + 4
@@ -126,17 +146,42 @@ def compute_scale(config: ScaleConfig, tower: VisionTower | None = None) -> Scal
     )
 
 
+def _encode_rate(config: ScaleConfig, tower: VisionTower) -> float:
+    """Frames a second of one GPU that gives every frame to one tower after the other."""
+    flops_per_second = config.gpu_peak_tflops * 1e12 * config.mfu
+    first = config.encode_frames_per_second or flops_per_second / tower.flops()
+    if not config.has_second:
+        return first
+    computed = config.second_teraflops_per_frame * 1e12 / flops_per_second
+    measured = config.second_encode_frames_per_second
+    return 1 / (1 / first + (1 / measured if measured else computed))
+
+
+def _rate_source(config: ScaleConfig) -> str:
+    """Where frames/s of a GPU come from."""
+    measured = [config.encode_frames_per_second > 0]
+    if config.has_second:
+        measured.append(config.second_encode_frames_per_second > 0)
+    if any(measured) and not all(measured):
+        source = "one tower measured, the other computed from FLOPs"
+    else:
+        source = "measured" if all(measured) else "computed from FLOPs, not measured"
+    return f"both towers, {source}" if config.has_second else source
+
+
 def scale_table(configs: Sequence[ScaleConfig]) -> str:
     """The totals as a Markdown table, a column a run."""
     scales = [compute_scale(config) for config in configs]
-    rate = "measured" if configs[0].encode_frames_per_second else "computed from FLOPs, not measured"
     rows: list[tuple[str, list[str]]] = [
         ("videos", [f"{config.num_videos:,}" for config in configs]),
         ("frames", [f"{scale.frames:,}" for scale in scales]),
         ("segments", [f"{scale.segments:,}" for scale in scales]),
         ("features", [f"{scale.feature_bytes / 1e12:.2f} TB" for scale in scales]),
         ("data files, at most", [f"{scale.files:,}" for scale in scales]),
-        (f"frames/s of a GPU ({rate})", [f"{scale.encode_frames_per_second:.0f}" for scale in scales]),
+        (
+            f"frames/s of a GPU ({_rate_source(configs[0])})",
+            [f"{scale.encode_frames_per_second:.0f}" for scale in scales],
+        ),
         ("GPU hours", [f"{scale.gpu_hours:,.0f}" for scale in scales]),
         (f"hours with {configs[0].num_gpus} GPUs", [f"{scale.hours:,.1f}" for scale in scales]),
         ("core hours to decode", [f"{scale.core_hours:,.0f}" for scale in scales]),

@@ -24,13 +24,12 @@ from timeviper_platform.data.features import (
     COMMITS_FOLDER,
     DATA_FOLDER,
     INDEX_FILE,
-    open_data_file,
     read_header,
-    value_buffer,
 )
 from timeviper_platform.data.index_writer import INDEXED_KEY
 from timeviper_platform.data.planning import PLAN_FOLDER, read_part
 from timeviper_platform.data.report import audit, count_rejects
+from timeviper_platform.data.row_groups import open_data_file, value_buffer
 from timeviper_platform.data.store_writer import features_fault, recipe_hash
 from timeviper_platform.schemas import FEATURES, INDEX
 

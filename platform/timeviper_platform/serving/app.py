@@ -31,7 +31,7 @@ from timeviper_platform.serving.contract import (
 from timeviper_platform.serving.engine_metrics import EngineMetrics
 from timeviper_platform.serving.engine_service import EngineService, EngineServiceConfig
 from timeviper_platform.serving.feature_service import FeatureService, FeatureServiceConfig
-from timeviper_platform.serving.gateway import GatewayConfig
+from timeviper_platform.serving.gateway_config import GatewayConfig
 from timeviper_platform.serving.gateway_replica import GatewayReplica
 from timeviper_platform.serving.scaling import DeploymentSettings
 

@@ -18,7 +18,8 @@ from starlette.types import ASGIApp
 
 from timeviper_platform.logs import setup_logging
 from timeviper_platform.serving.contract import AnswerPart, FeatureReference, FeatureRequest, GenerateRequest, Refusal
-from timeviper_platform.serving.gateway import GatewayConfig, create_app
+from timeviper_platform.serving.gateway import create_app
+from timeviper_platform.serving.gateway_config import GatewayConfig
 
 logger = logging.getLogger(__name__)
 

@@ -177,6 +177,11 @@ class MediaStore:
         return join_uri(self._root, tenant, f"{file_id}.json")
 
 
+def no_such_file(param: str) -> ApiError:
+    """What a client is told whose file id its tenant does not have; `param` is where it stood."""
+    return ApiError(404, "there is no such file; upload it to /v1/files", code="file_not_found", param=param)
+
+
 def _display_name(filename: str) -> str:
     name = filename.replace("\\", "/").rsplit("/", 1)[-1]
     return "".join(char for char in name if char.isprintable())[:255] or "upload"

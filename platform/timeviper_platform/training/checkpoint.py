@@ -31,6 +31,7 @@ from torch import nn
 from timeviper_platform import storage
 from timeviper_platform.training.parameters import ParameterGroup
 from timeviper_platform.training.plan import PlanPosition
+from timeviper_platform.training.saved_files import reading_as_data
 from timeviper_platform.training.shards import SavedShards, load_optimizer_from, load_weights_from
 from timeviper_platform.training.snapshot import take_snapshot
 
@@ -260,7 +261,7 @@ def restore_checkpoint(
 
     Raises:
         ValueError: when the trained parameters are not the checkpoint's.
-        RuntimeError: when the files cannot be read.
+        RuntimeError: when the files cannot be read, or hold more than data.
     """
     state = read_state(uri)
     saved_groups = storage.read_json(storage.join_uri(uri, GROUPS_FILE))
@@ -338,9 +339,10 @@ def _shape(state: TrainState) -> tuple[int, int, str]:
 
 
 def _load_natively(ds_engine: Any, folder: Path, uri: str) -> None:
-    loaded, _ = ds_engine.load_checkpoint(
-        str(folder.parent), tag=folder.name, load_lr_scheduler_states=False, load_module_strict=True
-    )
+    with reading_as_data(ds_engine):
+        loaded, _ = ds_engine.load_checkpoint(
+            str(folder.parent), tag=folder.name, load_lr_scheduler_states=False, load_module_strict=True
+        )
     if loaded is None:
         raise RuntimeError(f"DeepSpeed found no state in {uri}; resume from an earlier checkpoint")
 

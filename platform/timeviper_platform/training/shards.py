@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from timeviper_platform.training.parameters import ParameterGroup
-from timeviper_platform.training.zero import import_deepspeed
+from timeviper_platform.training.saved_files import load_saved
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """what AdamW keeps of a parameter"""
@@ -53,10 +53,11 @@ class SavedShards:
     """
 
     def __init__(self, folder: Path, *, zero_stage: int, trained: Sequence[str]) -> None:
-        import_deepspeed()  # the files name its classes
         self._zero_stage = zero_stage
-        self._models = [_load(file) for file in _by_rank(folder, "*mp_rank_00_model_states.pt")]
-        optimizers = [_load(file)["optimizer_state_dict"] for file in _by_rank(folder, "*_optim_states.pt")]
+        self._models = [load_saved(file, mmap=True) for file in _by_rank(folder, "*mp_rank_00_model_states.pt")]
+        optimizers = [
+            load_saved(file, mmap=True)["optimizer_state_dict"] for file in _by_rank(folder, "*_optim_states.pt")
+        ]
         if not self._models or (zero_stage > 0 and not optimizers):
             raise RuntimeError(f"{folder} holds no files of DeepSpeed for ZeRO-{zero_stage}; resume from another one")
         self._shapes: dict[str, torch.Size] = {
@@ -213,8 +214,3 @@ def _by_rank(folder: Path, pattern: str) -> list[Path]:
     """The files in the order of the ranks that wrote them; a name without `rank_N_` is rank 0's."""
     numbers = {path: re.search(r"zero_pp_rank_(\d+)_", path.name) for path in folder.glob(pattern)}
     return sorted(numbers, key=lambda path: int(found[1]) if (found := numbers[path]) else 0)
-
-
-def _load(file: Path) -> dict[str, Any]:
-    values: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=False, mmap=True)
-    return values

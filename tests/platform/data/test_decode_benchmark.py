@@ -12,7 +12,7 @@ import pytest
 from timeviper_platform.data.decode import read_frames
 from timeviper_platform.data.decode_benchmark import suite
 from timeviper_platform.data.decode_benchmark.clips import ClipSpec, make_clip, repeat_clip
-from timeviper_platform.data.decode_benchmark.ways import WAYS, sample_ours
+from timeviper_platform.data.decode_benchmark.ways import WAYS, sample_keyframes, sample_ours
 
 TINY = ClipSpec(seconds=4, fps=10, width=64, height=64)
 SPECS = {
@@ -42,6 +42,23 @@ def test_a_repeated_clip_shows_the_clip_again_and_again(tmp_path: Path) -> None:
     once, thrice = (read_frames(str(tmp_path / name), 32) for name in ("clip.mp4", "long.mp4"))
     assert thrice.pts_seconds.tolist() == list(range(12))
     assert np.array_equal(thrice.frames, np.concatenate([once.frames] * 3))
+
+
+def test_keyframes_alone_are_the_frames_at_their_own_times(tmp_path: Path) -> None:
+    make_clip(tmp_path / "clip.mp4", ClipSpec(seconds=9, fps=10, width=64, height=64, gop=30))
+    times = [Fraction(k) for k in range(9)]
+    alone = np.concatenate(list(sample_keyframes(tmp_path / "clip.mp4", times, 64)))
+    at_keyframes = np.concatenate(list(sample_ours(tmp_path / "clip.mp4", times[::3], 64)))
+    assert np.array_equal(alone, at_keyframes)
+
+
+def test_the_row_of_keyframes_says_how_many_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "REPEATS", 3)
+    monkeypatch.setattr(suite, "IMAGE_SIZE", 64)
+    monkeypatch.setattr(suite, "ClipSpec", lambda **_: ClipSpec(seconds=20, fps=10, width=64, height=64, gop=100))
+    (row,) = suite.keyframe_rows(None, clip_seconds=20, repetitions=3)
+    assert "6 frames in place of 60" in row.name
+    assert 0 < row.value < 1
 
 
 def test_frames_far_apart_are_those_of_asking_for_all(tmp_path: Path) -> None:
@@ -81,6 +98,8 @@ def test_rows_of_small_files_are_finite(tmp_path: Path, monkeypatch: pytest.Monk
         suite.Strategy(name="few", clip=TINY, repetitions=3, num_frames=3, ways=("seeks", "decord")),
     ]
     rows = suite.sampling_rows(tmp_path / "film.mp4", clip_seconds=4, repetitions=2)
+    rows += suite.cost_rows(tmp_path / "film.mp4", clip_seconds=4, repetitions=2)
+    rows += suite.keyframe_rows(tmp_path / "film.mp4", clip_seconds=4, repetitions=2)
     rows += suite.strategy_rows(None, small) + suite.long_rows(None, hours=1)
-    assert len(rows) == 3 + 3 + 3
+    assert len(rows) == 3 + 2 + 2 + 3 + 3
     assert all(row.value > 0 and row.command.startswith("python jobs/benchmark.py decode --only ") for row in rows)

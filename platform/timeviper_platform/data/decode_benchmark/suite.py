@@ -1,4 +1,4 @@
-"""Rows of the `decode` suite: sampling at 1 fps, the best strategy for each kind of file, and very long files.
+"""Rows of the `decode` suite: sampling at 1 fps, what a frame costs, keyframes alone, each kind of file, long files.
 
 Everything runs on one thread, and what is compared runs in turn. A way gives the same frames as every other.
 """
@@ -21,6 +21,7 @@ from timeviper_platform.data.decode_benchmark.clips import ClipSpec, make_clip, 
 from timeviper_platform.data.decode_benchmark.ways import (
     WAYS,
     Way,
+    sample_keyframes,
     sample_ours,
     sample_sequentially,
     sample_with_decord,
@@ -44,7 +45,7 @@ def sampling_rows(film: Path | None = None, clip_seconds: int = 60, repetitions:
         short, clip = Path(folder) / "short.mp4", Path(folder) / "clip.mp4"
         make_clip(short, ClipSpec(seconds=clip_seconds))
         repeat_clip(short, clip, repetitions)
-        name = f"made clip of {clip_seconds * repetitions // 60} min, 30 fps, 640 x 360"
+        name = _clip_name(clip_seconds * repetitions)
         rows = [
             _sampling_row(short, f"its first {clip_seconds} s", sample_sequentially, "decoding every frame", None),
             _sampling_row(clip, name, sample_with_decord, "decord's get_batch", ">= 1.6"),
@@ -60,6 +61,47 @@ def _sampling_row(path: Path, name: str, control: Way, control_name: str, bar: s
     result = compare(lambda: _run(sample_ours, path, times), lambda: _run(control, path, times), repeats=REPEATS)
     text = f"sampling at 1 fps, times faster than {control_name} ({name}; noise {result.noise:.0%})"
     return Row(name=text, value=result.speedup, unit="x", bar=bar, command=COMMAND + "sampling [--film FILM]")
+
+
+def cost_rows(film: Path | None = None, clip_seconds: int = 60, repetitions: int = 10) -> list[Row]:
+    """CPU time to decode and scale one frame at 1 fps: what docs/scale.md reckons with; the median of whole passes."""
+    with tempfile.TemporaryDirectory() as folder:
+        clip = _made(Path(folder), ClipSpec(seconds=clip_seconds), repetitions)
+        rows = [_cost_row(clip, _clip_name(clip_seconds * repetitions))]
+    return rows if film is None else [*rows, _cost_row(film, film.name)]
+
+
+def _cost_row(path: Path, name: str) -> Row:
+    times = _every_second(path)
+    logger.info("what a frame of %s costs", name)
+    milliseconds = []
+    for _ in range(REPEATS + 1):
+        start = time.process_time()
+        _run(sample_ours, path, times)
+        milliseconds.append((time.process_time() - start) / len(times) * 1e3)
+    _, *measured = milliseconds  # the first one loads what the others find
+    text = f"CPU time of a frame sampled at 1 fps ({name}; {min(measured):.1f} to {max(measured):.1f})"
+    return Row(name=text, value=statistics.median(measured), unit="ms", command=COMMAND + "cost [--film FILM]")
+
+
+def keyframe_rows(film: Path | None = None, clip_seconds: int = 60, repetitions: int = 10) -> list[Row]:
+    """The time of keyframes alone over that of a frame of every second, which they stand for with fewer frames."""
+    with tempfile.TemporaryDirectory() as folder:
+        clip = _made(Path(folder), ClipSpec(seconds=clip_seconds), repetitions)
+        rows = [_keyframe_row(clip, _clip_name(clip_seconds * repetitions))]
+    return rows if film is None else [*rows, _keyframe_row(film, film.name)]
+
+
+def _keyframe_row(path: Path, name: str) -> Row:
+    times = _every_second(path)
+    logger.info("keyframes of %s alone", name)
+    num_keyframes = _num_frames(sample_keyframes, path, times)
+    result = compare(
+        lambda: _num_frames(sample_keyframes, path, times), lambda: _run(sample_ours, path, times), repeats=REPEATS
+    )
+    kept = f"{num_keyframes} frames in place of {len(times)}"
+    text = f"keyframes alone, time over that of sampling at 1 fps ({name}; {kept}; noise {result.noise:.0%})"
+    return Row(name=text, value=1 / result.speedup, unit="x", command=COMMAND + "keyframes [--film FILM]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -175,6 +217,10 @@ def _made(folder: Path, clip: ClipSpec, repetitions: int) -> Path:
     return folder / "repeated.mp4"
 
 
+def _clip_name(seconds: int) -> str:
+    return f"made clip of {seconds // 60} min, 30 fps, 640 x 360"
+
+
 def _wanted(path: Path, strategy: Strategy) -> list[Fraction]:
     times = _every_second(path)
     if strategy.last_seconds is not None:
@@ -191,9 +237,19 @@ def _every_second(path: Path) -> list[Fraction]:
 
 def _run(way: Way, path: Path, times: Sequence[Fraction], image_size: int = IMAGE_SIZE) -> None:
     """Raises RuntimeError when frames are missing: a comparison of unlike work is none."""
-    num_frames = sum(len(frames) for frames in way(path, times, image_size))
+    num_frames = _num_frames(way, path, times, image_size)
     if num_frames != len(times):
         raise RuntimeError(f"{way.__name__} gave {num_frames} of {len(times)} frames of {path}")
 
 
-DECODE_GROUPS = {"sampling": sampling_rows, "strategies": strategy_rows, "long": long_rows}
+def _num_frames(way: Way, path: Path, times: Sequence[Fraction], image_size: int | None = None) -> int:
+    return sum(len(frames) for frames in way(path, times, image_size or IMAGE_SIZE))
+
+
+DECODE_GROUPS = {
+    "sampling": sampling_rows,
+    "cost": cost_rows,
+    "keyframes": keyframe_rows,
+    "strategies": strategy_rows,
+    "long": long_rows,
+}

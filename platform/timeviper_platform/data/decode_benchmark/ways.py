@@ -1,6 +1,7 @@
 """Ways to get the frames on screen at given times, each as its library's user would write it; ours beside them.
 
 Each opens the file, samples, scales to the same size on one thread and closes. All but decord give equal bits.
+Keyframes alone are no such way: they are other frames, and fewer.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ Way = Callable[[Path, Sequence[Fraction], int], Iterator[np.ndarray]]
 def sample_ours(path: Path, times: Sequence[Fraction], image_size: int) -> Iterator[np.ndarray]:
     """Our default backend."""
     yield from _sample(open_video(str(path), image_size), times)
+
+
+def sample_keyframes(path: Path, times: Sequence[Fraction], image_size: int) -> Iterator[np.ndarray]:
+    """`sampling.frames: keyframes`: of the second before each time its last keyframe, where it has one."""
+    yield from _sample(open_video(str(path), image_size, keyframe_step=Fraction(1)), times)
 
 
 def sample_with_decord(path: Path, times: Sequence[Fraction], image_size: int) -> Iterator[np.ndarray]:

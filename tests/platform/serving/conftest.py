@@ -1,0 +1,14 @@
+"""The gateway of the tests that ask for nothing special."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from reference.made_gateway import Server
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Server:
+    return Server(tmp_path)

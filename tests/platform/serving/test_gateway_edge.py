@@ -1,0 +1,83 @@
+"""gateway_edge: keys, tenants, limits on bodies, counters, and what neither logs nor answers say."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from reference.made_gateway import MP4, USAGE, Server, check_error, keys, video
+
+
+def test_bodies_past_the_limit_are_refused_declared_or_not(tmp_path: Path) -> None:
+    server = Server(tmp_path, max_request_bytes=2000, max_upload_bytes=5000)
+    check_error(server.chat("x" * 3000), 413, "too_large")
+    pieces = (b"x" * 500 for _ in range(10))  # no Content-Length
+    check_error(server.http.post("/v1/chat/completions", content=pieces), 413, "too_large")
+    assert server.upload(MP4 + bytes(3000)).status_code == 200
+    check_error(server.upload(MP4 + bytes(6000)), 413, "too_large")
+
+
+def test_metrics_count_requests_by_route_pattern_and_status(server: Server) -> None:
+    server.chat()
+    server.http.get("/v1/files/file-private-name")
+    text = server.http.get("/metrics").text
+    assert 'requests_total{route="/v1/chat/completions",status="200"} 1' in text
+    assert 'requests_total{route="/v1/files/{file_id}",status="404"} 1' in text
+    assert "private" not in text
+
+
+def test_metrics_count_tokens_and_which_of_them_were_cached(server: Server) -> None:
+    server.chat(n=2)
+    server.engine.usage = replace(USAGE, cached_tokens=7)
+    server.chat(stream=True)
+    text = server.http.get("/metrics").text
+    assert "timeviper_gateway_prompt_tokens_total 18\n" in text
+    assert "timeviper_gateway_cached_prompt_tokens_total 7\n" in text
+    assert "timeviper_gateway_completion_tokens_total 9\n" in text
+
+
+def test_with_keys_configured_every_route_but_health_needs_one(tmp_path: Path) -> None:
+    server = Server(tmp_path, api_keys=keys("alice"))
+    check_error(server.chat(), 401, "invalid_api_key")
+    check_error(server.chat(key="key-bob"), 401, "invalid_api_key")
+    for path in ("/v1/models", "/v1/files", "/metrics", "/openapi.json", "/v1/nothing"):
+        check_error(server.http.get(path), 401, "invalid_api_key")
+    basic = server.http.get("/v1/models", headers={"Authorization": "Basic key-alice"})
+    check_error(basic, 401, "invalid_api_key")
+    assert server.http.get("/health/live").status_code == 200
+    assert server.chat(key="key-alice").status_code == 200
+    assert [request.tenant for request in server.engine.requests] == ["alice"]
+
+
+def test_another_tenants_file_is_not_found(tmp_path: Path) -> None:
+    server = Server(tmp_path, api_keys=keys("alice", "bob"))
+    file_id = server.upload(key="key-alice").json()["id"]
+    bob = {"Authorization": "Bearer key-bob"}
+    check_error(server.http.get(f"/v1/files/{file_id}", headers=bob), 404, "file_not_found")
+    check_error(server.chat(video(file_id), key="key-bob"), 404, "file_not_found")
+    assert server.chat(video(file_id), key="key-alice").status_code == 200
+
+
+def test_a_bug_of_ours_is_a_500_in_shape_whose_cause_stays_out_of_log_and_answer(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.engine.bug = True
+    with caplog.at_level(logging.INFO):
+        response = server.chat("private words")
+    check_error(response, 500, "internal_error")
+    assert "KeyError" in caplog.text
+    assert "generate" in caplog.text
+    assert "private" not in caplog.text + response.text
+
+
+def test_logs_hold_no_bodies_keys_or_queries(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    server = Server(tmp_path, api_keys=keys("alice"))
+    with caplog.at_level(logging.INFO, logger="timeviper_platform"):
+        server.chat("a private question", key="key-alice")
+        server.http.get("/v1/models?token=private", headers={"Authorization": "Bearer key-private"})
+    ours = [record.getMessage() for record in caplog.records if record.name.startswith("timeviper_platform")]
+    assert any("POST /v1/chat/completions 200" in line for line in ours)
+    assert not any("private" in line or "key-" in line for line in ours)

@@ -1,0 +1,129 @@
+"""The gateway over real ASGI between services that are small but keep their contract, and how to read its answers."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+from starlette.testclient import TestClient
+
+from timeviper_platform.serving.contract import (
+    AnswerPart,
+    AnswerUsage,
+    FeatureReference,
+    FeatureRequest,
+    GenerateRequest,
+    Refusal,
+    StoredFeatures,
+    TokenLogprob,
+)
+from timeviper_platform.serving.gateway import create_app
+from timeviper_platform.serving.gateway_config import ApiKey, GatewayConfig
+
+MP4 = b"\x00\x00\x00\x20ftypisom" + bytes(100)
+PNG = b"\x89PNG\r\n\x1a\n" + bytes(50)
+USAGE = AnswerUsage(prompt_tokens=9, completion_tokens=3, vision_tokens=8, vision_tokens_kept=2, cached_tokens=0)
+
+
+class Features:
+    """Knows one stored medium and takes any upload."""
+
+    def __init__(self) -> None:
+        self.requests: list[FeatureRequest] = []
+        self.ready = True
+
+    async def features(self, request: FeatureRequest) -> FeatureReference | Refusal:
+        self.requests.append(request)
+        if isinstance(request.source, StoredFeatures) and request.source.media_id != "known":
+            return Refusal(status=404, message="no such medium", code="media_not_found")
+        return FeatureReference(
+            key="k", ref=None, num_frames=2, num_tokens_per_frame=4, modality="video", duration_seconds=2.0
+        )
+
+    async def is_ready(self) -> bool:
+        return self.ready
+
+
+class Engine:
+    """Answers 'hello world' in two parts; `refusal` comes instead of part number `refuse_at`."""
+
+    def __init__(self) -> None:
+        self.requests: list[GenerateRequest] = []
+        self.closed = 0
+        self.delay_s = 0.0
+        self.refusal: Refusal | None = None
+        self.refuse_at = 0
+        self.bug = False
+        self.usage = USAGE
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[AnswerPart | Refusal]:
+        self.requests.append(request)
+        try:
+            if self.bug:
+                raise KeyError(request.turns[0].text)
+            logprobs = (TokenLogprob(token="hello", logprob=-0.1),) if request.num_logprobs is not None else ()
+            for number, text in enumerate(("hello", " world")):
+                for index in range(request.n):
+                    if self.refusal is not None and number == self.refuse_at:
+                        yield self.refusal
+                        return
+                    last = number == 1
+                    yield AnswerPart(
+                        index=index,
+                        text=text,
+                        logprobs=() if last else logprobs,
+                        finish_reason="stop" if last else None,
+                        usage=self.usage if last else None,
+                    )
+                await asyncio.sleep(self.delay_s)
+        finally:
+            self.closed += 1
+
+    async def is_ready(self) -> bool:
+        return True
+
+
+class Server:
+    """The gateway with its fake services and a client."""
+
+    def __init__(self, folder: Path, **config: Any) -> None:
+        self.features = Features()
+        self.engine = Engine()
+        app = create_app(GatewayConfig(media_root=str(folder / "media"), **config), self.features, self.engine)
+        self.http = TestClient(app, raise_server_exceptions=True)
+
+    def chat(self, content: Any = "hi", *, key: str | None = None, **values: Any) -> Any:
+        body = {"model": "timeviper", "messages": [{"role": "user", "content": content}], **values}
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        return self.http.post("/v1/chat/completions", json=body, headers=headers)
+
+    def upload(self, data: bytes = MP4, *, key: str | None = None) -> Any:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        files = {"file": ("cat.mp4", data, "video/mp4")}
+        return self.http.post("/v1/files", files=files, data={"purpose": "vision"}, headers=headers)
+
+
+def check_error(response: Any, status: int, code: str) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["code"] == code
+    return dict(error)
+
+
+def video(url: str) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": "what?"}, {"type": "video_url", "video_url": {"url": url}}]
+
+
+def events(response: Any) -> list[Any]:
+    lines = [line for line in response.text.split("\n\n") if line]
+    assert all(line.startswith("data: ") for line in lines)
+    return [line[6:] if line == "data: [DONE]" else json.loads(line[6:]) for line in lines]
+
+
+def keys(*names: str) -> tuple[ApiKey, ...]:
+    return tuple(ApiKey(tenant=name, sha256=hashlib.sha256(f"key-{name}".encode()).hexdigest()) for name in names)
