@@ -31,6 +31,10 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 """Flash Attention takes nothing else, and mamba-ssm's products round fp32 to TF32"""
 
 
+FLASH_CAPABILITY = (8, 0)
+"""of a CUDA device: Ampere's, the oldest that Flash Attention 2 and its build in PyTorch run on"""
+
+
 class Operations(NamedTuple):
     """The functions that mix tokens."""
 
@@ -95,9 +99,19 @@ def _obstacles(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
             "mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined", {"initial_states", "seq_idx"}
         ),
         "convolution": _missing("causal_conv1d", "causal_conv1d_fn", {"seq_idx"}),
-        "attention": _missing("torch.nn.attention.varlen", "varlen_attn", {"window_size", "enable_gqa"}),
+        "attention": _too_old(device)
+        or _missing("torch.nn.attention.varlen", "varlen_attn", {"window_size", "enable_gqa"}),
     }
     return {name: reason for name, reason in found.items() if reason is not None}
+
+
+def _too_old(device: torch.device) -> str | None:
+    """That the device has no Flash Attention, which PyTorch says at the first call alone; None where it has."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= FLASH_CAPABILITY:
+        return None
+    own, needed = (".".join(map(str, version)) for version in (capability, FLASH_CAPABILITY))
+    return f"Flash Attention needs compute capability {needed}, the device has {own}"
 
 
 def _missing(module: str, function: str, parameters: set[str]) -> str | None:

@@ -112,7 +112,9 @@ class PackedBatch:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> PackedBatch:
         """The batch on `device`; `dtype` casts the vision features alone."""
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in self.__slots__}
+        # towards the host, an unfinished copy would be looked at here already
+        is_upwards = torch.device(device).type != "cpu"
+        moved = {name: getattr(self, name).to(device, non_blocking=is_upwards) for name in self.__slots__}
         if dtype is not None:
             moved["vision_features"] = moved["vision_features"].to(dtype)
         return replace(self, **moved)

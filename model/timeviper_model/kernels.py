@@ -216,7 +216,8 @@ def _kernel_conv_piece(
 
     assert initial_KD is None  # joined to the front by the caller: the kernel takes none beside seq_idx
     aligned = x_TD.stride(0) % CONV_ALIGNMENT == 0 and x_TD.storage_offset() % CONV_ALIGNMENT == 0
-    x_1DT = (x_TD if aligned else x_TD.contiguous())[None].transpose(1, 2)  # channels last, as seq_idx needs it
+    # channels last, as seq_idx needs it; not contiguous(), to which a single row is so wherever it begins
+    x_1DT = (x_TD if aligned else x_TD.clone(memory_format=torch.contiguous_format))[None].transpose(1, 2)
     seq_idx = (positions_T == 0).cumsum(0, dtype=torch.int32)[None].contiguous()
     y_1DT: Tensor = causal_conv1d_fn(x_1DT, weight_DK, bias_D, seq_idx=seq_idx, activation="silu")
     return y_1DT.transpose(1, 2)[0]
@@ -227,7 +228,7 @@ def varlen_attention(q_THE: Tensor, k_THE: Tensor, v_THE: Tensor, segments: Segm
     from torch.nn.attention.varlen import varlen_attn
 
     if not len(q_THE):
-        return q_THE  # no token is left
+        return q_THE + 0.0 * (k_THE.sum() + v_THE.sum())  # no token is left, yet every parameter takes part
     ends = segments.lengths_S.cumsum(0, dtype=torch.int32)
     cu_seqlens, longest = torch.nn.functional.pad(ends, (1, 0)), max(segments.lengths)
     mixed = varlen_attn(

@@ -26,7 +26,8 @@ def varlen(query: Any, window_size: Any = None, enable_gqa: bool = False) -> Non
 
 @pytest.fixture
 def all_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every package in its place, as far as the choice looks at it."""
+    """Every package in its place and a new device, as far as the choice looks at them."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     scan = SimpleNamespace(mamba_chunk_scan_combined=chunk_scan)
     monkeypatch.setitem(sys.modules, "mamba_ssm.ops.triton.ssd_combined", scan)  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, "causal_conv1d", SimpleNamespace(causal_conv1d_fn=conv1d))  # type: ignore[arg-type]
@@ -71,6 +72,14 @@ def test_a_package_too_old_for_packs_is_not_used(all_kernels: None, monkeypatch:
     assert choose_operations("auto", device=CUDA, dtype=torch.bfloat16) == KERNELS._replace(scan=TORCH.scan)
     with pytest.raises(RuntimeError, match="has no parameter seq_idx; install a newer one"):
         choose_operations("kernels", device=CUDA, dtype=torch.bfloat16)
+
+
+def test_a_gpu_without_flash_attention_has_pytorchs_own(all_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    chosen = choose_operations("auto", device=CUDA, dtype=torch.float16)
+    assert chosen == KERNELS._replace(attention=TORCH.attention)
+    with pytest.raises(RuntimeError, match=r"needs compute capability 8.0, the device has 7.5"):
+        choose_operations("kernels", device=CUDA, dtype=torch.float16)
 
 
 def test_the_choice_is_logged_once_with_its_reasons(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,10 +1,11 @@
-"""A decode graph's steps on the CPU, where they run one by one, against decode_step; the capture itself on a GPU."""
+"""A decode graph's steps against decode_step: one by one on the CPU, captured on a simulated device and on a GPU."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from reference.simulated_cuda import simulated_cuda
 from reference.small_models import SMALL, SMALL_QWEN, make_model, make_sample, pack
 from timeviper_model.cache import HybridCache
 from timeviper_model.config import TimeViperConfig
@@ -70,6 +71,19 @@ def test_slots_that_are_no_neighbours_or_hold_nothing_are_an_error(slots: list[i
     cache, _ = filled_cache(model)
     with pytest.raises(ValueError, match="they must be neighbours with prompts"):
         DecodeGraph(model, cache, slots, ids, max_steps=1)
+
+
+@pytest.mark.parametrize("config", [SMALL, SMALL_QWEN], ids=["hybrid", "rope"])
+def test_a_graph_is_captured_without_the_host_and_gives_the_same_steps(config: TimeViperConfig) -> None:
+    expected, _ = decoded_by_steps(make_model(config), 6)
+    with simulated_cuda() as device:
+        model = make_model(config).cuda()
+        cache, ids = filled_cache(model, "cuda")
+        decoding = DecodeGraph(model, cache, [1, 2, 3], ids, max_steps=6)
+        device.syncs.clear()
+        steps = [decoding.step().clone() for _ in range(6)]
+        assert not device.syncs
+        assert [ids.tolist() for ids in steps] == expected
 
 
 @pytest.mark.gpu

@@ -167,6 +167,20 @@ def test_attention_asks_its_kernel_for_what_the_kernel_means(stand_ins: None, le
     torch.testing.assert_close(varlen_attention(q, k, v, segments), segment_causal_attention(q, k, v, segments))
 
 
+def test_where_no_token_is_left_attention_still_reaches_every_operand(stand_ins: None) -> None:
+    q, k, v = (torch.zeros(0, heads, 8, requires_grad=True) for heads in (4, 2, 2))
+    mixed = varlen_attention(q, k, v, Segments(torch.zeros(0, dtype=torch.long), 1))
+    assert len(torch.autograd.grad(mixed.sum(), (q, k, v))) == 3
+
+
+def test_a_single_row_is_moved_to_where_its_kernel_wants_it(stand_ins: None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    wide, weight = (torch.randn(shape, generator=generator) for shape in ((1, 68), (64, 4)))
+    options = {"bias_D": None, "positions_T": torch.zeros(1, dtype=torch.long)}
+    found, expected = (convolve(wide[:, 4:], weight, **options) for convolve in (kernel_conv_silu, causal_conv_silu))
+    torch.testing.assert_close(found, expected)
+
+
 # What follows holds the kernels themselves against the functions they replace: `pytest -m gpu` on a CUDA device.
 
 TOLERANCE = {"rtol": 2e-2, "atol": 2e-2}

@@ -110,8 +110,9 @@ def build_ds_engine(
 
 
 def import_deepspeed() -> Any:
-    """The library, told which device it runs on before it looks for one itself."""
-    if not torch.cuda.is_available():
+    """The library, told which device it runs on before it looks for one itself: over gloo a CPU, GPU or not."""
+    is_over_gloo = torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo"
+    if is_over_gloo or not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import logging
     import warnings

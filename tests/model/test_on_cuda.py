@@ -1,0 +1,185 @@
+"""The model on a simulated CUDA device: no operand, generator or kernel of the CPU, and the CPU's own values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from reference.simulated_cuda import Device, simulated_cuda
+from reference.small_models import SMALL, SMALL_QWEN, make_features, make_model, make_sample, pack
+from timeviper_model.analysis.blocking import Blocking, blocked_logits
+from timeviper_model.analysis.maps import observe
+from timeviper_model.analysis.pooling import bins, head_statistics, pool_map
+from timeviper_model.config import VisionTower
+from timeviper_model.engine import EngineConfig, InferenceEngine
+from timeviper_model.lora import LoraConfig, add_lora
+from timeviper_model.requests import Request, Token
+from timeviper_model.sampling import SamplingParams
+from timeviper_model.timeviper import TimeViper
+from timeviper_model.tome import merge_tokens
+from timeviper_model.weights import from_pretrained, save_pretrained
+
+LAYOUTS = ("ssvvvvvvvviiirriir", "siirr", "vviivvvvirr")
+BATCH = pack([make_sample(layout, seed=number) for number, layout in enumerate(LAYOUTS)], pad_to=40)
+TWO_TOWERS = replace(
+    SMALL.vision,
+    num_tokens_per_frame=2,
+    second=VisionTower(encoder="other", num_tokens_per_frame=2, hidden_size=5),
+)
+CONFIGS = {
+    "hybrid": SMALL,
+    "rope": SMALL_QWEN,
+    "kept": replace(SMALL, transv=tuple(replace(site, transfer_from="kept") for site in SMALL.transv)),
+    "dropping": replace(SMALL, transv=tuple(replace(site, transfer="none") for site in SMALL.transv)),
+    "two towers": replace(SMALL, vision=TWO_TOWERS),
+}
+
+
+@pytest.fixture(autouse=True)
+def device() -> Iterator[Device]:
+    with simulated_cuda() as device:
+        yield device
+
+
+def loss_and_gradients(model: TimeViper, place: str, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    output = model(BATCH.to(place, dtype))
+    assert (
+        output.loss_sum.device.type == output.num_targets.device.type == output.num_vision_tokens.device.type == place
+    )
+    output.loss_sum.backward()
+    gradients = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": output.loss_sum.detach().cpu(), **gradients}
+
+
+@pytest.mark.parametrize(("name", "checkpointing"), [("hybrid", True), ("rope", False), ("kept", False)])
+def test_loss_and_gradients(name: str, checkpointing: bool) -> None:
+    expected = loss_and_gradients(make_model(CONFIGS[name]), "cpu")
+    model = make_model(CONFIGS[name]).cuda()
+    model.gradient_checkpointing = checkpointing
+    found = loss_and_gradients(model, "cuda")
+    torch.testing.assert_close(found, expected)
+    assert len(found) == 1 + len(list(model.parameters()))
+
+
+def test_bf16_gradients_of_adapters_behind_two_towers() -> None:
+    model = make_model(CONFIGS["two towers"], dtype=torch.bfloat16).cuda()
+    model.requires_grad_(False)
+    add_lora(model, LoraConfig(rank=2), torch.Generator("cuda").manual_seed(0))
+    found = loss_and_gradients(model, "cuda", torch.bfloat16)
+    assert {name.rsplit(".", 1)[1] for name in found if "." in name} == {"lora_A", "lora_B"}
+    assert all(bool(gradient.isfinite().all()) for gradient in found.values())
+
+
+def test_loss_in_parts_and_target_log_probs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("timeviper_model.timeviper.LOGITS_ELEMENTS", 2 * SMALL.text.vocab_size)
+    expected = loss_and_gradients(make_model(), "cpu")
+    model = make_model().cuda()
+    torch.testing.assert_close(loss_and_gradients(model, "cuda"), expected)
+    log_probs, segment_ids = model.target_log_probs(BATCH.to("cuda"))
+    assert -float(log_probs.sum()) == pytest.approx(float(expected["loss"]))
+    assert segment_ids.device.type == "cuda"
+
+
+def prompt_logits(model: TimeViper, place: str, max_chunk_tokens: int, dtype: torch.dtype) -> Tensor:
+    """Of two prompts behind their last tokens, and of a token more in each, in a cache with a free slot between."""
+    cache = model.new_cache(3, device=place, dtype=dtype)
+    rows = []
+    for slot, layout in ((0, "ssvvvvvvvviiii"), (2, "svvvvii")):
+        batch = pack([make_sample(layout, seed=slot)]).to(place, dtype)
+        rows.append(model.prefill(batch, cache, slot, max_chunk_tokens=max_chunk_tokens))
+    ids, slots = torch.tensor([3, 5], device=place), torch.tensor([2, 0], device=place)
+    return torch.cat([torch.stack(rows), model.decode_step(ids, cache, slots)]).cpu()
+
+
+@pytest.mark.parametrize(
+    ("name", "max_chunk_tokens"), [("hybrid", 3), ("rope", 3), ("kept", 2048), ("dropping", 3), ("two towers", 3)]
+)
+def test_prefill_and_decode_step(name: str, max_chunk_tokens: int) -> None:
+    model = make_model(CONFIGS[name]).eval()
+    expected = prompt_logits(model, "cpu", max_chunk_tokens, torch.float64)
+    torch.testing.assert_close(prompt_logits(model.cuda(), "cuda", max_chunk_tokens, torch.float64), expected)
+    found = prompt_logits(model.to(torch.bfloat16), "cuda", max_chunk_tokens, torch.bfloat16)
+    assert bool(found.isfinite().all())
+
+
+def request(question: str, *, seed: int, **values: object) -> Request:
+    sample = make_sample("ss" + "v" * 12 + question, seed=seed)
+    video = make_sample("v" * 12)
+    options = {"max_new_tokens": 5, "vision_features": make_features(video), "prefix_key": "film", "seed": seed}
+    return Request(prompt=replace(sample, input_ids=[1] * 14 + sample.input_ids[14:]), **options | values)  # type: ignore[arg-type]
+
+
+def answers(model: TimeViper) -> list[list[Token]]:
+    """Greedy, sampled and with a prefix of another's, one of them cancelled on the way."""
+    sampling = SamplingParams(temperature=1.0, top_p=0.9, top_k=20, num_logprobs=3)
+    engine = InferenceEngine(model, EngineConfig(num_slots=2, max_prefill_tokens=5, prefix_cache_bytes=1 << 20))
+    ids = [
+        engine.submit(request("iii", seed=1)),
+        engine.submit(request("iiii", seed=2, sampling=sampling)),
+        engine.submit(request("ii", seed=3)),
+    ]
+    cancelled = engine.submit(request("i", seed=4))
+    events = [event for _ in range(6) for event in engine.step()]
+    assert engine.cancel(cancelled)
+    while engine.has_work:
+        events += engine.step()
+    assert engine.stats().prefix_hits == 2
+    return [[event for event in events if isinstance(event, Token) and event.request_id == own] for own in ids]
+
+
+@pytest.mark.parametrize("name", ["hybrid", "rope"])
+def test_the_engine_gives_the_same_answers(name: str) -> None:
+    model = make_model(CONFIGS[name]).eval()
+    expected = answers(model)
+    for own, other in zip(answers(model.cuda()), expected, strict=True):
+        assert [token.id for token in own] == [token.id for token in other]
+        assert [token.logprob for token in own] == pytest.approx([token.logprob for token in other])
+        assert [len(token.top_logprobs) for token in own] == [len(token.top_logprobs) for token in other]
+
+
+def looks(model: TimeViper, place: str) -> list[Tensor]:
+    batch = BATCH.to(place)
+    seen = observe(
+        model,
+        batch,
+        [0, 4],
+        lambda tokens, stream: [
+            *pool_map(tokens, stream.token_kind_T, 4, normalise=True),
+            *pool_map(tokens, bins(stream.segments, 3), 3),
+            *head_statistics(tokens),
+        ],
+    )
+    blocked = blocked_logits(model, batch, Blocking(flow="v2i", scope="from_layer", layer=0))
+    return [tensor.cpu() for layer in seen.values() for tensor in layer] + [blocked.logits_KV.cpu()]
+
+
+def test_maps_and_blocked_flows() -> None:
+    model = make_model().eval()
+    expected = looks(model, "cpu")
+    torch.testing.assert_close(looks(model.cuda(), "cuda"), expected)
+
+
+def test_weights_are_read_onto_the_device(tmp_path: Path) -> None:
+    folder = tmp_path / "weights"
+    save_pretrained(make_model(dtype=torch.float32).cuda(), folder)
+    model = from_pretrained(folder, dtype=torch.bfloat16, device="cuda")
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("cuda", torch.bfloat16)}
+    other = model.with_transv(SMALL.transv[:1])
+    assert {p.device.type for p in other.parameters()} == {"cuda"}
+    expected = from_pretrained(folder)
+    torch.testing.assert_close(model.lm_head.weight.float().cpu(), expected.lm_head.weight, rtol=1e-2, atol=1e-2)
+
+
+def test_merged_tokens() -> None:
+    x = torch.randn(3, 25, 32)
+    torch.testing.assert_close(merge_tokens(x.cuda(), 4, num_heads=2).cpu(), merge_tokens(x, 4, num_heads=2))
+
+
+def test_a_batch_comes_back_only_when_it_is_there() -> None:
+    back = BATCH.to("cuda").to("cpu")
+    assert torch.equal(back.input_ids, BATCH.input_ids)
