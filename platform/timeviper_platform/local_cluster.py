@@ -16,10 +16,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 PORTS = ("port", "dashboard-port", "ray-client-server-port", "dashboard-agent-grpc-port", "dashboard-agent-listen-port")
+
+START_SECONDS = 120.0
+"""that Ray may take; a few on a quiet machine"""
+
+STARTED = "Ray runtime started."
+"""what `ray start` says when its node is registered: before that, drivers find an address and no node"""
 
 
 def free_port() -> int:
@@ -57,7 +63,7 @@ def local_cluster(
         environment: more variables for Ray's own processes.
 
     Raises:
-        RuntimeError: when Ray does not come up within a minute, with the end of its log.
+        RuntimeError: when Ray does not come up, with the end of its log.
     """
     # Unix sockets limit a path to 107 bytes and Ray adds about 70: hence not below the project's folder
     folder = Path(tempfile.mkdtemp(prefix="tv-ray-", dir="/tmp"))
@@ -93,21 +99,37 @@ def local_cluster(
             start_new_session=True,
         )
     try:
-        for name in ("port", "dashboard-port") if with_dashboard else ("port",):
-            _wait_for_port(ports[name], process, log)
+        _wait_until(lambda: STARTED in log.read_text(errors="replace"), "has not started its node", process, log)
+        if with_dashboard:
+            port = ports["dashboard-port"]
+            _wait_until(lambda: _listens(port), f"does not listen on port {port}", process, log)
         yield variables
     finally:
         _end(process)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _wait_for_port(port: int, process: subprocess.Popen[bytes], log: Path, timeout_s: float = 60.0) -> None:
+def _wait_until(
+    is_true: Callable[[], bool],
+    fault: str,
+    process: subprocess.Popen[bytes],
+    log: Path,
+    timeout_s: float = START_SECONDS,
+) -> None:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1.0):
+        if is_true():
             return
         time.sleep(0.2)
-    raise RuntimeError(f"Ray does not listen on port {port}; the end of its log:\n{log.read_text()[-2000:]}")
+    raise RuntimeError(f"Ray {fault}; the end of its log:\n{log.read_text(errors='replace')[-2000:]}")
+
+
+def _listens(port: int) -> bool:
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=1.0):
+            return True
+    except OSError:
+        return False
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
