@@ -1,31 +1,37 @@
 """The commit records of a feature store: which data files count, and the INDEX rows of each.
 
-Knows where records lie, that one may name others that it replaces, and which of several rows of a segment counts.
-Reads many at a time, for on an object store each is a request. Does not know data files or the index.
+Knows where records lie, that each has a data file, that one may name others that it replaces, and which of several
+rows of a segment counts. Reads many at a time, for on an object store each is a request. Does not know what is in data
+files, nor the index.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from timeviper_platform import schemas, storage
-from timeviper_platform.data.features import COMMITS_FOLDER
-from timeviper_platform.data.listing import pages
+from timeviper_platform.data.features import COMMITS_FOLDER, DATA_FOLDER
+from timeviper_platform.data.listing import names_in, pages
+
+logger = logging.getLogger(__name__)
 
 READERS = 16
 """Requests at a time; they wait, they do not work."""
 
 READ_AHEAD = 128
 """Records in memory at a time; one of 32 full segments is 40 KB."""
+
+RANK = {"ok": 0, "partial": 1, "error": 2}
+"""Of a row's status: the lowest of a segment counts."""
 
 _REPLACES = b"timeviper.replaces"
 """In a commit record's metadata: a JSON list of the data files whose rows it holds now."""
@@ -52,10 +58,56 @@ class Commits:
 
 def iter_commits(uri: str, columns: Sequence[str] | None = None) -> Iterator[tuple[str, pa.Table]]:
     """Every commit record by the name of its data file, in sorted order, those that others replace among them."""
-    paths = storage.list_files(storage.join_uri(uri, COMMITS_FOLDER), ".parquet")
     with ThreadPoolExecutor(READERS) as pool:
-        for page in pages((PurePosixPath(path).name for path in paths), READ_AHEAD):
+        for page in pages(_names(uri, COMMITS_FOLDER), READ_AHEAD):
             yield from zip(page, pool.map(lambda name: read_commit(uri, name, columns), page), strict=True)
+
+
+def lost_records(uri: str) -> Iterator[str]:
+    """Names of commit records whose data file is not there: their segments are not done.
+
+    A worker that outlives its run leaves one when the next run has cleared away its file in the moment before.
+    """
+    for name in _only_in_first(_names(uri, COMMITS_FOLDER), _names(uri, DATA_FOLDER)):
+        if not has_data_file(uri, name):  # it may have come while the folders were listed
+            yield name
+
+
+def remove_lost(uri: str) -> int:
+    """Removes commit records without a data file, so that their segments are done again; returns how many."""
+    lost = list(lost_records(uri))
+    for name in lost:
+        logger.warning("%s: %s is committed but has no data file; its segments count as not done", uri, name)
+        storage.remove(storage.join_uri(uri, COMMITS_FOLDER, name))
+    return len(lost)
+
+
+def uncommitted_files(uri: str) -> Iterator[str]:
+    """Names of data files without a commit record."""
+    for name in _only_in_first(_names(uri, DATA_FOLDER), _names(uri, COMMITS_FOLDER)):
+        if not storage.exists(storage.join_uri(uri, COMMITS_FOLDER, name)):
+            yield name
+
+
+def has_data_file(uri: str, name: str) -> bool:
+    """True when what the commit record of this name says can be there."""
+    return storage.exists(storage.join_uri(uri, DATA_FOLDER, name))
+
+
+def _names(uri: str, folder: str) -> Iterator[str]:
+    """Whole files' names in a folder of the store, in sorted order."""
+    names = names_in(storage.join_uri(uri, folder))
+    return (name for name in names if name.endswith(".parquet") and not name.startswith("."))
+
+
+def _only_in_first(first: Iterator[str], second: Iterator[str]) -> Iterator[str]:
+    """Of two sorted sequences; neither is held."""
+    other = next(second, None)
+    for name in first:
+        while other is not None and other < name:
+            other = next(second, None)
+        if other != name:
+            yield name
 
 
 def read_commit(uri: str, name: str, columns: Sequence[str] | None = None) -> pa.Table:
@@ -94,12 +146,11 @@ def write_table(uri: str, table: pa.Table) -> None:
 
 def best_rows(committed: pa.Table) -> pa.Table:
     """One row a segment_id: ok before partial before error, so that a repaired segment replaces its error."""
-    rank = {"ok": 0, "partial": 1, "error": 2}
     best: dict[str, tuple[int, int]] = {}
     pairs = zip(committed["segment_id"].to_pylist(), committed["status"].to_pylist(), strict=True)
     for number, (segment_id, status) in enumerate(pairs):
-        if segment_id not in best or rank[status] < best[segment_id][0]:
-            best[segment_id] = (rank[status], number)
+        if segment_id not in best or RANK[status] < best[segment_id][0]:
+            best[segment_id] = (RANK[status], number)
     if len(best) == committed.num_rows:
         return committed
     return committed.take(pa.array(sorted(number for _, number in best.values()), pa.int64()))

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from timeviper_platform import storage
-from timeviper_platform.data.commits import best_rows, indexed_digest, iter_commits, replaced_by
+from timeviper_platform.data.commits import best_rows, indexed_digest, iter_commits, remove_lost, replaced_by
 from timeviper_platform.data.features import INDEX_FILE
 from timeviper_platform.data.parts import open_file
 from timeviper_platform.data.sorted_runs import SortedRuns, merge_runs
@@ -95,7 +95,8 @@ def merge_index(uri: str, planned: Iterable[pa.Table], visit: Callable[[MediaRow
 
 
 def _sort_commits(uri: str, runs: SortedRuns) -> tuple[set[str], set[str]]:
-    """Adds all commit records; the files that have rows, and those that others replace."""
+    """Adds all commit records that have a data file; the files that have rows, and those that others replace."""
+    remove_lost(uri)
     files, replaced = set(), set()
     for name, record in iter_commits(uri):
         runs.add(record.replace_schema_metadata(INDEX.metadata))

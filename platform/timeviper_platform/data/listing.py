@@ -63,6 +63,14 @@ def list_files(source: str) -> Listing:
     return Listing(name(root), (FileEntry(name(path), version) for path, version in found))
 
 
+def names_in(folder: str) -> Iterator[str]:
+    """Names of the files in `folder`, in sorted order, as they are now; none when there is no such folder."""
+    filesystem, path = storage.split_uri(folder)
+    filesystem.invalidate_cache()  # object stores' listings are cached, and others write there
+    if storage.exists(folder):
+        yield from (found.rpartition("/")[2] for found, _ in _walk(filesystem, path, storage.is_local(folder)))
+
+
 def pages(values: Iterable[Any], size: int) -> Iterator[list[Any]]:
     """`values` in lists of `size`, the last one shorter."""
     iterator = iter(values)

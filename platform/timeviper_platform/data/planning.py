@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from timeviper_platform import storage
-from timeviper_platform.data.commits import iter_commits, write_table
+from timeviper_platform.data.commits import iter_commits, lost_records, write_table
 from timeviper_platform.data.hash_table import HashTable
 from timeviper_platform.data.manifest import MediaItem
 from timeviper_platform.data.media import RETRYABLE
@@ -132,8 +132,10 @@ def plan_here(pages: Iterable[list[MediaItem]], spec: PlanSpec) -> Iterator[pa.T
 
 def finished_segments(store: str) -> HashTable:
     """Committed segments that need no work: all but those whose error was the world's."""
-    finished = HashTable()
-    for _, table in iter_commits(store, ["segment_id", "status", "error_type"]):
+    finished, lost = HashTable(), set(lost_records(store))
+    for name, table in iter_commits(store, ["segment_id", "status", "error_type"]):
+        if name in lost:
+            continue
         again = pc.is_in(table["error_type"], pa.array(sorted(RETRYABLE), pa.string()))
         done = table.filter(pc.invert(pc.and_(pc.equal(table["status"], "error"), again)))
         finished.add(*_halves(done["segment_id"]))

@@ -125,8 +125,8 @@ def compute_scale(config: ScaleConfig, tower: VisionTower | None = None) -> Scal
     gpu_hours, core_hours = frames / rate / 3600, frames * config.decode_milliseconds / 1e3 / 3600
     # a data file and its record; the parts of the plan; the index, the rejects, the report and store.json
     puts = 2 * files + -(-segments // MAX_TABLE_ROWS) + 4
-    # of a video its length and blocks of read-ahead; at the end every record once
-    gets = config.num_videos * (1 + -(-int(config.video_megabytes * 1e6) // READ_AHEAD_BYTES)) + files
+    # of a video its length and blocks of read-ahead; of a file whether it is committed, and its record at the end
+    gets = config.num_videos * (1 + -(-int(config.video_megabytes * 1e6) // READ_AHEAD_BYTES)) + 2 * files
     work = gpu_hours * config.price_gpu_hour + core_hours * config.price_core_hour
     requests = (puts * config.price_thousand_puts + gets * config.price_thousand_gets) / 1000
     return Scale(

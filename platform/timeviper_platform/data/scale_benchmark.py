@@ -68,9 +68,9 @@ def dry_run_rows(num_media: int = NUM_MEDIA) -> list[Row]:
 
 
 def write_made_run(store: str, num_segments: int) -> None:
-    """A store's commit records and its plan, in two orders, without data files."""
+    """A store's commit records and its plan, in two orders; its data files are empty."""
     create_store(store, {"made": True})
-    for name in ("commits", "plan"):
+    for name in ("commits", "data", "plan"):
         Path(store, name).mkdir()
     order = np.random.default_rng(1)
     for number, table in enumerate(made_index_tables(num_segments)):
@@ -85,6 +85,7 @@ def write_made_run(store: str, num_segments: int) -> None:
             rows = table.slice(start, SEGMENTS_PER_FILE)
             rows = rows.set_column(INDEX.names.index("file"), INDEX.field("file"), pa.array([name] * len(rows)))
             pq.write_table(rows, Path(store, "commits", name), compression="zstd", write_page_checksum=True)
+            Path(store, "data", name).touch()
 
 
 def finalize_made_run(store: str, num_segments: int) -> None:

@@ -13,7 +13,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import PurePosixPath
 from typing import IO, Any
 
 import numpy as np
@@ -24,9 +23,19 @@ import xxhash
 from torch import Tensor
 
 from timeviper_platform import schemas, storage
-from timeviper_platform.data.commits import iter_commits, read_commit, replaced_by, write_commit
+from timeviper_platform.data.commits import (
+    RANK,
+    has_data_file,
+    iter_commits,
+    read_commit,
+    remove_lost,
+    replaced_by,
+    uncommitted_files,
+    write_commit,
+)
 from timeviper_platform.data.features import COMMITS_FOLDER, DATA_FOLDER, INDEX_FILE, STORE_FILE, read_header
 from timeviper_platform.data.index_writer import write_index
+from timeviper_platform.data.listing import names_in
 
 ROW_GROUP_BYTES = 512 << 10
 """A row group ends with the row that fills it: a full segment (64 frames x 16 tokens x 1152: 2.4 MB) or a clip of 24 s
@@ -77,6 +86,9 @@ def write_file(
 ) -> list[Row]:
     """Writes and commits the data file `name` of the store at `uri`; returns its INDEX rows.
 
+    A file that is committed under this name stays when no row would become better: a worker that outlived its run
+    takes nothing from a newer one, whose features of these segments are the same bytes.
+
     Args:
         uri: the store.
         name: without suffix, derived from what the rows are.
@@ -98,10 +110,35 @@ def write_file(
                 for place, row in enumerate(group):
                     location = {"file": file_name, "row_group": number, "row_in_group": place}
                     index_rows.append({**{k: v for k, v in row.items() if k != "features"}, **location})
+        if found := _as_good(uri, file_name, index_rows):
+            raise _CommittedBefore(found)
 
-    storage.write_atomic(storage.join_uri(uri, DATA_FOLDER, file_name), write)
+    try:
+        storage.write_atomic(storage.join_uri(uri, DATA_FOLDER, file_name), write)
+    except _CommittedBefore as found:
+        return found.rows
     write_commit(uri, file_name, pa.Table.from_pylist(index_rows, schema=schemas.INDEX), replaces)
     return index_rows
+
+
+class _CommittedBefore(Exception):
+    """Ends a write whose outcome is there already."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        super().__init__()
+        self.rows = rows
+
+
+def _as_good(uri: str, file_name: str, rows: Sequence[Row]) -> list[Row]:
+    """The committed INDEX rows of a data file when they are of the same segments and none of `rows` is better."""
+    try:
+        found: list[Row] = read_commit(uri, file_name).to_pylist()
+    except FileNotFoundError:
+        return []
+    if [row["segment_id"] for row in found] != [row["segment_id"] for row in rows]:
+        return []
+    is_better = any(RANK[new["status"]] < RANK[old["status"]] for new, old in zip(rows, found, strict=True))
+    return found if not is_better and has_data_file(uri, file_name) else []
 
 
 def settle(uri: str) -> int:
@@ -130,23 +167,19 @@ def settle(uri: str) -> int:
 
 
 def remove_uncommitted(uri: str) -> int:
-    """Deletes data files without a commit record, and half-written files of local disks; returns how many.
+    """Deletes data files and commit records that lack the other, and half-written files; returns how many.
 
     Only for the one job that writes to the store, before it starts to.
     """
+    num_removed = remove_lost(uri)
     settle(uri)
-    committed = {PurePosixPath(path).name for path in storage.list_files(storage.join_uri(uri, COMMITS_FOLDER))}
-    num_removed = 0
+    leftovers = [storage.join_uri(DATA_FOLDER, name) for name in uncommitted_files(uri)]
     for folder in (DATA_FOLDER, COMMITS_FOLDER):
-        filesystem, path = storage.split_uri(storage.join_uri(uri, folder))
-        if not filesystem.isdir(path):
-            continue
-        for found in filesystem.ls(path, detail=False):
-            name = PurePosixPath(found).name
-            if name.endswith(".tmp") or (folder == DATA_FOLDER and name not in committed):
-                filesystem.rm(found)
-                num_removed += 1
-    return num_removed
+        names = names_in(storage.join_uri(uri, folder))
+        leftovers += [storage.join_uri(folder, name) for name in names if name.endswith(".tmp")]
+    for leftover in leftovers:
+        storage.remove(storage.join_uri(uri, leftover))
+    return num_removed + len(leftovers)
 
 
 def write_store(uri: str, media: Mapping[str, Tensor], *, recipe: Mapping[str, Any], fps: float = 1.0) -> None:

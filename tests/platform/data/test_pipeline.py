@@ -133,6 +133,18 @@ def test_run_again_nothing_is_done_and_nothing_changes(corpus: Path, finished: P
     assert "encoded in this run: 0" in "\n".join(report.lines())
 
 
+def test_what_a_lost_data_file_held_is_done_again(corpus: Path, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "store")
+    expected = contents(str(finished))
+    next((tmp_path / "store" / "data").iterdir()).unlink()
+    config = make_config(corpus, tmp_path / "store")
+    lost = estimate(config).segments_missing
+    report = run_preprocess(config, run=run_in_process)
+    assert report.segments_encoded == lost >= 1
+    assert contents(config.output) == expected
+    assert verify_store(config.output).problems == []
+
+
 def test_a_run_that_dies_is_continued_and_ends_with_the_same_bytes(
     corpus: Path, finished: Path, tmp_path: Path
 ) -> None:

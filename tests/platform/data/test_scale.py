@@ -45,7 +45,7 @@ def test_totals_are_those_of_counting() -> None:
     assert scale.feature_bytes == 3 * 131 * 16 * 1152 * 2
     assert (scale.gpu_hours * 3600, scale.hours * 3600) == (pytest.approx(3.93), pytest.approx(1.965))
     assert (scale.core_hours * 3600, scale.cores_per_gpu) == (pytest.approx(7.86), 2.0)
-    assert (scale.puts, scale.gets) == (5 * 2 + 1 + 4, 3 * 3 + 5)
+    assert (scale.puts, scale.gets) == (5 * 2 + 1 + 4, 3 * 3 + 2 * 5)
     assert scale.money == pytest.approx(3.93 / 3600 * 2)
     with pytest.raises(ValueError, match=r"num_gpus = 0 must be above 0"):
         ScaleConfig(num_gpus=0)

@@ -198,6 +198,8 @@ def test_every_bad_row_is_named(store: str) -> None:
     digest = create_store(store, RECIPE)
     longer = [row | {"duration_seconds": 1.0} for row in made_rows("m12")]
     record = Path(store, "commits", "f12.parquet").read_bytes()
+    for name in ("f12", "f14"):
+        Path(store, "commits", f"{name}.parquet").unlink()
     write_file(store, "f12", longer, recipe_digest=digest)
     Path(store, "commits", "f12.parquet").write_bytes(record)
     write_file(store, "f14", [row | {"features": b"short"} for row in made_rows("m14")], recipe_digest=digest)
