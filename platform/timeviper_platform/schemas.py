@@ -13,6 +13,9 @@ import pyarrow as pa
 STORE_VERSION = 1
 """Version of the feature store: its folders, FEATURES and INDEX together."""
 
+STRETCH_MARK = "#t="
+"""In the source_version of a medium that is a stretch of a file, as media fragments write it: #t=START,END."""
+
 NAME_KEY = b"timeviper.schema"
 VERSION_KEY = b"timeviper.schema_version"
 

@@ -141,7 +141,7 @@ class FeatureStore:
         return media_id in self._index.media_ids
 
     def find(self, sha256: str) -> str | None:
-        """The media_id of the medium with these bytes; None when absent or the store was made without hashing."""
+        """The media_id of the whole medium with these bytes; None when absent or the store was made without hashing."""
         return self._index.find(sha256)
 
     def index_digest(self) -> str:

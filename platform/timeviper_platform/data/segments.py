@@ -24,7 +24,7 @@ from timeviper_platform.data.manifest import MediaItem
 from timeviper_platform.data.media import DecodeError, ErrorType, MediaLimits, Modality, source_name
 from timeviper_platform.data.probe import LocalProbes, ProbeSource, file_version, sha256_of
 from timeviper_platform.data.segment_frames import DecodeConfig
-from timeviper_platform.schemas import PLAN
+from timeviper_platform.schemas import PLAN, STRETCH_MARK
 
 SEGMENT_SAMPLES = 64
 """28 MB of frames at 384 x 384: what a worker holds at once, whatever the video's length."""
@@ -218,7 +218,7 @@ def plan_item(item: MediaItem, spec: PlanSpec) -> PlannedMedium:
     _check_count(item, count, probe.end_seconds, spec.limits)
     version = sha256 or file.text
     if item.start_seconds is not None or item.end_seconds is not None:
-        version += f"#t={item.start_seconds},{item.end_seconds}"
+        version += f"{STRETCH_MARK}{item.start_seconds},{item.end_seconds}"
     return PlannedMedium(
         media_id=item.media_id,
         uri=item.uri,

@@ -116,15 +116,28 @@ class StoreIndex:
         return range(int(self._starts[place]), int(self._starts[place + 1]))
 
     def find(self, sha256: str) -> str | None:
-        """The media_id of the medium with these bytes; reads and sorts the hashes at its first call."""
+        """The media_id of the whole medium with these bytes, all of whose segments are here.
+
+        Reads and sorts the hashes at its first call.
+        """
         with self._lock:
             if self._by_sha256 is None:
-                of_media = _column(self._file, "sha256").take(pa.array(self._numbers[self._starts[:-1]]))
+                of_media = self._hashes()
                 order = pc.sort_indices(of_media).to_numpy()[: len(of_media) - of_media.null_count]  # nulls come last
                 self._by_sha256 = (SortedStrings(of_media.take(pa.array(order))), order)
         values, order = self._by_sha256
         place = values.place_of(sha256)
         return None if place is None else self.media_ids[int(order[place])]
+
+    def _hashes(self) -> pa.Array:
+        """sha256 of each medium; null for a stretch of a file, whose hash is the file's, and for one with gaps."""
+        first = pa.array(self._numbers[self._starts[:-1]])
+        hashes, versions, segments = (
+            _column(self._file, name).take(first) for name in ("sha256", "source_version", "num_segments")
+        )
+        is_whole = pc.invert(pc.match_substring(versions, schemas.STRETCH_MARK))
+        has_all = pc.equal(segments, pa.array(np.diff(self._starts)))
+        return pc.if_else(pc.and_(is_whole, has_all), hashes, None)
 
     def place(self, row: int) -> RowPlace:
         """Where the features of a row lie."""

@@ -160,6 +160,19 @@ def test_rows_in_error_between_others_are_left_out(tmp_path: Path, monkeypatch: 
         store.media_ids[4]
 
 
+def test_only_a_whole_medium_answers_for_the_bytes_of_its_file(tmp_path: Path) -> None:
+    film = torch.randn(2, 4, 2, 2).bfloat16()
+    whole = [segment_row("whole", index, 2, features, sha256="sha-file") for index, features in enumerate(film)]
+    stretch = segment_row("a-stretch", 0, 1, film[0], sha256="sha-file", source_version="sha-file#t=3.0,7.0")
+    other = segment_row("other-stretch", 0, 1, film[0], sha256="sha-other", source_version="sha-other#t=None,7.0")
+    gap = segment_row("gap", 1, 2, film[0])
+    write_files(str(tmp_path), {"a": [stretch, *whole, other, gap]})
+    store = FeatureStore.open(str(tmp_path))
+    assert store.find("sha-file") == "whole"
+    assert store.find("sha-other") is None
+    assert store.find("sha-gap") is None
+
+
 def test_threads_share_a_store(tmp_path: Path) -> None:
     media = made_media(60)
     write_store(str(tmp_path), media, recipe=RECIPE)
