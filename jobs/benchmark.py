@@ -114,10 +114,16 @@ def _preprocess_groups() -> Groups:
 
 
 def _store_groups() -> Groups:
-    from timeviper_platform.data.scale_benchmark import dry_run_rows, finalize_rows
+    from timeviper_platform.data.scale_benchmark import dry_run_rows, finalize_rows, upkeep_rows
     from timeviper_platform.data.store_benchmark import opening_rows, reading_rows
 
-    groups = {"opening": opening_rows, "reading": reading_rows, "finalize": finalize_rows, "dryrun": dry_run_rows}
+    groups = {
+        "opening": opening_rows,
+        "reading": reading_rows,
+        "finalize": finalize_rows,
+        "upkeep": upkeep_rows,
+        "dryrun": dry_run_rows,
+    }
     return {key: lambda film, rows=rows: rows() for key, rows in groups.items()}  # type: ignore[misc]
 
 

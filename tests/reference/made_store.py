@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import pyarrow as pa
 import torch
 import xxhash
 
+from timeviper_platform.data.commits import iter_counted
 from timeviper_platform.data.index_writer import write_index
 from timeviper_platform.data.store_writer import create_store, features_bytes, write_file
+from timeviper_platform.schemas import INDEX
 
 RECIPE = {"encoder": {"weights_hash": "abc", "layer": -2}, "sampling": {"fps": 1.0}}
 
@@ -65,3 +68,9 @@ def write_files(uri: str, files: dict[str, Sequence[dict[str, Any]]], *, index: 
         write_file(uri, name, rows, recipe_digest=digest)
     if index:
         write_index(uri, {row["media_id"]: row["source_version"] for f in files.values() for row in f})
+
+
+def read_committed(uri: str) -> pa.Table:
+    """INDEX rows of every commit record that counts, in order of file name; all in memory."""
+    tables = [record.replace_schema_metadata(INDEX.metadata) for _, record in iter_counted(uri)]
+    return pa.concat_tables([INDEX.empty_table(), *tables])

@@ -12,7 +12,6 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -37,29 +36,10 @@ _REPLACES = b"timeviper.replaces"
 """In a commit record's metadata: a JSON list of the data files whose rows it holds now."""
 
 
-@dataclass(frozen=True, slots=True)
-class Commits:
-    """The commit records of a store."""
-
-    tables: dict[str, pa.Table]
-    """name of the data file -> its INDEX rows"""
-    replaced: list[str]
-    """data files whose rows others hold by now"""
-
-    def rows(self) -> pa.Table:
-        """INDEX rows of all, in order of file name."""
-        tables = [table.replace_schema_metadata(schemas.INDEX.metadata) for table in self.tables.values()]
-        return pa.concat_tables(tables) if tables else schemas.INDEX.empty_table()
-
-    def digest(self) -> bytes:
-        """`indexed_digest` of an index of these."""
-        return indexed_digest(name for name, table in self.tables.items() if table.num_rows)
-
-
 def iter_commits(uri: str, columns: Sequence[str] | None = None) -> Iterator[tuple[str, pa.Table]]:
     """Every commit record by the name of its data file, in sorted order, those that others replace among them."""
     with ThreadPoolExecutor(READERS) as pool:
-        for page in pages(_names(uri, COMMITS_FOLDER), READ_AHEAD):
+        for page in pages(committed_files(uri), READ_AHEAD):
             yield from zip(page, pool.map(lambda name: read_commit(uri, name, columns), page), strict=True)
 
 
@@ -68,7 +48,7 @@ def lost_records(uri: str) -> Iterator[str]:
 
     A worker that outlives its run leaves one when the next run has cleared away its file in the moment before.
     """
-    for name in _only_in_first(_names(uri, COMMITS_FOLDER), _names(uri, DATA_FOLDER)):
+    for name in _only_in_first(committed_files(uri), data_files(uri)):
         if not has_data_file(uri, name):  # it may have come while the folders were listed
             yield name
 
@@ -84,7 +64,7 @@ def remove_lost(uri: str) -> int:
 
 def uncommitted_files(uri: str) -> Iterator[str]:
     """Names of data files without a commit record."""
-    for name in _only_in_first(_names(uri, DATA_FOLDER), _names(uri, COMMITS_FOLDER)):
+    for name in _only_in_first(data_files(uri), committed_files(uri)):
         if not storage.exists(storage.join_uri(uri, COMMITS_FOLDER, name)):
             yield name
 
@@ -92,6 +72,16 @@ def uncommitted_files(uri: str) -> Iterator[str]:
 def has_data_file(uri: str, name: str) -> bool:
     """True when what the commit record of this name says can be there."""
     return storage.exists(storage.join_uri(uri, DATA_FOLDER, name))
+
+
+def committed_files(uri: str) -> Iterator[str]:
+    """Names of data files with a commit record, in sorted order."""
+    return _names(uri, COMMITS_FOLDER)
+
+
+def data_files(uri: str) -> Iterator[str]:
+    """Names of data files that are there, in sorted order."""
+    return _names(uri, DATA_FOLDER)
 
 
 def _names(uri: str, folder: str) -> Iterator[str]:
@@ -121,16 +111,10 @@ def replaced_by(record: pa.Table) -> list[str]:
     return list(json.loads((record.schema.metadata or {}).get(_REPLACES, "[]")))
 
 
-def read_commits(uri: str) -> Commits:
-    """Every commit record that counts, by the name of its data file in sorted order, and the names of the others."""
-    tables = dict(iter_commits(uri))
-    replaced = {name for table in tables.values() for name in replaced_by(table)}
-    return Commits({name: table for name, table in tables.items() if name not in replaced}, sorted(replaced))
-
-
-def read_committed(uri: str) -> pa.Table:
-    """INDEX rows of every commit record that counts, in order of file name; all in memory."""
-    return read_commits(uri).rows()
+def iter_counted(uri: str, columns: Sequence[str] | None = None) -> Iterator[tuple[str, pa.Table]]:
+    """`iter_commits` without those that others replace; reads every record twice: the last may replace the first."""
+    replaced = {name for _, record in iter_commits(uri, columns=[]) for name in replaced_by(record)}
+    return ((name, record) for name, record in iter_commits(uri, columns) if name not in replaced)
 
 
 def write_commit(uri: str, file_name: str, rows: pa.Table, replaces: Sequence[str] = ()) -> None:

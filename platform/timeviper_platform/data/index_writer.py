@@ -11,7 +11,7 @@ Memory does not grow with the store. Needs room in the temporary folder: about 0
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -77,7 +77,7 @@ def merge_index(uri: str, planned: Iterable[pa.Table], visit: Callable[[MediaRow
         files, replaced = _sort_commits(uri, runs["committed"])
         for table in planned:
             runs["planned"].add(table)
-        for table in _old_versions(uri):
+        for table in index_tables(uri, _VERSIONS.names):
             runs["indexed"].add(table)
         stale = pa.array(sorted(replaced & files), pa.string())
         schema = INDEX.with_metadata(INDEX.metadata | {INDEXED_KEY: indexed_digest(files - replaced)})
@@ -106,14 +106,23 @@ def _sort_commits(uri: str, runs: SortedRuns) -> tuple[set[str], set[str]]:
     return files, replaced
 
 
-def _old_versions(uri: str) -> Iterator[pa.Table]:
-    """media_id and source_version of the index that is there now."""
+def index_tables(uri: str, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """Columns of the index that is there now, in order and some rows at a time; nothing without an index."""
     path = storage.join_uri(uri, INDEX_FILE)
     if not storage.exists(path):
         return
     with open_file(path) as file:
-        for batch in pq.ParquetFile(file).iter_batches(columns=_VERSIONS.names, use_threads=False):
+        for batch in pq.ParquetFile(file).iter_batches(ROW_GROUP_ROWS, columns=list(columns), use_threads=False):
             yield pa.Table.from_batches([batch])
+
+
+def read_indexed_digest(uri: str) -> bytes | None:
+    """`indexed_digest` of what the index that is there now was made from; None without an index."""
+    path = storage.join_uri(uri, INDEX_FILE)
+    if not storage.exists(path):
+        return None
+    with open_file(path) as file:
+        return bytes((pq.read_schema(file).metadata or {}).get(INDEXED_KEY, b""))
 
 
 def _current_rows(committed: pa.Table, planned: pa.Table, indexed: pa.Table) -> pa.Table:

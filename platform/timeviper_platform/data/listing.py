@@ -65,10 +65,21 @@ def list_files(source: str) -> Listing:
 
 def names_in(folder: str) -> Iterator[str]:
     """Names of the files in `folder`, in sorted order, as they are now; none when there is no such folder."""
+    return (path.rpartition("/")[2] for path, _ in _walk_now(folder))
+
+
+def sizes_in(folder: str) -> Iterator[tuple[str, int]]:
+    """`names_in`, and how many bytes each file has."""
+    filesystem, _ = storage.split_uri(folder)
+    for path, version in _walk_now(folder):
+        yield path.rpartition("/")[2], int(filesystem.size(path)) if version is None else version.size
+
+
+def _walk_now(folder: str) -> Iterator[tuple[str, FileVersion | None]]:
     filesystem, path = storage.split_uri(folder)
     filesystem.invalidate_cache()  # object stores' listings are cached, and others write there
     if storage.exists(folder):
-        yield from (found.rpartition("/")[2] for found, _ in _walk(filesystem, path, storage.is_local(folder)))
+        yield from _walk(filesystem, path, storage.is_local(folder))
 
 
 def pages(values: Iterable[Any], size: int) -> Iterator[list[Any]]:

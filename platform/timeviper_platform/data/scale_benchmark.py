@@ -1,4 +1,4 @@
-"""What a driver needs for very many media: the end of a run of a million segments, a dry run of a million media.
+"""What a driver needs for very many media: the end of a run, a dry run, and the upkeep of a store.
 
 Knows how to make commit records, plans and manifests of any size without media. Segments are full, five a medium.
 Each is measured in a process of its own, at two sizes: what grows between them is what a larger store would add.
@@ -16,18 +16,28 @@ import pyarrow.parquet as pq
 import torch
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
+from timeviper_platform.data.compact import compact
 from timeviper_platform.data.encode import EncoderConfig
 from timeviper_platform.data.finalize import finalize_store
+from timeviper_platform.data.index_writer import write_index
 from timeviper_platform.data.pipeline import PreprocessConfig, estimate
 from timeviper_platform.data.planning import read_part
-from timeviper_platform.data.store_benchmark import COMMAND, SEGMENTS_PER_MEDIUM, made_index_tables
-from timeviper_platform.data.store_writer import create_store
+from timeviper_platform.data.store_benchmark import (
+    COMMAND,
+    FRAMES_PER_SEGMENT,
+    SEGMENTS_PER_MEDIUM,
+    made_index_tables,
+)
+from timeviper_platform.data.store_check import inspect_store, verify_store
+from timeviper_platform.data.store_writer import create_store, write_file
 from timeviper_platform.data.synthetic.encoder import save_encoder
 from timeviper_platform.measure import Row, cost_elsewhere
 from timeviper_platform.schemas import INDEX, MANIFEST, PLAN
 
 NUM_SEGMENTS = 1_000_000
 NUM_MEDIA = 1_000_000
+NUM_UPKEEP_SEGMENTS = 40_000
+SEGMENTS_PER_SMALL_FILE = 8
 SEGMENTS_PER_FILE = 128
 """8192 frames: a data file of 302 MB at 16 x 1152"""
 
@@ -51,6 +61,25 @@ def finalize_rows(num_segments: int = NUM_SEGMENTS) -> list[Row]:
         Row(name="the same of a quarter", value=small.peak_bytes / 1e6, unit="MB", command=command),
         Row(name="and by their growth for ten times as many", value=most, unit="MB", bar="<= 2000", command=command),
     ]
+
+
+def upkeep_rows(num_segments: int = NUM_UPKEEP_SEGMENTS) -> list[Row]:
+    """What inspecting, verifying and compacting take, for a quarter of `num_segments` and for all."""
+    command = f"{COMMAND} --only upkeep"
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        stores = {count: f"{folder}/{count}" for count in (num_segments // 4, num_segments)}
+        for count, store in stores.items():
+            write_small_store(store, count)
+        for action in (inspect_store, verify_store, compact):
+            small, large = (cost_elsewhere(action, store) for store in stores.values())
+            name = f"{action.__name__} of {num_segments} segments"
+            rows += [
+                Row(name=name, value=large.seconds, unit="s", command=command),
+                Row(name=f"{name}: memory, at most", value=large.peak_bytes / 1e6, unit="MB", command=command),
+                Row(name="the same of a quarter", value=small.peak_bytes / 1e6, unit="MB", command=command),
+            ]
+    return rows
 
 
 def dry_run_rows(num_media: int = NUM_MEDIA) -> list[Row]:
@@ -102,6 +131,18 @@ def finalize_made_run(store: str, num_segments: int) -> None:
 
 def _plan_tables(store: str) -> Iterator[pa.Table]:
     return (read_part(str(part)) for part in sorted(Path(store, "plan").iterdir()))
+
+
+def write_small_store(store: str, num_segments: int) -> None:
+    """Full segments, but for their features: of one value a frame; eight segments a file, as by default."""
+    digest = create_store(store, {"made": True})
+    for table in made_index_tables(num_segments):
+        for start in range(0, len(table), SEGMENTS_PER_SMALL_FILE):
+            rows = table.slice(start, SEGMENTS_PER_SMALL_FILE).to_pylist()
+            sizes = {"num_tokens_per_frame": 1, "dim": 1, "features": bytes(2 * FRAMES_PER_SEGMENT)}
+            rows = [{**row, **sizes, "features_xxh64": None} for row in rows]
+            write_file(store, rows[0]["segment_id"], rows, recipe_digest=digest)
+    write_index(store)
 
 
 def write_made_manifest(path: Path, num_media: int) -> None:

@@ -147,7 +147,7 @@ def settle(uri: str) -> int:
     The index points to the new files first; then the old records and files go; last, the new records forget them, so
     that a file may be written again under an old name.
     """
-    replaces = {name: replaced_by(record) for name, record in iter_commits(uri, columns=[])}
+    replaces = {name: others for name, record in iter_commits(uri, columns=[]) if (others := replaced_by(record))}
     replaced = sorted({name for names in replaces.values() for name in names})
     if not replaced:
         return 0
@@ -156,7 +156,7 @@ def settle(uri: str) -> int:
     for folder in (COMMITS_FOLDER, DATA_FOLDER):
         for name in replaced:
             storage.remove(storage.join_uri(uri, folder, name))
-    for name in sorted(name for name, others in replaces.items() if others and name not in replaced):
+    for name in sorted(replaces.keys() - set(replaced)):
         rows = read_commit(uri, name)
         if rows.num_rows:
             write_commit(uri, name, rows)

@@ -9,10 +9,10 @@ import pyarrow as pa
 import pytest
 import torch
 
-from reference.made_store import RECIPE, error_row, segment_row, write_files
+from reference.made_store import RECIPE, error_row, read_committed, segment_row, write_files
 from timeviper_platform import storage
 from timeviper_platform.data import store_writer
-from timeviper_platform.data.commits import read_committed, write_commit
+from timeviper_platform.data.commits import write_commit
 from timeviper_platform.data.features import FeatureStore
 from timeviper_platform.data.finalize import finalize_store
 from timeviper_platform.data.planning import finished_segments

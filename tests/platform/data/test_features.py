@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from reference.made_store import RECIPE, error_row, segment_row, write_files
+from reference.made_store import RECIPE, error_row, read_committed, segment_row, write_files
 from timeviper_platform import storage
-from timeviper_platform.data.commits import best_rows, read_committed
+from timeviper_platform.data.commits import best_rows
 from timeviper_platform.data.features import FeatureStore, FrameRequest, select_frames
 from timeviper_platform.data.index_writer import write_index
 from timeviper_platform.data.store_writer import (

@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from reference.made_store import RECIPE, error_row, segment_row
+from reference.made_store import RECIPE, error_row, read_committed, segment_row
 from timeviper_platform.data import index_writer, sorted_runs
-from timeviper_platform.data.commits import best_rows, num_feature_bytes, read_committed
+from timeviper_platform.data.commits import best_rows, num_feature_bytes
 from timeviper_platform.data.finalize import finalize_store
 from timeviper_platform.data.index_writer import write_index
 from timeviper_platform.data.report import audit, count_rejects, reject_table

@@ -20,8 +20,8 @@ import yaml
 
 from reference.killable import kill_after, start
 from reference.made_media import make_encoder, make_video
+from reference.made_store import read_committed
 from reference.two_nodes import TwoNodes, two_nodes
-from timeviper_platform.data.commits import read_committed
 from timeviper_platform.data.encode import EncoderConfig
 from timeviper_platform.data.features import FeatureStore
 from timeviper_platform.data.graph import ExecutionConfig

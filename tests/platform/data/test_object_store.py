@@ -16,9 +16,9 @@ import torch
 from reference.faulty_s3 import Faults
 from reference.killable import kill_after, start
 from reference.made_media import make_encoder, make_video
+from reference.made_store import read_committed
 from timeviper_platform import storage
 from timeviper_platform.data import listing
-from timeviper_platform.data.commits import read_committed
 from timeviper_platform.data.compact import compact
 from timeviper_platform.data.encode import EncoderConfig
 from timeviper_platform.data.features import FeatureStore

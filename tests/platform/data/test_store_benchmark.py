@@ -24,6 +24,7 @@ def run(action, *arguments) -> Cost:
 def test_what_was_made_is_found_again() -> None:
     assert [row.holds for row in scale_benchmark.finalize_rows(1000)] == [None, None, True, None, True]
     assert [row.holds for row in scale_benchmark.dry_run_rows(100)] == [True, True]
+    assert [row.unit for row in scale_benchmark.upkeep_rows(80)] == 3 * ["s", "MB", "MB"]
     assert [row.holds for row in store_benchmark.opening_rows(3000)] == [True, None, True]
 
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import itertools
 import runpy
 import shutil
+import tracemalloc
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from reference.made_store import RECIPE, error_row, segment_row, write_files
+from reference.made_store import RECIPE, error_row, read_committed, segment_row, write_files
 from timeviper_platform import storage
-from timeviper_platform.data.commits import read_committed
+from timeviper_platform.data import commits, index_writer, sorted_runs
 from timeviper_platform.data.compact import compact
 from timeviper_platform.data.features import FeatureStore
 from timeviper_platform.data.index_writer import write_index
@@ -248,6 +252,33 @@ def test_a_store_says_what_it_holds(store: str) -> None:
     write_file(store, "new", made_rows("new"), recipe_digest=recipe_hash(RECIPE))
     assert not inspect_store(store).is_indexed
     assert "run the job again" in "\n".join(inspect_store(store).lines())
+
+
+@pytest.mark.parametrize("action", [inspect_store, verify_store, partial(compact, file_bytes=12_000)])
+def test_three_times_the_files_take_no_more_memory(
+    action: Callable[[str], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module, name, value in (
+        (sorted_runs, "RUN_BYTES", 200_000),
+        (sorted_runs, "BATCH_ROWS", 2),
+        (commits, "READ_AHEAD", 2),
+        (index_writer, "ROW_GROUP_ROWS", 16),
+    ):
+        monkeypatch.setattr(module, name, value)
+    peaks = []
+    for num_files in (8, 24):
+        uri = str(tmp_path / str(num_files))
+        message = {"error_message": "long " * 2000}  # rows that would be seen if they were held: 10 KB
+        write_files(uri, {f"f{n:03d}": made_rows(f"m{n:03d}", 8, **message) for n in range(num_files)})
+        pool = pa.proxy_memory_pool(pa.system_memory_pool())  # counts from here
+        before = pa.default_memory_pool()
+        pa.set_memory_pool(pool)
+        tracemalloc.start()
+        action(uri)
+        peaks.append(pool.max_memory() + tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        pa.set_memory_pool(before)
+    assert peaks[1] < 1.5 * peaks[0]
 
 
 def test_the_job_prints_a_report_and_fails_when_verification_finds_anything(
