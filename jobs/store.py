@@ -15,6 +15,7 @@ from dataclasses import fields
 from timeviper_platform.data.compact import DEFAULT_FILE_BYTES, compact
 from timeviper_platform.data.scale import ScaleConfig, scale_table
 from timeviper_platform.data.store_check import inspect_store, verify_store
+from timeviper_platform.data.store_writer import ROW_GROUP_BYTES
 from timeviper_platform.logs import setup_logging
 
 
@@ -28,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name == "compact":
             megabytes = DEFAULT_FILE_BYTES >> 20
             command.add_argument("--file-mb", type=int, default=megabytes, help=f"size of a merged file ({megabytes})")
+            kilobytes = ROW_GROUP_BYTES >> 10
+            text = f"row groups, as execution.row_group_bytes / 1024 of the run that made the store ({kilobytes})"
+            command.add_argument("--row-group-kb", type=int, default=kilobytes, help=text)
     scale = commands.add_parser("scale", help="what a large run takes, on paper")
     scale.add_argument("--num-videos", type=int, nargs="+", default=[1_000_000, 10_000_000])
     for item in fields(ScaleConfig):
@@ -48,7 +52,8 @@ def _run(options: argparse.Namespace) -> int:
         print(scale_table([ScaleConfig(**{**values, "num_videos": count}) for count in options.num_videos]))
         return 0
     if options.command == "compact":
-        print("\n".join(compact(options.uri, file_bytes=options.file_mb << 20).lines()))
+        sizes = {"file_bytes": options.file_mb << 20, "row_group_bytes": options.row_group_kb << 10}
+        print("\n".join(compact(options.uri, **sizes).lines()))
         return 0
     if options.command == "inspect":
         print("\n".join(inspect_store(options.uri).lines()))

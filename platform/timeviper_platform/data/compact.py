@@ -32,7 +32,7 @@ from timeviper_platform.data.features import DATA_FOLDER, read_header
 from timeviper_platform.data.index_writer import index_tables, read_indexed_digest
 from timeviper_platform.data.row_groups import open_data_file
 from timeviper_platform.data.sorted_runs import SortedRuns, merge_runs
-from timeviper_platform.data.store_writer import Row, features_fault, settle, write_file
+from timeviper_platform.data.store_writer import ROW_GROUP_BYTES, Row, features_fault, settle, write_file
 from timeviper_platform.schemas import INDEX
 
 logger = logging.getLogger(__name__)
@@ -84,15 +84,15 @@ class _Source:
         return self.num_rows - self.num_live
 
 
-def compact(uri: str, *, file_bytes: int = DEFAULT_FILE_BYTES) -> CompactReport:
+def compact(uri: str, *, file_bytes: int = DEFAULT_FILE_BYTES, row_group_bytes: int = ROW_GROUP_BYTES) -> CompactReport:
     """Merges data files with less than half of `file_bytes` of features into files of up to `file_bytes`.
 
     Raises:
-        ValueError: when there is no store at `uri`, or `file_bytes` is not positive.
+        ValueError: when there is no store at `uri`, or `file_bytes` or `row_group_bytes` is not positive.
         RuntimeError: when a row to be copied is damaged, with its ids; what was merged before stays merged.
     """
-    if file_bytes < 1:
-        raise ValueError(f"{file_bytes = } must be at least 1")
+    if file_bytes < 1 or row_group_bytes < 1:
+        raise ValueError(f"{file_bytes = } and {row_group_bytes = } must be at least 1")
     header = read_header(uri)
     if header is None:
         raise ValueError(f"no feature store at {uri!r}; run jobs/preprocess.py with output: {uri}")
@@ -104,7 +104,8 @@ def compact(uri: str, *, file_bytes: int = DEFAULT_FILE_BYTES) -> CompactReport:
         names = [source.name for source in group]
         name = hashlib.sha256("\n".join(["compact", *names]).encode()).hexdigest()[:32]
         rows = (row for source in group for row in _rows(uri, source))
-        write_file(uri, name, rows, recipe_digest=header["recipe_hash"], replaces=names)
+        digest = header["recipe_hash"]
+        write_file(uri, name, rows, recipe_digest=digest, replaces=names, row_group_bytes=row_group_bytes)
         logger.info("merged %d data files into %s (%d of %d)", len(names), name, number, len(groups))
     settle(uri)
     merged = [source for group in groups for source in group]

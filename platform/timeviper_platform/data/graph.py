@@ -42,6 +42,7 @@ from timeviper_platform.data.steps import (
     process_name,
     write_unit,
 )
+from timeviper_platform.data.store_writer import ROW_GROUP_BYTES
 from timeviper_platform.schemas import PLAN
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,8 @@ class ExecutionConfig:
     """torch threads of a worker"""
     frames_per_file: int = 2048
     """about how many frames a data file holds; 8192 make 302 MB at 16 x 1152"""
+    row_group_bytes: int = ROW_GROUP_BYTES
+    """of features: what a data file's row group holds at least, and a reader reads at least; changes no features"""
     progress_seconds: float = 5.0
     max_consecutive_failures: int | None = 100
     """media in a row that fail for one and the same reason before the job stops; None = it never does"""
@@ -88,8 +91,9 @@ class ExecutionConfig:
     def __post_init__(self) -> None:
         if self.max_consecutive_failures is not None and self.max_consecutive_failures < 1:
             raise ValueError(f"{self.max_consecutive_failures = } must be at least 1, or null")
-        if self.frames_per_file < 1:
-            raise ValueError(f"{self.frames_per_file = } must be at least 1")
+        for name in ("frames_per_file", "row_group_bytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"execution.{name} = {getattr(self, name)} must be at least 1")
         bounds = (1, self.min_workers, self.initial_workers, self.num_workers)
         given = [bound for bound in bounds if bound is not None]
         if given != sorted(given):

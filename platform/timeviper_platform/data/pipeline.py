@@ -219,6 +219,7 @@ def worker_spec(config: PreprocessConfig, encoder: FrameEncoder, digest: str) ->
         limits=config.limits,
         num_threads=config.execution.num_threads,
         keyframes_only=config.sampling.frames == "keyframes",
+        row_group_bytes=config.execution.row_group_bytes,
     )
 
 

@@ -26,7 +26,7 @@ from timeviper_platform.data.isolated_sources import IsolatedFrames
 from timeviper_platform.data.media import MediaLimits
 from timeviper_platform.data.segment_frames import DecodeConfig, FrameRequest, FrameSource, LocalFrames
 from timeviper_platform.data.segments import Segment, Unit
-from timeviper_platform.data.store_writer import Row, features_bytes, write_file
+from timeviper_platform.data.store_writer import ROW_GROUP_BYTES, Row, features_bytes, write_file
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +42,7 @@ class WorkerSpec:
     limits: MediaLimits
     num_threads: int
     keyframes_only: bool = False
+    row_group_bytes: int = ROW_GROUP_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,7 +337,9 @@ def write_unit(spec: WorkerSpec, name: str, rows: Iterable[Row], begin: UnitStar
     before = begin.retries if is_fused else storage.num_retries()
     source = _Timed(rows)
     started, cpu_started = time.perf_counter(), time.thread_time()
-    index_rows = write_file(spec.store, name, source, recipe_digest=spec.recipe_hash)
+    index_rows = write_file(
+        spec.store, name, source, recipe_digest=spec.recipe_hash, row_group_bytes=spec.row_group_bytes
+    )
     write_seconds = time.perf_counter() - started - source.seconds
     cpu_seconds = time.thread_time() - cpu_started - source.cpu_seconds
     retries = storage.num_retries() - before + (0 if is_fused else begin.retries)

@@ -38,9 +38,10 @@ from timeviper_platform.data.index_writer import write_index
 from timeviper_platform.data.listing import names_in
 
 ROW_GROUP_BYTES = 512 << 10
-"""A row group ends with the row that fills it: a full segment (64 frames x 16 tokens x 1152: 2.4 MB) or a clip of 24 s
-is one by itself, so that whoever reads a stretch of a film reads nothing beside it. Small items share one, so that
-the footer, 3 KB a row group, stays below 1 %. Readers fetch neighbouring row groups together."""
+"""What is used where nobody says another. A row group ends with the row that fills it: a full segment (64 frames x 16
+tokens x 1152: 2.4 MB) or a clip of 24 s is one by itself, so that whoever reads a stretch of a film reads nothing
+beside it. Small items share one, so that the footer, 3 KB a row group, stays below 1 %. Readers fetch neighbouring row
+groups together."""
 
 Row = dict[str, Any]
 """One FEATURES row as a dict; `features` holds bytes, or None for an error row."""
@@ -82,7 +83,13 @@ def create_store(uri: str, recipe: Mapping[str, Any]) -> str:
 
 
 def write_file(
-    uri: str, name: str, rows: Iterable[Row], *, recipe_digest: str, replaces: Sequence[str] = ()
+    uri: str,
+    name: str,
+    rows: Iterable[Row],
+    *,
+    recipe_digest: str,
+    replaces: Sequence[str] = (),
+    row_group_bytes: int = ROW_GROUP_BYTES,
 ) -> list[Row]:
     """Writes and commits the data file `name` of the store at `uri`; returns its INDEX rows.
 
@@ -95,6 +102,7 @@ def write_file(
         rows: may be a generator: one row group is in memory at a time.
         recipe_digest: the store's recipe_hash.
         replaces: names of committed data files whose rows these are from now on; `settle` removes them.
+        row_group_bytes: of features; the row that reaches them is the last of its row group.
 
     Raises:
         RuntimeError: when the store cannot be written.
@@ -105,7 +113,7 @@ def write_file(
 
     def write(file: IO[bytes]) -> None:
         with _parquet_writer(file, schema) as writer:
-            for number, group in enumerate(_row_groups(rows)):
+            for number, group in enumerate(_row_groups(rows, row_group_bytes)):
                 writer.write_table(pa.Table.from_pylist(group, schema=schema), row_group_size=len(group))
                 for place, row in enumerate(group):
                     location = {"file": file_name, "row_group": number, "row_in_group": place}
@@ -251,13 +259,13 @@ def _row_of(media_id: str, features: Tensor, digest: str, fps: float) -> Row:
     }
 
 
-def _row_groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
+def _row_groups(rows: Iterable[Row], row_group_bytes: int) -> Iterator[list[Row]]:
     group: list[Row] = []
     num_bytes = 0
     for row in rows:
         group.append(row)
         num_bytes += len(row["features"] or b"")
-        if num_bytes >= ROW_GROUP_BYTES:
+        if num_bytes >= row_group_bytes:
             yield group
             group, num_bytes = [], 0
     if group:

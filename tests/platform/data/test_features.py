@@ -211,21 +211,19 @@ def test_features_are_stored_plain_last_and_with_checksums(tmp_path: Path) -> No
             check_version(file.schema_arrow, INDEX, source="film")
 
 
-def test_a_row_group_ends_with_the_row_that_fills_it(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("timeviper_platform.data.store_writer.ROW_GROUP_BYTES", 600)
+def test_a_row_group_ends_with_the_row_that_fills_it(tmp_path: Path) -> None:
     digest = create_store(str(tmp_path), RECIPE)
     sizes = [10, 10, 10, 30, 40, 5, 5]  # frames of 20 bytes
     rows = [segment_row("film", index, 7, torch.randn(size, 2, 5).bfloat16()) for index, size in enumerate(sizes)]
-    written = write_file(str(tmp_path), "film", rows, recipe_digest=digest)
+    written = write_file(str(tmp_path), "film", rows, recipe_digest=digest, row_group_bytes=600)
     assert [row["row_group"] for row in written] == [0, 0, 0, 1, 2, 3, 3]
 
 
 def test_neighbouring_row_groups_come_with_one_read(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("timeviper_platform.data.store_writer.ROW_GROUP_BYTES", 1)
     digest = create_store(str(tmp_path), RECIPE)
     parts = [torch.randn(64, 2, 5).bfloat16() for _ in range(5)]
     rows = [segment_row("film", index, 5, part) for index, part in enumerate(parts)]
-    write_file(str(tmp_path), "film", rows, recipe_digest=digest)
+    write_file(str(tmp_path), "film", rows, recipe_digest=digest, row_group_bytes=1)
     write_index(str(tmp_path))
     features = torch.cat(parts)
     asked: list[list[int]] = []

@@ -205,7 +205,7 @@ def test_an_old_version_is_superseded_and_more_inputs_are_added(corpus: Path, tm
 
 
 @pytest.mark.parametrize("num_workers", [1, 3, 7])
-def test_another_number_of_workers_and_another_file_size_go_on_with_the_same_bytes(
+def test_another_number_of_workers_and_other_sizes_go_on_with_the_same_bytes(
     corpus: Path, finished: Path, tmp_path: Path, num_workers: int
 ) -> None:
     def first_half(missing: Sequence[Segment], spec: WorkerSpec, execution: ExecutionConfig) -> Iterator[UnitOutcome]:
@@ -216,9 +216,13 @@ def test_another_number_of_workers_and_another_file_size_go_on_with_the_same_byt
     config = make_config(corpus, tmp_path / "store")
     with pytest.raises(KeyboardInterrupt):
         run_preprocess(config, run=first_half)
-    other = dataclasses.replace(config, execution=ExecutionConfig(frames_per_file=7 * num_workers))
+    before = set((tmp_path / "store" / "data").iterdir())
+    execution = ExecutionConfig(frames_per_file=7 * num_workers, row_group_bytes=1)
+    other = dataclasses.replace(config, execution=execution)
     report = run_preprocess(other, run=run_in_process)
     assert 0 < report.segments_encoded < 15
+    written = [pq.read_metadata(path) for path in set((tmp_path / "store" / "data").iterdir()) - before]
+    assert max(file.num_row_groups for file in written) > 1  # of a few KB each
     assert (report.audit["missing"], report.audit["duplicate"]) == (0, 0)
     assert contents(config.output) == contents(str(finished))
 

@@ -173,6 +173,19 @@ def test_a_store_of_nothing_but_superseded_rows_becomes_empty_files_of_none(tmp_
     assert verify_store(uri).problems == []
 
 
+def test_row_groups_of_merged_files_are_as_large_as_asked_for(store: str) -> None:
+    before = contents(store)
+    compact(store, row_group_bytes=1024)
+    (path,) = Path(store, "data").iterdir()
+    file = pq.ParquetFile(path)
+    sizes = [file.read_row_group(number)["features"].nbytes for number in range(file.num_row_groups)]
+    assert min(sizes[:-1]) >= 1024
+    assert len(sizes) == 18  # 36 rows of 512 bytes
+    assert contents(store) == before
+    with pytest.raises(ValueError, match="row_group_bytes = 0"):
+        compact(store, row_group_bytes=0)
+
+
 def test_damage_is_not_copied(store: str) -> None:
     corrupt(Path(store, "data", "f07.parquet"), 1)
     before = sorted(path.name for path in Path(store, "data").iterdir())
