@@ -30,10 +30,10 @@ from torch import nn
 
 from timeviper_platform import storage
 from timeviper_platform.training.parameters import ParameterGroup
-from timeviper_platform.training.plan import PlanPosition
 from timeviper_platform.training.saved_files import reading_as_data
 from timeviper_platform.training.shards import SavedShards, load_optimizer_from, load_weights_from
 from timeviper_platform.training.snapshot import take_snapshot
+from timeviper_platform.training.train_state import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,6 @@ COMMIT_FILE = "COMMIT"
 STATE_FILE = "state.json"
 GROUPS_FILE = "groups.json"
 MODEL_FILE = "model.json"
-STATE_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,40 +55,6 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         if self.every_steps < 0 or self.keep < 1:
             raise ValueError(f"{self.every_steps = } must be at least 0 and {self.keep = } at least 1")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainState:
-    """Where a run stands after a step."""
-
-    phase: str
-    step: int
-    """finished steps of the phase"""
-    global_step: int
-    """finished steps of all phases"""
-    position: PlanPosition
-    plan_hash: str
-    world_size: int
-    zero_stage: int
-    precision: str
-    num_damaged: int = 0
-    """samples that the phase has left out because their features could not be read"""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {"version": STATE_VERSION, **asdict(self), "position": self.position._asdict()}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any], *, source: str) -> TrainState:
-        """The inverse of `to_json`.
-
-        Raises:
-            ValueError: when it was written under another version.
-        """
-        values = dict(values)
-        if (version := values.pop("version", None)) != STATE_VERSION:
-            raise ValueError(f"{source}: state version {version}, this release reads {STATE_VERSION}")
-        return cls(**{**values, "position": PlanPosition(**values["position"])})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

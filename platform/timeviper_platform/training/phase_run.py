@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from timeviper_platform.training.answers import answer_task, exact_match_share
-from timeviper_platform.training.checkpoint import Checkpoints, TrainState, read_state, restore_checkpoint
+from timeviper_platform.training.checkpoint import Checkpoints, read_state, restore_checkpoint
 from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.failures import FatalTrainingError, StoppedError, Wish, Wishes
 from timeviper_platform.training.feed import ReadAhead, read_in_thread
@@ -28,6 +28,7 @@ from timeviper_platform.training.progress import Progress, step_row
 from timeviper_platform.training.schedule import learning_rate_factor
 from timeviper_platform.training.step import StepResult, agree, held_out_loss, train_step
 from timeviper_platform.training.step_batches import StepBatches
+from timeviper_platform.training.train_state import StepPlan, TrainState
 from timeviper_platform.training.watchdog import Watchdog
 from timeviper_platform.training.zero import DTYPES, build_ds_engine, set_groups
 
@@ -83,7 +84,7 @@ class PhaseRun:
             global_step: finished steps of all phases.
 
         Raises:
-            ValueError: when the checkpoint belongs to another plan or trains other parameters.
+            ValueError: when the checkpoint belongs to another plan, has other steps or trains other parameters.
             FatalTrainingError, StoppedError, RuntimeError: see failures.py.
         """
         state = self._first_state(global_step) if checkpoint is None else self._saved_state(checkpoint)
@@ -146,6 +147,12 @@ class PhaseRun:
             global_step=global_step,
             position=PlanPosition(0, 0),
             plan_hash=self._phase.plan.hash,
+            step_plan=StepPlan(
+                packs_per_step=self._phase.config.packs_per_step,
+                num_steps=self._phase.num_steps,
+                num_epochs=self._phase.config.epochs,
+                schedule=self._phase.config.schedule,
+            ),
             world_size=dist.get_world_size(),
             zero_stage=self._config.zero.stage,
             precision=self._config.precision,
@@ -154,14 +161,9 @@ class PhaseRun:
     def _saved_state(self, checkpoint: str) -> TrainState:
         """The checkpoint's state as this run, on its own number of ranks, goes on from it."""
         saved = read_state(checkpoint)
-        if saved.plan_hash != self._phase.plan.hash:
-            raise ValueError(
-                f"{checkpoint} was training phase {saved.phase} on another pack plan ({saved.plan_hash[:12]}, now"
-                f" {self._phase.plan.hash[:12]}): seed, samples, weights, packing, frames or the feature store have"
-                " changed; put them back, or start a new run from exported weights"
-            )
-        logger.info("phase %s goes on after step %d, from %s", saved.phase, saved.step, checkpoint)
         shape = self._first_state(saved.global_step)
+        saved.check_goes_on(shape, source=checkpoint)
+        logger.info("phase %s goes on after step %d, from %s", saved.phase, saved.step, checkpoint)
         return replace(shape, step=saved.step, position=saved.position, num_damaged=saved.num_damaged)
 
     @staticmethod

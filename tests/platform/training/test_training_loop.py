@@ -365,6 +365,26 @@ def test_a_changed_plan_is_refused_at_resume(finished: TrainConfig, corpus: Corp
         train_local(train_config(corpus, name="finished", seed=1))
 
 
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"packs_per_step": 1}, r"packs_per_step 3 -> 1\)"),
+        ({"steps": 60}, r"num_steps 6 -> 60\)"),
+        ({"steps": None, "epochs": 1}, r"num_epochs None -> 1\)"),
+        ({"schedule": {"warmup_ratio": 0.5}}, r"schedule.warmup_ratio 0.03 -> 0.5\)"),
+    ],
+)
+def test_other_steps_are_refused_at_resume(
+    finished: TrainConfig, corpus: Corpus, changes: dict[str, Any], difference: str
+) -> None:
+    config = interrupted_after(finished, corpus, "other-steps", 5)
+    values = train_values(corpus, name=config.name)
+    values["phases"]["instruct"] |= changes
+    with pytest.raises(ValueError, match=rf"phase instruct with other steps \({difference}: a phase cannot change"):
+        train_local(parse_config(TrainConfig, values))
+    shutil.rmtree(RunFolder.of(config).uri)
+
+
 def test_other_trained_parameters_are_refused_at_resume(finished: TrainConfig, corpus: Corpus) -> None:
     config = interrupted_after(finished, corpus, "refused", 5)
     values = train_values(corpus, name=config.name)
