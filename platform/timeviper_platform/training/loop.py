@@ -29,9 +29,10 @@ from timeviper_platform.training.failures import Wishes, no_wishes
 from timeviper_platform.training.feed import ReadAhead, read_in_thread
 from timeviper_platform.training.metrics import MetricsWriter, next_attempt, phase_report, read_metrics
 from timeviper_platform.training.phase import Phase, adapt, first_model, load_weights, prepare_phase
-from timeviper_platform.training.phase_run import OnCheckpoint, PhaseRun
+from timeviper_platform.training.phase_run import PhaseRun
 from timeviper_platform.training.sample_table import MeasureTogether, count_rejects
 from timeviper_platform.training.samples import Reject
+from timeviper_platform.training.saving import OnCheckpoint
 from timeviper_platform.training.trackers import Tracker, open_trackers
 from timeviper_platform.training.zero import DTYPES
 

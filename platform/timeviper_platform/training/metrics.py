@@ -15,6 +15,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
@@ -95,7 +96,8 @@ class MetricsWriter:
         filesystem, target = storage.split_uri(self._run_uri)
         for file in self._root.rglob("*"):
             if file.is_file():
-                filesystem.put_file(str(file), f"{target}/{file.relative_to(self._root).as_posix()}")
+                path = f"{target}/{file.relative_to(self._root).as_posix()}"
+                storage.retrying(partial(filesystem.put_file, str(file), path), path)
 
     def close(self) -> None:
         """Flushes and closes the files and the trackers."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +24,7 @@ from timeviper_platform.training.metrics import MetricsWriter
 from timeviper_platform.training.phase import Phase
 from timeviper_platform.training.plan import PlanPosition
 from timeviper_platform.training.progress import Progress, step_row
+from timeviper_platform.training.saving import OnCheckpoint, Saving
 from timeviper_platform.training.schedule import learning_rate_factor
 from timeviper_platform.training.step import StepResult, agree, held_out_loss, train_step
 from timeviper_platform.training.step_batches import StepBatches
@@ -33,10 +33,6 @@ from timeviper_platform.training.watchdog import Watchdog
 from timeviper_platform.training.zero import DTYPES, build_ds_engine, set_groups
 
 logger = logging.getLogger(__name__)
-
-OnCheckpoint = Callable[[str, dict[str, Any]], None]
-"""Called on every rank after a commit, with the checkpoint's URI and the row of its step. It is called when the next
-checkpoint is due or the phase ends, since all ranks must be in the same place."""
 
 
 class PhaseRun:
@@ -70,11 +66,15 @@ class PhaseRun:
         self._writer = writer
         self._device = device
         self._wishes = wishes
-        self._on_checkpoint = on_checkpoint
+        self._saving = Saving(
+            checkpoints,
+            max_failed=config.checkpoint.max_failed_saves,
+            before_commit=None if writer is None else writer.flush,
+            on_checkpoint=on_checkpoint,
+        )
         self._read_ahead = read_ahead
         self._row: dict[str, Any] = {}
         """of the last finished step"""
-        self._row_being_saved: dict[str, Any] = {}
 
     def run(self, checkpoint: str | None, global_step: int) -> tuple[int, str]:
         """Runs the steps that are left; the number of finished steps of all phases, and the phase's last checkpoint.
@@ -95,7 +95,7 @@ class PhaseRun:
         try:
             with Watchdog(self._config.workers.hang_timeout_s) as watchdog:
                 state = self._steps(ds_engine, ahead, state, watchdog)
-            saved = self._tell_committed()
+            saved = self._saving.finish(lambda: self._save(ds_engine, state))
         except BaseException:
             # no rank is told here: the others may be elsewhere
             written = self._checkpoints.wait_quietly()
@@ -123,7 +123,7 @@ class PhaseRun:
                     self._save(ds_engine, state)
                     saved_step = state.step
                 if agreement.wish is Wish.STOP:
-                    raise self._stopped(state)
+                    raise self._stopped(ds_engine, state)
             self._blow_fuse(state, agreement.num_damaged)
             result, rates = self._step(ds_engine, agreement.batches)
             state = self._after(state, agreement.batches, agreement.num_damaged)
@@ -237,27 +237,18 @@ class PhaseRun:
     def _save(self, ds_engine: Any, state: TrainState) -> None:
         """Training stands still until the checkpoint before is finished and this one is in memory."""
         started = time.perf_counter()
-        self._tell_committed()
+        self._saving.settle()
         snapshot = self._checkpoints.snapshot(ds_engine, state, self._phase.groups, self._phase.description)
         self._write_row(stall_s=time.perf_counter() - started)
-        self._checkpoints.write(snapshot, None if self._writer is None else self._writer.flush)
-        self._row_being_saved = self._row
+        self._saving.start(snapshot, self._row)
 
     def _write_row(self, *, stall_s: float) -> None:
-        self._row["checkpoint_stall_s"] = stall_s
+        self._row |= {"checkpoint_stall_s": stall_s, "num_failed_saves": self._saving.num_failed}
         if self._writer is not None:
             self._writer.write(self._row)
 
-    def _tell_committed(self) -> str | None:
-        uri = self._checkpoints.wait()
-        if uri is not None:
-            logger.info("checkpoint %s committed", uri)
-            if self._on_checkpoint is not None:
-                self._on_checkpoint(uri, self._row_being_saved)
-        return uri
-
-    def _stopped(self, state: TrainState) -> StoppedError:
-        uri = self._tell_committed() or self._checkpoints.newest()
+    def _stopped(self, ds_engine: Any, state: TrainState) -> StoppedError:
+        uri = self._saving.finish(lambda: self._save(ds_engine, state)) or self._checkpoints.newest()
         return StoppedError(
             f"stopped as asked after step {state.step} of phase {state.phase}; start it again to go on from {uri}"
         )

@@ -216,7 +216,7 @@ def test_a_run_on_an_object_store_goes_on_from_there(
 
 
 def test_a_checkpoint_that_cannot_be_written_stops_the_run_and_leaves_the_last_one(corpus: Corpus) -> None:
-    config = train_config(corpus, name="full-disk")
+    config = train_config(corpus, name="full-disk", checkpoint={"every_steps": 2, "keep": 20, "max_failed_saves": 0})
     folder = Path(RunFolder.of(config).checkpoints)
     folder.mkdir(parents=True)
     (folder / "step-00000005").write_text("a file where a folder should be")
