@@ -17,6 +17,7 @@ from typing import Any
 
 from timeviper_platform.config import load_config
 from timeviper_platform.logs import setup_logging
+from timeviper_platform.storage import StorageUnavailableError
 from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.dry_run import describe_dry_run, dry_run
 from timeviper_platform.training.trainer import connect, train_on_ray
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1 if result.problems else 0
         connect()
         report = train_on_ray(config, resume=parsed.resume)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, StorageUnavailableError) as error:
         print(f"train: {error}", file=sys.stderr)
         return 1
     print_report(report)

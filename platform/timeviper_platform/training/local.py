@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from timeviper_platform.config import load_config
 from timeviper_platform.logs import setup_logging
+from timeviper_platform.storage import StorageUnavailableError
 from timeviper_platform.training.checkpoint import resolve_resume
 from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.failures import StoppedError, wishes_of_signals
@@ -101,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except StoppedError as error:
         logger.warning("%s", error)
         return 128 + signal.SIGTERM  # as a shell says it
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, StorageUnavailableError) as error:
         logger.error("%s", error)
         return 1
     sys.stdout.write(json.dumps(report, indent=2) + "\n")

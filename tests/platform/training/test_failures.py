@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,9 @@ from reference.training_corpus import (
     write_samples,
 )
 from timeviper_model.weights import from_pretrained, load_tokenizer, save_pretrained
+from timeviper_platform import storage
 from timeviper_platform.config import parse_config
+from timeviper_platform.data import row_groups
 from timeviper_platform.data.features import FeatureStore
 from timeviper_platform.data.store_writer import write_store
 from timeviper_platform.training.checkpoint import Checkpoints, resolve_resume
@@ -166,6 +169,45 @@ def test_a_store_whose_file_is_gone_blows_the_fuse(corpus: Corpus) -> None:
         file.unlink()
     with pytest.raises(FatalTrainingError, match="jobs/preprocess"):
         train_local(config)
+
+
+def flaky_features(monkeypatch: pytest.MonkeyPatch, num_timeouts: int) -> None:
+    """The first reads of a data file time out."""
+    opened, failures = row_groups.open_data_file, iter([TimeoutError("the store does not answer")] * num_timeouts)
+
+    class Flaky:
+        def __init__(self, file: Any) -> None:
+            self._file = file
+
+        def read_row_groups(self, *args: Any, **keywords: Any) -> Any:
+            if (failure := next(failures, None)) is not None:
+                raise failure
+            return self._file.read_row_groups(*args, **keywords)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._file, name)
+
+    monkeypatch.setattr(row_groups, "open_data_file", lambda uri: Flaky(opened(uri)))
+    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.0)
+
+
+def test_a_store_that_does_not_answer_for_a_moment_costs_no_sample(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flaky_features(monkeypatch, storage.MAX_ATTEMPTS - 1)
+    feed = prepared(one_phase(corpus, "flaky")).feed
+    assert not any(step.damaged for step in feed.steps(PlanPosition(0, 0), 0, 8))
+
+
+def test_a_store_that_does_not_answer_ends_the_run_and_leaves_no_sample_out(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = one_phase(corpus, "unreachable")
+    with monkeypatch.context() as patch:
+        flaky_features(patch, storage.MAX_ATTEMPTS)
+        with pytest.raises(storage.StorageUnavailableError, match="is the storage up"):
+            train_local(config)
+    assert train_local(config)["instruct"]["rejects"].get("damaged_features") is None
 
 
 def test_out_of_memory_says_what_to_change() -> None:
