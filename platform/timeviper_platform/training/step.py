@@ -54,6 +54,13 @@ def agree(batches: StepBatches, wish: Wish, *, device: torch.device) -> Agreemen
     return Agreement(agreed, num_samples, Wish.STOP if num_stop else Wish.SAVE if num_save else Wish.GO_ON)
 
 
+def agree_on_wish(wish: Wish, *, device: torch.device) -> Wish:
+    """The strongest wish of all ranks; one small collective."""
+    strongest = torch.tensor(int(wish), device=device)
+    dist.all_reduce(strongest, op=dist.ReduceOp.MAX)
+    return Wish(int(strongest))
+
+
 def train_step(
     ds_engine: Any, batches: StepBatches, *, use_transv: bool, device: torch.device, dtype: torch.dtype
 ) -> StepResult:

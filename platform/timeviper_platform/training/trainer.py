@@ -29,8 +29,8 @@ from timeviper_platform.training.checkpoint import resolve_resume
 from timeviper_platform.training.config import TrainConfig, with_absolute_paths
 from timeviper_platform.training.failures import FatalTrainingError, Wish
 from timeviper_platform.training.feed import read_in_thread
-from timeviper_platform.training.local import agree
 from timeviper_platform.training.loop import RunFolder, run_training
+from timeviper_platform.training.ranks import from_rank_0
 from timeviper_platform.training.ray_feed import read_on_ray
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ def _worker(arguments: dict[str, Any]) -> dict[str, Any] | str:
     torch.set_num_threads(config.workers.threads_per_worker)
     checkpoints = RunFolder.of(config).checkpoints
     # what this run has committed since comes before where it started
-    resume_from = agree(lambda: resolve_resume(checkpoints, "auto")) or arguments["start"]
+    resume_from = from_rank_0(lambda: resolve_resume(checkpoints, "auto")) or arguments["start"]
     try:
         return run_training(
             config,
@@ -153,7 +153,7 @@ class PreemptionWatch:
         if self._has_wished or self._num_asked < self._interval:
             return Wish.GO_ON
         info = train.get_preemption_info()
-        self._interval = agree(self._steps_until_next)
+        self._interval = from_rank_0(self._steps_until_next)
         self._num_asked, self._asked_at = 0, time.monotonic()
         if info is None:
             return Wish.GO_ON
