@@ -52,9 +52,14 @@ def print_report(report: dict[str, Any]) -> None:
     print(f"{'phase':<12}{'steps':>8}{'first loss':>12}{'last loss':>12}{'samples':>10}{'rejects':>9}{'seconds':>9}")
     for name, phase in report.items():
         print(
-            f"{name:<12}{phase['steps']:>8}{phase['loss_first']:>12.4f}{phase['loss_last']:>12.4f}"
+            f"{name:<12}{phase['steps']:>8}{_loss(phase['loss_first']):>12}{_loss(phase['loss_last']):>12}"
             f"{phase['samples']:>10}{sum(phase['rejects'].values()):>9}{phase['seconds']:>9.1f}"
         )
+
+
+def _loss(value: float | None) -> str:
+    """None where this run has no step of the phase: it went on from another run's last checkpoint of it."""
+    return "-" if value is None else f"{value:.4f}"
 
 
 if __name__ == "__main__":
