@@ -1,4 +1,4 @@
-"""What rank 0 does for all ranks: they get its result, or its failure, and none waits for another that has ended.
+"""What rank 0 does for all ranks, who get its result or its failure; and whether all ranks come to the same end.
 
 Knows torch.distributed; does not know what is done.
 """
@@ -6,9 +6,11 @@ Knows torch.distributed; does not know what is done.
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 T = TypeVar("T")
 
@@ -35,3 +37,14 @@ def from_rank_0(act: Callable[[], T]) -> T:
     if message is not None:
         raise ValueError(message) if is_value_error else RuntimeError(f"rank 0: {message}")
     return cast(T, result)
+
+
+def do_all_end(timeout_s: float) -> bool:
+    """True when every rank has called this by then: none waits in a collective for one that ends."""
+    store = PrefixStore("timeviper-end", _get_default_store())
+    store.set(str(dist.get_rank()), "")
+    try:
+        store.wait([str(rank) for rank in range(dist.get_world_size())], timedelta(seconds=timeout_s))
+    except dist.DistError:  # DistStoreError when the time is over, DistNetworkError when the store's process is gone
+        return False
+    return True

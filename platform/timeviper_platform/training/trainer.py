@@ -30,8 +30,9 @@ from timeviper_platform.training.config import TrainConfig, with_absolute_paths
 from timeviper_platform.training.failures import FatalTrainingError, Wish
 from timeviper_platform.training.feed import read_in_thread
 from timeviper_platform.training.loop import RunFolder, run_training
-from timeviper_platform.training.ranks import from_rank_0
+from timeviper_platform.training.ranks import do_all_end, from_rank_0
 from timeviper_platform.training.ray_feed import read_on_ray
+from timeviper_platform.training.trackers import check_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,8 @@ RAY_FOLDER = "ray"
 PREEMPTION_CHECK_S = 5.0
 """between questions to Ray whether a node goes away: each is a barrier of milliseconds, and the shortest warnings are
 those of half a minute. Steps that take longer are each preceded by one"""
+SAME_END_S = 60.0
+"""within which all ranks find the same mistake, reading samples at their own pace"""
 POINTER_FILE = "checkpoint.json"
 """what Ray stores of a checkpoint: the URI of ours"""
 
@@ -61,6 +64,7 @@ def train_on_ray(config: TrainConfig, *, resume: str = "auto") -> dict[str, Any]
         ValueError: when the configuration and what it names do not fit together, or `resume` would leave two histories.
         RuntimeError: when the run fails for good, with the cause.
     """
+    check_trackers(config.metrics.mlflow, config.metrics.wandb)
     config = with_absolute_paths(config)
     folder = RunFolder.of(config)
     start = resolve_resume(folder.checkpoints, resume)
@@ -110,8 +114,10 @@ def _worker(arguments: dict[str, Any]) -> dict[str, Any] | str:
             trackers=[_Gauges(config.name)],
             read_ahead=read_on_ray if config.feed.reader == "ray_data" else read_in_thread,
         )
-    except (ValueError, FatalTrainingError) as error:  # on every rank alike: a further attempt would meet it again
-        return str(error)
+    except (ValueError, FatalTrainingError) as error:
+        if not do_all_end(SAME_END_S):
+            raise  # the others wait for this rank: Ray ends them
+        return str(error)  # on every rank alike: a further attempt would meet it again
 
 
 class _Gauges:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import types
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from timeviper_platform.training.metrics import MetricsWriter, read_metrics
 from timeviper_platform.training.phase import prepare_phase
 from timeviper_platform.training.plan import PlanPosition
 from timeviper_platform.training.trackers import MlflowConfig, WandbConfig, open_trackers
+from timeviper_platform.training.trainer import train_on_ray
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +59,18 @@ def test_a_library_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(ValueError, match=r"metrics.mlflow is configured but mlflow is not installed; pip install"):
         open_trackers(MlflowConfig(tracking_uri="file:///nowhere"), None, "run")
+
+
+@pytest.mark.usefixtures("group_of_one")
+@pytest.mark.parametrize("run", [train_local, train_on_ray])  # the driver looks before it asks Ray for anything
+def test_a_library_that_is_not_there_is_named_before_the_run_starts(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch, run: Callable[[TrainConfig], Any]
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    values = train_values(corpus, name="no-wandb", metrics={"wandb": {"project": "p"}})
+    with pytest.raises(ValueError, match=r"metrics.wandb is configured but wandb is not installed; pip install"):
+        run(parse_config(TrainConfig, values))
+    assert not Path(values["runs"], "no-wandb").exists()
 
 
 def test_every_step_reaches_the_configured_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
