@@ -108,7 +108,7 @@ def dry_run(config: TrainConfig) -> DryRun:
 
 def describe_dry_run(config: TrainConfig, result: DryRun) -> str:
     """The report as text."""
-    workers = f"{config.workers.num_workers} ranks, {config.precision}, ZeRO-{config.zero.stage}"
+    workers = f"{config.workers.max_workers} ranks, {config.precision}, ZeRO-{config.zero.stage}"
     lines = [f"run {RunFolder.of(config).uri}: {workers}"]
     for phase in result.phases:
         groups = "  " + describe_groups(phase.groups, phase.sizes.num_parameters)
@@ -199,7 +199,7 @@ def _phase_facts(
         plan=plan,
         states={
             stage: state_bytes(
-                sizes, zero_stage=stage, world_size=config.workers.num_workers, precision=config.precision
+                sizes, zero_stage=stage, world_size=config.workers.max_workers, precision=config.precision
             )
             for stage in ZERO_STAGES
         },
@@ -220,7 +220,7 @@ def _phase_facts(
 def _plan_facts(
     config: TrainConfig, name: str, model: TimeViper, store: FeatureStore, tokenizer: object, *, trains_blocks: bool
 ) -> PlanFacts:
-    prepared = prepare_phase(config, name, model, store, tokenizer, rank=0, world_size=config.workers.num_workers)
+    prepared = prepare_phase(config, name, model, store, tokenizer, rank=0, world_size=config.workers.max_workers)
     phase, table = prepared.config, prepared.plan.table
     packs = prepared.plan.epoch(0)
     shapes = [prepared.plan.pack_shape(pack) for pack in packs]
@@ -230,7 +230,7 @@ def _plan_facts(
         for shape in shapes
     ]
     num_tokens = sum(pack.num_tokens for pack in packs)
-    num_ranks = config.workers.num_workers
+    num_ranks = config.workers.max_workers
     return PlanFacts(
         num_samples=len(table),
         rejects=count_rejects(prepared.rejects),

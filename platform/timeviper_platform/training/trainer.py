@@ -12,7 +12,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ RAY_FOLDER = "ray"
 PREEMPTION_CHECK_S = 5.0
 """between questions to Ray whether a node goes away: each is a barrier of milliseconds, and the shortest warnings are
 those of half a minute. Steps that take longer are each preceded by one"""
+LAST_SAVE_S = 120.0
+"""before a node is taken away: what was learnt since the first warning is saved once more"""
 SAME_END_S = 60.0
 """within which all ranks find the same mistake, reading samples at their own pace"""
 POINTER_FILE = "checkpoint.json"
@@ -81,7 +83,9 @@ def train_on_ray(config: TrainConfig, *, resume: str = "auto") -> dict[str, Any]
         run_config=RunConfig(
             name=f"{config.name}-{os.urandom(4).hex()}",  # a known name would make Ray resume an old run unasked
             storage_path=storage.join_uri(folder.uri, RAY_FOLDER),
-            failure_config=FailureConfig(max_failures=workers.max_failures),
+            failure_config=FailureConfig(
+                max_failures=workers.max_failures, preemption_grace_s=workers.preemption_grace_s
+            ),
         ),
     )
     try:
@@ -141,34 +145,52 @@ class _Gauges:
 
 
 class PreemptionWatch:
-    """A wish to save, once, when Ray has heard that a node will be taken away; Ray itself ends the workers then.
+    """A wish to save when Ray hears that a node will be taken away, and once more shortly before it is.
 
-    Every rank must ask Ray before the same steps, and their clocks differ: rank 0 says after how many steps the next
-    question is due.
+    Ray itself ends the workers then. Every rank must ask Ray before the same steps, and their clocks differ: rank 0
+    says what time it is, and after how many steps the next question is due.
+
+    Args:
+        is_stop_asked: looked at by rank 0 alone, as often as Ray is asked.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, is_stop_asked: Callable[[], bool] = lambda: False) -> None:
+        self._is_stop_asked = is_stop_asked
         self._interval = 1
         self._num_asked = 0
         self._asked_at = time.monotonic()
-        self._has_wished = False
+        self._warned: set[str] = set()
+        self._warned_late: set[str] = set()
 
     def __call__(self) -> Wish:
         """Asked before every step; every so often that is a barrier over all ranks."""
         self._num_asked += 1
-        if self._has_wished or self._num_asked < self._interval:
+        if self._num_asked < self._interval:
             return Wish.GO_ON
         info = train.get_preemption_info()
-        self._interval = from_rank_0(self._steps_until_next)
-        self._num_asked, self._asked_at = 0, time.monotonic()
-        if info is None:
-            return Wish.GO_ON
-        self._has_wished = True
-        left = "an unknown time" if info.deadline_ms is None else f"{info.deadline_ms / 1000 - time.time():.0f} s"
-        logger.warning(
-            "ranks %s lose their nodes %s in %s: saving now", info.preempted_ranks, info.preempted_node_ids, left
+        self._interval, now, is_stop_asked = from_rank_0(
+            lambda: (self._steps_until_next(), time.time(), self._is_stop_asked())
         )
-        return Wish.SAVE
+        self._num_asked, self._asked_at = 0, time.monotonic()
+        if is_stop_asked:
+            return Wish.STOP
+        return Wish.SAVE if info is not None and self._is_news(info, now) else Wish.GO_ON
+
+    def _is_news(self, info: train.PreemptionInfo, now: float) -> bool:
+        """True for the first warning of a node, and for the first that is close to its time."""
+        left_s = None if info.deadline_ms is None else info.deadline_ms / 1000 - now
+        nodes = set(info.preempted_node_ids)
+        is_news = not nodes <= self._warned
+        self._warned |= nodes
+        if left_s is not None and left_s <= LAST_SAVE_S:
+            is_news = is_news or not nodes <= self._warned_late
+            self._warned_late |= nodes
+        if is_news:
+            left = "an unknown time" if left_s is None else f"{left_s:.0f} s"
+            logger.warning(
+                "ranks %s lose their nodes %s in %s: saving now", info.preempted_ranks, info.preempted_node_ids, left
+            )
+        return is_news
 
     def _steps_until_next(self) -> int:
         seconds_per_step = (time.monotonic() - self._asked_at) / self._num_asked

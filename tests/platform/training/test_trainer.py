@@ -15,7 +15,7 @@ from reference.training_corpus import make_corpus, train_values
 from timeviper_platform.config import parse_config
 from timeviper_platform.training import trainer
 from timeviper_platform.training.checkpoint import Checkpoints
-from timeviper_platform.training.config import TrainConfig
+from timeviper_platform.training.config import TrainConfig, WorkersConfig
 from timeviper_platform.training.failures import Wish
 from timeviper_platform.training.loop import RunFolder, run_training
 from timeviper_platform.training.trainer import PreemptionWatch
@@ -32,7 +32,7 @@ class Clock:
     def monotonic(self) -> float:
         return self.seconds
 
-    time = staticmethod(time.time)
+    time = monotonic
 
 
 @pytest.fixture
@@ -62,6 +62,29 @@ def test_a_warning_makes_one_checkpoint_at_once_and_training_goes_on(
     assert [uri[-1] for uri in committed] == ["2", "5"]
     (said,) = re.findall(r"ranks .*", caplog.text)
     assert re.fullmatch(r"ranks \[1, 2, 3\] lose their nodes \['node-a', 'node-b'\] in \d+ s: saving now", said)
+
+
+def test_later_warnings_and_the_last_minutes_are_worth_a_save_each(
+    monkeypatch: pytest.MonkeyPatch, told: list[train.PreemptionInfo | None]
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(trainer, "time", clock)
+    early = train.PreemptionInfo(7200_000, {"node-a": [1]})  # in two hours
+    both = train.PreemptionInfo(7200_000, {"node-a": [1], "node-b": [0]})
+    late = train.PreemptionInfo(None, {"node-c": [0]})  # nobody says when
+    told[:] = [None, early, early, both, both, both, both, late, late]
+    watch, wishes = PreemptionWatch(), []
+    for clock.seconds in (10.0, 20.0, 30.0, 40.0, 5000.0, 7100.0, 7110.0, 7120.0, 7130.0):
+        wishes.append(watch())
+    assert [wish is Wish.SAVE for wish in wishes] == [False, True, False, True, False, True, False, True, False]
+
+
+def test_workers_are_a_number_or_a_range() -> None:
+    assert parse_config(WorkersConfig, {"num_workers": [1, 4]}) == WorkersConfig(num_workers=(1, 4))
+    assert [WorkersConfig(num_workers=number).max_workers for number in (3, (1, 4))] == [3, 4]
+    for wrong in (0, (3, 2), (0, 2)):
+        with pytest.raises(ValueError, match=r"num_workers = .* must be at least 1, or \[least, most\]"):
+            WorkersConfig(num_workers=wrong)
 
 
 @pytest.mark.parametrize(("step_seconds", "num_steps"), [(20.0, 1), (2.0, 2), (0.125, 40)])
