@@ -4,13 +4,14 @@
     python jobs/train.py --config ray_configs/train.yaml --resume never phases.align.steps=10
     python jobs/train.py --config ray_configs/train.yaml --dry-run      # plan, groups and memory; starts nothing
 
-A run that was stopped goes on where its newest committed checkpoint is. The weights of each phase are in
-runs/name/weights/<phase>, the table below in runs/name/report.json.
+SIGTERM makes a run save and stop. One that was stopped goes on where its newest committed checkpoint is. The weights of
+each phase are in runs/name/weights/<phase>, the table below in runs/name/report.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from timeviper_platform.logs import setup_logging
 from timeviper_platform.storage import StorageUnavailableError
 from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.dry_run import describe_dry_run, dry_run
+from timeviper_platform.training.failures import StoppedError
 from timeviper_platform.training.trainer import connect, train_on_ray
 
 
@@ -40,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1 if result.problems else 0
         connect()
         report = train_on_ray(config, resume=parsed.resume)
+    except StoppedError as error:
+        print(f"train: {error}", file=sys.stderr)
+        return 128 + signal.SIGTERM  # as a shell says it
     except (ValueError, RuntimeError, StorageUnavailableError) as error:
         print(f"train: {error}", file=sys.stderr)
         return 1

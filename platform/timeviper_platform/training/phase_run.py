@@ -148,7 +148,8 @@ class PhaseRun:
         if wish is Wish.STOP:
             uri = self._saving.finish(lambda: self._save(ds_engine, state)) or self._checkpoints.newest()
             raise StoppedError(
-                f"stopped as asked after step {state.step} of phase {state.phase}; start it again to go on from {uri}"
+                f"stopped as asked after step {state.step} of phase {state.phase}; start it again to go on from"
+                f" {uri or 'the beginning'}"
             )
 
     def _lacks_look(self, state: TrainState) -> bool:
