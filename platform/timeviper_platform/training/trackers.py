@@ -47,8 +47,11 @@ class MlflowTracker:
     def __init__(self, config: MlflowConfig, run_name: str) -> None:
         self._mlflow: Any = importlib.import_module("mlflow")
         self._mlflow.set_tracking_uri(config.tracking_uri)
-        self._mlflow.set_experiment(config.experiment)
-        self._mlflow.start_run(run_name=run_name)
+        experiment = self._mlflow.set_experiment(config.experiment)
+        named = f"attributes.run_name = '{run_name}'"
+        found = self._mlflow.search_runs([experiment.experiment_id], named, output_format="list", max_results=1)
+        resumed = {"run_id": found[0].info.run_id} if found else {"run_name": run_name}
+        self._mlflow.start_run(**resumed)
 
     def log(self, scalars: Mapping[str, float], global_step: int) -> None:
         """See Tracker."""

@@ -39,11 +39,12 @@ class Recorder(types.ModuleType):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+        self.found: list[Any] = []
 
     def __getattr__(self, name: str) -> Any:
         def call(*args: Any, **keywords: Any) -> Recorder:
             self.calls.append((name, args, keywords))
-            return self
+            return self.found if name == "search_runs" else self
 
         return call
 
@@ -85,6 +86,16 @@ def test_every_step_reaches_the_configured_trackers(tmp_path: Path, monkeypatch:
     assert ("log", (expected,), {"step": 7}) in wandb.calls
     assert ("log_metrics", ({"align/loss": 2.5, "align/lr/a_.._ decay": 0.1},), {"step": 7}) in mlflow.calls
     assert [mlflow.calls[-1][0], wandb.calls[-1][0]] == ["end_run", "finish"]
+
+
+def test_another_attempt_goes_on_in_mlflows_run_of_the_same_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = Recorder("mlflow")
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    for found in ([], [types.SimpleNamespace(info=types.SimpleNamespace(run_id="the first"))]):
+        mlflow.found = found
+        open_trackers(MlflowConfig(tracking_uri="file:///x"), None, "run")
+    started = [keywords for name, _, keywords in mlflow.calls if name == "start_run"]
+    assert started == [{"run_name": "run"}, {"run_id": "the first"}]
 
 
 def test_curves_show_every_phase_and_the_held_out_loss() -> None:
