@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import math
 import os
 import tempfile
 import time
@@ -41,8 +42,8 @@ class SourceConfig:
     """how often an epoch shows each row, times the row's own weight: 2 = twice, 0.25 = a seeded quarter of the rows"""
 
     def __post_init__(self) -> None:
-        if self.weight < 0:
-            raise ValueError(f"{self.weight = } of {self.uri} must be at least 0")
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(f"{self.weight = } of {self.uri} must be a number of times, at least 0")
 
 
 class SampleRows:
