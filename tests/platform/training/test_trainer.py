@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import re
+import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +16,12 @@ from ray import train
 
 from reference.training_corpus import make_corpus, train_values
 from timeviper_platform.config import parse_config
-from timeviper_platform.training import trainer
+from timeviper_platform.training import ranks, trainer
 from timeviper_platform.training.checkpoint import Checkpoints
 from timeviper_platform.training.config import TrainConfig, WorkersConfig
 from timeviper_platform.training.failures import Wish
 from timeviper_platform.training.loop import RunFolder, run_training
+from timeviper_platform.training.ranks import do_all_end
 from timeviper_platform.training.trainer import PreemptionWatch
 
 pytestmark = pytest.mark.usefixtures("group_of_one")
@@ -101,3 +105,25 @@ def test_ray_is_asked_every_few_seconds_whatever_a_step_takes(
     gaps = {round((after - before) / step_seconds) for before, after in itertools.pairwise(asked)}
     assert gaps == {num_steps}
     assert asked[0] == step_seconds  # before the first step
+
+
+def test_sigterm_to_the_driver_is_a_wish_of_the_workers_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: list[train.PreemptionInfo | None]
+) -> None:
+    monkeypatch.setattr(trainer, "PREEMPTION_CHECK_S", 0.0)
+    stop = tmp_path / "ray" / "run-1" / trainer.STOP_FILE
+    watch = PreemptionWatch(lambda: trainer._is_there(str(stop)))
+    before = signal.getsignal(signal.SIGTERM)
+    with trainer._passing_on_sigterm(str(stop)):
+        assert watch() is Wish.GO_ON
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not stop.exists():
+            time.sleep(0.01)
+        assert watch() is Wish.STOP
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_mistake_that_one_rank_alone_finds_is_no_common_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert do_all_end(1.0)
+    monkeypatch.setattr(ranks.dist, "get_world_size", lambda: 2)  # the other waits in a collective
+    assert not do_all_end(0.1)
