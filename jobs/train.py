@@ -4,21 +4,24 @@
     python jobs/train.py --config ray_configs/train.yaml --resume never phases.align.steps=10
     python jobs/train.py --config ray_configs/train.yaml --dry-run      # plan, groups and memory; starts nothing
 
-A run that was stopped goes on where its newest committed checkpoint is. The weights of each phase are in
-runs/name/weights/<phase>, the table below in runs/name/report.json.
+SIGTERM makes a run save and stop. One that was stopped goes on where its newest committed checkpoint is. The weights of
+each phase are in runs/name/weights/<phase>, the table below in runs/name/report.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from timeviper_platform.config import load_config
 from timeviper_platform.logs import setup_logging
+from timeviper_platform.storage import StorageUnavailableError
 from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.dry_run import describe_dry_run, dry_run
+from timeviper_platform.training.failures import StoppedError
 from timeviper_platform.training.trainer import connect, train_on_ray
 
 
@@ -39,7 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1 if result.problems else 0
         connect()
         report = train_on_ray(config, resume=parsed.resume)
-    except (ValueError, RuntimeError) as error:
+    except StoppedError as error:
+        print(f"train: {error}", file=sys.stderr)
+        return 128 + signal.SIGTERM  # as a shell says it
+    except (ValueError, RuntimeError, StorageUnavailableError) as error:
         print(f"train: {error}", file=sys.stderr)
         return 1
     print_report(report)
@@ -51,9 +57,14 @@ def print_report(report: dict[str, Any]) -> None:
     print(f"{'phase':<12}{'steps':>8}{'first loss':>12}{'last loss':>12}{'samples':>10}{'rejects':>9}{'seconds':>9}")
     for name, phase in report.items():
         print(
-            f"{name:<12}{phase['steps']:>8}{phase['loss_first']:>12.4f}{phase['loss_last']:>12.4f}"
+            f"{name:<12}{phase['steps']:>8}{_loss(phase['loss_first']):>12}{_loss(phase['loss_last']):>12}"
             f"{phase['samples']:>10}{sum(phase['rejects'].values()):>9}{phase['seconds']:>9.1f}"
         )
+
+
+def _loss(value: float | None) -> str:
+    """None where this run has no step of the phase: it went on from another run's last checkpoint of it."""
+    return "-" if value is None else f"{value:.4f}"
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ class RowGroups:
         Raises:
             FileNotFoundError: when the file is not there.
             RuntimeError: when it is damaged.
+            StorageUnavailableError: when storage fails for a reason that should have passed: nothing is damaged.
         """
         with self._lock:
             if (name, number) in self._row_groups:
@@ -54,10 +55,15 @@ class RowGroups:
         file, file_lock = self._file(name)
         with file_lock:  # a ParquetFile serves one read at a time
             try:
-                values = file.read_row_groups(missing, columns=["features"], use_threads=False)["features"]
+                values = storage.retrying(
+                    lambda: file.read_row_groups(missing, columns=["features"], use_threads=False)["features"],
+                    f"row group {number} of {name} in {self._folder}",
+                )
             except FileNotFoundError:  # an object that was open and is gone
                 with self._lock:
                     self._files.pop(name, None)
+                raise
+            except storage.StorageUnavailableError:
                 raise
             except OSError as error:  # pyarrow's errors of input and output, and of damaged pages
                 raise RuntimeError(f"cannot read row group {number} of {name} in {self._folder}: {error}") from error
@@ -82,7 +88,8 @@ class RowGroups:
     def _file(self, name: str) -> tuple[Any, threading.Lock]:
         with self._lock:
             if name not in self._files:
-                self._files[name] = (open_data_file(storage.join_uri(self._folder, name)), threading.Lock())
+                uri = storage.join_uri(self._folder, name)
+                self._files[name] = (storage.retrying(lambda: open_data_file(uri), uri), threading.Lock())
                 while len(self._files) > MAX_OPEN_FILES:
                     self._files.popitem(last=False)
             self._files.move_to_end(name)

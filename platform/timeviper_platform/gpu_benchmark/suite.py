@@ -11,6 +11,7 @@ import torch
 from timeviper_platform.gpu_benchmark.decode import decode_rows
 from timeviper_platform.gpu_benchmark.kernels import kernel_rows
 from timeviper_platform.gpu_benchmark.prefill import prefill_rows
+from timeviper_platform.gpu_benchmark.training import training_rows
 from timeviper_platform.gpu_benchmark.vision import vision_rows
 from timeviper_platform.gpu_benchmark.vllm import vllm_rows
 from timeviper_platform.measure import Row
@@ -25,6 +26,7 @@ def gpu_groups(device: torch.device) -> dict[str, Callable[[Path | None], list[R
         "vision": lambda film: vision_rows(device),
         "prefill": lambda film: prefill_rows(device),
         "decode": lambda film: decode_rows(device),
+        "training": lambda film: training_rows(device),
         "vllm": lambda film: vllm_rows(device),
         "film": lambda film: _film_rows(device, film),
     }

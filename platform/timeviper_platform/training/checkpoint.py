@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -30,10 +31,10 @@ from torch import nn
 
 from timeviper_platform import storage
 from timeviper_platform.training.parameters import ParameterGroup
-from timeviper_platform.training.plan import PlanPosition
 from timeviper_platform.training.saved_files import reading_as_data
 from timeviper_platform.training.shards import SavedShards, load_optimizer_from, load_weights_from
 from timeviper_platform.training.snapshot import take_snapshot
+from timeviper_platform.training.train_state import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ COMMIT_FILE = "COMMIT"
 STATE_FILE = "state.json"
 GROUPS_FILE = "groups.json"
 MODEL_FILE = "model.json"
-STATE_VERSION = 1
+TAG = re.compile(r"/step-\d{8,}$")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,44 +53,19 @@ class CheckpointConfig:
     """steps between checkpoints; 0 saves at the end of each phase alone"""
     keep: int = 2
     """newest committed checkpoints that are kept"""
+    max_failed_saves: int = 3
+    """saves in a row that may fail while training goes on; the next one is waited for, and ends the run if it fails
+    too. 0 ends it with the first"""
 
     def __post_init__(self) -> None:
         if self.every_steps < 0 or self.keep < 1:
             raise ValueError(f"{self.every_steps = } must be at least 0 and {self.keep = } at least 1")
+        if self.max_failed_saves < 0:
+            raise ValueError(f"{self.max_failed_saves = } must be at least 0 (0 = the first failed save ends the run)")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainState:
-    """Where a run stands after a step."""
-
-    phase: str
-    step: int
-    """finished steps of the phase"""
-    global_step: int
-    """finished steps of all phases"""
-    position: PlanPosition
-    plan_hash: str
-    world_size: int
-    zero_stage: int
-    precision: str
-    num_damaged: int = 0
-    """samples that the phase has left out because their features could not be read"""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {"version": STATE_VERSION, **asdict(self), "position": self.position._asdict()}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any], *, source: str) -> TrainState:
-        """The inverse of `to_json`.
-
-        Raises:
-            ValueError: when it was written under another version.
-        """
-        values = dict(values)
-        if (version := values.pop("version", None)) != STATE_VERSION:
-            raise ValueError(f"{source}: state version {version}, this release reads {STATE_VERSION}")
-        return cls(**{**values, "position": PlanPosition(**values["position"])})
+class SaveFailedError(RuntimeError):
+    """Every rank knows alike that a checkpoint could not be written."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,7 +128,8 @@ class Checkpoints:
         """The URI of the checkpoint that was being written, once it is committed; None when there was none.
 
         Raises:
-            RuntimeError: when a rank could not write its part; the checkpoints before it are untouched.
+            SaveFailedError: when a rank could not write its part; the checkpoints before it are untouched.
+            RuntimeError: when the ranks could not agree on that, as one is gone.
         """
         if self._thread is None:
             return None
@@ -160,7 +137,8 @@ class Checkpoints:
         self._thread = None
         outcome, self._outcome = self._outcome, None
         if isinstance(outcome, BaseException):
-            raise RuntimeError(f"a checkpoint in {self.uri} could not be written: {outcome}") from outcome
+            kind = SaveFailedError if isinstance(outcome, SaveFailedError) else RuntimeError
+            raise kind(f"a checkpoint in {self.uri} could not be written: {outcome}") from outcome
         return outcome
 
     def wait_quietly(self) -> str | None:
@@ -184,6 +162,8 @@ class Checkpoints:
                 self._agreed(lambda: _write_files(target, snapshot.files, {}))
                 self._agreed(lambda: None)
             self._outcome = target
+            if rank == 0:
+                self._prune()
         except Exception as error:  # noqa: BLE001 - handed to `wait`, which raises it
             self._outcome = error
 
@@ -197,13 +177,12 @@ class Checkpoints:
         failures: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(failures, failure, group=self._group)
         if any(failures):
-            raise RuntimeError("; ".join(text for text in failures if text))
+            raise SaveFailedError("; ".join(text for text in failures if text))
 
     def _commit(self, target: str, before_commit: Callable[[], None] | None) -> None:
         if before_commit is not None:
             before_commit()
         storage.write_json(storage.join_uri(target, COMMIT_FILE), {"files": _sizes(target)})
-        self._prune()
 
     def newest(self) -> str | None:
         """The committed checkpoint with the highest step, or None."""
@@ -214,9 +193,20 @@ class Checkpoints:
         return [uri for uri in list_folders(self.uri) if is_committed(uri)]
 
     def _prune(self) -> None:
-        for uri in self.committed()[: -self._keep]:
-            storage.remove(storage.join_uri(uri, COMMIT_FILE))  # first: half a folder must not look whole
-            storage.remove(uri)
+        """Removes checkpoints that are too many and what failed or killed saves left; what cannot be is for next time.
+
+        Between the mark and the folder a kill may come: half a folder must not look whole.
+        """
+        try:
+            committed = self.committed()
+            for uri in list_folders(self.uri):
+                mark = storage.join_uri(uri, COMMIT_FILE)
+                is_rest = TAG.search(uri) and uri < committed[-1] and not storage.exists(mark)
+                if is_rest or uri in committed[: -self._keep]:
+                    storage.remove(mark)
+                    storage.remove(uri)
+        except Exception as error:  # noqa: BLE001 - the new checkpoint is committed, whatever becomes of old ones
+            logger.warning("old checkpoints in %s stay, until one can be removed: %s", self.uri, error)
 
 
 def is_committed(uri: str) -> bool:

@@ -34,6 +34,7 @@ def read_vision_rows(store: FeatureStore, media: Sequence[MediaFrames], dim: int
 
     Raises:
         RuntimeError: when a data file of the store is gone or damaged, or a row is not finite.
+        StorageUnavailableError: when the store cannot be reached, which says nothing about the sample.
     """
     parts = []
     for item in media:
@@ -47,7 +48,12 @@ def read_vision_rows(store: FeatureStore, media: Sequence[MediaFrames], dim: int
 def collate(
     built: Sequence[BuiltSample], store: FeatureStore, dim: int, *, pad_to: int | None, pad_token_id: int
 ) -> Collated:
-    """The pack of these samples, in their order. Shapes: see PackedBatch."""
+    """The pack of these samples, in their order. Shapes: see PackedBatch.
+
+    Raises:
+        StorageUnavailableError: see `read_vision_rows`; the run ends and can go on, as leaving the sample out would
+            give another curve than the next attempt's.
+    """
     samples, features, damaged = [], [], {}
     for number, item in enumerate(built):
         try:

@@ -109,16 +109,32 @@ class PhaseConfig:
 class WorkersConfig:
     """Processes that share a run; used by the Ray adapter, where a plain launcher sets the same by its own flags."""
 
-    num_workers: int = 1
+    num_workers: int | tuple[int, int] = 1
+    """[least, most] under Ray: as many as the cluster has room for, and other numbers when it grows or shrinks. Every
+    step has the same packs whatever their number; a change goes on from the newest committed checkpoint"""
     use_gpu: bool = False
     """one GPU a worker, NCCL; else CPU and gloo"""
     resources_per_worker: dict[str, float] = field(default_factory=lambda: {"CPU": 1.0})
     max_failures: int = 3
     """worker groups that may be lost before the run fails; each restart resumes from the newest committed checkpoint"""
+    preemption_grace_s: float = 60.0
+    """for which workers may go on after the time at which a node is taken away, to finish a checkpoint on its way"""
     hang_timeout_s: float = 1800.0
     """a worker that makes no progress for so long inside a step ends, and the log names the one that it waited for"""
     threads_per_worker: int = 1
     """torch threads; fixed, because another number adds up in another order"""
+
+    def __post_init__(self) -> None:
+        least, most = self.num_workers if isinstance(self.num_workers, tuple) else (self.num_workers, self.num_workers)
+        if not 1 <= least <= most:
+            raise ValueError(f"workers: {self.num_workers = } must be at least 1, or [least, most] in this order")
+        if self.preemption_grace_s < 0:
+            raise ValueError(f"workers: {self.preemption_grace_s = } must be at least 0")
+
+    @property
+    def max_workers(self) -> int:
+        """The number of workers, or the most."""
+        return self.num_workers[1] if isinstance(self.num_workers, tuple) else self.num_workers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

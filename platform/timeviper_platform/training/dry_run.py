@@ -7,6 +7,7 @@ before its data has arrived.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -23,15 +24,16 @@ from timeviper_platform.training.config import PhaseConfig, TrainConfig
 from timeviper_platform.training.flops import ASSUMED_DEVICE, ASSUMED_MFU, gpu_hours, training_flops
 from timeviper_platform.training.loop import RunFolder
 from timeviper_platform.training.memory import ModelSizes, StateBytes, activation_bytes, state_bytes, tokens_by_layer
+from timeviper_platform.training.mixture import ASSUMED_FILL, Expected, SourceShare, expected_epoch, source_shares
 from timeviper_platform.training.parameters import ParameterGroup, any_block_trained, describe_groups
 from timeviper_platform.training.phase import adapt, first_model_config, phase_groups, prepare_phase
 from timeviper_platform.training.plan import PackShape
-from timeviper_platform.training.sample_rows import SampleRows, missing_sources
+from timeviper_platform.training.sample_rows import missing_sources
 from timeviper_platform.training.sample_table import count_rejects
 
 ZERO_STAGES = (0, 1, 2, 3)
 STEPS_WITHOUT_PLAN = 1000
-"""steps of full packs whose GPU-hours are told where the data are not there to plan with"""
+"""steps of full packs whose GPU-hours are told where neither data nor the configuration tell of the samples"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,8 +51,6 @@ class PlanFacts:
     """entering the language model, and left after every TransV site"""
     num_dummies_per_step: int
     """micro-steps of a full step in which a rank has nothing to do"""
-    shares: dict[str, float]
-    """of each present source in the samples of an epoch"""
     largest_pack: PackShape
     mean_pack_flops: float
     """operations that a pack's forward and backward pass need"""
@@ -70,11 +70,12 @@ class PhaseFacts:
     activations: int
     """of the pack that costs most; without data, of a full pack of text"""
     num_steps: int
-    """of the phase; STEPS_WITHOUT_PLAN where only data would tell"""
+    """of the phase; STEPS_WITHOUT_PLAN where nothing tells"""
     flops: float
-    """operations of these steps; without data, on full packs of text"""
-    missing: list[str]
-    """sources without files"""
+    """operations of these steps; where nothing tells of the samples, on full packs of text"""
+    sources: list[SourceShare]
+    expected: Expected | None
+    """of an epoch of the sources that cannot be planned with; None without any, or where nothing tells of them"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,7 +109,7 @@ def dry_run(config: TrainConfig) -> DryRun:
 
 def describe_dry_run(config: TrainConfig, result: DryRun) -> str:
     """The report as text."""
-    workers = f"{config.workers.num_workers} ranks, {config.precision}, ZeRO-{config.zero.stage}"
+    workers = f"{config.workers.max_workers} ranks, {config.precision}, ZeRO-{config.zero.stage}"
     lines = [f"run {RunFolder.of(config).uri}: {workers}"]
     for phase in result.phases:
         groups = "  " + describe_groups(phase.groups, phase.sizes.num_parameters)
@@ -186,8 +187,12 @@ def _phase_facts(
     if store is not None and tokenizer is not None and present:
         own = replace(config, phases={**config.phases, name: replace(phase, samples=present)})
         plan = _plan_facts(own, name, model, store, tokenizer, trains_blocks=trains_blocks)
+    unplanned = missing if plan is not None else [source.uri for source in phase.samples]
+    expected = expected_epoch(model_config, phase, unplanned, trains_blocks=trains_blocks)
     pack = plan.largest_pack if plan is not None else _full_text_pack(phase)
-    if plan is not None:
+    if expected is not None:
+        num_steps, pack_flops = _expected_steps(phase, plan, expected)
+    elif plan is not None:
         num_steps, pack_flops = plan.num_steps, plan.mean_pack_flops
     else:
         num_steps = phase.steps or STEPS_WITHOUT_PLAN
@@ -199,7 +204,7 @@ def _phase_facts(
         plan=plan,
         states={
             stage: state_bytes(
-                sizes, zero_stage=stage, world_size=config.workers.num_workers, precision=config.precision
+                sizes, zero_stage=stage, world_size=config.workers.max_workers, precision=config.precision
             )
             for stage in ZERO_STAGES
         },
@@ -213,14 +218,23 @@ def _phase_facts(
         ),
         num_steps=num_steps,
         flops=pack_flops * num_steps * phase.packs_per_step,
-        missing=list(missing),
+        sources=source_shares(phase.samples, missing),
+        expected=expected,
     )
+
+
+def _expected_steps(phase: PhaseConfig, plan: PlanFacts | None, expected: Expected) -> tuple[int, float]:
+    """Steps of the whole mixture and operations of its mean pack: what is planned, and what is expected beside it."""
+    num_packs = expected.num_packs(phase.packing.max_tokens) + (plan.num_packs if plan else 0)
+    flops = expected.flops + (plan.num_packs * plan.mean_pack_flops if plan else 0.0)
+    num_steps = phase.steps or math.ceil(num_packs * (phase.epochs or 1) / phase.packs_per_step)
+    return num_steps, flops / num_packs
 
 
 def _plan_facts(
     config: TrainConfig, name: str, model: TimeViper, store: FeatureStore, tokenizer: object, *, trains_blocks: bool
 ) -> PlanFacts:
-    prepared = prepare_phase(config, name, model, store, tokenizer, rank=0, world_size=config.workers.num_workers)
+    prepared = prepare_phase(config, name, model, store, tokenizer, rank=0, world_size=config.workers.max_workers)
     phase, table = prepared.config, prepared.plan.table
     packs = prepared.plan.epoch(0)
     shapes = [prepared.plan.pack_shape(pack) for pack in packs]
@@ -230,7 +244,7 @@ def _plan_facts(
         for shape in shapes
     ]
     num_tokens = sum(pack.num_tokens for pack in packs)
-    num_ranks = config.workers.num_workers
+    num_ranks = config.workers.max_workers
     return PlanFacts(
         num_samples=len(table),
         rejects=count_rejects(prepared.rejects),
@@ -240,7 +254,6 @@ def _plan_facts(
         text_tokens=num_tokens - sum(pack.num_vision_tokens for pack in packs),
         vision_tokens=_vision_tokens(model.config, shapes, use_transv=phase.use_transv),
         num_dummies_per_step=prepared.feed.num_micro_steps * num_ranks - phase.packs_per_step,
-        shares=_shares(phase),
         largest_pack=shapes[int(np.argmax(costs))],
         mean_pack_flops=float(np.mean(flops)),
     )
@@ -259,21 +272,16 @@ def _vision_tokens(config: TimeViperConfig, shapes: Sequence[PackShape], *, use_
     return (at_entrance, *(int(by_layer[site.layer]) for site in config.transv))
 
 
-def _shares(phase: PhaseConfig) -> dict[str, float]:
-    weights = {source.uri: float(SampleRows.read([source]).weights.sum()) for source in phase.samples}
-    total = sum(weights.values())
-    return {uri: weight / total for uri, weight in weights.items()}
-
-
 def _plan_lines(phase: PhaseFacts, config: TrainConfig) -> list[str]:
     plan, own = phase.plan, config.phases[phase.name]
+    lines = [_source_line(source) for source in phase.sources]
     if plan is None:
-        return ["  no plan: its samples, the feature store or the tokenizer are not there yet"]
+        return ["  no plan: its samples, the feature store or the tokenizer are not there yet", *lines]
     vision = " -> ".join(f"{count:,}" for count in plan.vision_tokens)
     return [
         f"  samples: {plan.num_samples:,} usable, rejects {plan.rejects or 'none'}"
-        + (", of the sources that are there" if phase.missing else ""),
-        *(f"    {share:7.2%}  {uri}" for uri, share in plan.shares.items()),
+        + (", of the sources that are there" if any(source.is_absent for source in phase.sources) else ""),
+        *lines,
         f"  plan: {plan.num_packs:,} packs an epoch, fill {plan.fill:.2%} of {own.packing.max_tokens:,} tokens,"
         f" {plan.num_steps:,} steps of {own.packs_per_step} packs,"
         f" {plan.num_dummies_per_step} of a step's micro-steps are dummies",
@@ -281,8 +289,21 @@ def _plan_lines(phase: PhaseFacts, config: TrainConfig) -> list[str]:
     ]
 
 
+def _source_line(source: SourceShare) -> str:
+    share = "      ?" if source.share is None else f"{source.share:7.2%}"
+    count = "" if source.num_samples is None else f", {source.num_samples:,.0f} samples"
+    return f"    {share}  {source.uri}{f' (absent{count})' if source.is_absent else ''}"
+
+
 def _compute_line(phase: PhaseFacts) -> str:
-    what = "" if phase.plan is not None else " of full packs of text"
+    what = ""
+    if phase.expected is not None:
+        what = (
+            f" of the whole mixture, {phase.expected.num_samples:,.0f} samples of it as `expected` says"
+            f" ({phase.expected.num_tokens / phase.expected.num_samples:,.0f} tokens each, fill {ASSUMED_FILL:.0%})"
+        )
+    elif phase.plan is None:
+        what = " of full packs of text"
     return (
         f"  compute: {phase.flops:.3g} FLOPs in {phase.num_steps:,} steps{what},"
         f" {gpu_hours(phase.flops):,.1f} GPU-hours at {ASSUMED_MFU:.0%} of an H100's"

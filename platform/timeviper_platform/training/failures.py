@@ -36,7 +36,7 @@ class Wish(IntEnum):
 
 
 Wishes = Callable[[], Wish]
-"""Asked by every rank before every step, in the same order; may hold a barrier."""
+"""Asked by every rank before every step and every held-out batch, in the same order; may hold a barrier."""
 
 
 def no_wishes() -> Wish:

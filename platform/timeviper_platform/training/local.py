@@ -23,10 +23,12 @@ import torch.distributed as dist
 
 from timeviper_platform.config import load_config
 from timeviper_platform.logs import setup_logging
+from timeviper_platform.storage import StorageUnavailableError
 from timeviper_platform.training.checkpoint import resolve_resume
 from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.failures import StoppedError, wishes_of_signals
 from timeviper_platform.training.loop import RunFolder, run_training
+from timeviper_platform.training.ranks import from_rank_0
 
 logger = logging.getLogger(__name__)
 
@@ -43,22 +45,8 @@ def train_local(config: TrainConfig, *, resume: str = "auto") -> dict[str, Any]:
     """
     torch.set_num_threads(config.workers.threads_per_worker)
     with process_group(use_gpu=config.workers.use_gpu) as device, wishes_of_signals() as wishes:
-        resume_from = agree(lambda: resolve_resume(RunFolder.of(config).checkpoints, resume))
+        resume_from = from_rank_0(lambda: resolve_resume(RunFolder.of(config).checkpoints, resume))
         return run_training(config, resume_from=resume_from, device=device, wishes=wishes)
-
-
-def agree(decide: Any) -> Any:
-    """What rank 0 decides, on every rank; its ValueError too."""
-    decision: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            decision = [decide()]
-        except ValueError as error:
-            decision = [error]
-    dist.broadcast_object_list(decision)
-    if isinstance(decision[0], ValueError):
-        raise decision[0]
-    return decision[0]
 
 
 @contextlib.contextmanager
@@ -101,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except StoppedError as error:
         logger.warning("%s", error)
         return 128 + signal.SIGTERM  # as a shell says it
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, StorageUnavailableError) as error:
         logger.error("%s", error)
         return 1
     sys.stdout.write(json.dumps(report, indent=2) + "\n")

@@ -29,10 +29,12 @@ from timeviper_platform.training.failures import Wishes, no_wishes
 from timeviper_platform.training.feed import ReadAhead, read_in_thread
 from timeviper_platform.training.metrics import MetricsWriter, next_attempt, phase_report, read_metrics
 from timeviper_platform.training.phase import Phase, adapt, first_model, load_weights, prepare_phase
-from timeviper_platform.training.phase_run import OnCheckpoint, PhaseRun
+from timeviper_platform.training.phase_run import PhaseRun
+from timeviper_platform.training.ranks import from_rank_0
 from timeviper_platform.training.sample_table import MeasureTogether, count_rejects
 from timeviper_platform.training.samples import Reject
-from timeviper_platform.training.trackers import Tracker, open_trackers
+from timeviper_platform.training.saving import OnCheckpoint
+from timeviper_platform.training.trackers import Tracker, check_trackers, open_trackers
 from timeviper_platform.training.zero import DTYPES
 
 logger = logging.getLogger(__name__)
@@ -116,6 +118,7 @@ class _Run:
         trackers: Sequence[Tracker],
         read_ahead: ReadAhead,
     ) -> None:
+        check_trackers(config.metrics.mlflow, config.metrics.wandb)
         self._config = config
         self._folder = RunFolder.of(config)
         self._device = device
@@ -158,13 +161,18 @@ class _Run:
         return report
 
     def _open_metrics(self) -> MetricsWriter | None:
-        if self._rank != 0:
-            return None
-        attempt = next_attempt(self._folder.uri)
-        logger.info("run %s, attempt %d, %d ranks", self._folder.uri, attempt, dist.get_world_size())
-        own = self._config.metrics
-        trackers = [*open_trackers(own.mlflow, own.wandb, self._config.name), *self._trackers]
-        return MetricsWriter(self._folder.uri, attempt, tensorboard=own.tensorboard, trackers=trackers)
+        """Rank 0's writer; when it cannot be opened, no rank goes on."""
+        opened: list[MetricsWriter] = []
+
+        def open_writer() -> None:
+            attempt = next_attempt(self._folder.uri)
+            logger.info("run %s, attempt %d, %d ranks", self._folder.uri, attempt, dist.get_world_size())
+            own = self._config.metrics
+            trackers = [*open_trackers(own.mlflow, own.wandb, self._config.name), *self._trackers]
+            opened.append(MetricsWriter(self._folder.uri, attempt, tensorboard=own.tensorboard, trackers=trackers))
+
+        from_rank_0(open_writer)
+        return opened[0] if opened else None
 
     def _prepare(self, name: str, checkpoint: str | None) -> Phase:
         phase = prepare_phase(
@@ -180,8 +188,8 @@ class _Run:
         phase.model.gradient_checkpointing = self._config.activation_checkpointing
         dtype = DTYPES[self._config.precision]
         set_backend(phase.model, self._config.backend, device=self._device, dtype=dtype)
-        if self._rank == 0:
-            storage.write_json(self._folder.rejects(name), [reject._asdict() for reject in phase.rejects])
+        rejects = [reject._asdict() for reject in phase.rejects]
+        from_rank_0(lambda: storage.write_json(self._folder.rejects(name), rejects))
         return phase
 
     def _model(self, name: str, checkpoint: str | None) -> TimeViper:
@@ -197,10 +205,12 @@ class _Run:
 
     def _finish(self, phase: Phase, checkpoint: str) -> None:
         """Weights of the phase and its part of the report, by rank 0; the others wait."""
-        if self._rank == 0:
+
+        def write() -> None:
             export_weights(checkpoint, self._folder.weights(phase.name))
             self._write_report(phase.name, phase.rejects)
-        dist.barrier()
+
+        from_rank_0(write)
 
     def _write_report(self, name: str, rejects: list[Reject]) -> None:
         report = storage.read_json(self._folder.report) if storage.exists(self._folder.report) else {}

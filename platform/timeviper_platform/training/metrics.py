@@ -15,6 +15,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any
@@ -76,7 +77,7 @@ class MetricsWriter:
             self._tensorboard = SummaryWriter(str(self._root / TENSORBOARD_FOLDER / _attempt_name(attempt)))
 
     def write(self, row: dict[str, Any]) -> None:
-        """Adds a row, which has at least `phase`, `step` and `global_step`."""
+        """Adds a row with at least `phase`, `step` and `global_step`; one without `loss` adds to the step's row."""
         self._file.write(json.dumps({"attempt": self._attempt, **row}) + "\n")
         self._file.flush()
         scalars = {f"{row['phase']}/{name}": value for name, value in _scalars(row)}
@@ -85,6 +86,10 @@ class MetricsWriter:
                 self._tensorboard.add_scalar(name, value, row["step"])
         for tracker in self._trackers:
             tracker.log(scalars, row["global_step"])
+
+    def lacks(self, name: str, global_step: int) -> bool:
+        """True when the step has a row, of whichever attempt, without this figure."""
+        return any(row["global_step"] == global_step and name not in row for row in read_metrics(self._run_uri))
 
     def flush(self) -> None:
         """Everything written so far is in the run's folder afterwards."""
@@ -95,7 +100,8 @@ class MetricsWriter:
         filesystem, target = storage.split_uri(self._run_uri)
         for file in self._root.rglob("*"):
             if file.is_file():
-                filesystem.put_file(str(file), f"{target}/{file.relative_to(self._root).as_posix()}")
+                path = f"{target}/{file.relative_to(self._root).as_posix()}"
+                storage.retrying(partial(filesystem.put_file, str(file), path), path)
 
     def close(self) -> None:
         """Flushes and closes the files and the trackers."""
@@ -130,7 +136,11 @@ def read_metrics(run_uri: str) -> list[dict[str, Any]]:
         lines = storage.read_bytes(uri).decode().split("\n")
         for line in lines[:-1]:  # what has no newline was cut off by a kill
             row = json.loads(line)
-            rows[row["global_step"]] = row
+            step = row["global_step"]
+            if "loss" in row:
+                rows[step] = row
+            elif step in rows:  # what was found out after the step
+                rows[step] |= row | {"attempt": rows[step]["attempt"]}
     return [rows[step] for step in sorted(rows)]
 
 

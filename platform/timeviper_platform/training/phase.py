@@ -55,6 +55,8 @@ class Phase:
     num_held_out_steps: int
     answer_entries: list[int]
     """held-out entries that THIS rank answers"""
+    num_answer_rounds: int
+    """held-out entries of the rank that has most"""
     rejects: list[Reject]
     description: dict[str, Any]
     """what model.json of its checkpoints holds"""
@@ -128,6 +130,7 @@ def prepare_phase(
         held_out=held_out,
         num_held_out_steps=num_held_out_steps,
         answer_entries=list(range(rank, num_answers, world_size)),
+        num_answer_rounds=-(-num_answers // world_size),
         rejects=rejects,
         description={
             "config": config_to_dict(model.config),

@@ -9,33 +9,31 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from timeviper_platform.training.answers import answer_task, exact_match_share
-from timeviper_platform.training.checkpoint import Checkpoints, TrainState, read_state, restore_checkpoint
+from timeviper_platform.training.checkpoint import Checkpoints, read_state, restore_checkpoint
 from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.failures import FatalTrainingError, StoppedError, Wish, Wishes
 from timeviper_platform.training.feed import ReadAhead, read_in_thread
+from timeviper_platform.training.held_out import LOSS, is_look_due, look_at_held_out
 from timeviper_platform.training.metrics import MetricsWriter
 from timeviper_platform.training.phase import Phase
 from timeviper_platform.training.plan import PlanPosition
 from timeviper_platform.training.progress import Progress, step_row
+from timeviper_platform.training.ranks import from_rank_0
+from timeviper_platform.training.saving import OnCheckpoint, Saving
 from timeviper_platform.training.schedule import learning_rate_factor
-from timeviper_platform.training.step import StepResult, agree, held_out_loss, train_step
+from timeviper_platform.training.step import StepResult, agree, agree_on_wish, train_step
 from timeviper_platform.training.step_batches import StepBatches
+from timeviper_platform.training.train_state import StepPlan, TrainState
 from timeviper_platform.training.watchdog import Watchdog
 from timeviper_platform.training.zero import DTYPES, build_ds_engine, set_groups
 
 logger = logging.getLogger(__name__)
-
-OnCheckpoint = Callable[[str, dict[str, Any]], None]
-"""Called on every rank after a commit, with the checkpoint's URI and the row of its step. It is called when the next
-checkpoint is due or the phase ends, since all ranks must be in the same place."""
 
 
 class PhaseRun:
@@ -69,11 +67,16 @@ class PhaseRun:
         self._writer = writer
         self._device = device
         self._wishes = wishes
-        self._on_checkpoint = on_checkpoint
+        self._saving = Saving(
+            checkpoints,
+            max_failed=config.checkpoint.max_failed_saves,
+            before_commit=None if writer is None else writer.flush,
+            on_checkpoint=on_checkpoint,
+        )
         self._read_ahead = read_ahead
         self._row: dict[str, Any] = {}
         """of the last finished step"""
-        self._row_being_saved: dict[str, Any] = {}
+        self._saved_step = 0
 
     def run(self, checkpoint: str | None, global_step: int) -> tuple[int, str]:
         """Runs the steps that are left; the number of finished steps of all phases, and the phase's last checkpoint.
@@ -83,18 +86,21 @@ class PhaseRun:
             global_step: finished steps of all phases.
 
         Raises:
-            ValueError: when the checkpoint belongs to another plan or trains other parameters.
+            ValueError: when the checkpoint belongs to another plan, has other steps or trains other parameters.
             FatalTrainingError, StoppedError, RuntimeError: see failures.py.
         """
         state = self._first_state(global_step) if checkpoint is None else self._saved_state(checkpoint)
-        if checkpoint is not None and state.step >= self._phase.num_steps:
+        lacks_look = checkpoint is not None and self._lacks_look(state)
+        if checkpoint is not None and state.step >= self._phase.num_steps and not lacks_look:
             return global_step, checkpoint
         ds_engine = self._ds_engine(checkpoint)
         ahead = self._read_ahead(self._phase.feed, state.position, state.step, self._phase.num_steps, self._config.feed)
         try:
             with Watchdog(self._config.workers.hang_timeout_s) as watchdog:
+                if lacks_look:
+                    self._look(ds_engine, state, watchdog)
                 state = self._steps(ds_engine, ahead, state, watchdog)
-            saved = self._tell_committed()
+            saved = self._saving.finish(lambda: self._save(ds_engine, state)) or checkpoint
         except BaseException:
             # no rank is told here: the others may be elsewhere
             written = self._checkpoints.wait_quietly()
@@ -108,7 +114,6 @@ class PhaseRun:
 
     def _steps(self, ds_engine: Any, ahead: Any, state: TrainState, watchdog: Watchdog) -> TrainState:
         progress = Progress(self._phase, self._config.metrics.log_every_steps, state.step)
-        saved_step = state.step
         while state.step < self._phase.num_steps:
             started = time.perf_counter()
             watchdog.mark(state.step + 1, "reading")
@@ -117,27 +122,58 @@ class PhaseRun:
             watchdog.mark(state.step + 1, "computing")
             agreement = agree(batches, self._wishes(), device=self._device)
             self._log_damaged(batches)
-            if agreement.wish is not Wish.GO_ON:
-                if state.step > saved_step:
-                    self._save(ds_engine, state)
-                    saved_step = state.step
-                if agreement.wish is Wish.STOP:
-                    raise self._stopped(state)
+            self._heed(agreement.wish, ds_engine, state)
             self._blow_fuse(state, agreement.num_damaged)
             result, rates = self._step(ds_engine, agreement.batches)
             state = self._after(state, agreement.batches, agreement.num_damaged)
             seconds = time.perf_counter() - started
             counts = state.global_step, seconds, waited_s, agreement.num_damaged
             self._row = step_row(self._phase, agreement.batches, result, rates, *counts, self._device)
-            self._look_at_held_out(ds_engine, state)
             watchdog.mark(state.step, "saving")
             if self._is_due(state.step):
                 self._save(ds_engine, state)
-                saved_step = state.step
             else:
                 self._write_row(stall_s=0.0)
             progress.show(self._row)
+            if is_look_due(self._phase, state.step):
+                self._look(ds_engine, state, watchdog)
         return state
+
+    def _heed(self, wish: Wish, ds_engine: Any, state: TrainState) -> None:
+        """Does between two steps or batches what all ranks have agreed that somebody wishes."""
+        if wish is Wish.GO_ON:
+            return
+        if state.step > self._saved_step:
+            self._save(ds_engine, state)
+        if wish is Wish.STOP:
+            uri = self._saving.finish(lambda: self._save(ds_engine, state)) or self._checkpoints.newest()
+            raise StoppedError(
+                f"stopped as asked after step {state.step} of phase {state.phase}; start it again to go on from"
+                f" {uri or 'the beginning'}"
+            )
+
+    def _lacks_look(self, state: TrainState) -> bool:
+        """True when the run ended between this state's checkpoint and the look at the held-out samples behind it."""
+        writer = self._writer
+        return is_look_due(self._phase, state.step) and from_rank_0(
+            lambda: writer is not None and writer.lacks(LOSS, state.global_step)
+        )
+
+    def _look(self, ds_engine: Any, state: TrainState, watchdog: Watchdog) -> None:
+        """After the step is saved, as a look may take minutes; the ranks show signs of life and hear wishes in it."""
+
+        def between() -> None:
+            watchdog.mark(state.step, "evaluating")
+            self._heed(agree_on_wish(self._wishes(), device=self._device), ds_engine, state)
+
+        dtype = DTYPES[self._config.precision]
+        figures = look_at_held_out(ds_engine, self._phase, device=self._device, dtype=dtype, between=between)
+        self._row |= figures
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+        logger.info("%s step %d: %s", state.phase, state.step, shown)
+        if self._writer is not None:
+            step = {"phase": state.phase, "step": state.step, "global_step": state.global_step}
+            self._writer.write(step | figures)
 
     def _first_state(self, global_step: int) -> TrainState:
         return TrainState(
@@ -146,6 +182,12 @@ class PhaseRun:
             global_step=global_step,
             position=PlanPosition(0, 0),
             plan_hash=self._phase.plan.hash,
+            step_plan=StepPlan(
+                packs_per_step=self._phase.config.packs_per_step,
+                num_steps=self._phase.num_steps,
+                num_epochs=self._phase.config.epochs,
+                schedule=self._phase.config.schedule,
+            ),
             world_size=dist.get_world_size(),
             zero_stage=self._config.zero.stage,
             precision=self._config.precision,
@@ -154,14 +196,10 @@ class PhaseRun:
     def _saved_state(self, checkpoint: str) -> TrainState:
         """The checkpoint's state as this run, on its own number of ranks, goes on from it."""
         saved = read_state(checkpoint)
-        if saved.plan_hash != self._phase.plan.hash:
-            raise ValueError(
-                f"{checkpoint} was training phase {saved.phase} on another pack plan ({saved.plan_hash[:12]}, now"
-                f" {self._phase.plan.hash[:12]}): seed, samples, weights, packing, frames or the feature store have"
-                " changed; put them back, or start a new run from exported weights"
-            )
-        logger.info("phase %s goes on after step %d, from %s", saved.phase, saved.step, checkpoint)
+        self._saved_step = saved.step
         shape = self._first_state(saved.global_step)
+        saved.check_goes_on(shape, source=checkpoint)
+        logger.info("phase %s goes on after step %d, from %s", saved.phase, saved.step, checkpoint)
         return replace(shape, step=saved.step, position=saved.position, num_damaged=saved.num_damaged)
 
     @staticmethod
@@ -205,29 +243,6 @@ class PhaseRun:
         )
         return result, {group.name: group.lr * factor for group in phase.groups}
 
-    def _look_at_held_out(self, ds_engine: Any, state: TrainState) -> None:
-        phase, feed = self._phase, self._phase.held_out
-        if feed is None or phase.config.held_out is None:
-            return
-        if state.step % phase.config.held_out.every_steps and state.step != phase.num_steps:
-            return
-        started = time.perf_counter()
-        self._row["held_out_loss"] = held_out_loss(
-            ds_engine,
-            feed.steps(PlanPosition(0, 0), 0, phase.num_held_out_steps),
-            use_transv=phase.config.use_transv,
-            device=self._device,
-            dtype=DTYPES[self._config.precision],
-        )
-        logger.info("%s step %d held-out loss %.4f", phase.name, state.step, self._row["held_out_loss"])
-        if phase.config.held_out.num_answers:
-            tasks = (answer_task(*item) for item in feed.samples(phase.answer_entries))
-            dtype = DTYPES[self._config.precision]
-            share = exact_match_share(ds_engine.module, tasks, device=self._device, dtype=dtype)
-            self._row["held_out_exact_match"] = share
-            logger.info("%s step %d held-out answers written exactly %.1f %%", phase.name, state.step, 100 * share)
-        self._row["held_out_s"] = time.perf_counter() - started
-
     def _is_due(self, step: int) -> bool:
         every = self._config.checkpoint.every_steps
         return step == self._phase.num_steps or (every > 0 and step % every == 0)
@@ -235,30 +250,16 @@ class PhaseRun:
     def _save(self, ds_engine: Any, state: TrainState) -> None:
         """Training stands still until the checkpoint before is finished and this one is in memory."""
         started = time.perf_counter()
-        self._tell_committed()
+        self._saving.settle()
         snapshot = self._checkpoints.snapshot(ds_engine, state, self._phase.groups, self._phase.description)
         self._write_row(stall_s=time.perf_counter() - started)
-        self._checkpoints.write(snapshot, None if self._writer is None else self._writer.flush)
-        self._row_being_saved = self._row
+        self._saving.start(snapshot, self._row)
+        self._saved_step = state.step
 
     def _write_row(self, *, stall_s: float) -> None:
-        self._row["checkpoint_stall_s"] = stall_s
+        self._row |= {"checkpoint_stall_s": stall_s, "num_failed_saves": self._saving.num_failed}
         if self._writer is not None:
             self._writer.write(self._row)
-
-    def _tell_committed(self) -> str | None:
-        uri = self._checkpoints.wait()
-        if uri is not None:
-            logger.info("checkpoint %s committed", uri)
-            if self._on_checkpoint is not None:
-                self._on_checkpoint(uri, self._row_being_saved)
-        return uri
-
-    def _stopped(self, state: TrainState) -> StoppedError:
-        uri = self._tell_committed() or self._checkpoints.newest()
-        return StoppedError(
-            f"stopped as asked after step {state.step} of phase {state.phase}; start it again to go on from {uri}"
-        )
 
     @staticmethod
     def _log_damaged(batches: StepBatches) -> None:

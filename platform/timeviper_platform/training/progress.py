@@ -63,7 +63,7 @@ def step_row(
         "phase": phase.name,
         "step": batches.step,
         "global_step": global_step,
-        "epoch": batches.end.epoch,
+        "epoch": batches.end.epoch - (batches.end.next_pack == 0),  # of the step's last pack
         "loss": result.loss,
         "lr": rates,
         "grad_norm": result.grad_norm,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import math
 import os
 import tempfile
 import time
@@ -32,6 +33,24 @@ KEPT_SECONDS = 7 * 24 * 3600.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ExpectedSamples:
+    """What a source is said to hold of one kind; a dry run counts with it until the files are there."""
+
+    num_samples: int
+    num_frames: int = 0
+    """of a sample, as the phase thins them"""
+    num_text_tokens: int = 0
+    """of a sample; all of them count as labelled"""
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 1 or self.num_frames < 0 or self.num_text_tokens < 1:
+            raise ValueError(
+                f"expected: {self.num_samples = } and {self.num_text_tokens = } must be at least 1,"
+                f" {self.num_frames = } at least 0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SourceConfig:
     """One part of a mixture."""
 
@@ -39,10 +58,12 @@ class SourceConfig:
     """a Parquet file of SAMPLES rows, or a folder of them"""
     weight: float = 1.0
     """how often an epoch shows each row, times the row's own weight: 2 = twice, 0.25 = a seeded quarter of the rows"""
+    expected: tuple[ExpectedSamples, ...] = ()
+    """by kind; training itself never looks at it"""
 
     def __post_init__(self) -> None:
-        if self.weight < 0:
-            raise ValueError(f"{self.weight = } of {self.uri} must be at least 0")
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(f"{self.weight = } of {self.uri} must be a number of times, at least 0")
 
 
 class SampleRows:

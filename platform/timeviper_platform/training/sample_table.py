@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import time
 import zipfile
 from array import array
@@ -157,7 +158,7 @@ def measure_part(
         for number, row in enumerate(rows.block(start, BLOCK_ROWS), start=start):
             if rows.weights[number] == 0:
                 continue
-            built = builder.build(row)
+            built = _checked_weight(row["sample_id"], float(rows.weights[number])) or builder.build(row)
             if isinstance(built, BuiltSample):
                 built = _within_caps(row["sample_id"], built, max_tokens, max_frames)
             if isinstance(built, Reject):
@@ -174,6 +175,12 @@ def sample_sizes(built: BuiltSample) -> SampleSizes:
     """Sizes of a sample."""
     num_targets = sum(label != IGNORE_INDEX for label in built.sample.labels)
     return SampleSizes(len(built.sample), built.sample.num_vision_tokens, built.num_frames, num_targets)
+
+
+def _checked_weight(sample_id: str, weight: float) -> Reject | None:
+    if 0.0 <= weight < math.inf:
+        return None
+    return Reject(sample_id, "bad_weight", f"{weight = } must be a number of times, at least 0")
 
 
 def _within_caps(sample_id: str, built: BuiltSample, max_tokens: int, max_frames: int | None) -> BuiltSample | Reject:

@@ -22,6 +22,7 @@ MEMO_TEXTS = 65_536
 """Texts whose ids are remembered; templates and stock questions come again in every sample."""
 
 RejectReason = Literal[
+    "bad_weight",
     "no_features",
     "no_frames",
     "bad_media",

@@ -54,6 +54,13 @@ def agree(batches: StepBatches, wish: Wish, *, device: torch.device) -> Agreemen
     return Agreement(agreed, num_samples, Wish.STOP if num_stop else Wish.SAVE if num_save else Wish.GO_ON)
 
 
+def agree_on_wish(wish: Wish, *, device: torch.device) -> Wish:
+    """The strongest wish of all ranks; one small collective."""
+    strongest = torch.tensor(int(wish), device=device)
+    dist.all_reduce(strongest, op=dist.ReduceOp.MAX)
+    return Wish(int(strongest))
+
+
 def train_step(
     ds_engine: Any, batches: StepBatches, *, use_transv: bool, device: torch.device, dtype: torch.dtype
 ) -> StepResult:
@@ -111,16 +118,18 @@ def held_out_loss(
 
 
 def _not_finite(batches: StepBatches, loss: float, grad_norm: float, losses: torch.Tensor) -> str:
-    """Says which packs of which rank it came from; collective."""
+    """Says which packs of which rank it came from, as far as their losses tell; collective."""
     own = [
-        f"pack {item.pack} (samples {', '.join(item.sample_ids)})"
+        (f"pack {item.pack} (samples {', '.join(item.sample_ids)})", finite)
         for item, finite in zip(batches.micro_batches, losses.isfinite().tolist(), strict=True)
-        if not finite and not item.is_dummy
+        if not item.is_dummy
     ]
-    found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    found: list[list[tuple[str, bool]]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(found, own)
     packs = [pack for packs in found for pack in packs]
-    where = "in " + "; ".join(packs) if packs else "though the loss of every pack is finite"
+    guilty = [name for name, finite in packs if not finite]
+    where = "in " + "; ".join(guilty or [name for name, _ in packs])
+    where = where if guilty else f"though the loss of every pack is finite: a backward pass overflowed {where}"
     return f"loss is {loss} and the gradient norm {grad_norm} at step {batches.step}, {where}"
 
 

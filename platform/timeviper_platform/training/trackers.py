@@ -7,6 +7,8 @@ configuration. A resumed run goes on under the same name.
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -43,10 +45,13 @@ class MlflowTracker:
     """See Tracker."""
 
     def __init__(self, config: MlflowConfig, run_name: str) -> None:
-        self._mlflow = _import("mlflow")
+        self._mlflow: Any = importlib.import_module("mlflow")
         self._mlflow.set_tracking_uri(config.tracking_uri)
-        self._mlflow.set_experiment(config.experiment)
-        self._mlflow.start_run(run_name=run_name)
+        experiment = self._mlflow.set_experiment(config.experiment)
+        named = f"attributes.run_name = '{run_name}'"
+        found = self._mlflow.search_runs([experiment.experiment_id], named, output_format="list", max_results=1)
+        resumed = {"run_id": found[0].info.run_id} if found else {"run_name": run_name}
+        self._mlflow.start_run(**resumed)
 
     def log(self, scalars: Mapping[str, float], global_step: int) -> None:
         """See Tracker."""
@@ -61,7 +66,7 @@ class WandbTracker:
     """See Tracker."""
 
     def __init__(self, config: WandbConfig, run_name: str) -> None:
-        library = _import("wandb")
+        library: Any = importlib.import_module("wandb")
         self._run = library.init(project=config.project, name=run_name, id=run_name, resume="allow", mode=config.mode)
 
     def log(self, scalars: Mapping[str, float], global_step: int) -> None:
@@ -73,25 +78,30 @@ class WandbTracker:
         self._run.finish()
 
 
+def check_trackers(mlflow: MlflowConfig | None, wandb: WandbConfig | None) -> None:
+    """Looks for the libraries of the configured ones without importing them; rank 0 alone opens them, later.
+
+    Raises:
+        ValueError: when one is not installed.
+    """
+    for name, config in (("mlflow", mlflow), ("wandb", wandb)):
+        if config is not None and not sys.modules.get(name) and importlib.util.find_spec(name) is None:
+            raise ValueError(f"metrics.{name} is configured but {name} is not installed; pip install {name}")
+
+
 def open_trackers(mlflow: MlflowConfig | None, wandb: WandbConfig | None, run_name: str) -> list[Tracker]:
     """The configured ones.
 
     Raises:
-        ValueError: when the library of one is not installed.
+        ValueError: see `check_trackers`.
     """
+    check_trackers(mlflow, wandb)
     trackers: list[Tracker] = []
     if mlflow is not None:
         trackers.append(MlflowTracker(mlflow, run_name))
     if wandb is not None:
         trackers.append(WandbTracker(wandb, run_name))
     return trackers
-
-
-def _import(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"metrics.{name} is configured but {name} is not installed; pip install {name}") from error
 
 
 def _mlflow_name(name: str) -> str:

@@ -6,15 +6,17 @@ are ours (COMMIT-marked, in the run's folder), because a checkpoint that Ray was
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import re
 import tempfile
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 import torch
@@ -27,11 +29,12 @@ from timeviper_platform import storage
 from timeviper_platform.logs import setup_logging
 from timeviper_platform.training.checkpoint import resolve_resume
 from timeviper_platform.training.config import TrainConfig, with_absolute_paths
-from timeviper_platform.training.failures import FatalTrainingError, Wish
+from timeviper_platform.training.failures import FatalTrainingError, StoppedError, Wish, wishes_of_signals
 from timeviper_platform.training.feed import read_in_thread
-from timeviper_platform.training.local import agree
 from timeviper_platform.training.loop import RunFolder, run_training
+from timeviper_platform.training.ranks import do_all_end, from_rank_0
 from timeviper_platform.training.ray_feed import read_on_ray
+from timeviper_platform.training.trackers import check_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +43,13 @@ RAY_FOLDER = "ray"
 PREEMPTION_CHECK_S = 5.0
 """between questions to Ray whether a node goes away: each is a barrier of milliseconds, and the shortest warnings are
 those of half a minute. Steps that take longer are each preceded by one"""
+LAST_SAVE_S = 120.0
+"""before a node is taken away: what was learnt since the first warning is saved once more"""
+SAME_END_S = 60.0
+"""within which all ranks find the same mistake, reading samples at their own pace"""
+SIGNAL_CHECK_S = 0.2
+STOP_FILE = "STOP"
+"""in Ray's own folder of this submission: the driver was asked to end the run"""
 POINTER_FILE = "checkpoint.json"
 """what Ray stores of a checkpoint: the URI of ours"""
 
@@ -59,15 +69,19 @@ def train_on_ray(config: TrainConfig, *, resume: str = "auto") -> dict[str, Any]
 
     Raises:
         ValueError: when the configuration and what it names do not fit together, or `resume` would leave two histories.
+        StoppedError: when this process was sent SIGTERM; the workers have saved.
         RuntimeError: when the run fails for good, with the cause.
     """
+    check_trackers(config.metrics.mlflow, config.metrics.wandb)
     config = with_absolute_paths(config)
     folder = RunFolder.of(config)
     start = resolve_resume(folder.checkpoints, resume)
     workers = config.workers
+    name = f"{config.name}-{os.urandom(4).hex()}"  # a known name would make Ray resume an old run unasked
+    stop = storage.join_uri(folder.uri, RAY_FOLDER, name, STOP_FILE)
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"config": config, "start": start},
+        train_loop_config={"config": config, "start": start, "stop": stop},
         torch_config=TorchConfig(backend="nccl" if workers.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers,
@@ -75,23 +89,67 @@ def train_on_ray(config: TrainConfig, *, resume: str = "auto") -> dict[str, Any]
             resources_per_worker=dict(workers.resources_per_worker),
         ),
         run_config=RunConfig(
-            name=f"{config.name}-{os.urandom(4).hex()}",  # a known name would make Ray resume an old run unasked
+            name=name,
             storage_path=storage.join_uri(folder.uri, RAY_FOLDER),
-            failure_config=FailureConfig(max_failures=workers.max_failures),
+            failure_config=FailureConfig(
+                max_failures=workers.max_failures, preemption_grace_s=workers.preemption_grace_s
+            ),
         ),
     )
     try:
-        outcome = trainer.fit().return_value
+        with _passing_on_sigterm(stop):
+            outcome = trainer.fit().return_value
     except train.TrainingFailedError as error:
         raise RuntimeError(f"run {folder.uri} failed: {_cause(error)}") from error
-    if isinstance(outcome, str):
-        raise ValueError(outcome)
+    if isinstance(outcome, _Ended):
+        raise StoppedError(outcome.message) if outcome.is_stopped else ValueError(outcome.message)
     report: dict[str, Any] = outcome
     return report
 
 
-def _worker(arguments: dict[str, Any]) -> dict[str, Any] | str:
-    """One rank; called again in a new process after a failure. The report, or what is wrong with the configuration."""
+class _Ended(NamedTuple):
+    """How all ranks alike came to their end early, in a way that another attempt would not change."""
+
+    message: str
+    is_stopped: bool
+    """as asked; else something is wrong with the configuration"""
+
+
+@contextlib.contextmanager
+def _passing_on_sigterm(stop: str) -> Iterator[None]:
+    """While this holds, SIGTERM to this process becomes the file `stop`, which the workers look for."""
+    if threading.current_thread() is not threading.main_thread():  # where no signal arrives
+        yield
+        return
+    ended = threading.Event()
+    with wishes_of_signals() as wishes:
+
+        def watch() -> None:
+            while not ended.wait(SIGNAL_CHECK_S):
+                if wishes() is Wish.STOP:
+                    logger.warning("SIGTERM: the workers save and stop")
+                    storage.write_bytes(stop, b"")
+                    return
+
+        thread = threading.Thread(target=watch, name="sigterm", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+
+def _is_there(stop: str) -> bool:
+    try:
+        return storage.exists(stop)
+    except storage.StorageUnavailableError as error:  # asked again in seconds
+        logger.warning("nobody knows whether the run is to stop: %s", error)
+        return False
+
+
+def _worker(arguments: dict[str, Any]) -> dict[str, Any] | _Ended:
+    """One rank; called again in a new process after a failure. The report, or how all ranks ended early."""
     config: TrainConfig = arguments["config"]
     setup_logging(logging.WARNING)  # what Ray's and DeepSpeed's own modules tell is a page a checkpoint
     if train.get_context().get_world_rank() == 0:
@@ -99,19 +157,23 @@ def _worker(arguments: dict[str, Any]) -> dict[str, Any] | str:
     torch.set_num_threads(config.workers.threads_per_worker)
     checkpoints = RunFolder.of(config).checkpoints
     # what this run has committed since comes before where it started
-    resume_from = agree(lambda: resolve_resume(checkpoints, "auto")) or arguments["start"]
+    resume_from = from_rank_0(lambda: resolve_resume(checkpoints, "auto")) or arguments["start"]
     try:
         return run_training(
             config,
             resume_from=resume_from,
             device=get_device(),
-            wishes=PreemptionWatch(),
+            wishes=PreemptionWatch(lambda: _is_there(arguments["stop"])),
             on_checkpoint=_report,
             trackers=[_Gauges(config.name)],
             read_ahead=read_on_ray if config.feed.reader == "ray_data" else read_in_thread,
         )
-    except (ValueError, FatalTrainingError) as error:  # on every rank alike: a further attempt would meet it again
-        return str(error)
+    except (ValueError, FatalTrainingError, StoppedError) as error:
+        if not do_all_end(SAME_END_S):
+            raise  # the others wait for this rank: Ray ends them
+        return _Ended(
+            str(error), isinstance(error, StoppedError)
+        )  # on every rank alike: a further attempt would meet it again
 
 
 class _Gauges:
@@ -135,34 +197,52 @@ class _Gauges:
 
 
 class PreemptionWatch:
-    """A wish to save, once, when Ray has heard that a node will be taken away; Ray itself ends the workers then.
+    """A wish to save when Ray hears that a node will be taken away, and once more shortly before it is.
 
-    Every rank must ask Ray before the same steps, and their clocks differ: rank 0 says after how many steps the next
-    question is due.
+    Ray itself ends the workers then. Every rank must ask Ray before the same steps, and their clocks differ: rank 0
+    says what time it is, and after how many steps the next question is due.
+
+    Args:
+        is_stop_asked: looked at by rank 0 alone, as often as Ray is asked.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, is_stop_asked: Callable[[], bool] = lambda: False) -> None:
+        self._is_stop_asked = is_stop_asked
         self._interval = 1
         self._num_asked = 0
         self._asked_at = time.monotonic()
-        self._has_wished = False
+        self._warned: set[str] = set()
+        self._warned_late: set[str] = set()
 
     def __call__(self) -> Wish:
         """Asked before every step; every so often that is a barrier over all ranks."""
         self._num_asked += 1
-        if self._has_wished or self._num_asked < self._interval:
+        if self._num_asked < self._interval:
             return Wish.GO_ON
         info = train.get_preemption_info()
-        self._interval = agree(self._steps_until_next)
-        self._num_asked, self._asked_at = 0, time.monotonic()
-        if info is None:
-            return Wish.GO_ON
-        self._has_wished = True
-        left = "an unknown time" if info.deadline_ms is None else f"{info.deadline_ms / 1000 - time.time():.0f} s"
-        logger.warning(
-            "ranks %s lose their nodes %s in %s: saving now", info.preempted_ranks, info.preempted_node_ids, left
+        self._interval, now, is_stop_asked = from_rank_0(
+            lambda: (self._steps_until_next(), time.time(), self._is_stop_asked())
         )
-        return Wish.SAVE
+        self._num_asked, self._asked_at = 0, time.monotonic()
+        if is_stop_asked:
+            return Wish.STOP
+        return Wish.SAVE if info is not None and self._is_news(info, now) else Wish.GO_ON
+
+    def _is_news(self, info: train.PreemptionInfo, now: float) -> bool:
+        """True for the first warning of a node, and for the first that is close to its time."""
+        left_s = None if info.deadline_ms is None else info.deadline_ms / 1000 - now
+        nodes = set(info.preempted_node_ids)
+        is_news = not nodes <= self._warned
+        self._warned |= nodes
+        if left_s is not None and left_s <= LAST_SAVE_S:
+            is_news = is_news or not nodes <= self._warned_late
+            self._warned_late |= nodes
+        if is_news:
+            left = "an unknown time" if left_s is None else f"{left_s:.0f} s"
+            logger.warning(
+                "ranks %s lose their nodes %s in %s: saving now", info.preempted_ranks, info.preempted_node_ids, left
+            )
+        return is_news
 
     def _steps_until_next(self) -> int:
         seconds_per_step = (time.monotonic() - self._asked_at) / self._num_asked

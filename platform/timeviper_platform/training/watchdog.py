@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 HANG_EXIT_CODE = 70
 """EX_SOFTWARE of sysexits.h; launchers start the group again after any code but 0"""
-PLACES = ("reading", "computing", "saving")
+PLACES = ("reading", "computing", "saving", "evaluating")
 """of a step, in their order"""
 BEATS = 8
 """signs of life in one time-out"""

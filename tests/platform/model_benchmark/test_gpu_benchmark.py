@@ -19,11 +19,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from reference import kernel_contracts
-from timeviper_model.config import NEMOTRON_NANO_9B_V2, PAPER_PLAN, PRESETS, HybridConfig, Qwen2Config, TimeViperConfig
+from timeviper_model.config import (
+    NEMOTRON_NANO_9B_V2,
+    PAPER_PLAN,
+    PRESETS,
+    HybridConfig,
+    Qwen2Config,
+    TimeViperConfig,
+    TransVSite,
+)
+from timeviper_model.timeviper import TimeViper
 from timeviper_platform.data.decode import DecodeError, read_frames
 from timeviper_platform.data.decode_benchmark.clips import ClipSpec, make_clip
 from timeviper_platform.devices import peak_flops
-from timeviper_platform.gpu_benchmark import decode, device, film, kernels, prefill, vision, vllm
+from timeviper_platform.gpu_benchmark import decode, device, film, kernels, prefill, training, vision, vllm
 from timeviper_platform.gpu_benchmark.suite import gpu_groups
 from timeviper_platform.measure import Row
 from timeviper_platform.model_benchmark.models import narrow_config, video_question
@@ -48,7 +57,7 @@ def toy_text() -> HybridConfig:
 
 
 def test_every_group_has_its_key() -> None:
-    assert list(gpu_groups(CPU)) == ["kernels", "vision", "prefill", "decode", "vllm", "film"]
+    assert list(gpu_groups(CPU)) == ["kernels", "vision", "prefill", "decode", "training", "vllm", "film"]
 
 
 def test_kernels_that_keep_their_contracts_have_small_errors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,6 +163,30 @@ def test_the_decode_group_gives_its_rows() -> None:
     )
     check(rows, "decode")
     assert len(rows) == 3 * 4 + 4
+
+
+TOY_TRAINED = narrow_config(16, plan=(TransVSite(layer=1, select="uniform", keep=0.5),), pattern="MM*-")
+
+
+def test_the_training_group_gives_its_rows_and_packing_changes_nothing() -> None:
+    rows = training.training_rows(CPU, config=TOY_TRAINED, num_tokens=(256, 512), repeats=1, peak=1e9)
+    check(rows, "training")
+    assert len(rows) == 2 + 2 * 5  # no memory on a CPU
+    assert all(row.holds for row in rows[:2])
+    assert [row.bar for row in rows if "packed" in row.name and row.name.endswith("MFU")] == [">= 0.4"] * 2
+
+
+def test_samples_fill_their_pack_and_padded_ones_do_not() -> None:
+    samples = training.made_samples(4096)
+    assert sum(map(len, samples)) == 4096
+    assert {len(sample) for sample in training.padded(samples)} == {2048}
+    weights = sum(parameter.numel() for parameter in meta_model(training.HYBRID_3B).parameters())
+    assert 2e9 < weights < 4e9
+
+
+def meta_model(config: TimeViperConfig) -> TimeViper:
+    with torch.device("meta"):
+        return TimeViper(config)
 
 
 def test_without_vllm_there_are_no_rows_and_the_log_says_so(

@@ -13,7 +13,7 @@ from reference import kernel_contracts
 from reference.simulated_cuda import simulated_cuda
 from timeviper_model.config import HybridConfig, Qwen2Config, TransVSite
 from timeviper_platform.data.decode_benchmark.clips import ClipSpec
-from timeviper_platform.gpu_benchmark import decode, film, kernels, prefill, vision, vllm
+from timeviper_platform.gpu_benchmark import decode, film, kernels, prefill, training, vision, vllm
 from timeviper_platform.gpu_benchmark.suite import require_cuda
 from timeviper_platform.model_benchmark.models import narrow_config
 
@@ -62,6 +62,12 @@ def test_prefill_by_kernels(packages: None, device: torch.device) -> None:
     rows = prefill.prefill_rows(device, config=OURS, frames=(1,), repeats=1)
     assert len(rows) == 2 * 2 * 2 + 1
     assert "(kernels)" in rows[0].name
+
+
+def test_training(device: torch.device) -> None:
+    rows = training.training_rows(device, config=OURS, num_tokens=(256,), repeats=1, peak=1e12)
+    assert [row.holds for row in rows[:2]] == [True] * 2
+    assert sum(row.name.endswith("MFU") for row in rows) == 2
 
 
 def test_decode_and_vllm(device: torch.device) -> None:

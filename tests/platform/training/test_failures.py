@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,9 +23,12 @@ from reference.training_corpus import (
     write_samples,
 )
 from timeviper_model.weights import from_pretrained, load_tokenizer, save_pretrained
+from timeviper_platform import storage
 from timeviper_platform.config import parse_config
+from timeviper_platform.data import row_groups
 from timeviper_platform.data.features import FeatureStore
 from timeviper_platform.data.store_writer import write_store
+from timeviper_platform.training import step
 from timeviper_platform.training.checkpoint import Checkpoints, resolve_resume
 from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.failures import (
@@ -100,10 +105,26 @@ def test_a_loss_that_is_not_finite_names_step_and_pack_and_leaves_the_last_good_
     config = parse_config(TrainConfig, values)
     with pytest.raises(FatalTrainingError, match=r"loss is nan .* at step (\d+), in pack 0 \(.*sample-0017") as raised:
         train_local(config)
-    step = int(str(raised.value).split("at step ")[1].split(",")[0])
+    failed = int(str(raised.value).split("at step ")[1].split(",")[0])
     newest = Checkpoints(RunFolder.of(config).checkpoints).newest()
-    assert len(losses(config)) == step - 1
-    assert newest is None if step == 1 else newest is not None and newest.endswith(f"{step - 1:08d}")
+    assert len(losses(config)) == failed - 1
+    assert newest is None if failed == 1 else newest is not None and newest.endswith(f"{failed - 1:08d}")
+
+
+def test_gradients_that_are_not_finite_under_finite_losses_name_every_pack_of_the_step(corpus: Corpus) -> None:
+    batches = next(iter(prepared(one_phase(corpus, "overflow")).feed.steps(PlanPosition(0, 0), 0, 1)))
+    said = step._not_finite(batches, 2.5, math.nan, torch.ones(len(batches.micro_batches)))
+    assert "the loss of every pack is finite: a backward pass overflowed in pack 0 (samples sample-0" in said
+    assert all(name in said for item in batches.micro_batches for name in item.sample_ids)
+
+
+def test_every_row_is_of_the_epoch_of_its_packs(corpus: Corpus) -> None:
+    values = train_values(corpus, name="one-epoch")
+    init = values["phases"].pop("align")["init"]
+    values["phases"]["instruct"] |= {"init": init, "steps": None, "epochs": 1, "packs_per_step": 9}
+    config = parse_config(TrainConfig, values)
+    train_local(config)
+    assert {row["epoch"] for row in read_metrics(RunFolder.of(config).uri)} == {0}
 
 
 def test_a_sample_with_damaged_features_is_left_out_and_counted(corpus: Corpus, damaged_features: str) -> None:
@@ -127,9 +148,9 @@ def test_every_rank_leaves_out_the_same_samples_and_puts_nothing_in_their_place(
         config = one_phase(corpus, "seen", feature_store=features)
         for rank in range(world_size):
             feed = prepared(config, rank=rank, world_size=world_size).feed
-            for number, step in enumerate(feed.steps(PlanPosition(0, 0), 0, 8)):
-                used[number] |= {name for item in step.micro_batches for name in item.sample_ids}
-                lost[number] |= {item.reject.sample_id for item in step.damaged}
+            for number, batches in enumerate(feed.steps(PlanPosition(0, 0), 0, 8)):
+                used[number] |= {name for item in batches.micro_batches for name in item.sample_ids}
+                lost[number] |= {item.reject.sample_id for item in batches.damaged}
         return used, lost
 
     whole, _ = seen(corpus.features, 1)
@@ -166,6 +187,45 @@ def test_a_store_whose_file_is_gone_blows_the_fuse(corpus: Corpus) -> None:
         file.unlink()
     with pytest.raises(FatalTrainingError, match="jobs/preprocess"):
         train_local(config)
+
+
+def flaky_features(monkeypatch: pytest.MonkeyPatch, num_timeouts: int) -> None:
+    """The first reads of a data file time out."""
+    opened, failures = row_groups.open_data_file, iter([TimeoutError("the store does not answer")] * num_timeouts)
+
+    class Flaky:
+        def __init__(self, file: Any) -> None:
+            self._file = file
+
+        def read_row_groups(self, *args: Any, **keywords: Any) -> Any:
+            if (failure := next(failures, None)) is not None:
+                raise failure
+            return self._file.read_row_groups(*args, **keywords)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._file, name)
+
+    monkeypatch.setattr(row_groups, "open_data_file", lambda uri: Flaky(opened(uri)))
+    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.0)
+
+
+def test_a_store_that_does_not_answer_for_a_moment_costs_no_sample(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flaky_features(monkeypatch, storage.MAX_ATTEMPTS - 1)
+    feed = prepared(one_phase(corpus, "flaky")).feed
+    assert not any(step.damaged for step in feed.steps(PlanPosition(0, 0), 0, 8))
+
+
+def test_a_store_that_does_not_answer_ends_the_run_and_leaves_no_sample_out(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = one_phase(corpus, "unreachable")
+    with monkeypatch.context() as patch:
+        flaky_features(patch, storage.MAX_ATTEMPTS)
+        with pytest.raises(storage.StorageUnavailableError, match="is the storage up"):
+            train_local(config)
+    assert train_local(config)["instruct"]["rejects"].get("damaged_features") is None
 
 
 def test_out_of_memory_says_what_to_change() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,12 @@ from timeviper_platform.config import load_config
 from timeviper_platform.data.features import FeatureStore
 from timeviper_platform.training.config import InitConfig, TrainConfig
 from timeviper_platform.training.dry_run import describe_dry_run, dry_run
+from timeviper_platform.training.flops import training_flops
 from timeviper_platform.training.local import train_local
 from timeviper_platform.training.loop import RunFolder
 from timeviper_platform.training.phase import first_model_config
+from timeviper_platform.training.plan import PackShape
+from timeviper_platform.training.sample_rows import SourceConfig
 
 CONFIGS = Path(__file__).resolve().parents[3] / "ray_configs"
 RECIPES = {"align.yaml": "align", "instruct.yaml": "instruct", "lora.yaml": "adapt"}
@@ -76,8 +80,41 @@ def test_a_dry_run_names_every_source_that_is_not_there() -> None:
     assert len(named) == len(config.phases["instruct"].samples) == 24
     text = describe_dry_run(config, result)
     assert "no files at /mnt/cluster/timeviper/samples/instruct/queryd" in text
-    assert "in 1,000 steps of full packs of text" in text
+    assert (
+        "     57.42%  /mnt/cluster/timeviper/samples/instruct/llava-onevision-single-image (absent, 2,800,000" in text
+    )
+    assert "      0.47%  /mnt/cluster/timeviper/samples/instruct/queryd (absent, 22,727 samples)" in text
+    assert " steps of the whole mixture, 4,875,998 samples of it as `expected` says" in text
     assert "GPU-hours at 40%" in text
+
+
+def test_gpu_hours_of_what_is_not_there_are_those_of_its_samples() -> None:
+    config = load_config(TrainConfig, CONFIGS / "instruct.yaml", ["phases.instruct.init.preset=tiny"])
+    phase, tiny = config.phases["instruct"], PRESETS["tiny"]
+    (facts,) = dry_run(config).phases
+    kinds = [kind for source in phase.samples for kind in source.expected]
+    alone = {
+        (kind.num_frames, kind.num_text_tokens): training_flops(
+            tiny,
+            PackShape(
+                num_tokens=kind.num_frames * tiny.vision.num_tokens_per_frame + kind.num_text_tokens,
+                vision_counts=(kind.num_frames * tiny.vision.num_tokens_per_frame,),
+                num_targets=kind.num_text_tokens,
+            ),
+            use_transv=True,
+            trains_blocks=True,
+        )
+        for kind in kinds
+    }
+    flops = sum(kind.num_samples * alone[kind.num_frames, kind.num_text_tokens] for kind in kinds)
+    assert facts.flops == pytest.approx(flops, rel=1e-3)  # the last step is counted as a full one
+    twice = replace(phase, samples=tuple(replace(source, weight=2.0) for source in phase.samples))
+    (doubled,) = dry_run(replace(config, phases={"instruct": twice})).phases
+    assert doubled.flops == pytest.approx(2 * flops, rel=1e-3)
+    silent = replace(phase, samples=(*phase.samples, SourceConfig(uri="/nowhere/own")))
+    (unknown,) = dry_run(replace(config, phases={"instruct": silent})).phases
+    assert unknown.expected is None
+    assert {source.share for source in unknown.sources} == {None}
 
 
 def test_instruct_lists_every_source_of_the_paper() -> None:

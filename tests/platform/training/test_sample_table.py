@@ -119,3 +119,16 @@ def test_rows_of_weight_zero_are_not_built(tmp_path: Path, corpus: Corpus) -> No
     rows = SampleRows.read([SourceConfig(uri=corpus.samples), SourceConfig(uri=str(tmp_path), weight=0)])
     table, _ = measure_samples(rows, builder_of(corpus), max_tokens=400, max_frames=None)
     assert table.rows.tolist() == list(range(40))
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+def test_a_row_whose_weight_is_no_number_of_times_is_a_counted_reject(corpus: Corpus, weight: float) -> None:
+    rows = SampleRows.read([SourceConfig(uri=corpus.samples)])
+    rows.weights = rows.weights.copy()
+    rows.weights[3] = weight
+    measured = measure_samples(rows, builder_of(corpus), max_tokens=MAX_TOKENS, max_frames=None)
+    (reject,) = (reject for reject in measured.rejects if reject.reason == "bad_weight")
+    assert reject.detail == f"weight = {weight} must be a number of times, at least 0"
+    assert 3 not in measured.table.rows
+    with pytest.raises(ValueError, match=f"{weight} of x.parquet must be a number of times"):
+        SourceConfig(uri="x.parquet", weight=weight)

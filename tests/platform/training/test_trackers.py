@@ -6,6 +6,7 @@ import subprocess
 import sys
 import types
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from timeviper_platform.training.metrics import MetricsWriter, read_metrics
 from timeviper_platform.training.phase import prepare_phase
 from timeviper_platform.training.plan import PlanPosition
 from timeviper_platform.training.trackers import MlflowConfig, WandbConfig, open_trackers
+from timeviper_platform.training.trainer import train_on_ray
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +39,12 @@ class Recorder(types.ModuleType):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+        self.found: list[Any] = []
 
     def __getattr__(self, name: str) -> Any:
         def call(*args: Any, **keywords: Any) -> Recorder:
             self.calls.append((name, args, keywords))
-            return self
+            return self.found if name == "search_runs" else self
 
         return call
 
@@ -59,6 +62,18 @@ def test_a_library_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -
         open_trackers(MlflowConfig(tracking_uri="file:///nowhere"), None, "run")
 
 
+@pytest.mark.usefixtures("group_of_one")
+@pytest.mark.parametrize("run", [train_local, train_on_ray])  # the driver looks before it asks Ray for anything
+def test_a_library_that_is_not_there_is_named_before_the_run_starts(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch, run: Callable[[TrainConfig], Any]
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    values = train_values(corpus, name="no-wandb", metrics={"wandb": {"project": "p"}})
+    with pytest.raises(ValueError, match=r"metrics.wandb is configured but wandb is not installed; pip install"):
+        run(parse_config(TrainConfig, values))
+    assert not Path(values["runs"], "no-wandb").exists()
+
+
 def test_every_step_reaches_the_configured_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow, wandb = Recorder("mlflow"), Recorder("wandb")
     monkeypatch.setitem(sys.modules, "mlflow", mlflow)
@@ -71,6 +86,16 @@ def test_every_step_reaches_the_configured_trackers(tmp_path: Path, monkeypatch:
     assert ("log", (expected,), {"step": 7}) in wandb.calls
     assert ("log_metrics", ({"align/loss": 2.5, "align/lr/a_.._ decay": 0.1},), {"step": 7}) in mlflow.calls
     assert [mlflow.calls[-1][0], wandb.calls[-1][0]] == ["end_run", "finish"]
+
+
+def test_another_attempt_goes_on_in_mlflows_run_of_the_same_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = Recorder("mlflow")
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    for found in ([], [types.SimpleNamespace(info=types.SimpleNamespace(run_id="the first"))]):
+        mlflow.found = found
+        open_trackers(MlflowConfig(tracking_uri="file:///x"), None, "run")
+    started = [keywords for name, _, keywords in mlflow.calls if name == "start_run"]
+    assert started == [{"run_name": "run"}, {"run_id": "the first"}]
 
 
 def test_curves_show_every_phase_and_the_held_out_loss() -> None:

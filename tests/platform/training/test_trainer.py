@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import re
+import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +16,12 @@ from ray import train
 
 from reference.training_corpus import make_corpus, train_values
 from timeviper_platform.config import parse_config
-from timeviper_platform.training import trainer
+from timeviper_platform.training import ranks, trainer
 from timeviper_platform.training.checkpoint import Checkpoints
-from timeviper_platform.training.config import TrainConfig
+from timeviper_platform.training.config import TrainConfig, WorkersConfig
 from timeviper_platform.training.failures import Wish
 from timeviper_platform.training.loop import RunFolder, run_training
+from timeviper_platform.training.ranks import do_all_end
 from timeviper_platform.training.trainer import PreemptionWatch
 
 pytestmark = pytest.mark.usefixtures("group_of_one")
@@ -32,7 +36,7 @@ class Clock:
     def monotonic(self) -> float:
         return self.seconds
 
-    time = staticmethod(time.time)
+    time = monotonic
 
 
 @pytest.fixture
@@ -64,6 +68,29 @@ def test_a_warning_makes_one_checkpoint_at_once_and_training_goes_on(
     assert re.fullmatch(r"ranks \[1, 2, 3\] lose their nodes \['node-a', 'node-b'\] in \d+ s: saving now", said)
 
 
+def test_later_warnings_and_the_last_minutes_are_worth_a_save_each(
+    monkeypatch: pytest.MonkeyPatch, told: list[train.PreemptionInfo | None]
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(trainer, "time", clock)
+    early = train.PreemptionInfo(7200_000, {"node-a": [1]})  # in two hours
+    both = train.PreemptionInfo(7200_000, {"node-a": [1], "node-b": [0]})
+    late = train.PreemptionInfo(None, {"node-c": [0]})  # nobody says when
+    told[:] = [None, early, early, both, both, both, both, late, late]
+    watch, wishes = PreemptionWatch(), []
+    for clock.seconds in (10.0, 20.0, 30.0, 40.0, 5000.0, 7100.0, 7110.0, 7120.0, 7130.0):
+        wishes.append(watch())
+    assert [wish is Wish.SAVE for wish in wishes] == [False, True, False, True, False, True, False, True, False]
+
+
+def test_workers_are_a_number_or_a_range() -> None:
+    assert parse_config(WorkersConfig, {"num_workers": [1, 4]}) == WorkersConfig(num_workers=(1, 4))
+    assert [WorkersConfig(num_workers=number).max_workers for number in (3, (1, 4))] == [3, 4]
+    for wrong in (0, (3, 2), (0, 2)):
+        with pytest.raises(ValueError, match=r"num_workers = .* must be at least 1, or \[least, most\]"):
+            WorkersConfig(num_workers=wrong)
+
+
 @pytest.mark.parametrize(("step_seconds", "num_steps"), [(20.0, 1), (2.0, 2), (0.125, 40)])
 def test_ray_is_asked_every_few_seconds_whatever_a_step_takes(
     monkeypatch: pytest.MonkeyPatch, step_seconds: float, num_steps: int
@@ -78,3 +105,25 @@ def test_ray_is_asked_every_few_seconds_whatever_a_step_takes(
     gaps = {round((after - before) / step_seconds) for before, after in itertools.pairwise(asked)}
     assert gaps == {num_steps}
     assert asked[0] == step_seconds  # before the first step
+
+
+def test_sigterm_to_the_driver_is_a_wish_of_the_workers_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: list[train.PreemptionInfo | None]
+) -> None:
+    monkeypatch.setattr(trainer, "PREEMPTION_CHECK_S", 0.0)
+    stop = tmp_path / "ray" / "run-1" / trainer.STOP_FILE
+    watch = PreemptionWatch(lambda: trainer._is_there(str(stop)))
+    before = signal.getsignal(signal.SIGTERM)
+    with trainer._passing_on_sigterm(str(stop)):
+        assert watch() is Wish.GO_ON
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not stop.exists():
+            time.sleep(0.01)
+        assert watch() is Wish.STOP
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_mistake_that_one_rank_alone_finds_is_no_common_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert do_all_end(1.0)
+    monkeypatch.setattr(ranks.dist, "get_world_size", lambda: 2)  # the other waits in a collective
+    assert not do_all_end(0.1)

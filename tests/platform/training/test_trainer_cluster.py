@@ -1,16 +1,26 @@
-"""The Ray Train adapter on the shared cluster: two workers, a lost one, and going on where a run stopped."""
+"""The Ray Train adapter on the shared cluster: two workers, a killed one, SIGTERM, and going on."""
 
 from __future__ import annotations
 
+import os
 import runpy
 import shutil
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import ray
+import torch
 import yaml
 
 from reference.training_corpus import make_corpus, train_values
+from timeviper_platform.config import parse_config
 from timeviper_platform.training.checkpoint import Checkpoints
+from timeviper_platform.training.config import TrainConfig
+from timeviper_platform.training.failures import StoppedError, Wish
+from timeviper_platform.training.loop import run_training
 from timeviper_platform.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -44,6 +54,60 @@ def test_two_workers_train_and_a_stopped_run_goes_on(
 
     assert train(["--config", str(tmp_path / "train.yaml"), "--resume", "never"]) == 1
     assert "--resume never, but" in capsys.readouterr().err
+
+
+def kill_one_worker() -> None:
+    """SIGKILL to a training worker of this process' job on the shared cluster."""
+    job = ray.get_runtime_context().get_job_id()
+    workers = [
+        actor["Pid"]
+        for actor in ray._private.state.actors().values()
+        if actor["JobID"] == job and actor["State"] == "ALIVE" and "TrainWorker" in actor["ActorClassName"]
+    ]
+    assert len(workers) == 2
+    os.kill(workers[1], signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # three processes of two attempts, on two cores that others share
+@pytest.mark.cluster
+def test_a_killed_worker_leaves_no_trace_in_the_curve_and_sigterm_saves_and_stops(
+    tmp_path: Path, ray_address: str, group_of_one: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = train_values(make_corpus(tmp_path), workers={"num_workers": 2, "resources_per_worker": {"CPU": 0.5}})
+    init = values["phases"].pop("align")["init"]
+    values["phases"]["instruct"] |= {"init": init, "steps": 300}
+    values["checkpoint"]["every_steps"] = 5
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    run = str(tmp_path / "runs" / "run")
+
+    def disturb() -> None:
+        while len(read_metrics(run)) < 7:
+            time.sleep(0.05)
+        kill_one_worker()
+        while read_metrics(run)[-1]["attempt"] < 2:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with ThreadPoolExecutor(1) as pool:
+        disturbed = pool.submit(disturb)
+        train = runpy.run_path(str(ROOT / "jobs" / "train.py"))["main"]
+        code = train(["--config", str(tmp_path / "train.yaml")])
+        disturbed.result(timeout=0)
+    rows = read_metrics(run)
+    assert code == 128 + signal.SIGTERM
+    assert f"train: stopped as asked after step {len(rows)} of phase instruct" in capsys.readouterr().err
+    newest = Checkpoints(f"{run}/checkpoints").newest()
+    assert newest is not None
+    assert int(newest[-8:]) == len(rows) < 300
+    assert {row["attempt"] for row in rows} == {1, 2}
+
+    alone = parse_config(TrainConfig, values | {"name": "alone"})
+    wishes = iter([Wish.GO_ON] * len(rows) + [Wish.STOP])
+    with pytest.raises(StoppedError):
+        run_training(alone, resume_from=None, device=torch.device("cpu"), wishes=lambda: next(wishes))
+    expected = [row["loss"] for row in read_metrics(str(tmp_path / "runs" / "alone"))]
+    assert [row["loss"] for row in rows] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.cluster

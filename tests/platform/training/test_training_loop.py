@@ -216,7 +216,7 @@ def test_a_run_on_an_object_store_goes_on_from_there(
 
 
 def test_a_checkpoint_that_cannot_be_written_stops_the_run_and_leaves_the_last_one(corpus: Corpus) -> None:
-    config = train_config(corpus, name="full-disk")
+    config = train_config(corpus, name="full-disk", checkpoint={"every_steps": 2, "keep": 20, "max_failed_saves": 0})
     folder = Path(RunFolder.of(config).checkpoints)
     folder.mkdir(parents=True)
     (folder / "step-00000005").write_text("a file where a folder should be")
@@ -363,6 +363,26 @@ def test_export_job_takes_a_configuration_or_a_checkpoint(
 def test_a_changed_plan_is_refused_at_resume(finished: TrainConfig, corpus: Corpus) -> None:
     with pytest.raises(ValueError, match="was training phase instruct on another pack plan"):
         train_local(train_config(corpus, name="finished", seed=1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"packs_per_step": 1}, r"packs_per_step 3 -> 1\)"),
+        ({"steps": 60}, r"num_steps 6 -> 60\)"),
+        ({"steps": None, "epochs": 1}, r"num_epochs None -> 1\)"),
+        ({"schedule": {"warmup_ratio": 0.5}}, r"schedule.warmup_ratio 0.03 -> 0.5\)"),
+    ],
+)
+def test_other_steps_are_refused_at_resume(
+    finished: TrainConfig, corpus: Corpus, changes: dict[str, Any], difference: str
+) -> None:
+    config = interrupted_after(finished, corpus, "other-steps", 5)
+    values = train_values(corpus, name=config.name)
+    values["phases"]["instruct"] |= changes
+    with pytest.raises(ValueError, match=rf"phase instruct with other steps \({difference}: a phase cannot change"):
+        train_local(parse_config(TrainConfig, values))
+    shutil.rmtree(RunFolder.of(config).uri)
 
 
 def test_other_trained_parameters_are_refused_at_resume(finished: TrainConfig, corpus: Corpus) -> None:

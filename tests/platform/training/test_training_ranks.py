@@ -89,6 +89,16 @@ def test_a_run_of_two_ranks_goes_on_with_one(corpus: Corpus, tmp_path: Path, gro
     expect_same(curve(run), whole, rel=1e-5)
 
 
+def test_no_rank_waits_for_rank_0_when_that_cannot_open_its_files(corpus: Corpus, tmp_path: Path) -> None:
+    values = one_phase(corpus, "no-metrics", steps=3)
+    folder = Path(values["runs"]) / "no-metrics"
+    folder.mkdir(parents=True)
+    (folder / "metrics").write_text("a file where a folder should be")
+    ranks = start_ranks(values, tmp_path)
+    assert ranks.wait() == [1, 1]
+    assert "rank 0: [Errno" in ranks.tail()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # six processes on two cores
 @pytest.mark.parametrize("stage", [1, 2, 3])
