@@ -10,6 +10,7 @@ stream's time base. Average frame rates are never used.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -30,11 +31,13 @@ from timeviper_platform.data.media import (
     Stage,
     open_binary,
     reading,
+    source_name,
 )
 from timeviper_platform.data.probe import probe_media
 
 __all__ = [
     "Backend",
+    "BackendUnfitError",
     "DecodeError",
     "DecoderPool",
     "ErrorType",
@@ -52,10 +55,16 @@ __all__ = [
     "sample_times",
 ]
 
+logger = logging.getLogger(__name__)
+
 Backend = Literal["pyav", "decord", "torchcodec", "nvdec"]
 
 MAX_TAIL_SECONDS = 1
 """How much longer than its pictures a container may say it is (sound often is) before samples count as missing."""
+
+
+class BackendUnfitError(Exception):
+    """A backend would not show the frames of a file that PyAV does; says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +128,7 @@ def open_video(
         source: path, URI or bytes.
         image_size: of the frames.
         limits: of the medium.
-        backend: for all but keyframes, which are PyAV's.
+        backend: for all but keyframes, which are PyAV's, as is any file of which the backend would show other frames.
         keyframe_step: of the sampling grid, where keyframes alone are wanted; see decode_keyframes.py.
 
     Raises:
@@ -129,14 +138,17 @@ def open_video(
         from timeviper_platform.data.decode_keyframes import KeyframeReader
 
         return KeyframeReader(source, image_size, step=keyframe_step, limits=limits)
-    if backend == "decord":
-        from timeviper_platform.data.decode_decord import DecordReader
+    try:
+        if backend == "decord":
+            from timeviper_platform.data.decode_decord import DecordReader
 
-        return DecordReader(source, image_size, limits=limits)
-    if backend == "torchcodec" or backend == "nvdec":
-        from timeviper_platform.data.decode_torchcodec import TorchcodecReader
+            return DecordReader(source, image_size, limits=limits)
+        if backend == "torchcodec" or backend == "nvdec":
+            from timeviper_platform.data.decode_torchcodec import TorchcodecReader
 
-        return TorchcodecReader(source, image_size, limits=limits, backend=backend)
+            return TorchcodecReader(source, image_size, limits=limits, backend=backend)
+    except BackendUnfitError as reason:
+        logger.info("%s is PyAV's, not %s's: %s", source_name(source), backend, reason)
     from timeviper_platform.data.decode_pyav import PyAVReader
 
     return PyAVReader(source, image_size, limits=limits)
@@ -148,6 +160,10 @@ def check_backend(backend: Backend) -> None:
     Raises:
         RuntimeError: when its library does not load, or its device is not there.
     """
+    if backend == "decord":
+        from timeviper_platform.data.decode_decord import load_decord
+
+        load_decord()
     if backend == "torchcodec" or backend == "nvdec":
         from timeviper_platform.data.decode_torchcodec import load_torchcodec
 

@@ -119,6 +119,11 @@ def run_preprocess(config: PreprocessConfig, *, run: Runner = run_on_ray) -> Pre
     retries = storage.num_retries()
     config = _absolute(config)
     storage.ensure_writable(config.output)
+    if config.decode.backend != "pyav":  # decoding children have no log
+        logger.info(
+            "decode.backend %s takes whole local files that it shows as they are; pyav takes all others",
+            config.decode.backend,
+        )
     encoder = FrameEncoder(config.encoder)
     recipe = make_recipe(encoder, config)
     digest = create_store(config.output, recipe)
