@@ -24,6 +24,7 @@ from PIL import Image, ImageOps
 
 from timeviper_platform.data.features import select_frames
 from timeviper_platform.data.media import (
+    IMAGE_FORMATS,
     DecodeError,
     ErrorType,
     MediaLimits,
@@ -177,18 +178,32 @@ def read_image(source: str | bytes, image_size: int, *, limits: MediaLimits | No
         DecodeError: when it cannot be read, or is past a limit.
     """
     limits = limits or MediaLimits()
-    with reading("decode_image", source, limits), open_binary(source, limits) as file, Image.open(file) as image:
+    with (
+        reading("decode_image", source, limits),
+        open_binary(source, limits) as file,
+        Image.open(file, formats=IMAGE_FORMATS) as image,
+    ):
         if image.width * image.height > limits.max_pixels:
             message = f"{image.width} x {image.height} is past {limits.max_pixels = }"
             raise DecodeError("decode_image", ErrorType.TOO_MANY_PIXELS, message)
         ImageOps.exif_transpose(image, in_place=True)
         shown: Image.Image = image
-        if image.has_transparency_data:
+        if image.mode in ("I;16", "I"):  # grey of 16 bits
+            shown = _with_8_bits(image)
+        elif image.has_transparency_data:
             shown = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         if shown.mode != "RGB":  # a copy else
             shown = shown.convert("RGB")
         pixels = np.array(shown.resize((image_size, image_size), Image.Resampling.BICUBIC))
     return FrameBatch(pixels[None], np.zeros(1), np.zeros(1))
+
+
+def _with_8_bits(image: Image.Image) -> Image.Image:
+    """The high byte of every pixel, which is what Pillow makes of colours of 16 bits; it cuts greys off at 255."""
+    values = np.array(image)
+    if "transparency" in image.info:
+        values[values == image.info["transparency"]] = 0xFFFF
+    return Image.fromarray((values >> 8).astype(np.uint8))
 
 
 def read_frames(
