@@ -69,7 +69,8 @@ RETRYABLE = frozenset(
         *(ErrorType.TIMED_OUT, ErrorType.UNKNOWN_HOST, ErrorType.DOMAIN_NOT_ALLOWED),
     }
 )
-"""The world's fault, not the file's: the next run tries again."""
+"""The world's fault, not the file's: the next run tries again. Others that a change may help, such as a higher limit or
+another decoder, are tried again where `retry_errors` names them."""
 
 
 class DecodeError(Exception):

@@ -29,7 +29,7 @@ from timeviper_platform.data.graph import (
     worker_slots,
 )
 from timeviper_platform.data.inputs import read_pages
-from timeviper_platform.data.media import MediaLimits
+from timeviper_platform.data.media import ErrorType, MediaLimits
 from timeviper_platform.data.planning import (
     Plan,
     PlanCounts,
@@ -73,8 +73,15 @@ class PreprocessConfig:
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
     hash: Literal["none", "sha256"] = "none"
     """sha256 reads every byte of every file once more; needed by stores that serving looks uploads up in"""
+    retry_errors: tuple[str, ...] | Literal["all"] = ()
+    """error types of committed segments that this run tries once more, as after a higher deadline_seconds or
+    max_pixels; those that are the world's fault (media.RETRYABLE) every run does"""
 
     def __post_init__(self) -> None:
+        if unknown := sorted(set(self.errors_to_retry) - set(ErrorType)):
+            raise ValueError(
+                f"retry_errors: there is no {', '.join(unknown)}; name some of {', '.join(ErrorType)}, or say all"
+            )
         if self.sampling.frames == "keyframes" and self.decode.backend != "pyav":
             raise ValueError(f"{self.sampling.frames = } needs decode.backend pyav, not {self.decode.backend!r}")
         mode, device = self.execution.mode, self.encoder.device
@@ -83,6 +90,11 @@ class PreprocessConfig:
                 "decode.backend nvdec decodes on the encoder's GPU, which split decoders have no share of: execution."
                 f"{mode = } must be fused and encoder.{device = } cuda; or use backend pyav"
             )
+
+    @property
+    def errors_to_retry(self) -> tuple[str, ...]:
+        """`retry_errors` one by one."""
+        return tuple(ErrorType) if self.retry_errors == "all" else self.retry_errors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,7 +143,8 @@ def run_preprocess(config: PreprocessConfig, *, run: Runner = run_on_ray) -> Pre
     if num_removed:
         logger.info("removed %d files that an earlier run had not committed", num_removed)
     fuse = FailureFuse(config.execution.max_consecutive_failures)
-    plan = write_plan(config.output, _guarded(plan_tables(config, digest), fuse), finished_segments(config.output))
+    finished = finished_segments(config.output, config.errors_to_retry)
+    plan = write_plan(config.output, _guarded(plan_tables(config, digest), fuse), finished)
     logger.info(
         "%d media: %d segments planned, %d to do, %d media rejected by their headers",
         *(plan.num_media, len(plan.segments), len(plan.missing), plan.counts.errors.total()),
@@ -159,7 +172,8 @@ def estimate(config: PreprocessConfig) -> Estimate:
     if header is not None and header["recipe"] != recipe:
         raise ValueError("\n".join(["the store there has another recipe:", *differences(header["recipe"], recipe)]))
     digest = recipe_hash(recipe)
-    counts, sample, finished = PlanCounts(), SegmentSample(), finished_segments(config.output)
+    counts, sample = PlanCounts(), SegmentSample()
+    finished = finished_segments(config.output, config.errors_to_retry)
     for table in plan_tables(config, digest):
         is_missing = missing_rows(table, finished)
         counts.add(table, is_missing)

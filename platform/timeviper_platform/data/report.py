@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from timeviper_platform.data.calibrate import cost_of
-from timeviper_platform.data.media import ErrorType
+from timeviper_platform.data.media import RETRYABLE, ErrorType
 from timeviper_platform.data.segments import PlanError
 from timeviper_platform.data.steps import UnitOutcome
 from timeviper_platform.schemas import REJECTS
@@ -86,6 +86,7 @@ class PreprocessReport:
             f"media      {self.media}, of which rejected: {self.errors}" + (f" = {reasons}" if reasons else ""),
             f"segments   {self.segments} planned = {self.segments_done} ok + {self.segments_partial} partial"
             f" + {self.segments_error} error; encoded in this run: {self.segments_encoded}",
+            *self._retry_lines(),
             f"frames     {self.frames} stored, {self.bytes / 1e6:.1f} MB; encoded in this run: {self.frames_encoded}"
             f" at {self.frames_per_second:.1f} a second",
             "seconds    " + ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items()),
@@ -93,6 +94,14 @@ class PreprocessReport:
             *(self._speed_lines() if self.workers else []),
             f"retries    {self.retries}",
         ]
+
+    def _retry_lines(self) -> list[str]:
+        """How to have another try at what no run tries again by itself; headers are read again by each."""
+        decoding = (kinds for stage, kinds in self.errors_by_stage.items() if stage.startswith("decode"))
+        final = sorted({kind for kinds in decoding for kind in kinds} - RETRYABLE)
+        if not self.segments_error or not final:
+            return []
+        return [f"errors     stay; after a change that helps, try them again with 'retry_errors=[{', '.join(final)}]'"]
 
     def _speed_lines(self) -> list[str]:
         busy = ", ".join(f"{n} {name} ({self.utilisation[name]:.0%} busy)" for name, n in self.workers.items())
