@@ -82,6 +82,7 @@ class ExecutionConfig:
     frames_per_file: int = 2048
     """about how many frames a data file holds; 8192 make 302 MB at 16 x 1152"""
     progress_seconds: float = 5.0
+    """between lines of progress in the log; a terminal has a bar instead"""
     max_consecutive_failures: int | None = 100
     """media in a row that fail for one and the same reason before the job stops; None = it never does"""
 

@@ -39,8 +39,9 @@ from timeviper_platform.data.planning import (
     plan_here,
     write_plan,
 )
+from timeviper_platform.data.progress import Progress
 from timeviper_platform.data.ray_session import has_cluster
-from timeviper_platform.data.report import FailureFuse, PreprocessReport, Progress
+from timeviper_platform.data.report import FailureFuse, PreprocessReport
 from timeviper_platform.data.segment_frames import DecodeConfig
 from timeviper_platform.data.segments import PlanSpec, SamplingConfig, Segment, cut_units, exact
 from timeviper_platform.data.steps import UnitOutcome, WorkerSpec, process_name, run_here
@@ -249,9 +250,10 @@ def run_in_process(missing: Collection[Segment], spec: WorkerSpec, execution: Ex
 def _run(plan: Plan, spec: WorkerSpec, execution: ExecutionConfig, run: Runner) -> list[UnitOutcome]:
     progress = Progress(len(plan.missing), plan.counts.frames_missing, execution.progress_seconds)
     fuse = FailureFuse(execution.max_consecutive_failures)
-    for outcome in run(plan.missing, spec, execution):
-        progress.add(outcome)
-        fuse.add(outcome.media, outcome.reasons, message=outcome.last_error)
+    with progress:
+        for outcome in run(plan.missing, spec, execution):
+            progress.add(outcome)
+            fuse.add(outcome.media, outcome.reasons, message=outcome.last_error)
     return progress.outcomes
 
 

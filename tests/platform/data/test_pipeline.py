@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import shutil
 import sys
 import time
@@ -30,7 +29,7 @@ from timeviper_platform.data.features import FeatureStore
 from timeviper_platform.data.graph import DecodeStep, EncodeStep, ExecutionConfig, units_table
 from timeviper_platform.data.media import MediaLimits
 from timeviper_platform.data.pipeline import PreprocessConfig, estimate, run_in_process, run_preprocess
-from timeviper_platform.data.report import Progress, steady_rate
+from timeviper_platform.data.report import steady_rate
 from timeviper_platform.data.segment_frames import DecodeConfig
 from timeviper_platform.data.segments import Segment, cut_units
 from timeviper_platform.data.steps import UnitOutcome, WorkerSpec, run_here
@@ -408,13 +407,6 @@ def test_split_steps_hand_over_frames_errors_and_rows_unchanged(corpus: Path, fi
     report = run_preprocess(config, run=run_split)
     assert (report.segments_done, report.segments_error, report.errors) == (14, 1, len(BAD))
     assert contents(config.output) == contents(str(finished))
-
-
-def test_progress_says_what_is_done_what_is_left_and_why_rows_are_rejected(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    progress = Progress(num_segments=4, num_frames=256, every_seconds=0.0)
-    progress.add(made_outcome(0.0, 10.0, 128, error_types=["frames_missing"]))
-    assert "2/4 segments (50%), 12.8 frames/s, rejected: 1 frames_missing, 10 s left" in caplog.text
 
 
 def test_the_steady_rate_leaves_the_ends_out() -> None:
