@@ -35,8 +35,12 @@ def make_video(
     audio_seconds: float = 0.0,
     format: str | None = None,
     options: dict[str, str] | None = None,
+    turned: tuple[int, bool, bool] | None = None,
 ) -> None:
-    """A video whose frame i is picture(i), shown from pts[i] on (ticks of `time_base`)."""
+    """A video whose frame i is picture(i), shown from pts[i] on (ticks of `time_base`).
+
+    Its display matrix says `turned`: degrees counterclockwise, then mirrored left to right, top to bottom.
+    """
     name = str(target) if isinstance(target, Path) else target
     with av.open(name, "w", format=format) as container:
         stream = container.add_stream(codec, rate=round(1 / time_base))
@@ -45,6 +49,8 @@ def make_video(
         stream.time_base = time_base
         stream.codec_context.time_base = time_base
         stream.gop_size = gop
+        if turned is not None:
+            stream.set_display_rotation(turned[0], hflip=turned[1], vflip=turned[2])
         if codec == "libx264":
             stream.options = {"bf": str(b_frames), "sc_threshold": "0", "crf": "12", **(options or {})}
         elif options:

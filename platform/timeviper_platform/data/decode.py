@@ -10,6 +10,7 @@ stream's time base. Average frame rates are never used.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ from PIL import Image, ImageOps
 
 from timeviper_platform.data.features import select_frames
 from timeviper_platform.data.media import (
+    IMAGE_FORMATS,
     DecodeError,
     ErrorType,
     MediaLimits,
@@ -30,11 +32,13 @@ from timeviper_platform.data.media import (
     Stage,
     open_binary,
     reading,
+    source_name,
 )
 from timeviper_platform.data.probe import probe_media
 
 __all__ = [
     "Backend",
+    "BackendUnfitError",
     "DecodeError",
     "DecoderPool",
     "ErrorType",
@@ -52,10 +56,16 @@ __all__ = [
     "sample_times",
 ]
 
+logger = logging.getLogger(__name__)
+
 Backend = Literal["pyav", "decord", "torchcodec", "nvdec"]
 
 MAX_TAIL_SECONDS = 1
 """How much longer than its pictures a container may say it is (sound often is) before samples count as missing."""
+
+
+class BackendUnfitError(Exception):
+    """A backend would not show the frames of a file that PyAV does; says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +129,7 @@ def open_video(
         source: path, URI or bytes.
         image_size: of the frames.
         limits: of the medium.
-        backend: for all but keyframes, which are PyAV's.
+        backend: for all but keyframes, which are PyAV's, as is any file of which the backend would show other frames.
         keyframe_step: of the sampling grid, where keyframes alone are wanted; see decode_keyframes.py.
 
     Raises:
@@ -129,14 +139,17 @@ def open_video(
         from timeviper_platform.data.decode_keyframes import KeyframeReader
 
         return KeyframeReader(source, image_size, step=keyframe_step, limits=limits)
-    if backend == "decord":
-        from timeviper_platform.data.decode_decord import DecordReader
+    try:
+        if backend == "decord":
+            from timeviper_platform.data.decode_decord import DecordReader
 
-        return DecordReader(source, image_size, limits=limits)
-    if backend == "torchcodec" or backend == "nvdec":
-        from timeviper_platform.data.decode_torchcodec import TorchcodecReader
+            return DecordReader(source, image_size, limits=limits)
+        if backend == "torchcodec" or backend == "nvdec":
+            from timeviper_platform.data.decode_torchcodec import TorchcodecReader
 
-        return TorchcodecReader(source, image_size, limits=limits, backend=backend)
+            return TorchcodecReader(source, image_size, limits=limits, backend=backend)
+    except BackendUnfitError as reason:
+        logger.info("%s is PyAV's, not %s's: %s", source_name(source), backend, reason)
     from timeviper_platform.data.decode_pyav import PyAVReader
 
     return PyAVReader(source, image_size, limits=limits)
@@ -148,6 +161,10 @@ def check_backend(backend: Backend) -> None:
     Raises:
         RuntimeError: when its library does not load, or its device is not there.
     """
+    if backend == "decord":
+        from timeviper_platform.data.decode_decord import load_decord
+
+        load_decord()
     if backend == "torchcodec" or backend == "nvdec":
         from timeviper_platform.data.decode_torchcodec import load_torchcodec
 
@@ -161,18 +178,32 @@ def read_image(source: str | bytes, image_size: int, *, limits: MediaLimits | No
         DecodeError: when it cannot be read, or is past a limit.
     """
     limits = limits or MediaLimits()
-    with reading("decode_image", source, limits), open_binary(source, limits) as file, Image.open(file) as image:
+    with (
+        reading("decode_image", source, limits),
+        open_binary(source, limits) as file,
+        Image.open(file, formats=IMAGE_FORMATS) as image,
+    ):
         if image.width * image.height > limits.max_pixels:
             message = f"{image.width} x {image.height} is past {limits.max_pixels = }"
             raise DecodeError("decode_image", ErrorType.TOO_MANY_PIXELS, message)
         ImageOps.exif_transpose(image, in_place=True)
         shown: Image.Image = image
-        if image.has_transparency_data:
+        if image.mode in ("I;16", "I"):  # grey of 16 bits
+            shown = _with_8_bits(image)
+        elif image.has_transparency_data:
             shown = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         if shown.mode != "RGB":  # a copy else
             shown = shown.convert("RGB")
         pixels = np.array(shown.resize((image_size, image_size), Image.Resampling.BICUBIC))
     return FrameBatch(pixels[None], np.zeros(1), np.zeros(1))
+
+
+def _with_8_bits(image: Image.Image) -> Image.Image:
+    """The high byte of every pixel, which is what Pillow makes of colours of 16 bits; it cuts greys off at 255."""
+    values = np.array(image)
+    if "transparency" in image.info:
+        values[values == image.info["transparency"]] = 0xFFFF
+    return Image.fromarray((values >> 8).astype(np.uint8))
 
 
 def read_frames(

@@ -37,6 +37,7 @@ from timeviper_platform.data.media import (
     source_name,
     video_stream,
 )
+from timeviper_platform.data.orientation import orientation_of, turn_upright
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ class _Walk:
 def scale_frame(
     frame: Any, image_size: int, reformatter: VideoReformatter, *, limits: MediaLimits, name: str
 ) -> np.ndarray:
-    """A decoded frame as (image_size, image_size, 3) uint8 RGB.
+    """A decoded frame as (image_size, image_size, 3) uint8 RGB, upright: turning a square changes no other pixel.
 
     Raises:
         DecodeError: when it is larger than `limits`.
@@ -103,7 +104,7 @@ def scale_frame(
     scaled = reformatter.reformat(
         frame, image_size, image_size, "rgb24", interpolation=Interpolation.BICUBIC, threads=1
     )
-    return np.asarray(scaled.to_ndarray())
+    return turn_upright(np.asarray(scaled.to_ndarray()), orientation_of(frame))
 
 
 class PyAVReader:

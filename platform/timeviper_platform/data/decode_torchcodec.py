@@ -1,7 +1,8 @@
 """Sampling with torchcodec on the CPU or on a GPU's NVDEC, behind the same protocol as PyAV.
 
-Optional: the extra `torchcodec` or `nvdec`, and FFmpeg's libraries. Knows torchcodec's decoder alone. It finds frames
-by PTS itself and decodes all on the way there, at full size; one at a time is taken from it, so that memory holds one.
+Optional: the extra `torchcodec` or `nvdec`, and FFmpeg's libraries. Knows torchcodec's decoder, and which files it
+shows as they are. It finds frames by PTS itself (by DTS where there is none), turns them as the file says but mirrors
+none, and decodes all on the way there, at full size; one at a time is taken from it, so that memory holds one.
 From a GPU the sampled frames alone are copied, and scaled here as those of every backend are.
 """
 
@@ -18,18 +19,9 @@ import torch
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from timeviper_platform import storage
-from timeviper_platform.data.decode import FrameBatch, check_size
-from timeviper_platform.data.media import (
-    DecodeError,
-    ErrorType,
-    MediaLimits,
-    clock_origin,
-    is_local_file,
-    open_container,
-    reading,
-    source_name,
-    video_stream,
-)
+from timeviper_platform.data.decode import MAX_TAIL_SECONDS, BackendUnfitError, FrameBatch
+from timeviper_platform.data.media import DecodeError, ErrorType, MediaLimits, is_local_file, source_name
+from timeviper_platform.data.stream_facts import read_stream_facts
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +58,7 @@ class TorchcodecReader:
     """A VideoReader over torchcodec.
 
     Raises:
+        BackendUnfitError: when torchcodec would not show the frames of this file that PyAV does.
         DecodeError: when the video cannot be opened.
         RuntimeError: see `load_torchcodec`; or when torchcodec opens it on the CPU but not on the GPU.
     """
@@ -80,21 +73,24 @@ class TorchcodecReader:
     ) -> None:
         self._decoder_type = load_torchcodec(backend)
         if not isinstance(source, bytes) and not is_local_file(source):
-            raise ValueError(f"{backend} is given local files and bytes alone; use backend pyav for remote files")
+            raise BackendUnfitError(f"{backend} is given whole local files and bytes alone")
         self._name, self._size = source_name(source), image_size
-        limits = limits or MediaLimits()
-        with reading("decode_video", source, limits), open_container(source, limits) as container:
-            stream = video_stream(container, "decode_video", self._name)
-            check_size(stream.codec_context.width, stream.codec_context.height, limits, "decode_video", self._name)
-            self._origin = float(clock_origin(container, stream) * Fraction(stream.time_base))
+        facts = read_stream_facts(source, limits or MediaLimits())
+        if not facts.is_timed:
+            raise BackendUnfitError("its packets do not say when their frames are shown")
+        self._origin = float(facts.origin * facts.time_base)
+        self._tail_start = float((facts.end_tick - facts.origin) * facts.time_base)
         content = source if isinstance(source, bytes) else storage.split_uri(source)[1]
-        self._decoder = self._open(content, "cuda" if backend == "nvdec" else "cpu")
+        self._decoder = self._open(content, "cuda" if backend == "nvdec" else "cpu", facts.index)
+        turned = round(self._decoder.metadata.rotation or 0) % 360
+        if turned != facts.orientation.counterclockwise_degrees:
+            raise BackendUnfitError(f"it is to be shown otherwise than turned by {turned} degrees")
         self._scaler = VideoReformatter()
 
     def sample(self, times: Sequence[Fraction]) -> FrameBatch:
         """See `VideoReader.sample`."""
         first = self._decoder.metadata.begin_stream_seconds
-        frames, pts_seconds, shown_for = [], [], []
+        frames, pts_seconds, shown_for, num_missing = [], [], [], 0
         for t in times:
             try:
                 # the plural: it knows when the next frame comes, the singular trusts durations (variable frame rates)
@@ -103,19 +99,25 @@ class TorchcodecReader:
                 raise DecodeError("decode_video", ErrorType.OUT_OF_MEMORY, f"{self._name}: {error}") from error
             except (RuntimeError, IndexError) as error:
                 logger.info("%s: no frame at %s s: %s", self._name, t, error)
+                num_missing += not self._tail_start <= t < self._tail_start + MAX_TAIL_SECONDS
                 continue
             frames.append(self._scale(frame.data[0].cpu().numpy()))
             pts_seconds.append(float(frame.pts_seconds[0]) - self._origin)
             shown_for.append(float(t))
         pixels = np.stack(frames) if frames else np.empty((0, self._size, self._size, 3), np.uint8)
-        return FrameBatch(pixels, np.array(pts_seconds), np.array(shown_for), len(times) - len(frames))
+        return FrameBatch(pixels, np.array(pts_seconds), np.array(shown_for), num_missing)
 
     def close(self) -> None:
         """See `VideoReader.close`."""
         del self._decoder
 
-    def _open(self, content: str | bytes, device: Literal["cpu", "cuda"]) -> Any:
-        options = {"dimension_order": "NHWC", "num_ffmpeg_threads": 1, "seek_mode": "exact"}
+    def _open(self, content: str | bytes, device: Literal["cpu", "cuda"], stream_index: int) -> Any:
+        options = {
+            "stream_index": stream_index,
+            "dimension_order": "NHWC",
+            "num_ffmpeg_threads": 1,
+            "seek_mode": "exact",
+        }
         try:
             return self._decoder_type(content, device=device, **options)
         except torch.OutOfMemoryError as error:
@@ -123,7 +125,7 @@ class TorchcodecReader:
         except (RuntimeError, ValueError) as error:
             if device == "cpu":
                 raise DecodeError("decode_video", ErrorType.CORRUPT_FILE, f"{self._name}: {error}") from error
-            self._open(content, "cpu")  # raises where the file is to blame
+            self._open(content, "cpu", stream_index)  # raises where the file is to blame
             raise RuntimeError(
                 f"backend nvdec: torchcodec opens {self._name} on the CPU alone ({error}); install a build for CUDA,"
                 " pip install 'timeviper-platform[nvdec]', and FFmpeg with NVDEC, or use pyav"

@@ -20,8 +20,8 @@ from timeviper_model.projector import combine_towers
 from timeviper_model.tome import merge_tokens
 from timeviper_model.vision import VisionEncoder
 
-RECIPE_VERSION = 1
-"""Raised whenever the same configuration would give other features."""
+RECIPE_VERSION = 2
+"""Raised whenever the same configuration would give other features; 2: videos are turned upright, as pictures were."""
 
 _DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

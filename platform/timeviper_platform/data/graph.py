@@ -85,6 +85,7 @@ class ExecutionConfig:
     row_group_bytes: int = ROW_GROUP_BYTES
     """of features: what a data file's row group holds at least, and a reader reads at least; changes no features"""
     progress_seconds: float = 5.0
+    """between lines of progress in the log; a terminal has a bar instead"""
     max_consecutive_failures: int | None = 100
     """media in a row that fail for one and the same reason before the job stops; None = it never does"""
 

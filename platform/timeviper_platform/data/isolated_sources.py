@@ -99,7 +99,7 @@ class IsolatedFrames:
                 self._send_again(jobs)
                 return self._answered(jobs)
         except TimeoutError:
-            message = f"{name}: not decoded within {self.config.deadline_seconds = }"
+            message = f"{name}: not decoded within {self.config.deadline_seconds = }; see retry_errors"
             self._given_up[request.uri] = DecodeError(stage, ErrorType.DECODER_TIMEOUT, message)
             return self._failed(jobs, self._given_up[request.uri], is_sent=True)
         except ChildDiedError as error:

@@ -29,6 +29,7 @@ FORMAT_WHITELIST = ("mov", "mp4", "m4a", "3gp", "3g2", "mj2", "matroska", "webm"
 """Demuxers that read one file and nothing else. Playlists (hls, dash, concat) name other files and hosts: never."""
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+"""What Pillow opens of the dozens that it knows: those that `sniff_modality` tells."""
 
 MEDIA_SUFFIXES = (
     *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".mpeg", ".flv", ".3gp", ".ogv"),
@@ -68,7 +69,8 @@ RETRYABLE = frozenset(
         *(ErrorType.TIMED_OUT, ErrorType.UNKNOWN_HOST, ErrorType.DOMAIN_NOT_ALLOWED),
     }
 )
-"""The world's fault, not the file's: the next run tries again."""
+"""The world's fault, not the file's: the next run tries again. Others that a change may help, such as a higher limit or
+another decoder, are tried again where `retry_errors` names them."""
 
 
 class DecodeError(Exception):
@@ -140,7 +142,8 @@ def looks_like_video(head: bytes) -> bool:
     """True when the first bytes are those of a known container, so that a failure to open it means damage."""
     return (
         head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip")
-        or head.startswith((b"\x1aE\xdf\xa3", b"FLV", b"OggS", b"\x00\x00\x01\xba", b"\x47"))
+        or head.startswith((b"\x1aE\xdf\xa3", b"FLV", b"OggS", b"\x00\x00\x01\xba"))
+        or (head.startswith(b"\x47") and not head.startswith(b"GIF8"))
         or (head[:4] == b"RIFF" and head[8:11] == b"AVI")
     )
 

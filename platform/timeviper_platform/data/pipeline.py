@@ -29,7 +29,7 @@ from timeviper_platform.data.graph import (
     worker_slots,
 )
 from timeviper_platform.data.inputs import read_pages
-from timeviper_platform.data.media import MediaLimits
+from timeviper_platform.data.media import ErrorType, MediaLimits
 from timeviper_platform.data.planning import (
     Plan,
     PlanCounts,
@@ -39,8 +39,9 @@ from timeviper_platform.data.planning import (
     plan_here,
     write_plan,
 )
+from timeviper_platform.data.progress import Progress
 from timeviper_platform.data.ray_session import has_cluster
-from timeviper_platform.data.report import FailureFuse, PreprocessReport, Progress
+from timeviper_platform.data.report import FailureFuse, PreprocessReport
 from timeviper_platform.data.segment_frames import DecodeConfig
 from timeviper_platform.data.segments import PlanSpec, SamplingConfig, Segment, cut_units, exact
 from timeviper_platform.data.steps import UnitOutcome, WorkerSpec, process_name, run_here
@@ -73,8 +74,15 @@ class PreprocessConfig:
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
     hash: Literal["none", "sha256"] = "none"
     """sha256 reads every byte of every file once more; needed by stores that serving looks uploads up in"""
+    retry_errors: tuple[str, ...] | Literal["all"] = ()
+    """error types of committed segments that this run tries once more, as after a higher deadline_seconds or
+    max_pixels; those that are the world's fault (media.RETRYABLE) every run does"""
 
     def __post_init__(self) -> None:
+        if unknown := sorted(set(self.errors_to_retry) - set(ErrorType)):
+            raise ValueError(
+                f"retry_errors: there is no {', '.join(unknown)}; name some of {', '.join(ErrorType)}, or say all"
+            )
         if self.sampling.frames == "keyframes" and self.decode.backend != "pyav":
             raise ValueError(f"{self.sampling.frames = } needs decode.backend pyav, not {self.decode.backend!r}")
         mode, device = self.execution.mode, self.encoder.device
@@ -83,6 +91,11 @@ class PreprocessConfig:
                 "decode.backend nvdec decodes on the encoder's GPU, which split decoders have no share of: execution."
                 f"{mode = } must be fused and encoder.{device = } cuda; or use backend pyav"
             )
+
+    @property
+    def errors_to_retry(self) -> tuple[str, ...]:
+        """`retry_errors` one by one."""
+        return tuple(ErrorType) if self.retry_errors == "all" else self.retry_errors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,6 +132,11 @@ def run_preprocess(config: PreprocessConfig, *, run: Runner = run_on_ray) -> Pre
     retries = storage.num_retries()
     config = _absolute(config)
     storage.ensure_writable(config.output)
+    if config.decode.backend != "pyav":  # decoding children have no log
+        logger.info(
+            "decode.backend %s takes whole local files that it shows as they are; pyav takes all others",
+            config.decode.backend,
+        )
     encoder = FrameEncoder(config.encoder)
     recipe = make_recipe(encoder, config)
     digest = create_store(config.output, recipe)
@@ -126,7 +144,8 @@ def run_preprocess(config: PreprocessConfig, *, run: Runner = run_on_ray) -> Pre
     if num_removed:
         logger.info("removed %d files that an earlier run had not committed", num_removed)
     fuse = FailureFuse(config.execution.max_consecutive_failures)
-    plan = write_plan(config.output, _guarded(plan_tables(config, digest), fuse), finished_segments(config.output))
+    finished = finished_segments(config.output, config.errors_to_retry)
+    plan = write_plan(config.output, _guarded(plan_tables(config, digest), fuse), finished)
     logger.info(
         "%d media: %d segments planned, %d to do, %d media rejected by their headers",
         *(plan.num_media, len(plan.segments), len(plan.missing), plan.counts.errors.total()),
@@ -154,7 +173,8 @@ def estimate(config: PreprocessConfig) -> Estimate:
     if header is not None and header["recipe"] != recipe:
         raise ValueError("\n".join(["the store there has another recipe:", *differences(header["recipe"], recipe)]))
     digest = recipe_hash(recipe)
-    counts, sample, finished = PlanCounts(), SegmentSample(), finished_segments(config.output)
+    counts, sample = PlanCounts(), SegmentSample()
+    finished = finished_segments(config.output, config.errors_to_retry)
     for table in plan_tables(config, digest):
         is_missing = missing_rows(table, finished)
         counts.add(table, is_missing)
@@ -231,9 +251,10 @@ def run_in_process(missing: Collection[Segment], spec: WorkerSpec, execution: Ex
 def _run(plan: Plan, spec: WorkerSpec, execution: ExecutionConfig, run: Runner) -> list[UnitOutcome]:
     progress = Progress(len(plan.missing), plan.counts.frames_missing, execution.progress_seconds)
     fuse = FailureFuse(execution.max_consecutive_failures)
-    for outcome in run(plan.missing, spec, execution):
-        progress.add(outcome)
-        fuse.add(outcome.media, outcome.reasons, message=outcome.last_error)
+    with progress:
+        for outcome in run(plan.missing, spec, execution):
+            progress.add(outcome)
+            fuse.add(outcome.media, outcome.reasons, message=outcome.last_error)
     return progress.outcomes
 
 

@@ -130,13 +130,14 @@ def plan_here(pages: Iterable[list[MediaItem]], spec: PlanSpec) -> Iterator[pa.T
         yield from plan_page(page, spec, probes)
 
 
-def finished_segments(store: str) -> HashTable:
-    """Committed segments that need no work: all but those whose error was the world's."""
+def finished_segments(store: str, retry_errors: Iterable[str] = ()) -> HashTable:
+    """Committed segments that need no work: all but those whose error was the world's, or is to be tried again."""
     finished, lost = HashTable(), set(lost_records(store))
+    kinds = pa.array(sorted({*RETRYABLE, *retry_errors}), pa.string())
     for name, table in iter_commits(store, ["segment_id", "status", "error_type"]):
         if name in lost:
             continue
-        again = pc.is_in(table["error_type"], pa.array(sorted(RETRYABLE), pa.string()))
+        again = pc.is_in(table["error_type"], kinds)
         done = table.filter(pc.invert(pc.and_(pc.equal(table["status"], "error"), again)))
         finished.add(*_halves(done["segment_id"]))
     return finished

@@ -18,6 +18,7 @@ from PIL import Image
 
 from timeviper_platform import storage
 from timeviper_platform.data.media import (
+    IMAGE_FORMATS,
     DecodeError,
     ErrorType,
     FileVersion,
@@ -138,7 +139,7 @@ def sha256_of(uri: str, limits: MediaLimits | None = None) -> str:
 
 
 def _probe_image(source: str | bytes, limits: MediaLimits) -> MediaProbe:
-    with open_binary(source, limits) as file, Image.open(file) as image:  # reads the header alone
+    with open_binary(source, limits) as file, Image.open(file, formats=IMAGE_FORMATS) as image:  # the header alone
         width, height = image.size
         codec = (image.format or "").lower()
     return MediaProbe(

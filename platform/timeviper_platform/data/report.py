@@ -1,4 +1,4 @@
-"""What a run did, in numbers: progress while it works, then audit, rejects and report.
+"""What a run did, in numbers: audit, rejects and report; and when it gives up.
 
 Knows counts and clocks. Does not know how anything is decoded or written.
 """
@@ -6,18 +6,16 @@ Knows counts and clocks. Does not know how anything is decoded or written.
 from __future__ import annotations
 
 import logging
-import math
-import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from timeviper_platform.data.calibrate import cost_of
-from timeviper_platform.data.media import ErrorType
+from timeviper_platform.data.media import RETRYABLE, ErrorType
 from timeviper_platform.data.segments import PlanError
 from timeviper_platform.data.steps import UnitOutcome
 from timeviper_platform.schemas import REJECTS
@@ -86,6 +84,7 @@ class PreprocessReport:
             f"media      {self.media}, of which rejected: {self.errors}" + (f" = {reasons}" if reasons else ""),
             f"segments   {self.segments} planned = {self.segments_done} ok + {self.segments_partial} partial"
             f" + {self.segments_error} error; encoded in this run: {self.segments_encoded}",
+            *self._retry_lines(),
             f"frames     {self.frames} stored, {self.bytes / 1e6:.1f} MB; encoded in this run: {self.frames_encoded}"
             f" at {self.frames_per_second:.1f} a second",
             "seconds    " + ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items()),
@@ -94,6 +93,14 @@ class PreprocessReport:
             f"retries    {self.retries}",
         ]
 
+    def _retry_lines(self) -> list[str]:
+        """How to have another try at what no run tries again by itself; headers are read again by each."""
+        decoding = (kinds for stage, kinds in self.errors_by_stage.items() if stage.startswith("decode"))
+        final = sorted({kind for kinds in decoding for kind in kinds} - RETRYABLE)
+        if not self.segments_error or not final:
+            return []
+        return [f"errors     stay; after a change that helps, try them again with 'retry_errors=[{', '.join(final)}]'"]
+
     def _speed_lines(self) -> list[str]:
         busy = ", ".join(f"{n} {name} ({self.utilisation[name]:.0%} busy)" for name, n in self.workers.items())
         return [
@@ -101,47 +108,6 @@ class PreprocessReport:
             f"ideal      {self.ideal_frames_per_second:.1f} frames a second at these costs; reached:"
             f" {self.share_of_ideal:.0%}",
         ]
-
-
-@dataclass(slots=True)
-class Progress:
-    """Counts outcomes and logs a line every few seconds."""
-
-    num_segments: int
-    num_frames: int
-    every_seconds: float
-    outcomes: list[UnitOutcome] = field(default_factory=list)
-    """without what grows with their segments; a plan of ten million has 300 000 units"""
-    _last: float = field(default_factory=time.monotonic)
-    _segments: int = 0
-    _frames: int = 0
-    _reasons: Counter[str] = field(default_factory=Counter)
-    _begin: float = math.inf
-    _end: float = -math.inf
-
-    def add(self, outcome: UnitOutcome) -> None:
-        """Takes note of a finished unit."""
-        self.outcomes.append(replace(outcome, media=[], reasons=[], error_types=[], last_error=""))
-        self._segments += outcome.num_ok + outcome.num_partial + outcome.num_error
-        self._frames += outcome.num_frames
-        self._reasons.update(outcome.error_types)
-        self._begin, self._end = min(self._begin, outcome.started), max(self._end, outcome.ended)
-        now = time.monotonic()
-        is_last = self._segments == self.num_segments
-        if is_last or now - self._last >= self.every_seconds:
-            self._last = now
-            logger.info("%s", self.line())
-
-    def line(self) -> str:
-        """done/total segments, frames a second, rejects by reason, time left."""
-        rate = self._frames / max(1e-9, self._end - self._begin)
-        left = max(0, self.num_frames - self._frames) / rate if rate else math.inf
-        rejects = ", ".join(f"{count} {kind}" for kind, count in sorted(self._reasons.items())) or "none"
-        share = self._segments / max(1, self.num_segments)
-        return (
-            f"{self._segments}/{self.num_segments} segments ({share:.0%}), {rate:.1f} frames/s, rejected: {rejects},"
-            f" {left:.0f} s left"
-        )
 
 
 def steady_rate(outcomes: Sequence[UnitOutcome]) -> float:

@@ -22,9 +22,10 @@ class DecodeConfig:
     """How videos are opened."""
 
     backend: Backend = "pyav"
-    """pyav takes everything; decord and torchcodec take local files; nvdec (extra of that name) decodes local files on
-    the encoder's GPU and so wants execution.mode fused, rounds in its own way, and is not held by max_memory_bytes,
-    which the driver's own memory would count against"""
+    """pyav takes everything; the others take whole local files, and leave to pyav those of which they would show other
+    frames (by format, clock, mirror image); nvdec (extra of that name) decodes on the encoder's GPU and so wants
+    execution.mode fused, rounds in its own way, and is not held by max_memory_bytes, which the driver's own memory
+    would count against"""
     max_open_videos: int = 4
     """decoders that a worker keeps open; 4 cost about 250 MB at 720p"""
     isolation: Literal["process", "none"] = "process"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import shutil
 import sys
 import time
@@ -28,8 +27,9 @@ from timeviper_platform.data.decode import read_frames
 from timeviper_platform.data.encode import EncoderConfig, FrameEncoder
 from timeviper_platform.data.features import FeatureStore
 from timeviper_platform.data.graph import DecodeStep, EncodeStep, ExecutionConfig, units_table
+from timeviper_platform.data.media import MediaLimits
 from timeviper_platform.data.pipeline import PreprocessConfig, estimate, run_in_process, run_preprocess
-from timeviper_platform.data.report import Progress, steady_rate
+from timeviper_platform.data.report import steady_rate
 from timeviper_platform.data.segment_frames import DecodeConfig
 from timeviper_platform.data.segments import Segment, cut_units
 from timeviper_platform.data.steps import UnitOutcome, WorkerSpec, run_here
@@ -244,6 +244,41 @@ def test_a_file_that_is_away_for_a_moment_is_tried_again(corpus: Path, tmp_path:
     assert second.audit["duplicate"] == 0
 
 
+def test_errors_that_a_higher_limit_cures_are_tried_again_when_named(corpus: Path, tmp_path: Path) -> None:
+    """The manifest tells the sizes, too small ones: so the decoder meets the limit, not the plan."""
+    clips = pa.table(
+        {
+            **{"uri": [str(corpus / "media" / f"clip{number}.mp4") for number in range(3)], "size": [1] * 3},
+            **{"duration_seconds": [1.0] * 3, "width": [8] * 3, "height": [8] * 3},
+        }
+    )
+    pq.write_table(clips, tmp_path / "told.parquet")
+    config = dataclasses.replace(
+        make_config(corpus, tmp_path / "store"),
+        input=str(tmp_path / "told.parquet"),
+        limits=MediaLimits(max_pixels=64),
+    )
+    first = run_preprocess(config, run=run_in_process)
+    assert first.errors_by_stage == {"decode_video": {"too_many_pixels": 3}}
+    assert any("retry_errors=[too_many_pixels]" in line for line in first.lines())
+    raised = dataclasses.replace(config, limits=MediaLimits())
+    assert run_preprocess(raised, run=no_runner).segments_error == 3
+    for kinds in (("decoder_timeout",), ("too_many_pixels",), "all"):
+        again = dataclasses.replace(raised, retry_errors=kinds)
+        expected = 3 if kinds == ("too_many_pixels",) else 0
+        assert estimate(again).segments_missing == expected
+        report = run_preprocess(again, run=run_in_process if expected else no_runner)
+        assert report.segments_encoded == expected
+    assert (report.segments_done, report.segments_error, report.errors) == (3, 0, 0)
+    assert report.audit == {"planned": 3, "ok": 3, "partial": 0, "error": 0, "missing": 0, "duplicate": 0}
+    assert not any("retry_errors" in line for line in report.lines())
+    assert len(FeatureStore.open(config.output).media_ids) == 3
+    assert pq.read_table(tmp_path / "store" / "rejects.parquet").num_rows == 0
+    assert verify_store(config.output).problems == []
+    with pytest.raises(ValueError, match=r"retry_errors: there is no to_many; name some of not_found, .*or say all"):
+        dataclasses.replace(config, retry_errors=("to_many",))
+
+
 def test_the_job_stops_when_every_medium_fails_for_one_reason_and_keeps_what_is_done(
     corpus: Path, tmp_path: Path
 ) -> None:
@@ -388,13 +423,6 @@ def test_split_steps_hand_over_frames_errors_and_rows_unchanged(corpus: Path, fi
     report = run_preprocess(config, run=run_split)
     assert (report.segments_done, report.segments_error, report.errors) == (14, 1, len(BAD))
     assert contents(config.output) == contents(str(finished))
-
-
-def test_progress_says_what_is_done_what_is_left_and_why_rows_are_rejected(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    progress = Progress(num_segments=4, num_frames=256, every_seconds=0.0)
-    progress.add(made_outcome(0.0, 10.0, 128, error_types=["frames_missing"]))
-    assert "2/4 segments (50%), 12.8 frames/s, rejected: 1 frames_missing, 10 s left" in caplog.text
 
 
 def test_the_steady_rate_leaves_the_ends_out() -> None:

@@ -70,9 +70,10 @@ def test_committed_segments_are_not_missing_unless_their_error_was_the_worlds(tm
     write_manifest(tmp_path / "m.parquet", 40, longest_seconds=60.0)
     store = str(tmp_path / "store")
 
-    def planned() -> list[str]:
+    def planned(*retry_errors: str) -> list[str]:
         tables = plan_here(read_pages(str(tmp_path / "m.parquet")), SPEC)
-        return [segment.media_id for segment in write_plan(store, tables, finished_segments(store)).missing]
+        finished = finished_segments(store, retry_errors)
+        return [segment.media_id for segment in write_plan(store, tables, finished).missing]
 
     plan = write_plan(store, plan_here(read_pages(str(tmp_path / "m.parquet")), SPEC), HashTable())
     everything = list(plan.segments)
@@ -86,7 +87,8 @@ def test_committed_segments_are_not_missing_unless_their_error_was_the_worlds(tm
         for segment, (status, kind) in zip(everything, outcomes, strict=False)
     ]
     write_file(store, "one", rows, recipe_digest="r")
-    assert planned() == [segment.media_id for segment in everything[3:]]
+    assert planned() == planned("frames_missing") == [segment.media_id for segment in everything[3:]]
+    assert planned("corrupt_file") == [segment.media_id for segment in everything[2:]]
     write_file(store, "two", [{**rows[3], "status": "ok", "error_type": None}], recipe_digest="r")
     assert planned() == [segment.media_id for segment in everything[4:]]
 

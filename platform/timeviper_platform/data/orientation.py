@@ -1,0 +1,49 @@
+"""A frame's display matrix to upright pixels, as phones write it into what they film.
+
+Knows quarter turns and mirrors alone: any other angle counts as the nearest of them. Does not know files or decoders.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Orientation(NamedTuple):
+    """How stored pixels become those to look at: exchange rows and columns, then reverse either."""
+
+    swaps_axes: bool = False
+    reverses_rows: bool = False
+    reverses_columns: bool = False
+
+    @property
+    def counterclockwise_degrees(self) -> int | None:
+        """0, 90, 180 or 270; None for a mirror image, which no rotation gives."""
+        if (self.reverses_rows != self.reverses_columns) != self.swaps_axes:
+            return None
+        return (90 if self.reverses_rows else 270) if self.swaps_axes else (180 if self.reverses_rows else 0)
+
+
+UPRIGHT = Orientation()
+
+
+def orientation_of(frame: Any) -> Orientation:
+    """What the display matrix of a decoded frame says; upright where it has none.
+
+    The matrix (FFmpeg's libavutil/display.h, as in ISO/IEC 14496-12) moves the pixel at column p, row q to column
+    a p + c q, row b p + d q, then into view; its first rows are (a, b, u) and (c, d, v).
+    """
+    matrix = next((bytes(data) for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), b"")
+    if len(matrix) != 9 * 4:
+        return UPRIGHT
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        return Orientation(True, b < 0, c < 0)
+    return Orientation(False, d < 0, a < 0)
+
+
+def turn_upright(pixels: np.ndarray, orientation: Orientation) -> np.ndarray:
+    """(H, W, 3) pixels as they are to be looked at; a view of the same memory."""
+    turned = pixels.swapaxes(0, 1) if orientation.swaps_axes else pixels
+    return turned[:: -1 if orientation.reverses_rows else 1, :: -1 if orientation.reverses_columns else 1]
