@@ -130,6 +130,9 @@ class FixedStore:
         num_new: int64 scalar on the device: tokens that each slot has more than the cache's lengths say.
         """
         part = slice(slots[0], slots[-1] + 1)
+        with torch.inference_mode():
+            for slot in slots:
+                cache.values[slot, :, cache.lengths[slot] :] = 0  # read with weight 0, and 0 times NaN is NaN
         self._keys_BGLE, self._values_BGLE = cache.keys[part], cache.values[part]
         self._lengths_B = torch.tensor([cache.lengths[slot] for slot in slots], device=cache.keys.device)
         self._rows_B = torch.arange(len(slots), device=cache.keys.device)

@@ -56,6 +56,17 @@ def test_the_steps_are_those_of_decode_step(config: TimeViperConfig) -> None:
     torch.testing.assert_close(after[0], after[1])
 
 
+def test_room_that_was_never_written_is_not_read() -> None:
+    model = make_model()
+    expected, _ = decoded_by_steps(model, 3)
+    cache, ids = filled_cache(model)
+    for attention in cache.attention.values():
+        for slot, length in enumerate(attention.lengths):
+            attention.values[slot, :, length:] = torch.nan
+    decoding = DecodeGraph(model, cache, [1, 2, 3], ids, max_steps=3)
+    assert [decoding.step().tolist() for _ in range(3)] == expected
+
+
 def test_no_step_past_the_room_that_was_made() -> None:
     model = make_model()
     cache, ids = filled_cache(model)

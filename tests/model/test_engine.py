@@ -315,6 +315,20 @@ def test_a_request_whose_text_fails_leaves_the_others_alone(model: TimeViper, mo
     assert engine.stats().active_slots == 0
 
 
+def test_what_is_no_number_stays_with_its_request(model: TimeViper) -> None:
+    engine = engine_of(model, num_slots=2, prefix_cache_bytes=2**30)
+    nan = torch.full((300, DIM), torch.nan, dtype=torch.float64)
+    bad = engine.submit(ask(num_vision=300, vision_features=nan, prefix_key="film"))
+    assert isinstance(run(engine)[bad][-1], Failed)
+    requests = [ask(num_vision=num_vision, max_new_tokens=4) for num_vision in (8, 40)]
+    requests.append(ask(num_vision=300, prefix_key="film", max_new_tokens=4))
+    ids = [engine.submit(request) for request in requests]
+    events = run(engine)
+    expected, _, _ = answers(model, requests)
+    assert [ids_of(events[i]) for i in ids] == [ids_of(answer) for answer in expected]
+    assert engine.stats().prefix_misses == 2  # what the first had read is not kept
+
+
 def test_a_failure_of_what_all_share_surfaces(model: TimeViper, monkeypatch: pytest.MonkeyPatch) -> None:
     def out_of_memory(*args: object) -> torch.Tensor:
         raise torch.OutOfMemoryError("decode_step")
