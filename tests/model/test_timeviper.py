@@ -9,8 +9,8 @@ import timeviper_model.timeviper as timeviper
 from reference.slow_timeviper import slow_logits
 from reference.small_models import SMALL, first_tokens, make_features, make_model, make_sample, pack
 from timeviper_model.analysis.dropping import with_plan
-from timeviper_model.batch import IGNORE_INDEX, PackedBatch, pack_samples
-from timeviper_model.config import PRESETS, TransVSite
+from timeviper_model.batch import IGNORE_INDEX, PADDING_SEGMENT, PackedBatch, pack_samples
+from timeviper_model.config import PRESETS, TimeViperConfig, TransVSite
 from timeviper_model.timeviper import TimeViper
 
 LAYOUTS = [
@@ -145,6 +145,23 @@ def test_every_parameter_takes_part_whatever_the_pack_holds(layouts: list[str], 
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert bool(torch.isfinite(parameter.grad).all()), name
+
+
+NOTHING_LEFT = replace(SMALL, transv=(TransVSite(layer=1, select="uniform", keep=0.0),))
+
+
+@pytest.mark.parametrize("config", [SMALL, NOTHING_LEFT, replace(NOTHING_LEFT, transv=())])
+@pytest.mark.parametrize("layouts", [["vvvv"], ["vvvv", "v"], []])
+def test_a_pack_of_which_no_token_is_left_is_read_without_gradients(
+    config: TimeViperConfig, layouts: list[str]
+) -> None:
+    model = make_model(config)
+    batch = pack([make_sample(layout) for layout in layouts or ["ss"]], pad_to=7)
+    batch = batch if layouts else replace(batch, segment_ids=torch.full((7,), PADDING_SEGMENT, dtype=torch.int32))
+    with torch.no_grad():
+        output = model(batch)
+    assert (float(output.loss_sum), int(output.num_targets)) == (0.0, 0)
+    assert [len(part) for part in model.target_log_probs(batch)] == [0, 0]
 
 
 def test_frozen_modules_stay_out_of_the_graph_and_the_projector_still_learns() -> None:
