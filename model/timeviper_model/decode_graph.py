@@ -60,7 +60,10 @@ class DecodeGraph:
             else view.layer(layer)  # a view of the cache, as the slots are neighbours
             for layer in range(model.config.text.num_hidden_layers)
         ]
-        self._graph = self._capture() if device.type == "cuda" else None
+        self._graph = None
+        if device.type == "cuda":
+            with torch.cuda.device(device):  # streams are the current device's, whichever the model is on
+                self._graph = self._capture()
 
     @torch.inference_mode()
     def step(self) -> Tensor:
