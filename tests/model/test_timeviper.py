@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import timeviper_model.timeviper as timeviper
 from reference.slow_timeviper import slow_logits
@@ -125,6 +127,33 @@ def test_packed_samples_equal_separate_ones_in_loss_and_every_gradient(dtype: to
     for name, grad in grads.items():
         total = torch.stack([part[name] for _, part in separate]).sum(0)
         torch.testing.assert_close(grad, total, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+DRAWN_LAYOUTS = st.lists(st.text("virri", min_size=1, max_size=14).map("s".__add__), min_size=1, max_size=4)
+
+
+@settings(max_examples=15, deadline=None)
+@given(layouts=DRAWN_LAYOUTS, config=st.sampled_from([SMALL, SMALL_QWEN]), padding=st.integers(0, 3))
+def test_any_pack_equals_its_samples_in_loss_and_every_gradient(
+    layouts: list[str], config: TimeViperConfig, padding: int
+) -> None:
+    model = make_model(config)
+    samples = [make_sample(layout, seed=n) for n, layout in enumerate(layouts)]
+    loss, grads = gradients(model, pack(samples, pad_to=sum(map(len, layouts)) + padding))
+    separate = [gradients(model, pack([sample])) for sample in samples]
+    assert loss == pytest.approx(sum(part for part, _ in separate))
+    for name, grad in grads.items():
+        total = torch.stack([part[name] for _, part in separate]).sum(0)
+        torch.testing.assert_close(grad, total, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@settings(max_examples=15, deadline=None)
+@given(layouts=DRAWN_LAYOUTS, config=st.sampled_from([SMALL, SMALL_QWEN]))
+def test_a_plan_that_keeps_all_of_any_pack_changes_nothing(layouts: list[str], config: TimeViperConfig) -> None:
+    everything = tuple(replace(site, keep=1.0) for site in config.transv)
+    model = make_model(replace(config, transv=everything), dtype=torch.float32)
+    batch = pack([make_sample(layout, seed=n) for n, layout in enumerate(layouts)], dtype=torch.float32)
+    assert torch.equal(model(batch).loss_sum, model(batch, use_transv=False).loss_sum)
 
 
 def test_neighbours_and_their_order_change_nothing() -> None:
