@@ -24,6 +24,16 @@ IGNORE_INDEX = -100
 
 PADDING_SEGMENT = -1
 
+DTYPES = {
+    "input_ids": torch.int64,
+    "vision_index": torch.int64,
+    "segment_ids": torch.int32,  # the CUDA kernels take nothing else
+    "position_ids": torch.int64,
+    "labels": torch.int64,
+    "token_kind": torch.int8,
+}
+"""of a pack's tensors"""
+
 
 class TokenKind(IntEnum):
     """What a token is to TransV; only INSTRUCTION tokens receive what dropped vision tokens know."""
@@ -65,8 +75,11 @@ class Sample:
 class PackedBatch:
     """A flat batch of whole samples; checks itself when built.
 
+    Values are looked at where the batch is made, on the host; on a device that would make the host wait for it.
+
     Raises:
-        ValueError: when shapes or dtypes do not fit, a segment is not contiguous, or a vision row is out of range.
+        ValueError: when shapes or dtypes do not fit, a segment is not contiguous or not numbered in order, padding
+            is not at the end, positions do not count from 0, or a vision row is out of range.
     """
 
     input_ids: Tensor
@@ -91,16 +104,37 @@ class PackedBatch:
         for name in ("vision_index", "segment_ids", "position_ids", "labels", "token_kind"):
             if getattr(self, name).shape != shape:
                 raise ValueError(f"{name} has shape {tuple(getattr(self, name).shape)}, input_ids {tuple(shape)}")
-        if self.segment_ids.dtype != torch.int32:
+        for name, dtype in DTYPES.items():
+            if getattr(self, name).dtype != dtype:
+                raise ValueError(f"{name} must be {dtype}, not {getattr(self, name).dtype}; convert it first")
+        features = self.vision_features
+        if features.ndim != 2 or not features.is_floating_point():
+            raise ValueError(f"vision_features must be floating (V, dim), not {features.dtype} {tuple(features.shape)}")
+        if shape[0] and self.input_ids.device.type == "cpu":
+            self._check_segments()
+            self._check_vision()
+
+    def _check_segments(self) -> None:
+        ids = self.segment_ids[: int((self.segment_ids != PADDING_SEGMENT).sum())]
+        steps = ids.diff(prepend=ids[:1])
+        is_wrong = (steps != 0) & (steps != 1)
+        is_wrong[:1] = ids[:1] != 0
+        if bool(is_wrong.any()):
+            place = int(is_wrong.nonzero()[0])
             raise ValueError(
-                f"segment_ids must be int32 (the CUDA kernels take nothing else), not {self.segment_ids.dtype}"
+                f"segment_ids[{place}] = {int(ids[place])}: segments must be contiguous and count 0, 1, 2, ..., with"
+                f" padding ({PADDING_SEGMENT}) at the end alone; pack samples with pack_samples()"
             )
-        if self.vision_features.ndim != 2:
-            raise ValueError(f"vision_features must be (V, dim), not {tuple(self.vision_features.shape)}")
-        if shape[0] and int(self.vision_index.max()) >= self.vision_features.shape[0]:
+        expected = torch.arange(len(ids)) - torch.searchsorted(ids, ids)
+        if not torch.equal(self.position_ids[: len(ids)], expected):
+            raise ValueError("position_ids must count from 0 in every segment; pack samples with pack_samples()")
+
+    def _check_vision(self) -> None:
+        low, high = (int(value) for value in self.vision_index.aminmax())
+        if low < -1 or high >= self.vision_features.shape[0]:
             raise ValueError(
-                f"vision_index reaches {int(self.vision_index.max())}"
-                f" but there are {self.vision_features.shape[0]} rows"
+                f"vision_index reaches from {low} to {high}, but there are {self.vision_features.shape[0]} rows and"
+                " -1 for text"
             )
         if bool(((self.token_kind == TokenKind.VISION) != (self.vision_index >= 0)).any()):
             raise ValueError("token_kind must be VISION exactly where vision_index is not -1")

@@ -39,9 +39,15 @@ class AttentionCache:
 
     def reset(self, slot: int) -> None:
         """Forgets the slot; when no slot holds anything, memory past KEPT_BYTES goes back."""
-        self.lengths[slot] = 0
+        self.clear(slot)
         if self.num_bytes > KEPT_BYTES and not any(self.lengths):
             self.keys, self.values = self.keys[:, :, :0].clone(), self.values[:, :, :0].clone()
+
+    @torch.inference_mode()  # the engine's tensors are of that mode, and it cancels between two steps
+    def clear(self, slot: int) -> None:
+        """Forgets the slot; its room stays. What was no number there would be read by the next (see `_grow`)."""
+        self.values[slot, :, : self.lengths[slot]] = 0
+        self.lengths[slot] = 0
 
     def put(self, slot: int, k_GLE: Tensor, v_GLE: Tensor) -> None:
         """Appends L tokens' keys and values (Hkv, L, E) to the slot."""
@@ -76,10 +82,15 @@ class SavedSlot:
     """keys and values (Hkv, L, E)"""
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        states = [tensor for state in self.mamba.values() for tensor in (state.window_BKD, state.ssm_BHPN)]
+        return states + [tensor for pair in self.attention.values() for tensor in pair]
+
+    @property
     def num_bytes(self) -> int:
         """Bytes held."""
-        states = sum(state.window_BKD.nbytes + state.ssm_BHPN.nbytes for state in self.mamba.values())
-        return states + sum(keys.nbytes + values.nbytes for keys, values in self.attention.values())
+        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 class HybridCache:
@@ -144,7 +155,7 @@ class HybridCache:
                 state.window_BKD[slot].zero_()
                 state.ssm_BHPN[slot].zero_()
         for attention in self.attention.values():
-            attention.lengths[slot] = 0
+            attention.clear(slot)
         for layer, state in saved.mamba.items():
             self.mamba[layer].window_BKD[slot] = state.window_BKD[0]
             self.mamba[layer].ssm_BHPN[slot] = state.ssm_BHPN[0]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 BlockType = Literal["mamba", "attention", "mlp"]
@@ -328,5 +328,8 @@ PRESETS: dict[str, TimeViperConfig] = {
     "9b": TimeViperConfig(text=NEMOTRON_NANO_9B_V2, transv=PAPER_PLAN),
     "tiny-qwen": TINY_QWEN,
     "qwen2.5-7b": TimeViperConfig(text=QWEN2_5_7B, chat_template="chatml"),
+    "tiny-pdrop": replace(TINY, transv=pyramid_drop(TINY.text)),
+    "9b-pdrop": TimeViperConfig(text=NEMOTRON_NANO_9B_V2, transv=pyramid_drop(NEMOTRON_NANO_9B_V2)),
 }
-"""`tiny` trains in minutes on two cores; `9b` has the paper's numbers; the others are its pure Transformer backbone."""
+"""`tiny` trains in minutes on two cores; `9b` has the paper's numbers; those with `qwen` are its pure Transformer
+backbone, those with `pdrop` drop tokens as PyramidDrop does, in place of TransV."""

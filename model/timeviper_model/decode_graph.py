@@ -60,7 +60,10 @@ class DecodeGraph:
             else view.layer(layer)  # a view of the cache, as the slots are neighbours
             for layer in range(model.config.text.num_hidden_layers)
         ]
-        self._graph = self._capture() if device.type == "cuda" else None
+        self._graph = None
+        if device.type == "cuda":
+            with torch.cuda.device(device):  # streams are the current device's, whichever the model is on
+                self._graph = self._capture()
 
     @torch.inference_mode()
     def step(self) -> Tensor:
@@ -130,6 +133,9 @@ class FixedStore:
         num_new: int64 scalar on the device: tokens that each slot has more than the cache's lengths say.
         """
         part = slice(slots[0], slots[-1] + 1)
+        with torch.inference_mode():
+            for slot in slots:
+                cache.values[slot, :, cache.lengths[slot] :] = 0  # read with weight 0, and 0 times NaN is NaN
         self._keys_BGLE, self._values_BGLE = cache.keys[part], cache.values[part]
         self._lengths_B = torch.tensor([cache.lengths[slot] for slot in slots], device=cache.keys.device)
         self._rows_B = torch.arange(len(slots), device=cache.keys.device)

@@ -15,19 +15,20 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from timeviper_model.admission import check_request
 from timeviper_model.detokenize import TextStream
 from timeviper_model.linear import pack_linears
 from timeviper_model.pieces import plan_sites
 from timeviper_model.prefill import DEFAULT_CHUNK_TOKENS, Prefill, prefix_length
 from timeviper_model.prefix_cache import PrefixCache, PrefixLease, prefix_entry_bytes
 from timeviper_model.prompt import TEMPLATES, end_token_id
+from timeviper_model.request_states import Queued, Reading, Running
 from timeviper_model.requests import (
     EngineStats,
     Event,
@@ -77,45 +78,6 @@ class EngineConfig:
             raise ValueError(f"{self.prefix_cache_bytes = } must be at least 0 (0 = keep nothing)")
 
 
-class _Queued(NamedTuple):
-    """A request without a slot."""
-
-    id: RequestId
-    request: Request
-    kinds: Tensor
-    """(T,) int8 on the CPU"""
-    prefix_length: int
-    prefix_key: Hashable | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Reading:
-    """A request in a slot whose prompt is being read."""
-
-    id: RequestId
-    request: Request
-    slot: int
-    prefill: Prefill
-    lease: PrefixLease | None
-
-    @property
-    def cached_tokens(self) -> int:
-        """Prompt tokens that did not have to be read."""
-        return 0 if self.lease is None or self.lease.entry is None else self.lease.entry.num_tokens
-
-
-@dataclass(slots=True, eq=False)
-class _Running:
-    """A request in a slot whose answer is being written."""
-
-    id: RequestId
-    request: Request
-    cached_tokens: int
-    generator: torch.Generator
-    text: TextStream | None
-    tokens: list[int] = field(default_factory=list)
-
-
 class InferenceEngine:
     """Continuous batching over the slots of one cache. Not thread-safe: one thread calls every method."""
 
@@ -144,9 +106,9 @@ class InferenceEngine:
             ids = tokenizer(template.assistant[1], add_special_tokens=False)["input_ids"]
             self._closing = str(tokenizer.decode(ids, skip_special_tokens=True))
         self._ids = itertools.count()
-        self._queue: deque[_Queued] = deque()
-        self._reading: deque[_Reading] = deque()
-        self._running: dict[int, _Running] = {}
+        self._queue: deque[Queued] = deque()
+        self._reading: deque[Reading] = deque()
+        self._running: dict[int, Running] = {}
         self._prefixes = PrefixCache(self.config.prefix_cache_bytes)
         self._undelivered: dict[RequestId, list[Event]] = {}
         self._num_prompt_tokens = 0
@@ -159,7 +121,7 @@ class InferenceEngine:
             QueueFull: when every slot is taken and `max_queued_requests` wait.
             ValueError: when the request can never be served here.
         """
-        self._check(request)
+        prompt = check_request(request, self.config, self._model.config, has_tokenizer=self._tokenizer is not None)
         taken = len(self._reading) + len(self._running)
         free = self.config.num_slots - taken
         if len(self._queue) >= free + self.config.max_queued_requests:
@@ -168,9 +130,8 @@ class InferenceEngine:
                 f" (limits {self.config.num_slots} and {self.config.max_queued_requests}); try again later"
             )
         request_id = RequestId(next(self._ids))
-        kinds = torch.from_numpy(np.array(request.prompt.token_kind, dtype=np.int8))  # 5 times as fast as from a list
-        length = 0 if request.prefix_key is None else prefix_length(kinds)
-        self._queue.append(_Queued(request_id, request, kinds, length, self._prefix_key(request, length)))
+        length = 0 if request.prefix_key is None else prefix_length(prompt.token_kind)
+        self._queue.append(Queued(request_id, request, prompt, length, self._prefix_key(request, length)))
         return request_id
 
     def step(self) -> list[Event]:
@@ -245,22 +206,6 @@ class InferenceEngine:
             prefix_bytes=self._prefixes.num_bytes,
         )
 
-    def _check(self, request: Request) -> None:
-        prompt_tokens = len(request.prompt)
-        if prompt_tokens > self.config.max_prompt_tokens:
-            raise ValueError(
-                f"the prompt has {prompt_tokens} tokens ({request.prompt.num_vision_tokens} of them vision), the limit"
-                f" is {self.config.max_prompt_tokens}; ask with fewer frames or a shorter text"
-            )
-        if request.max_new_tokens > self.config.max_new_tokens:
-            raise ValueError(f"{request.max_new_tokens = } is past the limit of {self.config.max_new_tokens}")
-        if self._tokenizer is None and any(isinstance(stop, str) for stop in request.stop):
-            raise ValueError("stop strings need an engine with a tokenizer; pass token ids")
-        if isinstance(request.vision_features, Tensor):
-            expected = (request.prompt.num_vision_tokens, self.feature_size)
-            if tuple(request.vision_features.shape) != expected:
-                raise ValueError(f"vision features are {tuple(request.vision_features.shape)}, must be {expected}")
-
     def _is_known(self, request_id: RequestId) -> bool:
         return any(
             request_id == known
@@ -287,23 +232,24 @@ class InferenceEngine:
             lease = None if queued.prefix_key is None else self._prefixes.lease(queued.prefix_key)
             try:
                 prefill = self._prefill(queued, free[0], lease)
-            except RuntimeError as error:  # no memory for so long a prompt
+            except Exception as error:  # noqa: BLE001 - no memory for so long a prompt: this request's trouble
+                events.append(_failed(queued.id, error))
                 if lease is not None:
                     lease.release()
-                events.append(Failed(request_id=queued.id, error=f"{type(error).__name__}: {error}"))
+                self._cache.reset(free[0])
                 continue
-            reading = _Reading(id=queued.id, request=queued.request, slot=free.pop(0), prefill=prefill, lease=lease)
+            reading = Reading(id=queued.id, request=queued.request, slot=free.pop(0), prefill=prefill, lease=lease)
             self._reading.append(reading)
             if not free:
                 break
         return events
 
-    def _prefill(self, queued: _Queued, slot: int, lease: PrefixLease | None) -> Prefill:
+    def _prefill(self, queued: Queued, slot: int, lease: PrefixLease | None) -> Prefill:
         features = queued.request.vision_features
         return Prefill(
             self._model,
-            torch.from_numpy(np.array(queued.request.prompt.input_ids, dtype=np.int64)).to(self._device),
-            queued.kinds.to(self._device),
+            queued.prompt.input_ids.to(self._device),
+            queued.prompt.token_kind.to(self._device),
             (lambda: [features]) if isinstance(features, Tensor) else features,
             self._cache,
             slot,
@@ -334,42 +280,43 @@ class InferenceEngine:
         events: list[Event] = []
         left = self.config.max_prefill_tokens
         for _ in range(len(self._reading)):
-            reading = self._reading.popleft()
+            reading = self._reading[0]
             before = reading.prefill.num_read
             try:
                 logits_V = reading.prefill.advance(left)
-            except (RuntimeError, ValueError, OSError) as error:  # its features, its length: this request's trouble
-                self._end_reading(reading)
-                self._cache.reset(reading.slot)
-                events.append(Failed(request_id=reading.id, error=f"{type(error).__name__}: {error}"))
+                if logits_V is not None:
+                    events += self._start_answer(reading, logits_V)
+            except Exception as error:  # noqa: BLE001 - its features, its length: this request's trouble
+                events.append(_failed(reading.id, error))
+                self._drop(reading.id)
                 continue
             num_read = reading.prefill.num_read - before
             left -= num_read
             if logits_V is not None:
-                events += self._start_answer(reading, logits_V)
-            elif num_read or reading.prefill.is_waiting:
-                self._reading.append(reading)
-            else:
-                self._reading.appendleft(reading)
+                continue
+            if not num_read and not reading.prefill.is_waiting:
                 break
+            self._reading.rotate(-1)
         return events
 
-    def _start_answer(self, reading: _Reading, logits_V: Tensor) -> list[Event]:
+    def _start_answer(self, reading: Reading, logits_V: Tensor) -> list[Event]:
         request = reading.request
+        stop_texts = [stop for stop in request.stop if isinstance(stop, str)]
+        text = TextStream(self._tokenizer, stop=stop_texts, closing=self._closing) if self._tokenizer else None
+        self._reading.remove(reading)
         self._end_reading(reading)
         self._num_prompt_tokens += len(request.prompt) - reading.cached_tokens
-        stop_texts = [stop for stop in request.stop if isinstance(stop, str)]
-        self._running[reading.slot] = _Running(
+        self._running[reading.slot] = Running(
             id=reading.id,
             request=request,
             cached_tokens=reading.cached_tokens,
             generator=torch.Generator().manual_seed(request.seed),
-            text=TextStream(self._tokenizer, stop=stop_texts, closing=self._closing) if self._tokenizer else None,
+            text=text,
         )
         return self._choose(logits_V[None], [reading.slot])
 
     @staticmethod
-    def _end_reading(reading: _Reading) -> None:
+    def _end_reading(reading: Reading) -> None:
         if reading.lease is not None:
             reading.lease.release()
 
@@ -389,14 +336,18 @@ class InferenceEngine:
         )
         events: list[Event] = []
         for slot, running, token, is_finite in zip(slots, rows, sampled, finite, strict=True):
-            if is_finite:
-                events += self._accept(slot, running, token)
-            else:
+            if not is_finite:
                 self._release(slot)
                 events.append(Failed(request_id=running.id, error="the model's logits are not finite"))
+                continue
+            try:
+                events += self._accept(slot, running, token)
+            except Exception as error:  # noqa: BLE001 - its text: the other rows go on
+                events.append(_failed(running.id, error))
+                self._drop(running.id)
         return events
 
-    def _accept(self, slot: int, running: _Running, token: SampledToken) -> list[Event]:
+    def _accept(self, slot: int, running: Running, token: SampledToken) -> list[Event]:
         running.tokens.append(token.id)
         self._num_completion_tokens += 1
         ended = token.id in self.end_token_ids
@@ -415,7 +366,7 @@ class InferenceEngine:
         reason: FinishReason = "stop" if stopped else "length"
         return [event, Finished(request_id=running.id, reason=reason, text=rest, usage=usage)]
 
-    def _release(self, slot: int) -> _Running:
+    def _release(self, slot: int) -> Running:
         """Takes the slot's request out and gives its memory back."""
         self._cache.reset(slot)
         return self._running.pop(slot)
@@ -431,3 +382,14 @@ class InferenceEngine:
             vision_tokens_kept=kept,
             cached_tokens=cached_tokens,
         )
+
+
+def _failed(request_id: RequestId, error: Exception) -> Failed:
+    """The end of a request whose own work raised `error`.
+
+    Raises:
+        torch.AcceleratorError: when it is one: the device answers nobody any more.
+    """
+    if isinstance(error, torch.AcceleratorError):
+        raise error
+    return Failed(request_id=request_id, error=f"{type(error).__name__}: {error}")

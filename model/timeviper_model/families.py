@@ -29,6 +29,9 @@ LAYER_LETTERS = {
 }
 """transformers writes `layers_block_type` where NVIDIA writes `hybrid_override_pattern`"""
 
+ACTIVATIONS = {"mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "hidden_act": "silu"}
+"""what the blocks of either family compute, by the keys that name it in `config.json`"""
+
 QWEN2_NAMES = (
     ("backbone.embeddings.", "model.embed_tokens."),
     ("backbone.layers.", "model.layers."),
@@ -45,9 +48,9 @@ def text_config_to_dict(config: TextConfig) -> dict[str, Any]:
             value if math.isfinite(value) else {"__float__": "Infinity"} for value in config.time_step_limit
         ]  # as transformers writes it: JSON has no infinity
         text |= {"model_type": "nemotron_h", "num_hidden_layers": config.num_hidden_layers}
-        text |= {"mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "architectures": ["NemotronHForCausalLM"]}
-        return text
-    text |= {"model_type": "qwen2", "hidden_act": "silu", "architectures": ["Qwen2ForCausalLM"]}
+        text |= {name: ACTIVATIONS[name] for name in ("mlp_hidden_act", "mamba_hidden_act")}
+        return text | {"architectures": ["NemotronHForCausalLM"]}
+    text |= {"model_type": "qwen2", "hidden_act": ACTIVATIONS["hidden_act"], "architectures": ["Qwen2ForCausalLM"]}
     return text
 
 
@@ -59,7 +62,8 @@ def text_config_from_dict(raw: Mapping[str, Any], *, where: str) -> TextConfig:
     """
     model_type = raw.get("model_type")
     if model_type == "nemotron_h":
-        return _known_fields(HybridConfig, {**raw, **_nemotron_pattern(raw), **_nemotron_time_step_limit(raw)}, where)
+        own = {**_nemotron_pattern(raw), **_nemotron_time_step_limit(raw), **_nemotron_head_dim(raw)}
+        return _known_fields(HybridConfig, {**raw, **own}, where)
     if model_type == "qwen2":
         return _known_fields(Qwen2Config, {**raw, **_qwen2_rope(raw, where), **_qwen2_window(raw)}, where)
     raise ValueError(f"{where}: the language model's model_type is {model_type!r}; supported are nemotron_h and qwen2")
@@ -98,6 +102,14 @@ def _known_fields(kind: type[HybridConfig] | type[Qwen2Config], raw: Mapping[str
     if isinstance(values.get("eos_token_id"), list):
         values["eos_token_id"] = values["eos_token_id"][0]
     config: TextConfig = validated(TypeAdapter(kind), values, where)
+    fixed = {**ACTIVATIONS, "num_hidden_layers": config.num_hidden_layers}
+    fixed |= dict.fromkeys(("head_dim", "attention_head_dim"), config.head_dim)
+    for name, own in fixed.items():
+        if raw.get(name) not in (None, own):
+            raise ValueError(
+                f"{where}: {name} = {raw[name]!r} is not supported beside the other fields; this model computes"
+                f" {name} = {own!r}"
+            )
     return config
 
 
@@ -106,6 +118,11 @@ def _nemotron_pattern(raw: Mapping[str, Any]) -> dict[str, str]:
     if layers is None or raw.get("hybrid_override_pattern"):
         return {}
     return {"hybrid_override_pattern": "".join(LAYER_LETTERS.get(layer, "?") for layer in layers)}
+
+
+def _nemotron_head_dim(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """`attention_head_dim` in NVIDIA's first configurations."""
+    return {} if raw.get("head_dim") is not None else {"head_dim": raw.get("attention_head_dim")}
 
 
 def _nemotron_time_step_limit(raw: Mapping[str, Any]) -> dict[str, list[Any]]:

@@ -16,7 +16,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from timeviper_model.causal_conv import causal_conv_silu
 from timeviper_model.segments import Segments
+from timeviper_model.ssd import ssd_scan
 
 MAX_OFFSET = 2**31 - 1
 """elements: the largest offset of a signed 32-bit integer"""
@@ -74,6 +76,18 @@ def kernel_scan(
     seq_idx_T: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`ssd_scan` by mamba-ssm; y is fp32 as there, but rounded to the dtype of `x_THP` on the way."""
+    if not len(x_THP):  # no token is left, and a kernel cannot be launched for none
+        return ssd_scan(
+            x_THP,
+            dt_TH,
+            A_H,
+            B_TGN,
+            C_TGN,
+            D_H=D_H,
+            chunk_size=chunk_size,
+            initial_state_HPN=initial_state_HPN,
+            seq_idx_T=seq_idx_T,
+        )
     return scan_in_pieces(
         _kernel_scan_piece,
         x_THP,
@@ -121,7 +135,7 @@ def scan_in_pieces(
             seq_idx_T=None if seq_idx_T is None else seq_idx_T[part],
         )
         outputs.append(y)
-    assert state is not None  # a pack has tokens
+    assert state is not None  # at least one token: see kernel_scan
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)), state
 
 
@@ -184,6 +198,8 @@ def kernel_conv_silu(
     x_TD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, *, positions_T: Tensor, initial_KD: Tensor | None = None
 ) -> Tensor:
     """`causal_conv_silu` by causal-conv1d."""
+    if not len(x_TD):  # no token is left, and a kernel cannot be launched for none
+        return causal_conv_silu(x_TD, weight_DK, bias_D, positions_T=positions_T)
     if initial_KD is not None and initial_KD.shape[0]:
         joined = torch.cat([initial_KD.to(x_TD.dtype), x_TD])
         positions = torch.arange(len(joined), device=x_TD.device)
@@ -201,7 +217,7 @@ def conv_in_pieces(
     """
     ahead = weight_DK.shape[1] - 1
     outputs = []
-    for start in range(0, max(1, len(x_TD)), max_tokens - ahead):
+    for start in range(0, len(x_TD), max_tokens - ahead):
         first = max(0, start - ahead)
         part = slice(first, start + max_tokens - ahead)
         piece = convolve(x_TD[part], weight_DK, bias_D, positions_T=positions_T[part])

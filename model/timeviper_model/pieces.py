@@ -107,6 +107,11 @@ class TransferSources:
         self.count = stop
 
     @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Keys and values."""
+        return self.keys, self.values
+
+    @property
     def num_bytes(self) -> int:
         """Bytes held."""
         return self.keys.nbytes + self.values.nbytes
@@ -164,10 +169,15 @@ class WaitingTokens:
         return self.count == len(self)
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        own = [self.hidden_TD, self.token_kind_T, self.position_T, self.score_keys]
+        return own + ([] if self.sources is None else list(self.sources.tensors))
+
+    @property
     def num_bytes(self) -> int:
         """Bytes held."""
-        own = self.hidden_TD.nbytes + self.token_kind_T.nbytes + self.position_T.nbytes + self.score_keys.nbytes
-        return own + (0 if self.sources is None else self.sources.num_bytes)
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     def add(self, piece: Piece, block: DecoderBlock, layer: TransVLayer | None) -> None:
         """The next tokens."""

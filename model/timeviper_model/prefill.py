@@ -50,6 +50,13 @@ class PrefixEntry:
         sources = sum(part.num_bytes for part in self.sources.values())
         return self.slot.num_bytes + sources + (0 if self.waiting is None else self.waiting.num_bytes)
 
+    @property
+    def is_finite(self) -> bool:
+        """False when some feature or state has overflowed or was no number, which every question would read."""
+        tensors = [*self.slot.tensors, *(part for source in self.sources.values() for part in source.tensors)]
+        tensors += [] if self.waiting is None else self.waiting.tensors
+        return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
 
 def prefix_length(token_kind: Tensor) -> int:
     """How many first tokens no question can change: system and then all vision; 0 where text stands in between.

@@ -121,10 +121,10 @@ class PrefixLease:
         self._is_pinned = entry is not None
 
     def publish(self, entry: PrefixEntry) -> None:
-        """Stores what a miss has computed, where there is room; those who wait for it may go on."""
+        """Stores what a miss has computed, where it is sound and has room; those who wait for it may go on."""
         self._cache._computing.discard(self._key)
         self._is_computing = False
-        self._is_pinned = self._cache._put(self._key, entry)
+        self._is_pinned = entry.is_finite and self._cache._put(self._key, entry)
 
     def release(self) -> None:
         """Ends the hold; the task of computing, if it is not done, is another's. Safe to call again."""

@@ -37,12 +37,19 @@ class ChatTemplate:
     user: tuple[str, str]
     assistant: tuple[str, str]
     """what opens the answer (instruction) and what ends it (response, its last token is the end token)"""
+    after_system_text: str = ""
+    """where there is such a text"""
+    after_answer: str = ""
+    """where another turn follows"""
+    default_system: str = ""
+    """the system's text where the conversation begins without a system turn"""
 
 
 NEMOTRON = ChatTemplate(
     system=("<SPECIAL_10>System\n", "<SPECIAL_12>\n"),
     user=("<SPECIAL_11>User\n", "\n<SPECIAL_12>"),
     assistant=("<SPECIAL_11>Assistant\n", "\n<SPECIAL_12>"),
+    after_system_text="\n",
 )
 """NVIDIA Nemotron-Nano-v2 as TimeViper's public code fills it."""
 
@@ -50,8 +57,10 @@ CHATML = ChatTemplate(
     system=("<|im_start|>system\n", "<|im_end|>\n"),
     user=("<|im_start|>user\n", "<|im_end|>\n"),
     assistant=("<|im_start|>assistant\n", "<|im_end|>"),
+    after_answer="\n",
+    default_system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
 )
-"""Qwen2.5."""
+"""Qwen2.5, as its tokenizer's own chat template writes it."""
 
 TEMPLATES: dict[str, ChatTemplate] = {"nemotron": NEMOTRON, "chatml": CHATML}
 
@@ -110,21 +119,21 @@ def build_sample(
         ValueError: for turns out of order, or markers and media that differ in number.
     """
     turns = list(conversation)
-    system = turns.pop(0).text if turns and turns[0].role == "system" else ""
+    system = turns.pop(0).text if turns and turns[0].role == "system" else template.default_system
     _check_turns(turns, add_generation_prompt)
     texts = _place_markers([turn.text if turn.role == "user" else None for turn in turns], len(media_num_tokens))
     writer = _Writer(tokenizer)
     writer.template(template.system[0])
-    writer.text(f"{system}\n" if system else "")
+    writer.text(f"{system}{template.after_system_text}" if system else "")
     writer.template(template.system[1])
     media = iter(media_num_tokens)
-    for turn, text in zip(turns, texts, strict=True):
+    for number, (turn, text) in enumerate(zip(turns, texts, strict=True)):
         if text is None:
             writer.template(template.assistant[0])
             writer.text(turn.text, response=True)
             writer.template(template.assistant[1], response=True)
             continue
-        writer.template(template.user[0])
+        writer.template((template.after_answer if number else "") + template.user[0])
         first, *others = text.split(MEDIA_MARKER)
         writer.text(first)
         for piece in others:

@@ -44,6 +44,8 @@ class Request:
             raise ValueError("a prompt needs at least one token")
         if self.max_new_tokens < 1:
             raise ValueError(f"{self.max_new_tokens = } must be at least 1")
+        if not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"{self.seed = } must fit torch's generator, from -2**63 to 2**64 - 1")
         if "" in self.stop:
             raise ValueError("an empty stop string would end every answer before its first token")
 

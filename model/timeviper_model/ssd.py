@@ -60,7 +60,7 @@ def ssd_scan(
     (_, num_heads, head_dim), state_size = x.shape, B.shape[-1]
     state = x.new_zeros(num_heads, head_dim, state_size) if initial_state_HPN is None else initial_state_HPN.to(dtype)
     chunk = chunk_length(chunk_size, state_size, x.device)
-    if len(x) <= chunk and seq_idx_T is None and not torch.is_grad_enabled():
+    if 0 < len(x) <= chunk and seq_idx_T is None and not torch.is_grad_enabled():
         return _scan_one_chunk(x, dt, A, B, C, D, state)
     y, last = _Scan.apply(x, dt, A, B, C, D, state, chunk, seq_idx_T)  # type: ignore[no-untyped-call]
     return y, last

@@ -36,7 +36,9 @@ class Preprocessing:
     resample: Resample
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    """of pixels between 0 and 1"""
+    """of rescaled pixels"""
+    white: float = 255.0
+    """the byte that rescaling makes 1"""
 
     @classmethod
     def from_processor(cls, values: Mapping[str, Any], *, image_size: int, where: str) -> Preprocessing:
@@ -46,8 +48,18 @@ class Preprocessing:
             image_size: where it names no size.
 
         Raises:
-            ValueError: when mean or std is missing, or the size or the resampling is one that is not supported.
+            ValueError: when mean or std is missing, or the size, the resampling or a step is one that is not supported.
         """
+        if not values.get("do_resize", True):
+            raise ValueError(
+                f"{where}: do_resize = {values['do_resize']} in {PREPROCESSOR_FILE} is not supported: frames of any"
+                " size become the tower's square"
+            )
+        factor = values.get("rescale_factor", 1.0 / 255.0) if values.get("do_rescale", True) else 1.0
+        if not factor > 0.0:
+            raise ValueError(f"{where}: rescale_factor = {factor} in {PREPROCESSOR_FILE} must be above 0")
+        if not values.get("do_normalize", True):
+            values = {**values, "image_mean": (0.0,) * 3, "image_std": (1.0,) * 3}
         missing = [name for name in ("image_mean", "image_std") if name not in values]
         if missing:
             raise ValueError(f"{where}: {PREPROCESSOR_FILE} lacks {' and '.join(missing)}")
@@ -61,6 +73,7 @@ class Preprocessing:
             resample=RESAMPLES[number],
             mean=tuple(values["image_mean"]),
             std=tuple(values["image_std"]),
+            white=1.0 / factor,
         )
 
 
@@ -70,9 +83,6 @@ class VisionEncoder(nn.Module):
     Build it with `from_pretrained`. The default `layer=-2` is `hidden_states[-2]` of the whole tower: the output of
     the second-to-last block, without the final norm (TimeViper, arXiv 2511.16595, and LLaVA before it).
     """
-
-    _mean: Tensor
-    _std: Tensor
 
     def __init__(self, tower: Any, *, layer: int, preprocessing: Preprocessing, weights_hash: str) -> None:
         """Takes over `tower` (a transformers vision model) and removes the blocks that are not needed."""
@@ -95,8 +105,8 @@ class VisionEncoder(nn.Module):
         self.num_patches = (self.image_size // int(config.patch_size)) ** 2
         self.weights_hash = weights_hash
         self._tower = tower
-        self.register_buffer("_mean", torch.tensor(preprocessing.mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("_std", torch.tensor(preprocessing.std).view(1, 3, 1, 1), persistent=False)
+        self._mean_std = torch.tensor([preprocessing.mean, preprocessing.std]).view(2, 1, 3, 1, 1)
+        """no buffer: a tower in bf16 would round it too"""
         self.requires_grad_(False)
         self.eval()
 
@@ -151,7 +161,9 @@ class VisionEncoder(nn.Module):
         if tuple(pixels.shape[2:]) != size:
             pixels = F.interpolate(pixels, size, mode=self.preprocessing.resample, antialias=True)
             pixels = pixels.round().clamp(0, 255)  # Pillow's result is bytes
-        return ((pixels / 255.0 - self._mean) / self._std).to(next(self.parameters()).dtype)
+        self._mean_std = self._mean_std.to(pixels.device)
+        mean, std = self._mean_std
+        return ((pixels / self.preprocessing.white - mean) / std).to(next(self.parameters()).dtype)
 
     @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> Tensor:

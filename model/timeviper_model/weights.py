@@ -14,7 +14,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -116,12 +116,18 @@ def load_backbone(model: TimeViper, folder: str | Path) -> None:
     configuration says. Projector values stay.
 
     Raises:
-        ValueError: when the folder's tensors (by name) or what its config.json says of them do not fit the model's.
+        ValueError: when the folder's tensors (by name) or what its config.json says of them do not fit the model's,
+            which then is as it was.
     """
     source = _local_folder(folder)
     if (source / "config.json").is_file():
         _check_computed_alike(model.config.text, load_text_config(source), where=str(source / "config.json"))
     expected = {name: tensor for name, tensor in named_tensors(model).items() if _is_backbone(name)}
+    problems = _Problems(expected)
+    for name, shape in _iter_shapes(source):
+        if not name.startswith(IGNORED_BACKBONE_PREFIXES):
+            problems.accept(own_name(name, model.config.text), shape)
+    problems.check(str(folder))
     renamed = (
         (own_name(name, model.config.text), tensor)
         for name, tensor in iter_tensors(source)
@@ -215,6 +221,14 @@ def iter_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, file.get_tensor(name)
 
 
+def _iter_shapes(folder: Path) -> Iterator[tuple[str, list[int]]]:
+    """Every tensor's name and shape, from the headers alone."""
+    for shard in _shards(folder):
+        with safe_open(shard, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
+                yield name, file.get_slice(name).get_shape()
+
+
 def _shards(folder: Path) -> list[Path]:
     index = folder / INDEX_NAME
     if index.is_file():
@@ -277,7 +291,7 @@ def _assign(
     expected = named_tensors(model)
     problems = _Problems(expected)
     for name, tensor in tensors:
-        if problems.accept(name, tensor):
+        if problems.accept(name, tensor.shape):
             # a copy even where nothing changes: the file's tensors lie unaligned, where sums may differ in the last bit
             model.load_state_dict({name: tensor.to(device, dtype, copy=True)}, strict=False, assign=True)
     problems.check(where)
@@ -293,7 +307,7 @@ def copy_tensors(expected: Mapping[str, Tensor], tensors: Iterable[tuple[str, Te
     """
     problems = _Problems(expected)
     for name, tensor in tensors:
-        if problems.accept(name, tensor):
+        if problems.accept(name, tensor.shape):
             expected[name].copy_(tensor)
     problems.check(where)
 
@@ -307,13 +321,13 @@ class _Problems:
         self._unexpected: list[str] = []
         self._misshaped: list[str] = []
 
-    def accept(self, name: str, tensor: Tensor) -> bool:
+    def accept(self, name: str, shape: Sequence[int]) -> bool:
         if name not in self._shapes:
             self._unexpected.append(name)
             return False
         self._missing.pop(name, None)
-        if tuple(tensor.shape) != self._shapes[name]:
-            self._misshaped.append(f"{name} is {tuple(tensor.shape)}, should be {self._shapes[name]}")
+        if tuple(shape) != self._shapes[name]:
+            self._misshaped.append(f"{name} is {tuple(shape)}, should be {self._shapes[name]}")
             return False
         return True
 

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 
+from reference.simulated_cuda import simulated_cuda
 from timeviper_model.batch import IGNORE_INDEX, PADDING_SEGMENT, PackedBatch, Sample, TokenKind, pack_samples
 
 
@@ -45,10 +47,41 @@ def test_a_batch_that_cannot_be_right_is_refused() -> None:
         replace(batch, labels=batch.labels[:-1])
     with pytest.raises(ValueError, match="int32"):
         replace(batch, segment_ids=batch.segment_ids.long())
-    with pytest.raises(ValueError, match="vision_index reaches 5"):
+    with pytest.raises(ValueError, match="vision_index reaches from -1 to 5, but there are 5 rows"):
         replace(batch, vision_features=batch.vision_features[:5])
+    with pytest.raises(ValueError, match="vision_index reaches from -5"):
+        replace(batch, vision_index=batch.vision_index.where(batch.vision_index >= 0, -5))
+    with pytest.raises(ValueError, match=r"input_ids must be torch.int64, not torch.float32"):
+        replace(batch, input_ids=batch.input_ids.float())
+    with pytest.raises(ValueError, match="vision_features must be floating"):
+        replace(batch, vision_features=batch.vision_features.long())
+    with pytest.raises(ValueError, match="position_ids must count from 0"):
+        replace(batch, position_ids=torch.arange(15))
     with pytest.raises(ValueError, match="exactly where"):
         replace(batch, token_kind=torch.zeros_like(batch.token_kind))
+
+
+@pytest.mark.parametrize(
+    ("ids", "wrong"),
+    [
+        ([0, 0, 1, 1, 0, 0], "segment_ids[4] = 0"),
+        ([0, 0, -1, 1, 1, 1], "segment_ids[2] = -1"),
+        ([0, 0, 2, 2, 2, 2], "segment_ids[2] = 2"),
+        ([1, 1, 1, 2, 2, 2], "segment_ids[0] = 1"),
+        ([0, 0, 0, 0, -2, -1], "segment_ids[4] = -2"),
+    ],
+)
+def test_segments_that_are_not_whole_and_in_order_are_refused(ids: list[int], wrong: str) -> None:
+    batch = pack_samples([_sample(6, 0)], [torch.zeros(0, 8)])
+    with pytest.raises(ValueError, match=re.escape(wrong)):
+        replace(batch, segment_ids=torch.tensor(ids, dtype=torch.int32))
+
+
+def test_a_move_to_a_device_waits_for_nothing() -> None:
+    with simulated_cuda() as device:
+        moved = _packed().to("cuda", torch.bfloat16)
+        assert not device.syncs
+        assert moved.to("cpu").segment_ids.tolist() == _packed().segment_ids.tolist()
 
 
 def test_features_and_samples_must_agree() -> None:

@@ -90,6 +90,28 @@ def test_reset_clears_the_states_of_that_slot_alone() -> None:
         assert state.window_BKD[1].any()
 
 
+@pytest.mark.parametrize("loads", [False, True])
+def test_what_was_no_number_in_a_slot_is_not_read_by_the_next(loads: bool) -> None:
+    model = make_model()
+    cache, clean = (model.new_cache(2, device="cpu", dtype=torch.float64) for _ in range(2))
+    long, short = pack([make_sample("i" * 6)]), pack([make_sample("iii")])
+    model.prefill(long, cache, 0)
+    for attention in cache.attention.values():
+        attention.values[0, :, :6] = torch.nan
+    for each in (cache, clean):
+        model.prefill(short, each, 1)
+    if loads:
+        cache.load(0, cache.save(1, SMALL.text.num_hidden_layers))
+        cache.num_tokens[0] = 3
+    else:
+        model.prefill(short, cache, 0)
+    model.prefill(short, clean, 0)
+    for each in (cache, clean):
+        model.prefill(long, each, 1)
+    steps = [model.decode_step(torch.tensor([5, 5]), each, torch.tensor([0, 1])) for each in (cache, clean)]
+    torch.testing.assert_close(steps[0], steps[1])
+
+
 def through_blocks(model: TimeViper, hidden_TD: Tensor, cache: HybridCache | None) -> Tensor:
     segments = Segments(torch.zeros(len(hidden_TD), dtype=torch.long), 1)
     for layer in range(model.config.text.num_hidden_layers):

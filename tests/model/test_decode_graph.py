@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 
@@ -56,6 +60,17 @@ def test_the_steps_are_those_of_decode_step(config: TimeViperConfig) -> None:
     torch.testing.assert_close(after[0], after[1])
 
 
+def test_room_that_was_never_written_is_not_read() -> None:
+    model = make_model()
+    expected, _ = decoded_by_steps(model, 3)
+    cache, ids = filled_cache(model)
+    for attention in cache.attention.values():
+        for slot, length in enumerate(attention.lengths):
+            attention.values[slot, :, length:] = torch.nan
+    decoding = DecodeGraph(model, cache, [1, 2, 3], ids, max_steps=3)
+    assert [decoding.step().tolist() for _ in range(3)] == expected
+
+
 def test_no_step_past_the_room_that_was_made() -> None:
     model = make_model()
     cache, ids = filled_cache(model)
@@ -84,6 +99,30 @@ def test_a_graph_is_captured_without_the_host_and_gives_the_same_steps(config: T
         steps = [decoding.step().clone() for _ in range(6)]
         assert not device.syncs
         assert [ids.tolist() for ids in steps] == expected
+
+
+def test_a_graph_is_captured_on_the_models_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[torch.device] = []
+
+    @contextlib.contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    with simulated_cuda() as simulated:
+        capture = simulated.capture
+
+        def captured(graph: Any) -> Any:
+            assert current == [torch.device("cuda", 0)]
+            return capture(graph)
+
+        monkeypatch.setattr(torch.cuda, "device", on)
+        monkeypatch.setattr(torch.cuda, "graph", captured)
+        model = make_model().cuda()
+        cache, ids = filled_cache(model, "cuda")
+        DecodeGraph(model, cache, [1, 2, 3], ids, max_steps=1)
+    assert not current
 
 
 @pytest.mark.gpu

@@ -11,7 +11,10 @@ import torch
 
 from reference.tiny_serving import CONFIG_WITH_TRANSV, byte_tokenizer, generate_alone, prompt, random_model
 from timeviper_model import cache as cache_module
+from timeviper_model import engine as engine_module
+from timeviper_model.batch import Sample
 from timeviper_model.config import TransVSite
+from timeviper_model.detokenize import TextStream
 from timeviper_model.engine import EngineConfig, InferenceEngine, QueueFull
 from timeviper_model.prefill import prefix_length
 from timeviper_model.prefix_cache import prefix_entry_bytes
@@ -36,7 +39,19 @@ def vision(num_tokens: int) -> torch.Tensor:
 
 def ask(question: str = "What?", num_vision: int = 8, **values: Any) -> Request:
     values.setdefault("vision_features", vision(num_vision))
-    return Request(prompt=prompt(TOKENIZER, question, num_vision), **values)
+    values.setdefault("prompt", prompt(TOKENIZER, question, num_vision))
+    return Request(**values)
+
+
+def first_id(token_id: int) -> Sample:
+    sample = prompt(TOKENIZER, "What?", 8)
+    return replace(sample, input_ids=[token_id, *sample.input_ids[1:]])
+
+
+def vision_rows(*rows: int) -> Sample:
+    sample = prompt(TOKENIZER, "What?", 8)
+    following = iter(rows)
+    return replace(sample, vision_index=[row if row < 0 else next(following) for row in sample.vision_index])
 
 
 def engine_of(model: TimeViper, **config: int) -> InferenceEngine:
@@ -263,6 +278,75 @@ def test_a_request_whose_features_fail_leaves_the_others_alone(model: TimeViper)
     assert isinstance(events[short][-1], Failed)
 
 
+@pytest.mark.parametrize("error", [KeyError("film"), TypeError("no such shard"), MemoryError("no room")])
+def test_whatever_a_request_raises_is_its_own_and_its_prefix_is_the_next_ones(
+    model: TimeViper, error: Exception
+) -> None:
+    def broken() -> Iterable[torch.Tensor]:
+        yield vision(24)[:10]
+        raise error
+
+    engine = engine_of(model, num_slots=2, prefix_cache_bytes=2**30, max_prefill_tokens=16)
+    good = engine.submit(ask("a", max_new_tokens=9))
+    bad = engine.submit(ask(num_vision=24, vision_features=broken, prefix_key="film"))
+    again = engine.submit(ask(num_vision=24, prefix_key="film", max_new_tokens=3))
+    events = run(engine)
+    assert events[bad] == [Failed(request_id=bad, error=f"{type(error).__name__}: {error}")]
+    assert len(ids_of(events[good])) == 9
+    alone = engine_of(model)
+    assert ids_of(events[again]) == ids_of(alone.stream(alone.submit(ask(num_vision=24, max_new_tokens=3))))
+    assert (engine.stats().active_slots, engine.stats().prefix_misses) == (0, 2)
+
+
+def test_a_request_whose_text_fails_leaves_the_others_alone(model: TimeViper, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(TextStream):
+        def push(self, token_id: int) -> str:
+            raise KeyError(token_id)
+
+    engine = engine_of(model, num_slots=2)
+    good = engine.submit(ask(max_new_tokens=3))
+    early = engine.step()
+    monkeypatch.setattr(engine_module, "TextStream", Broken)
+    bad = engine.submit(ask())
+    events = run(engine)
+    events[good] = [*early, *events[good]]
+    assert len(ids_of(events[good])) == 3
+    assert isinstance(events[bad][-1], Failed)
+    assert engine.stats().active_slots == 0
+
+
+def test_what_is_no_number_stays_with_its_request(model: TimeViper) -> None:
+    engine = engine_of(model, num_slots=2, prefix_cache_bytes=2**30)
+    nan = torch.full((300, DIM), torch.nan, dtype=torch.float64)
+    bad = engine.submit(ask(num_vision=300, vision_features=nan, prefix_key="film"))
+    assert isinstance(run(engine)[bad][-1], Failed)
+    requests = [ask(num_vision=num_vision, max_new_tokens=4) for num_vision in (8, 40)]
+    requests.append(ask(num_vision=300, prefix_key="film", max_new_tokens=4))
+    ids = [engine.submit(request) for request in requests]
+    events = run(engine)
+    expected, _, _ = answers(model, requests)
+    assert [ids_of(events[i]) for i in ids] == [ids_of(answer) for answer in expected]
+    assert engine.stats().prefix_misses == 2  # what the first had read is not kept
+
+
+def test_a_failure_of_what_all_share_surfaces(model: TimeViper, monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(*args: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("decode_step")
+
+    def lost_device() -> Iterable[torch.Tensor]:
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    engine = engine_of(model)
+    engine.submit(ask(vision_features=lost_device))
+    with pytest.raises(torch.AcceleratorError, match="illegal memory"):
+        engine.step()
+    engine = engine_of(model)
+    engine.submit(ask())
+    monkeypatch.setattr(TimeViper, "decode_step", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError, match="decode_step"):
+        engine.step()
+
+
 def test_running_answers_wait_for_one_bounded_piece_of_another_prompt(model: TimeViper) -> None:
     engine = engine_of(model, num_slots=2, max_prefill_tokens=16)
     short, long = engine.submit(ask("a", 0, max_new_tokens=8)), engine.submit(ask(num_vision=600, max_new_tokens=2))
@@ -396,6 +480,11 @@ def test_logits_that_are_not_finite_fail_their_request() -> None:
         ({"max_prompt_tokens": 5}, {}, "the limit is 5"),
         ({"max_new_tokens": 5}, {"max_new_tokens": 6}, "limit of 5"),
         ({}, {"vision_features": torch.zeros(8, DIM + 1)}, "vision features"),
+        ({}, {"prompt": first_id(300)}, "token id 300 is outside the vocabulary of 300"),
+        ({}, {"prompt": first_id(-1)}, "token id -1"),
+        ({}, {"prompt": vision_rows(7, 6, 5, 4, 3, 2, 1, 0)}, "vision token 0 reads row 7"),
+        ({}, {"prompt": vision_rows(8, 1, 2, 3, 4, 5, 6, 7), "vision_features": list}, "vision token 0 reads row 8"),
+        ({}, {"prompt": vision_rows(*[-1] * 8), "vision_features": list}, "token_kind must be VISION"),
     ],
 )
 def test_a_request_that_can_never_be_served_is_refused(
@@ -413,7 +502,7 @@ def test_without_a_tokenizer_answers_are_ids_and_stop_texts_refused(model: TimeV
         engine.submit(ask(stop=("x",)))
 
 
-@pytest.mark.parametrize("values", [{"max_new_tokens": 0}, {"stop": ("",)}])
+@pytest.mark.parametrize("values", [{"max_new_tokens": 0}, {"stop": ("",)}, {"seed": 2**70}, {"seed": -(2**63) - 1}])
 def test_a_malformed_request_is_refused_when_made(values: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"must be at least 1|empty stop"):
+    with pytest.raises(ValueError, match=r"must be at least 1|empty stop|torch's generator"):
         ask(**values)

@@ -173,6 +173,19 @@ def test_where_no_token_is_left_attention_still_reaches_every_operand(stand_ins:
     assert len(torch.autograd.grad(mixed.sum(), (q, k, v))) == 3
 
 
+@pytest.mark.parametrize("with_state", [False, True])
+def test_where_no_token_is_left_scan_and_convolution_launch_no_kernel(stand_ins: None, with_state: bool) -> None:
+    x, dt, A, B, C, D, initial = scan_input(0, dtype=torch.bfloat16)
+    state = initial if with_state else None
+    y, last = kernel_scan(x, dt, A, B, C, D_H=D, chunk_size=16, initial_state_HPN=state)
+    assert (y.shape, y.dtype) == (x.shape, torch.float32)
+    assert torch.equal(last, initial if with_state else torch.zeros_like(initial))
+    assert len(torch.autograd.grad(y.sum() + last.sum(), (x, dt, A, B, C, D))) == 6
+    rows, weight, window = torch.zeros(0, 64), torch.zeros(64, 4), torch.zeros(3, 64) if with_state else None
+    convolved = kernel_conv_silu(rows, weight, None, positions_T=torch.zeros(0, dtype=torch.long), initial_KD=window)
+    assert convolved.shape == rows.shape
+
+
 def test_a_single_row_is_moved_to_where_its_kernel_wants_it(stand_ins: None) -> None:
     generator = torch.Generator().manual_seed(0)
     wide, weight = (torch.randn(shape, generator=generator) for shape in ((1, 68), (64, 4)))

@@ -34,6 +34,24 @@ def test_nemotron_prompt_reads_as_documented(tokenizer: Any) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("turns", "system"),
+    [
+        ([], "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
+        ([Turn(role="system", text="Be brief.")], "Be brief."),
+    ],
+)
+def test_qwen_prompt_is_its_tokenizers_chat_template(tokenizer: Any, turns: list[Turn], system: str) -> None:
+    conversation = [*turns, *QUESTION, Turn(role="user", text="Sure?")]
+    sample = build_sample(tokenizer, conversation, template=CHATML, add_generation_prompt=True)
+    assert tokenizer.decode(sample.input_ids) == (
+        f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\nWhat?<|im_end|>\n"
+        "<|im_start|>assistant\nA cat<|im_end|>\n<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    targets = [label for label in sample.labels if label != IGNORE_INDEX]
+    assert tokenizer.decode(targets) == "A cat<|im_end|>"
+
+
 def test_kinds_follow_the_first_vision_token(tokenizer: Any) -> None:
     sample = build_sample(tokenizer, QUESTION, [2])
     kinds = sample.token_kind

@@ -91,6 +91,15 @@ def test_without_gradients_short_sequences_equal_the_sequential_recurrence(num_t
     assert y.shape == short_y.shape
 
 
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_of_no_tokens_the_state_is_left(with_gradients: bool) -> None:
+    inputs = make_inputs(0)
+    with torch.set_grad_enabled(with_gradients):
+        y, last = run(inputs, None)
+    assert y.shape == (0, H, P)
+    assert torch.equal(last, inputs["initial"])
+
+
 def test_a_sequence_in_parts_with_carried_state_equals_one_scan() -> None:
     x, dt, A, B, C, D, initial = make_inputs(40).values()
     whole, last = ssd_scan(x, dt, A, B, C, D_H=D, chunk_size=8, initial_state_HPN=initial)

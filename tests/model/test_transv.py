@@ -159,6 +159,8 @@ def test_other_sites_leave_the_tensors_and_start_as_copies_that_add_nothing() ->
 
 def test_pyramid_drop_halves_what_every_attention_block_meets() -> None:
     sites = pyramid_drop(PRESETS["9b"].text)
+    assert PRESETS["9b-pdrop"] == replace(PRESETS["9b"], transv=sites)
+    assert PRESETS["tiny-pdrop"] == replace(PRESETS["tiny"], transv=pyramid_drop(PRESETS["tiny"].text))
     assert [(site.layer, site.keep) for site in sites] == [(14, 0.5), (21, 0.25), (30, 0.125), (39, 0.0625)]
     assert {(site.select, site.transfer) for site in sites} == {("attention", "none")}
     stream = vision_stream(9, torch.ones(11, 24, dtype=torch.float64))

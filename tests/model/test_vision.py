@@ -85,6 +85,30 @@ def test_pixels_are_normalised_as_the_processor_says(tmp_path: Path) -> None:
     torch.testing.assert_close(pixels[0, :, 5, 7], torch.tensor([-1.0, -1.6, 3.5]))
 
 
+def test_a_tower_in_bf16_gets_the_pixels_of_fp32_rounded_once(tmp_path: Path) -> None:
+    _siglip(tmp_path)
+    statistics = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}  # DINOv2's
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(statistics))
+    frames = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    encoder = VisionEncoder.from_pretrained(str(tmp_path))
+    expected = encoder.preprocess(frames).bfloat16()
+    assert torch.equal(encoder.bfloat16().preprocess(frames), expected)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"rescale_factor": 1 / 127.5}, {"do_normalize": False}, {"do_rescale": False}, {"do_rescale": True}],
+)
+def test_steps_that_a_processor_leaves_out_or_changes_are_followed(tmp_path: Path, values: dict[str, Any]) -> None:
+    _siglip(tmp_path)
+    statistics = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.25, 0.2]}
+    processor = SiglipImageProcessorPil(size={"height": 32, "width": 32}, **statistics, **values)
+    processor.save_pretrained(tmp_path)
+    frames = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    expected = processor([Image.fromarray(frame.numpy()) for frame in frames], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(VisionEncoder.from_pretrained(str(tmp_path)).preprocess(frames), expected)
+
+
 def test_register_tokens_are_left_out_too(tmp_path: Path) -> None:
     config = Dinov2WithRegistersConfig(**SIZES, **IMAGE, mlp_ratio=2, num_register_tokens=4)
     tower = _save(Dinov2WithRegistersModel(config), tmp_path)
@@ -129,6 +153,8 @@ def test_processors_that_cannot_be_followed_are_refused(tmp_path: Path) -> None:
         ({"resample": 1}, "resample = 1 is not supported"),
         ({"size": {"height": 8, "width": 9}}, "is no square"),
         ({"size": {"longest_edge": 9}}, "is no square"),
+        ({"do_resize": False}, "do_resize = False"),
+        ({"rescale_factor": 0}, "rescale_factor = 0"),
     ):
         with pytest.raises(ValueError, match=message):
             Preprocessing.from_processor(values | changes, image_size=8, where="x")

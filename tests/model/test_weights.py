@@ -181,8 +181,10 @@ def test_backbone_is_read_in_either_layout_and_transv_becomes_its_copy(tmp_path:
 def test_backbone_of_other_sizes_is_refused_by_name(tmp_path: Path) -> None:
     write_backbone(tmp_path / "llm", "backbone.")
     other = make_model(replace(SMALL, text=replace(SMALL.text, intermediate_size=48)), dtype=torch.float32)
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
     with pytest.raises(ValueError, match=r"misshaped: backbone\.layers\.1\.mixer\.\w+_proj\.weight is"):
         load_backbone(other, tmp_path / "llm")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
 
 
 def test_transformers_reads_the_language_models_own_sizes(tmp_path: Path) -> None:

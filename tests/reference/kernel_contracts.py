@@ -30,6 +30,7 @@ def mamba_chunk_scan_combined(
     """(1, T, H, P) in the dtype of `x` and the last state; the initial state is that of segment 0 and of no other."""
     assert x.shape[:2] == dt.shape[:2] == B.shape[:2] == C.shape[:2]
     assert len(x) == 1
+    assert x.shape[1]
     assert return_final_states
     initial = None if initial_states is None else initial_states[0]
     if seq_idx is not None:
@@ -45,6 +46,7 @@ def causal_conv1d_fn(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, seq_idx: Tensor, activation: str
 ) -> Tensor:
     """(1, D, T), channels last in memory, rows and their first element at multiples of eight elements."""
+    assert x.shape[2]
     assert x.stride(1) == 1
     assert x.shape[2] * x.stride(2) <= kernels.MAX_OFFSET
     assert x.stride(2) % 8 == 0

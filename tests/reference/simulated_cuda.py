@@ -293,6 +293,7 @@ def simulated_cuda() -> Iterator[Device]:
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "set_device": lambda device: None,
+        "device": lambda device: contextlib.nullcontext(),
         "synchronize": lambda device=None: None,
         "empty_cache": lambda: None,
         "reset_peak_memory_stats": lambda device=None: None,

@@ -42,15 +42,20 @@ def kernel_rows(
     """Error and speed of each kernel that is there."""
     rows: list[Row] = []
     for pair in pairs(text, num_tokens, device):
+        name = f"{pair.name}, {num_tokens} tokens of the 9B's sizes"
         try:
             error = largest_error(pair)
         except ImportError as missing:
             logger.warning("no row for %s: %s; install the extra [cuda]", pair.name, missing)
             continue
+        except RuntimeError as failure:  # of one kernel: the others are measured nevertheless
+            logger.exception("%s failed", pair.name)
+            what = f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
+            rows.append(make_row("kernels", f"{name}: {what}", 0.0, "kernels that ran", ">= 1"))
+            continue
         with torch.no_grad():
             ours = measure(partial(pair.kernel, *pair.operands), device, repeats=repeats)
             control = measure(partial(pair.torch, *pair.operands), device, repeats=repeats)
-        name = f"{pair.name}, {num_tokens} tokens of the 9B's sizes"
         rows += [
             make_row("kernels", f"{name}: largest error of outputs and gradients", error, "of the norm", "<= 0.02"),
             make_row("kernels", f"{name}: times faster than PyTorch, forward", control.seconds / ours.seconds, "x"),

@@ -60,7 +60,7 @@ class EngineLoop:
             try:
                 for request in requests:
                     ids.append(self._engine.submit(request))
-            except (RuntimeError, ValueError):
+            except Exception:
                 for request_id in ids:
                     self._engine.cancel(request_id)
                 raise
@@ -105,7 +105,7 @@ class EngineLoop:
                 return
             try:
                 future.set_result(function())
-            except (RuntimeError, ValueError) as error:
+            except Exception as error:  # noqa: BLE001 - the caller's; the thread is everyone's
                 future.set_exception(error)
 
         self._commands.put(run)

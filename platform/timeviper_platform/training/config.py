@@ -31,7 +31,7 @@ class InitConfig:
 
     weights: str | None = None
     """folder that save_pretrained or jobs/export.py wrote; excludes backbone"""
-    preset: Literal["tiny", "9b", "tiny-qwen", "qwen2.5-7b"] | None = None
+    preset: Literal["tiny", "9b", "tiny-qwen", "qwen2.5-7b", "tiny-pdrop", "9b-pdrop"] | None = None
     """beside `weights`: the sizes that they must have, which a dry run knows before they are there"""
     seed: int = 0
     backbone: str | None = None

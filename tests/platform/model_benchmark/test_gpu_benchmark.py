@@ -77,6 +77,20 @@ def test_a_wrong_kernel_has_a_large_error() -> None:
         assert kernels.largest_error(wrong) == pytest.approx(0.5, rel=0.1)
 
 
+def test_a_kernel_that_fails_is_a_row_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object, **options: object) -> None:
+        raise RuntimeError("no kernel image is available\nfor execution")
+
+    for name in ("mamba_ssm.ops.triton.ssd_combined", "causal_conv1d", "torch.nn.attention.varlen"):
+        monkeypatch.setitem(sys.modules, name, kernel_contracts)
+    monkeypatch.setattr(kernel_contracts, "mamba_chunk_scan_combined", broken)
+    rows = kernels.kernel_rows(CPU, text=toy_text(), num_tokens=16, repeats=1)
+    check(rows, "kernels")
+    (failed,) = (row for row in rows if not row.holds and row.bar is not None)
+    assert failed.name.endswith("RuntimeError: no kernel image is available")
+    assert [row.name.split(" (")[0] for row in rows if row.bar is not None] == ["scan", "convolution", "attention"]
+
+
 def test_a_kernel_that_is_not_installed_has_no_row_and_the_log_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
