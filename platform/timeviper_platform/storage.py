@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import random
+import re
 import tempfile
 import threading
 import time
@@ -59,6 +60,18 @@ _retries = _Counter()
 _counted_clients: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
+def shown_uri(uri: str) -> str:
+    """What messages and rows call it: without a user and password, and without a web address's query, which may hold a
+    secret."""
+    scheme, mark, rest = uri.partition("://")
+    if not mark or "/" in scheme:  # a local path
+        return uri
+    if scheme.lower() in ("http", "https"):
+        rest = re.split("[?#]", rest, maxsplit=1)[0]
+    host, slash, path = rest.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+
+
 def num_retries() -> int:
     """Requests to storage that failed for a passing reason, in this process so far."""
     return _retries.value
@@ -72,8 +85,8 @@ def add_retries(number: int) -> None:
 
 def is_transient(error: BaseException | None) -> bool:
     """True for errors that pass: timeouts, resets, 5xx and 429 answers, or what was raised from one of them."""
-    if error is None:
-        return False
+    if error is None or isinstance(error, FileNotFoundError | PermissionError | StorageUnavailableError):
+        return False  # an answer for good, or what has been tried often enough
     if isinstance(error, TimeoutError | ConnectionError) or getattr(error, "errno", None) in _TRANSIENT_ERRNOS:
         return True
     from botocore import exceptions  # s3fs lets them through: they are no OSErrors
@@ -84,9 +97,14 @@ def is_transient(error: BaseException | None) -> bool:
 def retrying(action: Callable[[], T], what: str) -> T:
     """What `action` returns; it is tried again while it fails for a passing reason.
 
+    Args:
+        action: may be done more than once.
+        what: the URI that messages name.
+
     Raises:
         StorageUnavailableError: when the last attempt failed as well, from its error.
     """
+    what = shown_uri(what)
     for attempt in range(MAX_ATTEMPTS):
         try:
             return action()
@@ -187,7 +205,9 @@ def write_atomic(uri: str, write: Callable[[IO[bytes]], None]) -> None:
         else:
             _write_then_upload(filesystem, path, write, uri)
     except OSError as error:
-        raise RuntimeError(f"cannot write {uri}: {error}; is the folder writable and the disk not full?") from error
+        raise RuntimeError(
+            f"cannot write {shown_uri(uri)}: {error}; is the folder writable and the disk not full?"
+        ) from error
 
 
 def write_bytes(uri: str, data: bytes) -> None:

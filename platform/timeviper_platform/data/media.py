@@ -198,10 +198,10 @@ def is_local_file(uri: str) -> bool:
 
 
 def source_name(source: str | bytes) -> str:
-    """What errors call it: a URL without its query, which may hold a secret."""
+    """What errors call it: a URI without what may be a secret."""
     if isinstance(source, bytes):
         return f"{len(source)} bytes"
-    return source.partition("?")[0] if is_web(source) else source
+    return storage.shown_uri(source)
 
 
 def read_head(source: str | bytes, limits: MediaLimits | None = None) -> bytes:

@@ -350,7 +350,7 @@ def _planned(item: MediaItem, known: MediaItem | DecodeError, spec: PlanSpec) ->
     except DecodeError as error:
         return PlannedMedium(
             media_id=item.media_id,
-            uri=item.uri,
+            uri=source_name(item.uri),
             status="error",
             error_stage=error.stage,
             error_type=error.error_type,

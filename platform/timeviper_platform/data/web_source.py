@@ -16,10 +16,11 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from http.client import HTTPException
+from http.client import HTTPException, responses
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
+from timeviper_platform import storage
 from timeviper_platform.data.parts import READ_AHEAD_BYTES
 
 ATTEMPTS = 4
@@ -157,7 +158,9 @@ class WebFile(io.RawIOBase):
             body.write(piece)
             if body.tell() > self._max_bytes:
                 body.close()
-                raise TooManyBytesError(errno.EFBIG, f"more than {self._max_bytes} bytes and no ranges", self._url)
+                raise TooManyBytesError(
+                    errno.EFBIG, f"more than {self._max_bytes} bytes and no ranges", storage.shown_uri(self._url)
+                )
         expected = answer.headers.get("Content-Length")
         if expected is not None and body.tell() < int(expected):
             raise ConnectionError(errno.ECONNRESET, f"the answer ends after {body.tell()} of {expected} bytes")
@@ -187,12 +190,12 @@ def _is_passing(error: Exception) -> bool:
 
 def _raise_plain(error: Exception, url: str) -> NoReturn:
     """As the file systems would: without urllib's types, and without the URL's query, which may hold a secret."""
-    name = url.partition("?")[0]
+    name = storage.shown_uri(url)
     if isinstance(error, urllib.error.HTTPError):
-        kinds = {404: FileNotFoundError, 410: FileNotFoundError, 401: PermissionError, 403: PermissionError}
-        kind = kinds.get(error.code, OSError)
-        raise kind(errno.EIO, f"HTTP {error.code} {error.reason}", name) from error
+        number = {404: errno.ENOENT, 410: errno.ENOENT, 401: errno.EACCES, 403: errno.EACCES}.get(error.code, errno.EIO)
+        # the standard's words: a server's own, and urllib's of redirects, may repeat the URL
+        raise OSError(number, f"HTTP {error.code} {responses.get(error.code, '')}".rstrip(), name) from error
     cause = error.reason if isinstance(error, urllib.error.URLError) else error
     if isinstance(cause, socket.gaierror | TimeoutError | DomainNotAllowedError | TooManyBytesError):
-        raise cause from error
+        raise cause from None
     raise OSError(errno.EIO, str(cause), name) from error

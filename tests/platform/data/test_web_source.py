@@ -17,9 +17,9 @@ from reference.made_media import make_video, picture
 from timeviper_platform.data import web_source
 from timeviper_platform.data.decode import read_frames
 from timeviper_platform.data.manifest import MediaItem
-from timeviper_platform.data.media import ErrorType, MediaLimits, open_binary
+from timeviper_platform.data.media import DecodeError, ErrorType, MediaLimits, open_binary
 from timeviper_platform.data.probe import file_version
-from timeviper_platform.data.segment_frames import DecodeConfig
+from timeviper_platform.data.segment_frames import DecodeConfig, Decoded, FrameRequest, LocalFrames
 from timeviper_platform.data.segments import PlanSpec, plan_page
 
 LIMITS = MediaLimits(allowed_domains=("127.0.0.1",), max_download_bytes=1 << 20)
@@ -162,6 +162,34 @@ def test_dead_links_have_their_reasons(server: Server, status: int, kind: ErrorT
     assert server.asked["x.jpg"] == attempts
 
 
+def decoded(url: str) -> Decoded:
+    """What decoding says of a picture whose headers were read some time ago."""
+    config = DecodeConfig(isolation="none")
+    (found,) = LocalFrames(32, LIMITS, config).decode([FrameRequest(url, "image", [Fraction(0)])])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "attempts"),
+    [
+        (404, ErrorType.NOT_FOUND, 1),
+        (401, ErrorType.PERMISSION_DENIED, 1),
+        (400, ErrorType.READ_FAILED, 1),
+        (503, ErrorType.READ_FAILED, web_source.ATTEMPTS),
+    ],
+)
+def test_links_that_die_after_planning_have_the_same_reasons(
+    server: Server, status: int, kind: ErrorType, attempts: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    server.statuses["x.jpg"] = [status] * 99
+    error = decoded(server.url("x.jpg?token=secret")).found
+    assert isinstance(error, DecodeError)
+    assert (error.stage, error.error_type) == ("decode_image", kind)
+    assert server.asked["x.jpg"] == attempts
+    assert "secret" not in error.message + caplog.text
+
+
 def test_what_fails_for_a_moment_is_fetched(server: Server, clip: bytes) -> None:
     server.files["clip.mp4"] = clip
     server.statuses["clip.mp4"] = [503, 502]
@@ -182,6 +210,14 @@ def test_an_urls_query_is_in_no_message(server: Server) -> None:
     server.statuses["x.jpg"] = [403]
     items = [MediaItem(server.url("x.jpg?token=secret"), "x")]
     (table,) = plan_page(items, PlanSpec(fps=Fraction(1), recipe_hash="r", limits=LIMITS))
-    (message,) = table["error_message"].to_pylist()
-    assert "HTTP 403" in message
-    assert "secret" not in message
+    (row,) = table.to_pylist()
+    assert "HTTP 403 Forbidden" in row["error_message"]
+    assert "secret" not in str(row)
+
+
+def test_a_redirect_that_is_refused_is_not_repeated(server: Server) -> None:
+    server.redirects["away"] = "gopher://127.0.0.1/a?token=secret"
+    error = decoded(server.url("away")).found
+    assert isinstance(error, DecodeError)
+    assert "HTTP 302 Found" in error.message
+    assert "secret" not in error.message
