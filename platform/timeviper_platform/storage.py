@@ -61,8 +61,9 @@ _counted_clients: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def shown_uri(uri: str) -> str:
-    """What messages and rows call it: without a user and password, and without a web address's query, which may hold a
-    secret."""
+    """What messages and rows call it: without a user, password and web address's query, any of which may be a secret,
+    and with bytes that are no text escaped."""
+    uri = uri.encode("utf-8", "backslashreplace").decode("utf-8")
     scheme, mark, rest = uri.partition("://")
     if not mark or "/" in scheme:  # a local path
         return uri

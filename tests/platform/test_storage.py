@@ -53,6 +53,7 @@ def test_ensure_writable_leaves_no_trace(tmp_path: Path) -> None:
         ("sftp://me:secret@host/x@y?.mp4", "sftp://host/x@y?.mp4"),
         ("s3://bucket/a?b/x@y#1.mp4", "s3://bucket/a?b/x@y#1.mp4"),
         ("/videos/what? me@home.mp4", "/videos/what? me@home.mp4"),
+        ("/videos/caf\udce9.mp4", "/videos/caf\\udce9.mp4"),
     ],
 )
 def test_no_message_repeats_what_may_be_a_secret(uri: str, shown: str) -> None:

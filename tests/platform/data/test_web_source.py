@@ -22,6 +22,7 @@ from timeviper_platform.data.probe import file_version
 from timeviper_platform.data.segment_frames import DecodeConfig, Decoded, FrameRequest, LocalFrames
 from timeviper_platform.data.segments import PlanSpec, plan_page
 
+HERE = DecodeConfig(isolation="none")
 LIMITS = MediaLimits(allowed_domains=("127.0.0.1",), max_download_bytes=1 << 20)
 
 
@@ -141,8 +142,46 @@ def test_nothing_is_fetched_unless_its_domain_is_allowed(server: Server, clip: b
         with pytest.raises(web_source.DomainNotAllowedError):
             web_source.check_allowed(url, ["example.org"])
     web_source.check_allowed("https://images.example.org/a", ["example.org"])
-    with pytest.raises(ValueError, match="bare host names"):
-        MediaLimits(allowed_domains=("https://example.org",))
+    for wrong in ("https://example.org", "a..example.org", ""):
+        with pytest.raises(ValueError, match="bare host names"):
+            MediaLimits(allowed_domains=(wrong,))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("https://[foo/a.jpg", "https://a..127.0.0.1/a.jpg", f"https://{'a' * 64}.127.0.0.1/a.jpg", "https:///a.jpg"),
+        *("https://127.0.0.1:port/a.jpg", "https://me:secret@127.0.0.1/a.jpg", "https://127.0.0.1/\udcff.jpg"),
+    ],
+)
+def test_what_is_no_url_is_an_error_row(url: str) -> None:
+    (table,) = plan_page([MediaItem(url, "x")], PlanSpec(fps=Fraction(1), recipe_hash="r", limits=LIMITS, decode=HERE))
+    (row,) = table.to_pylist()
+    assert (row["error_stage"], row["error_type"]) == ("probe", ErrorType.BAD_URI)
+    assert "secret" not in str(row)
+
+
+def test_a_redirect_to_what_is_no_url_is_an_error_row(server: Server) -> None:
+    server.redirects["away"] = "https://[foo"
+    assert error_of(server.url("away")) == ErrorType.BAD_URI
+    assert server.asked["away"] == 1
+
+
+@pytest.mark.parametrize(
+    ("written", "asked"),
+    [
+        ("café/ü b.mp4", "caf%C3%A9/%C3%BC%20b.mp4"),
+        ("caf%C3%A9/%20.mp4?q=é&r=1#t=ü", "caf%C3%A9/%20.mp4?q=%C3%A9&r=1"),
+    ],
+)
+def test_other_letters_are_sent_as_browsers_do(written: str, asked: str) -> None:
+    assert web_source.ascii_url(f"https://Bücher.example/{written}") == f"https://xn--bcher-kva.example/{asked}"
+    web_source.check_allowed(f"https://a.bücher.example/{written}", ["Bücher.example"])
+
+
+def test_media_with_other_letters_in_their_names_are_fetched(server: Server, clip: bytes) -> None:
+    server.files["caf%C3%A9.mp4"] = clip
+    assert error_of(server.url("café.mp4")) == "None"
 
 
 @pytest.mark.parametrize(
