@@ -79,7 +79,7 @@ def num_retries() -> int:
 
 
 def add_retries(number: int) -> None:
-    """Counts requests that a child of this process made again."""
+    """Counts requests that a child of this process, or a client that is not of this module, made again."""
     for _ in range(number):
         _retries.add()
 

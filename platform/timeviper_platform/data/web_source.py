@@ -169,6 +169,7 @@ class WebFile(io.RawIOBase):
             except (OSError, HTTPException, ValueError) as error:  # ValueError: a redirect to what is no URL
                 if attempt + 1 == ATTEMPTS or not _is_passing(error):
                     _raise_plain(error, self._url)
+            storage.add_retries(1)
             time.sleep(BACKOFF_SECONDS * 2**attempt * (1 + random.random()))
         raise AssertionError("the last attempt returns or raises")
 

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from reference.made_media import make_video, picture
+from timeviper_platform import storage
 from timeviper_platform.data import web_source
 from timeviper_platform.data.decode import read_frames
 from timeviper_platform.data.manifest import MediaItem
@@ -232,7 +233,9 @@ def test_links_that_die_after_planning_have_the_same_reasons(
 def test_what_fails_for_a_moment_is_fetched(server: Server, clip: bytes) -> None:
     server.files["clip.mp4"] = clip
     server.statuses["clip.mp4"] = [503, 502]
+    before = storage.num_retries()
     assert error_of(server.url("clip.mp4")) == "None"
+    assert storage.num_retries() - before == 2
     assert server.statuses["clip.mp4"] == []
 
 
