@@ -129,6 +129,8 @@ class WebFile(io.RawIOBase):
         self._body: Any = None  # all of it, where the server knows no ranges
         self.size = 0
         self.etag: str | None = None
+        self.modified: str | None = None
+        """when, in the server's words"""
         self._first = self._fetch(0, FIRST_BYTES)
 
     def readable(self) -> bool:
@@ -179,6 +181,7 @@ class WebFile(io.RawIOBase):
         try:
             with self._opener.open(request, timeout=TIMEOUT_SECONDS) as answer:
                 self.etag = (answer.headers.get("ETag") or "").strip('"') or None
+                self.modified = answer.headers.get("Last-Modified")
                 if answer.status == 200:
                     return self._take_all(answer)[offset : offset + count]
                 total = _TOTAL.match(answer.headers.get("Content-Range") or "")

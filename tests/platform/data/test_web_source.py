@@ -34,6 +34,7 @@ class Server:
         self.files: dict[str, bytes] = {}
         self.statuses: dict[str, list[int]] = {}
         self.redirects: dict[str, str] = {}
+        self.version = {"ETag": '"v1"'}
         self.asked: Counter[str] = Counter()
         self.sent_bytes = 0
         outer = self
@@ -73,7 +74,7 @@ class Server:
             return
         piece = data[first : last + 1]
         span = f"bytes {first}-{first + len(piece) - 1}/{len(data)}"
-        self._send(request, 206, piece, **{"Content-Range": span, "ETag": '"v1"'})
+        self._send(request, 206, piece, **{"Content-Range": span, **self.version})
 
     def _send(self, request: BaseHTTPRequestHandler, status: int, data: bytes, **headers: str) -> None:
         request.send_response(status)
@@ -119,6 +120,16 @@ def test_media_behind_urls_are_those_of_files(server: Server, clip: bytes) -> No
         found = read_frames(server.url(name), 32, limits=LIMITS)
         assert np.array_equal(found.frames, read_frames(server.files[name], 32).frames), name
     assert file_version(server.url("clip.mp4"), LIMITS) == (len(clip), "v1", "v1")
+
+
+def test_content_that_changes_under_its_name_is_another_version(server: Server, clip: bytes) -> None:
+    server.files["clip.mp4"] = clip
+    dates = ["Wed, 21 Oct 2015 07:28:00 GMT", "Thu, 22 Oct 2015 07:28:00 GMT"]
+    found = []
+    for headers in ({}, *({"Last-Modified": date} for date in dates)):
+        server.version = headers
+        found.append(file_version(server.url("clip.mp4"), LIMITS).text)
+    assert found == [f"{len(clip)}-web", *(f"{len(clip)}-{date}" for date in dates)]
 
 
 def test_only_the_ranges_that_are_needed_are_sent(server: Server) -> None:
