@@ -12,14 +12,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
 from timeviper_platform import storage
-from timeviper_platform.data.media import ErrorType, FileVersion, MediaProbe
+from timeviper_platform.data.media import ErrorType, FileVersion, MediaProbe, Stage
 from timeviper_platform.data.parts import open_file
 from timeviper_platform.schemas import MANIFEST
 
@@ -47,6 +47,14 @@ _DOWNLOAD_MESSAGES = (
 """What Python's urllib writes into img2dataset's `error_message`."""
 
 
+class Rejection(NamedTuple):
+    """Why there is nothing to preprocess, before any medium is opened."""
+
+    stage: Stage
+    error_type: ErrorType
+    message: str
+
+
 @dataclass(frozen=True, slots=True)
 class MediaItem:
     """One medium, or a stretch of it, that is to be preprocessed."""
@@ -61,7 +69,7 @@ class MediaItem:
     probe: MediaProbe | None = None
     """where the manifest says it; None = read the headers"""
     sha256: str | None = None
-    rejected: tuple[ErrorType, str] | None = None
+    rejected: Rejection | None = None
     """the source itself says that there is no such medium, and why"""
 
 
@@ -94,13 +102,13 @@ def absolute(uri: str) -> str:
     return storage.split_uri(uri)[1] if storage.is_local(uri) else uri
 
 
-def download_failure(status: str | None, message: str | None) -> tuple[ErrorType, str] | None:
+def download_failure(status: str | None, message: str | None) -> Rejection | None:
     """Why img2dataset has no image for a row; None when it has one."""
     if status not in DOWNLOAD_FAILURES:
         return None
     text = message or status
     kinds = (kind for part, kind in _DOWNLOAD_MESSAGES if part in text and status == "failed_to_download")
-    return next(kinds, DOWNLOAD_FAILURES[status]), f"{status}: {text}"
+    return Rejection("download", next(kinds, DOWNLOAD_FAILURES[status]), f"{status}: {text}")
 
 
 def _row_pages(uri: str, page_rows: int) -> Iterator[list[dict[str, Any]]]:

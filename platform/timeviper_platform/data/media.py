@@ -30,7 +30,7 @@ from timeviper_platform.data.web_source import (
 )
 
 Modality = Literal["video", "image"]
-Stage = Literal["list", "probe", "decode_video", "decode_image"]
+Stage = Literal["download", "list", "probe", "decode_video", "decode_image"]
 
 FORMAT_WHITELIST = ("mov", "mp4", "m4a", "3gp", "3g2", "mj2", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "ogg")
 """Demuxers that read one file and nothing else. Playlists (hls, dash, concat) name other files and hosts: never."""

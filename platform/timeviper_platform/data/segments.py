@@ -206,7 +206,7 @@ def plan_item(item: MediaItem, spec: PlanSpec) -> PlannedMedium:
         DecodeError: when its source or its headers say that it cannot be preprocessed.
     """
     if item.rejected is not None:
-        raise DecodeError("list", *item.rejected)
+        raise DecodeError(*item.rejected)
     file, probe = item.version, item.probe
     assert file is not None
     assert probe is not None

@@ -161,7 +161,7 @@ def test_failed_downloads_of_img2dataset_are_counted_by_reason(tmp_path: Path, m
     for source in (webdataset, parquet / "*.parquet"):
         planned = plan_of(items_of(source))
         errors = [(row["error_stage"], row["error_type"]) for row in planned if row["status"] == "error"]
-        assert errors == [("list", kind) for _, _, kind in failures], source
+        assert errors == [("download", kind) for _, _, kind in failures], source
         assert [row["modality"] for row in planned if row["status"] == "planned"] == ["image"]
 
 
