@@ -19,6 +19,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import IO, Any, TypeVar
 
@@ -152,6 +153,17 @@ def _is_counted(error: BaseException | None) -> bool:
     from botocore.exceptions import BotoCoreError, ClientError
 
     return error is not None and (isinstance(error, BotoCoreError | ClientError) or _is_counted(error.__cause__))
+
+
+def has_known_scheme(uri: str) -> bool:
+    """True for local paths, and for URIs of a kind that fsspec has a file system for."""
+    scheme, mark, _ = uri.partition("://")
+    return not mark or "/" in scheme or _is_known(scheme.rpartition("::")[2])
+
+
+@lru_cache(maxsize=64)
+def _is_known(scheme: str) -> bool:
+    return scheme in fsspec.available_protocols()
 
 
 def join_uri(root: str, *parts: str) -> str:

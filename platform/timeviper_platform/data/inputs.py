@@ -9,6 +9,7 @@ a file                             itself
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -22,11 +23,12 @@ from timeviper_platform.data.listing import FileEntry, list_files, pages
 from timeviper_platform.data.manifest import (
     MANIFEST_SUFFIXES,
     MediaItem,
+    Rejection,
     absolute,
     media_id_of,
     read_manifest,
 )
-from timeviper_platform.data.media import MEDIA_SUFFIXES
+from timeviper_platform.data.media import MEDIA_SUFFIXES, ErrorType, source_name
 from timeviper_platform.data.parts import open_file
 from timeviper_platform.data.shards import bytes_column, cell_items, tar_items
 
@@ -40,9 +42,9 @@ def read_pages(source: str, page_rows: int = PAGE_ROWS) -> Iterator[list[MediaIt
     """The media that `source` names, at most `page_rows` at a time, each once.
 
     Raises:
-        ValueError: when there is nothing at `source`, a manifest's row is wrong, or one media_id stands for two media.
+        ValueError: when there is nothing at `source`, or a manifest as a whole cannot be read.
     """
-    distinct = _DistinctItems(source)
+    distinct = _DistinctItems()
     num_items = 0
     for page in _pages(source, page_rows):
         num_items += len(page)
@@ -93,34 +95,39 @@ def _is_glob(source: str) -> bool:
 class _DistinctItems:
     """Leaves repeated items out, over all pages, in 16 bytes an item."""
 
-    def __init__(self, source: str) -> None:
-        self._source = source
+    def __init__(self) -> None:
         self._seen = HashTable()  # hash of media_id -> hash of the item
 
     def of(self, page: Sequence[MediaItem]) -> list[MediaItem]:
-        """The items of a page that no earlier one had.
+        """The items of a page that no earlier one had; the first medium of a media_id keeps it, others are rejected."""
+        fresh, clashes = self._split(page)
+        return fresh + self._split([_clashing(item) for item in clashes])[0]
 
-        Raises:
-            ValueError: when one media_id stands for two media.
-        """
+    def _split(self, page: Sequence[MediaItem]) -> tuple[list[MediaItem], list[MediaItem]]:
+        """Items that are new, and those whose media_id is another medium's."""
         by_id: dict[str, MediaItem] = {}
-        clashes = [item.media_id for item in page if by_id.setdefault(item.media_id, item) != item]
+        clashes = [
+            item
+            for item in page
+            if (first := by_id.setdefault(item.media_id, item)) is not item and _text(first) != _text(item)
+        ]
         items = list(by_id.values())
         ids = np.array([xxhash.xxh3_64_intdigest(item.media_id.encode()) for item in items], dtype=np.uint64)
-        values = np.array([xxhash.xxh3_64_intdigest(_text(item).encode()) for item in items], dtype=np.uint64)
+        values = np.array(
+            [xxhash.xxh3_64_intdigest(_text(item).encode("utf-8", "surrogatepass")) for item in items], dtype=np.uint64
+        )
         found, before = self._seen.find(ids)
-        clashes += [items[place].media_id for place in np.flatnonzero(found & (before != values))]
-        if clashes:
-            raise ValueError(f"{self._source}: {_listed(clashes)} stand for more than one medium")
+        clashes += [items[place] for place in np.flatnonzero(found & (before != values))]
         self._seen.add(ids[~found], values[~found])
-        return [items[place] for place in np.flatnonzero(~found)]
+        return [items[place] for place in np.flatnonzero(~found)], clashes
+
+
+def _clashing(item: MediaItem) -> MediaItem:
+    """The item as rejected, with an id of its own: its media_id says what became of the medium that had it first."""
+    message = f"media_id {item.media_id!r} stands for more than one medium: {source_name(item.uri)} is not the first"
+    own_id = media_id_of(f"{item.media_id}={_text(item)}", "")
+    return replace(item, media_id=own_id, rejected=item.rejected or Rejection("list", ErrorType.BAD_ROW, message))
 
 
 def _text(item: MediaItem) -> str:
-    return f"{item.uri}\n{item.start_seconds}\n{item.end_seconds}"
-
-
-def _listed(names: Sequence[str], limit: int = 5) -> str:
-    distinct = list(dict.fromkeys(names))
-    more = f" and {len(distinct) - limit} more" if len(distinct) > limit else ""
-    return "media_id " + ", ".join(repr(name) for name in distinct[:limit]) + more
+    return f"{item.uri}\n{item.start_seconds}\n{item.end_seconds}\n{item.rejected or ''}"

@@ -54,6 +54,7 @@ class ErrorType(StrEnum):
     UNKNOWN_HOST = "unknown_host"
     DOMAIN_NOT_ALLOWED = "domain_not_allowed"
     BAD_URI = "bad_uri"
+    BAD_ROW = "bad_row"
     TOO_MANY_BYTES = "too_many_bytes"
     EMPTY_FILE = "empty_file"
     UNKNOWN_FORMAT = "unknown_format"
