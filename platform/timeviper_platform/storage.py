@@ -65,9 +65,10 @@ def shown_uri(uri: str) -> str:
     """What messages and rows call it: without a user, password and web address's query, any of which may be a secret,
     and with bytes that are no text escaped."""
     uri = uri.encode("utf-8", "backslashreplace").decode("utf-8")
-    scheme, mark, rest = uri.partition("://")
-    if not mark or "/" in scheme:  # a local path
+    scheme = _scheme(uri)
+    if not scheme:
         return uri
+    rest = uri[len(scheme) + len("://") :]
     if scheme.lower() in ("http", "https"):
         rest = re.split("[?#]", rest, maxsplit=1)[0]
     host, slash, path = rest.partition("/")
@@ -127,7 +128,10 @@ def retrying(action: Callable[[], T], what: str) -> T:
 
 
 def split_uri(uri: str) -> tuple[Any, str]:
-    """The fsspec file system and the path on it; local paths come back absolute."""
+    """The fsspec file system and the path on it; local paths come back absolute, and mean what they say."""
+    if is_local(uri):  # where fsspec takes a::b.mp4 for b.mp4 inside of a
+        filesystem = fsspec.filesystem("file")
+        return filesystem, str(filesystem._strip_protocol(uri))
     filesystem, path = fsspec.core.url_to_fs(uri)
     if "s3" in filesystem.protocol:
         _count_failures_of(filesystem.s3)
@@ -157,8 +161,13 @@ def _is_counted(error: BaseException | None) -> bool:
 
 def has_known_scheme(uri: str) -> bool:
     """True for local paths, and for URIs of a kind that fsspec has a file system for."""
+    return is_local(uri) or _is_known(_scheme(uri).rpartition("::")[2])
+
+
+def _scheme(uri: str) -> str:
+    """What stands before ://, with what it is chained to; '' for a path."""
     scheme, mark, _ = uri.partition("://")
-    return not mark or "/" in scheme or _is_known(scheme.rpartition("::")[2])
+    return scheme if mark and "/" not in scheme else ""
 
 
 @lru_cache(maxsize=64)
@@ -173,7 +182,7 @@ def join_uri(root: str, *parts: str) -> str:
 
 def is_local(uri: str) -> bool:
     """True when `uri` lies on this machine's disks; asks no storage."""
-    return isinstance(fsspec.core.url_to_fs(uri)[0], LocalFileSystem)
+    return _scheme(uri) in ("", "file", "local")
 
 
 def exists(uri: str) -> bool:

@@ -19,7 +19,7 @@ import xxhash
 
 from timeviper_platform import storage
 from timeviper_platform.data.hash_table import HashTable
-from timeviper_platform.data.listing import FileEntry, list_files, pages
+from timeviper_platform.data.listing import FileEntry, is_glob, list_files, pages
 from timeviper_platform.data.manifest import (
     MANIFEST_SUFFIXES,
     MediaItem,
@@ -31,6 +31,7 @@ from timeviper_platform.data.manifest import (
 from timeviper_platform.data.media import MEDIA_SUFFIXES, ErrorType, source_name
 from timeviper_platform.data.parts import open_file
 from timeviper_platform.data.shards import bytes_column, cell_items, tar_items
+from timeviper_platform.data.text_rows import is_text
 
 PAGE_ROWS = 8192
 """Items at hand at once: a few MB of them; a page is also one task of probing on a cluster."""
@@ -51,32 +52,41 @@ def read_pages(source: str, page_rows: int = PAGE_ROWS) -> Iterator[list[MediaIt
         if fresh := distinct.of(page):
             yield fresh
     if not num_items:
-        if source.endswith(MANIFEST_SUFFIXES) and not _is_glob(source):
-            raise ValueError(f"{source}: the manifest has no rows")
+        name = storage.shown_uri(source)
+        if _is_table(source) and not is_glob(source):
+            raise ValueError(f"{name}: the manifest has no rows")
         searched = ", ".join((*MEDIA_SUFFIXES, TAR_SUFFIX))
-        raise ValueError(f"no medium matches {source!r}; a folder is searched for {searched}, a glob takes any name")
+        raise ValueError(f"no medium matches {name!r}; a folder is searched for {searched}, a glob takes any name")
 
 
 def _pages(source: str, page_rows: int) -> Iterator[list[MediaItem]]:
-    if source.endswith(MANIFEST_SUFFIXES) and not _is_glob(source):
+    is_pattern = is_glob(source)
+    filesystem, path = storage.split_uri(source)
+    is_folder = not is_pattern and filesystem.isdir(path)
+    if _is_table(source) and not is_pattern and not is_folder:
         return _table_pages(FileEntry(absolute(source), None), absolute(source).rpartition("/")[0], page_rows)
     root, files = list_files(source)
-    if not _is_glob(source) and storage.split_uri(source)[0].isdir(storage.split_uri(source)[1]):
+    if is_folder:
         files = (file for file in files if file.uri.lower().endswith((*MEDIA_SUFFIXES, TAR_SUFFIX)))
     tables_and_items = (_of_file(file, root, page_rows) for file in files)
     return pages(chain.from_iterable(tables_and_items), page_rows)
 
 
 def _of_file(file: FileEntry, root: str, page_rows: int) -> Iterator[MediaItem]:
-    if file.uri.endswith(TAR_SUFFIX):
+    if not is_text(file.uri):
+        message = f"{source_name(file.uri)}: the name is no UTF-8; give it another"
+        return iter(
+            [MediaItem(file.uri, media_id_of(file.uri, root), rejected=Rejection("list", ErrorType.BAD_URI, message))]
+        )
+    if file.uri.lower().endswith(TAR_SUFFIX):
         return tar_items(file.uri, root, file.version)
-    if file.uri.endswith(MANIFEST_SUFFIXES):
+    if _is_table(file.uri):
         return chain.from_iterable(_table_pages(file, root, page_rows))
     return iter([MediaItem(file.uri, media_id_of(file.uri, root), version=file.version)])
 
 
 def _table_pages(file: FileEntry, root: str, page_rows: int) -> Iterator[list[MediaItem]]:
-    if file.uri.endswith(".parquet") and storage.exists(file.uri):
+    if file.uri.lower().endswith(".parquet") and storage.exists(file.uri):
         try:
             with open_file(file.uri) as opened:
                 schema = pq.ParquetFile(opened).schema_arrow
@@ -88,8 +98,8 @@ def _table_pages(file: FileEntry, root: str, page_rows: int) -> Iterator[list[Me
     return read_manifest(file.uri, page_rows)
 
 
-def _is_glob(source: str) -> bool:
-    return any(letter in source for letter in "*?[")
+def _is_table(uri: str) -> bool:
+    return uri.lower().endswith(MANIFEST_SUFFIXES)
 
 
 class _DistinctItems:

@@ -128,7 +128,7 @@ def _row_pages(uri: str, page_rows: int) -> Iterator[list[dict[str, Any]]]:
     """
     if not storage.exists(uri):
         raise ValueError(f"there is no manifest at {uri!r}; fix `input`, or write the file first")
-    suffix = uri.rpartition(".")[2]
+    suffix = uri.rpartition(".")[2].lower()
     read = {"parquet": _read_parquet, "jsonl": _read_jsonl, "csv": _read_csv}[suffix]
     try:
         for batch in read(uri, page_rows):

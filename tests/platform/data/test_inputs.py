@@ -64,9 +64,9 @@ def write_tar(path: Path, files: dict[str, bytes]) -> None:
 
 
 def test_members_of_a_tar_are_read_in_place(tmp_path: Path, media: dict[str, bytes]) -> None:
-    write_tar(tmp_path / "00000.tar", {**media, "image0.txt": b"a caption", "image0.json": b"{}"})
+    write_tar(tmp_path / "00000.TAR", {**media, "image0.txt": b"a caption", "image0.json": b"{}"})
     items = items_of(tmp_path)
-    assert [item.media_id for item in items] == [media_id_of(f"/r/00000.tar/{name}", "/r") for name in media]
+    assert [item.media_id for item in items] == [media_id_of(f"/r/00000.TAR/{name}", "/r") for name in media]
     for item, data in zip(items, media.values(), strict=True):
         with open_binary(item.uri) as file:
             assert file.read() == data

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pyarrow as pa
@@ -15,6 +18,7 @@ import pytest
 from timeviper_platform.data.inputs import read_pages
 from timeviper_platform.data.manifest import MediaItem, media_id_of
 from timeviper_platform.data.media import ErrorType
+from timeviper_platform.data.segment_frames import DecodeConfig
 from timeviper_platform.data.segments import PlanSpec, plan_page
 
 
@@ -59,6 +63,52 @@ def test_globs_mean_what_fsspec_says_they_mean(tmp_path: Path) -> None:
         found = fsspec.filesystem("file").glob(str(tmp_path / pattern))
         expected = sorted(name for name in found if Path(name).is_file())
         assert sorted(item.uri for item in list_media(str(tmp_path / pattern))) == expected, pattern
+
+
+def test_what_is_there_is_itself_before_it_is_a_glob(tmp_path: Path) -> None:
+    (tmp_path / "film [1080p]").mkdir()
+    (tmp_path / "film [1080p]" / "a::b.mp4").touch()
+    (tmp_path / "film [1080p]" / "what?.mp4").touch()
+    (tmp_path / "film [1080p]" / "[m].CSV").write_text("uri\na::b.mp4\n")
+    folder = tmp_path / "film [1080p]"
+    both = [f"{folder}/a::b.mp4", f"{folder}/what?.mp4"]
+    for source, expected in (("", both), ("what?.mp4", both[1:]), ("a::b.mp4", both[:1]), ("[m].CSV", both[:1])):
+        items = list_media(str(folder / source))
+        assert [item.uri for item in items] == expected, source
+        (table,) = plan_page(items, PlanSpec(fps=Fraction(1), recipe_hash="r", decode=DecodeConfig(isolation="none")))
+        assert set(table["error_type"].to_pylist()) == {ErrorType.EMPTY_FILE}  # found, that is
+    assert [Path(item.uri).name for item in list_media(str(tmp_path / "*" / "*.mp4"))] == ["a::b.mp4", "what?.mp4"]
+
+
+def test_what_cannot_be_listed_is_left_out_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a/1.mp4", "gone/2.mp4", "z.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    (tmp_path / "self").symlink_to("self")
+    scandir = os.scandir
+
+    def refuse(folder: str) -> Any:  # whoever runs the tests may be allowed everything
+        if folder.endswith("/gone"):
+            raise PermissionError(errno.EACCES, "Permission denied", folder)
+        return scandir(folder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "scandir", refuse)
+        assert [Path(item.uri).name for item in list_media(str(tmp_path))] == ["1.mp4", "z.mp4"]
+    assert f"{tmp_path}/gone is left out: Permission denied" in caplog.text
+    assert f"{tmp_path}/a/up is left out: a link back" in caplog.text
+
+
+def test_a_name_that_is_no_text_is_an_error_row(tmp_path: Path) -> None:
+    (tmp_path / "caf\udce9.mp4").touch()
+    (tmp_path / "z.mp4").touch()
+    bad, good = list_media(str(tmp_path))
+    (table,) = plan_page([bad], PlanSpec(fps=Fraction(1), recipe_hash="r"))
+    (row,) = table.to_pylist()
+    assert (row["error_stage"], row["error_type"]) == ("list", ErrorType.BAD_URI)
+    assert row["uri"] == f"{tmp_path}/caf\\udce9.mp4"
+    assert good.rejected is None
 
 
 def test_repeated_rows_count_once_and_stretches_differ(tmp_path: Path) -> None:

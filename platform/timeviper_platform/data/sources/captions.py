@@ -53,7 +53,7 @@ def convert_webdataset(uri: str, labels: Labels) -> Iterator[Row | Reject]:
     root, files = list_files(uri)
     number = 0
     for found in files:
-        if not found.uri.endswith(".tar"):
+        if not found.uri.lower().endswith(".tar"):
             continue
         for key, texts, members in _groups(found.uri):
             caption = texts.get(".txt") or _json_caption(texts.get(".json"))
