@@ -54,7 +54,7 @@ MANIFEST = _schema(
 """What to preprocess: one row a medium; all but `uri` may be missing, extra columns are left out."""
 
 _MEDIUM = [
-    pa.field("uri", pa.string()),
+    pa.field("uri", pa.string()),  # but for what a plan is to fetch: without a URL's query, user and password
     pa.field("size", pa.int64()),  # bytes
     pa.field("etag", pa.string()),
     pa.field("sha256", pa.string()),  # of the file's bytes, when the job was told to hash

@@ -12,12 +12,14 @@ import json
 import logging
 import os
 import random
+import re
 import tempfile
 import threading
 import time
 import uuid
 import weakref
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import IO, Any, TypeVar
 
@@ -59,21 +61,35 @@ _retries = _Counter()
 _counted_clients: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
+def shown_uri(uri: str) -> str:
+    """What messages and rows call it: without a user, password and web address's query, any of which may be a secret,
+    and with bytes that are no text escaped."""
+    uri = uri.encode("utf-8", "backslashreplace").decode("utf-8")
+    scheme = _scheme(uri)
+    if not scheme:
+        return uri
+    rest = uri[len(scheme) + len("://") :]
+    if scheme.lower() in ("http", "https"):
+        rest = re.split("[?#]", rest, maxsplit=1)[0]
+    host, slash, path = rest.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+
+
 def num_retries() -> int:
     """Requests to storage that failed for a passing reason, in this process so far."""
     return _retries.value
 
 
 def add_retries(number: int) -> None:
-    """Counts requests that a child of this process made again."""
+    """Counts requests that a child of this process, or a client that is not of this module, made again."""
     for _ in range(number):
         _retries.add()
 
 
 def is_transient(error: BaseException | None) -> bool:
     """True for errors that pass: timeouts, resets, 5xx and 429 answers, or what was raised from one of them."""
-    if error is None:
-        return False
+    if error is None or isinstance(error, FileNotFoundError | PermissionError | StorageUnavailableError):
+        return False  # an answer for good, or what has been tried often enough
     if isinstance(error, TimeoutError | ConnectionError) or getattr(error, "errno", None) in _TRANSIENT_ERRNOS:
         return True
     from botocore import exceptions  # s3fs lets them through: they are no OSErrors
@@ -84,9 +100,14 @@ def is_transient(error: BaseException | None) -> bool:
 def retrying(action: Callable[[], T], what: str) -> T:
     """What `action` returns; it is tried again while it fails for a passing reason.
 
+    Args:
+        action: may be done more than once.
+        what: the URI that messages name.
+
     Raises:
         StorageUnavailableError: when the last attempt failed as well, from its error.
     """
+    what = shown_uri(what)
     for attempt in range(MAX_ATTEMPTS):
         try:
             return action()
@@ -107,7 +128,10 @@ def retrying(action: Callable[[], T], what: str) -> T:
 
 
 def split_uri(uri: str) -> tuple[Any, str]:
-    """The fsspec file system and the path on it; local paths come back absolute."""
+    """The fsspec file system and the path on it; local paths come back absolute, and mean what they say."""
+    if is_local(uri):  # where fsspec takes a::b.mp4 for b.mp4 inside of a
+        filesystem = fsspec.filesystem("file")
+        return filesystem, str(filesystem._strip_protocol(uri))
     filesystem, path = fsspec.core.url_to_fs(uri)
     if "s3" in filesystem.protocol:
         _count_failures_of(filesystem.s3)
@@ -135,6 +159,22 @@ def _is_counted(error: BaseException | None) -> bool:
     return error is not None and (isinstance(error, BotoCoreError | ClientError) or _is_counted(error.__cause__))
 
 
+def has_known_scheme(uri: str) -> bool:
+    """True for local paths, and for URIs of a kind that fsspec has a file system for."""
+    return is_local(uri) or _is_known(_scheme(uri).rpartition("::")[2])
+
+
+def _scheme(uri: str) -> str:
+    """What stands before ://, with what it is chained to; '' for a path."""
+    scheme, mark, _ = uri.partition("://")
+    return scheme if mark and "/" not in scheme else ""
+
+
+@lru_cache(maxsize=64)
+def _is_known(scheme: str) -> bool:
+    return scheme in fsspec.available_protocols()
+
+
 def join_uri(root: str, *parts: str) -> str:
     """`root/part/part`, for local paths and URIs alike."""
     return "/".join([root.rstrip("/") or "/", *(part.strip("/") for part in parts)])
@@ -142,7 +182,7 @@ def join_uri(root: str, *parts: str) -> str:
 
 def is_local(uri: str) -> bool:
     """True when `uri` lies on this machine's disks; asks no storage."""
-    return isinstance(fsspec.core.url_to_fs(uri)[0], LocalFileSystem)
+    return _scheme(uri) in ("", "file", "local")
 
 
 def exists(uri: str) -> bool:
@@ -187,7 +227,9 @@ def write_atomic(uri: str, write: Callable[[IO[bytes]], None]) -> None:
         else:
             _write_then_upload(filesystem, path, write, uri)
     except OSError as error:
-        raise RuntimeError(f"cannot write {uri}: {error}; is the folder writable and the disk not full?") from error
+        raise RuntimeError(
+            f"cannot write {shown_uri(uri)}: {error}; is the folder writable and the disk not full?"
+        ) from error
 
 
 def write_bytes(uri: str, data: bytes) -> None:

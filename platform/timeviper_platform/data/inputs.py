@@ -9,6 +9,7 @@ a file                             itself
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -18,17 +19,19 @@ import xxhash
 
 from timeviper_platform import storage
 from timeviper_platform.data.hash_table import HashTable
-from timeviper_platform.data.listing import FileEntry, list_files, pages
+from timeviper_platform.data.listing import FileEntry, is_glob, list_files, pages
 from timeviper_platform.data.manifest import (
     MANIFEST_SUFFIXES,
     MediaItem,
+    Rejection,
     absolute,
     media_id_of,
     read_manifest,
 )
-from timeviper_platform.data.media import MEDIA_SUFFIXES
+from timeviper_platform.data.media import MEDIA_SUFFIXES, ErrorType, source_name
 from timeviper_platform.data.parts import open_file
 from timeviper_platform.data.shards import bytes_column, cell_items, tar_items
+from timeviper_platform.data.text_rows import is_text
 
 PAGE_ROWS = 8192
 """Items at hand at once: a few MB of them; a page is also one task of probing on a cluster."""
@@ -40,41 +43,50 @@ def read_pages(source: str, page_rows: int = PAGE_ROWS) -> Iterator[list[MediaIt
     """The media that `source` names, at most `page_rows` at a time, each once.
 
     Raises:
-        ValueError: when there is nothing at `source`, a manifest's row is wrong, or one media_id stands for two media.
+        ValueError: when there is nothing at `source`, or a manifest as a whole cannot be read.
     """
-    distinct = _DistinctItems(source)
+    distinct = _DistinctItems()
     num_items = 0
     for page in _pages(source, page_rows):
         num_items += len(page)
         if fresh := distinct.of(page):
             yield fresh
     if not num_items:
-        if source.endswith(MANIFEST_SUFFIXES) and not _is_glob(source):
-            raise ValueError(f"{source}: the manifest has no rows")
+        name = storage.shown_uri(source)
+        if _is_table(source) and not is_glob(source):
+            raise ValueError(f"{name}: the manifest has no rows")
         searched = ", ".join((*MEDIA_SUFFIXES, TAR_SUFFIX))
-        raise ValueError(f"no medium matches {source!r}; a folder is searched for {searched}, a glob takes any name")
+        raise ValueError(f"no medium matches {name!r}; a folder is searched for {searched}, a glob takes any name")
 
 
 def _pages(source: str, page_rows: int) -> Iterator[list[MediaItem]]:
-    if source.endswith(MANIFEST_SUFFIXES) and not _is_glob(source):
+    is_pattern = is_glob(source)
+    filesystem, path = storage.split_uri(source)
+    is_folder = not is_pattern and filesystem.isdir(path)
+    if _is_table(source) and not is_pattern and not is_folder:
         return _table_pages(FileEntry(absolute(source), None), absolute(source).rpartition("/")[0], page_rows)
     root, files = list_files(source)
-    if not _is_glob(source) and storage.split_uri(source)[0].isdir(storage.split_uri(source)[1]):
+    if is_folder:
         files = (file for file in files if file.uri.lower().endswith((*MEDIA_SUFFIXES, TAR_SUFFIX)))
     tables_and_items = (_of_file(file, root, page_rows) for file in files)
     return pages(chain.from_iterable(tables_and_items), page_rows)
 
 
 def _of_file(file: FileEntry, root: str, page_rows: int) -> Iterator[MediaItem]:
-    if file.uri.endswith(TAR_SUFFIX):
+    if not is_text(file.uri):
+        message = f"{source_name(file.uri)}: the name is no UTF-8; give it another"
+        return iter(
+            [MediaItem(file.uri, media_id_of(file.uri, root), rejected=Rejection("list", ErrorType.BAD_URI, message))]
+        )
+    if file.uri.lower().endswith(TAR_SUFFIX):
         return tar_items(file.uri, root, file.version)
-    if file.uri.endswith(MANIFEST_SUFFIXES):
+    if _is_table(file.uri):
         return chain.from_iterable(_table_pages(file, root, page_rows))
     return iter([MediaItem(file.uri, media_id_of(file.uri, root), version=file.version)])
 
 
 def _table_pages(file: FileEntry, root: str, page_rows: int) -> Iterator[list[MediaItem]]:
-    if file.uri.endswith(".parquet") and storage.exists(file.uri):
+    if file.uri.lower().endswith(".parquet") and storage.exists(file.uri):
         try:
             with open_file(file.uri) as opened:
                 schema = pq.ParquetFile(opened).schema_arrow
@@ -86,41 +98,46 @@ def _table_pages(file: FileEntry, root: str, page_rows: int) -> Iterator[list[Me
     return read_manifest(file.uri, page_rows)
 
 
-def _is_glob(source: str) -> bool:
-    return any(letter in source for letter in "*?[")
+def _is_table(uri: str) -> bool:
+    return uri.lower().endswith(MANIFEST_SUFFIXES)
 
 
 class _DistinctItems:
     """Leaves repeated items out, over all pages, in 16 bytes an item."""
 
-    def __init__(self, source: str) -> None:
-        self._source = source
+    def __init__(self) -> None:
         self._seen = HashTable()  # hash of media_id -> hash of the item
 
     def of(self, page: Sequence[MediaItem]) -> list[MediaItem]:
-        """The items of a page that no earlier one had.
+        """The items of a page that no earlier one had; the first medium of a media_id keeps it, others are rejected."""
+        fresh, clashes = self._split(page)
+        return fresh + self._split([_clashing(item) for item in clashes])[0]
 
-        Raises:
-            ValueError: when one media_id stands for two media.
-        """
+    def _split(self, page: Sequence[MediaItem]) -> tuple[list[MediaItem], list[MediaItem]]:
+        """Items that are new, and those whose media_id is another medium's."""
         by_id: dict[str, MediaItem] = {}
-        clashes = [item.media_id for item in page if by_id.setdefault(item.media_id, item) != item]
+        clashes = [
+            item
+            for item in page
+            if (first := by_id.setdefault(item.media_id, item)) is not item and _text(first) != _text(item)
+        ]
         items = list(by_id.values())
         ids = np.array([xxhash.xxh3_64_intdigest(item.media_id.encode()) for item in items], dtype=np.uint64)
-        values = np.array([xxhash.xxh3_64_intdigest(_text(item).encode()) for item in items], dtype=np.uint64)
+        values = np.array(
+            [xxhash.xxh3_64_intdigest(_text(item).encode("utf-8", "surrogatepass")) for item in items], dtype=np.uint64
+        )
         found, before = self._seen.find(ids)
-        clashes += [items[place].media_id for place in np.flatnonzero(found & (before != values))]
-        if clashes:
-            raise ValueError(f"{self._source}: {_listed(clashes)} stand for more than one medium")
+        clashes += [items[place] for place in np.flatnonzero(found & (before != values))]
         self._seen.add(ids[~found], values[~found])
-        return [items[place] for place in np.flatnonzero(~found)]
+        return [items[place] for place in np.flatnonzero(~found)], clashes
+
+
+def _clashing(item: MediaItem) -> MediaItem:
+    """The item as rejected, with an id of its own: its media_id says what became of the medium that had it first."""
+    message = f"media_id {item.media_id!r} stands for more than one medium: {source_name(item.uri)} is not the first"
+    own_id = media_id_of(f"{item.media_id}={_text(item)}", "")
+    return replace(item, media_id=own_id, rejected=item.rejected or Rejection("list", ErrorType.BAD_ROW, message))
 
 
 def _text(item: MediaItem) -> str:
-    return f"{item.uri}\n{item.start_seconds}\n{item.end_seconds}"
-
-
-def _listed(names: Sequence[str], limit: int = 5) -> str:
-    distinct = list(dict.fromkeys(names))
-    more = f" and {len(distinct) - limit} more" if len(distinct) > limit else ""
-    return "media_id " + ", ".join(repr(name) for name in distinct[:limit]) + more
+    return f"{item.uri}\n{item.start_seconds}\n{item.end_seconds}\n{item.rejected or ''}"

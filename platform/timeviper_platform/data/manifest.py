@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
 from timeviper_platform import storage
-from timeviper_platform.data.media import ErrorType, FileVersion, MediaProbe
+from timeviper_platform.data.media import ErrorType, FileVersion, MediaProbe, Stage
 from timeviper_platform.data.parts import open_file
+from timeviper_platform.data.text_rows import is_text, text_rows
+from timeviper_platform.data.web_source import is_web
 from timeviper_platform.schemas import MANIFEST
 
 MANIFEST_SUFFIXES = (".parquet", ".jsonl", ".csv")
@@ -30,6 +33,11 @@ URL_COLUMN = "url"
 
 _COLUMNS = [*MANIFEST.names, URL_COLUMN]
 _TYPES = {**{field.name: field.type for field in MANIFEST}, URL_COLUMN: pa.string()}
+_ROW = pa.schema([(name, _TYPES[name]) for name in _COLUMNS])
+_NUMBERS = [field.name for field in MANIFEST if not pa.types.is_string(field.type)]
+
+FAULT = "fault"
+"""Key of a row that cannot be read, and why; no column's name."""
 
 DOWNLOAD_FAILURES = {"failed_to_download": ErrorType.READ_FAILED, "failed_to_resize": ErrorType.CORRUPT_FILE}
 """img2dataset's `status` of a row that has no image; any other status is somebody else's column."""
@@ -47,6 +55,14 @@ _DOWNLOAD_MESSAGES = (
 """What Python's urllib writes into img2dataset's `error_message`."""
 
 
+class Rejection(NamedTuple):
+    """Why there is nothing to preprocess, before any medium is opened."""
+
+    stage: Stage
+    error_type: ErrorType
+    message: str
+
+
 @dataclass(frozen=True, slots=True)
 class MediaItem:
     """One medium, or a stretch of it, that is to be preprocessed."""
@@ -61,7 +77,7 @@ class MediaItem:
     probe: MediaProbe | None = None
     """where the manifest says it; None = read the headers"""
     sha256: str | None = None
-    rejected: tuple[ErrorType, str] | None = None
+    rejected: Rejection | None = None
     """the source itself says that there is no such medium, and why"""
 
 
@@ -73,14 +89,16 @@ def media_id_of(uri: str, root: str, start_seconds: float | None = None, end_sec
     text = uri[len(root) :].lstrip("/") if uri.startswith(root.rstrip("/") + "/") else uri
     if start_seconds is not None or end_seconds is not None:
         text += f"#t={start_seconds or 0},{'' if end_seconds is None else end_seconds}"
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 def read_manifest(uri: str, page_rows: int) -> Iterator[list[MediaItem]]:
     """The items of a manifest, at most `page_rows` at a time, in its order.
 
+    A row that says something impossible becomes a rejected item.
+
     Raises:
-        ValueError: when there is no manifest, or a row or column is wrong.
+        ValueError: when there is no manifest, or a column is wrong.
     """
     root = absolute(uri).rpartition("/")[0]
     number = 0
@@ -94,24 +112,27 @@ def absolute(uri: str) -> str:
     return storage.split_uri(uri)[1] if storage.is_local(uri) else uri
 
 
-def download_failure(status: str | None, message: str | None) -> tuple[ErrorType, str] | None:
+def download_failure(status: str | None, message: str | None) -> Rejection | None:
     """Why img2dataset has no image for a row; None when it has one."""
     if status not in DOWNLOAD_FAILURES:
         return None
     text = message or status
     kinds = (kind for part, kind in _DOWNLOAD_MESSAGES if part in text and status == "failed_to_download")
-    return next(kinds, DOWNLOAD_FAILURES[status]), f"{status}: {text}"
+    return Rejection("download", next(kinds, DOWNLOAD_FAILURES[status]), f"{status}: {text}")
 
 
 def _row_pages(uri: str, page_rows: int) -> Iterator[list[dict[str, Any]]]:
-    """Rows as dicts of the columns that a manifest may have; those that are missing are not keys."""
+    """Rows as dicts of the columns that a manifest may have; those that are missing are not keys.
+
+    What cannot be read of a row is said under the key FAULT.
+    """
     if not storage.exists(uri):
         raise ValueError(f"there is no manifest at {uri!r}; fix `input`, or write the file first")
-    suffix = uri.rpartition(".")[2]
+    suffix = uri.rpartition(".")[2].lower()
     read = {"parquet": _read_parquet, "jsonl": _read_jsonl, "csv": _read_csv}[suffix]
     try:
         for batch in read(uri, page_rows):
-            yield batch.to_pylist()
+            yield batch if isinstance(batch, list) else text_rows(batch)
     except pa.ArrowInvalid as error:
         if "conversion error" in str(error):
             raise _wrong_types(uri, error) from error
@@ -135,22 +156,37 @@ def _read_jsonl(uri: str, page_rows: int) -> Iterator[Any]:
         lines = (line for line in file if line.strip())
         columns: list[str] = []
         while page := list(islice(lines, page_rows)):
-            try:
-                rows = [json.loads(line) for line in page]
-            except ValueError as error:
-                raise ValueError(f"{uri} is no readable manifest: {error}") from error
-            columns = columns or _known_columns(sorted({name for row in rows for name in row}), uri)
-            try:
-                yield pa.Table.from_pylist(rows, schema=pa.schema([(name, _TYPES[name]) for name in _COLUMNS]))
-            except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-                raise _wrong_types(uri, error) from error
+            rows = [_json_row(line) for line in page]
+            if not columns and (names := {name for row in rows for name in row if name != FAULT}):
+                columns = _known_columns(sorted(names), uri)
+            if not columns:
+                raise ValueError(f"{uri} is no readable manifest: {rows[0][FAULT]}")
+            yield _typed(rows)
+
+
+def _json_row(line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8", "surrogateescape"))
+    except ValueError as error:
+        return {FAULT: f"no JSON: {error}"}
+    return row if isinstance(row, dict) else {FAULT: f"a {type(row).__name__}, no JSON object"}
+
+
+def _typed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with values of the manifest's types; one by one where that fails, to find those with others."""
+    known = [row for row in rows if FAULT not in row]
+    try:
+        typed = iter(pa.Table.from_pylist(known, schema=_ROW).to_pylist())
+        return [row if FAULT in row else next(typed) for row in rows]
+    except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError) as error:
+        return [{FAULT: str(error)}] if len(rows) == 1 else [made for row in rows for made in _typed([row])]
 
 
 def _read_csv(uri: str, page_rows: int) -> Iterator[Any]:
     with open_file(uri) as file, pa.csv.open_csv(file) as reader:
         columns = _known_columns(reader.schema.names, uri)
     # types are given, not guessed: a guess from the first block breaks on a later one
-    convert = pa.csv.ConvertOptions(include_columns=columns, column_types=_TYPES)
+    convert = pa.csv.ConvertOptions(include_columns=columns, column_types=_TYPES, check_utf8=False)
     with open_file(uri) as file, pa.csv.open_csv(file, convert_options=convert) as reader:
         for batch in reader:
             for start in range(0, batch.num_rows, page_rows):
@@ -168,15 +204,13 @@ def _wrong_types(uri: str, error: Exception) -> ValueError:
 
 
 def _item(number: int, root: str, row: dict[str, Any], *, source: str) -> MediaItem:
-    uri, start_seconds, end_seconds = row.get("uri"), row.get("start_seconds"), row.get("end_seconds")
-    uri = uri or row.get(URL_COLUMN)
-    if not uri:
-        raise ValueError(f"{source}: row {number} has no uri")
-    if start_seconds is not None and end_seconds is not None and end_seconds <= start_seconds:
-        raise ValueError(f"{source}: row {number}: {end_seconds = } must be after {start_seconds = }")
-    if start_seconds is not None and start_seconds < 0:
-        raise ValueError(f"{source}: row {number}: {start_seconds = } must not be negative")
-    full = uri if "://" in uri or uri.startswith("/") else storage.join_uri(root, uri)
+    uri = row.get("uri") or row.get(URL_COLUMN) or ""
+    full = uri if not uri or "://" in uri or uri.startswith("/") else storage.join_uri(root, uri)
+    if fault := row.get(FAULT) or _fault(uri, row):
+        message = f"{storage.shown_uri(source)}: row {number}: {fault}"
+        own_id = media_id_of(f"{source}#row={number}", root)
+        return MediaItem(full, own_id, rejected=Rejection("list", ErrorType.BAD_ROW, message))
+    start_seconds, end_seconds = row.get("start_seconds"), row.get("end_seconds")
     return MediaItem(
         full,
         row.get("media_id") or media_id_of(full, root, start_seconds, end_seconds),
@@ -187,6 +221,24 @@ def _item(number: int, root: str, row: dict[str, Any], *, source: str) -> MediaI
         sha256=row.get("sha256") or None,
         rejected=download_failure(row.get("status"), row.get("error_message")),
     )
+
+
+def _fault(uri: str, row: dict[str, Any]) -> str | None:
+    """What is impossible in a row; None when nothing is."""
+    if not uri:
+        return "it has no uri"
+    if not is_text(*(value for value in row.values() if isinstance(value, str))):
+        return f"it is no UTF-8: {storage.shown_uri(uri)!r}"
+    for name in _NUMBERS:
+        value = row.get(name)
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            return f"{name} = {value} must be a number that is not negative"
+    start_seconds, end_seconds = row.get("start_seconds") or 0.0, row.get("end_seconds")
+    if end_seconds is not None and end_seconds <= start_seconds:
+        return f"{end_seconds = } must be after {start_seconds = }"
+    if not is_web(uri) and not storage.has_known_scheme(uri):
+        return f"{storage.shown_uri(uri)} is on no file system that is known; fix what stands before ://"
+    return None
 
 
 def _version(row: dict[str, Any]) -> FileVersion | None:

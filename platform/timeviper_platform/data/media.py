@@ -20,10 +20,17 @@ from PIL import Image, UnidentifiedImageError
 
 from timeviper_platform import storage
 from timeviper_platform.data.parts import open_file, open_part, parse_part
-from timeviper_platform.data.web_source import DomainNotAllowedError, TooManyBytesError, is_web, open_web
+from timeviper_platform.data.web_source import (
+    BadUrlError,
+    DomainNotAllowedError,
+    TooManyBytesError,
+    is_host,
+    is_web,
+    open_web,
+)
 
 Modality = Literal["video", "image"]
-Stage = Literal["list", "probe", "decode_video", "decode_image"]
+Stage = Literal["download", "list", "probe", "decode_video", "decode_image"]
 
 FORMAT_WHITELIST = ("mov", "mp4", "m4a", "3gp", "3g2", "mj2", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "ogg")
 """Demuxers that read one file and nothing else. Playlists (hls, dash, concat) name other files and hosts: never."""
@@ -47,6 +54,8 @@ class ErrorType(StrEnum):
     TIMED_OUT = "timed_out"
     UNKNOWN_HOST = "unknown_host"
     DOMAIN_NOT_ALLOWED = "domain_not_allowed"
+    BAD_URI = "bad_uri"
+    BAD_ROW = "bad_row"
     TOO_MANY_BYTES = "too_many_bytes"
     EMPTY_FILE = "empty_file"
     UNKNOWN_FORMAT = "unknown_format"
@@ -102,7 +111,7 @@ class MediaLimits:
     def __post_init__(self) -> None:
         if self.max_pixels < 1 or self.max_samples < 1:
             raise ValueError(f"{self.max_pixels = } and {self.max_samples = } must be at least 1")
-        if wrong := [domain for domain in self.allowed_domains if not domain or set(domain) & set("/:*@")]:
+        if wrong := [domain for domain in self.allowed_domains if not is_host(domain)]:
             raise ValueError(f"allowed_domains: {wrong} must be bare host names such as images.example.org")
 
 
@@ -158,6 +167,8 @@ def reading(stage: Stage, source: str | bytes, limits: MediaLimits | None = None
         raise DecodeError(stage, ErrorType.NOT_FOUND, f"{name}: there is no such file") from error
     except DomainNotAllowedError as error:
         raise DecodeError(stage, ErrorType.DOMAIN_NOT_ALLOWED, f"{name}: {error}") from error
+    except BadUrlError as error:
+        raise DecodeError(stage, ErrorType.BAD_URI, f"{name}: {error}") from error
     except TooManyBytesError as error:
         raise DecodeError(stage, ErrorType.TOO_MANY_BYTES, f"{name}: {error}") from error
     except TimeoutError as error:
@@ -201,10 +212,10 @@ def is_local_file(uri: str) -> bool:
 
 
 def source_name(source: str | bytes) -> str:
-    """What errors call it: a URL without its query, which may hold a secret."""
+    """What errors call it: a URI without what may be a secret."""
     if isinstance(source, bytes):
         return f"{len(source)} bytes"
-    return source.partition("?")[0] if is_web(source) else source
+    return storage.shown_uri(source)
 
 
 def read_head(source: str | bytes, limits: MediaLimits | None = None) -> bytes:

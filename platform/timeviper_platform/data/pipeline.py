@@ -259,11 +259,15 @@ def _run(plan: Plan, spec: WorkerSpec, execution: ExecutionConfig, run: Runner) 
 
 
 def _guarded(tables: Iterable[pa.Table], fuse: FailureFuse) -> Iterator[pa.Table]:
-    """PLAN tables as they pass, until their headers reject too many media in a row for one reason."""
+    """PLAN tables as they pass, until their headers reject too many media in a row for one reason.
+
+    What a downloader could not get says nothing of this run, and its lists of such rows have no others between them.
+    """
     for table in tables:
-        columns = (table[name].to_pylist() for name in ("status", "error_stage", "error_type"))
-        reasons = [f"{stage}/{kind}" if status == "error" else "" for status, stage, kind in zip(*columns, strict=True)]
-        fuse.add(table["media_id"].to_pylist(), reasons)
+        columns = (table[name].to_pylist() for name in ("media_id", "status", "error_stage", "error_type"))
+        tried = [row for row in zip(*columns, strict=True) if row[2] != "download"]
+        reasons = [f"{stage}/{kind}" if status == "error" else "" for _, status, stage, kind in tried]
+        fuse.add([media_id for media_id, *_ in tried], reasons)
         yield table
 
 

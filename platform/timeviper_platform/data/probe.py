@@ -114,7 +114,8 @@ def file_version(uri: str, limits: MediaLimits | None = None) -> FileVersion:
     with reading("probe", uri, limits):
         if is_web(uri):
             with open_binary(uri, limits) as file:
-                return FileVersion(file.raw.size, file.raw.etag, file.raw.etag or f"{file.raw.size}-web")
+                web = file.raw
+                return FileVersion(web.size, web.etag, web.etag or f"{web.size}-{web.modified or 'web'}")
         filesystem, path = storage.split_uri(uri)
         if storage.is_local(uri):
             stat = Path(path).stat()

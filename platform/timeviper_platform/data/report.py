@@ -209,6 +209,8 @@ _WAYS_OUT: dict[str, str] = {
     ErrorType.NOT_FOUND: "are the paths right, and is the share mounted on the workers",
     ErrorType.PERMISSION_DENIED: "may the workers' user or credentials read them",
     ErrorType.READ_FAILED: "is the storage up, and within its rate limits",
+    ErrorType.BAD_URI: "correct the addresses",
+    ErrorType.BAD_ROW: "correct the manifest",
     ErrorType.NO_DECODER: "has this FFmpeg the codec",
 }
 

@@ -15,6 +15,7 @@ from typing import Literal, Protocol
 from timeviper_platform import storage
 from timeviper_platform.data.decode import Backend, DecoderPool, FrameBatch, read_image
 from timeviper_platform.data.media import DecodeError, ErrorType, MediaLimits, Modality, Stage
+from timeviper_platform.data.web_source import is_web
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,6 +112,8 @@ class LocalFrames:
         Raises:
             DecodeError: when there are none to have.
         """
+        if is_web(request.uri):  # has been tried again where a status is known from a passing one
+            return self._read(request)
         try:
             return storage.retrying(lambda: self._read(request), request.uri)
         except storage.StorageUnavailableError as error:  # not for good: the next run tries again

@@ -206,7 +206,7 @@ def plan_item(item: MediaItem, spec: PlanSpec) -> PlannedMedium:
         DecodeError: when its source or its headers say that it cannot be preprocessed.
     """
     if item.rejected is not None:
-        raise DecodeError("list", *item.rejected)
+        raise DecodeError(*item.rejected)
     file, probe = item.version, item.probe
     assert file is not None
     assert probe is not None
@@ -350,7 +350,7 @@ def _planned(item: MediaItem, known: MediaItem | DecodeError, spec: PlanSpec) ->
     except DecodeError as error:
         return PlannedMedium(
             media_id=item.media_id,
-            uri=item.uri,
+            uri=source_name(item.uri),
             status="error",
             error_stage=error.stage,
             error_type=error.error_type,

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from timeviper_platform import storage
-from timeviper_platform.data.manifest import MediaItem, download_failure, media_id_of
+from timeviper_platform.data.manifest import MediaItem, Rejection, download_failure, media_id_of
 from timeviper_platform.data.media import MEDIA_SUFFIXES, DecodeError, ErrorType, FileVersion
 from timeviper_platform.data.parts import CellPart, RangePart, open_file
 from timeviper_platform.data.probe import file_version
@@ -40,10 +40,10 @@ def tar_items(uri: str, root: str, version: FileVersion | None = None) -> Iterat
                 if member.isreg() and member.name.lower().endswith(MEDIA_SUFFIXES):
                     yield _tar_item(uri, root, version, member)
     except DecodeError as error:
-        yield MediaItem(uri, media_id_of(uri, root), rejected=(error.error_type, error.message))
+        yield MediaItem(uri, media_id_of(uri, root), rejected=Rejection("list", error.error_type, error.message))
     except (tarfile.TarError, OSError) as error:
         text = f"{uri}: {error}; only plain, whole tars can be read in place (unpack .tar.gz first)"
-        yield MediaItem(uri, media_id_of(uri, root), rejected=(ErrorType.CORRUPT_FILE, text))
+        yield MediaItem(uri, media_id_of(uri, root), rejected=Rejection("list", ErrorType.CORRUPT_FILE, text))
 
 
 def bytes_column(schema: pa.Schema) -> str | None:

@@ -23,7 +23,7 @@ from timeviper_platform import storage
 from timeviper_platform.data.decode import DecodeError, ErrorType, FrameBatch, check_backend
 from timeviper_platform.data.encode import EncoderConfig, FrameEncoder
 from timeviper_platform.data.isolated_sources import IsolatedFrames
-from timeviper_platform.data.media import MediaLimits
+from timeviper_platform.data.media import MediaLimits, source_name
 from timeviper_platform.data.segment_frames import DecodeConfig, FrameRequest, FrameSource, LocalFrames
 from timeviper_platform.data.segments import Segment, Unit
 from timeviper_platform.data.store_writer import ROW_GROUP_BYTES, Row, features_bytes, write_file
@@ -154,7 +154,7 @@ def _checked(segment: Segment, found: FrameBatch | DecodeError) -> FrameBatch | 
     """What was found, or that it is nothing: frames of a segment that has none, though it should."""
     if isinstance(found, DecodeError) or len(found.frames) or not (found.num_missing or segment.segment_index == 0):
         return found
-    message = f"{segment.uri}: none of {segment.num_samples} sampled frames decodes"
+    message = f"{source_name(segment.uri)}: none of {segment.num_samples} sampled frames decodes"
     return DecodeError("decode_video", ErrorType.FRAMES_MISSING, message)
 
 
@@ -230,6 +230,7 @@ class SegmentEncoder:
         segment, frames, error = entry.decoded.segment, entry.decoded.frames, entry.decoded.error
         row: Row = {
             **{name: getattr(segment, name) for name in _SHARED_FIELDS},
+            "uri": source_name(segment.uri),
             "start_seconds": float(segment.time(0, self._fps)),
             "end_seconds": float(segment.time(segment.num_samples, self._fps)),
             "num_frames": entry.num_frames,

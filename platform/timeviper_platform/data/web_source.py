@@ -16,10 +16,11 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from http.client import HTTPException
+from http.client import HTTPException, responses
 from typing import Any, NoReturn
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit, urlunsplit
 
+from timeviper_platform import storage
 from timeviper_platform.data.parts import READ_AHEAD_BYTES
 
 ATTEMPTS = 4
@@ -36,11 +37,18 @@ AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
 """Status codes that may be another a moment later."""
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_KEPT = "%/:=&?~#+!$,;'@()*[]|"
+"""What stands in paths and queries as it is; a percent sign is one of an encoding."""
+
 _TOTAL = re.compile(r"bytes (?:\d+-\d+|\*)/(\d+)")
 
 
 class DomainNotAllowedError(PermissionError):
     """A URL, or what it redirects to, is on a host that the configuration does not name."""
+
+
+class BadUrlError(OSError):
+    """A URL, or what it redirects to, that no server could be asked for."""
 
 
 class TooManyBytesError(OSError):
@@ -49,7 +57,7 @@ class TooManyBytesError(OSError):
 
 def is_web(uri: str) -> bool:
     """True for URLs that this module fetches."""
-    return uri.startswith(("https://", "http://"))
+    return uri[:8].lower().startswith(("https://", "http://"))
 
 
 def check_allowed(url: str, allowed_domains: Sequence[str]) -> None:
@@ -57,14 +65,46 @@ def check_allowed(url: str, allowed_domains: Sequence[str]) -> None:
 
     Raises:
         DomainNotAllowedError: for any other, with the setting that allows it.
+        BadUrlError: for what is no URL.
     """
-    parts = urlsplit(url)
-    host = (parts.hostname or "").lower()
-    is_named = any(host == domain.lower() or host.endswith(f".{domain.lower()}") for domain in allowed_domains)
-    if not is_named:
+    parts = urlsplit(ascii_url(url))
+    host = parts.hostname or ""
+    domains = [_ascii_host(domain) for domain in allowed_domains]
+    if not any(host == domain or host.endswith(f".{domain}") for domain in domains):
         raise DomainNotAllowedError(f"{host!r} is not fetched from; name it in limits.allowed_domains to allow it")
-    if parts.scheme != "https" and host not in _LOOPBACK:
+    if parts.scheme != "https" and not (parts.scheme == "http" and host in _LOOPBACK):
         raise DomainNotAllowedError(f"{parts.scheme}://{host} is not encrypted; only https is fetched")
+
+
+def ascii_url(url: str) -> str:
+    """The URL as browsers send it: other letters percent-encoded, those of a host in IDNA, and without a fragment.
+
+    Raises:
+        BadUrlError: for what is no URL.
+    """
+    try:
+        parts = urlsplit(url)
+        host, port = _ascii_host(parts.hostname or ""), parts.port
+        path, query = quote(parts.path or "/", safe=_KEPT), quote(parts.query, safe=_KEPT)
+    except ValueError as error:  # UnicodeError is one
+        raise BadUrlError(f"no URL that can be fetched: {error}") from error
+    if not host or parts.username is not None:
+        fault = "it has a user or password" if host else "it has no host"
+        raise BadUrlError(f"no URL that can be fetched: {fault}")
+    place = (f"[{host}]" if ":" in host else host) + ("" if port is None else f":{port}")
+    return urlunsplit((parts.scheme, place, path, query, ""))
+
+
+def _ascii_host(host: str) -> str:
+    return host.lower() if ":" in host else host.encode("idna").decode("ascii").lower()
+
+
+def is_host(name: str) -> bool:
+    """True for a bare host name."""
+    try:
+        return bool(_ascii_host(name)) and not set(name) & set("/:*@")
+    except UnicodeError:
+        return False
 
 
 def open_web(url: str, allowed_domains: Sequence[str], max_bytes: int) -> io.BufferedReader:
@@ -72,7 +112,7 @@ def open_web(url: str, allowed_domains: Sequence[str], max_bytes: int) -> io.Buf
 
     Raises:
         OSError: FileNotFoundError and PermissionError as servers say, TimeoutError, socket.gaierror,
-            DomainNotAllowedError, TooManyBytesError, and others after the last attempt.
+            DomainNotAllowedError, BadUrlError, TooManyBytesError, and others after the last attempt.
     """
     return io.BufferedReader(WebFile(url, allowed_domains, max_bytes), buffer_size=READ_AHEAD_BYTES)
 
@@ -82,13 +122,15 @@ class WebFile(io.RawIOBase):
 
     def __init__(self, url: str, allowed_domains: Sequence[str], max_bytes: int) -> None:
         check_allowed(url, allowed_domains)
-        self._url = url
+        self._url = ascii_url(url)
         self._opener = urllib.request.build_opener(_CheckedRedirects(allowed_domains))
         self._max_bytes = max_bytes
         self._place = 0
         self._body: Any = None  # all of it, where the server knows no ranges
         self.size = 0
         self.etag: str | None = None
+        self.modified: str | None = None
+        """when, in the server's words"""
         self._first = self._fetch(0, FIRST_BYTES)
 
     def readable(self) -> bool:
@@ -126,9 +168,10 @@ class WebFile(io.RawIOBase):
         for attempt in range(ATTEMPTS):
             try:
                 return self._fetch_once(offset, count)
-            except (OSError, HTTPException) as error:
+            except (OSError, HTTPException, ValueError) as error:  # ValueError: a redirect to what is no URL
                 if attempt + 1 == ATTEMPTS or not _is_passing(error):
                     _raise_plain(error, self._url)
+            storage.add_retries(1)
             time.sleep(BACKOFF_SECONDS * 2**attempt * (1 + random.random()))
         raise AssertionError("the last attempt returns or raises")
 
@@ -138,6 +181,7 @@ class WebFile(io.RawIOBase):
         try:
             with self._opener.open(request, timeout=TIMEOUT_SECONDS) as answer:
                 self.etag = (answer.headers.get("ETag") or "").strip('"') or None
+                self.modified = answer.headers.get("Last-Modified")
                 if answer.status == 200:
                     return self._take_all(answer)[offset : offset + count]
                 total = _TOTAL.match(answer.headers.get("Content-Range") or "")
@@ -157,7 +201,9 @@ class WebFile(io.RawIOBase):
             body.write(piece)
             if body.tell() > self._max_bytes:
                 body.close()
-                raise TooManyBytesError(errno.EFBIG, f"more than {self._max_bytes} bytes and no ranges", self._url)
+                raise TooManyBytesError(
+                    errno.EFBIG, f"more than {self._max_bytes} bytes and no ranges", storage.shown_uri(self._url)
+                )
         expected = answer.headers.get("Content-Length")
         if expected is not None and body.tell() < int(expected):
             raise ConnectionError(errno.ECONNRESET, f"the answer ends after {body.tell()} of {expected} bytes")
@@ -182,17 +228,19 @@ def _is_passing(error: Exception) -> bool:
         return error.code in AGAIN
     if isinstance(error, urllib.error.URLError):
         return not isinstance(error.reason, socket.gaierror)
-    return not isinstance(error, DomainNotAllowedError | TooManyBytesError)
+    return not isinstance(error, DomainNotAllowedError | BadUrlError | TooManyBytesError | ValueError)
 
 
 def _raise_plain(error: Exception, url: str) -> NoReturn:
     """As the file systems would: without urllib's types, and without the URL's query, which may hold a secret."""
-    name = url.partition("?")[0]
+    name = storage.shown_uri(url)
     if isinstance(error, urllib.error.HTTPError):
-        kinds = {404: FileNotFoundError, 410: FileNotFoundError, 401: PermissionError, 403: PermissionError}
-        kind = kinds.get(error.code, OSError)
-        raise kind(errno.EIO, f"HTTP {error.code} {error.reason}", name) from error
+        number = {404: errno.ENOENT, 410: errno.ENOENT, 401: errno.EACCES, 403: errno.EACCES}.get(error.code, errno.EIO)
+        # the standard's words: a server's own, and urllib's of redirects, may repeat the URL
+        raise OSError(number, f"HTTP {error.code} {responses.get(error.code, '')}".rstrip(), name) from error
+    if isinstance(error, ValueError):
+        raise BadUrlError("it redirects to no URL that can be fetched") from error
     cause = error.reason if isinstance(error, urllib.error.URLError) else error
-    if isinstance(cause, socket.gaierror | TimeoutError | DomainNotAllowedError | TooManyBytesError):
-        raise cause from error
+    if isinstance(cause, socket.gaierror | TimeoutError | DomainNotAllowedError | BadUrlError | TooManyBytesError):
+        raise cause from None
     raise OSError(errno.EIO, str(cause), name) from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import uuid
 from pathlib import Path
 
@@ -105,3 +107,20 @@ def test_a_late_worker_takes_nothing_from_a_newer_one_and_a_repair_replaces_an_e
     storage.remove(f"{uri}/data/unit.parquet")
     assert write("ok", "ok", value=4.0) == ["ok", "ok"]
     assert stored() == [4.0, 4.0]
+
+
+def test_files_that_cannot_be_listed_are_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = str(tmp_path / "store")
+    write_files(uri, {"a": [made_row("a")]})
+    scandir = os.scandir
+
+    def fail(path: str) -> object:
+        if path.endswith("/data"):
+            raise OSError(errno.EIO, "input/output error")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", fail)
+    with pytest.raises(OSError, match="input/output error"):
+        remove_uncommitted(uri)
+    monkeypatch.undo()
+    assert len(finished_segments(uri)) == 1

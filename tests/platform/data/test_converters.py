@@ -193,6 +193,48 @@ def test_qvhighlights_gives_every_window(tmp_path: Path) -> None:
     assert texts(sample)[1] == "From 72 to 80 seconds, from 82 to 150 seconds."
 
 
+def test_one_caption_that_is_no_utf8_is_one_reject(tmp_path: Path) -> None:
+    good, bad = "ein schöner Tag".encode(), "ein schöner Tag".encode("latin-1")
+    event = b'{"vid": "v", "duration": 9, "query": "%s", "relevant_windows": [[0, 2]]}'
+    film = b'"%s": {"duration": 9, "timestamps": [[0, 2]], "sentences": ["%s"]}'
+    talk = b'{"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "%s"}]}'
+    files = {
+        "cc12m": b"https://a.invalid/1\t%s\nhttps://a.invalid/2\t%s\n" % (good, bad),
+        "charades_sta": b"A 0.0 6.9##%s\nB 0.0 6.9##%s\n" % (good, bad),
+        "qvhighlights": b"\n".join([event % good, event % bad]),
+        "activitynet": b"{%s, %s}" % (film % (b"v1", good), film % (b"v2", bad)),
+        "llava": b"\n".join([talk % good, talk % bad, talk % b"\\ud800"]),
+    }
+    for format, data in files.items():
+        (tmp_path / format).write_bytes(data)
+    captions = pa.array([good, bad], pa.binary()).view(pa.string())
+    rest = {"uid": ["a", "b"], "url": ["https://a.invalid/1"] * 2, "status": ["success"] * 2}
+    pq.write_table(pa.table({**rest, "vlm_caption": captions}), tmp_path / "pixelprose")
+    with tarfile.open(tmp_path / "webdataset.tar", "w") as tar:
+        for name, content in {"0.jpg": b"x", "0.txt": good, "1.jpg": b"x", "1.txt": bad}.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    (tmp_path / "webdataset.tar").rename(tmp_path / "webdataset.TAR")
+    for format in (*files, "pixelprose", "webdataset"):
+        samples, rejects = run(tmp_path, format, tmp_path / (format + ".TAR" * (format == "webdataset")))
+        assert len(samples) == 1, format
+        assert rejects == {"bad_text": 2 if format == "llava" else 1}, format
+        assert good.decode() in texts(samples[0])[0] + texts(samples[0])[1], format
+
+
+def test_times_that_are_no_seconds_are_rejects(tmp_path: Path) -> None:
+    base = {"qid": 1, "query": "x", "duration": 150, "vid": "v", "relevant_windows": [[0, 9]]}
+    wrong = [{"duration": "150"}, {"duration": float("inf")}, {"relevant_windows": [[0, float("nan")]]}]
+    (tmp_path / "q.jsonl").write_text("\n".join(json.dumps({**base, **change}) for change in [{}, *wrong]))
+    samples, rejects = run(tmp_path, "qvhighlights", tmp_path / "q.jsonl")
+    assert (len(samples), rejects) == (1, {"bad_times": 3})
+    entry = {"annotation_id": 3, "video": 7, "description": "a ball", "times": [[1, 1], [1, 1]]}
+    (tmp_path / "d.json").write_text(json.dumps([entry, {**entry, "video": "a.avi"}]))
+    samples, rejects = run(tmp_path, "didemo", tmp_path / "d.json")
+    assert (len(samples), rejects) == (1, {"no_media": 1})
+
+
 def test_large_json_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from timeviper_platform.data.sources import rows
 

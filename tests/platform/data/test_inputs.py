@@ -64,9 +64,9 @@ def write_tar(path: Path, files: dict[str, bytes]) -> None:
 
 
 def test_members_of_a_tar_are_read_in_place(tmp_path: Path, media: dict[str, bytes]) -> None:
-    write_tar(tmp_path / "00000.tar", {**media, "image0.txt": b"a caption", "image0.json": b"{}"})
+    write_tar(tmp_path / "00000.TAR", {**media, "image0.txt": b"a caption", "image0.json": b"{}"})
     items = items_of(tmp_path)
-    assert [item.media_id for item in items] == [media_id_of(f"/r/00000.tar/{name}", "/r") for name in media]
+    assert [item.media_id for item in items] == [media_id_of(f"/r/00000.TAR/{name}", "/r") for name in media]
     for item, data in zip(items, media.values(), strict=True):
         with open_binary(item.uri) as file:
             assert file.read() == data
@@ -161,7 +161,7 @@ def test_failed_downloads_of_img2dataset_are_counted_by_reason(tmp_path: Path, m
     for source in (webdataset, parquet / "*.parquet"):
         planned = plan_of(items_of(source))
         errors = [(row["error_stage"], row["error_type"]) for row in planned if row["status"] == "error"]
-        assert errors == [("list", kind) for _, _, kind in failures], source
+        assert errors == [("download", kind) for _, _, kind in failures], source
         assert [row["modality"] for row in planned if row["status"] == "planned"] == ["image"]
 
 
@@ -186,8 +186,24 @@ def test_pages_hold_what_they_are_asked_to_and_repeats_are_found_across_them(tmp
     pages = list(read_pages(str(tmp_path / "m.csv"), page_rows=4))
     assert [len(page) for page in pages] == [4, 4, 2]
     (tmp_path / "clash.csv").write_text("uri,media_id\n" + "".join(f"{name},{name}\n" for name in names) + "x,0.mp4\n")
-    with pytest.raises(ValueError, match=r"'0\.mp4' stand for more than one"):
-        list(read_pages(str(tmp_path / "clash.csv"), page_rows=4))
+    *others, last = items_of(tmp_path / "clash.csv", page_rows=4)
+    assert [item.media_id for item in others] == names
+    assert last.rejected is not None
+    assert "media_id '0.mp4' stands for more than one medium" in last.rejected.message
+
+
+def test_a_name_that_a_tar_holds_twice_is_an_error_row(tmp_path: Path, media: dict[str, bytes]) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("clip.mp4", "image0.jpg", "clip.mp4"):
+            member = tarfile.TarInfo(name)
+            member.size = len(media[name])
+            tar.addfile(member, io.BytesIO(media[name]))
+    rows = plan_of(items_of(tmp_path))
+    assert [(row["status"], row["error_type"]) for row in rows] == [
+        ("planned", None),
+        ("planned", None),
+        ("error", ErrorType.BAD_ROW),
+    ]
 
 
 def test_a_url_column_stands_for_the_uri(tmp_path: Path) -> None:

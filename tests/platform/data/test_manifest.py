@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pyarrow as pa
@@ -12,6 +17,9 @@ import pytest
 
 from timeviper_platform.data.inputs import read_pages
 from timeviper_platform.data.manifest import MediaItem, media_id_of
+from timeviper_platform.data.media import ErrorType
+from timeviper_platform.data.segment_frames import DecodeConfig
+from timeviper_platform.data.segments import PlanSpec, plan_page
 
 
 def list_media(source: str) -> list[MediaItem]:
@@ -57,6 +65,52 @@ def test_globs_mean_what_fsspec_says_they_mean(tmp_path: Path) -> None:
         assert sorted(item.uri for item in list_media(str(tmp_path / pattern))) == expected, pattern
 
 
+def test_what_is_there_is_itself_before_it_is_a_glob(tmp_path: Path) -> None:
+    (tmp_path / "film [1080p]").mkdir()
+    (tmp_path / "film [1080p]" / "a::b.mp4").touch()
+    (tmp_path / "film [1080p]" / "what?.mp4").touch()
+    (tmp_path / "film [1080p]" / "[m].CSV").write_text("uri\na::b.mp4\n")
+    folder = tmp_path / "film [1080p]"
+    both = [f"{folder}/a::b.mp4", f"{folder}/what?.mp4"]
+    for source, expected in (("", both), ("what?.mp4", both[1:]), ("a::b.mp4", both[:1]), ("[m].CSV", both[:1])):
+        items = list_media(str(folder / source))
+        assert [item.uri for item in items] == expected, source
+        (table,) = plan_page(items, PlanSpec(fps=Fraction(1), recipe_hash="r", decode=DecodeConfig(isolation="none")))
+        assert set(table["error_type"].to_pylist()) == {ErrorType.EMPTY_FILE}  # found, that is
+    assert [Path(item.uri).name for item in list_media(str(tmp_path / "*" / "*.mp4"))] == ["a::b.mp4", "what?.mp4"]
+
+
+def test_what_cannot_be_listed_is_left_out_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a/1.mp4", "gone/2.mp4", "z.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    (tmp_path / "self").symlink_to("self")
+    scandir = os.scandir
+
+    def refuse(folder: str) -> Any:  # whoever runs the tests may be allowed everything
+        if folder.endswith("/gone"):
+            raise PermissionError(errno.EACCES, "Permission denied", folder)
+        return scandir(folder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "scandir", refuse)
+        assert [Path(item.uri).name for item in list_media(str(tmp_path))] == ["1.mp4", "z.mp4"]
+    assert f"{tmp_path}/gone is left out: Permission denied" in caplog.text
+    assert f"{tmp_path}/a/up is left out: a link back" in caplog.text
+
+
+def test_a_name_that_is_no_text_is_an_error_row(tmp_path: Path) -> None:
+    (tmp_path / "caf\udce9.mp4").touch()
+    (tmp_path / "z.mp4").touch()
+    bad, good = list_media(str(tmp_path))
+    (table,) = plan_page([bad], PlanSpec(fps=Fraction(1), recipe_hash="r"))
+    (row,) = table.to_pylist()
+    assert (row["error_stage"], row["error_type"]) == ("list", ErrorType.BAD_URI)
+    assert row["uri"] == f"{tmp_path}/caf\\udce9.mp4"
+    assert good.rejected is None
+
+
 def test_repeated_rows_count_once_and_stretches_differ(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text("uri,start_seconds\na.mp4,\na.mp4,\na.mp4,3\n")
     items = list_media(str(tmp_path / "m.csv"))
@@ -68,11 +122,7 @@ def test_repeated_rows_count_once_and_stretches_differ(tmp_path: Path) -> None:
     [
         ("path\na.mp4\n", "needs the column 'uri'; it has path"),
         ("uri\n", "no rows"),
-        ("uri,media_id\n,x\n", "row 1 has no uri"),
-        ("uri,start_seconds,end_seconds\na.mp4,5,5\n", "must be after"),
-        ("uri,start_seconds\na.mp4,-1\n", "negative"),
         ("uri,start_seconds\na.mp4,soon\n", "must have the types"),
-        ("uri,media_id\na.mp4,x\nb.mp4,x\n", "'x' stand for more than one"),
         ("uri\na.mp4,b\n", "no readable manifest"),
     ],
 )
@@ -80,6 +130,67 @@ def test_wrong_manifests_are_explained(tmp_path: Path, text: str, message: str) 
     (tmp_path / "m.csv").write_text(text)
     with pytest.raises(ValueError, match=message):
         list_media(str(tmp_path / "m.csv"))
+
+
+@pytest.mark.parametrize(
+    ("columns", "row", "message"),
+    [
+        ("uri,media_id", ",x", "row 2: it has no uri"),
+        ("uri,start_seconds,end_seconds", "b.mp4,5,5", r"end_seconds = 5.0 must be after start_seconds = 5.0"),
+        ("uri,end_seconds", "b.mp4,0", "must be after"),
+        ("uri,start_seconds", "b.mp4,-1", "start_seconds = -1.0 must"),
+        ("uri,end_seconds", "b.mp4,inf", "end_seconds = inf must"),
+        ("uri,size", "b.mp4,-5", "size = -5 must"),
+        ("uri,size", "foo://b.mp4,5", "foo://b.mp4 is on no file system"),
+        ("uri,size", "caf\udce9.mp4,5", "it is no UTF-8"),
+        ("uri,media_id", "b.mp4,a", "media_id 'a' stands for more than one medium: .*b.mp4 is not the first"),
+    ],
+)
+def test_a_row_that_says_something_impossible_is_an_error_row(
+    tmp_path: Path, columns: str, row: str, message: str
+) -> None:
+    commas = "," * (columns.count(",") - ("media_id" in columns))
+    good = ["a.mp4,a" if "media_id" in columns else "a.mp4", "c.mp4,c" if "media_id" in columns else "c.mp4"]
+    text = "\n".join([columns, good[0] + commas, row, good[1] + commas])
+    (tmp_path / "m.csv").write_text(text, errors="surrogateescape")
+    items = list_media(str(tmp_path / "m.csv"))
+    assert len({item.media_id for item in items}) == 3
+    assert [Path(item.uri).name for item in items if item.rejected is None] == ["a.mp4", "c.mp4"]
+    (bad,) = (item for item in items if item.rejected is not None)
+    spec = PlanSpec(fps=Fraction(1), recipe_hash="r")
+    (planned,) = plan_page([bad], spec)
+    (error,) = planned.to_pylist()
+    assert (error["error_stage"], error["error_type"]) == ("list", ErrorType.BAD_ROW)
+    assert re.search(message, error["error_message"])
+
+
+def test_wrong_lines_and_strings_of_other_kinds_of_manifest_are_error_rows(tmp_path: Path) -> None:
+    lines = [
+        b'{"uri": "a.mp4"}',
+        b"{",
+        b"7",
+        b'{"uri": "b.mp4", "size": "big"}',
+        b'{"uri": "caf\xe9.mp4"}',
+        b'{"uri": "c.mp4", "end_seconds": NaN}',
+    ]
+    (tmp_path / "m.jsonl").write_bytes(b"\n".join([*lines, b'{"uri": "\\ud800.mp4"}', b'{"uri": "z.mp4"}']))
+    names = pa.array([b"a.mp4", b"caf\xe9.mp4", None], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"uri": names}), tmp_path / "m.parquet")
+    for name, kinds in (
+        ("m.jsonl", [True, *[False] * 6, True]),
+        ("m.parquet", [True, False, False]),
+    ):
+        assert [item.rejected is None for item in list_media(str(tmp_path / name))] == kinds, name
+
+
+def test_one_medium_with_other_facts_is_the_same_medium(tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text("uri,size\na.mp4,5\na.mp4,6\nb.mp4,\nc.mp4,\na.mp4,7\n")
+    items = list_media(str(tmp_path / "m.csv"))  # the last repeat is on another page
+    assert [(Path(item.uri).name, item.rejected) for item in items] == [
+        ("a.mp4", None),
+        ("b.mp4", None),
+        ("c.mp4", None),
+    ]
 
 
 def test_missing_inputs_are_named(tmp_path: Path) -> None:

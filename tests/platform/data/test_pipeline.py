@@ -316,6 +316,14 @@ def test_a_plan_of_nothing_but_errors_stops_the_job(tmp_path: Path, corpus: Path
     assert run_preprocess(calm, run=no_runner).errors == 5
 
 
+def test_links_that_a_downloader_found_dead_are_counted_and_do_not_stop_the_job(tmp_path: Path, corpus: Path) -> None:
+    dead = [f"https://a.invalid/{number}.jpg,failed_to_download,HTTP Error 404" for number in range(5)]
+    (tmp_path / "m.csv").write_text("\n".join(["url,status,error_message", *dead]))
+    config = make_config(corpus, tmp_path / "store", max_consecutive_failures=3)
+    report = run_preprocess(dataclasses.replace(config, input=str(tmp_path / "m.csv")), run=no_runner)
+    assert report.errors_by_stage == {"download": {"not_found": 5}}
+
+
 @pytest.mark.parametrize(("mode", "device"), [("split", "cuda"), ("auto", "cuda"), ("fused", "cpu")])
 def test_nvdec_wants_the_encoders_gpu_in_the_same_worker(
     corpus: Path, tmp_path: Path, mode: Literal["fused", "split", "auto"], device: str

@@ -14,14 +14,16 @@ import pytest
 from PIL import Image
 
 from reference.made_media import make_video, picture
+from timeviper_platform import storage
 from timeviper_platform.data import web_source
 from timeviper_platform.data.decode import read_frames
 from timeviper_platform.data.manifest import MediaItem
-from timeviper_platform.data.media import ErrorType, MediaLimits, open_binary
+from timeviper_platform.data.media import DecodeError, ErrorType, MediaLimits, open_binary
 from timeviper_platform.data.probe import file_version
-from timeviper_platform.data.segment_frames import DecodeConfig
+from timeviper_platform.data.segment_frames import DecodeConfig, Decoded, FrameRequest, LocalFrames
 from timeviper_platform.data.segments import PlanSpec, plan_page
 
+HERE = DecodeConfig(isolation="none")
 LIMITS = MediaLimits(allowed_domains=("127.0.0.1",), max_download_bytes=1 << 20)
 
 
@@ -32,6 +34,7 @@ class Server:
         self.files: dict[str, bytes] = {}
         self.statuses: dict[str, list[int]] = {}
         self.redirects: dict[str, str] = {}
+        self.version = {"ETag": '"v1"'}
         self.asked: Counter[str] = Counter()
         self.sent_bytes = 0
         outer = self
@@ -71,7 +74,7 @@ class Server:
             return
         piece = data[first : last + 1]
         span = f"bytes {first}-{first + len(piece) - 1}/{len(data)}"
-        self._send(request, 206, piece, **{"Content-Range": span, "ETag": '"v1"'})
+        self._send(request, 206, piece, **{"Content-Range": span, **self.version})
 
     def _send(self, request: BaseHTTPRequestHandler, status: int, data: bytes, **headers: str) -> None:
         request.send_response(status)
@@ -119,6 +122,16 @@ def test_media_behind_urls_are_those_of_files(server: Server, clip: bytes) -> No
     assert file_version(server.url("clip.mp4"), LIMITS) == (len(clip), "v1", "v1")
 
 
+def test_content_that_changes_under_its_name_is_another_version(server: Server, clip: bytes) -> None:
+    server.files["clip.mp4"] = clip
+    dates = ["Wed, 21 Oct 2015 07:28:00 GMT", "Thu, 22 Oct 2015 07:28:00 GMT"]
+    found = []
+    for headers in ({}, *({"Last-Modified": date} for date in dates)):
+        server.version = headers
+        found.append(file_version(server.url("clip.mp4"), LIMITS).text)
+    assert found == [f"{len(clip)}-web", *(f"{len(clip)}-{date}" for date in dates)]
+
+
 def test_only_the_ranges_that_are_needed_are_sent(server: Server) -> None:
     server.files["large.bin"] = bytes(range(256)) * (1 << 16)
     with open_binary(server.url("large.bin"), LIMITS) as file:
@@ -141,8 +154,46 @@ def test_nothing_is_fetched_unless_its_domain_is_allowed(server: Server, clip: b
         with pytest.raises(web_source.DomainNotAllowedError):
             web_source.check_allowed(url, ["example.org"])
     web_source.check_allowed("https://images.example.org/a", ["example.org"])
-    with pytest.raises(ValueError, match="bare host names"):
-        MediaLimits(allowed_domains=("https://example.org",))
+    for wrong in ("https://example.org", "a..example.org", ""):
+        with pytest.raises(ValueError, match="bare host names"):
+            MediaLimits(allowed_domains=(wrong,))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("https://[foo/a.jpg", "https://a..127.0.0.1/a.jpg", f"https://{'a' * 64}.127.0.0.1/a.jpg", "https:///a.jpg"),
+        *("https://127.0.0.1:port/a.jpg", "https://me:secret@127.0.0.1/a.jpg", "https://127.0.0.1/\udcff.jpg"),
+    ],
+)
+def test_what_is_no_url_is_an_error_row(url: str) -> None:
+    (table,) = plan_page([MediaItem(url, "x")], PlanSpec(fps=Fraction(1), recipe_hash="r", limits=LIMITS, decode=HERE))
+    (row,) = table.to_pylist()
+    assert (row["error_stage"], row["error_type"]) == ("probe", ErrorType.BAD_URI)
+    assert "secret" not in str(row)
+
+
+def test_a_redirect_to_what_is_no_url_is_an_error_row(server: Server) -> None:
+    server.redirects["away"] = "https://[foo"
+    assert error_of(server.url("away")) == ErrorType.BAD_URI
+    assert server.asked["away"] == 1
+
+
+@pytest.mark.parametrize(
+    ("written", "asked"),
+    [
+        ("café/ü b.mp4", "caf%C3%A9/%C3%BC%20b.mp4"),
+        ("caf%C3%A9/%20.mp4?q=é&r=1#t=ü", "caf%C3%A9/%20.mp4?q=%C3%A9&r=1"),
+    ],
+)
+def test_other_letters_are_sent_as_browsers_do(written: str, asked: str) -> None:
+    assert web_source.ascii_url(f"https://Bücher.example/{written}") == f"https://xn--bcher-kva.example/{asked}"
+    web_source.check_allowed(f"https://a.bücher.example/{written}", ["Bücher.example"])
+
+
+def test_media_with_other_letters_in_their_names_are_fetched(server: Server, clip: bytes) -> None:
+    server.files["caf%C3%A9.mp4"] = clip
+    assert error_of(server.url("café.mp4")) == "None"
 
 
 @pytest.mark.parametrize(
@@ -162,10 +213,40 @@ def test_dead_links_have_their_reasons(server: Server, status: int, kind: ErrorT
     assert server.asked["x.jpg"] == attempts
 
 
+def decoded(url: str) -> Decoded:
+    """What decoding says of a picture whose headers were read some time ago."""
+    config = DecodeConfig(isolation="none")
+    (found,) = LocalFrames(32, LIMITS, config).decode([FrameRequest(url, "image", [Fraction(0)])])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "attempts"),
+    [
+        (404, ErrorType.NOT_FOUND, 1),
+        (401, ErrorType.PERMISSION_DENIED, 1),
+        (400, ErrorType.READ_FAILED, 1),
+        (503, ErrorType.READ_FAILED, web_source.ATTEMPTS),
+    ],
+)
+def test_links_that_die_after_planning_have_the_same_reasons(
+    server: Server, status: int, kind: ErrorType, attempts: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    server.statuses["x.jpg"] = [status] * 99
+    error = decoded(server.url("x.jpg?token=secret")).found
+    assert isinstance(error, DecodeError)
+    assert (error.stage, error.error_type) == ("decode_image", kind)
+    assert server.asked["x.jpg"] == attempts
+    assert "secret" not in error.message + caplog.text
+
+
 def test_what_fails_for_a_moment_is_fetched(server: Server, clip: bytes) -> None:
     server.files["clip.mp4"] = clip
     server.statuses["clip.mp4"] = [503, 502]
+    before = storage.num_retries()
     assert error_of(server.url("clip.mp4")) == "None"
+    assert storage.num_retries() - before == 2
     assert server.statuses["clip.mp4"] == []
 
 
@@ -182,6 +263,14 @@ def test_an_urls_query_is_in_no_message(server: Server) -> None:
     server.statuses["x.jpg"] = [403]
     items = [MediaItem(server.url("x.jpg?token=secret"), "x")]
     (table,) = plan_page(items, PlanSpec(fps=Fraction(1), recipe_hash="r", limits=LIMITS))
-    (message,) = table["error_message"].to_pylist()
-    assert "HTTP 403" in message
-    assert "secret" not in message
+    (row,) = table.to_pylist()
+    assert "HTTP 403 Forbidden" in row["error_message"]
+    assert "secret" not in str(row)
+
+
+def test_a_redirect_that_is_refused_is_not_repeated(server: Server) -> None:
+    server.redirects["away"] = "gopher://127.0.0.1/a?token=secret"
+    error = decoded(server.url("away")).found
+    assert isinstance(error, DecodeError)
+    assert "HTTP 302 Found" in error.message
+    assert "secret" not in error.message

@@ -15,10 +15,12 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from timeviper_platform import storage
 from timeviper_platform.data.listing import list_files
 from timeviper_platform.data.media import MEDIA_SUFFIXES
 from timeviper_platform.data.parts import open_file
 from timeviper_platform.data.sources.rows import Labels, Reject, Row, read_lines
+from timeviper_platform.data.text_rows import text_rows
 
 INSTRUCTION = "Describe the image."
 DENSE_INSTRUCTION = "Describe the image in detail."
@@ -43,7 +45,7 @@ def convert_pixelprose(uri: str, labels: Labels) -> Iterator[Row | Reject]:
     for found in list_files(uri).files:
         with open_file(found.uri) as file:
             for batch in pq.ParquetFile(file).iter_batches(columns=columns):
-                for row in batch.to_pylist():
+                for row in text_rows(batch):
                     yield _of_pixelprose(number, row, labels)
                     number += 1
 
@@ -53,7 +55,7 @@ def convert_webdataset(uri: str, labels: Labels) -> Iterator[Row | Reject]:
     root, files = list_files(uri)
     number = 0
     for found in files:
-        if not found.uri.endswith(".tar"):
+        if not found.uri.lower().endswith(".tar"):
             continue
         for key, texts, members in _groups(found.uri):
             caption = texts.get(".txt") or _json_caption(texts.get(".json"))
@@ -75,7 +77,7 @@ def _of_pixelprose(number: int, row: dict[str, Any], labels: Labels) -> Row | Re
 def _captioned(number: int, key: str, name: str, caption: str | None, instruction: str, labels: Labels) -> Row | Reject:
     text = (caption or "").strip()
     if not text:
-        return Reject(number, "no_caption", f"{key or name.partition('?')[0]} has no caption")
+        return Reject(number, "no_caption", f"{key or storage.shown_uri(name)} has no caption")
     return labels.sample(number, key, [labels.medium(name)], [("user", instruction), ("assistant", text)])
 
 
@@ -88,7 +90,7 @@ def _groups(uri: str) -> Iterator[tuple[str, dict[str, str], list[str]]]:
                 suffix = PurePosixPath(member.name).suffix.lower()
                 if suffix in _CAPTION_SUFFIXES:
                     content = tar.extractfile(member)
-                    texts[suffix] = content.read().decode("utf-8") if content is not None else ""
+                    texts[suffix] = content.read().decode("utf-8", "surrogateescape") if content is not None else ""
                 elif suffix in MEDIA_SUFFIXES:
                     media.append(member.name)
             yield key, texts, media

@@ -136,4 +136,5 @@ def _entries(config: ConvertConfig, labels: Labels) -> Iterator[Row | Reject]:
 def _count(reject: Reject, rejects: Counter[str]) -> None:
     rejects[reject.reason] += 1
     if rejects[reject.reason] <= LOGGED_REJECTS:
-        logger.info("row %d: %s: %s", *reject)
+        detail = reject.detail.encode("utf-8", "backslashreplace").decode("utf-8")
+        logger.info("row %d: %s: %s", reject.row, reject.reason, detail)

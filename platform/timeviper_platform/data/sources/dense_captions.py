@@ -11,15 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from timeviper_platform import storage
-from timeviper_platform.data.sources.rows import Labels, Reject, Row, check_span, span_text
+from timeviper_platform.data.sources.rows import Labels, Reject, Row, check_span, read_value, span_text
 
 INSTRUCTION = "What happens in the video? Give the start and the end of each event in seconds."
 
 
 def convert_activitynet(uri: str, labels: Labels) -> Iterator[Row | Reject]:
     """A sample a video."""
-    for number, (name, entry) in enumerate(storage.read_json(uri).items()):
+    for number, (name, entry) in enumerate(read_value(uri).items()):
         try:
             events = list(zip(entry["timestamps"], entry["sentences"], strict=True))
             duration = entry["duration"]
@@ -31,7 +30,7 @@ def convert_activitynet(uri: str, labels: Labels) -> Iterator[Row | Reject]:
 
 def convert_youcook2(uri: str, labels: Labels) -> Iterator[Row | Reject]:
     """A sample a video; those of the test subset have no annotations."""
-    for number, (name, entry) in enumerate(storage.read_json(uri)["database"].items()):
+    for number, (name, entry) in enumerate(read_value(uri)["database"].items()):
         try:
             events = [(event["segment"], event["sentence"]) for event in entry.get("annotations", [])]
             duration = entry["duration"]

@@ -72,14 +72,16 @@ def convert_qvhighlights(uri: str, labels: Labels) -> Iterator[Row | Reject]:
 def _convert(
     number: int,
     key: str,
-    name: str,
+    name: Any,
     sentence: Any,
     spans: Sequence[tuple[Any, ...]],
-    duration: float | None,
+    duration: Any,
     labels: Labels,
 ) -> Row | Reject:
     if not isinstance(sentence, str) or not sentence.strip():
         return Reject(number, "no_caption", f"{name}: no sentence")
+    if not isinstance(name, str):
+        return Reject(number, "no_media", f"{name!r:.80} is no name")
     if not spans:
         return Reject(number, "no_segment", f"{name}: no interval")
     for span in spans:

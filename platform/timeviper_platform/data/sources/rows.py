@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -14,9 +15,11 @@ from typing import Any, Literal, NamedTuple
 from timeviper_platform import storage
 from timeviper_platform.data.manifest import media_id_of
 from timeviper_platform.data.parts import open_file
+from timeviper_platform.data.text_rows import is_text
 
 RejectReason = Literal[
     "bad_row",
+    "bad_text",
     "bad_turns",
     "marker_mismatch",
     "no_answer",
@@ -58,8 +61,10 @@ class Labels:
         media_id = media_id_of(name if is_url else storage.join_uri(self.media_prefix, name).lstrip("/"), "")
         return {"media_id": media_id, "start_seconds": start_seconds, "end_seconds": end_seconds}
 
-    def sample(self, row: int, name: str, media: Sequence[Row], turns: Sequence[tuple[str, str]]) -> Row:
+    def sample(self, row: int, name: str, media: Sequence[Row], turns: Sequence[tuple[str, str]]) -> Row | Reject:
         """A SAMPLES row; the row's number makes its id one of a kind, whatever the input's ids are."""
+        if not is_text(name, *(text for _, text in turns)):
+            return Reject(row, "bad_text", f"{name} has text that is no UTF-8")
         return {
             "sample_id": f"{self.source}/{row}/{name}",
             "media": list(media),
@@ -74,13 +79,15 @@ def span_text(start_seconds: float, end_seconds: float) -> str:
     return f"from {round(start_seconds, 1):g} to {round(end_seconds, 1):g} seconds"
 
 
-def check_span(span: Any, duration: float | None = None) -> str | None:
+def check_span(span: Any, duration: Any = None) -> str | None:
     """What is wrong with [start, end] in seconds; None when nothing is. A second past the duration is rounding."""
     if not isinstance(span, list | tuple) or len(span) != 2:
         return f"{span!r} is no pair"
     start, end = span
-    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in span):
+    if not (_is_seconds(start) and _is_seconds(end)):
         return f"{start!r}..{end!r} are no seconds"
+    if duration is not None and not _is_seconds(duration):
+        return f"the duration {duration!r} is no seconds"
     if start < 0 or end <= start:
         return f"{start}..{end} s is no interval"
     if duration is not None and end > duration + 1:
@@ -88,12 +95,21 @@ def check_span(span: Any, duration: float | None = None) -> str | None:
     return None
 
 
+def _is_seconds(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def read_lines(uri: str) -> Iterator[str]:
-    """The lines of a text file that are not blank."""
+    """The lines of a text file that are not blank; bytes that are no UTF-8 become surrogates, which no sample takes."""
     with open_file(uri) as file:
         for line in file:
-            if (text := line.decode("utf-8").rstrip("\r\n")).strip():
+            if (text := line.decode("utf-8", "surrogateescape").rstrip("\r\n")).strip():
                 yield text
+
+
+def read_value(uri: str) -> Any:
+    """The value of a JSON file; bytes that are no UTF-8 as in `read_lines`."""
+    return json.loads(storage.read_bytes(uri).decode("utf-8", "surrogateescape").removeprefix("\ufeff"))
 
 
 def read_objects(uri: str) -> Iterator[Any]:
@@ -103,7 +119,7 @@ def read_objects(uri: str) -> Iterator[Any]:
         ValueError: where the text is no JSON.
     """
     decoder = json.JSONDecoder()
-    with io.TextIOWrapper(open_file(uri), encoding="utf-8") as file:
+    with io.TextIOWrapper(open_file(uri), encoding="utf-8", errors="surrogateescape") as file:
         text = file.read(_JSON_PIECE).lstrip()
         is_array = text.startswith("[")
         between = " \t\r\n," if is_array else " \t\r\n"
