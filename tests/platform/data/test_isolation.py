@@ -27,7 +27,7 @@ from timeviper_platform import storage
 from timeviper_platform.data import isolated_sources, isolation
 from timeviper_platform.data.decode import FrameBatch, sample_times
 from timeviper_platform.data.isolated_sources import IsolatedFrames, IsolatedProbes
-from timeviper_platform.data.manifest import MediaItem
+from timeviper_platform.data.manifest import MediaItem, Rejection
 from timeviper_platform.data.media import DecodeError, ErrorType, FileVersion, MediaLimits, Modality, reading
 from timeviper_platform.data.planning import plan_here
 from timeviper_platform.data.probe import LocalProbes, probe_media
@@ -426,7 +426,7 @@ def test_no_child_is_started_for_media_of_which_all_is_told(film: str, monkeypat
 
     monkeypatch.setattr(isolated_sources, "DecodeChild", refuse)
     told = MediaItem(film, "told", version=FileVersion(1, None, "v"), probe=probe_media(film))
-    rejected = MediaItem(film, "rejected", rejected=(ErrorType.READ_FAILED, "as the manifest says"))
+    rejected = MediaItem(film, "rejected", rejected=Rejection("list", ErrorType.BAD_ROW, "as the manifest says"))
     pages = [[told, rejected], [replace(told, sha256="0")]]
     assert pa.concat_tables(plan_here(pages, spec())).num_rows == 3
     assert pa.concat_tables(plan_here([[replace(told, version=None)]], spec())).num_rows == 1

@@ -279,7 +279,7 @@ def test_three_times_the_files_take_no_more_memory(
     ):
         monkeypatch.setattr(module, name, value)
     peaks = []
-    for num_files in (8, 24):
+    for num_files in (7, 8, 24):  # the first: what only a first time takes
         uri = str(tmp_path / str(num_files))
         message = {"error_message": "long " * 2000}  # rows that would be seen if they were held: 10 KB
         write_files(uri, {f"f{n:03d}": made_rows(f"m{n:03d}", 8, **message) for n in range(num_files)})
@@ -291,7 +291,7 @@ def test_three_times_the_files_take_no_more_memory(
         peaks.append(pool.max_memory() + tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         pa.set_memory_pool(before)
-    assert peaks[1] < 1.5 * peaks[0]
+    assert peaks[2] < 1.5 * peaks[1] + 100_000  # 1.9 MB of rows are in the larger one
 
 
 def test_the_job_prints_a_report_and_fails_when_verification_finds_anything(

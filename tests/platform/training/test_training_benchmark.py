@@ -28,7 +28,7 @@ attempt = len(list(folder.iterdir())) + 1
 first = 10 * (attempt - 1)  # a checkpoint every 10 steps
 with open(folder / f"attempt-{attempt:04d}.jsonl", "w") as file:
     for step in range(first + 1, first + 1000):
-        file.write(json.dumps({"global_step": step, "attempt": attempt}) + "\\n")
+        file.write(json.dumps({"global_step": step, "attempt": attempt, "loss": 1.0}) + "\\n")
         file.flush()
         time.sleep(0.01)
 """
