@@ -21,6 +21,7 @@ from timeviper_platform.training.local import train_local
 from timeviper_platform.training.loop import RunFolder
 from timeviper_platform.training.metrics import read_metrics
 from timeviper_platform.training.saved_files import load_saved
+from timeviper_platform.training.zero import import_deepspeed
 
 
 class Touch:
@@ -42,6 +43,29 @@ def test_a_file_that_would_run_code_is_refused_and_runs_nothing(tmp_path: Path, 
     assert not mark.exists()
     torch.load(file, weights_only=False)
     assert mark.exists()  # it would have
+
+
+class Looked:
+    """Its pickle looks a name up, as the first releases of Python 3.11 pickle a member of an enum."""
+
+    def __init__(self, of: Any, name: str) -> None:
+        self._of, self._name = of, name
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, str]]:
+        return getattr, (self._of, self._name)
+
+
+def test_a_stage_is_read_from_every_release_of_python_and_nothing_else_is_looked_up(tmp_path: Path) -> None:
+    import_deepspeed()
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    file = tmp_path / "a_states.pt"
+    torch.save({"zero_stage": Looked(ZeroStageEnum, "gradients")}, file)
+    assert load_saved(file, mmap=True) == {"zero_stage": ZeroStageEnum.gradients}
+    for of, name in ((ZeroStageEnum, "__reduce_ex__"), (torch.Size, "numel")):
+        torch.save({"zero_stage": Looked(of, name)}, file)
+        with pytest.raises(RuntimeError, match=r"names getattr, .* might run code"):
+            load_saved(file, mmap=True)
 
 
 @pytest.fixture(scope="module")
