@@ -27,7 +27,7 @@ from timeviper_model.linear import pack_linears
 from timeviper_model.pieces import plan_sites
 from timeviper_model.prefill import DEFAULT_CHUNK_TOKENS, Prefill, prefix_length
 from timeviper_model.prefix_cache import PrefixCache, PrefixLease, prefix_entry_bytes
-from timeviper_model.prompt import TEMPLATES, end_token_id
+from timeviper_model.prompt import TEMPLATES, encode_text, end_token_id
 from timeviper_model.request_states import Queued, Reading, Running
 from timeviper_model.requests import (
     EngineStats,
@@ -103,7 +103,7 @@ class InferenceEngine:
         if tokenizer is not None:
             template = TEMPLATES[model.config.chat_template]
             self.end_token_ids = frozenset({end_token_id(tokenizer, template)})
-            ids = tokenizer(template.assistant[1], add_special_tokens=False)["input_ids"]
+            ids = encode_text(tokenizer, template.assistant[1], split_special_tokens=False)
             self._closing = str(tokenizer.decode(ids, skip_special_tokens=True))
         self._ids = itertools.count()
         self._queue: deque[Queued] = deque()

@@ -13,9 +13,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any, Literal
 
 from timeviper_model.batch import IGNORE_INDEX, Sample, TokenKind
+
+_ENCODING = Lock()
+"""A tokenizer notes `split_special_tokens` in itself and then encodes: another thread's call in between would turn what
+a user typed into special tokens."""
 
 MEDIA_MARKER = "<media>"
 """Where media go in a user's text; without a marker they come first in the first user turn."""
@@ -80,7 +85,7 @@ def check_tokenizer(tokenizer: Any, template: ChatTemplate) -> None:
     """
     pieces = "".join((*template.system, *template.user, *template.assistant))
     special = dict.fromkeys(re.findall(r"<[^<>\s]+>", pieces))
-    cut = [name for name in special if len(_encode_template(tokenizer, name)) != 1]
+    cut = [name for name in special if len(encode_text(tokenizer, name, split_special_tokens=False)) != 1]
     if cut:
         raise ValueError(
             f"the tokenizer does not know {', '.join(cut)} of the model's chat template; use the tokenizer that came"
@@ -95,7 +100,7 @@ def end_token_id(tokenizer: Any, template: ChatTemplate) -> int:
         ValueError: when the tokenizer is not one for this template.
     """
     check_tokenizer(tokenizer, template)
-    return int(_encode_template(tokenizer, template.assistant[1])[-1])
+    return int(encode_text(tokenizer, template.assistant[1], split_special_tokens=False)[-1])
 
 
 def build_sample(
@@ -155,12 +160,11 @@ class _Writer:
         self._num_vision = 0
 
     def template(self, text: str, *, response: bool = False) -> None:
-        self._extend(_encode_template(self._tokenizer, text), response)
+        self._extend(encode_text(self._tokenizer, text, split_special_tokens=False), response)
 
     def text(self, text: str, *, response: bool = False) -> None:
-        # split_special_tokens: a user who types <SPECIAL_11> gets its letters, not a turn of the assistant
-        ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] if text else []
-        self._extend(ids, response)
+        # a user who types <SPECIAL_11> gets its letters, not a turn of the assistant
+        self._extend(encode_text(self._tokenizer, text, split_special_tokens=True) if text else [], response)
 
     def vision(self, num_tokens: int) -> None:
         self._input_ids += [self._pad_id] * num_tokens
@@ -187,8 +191,16 @@ class _Writer:
         self._token_kind += [TokenKind.RESPONSE if response else before_vision] * len(ids)
 
 
-def _encode_template(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"])
+def encode_text(tokenizer: Any, text: str, *, split_special_tokens: bool) -> list[int]:
+    """Token ids of a text alone, nothing put before or behind it. Any thread may call it.
+
+    Args:
+        tokenizer: of Hugging Face's kind.
+        text: not empty.
+        split_special_tokens: a special token's name in it is so many letters.
+    """
+    with _ENCODING:
+        return list(tokenizer(text, add_special_tokens=False, split_special_tokens=split_special_tokens)["input_ids"])
 
 
 def _check_turns(turns: Sequence[Turn], add_generation_prompt: bool) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -7,7 +9,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from timeviper_model.batch import IGNORE_INDEX, TokenKind
-from timeviper_model.prompt import CHATML, NEMOTRON, Turn, build_sample, check_tokenizer, end_token_id, time_text
+from timeviper_model.prompt import (
+    CHATML,
+    NEMOTRON,
+    Turn,
+    build_sample,
+    check_tokenizer,
+    encode_text,
+    end_token_id,
+    time_text,
+)
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +142,15 @@ def test_a_tokenizer_of_another_model_is_refused_with_the_tokens_it_lacks(tokeni
         check_tokenizer(other, CHATML)
     with pytest.raises(ValueError, match="<SPECIAL_10>, <SPECIAL_12>, <SPECIAL_11>"):
         end_token_id(other, NEMOTRON)
+
+
+def test_threads_share_a_tokenizer_and_what_a_user_types_stays_letters(tokenizer: Any) -> None:
+    name, interval = "<SPECIAL_11>", sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            is_split = [bool(number % 2) for number in range(4000)]
+            found = list(pool.map(lambda split: encode_text(tokenizer, name, split_special_tokens=split), is_split))
+    finally:
+        sys.setswitchinterval(interval)
+    assert all((len(ids) > 1) == split for ids, split in zip(found, is_split, strict=True))

@@ -149,7 +149,8 @@ class SampleBuilder:
 
 
 class _MemoTokenizer:
-    """Looks like the tokenizer to `build_sample`, and remembers the ids of texts that come again."""
+    """Looks like the tokenizer to `build_sample`, which calls it from one thread at a time; remembers the ids of texts
+    that come again."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.pad_token_id = tokenizer.pad_token_id
