@@ -113,12 +113,16 @@ def nodes() -> Iterator[TwoNodes]:
 def test_second_node_and_driver_killed_on_ray_lose_nothing(
     corpus: Path, expected: dict[str, bytes], tmp_path: Path, nodes: TwoNodes
 ) -> None:
-    config = write_config(corpus, tmp_path / "store")
     victims = KILLED[2:]  # a dead worker takes Ray a minute to replace: those are in the slow test
-    killed = run_killed(config, nodes, victims, random.Random(0))
-    assert killed == Counter(victims)
-    finish(config, nodes)
-    check(str(tmp_path / "store"), expected)
+    killed: Counter[str] = Counter()
+    for attempt in range(3):  # on a busy machine a run may be over before its driver's turn
+        config = write_config(corpus, tmp_path / f"store{attempt}")
+        killed += run_killed(config, nodes, victims, random.Random(attempt))
+        finish(config, nodes)
+        check(str(tmp_path / f"store{attempt}"), expected)
+        if set(killed) == set(victims):
+            return
+    raise AssertionError(f"only {killed} were killed while a run went on")
 
 
 @pytest.mark.cluster

@@ -96,7 +96,7 @@ def test_no_rank_waits_for_rank_0_when_that_cannot_open_its_files(corpus: Corpus
     (folder / "metrics").write_text("a file where a folder should be")
     ranks = start_ranks(values, tmp_path)
     assert ranks.wait() == [1, 1]
-    assert "rank 0: [Errno" in ranks.tail()
+    assert "rank 0: [Errno" in ranks.log.read_text()
 
 
 @pytest.mark.slow
