@@ -37,6 +37,8 @@ class Faults:
     num_slow: int = 0
     requests: list[tuple[str, str, str]] = field(default_factory=list)
     """method, path, query of those that were answered in earnest"""
+    num_open: int = 0
+    """requests being answered now; a client that is killed leaves its last one behind"""
     _seen: set[tuple[str, str]] = field(default_factory=set)
     _random: random.Random = field(default_factory=lambda: random.Random(0))
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -46,6 +48,7 @@ class Faults:
 
         def faulty(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
             with self._lock:
+                self.num_open += 1
                 fails = self.is_down or self._fails_at_first((environ["REQUEST_METHOD"], environ["PATH_INFO"]))
                 dawdles = self._random.random() < self.slow_rate
                 self.num_errors += fails
@@ -53,21 +56,41 @@ class Faults:
                 if not fails:
                     request = (environ["REQUEST_METHOD"], environ["PATH_INFO"], environ.get("QUERY_STRING", ""))
                     self.requests.append(request)
-            if dawdles:
-                time.sleep(self.slow_seconds)
-            if self.drops is not None and self.drops(
-                environ["REQUEST_METHOD"], environ["PATH_INFO"], environ["wsgi.input"]
-            ):
-                start_response("500 Dropped", [])
-                return []
-            status = "503 Slow Down" if fails else self.answers.get(environ["PATH_INFO"].rpartition("/")[2])
-            if status is not None:
-                environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-                start_response(status, [("Content-Type", "application/xml")])
-                return [SLOW_DOWN] if status.startswith("503") and environ["REQUEST_METHOD"] != "HEAD" else []
-            return application(environ, start_response)
+            try:
+                if dawdles:
+                    time.sleep(self.slow_seconds)
+                return self._answer(application, environ, start_response, fails)
+            finally:
+                with self._lock:
+                    self.num_open -= 1
 
         return faulty
+
+    def wait_until_idle(self) -> None:
+        """Returns when no request has been answered for a while: nothing of a killed client's arrives any more."""
+        num_looks = 0
+        while num_looks < 5:
+            time.sleep(0.02)
+            num_looks = 0 if self.num_open else num_looks + 1
+
+    def _answer(
+        self,
+        application: Callable[..., Iterable[bytes]],
+        environ: dict[str, Any],
+        start_response: Callable[..., Any],
+        fails: bool,
+    ) -> Iterable[bytes]:
+        if self.drops is not None and self.drops(
+            environ["REQUEST_METHOD"], environ["PATH_INFO"], environ["wsgi.input"]
+        ):
+            start_response("500 Dropped", [])
+            return []
+        status = "503 Slow Down" if fails else self.answers.get(environ["PATH_INFO"].rpartition("/")[2])
+        if status is not None:
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            start_response(status, [("Content-Type", "application/xml")])
+            return [SLOW_DOWN] if status.startswith("503") and environ["REQUEST_METHOD"] != "HEAD" else []
+        return application(environ, start_response)
 
     def _fails_at_first(self, request: tuple[str, str]) -> bool:
         if self.fail_first_of is None or request in self._seen:

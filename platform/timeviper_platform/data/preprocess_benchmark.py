@@ -59,7 +59,7 @@ class IdealSizes:
     run_seconds: float = 30.0
     """a run at the ideal rate; its steady state is 60 % of it"""
     calibration_seconds: float = 6.0
-    repeats: int = 3
+    repeats: int = 5
     """runs each way, of a minute each with what Ray takes to start"""
     clip_seconds: int = CLIP_SECONDS
     film_seconds: int = FILM_SECONDS

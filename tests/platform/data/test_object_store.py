@@ -97,6 +97,7 @@ def test_runs_killed_while_storage_fails_and_dawdles_end_with_the_same_bytes(
         due = num_puts() + moments.randint(1, 3)
         process = start(config, environment)
         num_killed += kill_after(process, lambda due=due: num_puts() >= due, moments.uniform(0.0, 0.02))
+        server.wait_until_idle()
         bucket.invalidate_cache()
         committed = {path.rpartition("/")[2] for path in bucket.find("bucket/store/commits")}
         assert committed <= {path.rpartition("/")[2] for path in bucket.find("bucket/store/data")}
