@@ -3,75 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from reference.tiny_serving import CONFIG_WITH_TRANSV, byte_tokenizer, generate_alone, prompt, random_model
+from reference.engine_requests import (
+    TOKENIZER,
+    ask,
+    engine_of,
+    ids_of,
+    run,
+    text_of,
+    vision,
+)
+from reference.tiny_serving import CONFIG_WITH_TRANSV, generate_alone, prompt, random_model
 from timeviper_model import cache as cache_module
-from timeviper_model import engine as engine_module
-from timeviper_model.batch import Sample
-from timeviper_model.config import TransVSite
-from timeviper_model.detokenize import TextStream
 from timeviper_model.engine import EngineConfig, InferenceEngine, QueueFull
-from timeviper_model.prefill import prefix_length
-from timeviper_model.prefix_cache import prefix_entry_bytes
-from timeviper_model.prompt import Turn, build_sample
-from timeviper_model.requests import Event, Failed, Finished, Request, RequestId, Token
+from timeviper_model.requests import Event, Finished
 from timeviper_model.sampling import SamplingParams
 from timeviper_model.timeviper import TimeViper
 
-TOKENIZER = byte_tokenizer()
-DIM = CONFIG_WITH_TRANSV.vision.hidden_size
 QUESTIONS = [("What?", 0), ("Which picture appears?", 24), ("When?", 9), ("How often does it appear?", 40), ("Why", 3)]
 
 
 @pytest.fixture(scope="module")
 def model() -> TimeViper:
     return random_model()
-
-
-def vision(num_tokens: int) -> torch.Tensor:
-    return torch.randn(num_tokens, DIM, generator=torch.Generator().manual_seed(num_tokens), dtype=torch.float64)
-
-
-def ask(question: str = "What?", num_vision: int = 8, **values: Any) -> Request:
-    values.setdefault("vision_features", vision(num_vision))
-    values.setdefault("prompt", prompt(TOKENIZER, question, num_vision))
-    return Request(**values)
-
-
-def first_id(token_id: int) -> Sample:
-    sample = prompt(TOKENIZER, "What?", 8)
-    return replace(sample, input_ids=[token_id, *sample.input_ids[1:]])
-
-
-def vision_rows(*rows: int) -> Sample:
-    sample = prompt(TOKENIZER, "What?", 8)
-    following = iter(rows)
-    return replace(sample, vision_index=[row if row < 0 else next(following) for row in sample.vision_index])
-
-
-def engine_of(model: TimeViper, **config: int) -> InferenceEngine:
-    return InferenceEngine(model, EngineConfig(**config), tokenizer=TOKENIZER)
-
-
-def run(engine: InferenceEngine) -> dict[RequestId, list[Event]]:
-    events: dict[RequestId, list[Event]] = {}
-    while engine.has_work:
-        for event in engine.step():
-            events.setdefault(event.request_id, []).append(event)
-    return events
-
-
-def ids_of(events: Iterable[Event]) -> list[int]:
-    return [event.id for event in events if isinstance(event, Token)]
-
-
-def text_of(events: Iterable[Event]) -> str:
-    return "".join(event.text for event in events if not isinstance(event, Failed))
 
 
 def test_batched_greedy_tokens_equal_one_by_one(model: TimeViper) -> None:
@@ -261,92 +219,6 @@ def test_features_may_come_block_by_block_when_the_request_has_a_slot(model: Tim
     assert calls == [1]
 
 
-def test_a_request_whose_features_fail_leaves_the_others_alone(model: TimeViper) -> None:
-    def broken() -> Iterable[torch.Tensor]:
-        raise RuntimeError("the store is away")
-
-    engine = engine_of(model)
-    good, bad, short = (
-        engine.submit(ask(max_new_tokens=3)),
-        engine.submit(ask(vision_features=broken)),
-        engine.submit(ask(vision_features=lambda: [vision(5)])),  # 5 rows for 8 tokens
-    )
-    events = run(engine)
-    assert len(ids_of(events[good])) == 3
-    assert isinstance(events[bad][-1], Failed)
-    assert "the store is away" in events[bad][-1].error
-    assert isinstance(events[short][-1], Failed)
-
-
-@pytest.mark.parametrize("error", [KeyError("film"), TypeError("no such shard"), MemoryError("no room")])
-def test_whatever_a_request_raises_is_its_own_and_its_prefix_is_the_next_ones(
-    model: TimeViper, error: Exception
-) -> None:
-    def broken() -> Iterable[torch.Tensor]:
-        yield vision(24)[:10]
-        raise error
-
-    engine = engine_of(model, num_slots=2, prefix_cache_bytes=2**30, max_prefill_tokens=16)
-    good = engine.submit(ask("a", max_new_tokens=9))
-    bad = engine.submit(ask(num_vision=24, vision_features=broken, prefix_key="film"))
-    again = engine.submit(ask(num_vision=24, prefix_key="film", max_new_tokens=3))
-    events = run(engine)
-    assert events[bad] == [Failed(request_id=bad, error=f"{type(error).__name__}: {error}")]
-    assert len(ids_of(events[good])) == 9
-    alone = engine_of(model)
-    assert ids_of(events[again]) == ids_of(alone.stream(alone.submit(ask(num_vision=24, max_new_tokens=3))))
-    assert (engine.stats().active_slots, engine.stats().prefix_misses) == (0, 2)
-
-
-def test_a_request_whose_text_fails_leaves_the_others_alone(model: TimeViper, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Broken(TextStream):
-        def push(self, token_id: int) -> str:
-            raise KeyError(token_id)
-
-    engine = engine_of(model, num_slots=2)
-    good = engine.submit(ask(max_new_tokens=3))
-    early = engine.step()
-    monkeypatch.setattr(engine_module, "TextStream", Broken)
-    bad = engine.submit(ask())
-    events = run(engine)
-    events[good] = [*early, *events[good]]
-    assert len(ids_of(events[good])) == 3
-    assert isinstance(events[bad][-1], Failed)
-    assert engine.stats().active_slots == 0
-
-
-def test_what_is_no_number_stays_with_its_request(model: TimeViper) -> None:
-    engine = engine_of(model, num_slots=2, prefix_cache_bytes=2**30)
-    nan = torch.full((300, DIM), torch.nan, dtype=torch.float64)
-    bad = engine.submit(ask(num_vision=300, vision_features=nan, prefix_key="film"))
-    assert isinstance(run(engine)[bad][-1], Failed)
-    requests = [ask(num_vision=num_vision, max_new_tokens=4) for num_vision in (8, 40)]
-    requests.append(ask(num_vision=300, prefix_key="film", max_new_tokens=4))
-    ids = [engine.submit(request) for request in requests]
-    events = run(engine)
-    expected, _, _ = answers(model, requests)
-    assert [ids_of(events[i]) for i in ids] == [ids_of(answer) for answer in expected]
-    assert engine.stats().prefix_misses == 2  # what the first had read is not kept
-
-
-def test_a_failure_of_what_all_share_surfaces(model: TimeViper, monkeypatch: pytest.MonkeyPatch) -> None:
-    def out_of_memory(*args: object) -> torch.Tensor:
-        raise torch.OutOfMemoryError("decode_step")
-
-    def lost_device() -> Iterable[torch.Tensor]:
-        raise torch.AcceleratorError("an illegal memory access was encountered")
-
-    engine = engine_of(model)
-    engine.submit(ask(vision_features=lost_device))
-    with pytest.raises(torch.AcceleratorError, match="illegal memory"):
-        engine.step()
-    engine = engine_of(model)
-    engine.submit(ask())
-    monkeypatch.setattr(TimeViper, "decode_step", out_of_memory)
-    with pytest.raises(torch.OutOfMemoryError, match="decode_step"):
-        engine.step()
-
-
 def test_running_answers_wait_for_one_bounded_piece_of_another_prompt(model: TimeViper) -> None:
     engine = engine_of(model, num_slots=2, max_prefill_tokens=16)
     short, long = engine.submit(ask("a", 0, max_new_tokens=8)), engine.submit(ask(num_vision=600, max_new_tokens=2))
@@ -403,106 +275,3 @@ def test_features_that_are_late_hold_up_nobody_else(model: TimeViper) -> None:
     assert {event.request_id for events in steps for event in events} == {other}
     is_there = True
     assert len(ids_of(run(engine)[late])) == 2
-
-
-def answers(model: TimeViper, requests: list[Request], **config: int) -> tuple[list[list[Token]], list[int], Any]:
-    engine = engine_of(model, **config)
-    ids = [engine.submit(request) for request in requests]
-    events = run(engine)
-    tokens = [[event for event in events[i] if isinstance(event, Token)] for i in ids]
-    cached = [event.usage.cached_tokens for i in ids for event in events[i] if isinstance(event, Finished)]
-    return tokens, cached, engine.stats()
-
-
-@pytest.mark.parametrize("plan", [CONFIG_WITH_TRANSV.transv, CONFIG_WITH_TRANSV.transv[:1], ()])
-def test_answers_are_the_same_with_the_prefix_cache_and_without(plan: tuple[TransVSite, ...]) -> None:
-    model = random_model(replace(CONFIG_WITH_TRANSV, transv=plan))
-    questions = ["What?", "Which picture appears?", "When?"]
-    options = {"prefix_key": "film", "max_new_tokens": 8}
-    requests = [ask(question, 60, **options) for question in questions]
-    limits = {"num_slots": 3, "max_prefill_tokens": 24}
-    plain, none_cached, _ = answers(model, requests, **limits)
-    kept, cached, stats = answers(model, requests, **limits, prefix_cache_bytes=2**30)
-    assert [ids_of(answer) for answer in kept] == [ids_of(answer) for answer in plain]
-    assert [answer[0].logprob for answer in kept] == [answer[0].logprob for answer in plain]  # to the last bit
-    assert len({token.id for answer in plain for token in answer}) > 3
-    prefix_tokens = prefix_length(torch.tensor(requests[0].prompt.token_kind))
-    assert none_cached == [0, 0, 0]
-    assert cached == [0, prefix_tokens, prefix_tokens]
-    assert (stats.prefix_hits, stats.prefix_misses, stats.prefix_entries) == (2, 1, 1)
-    expected_bytes = prefix_entry_bytes(model.config, prefix_tokens - 60, 60, dtype=torch.float64)
-    assert stats.prefix_bytes == expected_bytes
-    assert stats.prompt_tokens == sum(len(r.prompt) for r in requests) - 2 * prefix_tokens
-
-
-def test_one_key_never_serves_another_number_of_tokens_or_system_text(model: TimeViper) -> None:
-    other_system = build_sample(
-        TOKENIZER,
-        [Turn(role="system", text="Be brief."), Turn(role="user", text="What?")],
-        [24],
-        add_generation_prompt=True,
-    )
-    requests = [
-        ask(num_vision=24, prefix_key="film", max_new_tokens=4),
-        ask(num_vision=25, prefix_key="film", max_new_tokens=4),
-        Request(prompt=other_system, vision_features=vision(24), prefix_key="film", max_new_tokens=4),
-    ]
-    expected, _, _ = answers(model, requests)
-    found, cached, stats = answers(model, requests, prefix_cache_bytes=2**30)
-    assert [ids_of(answer) for answer in found] == [ids_of(answer) for answer in expected]
-    assert cached == [0, 0, 0]
-    assert stats.prefix_misses == 3
-
-
-def test_a_prompt_with_text_between_its_media_keeps_no_prefix(model: TimeViper) -> None:
-    conversation = [Turn(role="user", text="<media>one<media>two")]
-    sample = build_sample(TOKENIZER, conversation, [8, 8], add_generation_prompt=True)
-    request = Request(prompt=sample, vision_features=vision(16), prefix_key="two", max_new_tokens=3)
-    _, cached, stats = answers(model, [request, request], prefix_cache_bytes=2**30)
-    assert cached == [0, 0]
-    assert (stats.prefix_hits, stats.prefix_misses, stats.prefix_bytes) == (0, 0, 0)
-
-
-def test_logits_that_are_not_finite_fail_their_request() -> None:
-    model = random_model()
-    with torch.no_grad():
-        model.lm_head.weight[0, 0] = float("nan")
-    engine = engine_of(model)
-    (event,) = engine.stream(engine.submit(ask()))
-    assert isinstance(event, Failed)
-    assert "not finite" in event.error
-    assert engine.stats().active_slots == 0
-
-
-@pytest.mark.parametrize(
-    ("config", "values", "message"),
-    [
-        ({"max_prompt_tokens": 5}, {}, "the limit is 5"),
-        ({"max_new_tokens": 5}, {"max_new_tokens": 6}, "limit of 5"),
-        ({}, {"vision_features": torch.zeros(8, DIM + 1)}, "vision features"),
-        ({}, {"prompt": first_id(300)}, "token id 300 is outside the vocabulary of 300"),
-        ({}, {"prompt": first_id(-1)}, "token id -1"),
-        ({}, {"prompt": vision_rows(7, 6, 5, 4, 3, 2, 1, 0)}, "vision token 0 reads row 7"),
-        ({}, {"prompt": vision_rows(8, 1, 2, 3, 4, 5, 6, 7), "vision_features": list}, "vision token 0 reads row 8"),
-        ({}, {"prompt": vision_rows(*[-1] * 8), "vision_features": list}, "token_kind must be VISION"),
-    ],
-)
-def test_a_request_that_can_never_be_served_is_refused(
-    model: TimeViper, config: dict[str, int], values: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        engine_of(model, **config).submit(ask(**values))
-
-
-def test_without_a_tokenizer_answers_are_ids_and_stop_texts_refused(model: TimeViper) -> None:
-    engine = InferenceEngine(model)
-    assert engine.end_token_ids == {CONFIG_WITH_TRANSV.text.eos_token_id}
-    assert text_of(list(engine.stream(engine.submit(ask(max_new_tokens=3))))) == ""
-    with pytest.raises(ValueError, match="tokenizer"):
-        engine.submit(ask(stop=("x",)))
-
-
-@pytest.mark.parametrize("values", [{"max_new_tokens": 0}, {"stop": ("",)}, {"seed": 2**70}, {"seed": -(2**63) - 1}])
-def test_a_malformed_request_is_refused_when_made(values: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"must be at least 1|empty stop|torch's generator"):
-        ask(**values)

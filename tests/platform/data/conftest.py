@@ -1,13 +1,24 @@
-"""What tests of data share: an S3 server on loopback that can be made to fail."""
+"""What tests of data share: awkward videos, and an S3 server on loopback that can be made to fail."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import s3fs
 
+from reference.awkward_videos import KINDS
 from reference.faulty_s3 import Faults, s3_server
+
+
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A file of every one of KINDS."""
+    folder = tmp_path_factory.mktemp("videos")
+    for name, make in KINDS.items():
+        make(folder / name)
+    return {name: folder / name for name in KINDS}
 
 
 @pytest.fixture

@@ -3,80 +3,28 @@
 from __future__ import annotations
 
 import io
-import struct
-import sys
-import zlib
-from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
+from reference.awkward_videos import KINDS, SIZE, seconds
 from reference.made_media import make_sound, make_video, picture
 from reference.plain_sampling import sample_every_frame
 from timeviper_platform.data.decode import (
-    Backend,
     DecodeError,
     DecoderPool,
     ErrorType,
     FrameBatch,
     MediaLimits,
-    check_backend,
     count_samples,
     iter_frames,
     open_video,
     probe_media,
     read_frames,
-    read_image,
-    sample_times,
 )
-from timeviper_platform.data.decode_decord import DecordReader
-from timeviper_platform.data.decode_torchcodec import TorchcodecReader, load_torchcodec
-
-SIZE = 32
-
-
-def seconds(count: int, fps: int = 1) -> list[Fraction]:
-    return sample_times(Fraction(0), Fraction(fps), 0, count)
-
-
-def variable(path: Path) -> None:
-    make_video(path, [0, 1, 2, 3, 8, 30, 31, 33, 40, 41, 60, 79], gop=250, b_frames=2)
-
-
-def late_start(path: Path) -> None:
-    make_video(path, range(5, 60), format="matroska")
-
-
-def dts_first(path: Path) -> None:
-    make_video(path, range(80), format="avi", codec="mpeg4")
-
-
-KINDS: dict[str, Callable[[Path], None]] = {
-    "b_frames.mp4": lambda p: make_video(p, range(80), gop=40, b_frames=3),
-    "pyramid.mp4": lambda p: make_video(p, range(120), gop=60, b_frames=7, options={"b-pyramid": "normal"}),
-    "all_keyframes.mp4": lambda p: make_video(p, range(40), gop=1, b_frames=0),
-    "one_keyframe.mp4": lambda p: make_video(p, range(250), gop=1000),
-    "ntsc.mp4": lambda p: make_video(p, [1001 * i for i in range(150)], time_base=Fraction(1, 30000)),
-    "variable.mp4": variable,
-    "late_start.mkv": late_start,
-    "h264.ts": lambda p: make_video(p, range(80), format="mpegts"),
-    "mpeg4.avi": dts_first,
-    "mpeg4_b_frames.avi": lambda p: make_video(p, range(80), format="avi", codec="mpeg4", options={"bf": "2"}),
-    "mpeg2.mkv": lambda p: make_video(p, range(100), codec="mpeg2video", time_base=Fraction(1, 25)),
-}
-
-
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("videos")
-    for name, make in KINDS.items():
-        make(folder / name)
-    return {name: folder / name for name in KINDS}
 
 
 @pytest.mark.parametrize("name", [name for name in KINDS if not name.endswith(".ts")])
@@ -169,7 +117,7 @@ def frame_numbers(batch: FrameBatch) -> list[int]:
 
 
 def test_a_slide_is_sampled_as_often_as_it_is_shown(tmp_path: Path) -> None:
-    variable(tmp_path / "slides.mp4")
+    KINDS["variable.mp4"](tmp_path / "slides.mp4")
     frames = read_frames(str(tmp_path / "slides.mp4"), SIZE)
     assert frames.pts_seconds.tolist() == [0, 1, 1, 1, 3.875, 5.0, 5.125, 5.125, 7.5, 7.5]  # t = 0 ... 9
     assert frames.times_seconds.tolist() == list(range(10))
@@ -274,90 +222,6 @@ def test_limits_are_checked_before_decoding(tmp_path: Path) -> None:
         MediaLimits(max_pixels=0)
 
 
-def test_a_picture_is_one_upright_frame_on_white(tmp_path: Path) -> None:
-    image = Image.new("RGBA", (40, 20), (0, 0, 0, 0))
-    image.save(tmp_path / "clear.png")
-    assert (read_image(str(tmp_path / "clear.png"), SIZE).frames == 255).all()
-    halves = Image.new("RGB", (40, 20), "red")
-    halves.paste("blue", (0, 0, 20, 20))
-    exif = halves.getexif()
-    exif[0x0112] = 6  # turn a quarter clockwise to see it upright
-    halves.save(tmp_path / "turned.jpg", exif=exif, quality=100)
-    frame = read_frames(str(tmp_path / "turned.jpg"), SIZE)
-    assert frame.frames.shape == (1, SIZE, SIZE, 3)
-    assert frame.frames[0, 2, 2, 2] > 200 > 60 > frame.frames[0, -3, 2, 2]  # blue above, red below
-    (tmp_path / "cut.jpg").write_bytes((tmp_path / "turned.jpg").read_bytes()[:500])
-    with pytest.raises(DecodeError, match="corrupt_file"):
-        read_image(str(tmp_path / "cut.jpg"), SIZE)
-
-
-GREY = np.linspace(0, 0xFFFF, SIZE * SIZE).astype(np.uint16).reshape(SIZE, SIZE)
-
-
-def png16(colour: int, channels: list[np.ndarray], *chunks: bytes) -> bytes:
-    """A PNG of 16 bits a channel, which Pillow writes of greys alone; `colour` is the format's colour type."""
-    rows = np.stack(channels, -1).astype(">u2")
-    header = struct.pack(">IIBBBBB", SIZE, SIZE, 16, colour, 0, 0, 0)
-    data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
-        for chunk in (b"IHDR" + header, *chunks, b"IDAT" + data, b"IEND")
-    )
-
-
-@pytest.mark.parametrize("name", ["grey", "colours", "grey, opaque", "colours, opaque"])
-def test_sixteen_bits_become_their_high_byte(name: str) -> None:
-    opaque = np.full_like(GREY, 0xFFFF)
-    content = {
-        "grey": png16(0, [GREY]),
-        "colours": png16(2, [GREY] * 3),
-        "grey, opaque": png16(4, [GREY, opaque]),
-        "colours, opaque": png16(6, [*([GREY] * 3), opaque]),
-    }[name]
-    frame = read_frames(content, SIZE).frames[0]
-    assert np.array_equal(frame, np.repeat((GREY >> 8)[..., None], 3, axis=2))
-
-
-def test_a_transparent_grey_of_sixteen_bits_is_white() -> None:
-    grey = np.where(GREY > 40_000, 30_000, 20_000).astype(np.uint16)
-    frame = read_frames(png16(0, [grey], b"tRNS" + struct.pack(">H", 30_000)), SIZE).frames[0]
-    assert np.array_equal(frame[..., 0], np.where(grey == 30_000, 255, 20_000 >> 8))
-
-
-@pytest.mark.parametrize(
-    ("mode", "format"),
-    [("L", "PNG"), ("1", "PNG"), ("LA", "PNG"), ("P", "PNG"), ("CMYK", "JPEG"), ("L", "JPEG"), ("P", "BMP")],
-)
-def test_pictures_of_every_mode_show_their_colours(mode: str, format: str) -> None:
-    halves = np.zeros((SIZE, SIZE, 3), np.uint8)
-    halves[:, SIZE // 2 :] = 255
-    content = io.BytesIO()
-    Image.fromarray(halves).convert(mode).save(content, format)
-    frame = read_frames(content.getvalue(), SIZE).frames[0]
-    assert np.abs(frame.astype(int) - halves).mean() < 2
-
-
-def test_of_an_animation_the_first_picture_counts_and_a_palette_may_have_holes() -> None:
-    colours = [Image.new("RGB", (SIZE, SIZE), name) for name in ("red", "blue")]
-    content = io.BytesIO()
-    colours[0].save(content, "WEBP", save_all=True, append_images=colours[1:], lossless=True)
-    assert (read_frames(content.getvalue(), SIZE).frames == [[255, 0, 0]]).all()
-    palette = Image.new("P", (SIZE, SIZE), 1)
-    palette.putpalette([0, 0, 0, 200, 0, 0])
-    content = io.BytesIO()
-    palette.save(content, "PNG", transparency=1)
-    assert (read_frames(content.getvalue(), SIZE).frames == 255).all()
-
-
-def test_pillow_opens_no_format_but_those_that_are_told_apart() -> None:
-    content = io.BytesIO()
-    Image.new("RGB", (SIZE, SIZE)).save(content, "GIF")
-    with pytest.raises(DecodeError, match="unknown_format"):
-        read_image(content.getvalue(), SIZE)
-    with pytest.raises(DecodeError, match="unknown_format"):
-        probe_media(content.getvalue())
-
-
 def test_the_pool_keeps_few_videos_open_and_drops_broken_ones(tmp_path: Path) -> None:
     pool = DecoderPool(SIZE, max_open=2)
     for number in range(3):
@@ -371,166 +235,6 @@ def test_the_pool_keeps_few_videos_open_and_drops_broken_ones(tmp_path: Path) ->
     assert len(pool.sample(paths[0], seconds(3)).frames) == 3
     with pytest.raises(ValueError, match="max_open"):
         DecoderPool(SIZE, max_open=0)
-
-
-DECORDS = {name for name in KINDS if name.endswith(".mp4")} | {"mpeg4.avi", "mpeg2.mkv"}
-"""the kinds that decord gives the times of their packets"""
-
-
-def assert_alike(ours: FrameBatch, theirs: FrameBatch) -> None:
-    assert theirs.num_missing == ours.num_missing
-    assert np.array_equal(theirs.times_seconds, ours.times_seconds)
-    assert np.allclose(theirs.pts_seconds, ours.pts_seconds, rtol=0, atol=1e-9)
-    assert np.abs(theirs.frames.astype(int) - ours.frames).mean(axis=(1, 2, 3)).max(initial=0) < 4
-
-
-@pytest.mark.parametrize("name", list(KINDS))
-def test_decord_shows_the_same_frames_within_rounding(videos: dict[str, Path], name: str) -> None:
-    path = str(videos[name])
-    ours = read_frames(path, SIZE)
-    assert_alike(ours, read_frames(path, SIZE, backend="decord"))
-    reader = open_video(path, SIZE, backend="decord")
-    assert isinstance(reader, DecordReader) == (name in DECORDS)
-    times = [Fraction(t) for t in ours.times_seconds]
-    for start, stop in ((3, 5), (0, 2), (len(times) - 1, len(times)), (1, 4), (0, 0), (0, len(times))):
-        assert_alike(reader_frames(ours, start, stop), reader.sample(times[start:stop]))
-    reader.close()
-
-
-def reader_frames(batch: FrameBatch, start: int, stop: int) -> FrameBatch:
-    return FrameBatch(*(values[start:stop] for values in (batch.frames, batch.pts_seconds, batch.times_seconds)))
-
-
-@pytest.mark.parametrize("format", ["mpegts", "mpeg", "matroska", "mp4"])
-@pytest.mark.parametrize("start", [0, 11])
-def test_decord_shows_the_same_frames_wherever_a_clock_starts(tmp_path: Path, format: str, start: int) -> None:
-    codec = "mpeg2video" if format == "mpeg" else "libx264"
-    make_video(tmp_path / "film", range(start, 160), format=format, codec=codec, time_base=Fraction(1, 25))
-    assert_alike(*(read_frames(str(tmp_path / "film"), SIZE, backend=backend) for backend in ("pyav", "decord")))
-
-
-@pytest.mark.parametrize("turned", [(90, False, False), (0, True, False)])
-@pytest.mark.parametrize("format", ["mp4", "matroska"])
-def test_decord_shows_turned_videos_upright(tmp_path: Path, format: str, turned: tuple[int, bool, bool]) -> None:
-    make_video(tmp_path / "film", range(40), format=format, turned=turned)
-    assert_alike(*(read_frames(str(tmp_path / "film"), SIZE, backend=backend) for backend in ("pyav", "decord")))
-
-
-def test_decord_shows_what_a_lying_header_does_not_promise(tmp_path: Path) -> None:
-    make_video(tmp_path / "film", range(160), format="matroska")
-    data = (tmp_path / "film").read_bytes()
-    (tmp_path / "film").write_bytes(data[: len(data) // 2])
-    ours, theirs = (read_frames(str(tmp_path / "film"), SIZE, backend=backend) for backend in ("pyav", "decord"))
-    assert 0 < len(ours.frames) < 20
-    assert_alike(ours, theirs)
-
-
-def test_what_no_other_backend_takes_is_pyavs(
-    videos: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    film = videos["b_frames.mp4"].read_bytes()
-    (tmp_path / "shard.tar").write_bytes(b"\0" * 512 + film)
-    part = f"{tmp_path}/shard.tar#offset=512&size={len(film)}"
-    expected = read_frames(film, SIZE)
-    with caplog.at_level("INFO"):
-        for source in (film, part):
-            assert_alike(expected, read_frames(source, SIZE, backend="decord"))
-    assert "is PyAV's, not decord's: decord is given whole local files alone" in caplog.text
-
-
-def test_decord_that_is_absent_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_backend("decord")
-    monkeypatch.setitem(sys.modules, "decord", None)
-    with pytest.raises(RuntimeError, match=r"backend decord does not load .*pip install decord .*or use pyav"):
-        check_backend("decord")
-
-
-def test_torchcodec_shows_the_same_frames_within_rounding(videos: dict[str, Path]) -> None:
-    try:
-        load_torchcodec()
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    for path in videos.values():
-        assert_alike(*(read_frames(str(path), 64, backend=backend) for backend in ("pyav", "torchcodec")))
-
-
-@pytest.mark.gpu
-def test_nvdec_shows_the_same_frames_within_rounding(videos: dict[str, Path]) -> None:
-    try:
-        load_torchcodec("nvdec")
-    except RuntimeError as error:
-        pytest.skip(str(error))
-    for path in videos.values():
-        assert_alike(*(read_frames(str(path), 64, backend=backend) for backend in ("pyav", "nvdec")))
-
-
-@pytest.mark.parametrize("backend", ["torchcodec", "nvdec"])
-def test_a_backend_that_is_absent_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, videos: dict[str, Path], backend: Backend
-) -> None:
-    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
-    for use in (lambda: open_video(str(videos["b_frames.mp4"]), SIZE, backend=backend), lambda: check_backend(backend)):
-        with pytest.raises(
-            RuntimeError, match=rf"{backend} .* pip install 'timeviper-platform\[{backend}\]', or use pyav"
-        ):
-            use()
-
-
-class FakeDecoder:
-    """torchcodec's decoder in a build without CUDA; its files are those that do not say `damaged`."""
-
-    metadata = SimpleNamespace(rotation=None)
-
-    def __init__(self, content: str, *, device: str, **_: object) -> None:
-        if device != "cpu":
-            raise RuntimeError(f"Unsupported device: {device}")
-        if "damaged" in content:
-            raise RuntimeError("Could not open input file")
-
-
-@pytest.fixture
-def torchcodec_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torchcodec.decoders", SimpleNamespace(VideoDecoder=FakeDecoder))
-
-
-@pytest.mark.usefixtures("torchcodec_without_cuda")
-def test_nvdec_without_a_cuda_device_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(RuntimeError, match=r"backend nvdec needs a CUDA device.* extra nvdec .*or use pyav"):
-        check_backend("nvdec")
-    check_backend("torchcodec")
-
-
-@pytest.mark.usefixtures("torchcodec_without_cuda")
-def test_nvdec_tells_a_build_without_cuda_from_a_damaged_file(
-    monkeypatch: pytest.MonkeyPatch, videos: dict[str, Path], tmp_path: Path
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(RuntimeError, match=r"on the CPU alone .*pip install 'timeviper-platform\[nvdec\]'"):
-        open_video(str(videos["b_frames.mp4"]), SIZE, backend="nvdec")
-    (tmp_path / "damaged.mp4").hardlink_to(videos["b_frames.mp4"])
-    with pytest.raises(DecodeError, match="corrupt_file"):
-        open_video(str(tmp_path / "damaged.mp4"), SIZE, backend="nvdec")
-
-
-@pytest.mark.usefixtures("torchcodec_without_cuda")
-@pytest.mark.parametrize("turned", [None, (90, False, False), (180, False, False), (0, True, False), (90, True, False)])
-def test_torchcodec_has_files_that_it_turns_rightly(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, turned: tuple[int, bool, bool] | None
-) -> None:
-    """Its rotation is that of the matrix without the mirror, from -180 to 180 degrees; it does not mirror."""
-    make_video(tmp_path / "film.mp4", range(8), turned=turned)
-    rotation = None if turned is None else {0: -180.0, 90: 90.0, 180: -180.0}[turned[0]]
-    monkeypatch.setattr(FakeDecoder, "metadata", SimpleNamespace(rotation=rotation))
-    reader = open_video(str(tmp_path / "film.mp4"), SIZE, backend="torchcodec")
-    assert isinstance(reader, TorchcodecReader) == (turned is None or not turned[1])
-
-
-@pytest.mark.usefixtures("torchcodec_without_cuda")
-def test_torchcodec_has_no_files_without_times(videos: dict[str, Path]) -> None:
-    for name in KINDS:
-        reader = open_video(str(videos[name]), SIZE, backend="torchcodec")
-        assert isinstance(reader, TorchcodecReader) == (name != "mpeg4_b_frames.avi")
 
 
 def test_times_that_do_not_ascend_are_refused(videos: dict[str, Path]) -> None:
