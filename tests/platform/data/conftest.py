@@ -1,4 +1,4 @@
-"""What tests of data share: awkward videos, and an S3 server on loopback that can be made to fail."""
+"""What tests of data share: awkward videos, a corpus and the store made of it, an S3 server that can fail."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import s3fs
 
 from reference.awkward_videos import KINDS
 from reference.faulty_s3 import Faults, s3_server
+from reference.media_corpus import make_config, make_corpus
+from timeviper_platform.data.pipeline import run_in_process, run_preprocess
 
 
 @pytest.fixture(scope="session")
@@ -19,6 +21,22 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, make in KINDS.items():
         make(folder / name)
     return {name: folder / name for name in KINDS}
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of `make_corpus`."""
+    folder = tmp_path_factory.mktemp("corpus")
+    make_corpus(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of all that is in the corpus."""
+    output = tmp_path_factory.mktemp("finished") / "store"
+    run_preprocess(make_config(corpus, output), run=run_in_process)
+    return output
 
 
 @pytest.fixture

@@ -64,3 +64,10 @@ def test_many_failures_in_a_row_for_one_reason_blow_the_fuse() -> None:
 
 def test_without_a_limit_the_fuse_holds() -> None:
     FailureFuse(None).add((str(n) for n in range(1000)), ["x/not_found"] * 1000)
+
+
+def test_the_steady_rate_leaves_the_ends_out() -> None:
+    ends = [(0.0, 20.0, 0), (20.0, 80.0, 600), (80.0, 100.0, 0)]
+    outcomes = [made_outcome(started=begin, ended=end, num_frames=frames) for begin, end, frames in ends]
+    assert steady_rate(outcomes) == pytest.approx(10.0)
+    assert steady_rate([]) == 0.0
