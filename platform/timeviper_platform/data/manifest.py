@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -183,14 +184,49 @@ def _typed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _read_csv(uri: str, page_rows: int) -> Iterator[Any]:
-    with open_file(uri) as file, pa.csv.open_csv(file) as reader:
+    ragged: deque[tuple[int, dict[str, Any]]] = deque()
+
+    def set_aside(row: pa.csv.InvalidRow) -> str:
+        fault = f"it has {row.actual_columns} values for {row.expected_columns} columns"
+        ragged.append((row.number, {FAULT: fault}))
+        return "skip"
+
+    parse = pa.csv.ParseOptions(newlines_in_values=True, invalid_row_handler=set_aside)
+    read = pa.csv.ReadOptions(use_threads=False)  # with threads the rows that are set aside have no numbers
+    with open_file(uri) as file, pa.csv.open_csv(file, read, parse) as reader:
         columns = _known_columns(reader.schema.names, uri)
+    ragged.clear()
     # types are given, not guessed: a guess from the first block breaks on a later one
     convert = pa.csv.ConvertOptions(include_columns=columns, column_types=_TYPES, check_utf8=False)
-    with open_file(uri) as file, pa.csv.open_csv(file, convert_options=convert) as reader:
+    number = 2  # of the first row behind the header, as Arrow counts
+    with open_file(uri) as file, pa.csv.open_csv(file, read, parse, convert) as reader:
         for batch in reader:
             for start in range(0, batch.num_rows, page_rows):
-                yield batch.slice(start, page_rows)
+                rows = batch.slice(start, page_rows)
+                if not ragged:
+                    number += rows.num_rows
+                    yield rows
+                    continue
+                merged = _merged(text_rows(rows), ragged, number)
+                number += len(merged)
+                yield from _cut(merged, page_rows)
+    yield from _cut([row for _, row in ragged], page_rows)
+
+
+def _cut(rows: list[dict[str, Any]], page_rows: int) -> Iterator[list[dict[str, Any]]]:
+    for start in range(0, len(rows), page_rows):
+        yield rows[start : start + page_rows]
+
+
+def _merged(rows: list[dict[str, Any]], ragged: deque[tuple[int, dict[str, Any]]], number: int) -> list[dict[str, Any]]:
+    """The rows, of which the first that is not ragged comes at or behind `number`, with the ragged ones in their
+    places; those are taken out of `ragged`."""
+    merged = list[dict[str, Any]]()
+    for row in rows:
+        while ragged and ragged[0][0] <= number + len(merged):
+            merged.append(ragged.popleft()[1])
+        merged.append(row)
+    return merged
 
 
 def _known_columns(names: Sequence[str], uri: str) -> list[str]:

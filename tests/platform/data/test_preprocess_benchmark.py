@@ -86,18 +86,20 @@ def test_each_run_is_held_against_the_costs_around_it() -> None:
     # the machine is half as fast while the third and fourth runs go on
     costs = (fast, fast, fast, slow, slow)
     rates = {
-        "fused": [RunRate(190.0, 0.0), RunRate(120.0, 0.0)],  # of 200, and of 150
-        "split": [RunRate(90.0, 0.1), RunRate(45.0, 0.1)],  # of 200 and of 100, of which the host left nine tenths
+        "fused": [RunRate(190.0, 0.0, 0.96), RunRate(120.0, 0.0, 0.92)],  # of 200, and of 150
+        "split": [RunRate(90.0, 0.1, 0.9), RunRate(45.0, 0.1, 0.72)],  # of 200 and of 100; the host left nine tenths
     }
     rows = preprocess_benchmark.speed_rows(media, rates, costs, num_cores=2, command="c")
     assert [(row.value, row.unit, row.holds) for row in rows] == [
         (pytest.approx((0.95 + 0.8) / 2), "", False),
+        (pytest.approx(0.94), "", True),
         (155.0, "images/s", None),
         (pytest.approx(0.5), "", False),
+        (pytest.approx(0.9), "", True),
         (67.5, "images/s", None),
         (pytest.approx(0.9), "", None),
     ]
-    assert "ideal 200 images/s, noise 17%" in rows[0].name
+    assert "(ideal 200 images/s, stolen 0%, noise 17%)" in rows[0].name
 
 
 class KnownCosts:
@@ -123,7 +125,7 @@ def test_as_many_media_are_run_as_the_seconds_take(tmp_path: Path, monkeypatch: 
     preprocess_benchmark.save_first_frame(tmp_path / "clip.mp4", tmp_path / "image.jpg")
     media = Media("images", lambda folder, count: link(tmp_path / "image.jpg", folder, count), 8)
     rows = preprocess_benchmark.media_rows(tmp_path, media, encoder, IdealSizes(run_seconds=0.2), run=run_in_process)
-    assert [row.bar for row in rows] == [">= 0.90", None, ">= 0.90", None, None]
+    assert [row.bar for row in rows] == [">= 0.90", ">= 0.90", None, ">= 0.90", ">= 0.90", None, None]
     assert all(row.value > 0 for row in rows)
     assert len(list((tmp_path / "images").iterdir())) == 40  # 0.2 s of 200 a second
     (tmp_path / "images" / "bad.jpg").write_text("no image")
