@@ -179,7 +179,8 @@ class FeatureStore:
         features = torch.empty(len(wanted), info.num_tokens_per_frame, info.dim, dtype=torch.bfloat16)
         # numpy has no bf16: both sides are viewed as 16-bit integers, and copied once, straight into the result
         target = features.view(torch.int16).numpy()
-        stops = np.cumsum(self._index.num_frames(self._index.rows_of(media_id)))
+        index = self._index  # another thread may put a newer one there
+        stops = np.cumsum(index.num_frames(index.rows_of(media_id)))
         bounds = np.searchsorted(wanted, np.concatenate([[0], stops]))
         needed: list[int] = np.flatnonzero(bounds[:-1] < bounds[1:]).tolist()
         for place, number in enumerate(needed):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import OrderedDict
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,14 @@ from timeviper_platform import storage
 
 MAX_OPEN_FILES = 128
 """A footer is about 0.1-1 MB and costs a millisecond (two requests on an object store) to read again."""
+
+
+@dataclass(slots=True)
+class _DataFile:
+    """A file that is opened by the first who reads it; a ParquetFile serves one read at a time."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    handle: Any = None
 
 
 class RowGroups:
@@ -32,7 +41,7 @@ class RowGroups:
     def __init__(self, folder: str, cache_bytes: int) -> None:
         self.cache_bytes = cache_bytes
         self._folder = folder
-        self._files: OrderedDict[str, tuple[Any, threading.Lock]] = OrderedDict()
+        self._files: OrderedDict[str, _DataFile] = OrderedDict()
         self._row_groups: OrderedDict[tuple[str, int], Any] = OrderedDict()
         self._cached_bytes = 0
         self._lock = threading.Lock()
@@ -52,14 +61,17 @@ class RowGroups:
                 self._row_groups.move_to_end((name, number))
                 return self._row_groups[name, number]
             missing = list(itertools.takewhile(lambda n: (name, n) not in self._row_groups, range(number, stop)))
-        file, file_lock = self._file(name)
-        with file_lock:  # a ParquetFile serves one read at a time
+        file = self._file(name)
+        with file.lock:  # of this file alone: on an object store other files are opened and read meanwhile
             try:
+                if file.handle is None:
+                    uri = storage.join_uri(self._folder, name)
+                    file.handle = storage.retrying(lambda: open_data_file(uri), uri)
                 values = storage.retrying(
-                    lambda: file.read_row_groups(missing, columns=["features"], use_threads=False)["features"],
+                    lambda: file.handle.read_row_groups(missing, columns=["features"], use_threads=False)["features"],
                     f"row group {number} of {name} in {self._folder}",
                 )
-            except FileNotFoundError:  # an object that was open and is gone
+            except FileNotFoundError:  # never there, or an object that was open and is gone
                 with self._lock:
                     self._files.pop(name, None)
                 raise
@@ -69,7 +81,7 @@ class RowGroups:
                 raise RuntimeError(f"cannot read row group {number} of {name} in {self._folder}: {error}") from error
         first, parts = 0, []
         for group in missing:
-            part = values.slice(first, file.metadata.row_group(group).num_rows)
+            part = values.slice(first, file.handle.metadata.row_group(group).num_rows)
             first += len(part)
             parts.append(part.chunk(0) if part.num_chunks == 1 else part.combine_chunks())
         with self._lock:
@@ -85,15 +97,13 @@ class RowGroups:
         while self._cached_bytes > self.cache_bytes and len(self._row_groups) > 1:
             self._cached_bytes -= self._row_groups.popitem(last=False)[1].nbytes
 
-    def _file(self, name: str) -> tuple[Any, threading.Lock]:
+    def _file(self, name: str) -> _DataFile:
         with self._lock:
-            if name not in self._files:
-                uri = storage.join_uri(self._folder, name)
-                self._files[name] = (storage.retrying(lambda: open_data_file(uri), uri), threading.Lock())
-                while len(self._files) > MAX_OPEN_FILES:
-                    self._files.popitem(last=False)
+            file = self._files.setdefault(name, _DataFile())
             self._files.move_to_end(name)
-            return self._files[name]
+            while len(self._files) > MAX_OPEN_FILES:
+                self._files.popitem(last=False)
+            return file
 
 
 def open_data_file(uri: str) -> Any:

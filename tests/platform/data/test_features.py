@@ -13,6 +13,7 @@ import torch
 
 from reference.made_store import RECIPE, error_row, read_committed, segment_row, write_files
 from timeviper_platform import storage
+from timeviper_platform.data import row_groups
 from timeviper_platform.data.commits import best_rows
 from timeviper_platform.data.features import FeatureStore, FrameRequest, select_frames
 from timeviper_platform.data.index_writer import write_index
@@ -191,6 +192,19 @@ def test_threads_share_a_store(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_one_file_that_is_slow_to_open_holds_up_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_files(str(tmp_path), {name: [segment_row(name, 0, 1, torch.zeros(2, 3, 5))] for name in "ab"})
+    both, opened = threading.Barrier(2, timeout=30), row_groups.open_data_file
+
+    def meets(uri: str) -> object:
+        both.wait()  # broken unless the other file is being opened as well
+        return opened(uri)
+
+    monkeypatch.setattr(row_groups, "open_data_file", meets)
+    store = FeatureStore.open(str(tmp_path))
+    assert len(list(store.read_ahead([FrameRequest("a"), FrameRequest("b")]))) == 2
 
 
 def test_features_are_stored_plain_last_and_with_checksums(tmp_path: Path) -> None:
