@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from timeviper_platform import storage
 from timeviper_platform.data.calibrate import Calibration, calibrate, sample_of
 from timeviper_platform.data.decode import DecodeError, ErrorType, FrameBatch
 from timeviper_platform.data.encode import FrameEncoder
@@ -117,13 +118,21 @@ def plan_on_ray(pages: Iterable[list[MediaItem]], spec: PlanSpec) -> Iterator[pa
         for page in pages:
             waiting.append(task.remote(page, spec))
             if len(waiting) == most:
-                yield from ray.get(waiting.popleft())
+                yield from _planned(ray.get(waiting.popleft()))
         while waiting:
-            yield from ray.get(waiting.popleft())
+            yield from _planned(ray.get(waiting.popleft()))
 
 
-def _plan_page(page: list[MediaItem], spec: PlanSpec) -> list[pa.Table]:
-    return list(plan_page(page, spec))
+def _plan_page(page: list[MediaItem], spec: PlanSpec) -> tuple[list[pa.Table], int]:
+    """The page's tables, and the requests to storage that were made again for them in this process."""
+    before = storage.num_retries()
+    return list(plan_page(page, spec)), storage.num_retries() - before
+
+
+def _planned(result: tuple[list[pa.Table], int]) -> list[pa.Table]:
+    tables, retries = result
+    storage.add_retries(retries)
+    return tables
 
 
 def run_on_ray(missing: Collection[Segment], spec: WorkerSpec, config: ExecutionConfig) -> Iterator[UnitOutcome]:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -17,10 +18,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from reference.made_media import make_encoder
+from timeviper_platform import storage
+from timeviper_platform.data import graph
 from timeviper_platform.data import segments as segments_module
 from timeviper_platform.data.encode import EncoderConfig
 from timeviper_platform.data.hash_table import HashTable
 from timeviper_platform.data.inputs import read_pages
+from timeviper_platform.data.manifest import MediaItem
 from timeviper_platform.data.pipeline import PreprocessConfig, estimate
 from timeviper_platform.data.planning import finished_segments, plan_here, write_plan
 from timeviper_platform.data.segments import PlanSpec, iter_units
@@ -64,6 +68,18 @@ def test_a_plan_is_stored_in_parts_and_read_again(tmp_path: Path, monkeypatch: p
     units = list(iter_units(plan.missing, 2048, num_workers=2))
     assert [segment for unit in units for segment in unit.segments] == found
     assert sum(table.num_rows for table in plan.tables()) == len(plan.segments)
+
+
+def test_retries_of_pages_planned_elsewhere_are_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def twice(items: list[MediaItem], spec: PlanSpec) -> Iterator[pa.Table]:
+        storage.add_retries(2)
+        yield pa.table({"uri": [item.uri for item in items]})
+
+    monkeypatch.setattr(graph, "plan_page", twice)
+    result = graph._plan_page([MediaItem("/a.mp4", "a")], SPEC)  # in a task
+    before = storage.num_retries()
+    assert [table["uri"].to_pylist() for table in graph._planned(result)] == [["/a.mp4"]]  # in the driver
+    assert storage.num_retries() - before == 2
 
 
 def test_committed_segments_are_not_missing_unless_their_error_was_the_worlds(tmp_path: Path) -> None:
