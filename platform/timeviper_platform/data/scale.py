@@ -62,9 +62,9 @@ class ScaleConfig:
     """what a frame costs it, for the same peak and share as the first"""
     second_encode_frames_per_second: float = 0.0
     """of it alone on one GPU, measured; 0 = computed"""
-    decode_milliseconds: float = 17.0
-    """of one core, to decode and scale one sampled frame, as `jobs/preprocess.py --dry-run` prints it; the default was
-    measured once, on a busy machine, on the decode suite's clip (H.264, 640 x 360, 30 frames a second)"""
+    decode_milliseconds: float = 17.6
+    """of one core, to decode and scale one sampled frame, as `jobs/preprocess.py --dry-run` prints it; the default is Big
+    Buck Bunny's (H.264, 1280 x 720, 24 frames a second)"""
     price_gpu_hour: float = 0.0
     price_core_hour: float = 0.0
     price_gigabyte_month: float = 0.0
