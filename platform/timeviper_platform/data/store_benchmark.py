@@ -5,6 +5,7 @@ Knows how to make an index of any size and a store of random features. The index
 
 from __future__ import annotations
 
+import os
 import statistics
 import tempfile
 from collections.abc import Iterator
@@ -55,6 +56,7 @@ def reading_rows(num_media: int = 40) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         uri = f"{folder}/store"
         write_made_store(uri, num_media)
+        os.sync()  # else the kernel writes half a gigabyte out while reads are timed
         stored = sum(path.stat().st_size for path in Path(uri).rglob("*.parquet"))
         films = compare_reads(uri, seconds=None)
         stretches = compare_reads(uri, seconds=STRETCH_SECONDS)
