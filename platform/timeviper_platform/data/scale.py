@@ -63,8 +63,8 @@ class ScaleConfig:
     second_encode_frames_per_second: float = 0.0
     """of it alone on one GPU, measured; 0 = computed"""
     decode_milliseconds: float = 17.6
-    """of one core, to decode and scale one sampled frame, as `jobs/preprocess.py --dry-run` prints it; the default is Big
-    Buck Bunny's (H.264, 1280 x 720, 24 frames a second)"""
+    """of one core, to decode and scale one sampled frame, as `jobs/preprocess.py --dry-run` prints it; the default is
+    Big Buck Bunny's (H.264, 1280 x 720, 24 frames a second)"""
     price_gpu_hour: float = 0.0
     price_core_hour: float = 0.0
     price_gigabyte_month: float = 0.0
