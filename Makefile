@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FILM ?=
 QUICK ?=
+TEST_FLAGS := --numprocesses 2 --no-loadscope-reorder --durations=15
 export HF_HUB_OFFLINE ?= 1
 export RAY_USAGE_STATS_ENABLED := 0
 # Ray finds its own programs, and starts workers, through PATH
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test check slow format env clean
+.PHONY: demo test coverage check slow format env clean
 
 env: $(STAMP)
 
@@ -25,8 +26,12 @@ demo: env
 	@$(BIN)/python jobs/demo.py $(if $(FILM),--film '$(FILM)') $(if $(QUICK),--quick)
 
 test: check
+	@$(BIN)/python -m pytest $(TEST_FLAGS)
+
+# the tests again, in a third more time: every process that they start is traced
+coverage: env
 	@$(BIN)/python -m coverage erase
-	@$(BIN)/python -m coverage run -m pytest --numprocesses 2 --no-loadscope-reorder --durations=15
+	@$(BIN)/python -m coverage run -m pytest $(TEST_FLAGS)
 	@find . -maxdepth 1 -name '.coverage.*' -size 0 -delete  # processes that tests killed leave empty files
 	-@$(BIN)/python -m coverage combine --quiet
 	@$(BIN)/python -m coverage report --fail-under=85

@@ -86,7 +86,7 @@ def test_runs_killed_while_storage_fails_and_dawdles_end_with_the_same_bytes(
     run_preprocess(expected, run=run_in_process)
     config = replace(make_config(tmp_path, "s3://bucket/media", "s3://bucket/store"), execution=one_a_file)
     environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    server.fail_first_of, server.slow_rate = 5, 0.1
+    server.fail_first_of, server.slow_rate, server.slow_seconds = 5, 0.1, 0.05
     moments = random.Random(0)
 
     def num_puts() -> int:
