@@ -9,6 +9,7 @@ its own; on SIGINT or SIGTERM it takes down its own application, and what else i
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import os
 import signal
@@ -128,7 +129,10 @@ def _serve(file: ServeFile, entry: ApplicationEntry, port: int, stop: threading.
     )
     try:
         application = build_application(with_absolute_paths(entry.args, Path.cwd()))
-        serve.run(application, name=entry.name, route_prefix=entry.route_prefix)
+        try:
+            serve.run(application, name=entry.name, route_prefix=entry.route_prefix)
+        except RuntimeError as error:  # Serve says which deployments failed; why is in their status
+            raise RuntimeError(f"{error}{_causes(serve.status(), entry.name)}") from error
         host = "127.0.0.1" if http.host == "0.0.0.0" else http.host
         url = f"http://{host}:{port}{entry.route_prefix.rstrip('/')}"
         _wait_until_ready(url, stop)
@@ -140,6 +144,24 @@ def _serve(file: ServeFile, entry: ApplicationEntry, port: int, stop: threading.
         if not was_running:
             serve.shutdown()
     return 0
+
+
+def _causes(status: Any, application: str) -> str:
+    """What each of the application's failed deployments says, without the traceback before it."""
+    found = status.applications.get(application)
+    deployments = {} if found is None else found.deployments
+    return "".join(
+        f"\n{name}: {_without_traceback(deployment.message)}"
+        for name, deployment in deployments.items()
+        if deployment.message and deployment.status not in ("HEALTHY", "UPDATING")
+    )
+
+
+def _without_traceback(message: str) -> str:
+    lines = message.strip().splitlines()
+    frames = [number for number, line in enumerate(lines) if line.startswith('  File "')]
+    behind = lines[frames[-1] + 1 :] if frames else lines
+    return "\n".join(itertools.dropwhile(lambda line: line.startswith("    "), behind))
 
 
 def _is_serve_running() -> bool:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import openai
@@ -181,6 +182,19 @@ def test_health_is_known_and_requests_are_counted(endpoint: Endpoint) -> None:
         assert b"timeviper_gateway_requests_total" in response.read()
 
 
+@pytest.fixture
+def job(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """jobs/serve.py, which leaves this process' signals alone."""
+    specification = importlib.util.spec_from_file_location("serve_job", ROOT / "jobs" / "serve.py")
+    assert specification is not None
+    assert specification.loader is not None
+    job = importlib.util.module_from_spec(specification)
+    monkeypatch.setitem(sys.modules, "serve_job", job)
+    specification.loader.exec_module(job)
+    monkeypatch.setattr(job.signal, "signal", lambda *_: None)
+    return job
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -189,14 +203,36 @@ def test_health_is_known_and_requests_are_counted(endpoint: Endpoint) -> None:
     ],
 )
 def test_a_wrong_setting_is_an_error_that_names_it(
-    override: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    override: str, message: str, capsys: pytest.CaptureFixture[str], job: ModuleType
 ) -> None:
-    specification = importlib.util.spec_from_file_location("serve_job", ROOT / "jobs" / "serve.py")
-    assert specification is not None
-    assert specification.loader is not None
-    job = importlib.util.module_from_spec(specification)
-    monkeypatch.setitem(sys.modules, "serve_job", job)
-    specification.loader.exec_module(job)
-    monkeypatch.setattr(job.signal, "signal", lambda *_: None)
     assert job.main(["--config", str(ROOT / "ray_configs/tiny/serve.yaml"), override]) == 1
     assert message in capsys.readouterr().err
+
+
+SAID = """The deployment failed to start 2 times in a row. See controller logs for details. Error:
+ray::ServeReplica:timeviper:features.initialize_and_get_metadata() (pid=1)
+  File "replica.py", line 1928, in initialize
+    raise RuntimeError(traceback.format_exc()) from None
+RuntimeError: Traceback (most recent call last):
+  File "compatibility.py", line 63, in _refuse
+    raise ValueError(f"{one} and {other} do not fit")
+          ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
+ValueError: encoder and store do not fit:
+  recipe_version: 2 and 1
+preprocess into a new folder
+"""
+
+
+def test_a_deployment_that_fails_says_why_without_its_traceback(job: ModuleType) -> None:
+    def deployment(status: str, message: str) -> SimpleNamespace:
+        return SimpleNamespace(status=status, message=message)
+
+    deployments = {
+        "engine": deployment("HEALTHY", ""),
+        "features": deployment("DEPLOY_FAILED", SAID),
+        "gateway": deployment("UNHEALTHY", "no node has room"),
+    }
+    status = SimpleNamespace(applications={"timeviper": SimpleNamespace(deployments=deployments)})
+    why = "encoder and store do not fit:\n  recipe_version: 2 and 1\npreprocess into a new folder"
+    assert job._causes(status, "timeviper") == f"\nfeatures: ValueError: {why}\ngateway: no node has room"
+    assert job._causes(status, "another") == ""

@@ -14,6 +14,9 @@ from timeviper_platform.data.encode import FrameEncoder
 from timeviper_platform.data.features import FeatureStore
 from timeviper_platform.data.towers import Facts, different_facts, recipe_facts, store_facts, vision_facts
 
+VERSION_KEY = "recipe_version"
+"""in a recipe: how frames are chosen and turned"""
+
 RECIPE_HASH_KEY = "recipe_hash"
 """in the weights' metadata: recipe hash of the feature store they were trained on"""
 
@@ -28,7 +31,10 @@ def check_features_fit(weights: str, *, store: FeatureStore | None, encoder: Fra
     encoder_name = "" if encoder is None else " with ".join(f"the encoder {t.encoder!r}" for t in encoder.config.towers)
     if store is not None and encoder is not None:
         lines = different_facts(_whole(encoder.recipe), _whole(store.recipe))
-        _refuse(lines, encoder_name, store_name, "configure the encoder as the preprocessing job had it")
+        way_out = "configure the encoder as the preprocessing job had it"
+        if encoder.recipe.get(VERSION_KEY) != store.recipe.get(VERSION_KEY):  # no configuration changes that
+            way_out = "another release made the store: preprocess into a new folder, or serve with that one"
+        _refuse(lines, encoder_name, store_name, way_out)
     expected = _expected_by(weights)
     way_out = "export weights and preprocess media with one encoder configuration"
     weights_name = f"the weights {weights!r}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import shutil
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from fractions import Fraction
@@ -188,6 +189,15 @@ def test_an_encoder_other_than_the_stores_is_refused_naming_both(made: ServingFo
     assert made.encoder.encoder in str(caught.value)
     with pytest.raises(ValueError, match="compiled: True and False"):
         service_of(made, encoder=replace(made.encoder, compile=True))
+
+
+def test_a_store_of_another_release_is_refused_with_what_helps(made: ServingFolders, tmp_path: Path) -> None:
+    store = Path(shutil.copytree(made.store, tmp_path / "store"))
+    header = json.loads((store / "store.json").read_text())
+    header["recipe"]["recipe_version"] -= 1
+    (store / "store.json").write_text(json.dumps(header))
+    with pytest.raises(ValueError, match=r"recipe_version: \d and \d\n.*preprocess into a new folder"):
+        service_of(made, store=str(store))
 
 
 def test_weights_made_for_other_features_are_refused_naming_both(made: ServingFolders, tmp_path: Path) -> None:
