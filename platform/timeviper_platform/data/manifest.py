@@ -10,13 +10,14 @@ import hashlib
 import json
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
@@ -132,27 +133,21 @@ def _row_pages(uri: str, page_rows: int) -> Iterator[list[dict[str, Any]]]:
     suffix = uri.rpartition(".")[2].lower()
     read = {"parquet": _read_parquet, "jsonl": _read_jsonl, "csv": _read_csv}[suffix]
     try:
-        for batch in read(uri, page_rows):
-            yield batch if isinstance(batch, list) else text_rows(batch)
+        yield from read(uri, page_rows)
     except pa.ArrowInvalid as error:
-        if "conversion error" in str(error):
-            raise _wrong_types(uri, error) from error
         raise ValueError(f"{uri} is no readable manifest: {error}") from error
 
 
-def _read_parquet(uri: str, page_rows: int) -> Iterator[Any]:
+def _read_parquet(uri: str, page_rows: int) -> Iterator[list[dict[str, Any]]]:
     with open_file(uri) as file:
         parquet = pq.ParquetFile(file)
         columns = _known_columns(parquet.schema_arrow.names, uri)
         schema = pa.schema([(name, _TYPES[name]) for name in columns])
         for batch in parquet.iter_batches(batch_size=page_rows, columns=columns):
-            try:
-                yield pa.Table.from_batches([batch]).select(columns).cast(schema)
-            except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-                raise _wrong_types(uri, error) from error
+            yield _halved(pa.Table.from_batches([batch]).select(columns), lambda table: _cast(table, schema, uri))
 
 
-def _read_jsonl(uri: str, page_rows: int) -> Iterator[Any]:
+def _read_jsonl(uri: str, page_rows: int) -> Iterator[list[dict[str, Any]]]:
     with open_file(uri) as file:
         lines = (line for line in file if line.strip())
         columns: list[str] = []
@@ -162,7 +157,7 @@ def _read_jsonl(uri: str, page_rows: int) -> Iterator[Any]:
                 columns = _known_columns(sorted(names), uri)
             if not columns:
                 raise ValueError(f"{uri} is no readable manifest: {rows[0][FAULT]}")
-            yield _typed(rows)
+            yield _halved(rows, _typed)
 
 
 def _json_row(line: bytes) -> dict[str, Any]:
@@ -173,17 +168,45 @@ def _json_row(line: bytes) -> dict[str, Any]:
     return row if isinstance(row, dict) else {FAULT: f"a {type(row).__name__}, no JSON object"}
 
 
-def _typed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows with values of the manifest's types; one by one where that fails, to find those with others."""
+def _typed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     known = [row for row in rows if FAULT not in row]
+    typed = iter(pa.Table.from_pylist(known, schema=_ROW).to_pylist())
+    return [row if FAULT in row else next(typed) for row in rows]
+
+
+def _cast(table: pa.Table, schema: pa.Schema, uri: str) -> list[dict[str, Any]]:
+    """The rows of a table in these types.
+
+    Raises:
+        ValueError: when a whole column has a type that has no such values.
+    """
+    columns = {}
+    for field in schema:
+        try:
+            columns[field.name] = table[field.name].cast(field.type)
+        except pa.ArrowNotImplementedError as error:
+            types = MANIFEST.to_string(show_schema_metadata=False)
+            raise ValueError(f"{uri}: columns must have the types {types}: {error}") from error
+        except pa.ArrowInvalid as error:
+            raise _BadValueError(f"{field.name}: {error}") from error
+    return text_rows(pa.table(columns))
+
+
+class _BadValueError(ValueError):
+    """A value that is not of its column's type."""
+
+
+def _halved(rows: Any, typed: Callable[[Any], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """What `typed` makes of the rows (a list, or a table); halves of them where that fails, so that only those with
+    values of other types are bad."""
     try:
-        typed = iter(pa.Table.from_pylist(known, schema=_ROW).to_pylist())
-        return [row if FAULT in row else next(typed) for row in rows]
-    except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError) as error:
-        return [{FAULT: str(error)}] if len(rows) == 1 else [made for row in rows for made in _typed([row])]
+        return typed(rows)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError, _BadValueError) as error:
+        half = len(rows) // 2
+        return _halved(rows[:half], typed) + _halved(rows[half:], typed) if half else [{FAULT: str(error)}]
 
 
-def _read_csv(uri: str, page_rows: int) -> Iterator[Any]:
+def _read_csv(uri: str, page_rows: int) -> Iterator[list[dict[str, Any]]]:
     ragged: deque[tuple[int, dict[str, Any]]] = deque()
 
     def set_aside(row: pa.csv.InvalidRow) -> str:
@@ -196,21 +219,30 @@ def _read_csv(uri: str, page_rows: int) -> Iterator[Any]:
     with open_file(uri) as file, pa.csv.open_csv(file, read, parse) as reader:
         columns = _known_columns(reader.schema.names, uri)
     ragged.clear()
-    # types are given, not guessed: a guess from the first block breaks on a later one
-    convert = pa.csv.ConvertOptions(include_columns=columns, column_types=_TYPES, check_utf8=False)
+    # all of it as text: one value that is no number would end Arrow's reading
+    convert = pa.csv.ConvertOptions(
+        include_columns=columns, column_types=dict.fromkeys(columns, pa.string()), check_utf8=False
+    )
+    schema = pa.schema([(name, _TYPES[name]) for name in columns])
     number = 2  # of the first row behind the header, as Arrow counts
     with open_file(uri) as file, pa.csv.open_csv(file, read, parse, convert) as reader:
         for batch in reader:
             for start in range(0, batch.num_rows, page_rows):
-                rows = batch.slice(start, page_rows)
-                if not ragged:
-                    number += rows.num_rows
-                    yield rows
-                    continue
-                merged = _merged(text_rows(rows), ragged, number)
+                texts = _numbers_stripped(pa.Table.from_batches([batch.slice(start, page_rows)]), convert.null_values)
+                merged = _merged(_halved(texts, lambda table: _cast(table, schema, uri)), ragged, number)
                 number += len(merged)
                 yield from _cut(merged, page_rows)
     yield from _cut([row for _, row in ragged], page_rows)
+
+
+def _numbers_stripped(table: pa.Table, null_values: Sequence[str]) -> pa.Table:
+    """Text as Arrow would read numbers from: without blanks around, and null where it says so."""
+    for place, name in enumerate(table.column_names):
+        if name in _NUMBERS:
+            text = pc.ascii_trim_whitespace(table[name])
+            is_null = pc.is_in(text, pa.array(null_values, pa.string()))
+            table = table.set_column(place, name, pc.if_else(is_null, None, text))
+    return table
 
 
 def _cut(rows: list[dict[str, Any]], page_rows: int) -> Iterator[list[dict[str, Any]]]:
@@ -221,6 +253,8 @@ def _cut(rows: list[dict[str, Any]], page_rows: int) -> Iterator[list[dict[str, 
 def _merged(rows: list[dict[str, Any]], ragged: deque[tuple[int, dict[str, Any]]], number: int) -> list[dict[str, Any]]:
     """The rows, of which the first that is not ragged comes at or behind `number`, with the ragged ones in their
     places; those are taken out of `ragged`."""
+    if not ragged:
+        return rows
     merged = list[dict[str, Any]]()
     for row in rows:
         while ragged and ragged[0][0] <= number + len(merged):
@@ -233,10 +267,6 @@ def _known_columns(names: Sequence[str], uri: str) -> list[str]:
     if "uri" not in names and URL_COLUMN not in names:
         raise ValueError(f"{uri}: a manifest needs the column 'uri'; it has {', '.join(names) or 'none'}")
     return [name for name in names if name in MANIFEST.names or (name == URL_COLUMN and "uri" not in names)]
-
-
-def _wrong_types(uri: str, error: Exception) -> ValueError:
-    return ValueError(f"{uri}: columns must have the types {MANIFEST.to_string(show_schema_metadata=False)}: {error}")
 
 
 def _item(number: int, root: str, row: dict[str, Any], *, source: str) -> MediaItem:
