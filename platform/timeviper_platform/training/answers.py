@@ -12,12 +12,12 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from timeviper_model.batch import Sample, TokenKind, pack_samples
 from timeviper_model.cache import HybridCache
 from timeviper_model.timeviper import TimeViper
+from timeviper_platform.training.ranks import add_up
 
 
 class AnswerTask(NamedTuple):
@@ -69,7 +69,7 @@ def exact_match_share(
     finally:
         model.train(was_training)
     counts = torch.tensor([sum(matches), len(matches)], dtype=torch.int64, device=device)
-    dist.all_reduce(counts)
+    add_up(counts)
     num_matches, num_tasks = counts.tolist()
     return float(num_matches / max(1, num_tasks))
 

@@ -73,6 +73,7 @@ class Snapshot:
     """One rank's part of a checkpoint, in memory."""
 
     tag: str
+    global_step: int
     files: dict[str, Any]
     """content by name, for torch.save"""
     documents: dict[str, Any]
@@ -93,13 +94,16 @@ class Checkpoints:
         self._group: Any = None
         self._thread: threading.Thread | None = None
         self._outcome: str | BaseException | None = None
+        self.newest_written = 0
+        """global step of the newest checkpoint that is known to be committed, on this rank and without waiting"""
 
     def snapshot(
         self, ds_engine: Any, state: TrainState, groups: Sequence[ParameterGroup], model: dict[str, Any]
     ) -> Snapshot:
         """A copy of this rank's state, after which training may go on. `model` is what model.json will hold."""
         return Snapshot(
-            tag=f"step-{state.global_step:08d}",
+            tag=_tag(state.global_step),
+            global_step=state.global_step,
             files=take_snapshot(ds_engine) | {f"rng-{dist.get_rank():05d}.pt": _generator_states()},
             documents={
                 STATE_FILE: state.to_json(),
@@ -162,6 +166,7 @@ class Checkpoints:
                 self._agreed(lambda: _write_files(target, snapshot.files, {}))
                 self._agreed(lambda: None)
             self._outcome = target
+            self.newest_written = snapshot.global_step
             if rank == 0:
                 self._prune()
         except Exception as error:  # noqa: BLE001 - handed to `wait`, which raises it
@@ -183,6 +188,10 @@ class Checkpoints:
         if before_commit is not None:
             before_commit()
         storage.write_json(storage.join_uri(target, COMMIT_FILE), {"files": _sizes(target)})
+
+    def uri_of(self, state: TrainState) -> str:
+        """Where the checkpoint of this state lies, or will."""
+        return storage.join_uri(self.uri, _tag(state.global_step))
 
     def newest(self) -> str | None:
         """The committed checkpoint with the highest step, or None."""
@@ -207,6 +216,10 @@ class Checkpoints:
                     storage.remove(uri)
         except Exception as error:  # noqa: BLE001 - the new checkpoint is committed, whatever becomes of old ones
             logger.warning("old checkpoints in %s stay, until one can be removed: %s", self.uri, error)
+
+
+def _tag(global_step: int) -> str:
+    return f"step-{global_step:08d}"
 
 
 def is_committed(uri: str) -> bool:

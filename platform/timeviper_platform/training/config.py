@@ -60,6 +60,14 @@ class HeldOutConfig:
     samples: tuple[SourceConfig, ...]
     every_steps: int = 500
     """steps between two looks; also after the phase's last step"""
+    where: Literal["task", "ranks"] = "task"
+    """task: a process of its own reads the checkpoint that such a step then saves, and the ranks train on; the look
+    after the last step is the ranks', who have nothing else to do. ranks: every look is theirs, between two steps"""
+    resources: dict[str, float] = field(default_factory=lambda: {"CPU": 1.0})
+    """of the task, which Ray finds on any node beside the workers; it computes on a GPU where one is named. Without Ray
+    it is a process beside rank 0, on its GPU if one is named"""
+    max_wait_s: float = 600.0
+    """after the last step, for tasks that go on or wait for their resources; their figures are then left out"""
     num_answers: int = 0
     """of the first so many usable samples the model writes the first answer itself, greedily, at every look; the share
     that it writes id by id is `held_out_exact_match`. Not with zero.stage 3, which leaves no rank a whole model"""
@@ -69,6 +77,8 @@ class HeldOutConfig:
             raise ValueError(f"held_out needs samples, and {self.every_steps = } must be at least 1")
         if self.num_answers < 0:
             raise ValueError(f"held_out: {self.num_answers = } must be at least 0 (0 = only the loss)")
+        if self.max_wait_s < 0 or any(amount < 0 for amount in self.resources.values()):
+            raise ValueError(f"held_out: {self.max_wait_s = } and {self.resources = } must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

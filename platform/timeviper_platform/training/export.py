@@ -1,4 +1,4 @@
-"""A committed checkpoint to a weights folder that evaluation and serving load. Knows both formats; trains nothing."""
+"""A committed checkpoint to a model, and to a weights folder that evaluation and serving load. Trains nothing."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from timeviper_model.timeviper import TimeViper
 from timeviper_model.weights import config_from_dict, load_tokenizer, save_pretrained
 from timeviper_platform import storage
 from timeviper_platform.training.checkpoint import GROUPS_FILE, MODEL_FILE, local_copy, open_shards, read_state
+from timeviper_platform.training.train_state import TrainState
 from timeviper_platform.training.zero import DTYPES
 
 logger = logging.getLogger(__name__)
@@ -30,14 +31,8 @@ def export_weights(checkpoint: str, output: str, *, dtype: Literal["fp32", "bf16
     Raises:
         ValueError: when there is no committed checkpoint, or it does not hold the whole model.
     """
-    state = read_state(checkpoint)
-    description = storage.read_json(storage.join_uri(checkpoint, MODEL_FILE))
-    saved_groups = storage.read_json(storage.join_uri(checkpoint, GROUPS_FILE))
-    with local_copy(checkpoint) as folder:
-        tensors = open_shards(folder, state, saved_groups).tensors()
-    if description["lora_scale"] is not None:
-        tensors = merge_lora(tensors, description["lora_scale"])
-    model = _model_of(description, tensors, source=checkpoint).to(DTYPES[dtype])
+    state, description, model = checkpoint_model(checkpoint)
+    model = model.to(DTYPES[dtype])
     metadata = {**description["metadata"], "phase": state.phase, "step": str(state.step)}
     tokenizer = load_tokenizer(description["tokenizer"])
     if storage.is_local(output):
@@ -49,6 +44,22 @@ def export_weights(checkpoint: str, output: str, *, dtype: Literal["fp32", "bf16
             storage.remove(output)
             filesystem.put(str(Path(scratch) / "weights") + "/", path.rstrip("/") + "/", recursive=True)
     logger.info("weights of %s at step %d of %s are in %s", state.phase, state.step, checkpoint, output)
+
+
+def checkpoint_model(checkpoint: str) -> tuple[TrainState, dict[str, Any], TimeViper]:
+    """Where the run stood at a committed checkpoint, its model.json, and the whole model in fp32, adapters merged.
+
+    Raises:
+        ValueError: see `export_weights`.
+    """
+    state = read_state(checkpoint)
+    description = storage.read_json(storage.join_uri(checkpoint, MODEL_FILE))
+    saved_groups = storage.read_json(storage.join_uri(checkpoint, GROUPS_FILE))
+    with local_copy(checkpoint) as folder:
+        tensors = open_shards(folder, state, saved_groups).tensors()
+    if description["lora_scale"] is not None:
+        tensors = merge_lora(tensors, description["lora_scale"])
+    return state, description, _model_of(description, tensors, source=checkpoint)
 
 
 def _model_of(description: dict[str, Any], tensors: dict[str, torch.Tensor], *, source: str) -> TimeViper:

@@ -1,7 +1,7 @@
-"""A look at the held-out samples between two steps: their loss, and how many the model answers by itself.
+"""A look at the held-out samples: their loss, and how many the model answers by itself.
 
-Knows which batches and answers are a rank's. Does not know when a look is due, nor what the ranks do between batches:
-who asks says so, and may end the look there.
+Knows which batches and answers are a rank's. Does not know when a look is due, whether ranks make it between two steps
+or a process beside them (beside.py), nor what they do between batches: who asks says so, and may end the look there.
 """
 
 from __future__ import annotations
@@ -9,65 +9,113 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from timeviper_model.timeviper import TimeViper
 from timeviper_platform.training.answers import AnswerTask, answer_task, exact_match_share
+from timeviper_platform.training.config import HeldOutConfig, PhaseConfig
 from timeviper_platform.training.feed import Feed
-from timeviper_platform.training.phase import Phase
-from timeviper_platform.training.plan import PlanPosition
+from timeviper_platform.training.plan import PackPlan, PlanPosition
+from timeviper_platform.training.sample_rows import SampleRows
+from timeviper_platform.training.sample_table import Measure, count_rejects
+from timeviper_platform.training.samples import SampleBuilder
 from timeviper_platform.training.step import held_out_loss
-from timeviper_platform.training.step_batches import StepBatches
+from timeviper_platform.training.step_batches import FeedShape, StepBatches
 
 logger = logging.getLogger(__name__)
 
 LOSS = "held_out_loss"
 
 
-def is_look_due(phase: Phase, step: int) -> bool:
-    """True when the samples are to be looked at after this step."""
-    held_out = phase.config.held_out
-    if held_out is None or step == 0:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeldOut:
+    """The held-out samples of a phase, as one rank reads them."""
+
+    feed: Feed
+    """one epoch"""
+    num_steps: int
+    answer_entries: list[int]
+    """entries that THIS rank answers"""
+    num_answer_rounds: int
+    """entries of the rank that has most"""
+
+
+def prepare_held_out(
+    phase: PhaseConfig, builder: SampleBuilder, shape: FeedShape, measure: Measure, *, rank: int, world_size: int
+) -> HeldOut | None:
+    """The phase's held-out samples, None without any. Their order matters to nothing: the seed is 0."""
+    if phase.held_out is None:
+        return None
+    rows = SampleRows.read(phase.held_out.samples)
+    caps = phase.packing
+    table, rejects = measure(rows, builder, max_tokens=caps.max_tokens, max_frames=caps.max_frames)
+    plan = PackPlan(table, caps, seed=0)
+    logger.info("held out: %d samples, rejects %s", len(table), count_rejects(rejects))
+    num_answers = min(len(table), phase.held_out.num_answers)
+    return HeldOut(
+        feed=Feed(plan, rows, builder, replace(shape, num_epochs=1), rank=rank, world_size=world_size),
+        num_steps=plan.num_steps(shape.packs_per_step, 1),
+        answer_entries=list(range(rank, num_answers, world_size)),
+        num_answer_rounds=-(-num_answers // world_size),
+    )
+
+
+def is_look_due(config: HeldOutConfig | None, step: int, num_steps: int) -> bool:
+    """True when the samples are to be looked at after this step of a phase of `num_steps`."""
+    if config is None or step == 0:
         return False
-    return step % held_out.every_steps == 0 or step == phase.num_steps
+    return step % config.every_steps == 0 or step == num_steps
+
+
+def is_beside(config: HeldOutConfig | None, step: int, num_steps: int) -> bool:
+    """True when the look that is due after this step is a task's, while the ranks train on."""
+    is_due = is_look_due(config, step, num_steps)
+    return is_due and config is not None and config.where == "task" and step < num_steps
 
 
 def look_at_held_out(
-    ds_engine: Any, phase: Phase, *, device: torch.device, dtype: torch.dtype, between: Callable[[], None]
+    forward: Any,
+    model: TimeViper,
+    held_out: HeldOut,
+    *,
+    use_transv: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+    between: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """The figures of a look, by their names in a row of metrics; collective.
+    """The figures of a look, by their names in a row of metrics; collective where torch.distributed is up.
 
     Args:
-        ds_engine: in the state to look at; as it was afterwards.
-        phase: with held-out samples.
-        device: of this rank.
+        forward: the ds_engine in the state to look at, as it was afterwards; or the model alone.
+        model: with whole parameters, where answers are asked for.
+        held_out: the samples.
+        use_transv: as in training.
+        device: of the model.
         dtype: of activations.
         between: called before every batch and answer, as often on every rank; may hold a collective, and may raise.
     """
-    feed, held_out = phase.held_out, phase.config.held_out
-    assert feed is not None
-    assert held_out is not None
     started = time.perf_counter()
-    steps = _steps(feed, phase.num_held_out_steps, between)
-    use_transv = phase.config.use_transv
-    figures = {LOSS: held_out_loss(ds_engine, steps, use_transv=use_transv, device=device, dtype=dtype)}
-    if held_out.num_answers:
-        tasks = _tasks(feed, phase, between)
-        figures["held_out_exact_match"] = exact_match_share(ds_engine.module, tasks, device=device, dtype=dtype)
+    steps = _steps(held_out, between)
+    figures = {LOSS: held_out_loss(forward, steps, use_transv=use_transv, device=device, dtype=dtype)}
+    if held_out.num_answer_rounds:
+        tasks = _tasks(held_out, between)
+        figures["held_out_exact_match"] = exact_match_share(model, tasks, device=device, dtype=dtype)
     return figures | {"held_out_s": time.perf_counter() - started}
 
 
-def _steps(feed: Feed, num_steps: int, between: Callable[[], None]) -> Iterator[StepBatches]:
+def _steps(held_out: HeldOut, between: Callable[[], None]) -> Iterator[StepBatches]:
     between()
-    for batches in feed.steps(PlanPosition(0, 0), 0, num_steps):
+    for batches in held_out.feed.steps(PlanPosition(0, 0), 0, held_out.num_steps):
         yield batches
         between()
 
 
-def _tasks(feed: Feed, phase: Phase, between: Callable[[], None]) -> Iterator[AnswerTask]:
+def _tasks(held_out: HeldOut, between: Callable[[], None]) -> Iterator[AnswerTask]:
     """This rank's; one that has fewer than others comes to `between` as often."""
-    for number in range(phase.num_answer_rounds):
+    for number in range(held_out.num_answer_rounds):
         between()
-        for sample, features in feed.samples(phase.answer_entries[number : number + 1]):
+        for sample, features in held_out.feed.samples(held_out.answer_entries[number : number + 1]):
             yield answer_task(sample, features)

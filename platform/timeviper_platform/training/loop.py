@@ -21,12 +21,14 @@ from timeviper_model.timeviper import TimeViper
 from timeviper_model.weights import config_from_dict, load_tokenizer
 from timeviper_platform import storage
 from timeviper_platform.data.features import FeatureStore
+from timeviper_platform.training.beside import StartLook
 from timeviper_platform.training.checkpoint import MODEL_FILE, Checkpoints, read_state
 from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.curves import draw_curves
 from timeviper_platform.training.export import export_weights
 from timeviper_platform.training.failures import Wishes, no_wishes
 from timeviper_platform.training.feed import ReadAhead, read_in_thread
+from timeviper_platform.training.look_process import LookProcess
 from timeviper_platform.training.metrics import MetricsWriter, next_attempt, phase_report, read_metrics
 from timeviper_platform.training.phase import Phase, adapt, first_model, load_weights, prepare_phase
 from timeviper_platform.training.phase_run import PhaseRun
@@ -87,6 +89,7 @@ def run_training(
     on_checkpoint: OnCheckpoint | None = None,
     trackers: Sequence[Tracker] = (),
     read_ahead: ReadAhead = read_in_thread,
+    start_look: StartLook = LookProcess,
 ) -> dict[str, Any]:
     """Runs every phase that is not finished; the report by phase, equal on all ranks.
 
@@ -98,6 +101,7 @@ def run_training(
         on_checkpoint: see OnCheckpoint.
         trackers: told of every step on rank 0, beside the configured ones.
         read_ahead: who reads a rank's batches before it needs them.
+        start_look: at the held-out samples, beside the ranks.
 
     Raises:
         ValueError: when the configuration and what it names do not fit together.
@@ -105,7 +109,7 @@ def run_training(
         StoppedError: when somebody wished so.
         RuntimeError: when files cannot be read or written, or the memory does not suffice.
     """
-    return _Run(config, device, wishes, on_checkpoint, trackers, read_ahead).phases(resume_from)
+    return _Run(config, device, wishes, on_checkpoint, trackers, read_ahead, start_look).phases(resume_from)
 
 
 class _Run:
@@ -117,6 +121,7 @@ class _Run:
         on_checkpoint: OnCheckpoint | None,
         trackers: Sequence[Tracker],
         read_ahead: ReadAhead,
+        start_look: StartLook,
     ) -> None:
         check_trackers(config.metrics.mlflow, config.metrics.wandb)
         self._config = config
@@ -125,6 +130,7 @@ class _Run:
         self._wishes = wishes
         self._trackers = trackers
         self._read_ahead = read_ahead
+        self._start_look = start_look
         self._on_checkpoint = on_checkpoint
         self._rank = dist.get_rank()
         self._store = FeatureStore.open(config.feature_store, cache_bytes=config.feed.cache_bytes)
@@ -150,6 +156,7 @@ class _Run:
                     device=self._device,
                     wishes=self._wishes,
                     on_checkpoint=self._on_checkpoint,
+                    start_look=self._start_look,
                     read_ahead=self._read_ahead,
                 )
                 global_step, newest = run.run(checkpoint, global_step)

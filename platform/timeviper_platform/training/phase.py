@@ -26,6 +26,7 @@ from timeviper_platform.data.towers import check_same_towers, tower_facts
 from timeviper_platform.training.config import InitConfig, PhaseConfig, TrainConfig
 from timeviper_platform.training.feed import Feed
 from timeviper_platform.training.flops import training_flops
+from timeviper_platform.training.held_out import HeldOut, prepare_held_out
 from timeviper_platform.training.parameters import ParameterGroup, any_block_trained, describe_groups, resolve_groups
 from timeviper_platform.training.plan import PackPlan
 from timeviper_platform.training.sample_rows import SampleRows
@@ -50,13 +51,7 @@ class Phase:
     plan: PackPlan
     feed: Feed
     num_steps: int
-    held_out: Feed | None
-    """one epoch of the held-out samples"""
-    num_held_out_steps: int
-    answer_entries: list[int]
-    """held-out entries that THIS rank answers"""
-    num_answer_rounds: int
-    """held-out entries of the rank that has most"""
+    held_out: HeldOut | None
     rejects: list[Reject]
     description: dict[str, Any]
     """what model.json of its checkpoints holds"""
@@ -109,10 +104,7 @@ def prepare_phase(
         ),
     )
     _check_can_answer(name, phase, model.config)
-    held_out, num_held_out_steps, num_held_out = _held_out(
-        phase, builder, shape, measure, rank=rank, world_size=world_size
-    )
-    num_answers = min(num_held_out, phase.held_out.num_answers if phase.held_out else 0)
+    held_out = prepare_held_out(phase, builder, shape, measure, rank=rank, world_size=world_size)
     logger.info(
         "phase %s: %d samples, %d rejects %s, %d packs in the first epoch, %d steps of %d packs",
         *(name, len(table), len(rejects), count_rejects(rejects), len(plan.epoch(0))),
@@ -128,9 +120,6 @@ def prepare_phase(
         feed=feed,
         num_steps=num_steps,
         held_out=held_out,
-        num_held_out_steps=num_held_out_steps,
-        answer_entries=list(range(rank, num_answers, world_size)),
-        num_answer_rounds=-(-num_answers // world_size),
         rejects=rejects,
         description={
             "config": config_to_dict(model.config),
@@ -141,19 +130,13 @@ def prepare_phase(
     )
 
 
-def _held_out(
-    phase: PhaseConfig, builder: SampleBuilder, shape: FeedShape, measure: Measure, *, rank: int, world_size: int
-) -> tuple[Feed | None, int, int]:
-    """The feed of the held-out samples, its steps and usable samples; their order matters to nothing: the seed is 0."""
-    if phase.held_out is None:
-        return None, 0, 0
-    rows = SampleRows.read(phase.held_out.samples)
-    caps = phase.packing
-    table, rejects = measure(rows, builder, max_tokens=caps.max_tokens, max_frames=caps.max_frames)
-    plan = PackPlan(table, caps, seed=0)
-    logger.info("held out: %d samples, rejects %s", len(table), count_rejects(rejects))
-    feed = Feed(plan, rows, builder, replace(shape, num_epochs=1), rank=rank, world_size=world_size)
-    return feed, plan.num_steps(shape.packs_per_step, 1), len(table)
+def alone_held_out(phase: PhaseConfig, model: TimeViperConfig, store: FeatureStore, tokenizer: Any) -> HeldOut:
+    """The held-out samples of a phase that has some, for a process that looks at all of them alone."""
+    builder = SampleBuilder(store, tokenizer, model.chat_template, phase.frames)
+    shape = _feed_shape(phase, model, tokenizer)
+    held_out = prepare_held_out(phase, builder, shape, measure_samples, rank=0, world_size=1)
+    assert held_out is not None
+    return held_out
 
 
 def adapt(model: TimeViper, phase: PhaseConfig, seed: int) -> TimeViper:

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from timeviper_platform.training.beside import LooksBeside, LookTask, StartLook
 from timeviper_platform.training.checkpoint import Checkpoints, read_state, restore_checkpoint
 from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.failures import FatalTrainingError, StoppedError, Wish, Wishes
 from timeviper_platform.training.feed import ReadAhead, read_in_thread
-from timeviper_platform.training.held_out import LOSS, is_look_due, look_at_held_out
+from timeviper_platform.training.held_out import LOSS, is_beside, is_look_due, look_at_held_out
 from timeviper_platform.training.metrics import MetricsWriter
 from timeviper_platform.training.phase import Phase
 from timeviper_platform.training.plan import PlanPosition
@@ -35,6 +36,9 @@ from timeviper_platform.training.zero import DTYPES, build_ds_engine, set_groups
 
 logger = logging.getLogger(__name__)
 
+LOOK_CHECK_S = 0.2
+"""between questions whether a look beside the ranks has ended, once they have nothing else to do"""
+
 
 class PhaseRun:
     """One phase being run.
@@ -47,6 +51,8 @@ class PhaseRun:
         device: of this rank.
         wishes: what somebody outside wants.
         on_checkpoint: see OnCheckpoint.
+        start_look: at the held-out samples, beside the ranks.
+        read_ahead: see ReadAhead.
     """
 
     def __init__(
@@ -59,6 +65,7 @@ class PhaseRun:
         device: torch.device,
         wishes: Wishes,
         on_checkpoint: OnCheckpoint | None,
+        start_look: StartLook,
         read_ahead: ReadAhead = read_in_thread,
     ) -> None:
         self._config = config
@@ -74,6 +81,7 @@ class PhaseRun:
             on_checkpoint=on_checkpoint,
         )
         self._read_ahead = read_ahead
+        self._looks = None if writer is None else LooksBeside(start_look, self._write_look)
         self._row: dict[str, Any] = {}
         """of the last finished step"""
         self._saved_step = 0
@@ -93,6 +101,7 @@ class PhaseRun:
         lacks_look = checkpoint is not None and self._lacks_look(state)
         if checkpoint is not None and state.step >= self._phase.num_steps and not lacks_look:
             return global_step, checkpoint
+        self._want_lost_looks()
         ds_engine = self._ds_engine(checkpoint)
         ahead = self._read_ahead(self._phase.feed, state.position, state.step, self._phase.num_steps, self._config.feed)
         try:
@@ -101,12 +110,15 @@ class PhaseRun:
                     self._look(ds_engine, state, watchdog)
                 state = self._steps(ds_engine, ahead, state, watchdog)
             saved = self._saving.finish(lambda: self._save(ds_engine, state)) or checkpoint
+            self._wait_for_looks(ds_engine, state)
         except BaseException:
             # no rank is told here: the others may be elsewhere
             written = self._checkpoints.wait_quietly()
             logger.error("the run ends; its newest checkpoint is %s", written or self._checkpoints.newest())
             raise
         finally:
+            if self._looks is not None:
+                self._looks.close()
             ahead.close()
             ds_engine.destroy()
         assert saved is not None  # the last step is always saved
@@ -135,8 +147,10 @@ class PhaseRun:
             else:
                 self._write_row(stall_s=0.0)
             progress.show(self._row)
-            if is_look_due(self._phase, state.step):
+            if self._is_ranks_look(state.step):
                 self._look(ds_engine, state, watchdog)
+            if self._looks is not None:
+                self._looks.advance(self._checkpoints.newest_written)
         return state
 
     def _heed(self, wish: Wish, ds_engine: Any, state: TrainState) -> None:
@@ -155,9 +169,17 @@ class PhaseRun:
     def _lacks_look(self, state: TrainState) -> bool:
         """True when the run ended between this state's checkpoint and the look at the held-out samples behind it."""
         writer = self._writer
-        return is_look_due(self._phase, state.step) and from_rank_0(
+        return self._is_ranks_look(state.step) and from_rank_0(
             lambda: writer is not None and writer.lacks(LOSS, state.global_step)
         )
+
+    def _is_ranks_look(self, step: int) -> bool:
+        """True when the ranks look at the held-out samples after this step."""
+        config, num_steps = self._phase.config.held_out, self._phase.num_steps
+        return is_look_due(config, step, num_steps) and not is_beside(config, step, num_steps)
+
+    def _is_look_beside(self, step: int) -> bool:
+        return is_beside(self._phase.config.held_out, step, self._phase.num_steps)
 
     def _look(self, ds_engine: Any, state: TrainState, watchdog: Watchdog) -> None:
         """After the step is saved, as a look may take minutes; the ranks show signs of life and hear wishes in it."""
@@ -166,14 +188,55 @@ class PhaseRun:
             watchdog.mark(state.step, "evaluating")
             self._heed(agree_on_wish(self._wishes(), device=self._device), ds_engine, state)
 
-        dtype = DTYPES[self._config.precision]
-        figures = look_at_held_out(ds_engine, self._phase, device=self._device, dtype=dtype, between=between)
+        assert self._phase.held_out is not None
+        figures = look_at_held_out(
+            ds_engine,
+            ds_engine.module,
+            self._phase.held_out,
+            use_transv=self._phase.config.use_transv,
+            device=self._device,
+            dtype=DTYPES[self._config.precision],
+            between=between,
+        )
         self._row |= figures
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
-        logger.info("%s step %d: %s", state.phase, state.step, shown)
+        self._write_look({"phase": state.phase, "step": state.step, "global_step": state.global_step, **figures})
+
+    def _write_look(self, row: dict[str, Any]) -> None:
+        shown = ", ".join(f"{name} {row[name]:.4f}" for name in row if name.startswith("held_out"))
+        logger.info("%s step %d: %s", row["phase"], row["step"], shown)
         if self._writer is not None:
-            step = {"phase": state.phase, "step": state.step, "global_step": state.global_step}
-            self._writer.write(step | figures)
+            self._writer.write(row)
+
+    def _want_look(self, state: TrainState) -> None:
+        """Beside the training, of the checkpoint that this state is saved as."""
+        if self._looks is not None:
+            checkpoint = self._checkpoints.uri_of(state)
+            self._looks.want(LookTask(self._config, state.phase, checkpoint, state.step, state.global_step))
+
+    def _want_lost_looks(self) -> None:
+        """Those that an earlier attempt did not end, of checkpoints that are still there."""
+        if self._looks is None or self._writer is None or self._phase.config.held_out is None:
+            return
+        for uri in self._checkpoints.committed():
+            saved = read_state(uri)
+            is_own = saved.phase == self._phase.name and self._is_look_beside(saved.step)
+            if is_own and self._writer.lacks(LOSS, saved.global_step):
+                self._want_look(saved)
+            self._checkpoints.newest_written = max(self._checkpoints.newest_written, saved.global_step)
+
+    def _wait_for_looks(self, ds_engine: Any, state: TrainState) -> None:
+        """Behind the last step; all ranks wait, and hear wishes, until rank 0 knows of no look that goes on."""
+        if self._phase.config.held_out is None:
+            return
+        until = time.monotonic() + self._phase.config.held_out.max_wait_s
+        looks = self._looks
+
+        def go_on() -> bool:
+            return looks is not None and looks.advance(self._checkpoints.newest_written) and time.monotonic() < until
+
+        while from_rank_0(go_on):
+            self._heed(agree_on_wish(self._wishes(), device=self._device), ds_engine, state)
+            time.sleep(LOOK_CHECK_S)
 
     def _first_state(self, global_step: int) -> TrainState:
         return TrainState(
@@ -245,7 +308,7 @@ class PhaseRun:
 
     def _is_due(self, step: int) -> bool:
         every = self._config.checkpoint.every_steps
-        return step == self._phase.num_steps or (every > 0 and step % every == 0)
+        return step == self._phase.num_steps or (every > 0 and step % every == 0) or self._is_look_beside(step)
 
     def _save(self, ds_engine: Any, state: TrainState) -> None:
         """Training stands still until the checkpoint before is finished and this one is in memory."""
@@ -255,6 +318,8 @@ class PhaseRun:
         self._write_row(stall_s=time.perf_counter() - started)
         self._saving.start(snapshot, self._row)
         self._saved_step = state.step
+        if self._is_look_beside(state.step):
+            self._want_look(state)
 
     def _write_row(self, *, stall_s: float) -> None:
         self._row |= {"checkpoint_stall_s": stall_s, "num_failed_saves": self._saving.num_failed}

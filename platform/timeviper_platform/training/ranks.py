@@ -1,4 +1,4 @@
-"""What rank 0 does for all ranks, who get its result or its failure; and whether all ranks come to the same end.
+"""What rank 0 does for all ranks, who get its result or its failure; sums; and whether all ranks come to the same end.
 
 Knows torch.distributed; does not know what is done.
 """
@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 T = TypeVar("T")
@@ -37,6 +38,12 @@ def from_rank_0(act: Callable[[], T]) -> T:
     if message is not None:
         raise ValueError(message) if is_value_error else RuntimeError(f"rank 0: {message}")
     return cast(T, result)
+
+
+def add_up(figures: Tensor) -> None:
+    """Sums `figures` over all ranks, in place; collective. Where torch.distributed is not up, this process is all."""
+    if dist.is_initialized():
+        dist.all_reduce(figures)
 
 
 def do_all_end(timeout_s: float) -> bool:

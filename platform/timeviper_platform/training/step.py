@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from timeviper_platform.training.failures import FatalTrainingError, Wish, out_of_memory_advice
+from timeviper_platform.training.ranks import add_up
 from timeviper_platform.training.step_batches import StepBatches
 from timeviper_platform.training.zero import loss_scale
 
@@ -104,15 +105,23 @@ def _train_step(
 
 @torch.no_grad()
 def held_out_loss(
-    ds_engine: Any, steps: Iterable[StepBatches], *, use_transv: bool, device: torch.device, dtype: torch.dtype
+    forward: Any, steps: Iterable[StepBatches], *, use_transv: bool, device: torch.device, dtype: torch.dtype
 ) -> float:
-    """Mean cross entropy over the labelled positions of all ranks' batches, without an update; collective."""
+    """Mean cross entropy over the labelled positions of all ranks' batches, without an update; collective.
+
+    Args:
+        forward: the ds_engine, or a model alone.
+        steps: this rank's batches.
+        use_transv: as in training.
+        device: of the model.
+        dtype: of its activations.
+    """
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     for item in (item for step in steps for item in step.micro_batches):
-        output = ds_engine(item.batch.to(device, dtype), use_transv=use_transv)
+        output = forward(item.batch.to(device, dtype), use_transv=use_transv)
         if not item.is_dummy:
             sums += torch.stack([output.loss_sum.double(), output.num_targets.double()])
-    dist.all_reduce(sums)
+    add_up(sums)
     loss_sum, num_targets = sums.tolist()
     return float(loss_sum / max(1.0, num_targets))
 

@@ -13,6 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+STEP = "global_step"
+"""W&B's axis of all charts"""
+
 
 class Tracker(Protocol):
     """Who is told of every step; used by rank 0 alone."""
@@ -68,10 +71,13 @@ class WandbTracker:
     def __init__(self, config: WandbConfig, run_name: str) -> None:
         library: Any = importlib.import_module("wandb")
         self._run = library.init(project=config.project, name=run_name, id=run_name, resume="allow", mode=config.mode)
+        self._run.define_metric(STEP)
+        self._run.define_metric("*", step_metric=STEP)
 
     def log(self, scalars: Mapping[str, float], global_step: int) -> None:
-        """See Tracker."""
-        self._run.log(dict(scalars), step=global_step)
+        """See Tracker. W&B drops what comes for an earlier step than its last, as a look at held-out samples does, but
+        not where the step is one of the numbers."""
+        self._run.log({**scalars, STEP: global_step})
 
     def close(self) -> None:
         """See Tracker."""

@@ -27,10 +27,12 @@ from ray.util.metrics import Gauge
 
 from timeviper_platform import storage
 from timeviper_platform.logs import setup_logging
+from timeviper_platform.training.beside import LookTask
 from timeviper_platform.training.checkpoint import resolve_resume
 from timeviper_platform.training.config import TrainConfig, with_absolute_paths
 from timeviper_platform.training.failures import FatalTrainingError, StoppedError, Wish, wishes_of_signals
 from timeviper_platform.training.feed import read_in_thread
+from timeviper_platform.training.look_process import look_at_checkpoint
 from timeviper_platform.training.loop import RunFolder, run_training
 from timeviper_platform.training.ranks import do_all_end, from_rank_0
 from timeviper_platform.training.ray_feed import read_on_ray
@@ -167,6 +169,7 @@ def _worker(arguments: dict[str, Any]) -> dict[str, Any] | _Ended:
             on_checkpoint=_report,
             trackers=[_Gauges(config.name)],
             read_ahead=read_on_ray if config.feed.reader == "ray_data" else read_in_thread,
+            start_look=_RayLook,
         )
     except (ValueError, FatalTrainingError, StoppedError) as error:
         if not do_all_end(SAME_END_S):
@@ -174,6 +177,31 @@ def _worker(arguments: dict[str, Any]) -> dict[str, Any] | _Ended:
         return _Ended(
             str(error), isinstance(error, StoppedError)
         )  # on every rank alike: a further attempt would meet it again
+
+
+class _RayLook:
+    """A Look as a task on any node that has its resources (see beside.py)."""
+
+    def __init__(self, task: LookTask) -> None:
+        held_out = task.config.phases[task.phase].held_out
+        assert held_out is not None
+        needs = dict(held_out.resources)
+        look: Any = ray.remote(look_at_checkpoint)
+        self._ref = look.options(
+            num_cpus=needs.pop("CPU", 0), num_gpus=needs.pop("GPU", 0), resources=needs, max_retries=1
+        ).remote(task)
+
+    def figures(self) -> dict[str, float] | None:
+        """See Look."""
+        ended, _ = ray.wait([self._ref], timeout=0)
+        if not ended:
+            return None
+        figures: dict[str, float] = ray.get(self._ref)
+        return figures
+
+    def close(self) -> None:
+        """See Look."""
+        ray.cancel(self._ref, force=True)
 
 
 class _Gauges:

@@ -55,7 +55,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 def values_with_answers(corpus: Corpus, num_answers: int, **changes: Any) -> dict[str, Any]:
     values = train_values(corpus, **changes)
-    held_out = {"samples": [{"uri": str(corpus.folder / "held-out.parquet")}], "every_steps": 4}
+    held_out = {"samples": [{"uri": str(corpus.folder / "held-out.parquet")}], "every_steps": 4, "where": "ranks"}
     values["phases"]["instruct"]["held_out"] = {**held_out, "num_answers": num_answers}
     return values
 
@@ -109,8 +109,8 @@ def test_training_goes_on_bit_for_bit_as_without_answers(corpus: Corpus) -> None
 
 @pytest.mark.parametrize(("num_answers", "expected"), [(4, [0, 1, 2, 3]), (9, [0, 1, 2, 3, 4]), (0, [])])
 def test_ranks_answer_the_first_samples_once_together(corpus: Corpus, num_answers: int, expected: list[int]) -> None:
-    ranks = [prepared(corpus, num_answers, rank=rank, world_size=2).answer_entries for rank in range(2)]
-    assert ranks == [expected[0::2], expected[1::2]]
+    ranks = [prepared(corpus, num_answers, rank=rank, world_size=2).held_out for rank in range(2)]
+    assert [rank and rank.answer_entries for rank in ranks] == [expected[0::2], expected[1::2]]
 
 
 def test_a_held_out_sample_that_cannot_be_read_is_left_out_and_named(
@@ -125,7 +125,7 @@ def test_a_held_out_sample_that_cannot_be_read_is_left_out_and_named(
 
     monkeypatch.setattr(feed_module, "read_vision_rows", damaged)
     assert phase.held_out is not None
-    assert len(list(phase.held_out.samples([0, 1, 2]))) == 2
+    assert len(list(phase.held_out.feed.samples([0, 1, 2]))) == 2
     assert "held-out sample sample-0001 is left out: row group 3 is damaged" in caplog.text
 
 

@@ -36,7 +36,12 @@ def looked_at(corpus: Corpus, name: str, *, save_every: int) -> TrainConfig:
     """Four steps with looks behind the second and the last."""
     values = train_values(corpus, name=name, checkpoint={"every_steps": save_every, "keep": 9})
     init = values["phases"].pop("align")["init"]
-    looks = {"samples": [{"uri": str(corpus.folder / "held-out.parquet")}], "every_steps": 2, "num_answers": 3}
+    looks = {
+        "samples": [{"uri": str(corpus.folder / "held-out.parquet")}],
+        "every_steps": 2,
+        "num_answers": 3,
+        "where": "ranks",
+    }
     values["phases"]["instruct"] |= {"init": init, "steps": 4, "held_out": looks}
     return parse_config(TrainConfig, values)
 

@@ -83,7 +83,8 @@ def test_every_step_reaches_the_configured_trackers(tmp_path: Path, monkeypatch:
     with MetricsWriter(str(tmp_path), 1, tensorboard=False, trackers=trackers) as writer:
         writer.write(row)
     expected = {"align/loss": 2.5, r"align/lr/a\..* decay": 0.1}
-    assert ("log", (expected,), {"step": 7}) in wandb.calls
+    assert ("log", ({**expected, "global_step": 7},), {}) in wandb.calls
+    assert ("define_metric", ("*",), {"step_metric": "global_step"}) in wandb.calls
     assert ("log_metrics", ({"align/loss": 2.5, "align/lr/a_.._ decay": 0.1},), {"step": 7}) in mlflow.calls
     assert [mlflow.calls[-1][0], wandb.calls[-1][0]] == ["end_run", "finish"]
 
@@ -123,7 +124,7 @@ def test_the_held_out_loss_is_the_models_on_samples_that_it_never_trains_on(corp
     ]
     write_samples(corpus.folder / "held-out.parquet", rows)
     values = train_values(corpus, name="held-out")
-    held_out = {"samples": [{"uri": str(corpus.folder / "held-out.parquet")}], "every_steps": 4}
+    held_out = {"samples": [{"uri": str(corpus.folder / "held-out.parquet")}], "every_steps": 4, "where": "ranks"}
     values["phases"]["instruct"]["held_out"] = held_out
     config = parse_config(TrainConfig, values)
     report = train_local(config)
@@ -139,7 +140,7 @@ def test_the_held_out_loss_is_the_models_on_samples_that_it_never_trains_on(corp
     with torch.no_grad():
         outputs = [
             model(item.batch.to("cpu", torch.float32))
-            for step in phase.held_out.steps(PlanPosition(0, 0), 0, phase.num_held_out_steps)
+            for step in phase.held_out.feed.steps(PlanPosition(0, 0), 0, phase.held_out.num_steps)
             for item in step.micro_batches
             if not item.is_dummy
         ]

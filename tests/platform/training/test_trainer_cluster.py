@@ -17,9 +17,11 @@ import yaml
 
 from reference.training_corpus import make_corpus, train_values
 from timeviper_platform.config import parse_config
+from timeviper_platform.training.beside import LookTask
 from timeviper_platform.training.checkpoint import Checkpoints
 from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.failures import StoppedError, Wish
+from timeviper_platform.training.look_process import look_at_checkpoint
 from timeviper_platform.training.loop import run_training
 from timeviper_platform.training.metrics import read_metrics
 
@@ -33,6 +35,8 @@ def test_two_workers_train_and_a_stopped_run_goes_on(
     corpus = make_corpus(tmp_path)
     values = train_values(corpus, workers={"num_workers": 2, "resources_per_worker": {"CPU": 0.5}})
     values["checkpoint"]["every_steps"] = 3
+    looks = {"samples": [{"uri": corpus.samples}], "every_steps": 3, "resources": {"CPU": 0.1}}
+    values["phases"]["instruct"]["held_out"] = looks
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     train = runpy.run_path(str(ROOT / "jobs" / "train.py"))["main"]
 
@@ -42,6 +46,11 @@ def test_two_workers_train_and_a_stopped_run_goes_on(
     run = tmp_path / "runs" / "run"
     whole = read_metrics(str(run))
     assert [row["global_step"] for row in whole] == list(range(1, 10))
+    looked = {row["global_step"]: row["held_out_loss"] for row in whole if "held_out_loss" in row}
+    assert list(looked) == [6, 9]  # by a task beside the ranks, and by the ranks after the last step
+    middle = Checkpoints(str(run / "checkpoints")).committed()[-2]
+    found = look_at_checkpoint(LookTask(parse_config(TrainConfig, values), "instruct", middle, 3, 6))
+    assert looked[6] == pytest.approx(found["held_out_loss"], rel=1e-5)
 
     # as a kill after the checkpoint at step 6 leaves it
     shutil.rmtree(Checkpoints(str(run / "checkpoints")).committed()[-1])
