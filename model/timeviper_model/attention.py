@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timeviper_model.config import TextConfig
-from timeviper_model.linear import MIN_PRODUCTS, Linear, linear
+from timeviper_model.linear import Linear
 from timeviper_model.segments import Segments
+
+PIECES, MIN_PIECE = 8, 64
+"""of a long context whose values a CPU sums up, and the tokens from which a piece is worth its call"""
 
 
 class KeyValueStore(Protocol):
@@ -189,14 +192,16 @@ def grouped_attention(q_BHE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, visible_BL:
 
 
 def _weighted_sum(weights_BHrL: Tensor, v_BHLE: Tensor) -> Tensor:
-    """(B, Hkv, H / Hkv, E). A long context group by group: as one product a CPU reads its values half as fast."""
-    if v_BHLE.device.type != "cpu" or weights_BHrL[0, 0].numel() * v_BHLE.shape[-1] < MIN_PRODUCTS:
+    """(B, Hkv, H / Hkv, E). A CPU's threads share products of a batch, not one: a lone group is a batch of pieces."""
+    num_groups, length = weights_BHrL.shape[0] * weights_BHrL.shape[1], weights_BHrL.shape[-1]
+    if v_BHLE.device.type != "cpu" or num_groups > 1 or length < PIECES * MIN_PIECE:
         return weights_BHrL @ v_BHLE
-    rows = [
-        torch.stack([linear(weights_rL, v_LE.t(), None) for weights_rL, v_LE in zip(*groups, strict=True)])
-        for groups in zip(weights_BHrL, v_BHLE, strict=True)
-    ]
-    return torch.stack(rows)
+    (weights_rL,), (v_LE,) = (x.flatten(0, 1) for x in (weights_BHrL, v_BHLE))
+    stop = length - length % PIECES
+    pieces_PrE = torch.bmm(
+        weights_rL[:, :stop].unflatten(1, (PIECES, -1)).transpose(0, 1), v_LE[:stop].unflatten(0, (PIECES, -1))
+    )
+    return (pieces_PrE.sum(0) + weights_rL[:, stop:] @ v_LE[stop:])[None, None]
 
 
 def grouped_scores(q_BHE: Tensor, k_BHLE: Tensor) -> Tensor:

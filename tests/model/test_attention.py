@@ -7,8 +7,14 @@ import torch
 from torch.nn import functional as F
 
 from reference.small_models import SMALL
-from timeviper_model.attention import Attention, continued_attention, grouped_attention, segment_causal_attention
-from timeviper_model.linear import MIN_PRODUCTS
+from timeviper_model.attention import (
+    MIN_PIECE,
+    PIECES,
+    Attention,
+    continued_attention,
+    grouped_attention,
+    segment_causal_attention,
+)
 from timeviper_model.segments import Segments
 
 
@@ -41,17 +47,18 @@ def test_long_segment_needs_no_square_matrix() -> None:
     torch.testing.assert_close(out[:50], first, rtol=1e-4, atol=1e-5)
 
 
-def test_grouped_attention_over_a_long_context_equals_that_over_a_short_one() -> None:
+@pytest.mark.parametrize("num_keys", [PIECES * MIN_PIECE - 1, PIECES * MIN_PIECE, PIECES * MIN_PIECE + 3])
+def test_a_lone_group_over_a_long_context_equals_attention_in_one_piece(num_keys: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    num_keys = MIN_PRODUCTS // (2 * 8)  # as many products as a group of two heads of 8 needs to be read apart
-    q, k, v = (torch.randn(3, *shape, 8, generator=generator) for shape in ((4,), (2, num_keys), (2, num_keys)))
-    visible = torch.arange(num_keys) < torch.tensor([[num_keys], [num_keys - 5], [7]])
-    with torch.inference_mode():
-        mixed = grouped_attention(q, k, v, visible)
-    for row, count in enumerate(visible.sum(1).tolist()):
-        keys, values = (x[row, :, :count].repeat_interleave(2, 0) for x in (k, v))
-        expected = F.scaled_dot_product_attention(q[row, :, None], keys, values)[:, 0]
-        torch.testing.assert_close(mixed[row], expected, rtol=1e-4, atol=1e-5)
+    q, k, v = (
+        torch.randn(1, *shape, 8, generator=generator, dtype=torch.float64)
+        for shape in ((4,), (1, num_keys), (1, num_keys))
+    )
+    for visible in (None, torch.arange(num_keys)[None] < num_keys - 5):
+        count = num_keys if visible is None else num_keys - 5
+        keys, values = (x[0, :, :count].expand(4, -1, -1) for x in (k, v))
+        expected = F.scaled_dot_product_attention(q[0, :, None], keys, values)[:, 0]
+        torch.testing.assert_close(grouped_attention(q, k, v, visible)[0], expected)
 
 
 def test_grouped_attention_reads_only_what_is_visible() -> None:
