@@ -226,10 +226,15 @@ class PhaseRun:
 
     def _wait_for_looks(self, ds_engine: Any, state: TrainState) -> None:
         """Behind the last step; all ranks wait, and hear wishes, until rank 0 knows of no look that goes on."""
-        if self._phase.config.held_out is None:
+        held_out, looks = self._phase.config.held_out, self._looks
+        if held_out is None:
             return
-        until = time.monotonic() + self._phase.config.held_out.max_wait_s
-        looks = self._looks
+        until = time.monotonic() + held_out.max_wait_s
+        if looks is not None and looks.advance(self._checkpoints.newest_written):
+            logger.info(
+                "%s: all steps are done; looks at the held-out samples go on, or wait for %s: held_out.max_wait_s is %g",
+                *(state.phase, held_out.resources, held_out.max_wait_s),
+            )
 
         def go_on() -> bool:
             return looks is not None and looks.advance(self._checkpoints.newest_written) and time.monotonic() < until
