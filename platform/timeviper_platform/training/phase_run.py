@@ -232,7 +232,7 @@ class PhaseRun:
         until = time.monotonic() + held_out.max_wait_s
         if looks is not None and looks.advance(self._checkpoints.newest_written):
             logger.info(
-                "%s: all steps are done; looks at the held-out samples go on, or wait for %s: held_out.max_wait_s is %g",
+                "%s: all steps are done; looks at held-out samples go on, or wait for %s: held_out.max_wait_s is %g",
                 *(state.phase, held_out.resources, held_out.max_wait_s),
             )
 
