@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 PIECE_SECONDS = 24
 FILM_SECONDS = 20 * 60
 """of pieces that each pipeline is given; a shorter film's are given again"""
-REPEATS = 3
+REPEATS = 5
 READ_CPUS, ENCODE_CPUS, WRITE_CPUS = 0.55, 0.2, 0.1
 """of the plain pipeline, on two cores: two readers, an encoder that waits for them, and the writing, all at once. Ray
 Data keeps half a CPU for the writing and leaves 1.2 to the reading: with more than 0.6 each, one reader works alone"""

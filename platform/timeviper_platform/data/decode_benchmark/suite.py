@@ -37,7 +37,7 @@ LONG_IMAGE_SIZE = 96
 REPEATS = 5
 CLOSE, CLOSE_REPEATS = 0.8, 15
 """a way that takes at most 1 / 0.8 of our time may be as fast"""
-LONG_REPEATS = 3
+LONG_REPEATS = 5
 HOUR = 3600
 
 
