@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,9 @@ from timeviper_platform.schemas import FEATURES, INDEX, PLAN
 
 VERIFY_THREADS = 4
 """Files verified at a time; each holds one row group, 20 MB."""
+
+MAX_PROBLEMS = 1000
+"""that a report lists; all are counted"""
 
 _PLACE = ("file", "row_group", "row_in_group")
 _COMMITTED = pa.schema([INDEX.field(name) for name in ("segment_id", "media_id", "status", *_PLACE)])
@@ -75,6 +78,8 @@ class VerifyReport:
     leftovers: int
     """data files that a killed run did not commit; readers ignore them and the next run removes them"""
     problems: list[Problem]
+    """the first MAX_PROBLEMS"""
+    num_problems: int
 
     def lines(self) -> list[str]:
         """For people."""
@@ -85,11 +90,13 @@ class VerifyReport:
             f"leftovers  {self.leftovers} data files without a commit record",
             *(f"BAD        {problem}" for problem in self.problems),
         ]
+        if self.num_problems > len(self.problems):
+            lines.append(f"BAD        and {self.num_problems - len(self.problems)} more")
         if not self.problems:
             return [*lines, "result     nothing wrong"]
         return [
             *lines,
-            f"result     {len(self.problems)} problems. To have bad rows made again, remove the files of their names"
+            f"result     {self.num_problems} problems. To have bad rows made again, remove the files of their names"
             f" from {COMMITS_FOLDER}/ and run jobs/preprocess.py with the same configuration",
         ]
 
@@ -180,9 +187,9 @@ def verify_store(uri: str) -> VerifyReport:
         ValueError: when there is none.
     """
     header = _header(uri)
-    problems = []
+    problems = _Problems()
     if recipe_hash(header["recipe"]) != header["recipe_hash"]:
-        problems.append(Problem(file="store.json", what="recipe_hash is not the recipe's"))
+        problems.add([Problem(file="store.json", what="recipe_hash is not the recipe's")])
     lost = pa.array(lost_records(uri), pa.string())
     files, with_rows = set(), []
     num_rows = num_bytes = 0
@@ -197,14 +204,14 @@ def verify_store(uri: str) -> VerifyReport:
                     num_bytes += num_feature_bytes(record)
                     committed.add(record)
                 for of_file in pool.map(lambda item: list(_check_file(uri, *item)), page):
-                    problems += of_file
+                    problems.add(of_file)
         indexed = SortedRuns(Path(folder, "indexed"), _INDEXED, "media_id")
         fault = _index_fault(uri, with_rows)
         if fault is None:
             for table in index_tables(uri, _INDEXED.names):
                 indexed.add(table)
         else:
-            problems.append(Problem(file=INDEX_FILE, what=fault))
+            problems.add([Problem(file=INDEX_FILE, what=fault)])
         planned = SortedRuns(Path(folder, "planned"), _PLANNED, "media_id")
         parts = storage.list_files(storage.join_uri(uri, PLAN_FOLDER), ".parquet")
         for part in parts:
@@ -213,20 +220,35 @@ def verify_store(uri: str) -> VerifyReport:
         counts = dict.fromkeys(AUDIT_KEYS, 0)
         for of_plan, of_commits, of_index in merge_runs([planned, committed, indexed], "media_id"):
             if fault is None:
-                problems += _check_media(of_commits, of_index)
+                problems.add(_check_media(of_commits, of_index))
             there = of_commits.filter(pc.invert(pc.is_in(of_commits["file"], lost)))
             for key, count in audit(of_plan["segment_id"].to_pylist(), there).items():
                 counts[key] += count
     if parts and (counts["missing"] or counts["duplicate"]):
-        problems.append(Problem(file=PLAN_FOLDER, what=f"planned is not ok + partial + error: {counts}"))
+        problems.add([Problem(file=PLAN_FOLDER, what=f"planned is not ok + partial + error: {counts}")])
     return VerifyReport(
         files=len(files),
         rows=num_rows,
         bytes=num_bytes,
         audit=counts if parts else None,
         leftovers=sum(name not in files for name in data_files(uri)),
-        problems=problems,
+        problems=problems.first,
+        num_problems=problems.count,
     )
+
+
+class _Problems:
+    """Counts all and keeps the first: a store whose data are gone has one a row."""
+
+    def __init__(self) -> None:
+        self.first: list[Problem] = []
+        self.count = 0
+
+    def add(self, found: Iterable[Problem]) -> None:
+        for problem in found:
+            self.count += 1
+            if len(self.first) < MAX_PROBLEMS:
+                self.first.append(problem)
 
 
 def _check_file(uri: str, name: str, record: pa.Table) -> Iterator[Problem]:

@@ -39,7 +39,7 @@ PACK_TOKENS = 8192
 
 
 def step_rows(
-    config: CorpusConfig = DEMO, *, num_blocks: int = 12, steps_per_block: int = 2, zero_stage: int = 2
+    config: CorpusConfig = DEMO, *, num_blocks: int = 48, steps_per_block: int = 1, zero_stage: int = 2
 ) -> list[Row]:
     """The platform's time over the bare loop's, and how long a bare step is."""
     with tempfile.TemporaryDirectory(prefix="timeviper-benchmark-") as folder:

@@ -18,7 +18,7 @@ import torch
 
 from reference.made_store import RECIPE, error_row, read_committed, segment_row, write_files
 from timeviper_platform import storage
-from timeviper_platform.data import commits, index_writer, sorted_runs
+from timeviper_platform.data import commits, index_writer, sorted_runs, store_check
 from timeviper_platform.data.compact import compact
 from timeviper_platform.data.features import FeatureStore
 from timeviper_platform.data.index_writer import write_index
@@ -232,6 +232,18 @@ def test_every_bad_row_is_named(store: str) -> None:
     assert "row group 0 row 1 segment m07-1 of medium m07" in "\n".join(report.lines())
 
 
+def test_more_problems_than_a_report_lists_are_counted(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in Path(store, "data").iterdir():
+        path.write_bytes(b"gone")
+    whole = verify_store(store)
+    assert len(whole.problems) == whole.num_problems == whole.rows > 4
+    monkeypatch.setattr(store_check, "MAX_PROBLEMS", 4)
+    report = verify_store(store)
+    assert (report.problems, report.num_problems) == (whole.problems[:4], whole.num_problems)
+    assert f"BAD        and {whole.num_problems - 4} more" in report.lines()
+    assert report.lines()[-1].startswith(f"result     {whole.num_problems} problems.")
+
+
 def test_an_index_that_says_what_no_commit_does_is_found(store: str) -> None:
     index = pq.ParquetFile(f"{store}/index.parquet").read()
     doubled = index.take([0, 0, *range(2, index.num_rows)])
@@ -276,6 +288,7 @@ def test_three_times_the_files_take_no_more_memory(
         (sorted_runs, "BATCH_ROWS", 2),
         (commits, "READ_AHEAD", 2),
         (index_writer, "ROW_GROUP_ROWS", 16),
+        (store_check, "VERIFY_THREADS", 1),  # a page of four files; with more threads its peak is a lottery
     ):
         monkeypatch.setattr(module, name, value)
     peaks = []
