@@ -84,6 +84,14 @@ def make_corpus(folder: Path, *, num_samples: int = 24, num_videos: int = 6) -> 
     return corpus
 
 
+def write_held_out(corpus: Corpus) -> str:
+    """Five short samples beside those that are trained on; their file."""
+    turns = [("user", "What is this?"), ("assistant", "a blue square")]
+    path = corpus.folder / "held-out.parquet"
+    write_samples(path, [sample_row(n, [(f"video-{n}", None, None)], turns) for n in range(5)])
+    return str(path)
+
+
 def train_values(corpus: Corpus, **changes: Any) -> dict[str, Any]:
     """A configuration as YAML holds it: `align` 3 steps, `instruct` 6 steps; changes by top-level key."""
     packing = {"max_tokens": 160}

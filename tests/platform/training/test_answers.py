@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from reference.training_corpus import DIM, Corpus, make_corpus, sample_row, train_values, write_samples
+from reference.training_corpus import DIM, Corpus, make_corpus, train_values, write_held_out
 from timeviper_model.batch import Sample, pack_samples
 from timeviper_model.config import PRESETS
 from timeviper_model.timeviper import TimeViper
@@ -46,10 +46,7 @@ def toy_model() -> TimeViper:
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     corpus = make_corpus(tmp_path_factory.mktemp("corpus"))
-    turns = [("user", "What is this?"), ("assistant", "a blue square")]
-    write_samples(
-        corpus.folder / "held-out.parquet", [sample_row(n, [(f"video-{n}", None, None)], turns) for n in range(5)]
-    )
+    write_held_out(corpus)
     return corpus
 
 

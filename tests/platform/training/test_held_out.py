@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from reference.training_corpus import Corpus, make_corpus, sample_row, train_values, write_samples
+from reference.training_corpus import Corpus, make_corpus, train_values, write_held_out
 from timeviper_platform.config import parse_config
 from timeviper_platform.training import answers as answers_module
 from timeviper_platform.training import held_out
@@ -26,9 +26,7 @@ pytestmark = pytest.mark.usefixtures("group_of_one")
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     corpus = make_corpus(tmp_path_factory.mktemp("corpus"))
-    turns = [("user", "What is this?"), ("assistant", "a blue square")]
-    rows = [sample_row(n, [(f"video-{n}", None, None)], turns) for n in range(5)]
-    write_samples(corpus.folder / "held-out.parquet", rows)
+    write_held_out(corpus)
     return corpus
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from reference.training_corpus import Corpus, make_corpus, sample_row, train_values, write_samples
+from reference.training_corpus import Corpus, make_corpus, train_values, write_held_out
 from timeviper_model.weights import from_pretrained, load_tokenizer
 from timeviper_platform.config import parse_config
 from timeviper_platform.data.features import FeatureStore
@@ -118,13 +118,8 @@ def test_curves_show_every_phase_and_the_held_out_loss() -> None:
 
 @pytest.mark.usefixtures("group_of_one")
 def test_the_held_out_loss_is_the_models_on_samples_that_it_never_trains_on(corpus: Corpus) -> None:
-    rows = [
-        sample_row(n, [(f"video-{n}", None, None)], [("user", "What is this?"), ("assistant", "a blue square")])
-        for n in range(5)
-    ]
-    write_samples(corpus.folder / "held-out.parquet", rows)
     values = train_values(corpus, name="held-out")
-    held_out = {"samples": [{"uri": str(corpus.folder / "held-out.parquet")}], "every_steps": 4, "where": "ranks"}
+    held_out = {"samples": [{"uri": write_held_out(corpus)}], "every_steps": 4, "where": "ranks"}
     values["phases"]["instruct"]["held_out"] = held_out
     config = parse_config(TrainConfig, values)
     report = train_local(config)
