@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -63,17 +63,13 @@ def prepare_held_out(
     )
 
 
-def is_look_due(config: HeldOutConfig | None, step: int, num_steps: int) -> bool:
-    """True when the samples are to be looked at after this step of a phase of `num_steps`."""
+def who_looks(config: HeldOutConfig | None, step: int, num_steps: int) -> Literal["task", "ranks"] | None:
+    """Who looks at the samples after this step of a phase of `num_steps`; None when no look is due."""
     if config is None or step == 0:
-        return False
-    return step % config.every_steps == 0 or step == num_steps
-
-
-def is_beside(config: HeldOutConfig | None, step: int, num_steps: int) -> bool:
-    """True when the look that is due after this step is a task's, while the ranks train on."""
-    is_due = is_look_due(config, step, num_steps)
-    return is_due and config is not None and config.where == "task" and step < num_steps
+        return None
+    if step == num_steps:
+        return "ranks"
+    return config.where if step % config.every_steps == 0 else None
 
 
 def look_at_held_out(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from timeviper_platform.training.checkpoint import Checkpoints, read_state, rest
 from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.failures import FatalTrainingError, StoppedError, Wish, Wishes
 from timeviper_platform.training.feed import ReadAhead, read_in_thread
-from timeviper_platform.training.held_out import LOSS, is_beside, is_look_due, look_at_held_out
+from timeviper_platform.training.held_out import LOSS, look_at_held_out, who_looks
 from timeviper_platform.training.metrics import MetricsWriter
 from timeviper_platform.training.phase import Phase
 from timeviper_platform.training.plan import PlanPosition
@@ -147,7 +147,7 @@ class PhaseRun:
             else:
                 self._write_row(stall_s=0.0)
             progress.show(self._row)
-            if self._is_ranks_look(state.step):
+            if self._who_looks(state.step) == "ranks":
                 self._look(ds_engine, state, watchdog)
             if self._looks is not None:
                 self._looks.advance(self._checkpoints.newest_written)
@@ -169,17 +169,12 @@ class PhaseRun:
     def _lacks_look(self, state: TrainState) -> bool:
         """True when the run ended between this state's checkpoint and the look at the held-out samples behind it."""
         writer = self._writer
-        return self._is_ranks_look(state.step) and from_rank_0(
+        return self._who_looks(state.step) == "ranks" and from_rank_0(
             lambda: writer is not None and writer.lacks(LOSS, state.global_step)
         )
 
-    def _is_ranks_look(self, step: int) -> bool:
-        """True when the ranks look at the held-out samples after this step."""
-        config, num_steps = self._phase.config.held_out, self._phase.num_steps
-        return is_look_due(config, step, num_steps) and not is_beside(config, step, num_steps)
-
-    def _is_look_beside(self, step: int) -> bool:
-        return is_beside(self._phase.config.held_out, step, self._phase.num_steps)
+    def _who_looks(self, step: int) -> Literal["task", "ranks"] | None:
+        return who_looks(self._phase.config.held_out, step, self._phase.num_steps)
 
     def _look(self, ds_engine: Any, state: TrainState, watchdog: Watchdog) -> None:
         """After the step is saved, as a look may take minutes; the ranks show signs of life and hear wishes in it."""
@@ -219,7 +214,7 @@ class PhaseRun:
             return
         for uri in self._checkpoints.committed():
             saved = read_state(uri)
-            is_own = saved.phase == self._phase.name and self._is_look_beside(saved.step)
+            is_own = saved.phase == self._phase.name and self._who_looks(saved.step) == "task"
             if is_own and self._writer.lacks(LOSS, saved.global_step):
                 self._want_look(saved)
             self._checkpoints.newest_written = max(self._checkpoints.newest_written, saved.global_step)
@@ -313,7 +308,7 @@ class PhaseRun:
 
     def _is_due(self, step: int) -> bool:
         every = self._config.checkpoint.every_steps
-        return step == self._phase.num_steps or (every > 0 and step % every == 0) or self._is_look_beside(step)
+        return step == self._phase.num_steps or (every > 0 and step % every == 0) or self._who_looks(step) == "task"
 
     def _save(self, ds_engine: Any, state: TrainState) -> None:
         """Training stands still until the checkpoint before is finished and this one is in memory."""
@@ -323,7 +318,7 @@ class PhaseRun:
         self._write_row(stall_s=time.perf_counter() - started)
         self._saving.start(snapshot, self._row)
         self._saved_step = state.step
-        if self._is_look_beside(state.step):
+        if self._who_looks(state.step) == "task":
             self._want_look(state)
 
     def _write_row(self, *, stall_s: float) -> None:
