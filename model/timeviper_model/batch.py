@@ -15,8 +15,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from itertools import chain
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE_INDEX = -100
@@ -172,24 +175,29 @@ def pack_samples(
     for number, (sample, rows) in enumerate(zip(samples, features, strict=True)):
         if sample.num_vision_tokens != rows.shape[0]:
             raise ValueError(f"sample {number} has {sample.num_vision_tokens} vision tokens but {rows.shape[0]} rows")
-    total = sum(len(sample) for sample in samples)
+    lengths = torch.tensor([len(sample) for sample in samples])
+    total = int(lengths.sum())
     length = total if pad_to is None else pad_to
     if length < total:
         raise ValueError(f"{total} tokens do not fit {pad_to = }")
-    padding = length - total
-    first_rows = [0]
-    for rows in features:
-        first_rows.append(first_rows[-1] + rows.shape[0])
-    vision_index = [
-        i + first if i >= 0 else -1 for s, first in zip(samples, first_rows, strict=False) for i in s.vision_index
-    ]
-    segment_ids = [number for number, s in enumerate(samples) for _ in range(len(s))]
-    return PackedBatch(
-        input_ids=torch.tensor([i for s in samples for i in s.input_ids] + [pad_token_id] * padding),
-        vision_index=torch.tensor(vision_index + [-1] * padding),
-        vision_features=torch.cat(list(features)),
-        segment_ids=torch.tensor(segment_ids + [PADDING_SEGMENT] * padding, dtype=torch.int32),
-        position_ids=torch.tensor([i for s in samples for i in range(len(s))] + [0] * padding),
-        labels=torch.tensor([i for s in samples for i in s.labels] + [IGNORE_INDEX] * padding),
-        token_kind=torch.tensor([i for s in samples for i in s.token_kind] + [0] * padding, dtype=torch.int8),
-    )
+    segment_ids = torch.repeat_interleave(lengths)
+    num_rows = torch.tensor([rows.shape[0] for rows in features])
+    vision_index = _joined([sample.vision_index for sample in samples])
+    vision_index += torch.where(vision_index >= 0, (num_rows.cumsum(0) - num_rows)[segment_ids], 0)
+    values = {
+        "input_ids": (_joined([sample.input_ids for sample in samples]), pad_token_id),
+        "vision_index": (vision_index, -1),
+        "segment_ids": (segment_ids, PADDING_SEGMENT),
+        "position_ids": (torch.arange(total) - (lengths.cumsum(0) - lengths)[segment_ids], 0),
+        "labels": (_joined([sample.labels for sample in samples]), IGNORE_INDEX),
+        "token_kind": (_joined([sample.token_kind for sample in samples]), int(TokenKind.SYSTEM)),
+    }
+    padded = {
+        name: F.pad(tensor, (0, length - total), value=pad).to(DTYPES[name]) for name, (tensor, pad) in values.items()
+    }
+    return PackedBatch(vision_features=torch.cat(list(features)), **padded)
+
+
+def _joined(lists: Sequence[list[int]]) -> Tensor:
+    """The numbers of all lists, (L,) int64; by NumPy, which takes a third of torch.tensor's time for Python numbers."""
+    return torch.from_numpy(np.fromiter(chain.from_iterable(lists), np.int64, sum(map(len, lists))))

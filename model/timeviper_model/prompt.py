@@ -157,6 +157,7 @@ class _Writer:
         self._input_ids: list[int] = []
         self._vision_index: list[int] = []
         self._token_kind: list[int] = []
+        self._targets: list[int] = []
         self._num_vision = 0
 
     def template(self, text: str, *, response: bool = False) -> None:
@@ -169,26 +170,24 @@ class _Writer:
     def vision(self, num_tokens: int) -> None:
         self._input_ids += [self._pad_id] * num_tokens
         self._vision_index += range(self._num_vision, self._num_vision + num_tokens)
-        self._token_kind += [TokenKind.VISION] * num_tokens
+        self._token_kind += [int(TokenKind.VISION)] * num_tokens
+        self._targets += [IGNORE_INDEX] * num_tokens
         self._num_vision += num_tokens
 
     def sample(self) -> Sample:
-        targets = [
-            token if kind == TokenKind.RESPONSE else IGNORE_INDEX
-            for token, kind in zip(self._input_ids, self._token_kind, strict=True)
-        ]
         return Sample(
             input_ids=self._input_ids,
             vision_index=self._vision_index,
-            token_kind=[int(kind) for kind in self._token_kind],
-            labels=[*targets[1:], IGNORE_INDEX],
+            token_kind=self._token_kind,
+            labels=[*self._targets[1:], IGNORE_INDEX],
         )
 
     def _extend(self, ids: Sequence[int], response: bool) -> None:
-        before_vision = TokenKind.INSTRUCTION if self._num_vision else TokenKind.SYSTEM
+        question = TokenKind.INSTRUCTION if self._num_vision else TokenKind.SYSTEM
         self._input_ids += ids
         self._vision_index += [-1] * len(ids)
-        self._token_kind += [TokenKind.RESPONSE if response else before_vision] * len(ids)
+        self._token_kind += [int(TokenKind.RESPONSE if response else question)] * len(ids)
+        self._targets += ids if response else [IGNORE_INDEX] * len(ids)
 
 
 def encode_text(tokenizer: Any, text: str, *, split_special_tokens: bool) -> list[int]:

@@ -138,7 +138,7 @@ class FeatureStore:
         return self._index.media_ids
 
     def __contains__(self, media_id: object) -> bool:
-        return media_id in self._index.media_ids
+        return media_id in self._index
 
     def find(self, sha256: str) -> str | None:
         """The media_id of the whole medium with these bytes; None when absent or the store was made without hashing."""
@@ -248,7 +248,7 @@ class FeatureStore:
             return self._read_segment(index, row, [rows[later] for later in ahead])
         except FileNotFoundError:
             fresh = StoreIndex.open(storage.join_uri(self.uri, INDEX_FILE))
-        rows = fresh.rows_of(media_id) if media_id in fresh.media_ids else range(0)
+        rows = fresh.rows_of(media_id) if media_id in fresh else range(0)
         if number >= len(rows) or fresh.text("segment_id", rows[number]) != index.text("segment_id", row):
             raise RuntimeError(f"{media_id}: the store at {self.uri} holds another version by now; open it again")
         self._index = fresh

@@ -12,6 +12,7 @@ import threading
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
@@ -25,6 +26,9 @@ ROW_GROUP_ROWS = 2048
 """Rows of the index that are decoded together: 2 MB of frame times for full segments, about 3 ms."""
 
 DETAILS_CACHE_BYTES = 64 << 20
+
+MAX_PLACES = 4096
+"""media whose place is remembered: a reader asks several times for the one it is at"""
 
 Modality = Literal["video", "image"]
 
@@ -87,6 +91,7 @@ class StoreIndex:
         ids = _column(file, "media_id").filter(usable)
         starts = _first_rows(ids)
         self.media_ids = SortedStrings(ids.take(pa.array(starts)))
+        self._place_of = lru_cache(maxsize=MAX_PLACES)(self.media_ids.place_of)
         self._starts = np.append(starts, len(ids))
         sizes = [file.metadata.row_group(number).num_rows for number in range(file.metadata.num_row_groups)]
         self._group_ends = np.cumsum(sizes)
@@ -104,13 +109,16 @@ class StoreIndex:
         schemas.check_version(file.schema_arrow, schemas.INDEX, source=uri)
         return cls(file)
 
+    def __contains__(self, media_id: object) -> bool:
+        return isinstance(media_id, str) and self._place_of(media_id) is not None
+
     def rows_of(self, media_id: str) -> range:
         """The rows of a medium.
 
         Raises:
             KeyError: when there are none.
         """
-        place = self.media_ids.place_of(media_id)
+        place = self._place_of(media_id)
         if place is None:
             raise KeyError(media_id)
         return range(int(self._starts[place]), int(self._starts[place + 1]))

@@ -173,7 +173,7 @@ def measure_part(
 
 def sample_sizes(built: BuiltSample) -> SampleSizes:
     """Sizes of a sample."""
-    num_targets = sum(label != IGNORE_INDEX for label in built.sample.labels)
+    num_targets = len(built.sample) - built.sample.labels.count(IGNORE_INDEX)
     return SampleSizes(len(built.sample), built.sample.num_vision_tokens, built.num_frames, num_targets)
 
 

@@ -105,7 +105,7 @@ class SampleBuilder:
             sample = build_sample(self._tokenizer, turns, num_tokens, template=self._template)
         except ValueError as error:
             return Reject(row["sample_id"], "bad_conversation", str(error))
-        if all(label == IGNORE_INDEX for label in sample.labels):
+        if sample.labels.count(IGNORE_INDEX) == len(sample):
             return Reject(row["sample_id"], "no_targets", "the conversation has no answer to learn from")
         return BuiltSample(sample, media)
 
