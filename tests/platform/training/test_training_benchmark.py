@@ -77,14 +77,28 @@ def test_the_bare_loop_takes_the_same_steps(tmp_path: Path) -> None:
     assert len(turns.own_blocks) == len(turns.bare_blocks) == 1  # the first is not timed
 
 
-def test_a_step_is_compared_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    turns = step.InTurn(None, 2)  # type: ignore[arg-type]  # nothing is run
-    turns.own_blocks = [step.Clock(2.0, 1.0), step.Clock(9.0, 3.0), step.Clock(2.2, 1.0)]
-    turns.bare_blocks = [step.Clock(2.0, 1.0), step.Clock(3.0, 2.0), step.Clock(2.0, 1.0)]
-    monkeypatch.setattr(step, "run_in_turn", lambda *_: turns)
-    rows = step.step_rows(TOY, num_blocks=3, steps_per_block=2)
+def test_a_step_is_compared_block_by_block_and_then_process_by_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_apart(values: Mapping[str, object], steps_per_block: int) -> step.Pairs:
+        names.append(values["name"])
+        slower = (1.0, 3.0, 1.2)[len(names) - 1]
+        own = [(2.0, 1.0), (9.0, 3.0), (2.2, 1.0)]
+        bare = [(2.0, 1.0), (3.0, 2.0), (2.0, 1.0)]
+        return step.Pairs([step.Clock(slower * wall, cpu) for wall, cpu in own], [step.Clock(*block) for block in bare])
+
+    names: list[object] = []
+    monkeypatch.setattr(step, "run_apart", run_apart)
+    rows = step.step_rows(TOY, num_processes=3, num_blocks=3, steps_per_block=2)
     check(rows, "step", ["<= 1.03", None, ">= 100"])
-    assert [row.value for row in rows] == pytest.approx([1.1, 1.0, 1000.0])
+    assert [row.value for row in rows] == pytest.approx([1.2 * 1.1, 1.0, 1000.0])
+    assert len(set(names)) == 3  # a run that has ended would only be continued
+
+
+def test_every_process_of_a_step_has_a_run_of_its_own(tmp_path: Path) -> None:
+    phase = {"steps": 3, "packing": {"max_tokens": 300}}
+    pairs = step.run_apart(run_values(make_mixture(tmp_path, TOY), phase), 1)
+    assert len(pairs.own) == len(pairs.bare) == 2
+    assert pairs.wall_ratio > 0
+    assert pairs.cpu_ratio > 0
 
 
 def test_shares_are_of_whole_intervals_between_saves(monkeypatch: pytest.MonkeyPatch) -> None:
