@@ -51,8 +51,8 @@ logger = logging.getLogger(__name__)
 PLAN_CPUS = 0.25
 """Probing waits for disks and object stores."""
 
-UNITS_PER_ENCODER = 2
-"""At a time: one is encoded while the one before it is written."""
+UNITS_AT_ONCE = 2
+"""Of a split step's actor: one is decoded while the one before it is handed over, one encoded while one is written."""
 
 UNITS_PER_GRAPH = 4096
 """All units of a graph stand in the driver's memory; at 2048 frames each, new workers for the next cost nothing."""
@@ -240,20 +240,21 @@ def _steps(spec: WorkerSpec, config: ExecutionConfig, num_units: int) -> list[di
     first = min(config.initial_workers or fewest, num_workers)
     pool = {"min_size": fewest, "max_size": num_workers, "initial_size": first}
     if config.mode == "fused":
-        return [_actors(FusedStep, spec, pool, **worker)]
+        return [_actors(FusedStep, spec, pool, in_flight=2, **worker)]  # the next unit is at hand
     num_decoders = min(_num_decoders(config), num_units)
-    pool |= {"max_concurrent_calls_per_actor": UNITS_PER_ENCODER, "enable_true_multi_threading": True}
+    threads = {"max_concurrent_calls_per_actor": UNITS_AT_ONCE, "enable_true_multi_threading": True}
+    decoders = {"size": num_decoders, **threads}
     return [
-        _actors(DecodeStep, spec, {"size": num_decoders}, num_cpus=config.cpus_per_worker),
-        _actors(EncodeStep, spec, pool, **worker),
+        # the second unit waits for the first one's end: a third would only be kept from other decoders
+        _actors(DecodeStep, spec, decoders, in_flight=UNITS_AT_ONCE, num_cpus=config.cpus_per_worker),
+        _actors(EncodeStep, spec, pool | threads, in_flight=UNITS_AT_ONCE + 1, **worker),
     ]
 
 
-def _actors(step: type, spec: WorkerSpec, pool: dict[str, Any], **resources: Any) -> dict[str, Any]:
+def _actors(step: type, spec: WorkerSpec, pool: dict[str, Any], *, in_flight: int, **resources: Any) -> dict[str, Any]:
     import ray
 
-    in_work = pool.get("max_concurrent_calls_per_actor", 1)
-    compute = ray.data.ActorPoolStrategy(**pool, max_tasks_in_flight_per_actor=in_work + 1)  # one more is at hand
+    compute = ray.data.ActorPoolStrategy(**pool, max_tasks_in_flight_per_actor=in_flight)
     return {"fn": step, "fn_constructor_args": (spec,), "compute": compute, **resources}
 
 
@@ -307,22 +308,26 @@ class FusedStep:
 
 
 class DecodeStep:
-    """Units to units with frames."""
+    """Units to units with frames; of two units at a time, one is decoded and one is handed over."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         self._decoder = SegmentDecoder(spec)
+        self._decoding = Lock()
         _freeze_memory()
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """The table with the column `decoded`."""
-        begins, decoded, costs = [], [], []
-        for unit in _units(table):
-            begin, before = UnitStart.now(), self._decoder.cpu_seconds
-            decoded.append([_to_arrow(segment) for segment in self._decoder.decode(unit.segments)])
-            begins.append(asdict(begin.finished()))
-            costs.append(self._decoder.cpu_seconds - before)
-        made = [pa.array(decoded, _DECODED), pa.array(begins, _BEGIN), pa.array(costs, _CPU_SECONDS)]
+        rows = [self._decode(unit) for unit in _units(table)]
+        kinds = (_DECODED, _BEGIN, _CPU_SECONDS)
+        made = [pa.array([row[place] for row in rows], kind) for place, kind in enumerate(kinds)]
         return pa.table([table["unit"], table["segments"], *made], schema=DECODED_UNITS)
+
+    def _decode(self, unit: Unit) -> tuple[list[dict[str, Any]], dict[str, Any], float]:
+        """The unit's values of the three columns that are new."""
+        with self._decoding:
+            begin, before = UnitStart.now(), self._decoder.cpu_seconds
+            segments = [_to_arrow(segment) for segment in self._decoder.decode(unit.segments)]
+            return segments, asdict(begin.finished()), self._decoder.cpu_seconds - before
 
 
 class EncodeStep:

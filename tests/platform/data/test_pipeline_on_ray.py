@@ -85,8 +85,8 @@ def test_split_steps_hand_over_frames_errors_and_rows_unchanged(corpus: Path, fi
     def run_split(missing: Sequence[Segment], spec: WorkerSpec, execution: ExecutionConfig) -> Iterator[UnitOutcome]:
         decode, encode = DecodeStep(spec), EncodeStep(spec)
         units = cut_units(missing, execution.frames_per_file, num_workers=1)
-        with ThreadPoolExecutor(2) as pool:  # as Ray calls it
-            for table in pool.map(encode, [decode(units_table([unit])) for unit in units]):
+        with ThreadPoolExecutor(2) as pool:  # as Ray calls them
+            for table in pool.map(encode, pool.map(decode, [units_table([unit]) for unit in units])):
                 yield from (UnitOutcome(**row) for row in table.to_pylist())
 
     config = make_config(corpus, tmp_path / "store")
