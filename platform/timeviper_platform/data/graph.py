@@ -34,6 +34,7 @@ from timeviper_platform.data.ray_session import has_cluster, ray_session
 from timeviper_platform.data.segments import PlanSpec, Segment, Unit, iter_units, plan_page
 from timeviper_platform.data.steps import (
     DecodedSegment,
+    RetryCount,
     SegmentDecoder,
     SegmentEncoder,
     UnitOutcome,
@@ -52,7 +53,7 @@ PLAN_CPUS = 0.25
 """Probing waits for disks and object stores."""
 
 UNITS_AT_ONCE = 2
-"""Of a split step's actor: one is decoded while the one before it is handed over, one encoded while one is written."""
+"""Of a step's actor: one is decoded, encoded or both while the one before it is handed over or written."""
 
 UNITS_PER_GRAPH = 4096
 """All units of a graph stand in the driver's memory; at 2048 frames each, new workers for the next cost nothing."""
@@ -239,10 +240,10 @@ def _steps(spec: WorkerSpec, config: ExecutionConfig, num_units: int) -> list[di
     fewest = min(config.min_workers or config.initial_workers or num_workers, num_workers)
     first = min(config.initial_workers or fewest, num_workers)
     pool = {"min_size": fewest, "max_size": num_workers, "initial_size": first}
-    if config.mode == "fused":
-        return [_actors(FusedStep, spec, pool, in_flight=2, **worker)]  # the next unit is at hand
-    num_decoders = min(_num_decoders(config), num_units)
     threads = {"max_concurrent_calls_per_actor": UNITS_AT_ONCE, "enable_true_multi_threading": True}
+    if config.mode == "fused":
+        return [_actors(FusedStep, spec, pool | threads, in_flight=UNITS_AT_ONCE, **worker)]
+    num_decoders = min(_num_decoders(config), num_units)
     decoders = {"size": num_decoders, **threads}
     return [
         # the second unit waits for the first one's end: a third would only be kept from other decoders
@@ -296,7 +297,7 @@ DECODED_UNITS = pa.schema(
 
 
 class FusedStep:
-    """Units to outcomes, all in one actor."""
+    """Units to outcomes, all in one actor; of two units at a time, one is decoded and encoded and one is committed."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         self._processor = UnitProcessor(spec)
@@ -313,6 +314,7 @@ class DecodeStep:
     def __init__(self, spec: WorkerSpec) -> None:
         self._decoder = SegmentDecoder(spec)
         self._decoding = Lock()
+        self._retries = RetryCount()
         _freeze_memory()
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -327,7 +329,7 @@ class DecodeStep:
         with self._decoding:
             begin, before = UnitStart.now(), self._decoder.cpu_seconds
             segments = [_to_arrow(segment) for segment in self._decoder.decode(unit.segments)]
-            return segments, asdict(begin.finished()), self._decoder.cpu_seconds - before
+            return segments, asdict(replace(begin, retries=self._retries.new())), self._decoder.cpu_seconds - before
 
 
 class EncodeStep:
@@ -338,6 +340,7 @@ class EncodeStep:
         self._spec = spec
         self._encoder = SegmentEncoder(FrameEncoder(spec.encoder), spec.fps)
         self._encoding, self._writing = Lock(), Lock()
+        self._retries = RetryCount()
         _freeze_memory()
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -352,7 +355,8 @@ class EncodeStep:
             encode_cpu_seconds = self._encoder.cpu_seconds - before
         with self._writing:
             begun = UnitStart(**begin.as_py())
-            outcome = write_unit(self._spec, unit.name, rows, begun, encoder=process_name())
+            here = process_name()
+            outcome = write_unit(self._spec, unit.name, rows, begun, encoder=here, retry_count=self._retries)
         return replace(outcome, decode_cpu_seconds=decode_cpu_seconds.as_py(), encode_cpu_seconds=encode_cpu_seconds)
 
 

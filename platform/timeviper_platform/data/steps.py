@@ -11,8 +11,10 @@ import socket
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
+from threading import Lock
 from typing import TypeVar
 
 import numpy as np
@@ -275,26 +277,51 @@ _SHARED_FIELDS = tuple(
 """of PLAN and FEATURES rows; `asdict` would copy every value, which an image's row feels"""
 
 
+class RetryCount:
+    """Of this process's retries each once, whichever of the units at work asks first."""
+
+    def __init__(self) -> None:
+        self._asking = Lock()
+        self._counted = storage.num_retries()
+
+    def new(self) -> int:
+        """Those since it was last asked."""
+        with self._asking:
+            before, self._counted = self._counted, storage.num_retries()
+            return self._counted - before
+
+
 class UnitProcessor:
-    """A whole unit in one process: decode, encode, write, commit. For decoders and encoders that share cores."""
+    """A whole unit in one process: decode, encode, write, commit. For decoders and encoders that share cores.
+
+    Two threads may each have a unit: one is decoded and encoded while the end of the one before is written and
+    committed, which waits for the storage.
+    """
 
     def __init__(self, spec: WorkerSpec) -> None:
         torch.set_num_threads(spec.num_threads)
         self._spec = spec
         self._decoder = SegmentDecoder(spec)
         self._encoder = SegmentEncoder(FrameEncoder(spec.encoder), spec.fps)
+        self._making_rows = Lock()
+        self._retries = RetryCount()
 
     def process(self, unit: Unit) -> UnitOutcome:
         """Writes and commits the unit's file; memory holds one row group and a few segments' frames at a time."""
-        begin = UnitStart.now()
-        decoded, encoded = self._decoder.cpu_seconds, self._encoder.cpu_seconds
-        rows = self._encoder.rows(self._decoder.decode(unit.segments))
-        outcome = write_unit(self._spec, unit.name, rows, begin, encoder=begin.decoder)
-        return replace(
-            outcome,
-            decode_cpu_seconds=self._decoder.cpu_seconds - decoded,
-            encode_cpu_seconds=self._encoder.cpu_seconds - encoded,
-        )
+        with ExitStack() as turn:
+            turn.enter_context(self._making_rows)
+            begin = UnitStart.now()
+            decode_cpu_seconds, encode_cpu_seconds = -self._decoder.cpu_seconds, -self._encoder.cpu_seconds
+
+            def rows() -> Iterator[Row]:
+                nonlocal decode_cpu_seconds, encode_cpu_seconds
+                yield from self._encoder.rows(self._decoder.decode(unit.segments))
+                decode_cpu_seconds += self._decoder.cpu_seconds
+                encode_cpu_seconds += self._encoder.cpu_seconds
+                turn.close()  # what is left is writing
+
+            outcome = write_unit(self._spec, unit.name, rows(), begin, encoder=begin.decoder, retry_count=self._retries)
+        return replace(outcome, decode_cpu_seconds=decode_cpu_seconds, encode_cpu_seconds=encode_cpu_seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,17 +332,13 @@ class UnitStart:
     """seconds since the epoch"""
     decoder: str
     """host and process"""
-    retries: int
-    """of this process until now; after the step, of the step"""
+    retries: int = 0
+    """of decoding, where that is a step of its own"""
 
     @classmethod
     def now(cls) -> UnitStart:
         """The note of this moment."""
-        return cls(time.time(), process_name(), storage.num_retries())
-
-    def finished(self) -> UnitStart:
-        """The note with the retries of the step that ends now, in the same process."""
-        return replace(self, retries=storage.num_retries() - self.retries)
+        return cls(time.time(), process_name())
 
 
 def process_name() -> str:
@@ -323,19 +346,19 @@ def process_name() -> str:
     return f"{socket.gethostname()}/{os.getpid()}"
 
 
-def write_unit(spec: WorkerSpec, name: str, rows: Iterable[Row], begin: UnitStart, *, encoder: str) -> UnitOutcome:
+def write_unit(
+    spec: WorkerSpec, name: str, rows: Iterable[Row], begin: UnitStart, *, encoder: str, retry_count: RetryCount
+) -> UnitOutcome:
     """Writes and commits rows as the data file of unit `name`.
 
     Args:
         spec: what the worker is told.
         name: the unit's.
         rows: a generator works while it is written; its time is not the writing's.
-        begin: noted in this process, or where the unit was decoded and `finished` there.
+        begin: noted in this process, or where the unit was decoded.
         encoder: the process that encoded.
+        retry_count: this process's.
     """
-    here = process_name()
-    is_fused = begin.decoder == here and encoder == here
-    before = begin.retries if is_fused else storage.num_retries()
     source = _Timed(rows)
     started, cpu_started = time.perf_counter(), time.thread_time()
     index_rows = write_file(
@@ -343,7 +366,7 @@ def write_unit(spec: WorkerSpec, name: str, rows: Iterable[Row], begin: UnitStar
     )
     write_seconds = time.perf_counter() - started - source.seconds
     cpu_seconds = time.thread_time() - cpu_started - source.cpu_seconds
-    retries = storage.num_retries() - before + (0 if is_fused else begin.retries)
+    retries = begin.retries + retry_count.new()
     outcome = outcome_of(name, index_rows, begin, write_seconds=write_seconds, retries=retries, encoder=encoder)
     return replace(outcome, write_cpu_seconds=cpu_seconds)
 

@@ -9,16 +9,18 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
 from reference.media_corpus import BAD, contents, make_config, no_runner
+from timeviper_platform import storage
 from timeviper_platform.data import ray_session as session
-from timeviper_platform.data.graph import DecodeStep, EncodeStep, ExecutionConfig, units_table
+from timeviper_platform.data import store_writer
+from timeviper_platform.data.graph import DecodeStep, EncodeStep, ExecutionConfig, FusedStep, units_table
 from timeviper_platform.data.pipeline import run_preprocess
 from timeviper_platform.data.segments import Segment, cut_units
-from timeviper_platform.data.steps import UnitOutcome, WorkerSpec
+from timeviper_platform.data.steps import DecodedSegment, SegmentDecoder, UnitOutcome, WorkerSpec
 
 
 def exported(port: int, name: str, expected: float) -> float:
@@ -93,6 +95,51 @@ def test_split_steps_hand_over_frames_errors_and_rows_unchanged(corpus: Path, fi
     report = run_preprocess(config, run=run_split)
     assert (report.segments_done, report.segments_error, report.errors) == (14, 1, len(BAD))
     assert contents(config.output) == contents(str(finished))
+
+
+def test_a_fused_worker_makes_the_next_units_rows_while_a_commit_waits(
+    corpus: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode, commit = SegmentDecoder.decode, store_writer.write_commit
+    begun: list[str] = []
+    outcomes: list[UnitOutcome] = []
+    overlaps: list[bool] = []
+    num_units = 0
+
+    def noted_decode(self: SegmentDecoder, segments: Sequence[Segment]) -> Iterator[DecodedSegment]:
+        begun.append(segments[0].segment_id)
+        storage.add_retries(2)
+        yield from decode(self, segments)
+
+    def slow_commit(*args: Any, **options: Any) -> None:
+        storage.add_retries(1)
+        wanted, deadline = min(num_units, len(overlaps) + 2), time.monotonic() + 5
+        while len(begun) < wanted and time.monotonic() < deadline:
+            time.sleep(0.01)
+        overlaps.append(len(begun) >= wanted)
+        commit(*args, **options)
+
+    def run_fused(missing: Sequence[Segment], spec: WorkerSpec, execution: ExecutionConfig) -> Iterator[UnitOutcome]:
+        nonlocal num_units
+        step = FusedStep(spec)
+        units = cut_units(missing, execution.frames_per_file, num_workers=1)
+        num_units = len(units)
+        with ThreadPoolExecutor(2) as pool:  # as Ray calls it
+            for table in pool.map(step, [units_table([unit]) for unit in units]):
+                outcomes.extend(UnitOutcome(**row) for row in table.to_pylist())
+        yield from outcomes
+
+    monkeypatch.setattr(SegmentDecoder, "decode", noted_decode)
+    monkeypatch.setattr(store_writer, "write_commit", slow_commit)
+    config = make_config(corpus, tmp_path / "store")
+    report = run_preprocess(config, run=run_fused)
+    assert num_units > 2
+    assert all(overlaps)
+    assert len(overlaps) == num_units
+    assert (report.segments_done, report.segments_error, report.errors) == (14, 1, len(BAD))
+    assert contents(config.output) == contents(str(finished))
+    assert sum(outcome.retries for outcome in outcomes) == 3 * num_units
+    assert all(outcome.decode_cpu_seconds > 0 and outcome.encode_cpu_seconds > 0 for outcome in outcomes)
 
 
 @pytest.mark.parametrize("mode", ["split", "auto"])
