@@ -59,7 +59,8 @@ class IdealSizes:
 
     run_seconds: float = 30.0
     """a run at the ideal rate; its steady state is 60 % of it"""
-    calibration_seconds: float = 6.0
+    calibration_seconds: float = 15.0
+    """a frame's cost moves by a tenth and more within seconds where other machines share a host's caches"""
     repeats: int = 5
     """runs each way, of a minute each with what Ray takes to start"""
     clip_seconds: int = CLIP_SECONDS
