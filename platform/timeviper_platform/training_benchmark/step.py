@@ -43,8 +43,8 @@ PACK_TOKENS = 8192
 def step_rows(
     config: CorpusConfig = DEMO,
     *,
-    num_processes: int = 9,
-    num_blocks: int = 8,
+    num_processes: int = 15,
+    num_blocks: int = 5,
     steps_per_block: int = 1,
     zero_stage: int = 2,
 ) -> list[Row]:
