@@ -307,7 +307,7 @@ class UnitProcessor:
         self._retries = RetryCount()
 
     def process(self, unit: Unit) -> UnitOutcome:
-        """Writes and commits the unit's file; memory holds one row group and a few segments' frames at a time."""
+        """Writes and commits the unit's file; memory holds a row group for each thread, and a few segments' frames."""
         with ExitStack() as turn:
             turn.enter_context(self._making_rows)
             begin = UnitStart.now()

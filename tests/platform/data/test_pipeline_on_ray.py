@@ -113,7 +113,7 @@ def test_a_fused_worker_makes_the_next_units_rows_while_a_commit_waits(
 
     def slow_commit(*args: Any, **options: Any) -> None:
         storage.add_retries(1)
-        wanted, deadline = min(num_units, len(overlaps) + 2), time.monotonic() + 5
+        wanted, deadline = min(num_units, len(overlaps) + 2), time.monotonic() + 30
         while len(begun) < wanted and time.monotonic() < deadline:
             time.sleep(0.01)
         overlaps.append(len(begun) >= wanted)
