@@ -26,12 +26,12 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 
+from timeviper_model.batching.prompt import TEMPLATES, Turn, build_sample
 from timeviper_model.config import TINY, TransVSite, parse_transv_plan
-from timeviper_model.pieces import plan_sites
-from timeviper_model.prompt import TEMPLATES, Turn, build_sample
-from timeviper_model.weights import load_config, load_tokenizer
-from timeviper_platform.data.features import FeatureStore
-from timeviper_platform.local_cluster import local_cluster
+from timeviper_model.inference.chunked_transv import plan_sites
+from timeviper_model.weights.weights_folder import load_config, load_tokenizer
+from timeviper_platform.common.ray_cluster import local_cluster
+from timeviper_platform.data.store.reader import FeatureStore
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "ray_configs" / "tiny"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from timeviper_platform.command import run_command
+from timeviper_platform.common.config import run_command
 from timeviper_platform.evaluation.analyze import AnalyzeConfig, run_analysis
 
 

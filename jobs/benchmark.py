@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from timeviper_platform.logs import setup_logging
-from timeviper_platform.measure import Row, StolenTime, format_rows
+from timeviper_platform.benchmarks.measure import Row, StolenTime, format_rows
+from timeviper_platform.common.config import setup_logging
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -89,33 +89,33 @@ def demo_rows(report: dict[str, Any], command: str) -> list[Row]:
 
 
 def _decode_groups() -> Groups:
-    from timeviper_platform.data.decode_benchmark.suite import DECODE_GROUPS
+    from timeviper_platform.benchmarks.video.suite import DECODE_GROUPS
 
     return dict(DECODE_GROUPS)
 
 
 def _gpu_groups() -> Groups:
-    from timeviper_platform.gpu_benchmark.suite import gpu_groups, require_cuda
+    from timeviper_platform.benchmarks.gpu.suite import gpu_groups, require_cuda
 
     return gpu_groups(require_cuda())
 
 
 def _model_groups() -> Groups:
-    from timeviper_platform.model_benchmark.suite import MODEL_GROUPS
+    from timeviper_platform.benchmarks.model.suite import MODEL_GROUPS
 
     return {key: lambda film, rows=rows: rows() for key, rows in MODEL_GROUPS.items()}  # type: ignore[misc]
 
 
 def _preprocess_groups() -> Groups:
-    from timeviper_platform.data.pipelines_benchmark import pipeline_rows
-    from timeviper_platform.data.preprocess_benchmark import ideal_rows
+    from timeviper_platform.benchmarks.preprocess.other_pipelines import pipeline_rows
+    from timeviper_platform.benchmarks.preprocess.share_of_ideal import ideal_rows
 
     return {"ideal": ideal_rows, "pipelines": pipeline_rows}
 
 
 def _store_groups() -> Groups:
-    from timeviper_platform.data.scale_benchmark import dry_run_rows, finalize_rows, upkeep_rows
-    from timeviper_platform.data.store_benchmark import opening_rows, reading_rows
+    from timeviper_platform.benchmarks.store.open_and_read import opening_rows, reading_rows
+    from timeviper_platform.benchmarks.store.scale import dry_run_rows, finalize_rows, upkeep_rows
 
     groups = {
         "opening": opening_rows,
@@ -128,7 +128,7 @@ def _store_groups() -> Groups:
 
 
 def _training_groups() -> Groups:
-    from timeviper_platform.training_benchmark.suite import TRAINING_GROUPS
+    from timeviper_platform.benchmarks.training.suite import TRAINING_GROUPS
 
     return {key: lambda film, rows=rows: rows() for key, rows in TRAINING_GROUPS.items()}  # type: ignore[misc]
 

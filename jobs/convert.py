@@ -9,8 +9,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from timeviper_platform.command import run_command
-from timeviper_platform.data.sources.convert import ConvertConfig, convert
+from timeviper_platform.common.config import run_command
+from timeviper_platform.data.annotations.convert import ConvertConfig, convert
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -32,11 +32,10 @@ import openai
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from timeviper_platform.config import load_config
+from timeviper_platform.common.config import load_config, setup_logging
+from timeviper_platform.common.ray_cluster import free_port, local_cluster
 from timeviper_platform.data.synthetic.corpus import CorpusConfig, make_corpus
 from timeviper_platform.evaluation.metrics import parse_span, temporal_iou
-from timeviper_platform.local_cluster import free_port, local_cluster
-from timeviper_platform.logs import setup_logging
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "ray_configs" / "tiny"

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import ray
 
-from timeviper_platform.command import run_command
-from timeviper_platform.evaluation.job import EvaluateConfig, run_evaluation
+from timeviper_platform.common.config import run_command
 from timeviper_platform.evaluation.report import report_lines
+from timeviper_platform.evaluation.run import EvaluateConfig, run_evaluation
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,12 +10,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from timeviper_platform.config import load_config
-from timeviper_platform.logs import setup_logging
-from timeviper_platform.training.checkpoint import Checkpoints
+from timeviper_platform.common.config import load_config, setup_logging
+from timeviper_platform.training.checkpoint.export import export_weights
+from timeviper_platform.training.checkpoint.manager import Checkpoints
 from timeviper_platform.training.config import TrainConfig
-from timeviper_platform.training.export import export_weights
-from timeviper_platform.training.loop import RunFolder
+from timeviper_platform.training.run import RunFolder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

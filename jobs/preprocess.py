@@ -10,9 +10,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from timeviper_platform.config import load_config
-from timeviper_platform.data.pipeline import PreprocessConfig, estimate, run_preprocess
-from timeviper_platform.logs import setup_logging
+from timeviper_platform.common.config import load_config, setup_logging
+from timeviper_platform.data.preprocess.estimate import estimate
+from timeviper_platform.data.preprocess.run import PreprocessConfig, run_preprocess
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

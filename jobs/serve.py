@@ -26,8 +26,7 @@ from typing import Any, Literal
 import ray
 from ray import serve
 
-from timeviper_platform.config import load_config
-from timeviper_platform.logs import setup_logging
+from timeviper_platform.common.config import load_config, setup_logging
 from timeviper_platform.serving.app import ServeConfig, build_application, with_absolute_paths
 
 logger = logging.getLogger("serve")

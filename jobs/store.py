@@ -12,11 +12,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 
-from timeviper_platform.data.compact import DEFAULT_FILE_BYTES, compact
-from timeviper_platform.data.scale import ScaleConfig, scale_table
-from timeviper_platform.data.store_check import inspect_store, verify_store
-from timeviper_platform.data.store_writer import ROW_GROUP_BYTES
-from timeviper_platform.logs import setup_logging
+from timeviper_platform.common.config import setup_logging
+from timeviper_platform.data.preprocess.cost_model import ScaleConfig, scale_table
+from timeviper_platform.data.store.compact import DEFAULT_FILE_BYTES, compact
+from timeviper_platform.data.store.inspect import inspect_store
+from timeviper_platform.data.store.verify import verify_store
+from timeviper_platform.data.store.writer import ROW_GROUP_BYTES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

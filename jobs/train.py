@@ -16,13 +16,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from timeviper_platform.config import load_config
-from timeviper_platform.logs import setup_logging
-from timeviper_platform.storage import StorageUnavailableError
+from timeviper_platform.common.config import load_config, setup_logging
+from timeviper_platform.common.storage import StorageUnavailableError
 from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.dry_run import describe_dry_run, dry_run
-from timeviper_platform.training.failures import StoppedError
-from timeviper_platform.training.trainer import connect, train_on_ray
+from timeviper_platform.training.interrupts import StoppedError
+from timeviper_platform.training.ray_trainer import connect, train_on_ray
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

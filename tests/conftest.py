@@ -15,7 +15,7 @@ from typing import Any
 import hypothesis
 import pytest
 
-from timeviper_platform.local_cluster import local_cluster, make_token
+from timeviper_platform.common.ray_cluster import local_cluster, make_token
 
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from timeviper_model.weights import from_pretrained
-from timeviper_platform.data.features import FeatureStore
+from timeviper_model.weights.weights_folder import from_pretrained
+from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.data.synthetic.corpus import CorpusConfig, SceneCounts, make_corpus
 
 ROOT = Path(__file__).parent.parent

@@ -1,1 +1,1 @@
-"""TimeViper in plain PyTorch: frames to features, features and text to the next token. Never imports ray."""
+"""TimeViper in plain PyTorch: a hybrid Mamba-2 / Transformer language model that reads long videos."""

@@ -14,16 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from timeviper_model.backbone import Backbone, init_backbone
-from timeviper_model.batch import IGNORE_INDEX, PADDING_SEGMENT, PackedBatch, TokenKind
-from timeviper_model.cache import HybridCache
+from timeviper_model.batching.batch import IGNORE_INDEX, PADDING_SEGMENT, PackedBatch, TokenKind
+from timeviper_model.batching.segments import Segments
+from timeviper_model.batching.shapes import take_rows
 from timeviper_model.config import TimeViperConfig, TransVSite
-from timeviper_model.linear import Linear
-from timeviper_model.prefill import DEFAULT_CHUNK_TOKENS, Prefill
-from timeviper_model.projector import make_projector
-from timeviper_model.segments import Segments
-from timeviper_model.shapes import take_rows
-from timeviper_model.transv import TokenStream, TransVLayer, apply_site
+from timeviper_model.layers.backbone import Backbone, init_backbone
+from timeviper_model.layers.cache import HybridCache
+from timeviper_model.layers.projector import make_projector
+from timeviper_model.layers.transv import TokenStream, TransVLayer, apply_site
+from timeviper_model.ops.linear import Linear
 
 LOGITS_ELEMENTS = 2**26
 """logits computed at one time: 256 MiB in fp32, 512 positions of a vocabulary of 131072"""
@@ -142,40 +141,6 @@ class TimeViper(nn.Module):
     def new_cache(self, num_slots: int, *, device: torch.device | str, dtype: torch.dtype) -> HybridCache:
         """An empty cache of this model's shape; `dtype` is that of keys and values (SSM states are fp32)."""
         return HybridCache(self.config.text, num_slots, device=device, dtype=dtype)
-
-    @torch.no_grad()
-    def prefill(
-        self, batch: PackedBatch, cache: HybridCache, slot: int, *, max_chunk_tokens: int = DEFAULT_CHUNK_TOKENS
-    ) -> Tensor:
-        """Reads one prompt into a slot, which is emptied first; (V,) fp32 logits of the token after it.
-
-        Args:
-            batch: one segment.
-            cache: of this model.
-            slot: of the cache.
-            max_chunk_tokens: tokens that go through the blocks together; bounds memory, changes no result.
-                `Prefill` has the same work a piece a call, and vision features that come in blocks.
-
-        Raises:
-            ValueError: when the batch does not hold exactly one segment.
-        """
-        if batch.num_segments != 1:
-            raise ValueError(f"prefill takes one prompt, not {batch.num_segments}; call it once for each slot")
-        real = (batch.segment_ids != PADDING_SEGMENT).nonzero().squeeze(1)
-        rows = batch.vision_index[real]
-        features = batch.vision_features[rows[rows >= 0]]
-        reading = Prefill(
-            self,
-            batch.input_ids[real],
-            batch.token_kind[real],
-            lambda: [features],
-            cache,
-            slot,
-            max_chunk_tokens=max_chunk_tokens,
-        )
-        while (logits_V := reading.advance()) is None:
-            pass
-        return logits_V
 
     @torch.no_grad()
     def decode_step(self, input_ids: Tensor, cache: HybridCache, slots: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""The cluster side of TimeViper: data, training, serving and evaluation on Ray."""
+"""The cluster side of TimeViper: preprocessing, training, serving and evaluation on Ray."""

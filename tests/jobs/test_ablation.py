@@ -14,15 +14,15 @@ import torch
 
 from reference.training_corpus import NUM_TOKENS_PER_FRAME, Corpus, make_corpus
 from timeviper_model.config import TINY, pyramid_drop
-from timeviper_model.pieces import plan_sites
+from timeviper_model.inference.chunked_transv import plan_sites
 from timeviper_model.timeviper import TimeViper
-from timeviper_model.weights import load_tokenizer, save_pretrained
-from timeviper_platform.config import parse_config
-from timeviper_platform.data.features import FeatureStore
-from timeviper_platform.schemas import QUESTIONS
+from timeviper_model.weights.weights_folder import load_tokenizer, save_pretrained
+from timeviper_platform.common.config import parse_config
+from timeviper_platform.common.schemas import QUESTIONS
+from timeviper_platform.data.store.reader import FeatureStore
+from timeviper_platform.training.batches.packing import PlanPosition
 from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.phase import first_model, prepare_phase
-from timeviper_platform.training.plan import PlanPosition
 
 ROOT = Path(__file__).resolve().parents[2]
 ABLATION = runpy.run_path(str(ROOT / "jobs" / "ablation.py"))

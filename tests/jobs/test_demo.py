@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from timeviper_platform.data.inputs import read_pages
-from timeviper_platform.schemas import MANIFEST
+from timeviper_platform.common.schemas import MANIFEST
+from timeviper_platform.data.inputs.readers import read_pages
 
 ROOT = Path(__file__).resolve().parents[2]
 

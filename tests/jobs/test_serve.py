@@ -22,7 +22,7 @@ import openai
 import pytest
 
 from reference.tiny_serving import make_serving_folders, write_video
-from timeviper_platform.local_cluster import free_port
+from timeviper_platform.common.ray_cluster import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "timeviper-tiny"

@@ -16,13 +16,14 @@ from timeviper_model.analysis.blocking import Blocking, blocked_logits
 from timeviper_model.analysis.maps import observe
 from timeviper_model.analysis.pooling import bins, head_statistics, pool_map
 from timeviper_model.config import VisionTower
-from timeviper_model.engine import EngineConfig, InferenceEngine
-from timeviper_model.lora import LoraConfig, add_lora
-from timeviper_model.requests import Request, Token
-from timeviper_model.sampling import SamplingParams
+from timeviper_model.inference.engine import InferenceEngine
+from timeviper_model.inference.prefill import prefill
+from timeviper_model.inference.requests import EngineConfig, Request, Token
+from timeviper_model.inference.sampling import SamplingParams
+from timeviper_model.layers.lora import LoraConfig, add_lora
+from timeviper_model.layers.tome import merge_tokens
 from timeviper_model.timeviper import TimeViper
-from timeviper_model.tome import merge_tokens
-from timeviper_model.weights import from_pretrained, save_pretrained
+from timeviper_model.weights.weights_folder import from_pretrained, save_pretrained
 
 LAYOUTS = ("ssvvvvvvvviiirriir", "siirr", "vviivvvvirr")
 BATCH = pack([make_sample(layout, seed=number) for number, layout in enumerate(LAYOUTS)], pad_to=40)
@@ -91,7 +92,7 @@ def prompt_logits(model: TimeViper, place: str, max_chunk_tokens: int, dtype: to
     rows = []
     for slot, layout in ((0, "ssvvvvvvvviiii"), (2, "svvvvii")):
         batch = pack([make_sample(layout, seed=slot)]).to(place, dtype)
-        rows.append(model.prefill(batch, cache, slot, max_chunk_tokens=max_chunk_tokens))
+        rows.append(prefill(model, batch, cache, slot, max_chunk_tokens=max_chunk_tokens))
     ids, slots = torch.tensor([3, 5], device=place), torch.tensor([2, 0], device=place)
     return torch.cat([torch.stack(rows), model.decode_step(ids, cache, slots)]).cpu()
 

@@ -11,8 +11,9 @@ import timeviper_model.timeviper as timeviper
 from reference.slow_timeviper import slow_logits
 from reference.small_models import SMALL, SMALL_QWEN, first_tokens, make_features, make_model, make_sample, pack
 from timeviper_model.analysis.dropping import with_plan
-from timeviper_model.batch import IGNORE_INDEX, PADDING_SEGMENT, PackedBatch, pack_samples
+from timeviper_model.batching.batch import IGNORE_INDEX, PADDING_SEGMENT, PackedBatch, pack_samples
 from timeviper_model.config import PRESETS, TimeViperConfig, TransVSite
+from timeviper_model.inference.prefill import prefill
 from timeviper_model.timeviper import TimeViper
 
 LAYOUTS = [
@@ -72,7 +73,7 @@ def test_prefill_and_decode_equal_teacher_forcing(layout: str, config: TimeViper
     only_first = first_tokens(sample, prompt_length + layout[prompt_length:].split("i")[0].count("r"))
     expected, _ = model.target_log_probs(pack_samples([only_first], [prompt_features]))
     cache = model.new_cache(2, device="cpu", dtype=torch.float32)
-    logits = model.prefill(pack_samples([prompt], [prompt_features]), cache, 1)
+    logits = prefill(model, pack_samples([prompt], [prompt_features]), cache, 1)
     found = []
     for token in only_first.input_ids[prompt_length:]:
         found.append(logits.log_softmax(-1)[token])
@@ -88,7 +89,7 @@ def test_decode_in_float64_equals_the_formulas_written_out() -> None:
     features = make_features(sample)
     slow, _ = slow_logits(model, sample, features)
     cache = model.new_cache(1, device="cpu", dtype=torch.float64)
-    logits = model.prefill(pack_samples([first_tokens(sample, 27)], [features]), cache, 0)
+    logits = prefill(model, pack_samples([first_tokens(sample, 27)], [features]), cache, 0)
     torch.testing.assert_close(logits, slow[-10].detach())
     for step, token in enumerate(sample.input_ids[27:]):
         logits = model.decode_step(torch.tensor([token]), cache, torch.tensor([0]))[0]
@@ -104,13 +105,13 @@ def test_slots_decoded_together_equal_slots_decoded_alone() -> None:
     alone = []
     for number, prompt in enumerate(prompts):
         cache = model.new_cache(1, device="cpu", dtype=torch.float64)
-        model.prefill(pack([prompt]), cache, 0)
+        prefill(model, pack([prompt]), cache, 0)
         logits = [model.decode_step(torch.tensor([token + number]), cache, torch.tensor([0]))[0] for token in (3, 5, 7)]
         alone.append(logits)
     cache = model.new_cache(6, device="cpu", dtype=torch.float64)
     slots = [4, 0, 1, 3]
     for prompt, slot in zip(prompts, slots, strict=True):
-        model.prefill(pack([prompt]), cache, slot)
+        prefill(model, pack([prompt]), cache, slot)
     for step, token in enumerate((3, 5, 7)):
         together = model.decode_step(torch.tensor([token + n for n in range(4)]), cache, torch.tensor(slots))
         torch.testing.assert_close(together, torch.stack([logits[step] for logits in alone]))
@@ -285,9 +286,9 @@ def test_what_a_slot_cannot_do_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"slots \[0\] hold no prompt"):
         model.decode_step(torch.tensor([1]), cache, torch.tensor([0]))
     with pytest.raises(ValueError, match="one prompt, not 2"):
-        model.prefill(pack([make_sample("si"), make_sample("si")]), cache, 0)
+        prefill(model, pack([make_sample("si"), make_sample("si")]), cache, 0)
     with pytest.raises(ValueError, match="slot 2 of a cache with 2 slots"):
-        model.prefill(pack([make_sample("si")]), cache, 2)
+        prefill(model, pack([make_sample("si")]), cache, 2)
 
 
 def test_same_generator_seed_gives_the_same_weights() -> None:

@@ -7,7 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from reference.made_media import make_video
-from timeviper_platform.data.decode import sample_times
+from timeviper_platform.data.video.sampling import sample_times
 
 SIZE = 32
 """pixels of a frame's sides, as the tests decode it"""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from timeviper_platform.training.parameters import freeze_others
+from timeviper_platform.training.batches.packing import PlanPosition
+from timeviper_platform.training.optim.deepspeed_engine import ZeroConfig
+from timeviper_platform.training.optim.lr_schedule import learning_rate_factor
+from timeviper_platform.training.optim.parameter_groups import freeze_others
 from timeviper_platform.training.phase import Phase
-from timeviper_platform.training.plan import PlanPosition
-from timeviper_platform.training.schedule import learning_rate_factor
-from timeviper_platform.training.zero import ZeroConfig
 
 
 def train_bare(phase: Phase, zero: ZeroConfig) -> list[float]:

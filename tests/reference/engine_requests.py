@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from reference.tiny_serving import CONFIG_WITH_TRANSV, byte_tokenizer, prompt
-from timeviper_model.batch import Sample
-from timeviper_model.engine import EngineConfig, InferenceEngine
-from timeviper_model.requests import Event, Failed, Finished, Request, RequestId, Token
+from timeviper_model.batching.batch import Sample
+from timeviper_model.inference.engine import InferenceEngine
+from timeviper_model.inference.requests import EngineConfig, Event, Failed, Finished, Request, RequestId, Token
 from timeviper_model.timeviper import TimeViper
 
 TOKENIZER = byte_tokenizer()

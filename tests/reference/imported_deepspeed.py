@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from timeviper_platform.training.zero import import_deepspeed
+from timeviper_platform.training.optim.deepspeed_engine import import_deepspeed
 
 import_deepspeed()

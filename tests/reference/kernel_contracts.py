@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reference.slow_scan import slow_conv_silu, slow_scan
-from timeviper_model import kernels
+from timeviper_model.ops import kernels
 
 
 def mamba_chunk_scan_combined(

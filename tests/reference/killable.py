@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from multiprocessing.process import BaseProcess
 
-from timeviper_platform.data.pipeline import PreprocessConfig, run_in_process, run_preprocess
+from timeviper_platform.data.preprocess.run import PreprocessConfig, run_in_process, run_preprocess
 
 
 def run(config: PreprocessConfig, environment: Mapping[str, str]) -> None:

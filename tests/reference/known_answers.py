@@ -11,13 +11,13 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from timeviper_model.batch import pack_samples
+from timeviper_model.batching.batch import pack_samples
+from timeviper_model.batching.prompt import Turn, build_sample
 from timeviper_model.config import TINY
-from timeviper_model.prompt import Turn, build_sample
 from timeviper_model.timeviper import TimeViper
-from timeviper_model.weights import save_pretrained
-from timeviper_platform import schemas
-from timeviper_platform.data.store_writer import write_store
+from timeviper_model.weights.weights_folder import save_pretrained
+from timeviper_platform.common import schemas
+from timeviper_platform.data.store.writer import write_store
 from timeviper_platform.data.synthetic.tokenizer import train_tokenizer
 
 WHICH, WHEN = "Which picture?", "When?"

@@ -11,7 +11,9 @@ from typing import Any
 
 from starlette.testclient import TestClient
 
-from timeviper_platform.serving.contract import (
+from timeviper_platform.serving.gateway.config import ApiKey, GatewayConfig
+from timeviper_platform.serving.gateway.routes import create_app
+from timeviper_platform.serving.messages import (
     AnswerPart,
     AnswerUsage,
     FeatureReference,
@@ -21,8 +23,6 @@ from timeviper_platform.serving.contract import (
     StoredFeatures,
     TokenLogprob,
 )
-from timeviper_platform.serving.gateway import create_app
-from timeviper_platform.serving.gateway_config import ApiKey, GatewayConfig
 
 MP4 = b"\x00\x00\x00\x20ftypisom" + bytes(100)
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(50)

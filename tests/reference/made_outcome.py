@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from timeviper_platform.data.steps import UnitOutcome
+from timeviper_platform.data.preprocess.worker import UnitOutcome
 
 
 def made_outcome(**changes: object) -> UnitOutcome:

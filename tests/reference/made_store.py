@@ -9,10 +9,10 @@ import pyarrow as pa
 import torch
 import xxhash
 
-from timeviper_platform.data.commits import iter_counted
-from timeviper_platform.data.index_writer import write_index
-from timeviper_platform.data.store_writer import create_store, features_bytes, write_file
-from timeviper_platform.schemas import INDEX
+from timeviper_platform.common.schemas import INDEX
+from timeviper_platform.data.store.commits import iter_counted
+from timeviper_platform.data.store.index_writer import write_index
+from timeviper_platform.data.store.writer import create_store, features_bytes, write_file
 
 RECIPE = {"encoder": {"weights_hash": "abc", "layer": -2}, "sampling": {"fps": 1.0}}
 

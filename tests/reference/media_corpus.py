@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from reference.made_media import make_encoder, make_sound, make_video, picture
-from timeviper_platform.data.encode import EncoderConfig
-from timeviper_platform.data.features import FeatureStore
-from timeviper_platform.data.graph import ExecutionConfig
-from timeviper_platform.data.pipeline import PreprocessConfig
-from timeviper_platform.data.steps import UnitOutcome
+from timeviper_platform.data.encode.frame_encoder import EncoderConfig
+from timeviper_platform.data.preprocess.ray_graph import ExecutionConfig
+from timeviper_platform.data.preprocess.run import PreprocessConfig
+from timeviper_platform.data.preprocess.worker import UnitOutcome
+from timeviper_platform.data.store.reader import FeatureStore
 
 BAD = {
     "cut.mp4": ("probe", "corrupt_file"),

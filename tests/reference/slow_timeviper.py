@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reference.slow_scan import slow_conv_silu, slow_hidden_attention, slow_scan
-from timeviper_model.batch import IGNORE_INDEX, Sample, TokenKind
+from timeviper_model.batching.batch import IGNORE_INDEX, Sample, TokenKind
 from timeviper_model.config import HybridConfig, Qwen2Config, TextConfig, TransVSite
 from timeviper_model.timeviper import TimeViper
 

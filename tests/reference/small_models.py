@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from timeviper_model.batch import IGNORE_INDEX, PackedBatch, Sample, TokenKind, pack_samples
+from timeviper_model.batching.batch import IGNORE_INDEX, PackedBatch, Sample, TokenKind, pack_samples
 from timeviper_model.config import HybridConfig, Qwen2Config, TimeViperConfig, TransVSite, VisionConfig
 from timeviper_model.timeviper import TimeViper
 

@@ -13,13 +13,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, SiglipVisionConfig, SiglipVisionModel
 
-from timeviper_model.batch import Sample, pack_samples
+from timeviper_model.batching.batch import Sample, pack_samples
+from timeviper_model.batching.prompt import Turn, build_sample
 from timeviper_model.config import TINY, TimeViperConfig
-from timeviper_model.prompt import Turn, build_sample
+from timeviper_model.inference.prefill import prefill
 from timeviper_model.timeviper import TimeViper
-from timeviper_model.weights import save_pretrained
-from timeviper_platform.data.encode import EncoderConfig, FrameEncoder
-from timeviper_platform.data.store_writer import write_store
+from timeviper_model.weights.weights_folder import save_pretrained
+from timeviper_platform.data.encode.frame_encoder import EncoderConfig, FrameEncoder
+from timeviper_platform.data.store.writer import write_store
 
 IMAGE_SIZE = 32
 
@@ -71,7 +72,7 @@ def generate_alone(
     """Greedy tokens of one request in a cache of its own, the plain way."""
     cache = model.new_cache(1, device="cpu", dtype=next(model.parameters()).dtype)
     slot = torch.tensor([0])
-    logits = model.prefill(pack_samples([sample], [features]), cache, 0)
+    logits = prefill(model, pack_samples([sample], [features]), cache, 0)
     tokens = [int(logits.argmax())]
     while len(tokens) < num_tokens and tokens[-1] not in end_ids:
         tokens.append(int(model.decode_step(torch.tensor(tokens[-1:]), cache, slot)[0].argmax()))

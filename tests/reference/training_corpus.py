@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from timeviper_platform.config import parse_config
-from timeviper_platform.data.store_writer import write_store
+from timeviper_platform.common.config import parse_config
+from timeviper_platform.common.schemas import SAMPLES
+from timeviper_platform.data.store.writer import write_store
 from timeviper_platform.data.synthetic.tokenizer import save_tokenizer
-from timeviper_platform.schemas import SAMPLES
 from timeviper_platform.training.config import TrainConfig
 
 DIM = 64

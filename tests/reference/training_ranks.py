@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from timeviper_platform.local_cluster import free_port
+from timeviper_platform.common.ray_cluster import free_port
 from timeviper_platform.training import local
 
 TIMEOUT_S = 600.0

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from timeviper_platform.local_cluster import free_port, local_cluster
+from timeviper_platform.common.ray_cluster import free_port, local_cluster
 
 PORTS = ("dashboard-agent-grpc-port", "dashboard-agent-listen-port", "node-manager-port", "object-manager-port")
 

@@ -1,4 +1,1 @@
-"""What the paper's analysis asks of a model: blocked information flow, other drop plans, and attention maps.
-
-Nothing here is part of training or serving: those paths know nothing of it.
-"""
+"""The measurements behind the paper's Figures 3 to 6, for any model."""

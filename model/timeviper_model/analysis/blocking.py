@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 
 from timeviper_model.analysis.walk import LabelledLogits, labelled_logits, run_block, walk
-from timeviper_model.attention import Attention
-from timeviper_model.backbone import DecoderBlock
-from timeviper_model.batch import PackedBatch, TokenKind
+from timeviper_model.batching.batch import PackedBatch, TokenKind
+from timeviper_model.batching.segments import Segments
 from timeviper_model.config import BlockType
-from timeviper_model.hybrid import Block
-from timeviper_model.mamba2 import Mamba2Mixer
-from timeviper_model.segments import Segments
+from timeviper_model.layers.attention import Attention
+from timeviper_model.layers.backbone import DecoderBlock
+from timeviper_model.layers.mamba2 import Mamba2Mixer
+from timeviper_model.layers.nemotron_h import Block
+from timeviper_model.layers.transv import TokenStream
 from timeviper_model.timeviper import TimeViper
-from timeviper_model.transv import TokenStream
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

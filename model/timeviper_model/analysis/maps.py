@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from timeviper_model.analysis.walk import run_block, walk
-from timeviper_model.attention import Attention
-from timeviper_model.backbone import DecoderBlock
-from timeviper_model.batch import PackedBatch
-from timeviper_model.hybrid import Block
-from timeviper_model.mamba2 import Mamba2Mixer
-from timeviper_model.segments import Segments
+from timeviper_model.batching.batch import PackedBatch
+from timeviper_model.batching.segments import Segments
+from timeviper_model.layers.attention import Attention
+from timeviper_model.layers.backbone import DecoderBlock
+from timeviper_model.layers.mamba2 import Mamba2Mixer
+from timeviper_model.layers.nemotron_h import Block
+from timeviper_model.layers.transv import TokenStream
 from timeviper_model.timeviper import TimeViper
-from timeviper_model.transv import TokenStream
 
 ROW_ELEMENTS = 2**22
 """weights held at one time by `row_blocks`: 16 MiB in fp32, a few times that with what they are made from"""

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from timeviper_model.analysis.maps import TokenMap, readable, row_blocks
-from timeviper_model.segments import Segments
+from timeviper_model.batching.segments import Segments
 
 
 class PooledMap(NamedTuple):

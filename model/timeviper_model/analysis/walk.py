@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from timeviper_model.backbone import DecoderBlock
-from timeviper_model.batch import PackedBatch
+from timeviper_model.batching.batch import PackedBatch
+from timeviper_model.layers.backbone import DecoderBlock
+from timeviper_model.layers.transv import TokenStream
 from timeviper_model.timeviper import TimeViper
-from timeviper_model.transv import TokenStream
 
 RunBlock = Callable[[int, DecoderBlock, TokenStream], Tensor]
 """(layer, block, stream before it) -> hidden states (T, D) behind it"""

@@ -1,1 +1,1 @@
-"""Media to feature store: plan segments, decode frames, encode them, commit Parquet rows."""
+"""From media to the feature store, and from annotations to samples."""

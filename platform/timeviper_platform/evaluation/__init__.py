@@ -1,1 +1,1 @@
-"""Weights and held-out questions to scores, always beside the same model without the video."""
+"""From weights and questions to scores and figures."""

@@ -17,10 +17,11 @@ from typing import Any, Literal
 import torch
 
 from timeviper_model.timeviper import TimeViper
-from timeviper_model.weights import load_tokenizer
-from timeviper_platform import storage
-from timeviper_platform.data.features import FeatureStore
+from timeviper_model.weights.weights_folder import load_tokenizer
+from timeviper_platform.common import storage
+from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.evaluation.answering import Answerer, Prompt
+from timeviper_platform.evaluation.charts import heat_map, line_chart
 from timeviper_platform.evaluation.evaluator import AnsweringConfig, load_model, read_media
 from timeviper_platform.evaluation.figures import (
     Answered,
@@ -32,8 +33,7 @@ from timeviper_platform.evaluation.figures import (
     dropping_rows,
     layer_maps,
 )
-from timeviper_platform.evaluation.job import check_inputs, read_questions
-from timeviper_platform.evaluation.pictures import heat_map, line_chart
+from timeviper_platform.evaluation.run import check_inputs, read_questions
 
 logger = logging.getLogger(__name__)
 

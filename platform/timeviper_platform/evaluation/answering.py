@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from timeviper_model.batch import PackedBatch, Sample, pack_samples
-from timeviper_model.prompt import TEMPLATES, Turn, build_sample, end_token_id
+from timeviper_model.batching.batch import PackedBatch, Sample, pack_samples
+from timeviper_model.batching.prompt import TEMPLATES, Turn, build_sample, end_token_id
+from timeviper_model.inference.prefill import prefill
 from timeviper_model.timeviper import TimeViper
 
 DEFAULT_MAX_PACK_TOKENS = 8192
@@ -67,7 +68,7 @@ class Answerer:
         next_ids = []
         for slot, prompt in enumerate(prompts):
             batch = pack_samples([self._sample(prompt, None)], [self._rows(prompt)])
-            logits = self._model.prefill(batch.to(self._device, self._dtype), cache, slot)
+            logits = prefill(self._model, batch.to(self._device, self._dtype), cache, slot)
             next_ids.append(int(logits.argmax()))
         active = list(range(len(prompts)))
         for _ in range(max_new_tokens):

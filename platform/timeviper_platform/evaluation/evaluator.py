@@ -12,10 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from timeviper_model import weights
-from timeviper_model.backends import Backend, set_backend
+from timeviper_model.layers.backends import Backend, set_backend
 from timeviper_model.timeviper import TimeViper
-from timeviper_platform.data.features import FeatureStore, select_frames
+from timeviper_model.weights import weights_folder as weights
+from timeviper_platform.data.store.reader import FeatureStore
+from timeviper_platform.data.video.sampling import select_frames
 from timeviper_platform.evaluation.answering import DEFAULT_MAX_PACK_TOKENS, Answerer, Prompt
 from timeviper_platform.evaluation.metrics import Span, parse_span, temporal_iou
 

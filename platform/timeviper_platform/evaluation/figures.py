@@ -19,10 +19,10 @@ from timeviper_model.analysis.dropping import with_plan
 from timeviper_model.analysis.maps import TokenMap, observe
 from timeviper_model.analysis.pooling import HeadStatistics, PooledMap, bins, head_statistics, pool_map
 from timeviper_model.analysis.walk import LabelledLogits, labelled_logits, walk
-from timeviper_model.batch import PackedBatch, TokenKind
+from timeviper_model.batching.batch import PackedBatch, TokenKind
 from timeviper_model.config import TransVSite
+from timeviper_model.layers.transv import TokenStream
 from timeviper_model.timeviper import TimeViper
-from timeviper_model.transv import TokenStream
 
 logger = logging.getLogger(__name__)
 

@@ -1,1 +1,1 @@
-"""Weights to an OpenAI-compatible endpoint: gateway, feature service, engine service."""
+"""An OpenAI-compatible HTTP endpoint that answers about videos, on Ray Serve."""

@@ -19,21 +19,20 @@ import ray
 from ray import serve
 from ray.exceptions import RayError
 
-from timeviper_platform.config import parse_config
-from timeviper_platform.logs import setup_logging
-from timeviper_platform.serving.contract import (
+from timeviper_platform.common.config import parse_config, setup_logging
+from timeviper_platform.serving.deployment import DeploymentSettings
+from timeviper_platform.serving.engine.metrics import EngineMetrics
+from timeviper_platform.serving.engine.service import EngineService, EngineServiceConfig
+from timeviper_platform.serving.features.service import FeatureService, FeatureServiceConfig
+from timeviper_platform.serving.gateway.config import GatewayConfig
+from timeviper_platform.serving.gateway_replica import GatewayReplica
+from timeviper_platform.serving.messages import (
     AnswerPart,
     FeatureReference,
     FeatureRequest,
     GenerateRequest,
     Refusal,
 )
-from timeviper_platform.serving.engine_metrics import EngineMetrics
-from timeviper_platform.serving.engine_service import EngineService, EngineServiceConfig
-from timeviper_platform.serving.feature_service import FeatureService, FeatureServiceConfig
-from timeviper_platform.serving.gateway_config import GatewayConfig
-from timeviper_platform.serving.gateway_replica import GatewayReplica
-from timeviper_platform.serving.scaling import DeploymentSettings
 
 MAX_GATEWAY_REQUESTS = 512
 """requests one gateway replica holds at once; they wait for the services and cost it little"""

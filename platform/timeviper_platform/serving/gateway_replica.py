@@ -16,10 +16,10 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from starlette.types import ASGIApp
 
-from timeviper_platform.logs import setup_logging
-from timeviper_platform.serving.contract import AnswerPart, FeatureReference, FeatureRequest, GenerateRequest, Refusal
-from timeviper_platform.serving.gateway import create_app
-from timeviper_platform.serving.gateway_config import GatewayConfig
+from timeviper_platform.common.config import setup_logging
+from timeviper_platform.serving.gateway.config import GatewayConfig
+from timeviper_platform.serving.gateway.routes import create_app
+from timeviper_platform.serving.messages import AnswerPart, FeatureReference, FeatureRequest, GenerateRequest, Refusal
 
 logger = logging.getLogger(__name__)
 

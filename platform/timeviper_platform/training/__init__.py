@@ -1,1 +1,1 @@
-"""Feature store and samples to weights: pack plan, feed, DeepSpeed step, checkpoints."""
+"""From features and samples to trained weights: a run, its phases and its steps."""

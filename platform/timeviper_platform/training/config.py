@@ -10,19 +10,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from timeviper_model.backends import Backend
 from timeviper_model.config import PRESETS, TimeViperConfig, TransVSite
-from timeviper_model.lora import LoraConfig
-from timeviper_platform import storage
-from timeviper_platform.training.checkpoint import CheckpointConfig
-from timeviper_platform.training.feed import FeedConfig
-from timeviper_platform.training.metrics import MetricsConfig
-from timeviper_platform.training.parameters import ParameterRule
-from timeviper_platform.training.plan import PackingConfig
-from timeviper_platform.training.sample_rows import SourceConfig
-from timeviper_platform.training.samples import FramesConfig
-from timeviper_platform.training.schedule import ScheduleConfig
-from timeviper_platform.training.zero import Precision, ZeroConfig
+from timeviper_model.layers.backends import Backend
+from timeviper_model.layers.lora import LoraConfig
+from timeviper_platform.common import storage
+from timeviper_platform.training.batches.loader import FeedConfig
+from timeviper_platform.training.batches.packing import PackingConfig
+from timeviper_platform.training.batches.rows import SourceConfig
+from timeviper_platform.training.batches.samples import FramesConfig
+from timeviper_platform.training.checkpoint.manager import CheckpointConfig
+from timeviper_platform.training.metrics.writer import MetricsConfig
+from timeviper_platform.training.optim.deepspeed_engine import Precision, ZeroConfig
+from timeviper_platform.training.optim.lr_schedule import ScheduleConfig
+from timeviper_platform.training.optim.parameter_groups import ParameterRule
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

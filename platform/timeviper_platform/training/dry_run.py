@@ -16,20 +16,26 @@ import torch
 
 from timeviper_model.config import TimeViperConfig
 from timeviper_model.timeviper import TimeViper
-from timeviper_model.weights import load_tokenizer
-from timeviper_platform import storage
-from timeviper_platform.data.features import FeatureStore
-from timeviper_platform.devices import PEAK_FLOPS
+from timeviper_model.weights.weights_folder import load_tokenizer
+from timeviper_platform.common import storage
+from timeviper_platform.common.devices import PEAK_FLOPS
+from timeviper_platform.data.store.reader import FeatureStore
+from timeviper_platform.training.batches.packing import PackShape
+from timeviper_platform.training.batches.rows import missing_sources
+from timeviper_platform.training.batches.sizes import count_rejects
 from timeviper_platform.training.config import PhaseConfig, TrainConfig
-from timeviper_platform.training.flops import ASSUMED_DEVICE, ASSUMED_MFU, gpu_hours, training_flops
-from timeviper_platform.training.loop import RunFolder
-from timeviper_platform.training.memory import ModelSizes, StateBytes, activation_bytes, state_bytes, tokens_by_layer
-from timeviper_platform.training.mixture import ASSUMED_FILL, Expected, SourceShare, expected_epoch, source_shares
-from timeviper_platform.training.parameters import ParameterGroup, any_block_trained, describe_groups
+from timeviper_platform.training.cost.flops import ASSUMED_DEVICE, ASSUMED_MFU, gpu_hours, training_flops
+from timeviper_platform.training.cost.memory import (
+    ModelSizes,
+    StateBytes,
+    activation_bytes,
+    state_bytes,
+    tokens_by_layer,
+)
+from timeviper_platform.training.cost.mixture import ASSUMED_FILL, Expected, SourceShare, expected_epoch, source_shares
+from timeviper_platform.training.optim.parameter_groups import ParameterGroup, any_block_trained, describe_groups
 from timeviper_platform.training.phase import adapt, first_model_config, phase_groups, prepare_phase
-from timeviper_platform.training.plan import PackShape
-from timeviper_platform.training.sample_rows import missing_sources
-from timeviper_platform.training.sample_table import count_rejects
+from timeviper_platform.training.run import RunFolder
 
 ZERO_STAGES = (0, 1, 2, 3)
 STEPS_WITHOUT_PLAN = 1000

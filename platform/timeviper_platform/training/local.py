@@ -21,14 +21,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from timeviper_platform.config import load_config
-from timeviper_platform.logs import setup_logging
-from timeviper_platform.storage import StorageUnavailableError
-from timeviper_platform.training.checkpoint import resolve_resume
+from timeviper_platform.common.config import load_config, setup_logging
+from timeviper_platform.common.storage import StorageUnavailableError
+from timeviper_platform.training.checkpoint.manager import resolve_resume
 from timeviper_platform.training.config import TrainConfig
-from timeviper_platform.training.failures import StoppedError, wishes_of_signals
-from timeviper_platform.training.loop import RunFolder, run_training
-from timeviper_platform.training.ranks import from_rank_0
+from timeviper_platform.training.distributed import from_rank_0
+from timeviper_platform.training.interrupts import StoppedError, wishes_of_signals
+from timeviper_platform.training.run import RunFolder, run_training
 
 logger = logging.getLogger(__name__)
 

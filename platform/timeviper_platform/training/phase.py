@@ -15,24 +15,30 @@ from typing import Any
 
 import torch
 
+from timeviper_model.batching.prompt import TEMPLATES, check_tokenizer
 from timeviper_model.config import TimeViperConfig, VisionConfig, VisionTower
-from timeviper_model.lora import LORA_A, LORA_B, add_lora
-from timeviper_model.prompt import TEMPLATES, check_tokenizer
+from timeviper_model.layers.lora import LORA_A, LORA_B, add_lora
 from timeviper_model.timeviper import TimeViper
-from timeviper_model.weights import config_from_dict, config_to_dict, from_pretrained, load_backbone
-from timeviper_platform import storage
-from timeviper_platform.data.features import FeatureStore
-from timeviper_platform.data.towers import check_same_towers, tower_facts
+from timeviper_model.weights.weights_folder import config_from_dict, config_to_dict, from_pretrained, load_backbone
+from timeviper_platform.common import storage
+from timeviper_platform.data.encode.recipe import tower_facts
+from timeviper_platform.data.store.compatibility import check_same_towers
+from timeviper_platform.data.store.reader import FeatureStore
+from timeviper_platform.training.batches.loader import Feed
+from timeviper_platform.training.batches.packing import PackPlan
+from timeviper_platform.training.batches.rows import SampleRows
+from timeviper_platform.training.batches.samples import Reject, SampleBuilder
+from timeviper_platform.training.batches.sizes import Measure, count_rejects, measure_samples
+from timeviper_platform.training.batches.step_batches import FeedShape
 from timeviper_platform.training.config import InitConfig, PhaseConfig, TrainConfig
-from timeviper_platform.training.feed import Feed
-from timeviper_platform.training.flops import training_flops
-from timeviper_platform.training.held_out import HeldOut, prepare_held_out
-from timeviper_platform.training.parameters import ParameterGroup, any_block_trained, describe_groups, resolve_groups
-from timeviper_platform.training.plan import PackPlan
-from timeviper_platform.training.sample_rows import SampleRows
-from timeviper_platform.training.sample_table import Measure, count_rejects, measure_samples
-from timeviper_platform.training.samples import Reject, SampleBuilder
-from timeviper_platform.training.step_batches import FeedShape
+from timeviper_platform.training.cost.flops import training_flops
+from timeviper_platform.training.optim.parameter_groups import (
+    ParameterGroup,
+    any_block_trained,
+    describe_groups,
+    resolve_groups,
+)
+from timeviper_platform.training.validation.validator import HeldOut, prepare_held_out
 
 logger = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from timeviper_platform.training.failures import FatalTrainingError, Wish, out_of_memory_advice
-from timeviper_platform.training.ranks import add_up
-from timeviper_platform.training.step_batches import StepBatches
-from timeviper_platform.training.zero import loss_scale
+from timeviper_platform.training.batches.step_batches import StepBatches
+from timeviper_platform.training.distributed import add_up
+from timeviper_platform.training.interrupts import FatalTrainingError, Wish, out_of_memory_advice
+from timeviper_platform.training.optim.deepspeed_engine import loss_scale
 
 
 class StepResult(NamedTuple):

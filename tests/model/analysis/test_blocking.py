@@ -10,7 +10,7 @@ from torch import Tensor
 from reference.slow_timeviper import slow_logits
 from reference.small_models import SMALL, SMALL_QWEN, make_features, make_model, make_sample, pack
 from timeviper_model.analysis.blocking import Blocking, blocked_logits
-from timeviper_model.batch import IGNORE_INDEX, TokenKind
+from timeviper_model.batching.batch import IGNORE_INDEX, TokenKind
 from timeviper_model.timeviper import TimeViper
 
 LAYOUTS = ["ssvvvvvviiiirrr", "vviivvvirriirr", "siirr"]

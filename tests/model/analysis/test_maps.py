@@ -10,12 +10,12 @@ from reference.slow_scan import slow_hidden_attention
 from reference.small_models import make_model, make_sample, pack
 from timeviper_model.analysis import maps
 from timeviper_model.analysis.maps import TokenMap, observe, row_blocks
-from timeviper_model.attention import segment_causal_attention
-from timeviper_model.causal_conv import causal_conv_silu
-from timeviper_model.mamba2 import Mamba2Mixer
-from timeviper_model.segments import Segments
-from timeviper_model.ssd import ssd_scan
-from timeviper_model.transv import TokenStream
+from timeviper_model.batching.segments import Segments
+from timeviper_model.layers.attention import segment_causal_attention
+from timeviper_model.layers.mamba2 import Mamba2Mixer
+from timeviper_model.layers.transv import TokenStream
+from timeviper_model.ops.causal_conv import causal_conv_silu
+from timeviper_model.ops.ssd import ssd_scan
 
 SAMPLES = [make_sample("sss" + "v" * 9 + "iiirr", seed=1), make_sample("svvvvirr", seed=2)]
 MODEL = make_model()

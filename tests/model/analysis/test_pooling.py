@@ -9,8 +9,8 @@ from reference.small_models import make_model, make_sample, pack
 from timeviper_model.analysis import maps
 from timeviper_model.analysis.maps import TokenMap, observe
 from timeviper_model.analysis.pooling import bins, head_statistics, pool_map
-from timeviper_model.segments import Segments
-from timeviper_model.transv import TokenStream
+from timeviper_model.batching.segments import Segments
+from timeviper_model.layers.transv import TokenStream
 
 MODEL = make_model()
 SAMPLES = [make_sample("sss" + "v" * 9 + "iiirr", seed=1), make_sample("svvvvirr", seed=2)]

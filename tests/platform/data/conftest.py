@@ -11,7 +11,7 @@ import s3fs
 from reference.awkward_videos import KINDS
 from reference.faulty_s3 import Faults, s3_server
 from reference.media_corpus import make_config, make_corpus
-from timeviper_platform.data.pipeline import run_in_process, run_preprocess
+from timeviper_platform.data.preprocess.run import run_in_process, run_preprocess
 
 
 @pytest.fixture(scope="session")

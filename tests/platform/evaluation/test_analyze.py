@@ -17,10 +17,11 @@ from reference.known_answers import KnownAnswers, choice_row, grounding_row, wri
 from timeviper_model.analysis.blocking import Blocking, blocked_logits
 from timeviper_model.analysis.maps import observe
 from timeviper_model.analysis.pooling import pool_map
-from timeviper_model.weights import load_tokenizer
-from timeviper_platform.data.features import FeatureStore
+from timeviper_model.weights.weights_folder import load_tokenizer
+from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.evaluation.analyze import AnalyzeConfig, make_answered, run_analysis
 from timeviper_platform.evaluation.answering import Answerer, Prompt
+from timeviper_platform.evaluation.charts import heat_map, line_chart
 from timeviper_platform.evaluation.evaluator import AnsweringConfig, load_model, read_media
 from timeviper_platform.evaluation.figures import (
     BlockingSweep,
@@ -31,7 +32,6 @@ from timeviper_platform.evaluation.figures import (
     layer_maps,
     spread,
 )
-from timeviper_platform.evaluation.pictures import heat_map, line_chart
 
 ROOT = Path(__file__).parents[3]
 

@@ -17,16 +17,17 @@ from reference.known_answers import (
     span_answer,
     write_questions,
 )
-from timeviper_model import weights
-from timeviper_model.batch import pack_samples
-from timeviper_model.prompt import Turn, build_sample
-from timeviper_platform import storage
-from timeviper_platform.config import load_config
-from timeviper_platform.data.features import FeatureStore
-from timeviper_platform.data.store_writer import write_store
+from timeviper_model.batching.batch import pack_samples
+from timeviper_model.batching.prompt import Turn, build_sample
+from timeviper_model.weights import weights_folder as weights
+from timeviper_platform.common import storage
+from timeviper_platform.common.config import load_config
+from timeviper_platform.data.store.reader import FeatureStore
+from timeviper_platform.data.store.writer import write_store
 from timeviper_platform.evaluation.answering import Answerer, Prompt
 from timeviper_platform.evaluation.evaluator import AnsweringConfig, Evaluator, Outcome, read_media
-from timeviper_platform.evaluation.job import (
+from timeviper_platform.evaluation.report import report_lines, summarise
+from timeviper_platform.evaluation.run import (
     EvaluateConfig,
     WorkersConfig,
     check_inputs,
@@ -34,7 +35,6 @@ from timeviper_platform.evaluation.job import (
     with_absolute_paths,
     write_report,
 )
-from timeviper_platform.evaluation.report import report_lines, summarise
 
 ROOT = Path(__file__).parents[3]
 

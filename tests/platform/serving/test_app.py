@@ -16,12 +16,12 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.schema import ServeDeploySchema
 
-from timeviper_platform.config import parse_config
-from timeviper_platform.data.encode import EncoderConfig, TowerConfig
+from timeviper_platform.common.config import parse_config
+from timeviper_platform.data.encode.frame_encoder import EncoderConfig, TowerConfig
 from timeviper_platform.serving.app import ServeConfig, build, with_absolute_paths
-from timeviper_platform.serving.contract import AnswerPart, Refusal
+from timeviper_platform.serving.deployment import AutoscalingSettings, DeploymentSettings
 from timeviper_platform.serving.gateway_replica import EngineHandle, FeatureHandle
-from timeviper_platform.serving.scaling import AutoscalingSettings, DeploymentSettings
+from timeviper_platform.serving.messages import AnswerPart, Refusal
 
 CONFIGS = Path(__file__).resolve().parents[3] / "ray_configs"
 FILES = [CONFIGS / "serve.yaml", CONFIGS / "tiny" / "serve.yaml"]

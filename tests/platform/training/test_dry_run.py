@@ -11,20 +11,20 @@ import torch
 import yaml
 
 from reference.training_corpus import Corpus, make_corpus, train_config, train_values
-from timeviper_model.weights import load_tokenizer
-from timeviper_platform.data.features import FeatureStore
+from timeviper_model.weights.weights_folder import load_tokenizer
+from timeviper_platform.data.store.reader import FeatureStore
+from timeviper_platform.training.batches.packing import PackShape, PlanPosition
 from timeviper_platform.training.config import TrainConfig
-from timeviper_platform.training.dry_run import PlanFacts, describe_dry_run, dry_run
-from timeviper_platform.training.memory import (
+from timeviper_platform.training.cost.memory import (
     ModelSizes,
     activation_bytes,
     saved_bytes,
     saved_bytes_per_token,
     state_bytes,
 )
+from timeviper_platform.training.dry_run import PlanFacts, describe_dry_run, dry_run
+from timeviper_platform.training.optim.deepspeed_engine import DTYPES, Precision, build_ds_engine
 from timeviper_platform.training.phase import first_model, prepare_phase
-from timeviper_platform.training.plan import PackShape, PlanPosition
-from timeviper_platform.training.zero import DTYPES, Precision, build_ds_engine
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -11,17 +11,17 @@ import torch
 from reference.training_corpus import Corpus, make_corpus
 from timeviper_model.config import PRESETS, Qwen2Config
 from timeviper_model.timeviper import TimeViper
-from timeviper_model.weights import from_pretrained, load_tokenizer, save_pretrained
-from timeviper_platform.config import load_config
-from timeviper_platform.data.features import FeatureStore
+from timeviper_model.weights.weights_folder import from_pretrained, load_tokenizer, save_pretrained
+from timeviper_platform.common.config import load_config
+from timeviper_platform.data.store.reader import FeatureStore
+from timeviper_platform.training.batches.packing import PackShape
+from timeviper_platform.training.batches.rows import SourceConfig
 from timeviper_platform.training.config import InitConfig, TrainConfig
+from timeviper_platform.training.cost.flops import training_flops
 from timeviper_platform.training.dry_run import describe_dry_run, dry_run
-from timeviper_platform.training.flops import training_flops
 from timeviper_platform.training.local import train_local
-from timeviper_platform.training.loop import RunFolder
 from timeviper_platform.training.phase import first_model_config
-from timeviper_platform.training.plan import PackShape
-from timeviper_platform.training.sample_rows import SourceConfig
+from timeviper_platform.training.run import RunFolder
 
 CONFIGS = Path(__file__).resolve().parents[3] / "ray_configs"
 RECIPES = {"align.yaml": "align", "instruct.yaml": "instruct", "lora.yaml": "adapt"}

@@ -18,21 +18,24 @@ from reference.made_media import make_encoder, make_video
 from reference.tiny_serving import generate_alone, prompt
 from reference.training_corpus import ANSWERS, QUESTIONS, sample_row, write_samples
 from timeviper_model.config import VisionTower
-from timeviper_model.projector import TwoTowerProjector
-from timeviper_model.weights import from_pretrained, load_tokenizer
-from timeviper_platform.config import load_config, parse_config
-from timeviper_platform.data.decode import read_frames
-from timeviper_platform.data.encode import FrameEncoder
-from timeviper_platform.data.features import FeatureStore
-from timeviper_platform.data.graph import ExecutionConfig
-from timeviper_platform.data.pipeline import PreprocessConfig, estimate, run_in_process, run_preprocess
-from timeviper_platform.data.segments import Segment
-from timeviper_platform.data.steps import UnitOutcome, WorkerSpec
-from timeviper_platform.data.store_check import verify_store
-from timeviper_platform.data.store_writer import write_store
+from timeviper_model.layers.projector import TwoTowerProjector
+from timeviper_model.weights.weights_folder import from_pretrained, load_tokenizer
+from timeviper_platform.common.config import load_config, parse_config
+from timeviper_platform.data.encode.frame_encoder import FrameEncoder
+from timeviper_platform.data.plan.segments import Segment
+from timeviper_platform.data.preprocess.estimate import estimate
+from timeviper_platform.data.preprocess.ray_graph import ExecutionConfig
+from timeviper_platform.data.preprocess.run import PreprocessConfig, run_in_process, run_preprocess
+from timeviper_platform.data.preprocess.worker import UnitOutcome, WorkerSpec
+from timeviper_platform.data.store.reader import FeatureStore
+from timeviper_platform.data.store.verify import verify_store
+from timeviper_platform.data.store.writer import write_store
 from timeviper_platform.data.synthetic.tokenizer import save_tokenizer
-from timeviper_platform.evaluation.job import check_inputs
-from timeviper_platform.serving.contract import (
+from timeviper_platform.data.video.reader import read_frames
+from timeviper_platform.evaluation.run import check_inputs
+from timeviper_platform.serving.engine.service import EngineService, EngineServiceConfig
+from timeviper_platform.serving.features.service import FeatureService, FeatureServiceConfig
+from timeviper_platform.serving.messages import (
     AnswerPart,
     ChatTurn,
     FeatureReference,
@@ -40,12 +43,10 @@ from timeviper_platform.serving.contract import (
     GenerateRequest,
     MediaFile,
 )
-from timeviper_platform.serving.engine_service import EngineService, EngineServiceConfig
-from timeviper_platform.serving.feature_service import FeatureService, FeatureServiceConfig
 from timeviper_platform.training.config import InitConfig, TrainConfig
 from timeviper_platform.training.local import train_local
-from timeviper_platform.training.loop import RunFolder
 from timeviper_platform.training.phase import first_model, first_model_config
+from timeviper_platform.training.run import RunFolder
 
 ROOT = Path(__file__).resolve().parents[3]
 NUM_FRAMES = {"clip0.mp4": 3, "clip1.mp4": 5}

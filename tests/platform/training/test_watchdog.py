@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from timeviper_platform.local_cluster import free_port
+from timeviper_platform.common.ray_cluster import free_port
 from timeviper_platform.training.watchdog import HANG_EXIT_CODE
 
 RANK = """
 import os, signal, sys, time
 import torch
 import torch.distributed as dist
-from timeviper_platform.logs import setup_logging
-from timeviper_platform.local_cluster import free_port
+from timeviper_platform.common.config import setup_logging
+from timeviper_platform.common.ray_cluster import free_port
 from timeviper_platform.training.watchdog import Watchdog
 
 setup_logging()

@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from timeviper_platform import schemas, storage
+from timeviper_platform.common import schemas, storage
 from timeviper_platform.data.synthetic.backgrounds import Background, Split, film_segments, read_film
 from timeviper_platform.data.synthetic.pictures import ALL_PICTURES, Picture, draw_picture
 from timeviper_platform.data.synthetic.questions import (

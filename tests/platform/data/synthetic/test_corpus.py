@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from timeviper_model.tome import merge_tokens
-from timeviper_model.vision import VisionEncoder
-from timeviper_platform import schemas
-from timeviper_platform.config import load_config
-from timeviper_platform.data.synthetic import CorpusConfig, CorpusReport, SceneCounts, make_corpus
+from timeviper_model.layers.tome import merge_tokens
+from timeviper_model.layers.vision_tower import VisionEncoder
+from timeviper_platform.common import schemas
+from timeviper_platform.common.config import load_config
 from timeviper_platform.data.synthetic.backgrounds import read_film
+from timeviper_platform.data.synthetic.corpus import CorpusConfig, CorpusReport, SceneCounts, make_corpus
 from timeviper_platform.data.synthetic.pictures import COLORS
 from timeviper_platform.data.synthetic.render import write_video
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from timeviper_model.vision import VisionEncoder
+from timeviper_model.layers.vision_tower import VisionEncoder
 from timeviper_platform.data.synthetic.encoder import (
     IMAGE_SIZE,
     NOTHING,

@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 
-from timeviper_model.prompt import NEMOTRON, Turn, build_sample, end_token_id
+from timeviper_model.batching.prompt import NEMOTRON, Turn, build_sample, end_token_id
 from timeviper_platform.data.synthetic.pictures import ALL_PICTURES, Picture
 from timeviper_platform.data.synthetic.questions import (
     HOW_OFTEN,

@@ -1,0 +1,1 @@
+"""From conversations and samples to packed tensors."""

@@ -1,0 +1,151 @@
+"""Segments: where the samples of a flat pack lie, and the padded rows in which work across tokens is done.
+
+Turns segment ids into lengths, positions and row buckets. Knows no model and no token.
+
+    segment_ids   0 0 0 1 1 2 2 2 2 2 2 2        rows of bucket 0   0 0 0      bucket 1   2 2 2 2 2 2 2
+    positions     0 1 2 0 1 0 1 2 3 4 5 6                           1 1 .
+
+Segments of similar length share a bucket, so that padding never doubles the work, whatever the mix of lengths.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from timeviper_model.batching.shapes import put_rows, take_rows
+
+MAX_ROW_WASTE = 1.35
+"""a bucket's padded cells over its real tokens, at most; a lower bound makes more and smaller kernels"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowBucket:
+    """Segments padded to one length: R rows of L cells."""
+
+    token_index: Tensor
+    """(M,) int64, the bucket's tokens in the flat pack"""
+    cell_index: Tensor
+    """(M,) int64, the cell of each of them in the R * L cells"""
+    segment_index: Tensor
+    """(R,) int64, which segment is in which row"""
+    row_lengths: Tensor
+    """(R,) int64"""
+    num_rows: int
+    length: int
+    is_dense: bool
+    """no padding and the tokens in flat order: padding and unpadding are views"""
+
+    def pad(self, x: Tensor) -> Tensor:
+        """(T, ...) -> (R, L, ...), zeros in the padding."""
+        return self.put(x if len(x) == len(self.token_index) else take_rows(x, self.token_index))
+
+    def put(self, x: Tensor) -> Tensor:
+        """(M, ...), in the order of `token_index`, -> (R, L, ...), zeros in the padding."""
+        if self.is_dense:
+            return x.view(self.num_rows, self.length, *x.shape[1:])
+        rows = put_rows(x, self.cell_index, self.num_rows * self.length)
+        return rows.view(self.num_rows, self.length, *x.shape[1:])
+
+    def unpad(self, x: Tensor) -> Tensor:
+        """(R, L, ...) -> (M, ...), in the order of `token_index`."""
+        flat = x.reshape(self.num_rows * self.length, *x.shape[2:])
+        return flat if self.is_dense else take_rows(flat, self.cell_index)
+
+
+class Segments:
+    """The lengths and places of S contiguous segments in a flat pack of T tokens; a segment may be empty.
+
+        ids                    0 0 0 0 0 1 1 1        keep([0, 3, 4, 5, 7])   0 0 0 1 1
+        positions_T            0 1 2 3 4 0 1 2                                0 1 2 0 1    among the tokens left
+        original_positions_T   0 1 2 3 4 0 1 2                                0 3 4 0 2    in the whole sample
+
+    Args:
+        ids: (T,) int32 or int64, ascending, no padding.
+        num_segments: S; needed where the last segments may have lost all their tokens.
+        original_positions_T: (T,) int64, each token's place in its sample before any was dropped; None = nothing was.
+    """
+
+    def __init__(self, ids: Tensor, num_segments: int, original_positions_T: Tensor | None = None) -> None:
+        self.ids = ids.long()
+        self.num_segments = num_segments
+        self._original_positions_T = original_positions_T
+        self.lengths_S = torch.bincount(self.ids, minlength=num_segments)
+        self.lengths: list[int] = self.lengths_S.tolist()
+        if len(self.lengths) != num_segments:
+            raise ValueError(f"segment ids reach {len(self.lengths) - 1} but {num_segments = }")
+        if original_positions_T is not None and original_positions_T.shape != ids.shape:
+            raise ValueError(f"{tuple(original_positions_T.shape)} original positions for {tuple(ids.shape)} ids")
+
+    @cached_property
+    def starts_S(self) -> Tensor:
+        """(S,) int64: the flat index of each segment's first token."""
+        return self.lengths_S.cumsum(0) - self.lengths_S
+
+    @cached_property
+    def positions_T(self) -> Tensor:
+        """(T,) int64: each token's place in its segment."""
+        return torch.arange(len(self.ids), device=self.ids.device) - self.starts_S[self.ids]
+
+    @property
+    def original_positions_T(self) -> Tensor:
+        """(T,) int64: each token's place in its sample before any token was dropped; what RoPE turns by."""
+        return self.positions_T if self._original_positions_T is None else self._original_positions_T
+
+    @cached_property
+    def seq_idx_T(self) -> Tensor | None:
+        """(T,) int32 for kernels that reset at boundaries; None when there is nothing to reset."""
+        return self.ids.int() if sum(length > 0 for length in self.lengths) > 1 else None
+
+    @cached_property
+    def buckets(self) -> tuple[RowBucket, ...]:
+        """Every non-empty segment in exactly one bucket, longest first."""
+        return tuple(self.rows(members) for members in group_by_length(self.lengths))
+
+    def join(self, outputs: list[Tensor]) -> Tensor:
+        """(T, ...) from what each bucket's `unpad` gave, in the order of `buckets`."""
+        if len(outputs) == 1:
+            return outputs[0]
+        return put_rows(torch.cat(outputs), torch.cat([b.token_index for b in self.buckets]), len(self.ids))
+
+    def keep(self, index: Tensor) -> Segments:
+        """The segments of the tokens `index` (K,) int64, ascending."""
+        ids, positions = (of_T.index_select(0, index) for of_T in (self.ids, self.original_positions_T))
+        return Segments(ids, self.num_segments, positions)
+
+    def rows(self, members: list[int]) -> RowBucket:
+        """The segments `members`, in that order, as rows as long as the longest of them."""
+        device = self.ids.device
+        lengths = [self.lengths[member] for member in members]
+        length = max(lengths)
+        row_of_segment = torch.full((self.num_segments,), -1)
+        row_of_segment[members] = torch.arange(len(members))
+        row_T = row_of_segment.to(device)[self.ids]
+        token_index = (row_T >= 0).nonzero().squeeze(1)
+        segment_index = torch.tensor(members, device=device)
+        return RowBucket(
+            token_index=token_index,
+            cell_index=(row_T * length + self.positions_T)[token_index],
+            segment_index=segment_index,
+            row_lengths=self.lengths_S[segment_index],
+            num_rows=len(members),
+            length=length,
+            is_dense=min(lengths) == length and members == sorted(members),
+        )
+
+
+def group_by_length(lengths: list[int]) -> list[list[int]]:
+    """Indices of the lengths > 0 in groups, longest first, each padded to its longest at most MAX_ROW_WASTE times."""
+    groups: list[list[int]] = []
+    num_real = 0
+    for index in sorted((i for i, length in enumerate(lengths) if length > 0), key=lambda i: (-lengths[i], i)):
+        num_real += lengths[index]
+        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= MAX_ROW_WASTE * num_real:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+            num_real = lengths[index]
+    return groups

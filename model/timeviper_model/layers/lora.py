@@ -1,0 +1,103 @@
+"""Low-rank adapters: a frozen linear map plus `scale * B A` that is trained, and merged away when weights are exported.
+
+Turns chosen linear modules of a model into adapted ones under the same parameter names, and adapted tensors back into
+plain ones. Knows names and tensors; not optimisers, phases or files. Hu et al., arXiv 2106.09685, section 4.1.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from timeviper_model.ops.linear import Linear
+
+LORA_A, LORA_B = "lora_A", "lora_B"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraConfig:
+    """Which linear maps get an adapter, and how large."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    """the adapter's product is multiplied by alpha / rank"""
+    targets: str = r"backbone\.layers\.\d+\.mixer\.(in_proj|out_proj|q_proj|k_proj|v_proj|o_proj)"
+    """regular expression for the whole module name; the default is every projection of mixers and attention"""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha <= 0:
+            raise ValueError(f"{self.rank = } must be at least 1 and {self.alpha = } more than 0")
+        try:
+            re.compile(self.targets)
+        except re.error as error:
+            raise ValueError(f"targets: {self.targets!r} is no regular expression: {error}") from error
+
+    @property
+    def scale(self) -> float:
+        """Factor on the adapter's product."""
+        return self.alpha / self.rank
+
+
+class LoraLinear(Linear):
+    """`x W^T + scale * (x A^T) B^T`; W keeps its name, and B starts at zero."""
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
+    def __init__(self, linear: nn.Linear, config: LoraConfig) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.scale = config.scale
+        like = linear.weight
+        self.lora_A = nn.Parameter(torch.empty(config.rank, self.in_features, dtype=like.dtype, device=like.device))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, config.rank, dtype=like.dtype, device=like.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)"""
+        return super().forward(x) + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
+
+
+def add_lora(model: nn.Module, config: LoraConfig, generator: torch.Generator) -> list[str]:
+    """Adapts the modules that `config.targets` names, in place; their names.
+
+    A is drawn uniformly with Kaiming's bound for a = sqrt(5), as the authors' code does, and B is zero, so the model
+    computes what it did before.
+
+    Raises:
+        ValueError: when no linear module matches.
+    """
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and re.fullmatch(config.targets, n)]
+    if not names:
+        kinds = sorted({re.sub(r"\.\d+\.", ".*.", n) for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+        raise ValueError(f"lora.targets: {config.targets!r} matches no linear module; there are {', '.join(kinds)}")
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        adapted = LoraLinear(linear, config)
+        if not adapted.lora_A.is_meta:
+            bound = 1.0 / math.sqrt(adapted.in_features)
+            with torch.no_grad():
+                adapted.lora_A.uniform_(-bound, bound, generator=generator)
+                adapted.lora_B.zero_()
+        setattr(model.get_submodule(parent), child, adapted)
+    return names
+
+
+def merge_lora(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """The tensors of a plain model: `W + scale * B A` under W's name, the adapters' own names gone."""
+    merged = {name: tensor for name, tensor in tensors.items() if not name.endswith((f".{LORA_A}", f".{LORA_B}"))}
+    for name, a in tensors.items():
+        if name.endswith(f".{LORA_A}"):
+            module = name.removesuffix(f".{LORA_A}")
+            weight = tensors[f"{module}.weight"]
+            product = scale * (tensors[f"{module}.{LORA_B}"].double() @ a.double())
+            merged[f"{module}.weight"] = (weight.double() + product).to(weight.dtype)
+    return merged

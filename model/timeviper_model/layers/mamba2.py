@@ -1,0 +1,153 @@
+"""The Mamba-2 mixer of Nemotron-H: projection, short convolution, scan, gated norm, projection.
+
+Turns normalised hidden states of a flat pack into mixed ones. Knows segments (state and convolution start anew in
+each) and its own state in a cache; not blocks, vision or text. Parameter names are NVIDIA's.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from timeviper_model.batching.segments import Segments
+from timeviper_model.config import HybridConfig
+from timeviper_model.ops.causal_conv import causal_conv_silu, causal_conv_silu_step
+from timeviper_model.ops.linear import Linear
+from timeviper_model.ops.norm import GatedRMSNorm
+from timeviper_model.ops.ssd import ssd_scan, ssd_step
+
+PART_ELEMENTS = 2**21
+"""of a part's input projection, where a long sequence is read part by part: 8 MiB in fp32. The system hands out buffers
+of more than 32 MiB (glibc's largest threshold) as new pages each time, which costs as much again as the work in them"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mamba2State:
+    """What a mixer must remember of B sequences, whatever their length. Views into a cache, updated in place."""
+
+    window_BKD: Tensor
+    """(B, K - 1, conv_dim): the last inputs of the convolution, oldest first"""
+    ssm_BHPN: Tensor
+    """(B, H, P, N) fp32"""
+
+
+class Mamba2Mixer(nn.Module):
+    """Mamba-2 as in NVIDIA's Nemotron-H; see `HybridConfig` for the sizes."""
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = config.mamba_num_heads, config.mamba_head_dim
+        self.num_groups, self.state_size = config.n_groups, config.ssm_state_size
+        self.intermediate_size = config.mamba_intermediate_size
+        self.chunk_size = config.chunk_size
+        self.time_step_limit = config.time_step_limit
+        self.is_unlimited = config.time_step_limit == (0.0, math.inf)
+        """as in every released model: softplus is never below 0"""
+        self.conv_dim = conv_dim(config)
+        self.in_proj = Linear(config.hidden_size, self.intermediate_size + self.conv_dim + self.num_heads, bias=False)
+        self.conv1d = nn.Conv1d(
+            self.conv_dim, self.conv_dim, config.conv_kernel, groups=self.conv_dim, bias=config.use_conv_bias
+        )  # holds the parameters under their names; causal_conv.py does the work
+        self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
+        self.A_log = nn.Parameter(torch.empty(self.num_heads))
+        self.D = nn.Parameter(torch.empty(self.num_heads))
+        self.norm = GatedRMSNorm(self.intermediate_size, self.num_groups, config.layer_norm_epsilon)
+        self.out_proj = Linear(self.intermediate_size, config.hidden_size, bias=False)
+        self.convolve, self.scan = causal_conv_silu, ssd_scan
+        """functions of these signatures; backends.py puts kernels in their place"""
+
+    def forward(self, h_TD: Tensor, segments: Segments, state: Mamba2State | None = None) -> Tensor:
+        """(T, D) -> (T, D). The tokens continue `state`, which needs one segment and B = 1, and advance it in place."""
+        length = self._part_length(h_TD)
+        if len(h_TD) <= length or segments.seq_idx_T is not None:
+            return self._mix(h_TD, segments, state)
+        state = state or self._new_state(h_TD)
+        mixed = torch.empty_like(h_TD)
+        for start in range(0, len(h_TD), length):
+            part = slice(start, start + length)
+            mixed[part] = self._mix(h_TD[part], Segments(segments.ids[part], segments.num_segments), state)
+        return mixed
+
+    def _mix(self, h_TD: Tensor, segments: Segments, state: Mamba2State | None) -> Tensor:
+        gate, channels, dt = self._project(h_TD)
+        convolved = self.convolve(
+            channels,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            positions_T=segments.positions_T,
+            initial_KD=None if state is None else state.window_BKD[0],
+        )
+        x, B, C = self._split(convolved)
+        y, last = self.scan(
+            x,
+            dt,
+            self._decay_rates(),
+            B,
+            C,
+            D_H=self.D,
+            chunk_size=self.chunk_size,
+            initial_state_HPN=None if state is None else state.ssm_BHPN[0],
+            seq_idx_T=segments.seq_idx_T,
+        )
+        if state is not None:
+            _shift_window(state.window_BKD[0], channels)
+            state.ssm_BHPN[0] = last
+        return self.out_proj(self.norm(y.flatten(1), gate))
+
+    def step(self, h_BD: Tensor, state: Mamba2State) -> Tensor:
+        """The next token of B sequences: (B, D) -> (B, D); advances `state` in place."""
+        gate, channels, dt = self._project(h_BD)
+        convolved = causal_conv_silu_step(channels, self.conv1d.weight.squeeze(1), self.conv1d.bias, state.window_BKD)
+        x, B, C = self._split(convolved)
+        y = ssd_step(x, dt, self._decay_rates(), B, C, D_H=self.D, state_BHPN=state.ssm_BHPN)
+        return self.out_proj(self.norm(y.flatten(1), gate))
+
+    def _part_length(self, h_TD: Tensor) -> int:
+        """Tokens read together: all of them where gradients are kept or memory is no matter."""
+        if h_TD.device.type != "cpu" or torch.is_grad_enabled():
+            return len(h_TD)
+        num_chunks = PART_ELEMENTS // (self.in_proj.out_features * self.chunk_size)
+        return max(1, num_chunks) * self.chunk_size
+
+    def _new_state(self, h_TD: Tensor) -> Mamba2State:
+        """Of one sequence that has not begun."""
+        dtype = torch.float64 if h_TD.dtype == torch.float64 else torch.float32
+        return Mamba2State(
+            window_BKD=h_TD.new_zeros(1, self.conv1d.kernel_size[0] - 1, self.conv_dim),
+            ssm_BHPN=h_TD.new_zeros(1, self.num_heads, self.head_dim, self.state_size, dtype=dtype),
+        )
+
+    def _project(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        sizes = [self.intermediate_size, self.conv_dim, self.num_heads]
+        gate, channels, dt = torch.split(self.in_proj(h), sizes, dim=-1)
+        dtype = torch.float64 if dt.dtype == torch.float64 else torch.float32
+        dt = F.softplus(dt.to(dtype) + self.dt_bias.to(dtype))
+        return gate, channels, dt if self.is_unlimited else dt.clamp(*self.time_step_limit)
+
+    def _split(self, convolved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        size = self.num_groups * self.state_size
+        x, B, C = torch.split(convolved, [self.intermediate_size, size, size], dim=-1)
+        return (
+            x.view(len(x), self.num_heads, self.head_dim),
+            B.view(len(x), self.num_groups, self.state_size),
+            C.view(len(x), self.num_groups, self.state_size),
+        )
+
+    def _decay_rates(self) -> Tensor:
+        dtype = torch.float64 if self.A_log.dtype == torch.float64 else torch.float32
+        return -torch.exp(self.A_log.to(dtype))
+
+
+def _shift_window(window_KD: Tensor, channels_TD: Tensor) -> None:
+    """The last inputs of the convolution after T more, in place."""
+    recent = torch.cat([window_KD, channels_TD[max(0, len(channels_TD) - len(window_KD)) :].to(window_KD.dtype)])
+    window_KD.copy_(recent[len(recent) - len(window_KD) :])
+
+
+def conv_dim(config: HybridConfig) -> int:
+    """Channels that the convolution sees: x, B and C."""
+    return config.mamba_intermediate_size + 2 * config.n_groups * config.ssm_state_size

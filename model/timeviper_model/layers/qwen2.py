@@ -1,0 +1,66 @@
+"""Qwen2's decoder layer: attention with RoPE and biases, then a gated MLP, each behind a norm and a residual.
+
+The same interface as `hybrid.Block`, with both halves in one block. Knows hidden states and segments; not vision,
+TransV or logits. Module names give Hugging Face's parameter names below `model.layers.N.`.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from timeviper_model.batching.segments import Segments
+from timeviper_model.config import Qwen2Config
+from timeviper_model.layers.attention import Attention, Rotary
+from timeviper_model.layers.mamba2 import Mamba2State
+from timeviper_model.layers.nemotron_h import LayerState
+from timeviper_model.ops.linear import Linear
+from timeviper_model.ops.norm import RMSNorm
+
+
+class GatedMLP(nn.Module):
+    """`down(silu(gate(x)) * up(x))`, no bias."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, h_TD: Tensor) -> Tensor:
+        """(T, D) -> (T, D)"""
+        return self.down_proj(F.silu(self.gate_proj(h_TD)) * self.up_proj(h_TD))
+
+
+class Qwen2Block(nn.Module):
+    """`h += self_attn(input_layernorm(h))`, then `h += mlp(post_attention_layernorm(h))`."""
+
+    def __init__(self, config: Qwen2Config) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, rotary=Rotary(config.head_dim, config.rope_theta))
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
+
+    def forward(self, h_TD: Tensor, segments: Segments, state: LayerState = None) -> Tensor:
+        """(T, D) -> (T, D) over a pack; keys and values are left in `state`."""
+        assert not isinstance(state, Mamba2State)
+        h_TD = h_TD + self.self_attn(self.input_layernorm(h_TD), segments, state)
+        return h_TD + self.mlp(self.post_attention_layernorm(h_TD))
+
+    def step(self, h_BD: Tensor, state: LayerState, positions_B: Tensor) -> Tensor:
+        """(B, D) -> (B, D), one token of B sequences, each at its place in its whole sequence."""
+        assert state is not None
+        assert not isinstance(state, Mamba2State)
+        h_BD = h_BD + self.self_attn.step(self.input_layernorm(h_BD), state, positions_B)
+        return h_BD + self.mlp(self.post_attention_layernorm(h_BD))
+
+    @property
+    def attention(self) -> Attention:
+        """The attention that TransV's score row asks."""
+        return self.self_attn
+
+    @property
+    def attention_norm(self) -> RMSNorm:
+        """The norm before it."""
+        return self.input_layernorm

@@ -1,0 +1,303 @@
+"""TransV: between two blocks, drop part of the vision tokens and hand what they know to the instruction.
+
+Turns the token stream before block `layer` into a shorter one (paper section 3.3, equations 4-6). Knows hidden states,
+token kinds and segments; not ids, logits or caches.
+
+    before   S S v v v v v v i i i R R        k = min(present, floor(keep * N + 1/2)) vision tokens stay; N counts
+    after    S S v . v . . v i i i R R        the sample's vision tokens at the model's entrance
+                   \\____\\_\\____/ instruction tokens attend to the dropped ones, x += tanh(alpha) * attention
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from timeviper_model.batching.batch import TokenKind
+from timeviper_model.batching.segments import RowBucket, Segments, group_by_length
+from timeviper_model.batching.shapes import put_rows, take_rows
+from timeviper_model.config import TextConfig, TransVSite
+from timeviper_model.layers.attention import Attention, full_attention, grouped_scores, repeat_kv
+from timeviper_model.layers.backbone import DecoderBlock
+from timeviper_model.ops.linear import Linear
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenStream:
+    """What flows through the blocks; every field shrinks together when vision tokens are dropped."""
+
+    hidden_TD: Tensor
+    segments: Segments
+    token_kind_T: Tensor
+    labels_T: Tensor
+    original_counts: tuple[int, ...]
+    """vision tokens of each segment at the model's entrance"""
+
+    def with_hidden(self, hidden_TD: Tensor) -> TokenStream:
+        """The same tokens in another state."""
+        return replace(self, hidden_TD=hidden_TD)
+
+    def keep(self, index: Tensor) -> TokenStream:
+        """The stream of the tokens `index` (K,) int64, ascending."""
+        return TokenStream(
+            hidden_TD=take_rows(self.hidden_TD, index),
+            segments=self.segments.keep(index),
+            token_kind_T=self.token_kind_T[index],
+            labels_T=self.labels_T[index],
+            original_counts=self.original_counts,
+        )
+
+
+class TransVLayer(nn.Module):
+    """Cross-attention from instruction tokens to vision tokens: no positions, no norm, a gate (equation 6).
+
+    It has the biases that the backbone's attention has, being a copy of it at first: none in Nemotron-H.
+    """
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        query_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.q_proj = Linear(config.hidden_size, query_size, bias=config.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.o_proj = Linear(query_size, config.hidden_size, bias=False)
+        self.alpha = nn.Parameter(torch.zeros(1))
+
+    def forward(self, receivers_QD: Tensor, sources_KD: Tensor, rows: list[TransferRows]) -> Tensor:
+        """(Q, D): what each receiver is given, tanh(alpha) included."""
+        q = self.q_proj(receivers_QD).unflatten(-1, (self.num_heads, self.head_dim))
+        k, v = self.source_keys_values(sources_KD)
+        mixed = torch.cat([part.attend(q, k, v) for part in rows])
+        order = torch.cat([part.receivers.token_index for part in rows])
+        return self._gated(put_rows(mixed, order, len(receivers_QD)))
+
+    def source_keys_values(self, sources_KD: Tensor) -> tuple[Tensor, Tensor]:
+        """(K, Hkv, E) each: what `read` wants to know of the sources."""
+        keys, values = (proj(sources_KD).unflatten(-1, (self.num_kv_heads, -1)) for proj in (self.k_proj, self.v_proj))
+        return keys, values
+
+    def read(self, receivers_QD: Tensor, k_GKE: Tensor, v_GKE: Tensor, num_visible: list[int]) -> Tensor:
+        """(Q, D): what receiver q is given by the first `num_visible[q]` of K sources, an ascending number."""
+        q = self.q_proj(receivers_QD).unflatten(-1, (self.num_heads, self.head_dim))
+        mixed_QHE = torch.zeros_like(q)
+        start = 0
+        for count, alike in itertools.groupby(num_visible):
+            stop = start + len(list(alike))
+            if count:
+                mixed_QHE[start:stop] = full_attention(q[start:stop], k_GKE[:, :count], v_GKE[:, :count])
+            start = stop
+        return self._gated(mixed_QHE)
+
+    def _gated(self, mixed_QHE: Tensor) -> Tensor:
+        gated: Tensor = torch.tanh(self.alpha) * self.o_proj(mixed_QHE.flatten(1))
+        return gated
+
+    def idle(self, hidden_TD: Tensor) -> Tensor:
+        """(1, D) of zeros through every parameter: a rank that skips a trained module breaks ZeRO."""
+        token = _one_token(hidden_TD)  # its gradient is zero, but ZeRO-3 works where gradients pass
+        one = Segments(torch.zeros(1, dtype=torch.long, device=token.device), 1).rows([0])
+        visible = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=token.device)
+        part = TransferRows(receivers=one, sources=one, visible_R1QK=visible)
+        return 0.0 * self(token, token, [part])
+
+    @torch.no_grad()
+    def copy_from(self, attention: Attention) -> None:
+        """Takes over an attention block's projections; the gate stays as it is."""
+        own = dict(self.named_parameters())
+        for name, parameter in attention.named_parameters():
+            own[name].copy_(parameter)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TransferRows:
+    """Segments whose receivers and sources are padded to one shape."""
+
+    receivers: RowBucket
+    """rows of the Q receiving tokens"""
+    sources: RowBucket
+    """rows of the K source tokens; the same segments"""
+    visible_R1QK: Tensor
+    """bool: the source is real and earlier in the sequence than the receiver"""
+
+    def attend(self, q_QHE: Tensor, k_KHE: Tensor, v_KHE: Tensor) -> Tensor:
+        """(M, H, E) for the bucket's receivers; zeros for a receiver that sees no source."""
+        q = self.receivers.pad(q_QHE).transpose(1, 2)
+        k, v = (self.sources.pad(tensor).transpose(1, 2) for tensor in (k_KHE, v_KHE))
+        sees_any = self.visible_R1QK.any(-1, keepdim=True)
+        mixed = F.scaled_dot_product_attention(q, *repeat_kv(k, v, q.shape[1]), attn_mask=self.visible_R1QK | ~sees_any)
+        return self.receivers.unpad((mixed * sees_any).transpose(1, 2))
+
+
+def apply_site(
+    stream: TokenStream,
+    site: TransVSite,
+    layer: TransVLayer | None,
+    block: DecoderBlock | None,
+    *,
+    checkpointing: bool = False,
+) -> TokenStream:
+    """The stream behind a site: fewer vision tokens, instruction tokens that know of them.
+
+    Args:
+        stream: before block `site.layer`.
+        site: what to do.
+        layer: the cross-attention; None for `transfer: none`.
+        block: the block `site.layer`, needed for `select: attention`.
+        checkpointing: compute the cross-attention again in the backward pass instead of keeping its queries, keys and
+            values; what was selected stays selected.
+    """
+    vision_T = stream.token_kind_T == TokenKind.VISION
+    kept_T = ~vision_T | _select(stream, site, block, vision_T)
+    if layer is not None:
+        sources_T = kept_T & vision_T if site.transfer_from == "kept" else ~kept_T
+        stream = _transfer(stream, layer, sources_T, checkpointing)
+    if bool(kept_T.all()):
+        return stream
+    return stream.keep(kept_T.nonzero().squeeze(1))
+
+
+def num_kept(original: int, present: int, keep: float) -> int:
+    """How many of `present` vision tokens stay: a share of the original count, rounded half up."""
+    return min(present, math.floor(keep * original + 0.5))
+
+
+def evenly_spaced(num_present: int, num_kept: int, device: torch.device) -> Tensor:
+    """(N,) bool: which of the vision tokens at a uniform site stay."""
+    every = torch.ones(num_present, dtype=torch.bool, device=device)
+    return every if num_kept == num_present else _select_uniform(every, [num_present], [num_kept])
+
+
+def _select(stream: TokenStream, site: TransVSite, block: DecoderBlock | None, vision_T: Tensor) -> Tensor:
+    """(T,) bool: the vision tokens that stay."""
+    segments = stream.segments
+    present = torch.bincount(segments.ids[vision_T], minlength=segments.num_segments).tolist()
+    stay = [num_kept(n, here, site.keep) for n, here in zip(stream.original_counts, present, strict=True)]
+    if site.select == "uniform":
+        return vision_T if stay == present else _select_uniform(vision_T, present, stay)
+    assert block is not None  # the configuration allows selection by attention only at an attention block
+    return _select_by_attention(stream, block, vision_T, present, stay)
+
+
+def _select_uniform(vision_T: Tensor, present: list[int], stay: list[int]) -> Tensor:
+    """Evenly spaced places: index j is j * (n - 1) // (k - 1), in integers; k = 1 takes the first."""
+    device = vision_T.device
+    n_S1, k_S1 = (torch.tensor(counts, device=device)[:, None] for counts in (present, stay))
+    j_1K = torch.arange(max(stay), device=device)[None]
+    first_S1 = n_S1.cumsum(0) - n_S1
+    index_SK = first_S1 + j_1K * (n_S1 - 1) // (k_S1 - 1).clamp(min=1)
+    chosen = index_SK[j_1K < k_S1]
+    places = vision_T.nonzero().squeeze(1)
+    kept_T = torch.zeros_like(vision_T)
+    kept_T[places[chosen]] = True
+    return kept_T
+
+
+@torch.no_grad()
+def _select_by_attention(
+    stream: TokenStream, block: DecoderBlock, vision_T: Tensor, present: list[int], stay: list[int]
+) -> Tensor:
+    """The vision tokens that the last token before the first response looks at most; ties go to the lower index."""
+    segments = stream.segments
+    kept_T = vision_T.clone()
+    queries_SHE, keys_TGE = _score_inputs(stream, block, any_drop=stay != present)
+    lengths = [
+        length if k < n else 0 for length, n, k in zip(segments.lengths, present, stay, strict=True)
+    ]  # nothing to choose elsewhere
+    for members in group_by_length(lengths):
+        rows = segments.rows(members)
+        score_RL = _score_row(stream, rows, queries_SHE[rows.segment_index], rows.pad(keys_TGE))
+        vision_RL = rows.pad(vision_T)
+        ranked = score_RL.masked_fill(~vision_RL, -1.0).sort(dim=1, descending=True, stable=True).indices
+        k_R1 = torch.tensor([stay[member] for member in members], device=vision_T.device)[:, None]
+        chosen_RL = torch.arange(rows.length, device=vision_T.device) < k_R1
+        kept_RL = torch.zeros_like(vision_RL).scatter_(1, ranked, chosen_RL)
+        kept_T[rows.token_index] = rows.unpad(kept_RL)
+    return kept_T
+
+
+def _score_inputs(stream: TokenStream, block: DecoderBlock, *, any_drop: bool) -> tuple[Tensor, Tensor]:
+    """Queries (S, H, E) of the score tokens and keys (T, G, E) of all tokens, as the block would compute them.
+
+    Each projection runs exactly once, on one token where there is nothing to drop: under ZeRO-3 a call is a collective,
+    and the ranks' packs differ.
+    """
+    positions = stream.segments.original_positions_T
+    hidden = stream.hidden_TD
+    if not any_drop:
+        hidden, positions = _one_token(hidden), positions.new_zeros(1)
+    places = _score_tokens(stream).clamp(max=len(hidden) - 1)  # a segment without tokens has no place of its own
+    attention, norm = block.attention, block.attention_norm
+    return attention.queries(norm(hidden[places]), positions[places]), attention.keys(norm(hidden), positions)
+
+
+def _one_token(hidden_TD: Tensor) -> Tensor:
+    """(1, D): the first token, a zero where every token was dropped."""
+    return hidden_TD[:1] if len(hidden_TD) else hidden_TD.new_zeros(1, hidden_TD.shape[1])
+
+
+def _score_row(stream: TokenStream, rows: RowBucket, queries_RHE: Tensor, keys_RLGE: Tensor) -> Tensor:
+    """(R, L): softmax over the causal row of each segment's score token, averaged over heads; only that row."""
+    scores = grouped_scores(queries_RHE, keys_RLGE.transpose(1, 2))
+    last_R = _score_tokens(stream)[rows.segment_index] - stream.segments.starts_S[rows.segment_index]
+    visible_RL = torch.arange(rows.length, device=scores.device) <= last_R[:, None]
+    return scores.masked_fill(~visible_RL[:, None, None], -torch.inf).softmax(-1).mean((1, 2))
+
+
+def _score_tokens(stream: TokenStream) -> Tensor:
+    """(S,) flat index of the last token before each segment's first response; without one, of its last token."""
+    segments = stream.segments
+    ends_S = segments.starts_S + segments.lengths_S
+    response = (stream.token_kind_T == TokenKind.RESPONSE).nonzero().squeeze(1)
+    first_S = ends_S.scatter_reduce(0, segments.ids[response], response, reduce="amin")
+    return (first_S - 1).clamp(min=0).maximum(segments.starts_S)
+
+
+def _transfer(stream: TokenStream, layer: TransVLayer, source_T: Tensor, checkpointing: bool) -> TokenStream:
+    """Adds to each instruction token what it reads from the sources before it in its segment."""
+    receiver_index = (stream.token_kind_T == TokenKind.INSTRUCTION).nonzero().squeeze(1)
+    source_index = source_T.nonzero().squeeze(1)
+    rows = _transfer_rows(stream.segments, receiver_index, source_index)
+    hidden = stream.hidden_TD
+    if not rows and not torch.is_grad_enabled():  # a look at layer.alpha instead would be a collective under ZeRO-3
+        return stream
+    operands = hidden, layer, receiver_index, source_index, rows
+    given = checkpoint(_given, *operands, use_reentrant=False) if checkpointing else _given(*operands)
+    return stream.with_hidden(hidden + (put_rows(given, receiver_index, len(hidden)) if rows else given))
+
+
+def _given(
+    hidden_TD: Tensor, layer: TransVLayer, receiver_index: Tensor, source_index: Tensor, rows: list[TransferRows]
+) -> Tensor:
+    """(Q, D) for the receivers; zeros (1, D) when nobody receives.
+
+    Ends with the module's call in either case. What is checkpointed is computed again at the first look at something it
+    kept, and the module's calls are collectives under ZeRO-3: the ranks, whose packs differ, must look there alike.
+    """
+    if not rows:
+        return layer.idle(hidden_TD)
+    return layer(take_rows(hidden_TD, receiver_index), take_rows(hidden_TD, source_index), rows)
+
+
+def _transfer_rows(segments: Segments, receiver_index: Tensor, source_index: Tensor) -> list[TransferRows]:
+    """The segments that have both, grouped so that neither padded side is much larger than the real one."""
+    receivers, sources = segments.keep(receiver_index), segments.keep(source_index)
+    num_sources = [k if q else 0 for q, k in zip(receivers.lengths, sources.lengths, strict=True)]
+    rows = []
+    for alike in group_by_length(num_sources):
+        for group in group_by_length([receivers.lengths[member] for member in alike]):
+            members = [alike[number] for number in group]
+            receiver_rows, source_rows = receivers.rows(members), sources.rows(members)
+            place_RQ = receiver_rows.pad(receiver_index)
+            place_RK = source_rows.pad(source_index)
+            real_RK = torch.arange(source_rows.length, device=place_RK.device) < source_rows.row_lengths[:, None]
+            visible = (place_RK[:, None, :] < place_RQ[:, :, None]) & real_RK[:, None]
+            rows.append(TransferRows(receivers=receiver_rows, sources=source_rows, visible_R1QK=visible[:, None]))
+    return rows

@@ -1,0 +1,262 @@
+"""CUDA kernels of other packages behind the signatures of ssd.py, causal_conv.py and attention.py.
+
+    kernel_scan       mamba-ssm's mamba_chunk_scan_combined     for ssd_scan
+    kernel_conv_silu  causal-conv1d's causal_conv1d_fn          for causal_conv_silu
+    varlen_attention  torch's varlen_attn (Flash Attention)     for segment_causal_attention
+
+The first two compute offsets in 32 bits and are silently wrong past them (mamba issue 1015), so a long pack goes
+through in pieces: the scan carries its state from one to the next, the convolution reads a few tokens twice. Knows
+tensors alone; whether a kernel may be used is for backends.py to say. Nothing is imported before its first use.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from timeviper_model.batching.segments import Segments
+from timeviper_model.ops.causal_conv import causal_conv_silu
+from timeviper_model.ops.ssd import ssd_scan
+
+MAX_OFFSET = 2**31 - 1
+"""elements: the largest offset of a signed 32-bit integer"""
+
+CONV_ALIGNMENT = 8
+"""causal_conv1d_fn wants rows that begin at multiples of this many elements"""
+
+
+class Scan(Protocol):
+    """`ssd.ssd_scan` and whatever stands for it."""
+
+    def __call__(
+        self,
+        x_THP: Tensor,
+        dt_TH: Tensor,
+        A_H: Tensor,
+        B_TGN: Tensor,
+        C_TGN: Tensor,
+        *,
+        D_H: Tensor,
+        chunk_size: int,
+        initial_state_HPN: Tensor | None = None,
+        seq_idx_T: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """See `ssd.ssd_scan`."""
+        ...
+
+
+class Convolve(Protocol):
+    """`causal_conv.causal_conv_silu` and whatever stands for it."""
+
+    def __call__(
+        self,
+        x_TD: Tensor,
+        weight_DK: Tensor,
+        bias_D: Tensor | None,
+        *,
+        positions_T: Tensor,
+        initial_KD: Tensor | None = None,
+    ) -> Tensor:
+        """See `causal_conv.causal_conv_silu`."""
+        ...
+
+
+def kernel_scan(
+    x_THP: Tensor,
+    dt_TH: Tensor,
+    A_H: Tensor,
+    B_TGN: Tensor,
+    C_TGN: Tensor,
+    *,
+    D_H: Tensor,
+    chunk_size: int,
+    initial_state_HPN: Tensor | None = None,
+    seq_idx_T: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`ssd_scan` by mamba-ssm; y is fp32 as there, but rounded to the dtype of `x_THP` on the way."""
+    if not len(x_THP):  # no token is left, and a kernel cannot be launched for none
+        return ssd_scan(
+            x_THP,
+            dt_TH,
+            A_H,
+            B_TGN,
+            C_TGN,
+            D_H=D_H,
+            chunk_size=chunk_size,
+            initial_state_HPN=initial_state_HPN,
+            seq_idx_T=seq_idx_T,
+        )
+    return scan_in_pieces(
+        _kernel_scan_piece,
+        x_THP,
+        dt_TH,
+        A_H,
+        B_TGN,
+        C_TGN,
+        D_H=D_H,
+        chunk_size=chunk_size,
+        initial_state_HPN=initial_state_HPN,
+        seq_idx_T=seq_idx_T,
+        max_tokens=max_scan_tokens(x_THP, dt_TH, B_TGN, C_TGN, chunk_size),
+    )
+
+
+def scan_in_pieces(
+    scan: Scan,
+    x_THP: Tensor,
+    dt_TH: Tensor,
+    A_H: Tensor,
+    B_TGN: Tensor,
+    C_TGN: Tensor,
+    *,
+    D_H: Tensor,
+    chunk_size: int,
+    initial_state_HPN: Tensor | None = None,
+    seq_idx_T: Tensor | None = None,
+    max_tokens: int,
+) -> tuple[Tensor, Tensor]:
+    """What `scan` gives for the whole, asked for at most `max_tokens` tokens at a time, the state carried between."""
+    state, outputs = initial_state_HPN, []
+    for start in range(0, len(x_THP), max_tokens):
+        part = slice(start, start + max_tokens)
+        if start and seq_idx_T is not None and bool(seq_idx_T[start] != seq_idx_T[start - 1]):
+            state = None  # the piece begins with a segment
+        y, state = scan(
+            x_THP[part],
+            dt_TH[part],
+            A_H,
+            B_TGN[part],
+            C_TGN[part],
+            D_H=D_H,
+            chunk_size=chunk_size,
+            initial_state_HPN=state,
+            seq_idx_T=None if seq_idx_T is None else seq_idx_T[part],
+        )
+        outputs.append(y)
+    assert state is not None  # at least one token: see kernel_scan
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)), state
+
+
+def max_scan_tokens(x_THP: Tensor, dt_TH: Tensor, B_TGN: Tensor, C_TGN: Tensor, chunk_size: int) -> int:
+    """How many tokens the scan's kernels can address, a multiple of `chunk_size`.
+
+    The widest row of any tensor they walk over decides: the operands as they lie in memory, and what the kernels
+    allocate (the inputs' gradients head by head, chunk states, the products C . B).
+    """
+    (_, num_heads, head_dim), (_, num_groups, state_size) = x_THP.shape, B_TGN.shape
+    return max_tokens_below_limit(
+        max(
+            *(tensor.stride(0) for tensor in (x_THP, dt_TH, B_TGN, C_TGN)),
+            num_heads * head_dim,
+            num_heads * state_size,
+            -(-num_heads * head_dim * state_size // chunk_size),
+            num_groups * chunk_size,
+        ),
+        multiple_of=chunk_size,
+    )
+
+
+def max_tokens_below_limit(elements_per_token: int, *, multiple_of: int = 1) -> int:
+    """The most tokens whose last element is still within a 32-bit offset."""
+    return max(MAX_OFFSET // elements_per_token // multiple_of, 1) * multiple_of
+
+
+def _kernel_scan_piece(
+    x_THP: Tensor,
+    dt_TH: Tensor,
+    A_H: Tensor,
+    B_TGN: Tensor,
+    C_TGN: Tensor,
+    *,
+    D_H: Tensor,
+    chunk_size: int,
+    initial_state_HPN: Tensor | None = None,
+    seq_idx_T: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    # the kernel takes an initial state for that of segment 0: the first segment must bear that number
+    seq_idx = None if seq_idx_T is None else (seq_idx_T - seq_idx_T[0]).int()[None].contiguous()
+    y, last = mamba_chunk_scan_combined(
+        x_THP[None],
+        dt_TH[None],
+        A_H,
+        B_TGN[None],
+        C_TGN[None],
+        chunk_size,
+        D=D_H.float(),
+        initial_states=None if initial_state_HPN is None else initial_state_HPN[None].contiguous(),
+        seq_idx=seq_idx,
+        return_final_states=True,
+    )
+    return y[0].float(), last[0].float()
+
+
+def kernel_conv_silu(
+    x_TD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, *, positions_T: Tensor, initial_KD: Tensor | None = None
+) -> Tensor:
+    """`causal_conv_silu` by causal-conv1d."""
+    if not len(x_TD):  # no token is left, and a kernel cannot be launched for none
+        return causal_conv_silu(x_TD, weight_DK, bias_D, positions_T=positions_T)
+    if initial_KD is not None and initial_KD.shape[0]:
+        joined = torch.cat([initial_KD.to(x_TD.dtype), x_TD])
+        positions = torch.arange(len(joined), device=x_TD.device)
+        return kernel_conv_silu(joined, weight_DK, bias_D, positions_T=positions)[len(initial_KD) :]
+    max_tokens = max_tokens_below_limit(max(x_TD.stride(0), x_TD.shape[1]))
+    return conv_in_pieces(_kernel_conv_piece, x_TD, weight_DK, bias_D, positions_T=positions_T, max_tokens=max_tokens)
+
+
+def conv_in_pieces(
+    convolve: Convolve, x_TD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, *, positions_T: Tensor, max_tokens: int
+) -> Tensor:
+    """What `convolve` gives for the whole, asked for at most `max_tokens` tokens at a time.
+
+    A piece begins K - 1 tokens early, with what its first own tokens look back at; those outputs are left out.
+    """
+    ahead = weight_DK.shape[1] - 1
+    outputs = []
+    for start in range(0, len(x_TD), max_tokens - ahead):
+        first = max(0, start - ahead)
+        part = slice(first, start + max_tokens - ahead)
+        piece = convolve(x_TD[part], weight_DK, bias_D, positions_T=positions_T[part])
+        outputs.append(piece[start - first :])
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _kernel_conv_piece(
+    x_TD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, *, positions_T: Tensor, initial_KD: Tensor | None = None
+) -> Tensor:
+    from causal_conv1d import causal_conv1d_fn
+
+    assert initial_KD is None  # joined to the front by the caller: the kernel takes none beside seq_idx
+    aligned = x_TD.stride(0) % CONV_ALIGNMENT == 0 and x_TD.storage_offset() % CONV_ALIGNMENT == 0
+    # channels last, as seq_idx needs it; not contiguous(), to which a single row is so wherever it begins
+    x_1DT = (x_TD if aligned else x_TD.clone(memory_format=torch.contiguous_format))[None].transpose(1, 2)
+    seq_idx = (positions_T == 0).cumsum(0, dtype=torch.int32)[None].contiguous()
+    y_1DT: Tensor = causal_conv1d_fn(x_1DT, weight_DK, bias_D, seq_idx=seq_idx, activation="silu")
+    return y_1DT.transpose(1, 2)[0]
+
+
+def varlen_attention(q_THE: Tensor, k_THE: Tensor, v_THE: Tensor, segments: Segments) -> Tensor:
+    """`segment_causal_attention` over the flat pack: no padded rows, no T x T mask."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    if not len(q_THE):
+        return q_THE + 0.0 * (k_THE.sum() + v_THE.sum())  # no token is left, yet every parameter takes part
+    ends = segments.lengths_S.cumsum(0, dtype=torch.int32)
+    cu_seqlens, longest = torch.nn.functional.pad(ends, (1, 0)), max(segments.lengths)
+    mixed = varlen_attn(
+        q_THE,
+        k_THE,
+        v_THE,
+        cu_seqlens,
+        cu_seqlens,
+        longest,
+        longest,
+        window_size=(-1, 0),  # causal
+        enable_gqa=q_THE.shape[1] != k_THE.shape[1],
+    )
+    assert isinstance(mixed, Tensor)
+    return mixed

@@ -1,0 +1,69 @@
+"""State dicts of TimeViper's public code (github.com/xiaomi-research/timeviper, November 2025) into our model.
+
+    vision_backbone.*                                        left out: features come from the encoder's own folder
+    projector.projector.{0,2}.{weight,bias}                  projector.fc1, projector.fc2
+    llm_backbone.llm.{backbone,model}.*, .lm_head.weight     backbone.*, lm_head.weight
+    llm_backbone.llm.{backbone,model}.merge_modules.K.*      transv.<layer of the K-th site>.*
+    llm_backbone.llm.{backbone,model}.alpha                  alpha of all sites, one after another
+
+Knows names; the configuration, with as many TransV sites, is the caller's to choose. No such weights were public when
+this was written: the names are those of the code.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from timeviper_model.config import TimeViperConfig
+from timeviper_model.timeviper import TimeViper
+from timeviper_model.weights.families import own_name
+from timeviper_model.weights.weights_folder import copy_tensors, iter_tensors, named_tensors
+
+LLM = "llm_backbone.llm."
+PROJECTOR = {"projector.projector.0.": "projector.fc1.", "projector.projector.2.": "projector.fc2."}
+MERGE_MODULE = re.compile(r"(?:backbone|model)\.merge_modules\.(\d+)\.(.+)")
+ALPHA = re.compile(r"(?:backbone|model)\.alpha")
+
+
+def load_public_checkpoint(model: TimeViper, path: str | Path) -> None:
+    """Every weight of `model`, in place, from a checkpoint of the public code.
+
+    Args:
+        path: a `.bin` or `.pt` file with its state dict, or a folder of safetensors files with the same names.
+
+    Raises:
+        ValueError: when tensors are missing, unexpected or misshaped, by our names.
+    """
+    path = Path(path)
+    if path.is_dir():
+        tensors: Iterable[tuple[str, Tensor]] = iter_tensors(path)
+    else:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True).items()
+    copy_tensors(named_tensors(model), rename_public(tensors, model.config), where=str(path))
+
+
+def rename_public(tensors: Iterable[tuple[str, Tensor]], config: TimeViperConfig) -> Iterator[tuple[str, Tensor]]:
+    """The tensors under our names; a name that the public code does not have comes out as it is."""
+    layers = [site.layer for site in config.transv]
+    for name, tensor in tensors:
+        if name.startswith("vision_backbone."):
+            continue
+        if not name.startswith(LLM):
+            prefix = next((prefix for prefix in PROJECTOR if name.startswith(prefix)), "")
+            yield PROJECTOR.get(prefix, "") + name.removeprefix(prefix), tensor
+            continue
+        inner = name.removeprefix(LLM)
+        merge = MERGE_MODULE.fullmatch(inner)
+        if merge and int(merge[1]) < len(layers):
+            yield f"transv.{layers[int(merge[1])]}.{merge[2]}", tensor
+        elif ALPHA.fullmatch(inner) and len(tensor) == len(layers):
+            yield from ((f"transv.{layer}.alpha", tensor[n : n + 1]) for n, layer in enumerate(layers))
+        elif inner == "lm_head.weight" and config.text.tie_word_embeddings:
+            continue  # stored twice there
+        else:
+            yield own_name(inner, config.text), tensor

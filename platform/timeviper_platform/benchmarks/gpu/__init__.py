@@ -1,0 +1,1 @@
+"""Measurements of a CUDA device, without Ray."""

@@ -1,0 +1,190 @@
+"""Row group `decode`: tokens a second at 32k in, 1k out, batch 32, against a Transformer of Qwen3-8B's shape.
+
+Both sides run on the same prefill, cache and decode steps, which are captured as a CUDA graph (decode_graph.py; the
+InferenceEngine's own steps, which look at lengths on the host, are printed beside). One prompt's prefill and some
+steps in the middle of the answer are timed, and a whole batch is `batch * prefill + new tokens * step`. A side whose
+cache for the whole batch does not fit decodes as many sequences as do, and its rows say how many.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple
+
+import torch
+
+from timeviper_model.config import PRESETS, HybridConfig, Qwen2Config, TimeViperConfig
+from timeviper_model.inference.chunked_transv import plan_sites
+from timeviper_model.inference.decode_graph import DecodeGraph
+from timeviper_model.layers.cache import HybridCache
+from timeviper_model.layers.mamba2 import conv_dim
+from timeviper_model.timeviper import TimeViper
+from timeviper_platform.benchmarks.gpu.device import DTYPE, free_memory, make_model, make_row, measure, synchronize
+from timeviper_platform.benchmarks.gpu.prefill import read_prompt
+from timeviper_platform.benchmarks.measure import Row
+from timeviper_platform.benchmarks.model.models import NUM_QUESTION, NUM_SYSTEM, TOKENS_PER_FRAME, video_question
+
+logger = logging.getLogger(__name__)
+
+QWEN3_8B_SHAPE = Qwen2Config(
+    vocab_size=151936,
+    hidden_size=4096,
+    intermediate_size=12288,
+    num_hidden_layers=36,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+)
+"""The sizes of Alibaba's Qwen3-8B (`config.json`); Qwen2's biases in place of its norms of queries and keys."""
+
+MEMORY_SHARE = 0.85
+"""of what is free behind the weights, for the cache; the rest is for a step's own tensors and growing"""
+
+
+class Side(NamedTuple):
+    """What was measured of one model."""
+
+    tokens_per_second: float
+    """of decoding alone"""
+    whole_tokens_per_second: float
+    """with the prompts' reading"""
+
+
+def decode_rows(
+    device: torch.device,
+    *,
+    ours: TimeViperConfig = PRESETS["9b"],
+    transformer: Qwen2Config = QWEN3_8B_SHAPE,
+    num_frames: int = 2048,
+    num_new: int = 1024,
+    batch: int = 32,
+    num_steps: int = 64,
+    repeats: int = 3,
+) -> list[Row]:
+    """Rows of three models, one after the other on the device, and what the first two are over the third.
+
+    Args:
+        device: CUDA, or a CPU for a toy.
+        ours: the hybrid with its plan; it also runs without.
+        transformer: the other side's language model, given the same vision tokens.
+        num_frames: of a prompt; 2,048 frames are 32,768 tokens.
+        num_new: tokens of each answer.
+        batch: sequences decoded together.
+        num_steps: steps of a measured pass.
+        repeats: passes.
+    """
+    plain = TimeViperConfig(text=ours.text, vision=ours.vision)
+    configs = {
+        "9b with the paper's plan": ours,
+        "9b without TransV": plain,
+        "Transformer of Qwen3-8B's shape": TimeViperConfig(text=transformer, vision=ours.vision),
+    }
+    rows: list[Row] = []
+    sides: list[Side] = []
+    for name, config in configs.items():
+        found, side = decode_side(name, config, device, num_frames, num_new, batch, num_steps, repeats)
+        rows += found
+        sides.append(side)
+        free_memory(device)
+    for name, side in zip(list(configs)[:2], sides[:2], strict=True):
+        decoding = side.tokens_per_second / sides[2].tokens_per_second
+        whole = side.whole_tokens_per_second / sides[2].whole_tokens_per_second
+        rows += [
+            make_row("decode", f"{name} over the Transformer, decoding alone", decoding, "x tokens/s"),
+            make_row("decode", f"{name} over the Transformer, prompts included", whole, "x tokens/s"),
+        ]
+    return rows
+
+
+def fitting_batch(config: TimeViperConfig, num_vision: int, num_text: int, free_bytes: float) -> int:
+    """How many sequences of so many tokens find room in that much memory."""
+    return int(free_bytes // slot_bytes(config, num_vision, num_text))
+
+
+def slot_bytes(config: TimeViperConfig, num_vision: int, num_text: int) -> int:
+    """Bytes of the cache for one sequence: keys and values of what its plan leaves in each layer, and Mamba's states.
+
+    The 9b at 32,768 vision and 1,056 text tokens: 0.32 GB with the paper's plan, 0.70 without.
+    """
+    text, plans, present, total = config.text, plan_sites(config, num_vision), num_vision, 0
+    for layer, kind in enumerate(text.block_types):
+        present = plans[layer].num_kept if layer in plans else present
+        if kind == "attention":
+            total += 2 * text.num_key_value_heads * text.head_dim * (present + num_text) * DTYPE.itemsize
+        elif kind == "mamba":
+            assert isinstance(text, HybridConfig)
+            total += 4 * text.mamba_intermediate_size * text.ssm_state_size
+            total += (text.conv_kernel - 1) * conv_dim(text) * DTYPE.itemsize
+    return total
+
+
+@torch.inference_mode()
+def fill_cache(cache: HybridCache, config: TimeViperConfig, num_vision: int, num_text: int, num_new: int) -> None:
+    """Random states, keys and values in every slot, as many as such a prompt leaves there, and room for an answer."""
+    plans, present = plan_sites(config, num_vision), num_vision
+    slots = range(cache.num_slots)
+    for layer in range(config.text.num_hidden_layers):
+        present = plans[layer].num_kept if layer in plans else present
+        if layer in cache.attention:
+            attention = cache.attention[layer]
+            attention.reserve(present + num_text + num_new)
+            attention.keys.normal_()
+            attention.values.normal_()
+            attention.lengths = [present + num_text for _ in slots]
+        elif layer in cache.mamba:
+            cache.mamba[layer].window_BKD.normal_(0.0, 0.1)
+            cache.mamba[layer].ssm_BHPN.normal_(0.0, 0.1)
+    cache.num_tokens = [num_vision + num_text for _ in slots]
+
+
+def decode_side(
+    name: str,
+    config: TimeViperConfig,
+    device: torch.device,
+    num_frames: int,
+    num_new: int,
+    batch: int,
+    num_steps: int,
+    repeats: int,
+    *,
+    group: str = "decode",
+) -> tuple[list[Row], Side]:
+    """Rows of one model, under the name of a group, and its rates."""
+    model, words = make_model(config, device)
+    prompt = video_question(num_frames)
+    reading = measure(lambda: read_prompt(model, prompt, num_frames, device), device, repeats=repeats)
+    free_memory(device)
+    num_vision, num_text = num_frames * TOKENS_PER_FRAME, NUM_SYSTEM + NUM_QUESTION
+    if device.type == "cuda":
+        room = torch.cuda.mem_get_info(device)[0] * MEMORY_SHARE
+        batch = min(batch, fitting_batch(config, num_vision, num_text + num_new, room))
+    in_graph, eager = _step_seconds(model, device, num_vision, num_text + num_new // 2, batch, num_steps, repeats)
+    decoding = batch / in_graph
+    whole = batch * num_new / (batch * reading.seconds + num_new * in_graph)
+    label = f"{name}, {len(prompt)} in, {num_new} out, batch {batch}"
+    how = "a CUDA graph" if device.type == "cuda" else "no CUDA graph"
+    values = [
+        (f"{label}: prefill of one prompt ({words})", reading.seconds, "s"),
+        (f"{label}: decoding alone ({how})", decoding, "tokens/s"),
+        (f"{label}: decoding alone, step by step from Python", batch / eager, "tokens/s"),
+        (f"{label}: prompts included ({how})", whole, "tokens/s"),
+    ]
+    return [make_row(group, *value) for value in values], Side(decoding, whole)
+
+
+@torch.inference_mode()
+def _step_seconds(
+    model: TimeViper, device: torch.device, num_vision: int, num_text: int, batch: int, num_steps: int, repeats: int
+) -> tuple[float, float]:
+    """Seconds of one step as a graph, and called from Python, in the middle of an answer."""
+    cache = model.new_cache(batch, device=device, dtype=DTYPE)
+    # a warm-up pass and the measured ones; then the same from Python, which finds room for its own
+    total = num_steps * (repeats + 1)
+    fill_cache(cache, model.config, num_vision, num_text, 2 * total)
+    slots = list(range(batch))
+    graph = DecodeGraph(model, cache, slots, [0] * batch, max_steps=total)
+    in_graph = measure(lambda: [graph.step() for _ in range(num_steps)], device, repeats=repeats)
+    graph.finish()
+    synchronize(device)
+    ids, places = torch.zeros(batch, dtype=torch.long, device=device), torch.tensor(slots, device=device)
+    eager = measure(lambda: [model.decode_step(ids, cache, places) for _ in range(num_steps)], device, repeats=repeats)
+    return in_graph.seconds / num_steps, eager.seconds / num_steps

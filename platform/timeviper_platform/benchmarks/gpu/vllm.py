@@ -1,0 +1,120 @@
+"""Row group `vllm`: the 9b without TransV against vLLM's Nemotron-H, where vLLM is installed; both with random weights.
+
+vLLM gets a folder with a config.json of the same sizes and makes its own weights (`load_format="dummy"`), in a process
+of its own, as it takes what memory there is. Both read as many random tokens and write as many, end tokens or not.
+Knows vLLM's offline interface; our side is the `decode` group's.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from timeviper_model.config import PRESETS, TimeViperConfig
+from timeviper_platform.benchmarks.gpu.device import free_memory, make_row
+from timeviper_platform.benchmarks.gpu.token_decode import decode_side
+from timeviper_platform.benchmarks.measure import Row
+from timeviper_platform.benchmarks.model.models import text_prompt, video_question
+
+logger = logging.getLogger(__name__)
+
+
+def vllm_rows(
+    device: torch.device,
+    *,
+    ours: TimeViperConfig = PRESETS["9b"],
+    num_frames: int = 2048,
+    num_new: int = 1024,
+    batch: int = 32,
+    num_steps: int = 64,
+    repeats: int = 3,
+    other: Callable[[dict[str, Any], int, int, int], float] | None = None,
+) -> list[Row]:
+    """Tokens a second with the prompts' reading, ours over vLLM's; no rows, and a line in the log, without vLLM.
+
+    Args:
+        device: CUDA, or a CPU for a toy.
+        ours: its language model and projector; a plan is left out.
+        num_frames: of our prompt, whose tokens vLLM reads as text.
+        num_new: tokens of each answer.
+        batch: sequences together.
+        num_steps: of a measured pass of ours.
+        repeats: passes of ours.
+        other: gives vLLM's tokens a second for its config.json, prompt length, batch and new tokens.
+    """
+    if other is None:
+        if importlib.util.find_spec("vllm") is None:
+            logger.warning("no rows against vLLM: it is not installed")
+            return []
+        other = run_vllm_apart
+    plain = TimeViperConfig(text=ours.text, vision=ours.vision)
+    rows, side = decode_side(
+        "9b without TransV", plain, device, num_frames, num_new, batch, num_steps, repeats, group="vllm"
+    )
+    free_memory(device)
+    theirs = other(huggingface_config(plain), len(video_question(num_frames)), batch, num_new)
+    label = f"{num_frames * 16} in, {num_new} out, batch {batch}, prompts included"
+    return [
+        *rows,
+        make_row("vllm", f"vLLM's Nemotron-H, {label}", theirs, "tokens/s"),
+        make_row("vllm", f"ours over vLLM, {label}", side.whole_tokens_per_second / theirs, "x tokens/s", ">= 0.9"),
+    ]
+
+
+def huggingface_config(config: TimeViperConfig) -> dict[str, Any]:
+    """The language model's config.json as vLLM wants it."""
+    from timeviper_model.weights.families import (
+        text_config_to_dict,  # pydantic, which the rest of the suite runs without
+    )
+
+    return text_config_to_dict(config.text) | {
+        "architectures": ["NemotronHForCausalLM"],
+        "model_type": "nemotron_h",
+        "torch_dtype": "bfloat16",
+        "time_step_limit": [0.0, float("inf")],
+    }
+
+
+def run_vllm_apart(values: dict[str, Any], num_prompt: int, batch: int, num_new: int) -> float:
+    """`run_vllm` in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(run_vllm, values, num_prompt, batch, num_new).result()
+
+
+def run_vllm(values: dict[str, Any], num_prompt: int, batch: int, num_new: int) -> float:
+    """Tokens a second of one batch, after a short one that warms up."""
+    from vllm import LLM, SamplingParams  # type: ignore[import-not-found,unused-ignore]  # only where it is installed
+
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(values))
+        engine = LLM(
+            model=folder,
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            dtype="bfloat16",
+            max_model_len=num_prompt + num_new,
+            max_num_seqs=batch,
+            enable_prefix_caching=False,
+        )
+        prompts = [{"prompt_token_ids": text_prompt(num_prompt, seed=seed).input_ids} for seed in range(batch)]
+
+        def generate(num_tokens: int) -> None:
+            engine.generate(
+                prompts, SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True, detokenize=False)
+            )
+
+        generate(2)
+        start = time.perf_counter()
+        generate(num_new)
+        return batch * num_new / (time.perf_counter() - start)

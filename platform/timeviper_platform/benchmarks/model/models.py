@@ -1,0 +1,117 @@
+"""Narrow models with the paper's blocks and plan, their all-attention controls, and prompts about made videos.
+
+Knows sizes and random weights; not what is measured on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from timeviper_model.batching.batch import IGNORE_INDEX, Sample, TokenKind
+from timeviper_model.config import (
+    NEMOTRON_NANO_9B_V2,
+    PAPER_PLAN,
+    HybridConfig,
+    TimeViperConfig,
+    TransVSite,
+    VisionConfig,
+)
+from timeviper_model.layers.mamba2 import conv_dim
+from timeviper_model.timeviper import TimeViper
+
+PAPER_PATTERN = NEMOTRON_NANO_9B_V2.hybrid_override_pattern
+TOKENS_PER_FRAME = 16
+FEATURE_SIZE = 64
+VOCAB_SIZE = 1024
+NUM_SYSTEM, NUM_QUESTION = 8, 24
+"""text tokens before and behind the video"""
+FRAMES_PER_BLOCK = 64
+"""frames of one block of features that a prompt's iterator yields"""
+
+
+def narrow_config(
+    width: int, *, plan: tuple[TransVSite, ...] = PAPER_PLAN, pattern: str = PAPER_PATTERN
+) -> TimeViperConfig:
+    """The 9B's proportions in round numbers: MLP 3.5, queries 1, keys 1/4, Mamba 2, B and C 1/4 of the width."""
+    text = HybridConfig(
+        hybrid_override_pattern=pattern,
+        vocab_size=VOCAB_SIZE,
+        hidden_size=width,
+        intermediate_size=7 * width // 2,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=width // 4,
+        mamba_num_heads=8,
+        mamba_head_dim=width // 4,
+        ssm_state_size=width // 4,
+        n_groups=1,
+        initializer_range=width**-0.5,  # narrow models with the 9B's 0.02 say next to nothing
+    )
+    vision = VisionConfig(encoder="none", num_tokens_per_frame=TOKENS_PER_FRAME, hidden_size=FEATURE_SIZE)
+    return TimeViperConfig(text=text, vision=vision, transv=plan)
+
+
+def all_attention(config: TimeViperConfig) -> TimeViperConfig:
+    """The control: attention where Mamba was, and MLPs that much wider that a pass has as many weights."""
+    text = config.text
+    assert isinstance(text, HybridConfig)
+    num_mamba, num_mlp = text.hybrid_override_pattern.count("M"), text.hybrid_override_pattern.count("-")
+    missing = num_mamba * (mamba_weights(text) - attention_weights(text))
+    wider = round(missing / (2 * text.hidden_size * num_mlp)) if num_mlp else 0
+    pattern = text.hybrid_override_pattern.replace("M", "*")
+    wide = replace(text, hybrid_override_pattern=pattern, intermediate_size=text.intermediate_size + wider)
+    return replace(config, text=wide)
+
+
+def mamba_weights(text: HybridConfig) -> int:
+    """Weights of a Mamba-2 mixer's two projections."""
+    inner = text.mamba_intermediate_size
+    return text.hidden_size * (inner + conv_dim(text) + text.mamba_num_heads) + inner * text.hidden_size
+
+
+def attention_weights(text: HybridConfig) -> int:
+    """Weights of an attention mixer."""
+    return 2 * text.hidden_size * text.head_dim * (text.num_attention_heads + text.num_key_value_heads)
+
+
+def make_model(config: TimeViperConfig) -> TimeViper:
+    """A model with random weights in fp32 on the CPU, its gates half open."""
+    model = TimeViper(config).eval()
+    model.init_weights(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("alpha"):
+                parameter.fill_(0.5)
+    return model.requires_grad_(False)
+
+
+def video_question(num_frames: int, *, seed: int = 0) -> Sample:
+    """A system text, a video, and a question whose ids follow from the seed."""
+    num_vision = num_frames * TOKENS_PER_FRAME
+    question = torch.randint(VOCAB_SIZE, (NUM_QUESTION,), generator=torch.Generator().manual_seed(seed)).tolist()
+    kinds = [TokenKind.SYSTEM] * NUM_SYSTEM + [TokenKind.VISION] * num_vision + [TokenKind.INSTRUCTION] * NUM_QUESTION
+    return Sample(
+        input_ids=[*range(NUM_SYSTEM), *[0] * num_vision, *question],
+        vision_index=[*[-1] * NUM_SYSTEM, *range(num_vision), *[-1] * NUM_QUESTION],
+        token_kind=[int(kind) for kind in kinds],
+        labels=[IGNORE_INDEX] * len(kinds),
+    )
+
+
+def text_prompt(num_tokens: int, *, seed: int = 0) -> Sample:
+    """Random ids, no video."""
+    ids = torch.randint(VOCAB_SIZE, (num_tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
+    kinds = [int(TokenKind.SYSTEM)] * num_tokens
+    return Sample(input_ids=ids, vision_index=[-1] * num_tokens, token_kind=kinds, labels=[IGNORE_INDEX] * num_tokens)
+
+
+def iter_features(num_frames: int) -> Iterator[Tensor]:
+    """Random features, a block of frames at a time; the video is nowhere as a whole."""
+    generator = torch.Generator().manual_seed(1)
+    for start in range(0, num_frames, FRAMES_PER_BLOCK):
+        rows = min(FRAMES_PER_BLOCK, num_frames - start) * TOKENS_PER_FRAME
+        yield torch.randn(rows, FEATURE_SIZE, generator=generator)

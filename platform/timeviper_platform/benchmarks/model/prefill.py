@@ -1,0 +1,216 @@
+"""Row group `prefill`: memory and time of long videos, what TransV saves, and the gap to an all-attention model.
+
+A long prefill runs in a process of its own: its peak is Linux's own high-water mark of resident memory, begun anew
+behind the model and a first small prefill, and is counted from there. Knows prompts and blocks; not engines.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import multiprocessing
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from timeviper_model.config import PATTERN_LETTERS, HybridConfig, TimeViperConfig
+from timeviper_model.inference.chunked_transv import plan_sites
+from timeviper_model.inference.prefill import Prefill
+from timeviper_model.ops.ssd import chunk_length
+from timeviper_model.timeviper import TimeViper
+from timeviper_platform.benchmarks.measure import Row
+from timeviper_platform.benchmarks.model.models import (
+    NUM_QUESTION,
+    NUM_SYSTEM,
+    TOKENS_PER_FRAME,
+    all_attention,
+    attention_weights,
+    iter_features,
+    make_model,
+    mamba_weights,
+    narrow_config,
+    video_question,
+)
+
+COMMAND = "python jobs/benchmark.py model --only prefill"
+WARM_UP_FRAMES = 200
+"""more than one piece of each span: every buffer of one piece has been there before the peak is watched"""
+
+
+class PrefillRun(NamedTuple):
+    """What one prefill took."""
+
+    peak_bytes: int
+    """resident memory beyond what the model had before"""
+    seconds: float
+    block_seconds: dict[str, float]
+    """by `mamba`, `mlp` and `attention`"""
+
+    @property
+    def linear_seconds(self) -> float:
+        """Of the Mamba and MLP blocks."""
+        return self.block_seconds["mamba"] + self.block_seconds["mlp"]
+
+
+def prefill_rows(
+    *, width: int = 128, frames: tuple[int, int] = (1000, 10000), transv_frames: int = 500, repeats: int = 5
+) -> list[Row]:
+    """Long against short, three times in turn, and once the control, in processes of their own; then TransV in this.
+
+    The control takes minutes for the long video: its attention is nearly all there is to count, and to wait for.
+    """
+    label = f"width {width}, 56 blocks, the paper's plan"
+    config = narrow_config(width)
+    short, long = frames
+    runs = [[run_apart(config, count) for count in frames] for _ in range(3)]
+    by_side = list(zip(*runs, strict=True))
+    peaks, linear, seconds = (
+        [statistics.median(getattr(run, name) for run in side) for side in by_side]
+        for name in ("peak_bytes", "linear_seconds", "seconds")
+    )
+    attention = [statistics.median(run.block_seconds["attention"] for run in side) for side in by_side]
+    growth = math.log(long / short)
+    return [
+        _row(f"prefill of {long} frames ({label})", seconds[1], "s", None),
+        _row(
+            f"prefill of {long} frames: peak memory over {long / short:g} times that of {short} ({label})",
+            peaks[1] / (peaks[0] * long / short),
+            "x",
+            "<= 1.15",
+        ),
+        _row(
+            f"exponent of the Mamba and MLP blocks' time, {short} to {long} frames ({label})",
+            math.log(linear[1] / linear[0]) / growth,
+            "",
+            "<= 1.05",
+        ),
+        _row(f"attention blocks' share of the time at {long} frames ({label})", attention[1] / seconds[1], "", None),
+        _row(f"attention blocks' share of the time at {short} frames ({label})", attention[0] / seconds[0], "", None),
+        *_control_rows(config, long, seconds[1]),
+        *_transv_rows(width, transv_frames, repeats),
+    ]
+
+
+def run_apart(config: TimeViperConfig, num_frames: int) -> PrefillRun:
+    """One prefill in a process of its own, with as many threads as here."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_run_in_process, config, num_frames, torch.get_num_threads()).result()
+
+
+def run_prefill(model: TimeViper, num_frames: int) -> PrefillRun:
+    """One prefill here; the peak is that since the process' high-water mark was last begun anew."""
+    prompt = video_question(num_frames)
+    ids, kinds = torch.tensor(prompt.input_ids), torch.tensor(prompt.token_kind)
+    with torch.inference_mode(), timed_blocks(model) as block_seconds:
+        cache = model.new_cache(1, device="cpu", dtype=torch.float32)
+        _forget_peak()
+        before, start = _status_bytes("VmRSS"), time.perf_counter()
+        reading = Prefill(model, ids, kinds, lambda: iter_features(num_frames), cache, 0)
+        while reading.advance() is None:
+            pass
+        seconds = time.perf_counter() - start
+        return PrefillRun(_status_bytes("VmHWM") - before, seconds, dict(block_seconds))
+
+
+@contextmanager
+def timed_blocks(model: TimeViper) -> Iterator[dict[str, float]]:
+    """Seconds in the forward passes of each kind of block, counted by hooks."""
+    seconds: dict[str, float] = dict.fromkeys(PATTERN_LETTERS.values(), 0.0)
+    started: dict[Any, float] = defaultdict(float)
+
+    def start(block: Any, _: object) -> None:
+        started[block] = time.perf_counter()
+
+    def stop(kind: str, block: Any) -> None:
+        seconds[kind] += time.perf_counter() - started[block]
+
+    handles = []
+    for layer, kind in enumerate(model.config.text.block_types):
+        block: Any = model.backbone.block(layer)
+        handles.append(block.register_forward_pre_hook(start))
+        handles.append(block.register_forward_hook(lambda block, _, __, kind=kind: stop(kind, block)))
+    yield seconds
+    for handle in handles:
+        handle.remove()
+
+
+def count_flops(config: TimeViperConfig, num_frames: int) -> float:
+    """Floating-point operations of the blocks in the prefill of a question about a video, by formula.
+
+    A weight is a multiplication and an addition a token. Causal attention and the quadratic form within a chunk of the
+    scan count the half that is not masked; the scan's states (arXiv 2405.21060, section 6) are written and read once.
+    """
+    text, present = config.text, num_frames * TOKENS_PER_FRAME
+    assert isinstance(text, HybridConfig)
+    plans = plan_sites(config, present)
+    query_size, inner, state = (
+        text.num_attention_heads * text.head_dim,
+        text.mamba_intermediate_size,
+        text.ssm_state_size,
+    )
+    total = 0.0
+    for layer, kind in enumerate(text.block_types):
+        present = plans[layer].num_kept if layer in plans else present
+        tokens = NUM_SYSTEM + NUM_QUESTION + present
+        if kind == "mlp":
+            total += tokens * 4 * text.hidden_size * text.intermediate_size
+        elif kind == "attention":
+            total += tokens * (2 * attention_weights(text) + 2 * tokens * query_size)
+        else:
+            chunk = chunk_length(text.chunk_size, state, torch.device("cpu"))
+            within = chunk * (text.n_groups * state + inner)
+            total += tokens * (2 * mamba_weights(text) + within + 4 * inner * state)
+    return total
+
+
+def _transv_rows(width: int, num_frames: int, repeats: int) -> list[Row]:
+    """What the paper's plan saves in the blocks whose cost is linear."""
+    with_plan, without = make_model(narrow_config(width)), make_model(narrow_config(width, plan=()))
+    run_prefill(with_plan, num_frames)
+    pairs = [[run_prefill(model, num_frames).linear_seconds for model in (with_plan, without)] for _ in range(repeats)]
+    ours, control = (statistics.median(pair[side] for pair in pairs) for side in (0, 1))
+    name = f"Mamba and MLP blocks' time without TransV over with the paper's plan (width {width}, {num_frames} frames)"
+    return [_row(name, control / ours, "x", ">= 2.04")]
+
+
+def _control_rows(config: TimeViperConfig, num_frames: int, seconds: float) -> list[Row]:
+    """How much of the counted saving against attention everywhere, under the same plan, is there on the clock."""
+    control = all_attention(config)
+    measured = run_apart(control, num_frames).seconds / seconds
+    promised = count_flops(control, num_frames) / count_flops(config, num_frames)
+    name = f"width {config.text.hidden_size}, {num_frames} frames, the paper's plan in both; one pass of the control"
+    return [
+        _row(f"prefill, times faster than the all-attention control ({name})", measured, "x", None),
+        _row(f"the same by counted operations ({name})", promised, "x", None),
+        _row(f"share of the counted speed-up that is measured ({name})", measured / promised, "", ">= 0.7"),
+    ]
+
+
+def _run_in_process(config: TimeViperConfig, num_frames: int, num_threads: int) -> PrefillRun:
+    torch.set_num_threads(num_threads)
+    model = make_model(config)
+    run_prefill(model, min(WARM_UP_FRAMES, num_frames))
+    return run_prefill(model, num_frames)
+
+
+def _forget_peak() -> None:
+    ctypes.CDLL(None).malloc_trim(0)  # what an earlier prefill has freed is no longer counted as there
+    Path("/proc/self/clear_refs").write_text("5")  # begins VmHWM anew (man 5 proc)
+
+
+def _status_bytes(name: str) -> int:
+    """A field of /proc/self/status."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024
+
+
+def _row(name: str, value: float, unit: str, bar: str | None) -> Row:
+    return Row(name=name, value=value, unit=unit, bar=bar, command=COMMAND)

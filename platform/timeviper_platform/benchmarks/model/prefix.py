@@ -1,0 +1,119 @@
+"""Row group `prefix`: the second question on a video against the first, through the engine, to the first token.
+
+Each pair is a video of its own name, so its first question finds nothing. The second one's tokens must equal those of
+an engine that keeps nothing, or there is no row. Knows requests and the engine's counts; not how an entry is made.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import NamedTuple
+
+import torch
+
+from timeviper_model.config import parse_transv_plan
+from timeviper_model.inference.engine import InferenceEngine
+from timeviper_model.inference.prefix_cache import prefix_entry_bytes
+from timeviper_model.inference.requests import EngineConfig, Request, Token
+from timeviper_model.timeviper import TimeViper
+from timeviper_platform.benchmarks.measure import Row
+from timeviper_platform.benchmarks.model.models import (
+    NUM_SYSTEM,
+    TOKENS_PER_FRAME,
+    iter_features,
+    make_model,
+    narrow_config,
+    video_question,
+)
+
+COMMAND = "python jobs/benchmark.py model --only prefix"
+NUM_ANSWER = 8
+"""tokens that are compared"""
+NUM_SECONDS = 5
+"""times that the second question is asked after each first one: it takes a hundredth of its time, and swings more"""
+WIDTH = 512
+"""at 256 much of a second question is Python calling operations, which says nothing of wider models"""
+PLANS = (
+    ("the paper's plan", "uni_7_0.5-attn_39_0.9", ">= 12.3"),
+    ("its uniform site alone", "uni_7_0.5", ">= 100"),
+)
+"""name, plan and bar: 12.3 is 85 % of the 14.5 times less work that blocks 39-55 on a tenth of the tokens allow"""
+
+
+class Answer(NamedTuple):
+    """One request, alone in its engine."""
+
+    first_token_seconds: float
+    ids: list[int]
+
+
+def prefix_rows(*, width: int = WIDTH, num_frames: int = 1024, repeats: int = 5) -> list[Row]:
+    """For both plans: how much sooner the second question's first token comes, and the entry's bytes."""
+    rows = []
+    for name, plan, bar in PLANS:
+        model = make_model(narrow_config(width, plan=parse_transv_plan(plan)))
+        rows += _plan_rows(model, f"width {width}, {num_frames} frames, {name}", bar, num_frames, repeats)
+    return rows
+
+
+def ask(engine: InferenceEngine, num_frames: int, *, video: str, question: int) -> Answer:
+    """The answer to a question about a video, every video having the same frames."""
+    request = Request(
+        prompt=video_question(num_frames, seed=question),
+        vision_features=lambda: iter_features(num_frames),
+        max_new_tokens=NUM_ANSWER,
+        prefix_key=video,
+    )
+    start, first, ids = time.perf_counter(), 0.0, []
+    engine.submit(request)
+    while engine.has_work:
+        for event in engine.step():
+            if isinstance(event, Token):
+                first = first or time.perf_counter() - start
+                ids.append(event.id)
+    return Answer(first, ids)
+
+
+def make_engine(model: TimeViper, *, prefix_cache_bytes: int) -> InferenceEngine:
+    """One slot, for any length."""
+    config = EngineConfig(num_slots=1, max_prompt_tokens=2**20, prefix_cache_bytes=prefix_cache_bytes)
+    engine = InferenceEngine(model, config)
+    engine.end_token_ids = frozenset()  # every answer has its full length
+    return engine
+
+
+def _plan_rows(model: TimeViper, name: str, bar: str, num_frames: int, repeats: int) -> list[Row]:
+    engine = make_engine(model, prefix_cache_bytes=2**34)
+    uncached = ask(make_engine(model, prefix_cache_bytes=0), num_frames, video="0", question=2)
+    ratios = []
+    for number in range(repeats):
+        first = ask(engine, num_frames, video=f"{number}", question=1).first_token_seconds
+        seconds = []
+        for _ in range(NUM_SECONDS):
+            second = ask(engine, num_frames, video=f"{number}", question=2)
+            if second.ids != uncached.ids:
+                raise RuntimeError(f"{name}: with the prefix cache the tokens are {second.ids}, without {uncached.ids}")
+            seconds.append(second.first_token_seconds)
+        ratios.append(first / statistics.median(seconds))
+    stats = engine.stats()
+    assert (stats.prefix_hits, stats.prefix_entries) == (NUM_SECONDS * repeats, repeats)
+    num_vision = num_frames * TOKENS_PER_FRAME
+    planned = prefix_entry_bytes(model.config, NUM_SYSTEM, num_vision, dtype=torch.float32)
+    return [
+        Row(
+            name=f"second question's first token, times sooner than the first's ({name}; {repeats} videos of"
+            f" {min(ratios):.4g} to {max(ratios):.4g})",
+            value=statistics.median(ratios),
+            unit="x",
+            bar=bar,
+            command=COMMAND,
+        ),
+        Row(
+            name=f"prefix entry, bytes off the plan ({name})",
+            value=100 * abs(stats.prefix_bytes / repeats / planned - 1),
+            unit="%",
+            bar="<= 5",
+            command=COMMAND,
+        ),
+    ]

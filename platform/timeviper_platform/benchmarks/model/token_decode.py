@@ -1,0 +1,114 @@
+"""Row group `decode`: tokens a second with a long context against a short one, and of many sequences against one.
+
+The time of a step depends on how many keys and values each layer holds, not on what they say: slots are filled with
+random ones, as many as a prefill leaves (a test compares the two). Knows caches and steps; not prompts or requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from timeviper_model.config import TimeViperConfig
+from timeviper_model.inference.chunked_transv import plan_sites
+from timeviper_model.layers.cache import HybridCache
+from timeviper_model.timeviper import TimeViper
+from timeviper_platform.benchmarks.measure import Row, compare
+from timeviper_platform.benchmarks.model.models import (
+    NUM_QUESTION,
+    NUM_SYSTEM,
+    all_attention,
+    make_model,
+    narrow_config,
+)
+
+COMMAND = "python jobs/benchmark.py model --only decode"
+BATCH = 32
+
+
+def decode_rows(
+    *,
+    width: int = 1024,
+    contexts: tuple[int, int] = (1024, 32768),
+    num_steps: int = 5,
+    batch_width: int = 256,
+    context_repeats: int = 25,
+    repeats: int = 5,
+) -> list[Row]:
+    """Long against short under the paper's plan, without it and in the control; then 32 sequences against one.
+
+    The first three tell hundredths apart while single turns differ by a quarter: so they are repeated more often.
+    """
+    paper = narrow_config(width)
+    no_plan = narrow_config(width, plan=())
+    kinds: list[tuple[str, TimeViperConfig, str | None]] = [
+        ("the paper's plan", paper, ">= 0.9"),
+        ("no TransV", no_plan, None),
+        ("all-attention control, no TransV", all_attention(no_plan), None),
+    ]
+    rows = [_context_row(name, config, bar, contexts, num_steps, context_repeats) for name, config, bar in kinds]
+    return [*rows, _batch_row(narrow_config(batch_width, plan=()), num_steps, repeats)]
+
+
+def fill_slot(cache: HybridCache, slot: int, config: TimeViperConfig, num_text: int, num_vision: int) -> None:
+    """Puts random states, keys and values into the slot, as many as the prefill of such a prompt leaves there."""
+    plans, present = plan_sites(config, num_vision), num_vision
+    for layer in range(config.text.num_hidden_layers):
+        present = plans[layer].num_kept if layer in plans else present
+        if layer in cache.attention:
+            shape = cache.attention[layer].keys.shape
+            keys, values = torch.randn(2, shape[1], num_text + present, shape[3]).unbind()
+            cache.attention[layer].put(slot, keys, values)
+        elif layer in cache.mamba:
+            cache.mamba[layer].window_BKD[slot].normal_(0.0, 0.1)
+            cache.mamba[layer].ssm_BHPN[slot].normal_(0.0, 0.1)
+    cache.num_tokens[slot] = num_text + num_vision
+
+
+@torch.inference_mode()
+def _context_row(
+    name: str, config: TimeViperConfig, bar: str | None, contexts: tuple[int, int], num_steps: int, repeats: int
+) -> Row:
+    model = make_model(config)
+    short, long = (_decoding(model, context, 1, num_steps) for context in contexts)
+    result = compare(long, short, repeats=repeats)
+    return Row(
+        name=f"decoding at {contexts[1]} tokens of context over {contexts[0]}, width {config.text.hidden_size},"
+        f" {name} (noise {result.noise:.0%})",
+        value=result.speedup,
+        unit="x tokens/s",
+        bar=bar,
+        command=COMMAND,
+    )
+
+
+@torch.inference_mode()
+def _batch_row(config: TimeViperConfig, num_steps: int, repeats: int) -> Row:
+    model = make_model(config)
+    one, many = (_decoding(model, 512, batch, num_steps) for batch in (1, BATCH))
+    result = compare(many, one, repeats=repeats)
+    return Row(
+        name=f"decoding {BATCH} sequences over one, width {config.text.hidden_size}, context 512"
+        f" (noise {result.noise:.0%})",
+        value=BATCH * result.speedup,
+        unit="x tokens/s",
+        bar=">= 6",
+        command=COMMAND,
+    )
+
+
+def _decoding(model: TimeViper, context: int, batch: int, num_steps: int) -> Callable[[], None]:
+    """Decodes that many tokens more in every slot of a cache of its own."""
+    cache = model.new_cache(batch, device="cpu", dtype=torch.float32)
+    num_text = NUM_SYSTEM + NUM_QUESTION
+    for slot in range(batch):
+        fill_slot(cache, slot, model.config, num_text, context - num_text)
+    slots = torch.arange(batch)
+
+    def steps() -> None:
+        ids = torch.zeros(batch, dtype=torch.long)
+        for _ in range(num_steps):
+            ids = model.decode_step(ids, cache, slots).argmax(-1)
+
+    return steps

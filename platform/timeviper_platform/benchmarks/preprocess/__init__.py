@@ -1,0 +1,1 @@
+"""Preprocessing compared with its ideal and with other pipelines."""

@@ -1,0 +1,289 @@
+"""The `preprocess` suite, group `pipelines`: ours, fused, against a plain Ray Data pipeline and against Daft.
+
+Knows how each takes the same pieces of a film, at 1 frame a second, through the same encoder on the same cores to
+Parquet. The film is cut into pieces so that all three can use every core (the others do not divide a file), and these
+lie in one shuffled order. The others are written as well as their documentation allows:
+
+    plain   ray.data.read_videos(fps=1, resize=...) -> map_batches(EncodeFrames) -> write_parquet; decord decodes every
+            frame, its stride picks one a second; fractions of CPUs let as many files as cores be read at a time
+    Daft    video_frames(sample_interval_seconds=1), a file a task -> a class with a batch method -> write_parquet; its
+            read_video_frames (0.7.26) decodes all files in one thread, and hangs on two cores with several files
+
+No rate has a start of Ray, of actors or of models in it: ours is the report's, of the middle 60 % of its units' time;
+each other one writes when it made a frame's features, and its rate is that of the middle 60 % between its first and
+its last, with plain reading told to wait until the encoder is up. They run in turn, and medians are compared.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import av
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset
+import torch
+
+from timeviper_platform.benchmarks.measure import Row
+from timeviper_platform.benchmarks.preprocess.share_of_ideal import make_tiny_encoder
+from timeviper_platform.benchmarks.video.clips import ClipSpec, make_clip
+from timeviper_platform.common.ray_cluster import ray_session
+from timeviper_platform.data.encode.frame_encoder import EncoderConfig, FrameEncoder
+from timeviper_platform.data.preprocess.ray_graph import ExecutionConfig
+from timeviper_platform.data.preprocess.run import PreprocessConfig, run_preprocess
+from timeviper_platform.data.store.writer import features_bytes
+from timeviper_platform.data.synthetic.encoder import IMAGE_SIZE
+
+logger = logging.getLogger(__name__)
+
+PIECE_SECONDS = 24
+FILM_SECONDS = 20 * 60
+"""of pieces that each pipeline is given; a shorter film's are given again"""
+REPEATS = 5
+READ_CPUS, ENCODE_CPUS, WRITE_CPUS = 0.55, 0.2, 0.1
+"""of the plain pipeline, on two cores: two readers, an encoder that waits for them, and the writing, all at once. Ray
+Data keeps half a CPU for the writing and leaves 1.2 to the reading: with more than 0.6 each, one reader works alone"""
+
+
+class Pass(NamedTuple):
+    """One pass of a pipeline over the pieces."""
+
+    frames_per_second: float
+    """in the steady state"""
+    decode_share: float | None = None
+    """of the workers' busy seconds, where they are told"""
+
+
+Pipeline = Callable[[Path, Path, EncoderConfig], Pass]
+"""a folder of pieces, an output folder and the encoder to what came of it"""
+
+
+def pipeline_rows(film: Path | None = None, *, film_seconds: int = FILM_SECONDS, repeats: int = REPEATS) -> list[Row]:
+    """How many times faster ours is than each other on pieces of `film`, or of a made clip."""
+    controls: dict[str, tuple[Pipeline, str]] = {"a plain Ray Data pipeline": (run_plain, ">= 1.5")}
+    if has_daft():
+        controls["Daft"] = (run_daft, ">= 1.2")
+    pipelines = {"ours": run_ours, **{name: run for name, (run, _) in controls.items()}}
+    passes: dict[str, list[Pass]] = {name: [] for name in pipelines}
+    with tempfile.TemporaryDirectory(prefix="tv-benchmark-") as folder, ray_session():
+        root = Path(folder)
+        encoder = make_tiny_encoder(root / "encoder")
+        pieces = make_pieces(root, film, film_seconds)
+        for turn in range(repeats):
+            for name, run in pipelines.items():
+                passes[name].append(run(pieces, root / f"{name} {turn}", encoder))
+                logger.info("turn %d of %d, %s: %s", turn + 1, repeats, name, passes[name][-1])
+    media = f"{film.name if film else 'made clip'}, {film_seconds} s in pieces of {PIECE_SECONDS} s"
+    return pipeline_speed_rows(passes, {name: bar for name, (_, bar) in controls.items()}, media, is_made=film is None)
+
+
+def pipeline_speed_rows(passes: dict[str, list[Pass]], bars: dict[str, str], media: str, *, is_made: bool) -> list[Row]:
+    """Ours against each other by medians, and what decoding takes of ours.
+
+    Args:
+        passes: by pipeline, `ours` among them.
+        bars: by the others' names.
+        media: what they worked on, in words.
+        is_made: whether no film was given; the bars are a film's.
+    """
+    command = "python jobs/benchmark.py preprocess --only pipelines" + ("" if is_made else " --film FILM")
+    rates = {name: [one.frames_per_second for one in found] for name, found in passes.items()}
+    rows = []
+    for name, bar in bars.items():
+        noise = max((max(r) - min(r)) / statistics.median(r) for r in (rates["ours"], rates[name]))
+        speedup = statistics.median(rates["ours"]) / statistics.median(rates[name])
+        text = f"preprocessing, times faster than {name} ({media}; median of {len(rates[name])}, noise {noise:.0%})"
+        rows.append(Row(name=text, value=speedup, unit="x", bar=None if is_made else bar, command=command))
+    share = statistics.median(one.decode_share or 0.0 for one in passes["ours"])
+    text = f"preprocessing, what decoding takes of the workers' time ({media})"
+    return [*rows, Row(name=text, value=share, unit="", bar=None if is_made else ">= 0.7", command=command)]
+
+
+def make_pieces(root: Path, film: Path | None, film_seconds: int) -> Path:
+    """A folder with pieces of the film, `film_seconds` in all, in a shuffled order: no end of it is all credits."""
+    if film is None:
+        film = root / "clip.mp4"
+        make_clip(film, ClipSpec(seconds=PIECE_SECONDS))
+    once, folder = root / "once", root / "pieces"
+    once.mkdir()
+    folder.mkdir()
+    cut = cut_film(film, once, PIECE_SECONDS, most_seconds=film_seconds)
+    count = max(2, film_seconds // PIECE_SECONDS)
+    for place, number in enumerate(np.random.default_rng(0).permutation(count)):
+        (folder / f"{place:05d}.mp4").hardlink_to(cut[number % len(cut)])
+    return folder
+
+
+def cut_film(film: Path, folder: Path, piece_seconds: int, *, most_seconds: int) -> list[Path]:
+    """The pictures of the film's first `most_seconds` in pieces of about `piece_seconds`, none decoded.
+
+    A piece begins with a keyframe, at 0 s.
+    """
+    pieces: list[Path] = []
+    output: Any = None
+    with av.open(str(film)) as container:
+        stream = container.streams.video[0]
+        copied: Any = None
+        offset = 0
+        for packet in container.demux(stream):
+            if packet.pts is None or packet.dts is None:
+                continue  # the flushing packet
+            seconds = float(packet.pts * stream.time_base)
+            if packet.is_keyframe and seconds >= len(pieces) * piece_seconds:
+                if output is not None:
+                    output.close()
+                    output = None
+                if seconds >= most_seconds:
+                    break
+                pieces.append(folder / f"{len(pieces):05d}.mp4")
+                output, offset = av.open(str(pieces[-1]), "w"), packet.pts
+                copied = output.add_stream_from_template(stream)
+            packet.pts, packet.dts, packet.stream = packet.pts - offset, packet.dts - offset, copied
+            output.mux(packet)
+    if output is not None:
+        output.close()
+    return pieces
+
+
+def steady_rate_of(moments: Sequence[float]) -> float:
+    """Frames a second in the middle 60 % of the time between the first and the last.
+
+    Args:
+        moments: when each frame's features were made, in seconds of any clock, in any order.
+
+    Raises:
+        ValueError: when too few batches were made for any to be in the middle.
+    """
+    ordered = np.sort(np.asarray(moments, dtype=np.float64))
+    begin, end = ordered[0], ordered[-1]
+    low, high = begin + 0.2 * (end - begin), end - 0.2 * (end - begin)
+    count = int(np.count_nonzero((ordered > low) & (ordered <= high)))
+    if not count:
+        raise ValueError(
+            f"{len(ordered)} frames at {len(np.unique(ordered))} moments have no steady state; give more film"
+        )
+    return count / float(high - low)
+
+
+# -- ours --------------------------------------------------------------------------------------------------------
+
+
+def run_ours(pieces: Path, output: Path, encoder: EncoderConfig) -> Pass:
+    """`jobs/preprocess.py`, fused."""
+    execution = ExecutionConfig(mode="fused", num_workers=os.cpu_count() or 1)
+    report = run_preprocess(
+        PreprocessConfig(input=str(pieces), output=str(output), encoder=encoder, execution=execution)
+    )
+    return Pass(report.frames_per_second, report.stage_seconds["decode"] / sum(report.stage_seconds.values()))
+
+
+# -- Ray Data, plainly -------------------------------------------------------------------------------------------
+
+
+class EncodeFrames:
+    """Batches of frames to their features, and when those were made."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        torch.set_num_threads(1)
+        self._encoder = FrameEncoder(config)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Of `frame` (F, S, S, 3) uint8."""
+        return {"path": batch["path"], **self.encode(batch["frame"])}
+
+    def encode(self, frames_FSSC: np.ndarray) -> dict[str, Any]:
+        """Bytes of bf16 (N, dim) a frame, and the moment."""
+        features = [features_bytes(tokens) for tokens in self._encoder.encode(frames_FSSC)]
+        return {"features": features, "made_at": [time.time()] * len(features)}
+
+
+def run_plain(pieces: Path, output: Path, encoder: EncoderConfig) -> Pass:
+    """read_videos -> map_batches -> write_parquet."""
+    import ray
+
+    with _encoder_first(ray.data.DataContext.get_current()):
+        frames = ray.data.read_videos(
+            str(pieces), fps=1, resize=(IMAGE_SIZE, IMAGE_SIZE), include_paths=True, num_cpus=READ_CPUS
+        )
+        features = frames.map_batches(
+            EncodeFrames,
+            fn_constructor_args=(encoder,),
+            batch_size=encoder.encode_batch_frames,
+            compute=ray.data.ActorPoolStrategy(size=1),
+            num_cpus=ENCODE_CPUS,
+        )
+        features.write_parquet(str(output), ray_remote_args={"num_cpus": WRITE_CPUS})
+    return _rate_of(output)
+
+
+@contextmanager
+def _encoder_first(context: Any) -> Iterator[None]:
+    """Nothing is read before the actors are up: else what was read meanwhile counts as read in no time."""
+    before, context.wait_for_min_actors_s = context.wait_for_min_actors_s, 600
+    context.enable_progress_bars = False
+    try:
+        yield
+    finally:
+        context.wait_for_min_actors_s = before
+
+
+# -- Daft --------------------------------------------------------------------------------------------------------
+
+
+def has_daft() -> bool:
+    """Whether Daft is installed; says how to get it when not."""
+    os.environ.setdefault("DO_NOT_TRACK", "true")  # it would report home from its import on
+    os.environ.setdefault("DAFT_PROGRESS_BAR", "0")
+    logging.getLogger("tracing").setLevel(logging.WARNING)  # a line for every read of a file
+    try:
+        import daft  # noqa: F401
+    except ImportError:
+        logger.warning(
+            "no row against Daft: it is not installed. It wants an older pyarrow than this project:"
+            " `pip install --no-deps daft==0.7.26` leaves that one alone, and works"
+        )
+        return False
+    return True
+
+
+def run_daft(pieces: Path, output: Path, encoder: EncoderConfig) -> Pass:
+    """Daft's own runner, in this process."""
+    import daft
+    from daft import DataType, col
+    from daft.functions import video_file, video_frames
+
+    made = DataType.struct({"features": DataType.binary(), "made_at": DataType.float64()})
+
+    @daft.cls()
+    class Encode:
+        def __init__(self, config: EncoderConfig) -> None:
+            self._encode = EncodeFrames(config).encode
+
+        @daft.method.batch(return_dtype=made, batch_size=encoder.encode_batch_frames)
+        def encode(self, frames: Any) -> list[dict[str, Any]]:
+            columns = self._encode(np.stack([np.asarray(frame) for frame in frames.to_pylist()]))
+            return [{"features": f, "made_at": t} for f, t in zip(*columns.values(), strict=True)]
+
+    files = daft.from_pydict({"path": [str(path) for path in sorted(pieces.iterdir())]}).into_batches(1)
+    frames = files.with_column(
+        "frame",
+        video_frames(video_file(col("path")), width=IMAGE_SIZE, height=IMAGE_SIZE, sample_interval_seconds=1.0),
+    ).explode("frame")
+    made_frames = frames.with_column("made", Encode(encoder).encode(col("frame").get("data")))
+    columns = (col("path"), *(col("made").get(name).alias(name) for name in ("features", "made_at")))
+    made_frames.select(*columns).write_parquet(str(output))
+    return _rate_of(output)
+
+
+def _rate_of(output: Path) -> Pass:
+    moments = pa.dataset.dataset(output).to_table(columns=["made_at"])["made_at"].to_numpy()
+    logger.info("%s: %d frames in %.1f s from the first", output.name, len(moments), np.ptp(moments))
+    return Pass(steady_rate_of(moments))

@@ -1,0 +1,273 @@
+"""The `preprocess` suite, group `ideal`: how near a run comes to what its own costs allow, fused and split.
+
+Knows three kinds of media (24 s clips, one long film, images alone), how long a run on them has to be, and the tiny
+encoder. A frame's cost is measured apart from any run: as many processes as cores, all busy together, without Ray, in
+seconds of CPU (calibrate.py). It is measured between all runs, for a shared machine's speed changes by a tenth within
+minutes: a run's ideal is the mean of what its two neighbours say, on what the machine's host left of the cores during
+the run. Beside it stands the share by the costs of the run's own frames, as its report has it: free of what the machine
+did before and after, but blind to a run whose frames cost more CPU than they would alone. A run's rate is that of its
+steady state (report.py): no start of Ray or of actors is in it. Other pipelines are in pipelines_benchmark.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import numpy as np
+
+from timeviper_platform.benchmarks.measure import Row, StolenTime
+from timeviper_platform.benchmarks.video.clips import ClipSpec, make_clip
+from timeviper_platform.common.ray_cluster import ray_session
+from timeviper_platform.data.encode.frame_encoder import EncoderConfig, FrameEncoder
+from timeviper_platform.data.encode.recipe import recipe_hash
+from timeviper_platform.data.plan.segments import Segment, segments_of
+from timeviper_platform.data.preprocess.calibrate import BusySlots, Calibration
+from timeviper_platform.data.preprocess.ray_graph import ExecutionConfig, run_on_ray
+from timeviper_platform.data.preprocess.run import (
+    PreprocessConfig,
+    Runner,
+    make_recipe,
+    plan_tables,
+    run_preprocess,
+    worker_spec,
+)
+from timeviper_platform.data.synthetic.encoder import IMAGE_SIZE, save_encoder, train_encoder
+
+logger = logging.getLogger(__name__)
+
+COMMAND = "python jobs/benchmark.py preprocess --only ideal"
+CLIP_SECONDS = 24
+FILM_SECONDS = 10 * 60
+"""of the base of the made film; a run's film is as many times as long as it takes"""
+JPEG_QUALITY = 90
+NUM_CLIPS_TRIED, NUM_IMAGES_TRIED = 32, 1024
+"""media that are calibrated on; at 1 fps they are about as many frames as FILM_SECONDS"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IdealSizes:
+    """How long things are measured."""
+
+    run_seconds: float = 30.0
+    """a run at the ideal rate; its steady state is 60 % of it"""
+    calibration_seconds: float = 15.0
+    """a frame's cost moves by a tenth and more within seconds where other machines share a host's caches"""
+    repeats: int = 5
+    """runs each way, of a minute each with what Ray takes to start"""
+    clip_seconds: int = CLIP_SECONDS
+    film_seconds: int = FILM_SECONDS
+    num_clips_tried: int = NUM_CLIPS_TRIED
+    num_images_tried: int = NUM_IMAGES_TRIED
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """Media of one kind, as many as are asked for."""
+
+    name: str
+    grow: Callable[[Path, int], None]
+    """makes that many of them in a folder, at no cost"""
+    num_tried: int
+    """to calibrate on"""
+    unit: str = "frames/s"
+
+
+def ideal_rows(film: Path | None = None, sizes: IdealSizes | None = None) -> list[Row]:
+    """Rows for clips, a film (`film` or a made one, as often as it takes) and images, each fused and split."""
+    sizes = sizes or IdealSizes()
+    with tempfile.TemporaryDirectory(prefix="tv-benchmark-") as folder, ray_session():
+        root = Path(folder)
+        encoder = make_tiny_encoder(root / "encoder")
+        command = COMMAND + (" --film FILM" if film else "")
+        kinds = make_media(root, film, sizes)
+        return [row for media in kinds for row in media_rows(root, media, encoder, sizes, command=command)]
+
+
+def make_media(root: Path, film: Path | None, sizes: IdealSizes) -> list[Media]:
+    """The three kinds, made from one clip, and from `film` when one is given."""
+    clip, image, made_film = root / "clip.mp4", root / "image.jpg", root / "film.mp4"
+    make_clip(clip, ClipSpec(seconds=sizes.clip_seconds))
+    save_first_frame(clip, image)
+    if film is None:
+        repeat_film(clip, made_film, max(1, sizes.film_seconds // sizes.clip_seconds))
+    base = film or made_film
+
+    def lengthen(folder: Path, times: int) -> None:
+        repeat_film(base, folder / "film.mp4", times)
+
+    return [
+        Media(f"{sizes.clip_seconds} s clips", lambda folder, count: link(clip, folder, count), sizes.num_clips_tried),
+        Media("one film" + (f", {film.name} repeated" if film else ""), lengthen, 1),
+        Media("images alone", lambda folder, count: link(image, folder, count), sizes.num_images_tried, "images/s"),
+    ]
+
+
+def media_rows(
+    root: Path,
+    media: Media,
+    encoder: EncoderConfig,
+    sizes: IdealSizes,
+    *,
+    run: Runner = run_on_ray,
+    command: str = COMMAND,
+) -> list[Row]:
+    """Runs on as many media as `run_seconds` take at the ideal rate, each way in turn, and calibrates between runs."""
+    num_cores = os.cpu_count() or 1
+    tried = root / f"{media.name}, tried"
+    tried.mkdir()
+    media.grow(tried, media.num_tried)
+    config = PreprocessConfig(input=str(tried), output=str(root / "none"), encoder=encoder)
+    frames = FrameEncoder(encoder)
+    segments = planned(config, frames)
+    rates: dict[str, list[RunRate]] = {name: [] for name in executions(num_cores)}
+    with BusySlots(worker_spec(config, frames, ""), num_cores) as slots:
+        costs = [slots.measure(segments, sizes.calibration_seconds)]
+        whole = root / media.name
+        whole.mkdir()
+        rate = costs[0].ideal_frames_per_second(num_cores, num_cores, is_fused=True, num_cores=num_cores)
+        num_frames = sum(segment.num_samples for segment in segments)
+        media.grow(whole, max(media.num_tried, round(sizes.run_seconds * rate * media.num_tried / num_frames)))
+        for _ in range(sizes.repeats):
+            for name, execution in executions(num_cores).items():
+                rates[name].append(media_rate(root, whole, encoder, execution, run))
+                costs.append(slots.measure(segments, sizes.calibration_seconds))
+    return speed_rows(media, rates, costs, num_cores=num_cores, command=command)
+
+
+def executions(num_cores: int) -> dict[str, ExecutionConfig]:
+    """The two ways to spread the work. Split decoders take what the encoder, far cheaper here, leaves of the cores."""
+    share = 0.9 / (1 + 1 / num_cores)  # of a CPU, so that all of them find room on the cores
+    return {
+        "fused": ExecutionConfig(mode="fused", num_workers=num_cores),
+        "split": ExecutionConfig(
+            mode="split", num_decode_workers=num_cores, num_workers=1, cpus_per_worker=round(share, 2)
+        ),
+    }
+
+
+def speed_rows(
+    media: Media,
+    rates: dict[str, list[RunRate]],
+    costs: Sequence[Calibration],
+    *,
+    num_cores: int,
+    command: str,
+) -> list[Row]:
+    """Shares of the ideal, rates, and what decoding takes of a frame's cost; medians over the runs.
+
+    Args:
+        media: what was measured on.
+        rates: by mode, the modes' runs in turn.
+        costs: measured before the first run and behind each.
+        num_cores: decoders, or fused workers; the split encoder is one.
+        command: the rows'.
+    """
+    rows = []
+    for place, (mode, runs) in enumerate(rates.items()):
+        slots = (num_cores, num_cores if mode == "fused" else 1)
+        ideals = [
+            found.ideal_frames_per_second(*slots, is_fused=mode == "fused", num_cores=num_cores) for found in costs
+        ]
+        around = [ideals[number : number + 2] for number in range(place, len(costs) - 1, len(rates))]
+        shares = [
+            run.frames_per_second / (statistics.mean(pair) * (1.0 - run.stolen))
+            for run, pair in zip(runs, around, strict=True)
+        ]
+        own_shares = [run.own_share / (1.0 - run.stolen) for run in runs]
+        stolen = statistics.median(run.stolen for run in runs)
+        about = f"{mode}, {media.name} (ideal {statistics.median(ideals):.4g} {media.unit}, stolen {stolen:.0%}"
+        for text, values in (("share of the ideal", shares), ("share of the ideal by the run's own costs", own_shares)):
+            noise = (max(values) - min(values)) / statistics.median(values)
+            name, value = f"{text}, {about}, noise {noise:.0%})", statistics.median(values)
+            rows.append(Row(name=name, value=value, unit="", bar=">= 0.90", command=command))
+        text = f"its rate, {mode}, {media.name}"
+        rate = statistics.median(run.frames_per_second for run in runs)
+        rows.append(Row(name=text, value=rate, unit=media.unit, command=command))
+    decode = sum(found.decode_seconds for found in costs)
+    share = decode / (decode + sum(found.encode_seconds + found.write_seconds for found in costs))
+    rows.append(Row(name=f"what decoding takes of a frame's cost, {media.name}", value=share, unit="", command=command))
+    for row in rows:
+        logger.info("%s: %.4g %s", row.name, row.value, row.unit)
+    return rows
+
+
+def planned(config: PreprocessConfig, encoder: FrameEncoder) -> list[Segment]:
+    """The segments of a configuration's input."""
+    tables = plan_tables(config, recipe_hash(make_recipe(encoder, config)))
+    return [segment for table in tables for segment in segments_of(table)]
+
+
+class RunRate(NamedTuple):
+    """How fast a run was."""
+
+    frames_per_second: float
+    """in its steady state"""
+    stolen: float
+    """share of the cores' time that the host gave to other machines meanwhile: no part of what the run could use"""
+    own_share: float
+    """of the ideal at the costs of the run's own frames, as its report says; what is stolen counts as lost"""
+
+
+def media_rate(root: Path, media: Path, encoder: EncoderConfig, execution: ExecutionConfig, run: Runner) -> RunRate:
+    """A run into a store of its own."""
+    stolen = StolenTime()
+    store = root / f"{media.name}, {execution.mode}"
+    report = run_preprocess(
+        PreprocessConfig(input=str(media), output=str(store), encoder=encoder, execution=execution), run=run
+    )
+    logger.info("\n".join([f"{media.name}, {execution.mode}", *report.lines()]))
+    if report.errors:
+        raise RuntimeError(
+            f"{report.errors} of the {report.media} {media.name} were rejected: {report.errors_by_stage}"
+        )
+    shutil.rmtree(store)  # the next run begins anew
+    return RunRate(report.frames_per_second, stolen.share(), report.share_of_ideal)
+
+
+# -- what is measured on -----------------------------------------------------------------------------------------
+
+
+def make_tiny_encoder(folder: Path) -> EncoderConfig:
+    """The demo's encoder, untaught: its speed does not depend on what it knows."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+    save_encoder(train_encoder(noise, np.zeros(len(noise), np.int64), steps=0, seed=0), folder)
+    return EncoderConfig(encoder=str(folder), num_tokens_per_frame=4, merge_heads=4)
+
+
+def link(source: Path, folder: Path, count: int) -> None:
+    """`count` names for one file: as many media, whose bytes are on the disk once."""
+    for number in range(count):
+        (folder / f"{number:06d}{source.suffix}").hardlink_to(source)
+
+
+def save_first_frame(film: Path, image: Path) -> None:
+    """The film's first frame at its full size, as a JPEG."""
+    with av.open(str(film)) as container:
+        next(container.decode(video=0)).to_image().save(image, quality=JPEG_QUALITY)
+
+
+def repeat_film(source: Path, target: Path, times: int) -> None:
+    """The pictures of `source`, `times` in a row, without decoding one."""
+    with av.open(str(target), "w") as output:
+        copied, offset = None, 0
+        for _ in range(times):
+            with av.open(str(source)) as container:
+                stream = container.streams.video[0]
+                copied = copied or output.add_stream_from_template(stream)
+                end = 0
+                for packet in container.demux(stream):
+                    if packet.pts is None or packet.dts is None:
+                        continue  # the flushing packet
+                    end = max(end, packet.pts + (packet.duration or 1))
+                    packet.pts, packet.dts, packet.stream = packet.pts + offset, packet.dts + offset, copied
+                    output.mux(packet)
+                offset += end

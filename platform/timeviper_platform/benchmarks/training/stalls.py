@@ -1,0 +1,141 @@
+"""Row groups `checkpoint` and `data`: the share of a run in which it waits for its checkpoints, and for its features.
+
+Each run is `python -m timeviper_platform.training.local` in a process of its own; the figures are those that it writes
+to its metrics. Features come from the local disk, and from an S3 server on loopback in a third process.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from timeviper_platform.benchmarks.measure import Row
+from timeviper_platform.benchmarks.training.s3_server import BUCKET, s3_server
+from timeviper_platform.benchmarks.training.synthetic_corpus import (
+    DEMO,
+    MadeCorpus,
+    make_films,
+    make_mixture,
+    run_values,
+    training_command,
+)
+from timeviper_platform.common import storage
+from timeviper_platform.common.config import parse_config
+from timeviper_platform.data.synthetic.corpus import CorpusConfig
+from timeviper_platform.training.config import TrainConfig
+from timeviper_platform.training.metrics.writer import read_metrics
+from timeviper_platform.training.run import RunFolder
+
+CHECKPOINT_COMMAND = "python jobs/benchmark.py training --only checkpoint"
+DATA_COMMAND = "python jobs/benchmark.py training --only data"
+SAVE_EVERY = 50
+
+RunJob = Callable[[Path, Mapping[str, str]], None]
+"""Runs the training that a YAML file describes, with additional environment variables."""
+
+
+def run_apart(config: Path, environment: Mapping[str, str]) -> None:
+    """In a process of its own.
+
+    Raises:
+        RuntimeError: when it fails.
+    """
+    result = subprocess.run(
+        training_command(config), env={**os.environ, **environment}, stdout=subprocess.DEVNULL, check=False
+    )
+    if result.returncode:
+        raise RuntimeError(f"the training of {config} ended with {result.returncode}; its log is above")
+
+
+def checkpoint_rows(
+    config: CorpusConfig = DEMO, *, num_saves: int = 5, every: int = SAVE_EVERY, run: RunJob = run_apart
+) -> list[Row]:
+    """How much of its time a run stands still that saves every 50 steps: the median over its saves."""
+    with tempfile.TemporaryDirectory(prefix="timeviper-benchmark-") as folder:
+        corpus = make_mixture(Path(folder), config)
+        values = run_values(corpus, {"steps": every * num_saves}, checkpoint={"every_steps": every, "keep": 2})
+        rows = run_and_read(corpus, values, run)
+    shares, stalls = [], []
+    for start in range(0, len(rows), every):
+        interval = rows[start : start + every]
+        stall_s = sum(row["checkpoint_stall_s"] for row in interval)
+        stalls.append(stall_s)
+        shares.append(stall_s / (stall_s + sum(row["seconds"] for row in interval)))
+    step_ms = 1000 * statistics.median(row["seconds"] for row in rows)
+    name = f"training stands still for checkpoints, saving every {every} steps of {step_ms:.0f} ms"
+    return [
+        Row(name=name, value=100 * statistics.median(shares), unit="%", bar="<= 2", command=CHECKPOINT_COMMAND),
+        Row(name="one save", value=statistics.median(stalls), unit="s", command=CHECKPOINT_COMMAND),
+    ]
+
+
+def data_rows(
+    *, num_steps: int = 40, num_films: int = 24, num_frames: int = 256, dim: int = 1152, run: RunJob = run_apart
+) -> list[Row]:
+    """How much of its time a run waits for features that are larger than its cache, from disk and from S3."""
+    with tempfile.TemporaryDirectory(prefix="timeviper-benchmark-") as folder:
+        corpus = make_films(Path(folder), num_films=num_films, num_frames=num_frames, dim=dim)
+        film_bytes = 2 * num_frames * 16 * dim
+        phase = {
+            "steps": num_steps,
+            "packing": {"max_tokens": 16 * num_frames + 100, "max_frames": num_frames},
+            "packs_per_step": 1,
+        }
+        # two films in the cache and four ahead: what is read again later is really read again
+        feed = {"prefetch_bytes": 4 * film_bytes, "cache_bytes": 2 * film_bytes}
+        local = run_and_read(corpus, run_values(corpus, phase, name="local", feed=feed), run)
+        with s3_server() as environment:
+            uri = f"s3://{BUCKET}/features"
+            upload(corpus.store, uri, environment)
+            values = run_values(corpus, phase, name="s3", feed=feed, feature_store=uri)
+            remote = run_and_read(corpus, values, run, environment)
+    what = f"{film_bytes / 1e6:.1f} MB of features a step of"
+    return [
+        *_wait_rows(local, f"from the local disk, {what}", "<= 2"),
+        *_wait_rows(remote, f"from S3 on loopback, {what}", "<= 5"),
+    ]
+
+
+def run_and_read(
+    corpus: MadeCorpus, values: dict[str, Any], run: RunJob, environment: Mapping[str, str] | None = None
+) -> list[dict[str, Any]]:
+    """Runs a configuration; its rows of metrics."""
+    config = parse_config(TrainConfig, values)
+    file = corpus.folder / f"{config.name}.yaml"
+    file.write_text(yaml.safe_dump(values))
+    run(file, environment or {})
+    return read_metrics(RunFolder.of(config).uri)
+
+
+def upload(folder: str, uri: str, environment: Mapping[str, str]) -> None:
+    """Copies a local folder to the S3 server of `environment`."""
+    import s3fs
+
+    filesystem = s3fs.S3FileSystem(
+        key=environment["AWS_ACCESS_KEY_ID"],
+        secret=environment["AWS_SECRET_ACCESS_KEY"],
+        endpoint_url=environment["AWS_ENDPOINT_URL"],
+        skip_instance_cache=True,
+    )
+    filesystem.put(f"{folder}/", storage.split_uri(uri)[1] + "/", recursive=True)
+
+
+def _wait_rows(rows: list[dict[str, Any]], name: str, bar: str) -> list[Row]:
+    """The first step waits for the first read, once; it is told apart."""
+    first, *others = rows
+    waited_s = sum(row["data_wait_share"] * row["seconds"] for row in others)
+    share = waited_s / sum(row["seconds"] for row in others)
+    step_ms = 1000 * statistics.median(row["seconds"] for row in others)
+    first_s = first["data_wait_share"] * first["seconds"]
+    name, end = f"waiting for data {name} {step_ms:.0f} ms", name.split(",")[0]
+    return [
+        Row(name=name, value=100 * share, unit="%", bar=bar, command=DATA_COMMAND),
+        Row(name=f"the first step's wait, {end}", value=first_s, unit="s", command=DATA_COMMAND),
+    ]

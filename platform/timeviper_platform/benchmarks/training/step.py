@@ -1,0 +1,223 @@
+"""Row group `step`: the platform's steps against a bare loop's on the same packs, in turn, in several processes.
+
+The bare loop is what one would write first: the same model, packs that lie in memory as tensors, forward, backward,
+clipping, torch's AdamW. Whatever the platform does beside that (reading and building packs, DeepSpeed, agreeing,
+metrics) is what its time holds more. Where a process' memory happens to lie moves its ratio by several percent however
+many steps it makes, hence the median over processes.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from timeviper_model.weights.weights_folder import load_tokenizer
+from timeviper_platform.benchmarks.measure import Row
+from timeviper_platform.benchmarks.training.synthetic_corpus import DEMO, make_mixture, run_values
+from timeviper_platform.common.config import parse_config
+from timeviper_platform.data.store.reader import FeatureStore
+from timeviper_platform.data.synthetic.corpus import CorpusConfig
+from timeviper_platform.training.batches.packing import PlanPosition
+from timeviper_platform.training.batches.step_batches import StepBatches
+from timeviper_platform.training.config import TrainConfig
+from timeviper_platform.training.local import process_group
+from timeviper_platform.training.optim.deepspeed_engine import ZeroConfig
+from timeviper_platform.training.optim.lr_schedule import learning_rate_factor
+from timeviper_platform.training.optim.parameter_groups import freeze_others
+from timeviper_platform.training.phase import Phase, first_model, prepare_phase
+from timeviper_platform.training.run import run_training
+
+COMMAND = "python jobs/benchmark.py training --only step"
+
+PACK_TOKENS = 8192
+"""as in ray_configs/align.yaml; what a step costs beside its tokens does not depend on their number"""
+
+
+def step_rows(
+    config: CorpusConfig = DEMO,
+    *,
+    num_processes: int = 15,
+    num_blocks: int = 5,
+    steps_per_block: int = 1,
+    zero_stage: int = 2,
+) -> list[Row]:
+    """The platform's time over the bare loop's, and how long a bare step is."""
+    with tempfile.TemporaryDirectory(prefix="timeviper-benchmark-") as folder:
+        corpus = make_mixture(Path(folder), config)
+        # one step is read ahead: a longer queue would be filled in the bare loop's time
+        values = run_values(
+            corpus,
+            {"steps": (num_blocks + 1) * steps_per_block, "packing": {"max_tokens": PACK_TOKENS}},
+            feed={"prefetch_bytes": 1},
+            zero={"stage": zero_stage, "bucket_size": 2_000_000},
+        )
+        runs = [run_apart({**values, "name": f"run-{run}"}, steps_per_block) for run in range(num_processes)]
+    wall = [run.wall_ratio for run in runs]
+    bare_s = statistics.median(block.wall_s for run in runs for block in run.bare) / steps_per_block
+    about = (
+        f"two packs of {PACK_TOKENS} tokens, ZeRO-{zero_stage}, {num_processes} processes of {min(wall):.3f} to"
+        f" {max(wall):.3f}"
+    )
+    name = f"the platform's step over a bare loop's, same packs ({about})"
+    cpu = statistics.median(run.cpu_ratio for run in runs)
+    return [
+        Row(name=name, value=statistics.median(wall), unit="x", bar="<= 1.03", command=COMMAND),
+        Row(name="the same in CPU time", value=cpu, unit="x", command=COMMAND),
+        Row(name="the bare step", value=1000 * bare_s, unit="ms", bar=">= 100", command=COMMAND),
+    ]
+
+
+def run_apart(values: dict[str, Any], steps_per_block: int) -> Pairs:
+    """The pairs of one run in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_run, (values, steps_per_block))
+
+
+def _run(values: dict[str, Any], steps_per_block: int) -> Pairs:
+    turns = run_in_turn(parse_config(TrainConfig, values), steps_per_block)
+    return Pairs(turns.own_blocks, turns.bare_blocks)
+
+
+def run_in_turn(config: TrainConfig, steps_per_block: int) -> InTurn:
+    """Runs `config`, a block of bare steps after every block of its own."""
+    torch.set_num_threads(config.workers.threads_per_worker)
+    with process_group(use_gpu=False) as device:
+        bare = BareLoop(prepare(config), config.zero)
+        turns = InTurn(bare, steps_per_block)
+        run_training(config, resume_from=None, device=device, trackers=[turns])
+    return turns
+
+
+def prepare(config: TrainConfig) -> Phase:
+    """The run's only phase with its first weights, on one rank."""
+    (name, phase), *_ = config.phases.items()
+    assert phase.init is not None
+    store = FeatureStore.open(config.feature_store)
+    model = first_model(phase.init, store, config.encoder, config.second_encoder)
+    return prepare_phase(config, name, model, store, load_tokenizer(config.tokenizer), rank=0, world_size=1)
+
+
+class BareLoop:
+    """Plain torch in fp32 on packs that are there already.
+
+    Args:
+        phase: whose model, packs, parameter groups and schedule.
+        zero: the optimizer's constants.
+    """
+
+    def __init__(self, phase: Phase, zero: ZeroConfig) -> None:
+        self._phase = phase
+        self._zero = zero
+        self._steps = [_as_fp32(step) for step in phase.feed.steps(PlanPosition(0, 0), 0, phase.num_steps)]
+        self.losses: list[float] = []
+        freeze_others(phase.model, phase.groups)
+        parameters = dict(phase.model.named_parameters())
+        self._trained = [parameters[name] for group in phase.groups for name in group.parameter_names]
+        self._optimizer = torch.optim.AdamW(
+            [
+                {"params": [parameters[n] for n in group.parameter_names], "weight_decay": group.weight_decay}
+                for group in phase.groups
+            ],
+            betas=zero.betas,
+            eps=zero.eps,
+        )
+
+    def run(self, num_steps: int) -> None:
+        """The next steps."""
+        for _ in range(num_steps):
+            self._step(self._steps[len(self.losses)])
+
+    def _step(self, step: StepBatches) -> None:
+        phase = self._phase
+        factor = learning_rate_factor(step.step, phase.num_steps, phase.config.schedule)
+        for own, group in zip(self._optimizer.param_groups, phase.groups, strict=True):
+            own["lr"] = group.lr * factor
+        total = 0.0
+        for item in step.micro_batches:
+            loss = phase.model(item.batch, use_transv=phase.config.use_transv).loss_sum / step.num_targets
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(self._trained, self._zero.max_grad_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self.losses.append(total)
+
+
+class Clock(NamedTuple):
+    """A moment, or the time between two."""
+
+    wall_s: float
+    cpu_s: float
+    """of all threads of this process"""
+
+    def since(self, before: Clock) -> Clock:
+        """The time between."""
+        return Clock(self.wall_s - before.wall_s, self.cpu_s - before.cpu_s)
+
+
+def read_clock() -> Clock:
+    """Now."""
+    return Clock(time.perf_counter(), time.process_time())
+
+
+class Pairs(NamedTuple):
+    """Neighbouring blocks of the two loops: a busy machine slows both, and they have the same packs."""
+
+    own: Sequence[Clock]
+    bare: Sequence[Clock]
+
+    @property
+    def wall_ratio(self) -> float:
+        """The median pair's."""
+        return statistics.median(own.wall_s / bare.wall_s for own, bare in zip(self.own, self.bare, strict=True))
+
+    @property
+    def cpu_ratio(self) -> float:
+        """The same in CPU time."""
+        return statistics.median(own.cpu_s / bare.cpu_s for own, bare in zip(self.own, self.bare, strict=True))
+
+
+class InTurn:
+    """A tracker that stops the platform after each block of its steps for a block of bare ones; the first is not timed.
+
+    Args:
+        bare: what runs in between.
+        steps_per_block: of either.
+    """
+
+    def __init__(self, bare: BareLoop, steps_per_block: int) -> None:
+        self.bare = bare
+        self.losses: list[float] = []
+        """of the platform's steps"""
+        self._steps_per_block = steps_per_block
+        self.own_blocks: list[Clock] = []
+        self.bare_blocks: list[Clock] = []
+        self._started: Clock | None = None
+
+    def log(self, scalars: Mapping[str, float], global_step: int) -> None:
+        """Called after each of the platform's steps."""
+        self.losses += [value for name, value in scalars.items() if name.endswith("/loss")]
+        if global_step % self._steps_per_block:
+            return
+        stopped = read_clock()
+        self.bare.run(self._steps_per_block)
+        ended = read_clock()
+        if self._started is not None:
+            self.own_blocks.append(stopped.since(self._started))
+            self.bare_blocks.append(ended.since(stopped))
+        self._started = ended
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def _as_fp32(step: StepBatches) -> Any:
+    micro_batches = [item._replace(batch=item.batch.to("cpu", torch.float32)) for item in step.micro_batches]
+    return step._replace(micro_batches=micro_batches)

@@ -1,0 +1,1 @@
+"""Video decoding compared with other strategies."""

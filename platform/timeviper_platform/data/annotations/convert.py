@@ -1,0 +1,140 @@
+"""One annotation file in, one file of SAMPLES rows out, with every row accounted for.
+
+Knows the formats by name. Holds a page of rows in memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import IO, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from timeviper_platform.common import storage
+from timeviper_platform.common.listing import pages
+from timeviper_platform.common.schemas import SAMPLES
+from timeviper_platform.data.annotations.captions import convert_cc12m, convert_pixelprose, convert_webdataset
+from timeviper_platform.data.annotations.dense_captions import convert_activitynet, convert_youcook2
+from timeviper_platform.data.annotations.grounding import convert_charades_sta, convert_didemo, convert_qvhighlights
+from timeviper_platform.data.annotations.llava import convert_llava
+from timeviper_platform.data.annotations.rows import Labels, Reject, Row
+
+logger = logging.getLogger(__name__)
+
+Format = Literal[
+    "llava", "cc12m", "pixelprose", "webdataset", "activitynet", "youcook2", "charades_sta", "didemo", "qvhighlights"
+]
+
+CONVERTERS: dict[str, Callable[[str, Labels], Iterator[Row | Reject]]] = {
+    "llava": convert_llava,
+    "cc12m": convert_cc12m,
+    "pixelprose": convert_pixelprose,
+    "webdataset": convert_webdataset,
+    "activitynet": convert_activitynet,
+    "youcook2": convert_youcook2,
+    "charades_sta": convert_charades_sta,
+    "didemo": convert_didemo,
+    "qvhighlights": convert_qvhighlights,
+}
+
+PAGE_ROWS = 8192
+LOGGED_REJECTS = 3
+"""Of each reason: enough to see what is wrong, few enough to read."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConvertConfig:
+    """One run of `jobs/convert.py`."""
+
+    format: Format
+    """whose annotations they are"""
+    input: str
+    """the annotation file; for pixelprose and webdataset also a glob"""
+    output: str
+    """the Parquet file of samples that training reads"""
+    source: str
+    """a name for these samples, in their ids and in reports"""
+    media_prefix: str = ""
+    """path from the folder that was preprocessed to the names in the annotations, e.g. videos/"""
+    weight: float = 1.0
+    """how often an epoch shows each of them"""
+
+    def __post_init__(self) -> None:
+        if self.weight < 0:
+            raise ValueError(f"{self.weight = } must be at least 0")
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertReport:
+    """What became of every row."""
+
+    samples: int
+    rejects: dict[str, int] = field(default_factory=dict)
+    """reason -> rows"""
+
+    def lines(self) -> list[str]:
+        """For people."""
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.rejects.items()))
+        num_rejects = sum(self.rejects.values())
+        return [
+            f"rows       {self.samples + num_rejects}",
+            f"samples    {self.samples}",
+            f"rejected   {num_rejects}" + (f" = {reasons}" if reasons else ""),
+        ]
+
+
+def convert(config: ConvertConfig) -> ConvertReport:
+    """Writes `config.output`, whole or not at all.
+
+    Raises:
+        ValueError: when the input is missing, or is no such file as its format says.
+        RuntimeError: when the output cannot be written.
+    """
+    labels = Labels(source=config.source, media_prefix=config.media_prefix, weight=config.weight)
+    rejects: Counter[str] = Counter()
+    num_samples = 0
+
+    def write(file: IO[bytes]) -> None:
+        nonlocal num_samples
+        with pq.ParquetWriter(file, SAMPLES, compression="zstd", write_page_checksum=True) as writer:
+            for page in pages(_entries(config, labels), PAGE_ROWS):
+                rows = [entry for entry in page if not isinstance(entry, Reject)]
+                for entry in page:
+                    if isinstance(entry, Reject):
+                        _count(entry, rejects)
+                writer.write_table(pa.Table.from_pylist(rows, schema=SAMPLES))
+                num_samples += len(rows)
+
+    storage.write_atomic(config.output, write)
+    return ConvertReport(num_samples, dict(rejects))
+
+
+def _entries(config: ConvertConfig, labels: Labels) -> Iterator[Row | Reject]:
+    """What the converter gives.
+
+    Raises:
+        ValueError: when the file as a whole cannot be read, or is something else: a wrong row is no exception.
+    """
+    num_entries = 0
+    try:
+        for entry in CONVERTERS[config.format](config.input, labels):
+            num_entries += 1
+            yield entry
+    except OSError as error:
+        raise ValueError(f"cannot read {config.input}: {error}") from error
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, pa.ArrowInvalid, tarfile.TarError) as error:
+        raise ValueError(f"{config.input} is no {config.format} file: {error!r}") from error
+    if not num_entries:
+        raise ValueError(f"{config.input} holds no rows of the format {config.format}; fix `input` or `format`")
+
+
+def _count(reject: Reject, rejects: Counter[str]) -> None:
+    rejects[reject.reason] += 1
+    if rejects[reject.reason] <= LOGGED_REJECTS:
+        detail = reject.detail.encode("utf-8", "backslashreplace").decode("utf-8")
+        logger.info("row %d: %s: %s", reject.row, reject.reason, detail)

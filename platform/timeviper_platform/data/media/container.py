@@ -1,0 +1,262 @@
+"""Media as they come: what they are, what is wrong with them, and a PyAV container around a URI or bytes.
+
+Knows limits, the kinds of bad input and their names, and how to hand bytes to FFmpeg without ever handing it a
+stranger's string. Does not know sampling or pixels (decode.py).
+"""
+
+from __future__ import annotations
+
+import io
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from fractions import Fraction
+from typing import Any, Literal
+
+import av
+from PIL import Image, UnidentifiedImageError
+
+from timeviper_platform.common import storage
+from timeviper_platform.common.storage import open_file
+from timeviper_platform.data.media.http_file import (
+    BadUrlError,
+    DomainNotAllowedError,
+    TooManyBytesError,
+    is_host,
+    is_web,
+    open_web,
+)
+from timeviper_platform.data.media.locations import open_part, parse_part
+
+Modality = Literal["video", "image"]
+Stage = Literal["download", "list", "probe", "decode_video", "decode_image"]
+
+FORMAT_WHITELIST = ("mov", "mp4", "m4a", "3gp", "3g2", "mj2", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "ogg")
+"""Demuxers that read one file and nothing else. Playlists (hls, dash, concat) name other files and hosts: never."""
+
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+"""What Pillow opens of the dozens that it knows: those that `sniff_modality` tells."""
+
+MEDIA_SUFFIXES = (
+    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".mpeg", ".flv", ".3gp", ".ogv"),
+    *(".jpg", ".jpeg", ".png", ".webp", ".bmp"),
+)
+"""What is taken from a folder or a tar; a glob or a manifest may name anything."""
+
+
+class ErrorType(StrEnum):
+    """Why a medium, or part of it, was not preprocessed."""
+
+    NOT_FOUND = "not_found"
+    PERMISSION_DENIED = "permission_denied"
+    READ_FAILED = "read_failed"
+    TIMED_OUT = "timed_out"
+    UNKNOWN_HOST = "unknown_host"
+    DOMAIN_NOT_ALLOWED = "domain_not_allowed"
+    BAD_URI = "bad_uri"
+    BAD_ROW = "bad_row"
+    TOO_MANY_BYTES = "too_many_bytes"
+    EMPTY_FILE = "empty_file"
+    UNKNOWN_FORMAT = "unknown_format"
+    CORRUPT_FILE = "corrupt_file"
+    NO_VIDEO_STREAM = "no_video_stream"
+    NO_DURATION = "no_duration"
+    NO_DECODER = "no_decoder"
+    EMPTY_RANGE = "empty_range"
+    TOO_MANY_PIXELS = "too_many_pixels"
+    TOO_MANY_FRAMES = "too_many_frames"
+    FRAMES_MISSING = "frames_missing"
+    OUT_OF_MEMORY = "out_of_memory"
+    DECODER_CRASHED = "decoder_crashed"
+    DECODER_TIMEOUT = "decoder_timeout"
+
+
+RETRYABLE = frozenset(
+    {
+        *(ErrorType.NOT_FOUND, ErrorType.PERMISSION_DENIED, ErrorType.READ_FAILED),
+        *(ErrorType.TIMED_OUT, ErrorType.UNKNOWN_HOST, ErrorType.DOMAIN_NOT_ALLOWED),
+    }
+)
+"""The world's fault, not the file's: the next run tries again. Others that a change may help, such as a higher limit or
+another decoder, are tried again where `retry_errors` names them."""
+
+
+class DecodeError(Exception):
+    """One medium cannot be read; a counted outcome, not the end of a job."""
+
+    def __init__(self, stage: Stage, error_type: ErrorType, message: str) -> None:
+        super().__init__(stage, error_type, message)  # all three, so that it survives pickling
+        self.stage = stage
+        self.error_type = error_type
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"{self.stage}: {self.error_type}: {self.message}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MediaLimits:
+    """What is refused before any memory is spent on it."""
+
+    max_pixels: int = 36_000_000
+    """width x height; 8K UHD (7680 x 4320) passes, 8192 x 8192 does not"""
+    max_samples: int = 200_000
+    """sampled frames of one medium; 55 hours at 1 fps"""
+    allowed_domains: tuple[str, ...] = ()
+    """hosts (with all below them) that https URLs are fetched from; empty = none is"""
+    max_download_bytes: int = 4 << 30
+    """of one medium on a web server that knows no ranges, which is copied to a temporary file"""
+
+    def __post_init__(self) -> None:
+        if self.max_pixels < 1 or self.max_samples < 1:
+            raise ValueError(f"{self.max_pixels = } and {self.max_samples = } must be at least 1")
+        if wrong := [domain for domain in self.allowed_domains if not is_host(domain)]:
+            raise ValueError(f"allowed_domains: {wrong} must be bare host names such as images.example.org")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MediaProbe:
+    """What headers say of a medium."""
+
+    modality: Modality
+    end_seconds: Fraction
+    """exclusive end of the last frame on the source's clock; 0 for an image"""
+    end_is_exact: bool
+    """False where only the container knows a duration, which may be its sound's"""
+    source_fps: float
+    width: int
+    height: int
+    codec: str
+
+
+def sniff_modality(head: bytes) -> Modality:
+    """What the first bytes of a file say; whatever is no image is left for FFmpeg to judge."""
+    is_image = head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM")) or (
+        head[:4] == b"RIFF" and head[8:12] == b"WEBP"
+    )
+    return "image" if is_image else "video"
+
+
+def looks_like_video(head: bytes) -> bool:
+    """True when the first bytes are those of a known container, so that a failure to open it means damage."""
+    return (
+        head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip")
+        or head.startswith((b"\x1aE\xdf\xa3", b"FLV", b"OggS", b"\x00\x00\x01\xba"))
+        or (head.startswith(b"\x47") and not head.startswith(b"GIF8"))
+        or (head[:4] == b"RIFF" and head[8:11] == b"AVI")
+    )
+
+
+@contextmanager
+def reading(stage: Stage, source: str | bytes, limits: MediaLimits | None = None) -> Iterator[None]:
+    """Turns what the file system, web servers, FFmpeg and Pillow raise inside into a DecodeError of `stage`."""
+    name = source_name(source)
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DecodeError(stage, ErrorType.NOT_FOUND, f"{name}: there is no such file") from error
+    except DomainNotAllowedError as error:
+        raise DecodeError(stage, ErrorType.DOMAIN_NOT_ALLOWED, f"{name}: {error}") from error
+    except BadUrlError as error:
+        raise DecodeError(stage, ErrorType.BAD_URI, f"{name}: {error}") from error
+    except TooManyBytesError as error:
+        raise DecodeError(stage, ErrorType.TOO_MANY_BYTES, f"{name}: {error}") from error
+    except TimeoutError as error:
+        raise DecodeError(stage, ErrorType.TIMED_OUT, f"{name}: {error}") from error
+    except socket.gaierror as error:
+        raise DecodeError(stage, ErrorType.UNKNOWN_HOST, f"{name}: {error}") from error
+    except PermissionError as error:
+        raise DecodeError(stage, ErrorType.PERMISSION_DENIED, f"{name}: {error}") from error
+    except av.error.DecoderNotFoundError as error:
+        raise DecodeError(stage, ErrorType.NO_DECODER, f"{name}: {error}") from error
+    except MemoryError as error:  # before FFmpegError, which PyAV's own MemoryError is too
+        raise DecodeError(
+            stage, ErrorType.OUT_OF_MEMORY, f"{name}: reading it takes more memory than it may"
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise DecodeError(stage, ErrorType.TOO_MANY_PIXELS, f"{name}: {error}") from error
+    except (av.error.FFmpegError, UnidentifiedImageError, SyntaxError) as error:
+        # Pillow reports some broken PNG chunks as SyntaxError
+        kind = ErrorType.CORRUPT_FILE if _known_head(source, limits) else ErrorType.UNKNOWN_FORMAT
+        raise DecodeError(stage, kind, f"{name}: {error}") from error
+    except OSError as error:
+        # Pillow says 'image file is truncated' with a plain OSError; errors of the operating system have a number
+        kind = ErrorType.READ_FAILED if error.errno else ErrorType.CORRUPT_FILE
+        raise DecodeError(stage, kind, f"{name}: {error}") from error
+
+
+def open_binary(source: str | bytes, limits: MediaLimits | None = None) -> Any:
+    """A seekable file object for a URI, part of a file, URL or bytes; remote files are read ahead, not copied whole."""
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    if is_web(source):
+        limits = limits or MediaLimits()
+        return open_web(source, limits.allowed_domains, limits.max_download_bytes)
+    part = parse_part(source)
+    return open_file(source) if part is None else open_part(part)
+
+
+def is_local_file(uri: str) -> bool:
+    """True when `uri` is a whole file on this machine's disks, which libraries may open by its path."""
+    return not is_web(uri) and parse_part(uri) is None and storage.is_local(uri)
+
+
+def source_name(source: str | bytes) -> str:
+    """What errors call it: a URI without what may be a secret."""
+    if isinstance(source, bytes):
+        return f"{len(source)} bytes"
+    return storage.shown_uri(source)
+
+
+def read_head(source: str | bytes, limits: MediaLimits | None = None) -> bytes:
+    """The first 16 bytes."""
+    with open_binary(source, limits) as file:
+        return bytes(file.read(16))
+
+
+def open_container(source: str | bytes, limits: MediaLimits | None = None) -> Any:
+    """A PyAV container with a pinned set of demuxers.
+
+    A local path goes to FFmpeg as `file:/absolute/path`, so that no name can select another protocol; everything
+    else as a file object.
+    """
+    options = {"format_whitelist": ",".join(FORMAT_WHITELIST), "protocol_whitelist": "file"}
+    if isinstance(source, str) and is_local_file(source):
+        return av.open("file:" + storage.split_uri(source)[1], options=options)
+    return av.open(open_binary(source, limits), options=options, buffer_size=1 << 20)
+
+
+def video_stream(container: Any, stage: Stage, name: str) -> Any:
+    """The first real video stream; other streams are set to be discarded by the demuxer.
+
+    Raises:
+        DecodeError: when there is none. The cover picture of an audio file is not one.
+    """
+    videos = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+    if not videos:
+        kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "no streams"
+        raise DecodeError(stage, ErrorType.NO_VIDEO_STREAM, f"{name}: no video stream, only {kinds}")
+    for stream in container.streams:
+        if stream.index != videos[0].index:
+            stream.discard = av.stream.Discard.all
+    return videos[0]
+
+
+def clock_origin(container: Any, stream: Any) -> int:
+    """The PTS, in ticks of the stream, that is 0 s on the medium's clock.
+
+    0, except for formats whose clock starts anywhere (MPEG-TS and MPEG-PS): their first PTS.
+    """
+    if container.format.flags & av.format.Flags.ts_discont.value:
+        return int(stream.start_time or 0)
+    return 0
+
+
+def _known_head(source: str | bytes, limits: MediaLimits | None) -> bool:
+    try:
+        head = read_head(source, limits)
+    except OSError:
+        return False
+    return looks_like_video(head) or sniff_modality(head) == "image"

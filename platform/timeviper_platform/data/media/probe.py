@@ -1,0 +1,194 @@
+"""Headers to facts: modality, duration, size, codec of a medium, without decoding a frame.
+
+Knows how containers state durations, and probes many media at a time in threads of this process; in one that may crash
+or hang it is isolation.py's. Does not know plans or stores.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+
+from timeviper_platform.common import storage
+from timeviper_platform.common.listing import FileVersion
+from timeviper_platform.data.media.container import (
+    IMAGE_FORMATS,
+    DecodeError,
+    ErrorType,
+    MediaLimits,
+    MediaProbe,
+    clock_origin,
+    open_binary,
+    open_container,
+    read_head,
+    reading,
+    sniff_modality,
+    source_name,
+    video_stream,
+)
+from timeviper_platform.data.media.http_file import is_web
+from timeviper_platform.data.media.locations import RangePart, parse_part
+
+AV_TIME_BASE = 1_000_000
+"""FFmpeg states container durations in microseconds."""
+
+STEADY_RATE_TOLERANCE = Fraction(1, 100)
+"""A stream whose average rate is further from its base rate than this has a variable frame rate."""
+
+PROBE_THREADS = 16
+"""Probing waits for disks and object stores."""
+
+Probed = MediaProbe | DecodeError
+"""what the headers of a medium say, or why they say nothing"""
+
+
+class ProbeSource(Protocol):
+    """Where the headers of media are read."""
+
+    def probe(self, uris: Sequence[str]) -> list[Probed]:
+        """Of each, in order; what is wrong with one is its result, not raised."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalProbes:
+    """A ProbeSource in this process."""
+
+    limits: MediaLimits
+
+    def probe(self, uris: Sequence[str]) -> list[Probed]:
+        """See `ProbeSource.probe`."""
+        with ThreadPoolExecutor(PROBE_THREADS) as pool:
+            return list(pool.map(self._probe, uris))
+
+    def _probe(self, uri: str) -> Probed:
+        try:
+            return probe_media(uri, self.limits)
+        except DecodeError as error:
+            return error
+
+
+def probe_media(source: str | bytes, limits: MediaLimits | None = None) -> MediaProbe:
+    """What the headers of a medium say.
+
+    Args:
+        source: a URI, or the file's bytes.
+        limits: defaults when None.
+
+    Raises:
+        DecodeError: when it is missing, empty, no medium, or past a limit.
+    """
+    limits = limits or MediaLimits()
+    with reading("probe", source, limits):
+        head = read_head(source, limits)
+        if not head:
+            raise DecodeError("probe", ErrorType.EMPTY_FILE, f"{source_name(source)}: the file has 0 bytes")
+        probe = _probe_image(source, limits) if sniff_modality(head) == "image" else _probe_video(source, limits)
+    if probe.width * probe.height > limits.max_pixels:
+        raise DecodeError(
+            "probe",
+            ErrorType.TOO_MANY_PIXELS,
+            f"{source_name(source)}: {probe.width} x {probe.height} is past {limits.max_pixels = };"
+            " raise it if memory lasts",
+        )
+    return probe
+
+
+def file_version(uri: str, limits: MediaLimits | None = None) -> FileVersion:
+    """Size, etag, and what tells this content from a later one under the same name: of a file, a part of one, or a URL.
+
+    Raises:
+        DecodeError: when it is missing.
+    """
+    part = parse_part(uri)
+    if part is not None:
+        whole = file_version(part.uri)
+        size = part.size if isinstance(part, RangePart) else whole.size
+        return FileVersion(size, whole.etag, f"{whole.text}/{'-'.join(str(value) for value in part[1:])}")
+    with reading("probe", uri, limits):
+        if is_web(uri):
+            with open_binary(uri, limits) as file:
+                web = file.raw
+                return FileVersion(web.size, web.etag, web.etag or f"{web.size}-{web.modified or 'web'}")
+        filesystem, path = storage.split_uri(uri)
+        if storage.is_local(uri):
+            stat = Path(path).stat()
+            return FileVersion(stat.st_size, None, f"{stat.st_size}-{stat.st_mtime_ns}")
+        info = filesystem.info(path)
+        size = int(info.get("size") or 0)
+        etag = str(info.get("ETag") or info.get("etag") or "").strip('"') or None
+        return FileVersion(size, etag, etag or f"{size}-{info.get('LastModified') or info.get('created')}")
+
+
+def sha256_of(uri: str, limits: MediaLimits | None = None) -> str:
+    """sha256 of a file's bytes, read in pieces.
+
+    Raises:
+        DecodeError: when it cannot be read.
+    """
+    with reading("probe", uri, limits), open_binary(uri, limits) as file:
+        digest = hashlib.sha256()
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+        return digest.hexdigest()
+
+
+def _probe_image(source: str | bytes, limits: MediaLimits) -> MediaProbe:
+    with open_binary(source, limits) as file, Image.open(file, formats=IMAGE_FORMATS) as image:  # the header alone
+        width, height = image.size
+        codec = (image.format or "").lower()
+    return MediaProbe(
+        modality="image",
+        end_seconds=Fraction(0),
+        end_is_exact=True,
+        source_fps=0.0,
+        width=width,
+        height=height,
+        codec=codec,
+    )
+
+
+def _probe_video(source: str | bytes, limits: MediaLimits) -> MediaProbe:
+    with open_container(source, limits) as container:
+        stream = video_stream(container, "probe", source_name(source))
+        if stream.duration:
+            end = _stream_end(container, stream)
+        elif container.duration:
+            end = Fraction(container.duration, AV_TIME_BASE)
+        else:
+            raise DecodeError(
+                "probe", ErrorType.NO_DURATION, f"{source_name(source)}: no header states a duration; remux the file"
+            )
+        context = stream.codec_context
+        if not context.width or not context.height:
+            raise DecodeError("probe", ErrorType.CORRUPT_FILE, f"{source_name(source)}: the video stream has no size")
+        return MediaProbe(
+            modality="video",
+            end_seconds=end,
+            end_is_exact=bool(stream.duration),
+            source_fps=float(stream.average_rate or 0),
+            width=context.width,
+            height=context.height,
+            codec=context.name,
+        )
+
+
+def _stream_end(container: Any, stream: Any) -> Fraction:
+    """Where the stream's header says that it ends; where its last packets do, for a variable frame rate.
+
+    MP4 states durations by DTS: with B frames and a variable rate that may be seconds before the last PTS.
+    """
+    origin = clock_origin(container, stream)
+    end = (stream.start_time or 0) + stream.duration
+    average, base = stream.average_rate, stream.base_rate
+    if average and base and abs(average / base - 1) > STEADY_RATE_TOLERANCE:
+        container.seek(end, stream=stream)  # to the last keyframe
+        last = [packet.pts + (packet.duration or 0) for packet in container.demux(stream) if packet.pts is not None]
+        end = max([end, *last])
+    return (end - origin) * Fraction(stream.time_base)

@@ -1,0 +1,376 @@
+"""Media items to the sampling plan: headers to rows of at most 64 sampled frames, and rows to units of work.
+
+Knows identities, versions and counts; has headers read where it may crash or hang (isolation.py). Decodes nothing and
+knows no Ray. Equal input gives equal ids, whatever ran before: that is what makes the job one that can be run again.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields, replace
+from fractions import Fraction
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from timeviper_platform.common.schemas import PLAN, STRETCH_MARK
+from timeviper_platform.data.inputs.manifest import MediaItem
+from timeviper_platform.data.media.container import DecodeError, ErrorType, MediaLimits, Modality, source_name
+from timeviper_platform.data.media.probe import LocalProbes, ProbeSource, file_version, sha256_of
+from timeviper_platform.data.video.frames import check_size
+from timeviper_platform.data.video.sampling import count_samples, sample_times
+from timeviper_platform.data.video_worker.frame_source import DecodeConfig
+from timeviper_platform.data.video_worker.isolated import IsolatedProbes
+
+SEGMENT_SAMPLES = 64
+"""28 MB of frames at 384 x 384: what a worker holds at once, whatever the video's length."""
+
+UNITS_PER_WORKER = 8
+MAX_UNIT_SEGMENTS = 4096
+
+MAX_TABLE_ROWS = 65_536
+"""Of a plan's table: a page of films would have millions."""
+
+READ_THREADS = 16
+"""Asking for a file's version and hashing it wait for disks and object stores."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Segment:
+    """One PLAN row without its outcome."""
+
+    segment_id: str
+    media_id: str
+    source_version: str
+    segment_index: int
+    num_segments: int
+    uri: str
+    size: int
+    etag: str | None
+    sha256: str | None
+    modality: Modality
+    duration_seconds: float
+    source_fps: float
+    width: int
+    height: int
+    codec: str
+    grid_start_seconds: float
+    first_sample: int
+    num_samples: int
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> Segment:
+        """The segment of a PLAN row."""
+        return cls(**{field.name: row[field.name] for field in fields(cls)})
+
+    def times(self, fps: Fraction) -> list[Fraction]:
+        """t of every sample."""
+        return sample_times(exact(self.grid_start_seconds), fps, self.first_sample, self.num_samples)
+
+    def time(self, number: int, fps: Fraction) -> Fraction:
+        """t of sample `number` of the segment, from 0; that of `num_samples` is its end."""
+        return exact(self.grid_start_seconds) + (self.first_sample + number) / fps
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanError:
+    """A medium whose headers say that it cannot be preprocessed."""
+
+    media_id: str
+    uri: str
+    error_stage: str
+    error_type: str
+    error_message: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanSpec:
+    """How media become segments; all that whoever probes is told."""
+
+    fps: Fraction
+    recipe_hash: str
+    limits: MediaLimits = field(default_factory=MediaLimits)
+    hash_mode: Literal["none", "sha256"] = "none"
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    """where headers are read, and what that may take"""
+
+    def probe_source(self) -> ProbeSource:
+        """Reads headers; whoever plans many pages keeps one."""
+        if self.decode.isolation == "process":
+            return IsolatedProbes(self.limits, self.decode)
+        return LocalProbes(self.limits)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedMedium:
+    """What the PLAN rows of one medium share; num_samples is that of all of them, 0 for a medium in error."""
+
+    media_id: str
+    uri: str
+    status: Literal["planned", "error"]
+    source_version: str = ""
+    size: int | None = None
+    etag: str | None = None
+    sha256: str | None = None
+    modality: Modality | None = None
+    duration_seconds: float | None = None
+    source_fps: float | None = None
+    width: int | None = None
+    height: int | None = None
+    codec: str | None = None
+    grid_start_seconds: float | None = None
+    num_samples: int = 0
+    error_stage: str | None = None
+    error_type: str | None = None
+    error_message: str | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """PLAN rows of this medium."""
+        return max(1, -(-self.num_samples // SEGMENT_SAMPLES))
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Consecutive segments that become one data file."""
+
+    name: str
+    """derived from the segment ids: the same segments have the same file"""
+    segments: tuple[Segment, ...]
+
+    @property
+    def num_samples(self) -> int:
+        """Frames to decode."""
+        return sum(segment.num_samples for segment in self.segments)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingConfig:
+    """Which frames are taken."""
+
+    fps: float = 1.0
+    """samples a second; sample k lies at start + k / fps and shows the frame on screen then"""
+    frames: Literal["all", "keyframes"] = "all"
+    """keyframes = a sample shows the last keyframe since the one before it, and is left out where there is none: a
+    small part of the work, for a first look at many hours"""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fps <= 240:
+            raise ValueError(f"{self.fps = } must be above 0 and at most 240")
+
+
+@functools.lru_cache(maxsize=1024)  # most are 0, and reading a decimal takes longer than all else of an image's row
+def exact(seconds: float) -> Fraction:
+    """The decimal number that the float stands for: 0.1 is 1/10."""
+    return Fraction(repr(float(seconds)))
+
+
+def plan_page(items: Sequence[MediaItem], spec: PlanSpec, probes: ProbeSource | None = None) -> Iterator[pa.Table]:
+    """PLAN rows of the items, in order, in tables of about MAX_TABLE_ROWS: the segments of each medium, or one row that
+    says what is wrong with it.
+
+    Reads headers alone (and hashes if asked), and nothing where the manifest says it all.
+
+    Args:
+        items: in the order of their rows.
+        spec: how media become segments.
+        probes: what reads headers; None = of this page's own.
+    """
+    if all(_is_told(item, spec) for item in items):
+        planned = [_planned(item, item, spec) for item in items]
+    else:
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            versions = list(pool.map(lambda item: _with_version(item, spec), items))
+            known = _with_probes(versions, spec.probe_source() if probes is None else probes)
+            planned = list(pool.map(lambda item, told: _planned(item, told, spec), items, known))
+    group: list[PlannedMedium] = []
+    num_rows = 0
+    for medium in planned:
+        group.append(medium)
+        num_rows += medium.num_rows
+        if num_rows >= MAX_TABLE_ROWS:
+            yield _table(group, spec.recipe_hash)
+            group, num_rows = [], 0
+    if group:
+        yield _table(group, spec.recipe_hash)
+
+
+def plan_item(item: MediaItem, spec: PlanSpec) -> PlannedMedium:
+    """What is to be sampled of one medium, whose version and probe are known unless it is rejected.
+
+    Raises:
+        DecodeError: when its source or its headers say that it cannot be preprocessed.
+    """
+    if item.rejected is not None:
+        raise DecodeError(*item.rejected)
+    file, probe = item.version, item.probe
+    assert file is not None
+    assert probe is not None
+    check_size(probe.width, probe.height, spec.limits, "probe", source_name(item.uri))
+    sha256 = item.sha256 or (sha256_of(item.uri, spec.limits) if spec.hash_mode == "sha256" else None)
+    start = exact(item.start_seconds or 0.0)
+    end = probe.end_seconds if item.end_seconds is None else min(probe.end_seconds, exact(item.end_seconds))
+    count = 1 if probe.modality == "image" else count_samples(start, end, spec.fps)
+    _check_count(item, count, probe.end_seconds, spec.limits)
+    version = sha256 or file.text
+    if item.start_seconds is not None or item.end_seconds is not None:
+        version += f"{STRETCH_MARK}{item.start_seconds},{item.end_seconds}"
+    return PlannedMedium(
+        media_id=item.media_id,
+        uri=item.uri,
+        status="planned",
+        source_version=version,
+        size=file.size,
+        etag=file.etag,
+        sha256=sha256,
+        modality=probe.modality,
+        duration_seconds=float(probe.end_seconds),
+        source_fps=probe.source_fps,
+        width=probe.width,
+        height=probe.height,
+        codec=probe.codec,
+        grid_start_seconds=float(start),
+        num_samples=count,
+    )
+
+
+def segment_id(media_id: str, source_version: str, recipe_hash: str, segment_index: int) -> str:
+    """32 hex digits that name a segment of one version of one medium under one recipe."""
+    return hashlib.sha256(f"{media_id}/{source_version}/{recipe_hash}/{segment_index}".encode()).hexdigest()[:32]
+
+
+def cut_units(segments: Collection[Segment], frames_per_file: int, num_workers: int) -> list[Unit]:
+    """Segments in order, cut into units of at most `frames_per_file` frames but never fewer than one segment.
+
+    Small inputs are cut finer, so that every worker has work until near the end.
+    """
+    return list(iter_units(segments, frames_per_file, num_workers))
+
+
+def iter_units(segments: Collection[Segment], frames_per_file: int, num_workers: int) -> Iterator[Unit]:
+    """`cut_units` one at a time; reads the segments twice."""
+    total = sum(segment.num_samples for segment in segments)
+    share = -(-total // (UNITS_PER_WORKER * num_workers))
+    return _cut(segments, min(frames_per_file, max(SEGMENT_SAMPLES, share)))
+
+
+def _cut(segments: Iterable[Segment], frames_per_unit: int) -> Iterator[Unit]:
+    group: list[Segment] = []
+    num_frames = 0
+    for segment in segments:
+        if group and (num_frames + segment.num_samples > frames_per_unit or len(group) == MAX_UNIT_SEGMENTS):
+            yield _unit(group)
+            group, num_frames = [], 0
+        group.append(segment)
+        num_frames += segment.num_samples
+    if group:
+        yield _unit(group)
+
+
+def segments_of(table: pa.Table) -> list[Segment]:
+    """The segments among PLAN rows."""
+    return [Segment.from_row(row) for row in table.filter(pc.field("status") == "planned").to_pylist()]
+
+
+def errors_of(table: pa.Table) -> list[PlanError]:
+    """The media in error among PLAN rows."""
+    names = [field.name for field in fields(PlanError)]
+    return [PlanError(**row) for row in table.filter(pc.field("status") == "error").select(names).to_pylist()]
+
+
+def _table(media: Sequence[PlannedMedium], recipe_hash: str) -> pa.Table:
+    """PLAN rows, column by column: a row at a time costs five times as much."""
+    samples = np.array([medium.num_samples for medium in media], dtype=np.int64)
+    num_segments = -(-samples // SEGMENT_SAMPLES)
+    num_rows = np.maximum(1, num_segments)  # a medium in error has a row too
+    source = np.repeat(np.arange(len(media)), num_rows)
+    index = np.arange(len(source)) - np.repeat(np.cumsum(num_rows) - num_rows, num_rows)
+    is_error = (samples == 0)[source]
+    ids = [
+        "" if error else segment_id(media[number].media_id, media[number].source_version, recipe_hash, place)
+        for number, place, error in zip(source.tolist(), index.tolist(), is_error.tolist(), strict=True)
+    ]
+    counted = {
+        "segment_index": index,
+        "num_segments": num_segments[source],
+        "first_sample": index * SEGMENT_SAMPLES,
+        "num_samples": np.minimum(SEGMENT_SAMPLES, samples[source] - index * SEGMENT_SAMPLES),
+    }
+    columns = [
+        pa.array(ids, pa.string())
+        if field.name == "segment_id"
+        else pa.array(counted[field.name], field.type, mask=is_error)
+        if field.name in counted
+        else pa.array([getattr(medium, field.name) for medium in media], field.type).take(pa.array(source))
+        for field in PLAN
+    ]
+    return pa.table(columns, schema=PLAN)
+
+
+def _is_told(item: MediaItem, spec: PlanSpec) -> bool:
+    """True when planning the item needs no file."""
+    known = item.version is not None and item.probe is not None
+    return item.rejected is not None or (known and (spec.hash_mode == "none" or item.sha256 is not None))
+
+
+def _with_version(item: MediaItem, spec: PlanSpec) -> MediaItem | DecodeError:
+    """The item with its file's version, asked for where nobody told it."""
+    if item.rejected is not None or item.version is not None:
+        return item
+    try:
+        return replace(item, version=file_version(item.uri, spec.limits))
+    except DecodeError as error:
+        return error
+
+
+def _with_probes(items: Sequence[MediaItem | DecodeError], probes: ProbeSource) -> list[MediaItem | DecodeError]:
+    """The items with what their headers say, read where nobody told it."""
+    known = list(items)
+    asked = [
+        (place, item)
+        for place, item in enumerate(items)
+        if isinstance(item, MediaItem) and item.rejected is None and item.probe is None
+    ]
+    answers = probes.probe([item.uri for _, item in asked])
+    for (place, item), answer in zip(asked, answers, strict=True):
+        known[place] = answer if isinstance(answer, DecodeError) else replace(item, probe=answer)
+    return known
+
+
+def _planned(item: MediaItem, known: MediaItem | DecodeError, spec: PlanSpec) -> PlannedMedium:
+    """What became of an item that is known now, or in error."""
+    try:
+        if isinstance(known, DecodeError):
+            raise known
+        return plan_item(known, spec)
+    except DecodeError as error:
+        return PlannedMedium(
+            media_id=item.media_id,
+            uri=source_name(item.uri),
+            status="error",
+            error_stage=error.stage,
+            error_type=error.error_type,
+            error_message=error.message,
+        )
+
+
+def _unit(group: Sequence[Segment]) -> Unit:
+    name = hashlib.sha256("".join(segment.segment_id for segment in group).encode()).hexdigest()[:32]
+    return Unit(name, tuple(group))
+
+
+def _check_count(item: MediaItem, count: int, end: Fraction, limits: MediaLimits) -> None:
+    if count == 0:
+        message = (
+            f"{source_name(item.uri)}: no sample lies in {item.start_seconds}..{item.end_seconds} of {float(end)} s"
+        )
+        raise DecodeError("probe", ErrorType.EMPTY_RANGE, message)
+    if count > limits.max_samples:
+        name = source_name(item.uri)
+        message = f"{name}: {count} samples are past {limits.max_samples = }; raise it if the header tells the truth"
+        raise DecodeError("probe", ErrorType.TOO_MANY_FRAMES, message)

@@ -1,0 +1,1 @@
+"""Features on disk: layout, reading, writing, committing, verifying."""

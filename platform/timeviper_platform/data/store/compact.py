@@ -1,0 +1,207 @@
+"""Many small data files of a feature store to few of the configured size, while others read.
+
+Knows which rows still count and copies them, checked, a row group at a time. One atomic write (a commit record that
+names what it replaces) makes a merged file count and its sources stop to; `settle` does the rest. Killed at any moment,
+the store holds every row once, and the next compaction or run of the job goes on. Readers that opened the store before
+find moved rows by themselves. Not for use while a job writes to the store. Needs room for a second copy of the merged
+files until it ends. Memory grows with the number of files, and by 8 bytes a row of those files that hold rows to drop.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from timeviper_platform.common import storage
+from timeviper_platform.common.schemas import INDEX
+from timeviper_platform.data.store.commits import (
+    best_rows,
+    committed_files,
+    indexed_digest,
+    iter_commits,
+    num_feature_bytes,
+)
+from timeviper_platform.data.store.index_writer import index_tables, read_indexed_digest
+from timeviper_platform.data.store.layout import DATA_FOLDER, read_header
+from timeviper_platform.data.store.row_groups import open_data_file
+from timeviper_platform.data.store.sorted_runs import SortedRuns, merge_runs
+from timeviper_platform.data.store.writer import ROW_GROUP_BYTES, Row, features_fault, settle, write_file
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_FILE_BYTES = 256 << 20
+
+_LIVE_NAMES = ("file", "row_group", "row_in_group", "num_frames", "num_tokens_per_frame", "dim")
+_LIVE = pa.schema([INDEX.field(name) for name in _LIVE_NAMES])
+_COMMITTED = pa.schema([INDEX.field(name) for name in ("media_id", "segment_id", "status", *_LIVE_NAMES)])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompactReport:
+    """What a compaction did."""
+
+    files_before: int
+    files_after: int
+    files_written: int
+    rows_copied: int
+    rows_dropped: int
+    """superseded versions of media, and errors that a later run mended"""
+    bytes_copied: int
+    """of features"""
+
+    def lines(self) -> list[str]:
+        """For people."""
+        return [
+            f"files      {self.files_before} before, {self.files_after} after; written: {self.files_written}",
+            f"rows       {self.rows_copied} copied ({self.bytes_copied / 1e6:.1f} MB), {self.rows_dropped} superseded",
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A data file and the rows of it that count."""
+
+    name: str
+    first_media_id: str
+    num_rows: int
+    num_live: int
+    num_bytes: int
+    """of the features of rows that count"""
+    live: np.ndarray | None
+    """(num_live, 2) row_group and row_in_group, ascending; None = all rows"""
+
+    @property
+    def num_dropped(self) -> int:
+        """Rows that do not count."""
+        return self.num_rows - self.num_live
+
+
+def compact(uri: str, *, file_bytes: int = DEFAULT_FILE_BYTES, row_group_bytes: int = ROW_GROUP_BYTES) -> CompactReport:
+    """Merges data files with less than half of `file_bytes` of features into files of up to `file_bytes`.
+
+    Raises:
+        ValueError: when there is no store at `uri`, or `file_bytes` or `row_group_bytes` is not positive.
+        RuntimeError: when a row to be copied is damaged, with its ids; what was merged before stays merged.
+    """
+    if file_bytes < 1 or row_group_bytes < 1:
+        raise ValueError(f"{file_bytes = } and {row_group_bytes = } must be at least 1")
+    header = read_header(uri)
+    if header is None:
+        raise ValueError(f"no feature store at {uri!r}; run jobs/preprocess.py with output: {uri}")
+    settle(uri)
+    with tempfile.TemporaryDirectory(prefix="timeviper-compact-") as folder:
+        sources = _sources(uri, Path(folder))
+    groups = _groups(sources, file_bytes)
+    for number, group in enumerate(groups, start=1):
+        names = [source.name for source in group]
+        name = hashlib.sha256("\n".join(["compact", *names]).encode()).hexdigest()[:32]
+        rows = (row for source in group for row in _rows(uri, source))
+        digest = header["recipe_hash"]
+        write_file(uri, name, rows, recipe_digest=digest, replaces=names, row_group_bytes=row_group_bytes)
+        logger.info("merged %d data files into %s (%d of %d)", len(names), name, number, len(groups))
+    settle(uri)
+    merged = [source for group in groups for source in group]
+    return CompactReport(
+        files_before=len(sources),
+        files_after=sum(1 for _ in committed_files(uri)),
+        files_written=len(groups),
+        rows_copied=sum(source.num_live for source in merged),
+        rows_dropped=sum(source.num_dropped for source in merged),
+        bytes_copied=sum(source.num_bytes for source in merged),
+    )
+
+
+def _sources(uri: str, folder: Path) -> list[_Source]:
+    """Every data file of a settled store, by its first medium; `folder` holds rows while they are sorted."""
+    files = []
+    for name, record in iter_commits(uri, ["media_id"]):  # in the order of their names, as `live` will be
+        files.append((name, pc.min(record["media_id"]).as_py() or "", record.num_rows))
+    live = SortedRuns(folder / "live", _LIVE, "file")
+    for table in _live_rows(uri, [name for name, _, num_rows in files if num_rows], folder):
+        live.add(table)
+    of_files = _by_file(live)
+    name, rows = next(of_files, ("", live.empty))
+    sources = []
+    for file, first, num_rows in files:
+        mine = live.empty
+        if name == file:
+            mine = rows
+            name, rows = next(of_files, ("", live.empty))
+        places = None if mine.num_rows == num_rows else _places(mine)
+        sources.append(_Source(file, first, num_rows, mine.num_rows, num_feature_bytes(mine), places))
+    return sorted(sources, key=lambda source: (source.first_media_id, source.name))
+
+
+def _live_rows(uri: str, with_rows: Sequence[str], folder: Path) -> Iterator[pa.Table]:
+    """The committed rows that count: the index's, or the best of each segment while commits are younger than it.
+
+    Rows of another source_version can be told from rows not yet indexed only by an index of these very files.
+    """
+    if read_indexed_digest(uri) == indexed_digest(with_rows):
+        yield from index_tables(uri, _LIVE.names)
+        return
+    committed = SortedRuns(folder / "committed", _COMMITTED, "media_id")
+    for _, record in iter_commits(uri):
+        committed.add(record)
+    for (rows,) in merge_runs([committed], "media_id"):
+        yield best_rows(rows)
+
+
+def _by_file(live: SortedRuns) -> Iterator[tuple[str, pa.Table]]:
+    """The rows of each data file that has any, in order of name."""
+    for (rows,) in merge_runs([live], "file"):
+        start = 0
+        for entry in pc.value_counts(rows["file"]).to_pylist():  # in the order in which they come
+            yield entry["values"], rows.slice(start, entry["counts"])
+            start += entry["counts"]
+
+
+def _places(rows: pa.Table) -> np.ndarray:
+    rows = rows.sort_by([("row_group", "ascending"), ("row_in_group", "ascending")])
+    return np.stack([rows["row_group"].to_numpy(), rows["row_in_group"].to_numpy()], axis=1)
+
+
+def _groups(sources: Sequence[_Source], file_bytes: int) -> list[list[_Source]]:
+    """Small files in order, cut where a merged file is full; single files only when they hold rows to drop."""
+    groups: list[list[_Source]] = [[]]
+    num_bytes = 0
+    for source in sources:
+        if 2 * source.num_bytes >= file_bytes:
+            continue
+        if num_bytes + source.num_bytes > file_bytes:
+            groups.append([])
+            num_bytes = 0
+        groups[-1].append(source)
+        num_bytes += source.num_bytes
+    return [group for group in groups if len(group) > 1 or any(source.num_dropped for source in group)]
+
+
+def _rows(uri: str, source: _Source) -> Iterator[Row]:
+    path = storage.join_uri(uri, DATA_FOLDER, source.name)
+    advice = "`jobs/store.py verify` lists every bad row and says what to do"
+    try:
+        opened = open_data_file(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise RuntimeError(f"{path} cannot be opened: {error}; {advice}") from error
+    with opened as file:
+        for number in range(file.metadata.num_row_groups):
+            places = None if source.live is None else source.live[source.live[:, 0] == number, 1]
+            if places is not None and not len(places):
+                continue
+            rows = file.read_row_group(number, use_threads=False)
+            for row in (rows if places is None else rows.take(pa.array(places))).to_pylist():
+                fault = features_fault(row, row["features"])
+                if fault is not None:
+                    raise RuntimeError(
+                        f"{path}: row group {number}: segment {row['segment_id']} of medium {row['media_id']}: {fault};"
+                        f" {advice}"
+                    )
+                yield row

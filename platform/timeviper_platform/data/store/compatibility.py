@@ -1,0 +1,29 @@
+"""."""
+
+from __future__ import annotations
+
+from timeviper_model.config import VisionConfig
+from timeviper_platform.data.encode.recipe import Facts, different_facts, recipe_facts, vision_facts
+from timeviper_platform.data.store.reader import FeatureStore
+
+
+def store_facts(store: FeatureStore) -> Facts:
+    """What a store's recipe and index state."""
+    facts = recipe_facts(store.recipe)
+    if store.media_ids:
+        facts["row_size"] = store.info(store.media_ids[0]).dim
+    return facts
+
+
+def check_same_towers(vision: VisionConfig, store: FeatureStore, weights: str) -> None:
+    """Passes when the features are of the towers that the weights were made for.
+
+    Raises:
+        ValueError: naming both sides and every difference.
+    """
+    wrong = different_facts(vision_facts(vision), store_facts(store))
+    if wrong:
+        raise ValueError(
+            f"the weights {weights} and the feature store {store.uri} differ in {'; '.join(wrong)};"
+            " use a store that the weights' own vision encoder filled"
+        )

@@ -1,0 +1,225 @@
+"""The feature store's index for readers: media_id to rows, and of a row where it lies and which frames it holds.
+
+Knows `index.parquet`. What every lookup needs (ids, counts, places) is in memory as numpy and Arrow columns; what only
+a medium at hand needs (frame times, URI, sha256: 1 KB a full segment, 1 GB for a million) is decoded a row group at a
+time and kept in a small LRU. No Python object stands for a row. Does not know features or data files' contents.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from bisect import bisect_left
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple, overload
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from timeviper_platform.common import schemas, storage
+
+ROW_GROUP_ROWS = 2048
+"""Rows of the index that are decoded together: 2 MB of frame times for full segments, about 3 ms."""
+
+DETAILS_CACHE_BYTES = 64 << 20
+
+MAX_PLACES = 4096
+"""media whose place is remembered: a reader asks several times for the one it is at"""
+
+Modality = Literal["video", "image"]
+
+_COUNTS = ("num_frames", "num_tokens_per_frame", "dim", "duration_seconds", "row_group", "row_in_group")
+_WORDS = ["file", "modality", "status"]
+_DETAILS = ["segment_id", "uri", "sha256", "frame_times_seconds", "frame_pts_seconds"]
+
+
+class RowPlace(NamedTuple):
+    """Where the features of a segment lie."""
+
+    file: str
+    row_group: int
+    row_in_group: int
+
+
+class SortedStrings(Sequence[str]):
+    """An ascending Arrow column of strings as a sequence; `in` and `place_of` are binary searches."""
+
+    def __init__(self, values: pa.Array) -> None:
+        self._values = values
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    @overload
+    def __getitem__(self, place: int) -> str: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[str]: ...
+    def __getitem__(self, place: int | slice) -> str | Sequence[str]:
+        if isinstance(place, slice):
+            return [str(value) for value in self._values[place].to_pylist()]
+        if not -len(self) <= place < len(self):
+            raise IndexError(place)
+        return str(self._values[place % len(self)].as_py())
+
+    def __contains__(self, value: object) -> bool:
+        return isinstance(value, str) and self.place_of(value) is not None
+
+    def place_of(self, value: str) -> int | None:
+        """Position of `value`, or None. Arrow sorts by UTF-8 bytes and Python by code points: the same order."""
+        place = bisect_left(self, value)
+        return place if place < len(self) and self[place] == value else None
+
+
+class StoreIndex:
+    """INDEX rows in order of (media_id, segment_index), without those of status error. Safe between threads."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self._lock = threading.Lock()
+        self._details_cache: OrderedDict[int, pa.Table] = OrderedDict()
+        self._details_bytes = 0
+        self._by_sha256: tuple[SortedStrings, np.ndarray] | None = None
+        usable = pc.not_equal(_column(file, "status"), "error")
+        self._numbers = np.flatnonzero(usable).astype(np.int32)
+        """the file's row number of each of our rows"""
+        self._counts = {name: _column(file, name).filter(usable).to_numpy() for name in _COUNTS}
+        self._words = {name: _column(file, name).filter(usable) for name in ("file", "modality")}
+        ids = _column(file, "media_id").filter(usable)
+        starts = _first_rows(ids)
+        self.media_ids = SortedStrings(ids.take(pa.array(starts)))
+        self._place_of = lru_cache(maxsize=MAX_PLACES)(self.media_ids.place_of)
+        self._starts = np.append(starts, len(ids))
+        sizes = [file.metadata.row_group(number).num_rows for number in range(file.metadata.num_row_groups)]
+        self._group_ends = np.cumsum(sizes)
+        pa.default_memory_pool().release_unused()  # what decoding needed: as much again as what stays
+
+    @classmethod
+    def open(cls, uri: str) -> StoreIndex:
+        """The index at `uri` as it is now: a later one does not change what was opened.
+
+        Raises:
+            FileNotFoundError: when there is none.
+            ValueError: when it has another schema version.
+        """
+        file = _open_snapshot(uri)
+        schemas.check_version(file.schema_arrow, schemas.INDEX, source=uri)
+        return cls(file)
+
+    def __contains__(self, media_id: object) -> bool:
+        return isinstance(media_id, str) and self._place_of(media_id) is not None
+
+    def rows_of(self, media_id: str) -> range:
+        """The rows of a medium.
+
+        Raises:
+            KeyError: when there are none.
+        """
+        place = self._place_of(media_id)
+        if place is None:
+            raise KeyError(media_id)
+        return range(int(self._starts[place]), int(self._starts[place + 1]))
+
+    def find(self, sha256: str) -> str | None:
+        """The media_id of the whole medium with these bytes, all of whose segments are here.
+
+        Reads and sorts the hashes at its first call.
+        """
+        with self._lock:
+            if self._by_sha256 is None:
+                of_media = self._hashes()
+                order = pc.sort_indices(of_media).to_numpy()[: len(of_media) - of_media.null_count]  # nulls come last
+                self._by_sha256 = (SortedStrings(of_media.take(pa.array(order))), order)
+        values, order = self._by_sha256
+        place = values.place_of(sha256)
+        return None if place is None else self.media_ids[int(order[place])]
+
+    def _hashes(self) -> pa.Array:
+        """sha256 of each medium; null for a stretch of a file, whose hash is the file's, and for one with gaps."""
+        first = pa.array(self._numbers[self._starts[:-1]])
+        hashes, versions, segments = (
+            _column(self._file, name).take(first) for name in ("sha256", "source_version", "num_segments")
+        )
+        is_whole = pc.invert(pc.match_substring(versions, schemas.STRETCH_MARK))
+        has_all = pc.equal(segments, pa.array(np.diff(self._starts)))
+        return pc.if_else(pc.and_(is_whole, has_all), hashes, None)
+
+    def place(self, row: int) -> RowPlace:
+        """Where the features of a row lie."""
+        file = str(self._words["file"][row].as_py())
+        return RowPlace(file, int(self._counts["row_group"][row]), int(self._counts["row_in_group"][row]))
+
+    def shape(self, row: int) -> tuple[int, int, int]:
+        """(F, N, dim) of a row's features."""
+        frames, tokens, dim = (self._counts[name][row] for name in ("num_frames", "num_tokens_per_frame", "dim"))
+        return int(frames), int(tokens), int(dim)
+
+    def num_frames(self, rows: range) -> np.ndarray:
+        """Frames of each row."""
+        return self._counts["num_frames"][rows.start : rows.stop]
+
+    def modality(self, row: int) -> Modality:
+        """What the row's medium is."""
+        return "image" if self._words["modality"][row].as_py() == "image" else "video"
+
+    def duration_seconds(self, row: int) -> float:
+        """Of the whole medium."""
+        return float(self._counts["duration_seconds"][row])
+
+    def text(self, name: str, row: int) -> str | None:
+        """segment_id, uri or sha256 of a row."""
+        table, place = self._details(row)
+        value = table[name][place].as_py()
+        return None if value is None else str(value)
+
+    def seconds(self, name: str, rows: range) -> np.ndarray:
+        """frame_times_seconds or frame_pts_seconds of all frames of consecutive rows, (F,) float64."""
+        pieces = [np.empty(0)]
+        for row in rows:
+            table, place = self._details(row)
+            scalar = table[name][place]
+            pieces += [scalar.values.to_numpy()] if scalar.is_valid else []
+        return np.concatenate(pieces)
+
+    def _details(self, row: int) -> tuple[pa.Table, int]:
+        """The decoded row group that holds a row, and the row's place in it."""
+        number = int(self._numbers[row])
+        group = int(np.searchsorted(self._group_ends, number, side="right"))
+        place = number - (int(self._group_ends[group - 1]) if group else 0)
+        with self._lock:  # a ParquetFile serves one read at a time
+            if group not in self._details_cache:
+                table = self._file.read_row_group(group, columns=_DETAILS, use_threads=False)
+                self._details_cache[group] = table
+                self._details_bytes += table.nbytes
+                while self._details_bytes > DETAILS_CACHE_BYTES and len(self._details_cache) > 1:
+                    self._details_bytes -= self._details_cache.popitem(last=False)[1].nbytes
+            self._details_cache.move_to_end(group)
+            return self._details_cache[group], place
+
+
+def _open_snapshot(uri: str) -> Any:
+    """The opened file, which a new one under its name does not touch; a remote one is first copied to a local file
+    without a name. Not memory-mapped: the kernel maps 64 KB around each of the many small pieces that are read."""
+    filesystem, path = storage.split_uri(uri)
+    if storage.is_local(uri):
+        return pq.ParquetFile(pa.OSFile(path), read_dictionary=_WORDS)
+    with tempfile.NamedTemporaryFile(prefix="timeviper-index-") as copy:
+        filesystem.get_file(path, copy.name)
+        return pq.ParquetFile(pa.OSFile(copy.name), read_dictionary=_WORDS)
+
+
+def _column(file: Any, name: str) -> pa.Array:
+    """A whole column as one array."""
+    column = file.read(columns=[name])[name]
+    return column.combine_chunks() if column.num_chunks else pa.array([], column.type)
+
+
+def _first_rows(ids: pa.Array) -> np.ndarray:
+    """Rows where another value begins than the row before has."""
+    if len(ids) == 0:
+        return np.empty(0, np.int64)
+    changes = pc.not_equal(ids.slice(1), ids.slice(0, len(ids) - 1)).to_numpy(zero_copy_only=False)
+    return np.concatenate([[0], np.flatnonzero(changes) + 1])

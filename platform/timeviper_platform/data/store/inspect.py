@@ -1,0 +1,106 @@
+"""."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import xxhash
+
+from timeviper_platform.common import storage
+from timeviper_platform.common.hash_table import HashTable
+from timeviper_platform.common.listing import sizes_in
+from timeviper_platform.data.store.audit import count_rejects
+from timeviper_platform.data.store.commits import (
+    indexed_digest,
+    iter_counted,
+    num_feature_bytes,
+)
+from timeviper_platform.data.store.index_writer import index_tables, read_indexed_digest
+from timeviper_platform.data.store.layout import (
+    DATA_FOLDER,
+)
+from timeviper_platform.data.store.verify import _header, _read_table
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoreSummary:
+    """What a store holds."""
+
+    media: int
+    segments: dict[str, int]
+    """by status, of the current versions"""
+    segments_superseded: int
+    frames: int
+    bytes: int
+    """of features that count"""
+    file_bytes: int
+    """of all data files"""
+    files: int
+    is_indexed: bool
+    """False while commits are younger than the index: a run was killed, or one works"""
+    recipe_hash: str
+    recipe: dict[str, Any]
+    rejects: dict[str, dict[str, int]]
+    """stage -> type -> media, of the last run"""
+
+    def lines(self) -> list[str]:
+        """For people."""
+        rejected = [f"{n} {kind} ({stage})" for stage, kinds in self.rejects.items() for kind, n in kinds.items()]
+        statuses = ", ".join(f"{n} {status}" for status, n in self.segments.items()) or "none"
+        return [
+            f"media      {self.media}",
+            f"segments   {statuses}; superseded: {self.segments_superseded}",
+            f"frames     {self.frames}, {self.bytes / 1e6:.1f} MB of features",
+            f"files      {self.files}, {self.file_bytes / 1e6:.1f} MB"
+            + ("" if self.is_indexed else "; the index is older than they are: run the job again"),
+            f"rejected   {', '.join(rejected) or 'none'}",
+            f"recipe     {self.recipe_hash}",
+            *(f"  {line}" for line in json.dumps(self.recipe, indent=2).splitlines()),
+        ]
+
+
+def inspect_store(uri: str) -> StoreSummary:
+    """What the store at `uri` holds, from its records alone.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    header = _header(uri)
+    segments, files, with_rows = HashTable(), set(), []
+    for name, record in iter_counted(uri, ["segment_id"]):
+        files.add(name)
+        if record.num_rows:
+            with_rows.append(name)
+            ids = record["segment_id"].to_pylist()
+            keys = np.array([xxhash.xxh64_intdigest(segment_id.encode()) for segment_id in ids], np.uint64)
+            segments.add(keys, keys)
+    statuses: Counter[str] = Counter()
+    media = frames = num_bytes = 0
+    last = None
+    for rows in index_tables(uri, ["media_id", "status", "num_frames", "num_tokens_per_frame", "dim"]):
+        statuses.update(rows["status"].to_pylist())
+        frames += pc.sum(rows["num_frames"]).as_py() or 0
+        num_bytes += num_feature_bytes(rows)
+        for media_id in pc.unique(rows.filter(pc.not_equal(rows["status"], "error"))["media_id"]).to_pylist():
+            media += media_id != last
+            last = media_id
+    digest = read_indexed_digest(uri)
+    rejects = storage.join_uri(uri, "rejects.parquet")
+    return StoreSummary(
+        media=media,
+        segments=dict(sorted(statuses.items())),
+        segments_superseded=len(segments) - statuses.total() if digest is not None else 0,
+        frames=frames,
+        bytes=num_bytes,
+        file_bytes=sum(size for name, size in sizes_in(storage.join_uri(uri, DATA_FOLDER)) if name in files),
+        files=len(files),
+        is_indexed=digest == indexed_digest(with_rows),
+        recipe_hash=header["recipe_hash"],
+        recipe=header["recipe"],
+        rejects=count_rejects(_read_table(rejects)) if storage.exists(rejects) else {},
+    )

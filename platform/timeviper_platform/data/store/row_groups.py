@@ -1,0 +1,126 @@
+"""A store's data files: features of row groups by file name and number, from memory where they were read lately.
+
+Knows Parquet files and an LRU of handles and one of row groups, both bounded. Does not know media, segments or the
+index: who asks says which rows are whose (features.py).
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from timeviper_platform.common import storage
+
+MAX_OPEN_FILES = 128
+"""A footer is about 0.1-1 MB and costs a millisecond (two requests on an object store) to read again."""
+
+
+@dataclass(slots=True)
+class _DataFile:
+    """A file that is opened by the first who reads it; a ParquetFile serves one read at a time."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    handle: Any = None
+
+
+class RowGroups:
+    """The features of row groups, read at most once while they are in memory. Safe to share between threads.
+
+    Args:
+        folder: of the data files.
+        cache_bytes: of row groups kept in memory; the last one read is kept whatever its size.
+    """
+
+    def __init__(self, folder: str, cache_bytes: int) -> None:
+        self.cache_bytes = cache_bytes
+        self._folder = folder
+        self._files: OrderedDict[str, _DataFile] = OrderedDict()
+        self._row_groups: OrderedDict[tuple[str, int], Any] = OrderedDict()
+        self._cached_bytes = 0
+        self._lock = threading.Lock()
+
+    def read(self, name: str, number: int, stop: int) -> Any:
+        """The features of a row group of the file `name`, a large_binary array.
+
+        What is not in memory of the row groups behind it, before `stop`, comes with the same read.
+
+        Raises:
+            FileNotFoundError: when the file is not there.
+            RuntimeError: when it is damaged.
+            StorageUnavailableError: when storage fails for a reason that should have passed: nothing is damaged.
+        """
+        with self._lock:
+            if (name, number) in self._row_groups:
+                self._row_groups.move_to_end((name, number))
+                return self._row_groups[name, number]
+            missing = list(itertools.takewhile(lambda n: (name, n) not in self._row_groups, range(number, stop)))
+        file = self._file(name)
+        with file.lock:  # of this file alone: on an object store other files are opened and read meanwhile
+            try:
+                if file.handle is None:
+                    uri = storage.join_uri(self._folder, name)
+                    file.handle = storage.retrying(lambda: open_data_file(uri), uri)
+                values = storage.retrying(
+                    lambda: file.handle.read_row_groups(missing, columns=["features"], use_threads=False)["features"],
+                    f"row group {number} of {name} in {self._folder}",
+                )
+            except FileNotFoundError:  # never there, or an object that was open and is gone
+                with self._lock:
+                    self._files.pop(name, None)
+                raise
+            except storage.StorageUnavailableError:
+                raise
+            except OSError as error:  # pyarrow's errors of input and output, and of damaged pages
+                raise RuntimeError(f"cannot read row group {number} of {name} in {self._folder}: {error}") from error
+        first, parts = 0, []
+        for group in missing:
+            part = values.slice(first, file.handle.metadata.row_group(group).num_rows)
+            first += len(part)
+            parts.append(part.chunk(0) if part.num_chunks == 1 else part.combine_chunks())
+        with self._lock:
+            for group, part in zip(missing, parts, strict=True):
+                self._keep((name, group), part)
+        return parts[0]
+
+    def _keep(self, key: tuple[str, int], values: Any) -> None:
+        """Into memory, where those used last stay; the lock is held."""
+        if key not in self._row_groups:
+            self._row_groups[key] = values
+            self._cached_bytes += values.nbytes
+        while self._cached_bytes > self.cache_bytes and len(self._row_groups) > 1:
+            self._cached_bytes -= self._row_groups.popitem(last=False)[1].nbytes
+
+    def _file(self, name: str) -> _DataFile:
+        with self._lock:
+            file = self._files.setdefault(name, _DataFile())
+            self._files.move_to_end(name)
+            while len(self._files) > MAX_OPEN_FILES:
+                self._files.popitem(last=False)
+            return file
+
+
+def open_data_file(uri: str) -> Any:
+    """A ParquetFile for reading single row groups.
+
+    Raises:
+        FileNotFoundError: when it is not there.
+    """
+    filesystem, path = storage.split_uri(uri)
+    if storage.is_local(uri):
+        return pq.ParquetFile(path, memory_map=True)
+    # one row group is one range read, so a cache between would only copy it
+    return pq.ParquetFile(filesystem.open(path, "rb", cache_type="none"), pre_buffer=True)
+
+
+def value_buffer(values: Any, place: int) -> Any:
+    """The bytes of one value of a large_binary array, without a copy (its scalars' `as_buffer` makes one)."""
+    _, offsets, data = values.buffers()
+    begin, end = np.frombuffer(offsets, np.int64)[values.offset + place : values.offset + place + 2]
+    return data.slice(int(begin), int(end - begin)) if end > begin else pa.py_buffer(b"")

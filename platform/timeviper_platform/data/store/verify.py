@@ -1,0 +1,276 @@
+"""A feature store held against itself: what it says it holds (`inspect_store`), and whether it does (`verify_store`).
+
+Knows every promise of the store: a commit record for each data file, equal rows in both, checksums, an index of just
+these rows, and planned = ok + partial + error. Reads every byte to verify, one row group at a time; rows of records,
+index and plan meet sorted by medium, on local disk (about 0.2 KB a segment). Writes nothing to the store.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from timeviper_platform.common import storage
+from timeviper_platform.common.listing import pages
+from timeviper_platform.common.schemas import FEATURES, INDEX, PLAN
+from timeviper_platform.data.encode.recipe import recipe_hash
+from timeviper_platform.data.store.audit import AUDIT_KEYS, audit
+from timeviper_platform.data.store.commits import (
+    data_files,
+    indexed_digest,
+    iter_counted,
+    lost_records,
+    num_feature_bytes,
+)
+from timeviper_platform.data.store.index_writer import index_tables, read_indexed_digest
+from timeviper_platform.data.store.layout import (
+    COMMITS_FOLDER,
+    DATA_FOLDER,
+    INDEX_FILE,
+    PLAN_FOLDER,
+    read_header,
+    read_part,
+)
+from timeviper_platform.data.store.row_groups import open_data_file, value_buffer
+from timeviper_platform.data.store.sorted_runs import SortedRuns, merge_runs
+from timeviper_platform.data.store.writer import features_fault
+
+VERIFY_THREADS = 4
+"""Files verified at a time; each holds one row group, 20 MB."""
+
+MAX_PROBLEMS = 1000
+"""that a report lists; all are counted"""
+
+_PLACE = ("file", "row_group", "row_in_group")
+_COMMITTED = pa.schema([INDEX.field(name) for name in ("segment_id", "media_id", "status", *_PLACE)])
+_INDEXED = _COMMITTED.append(INDEX.field("num_segments"))
+_PLANNED = pa.schema([PLAN.field(name) for name in ("segment_id", "media_id")])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """One thing that is wrong, and where."""
+
+    file: str
+    """within the store's folder"""
+    what: str
+    row_group: int | None = None
+    row_in_group: int | None = None
+    segment_id: str | None = None
+    media_id: str | None = None
+
+    def __str__(self) -> str:
+        row = "" if self.row_group is None else f" row group {self.row_group} row {self.row_in_group}"
+        ids = "" if self.segment_id is None else f" segment {self.segment_id} of medium {self.media_id}"
+        return f"{self.file}{row}{ids}: {self.what}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerifyReport:
+    """What a verification read and found."""
+
+    files: int
+    rows: int
+    bytes: int
+    """of features, all of them read"""
+    audit: dict[str, int] | None
+    """of the last run's plan; None without one (a store that no job made)"""
+    leftovers: int
+    """data files that a killed run did not commit; readers ignore them and the next run removes them"""
+    problems: list[Problem]
+    """the first MAX_PROBLEMS"""
+    num_problems: int
+
+    def lines(self) -> list[str]:
+        """For people."""
+        counts = "no plan" if self.audit is None else ", ".join(f"{n} {name}" for name, n in self.audit.items())
+        lines = [
+            f"verified   {self.files} data files, {self.rows} rows, {self.bytes / 1e6:.1f} MB of features",
+            f"audit      {counts}",
+            f"leftovers  {self.leftovers} data files without a commit record",
+            *(f"BAD        {problem}" for problem in self.problems),
+        ]
+        if self.num_problems > len(self.problems):
+            lines.append(f"BAD        and {self.num_problems - len(self.problems)} more")
+        if not self.problems:
+            return [*lines, "result     nothing wrong"]
+        return [
+            *lines,
+            f"result     {self.num_problems} problems. To have bad rows made again, remove the files of their names"
+            f" from {COMMITS_FOLDER}/ and run jobs/preprocess.py with the same configuration",
+        ]
+
+
+def verify_store(uri: str) -> VerifyReport:
+    """Reads all of the store at `uri` and holds it against its promises.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    header = _header(uri)
+    problems = _Problems()
+    if recipe_hash(header["recipe"]) != header["recipe_hash"]:
+        problems.add([Problem(file="store.json", what="recipe_hash is not the recipe's")])
+    lost = pa.array(lost_records(uri), pa.string())
+    files, with_rows = set(), []
+    num_rows = num_bytes = 0
+    with tempfile.TemporaryDirectory(prefix="timeviper-verify-") as folder:
+        committed = SortedRuns(Path(folder, "committed"), _COMMITTED, "media_id")
+        with ThreadPoolExecutor(VERIFY_THREADS) as pool:
+            for page in pages(iter_counted(uri), 4 * VERIFY_THREADS):
+                for name, record in page:
+                    files.add(name)
+                    with_rows += [name] if record.num_rows else []
+                    num_rows += record.num_rows
+                    num_bytes += num_feature_bytes(record)
+                    committed.add(record)
+                for of_file in pool.map(lambda item: list(_check_file(uri, *item)), page):
+                    problems.add(of_file)
+        indexed = SortedRuns(Path(folder, "indexed"), _INDEXED, "media_id")
+        fault = _index_fault(uri, with_rows)
+        if fault is None:
+            for table in index_tables(uri, _INDEXED.names):
+                indexed.add(table)
+        else:
+            problems.add([Problem(file=INDEX_FILE, what=fault)])
+        planned = SortedRuns(Path(folder, "planned"), _PLANNED, "media_id")
+        parts = storage.list_files(storage.join_uri(uri, PLAN_FOLDER), ".parquet")
+        for part in parts:
+            plan = read_part(part)
+            planned.add(plan.filter(pc.equal(plan["status"], "planned")))
+        counts = dict.fromkeys(AUDIT_KEYS, 0)
+        for of_plan, of_commits, of_index in merge_runs([planned, committed, indexed], "media_id"):
+            if fault is None:
+                problems.add(_check_media(of_commits, of_index))
+            there = of_commits.filter(pc.invert(pc.is_in(of_commits["file"], lost)))
+            for key, count in audit(of_plan["segment_id"].to_pylist(), there).items():
+                counts[key] += count
+    if parts and (counts["missing"] or counts["duplicate"]):
+        problems.add([Problem(file=PLAN_FOLDER, what=f"planned is not ok + partial + error: {counts}")])
+    return VerifyReport(
+        files=len(files),
+        rows=num_rows,
+        bytes=num_bytes,
+        audit=counts if parts else None,
+        leftovers=sum(name not in files for name in data_files(uri)),
+        problems=problems.first,
+        num_problems=problems.count,
+    )
+
+
+class _Problems:
+    """Counts all and keeps the first: a store whose data are gone has one a row."""
+
+    def __init__(self) -> None:
+        self.first: list[Problem] = []
+        self.count = 0
+
+    def add(self, found: Iterable[Problem]) -> None:
+        for problem in found:
+            self.count += 1
+            if len(self.first) < MAX_PROBLEMS:
+                self.first.append(problem)
+
+
+def _check_file(uri: str, name: str, record: pa.Table) -> Iterator[Problem]:
+    """What is wrong with a data file, row by row."""
+    path = f"{DATA_FOLDER}/{name}"
+    try:
+        file = open_data_file(storage.join_uri(uri, path))
+    except (OSError, pa.ArrowInvalid) as error:
+        yield from _each_row(path, record, f"the file cannot be opened: {error}")
+        return
+    with file:
+        if file.metadata.num_rows != record.num_rows:
+            yield Problem(file=path, what=f"{file.metadata.num_rows} rows, its commit record has {record.num_rows}")
+            return
+        for number in range(file.metadata.num_row_groups):
+            wanted = record.filter(pc.equal(record["row_group"], number)).sort_by("row_in_group")
+            try:
+                found = file.read_row_group(number, use_threads=False)
+            except (OSError, pa.ArrowInvalid) as error:
+                yield from _each_row(path, wanted, f"the row group cannot be read: {error}")
+                continue
+            yield from _check_rows(path, wanted, found)
+
+
+def _check_rows(path: str, wanted: pa.Table, found: pa.Table) -> Iterator[Problem]:
+    if found.num_rows != wanted.num_rows:
+        yield from _each_row(path, wanted, f"its row group has {found.num_rows} rows instead of {wanted.num_rows}")
+        return
+    names = [name for name in FEATURES.names if name != "features"]
+    features = found["features"].combine_chunks()
+    valid = features.is_valid().to_pylist()
+    pairs = zip(wanted.to_pylist(), found.select(names).to_pylist(), strict=True)
+    for place, (record, row) in enumerate(pairs):
+        differing = [name for name in names if row[name] != record[name]]
+        fault = f"{', '.join(differing)} differ from the commit record" if differing else None
+        value = memoryview(value_buffer(features, place)) if valid[place] else None
+        fault = fault or features_fault(record, value)
+        if fault is not None:
+            yield _row_problem(path, record, fault)
+
+
+def _index_fault(uri: str, with_rows: list[str]) -> str | None:
+    """Why there is no use in looking at the index's rows; None when it was made of the files `with_rows`."""
+    digest = read_indexed_digest(uri)
+    if digest is None:
+        return "there is none: the job has not finished; run it again"
+    if digest != indexed_digest(with_rows):
+        return "it was made from other data files than are committed; run the job again"
+    return None
+
+
+def _check_media(committed: pa.Table, indexed: pa.Table) -> Iterator[Problem]:
+    """Every index row must be a committed one, once, and a medium's rows must be all of its segments."""
+    names = ["segment_id", "media_id", "status", *_PLACE]
+    places = {tuple(row[name] for name in names) for row in committed.select(names).to_pylist()}
+    seen: set[str] = set()
+    segments: Counter[tuple[str, int]] = Counter()
+    for row in indexed.to_pylist():
+        if row["segment_id"] in seen:
+            yield _row_problem(INDEX_FILE, row, "the segment is there twice")
+        elif tuple(row[name] for name in names) not in places:
+            yield _row_problem(INDEX_FILE, row, f"no commit record says so of {row['file']}")
+        seen.add(row["segment_id"])
+        segments[(row["media_id"], row["num_segments"])] += 1
+    for (media_id, num_segments), count in segments.items():
+        if count != num_segments:
+            yield Problem(file=INDEX_FILE, what=f"medium {media_id} has {count} of {num_segments} segments")
+    for media_id in sorted(set(committed["media_id"].to_pylist()) - {media_id for media_id, _ in segments}):
+        yield Problem(file=INDEX_FILE, what=f"medium {media_id} is committed but not there")
+
+
+def _each_row(path: str, record: pa.Table, what: str) -> Iterator[Problem]:
+    yield from (_row_problem(path, row, what) for row in record.to_pylist())
+
+
+def _row_problem(path: str, row: dict[str, Any], what: str) -> Problem:
+    return Problem(
+        file=path,
+        what=what,
+        row_group=row["row_group"],
+        row_in_group=row["row_in_group"],
+        segment_id=row["segment_id"],
+        media_id=row["media_id"],
+    )
+
+
+def _header(uri: str) -> dict[str, Any]:
+    header = read_header(uri)
+    if header is None:
+        raise ValueError(f"no feature store at {uri!r}; run jobs/preprocess.py with output: {uri}")
+    return header
+
+
+def _read_table(uri: str) -> pa.Table:
+    return pq.ParquetFile(pa.BufferReader(storage.read_bytes(uri))).read()

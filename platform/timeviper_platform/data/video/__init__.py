@@ -1,0 +1,1 @@
+"""From times to frames: `frames` holds the values, `sampling` the one clock."""

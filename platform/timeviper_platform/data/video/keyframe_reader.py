@@ -1,0 +1,157 @@
+"""Sampling by keyframes: of each step of the sampling grid its last keyframe, if it has one. No other frame is decoded.
+
+Knows packets and seeks, through PyAV. The rule is local, so that segments agree without knowing each other: the time t
+shows the last keyframe with t - step < PTS <= t. A step without a keyframe has no frame, and that is nothing missing.
+"""
+
+from __future__ import annotations
+
+import bisect
+import logging
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from typing import Any
+
+import av
+import numpy as np
+from av.video.reformatter import VideoReformatter
+
+from timeviper_platform.data.media.container import (
+    MediaLimits,
+    clock_origin,
+    open_container,
+    reading,
+    source_name,
+    video_stream,
+)
+from timeviper_platform.data.video.frames import FrameBatch
+from timeviper_platform.data.video.pyav_reader import scale_frame
+
+logger = logging.getLogger(__name__)
+
+JUMP_SECONDS = 10
+"""so far ahead a seek is cheaper than reading on"""
+
+
+class KeyframeReader:
+    """A VideoReader of one video's keyframes, on one thread.
+
+    Raises:
+        DecodeError: when the video cannot be opened.
+    """
+
+    def __init__(
+        self, source: str | bytes, image_size: int, *, step: Fraction, limits: MediaLimits | None = None
+    ) -> None:
+        self._source, self._name = source, source_name(source)
+        self._image_size, self._step = image_size, step
+        self._limits = limits or MediaLimits()
+        self._reformatter = VideoReformatter()
+        self._packets: Iterator[Any]
+        self._held: Any = None  # a packet that was read too early
+        self._position: int  # keyframes up to here were read
+        with reading("decode_video", source, self._limits):
+            self._open()
+
+    def sample(self, times: Sequence[Fraction]) -> FrameBatch:
+        """See `VideoReader.sample`; of times whose step has no keyframe nothing is said."""
+        ticks = [self._tick(t) for t in times]
+        if ticks != sorted(ticks):
+            raise ValueError("sampling times must ascend")
+        wanted: dict[int, Any] = {}  # place in `times` to packet
+        kept: list[tuple[Fraction, int, np.ndarray]] = []
+        with reading("decode_video", self._source, self._limits):
+            if ticks:
+                for packet in self._keyframes(self._tick(times[0] - self._step), ticks[-1]):
+                    wanted[bisect.bisect_left(ticks, _stamp(packet))] = packet  # a later one of the same step stays
+            for place, packet in wanted.items():
+                pixels = self._decode(packet)
+                if pixels is not None:
+                    kept.append((times[place], _stamp(packet), pixels))
+        size = self._image_size
+        return FrameBatch(
+            np.stack([pixels for _, _, pixels in kept]) if kept else np.empty((0, size, size, 3), np.uint8),
+            np.array([float((pts - self._origin) * self._time_base) for _, pts, _ in kept]),
+            np.array([float(t) for t, _, _ in kept]),
+            len(wanted) - len(kept),
+        )
+
+    def close(self) -> None:
+        """See `VideoReader.close`."""
+        self._container.close()
+
+    def _tick(self, t: Fraction) -> int:
+        return self._origin + int(t // self._time_base)
+
+    def _keyframes(self, after: int, until: int) -> Iterator[Any]:
+        """Packets of the keyframes with after < PTS <= until, ascending."""
+        if after < self._position or after - self._position > JUMP_SECONDS / self._time_base:
+            self._seek(after)
+        self._position = until
+        while (packet := self._next_packet()) is not None:
+            if not packet.is_keyframe or packet.is_discard:
+                continue
+            if _stamp(packet) > until:
+                self._held = packet
+                return
+            if _stamp(packet) > after:
+                yield packet
+
+    def _next_packet(self) -> Any:
+        """The next packet with a time, or None at the end."""
+        packet, self._held = self._held, None
+        while packet is None or (packet.pts is None and packet.dts is None):
+            try:
+                packet = next(self._packets, None)
+            except av.error.FFmpegError as error:
+                logger.info("%s: reading ends early: %s", self._name, error)
+                return None
+            if packet is None or packet.size == 0:
+                return None
+        return packet
+
+    def _seek(self, tick: int) -> None:
+        """To a keyframe at or before `tick`, or to the start."""
+        target, back = tick, max(1, round(2 / self._time_base))
+        while target > self._origin:
+            try:
+                self._container.seek(target, stream=self._stream)
+            except av.error.FFmpegError as error:
+                logger.info("%s: cannot seek (%s); reading from its start", self._name, error)
+                break
+            self._packets, self._held = self._container.demux(self._stream), None
+            packet = self._next_packet()
+            if packet is not None and packet.is_keyframe and _stamp(packet) <= tick:
+                self._held = packet
+                return
+            target, back = target - back, 2 * back
+        self._container.close()
+        self._open()
+
+    def _decode(self, packet: Any) -> np.ndarray | None:
+        """The keyframe's pixels; it refers to no other frame."""
+        context = self._stream.codec_context
+        context.flush_buffers()
+        try:
+            frames = [*context.decode(packet), *context.decode(None)]
+        except av.error.FFmpegError as error:
+            logger.debug("%s: a keyframe does not decode: %s", self._name, error)
+            return None
+        frame = next((frame for frame in frames if not frame.is_corrupt), None)
+        if frame is None:
+            return None
+        return scale_frame(frame, self._image_size, self._reformatter, limits=self._limits, name=self._name)
+
+    def _open(self) -> None:
+        self._container = open_container(self._source, self._limits)
+        self._stream = video_stream(self._container, "decode_video", self._name)
+        self._stream.codec_context.thread_type = "NONE"
+        self._time_base = Fraction(self._stream.time_base)
+        self._origin = clock_origin(self._container, self._stream)
+        self._packets = self._container.demux(self._stream)
+        self._held = None
+        self._position = self._tick(-self._step)
+
+
+def _stamp(packet: Any) -> int:
+    return int(packet.dts if packet.pts is None else packet.pts)

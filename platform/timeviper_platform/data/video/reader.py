@@ -1,0 +1,240 @@
+"""Media and sampling times to frames: uint8 at the encoder's size, each with the PTS that was on screen.
+
+Knows the sampling rule, images, and a pool of open decoders. Does not know the store, encoders or Ray; how a container
+is walked is the backends' business (decode_pyav.py, decode_decord.py, decode_torchcodec.py). Preprocessing and serving
+both decode here.
+
+The rule: the frame of time t is the last one with PTS <= t, the first one for t before it, compared as integers in the
+stream's time base. Average frame rates are never used.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from functools import partial
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from timeviper_platform.data.media.container import (
+    IMAGE_FORMATS,
+    DecodeError,
+    ErrorType,
+    MediaLimits,
+    open_binary,
+    reading,
+    source_name,
+)
+from timeviper_platform.data.media.probe import probe_media
+from timeviper_platform.data.video.frames import BackendUnfitError, FrameBatch, VideoReader
+from timeviper_platform.data.video.sampling import count_samples, sample_times, select_frames
+
+logger = logging.getLogger(__name__)
+
+Backend = Literal["pyav", "decord", "torchcodec", "nvdec"]
+
+
+def open_video(
+    source: str | bytes,
+    image_size: int,
+    *,
+    limits: MediaLimits | None = None,
+    backend: Backend = "pyav",
+    keyframe_step: Fraction | None = None,
+) -> VideoReader:
+    """An open video whose frames come scaled to image_size x image_size, bicubic.
+
+    Args:
+        source: path, URI or bytes.
+        image_size: of the frames.
+        limits: of the medium.
+        backend: for all but keyframes, which are PyAV's, as is any file of which the backend would show other frames.
+        keyframe_step: of the sampling grid, where keyframes alone are wanted; see decode_keyframes.py.
+
+    Raises:
+        DecodeError: when it cannot be opened.
+    """
+    if keyframe_step is not None:
+        from timeviper_platform.data.video.keyframe_reader import KeyframeReader
+
+        return KeyframeReader(source, image_size, step=keyframe_step, limits=limits)
+    try:
+        if backend == "decord":
+            from timeviper_platform.data.video.decord_reader import DecordReader
+
+            return DecordReader(source, image_size, limits=limits)
+        if backend == "torchcodec" or backend == "nvdec":
+            from timeviper_platform.data.video.torchcodec_reader import TorchcodecReader
+
+            return TorchcodecReader(source, image_size, limits=limits, backend=backend)
+    except BackendUnfitError as reason:
+        logger.info("%s is PyAV's, not %s's: %s", source_name(source), backend, reason)
+    from timeviper_platform.data.video.pyav_reader import PyAVReader
+
+    return PyAVReader(source, image_size, limits=limits)
+
+
+def check_backend(backend: Backend) -> None:
+    """Passes where videos can be opened with the backend; to be asked once, before the first of them.
+
+    Raises:
+        RuntimeError: when its library does not load, or its device is not there.
+    """
+    if backend == "decord":
+        from timeviper_platform.data.video.decord_reader import load_decord
+
+        load_decord()
+    if backend == "torchcodec" or backend == "nvdec":
+        from timeviper_platform.data.video.torchcodec_reader import load_torchcodec
+
+        load_torchcodec(backend)
+
+
+def read_image(source: str | bytes, image_size: int, *, limits: MediaLimits | None = None) -> FrameBatch:
+    """The picture as one frame at time 0, turned upright as its EXIF says, transparency on white.
+
+    Raises:
+        DecodeError: when it cannot be read, or is past a limit.
+    """
+    limits = limits or MediaLimits()
+    with (
+        reading("decode_image", source, limits),
+        open_binary(source, limits) as file,
+        Image.open(file, formats=IMAGE_FORMATS) as image,
+    ):
+        if image.width * image.height > limits.max_pixels:
+            message = f"{image.width} x {image.height} is past {limits.max_pixels = }"
+            raise DecodeError("decode_image", ErrorType.TOO_MANY_PIXELS, message)
+        ImageOps.exif_transpose(image, in_place=True)
+        shown: Image.Image = image
+        if image.mode in ("I;16", "I"):  # grey of 16 bits
+            shown = _with_8_bits(image)
+        elif image.has_transparency_data:
+            shown = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        if shown.mode != "RGB":  # a copy else
+            shown = shown.convert("RGB")
+        pixels = np.array(shown.resize((image_size, image_size), Image.Resampling.BICUBIC))
+    return FrameBatch(pixels[None], np.zeros(1), np.zeros(1))
+
+
+def _with_8_bits(image: Image.Image) -> Image.Image:
+    """The high byte of every pixel, which is what Pillow makes of colours of 16 bits; it cuts greys off at 255."""
+    values = np.array(image)
+    if "transparency" in image.info:
+        values[values == image.info["transparency"]] = 0xFFFF
+    return Image.fromarray((values >> 8).astype(np.uint8))
+
+
+def read_frames(
+    source: str | bytes,
+    image_size: int,
+    *,
+    fps: Fraction = Fraction(1),
+    max_frames: int | None = None,
+    mode: Literal["uniform", "first"] = "uniform",
+    limits: MediaLimits | None = None,
+    backend: Backend = "pyav",
+) -> FrameBatch:
+    """A whole medium, sampled and thinned to `max_frames`: what a request about an uploaded file needs.
+
+    Memory is max_frames x image_size x image_size x 3 bytes; use `iter_frames` for long media.
+
+    Raises:
+        DecodeError: when it is no medium, is past a limit, or not one frame decodes.
+    """
+    batches = list(
+        iter_frames(source, image_size, fps=fps, max_frames=max_frames, mode=mode, limits=limits, backend=backend)
+    )
+    return FrameBatch(
+        np.concatenate([batch.frames for batch in batches]),
+        np.concatenate([batch.pts_seconds for batch in batches]),
+        np.concatenate([batch.times_seconds for batch in batches]),
+        sum(batch.num_missing for batch in batches),
+    )
+
+
+def iter_frames(
+    source: str | bytes,
+    image_size: int,
+    *,
+    fps: Fraction = Fraction(1),
+    max_frames: int | None = None,
+    mode: Literal["uniform", "first"] = "uniform",
+    limits: MediaLimits | None = None,
+    backend: Backend = "pyav",
+    frames_per_batch: int = 64,
+) -> Iterator[FrameBatch]:
+    """`read_frames` piece by piece, with at most `frames_per_batch` frames in memory.
+
+    Raises:
+        DecodeError: see `read_frames`.
+    """
+    limits = limits or MediaLimits()
+    probe = probe_media(source, limits)
+    if probe.modality == "image":
+        yield read_image(source, image_size, limits=limits)
+        return
+    count = count_samples(Fraction(0), probe.end_seconds, fps)
+    if count > limits.max_samples:
+        message = f"{count} samples at {float(fps)} fps are past {limits.max_samples = }"
+        raise DecodeError("decode_video", ErrorType.TOO_MANY_FRAMES, message)
+    grid = sample_times(Fraction(0), fps, 0, count)
+    times = [grid[k] for k in select_frames([float(t) for t in grid], max_frames=max_frames, mode=mode)]
+    reader = open_video(source, image_size, limits=limits, backend=backend)
+    num_frames = 0
+    try:
+        for start in range(0, len(times), frames_per_batch):
+            batch = reader.sample(times[start : start + frames_per_batch])
+            num_frames += len(batch.frames)
+            yield batch
+    finally:
+        reader.close()
+    if num_frames == 0:
+        raise DecodeError("decode_video", ErrorType.FRAMES_MISSING, f"none of {len(times)} sampled frames decodes")
+
+
+class DecoderPool:
+    """Open videos, least recently used closed first, so that the segments of a film share one decoder.
+
+    Opening a ten-hour film costs seconds and seeking decodes from a keyframe: reopening for every segment would make
+    the cost quadratic in the length.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        *,
+        limits: MediaLimits | None = None,
+        backend: Backend = "pyav",
+        max_open: int = 4,
+        keyframe_step: Fraction | None = None,
+    ) -> None:
+        if max_open < 1:
+            raise ValueError(f"{max_open = } must be at least 1")
+        self._open = partial(
+            open_video, image_size=image_size, limits=limits, backend=backend, keyframe_step=keyframe_step
+        )
+        self._max_open = max_open
+        self._readers: OrderedDict[str, VideoReader] = OrderedDict()
+
+    def sample(self, uri: str, times: Sequence[Fraction]) -> FrameBatch:
+        """See `VideoReader.sample`; a video that fails is closed, and opened again when asked for again."""
+        if uri not in self._readers:
+            while len(self._readers) >= self._max_open:
+                self._readers.popitem(last=False)[1].close()
+            self._readers[uri] = self._open(uri)
+        self._readers.move_to_end(uri)
+        try:
+            return self._readers[uri].sample(times)
+        except DecodeError:
+            self._readers.pop(uri).close()
+            raise
+
+    def close(self) -> None:
+        """Closes every video."""
+        while self._readers:
+            self._readers.popitem()[1].close()

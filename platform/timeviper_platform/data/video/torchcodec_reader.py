@@ -1,0 +1,138 @@
+"""Sampling with torchcodec on the CPU or on a GPU's NVDEC, behind the same protocol as PyAV.
+
+Optional: the extra `torchcodec` or `nvdec`, and FFmpeg's libraries. Knows torchcodec's decoder, and which files it
+shows as they are. It finds frames by PTS itself (by DTS where there is none), turns them as the file says but mirrors
+none, and decodes all on the way there, at full size; one at a time is taken from it, so that memory holds one.
+From a GPU the sampled frames alone are copied, and scaled here as those of every backend are.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any, Literal
+
+import av
+import numpy as np
+import torch
+from av.video.reformatter import Interpolation, VideoReformatter
+
+from timeviper_platform.common import storage
+from timeviper_platform.data.media.container import DecodeError, ErrorType, MediaLimits, is_local_file, source_name
+from timeviper_platform.data.video.frames import MAX_TAIL_SECONDS, BackendUnfitError, FrameBatch
+from timeviper_platform.data.video.stream_info import read_stream_facts
+
+logger = logging.getLogger(__name__)
+
+TorchcodecBackend = Literal["torchcodec", "nvdec"]
+"""the CPU, or a GPU; an extra of this package is called the same"""
+
+
+def load_torchcodec(backend: TorchcodecBackend = "torchcodec") -> Any:
+    """The class torchcodec.decoders.VideoDecoder.
+
+    Raises:
+        RuntimeError: when it is not installed, does not find FFmpeg's libraries, or lacks the CUDA device of nvdec.
+    """
+    try:
+        from torchcodec.decoders import VideoDecoder
+    except ModuleNotFoundError as error:
+        raise RuntimeError(
+            f"backend {backend} is not installed; pip install 'timeviper-platform[{backend}]', or use pyav"
+        ) from error
+    except (RuntimeError, OSError, ImportError) as error:
+        raise RuntimeError(
+            f"backend {backend} does not load torchcodec; install FFmpeg's shared libraries (4 to 8; PyAV's own do not"
+            " serve), or use pyav"
+        ) from error
+    if backend == "nvdec" and not torch.cuda.is_available():
+        raise RuntimeError(
+            f"backend nvdec needs a CUDA device, and torch {torch.__version__} sees none; run where one is, with"
+            " PyTorch for CUDA and the extra nvdec installed, or use pyav"
+        )
+    return VideoDecoder
+
+
+class TorchcodecReader:
+    """A VideoReader over torchcodec.
+
+    Raises:
+        BackendUnfitError: when torchcodec would not show the frames of this file that PyAV does.
+        DecodeError: when the video cannot be opened.
+        RuntimeError: see `load_torchcodec`; or when torchcodec opens it on the CPU but not on the GPU.
+    """
+
+    def __init__(
+        self,
+        source: str | bytes,
+        image_size: int,
+        *,
+        limits: MediaLimits | None = None,
+        backend: TorchcodecBackend = "torchcodec",
+    ) -> None:
+        self._decoder_type = load_torchcodec(backend)
+        if not isinstance(source, bytes) and not is_local_file(source):
+            raise BackendUnfitError(f"{backend} is given whole local files and bytes alone")
+        self._name, self._size = source_name(source), image_size
+        facts = read_stream_facts(source, limits or MediaLimits())
+        if not facts.is_timed:
+            raise BackendUnfitError("its packets do not say when their frames are shown")
+        self._origin = float(facts.origin * facts.time_base)
+        self._tail_start = float((facts.end_tick - facts.origin) * facts.time_base)
+        content = source if isinstance(source, bytes) else storage.split_uri(source)[1]
+        self._decoder = self._open(content, "cuda" if backend == "nvdec" else "cpu", facts.index)
+        turned = round(self._decoder.metadata.rotation or 0) % 360
+        if turned != facts.orientation.counterclockwise_degrees:
+            raise BackendUnfitError(f"it is to be shown otherwise than turned by {turned} degrees")
+        self._scaler = VideoReformatter()
+
+    def sample(self, times: Sequence[Fraction]) -> FrameBatch:
+        """See `VideoReader.sample`."""
+        first = self._decoder.metadata.begin_stream_seconds
+        frames, pts_seconds, shown_for, num_missing = [], [], [], 0
+        for t in times:
+            try:
+                # the plural: it knows when the next frame comes, the singular trusts durations (variable frame rates)
+                frame = self._decoder.get_frames_played_at([max(float(t) + self._origin, first)])
+            except torch.OutOfMemoryError as error:
+                raise DecodeError("decode_video", ErrorType.OUT_OF_MEMORY, f"{self._name}: {error}") from error
+            except (RuntimeError, IndexError) as error:
+                logger.info("%s: no frame at %s s: %s", self._name, t, error)
+                num_missing += not self._tail_start <= t < self._tail_start + MAX_TAIL_SECONDS
+                continue
+            frames.append(self._scale(frame.data[0].cpu().numpy()))
+            pts_seconds.append(float(frame.pts_seconds[0]) - self._origin)
+            shown_for.append(float(t))
+        pixels = np.stack(frames) if frames else np.empty((0, self._size, self._size, 3), np.uint8)
+        return FrameBatch(pixels, np.array(pts_seconds), np.array(shown_for), num_missing)
+
+    def close(self) -> None:
+        """See `VideoReader.close`."""
+        del self._decoder
+
+    def _open(self, content: str | bytes, device: Literal["cpu", "cuda"], stream_index: int) -> Any:
+        options = {
+            "stream_index": stream_index,
+            "dimension_order": "NHWC",
+            "num_ffmpeg_threads": 1,
+            "seek_mode": "exact",
+        }
+        try:
+            return self._decoder_type(content, device=device, **options)
+        except torch.OutOfMemoryError as error:
+            raise DecodeError("decode_video", ErrorType.OUT_OF_MEMORY, f"{self._name}: {error}") from error
+        except (RuntimeError, ValueError) as error:
+            if device == "cpu":
+                raise DecodeError("decode_video", ErrorType.CORRUPT_FILE, f"{self._name}: {error}") from error
+            self._open(content, "cpu", stream_index)  # raises where the file is to blame
+            raise RuntimeError(
+                f"backend nvdec: torchcodec opens {self._name} on the CPU alone ({error}); install a build for CUDA,"
+                " pip install 'timeviper-platform[nvdec]', and FFmpeg with NVDEC, or use pyav"
+            ) from error
+
+    def _scale(self, pixels: np.ndarray) -> np.ndarray:
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+        size = self._size
+        scaled = self._scaler.reformat(frame, size, size, "rgb24", interpolation=Interpolation.BICUBIC, threads=1)
+        return np.asarray(scaled.to_ndarray())

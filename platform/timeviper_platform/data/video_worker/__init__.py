@@ -1,0 +1,1 @@
+"""Probing and decoding in a process that may be killed."""

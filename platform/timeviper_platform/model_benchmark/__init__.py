@@ -1,1 +1,0 @@
-"""The `model` suite: scan, prefill, video prefix, decoding and generation of narrow models with the paper's pattern."""

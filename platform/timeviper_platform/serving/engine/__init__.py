@@ -1,0 +1,1 @@
+"""From requests to tokens, one engine a replica."""

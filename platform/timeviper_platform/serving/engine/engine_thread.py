@@ -1,0 +1,139 @@
+"""A thread that owns an InferenceEngine, for callers on an event loop.
+
+Turns `step()` into one asyncio queue a caller. Knows threads and queues; nothing of prompts, media, HTTP or Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TypeVar
+
+from timeviper_model.inference.engine import InferenceEngine
+from timeviper_model.inference.requests import EngineStats, Event, Failed, Request, RequestId, Token
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Listener:
+    """Where the events of one request go."""
+
+    loop: asyncio.AbstractEventLoop
+    events: asyncio.Queue[tuple[int, Event]]
+    index: int
+
+
+class EngineLoop:
+    """Runs `engine.step()` while there is work, and sleeps while there is none."""
+
+    def __init__(self, engine: InferenceEngine) -> None:
+        self._engine = engine
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._listeners: dict[RequestId, _Listener] = {}
+        self.error: str | None = None
+        """why the loop ended; None while it runs"""
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    async def submit(self, requests: Sequence[Request]) -> tuple[list[RequestId], asyncio.Queue[tuple[int, Event]]]:
+        """Submits all of `requests` or none.
+
+        Returns:
+            Their ids, and a queue of (place in `requests`, event).
+
+        Raises:
+            QueueFull, ValueError: as InferenceEngine.submit.
+            RuntimeError: when the loop has ended.
+        """
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+
+        def submit_all() -> list[RequestId]:
+            ids: list[RequestId] = []
+            try:
+                for request in requests:
+                    ids.append(self._engine.submit(request))
+            except Exception:
+                for request_id in ids:
+                    self._engine.cancel(request_id)
+                raise
+            self._listeners.update({rid: _Listener(loop, events, index) for index, rid in enumerate(ids)})
+            return ids
+
+        command = asyncio.wrap_future(self._call(submit_all))
+        try:
+            return await asyncio.shield(command), events
+        except asyncio.CancelledError:  # the caller has gone while the command was on its way
+            command.add_done_callback(lambda done: self.cancel(done.result()) if not done.exception() else None)
+            raise
+
+    def cancel(self, request_ids: Sequence[RequestId]) -> None:
+        """Frees the slots of those requests that still have one, before the next step."""
+
+        def cancel_all() -> None:
+            for request_id in request_ids:
+                self._listeners.pop(request_id, None)
+                self._engine.cancel(request_id)
+
+        self._commands.put(cancel_all)
+
+    async def stats(self) -> EngineStats:
+        """The engine's counts between two steps."""
+        return await asyncio.wrap_future(self._call(self._engine.stats))
+
+    def stop(self) -> None:
+        """Ends the thread after its present step."""
+        self._commands.put(None)
+        self._thread.join(timeout=10.0)
+
+    def _call(self, function: Callable[[], T]) -> Future[T]:
+        """`function` on the engine's thread."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            if self.error is not None:
+                future.set_exception(RuntimeError(self.error))
+                return
+            try:
+                future.set_result(function())
+            except Exception as error:  # noqa: BLE001 - the caller's; the thread is everyone's
+                future.set_exception(error)
+
+        self._commands.put(run)
+        return future
+
+    def _run(self) -> None:
+        while True:
+            try:
+                command = self._commands.get(block=self.error is not None or not self._engine.has_work)
+            except queue.Empty:
+                self._step()
+                continue
+            if command is None:
+                return
+            command()
+
+    def _step(self) -> None:
+        try:
+            events = self._engine.step()
+        except Exception as error:
+            logger.exception("the engine's step failed; this replica takes no more requests")
+            self.error = f"the engine has failed: {type(error).__name__}"
+            events = [Failed(request_id=request_id, error=self.error) for request_id in self._listeners]
+        for event in events:
+            listener = self._listeners.get(event.request_id)
+            if listener is None:
+                continue
+            if not isinstance(event, Token):
+                del self._listeners[event.request_id]
+            if not listener.loop.is_closed():
+                listener.loop.call_soon_threadsafe(listener.events.put_nowait, (listener.index, event))

@@ -1,0 +1,1 @@
+"""From uploaded or stored media to features."""

@@ -1,0 +1,70 @@
+"""Do the features fit the weights? Compared once, when a replica starts, so that a wrong pair never answers nonsense.
+
+Knows configurations and recipes; loads no weights and reads no features.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from timeviper_model.weights.weights_folder import load_config
+from timeviper_platform.data.encode.frame_encoder import FrameEncoder
+from timeviper_platform.data.encode.recipe import Facts, different_facts, recipe_facts, vision_facts
+from timeviper_platform.data.store.compatibility import store_facts
+from timeviper_platform.data.store.reader import FeatureStore
+
+VERSION_KEY = "recipe_version"
+"""in a recipe: how frames are chosen and turned"""
+
+RECIPE_HASH_KEY = "recipe_hash"
+"""in the weights' metadata: recipe hash of the feature store they were trained on"""
+
+
+def check_features_fit(weights: str, *, store: FeatureStore | None, encoder: FrameEncoder | None) -> None:
+    """Passes when weights, store and encoder are made for one another.
+
+    Raises:
+        ValueError: naming both sides and every difference.
+    """
+    store_name = "" if store is None else f"the feature store {store.uri!r}"
+    encoder_name = "" if encoder is None else " with ".join(f"the encoder {t.encoder!r}" for t in encoder.config.towers)
+    if store is not None and encoder is not None:
+        lines = different_facts(_whole(encoder.recipe), _whole(store.recipe))
+        way_out = "configure the encoder as the preprocessing job had it"
+        if encoder.recipe.get(VERSION_KEY) != store.recipe.get(VERSION_KEY):  # no configuration changes that
+            way_out = "another release made the store: preprocess into a new folder, or serve with that one"
+        _refuse(lines, encoder_name, store_name, way_out)
+    expected = _expected_by(weights)
+    way_out = "export weights and preprocess media with one encoder configuration"
+    weights_name = f"the weights {weights!r}"
+    if encoder is not None:
+        facts = {**recipe_facts(encoder.recipe), "row_size": encoder.dim}
+        _refuse(different_facts(expected, facts), weights_name, encoder_name, way_out)
+    if store is not None:
+        facts = {**store_facts(store), RECIPE_HASH_KEY: store.recipe_hash}
+        _refuse(different_facts(expected, facts), weights_name, store_name, way_out)
+
+
+def _expected_by(weights: str) -> Facts:
+    metadata = json.loads((Path(weights) / "config.json").read_text()).get("timeviper_metadata", {})
+    known = {RECIPE_HASH_KEY: metadata[RECIPE_HASH_KEY]} if RECIPE_HASH_KEY in metadata else {}
+    return {**vision_facts(load_config(weights).vision), **known}
+
+
+def _whole(recipe: dict[str, Any]) -> Facts:
+    """A recipe by dotted names, with what only some recipes have a key for."""
+    return {"num_towers": recipe_facts(recipe)["num_towers"], "compiled": False, **_flat(recipe)}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Facts:
+    facts: Facts = {}
+    for name, value in values.items():
+        facts |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return facts
+
+
+def _refuse(lines: list[str], one: str, other: str, way_out: str) -> None:
+    if lines:
+        raise ValueError(f"{one} and {other} do not fit:\n" + "\n".join(f"  {line}" for line in lines) + f"\n{way_out}")

@@ -1,0 +1,1 @@
+"""From HTTP to requests, and from tokens to responses."""

@@ -1,0 +1,302 @@
+"""OpenAI's chat-completions wire format: what a request may hold, what answers, chunks and errors look like.
+
+Turns bytes into a checked `ChatCompletionRequest` and parts of answers into JSON values. Knows the format alone:
+no media, no services, no HTTP framework.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from timeviper_platform.serving.messages import AnswerPart, AnswerUsage, Refusal, TokenLogprob
+
+ERROR_TYPES: dict[int, str] = {
+    401: "authentication_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "server_error",
+}
+"""OpenAI's `type` of an error by status; every other one is an invalid_request_error."""
+
+
+class ApiError(Exception):
+    """An answer that is an error, in OpenAI's shape.
+
+    `message` is shown to the client: cause, value and way out, but never what it sent in bulk.
+    """
+
+    def __init__(
+        self, status: int, message: str, *, code: str, param: str | None = None, retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.code = code
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+    @classmethod
+    def from_refusal(cls, refusal: Refusal, *, param: str | None = None) -> ApiError:
+        """The error a service's refusal becomes; `param` says which part of the request it was about."""
+        return cls(
+            refusal.status,
+            refusal.message,
+            code=refusal.code,
+            param=refusal.param or param,
+            retry_after_s=refusal.retry_after_s,
+        )
+
+    def body(self) -> dict[str, Any]:
+        """{"error": {message, type, param, code}}."""
+        kind = ERROR_TYPES.get(self.status, "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def headers(self) -> dict[str, str]:
+        """Retry-After in whole seconds, where waiting helps."""
+        return {} if self.retry_after_s is None else {"Retry-After": str(max(1, round(self.retry_after_s)))}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _Url(_Strict):
+    url: str
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class TextPart(_Strict):
+    """Text."""
+
+    type: Literal["text", "input_text"]
+    text: str
+
+
+class ImagePart(_Strict):
+    """A picture by data: URI, file id or feature id."""
+
+    type: Literal["image_url"]
+    image_url: _Url | str
+
+
+class VideoPart(_Strict):
+    """A video by data: URI, file id or feature id."""
+
+    type: Literal["video_url"]
+    video_url: _Url | str
+
+
+class InputVideoPart(_Strict):
+    """The same as `video_url`, under the name other servers use."""
+
+    type: Literal["input_video"]
+    input_video: _Url | str
+
+
+ContentPart = Annotated[TextPart | ImagePart | VideoPart | InputVideoPart, Field(discriminator="type")]
+
+
+class ChatMessage(_Strict):
+    """One message of the conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[ContentPart]
+    name: str | None = None
+
+
+class StreamOptions(_Strict):
+    """What a stream holds beside the answer."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class MediaLimits(_Strict):
+    """Per-request sampling. Values above the server's own change nothing."""
+
+    fps: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    max_frames: int | None = Field(default=None, ge=1)
+
+
+class ResponseFormat(_Strict):
+    """Plain text is the one format so far."""
+
+    type: Literal["text"]
+
+
+class ChatCompletionRequest(_Strict):
+    """The body of POST /v1/chat/completions. A field that is not here is an error, not ignored."""
+
+    model: str
+    messages: list[ChatMessage] = Field(min_length=1, max_length=256)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
+    top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
+    top_k: int | None = Field(default=None, ge=0)
+    n: int | None = Field(default=None, ge=1, le=4)
+    stop: str | list[str] | None = None
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    mm_processor_kwargs: MediaLimits | None = None
+    response_format: ResponseFormat | None = None
+    presence_penalty: Literal[0] | None = None
+    frequency_penalty: Literal[0] | None = None
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: Literal[False] | None = None
+
+    def stop_texts(self) -> tuple[str, ...]:
+        """The stop strings, however they were given.
+
+        Raises:
+            ApiError: for an empty one, or more than OpenAI's four.
+        """
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        if len(stop) > 4 or "" in stop:
+            raise ApiError(400, "stop takes up to 4 strings, none of them empty", code="invalid_value", param="stop")
+        return stop
+
+
+def parse_chat_request(body: bytes) -> ChatCompletionRequest:
+    """The checked request.
+
+    Raises:
+        ApiError: 400, for what is not JSON or not in the format, naming the first field that is wrong.
+    """
+    values = _parse_object(body)
+    try:
+        request = ChatCompletionRequest.model_validate(values)
+    except ValidationError as error:
+        errors = error.errors(include_url=False, include_input=False, include_context=False)
+        deepest = max(errors, key=lambda item: len(item["loc"]))  # of a union's errors the one of the branch meant
+        param = ".".join(str(part) for part in deepest["loc"])
+        raise ApiError(400, f"{param}: {deepest['msg']}", code=_error_code(deepest["type"]), param=param) from None
+    if request.top_logprobs and not request.logprobs:
+        raise ApiError(400, "top_logprobs needs logprobs: true", code="invalid_value", param="top_logprobs")
+    if request.stream_options is not None and not request.stream:
+        raise ApiError(400, "stream_options needs stream: true", code="invalid_value", param="stream_options")
+    return request
+
+
+def _parse_object(body: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(body)
+        if b"\\u" in body:  # an escape can write half a surrogate pair, which is no text
+            json.dumps(values, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:  # ValueError also for integers of thousands of digits
+        place = f" at character {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
+        raise ApiError(400, f"the body is not valid JSON{place}", code="invalid_json") from None
+    if not isinstance(values, dict):
+        raise ApiError(400, "the body must be a JSON object", code="invalid_json")
+    return values
+
+
+def _error_code(kind: str) -> str:
+    return {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}.get(kind, "invalid_value")
+
+
+class Completion:
+    """The answers to one request: its id and time, and the JSON of all that is sent about it."""
+
+    def __init__(self, model: str, *, num_choices: int, with_logprobs: bool) -> None:
+        self.id = f"chatcmpl-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+        self._model = model
+        self._with_logprobs = with_logprobs
+        self._parts: list[list[AnswerPart]] = [[] for _ in range(num_choices)]
+
+    def add(self, part: AnswerPart) -> None:
+        """Keeps a part for `response` and `usage`."""
+        self._parts[part.index].append(part)
+
+    def response(self) -> dict[str, Any]:
+        """The whole chat.completion."""
+        choices = []
+        for index, parts in enumerate(self._parts):
+            logprobs = [entry for part in parts for entry in part.logprobs]
+            choices.append(
+                {
+                    "index": index,
+                    "message": {"role": "assistant", "content": "".join(part.text for part in parts), "refusal": None},
+                    "logprobs": {"content": _logprobs_json(logprobs)} if self._with_logprobs else None,
+                    "finish_reason": parts[-1].finish_reason,
+                }
+            )
+        return {**self._head("chat.completion"), "choices": choices, "usage": self.usage()}
+
+    def opening(self, index: int) -> dict[str, Any]:
+        """The chunk that says who speaks."""
+        return self._chunk({"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None})
+
+    def chunks(self, part: AnswerPart) -> list[dict[str, Any]]:
+        """A chunk for the text, if there is any, and one for the end, if this is it."""
+        chunks = []
+        if part.text or part.logprobs:
+            choice: dict[str, Any] = {"index": part.index, "delta": {"content": part.text}, "finish_reason": None}
+            if self._with_logprobs:
+                choice["logprobs"] = {"content": _logprobs_json(part.logprobs)}
+            chunks.append(self._chunk(choice))
+        if part.finish_reason is not None:
+            chunks.append(self._chunk({"index": part.index, "delta": {}, "finish_reason": part.finish_reason}))
+        return chunks
+
+    def usage_chunk(self) -> dict[str, Any]:
+        """The chunk after the last choice, when `include_usage` was asked for."""
+        return {**self._head("chat.completion.chunk"), "choices": [], "usage": self.usage()}
+
+    def usage(self) -> dict[str, Any]:
+        """The prompt counts once however many answers it got, as with OpenAI."""
+        usages = [part.usage for parts in self._parts for part in parts if part.usage is not None]
+        first = (
+            usages[0]
+            if usages
+            else AnswerUsage(
+                prompt_tokens=0, completion_tokens=0, vision_tokens=0, vision_tokens_kept=0, cached_tokens=0
+            )
+        )
+        completion_tokens = sum(usage.completion_tokens for usage in usages)
+        return {
+            "prompt_tokens": first.prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": first.prompt_tokens + completion_tokens,
+            "prompt_tokens_details": {
+                "cached_tokens": first.cached_tokens,
+                "vision_tokens": first.vision_tokens,
+                "vision_tokens_after_transv": first.vision_tokens_kept,
+            },
+        }
+
+    def _chunk(self, choice: Mapping[str, Any]) -> dict[str, Any]:
+        return {**self._head("chat.completion.chunk"), "choices": [choice]}
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self._created, "model": self._model}
+
+
+def _logprobs_json(entries: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
+    return [
+        {**_logprob_json(entry.token, entry.logprob), "top_logprobs": [_logprob_json(*pair) for pair in entry.top]}
+        for entry in entries
+    ]
+
+
+def _logprob_json(token: str, logprob: float) -> dict[str, Any]:
+    return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+
+
+def sse(value: dict[str, Any] | str) -> bytes:
+    """One server-sent event; JSON holds no raw line break, so one `data:` line is enough."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return f"data: {text}\n\n".encode()

@@ -1,0 +1,225 @@
+"""The gateway: HTTP in OpenAI's shape in front, the feature and engine services behind.
+
+A plain ASGI application over two Protocol clients: its routes, and answers whole or streamed. gateway_edge.py holds
+what is asked of every request, gateway_chat.py makes the engine's request. No torch, no decoding, no Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
+from starlette.types import ASGIApp
+
+from timeviper_platform.serving.gateway.chat import ChatPreparation
+from timeviper_platform.serving.gateway.config import GatewayConfig
+from timeviper_platform.serving.gateway.middleware import Counters, Edge
+from timeviper_platform.serving.gateway.openai_protocol import ApiError, Completion, parse_chat_request, sse
+from timeviper_platform.serving.gateway.uploads import MediaStore, no_such_file
+from timeviper_platform.serving.messages import AnswerPart, EngineClient, FeatureClient, Refusal
+
+_CONTENT_TYPE = "text/event-stream; charset=utf-8"
+
+
+def create_app(config: GatewayConfig, features: FeatureClient, engine: EngineClient) -> ASGIApp:
+    """The ASGI application."""
+    counters = Counters()
+    gateway = _Gateway(config, features, engine, counters)
+    api = FastAPI(title="TimeViper", docs_url=None, redoc_url=None)  # their pages load scripts from a CDN
+    api.add_api_route("/v1/chat/completions", gateway.chat_completions, methods=["POST"], response_model=None)
+    api.add_api_route("/v1/models", gateway.list_models, methods=["GET"])
+    api.add_api_route("/v1/models/{model:path}", gateway.get_model, methods=["GET"])
+    api.add_api_route("/v1/files", gateway.create_file, methods=["POST"])
+    api.add_api_route("/v1/files", gateway.list_files, methods=["GET"])
+    api.add_api_route("/v1/files/{file_id}", gateway.get_file, methods=["GET"])
+    api.add_api_route("/v1/files/{file_id}", gateway.delete_file, methods=["DELETE"])
+    api.add_api_route("/health/live", gateway.live, methods=["GET"])
+    api.add_api_route("/health/ready", gateway.ready, methods=["GET"])
+    api.add_api_route("/metrics", lambda: PlainTextResponse(counters.render()), methods=["GET"])
+    api.add_exception_handler(ApiError, _answer_api_error)
+    api.add_exception_handler(HTTPException, _answer_http_exception)
+    api.add_middleware(Edge, config=config, counters=counters)
+    return api
+
+
+async def _answer_api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return JSONResponse(error.body(), error.status, error.headers())
+
+
+async def _answer_http_exception(request: Request, error: Exception) -> Response:
+    """The framework's own errors: no such route, method not allowed."""
+    assert isinstance(error, HTTPException)
+    code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+    api_error = ApiError(error.status_code, str(error.detail), code=code)
+    return JSONResponse(api_error.body(), error.status_code, error.headers)
+
+
+class _Gateway:
+    """The handlers of the routes."""
+
+    def __init__(
+        self, config: GatewayConfig, features: FeatureClient, engine: EngineClient, counters: Counters
+    ) -> None:
+        self._config = config
+        self._counters = counters
+        self._features = features
+        self._engine = engine
+        self._store = MediaStore(config.media_root)
+        self._preparation = ChatPreparation(config, features, self._store)
+        self._created = int(time.time())
+
+    async def live(self) -> dict[str, str]:
+        """This process answers."""
+        return {"status": "live"}
+
+    async def ready(self) -> Response:
+        """200 when both services answer, else 503."""
+        features, engine = await asyncio.gather(self._features.is_ready(), self._engine.is_ready())
+        body = {"status": "ready" if features and engine else "not ready", "features": features, "engine": engine}
+        return JSONResponse(body, 200 if features and engine else 503)
+
+    async def list_models(self) -> dict[str, Any]:
+        """The one model."""
+        return {"object": "list", "data": [self._model()]}
+
+    async def get_model(self, model: str) -> dict[str, Any]:
+        """The model by its name."""
+        self._check_model(model)
+        return self._model()
+
+    async def create_file(self, request: Request) -> dict[str, object]:
+        """Keeps an upload (multipart/form-data with `file` and, optionally, `purpose`)."""
+        if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+            raise ApiError(415, "send the file as multipart/form-data", code="unsupported_media_type")
+        try:
+            form = await request.form(max_files=1, max_fields=8)
+        except (MultiPartException, HTTPException) as error:
+            detail = getattr(error, "detail", None) or getattr(error, "message", "")
+            raise ApiError(400, f"the form cannot be read: {detail}", code="invalid_form") from None
+        async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(form.close)
+            file, purpose = form.get("file"), form.get("purpose", "user_data")
+            if not isinstance(file, UploadFile):
+                raise ApiError(
+                    400, "the form has no file named 'file'", code="missing_required_parameter", param="file"
+                )
+            name, kind = file.filename or "", str(purpose)[:64]
+            record = await asyncio.to_thread(
+                self._store.put, request.state.tenant, file.file, filename=name, purpose=kind
+            )
+        return record.to_json()
+
+    async def list_files(self, request: Request) -> dict[str, object]:
+        """The tenant's uploads."""
+        records = await asyncio.to_thread(self._store.list, request.state.tenant)
+        return {"object": "list", "data": [record.to_json() for record in records], "has_more": False}
+
+    async def get_file(self, request: Request, file_id: str) -> dict[str, object]:
+        """One upload's record."""
+        record = await asyncio.to_thread(self._store.get, request.state.tenant, file_id)
+        if record is None:
+            raise no_such_file("file_id")
+        return record.to_json()
+
+    async def delete_file(self, request: Request, file_id: str) -> dict[str, object]:
+        """Removes an upload."""
+        if not await asyncio.to_thread(self._store.delete, request.state.tenant, file_id):
+            raise no_such_file("file_id")
+        return {"id": file_id, "object": "file", "deleted": True}
+
+    async def chat_completions(self, request: Request) -> Response:
+        """Answers, whole or streamed."""
+        chat = parse_chat_request(await request.body())
+        self._check_model(chat.model)
+        deadline = asyncio.get_running_loop().time() + self._config.request_timeout_s
+        try:
+            async with asyncio.timeout_at(deadline):
+                generate = await self._preparation.prepare(chat, request.state.tenant)
+                completion = Completion(chat.model, num_choices=generate.n, with_logprobs=bool(chat.logprobs))
+                parts = _checked(self._engine.generate(generate))
+                first = await anext(parts)
+                if not chat.stream:
+                    response = await _collect(completion, first, parts)
+                    self._counters.add_usage(completion.usage())
+                    return JSONResponse(response)
+        except TimeoutError:
+            raise self._too_late() from None
+        include_usage = chat.stream_options is not None and chat.stream_options.include_usage
+        events = self._events(completion, first, parts, deadline=deadline, include_usage=include_usage)
+        return StreamingResponse(events, media_type=_CONTENT_TYPE, headers={"Cache-Control": "no-cache"})
+
+    async def _events(
+        self,
+        completion: Completion,
+        first: AnswerPart,
+        parts: AsyncGenerator[AnswerPart],
+        *,
+        deadline: float,
+        include_usage: bool,
+    ) -> AsyncIterator[bytes]:
+        """Server-sent events; closing this (the client has gone) closes `parts`, which frees the slots."""
+        opened: set[int] = set()
+        async with contextlib.aclosing(parts):
+            try:
+                part: AnswerPart | None = first
+                while part is not None:
+                    completion.add(part)
+                    chunks = completion.chunks(part)
+                    if part.index not in opened:
+                        opened.add(part.index)
+                        chunks.insert(0, completion.opening(part.index))
+                    yield b"".join(sse({**chunk, "usage": None} if include_usage else chunk) for chunk in chunks)
+                    async with asyncio.timeout_at(deadline):
+                        part = await anext(parts, None)
+            except TimeoutError:
+                yield sse(self._too_late().body())
+                return
+            except ApiError as error:
+                yield sse(error.body())
+                return
+        self._counters.add_usage(completion.usage())
+        if include_usage:
+            yield sse(completion.usage_chunk())
+        yield sse("[DONE]")
+
+    def _check_model(self, model: str) -> None:
+        if model != self._config.model_name:
+            name = self._config.model_name
+            raise ApiError(404, f"there is no such model here; use {name!r}", code="model_not_found", param="model")
+
+    def _model(self) -> dict[str, Any]:
+        return {"id": self._config.model_name, "object": "model", "created": self._created, "owned_by": "timeviper"}
+
+    def _too_late(self) -> ApiError:
+        return ApiError(408, f"not answered within {self._config.request_timeout_s:g} s", code="timeout")
+
+
+async def _checked(items: AsyncIterator[AnswerPart | Refusal]) -> AsyncGenerator[AnswerPart]:
+    """The parts; a refusal is raised as the error it stands for."""
+    try:
+        async for item in items:
+            if isinstance(item, Refusal):
+                raise ApiError.from_refusal(item)
+            yield item
+    finally:
+        close: Callable[[], Awaitable[None]] | None = getattr(items, "aclose", None)
+        if close is not None:
+            await close()
+
+
+async def _collect(completion: Completion, first: AnswerPart, parts: AsyncGenerator[AnswerPart]) -> dict[str, Any]:
+    """The whole answer; closes `parts` also when it is cancelled half-way."""
+    async with contextlib.aclosing(parts):
+        completion.add(first)
+        async for part in parts:
+            completion.add(part)
+    return completion.response()

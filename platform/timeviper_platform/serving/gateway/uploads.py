@@ -1,0 +1,187 @@
+"""Media that clients send: what a file's first bytes say it is, data: URIs, and the content-addressed store of uploads.
+
+Looks at headers and hashes, never decodes. A client's file name is kept for display; on disks a file has the name that
+the server derives from its content and lies under its tenant, so that no tenant can name another's.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import re
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from typing import IO
+
+from timeviper_platform.common.storage import exists, join_uri, list_files, read_json, remove, write_atomic, write_json
+from timeviper_platform.serving.gateway.openai_protocol import ApiError
+from timeviper_platform.serving.messages import MediaBytes, Modality
+
+HEADER_BYTES = 512
+"""enough for every signature below: a transport stream shows its second sync byte at 188"""
+FILE_ID = re.compile(r"file-[0-9a-f]{32}")
+DATA_URI = re.compile(r"data:(?P<mime>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[^;,]*)*;base64,", re.ASCII)
+_MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
+_CHUNK_BYTES = 1 << 20
+
+
+def sniff_modality(header: bytes) -> Modality | None:
+    """What the first bytes of a file say it is; None for what the server does not take.
+
+    Signatures: ISO base media (mp4, mov) box types, EBML (matroska, webm), RIFF AVI, MPEG-TS sync bytes every 188;
+    PNG, JPEG and RIFF WEBP for pictures. Playlists (m3u8, concat scripts) are text and match none of them.
+    """
+    if header[4:8] in _MP4_BOXES or header.startswith(b"\x1aE\xdf\xa3"):
+        return "video"
+    if header.startswith(b"RIFF"):
+        kinds: dict[bytes, Modality] = {b"AVI ": "video", b"WEBP": "image"}
+        return kinds.get(header[8:12])
+    if header[:1] == b"G" and header[188:189] == b"G":
+        return "video"
+    if header.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")):
+        return "image"
+    return None
+
+
+def require_media(header: bytes, *, expected: Modality | None = None, param: str) -> Modality:
+    """`sniff_modality`, as an answer to the client.
+
+    Raises:
+        ApiError: 415 for anything else than media, or than the kind that `expected` names.
+    """
+    modality = sniff_modality(header)
+    if modality is None or expected not in (None, modality):
+        found = "neither a video nor a picture" if modality is None else f"a {modality.replace('image', 'picture')}"
+        raise ApiError(
+            415,
+            f"the content is {found}; videos may be mp4, mov, matroska, webm, avi or mpegts,"
+            " pictures png, jpeg or webp",
+            code="unsupported_media_type",
+            param=param,
+        )
+    return modality
+
+
+def parse_data_uri(uri: str, *, expected: Modality, param: str) -> MediaBytes:
+    """The medium inside a base64 data: URI.
+
+    Raises:
+        ApiError: 400 when it is not base64, 415 when it is not media of the expected kind.
+    """
+    match = DATA_URI.match(uri)
+    if match is None:
+        raise ApiError(400, "a data: URI must read data:TYPE;base64,DATA", code="invalid_data_uri", param=param)
+    try:
+        data = base64.b64decode(uri[match.end() :], validate=True)
+    except (binascii.Error, ValueError):
+        raise ApiError(400, "the data: URI is not valid base64", code="invalid_data_uri", param=param) from None
+    modality = require_media(data[:HEADER_BYTES], expected=expected, param=param)
+    return MediaBytes(data=data, sha256=hashlib.sha256(data).hexdigest(), modality=modality)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileRecord:
+    """One upload of one tenant."""
+
+    id: str
+    """file- and the first half of the content's SHA-256"""
+    sha256: str
+    num_bytes: int
+    modality: Modality
+    filename: str
+    """as the client called it; for display alone"""
+    purpose: str
+    created_at: int
+    """seconds since 1970"""
+
+    def to_json(self) -> dict[str, object]:
+        """OpenAI's file object."""
+        return {
+            "id": self.id,
+            "object": "file",
+            "bytes": self.num_bytes,
+            "created_at": self.created_at,
+            "filename": self.filename,
+            "purpose": self.purpose,
+            "status": "processed",
+        }
+
+
+class MediaStore:
+    """Uploads under `root` (any fsspec URI that gateway and feature service both reach), by tenant and SHA-256.
+
+    The same content uploaded again is the same file. Data first, record last: a file exists when its record does.
+    """
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+
+    def put(self, tenant: str, file: IO[bytes], *, filename: str, purpose: str) -> FileRecord:
+        """Stores the whole of `file`, which must be seekable.
+
+        Raises:
+            ApiError: 415 when its content is not media.
+        """
+        file.seek(0)
+        modality = require_media(file.read(HEADER_BYTES), param="file")
+        file.seek(0)
+        digest = hashlib.sha256()
+        num_bytes = 0
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            num_bytes += len(chunk)
+        sha256 = digest.hexdigest()
+        record = FileRecord(
+            id=f"file-{sha256[:32]}",
+            sha256=sha256,
+            num_bytes=num_bytes,
+            modality=modality,
+            filename=_display_name(filename),
+            purpose=purpose,
+            created_at=int(time.time()),
+        )
+        if (known := self.get(tenant, record.id)) is not None:
+            return known
+        file.seek(0)
+        write_atomic(self.uri(tenant, record), lambda target: shutil.copyfileobj(file, target, _CHUNK_BYTES))
+        write_json(self._record_uri(tenant, record.id), asdict(record))
+        return record
+
+    def get(self, tenant: str, file_id: str) -> FileRecord | None:
+        """The tenant's file of that id, if there is one."""
+        if FILE_ID.fullmatch(file_id) is None or not exists(self._record_uri(tenant, file_id)):
+            return None
+        return FileRecord(**read_json(self._record_uri(tenant, file_id)))
+
+    def list(self, tenant: str) -> list[FileRecord]:
+        """All of the tenant's files, newest first."""
+        records = [FileRecord(**read_json(uri)) for uri in list_files(join_uri(self._root, tenant), ".json")]
+        return sorted(records, key=lambda record: (-record.created_at, record.id))
+
+    def delete(self, tenant: str, file_id: str) -> bool:
+        """Removes the tenant's file; False when there is none."""
+        record = self.get(tenant, file_id)
+        if record is None:
+            return False
+        remove(self._record_uri(tenant, file_id))
+        remove(self.uri(tenant, record))
+        return True
+
+    def uri(self, tenant: str, record: FileRecord) -> str:
+        """Where the content lies."""
+        return join_uri(self._root, tenant, f"{record.sha256}.media")
+
+    def _record_uri(self, tenant: str, file_id: str) -> str:
+        return join_uri(self._root, tenant, f"{file_id}.json")
+
+
+def no_such_file(param: str) -> ApiError:
+    """What a client is told whose file id its tenant does not have; `param` is where it stood."""
+    return ApiError(404, "there is no such file; upload it to /v1/files", code="file_not_found", param=param)
+
+
+def _display_name(filename: str) -> str:
+    name = filename.replace("\\", "/").rsplit("/", 1)[-1]
+    return "".join(char for char in name if char.isprintable())[:255] or "upload"

@@ -1,0 +1,1 @@
+"""Resumable training state, and weights exported from it."""

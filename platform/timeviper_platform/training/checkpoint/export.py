@@ -1,0 +1,75 @@
+"""A committed checkpoint to a model, and to a weights folder that evaluation and serving load. Trains nothing."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from timeviper_model.layers.lora import merge_lora
+from timeviper_model.timeviper import TimeViper
+from timeviper_model.weights.weights_folder import config_from_dict, load_tokenizer, save_pretrained
+from timeviper_platform.common import storage
+from timeviper_platform.training.checkpoint.manager import GROUPS_FILE, MODEL_FILE, local_copy, open_shards, read_state
+from timeviper_platform.training.checkpoint.state import TrainState
+from timeviper_platform.training.optim.deepspeed_engine import DTYPES
+
+logger = logging.getLogger(__name__)
+
+
+def export_weights(checkpoint: str, output: str, *, dtype: Literal["fp32", "bf16"] = "fp32") -> None:
+    """Writes the checkpoint's model, with tokenizer and how it was made, as a weights folder at `output`.
+
+    Args:
+        checkpoint: URI of a committed checkpoint.
+        output: URI of the folder; replaced where it exists.
+        dtype: of the written tensors; training keeps fp32, serving takes either.
+
+    Raises:
+        ValueError: when there is no committed checkpoint, or it does not hold the whole model.
+    """
+    state, description, model = checkpoint_model(checkpoint)
+    model = model.to(DTYPES[dtype])
+    metadata = {**description["metadata"], "phase": state.phase, "step": str(state.step)}
+    tokenizer = load_tokenizer(description["tokenizer"])
+    if storage.is_local(output):
+        save_pretrained(model, storage.split_uri(output)[1], tokenizer=tokenizer, metadata=metadata)
+    else:
+        with tempfile.TemporaryDirectory(prefix="timeviper-weights-") as scratch:
+            save_pretrained(model, Path(scratch) / "weights", tokenizer=tokenizer, metadata=metadata)
+            filesystem, path = storage.split_uri(output)
+            storage.remove(output)
+            filesystem.put(str(Path(scratch) / "weights") + "/", path.rstrip("/") + "/", recursive=True)
+    logger.info("weights of %s at step %d of %s are in %s", state.phase, state.step, checkpoint, output)
+
+
+def checkpoint_model(checkpoint: str) -> tuple[TrainState, dict[str, Any], TimeViper]:
+    """Where the run stood at a committed checkpoint, its model.json, and the whole model in fp32, adapters merged.
+
+    Raises:
+        ValueError: see `export_weights`.
+    """
+    state = read_state(checkpoint)
+    description = storage.read_json(storage.join_uri(checkpoint, MODEL_FILE))
+    saved_groups = storage.read_json(storage.join_uri(checkpoint, GROUPS_FILE))
+    with local_copy(checkpoint) as folder:
+        tensors = open_shards(folder, state, saved_groups).tensors()
+    if description["lora_scale"] is not None:
+        tensors = merge_lora(tensors, description["lora_scale"])
+    return state, description, _model_of(description, tensors, source=checkpoint)
+
+
+def _model_of(description: dict[str, Any], tensors: dict[str, torch.Tensor], *, source: str) -> TimeViper:
+    with torch.device("meta"):
+        model = TimeViper(config_from_dict(description["config"], where=source))
+    result = model.load_state_dict(tensors, strict=False, assign=True)
+    missing = [
+        name for name in result.missing_keys if not model.config.text.tie_word_embeddings or "lm_head" not in name
+    ]
+    if missing or result.unexpected_keys:
+        raise ValueError(f"{source} does not hold this model: {missing = }, unexpected = {result.unexpected_keys}")
+    model.tie_weights()
+    return model

@@ -1,0 +1,60 @@
+"""What a training run computes, before it starts: floating-point operations of packs, and GPU-hours of a phase.
+
+Knows sizes and packs. Counts what the model needs (the field's MFU convention): the second forward pass of activation
+checkpointing is no gain and not in it. Left out are norms, the projector and TransV's own small layers.
+"""
+
+from __future__ import annotations
+
+from timeviper_model.config import HybridConfig, TextConfig, TimeViperConfig
+from timeviper_model.layers.mamba2 import conv_dim
+from timeviper_platform.common.devices import PEAK_FLOPS
+from timeviper_platform.training.batches.packing import PackShape
+from timeviper_platform.training.cost.memory import vision_by_layer
+
+ASSUMED_DEVICE = "NVIDIA H100"
+ASSUMED_MFU = 0.4
+"""share of the peak that training reaches: published figures for models of this size lie between 0.33 and 0.43"""
+
+
+def training_flops(config: TimeViperConfig, pack: PackShape, *, use_transv: bool, trains_blocks: bool) -> float:
+    """Operations of a pack's forward and backward pass.
+
+    Backward costs twice the forward pass, once for activations and once for weights; frozen blocks save the latter.
+    """
+    return forward_flops(config, pack, use_transv=use_transv) * (3 if trains_blocks else 2)
+
+
+def forward_flops(config: TimeViperConfig, pack: PackShape, *, use_transv: bool) -> float:
+    """Operations of a pack's forward pass; its text counts as shared evenly among the samples."""
+    text = config.text
+    counts = pack.vision_counts or (0,)
+    text_per_sample = (pack.num_tokens - sum(counts)) / len(counts)
+    total = 2.0 * pack.num_targets * text.hidden_size * text.vocab_size
+    for layer, present in enumerate(vision_by_layer(config, pack, use_transv=use_transv)):
+        total += _block_flops(text, layer, [count + text_per_sample for count in present or counts])
+    return total
+
+
+def gpu_hours(flops: float) -> float:
+    """Hours of one GPU at the assumed share of its peak."""
+    return flops / (PEAK_FLOPS[ASSUMED_DEVICE] * ASSUMED_MFU) / 3600
+
+
+def _block_flops(text: TextConfig, layer: int, lengths: list[float]) -> float:
+    """A weight is a multiplication and an addition a token; causal attention counts the half that is not masked."""
+    tokens, pairs = sum(lengths), sum(length * length for length in lengths)
+    query_size = text.num_attention_heads * text.head_dim
+    attention_weights = 2 * text.hidden_size * text.head_dim * (text.num_attention_heads + text.num_key_value_heads)
+    attention = tokens * 2 * attention_weights + pairs * 2 * query_size
+    if not isinstance(text, HybridConfig):
+        return attention + tokens * 6 * text.hidden_size * text.intermediate_size  # gate, up, down
+    kind = text.block_types[layer]
+    if kind == "attention":
+        return attention
+    if kind == "mlp":
+        return tokens * 4 * text.hidden_size * text.intermediate_size
+    inner, state = text.mamba_intermediate_size, text.ssm_state_size
+    weights = text.hidden_size * (inner + conv_dim(text) + text.mamba_num_heads) + inner * text.hidden_size
+    # the scan (arXiv 2405.21060, section 6): a triangle within each chunk, and its state written and read once
+    return tokens * (2 * weights + text.chunk_size * (text.n_groups * state + inner) + 4 * inner * state)

@@ -1,0 +1,148 @@
+"""What a training run needs in memory, before it starts: bytes of a rank for each ZeRO stage.
+
+Knows the model's sizes, which parameters are trained, precision and packs; runs one block of each kind to see what
+autograd keeps of a token, because a formula would be wrong the day that a kernel changes. Knows no data and no ranks
+but their number. DeepSpeed's buckets, the allocator's waste and what NCCL holds are not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from timeviper_model.batching.segments import Segments
+from timeviper_model.config import BlockType, HybridConfig, TextConfig, TimeViperConfig
+from timeviper_model.layers.backbone import make_block
+from timeviper_model.layers.transv import num_kept
+from timeviper_model.timeviper import LOGITS_ELEMENTS
+from timeviper_platform.training.batches.packing import PackShape
+from timeviper_platform.training.optim.deepspeed_engine import DTYPES, Precision
+
+PROBE_CHUNKS = 2
+"""chunks of the scan that a block is probed with: one alone would show no state that passes between two"""
+PROBE_CHUNK_SIZE = 128
+"""tokens of a chunk for a family without a scan"""
+FP32_BYTES = 4
+
+
+class ModelSizes(NamedTuple):
+    """Parameters of a model."""
+
+    num_parameters: int
+    num_trained: int
+
+
+class StateBytes(NamedTuple):
+    """What one rank holds between steps."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    """fp32 masters and AdamW's two moments"""
+
+    @property
+    def total(self) -> int:
+        """All three."""
+        return sum(self)
+
+
+def state_bytes(sizes: ModelSizes, *, zero_stage: int, world_size: int, precision: Precision) -> StateBytes:
+    """Bytes of one rank (Rajbhandari et al., arXiv 1910.02054, section 5): what a stage partitions is divided evenly.
+
+    Stage 0 in fp32 steps on the parameters themselves; DeepSpeed keeps fp32 masters beside them everywhere else.
+    """
+    width = DTYPES[precision].itemsize
+    has_masters = zero_stage > 0 or precision != "fp32"
+    optimizer = sizes.num_trained * FP32_BYTES * (3 if has_masters else 2)
+    return StateBytes(
+        parameters=_share(sizes.num_parameters * width, world_size if zero_stage >= 3 else 1),
+        gradients=_share(sizes.num_trained * width, world_size if zero_stage >= 2 else 1),
+        optimizer=_share(optimizer, world_size if zero_stage >= 1 else 1),
+    )
+
+
+def tokens_by_layer(config: TimeViperConfig, pack: PackShape, *, use_transv: bool) -> list[int]:
+    """Tokens that each block sees of a pack."""
+    num_text = pack.num_tokens - sum(pack.vision_counts)
+    return [num_text + sum(present) for present in vision_by_layer(config, pack, use_transv=use_transv)]
+
+
+def vision_by_layer(config: TimeViperConfig, pack: PackShape, *, use_transv: bool) -> list[list[int]]:
+    """Vision tokens of each sample that each block sees."""
+    sites = {site.layer: site for site in config.transv} if use_transv else {}
+    present, by_layer = list(pack.vision_counts), []
+    for layer in range(config.text.num_hidden_layers):
+        if layer in sites:
+            keep = sites[layer].keep
+            present = [num_kept(n, here, keep) for n, here in zip(pack.vision_counts, present, strict=True)]
+        by_layer.append(present)
+    return by_layer
+
+
+def activation_bytes(
+    config: TimeViperConfig,
+    pack: PackShape,
+    *,
+    precision: Precision,
+    use_transv: bool,
+    activation_checkpointing: bool,
+    trains_blocks: bool = True,
+) -> int:
+    """Bytes that autograd keeps of one pack between forward and backward, on the rank that runs it.
+
+    With activation_checkpointing a block keeps its input alone, and one block at a time is run again in full. Where
+    the blocks' own parameters are frozen (`trains_blocks` False), their linear maps keep no input.
+    """
+    dtype = DTYPES[precision]
+    kinds = sorted(set(config.text.block_types))
+    own = {kind: saved_bytes_per_token(config.text, kind, dtype, trained=trains_blocks) for kind in kinds}
+    num_tokens = tokens_by_layer(config, pack, use_transv=use_transv)
+    blocks = [count * own[kind] for count, kind in zip(num_tokens, config.text.block_types, strict=True)]
+    if activation_checkpointing:
+        inputs = sum(num_tokens) * config.text.hidden_size * dtype.itemsize
+        return round(inputs + max(blocks)) + _logits_bytes(config, pack, dtype)
+    return round(sum(blocks)) + _logits_bytes(config, pack, dtype)
+
+
+def saved_bytes_per_token(config: TextConfig, kind: BlockType, dtype: torch.dtype, *, trained: bool = True) -> float:
+    """What autograd keeps of one token in a block of this kind, seen on a block that is run on the CPU."""
+    num_tokens = PROBE_CHUNKS * (config.chunk_size if isinstance(config, HybridConfig) else PROBE_CHUNK_SIZE)
+    block = make_block(config, kind).to(dtype).requires_grad_(trained)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, 0.0, 0.02)
+    hidden = torch.randn(num_tokens, config.hidden_size, dtype=dtype, requires_grad=True)
+    segments = Segments(torch.zeros(num_tokens, dtype=torch.long), 1)
+    return saved_bytes(lambda: block(hidden, segments), list(block.parameters())) / num_tokens
+
+
+def saved_bytes(run: Callable[[], object], parameters: list[Tensor]) -> int:
+    """Bytes that autograd keeps for the backward pass of `run()`, each storage once, parameters left out."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    sizes: dict[int, int] = {}
+    kept: list[Tensor] = []  # alive until the end: a freed storage's address would be given out again
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage.nbytes()
+            kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = run()
+    del result
+    return sum(sizes.values())
+
+
+def _logits_bytes(config: TimeViperConfig, pack: PackShape, dtype: torch.dtype) -> int:
+    """Logits in the model's dtype, their fp32 copy and log-softmax, of as many targets as are computed at one time."""
+    rows = min(pack.num_targets, max(1, LOGITS_ELEMENTS // config.text.vocab_size))
+    width = FP32_BYTES + (0 if dtype == torch.float32 else dtype.itemsize + FP32_BYTES)
+    return rows * config.text.vocab_size * width
+
+
+def _share(num_bytes: int, parts: int) -> int:
+    return -(-num_bytes // parts)

@@ -1,0 +1,83 @@
+"""A mixture before it is there: each source's share of an epoch, and what the absent ones will take to train on.
+
+Knows what the configuration expects of sources (see ExpectedSamples) and the rows of those that are there. Plans no
+pack: an expected sample costs what it would alone, as a packed one does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+from timeviper_model.config import TimeViperConfig
+from timeviper_platform.training.batches.packing import PackShape
+from timeviper_platform.training.batches.rows import SampleRows, SourceConfig
+from timeviper_platform.training.config import PhaseConfig
+from timeviper_platform.training.cost.flops import training_flops
+
+ASSUMED_FILL = 0.98
+"""of packs that are not planned yet"""
+
+
+class SourceShare(NamedTuple):
+    """One source of a mixture."""
+
+    uri: str
+    num_samples: float | None
+    """that an epoch shows; None where neither files nor the configuration tell"""
+    share: float | None
+    """of all samples of an epoch; None where those of some source are not known"""
+    is_absent: bool
+
+
+class Expected(NamedTuple):
+    """An epoch of sources that are not there."""
+
+    num_samples: float
+    num_tokens: float
+    flops: float
+    """of the forward and backward passes"""
+
+    def num_packs(self, max_tokens: int) -> float:
+        """Packs at the assumed fill."""
+        return self.num_tokens / (max_tokens * ASSUMED_FILL)
+
+
+def source_shares(sources: Sequence[SourceConfig], absent: Collection[str]) -> list[SourceShare]:
+    """Every source of the mixture, those without files by what is expected of them."""
+    counts = [_num_samples(source, is_absent=source.uri in absent) for source in sources]
+    known = [count for count in counts if count is not None]
+    total = sum(known) if len(known) == len(counts) else 0.0
+    return [
+        SourceShare(source.uri, count, count / total if count is not None and total else None, source.uri in absent)
+        for source, count in zip(sources, counts, strict=True)
+    ]
+
+
+def expected_epoch(
+    config: TimeViperConfig, phase: PhaseConfig, unplanned: Collection[str], *, trains_blocks: bool
+) -> Expected | None:
+    """What an epoch of these sources takes; None without any, or where the configuration does not tell it of each."""
+    num_samples, num_tokens, flops = 0.0, 0.0, 0.0
+    for source in (source for source in phase.samples if source.uri in unplanned):
+        if not source.expected:
+            return None
+        for kind in source.expected:
+            frames = min(kind.num_frames, phase.frames.max_frames or kind.num_frames)
+            vision = frames * config.vision.num_tokens_per_frame * (1 if config.vision.second is None else 2)
+            pack = PackShape(
+                num_tokens=vision + kind.num_text_tokens,
+                vision_counts=(vision,) if vision else (),
+                num_targets=kind.num_text_tokens,
+            )
+            shown = source.weight * kind.num_samples
+            num_samples += shown
+            num_tokens += shown * pack.num_tokens
+            flops += shown * training_flops(config, pack, use_transv=phase.use_transv, trains_blocks=trains_blocks)
+    return Expected(num_samples, num_tokens, flops) if num_tokens else None
+
+
+def _num_samples(source: SourceConfig, *, is_absent: bool) -> float | None:
+    if not is_absent:
+        return float(SampleRows.read([source]).weights.sum())
+    return source.weight * sum(kind.num_samples for kind in source.expected) if source.expected else None

@@ -1,0 +1,1 @@
+"""A step's numbers: files, charts, trackers and log lines."""

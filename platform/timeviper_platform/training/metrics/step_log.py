@@ -1,0 +1,81 @@
+"""What a finished step is called: its row of metrics, and now and then a line in the log.
+
+Knows the figures of a step; does not know where rows go.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from timeviper_platform.common.devices import device_name, peak_flops, peak_memory_bytes
+from timeviper_platform.training.batches.step_batches import StepBatches
+from timeviper_platform.training.step import StepResult
+
+logger = logging.getLogger(__name__)
+
+
+class Progress:
+    """Lines in the log: what is done, how it goes, how long it will take."""
+
+    def __init__(self, phase: str, num_steps: int, every: int, first_step: int) -> None:
+        self._phase, self._num_steps = phase, num_steps
+        self._every = every
+        self._first_step = first_step
+        self._started = time.perf_counter()
+
+    def show(self, row: dict[str, Any]) -> None:
+        """Logs the row when it is due."""
+        step, num_steps = row["step"], self._num_steps
+        if step % self._every and step not in (self._first_step + 1, num_steps):
+            return
+        elapsed = time.perf_counter() - self._started
+        left = elapsed / (step - self._first_step) * (num_steps - step)
+        logger.info(
+            "%s step %d/%d loss %.4f lr %.2e grad norm %.2f %.0f tokens/s%s data wait %.1f %% %.0f s left",
+            *(self._phase, step, num_steps, row["loss"], max(row["lr"].values()), row["grad_norm"]),
+            *(row["tokens_per_second"], f" MFU {row['mfu']:.1%}" if "mfu" in row else ""),
+            *(100 * row["data_wait_share"], left),
+        )
+
+
+def step_row(
+    phase: str,
+    batches: StepBatches,
+    result: StepResult,
+    rates: dict[str, float],
+    global_step: int,
+    seconds: float,
+    waited_s: float,
+    num_damaged: int,
+    device: torch.device,
+) -> dict[str, Any]:
+    """The row of a step; times and memory are those of this rank. `mfu` only for a device whose peak is known."""
+    computed = batches.num_tokens + batches.num_padding_tokens
+    flops_per_second = batches.flops / seconds
+    peak = peak_flops(device_name(device))
+    return {
+        "phase": phase,
+        "step": batches.step,
+        "global_step": global_step,
+        "epoch": batches.end.epoch - (batches.end.next_pack == 0),  # of the step's last pack
+        "loss": result.loss,
+        "lr": rates,
+        "grad_norm": result.grad_norm,
+        "num_tokens": batches.num_tokens,
+        "num_targets": batches.num_targets,
+        "num_samples": batches.num_samples,
+        "num_damaged_samples": num_damaged,
+        "num_vision_tokens": list(result.num_vision_tokens),
+        "tokens_per_second": batches.num_tokens / seconds,
+        "padding_share": batches.num_padding_tokens / computed,
+        "fill": batches.fill,
+        "data_wait_share": waited_s / seconds,
+        "seconds": seconds,
+        "tflops_per_second": flops_per_second / 1e12,
+        "peak_memory_bytes": peak_memory_bytes(device),
+    } | ({} if peak is None else {"mfu": flops_per_second / (peak * dist.get_world_size())})

@@ -1,0 +1,199 @@
+"""Step metrics: one JSON line a step and attempt, TensorBoard beside it, and the curve that all attempts join to.
+
+    runs/tiny/metrics/attempt-0001.jsonl      rows of one attempt, appended as they happen
+    runs/tiny/tensorboard/attempt-0001/       the same numbers
+
+Knows rows and files; does not know what the numbers mean. After a failure the next attempt writes the steps since the
+last checkpoint again; the joined curve takes the last attempt's row of each step.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any
+
+from timeviper_platform.common import storage
+from timeviper_platform.training.metrics.trackers import MlflowConfig, Tracker, WandbConfig
+
+logger = logging.getLogger(__name__)
+
+METRICS_FOLDER = "metrics"
+TENSORBOARD_FOLDER = "tensorboard"
+REPORT_WINDOW = 5
+"""most steps over which a report's first and last loss are averaged, as one step's loss is a lottery; a quarter of a
+short phase"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MetricsConfig:
+    """What is shown and written while a run goes on."""
+
+    log_every_steps: int = 20
+    """steps between lines of progress in the log; every step is a row in the file"""
+    tensorboard: bool = True
+    mlflow: MlflowConfig | None = None
+    wandb: WandbConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.log_every_steps < 1:
+            raise ValueError(f"{self.log_every_steps = } must be at least 1")
+
+
+class MetricsWriter:
+    """Writes one attempt's rows; used by rank 0 alone.
+
+    Args:
+        run_uri: the run's folder; anything but a local disk gets a copy at every `flush`.
+        attempt: from `next_attempt`.
+        tensorboard: also write event files.
+        trackers: who else is told of every row.
+    """
+
+    def __init__(self, run_uri: str, attempt: int, *, tensorboard: bool, trackers: Sequence[Tracker] = ()) -> None:
+        self._trackers = list(trackers)
+        self._run_uri = run_uri
+        self._attempt = attempt
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        if storage.is_local(run_uri):
+            self._root = Path(storage.split_uri(run_uri)[1])
+        else:
+            self._scratch = tempfile.TemporaryDirectory(prefix="timeviper-metrics-")
+            self._root = Path(self._scratch.name)
+        path = self._root / METRICS_FOLDER / _attempt_name(attempt, ".jsonl")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8")
+        self._tensorboard: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # a second to import
+
+            self._tensorboard = SummaryWriter(str(self._root / TENSORBOARD_FOLDER / _attempt_name(attempt)))
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Adds a row with at least `phase`, `step` and `global_step`; one without `loss` adds to the step's row."""
+        self._file.write(json.dumps({"attempt": self._attempt, **row}) + "\n")
+        self._file.flush()
+        scalars = {f"{row['phase']}/{name}": value for name, value in _scalars(row)}
+        if self._tensorboard is not None:
+            for name, value in scalars.items():
+                self._tensorboard.add_scalar(name, value, row["step"])
+        for tracker in self._trackers:
+            tracker.log(scalars, row["global_step"])
+
+    def lacks(self, name: str, global_step: int) -> bool:
+        """True when the step has a row, of whichever attempt, without this figure."""
+        return any(row["global_step"] == global_step and name not in row for row in read_metrics(self._run_uri))
+
+    def flush(self) -> None:
+        """Everything written so far is in the run's folder afterwards."""
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
+        if self._scratch is None:
+            return
+        filesystem, target = storage.split_uri(self._run_uri)
+        for file in self._root.rglob("*"):
+            if file.is_file():
+                path = f"{target}/{file.relative_to(self._root).as_posix()}"
+                storage.retrying(partial(filesystem.put_file, str(file), path), path)
+
+    def close(self) -> None:
+        """Flushes and closes the files and the trackers."""
+        self.flush()
+        for tracker in self._trackers:
+            tracker.close()
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._scratch is not None:
+            self._scratch.cleanup()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def next_attempt(run_uri: str) -> int:
+    """The number of the attempt that starts now: one more than the last in the run's folder."""
+    names = [PurePosixPath(uri).name for uri in _attempt_files(run_uri)]
+    return max((int(re.sub(r"\D", "", name)) for name in names), default=0) + 1
+
+
+def read_metrics(run_uri: str) -> list[dict[str, Any]]:
+    """The run's curve: of each step the last attempt's row, in order of steps."""
+    rows: dict[int, dict[str, Any]] = {}
+    for uri in _attempt_files(run_uri):
+        lines = storage.read_bytes(uri).decode().split("\n")
+        for line in lines[:-1]:  # what has no newline was cut off by a kill
+            row = json.loads(line)
+            step = row["global_step"]
+            if "loss" in row:
+                rows[step] = row
+            elif step in rows:  # what was found out after the step
+                rows[step] |= row | {"attempt": rows[step]["attempt"]}
+    return [rows[step] for step in sorted(rows)]
+
+
+def phase_report(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Steps, first and last loss (means, see REPORT_WINDOW), seconds and samples of one phase's rows."""
+    rows = list(rows)
+    losses = [row["loss"] for row in rows]
+    window = max(1, min(REPORT_WINDOW, len(losses) // 4))
+    return {
+        "steps": len(rows),
+        "loss_first": _mean(losses[:window]),
+        "loss_last": _mean(losses[-window:]),
+        "seconds": sum(row["seconds"] for row in rows),
+        "samples": sum(row["num_samples"] for row in rows),
+        "tokens": sum(row["num_tokens"] for row in rows),
+        "fill": _mean([row["fill"] for row in rows]),
+        "data_wait_share": _mean([row["data_wait_share"] for row in rows]),
+        "checkpoint_stall_share": _stall_share(rows),
+        "held_out_loss": _last(rows, "held_out_loss"),
+        "held_out_exact_match": _last(rows, "held_out_exact_match"),
+    }
+
+
+def _last(rows: list[dict[str, Any]], name: str) -> float | None:
+    return next((row[name] for row in reversed(rows) if name in row), None)
+
+
+def _stall_share(rows: list[dict[str, Any]]) -> float | None:
+    """Time that steps waited for checkpoints / all time; what is written after the last step is not in it."""
+    stall_s = sum(row["checkpoint_stall_s"] for row in rows)
+    seconds = sum(row["seconds"] for row in rows) + stall_s
+    return stall_s / seconds if seconds else None
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _scalars(row: dict[str, Any]) -> list[tuple[str, float]]:
+    pairs: list[tuple[str, float]] = []
+    for name, value in row.items():
+        if isinstance(value, dict):
+            pairs += [(f"{name}/{key}", float(item)) for key, item in value.items()]
+        elif isinstance(value, list):
+            pairs += [(f"{name}/{number}", float(item)) for number, item in enumerate(value)]
+        elif isinstance(value, int | float) and name not in ("step", "global_step"):
+            pairs.append((name, float(value)))
+    return pairs
+
+
+def _attempt_name(attempt: int, suffix: str = "") -> str:
+    return f"attempt-{attempt:04d}{suffix}"
+
+
+def _attempt_files(run_uri: str) -> list[str]:
+    return storage.list_files(storage.join_uri(run_uri, METRICS_FOLDER), ".jsonl")

@@ -1,0 +1,231 @@
+"""A run: its phases one after another, on every rank, from wherever the run stands.
+
+    first weights -> steps -> checkpoint -> weights/<phase> -> steps of the next phase -> ... -> report.json
+
+Plain torch and DeepSpeed, one process a rank; torch.distributed is up before `run_training` is called. Does not know
+who started the process: local.py and trainer.py do.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from timeviper_model.layers.backends import set_backend
+from timeviper_model.timeviper import TimeViper
+from timeviper_model.weights.weights_folder import config_from_dict, load_tokenizer
+from timeviper_platform.common import storage
+from timeviper_platform.data.store.reader import FeatureStore
+from timeviper_platform.training.batches.loader import ReadAhead, read_in_thread
+from timeviper_platform.training.batches.samples import Reject
+from timeviper_platform.training.batches.sizes import MeasureTogether, count_rejects
+from timeviper_platform.training.checkpoint.export import export_weights
+from timeviper_platform.training.checkpoint.manager import MODEL_FILE, Checkpoints, read_state
+from timeviper_platform.training.checkpoint.save_policy import OnCheckpoint
+from timeviper_platform.training.config import TrainConfig
+from timeviper_platform.training.distributed import from_rank_0
+from timeviper_platform.training.eval_worker import LookProcess
+from timeviper_platform.training.interrupts import Wishes, no_wishes
+from timeviper_platform.training.metrics.charts import draw_curves
+from timeviper_platform.training.metrics.trackers import Tracker, check_trackers, open_trackers
+from timeviper_platform.training.metrics.writer import MetricsWriter, next_attempt, phase_report, read_metrics
+from timeviper_platform.training.optim.deepspeed_engine import DTYPES
+from timeviper_platform.training.phase import Phase, adapt, first_model, load_weights, prepare_phase
+from timeviper_platform.training.phase_trainer import PhaseRun
+from timeviper_platform.training.validation.async_eval import StartLook
+
+logger = logging.getLogger(__name__)
+
+REPORT_FILE = "report.json"
+CURVES_FILE = "curves.svg"
+REJECTS_FOLDER = "rejects"
+WEIGHTS_FOLDER = "weights"
+CHECKPOINTS_FOLDER = "checkpoints"
+TABLES_FOLDER = "sample-tables"
+"""beside the runs, as many runs read the same mixture"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunFolder:
+    """Where the parts of a run lie."""
+
+    uri: str
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> RunFolder:
+        """The run's folder, runs/name."""
+        return cls(uri=storage.join_uri(config.runs, config.name))
+
+    @property
+    def checkpoints(self) -> str:
+        """Resumable state."""
+        return storage.join_uri(self.uri, CHECKPOINTS_FOLDER)
+
+    @property
+    def report(self) -> str:
+        """One entry a finished phase."""
+        return storage.join_uri(self.uri, REPORT_FILE)
+
+    def weights(self, phase: str) -> str:
+        """The weights folder at the end of a phase."""
+        return storage.join_uri(self.uri, WEIGHTS_FOLDER, phase)
+
+    def rejects(self, phase: str) -> str:
+        """Samples that a phase leaves out, with reasons."""
+        return storage.join_uri(self.uri, REJECTS_FOLDER, f"{phase}.json")
+
+
+def run_training(
+    config: TrainConfig,
+    *,
+    resume_from: str | None,
+    device: torch.device,
+    wishes: Wishes = no_wishes,
+    on_checkpoint: OnCheckpoint | None = None,
+    trackers: Sequence[Tracker] = (),
+    read_ahead: ReadAhead = read_in_thread,
+    start_look: StartLook = LookProcess,
+) -> dict[str, Any]:
+    """Runs every phase that is not finished; the report by phase, equal on all ranks.
+
+    Args:
+        config: the run.
+        resume_from: a committed checkpoint, or None to begin with the first phase's weights.
+        device: of this rank.
+        wishes: what somebody outside wants; asked before every step.
+        on_checkpoint: see OnCheckpoint.
+        trackers: told of every step on rank 0, beside the configured ones.
+        read_ahead: who reads a rank's batches before it needs them.
+        start_look: at the held-out samples, beside the ranks.
+
+    Raises:
+        ValueError: when the configuration and what it names do not fit together.
+        FatalTrainingError: when loss or gradients are not finite, or too many samples are damaged.
+        StoppedError: when somebody wished so.
+        RuntimeError: when files cannot be read or written, or the memory does not suffice.
+    """
+    return _Run(config, device, wishes, on_checkpoint, trackers, read_ahead, start_look).phases(resume_from)
+
+
+class _Run:
+    def __init__(
+        self,
+        config: TrainConfig,
+        device: torch.device,
+        wishes: Wishes,
+        on_checkpoint: OnCheckpoint | None,
+        trackers: Sequence[Tracker],
+        read_ahead: ReadAhead,
+        start_look: StartLook,
+    ) -> None:
+        check_trackers(config.metrics.mlflow, config.metrics.wandb)
+        self._config = config
+        self._folder = RunFolder.of(config)
+        self._device = device
+        self._wishes = wishes
+        self._trackers = trackers
+        self._read_ahead = read_ahead
+        self._start_look = start_look
+        self._on_checkpoint = on_checkpoint
+        self._rank = dist.get_rank()
+        self._store = FeatureStore.open(config.feature_store, cache_bytes=config.feed.cache_bytes)
+        self._tokenizer = load_tokenizer(config.tokenizer)
+        self._checkpoints = Checkpoints(self._folder.checkpoints, keep=config.checkpoint.keep)
+
+    def phases(self, resume_from: str | None) -> dict[str, Any]:
+        resumed = None if resume_from is None else read_state(resume_from)
+        names = list(self._config.phases)
+        if resumed is not None and resumed.phase not in names:
+            raise ValueError(f"{resume_from} is in phase {resumed.phase!r}; this configuration has {names}")
+        writer = self._open_metrics()
+        global_step = 0 if resumed is None else resumed.global_step
+        try:
+            for name in names if resumed is None else names[names.index(resumed.phase) :]:
+                checkpoint = resume_from if resumed is not None and resumed.phase == name else None
+                phase = self._prepare(name, checkpoint)
+                run = PhaseRun(
+                    self._config,
+                    phase,
+                    self._checkpoints,
+                    writer,
+                    device=self._device,
+                    wishes=self._wishes,
+                    on_checkpoint=self._on_checkpoint,
+                    start_look=self._start_look,
+                    read_ahead=self._read_ahead,
+                )
+                global_step, newest = run.run(checkpoint, global_step)
+                self._finish(phase, newest)
+        finally:
+            if writer is not None:
+                writer.close()
+        report: dict[str, Any] = storage.read_json(self._folder.report)
+        return report
+
+    def _open_metrics(self) -> MetricsWriter | None:
+        """Rank 0's writer; when it cannot be opened, no rank goes on."""
+        opened: list[MetricsWriter] = []
+
+        def open_writer() -> None:
+            attempt = next_attempt(self._folder.uri)
+            logger.info("run %s, attempt %d, %d ranks", self._folder.uri, attempt, dist.get_world_size())
+            own = self._config.metrics
+            trackers = [*open_trackers(own.mlflow, own.wandb, self._config.name), *self._trackers]
+            opened.append(MetricsWriter(self._folder.uri, attempt, tensorboard=own.tensorboard, trackers=trackers))
+
+        from_rank_0(open_writer)
+        return opened[0] if opened else None
+
+    def _prepare(self, name: str, checkpoint: str | None) -> Phase:
+        phase = prepare_phase(
+            self._config,
+            name,
+            adapt(self._model(name, checkpoint), self._config.phases[name], self._config.seed),
+            self._store,
+            self._tokenizer,
+            rank=self._rank,
+            world_size=dist.get_world_size(),
+            measure=MeasureTogether(storage.join_uri(self._config.runs, TABLES_FOLDER)),
+        )
+        phase.model.gradient_checkpointing = self._config.activation_checkpointing
+        dtype = DTYPES[self._config.precision]
+        set_backend(phase.model, self._config.backend, device=self._device, dtype=dtype)
+        rejects = [reject._asdict() for reject in phase.rejects]
+        from_rank_0(lambda: storage.write_json(self._folder.rejects(name), rejects))
+        return phase
+
+    def _model(self, name: str, checkpoint: str | None) -> TimeViper:
+        """The phase's first weights; from a checkpoint only the sizes, whose values DeepSpeed loads."""
+        if checkpoint is not None:
+            description = storage.read_json(storage.join_uri(checkpoint, MODEL_FILE))
+            return TimeViper(config_from_dict(description["config"], where=checkpoint)).train()
+        init = self._config.phases[name].init
+        if init is not None:
+            return first_model(init, self._store, self._config.encoder, self._config.second_encoder)
+        names = list(self._config.phases)
+        return load_weights(self._folder.weights(names[names.index(name) - 1])).train()
+
+    def _finish(self, phase: Phase, checkpoint: str) -> None:
+        """Weights of the phase and its part of the report, by rank 0; the others wait."""
+
+        def write() -> None:
+            export_weights(checkpoint, self._folder.weights(phase.name))
+            self._write_report(phase.name, phase.rejects)
+
+        from_rank_0(write)
+
+    def _write_report(self, name: str, rejects: list[Reject]) -> None:
+        report = storage.read_json(self._folder.report) if storage.exists(self._folder.report) else {}
+        rows = [row for row in read_metrics(self._folder.uri) if row["phase"] == name]
+        counts = count_rejects(rejects)
+        if num_damaged := sum(row["num_damaged_samples"] for row in rows):
+            counts["damaged_features"] = num_damaged
+        report[name] = {**phase_report(rows), "rejects": counts}
+        storage.write_json(self._folder.report, report)
+        picture = draw_curves(read_metrics(self._folder.uri), self._config.name)
+        storage.write_bytes(storage.join_uri(self._folder.uri, CURVES_FILE), picture.encode())

@@ -1,0 +1,1 @@
+"""Loss and answers on held-out samples."""

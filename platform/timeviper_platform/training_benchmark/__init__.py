@@ -1,1 +1,0 @@
-"""The `training` suite: fill of packs, cost of steps, checkpoints and data, time to recover."""

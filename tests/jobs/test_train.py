@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from reference.training_corpus import make_corpus, train_values
+from timeviper_platform.common.config import parse_config
+from timeviper_platform.training.checkpoint.manager import Checkpoints
+from timeviper_platform.training.config import TrainConfig
+from timeviper_platform.training.local import train_local
+from timeviper_platform.training.run import RunFolder
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_a_run_that_starts_at_anothers_end_is_reported_without_losses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_report = runpy.run_path(str(ROOT / "jobs" / "train.py"))["print_report"]
+    values = train_values(make_corpus(tmp_path), name="first")
+    values["phases"] = {"align": values["phases"]["align"] | {"steps": 1}}
+    first = parse_config(TrainConfig, values)
+    train_local(first)
+    newest = Checkpoints(RunFolder.of(first).checkpoints).newest()
+    assert newest is not None
+    print_report(train_local(parse_config(TrainConfig, values | {"name": "second"}), resume=newest))
+    heading, row = capsys.readouterr().out.splitlines()
+    assert heading.split() == ["phase", "steps", "first", "loss", "last", "loss", "samples", "rejects", "seconds"]
+    assert row.split() == ["align", "0", "-", "-", "0", "3", "0.0"]

@@ -1,0 +1,136 @@
+"""A decode graph's steps against decode_step: one by one on the CPU, captured on a simulated device and on a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from reference.simulated_cuda import simulated_cuda
+from reference.small_models import SMALL, SMALL_QWEN, make_model, make_sample, pack
+from timeviper_model.config import TimeViperConfig
+from timeviper_model.inference.decode_graph import DecodeGraph
+from timeviper_model.inference.prefill import prefill
+from timeviper_model.layers.cache import HybridCache
+from timeviper_model.timeviper import TimeViper
+
+PROMPTS = ["ss" + "v" * 12 + "iii", "svvvvii", "iii"]
+
+
+def filled_cache(model: TimeViper, device: str = "cpu") -> tuple[HybridCache, list[int]]:
+    """Three prompts of different lengths in slots 1, 2 and 3, and the token that follows each."""
+    cache = model.new_cache(4, device=device, dtype=model.lm_head.weight.dtype)
+    samples = [pack([make_sample(kinds, seed=seed)]) for seed, kinds in enumerate(PROMPTS)]
+    ids = [
+        int(prefill(model, sample.to(torch.device(device), cache_dtype(cache)), cache, slot).argmax())
+        for slot, sample in enumerate(samples, start=1)
+    ]
+    return cache, ids
+
+
+def cache_dtype(cache: HybridCache) -> torch.dtype:
+    return next(iter(cache.attention.values())).keys.dtype
+
+
+def decoded_by_steps(model: TimeViper, num_steps: int, device: str = "cpu") -> tuple[list[list[int]], HybridCache]:
+    cache, first = filled_cache(model, device)
+    ids, slots = torch.tensor(first, device=device), torch.tensor([1, 2, 3], device=device)
+    answers = []
+    for _ in range(num_steps):
+        ids = model.decode_step(ids, cache, slots).argmax(-1)
+        answers.append(ids.tolist())
+    return answers, cache
+
+
+@pytest.mark.parametrize("config", [SMALL, SMALL_QWEN], ids=["hybrid", "rope"])
+def test_the_steps_are_those_of_decode_step(config: TimeViperConfig) -> None:
+    model = make_model(config)
+    expected, stepped = decoded_by_steps(model, 6)
+    cache, ids = filled_cache(model)
+    decoding = DecodeGraph(model, cache, [1, 2, 3], ids, max_steps=6)
+    assert [decoding.step().tolist() for _ in range(6)] == expected
+    decoding.finish()
+    assert cache.num_tokens == stepped.num_tokens
+    for layer, attention in cache.attention.items():
+        assert attention.lengths == stepped.attention[layer].lengths
+    slots = torch.tensor([1, 2, 3])
+    after = [model.decode_step(torch.tensor([1, 2, 3]), each, slots) for each in (cache, stepped)]
+    torch.testing.assert_close(after[0], after[1])
+
+
+def test_room_that_was_never_written_is_not_read() -> None:
+    model = make_model()
+    expected, _ = decoded_by_steps(model, 3)
+    cache, ids = filled_cache(model)
+    for attention in cache.attention.values():
+        for slot, length in enumerate(attention.lengths):
+            attention.values[slot, :, length:] = torch.nan
+    decoding = DecodeGraph(model, cache, [1, 2, 3], ids, max_steps=3)
+    assert [decoding.step().tolist() for _ in range(3)] == expected
+
+
+def test_no_step_past_the_room_that_was_made() -> None:
+    model = make_model()
+    cache, ids = filled_cache(model)
+    decoding = DecodeGraph(model, cache, [1, 2, 3], ids, max_steps=1)
+    decoding.step()
+    with pytest.raises(RuntimeError, match="max_steps = 1 steps are done"):
+        decoding.step()
+
+
+@pytest.mark.parametrize(("slots", "ids"), [([1, 3], [0, 0]), ([0, 1], [0, 0]), ([1, 2], [0])])
+def test_slots_that_are_no_neighbours_or_hold_nothing_are_an_error(slots: list[int], ids: list[int]) -> None:
+    model = make_model()
+    cache, _ = filled_cache(model)
+    with pytest.raises(ValueError, match="they must be neighbours with prompts"):
+        DecodeGraph(model, cache, slots, ids, max_steps=1)
+
+
+@pytest.mark.parametrize("config", [SMALL, SMALL_QWEN], ids=["hybrid", "rope"])
+def test_a_graph_is_captured_without_the_host_and_gives_the_same_steps(config: TimeViperConfig) -> None:
+    expected, _ = decoded_by_steps(make_model(config), 6)
+    with simulated_cuda() as device:
+        model = make_model(config).cuda()
+        cache, ids = filled_cache(model, "cuda")
+        decoding = DecodeGraph(model, cache, [1, 2, 3], ids, max_steps=6)
+        device.syncs.clear()
+        steps = [decoding.step().clone() for _ in range(6)]
+        assert not device.syncs
+        assert [ids.tolist() for ids in steps] == expected
+
+
+def test_a_graph_is_captured_on_the_models_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[torch.device] = []
+
+    @contextlib.contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    with simulated_cuda() as simulated:
+        capture = simulated.capture
+
+        def captured(graph: Any) -> Any:
+            assert current == [torch.device("cuda", 0)]
+            return capture(graph)
+
+        monkeypatch.setattr(torch.cuda, "device", on)
+        monkeypatch.setattr(torch.cuda, "graph", captured)
+        model = make_model().cuda()
+        cache, ids = filled_cache(model, "cuda")
+        DecodeGraph(model, cache, [1, 2, 3], ids, max_steps=1)
+    assert not current
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [SMALL, SMALL_QWEN], ids=["hybrid", "rope"])
+def test_the_captured_steps_are_those_of_decode_step(config: TimeViperConfig) -> None:
+    model = make_model(config, dtype=torch.float32).cuda()
+    expected, _ = decoded_by_steps(model, 6, "cuda")
+    cache, ids = filled_cache(model, "cuda")
+    decoding = DecodeGraph(model, cache, [1, 2, 3], ids, max_steps=6)
+    assert [decoding.step().tolist() for _ in range(6)] == expected

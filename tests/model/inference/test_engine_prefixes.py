@@ -1,0 +1,77 @@
+"""engine: a question behind a kept prefix is answered as if nothing had been kept."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from reference.engine_requests import (
+    TOKENIZER,
+    answers,
+    ask,
+    ids_of,
+    vision,
+)
+from reference.tiny_serving import CONFIG_WITH_TRANSV, random_model
+from timeviper_model.batching.prompt import Turn, build_sample
+from timeviper_model.config import TransVSite
+from timeviper_model.inference.prefill import prefix_length
+from timeviper_model.inference.prefix_cache import prefix_entry_bytes
+from timeviper_model.inference.requests import Request
+from timeviper_model.timeviper import TimeViper
+
+
+@pytest.fixture(scope="module")
+def model() -> TimeViper:
+    return random_model()
+
+
+@pytest.mark.parametrize("plan", [CONFIG_WITH_TRANSV.transv, CONFIG_WITH_TRANSV.transv[:1], ()])
+def test_answers_are_the_same_with_the_prefix_cache_and_without(plan: tuple[TransVSite, ...]) -> None:
+    model = random_model(replace(CONFIG_WITH_TRANSV, transv=plan))
+    questions = ["What?", "Which picture appears?", "When?"]
+    options = {"prefix_key": "film", "max_new_tokens": 8}
+    requests = [ask(question, 60, **options) for question in questions]
+    limits = {"num_slots": 3, "max_prefill_tokens": 24}
+    plain, none_cached, _ = answers(model, requests, **limits)
+    kept, cached, stats = answers(model, requests, **limits, prefix_cache_bytes=2**30)
+    assert [ids_of(answer) for answer in kept] == [ids_of(answer) for answer in plain]
+    assert [answer[0].logprob for answer in kept] == [answer[0].logprob for answer in plain]  # to the last bit
+    assert len({token.id for answer in plain for token in answer}) > 3
+    prefix_tokens = prefix_length(torch.tensor(requests[0].prompt.token_kind))
+    assert none_cached == [0, 0, 0]
+    assert cached == [0, prefix_tokens, prefix_tokens]
+    assert (stats.prefix_hits, stats.prefix_misses, stats.prefix_entries) == (2, 1, 1)
+    expected_bytes = prefix_entry_bytes(model.config, prefix_tokens - 60, 60, dtype=torch.float64)
+    assert stats.prefix_bytes == expected_bytes
+    assert stats.prompt_tokens == sum(len(r.prompt) for r in requests) - 2 * prefix_tokens
+
+
+def test_one_key_never_serves_another_number_of_tokens_or_system_text(model: TimeViper) -> None:
+    other_system = build_sample(
+        TOKENIZER,
+        [Turn(role="system", text="Be brief."), Turn(role="user", text="What?")],
+        [24],
+        add_generation_prompt=True,
+    )
+    requests = [
+        ask(num_vision=24, prefix_key="film", max_new_tokens=4),
+        ask(num_vision=25, prefix_key="film", max_new_tokens=4),
+        Request(prompt=other_system, vision_features=vision(24), prefix_key="film", max_new_tokens=4),
+    ]
+    expected, _, _ = answers(model, requests)
+    found, cached, stats = answers(model, requests, prefix_cache_bytes=2**30)
+    assert [ids_of(answer) for answer in found] == [ids_of(answer) for answer in expected]
+    assert cached == [0, 0, 0]
+    assert stats.prefix_misses == 3
+
+
+def test_a_prompt_with_text_between_its_media_keeps_no_prefix(model: TimeViper) -> None:
+    conversation = [Turn(role="user", text="<media>one<media>two")]
+    sample = build_sample(TOKENIZER, conversation, [8, 8], add_generation_prompt=True)
+    request = Request(prompt=sample, vision_features=vision(16), prefix_key="two", max_new_tokens=3)
+    _, cached, stats = answers(model, [request, request], prefix_cache_bytes=2**30)
+    assert cached == [0, 0]
+    assert (stats.prefix_hits, stats.prefix_misses, stats.prefix_bytes) == (0, 0, 0)

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from timeviper_model.config import PRESETS, parse_transv_plan
+from timeviper_model.inference.prefill import PrefixEntry
+from timeviper_model.inference.prefix_cache import PrefixCache, prefix_entry_bytes
+from timeviper_model.layers.cache import SavedSlot
+
+
+def entry(num_bytes: int) -> PrefixEntry:
+    keys = torch.zeros(1, num_bytes, 1, dtype=torch.int8)
+    return PrefixEntry(
+        num_tokens=1, slot=SavedSlot(mamba={}, attention={0: (keys, keys[:, :0])}), sources={}, waiting=None
+    )
+
+
+def put(cache: PrefixCache, key: str, num_bytes: int) -> None:
+    lease = cache.lease(key)
+    lease.publish(entry(num_bytes))
+    lease.release()
+
+
+def holds(cache: PrefixCache, key: str) -> bool:
+    lease = cache.lease(key)
+    lease.release()
+    return lease.entry is not None
+
+
+def test_the_least_recently_used_goes_when_bytes_run_out() -> None:
+    cache = PrefixCache(100)
+    for key in "abc":
+        put(cache, key, 30)
+    assert holds(cache, "a")
+    put(cache, "d", 60)
+    assert (len(cache), cache.num_bytes, cache.num_evictions) == (2, 90, 2)
+    assert [holds(cache, key) for key in "abcd"] == [True, False, False, True]
+    assert (cache.num_hits, cache.num_misses) == (3, 6)
+
+
+def test_an_entry_in_use_stays_and_what_does_not_fit_beside_it_is_not_kept() -> None:
+    cache = PrefixCache(100)
+    put(cache, "a", 60)
+    using = cache.lease("a")
+    put(cache, "b", 30)
+    put(cache, "c", 50)
+    assert (len(cache), cache.num_bytes, cache.num_evictions) == (2, 90, 0)
+    using.release()
+    using.release()  # twice is once
+    put(cache, "c", 50)
+    assert [holds(cache, key) for key in "abc"] == [False, True, True]
+
+
+def test_one_computes_while_the_others_wait_and_another_takes_over_when_it_ends() -> None:
+    cache = PrefixCache(100)
+    first = cache.lease("a")
+    assert cache.is_computing("a")
+    with pytest.raises(RuntimeError, match="another request is computing"):
+        cache.lease("a")
+    first.release()
+    assert not cache.is_computing("a")
+    second = cache.lease("a")
+    assert second.entry is None
+    first.release()  # a late end of the first takes nothing from the second
+    assert cache.is_computing("a")
+    second.publish(entry(10))
+    assert not cache.is_computing("a")
+    assert holds(cache, "a")
+
+
+@pytest.mark.parametrize(
+    ("plan", "gigabytes"),
+    [
+        (
+            "uni_7_0.5-attn_39_0.9",
+            0.98 + 0.33 + 0.72 + 0.10 + 0.49,
+        ),  # KV of 3 blocks, transfer, hidden, SSM of 19, site
+        ("uni_7_0.5", 1.31 + 0.33 + 0.14),  # KV of 4 blocks, transfer, SSM of 27
+        ("", 2.62 + 0.14),
+        ("attn_14_0.5", 1.43 + 0.33 + 0.66 + 0.04),  # hidden, score keys, transfer, SSM of 8
+    ],
+)
+def test_bytes_of_the_9b_at_ten_thousand_frames(plan: str, gigabytes: float) -> None:
+    config = replace(PRESETS["9b"], transv=parse_transv_plan(plan))
+    needed = prefix_entry_bytes(config, 8, 160_000, dtype=torch.bfloat16)
+    assert needed / 1e9 == pytest.approx(gigabytes, rel=0.01)

@@ -1,0 +1,291 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from reference import kernel_contracts
+from timeviper_model.batching.segments import Segments
+from timeviper_model.layers.attention import segment_causal_attention
+from timeviper_model.ops import kernels
+from timeviper_model.ops.causal_conv import causal_conv_silu
+from timeviper_model.ops.kernels import (
+    conv_in_pieces,
+    kernel_conv_silu,
+    kernel_scan,
+    max_scan_tokens,
+    max_tokens_below_limit,
+    scan_in_pieces,
+    varlen_attention,
+)
+from timeviper_model.ops.ssd import ssd_scan
+
+
+class ScanInput(NamedTuple):
+    x_THP: Tensor
+    dt_TH: Tensor
+    A_H: Tensor
+    B_TGN: Tensor
+    C_TGN: Tensor
+    D_H: Tensor
+    initial_state_HPN: Tensor
+
+
+def scan_input(num_tokens: int, *, device: str = "cpu", dtype: torch.dtype = torch.float64) -> ScanInput:
+    """Operands of Nemotron-like proportions: 8 heads of 64, 2 groups, state 32; dt and A in fp32 beside bf16 values."""
+    generator = torch.Generator().manual_seed(num_tokens)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    values = ScanInput(
+        x_THP=randn(num_tokens, 8, 64),
+        dt_TH=randn(num_tokens, 8).sub(2).exp(),
+        A_H=-randn(8).exp(),
+        B_TGN=0.3 * randn(num_tokens, 2, 32),
+        C_TGN=0.3 * randn(num_tokens, 2, 32),
+        D_H=randn(8),
+        initial_state_HPN=randn(8, 64, 32),
+    )
+    in_values = {"x_THP", "B_TGN", "C_TGN"}
+    return ScanInput(
+        *(
+            tensor.to(device, dtype if name in in_values else wide).requires_grad_()
+            for name, tensor in values._asdict().items()
+        )
+    )
+
+
+def scan_with_gradients(
+    scan: Callable[..., tuple[Tensor, Tensor]], values: ScanInput, seq_idx: Tensor | None, **options: Any
+) -> dict[str, Tensor]:
+    """What the scan gives, and every gradient of a sum in which each output has its own weight."""
+    *operands, D_H, initial = values
+    y, last = scan(*operands, D_H=D_H, chunk_size=16, initial_state_HPN=initial, seq_idx_T=seq_idx, **options)
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(out.shape, generator=generator).to(out.device) for out in (y, last)]
+    grads = torch.autograd.grad((y * weights[0]).sum() + (last * weights[1]).sum(), values)
+    named = {f"d {name}": grad for name, grad in zip(values._fields, grads, strict=True)}
+    return {"y": y.detach(), "last": last.detach(), **named}
+
+
+SEGMENTS = {"one": [100], "ends between pieces": [20, 12, 68], "ends inside pieces": [5, 43, 1, 51]}
+
+
+@pytest.mark.parametrize("max_tokens", [16, 32, 96, 112])
+@pytest.mark.parametrize("lengths", SEGMENTS.values(), ids=SEGMENTS.keys())
+def test_a_scan_in_pieces_equals_one_scan_in_value_and_gradient(lengths: list[int], max_tokens: int) -> None:
+    values = scan_input(100)
+    seq_idx = Segments(torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)), len(lengths)).seq_idx_T
+    in_pieces = scan_with_gradients(scan_in_pieces_of_torch, values, seq_idx, max_tokens=max_tokens)
+    torch.testing.assert_close(in_pieces, scan_with_gradients(ssd_scan, values, seq_idx))
+
+
+def scan_in_pieces_of_torch(*operands: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    asked: list[int] = []
+
+    def scan(x_THP: Tensor, *rest: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        asked.append(len(x_THP))
+        return ssd_scan(x_THP, *rest, **options)
+
+    result = scan_in_pieces(scan, *operands, **options)  # type: ignore[misc, arg-type]
+    assert max(asked) <= options["max_tokens"]
+    return result
+
+
+@pytest.mark.parametrize("max_tokens", [4, 7, 40, 64])
+def test_a_convolution_in_pieces_equals_one_convolution(max_tokens: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((40, 8), (8, 4), (8,)))
+    positions = torch.cat([torch.arange(n) for n in (1, 8, 2, 29)])
+    pieces = conv_in_pieces(causal_conv_silu, x, weight, bias, positions_T=positions, max_tokens=max_tokens)
+    torch.testing.assert_close(pieces, causal_conv_silu(x, weight, bias, positions_T=positions))
+
+
+def test_pieces_of_the_9b_stay_below_32_bits() -> None:
+    convolved = torch.empty(256, 10240 + 2 * 1024, device="meta")
+    x = convolved[:, :10240].view(256, 128, 80)
+    B, C = (part.view(256, 8, 128) for part in convolved[:, 10240:].split(1024, 1))
+    tokens = max_scan_tokens(x, torch.empty(256, 128, device="meta"), B, C, 128)
+    assert tokens == 2**31 // (128 * 128) - 128  # the gradient of B, a row of 128 heads x 128 states, is the widest
+    projected = torch.empty(256, 22656, device="meta")[:, :10240].view(256, 128, 80)
+    assert max_scan_tokens(projected, projected[:, :, 0], B, C, 128) == (2**31 - 1) // 22656 // 128 * 128
+    assert max_tokens_below_limit(2**31) == 1
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Functions that keep the kernels' contracts on a CPU, where the kernels are imported from."""
+    for name in ("mamba_ssm.ops.triton.ssd_combined", "causal_conv1d", "torch.nn.attention.varlen"):
+        monkeypatch.setitem(sys.modules, name, kernel_contracts)
+
+
+@pytest.mark.parametrize("max_tokens", [16, 48, 112])
+@pytest.mark.parametrize("lengths", SEGMENTS.values(), ids=SEGMENTS.keys())
+def test_the_scan_asks_its_kernel_for_what_the_kernel_means(
+    stand_ins: None, lengths: list[int], max_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "max_scan_tokens", lambda *operands: max_tokens)
+    values = scan_input(100, dtype=torch.float32)
+    ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    seq_idx = Segments(ids, len(lengths)).seq_idx_T
+    with torch.no_grad():
+        found, expected = (
+            scan(*values[:5], D_H=values.D_H, chunk_size=16, initial_state_HPN=initial, seq_idx_T=seq_idx)
+            for scan, initial in ((kernel_scan, values.initial_state_HPN), (ssd_scan, values.initial_state_HPN))
+        )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("first", [0, 4])
+@pytest.mark.parametrize("with_window", [False, True])
+@pytest.mark.parametrize("limit", [2**31 - 1, 10 * 68])
+def test_the_convolution_asks_its_kernel_for_what_the_kernel_means(
+    stand_ins: None, first: int, with_window: bool, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "MAX_OFFSET", limit)  # ten tokens at a time
+    generator = torch.Generator().manual_seed(0)
+    shapes = (40, 68), (64, 4), (64,), (3, 64)
+    wide, weight, bias, window = (torch.randn(shape, generator=generator) for shape in shapes)
+    x = wide[:, first : first + 64]  # rows that do not begin at multiples of eight
+    positions = torch.arange(40) if with_window else torch.cat([torch.arange(n) for n in (1, 8, 2, 29)])
+    options = {"positions_T": positions, "initial_KD": window if with_window else None}
+    found = kernel_conv_silu(x, weight, bias, **options)
+    torch.testing.assert_close(found, causal_conv_silu(x, weight, bias, **options))
+
+
+@pytest.mark.parametrize("lengths", [[9], [3, 0, 1, 6], [0]])
+def test_attention_asks_its_kernel_for_what_the_kernel_means(stand_ins: None, lengths: list[int]) -> None:
+    segments = Segments(torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)), len(lengths))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(sum(lengths), heads, 8, generator=generator) for heads in (4, 2, 2))
+    torch.testing.assert_close(varlen_attention(q, k, v, segments), segment_causal_attention(q, k, v, segments))
+
+
+def test_where_no_token_is_left_attention_still_reaches_every_operand(stand_ins: None) -> None:
+    q, k, v = (torch.zeros(0, heads, 8, requires_grad=True) for heads in (4, 2, 2))
+    mixed = varlen_attention(q, k, v, Segments(torch.zeros(0, dtype=torch.long), 1))
+    assert len(torch.autograd.grad(mixed.sum(), (q, k, v))) == 3
+
+
+@pytest.mark.parametrize("with_state", [False, True])
+def test_where_no_token_is_left_scan_and_convolution_launch_no_kernel(stand_ins: None, with_state: bool) -> None:
+    x, dt, A, B, C, D, initial = scan_input(0, dtype=torch.bfloat16)
+    state = initial if with_state else None
+    y, last = kernel_scan(x, dt, A, B, C, D_H=D, chunk_size=16, initial_state_HPN=state)
+    assert (y.shape, y.dtype) == (x.shape, torch.float32)
+    assert torch.equal(last, initial if with_state else torch.zeros_like(initial))
+    assert len(torch.autograd.grad(y.sum() + last.sum(), (x, dt, A, B, C, D))) == 6
+    rows, weight, window = torch.zeros(0, 64), torch.zeros(64, 4), torch.zeros(3, 64) if with_state else None
+    convolved = kernel_conv_silu(rows, weight, None, positions_T=torch.zeros(0, dtype=torch.long), initial_KD=window)
+    assert convolved.shape == rows.shape
+
+
+def test_a_single_row_is_moved_to_where_its_kernel_wants_it(stand_ins: None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    wide, weight = (torch.randn(shape, generator=generator) for shape in ((1, 68), (64, 4)))
+    options = {"bias_D": None, "positions_T": torch.zeros(1, dtype=torch.long)}
+    found, expected = (convolve(wide[:, 4:], weight, **options) for convolve in (kernel_conv_silu, causal_conv_silu))
+    torch.testing.assert_close(found, expected)
+
+
+# What follows holds the kernels themselves against the functions they replace: `pytest -m gpu` on a CUDA device.
+
+TOLERANCE = {"rtol": 2e-2, "atol": 2e-2}
+"""relative to the largest value of each tensor; bf16 has eight bits"""
+
+
+def expect_near(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, value in expected.items():
+        scale = value.float().abs().max()
+        torch.testing.assert_close(found[name].float() / scale, value.float() / scale, **TOLERANCE, msg=name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [[200], [64, 136], [5, 91, 1, 103]])
+@pytest.mark.parametrize("max_tokens", [64, 256])
+def test_mamba_ssm_equals_the_torch_scan(lengths: list[int], max_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mamba_ssm.ops.triton.ssd_combined")
+    monkeypatch.setattr(kernels, "max_scan_tokens", lambda *operands: max_tokens)
+    values = scan_input(200, device="cuda", dtype=torch.bfloat16)
+    ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).cuda()
+    seq_idx = Segments(ids, len(lengths)).seq_idx_T
+    expected = scan_with_gradients(ssd_scan, values, seq_idx)
+    expect_near(scan_with_gradients(kernel_scan, values, seq_idx), expected)
+
+
+@pytest.mark.gpu
+def test_a_scan_longer_than_32_bits_equals_its_parts() -> None:
+    pytest.importorskip("mamba_ssm.ops.triton.ssd_combined")
+    num_tokens = 180_000  # x alone has 2^31 elements where a token has 12,288
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+    with torch.no_grad():
+        x, B, C = randn(num_tokens, 128, 80), 0.1 * randn(num_tokens, 8, 128), 0.1 * randn(num_tokens, 8, 128)
+        dt = randn(num_tokens, 128).float().sub(4).exp()
+        A, D = -torch.linspace(1, 16, 128, device="cuda"), torch.ones(128, device="cuda")
+        y, last = kernel_scan(x, dt, A, B, C, D_H=D, chunk_size=128)
+        state = None
+        for part in torch.arange(num_tokens).split(20_000):
+            places = slice(int(part[0]), int(part[-1]) + 1)
+            expected, state = ssd_scan(
+                x[places], dt[places], A, B[places], C[places], D_H=D, chunk_size=128, initial_state_HPN=state
+            )
+            expect_near({"y": y[places]}, {"y": expected})
+        assert state is not None
+        expect_near({"last": last}, {"last": state})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("with_window", [False, True])
+def test_causal_conv1d_equals_the_torch_convolution(with_window: bool) -> None:
+    pytest.importorskip("causal_conv1d")
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((50, 72), (64, 4), (64,), (3, 64))
+    wide, weight, bias, window = (
+        torch.randn(shape, generator=generator).to("cuda", torch.bfloat16).requires_grad_() for shape in shapes
+    )
+    x = wide[:, 8:]  # a view, as a split projection is
+    lengths = (50,) if with_window else (1, 18, 2, 29)
+    positions = torch.cat([torch.arange(n) for n in lengths]).cuda()
+    initial = window if with_window else None
+    found, expected = (
+        convolve(x, weight, bias, positions_T=positions, initial_KD=initial)
+        for convolve in (kernel_conv_silu, causal_conv_silu)
+    )
+    leaves = [wide, weight, bias, *([window] if with_window else [])]
+    upstream = torch.randn(found.shape, generator=generator).to(found)
+    for name, own, other in zip(
+        ("wide", "weight", "bias", "window"),
+        torch.autograd.grad(found, leaves, upstream),
+        torch.autograd.grad(expected, leaves, upstream),
+        strict=False,
+    ):
+        expect_near({name: own}, {name: other})
+    expect_near({"y": found}, {"y": expected})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_kv_heads", [8, 2])
+def test_varlen_attention_equals_attention_over_padded_rows(num_kv_heads: int) -> None:
+    lengths = [70, 0, 1, 129, 40]
+    ids = torch.arange(5).repeat_interleave(torch.tensor(lengths)).cuda()
+    segments = Segments(ids, 5)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, upstream = (
+        torch.randn(len(ids), heads, 64, generator=generator).to("cuda", torch.bfloat16).requires_grad_()
+        for heads in (8, num_kv_heads, num_kv_heads, 8)
+    )
+    found, expected = (attend(q, k, v, segments) for attend in (varlen_attention, segment_causal_attention))
+    expect_near({"y": found}, {"y": expected})
+    gradients = (torch.autograd.grad(out, (q, k, v), upstream.detach()) for out in (found, expected))
+    for own, other in zip(*gradients, strict=True):
+        expect_near({"gradient": own}, {"gradient": other})

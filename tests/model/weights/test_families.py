@@ -1,0 +1,39 @@
+"""families: what a config.json may say, and what it may not, since it would be another function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from reference.small_models import SMALL, SMALL_QWEN
+from timeviper_model.config import TextConfig
+from timeviper_model.weights.families import text_config_from_dict, text_config_to_dict
+
+
+@pytest.mark.parametrize("config", [SMALL.text, SMALL_QWEN.text], ids=["hybrid", "qwen"])
+def test_what_is_written_is_read_back(config: TextConfig) -> None:
+    assert text_config_from_dict(text_config_to_dict(config), where="here") == config
+
+
+def test_nvidias_first_name_of_the_head_width_is_known() -> None:
+    raw = text_config_to_dict(SMALL.text)
+    raw["attention_head_dim"] = raw.pop("head_dim")
+    assert text_config_from_dict(raw, where="here") == SMALL.text
+
+
+@pytest.mark.parametrize(
+    ("config", "values"),
+    [
+        (SMALL.text, {"mlp_hidden_act": "silu"}),
+        (SMALL.text, {"mamba_hidden_act": "gelu"}),
+        (SMALL.text, {"num_hidden_layers": 3}),
+        (SMALL.text, {"attention_head_dim": 16}),
+        (SMALL_QWEN.text, {"hidden_act": "gelu"}),
+        (SMALL_QWEN.text, {"head_dim": 64}),
+    ],
+)
+def test_a_variant_that_is_not_computed_here_is_refused(config: TextConfig, values: dict[str, Any]) -> None:
+    ((name, value),) = values.items()
+    with pytest.raises(ValueError, match=f"here: {name} = {value!r} is not supported"):
+        text_config_from_dict(text_config_to_dict(config) | values, where="here")

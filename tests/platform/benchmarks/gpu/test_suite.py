@@ -1,0 +1,353 @@
+"""The gpu suite at toy sizes on the CPU: the code that a GPU runs, and the formulas behind its rows."""
+
+from __future__ import annotations
+
+import json
+import logging
+import runpy
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from reference import kernel_contracts
+from timeviper_model.config import (
+    NEMOTRON_NANO_9B_V2,
+    PAPER_PLAN,
+    PRESETS,
+    HybridConfig,
+    Qwen2Config,
+    TimeViperConfig,
+    TransVSite,
+)
+from timeviper_model.timeviper import TimeViper
+from timeviper_platform.benchmarks.gpu import device, film, kernels, prefill, training, vision, vllm
+from timeviper_platform.benchmarks.gpu import token_decode as decode
+from timeviper_platform.benchmarks.gpu.suite import gpu_groups
+from timeviper_platform.benchmarks.measure import Row
+from timeviper_platform.benchmarks.model.models import narrow_config, video_question
+from timeviper_platform.benchmarks.video.clips import ClipSpec, make_clip
+from timeviper_platform.common.devices import peak_flops
+from timeviper_platform.data.media.container import DecodeError
+from timeviper_platform.data.video.reader import read_frames
+
+ROOT = Path(__file__).parents[3]
+CPU = torch.device("cpu")
+TINY_TOWER = vision.TowerSize(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=70, patch_size=14
+)
+
+
+def check(rows: list[Row], group: str) -> None:
+    assert {row.command for row in rows} == {f"python jobs/benchmark.py gpu --only {group}"}
+    assert len({row.name for row in rows}) == len(rows)
+    json.dumps([row.as_dict() for row in rows], allow_nan=False)
+
+
+def toy_text() -> HybridConfig:
+    text = narrow_config(16, plan=(), pattern="M*").text
+    assert isinstance(text, HybridConfig)
+    return text
+
+
+def test_every_group_has_its_key() -> None:
+    assert list(gpu_groups(CPU)) == ["kernels", "vision", "prefill", "decode", "training", "vllm", "film"]
+
+
+def test_kernels_that_keep_their_contracts_have_small_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("mamba_ssm.ops.triton.ssd_combined", "causal_conv1d", "torch.nn.attention.varlen"):
+        monkeypatch.setitem(sys.modules, name, kernel_contracts)
+    rows = kernels.kernel_rows(CPU, text=toy_text(), num_tokens=16, repeats=1)
+    check(rows, "kernels")
+    errors = [row for row in rows if row.bar is not None]
+    assert [row.name.split(" (")[0] for row in errors] == ["scan", "convolution", "attention"]
+    assert all(row.holds for row in errors)
+    assert any(row.value > 0 for row in errors)
+
+
+def test_a_wrong_kernel_has_a_large_error() -> None:
+    for pair in kernels.pairs(toy_text(), 16, CPU):
+        wrong = pair._replace(kernel=lambda *x, run=pair.torch: [1.5 * out for out in run(*x)])
+        assert kernels.largest_error(wrong) == pytest.approx(0.5, rel=0.1)
+
+
+def test_a_kernel_that_fails_is_a_row_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object, **options: object) -> None:
+        raise RuntimeError("no kernel image is available\nfor execution")
+
+    for name in ("mamba_ssm.ops.triton.ssd_combined", "causal_conv1d", "torch.nn.attention.varlen"):
+        monkeypatch.setitem(sys.modules, name, kernel_contracts)
+    monkeypatch.setattr(kernel_contracts, "mamba_chunk_scan_combined", broken)
+    rows = kernels.kernel_rows(CPU, text=toy_text(), num_tokens=16, repeats=1)
+    check(rows, "kernels")
+    (failed,) = (row for row in rows if not row.holds and row.bar is not None)
+    assert failed.name.endswith("RuntimeError: no kernel image is available")
+    assert [row.name.split(" (")[0] for row in rows if row.bar is not None] == ["scan", "convolution", "attention"]
+
+
+def test_a_kernel_that_is_not_installed_has_no_row_and_the_log_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("mamba_ssm.ops.triton.ssd_combined", "causal_conv1d", "torch.nn.attention.varlen"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with caplog.at_level(logging.WARNING):
+        assert kernels.kernel_rows(CPU, text=toy_text(), num_tokens=16, repeats=1) == []
+    assert [record.message.split(" (")[0] for record in caplog.records] == [
+        "no row for scan",
+        "no row for convolution",
+        "no row for attention",
+    ]
+
+
+def test_the_vision_group_gives_its_rows() -> None:
+    rows = vision.vision_rows(CPU, size=TINY_TOWER, batch_frames=2, num_batches=1, peak=1e12, repeats=1)
+    check(rows, "vision")
+    rate, _, operations, _, utilisation = rows
+    assert operations.value == pytest.approx(rate.value * vision.tower_flops(TINY_TOWER) / 1e12)
+    assert utilisation.value == pytest.approx(operations.value)
+    assert utilisation.bar == ">= 0.45"
+
+
+def test_no_share_of_a_peak_that_nobody_has_written_down() -> None:
+    rows = vision.vision_rows(CPU, size=TINY_TOWER, batch_frames=1, num_batches=1, repeats=1)
+    assert not any(row.name.endswith("MFU") for row in rows)
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("NVIDIA H100 80GB HBM3") == peak_flops("NVIDIA H200") == 989e12
+
+
+def test_counted_operations_of_the_tower_are_those_that_torch_counts() -> None:
+    encoder = vision.make_tower(TINY_TOWER, CPU)
+    plain = sdpa_kernel(SDPBackend.MATH)  # the counter does not know the CPU's fused attention
+    with plain, FlopCounterMode(display=False) as counter, torch.no_grad():
+        encoder(encoder.preprocess(torch.zeros(1, 70, 70, 3, dtype=torch.uint8)))
+    assert vision.tower_flops(TINY_TOWER) == counter.get_total_flops()
+
+
+def test_45_percent_of_an_h200_are_about_690_frames_a_second() -> None:
+    so400m = vision.TowerSize()
+    assert so400m.num_patches == 729
+    assert vision.tower_flops(so400m) == pytest.approx(0.642e12, rel=1e-3)
+    assert vision.mfu(693, so400m, 989e12) == pytest.approx(0.45, rel=1e-3)
+
+
+def test_prefill_has_seconds_and_memory_for_every_plan_and_kind_of_logits() -> None:
+    rows = prefill.prefill_rows(CPU, config=narrow_config(16), frames=(2, 4), repeats=1)
+    check(rows, "prefill")
+    assert len(rows) == 2 * (2 * 2 * 2 + 1)
+
+
+def test_all_logits_end_with_those_of_the_last_position() -> None:
+    model, _ = device.make_model(narrow_config(16), CPU, dtype=torch.float32)
+    prompt = video_question(3)
+    last = prefill.read_prompt(model, prompt, 3, CPU)
+    every = prefill.read_prompt(model, prompt, 3, CPU, all_logits=True)
+    assert every.shape == (len(prompt) - 48 + 5, last.shape[0])  # a tenth of 48 vision tokens reach the end
+    torch.testing.assert_close(every[-1], last)
+
+
+def test_a_prefill_without_memory_is_a_row_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(*_: object, all_logits: bool) -> None:
+        if all_logits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(prefill, "read_prompt", read)
+    rows = prefill.prefill_rows(CPU, config=narrow_config(16), frames=(2,), repeats=1)
+    check(rows, "prefill")
+    assert sum("OUT OF MEMORY" in row.name for row in rows) == 2
+    assert sum("times faster" in row.name for row in rows) == 1
+
+
+def test_the_decode_group_gives_its_rows() -> None:
+    transformer = Qwen2Config(
+        vocab_size=1024,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    rows = decode.decode_rows(
+        CPU, ours=narrow_config(16), transformer=transformer, num_frames=2, num_new=4, batch=2, num_steps=2, repeats=1
+    )
+    check(rows, "decode")
+    assert len(rows) == 3 * 4 + 4
+
+
+TOY_TRAINED = narrow_config(16, plan=(TransVSite(layer=1, select="uniform", keep=0.5),), pattern="MM*-")
+
+
+def test_the_training_group_gives_its_rows_and_packing_changes_nothing() -> None:
+    rows = training.training_rows(CPU, config=TOY_TRAINED, num_tokens=(256, 512), repeats=1, peak=1e9)
+    check(rows, "training")
+    assert len(rows) == 2 + 2 * 5  # no memory on a CPU
+    assert all(row.holds for row in rows[:2])
+    assert [row.bar for row in rows if "packed" in row.name and row.name.endswith("MFU")] == [">= 0.4"] * 2
+
+
+def test_samples_fill_their_pack_and_padded_ones_do_not() -> None:
+    samples = training.made_samples(4096)
+    assert sum(map(len, samples)) == 4096
+    assert {len(sample) for sample in training.padded(samples)} == {2048}
+    weights = sum(parameter.numel() for parameter in meta_model(training.HYBRID_3B).parameters())
+    assert 2e9 < weights < 4e9
+
+
+def meta_model(config: TimeViperConfig) -> TimeViper:
+    with torch.device("meta"):
+        return TimeViper(config)
+
+
+def test_without_vllm_there_are_no_rows_and_the_log_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(vllm.importlib.util, "find_spec", lambda name: None)
+    with caplog.at_level(logging.WARNING):
+        assert vllm.vllm_rows(CPU, ours=narrow_config(16)) == []
+    assert "not installed" in caplog.text
+
+
+def test_vllm_is_asked_for_as_many_tokens_of_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int, int]] = []
+
+    class LLM:
+        def __init__(self, *, model: str, load_format: str, max_model_len: int, **_: object) -> None:
+            values = json.loads(Path(model, "config.json").read_text())
+            assert (load_format, values["architectures"]) == ("dummy", ["NemotronHForCausalLM"])
+            self.room = max_model_len
+
+        def generate(self, prompts: list[dict[str, list[int]]], sampling: SimpleNamespace) -> None:
+            assert sampling.ignore_eos
+            (length,) = {len(prompt["prompt_token_ids"]) for prompt in prompts}
+            assert length + sampling.max_tokens <= self.room
+            asked.append((len(prompts), length, sampling.max_tokens))
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=SimpleNamespace))
+    rows = vllm.vllm_rows(
+        CPU, ours=narrow_config(16), num_frames=2, num_new=4, batch=2, num_steps=2, repeats=1, other=vllm.run_vllm
+    )
+    check(rows, "vllm")
+    assert asked == [(2, 64, 2), (2, 64, 4)]
+    assert rows[-1].bar == ">= 0.9"
+
+
+TINY_CLIP = ClipSpec(seconds=3, fps=10, width=64, height=48)
+
+
+def test_the_film_group_gives_its_rows_and_says_which_backend_it_lacks(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
+    with caplog.at_level(logging.WARNING):
+        rows = film.film_rows(
+            CPU, size=TINY_TOWER, num_decoders=2, batch_frames=4, clip=TINY_CLIP, repetitions=3, peak=1e12, repeats=1
+        )
+    check(rows, "film")
+    rate, encoder_waits, decoders_wait, utilisation = rows
+    assert "made clip of 9 s.mp4, 9 frames at 1 fps, pyav in 2 threads" in rate.name
+    assert 0 <= encoder_waits.value <= 1
+    assert 0 <= decoders_wait.value <= 1
+    assert utilisation.value == pytest.approx(vision.mfu(rate.value, TINY_TOWER, 1e12))
+    assert [record.message.split(":")[0] for record in caplog.records] == ["no rows with nvdec"]
+
+
+def test_a_film_is_encoded_once_whatever_the_number_of_decoders(tmp_path: Path) -> None:
+    path = tmp_path / "film.mp4"
+    make_clip(path, replace(TINY_CLIP, seconds=11))
+    expected = read_frames(str(path), 32).frames
+    for num_decoders in (1, 2, 9):
+        seen: list[np.ndarray] = []
+        found = film.encode_film(path, seen.append, "pyav", 32, 2, num_decoders)
+        assert found.num_frames == len(expected) == 11
+        frames = np.concatenate(seen)
+        assert sorted(map(bytes, frames)) == sorted(map(bytes, expected))
+
+
+def test_a_film_tells_which_side_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "film.mp4"
+    make_clip(path, replace(TINY_CLIP, seconds=24))
+    slow = film.encode_film(path, lambda frames: time.sleep(0.1), "pyav", 32, 2, 1)
+    assert slow.decoders_wait > 0.3
+    assert slow.encoder_waits < 0.3
+    quick = film.encode_film(path, lambda frames: None, "pyav", 32, 2, 1)
+    assert quick.encoder_waits > 0.5
+    assert quick.decoders_wait < 0.3
+
+
+def test_an_encoder_or_a_decoder_that_fails_ends_the_film(tmp_path: Path) -> None:
+    def fail(_: np.ndarray) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    make_clip(tmp_path / "film.mp4", replace(TINY_CLIP, seconds=24))
+    with pytest.raises(torch.OutOfMemoryError):
+        film.encode_film(tmp_path / "film.mp4", fail, "pyav", 32, 2, 2)
+    with pytest.raises(DecodeError, match="not_found"):
+        film.encode_film(tmp_path / "none.mp4", fail, "pyav", 32, 2, 2)
+
+
+def test_without_a_video_decoder_there_are_no_rows_of_films(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delitem(sys.modules, "timeviper_platform.benchmarks.gpu.film")
+    monkeypatch.setitem(sys.modules, "timeviper_platform.data.video.reader", None)
+    with caplog.at_level(logging.WARNING):
+        assert gpu_groups(CPU)["film"](None) == []
+    assert "not installed" in caplog.text
+
+
+def test_bytes_of_a_slot_are_those_of_a_filled_cache() -> None:
+    for plan in (PAPER_PLAN, ()):
+        config = narrow_config(16, plan=plan)
+        cache = device.make_model(config, CPU)[0].new_cache(2, device=CPU, dtype=torch.bfloat16)
+        decode.fill_cache(cache, config, 1280, 24, 8)
+        assert cache.num_bytes == 2 * decode.slot_bytes(config, 1280, 32)
+        assert set(cache.num_tokens) == {1304}
+
+
+def test_the_9b_decodes_32_at_32k_on_an_h200_and_the_transformer_fewer() -> None:
+    room = (141e9 - 17.9e9) * decode.MEMORY_SHARE
+    ours, vision_config = PRESETS["9b"], PRESETS["9b"].vision
+    assert isinstance(ours.text, HybridConfig)
+    plain = replace(ours, transv=())
+    assert decode.slot_bytes(ours, 32768, 1056) == pytest.approx(0.376e9, rel=0.01)
+    assert decode.slot_bytes(plain, 32768, 1056) == pytest.approx(0.698e9, rel=0.01)
+    assert decode.fitting_batch(plain, 32768, 1056, room) >= 32
+    transformer = TimeViperConfig(text=decode.QWEN3_8B_SHAPE, vision=vision_config)
+    assert 16 <= decode.fitting_batch(transformer, 32768, 1056, room) < 32
+
+
+def test_models_are_made_in_bf16_with_open_gates_nowhere_else() -> None:
+    model, words = device.make_model(narrow_config(16), CPU)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+    assert "PyTorch" in words
+    assert torch.get_default_dtype() == torch.float32
+    assert NEMOTRON_NANO_9B_V2.hidden_size == 4480
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_without_cuda_the_command_says_so_and_exits_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = runpy.run_path(str(ROOT / "jobs" / "benchmark.py"))["main"]
+    with pytest.raises(SystemExit) as ended:
+        main(["gpu", "--only", "kernels"])
+    assert ended.value.code == 2
+    assert "needs a CUDA device" in capsys.readouterr().err
+
+
+def test_the_script_needs_neither_ray_nor_decoders() -> None:
+    script = (
+        "import sys, runpy\n"
+        "for name in ('ray', 'av', 'decord', 'deepspeed', 'fastapi', 'pydantic', 's3fs'): sys.modules[name] = None\n"
+        f"runpy.run_path({str(ROOT / 'jobs' / 'benchmark.py')!r})\n"
+        "import timeviper_platform.benchmarks.gpu.suite\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)

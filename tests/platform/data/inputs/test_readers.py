@@ -1,0 +1,242 @@
+"""Every kind of input gives the same media: folders, globs, tars, Parquet bytes, manifests that say it all."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from reference.made_media import make_encoder, make_video, picture
+from timeviper_platform.common.hash_table import HashTable
+from timeviper_platform.data.encode.frame_encoder import EncoderConfig
+from timeviper_platform.data.inputs.manifest import MediaItem, media_id_of
+from timeviper_platform.data.inputs.readers import read_pages
+from timeviper_platform.data.media.container import ErrorType, open_binary
+from timeviper_platform.data.media.locations import CellPart, RangePart, parse_part
+from timeviper_platform.data.media.probe import file_version
+from timeviper_platform.data.plan.segments import PlanSpec, plan_page
+from timeviper_platform.data.preprocess.run import PreprocessConfig, run_in_process, run_preprocess
+from timeviper_platform.data.store.reader import FeatureStore
+from timeviper_platform.data.video.reader import read_frames
+from timeviper_platform.data.video_worker.frame_source import DecodeConfig
+
+SPEC = PlanSpec(fps=Fraction(1), recipe_hash="r", decode=DecodeConfig(isolation="none"))
+
+
+def items_of(source: object, page_rows: int = 3) -> list[MediaItem]:
+    return [item for page in read_pages(str(source), page_rows) for item in page]
+
+
+def plan_of(items: list[MediaItem]) -> list[dict[str, object]]:
+    return pa.concat_tables(plan_page(items, SPEC)).to_pylist()
+
+
+@pytest.fixture(scope="module")
+def media() -> dict[str, bytes]:
+    """A video and two images, as bytes."""
+    clip = io.BytesIO()
+    make_video(clip, range(24), format="mp4")
+    made = {"clip.mp4": clip.getvalue()}
+    for number in range(2):
+        image = io.BytesIO()
+        Image.fromarray(picture(number)).save(image, "JPEG", quality=95)
+        made[f"image{number}.jpg"] = image.getvalue()
+    return made
+
+
+def write_tar(path: Path, files: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+def test_members_of_a_tar_are_read_in_place(tmp_path: Path, media: dict[str, bytes]) -> None:
+    write_tar(tmp_path / "00000.TAR", {**media, "image0.txt": b"a caption", "image0.json": b"{}"})
+    items = items_of(tmp_path)
+    assert [item.media_id for item in items] == [media_id_of(f"/r/00000.TAR/{name}", "/r") for name in media]
+    for item, data in zip(items, media.values(), strict=True):
+        with open_binary(item.uri) as file:
+            assert file.read() == data
+        assert item.version == file_version(item.uri)  # the listing and the file say the same
+    rows = plan_of(items)
+    assert [(row["modality"], row["num_samples"], row["size"]) for row in rows] == [
+        ("video", 3, len(media["clip.mp4"])),
+        ("image", 1, len(media["image0.jpg"])),
+        ("image", 1, len(media["image1.jpg"])),
+    ]
+    frames = read_frames(items[0].uri, 32)
+    assert np.array_equal(frames.frames, read_frames(media["clip.mp4"], 32).frames)
+
+
+def test_a_folder_of_media_and_tars_becomes_features(tmp_path: Path, media: dict[str, bytes]) -> None:
+    (tmp_path / "in").mkdir()
+    write_tar(tmp_path / "in" / "a.tar", media)
+    (tmp_path / "in" / "clip.mp4").write_bytes(media["clip.mp4"])
+    encoder = EncoderConfig(encoder=str(make_encoder(tmp_path / "encoder")), num_tokens_per_frame=4, merge_heads=4)
+    config = PreprocessConfig(input=str(tmp_path / "in"), output=str(tmp_path / "out"), encoder=encoder)
+    report = run_preprocess(config, run=run_in_process)
+    assert (report.segments_done, report.frames, report.errors) == (4, 8, 0)
+    store = FeatureStore.open(config.output)
+    whole, member = (media_id_of(name, "") for name in ("clip.mp4", "a.tar/clip.mp4"))
+    assert torch.equal(store.read(whole).features, store.read(member).features)
+    assert run_preprocess(config, run=run_in_process).segments_encoded == 0
+
+
+def test_a_tar_that_breaks_off_keeps_what_is_whole_and_says_so(tmp_path: Path, media: dict[str, bytes]) -> None:
+    write_tar(tmp_path / "a.tar", media)
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        middle_of_the_last = tar.getmembers()[-1].offset_data + 100
+    (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:middle_of_the_last])
+    (tmp_path / "b.tar").write_bytes(b"\x1f\x8b\x08" + b"x" * 5000)
+    rows = plan_of(items_of(tmp_path))
+    found = [(row["error_stage"], row["error_type"]) for row in rows]
+    assert found[:2] == [(None, None)] * 2
+    assert found[-2:] == [("list", ErrorType.CORRUPT_FILE)] * 2
+    assert "plain, whole tars" in str(rows[-1]["error_message"])
+
+
+def test_values_of_a_parquet_file_are_read_in_place(tmp_path: Path, media: dict[str, bytes]) -> None:
+    rows = [{"caption": name, "image": {"bytes": data, "path": name}} for name, data in media.items()]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "nested.parquet", row_group_size=2)
+    flat = pa.table({"media_id": list(media), "data": list(media.values())})
+    pq.write_table(flat, tmp_path / "flat.parquet", row_group_size=2)
+    for name in ("flat.parquet", "nested.parquet"):
+        items = items_of(tmp_path / name)
+        for item, data in zip(items, media.values(), strict=True):
+            with open_binary(item.uri) as file:
+                assert file.read() == data
+            assert item.version is not None
+            assert item.version.text == file_version(item.uri).text
+        assert [row["num_samples"] for row in plan_of(items)] == [3, 1, 1]
+    assert [item.media_id for item in items_of(tmp_path / "flat.parquet")] == list(media)
+    two = flat.append_column("other", flat["data"])
+    pq.write_table(two, tmp_path / "two.parquet")
+    with pytest.raises(ValueError, match="data, other all hold bytes"):
+        items_of(tmp_path / "two.parquet")
+
+
+def test_a_part_of_a_file_that_has_changed_is_an_error_row(tmp_path: Path, media: dict[str, bytes]) -> None:
+    pq.write_table(pa.table({"data": list(media.values())}), tmp_path / "a.parquet")
+    items = items_of(tmp_path / "a.parquet")
+    pq.write_table(pa.table({"data": [media["clip.mp4"]]}), tmp_path / "a.parquet")
+    assert plan_of(items[2:])[0]["error_type"] == ErrorType.READ_FAILED
+    (tmp_path / "a.parquet").unlink()
+    assert plan_of([MediaItem(f"{tmp_path}/a.parquet#offset=0&size=9", "x")])[0]["error_type"] == ErrorType.NOT_FOUND
+
+
+def test_failed_downloads_of_img2dataset_are_counted_by_reason(tmp_path: Path, media: dict[str, bytes]) -> None:
+    failures = [
+        ("failed_to_download", "HTTP Error 404: Not Found", ErrorType.NOT_FOUND),
+        ("failed_to_download", "<urlopen error [Errno -2] Name or service not known>", ErrorType.UNKNOWN_HOST),
+        ("failed_to_download", "The read operation timed out", ErrorType.TIMED_OUT),
+        ("failed_to_download", "[Errno 104] Connection reset by peer", ErrorType.READ_FAILED),
+        ("failed_to_resize", "image decoding error", ErrorType.CORRUPT_FILE),
+    ]
+    rows = [{"key": "000000000", "url": "https://a.invalid/0.jpg", "status": "success", "error_message": None}]
+    rows += [
+        {"key": f"00000000{number}", "url": f"https://a.invalid/{number}.jpg", "status": status, "error_message": text}
+        for number, (status, text, _) in enumerate(failures, start=1)
+    ]
+    webdataset, parquet = tmp_path / "webdataset", tmp_path / "parquet"
+    webdataset.mkdir()
+    parquet.mkdir()
+    write_tar(webdataset / "00000.tar", {"000000000.jpg": media["image0.jpg"], "000000000.json": b"{}"})
+    pq.write_table(pa.Table.from_pylist(rows), webdataset / "00000.parquet")
+    (webdataset / "00000_stats.json").write_text("{}")
+    with_bytes = [{**row, "jpg": media["image0.jpg"] if row["status"] == "success" else None} for row in rows]
+    pq.write_table(pa.Table.from_pylist(with_bytes), parquet / "00000.parquet")
+    for source in (webdataset, parquet / "*.parquet"):
+        planned = plan_of(items_of(source))
+        errors = [(row["error_stage"], row["error_type"]) for row in planned if row["status"] == "error"]
+        assert errors == [("download", kind) for _, _, kind in failures], source
+        assert [row["modality"] for row in planned if row["status"] == "planned"] == ["image"]
+
+
+def test_rows_that_say_it_all_are_planned_without_a_file(tmp_path: Path) -> None:
+    rows = [
+        {"uri": "/nowhere/a.mp4", "size": 5, "duration_seconds": 130.5, "width": 640, "height": 360, "sha256": "ab"},
+        {"uri": "/nowhere/b.jpg", "size": 6, "modality": "image"},
+        {"uri": "/nowhere/c.mp4", "size": 7, "duration_seconds": 10.0, "start_seconds": 4.0},
+        {"uri": "/nowhere/d.mp4", "size": 7, "duration_seconds": 1.0, "width": 9000, "height": 9000},
+        {"uri": "/nowhere/e.mp4", "duration_seconds": 1.0},
+    ]
+    (tmp_path / "m.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    planned = plan_of(items_of(tmp_path / "m.jsonl"))
+    assert [row["num_samples"] for row in planned] == [64, 64, 3, 1, 6, None, None]
+    assert [row["error_type"] for row in planned[-2:]] == [ErrorType.TOO_MANY_PIXELS, ErrorType.NOT_FOUND]
+    assert planned[0]["source_version"] == "ab"
+
+
+def test_pages_hold_what_they_are_asked_to_and_repeats_are_found_across_them(tmp_path: Path) -> None:
+    names = [f"{number}.mp4" for number in range(10)]
+    (tmp_path / "m.csv").write_text("\n".join(["uri", *names, *names]))
+    pages = list(read_pages(str(tmp_path / "m.csv"), page_rows=4))
+    assert [len(page) for page in pages] == [4, 4, 2]
+    (tmp_path / "clash.csv").write_text("uri,media_id\n" + "".join(f"{name},{name}\n" for name in names) + "x,0.mp4\n")
+    *others, last = items_of(tmp_path / "clash.csv", page_rows=4)
+    assert [item.media_id for item in others] == names
+    assert last.rejected is not None
+    assert "media_id '0.mp4' stands for more than one medium" in last.rejected.message
+
+
+def test_a_name_that_a_tar_holds_twice_is_an_error_row(tmp_path: Path, media: dict[str, bytes]) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("clip.mp4", "image0.jpg", "clip.mp4"):
+            member = tarfile.TarInfo(name)
+            member.size = len(media[name])
+            tar.addfile(member, io.BytesIO(media[name]))
+    rows = plan_of(items_of(tmp_path))
+    assert [(row["status"], row["error_type"]) for row in rows] == [
+        ("planned", None),
+        ("planned", None),
+        ("error", ErrorType.BAD_ROW),
+    ]
+
+
+def test_a_url_column_stands_for_the_uri(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"url": ["https://a.invalid/1.jpg"], "caption": ["one"]}), tmp_path / "cc12m.parquet")
+    (item,) = items_of(tmp_path / "cc12m.parquet")
+    assert (item.uri, item.media_id) == ("https://a.invalid/1.jpg", media_id_of("https://a.invalid/1.jpg", ""))
+
+
+def test_columns_that_guess_differently_later_are_read(tmp_path: Path) -> None:
+    """The first megabyte of a CSV must not decide what the rest may hold."""
+    rows = [f"{number}.mp4,{number:0500}," for number in range(3000)] + ["last.mp4,word,name"]
+    (tmp_path / "m.csv").write_text("\n".join(["uri,note,media_id", *rows]))
+    last = None
+    for page in read_pages(str(tmp_path / "m.csv")):
+        last = page[-1]
+    assert last is not None
+    assert last.media_id == "name"
+
+
+def test_addresses_of_parts_come_back() -> None:
+    for part in (RangePart("s3://b/a#1.tar", 512, 7), CellPart("/x/y.parquet", "image.bytes", 3, 41)):
+        assert parse_part(part.address()) == part
+    assert parse_part("/videos/a#1.mp4") is None
+
+
+@given(st.lists(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9)), max_size=30), max_size=8))
+def test_the_hash_table_is_a_dict(batches: list[list[tuple[int, int]]]) -> None:
+    table, expected = HashTable(), {}
+    for batch in batches:
+        pairs = np.array(batch, dtype=np.uint64).reshape(-1, 2)
+        table.add(pairs[:, 0], pairs[:, 1])
+        for key, value in batch:
+            expected.setdefault(key, value)
+    found, values = table.find(np.arange(41, dtype=np.uint64))
+    assert {int(key): int(values[key]) for key in np.flatnonzero(found)} == expected
+    assert len(table) == len(expected)

@@ -1,0 +1,231 @@
+"""SIGKILL at any moment, then the same command: nothing missing, nothing twice, the same bytes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+import pytest
+import torch
+import yaml
+
+from reference.killable import kill_after, start
+from reference.made_media import make_encoder, make_video
+from reference.made_store import read_committed
+from reference.two_nodes import TwoNodes, two_nodes
+from timeviper_platform.data.encode.frame_encoder import EncoderConfig
+from timeviper_platform.data.preprocess.ray_graph import ExecutionConfig
+from timeviper_platform.data.preprocess.run import PreprocessConfig, run_in_process, run_preprocess
+from timeviper_platform.data.store.reader import FeatureStore
+from timeviper_platform.data.store.verify import verify_store
+
+logger = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parents[3]
+NUM_CLIPS = 24
+NUM_KILLS = 20
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    make_encoder(folder / "encoder")
+    (folder / "media").mkdir()
+    for number in range(NUM_CLIPS):
+        make_video(folder / "media" / f"clip{number:02d}.mp4", range(8 * (1 + number % 3)))
+    make_video(folder / "media" / "film.mp4", range(8 * 70), gop=64)
+    return folder
+
+
+def make_config(corpus: Path, output: Path) -> PreprocessConfig:
+    return PreprocessConfig(
+        input=str(corpus / "media"),
+        output=str(output),
+        encoder=EncoderConfig(
+            encoder=str(corpus / "encoder"), num_tokens_per_frame=4, merge_heads=4, encode_batch_frames=8
+        ),
+        execution=ExecutionConfig(frames_per_file=4),
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    config = make_config(corpus, tmp_path_factory.mktemp("unkilled") / "store")
+    run_preprocess(config, run=run_in_process)
+    return contents(config.output)
+
+
+def contents(uri: str) -> dict[str, bytes]:
+    store = FeatureStore.open(uri)
+    return {m: store.read(m).features.view(torch.int16).numpy().tobytes() for m in store.media_ids}
+
+
+def check(uri: str, expected: dict[str, bytes]) -> None:
+    assert contents(uri) == expected
+    ids = read_committed(uri)["segment_id"].to_pylist()
+    assert len(ids) == len(set(ids)) == NUM_CLIPS + 2
+    assert verify_store(uri).problems == []
+
+
+def test_a_run_killed_again_and_again_ends_with_the_same_bytes(
+    corpus: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    moments = random.Random(0)
+    config = make_config(corpus, tmp_path / "store")
+
+    def num_files() -> int:
+        folders = (
+            tmp_path / "store" / name for name in ("data", "commits")
+        )  # that of the plan is made anew by each run
+        return sum(1 for folder in folders for _ in folder.glob("*"))
+
+    num_killed = 0
+    for _ in range(4):
+        due = num_files() + moments.randint(1, 9)  # half-written, written and committed files: two or three a unit
+        num_killed += kill_after(start(config), lambda due=due: num_files() >= due, moments.uniform(0.0, 0.02))
+    assert num_killed >= 3
+    last = start(config)
+    last.join()
+    assert last.exitcode == 0
+    check(config.output, expected)
+
+
+KILLED = ("DecodeStep", "EncodeStep", "second node", "driver")
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[TwoNodes]:
+    with two_nodes() as found:
+        yield found
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(1200)
+def test_second_node_and_driver_killed_on_ray_lose_nothing(
+    corpus: Path, expected: dict[str, bytes], tmp_path: Path, nodes: TwoNodes
+) -> None:
+    victims = KILLED[2:]  # a dead worker takes Ray a minute to replace: those are in the slow test
+    killed: Counter[str] = Counter()
+    for attempt in range(3):  # on a busy machine a run may be over before its driver's turn
+        config = write_config(corpus, tmp_path / f"store{attempt}")
+        killed += run_killed(config, nodes, victims, random.Random(attempt))
+        finish(config, nodes)
+        check(str(tmp_path / f"store{attempt}"), expected)
+        if set(killed) == set(victims):
+            return
+    raise AssertionError(f"only {killed} were killed while a run went on")
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_twenty_kills_at_random_moments_on_ray_lose_nothing(
+    corpus: Path, expected: dict[str, bytes], tmp_path: Path, nodes: TwoNodes
+) -> None:
+    moments = random.Random(1)
+    killed: Counter[str] = Counter()
+    for attempt in range(8):
+        if killed.total() >= NUM_KILLS and all(killed[victim] >= NUM_KILLS // 5 for victim in KILLED):
+            break
+        config = write_config(corpus, tmp_path / f"store{attempt}")
+        steps = moments.sample(("DecodeStep", "EncodeStep"), 2)
+        killed += run_killed(config, nodes, [*steps, "second node", "driver"], moments)
+        killed += run_killed(config, nodes, [moments.choice(KILLED)], moments)
+        finish(config, nodes)
+        check(str(tmp_path / f"store{attempt}"), expected)
+    assert killed.total() >= NUM_KILLS, killed
+    assert all(killed[victim] >= NUM_KILLS // 5 for victim in KILLED), killed
+
+
+def run_killed(config: Path, nodes: TwoNodes, victims: Sequence[str], moments: random.Random) -> Counter[str]:
+    """Starts the job, kills one victim after the other, each some time later; what was killed while the job ran."""
+    killed: Counter[str] = Counter()
+    commits = config.with_suffix("") / "commits"
+    with config.with_suffix(".log").open("a+") as log:
+        driver = start_job(config, nodes.environment, log)
+        for victim in victims:
+            wait_until(due_moment(victim, nodes, commits, moments), driver, log)
+            time.sleep(moments.uniform(0.0, 0.5))
+            if driver.poll() is None:
+                killed[victim] += kill(driver) if victim == "driver" else nodes.kill(victim)
+                logger.info("killed %s: %s, after %d commits", victim, killed[victim], num_commits(commits))
+        wait_until(lambda: False, driver, log)
+        may_fail = {"driver", "second node"} & set(killed)  # Ray starts a dead actor again: the run goes on
+        assert driver.returncode == 0 or may_fail, end_of(log)
+    return killed
+
+
+def due_moment(victim: str, nodes: TwoNodes, commits: Path, moments: random.Random) -> Callable[[], bool]:
+    """A worker is due when it is there (decoding ends long before the last commit), the others some commits later."""
+    if victim.endswith("Step"):
+        return lambda: nodes.worker(victim) is not None
+    due = num_commits(commits) + moments.randint(1, 3)
+    return lambda: num_commits(commits) >= due
+
+
+def finish(config: Path, nodes: TwoNodes) -> None:
+    """The same command again, to its end."""
+    with config.with_suffix(".log").open("a+") as log:
+        driver = start_job(config, nodes.environment, log)
+        wait_until(lambda: False, driver, log)
+        assert driver.returncode == 0, end_of(log)
+
+
+def write_config(corpus: Path, output: Path) -> Path:
+    values = {
+        "input": str(corpus / "media"),
+        "output": str(output),
+        "encoder": {
+            "encoder": str(corpus / "encoder"), "num_tokens_per_frame": 4, "merge_heads": 4, "encode_batch_frames": 8
+        },
+        "execution": {
+            "mode": "split", "num_workers": 1, "num_decode_workers": 1, "frames_per_file": 1, "progress_seconds": 0.5
+        },
+    }  # fmt: skip
+    path = output.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def start_job(config: Path, environment: dict[str, str], log: IO[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "jobs" / "preprocess.py"), "--config", str(config)],
+        env={**os.environ, **environment},
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def num_commits(folder: Path) -> int:
+    return sum(1 for _ in folder.glob("*.parquet"))
+
+
+def wait_until(is_due: Callable[[], bool], driver: subprocess.Popen[str], log: IO[str], timeout_s: float = 540) -> None:
+    """Until it is due or the job has ended; a job that hangs is ended and fails the test."""
+    deadline = time.monotonic() + timeout_s
+    while driver.poll() is None and not is_due():
+        if time.monotonic() > deadline:
+            driver.kill()
+            pytest.fail(f"the job hangs:\n{end_of(log)}")
+        time.sleep(0.01)
+
+
+def end_of(log: IO[str]) -> str:
+    log.seek(0)
+    return log.read()[-3000:]
+
+
+def kill(process: subprocess.Popen[str]) -> bool:
+    """True when it was alive."""
+    process.kill()
+    return process.wait() == -signal.SIGKILL

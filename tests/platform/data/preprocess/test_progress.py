@@ -1,0 +1,58 @@
+"""What a run says while it works: a bar on a terminal, lines in the log elsewhere, with the same figures."""
+
+from __future__ import annotations
+
+import io
+import logging
+
+import pytest
+
+from reference.made_outcome import made_outcome
+from timeviper_platform.common.config import setup_logging
+from timeviper_platform.data.preprocess.progress import Progress
+
+HALF = made_outcome(num_frames=128, num_ok=1, num_error=1, error_types=["corrupt_file"], started=0.0, ended=10.0)
+REST = made_outcome(num_frames=128, started=10.0, ended=20.0)
+FIGURES = "12.8 frames/s, rejected: 1 corrupt_file, 10 s left"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_log_has_lines(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
+    caplog.set_level(logging.INFO)
+    with Progress(num_segments=4, num_frames=256, every_seconds=0.0) as progress:
+        progress.add(HALF)
+    assert f"2/4 segments (50%), {FIGURES}" in caplog.text
+    assert "\r" not in capsys.readouterr().err
+
+
+def test_lines_are_some_seconds_apart_but_for_the_last(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    with Progress(num_segments=6, num_frames=384, every_seconds=1e6) as progress:
+        for outcome in (HALF, REST, REST):
+            progress.add(outcome)
+    assert [record.message.split(" ")[0] for record in caplog.records] == ["6/6"]
+
+
+def test_a_terminal_has_a_bar_that_no_log_line_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal, root = Terminal(), logging.getLogger()
+    monkeypatch.setattr("sys.stderr", terminal)
+    handlers = root.handlers
+    try:
+        setup_logging()
+        with Progress(num_segments=4, num_frames=256, every_seconds=0.0) as progress:
+            progress.add(HALF)
+            logging.getLogger("elsewhere").warning("a file is damaged")
+            progress.add(REST)
+    finally:
+        root.handlers = handlers
+    drawn = terminal.getvalue()
+    assert "segments (" not in drawn  # no line for each unit
+    bars = [piece.strip() for piece in drawn.replace("\n", "\r").split("\r") if "|" in piece]
+    assert bars[-1].startswith("100%|")
+    assert "4/4 segments, 12.8 frames/s, rejected: 1 corrupt_file, 0 s left" in bars[-1]
+    (line,) = [piece for piece in drawn.split("\n") if "a file is damaged" in piece]
+    assert "|" not in line.rpartition("\r")[2]

@@ -1,0 +1,189 @@
+"""A job that is run again: nothing twice, nothing lost, the same bytes, whatever ended it or changed since."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from reference.made_media import make_video
+from reference.media_corpus import contents, make_config, no_runner
+from timeviper_platform.data.media.container import MediaLimits
+from timeviper_platform.data.plan.segments import Segment, cut_units
+from timeviper_platform.data.preprocess.estimate import estimate
+from timeviper_platform.data.preprocess.ray_graph import ExecutionConfig
+from timeviper_platform.data.preprocess.run import run_in_process, run_preprocess
+from timeviper_platform.data.preprocess.worker import UnitOutcome, WorkerSpec, run_here
+from timeviper_platform.data.store.compact import compact
+from timeviper_platform.data.store.inspect import inspect_store
+from timeviper_platform.data.store.reader import FeatureStore
+from timeviper_platform.data.store.verify import verify_store
+
+
+def test_run_again_nothing_is_done_and_nothing_changes(corpus: Path, finished: Path) -> None:
+    before = contents(str(finished))
+    report = run_preprocess(make_config(corpus, finished), run=no_runner)
+    assert (report.segments_encoded, report.frames_encoded, report.segments_done) == (0, 0, 14)
+    assert report.frames_per_second > 0  # of the run that did the work
+    assert contents(str(finished)) == before
+    assert "encoded in this run: 0" in "\n".join(report.lines())
+
+
+def test_what_a_lost_data_file_held_is_done_again(corpus: Path, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "store")
+    expected = contents(str(finished))
+    next((tmp_path / "store" / "data").iterdir()).unlink()
+    config = make_config(corpus, tmp_path / "store")
+    lost = estimate(config).segments_missing
+    report = run_preprocess(config, run=run_in_process)
+    assert report.segments_encoded == lost >= 1
+    assert contents(config.output) == expected
+    assert verify_store(config.output).problems == []
+
+
+def test_a_run_that_dies_is_continued_and_ends_with_the_same_bytes(
+    corpus: Path, finished: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "store"
+
+    def dies_after_two(*arguments: object) -> Iterator[UnitOutcome]:
+        for number, outcome in enumerate(run_in_process(*arguments)):  # type: ignore[arg-type]
+            if number == 2:
+                raise KeyboardInterrupt
+            yield outcome
+
+    with pytest.raises(KeyboardInterrupt):
+        run_preprocess(make_config(corpus, output), run=dies_after_two)
+    committed = sorted((output / "commits").iterdir())
+    committed[0].unlink()  # as if killed between the data file and its commit record
+    (output / "data" / ".next.parquet.0.tmp").write_bytes(b"half a file")
+    report = run_preprocess(make_config(corpus, output), run=run_in_process)
+    assert 0 < report.segments_encoded < 15
+    assert (report.audit["missing"], report.audit["duplicate"]) == (0, 0)
+    assert contents(str(output)) == contents(str(finished))
+    assert len(list((output / "data").iterdir())) == len(list((output / "commits").iterdir()))
+
+
+def test_new_and_changed_media_alone_are_done(corpus: Path, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(corpus, tmp_path / "corpus")
+    shutil.copytree(finished, tmp_path / "store")
+    moved = tmp_path / "corpus"
+    config = make_config(moved, tmp_path / "store")
+    first = run_preprocess(config, run=run_in_process)
+    make_video(moved / "media" / "clip0.mp4", range(32))
+    make_video(moved / "media" / "nowhere.mp4", range(8))
+    report = run_preprocess(config, run=run_in_process)
+    assert report.segments_encoded == 2
+    assert report.errors == first.errors - 1
+    store = FeatureStore.open(config.output)
+    assert (store.info("clip0.mp4").num_frames, store.info("nowhere.mp4").num_frames) == (4, 1)
+
+
+def test_an_old_version_is_superseded_and_more_inputs_are_added(corpus: Path, tmp_path: Path) -> None:
+    shutil.copytree(corpus / "media", tmp_path / "media")
+    config = make_config(corpus, tmp_path / "store")
+    some = dataclasses.replace(config, input=str(tmp_path / "media" / "clip[0-4].mp4"))
+    every = dataclasses.replace(config, input=str(tmp_path / "media" / "clip?.mp4"))
+    run_preprocess(some, run=run_in_process)
+    old = contents(config.output)
+    make_video(tmp_path / "media" / "clip0.mp4", range(40, 72))
+    report = run_preprocess(every, run=run_in_process)
+    assert report.segments_encoded == 6  # one changed, five added
+    assert (report.segments, report.audit["missing"], report.audit["duplicate"]) == (10, 0, 0)
+    new = contents(config.output)
+    assert len(new) == 10
+    assert sum(new[media_id] != before for media_id, before in old.items()) == 1
+    assert inspect_store(config.output).segments_superseded == 1
+    assert verify_store(config.output).problems == []
+    assert compact(config.output).rows_dropped == 1
+    assert contents(config.output) == new
+    assert run_preprocess(every, run=no_runner).segments_encoded == 0
+
+
+@pytest.mark.parametrize("num_workers", [1, 3, 7])
+def test_another_number_of_workers_and_other_sizes_go_on_with_the_same_bytes(
+    corpus: Path, finished: Path, tmp_path: Path, num_workers: int
+) -> None:
+    def first_half(missing: Sequence[Segment], spec: WorkerSpec, execution: ExecutionConfig) -> Iterator[UnitOutcome]:
+        units = cut_units(missing, execution.frames_per_file, num_workers)
+        yield from run_here(units[: len(units) // 2], spec)
+        raise KeyboardInterrupt
+
+    config = make_config(corpus, tmp_path / "store")
+    with pytest.raises(KeyboardInterrupt):
+        run_preprocess(config, run=first_half)
+    before = set((tmp_path / "store" / "data").iterdir())
+    execution = ExecutionConfig(frames_per_file=7 * num_workers, row_group_bytes=1)
+    other = dataclasses.replace(config, execution=execution)
+    report = run_preprocess(other, run=run_in_process)
+    assert 0 < report.segments_encoded < 15
+    written = [pq.read_metadata(path) for path in set((tmp_path / "store" / "data").iterdir()) - before]
+    assert max(file.num_row_groups for file in written) > 1  # of a few KB each
+    assert (report.audit["missing"], report.audit["duplicate"]) == (0, 0)
+    assert contents(config.output) == contents(str(finished))
+
+
+def test_a_file_that_is_away_for_a_moment_is_tried_again(corpus: Path, tmp_path: Path) -> None:
+    shutil.copytree(corpus / "media", tmp_path / "media")
+    clip, away = tmp_path / "media" / "clip0.mp4", tmp_path / "away.mp4"
+    config = dataclasses.replace(make_config(corpus, tmp_path / "store"), input=str(tmp_path / "media" / "clip*.mp4"))
+
+    def while_away(*arguments: object) -> Iterator[UnitOutcome]:
+        clip.rename(away)
+        yield from run_in_process(*arguments)  # type: ignore[arg-type]
+        away.rename(clip)
+
+    first = run_preprocess(config, run=while_away)
+    assert first.errors_by_stage == {"decode_video": {"not_found": 1}}
+    second = run_preprocess(config, run=run_in_process)
+    assert (second.segments_encoded, second.errors, second.segments_done) == (1, 0, 10)
+    assert second.audit["duplicate"] == 0
+
+
+def test_errors_that_a_higher_limit_cures_are_tried_again_when_named(corpus: Path, tmp_path: Path) -> None:
+    """The manifest tells the sizes, too small ones: so the decoder meets the limit, not the plan."""
+    clips = pa.table(
+        {
+            **{"uri": [str(corpus / "media" / f"clip{number}.mp4") for number in range(3)], "size": [1] * 3},
+            **{"duration_seconds": [1.0] * 3, "width": [8] * 3, "height": [8] * 3},
+        }
+    )
+    pq.write_table(clips, tmp_path / "told.parquet")
+    config = dataclasses.replace(
+        make_config(corpus, tmp_path / "store"),
+        input=str(tmp_path / "told.parquet"),
+        limits=MediaLimits(max_pixels=64),
+    )
+    first = run_preprocess(config, run=run_in_process)
+    assert first.errors_by_stage == {"decode_video": {"too_many_pixels": 3}}
+    assert any("retry_errors=[too_many_pixels]" in line for line in first.lines())
+    raised = dataclasses.replace(config, limits=MediaLimits())
+    assert run_preprocess(raised, run=no_runner).segments_error == 3
+    for kinds in (("decoder_timeout",), ("too_many_pixels",), "all"):
+        again = dataclasses.replace(raised, retry_errors=kinds)
+        expected = 3 if kinds == ("too_many_pixels",) else 0
+        assert estimate(again).segments_missing == expected
+        report = run_preprocess(again, run=run_in_process if expected else no_runner)
+        assert report.segments_encoded == expected
+    assert (report.segments_done, report.segments_error, report.errors) == (3, 0, 0)
+    assert report.audit == {"planned": 3, "ok": 3, "partial": 0, "error": 0, "missing": 0, "duplicate": 0}
+    assert not any("retry_errors" in line for line in report.lines())
+    assert len(FeatureStore.open(config.output).media_ids) == 3
+    assert pq.read_table(tmp_path / "store" / "rejects.parquet").num_rows == 0
+    assert verify_store(config.output).problems == []
+    with pytest.raises(ValueError, match=r"retry_errors: there is no to_many; name some of not_found, .*or say all"):
+        dataclasses.replace(config, retry_errors=("to_many",))
+
+
+def test_another_recipe_is_refused_with_the_difference(corpus: Path, finished: Path) -> None:
+    config = make_config(corpus, finished)
+    other = dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, num_tokens_per_frame=2))
+    with pytest.raises(ValueError, match=r"merge\.num_tokens_per_frame: the store has 4, this run 2"):
+        run_preprocess(other, run=no_runner)
+    with pytest.raises(ValueError, match="num_tokens_per_frame"):
+        estimate(other)

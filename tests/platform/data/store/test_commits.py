@@ -1,0 +1,126 @@
+"""Commit records: a record without its data file counts as nothing, and late workers take nothing away."""
+
+from __future__ import annotations
+
+import errno
+import os
+import uuid
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+
+from reference.made_store import RECIPE, error_row, read_committed, segment_row, write_files
+from timeviper_platform.common import storage
+from timeviper_platform.common.schemas import PLAN
+from timeviper_platform.data.plan.stored_plan import finished_segments
+from timeviper_platform.data.preprocess.finalize import finalize_store
+from timeviper_platform.data.store import writer as store_writer
+from timeviper_platform.data.store.commits import write_commit
+from timeviper_platform.data.store.reader import FeatureStore
+from timeviper_platform.data.store.verify import verify_store
+from timeviper_platform.data.store.writer import create_store, remove_uncommitted, write_file
+
+
+@pytest.fixture(params=["local disk", "object store"])
+def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "store") if request.param == "local disk" else f"memory://{uuid.uuid4().hex}/store"
+
+
+def made_row(media_id: str, status: str = "ok", value: float = 1.0) -> dict:
+    name = {"segment_id": uuid.uuid5(uuid.NAMESPACE_URL, media_id).hex}
+    if status == "error":
+        return error_row(media_id, "read_failed", **name)
+    return segment_row(media_id, 0, 1, torch.full((4, 2, 4), value), **name) | {"status": status}
+
+
+def plan_of(*media: str) -> pa.Table:
+    rows = [{**made_row(media_id), "status": "planned"} for media_id in media]
+    return pa.Table.from_pylist([{name: row.get(name) for name in PLAN.names} for row in rows], schema=PLAN)
+
+
+def test_a_worker_that_commits_after_the_next_run_has_begun_loses_no_rows(
+    uri: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_files(uri, {"a": [made_row("a")]})
+    digest = create_store(uri, RECIPE)
+    removed = []
+
+    def commit_late(*arguments) -> None:
+        removed.append(remove_uncommitted(uri))  # the next run begins
+        write_commit(*arguments)
+
+    monkeypatch.setattr(store_writer, "write_commit", commit_late)
+    write_file(uri, "b", [made_row("b")], recipe_digest=digest)
+    monkeypatch.undo()
+    assert removed == [1]
+    assert read_committed(uri).num_rows == 2
+    assert len(finished_segments(uri)) == 1
+    assert any("data/b.parquet" in str(problem) for problem in verify_store(uri).problems)
+    totals = finalize_store(uri, [plan_of("a", "b")])
+    assert totals.counts() == {"planned": 2, "ok": 1, "partial": 0, "error": 0, "missing": 1, "duplicate": 0}
+    assert "b.parquet is committed but has no data file" in caplog.text
+    assert list(FeatureStore.open(uri).media_ids) == ["a"]
+    assert remove_uncommitted(uri) == 0
+    write_file(uri, "b", [made_row("b")], recipe_digest=digest)
+    assert finalize_store(uri, [plan_of("a", "b")]).counts()["ok"] == 2
+    assert FeatureStore.open(uri).read("b").features.sum() == 32
+    assert verify_store(uri).problems == []
+
+
+def test_a_run_begins_without_the_records_of_lost_files(uri: str) -> None:
+    write_files(uri, {name: [made_row(name)] for name in "abcd"})
+    for name in "bd":
+        storage.remove(f"{uri}/data/{name}.parquet")
+    assert remove_uncommitted(uri) == 2
+    assert read_committed(uri)["media_id"].to_pylist() == ["a", "c"]
+    assert len(finished_segments(uri)) == 2
+
+
+def test_a_record_that_replaces_others_does_so_with_its_data_file_alone(uri: str) -> None:
+    write_files(uri, {"a": [made_row("a")], "b": [made_row("b")]})
+    rows = [made_row("a"), made_row("b")]
+    write_file(uri, "merged", rows, recipe_digest=create_store(uri, RECIPE), replaces=["a.parquet", "b.parquet"])
+    storage.remove(f"{uri}/data/merged.parquet")
+    assert remove_uncommitted(uri) == 1
+    assert read_committed(uri)["file"].to_pylist() == ["a.parquet", "b.parquet"]
+
+
+def test_a_late_worker_takes_nothing_from_a_newer_one_and_a_repair_replaces_an_error(uri: str) -> None:
+    digest = create_store(uri, RECIPE)
+
+    def write(*statuses: str, value: float) -> list[str]:
+        rows = [made_row(f"m{number}", status, value) for number, status in enumerate(statuses)]
+        return [row["status"] for row in write_file(uri, "unit", rows, recipe_digest=digest)]
+
+    def stored() -> list[float]:
+        store_writer.write_index(uri)
+        store = FeatureStore.open(uri)
+        return [store.read(media_id).features[0, 0, 0].item() for media_id in store.media_ids]
+
+    assert write("ok", "error", value=1.0) == ["ok", "error"]
+    assert write("error", "error", value=2.0) == write("ok", "error", value=2.0) == ["ok", "error"]
+    assert stored() == [1.0]
+    assert write("ok", "ok", value=3.0) == ["ok", "ok"]
+    assert stored() == [3.0, 3.0]
+    storage.remove(f"{uri}/data/unit.parquet")
+    assert write("ok", "ok", value=4.0) == ["ok", "ok"]
+    assert stored() == [4.0, 4.0]
+
+
+def test_files_that_cannot_be_listed_are_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = str(tmp_path / "store")
+    write_files(uri, {"a": [made_row("a")]})
+    scandir = os.scandir
+
+    def fail(path: str) -> object:
+        if path.endswith("/data"):
+            raise OSError(errno.EIO, "input/output error")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", fail)
+    with pytest.raises(OSError, match="input/output error"):
+        remove_uncommitted(uri)
+    monkeypatch.undo()
+    assert len(finished_segments(uri)) == 1

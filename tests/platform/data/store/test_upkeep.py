@@ -1,0 +1,324 @@
+"""Compaction, verification and inspection of a store: nothing lost at any moment, every bad row named."""
+
+from __future__ import annotations
+
+import itertools
+import runpy
+import shutil
+import tracemalloc
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from reference.made_store import RECIPE, error_row, read_committed, segment_row, write_files
+from timeviper_platform.common import storage
+from timeviper_platform.data.encode.recipe import recipe_hash
+from timeviper_platform.data.store import commits, index_writer, sorted_runs
+from timeviper_platform.data.store import verify as store_check
+from timeviper_platform.data.store.compact import compact
+from timeviper_platform.data.store.index_writer import write_index
+from timeviper_platform.data.store.inspect import inspect_store
+from timeviper_platform.data.store.reader import FeatureStore
+from timeviper_platform.data.store.verify import verify_store
+from timeviper_platform.data.store.writer import create_store, remove_uncommitted, write_file, write_store
+
+ROOT = Path(__file__).resolve().parents[3]
+FILE_BYTES = 4096
+
+
+def made_rows(media_id: str, num_segments: int = 1, **changes: Any) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(sum(media_id.encode()))
+    features = torch.randn(num_segments, 16, 2, 8, generator=generator).bfloat16()  # 512 bytes a segment
+    return [segment_row(media_id, index, num_segments, piece, **changes) for index, piece in enumerate(features)]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> str:
+    return make_store(str(tmp_path / "store"), 20)
+
+
+def make_store(uri: str, num_small: int) -> str:
+    """Small files, one large file, and one of a medium's older version; a medium with an error."""
+    old = [row | {"segment_id": "old", "source_version": "v0"} for row in made_rows("m00")]
+    files = {"old": old, "large": made_rows("large", 6), "failed": [error_row("bad")]}
+    files |= {f"f{number:02d}": made_rows(f"m{number:02d}", 1 + number % 2) for number in range(num_small)}
+    write_files(uri, files)
+    return uri
+
+
+def contents(uri: str) -> dict[str, bytes]:
+    opened = FeatureStore.open(uri, cache_bytes=1)
+    return {m: opened.read(m).features.view(torch.int16).numpy().tobytes() for m in opened.media_ids}
+
+
+def statuses(uri: str) -> list[tuple[str, str]]:
+    rows = pq.ParquetFile(f"{uri}/index.parquet").read(columns=["segment_id", "status"]).to_pylist()
+    return [(row["segment_id"], row["status"]) for row in rows]
+
+
+def test_small_files_become_few_of_the_configured_size(store: str) -> None:
+    before, rows = contents(store), statuses(store)
+    report = compact(store, file_bytes=FILE_BYTES)
+    assert (report.files_before, report.rows_dropped) == (23, 1)
+    assert report.rows_copied == 31  # 10 media of one segment, 10 of two, one error
+    assert report.files_after == len(list(Path(store, "data").iterdir())) == report.files_written + 1 < 8
+    assert contents(store) == before
+    assert statuses(store) == rows
+    sizes = [
+        sum(len(value) for value in pq.ParquetFile(path).read()["features"].to_pylist() if value)
+        for path in Path(store, "data").glob("*.parquet")
+        if path.name != "large.parquet"
+    ]
+    assert max(sizes) <= FILE_BYTES
+    assert sum(2 * size >= FILE_BYTES for size in sizes) >= len(sizes) - 1
+    assert Path(store, "data", "large.parquet").exists()  # 3072 bytes of 4096: large enough
+    assert verify_store(store).problems == []
+    again = compact(store, file_bytes=FILE_BYTES)
+    assert (again.files_written, again.rows_copied) == (0, 0)
+
+
+def test_a_compaction_killed_at_any_write_or_removal_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store(str(tmp_path / "store"), 3)
+    expected, rows = contents(store), statuses(store)
+    write_bytes, remove = storage.write_atomic, storage.remove
+    for moment in itertools.count():
+        copy = str(tmp_path / f"copy{moment}")
+        shutil.copytree(store, copy)
+        left = iter(range(moment))
+
+        def dies_in_time(action: Any, left: Any = left) -> Any:
+            def act(*arguments: Any) -> None:
+                if next(left, None) is None:
+                    raise KeyboardInterrupt
+                action(*arguments)
+
+            return act
+
+        monkeypatch.setattr(storage, "write_atomic", dies_in_time(write_bytes))
+        monkeypatch.setattr(storage, "remove", dies_in_time(remove))
+        try:
+            compact(copy, file_bytes=FILE_BYTES)
+            killed = False
+        except KeyboardInterrupt:
+            killed = True
+        monkeypatch.setattr(storage, "write_atomic", write_bytes)
+        monkeypatch.setattr(storage, "remove", remove)
+        assert contents(copy) == expected  # what a reader sees that opens the store now
+        committed = read_committed(copy)["segment_id"].to_pylist()
+        assert len(committed) == len(set(committed))
+        assert set(committed) - {"old"} == {segment_id for segment_id, _ in rows}
+        if moment % 2:
+            remove_uncommitted(copy)  # the next thing may be a run of the job, or a compaction
+        else:
+            compact(copy, file_bytes=FILE_BYTES)
+        assert contents(copy) == expected
+        assert statuses(copy) == rows
+        assert verify_store(copy).problems == []
+        compact(copy, file_bytes=FILE_BYTES)
+        assert len(list(Path(copy, "data").iterdir())) == len(list(Path(copy, "commits").iterdir())) <= 3
+        if not killed:
+            break
+    assert moment == 2 + 1 + 2 * 5 + 1  # data and commit, index, removals, the record that forgets
+
+
+def test_a_reader_that_opened_the_store_before_reads_on(store: str) -> None:
+    before = contents(store)
+    opened = FeatureStore.open(store, cache_bytes=1)
+    half = opened.read("m03", [20])  # an open file whose name goes away
+    compact(store, file_bytes=FILE_BYTES)
+    for media_id, expected in before.items():
+        assert opened.read(media_id).features.view(torch.int16).numpy().tobytes() == expected
+    assert torch.equal(opened.read("m03", [20]).features, half.features)
+
+
+def test_a_reader_is_told_when_its_version_is_gone(store: str) -> None:
+    opened = FeatureStore.open(store, cache_bytes=1)
+    new = [row | {"segment_id": "new", "source_version": "v2"} for row in made_rows("m02")]
+    write_file(store, "new", new, recipe_digest=recipe_hash(RECIPE))
+    write_index(store, {"m02": "v2"})
+    assert compact(store, file_bytes=FILE_BYTES).rows_dropped == 2
+    with pytest.raises(RuntimeError, match=r"m02: the store at .* holds another version by now; open it again"):
+        opened.read("m02")
+    assert opened.read("m04").features.shape[0] == 16
+
+
+def test_rows_that_are_not_indexed_yet_survive_and_names_can_be_used_again(store: str) -> None:
+    repaired = made_rows("bad")[0] | {"segment_id": "bad-0"}
+    write_file(store, "later", [repaired, *made_rows("next")], recipe_digest=recipe_hash(RECIPE))
+    compact(store, file_bytes=FILE_BYTES)  # the job was killed before it wrote the index
+    committed = read_committed(store)
+    assert {"old", "next-0", "bad-0"} <= set(committed["segment_id"].to_pylist())
+    write_file(store, "f00", made_rows("again"), recipe_digest=recipe_hash(RECIPE))  # a name that was replaced
+    write_index(store)
+    assert {"again", "bad", "next"} <= set(FeatureStore.open(store).media_ids)
+
+
+def test_a_store_of_nothing_but_superseded_rows_becomes_empty_files_of_none(tmp_path: Path) -> None:
+    uri = str(tmp_path)
+    write_files(uri, {"a": made_rows("m"), "b": made_rows("m", source_version="v2", segment_id="m-new")})
+    report = compact(uri, file_bytes=600)  # the new row's file is large enough, the old one's holds nothing
+    assert (report.rows_dropped, report.files_after) == (1, 1)
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["b.parquet"]
+    assert verify_store(uri).problems == []
+
+
+def test_row_groups_of_merged_files_are_as_large_as_asked_for(store: str) -> None:
+    before = contents(store)
+    compact(store, row_group_bytes=1024)
+    (path,) = Path(store, "data").iterdir()
+    file = pq.ParquetFile(path)
+    sizes = [file.read_row_group(number)["features"].nbytes for number in range(file.num_row_groups)]
+    assert min(sizes[:-1]) >= 1024
+    assert len(sizes) == 18  # 36 rows of 512 bytes
+    assert contents(store) == before
+    with pytest.raises(ValueError, match="row_group_bytes = 0"):
+        compact(store, row_group_bytes=0)
+
+
+def test_damage_is_not_copied(store: str) -> None:
+    corrupt(Path(store, "data", "f07.parquet"), 1)
+    before = sorted(path.name for path in Path(store, "data").iterdir())
+    with pytest.raises(RuntimeError, match=r"segment m07-1 of medium m07: the features are not those"):
+        compact(store, file_bytes=1 << 20)
+    assert sorted(path.name for path in Path(store, "data").iterdir()) == before
+    with pytest.raises(ValueError, match="no feature store"):
+        compact(store + "-none")
+    with pytest.raises(ValueError, match="file_bytes"):
+        compact(store, file_bytes=0)
+
+
+def corrupt(path: Path, row: int) -> None:
+    """Turns one bit in the features of a row of a data file."""
+    features = pq.ParquetFile(path).read()["features"][row].as_py()
+    data = bytearray(path.read_bytes())
+    data[bytes(data).index(features) + 100] ^= 1
+    path.write_bytes(data)
+
+
+def test_every_bad_row_is_named(store: str) -> None:
+    assert verify_store(store).problems == []
+    corrupt(Path(store, "data", "f07.parquet"), 1)
+    Path(store, "data", "f08.parquet").unlink()
+    Path(store, "data", "f10.parquet").write_bytes(b"nothing")
+    Path(store, "data", "left.parquet").write_bytes(b"half")
+    digest = create_store(store, RECIPE)
+    longer = [row | {"duration_seconds": 1.0} for row in made_rows("m12")]
+    record = Path(store, "commits", "f12.parquet").read_bytes()
+    for name in ("f12", "f14"):
+        Path(store, "commits", f"{name}.parquet").unlink()
+    write_file(store, "f12", longer, recipe_digest=digest)
+    Path(store, "commits", "f12.parquet").write_bytes(record)
+    write_file(store, "f14", [row | {"features": b"short"} for row in made_rows("m14")], recipe_digest=digest)
+    report = verify_store(store)
+    found = {(problem.file, problem.segment_id): problem.what for problem in report.problems}
+    assert len(report.problems) == len(found) == 5
+    assert found["data/f07.parquet", "m07-1"] == "the features are not those that were written (xxh64)"
+    assert "cannot be opened" in found["data/f08.parquet", "m08-0"]
+    assert "cannot be opened" in found["data/f10.parquet", "m10-0"]
+    assert found["data/f12.parquet", "m12-0"] == "duration_seconds differ from the commit record"
+    assert found["data/f14.parquet", "m14-0"] == "5 bytes of features instead of 512"
+    assert report.leftovers == 1
+    assert "row group 0 row 1 segment m07-1 of medium m07" in "\n".join(report.lines())
+
+
+def test_more_problems_than_a_report_lists_are_counted(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in Path(store, "data").iterdir():
+        path.write_bytes(b"gone")
+    whole = verify_store(store)
+    assert len(whole.problems) == whole.num_problems == whole.rows > 4
+    monkeypatch.setattr(store_check, "MAX_PROBLEMS", 4)
+    report = verify_store(store)
+    assert (report.problems, report.num_problems) == (whole.problems[:4], whole.num_problems)
+    assert f"BAD        and {whole.num_problems - 4} more" in report.lines()
+    assert report.lines()[-1].startswith(f"result     {whole.num_problems} problems.")
+
+
+def test_an_index_that_says_what_no_commit_does_is_found(store: str) -> None:
+    index = pq.ParquetFile(f"{store}/index.parquet").read()
+    doubled = index.take([0, 0, *range(2, index.num_rows)])
+    pq.write_table(doubled.replace_schema_metadata(index.schema.metadata), f"{store}/index.parquet")
+    problems = "\n".join(str(problem) for problem in verify_store(store).problems)
+    assert "the segment is there twice" in problems
+    Path(store, "commits", "f02.parquet").unlink()
+    assert "made from other data files" in str(verify_store(store).problems[0])
+    Path(store, "index.parquet").unlink()
+    assert "the job has not finished" in str(verify_store(store).problems[0])
+
+
+def test_an_index_that_lacks_a_segment_is_found(store: str) -> None:
+    index = pq.ParquetFile(f"{store}/index.parquet").read()
+    pq.write_table(index.slice(1), f"{store}/index.parquet")
+    assert [str(p) for p in verify_store(store).problems] == ["index.parquet: medium bad is committed but not there"]
+    pq.write_table(index.slice(2), f"{store}/index.parquet")
+    assert [str(p) for p in verify_store(store).problems] == [
+        "index.parquet: medium large has 5 of 6 segments",
+        "index.parquet: medium bad is committed but not there",
+    ]
+
+
+def test_a_store_says_what_it_holds(store: str) -> None:
+    summary = inspect_store(store)
+    assert (summary.media, summary.segments, summary.segments_superseded) == (21, {"error": 1, "ok": 36}, 1)
+    assert (summary.frames, summary.bytes, summary.files) == (36 * 16, 36 * 512, 23)
+    assert summary.file_bytes == sum(path.stat().st_size for path in Path(store, "data").iterdir())
+    assert summary.is_indexed
+    assert summary.recipe == RECIPE
+    write_file(store, "new", made_rows("new"), recipe_digest=recipe_hash(RECIPE))
+    assert not inspect_store(store).is_indexed
+    assert "run the job again" in "\n".join(inspect_store(store).lines())
+
+
+@pytest.mark.parametrize("action", [inspect_store, verify_store, partial(compact, file_bytes=12_000)])
+def test_three_times_the_files_take_no_more_memory(
+    action: Callable[[str], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module, name, value in (
+        (sorted_runs, "RUN_BYTES", 200_000),
+        (sorted_runs, "BATCH_ROWS", 2),
+        (commits, "READ_AHEAD", 2),
+        (index_writer, "ROW_GROUP_ROWS", 16),
+        (store_check, "VERIFY_THREADS", 1),  # a page of four files; with more threads its peak is a lottery
+    ):
+        monkeypatch.setattr(module, name, value)
+    peaks = []
+    for num_files in (7, 8, 24):  # the first: what only a first time takes
+        uri = str(tmp_path / str(num_files))
+        message = {"error_message": "long " * 2000}  # rows that would be seen if they were held: 10 KB
+        write_files(uri, {f"f{n:03d}": made_rows(f"m{n:03d}", 8, **message) for n in range(num_files)})
+        pool = pa.proxy_memory_pool(pa.system_memory_pool())  # counts from here
+        before = pa.default_memory_pool()
+        pa.set_memory_pool(pool)
+        tracemalloc.start()
+        action(uri)
+        peaks.append(pool.max_memory() + tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        pa.set_memory_pool(before)
+    assert peaks[2] < 1.5 * peaks[1] + 100_000  # 1.9 MB of rows are in the larger one
+
+
+def test_the_job_prints_a_report_and_fails_when_verification_finds_anything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = runpy.run_path(str(ROOT / "jobs" / "store.py"))["main"]
+    uri = str(tmp_path / "store")
+    write_store(uri, {f"m{number}": torch.randn(4, 2, 8) for number in range(3)}, recipe=RECIPE)
+    assert main(["inspect", uri]) == 0
+    assert "frames     12" in capsys.readouterr().out
+    assert main(["verify", uri]) == 0
+    assert "nothing wrong" in capsys.readouterr().out
+    assert main(["compact", uri, "--file-mb", "1"]) == 0
+    assert "files      1 before, 1 after; written: 0" in capsys.readouterr().out
+    (path,) = Path(uri, "data").iterdir()
+    corrupt(path, 2)
+    assert main(["verify", uri]) == 1
+    assert "BAD        data/" in capsys.readouterr().out
+    assert main(["verify", str(tmp_path / "none")]) == 1
+    assert "no feature store" in capsys.readouterr().err

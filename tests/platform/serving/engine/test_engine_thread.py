@@ -1,0 +1,39 @@
+"""engine_loop: one thread for every caller, whatever one of them asks."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+import torch
+
+from reference.tiny_serving import CONFIG, byte_tokenizer, prompt, random_model
+from timeviper_model.inference.engine import InferenceEngine
+from timeviper_model.inference.requests import EngineConfig, Finished, Request
+from timeviper_platform.serving.engine.engine_thread import EngineLoop
+
+TOKENIZER = byte_tokenizer()
+REQUEST = Request(
+    prompt=prompt(TOKENIZER, "What?"), vision_features=torch.zeros(0, CONFIG.vision.hidden_size), max_new_tokens=2
+)
+
+
+def test_a_command_that_fails_is_its_callers_and_the_thread_goes_on() -> None:
+    engine = InferenceEngine(random_model(CONFIG), EngineConfig(num_slots=2), tokenizer=TOKENIZER)
+    loop = EngineLoop(engine)
+    words = replace(REQUEST.prompt, input_ids=[*REQUEST.prompt.input_ids[:-1], None])  # type: ignore[list-item]  # wrong
+
+    async def ask() -> list[object]:
+        with pytest.raises(TypeError):
+            await loop.submit([REQUEST, replace(REQUEST, prompt=words)])
+        assert (await loop.stats()).queued_requests == 0  # nor is the first one left behind
+        ids, events = await loop.submit([REQUEST])
+        assert len(ids) == 1
+        return [(await events.get())[1] for _ in range(3)]
+
+    try:
+        assert isinstance(asyncio.run(asyncio.wait_for(ask(), timeout=60))[-1], Finished)
+    finally:
+        loop.stop()
+    assert loop.error is None

@@ -1,0 +1,284 @@
+"""engine service: conversations through a real tiny engine, on an event loop, without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from reference.tiny_serving import CONFIG_WITH_TRANSV, byte_tokenizer, generate_alone, prompt, random_model
+from timeviper_model.batching.prompt import NEMOTRON, TEMPLATES, time_text
+from timeviper_model.inference.requests import EngineConfig
+from timeviper_model.weights.weights_folder import from_pretrained, save_pretrained
+from timeviper_platform.serving.engine.service import EngineService, EngineServiceConfig, build_prompt
+from timeviper_platform.serving.messages import AnswerPart, ChatTurn, FeatureReference, GenerateRequest, Refusal
+
+TOKENIZER = byte_tokenizer()
+DIM = CONFIG_WITH_TRANSV.vision.hidden_size
+Scenario = Callable[[EngineService], Awaitable[Any]]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("engine") / "weights"
+    save_pretrained(random_model(dtype=torch.float32), folder, tokenizer=TOKENIZER)
+    return folder
+
+
+def bits(num_frames: int) -> np.ndarray:
+    generator = torch.Generator().manual_seed(num_frames)
+    features = torch.randn(num_frames, 4, DIM, generator=generator).to(torch.bfloat16)
+    return features.view(torch.int16).numpy()
+
+
+def video(num_frames: int = 6) -> FeatureReference:
+    return FeatureReference(
+        key="k",
+        ref=bits(num_frames),
+        num_frames=num_frames,
+        num_tokens_per_frame=4,
+        modality="video",
+        duration_seconds=float(num_frames),
+    )
+
+
+def request(text: str = "What?", *, media: tuple[FeatureReference, ...] = (), **values: Any) -> GenerateRequest:
+    turns = (ChatTurn(role="user", text=text, media=media),)
+    defaults = {
+        "tenant": "a",
+        "turns": turns,
+        "max_new_tokens": 8,
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "n": 1,
+        "seed": 0,
+    }
+    return GenerateRequest(**{**defaults, "stop": (), "num_logprobs": None, **values})
+
+
+def run(weights: Path, scenario: Scenario, **config: Any) -> Any:
+    async def fetch(reference: FeatureReference) -> np.ndarray:
+        if reference.ref is None:
+            raise RuntimeError("its owner has gone")
+        array: np.ndarray = reference.ref
+        return array
+
+    async def main() -> Any:
+        service = EngineService(str(weights), EngineServiceConfig(**config), fetch)
+        try:
+            return await asyncio.wait_for(scenario(service), 60)
+        finally:
+            service.stop()
+
+    return asyncio.run(main())
+
+
+async def collect(service: EngineService, asked: GenerateRequest) -> list[AnswerPart | Refusal]:
+    return [item async for item in service.generate(asked)]
+
+
+def text_of(items: list[AnswerPart | Refusal], index: int = 0) -> str:
+    return "".join(item.text for item in items if isinstance(item, AnswerPart) and item.index == index)
+
+
+def refusal_of(items: list[AnswerPart | Refusal]) -> Refusal:
+    (item,) = items
+    assert isinstance(item, Refusal)
+    return item
+
+
+def test_answers_of_many_callers_equal_plain_generation(weights: Path) -> None:
+    sizes = [0, 3, 6, 2]
+
+    async def scenario(service: EngineService) -> list[str]:
+        asked = [request(f"Question {size}", media=(video(size),) if size else ()) for size in sizes]
+        return [text_of(items) for items in await asyncio.gather(*(collect(service, one) for one in asked))]
+
+    answers = run(weights, scenario, engine=EngineConfig(num_slots=2))
+    model = from_pretrained(weights)
+    end_ids = frozenset({TOKENIZER.convert_tokens_to_ids("<SPECIAL_12>")})
+    for size, answer in zip(sizes, answers, strict=True):
+        rows = torch.from_numpy(bits(size)).view(torch.bfloat16).flatten(0, 1).float() if size else torch.zeros(0, DIM)
+        sample = prompt(TOKENIZER, f"Question {size}", size * 4)
+        ids = generate_alone(model, sample, rows, num_tokens=8, end_ids=end_ids)
+        expected = TOKENIZER.decode([i for i in ids if i not in end_ids], skip_special_tokens=True)
+        assert answer == expected
+
+
+def test_parts_have_index_reason_usage_and_log_probabilities(weights: Path) -> None:
+    asked = request(media=(video(6),), n=2, temperature=1.0, seed=5, num_logprobs=2)
+    items = run(weights, lambda service: collect(service, asked))
+    last = {item.index: item for item in items if isinstance(item, AnswerPart) and item.finish_reason}
+    assert set(last) == {0, 1}
+    assert last[0].usage is not None
+    assert (last[0].usage.vision_tokens, last[0].usage.vision_tokens_kept) == (24, 6)
+    logprobs = [entry for item in items if isinstance(item, AnswerPart) and item.index == 0 for entry in item.logprobs]
+    assert len(logprobs) == last[0].usage.completion_tokens
+    assert all(len(entry.top) == 2 for entry in logprobs)
+    # the second answer is what its own seed gives
+    alone = run(weights, lambda service: collect(service, replace(asked, n=1, seed=6)))
+    assert text_of(alone) == text_of(items, index=1)
+
+
+def usages(items: list[AnswerPart | Refusal]) -> list[tuple[int, int]]:
+    """(prompt tokens, cached tokens) of every answer."""
+    found = [item.usage for item in items if isinstance(item, AnswerPart) and item.usage is not None]
+    return [(usage.prompt_tokens, usage.cached_tokens) for usage in found]
+
+
+def test_a_second_question_reads_its_own_words_alone_and_is_answered_alike(weights: Path) -> None:
+    questions = [request(text, media=(video(),)) for text in ("What?", "When is it?")]
+    follow_up = replace(
+        questions[0],
+        turns=(*questions[0].turns, ChatTurn(role="assistant", text="A"), ChatTurn(role="user", text="Why?")),
+    )
+    asked = [*questions, follow_up]
+
+    async def scenario(service: EngineService) -> list[list[AnswerPart | Refusal]]:
+        return [await collect(service, one) for one in asked]
+
+    engine = EngineConfig(prefix_cache_bytes=2**24)
+    cached, plain = run(weights, scenario, engine=engine), run(weights, scenario)
+    assert [text_of(items) for items in cached] == [text_of(items) for items in plain]
+    assert [usages(items)[0][1] for items in plain] == [0, 0, 0]
+    prefix = usages(cached[1])[0][1]
+    assert prefix > 24  # six frames of four tokens, and what stands before them
+    assert [usages(items)[0][1] for items in cached] == [0, prefix, prefix]
+
+
+def test_no_prefix_is_shared_across_tenants_videos_or_system_texts(weights: Path) -> None:
+    first = request(media=(video(),))
+    system = (ChatTurn(role="system", text="Be brief."), *first.turns)
+    other_video = replace(video(), key="other")
+    others = [replace(first, tenant="b"), request(media=(other_video,)), replace(first, turns=system)]
+
+    async def scenario(service: EngineService) -> list[int]:
+        return [usages(await collect(service, one))[0][1] for one in [first, *others, first]]
+
+    *misses, hit = run(weights, scenario, engine=EngineConfig(prefix_cache_bytes=2**24))
+    assert misses == [0, 0, 0, 0]
+    assert hit > 24
+
+
+def test_many_first_questions_at_once_compute_a_prefix_once(weights: Path) -> None:
+    async def scenario(service: EngineService) -> tuple[int, int, list[str]]:
+        asked = [request(f"Question {number}", media=(video(),)) for number in range(4)]
+        answers = await asyncio.gather(*(collect(service, one) for one in [*asked, replace(asked[0], n=2)]))
+        stats = await service.stats()
+        return stats.prefix_misses, stats.prefix_hits, [text_of(answers[0]), *map(text_of, (answers[-1],))]
+
+    misses, hits, same = run(weights, scenario, engine=EngineConfig(prefix_cache_bytes=2**24))
+    assert (misses, hits) == (1, 5)
+    assert same[0] == same[1]
+
+
+def test_the_first_token_goes_out_at_once_and_the_rest_is_gathered(weights: Path) -> None:
+    asked = request(max_new_tokens=64, temperature=1.0, num_logprobs=0)
+    items = run(weights, lambda service: collect(service, asked), coalesce_ms=100.0)
+    sizes = [len(item.logprobs) for item in items if isinstance(item, AnswerPart)]
+    assert sizes[0] <= 3
+    assert len(sizes) < sum(sizes) / 2
+
+
+def test_a_caller_that_goes_frees_its_slots(weights: Path) -> None:
+    async def scenario(service: EngineService) -> tuple[int, int]:
+        items = service.generate(request(max_new_tokens=1000, temperature=1.0, n=3))
+        await anext(items)
+        before = (await service.stats()).active_slots
+        await items.aclose()
+        return before, (await service.stats()).active_slots
+
+    before, after = run(weights, scenario)
+    assert before > 0
+    assert after == 0
+
+
+def test_past_slots_and_queue_callers_are_told_to_come_back(weights: Path) -> None:
+    async def scenario(service: EngineService) -> tuple[list[Any], list[Any]]:
+        busy = service.generate(request(max_new_tokens=500, temperature=1.0, n=2))
+        await anext(busy)
+        refused = await collect(service, request())
+        await busy.aclose()
+        return refused, await collect(service, request())
+
+    refused, served = run(weights, scenario, engine=EngineConfig(num_slots=1, max_queued_requests=1))
+    refusal = refusal_of(refused)
+    assert (refusal.status, refusal.retry_after_s) == (429, 1.0)
+    assert text_of(served)
+
+
+def test_what_cannot_be_served_is_a_refusal(weights: Path) -> None:
+    lost = replace(video(), ref=None)
+
+    async def scenario(service: EngineService) -> list[Refusal]:
+        two_users = (ChatTurn(role="user", text="a"), ChatTurn(role="user", text="b"))
+        asked = [
+            request("x" * 200),
+            request("a <media> b"),
+            request(turns=two_users),
+            request(media=(lost,)),
+        ]
+        return [refusal_of(await collect(service, one)) for one in asked]
+
+    refusals = run(weights, scenario, engine=EngineConfig(max_prompt_tokens=100))
+    assert [(refusal.status, refusal.code) for refusal in refusals] == [
+        (400, "context_length_exceeded"),
+        (400, "invalid_value"),
+        (400, "invalid_value"),
+        (503, "features_lost"),
+    ]
+
+
+def test_an_engine_that_breaks_tells_everyone_and_the_cluster(weights: Path) -> None:
+    async def scenario(service: EngineService) -> tuple[Any, Any, bool]:
+        items = service.generate(request(max_new_tokens=1000, temperature=1.0))
+        await anext(items)
+        service._engine.step = lambda: 1 / 0  # type: ignore[method-assign,assignment]
+        *_, broken = [item async for item in items]
+        later = refusal_of(await collect(service, request()))
+        with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+            service.check_health()
+        return broken, later, await service.is_ready()
+
+    broken, later, is_ready = run(weights, scenario)
+    assert isinstance(broken, Refusal)
+    assert (broken.status, later.status, is_ready) == (503, 503, False)
+
+
+def test_kernels_that_cannot_be_used_stop_the_replica_with_their_reason(weights: Path) -> None:
+    async def fetch(reference: FeatureReference) -> np.ndarray:
+        return bits(reference.num_frames)
+
+    with pytest.raises(RuntimeError, match=r"backend = kernels cannot be used .*need CUDA, not cpu"):
+        EngineService(str(weights), EngineServiceConfig(backend="kernels"), fetch)
+
+
+def test_a_turns_media_stand_before_its_text() -> None:
+    turns = [
+        ChatTurn(role="system", text="Be brief."),
+        ChatTurn(role="user", text="First?", media=(video(1), video(2))),
+        ChatTurn(role="assistant", text="Yes"),
+        ChatTurn(role="user", text="Second?"),
+    ]
+    sample = build_prompt(TOKENIZER, turns, TEMPLATES["nemotron"])
+    places = [place for place, row in enumerate(sample.vision_index) if row >= 0]
+    assert len(places) == 12
+    assert places == list(range(places[0], places[0] + 12))
+    assert TOKENIZER.decode(sample.input_ids[places[-1] + 1 :]).startswith("First?\n<SPECIAL_12>")
+    assert TOKENIZER.decode(sample.input_ids).endswith("<SPECIAL_11>Assistant\n")
+
+
+def test_the_time_text_follows_each_video_when_it_is_on() -> None:
+    picture = replace(video(1), modality="image", duration_seconds=0.0)
+    turns = [ChatTurn(role="user", text="When?", media=(picture, video(2)))]
+    sample = build_prompt(TOKENIZER, turns, NEMOTRON, with_time_text=True)
+    text = TOKENIZER.decode([i for i, row in zip(sample.input_ids, sample.vision_index, strict=True) if row < 0])
+    assert f"{time_text(2.0, 2)}When?" in text
+    assert text.count("The video lasts") == 1

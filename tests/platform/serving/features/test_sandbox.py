@@ -1,0 +1,134 @@
+"""sandbox: real files through real worker processes, good ones and bad ones."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from reference.tiny_serving import write_video
+from timeviper_platform.serving.features.sandbox import DecodedMedium, DecodeSandbox, SandboxConfig
+from timeviper_platform.serving.messages import MediaBytes, MediaFile, Refusal
+
+SIZE = 32
+
+
+def bytes_of(path: Path) -> MediaBytes:
+    data = path.read_bytes()
+    return MediaBytes(data=data, sha256=hashlib.sha256(data).hexdigest(), modality="video")
+
+
+def in_sandbox(
+    scenario: Callable[[DecodeSandbox], Coroutine[Any, Any, Any]], config: SandboxConfig | None = None
+) -> Any:
+    async def run() -> Any:
+        sandbox = DecodeSandbox(config or SandboxConfig(), SIZE)
+        try:
+            return await scenario(sandbox)
+        finally:
+            await sandbox.close()
+
+    return asyncio.run(run())
+
+
+def test_a_file_and_its_bytes_decode_alike_and_thinned(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4")
+
+    async def scenario(sandbox: DecodeSandbox) -> list[DecodedMedium | Refusal]:
+        file = MediaFile(uri=str(path), sha256="", modality="video")
+        return [
+            await sandbox.decode(file, fps=1.0, max_frames=100),
+            await sandbox.decode(bytes_of(path), fps=1.0, max_frames=2),
+        ]
+
+    whole, thinned = in_sandbox(scenario)
+    assert whole.frames.shape == (4, SIZE, SIZE, 3)
+    assert [round((float(frame.mean()) - 20) / 40) for frame in whole.frames] == [0, 1, 2, 3]
+    assert whole.pts_seconds.tolist() == [0.0, 1.0, 2.0, 3.0]
+    assert whole.end_seconds == pytest.approx(4.0)
+    assert np.array_equal(thinned.frames, whole.frames[[0, 3]])
+
+
+def test_media_that_cannot_be_decoded_are_a_422_with_the_reason(tmp_path: Path) -> None:
+    good = write_video(tmp_path / "a.mp4").read_bytes()
+    files = {"cut": good[: len(good) // 3], "text": b"this is no video\n" * 50, "empty": b""}
+    codes = {}
+
+    async def scenario(sandbox: DecodeSandbox) -> None:
+        for name, data in files.items():
+            answer = await sandbox.decode(MediaBytes(data=data, sha256="", modality="video"), fps=1.0, max_frames=4)
+            assert isinstance(answer, Refusal)
+            assert answer.status == 422
+            codes[name] = answer.code
+
+    in_sandbox(scenario)
+    assert codes == {"cut": "corrupt_file", "text": "unknown_format", "empty": "empty_file"}
+
+
+def test_limits_on_pixels_frames_and_time_each_have_their_answer(tmp_path: Path) -> None:
+    media = bytes_of(write_video(tmp_path / "a.mp4"))
+    config = SandboxConfig()
+
+    def refusal(config: SandboxConfig) -> tuple[int, str]:
+        answer = in_sandbox(lambda sandbox: sandbox.decode(media, fps=1.0, max_frames=4), config)
+        return answer.status, answer.code
+
+    assert refusal(replace(config, max_pixels=1000)) == (422, "too_many_pixels")
+    assert refusal(replace(config, max_samples=3)) == (422, "too_many_frames")
+    assert refusal(replace(config, deadline_s=0.0001)) == (408, "decode_timeout")
+
+
+def test_a_file_that_has_gone_is_the_servers_trouble() -> None:
+    file = MediaFile(uri="/nowhere/a.media", sha256="", modality="video")
+    answer = in_sandbox(lambda sandbox: sandbox.decode(file, fps=1.0, max_frames=4))
+    assert (answer.status, "nowhere" in answer.message) == (503, False)
+
+
+def test_a_worker_that_dies_is_an_answer_and_the_next_one_works(tmp_path: Path) -> None:
+    media = bytes_of(write_video(tmp_path / "a.mp4"))
+
+    async def scenario(sandbox: DecodeSandbox) -> tuple[Any, Any]:
+        await sandbox.start()
+        assert sandbox._spare is not None
+        os.kill((await sandbox._spare).pid, 9)
+        return (
+            await sandbox.decode(media, fps=1.0, max_frames=4),
+            await sandbox.decode(media, fps=1.0, max_frames=4),
+        )
+
+    dead, alive = in_sandbox(scenario)
+    assert (dead.status, dead.code) == (422, "decode_failed")
+    assert len(alive.frames) == 4
+
+
+def test_workers_get_no_secrets_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_TOKEN", "x")
+
+    async def scenario(sandbox: DecodeSandbox) -> bytes:
+        await sandbox.start()
+        assert sandbox._spare is not None
+        return Path(f"/proc/{(await sandbox._spare).pid}/environ").read_bytes()
+
+    environment = in_sandbox(scenario)
+    assert b"SECRET_TOKEN" not in environment
+    assert b"PYTHONPATH" in environment
+
+
+def test_a_picture_is_one_frame_within_its_limit(tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (50, 40), (200, 0, 0)).save(tmp_path / "a.png")
+    file = MediaFile(uri=str(tmp_path / "a.png"), sha256="", modality="image")
+    medium = in_sandbox(lambda sandbox: sandbox.decode(file, fps=1.0, max_frames=4))
+    assert (medium.frames.shape, medium.end_seconds) == ((1, SIZE, SIZE, 3), 0.0)
+    assert (medium.frames[..., 0] == 200).all()
+    config = SandboxConfig(max_pixels=1000)
+    refusal = in_sandbox(lambda sandbox: sandbox.decode(file, fps=1.0, max_frames=4), config)
+    assert refusal.code == "too_many_pixels"

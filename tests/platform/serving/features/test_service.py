@@ -1,0 +1,252 @@
+"""feature service: stored media, uploads, and one encoder for both; no Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import shutil
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from reference.tiny_serving import (
+    CONFIG_WITH_TRANSV,
+    IMAGE_SIZE,
+    ServingFolders,
+    make_serving_folders,
+    write_video,
+)
+from timeviper_platform.data.encode.frame_encoder import FrameEncoder
+from timeviper_platform.data.store.reader import FeatureStore
+from timeviper_platform.data.video.reader import read_frames
+from timeviper_platform.serving.features.service import FeatureService, FeatureServiceConfig, thin_to_fps
+from timeviper_platform.serving.messages import (
+    FeatureReference,
+    FeatureRequest,
+    MediaBytes,
+    MediaFile,
+    Refusal,
+    StoredFeatures,
+)
+
+VISION = CONFIG_WITH_TRANSV.vision
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> ServingFolders:
+    return make_serving_folders(tmp_path_factory.mktemp("features"))
+
+
+def service_of(made: ServingFolders, **config: Any) -> FeatureService:
+    values = {"store": made.store, "encoder": made.encoder, **config}
+    return FeatureService(made.weights, FeatureServiceConfig(**values), lambda array: array)
+
+
+def run(service: FeatureService, scenario: Callable[[FeatureService], Awaitable[Any]]) -> Any:
+    async def main() -> Any:
+        try:
+            return await asyncio.wait_for(scenario(service), 60)
+        finally:
+            await service.close()
+
+    return asyncio.run(main())
+
+
+def stored(media_id: str = "film", **limits: Any) -> FeatureRequest:
+    return FeatureRequest(source=StoredFeatures(media_id=media_id), **limits)
+
+
+def video_bytes(tmp_path: Path) -> bytes:
+    return write_video(tmp_path / "a.mp4", seconds=6).read_bytes()
+
+
+def upload(data: bytes, **limits: Any) -> FeatureRequest:
+    source = MediaBytes(data=data, sha256=hashlib.sha256(data).hexdigest(), modality="video")
+    return FeatureRequest(source=source, **limits)
+
+
+def test_stored_features_are_thinned_to_the_lower_of_both_limits(made: ServingFolders) -> None:
+    async def scenario(service: FeatureService) -> list[int]:
+        limits = [{}, {"max_frames": 3}, {"max_frames": 1000}, {"fps": 0.25}, {"fps": 30.0}]
+        return [(await service.features(stored(**values))).num_frames for values in limits]  # type: ignore[arg-type,union-attr]
+
+    assert run(service_of(made, max_frames=24), scenario) == [24, 3, 24, 10, 24]
+
+
+def test_stored_features_come_bit_by_bit(made: ServingFolders) -> None:
+    reference = run(service_of(made), lambda service: service.features(stored()))
+    expected = FeatureStore.open(made.store).read("film")
+    assert np.array_equal(reference.ref, expected.features.view(torch.int16).numpy())
+    assert (reference.num_tokens_per_frame, reference.duration_seconds, reference.modality) == (4, 40.0, "video")
+
+
+def test_an_unknown_id_is_a_404(made: ServingFolders) -> None:
+    for config in ({}, {"store": None}):
+        refusal = run(service_of(made, **config), lambda service: service.features(stored("nothing")))
+        assert (refusal.status, refusal.code) == (404, "media_not_found")
+
+
+def test_an_upload_has_the_features_that_preprocessing_would_give(made: ServingFolders, tmp_path: Path) -> None:
+    data = video_bytes(tmp_path)
+    (tmp_path / "b.media").write_bytes(data)
+    file = MediaFile(uri=str(tmp_path / "b.media"), sha256="other", modality="video")
+
+    async def scenario(service: FeatureService) -> list[FeatureReference | Refusal]:
+        return [
+            await service.features(upload(data, max_frames=4)),
+            await service.features(FeatureRequest(source=file, max_frames=4)),
+        ]
+
+    inline, stored_file = run(service_of(made), scenario)
+    frames = read_frames(data, IMAGE_SIZE, fps=Fraction(1), max_frames=4).frames
+    expected = FrameEncoder(made.encoder).encode(frames).view(torch.int16).numpy()
+    assert np.array_equal(inline.ref, expected)
+    assert np.array_equal(stored_file.ref, expected)
+    assert inline.duration_seconds == pytest.approx(6.0)
+
+
+def test_an_upload_that_the_store_knows_is_not_decoded(made: ServingFolders, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = service_of(made, encoder=None)
+    assert service._store is not None
+    monkeypatch.setattr(service._store, "find", {hashlib.sha256(b"known").hexdigest(): "film"}.get)
+    known = run(service, lambda service: service.features(upload(b"known", max_frames=2)))
+    assert known.num_frames == 2
+    unknown = run(service, lambda service: service.features(upload(b"unknown")))
+    assert (unknown.status, unknown.code) == (400, "uploads_disabled")
+
+
+def test_features_are_made_once_for_all_who_ask_and_kept(made: ServingFolders, tmp_path: Path) -> None:
+    data = video_bytes(tmp_path)
+    puts = []
+    config = FeatureServiceConfig(store=made.store, encoder=made.encoder)
+    service = FeatureService(made.weights, config, lambda array: puts.append(array) or array)
+
+    async def scenario(service: FeatureService) -> list[Any]:
+        first = asyncio.create_task(service.features(upload(data)))
+        others = [asyncio.create_task(service.features(upload(data))) for _ in range(3)]
+        await asyncio.sleep(0)
+        first.cancel()  # whoever came first may go
+        return [*(await asyncio.gather(*others)), await service.features(upload(data))]
+
+    answers = run(service, scenario)
+    assert len(puts) == 1
+    assert all(answer is answers[0] for answer in answers)
+
+
+def test_kept_features_give_way_least_recently_used_first(made: ServingFolders) -> None:
+    frame_bytes = 4 * VISION.hidden_size * 2
+    puts: list[int] = []
+    config = FeatureServiceConfig(store=made.store, cache_bytes=5 * frame_bytes)
+    service = FeatureService(made.weights, config, lambda array: puts.append(len(array)))
+
+    async def scenario(service: FeatureService) -> None:
+        for max_frames in (2, 3, 2, 1, 2, 3):  # 1 pushes out 3, used longest ago
+            await service.features(stored(max_frames=max_frames))
+
+    run(service, scenario)
+    assert puts == [2, 3, 1, 3]
+
+
+def test_a_bad_upload_is_refused_and_not_kept(made: ServingFolders) -> None:
+    service = service_of(made)
+    refusal = run(service, lambda service: service.features(upload(b"this is no video" * 10)))
+    assert (refusal.status, refusal.code) == (422, "unknown_format")
+    assert service._kept == {}
+    assert service._in_work == {}
+
+
+def test_trouble_of_the_store_is_a_503(made: ServingFolders, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = service_of(made)
+
+    def broken(media_id: str, frames: Any) -> Any:
+        raise RuntimeError("the disk is away")
+
+    monkeypatch.setattr(service._store, "read", broken)
+    refusal = run(service, lambda service: service.features(stored()))
+    assert (refusal.status, refusal.code) == (503, "features_failed")
+    assert "disk" not in refusal.message
+
+
+def test_a_lower_rate_takes_the_first_frame_of_each_interval() -> None:
+    assert thin_to_fps([0.0, 1.0, 2.0, 3.0, 4.0], 0.5) == [0, 2, 4]
+    assert thin_to_fps([0.0, 1.0, 2.0], 5.0) == [0, 1, 2]
+    assert thin_to_fps([10.0, 11.0, 15.0, 16.0], 0.5) == [0, 2, 3]
+    assert thin_to_fps([], 1.0) == []
+
+
+def test_an_encoder_other_than_the_stores_is_refused_naming_both(made: ServingFolders) -> None:
+    other = replace(made.encoder, encode_batch_frames=8)
+    with pytest.raises(ValueError, match="encode_batch_frames: 8 and 4") as caught:
+        service_of(made, encoder=other)
+    assert made.store in str(caught.value)
+    assert made.encoder.encoder in str(caught.value)
+    with pytest.raises(ValueError, match="compiled: True and False"):
+        service_of(made, encoder=replace(made.encoder, compile=True))
+
+
+def test_a_store_of_another_release_is_refused_with_what_helps(made: ServingFolders, tmp_path: Path) -> None:
+    store = Path(shutil.copytree(made.store, tmp_path / "store"))
+    header = json.loads((store / "store.json").read_text())
+    header["recipe"]["recipe_version"] -= 1
+    (store / "store.json").write_text(json.dumps(header))
+    with pytest.raises(ValueError, match=r"recipe_version: \d and \d\n.*preprocess into a new folder"):
+        service_of(made, store=str(store))
+
+
+def test_weights_made_for_other_features_are_refused_naming_both(made: ServingFolders, tmp_path: Path) -> None:
+    config = json.loads((Path(made.weights) / "config.json").read_text())
+    config["vision_config"]["num_tokens_per_frame"] = 16
+    config["timeviper_metadata"] = {"recipe_hash": "0" * 64}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    wrong = replace(made, weights=str(tmp_path))
+    for settings in ({"encoder": None}, {"store": None}):
+        with pytest.raises(ValueError, match="num_tokens_per_frame: 16 and 4") as caught:
+            service_of(wrong, **settings)
+        assert str(tmp_path) in str(caught.value)
+    config["vision_config"]["num_tokens_per_frame"] = 4
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="recipe_hash"):
+        service_of(wrong)
+
+
+@pytest.mark.parametrize("values", [{}, {"store": "x", "fps": 0.0}, {"store": "x", "max_frames": 0}])
+def test_a_configuration_that_serves_nothing_is_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"needs a store|must be above 0"):
+        FeatureServiceConfig(**values)
+
+
+def test_a_key_names_content_recipe_and_frames(made: ServingFolders, tmp_path: Path) -> None:
+    data = video_bytes(tmp_path)
+
+    async def scenario(service: FeatureService) -> list[str]:
+        asked = [
+            stored(),
+            stored(fps=30.0),  # above the stored rate: the same frames
+            stored(max_frames=3),
+            stored(fps=0.25),
+            upload(data),
+            upload(data, max_frames=3),
+            upload(video_bytes_of(tmp_path, seconds=5)),
+        ]
+        return [(await service.features(one)).key for one in asked]  # type: ignore[union-attr]
+
+    service = service_of(made)
+    stored_key, same, *others = run(service, scenario)
+    assert stored_key == same
+    assert len({stored_key, *others}) == 6
+    other_recipe = service_of(made)
+    assert other_recipe._store is not None
+    other_recipe._store.recipe_hash = "another"
+    other_recipe._recipe = "another"
+    assert not set(run(other_recipe, scenario)) & {stored_key, *others}
+
+
+def video_bytes_of(tmp_path: Path, *, seconds: int) -> bytes:
+    return write_video(tmp_path / "b.mp4", seconds=seconds).read_bytes()

@@ -1,0 +1,74 @@
+"""gateway_chat: what reaches the services of a conversation, and what a client is told of one that cannot."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from reference.made_gateway import MP4, PNG, Server, check_error, video
+from timeviper_platform.serving.messages import MediaBytes, MediaFile, StoredFeatures
+
+
+def test_parameters_reach_the_engine_and_defaults_are_the_servers(tmp_path: Path) -> None:
+    server = Server(tmp_path, default_temperature=0.5, default_max_tokens=7)
+    server.chat()
+    server.chat(temperature=0, top_p=0.5, max_tokens=9, n=2, seed=-1, stop="x", logprobs=True, top_logprobs=2)
+    default, explicit = server.engine.requests
+    assert (default.temperature, default.max_new_tokens, default.n, default.num_logprobs) == (0.5, 7, 1, None)
+    assert (explicit.temperature, explicit.top_p, explicit.max_new_tokens, explicit.n) == (0, 0.5, 9, 2)
+    assert (explicit.seed, explicit.stop, explicit.num_logprobs) == (2**63 - 1, ("x",), 2)
+
+
+def test_media_come_from_the_store_a_file_or_the_request_itself(server: Server) -> None:
+    file_id = server.upload().json()["id"]
+    inline = "data:video/mp4;base64," + base64.b64encode(MP4).decode()
+    for url in ("feature://known", file_id, inline):
+        assert server.chat(video(url), mm_processor_kwargs={"max_frames": 5, "fps": 0.5}).status_code == 200
+    stored, file, data = (request.source for request in server.features.requests)
+    assert stored == StoredFeatures(media_id="known")
+    assert isinstance(file, MediaFile)
+    assert Path(file.uri).read_bytes() == MP4
+    assert isinstance(data, MediaBytes)
+    assert data.sha256 == file.sha256 == hashlib.sha256(MP4).hexdigest()
+    assert {(request.max_frames, request.fps) for request in server.features.requests} == {(5, 0.5)}
+    assert server.engine.requests[0].turns[0].media[0].num_frames == 2
+
+
+def test_input_video_and_a_bare_text_url_are_aliases(server: Server) -> None:
+    assert server.chat([{"type": "input_video", "input_video": "feature://known"}]).status_code == 200
+    assert server.features.requests[0].source == StoredFeatures(media_id="known")
+
+
+@pytest.mark.parametrize(
+    ("url", "status", "code"),
+    [
+        ("feature://unknown", 404, "media_not_found"),
+        ("file-00000000000000000000000000000000", 404, "file_not_found"),
+        ("file-../../etc/passwd", 404, "file_not_found"),
+        ("https://example.com/a.mp4", 400, "remote_media_disabled"),
+        ("http://169.254.169.254/latest", 400, "remote_media_disabled"),
+        ("file:///etc/passwd", 400, "remote_media_disabled"),
+        ("data:video/mp4;base64,!!!!", 400, "invalid_data_uri"),
+        ("data:video/mp4;base64," + base64.b64encode(b"a text").decode(), 415, "unsupported_media_type"),
+        ("data:video/mp4;base64," + base64.b64encode(PNG).decode(), 415, "unsupported_media_type"),
+    ],
+)
+def test_media_that_cannot_be_had_are_a_4xx_that_names_the_part(
+    server: Server, url: str, status: int, code: str
+) -> None:
+    error = check_error(server.chat(video(url)), status, code)
+    assert error["param"] == "messages.0.content.1"
+    assert server.engine.requests == []
+
+
+def test_a_picture_file_is_no_video(server: Server) -> None:
+    file_id = server.upload(PNG).json()["id"]
+    check_error(server.chat(video(file_id)), 415, "unsupported_media_type")
+    assert server.chat([{"type": "image_url", "image_url": {"url": file_id}}]).status_code == 200
+
+
+def test_texts_past_the_limit_are_refused(tmp_path: Path) -> None:
+    check_error(Server(tmp_path, max_text_characters=10).chat("x" * 11), 413, "too_large")

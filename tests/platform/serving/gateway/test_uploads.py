@@ -1,0 +1,101 @@
+"""media: what uploads are taken for, where they are kept, and who sees them."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+
+import pytest
+
+from timeviper_platform.serving.gateway.openai_protocol import ApiError
+from timeviper_platform.serving.gateway.uploads import MediaStore, parse_data_uri, sniff_modality
+
+MP4 = b"\x00\x00\x00\x20ftypisom" + bytes(100)
+PNG = b"\x89PNG\r\n\x1a\n" + bytes(50)
+
+
+@pytest.mark.parametrize(
+    ("header", "modality"),
+    [
+        (MP4, "video"),
+        (b"\x1aE\xdf\xa3" + bytes(20), "video"),
+        (b"RIFF\x00\x00\x00\x00AVI LIST", "video"),
+        (b"G" + bytes(187) + b"G" + bytes(10), "video"),
+        (PNG, "image"),
+        (b"\xff\xd8\xff\xe0" + bytes(10), "image"),
+        (b"RIFF\x00\x00\x00\x00WEBPVP8 ", "image"),
+        (b"RIFF\x00\x00\x00\x00WAVEfmt ", None),
+        (b"#EXTM3U\nhttp://127.0.0.1/secret", None),
+        (b"ffconcat version 1.0\nfile /etc/passwd", None),
+        (b"Good day, this is a text that begins with a G", None),
+        (b"", None),
+    ],
+)
+def test_first_bytes_tell_media_from_everything_else(header: bytes, modality: str | None) -> None:
+    assert sniff_modality(header) == modality
+
+
+def uri_of(data: bytes, mime: str = "video/mp4") -> str:
+    return f"data:{mime};base64,{base64.b64encode(data).decode()}"
+
+
+def test_a_data_uri_is_its_bytes() -> None:
+    media = parse_data_uri(uri_of(MP4), expected="video", param="p")
+    assert (media.data, media.modality) == (MP4, "video")
+    assert "ftyp" not in repr(media)
+
+
+@pytest.mark.parametrize(
+    ("uri", "status"),
+    [
+        ("data:video/mp4,plain", 400),
+        ("data:video/mp4;base64,@@@", 400),
+        ("data:video/mp4;base64,AAA", 400),
+        (uri_of(b"a text file"), 415),
+        (uri_of(PNG), 415),  # a picture where a video belongs
+    ],
+)
+def test_a_bad_data_uri_is_an_answer_that_names_its_place(uri: str, status: int) -> None:
+    with pytest.raises(ApiError) as caught:
+        parse_data_uri(uri, expected="video", param="messages.0.content.1")
+    assert (caught.value.status, caught.value.param) == (status, "messages.0.content.1")
+
+
+def test_a_file_is_kept_under_its_hash_and_found_by_its_tenant_alone(tmp_path: Path) -> None:
+    store = MediaStore(str(tmp_path))
+    record = store.put("alice", io.BytesIO(MP4), filename="../../etc/cat video.mp4", purpose="vision")
+    assert record.filename == "cat video.mp4"
+    assert Path(store.uri("alice", record)).read_bytes() == MP4
+    assert Path(store.uri("alice", record)).name == f"{record.sha256}.media"
+    assert store.get("alice", record.id) == record
+    assert store.get("bob", record.id) is None
+    assert store.list("bob") == []
+    assert not store.delete("bob", record.id)
+
+
+def test_the_same_content_again_is_the_same_file(tmp_path: Path) -> None:
+    store = MediaStore(str(tmp_path))
+    first = store.put("alice", io.BytesIO(MP4), filename="a", purpose="vision")
+    assert store.put("alice", io.BytesIO(MP4), filename="b", purpose="vision") == first
+    other = store.put("alice", io.BytesIO(PNG), filename="c", purpose="vision")
+    assert {record.id for record in store.list("alice")} == {first.id, other.id}
+
+
+def test_a_deleted_file_is_gone_from_the_disk(tmp_path: Path) -> None:
+    store = MediaStore(str(tmp_path))
+    record = store.put("alice", io.BytesIO(MP4), filename="a", purpose="vision")
+    assert store.delete("alice", record.id)
+    assert store.get("alice", record.id) is None
+    assert list((tmp_path / "alice").iterdir()) == []
+
+
+def test_what_is_no_medium_is_not_kept(tmp_path: Path) -> None:
+    with pytest.raises(ApiError, match="neither a video nor a picture"):
+        MediaStore(str(tmp_path)).put("alice", io.BytesIO(b"text"), filename="movie.mp4", purpose="vision")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("file_id", ["file-", "file-../../secret", "file-" + "A" * 32, "x" * 40])
+def test_an_id_that_the_server_never_made_names_no_file(tmp_path: Path, file_id: str) -> None:
+    assert MediaStore(str(tmp_path)).get("alice", file_id) is None

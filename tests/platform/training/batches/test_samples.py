@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from reference.training_corpus import NUM_TOKENS_PER_FRAME, Corpus, make_corpus, sample_row, write_samples
+from timeviper_model.batching.batch import IGNORE_INDEX
+from timeviper_model.weights.weights_folder import load_tokenizer
+from timeviper_platform.data.store.reader import FeatureStore
+from timeviper_platform.training.batches.rows import SampleRows, SourceConfig
+from timeviper_platform.training.batches.samples import BuiltSample, FramesConfig, SampleBuilder
+from timeviper_platform.training.batches.sizes import count_rejects, measure_samples
+
+ANSWERED = [("user", "Which picture appears?"), ("assistant", "red circle (B)")]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def builder_of(corpus: Corpus, frames: FramesConfig | None = None) -> SampleBuilder:
+    return SampleBuilder(
+        FeatureStore.open(corpus.features), load_tokenizer(corpus.tokenizer), "nemotron", frames or FramesConfig()
+    )
+
+
+def test_a_sample_takes_the_frames_of_its_window_thinned(corpus: Corpus) -> None:
+    row = sample_row(0, [("video-5", 1.0, 7.0)], ANSWERED)  # 8 frames at 0..7 s
+    built = builder_of(corpus, FramesConfig(max_frames=3)).build(row)
+    assert isinstance(built, BuiltSample)
+    assert built.media[0].frames == [1, 4, 6] or built.media[0].frames == [1, 3, 6]
+    assert built.sample.num_vision_tokens == 3 * NUM_TOKENS_PER_FRAME
+    assert built.num_frames == 3
+
+
+def test_time_text_opens_the_question_about_one_video(corpus: Corpus) -> None:
+    row = sample_row(0, [("video-1", None, None)], ANSWERED)
+    built = builder_of(corpus, FramesConfig(max_frames=2, time_text=True)).build(row)
+    assert isinstance(built, BuiltSample)
+    text = load_tokenizer(corpus.tokenizer).decode(built.sample.input_ids)
+    assert "The video lasts for 4.00 seconds, and 2 frames are uniformly sampled from it.\nWhich picture" in text
+
+
+@pytest.mark.parametrize(
+    ("media", "turns", "reason"),
+    [
+        ([("nowhere", None, None)], ANSWERED, "no_features"),
+        ([("video-1", 100.0, 200.0)], ANSWERED, "no_frames"),
+        ([("video-1", 3.0, 1.0)], ANSWERED, "bad_media"),
+        ([("video-1", None, None)], [("assistant", "first")], "bad_conversation"),
+        ([("video-1", None, None)], [("user", "no answer")], "no_targets"),
+        ([("video-1", None, None)], [("user", "a" * 500), ("assistant", "b")], "too_long"),
+        ([("video-5", None, None)] * 2, ANSWERED, "too_many_frames"),
+    ],
+)
+def test_unusable_rows_are_counted_with_their_reason(
+    corpus: Corpus,
+    tmp_path: Path,
+    media: list[tuple[str, float | None, float | None]],
+    turns: list[tuple[str, str]],
+    reason: str,
+) -> None:
+    good = sample_row(1, [("video-0", None, None)], ANSWERED)
+    write_samples(tmp_path / "samples.parquet", [sample_row(0, media, turns), good])
+    rows = SampleRows.read([SourceConfig(uri=str(tmp_path))])
+    table, rejects = measure_samples(rows, builder_of(corpus), max_tokens=300, max_frames=12)
+    assert count_rejects(rejects) == {reason: 1}
+    assert rejects[0].sample_id == "sample-0000"
+    assert table.rows.tolist() == [1]
+
+
+def test_measured_sizes_are_those_of_the_built_samples(corpus: Corpus) -> None:
+    builder = builder_of(corpus)
+    rows = SampleRows.read([SourceConfig(uri=corpus.samples, weight=0.5)])
+    table, _ = measure_samples(rows, builder, max_tokens=1000, max_frames=None)
+    assert len(table) == 24
+    for entry, row in enumerate(table.rows):
+        built = builder.build(rows[int(row)])
+        assert isinstance(built, BuiltSample)
+        assert table.num_tokens[entry] == len(built.sample)
+        assert table.num_vision_tokens[entry] == built.sample.num_vision_tokens
+        assert table.num_targets[entry] == sum(label != IGNORE_INDEX for label in built.sample.labels)
+        assert table.weights[entry] == 0.5
+
+
+def test_fingerprint_changes_with_weights_and_frames(corpus: Corpus) -> None:
+    def fingerprint(weight: float, max_frames: int) -> str:
+        rows = SampleRows.read([SourceConfig(uri=corpus.samples, weight=weight)])
+        builder = builder_of(corpus, FramesConfig(max_frames=max_frames))
+        return measure_samples(rows, builder, max_tokens=1000, max_frames=None)[0].fingerprint
+
+    assert fingerprint(1.0, 4) == fingerprint(1.0, 4)
+    assert len({fingerprint(1.0, 4), fingerprint(2.0, 4), fingerprint(1.0, 3)}) == 3
+
+
+def test_missing_or_foreign_sample_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"there are no samples at '/nowhere/samples.parquet'"):
+        SampleRows.read([SourceConfig(uri="/nowhere/samples.parquet")])
+    with pytest.raises(ValueError, match="there are no samples at"):
+        SampleRows.read([SourceConfig(uri=str(tmp_path))])
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "other.parquet")
+    with pytest.raises(ValueError, match=r"other\.parquet: schema is not stated, this release reads samples"):
+        SampleRows.read([SourceConfig(uri=str(tmp_path / "other.parquet"))])
+    (tmp_path / "text.parquet").write_text("text")
+    with pytest.raises(ValueError, match=r"text\.parquet is not a Parquet file"):
+        SampleRows.read([SourceConfig(uri=str(tmp_path / "text.parquet"))])
+
+
+def test_no_usable_sample_at_all_is_an_error_with_the_counts(corpus: Corpus) -> None:
+    rows = SampleRows.read([SourceConfig(uri=corpus.samples)])
+    with pytest.raises(ValueError, match=r"none of 24 samples can be used: \{'too_long': 24\}"):
+        measure_samples(rows, builder_of(corpus), max_tokens=10, max_frames=None)

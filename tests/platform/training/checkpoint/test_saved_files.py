@@ -1,0 +1,138 @@
+"""saved_files: a checkpoint that would run code is refused, on every way by which one is read."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from reference.training_corpus import make_corpus, train_values
+from timeviper_platform.common.config import parse_config
+from timeviper_platform.training.checkpoint.deepspeed_files import load_saved
+from timeviper_platform.training.checkpoint.export import export_weights
+from timeviper_platform.training.checkpoint.manager import COMMIT_FILE, is_committed
+from timeviper_platform.training.config import TrainConfig
+from timeviper_platform.training.local import train_local
+from timeviper_platform.training.metrics.writer import read_metrics
+from timeviper_platform.training.optim.deepspeed_engine import import_deepspeed
+from timeviper_platform.training.run import RunFolder
+
+
+class Touch:
+    """Its pickle makes the file `path` wherever it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str, int]]:
+        return os.mkdir, (str(self._path), 0o700)
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+def test_a_file_that_would_run_code_is_refused_and_runs_nothing(tmp_path: Path, mmap: bool) -> None:
+    file, mark = tmp_path / "bad_states.pt", tmp_path / "ran"
+    torch.save({"module": {"weight": torch.zeros(3)}, "epoch": Touch(mark)}, file)
+    with pytest.raises(RuntimeError, match=r"bad_states.pt names posix.mkdir, .* might run code.*another checkpoint"):
+        load_saved(file, mmap=mmap)
+    assert not mark.exists()
+    torch.load(file, weights_only=False)
+    assert mark.exists()  # it would have
+
+
+class Looked:
+    """Its pickle looks a name up, as the first releases of Python 3.11 pickle a member of an enum."""
+
+    def __init__(self, of: Any, name: str) -> None:
+        self._of, self._name = of, name
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, str]]:
+        return getattr, (self._of, self._name)
+
+
+def test_a_stage_is_read_from_every_release_of_python_and_nothing_else_is_looked_up(tmp_path: Path) -> None:
+    import_deepspeed()
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    file = tmp_path / "a_states.pt"
+    torch.save({"zero_stage": Looked(ZeroStageEnum, "gradients")}, file)
+    assert load_saved(file, mmap=True) == {"zero_stage": ZeroStageEnum.gradients}
+    for of, name in ((ZeroStageEnum, "__reduce_ex__"), (torch.Size, "numel")):
+        torch.save({"zero_stage": Looked(of, name)}, file)
+        with pytest.raises(RuntimeError, match=r"names getattr, .* might run code"):
+            load_saved(file, mmap=True)
+
+
+@pytest.fixture(scope="module")
+def values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A configuration of three steps, each with its checkpoint."""
+    values = train_values(make_corpus(tmp_path_factory.mktemp("corpus")), checkpoint={"every_steps": 1, "keep": 3})
+    del values["phases"]["instruct"]
+    return values
+
+
+def trained(values: dict[str, Any], name: str, **changes: Any) -> TrainConfig:
+    config = parse_config(TrainConfig, values | {"name": name} | changes)
+    train_local(config)
+    return config
+
+
+@pytest.fixture(scope="module")
+def finished(values: dict[str, Any], group_of_one: None) -> TrainConfig:
+    """A run under ZeRO-2."""
+    return trained(values, "finished", zero={"stage": 2})
+
+
+def before_its_last_step(finished: TrainConfig, name: str) -> Path:
+    """A copy of the run as it was then; its newest checkpoint."""
+    run = Path(RunFolder.of(finished).uri)
+    target = run.parent / name
+    shutil.copytree(run, target)
+    shutil.rmtree(target / "weights")
+    *_, newest, last = sorted((target / "checkpoints").glob("step-*"))
+    shutil.rmtree(last)
+    return newest
+
+
+def poison(checkpoint: Path, pattern: str, mark: Path) -> None:
+    """Makes the checkpoint's files of that pattern run code; to all appearances it is committed as before."""
+    commit = json.loads((checkpoint / COMMIT_FILE).read_text())
+    for file in checkpoint.glob(pattern):
+        torch.save(torch.load(file, weights_only=False) | {"epoch": Touch(mark)}, file)
+        commit["files"][file.name] = file.stat().st_size
+    (checkpoint / COMMIT_FILE).write_text(json.dumps(commit))
+
+
+@pytest.mark.parametrize("pattern", ["*model_states.pt", "*optim_states.pt"])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_run_neither_resumes_from_nor_exports_a_checkpoint_that_would_run_code(
+    values: dict[str, Any], finished: TrainConfig, tmp_path: Path, pattern: str, stage: int
+) -> None:
+    name, mark = f"poisoned-{stage}-{pattern.strip('*')}", tmp_path / "ran"
+    checkpoint = before_its_last_step(finished, name)
+    poison(checkpoint, pattern, mark)
+    assert is_committed(str(checkpoint))
+    with pytest.raises(RuntimeError, match="might run code"):
+        trained(values, name, zero={"stage": stage})
+    with pytest.raises(RuntimeError, match="might run code"):
+        export_weights(str(checkpoint), str(tmp_path / "weights"))
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "bf16"), (3, "bf16")])
+def test_what_every_stage_and_precision_saves_is_data(
+    values: dict[str, Any], group_of_one: None, stage: int, precision: str
+) -> None:
+    changes = {"zero": {"stage": stage}, "precision": precision}
+    whole = trained(values, f"{stage}-{precision}", **changes)
+    newest = before_its_last_step(whole, f"{stage}-{precision}-again")
+    assert all(load_saved(file, mmap=True) for file in newest.glob("*_states.pt"))
+    resumed = trained(values, f"{stage}-{precision}-again", **changes)
+    rows, expected = (read_metrics(RunFolder.of(config).uri) for config in (resumed, whole))
+    assert [row["attempt"] for row in rows] == [1, 1, 2]
+    assert [row["loss"] for row in rows] == [row["loss"] for row in expected]

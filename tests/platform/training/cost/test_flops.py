@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import cast
+from unittest import mock
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from timeviper_model.batching.batch import IGNORE_INDEX, Sample, TokenKind, pack_samples
+from timeviper_model.config import PRESETS
+from timeviper_model.ops import linear
+from timeviper_model.timeviper import TimeViper
+from timeviper_platform.training.batches.packing import PackShape, PlanPosition
+from timeviper_platform.training.batches.step_batches import StepBatches
+from timeviper_platform.training.cost.flops import forward_flops, gpu_hours, training_flops
+from timeviper_platform.training.metrics import step_log as progress
+from timeviper_platform.training.phase import Phase, mean_kept_share
+from timeviper_platform.training.step import StepResult
+
+
+def text_sample(num_tokens: int) -> Sample:
+    return Sample(
+        input_ids=[5] * num_tokens,
+        vision_index=[-1] * num_tokens,
+        token_kind=[int(TokenKind.SYSTEM)] * num_tokens,
+        labels=[IGNORE_INDEX] + [5] * (num_tokens - 1),
+    )
+
+
+@pytest.mark.parametrize("preset", ["tiny", "tiny-qwen"])
+def test_the_count_is_what_torch_counts(preset: str) -> None:
+    config = PRESETS[preset]
+    model = TimeViper(config)
+    model.init_weights(torch.Generator().manual_seed(0))
+    samples = [text_sample(64)] * 3
+    batch = pack_samples(samples, [torch.empty(0, config.vision.row_size)] * 3, pad_token_id=0)
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), mock.patch.object(linear, "_onednn", None), counter:  # whose products torch does not count
+        model(batch.to("cpu", torch.float32), use_transv=False)
+    shape = PackShape(num_tokens=192, vision_counts=(0, 0, 0), num_targets=189)
+    # torch counts the masked half of attention and scan as well, and has its own share of each chunk's edges
+    assert forward_flops(config, shape, use_transv=False) == pytest.approx(counter.get_total_flops(), rel=0.06)
+
+
+def test_a_token_of_the_9b_costs_two_operations_a_weight() -> None:
+    config = PRESETS["9b"]
+    with torch.device("meta"):
+        model = TimeViper(config)
+    weights = sum(parameter.numel() for parameter in model.backbone.layers.parameters())
+    shape = PackShape(num_tokens=1000, vision_counts=(), num_targets=0)
+    assert forward_flops(config, shape, use_transv=True) == pytest.approx(2 * weights * 1000, rel=0.03)
+
+
+def test_transv_saves_and_frozen_blocks_save_a_third() -> None:
+    config = PRESETS["9b"]
+    shape = PackShape(num_tokens=4196, vision_counts=(4096,), num_targets=20)
+    with_plan, without = (forward_flops(config, shape, use_transv=use) for use in (True, False))
+    assert with_plan / without == pytest.approx(mean_kept_share(config), rel=0.05)
+    trained = training_flops(config, shape, use_transv=True, trains_blocks=True)
+    assert training_flops(config, shape, use_transv=True, trains_blocks=False) == pytest.approx(trained * 2 / 3)
+
+
+def test_samples_of_a_pack_do_not_attend_to_each_other() -> None:
+    config = PRESETS["tiny-qwen"]
+    apart = PackShape(num_tokens=2000, vision_counts=(500, 500), num_targets=0)
+    alone = PackShape(num_tokens=1000, vision_counts=(500,), num_targets=0)
+    assert forward_flops(config, apart, use_transv=True) == pytest.approx(
+        2 * forward_flops(config, alone, use_transv=True)
+    )
+
+
+def test_an_hour_is_an_hour() -> None:
+    assert math.isclose(gpu_hours(989e12 * 0.4 * 3600), 1.0)
+
+
+def test_mfu_is_what_all_devices_computed_over_what_they_could(monkeypatch: pytest.MonkeyPatch) -> None:
+    zeros = dict.fromkeys(("num_targets", "num_vision_tokens", "num_samples", "num_padding_tokens"), 0)
+    step = StepBatches(
+        step=1, micro_batches=[], num_tokens=10, fill=1.0, flops=8e12, end=PlanPosition(0, 1), damaged=[], **zeros
+    )
+    phase = cast(Phase, SimpleNamespace(name="align"))
+    monkeypatch.setattr(progress, "peak_flops", lambda name: 16e12)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    row = progress.step_row(phase.name, step, StepResult(1.0, 1.0, (0,)), {}, 1, 0.5, 0.1, 0, torch.device("cpu"))
+    assert (row["tflops_per_second"], row["mfu"]) == (16.0, 0.5)  # 8 TFLOP in half a second on two devices

@@ -1,0 +1,133 @@
+"""Runs of two processes under gloo, as a launcher starts them: the same curve as one rank, and a kill in between."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reference.training_corpus import Corpus, make_corpus, train_config, train_values
+from reference.training_ranks import start_ranks
+from timeviper_platform.common.config import parse_config
+from timeviper_platform.training.config import TrainConfig
+from timeviper_platform.training.local import train_local
+from timeviper_platform.training.metrics.writer import read_metrics
+from timeviper_platform.training.run import RunFolder
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def curve(run: str) -> list[tuple[float, float, list[int]]]:
+    return [(row["loss"], row["grad_norm"], row["num_vision_tokens"]) for row in read_metrics(run)]
+
+
+def expect_same(one: list[Any], other: list[Any], rel: float) -> None:
+    for (loss, norm, tokens), (expected_loss, expected_norm, expected_tokens) in zip(one, other, strict=True):
+        assert loss == pytest.approx(expected_loss, rel=rel)
+        assert norm == pytest.approx(expected_norm, rel=10 * rel)
+        assert tokens == expected_tokens
+
+
+def test_two_ranks_killed_and_started_again_give_the_curve_of_one_rank(
+    corpus: Corpus, tmp_path: Path, group_of_one: None
+) -> None:
+    values = train_values(corpus, name="ranks", checkpoint={"every_steps": 12, "keep": 9})
+    init = values["phases"].pop("align")["init"]
+    values["phases"]["instruct"] |= {"init": init, "steps": 30}  # three packs a step: one rank gets a dummy
+    run = str(Path(values["runs"]) / "ranks")
+    ranks = start_ranks(values, tmp_path)
+    ranks.wait_until(lambda: len(read_metrics(run)) >= 14)
+    ranks.kill()
+    ranks.wait()
+    first = {row["global_step"]: row for row in read_metrics(run)}
+    assert 14 <= len(first) < 24  # past the checkpoint after step 12, before the one after step 24
+
+    start_ranks(values, tmp_path).finish()
+    again = [row for row in read_metrics(run) if row["attempt"] == 2]
+    repeated = [row for row in again if row["global_step"] in first]
+    assert repeated  # steps between the last checkpoint and the kill
+    assert all(row["loss"] == first[row["global_step"]]["loss"] for row in repeated)
+
+    alone = train_config(corpus, **{**values, "name": "alone"})
+    train_local(alone)
+    expect_same(curve(run), curve(RunFolder.of(alone).uri), rel=1e-6)
+
+
+def keep_up_to(run: str, step: int) -> None:
+    """Leaves a run as a kill just after its checkpoint at `step` would have."""
+    for folder in Path(run, "checkpoints").glob("step-*"):
+        if int(folder.name[-8:]) > step:
+            shutil.rmtree(folder)
+
+
+def samples_of(run: str) -> list[tuple[int, int, int]]:
+    """What each step was given; the same packs in the same order have the same counts."""
+    return [(row["num_samples"], row["num_tokens"], row["num_targets"]) for row in read_metrics(run)]
+
+
+def one_phase(corpus: Corpus, name: str, steps: int, stage: int = 2) -> dict[str, Any]:
+    values = train_values(corpus, name=name, zero={"stage": stage}, checkpoint={"every_steps": steps // 3, "keep": 99})
+    init = values["phases"].pop("align")["init"]
+    values["phases"]["instruct"] |= {"init": init, "steps": steps}  # three packs a step: two ranks have a dummy
+    return values
+
+
+def test_a_run_of_two_ranks_goes_on_with_one(corpus: Corpus, tmp_path: Path, group_of_one: None) -> None:
+    values = one_phase(corpus, "two-one", steps=9)
+    run = str(Path(values["runs"]) / "two-one")
+    start_ranks(values, tmp_path).finish()
+    whole, given = curve(run), samples_of(run)
+    keep_up_to(run, 3)
+    train_local(parse_config(TrainConfig, values))
+    assert [row["attempt"] for row in read_metrics(run)] == [1] * 3 + [2] * 6
+    assert samples_of(run) == given
+    expect_same(curve(run), whole, rel=1e-5)
+
+
+def test_no_rank_waits_for_rank_0_when_that_cannot_open_its_files(corpus: Corpus, tmp_path: Path) -> None:
+    values = one_phase(corpus, "no-metrics", steps=3)
+    folder = Path(values["runs"]) / "no-metrics"
+    folder.mkdir(parents=True)
+    (folder / "metrics").write_text("a file where a folder should be")
+    ranks = start_ranks(values, tmp_path)
+    assert ranks.wait() == [1, 1]
+    assert "rank 0: [Errno" in ranks.log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)  # six processes on two cores
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_sixty_steps_on_two_then_one_then_three_ranks_are_those_of_one_rank(
+    corpus: Corpus, tmp_path: Path, group_of_one: None, stage: int
+) -> None:
+    values = one_phase(corpus, f"two-one-three-{stage}", steps=60, stage=stage)
+    run = str(Path(values["runs"]) / values["name"])
+    for world_size, last in ((2, 20), (1, 40)):
+        ranks = start_ranks(values, tmp_path, world_size=world_size)
+        ranks.wait_until(Path(run, "checkpoints", f"step-{last:08d}", "COMMIT").exists)
+        ranks.kill()
+        ranks.wait()
+    start_ranks(values, tmp_path, world_size=3).finish()
+    assert [row["attempt"] for row in read_metrics(run)] == [1] * 20 + [2] * 20 + [3] * 20
+    alone = parse_config(TrainConfig, values | {"name": f"alone-60-{stage}"})
+    train_local(alone)
+    assert samples_of(run) == samples_of(RunFolder.of(alone).uri)
+    expect_same(curve(run), curve(RunFolder.of(alone).uri), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_ranks_under_every_zero_stage_give_the_curve_of_one_rank(
+    corpus: Corpus, tmp_path: Path, group_of_one: None, stage: int
+) -> None:
+    # stage 3 computes blocks and sites twice: each gather of parameters must find its partner on the other rank
+    values = train_values(corpus, name=f"zero-{stage}", zero={"stage": stage}, activation_checkpointing=stage == 3)
+    start_ranks(values, tmp_path).finish()
+    alone = train_config(corpus, name=f"alone-{stage}", zero={"stage": 0})
+    train_local(alone)
+    expect_same(curve(str(Path(values["runs"]) / values["name"])), curve(RunFolder.of(alone).uri), rel=1e-6)

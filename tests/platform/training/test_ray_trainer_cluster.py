@@ -1,0 +1,133 @@
+"""The Ray Train adapter on the shared cluster: two workers, a killed one, SIGTERM, and going on."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import shutil
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+import yaml
+
+from reference.training_corpus import make_corpus, train_values
+from timeviper_platform.common.config import parse_config
+from timeviper_platform.training.checkpoint.manager import Checkpoints
+from timeviper_platform.training.config import TrainConfig
+from timeviper_platform.training.eval_worker import look_at_checkpoint
+from timeviper_platform.training.interrupts import StoppedError, Wish
+from timeviper_platform.training.metrics.writer import read_metrics
+from timeviper_platform.training.run import run_training
+from timeviper_platform.training.validation.async_eval import LookTask
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.mark.cluster
+def test_two_workers_train_and_a_stopped_run_goes_on(
+    tmp_path: Path, ray_address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = make_corpus(tmp_path)
+    values = train_values(corpus, workers={"num_workers": 2, "resources_per_worker": {"CPU": 0.5}})
+    values["checkpoint"]["every_steps"] = 3
+    looks = {"samples": [{"uri": corpus.samples}], "every_steps": 3, "resources": {"CPU": 0.1}}
+    values["phases"]["instruct"]["held_out"] = looks
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    train = runpy.run_path(str(ROOT / "jobs" / "train.py"))["main"]
+
+    assert train(["--config", str(tmp_path / "train.yaml"), "--resume", "never"]) == 0
+    shown = capsys.readouterr().out
+    assert "instruct           6" in shown
+    run = tmp_path / "runs" / "run"
+    whole = read_metrics(str(run))
+    assert [row["global_step"] for row in whole] == list(range(1, 10))
+    looked = {row["global_step"]: row["held_out_loss"] for row in whole if "held_out_loss" in row}
+    assert list(looked) == [6, 9]  # by a task beside the ranks, and by the ranks after the last step
+    middle = Checkpoints(str(run / "checkpoints")).committed()[-2]
+    found = look_at_checkpoint(LookTask(parse_config(TrainConfig, values), "instruct", middle, 3, 6))
+    assert looked[6] == pytest.approx(found["held_out_loss"], rel=1e-5)
+
+    # as a kill after the checkpoint at step 6 leaves it
+    shutil.rmtree(Checkpoints(str(run / "checkpoints")).committed()[-1])
+    shutil.rmtree(run / "weights" / "instruct")
+    assert train(["--config", str(tmp_path / "train.yaml")]) == 0
+    again = read_metrics(str(run))
+    assert [row["attempt"] for row in again] == [1] * 6 + [2] * 3
+    assert [row["loss"] for row in again] == [row["loss"] for row in whole]
+    assert (run / "weights" / "instruct" / "config.json").is_file()
+
+    assert train(["--config", str(tmp_path / "train.yaml"), "--resume", "never"]) == 1
+    assert "--resume never, but" in capsys.readouterr().err
+
+
+def kill_one_worker() -> None:
+    """SIGKILL to a training worker of this process' job on the shared cluster."""
+    job = ray.get_runtime_context().get_job_id()
+    workers = [
+        actor["Pid"]
+        for actor in ray._private.state.actors().values()
+        if actor["JobID"] == job and actor["State"] == "ALIVE" and "TrainWorker" in actor["ActorClassName"]
+    ]
+    assert len(workers) == 2
+    os.kill(workers[1], signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # three processes of two attempts, on two cores that others share
+@pytest.mark.cluster
+def test_a_killed_worker_leaves_no_trace_in_the_curve_and_sigterm_saves_and_stops(
+    tmp_path: Path, ray_address: str, group_of_one: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = train_values(make_corpus(tmp_path), workers={"num_workers": 2, "resources_per_worker": {"CPU": 0.5}})
+    init = values["phases"].pop("align")["init"]
+    values["phases"]["instruct"] |= {"init": init, "steps": 300}
+    values["checkpoint"]["every_steps"] = 5
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    run = str(tmp_path / "runs" / "run")
+
+    def disturb() -> None:
+        while len(read_metrics(run)) < 7:
+            time.sleep(0.05)
+        kill_one_worker()
+        while read_metrics(run)[-1]["attempt"] < 2:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with ThreadPoolExecutor(1) as pool:
+        disturbed = pool.submit(disturb)
+        train = runpy.run_path(str(ROOT / "jobs" / "train.py"))["main"]
+        code = train(["--config", str(tmp_path / "train.yaml")])
+        disturbed.result(timeout=0)
+    rows = read_metrics(run)
+    assert code == 128 + signal.SIGTERM
+    assert f"train: stopped as asked after step {len(rows)} of phase instruct" in capsys.readouterr().err
+    newest = Checkpoints(f"{run}/checkpoints").newest()
+    assert newest is not None
+    assert int(newest[-8:]) == len(rows) < 300
+    assert {row["attempt"] for row in rows} == {1, 2}
+
+    alone = parse_config(TrainConfig, values | {"name": "alone"})
+    wishes = iter([Wish.GO_ON] * len(rows) + [Wish.STOP])
+    with pytest.raises(StoppedError):
+        run_training(alone, resume_from=None, device=torch.device("cpu"), wishes=lambda: next(wishes))
+    expected = [row["loss"] for row in read_metrics(str(tmp_path / "runs" / "alone"))]
+    assert [row["loss"] for row in rows] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.cluster
+def test_a_run_that_cannot_work_fails_once_with_its_cause(
+    tmp_path: Path, ray_address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = train_values(make_corpus(tmp_path), feature_store="/nowhere/features")
+    values["workers"] = {"num_workers": 1, "resources_per_worker": {"CPU": 0.5}}
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    train = runpy.run_path(str(ROOT / "jobs" / "train.py"))["main"]
+    assert train(["--config", str(tmp_path / "train.yaml")]) == 1
+    assert capsys.readouterr().err.endswith(
+        "train: no feature store at '/nowhere/features'; run jobs/preprocess.py with output: /nowhere/features\n"
+    )

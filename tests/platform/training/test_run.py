@@ -1,0 +1,451 @@
+"""Whole runs on one rank, in this process: plain torch and DeepSpeed, no Ray."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import runpy
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import s3fs
+import torch
+import yaml
+
+from reference.bare_training import train_bare
+from reference.training_corpus import DIM, QUESTIONS, RECIPE, Corpus, make_corpus, train_config, train_values
+from timeviper_model.config import PRESETS, Qwen2Config, TransVSite
+from timeviper_model.weights.weights_folder import from_pretrained, load_tokenizer
+from timeviper_platform.common import storage
+from timeviper_platform.common.config import parse_config
+from timeviper_platform.data.store.reader import FeatureStore
+from timeviper_platform.data.store.writer import write_store
+from timeviper_platform.training.batches.packing import PlanPosition
+from timeviper_platform.training.checkpoint.deepspeed_files import take_snapshot
+from timeviper_platform.training.checkpoint.export import export_weights
+from timeviper_platform.training.checkpoint.manager import Checkpoints
+from timeviper_platform.training.config import TrainConfig, with_absolute_paths
+from timeviper_platform.training.local import main, train_local
+from timeviper_platform.training.metrics.writer import read_metrics
+from timeviper_platform.training.optim.deepspeed_engine import build_ds_engine
+from timeviper_platform.training.phase import first_model, load_weights, prepare_phase
+from timeviper_platform.training.run import RunFolder
+from timeviper_platform.training.step import train_step
+
+ROOT = Path(__file__).resolve().parents[3]
+pytestmark = pytest.mark.usefixtures("group_of_one")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def finished(corpus: Corpus, group_of_one: None) -> TrainConfig:
+    """A run of both phases, never interrupted."""
+    config = train_config(corpus, name="finished")
+    train_local(config)
+    return config
+
+
+def curve(config: TrainConfig) -> list[tuple[int, float, float]]:
+    return [(row["global_step"], row["loss"], row["grad_norm"]) for row in read_metrics(RunFolder.of(config).uri)]
+
+
+def interrupted_after(finished: TrainConfig, corpus: Corpus, name: str, step: int) -> TrainConfig:
+    """A copy of the finished run as a kill after its checkpoint at `step` would have left it."""
+    config = train_config(corpus, name=name)
+    source, target = Path(RunFolder.of(finished).uri), Path(RunFolder.of(config).uri)
+    shutil.copytree(source, target)
+    for folder in (target / "checkpoints").glob("step-*"):
+        if int(folder.name[-8:]) > step:
+            shutil.rmtree(folder)
+    shutil.rmtree(target / "weights" / "instruct")
+    return config
+
+
+def test_phases_run_in_a_chain_and_learn(finished: TrainConfig) -> None:
+    folder = RunFolder.of(finished)
+    report = json.loads(Path(folder.report).read_text())
+    assert [(name, phase["steps"]) for name, phase in report.items()] == [("align", 3), ("instruct", 6)]
+    assert report["instruct"]["loss_last"] < report["instruct"]["loss_first"] - 1.0
+    assert report["align"]["rejects"] == {"too_long": 3}
+    assert report["instruct"]["samples"] > 0
+    rejects = json.loads(Path(folder.rejects("align")).read_text())
+    assert rejects[0]["reason"] == "too_long"
+    align, instruct = from_pretrained(folder.weights("align")), from_pretrained(folder.weights("instruct"))
+    assert torch.equal(align.backbone.embeddings.weight, _first_model_weight(finished))
+    assert not torch.equal(instruct.backbone.embeddings.weight, align.backbone.embeddings.weight)
+    assert instruct.state_dict()["transv.3.alpha"].item() != 0.0
+
+
+def test_a_pure_transformer_goes_through_the_same_phases(corpus: Corpus) -> None:
+    values = train_values(corpus, name="qwen", checkpoint={"every_steps": 100, "keep": 1})
+    values["phases"]["align"]["init"] = {"preset": "tiny-qwen", "seed": 3}
+    config = parse_config(TrainConfig, values)
+    train_local(config)
+    report = json.loads(Path(RunFolder.of(config).report).read_text())
+    assert report["instruct"]["loss_last"] < report["instruct"]["loss_first"] - 1.0
+    trained = from_pretrained(RunFolder.of(config).weights("instruct"))
+    assert isinstance(trained.config.text, Qwen2Config)
+    assert trained.state_dict()["transv.1.alpha"].item() != 0.0
+
+
+def _first_model_weight(config: TrainConfig) -> torch.Tensor:
+    from timeviper_model.timeviper import TimeViper
+
+    model = TimeViper(PRESETS["tiny"])
+    model.init_weights(torch.Generator().manual_seed(3))
+    return model.backbone.embeddings.weight
+
+
+def test_a_phase_can_give_finished_weights_other_transv_sites(finished: TrainConfig, corpus: Corpus) -> None:
+    values = train_values(corpus, name="other-sites")
+    del values["phases"]["align"]
+    weights = RunFolder.of(finished).weights("align")
+    site = {"layer": 8, "select": "attention", "keep": 0.25, "transfer": "none"}
+    values["phases"]["instruct"] |= {"init": {"weights": weights, "transv": [site]}, "steps": 2}
+    values["phases"]["instruct"]["trainable"] = [{"match": ".*", "lr": 1e-3}]
+    config = parse_config(TrainConfig, values)
+    train_local(config)
+    before, after, *more = read_metrics(RunFolder.of(config).uri)[-1]["num_vision_tokens"]
+    assert before > after
+    assert not more
+    assert from_pretrained(RunFolder.of(config).weights("instruct")).config.transv == (TransVSite(**site),)
+    assert from_pretrained(weights).config.transv == PRESETS["tiny"].transv
+
+
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.05])
+def test_losses_are_those_of_a_bare_loop(corpus: Corpus, max_grad_norm: float) -> None:
+    values = train_values(corpus, name=f"clip-{max_grad_norm}", zero={"max_grad_norm": max_grad_norm})
+    del values["phases"]["instruct"]
+    values["phases"]["align"] |= {
+        "trainable": [{"match": ".*", "lr": 5e-3, "weight_decay": 0.5}],
+        "steps": 5,
+        "schedule": {"warmup_ratio": 0.4, "final_ratio": 0.1},
+        "use_transv": True,
+    }
+    config = parse_config(TrainConfig, values)
+    train_local(config)
+    store = FeatureStore.open(corpus.features)
+    init = config.phases["align"].init
+    assert init is not None
+    model = first_model(init, store, None)
+    phase = prepare_phase(config, "align", model, store, load_tokenizer(corpus.tokenizer), rank=0, world_size=1)
+    assert [loss for _, loss, _ in curve(config)] == pytest.approx(train_bare(phase, config.zero), rel=2e-6)
+
+
+def test_rows_say_what_a_step_did(finished: TrainConfig) -> None:
+    rows = read_metrics(RunFolder.of(finished).uri)
+    align, instruct = rows[0], rows[-1]
+    assert align["num_vision_tokens"][0] == align["num_vision_tokens"][2] > 0  # TransV off
+    before, after_first, after_second = instruct["num_vision_tokens"]
+    assert before > after_first > after_second > 0
+    assert set(align["lr"]) == {r"projector\..* decay", r"projector\..* no decay"}
+    assert align["attempt"] == 1
+    assert 0 < align["fill"] <= 1
+    assert 0 <= align["data_wait_share"] <= 1
+    assert align["tflops_per_second"] > 0
+    assert align["peak_memory_bytes"] > 100e6
+    assert "mfu" not in align  # nobody says what this CPU can do at most
+    assert align["tokens_per_second"] == pytest.approx(align["num_tokens"] / align["seconds"])
+
+
+@pytest.mark.parametrize("step", [2, 3, 5])  # inside the first phase, at its end, inside the second
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
+    finished: TrainConfig, corpus: Corpus, step: int
+) -> None:
+    config = interrupted_after(finished, corpus, f"resumed-{step}", step)
+    shutil.rmtree(Path(RunFolder.of(config).uri, "metrics"))
+    train_local(config)
+    assert curve(config) == curve(finished)[step:]
+    one, other = (from_pretrained(RunFolder.of(c).weights("instruct")).state_dict() for c in (config, finished))
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_a_snapshot_stays_as_it_was_while_training_goes_on(corpus: Corpus) -> None:
+    values = train_values(corpus, name="snapshot")
+    values["phases"]["align"] |= {"trainable": [{"match": ".*", "lr": 1e-2}], "use_transv": True}
+    config = parse_config(TrainConfig, values)
+    store, init = FeatureStore.open(corpus.features), config.phases["align"].init
+    assert init is not None
+    model = first_model(init, store, None)
+    phase = prepare_phase(config, "align", model, store, load_tokenizer(corpus.tokenizer), rank=0, world_size=1)
+    micro_steps = phase.feed.num_micro_steps
+    ds_engine = build_ds_engine(model, phase.groups, config.zero, precision="fp32", num_micro_steps=micro_steps)
+    first, second = phase.feed.steps(PlanPosition(0, 0), 0, 2)
+    options = {"use_transv": True, "device": torch.device("cpu"), "dtype": torch.float32}
+    train_step(ds_engine, first, **options)
+    files = take_snapshot(ds_engine)
+    before = copy.deepcopy(files)
+    train_step(ds_engine, second, **options)
+    after = take_snapshot(ds_engine)
+    ds_engine.destroy()
+
+    def values_of(content: dict[str, Any]) -> list[torch.Tensor]:
+        saved = content["zero_pp_rank_0_mp_rank_00_optim_states.pt"]["optimizer_state_dict"]
+        moments = [state["exp_avg"] for state in saved["base_optimizer_state"]["state"].values()]
+        return [*content["mp_rank_00_model_states.pt"]["module"].values(), *moments]
+
+    assert all(torch.equal(one, other) for one, other in zip(values_of(files), values_of(before), strict=True))
+    assert not any(torch.equal(one, other) for one, other in zip(values_of(files), values_of(after), strict=True))
+
+
+def test_a_run_on_an_object_store_goes_on_from_there(
+    finished: TrainConfig, corpus: Corpus, s3_bucket: s3fs.S3FileSystem
+) -> None:
+    checkpoint = {"every_steps": 5, "keep": 2}
+    config = train_config(corpus, name="remote", runs="s3://bucket/runs", checkpoint=checkpoint)
+    train_local(config)
+    folder = RunFolder.of(config)
+    newest = Checkpoints(folder.checkpoints).newest()
+    assert newest is not None
+    # as if killed before its end
+    s3_bucket.rm_file(f"{newest.removeprefix('s3://')}/COMMIT")
+    storage.remove(folder.weights("instruct"))
+    report = train_local(config)
+    assert report["instruct"]["steps"] == 6
+    assert curve(config) == curve(finished)
+    own, expected = (load_weights(RunFolder.of(c).weights("instruct")).state_dict() for c in (config, finished))
+    assert all(torch.equal(own[name], expected[name]) for name in expected)
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_the_run_and_leaves_the_last_one(corpus: Corpus) -> None:
+    config = train_config(corpus, name="full-disk", checkpoint={"every_steps": 2, "keep": 20, "max_failed_saves": 0})
+    folder = Path(RunFolder.of(config).checkpoints)
+    folder.mkdir(parents=True)
+    (folder / "step-00000005").write_text("a file where a folder should be")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "remove", lambda uri: None)
+        with pytest.raises(RuntimeError, match=r"a checkpoint in .* could not be written: .*rank 0"):
+            train_local(config)
+    newest = Checkpoints(str(folder)).newest()
+    assert newest is not None
+    assert newest.endswith("step-00000003")
+
+
+def test_a_finished_run_that_is_started_again_does_nothing_more(finished: TrainConfig, corpus: Corpus) -> None:
+    before = curve(finished)
+    report = train_local(finished)
+    assert report["instruct"]["steps"] == 6
+    assert curve(finished) == before
+
+
+def test_checkpoints_are_pruned_to_the_newest(corpus: Corpus) -> None:
+    config = train_config(corpus, name="pruned", checkpoint={"every_steps": 1, "keep": 2})
+    train_local(config)
+    folder = RunFolder.of(config).checkpoints
+    assert [Path(uri).name for uri in Checkpoints(folder).committed()] == ["step-00000008", "step-00000009"]
+    assert sorted(path.name for path in Path(folder).glob("step-*")) == ["step-00000008", "step-00000009"]
+
+
+def test_bf16_learns_and_exports_its_fp32_masters(corpus: Corpus, finished: TrainConfig) -> None:
+    values = train_values(corpus, name="bf16", precision="bf16", activation_checkpointing=True)
+    config = parse_config(TrainConfig, values)
+    report = train_local(config)
+    reference = json.loads(Path(RunFolder.of(finished).report).read_text())
+    assert report["instruct"]["loss_last"] == pytest.approx(reference["instruct"]["loss_last"], rel=0.1)
+    weight = from_pretrained(RunFolder.of(config).weights("instruct")).lm_head.weight
+    assert weight.dtype == torch.float32
+    assert not torch.equal(weight, weight.bfloat16().float())
+
+
+def test_kernels_that_cannot_be_used_end_a_run_before_its_first_step(corpus: Corpus) -> None:
+    config = train_config(corpus, name="kernels", backend="kernels")
+    with pytest.raises(RuntimeError, match=r"backend = kernels cannot be used .*need CUDA, not cpu"):
+        train_local(config)
+    assert curve(config) == []
+
+
+@pytest.fixture(scope="module")
+def runs_by_stage(corpus: Corpus, finished: TrainConfig) -> Callable[[int], TrainConfig]:
+    """A finished run under each ZeRO stage, made when first asked for."""
+
+    @functools.cache
+    def run(stage: int) -> TrainConfig:
+        config = train_config(corpus, name=f"zero-{stage}", zero={"stage": stage})
+        train_local(config)
+        return config
+
+    return lambda stage: finished if stage == 2 else run(stage)
+
+
+def expect_same_run(config: TrainConfig, expected: TrainConfig, first_step: int = 0) -> None:
+    rows = zip(curve(config)[first_step:], curve(expected)[first_step:], strict=True)
+    for (_, loss, norm), (_, expected_loss, expected_norm) in rows:
+        assert loss == pytest.approx(expected_loss, rel=1e-6)
+        assert norm == pytest.approx(expected_norm, rel=1e-5)
+    own, other = (from_pretrained(RunFolder.of(c).weights("instruct")).state_dict() for c in (config, expected))
+    for name, tensor in other.items():
+        torch.testing.assert_close(own[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_zero_stages_agree_and_export_the_same(
+    runs_by_stage: Callable[[int], TrainConfig], finished: TrainConfig, stage: int
+) -> None:
+    expect_same_run(runs_by_stage(stage), finished)
+
+
+def test_an_optimizer_in_the_hosts_memory_trains_the_same(corpus: Corpus, finished: TrainConfig) -> None:
+    config = train_config(corpus, name="offload", zero={"stage": 2, "offload_optimizer": True})
+    train_local(config)
+    expect_same_run(config, finished)
+    with pytest.raises(ValueError, match=r"offload_optimizer needs zero.stage 1, 2 or 3"):
+        train_config(corpus, zero={"stage": 0, "offload_optimizer": True})
+
+
+@pytest.mark.parametrize(("saved", "resumed"), [(2, 3), (3, 0), (0, 2)])
+def test_a_run_goes_on_under_another_zero_stage(
+    runs_by_stage: Callable[[int], TrainConfig], finished: TrainConfig, corpus: Corpus, saved: int, resumed: int
+) -> None:
+    name = f"stage-{saved}-{resumed}"
+    interrupted_after(runs_by_stage(saved), corpus, name, 5)
+    config = train_config(corpus, name=name, zero={"stage": resumed})
+    train_local(config)
+    first_attempts = [row["attempt"] == 1 for row in read_metrics(RunFolder.of(config).uri)]
+    assert first_attempts == [True] * 5 + [False] * 4
+    expect_same_run(config, finished, first_step=5)
+
+
+def test_bf16_masters_survive_another_zero_stage_to_the_last_bit(corpus: Corpus) -> None:
+    values = train_values(corpus, name="masters", precision="bf16")
+    train_local(parse_config(TrainConfig, values))
+    saved = interrupted_after(parse_config(TrainConfig, values), corpus, "masters-3", 8)
+    checkpoint = Checkpoints(RunFolder.of(saved).checkpoints).newest()
+    assert checkpoint is not None
+    export_weights(checkpoint, RunFolder.of(saved).weights("before"))
+    for rule in values["phases"]["instruct"]["trainable"]:
+        rule |= {"lr": 0.0}  # the last step then leaves the masters as they are
+    resumed = parse_config(TrainConfig, values | {"name": "masters-3", "zero": {"stage": 3}})
+    train_local(resumed)
+    before, after = (from_pretrained(RunFolder.of(saved).weights(name)).state_dict() for name in ("before", "instruct"))
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in before.values())
+
+
+def test_exported_weights_answer_for_where_they_come_from(finished: TrainConfig, tmp_path: Path) -> None:
+    newest = Checkpoints(RunFolder.of(finished).checkpoints).newest()
+    assert newest is not None
+    export_weights(newest, str(tmp_path / "weights"), dtype="bf16")
+    described = json.loads((tmp_path / "weights" / "config.json").read_text())
+    metadata = described["timeviper_metadata"]
+    assert metadata["phase"] == "instruct"
+    assert metadata["step"] == "6"
+    assert len(metadata["recipe_hash"]) == 64
+    assert metadata["max_frames"] == "6"
+    assert metadata["use_transv"] == "true"
+    assert described["torch_dtype"] == "bfloat16"
+    text = QUESTIONS[0]
+    tokenizer = load_tokenizer(tmp_path / "weights")
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_export_job_takes_a_configuration_or_a_checkpoint(
+    finished: TrainConfig, corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = runpy.run_path(str(ROOT / "jobs" / "export.py"))["main"]
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(train_values(corpus, name="finished"), sort_keys=False))
+    assert job(["--config", str(tmp_path / "train.yaml"), "--output", str(tmp_path / "weights")]) == 0
+    assert "step-00000009 -> " in capsys.readouterr().out
+    assert from_pretrained(tmp_path / "weights").config.transv
+    assert job(["--checkpoint", "/nowhere", "--output", str(tmp_path / "other")]) == 1
+    assert "export: there is no committed checkpoint at '/nowhere'" in capsys.readouterr().err
+    assert job(["--config", str(tmp_path / "train.yaml"), "--output", str(tmp_path / "other"), "name=none"]) == 1
+    assert "no committed checkpoint in" in capsys.readouterr().err
+
+
+def test_a_changed_plan_is_refused_at_resume(finished: TrainConfig, corpus: Corpus) -> None:
+    with pytest.raises(ValueError, match="was training phase instruct on another pack plan"):
+        train_local(train_config(corpus, name="finished", seed=1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"packs_per_step": 1}, r"packs_per_step 3 -> 1\)"),
+        ({"steps": 60}, r"num_steps 6 -> 60\)"),
+        ({"steps": None, "epochs": 1}, r"num_epochs None -> 1\)"),
+        ({"schedule": {"warmup_ratio": 0.5}}, r"schedule.warmup_ratio 0.03 -> 0.5\)"),
+    ],
+)
+def test_other_steps_are_refused_at_resume(
+    finished: TrainConfig, corpus: Corpus, changes: dict[str, Any], difference: str
+) -> None:
+    config = interrupted_after(finished, corpus, "other-steps", 5)
+    values = train_values(corpus, name=config.name)
+    values["phases"]["instruct"] |= changes
+    with pytest.raises(ValueError, match=rf"phase instruct with other steps \({difference}: a phase cannot change"):
+        train_local(parse_config(TrainConfig, values))
+    shutil.rmtree(RunFolder.of(config).uri)
+
+
+def test_other_trained_parameters_are_refused_at_resume(finished: TrainConfig, corpus: Corpus) -> None:
+    config = interrupted_after(finished, corpus, "refused", 5)
+    values = train_values(corpus, name=config.name)
+    values["phases"]["instruct"]["trainable"] = [{"match": "lm_head.*", "lr": 1e-3}]
+    with pytest.raises(ValueError, match="cannot change its trainable parameters half-way"):
+        train_local(parse_config(TrainConfig, values))
+
+
+def broken(corpus: Corpus, path: str, value: Any) -> dict[str, Any]:
+    values = copy.deepcopy(train_values(corpus, name="broken"))
+    node: Any = values
+    *parents, last = path.split(".")
+    for parent in parents:
+        node = node[parent]
+    node[last] = value
+    return values
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (
+            "phases.align.packing.max_token",
+            3,
+            "unknown key 'phases.align.packing.max_token'; the keys here are max_tok",
+        ),
+        ("phases.align.init", None, "phases.align.init: the first phase needs its initial weights"),
+        ("phases.align.steps", None, "a phase needs either steps or epochs"),
+        ("phases", {}, "phases: name at least one"),
+        ("name", "a/b", "no slash"),
+        ("phases.align.init", {"seed": 1}, "init needs weights or a preset"),
+        ("feature_store", "/nowhere/features", "no feature store at '/nowhere/features'"),
+        ("phases.align.samples", [{"uri": "/nowhere.parquet"}], "there are no samples at '/nowhere.parquet'"),
+        ("phases.align.trainable", [{"match": "nothing", "lr": 1e-3}], "'nothing' matches no parameter"),
+        ("phases.align.init", {"weights": "/nowhere"}, "config.json does not exist"),
+    ],
+)
+def test_what_cannot_work_is_said_before_it_starts(
+    corpus: Corpus, tmp_path: Path, caplog: pytest.LogCaptureFixture, path: str, value: Any, message: str
+) -> None:
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(broken(corpus, path, value), sort_keys=False))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "timeviper_platform.training.local.setup_logging", lambda level: None
+        )  # it would take caplog's place
+        assert main(["--config", str(tmp_path / "train.yaml")]) == 1
+    assert message in caplog.text
+
+
+def test_features_of_another_width_are_refused(corpus: Corpus, tmp_path: Path) -> None:
+    write_store(str(tmp_path / "wide"), {"a": torch.zeros(2, 4, DIM + 1)}, recipe=RECIPE)
+    with pytest.raises(ValueError, match="have width 65, the model's projector takes 64"):
+        train_local(train_config(corpus, name="wide", feature_store=str(tmp_path / "wide")))
+
+
+def test_paths_become_absolute_and_names_stay(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(corpus.folder)
+    config = with_absolute_paths(
+        train_config(corpus, feature_store="features", tokenizer="nvidia/NVIDIA-Nemotron-Nano-9B-v2", runs="s3://a/b")
+    )
+    assert config.feature_store == corpus.features
+    assert config.tokenizer == "nvidia/NVIDIA-Nemotron-Nano-9B-v2"
+    assert config.runs == "s3://a/b"
+    assert with_absolute_paths(train_config(corpus, tokenizer="tokenizer")).tokenizer == corpus.tokenizer
