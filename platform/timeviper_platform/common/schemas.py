@@ -10,11 +10,11 @@ from typing import Any
 
 import pyarrow as pa
 
-STORE_VERSION = 1
+STORE_VERSION = 2
 """Version of the feature store: its folders, FEATURES and INDEX together."""
 
-STRETCH_MARK = "#t="
-"""In the source_version of a medium that is a stretch of a file, as media fragments write it: #t=START,END."""
+CLIP_MARK = "#t="
+"""In the source_version of a medium that is a clip of a file, as media fragments write it: #t=START,END."""
 
 NAME_KEY = b"timeviper.schema"
 VERSION_KEY = b"timeviper.schema_version"
@@ -83,14 +83,14 @@ _OUTCOME = [
 
 PLAN = _schema(
     "plan",
-    1,
+    2,
     [
         *_IDENTITY,
         *_MEDIUM,
         *_STREAM,
         pa.field("grid_start_seconds", pa.float64()),  # sample k is taken at grid_start_seconds + k / fps
-        pa.field("first_sample", pa.int32()),
-        pa.field("num_samples", pa.int32()),
+        pa.field("first_frame", pa.int32()),
+        pa.field("num_frames", pa.int32()),
         *_OUTCOME,
     ],
 )

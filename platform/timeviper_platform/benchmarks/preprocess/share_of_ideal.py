@@ -134,7 +134,7 @@ def media_rows(
         whole = root / media.name
         whole.mkdir()
         rate = costs[0].ideal_frames_per_second(num_cores, num_cores, is_fused=True, num_cores=num_cores)
-        num_frames = sum(segment.num_samples for segment in segments)
+        num_frames = sum(segment.num_frames for segment in segments)
         media.grow(whole, max(media.num_tried, round(sizes.run_seconds * rate * media.num_tried / num_frames)))
         for _ in range(sizes.repeats):
             for name, execution in executions(num_cores).items():

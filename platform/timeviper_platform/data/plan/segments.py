@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from timeviper_platform.common.schemas import PLAN, STRETCH_MARK
+from timeviper_platform.common.schemas import CLIP_MARK, PLAN
 from timeviper_platform.data.inputs.manifest import MediaItem
 from timeviper_platform.data.media.container import DecodeError, ErrorType, MediaLimits, Modality, source_name
 from timeviper_platform.data.media.probe import LocalProbes, ProbeSource, file_version, sha256_of
@@ -27,7 +27,7 @@ from timeviper_platform.data.video.sampling import count_samples, sample_times
 from timeviper_platform.data.video_worker.frame_source import DecodeConfig
 from timeviper_platform.data.video_worker.isolated import IsolatedProbes
 
-SEGMENT_SAMPLES = 64
+SEGMENT_FRAMES = 64
 """28 MB of frames at 384 x 384: what a worker holds at once, whatever the video's length."""
 
 UNITS_PER_WORKER = 8
@@ -60,8 +60,8 @@ class Segment:
     height: int
     codec: str
     grid_start_seconds: float
-    first_sample: int
-    num_samples: int
+    first_frame: int
+    num_frames: int
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Segment:
@@ -70,11 +70,11 @@ class Segment:
 
     def times(self, fps: Fraction) -> list[Fraction]:
         """t of every sample."""
-        return sample_times(exact(self.grid_start_seconds), fps, self.first_sample, self.num_samples)
+        return sample_times(exact(self.grid_start_seconds), fps, self.first_frame, self.num_frames)
 
     def time(self, number: int, fps: Fraction) -> Fraction:
-        """t of sample `number` of the segment, from 0; that of `num_samples` is its end."""
-        return exact(self.grid_start_seconds) + (self.first_sample + number) / fps
+        """t of sample `number` of the segment, from 0; that of `num_frames` is its end."""
+        return exact(self.grid_start_seconds) + (self.first_frame + number) / fps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,7 +108,7 @@ class PlanSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedMedium:
-    """What the PLAN rows of one medium share; num_samples is that of all of them, 0 for a medium in error."""
+    """What the PLAN rows of one medium share; num_frames is that of all of them, 0 for a medium in error."""
 
     media_id: str
     uri: str
@@ -124,7 +124,7 @@ class PlannedMedium:
     height: int | None = None
     codec: str | None = None
     grid_start_seconds: float | None = None
-    num_samples: int = 0
+    num_frames: int = 0
     error_stage: str | None = None
     error_type: str | None = None
     error_message: str | None = None
@@ -132,7 +132,7 @@ class PlannedMedium:
     @property
     def num_rows(self) -> int:
         """PLAN rows of this medium."""
-        return max(1, -(-self.num_samples // SEGMENT_SAMPLES))
+        return max(1, -(-self.num_frames // SEGMENT_FRAMES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +144,9 @@ class Unit:
     segments: tuple[Segment, ...]
 
     @property
-    def num_samples(self) -> int:
+    def num_frames(self) -> int:
         """Frames to decode."""
-        return sum(segment.num_samples for segment in self.segments)
+        return sum(segment.num_frames for segment in self.segments)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -219,7 +219,7 @@ def plan_item(item: MediaItem, spec: PlanSpec) -> PlannedMedium:
     _check_count(item, count, probe.end_seconds, spec.limits)
     version = sha256 or file.text
     if item.start_seconds is not None or item.end_seconds is not None:
-        version += f"{STRETCH_MARK}{item.start_seconds},{item.end_seconds}"
+        version += f"{CLIP_MARK}{item.start_seconds},{item.end_seconds}"
     return PlannedMedium(
         media_id=item.media_id,
         uri=item.uri,
@@ -235,7 +235,7 @@ def plan_item(item: MediaItem, spec: PlanSpec) -> PlannedMedium:
         height=probe.height,
         codec=probe.codec,
         grid_start_seconds=float(start),
-        num_samples=count,
+        num_frames=count,
     )
 
 
@@ -254,20 +254,20 @@ def cut_units(segments: Collection[Segment], frames_per_file: int, num_workers: 
 
 def iter_units(segments: Collection[Segment], frames_per_file: int, num_workers: int) -> Iterator[Unit]:
     """`cut_units` one at a time; reads the segments twice."""
-    total = sum(segment.num_samples for segment in segments)
+    total = sum(segment.num_frames for segment in segments)
     share = -(-total // (UNITS_PER_WORKER * num_workers))
-    return _cut(segments, min(frames_per_file, max(SEGMENT_SAMPLES, share)))
+    return _cut(segments, min(frames_per_file, max(SEGMENT_FRAMES, share)))
 
 
 def _cut(segments: Iterable[Segment], frames_per_unit: int) -> Iterator[Unit]:
     group: list[Segment] = []
     num_frames = 0
     for segment in segments:
-        if group and (num_frames + segment.num_samples > frames_per_unit or len(group) == MAX_UNIT_SEGMENTS):
+        if group and (num_frames + segment.num_frames > frames_per_unit or len(group) == MAX_UNIT_SEGMENTS):
             yield _unit(group)
             group, num_frames = [], 0
         group.append(segment)
-        num_frames += segment.num_samples
+        num_frames += segment.num_frames
     if group:
         yield _unit(group)
 
@@ -285,8 +285,8 @@ def errors_of(table: pa.Table) -> list[PlanError]:
 
 def _table(media: Sequence[PlannedMedium], recipe_hash: str) -> pa.Table:
     """PLAN rows, column by column: a row at a time costs five times as much."""
-    samples = np.array([medium.num_samples for medium in media], dtype=np.int64)
-    num_segments = -(-samples // SEGMENT_SAMPLES)
+    samples = np.array([medium.num_frames for medium in media], dtype=np.int64)
+    num_segments = -(-samples // SEGMENT_FRAMES)
     num_rows = np.maximum(1, num_segments)  # a medium in error has a row too
     source = np.repeat(np.arange(len(media)), num_rows)
     index = np.arange(len(source)) - np.repeat(np.cumsum(num_rows) - num_rows, num_rows)
@@ -298,8 +298,8 @@ def _table(media: Sequence[PlannedMedium], recipe_hash: str) -> pa.Table:
     counted = {
         "segment_index": index,
         "num_segments": num_segments[source],
-        "first_sample": index * SEGMENT_SAMPLES,
-        "num_samples": np.minimum(SEGMENT_SAMPLES, samples[source] - index * SEGMENT_SAMPLES),
+        "first_frame": index * SEGMENT_FRAMES,
+        "num_frames": np.minimum(SEGMENT_FRAMES, samples[source] - index * SEGMENT_FRAMES),
     }
     columns = [
         pa.array(ids, pa.string())

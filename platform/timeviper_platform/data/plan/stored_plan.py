@@ -42,7 +42,7 @@ class PlanCounts:
     def add(self, table: pa.Table, is_missing: np.ndarray) -> None:
         """Takes note of PLAN rows, of which some segments are not committed."""
         is_error = np.asarray(pc.equal(table["status"], "error"))
-        samples = table["num_samples"].fill_null(0).to_numpy()
+        samples = table["num_frames"].fill_null(0).to_numpy()
         first = table["segment_index"].fill_null(0).to_numpy() == 0
         self.media += int(first.sum())
         self.segments += int((~is_error).sum())

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from timeviper_platform.common.storage import READ_AHEAD_BYTES
-from timeviper_platform.data.plan.segments import MAX_TABLE_ROWS, SEGMENT_SAMPLES
+from timeviper_platform.data.plan.segments import MAX_TABLE_ROWS, SEGMENT_FRAMES
 
 BYTES_A_VALUE = 2
 """bf16"""
@@ -117,8 +117,8 @@ def compute_scale(config: ScaleConfig, tower: VisionTower | None = None) -> Scal
     """The run's totals, by the formulas of docs/scale.md."""
     of_video = -(-int(config.seconds_per_video * config.fps * 1000) // 1000)
     frames = config.num_videos * of_video
-    segments = config.num_videos * -(-of_video // SEGMENT_SAMPLES)
-    files = -(-segments // max(1, config.frames_per_file // SEGMENT_SAMPLES))
+    segments = config.num_videos * -(-of_video // SEGMENT_FRAMES)
+    files = -(-segments // max(1, config.frames_per_file // SEGMENT_FRAMES))
     num_tokens = config.num_tokens_per_frame + config.second_num_tokens_per_frame
     feature_bytes = frames * num_tokens * max(config.dim, config.second_dim) * BYTES_A_VALUE
     rate = _encode_rate(config, tower or VisionTower())

@@ -157,7 +157,7 @@ def _checked(segment: Segment, found: FrameBatch | DecodeError) -> FrameBatch | 
     """What was found, or that it is nothing: frames of a segment that has none, though it should."""
     if isinstance(found, DecodeError) or len(found.frames) or not (found.num_missing or segment.segment_index == 0):
         return found
-    message = f"{source_name(segment.uri)}: none of {segment.num_samples} sampled frames decodes"
+    message = f"{source_name(segment.uri)}: none of {segment.num_frames} sampled frames decodes"
     return DecodeError("decode_video", ErrorType.FRAMES_MISSING, message)
 
 
@@ -235,7 +235,7 @@ class SegmentEncoder:
             **{name: getattr(segment, name) for name in _SHARED_FIELDS},
             "uri": source_name(segment.uri),
             "start_seconds": float(segment.time(0, self._fps)),
-            "end_seconds": float(segment.time(segment.num_samples, self._fps)),
+            "end_seconds": float(segment.time(segment.num_frames, self._fps)),
             "num_frames": entry.num_frames,
             "num_tokens_per_frame": self._encoder.num_tokens_per_frame,
             "dim": self._encoder.dim,
@@ -250,7 +250,7 @@ class SegmentEncoder:
                 "error_stage": error.stage,
                 "error_type": error.error_type.value,
                 "error_message": error.message,
-                "frames_missing": segment.num_samples,
+                "frames_missing": segment.num_frames,
                 "frame_times_seconds": [],
                 "frame_pts_seconds": [],
                 "features": None,
@@ -259,7 +259,7 @@ class SegmentEncoder:
         partial = {
             "error_stage": "decode_video",
             "error_type": ErrorType.FRAMES_MISSING.value,
-            "error_message": f"{frames.num_missing} of {segment.num_samples} sampled frames do not decode",
+            "error_message": f"{frames.num_missing} of {segment.num_frames} sampled frames do not decode",
         }
         return row | {
             "status": "partial" if frames.num_missing else "ok",
@@ -273,7 +273,7 @@ class SegmentEncoder:
 
 
 _SHARED_FIELDS = tuple(
-    field.name for field in fields(Segment) if field.name not in ("grid_start_seconds", "first_sample", "num_samples")
+    field.name for field in fields(Segment) if field.name not in ("grid_start_seconds", "first_frame", "num_frames")
 )
 """of PLAN and FEATURES rows; `asdict` would copy every value, which an image's row feels"""
 

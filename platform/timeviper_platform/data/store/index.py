@@ -143,7 +143,7 @@ class StoreIndex:
         hashes, versions, segments = (
             _column(self._file, name).take(first) for name in ("sha256", "source_version", "num_segments")
         )
-        is_whole = pc.invert(pc.match_substring(versions, schemas.STRETCH_MARK))
+        is_whole = pc.invert(pc.match_substring(versions, schemas.CLIP_MARK))
         has_all = pc.equal(segments, pa.array(np.diff(self._starts)))
         return pc.if_else(pc.and_(is_whole, has_all), hashes, None)
 

@@ -40,8 +40,9 @@ def read_header(uri: str) -> dict[str, Any] | None:
     header: dict[str, Any] = storage.read_json(path)
     if header.get("schema_version") != schemas.STORE_VERSION:
         raise ValueError(
-            f"{path}: schema_version = {header.get('schema_version')!r}, this release reads {schemas.STORE_VERSION};"
-            " write the store again, or read it with the release that wrote it"
+            f"{path}: schema_version = {header.get('schema_version')!r}, but this release reads"
+            f" {schemas.STORE_VERSION} only; preprocess the media again into another folder, or use the release that"
+            " wrote this store"
         )
     return header
 

@@ -63,9 +63,9 @@ def select_frames(
     return [int(number) for number in chosen]
 
 
-def sample_times(start_seconds: Fraction, fps: Fraction, first_sample: int, num_samples: int) -> list[Fraction]:
-    """t of samples first_sample, first_sample + 1, ...: sample k lies at start + k / fps."""
-    return [start_seconds + k / fps for k in range(first_sample, first_sample + num_samples)]
+def sample_times(start_seconds: Fraction, fps: Fraction, first_frame: int, num_frames: int) -> list[Fraction]:
+    """t of samples first_frame, first_frame + 1, ...: sample k lies at start + k / fps."""
+    return [start_seconds + k / fps for k in range(first_frame, first_frame + num_frames)]
 
 
 def count_samples(start_seconds: Fraction, end_seconds: Fraction, fps: Fraction) -> int:

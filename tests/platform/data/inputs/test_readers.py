@@ -72,7 +72,7 @@ def test_members_of_a_tar_are_read_in_place(tmp_path: Path, media: dict[str, byt
             assert file.read() == data
         assert item.version == file_version(item.uri)  # the listing and the file say the same
     rows = plan_of(items)
-    assert [(row["modality"], row["num_samples"], row["size"]) for row in rows] == [
+    assert [(row["modality"], row["num_frames"], row["size"]) for row in rows] == [
         ("video", 3, len(media["clip.mp4"])),
         ("image", 1, len(media["image0.jpg"])),
         ("image", 1, len(media["image1.jpg"])),
@@ -120,7 +120,7 @@ def test_values_of_a_parquet_file_are_read_in_place(tmp_path: Path, media: dict[
                 assert file.read() == data
             assert item.version is not None
             assert item.version.text == file_version(item.uri).text
-        assert [row["num_samples"] for row in plan_of(items)] == [3, 1, 1]
+        assert [row["num_frames"] for row in plan_of(items)] == [3, 1, 1]
     assert [item.media_id for item in items_of(tmp_path / "flat.parquet")] == list(media)
     two = flat.append_column("other", flat["data"])
     pq.write_table(two, tmp_path / "two.parquet")
@@ -175,7 +175,7 @@ def test_rows_that_say_it_all_are_planned_without_a_file(tmp_path: Path) -> None
     ]
     (tmp_path / "m.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     planned = plan_of(items_of(tmp_path / "m.jsonl"))
-    assert [row["num_samples"] for row in planned] == [64, 64, 3, 1, 6, None, None]
+    assert [row["num_frames"] for row in planned] == [64, 64, 3, 1, 6, None, None]
     assert [row["error_type"] for row in planned[-2:]] == [ErrorType.TOO_MANY_PIXELS, ErrorType.NOT_FOUND]
     assert planned[0]["source_version"] == "ab"
 

@@ -46,8 +46,8 @@ def test_there_is_a_sample_for_every_second_that_has_begun() -> None:
 def test_a_video_is_cut_into_segments_of_64(tmp_path: Path) -> None:
     make_video(tmp_path / "clip.mp4", range(0, 1040), gop=100)
     found = segments([MediaItem(str(tmp_path / "clip.mp4"), "clip")])
-    assert [s.num_samples for s in found] == [64, 64, 2]
-    assert [s.first_sample for s in found] == [0, 64, 128]
+    assert [s.num_frames for s in found] == [64, 64, 2]
+    assert [s.first_frame for s in found] == [0, 64, 128]
     assert [(s.segment_index, s.num_segments) for s in found] == [(0, 3), (1, 3), (2, 3)]
     assert len({s.segment_id for s in found}) == 3
     assert found[2].times(Fraction(1)) == [128, 129]
@@ -99,11 +99,11 @@ def test_bad_media_become_error_rows_in_their_place(tmp_path: Path) -> None:
     assert long["error_type"].to_pylist() == [ErrorType.TOO_MANY_FRAMES]
 
 
-def make_segment(number: int, num_samples: int) -> Segment:
+def make_segment(number: int, num_frames: int) -> Segment:
     return Segment(
         segment_id=f"{number:032d}", media_id="m", source_version="v", segment_index=number, num_segments=1, uri="u",
         size=0, etag=None, sha256=None, modality="video", duration_seconds=1.0, source_fps=1.0, width=1, height=1,
-        codec="c", grid_start_seconds=0.0, first_sample=0, num_samples=num_samples,
+        codec="c", grid_start_seconds=0.0, first_frame=0, num_frames=num_frames,
     )  # fmt: skip
 
 
@@ -114,7 +114,7 @@ def test_units_keep_order_lose_nothing_and_have_names_that_repeat() -> None:
     assert {len(unit.segments) for unit in units} == {10}
     assert [u.name for u in units] == [u.name for u in cut_units(made, frames_per_file=240, num_workers=1)]
     assert len({u.name for u in units}) == 100
-    assert units[0].num_samples == 240
+    assert units[0].num_frames == 240
 
 
 def test_a_small_input_is_shared_among_the_workers() -> None:

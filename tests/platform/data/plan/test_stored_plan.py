@@ -65,7 +65,7 @@ def test_a_plan_is_stored_in_parts_and_read_again(tmp_path: Path, monkeypatch: p
     found = list(plan.segments)
     assert len(found) == len(plan.segments) == counts.segments
     assert plan.segments[7] == found[7]
-    assert sum(segment.num_samples for segment in found) == counts.frames
+    assert sum(segment.num_frames for segment in found) == counts.frames
     units = list(iter_units(plan.missing, 2048, num_workers=2))
     assert [segment for unit in units for segment in unit.segments] == found
     assert sum(table.num_rows for table in plan.tables()) == len(plan.segments)

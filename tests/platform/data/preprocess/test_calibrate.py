@@ -133,7 +133,7 @@ def test_a_few_segments_are_tried_and_broken_ones_are_not_counted(tmp_path: Path
     worker = made_spec(config, image_size=encoder.image_size)
     found = calibrate(sample.segments, worker, encoder)
     assert found is not None
-    assert (found.segments, found.frames) == (4, sum(segment.num_samples for segment in sample.segments))
+    assert (found.segments, found.frames) == (4, sum(segment.num_frames for segment in sample.segments))
     (tmp_path / f"{sample.segments[1].media_id}.mp4").unlink()
     fewer = calibrate(sample.segments, worker, encoder)
     assert fewer is not None

@@ -17,8 +17,10 @@ from timeviper_platform.common.schemas import FEATURES, INDEX, check_version
 from timeviper_platform.data.encode.recipe import recipe_hash
 from timeviper_platform.data.store import row_groups
 from timeviper_platform.data.store.commits import best_rows
+from timeviper_platform.data.store.compact import compact
 from timeviper_platform.data.store.index_writer import write_index
 from timeviper_platform.data.store.reader import FeatureStore, FrameRequest
+from timeviper_platform.data.store.verify import verify_store
 from timeviper_platform.data.store.writer import create_store, remove_uncommitted, write_file, write_store
 from timeviper_platform.data.video.sampling import select_frames
 
@@ -325,10 +327,16 @@ def test_missing_unfinished_and_foreign_stores_are_named(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="without an index"):
         FeatureStore.open(str(tmp_path))
     write_store(str(tmp_path), made_media(2), recipe=RECIPE)
+
+
+@pytest.mark.parametrize("version", [1, 99])
+def test_a_store_of_another_version_is_refused_with_the_way_out(tmp_path: Path, version: int) -> None:
+    write_store(str(tmp_path), made_media(2), recipe=RECIPE)
     header = storage.read_json(str(tmp_path / "store.json"))
-    storage.write_json(str(tmp_path / "store.json"), header | {"schema_version": 99})
-    with pytest.raises(ValueError, match="schema_version = 99"):
-        FeatureStore.open(str(tmp_path))
+    storage.write_json(str(tmp_path / "store.json"), header | {"schema_version": version})
+    for use in (FeatureStore.open, lambda uri: create_store(uri, RECIPE), compact, verify_store):
+        with pytest.raises(ValueError, match=f"schema_version = {version}.*preprocess the media again"):
+            use(str(tmp_path))
 
 
 def test_a_lost_or_damaged_data_file_is_named(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.data.store.verify import verify_store
 from timeviper_platform.data.store.writer import create_store, remove_uncommitted, write_file, write_store
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).parents[4]
 FILE_BYTES = 4096
 
 
