@@ -20,7 +20,7 @@ from timeviper_model.weights.weights_folder import load_tokenizer, save_pretrain
 from timeviper_platform.common.config import parse_config
 from timeviper_platform.common.schemas import QUESTIONS
 from timeviper_platform.data.store.reader import FeatureStore
-from timeviper_platform.training.batches.packing import PlanPosition
+from timeviper_platform.training.batches.packing import PackPosition
 from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.phase import first_model, prepare_phase
 
@@ -83,7 +83,7 @@ def test_every_row_begins_with_its_own_sites_and_the_shared_weights(corpus: Corp
         assert phase_config.steps == 30
         model = first_model(phase_config.init, store, None)
         phase = prepare_phase(config, "instruct", model, store, tokenizer, rank=0, world_size=1)
-        batch = next(phase.feed.steps(PlanPosition(0, 0), 0, 1)).micro_batches[0].batch
+        batch = next(phase.loader.steps(PackPosition(0, 0), 0, 1)).micro_batches[0].batch
         with torch.no_grad():
             output = model(batch.to(torch.device("cpu"), torch.float32), use_transv=phase_config.use_transv)
         present, *left = output.num_vision_tokens.tolist()

@@ -18,7 +18,7 @@ from timeviper_model.inference.prefill import prefill
 from timeviper_model.timeviper import TimeViper
 from timeviper_platform.data.encode.frame_encoder import EncoderConfig, FrameEncoder, TowerConfig
 from timeviper_platform.training.batches.collate import dummy_batch
-from timeviper_platform.training.batches.packing import PlanPosition
+from timeviper_platform.training.batches.packing import PackPosition
 from timeviper_platform.training.batches.step_batches import MicroBatch, StepBatches
 from timeviper_platform.training.interrupts import Wish
 from timeviper_platform.training.step import StepResult, agree, held_out_loss, train_step
@@ -79,7 +79,7 @@ def step_of(layouts: list[str]) -> StepBatches:
         num_padding_tokens=0,
         fill=1.0,
         flops=0.0,
-        end=PlanPosition(0, 0),
+        end=PackPosition(0, 0),
         damaged=[],
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from timeviper_platform.training.batches.packing import PlanPosition
+from timeviper_platform.training.batches.packing import PackPosition
 from timeviper_platform.training.optim.deepspeed_engine import ZeroConfig
 from timeviper_platform.training.optim.lr_schedule import learning_rate_factor
 from timeviper_platform.training.optim.parameter_groups import freeze_others
@@ -24,7 +24,7 @@ def train_bare(phase: Phase, zero: ZeroConfig) -> list[float]:
         eps=zero.eps,
     )
     losses = []
-    for batches in phase.feed.steps(PlanPosition(0, 0), 0, phase.num_steps):
+    for batches in phase.loader.steps(PackPosition(0, 0), 0, phase.num_steps):
         for own, group in zip(optimizer.param_groups, phase.groups, strict=True):
             own["lr"] = group.lr * learning_rate_factor(batches.step, phase.num_steps, phase.config.schedule)
         outputs = [

@@ -84,7 +84,7 @@ def make_corpus(folder: Path, *, num_samples: int = 24, num_videos: int = 6) -> 
     return corpus
 
 
-def write_held_out(corpus: Corpus) -> str:
+def write_validation_samples(corpus: Corpus) -> str:
     """Five short samples beside those that are trained on; their file."""
     turns = [("user", "What is this?"), ("assistant", "a blue square")]
     path = corpus.folder / "held-out.parquet"

@@ -60,7 +60,7 @@ def parse_config(cls: type[T], values: dict[str, Any], *, source: str = "the con
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, sign, text = override.partition("=")
     if not sign or not key:
-        raise ValueError(f"override {override!r} must read key=value, for example feed.prefetch_bytes=1000000")
+        raise ValueError(f"override {override!r} must read key=value, for example loader.prefetch_bytes=1000000")
     *parents, last = key.split(".")
     node: Any = values
     for parent in parents:

@@ -14,7 +14,7 @@ from timeviper_model.config import PRESETS, TimeViperConfig, TransVSite
 from timeviper_model.layers.backends import Backend
 from timeviper_model.layers.lora import LoraConfig
 from timeviper_platform.common import storage
-from timeviper_platform.training.batches.loader import FeedConfig
+from timeviper_platform.training.batches.loader import LoaderConfig
 from timeviper_platform.training.batches.packing import PackingConfig
 from timeviper_platform.training.batches.rows import SourceConfig
 from timeviper_platform.training.batches.samples import FramesConfig
@@ -176,7 +176,7 @@ class TrainConfig:
     second_encoder: str | None = None
     """the same of the second tower, where the features are of two"""
     zero: ZeroConfig = field(default_factory=ZeroConfig)
-    feed: FeedConfig = field(default_factory=FeedConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     workers: WorkersConfig = field(default_factory=WorkersConfig)

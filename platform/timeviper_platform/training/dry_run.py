@@ -259,7 +259,7 @@ def _plan_facts(
         fill=num_tokens / (len(packs) * phase.packing.max_tokens),
         text_tokens=num_tokens - sum(pack.num_vision_tokens for pack in packs),
         vision_tokens=_vision_tokens(model.config, shapes, use_transv=phase.use_transv),
-        num_dummies_per_step=prepared.feed.num_micro_steps * num_ranks - phase.packs_per_step,
+        num_dummies_per_step=prepared.loader.num_micro_steps * num_ranks - phase.packs_per_step,
         largest_pack=shapes[int(np.argmax(costs))],
         mean_pack_flops=float(np.mean(flops)),
     )

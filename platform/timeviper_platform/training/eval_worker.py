@@ -53,7 +53,7 @@ def look_at_checkpoint(task: LookTask) -> dict[str, float]:
     _, _, model = checkpoint_model(task.checkpoint)
     model = model.to(device, dtype).eval()
     set_backend(model, config.backend if use_gpu else "torch", device=device, dtype=dtype)
-    store = FeatureStore.open(config.feature_store, cache_bytes=config.feed.cache_bytes)
+    store = FeatureStore.open(config.feature_store, cache_bytes=config.loader.cache_bytes)
     held_out = alone_held_out(phase, model.config, store, load_tokenizer(config.tokenizer))
     return look_at_held_out(model, model, held_out, use_transv=phase.use_transv, device=device, dtype=dtype)
 

@@ -1,7 +1,7 @@
 """How a run ends before its last step, and what its user is told.
 
 Knows the kinds of ends: numbers that are not finite, too many damaged samples, no memory left, a stop that somebody
-asked for. Does not know how they are found (step.py, feed.py) or what is saved (phase_run.py).
+asked for. Does not know how they are found (step.py, loader.py) or what is saved (phase_run.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One phase made ready: its model with first weights, its samples measured, its plan, feed and parameter groups.
+"""One phase made ready: its model with first weights, its samples measured, its plan, loader and parameter groups.
 
 Knows how the parts of a phase fit together and says clearly when they do not (a feature store of another encoder, a
 tokenizer larger than the vocabulary). Runs no step.
@@ -24,12 +24,12 @@ from timeviper_platform.common import storage
 from timeviper_platform.data.encode.recipe import tower_facts
 from timeviper_platform.data.store.compatibility import check_same_towers
 from timeviper_platform.data.store.reader import FeatureStore
-from timeviper_platform.training.batches.loader import Feed
+from timeviper_platform.training.batches.loader import BatchLoader
 from timeviper_platform.training.batches.packing import PackPlan
 from timeviper_platform.training.batches.rows import SampleRows
 from timeviper_platform.training.batches.samples import Reject, SampleBuilder
 from timeviper_platform.training.batches.sizes import Measure, count_rejects, measure_samples
-from timeviper_platform.training.batches.step_batches import FeedShape
+from timeviper_platform.training.batches.step_batches import BatchShape
 from timeviper_platform.training.config import InitConfig, PhaseConfig, TrainConfig
 from timeviper_platform.training.cost.flops import training_flops
 from timeviper_platform.training.optim.parameter_groups import (
@@ -55,7 +55,7 @@ class Phase:
     model: TimeViper
     groups: list[ParameterGroup]
     plan: PackPlan
-    feed: Feed
+    loader: BatchLoader
     num_steps: int
     held_out: HeldOut | None
     rejects: list[Reject]
@@ -82,7 +82,7 @@ def prepare_phase(
         model: what is trained.
         store: of the features.
         tokenizer: a transformers fast tokenizer.
-        rank: whose share of each step the feed reads.
+        rank: whose share of each step the loader reads.
         world_size: how many share a step.
         measure: how the samples' sizes are come by.
 
@@ -97,8 +97,8 @@ def prepare_phase(
     plan = PackPlan(table, phase.packing, config.seed)
     num_steps = phase.steps or plan.num_steps(phase.packs_per_step, phase.epochs or 1)
     groups = phase_groups(model, phase)
-    shape = _feed_shape(phase, model.config, tokenizer)
-    feed = Feed(
+    shape = _batch_shape(phase, model.config, tokenizer)
+    loader = BatchLoader(
         plan,
         rows,
         builder,
@@ -123,7 +123,7 @@ def prepare_phase(
         model=model,
         groups=groups,
         plan=plan,
-        feed=feed,
+        loader=loader,
         num_steps=num_steps,
         held_out=held_out,
         rejects=rejects,
@@ -139,7 +139,7 @@ def prepare_phase(
 def alone_held_out(phase: PhaseConfig, model: TimeViperConfig, store: FeatureStore, tokenizer: Any) -> HeldOut:
     """The held-out samples of a phase that has some, for a process that looks at all of them alone."""
     builder = SampleBuilder(store, tokenizer, model.chat_template, phase.frames)
-    shape = _feed_shape(phase, model, tokenizer)
+    shape = _batch_shape(phase, model, tokenizer)
     held_out = prepare_held_out(phase, builder, shape, measure_samples, rank=0, world_size=1)
     assert held_out is not None
     return held_out
@@ -255,8 +255,8 @@ def mean_kept_share(config: TimeViperConfig) -> float:
     return sum(shares) / len(shares)
 
 
-def _feed_shape(phase: PhaseConfig, model: TimeViperConfig, tokenizer: Any) -> FeedShape:
-    return FeedShape(
+def _batch_shape(phase: PhaseConfig, model: TimeViperConfig, tokenizer: Any) -> BatchShape:
+    return BatchShape(
         packs_per_step=phase.packs_per_step,
         max_tokens=phase.packing.max_tokens,
         pad_to=phase.packing.max_tokens if phase.packing.pad_to_max_tokens else None,

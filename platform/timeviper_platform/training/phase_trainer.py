@@ -15,8 +15,8 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from timeviper_platform.training.batches.loader import ReadAhead, read_in_thread
-from timeviper_platform.training.batches.packing import PlanPosition
+from timeviper_platform.training.batches.loader import PrefetchSteps, prefetch_in_thread
+from timeviper_platform.training.batches.packing import PackPosition
 from timeviper_platform.training.batches.step_batches import StepBatches
 from timeviper_platform.training.checkpoint.manager import Checkpoints, read_state, restore_checkpoint
 from timeviper_platform.training.checkpoint.save_policy import OnCheckpoint, Saving
@@ -52,7 +52,7 @@ class PhaseRun:
         wishes: what somebody outside wants.
         on_checkpoint: see OnCheckpoint.
         start_look: at the held-out samples, beside the ranks.
-        read_ahead: see ReadAhead.
+        prefetch: see PrefetchSteps.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class PhaseRun:
         wishes: Wishes,
         on_checkpoint: OnCheckpoint | None,
         start_look: StartLook,
-        read_ahead: ReadAhead = read_in_thread,
+        prefetch: PrefetchSteps = prefetch_in_thread,
     ) -> None:
         self._config = config
         self._phase = phase
@@ -80,7 +80,7 @@ class PhaseRun:
             before_commit=None if writer is None else writer.flush,
             on_checkpoint=on_checkpoint,
         )
-        self._read_ahead = read_ahead
+        self._prefetch = prefetch
         self._looks = None if writer is None else LooksBeside(start_look, self._write_look)
         self._row: dict[str, Any] = {}
         """of the last finished step"""
@@ -103,7 +103,9 @@ class PhaseRun:
             return global_step, checkpoint
         self._want_lost_looks()
         ds_engine = self._ds_engine(checkpoint)
-        ahead = self._read_ahead(self._phase.feed, state.position, state.step, self._phase.num_steps, self._config.feed)
+        ahead = self._prefetch(
+            self._phase.loader, state.position, state.step, self._phase.num_steps, self._config.loader
+        )
         try:
             with Watchdog(self._config.workers.hang_timeout_s) as watchdog:
                 if lacks_look:
@@ -243,7 +245,7 @@ class PhaseRun:
             phase=self._phase.name,
             step=0,
             global_step=global_step,
-            position=PlanPosition(0, 0),
+            position=PackPosition(0, 0),
             plan_hash=self._phase.plan.hash,
             step_plan=StepPlan(
                 packs_per_step=self._phase.config.packs_per_step,
@@ -284,7 +286,7 @@ class PhaseRun:
                 phase.groups,
                 config.zero,
                 precision=config.precision,
-                num_micro_steps=phase.feed.num_micro_steps,
+                num_micro_steps=phase.loader.num_micro_steps,
             )
 
         if checkpoint is None:
@@ -334,10 +336,10 @@ class PhaseRun:
             )
 
     def _blow_fuse(self, state: TrainState, num_damaged: int) -> None:
-        total, limit = state.num_damaged + num_damaged, self._config.feed.max_damaged_samples
+        total, limit = state.num_damaged + num_damaged, self._config.loader.max_damaged_samples
         if total > limit:
             raise FatalTrainingError(
                 f"{total} samples of phase {state.phase} could not be read up to step {state.step + 1},"
-                f" feed.max_damaged_samples is {limit}; the log names them: write the damaged files anew with"
+                f" loader.max_damaged_samples is {limit}; the log names them: write the damaged files anew with"
                 " jobs/preprocess.py, or raise the limit"
             )

@@ -27,8 +27,8 @@ from ray.util.metrics import Gauge
 
 from timeviper_platform.common import storage
 from timeviper_platform.common.config import setup_logging
-from timeviper_platform.training.batches.loader import read_in_thread
-from timeviper_platform.training.batches.ray_loader import read_on_ray
+from timeviper_platform.training.batches.loader import prefetch_in_thread
+from timeviper_platform.training.batches.ray_loader import prefetch_on_ray
 from timeviper_platform.training.checkpoint.manager import resolve_resume
 from timeviper_platform.training.config import TrainConfig, with_absolute_paths
 from timeviper_platform.training.distributed import do_all_end, from_rank_0
@@ -168,7 +168,7 @@ def _worker(arguments: dict[str, Any]) -> dict[str, Any] | _Ended:
             wishes=PreemptionWatch(lambda: _is_there(arguments["stop"])),
             on_checkpoint=_report,
             trackers=[_Gauges(config.name)],
-            read_ahead=read_on_ray if config.feed.reader == "ray_data" else read_in_thread,
+            prefetch=prefetch_on_ray if config.loader.reader == "ray_data" else prefetch_in_thread,
             start_look=_RayLook,
         )
     except (ValueError, FatalTrainingError, StoppedError) as error:

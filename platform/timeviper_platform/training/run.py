@@ -21,9 +21,9 @@ from timeviper_model.timeviper import TimeViper
 from timeviper_model.weights.weights_folder import config_from_dict, load_tokenizer
 from timeviper_platform.common import storage
 from timeviper_platform.data.store.reader import FeatureStore
-from timeviper_platform.training.batches.loader import ReadAhead, read_in_thread
+from timeviper_platform.training.batches.loader import PrefetchSteps, prefetch_in_thread
 from timeviper_platform.training.batches.samples import Reject
-from timeviper_platform.training.batches.sizes import MeasureTogether, count_rejects
+from timeviper_platform.training.batches.sizes import MeasureOnAllRanks, count_rejects
 from timeviper_platform.training.checkpoint.export import export_weights
 from timeviper_platform.training.checkpoint.manager import MODEL_FILE, Checkpoints, read_state
 from timeviper_platform.training.checkpoint.save_policy import OnCheckpoint
@@ -88,7 +88,7 @@ def run_training(
     wishes: Wishes = no_wishes,
     on_checkpoint: OnCheckpoint | None = None,
     trackers: Sequence[Tracker] = (),
-    read_ahead: ReadAhead = read_in_thread,
+    prefetch: PrefetchSteps = prefetch_in_thread,
     start_look: StartLook = LookProcess,
 ) -> dict[str, Any]:
     """Runs every phase that is not finished; the report by phase, equal on all ranks.
@@ -100,7 +100,7 @@ def run_training(
         wishes: what somebody outside wants; asked before every step.
         on_checkpoint: see OnCheckpoint.
         trackers: told of every step on rank 0, beside the configured ones.
-        read_ahead: who reads a rank's batches before it needs them.
+        prefetch: who reads a rank's batches before it needs them.
         start_look: at the held-out samples, beside the ranks.
 
     Raises:
@@ -109,7 +109,7 @@ def run_training(
         StoppedError: when somebody wished so.
         RuntimeError: when files cannot be read or written, or the memory does not suffice.
     """
-    return _Run(config, device, wishes, on_checkpoint, trackers, read_ahead, start_look).phases(resume_from)
+    return _Run(config, device, wishes, on_checkpoint, trackers, prefetch, start_look).phases(resume_from)
 
 
 class _Run:
@@ -120,7 +120,7 @@ class _Run:
         wishes: Wishes,
         on_checkpoint: OnCheckpoint | None,
         trackers: Sequence[Tracker],
-        read_ahead: ReadAhead,
+        prefetch: PrefetchSteps,
         start_look: StartLook,
     ) -> None:
         check_trackers(config.metrics.mlflow, config.metrics.wandb)
@@ -129,11 +129,11 @@ class _Run:
         self._device = device
         self._wishes = wishes
         self._trackers = trackers
-        self._read_ahead = read_ahead
+        self._prefetch = prefetch
         self._start_look = start_look
         self._on_checkpoint = on_checkpoint
         self._rank = dist.get_rank()
-        self._store = FeatureStore.open(config.feature_store, cache_bytes=config.feed.cache_bytes)
+        self._store = FeatureStore.open(config.feature_store, cache_bytes=config.loader.cache_bytes)
         self._tokenizer = load_tokenizer(config.tokenizer)
         self._checkpoints = Checkpoints(self._folder.checkpoints, keep=config.checkpoint.keep)
 
@@ -157,7 +157,7 @@ class _Run:
                     wishes=self._wishes,
                     on_checkpoint=self._on_checkpoint,
                     start_look=self._start_look,
-                    read_ahead=self._read_ahead,
+                    prefetch=self._prefetch,
                 )
                 global_step, newest = run.run(checkpoint, global_step)
                 self._finish(phase, newest)
@@ -190,7 +190,7 @@ class _Run:
             self._tokenizer,
             rank=self._rank,
             world_size=dist.get_world_size(),
-            measure=MeasureTogether(storage.join_uri(self._config.runs, TABLES_FOLDER)),
+            measure=MeasureOnAllRanks(storage.join_uri(self._config.runs, TABLES_FOLDER)),
         )
         phase.model.gradient_checkpointing = self._config.activation_checkpointing
         dtype = DTYPES[self._config.precision]

@@ -13,7 +13,7 @@ import yaml
 from reference.training_corpus import Corpus, make_corpus, train_config, train_values
 from timeviper_model.weights.weights_folder import load_tokenizer
 from timeviper_platform.data.store.reader import FeatureStore
-from timeviper_platform.training.batches.packing import PackShape, PlanPosition
+from timeviper_platform.training.batches.packing import PackPosition, PackShape
 from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.cost.memory import (
     ModelSizes,
@@ -40,7 +40,7 @@ def plan_of(config: TrainConfig, phase: str) -> PlanFacts:
     return facts
 
 
-def test_the_plan_is_the_one_that_the_feed_follows(corpus: Corpus) -> None:
+def test_the_plan_is_the_one_that_the_loader_follows(corpus: Corpus) -> None:
     values = train_values(corpus, workers={"num_workers": 2})
     del values["phases"]["instruct"]["steps"]
     values["phases"]["instruct"]["epochs"] = 1
@@ -51,7 +51,7 @@ def test_the_plan_is_the_one_that_the_feed_follows(corpus: Corpus) -> None:
     assert init is not None
     model = first_model(init, store, None)
     phase = prepare_phase(config, "instruct", model, store, load_tokenizer(corpus.tokenizer), rank=0, world_size=1)
-    steps = list(phase.feed.steps(PlanPosition(0, 0), 0, phase.num_steps))
+    steps = list(phase.loader.steps(PackPosition(0, 0), 0, phase.num_steps))
     batches = [item.batch for step in steps for item in step.micro_batches if not item.is_dummy]
     with torch.no_grad():
         left = torch.stack([model(batch.to("cpu", torch.float32)).num_vision_tokens for batch in batches]).sum(0)
@@ -73,7 +73,7 @@ def test_activation_estimates_are_what_autograd_keeps(corpus: Corpus, precision:
     model = first_model(init, store, None)
     phase = prepare_phase(config, "align", model, store, load_tokenizer(corpus.tokenizer), rank=0, world_size=1)
     model = model.to(DTYPES[precision])
-    batch = next(phase.feed.steps(PlanPosition(0, 0), 0, 1)).micro_batches[0].batch.to("cpu", DTYPES[precision])
+    batch = next(phase.loader.steps(PackPosition(0, 0), 0, 1)).micro_batches[0].batch.to("cpu", DTYPES[precision])
     vision = torch.bincount(batch.segment_ids[batch.vision_index >= 0], minlength=batch.num_segments)
     shape = PackShape(
         num_tokens=len(batch.input_ids),

@@ -29,7 +29,7 @@ from timeviper_platform.data.store import row_groups
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.data.store.writer import write_store
 from timeviper_platform.training import step
-from timeviper_platform.training.batches.packing import PlanPosition
+from timeviper_platform.training.batches.packing import PackPosition
 from timeviper_platform.training.checkpoint.manager import Checkpoints, resolve_resume
 from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.interrupts import (
@@ -112,7 +112,7 @@ def test_a_loss_that_is_not_finite_names_step_and_pack_and_leaves_the_last_good_
 
 
 def test_gradients_that_are_not_finite_under_finite_losses_name_every_pack_of_the_step(corpus: Corpus) -> None:
-    batches = next(iter(prepared(one_phase(corpus, "overflow")).feed.steps(PlanPosition(0, 0), 0, 1)))
+    batches = next(iter(prepared(one_phase(corpus, "overflow")).loader.steps(PackPosition(0, 0), 0, 1)))
     said = step._not_finite(batches, 2.5, math.nan, torch.ones(len(batches.micro_batches)))
     assert "the loss of every pack is finite: a backward pass overflowed in pack 0 (samples sample-0" in said
     assert all(name in said for item in batches.micro_batches for name in item.sample_ids)
@@ -147,8 +147,8 @@ def test_every_rank_leaves_out_the_same_samples_and_puts_nothing_in_their_place(
         lost: list[set[str]] = [set() for _ in range(8)]
         config = one_phase(corpus, "seen", feature_store=features)
         for rank in range(world_size):
-            feed = prepared(config, rank=rank, world_size=world_size).feed
-            for number, batches in enumerate(feed.steps(PlanPosition(0, 0), 0, 8)):
+            loader = prepared(config, rank=rank, world_size=world_size).loader
+            for number, batches in enumerate(loader.steps(PackPosition(0, 0), 0, 8)):
                 used[number] |= {name for item in batches.micro_batches for name in item.sample_ids}
                 lost[number] |= {item.reject.sample_id for item in batches.damaged}
         return used, lost
@@ -164,13 +164,13 @@ def test_every_rank_leaves_out_the_same_samples_and_puts_nothing_in_their_place(
 def test_the_count_of_damaged_samples_goes_on_after_a_restart_until_the_fuse_blows(
     corpus: Corpus, damaged_features: str
 ) -> None:
-    feed = prepared(one_phase(corpus, "fuse", feature_store=damaged_features)).feed
-    counts = [len(step.damaged) for step in feed.steps(PlanPosition(0, 0), 0, 8)]
+    loader = prepared(one_phase(corpus, "fuse", feature_store=damaged_features)).loader
+    counts = [len(step.damaged) for step in loader.steps(PackPosition(0, 0), 0, 8)]
     first, second = [number for number, count in enumerate(counts) if count][:2]  # steps - 1 that lose samples
     values = train_values(corpus, name="fuse", feature_store=damaged_features, checkpoint={"every_steps": 1, "keep": 9})
     init = values["phases"].pop("align")["init"]
     values["phases"]["instruct"] |= {"init": init, "steps": 8}
-    config = parse_config(TrainConfig, values | {"feed": {"max_damaged_samples": counts[first]}})
+    config = parse_config(TrainConfig, values | {"loader": {"max_damaged_samples": counts[first]}})
     total = counts[first] + counts[second]
     for _ in range(2):  # the second run begins behind the first loss
         with pytest.raises(FatalTrainingError, match=rf"{total} samples of phase instruct .* up to step {second + 1}"):
@@ -182,7 +182,7 @@ def test_a_store_whose_file_is_gone_blows_the_fuse(corpus: Corpus) -> None:
     store = str(corpus.folder / "gone")
     good = FeatureStore.open(corpus.features)
     write_store(store, {media_id: good.read(media_id).features for media_id in good.media_ids}, recipe=RECIPE)
-    config = one_phase(corpus, "gone", feature_store=store, feed={"max_damaged_samples": 2})
+    config = one_phase(corpus, "gone", feature_store=store, loader={"max_damaged_samples": 2})
     for file in Path(store, "data").iterdir():
         file.unlink()
     with pytest.raises(FatalTrainingError, match="jobs/preprocess"):
@@ -213,8 +213,8 @@ def test_a_store_that_does_not_answer_for_a_moment_costs_no_sample(
     corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flaky_features(monkeypatch, storage.MAX_ATTEMPTS - 1)
-    feed = prepared(one_phase(corpus, "flaky")).feed
-    assert not any(step.damaged for step in feed.steps(PlanPosition(0, 0), 0, 8))
+    loader = prepared(one_phase(corpus, "flaky")).loader
+    assert not any(step.damaged for step in loader.steps(PackPosition(0, 0), 0, 8))
 
 
 def test_a_store_that_does_not_answer_ends_the_run_and_leaves_no_sample_out(

@@ -24,7 +24,7 @@ from timeviper_platform.common import storage
 from timeviper_platform.common.config import parse_config
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.data.store.writer import write_store
-from timeviper_platform.training.batches.packing import PlanPosition
+from timeviper_platform.training.batches.packing import PackPosition
 from timeviper_platform.training.checkpoint.deepspeed_files import take_snapshot
 from timeviper_platform.training.checkpoint.export import export_weights
 from timeviper_platform.training.checkpoint.manager import Checkpoints
@@ -176,9 +176,9 @@ def test_a_snapshot_stays_as_it_was_while_training_goes_on(corpus: Corpus) -> No
     assert init is not None
     model = first_model(init, store, None)
     phase = prepare_phase(config, "align", model, store, load_tokenizer(corpus.tokenizer), rank=0, world_size=1)
-    micro_steps = phase.feed.num_micro_steps
+    micro_steps = phase.loader.num_micro_steps
     ds_engine = build_ds_engine(model, phase.groups, config.zero, precision="fp32", num_micro_steps=micro_steps)
-    first, second = phase.feed.steps(PlanPosition(0, 0), 0, 2)
+    first, second = phase.loader.steps(PackPosition(0, 0), 0, 2)
     options = {"use_transv": True, "device": torch.device("cpu"), "dtype": torch.float32}
     train_step(ds_engine, first, **options)
     files = take_snapshot(ds_engine)

@@ -89,12 +89,12 @@ def data_rows(
             "packs_per_step": 1,
         }
         # two films in the cache and four ahead: what is read again later is really read again
-        feed = {"prefetch_bytes": 4 * film_bytes, "cache_bytes": 2 * film_bytes}
-        local = run_and_read(corpus, run_values(corpus, phase, name="local", feed=feed), run)
+        loader = {"prefetch_bytes": 4 * film_bytes, "cache_bytes": 2 * film_bytes}
+        local = run_and_read(corpus, run_values(corpus, phase, name="local", loader=loader), run)
         with s3_server() as environment:
             uri = f"s3://{BUCKET}/features"
             upload(corpus.store, uri, environment)
-            values = run_values(corpus, phase, name="s3", feed=feed, feature_store=uri)
+            values = run_values(corpus, phase, name="s3", loader=loader, feature_store=uri)
             remote = run_and_read(corpus, values, run, environment)
     what = f"{film_bytes / 1e6:.1f} MB of features a step of"
     return [

@@ -24,7 +24,7 @@ from timeviper_platform.benchmarks.training.synthetic_corpus import DEMO, make_m
 from timeviper_platform.common.config import parse_config
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.data.synthetic.corpus import CorpusConfig
-from timeviper_platform.training.batches.packing import PlanPosition
+from timeviper_platform.training.batches.packing import PackPosition
 from timeviper_platform.training.batches.step_batches import StepBatches
 from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.local import process_group
@@ -55,7 +55,7 @@ def step_rows(
         values = run_values(
             corpus,
             {"steps": (num_blocks + 1) * steps_per_block, "packing": {"max_tokens": PACK_TOKENS}},
-            feed={"prefetch_bytes": 1},
+            loader={"prefetch_bytes": 1},
             zero={"stage": zero_stage, "bucket_size": 2_000_000},
         )
         runs = [run_apart({**values, "name": f"run-{run}"}, steps_per_block) for run in range(num_processes)]
@@ -115,7 +115,7 @@ class BareLoop:
     def __init__(self, phase: Phase, zero: ZeroConfig) -> None:
         self._phase = phase
         self._zero = zero
-        self._steps = [_as_fp32(step) for step in phase.feed.steps(PlanPosition(0, 0), 0, phase.num_steps)]
+        self._steps = [_as_fp32(step) for step in phase.loader.steps(PackPosition(0, 0), 0, phase.num_steps)]
         self.losses: list[float] = []
         freeze_others(phase.model, phase.groups)
         parameters = dict(phase.model.named_parameters())

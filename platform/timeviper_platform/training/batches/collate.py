@@ -14,7 +14,7 @@ from torch import Tensor
 
 from timeviper_model.batching.batch import IGNORE_INDEX, PackedBatch, Sample, TokenKind, pack_samples
 from timeviper_platform.data.store.reader import FeatureStore
-from timeviper_platform.training.batches.samples import BuiltSample, MediaFrames
+from timeviper_platform.training.batches.samples import MediaFrames, TokenizedSample
 
 DUMMY_LENGTH = 2
 """Tokens of a dummy: the least in which one token precedes another."""
@@ -46,7 +46,7 @@ def read_vision_rows(store: FeatureStore, media: Sequence[MediaFrames], dim: int
 
 
 def collate(
-    built: Sequence[BuiltSample], store: FeatureStore, dim: int, *, pad_to: int | None, pad_token_id: int
+    built: Sequence[TokenizedSample], store: FeatureStore, dim: int, *, pad_to: int | None, pad_token_id: int
 ) -> Collated:
     """The pack of these samples, in their order. Shapes: see PackedBatch.
 

@@ -1,4 +1,4 @@
-"""A rank's micro-batches of every step, from the global plan: read ahead in a thread, or by Ray Data (ray_feed.py).
+"""A rank's micro-batches of every step, from the global plan: read ahead in a thread, or by Ray Data (ray_loader.py).
 
 Knows which packs of a step are this rank's. Does not know the model, the loss or DeepSpeed; how a pack becomes tensors
 is in step_batches.py. Every rank gets ceil(G / world_size) micro-batches a step: unequal numbers would deadlock ZeRO,
@@ -18,11 +18,11 @@ from torch import Tensor
 
 from timeviper_model.batching.batch import Sample
 from timeviper_platform.training.batches.collate import read_vision_rows
-from timeviper_platform.training.batches.packing import Pack, PackPlan, PackShape, PlanPosition, assign_packs
+from timeviper_platform.training.batches.packing import Pack, PackPlan, PackPosition, PackShape, assign_packs
 from timeviper_platform.training.batches.rows import SampleRows
 from timeviper_platform.training.batches.samples import SampleBuilder
 from timeviper_platform.training.batches.step_batches import (
-    FeedShape,
+    BatchShape,
     PackTask,
     StepBatches,
     StepReader,
@@ -107,7 +107,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FeedConfig:
+class LoaderConfig:
     """Who reads for a rank, and how far ahead."""
 
     reader: Literal["thread", "ray_data"] = "thread"
@@ -126,10 +126,10 @@ class FeedConfig:
 
     def __post_init__(self) -> None:
         if self.num_readers < 1 or self.cpus_per_reader <= 0:
-            raise ValueError(f"feed: {self.num_readers = } must be at least 1, {self.cpus_per_reader = } above 0")
+            raise ValueError(f"loader: {self.num_readers = } must be at least 1, {self.cpus_per_reader = } above 0")
 
 
-class Feed:
+class BatchLoader:
     """Steps of a phase, in order.
 
     Args:
@@ -147,7 +147,7 @@ class Feed:
         plan: PackPlan,
         rows: SampleRows,
         builder: SampleBuilder,
-        shape: FeedShape,
+        shape: BatchShape,
         *,
         rank: int,
         world_size: int,
@@ -166,7 +166,7 @@ class Feed:
         """Micro-batches of every rank in every step."""
         return -(-self._shape.packs_per_step // self._world_size)
 
-    def tasks(self, start: PlanPosition, first_step: int, last_step: int) -> Iterator[StepTask]:
+    def tasks(self, start: PackPosition, first_step: int, last_step: int) -> Iterator[StepTask]:
         """What is to be read for the steps after `first_step`, up to and with `last_step`, from position `start`."""
         position = start
         for step in range(first_step + 1, last_step + 1):
@@ -175,7 +175,7 @@ class Feed:
                 raise RuntimeError(f"the plan ends before {step = } of {last_step}; this is a bug in the phase's steps")
             yield self._task(step, packs, position)
 
-    def steps(self, start: PlanPosition, first_step: int, last_step: int) -> Iterator[StepBatches]:
+    def steps(self, start: PackPosition, first_step: int, last_step: int) -> Iterator[StepBatches]:
         """The same steps, read."""
         return map(self.reader.read, self.tasks(start, first_step, last_step))
 
@@ -194,7 +194,7 @@ class Feed:
             else:
                 yield item.sample, features
 
-    def _task(self, step: int, packs: list[Pack], end: PlanPosition) -> StepTask:
+    def _task(self, step: int, packs: list[Pack], end: PackPosition) -> StepTask:
         own = assign_packs([self._shape.cost(pack) for pack in packs], self._world_size)[self._rank]
         num_tokens = sum(pack.num_tokens for pack in packs)
         padding = (self.num_micro_steps * self._world_size - len(packs)) * len(self.reader.dummy.input_ids)
@@ -222,20 +222,20 @@ class Feed:
         return PackTask(number, rows, [table.sizes(entry) for entry in pack.entries])
 
 
-ReadAhead = Callable[[Feed, PlanPosition, int, int, FeedConfig], Prefetcher[StepBatches]]
-"""(feed, start, first_step, last_step, config) to `feed.steps(start, first_step, last_step)`, read before they are
+PrefetchSteps = Callable[[BatchLoader, PackPosition, int, int, LoaderConfig], Prefetcher[StepBatches]]
+"""(loader, start, first_step, last_step, config) to `loader.steps(start, first_step, last_step)`, read before they are
 asked for. Close it when leaving early."""
 
 
-def read_in_thread(
-    feed: Feed, start: PlanPosition, first_step: int, last_step: int, config: FeedConfig
+def prefetch_in_thread(
+    loader: BatchLoader, start: PackPosition, first_step: int, last_step: int, config: LoaderConfig
 ) -> Prefetcher[StepBatches]:
-    """The ReadAhead that needs nobody else.
+    """The PrefetchSteps that needs nobody else.
 
     Raises:
         ValueError: when the configuration asks for Ray Data.
     """
     if config.reader != "thread":
         raise ValueError(f"{config.reader = } needs Ray: submit jobs/train.py, or choose thread")
-    steps = feed.steps(start, first_step, last_step)
+    steps = loader.steps(start, first_step, last_step)
     return Prefetcher(steps, num_bytes=step_bytes, max_bytes=config.prefetch_bytes)

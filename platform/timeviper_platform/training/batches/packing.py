@@ -62,7 +62,7 @@ class PackShape:
     num_targets: int
 
 
-class PlanPosition(NamedTuple):
+class PackPosition(NamedTuple):
     """Where a run stands in the stream of packs."""
 
     epoch: int
@@ -103,7 +103,7 @@ class PackPlan:
             self._epochs[number] = [self._pack(entries) for entries in groups]
         return self._epochs[number]
 
-    def take(self, position: PlanPosition, count: int, *, num_epochs: int | None) -> tuple[list[Pack], PlanPosition]:
+    def take(self, position: PackPosition, count: int, *, num_epochs: int | None) -> tuple[list[Pack], PackPosition]:
         """The next `count` packs and where they end; fewer where `num_epochs` end before."""
         packs: list[Pack] = []
         epoch, start = position
@@ -114,7 +114,7 @@ class PackPlan:
             start += len(taken)
             if start >= len(available):
                 epoch, start = epoch + 1, 0
-        return packs, PlanPosition(epoch, start)
+        return packs, PackPosition(epoch, start)
 
     def pack_shape(self, pack: Pack) -> PackShape:
         """Sizes of one of its packs."""

@@ -17,8 +17,8 @@ import ray
 import ray.data
 import torch
 
-from timeviper_platform.training.batches.loader import Feed, FeedConfig, Prefetcher
-from timeviper_platform.training.batches.packing import PlanPosition
+from timeviper_platform.training.batches.loader import BatchLoader, LoaderConfig, Prefetcher
+from timeviper_platform.training.batches.packing import PackPosition
 from timeviper_platform.training.batches.step_batches import StepBatches, StepReader, StepTask, step_bytes
 
 STEPS_PER_GRAPH = 512
@@ -27,15 +27,15 @@ STEPS_PER_GRAPH = 512
 COLUMN = "item"
 
 
-def read_on_ray(
-    feed: Feed, start: PlanPosition, first_step: int, last_step: int, config: FeedConfig
+def prefetch_on_ray(
+    loader: BatchLoader, start: PackPosition, first_step: int, last_step: int, config: LoaderConfig
 ) -> Prefetcher[StepBatches]:
-    """The ReadAhead on the connected cluster."""
-    steps = _steps(feed.reader, feed.tasks(start, first_step, last_step), config)
+    """The PrefetchSteps on the connected cluster."""
+    steps = _steps(loader.reader, loader.tasks(start, first_step, last_step), config)
     return Prefetcher(steps, num_bytes=step_bytes, max_bytes=config.prefetch_bytes)
 
 
-def _steps(reader: StepReader, tasks: Iterable[StepTask], config: FeedConfig) -> Iterator[StepBatches]:
+def _steps(reader: StepReader, tasks: Iterable[StepTask], config: LoaderConfig) -> Iterator[StepBatches]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True

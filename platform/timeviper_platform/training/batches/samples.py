@@ -54,7 +54,7 @@ class MediaFrames(NamedTuple):
     frames: list[int]
 
 
-class BuiltSample(NamedTuple):
+class TokenizedSample(NamedTuple):
     """One usable row."""
 
     sample: Sample
@@ -75,7 +75,7 @@ class Reject(NamedTuple):
 
 
 class SampleBuilder:
-    """Builds the same Sample from the same row, for the plan (its length) and for the feed (its tokens).
+    """Builds the same Sample from the same row, for the plan (its length) and for the loader (its tokens).
 
     Args:
         store: the feature store that the rows' media are in.
@@ -90,7 +90,7 @@ class SampleBuilder:
         self._template = TEMPLATES[chat_template]
         self._frames = frames
 
-    def build(self, row: dict[str, Any]) -> BuiltSample | Reject:
+    def build(self, row: dict[str, Any]) -> TokenizedSample | Reject:
         """The row's tokens and frames, or why it cannot be used."""
         media = []
         num_tokens = []
@@ -108,7 +108,7 @@ class SampleBuilder:
             return Reject(row["sample_id"], "bad_conversation", str(error))
         if sample.labels.count(IGNORE_INDEX) == len(sample):
             return Reject(row["sample_id"], "no_targets", "the conversation has no answer to learn from")
-        return BuiltSample(sample, media)
+        return TokenizedSample(sample, media)
 
     def digest(self) -> str:
         """Hash of all that the sizes of a row's sample depend on, besides the row."""

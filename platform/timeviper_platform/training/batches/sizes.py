@@ -28,7 +28,7 @@ import torch.distributed as dist
 from timeviper_model.batching.batch import IGNORE_INDEX
 from timeviper_platform.common import storage
 from timeviper_platform.training.batches.rows import SampleRows
-from timeviper_platform.training.batches.samples import BuiltSample, Reject, SampleBuilder
+from timeviper_platform.training.batches.samples import Reject, SampleBuilder, TokenizedSample
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class Measured(NamedTuple):
 
 
 class Measure(Protocol):
-    """How a phase comes by its table: `measure_samples`, or `MeasureTogether`."""
+    """How a phase comes by its table: `measure_samples`, or `MeasureOnAllRanks`."""
 
     def __call__(
         self, rows: SampleRows, builder: SampleBuilder, *, max_tokens: int, max_frames: int | None
@@ -101,7 +101,7 @@ def measure_samples(rows: SampleRows, builder: SampleBuilder, *, max_tokens: int
     return join_parts(rows, [measure_part(rows, builder, max_tokens, max_frames, part=0, num_parts=1)])
 
 
-class MeasureTogether:
+class MeasureOnAllRanks:
     """`measure_samples` by all ranks, each its share; collective.
 
     Args:
@@ -159,7 +159,7 @@ def measure_part(
             if rows.weights[number] == 0:
                 continue
             built = _checked_weight(row["sample_id"], float(rows.weights[number])) or builder.build(row)
-            if isinstance(built, BuiltSample):
+            if isinstance(built, TokenizedSample):
                 built = _within_caps(row["sample_id"], built, max_tokens, max_frames)
             if isinstance(built, Reject):
                 rejects.append((number, built))
@@ -171,7 +171,7 @@ def measure_part(
     return MeasuredPart(np.array(usable, dtype=np.int64).reshape(-1, 5), rejects)
 
 
-def sample_sizes(built: BuiltSample) -> SampleSizes:
+def sample_sizes(built: TokenizedSample) -> SampleSizes:
     """Sizes of a sample."""
     num_targets = len(built.sample) - built.sample.labels.count(IGNORE_INDEX)
     return SampleSizes(len(built.sample), built.sample.num_vision_tokens, built.num_frames, num_targets)
@@ -183,7 +183,9 @@ def _checked_weight(sample_id: str, weight: float) -> Reject | None:
     return Reject(sample_id, "bad_weight", f"{weight = } must be a number of times, at least 0")
 
 
-def _within_caps(sample_id: str, built: BuiltSample, max_tokens: int, max_frames: int | None) -> BuiltSample | Reject:
+def _within_caps(
+    sample_id: str, built: TokenizedSample, max_tokens: int, max_frames: int | None
+) -> TokenizedSample | Reject:
     if len(built.sample) > max_tokens:
         return Reject(sample_id, "too_long", f"{len(built.sample)} tokens, a pack holds {max_tokens}")
     if max_frames is not None and built.num_frames > max_frames:

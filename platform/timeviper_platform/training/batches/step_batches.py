@@ -1,7 +1,7 @@
 """A step's tensors, out of the rows that the plan gave it.
 
 Knows samples, the feature store's reader and the sizes that batches must have; does not know the plan or who asks. A
-task and a reader can both be sent to another process: see feed.py and ray_feed.py.
+task and a reader can both be sent to another process: see loader.py and ray_loader.py.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from timeviper_model.batching.batch import PackedBatch
 from timeviper_platform.training.batches.collate import batch_bytes, collate, dummy_batch
-from timeviper_platform.training.batches.packing import Pack, PlanPosition
-from timeviper_platform.training.batches.samples import BuiltSample, Reject, SampleBuilder
+from timeviper_platform.training.batches.packing import Pack, PackPosition
+from timeviper_platform.training.batches.samples import Reject, SampleBuilder, TokenizedSample
 from timeviper_platform.training.batches.sizes import SampleSizes, sample_sizes
 
 
@@ -52,14 +52,14 @@ class StepBatches(NamedTuple):
     """tokens / token budget of the step's packs"""
     flops: float
     """operations of the forward and backward passes that the model needs"""
-    end: PlanPosition
+    end: PackPosition
     """where the plan stands after this step"""
     damaged: list[Damaged]
     """samples that THIS rank cannot read"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FeedShape:
+class BatchShape:
     """Sizes of a phase's batches."""
 
     packs_per_step: int
@@ -104,7 +104,7 @@ class StepReader:
         shape: sizes that the batches must have.
     """
 
-    def __init__(self, builder: SampleBuilder, shape: FeedShape) -> None:
+    def __init__(self, builder: SampleBuilder, shape: BatchShape) -> None:
         self.builder = builder
         self.shape = shape
         self.dummy = dummy_batch(shape.dim, pad_token_id=shape.pad_token_id)
@@ -120,13 +120,13 @@ class StepReader:
         micro_batches += [MicroBatch(self.dummy, is_dummy=True)] * task.num_dummies
         return task.step._replace(micro_batches=micro_batches, damaged=damaged)
 
-    def build(self, row: dict[str, Any], planned: SampleSizes) -> BuiltSample:
+    def build(self, row: dict[str, Any], planned: SampleSizes) -> TokenizedSample:
         """The row's sample, held against the plan.
 
         Raises:
             RuntimeError: when it is not what was planned with.
         """
-        item: BuiltSample | Reject = self.builder.build(row)
+        item: TokenizedSample | Reject = self.builder.build(row)
         if isinstance(item, Reject):
             raise RuntimeError(
                 f"sample {item.sample_id} was usable when the plan was made and is not now: {item.detail};"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from timeviper_platform.training.batches.packing import PlanPosition
+from timeviper_platform.training.batches.packing import PackPosition
 from timeviper_platform.training.optim.lr_schedule import ScheduleConfig
 
 STATE_VERSION = 2
@@ -42,7 +42,7 @@ class TrainState:
     """finished steps of the phase"""
     global_step: int
     """finished steps of all phases"""
-    position: PlanPosition
+    position: PackPosition
     plan_hash: str
     step_plan: StepPlan
     world_size: int
@@ -70,7 +70,7 @@ class TrainState:
             )
         step_plan = values["step_plan"]
         step_plan = StepPlan(**{**step_plan, "schedule": ScheduleConfig(**step_plan["schedule"])})
-        return cls(**{**values, "position": PlanPosition(**values["position"]), "step_plan": step_plan})
+        return cls(**{**values, "position": PackPosition(**values["position"]), "step_plan": step_plan})
 
     def check_goes_on(self, now: TrainState, *, source: str) -> None:
         """Holds this saved state against the first state that the configuration gives `now`.

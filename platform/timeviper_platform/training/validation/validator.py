@@ -15,12 +15,12 @@ from typing import Any, Literal
 import torch
 
 from timeviper_model.timeviper import TimeViper
-from timeviper_platform.training.batches.loader import Feed
-from timeviper_platform.training.batches.packing import PackPlan, PlanPosition
+from timeviper_platform.training.batches.loader import BatchLoader
+from timeviper_platform.training.batches.packing import PackPlan, PackPosition
 from timeviper_platform.training.batches.rows import SampleRows
 from timeviper_platform.training.batches.samples import SampleBuilder
 from timeviper_platform.training.batches.sizes import Measure, count_rejects
-from timeviper_platform.training.batches.step_batches import FeedShape, StepBatches
+from timeviper_platform.training.batches.step_batches import BatchShape, StepBatches
 from timeviper_platform.training.config import HeldOutConfig, PhaseConfig
 from timeviper_platform.training.step import held_out_loss
 from timeviper_platform.training.validation.exact_match import AnswerTask, answer_task, exact_match_share
@@ -34,7 +34,7 @@ LOSS = "held_out_loss"
 class HeldOut:
     """The held-out samples of a phase, as one rank reads them."""
 
-    feed: Feed
+    loader: BatchLoader
     """one epoch"""
     num_steps: int
     answer_entries: list[int]
@@ -44,7 +44,7 @@ class HeldOut:
 
 
 def prepare_held_out(
-    phase: PhaseConfig, builder: SampleBuilder, shape: FeedShape, measure: Measure, *, rank: int, world_size: int
+    phase: PhaseConfig, builder: SampleBuilder, shape: BatchShape, measure: Measure, *, rank: int, world_size: int
 ) -> HeldOut | None:
     """The phase's held-out samples, None without any. Their order matters to nothing: the seed is 0."""
     if phase.held_out is None:
@@ -56,7 +56,7 @@ def prepare_held_out(
     logger.info("held out: %d samples, rejects %s", len(table), count_rejects(rejects))
     num_answers = min(len(table), phase.held_out.num_answers)
     return HeldOut(
-        feed=Feed(plan, rows, builder, replace(shape, num_epochs=1), rank=rank, world_size=world_size),
+        loader=BatchLoader(plan, rows, builder, replace(shape, num_epochs=1), rank=rank, world_size=world_size),
         num_steps=plan.num_steps(shape.packs_per_step, 1),
         answer_entries=list(range(rank, num_answers, world_size)),
         num_answer_rounds=-(-num_answers // world_size),
@@ -104,7 +104,7 @@ def look_at_held_out(
 
 def _steps(held_out: HeldOut, between: Callable[[], None]) -> Iterator[StepBatches]:
     between()
-    for batches in held_out.feed.steps(PlanPosition(0, 0), 0, held_out.num_steps):
+    for batches in held_out.loader.steps(PackPosition(0, 0), 0, held_out.num_steps):
         yield batches
         between()
 
@@ -113,5 +113,5 @@ def _tasks(held_out: HeldOut, between: Callable[[], None]) -> Iterator[AnswerTas
     """This rank's; one that has fewer than others comes to `between` as often."""
     for number in range(held_out.num_answer_rounds):
         between()
-        for sample, features in held_out.feed.samples(held_out.answer_entries[number : number + 1]):
+        for sample, features in held_out.loader.samples(held_out.answer_entries[number : number + 1]):
             yield answer_task(sample, features)

@@ -13,7 +13,7 @@ from timeviper_model.weights.weights_folder import load_tokenizer
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.training.batches.collate import Collated, collate, dummy_batch
 from timeviper_platform.training.batches.rows import SampleRows, SourceConfig
-from timeviper_platform.training.batches.samples import BuiltSample, FramesConfig, SampleBuilder
+from timeviper_platform.training.batches.samples import FramesConfig, SampleBuilder, TokenizedSample
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +32,13 @@ def model() -> TimeViper:
     return model
 
 
-def built_samples(corpus: Corpus, count: int) -> tuple[list[BuiltSample], FeatureStore]:
+def built_samples(corpus: Corpus, count: int) -> tuple[list[TokenizedSample], FeatureStore]:
     store = FeatureStore.open(corpus.features)
     builder = SampleBuilder(store, load_tokenizer(corpus.tokenizer), "nemotron", FramesConfig())
     rows = SampleRows.read([SourceConfig(uri=corpus.samples)])
     built = [builder.build(rows[number]) for number in range(count)]
-    assert all(isinstance(item, BuiltSample) for item in built)
-    return [item for item in built if isinstance(item, BuiltSample)], store
+    assert all(isinstance(item, TokenizedSample) for item in built)
+    return [item for item in built if isinstance(item, TokenizedSample)], store
 
 
 def batch_of(collated: Collated) -> PackedBatch:

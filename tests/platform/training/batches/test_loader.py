@@ -14,13 +14,13 @@ from reference.training_corpus import DIM, Corpus, make_corpus
 from timeviper_model.weights.weights_folder import load_tokenizer
 from timeviper_platform.common.ray_cluster import ray_session
 from timeviper_platform.data.store.reader import FeatureStore
-from timeviper_platform.training.batches import ray_loader as ray_feed
-from timeviper_platform.training.batches.loader import Feed, FeedConfig, Prefetcher, read_in_thread
-from timeviper_platform.training.batches.packing import PackingConfig, PackPlan, PlanPosition
+from timeviper_platform.training.batches import ray_loader
+from timeviper_platform.training.batches.loader import BatchLoader, LoaderConfig, Prefetcher, prefetch_in_thread
+from timeviper_platform.training.batches.packing import PackingConfig, PackPlan, PackPosition
 from timeviper_platform.training.batches.rows import SampleRows, SourceConfig
 from timeviper_platform.training.batches.samples import FramesConfig, SampleBuilder
 from timeviper_platform.training.batches.sizes import measure_samples
-from timeviper_platform.training.batches.step_batches import FeedShape, StepBatches
+from timeviper_platform.training.batches.step_batches import BatchShape, StepBatches
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +28,16 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
-def make_feed(corpus: Corpus, *, rank: int, world_size: int, packs_per_step: int = 3, pad: bool = False) -> Feed:
+def make_loader(
+    corpus: Corpus, *, rank: int, world_size: int, packs_per_step: int = 3, pad: bool = False
+) -> BatchLoader:
     builder = SampleBuilder(
         FeatureStore.open(corpus.features), load_tokenizer(corpus.tokenizer), "nemotron", FramesConfig()
     )
     rows = SampleRows.read([SourceConfig(uri=corpus.samples)])
     packing = PackingConfig(max_tokens=200)
     table, _ = measure_samples(rows, builder, max_tokens=packing.max_tokens, max_frames=None)
-    shape = FeedShape(
+    shape = BatchShape(
         packs_per_step=packs_per_step,
         max_tokens=200,
         pad_to=200 if pad else None,
@@ -44,14 +46,14 @@ def make_feed(corpus: Corpus, *, rank: int, world_size: int, packs_per_step: int
         num_epochs=None,
         vision_cost=0.5,
     )
-    return Feed(PackPlan(table, packing, seed=2), rows, builder, shape, rank=rank, world_size=world_size)
+    return BatchLoader(PackPlan(table, packing, seed=2), rows, builder, shape, rank=rank, world_size=world_size)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_ranks_together_see_what_one_rank_sees(corpus: Corpus, world_size: int) -> None:
-    alone = make_feed(corpus, rank=0, world_size=1).steps(PlanPosition(0, 0), 0, 4)
+    alone = make_loader(corpus, rank=0, world_size=1).steps(PackPosition(0, 0), 0, 4)
     ranks = [
-        make_feed(corpus, rank=r, world_size=world_size).steps(PlanPosition(0, 0), 0, 4) for r in range(world_size)
+        make_loader(corpus, rank=r, world_size=world_size).steps(PackPosition(0, 0), 0, 4) for r in range(world_size)
     ]
     for expected, *shares in zip(alone, *ranks, strict=True):
         assert {len(share.micro_batches) for share in shares} == {-(-3 // world_size)}
@@ -63,9 +65,9 @@ def test_ranks_together_see_what_one_rank_sees(corpus: Corpus, world_size: int) 
         assert labelled == expected.num_targets  # what the loss is divided by
 
 
-def test_a_feed_goes_on_from_any_step_as_if_it_had_not_stopped(corpus: Corpus) -> None:
-    whole = list(make_feed(corpus, rank=0, world_size=2).steps(PlanPosition(0, 0), 0, 9))
-    rest = list(make_feed(corpus, rank=0, world_size=2).steps(whole[5].end, 6, 9))
+def test_a_loader_goes_on_from_any_step_as_if_it_had_not_stopped(corpus: Corpus) -> None:
+    whole = list(make_loader(corpus, rank=0, world_size=2).steps(PackPosition(0, 0), 0, 9))
+    rest = list(make_loader(corpus, rank=0, world_size=2).steps(whole[5].end, 6, 9))
     assert [step.step for step in rest] == [7, 8, 9]
     for one, other in zip(whole[6:], rest, strict=True):
         for a, b in zip(one.micro_batches, other.micro_batches, strict=True):
@@ -74,49 +76,49 @@ def test_a_feed_goes_on_from_any_step_as_if_it_had_not_stopped(corpus: Corpus) -
     assert whole[-1].end.epoch > 0  # the walk crossed an epoch
 
 
-def test_a_sample_of_another_size_than_planned_ends_the_feed(corpus: Corpus) -> None:
-    feed = make_feed(corpus, rank=0, world_size=1)
-    planned = feed._plan.table.num_targets
+def test_a_sample_of_another_size_than_planned_ends_the_loader(corpus: Corpus) -> None:
+    loader = make_loader(corpus, rank=0, world_size=1)
+    planned = loader._plan.table.num_targets
     np.add(planned, 1, out=planned)
     with pytest.raises(RuntimeError, match=r"sample sample-\d+ has .* planned were .*sample-tables beside the runs"):
-        next(feed.steps(PlanPosition(0, 0), 0, 1))
+        next(loader.steps(PackPosition(0, 0), 0, 1))
 
 
 def test_padding_and_fill_are_counted(corpus: Corpus) -> None:
-    step = next(make_feed(corpus, rank=0, world_size=2, pad=True).steps(PlanPosition(0, 0), 0, 1))
+    step = next(make_loader(corpus, rank=0, world_size=2, pad=True).steps(PackPosition(0, 0), 0, 1))
     assert all(len(item.batch.input_ids) == 200 for item in step.micro_batches if not item.is_dummy)
     assert step.num_padding_tokens == 3 * 200 - step.num_tokens + 2  # one dummy of two tokens
     assert step.fill == pytest.approx(step.num_tokens / 600)
 
 
 def test_prefetched_steps_are_the_steps(corpus: Corpus) -> None:
-    feed = make_feed(corpus, rank=1, world_size=2)
-    ahead = read_in_thread(feed, PlanPosition(0, 0), 0, 3, FeedConfig())
+    loader = make_loader(corpus, rank=1, world_size=2)
+    ahead = prefetch_in_thread(loader, PackPosition(0, 0), 0, 3, LoaderConfig())
     assert [step.step for step in ahead] == [1, 2, 3]
     ahead.close()
     with pytest.raises(ValueError, match="'ray_data' needs Ray: submit jobs"):
-        read_in_thread(feed, PlanPosition(0, 0), 0, 3, FeedConfig(reader="ray_data"))
+        prefetch_in_thread(loader, PackPosition(0, 0), 0, 3, LoaderConfig(reader="ray_data"))
 
 
 def test_a_reader_and_its_tasks_give_the_same_in_another_process(corpus: Corpus) -> None:
-    feed = make_feed(corpus, rank=0, world_size=2)
-    (task,) = feed.tasks(PlanPosition(0, 0), 0, 1)
-    reader, sent = pickle.loads(pickle.dumps((feed.reader, task)))
-    assert_same_steps([reader.read(sent)], [feed.reader.read(task)])
+    loader = make_loader(corpus, rank=0, world_size=2)
+    (task,) = loader.tasks(PackPosition(0, 0), 0, 1)
+    reader, sent = pickle.loads(pickle.dumps((loader.reader, task)))
+    assert_same_steps([reader.read(sent)], [loader.reader.read(task)])
 
 
 @pytest.mark.cluster
 def test_ray_data_reads_the_same_steps_in_the_same_order(
     corpus: Corpus, ray_address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_feed, "STEPS_PER_GRAPH", 5)  # so that the order holds across graphs
-    feed = make_feed(corpus, rank=1, world_size=2)
-    config = FeedConfig(reader="ray_data", num_readers=1, cpus_per_reader=0.25)
+    monkeypatch.setattr(ray_loader, "STEPS_PER_GRAPH", 5)  # so that the order holds across graphs
+    loader = make_loader(corpus, rank=1, world_size=2)
+    config = LoaderConfig(reader="ray_data", num_readers=1, cpus_per_reader=0.25)
     with ray_session():
-        ahead = ray_feed.read_on_ray(feed, PlanPosition(0, 0), 0, 8, config)
+        ahead = ray_loader.prefetch_on_ray(loader, PackPosition(0, 0), 0, 8, config)
         found = list(ahead)
         ahead.close()
-    assert_same_steps(found, list(feed.steps(PlanPosition(0, 0), 0, 8)))
+    assert_same_steps(found, list(loader.steps(PackPosition(0, 0), 0, 8)))
 
 
 def assert_same_steps(found: list[StepBatches], expected: list[StepBatches]) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from timeviper_platform.training.batches.packing import (
     PackingConfig,
     PackPlan,
-    PlanPosition,
+    PackPosition,
     assign_packs,
     epoch_order,
     pack_best_fit,
@@ -92,18 +92,18 @@ def test_weights_say_how_often_an_epoch_shows_a_sample() -> None:
 
 def test_taking_packs_step_by_step_walks_the_epochs_without_loss_or_repeat() -> None:
     plan = PackPlan(table_of(np.full(10, 10)), PackingConfig(max_tokens=20), seed=0)  # 5 packs an epoch
-    position, seen = PlanPosition(0, 0), []
+    position, seen = PackPosition(0, 0), []
     for _ in range(4):
         packs, position = plan.take(position, 3, num_epochs=None)
         seen += packs
     assert seen == [*plan.epoch(0), *plan.epoch(1), *plan.epoch(2)[:2]]
-    assert position == PlanPosition(2, 2)
+    assert position == PackPosition(2, 2)
 
 
 def test_limited_epochs_end_with_a_short_step() -> None:
     plan = PackPlan(table_of(np.full(10, 10)), PackingConfig(max_tokens=20), seed=0)
     assert plan.num_steps(packs_per_step=4, num_epochs=2) == 3
-    last, end = plan.take(PlanPosition(1, 3), 4, num_epochs=2)
+    last, end = plan.take(PackPosition(1, 3), 4, num_epochs=2)
     assert last == plan.epoch(1)[3:]
     assert plan.take(end, 4, num_epochs=2)[0] == []
 

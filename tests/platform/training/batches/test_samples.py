@@ -11,7 +11,7 @@ from timeviper_model.batching.batch import IGNORE_INDEX
 from timeviper_model.weights.weights_folder import load_tokenizer
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.training.batches.rows import SampleRows, SourceConfig
-from timeviper_platform.training.batches.samples import BuiltSample, FramesConfig, SampleBuilder
+from timeviper_platform.training.batches.samples import FramesConfig, SampleBuilder, TokenizedSample
 from timeviper_platform.training.batches.sizes import count_rejects, measure_samples
 
 ANSWERED = [("user", "Which picture appears?"), ("assistant", "red circle (B)")]
@@ -31,7 +31,7 @@ def builder_of(corpus: Corpus, frames: FramesConfig | None = None) -> SampleBuil
 def test_a_sample_takes_the_frames_of_its_window_thinned(corpus: Corpus) -> None:
     row = sample_row(0, [("video-5", 1.0, 7.0)], ANSWERED)  # 8 frames at 0..7 s
     built = builder_of(corpus, FramesConfig(max_frames=3)).build(row)
-    assert isinstance(built, BuiltSample)
+    assert isinstance(built, TokenizedSample)
     assert built.media[0].frames == [1, 4, 6] or built.media[0].frames == [1, 3, 6]
     assert built.sample.num_vision_tokens == 3 * NUM_TOKENS_PER_FRAME
     assert built.num_frames == 3
@@ -40,7 +40,7 @@ def test_a_sample_takes_the_frames_of_its_window_thinned(corpus: Corpus) -> None
 def test_time_text_opens_the_question_about_one_video(corpus: Corpus) -> None:
     row = sample_row(0, [("video-1", None, None)], ANSWERED)
     built = builder_of(corpus, FramesConfig(max_frames=2, time_text=True)).build(row)
-    assert isinstance(built, BuiltSample)
+    assert isinstance(built, TokenizedSample)
     text = load_tokenizer(corpus.tokenizer).decode(built.sample.input_ids)
     assert "The video lasts for 4.00 seconds, and 2 frames are uniformly sampled from it.\nWhich picture" in text
 
@@ -80,7 +80,7 @@ def test_measured_sizes_are_those_of_the_built_samples(corpus: Corpus) -> None:
     assert len(table) == 24
     for entry, row in enumerate(table.rows):
         built = builder.build(rows[int(row)])
-        assert isinstance(built, BuiltSample)
+        assert isinstance(built, TokenizedSample)
         assert table.num_tokens[entry] == len(built.sample)
         assert table.num_vision_tokens[entry] == built.sample.num_vision_tokens
         assert table.num_targets[entry] == sum(label != IGNORE_INDEX for label in built.sample.labels)

@@ -15,7 +15,7 @@ from timeviper_platform.training.batches.rows import SampleRows, SourceConfig
 from timeviper_platform.training.batches.samples import FramesConfig, SampleBuilder
 from timeviper_platform.training.batches.sizes import (
     Measured,
-    MeasureTogether,
+    MeasureOnAllRanks,
     count_rejects,
     join_parts,
     measure_part,
@@ -65,7 +65,7 @@ def test_a_table_is_measured_once_and_then_read(
 ) -> None:
     rows, builder = rows_of(corpus), builder_of(corpus)
     alone = measure_samples(rows, builder, max_tokens=MAX_TOKENS, max_frames=None)
-    measure = MeasureTogether(str(tmp_path))
+    measure = MeasureOnAllRanks(str(tmp_path))
     assert_same(measure(rows, builder, max_tokens=MAX_TOKENS, max_frames=None), alone)
     monkeypatch.setattr(SampleBuilder, "build", None)  # nothing may be built again
     assert_same(measure(rows_of(corpus), builder_of(corpus), max_tokens=MAX_TOKENS, max_frames=None), alone)
@@ -75,7 +75,7 @@ def test_a_table_is_measured_once_and_then_read(
 @pytest.mark.usefixtures("group_of_one")
 def test_a_damaged_table_is_measured_again(corpus: Corpus, tmp_path: Path) -> None:
     rows, builder = rows_of(corpus), builder_of(corpus)
-    measure = MeasureTogether(str(tmp_path))
+    measure = MeasureOnAllRanks(str(tmp_path))
     before = measure(rows, builder, max_tokens=MAX_TOKENS, max_frames=None)
     (file,) = tmp_path.iterdir()
     whole = file.read_bytes()
@@ -108,7 +108,7 @@ def test_another_mixture_tokenizer_store_or_cap_has_another_table(corpus: Corpus
             None,
         ),
     }
-    measure = MeasureTogether(str(tmp_path / "tables"))
+    measure = MeasureOnAllRanks(str(tmp_path / "tables"))
     for number, (rows, builder, max_frames) in enumerate(inputs.values(), start=1):
         measure(rows, builder, max_tokens=400, max_frames=max_frames)
         assert len(list((tmp_path / "tables").iterdir())) == number

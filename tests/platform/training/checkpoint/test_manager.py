@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from timeviper_platform.common import storage
-from timeviper_platform.training.batches.packing import PlanPosition
+from timeviper_platform.training.batches.packing import PackPosition
 from timeviper_platform.training.checkpoint.manager import (
     COMMIT_FILE,
     Checkpoints,
@@ -24,7 +24,7 @@ def state_of(step: int) -> TrainState:
         phase="align",
         step=step,
         global_step=step,
-        position=PlanPosition(1, 7),
+        position=PackPosition(1, 7),
         plan_hash="abc",
         step_plan=StepPlan(packs_per_step=3, num_steps=20, num_epochs=None, schedule=ScheduleConfig(warmup_ratio=0.1)),
         world_size=2,

@@ -13,7 +13,7 @@ from timeviper_model.batching.batch import IGNORE_INDEX, Sample, TokenKind, pack
 from timeviper_model.config import PRESETS
 from timeviper_model.ops import linear
 from timeviper_model.timeviper import TimeViper
-from timeviper_platform.training.batches.packing import PackShape, PlanPosition
+from timeviper_platform.training.batches.packing import PackPosition, PackShape
 from timeviper_platform.training.batches.step_batches import StepBatches
 from timeviper_platform.training.cost.flops import forward_flops, gpu_hours, training_flops
 from timeviper_platform.training.metrics import step_log as progress
@@ -79,7 +79,7 @@ def test_an_hour_is_an_hour() -> None:
 def test_mfu_is_what_all_devices_computed_over_what_they_could(monkeypatch: pytest.MonkeyPatch) -> None:
     zeros = dict.fromkeys(("num_targets", "num_vision_tokens", "num_samples", "num_padding_tokens"), 0)
     step = StepBatches(
-        step=1, micro_batches=[], num_tokens=10, fill=1.0, flops=8e12, end=PlanPosition(0, 1), damaged=[], **zeros
+        step=1, micro_batches=[], num_tokens=10, fill=1.0, flops=8e12, end=PackPosition(0, 1), damaged=[], **zeros
     )
     phase = cast(Phase, SimpleNamespace(name="align"))
     monkeypatch.setattr(progress, "peak_flops", lambda name: 16e12)

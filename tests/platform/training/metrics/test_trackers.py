@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from reference.training_corpus import Corpus, make_corpus, train_values, write_held_out
+from reference.training_corpus import Corpus, make_corpus, train_values, write_validation_samples
 from timeviper_model.weights.weights_folder import from_pretrained, load_tokenizer
 from timeviper_platform.common.config import parse_config
 from timeviper_platform.data.store.reader import FeatureStore
-from timeviper_platform.training.batches.packing import PlanPosition
+from timeviper_platform.training.batches.packing import PackPosition
 from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.local import train_local
 from timeviper_platform.training.metrics.charts import draw_curves
@@ -119,7 +119,7 @@ def test_curves_show_every_phase_and_the_held_out_loss() -> None:
 @pytest.mark.usefixtures("group_of_one")
 def test_the_held_out_loss_is_the_models_on_samples_that_it_never_trains_on(corpus: Corpus) -> None:
     values = train_values(corpus, name="held-out")
-    held_out = {"samples": [{"uri": write_held_out(corpus)}], "every_steps": 4, "where": "ranks"}
+    held_out = {"samples": [{"uri": write_validation_samples(corpus)}], "every_steps": 4, "where": "ranks"}
     values["phases"]["instruct"]["held_out"] = held_out
     config = parse_config(TrainConfig, values)
     report = train_local(config)
@@ -135,7 +135,7 @@ def test_the_held_out_loss_is_the_models_on_samples_that_it_never_trains_on(corp
     with torch.no_grad():
         outputs = [
             model(item.batch.to("cpu", torch.float32))
-            for step in phase.held_out.feed.steps(PlanPosition(0, 0), 0, phase.held_out.num_steps)
+            for step in phase.held_out.loader.steps(PackPosition(0, 0), 0, phase.held_out.num_steps)
             for item in step.micro_batches
             if not item.is_dummy
         ]

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from reference.training_corpus import Corpus, make_corpus, train_values, write_held_out
+from reference.training_corpus import Corpus, make_corpus, train_values, write_validation_samples
 from timeviper_platform.common.config import parse_config
 from timeviper_platform.training.checkpoint.manager import Checkpoints
 from timeviper_platform.training.config import TrainConfig
@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     corpus = make_corpus(tmp_path_factory.mktemp("corpus"))
-    write_held_out(corpus)
+    write_validation_samples(corpus)
     return corpus
 
 

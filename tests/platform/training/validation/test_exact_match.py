@@ -5,14 +5,14 @@ from typing import Any
 import pytest
 import torch
 
-from reference.training_corpus import DIM, Corpus, make_corpus, train_values, write_held_out
+from reference.training_corpus import DIM, Corpus, make_corpus, train_values, write_validation_samples
 from timeviper_model.batching.batch import Sample, pack_samples
 from timeviper_model.config import PRESETS
 from timeviper_model.timeviper import TimeViper
 from timeviper_model.weights.weights_folder import load_tokenizer
 from timeviper_platform.common.config import parse_config
 from timeviper_platform.data.store.reader import FeatureStore
-from timeviper_platform.training.batches import loader as feed_module
+from timeviper_platform.training.batches import loader as loader_module
 from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.local import train_local
 from timeviper_platform.training.metrics.writer import read_metrics
@@ -46,7 +46,7 @@ def toy_model() -> TimeViper:
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     corpus = make_corpus(tmp_path_factory.mktemp("corpus"))
-    write_held_out(corpus)
+    write_validation_samples(corpus)
     return corpus
 
 
@@ -113,16 +113,16 @@ def test_ranks_answer_the_first_samples_once_together(corpus: Corpus, num_answer
 def test_a_held_out_sample_that_cannot_be_read_is_left_out_and_named(
     corpus: Corpus, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    phase, read = prepared(corpus, 3, rank=0, world_size=1), feed_module.read_vision_rows
+    phase, read = prepared(corpus, 3, rank=0, world_size=1), loader_module.read_vision_rows
 
     def damaged(store: Any, media: Any, dim: int) -> torch.Tensor:
         if media[0].media_id == "video-1":
             raise RuntimeError("row group 3 is damaged")
         return read(store, media, dim)
 
-    monkeypatch.setattr(feed_module, "read_vision_rows", damaged)
+    monkeypatch.setattr(loader_module, "read_vision_rows", damaged)
     assert phase.held_out is not None
-    assert len(list(phase.held_out.feed.samples([0, 1, 2]))) == 2
+    assert len(list(phase.held_out.loader.samples([0, 1, 2]))) == 2
     assert "held-out sample sample-0001 is left out: row group 3 is damaged" in caplog.text
 
 
