@@ -116,7 +116,7 @@ def encode_film(
     Raises:
         DecodeError: when it cannot be read.
     """
-    times = sample_times(Fraction(0), FPS, 0, count_samples(Fraction(0), probe_media(str(film)).end_seconds, FPS))
+    times = sample_times(Fraction(0), FPS, 0, count_samples(Fraction(0), probe_media(str(film)).duration_seconds, FPS))
     batches = [times[start : start + batch_frames] for start in range(0, len(times), batch_frames)]
     share = -(-len(batches) // num_decoders)
     stretches = [batches[start : start + share] for start in range(0, len(batches), share)]

@@ -240,7 +240,7 @@ def _wanted(path: Path, strategy: Strategy) -> list[Fraction]:
 
 
 def _every_second(path: Path) -> list[Fraction]:
-    end = probe_media(str(path)).end_seconds
+    end = probe_media(str(path)).duration_seconds
     return sample_times(Fraction(0), Fraction(1), 0, count_samples(Fraction(0), end, Fraction(1)))
 
 

@@ -14,7 +14,8 @@ from typing import Any, Literal, NamedTuple
 
 from timeviper_platform.common import storage
 from timeviper_platform.common.storage import open_file
-from timeviper_platform.data.inputs.manifest import is_text, media_id_of
+from timeviper_platform.data.inputs.manifest import is_text
+from timeviper_platform.data.media.medium import media_id_of
 
 RejectReason = Literal[
     "bad_row",

@@ -17,15 +17,16 @@ import pyarrow.parquet as pq
 from timeviper_platform.common import storage
 from timeviper_platform.common.listing import FileVersion
 from timeviper_platform.common.storage import open_file
-from timeviper_platform.data.inputs.manifest import MediaItem, Rejection, download_failure, media_id_of
+from timeviper_platform.data.inputs.manifest import download_failure
 from timeviper_platform.data.media.container import MEDIA_SUFFIXES, DecodeError, ErrorType
 from timeviper_platform.data.media.locations import CellPart, RangePart
+from timeviper_platform.data.media.medium import Medium, media_id_of
 from timeviper_platform.data.media.probe import file_version
 
 _STATUS_COLUMNS = ["key", "status", "error_message"]
 
 
-def tar_items(uri: str, root: str, version: FileVersion | None = None) -> Iterator[MediaItem]:
+def tar_items(uri: str, root: str, version: FileVersion | None = None) -> Iterator[Medium]:
     """The media of a tar, in its order, with the id of TAR/MEMBER; a tar that breaks off ends with a rejected item.
 
     Args:
@@ -42,10 +43,10 @@ def tar_items(uri: str, root: str, version: FileVersion | None = None) -> Iterat
                 if member.isreg() and member.name.lower().endswith(MEDIA_SUFFIXES):
                     yield _tar_item(uri, root, version, member)
     except DecodeError as error:
-        yield MediaItem(uri, media_id_of(uri, root), rejected=Rejection("list", error.error_type, error.message))
+        yield Medium(uri, media_id_of(uri, root), error=DecodeError("list", error.error_type, error.message))
     except (tarfile.TarError, OSError) as error:
         text = f"{uri}: {error}; only plain, whole tars can be read in place (unpack .tar.gz first)"
-        yield MediaItem(uri, media_id_of(uri, root), rejected=Rejection("list", ErrorType.CORRUPT_FILE, text))
+        yield Medium(uri, media_id_of(uri, root), error=DecodeError("list", ErrorType.CORRUPT_FILE, text))
 
 
 def bytes_column(schema: pa.Schema) -> str | None:
@@ -65,7 +66,7 @@ def bytes_column(schema: pa.Schema) -> str | None:
     return found[0] if found else None
 
 
-def cell_items(uri: str, root: str, column: str, version: FileVersion | None = None) -> Iterator[MediaItem]:
+def cell_items(uri: str, root: str, column: str, version: FileVersion | None = None) -> Iterator[Medium]:
     """The media of a Parquet file's bytes column; the id is `media_id`, else that of FILE/KEY or FILE/ROW.
 
     Rows that img2dataset could not download become rejected items.
@@ -84,21 +85,21 @@ def cell_items(uri: str, root: str, column: str, version: FileVersion | None = N
                 failure = download_failure(row.get("status"), row.get("error_message"))
                 # the size is the file's: that of one value is not known without reading it
                 text = f"{version.text}/{column}-{group}-{place}"
-                yield MediaItem(address, media_id, version=version._replace(text=text), rejected=failure)
+                yield Medium(address, media_id, version=version._replace(text=text), error=failure)
                 number += 1
 
 
-def _tar_item(uri: str, root: str, version: FileVersion, member: tarfile.TarInfo) -> MediaItem:
+def _tar_item(uri: str, root: str, version: FileVersion, member: tarfile.TarInfo) -> Medium:
     address = RangePart(uri, member.offset_data, member.size).address()
     text = f"{version.text}/{member.offset_data}-{member.size}"
-    return MediaItem(
+    return Medium(
         address,
         media_id_of(storage.join_uri(uri, member.name), root),
         version=FileVersion(member.size, version.etag, text),
     )
 
 
-def _failed_downloads(tar_uri: str, root: str) -> Iterator[MediaItem]:
+def _failed_downloads(tar_uri: str, root: str) -> Iterator[Medium]:
     """Rows of img2dataset's table beside a tar for which the tar has no member."""
     table_uri = str(tar_uri.removesuffix(PurePosixPath(tar_uri).suffix)) + ".parquet"
     if not storage.exists(table_uri):
@@ -113,4 +114,4 @@ def _failed_downloads(tar_uri: str, root: str) -> Iterator[MediaItem]:
                 failure = download_failure(row["status"], row.get("error_message"))
                 if failure:
                     name = storage.join_uri(tar_uri, str(row["key"]))
-                    yield MediaItem(name, media_id_of(name, root), rejected=failure)
+                    yield Medium(name, media_id_of(name, root), error=failure)

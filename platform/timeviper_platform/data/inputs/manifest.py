@@ -6,15 +6,13 @@ tars or Parquet cells (shards.py).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -25,8 +23,9 @@ from timeviper_platform.common import storage
 from timeviper_platform.common.listing import FileVersion
 from timeviper_platform.common.schemas import MANIFEST
 from timeviper_platform.common.storage import open_file
-from timeviper_platform.data.media.container import ErrorType, MediaProbe, Stage
+from timeviper_platform.data.media.container import DecodeError, ErrorType
 from timeviper_platform.data.media.http_file import is_web
+from timeviper_platform.data.media.medium import Medium, media_id_of
 
 
 def text_rows(table: Any) -> list[dict[str, Any]]:
@@ -87,44 +86,7 @@ _DOWNLOAD_MESSAGES = (
 """What Python's urllib writes into img2dataset's `error_message`."""
 
 
-class Rejection(NamedTuple):
-    """Why there is nothing to preprocess, before any medium is opened."""
-
-    stage: Stage
-    error_type: ErrorType
-    message: str
-
-
-@dataclass(frozen=True, slots=True)
-class MediaItem:
-    """One medium, or a stretch of it, that is to be preprocessed."""
-
-    uri: str
-    """absolute; may address a part of a file (parts.py)"""
-    media_id: str
-    start_seconds: float | None = None
-    end_seconds: float | None = None
-    version: FileVersion | None = None
-    """where a listing or the manifest says it; None = ask the file"""
-    probe: MediaProbe | None = None
-    """where the manifest says it; None = read the headers"""
-    sha256: str | None = None
-    rejected: Rejection | None = None
-    """the source itself says that there is no such medium, and why"""
-
-
-def media_id_of(uri: str, root: str, start_seconds: float | None = None, end_seconds: float | None = None) -> str:
-    """The id of a medium that came without one: the first 32 hex digits of sha256(URI relative to the input root).
-
-    A stretch of a medium has its bounds in the id, so that two stretches of one file differ.
-    """
-    text = uri[len(root) :].lstrip("/") if uri.startswith(root.rstrip("/") + "/") else uri
-    if start_seconds is not None or end_seconds is not None:
-        text += f"#t={start_seconds or 0},{'' if end_seconds is None else end_seconds}"
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
-
-
-def read_manifest(uri: str, page_rows: int) -> Iterator[list[MediaItem]]:
+def read_manifest(uri: str, page_rows: int) -> Iterator[list[Medium]]:
     """The items of a manifest, at most `page_rows` at a time, in its order.
 
     A row that says something impossible becomes a rejected item.
@@ -144,13 +106,13 @@ def absolute(uri: str) -> str:
     return storage.split_uri(uri)[1] if storage.is_local(uri) else uri
 
 
-def download_failure(status: str | None, message: str | None) -> Rejection | None:
+def download_failure(status: str | None, message: str | None) -> DecodeError | None:
     """Why img2dataset has no image for a row; None when it has one."""
     if status not in DOWNLOAD_FAILURES:
         return None
     text = message or status
     kinds = (kind for part, kind in _DOWNLOAD_MESSAGES if part in text and status == "failed_to_download")
-    return Rejection("download", next(kinds, DOWNLOAD_FAILURES[status]), f"{status}: {text}")
+    return DecodeError("download", next(kinds, DOWNLOAD_FAILURES[status]), f"{status}: {text}")
 
 
 def _row_pages(uri: str, page_rows: int) -> Iterator[list[dict[str, Any]]]:
@@ -299,23 +261,23 @@ def _known_columns(names: Sequence[str], uri: str) -> list[str]:
     return [name for name in names if name in MANIFEST.names or (name == URL_COLUMN and "uri" not in names)]
 
 
-def _item(number: int, root: str, row: dict[str, Any], *, source: str) -> MediaItem:
+def _item(number: int, root: str, row: dict[str, Any], *, source: str) -> Medium:
     uri = row.get("uri") or row.get(URL_COLUMN) or ""
     full = uri if not uri or "://" in uri or uri.startswith("/") else storage.join_uri(root, uri)
     if fault := row.get(FAULT) or _fault(uri, row):
         message = f"{storage.shown_uri(source)}: row {number}: {fault}"
         own_id = media_id_of(f"{source}#row={number}", root)
-        return MediaItem(full, own_id, rejected=Rejection("list", ErrorType.BAD_ROW, message))
+        return Medium(full, own_id, error=DecodeError("list", ErrorType.BAD_ROW, message))
     start_seconds, end_seconds = row.get("start_seconds"), row.get("end_seconds")
-    return MediaItem(
+    return Medium(
         full,
         row.get("media_id") or media_id_of(full, root, start_seconds, end_seconds),
         start_seconds,
         end_seconds,
         version=_version(row),
-        probe=_probe(row),
         sha256=row.get("sha256") or None,
-        rejected=download_failure(row.get("status"), row.get("error_message")),
+        **_headers(row),
+        error=download_failure(row.get("status"), row.get("error_message")),
     )
 
 
@@ -342,18 +304,17 @@ def _version(row: dict[str, Any]) -> FileVersion | None:
     return None if size is None else FileVersion(size, etag, etag or f"{size}-stated")
 
 
-def _probe(row: dict[str, Any]) -> MediaProbe | None:
-    """What the row says in place of the headers; None where it says too little."""
+def _headers(row: dict[str, Any]) -> dict[str, Any]:
+    """Header fields of a `Medium` that the row states; none where it states too little to do without the file."""
     duration = row.get("duration_seconds")
     is_image = row.get("modality") == "image"
     if row.get("size") is None or not (is_image or duration):
-        return None
-    return MediaProbe(
-        modality="image" if is_image else "video",
-        end_seconds=Fraction(repr(float(duration))) if duration and not is_image else Fraction(0),
-        end_is_exact=True,
-        source_fps=row.get("source_fps") or 0.0,
-        width=row.get("width") or 0,
-        height=row.get("height") or 0,
-        codec=row.get("codec") or "",
-    )
+        return {}
+    return {
+        "modality": "image" if is_image else "video",
+        "duration_seconds": Fraction(repr(float(duration))) if duration and not is_image else Fraction(0),
+        "source_fps": row.get("source_fps") or 0.0,
+        "width": row.get("width") or 0,
+        "height": row.get("height") or 0,
+        "codec": row.get("codec") or "",
+    }

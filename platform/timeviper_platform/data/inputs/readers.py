@@ -22,16 +22,9 @@ from timeviper_platform.common.hash_table import HashTable
 from timeviper_platform.common.listing import FileEntry, is_glob, list_files, pages
 from timeviper_platform.common.storage import open_file
 from timeviper_platform.data.inputs.archives import bytes_column, cell_items, tar_items
-from timeviper_platform.data.inputs.manifest import (
-    MANIFEST_SUFFIXES,
-    MediaItem,
-    Rejection,
-    absolute,
-    is_text,
-    media_id_of,
-    read_manifest,
-)
-from timeviper_platform.data.media.container import MEDIA_SUFFIXES, ErrorType, source_name
+from timeviper_platform.data.inputs.manifest import MANIFEST_SUFFIXES, absolute, is_text, read_manifest
+from timeviper_platform.data.media.container import MEDIA_SUFFIXES, DecodeError, ErrorType, source_name
+from timeviper_platform.data.media.medium import Medium, media_id_of
 
 PAGE_ROWS = 8192
 """Items at hand at once: a few MB of them; a page is also one task of probing on a cluster."""
@@ -39,7 +32,7 @@ PAGE_ROWS = 8192
 TAR_SUFFIX = ".tar"
 
 
-def read_pages(source: str, page_rows: int = PAGE_ROWS) -> Iterator[list[MediaItem]]:
+def read_pages(source: str, page_rows: int = PAGE_ROWS) -> Iterator[list[Medium]]:
     """The media that `source` names, at most `page_rows` at a time, each once.
 
     Raises:
@@ -59,7 +52,7 @@ def read_pages(source: str, page_rows: int = PAGE_ROWS) -> Iterator[list[MediaIt
         raise ValueError(f"no medium matches {name!r}; a folder is searched for {searched}, a glob takes any name")
 
 
-def _pages(source: str, page_rows: int) -> Iterator[list[MediaItem]]:
+def _pages(source: str, page_rows: int) -> Iterator[list[Medium]]:
     is_pattern = is_glob(source)
     filesystem, path = storage.split_uri(source)
     is_folder = not is_pattern and filesystem.isdir(path)
@@ -72,20 +65,20 @@ def _pages(source: str, page_rows: int) -> Iterator[list[MediaItem]]:
     return pages(chain.from_iterable(tables_and_items), page_rows)
 
 
-def _of_file(file: FileEntry, root: str, page_rows: int) -> Iterator[MediaItem]:
+def _of_file(file: FileEntry, root: str, page_rows: int) -> Iterator[Medium]:
     if not is_text(file.uri):
         message = f"{source_name(file.uri)}: the name is no UTF-8; give it another"
         return iter(
-            [MediaItem(file.uri, media_id_of(file.uri, root), rejected=Rejection("list", ErrorType.BAD_URI, message))]
+            [Medium(file.uri, media_id_of(file.uri, root), error=DecodeError("list", ErrorType.BAD_URI, message))]
         )
     if file.uri.lower().endswith(TAR_SUFFIX):
         return tar_items(file.uri, root, file.version)
     if _is_table(file.uri):
         return chain.from_iterable(_table_pages(file, root, page_rows))
-    return iter([MediaItem(file.uri, media_id_of(file.uri, root), version=file.version)])
+    return iter([Medium(file.uri, media_id_of(file.uri, root), version=file.version)])
 
 
-def _table_pages(file: FileEntry, root: str, page_rows: int) -> Iterator[list[MediaItem]]:
+def _table_pages(file: FileEntry, root: str, page_rows: int) -> Iterator[list[Medium]]:
     if file.uri.lower().endswith(".parquet") and storage.exists(file.uri):
         try:
             with open_file(file.uri) as opened:
@@ -108,14 +101,14 @@ class _DistinctItems:
     def __init__(self) -> None:
         self._seen = HashTable()  # hash of media_id -> hash of the item
 
-    def of(self, page: Sequence[MediaItem]) -> list[MediaItem]:
+    def of(self, page: Sequence[Medium]) -> list[Medium]:
         """The items of a page that no earlier one had; the first medium of a media_id keeps it, others are rejected."""
         fresh, clashes = self._split(page)
         return fresh + self._split([_clashing(item) for item in clashes])[0]
 
-    def _split(self, page: Sequence[MediaItem]) -> tuple[list[MediaItem], list[MediaItem]]:
+    def _split(self, page: Sequence[Medium]) -> tuple[list[Medium], list[Medium]]:
         """Items that are new, and those whose media_id is another medium's."""
-        by_id: dict[str, MediaItem] = {}
+        by_id: dict[str, Medium] = {}
         clashes = [
             item
             for item in page
@@ -132,12 +125,12 @@ class _DistinctItems:
         return [items[place] for place in np.flatnonzero(~found)], clashes
 
 
-def _clashing(item: MediaItem) -> MediaItem:
+def _clashing(item: Medium) -> Medium:
     """The item as rejected, with an id of its own: its media_id says what became of the medium that had it first."""
     message = f"media_id {item.media_id!r} stands for more than one medium: {source_name(item.uri)} is not the first"
     own_id = media_id_of(f"{item.media_id}={_text(item)}", "")
-    return replace(item, media_id=own_id, rejected=item.rejected or Rejection("list", ErrorType.BAD_ROW, message))
+    return replace(item, media_id=own_id, error=item.error or DecodeError("list", ErrorType.BAD_ROW, message))
 
 
-def _text(item: MediaItem) -> str:
-    return f"{item.uri}\n{item.start_seconds}\n{item.end_seconds}\n{item.rejected or ''}"
+def _text(item: Medium) -> str:
+    return f"{item.uri}\n{item.start_seconds}\n{item.end_seconds}\n{item.error or ''}"

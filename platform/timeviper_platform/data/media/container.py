@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from fractions import Fraction
 from typing import Any, Literal
 
 import av
@@ -114,21 +113,6 @@ class MediaLimits:
             raise ValueError(f"{self.max_pixels = } and {self.max_samples = } must be at least 1")
         if wrong := [domain for domain in self.allowed_domains if not is_host(domain)]:
             raise ValueError(f"allowed_domains: {wrong} must be bare host names such as images.example.org")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MediaProbe:
-    """What headers say of a medium."""
-
-    modality: Modality
-    end_seconds: Fraction
-    """exclusive end of the last frame on the source's clock; 0 for an image"""
-    end_is_exact: bool
-    """False where only the container knows a duration, which may be its sound's"""
-    source_fps: float
-    width: int
-    height: int
-    codec: str
 
 
 def sniff_modality(head: bytes) -> Modality:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +23,6 @@ from timeviper_platform.data.media.container import (
     DecodeError,
     ErrorType,
     MediaLimits,
-    MediaProbe,
     clock_origin,
     open_binary,
     open_container,
@@ -35,6 +34,7 @@ from timeviper_platform.data.media.container import (
 )
 from timeviper_platform.data.media.http_file import is_web
 from timeviper_platform.data.media.locations import RangePart, parse_part
+from timeviper_platform.data.media.medium import Medium
 
 AV_TIME_BASE = 1_000_000
 """FFmpeg states container durations in microseconds."""
@@ -45,15 +45,12 @@ STEADY_RATE_TOLERANCE = Fraction(1, 100)
 PROBE_THREADS = 16
 """Probing waits for disks and object stores."""
 
-Probed = MediaProbe | DecodeError
-"""what the headers of a medium say, or why they say nothing"""
-
 
 class ProbeSource(Protocol):
-    """Where the headers of media are read."""
+    """Reads the headers of media."""
 
-    def probe(self, uris: Sequence[str]) -> list[Probed]:
-        """Of each, in order; what is wrong with one is its result, not raised."""
+    def probe(self, media: Sequence[Medium]) -> list[Medium]:
+        """The media in order, each with its header fields or its error filled in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,20 +59,20 @@ class LocalProbes:
 
     limits: MediaLimits
 
-    def probe(self, uris: Sequence[str]) -> list[Probed]:
+    def probe(self, media: Sequence[Medium]) -> list[Medium]:
         """See `ProbeSource.probe`."""
         with ThreadPoolExecutor(PROBE_THREADS) as pool:
-            return list(pool.map(self._probe, uris))
+            return list(pool.map(self._probe, media))
 
-    def _probe(self, uri: str) -> Probed:
+    def _probe(self, medium: Medium) -> Medium:
         try:
-            return probe_media(uri, self.limits)
+            return medium.with_headers(probe_media(medium.uri, self.limits))
         except DecodeError as error:
-            return error
+            return replace(medium, error=error)
 
 
-def probe_media(source: str | bytes, limits: MediaLimits | None = None) -> MediaProbe:
-    """What the headers of a medium say.
+def probe_media(source: str | bytes, limits: MediaLimits | None = None) -> Medium:
+    """The medium at `source` with its header fields.
 
     Args:
         source: a URI, or the file's bytes.
@@ -139,22 +136,20 @@ def sha256_of(uri: str, limits: MediaLimits | None = None) -> str:
         return digest.hexdigest()
 
 
-def _probe_image(source: str | bytes, limits: MediaLimits) -> MediaProbe:
+def _probe_image(source: str | bytes, limits: MediaLimits) -> Medium:
     with open_binary(source, limits) as file, Image.open(file, formats=IMAGE_FORMATS) as image:  # the header alone
         width, height = image.size
         codec = (image.format or "").lower()
-    return MediaProbe(
+    return Medium(
+        source if isinstance(source, str) else source_name(source),
         modality="image",
-        end_seconds=Fraction(0),
-        end_is_exact=True,
-        source_fps=0.0,
         width=width,
         height=height,
         codec=codec,
     )
 
 
-def _probe_video(source: str | bytes, limits: MediaLimits) -> MediaProbe:
+def _probe_video(source: str | bytes, limits: MediaLimits) -> Medium:
     with open_container(source, limits) as container:
         stream = video_stream(container, "probe", source_name(source))
         if stream.duration:
@@ -168,10 +163,10 @@ def _probe_video(source: str | bytes, limits: MediaLimits) -> MediaProbe:
         context = stream.codec_context
         if not context.width or not context.height:
             raise DecodeError("probe", ErrorType.CORRUPT_FILE, f"{source_name(source)}: the video stream has no size")
-        return MediaProbe(
+        return Medium(
+            source if isinstance(source, str) else source_name(source),
             modality="video",
-            end_seconds=end,
-            end_is_exact=bool(stream.duration),
+            duration_seconds=end,
             source_fps=float(stream.average_rate or 0),
             width=context.width,
             height=context.height,

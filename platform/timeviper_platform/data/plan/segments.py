@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from timeviper_platform.common.schemas import CLIP_MARK, PLAN
-from timeviper_platform.data.inputs.manifest import MediaItem
 from timeviper_platform.data.media.container import DecodeError, ErrorType, MediaLimits, Modality, source_name
+from timeviper_platform.data.media.medium import Medium
 from timeviper_platform.data.media.probe import LocalProbes, ProbeSource, file_version, sha256_of
 from timeviper_platform.data.video.frames import check_size
 from timeviper_platform.data.video.sampling import count_samples, sample_times
@@ -170,7 +170,7 @@ def exact(seconds: float) -> Fraction:
     return Fraction(repr(float(seconds)))
 
 
-def plan_page(items: Sequence[MediaItem], spec: PlanSpec, probes: ProbeSource | None = None) -> Iterator[pa.Table]:
+def plan_page(items: Sequence[Medium], spec: PlanSpec, probes: ProbeSource | None = None) -> Iterator[pa.Table]:
     """PLAN rows of the items, in order, in tables of about MAX_TABLE_ROWS: the segments of each medium, or one row that
     says what is wrong with it.
 
@@ -182,12 +182,12 @@ def plan_page(items: Sequence[MediaItem], spec: PlanSpec, probes: ProbeSource | 
         probes: what reads headers; None = of this page's own.
     """
     if all(_is_told(item, spec) for item in items):
-        planned = [_planned(item, item, spec) for item in items]
+        planned = [_planned(item, spec) for item in items]
     else:
         with ThreadPoolExecutor(READ_THREADS) as pool:
             versions = list(pool.map(lambda item: _with_version(item, spec), items))
             known = _with_probes(versions, spec.probe_source() if probes is None else probes)
-            planned = list(pool.map(lambda item, told: _planned(item, told, spec), items, known))
+            planned = list(pool.map(lambda item: _planned(item, spec), known))
     group: list[PlannedMedium] = []
     num_rows = 0
     for medium in planned:
@@ -200,23 +200,23 @@ def plan_page(items: Sequence[MediaItem], spec: PlanSpec, probes: ProbeSource | 
         yield _table(group, spec.recipe_hash)
 
 
-def plan_item(item: MediaItem, spec: PlanSpec) -> PlannedMedium:
+def plan_item(item: Medium, spec: PlanSpec) -> PlannedMedium:
     """What is to be sampled of one medium, whose version and probe are known unless it is rejected.
 
     Raises:
         DecodeError: when its source or its headers say that it cannot be preprocessed.
     """
-    if item.rejected is not None:
-        raise DecodeError(*item.rejected)
-    file, probe = item.version, item.probe
+    if item.error is not None:
+        raise item.error
+    file = item.version
     assert file is not None
-    assert probe is not None
-    check_size(probe.width, probe.height, spec.limits, "probe", source_name(item.uri))
+    assert item.modality is not None
+    check_size(item.width, item.height, spec.limits, "probe", source_name(item.uri))
     sha256 = item.sha256 or (sha256_of(item.uri, spec.limits) if spec.hash_mode == "sha256" else None)
     start = exact(item.start_seconds or 0.0)
-    end = probe.end_seconds if item.end_seconds is None else min(probe.end_seconds, exact(item.end_seconds))
-    count = 1 if probe.modality == "image" else count_samples(start, end, spec.fps)
-    _check_count(item, count, probe.end_seconds, spec.limits)
+    end = item.duration_seconds if item.end_seconds is None else min(item.duration_seconds, exact(item.end_seconds))
+    count = 1 if item.modality == "image" else count_samples(start, end, spec.fps)
+    _check_count(item, count, item.duration_seconds, spec.limits)
     version = sha256 or file.text
     if item.start_seconds is not None or item.end_seconds is not None:
         version += f"{CLIP_MARK}{item.start_seconds},{item.end_seconds}"
@@ -228,12 +228,12 @@ def plan_item(item: MediaItem, spec: PlanSpec) -> PlannedMedium:
         size=file.size,
         etag=file.etag,
         sha256=sha256,
-        modality=probe.modality,
-        duration_seconds=float(probe.end_seconds),
-        source_fps=probe.source_fps,
-        width=probe.width,
-        height=probe.height,
-        codec=probe.codec,
+        modality=item.modality,
+        duration_seconds=float(item.duration_seconds),
+        source_fps=item.source_fps,
+        width=item.width,
+        height=item.height,
+        codec=item.codec,
         grid_start_seconds=float(start),
         num_frames=count,
     )
@@ -312,42 +312,35 @@ def _table(media: Sequence[PlannedMedium], recipe_hash: str) -> pa.Table:
     return pa.table(columns, schema=PLAN)
 
 
-def _is_told(item: MediaItem, spec: PlanSpec) -> bool:
+def _is_told(item: Medium, spec: PlanSpec) -> bool:
     """True when planning the item needs no file."""
-    known = item.version is not None and item.probe is not None
-    return item.rejected is not None or (known and (spec.hash_mode == "none" or item.sha256 is not None))
+    known = item.version is not None and item.is_probed
+    return item.error is not None or (known and (spec.hash_mode == "none" or item.sha256 is not None))
 
 
-def _with_version(item: MediaItem, spec: PlanSpec) -> MediaItem | DecodeError:
+def _with_version(item: Medium, spec: PlanSpec) -> Medium:
     """The item with its file's version, asked for where nobody told it."""
-    if item.rejected is not None or item.version is not None:
+    if item.error is not None or item.version is not None:
         return item
     try:
         return replace(item, version=file_version(item.uri, spec.limits))
     except DecodeError as error:
-        return error
+        return replace(item, error=error)
 
 
-def _with_probes(items: Sequence[MediaItem | DecodeError], probes: ProbeSource) -> list[MediaItem | DecodeError]:
+def _with_probes(items: Sequence[Medium], probes: ProbeSource) -> list[Medium]:
     """The items with what their headers say, read where nobody told it."""
     known = list(items)
-    asked = [
-        (place, item)
-        for place, item in enumerate(items)
-        if isinstance(item, MediaItem) and item.rejected is None and item.probe is None
-    ]
-    answers = probes.probe([item.uri for _, item in asked])
-    for (place, item), answer in zip(asked, answers, strict=True):
-        known[place] = answer if isinstance(answer, DecodeError) else replace(item, probe=answer)
+    places = [place for place, item in enumerate(items) if item.error is None and not item.is_probed]
+    for place, item in zip(places, probes.probe([items[place] for place in places]), strict=True):
+        known[place] = item
     return known
 
 
-def _planned(item: MediaItem, known: MediaItem | DecodeError, spec: PlanSpec) -> PlannedMedium:
+def _planned(item: Medium, spec: PlanSpec) -> PlannedMedium:
     """What became of an item that is known now, or in error."""
     try:
-        if isinstance(known, DecodeError):
-            raise known
-        return plan_item(known, spec)
+        return plan_item(item, spec)
     except DecodeError as error:
         return PlannedMedium(
             media_id=item.media_id,
@@ -364,7 +357,7 @@ def _unit(group: Sequence[Segment]) -> Unit:
     return Unit(name, tuple(group))
 
 
-def _check_count(item: MediaItem, count: int, end: Fraction, limits: MediaLimits) -> None:
+def _check_count(item: Medium, count: int, end: Fraction, limits: MediaLimits) -> None:
     if count == 0:
         message = (
             f"{source_name(item.uri)}: no sample lies in {item.start_seconds}..{item.end_seconds} of {float(end)} s"

@@ -17,13 +17,13 @@ import pyarrow.compute as pc
 
 from timeviper_platform.common import storage
 from timeviper_platform.common.hash_table import HashTable
-from timeviper_platform.data.inputs.manifest import MediaItem
 from timeviper_platform.data.media.container import RETRYABLE
+from timeviper_platform.data.media.medium import Medium
 from timeviper_platform.data.plan.segments import PlanSpec, Segment, plan_page, segments_of
 from timeviper_platform.data.store.commits import iter_commits, lost_records, write_table
 from timeviper_platform.data.store.layout import PLAN_FOLDER, read_part
 
-PlanPages = Callable[[Iterable[list[MediaItem]], PlanSpec], Iterator[pa.Table]]
+PlanPages = Callable[[Iterable[list[Medium]], PlanSpec], Iterator[pa.Table]]
 """Pages of items to PLAN tables, in order: `plan_here`, or `plan_on_ray` of graph.py."""
 
 
@@ -119,7 +119,7 @@ def write_plan(store: str, tables: Iterable[pa.Table], finished: HashTable) -> P
     return Plan(parts, counts, finished)
 
 
-def plan_here(pages: Iterable[list[MediaItem]], spec: PlanSpec) -> Iterator[pa.Table]:
+def plan_here(pages: Iterable[list[Medium]], spec: PlanSpec) -> Iterator[pa.Table]:
     """Plans in this process, one page after the other; headers are read in its child, if so configured."""
     probes = spec.probe_source()
     for page in pages:

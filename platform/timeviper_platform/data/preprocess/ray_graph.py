@@ -28,8 +28,8 @@ from timeviper_platform.common.listing import pages
 from timeviper_platform.common.ray_cluster import has_cluster, ray_session
 from timeviper_platform.common.schemas import PLAN
 from timeviper_platform.data.encode.frame_encoder import FrameEncoder
-from timeviper_platform.data.inputs.manifest import MediaItem
 from timeviper_platform.data.media.container import DecodeError, ErrorType
+from timeviper_platform.data.media.medium import Medium
 from timeviper_platform.data.plan.segments import PlanSpec, Segment, Unit, iter_units, plan_page
 from timeviper_platform.data.preprocess.calibrate import Calibration, calibrate, sample_of
 from timeviper_platform.data.preprocess.progress import RunMetrics
@@ -109,7 +109,7 @@ class ExecutionConfig:
             raise ValueError(f"{self.num_decode_workers = } must be at least 1, or null")
 
 
-def plan_on_ray(pages: Iterable[list[MediaItem]], spec: PlanSpec) -> Iterator[pa.Table]:
+def plan_on_ray(pages: Iterable[list[Medium]], spec: PlanSpec) -> Iterator[pa.Table]:
     """`plan_here` with a task for each page: a few at a time, results in order."""
     import ray
 
@@ -125,7 +125,7 @@ def plan_on_ray(pages: Iterable[list[MediaItem]], spec: PlanSpec) -> Iterator[pa
             yield from _planned(ray.get(waiting.popleft()))
 
 
-def _plan_page(page: list[MediaItem], spec: PlanSpec) -> tuple[list[pa.Table], int]:
+def _plan_page(page: list[Medium], spec: PlanSpec) -> tuple[list[pa.Table], int]:
     """The page's tables, and the requests to storage that were made again for them in this process."""
     before = storage.num_retries()
     return list(plan_page(page, spec)), storage.num_retries() - before

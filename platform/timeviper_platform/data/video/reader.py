@@ -178,7 +178,7 @@ def iter_frames(
     if probe.modality == "image":
         yield read_image(source, image_size, limits=limits)
         return
-    count = count_samples(Fraction(0), probe.end_seconds, fps)
+    count = count_samples(Fraction(0), probe.duration_seconds, fps)
     if count > limits.max_samples:
         message = f"{count} samples at {float(fps)} fps are past {limits.max_samples = }"
         raise DecodeError("decode_video", ErrorType.TOO_MANY_FRAMES, message)

@@ -25,7 +25,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -34,6 +33,7 @@ import numpy as np
 
 from timeviper_platform.common import storage
 from timeviper_platform.data.media.container import DecodeError, ErrorType, MediaLimits, Stage, source_name
+from timeviper_platform.data.media.medium import HEADER_FIELDS
 from timeviper_platform.data.media.probe import PROBE_THREADS, probe_media
 from timeviper_platform.data.video.frames import FrameBatch
 from timeviper_platform.data.video.reader import read_frames
@@ -127,8 +127,9 @@ def _probes(job: dict[str, Any]) -> Iterator[_Answer]:
 
 
 def _probe(uri: str, limits: MediaLimits) -> _Answer:
-    found = asdict(probe_media(uri, limits))
-    return {"probe": {**found, "end_seconds": str(found["end_seconds"])}}, _NO_FRAMES
+    medium = probe_media(uri, limits)
+    headers = {name: getattr(medium, name) for name in HEADER_FIELDS}
+    return {"headers": {**headers, "duration_seconds": str(medium.duration_seconds)}}, _NO_FRAMES
 
 
 def _or_error(work: Callable[[], _Answer], stage: Stage, source: str | bytes) -> _Answer:
@@ -146,7 +147,7 @@ def _or_error(work: Callable[[], _Answer], stage: Stage, source: str | bytes) ->
 def _medium(job: dict[str, Any], data: bytes) -> _Answer:
     source: str | bytes = job["uri"] if job["uri"] is not None else data
     limits = _limits(job)
-    end_seconds = float(probe_media(source, limits).end_seconds)
+    end_seconds = float(probe_media(source, limits).duration_seconds)
     fps, max_frames = Fraction(job["fps"]), job["max_frames"]
     batch = read_frames(source, job["image_size"], fps=fps, max_frames=max_frames, limits=limits)
     answer, frames = _answer(batch)

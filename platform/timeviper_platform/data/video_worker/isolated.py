@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from timeviper_platform.common import storage
-from timeviper_platform.data.media.container import DecodeError, ErrorType, MediaLimits, MediaProbe, source_name
-from timeviper_platform.data.media.probe import PROBE_THREADS, Probed
+from timeviper_platform.data.media.container import DecodeError, ErrorType, MediaLimits, source_name
+from timeviper_platform.data.media.medium import Medium
+from timeviper_platform.data.media.probe import PROBE_THREADS
 from timeviper_platform.data.video.frames import FrameBatch
 from timeviper_platform.data.video_worker.child_process import ChildDiedError, ChildLimits, DecodeChild
 from timeviper_platform.data.video_worker.frame_source import DecodeConfig, Decoded, FrameRequest, decode_stage
@@ -195,21 +196,21 @@ class IsolatedProbes:
     config: DecodeConfig
     _child: DecodeChild | None = field(default=None, init=False)
 
-    def probe(self, uris: Sequence[str]) -> list[Probed]:
+    def probe(self, media: Sequence[Medium]) -> list[Medium]:
         """See `ProbeSource.probe`."""
-        found: dict[str, Probed] = {}
-        waiting = list(dict.fromkeys(uris))  # stretches of one film share its headers
+        found: dict[str, Medium] = {}
+        waiting = list(dict.fromkeys(medium.uri for medium in media))  # clips of one film share its headers
         while waiting:
             if len(waiting) > 1:
                 found |= self._together(waiting)
                 waiting = [uri for uri in waiting if uri not in found]
             suspects, waiting = waiting[:PROBE_THREADS], waiting[PROBE_THREADS:]  # a child begins them in order
             found |= {uri: self._alone(uri) for uri in suspects}
-        return [found[uri] for uri in uris]
+        return [medium.with_headers(found[medium.uri]) for medium in media]
 
-    def _together(self, uris: Sequence[str]) -> dict[str, Probed]:
+    def _together(self, uris: Sequence[str]) -> dict[str, Medium]:
         """What the child says until it ends; nothing of those for which all together left no memory."""
-        found: dict[str, Probed] = {}
+        found: dict[str, Medium] = {}
         try:
             for uri, answer in self._ask(uris):
                 found[uri] = answer
@@ -224,7 +225,7 @@ class IsolatedProbes:
             self._end_child()
         return fed
 
-    def _alone(self, uri: str) -> Probed:
+    def _alone(self, uri: str) -> Medium:
         """What the child says of one medium; when it dies, a fresh one is asked: something else may have killed it."""
         name = source_name(uri)
         try:
@@ -234,21 +235,21 @@ class IsolatedProbes:
         try:
             return self._try_alone(uri)
         except ChildDiedError as error:
-            return DecodeError("probe", ErrorType.DECODER_CRASHED, f"{name}: {error}, twice")
+            return Medium(uri, error=DecodeError("probe", ErrorType.DECODER_CRASHED, f"{name}: {error}, twice"))
 
-    def _try_alone(self, uri: str) -> Probed:
+    def _try_alone(self, uri: str) -> Medium:
         try:
             ((_, answer),) = self._ask([uri])
         except TimeoutError:
             self._end_child()
             message = f"{source_name(uri)}: not probed within {self.config.probe_deadline_seconds = }"
-            return DecodeError("probe", ErrorType.DECODER_TIMEOUT, message)
+            return Medium(uri, error=DecodeError("probe", ErrorType.DECODER_TIMEOUT, message))
         except ChildDiedError:
             self._end_child()
             raise
         return answer
 
-    def _ask(self, uris: Sequence[str]) -> Iterator[tuple[str, Probed]]:
+    def _ask(self, uris: Sequence[str]) -> Iterator[tuple[str, Medium]]:
         """Media, and what the child says of them, as it comes."""
         if self._child is None:
             self._child = DecodeChild(ChildLimits(max_memory_bytes=self.config.max_memory_bytes))
@@ -258,7 +259,8 @@ class IsolatedProbes:
         for _ in uris:
             answer = self._child.answer(deadline)
             storage.add_retries(answer["retries"])
-            yield uris[answer["number"]], _error_of(answer) if "error" in answer else _probe_of(answer["probe"])
+            uri = uris[answer["number"]]
+            yield uri, Medium(uri, error=_error_of(answer)) if "error" in answer else _probed(uri, answer["headers"])
 
     def _end_child(self) -> None:
         if self._child is not None:
@@ -271,9 +273,9 @@ def _error_of(answer: dict[str, Any]) -> DecodeError:
     return DecodeError(stage, ErrorType(kind), message)
 
 
-def _probe_of(found: dict[str, Any]) -> MediaProbe:
-    return MediaProbe(**{**found, "end_seconds": Fraction(found["end_seconds"])})
+def _probed(uri: str, headers: dict[str, Any]) -> Medium:
+    return Medium(uri, **{**headers, "duration_seconds": Fraction(headers["duration_seconds"])})
 
 
-def _is_starved(answer: Probed) -> bool:
-    return isinstance(answer, DecodeError) and answer.error_type == ErrorType.OUT_OF_MEMORY
+def _is_starved(medium: Medium) -> bool:
+    return medium.error is not None and medium.error.error_type == ErrorType.OUT_OF_MEMORY

@@ -15,14 +15,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from timeviper_platform.data.inputs.manifest import MediaItem, media_id_of, read_manifest
+from timeviper_platform.data.inputs.manifest import read_manifest
 from timeviper_platform.data.inputs.readers import read_pages
 from timeviper_platform.data.media.container import ErrorType
+from timeviper_platform.data.media.medium import Medium, media_id_of
 from timeviper_platform.data.plan.segments import PlanSpec, plan_page
 from timeviper_platform.data.video_worker.frame_source import DecodeConfig
 
 
-def list_media(source: str) -> list[MediaItem]:
+def list_media(source: str) -> list[Medium]:
     return [item for page in read_pages(source, page_rows=3) for item in page]
 
 
@@ -37,8 +38,8 @@ def test_three_kinds_of_manifest_say_the_same(tmp_path: Path) -> None:
         "uri,media_id,start_seconds,end_seconds,note\na.mp4,first,,,x\ns3://bucket/b.mp4,,2.0,5.0,y\n"
     )
     expected = [
-        MediaItem(f"{tmp_path}/a.mp4", "first"),
-        MediaItem("s3://bucket/b.mp4", media_id_of("s3://bucket/b.mp4", "", 2.0, 5.0), 2.0, 5.0),
+        Medium(f"{tmp_path}/a.mp4", "first"),
+        Medium("s3://bucket/b.mp4", media_id_of("s3://bucket/b.mp4", "", 2.0, 5.0), 2.0, 5.0),
     ]
     for suffix in ("parquet", "jsonl", "csv"):
         assert list_media(str(tmp_path / f"m.{suffix}")) == expected, suffix
@@ -108,7 +109,7 @@ def test_a_name_that_is_no_text_is_an_error_row(tmp_path: Path) -> None:
     (row,) = table.to_pylist()
     assert (row["error_stage"], row["error_type"]) == ("list", ErrorType.BAD_URI)
     assert row["uri"] == f"{tmp_path}/caf\\udce9.mp4"
-    assert good.rejected is None
+    assert good.error is None
 
 
 @pytest.mark.parametrize("page_rows", [1, 4, 1000])
@@ -120,10 +121,8 @@ def test_ragged_rows_of_a_csv_stand_in_their_places(tmp_path: Path, page_rows: i
     lines = ["uri,media_id,caption", *(row + padding for row in rows)]
     (tmp_path / "m.csv").write_text("\n".join(lines))
     items = [item for page in read_manifest(str(tmp_path / "m.csv"), page_rows) for item in page]
-    assert [number for number, item in enumerate(items) if item.rejected] == sorted(ragged)
-    assert [Path(item.uri).stem for item in items if not item.rejected] == [
-        str(n) for n in range(3000) if n not in ragged
-    ]
+    assert [number for number, item in enumerate(items) if item.error] == sorted(ragged)
+    assert [Path(item.uri).stem for item in items if not item.error] == [str(n) for n in range(3000) if n not in ragged]
     assert all(len(page) <= page_rows for page in read_manifest(str(tmp_path / "m.csv"), page_rows))
 
 
@@ -144,11 +143,11 @@ def test_a_value_of_another_type_is_a_bad_row_and_no_more(tmp_path: Path, suffix
         texts = [row | {"end_seconds": str(row["end_seconds"]).strip()} for row in rows]
         pq.write_table(pa.Table.from_pylist(texts), tmp_path / "m.parquet")
     items = [item for page in read_manifest(str(tmp_path / f"m.{suffix}"), 5) for item in page]
-    assert {number for number, item in enumerate(items) if item.rejected} == bad
-    assert [(item.start_seconds, item.end_seconds) for item in items if not item.rejected] == [
+    assert {number for number, item in enumerate(items) if item.error} == bad
+    assert [(item.start_seconds, item.end_seconds) for item in items if not item.error] == [
         (None, n + 1.5) for n in range(7) if n not in bad
     ]
-    messages = [item.rejected.message for item in items if item.rejected]
+    messages = [item.error.message for item in items if item.error]
     assert all("soon" in text and f"row {n + 1}: " in text for n, text in zip(sorted(bad), messages, strict=True))
 
 
@@ -204,8 +203,8 @@ def test_a_row_that_says_something_impossible_is_an_error_row(
     (tmp_path / "m.csv").write_text(text, errors="surrogateescape")
     items = list_media(str(tmp_path / "m.csv"))
     assert len({item.media_id for item in items}) == 3
-    assert [Path(item.uri).name for item in items if item.rejected is None] == ["a.mp4", "c.mp4"]
-    (bad,) = (item for item in items if item.rejected is not None)
+    assert [Path(item.uri).name for item in items if item.error is None] == ["a.mp4", "c.mp4"]
+    (bad,) = (item for item in items if item.error is not None)
     spec = PlanSpec(fps=Fraction(1), recipe_hash="r")
     (planned,) = plan_page([bad], spec)
     (error,) = planned.to_pylist()
@@ -229,13 +228,13 @@ def test_wrong_lines_and_strings_of_other_kinds_of_manifest_are_error_rows(tmp_p
         ("m.jsonl", [True, *[False] * 6, True]),
         ("m.parquet", [True, False, False]),
     ):
-        assert [item.rejected is None for item in list_media(str(tmp_path / name))] == kinds, name
+        assert [item.error is None for item in list_media(str(tmp_path / name))] == kinds, name
 
 
 def test_one_medium_with_other_facts_is_the_same_medium(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text("uri,size\na.mp4,5\na.mp4,6\nb.mp4,\nc.mp4,\na.mp4,7\n")
     items = list_media(str(tmp_path / "m.csv"))  # the last repeat is on another page
-    assert [(Path(item.uri).name, item.rejected) for item in items] == [
+    assert [(Path(item.uri).name, item.error) for item in items] == [
         ("a.mp4", None),
         ("b.mp4", None),
         ("c.mp4", None),

@@ -20,10 +20,10 @@ from PIL import Image
 from reference.made_media import make_encoder, make_video, picture
 from timeviper_platform.common.hash_table import HashTable
 from timeviper_platform.data.encode.frame_encoder import EncoderConfig
-from timeviper_platform.data.inputs.manifest import MediaItem, media_id_of
 from timeviper_platform.data.inputs.readers import read_pages
 from timeviper_platform.data.media.container import ErrorType, open_binary
 from timeviper_platform.data.media.locations import CellPart, RangePart, parse_part
+from timeviper_platform.data.media.medium import Medium, media_id_of
 from timeviper_platform.data.media.probe import file_version
 from timeviper_platform.data.plan.segments import PlanSpec, plan_page
 from timeviper_platform.data.preprocess.run import PreprocessConfig, run_in_process, run_preprocess
@@ -34,11 +34,11 @@ from timeviper_platform.data.video_worker.frame_source import DecodeConfig
 SPEC = PlanSpec(fps=Fraction(1), recipe_hash="r", decode=DecodeConfig(isolation="none"))
 
 
-def items_of(source: object, page_rows: int = 3) -> list[MediaItem]:
+def items_of(source: object, page_rows: int = 3) -> list[Medium]:
     return [item for page in read_pages(str(source), page_rows) for item in page]
 
 
-def plan_of(items: list[MediaItem]) -> list[dict[str, object]]:
+def plan_of(items: list[Medium]) -> list[dict[str, object]]:
     return pa.concat_tables(plan_page(items, SPEC)).to_pylist()
 
 
@@ -134,7 +134,7 @@ def test_a_part_of_a_file_that_has_changed_is_an_error_row(tmp_path: Path, media
     pq.write_table(pa.table({"data": [media["clip.mp4"]]}), tmp_path / "a.parquet")
     assert plan_of(items[2:])[0]["error_type"] == ErrorType.READ_FAILED
     (tmp_path / "a.parquet").unlink()
-    assert plan_of([MediaItem(f"{tmp_path}/a.parquet#offset=0&size=9", "x")])[0]["error_type"] == ErrorType.NOT_FOUND
+    assert plan_of([Medium(f"{tmp_path}/a.parquet#offset=0&size=9", "x")])[0]["error_type"] == ErrorType.NOT_FOUND
 
 
 def test_failed_downloads_of_img2dataset_are_counted_by_reason(tmp_path: Path, media: dict[str, bytes]) -> None:
@@ -188,8 +188,8 @@ def test_pages_hold_what_they_are_asked_to_and_repeats_are_found_across_them(tmp
     (tmp_path / "clash.csv").write_text("uri,media_id\n" + "".join(f"{name},{name}\n" for name in names) + "x,0.mp4\n")
     *others, last = items_of(tmp_path / "clash.csv", page_rows=4)
     assert [item.media_id for item in others] == names
-    assert last.rejected is not None
-    assert "media_id '0.mp4' stands for more than one medium" in last.rejected.message
+    assert last.error is not None
+    assert "media_id '0.mp4' stands for more than one medium" in last.error.message
 
 
 def test_a_name_that_a_tar_holds_twice_is_an_error_row(tmp_path: Path, media: dict[str, bytes]) -> None:

@@ -15,9 +15,9 @@ from PIL import Image
 
 from reference.made_media import make_video, picture
 from timeviper_platform.common import storage
-from timeviper_platform.data.inputs.manifest import MediaItem
 from timeviper_platform.data.media import http_file as web_source
 from timeviper_platform.data.media.container import DecodeError, ErrorType, MediaLimits, open_binary
+from timeviper_platform.data.media.medium import Medium
 from timeviper_platform.data.media.probe import file_version
 from timeviper_platform.data.plan.segments import PlanSpec, plan_page
 from timeviper_platform.data.video.reader import read_frames
@@ -107,7 +107,7 @@ def clip() -> bytes:
 
 def error_of(url: str, limits: MediaLimits = LIMITS) -> str:
     spec = PlanSpec(fps=Fraction(1), recipe_hash="r", limits=limits, decode=DecodeConfig(isolation="none"))
-    (table,) = plan_page([MediaItem(url, "x")], spec)
+    (table,) = plan_page([Medium(url, "x")], spec)
     (row,) = table.to_pylist()
     return str(row["error_type"])
 
@@ -167,7 +167,7 @@ def test_nothing_is_fetched_unless_its_domain_is_allowed(server: Server, clip: b
     ],
 )
 def test_what_is_no_url_is_an_error_row(url: str) -> None:
-    (table,) = plan_page([MediaItem(url, "x")], PlanSpec(fps=Fraction(1), recipe_hash="r", limits=LIMITS, decode=HERE))
+    (table,) = plan_page([Medium(url, "x")], PlanSpec(fps=Fraction(1), recipe_hash="r", limits=LIMITS, decode=HERE))
     (row,) = table.to_pylist()
     assert (row["error_stage"], row["error_type"]) == ("probe", ErrorType.BAD_URI)
     assert "secret" not in str(row)
@@ -261,7 +261,7 @@ def test_empty_endless_and_unreachable_answers_are_told_apart(server: Server, mo
 
 def test_an_urls_query_is_in_no_message(server: Server) -> None:
     server.statuses["x.jpg"] = [403]
-    items = [MediaItem(server.url("x.jpg?token=secret"), "x")]
+    items = [Medium(server.url("x.jpg?token=secret"), "x")]
     (table,) = plan_page(items, PlanSpec(fps=Fraction(1), recipe_hash="r", limits=LIMITS))
     (row,) = table.to_pylist()
     assert "HTTP 403 Forbidden" in row["error_message"]

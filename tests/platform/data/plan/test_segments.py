@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from reference.made_media import make_video
-from timeviper_platform.data.inputs.manifest import MediaItem
 from timeviper_platform.data.media.container import ErrorType, MediaLimits
+from timeviper_platform.data.media.medium import Medium
 from timeviper_platform.data.plan.segments import (
     PlanSpec,
     SamplingConfig,
@@ -27,12 +27,12 @@ from timeviper_platform.data.video.sampling import count_samples
 from timeviper_platform.data.video_worker.frame_source import DecodeConfig
 
 
-def plan(items: list[MediaItem], fps: str = "1", **changes: object) -> pa.Table:
+def plan(items: list[Medium], fps: str = "1", **changes: object) -> pa.Table:
     arguments = {"recipe_hash": "r", "decode": DecodeConfig(isolation="none")} | changes
     return pa.concat_tables(plan_page(items, PlanSpec(fps=Fraction(fps), **arguments)))  # type: ignore[arg-type]
 
 
-def segments(items: list[MediaItem], fps: str = "1", **changes: object) -> list[Segment]:
+def segments(items: list[Medium], fps: str = "1", **changes: object) -> list[Segment]:
     return segments_of(plan(items, fps, **changes))
 
 
@@ -45,7 +45,7 @@ def test_there_is_a_sample_for_every_second_that_has_begun() -> None:
 
 def test_a_video_is_cut_into_segments_of_64(tmp_path: Path) -> None:
     make_video(tmp_path / "clip.mp4", range(0, 1040), gop=100)
-    found = segments([MediaItem(str(tmp_path / "clip.mp4"), "clip")])
+    found = segments([Medium(str(tmp_path / "clip.mp4"), "clip")])
     assert [s.num_frames for s in found] == [64, 64, 2]
     assert [s.first_frame for s in found] == [0, 64, 128]
     assert [(s.segment_index, s.num_segments) for s in found] == [(0, 3), (1, 3), (2, 3)]
@@ -57,15 +57,15 @@ def test_a_video_is_cut_into_segments_of_64(tmp_path: Path) -> None:
 def test_ids_change_with_content_recipe_and_stretch_and_with_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "clip.mp4"
     make_video(path, range(40))
-    item = MediaItem(str(path), "clip")
+    item = Medium(str(path), "clip")
 
-    def first_id(item: MediaItem = item, **changes: object) -> str:
+    def first_id(item: Medium = item, **changes: object) -> str:
         return segments([item], **changes)[0].segment_id
 
     before = first_id()
     assert first_id() == before
     assert first_id(recipe_hash="other") != before
-    assert first_id(MediaItem(str(path), "clip", 1.0, 3.0)) != before
+    assert first_id(Medium(str(path), "clip", 1.0, 3.0)) != before
     hashed = first_id(hash_mode="sha256")
     os.utime(path, ns=(1, 1))
     assert first_id() != before
@@ -74,7 +74,7 @@ def test_ids_change_with_content_recipe_and_stretch_and_with_nothing_else(tmp_pa
 
 def test_a_stretch_is_sampled_on_the_sources_clock(tmp_path: Path) -> None:
     make_video(tmp_path / "clip.mp4", range(80))
-    times = segments([MediaItem(str(tmp_path / "clip.mp4"), "clip", 2.5, 99.0)], fps="2")[0].times(Fraction(2))
+    times = segments([Medium(str(tmp_path / "clip.mp4"), "clip", 2.5, 99.0)], fps="2")[0].times(Fraction(2))
     assert (times[0], times[-1], len(times)) == (Fraction(5, 2), Fraction(19, 2), 15)
 
 
@@ -83,8 +83,8 @@ def test_bad_media_become_error_rows_in_their_place(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
     (tmp_path / "text.mp4").write_text("text")
     paths = ("image.png", "text.mp4", "nowhere.mp4", "clip.mp4")
-    items = [MediaItem(str(tmp_path / name), name) for name in paths]
-    items.append(MediaItem(str(tmp_path / "clip.mp4"), "late", 50.0))
+    items = [Medium(str(tmp_path / name), name) for name in paths]
+    items.append(Medium(str(tmp_path / "clip.mp4"), "late", 50.0))
     table = plan(items)
     assert table["error_type"].to_pylist() == [
         None,
@@ -95,7 +95,7 @@ def test_bad_media_become_error_rows_in_their_place(tmp_path: Path) -> None:
     ]
     assert table["status"].to_pylist() == ["planned", "error", "error", "planned", "error"]
     assert [error.media_id for error in errors_of(table)] == ["text.mp4", "nowhere.mp4", "late"]
-    long = plan([MediaItem(str(tmp_path / "clip.mp4"), "long")], limits=MediaLimits(max_samples=4))
+    long = plan([Medium(str(tmp_path / "clip.mp4"), "long")], limits=MediaLimits(max_samples=4))
     assert long["error_type"].to_pylist() == [ErrorType.TOO_MANY_FRAMES]
 
 

@@ -21,8 +21,8 @@ from reference.made_media import make_encoder
 from timeviper_platform.common import storage
 from timeviper_platform.common.hash_table import HashTable
 from timeviper_platform.data.encode.frame_encoder import EncoderConfig
-from timeviper_platform.data.inputs.manifest import MediaItem
 from timeviper_platform.data.inputs.readers import read_pages
+from timeviper_platform.data.media.medium import Medium
 from timeviper_platform.data.plan import segments as segments_module
 from timeviper_platform.data.plan.segments import PlanSpec, iter_units
 from timeviper_platform.data.plan.stored_plan import finished_segments, plan_here, write_plan
@@ -72,12 +72,12 @@ def test_a_plan_is_stored_in_parts_and_read_again(tmp_path: Path, monkeypatch: p
 
 
 def test_retries_of_pages_planned_elsewhere_are_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    def twice(items: list[MediaItem], spec: PlanSpec) -> Iterator[pa.Table]:
+    def twice(items: list[Medium], spec: PlanSpec) -> Iterator[pa.Table]:
         storage.add_retries(2)
         yield pa.table({"uri": [item.uri for item in items]})
 
     monkeypatch.setattr(graph, "plan_page", twice)
-    result = graph._plan_page([MediaItem("/a.mp4", "a")], SPEC)  # in a task
+    result = graph._plan_page([Medium("/a.mp4", "a")], SPEC)  # in a task
     before = storage.num_retries()
     assert [table["uri"].to_pylist() for table in graph._planned(result)] == [["/a.mp4"]]  # in the driver
     assert storage.num_retries() - before == 2

@@ -14,8 +14,8 @@ from PIL import Image
 from reference.made_media import make_encoder, make_video
 from reference.made_outcome import made_outcome
 from timeviper_platform.data.encode.frame_encoder import EncoderConfig, FrameEncoder
-from timeviper_platform.data.inputs.manifest import MediaItem
 from timeviper_platform.data.media.container import MediaLimits
+from timeviper_platform.data.media.medium import Medium
 from timeviper_platform.data.plan.segments import PlanSpec, Unit, plan_page, segments_of
 from timeviper_platform.data.preprocess.calibrate import (
     BusySlots,
@@ -62,7 +62,7 @@ def test_busy_slots_do_all_segments_together_and_leave_nothing(tmp_path: Path) -
     )
     for number in range(4):
         make_video(tmp_path / f"{number}.mp4", range(8 * (1 + number)))
-    items = [MediaItem(str(tmp_path / f"{number}.mp4"), str(number)) for number in range(4)]
+    items = [Medium(str(tmp_path / f"{number}.mp4"), str(number)) for number in range(4)]
     segments = [s for table in plan_page(items, PlanSpec(fps=Fraction(1), recipe_hash="r")) for s in segments_of(table)]
     before = {path.name for path in tmp_path.iterdir()}
     with BusySlots(made_spec(encoder, image_size=32, store=str(tmp_path / "store")), 2) as slots:
@@ -86,14 +86,14 @@ def test_all_that_a_worker_and_its_child_compute_is_some_stages_cost(tmp_path: P
     for number in range(600):
         path = tmp_path / "pictures" / f"{number}.png"
         Image.new("RGB", (48, 32), (number % 256, 7, 9)).save(path)
-        items.append(MediaItem(str(path), str(number)))
+        items.append(Medium(str(path), str(number)))
     plan = PlanSpec(fps=Fraction(1), recipe_hash="r", decode=DecodeConfig(isolation="none"))
     segments = [segment for table in plan_page(items, plan) for segment in segments_of(table)]
     processor = UnitProcessor(made_spec(encoder, image_size=32, store=str(tmp_path / "store")))
     processor.process(Unit("first", tuple(segments[:8])))
 
     def spent() -> float:
-        (child,) = (process for process in psutil.Process().children() if "decode_child" in " ".join(process.cmdline()))
+        (child,) = (process for process in psutil.Process().children() if "child_main" in " ".join(process.cmdline()))
         times = child.cpu_times()
         return time.process_time() + float(times.user + times.system)
 
@@ -123,7 +123,7 @@ def test_a_few_segments_are_tried_and_broken_ones_are_not_counted(tmp_path: Path
         make_video(tmp_path / f"{number}.mp4", range(8 * (1 + number)))
     spec = PlanSpec(fps=Fraction(1), recipe_hash="r", decode=DecodeConfig(isolation="none"))
     sample = SegmentSample(size=4)
-    tables = [t for n in range(9) for t in plan_page([MediaItem(str(tmp_path / f"{n}.mp4"), str(n))], spec)]
+    tables = [t for n in range(9) for t in plan_page([Medium(str(tmp_path / f"{n}.mp4"), str(n))], spec)]
     for table in tables:
         sample.add(table)
     chosen = [segment.segment_id for segment in sample.segments]

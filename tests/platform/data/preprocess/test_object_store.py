@@ -196,7 +196,7 @@ def test_a_listing_comes_in_pages_and_says_what_the_objects_say(
         f"s3://bucket/{name}" for name in [*names, "videos/x.tar"]
     ]
     assert [item.version for item in items] == [file_version(item.uri) for item in items]
-    assert probe_media(items[-1].uri) == probe_media(items[0].uri)
+    assert items[0].with_headers(probe_media(items[-1].uri)) == items[0].with_headers(probe_media(items[0].uri))
     for pattern in ("s3://bucket/videos/*/1.mp4", "s3://bucket/videos/**/*.mp4", "s3://bucket/*.mp4"):
         found = [file.uri for file in listing.list_files(pattern).files]
         assert found == sorted(f"s3://{name}" for name in bucket.glob(pattern)), pattern

@@ -25,7 +25,7 @@ from timeviper_platform.data.video.sampling import count_samples
 def test_sampled_frames_equal_those_of_decoding_everything(videos: dict[str, Path], name: str, fps: int) -> None:
     path = videos[name]
     probe = probe_media(str(path))
-    times = seconds(count_samples(Fraction(0), probe.end_seconds, Fraction(fps)), fps)
+    times = seconds(count_samples(Fraction(0), probe.duration_seconds, Fraction(fps)), fps)
     expected_pts, expected = sample_every_frame(path, times, SIZE)
     reader = open_video(str(path), SIZE)
     batches = [reader.sample(times[start : start + 5]) for start in range(0, len(times), 5)]

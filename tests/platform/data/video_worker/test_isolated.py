@@ -25,8 +25,8 @@ from PIL import Image
 from reference.made_media import make_video
 from timeviper_platform.common import storage
 from timeviper_platform.common.listing import FileVersion
-from timeviper_platform.data.inputs.manifest import MediaItem, Rejection
 from timeviper_platform.data.media.container import DecodeError, ErrorType, MediaLimits, Modality, reading
+from timeviper_platform.data.media.medium import Medium
 from timeviper_platform.data.media.probe import LocalProbes, probe_media
 from timeviper_platform.data.plan.segments import PlanSpec, plan_page
 from timeviper_platform.data.plan.stored_plan import plan_here
@@ -336,7 +336,7 @@ def spec(**changes: object) -> PlanSpec:
 
 def plan(paths: list[Path], **changes: object) -> dict[str, tuple[str | None, str | None]]:
     """Stage and type of the error of every medium, by its file's name; one row each."""
-    table = pa.concat_tables(plan_page([MediaItem(str(path), path.name) for path in paths], spec(**changes)))
+    table = pa.concat_tables(plan_page([Medium(str(path), path.name) for path in paths], spec(**changes)))
     assert table["media_id"].to_pylist() == [path.name for path in paths]
     columns = (table[name].to_pylist() for name in ("media_id", "error_stage", "error_type"))
     return {name: (stage, kind) for name, stage, kind in zip(*columns, strict=True)}
@@ -347,10 +347,13 @@ def test_headers_read_in_a_child_say_what_they_say_here(tmp_path: Path) -> None:
     Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
     (tmp_path / "text.mp4").write_text("no video")
     uris = [str(tmp_path / name) for name in ("ntsc.mp4", "nowhere.mp4", "a.png", "text.mp4")]
-    here, there = (s.probe(uris) for s in (LocalProbes(MediaLimits()), IsolatedProbes(MediaLimits(), CONFIG)))
+    media = [Medium(uri) for uri in uris]
+    here, there = (s.probe(media) for s in (LocalProbes(MediaLimits()), IsolatedProbes(MediaLimits(), CONFIG)))
     assert there[0] == here[0] == probe_media(uris[0])
     assert there[2] == here[2]
-    assert [answer.args for answer in there[1::2]] == [answer.args for answer in here[1::2]]  # type: ignore[union-attr]
+    errors = [[medium.error.args for medium in media if medium.error] for media in (here, there)]
+    assert errors[0] == errors[1]
+    assert len(errors[0]) == 2
 
 
 @pytest.mark.usefixtures("broken_readers")
@@ -391,10 +394,10 @@ def test_ffmpegs_lack_of_memory_is_not_the_files_fault(film: str) -> None:
 def test_one_medium_that_breaks_the_prober_says_how(tmp_path: Path, film: str) -> None:
     Path(tmp_path / "crash.mp4").hardlink_to(film)
     source = IsolatedProbes(MediaLimits(), CONFIG)
-    (error,) = source.probe([str(tmp_path / "crash.mp4")])
-    assert isinstance(error, DecodeError)
-    assert "code -11, twice" in error.message
-    assert source.probe([film]) == [probe_media(film)]
+    (medium,) = source.probe([Medium(str(tmp_path / "crash.mp4"))])
+    assert medium.error is not None
+    assert "code -11, twice" in medium.error.message
+    assert source.probe([Medium(film)]) == [probe_media(film)]
 
 
 @pytest.mark.usefixtures("broken_readers")
@@ -405,22 +408,22 @@ def test_retries_of_probing_in_a_child_are_counted_here(tmp_path: Path, film: st
     before = storage.num_retries()
     assert set(plan(paths).values()) == {(None, None)}
     assert storage.num_retries() == before + 40
-    IsolatedProbes(MediaLimits(), CONFIG).probe([str(paths[0])] * 9)  # stretches of one film
+    IsolatedProbes(MediaLimits(), CONFIG).probe([Medium(str(paths[0]))] * 9)  # stretches of one film
     assert storage.num_retries() == before + 42
 
 
 def test_a_prober_that_something_else_killed_costs_nothing(tmp_path: Path, film: str) -> None:
-    uris = [str(tmp_path / f"{number}.mp4") for number in range(40)]
-    for uri in uris:
-        Path(uri).hardlink_to(film)
+    media = [Medium(str(tmp_path / f"{number}.mp4"), str(number)) for number in range(40)]
+    for medium in media:
+        Path(medium.uri).hardlink_to(film)
     source = IsolatedProbes(MediaLimits(), CONFIG)
-    expected = [probe_media(film)] * 40
-    assert source.probe(uris) == expected
+    expected = [medium.with_headers(probe_media(film)) for medium in media]
+    assert source.probe(media) == expected
     assert source._child is not None
     os.kill(source._child.pid, signal.SIGKILL)
-    assert source.probe(uris) == expected
+    assert source.probe(media) == expected
     child = source._child
-    assert source.probe([film]) == expected[:1]
+    assert source.probe(media[:1]) == expected[:1]
     assert source._child is child  # pages share it
 
 
@@ -429,14 +432,14 @@ def test_no_child_is_started_for_media_of_which_all_is_told(film: str, monkeypat
         raise AssertionError("a child was started")
 
     monkeypatch.setattr(isolated_sources, "DecodeChild", refuse)
-    told = MediaItem(film, "told", version=FileVersion(1, None, "v"), probe=probe_media(film))
-    rejected = MediaItem(film, "rejected", rejected=Rejection("list", ErrorType.BAD_ROW, "as the manifest says"))
+    told = Medium(film, "told", version=FileVersion(1, None, "v")).with_headers(probe_media(film))
+    rejected = Medium(film, "rejected", error=DecodeError("list", ErrorType.BAD_ROW, "as the manifest says"))
     pages = [[told, rejected], [replace(told, sha256="0")]]
     assert pa.concat_tables(plan_here(pages, spec())).num_rows == 3
     assert pa.concat_tables(plan_here([[replace(told, version=None)]], spec())).num_rows == 1
     with pytest.raises(AssertionError):
-        list(plan_here([[replace(told, probe=None)]], spec()))
-    plain = plan_here([[replace(told, probe=None)]], spec(isolation="none"))
+        list(plan_here([[replace(told, modality=None)]], spec()))
+    plain = plan_here([[replace(told, modality=None)]], spec(isolation="none"))
     assert pa.concat_tables(plain).num_rows == 1
 
 

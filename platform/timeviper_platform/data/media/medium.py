@@ -1,0 +1,59 @@
+"""The value that inputs, probing and planning share: one medium, or a clip of one, and what is known about it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+from timeviper_platform.common.listing import FileVersion
+from timeviper_platform.data.media.container import DecodeError, Modality
+
+HEADER_FIELDS = ("modality", "duration_seconds", "source_fps", "width", "height", "codec")
+"""Fields of a `Medium` that probing fills in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Medium:
+    """A video or image, or a clip of a video, with its headers once probed, or the error that rules it out."""
+
+    uri: str
+    """Absolute URI; may address a location inside a file."""
+    media_id: str = ""
+    start_seconds: float | None = None
+    """Start of the clip; None = the beginning."""
+    end_seconds: float | None = None
+    """Exclusive end of the clip; None = the end."""
+    version: FileVersion | None = None
+    """Version stated by a listing or the manifest; None = read it from the file."""
+    sha256: str | None = None
+    modality: Modality | None = None
+    """None = not probed yet."""
+    duration_seconds: Fraction = Fraction(0)
+    """Exclusive end of the last frame on the medium's clock, whatever the clip; 0 for an image."""
+    source_fps: float = 0.0
+    width: int = 0
+    height: int = 0
+    codec: str = ""
+    error: DecodeError | None = None
+    """Why the medium cannot be preprocessed."""
+
+    @property
+    def is_probed(self) -> bool:
+        """True when the header fields are filled in."""
+        return self.modality is not None
+
+    def with_headers(self, probed: Medium) -> Medium:
+        """Copies the header fields, or the error, of a medium probed from the same file."""
+        return replace(self, error=probed.error, **{name: getattr(probed, name) for name in HEADER_FIELDS})
+
+
+def media_id_of(uri: str, root: str, start_seconds: float | None = None, end_seconds: float | None = None) -> str:
+    """The default id: the first 32 hex digits of sha256(URI relative to the input root).
+
+    The bounds of a clip are hashed too, so that two clips of one file differ.
+    """
+    text = uri[len(root) :].lstrip("/") if uri.startswith(root.rstrip("/") + "/") else uri
+    if start_seconds is not None or end_seconds is not None:
+        text += f"#t={start_seconds or 0},{'' if end_seconds is None else end_seconds}"
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
