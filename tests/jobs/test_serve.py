@@ -57,7 +57,7 @@ def endpoint(ray_cluster: dict[str, str], tmp_path_factory: pytest.TempPathFacto
         f"weights={folders.weights}",
         f"gateway.media_root={root / 'media'}",
         "gateway.max_request_bytes=200000",
-        f"features.store={folders.store}",
+        f"features.feature_store={folders.store}",
         f"features.encoder.encoder={folders.encoder.encoder}",
         "features.encoder.encode_batch_frames=4",
     ]

@@ -16,10 +16,10 @@ from timeviper_model.analysis.blocking import Blocking, blocked_logits
 from timeviper_model.analysis.maps import observe
 from timeviper_model.analysis.pooling import bins, head_statistics, pool_map
 from timeviper_model.config import VisionTower
+from timeviper_model.inference.answer import SamplingParams
 from timeviper_model.inference.engine import InferenceEngine
 from timeviper_model.inference.prefill import prefill
 from timeviper_model.inference.requests import EngineConfig, Request, Token
-from timeviper_model.inference.sampling import SamplingParams
 from timeviper_model.layers.lora import LoraConfig, add_lora
 from timeviper_model.layers.tome import merge_tokens
 from timeviper_model.timeviper import TimeViper
@@ -111,13 +111,14 @@ def test_prefill_and_decode_step(name: str, max_chunk_tokens: int) -> None:
 def request(question: str, *, seed: int, **values: object) -> Request:
     sample = make_sample("ss" + "v" * 12 + question, seed=seed)
     video = make_sample("v" * 12)
-    options = {"max_new_tokens": 5, "vision_features": make_features(video), "prefix_key": "film", "seed": seed}
+    sampling = SamplingParams(max_new_tokens=5, seed=seed)
+    options = {"vision_features": make_features(video), "prefix_key": "film", "sampling": sampling}
     return Request(prompt=replace(sample, input_ids=[1] * 14 + sample.input_ids[14:]), **options | values)  # type: ignore[arg-type]
 
 
 def answers(model: TimeViper) -> list[list[Token]]:
     """Greedy, sampled and with a prefix of another's, one of them cancelled on the way."""
-    sampling = SamplingParams(temperature=1.0, top_p=0.9, top_k=20, num_logprobs=3)
+    sampling = SamplingParams(max_new_tokens=5, seed=2, temperature=1.0, top_p=0.9, top_k=20, num_logprobs=3)
     engine = InferenceEngine(model, EngineConfig(num_slots=2, max_prefill_tokens=5, prefix_cache_bytes=1 << 20))
     ids = [
         engine.submit(request("iii", seed=1)),

@@ -10,6 +10,7 @@ import torch
 
 from reference.tiny_serving import CONFIG_WITH_TRANSV, byte_tokenizer, prompt
 from timeviper_model.batching.batch import Sample
+from timeviper_model.inference.answer import SamplingParams
 from timeviper_model.inference.engine import InferenceEngine
 from timeviper_model.inference.requests import EngineConfig, Event, Failed, Finished, Request, RequestId, Token
 from timeviper_model.timeviper import TimeViper
@@ -25,7 +26,8 @@ def vision(num_tokens: int) -> torch.Tensor:
 def ask(question: str = "What?", num_vision: int = 8, **values: Any) -> Request:
     values.setdefault("vision_features", vision(num_vision))
     values.setdefault("prompt", prompt(TOKENIZER, question, num_vision))
-    return Request(**values)
+    options = {name: values.pop(name) for name in SamplingParams.__dataclass_fields__ if name in values}
+    return Request(sampling=replace(values.pop("sampling", SamplingParams()), **options), **values)
 
 
 def first_id(token_id: int) -> Sample:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from timeviper_model.batching.prompt import TEMPLATES, encode_text, end_token_id
+from timeviper_model.inference.answer import FinishReason, Usage
 from timeviper_model.inference.chunked_transv import plan_sites
 from timeviper_model.inference.detokenize import TextStream
 from timeviper_model.inference.prefill import Prefill, prefix_length
@@ -32,13 +33,11 @@ from timeviper_model.inference.requests import (
     Event,
     Failed,
     Finished,
-    FinishReason,
     PromptTensors,
     QueueFull,
     Request,
     RequestId,
     Token,
-    Usage,
     check_request,
 )
 from timeviper_model.inference.sampling import SampledToken, sample_tokens
@@ -307,7 +306,7 @@ class InferenceEngine:
 
     def _start_answer(self, reading: Reading, logits_V: Tensor) -> list[Event]:
         request = reading.request
-        stop_texts = [stop for stop in request.stop if isinstance(stop, str)]
+        stop_texts = [stop for stop in request.sampling.stop if isinstance(stop, str)]
         text = TextStream(self._tokenizer, stop=stop_texts, closing=self._closing) if self._tokenizer else None
         self._reading.remove(reading)
         self._end_reading(reading)
@@ -316,7 +315,7 @@ class InferenceEngine:
             id=reading.id,
             request=request,
             cached_tokens=reading.cached_tokens,
-            generator=torch.Generator().manual_seed(request.seed),
+            generator=torch.Generator().manual_seed(request.sampling.seed),
             text=text,
         )
         return self._choose(logits_V[None], [reading.slot])
@@ -357,13 +356,13 @@ class InferenceEngine:
         running.tokens.append(token.id)
         self._num_completion_tokens += 1
         ended = token.id in self.end_token_ids
-        stopped = ended or token.id in running.request.stop
+        stopped = ended or token.id in running.request.sampling.stop
         text = running.text.push(token.id) if running.text is not None and not stopped else ""
         event = Token(
             request_id=running.id, id=token.id, logprob=token.logprob, top_logprobs=token.top_logprobs, text=text
         )
         stopped = stopped or (running.text is not None and running.text.stopped)
-        if not stopped and len(running.tokens) < running.request.max_new_tokens:
+        if not stopped and len(running.tokens) < running.request.sampling.max_new_tokens:
             return [event]
         self._release(slot)
         rest = running.text.finish(closed=ended) if running.text is not None else ""

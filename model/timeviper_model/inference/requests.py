@@ -7,26 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, NamedTuple, NewType
+from typing import NamedTuple, NewType
 
-from torch import Tensor
-
-from timeviper_model.batching.batch import Sample
-from timeviper_model.inference.sampling import SamplingParams
-
-if TYPE_CHECKING:
-    pass
 import numpy as np
 import torch
+from torch import Tensor
 
-from timeviper_model.batching.batch import TokenKind
+from timeviper_model.batching.batch import Sample, TokenKind
 from timeviper_model.config import TimeViperConfig
+from timeviper_model.inference.answer import FinishReason, SamplingParams, Usage
 
 DEFAULT_CHUNK_TOKENS = 2048
 """tokens of a piece: 128 frames of 16 tokens; MLP activations of the 9B are 64 MB in bf16"""
 
 RequestId = NewType("RequestId", int)
-FinishReason = Literal["stop", "length", "cancelled"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -40,11 +34,6 @@ class Request:
     read, not at all on a hit in the video-prefix cache. A block of no rows says 'not yet' and costs the others nothing;
     an iterator that blocks holds up every slot."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
-    max_new_tokens: int = 128
-    stop: tuple[str | int, ...] = ()
-    """texts or token ids that end the answer, left out of its text; the template's end token always ends it"""
-    seed: int = 0
-    """of this request's own generator; nothing draws from it when temperature is 0"""
     prefix_key: str | None = None
     """names the system + vision tokens for the video-prefix cache: equal keys must mean equal tokens and features, for
     tenants who may share them (see prefix_cache); the engine adds the system ids and the number of vision tokens.
@@ -53,27 +42,6 @@ class Request:
     def __post_init__(self) -> None:
         if not len(self.prompt):
             raise ValueError("a prompt needs at least one token")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"{self.max_new_tokens = } must be at least 1")
-        if not -(2**63) <= self.seed < 2**64:
-            raise ValueError(f"{self.seed = } must fit torch's generator, from -2**63 to 2**64 - 1")
-        if "" in self.stop:
-            raise ValueError("an empty stop string would end every answer before its first token")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Usage:
-    """What one request took, in tokens."""
-
-    prompt_tokens: int
-    """text and vision"""
-    completion_tokens: int
-    """the end token, which has no text, included"""
-    vision_tokens: int
-    vision_tokens_kept: int
-    """left after the last TransV site"""
-    cached_tokens: int
-    """prompt tokens taken from the video-prefix cache"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -188,9 +156,9 @@ def check_request(
             f"the prompt has {len(prompt)} tokens ({prompt.num_vision_tokens} of them vision), the limit"
             f" is {limits.max_prompt_tokens}; ask with fewer frames or a shorter text"
         )
-    if request.max_new_tokens > limits.max_new_tokens:
-        raise ValueError(f"{request.max_new_tokens = } is past the limit of {limits.max_new_tokens}")
-    if not has_tokenizer and any(isinstance(stop, str) for stop in request.stop):
+    if request.sampling.max_new_tokens > limits.max_new_tokens:
+        raise ValueError(f"{request.sampling.max_new_tokens = } is past the limit of {limits.max_new_tokens}")
+    if not has_tokenizer and any(isinstance(stop, str) for stop in request.sampling.stop):
         raise ValueError("stop strings need an engine with a tokenizer; pass token ids")
     if isinstance(request.vision_features, Tensor):
         expected = (prompt.num_vision_tokens, model.vision.row_size)

@@ -7,42 +7,12 @@ depends on nothing but these, so a request gets the same tokens alone and in a b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-MAX_LOGPROBS = 20
-"""The most alternatives a token may report; OpenAI's limit for `top_logprobs`."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SamplingParams:
-    """How one request chooses its tokens.
-
-    Raises:
-        ValueError: for a value outside its range.
-    """
-
-    temperature: float = 0.0
-    """0 is greedy"""
-    top_p: float = 1.0
-    """draw from the smallest set of tokens whose probability reaches this"""
-    top_k: int = 0
-    """draw from this many most likely tokens; 0 = all"""
-    num_logprobs: int = 0
-    """alternatives to report beside each token's own log-probability"""
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature <= 2.0:
-            raise ValueError(f"{self.temperature = } must be between 0 (greedy) and 2")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"{self.top_p = } must be above 0 and at most 1 (all tokens)")
-        if self.top_k < 0:
-            raise ValueError(f"{self.top_k = } must be at least 0 (0 = all tokens)")
-        if not 0 <= self.num_logprobs <= MAX_LOGPROBS:
-            raise ValueError(f"{self.num_logprobs = } must be between 0 and {MAX_LOGPROBS}")
+from timeviper_model.inference.answer import SamplingParams
 
 
 class SampledToken(NamedTuple):
@@ -90,7 +60,7 @@ def _draw(logits_V: Tensor, params: SamplingParams, generator: torch.Generator) 
     return int(order_V[min(place, num_kept - 1)])
 
 
-def _most_likely(logprobs_V: Tensor, count: int) -> tuple[tuple[int, float], ...]:
+def _most_likely(logprobs_V: Tensor, count: int | None) -> tuple[tuple[int, float], ...]:
     if not count:
         return ()
     best = torch.topk(logprobs_V, min(count, logprobs_V.shape[0]))

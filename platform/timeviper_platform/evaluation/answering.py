@@ -14,7 +14,8 @@ from torch import Tensor
 
 from timeviper_model.batching.batch import PackedBatch, Sample, pack_samples
 from timeviper_model.batching.prompt import TEMPLATES, Turn, build_sample, end_token_id
-from timeviper_model.inference.prefill import prefill
+from timeviper_model.inference.answer import SamplingParams
+from timeviper_model.inference.generate import generate_ids
 from timeviper_model.timeviper import TimeViper
 
 DEFAULT_MAX_PACK_TOKENS = 8192
@@ -59,29 +60,17 @@ class Answerer:
             batch = pack_samples([samples[n] for n in members], [self._rows(pairs[n][0]) for n in members])
             yield batch.to(self._device, self._dtype)
 
-    @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[str]:
         """Greedy answers, all prompts advancing together, one slot each."""
-        cache = self._model.new_cache(len(prompts), device=self._device, dtype=self._dtype)
+        batches = [
+            pack_samples([self._sample(prompt, None)], [self._rows(prompt)]).to(self._device, self._dtype)
+            for prompt in prompts
+        ]
         end_id = end_token_id(self._tokenizer, self._template)
-        written: list[list[int]] = [[] for _ in prompts]
-        next_ids = []
-        for slot, prompt in enumerate(prompts):
-            batch = pack_samples([self._sample(prompt, None)], [self._rows(prompt)])
-            logits = prefill(self._model, batch.to(self._device, self._dtype), cache, slot)
-            next_ids.append(int(logits.argmax()))
-        active = list(range(len(prompts)))
-        for _ in range(max_new_tokens):
-            active = [slot for slot in active if next_ids[slot] != end_id]
-            if not active:
-                break
-            for slot in active:
-                written[slot].append(next_ids[slot])
-            ids = torch.tensor([next_ids[slot] for slot in active], device=self._device)
-            logits = self._model.decode_step(ids, cache, torch.tensor(active, device=self._device))
-            for slot, token in zip(active, logits.argmax(-1).tolist(), strict=True):
-                next_ids[slot] = token
-        return [self._tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written]
+        answers = generate_ids(
+            self._model, batches, end_id=end_id, params=SamplingParams(max_new_tokens=max_new_tokens)
+        )
+        return [self._tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
 
     def _sample(self, prompt: Prompt, answer: str | None) -> Sample:
         conversation = [Turn(role="user", text=prompt.text)]

@@ -27,7 +27,7 @@ from timeviper_platform.serving.features.service import FeatureService, FeatureS
 from timeviper_platform.serving.gateway.config import GatewayConfig
 from timeviper_platform.serving.gateway_replica import GatewayReplica
 from timeviper_platform.serving.messages import (
-    AnswerPart,
+    AnswerDelta,
     FeatureReference,
     FeatureRequest,
     GenerateRequest,
@@ -100,7 +100,7 @@ class EngineReplica:
         self._service = EngineService(weights, config, _fetch)
         self._metrics = EngineMetrics()
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[AnswerPart | Refusal]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[AnswerDelta | Refusal]:
         """See EngineService.generate."""
         items = self._service.generate(request)
         try:
@@ -166,8 +166,8 @@ def with_absolute_paths(config: ServeConfig, root: Path) -> ServeConfig:
     if features.encoder is not None:
         encoder = features.encoder.with_names(lambda name: _absolute(name, root))
         features = dataclasses.replace(features, encoder=encoder)
-    if features.store is not None:
-        features = dataclasses.replace(features, store=_absolute(features.store, root))
+    if features.feature_store is not None:
+        features = dataclasses.replace(features, feature_store=_absolute(features.feature_store, root))
     media_root = config.gateway.media_root
     if "://" not in media_root:
         media_root = str(root / media_root)  # it is made when the first upload comes

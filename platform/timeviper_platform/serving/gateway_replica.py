@@ -19,7 +19,7 @@ from starlette.types import ASGIApp
 from timeviper_platform.common.config import setup_logging
 from timeviper_platform.serving.gateway.config import GatewayConfig
 from timeviper_platform.serving.gateway.routes import create_app
-from timeviper_platform.serving.messages import AnswerPart, FeatureReference, FeatureRequest, GenerateRequest, Refusal
+from timeviper_platform.serving.messages import AnswerDelta, FeatureReference, FeatureRequest, GenerateRequest, Refusal
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class EngineHandle:
         self._handle = handle.options(stream=True)
         self._plain_handle = handle
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[AnswerPart | Refusal]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[AnswerDelta | Refusal]:
         """See EngineClient."""
         response = self._handle.generate.remote(request)
         is_done = False

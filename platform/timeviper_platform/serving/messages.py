@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from timeviper_model.inference.answer import SamplingParams, Usage
+
 Modality = Literal["video", "image"]
 
 
@@ -97,16 +99,10 @@ class GenerateRequest:
     tenant: str
     """whose request it is: what was kept of another tenant's video is never used, so its time betrays nothing"""
     turns: tuple[ChatTurn, ...]
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-    n: int
-    seed: int
-    """of the first answer; the others count up from it"""
-    stop: tuple[str, ...]
-    num_logprobs: int | None
-    """None = log-probabilities are not wanted"""
+    sampling: SamplingParams
+    """Options of the first answer; the seeds of the others count up from its seed."""
+    n: int = 1
+    """Number of answers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,29 +115,17 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AnswerUsage:
-    """What one answer took, in tokens."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    vision_tokens: int
-    vision_tokens_kept: int
-    cached_tokens: int
-    """prompt tokens that an earlier question on the same video had already had read"""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AnswerPart:
+class AnswerDelta:
     """A further piece of one of the answers; the last one has a reason and the usage."""
 
     index: int
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: Literal["stop", "length"] | None = None
-    usage: AnswerUsage | None = None
+    usage: Usage | None = None
 
     def __repr__(self) -> str:
-        return f"AnswerPart({self.index}, {len(self.text)} characters, {self.finish_reason})"
+        return f"AnswerDelta({self.index}, {len(self.text)} characters, {self.finish_reason})"
 
 
 class FeatureClient(Protocol):
@@ -157,7 +141,7 @@ class FeatureClient(Protocol):
 class EngineClient(Protocol):
     """The engine service as the gateway sees it."""
 
-    def generate(self, request: GenerateRequest) -> AsyncIterator[AnswerPart | Refusal]:
+    def generate(self, request: GenerateRequest) -> AsyncIterator[AnswerDelta | Refusal]:
         """Parts as they come; a Refusal is always the last item. Closing the iterator cancels the answers."""
 
     async def is_ready(self) -> bool:

@@ -18,9 +18,9 @@ from reference.engine_requests import (
     vision,
 )
 from reference.tiny_serving import CONFIG_WITH_TRANSV, generate_alone, prompt, random_model
+from timeviper_model.inference.answer import SamplingParams
 from timeviper_model.inference.engine import InferenceEngine
 from timeviper_model.inference.requests import EngineConfig, Event, Finished, QueueFull
-from timeviper_model.inference.sampling import SamplingParams
 from timeviper_model.layers import cache as cache_module
 from timeviper_model.timeviper import TimeViper
 

@@ -19,7 +19,6 @@ from timeviper_model.batching.prompt import Turn, build_sample
 from timeviper_model.config import TransVSite
 from timeviper_model.inference.prefill import prefix_length
 from timeviper_model.inference.prefix_cache import prefix_entry_bytes
-from timeviper_model.inference.requests import Request
 from timeviper_model.timeviper import TimeViper
 
 
@@ -59,7 +58,7 @@ def test_one_key_never_serves_another_number_of_tokens_or_system_text(model: Tim
     requests = [
         ask(num_vision=24, prefix_key="film", max_new_tokens=4),
         ask(num_vision=25, prefix_key="film", max_new_tokens=4),
-        Request(prompt=other_system, vision_features=vision(24), prefix_key="film", max_new_tokens=4),
+        ask(prompt=other_system, vision_features=vision(24), prefix_key="film", max_new_tokens=4),
     ]
     expected, _, _ = answers(model, requests)
     found, cached, stats = answers(model, requests, prefix_cache_bytes=2**30)
@@ -71,7 +70,7 @@ def test_one_key_never_serves_another_number_of_tokens_or_system_text(model: Tim
 def test_a_prompt_with_text_between_its_media_keeps_no_prefix(model: TimeViper) -> None:
     conversation = [Turn(role="user", text="<media>one<media>two")]
     sample = build_sample(TOKENIZER, conversation, [8, 8], add_generation_prompt=True)
-    request = Request(prompt=sample, vision_features=vision(16), prefix_key="two", max_new_tokens=3)
+    request = ask(prompt=sample, vision_features=vision(16), prefix_key="two", max_new_tokens=3)
     _, cached, stats = answers(model, [request, request], prefix_cache_bytes=2**30)
     assert cached == [0, 0]
     assert (stats.prefix_hits, stats.prefix_misses, stats.prefix_bytes) == (0, 0, 0)

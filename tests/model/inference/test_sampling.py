@@ -8,7 +8,8 @@ from collections import Counter
 import pytest
 import torch
 
-from timeviper_model.inference.sampling import SampledToken, SamplingParams, sample_tokens
+from timeviper_model.inference.answer import SamplingParams
+from timeviper_model.inference.sampling import SampledToken, sample_tokens
 
 LOGITS = torch.log(torch.tensor([0.1, 0.4, 0.3, 0.2]))
 

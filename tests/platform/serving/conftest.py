@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from reference.made_gateway import Server
+from reference.synthetic_gateway import Server
 
 
 @pytest.fixture

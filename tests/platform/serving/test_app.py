@@ -21,7 +21,7 @@ from timeviper_platform.data.encode.frame_encoder import EncoderConfig, TowerCon
 from timeviper_platform.serving.app import ServeConfig, build, with_absolute_paths
 from timeviper_platform.serving.deployment import AutoscalingSettings, DeploymentSettings
 from timeviper_platform.serving.gateway_replica import EngineHandle, FeatureHandle
-from timeviper_platform.serving.messages import AnswerPart, Refusal
+from timeviper_platform.serving.messages import AnswerDelta, Refusal
 
 CONFIGS = Path(__file__).resolve().parents[3] / "ray_configs"
 FILES = [CONFIGS / "serve.yaml", CONFIGS / "tiny" / "serve.yaml"]
@@ -50,7 +50,7 @@ def test_uploads_are_encoded_as_the_preprocessing_file_beside_it_says(path: Path
     preprocess = yaml.safe_load(path.with_name("preprocess.yaml").read_text())
     serving = args_of(path)["features"]
     assert EncoderConfig(**serving["encoder"]) == EncoderConfig(**preprocess["encoder"])
-    assert serving["store"] == preprocess["output"]
+    assert serving["feature_store"] == preprocess["output"]
     assert serving.get("fps", 1.0) == preprocess["sampling"]["fps"]
 
 
@@ -101,13 +101,13 @@ def test_paths_are_written_out_and_names_and_uris_stay(tmp_path: Path) -> None:
     towers = {"encoder": "google/some-encoder", "second": {"encoder": "second", "layer": -1}}
     args = {
         "weights": "weights",
-        "features": {"store": "s3://bucket/store", "encoder": towers},
+        "features": {"feature_store": "s3://bucket/store", "encoder": towers},
         "gateway": {"media_root": "uploads"},
     }
     config = with_absolute_paths(parse_config(ServeConfig, args), tmp_path)
     assert config.weights == str(tmp_path / "weights")
     assert config.gateway.media_root == str(tmp_path / "uploads")
-    assert config.features.store == "s3://bucket/store"
+    assert config.features.feature_store == "s3://bucket/store"
     assert config.features.encoder is not None
     assert config.features.encoder.encoder == "google/some-encoder"
     assert config.features.encoder.second == TowerConfig(encoder=str(tmp_path / "second"), layer=-1)
@@ -135,10 +135,10 @@ class Handle:
         return self.answer
 
     async def _items(self) -> AsyncGenerator[Any]:
-        yield AnswerPart(index=0, text="a")
+        yield AnswerDelta(index=0, text="a")
         if self.error is not None:
             raise self.error
-        yield AnswerPart(index=0, text="b", finish_reason="stop")
+        yield AnswerDelta(index=0, text="b", finish_reason="stop")
 
     def __aiter__(self) -> Any:
         return self._items()

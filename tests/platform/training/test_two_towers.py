@@ -18,6 +18,7 @@ from reference.made_media import make_encoder, make_video
 from reference.tiny_serving import generate_alone, prompt
 from reference.training_corpus import ANSWERS, QUESTIONS, sample_row, write_samples
 from timeviper_model.config import VisionTower
+from timeviper_model.inference.answer import SamplingParams
 from timeviper_model.layers.projector import TwoTowerProjector
 from timeviper_model.weights.weights_folder import from_pretrained, load_tokenizer
 from timeviper_platform.common.config import load_config, parse_config
@@ -36,7 +37,7 @@ from timeviper_platform.evaluation.run import check_inputs
 from timeviper_platform.serving.engine.service import EngineService, EngineServiceConfig
 from timeviper_platform.serving.features.service import FeatureService, FeatureServiceConfig
 from timeviper_platform.serving.messages import (
-    AnswerPart,
+    AnswerDelta,
     ChatTurn,
     FeatureReference,
     FeatureRequest,
@@ -224,23 +225,16 @@ async def answer(weights: str, video: FeatureReference) -> str:
     asked = GenerateRequest(
         tenant="a",
         turns=(ChatTurn(role="user", text="What?", media=(video,)),),
-        max_new_tokens=8,
-        temperature=0.0,
-        top_p=1.0,
-        top_k=0,
-        n=1,
-        seed=0,
-        stop=(),
-        num_logprobs=None,
+        sampling=SamplingParams(max_new_tokens=8),
     )
     try:
-        return "".join([part.text async for part in service.generate(asked) if isinstance(part, AnswerPart)])
+        return "".join([part.text async for part in service.generate(asked) if isinstance(part, AnswerDelta)])
     finally:
         service.stop()
 
 
 def serving(made: Made, weights: str, **changes: Any) -> None:
-    values = {"store": made.preprocess.output, "encoder": made.preprocess.encoder, **changes}
+    values = {"feature_store": made.preprocess.output, "encoder": made.preprocess.encoder, **changes}
     FeatureService(weights, FeatureServiceConfig(**values), lambda array: array)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from timeviper_model.inference.answer import SamplingParams
 from timeviper_model.inference.engine import InferenceEngine
 from timeviper_model.inference.requests import EngineConfig, Request, Token
 from timeviper_model.timeviper import TimeViper
@@ -76,7 +77,9 @@ def answer_with_engine(model: TimeViper, prompts_BT: torch.Tensor, num_new: int)
     for row in prompts_BT.tolist():
         sample = text_prompt(length)
         sample.input_ids[:] = row
-        request = Request(prompt=sample, vision_features=torch.zeros(0, FEATURE_SIZE), max_new_tokens=num_new)
+        request = Request(
+            prompt=sample, vision_features=torch.zeros(0, FEATURE_SIZE), sampling=SamplingParams(max_new_tokens=num_new)
+        )
         answers[engine.submit(request)] = []
     while engine.has_work:
         for event in engine.step():

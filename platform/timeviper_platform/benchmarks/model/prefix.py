@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from timeviper_model.config import parse_transv_plan
+from timeviper_model.inference.answer import SamplingParams
 from timeviper_model.inference.engine import InferenceEngine
 from timeviper_model.inference.prefix_cache import prefix_entry_bytes
 from timeviper_model.inference.requests import EngineConfig, Request, Token
@@ -62,7 +63,7 @@ def ask(engine: InferenceEngine, num_frames: int, *, video: str, question: int) 
     request = Request(
         prompt=video_question(num_frames, seed=question),
         vision_features=lambda: iter_features(num_frames),
-        max_new_tokens=NUM_ANSWER,
+        sampling=SamplingParams(max_new_tokens=NUM_ANSWER),
         prefix_key=video,
     )
     start, first, ids = time.perf_counter(), 0.0, []

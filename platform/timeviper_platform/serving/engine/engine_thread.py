@@ -30,7 +30,7 @@ class _Listener:
     index: int
 
 
-class EngineLoop:
+class EngineThread:
     """Runs `engine.step()` while there is work, and sleeps while there is none."""
 
     def __init__(self, engine: InferenceEngine) -> None:

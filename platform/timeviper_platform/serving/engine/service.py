@@ -14,7 +14,7 @@ import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -34,13 +34,11 @@ from timeviper_model.inference.requests import (
     Request,
     Token,
 )
-from timeviper_model.inference.sampling import SamplingParams
 from timeviper_model.layers.backends import Backend, set_backend
 from timeviper_model.weights.weights_folder import from_pretrained, load_tokenizer
-from timeviper_platform.serving.engine.engine_thread import EngineLoop
+from timeviper_platform.serving.engine.engine_thread import EngineThread
 from timeviper_platform.serving.messages import (
-    AnswerPart,
-    AnswerUsage,
+    AnswerDelta,
     ChatTurn,
     FeatureReference,
     GenerateRequest,
@@ -94,12 +92,12 @@ class EngineService:
         # two tokenizers: a fast tokenizer may not be called from two threads at once
         self._tokenizer = load_tokenizer(weights)
         self._engine = InferenceEngine(model, config.engine, tokenizer=load_tokenizer(weights))
-        self._loop = EngineLoop(self._engine)
+        self._loop = EngineThread(self._engine)
         self._prompts = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prompt")
         self._ongoing = 0
         logger.info("serving %s with %d slots", weights, config.engine.num_slots)
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[AnswerPart | Refusal]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[AnswerDelta | Refusal]:
         """Parts of the answers as they come. A Refusal is the last item; closing this frees the slots."""
         limits = self._config.engine
         if self._ongoing + request.n > limits.num_slots + limits.max_queued_requests:
@@ -111,7 +109,7 @@ class EngineService:
             if isinstance(requests, Refusal):
                 yield requests
                 return
-            answers = self._answers(requests, with_logprobs=request.num_logprobs is not None)
+            answers = self._answers(requests, with_logprobs=request.sampling.num_logprobs is not None)
             async with aclosing(answers):  # a generator that is closed does not close the one it iterates over
                 async for item in answers:
                     yield item
@@ -152,20 +150,11 @@ class EngineService:
         features = _rows(arrays)
         if features is None:
             features = torch.zeros(0, self._engine.feature_size)
-        sampling = SamplingParams(
-            temperature=request.temperature,
-            top_p=request.top_p,
-            top_k=request.top_k,
-            num_logprobs=request.num_logprobs or 0,
-        )
         return [
             Request(
                 prompt=sample,
                 vision_features=features,
-                sampling=sampling,
-                max_new_tokens=request.max_new_tokens,
-                stop=request.stop,
-                seed=request.seed + number,
+                sampling=replace(request.sampling, seed=request.sampling.seed + number),
                 prefix_key=prefix_key(request.tenant, media),
             )
             for number in range(request.n)
@@ -174,7 +163,7 @@ class EngineService:
     def _prompt(self, turns: Sequence[ChatTurn]) -> Sample:
         return build_prompt(self._tokenizer, turns, self._template, with_time_text=self._config.time_text)
 
-    async def _answers(self, requests: list[Request], *, with_logprobs: bool) -> AsyncGenerator[AnswerPart | Refusal]:
+    async def _answers(self, requests: list[Request], *, with_logprobs: bool) -> AsyncGenerator[AnswerDelta | Refusal]:
         try:
             ids, events = await self._loop.submit(requests)
         except QueueFull:
@@ -196,7 +185,7 @@ class EngineService:
 
     async def _parts(
         self, events: asyncio.Queue[tuple[int, Event]], num_answers: int, *, with_logprobs: bool
-    ) -> AsyncGenerator[AnswerPart | Refusal]:
+    ) -> AsyncGenerator[AnswerDelta | Refusal]:
         """Events gathered into parts: the first token at once, then what came within `coalesce_ms`."""
         loop = asyncio.get_running_loop()
         unfinished = num_answers
@@ -219,17 +208,17 @@ class EngineService:
                     yield part
             next_send = loop.time() + self._config.coalesce_ms / 1000
 
-    def _part(self, index: int, events: Sequence[Event], *, with_logprobs: bool) -> AnswerPart:
+    def _part(self, index: int, events: Sequence[Event], *, with_logprobs: bool) -> AnswerDelta:
         tokens = [event for event in events if isinstance(event, Token)]
         last = events[-1]
         finished = last if isinstance(last, Finished) else None
         shown = [token for token in tokens if token.id not in self._engine.end_token_ids] if with_logprobs else []
-        return AnswerPart(
+        return AnswerDelta(
             index=index,
             text="".join(token.text for token in tokens) + (finished.text if finished else ""),
             logprobs=tuple(self._logprob(token) for token in shown),
             finish_reason=None if finished is None else "length" if finished.reason == "length" else "stop",
-            usage=None if finished is None else _usage(finished),
+            usage=None if finished is None else finished.usage,
         )
 
     def _logprob(self, token: Token) -> TokenLogprob:
@@ -283,17 +272,6 @@ def _rows(arrays: Sequence[np.ndarray]) -> Tensor | None:
     # a copy: arrays from the object store are read-only, and PyTorch has no read-only tensors
     parts = [torch.from_numpy(array.copy()).view(torch.bfloat16).flatten(0, 1) for array in arrays]
     return torch.cat(parts)
-
-
-def _usage(finished: Finished) -> AnswerUsage:
-    usage = finished.usage
-    return AnswerUsage(
-        prompt_tokens=usage.prompt_tokens,
-        completion_tokens=usage.completion_tokens,
-        vision_tokens=usage.vision_tokens,
-        vision_tokens_kept=usage.vision_tokens_kept,
-        cached_tokens=usage.cached_tokens,
-    )
 
 
 def _busy() -> Refusal:

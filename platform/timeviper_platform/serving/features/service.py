@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 class FeatureServiceConfig:
     """Where features come from, and how many frames a request may have."""
 
-    store: str | None = None
+    feature_store: str | None = None
     """feature store of the preprocessing job; None = no feature:// ids"""
     encoder: EncoderConfig | None = None
     """the encoder that made the store's features; None = no uploads"""
@@ -61,7 +61,7 @@ class FeatureServiceConfig:
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
 
     def __post_init__(self) -> None:
-        if self.store is None and self.encoder is None:
+        if self.feature_store is None and self.encoder is None:
             raise ValueError("a feature service needs a store, an encoder, or both")
         if self.fps <= 0 or self.max_frames < 1:
             raise ValueError(f"{self.fps = } must be above 0 and {self.max_frames = } at least 1")
@@ -82,7 +82,7 @@ class FeatureService:
             torch.set_num_threads(config.num_threads)
         self._config = config
         self._put = put
-        self._store = None if config.store is None else FeatureStore.open(config.store)
+        self._store = None if config.feature_store is None else FeatureStore.open(config.feature_store)
         self._encoder = None if config.encoder is None else FrameEncoder(config.encoder)
         check_features_fit(weights, store=self._store, encoder=self._encoder)
         self._recipe = None if self._encoder is None else json.dumps(self._encoder.recipe, sort_keys=True)

@@ -11,6 +11,7 @@ import secrets
 from dataclasses import dataclass, field
 from typing import Any
 
+from timeviper_model.inference.answer import SamplingParams
 from timeviper_platform.serving.gateway.config import GatewayConfig
 from timeviper_platform.serving.gateway.openai_protocol import (
     ApiError,
@@ -72,14 +73,16 @@ class ChatPreparation:
             turns=tuple(
                 ChatTurn(role=turn.role, text=turn.text, media=tuple(next(found) for _ in turn.media)) for turn in turns
             ),
-            max_new_tokens=max_new_tokens,
-            temperature=self._config.default_temperature if chat.temperature is None else chat.temperature,
-            top_p=1.0 if chat.top_p is None else chat.top_p,
-            top_k=chat.top_k or 0,
+            sampling=SamplingParams(
+                max_new_tokens=max_new_tokens,
+                temperature=self._config.default_temperature if chat.temperature is None else chat.temperature,
+                top_p=1.0 if chat.top_p is None else chat.top_p,
+                top_k=chat.top_k or 0,
+                seed=secrets.randbits(32) if chat.seed is None else chat.seed % 2**63,
+                stop=chat.stop_texts(),
+                num_logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
+            ),
             n=chat.n or 1,
-            seed=secrets.randbits(32) if chat.seed is None else chat.seed % 2**63,
-            stop=chat.stop_texts(),
-            num_logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
         )
 
     async def _turn(self, number: int, message: ChatMessage, tenant: str) -> _SourceTurn:

@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from timeviper_platform.serving.messages import AnswerPart, AnswerUsage, Refusal, TokenLogprob
+from timeviper_model.inference.answer import Usage
+from timeviper_platform.serving.messages import AnswerDelta, Refusal, TokenLogprob
 
 ERROR_TYPES: dict[int, str] = {
     401: "authentication_error",
@@ -215,9 +216,9 @@ class Completion:
         self._created = int(time.time())
         self._model = model
         self._with_logprobs = with_logprobs
-        self._parts: list[list[AnswerPart]] = [[] for _ in range(num_choices)]
+        self._parts: list[list[AnswerDelta]] = [[] for _ in range(num_choices)]
 
-    def add(self, part: AnswerPart) -> None:
+    def add(self, part: AnswerDelta) -> None:
         """Keeps a part for `response` and `usage`."""
         self._parts[part.index].append(part)
 
@@ -240,7 +241,7 @@ class Completion:
         """The chunk that says who speaks."""
         return self._chunk({"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None})
 
-    def chunks(self, part: AnswerPart) -> list[dict[str, Any]]:
+    def chunks(self, part: AnswerDelta) -> list[dict[str, Any]]:
         """A chunk for the text, if there is any, and one for the end, if this is it."""
         chunks = []
         if part.text or part.logprobs:
@@ -259,13 +260,7 @@ class Completion:
     def usage(self) -> dict[str, Any]:
         """The prompt counts once however many answers it got, as with OpenAI."""
         usages = [part.usage for parts in self._parts for part in parts if part.usage is not None]
-        first = (
-            usages[0]
-            if usages
-            else AnswerUsage(
-                prompt_tokens=0, completion_tokens=0, vision_tokens=0, vision_tokens_kept=0, cached_tokens=0
-            )
-        )
+        first = usages[0] if usages else Usage()
         completion_tokens = sum(usage.completion_tokens for usage in usages)
         return {
             "prompt_tokens": first.prompt_tokens,

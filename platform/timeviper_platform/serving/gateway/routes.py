@@ -24,7 +24,7 @@ from timeviper_platform.serving.gateway.config import GatewayConfig
 from timeviper_platform.serving.gateway.middleware import Counters, Edge
 from timeviper_platform.serving.gateway.openai_protocol import ApiError, Completion, parse_chat_request, sse
 from timeviper_platform.serving.gateway.uploads import MediaStore, no_such_file
-from timeviper_platform.serving.messages import AnswerPart, EngineClient, FeatureClient, Refusal
+from timeviper_platform.serving.messages import AnswerDelta, EngineClient, FeatureClient, Refusal
 
 _CONTENT_TYPE = "text/event-stream; charset=utf-8"
 
@@ -160,8 +160,8 @@ class _Gateway:
     async def _events(
         self,
         completion: Completion,
-        first: AnswerPart,
-        parts: AsyncGenerator[AnswerPart],
+        first: AnswerDelta,
+        parts: AsyncGenerator[AnswerDelta],
         *,
         deadline: float,
         include_usage: bool,
@@ -170,7 +170,7 @@ class _Gateway:
         opened: set[int] = set()
         async with contextlib.aclosing(parts):
             try:
-                part: AnswerPart | None = first
+                part: AnswerDelta | None = first
                 while part is not None:
                     completion.add(part)
                     chunks = completion.chunks(part)
@@ -203,7 +203,7 @@ class _Gateway:
         return ApiError(408, f"not answered within {self._config.request_timeout_s:g} s", code="timeout")
 
 
-async def _checked(items: AsyncIterator[AnswerPart | Refusal]) -> AsyncGenerator[AnswerPart]:
+async def _checked(items: AsyncIterator[AnswerDelta | Refusal]) -> AsyncGenerator[AnswerDelta]:
     """The parts; a refusal is raised as the error it stands for."""
     try:
         async for item in items:
@@ -216,7 +216,7 @@ async def _checked(items: AsyncIterator[AnswerPart | Refusal]) -> AsyncGenerator
             await close()
 
 
-async def _collect(completion: Completion, first: AnswerPart, parts: AsyncGenerator[AnswerPart]) -> dict[str, Any]:
+async def _collect(completion: Completion, first: AnswerDelta, parts: AsyncGenerator[AnswerDelta]) -> dict[str, Any]:
     """The whole answer; closes `parts` also when it is cancelled half-way."""
     async with contextlib.aclosing(parts):
         completion.add(first)

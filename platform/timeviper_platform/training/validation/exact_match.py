@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from timeviper_model.batching.batch import Sample, TokenKind, pack_samples
-from timeviper_model.inference.prefill import prefill
+from timeviper_model.inference.generate import stream_ids
 from timeviper_model.layers.cache import HybridCache
 from timeviper_model.timeviper import TimeViper
 from timeviper_platform.training.distributed import add_up
@@ -79,12 +79,6 @@ def _writes_answer(
     model: TimeViper, task: AnswerTask, cache: HybridCache, *, device: torch.device, dtype: torch.dtype
 ) -> bool:
     """Generates until the answer has ended or the first id differs: what follows could not mend it."""
-    slot = torch.zeros(1, dtype=torch.long, device=device)
-    logits_V = prefill(model, pack_samples([task.prompt], [task.features]).to(device, dtype), cache, 0)
-    for place, expected in enumerate(task.answer):
-        written = int(logits_V.argmax())
-        if written != expected:
-            return False
-        if place + 1 < len(task.answer):
-            logits_V = model.decode_step(torch.tensor([written], device=device), cache, slot)[0]
-    return True
+    prompt = pack_samples([task.prompt], [task.features]).to(device, dtype)
+    tokens = stream_ids(model, [prompt], cache=cache)
+    return all(expected == token[0] for expected, token in zip(task.answer, tokens, strict=False))

@@ -9,19 +9,22 @@ import pytest
 import torch
 
 from reference.tiny_serving import CONFIG, byte_tokenizer, prompt, random_model
+from timeviper_model.inference.answer import SamplingParams
 from timeviper_model.inference.engine import InferenceEngine
 from timeviper_model.inference.requests import EngineConfig, Finished, Request
-from timeviper_platform.serving.engine.engine_thread import EngineLoop
+from timeviper_platform.serving.engine.engine_thread import EngineThread
 
 TOKENIZER = byte_tokenizer()
 REQUEST = Request(
-    prompt=prompt(TOKENIZER, "What?"), vision_features=torch.zeros(0, CONFIG.vision.hidden_size), max_new_tokens=2
+    prompt=prompt(TOKENIZER, "What?"),
+    vision_features=torch.zeros(0, CONFIG.vision.hidden_size),
+    sampling=SamplingParams(max_new_tokens=2),
 )
 
 
 def test_a_command_that_fails_is_its_callers_and_the_thread_goes_on() -> None:
     engine = InferenceEngine(random_model(CONFIG), EngineConfig(num_slots=2), tokenizer=TOKENIZER)
-    loop = EngineLoop(engine)
+    loop = EngineThread(engine)
     words = replace(REQUEST.prompt, input_ids=[*REQUEST.prompt.input_ids[:-1], None])  # type: ignore[list-item]  # wrong
 
     async def ask() -> list[object]:

@@ -14,10 +14,11 @@ import torch
 
 from reference.tiny_serving import CONFIG_WITH_TRANSV, byte_tokenizer, generate_alone, prompt, random_model
 from timeviper_model.batching.prompt import NEMOTRON, TEMPLATES, time_text
+from timeviper_model.inference.answer import SamplingParams
 from timeviper_model.inference.requests import EngineConfig
 from timeviper_model.weights.weights_folder import from_pretrained, save_pretrained
 from timeviper_platform.serving.engine.service import EngineService, EngineServiceConfig, build_prompt
-from timeviper_platform.serving.messages import AnswerPart, ChatTurn, FeatureReference, GenerateRequest, Refusal
+from timeviper_platform.serving.messages import AnswerDelta, ChatTurn, FeatureReference, GenerateRequest, Refusal
 
 TOKENIZER = byte_tokenizer()
 DIM = CONFIG_WITH_TRANSV.vision.hidden_size
@@ -50,17 +51,9 @@ def video(num_frames: int = 6) -> FeatureReference:
 
 def request(text: str = "What?", *, media: tuple[FeatureReference, ...] = (), **values: Any) -> GenerateRequest:
     turns = (ChatTurn(role="user", text=text, media=media),)
-    defaults = {
-        "tenant": "a",
-        "turns": turns,
-        "max_new_tokens": 8,
-        "temperature": 0.0,
-        "top_p": 1.0,
-        "top_k": 0,
-        "n": 1,
-        "seed": 0,
-    }
-    return GenerateRequest(**{**defaults, "stop": (), "num_logprobs": None, **values})
+    options = {name: values.pop(name) for name in SamplingParams.__dataclass_fields__ if name in values}
+    sampling = SamplingParams(**{"max_new_tokens": 8, **options})
+    return GenerateRequest(**{"tenant": "a", "turns": turns, "sampling": sampling, **values})
 
 
 def run(weights: Path, scenario: Scenario, **config: Any) -> Any:
@@ -80,15 +73,15 @@ def run(weights: Path, scenario: Scenario, **config: Any) -> Any:
     return asyncio.run(main())
 
 
-async def collect(service: EngineService, asked: GenerateRequest) -> list[AnswerPart | Refusal]:
+async def collect(service: EngineService, asked: GenerateRequest) -> list[AnswerDelta | Refusal]:
     return [item async for item in service.generate(asked)]
 
 
-def text_of(items: list[AnswerPart | Refusal], index: int = 0) -> str:
-    return "".join(item.text for item in items if isinstance(item, AnswerPart) and item.index == index)
+def text_of(items: list[AnswerDelta | Refusal], index: int = 0) -> str:
+    return "".join(item.text for item in items if isinstance(item, AnswerDelta) and item.index == index)
 
 
-def refusal_of(items: list[AnswerPart | Refusal]) -> Refusal:
+def refusal_of(items: list[AnswerDelta | Refusal]) -> Refusal:
     (item,) = items
     assert isinstance(item, Refusal)
     return item
@@ -115,21 +108,23 @@ def test_answers_of_many_callers_equal_plain_generation(weights: Path) -> None:
 def test_parts_have_index_reason_usage_and_log_probabilities(weights: Path) -> None:
     asked = request(media=(video(6),), n=2, temperature=1.0, seed=5, num_logprobs=2)
     items = run(weights, lambda service: collect(service, asked))
-    last = {item.index: item for item in items if isinstance(item, AnswerPart) and item.finish_reason}
+    last = {item.index: item for item in items if isinstance(item, AnswerDelta) and item.finish_reason}
     assert set(last) == {0, 1}
     assert last[0].usage is not None
     assert (last[0].usage.vision_tokens, last[0].usage.vision_tokens_kept) == (24, 6)
-    logprobs = [entry for item in items if isinstance(item, AnswerPart) and item.index == 0 for entry in item.logprobs]
+    logprobs = [entry for item in items if isinstance(item, AnswerDelta) and item.index == 0 for entry in item.logprobs]
     assert len(logprobs) == last[0].usage.completion_tokens
     assert all(len(entry.top) == 2 for entry in logprobs)
     # the second answer is what its own seed gives
-    alone = run(weights, lambda service: collect(service, replace(asked, n=1, seed=6)))
+    alone = run(
+        weights, lambda service: collect(service, replace(asked, n=1, sampling=replace(asked.sampling, seed=6)))
+    )
     assert text_of(alone) == text_of(items, index=1)
 
 
-def usages(items: list[AnswerPart | Refusal]) -> list[tuple[int, int]]:
+def usages(items: list[AnswerDelta | Refusal]) -> list[tuple[int, int]]:
     """(prompt tokens, cached tokens) of every answer."""
-    found = [item.usage for item in items if isinstance(item, AnswerPart) and item.usage is not None]
+    found = [item.usage for item in items if isinstance(item, AnswerDelta) and item.usage is not None]
     return [(usage.prompt_tokens, usage.cached_tokens) for usage in found]
 
 
@@ -141,7 +136,7 @@ def test_a_second_question_reads_its_own_words_alone_and_is_answered_alike(weigh
     )
     asked = [*questions, follow_up]
 
-    async def scenario(service: EngineService) -> list[list[AnswerPart | Refusal]]:
+    async def scenario(service: EngineService) -> list[list[AnswerDelta | Refusal]]:
         return [await collect(service, one) for one in asked]
 
     engine = EngineConfig(prefix_cache_bytes=2**24)
@@ -182,7 +177,7 @@ def test_many_first_questions_at_once_compute_a_prefix_once(weights: Path) -> No
 def test_the_first_token_goes_out_at_once_and_the_rest_is_gathered(weights: Path) -> None:
     asked = request(max_new_tokens=64, temperature=1.0, num_logprobs=0)
     items = run(weights, lambda service: collect(service, asked), coalesce_ms=100.0)
-    sizes = [len(item.logprobs) for item in items if isinstance(item, AnswerPart)]
+    sizes = [len(item.logprobs) for item in items if isinstance(item, AnswerDelta)]
     assert sizes[0] <= 3
     assert len(sizes) < sum(sizes) / 2
 

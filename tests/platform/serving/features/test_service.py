@@ -45,7 +45,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> ServingFolders:
 
 
 def service_of(made: ServingFolders, **config: Any) -> FeatureService:
-    values = {"store": made.store, "encoder": made.encoder, **config}
+    values = {"feature_store": made.store, "encoder": made.encoder, **config}
     return FeatureService(made.weights, FeatureServiceConfig(**values), lambda array: array)
 
 
@@ -88,7 +88,7 @@ def test_stored_features_come_bit_by_bit(made: ServingFolders) -> None:
 
 
 def test_an_unknown_id_is_a_404(made: ServingFolders) -> None:
-    for config in ({}, {"store": None}):
+    for config in ({}, {"feature_store": None}):
         refusal = run(service_of(made, **config), lambda service: service.features(stored("nothing")))
         assert (refusal.status, refusal.code) == (404, "media_not_found")
 
@@ -125,7 +125,7 @@ def test_an_upload_that_the_store_knows_is_not_decoded(made: ServingFolders, mon
 def test_features_are_made_once_for_all_who_ask_and_kept(made: ServingFolders, tmp_path: Path) -> None:
     data = video_bytes(tmp_path)
     puts = []
-    config = FeatureServiceConfig(store=made.store, encoder=made.encoder)
+    config = FeatureServiceConfig(feature_store=made.store, encoder=made.encoder)
     service = FeatureService(made.weights, config, lambda array: puts.append(array) or array)
 
     async def scenario(service: FeatureService) -> list[Any]:
@@ -143,7 +143,7 @@ def test_features_are_made_once_for_all_who_ask_and_kept(made: ServingFolders, t
 def test_kept_features_give_way_least_recently_used_first(made: ServingFolders) -> None:
     frame_bytes = 4 * VISION.hidden_size * 2
     puts: list[int] = []
-    config = FeatureServiceConfig(store=made.store, cache_bytes=5 * frame_bytes)
+    config = FeatureServiceConfig(feature_store=made.store, cache_bytes=5 * frame_bytes)
     service = FeatureService(made.weights, config, lambda array: puts.append(len(array)))
 
     async def scenario(service: FeatureService) -> None:
@@ -197,7 +197,7 @@ def test_a_store_of_another_release_is_refused_with_what_helps(made: ServingFold
     header["recipe"]["recipe_version"] -= 1
     (store / "store.json").write_text(json.dumps(header))
     with pytest.raises(ValueError, match=r"recipe_version: \d and \d\n.*preprocess into a new folder"):
-        service_of(made, store=str(store))
+        service_of(made, feature_store=str(store))
 
 
 def test_weights_made_for_other_features_are_refused_naming_both(made: ServingFolders, tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_weights_made_for_other_features_are_refused_naming_both(made: ServingFo
     config["timeviper_metadata"] = {"recipe_hash": "0" * 64}
     (tmp_path / "config.json").write_text(json.dumps(config))
     wrong = replace(made, weights=str(tmp_path))
-    for settings in ({"encoder": None}, {"store": None}):
+    for settings in ({"encoder": None}, {"feature_store": None}):
         with pytest.raises(ValueError, match="num_tokens_per_frame: 16 and 4") as caught:
             service_of(wrong, **settings)
         assert str(tmp_path) in str(caught.value)
@@ -216,7 +216,7 @@ def test_weights_made_for_other_features_are_refused_naming_both(made: ServingFo
         service_of(wrong)
 
 
-@pytest.mark.parametrize("values", [{}, {"store": "x", "fps": 0.0}, {"store": "x", "max_frames": 0}])
+@pytest.mark.parametrize("values", [{}, {"feature_store": "x", "fps": 0.0}, {"feature_store": "x", "max_frames": 0}])
 def test_a_configuration_that_serves_nothing_is_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"needs a store|must be above 0"):
         FeatureServiceConfig(**values)

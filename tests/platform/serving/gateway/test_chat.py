@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from reference.made_gateway import MP4, PNG, Server, check_error, video
+from reference.synthetic_gateway import MP4, PNG, Server, check_error, video
+from timeviper_model.inference.answer import SamplingParams
 from timeviper_platform.serving.messages import MediaBytes, MediaFile, StoredFeatures
 
 
@@ -17,9 +18,11 @@ def test_parameters_reach_the_engine_and_defaults_are_the_servers(tmp_path: Path
     server.chat()
     server.chat(temperature=0, top_p=0.5, max_tokens=9, n=2, seed=-1, stop="x", logprobs=True, top_logprobs=2)
     default, explicit = server.engine.requests
-    assert (default.temperature, default.max_new_tokens, default.n, default.num_logprobs) == (0.5, 7, 1, None)
-    assert (explicit.temperature, explicit.top_p, explicit.max_new_tokens, explicit.n) == (0, 0.5, 9, 2)
-    assert (explicit.seed, explicit.stop, explicit.num_logprobs) == (2**63 - 1, ("x",), 2)
+    assert default.sampling == SamplingParams(temperature=0.5, max_new_tokens=7, seed=default.sampling.seed)
+    assert explicit.sampling == SamplingParams(
+        temperature=0, top_p=0.5, max_new_tokens=9, seed=2**63 - 1, stop=("x",), num_logprobs=2
+    )
+    assert (default.n, explicit.n) == (1, 2)
 
 
 def test_media_come_from_the_store_a_file_or_the_request_itself(server: Server) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from reference.made_gateway import MP4, USAGE, Server, check_error, keys, video
+from reference.synthetic_gateway import MP4, USAGE, Server, check_error, keys, video
 
 
 def test_bodies_past_the_limit_are_refused_declared_or_not(tmp_path: Path) -> None:

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
+from timeviper_model.inference.answer import Usage
 from timeviper_platform.serving.gateway.openai_protocol import ApiError, Completion, parse_chat_request, sse
-from timeviper_platform.serving.messages import AnswerPart, AnswerUsage, TokenLogprob
+from timeviper_platform.serving.messages import AnswerDelta, TokenLogprob
 
 USER = {"role": "user", "content": "hello"}
-USAGE = AnswerUsage(prompt_tokens=10, completion_tokens=2, vision_tokens=8, vision_tokens_kept=2, cached_tokens=0)
+USAGE = Usage(prompt_tokens=10, completion_tokens=2, vision_tokens=8, vision_tokens_kept=2, cached_tokens=0)
 
 
 def parse(**values: Any) -> Any:
@@ -94,9 +95,9 @@ def test_an_error_has_openais_shape_and_says_when_to_come_back() -> None:
 def test_a_response_joins_parts_and_counts_the_prompt_once() -> None:
     completion = Completion("m", num_choices=2, with_logprobs=True)
     logprob = TokenLogprob(token="é", logprob=-0.5, top=(("é", -0.5), ("e", -1.0)))
-    completion.add(AnswerPart(index=1, text="b", finish_reason="length", usage=USAGE))
-    completion.add(AnswerPart(index=0, text="a", logprobs=(logprob,)))
-    completion.add(AnswerPart(index=0, text="c", finish_reason="stop", usage=USAGE))
+    completion.add(AnswerDelta(index=1, text="b", finish_reason="length", usage=USAGE))
+    completion.add(AnswerDelta(index=0, text="a", logprobs=(logprob,)))
+    completion.add(AnswerDelta(index=0, text="c", finish_reason="stop", usage=USAGE))
     response = completion.response()
     assert [choice["message"]["content"] for choice in response["choices"]] == ["ac", "b"]
     assert [choice["finish_reason"] for choice in response["choices"]] == ["stop", "length"]

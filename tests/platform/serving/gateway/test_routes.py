@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from reference.made_gateway import MP4, Engine, Features, Server, check_error, events, video
+from reference.synthetic_gateway import MP4, Engine, Features, Server, check_error, events, video
 from timeviper_platform.serving.gateway.config import GatewayConfig
 from timeviper_platform.serving.gateway.routes import create_app
 from timeviper_platform.serving.messages import Refusal

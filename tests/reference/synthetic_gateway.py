@@ -11,11 +11,11 @@ from typing import Any
 
 from starlette.testclient import TestClient
 
+from timeviper_model.inference.answer import Usage
 from timeviper_platform.serving.gateway.config import ApiKey, GatewayConfig
 from timeviper_platform.serving.gateway.routes import create_app
 from timeviper_platform.serving.messages import (
-    AnswerPart,
-    AnswerUsage,
+    AnswerDelta,
     FeatureReference,
     FeatureRequest,
     GenerateRequest,
@@ -26,7 +26,7 @@ from timeviper_platform.serving.messages import (
 
 MP4 = b"\x00\x00\x00\x20ftypisom" + bytes(100)
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(50)
-USAGE = AnswerUsage(prompt_tokens=9, completion_tokens=3, vision_tokens=8, vision_tokens_kept=2, cached_tokens=0)
+USAGE = Usage(prompt_tokens=9, completion_tokens=3, vision_tokens=8, vision_tokens_kept=2, cached_tokens=0)
 
 
 class Features:
@@ -60,19 +60,19 @@ class Engine:
         self.bug = False
         self.usage = USAGE
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[AnswerPart | Refusal]:
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[AnswerDelta | Refusal]:
         self.requests.append(request)
         try:
             if self.bug:
                 raise KeyError(request.turns[0].text)
-            logprobs = (TokenLogprob(token="hello", logprob=-0.1),) if request.num_logprobs is not None else ()
+            logprobs = (TokenLogprob(token="hello", logprob=-0.1),) if request.sampling.num_logprobs is not None else ()
             for number, text in enumerate(("hello", " world")):
                 for index in range(request.n):
                     if self.refusal is not None and number == self.refuse_at:
                         yield self.refusal
                         return
                     last = number == 1
-                    yield AnswerPart(
+                    yield AnswerDelta(
                         index=index,
                         text=text,
                         logprobs=() if last else logprobs,

@@ -1,0 +1,95 @@
+"""A prompt and vision features to an answer, without an engine: the shortest way to use a model.
+
+text = generate(model, tokenizer, "What happens?", features, max_new_tokens=64)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from timeviper_model.batching.batch import PackedBatch, pack_samples
+from timeviper_model.batching.prompt import TEMPLATES, Turn, build_sample, end_token_id
+from timeviper_model.inference.answer import SamplingParams
+from timeviper_model.inference.prefill import prefill
+from timeviper_model.inference.sampling import sample_tokens
+from timeviper_model.layers.cache import HybridCache
+from timeviper_model.timeviper import TimeViper
+
+
+def generate(model: TimeViper, tokenizer: Any, prompt: str, features: Tensor | None = None, **sampling: Any) -> str:
+    """The answer to a prompt about one medium.
+
+    Args:
+        model: in eval mode.
+        tokenizer: of the weights.
+        prompt: the user's text.
+        features: (num_vision_tokens, dim); None asks without a medium.
+        sampling: fields of SamplingParams, but for `stop` and `num_logprobs`; greedy by default.
+    """
+    template, weight = TEMPLATES[model.config.chat_template], model.lm_head.weight
+    rows = torch.zeros(0, model.config.vision.row_size) if features is None else features
+    sample = build_sample(
+        tokenizer,
+        [Turn(role="user", text=prompt)],
+        [len(rows)] if len(rows) else [],
+        template=template,
+        add_generation_prompt=True,
+    )
+    batch = pack_samples([sample], [rows.to(weight.dtype)]).to(weight.device, weight.dtype)
+    (ids,) = generate_ids(model, [batch], end_id=end_token_id(tokenizer, template), params=SamplingParams(**sampling))
+    return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+
+def generate_ids(
+    model: TimeViper, prompts: Sequence[PackedBatch], *, end_id: int, params: SamplingParams | None = None
+) -> list[list[int]]:
+    """One answer per prompt, all decoded together; the end token is left out.
+
+    Args:
+        model: in eval mode.
+        prompts: one segment each, on the model's device and in its dtype.
+        end_id: the token that ends an answer.
+        params: of every answer; greedy by default.
+    """
+    params = params or SamplingParams()
+    answers: list[list[int]] = [[] for _ in prompts]
+    for tokens in islice(stream_ids(model, prompts, end_id=end_id, params=params), params.max_new_tokens):
+        for index, token in tokens.items():
+            if token != end_id:
+                answers[index].append(token)
+    return answers
+
+
+def stream_ids(
+    model: TimeViper,
+    prompts: Sequence[PackedBatch],
+    *,
+    end_id: int | None = None,
+    params: SamplingParams | None = None,
+    cache: HybridCache | None = None,
+) -> Iterator[dict[int, int]]:
+    """Yields the next token of each unfinished prompt, by the prompt's index, without end.
+
+    A token is computed when it is requested. `cache` needs one slot per prompt; None allocates one.
+    """
+    if not prompts:
+        return
+    params = params or SamplingParams()
+    weight = model.lm_head.weight
+    cache = cache or model.new_cache(len(prompts), device=weight.device, dtype=weight.dtype)
+    generators = [torch.Generator().manual_seed(params.seed) for _ in prompts]
+    active = list(range(len(prompts)))
+    logits_BV = torch.stack([prefill(model, prompt, cache, slot) for slot, prompt in enumerate(prompts)])
+    while active:
+        sampled = sample_tokens(logits_BV, [params] * len(active), [generators[slot] for slot in active])
+        tokens = {slot: token.id for slot, token in zip(active, sampled, strict=True)}
+        yield tokens
+        active = [slot for slot in active if tokens[slot] != end_id]
+        if active:
+            ids = torch.tensor([tokens[slot] for slot in active], device=weight.device)
+            logits_BV = model.decode_step(ids, cache, torch.tensor(active, device=weight.device))
