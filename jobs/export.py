@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     source.add_argument("--checkpoint", help="URI of a committed checkpoint")
     source.add_argument("--config", help="a training configuration: its run's newest committed checkpoint")
     parser.add_argument("--output", required=True, help="URI of the weights folder; replaced where it exists")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration")
     parsed = parser.parse_args(arguments)
     setup_logging()

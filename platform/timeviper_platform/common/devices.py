@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import resource
+from typing import Literal
 
 import torch
+
+Dtype = Literal["float32", "bfloat16"]
 
 PEAK_FLOPS: dict[str, float] = {
     "NVIDIA B200": 2250e12,
@@ -16,6 +19,12 @@ PEAK_FLOPS: dict[str, float] = {
 }
 """dense bf16 operations a second by the start of the device's name, the longer names first; NVIDIA's data sheets
 (theirs with sparsity are twice these)"""
+
+
+def torch_dtype(name: Dtype) -> torch.dtype:
+    """The torch type of that name."""
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def device_name(device: torch.device) -> str:

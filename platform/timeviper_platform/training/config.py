@@ -14,13 +14,14 @@ from timeviper_model.config import PRESETS, TimeViperConfig, TransVSite
 from timeviper_model.layers.backends import Backend
 from timeviper_model.layers.lora import LoraConfig
 from timeviper_platform.common import storage
+from timeviper_platform.common.devices import Dtype
 from timeviper_platform.training.batches.loader import LoaderConfig
 from timeviper_platform.training.batches.packing import PackingConfig
 from timeviper_platform.training.batches.rows import SourceConfig
 from timeviper_platform.training.batches.samples import FramesConfig
 from timeviper_platform.training.checkpoint.manager import CheckpointConfig
 from timeviper_platform.training.metrics.writer import MetricsConfig
-from timeviper_platform.training.optim.deepspeed_engine import Precision, ZeroConfig
+from timeviper_platform.training.optim.deepspeed_engine import ZeroConfig
 from timeviper_platform.training.optim.lr_schedule import ScheduleConfig
 from timeviper_platform.training.optim.parameter_groups import ParameterRule
 
@@ -54,7 +55,7 @@ class InitConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class HeldOutConfig:
+class ValidationConfig:
     """Samples that are never trained on: their loss is told beside the training's, and how many are answered."""
 
     samples: tuple[SourceConfig, ...]
@@ -70,15 +71,15 @@ class HeldOutConfig:
     """after the last step, for tasks that go on or wait for their resources; their figures are then left out"""
     num_answers: int = 0
     """of the first so many usable samples the model writes the first answer itself, greedily, at every look; the share
-    that it writes id by id is `held_out_exact_match`. Not with zero.stage 3, which leaves no rank a whole model"""
+    that it writes id by id is `validation_exact_match`. Not with zero.stage 3, which leaves no rank a whole model"""
 
     def __post_init__(self) -> None:
         if self.every_steps < 1 or not self.samples:
-            raise ValueError(f"held_out needs samples, and {self.every_steps = } must be at least 1")
+            raise ValueError(f"validation needs samples, and {self.every_steps = } must be at least 1")
         if self.num_answers < 0:
-            raise ValueError(f"held_out: {self.num_answers = } must be at least 0 (0 = only the loss)")
+            raise ValueError(f"validation: {self.num_answers = } must be at least 0 (0 = only the loss)")
         if self.max_wait_s < 0 or any(amount < 0 for amount in self.resources.values()):
-            raise ValueError(f"held_out: {self.max_wait_s = } and {self.resources = } must not be negative")
+            raise ValueError(f"validation: {self.max_wait_s = } and {self.resources = } must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,7 +101,7 @@ class PhaseConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     init: InitConfig | None = None
     """None takes the weights of the phase before"""
-    held_out: HeldOutConfig | None = None
+    validation: ValidationConfig | None = None
     lora: LoraConfig | None = None
     """adapters beside the chosen linear maps, trained by a rule such as `.*\\.lora_[AB]`; merged at the phase's end"""
 
@@ -165,8 +166,8 @@ class TrainConfig:
     runs: str = "outputs/runs"
     seed: int = 0
     """of the epochs' orders"""
-    precision: Precision = "fp32"
-    """bf16 keeps fp32 master weights in the optimizer"""
+    dtype: Dtype = "float32"
+    """bfloat16 keeps fp32 master weights in the optimizer"""
     activation_checkpointing: bool = False
     backend: Backend = "auto"
     """what computes scans, convolutions and attention: CUDA kernels where they can be used (auto), torch, or kernels
@@ -189,10 +190,10 @@ class TrainConfig:
         first = next(iter(self.phases))
         if self.phases[first].init is None:
             raise ValueError(f"phases.{first}.init: the first phase needs its initial weights")
-        asked = [name for name, phase in self.phases.items() if phase.held_out and phase.held_out.num_answers]
+        asked = [name for name, phase in self.phases.items() if phase.validation and phase.validation.num_answers]
         if asked and self.zero.stage > 2:
             raise ValueError(
-                f"phases.{asked[0]}.held_out.num_answers: with {self.zero.stage = } no rank holds a whole model that"
+                f"phases.{asked[0]}.validation.num_answers: with {self.zero.stage = } no rank holds a whole model that"
                 " could answer; choose stage 2 or lower, or num_answers: 0 and the loss alone"
             )
 
@@ -206,7 +207,8 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
         name: replace(
             phase,
             samples=_absolute_sources(phase.samples),
-            held_out=phase.held_out and replace(phase.held_out, samples=_absolute_sources(phase.held_out.samples)),
+            validation=phase.validation
+            and replace(phase.validation, samples=_absolute_sources(phase.validation.samples)),
             init=None
             if phase.init is None
             else replace(

@@ -40,13 +40,13 @@ def from_rank_0(act: Callable[[], T]) -> T:
     return cast(T, result)
 
 
-def add_up(figures: Tensor) -> None:
+def sum_over_ranks(figures: Tensor) -> None:
     """Sums `figures` over all ranks, in place; collective. Where torch.distributed is not up, this process is all."""
     if dist.is_initialized():
         dist.all_reduce(figures)
 
 
-def do_all_end(timeout_s: float) -> bool:
+def all_ranks_end(timeout_s: float) -> bool:
     """True when every rank has called this by then: none waits in a collective for one that ends."""
     store = PrefixStore("timeviper-end", _get_default_store())
     store.set(str(dist.get_rank()), "")

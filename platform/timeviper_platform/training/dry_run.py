@@ -115,7 +115,7 @@ def dry_run(config: TrainConfig) -> DryRun:
 
 def describe_dry_run(config: TrainConfig, result: DryRun) -> str:
     """The report as text."""
-    workers = f"{config.workers.max_workers} ranks, {config.precision}, ZeRO-{config.zero.stage}"
+    workers = f"{config.workers.max_workers} ranks, {config.dtype}, ZeRO-{config.zero.stage}"
     lines = [f"run {RunFolder.of(config).uri}: {workers}"]
     for phase in result.phases:
         groups = "  " + describe_groups(phase.groups, phase.sizes.num_parameters)
@@ -209,15 +209,13 @@ def _phase_facts(
         sizes=sizes,
         plan=plan,
         states={
-            stage: state_bytes(
-                sizes, zero_stage=stage, world_size=config.workers.max_workers, precision=config.precision
-            )
+            stage: state_bytes(sizes, zero_stage=stage, world_size=config.workers.max_workers, dtype=config.dtype)
             for stage in ZERO_STAGES
         },
         activations=activation_bytes(
             model_config,
             pack,
-            precision=config.precision,
+            dtype=config.dtype,
             use_transv=phase.use_transv,
             activation_checkpointing=config.activation_checkpointing,
             trains_blocks=trains_blocks,

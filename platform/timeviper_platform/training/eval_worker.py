@@ -1,7 +1,7 @@
 """A look at the held-out samples in a process of its own: a committed checkpoint's weights, no optimizer, no ranks.
 
-Knows checkpoints and held-out samples; not Ray, whose tasks call `look_at_checkpoint` too. Without Ray rank 0 starts
-`python -m timeviper_platform.training.eval_worker`, which reads a LookTask from its standard input (a pickle: both
+Knows checkpoints and held-out samples; not Ray, whose tasks call `evaluate_checkpoint` too. Without Ray rank 0 starts
+`python -m timeviper_platform.training.eval_worker`, which reads a EvalTask from its standard input (a pickle: both
 ends are this module), writes its figures as JSON, and ends when that input does, for then rank 0 is gone.
 """
 
@@ -20,19 +20,19 @@ import torch
 from timeviper_model.layers.backends import set_backend
 from timeviper_model.weights.weights_folder import load_tokenizer
 from timeviper_platform.common.config import setup_logging
+from timeviper_platform.common.devices import torch_dtype
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.training.checkpoint.export import checkpoint_model
 from timeviper_platform.training.checkpoint.manager import is_committed
-from timeviper_platform.training.optim.deepspeed_engine import DTYPES
-from timeviper_platform.training.phase import alone_held_out
-from timeviper_platform.training.validation.async_eval import LookTask
+from timeviper_platform.training.phase import build_standalone_validator
+from timeviper_platform.training.validation.async_eval import EvalTask
 from timeviper_platform.training.validation.validator import look_at_held_out
 
 NICENESS = 10
 """of a process beside rank 0: what the ranks need comes first"""
 
 
-def look_at_checkpoint(task: LookTask) -> dict[str, float]:
+def evaluate_checkpoint(task: EvalTask) -> dict[str, float]:
     """The figures of a look at the model of `task.checkpoint`, as the ranks would find them.
 
     Raises:
@@ -40,28 +40,28 @@ def look_at_checkpoint(task: LookTask) -> dict[str, float]:
         RuntimeError: when files cannot be read.
     """
     config, phase = task.config, task.config.phases[task.phase]
-    assert phase.held_out is not None
+    assert phase.validation is not None
     if not is_committed(task.checkpoint):
         raise ValueError(
             f"{task.checkpoint} is gone: looks take longer than training until its next"
-            f" {config.checkpoint.keep} checkpoints; raise held_out.every_steps or checkpoint.keep"
+            f" {config.checkpoint.keep} checkpoints; raise validation.every_steps or checkpoint.keep"
         )
     torch.set_num_threads(config.workers.threads_per_worker)
-    use_gpu = phase.held_out.resources.get("GPU", 0) > 0
+    use_gpu = phase.validation.resources.get("GPU", 0) > 0
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_gpu else torch.device("cpu")
-    dtype = DTYPES[config.precision]
+    dtype = torch_dtype(config.dtype)
     _, _, model = checkpoint_model(task.checkpoint)
     model = model.to(device, dtype).eval()
     set_backend(model, config.backend if use_gpu else "torch", device=device, dtype=dtype)
     store = FeatureStore.open(config.feature_store, cache_bytes=config.loader.cache_bytes)
-    held_out = alone_held_out(phase, model.config, store, load_tokenizer(config.tokenizer))
+    held_out = build_standalone_validator(phase, model.config, store, load_tokenizer(config.tokenizer))
     return look_at_held_out(model, model, held_out, use_transv=phase.use_transv, device=device, dtype=dtype)
 
 
-class LookProcess:
-    """A Look in a process on this machine (see beside.py)."""
+class EvalProcess:
+    """An EvalHandle in a process on this machine (see beside.py)."""
 
-    def __init__(self, task: LookTask) -> None:
+    def __init__(self, task: EvalTask) -> None:
         # not a rank of any launcher's group; LOCAL_RANK says which GPU is rank 0's
         environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
         self._process = subprocess.Popen(
@@ -74,8 +74,8 @@ class LookProcess:
         self._process.stdin.write(pickle.dumps(task))
         self._process.stdin.flush()
 
-    def figures(self) -> dict[str, float] | None:
-        """See Look."""
+    def metrics(self) -> dict[str, float] | None:
+        """See EvalHandle."""
         code = self._process.poll()
         if code is None:
             return None
@@ -86,11 +86,11 @@ class LookProcess:
         answer = json.loads(lines[-1])
         if "error" in answer:
             raise RuntimeError(answer["error"])
-        figures: dict[str, float] = answer
-        return figures
+        metrics: dict[str, float] = answer
+        return metrics
 
     def close(self) -> None:
-        """See Look."""
+        """See EvalHandle."""
         with self._process as process:
             process.kill()
 
@@ -98,11 +98,11 @@ class LookProcess:
 def main() -> int:
     """One look; 0 when it ended well."""
     setup_logging(logging.WARNING)
-    task: LookTask = pickle.load(sys.stdin.buffer)
+    task: EvalTask = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_end_with_input, name="parent", daemon=True).start()
     os.nice(NICENESS)
     try:
-        answer: dict[str, float] | dict[str, str] = look_at_checkpoint(task)
+        answer: dict[str, float] | dict[str, str] = evaluate_checkpoint(task)
     except (ValueError, RuntimeError, OSError) as error:
         answer = {"error": str(error)}
     sys.stdout.write("\n" + json.dumps(answer) + "\n")

@@ -25,27 +25,27 @@ class StoppedError(RuntimeError):
     """The run was asked to stop and has; its state is in the newest committed checkpoint."""
 
 
-class Wish(IntEnum):
-    """What somebody outside wants of a run; the largest of all ranks' wishes counts."""
+class Interrupt(IntEnum):
+    """What somebody outside wants of a run; the largest of all ranks' interrupts counts."""
 
-    GO_ON = 0
+    NONE = 0
     SAVE = 1
     """a checkpoint now, then on: a node will be taken away, and its scheduler ends the run itself"""
     STOP = 2
     """a checkpoint now, and an end"""
 
 
-Wishes = Callable[[], Wish]
+InterruptSource = Callable[[], Interrupt]
 """Asked by every rank before every step and every held-out batch, in the same order; may hold a barrier."""
 
 
-def no_wishes() -> Wish:
+def no_interrupts() -> Interrupt:
     """Nobody wants anything."""
-    return Wish.GO_ON
+    return Interrupt.NONE
 
 
 @contextlib.contextmanager
-def wishes_of_signals() -> Iterator[Wishes]:
+def sigterm_interrupts() -> Iterator[InterruptSource]:
     """SIGTERM, which schedulers and spot markets send before they kill, as a wish to stop. Main thread only."""
     asked = threading.Event()
 
@@ -54,7 +54,7 @@ def wishes_of_signals() -> Iterator[Wishes]:
 
     before = signal.signal(signal.SIGTERM, note)
     try:
-        yield lambda: Wish.STOP if asked.is_set() else Wish.GO_ON
+        yield lambda: Interrupt.STOP if asked.is_set() else Interrupt.NONE
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -26,7 +26,7 @@ from timeviper_platform.common.storage import StorageUnavailableError
 from timeviper_platform.training.checkpoint.manager import resolve_resume
 from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.distributed import from_rank_0
-from timeviper_platform.training.interrupts import StoppedError, wishes_of_signals
+from timeviper_platform.training.interrupts import StoppedError, sigterm_interrupts
 from timeviper_platform.training.run import RunFolder, run_training
 
 logger = logging.getLogger(__name__)
@@ -43,9 +43,9 @@ def train_local(config: TrainConfig, *, resume: str = "auto") -> dict[str, Any]:
         ValueError, RuntimeError: see `run_training` and `resolve_resume`.
     """
     torch.set_num_threads(config.workers.threads_per_worker)
-    with process_group(use_gpu=config.workers.use_gpu) as device, wishes_of_signals() as wishes:
+    with process_group(use_gpu=config.workers.use_gpu) as device, sigterm_interrupts() as interrupts:
         resume_from = from_rank_0(lambda: resolve_resume(RunFolder.of(config).checkpoints, resume))
-        return run_training(config, resume_from=resume_from, device=device, wishes=wishes)
+        return run_training(config, resume_from=resume_from, device=device, interrupts=interrupts)
 
 
 @contextlib.contextmanager

@@ -38,7 +38,7 @@ from timeviper_platform.training.optim.parameter_groups import (
     describe_groups,
     resolve_groups,
 )
-from timeviper_platform.training.validation.validator import HeldOut, prepare_held_out
+from timeviper_platform.training.validation.validator import Validator, build_validator
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Phase:
     plan: PackPlan
     loader: BatchLoader
     num_steps: int
-    held_out: HeldOut | None
+    validator: Validator | None
     rejects: list[Reject]
     description: dict[str, Any]
     """what model.json of its checkpoints holds"""
@@ -110,7 +110,7 @@ def prepare_phase(
         ),
     )
     _check_can_answer(name, phase, model.config)
-    held_out = prepare_held_out(phase, builder, shape, measure, rank=rank, world_size=world_size)
+    validator = build_validator(phase, builder, shape, measure, rank=rank, world_size=world_size)
     logger.info(
         "phase %s: %d samples, %d rejects %s, %d packs in the first epoch, %d steps of %d packs",
         *(name, len(table), len(rejects), count_rejects(rejects), len(plan.epoch(0))),
@@ -125,7 +125,7 @@ def prepare_phase(
         plan=plan,
         loader=loader,
         num_steps=num_steps,
-        held_out=held_out,
+        validator=validator,
         rejects=rejects,
         description={
             "config": config_to_dict(model.config),
@@ -136,13 +136,15 @@ def prepare_phase(
     )
 
 
-def alone_held_out(phase: PhaseConfig, model: TimeViperConfig, store: FeatureStore, tokenizer: Any) -> HeldOut:
+def build_standalone_validator(
+    phase: PhaseConfig, model: TimeViperConfig, store: FeatureStore, tokenizer: Any
+) -> Validator:
     """The held-out samples of a phase that has some, for a process that looks at all of them alone."""
     builder = SampleBuilder(store, tokenizer, model.chat_template, phase.frames)
     shape = _batch_shape(phase, model, tokenizer)
-    held_out = prepare_held_out(phase, builder, shape, measure_samples, rank=0, world_size=1)
-    assert held_out is not None
-    return held_out
+    validator = build_validator(phase, builder, shape, measure_samples, rank=0, world_size=1)
+    assert validator is not None
+    return validator
 
 
 def adapt(model: TimeViper, phase: PhaseConfig, seed: int) -> TimeViper:
@@ -271,7 +273,7 @@ def _metadata(config: TrainConfig, phase: PhaseConfig, store: FeatureStore) -> d
     """What serving and evaluation need to feed the weights as training did."""
     return {
         "run": config.name,
-        "precision": config.precision,
+        "dtype": config.dtype,
         "feature_store": config.feature_store,
         "recipe_hash": store.recipe_hash,
         "use_transv": str(phase.use_transv).lower(),
@@ -290,8 +292,8 @@ def _check_tokenizer(tokenizer: Any, config: TimeViperConfig) -> None:
 
 def _check_can_answer(name: str, phase: PhaseConfig, model: TimeViperConfig) -> None:
     """Prefill drops vision tokens at every site that the model has, where such a phase trains on all of them."""
-    if phase.held_out is not None and phase.held_out.num_answers and model.transv and not phase.use_transv:
+    if phase.validation is not None and phase.validation.num_answers and model.transv and not phase.use_transv:
         raise ValueError(
-            f"phases.{name}.held_out.num_answers: generation runs the model's TransV sites, and {phase.use_transv = };"
-            " set num_answers: 0 in this phase, or use_transv: true"
+            f"phases.{name}.validation.num_answers: generation runs the model's TransV sites, and"
+            f" {phase.use_transv = }; set num_answers: 0 in this phase, or use_transv: true"
         )

@@ -15,23 +15,24 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from timeviper_platform.common.devices import torch_dtype
 from timeviper_platform.training.batches.loader import PrefetchSteps, prefetch_in_thread
 from timeviper_platform.training.batches.packing import PackPosition
 from timeviper_platform.training.batches.step_batches import StepBatches
 from timeviper_platform.training.checkpoint.manager import Checkpoints, read_state, restore_checkpoint
-from timeviper_platform.training.checkpoint.save_policy import OnCheckpoint, Saving
+from timeviper_platform.training.checkpoint.save_policy import Checkpointer, OnCheckpoint
 from timeviper_platform.training.checkpoint.state import StepPlan, TrainState
 from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.distributed import from_rank_0
-from timeviper_platform.training.interrupts import FatalTrainingError, StoppedError, Wish, Wishes
+from timeviper_platform.training.interrupts import FatalTrainingError, Interrupt, InterruptSource, StoppedError
 from timeviper_platform.training.metrics.step_log import Progress, step_row
 from timeviper_platform.training.metrics.writer import MetricsWriter
-from timeviper_platform.training.optim.deepspeed_engine import DTYPES, build_ds_engine, set_groups
+from timeviper_platform.training.optim.deepspeed_engine import build_ds_engine, set_groups
 from timeviper_platform.training.optim.lr_schedule import learning_rate_factor
 from timeviper_platform.training.phase import Phase
-from timeviper_platform.training.step import StepResult, agree, agree_on_wish, train_step
-from timeviper_platform.training.validation.async_eval import LooksBeside, LookTask, StartLook
-from timeviper_platform.training.validation.validator import LOSS, look_at_held_out, who_looks
+from timeviper_platform.training.step import StepResult, agree, strongest_interrupt, train_step
+from timeviper_platform.training.validation.async_eval import AsyncEvaluator, EvalTask, StartEval
+from timeviper_platform.training.validation.validator import LOSS, look_at_held_out, validation_due
 from timeviper_platform.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ LOOK_CHECK_S = 0.2
 """between questions whether a look beside the ranks has ended, once they have nothing else to do"""
 
 
-class PhaseRun:
+class PhaseTrainer:
     """One phase being run.
 
     Args:
@@ -49,9 +50,9 @@ class PhaseRun:
         checkpoints: of the run.
         writer: of metrics; None on every rank but 0.
         device: of this rank.
-        wishes: what somebody outside wants.
+        interrupts: what somebody outside wants.
         on_checkpoint: see OnCheckpoint.
-        start_look: at the held-out samples, beside the ranks.
+        start_eval: at the held-out samples, beside the ranks.
         prefetch: see PrefetchSteps.
     """
 
@@ -63,9 +64,9 @@ class PhaseRun:
         writer: MetricsWriter | None,
         *,
         device: torch.device,
-        wishes: Wishes,
+        interrupts: InterruptSource,
         on_checkpoint: OnCheckpoint | None,
-        start_look: StartLook,
+        start_eval: StartEval,
         prefetch: PrefetchSteps = prefetch_in_thread,
     ) -> None:
         self._config = config
@@ -73,15 +74,15 @@ class PhaseRun:
         self._checkpoints = checkpoints
         self._writer = writer
         self._device = device
-        self._wishes = wishes
-        self._saving = Saving(
+        self._wishes = interrupts
+        self._saving = Checkpointer(
             checkpoints,
             max_failed=config.checkpoint.max_failed_saves,
             before_commit=None if writer is None else writer.flush,
             on_checkpoint=on_checkpoint,
         )
         self._prefetch = prefetch
-        self._looks = None if writer is None else LooksBeside(start_look, self._write_look)
+        self._looks = None if writer is None else AsyncEvaluator(start_eval, self._write_look)
         self._row: dict[str, Any] = {}
         """of the last finished step"""
         self._saved_step = 0
@@ -136,7 +137,7 @@ class PhaseRun:
             watchdog.mark(state.step + 1, "computing")
             agreement = agree(batches, self._wishes(), device=self._device)
             self._log_damaged(batches)
-            self._heed(agreement.wish, ds_engine, state)
+            self._heed(agreement.interrupt, ds_engine, state)
             self._blow_fuse(state, agreement.num_damaged)
             result, rates = self._step(ds_engine, agreement.batches)
             state = self._after(state, agreement.batches, agreement.num_damaged)
@@ -149,19 +150,19 @@ class PhaseRun:
             else:
                 self._write_row(stall_s=0.0)
             progress.show(self._row)
-            if self._who_looks(state.step) == "ranks":
+            if self._validation_due(state.step) == "ranks":
                 self._look(ds_engine, state, watchdog)
             if self._looks is not None:
                 self._looks.advance(self._checkpoints.newest_written)
         return state
 
-    def _heed(self, wish: Wish, ds_engine: Any, state: TrainState) -> None:
-        """Does between two steps or batches what all ranks have agreed that somebody wishes."""
-        if wish is Wish.GO_ON:
+    def _heed(self, interrupt: Interrupt, ds_engine: Any, state: TrainState) -> None:
+        """Does between two steps or batches what all ranks have agreed that somebody interrupts."""
+        if interrupt is Interrupt.NONE:
             return
         if state.step > self._saved_step:
             self._save(ds_engine, state)
-        if wish is Wish.STOP:
+        if interrupt is Interrupt.STOP:
             uri = self._saving.finish(lambda: self._save(ds_engine, state)) or self._checkpoints.newest()
             raise StoppedError(
                 f"stopped as asked after step {state.step} of phase {state.phase}; start it again to go on from"
@@ -171,35 +172,35 @@ class PhaseRun:
     def _lacks_look(self, state: TrainState) -> bool:
         """True when the run ended between this state's checkpoint and the look at the held-out samples behind it."""
         writer = self._writer
-        return self._who_looks(state.step) == "ranks" and from_rank_0(
+        return self._validation_due(state.step) == "ranks" and from_rank_0(
             lambda: writer is not None and writer.lacks(LOSS, state.global_step)
         )
 
-    def _who_looks(self, step: int) -> Literal["task", "ranks"] | None:
-        return who_looks(self._phase.config.held_out, step, self._phase.num_steps)
+    def _validation_due(self, step: int) -> Literal["task", "ranks"] | None:
+        return validation_due(self._phase.config.validation, step, self._phase.num_steps)
 
     def _look(self, ds_engine: Any, state: TrainState, watchdog: Watchdog) -> None:
-        """After the step is saved, as a look may take minutes; the ranks show signs of life and hear wishes in it."""
+        """After the step is saved, as a look may take minutes; the ranks show signs of life and hear interrupts."""
 
         def between() -> None:
             watchdog.mark(state.step, "evaluating")
-            self._heed(agree_on_wish(self._wishes(), device=self._device), ds_engine, state)
+            self._heed(strongest_interrupt(self._wishes(), device=self._device), ds_engine, state)
 
-        assert self._phase.held_out is not None
+        assert self._phase.validator is not None
         figures = look_at_held_out(
             ds_engine,
             ds_engine.module,
-            self._phase.held_out,
+            self._phase.validator,
             use_transv=self._phase.config.use_transv,
             device=self._device,
-            dtype=DTYPES[self._config.precision],
+            dtype=torch_dtype(self._config.dtype),
             between=between,
         )
         self._row |= figures
         self._write_look({"phase": state.phase, "step": state.step, "global_step": state.global_step, **figures})
 
     def _write_look(self, row: dict[str, Any]) -> None:
-        shown = ", ".join(f"{name} {row[name]:.4f}" for name in row if name.startswith("held_out"))
+        shown = ", ".join(f"{name} {row[name]:.4f}" for name in row if name.startswith("validation"))
         logger.info("%s step %d: %s", row["phase"], row["step"], shown)
         if self._writer is not None:
             self._writer.write(row)
@@ -208,36 +209,36 @@ class PhaseRun:
         """Beside the training, of the checkpoint that this state is saved as."""
         if self._looks is not None:
             checkpoint = self._checkpoints.uri_of(state)
-            self._looks.want(LookTask(self._config, state.phase, checkpoint, state.step, state.global_step))
+            self._looks.want(EvalTask(self._config, state.phase, checkpoint, state.step, state.global_step))
 
     def _want_lost_looks(self) -> None:
         """Those that an earlier attempt did not end, of checkpoints that are still there."""
-        if self._looks is None or self._writer is None or self._phase.config.held_out is None:
+        if self._looks is None or self._writer is None or self._phase.config.validation is None:
             return
         for uri in self._checkpoints.committed():
             saved = read_state(uri)
-            is_own = saved.phase == self._phase.name and self._who_looks(saved.step) == "task"
+            is_own = saved.phase == self._phase.name and self._validation_due(saved.step) == "task"
             if is_own and self._writer.lacks(LOSS, saved.global_step):
                 self._want_look(saved)
             self._checkpoints.newest_written = max(self._checkpoints.newest_written, saved.global_step)
 
     def _wait_for_looks(self, ds_engine: Any, state: TrainState) -> None:
-        """Behind the last step; all ranks wait, and hear wishes, until rank 0 knows of no look that goes on."""
-        held_out, looks = self._phase.config.held_out, self._looks
-        if held_out is None:
+        """Behind the last step; all ranks wait, and hear interrupts, until rank 0 knows of no look that goes on."""
+        validation, looks = self._phase.config.validation, self._looks
+        if validation is None:
             return
-        until = time.monotonic() + held_out.max_wait_s
+        until = time.monotonic() + validation.max_wait_s
         if looks is not None and looks.advance(self._checkpoints.newest_written):
             logger.info(
-                "%s: all steps are done; looks at held-out samples go on, or wait for %s: held_out.max_wait_s is %g",
-                *(state.phase, held_out.resources, held_out.max_wait_s),
+                "%s: all steps are done; looks at held-out samples go on, or wait for %s: validation.max_wait_s is %g",
+                *(state.phase, validation.resources, validation.max_wait_s),
             )
 
         def go_on() -> bool:
             return looks is not None and looks.advance(self._checkpoints.newest_written) and time.monotonic() < until
 
         while from_rank_0(go_on):
-            self._heed(agree_on_wish(self._wishes(), device=self._device), ds_engine, state)
+            self._heed(strongest_interrupt(self._wishes(), device=self._device), ds_engine, state)
             time.sleep(LOOK_CHECK_S)
 
     def _first_state(self, global_step: int) -> TrainState:
@@ -255,7 +256,7 @@ class PhaseRun:
             ),
             world_size=dist.get_world_size(),
             zero_stage=self._config.zero.stage,
-            precision=self._config.precision,
+            dtype=self._config.dtype,
         )
 
     def _saved_state(self, checkpoint: str) -> TrainState:
@@ -285,14 +286,14 @@ class PhaseRun:
                 phase.model.to(self._device),
                 phase.groups,
                 config.zero,
-                precision=config.precision,
+                dtype=config.dtype,
                 num_micro_steps=phase.loader.num_micro_steps,
             )
 
         if checkpoint is None:
             return build()
         return restore_checkpoint(
-            checkpoint, phase.model, phase.groups, build, zero_stage=config.zero.stage, precision=config.precision
+            checkpoint, phase.model, phase.groups, build, zero_stage=config.zero.stage, dtype=config.dtype
         )
 
     def _step(self, ds_engine: Any, batches: StepBatches) -> tuple[StepResult, dict[str, float]]:
@@ -304,13 +305,15 @@ class PhaseRun:
             batches,
             use_transv=phase.config.use_transv,
             device=self._device,
-            dtype=DTYPES[self._config.precision],
+            dtype=torch_dtype(self._config.dtype),
         )
         return result, {group.name: group.lr * factor for group in phase.groups}
 
     def _is_due(self, step: int) -> bool:
         every = self._config.checkpoint.every_steps
-        return step == self._phase.num_steps or (every > 0 and step % every == 0) or self._who_looks(step) == "task"
+        return (
+            step == self._phase.num_steps or (every > 0 and step % every == 0) or self._validation_due(step) == "task"
+        )
 
     def _save(self, ds_engine: Any, state: TrainState) -> None:
         """Training stands still until the checkpoint before is finished and this one is in memory."""
@@ -320,7 +323,7 @@ class PhaseRun:
         self._write_row(stall_s=time.perf_counter() - started)
         self._saving.start(snapshot, self._row)
         self._saved_step = state.step
-        if self._who_looks(state.step) == "task":
+        if self._validation_due(state.step) == "task":
             self._want_look(state)
 
     def _write_row(self, *, stall_s: float) -> None:

@@ -31,12 +31,12 @@ from timeviper_platform.training.batches.loader import prefetch_in_thread
 from timeviper_platform.training.batches.ray_loader import prefetch_on_ray
 from timeviper_platform.training.checkpoint.manager import resolve_resume
 from timeviper_platform.training.config import TrainConfig, with_absolute_paths
-from timeviper_platform.training.distributed import do_all_end, from_rank_0
-from timeviper_platform.training.eval_worker import look_at_checkpoint
-from timeviper_platform.training.interrupts import FatalTrainingError, StoppedError, Wish, wishes_of_signals
+from timeviper_platform.training.distributed import all_ranks_end, from_rank_0
+from timeviper_platform.training.eval_worker import evaluate_checkpoint
+from timeviper_platform.training.interrupts import FatalTrainingError, Interrupt, StoppedError, sigterm_interrupts
 from timeviper_platform.training.metrics.trackers import check_trackers
 from timeviper_platform.training.run import RunFolder, run_training
-from timeviper_platform.training.validation.async_eval import LookTask
+from timeviper_platform.training.validation.async_eval import EvalTask
 
 logger = logging.getLogger(__name__)
 
@@ -124,11 +124,11 @@ def _passing_on_sigterm(stop: str) -> Iterator[None]:
         yield
         return
     ended = threading.Event()
-    with wishes_of_signals() as wishes:
+    with sigterm_interrupts() as interrupts:
 
         def watch() -> None:
             while not ended.wait(SIGNAL_CHECK_S):
-                if wishes() is Wish.STOP:
+                if interrupts() is Interrupt.STOP:
                     logger.warning("SIGTERM: the workers save and stop")
                     storage.write_bytes(stop, b"")
                     return
@@ -165,42 +165,42 @@ def _worker(arguments: dict[str, Any]) -> dict[str, Any] | _Ended:
             config,
             resume_from=resume_from,
             device=get_device(),
-            wishes=PreemptionWatch(lambda: _is_there(arguments["stop"])),
+            interrupts=PreemptionWatch(lambda: _is_there(arguments["stop"])),
             on_checkpoint=_report,
             trackers=[_Gauges(config.name)],
             prefetch=prefetch_on_ray if config.loader.reader == "ray_data" else prefetch_in_thread,
-            start_look=_RayLook,
+            start_eval=_RayEval,
         )
     except (ValueError, FatalTrainingError, StoppedError) as error:
-        if not do_all_end(SAME_END_S):
+        if not all_ranks_end(SAME_END_S):
             raise  # the others wait for this rank: Ray ends them
         return _Ended(
             str(error), isinstance(error, StoppedError)
         )  # on every rank alike: a further attempt would meet it again
 
 
-class _RayLook:
-    """A Look as a task on any node that has its resources (see beside.py)."""
+class _RayEval:
+    """An EvalHandle as a task on any node that has its resources (see beside.py)."""
 
-    def __init__(self, task: LookTask) -> None:
-        held_out = task.config.phases[task.phase].held_out
-        assert held_out is not None
-        needs = dict(held_out.resources)
-        look: Any = ray.remote(look_at_checkpoint)
-        self._ref = look.options(
+    def __init__(self, task: EvalTask) -> None:
+        validation = task.config.phases[task.phase].validation
+        assert validation is not None
+        needs = dict(validation.resources)
+        evaluate: Any = ray.remote(evaluate_checkpoint)
+        self._ref = evaluate.options(
             num_cpus=needs.pop("CPU", 0), num_gpus=needs.pop("GPU", 0), resources=needs, max_retries=1
         ).remote(task)
 
-    def figures(self) -> dict[str, float] | None:
-        """See Look."""
+    def metrics(self) -> dict[str, float] | None:
+        """See EvalHandle."""
         ended, _ = ray.wait([self._ref], timeout=0)
         if not ended:
             return None
-        figures: dict[str, float] = ray.get(self._ref)
-        return figures
+        metrics: dict[str, float] = ray.get(self._ref)
+        return metrics
 
     def close(self) -> None:
-        """See Look."""
+        """See EvalHandle."""
         ray.cancel(self._ref, force=True)
 
 
@@ -242,19 +242,19 @@ class PreemptionWatch:
         self._warned: set[str] = set()
         self._warned_late: set[str] = set()
 
-    def __call__(self) -> Wish:
+    def __call__(self) -> Interrupt:
         """Asked before every step; every so often that is a barrier over all ranks."""
         self._num_asked += 1
         if self._num_asked < self._interval:
-            return Wish.GO_ON
+            return Interrupt.NONE
         info = train.get_preemption_info()
         self._interval, now, is_stop_asked = from_rank_0(
             lambda: (self._steps_until_next(), time.time(), self._is_stop_asked())
         )
         self._num_asked, self._asked_at = 0, time.monotonic()
         if is_stop_asked:
-            return Wish.STOP
-        return Wish.SAVE if info is not None and self._is_news(info, now) else Wish.GO_ON
+            return Interrupt.STOP
+        return Interrupt.SAVE if info is not None and self._is_news(info, now) else Interrupt.NONE
 
     def _is_news(self, info: train.PreemptionInfo, now: float) -> bool:
         """True for the first warning of a node, and for the first that is close to its time."""

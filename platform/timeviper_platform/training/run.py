@@ -20,6 +20,7 @@ from timeviper_model.layers.backends import set_backend
 from timeviper_model.timeviper import TimeViper
 from timeviper_model.weights.weights_folder import config_from_dict, load_tokenizer
 from timeviper_platform.common import storage
+from timeviper_platform.common.devices import torch_dtype
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.training.batches.loader import PrefetchSteps, prefetch_in_thread
 from timeviper_platform.training.batches.samples import Reject
@@ -29,15 +30,14 @@ from timeviper_platform.training.checkpoint.manager import MODEL_FILE, Checkpoin
 from timeviper_platform.training.checkpoint.save_policy import OnCheckpoint
 from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.distributed import from_rank_0
-from timeviper_platform.training.eval_worker import LookProcess
-from timeviper_platform.training.interrupts import Wishes, no_wishes
+from timeviper_platform.training.eval_worker import EvalProcess
+from timeviper_platform.training.interrupts import InterruptSource, no_interrupts
 from timeviper_platform.training.metrics.charts import draw_curves
 from timeviper_platform.training.metrics.trackers import Tracker, check_trackers, open_trackers
 from timeviper_platform.training.metrics.writer import MetricsWriter, next_attempt, phase_report, read_metrics
-from timeviper_platform.training.optim.deepspeed_engine import DTYPES
 from timeviper_platform.training.phase import Phase, adapt, first_model, load_weights, prepare_phase
-from timeviper_platform.training.phase_trainer import PhaseRun
-from timeviper_platform.training.validation.async_eval import StartLook
+from timeviper_platform.training.phase_trainer import PhaseTrainer
+from timeviper_platform.training.validation.async_eval import StartEval
 
 logger = logging.getLogger(__name__)
 
@@ -85,11 +85,11 @@ def run_training(
     *,
     resume_from: str | None,
     device: torch.device,
-    wishes: Wishes = no_wishes,
+    interrupts: InterruptSource = no_interrupts,
     on_checkpoint: OnCheckpoint | None = None,
     trackers: Sequence[Tracker] = (),
     prefetch: PrefetchSteps = prefetch_in_thread,
-    start_look: StartLook = LookProcess,
+    start_eval: StartEval = EvalProcess,
 ) -> dict[str, Any]:
     """Runs every phase that is not finished; the report by phase, equal on all ranks.
 
@@ -97,11 +97,11 @@ def run_training(
         config: the run.
         resume_from: a committed checkpoint, or None to begin with the first phase's weights.
         device: of this rank.
-        wishes: what somebody outside wants; asked before every step.
+        interrupts: what somebody outside wants; asked before every step.
         on_checkpoint: see OnCheckpoint.
         trackers: told of every step on rank 0, beside the configured ones.
         prefetch: who reads a rank's batches before it needs them.
-        start_look: at the held-out samples, beside the ranks.
+        start_eval: at the held-out samples, beside the ranks.
 
     Raises:
         ValueError: when the configuration and what it names do not fit together.
@@ -109,7 +109,7 @@ def run_training(
         StoppedError: when somebody wished so.
         RuntimeError: when files cannot be read or written, or the memory does not suffice.
     """
-    return _Run(config, device, wishes, on_checkpoint, trackers, prefetch, start_look).phases(resume_from)
+    return _Run(config, device, interrupts, on_checkpoint, trackers, prefetch, start_eval).phases(resume_from)
 
 
 class _Run:
@@ -117,20 +117,20 @@ class _Run:
         self,
         config: TrainConfig,
         device: torch.device,
-        wishes: Wishes,
+        interrupts: InterruptSource,
         on_checkpoint: OnCheckpoint | None,
         trackers: Sequence[Tracker],
         prefetch: PrefetchSteps,
-        start_look: StartLook,
+        start_eval: StartEval,
     ) -> None:
         check_trackers(config.metrics.mlflow, config.metrics.wandb)
         self._config = config
         self._folder = RunFolder.of(config)
         self._device = device
-        self._wishes = wishes
+        self._wishes = interrupts
         self._trackers = trackers
         self._prefetch = prefetch
-        self._start_look = start_look
+        self._start_look = start_eval
         self._on_checkpoint = on_checkpoint
         self._rank = dist.get_rank()
         self._store = FeatureStore.open(config.feature_store, cache_bytes=config.loader.cache_bytes)
@@ -148,15 +148,15 @@ class _Run:
             for name in names if resumed is None else names[names.index(resumed.phase) :]:
                 checkpoint = resume_from if resumed is not None and resumed.phase == name else None
                 phase = self._prepare(name, checkpoint)
-                run = PhaseRun(
+                run = PhaseTrainer(
                     self._config,
                     phase,
                     self._checkpoints,
                     writer,
                     device=self._device,
-                    wishes=self._wishes,
+                    interrupts=self._wishes,
                     on_checkpoint=self._on_checkpoint,
-                    start_look=self._start_look,
+                    start_eval=self._start_look,
                     prefetch=self._prefetch,
                 )
                 global_step, newest = run.run(checkpoint, global_step)
@@ -193,7 +193,7 @@ class _Run:
             measure=MeasureOnAllRanks(storage.join_uri(self._config.runs, TABLES_FOLDER)),
         )
         phase.model.gradient_checkpointing = self._config.activation_checkpointing
-        dtype = DTYPES[self._config.precision]
+        dtype = torch_dtype(self._config.dtype)
         set_backend(phase.model, self._config.backend, device=self._device, dtype=dtype)
         rejects = [reject._asdict() for reject in phase.rejects]
         from_rank_0(lambda: storage.write_json(self._folder.rejects(name), rejects))

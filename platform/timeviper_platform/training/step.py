@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from timeviper_platform.training.batches.step_batches import StepBatches
-from timeviper_platform.training.distributed import add_up
-from timeviper_platform.training.interrupts import FatalTrainingError, Wish, out_of_memory_advice
+from timeviper_platform.training.distributed import sum_over_ranks
+from timeviper_platform.training.interrupts import FatalTrainingError, Interrupt, out_of_memory_advice
 from timeviper_platform.training.optim.deepspeed_engine import loss_scale
 
 
@@ -36,15 +36,15 @@ class Agreement(NamedTuple):
     """with the counts of what is really there"""
     num_damaged: int
     """samples of the global batch that some rank cannot read"""
-    wish: Wish
+    interrupt: Interrupt
 
 
-def agree(batches: StepBatches, wish: Wish, *, device: torch.device) -> Agreement:
-    """The step without what any rank found damaged, and the strongest wish; one small collective."""
+def agree(batches: StepBatches, interrupt: Interrupt, *, device: torch.device) -> Agreement:
+    """The step without what any rank found damaged, and the strongest interrupt; one small collective."""
     lost = [len(batches.damaged), sum(item.num_tokens for item in batches.damaged)]
     lost += [sum(item.num_targets for item in batches.damaged)]
-    wishes = [int(wish is Wish.SAVE), int(wish is Wish.STOP)]
-    sums = torch.tensor(lost + wishes, dtype=torch.int64, device=device)
+    interrupts = [int(interrupt is Interrupt.SAVE), int(interrupt is Interrupt.STOP)]
+    sums = torch.tensor(lost + interrupts, dtype=torch.int64, device=device)
     dist.all_reduce(sums)
     num_samples, num_tokens, num_targets, num_save, num_stop = (int(count) for count in sums.tolist())
     agreed = batches._replace(
@@ -52,14 +52,16 @@ def agree(batches: StepBatches, wish: Wish, *, device: torch.device) -> Agreemen
         num_tokens=batches.num_tokens - num_tokens,
         num_targets=batches.num_targets - num_targets,
     )
-    return Agreement(agreed, num_samples, Wish.STOP if num_stop else Wish.SAVE if num_save else Wish.GO_ON)
+    return Agreement(
+        agreed, num_samples, Interrupt.STOP if num_stop else Interrupt.SAVE if num_save else Interrupt.NONE
+    )
 
 
-def agree_on_wish(wish: Wish, *, device: torch.device) -> Wish:
-    """The strongest wish of all ranks; one small collective."""
-    strongest = torch.tensor(int(wish), device=device)
+def strongest_interrupt(interrupt: Interrupt, *, device: torch.device) -> Interrupt:
+    """The strongest interrupt of all ranks; one small collective."""
+    strongest = torch.tensor(int(interrupt), device=device)
     dist.all_reduce(strongest, op=dist.ReduceOp.MAX)
-    return Wish(int(strongest))
+    return Interrupt(int(strongest))
 
 
 def train_step(
@@ -104,7 +106,7 @@ def _train_step(
 
 
 @torch.no_grad()
-def held_out_loss(
+def validation_loss(
     forward: Any, steps: Iterable[StepBatches], *, use_transv: bool, device: torch.device, dtype: torch.dtype
 ) -> float:
     """Mean cross entropy over the labelled positions of all ranks' batches, without an update; collective.
@@ -121,7 +123,7 @@ def held_out_loss(
         output = forward(item.batch.to(device, dtype), use_transv=use_transv)
         if not item.is_dummy:
             sums += torch.stack([output.loss_sum.double(), output.num_targets.double()])
-    add_up(sums)
+    sum_over_ranks(sums)
     loss_sum, num_targets = sums.tolist()
     return float(loss_sum / max(1.0, num_targets))
 

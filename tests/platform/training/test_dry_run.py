@@ -12,6 +12,7 @@ import yaml
 
 from reference.training_corpus import Corpus, make_corpus, train_config, train_values
 from timeviper_model.weights.weights_folder import load_tokenizer
+from timeviper_platform.common.devices import Dtype, torch_dtype
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.training.batches.packing import PackPosition, PackShape
 from timeviper_platform.training.config import TrainConfig
@@ -23,7 +24,7 @@ from timeviper_platform.training.cost.memory import (
     state_bytes,
 )
 from timeviper_platform.training.dry_run import PlanFacts, describe_dry_run, dry_run
-from timeviper_platform.training.optim.deepspeed_engine import DTYPES, Precision, build_ds_engine
+from timeviper_platform.training.optim.deepspeed_engine import build_ds_engine
 from timeviper_platform.training.phase import first_model, prepare_phase
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -63,17 +64,17 @@ def test_the_plan_is_the_one_that_the_loader_follows(corpus: Corpus) -> None:
     assert facts.num_dummies_per_step == 1  # three packs on two ranks
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("use_transv", [True, False])
-def test_activation_estimates_are_what_autograd_keeps(corpus: Corpus, precision: Precision, use_transv: bool) -> None:
+def test_activation_estimates_are_what_autograd_keeps(corpus: Corpus, dtype: Dtype, use_transv: bool) -> None:
     config = train_config(corpus)
     store = FeatureStore.open(corpus.features)
     init = config.phases["align"].init
     assert init is not None
     model = first_model(init, store, None)
     phase = prepare_phase(config, "align", model, store, load_tokenizer(corpus.tokenizer), rank=0, world_size=1)
-    model = model.to(DTYPES[precision])
-    batch = next(phase.loader.steps(PackPosition(0, 0), 0, 1)).micro_batches[0].batch.to("cpu", DTYPES[precision])
+    model = model.to(torch_dtype(dtype))
+    batch = next(phase.loader.steps(PackPosition(0, 0), 0, 1)).micro_batches[0].batch.to("cpu", torch_dtype(dtype))
     vision = torch.bincount(batch.segment_ids[batch.vision_index >= 0], minlength=batch.num_segments)
     shape = PackShape(
         num_tokens=len(batch.input_ids),
@@ -86,46 +87,48 @@ def test_activation_estimates_are_what_autograd_keeps(corpus: Corpus, precision:
 
     def estimated(*, checkpointing: bool) -> int:
         return activation_bytes(
-            model.config, shape, precision=precision, use_transv=use_transv, activation_checkpointing=checkpointing
+            model.config, shape, dtype=dtype, use_transv=use_transv, activation_checkpointing=checkpointing
         )
 
     assert estimated(checkpointing=False) == pytest.approx(measured(), rel=0.15)
     model.gradient_checkpointing = True
     text = model.config.text
-    again = max(saved_bytes_per_token(text, kind, DTYPES[precision]) for kind in set(text.block_types))
+    again = max(saved_bytes_per_token(text, kind, torch_dtype(dtype)) for kind in set(text.block_types))
     assert estimated(checkpointing=True) == pytest.approx(measured() + again * shape.num_tokens, rel=0.15)
 
 
 @pytest.mark.usefixtures("group_of_one")
-@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "fp32"), (3, "bf16")])
-def test_state_estimates_are_what_deepspeed_holds(corpus: Corpus, stage: int, precision: Precision) -> None:
-    config = train_config(corpus, zero={"stage": stage}, precision=precision)
+@pytest.mark.parametrize(
+    ("stage", "dtype"), [(0, "float32"), (0, "bfloat16"), (1, "bfloat16"), (2, "float32"), (3, "bfloat16")]
+)
+def test_state_estimates_are_what_deepspeed_holds(corpus: Corpus, stage: int, dtype: Dtype) -> None:
+    config = train_config(corpus, zero={"stage": stage}, dtype=dtype)
     store = FeatureStore.open(corpus.features)
     init = config.phases["align"].init
     assert init is not None
     model = first_model(init, store, None)
     phase = prepare_phase(config, "align", model, store, load_tokenizer(corpus.tokenizer), rank=0, world_size=1)
     sizes = ModelSizes(sum(p.numel() for p in model.parameters()), sum(group.num_parameters for group in phase.groups))
-    ds_engine = build_ds_engine(model, phase.groups, config.zero, precision=precision, num_micro_steps=1)
-    expected = state_bytes(sizes, zero_stage=stage, world_size=1, precision=precision)
-    weights = sum(p.ds_numel if stage == 3 else p.numel() for p in model.parameters()) * DTYPES[precision].itemsize
-    masters = sum(tensor.nbytes for tensor in fp32_masters(ds_engine, stage, precision))
+    ds_engine = build_ds_engine(model, phase.groups, config.zero, dtype=dtype, num_micro_steps=1)
+    expected = state_bytes(sizes, zero_stage=stage, world_size=1, dtype=dtype)
+    weights = sum(p.ds_numel if stage == 3 else p.numel() for p in model.parameters()) * torch_dtype(dtype).itemsize
+    masters = sum(tensor.nbytes for tensor in fp32_masters(ds_engine, stage, dtype))
     ds_engine.destroy()
     assert weights == expected.parameters
     assert masters + 2 * 4 * sizes.num_trained == expected.optimizer
 
 
-def fp32_masters(ds_engine: Any, stage: int, precision: Precision) -> list[torch.Tensor]:
+def fp32_masters(ds_engine: Any, stage: int, dtype: Dtype) -> list[torch.Tensor]:
     if stage == 3:
         return list(ds_engine.optimizer.fp32_partitioned_groups_flat)
     if stage > 0:
         return list(ds_engine.optimizer.single_partition_of_fp32_groups)
-    return [] if precision == "fp32" else [tensor for group in ds_engine.optimizer.fp32_groups for tensor in group]
+    return [] if dtype == "float32" else [tensor for group in ds_engine.optimizer.fp32_groups for tensor in group]
 
 
 def test_what_a_stage_partitions_is_divided_by_the_ranks() -> None:
     sizes = ModelSizes(num_parameters=1000, num_trained=100)
-    rows = [state_bytes(sizes, zero_stage=stage, world_size=4, precision="bf16") for stage in range(4)]
+    rows = [state_bytes(sizes, zero_stage=stage, world_size=4, dtype="bfloat16") for stage in range(4)]
     assert [tuple(row) for row in rows] == [(2000, 200, 1200), (2000, 200, 300), (2000, 50, 300), (500, 50, 300)]
 
 
@@ -137,7 +140,7 @@ def test_the_job_prints_it_and_names_what_is_absent(corpus: Corpus, capsys: pyte
     job = runpy.run_path(str(ROOT / "jobs" / "train.py"))["main"]
     assert job(["--config", str(path), "--dry-run"]) == 1
     shown = capsys.readouterr().out
-    assert "2 ranks, fp32, ZeRO-2" in shown
+    assert "2 ranks, float32, ZeRO-2" in shown
     assert "projector\\..* decay: 2 tensors, 24,576 parameters, lr 0.001, weight decay 0.01" in shown
     assert "100.00%  " + corpus.samples in shown
     assert "phases.instruct.samples: no files at /nowhere/videos" in shown

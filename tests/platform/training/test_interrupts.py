@@ -34,10 +34,10 @@ from timeviper_platform.training.checkpoint.manager import Checkpoints, resolve_
 from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.interrupts import (
     FatalTrainingError,
+    Interrupt,
     StoppedError,
-    Wish,
     out_of_memory_advice,
-    wishes_of_signals,
+    sigterm_interrupts,
 )
 from timeviper_platform.training.local import train_local
 from timeviper_platform.training.metrics.writer import read_metrics
@@ -241,9 +241,9 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(corpus: Corpus) -> 
     whole = one_phase(corpus, "whole")
     train_local(whole)
     config = one_phase(corpus, "stopped")
-    wishes = iter([Wish.GO_ON] * 4 + [Wish.STOP])
+    interrupts = iter([Interrupt.NONE] * 4 + [Interrupt.STOP])
     with pytest.raises(StoppedError, match=r"after step 4 of phase instruct; start it again to go on from .*00000004"):
-        run_training(config, resume_from=None, device=torch.device("cpu"), wishes=lambda: next(wishes))
+        run_training(config, resume_from=None, device=torch.device("cpu"), interrupts=lambda: next(interrupts))
     newest = resolve_resume(RunFolder.of(config).checkpoints, "auto")
     assert newest is not None
     assert newest.endswith("step-00000004")
@@ -253,13 +253,13 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(corpus: Corpus) -> 
 
 def test_a_wish_to_save_makes_one_checkpoint_and_training_goes_on(corpus: Corpus) -> None:
     config = one_phase(corpus, "saved")
-    wishes = iter([Wish.GO_ON, Wish.SAVE, *[Wish.GO_ON] * 6])
+    interrupts = iter([Interrupt.NONE, Interrupt.SAVE, *[Interrupt.NONE] * 6])
     told: list[str] = []
     run_training(
         config,
         resume_from=None,
         device=torch.device("cpu"),
-        wishes=lambda: next(wishes),
+        interrupts=lambda: next(interrupts),
         on_checkpoint=lambda uri, row: told.append(f"{uri[-1]} {row['step']}"),
     )
     assert told == ["1 1", "3 3", "6 6", "8 8"]
@@ -267,17 +267,17 @@ def test_a_wish_to_save_makes_one_checkpoint_and_training_goes_on(corpus: Corpus
 
 def test_sigterm_is_a_wish_to_stop() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with wishes_of_signals() as wishes:
-        assert wishes() is Wish.GO_ON
+    with sigterm_interrupts() as interrupts:
+        assert interrupts() is Interrupt.NONE
         os.kill(os.getpid(), signal.SIGTERM)
-        assert wishes() is Wish.STOP
+        assert interrupts() is Interrupt.STOP
     assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_weights_of_a_stopped_run_are_not_exported(corpus: Corpus) -> None:
     config = one_phase(corpus, "unfinished")
-    wishes = iter([Wish.GO_ON, Wish.STOP])
+    interrupts = iter([Interrupt.NONE, Interrupt.STOP])
     with pytest.raises(StoppedError):
-        run_training(config, resume_from=None, device=torch.device("cpu"), wishes=lambda: next(wishes))
+        run_training(config, resume_from=None, device=torch.device("cpu"), interrupts=lambda: next(interrupts))
     with pytest.raises(ValueError, match="does not exist"):
         from_pretrained(RunFolder.of(config).weights("instruct"))

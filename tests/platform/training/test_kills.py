@@ -126,10 +126,10 @@ def test_kills_while_a_checkpoint_is_written_leave_no_trace_in_the_curve(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # ten processes on two cores
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_kills_leave_no_trace_under_every_zero_stage_and_precision(
-    corpus: Corpus, tmp_path: Path, store: Faults, stage: int, precision: str
+    corpus: Corpus, tmp_path: Path, store: Faults, stage: int, dtype: str
 ) -> None:
     kills: dict[Moment, int] = {"upload": 4, "before_commit": 6, "after_commit": 8}
-    expect_kills_leave_no_trace(corpus, tmp_path, store, kills, zero={"stage": stage}, precision=precision)
+    expect_kills_leave_no_trace(corpus, tmp_path, store, kills, zero={"stage": stage}, dtype=dtype)

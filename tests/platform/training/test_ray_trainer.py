@@ -20,8 +20,8 @@ from timeviper_platform.training import distributed as ranks
 from timeviper_platform.training import ray_trainer as trainer
 from timeviper_platform.training.checkpoint.manager import Checkpoints
 from timeviper_platform.training.config import TrainConfig, WorkersConfig
-from timeviper_platform.training.distributed import do_all_end
-from timeviper_platform.training.interrupts import Wish
+from timeviper_platform.training.distributed import all_ranks_end
+from timeviper_platform.training.interrupts import Interrupt
 from timeviper_platform.training.ray_trainer import PreemptionWatch
 from timeviper_platform.training.run import RunFolder, run_training
 
@@ -62,7 +62,7 @@ def test_a_warning_makes_one_checkpoint_at_once_and_training_goes_on(
     values["phases"]["instruct"] |= {"init": init, "steps": 5}
     config = parse_config(TrainConfig, values)
     with caplog.at_level(logging.WARNING):
-        run_training(config, resume_from=None, device=torch.device("cpu"), wishes=PreemptionWatch())
+        run_training(config, resume_from=None, device=torch.device("cpu"), interrupts=PreemptionWatch())
     committed = Checkpoints(RunFolder.of(config).checkpoints).committed()
     assert [uri[-1] for uri in committed] == ["2", "5"]
     (said,) = re.findall(r"ranks .*", caplog.text)
@@ -78,10 +78,20 @@ def test_later_warnings_and_the_last_minutes_are_worth_a_save_each(
     both = train.PreemptionInfo(7200_000, {"node-a": [1], "node-b": [0]})
     late = train.PreemptionInfo(None, {"node-c": [0]})  # nobody says when
     told[:] = [None, early, early, both, both, both, both, late, late]
-    watch, wishes = PreemptionWatch(), []
+    watch, interrupts = PreemptionWatch(), []
     for clock.seconds in (10.0, 20.0, 30.0, 40.0, 5000.0, 7100.0, 7110.0, 7120.0, 7130.0):
-        wishes.append(watch())
-    assert [wish is Wish.SAVE for wish in wishes] == [False, True, False, True, False, True, False, True, False]
+        interrupts.append(watch())
+    assert [item is Interrupt.SAVE for item in interrupts] == [
+        False,
+        True,
+        False,
+        True,
+        False,
+        True,
+        False,
+        True,
+        False,
+    ]
 
 
 def test_workers_are_a_number_or_a_range() -> None:
@@ -102,7 +112,7 @@ def test_ray_is_asked_every_few_seconds_whatever_a_step_takes(
     watch = PreemptionWatch()
     for _ in range(200):
         clock.seconds += step_seconds
-        assert watch() is Wish.GO_ON
+        assert watch() is Interrupt.NONE
     gaps = {round((after - before) / step_seconds) for before, after in itertools.pairwise(asked)}
     assert gaps == {num_steps}
     assert asked[0] == step_seconds  # before the first step
@@ -116,15 +126,15 @@ def test_sigterm_to_the_driver_is_a_wish_of_the_workers_to_stop(
     watch = PreemptionWatch(lambda: trainer._is_there(str(stop)))
     before = signal.getsignal(signal.SIGTERM)
     with trainer._passing_on_sigterm(str(stop)):
-        assert watch() is Wish.GO_ON
+        assert watch() is Interrupt.NONE
         os.kill(os.getpid(), signal.SIGTERM)
         while not stop.exists():
             time.sleep(0.01)
-        assert watch() is Wish.STOP
+        assert watch() is Interrupt.STOP
     assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_mistake_that_one_rank_alone_finds_is_no_common_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert do_all_end(1.0)
+    assert all_ranks_end(1.0)
     monkeypatch.setattr(ranks.dist, "get_world_size", lambda: 2)  # the other waits in a collective
-    assert not do_all_end(0.1)
+    assert not all_ranks_end(0.1)

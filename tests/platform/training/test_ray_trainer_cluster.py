@@ -19,11 +19,11 @@ from reference.training_corpus import make_corpus, train_values
 from timeviper_platform.common.config import parse_config
 from timeviper_platform.training.checkpoint.manager import Checkpoints
 from timeviper_platform.training.config import TrainConfig
-from timeviper_platform.training.eval_worker import look_at_checkpoint
-from timeviper_platform.training.interrupts import StoppedError, Wish
+from timeviper_platform.training.eval_worker import evaluate_checkpoint
+from timeviper_platform.training.interrupts import Interrupt, StoppedError
 from timeviper_platform.training.metrics.writer import read_metrics
 from timeviper_platform.training.run import run_training
-from timeviper_platform.training.validation.async_eval import LookTask
+from timeviper_platform.training.validation.async_eval import EvalTask
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -36,7 +36,7 @@ def test_two_workers_train_and_a_stopped_run_goes_on(
     values = train_values(corpus, workers={"num_workers": 2, "resources_per_worker": {"CPU": 0.5}})
     values["checkpoint"]["every_steps"] = 3
     looks = {"samples": [{"uri": corpus.samples}], "every_steps": 3, "resources": {"CPU": 0.1}}
-    values["phases"]["instruct"]["held_out"] = looks
+    values["phases"]["instruct"]["validation"] = looks
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     train = runpy.run_path(str(ROOT / "jobs" / "train.py"))["main"]
 
@@ -46,11 +46,11 @@ def test_two_workers_train_and_a_stopped_run_goes_on(
     run = tmp_path / "runs" / "run"
     whole = read_metrics(str(run))
     assert [row["global_step"] for row in whole] == list(range(1, 10))
-    looked = {row["global_step"]: row["held_out_loss"] for row in whole if "held_out_loss" in row}
+    looked = {row["global_step"]: row["validation_loss"] for row in whole if "validation_loss" in row}
     assert list(looked) == [6, 9]  # by a task beside the ranks, and by the ranks after the last step
     middle = Checkpoints(str(run / "checkpoints")).committed()[-2]
-    found = look_at_checkpoint(LookTask(parse_config(TrainConfig, values), "instruct", middle, 3, 6))
-    assert looked[6] == pytest.approx(found["held_out_loss"], rel=1e-5)
+    found = evaluate_checkpoint(EvalTask(parse_config(TrainConfig, values), "instruct", middle, 3, 6))
+    assert looked[6] == pytest.approx(found["validation_loss"], rel=1e-5)
 
     # as a kill after the checkpoint at step 6 leaves it
     shutil.rmtree(Checkpoints(str(run / "checkpoints")).committed()[-1])
@@ -112,9 +112,9 @@ def test_a_killed_worker_leaves_no_trace_in_the_curve_and_sigterm_saves_and_stop
     assert {row["attempt"] for row in rows} == {1, 2}
 
     alone = parse_config(TrainConfig, values | {"name": "alone"})
-    wishes = iter([Wish.GO_ON] * len(rows) + [Wish.STOP])
+    interrupts = iter([Interrupt.NONE] * len(rows) + [Interrupt.STOP])
     with pytest.raises(StoppedError):
-        run_training(alone, resume_from=None, device=torch.device("cpu"), wishes=lambda: next(wishes))
+        run_training(alone, resume_from=None, device=torch.device("cpu"), interrupts=lambda: next(interrupts))
     expected = [row["loss"] for row in read_metrics(str(tmp_path / "runs" / "alone"))]
     assert [row["loss"] for row in rows] == pytest.approx(expected, rel=1e-5)
 

@@ -69,7 +69,7 @@ def test_a_phase_alone_has_the_numbers_of_the_chain(whole: str, alone: str) -> N
     config = load_config(TrainConfig, CONFIGS / alone)
     for field in ("trainable", "packing", "packs_per_step", "epochs", "use_transv", "frames", "schedule"):
         assert getattr(config.phases[whole], field) == getattr(chain.phases[whole], field)
-    assert (config.precision, config.zero) == (chain.precision, chain.zero)
+    assert (config.dtype, config.zero) == (chain.dtype, chain.zero)
 
 
 def test_a_dry_run_names_every_source_that_is_not_there() -> None:
@@ -168,7 +168,7 @@ def test_tiny_twins_run(corpus: Corpus, name: str) -> None:
         "metrics.tensorboard=false",
     ]
     if name == "instruct.yaml":
-        overrides.append(f"phases.{phase}.held_out.samples=[{{uri: {corpus.samples}}}]")
+        overrides.append(f"phases.{phase}.validation.samples=[{{uri: {corpus.samples}}}]")
     config = load_config(TrainConfig, CONFIGS / "tiny" / name, overrides)
     assert train_local(config)[phase]["steps"] == 3
     before, after = from_pretrained(weights).state_dict(), from_pretrained(RunFolder.of(config).weights(phase))

@@ -177,7 +177,7 @@ def test_a_snapshot_stays_as_it_was_while_training_goes_on(corpus: Corpus) -> No
     model = first_model(init, store, None)
     phase = prepare_phase(config, "align", model, store, load_tokenizer(corpus.tokenizer), rank=0, world_size=1)
     micro_steps = phase.loader.num_micro_steps
-    ds_engine = build_ds_engine(model, phase.groups, config.zero, precision="fp32", num_micro_steps=micro_steps)
+    ds_engine = build_ds_engine(model, phase.groups, config.zero, dtype="float32", num_micro_steps=micro_steps)
     first, second = phase.loader.steps(PackPosition(0, 0), 0, 2)
     options = {"use_transv": True, "device": torch.device("cpu"), "dtype": torch.float32}
     train_step(ds_engine, first, **options)
@@ -245,7 +245,7 @@ def test_checkpoints_are_pruned_to_the_newest(corpus: Corpus) -> None:
 
 
 def test_bf16_learns_and_exports_its_fp32_masters(corpus: Corpus, finished: TrainConfig) -> None:
-    values = train_values(corpus, name="bf16", precision="bf16", activation_checkpointing=True)
+    values = train_values(corpus, name="bfloat16", dtype="bfloat16", activation_checkpointing=True)
     config = parse_config(TrainConfig, values)
     report = train_local(config)
     reference = json.loads(Path(RunFolder.of(finished).report).read_text())
@@ -314,7 +314,7 @@ def test_a_run_goes_on_under_another_zero_stage(
 
 
 def test_bf16_masters_survive_another_zero_stage_to_the_last_bit(corpus: Corpus) -> None:
-    values = train_values(corpus, name="masters", precision="bf16")
+    values = train_values(corpus, name="masters", dtype="bfloat16")
     train_local(parse_config(TrainConfig, values))
     saved = interrupted_after(parse_config(TrainConfig, values), corpus, "masters-3", 8)
     checkpoint = Checkpoints(RunFolder.of(saved).checkpoints).newest()
@@ -332,7 +332,7 @@ def test_bf16_masters_survive_another_zero_stage_to_the_last_bit(corpus: Corpus)
 def test_exported_weights_answer_for_where_they_come_from(finished: TrainConfig, tmp_path: Path) -> None:
     newest = Checkpoints(RunFolder.of(finished).checkpoints).newest()
     assert newest is not None
-    export_weights(newest, str(tmp_path / "weights"), dtype="bf16")
+    export_weights(newest, str(tmp_path / "weights"), dtype="bfloat16")
     described = json.loads((tmp_path / "weights" / "config.json").read_text())
     metadata = described["timeviper_metadata"]
     assert metadata["phase"] == "instruct"

@@ -200,5 +200,5 @@ def _estimated_bytes(model: TimeViper, pack: PackShape) -> float:
     """Parameters, their gradients and activations, as a rank of one without an optimizer holds them."""
     states = 2 * sum(parameter.nbytes for parameter in model.parameters())
     return states + activation_bytes(
-        model.config, pack, precision="bf16", use_transv=True, activation_checkpointing=True
+        model.config, pack, dtype="bfloat16", use_transv=True, activation_checkpointing=True
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -13,14 +13,14 @@ from timeviper_model.layers.lora import merge_lora
 from timeviper_model.timeviper import TimeViper
 from timeviper_model.weights.weights_folder import config_from_dict, load_tokenizer, save_pretrained
 from timeviper_platform.common import storage
+from timeviper_platform.common.devices import Dtype, torch_dtype
 from timeviper_platform.training.checkpoint.manager import GROUPS_FILE, MODEL_FILE, local_copy, open_shards, read_state
 from timeviper_platform.training.checkpoint.state import TrainState
-from timeviper_platform.training.optim.deepspeed_engine import DTYPES
 
 logger = logging.getLogger(__name__)
 
 
-def export_weights(checkpoint: str, output: str, *, dtype: Literal["fp32", "bf16"] = "fp32") -> None:
+def export_weights(checkpoint: str, output: str, *, dtype: Dtype = "float32") -> None:
     """Writes the checkpoint's model, with tokenizer and how it was made, as a weights folder at `output`.
 
     Args:
@@ -32,7 +32,7 @@ def export_weights(checkpoint: str, output: str, *, dtype: Literal["fp32", "bf16
         ValueError: when there is no committed checkpoint, or it does not hold the whole model.
     """
     state, description, model = checkpoint_model(checkpoint)
-    model = model.to(DTYPES[dtype])
+    model = model.to(torch_dtype(dtype))
     metadata = {**description["metadata"], "phase": state.phase, "step": str(state.step)}
     tokenizer = load_tokenizer(description["tokenizer"])
     if storage.is_local(output):

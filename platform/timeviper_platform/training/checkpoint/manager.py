@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch import nn
 
 from timeviper_platform.common import storage
+from timeviper_platform.common.devices import Dtype
 from timeviper_platform.training.checkpoint.deepspeed_files import reading_as_data, take_snapshot
 from timeviper_platform.training.checkpoint.reshard import SavedShards, load_optimizer_from, load_weights_from
 from timeviper_platform.training.checkpoint.state import TrainState
@@ -254,11 +255,11 @@ def restore_checkpoint(
     build: Callable[[], Any],
     *,
     zero_stage: int,
-    precision: str,
+    dtype: Dtype,
 ) -> Any:
     """`build()`'s ds_engine with parameters, optimizer and generator as they were at `uri`.
 
-    With the shape that saved it (world size, ZeRO stage, precision) DeepSpeed loads its own files, bit for bit; with
+    With the shape that saved it (world size, ZeRO stage, dtype) DeepSpeed loads its own files, bit for bit; with
     another one every parameter is put together from the shards of all ranks and cut anew.
 
     Raises:
@@ -268,13 +269,13 @@ def restore_checkpoint(
     state = read_state(uri)
     saved_groups = storage.read_json(storage.join_uri(uri, GROUPS_FILE))
     _check_same_groups(saved_groups, groups, uri)
-    shape, saved_shape = (dist.get_world_size(), zero_stage, precision), _shape(state)
+    shape, saved_shape = (dist.get_world_size(), zero_stage, dtype), _shape(state)
     with local_copy(uri) as folder:
         if shape == saved_shape:
             ds_engine = build()
             _load_natively(ds_engine, folder, uri)
         else:
-            logger.info("%s: (ranks, ZeRO stage, precision) %s -> %s", uri, saved_shape, shape)
+            logger.info("%s: (ranks, ZeRO stage, dtype) %s -> %s", uri, saved_shape, shape)
             shards = open_shards(folder, state, saved_groups)
             load_weights_from(shards, model)
             ds_engine = build()
@@ -337,7 +338,7 @@ def resolve_resume(uri: str, resume: Literal["auto", "never"] | str) -> str | No
 
 
 def _shape(state: TrainState) -> tuple[int, int, str]:
-    return state.world_size, state.zero_stage, state.precision
+    return state.world_size, state.zero_stage, state.dtype
 
 
 def _load_natively(ds_engine: Any, folder: Path, uri: str) -> None:

@@ -23,7 +23,7 @@ FIRST_WAIT_S = 5.0
 """before a phase's last checkpoint is made again; doubled every time"""
 
 
-class Saving:
+class Checkpointer:
     """The checkpoints of one phase; every method is collective.
 
     Args:

@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from timeviper_platform.common.devices import Dtype
 from timeviper_platform.training.batches.packing import PackPosition
 from timeviper_platform.training.optim.lr_schedule import ScheduleConfig
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +48,7 @@ class TrainState:
     step_plan: StepPlan
     world_size: int
     zero_stage: int
-    precision: str
+    dtype: Dtype
     num_damaged: int = 0
     """samples that the phase has left out because their features could not be read"""
 

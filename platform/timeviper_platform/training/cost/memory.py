@@ -1,6 +1,6 @@
 """What a training run needs in memory, before it starts: bytes of a rank for each ZeRO stage.
 
-Knows the model's sizes, which parameters are trained, precision and packs; runs one block of each kind to see what
+Knows the model's sizes, which parameters are trained, dtype and packs; runs one block of each kind to see what
 autograd keeps of a token, because a formula would be wrong the day that a kernel changes. Knows no data and no ranks
 but their number. DeepSpeed's buckets, the allocator's waste and what NCCL holds are not counted.
 """
@@ -18,8 +18,8 @@ from timeviper_model.config import BlockType, HybridConfig, TextConfig, TimeVipe
 from timeviper_model.layers.backbone import make_block
 from timeviper_model.layers.transv import num_kept
 from timeviper_model.timeviper import LOGITS_ELEMENTS
+from timeviper_platform.common.devices import Dtype, torch_dtype
 from timeviper_platform.training.batches.packing import PackShape
-from timeviper_platform.training.optim.deepspeed_engine import DTYPES, Precision
 
 PROBE_CHUNKS = 2
 """chunks of the scan that a block is probed with: one alone would show no state that passes between two"""
@@ -49,13 +49,13 @@ class StateBytes(NamedTuple):
         return sum(self)
 
 
-def state_bytes(sizes: ModelSizes, *, zero_stage: int, world_size: int, precision: Precision) -> StateBytes:
+def state_bytes(sizes: ModelSizes, *, zero_stage: int, world_size: int, dtype: Dtype) -> StateBytes:
     """Bytes of one rank (Rajbhandari et al., arXiv 1910.02054, section 5): what a stage partitions is divided evenly.
 
     Stage 0 in fp32 steps on the parameters themselves; DeepSpeed keeps fp32 masters beside them everywhere else.
     """
-    width = DTYPES[precision].itemsize
-    has_masters = zero_stage > 0 or precision != "fp32"
+    width = torch_dtype(dtype).itemsize
+    has_masters = zero_stage > 0 or dtype != "float32"
     optimizer = sizes.num_trained * FP32_BYTES * (3 if has_masters else 2)
     return StateBytes(
         parameters=_share(sizes.num_parameters * width, world_size if zero_stage >= 3 else 1),
@@ -86,7 +86,7 @@ def activation_bytes(
     config: TimeViperConfig,
     pack: PackShape,
     *,
-    precision: Precision,
+    dtype: Dtype,
     use_transv: bool,
     activation_checkpointing: bool,
     trains_blocks: bool = True,
@@ -96,15 +96,14 @@ def activation_bytes(
     With activation_checkpointing a block keeps its input alone, and one block at a time is run again in full. Where
     the blocks' own parameters are frozen (`trains_blocks` False), their linear maps keep no input.
     """
-    dtype = DTYPES[precision]
     kinds = sorted(set(config.text.block_types))
-    own = {kind: saved_bytes_per_token(config.text, kind, dtype, trained=trains_blocks) for kind in kinds}
+    own = {kind: saved_bytes_per_token(config.text, kind, torch_dtype(dtype), trained=trains_blocks) for kind in kinds}
     num_tokens = tokens_by_layer(config, pack, use_transv=use_transv)
     blocks = [count * own[kind] for count, kind in zip(num_tokens, config.text.block_types, strict=True)]
     if activation_checkpointing:
-        inputs = sum(num_tokens) * config.text.hidden_size * dtype.itemsize
-        return round(inputs + max(blocks)) + _logits_bytes(config, pack, dtype)
-    return round(sum(blocks)) + _logits_bytes(config, pack, dtype)
+        inputs = sum(num_tokens) * config.text.hidden_size * torch_dtype(dtype).itemsize
+        return round(inputs + max(blocks)) + _logits_bytes(config, pack, torch_dtype(dtype))
+    return round(sum(blocks)) + _logits_bytes(config, pack, torch_dtype(dtype))
 
 
 def saved_bytes_per_token(config: TextConfig, kind: BlockType, dtype: torch.dtype, *, trained: bool = True) -> float:

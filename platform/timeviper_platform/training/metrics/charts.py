@@ -18,7 +18,7 @@ MAX_POINTS = 2000
 def draw_curves(rows: Sequence[dict[str, Any]], title: str) -> str:
     """An SVG with the loss (held-out loss as dots) above and tokens a second below, a colour a phase."""
     charts = [
-        _chart(rows, ("loss", "held_out_loss"), "loss", top=40),
+        _chart(rows, ("loss", "validation_loss"), "loss", top=40),
         _chart(rows, ("tokens_per_second",), "tokens / s", top=40 + HEIGHT),
     ]
     size = f'width="{WIDTH}" height="{2 * HEIGHT + 60}"'

@@ -159,8 +159,8 @@ def phase_report(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
         "fill": _mean([row["fill"] for row in rows]),
         "data_wait_share": _mean([row["data_wait_share"] for row in rows]),
         "checkpoint_stall_share": _stall_share(rows),
-        "held_out_loss": _last(rows, "held_out_loss"),
-        "held_out_exact_match": _last(rows, "held_out_exact_match"),
+        "validation_loss": _last(rows, "validation_loss"),
+        "validation_exact_match": _last(rows, "validation_exact_match"),
     }
 
 

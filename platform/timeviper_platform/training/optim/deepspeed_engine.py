@@ -14,10 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from timeviper_platform.common.devices import Dtype
 from timeviper_platform.training.optim.parameter_groups import ParameterGroup, freeze_others
-
-Precision = Literal["fp32", "bf16"]
-DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,9 +38,7 @@ class ZeroConfig:
             raise ValueError("zero.offload_optimizer needs zero.stage 1, 2 or 3: stage 0 has no optimizer of its own")
 
 
-def deepspeed_config(
-    config: ZeroConfig, *, precision: Precision, world_size: int, num_micro_steps: int
-) -> dict[str, Any]:
+def deepspeed_config(config: ZeroConfig, *, dtype: Dtype, world_size: int, num_micro_steps: int) -> dict[str, Any]:
     """DeepSpeed's own configuration; a micro-batch is one pack."""
     offload = {"offload_optimizer": {"device": "cpu"}} if config.offload_optimizer else {}
     return {
@@ -50,7 +46,7 @@ def deepspeed_config(
         "gradient_accumulation_steps": num_micro_steps,
         "train_batch_size": num_micro_steps * world_size,
         "gradient_clipping": config.max_grad_norm,
-        "bf16": {"enabled": precision == "bf16"},
+        "bf16": {"enabled": dtype == "bfloat16"},
         "zero_optimization": {
             "stage": config.stage,
             "reduce_bucket_size": config.bucket_size,
@@ -73,7 +69,7 @@ def build_ds_engine(
     groups: Sequence[ParameterGroup],
     config: ZeroConfig,
     *,
-    precision: Precision,
+    dtype: Dtype,
     num_micro_steps: int,
 ) -> Any:
     """A DeepSpeed engine that trains `groups` of `model` and nothing else; torch.distributed must be up.
@@ -100,7 +96,7 @@ def build_ds_engine(
         optimizer=optimizer,
         config=deepspeed_config(
             config,
-            precision=precision,
+            dtype=dtype,
             world_size=torch.distributed.get_world_size(),
             num_micro_steps=num_micro_steps,
         ),

@@ -19,7 +19,7 @@ from timeviper_platform.training.config import TrainConfig
 logger = logging.getLogger(__name__)
 
 
-class LookTask(NamedTuple):
+class EvalTask(NamedTuple):
     """What the process that makes a look has to know."""
 
     config: TrainConfig
@@ -31,20 +31,20 @@ class LookTask(NamedTuple):
     global_step: int
 
 
-class Look(Protocol):
+class EvalHandle(Protocol):
     """A look that goes on elsewhere."""
 
-    def figures(self) -> dict[str, float] | None:
+    def metrics(self) -> dict[str, float] | None:
         """What it found; None while it goes on. Any exception says that it failed."""
 
     def close(self) -> None:
         """Ends it, wherever it stands."""
 
 
-StartLook = Callable[[LookTask], Look]
+StartEval = Callable[[EvalTask], EvalHandle]
 
 
-class LooksBeside:
+class AsyncEvaluator:
     """The looks of one phase.
 
     Args:
@@ -52,13 +52,13 @@ class LooksBeside:
         write: is given the row of each that has ended well.
     """
 
-    def __init__(self, start: StartLook, write: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, start: StartEval, write: Callable[[dict[str, Any]], None]) -> None:
         self._start = start
         self._write = write
-        self._waiting: deque[LookTask] = deque()
-        self._current: tuple[LookTask, Look] | None = None
+        self._waiting: deque[EvalTask] = deque()
+        self._current: tuple[EvalTask, EvalHandle] | None = None
 
-    def want(self, task: LookTask) -> None:
+    def want(self, task: EvalTask) -> None:
         """Begins once its checkpoint is committed and the looks before it have ended."""
         self._waiting.append(task)
 
@@ -78,17 +78,17 @@ class LooksBeside:
                 _warn(task, error)
         return self._current is not None or bool(self._waiting)
 
-    def _has_ended(self, task: LookTask, look: Look) -> bool:
+    def _has_ended(self, task: EvalTask, handle: EvalHandle) -> bool:
         try:
-            figures = look.figures()
+            metrics = handle.metrics()
         except Exception as error:  # noqa: BLE001 - training goes on without its figures
-            look.close()
+            handle.close()
             _warn(task, error)
             return True
-        if figures is None:
+        if metrics is None:
             return False
-        look.close()
-        self._write({"phase": task.phase, "step": task.step, "global_step": task.global_step, **figures})
+        handle.close()
+        self._write({"phase": task.phase, "step": task.step, "global_step": task.global_step, **metrics})
         return True
 
     def close(self) -> None:
@@ -103,6 +103,6 @@ class LooksBeside:
             logger.warning("%s: the looks at the held-out samples after step %s are not done", left[0].phase, steps)
 
 
-def _warn(task: LookTask, error: Exception) -> None:
+def _warn(task: EvalTask, error: Exception) -> None:
     reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
     logger.warning("%s step %d: the look at the held-out samples failed: %s", task.phase, task.step, reason)

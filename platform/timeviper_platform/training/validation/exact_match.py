@@ -18,7 +18,7 @@ from timeviper_model.batching.batch import Sample, TokenKind, pack_samples
 from timeviper_model.inference.generate import stream_ids
 from timeviper_model.layers.cache import HybridCache
 from timeviper_model.timeviper import TimeViper
-from timeviper_platform.training.distributed import add_up
+from timeviper_platform.training.distributed import sum_over_ranks
 
 
 class AnswerTask(NamedTuple):
@@ -70,7 +70,7 @@ def exact_match_share(
     finally:
         model.train(was_training)
     counts = torch.tensor([sum(matches), len(matches)], dtype=torch.int64, device=device)
-    add_up(counts)
+    sum_over_ranks(counts)
     num_matches, num_tasks = counts.tolist()
     return float(num_matches / max(1, num_tasks))
 

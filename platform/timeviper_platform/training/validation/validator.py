@@ -21,17 +21,17 @@ from timeviper_platform.training.batches.rows import SampleRows
 from timeviper_platform.training.batches.samples import SampleBuilder
 from timeviper_platform.training.batches.sizes import Measure, count_rejects
 from timeviper_platform.training.batches.step_batches import BatchShape, StepBatches
-from timeviper_platform.training.config import HeldOutConfig, PhaseConfig
-from timeviper_platform.training.step import held_out_loss
+from timeviper_platform.training.config import PhaseConfig, ValidationConfig
+from timeviper_platform.training.step import validation_loss
 from timeviper_platform.training.validation.exact_match import AnswerTask, answer_task, exact_match_share
 
 logger = logging.getLogger(__name__)
 
-LOSS = "held_out_loss"
+LOSS = "validation_loss"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class HeldOut:
+class Validator:
     """The held-out samples of a phase, as one rank reads them."""
 
     loader: BatchLoader
@@ -43,19 +43,19 @@ class HeldOut:
     """entries of the rank that has most"""
 
 
-def prepare_held_out(
+def build_validator(
     phase: PhaseConfig, builder: SampleBuilder, shape: BatchShape, measure: Measure, *, rank: int, world_size: int
-) -> HeldOut | None:
+) -> Validator | None:
     """The phase's held-out samples, None without any. Their order matters to nothing: the seed is 0."""
-    if phase.held_out is None:
+    if phase.validation is None:
         return None
-    rows = SampleRows.read(phase.held_out.samples)
+    rows = SampleRows.read(phase.validation.samples)
     caps = phase.packing
     table, rejects = measure(rows, builder, max_tokens=caps.max_tokens, max_frames=caps.max_frames)
     plan = PackPlan(table, caps, seed=0)
     logger.info("held out: %d samples, rejects %s", len(table), count_rejects(rejects))
-    num_answers = min(len(table), phase.held_out.num_answers)
-    return HeldOut(
+    num_answers = min(len(table), phase.validation.num_answers)
+    return Validator(
         loader=BatchLoader(plan, rows, builder, replace(shape, num_epochs=1), rank=rank, world_size=world_size),
         num_steps=plan.num_steps(shape.packs_per_step, 1),
         answer_entries=list(range(rank, num_answers, world_size)),
@@ -63,7 +63,7 @@ def prepare_held_out(
     )
 
 
-def who_looks(config: HeldOutConfig | None, step: int, num_steps: int) -> Literal["task", "ranks"] | None:
+def validation_due(config: ValidationConfig | None, step: int, num_steps: int) -> Literal["task", "ranks"] | None:
     """Who looks at the samples after this step of a phase of `num_steps`; None when no look is due."""
     if config is None or step == 0:
         return None
@@ -75,7 +75,7 @@ def who_looks(config: HeldOutConfig | None, step: int, num_steps: int) -> Litera
 def look_at_held_out(
     forward: Any,
     model: TimeViper,
-    held_out: HeldOut,
+    held_out: Validator,
     *,
     use_transv: bool,
     device: torch.device,
@@ -95,21 +95,21 @@ def look_at_held_out(
     """
     started = time.perf_counter()
     steps = _steps(held_out, between)
-    figures = {LOSS: held_out_loss(forward, steps, use_transv=use_transv, device=device, dtype=dtype)}
+    figures = {LOSS: validation_loss(forward, steps, use_transv=use_transv, device=device, dtype=dtype)}
     if held_out.num_answer_rounds:
         tasks = _tasks(held_out, between)
-        figures["held_out_exact_match"] = exact_match_share(model, tasks, device=device, dtype=dtype)
-    return figures | {"held_out_s": time.perf_counter() - started}
+        figures["validation_exact_match"] = exact_match_share(model, tasks, device=device, dtype=dtype)
+    return figures | {"validation_seconds": time.perf_counter() - started}
 
 
-def _steps(held_out: HeldOut, between: Callable[[], None]) -> Iterator[StepBatches]:
+def _steps(held_out: Validator, between: Callable[[], None]) -> Iterator[StepBatches]:
     between()
     for batches in held_out.loader.steps(PackPosition(0, 0), 0, held_out.num_steps):
         yield batches
         between()
 
 
-def _tasks(held_out: HeldOut, between: Callable[[], None]) -> Iterator[AnswerTask]:
+def _tasks(held_out: Validator, between: Callable[[], None]) -> Iterator[AnswerTask]:
     """This rank's; one that has fewer than others comes to `between` as often."""
     for number in range(held_out.num_answer_rounds):
         between()

@@ -29,7 +29,7 @@ def state_of(step: int) -> TrainState:
         step_plan=StepPlan(packs_per_step=3, num_steps=20, num_epochs=None, schedule=ScheduleConfig(warmup_ratio=0.1)),
         world_size=2,
         zero_stage=2,
-        precision="fp32",
+        dtype="float32",
     )
 
 
@@ -71,7 +71,7 @@ def test_a_checkpoint_with_a_short_or_missing_file_is_passed_over(tmp_path: Path
 def test_state_of_another_version_is_refused(tmp_path: Path) -> None:
     uri = make_checkpoint(str(tmp_path), 2)
     values = json.loads(Path(uri, "state.json").read_text())
-    with pytest.raises(ValueError, match="state version 9, this release reads 2"):
+    with pytest.raises(ValueError, match="state version 9, this release reads 3"):
         TrainState.from_json({**values, "version": 9}, source=uri)
 
 

@@ -124,15 +124,17 @@ def test_a_run_neither_resumes_from_nor_exports_a_checkpoint_that_would_run_code
     assert not mark.exists()
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "bf16"), (3, "bf16")])
+@pytest.mark.parametrize(
+    ("stage", "dtype"), [(0, "float32"), (0, "bfloat16"), (1, "bfloat16"), (2, "bfloat16"), (3, "bfloat16")]
+)
 def test_what_every_stage_and_precision_saves_is_data(
-    values: dict[str, Any], group_of_one: None, stage: int, precision: str
+    values: dict[str, Any], group_of_one: None, stage: int, dtype: str
 ) -> None:
-    changes = {"zero": {"stage": stage}, "precision": precision}
-    whole = trained(values, f"{stage}-{precision}", **changes)
-    newest = before_its_last_step(whole, f"{stage}-{precision}-again")
+    changes = {"zero": {"stage": stage}, "dtype": dtype}
+    whole = trained(values, f"{stage}-{dtype}", **changes)
+    newest = before_its_last_step(whole, f"{stage}-{dtype}-again")
     assert all(load_saved(file, mmap=True) for file in newest.glob("*_states.pt"))
-    resumed = trained(values, f"{stage}-{precision}-again", **changes)
+    resumed = trained(values, f"{stage}-{dtype}-again", **changes)
     rows, expected = (read_metrics(RunFolder.of(config).uri) for config in (resumed, whole))
     assert [row["attempt"] for row in rows] == [1, 1, 2]
     assert [row["loss"] for row in rows] == [row["loss"] for row in expected]

@@ -104,7 +104,7 @@ def test_curves_show_every_phase_and_the_held_out_loss() -> None:
         {"phase": phase, "global_step": step, "loss": 10.0 / step, "tokens_per_second": 100.0 * step}
         for step, phase in enumerate(["align"] * 3 + ["in<struct"] * 3, start=1)
     ]
-    rows[5]["held_out_loss"] = 3.0
+    rows[5]["validation_loss"] = 3.0
     root = ET.fromstring(draw_curves(rows, "run & more"))
     kinds = [element.tag.rpartition("}")[2] for element in root.iter()]
     assert kinds.count("polyline") == 4  # two charts of two phases
@@ -120,22 +120,22 @@ def test_curves_show_every_phase_and_the_held_out_loss() -> None:
 def test_the_held_out_loss_is_the_models_on_samples_that_it_never_trains_on(corpus: Corpus) -> None:
     values = train_values(corpus, name="held-out")
     held_out = {"samples": [{"uri": write_validation_samples(corpus)}], "every_steps": 4, "where": "ranks"}
-    values["phases"]["instruct"]["held_out"] = held_out
+    values["phases"]["instruct"]["validation"] = held_out
     config = parse_config(TrainConfig, values)
     report = train_local(config)
     folder = RunFolder.of(config)
-    told = {row["step"]: row["held_out_loss"] for row in read_metrics(folder.uri) if "held_out_loss" in row}
+    told = {row["step"]: row["validation_loss"] for row in read_metrics(folder.uri) if "validation_loss" in row}
     assert list(told) == [4, 6]
-    assert report["instruct"]["held_out_loss"] == told[6]
+    assert report["instruct"]["validation_loss"] == told[6]
     ET.fromstring(Path(folder.uri, "curves.svg").read_text())
 
     model, store = from_pretrained(folder.weights("instruct")), FeatureStore.open(corpus.features)
     phase = prepare_phase(config, "instruct", model, store, load_tokenizer(corpus.tokenizer), rank=0, world_size=1)
-    assert phase.held_out is not None
+    assert phase.validator is not None
     with torch.no_grad():
         outputs = [
             model(item.batch.to("cpu", torch.float32))
-            for step in phase.held_out.loader.steps(PackPosition(0, 0), 0, phase.held_out.num_steps)
+            for step in phase.validator.loader.steps(PackPosition(0, 0), 0, phase.validator.num_steps)
             for item in step.micro_batches
             if not item.is_dummy
         ]

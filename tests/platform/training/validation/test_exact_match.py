@@ -53,7 +53,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 def values_with_answers(corpus: Corpus, num_answers: int, **changes: Any) -> dict[str, Any]:
     values = train_values(corpus, **changes)
     held_out = {"samples": [{"uri": str(corpus.folder / "held-out.parquet")}], "every_steps": 4, "where": "ranks"}
-    values["phases"]["instruct"]["held_out"] = {**held_out, "num_answers": num_answers}
+    values["phases"]["instruct"]["validation"] = {**held_out, "num_answers": num_answers}
     return values
 
 
@@ -96,17 +96,17 @@ def test_training_goes_on_bit_for_bit_as_without_answers(corpus: Corpus) -> None
         report = train_local(config)
         states.append(torch.get_rng_state())
         rows = read_metrics(RunFolder.of(config).uri)
-        curves.append([(row["loss"], row["grad_norm"], row.get("held_out_loss")) for row in rows])
-        told = {row["step"]: row["held_out_exact_match"] for row in rows if "held_out_exact_match" in row}
+        curves.append([(row["loss"], row["grad_norm"], row.get("validation_loss")) for row in rows])
+        told = {row["step"]: row["validation_exact_match"] for row in rows if "validation_exact_match" in row}
         assert list(told) == ([4, 6] if num_answers else [])
-        assert report["instruct"]["held_out_exact_match"] == told.get(6)
+        assert report["instruct"]["validation_exact_match"] == told.get(6)
     assert curves[0] == curves[1]
     assert torch.equal(*states)
 
 
 @pytest.mark.parametrize(("num_answers", "expected"), [(4, [0, 1, 2, 3]), (9, [0, 1, 2, 3, 4]), (0, [])])
 def test_ranks_answer_the_first_samples_once_together(corpus: Corpus, num_answers: int, expected: list[int]) -> None:
-    ranks = [prepared(corpus, num_answers, rank=rank, world_size=2).held_out for rank in range(2)]
+    ranks = [prepared(corpus, num_answers, rank=rank, world_size=2).validator for rank in range(2)]
     assert [rank and rank.answer_entries for rank in ranks] == [expected[0::2], expected[1::2]]
 
 
@@ -121,14 +121,14 @@ def test_a_held_out_sample_that_cannot_be_read_is_left_out_and_named(
         return read(store, media, dim)
 
     monkeypatch.setattr(loader_module, "read_vision_rows", damaged)
-    assert phase.held_out is not None
-    assert len(list(phase.held_out.loader.samples([0, 1, 2]))) == 2
+    assert phase.validator is not None
+    assert len(list(phase.validator.loader.samples([0, 1, 2]))) == 2
     assert "held-out sample sample-0001 is left out: row group 3 is damaged" in caplog.text
 
 
 def test_what_cannot_answer_is_refused_with_the_way_out(corpus: Corpus) -> None:
     with pytest.raises(
-        ValueError, match=r"instruct.held_out.num_answers: with self.zero.stage = 3 .* stage 2 or lower"
+        ValueError, match=r"instruct.validation.num_answers: with self.zero.stage = 3 .* stage 2 or lower"
     ):
         parse_config(TrainConfig, values_with_answers(corpus, 2, zero={"stage": 3}))
     assert parse_config(TrainConfig, values_with_answers(corpus, 0, zero={"stage": 3})).zero.stage == 3
@@ -139,6 +139,6 @@ def test_what_cannot_answer_is_refused_with_the_way_out(corpus: Corpus) -> None:
     config = parse_config(TrainConfig, values)
     store, tokenizer = FeatureStore.open(corpus.features), load_tokenizer(corpus.tokenizer)
     with pytest.raises(
-        ValueError, match=r"instruct.held_out.num_answers: generation runs .* num_answers: 0 in this phase"
+        ValueError, match=r"instruct.validation.num_answers: generation runs .* num_answers: 0 in this phase"
     ):
         prepare_phase(config, "instruct", toy_model(), store, tokenizer, rank=0, world_size=1)

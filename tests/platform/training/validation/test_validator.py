@@ -12,7 +12,7 @@ from reference.training_corpus import Corpus, make_corpus, train_values, write_v
 from timeviper_platform.common.config import parse_config
 from timeviper_platform.training.checkpoint.manager import Checkpoints
 from timeviper_platform.training.config import TrainConfig
-from timeviper_platform.training.interrupts import StoppedError, Wish
+from timeviper_platform.training.interrupts import Interrupt, StoppedError
 from timeviper_platform.training.local import train_local
 from timeviper_platform.training.metrics.writer import read_metrics
 from timeviper_platform.training.run import RunFolder, run_training
@@ -40,7 +40,7 @@ def looked_at(corpus: Corpus, name: str, *, save_every: int) -> TrainConfig:
         "num_answers": 3,
         "where": "ranks",
     }
-    values["phases"]["instruct"] |= {"init": init, "steps": 4, "held_out": looks}
+    values["phases"]["instruct"] |= {"init": init, "steps": 4, "validation": looks}
     return parse_config(TrainConfig, values)
 
 
@@ -52,7 +52,7 @@ def whole(corpus: Corpus, group_of_one: None) -> list[tuple[float, ...]]:
 
 
 def curve(config: TrainConfig) -> list[tuple[float, ...]]:
-    names = ("loss", "held_out_loss", "held_out_exact_match")
+    names = ("loss", "validation_loss", "validation_exact_match")
     return [tuple(row.get(name, -1.0) for name in names) for row in read_metrics(RunFolder.of(config).uri)]
 
 
@@ -70,7 +70,7 @@ def test_a_look_that_fails_costs_no_step_and_is_made_up_for(
     corpus: Corpus, whole: list[tuple[float, ...]], monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     config = looked_at(corpus, f"failing-{step}", save_every=2)
-    loss, looks = held_out.held_out_loss, []
+    loss, looks = held_out.validation_loss, []
 
     def fail(*args: Any, **keywords: Any) -> float:
         looks.append(0)
@@ -79,13 +79,13 @@ def test_a_look_that_fails_costs_no_step_and_is_made_up_for(
         return loss(*args, **keywords)
 
     with monkeypatch.context() as patch:
-        patch.setattr(held_out, "held_out_loss", fail)
+        patch.setattr(held_out, "validation_loss", fail)
         with pytest.raises(RuntimeError, match="the look failed"):
             train_local(config)
     assert newest_step(config) == step
     report = train_local(config)
     assert curve(config) == whole
-    assert report["instruct"]["held_out_loss"] == whole[-1][1]
+    assert report["instruct"]["validation_loss"] == whole[-1][1]
     assert len(looks) == step // 2
 
 
@@ -94,9 +94,9 @@ def test_a_stop_is_heard_inside_a_look_and_saves_first(
     corpus: Corpus, whole: list[tuple[float, ...]], num_asked_before: int
 ) -> None:
     config = looked_at(corpus, f"stopped-{num_asked_before}", save_every=100)
-    wishes = iter([Wish.GO_ON] * (2 + num_asked_before) + [Wish.STOP])
+    interrupts = iter([Interrupt.NONE] * (2 + num_asked_before) + [Interrupt.STOP])
     with pytest.raises(StoppedError, match=r"after step 2 of phase instruct; .*00000002"):
-        run_training(config, resume_from=None, device=torch.device("cpu"), wishes=lambda: next(wishes))
+        run_training(config, resume_from=None, device=torch.device("cpu"), interrupts=lambda: next(interrupts))
     assert newest_step(config) == 2
     train_local(config)
     assert curve(config) == whole
