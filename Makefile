@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# mamba-ssm built without CUDA, for the test that interprets its kernels on the CPU; sees the packages of .venv
+KERNELS := .venv-kernels
 FILM ?=
 QUICK ?=
 TEST_FLAGS := --numprocesses 2 --no-loadscope-reorder --durations=15
@@ -11,7 +13,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 # Ray finds its own programs, and starts workers, through PATH
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test coverage check slow format env clean
+.PHONY: demo test test-slow coverage check format env clean
 
 env: $(STAMP)
 
@@ -41,8 +43,17 @@ check: env
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
-slow: env
-	@$(BIN)/python -m pytest -m slow
+# what takes minutes and is not the only guard of its behaviour; after `make test`
+test-slow: env $(KERNELS)/.installed
+	@$(BIN)/python -m pytest $(TEST_FLAGS) -m 'slow and not gpu'
+
+$(KERNELS)/.installed: $(STAMP)
+	@echo "installing mamba-ssm's kernels into $(KERNELS)"
+	@$(PYTHON) -m venv --clear --without-pip $(KERNELS)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(echo $(KERNELS)/lib/python*/site-packages)/venv.pth"
+	@MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(BIN)/python -m pip --python $(KERNELS)/bin/python install --quiet \
+	    --disable-pip-version-check --no-deps --no-build-isolation triton==3.7.1 wheel==0.48.0 mamba-ssm==2.3.2.post1
+	@touch $@
 
 format: env
 	@$(BIN)/ruff format .
