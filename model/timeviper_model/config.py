@@ -82,6 +82,11 @@ class HybridConfig:
         """Width inside a Mamba-2 mixer: heads x head width."""
         return self.mamba_num_heads * self.mamba_head_dim
 
+    @property
+    def conv_dim(self) -> int:
+        """Channels of the Mamba-2 convolution: x, B and C."""
+        return self.mamba_intermediate_size + 2 * self.n_groups * self.ssm_state_size
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Qwen2Config:
@@ -189,8 +194,8 @@ def pyramid_drop(text: TextConfig) -> tuple[TransVSite, ...]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class VisionTower:
-    """One encoder and how its tokens are merged."""
+class VisionConfig:
+    """The vision tower that makes the features, and how its tokens are merged; `second` is another tower."""
 
     encoder: str = "google/siglip-so400m-patch14-384"
     """Hugging Face name or local folder"""
@@ -200,17 +205,12 @@ class VisionTower:
     merge_heads: int = 16
     """heads into which ToMe views the features for its similarity"""
     hidden_size: int = 1152
+    second: VisionConfig | None = None
+    """Second tower over the same frames; every frame has exactly `num_tokens_per_frame` tokens of each tower."""
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class VisionConfig(VisionTower):
-    """Which encoder made the features, and how; everything before the projector. Its own fields are the first tower's.
-
-    Two towers see every frame; projector.py says how their tokens lie in the rows of features.
-    """
-
-    second: VisionTower | None = None
-    """with exactly `num_tokens_per_frame` tokens from each tower for every frame"""
+    def __post_init__(self) -> None:
+        if self.second is not None and self.second.second is not None:
+            raise ValueError("vision.second.second is set; at most two vision towers are supported")
 
     @property
     def row_size(self) -> int:

@@ -6,6 +6,7 @@ for the positions that need them, never for a whole prompt: the labelled ones in
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -18,14 +19,17 @@ from timeviper_model.batching.batch import IGNORE_INDEX, PADDING_SEGMENT, Packed
 from timeviper_model.batching.segments import Segments
 from timeviper_model.batching.shapes import take_rows
 from timeviper_model.config import TimeViperConfig, TransVSite
-from timeviper_model.layers.backbone import Backbone, init_backbone
+from timeviper_model.layers.backbone import Backbone, DecoderBlock, init_backbone
 from timeviper_model.layers.cache import HybridCache
 from timeviper_model.layers.projector import make_projector
 from timeviper_model.layers.transv import TokenStream, TransVLayer, apply_site
 from timeviper_model.ops.linear import Linear
 
 LOGITS_ELEMENTS = 2**26
-"""logits computed at one time: 256 MiB in fp32, 512 positions of a vocabulary of 131072"""
+"""Logits computed at one time: 256 MiB in fp32, 512 positions of a vocabulary of 131072."""
+
+RunBlock = Callable[[int, DecoderBlock, TokenStream], Tensor]
+"""(layer, block, stream before it) -> hidden states (T, D) after it."""
 
 
 class TimeViperOutput(NamedTuple):
@@ -49,6 +53,7 @@ class TimeViper(nn.Module):
     def __init__(self, config: TimeViperConfig) -> None:
         super().__init__()
         self.config = config
+        self.logits_elements = LOGITS_ELEMENTS
         self.gradient_checkpointing = False
         """keep the hidden states between blocks and sites alone, and compute the rest again in the backward pass"""
         self.backbone = Backbone(config.text)
@@ -83,9 +88,9 @@ class TimeViper(nn.Module):
 
     def init_transv_from_attention(self) -> None:
         """Copies the nearest attention block at or after each site (else the last one) into its cross-attention."""
-        places = [layer for layer, kind in enumerate(self.config.text.block_types) if kind == "attention"]
+        layers = [layer for layer, kind in enumerate(self.config.text.block_types) if kind == "attention"]
         for name, module in self.transv.items():
-            nearest = min((place for place in places if place >= int(name)), default=places[-1])
+            nearest = min((layer for layer in layers if layer >= int(name)), default=layers[-1])
             assert isinstance(module, TransVLayer)
             module.copy_from(self.backbone.block(nearest).attention)
 
@@ -110,16 +115,14 @@ class TimeViper(nn.Module):
 
     def forward(self, batch: PackedBatch, *, use_transv: bool = True) -> TimeViperOutput:
         """Loss over the pack's labels. With gradients enabled every trainable parameter takes part in the graph."""
-        stream, num_vision_tokens = self._run(self._embed(batch), use_transv=use_transv)
-        hidden, targets, _ = self._labelled(stream)
+        stream, num_vision_tokens = self.run_blocks(self.embed(batch), use_transv=use_transv)
+        hidden, targets, _ = self.labelled(stream)
         loss_sum = torch.zeros((), device=hidden.device)
-        rows = max(1, LOGITS_ELEMENTS // self.config.text.vocab_size)
-        for start in range(0, max(1, len(targets)), rows):
-            part = hidden[start : start + rows], targets[start : start + rows]
-            if len(targets) > rows and torch.is_grad_enabled():
-                loss_sum = loss_sum + checkpoint(self._loss_sum, *part, use_reentrant=False)
+        for chunk in self._chunks(hidden, targets):
+            if len(chunk[1]) < len(targets) and torch.is_grad_enabled():
+                loss_sum = loss_sum + checkpoint(self._loss_sum, *chunk, use_reentrant=False)
             else:
-                loss_sum = loss_sum + self._loss_sum(*part)
+                loss_sum = loss_sum + self._loss_sum(*chunk)
         return TimeViperOutput(
             loss_sum=loss_sum,
             num_targets=torch.tensor(len(targets), device=hidden.device),
@@ -127,16 +130,17 @@ class TimeViper(nn.Module):
         )
 
     @torch.no_grad()
-    def target_log_probs(self, batch: PackedBatch, *, use_transv: bool = True) -> tuple[Tensor, Tensor]:
+    def target_log_probs(
+        self, batch: PackedBatch, *, use_transv: bool = True, run_block: RunBlock | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The fp32 log-probability of each labelled target (K,), and the segment it belongs to (K,), in order."""
-        stream, _ = self._run(self._embed(batch), use_transv=use_transv)
-        hidden, targets, segment_ids = self._labelled(stream)
-        rows = max(1, LOGITS_ELEMENTS // self.config.text.vocab_size)
-        parts = [
-            -F.cross_entropy(self.logits(hidden[start : start + rows]), targets[start : start + rows], reduction="none")
-            for start in range(0, max(1, len(targets)), rows)
+        stream, _ = self.run_blocks(self.embed(batch), use_transv=use_transv, run_block=run_block)
+        hidden, targets, segment_ids = self.labelled(stream)
+        losses = [
+            F.cross_entropy(self.logits(hidden_KD), targets_K, reduction="none")
+            for hidden_KD, targets_K in self._chunks(hidden, targets)
         ]
-        return torch.cat(parts), segment_ids
+        return -torch.cat(losses), segment_ids
 
     def new_cache(self, num_slots: int, *, device: torch.device | str, dtype: torch.dtype) -> HybridCache:
         """An empty cache of this model's shape; `dtype` is that of keys and values (SSM states are fp32)."""
@@ -164,7 +168,7 @@ class TimeViper(nn.Module):
             cache.num_tokens[slot] += 1
         return self.logits(hidden[order.argsort()])
 
-    def _embed(self, batch: PackedBatch) -> TokenStream:
+    def embed(self, batch: PackedBatch) -> TokenStream:
         """The stream at the model's entrance: padding gone, vision rows projected, text looked up."""
         real = (batch.segment_ids != PADDING_SEGMENT).nonzero().squeeze(1)
         num_segments = batch.num_segments
@@ -189,20 +193,26 @@ class TimeViper(nn.Module):
             original_counts=tuple(torch.bincount(segments.ids[vision], minlength=num_segments).tolist()),
         )
 
-    def _run(self, stream: TokenStream, *, use_transv: bool) -> tuple[TokenStream, list[int]]:
-        """The stream behind the last block, and the vision tokens at the entrance and after each site."""
+    def run_blocks(
+        self, stream: TokenStream, *, use_transv: bool = True, run_block: RunBlock | None = None
+    ) -> tuple[TokenStream, list[int]]:
+        """The stream after the last block, and the number of vision tokens at the entrance and after each site.
+
+        `run_block` replaces the plain call of a block, after the TransV site before it.
+        """
+        run_block = run_block or self._run_block
         num_vision_tokens = [sum(stream.original_counts)]
         for layer in range(self.config.text.num_hidden_layers):
             if layer in self._sites:
                 stream = self._site(stream, layer, use_transv)
                 num_vision_tokens.append(int((stream.token_kind_T == TokenKind.VISION).sum()))
-            block = self.backbone.block(layer)
-            if self._checkpoints:
-                hidden = checkpoint(block, stream.hidden_TD, stream.segments, use_reentrant=False)
-            else:
-                hidden = block(stream.hidden_TD, stream.segments)
-            stream = stream.with_hidden(hidden)
+            stream = stream.with_hidden(run_block(layer, self.backbone.block(layer), stream))
         return stream, num_vision_tokens
+
+    def _run_block(self, layer: int, block: DecoderBlock, stream: TokenStream) -> Tensor:
+        operands = stream.hidden_TD, stream.segments
+        hidden: Tensor = checkpoint(block, *operands, use_reentrant=False) if self._checkpoints else block(*operands)
+        return hidden
 
     @property
     def _checkpoints(self) -> bool:
@@ -225,10 +235,16 @@ class TimeViper(nn.Module):
         assert isinstance(module, TransVLayer)
         return module
 
-    def _labelled(self, stream: TokenStream) -> tuple[Tensor, Tensor, Tensor]:
+    def labelled(self, stream: TokenStream) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states (K, D), targets (K,) and segments (K,) of the labelled positions."""
-        places = (stream.labels_T != IGNORE_INDEX).nonzero().squeeze(1)
-        return take_rows(stream.hidden_TD, places), stream.labels_T[places], stream.segments.ids[places]
+        index = (stream.labels_T != IGNORE_INDEX).nonzero().squeeze(1)
+        return take_rows(stream.hidden_TD, index), stream.labels_T[index], stream.segments.ids[index]
+
+    def _chunks(self, hidden_KD: Tensor, targets_K: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Positions whose logits are computed together; one empty chunk where no position is labelled."""
+        length = max(1, self.logits_elements // self.config.text.vocab_size)
+        for start in range(0, max(1, len(targets_K)), length):
+            yield hidden_KD[start : start + length], targets_K[start : start + length]
 
     def logits(self, hidden_KD: Tensor) -> Tensor:
         """(K, V), at least fp32, from hidden states behind the last block."""

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from reference.simulated_cuda import Device, simulated_cuda
 from reference.small_models import SMALL, SMALL_QWEN, make_features, make_model, make_sample, pack
-from timeviper_model.analysis.blocking import Blocking, blocked_logits
+from timeviper_model.analysis.blocking import Blocking, cut_flow
 from timeviper_model.analysis.maps import observe
-from timeviper_model.analysis.pooling import bins, head_statistics, pool_map
-from timeviper_model.config import VisionTower
+from timeviper_model.analysis.pooling import equal_bins, head_statistics, pool_map
+from timeviper_model.config import VisionConfig
 from timeviper_model.inference.answer import SamplingParams
 from timeviper_model.inference.engine import InferenceEngine
 from timeviper_model.inference.prefill import prefill
@@ -30,7 +30,7 @@ BATCH = pack([make_sample(layout, seed=number) for number, layout in enumerate(L
 TWO_TOWERS = replace(
     SMALL.vision,
     num_tokens_per_frame=2,
-    second=VisionTower(encoder="other", num_tokens_per_frame=2, hidden_size=5),
+    second=VisionConfig(encoder="other", num_tokens_per_frame=2, hidden_size=5),
 )
 CONFIGS = {
     "hybrid": SMALL,
@@ -76,10 +76,12 @@ def test_bf16_gradients_of_adapters_behind_two_towers() -> None:
     assert all(bool(gradient.isfinite().all()) for gradient in found.values())
 
 
-def test_loss_in_parts_and_target_log_probs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("timeviper_model.timeviper.LOGITS_ELEMENTS", 2 * SMALL.text.vocab_size)
-    expected = loss_and_gradients(make_model(), "cpu")
+def test_loss_in_chunks_and_target_log_probs() -> None:
+    model = make_model()
+    model.logits_elements = 2 * SMALL.text.vocab_size
+    expected = loss_and_gradients(model, "cpu")
     model = make_model().cuda()
+    model.logits_elements = 2 * SMALL.text.vocab_size
     torch.testing.assert_close(loss_and_gradients(model, "cuda"), expected)
     log_probs, segment_ids = model.target_log_probs(BATCH.to("cuda"))
     assert -float(log_probs.sum()) == pytest.approx(float(expected["loss"]))
@@ -144,26 +146,27 @@ def test_the_engine_gives_the_same_answers(name: str) -> None:
         assert [len(token.top_logprobs) for token in own] == [len(token.top_logprobs) for token in other]
 
 
-def looks(model: TimeViper, place: str) -> list[Tensor]:
+def measurements(model: TimeViper, place: str) -> list[Tensor]:
     batch = BATCH.to(place)
-    seen = observe(
+    measured = observe(
         model,
         batch,
         [0, 4],
         lambda tokens, stream: [
             *pool_map(tokens, stream.token_kind_T, 4, normalise=True),
-            *pool_map(tokens, bins(stream.segments, 3), 3),
+            *pool_map(tokens, equal_bins(stream.segments, 3), 3),
             *head_statistics(tokens),
         ],
     )
-    blocked = blocked_logits(model, batch, Blocking(flow="v2i", scope="from_layer", layer=0))
-    return [tensor.cpu() for layer in seen.values() for tensor in layer] + [blocked.logits_KV.cpu()]
+    run_block = cut_flow(model, Blocking(flow="v2i", scope="from_layer", layer=0))
+    blocked, _ = model.target_log_probs(batch, run_block=run_block)
+    return [tensor.cpu() for layer in measured.values() for tensor in layer] + [blocked.cpu()]
 
 
 def test_maps_and_blocked_flows() -> None:
     model = make_model().eval()
-    expected = looks(model, "cpu")
-    torch.testing.assert_close(looks(model.cuda(), "cuda"), expected)
+    expected = measurements(model, "cpu")
+    torch.testing.assert_close(measurements(model.cuda(), "cuda"), expected)
 
 
 def test_weights_are_read_onto_the_device(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import timeviper_model.timeviper as timeviper
 from reference.slow_timeviper import slow_logits
 from reference.small_models import SMALL, SMALL_QWEN, first_tokens, make_features, make_model, make_sample, pack
 from timeviper_model.analysis.dropping import with_plan
@@ -243,15 +242,15 @@ def test_checkpointed_blocks_and_sites_keep_little_but_hidden_states() -> None:
     assert checkpointed - saved_bytes(with_plan(model, PLAIN), batch) < states * 1.2
 
 
-def test_logits_in_parts_give_the_same_loss_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_in_chunks_give_the_same_loss_and_gradients() -> None:
     model = make_model()
     batch = pack([make_sample(layout, seed=n) for n, layout in enumerate(LAYOUTS)])
     whole, grads = gradients(model, batch)
     scores, _ = model.target_log_probs(batch)
-    monkeypatch.setattr(timeviper, "LOGITS_ELEMENTS", 4 * SMALL.text.vocab_size)
-    parts, part_grads = gradients(model, batch)
-    assert parts == pytest.approx(whole)
-    torch.testing.assert_close(part_grads, grads)
+    model.logits_elements = 4 * SMALL.text.vocab_size
+    in_chunks, chunk_grads = gradients(model, batch)
+    assert in_chunks == pytest.approx(whole)
+    torch.testing.assert_close(chunk_grads, grads)
     torch.testing.assert_close(model.target_log_probs(batch)[0], scores)
 
 

@@ -19,8 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from timeviper_model.analysis.walk import LabelledLogits, labelled_logits, run_block, walk
-from timeviper_model.batching.batch import PackedBatch, TokenKind
+from timeviper_model.batching.batch import TokenKind
 from timeviper_model.batching.segments import Segments
 from timeviper_model.config import BlockType
 from timeviper_model.layers.attention import Attention
@@ -28,7 +27,7 @@ from timeviper_model.layers.backbone import DecoderBlock
 from timeviper_model.layers.mamba2 import Mamba2Mixer
 from timeviper_model.layers.nemotron_h import Block
 from timeviper_model.layers.transv import TokenStream
-from timeviper_model.timeviper import TimeViper
+from timeviper_model.timeviper import RunBlock, TimeViper
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,8 +64,8 @@ class Blocking:
         return abs(layer - self.layer) <= self.window // 2
 
 
-def blocked_logits(model: TimeViper, batch: PackedBatch, blocking: Blocking) -> LabelledLogits:
-    """What `model` says at the labelled positions of `batch` with a flow cut.
+def cut_flow(model: TimeViper, blocking: Blocking) -> RunBlock:
+    """A `run_block` for `model.target_log_probs` and `model.run_blocks` that cuts the flow.
 
     Raises:
         ValueError: when the model has no block `blocking.layer`.
@@ -77,11 +76,12 @@ def blocked_logits(model: TimeViper, batch: PackedBatch, blocking: Blocking) -> 
 
     def run(layer: int, block: DecoderBlock, stream: TokenStream) -> Tensor:
         if not blocking.covers(layer, types[layer]):
-            return run_block(layer, block, stream)
+            hidden: Tensor = block(stream.hidden_TD, stream.segments)
+            return hidden
         receiver = TokenKind.INSTRUCTION if blocking.flow == "v2i" else TokenKind.RESPONSE
         return blocked_block(block, stream, stream.token_kind_T == receiver, stream.token_kind_T == TokenKind.VISION)
 
-    return labelled_logits(model, walk(model, batch, run))
+    return run
 
 
 def blocked_block(block: DecoderBlock, stream: TokenStream, receiver_T: Tensor, source_T: Tensor) -> Tensor:
@@ -114,18 +114,18 @@ def _blocked_attention(
 def _blocked_mamba(
     mixer: Mamba2Mixer, h_TD: Tensor, segments: Segments, receiver_T: Tensor, source_T: Tensor
 ) -> Tensor:
-    gate, channels, dt = mixer._project(h_TD)
+    gate, channels, dt = mixer.project(h_TD)
     taps = mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias
     convolved, without = (
         mixer.convolve(inputs, *taps, positions_T=segments.positions_T)
         for inputs in (channels, channels.masked_fill(source_T[:, None], 0.0))
     )
-    x, B, C = mixer._split(torch.where(receiver_T[:, None], without, convolved))
+    x, B, C = mixer.split(torch.where(receiver_T[:, None], without, convolved))
     y, blocked = (
         mixer.scan(
             values,
             dt,
-            mixer._decay_rates(),
+            mixer.decay_rates(),
             B,
             C,
             D_H=mixer.D,

@@ -16,7 +16,6 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from timeviper_model.analysis.walk import run_block, walk
 from timeviper_model.batching.batch import PackedBatch
 from timeviper_model.batching.segments import Segments
 from timeviper_model.layers.attention import Attention
@@ -29,7 +28,7 @@ from timeviper_model.timeviper import TimeViper
 ROW_ELEMENTS = 2**22
 """weights held at one time by `row_blocks`: 16 MiB in fp32, a few times that with what they are made from"""
 
-Seen = TypeVar("Seen")
+Measured = TypeVar("Measured")
 
 
 class TokenMap(Protocol):
@@ -38,8 +37,8 @@ class TokenMap(Protocol):
     segments: Segments
     num_heads: int
 
-    def rows(self, places_Q: Tensor) -> Tensor:
-        """(H, Q, T), at least fp32: what the tokens at the flat indices `places_Q` read; zero where they may not."""
+    def rows(self, index_Q: Tensor) -> Tensor:
+        """(H, Q, T), at least fp32: what the tokens at the flat indices `index_Q` read; zero where they may not."""
         ...
 
 
@@ -51,12 +50,12 @@ class AttentionMap:
         positions_T = segments.original_positions_T
         self._q_THE, self._k_TGE = mixer.queries(normed_TD, positions_T), mixer.keys(normed_TD, positions_T)
 
-    def rows(self, places_Q: Tensor) -> Tensor:
+    def rows(self, index_Q: Tensor) -> Tensor:
         """(H, Q, T): each row sums to one."""
         num_groups = self._k_TGE.shape[1]
-        q_GrQE = self._q_THE[places_Q].view(len(places_Q), num_groups, -1, self._q_THE.shape[-1]).permute(1, 2, 0, 3)
+        q_GrQE = self._q_THE[index_Q].view(len(index_Q), num_groups, -1, self._q_THE.shape[-1]).permute(1, 2, 0, 3)
         scores = _wide(q_GrQE @ self._k_TGE.permute(1, 2, 0)[:, None]) * q_GrQE.shape[-1] ** -0.5
-        return scores.masked_fill(~readable(self.segments, places_Q), -torch.inf).softmax(-1).flatten(0, 1)
+        return scores.masked_fill(~readable(self.segments, index_Q), -torch.inf).softmax(-1).flatten(0, 1)
 
 
 class HiddenAttentionMap:
@@ -64,24 +63,20 @@ class HiddenAttentionMap:
 
     def __init__(self, mixer: Mamba2Mixer, normed_TD: Tensor, segments: Segments) -> None:
         self.segments, self.num_heads = segments, mixer.num_heads
-        _, channels, dt = mixer._project(normed_TD)
+        _, channels, dt = mixer.project(normed_TD)
         convolved = mixer.convolve(
             channels, mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias, positions_T=segments.positions_T
         )
-        _, B_TGN, C_TGN = mixer._split(convolved)
+        _, B_TGN, C_TGN = mixer.split(convolved)
         self._dt_TH, self._B_TGN, self._C_TGN = dt, B_TGN, C_TGN
-        self._log_TH = (dt.double() * mixer._decay_rates()).cumsum(
-            0
-        )  # of a long input, fp32 would lose the differences
+        self._log_TH = (dt.double() * mixer.decay_rates()).cumsum(0)  # of a long input, fp32 would lose the differences
 
-    def rows(self, places_Q: Tensor) -> Tensor:
+    def rows(self, index_Q: Tensor) -> Tensor:
         """(H, Q, T): signed, of any sum."""
-        may_read = readable(self.segments, places_Q)
-        exponent = (self._log_TH[places_Q].t()[..., None] - self._log_TH.t()[:, None]).masked_fill(
-            ~may_read, -torch.inf
-        )
+        may_read = readable(self.segments, index_Q)
+        exponent = (self._log_TH[index_Q].t()[..., None] - self._log_TH.t()[:, None]).masked_fill(~may_read, -torch.inf)
         weight = exponent.to(self._dt_TH.dtype).exp_().mul_(self._dt_TH.t()[:, None])
-        products = _wide(self._C_TGN[places_Q].transpose(0, 1) @ self._B_TGN.permute(1, 2, 0))
+        products = _wide(self._C_TGN[index_Q].transpose(0, 1) @ self._B_TGN.permute(1, 2, 0))
         return weight * products.repeat_interleave(self.num_heads // len(products), 0)
 
 
@@ -98,10 +93,11 @@ def token_map(block: DecoderBlock, stream: TokenStream) -> TokenMap:
     raise ValueError("an MLP block mixes no tokens; name attention or Mamba-2 blocks")
 
 
+@torch.no_grad()
 def observe(
-    model: TimeViper, batch: PackedBatch, layers: Collection[int], look: Callable[[TokenMap, TokenStream], Seen]
-) -> dict[int, Seen]:
-    """What `look` makes of each block in `layers` during one ordinary run; no more than one block's map at a time.
+    model: TimeViper, batch: PackedBatch, layers: Collection[int], measure: Callable[[TokenMap, TokenStream], Measured]
+) -> dict[int, Measured]:
+    """What `measure` makes of each block in `layers` during one ordinary run; no more than one block's map at a time.
 
     Raises:
         ValueError: when a layer is no attention or Mamba-2 block.
@@ -111,30 +107,33 @@ def observe(
     if wrong:
         mixing = [layer for layer, kind in enumerate(types) if kind != "mlp"]
         raise ValueError(f"layers {wrong} mix no tokens; attention and Mamba-2 blocks are at {mixing}")
-    seen: dict[int, Seen] = {}
+    measured: dict[int, Measured] = {}
 
     def run(layer: int, block: DecoderBlock, stream: TokenStream) -> Tensor:
         if layer in layers:
-            seen[layer] = look(token_map(block, stream), stream)
-        return run_block(layer, block, stream)
+            measured[layer] = measure(token_map(block, stream), stream)
+        hidden: Tensor = block(stream.hidden_TD, stream.segments)
+        return hidden
 
-    walk(model, batch, run)
-    return seen
+    model.run_blocks(model.embed(batch), run_block=run)
+    return measured
 
 
 @torch.no_grad()
-def row_blocks(tokens: TokenMap, places: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+def row_blocks(
+    tokens: TokenMap, queries: Tensor | None = None, *, max_elements: int = ROW_ELEMENTS
+) -> Iterator[tuple[Tensor, Tensor]]:
     """(places (Q,), rows (H, Q, T)) for the queries `places`, default all, so many at a time as ROW_ELEMENTS allows."""
     num_tokens = len(tokens.segments.ids)
-    every = torch.arange(num_tokens, device=tokens.segments.ids.device) if places is None else places
-    for part in torch.split(every, max(1, ROW_ELEMENTS // max(1, tokens.num_heads * num_tokens))):
+    every = torch.arange(num_tokens, device=tokens.segments.ids.device) if queries is None else queries
+    for part in torch.split(every, max(1, max_elements // max(1, tokens.num_heads * num_tokens))):
         yield part, tokens.rows(part)
 
 
-def readable(segments: Segments, places_Q: Tensor) -> Tensor:
+def readable(segments: Segments, index_Q: Tensor) -> Tensor:
     """(Q, T) bool: the tokens of a query's segment up to itself."""
     flat_T = torch.arange(len(segments.ids), device=segments.ids.device)
-    return (flat_T <= places_Q[:, None]) & (segments.ids == segments.ids[places_Q][:, None])
+    return (flat_T <= index_Q[:, None]) & (segments.ids == segments.ids[index_Q][:, None])
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ import torch
 from timeviper_model.config import HybridConfig, TimeViperConfig
 from timeviper_model.inference.chunked_transv import plan_sites
 from timeviper_model.inference.prefill import PrefixEntry
-from timeviper_model.layers.mamba2 import conv_dim
 
 
 def prefix_entry_bytes(config: TimeViperConfig, num_system: int, num_vision: int, *, dtype: torch.dtype) -> int:
@@ -31,7 +30,7 @@ def prefix_entry_bytes(config: TimeViperConfig, num_system: int, num_vision: int
     state_size = 8 if dtype == torch.float64 else 4
     mamba_bytes = 0
     if isinstance(text, HybridConfig):
-        window, state = (text.conv_kernel - 1) * conv_dim(text), text.mamba_intermediate_size * text.ssm_state_size
+        window, state = (text.conv_kernel - 1) * text.conv_dim, text.mamba_intermediate_size * text.ssm_state_size
         mamba_bytes = window * size + state * state_size
     plans = plan_sites(config, num_vision)
     total, present = 0, num_vision

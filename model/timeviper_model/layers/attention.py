@@ -17,7 +17,7 @@ from timeviper_model.batching.segments import Segments
 from timeviper_model.config import TextConfig
 from timeviper_model.ops.linear import Linear
 
-PIECES, MIN_PIECE = 8, 64
+NUM_CHUNKS, MIN_CHUNK_TOKENS = 8, 64
 """of a long context whose values a CPU sums up, and the tokens from which a piece is worth its call"""
 
 
@@ -141,9 +141,9 @@ def continued_attention(q_THE: Tensor, k_GLE: Tensor, v_GLE: Tensor) -> Tensor:
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # SDPA keeps the sums to itself
     before, log_sum_before = kernel(q.flatten(1, 2)[:, None], k_GLE[:, None, :num_before], v_GLE[:, None, :num_before])
     before, log_sum_before = before.view_as(q), log_sum_before.view(q.shape[:3])
-    piece, log_sum_piece = kernel(q, k[:, :, num_before:], v[:, :, num_before:], is_causal=True)
-    share_before = torch.sigmoid(log_sum_before - log_sum_piece).to(q.dtype)[..., None]
-    return _from_groups(torch.lerp(piece, before, share_before))
+    chunk, log_sum_chunk = kernel(q, k[:, :, num_before:], v[:, :, num_before:], is_causal=True)
+    share_before = torch.sigmoid(log_sum_before - log_sum_chunk).to(q.dtype)[..., None]
+    return _from_groups(torch.lerp(chunk, before, share_before))
 
 
 def full_attention(q_THE: Tensor, k_GLE: Tensor, v_GLE: Tensor) -> Tensor:
@@ -194,14 +194,14 @@ def grouped_attention(q_BHE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, visible_BL:
 def _weighted_sum(weights_BHrL: Tensor, v_BHLE: Tensor) -> Tensor:
     """(B, Hkv, H / Hkv, E). A CPU's threads share products of a batch, not one: a lone group is a batch of pieces."""
     num_groups, length = weights_BHrL.shape[0] * weights_BHrL.shape[1], weights_BHrL.shape[-1]
-    if v_BHLE.device.type != "cpu" or num_groups > 1 or length < PIECES * MIN_PIECE:
+    if v_BHLE.device.type != "cpu" or num_groups > 1 or length < NUM_CHUNKS * MIN_CHUNK_TOKENS:
         return weights_BHrL @ v_BHLE
     (weights_rL,), (v_LE,) = (x.flatten(0, 1) for x in (weights_BHrL, v_BHLE))
-    stop = length - length % PIECES
-    pieces_PrE = torch.bmm(
-        weights_rL[:, :stop].unflatten(1, (PIECES, -1)).transpose(0, 1), v_LE[:stop].unflatten(0, (PIECES, -1))
+    stop = length - length % NUM_CHUNKS
+    chunks_ZrE = torch.bmm(
+        weights_rL[:, :stop].unflatten(1, (NUM_CHUNKS, -1)).transpose(0, 1), v_LE[:stop].unflatten(0, (NUM_CHUNKS, -1))
     )
-    return (pieces_PrE.sum(0) + weights_rL[:, stop:] @ v_LE[stop:])[None, None]
+    return (chunks_ZrE.sum(0) + weights_rL[:, stop:] @ v_LE[stop:])[None, None]
 
 
 def grouped_scores(q_BHE: Tensor, k_BHLE: Tensor) -> Tensor:

@@ -54,12 +54,17 @@ def set_backend(model: nn.Module, backend: Backend, *, device: torch.device | st
         RuntimeError: when `kernels` is asked for and one of them cannot be used.
     """
     operations = choose_operations(backend, device=torch.device(device), dtype=dtype)
+    use_operations(model, operations)
+    return operations
+
+
+def use_operations(model: nn.Module, operations: Operations) -> None:
+    """Makes every mixer of `model` use `operations`."""
     for module in model.modules():
         if isinstance(module, Mamba2Mixer):
             module.scan, module.convolve = operations.scan, operations.convolution
         elif isinstance(module, Attention):
             module.attend = operations.attention
-    return operations
 
 
 def choose_operations(backend: Backend, *, device: torch.device, dtype: torch.dtype) -> Operations:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from timeviper_model.config import HybridConfig, TextConfig
 from timeviper_model.layers.attention import continued_attention, grouped_attention
-from timeviper_model.layers.mamba2 import Mamba2State, conv_dim
+from timeviper_model.layers.mamba2 import Mamba2State
 
 MIN_CAPACITY = 128
 """tokens a slot can hold when the first one arrives; grows by half whenever it is full"""
@@ -32,15 +32,25 @@ MAX_LENGTH_WASTE = 1.5
 class AttentionCache:
     """Keys and values of one layer: (num_slots, Hkv, capacity, E) each, and every slot's own length."""
 
-    def __init__(self, num_slots: int, num_kv_heads: int, head_dim: int, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self,
+        num_slots: int,
+        num_kv_heads: int,
+        head_dim: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        kept_bytes: int = KEPT_BYTES,
+    ) -> None:
         self.keys = torch.empty(num_slots, num_kv_heads, 0, head_dim, device=device, dtype=dtype)
         self.values = torch.empty_like(self.keys)
         self.lengths = [0] * num_slots
+        self.kept_bytes = kept_bytes
 
     def reset(self, slot: int) -> None:
         """Forgets the slot; when no slot holds anything, memory past KEPT_BYTES goes back."""
         self.clear(slot)
-        if self.num_bytes > KEPT_BYTES and not any(self.lengths):
+        if self.num_bytes > self.kept_bytes and not any(self.lengths):
             self.keys, self.values = self.keys[:, :, :0].clone(), self.values[:, :, :0].clone()
 
     @torch.inference_mode()  # the engine's tensors are of that mode, and it cancels between two steps
@@ -96,7 +106,15 @@ class SavedSlot:
 class HybridCache:
     """Slots for sequences; made by `TimeViper.new_cache`, filled by `prefill`, advanced by `decode_step`."""
 
-    def __init__(self, config: TextConfig, num_slots: int, *, device: torch.device | str, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: TextConfig,
+        num_slots: int,
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        kept_bytes: int = KEPT_BYTES,
+    ) -> None:
         if num_slots < 1:
             raise ValueError(f"{num_slots = } must be at least 1")
         self.num_slots = num_slots
@@ -109,7 +127,7 @@ class HybridCache:
         for layer, block_type in enumerate(config.block_types):
             if block_type == "mamba":
                 assert isinstance(config, HybridConfig)
-                window_shape = (num_slots, config.conv_kernel - 1, conv_dim(config))
+                window_shape = (num_slots, config.conv_kernel - 1, config.conv_dim)
                 ssm_shape = (num_slots, config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
                 self.mamba[layer] = Mamba2State(
                     window_BKD=torch.zeros(window_shape, device=device, dtype=dtype),
@@ -117,7 +135,7 @@ class HybridCache:
                 )
             elif block_type == "attention":
                 self.attention[layer] = AttentionCache(
-                    num_slots, config.num_key_value_heads, config.head_dim, device, dtype
+                    num_slots, config.num_key_value_heads, config.head_dim, device, dtype, kept_bytes=kept_bytes
                 )
 
     def reset(self, slot: int) -> None:

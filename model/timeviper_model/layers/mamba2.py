@@ -16,13 +16,14 @@ from torch.nn import functional as F
 from timeviper_model.batching.segments import Segments
 from timeviper_model.config import HybridConfig
 from timeviper_model.ops.causal_conv import causal_conv_silu, causal_conv_silu_step
+from timeviper_model.ops.kernels import Convolve, Scan
 from timeviper_model.ops.linear import Linear
 from timeviper_model.ops.norm import GatedRMSNorm
 from timeviper_model.ops.ssd import ssd_scan, ssd_step
 
-PART_ELEMENTS = 2**21
-"""of a part's input projection, where a long sequence is read part by part: 8 MiB in fp32. The system hands out buffers
-of more than 32 MiB (glibc's largest threshold) as new pages each time, which costs as much again as the work in them"""
+MAX_PROJECTION_ELEMENTS = 2**21
+"""Input projection of one pass over a long sequence on a CPU: 8 MiB in fp32. glibc returns buffers over 32 MiB to the
+system, and getting new pages for each pass costs as much as the work in them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +48,7 @@ class Mamba2Mixer(nn.Module):
         self.time_step_limit = config.time_step_limit
         self.is_unlimited = config.time_step_limit == (0.0, math.inf)
         """as in every released model: softplus is never below 0"""
-        self.conv_dim = conv_dim(config)
+        self.conv_dim = config.conv_dim
         self.in_proj = Linear(config.hidden_size, self.intermediate_size + self.conv_dim + self.num_heads, bias=False)
         self.conv1d = nn.Conv1d(
             self.conv_dim, self.conv_dim, config.conv_kernel, groups=self.conv_dim, bias=config.use_conv_bias
@@ -57,23 +58,25 @@ class Mamba2Mixer(nn.Module):
         self.D = nn.Parameter(torch.empty(self.num_heads))
         self.norm = GatedRMSNorm(self.intermediate_size, self.num_groups, config.layer_norm_epsilon)
         self.out_proj = Linear(self.intermediate_size, config.hidden_size, bias=False)
-        self.convolve, self.scan = causal_conv_silu, ssd_scan
-        """functions of these signatures; backends.py puts kernels in their place"""
+        self.max_projection_elements = MAX_PROJECTION_ELEMENTS
+        self.convolve: Convolve = causal_conv_silu
+        self.scan: Scan = ssd_scan
+        """`convolve` and `scan` may be replaced by kernels."""
 
     def forward(self, h_TD: Tensor, segments: Segments, state: Mamba2State | None = None) -> Tensor:
         """(T, D) -> (T, D). The tokens continue `state`, which needs one segment and B = 1, and advance it in place."""
-        length = self._part_length(h_TD)
+        length = self._tokens_per_pass(h_TD)
         if len(h_TD) <= length or segments.seq_idx_T is not None:
             return self._mix(h_TD, segments, state)
         state = state or self._new_state(h_TD)
         mixed = torch.empty_like(h_TD)
         for start in range(0, len(h_TD), length):
-            part = slice(start, start + length)
-            mixed[part] = self._mix(h_TD[part], Segments(segments.ids[part], segments.num_segments), state)
+            tokens = slice(start, start + length)
+            mixed[tokens] = self._mix(h_TD[tokens], Segments(segments.ids[tokens], segments.num_segments), state)
         return mixed
 
     def _mix(self, h_TD: Tensor, segments: Segments, state: Mamba2State | None) -> Tensor:
-        gate, channels, dt = self._project(h_TD)
+        gate, channels, dt = self.project(h_TD)
         convolved = self.convolve(
             channels,
             self.conv1d.weight.squeeze(1),
@@ -81,11 +84,11 @@ class Mamba2Mixer(nn.Module):
             positions_T=segments.positions_T,
             initial_KD=None if state is None else state.window_BKD[0],
         )
-        x, B, C = self._split(convolved)
+        x, B, C = self.split(convolved)
         y, last = self.scan(
             x,
             dt,
-            self._decay_rates(),
+            self.decay_rates(),
             B,
             C,
             D_H=self.D,
@@ -100,17 +103,17 @@ class Mamba2Mixer(nn.Module):
 
     def step(self, h_BD: Tensor, state: Mamba2State) -> Tensor:
         """The next token of B sequences: (B, D) -> (B, D); advances `state` in place."""
-        gate, channels, dt = self._project(h_BD)
+        gate, channels, dt = self.project(h_BD)
         convolved = causal_conv_silu_step(channels, self.conv1d.weight.squeeze(1), self.conv1d.bias, state.window_BKD)
-        x, B, C = self._split(convolved)
-        y = ssd_step(x, dt, self._decay_rates(), B, C, D_H=self.D, state_BHPN=state.ssm_BHPN)
+        x, B, C = self.split(convolved)
+        y = ssd_step(x, dt, self.decay_rates(), B, C, D_H=self.D, state_BHPN=state.ssm_BHPN)
         return self.out_proj(self.norm(y.flatten(1), gate))
 
-    def _part_length(self, h_TD: Tensor) -> int:
-        """Tokens read together: all of them where gradients are kept or memory is no matter."""
+    def _tokens_per_pass(self, h_TD: Tensor) -> int:
+        """All tokens on a device or where gradients are kept, else a multiple of `chunk_size`."""
         if h_TD.device.type != "cpu" or torch.is_grad_enabled():
             return len(h_TD)
-        num_chunks = PART_ELEMENTS // (self.in_proj.out_features * self.chunk_size)
+        num_chunks = self.max_projection_elements // (self.in_proj.out_features * self.chunk_size)
         return max(1, num_chunks) * self.chunk_size
 
     def _new_state(self, h_TD: Tensor) -> Mamba2State:
@@ -121,14 +124,14 @@ class Mamba2Mixer(nn.Module):
             ssm_BHPN=h_TD.new_zeros(1, self.num_heads, self.head_dim, self.state_size, dtype=dtype),
         )
 
-    def _project(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         sizes = [self.intermediate_size, self.conv_dim, self.num_heads]
         gate, channels, dt = torch.split(self.in_proj(h), sizes, dim=-1)
         dtype = torch.float64 if dt.dtype == torch.float64 else torch.float32
         dt = F.softplus(dt.to(dtype) + self.dt_bias.to(dtype))
         return gate, channels, dt if self.is_unlimited else dt.clamp(*self.time_step_limit)
 
-    def _split(self, convolved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def split(self, convolved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         size = self.num_groups * self.state_size
         x, B, C = torch.split(convolved, [self.intermediate_size, size, size], dim=-1)
         return (
@@ -137,7 +140,7 @@ class Mamba2Mixer(nn.Module):
             C.view(len(x), self.num_groups, self.state_size),
         )
 
-    def _decay_rates(self) -> Tensor:
+    def decay_rates(self) -> Tensor:
         dtype = torch.float64 if self.A_log.dtype == torch.float64 else torch.float32
         return -torch.exp(self.A_log.to(dtype))
 
@@ -146,8 +149,3 @@ def _shift_window(window_KD: Tensor, channels_TD: Tensor) -> None:
     """The last inputs of the convolution after T more, in place."""
     recent = torch.cat([window_KD, channels_TD[max(0, len(channels_TD) - len(window_KD)) :].to(window_KD.dtype)])
     window_KD.copy_(recent[len(recent) - len(window_KD) :])
-
-
-def conv_dim(config: HybridConfig) -> int:
-    """Channels that the convolution sees: x, B and C."""
-    return config.mamba_intermediate_size + 2 * config.n_groups * config.ssm_state_size

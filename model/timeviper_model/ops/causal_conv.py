@@ -77,7 +77,7 @@ class _CausalConv(torch.autograd.Function):
         taps = _wide(weight_DK.t().contiguous())
         dx = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
         dtaps, dbias = torch.zeros_like(taps), torch.zeros_like(taps[0])
-        for start, stop in _blocks(x_TD):
+        for start, stop in token_blocks(x_TD):
             x, dy = _wide(x_TD[start:stop]), _wide(dy_TD[start : stop + num_taps - 1])
             size = stop - start
             block = dy[:size] * taps[-1]
@@ -97,7 +97,7 @@ def _convolved(x_TD: Tensor, weight_DK: Tensor, bias_D: Tensor) -> Tensor:
     num_taps = weight_DK.shape[1]
     y = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
     taps, bias = _wide(weight_DK.t().contiguous()), _wide(bias_D)
-    for start, stop in _blocks(x_TD):
+    for start, stop in token_blocks(x_TD):
         x = _wide(x_TD[max(start - num_taps + 1, 0) : stop])
         size, ahead = stop - start, len(x) - (stop - start)
         block = torch.addcmul(bias, x[ahead:], taps[-1])
@@ -132,7 +132,7 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _blocks(x_TD: Tensor) -> list[tuple[int, int]]:
+def token_blocks(x_TD: Tensor) -> list[tuple[int, int]]:
     elements = BLOCK_ELEMENTS if x_TD.device.type == "cpu" else DEVICE_BLOCK_ELEMENTS
     length = max(1, elements // max(1, x_TD.shape[1]))
     return [(start, min(start + length, len(x_TD))) for start in range(0, len(x_TD), length)]

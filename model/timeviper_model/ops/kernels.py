@@ -11,7 +11,7 @@ tensors alone; whether a kernel may be used is for backends.py to say. Nothing i
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -74,36 +74,18 @@ def kernel_scan(
     chunk_size: int,
     initial_state_HPN: Tensor | None = None,
     seq_idx_T: Tensor | None = None,
+    max_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`ssd_scan` by mamba-ssm; y is fp32 as there, but rounded to the dtype of `x_THP` on the way."""
-    if not len(x_THP):  # no token is left, and a kernel cannot be launched for none
-        return ssd_scan(
-            x_THP,
-            dt_TH,
-            A_H,
-            B_TGN,
-            C_TGN,
-            D_H=D_H,
-            chunk_size=chunk_size,
-            initial_state_HPN=initial_state_HPN,
-            seq_idx_T=seq_idx_T,
-        )
-    return scan_in_pieces(
-        _kernel_scan_piece,
-        x_THP,
-        dt_TH,
-        A_H,
-        B_TGN,
-        C_TGN,
-        D_H=D_H,
-        chunk_size=chunk_size,
-        initial_state_HPN=initial_state_HPN,
-        seq_idx_T=seq_idx_T,
-        max_tokens=max_scan_tokens(x_THP, dt_TH, B_TGN, C_TGN, chunk_size),
-    )
+    operands = x_THP, dt_TH, A_H, B_TGN, C_TGN
+    options: dict[str, Any] = {"initial_state_HPN": initial_state_HPN, "seq_idx_T": seq_idx_T}
+    if not len(x_THP):  # a kernel cannot be launched for no token
+        return ssd_scan(*operands, D_H=D_H, chunk_size=chunk_size, **options)
+    max_tokens = max_tokens or max_scan_tokens(x_THP, dt_TH, B_TGN, C_TGN, chunk_size)
+    return scan_in_chunks(_mamba_ssm_scan, *operands, D_H=D_H, chunk_size=chunk_size, **options, max_tokens=max_tokens)
 
 
-def scan_in_pieces(
+def scan_in_chunks(
     scan: Scan,
     x_THP: Tensor,
     dt_TH: Tensor,
@@ -120,19 +102,19 @@ def scan_in_pieces(
     """What `scan` gives for the whole, asked for at most `max_tokens` tokens at a time, the state carried between."""
     state, outputs = initial_state_HPN, []
     for start in range(0, len(x_THP), max_tokens):
-        part = slice(start, start + max_tokens)
+        chunk = slice(start, start + max_tokens)
         if start and seq_idx_T is not None and bool(seq_idx_T[start] != seq_idx_T[start - 1]):
-            state = None  # the piece begins with a segment
+            state = None  # the chunk begins with a segment
         y, state = scan(
-            x_THP[part],
-            dt_TH[part],
+            x_THP[chunk],
+            dt_TH[chunk],
             A_H,
-            B_TGN[part],
-            C_TGN[part],
+            B_TGN[chunk],
+            C_TGN[chunk],
             D_H=D_H,
             chunk_size=chunk_size,
             initial_state_HPN=state,
-            seq_idx_T=None if seq_idx_T is None else seq_idx_T[part],
+            seq_idx_T=None if seq_idx_T is None else seq_idx_T[chunk],
         )
         outputs.append(y)
     assert state is not None  # at least one token: see kernel_scan
@@ -163,7 +145,7 @@ def max_tokens_below_limit(elements_per_token: int, *, multiple_of: int = 1) -> 
     return max(MAX_OFFSET // elements_per_token // multiple_of, 1) * multiple_of
 
 
-def _kernel_scan_piece(
+def _mamba_ssm_scan(
     x_THP: Tensor,
     dt_TH: Tensor,
     A_H: Tensor,
@@ -195,7 +177,13 @@ def _kernel_scan_piece(
 
 
 def kernel_conv_silu(
-    x_TD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, *, positions_T: Tensor, initial_KD: Tensor | None = None
+    x_TD: Tensor,
+    weight_DK: Tensor,
+    bias_D: Tensor | None,
+    *,
+    positions_T: Tensor,
+    initial_KD: Tensor | None = None,
+    max_tokens: int | None = None,
 ) -> Tensor:
     """`causal_conv_silu` by causal-conv1d."""
     if not len(x_TD):  # no token is left, and a kernel cannot be launched for none
@@ -203,12 +191,13 @@ def kernel_conv_silu(
     if initial_KD is not None and initial_KD.shape[0]:
         joined = torch.cat([initial_KD.to(x_TD.dtype), x_TD])
         positions = torch.arange(len(joined), device=x_TD.device)
-        return kernel_conv_silu(joined, weight_DK, bias_D, positions_T=positions)[len(initial_KD) :]
-    max_tokens = max_tokens_below_limit(max(x_TD.stride(0), x_TD.shape[1]))
-    return conv_in_pieces(_kernel_conv_piece, x_TD, weight_DK, bias_D, positions_T=positions_T, max_tokens=max_tokens)
+        convolved = kernel_conv_silu(joined, weight_DK, bias_D, positions_T=positions, max_tokens=max_tokens)
+        return convolved[len(initial_KD) :]
+    max_tokens = max_tokens or max_tokens_below_limit(max(x_TD.stride(0), x_TD.shape[1]))
+    return conv_in_chunks(_causal_conv1d, x_TD, weight_DK, bias_D, positions_T=positions_T, max_tokens=max_tokens)
 
 
-def conv_in_pieces(
+def conv_in_chunks(
     convolve: Convolve, x_TD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, *, positions_T: Tensor, max_tokens: int
 ) -> Tensor:
     """What `convolve` gives for the whole, asked for at most `max_tokens` tokens at a time.
@@ -219,13 +208,13 @@ def conv_in_pieces(
     outputs = []
     for start in range(0, len(x_TD), max_tokens - ahead):
         first = max(0, start - ahead)
-        part = slice(first, start + max_tokens - ahead)
-        piece = convolve(x_TD[part], weight_DK, bias_D, positions_T=positions_T[part])
-        outputs.append(piece[start - first :])
+        chunk = slice(first, start + max_tokens - ahead)
+        convolved = convolve(x_TD[chunk], weight_DK, bias_D, positions_T=positions_T[chunk])
+        outputs.append(convolved[start - first :])
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _kernel_conv_piece(
+def _causal_conv1d(
     x_TD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, *, positions_T: Tensor, initial_KD: Tensor | None = None
 ) -> Tensor:
     from causal_conv1d import causal_conv1d_fn

@@ -78,4 +78,5 @@ def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and x.dtype == weight.dtype == torch.float32
         and x.numel() * len(weight) >= MIN_PRODUCTS
+        and bool(torch.backends.mkldnn.enabled)
     )

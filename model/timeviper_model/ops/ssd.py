@@ -11,16 +11,15 @@ from inner products of size T x H (see `_decay_gradient`) where autograd would w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-PIECE_ELEMENTS = 2**18
+MATRIX_ELEMENTS = 2**18
 """elements of the C x C matrices computed at one time on a CPU: 1 MiB in fp32, so that they stay in a core's cache"""
 
-DEVICE_PIECE_ELEMENTS = 2**26
+DEVICE_MATRIX_ELEMENTS = 2**26
 """elsewhere: 256 MiB, since there each operation has a price of its own and memory has no such edge"""
 
 MIN_EXPONENT = -80.0
@@ -38,6 +37,7 @@ def ssd_scan(
     chunk_size: int,
     initial_state_HPN: Tensor | None = None,
     seq_idx_T: Tensor | None = None,
+    matrix_elements: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Outputs and last state of the recurrence over T tokens (arXiv 2405.21060, section 6, listing 1).
 
@@ -62,7 +62,8 @@ def ssd_scan(
     chunk = chunk_length(chunk_size, state_size, x.device)
     if 0 < len(x) <= chunk and seq_idx_T is None and not torch.is_grad_enabled():
         return _scan_one_chunk(x, dt, A, B, C, D, state)
-    y, last = _Scan.apply(x, dt, A, B, C, D, state, chunk, seq_idx_T)  # type: ignore[no-untyped-call]
+    runs = chunk_runs(x, chunk, matrix_elements)
+    y, last = _Scan.apply(x, dt, A, B, C, D, state, runs, seq_idx_T)  # type: ignore[no-untyped-call]
     return y, last
 
 
@@ -150,7 +151,7 @@ def _decays(dt_ZCH: Tensor, A_H: Tensor, seq_idx: Tensor | None) -> _Decays:
     return _Decays(within, enter, leave, enter[:, -1], keep)
 
 
-class _Piece:
+class _Chunks:
     """Some neighbouring chunks: their operands as views into the pack, and the matrices both passes need.
 
     Products run group by group and head by head over strided views into contiguous results: batched products take the
@@ -205,16 +206,14 @@ class _Piece:
             states[:, new].addcmul_(states[:, old], through[z])
 
 
-def _pieces(x_THP: Tensor, chunk_size: int) -> Iterator[tuple[int, int, int]]:
-    """(start, stop, tokens a chunk) of the pieces; a last chunk that is not full is a piece of its own."""
+def chunk_runs(x_THP: Tensor, chunk_size: int, matrix_elements: int | None = None) -> list[tuple[int, int, int]]:
+    """(start, stop, tokens per chunk) of chunks computed together; a last partial chunk is separate."""
     num_tokens, num_heads = x_THP.shape[:2]
     full = num_tokens - num_tokens % chunk_size
-    elements = PIECE_ELEMENTS if x_THP.device.type == "cpu" else DEVICE_PIECE_ELEMENTS
+    elements = matrix_elements or (MATRIX_ELEMENTS if x_THP.device.type == "cpu" else DEVICE_MATRIX_ELEMENTS)
     step = max(1, elements // (num_heads * chunk_size * chunk_size)) * chunk_size
-    for start in range(0, full, step):
-        yield start, min(start + step, full), chunk_size
-    if full < num_tokens:
-        yield full, num_tokens, num_tokens - full
+    runs = [(start, min(start + step, full), chunk_size) for start in range(0, full, step)]
+    return runs if full == num_tokens else [*runs, (full, num_tokens, num_tokens - full)]
 
 
 class _Scan(torch.autograd.Function):
@@ -228,23 +227,23 @@ class _Scan(torch.autograd.Function):
         C_TGN: Tensor,
         D_H: Tensor,
         state_HPN: Tensor,
-        chunk_size: int,
+        runs: list[tuple[int, int, int]],
         seq_idx_T: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         ctx.seq_idx = None if seq_idx_T is None else torch.cat([seq_idx_T[:1], seq_idx_T])  # of token t - 1, at t
-        ctx.chunk_size = chunk_size
+        ctx.runs = runs
         y = torch.empty(x_THP.shape, dtype=x_THP.dtype, device=x_THP.device)
         last, kept = _from_heads(state_HPN, B_TGN.shape[1]), []
-        for start, stop, chunk in _pieces(x_THP, chunk_size):
-            piece = _piece((x_THP, dt_TH, B_TGN, C_TGN), A_H, ctx.seq_idx, start, stop, chunk)
-            states = last.new_empty(piece.G, piece.Z + 1, *last.shape[1:])
+        for start, stop, chunk in runs:
+            chunks = _take_chunks((x_THP, dt_TH, B_TGN, C_TGN), A_H, ctx.seq_idx, start, stop, chunk)
+            states = last.new_empty(chunks.G, chunks.Z + 1, *last.shape[1:])
             states[:, 0] = last
-            piece.into_states(piece.B_ZCGN, piece.xdt_ZCHP * piece.decays.leave_ZCH[..., None], states[:, 1:])
-            piece.carry(states)
-            y_ZCHP = _chunks(y[start:stop], chunk)
-            piece.from_states(piece.C_ZCGN, states[:, :-1], piece.decays.enter_ZCH, y_ZCHP)
-            piece.add_mixed(piece.xdt_ZCHP, y_ZCHP)
-            y_ZCHP.addcmul_(piece.x_ZCHP, D_H[:, None])
+            chunks.into_states(chunks.B_ZCGN, chunks.xdt_ZCHP * chunks.decays.leave_ZCH[..., None], states[:, 1:])
+            chunks.carry(states)
+            y_ZCHP = _split(y[start:stop], chunk)
+            chunks.from_states(chunks.C_ZCGN, states[:, :-1], chunks.decays.enter_ZCH, y_ZCHP)
+            chunks.add_mixed(chunks.xdt_ZCHP, y_ZCHP)
+            y_ZCHP.addcmul_(chunks.x_ZCHP, D_H[:, None])
             last = states[:, -1]
             if any(ctx.needs_input_grad):
                 kept.append(states)
@@ -258,59 +257,58 @@ class _Scan(torch.autograd.Function):
         dx, ddt, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, B, C))
         dA, dD = torch.zeros_like(A), torch.zeros_like(D)
         dlast = _from_heads(grads[1], B.shape[1])
-        pieces = list(_pieces(x, ctx.chunk_size))
-        for (start, stop, chunk), states in zip(reversed(pieces), reversed(kept), strict=True):
-            piece = _piece((x, dt, B, C), A, ctx.seq_idx, start, stop, chunk)
-            dy_p, y_p, dx_p, ddt_p, dB_p, dC_p = (_chunks(t[start:stop], chunk) for t in (dy, y, dx, ddt, dB, dC))
+        for (start, stop, chunk), states in zip(reversed(ctx.runs), reversed(kept), strict=True):
+            chunks = _take_chunks((x, dt, B, C), A, ctx.seq_idx, start, stop, chunk)
+            dy_p, y_p, dx_p, ddt_p, dB_p, dC_p = (_split(t[start:stop], chunk) for t in (dy, y, dx, ddt, dB, dC))
             dstates = torch.empty_like(states)
             dstates[:, -1] = dlast
-            dy_enter = dy_p * piece.decays.enter_ZCH[..., None]
-            piece.into_states(piece.C_ZCGN, dy_enter, dstates[:, :-1])
-            piece.carry(dstates, backwards=True)
+            dy_enter = dy_p * chunks.decays.enter_ZCH[..., None]
+            chunks.into_states(chunks.C_ZCGN, dy_enter, dstates[:, :-1])
+            chunks.carry(dstates, backwards=True)
             dlast = dstates[:, 0]
-            _projection_gradients(piece, dy_p, dy_enter, states, dstates, dB_p, dC_p)
-            piece.from_states(piece.B_ZCGN, dstates[:, 1:], piece.decays.leave_ZCH, dx_p)
-            piece.add_mixed(dy_p, dx_p, transposed=True)  # dx is the gradient of dt * x, for now
-            dy_x, dxdt_x = _dot(dy_p, piece.x_ZCHP), _dot(dx_p, piece.x_ZCHP)
+            _projection_gradients(chunks, dy_p, dy_enter, states, dstates, dB_p, dC_p)
+            chunks.from_states(chunks.B_ZCGN, dstates[:, 1:], chunks.decays.leave_ZCH, dx_p)
+            chunks.add_mixed(dy_p, dx_p, transposed=True)  # dx is the gradient of dt * x, for now
+            dy_x, dxdt_x = _dot(dy_p, chunks.x_ZCHP), _dot(dx_p, chunks.x_ZCHP)
             dy_y = _dot(dy_p, y_p) - D * dy_x
-            dlog = _decay_gradient(piece, dy_y - piece.dt_ZCH * dxdt_x, dstates[:, 1:], states[:, 1:])
+            dlog = _decay_gradient(chunks, dy_y - chunks.dt_ZCH * dxdt_x, dstates[:, 1:], states[:, 1:])
             torch.addcmul(dxdt_x, dlog, A, out=ddt_p)
-            dA += (dlog * piece.dt_ZCH).sum((0, 1))
+            dA += (dlog * chunks.dt_ZCH).sum((0, 1))
             dD += dy_x.sum((0, 1))
-            dx_p.mul_(piece.dt_ZCH[..., None]).addcmul_(dy_p, D[:, None])
+            dx_p.mul_(chunks.dt_ZCH[..., None]).addcmul_(dy_p, D[:, None])
         return dx, ddt, dA, dB, dC, dD, _to_heads(dlast, x.shape[1]), None, None
 
 
-def _piece(
+def _take_chunks(
     operands: tuple[Tensor, Tensor, Tensor, Tensor],
     A: Tensor,
     seq_idx: Tensor | None,
     start: int,
     stop: int,
     chunk: int,
-) -> _Piece:
-    x, dt, B, C = (_chunks(tensor[start:stop], chunk) for tensor in operands)
-    return _Piece(x, dt, A, B, C, None if seq_idx is None else seq_idx[start : stop + 1])
+) -> _Chunks:
+    x, dt, B, C = (_split(tensor[start:stop], chunk) for tensor in operands)
+    return _Chunks(x, dt, A, B, C, None if seq_idx is None else seq_idx[start : stop + 1])
 
 
 def _projection_gradients(
-    piece: _Piece, dy: Tensor, dy_enter: Tensor, states: Tensor, dstates: Tensor, dB_ZCGN: Tensor, dC_ZCGN: Tensor
+    chunks: _Chunks, dy: Tensor, dy_enter: Tensor, states: Tensor, dstates: Tensor, dB_ZCGN: Tensor, dC_ZCGN: Tensor
 ) -> None:
     """Writes the gradients of B and C."""
-    dmix = torch.empty_like(piece.mix_HZCC)
-    for h in range(piece.H):
-        torch.bmm(dy[:, :, h], piece.xdt_ZCHP[:, :, h].transpose(1, 2), out=dmix[h])
-    dmix.mul_(piece.decays.within_HZCC)
-    dproducts_GZCC = dmix.view(piece.G, piece.r, piece.Z, piece.C, piece.C).sum(1).mul_(piece.decays.keep_ZCC)
-    xdt_leave = piece.xdt_ZCHP * piece.decays.leave_ZCH[..., None]
-    for g in range(piece.G):
-        dC = dproducts_GZCC[g] @ piece.B_ZCGN[:, :, g]
-        dC_ZCGN[:, :, g] = dC.baddbmm_(piece.group(dy_enter, g), states[g, :-1].transpose(1, 2))
-        dB = dproducts_GZCC[g].transpose(1, 2) @ piece.C_ZCGN[:, :, g]
-        dB_ZCGN[:, :, g] = dB.baddbmm_(piece.group(xdt_leave, g), dstates[g, 1:].transpose(1, 2))
+    dmix = torch.empty_like(chunks.mix_HZCC)
+    for h in range(chunks.H):
+        torch.bmm(dy[:, :, h], chunks.xdt_ZCHP[:, :, h].transpose(1, 2), out=dmix[h])
+    dmix.mul_(chunks.decays.within_HZCC)
+    dproducts_GZCC = dmix.view(chunks.G, chunks.r, chunks.Z, chunks.C, chunks.C).sum(1).mul_(chunks.decays.keep_ZCC)
+    xdt_leave = chunks.xdt_ZCHP * chunks.decays.leave_ZCH[..., None]
+    for g in range(chunks.G):
+        dC = dproducts_GZCC[g] @ chunks.B_ZCGN[:, :, g]
+        dC_ZCGN[:, :, g] = dC.baddbmm_(chunks.group(dy_enter, g), states[g, :-1].transpose(1, 2))
+        dB = dproducts_GZCC[g].transpose(1, 2) @ chunks.C_ZCGN[:, :, g]
+        dB_ZCGN[:, :, g] = dB.baddbmm_(chunks.group(xdt_leave, g), dstates[g, 1:].transpose(1, 2))
 
 
-def _decay_gradient(piece: _Piece, balance_ZCH: Tensor, dafter_GZNQ: Tensor, after_GZNQ: Tensor) -> Tensor:
+def _decay_gradient(chunks: _Chunks, balance_ZCH: Tensor, dafter_GZNQ: Tensor, after_GZNQ: Tensor) -> Tensor:
     """(Z, C, H): gradient of the log decay dt_t A.
 
     That decay scales every path from a token s < t to a token l >= t. A token's paths that end in it are worth
@@ -318,8 +316,8 @@ def _decay_gradient(piece: _Piece, balance_ZCH: Tensor, dafter_GZNQ: Tensor, aft
     plus what leaves through the state after the chunk, counts exactly the paths across t.
     """
     leaving_GZQ = (dafter_GZNQ * after_GZNQ).sum(2)
-    leaving_GZr = leaving_GZQ.view(piece.G, piece.Z, piece.r, piece.P).sum(-1)
-    leaving_ZH = leaving_GZr.transpose(0, 1).reshape(piece.Z, piece.H)
+    leaving_GZr = leaving_GZQ.view(chunks.G, chunks.Z, chunks.r, chunks.P).sum(-1)
+    leaving_ZH = leaving_GZr.transpose(0, 1).reshape(chunks.Z, chunks.H)
     return balance_ZCH.flip(1).cumsum(1).flip(1) + leaving_ZH[:, None]
 
 
@@ -327,7 +325,7 @@ def _dot(a_ZCHP: Tensor, b_ZCHP: Tensor) -> Tensor:
     return (a_ZCHP * b_ZCHP).sum(-1)
 
 
-def _chunks(x_T: Tensor, chunk: int) -> Tensor:
+def _split(x_T: Tensor, chunk: int) -> Tensor:
     """(T, ...) -> (Z, C, ...), a view."""
     return x_T.view(len(x_T) // chunk, chunk, *x_T.shape[1:])
 

@@ -9,16 +9,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from timeviper_model.analysis.blocking import Blocking, blocked_logits
+from timeviper_model.analysis.blocking import Blocking, cut_flow
 from timeviper_model.analysis.dropping import with_plan
 from timeviper_model.analysis.maps import TokenMap, observe
-from timeviper_model.analysis.pooling import HeadStatistics, PooledMap, bins, head_statistics, pool_map
-from timeviper_model.analysis.walk import LabelledLogits, labelled_logits, walk
+from timeviper_model.analysis.pooling import HeadStatistics, PooledMap, equal_bins, head_statistics, pool_map
 from timeviper_model.batching.batch import PackedBatch, TokenKind
 from timeviper_model.config import TransVSite
 from timeviper_model.layers.transv import TokenStream
@@ -81,7 +81,7 @@ class Answered:
     right: tuple[int, ...]
     """the right option of each question"""
 
-    def score(self, run: Callable[[PackedBatch], LabelledLogits]) -> dict[str, float | None]:
+    def score(self, target_log_probs: Callable[[PackedBatch], tuple[Tensor, Tensor]]) -> dict[str, float | None]:
         """What a run of the model makes of the questions.
 
         Returns:
@@ -90,10 +90,10 @@ class Answered:
         """
         sums, counts = [], []
         for batch in self.batches:
-            seen = run(batch)
-            zeros = torch.zeros(batch.num_segments, dtype=torch.float64, device=seen.log_probs_K.device)
-            segments = seen.segment_ids_K.long()
-            sums += zeros.index_add(0, segments, seen.log_probs_K.double()).tolist()
+            log_probs_K, segment_ids_K = target_log_probs(batch)
+            zeros = torch.zeros(batch.num_segments, dtype=torch.float64, device=log_probs_K.device)
+            segments = segment_ids_K.long()
+            sums += zeros.index_add(0, segments, log_probs_K.double()).tolist()
             counts += torch.bincount(segments, minlength=batch.num_segments).tolist()
         log_probs, hits, first = [], [], 0
         for number, right in zip(self.num_options, self.right, strict=True):
@@ -116,7 +116,7 @@ def mixing_layers(model: TimeViper, layers: tuple[int, ...] | None) -> list[int]
 
 def blocking_rows(model: TimeViper, answered: Answered, sweep: BlockingSweep) -> Iterator[dict[str, Any]]:
     """The score with nothing cut (`flow` "none"), then with each flow, scope, kind and layer."""
-    start = answered.score(lambda batch: labelled_logits(model, walk(model, batch)))
+    start = answered.score(model.target_log_probs)
     yield {"flow": "none", "scope": "", "kind": "", "layer": None, **start}
     for flow in sweep.flows:
         for scope in sweep.scopes:
@@ -124,7 +124,7 @@ def blocking_rows(model: TimeViper, answered: Answered, sweep: BlockingSweep) ->
                 for layer in mixing_layers(model, sweep.layers):
                     window = sweep.window if scope == "window" else 1
                     cut = Blocking(flow=flow, scope=scope, layer=layer, window=window, kind=kind)
-                    score = answered.score(lambda batch, cut=cut: blocked_logits(model, batch, cut))  # type: ignore[misc]
+                    score = answered.score(partial(model.target_log_probs, run_block=cut_flow(model, cut)))
                     yield {"flow": flow, "scope": scope, "kind": kind, "layer": layer, **score}
 
 
@@ -132,8 +132,7 @@ def dropping_rows(model: TimeViper, answered: Answered, sweep: DroppingSweep) ->
     """The score without any site (`select` "none"), then with one site of each choice, share and layer."""
 
     def score(sites: Sequence[TransVSite]) -> dict[str, float | None]:
-        twin = with_plan(model, sites)
-        return answered.score(lambda batch: labelled_logits(twin, walk(twin, batch)))
+        return answered.score(with_plan(model, sites).target_log_probs)
 
     types = model.config.text.block_types
     yield {"select": "none", "keep": 1.0, "layer": None, **score(())}
@@ -182,11 +181,11 @@ def layer_maps(model: TimeViper, batches: Sequence[PackedBatch], config: MapsCon
 
     def look(tokens: TokenMap, stream: TokenStream) -> tuple[PooledMap, PooledMap, HeadStatistics]:
         places = spread(len(tokens.segments.ids), config.max_queries, stream.hidden_TD.device)
-        stretches = bins(tokens.segments, config.num_bins)
+        stretches = equal_bins(tokens.segments, config.num_bins)
         return (
-            pool_map(tokens, stream.token_kind_T, len(KINDS), normalise=True, places=places),
-            pool_map(tokens, stretches, config.num_bins, normalise=True, places=places),
-            head_statistics(tokens, places=places),
+            pool_map(tokens, stream.token_kind_T, len(KINDS), normalise=True, queries=places),
+            pool_map(tokens, stretches, config.num_bins, normalise=True, queries=places),
+            head_statistics(tokens, queries=places),
         )
 
     for number, batch in enumerate(batches):

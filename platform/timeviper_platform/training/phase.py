@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from timeviper_model.batching.prompt import TEMPLATES, check_tokenizer
-from timeviper_model.config import TimeViperConfig, VisionConfig, VisionTower
+from timeviper_model.config import TimeViperConfig, VisionConfig
 from timeviper_model.layers.lora import LORA_A, LORA_B, add_lora
 from timeviper_model.timeviper import TimeViper
 from timeviper_model.weights.weights_folder import config_from_dict, config_to_dict, from_pretrained, load_backbone
@@ -235,7 +235,7 @@ def vision_of(
     """
     first, second = tower_facts(store.recipe), None
     if "second" in store.recipe:
-        second = VisionTower(encoder=second_encoder or UNNAMED, **tower_facts(store.recipe["second"]))
+        second = VisionConfig(encoder=second_encoder or UNNAMED, **tower_facts(store.recipe["second"]))
     elif store.media_ids:
         first["hidden_size"] = store.info(store.media_ids[0]).dim
     vision = replace(default, **first, encoder=encoder or default.encoder, second=second)

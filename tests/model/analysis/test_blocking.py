@@ -9,14 +9,24 @@ from torch import Tensor
 
 from reference.slow_timeviper import slow_logits
 from reference.small_models import SMALL, SMALL_QWEN, make_features, make_model, make_sample, pack
-from timeviper_model.analysis.blocking import Blocking, blocked_logits
-from timeviper_model.batching.batch import IGNORE_INDEX, TokenKind
+from timeviper_model.analysis.blocking import Blocking, cut_flow
+from timeviper_model.batching.batch import IGNORE_INDEX, PackedBatch, TokenKind
 from timeviper_model.timeviper import TimeViper
 
 LAYOUTS = ["ssvvvvvviiiirrr", "vviivvvirriirr", "siirr"]
 SAMPLES = [make_sample(layout, seed=number) for number, layout in enumerate(LAYOUTS)]
 MODEL = make_model()
 """M-*M*-: mixers of tokens at 0 and 3 (Mamba-2), 2 and 4 (attention); TransV before 1 and 4"""
+
+
+@torch.no_grad()
+def blocked_logits(model: TimeViper, batch: PackedBatch, blocking: Blocking) -> Tensor:
+    stream, _ = model.run_blocks(model.embed(batch), run_block=cut_flow(model, blocking))
+    return model.logits(model.labelled(stream)[0])
+
+
+def blocked_log_probs(model: TimeViper, batch: PackedBatch, blocking: Blocking) -> Tensor:
+    return model.target_log_probs(batch, run_block=cut_flow(model, blocking))[0]
 
 
 @torch.no_grad()
@@ -51,17 +61,17 @@ def slow_blocked_logits(blocking: Blocking, model: TimeViper = MODEL) -> Tensor:
 )
 def test_blocked_model_equals_explicit_masks(flow: Any, scope: dict[str, Any]) -> None:
     blocking = Blocking(flow=flow, **scope)
-    blocked = blocked_logits(MODEL, pack(SAMPLES), blocking)
-    torch.testing.assert_close(blocked.logits_KV, slow_blocked_logits(blocking))
-    assert not torch.equal(blocked.log_probs_K, MODEL.target_log_probs(pack(SAMPLES))[0])
+    batch = pack(SAMPLES)
+    torch.testing.assert_close(blocked_logits(MODEL, batch, blocking), slow_blocked_logits(blocking))
+    assert not torch.equal(blocked_log_probs(MODEL, batch, blocking), MODEL.target_log_probs(pack(SAMPLES))[0])
 
 
 @pytest.mark.parametrize("scope", [{"scope": "layer", "layer": 1}, {"scope": "from_layer", "layer": 0}])
 def test_a_transformer_with_rope_is_blocked_likewise(scope: dict[str, Any]) -> None:
     model, blocking = make_model(SMALL_QWEN), Blocking(flow="v2i", **scope)
-    blocked = blocked_logits(model, pack(SAMPLES), blocking)
-    torch.testing.assert_close(blocked.logits_KV, slow_blocked_logits(blocking, model))
-    assert not torch.equal(blocked.log_probs_K, model.target_log_probs(pack(SAMPLES))[0])
+    batch = pack(SAMPLES)
+    torch.testing.assert_close(blocked_logits(model, batch, blocking), slow_blocked_logits(blocking, model))
+    assert not torch.equal(blocked_log_probs(model, batch, blocking), model.target_log_probs(pack(SAMPLES))[0])
 
 
 @pytest.mark.parametrize(
@@ -75,17 +85,16 @@ def test_a_transformer_with_rope_is_blocked_likewise(scope: dict[str, Any]) -> N
 def test_blocking_nothing_is_the_plain_model_exactly(nothing: Blocking) -> None:
     model, batch = make_model(dtype=torch.float32), pack(SAMPLES, dtype=torch.float32)
     log_probs, segment_ids = model.target_log_probs(batch)
-    blocked = blocked_logits(model, batch, nothing)
-    assert torch.equal(blocked.log_probs_K, log_probs)
-    assert torch.equal(blocked.segment_ids_K, segment_ids)
-    assert torch.equal(blocked.loss_sum, model(batch).loss_sum)
+    blocked, blocked_ids = model.target_log_probs(batch, run_block=cut_flow(model, nothing))
+    assert torch.equal(blocked, log_probs)
+    assert torch.equal(blocked_ids, segment_ids)
 
 
 def test_a_sample_without_vision_has_nothing_to_lose() -> None:
     batch = pack([make_sample("ssssrrr")], dtype=torch.float32)
     model = make_model(dtype=torch.float32)
-    blocked = blocked_logits(model, batch, Blocking(flow="v2r", scope="from_layer", layer=0))
-    assert torch.equal(blocked.log_probs_K, model.target_log_probs(batch)[0])
+    blocked = blocked_log_probs(model, batch, Blocking(flow="v2r", scope="from_layer", layer=0))
+    assert torch.equal(blocked, model.target_log_probs(batch)[0])
 
 
 def test_with_every_path_cut_the_answer_does_not_depend_on_the_video() -> None:
@@ -96,7 +105,7 @@ def test_with_every_path_cut_the_answer_does_not_depend_on_the_video() -> None:
     other = replace(batch, vision_features=batch.vision_features + 1.0)
     for kind, is_cut in {"both": True, "attention": False, "mamba": False}.items():
         blocking = Blocking(flow="v2i", scope="from_layer", layer=0, kind=kind)  # type: ignore[arg-type]
-        logits, other_logits = (blocked_logits(model, b, blocking).logits_KV for b in (batch, other))
+        logits, other_logits = (blocked_logits(model, b, blocking) for b in (batch, other))
         assert torch.equal(logits, other_logits) == is_cut
 
 
@@ -106,4 +115,4 @@ def test_blockings_that_make_no_sense_are_refused() -> None:
     with pytest.raises(ValueError, match="no meaning"):
         Blocking(flow="v2i", scope="layer", layer=2, window=3)
     with pytest.raises(ValueError, match="0 to 5"):
-        blocked_logits(MODEL, pack(SAMPLES), Blocking(flow="v2i", scope="layer", layer=6))
+        cut_flow(MODEL, Blocking(flow="v2i", scope="layer", layer=6))

@@ -6,19 +6,19 @@ import pytest
 import torch
 
 from reference.small_models import make_model, make_sample, pack
-from timeviper_model.analysis import maps
 from timeviper_model.analysis.maps import TokenMap, observe
-from timeviper_model.analysis.pooling import bins, head_statistics, pool_map
+from timeviper_model.analysis.pooling import equal_bins, head_statistics, pool_map
 from timeviper_model.batching.segments import Segments
 from timeviper_model.layers.transv import TokenStream
 
 MODEL = make_model()
+ONE_OR_TWO_QUERIES = 200
+"""elements of the map computed at a time"""
 SAMPLES = [make_sample("sss" + "v" * 9 + "iiirr", seed=1), make_sample("svvvvirr", seed=2)]
 
 
 @pytest.fixture(params=[2, 3], ids=["attention", "mamba"])
-def seen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[TokenMap, TokenStream]:
-    monkeypatch.setattr(maps, "ROW_ELEMENTS", 200)  # a query or two at a time
+def seen(request: pytest.FixtureRequest) -> tuple[TokenMap, TokenStream]:
     return observe(MODEL, pack(SAMPLES), [request.param], lambda tokens, stream: (tokens, stream))[request.param]
 
 
@@ -26,13 +26,14 @@ def seen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tup
 def test_group_averages_equal_loops_over_the_whole_matrix(seen: tuple[TokenMap, TokenStream], normalise: bool) -> None:
     tokens, stream = seen
     kinds, ids = stream.token_kind_T.tolist(), stream.segments.ids.tolist()
-    places = [i for i in range(len(ids)) if i % 3]
-    pooled = pool_map(tokens, stream.token_kind_T, 4, normalise=normalise, places=torch.tensor(places))
+    sampled = [i for i in range(len(ids)) if i % 3]
+    options = {"queries": torch.tensor(sampled), "max_elements": ONE_OR_TWO_QUERIES}
+    pooled = pool_map(tokens, stream.token_kind_T, 4, normalise=normalise, **options)  # type: ignore[arg-type]
     matrix = tokens.rows(torch.arange(len(ids)))
     if normalise:
         matrix = matrix / matrix.abs().sum(-1, keepdim=True)
     for a in range(4):
-        queries = [i for i in places if kinds[i] == a]
+        queries = [i for i in sampled if kinds[i] == a]
         for b in range(4):
             pairs = [(i, j) for i in queries for j in range(i + 1) if kinds[j] == b and ids[j] == ids[i]]
             for head in range(4):
@@ -47,7 +48,7 @@ def test_head_statistics_equal_loops_over_the_whole_matrix(seen: tuple[TokenMap,
     ids, positions = stream.segments.ids.tolist(), stream.segments.positions_T.tolist()
     matrix = tokens.rows(torch.arange(len(ids))).abs()
     matrix = (matrix / matrix.sum(-1, keepdim=True)).tolist()
-    found = head_statistics(tokens, num_sink_tokens=2)
+    found = head_statistics(tokens, num_sink_tokens=2, max_elements=ONE_OR_TWO_QUERIES)
     for head in range(4):
         sink = entropy = distance = 0.0
         for i in range(len(ids)):
@@ -66,6 +67,6 @@ def test_attention_shares_of_a_query_sum_to_one() -> None:
     torch.testing.assert_close(shares, torch.ones_like(shares))
 
 
-def test_bins_cut_each_segment_evenly() -> None:
+def test_equal_bins_cut_each_segment_evenly() -> None:
     segments = Segments(torch.tensor([0] * 6 + [1] * 3, dtype=torch.int32), 2)
-    assert bins(segments, 3).tolist() == [0, 0, 1, 1, 2, 2, 0, 1, 2]
+    assert equal_bins(segments, 3).tolist() == [0, 0, 1, 1, 2, 2, 0, 1, 2]

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from reference.small_models import SMALL
 from timeviper_model.batching.segments import Segments
 from timeviper_model.layers.attention import (
-    MIN_PIECE,
-    PIECES,
+    MIN_CHUNK_TOKENS,
+    NUM_CHUNKS,
     Attention,
     continued_attention,
     grouped_attention,
@@ -47,8 +47,10 @@ def test_long_segment_needs_no_square_matrix() -> None:
     torch.testing.assert_close(out[:50], first, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("num_keys", [PIECES * MIN_PIECE - 1, PIECES * MIN_PIECE, PIECES * MIN_PIECE + 3])
-def test_a_lone_group_over_a_long_context_equals_attention_in_one_piece(num_keys: int) -> None:
+@pytest.mark.parametrize(
+    "num_keys", [NUM_CHUNKS * MIN_CHUNK_TOKENS - 1, NUM_CHUNKS * MIN_CHUNK_TOKENS, NUM_CHUNKS * MIN_CHUNK_TOKENS + 3]
+)
+def test_a_lone_group_over_a_long_context_equals_plain_attention(num_keys: int) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
         torch.randn(1, *shape, 8, generator=generator, dtype=torch.float64)

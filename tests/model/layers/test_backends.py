@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from reference.small_models import make_model, make_sample, pack
-from timeviper_model.layers.backends import KERNELS, TORCH, choose_operations, set_backend
+from timeviper_model.layers.backends import KERNELS, TORCH, Operations, choose_operations, set_backend, use_operations
 from timeviper_model.layers.mamba2 import Mamba2Mixer
 
 CUDA = torch.device("cuda")
@@ -89,7 +89,7 @@ def test_the_choice_is_logged_once_with_its_reasons(caplog: pytest.LogCaptureFix
     assert "scan by ssd_scan (the kernels need CUDA, not cpu)" in record.getMessage()
 
 
-def test_every_mixer_of_the_model_runs_what_was_chosen(all_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_mixer_of_the_model_runs_what_was_chosen(all_kernels: None) -> None:
     calls: list[str] = []
 
     def spy(name: str) -> Any:
@@ -100,12 +100,12 @@ def test_every_mixer_of_the_model_runs_what_was_chosen(all_kernels: None, monkey
         call.__name__ = name
         return call
 
-    spies = type(KERNELS)(*(spy(name) for name in KERNELS._fields))
-    monkeypatch.setattr("timeviper_model.layers.backends.KERNELS", spies)
     model, batch = make_model(), pack([make_sample("ssvvvviirr")])
     expected = model(batch).loss_sum
-    set_backend(model, "auto", device="cuda", dtype=torch.bfloat16)  # M-*M*-
+    use_operations(model, Operations(*(spy(name) for name in Operations._fields)))  # M-*M*-
     assert torch.equal(model(batch).loss_sum, expected)
     assert calls == ["convolution", "scan", "attention", "convolution", "scan", "attention"]
+    set_backend(model, "auto", device="cuda", dtype=torch.bfloat16)
+    assert all(module.scan is KERNELS.scan for module in model.modules() if isinstance(module, Mamba2Mixer))
     set_backend(model, "torch", device="cuda", dtype=torch.bfloat16)
     assert all(module.scan is TORCH.scan for module in model.modules() if isinstance(module, Mamba2Mixer))

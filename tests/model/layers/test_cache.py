@@ -11,8 +11,7 @@ from torch import Tensor
 from reference.small_models import SMALL, make_model, make_sample, pack
 from timeviper_model.batching.segments import Segments
 from timeviper_model.inference.prefill import prefill
-from timeviper_model.layers import cache as cache_module
-from timeviper_model.layers.cache import MIN_CAPACITY, HybridCache
+from timeviper_model.layers.cache import KEPT_BYTES, MIN_CAPACITY, HybridCache
 from timeviper_model.timeviper import TimeViper
 
 
@@ -35,13 +34,12 @@ def test_layers_behind_a_drop_keep_fewer_tokens() -> None:
     assert cache.num_tokens == [0, 45]
 
 
-@pytest.mark.parametrize("kept", [0, cache_module.KEPT_BYTES])
+@pytest.mark.parametrize("kept_bytes", [0, KEPT_BYTES])
 def test_capacity_grows_and_much_of_it_goes_back_when_all_slots_are_empty(
-    kept: int, monkeypatch: pytest.MonkeyPatch
+    kept_bytes: int,
 ) -> None:
-    monkeypatch.setattr(cache_module, "KEPT_BYTES", kept)
     model = make_model()
-    cache = model.new_cache(2, device="cpu", dtype=torch.float64)
+    cache = HybridCache(model.config.text, 2, device="cpu", dtype=torch.float64, kept_bytes=kept_bytes)
     empty = cache.num_bytes
     prefill(model, pack([make_sample("i" * (MIN_CAPACITY - 2))]), cache, 0)
     filled = cache.num_bytes
@@ -51,7 +49,7 @@ def test_capacity_grows_and_much_of_it_goes_back_when_all_slots_are_empty(
     assert cache.attention[2].lengths == [2 * MIN_CAPACITY, 0]
     grown = cache.num_bytes
     cache.reset(0)
-    assert cache.num_bytes == (grown if kept else empty)
+    assert cache.num_bytes == (grown if kept_bytes else empty)
     assert cache.num_tokens == [0, 0]
 
 

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from reference.small_models import SMALL, make_model
 from timeviper_model.batching.segments import Segments
-from timeviper_model.layers import mamba2
 from timeviper_model.layers.mamba2 import Mamba2Mixer, Mamba2State
 
 
@@ -44,25 +43,23 @@ def new_state(mixer: Mamba2Mixer) -> Mamba2State:
 
 @pytest.mark.parametrize("continues", [False, True])
 @pytest.mark.parametrize("extra", [0, 1, 5])
-def test_parts_give_what_one_pass_gives(
-    extra: int, continues: bool, mixer: Mamba2Mixer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_several_passes_give_what_one_pass_gives(extra: int, continues: bool, mixer: Mamba2Mixer) -> None:
     h_TD = hidden(3 * mixer.chunk_size + extra, mixer)
     states = [new_state(mixer) if continues else None for _ in range(2)]
     with torch.no_grad():
         expected = mixer(h_TD, one_segment(h_TD), states[0])
-        monkeypatch.setattr(mamba2, "PART_ELEMENTS", 1)
+        mixer.max_projection_elements = 1
         rows = rows_projected(mixer)
-        parts = mixer(h_TD, one_segment(h_TD), states[1])
+        found = mixer(h_TD, one_segment(h_TD), states[1])
     assert rows == [mixer.chunk_size] * 3 + ([extra] if extra else [])
-    torch.testing.assert_close(parts, expected)
+    torch.testing.assert_close(found, expected)
     if states[0] is not None and states[1] is not None:
         torch.testing.assert_close(states[1].ssm_BHPN, states[0].ssm_BHPN)
         torch.testing.assert_close(states[1].window_BKD, states[0].window_BKD)
 
 
-def test_several_samples_and_gradients_go_in_one_pass(mixer: Mamba2Mixer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mamba2, "PART_ELEMENTS", 1)
+def test_several_samples_and_gradients_go_in_one_pass(mixer: Mamba2Mixer) -> None:
+    mixer.max_projection_elements = 1
     h_TD = hidden(3 * mixer.chunk_size, mixer)
     rows = rows_projected(mixer)
     two = Segments(torch.arange(len(h_TD)) // (2 * mixer.chunk_size), 2)

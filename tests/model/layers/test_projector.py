@@ -9,13 +9,13 @@ from torch import Tensor
 
 from reference.small_models import SMALL, make_model, make_sample
 from timeviper_model.batching.batch import pack_samples
-from timeviper_model.config import TimeViperConfig, VisionTower
+from timeviper_model.config import TimeViperConfig, VisionConfig
 from timeviper_model.layers.projector import TwoTowerProjector, combine_towers
 from timeviper_model.weights.weights_folder import from_pretrained, save_pretrained
 
 
 def two_towers(num_second: int, second_size: int = 5) -> TimeViperConfig:
-    second = VisionTower(encoder="other", num_tokens_per_frame=num_second, hidden_size=second_size)
+    second = VisionConfig(encoder="other", num_tokens_per_frame=num_second, hidden_size=second_size)
     return replace(SMALL, vision=replace(SMALL.vision, second=second))
 
 

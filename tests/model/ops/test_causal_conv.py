@@ -3,19 +3,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-import timeviper_model.ops.causal_conv as causal_conv
 from reference.slow_scan import slow_conv_silu
-from timeviper_model.ops.causal_conv import causal_conv_silu, causal_conv_silu_step
+from timeviper_model.ops.causal_conv import BLOCK_ELEMENTS, causal_conv_silu, causal_conv_silu_step, token_blocks
 
 D, K = 5, 4
 
 
 @pytest.mark.parametrize("lengths", [[1], [2], [30], [1, 1, 2, 3, 9, 4, 1], [7, 8]])
-@pytest.mark.parametrize("rows_at_once", [3, 1000])
-def test_convolution_and_gradients_equal_the_taps_inside_each_segment(
-    lengths: list[int], rows_at_once: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(causal_conv, "BLOCK_ELEMENTS", rows_at_once * D)
+@pytest.mark.parametrize("D", [5, BLOCK_ELEMENTS // 3], ids=["one block", "three tokens a block"])
+def test_convolution_and_gradients_equal_the_taps_inside_each_segment(lengths: list[int], D: int) -> None:
     generator = torch.Generator().manual_seed(0)
     positions = torch.cat([torch.arange(length) for length in lengths])
     inputs = [
@@ -66,7 +62,7 @@ def test_bf16_is_summed_in_fp32() -> None:
         torch.testing.assert_close(grad.float(), wide_grad, rtol=2e-2, atol=5e-2)
 
 
-def test_a_device_takes_a_piece_of_prefill_as_one_block() -> None:
+def test_a_device_takes_a_prefill_chunk_as_one_block() -> None:
     on_cpu, on_device = (torch.empty(2048, 12288, device=device) for device in ("cpu", "meta"))
-    assert causal_conv._blocks(on_device) == [(0, 2048)]
-    assert len(causal_conv._blocks(on_cpu)) == 205
+    assert token_blocks(on_device) == [(0, 2048)]
+    assert len(token_blocks(on_cpu)) == 205

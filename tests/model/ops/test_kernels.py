@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -11,15 +12,14 @@ from torch import Tensor
 from reference import kernel_contracts
 from timeviper_model.batching.segments import Segments
 from timeviper_model.layers.attention import segment_causal_attention
-from timeviper_model.ops import kernels
 from timeviper_model.ops.causal_conv import causal_conv_silu
 from timeviper_model.ops.kernels import (
-    conv_in_pieces,
+    conv_in_chunks,
     kernel_conv_silu,
     kernel_scan,
     max_scan_tokens,
     max_tokens_below_limit,
-    scan_in_pieces,
+    scan_in_chunks,
     varlen_attention,
 )
 from timeviper_model.ops.ssd import ssd_scan
@@ -74,40 +74,40 @@ def scan_with_gradients(
     return {"y": y.detach(), "last": last.detach(), **named}
 
 
-SEGMENTS = {"one": [100], "ends between pieces": [20, 12, 68], "ends inside pieces": [5, 43, 1, 51]}
+SEGMENTS = {"one": [100], "ends between chunks": [20, 12, 68], "ends inside chunks": [5, 43, 1, 51]}
 
 
 @pytest.mark.parametrize("max_tokens", [16, 32, 96, 112])
 @pytest.mark.parametrize("lengths", SEGMENTS.values(), ids=SEGMENTS.keys())
-def test_a_scan_in_pieces_equals_one_scan_in_value_and_gradient(lengths: list[int], max_tokens: int) -> None:
+def test_a_scan_in_chunks_equals_one_scan_in_value_and_gradient(lengths: list[int], max_tokens: int) -> None:
     values = scan_input(100)
     seq_idx = Segments(torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)), len(lengths)).seq_idx_T
-    in_pieces = scan_with_gradients(scan_in_pieces_of_torch, values, seq_idx, max_tokens=max_tokens)
-    torch.testing.assert_close(in_pieces, scan_with_gradients(ssd_scan, values, seq_idx))
+    in_chunks = scan_with_gradients(scan_in_chunks_of_torch, values, seq_idx, max_tokens=max_tokens)
+    torch.testing.assert_close(in_chunks, scan_with_gradients(ssd_scan, values, seq_idx))
 
 
-def scan_in_pieces_of_torch(*operands: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    asked: list[int] = []
+def scan_in_chunks_of_torch(*operands: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    lengths: list[int] = []
 
     def scan(x_THP: Tensor, *rest: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-        asked.append(len(x_THP))
+        lengths.append(len(x_THP))
         return ssd_scan(x_THP, *rest, **options)
 
-    result = scan_in_pieces(scan, *operands, **options)  # type: ignore[misc, arg-type]
-    assert max(asked) <= options["max_tokens"]
+    result = scan_in_chunks(scan, *operands, **options)  # type: ignore[misc, arg-type]
+    assert max(lengths) <= options["max_tokens"]
     return result
 
 
 @pytest.mark.parametrize("max_tokens", [4, 7, 40, 64])
-def test_a_convolution_in_pieces_equals_one_convolution(max_tokens: int) -> None:
+def test_a_convolution_in_chunks_equals_one_convolution(max_tokens: int) -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((40, 8), (8, 4), (8,)))
     positions = torch.cat([torch.arange(n) for n in (1, 8, 2, 29)])
-    pieces = conv_in_pieces(causal_conv_silu, x, weight, bias, positions_T=positions, max_tokens=max_tokens)
-    torch.testing.assert_close(pieces, causal_conv_silu(x, weight, bias, positions_T=positions))
+    convolved = conv_in_chunks(causal_conv_silu, x, weight, bias, positions_T=positions, max_tokens=max_tokens)
+    torch.testing.assert_close(convolved, causal_conv_silu(x, weight, bias, positions_T=positions))
 
 
-def test_pieces_of_the_9b_stay_below_32_bits() -> None:
+def test_chunks_of_the_9b_stay_below_32_bits() -> None:
     convolved = torch.empty(256, 10240 + 2 * 1024, device="meta")
     x = convolved[:, :10240].view(256, 128, 80)
     B, C = (part.view(256, 8, 128) for part in convolved[:, 10240:].split(1024, 1))
@@ -127,40 +127,36 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("max_tokens", [16, 48, 112])
 @pytest.mark.parametrize("lengths", SEGMENTS.values(), ids=SEGMENTS.keys())
-def test_the_scan_asks_its_kernel_for_what_the_kernel_means(
-    stand_ins: None, lengths: list[int], max_tokens: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(kernels, "max_scan_tokens", lambda *operands: max_tokens)
+def test_the_scan_keeps_the_contract_of_its_kernel(stand_ins: None, lengths: list[int], max_tokens: int) -> None:
     values = scan_input(100, dtype=torch.float32)
     ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     seq_idx = Segments(ids, len(lengths)).seq_idx_T
     with torch.no_grad():
         found, expected = (
-            scan(*values[:5], D_H=values.D_H, chunk_size=16, initial_state_HPN=initial, seq_idx_T=seq_idx)
-            for scan, initial in ((kernel_scan, values.initial_state_HPN), (ssd_scan, values.initial_state_HPN))
+            scan(*values[:5], D_H=values.D_H, chunk_size=16, initial_state_HPN=values[6], seq_idx_T=seq_idx)
+            for scan in (partial(kernel_scan, max_tokens=max_tokens), ssd_scan)
         )
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("first", [0, 4])
 @pytest.mark.parametrize("with_window", [False, True])
-@pytest.mark.parametrize("limit", [2**31 - 1, 10 * 68])
-def test_the_convolution_asks_its_kernel_for_what_the_kernel_means(
-    stand_ins: None, first: int, with_window: bool, limit: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("max_tokens", [None, 10])
+def test_the_convolution_keeps_the_contract_of_its_kernel(
+    stand_ins: None, first: int, with_window: bool, max_tokens: int | None
 ) -> None:
-    monkeypatch.setattr(kernels, "MAX_OFFSET", limit)  # ten tokens at a time
     generator = torch.Generator().manual_seed(0)
     shapes = (40, 68), (64, 4), (64,), (3, 64)
     wide, weight, bias, window = (torch.randn(shape, generator=generator) for shape in shapes)
     x = wide[:, first : first + 64]  # rows that do not begin at multiples of eight
     positions = torch.arange(40) if with_window else torch.cat([torch.arange(n) for n in (1, 8, 2, 29)])
     options = {"positions_T": positions, "initial_KD": window if with_window else None}
-    found = kernel_conv_silu(x, weight, bias, **options)
+    found = kernel_conv_silu(x, weight, bias, **options, max_tokens=max_tokens)
     torch.testing.assert_close(found, causal_conv_silu(x, weight, bias, **options))
 
 
 @pytest.mark.parametrize("lengths", [[9], [3, 0, 1, 6], [0]])
-def test_attention_asks_its_kernel_for_what_the_kernel_means(stand_ins: None, lengths: list[int]) -> None:
+def test_attention_keeps_the_contract_of_its_kernel(stand_ins: None, lengths: list[int]) -> None:
     segments = Segments(torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)), len(lengths))
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(sum(lengths), heads, 8, generator=generator) for heads in (4, 2, 2))
@@ -209,14 +205,13 @@ def expect_near(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("lengths", [[200], [64, 136], [5, 91, 1, 103]])
 @pytest.mark.parametrize("max_tokens", [64, 256])
-def test_mamba_ssm_equals_the_torch_scan(lengths: list[int], max_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mamba_ssm_equals_the_torch_scan(lengths: list[int], max_tokens: int) -> None:
     pytest.importorskip("mamba_ssm.ops.triton.ssd_combined")
-    monkeypatch.setattr(kernels, "max_scan_tokens", lambda *operands: max_tokens)
     values = scan_input(200, device="cuda", dtype=torch.bfloat16)
     ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).cuda()
     seq_idx = Segments(ids, len(lengths)).seq_idx_T
     expected = scan_with_gradients(ssd_scan, values, seq_idx)
-    expect_near(scan_with_gradients(kernel_scan, values, seq_idx), expected)
+    expect_near(scan_with_gradients(kernel_scan, values, seq_idx, max_tokens=max_tokens), expected)
 
 
 @pytest.mark.gpu

@@ -4,32 +4,38 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from timeviper_model.ops import linear as module
 from timeviper_model.ops.linear import MIN_PRODUCTS, Linear, pack_linears
 
 ENOUGH = MIN_PRODUCTS // (64 * 48)
 
 
+class OneDnnProducts(TorchDispatchMode):
+    """Records every product that oneDNN computes: its rows, and whether the weight was packed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[int, bool]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.mkldnn._linear_pointwise.default:
+            self.found.append((len(args[0]), args[1].is_mkldnn))
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.fixture
-def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
-    """Of every product that oneDNN is asked for: its rows, and whether the weight was packed."""
-    onednn, asked = module._onednn, []
-    if onednn is None:
+def products() -> Iterator[list[tuple[int, bool]]]:
+    if not torch.backends.mkldnn.is_available():
         pytest.skip("this PyTorch has no oneDNN")
-
-    def noted(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
-        asked.append((len(x), weight.is_mkldnn))
-        product: torch.Tensor = onednn(x, weight, *rest)
-        return product
-
-    monkeypatch.setattr(module, "_onednn", noted)
-    return asked
+    with OneDnnProducts() as products:
+        yield products.found
 
 
 def make(num_rows: int, dtype: torch.dtype = torch.float32, *, bias: bool = True) -> tuple[Linear, torch.Tensor]:
@@ -60,12 +66,13 @@ def test_gradients_other_dtypes_and_few_rows_are_left_to_pytorch(products: list[
     assert products == []
 
 
-def test_a_build_without_onednn_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_onednn_the_product_is_the_same(products: list[tuple[int, bool]]) -> None:
     linear, x = make(ENOUGH + 1)
     with torch.inference_mode():
         expected = linear(x)
-        monkeypatch.setattr(module, "_onednn", None)
-        torch.testing.assert_close(linear(x), expected, rtol=1e-5, atol=1e-5)
+        with torch.backends.mkldnn.flags(enabled=False):
+            torch.testing.assert_close(linear(x), expected, rtol=1e-5, atol=1e-5)
+    assert len(products) == 1
 
 
 def test_a_packed_weight_gives_the_same_product_until_it_changes(products: list[tuple[int, bool]]) -> None:
@@ -96,6 +103,12 @@ def test_a_packed_model_is_copied_and_written_without_what_is_packed(products: l
         for other in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear))):
             torch.testing.assert_close(other(x), linear(x), rtol=1e-5, atol=1e-5)
     assert [packed for _, packed in products] == [False, True] * 2
-    half, _ = make(1, torch.bfloat16)
-    pack_linears(half)
-    assert half._packed is None
+
+
+def test_packing_changes_nothing_for_another_dtype(products: list[tuple[int, bool]]) -> None:
+    half, x = make(ENOUGH + 1, torch.bfloat16)
+    with torch.inference_mode():
+        expected = half(x)
+        pack_linears(half)
+        assert torch.equal(half(x), expected)
+    assert products == []

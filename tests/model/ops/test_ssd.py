@@ -6,9 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import timeviper_model.ops.ssd as ssd
 from reference.slow_scan import slow_scan
-from timeviper_model.ops.ssd import ssd_scan, ssd_step
+from timeviper_model.ops.ssd import chunk_length, chunk_runs, ssd_scan, ssd_step
 
 H, P, G, N = 4, 3, 2, 5
 
@@ -31,9 +30,12 @@ def make_inputs(num_tokens: int, *, seed: int = 0, dtype: torch.dtype = torch.fl
     return {name: tensor.to(dtype).requires_grad_() for name, tensor in inputs.items()}
 
 
-def run(inputs: dict[str, Tensor], seq_idx: Tensor | None, *, chunk_size: int = 8) -> tuple[Tensor, Tensor]:
+def run(
+    inputs: dict[str, Tensor], seq_idx: Tensor | None, *, chunk_size: int = 8, matrix_elements: int | None = None
+) -> tuple[Tensor, Tensor]:
     x, dt, A, B, C, D, initial = inputs.values()
-    return ssd_scan(x, dt, A, B, C, D_H=D, chunk_size=chunk_size, initial_state_HPN=initial, seq_idx_T=seq_idx)
+    options = {"D_H": D, "initial_state_HPN": initial, "seq_idx_T": seq_idx, "matrix_elements": matrix_elements}
+    return ssd_scan(x, dt, A, B, C, chunk_size=chunk_size, **options)
 
 
 @settings(max_examples=25, deadline=None)
@@ -50,11 +52,10 @@ def test_scan_and_its_gradients_equal_the_sequential_recurrence(
     seq_idx = None
     if boundaries is not None:
         seq_idx = torch.tensor([sum(edge <= t for edge in boundaries) for t in range(num_tokens)], dtype=torch.int32)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ssd, "PIECE_ELEMENTS", chunks_at_once * H * chunk_size**2)
-        y, last = run(inputs, seq_idx, chunk_size=chunk_size)
-        weights = torch.randn_like(y), torch.randn_like(last)
-        grads = torch.autograd.grad((y * weights[0]).sum() + (last * weights[1]).sum(), list(inputs.values()))
+    matrix_elements = chunks_at_once * H * chunk_size**2
+    y, last = run(inputs, seq_idx, chunk_size=chunk_size, matrix_elements=matrix_elements)
+    weights = torch.randn_like(y), torch.randn_like(last)
+    grads = torch.autograd.grad((y * weights[0]).sum() + (last * weights[1]).sum(), list(inputs.values()))
     slow_y, slow_last = slow_scan(*inputs.values(), seq_idx)
     slow_loss = (slow_y * weights[0]).sum() + (slow_last * weights[1]).sum()
     slow_grads = torch.autograd.grad(slow_loss, list(inputs.values()), allow_unused=True, materialize_grads=True)
@@ -87,12 +88,12 @@ def test_without_gradients_short_sequences_equal_the_sequential_recurrence(num_t
     with torch.no_grad():
         state = inputs["initial"].clone()
         run({**inputs, "initial": state}, None)
-        assert torch.equal(state, inputs["initial"])  # the caller's state is its own
+        assert torch.equal(state, inputs["initial"])
     assert y.shape == short_y.shape
 
 
 @pytest.mark.parametrize("with_gradients", [True, False])
-def test_of_no_tokens_the_state_is_left(with_gradients: bool) -> None:
+def test_without_tokens_the_state_is_unchanged(with_gradients: bool) -> None:
     inputs = make_inputs(0)
     with torch.set_grad_enabled(with_gradients):
         y, last = run(inputs, None)
@@ -100,14 +101,14 @@ def test_of_no_tokens_the_state_is_left(with_gradients: bool) -> None:
     assert torch.equal(last, inputs["initial"])
 
 
-def test_a_sequence_in_parts_with_carried_state_equals_one_scan() -> None:
+def test_a_sequence_in_chunks_with_carried_state_equals_one_scan() -> None:
     x, dt, A, B, C, D, initial = make_inputs(40).values()
     whole, last = ssd_scan(x, dt, A, B, C, D_H=D, chunk_size=8, initial_state_HPN=initial)
-    state, parts = initial, []
-    for part in (slice(0, 13), slice(13, 14), slice(14, 40)):
-        y, state = ssd_scan(x[part], dt[part], A, B[part], C[part], D_H=D, chunk_size=8, initial_state_HPN=state)
-        parts.append(y)
-    torch.testing.assert_close(torch.cat(parts), whole)
+    state, outputs = initial, []
+    for chunk in (slice(0, 13), slice(13, 14), slice(14, 40)):
+        y, state = ssd_scan(x[chunk], dt[chunk], A, B[chunk], C[chunk], D_H=D, chunk_size=8, initial_state_HPN=state)
+        outputs.append(y)
+    torch.testing.assert_close(torch.cat(outputs), whole)
     torch.testing.assert_close(state, last)
 
 
@@ -149,10 +150,10 @@ def test_another_segment_leaves_no_trace_not_even_infinity() -> None:
     [(128, 128, "cpu", 64), (128, 48, "cpu", 48), (128, 16, "cpu", 32), (16, 128, "cpu", 16), (128, 16, "meta", 128)],
 )
 def test_a_cpu_takes_shorter_chunks(chunk_size: int, state_size: int, device: str, expected: int) -> None:
-    assert ssd.chunk_length(chunk_size, state_size, torch.device(device)) == expected
+    assert chunk_length(chunk_size, state_size, torch.device(device)) == expected
 
 
-def test_a_device_takes_longer_pieces() -> None:
-    on_cpu, elsewhere = (list(ssd._pieces(torch.empty(1000, 128, 1, device=device), 128)) for device in ("cpu", "meta"))
+def test_a_device_computes_more_chunks_at_a_time() -> None:
+    on_cpu, elsewhere = (list(chunk_runs(torch.empty(1000, 128, 1, device=device), 128)) for device in ("cpu", "meta"))
     assert [stop - start for start, stop, _ in on_cpu] == [128] * 7 + [104]
     assert [stop - start for start, stop, _ in elsewhere] == [896, 104]

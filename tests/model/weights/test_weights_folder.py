@@ -124,18 +124,18 @@ def test_a_shard_the_index_names_but_nobody_has_is_named(tmp_path: Path) -> None
 
 
 def test_a_save_that_fails_leaves_the_old_folder_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     folder = tmp_path / "weights"
     save_pretrained(make_model(seed=1), folder)
     before = weights_hash(folder)
 
-    def full_disk(*args: object) -> None:
-        raise OSError("no space left")
+    class FullDisk:
+        def save_pretrained(self, folder: Path) -> None:
+            raise OSError("no space left")
 
-    monkeypatch.setattr(weights, "save_file", full_disk)
     with pytest.raises(OSError, match="no space left"):
-        save_pretrained(make_model(seed=2), folder)
+        save_pretrained(make_model(seed=2), folder, tokenizer=FullDisk())
     assert [path.name for path in tmp_path.iterdir()] == ["weights"]
     assert weights_hash(folder) == before
 

@@ -7,6 +7,7 @@ import json
 import runpy
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from reference.known_answers import KnownAnswers, choice_row, grounding_row, write_questions
-from timeviper_model.analysis.blocking import Blocking, blocked_logits
+from timeviper_model.analysis.blocking import Blocking, cut_flow
 from timeviper_model.analysis.maps import observe
 from timeviper_model.analysis.pooling import pool_map
 from timeviper_model.weights.weights_folder import load_tokenizer
@@ -75,9 +76,8 @@ def test_cutting_the_video_off_everywhere_leaves_a_guess(loaded: tuple[Any, Answ
     assert [(row["flow"], row["layer"]) for row in rows] == [("v2i", 0), ("v2i", 1), ("v2r", 0), ("v2r", 1)]
     assert all(row["log_prob"] < start["log_prob"] for row in rows if row["layer"] == 0)
     answered = make_answered(answerer, asked)
-    by_hand = answered.score(
-        lambda batch: blocked_logits(model, batch, Blocking(flow="v2i", scope="from_layer", layer=1))
-    )
+    run_block = cut_flow(model, Blocking(flow="v2i", scope="from_layer", layer=1))
+    by_hand = answered.score(partial(model.target_log_probs, run_block=run_block))
     assert {key: rows[1][key] for key in by_hand} == by_hand
 
 

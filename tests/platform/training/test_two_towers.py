@@ -17,7 +17,7 @@ import torch
 from reference.made_media import make_encoder, make_video
 from reference.tiny_serving import generate_alone, prompt
 from reference.training_corpus import ANSWERS, QUESTIONS, sample_row, write_samples
-from timeviper_model.config import VisionTower
+from timeviper_model.config import VisionConfig
 from timeviper_model.inference.answer import SamplingParams
 from timeviper_model.layers.projector import TwoTowerProjector
 from timeviper_model.weights.weights_folder import from_pretrained, load_tokenizer
@@ -179,7 +179,7 @@ def test_stores_of_one_and_of_two_towers_refuse_each_others_recipe(made: Made, t
 
 def test_a_step_trains_a_projector_for_each_tower_of_the_store(made: Made) -> None:
     trained = from_pretrained(made.weights)
-    expected = VisionTower(encoder="the/second", layer=-1, num_tokens_per_frame=3, merge_heads=8, hidden_size=24)
+    expected = VisionConfig(encoder="the/second", layer=-1, num_tokens_per_frame=3, merge_heads=8, hidden_size=24)
     assert trained.config.vision.second == expected
     assert (trained.config.vision.encoder, trained.config.vision.hidden_size) == ("the/first", 64)
     assert isinstance(trained.projector, TwoTowerProjector)

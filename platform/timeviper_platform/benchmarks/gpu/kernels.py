@@ -17,7 +17,6 @@ from torch import Tensor
 from timeviper_model.batching.segments import Segments
 from timeviper_model.config import NEMOTRON_NANO_9B_V2, HybridConfig
 from timeviper_model.layers.attention import segment_causal_attention
-from timeviper_model.layers.mamba2 import conv_dim
 from timeviper_model.ops.causal_conv import causal_conv_silu
 from timeviper_model.ops.kernels import kernel_conv_silu, kernel_scan, varlen_attention
 from timeviper_model.ops.ssd import ssd_scan
@@ -88,7 +87,7 @@ def pairs(text: HybridConfig, num_tokens: int, device: torch.device) -> Iterator
         return lambda *x: operation(*x, D_H=skip, chunk_size=text.chunk_size, seq_idx_T=segments.seq_idx_T)
 
     yield Pair("scan (mamba-ssm)", scan(kernel_scan), scan(ssd_scan), _with_gradients(scan_operands))
-    channels, taps = conv_dim(text), text.conv_kernel
+    channels, taps = text.conv_dim, text.conv_kernel
     conv_operands = randn(num_tokens, channels), randn(channels, taps), randn(channels)
 
     def convolution(operation: Callable[..., Tensor]) -> Callable[..., Sequence[Tensor]]:

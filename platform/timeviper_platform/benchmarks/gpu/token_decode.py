@@ -17,7 +17,6 @@ from timeviper_model.config import PRESETS, HybridConfig, Qwen2Config, TimeViper
 from timeviper_model.inference.chunked_transv import plan_sites
 from timeviper_model.inference.decode_graph import DecodeGraph
 from timeviper_model.layers.cache import HybridCache
-from timeviper_model.layers.mamba2 import conv_dim
 from timeviper_model.timeviper import TimeViper
 from timeviper_platform.benchmarks.gpu.device import DTYPE, free_memory, make_model, make_row, measure, synchronize
 from timeviper_platform.benchmarks.gpu.prefill import read_prompt
@@ -113,7 +112,7 @@ def slot_bytes(config: TimeViperConfig, num_vision: int, num_text: int) -> int:
         elif kind == "mamba":
             assert isinstance(text, HybridConfig)
             total += 4 * text.mamba_intermediate_size * text.ssm_state_size
-            total += (text.conv_kernel - 1) * conv_dim(text) * DTYPE.itemsize
+            total += (text.conv_kernel - 1) * text.conv_dim * DTYPE.itemsize
     return total
 
 

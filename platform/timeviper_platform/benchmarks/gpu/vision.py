@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from timeviper_model.layers.tome import merge_tokens
-from timeviper_model.layers.vision_tower import Preprocessing, VisionEncoder
+from timeviper_model.layers.vision_transformer import Preprocessing, VisionTransformer
 from timeviper_platform.benchmarks.gpu.device import DTYPE, make_row, measure
 from timeviper_platform.benchmarks.measure import Row
 from timeviper_platform.common.devices import device_name, peak_flops
@@ -98,7 +98,7 @@ def vision_rows(
     return [*rows, make_row("vision", f"{label}: MFU", mfu(rate, size, peak), "", ">= 0.45")]
 
 
-def make_tower(size: TowerSize, device: torch.device) -> VisionEncoder:
+def make_tower(size: TowerSize, device: torch.device) -> VisionTransformer:
     """The encoder of preprocessing with random weights, on the device in bf16."""
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
@@ -115,7 +115,9 @@ def make_tower(size: TowerSize, device: torch.device) -> VisionEncoder:
     preprocessing = Preprocessing(
         image_size=size.image_size, resample="bicubic", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
     )
-    tower = VisionEncoder(SiglipVisionModel(config), layer=LAYER, preprocessing=preprocessing, weights_hash="random")
+    tower = VisionTransformer(
+        SiglipVisionModel(config), layer=LAYER, preprocessing=preprocessing, weights_hash="random"
+    )
     return tower.to(device=device, dtype=DTYPE)
 
 

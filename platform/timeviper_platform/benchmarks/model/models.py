@@ -20,7 +20,6 @@ from timeviper_model.config import (
     TransVSite,
     VisionConfig,
 )
-from timeviper_model.layers.mamba2 import conv_dim
 from timeviper_model.timeviper import TimeViper
 
 PAPER_PATTERN = NEMOTRON_NANO_9B_V2.hybrid_override_pattern
@@ -70,7 +69,7 @@ def all_attention(config: TimeViperConfig) -> TimeViperConfig:
 def mamba_weights(text: HybridConfig) -> int:
     """Weights of a Mamba-2 mixer's two projections."""
     inner = text.mamba_intermediate_size
-    return text.hidden_size * (inner + conv_dim(text) + text.mamba_num_heads) + inner * text.hidden_size
+    return text.hidden_size * (inner + text.conv_dim + text.mamba_num_heads) + inner * text.hidden_size
 
 
 def attention_weights(text: HybridConfig) -> int:

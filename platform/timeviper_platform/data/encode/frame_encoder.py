@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from timeviper_model.layers.projector import combine_towers
 from timeviper_model.layers.tome import merge_tokens
-from timeviper_model.layers.vision_tower import VisionEncoder
+from timeviper_model.layers.vision_transformer import VisionTransformer
 
 RECIPE_VERSION = 2
 """Raised whenever the same configuration would give other features; 2: videos are turned upright, as pictures were."""
@@ -135,7 +135,7 @@ class _Tower:
 
     def __init__(self, config: TowerConfig, shared: EncoderConfig) -> None:
         self._config = config
-        self.vision = VisionEncoder.from_pretrained(config.encoder, layer=config.layer)
+        self.vision = VisionTransformer.from_pretrained(config.encoder, layer=config.layer)
         self.vision.to(device=shared.device, dtype=_DTYPES[shared.dtype])
         self._patches: Callable[[Tensor], Tensor] = (
             torch.compile(self.vision, dynamic=False) if shared.compile else self.vision

@@ -7,7 +7,6 @@ checkpointing is no gain and not in it. Left out are norms, the projector and Tr
 from __future__ import annotations
 
 from timeviper_model.config import HybridConfig, TextConfig, TimeViperConfig
-from timeviper_model.layers.mamba2 import conv_dim
 from timeviper_platform.common.devices import PEAK_FLOPS
 from timeviper_platform.training.batches.packing import PackShape
 from timeviper_platform.training.cost.memory import vision_by_layer
@@ -55,6 +54,6 @@ def _block_flops(text: TextConfig, layer: int, lengths: list[float]) -> float:
     if kind == "mlp":
         return tokens * 4 * text.hidden_size * text.intermediate_size
     inner, state = text.mamba_intermediate_size, text.ssm_state_size
-    weights = text.hidden_size * (inner + conv_dim(text) + text.mamba_num_heads) + inner * text.hidden_size
+    weights = text.hidden_size * (inner + text.conv_dim + text.mamba_num_heads) + inner * text.hidden_size
     # the scan (arXiv 2405.21060, section 6): a triangle within each chunk, and its state written and read once
     return tokens * (2 * weights + text.chunk_size * (text.n_groups * state + inner) + 4 * inner * state)

@@ -77,7 +77,7 @@ class Preprocessing:
         )
 
 
-class VisionEncoder(nn.Module):
+class VisionTransformer(nn.Module):
     """A vision tower cut after the block whose output is used; frozen and in eval mode.
 
     Build it with `from_pretrained`. The default `layer=-2` is `hidden_states[-2]` of the whole tower: the output of
@@ -111,7 +111,7 @@ class VisionEncoder(nn.Module):
         self.eval()
 
     @classmethod
-    def from_pretrained(cls, name_or_folder: str, *, layer: int = -2) -> VisionEncoder:
+    def from_pretrained(cls, name_or_folder: str, *, layer: int = -2) -> VisionTransformer:
         """The tower from a local folder or the Hugging Face hub, in fp32 on the CPU.
 
         Raises:
