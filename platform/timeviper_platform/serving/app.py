@@ -18,10 +18,11 @@ import numpy as np
 import ray
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve import metrics as serve_metrics
 
 from timeviper_platform.common.config import parse_config, setup_logging
+from timeviper_platform.common.metrics import RayMetrics
 from timeviper_platform.serving.deployment import DeploymentSettings
-from timeviper_platform.serving.engine.metrics import EngineMetrics
 from timeviper_platform.serving.engine.service import EngineService, EngineServiceConfig
 from timeviper_platform.serving.features.service import FeatureService, FeatureServiceConfig
 from timeviper_platform.serving.gateway.config import GatewayConfig
@@ -98,7 +99,7 @@ class EngineReplica:
     def __init__(self, weights: str, config: EngineServiceConfig) -> None:
         setup_logging()
         self._service = EngineService(weights, config, _fetch)
-        self._metrics = EngineMetrics()
+        self._metrics = RayMetrics("timeviper_engine_", module=serve_metrics)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[AnswerDelta | Refusal]:
         """See EngineService.generate."""
@@ -121,7 +122,8 @@ class EngineReplica:
         """Ray Serve replaces the replica when this raises; it asks every few seconds, so counts go out here too."""
         self._service.check_health()
         with contextlib.suppress(TimeoutError):  # in the middle of a long step
-            self._metrics.report(await asyncio.wait_for(self._service.stats(), STATS_TIMEOUT_S))
+            stats = await asyncio.wait_for(self._service.stats(), STATS_TIMEOUT_S)
+            self._metrics.report(dataclasses.asdict(stats))
 
     def __del__(self) -> None:
         if hasattr(self, "_service"):

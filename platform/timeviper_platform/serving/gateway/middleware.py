@@ -12,13 +12,14 @@ import logging
 import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
+from prometheus_client import CollectorRegistry, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from timeviper_platform.common.metrics import prometheus_metrics
 from timeviper_platform.serving.gateway.config import GatewayConfig
 from timeviper_platform.serving.gateway.openai_protocol import ApiError
 
@@ -29,45 +30,40 @@ OPEN_PATHS = ("/health/live", "/health/ready")
 PUBLIC_TENANT = "public"
 
 
-@dataclass(slots=True)
-class Counters:
-    """Requests by route and status, and tokens of answered ones, since this replica started."""
+class GatewayMetrics:
+    """Requests and tokens of this replica since its start."""
 
-    answered: dict[tuple[str, int], int] = field(default_factory=dict)
-    ongoing: int = 0
-    tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("prompt", "cached_prompt", "completion"), 0))
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._metrics = prometheus_metrics("timeviper_gateway_", self._registry)
 
-    def add(self, route: str, status: int) -> None:
-        self.answered[route, status] = self.answered.get((route, status), 0) + 1
+    def start_request(self) -> None:
+        """Counts a request in progress."""
+        self._metrics["ongoing_requests"].inc()
+
+    def end_request(self, route: str, status: int) -> None:
+        """Counts the request's end."""
+        self._metrics["ongoing_requests"].dec()
+        self._metrics["requests"].labels(route=route, status=str(status)).inc()
 
     def add_usage(self, usage: Mapping[str, Any]) -> None:
-        """Counts an answer's tokens, given in OpenAI's shape; cached ones are among the prompt's."""
-        self.tokens["prompt"] += usage["prompt_tokens"]
-        self.tokens["cached_prompt"] += usage["prompt_tokens_details"]["cached_tokens"]
-        self.tokens["completion"] += usage["completion_tokens"]
+        """Counts the tokens of a usage object in OpenAI's format."""
+        self._metrics["prompt_tokens"].inc(usage["prompt_tokens"])
+        self._metrics["cached_prompt_tokens"].inc(usage["prompt_tokens_details"]["cached_tokens"])
+        self._metrics["completion_tokens"].inc(usage["completion_tokens"])
 
-    def render(self) -> str:
-        """In Prometheus' text format."""
-        lines = ["# TYPE timeviper_gateway_requests_total counter"]
-        for (route, status), count in sorted(self.answered.items()):
-            lines.append(f'timeviper_gateway_requests_total{{route="{route}",status="{status}"}} {count}')
-        lines += [
-            "# TYPE timeviper_gateway_ongoing_requests gauge",
-            f"timeviper_gateway_ongoing_requests {self.ongoing}",
-        ]
-        for kind, count in self.tokens.items():
-            name = f"timeviper_gateway_{kind}_tokens_total"
-            lines += [f"# TYPE {name} counter", f"{name} {count}"]
-        return "\n".join(lines) + "\n"
+    def render(self) -> bytes:
+        """All metrics in Prometheus' text format."""
+        return generate_latest(self._registry)
 
 
 class Edge:
     """What holds for every request: a key, a limit on its body, an answer even to our own bugs, one line in the log."""
 
-    def __init__(self, app: ASGIApp, *, config: GatewayConfig, counters: Counters) -> None:
+    def __init__(self, app: ASGIApp, *, config: GatewayConfig, metrics: GatewayMetrics) -> None:
         self._app = app
         self._config = config
-        self._counters = counters
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -82,7 +78,7 @@ class Edge:
                 status = message["status"]
             await send(message)
 
-        self._counters.ongoing += 1
+        self._metrics.start_request()
         try:
             await self._guarded(scope, receive, send_noting_status)
         except Exception as error:  # noqa: BLE001 - the last line: a bug of ours becomes a 500 in OpenAI's shape
@@ -93,8 +89,7 @@ class Edge:
                 bug = ApiError(500, "the server failed to answer this request", code="internal_error")
                 await JSONResponse(bug.body(), 500)(scope, receive, send_noting_status)
         finally:
-            self._counters.ongoing -= 1
-            self._counters.add(_route(scope), status)
+            self._metrics.end_request(_route(scope), status)
             seconds = time.monotonic() - started
             logger.info("%s %s %d in %.3f s", scope["method"], _route(scope), status, seconds)
 

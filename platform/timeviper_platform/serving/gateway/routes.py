@@ -21,7 +21,7 @@ from starlette.types import ASGIApp
 
 from timeviper_platform.serving.gateway.chat import ChatPreparation
 from timeviper_platform.serving.gateway.config import GatewayConfig
-from timeviper_platform.serving.gateway.middleware import Counters, Edge
+from timeviper_platform.serving.gateway.middleware import Edge, GatewayMetrics
 from timeviper_platform.serving.gateway.openai_protocol import ApiError, Completion, parse_chat_request, sse
 from timeviper_platform.serving.gateway.uploads import MediaStore, no_such_file
 from timeviper_platform.serving.messages import AnswerDelta, EngineClient, FeatureClient, Refusal
@@ -31,8 +31,8 @@ _CONTENT_TYPE = "text/event-stream; charset=utf-8"
 
 def create_app(config: GatewayConfig, features: FeatureClient, engine: EngineClient) -> ASGIApp:
     """The ASGI application."""
-    counters = Counters()
-    gateway = _Gateway(config, features, engine, counters)
+    metrics = GatewayMetrics()
+    gateway = _Gateway(config, features, engine, metrics)
     api = FastAPI(title="TimeViper", docs_url=None, redoc_url=None)  # their pages load scripts from a CDN
     api.add_api_route("/v1/chat/completions", gateway.chat_completions, methods=["POST"], response_model=None)
     api.add_api_route("/v1/models", gateway.list_models, methods=["GET"])
@@ -43,10 +43,10 @@ def create_app(config: GatewayConfig, features: FeatureClient, engine: EngineCli
     api.add_api_route("/v1/files/{file_id}", gateway.delete_file, methods=["DELETE"])
     api.add_api_route("/health/live", gateway.live, methods=["GET"])
     api.add_api_route("/health/ready", gateway.ready, methods=["GET"])
-    api.add_api_route("/metrics", lambda: PlainTextResponse(counters.render()), methods=["GET"])
+    api.add_api_route("/metrics", lambda: PlainTextResponse(metrics.render()), methods=["GET"])
     api.add_exception_handler(ApiError, _answer_api_error)
     api.add_exception_handler(HTTPException, _answer_http_exception)
-    api.add_middleware(Edge, config=config, counters=counters)
+    api.add_middleware(Edge, config=config, metrics=metrics)
     return api
 
 
@@ -67,10 +67,10 @@ class _Gateway:
     """The handlers of the routes."""
 
     def __init__(
-        self, config: GatewayConfig, features: FeatureClient, engine: EngineClient, counters: Counters
+        self, config: GatewayConfig, features: FeatureClient, engine: EngineClient, metrics: GatewayMetrics
     ) -> None:
         self._config = config
-        self._counters = counters
+        self._metrics = metrics
         self._features = features
         self._engine = engine
         self._store = MediaStore(config.media_root)
@@ -149,7 +149,7 @@ class _Gateway:
                 first = await anext(parts)
                 if not chat.stream:
                     response = await _collect(completion, first, parts)
-                    self._counters.add_usage(completion.usage())
+                    self._metrics.add_usage(completion.usage())
                     return JSONResponse(response)
         except TimeoutError:
             raise self._too_late() from None
@@ -186,7 +186,7 @@ class _Gateway:
             except ApiError as error:
                 yield sse(error.body())
                 return
-        self._counters.add_usage(completion.usage())
+        self._metrics.add_usage(completion.usage())
         if include_usage:
             yield sse(completion.usage_chunk())
         yield sse("[DONE]")

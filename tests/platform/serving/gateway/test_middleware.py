@@ -34,9 +34,9 @@ def test_metrics_count_tokens_and_which_of_them_were_cached(server: Server) -> N
     server.engine.usage = replace(USAGE, cached_tokens=7)
     server.chat(stream=True)
     text = server.http.get("/metrics").text
-    assert "timeviper_gateway_prompt_tokens_total 18\n" in text
-    assert "timeviper_gateway_cached_prompt_tokens_total 7\n" in text
-    assert "timeviper_gateway_completion_tokens_total 9\n" in text
+    assert "timeviper_gateway_prompt_tokens_total 18.0\n" in text
+    assert "timeviper_gateway_cached_prompt_tokens_total 7.0\n" in text
+    assert "timeviper_gateway_completion_tokens_total 9.0\n" in text
 
 
 def test_with_keys_configured_every_route_but_health_needs_one(tmp_path: Path) -> None:

@@ -1,0 +1,97 @@
+"""The metrics that the platform exports to Prometheus, by name, and their Ray and prometheus_client objects."""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+
+
+class Metric(NamedTuple):
+    """One exported metric."""
+
+    name: str
+    """Name without Prometheus' suffix `_total`; Ray exports it with the prefix `ray_`."""
+    kind: Literal["counter", "gauge"]
+    description: str
+    tags: tuple[str, ...] = ()
+
+
+METRICS: tuple[Metric, ...] = (
+    Metric("timeviper_gateway_requests", "counter", "HTTP requests, by route and status", ("route", "status")),
+    Metric("timeviper_gateway_ongoing_requests", "gauge", "HTTP requests in progress"),
+    Metric("timeviper_gateway_prompt_tokens", "counter", "Prompt tokens of answered requests"),
+    Metric("timeviper_gateway_cached_prompt_tokens", "counter", "Prompt tokens taken from the video-prefix cache"),
+    Metric("timeviper_gateway_completion_tokens", "counter", "Generated tokens of answered requests"),
+    Metric("timeviper_engine_num_slots", "gauge", "Requests that can be decoded together"),
+    Metric("timeviper_engine_active_slots", "gauge", "Requests being prefilled or decoded"),
+    Metric("timeviper_engine_queued_requests", "gauge", "Requests waiting for a slot"),
+    Metric("timeviper_engine_cache_bytes", "gauge", "Bytes of the cache of states, keys and values"),
+    Metric("timeviper_engine_prompt_tokens", "counter", "Prompt tokens prefilled, without those of cached prefixes"),
+    Metric("timeviper_engine_completion_tokens", "counter", "Tokens generated"),
+    Metric("timeviper_engine_prefix_hits", "counter", "Hits in the video-prefix cache"),
+    Metric("timeviper_engine_prefix_misses", "counter", "Misses in the video-prefix cache"),
+    Metric("timeviper_engine_prefix_evictions", "counter", "Entries evicted from the video-prefix cache"),
+    Metric("timeviper_engine_prefix_entries", "gauge", "Entries in the video-prefix cache"),
+    Metric("timeviper_engine_prefix_bytes", "gauge", "Bytes of the video-prefix cache"),
+    Metric("timeviper_preprocess_frames", "counter", "Frames encoded and committed"),
+    Metric("timeviper_preprocess_feature_bytes", "counter", "Bytes of features committed"),
+    Metric("timeviper_preprocess_segments", "counter", "Segments committed, by status", ("status",)),
+    Metric("timeviper_preprocess_errors", "counter", "Segments with status partial or error, by type", ("type",)),
+    Metric("timeviper_preprocess_stage_seconds", "counter", "Seconds that workers were busy, by stage", ("stage",)),
+    Metric("timeviper_preprocess_retries", "counter", "Storage requests that failed for a transient reason"),
+)
+
+
+def metrics_of(prefix: str) -> dict[str, Metric]:
+    """The metrics whose names begin with `prefix`, by the rest of their names."""
+    return {metric.name.removeprefix(prefix): metric for metric in METRICS if metric.name.startswith(prefix)}
+
+
+class RayMetrics:
+    """The metrics of one prefix, exported by every Ray node."""
+
+    def __init__(self, prefix: str, *, module: Any = None) -> None:
+        """Creates the metrics.
+
+        Args:
+            prefix: such as "timeviper_engine_".
+            module: `ray.util.metrics` by default, or `ray.serve.metrics`, which adds deployment and replica as tags.
+        """
+        module = module or importlib.import_module("ray.util.metrics")
+        kinds = {"counter": module.Counter, "gauge": module.Gauge}
+        self._metrics = {
+            name: kinds[metric.kind](metric.name, description=metric.description, tag_keys=metric.tags)
+            for name, metric in metrics_of(prefix).items()
+        }
+        self._kinds = {name: metric.kind for name, metric in metrics_of(prefix).items()}
+        self._totals: Counter[str] = Counter()
+
+    def add(self, name: str, amount: float, **tags: str) -> None:
+        """Increases a counter; 0 is allowed."""
+        if amount > 0:  # Ray raises for 0
+            self._metrics[name].inc(amount, tags=tags)
+
+    def report(self, values: Mapping[str, int]) -> None:
+        """Sets gauges to these values and raises counters to these totals."""
+        for name, value in values.items():
+            if self._kinds[name] == "gauge":
+                self._metrics[name].set(value)
+            else:
+                self.add(name, value - self._totals[name])
+                self._totals[name] = value
+
+
+def prometheus_metrics(prefix: str, registry: CollectorRegistry) -> dict[str, Any]:
+    """prometheus_client's Counter or Gauge for every metric of `prefix`, by the rest of its name."""
+    import prometheus_client
+
+    kinds = {"counter": prometheus_client.Counter, "gauge": prometheus_client.Gauge}
+    return {
+        name: kinds[metric.kind](metric.name, metric.description, metric.tags, registry=registry)
+        for name, metric in metrics_of(prefix).items()
+    }
