@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -61,9 +61,15 @@ def error_row(media_id: str, error_type: str = "not_found", **changes: Any) -> d
     return segment_row(media_id, 0, 1, torch.zeros(1, 2, 4)) | failed | changes
 
 
-def write_files(uri: str, files: dict[str, Sequence[dict[str, Any]]], *, index: bool = True) -> None:
+def write_files(
+    uri: str,
+    files: dict[str, Sequence[dict[str, Any]]],
+    *,
+    index: bool = True,
+    recipe: Mapping[str, Any] | None = None,
+) -> None:
     """Writes data files, name -> rows, and the index of all."""
-    digest = create_store(uri, RECIPE)
+    digest = create_store(uri, RECIPE if recipe is None else recipe)
     for name, rows in files.items():
         write_file(uri, name, rows, recipe_digest=digest)
     if index:

@@ -16,7 +16,6 @@ from timeviper_model.layers.backends import Backend, set_backend
 from timeviper_model.timeviper import TimeViper
 from timeviper_model.weights import weights_folder as weights
 from timeviper_platform.data.store.reader import FeatureStore
-from timeviper_platform.data.video.sampling import select_frames
 from timeviper_platform.evaluation.answering import DEFAULT_MAX_PACK_TOKENS, Answerer, Prompt
 from timeviper_platform.evaluation.metrics import Span, parse_span, temporal_iou
 
@@ -160,10 +159,9 @@ def read_media(
                 f"{medium['media_id']} has features of width {info.dim}, the weights want {dim};"
                 " evaluate on a store that the weights' own vision encoder filled"
             )
-        frames = select_frames(
-            info.times_seconds,
+        frames = info.select(
             max_frames=config.max_frames,
-            mode=config.frame_mode,
+            frame_selection=config.frame_mode,
             start_seconds=medium["start_seconds"],
             end_seconds=medium["end_seconds"],
         )

@@ -147,8 +147,8 @@ def compare_reads(uri: str, seconds: float | None) -> Comparison:
 
     def read(order: list[tuple[str, float | None, float | None]]) -> None:
         store = FeatureStore.open(uri, cache_bytes=CACHE_BYTES)
-        for stretch in order:
-            store.read_range(*stretch)
+        for media_id, start, end in order:
+            store.read(media_id, store.info(media_id).select(start_seconds=start, end_seconds=end))
 
     return compare(lambda: read(shuffled), lambda: read(with_bounds), repeats=REPEATS)
 

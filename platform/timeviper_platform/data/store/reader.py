@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +27,7 @@ from timeviper_platform.data.store.row_groups import RowGroups, value_buffer
 if TYPE_CHECKING:
     from torch import Tensor
 from timeviper_platform.data.store.layout import DATA_FOLDER, INDEX_FILE, read_header
-from timeviper_platform.data.video.sampling import select_frames
+from timeviper_platform.data.video.sampling import select_frames, thin_to_fps
 
 READ_TOGETHER_BYTES = 16 << 20
 """of one medium's neighbouring row groups, fetched at once: worth an object store's latency, and bounded"""
@@ -56,6 +54,37 @@ class MediaInfo:
     sha256: str | None
     uri: str
 
+    def select(
+        self,
+        *,
+        max_frames: int | None = None,
+        frame_selection: Literal["uniform", "first"] = "uniform",
+        start_seconds: float | None = None,
+        end_seconds: float | None = None,
+        fps: float | None = None,
+    ) -> list[int]:
+        """Indices of the frames to read, ascending. Training, evaluation and serving all select here.
+
+        A clip holds the frames whose sampling time t lies in [start_seconds, end_seconds). They are thinned to `fps`
+        first, then to `max_frames`.
+
+        Args:
+            max_frames: None keeps all.
+            frame_selection: how to thin to `max_frames`, see `select_frames`.
+            start_seconds: None = from the beginning.
+            end_seconds: None = to the end.
+            fps: at most this many frames a second; None keeps the stored rate.
+
+        Raises:
+            ValueError: if `max_frames` is below 1 or the clip ends before it starts.
+        """
+        times = self.times_seconds
+        clip = select_frames(times, max_frames=None, start_seconds=start_seconds, end_seconds=end_seconds)
+        if fps is not None:
+            clip = [clip[place] for place in thin_to_fps(times[clip], fps)]
+        chosen = select_frames(times[clip], max_frames=max_frames, mode=frame_selection)
+        return [clip[index] for index in chosen]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MediaFeatures:
@@ -70,26 +99,6 @@ class MediaFeatures:
     def __post_init__(self) -> None:
         if self.features.shape[0] != len(self.pts_seconds):
             raise ValueError(f"{self.features.shape[0]} frames of features but {len(self.pts_seconds)} PTS")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SegmentView:
-    """One stored segment as it lies in memory."""
-
-    features: Tensor
-    """(F', N, dim) bfloat16 that shares the reader's memory: never write to it"""
-    pts_seconds: np.ndarray
-    """(F',) float64"""
-    times_seconds: np.ndarray
-    """(F',) float64"""
-
-
-class FrameRequest(NamedTuple):
-    """What `FeatureStore.read_ahead` shall read."""
-
-    media_id: str
-    frames: Sequence[int] | None = None
-    """as for `FeatureStore.read`"""
 
 
 class FeatureStore:
@@ -185,53 +194,6 @@ class FeatureStore:
             segment = self._segment(media_id, number, ahead=needed[place + 1 :])
             target[begin:end] = segment.numpy()[wanted[begin:end] - (stops[number] - len(segment))]
         return MediaFeatures(info=info, features=features, pts_seconds=info.pts_seconds[wanted])
-
-    def read_range(self, media_id: str, start_seconds: float | None, end_seconds: float | None) -> MediaFeatures:
-        """Features of the frames sampled at start <= t < end; None = from the beginning, to the end.
-
-        Raises:
-            KeyError, RuntimeError: see `read`.
-            ValueError: when end is not after start.
-        """
-        times = self.info(media_id).times_seconds
-        frames = select_frames(times, max_frames=None, start_seconds=start_seconds, end_seconds=end_seconds)
-        return self.read(media_id, frames)
-
-    def read_ahead(self, requests: Iterable[FrameRequest], *, depth: int = 4) -> Iterator[MediaFeatures]:
-        """What `read` gives for each request, in order; up to `depth` requests are read while the caller works.
-
-        Raises:
-            KeyError, ValueError, RuntimeError: see `read`, when the request's turn comes.
-        """
-        with ThreadPoolExecutor(depth) as pool:
-            waiting: deque[Future[MediaFeatures]] = deque()
-            try:
-                for request in requests:
-                    waiting.append(pool.submit(self.read, *request))
-                    if len(waiting) > depth:
-                        yield waiting.popleft().result()
-                while waiting:
-                    yield waiting.popleft().result()
-            finally:  # a caller that stops early waits for what is being read alone
-                for future in waiting:
-                    future.cancel()
-
-    def segments(self, media_id: str) -> Iterator[SegmentView]:
-        """The medium's segments in order, without copying: features share the memory of the row group read.
-
-        Raises:
-            KeyError, RuntimeError: see `read`.
-        """
-        import torch
-
-        index = self._index
-        for number, row in enumerate(index.rows_of(media_id)):
-            rows = range(row, row + 1)
-            yield SegmentView(
-                features=self._segment(media_id, number).view(torch.bfloat16),
-                pts_seconds=index.seconds("frame_pts_seconds", rows),
-                times_seconds=index.seconds("frame_times_seconds", rows),
-            )
 
     def _segment(self, media_id: str, number: int, ahead: Sequence[int] = ()) -> Tensor:
         """(F, N, dim) int16 view of a medium's stored segment, the index read again if its file is gone.

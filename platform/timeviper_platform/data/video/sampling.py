@@ -63,6 +63,21 @@ def select_frames(
     return [int(number) for number in chosen]
 
 
+def thin_to_fps(times_seconds: Sequence[float] | np.ndarray, fps: float) -> list[int]:
+    """Numbers of the first frame at or after each 1 / fps from the first frame on: a lower rate from a stored one.
+
+    thin_to_fps([0, 1, 2, 3, 4], 0.5) -> [0, 2, 4]; a rate above the stored one keeps every frame.
+    """
+    chosen: list[int] = []
+    slot = -1
+    for number, seconds in enumerate(times_seconds):
+        reached = int((seconds - times_seconds[0]) * fps + 1e-9)
+        if reached > slot:
+            chosen.append(number)
+            slot = reached
+    return chosen
+
+
 def sample_times(start_seconds: Fraction, fps: Fraction, first_frame: int, num_frames: int) -> list[Fraction]:
     """t of samples first_frame, first_frame + 1, ...: sample k lies at start + k / fps."""
     return [start_seconds + k / fps for k in range(first_frame, first_frame + num_frames)]

@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -24,7 +24,6 @@ from torch import Tensor
 
 from timeviper_platform.data.encode.frame_encoder import EncoderConfig, FrameEncoder
 from timeviper_platform.data.store.reader import FeatureStore, MediaInfo
-from timeviper_platform.data.video.sampling import select_frames
 from timeviper_platform.serving.features.compatibility import check_features_fit
 from timeviper_platform.serving.features.sandbox import DecodeSandbox, SandboxConfig
 from timeviper_platform.serving.messages import (
@@ -120,9 +119,7 @@ class FeatureService:
                 code="media_not_found",
             )
         info = self._store.info(media_id)
-        thinned = np.asarray(thin_to_fps(info.times_seconds, fps))
-        chosen = select_frames(info.times_seconds[thinned], max_frames=max_frames, mode=self._config.select)
-        frames = thinned[chosen]
+        frames = info.select(max_frames=max_frames, frame_selection=self._config.select, fps=fps)
         content = info.sha256 or (self._store.uri, media_id)  # a store may have been made without hashing
         key = _key("store", content, self._store.recipe_hash, info.times_seconds[frames].tobytes())
         return await self._once(key, lambda: self._read(info, key, frames))
@@ -150,9 +147,9 @@ class FeatureService:
             task.add_done_callback(lambda _: self._in_work.pop(key))
         return await asyncio.shield(task)  # whoever asked first may go; the others still wait
 
-    async def _read(self, info: MediaInfo, key: str, frames: np.ndarray) -> FeatureReference:
+    async def _read(self, info: MediaInfo, key: str, frames: list[int]) -> FeatureReference:
         assert self._store is not None
-        medium = await asyncio.to_thread(self._store.read, info.media_id, frames.tolist())
+        medium = await asyncio.to_thread(self._store.read, info.media_id, frames)
         return await self._keep(key, medium.features, info.modality, info.duration_seconds)
 
     async def _encode(
@@ -184,21 +181,6 @@ class FeatureService:
         while self._kept_bytes > self._config.cache_bytes:
             self._kept_bytes -= self._kept.popitem(last=False)[1][1]
         return reference
-
-
-def thin_to_fps(times_seconds: Sequence[float] | np.ndarray, fps: float) -> list[int]:
-    """Numbers of the first frame at or after each 1 / fps from the first frame on: a lower rate from a stored one.
-
-    thin_to_fps([0, 1, 2, 3, 4], 0.5) -> [0, 2, 4]; a rate above the stored one keeps every frame.
-    """
-    chosen: list[int] = []
-    slot = -1
-    for number, seconds in enumerate(times_seconds):
-        reached = int((seconds - times_seconds[0]) * fps + 1e-9)
-        if reached > slot:
-            chosen.append(number)
-            slot = reached
-    return chosen
 
 
 async def _guarded(make: Callable[[], Awaitable[FeatureReference | Refusal]]) -> FeatureReference | Refusal:

@@ -17,7 +17,6 @@ from typing import Any, Literal, NamedTuple
 from timeviper_model.batching.batch import IGNORE_INDEX, Sample
 from timeviper_model.batching.prompt import TEMPLATES, Turn, build_sample, time_text
 from timeviper_platform.data.store.reader import FeatureStore
-from timeviper_platform.data.video.sampling import select_frames
 
 MEMO_TEXTS = 65_536
 """Texts whose ids are remembered; templates and stock questions come again in every sample."""
@@ -125,10 +124,9 @@ class SampleBuilder:
         if media_id not in self.store:
             return "no_features", f"medium {media_id!r} is not in {self.store.uri}"
         try:
-            frames = select_frames(
-                self.store.info(media_id).pts_seconds,
+            frames = self.store.info(media_id).select(
                 max_frames=self._frames.max_frames,
-                mode=self._frames.selection,
+                frame_selection=self._frames.selection,
                 start_seconds=start,
                 end_seconds=end,
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from timeviper_platform.data.store import row_groups
 from timeviper_platform.data.store.commits import best_rows
 from timeviper_platform.data.store.compact import compact
 from timeviper_platform.data.store.index_writer import write_index
-from timeviper_platform.data.store.reader import FeatureStore, FrameRequest
+from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.data.store.verify import verify_store
 from timeviper_platform.data.store.writer import create_store, remove_uncommitted, write_file, write_store
 from timeviper_platform.data.video.sampling import select_frames
@@ -78,59 +78,23 @@ def test_frames_are_picked_across_segments_and_neighbours_are_cached(tmp_path: P
         store.info("nobody")
 
 
-def test_a_range_of_seconds_reads_the_frames_sampled_in_it(tmp_path: Path) -> None:
+def test_a_clip_reads_the_frames_sampled_in_it(tmp_path: Path) -> None:
     pieces = [torch.randn(length, 3, 5).bfloat16() for length in (64, 64, 10)]
     write_files(str(tmp_path), {"film": [segment_row("film", n, 3, piece) for n, piece in enumerate(pieces)]})
     store = FeatureStore.open(str(tmp_path))
-    got = store.read_range("film", 63.0, 65.5)
+    info = store.info("film")
+    got = store.read("film", info.select(start_seconds=63.0, end_seconds=65.5))
     assert torch.equal(got.features, torch.cat(pieces)[[63, 64, 65]])
     assert got.pts_seconds.tolist() == [62.99, 63.99, 64.99]
-    assert len(store.read_range("film", None, 2.0).features) == 2
-    assert len(store.read_range("film", 137.0, None).features) == 1
-    assert store.read_range("film", 900.0, None).features.shape == (0, 3, 5)
-
-
-def test_reading_ahead_gives_what_reading_gives_in_order(tmp_path: Path) -> None:
-    media = made_media(40)
-    write_store(str(tmp_path), media, recipe=RECIPE)
-    store = FeatureStore.open(str(tmp_path), cache_bytes=1)
-    requests = [FrameRequest(media_id, [0] if n % 3 else None) for n, media_id in enumerate(reversed(store.media_ids))]
-    taken: list[str] = []
-
-    def asked() -> Iterator[FrameRequest]:
-        for request in requests:
-            taken.append(request.media_id)
-            yield request
-
-    for number, got in enumerate(store.read_ahead(asked(), depth=3)):
-        assert len(taken) <= number + 4  # no more than three ahead of the one that is out
-        media_id, frames = requests[number]
-        assert got.info.media_id == media_id
-        assert torch.equal(got.features, media[media_id] if frames is None else media[media_id][frames])
-    assert len(taken) == len(media)
-    with pytest.raises(KeyError):
-        list(store.read_ahead([FrameRequest("nobody")]))
-
-
-def test_segments_are_seen_without_a_copy(tmp_path: Path) -> None:
-    pieces = [torch.randn(length, 3, 5).bfloat16() for length in (64, 10)]
-    write_files(str(tmp_path), {"film": [segment_row("film", n, 2, piece) for n, piece in enumerate(pieces)]})
-    store = FeatureStore.open(str(tmp_path))
-    views, again = list(store.segments("film")), list(store.segments("film"))
-    for view, second, piece in zip(views, again, pieces, strict=True):
-        assert view.features.dtype == torch.bfloat16
-        assert torch.equal(view.features, piece)
-        assert view.features.data_ptr() == second.features.data_ptr()
-    assert views[1].times_seconds.tolist() == [64.0 + k for k in range(10)]
-    del store, again
-    assert torch.equal(views[0].features, pieces[0])  # a view keeps its memory alive
+    assert info.select(end_seconds=2.0) == [0, 1]
+    assert info.select(start_seconds=137.0) == [137]
+    assert store.read("film", info.select(start_seconds=900.0)).features.shape == (0, 3, 5)
 
 
 def test_a_segment_without_frames_is_empty(tmp_path: Path) -> None:
     write_files(str(tmp_path), {"film": [segment_row("film", 0, 1, torch.zeros(0, 3, 5))]})
     store = FeatureStore.open(str(tmp_path))
     assert store.read("film").features.shape == (0, 3, 5)
-    assert [view.features.shape for view in store.segments("film")] == [(0, 3, 5)]
 
 
 def test_rows_in_error_between_others_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +166,8 @@ def test_one_file_that_is_slow_to_open_holds_up_no_other(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(row_groups, "open_data_file", meets)
     store = FeatureStore.open(str(tmp_path))
-    assert len(list(store.read_ahead([FrameRequest("a"), FrameRequest("b")]))) == 2
+    with ThreadPoolExecutor(2) as pool:
+        assert len(list(pool.map(store.read, "ab"))) == 2
 
 
 def test_features_are_stored_plain_last_and_with_checksums(tmp_path: Path) -> None:

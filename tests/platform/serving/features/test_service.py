@@ -26,7 +26,8 @@ from reference.tiny_serving import (
 from timeviper_platform.data.encode.frame_encoder import FrameEncoder
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.data.video.reader import read_frames
-from timeviper_platform.serving.features.service import FeatureService, FeatureServiceConfig, thin_to_fps
+from timeviper_platform.data.video.sampling import thin_to_fps
+from timeviper_platform.serving.features.service import FeatureService, FeatureServiceConfig
 from timeviper_platform.serving.messages import (
     FeatureReference,
     FeatureRequest,

@@ -1,0 +1,104 @@
+"""Training, evaluation and serving read the same frames of the same clip."""
+
+from __future__ import annotations
+
+import asyncio
+from fractions import Fraction
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from reference.made_media import make_video
+from reference.made_store import segment_row, write_files
+from reference.tiny_serving import IMAGE_SIZE, byte_tokenizer, make_serving_folders
+from reference.training_corpus import sample_row
+from timeviper_platform.data.encode.frame_encoder import FrameEncoder
+from timeviper_platform.data.store.reader import FeatureStore
+from timeviper_platform.data.video.reader import read_frames
+from timeviper_platform.evaluation.evaluator import AnsweringConfig, read_media
+from timeviper_platform.serving.features.service import FeatureService, FeatureServiceConfig
+from timeviper_platform.serving.messages import FeatureReference, FeatureRequest, StoredFeatures
+from timeviper_platform.training.batches.samples import FramesConfig, SampleBuilder, TokenizedSample
+
+NTSC = Fraction(30000, 1001)
+"""29.97 frames a second: the frame on screen at t has a PTS up to 33 ms before t."""
+
+
+class Ntsc(NamedTuple):
+    """A store with a 29.97 fps video of 25 s, and weights that fit it."""
+
+    weights: str
+    uri: str
+    store: FeatureStore
+
+
+@pytest.fixture(scope="module")
+def ntsc(tmp_path_factory: pytest.TempPathFactory) -> Ntsc:
+    folder = tmp_path_factory.mktemp("ntsc")
+    folders = make_serving_folders(folder)
+    make_video(folder / "ntsc.mp4", [1001 * k for k in range(int(25 * NTSC))], time_base=Fraction(1, 30000))
+    sampled = read_frames(str(folder / "ntsc.mp4"), IMAGE_SIZE, fps=Fraction(1))
+    row = segment_row(
+        "ntsc",
+        0,
+        1,
+        FrameEncoder(folders.encoder).encode(sampled.frames),
+        frame_times_seconds=sampled.times_seconds.tolist(),
+        frame_pts_seconds=sampled.pts_seconds.tolist(),
+    )
+    uri = str(folder / "clips")
+    write_files(uri, {"ntsc": [row]}, recipe=FrameEncoder(folders.encoder).recipe)
+    return Ntsc(folders.weights, uri, FeatureStore.open(uri))
+
+
+def trained(ntsc: Ntsc, start: float | None, end: float | None, max_frames: int | None) -> list[int]:
+    """Indices of the frames that a training sample takes."""
+    builder = SampleBuilder(ntsc.store, byte_tokenizer(), "nemotron", FramesConfig(max_frames=max_frames))
+    built = builder.build(sample_row(0, [("ntsc", start, end)], [("user", "When?"), ("assistant", "Now")]))
+    assert isinstance(built, TokenizedSample)
+    return built.media[0].frames
+
+
+def evaluated(ntsc: Ntsc, start: float | None, end: float | None, max_frames: int | None) -> torch.Tensor:
+    """(F * N, dim) features that a question is answered from."""
+    question = {"media": [{"media_id": "ntsc", "start_seconds": start, "end_seconds": end}]}
+    config = AnsweringConfig(max_frames=max_frames, frame_mode="uniform")
+    media = read_media(ntsc.store, question, config, dim=ntsc.store.info("ntsc").dim)
+    assert media is not None
+    return media[0]
+
+
+def served(ntsc: Ntsc, max_frames: int) -> np.ndarray:
+    """(F, N, dim) bits of the features that a request gets."""
+    config = FeatureServiceConfig(store=ntsc.uri, max_frames=max_frames)
+    service = FeatureService(ntsc.weights, config, lambda array: array)
+    answer = asyncio.run(service.features(FeatureRequest(source=StoredFeatures(media_id="ntsc"))))
+    assert isinstance(answer, FeatureReference)
+    return np.asarray(answer.ref)
+
+
+def test_a_clip_of_a_29_97_fps_video_holds_the_same_frames_for_training_and_evaluation(ntsc: Ntsc) -> None:
+    info = ntsc.store.info("ntsc")
+    assert info.pts_seconds[10] < 10 < info.pts_seconds[11]  # by PTS, the frame sampled at 10 s would not be in it
+    assert info.select(start_seconds=10, end_seconds=20) == list(range(10, 20))
+    assert trained(ntsc, 10, 20, None) == list(range(10, 20))
+    expected = ntsc.store.read("ntsc", range(10, 20)).features.flatten(0, 1)
+    assert torch.equal(evaluated(ntsc, 10, 20, None), expected)
+    assert trained(ntsc, 10, 20, 4) == info.select(max_frames=4, start_seconds=10, end_seconds=20) == [10, 13, 16, 19]
+
+
+def test_a_whole_29_97_fps_video_is_thinned_to_the_same_frames_everywhere(ntsc: Ntsc) -> None:
+    chosen = trained(ntsc, None, None, 7)
+    expected = ntsc.store.read("ntsc", chosen).features
+    assert torch.equal(evaluated(ntsc, None, None, 7), expected.flatten(0, 1))
+    assert np.array_equal(served(ntsc, 7), expected.view(torch.int16).numpy())
+
+
+def test_a_clip_is_thinned_to_a_lower_rate_before_it_is_thinned_to_a_number(ntsc: Ntsc) -> None:
+    info = ntsc.store.info("ntsc")
+    assert info.select(start_seconds=10, end_seconds=20, fps=0.5) == [10, 12, 14, 16, 18]
+    assert info.select(start_seconds=10, end_seconds=20, fps=0.5, max_frames=3) == [10, 14, 18]
+    assert info.select(fps=0.2, max_frames=2, frame_selection="first") == [0, 5]
+    assert info.select(fps=30.0) == info.select() == list(range(info.num_frames))
