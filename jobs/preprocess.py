@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _print_estimate(config)
         else:
             report = run_preprocess(config)
-            print("\n".join([f"features   {config.output}", *report.lines()]))
+            print("\n".join([f"features   {config.feature_store}", *report.lines()]))
     except (ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -62,8 +62,8 @@ def test_submitted_jobs_make_features_and_weights(ray_cluster: dict[str, str], c
         "jobs/preprocess.py",
         "--config=ray_configs/tiny/preprocess.yaml",
         f"input={_manifest_with_a_broken_file(corpus, tmp_path)}",
-        f"output={features}",
-        f"encoder.encoder={corpus / 'encoder'}",
+        f"feature_store={features}",
+        f"encoder.model={corpus / 'encoder'}",
         "execution.num_workers=1",
     )
     assert preprocess.returncode == 0, preprocess.stdout

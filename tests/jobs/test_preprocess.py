@@ -23,8 +23,8 @@ def tiny(corpus: Path, *overrides: str) -> list[str]:
         "--config",
         str(ROOT / "ray_configs" / "tiny" / "preprocess.yaml"),
         f"input={corpus}",
-        f"output={corpus / 'features'}",
-        f"encoder.encoder={corpus / 'encoder'}",
+        f"feature_store={corpus / 'features'}",
+        f"encoder.model={corpus / 'encoder'}",
         *overrides,
     ]
 
@@ -56,8 +56,8 @@ def test_broken_files_alone_are_no_failure_and_are_counted(corpus: Path, capsys:
     [
         ("execution.num_wrokers=2", "unknown key 'execution.num_wrokers'; the keys here are mode, num_workers"),
         ("input=/nowhere/manifest.parquet", "no manifest at '/nowhere/manifest.parquet'"),
-        ("output=/proc/version/features", "cannot write /proc/version/features"),
-        ("encoder.encoder=/nowhere/encoder", "no vision encoder at '/nowhere/encoder'"),
+        ("feature_store=/proc/version/features", "cannot write /proc/version/features"),
+        ("encoder.model=/nowhere/encoder", "no vision encoder at '/nowhere/encoder'"),
         ("sampling.fps=0", "fps = 0"),
         ("execution.mode=sideways", "execution.mode"),
     ],
@@ -80,6 +80,6 @@ def test_both_configurations_load_and_have_the_same_keys() -> None:
         return set().union(*nested)
 
     files = [ROOT / "ray_configs" / name for name in ("preprocess.yaml", "tiny/preprocess.yaml")]
-    assert load_config(PreprocessConfig, files[0]).encoder.encoder == "google/siglip-so400m-patch14-384"
-    assert load_config(PreprocessConfig, files[1]).output == "outputs/demo/features"
+    assert load_config(PreprocessConfig, files[0]).encoder.model == "google/siglip-so400m-patch14-384"
+    assert load_config(PreprocessConfig, files[1]).feature_store == "outputs/demo/features"
     assert keys(yaml.safe_load(files[0].read_text())) == keys(yaml.safe_load(files[1].read_text()))

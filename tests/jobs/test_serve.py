@@ -58,7 +58,7 @@ def endpoint(ray_cluster: dict[str, str], tmp_path_factory: pytest.TempPathFacto
         f"gateway.media_root={root / 'media'}",
         "gateway.max_request_bytes=200000",
         f"features.feature_store={folders.store}",
-        f"features.encoder.encoder={folders.encoder.encoder}",
+        f"features.encoder.model={folders.encoder.model}",
         "features.encoder.encode_batch_frames=4",
     ]
     process = run_job("--port", str(port), *overrides, environment={**os.environ, **ray_cluster})

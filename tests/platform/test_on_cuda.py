@@ -16,7 +16,7 @@ from reference.small_models import make_features, make_model, make_sample, pack
 from timeviper_model.batching.batch import pack_samples
 from timeviper_model.inference.prefill import prefill
 from timeviper_model.timeviper import TimeViper
-from timeviper_platform.data.encode.frame_encoder import EncoderConfig, FrameEncoder, TowerConfig
+from timeviper_platform.data.encode.frame_encoder import FrameEncoder, TowerConfig, VisionTowerConfig
 from timeviper_platform.training.batches.collate import dummy_batch
 from timeviper_platform.training.batches.packing import PackPosition
 from timeviper_platform.training.batches.step_batches import MicroBatch, StepBatches
@@ -32,12 +32,12 @@ def test_frames_are_encoded_by_two_towers(tmp_path: Path, dtype: Any) -> None:
         folder.mkdir()
     first, second = (str(make_encoder(folder, seed=seed)) for seed, folder in enumerate(folders))
     options = {"encoder": first, "dtype": dtype, "merge_heads": 4, "encode_batch_frames": 4}
-    other = TowerConfig(encoder=second, num_tokens_per_frame=4, merge_heads=4)
-    encoder = FrameEncoder(EncoderConfig(second=other, **options))
+    other = TowerConfig(model=second, num_tokens_per_frame=4, merge_heads=4)
+    encoder = FrameEncoder(VisionTowerConfig(second=other, **options))
     frames = torch.randint(0, 256, (6, encoder.image_size, encoder.image_size, 3), dtype=torch.uint8).numpy()
     expected = encoder.encode(frames)
     with simulated_cuda() as device:
-        found = FrameEncoder(EncoderConfig(device="cuda", second=other, **options)).encode(frames)
+        found = FrameEncoder(VisionTowerConfig(device="cuda", second=other, **options)).encode(frames)
         assert dict(device.syncs) == {"_to_copy": 2}  # one for each batch's tokens
     assert found.device.type == "cpu"
     tolerance = 0.05 if dtype == "bfloat16" else 0.0  # attention of the CPU alone is fused

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from reference.made_media import make_encoder, make_sound, make_video, picture
-from timeviper_platform.data.encode.frame_encoder import EncoderConfig
+from timeviper_platform.data.encode.frame_encoder import VisionTowerConfig
 from timeviper_platform.data.preprocess.ray_graph import ExecutionConfig
 from timeviper_platform.data.preprocess.run import PreprocessConfig
-from timeviper_platform.data.preprocess.worker import UnitOutcome
+from timeviper_platform.data.preprocess.worker import TaskResult
 from timeviper_platform.data.store.reader import FeatureStore
 
 BAD = {
@@ -54,9 +54,9 @@ def _made(folder: Path) -> Path:
 def make_config(corpus: Path, output: Path | str, **execution: object) -> PreprocessConfig:
     return PreprocessConfig(
         input=str(corpus / "manifest.parquet"),
-        output=str(output),
-        encoder=EncoderConfig(
-            encoder=str(corpus / "encoder"), num_tokens_per_frame=4, merge_heads=4, encode_batch_frames=8
+        feature_store=str(output),
+        encoder=VisionTowerConfig(
+            model=str(corpus / "encoder"), num_tokens_per_frame=4, merge_heads=4, encode_batch_frames=8
         ),
         execution=ExecutionConfig(frames_per_file=20, progress_seconds=0.0, **execution),  # type: ignore[arg-type]
     )
@@ -67,6 +67,6 @@ def contents(store: str) -> dict[str, bytes]:
     return {m: opened.read(m).features.view(torch.int16).numpy().tobytes() for m in opened.media_ids}
 
 
-def no_runner(*_: object) -> Iterator[UnitOutcome]:
+def no_runner(*_: object) -> Iterator[TaskResult]:
     """A runner for jobs that have no segment to do."""
     raise AssertionError("there is nothing to do")

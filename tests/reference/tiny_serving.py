@@ -19,7 +19,7 @@ from timeviper_model.config import TINY, TimeViperConfig
 from timeviper_model.inference.prefill import prefill
 from timeviper_model.timeviper import TimeViper
 from timeviper_model.weights.weights_folder import save_pretrained
-from timeviper_platform.data.encode.frame_encoder import EncoderConfig, FrameEncoder
+from timeviper_platform.data.encode.frame_encoder import FrameEncoder, VisionTowerConfig
 from timeviper_platform.data.store.writer import write_store
 
 IMAGE_SIZE = 32
@@ -86,7 +86,7 @@ class ServingFolders:
     weights: str
     store: str
     """holds `film`, 40 frames at 1 fps"""
-    encoder: EncoderConfig
+    encoder: VisionTowerConfig
 
 
 def make_serving_folders(root: Path) -> ServingFolders:
@@ -104,7 +104,9 @@ def make_serving_folders(root: Path) -> ServingFolders:
     SiglipVisionModel(tower).save_pretrained(root / "encoder")
     statistics = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     (root / "encoder" / "preprocessor_config.json").write_text(json.dumps(statistics))
-    encoder = EncoderConfig(encoder=str(root / "encoder"), num_tokens_per_frame=4, merge_heads=4, encode_batch_frames=4)
+    encoder = VisionTowerConfig(
+        model=str(root / "encoder"), num_tokens_per_frame=4, merge_heads=4, encode_batch_frames=4
+    )
     write_store(str(root / "store"), {"film": torch.randn(40, 4, width)}, recipe=FrameEncoder(encoder).recipe)
     save_pretrained(random_model(dtype=torch.float32), root / "weights", tokenizer=byte_tokenizer())
     return ServingFolders(str(root / "weights"), str(root / "store"), encoder)

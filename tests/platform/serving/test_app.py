@@ -17,7 +17,7 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.schema import ServeDeploySchema
 
 from timeviper_platform.common.config import parse_config
-from timeviper_platform.data.encode.frame_encoder import EncoderConfig, TowerConfig
+from timeviper_platform.data.encode.frame_encoder import TowerConfig, VisionTowerConfig
 from timeviper_platform.serving.app import ServeConfig, build, with_absolute_paths
 from timeviper_platform.serving.deployment import AutoscalingSettings, DeploymentSettings
 from timeviper_platform.serving.gateway_replica import EngineHandle, FeatureHandle
@@ -49,8 +49,8 @@ def test_the_twins_have_the_same_parts() -> None:
 def test_uploads_are_encoded_as_the_preprocessing_file_beside_it_says(path: Path) -> None:
     preprocess = yaml.safe_load(path.with_name("preprocess.yaml").read_text())
     serving = args_of(path)["features"]
-    assert EncoderConfig(**serving["encoder"]) == EncoderConfig(**preprocess["encoder"])
-    assert serving["feature_store"] == preprocess["output"]
+    assert VisionTowerConfig(**serving["encoder"]) == VisionTowerConfig(**preprocess["encoder"])
+    assert serving["feature_store"] == preprocess["feature_store"]
     assert serving.get("fps", 1.0) == preprocess["sampling"]["fps"]
 
 
@@ -98,7 +98,7 @@ def test_autoscaling_that_cannot_work_is_refused(values: dict[str, Any]) -> None
 def test_paths_are_written_out_and_names_and_uris_stay(tmp_path: Path) -> None:
     (tmp_path / "weights").mkdir()
     (tmp_path / "second").mkdir()
-    towers = {"encoder": "google/some-encoder", "second": {"encoder": "second", "layer": -1}}
+    towers = {"model": "google/some-encoder", "second": {"model": "second", "layer": -1}}
     args = {
         "weights": "weights",
         "features": {"feature_store": "s3://bucket/store", "encoder": towers},
@@ -109,8 +109,8 @@ def test_paths_are_written_out_and_names_and_uris_stay(tmp_path: Path) -> None:
     assert config.gateway.media_root == str(tmp_path / "uploads")
     assert config.features.feature_store == "s3://bucket/store"
     assert config.features.encoder is not None
-    assert config.features.encoder.encoder == "google/some-encoder"
-    assert config.features.encoder.second == TowerConfig(encoder=str(tmp_path / "second"), layer=-1)
+    assert config.features.encoder.model == "google/some-encoder"
+    assert config.features.encoder.second == TowerConfig(model=str(tmp_path / "second"), layer=-1)
 
 
 class Handle:

@@ -27,7 +27,7 @@ from timeviper_platform.data.plan.segments import Segment
 from timeviper_platform.data.preprocess.estimate import estimate
 from timeviper_platform.data.preprocess.ray_graph import ExecutionConfig
 from timeviper_platform.data.preprocess.run import PreprocessConfig, run_in_process, run_preprocess
-from timeviper_platform.data.preprocess.worker import UnitOutcome, WorkerSpec
+from timeviper_platform.data.preprocess.worker import TaskResult, WorkerSpec
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.data.store.verify import verify_store
 from timeviper_platform.data.store.writer import write_store
@@ -69,10 +69,10 @@ class Made:
 
     @property
     def store(self) -> FeatureStore:
-        return FeatureStore.open(self.preprocess.output)
+        return FeatureStore.open(self.preprocess.feature_store)
 
     def with_one_tower(self, output: str) -> PreprocessConfig:
-        return replace(self.preprocess, output=output, encoder=replace(self.preprocess.encoder, second=None))
+        return replace(self.preprocess, feature_store=output, encoder=replace(self.preprocess.encoder, second=None))
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +87,10 @@ def made(tmp_path_factory: pytest.TempPathFactory, group_of_one: None) -> Made:
     (folder / "manifest.csv").write_text("uri,media_id\n" + "".join(f"media/{name},{name}\n" for name in NUM_FRAMES))
     overrides = [
         f"input={folder / 'manifest.csv'}",
-        f"output={folder / 'store'}",
-        f"encoder.encoder={folder / 'first'}",
+        f"feature_store={folder / 'store'}",
+        f"encoder.model={folder / 'first'}",
         "encoder.encode_batch_frames=4",
-        f"encoder.second.encoder={folder / 'second'}",
+        f"encoder.second.model={folder / 'second'}",
         "encoder.second.num_tokens_per_frame=3",
         "encoder.second.merge_heads=8",
         "encoder.second.layer=-1",
@@ -139,10 +139,10 @@ def test_one_run_stores_both_towers_of_frames_decoded_once(made: Made) -> None:
         assert torch.equal(features.view(torch.int16), encoder.encode(frames).view(torch.int16))
         assert not features[:, 4:, 24:].any()  # the second tower's width
         assert features[:, 4:, :24].any()
-    assert verify_store(made.preprocess.output).problems == []
+    assert verify_store(made.preprocess.feature_store).problems == []
     report = json.loads((made.folder / "store" / "report.json").read_text())
     assert report["frames_encoded"] == 8
-    plan = estimate(replace(made.preprocess, output=str(made.folder / "nowhere")))
+    plan = estimate(replace(made.preprocess, feature_store=str(made.folder / "nowhere")))
     assert plan.feature_bytes == 8 * 7 * 64 * 2
 
 
@@ -151,26 +151,26 @@ def test_workers_are_told_both_towers_and_the_larger_size(
 ) -> None:
     told: list[WorkerSpec] = []
 
-    def run(missing: Collection[Segment], spec: WorkerSpec, execution: ExecutionConfig) -> Iterator[UnitOutcome]:
+    def run(missing: Collection[Segment], spec: WorkerSpec, execution: ExecutionConfig) -> Iterator[TaskResult]:
         told.append(spec)
         return run_in_process(missing, spec, execution)
 
     monkeypatch.chdir(made.folder)
     encoder = made.preprocess.encoder.with_names(lambda folder: Path(folder).name)
-    assert [tower.encoder for tower in encoder.towers] == ["first", "second"]
-    run_preprocess(replace(made.preprocess, output=str(tmp_path / "store"), encoder=encoder), run=run)
+    assert [tower.model for tower in encoder.towers] == ["first", "second"]
+    run_preprocess(replace(made.preprocess, feature_store=str(tmp_path / "store"), encoder=encoder), run=run)
     (spec,) = told
     assert spec.encoder == made.preprocess.encoder  # with both folders written out
     assert spec.image_size == 48
 
 
 def test_stores_of_one_and_of_two_towers_refuse_each_others_recipe(made: Made, tmp_path: Path) -> None:
-    one = made.with_one_tower(made.preprocess.output)
+    one = made.with_one_tower(made.preprocess.feature_store)
     with pytest.raises(ValueError, match=r"second: the store has \{.*\}, this run None"):
         run_preprocess(one, run=run_in_process)
-    run_preprocess(replace(one, output=str(tmp_path / "one")), run=run_in_process)
+    run_preprocess(replace(one, feature_store=str(tmp_path / "one")), run=run_in_process)
     with pytest.raises(ValueError, match=r"second: the store has None, this run \{.*'hidden_size': 24"):
-        estimate(replace(made.preprocess, output=str(tmp_path / "one")))
+        estimate(replace(made.preprocess, feature_store=str(tmp_path / "one")))
     second = replace(made.preprocess.encoder.second, num_tokens_per_frame=4)
     other = replace(made.preprocess, encoder=replace(made.preprocess.encoder, second=second))
     with pytest.raises(ValueError, match=r"second\.merge\.num_tokens_per_frame: the store has 3, this run 4"):
@@ -234,7 +234,7 @@ async def answer(weights: str, video: FeatureReference) -> str:
 
 
 def serving(made: Made, weights: str, **changes: Any) -> None:
-    values = {"feature_store": made.preprocess.output, "encoder": made.preprocess.encoder, **changes}
+    values = {"feature_store": made.preprocess.feature_store, "encoder": made.preprocess.encoder, **changes}
     FeatureService(weights, FeatureServiceConfig(**values), lambda array: array)
 
 
@@ -246,19 +246,31 @@ def test_one_tower_where_the_others_have_two_is_refused_naming_both(made: Made, 
     one = made.with_one_tower(str(tmp_path / "one"))
     run_preprocess(one, run=run_in_process)
     refused: list[tuple[Callable[[], object], str, str]] = [
-        (lambda: training(made, made.weights, one.output), "num_towers: 2 and 1", one.output),
-        (lambda: check_inputs(made.weights, one.output), "num_towers: 2 and 1", one.output),
-        (lambda: serving(made, made.weights, store=one.output, encoder=None), "num_towers: 2 and 1", one.output),
-        (lambda: serving(made, made.weights, store=None, encoder=one.encoder), "num_towers: 2 and 1", made.weights),
-        (lambda: serving(made, made.weights, encoder=one.encoder), "num_towers: 1 and 2", made.preprocess.output),
+        (lambda: training(made, made.weights, one.feature_store), "num_towers: 2 and 1", one.feature_store),
+        (lambda: check_inputs(made.weights, one.feature_store), "num_towers: 2 and 1", one.feature_store),
+        (
+            lambda: serving(made, made.weights, feature_store=one.feature_store, encoder=None),
+            "num_towers: 2 and 1",
+            one.feature_store,
+        ),
+        (
+            lambda: serving(made, made.weights, feature_store=None, encoder=one.encoder),
+            "num_towers: 2 and 1",
+            made.weights,
+        ),
+        (
+            lambda: serving(made, made.weights, encoder=one.encoder),
+            "num_towers: 1 and 2",
+            made.preprocess.feature_store,
+        ),
     ]
     for act, difference, name in refused:
         with pytest.raises(ValueError, match=difference) as caught:
             act()
         assert name in str(caught.value)
     serving(made, made.weights)
-    check_inputs(made.weights, made.preprocess.output)
-    training(made, made.weights, made.preprocess.output)
+    check_inputs(made.weights, made.preprocess.feature_store)
+    training(made, made.weights, made.preprocess.feature_store)
 
 
 @pytest.mark.parametrize(("fact", "value", "stored"), [("num_tokens_per_frame", 8, 3), ("hidden_size", 16, 24)])
@@ -271,8 +283,8 @@ def test_another_second_tower_is_refused_with_both_values(
     (tmp_path / "config.json").write_text(json.dumps(wrong))
     message = rf"second\.{fact}: {value} and {stored}"
     for act in (
-        lambda: training(made, str(tmp_path), made.preprocess.output),
-        lambda: check_inputs(str(tmp_path), made.preprocess.output),
+        lambda: training(made, str(tmp_path), made.preprocess.feature_store),
+        lambda: check_inputs(str(tmp_path), made.preprocess.feature_store),
         lambda: serving(made, str(tmp_path), encoder=None),
         lambda: serving(made, str(tmp_path), store=None),
     ):

@@ -36,7 +36,7 @@ from timeviper_platform.benchmarks.measure import Row
 from timeviper_platform.benchmarks.preprocess.share_of_ideal import make_tiny_encoder
 from timeviper_platform.benchmarks.video.clips import ClipSpec, make_clip
 from timeviper_platform.common.ray_cluster import ray_session
-from timeviper_platform.data.encode.frame_encoder import EncoderConfig, FrameEncoder
+from timeviper_platform.data.encode.frame_encoder import FrameEncoder, VisionTowerConfig
 from timeviper_platform.data.preprocess.ray_graph import ExecutionConfig
 from timeviper_platform.data.preprocess.run import PreprocessConfig, run_preprocess
 from timeviper_platform.data.store.writer import features_bytes
@@ -62,7 +62,7 @@ class Pass(NamedTuple):
     """of the workers' busy seconds, where they are told"""
 
 
-Pipeline = Callable[[Path, Path, EncoderConfig], Pass]
+Pipeline = Callable[[Path, Path, VisionTowerConfig], Pass]
 """a folder of pieces, an output folder and the encoder to what came of it"""
 
 
@@ -176,11 +176,11 @@ def steady_rate_of(moments: Sequence[float]) -> float:
 # -- ours --------------------------------------------------------------------------------------------------------
 
 
-def run_ours(pieces: Path, output: Path, encoder: EncoderConfig) -> Pass:
+def run_ours(pieces: Path, output: Path, encoder: VisionTowerConfig) -> Pass:
     """`jobs/preprocess.py`, fused."""
     execution = ExecutionConfig(mode="fused", num_workers=os.cpu_count() or 1)
     report = run_preprocess(
-        PreprocessConfig(input=str(pieces), output=str(output), encoder=encoder, execution=execution)
+        PreprocessConfig(input=str(pieces), feature_store=str(output), encoder=encoder, execution=execution)
     )
     return Pass(report.frames_per_second, report.stage_seconds["decode"] / sum(report.stage_seconds.values()))
 
@@ -191,7 +191,7 @@ def run_ours(pieces: Path, output: Path, encoder: EncoderConfig) -> Pass:
 class EncodeFrames:
     """Batches of frames to their features, and when those were made."""
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, config: VisionTowerConfig) -> None:
         torch.set_num_threads(1)
         self._encoder = FrameEncoder(config)
 
@@ -205,7 +205,7 @@ class EncodeFrames:
         return {"features": features, "made_at": [time.time()] * len(features)}
 
 
-def run_plain(pieces: Path, output: Path, encoder: EncoderConfig) -> Pass:
+def run_plain(pieces: Path, output: Path, encoder: VisionTowerConfig) -> Pass:
     """read_videos -> map_batches -> write_parquet."""
     import ray
 
@@ -254,7 +254,7 @@ def has_daft() -> bool:
     return True
 
 
-def run_daft(pieces: Path, output: Path, encoder: EncoderConfig) -> Pass:
+def run_daft(pieces: Path, output: Path, encoder: VisionTowerConfig) -> Pass:
     """Daft's own runner, in this process."""
     import daft
     from daft import DataType, col
@@ -264,7 +264,7 @@ def run_daft(pieces: Path, output: Path, encoder: EncoderConfig) -> Pass:
 
     @daft.cls()
     class Encode:
-        def __init__(self, config: EncoderConfig) -> None:
+        def __init__(self, config: VisionTowerConfig) -> None:
             self._encode = EncodeFrames(config).encode
 
         @daft.method.batch(return_dtype=made, batch_size=encoder.encode_batch_frames)

@@ -27,7 +27,7 @@ import numpy as np
 from timeviper_platform.benchmarks.measure import Row, StolenTime
 from timeviper_platform.benchmarks.video.clips import ClipSpec, make_clip
 from timeviper_platform.common.ray_cluster import ray_session
-from timeviper_platform.data.encode.frame_encoder import EncoderConfig, FrameEncoder
+from timeviper_platform.data.encode.frame_encoder import FrameEncoder, VisionTowerConfig
 from timeviper_platform.data.encode.recipe import recipe_hash
 from timeviper_platform.data.plan.segments import Segment, segments_of
 from timeviper_platform.data.preprocess.calibrate import BusySlots, Calibration
@@ -114,7 +114,7 @@ def make_media(root: Path, film: Path | None, sizes: IdealSizes) -> list[Media]:
 def media_rows(
     root: Path,
     media: Media,
-    encoder: EncoderConfig,
+    encoder: VisionTowerConfig,
     sizes: IdealSizes,
     *,
     run: Runner = run_on_ray,
@@ -125,7 +125,7 @@ def media_rows(
     tried = root / f"{media.name}, tried"
     tried.mkdir()
     media.grow(tried, media.num_tried)
-    config = PreprocessConfig(input=str(tried), output=str(root / "none"), encoder=encoder)
+    config = PreprocessConfig(input=str(tried), feature_store=str(root / "none"), encoder=encoder)
     frames = FrameEncoder(encoder)
     segments = planned(config, frames)
     rates: dict[str, list[RunRate]] = {name: [] for name in executions(num_cores)}
@@ -217,12 +217,12 @@ class RunRate(NamedTuple):
     """of the ideal at the costs of the run's own frames, as its report says; what is stolen counts as lost"""
 
 
-def media_rate(root: Path, media: Path, encoder: EncoderConfig, execution: ExecutionConfig, run: Runner) -> RunRate:
+def media_rate(root: Path, media: Path, encoder: VisionTowerConfig, execution: ExecutionConfig, run: Runner) -> RunRate:
     """A run into a store of its own."""
     stolen = StolenTime()
     store = root / f"{media.name}, {execution.mode}"
     report = run_preprocess(
-        PreprocessConfig(input=str(media), output=str(store), encoder=encoder, execution=execution), run=run
+        PreprocessConfig(input=str(media), feature_store=str(store), encoder=encoder, execution=execution), run=run
     )
     logger.info("\n".join([f"{media.name}, {execution.mode}", *report.lines()]))
     if report.errors:
@@ -236,11 +236,11 @@ def media_rate(root: Path, media: Path, encoder: EncoderConfig, execution: Execu
 # -- what is measured on -----------------------------------------------------------------------------------------
 
 
-def make_tiny_encoder(folder: Path) -> EncoderConfig:
+def make_tiny_encoder(folder: Path) -> VisionTowerConfig:
     """The demo's encoder, untaught: its speed does not depend on what it knows."""
     noise = np.random.default_rng(0).integers(0, 256, (64, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
     save_encoder(train_encoder(noise, np.zeros(len(noise), np.int64), steps=0, seed=0), folder)
-    return EncoderConfig(encoder=str(folder), num_tokens_per_frame=4, merge_heads=4)
+    return VisionTowerConfig(model=str(folder), num_tokens_per_frame=4, merge_heads=4)
 
 
 def link(source: Path, folder: Path, count: int) -> None:

@@ -24,7 +24,7 @@ from timeviper_platform.benchmarks.store.open_and_read import (
     made_index_tables,
 )
 from timeviper_platform.common.schemas import INDEX, MANIFEST, PLAN
-from timeviper_platform.data.encode.frame_encoder import EncoderConfig
+from timeviper_platform.data.encode.frame_encoder import VisionTowerConfig
 from timeviper_platform.data.preprocess.estimate import estimate
 from timeviper_platform.data.preprocess.finalize import finalize_store
 from timeviper_platform.data.preprocess.run import PreprocessConfig
@@ -182,8 +182,8 @@ def dry_run(folder: str, num_media: int) -> None:
     Raises:
         RuntimeError: when it does not find what was made.
     """
-    encoder = EncoderConfig(encoder=f"{folder}/encoder", num_tokens_per_frame=4, merge_heads=4, encode_batch_frames=8)
-    config = PreprocessConfig(input=f"{folder}/manifest.parquet", output=f"{folder}/store", encoder=encoder)
+    encoder = VisionTowerConfig(model=f"{folder}/encoder", num_tokens_per_frame=4, merge_heads=4, encode_batch_frames=8)
+    config = PreprocessConfig(input=f"{folder}/manifest.parquet", feature_store=f"{folder}/store", encoder=encoder)
     found = estimate(config)
     if (found.media, found.segments_missing) != (num_media, num_media * SEGMENTS_PER_MEDIUM):
         raise RuntimeError(f"{num_media} media were made, the dry run found {found}")

@@ -31,7 +31,7 @@ def sample_ours(path: Path, times: Sequence[Fraction], image_size: int) -> Itera
 
 
 def sample_keyframes(path: Path, times: Sequence[Fraction], image_size: int) -> Iterator[np.ndarray]:
-    """`sampling.frames: keyframes`: of the second before each time its last keyframe, where it has one."""
+    """`sampling.frame_selection: keyframes`: of the second before each time its last keyframe, where it has one."""
     yield from _sample(open_video(str(path), image_size, keyframe_step=Fraction(1)), times)
 
 

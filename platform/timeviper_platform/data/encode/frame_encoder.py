@@ -30,7 +30,7 @@ _DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.b
 class TowerConfig:
     """One vision tower, and how its tokens are merged."""
 
-    encoder: str
+    model: str
     """Hugging Face name or local folder"""
     layer: int = -2
     """index into hidden_states"""
@@ -43,10 +43,10 @@ class TowerConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EncoderConfig(TowerConfig):
+class VisionTowerConfig(TowerConfig):
     """Which towers see every frame, and how they run. Its own fields are the first tower's."""
 
-    encoder: str = "google/siglip-so400m-patch14-384"
+    model: str = "google/siglip-so400m-patch14-384"
     dtype: Literal["float32", "bfloat16"] = "float32"
     """in which the towers compute; features are stored in bf16 either way"""
     encode_batch_frames: int = 32
@@ -68,10 +68,10 @@ class EncoderConfig(TowerConfig):
         """The first, and the second if there is one."""
         return (self,) if self.second is None else (self, self.second)
 
-    def with_names(self, name: Callable[[str], str]) -> EncoderConfig:
-        """The same with each tower's `encoder` renamed, such as to an absolute path."""
-        second = self.second and replace(self.second, encoder=name(self.second.encoder))
-        return replace(self, encoder=name(self.encoder), second=second)
+    def with_names(self, name: Callable[[str], str]) -> VisionTowerConfig:
+        """The same with each tower's `model` renamed, such as to an absolute path."""
+        second = self.second and replace(self.second, model=name(self.second.model))
+        return replace(self, model=name(self.model), second=second)
 
 
 class FrameEncoder:
@@ -81,7 +81,7 @@ class FrameEncoder:
         ValueError: when a tower cannot be loaded.
     """
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, config: VisionTowerConfig) -> None:
         self.config = config
         self._towers = [_Tower(tower, config) for tower in config.towers]
         self.image_size: int = max(tower.image_size for tower in self._towers)
@@ -133,9 +133,9 @@ class FrameEncoder:
 class _Tower:
     """One tower on its device."""
 
-    def __init__(self, config: TowerConfig, shared: EncoderConfig) -> None:
+    def __init__(self, config: TowerConfig, shared: VisionTowerConfig) -> None:
         self._config = config
-        self.vision = VisionTransformer.from_pretrained(config.encoder, layer=config.layer)
+        self.vision = VisionTransformer.from_pretrained(config.model, layer=config.layer)
         self.vision.to(device=shared.device, dtype=_DTYPES[shared.dtype])
         self._patches: Callable[[Tensor], Tensor] = (
             torch.compile(self.vision, dynamic=False) if shared.compile else self.vision

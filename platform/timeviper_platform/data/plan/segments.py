@@ -136,7 +136,7 @@ class PlannedMedium:
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
+class WriteTask:
     """Consecutive segments that become one data file."""
 
     name: str
@@ -155,7 +155,7 @@ class SamplingConfig:
 
     fps: float = 1.0
     """samples a second; sample k lies at start + k / fps and shows the frame on screen then"""
-    frames: Literal["all", "keyframes"] = "all"
+    frame_selection: Literal["all", "keyframes"] = "all"
     """keyframes = a sample shows the last keyframe since the one before it, and is left out where there is none: a
     small part of the work, for a first look at many hours"""
 
@@ -244,7 +244,7 @@ def segment_id(media_id: str, source_version: str, recipe_hash: str, segment_ind
     return hashlib.sha256(f"{media_id}/{source_version}/{recipe_hash}/{segment_index}".encode()).hexdigest()[:32]
 
 
-def cut_units(segments: Collection[Segment], frames_per_file: int, num_workers: int) -> list[Unit]:
+def cut_units(segments: Collection[Segment], frames_per_file: int, num_workers: int) -> list[WriteTask]:
     """Segments in order, cut into units of at most `frames_per_file` frames but never fewer than one segment.
 
     Small inputs are cut finer, so that every worker has work until near the end.
@@ -252,14 +252,14 @@ def cut_units(segments: Collection[Segment], frames_per_file: int, num_workers: 
     return list(iter_units(segments, frames_per_file, num_workers))
 
 
-def iter_units(segments: Collection[Segment], frames_per_file: int, num_workers: int) -> Iterator[Unit]:
+def iter_units(segments: Collection[Segment], frames_per_file: int, num_workers: int) -> Iterator[WriteTask]:
     """`cut_units` one at a time; reads the segments twice."""
     total = sum(segment.num_frames for segment in segments)
     share = -(-total // (UNITS_PER_WORKER * num_workers))
     return _cut(segments, min(frames_per_file, max(SEGMENT_FRAMES, share)))
 
 
-def _cut(segments: Iterable[Segment], frames_per_unit: int) -> Iterator[Unit]:
+def _cut(segments: Iterable[Segment], frames_per_unit: int) -> Iterator[WriteTask]:
     group: list[Segment] = []
     num_frames = 0
     for segment in segments:
@@ -352,9 +352,9 @@ def _planned(item: Medium, spec: PlanSpec) -> PlannedMedium:
         )
 
 
-def _unit(group: Sequence[Segment]) -> Unit:
+def _unit(group: Sequence[Segment]) -> WriteTask:
     name = hashlib.sha256("".join(segment.segment_id for segment in group).encode()).hexdigest()[:32]
-    return Unit(name, tuple(group))
+    return WriteTask(name, tuple(group))
 
 
 def _check_count(item: Medium, count: int, end: Fraction, limits: MediaLimits) -> None:

@@ -21,12 +21,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from timeviper_platform.data.encode.frame_encoder import FrameEncoder
-from timeviper_platform.data.plan.segments import Segment, Unit, segments_of
+from timeviper_platform.data.plan.segments import Segment, WriteTask, segments_of
 from timeviper_platform.data.preprocess.worker import (
     SegmentDecoder,
     SegmentEncoder,
-    UnitOutcome,
-    UnitProcessor,
+    TaskProcessor,
+    TaskResult,
     WorkerSpec,
 )
 
@@ -166,7 +166,7 @@ class BusySlots:
             seconds: after this no slot begins its segments once more.
         """
         share = -(-len(segments) // self._num_slots)
-        units = [Unit(f"slot{n}", tuple(segments[n * share : (n + 1) * share])) for n in range(self._num_slots)]
+        units = [WriteTask(f"slot{n}", tuple(segments[n * share : (n + 1) * share])) for n in range(self._num_slots)]
         if not all(unit.segments for unit in units):
             raise ValueError(
                 f"{len(segments)} segments are too few for {self._num_slots} slots; give more or longer media"
@@ -179,7 +179,7 @@ class BusySlots:
         return cost_of(work)
 
 
-def cost_of(outcomes: Iterable[UnitOutcome]) -> Calibration:
+def cost_of(outcomes: Iterable[TaskResult]) -> Calibration:
     """What units cost, in seconds of CPU; those of an encoder on a GPU are seconds."""
     done = list(outcomes)
     return Calibration(
@@ -191,16 +191,16 @@ def cost_of(outcomes: Iterable[UnitOutcome]) -> Calibration:
     )
 
 
-_slot: tuple[UnitProcessor, Barrier]
+_slot: tuple[TaskProcessor, Barrier]
 """of this process, when it is a slot"""
 
 
 def _start_slot(spec: WorkerSpec, barrier: Barrier) -> None:
     global _slot
-    _slot = UnitProcessor(spec), barrier
+    _slot = TaskProcessor(spec), barrier
 
 
-def _keep_busy(unit: Unit, seconds: float) -> list[UnitOutcome]:
+def _keep_busy(unit: WriteTask, seconds: float) -> list[TaskResult]:
     """Does the unit again and again, from when every slot is ready."""
     processor, barrier = _slot
     processor.process(replace(unit, segments=unit.segments[:1]))  # what only a first time costs is no frame's cost

@@ -57,18 +57,18 @@ def estimate(config: PreprocessConfig) -> Estimate:
     config = _absolute(config)
     encoder = FrameEncoder(config.encoder)
     recipe = make_recipe(encoder, config)
-    header = read_header(config.output)
+    header = read_header(config.feature_store)
     if header is not None and header["recipe"] != recipe:
         raise ValueError("\n".join(["the store there has another recipe:", *differences(header["recipe"], recipe)]))
     digest = recipe_hash(recipe)
     counts, sample = PlanCounts(), SegmentSample()
-    finished = finished_segments(config.output, config.errors_to_retry)
+    finished = finished_segments(config.feature_store, config.errors_to_retry)
     for table in plan_tables(config, digest):
         is_missing = missing_rows(table, finished)
         counts.add(table, is_missing)
         sample.add(table.filter(pa.array(is_missing)))
     frames = counts.frames_missing
-    rate = _last_rate(config.output)
+    rate = _last_rate(config.feature_store)
     calibration = calibrate(sample.segments, worker_spec(config, encoder, digest), encoder)
     ideal = None if calibration is None else _ideal(calibration, config)
     return Estimate(

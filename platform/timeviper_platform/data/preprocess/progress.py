@@ -16,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from timeviper_platform.data.preprocess.worker import UnitOutcome
+from timeviper_platform.data.preprocess.worker import TaskResult
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class Progress:
     num_frames: int
     every_seconds: float
     """between lines of the log; a bar is drawn anew with every unit"""
-    outcomes: list[UnitOutcome] = field(default_factory=list)
+    outcomes: list[TaskResult] = field(default_factory=list)
     """without what grows with their segments; a plan of ten million has 300 000 units"""
     _last: float = field(default_factory=time.monotonic)
     _segments: int = 0
@@ -55,7 +55,7 @@ class Progress:
             self._bar.close()
             self._redirection.__exit__(*error)
 
-    def add(self, outcome: UnitOutcome) -> None:
+    def add(self, outcome: TaskResult) -> None:
         """Takes note of a finished unit."""
         self.outcomes.append(replace(outcome, media=[], reasons=[], error_types=[], last_error=""))
         num_segments = outcome.num_ok + outcome.num_partial + outcome.num_error
@@ -101,7 +101,7 @@ class RunMetrics:
         self._seconds = counter("stage_seconds", "seconds that workers were busy, by stage", "stage")
         self._retries = counter("retries", "requests to storage that failed for a passing reason")
 
-    def add(self, outcome: UnitOutcome) -> None:
+    def add(self, outcome: TaskResult) -> None:
         """Counts a finished unit."""
         _add(self._frames, outcome.num_frames)
         _add(self._bytes, outcome.feature_bytes)

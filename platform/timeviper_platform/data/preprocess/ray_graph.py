@@ -30,7 +30,7 @@ from timeviper_platform.common.schemas import PLAN
 from timeviper_platform.data.encode.frame_encoder import FrameEncoder
 from timeviper_platform.data.media.container import DecodeError, ErrorType
 from timeviper_platform.data.media.medium import Medium
-from timeviper_platform.data.plan.segments import PlanSpec, Segment, Unit, iter_units, plan_page
+from timeviper_platform.data.plan.segments import PlanSpec, Segment, WriteTask, iter_units, plan_page
 from timeviper_platform.data.preprocess.calibrate import Calibration, calibrate, sample_of
 from timeviper_platform.data.preprocess.progress import RunMetrics
 from timeviper_platform.data.preprocess.worker import (
@@ -38,9 +38,9 @@ from timeviper_platform.data.preprocess.worker import (
     RetryCount,
     SegmentDecoder,
     SegmentEncoder,
-    UnitOutcome,
-    UnitProcessor,
-    UnitStart,
+    TaskProcessor,
+    TaskResult,
+    TaskStart,
     WorkerSpec,
     process_name,
     write_unit,
@@ -137,7 +137,7 @@ def _planned(result: tuple[list[pa.Table], int]) -> list[pa.Table]:
     return tables
 
 
-def run_on_ray(missing: Collection[Segment], spec: WorkerSpec, config: ExecutionConfig) -> Iterator[UnitOutcome]:
+def run_on_ray(missing: Collection[Segment], spec: WorkerSpec, config: ExecutionConfig) -> Iterator[TaskResult]:
     """Does the missing segments on Ray; yields the outcomes of their units as they finish, in any order.
 
     Raises:
@@ -184,7 +184,7 @@ def _calibrate(segments: list[Segment], spec: WorkerSpec) -> Calibration | None:
     return calibrate(segments, spec, FrameEncoder(spec.encoder))
 
 
-def _run_units(units: Sequence[Unit], spec: WorkerSpec, config: ExecutionConfig) -> Iterator[UnitOutcome]:
+def _run_units(units: Sequence[WriteTask], spec: WorkerSpec, config: ExecutionConfig) -> Iterator[TaskResult]:
     import ray
 
     context = ray.data.DataContext.get_current()
@@ -198,7 +198,7 @@ def _run_units(units: Sequence[Unit], spec: WorkerSpec, config: ExecutionConfig)
     metrics = RunMetrics()
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         for row in batch.to_pylist():
-            outcome = UnitOutcome(**row)
+            outcome = TaskResult(**row)
             metrics.add(outcome)
             yield outcome
 
@@ -229,7 +229,7 @@ def _num_workers(config: ExecutionConfig) -> int:
     return config.num_workers or max(1, int(ray.cluster_resources().get(resource, 1)))
 
 
-def units_table(units: Sequence[Unit]) -> pa.Table:
+def units_table(units: Sequence[WriteTask]) -> pa.Table:
     """Units as they travel to the workers, one row each."""
     rows = [{"unit": unit.name, "segments": [_plan_row(segment) for segment in unit.segments]} for unit in units]
     return pa.Table.from_pylist(rows, schema=UNITS)
@@ -291,7 +291,7 @@ _BEGIN = pa.struct(
     [pa.field("started", pa.float64()), pa.field("decoder", pa.string()), pa.field("retries", pa.int64())]
 )
 _CPU_SECONDS = pa.float64()
-"""that a step took; see UnitOutcome"""
+"""that a step took; see TaskResult"""
 DECODED_UNITS = pa.schema(
     [*UNITS, pa.field("decoded", _DECODED), pa.field("begin", _BEGIN), pa.field("decode_cpu_seconds", _CPU_SECONDS)]
 )
@@ -301,7 +301,7 @@ class FusedStep:
     """Units to outcomes, all in one actor; of two units at a time, one is decoded and encoded and one is committed."""
 
     def __init__(self, spec: WorkerSpec) -> None:
-        self._processor = UnitProcessor(spec)
+        self._processor = TaskProcessor(spec)
         _freeze_memory()
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -325,10 +325,10 @@ class DecodeStep:
         made = [pa.array([row[place] for row in rows], kind) for place, kind in enumerate(kinds)]
         return pa.table([table["unit"], table["segments"], *made], schema=DECODED_UNITS)
 
-    def _decode(self, unit: Unit) -> tuple[list[dict[str, Any]], dict[str, Any], float]:
+    def _decode(self, unit: WriteTask) -> tuple[list[dict[str, Any]], dict[str, Any], float]:
         """The unit's values of the three columns that are new."""
         with self._decoding:
-            begin, before = UnitStart.now(), self._decoder.cpu_seconds
+            begin, before = TaskStart.now(), self._decoder.cpu_seconds
             segments = [_to_arrow(segment) for segment in self._decoder.decode(unit.segments)]
             return segments, asdict(replace(begin, retries=self._retries.new())), self._decoder.cpu_seconds - before
 
@@ -349,13 +349,13 @@ class EncodeStep:
         units = zip(_units(table), *(table[name] for name in ("decoded", "begin", "decode_cpu_seconds")), strict=True)
         return _outcomes([self._outcome(*unit) for unit in units])
 
-    def _outcome(self, unit: Unit, decoded: Any, begin: Any, decode_cpu_seconds: Any) -> UnitOutcome:
+    def _outcome(self, unit: WriteTask, decoded: Any, begin: Any, decode_cpu_seconds: Any) -> TaskResult:
         with self._encoding:
             before = self._encoder.cpu_seconds
             rows = list(self._encoder.rows(_from_arrow(unit.segments, decoded.values, self._spec.image_size)))
             encode_cpu_seconds = self._encoder.cpu_seconds - before
         with self._writing:
-            begun = UnitStart(**begin.as_py())
+            begun = TaskStart(**begin.as_py())
             here = process_name()
             outcome = write_unit(self._spec, unit.name, rows, begun, encoder=here, retry_count=self._retries)
         return replace(outcome, decode_cpu_seconds=decode_cpu_seconds.as_py(), encode_cpu_seconds=encode_cpu_seconds)
@@ -368,16 +368,16 @@ def _freeze_memory() -> None:
     gc.freeze()
 
 
-def _units(table: pa.Table) -> list[Unit]:
+def _units(table: pa.Table) -> list[WriteTask]:
     rows = table.select(["unit", "segments"]).to_pylist()
-    return [Unit(row["unit"], tuple(Segment.from_row(segment) for segment in row["segments"])) for row in rows]
+    return [WriteTask(row["unit"], tuple(Segment.from_row(segment) for segment in row["segments"])) for row in rows]
 
 
 def _plan_row(segment: Segment) -> dict[str, Any]:
     return {**asdict(segment), "status": "planned"}
 
 
-def _outcomes(outcomes: list[UnitOutcome]) -> pa.Table:
+def _outcomes(outcomes: list[TaskResult]) -> pa.Table:
     return pa.Table.from_pylist([asdict(outcome) for outcome in outcomes])
 
 

@@ -17,7 +17,7 @@ from timeviper_platform.common.schemas import REJECTS
 from timeviper_platform.data.media.container import RETRYABLE, ErrorType
 from timeviper_platform.data.plan.segments import PlanError
 from timeviper_platform.data.preprocess.calibrate import cost_of
-from timeviper_platform.data.preprocess.worker import UnitOutcome
+from timeviper_platform.data.preprocess.worker import TaskResult
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ class PreprocessReport:
         ]
 
 
-def steady_rate(outcomes: Sequence[UnitOutcome]) -> float:
+def steady_rate(outcomes: Sequence[TaskResult]) -> float:
     """Frames a second in the middle 60 % of the run, from the first finished unit on; a unit's frames are spread
     evenly over its time.
 
@@ -139,7 +139,7 @@ class Speed:
     cores_per_encoder: float
 
 
-def measure_speed(outcomes: Sequence[UnitOutcome], *, num_cores: int, has_gpu: bool = False) -> Speed:
+def measure_speed(outcomes: Sequence[TaskResult], *, num_cores: int, has_gpu: bool = False) -> Speed:
     """The speed of a run against 1 / max(seconds a frame / workers) over its stages.
 
     A fused worker encodes and writes while its child decodes ahead of it; split stages have processes of their own.
@@ -172,7 +172,7 @@ def measure_speed(outcomes: Sequence[UnitOutcome], *, num_cores: int, has_gpu: b
 
 
 @dataclass(slots=True)
-class FailureFuse:
+class ConsecutiveFailureLimit:
     """Stops a job whose media fail one after the other for one and the same reason: that is no matter of media."""
 
     limit: int | None

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from timeviper_platform.common import storage
 from timeviper_platform.common.ray_cluster import has_cluster
-from timeviper_platform.data.encode.frame_encoder import EncoderConfig, FrameEncoder
+from timeviper_platform.data.encode.frame_encoder import FrameEncoder, VisionTowerConfig
 from timeviper_platform.data.inputs.readers import read_pages
 from timeviper_platform.data.media.container import ErrorType, MediaLimits
 from timeviper_platform.data.plan.segments import PlanSpec, SamplingConfig, Segment, cut_units, exact
@@ -37,8 +37,8 @@ from timeviper_platform.data.preprocess.ray_graph import (
     plan_on_ray,
     run_on_ray,
 )
-from timeviper_platform.data.preprocess.report import FailureFuse, PreprocessReport
-from timeviper_platform.data.preprocess.worker import UnitOutcome, WorkerSpec, process_name, run_here
+from timeviper_platform.data.preprocess.report import ConsecutiveFailureLimit, PreprocessReport
+from timeviper_platform.data.preprocess.worker import TaskResult, WorkerSpec, process_name, run_here
 from timeviper_platform.data.store.writer import create_store, remove_uncommitted
 from timeviper_platform.data.video_worker.frame_source import DecodeConfig
 
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 REPORT_FILE = "report.json"
 
-Runner = Callable[[Collection[Segment], WorkerSpec, ExecutionConfig], Iterator[UnitOutcome]]
+Runner = Callable[[Collection[Segment], WorkerSpec, ExecutionConfig], Iterator[TaskResult]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,9 +55,9 @@ class PreprocessConfig:
 
     input: str
     """a manifest (.parquet, .jsonl, .csv), a glob, a folder, or one file; local or any fsspec URI; see inputs.py"""
-    output: str
+    feature_store: str
     """the feature store's folder; made when missing, added to when made by the same recipe"""
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    encoder: VisionTowerConfig = field(default_factory=VisionTowerConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     limits: MediaLimits = field(default_factory=MediaLimits)
@@ -73,8 +73,10 @@ class PreprocessConfig:
             raise ValueError(
                 f"retry_errors: there is no {', '.join(unknown)}; name some of {', '.join(ErrorType)}, or say all"
             )
-        if self.sampling.frames == "keyframes" and self.decode.backend != "pyav":
-            raise ValueError(f"{self.sampling.frames = } needs decode.backend pyav, not {self.decode.backend!r}")
+        if self.sampling.frame_selection == "keyframes" and self.decode.backend != "pyav":
+            raise ValueError(
+                f"{self.sampling.frame_selection = } needs decode.backend pyav, not {self.decode.backend!r}"
+            )
         mode, device = self.execution.mode, self.encoder.device
         if self.decode.backend == "nvdec" and (mode != "fused" or device != "cuda"):
             raise ValueError(
@@ -89,7 +91,7 @@ class PreprocessConfig:
 
 
 def run_preprocess(config: PreprocessConfig, *, run: Runner = run_on_ray) -> PreprocessReport:
-    """Does what is missing of `config.input` in the store at `config.output`.
+    """Does what is missing of `config.input` in the store at `config.feature_store`.
 
     Args:
         config: see the class.
@@ -102,7 +104,7 @@ def run_preprocess(config: PreprocessConfig, *, run: Runner = run_on_ray) -> Pre
     clock = _Clock()
     retries = storage.num_retries()
     config = _absolute(config)
-    storage.ensure_writable(config.output)
+    storage.ensure_writable(config.feature_store)
     if config.decode.backend != "pyav":  # decoding children have no log
         logger.info(
             "decode.backend %s takes whole local files that it shows as they are; pyav takes all others",
@@ -110,13 +112,13 @@ def run_preprocess(config: PreprocessConfig, *, run: Runner = run_on_ray) -> Pre
         )
     encoder = FrameEncoder(config.encoder)
     recipe = make_recipe(encoder, config)
-    digest = create_store(config.output, recipe)
-    num_removed = remove_uncommitted(config.output)
+    digest = create_store(config.feature_store, recipe)
+    num_removed = remove_uncommitted(config.feature_store)
     if num_removed:
         logger.info("removed %d files that an earlier run had not committed", num_removed)
-    fuse = FailureFuse(config.execution.max_consecutive_failures)
-    finished = finished_segments(config.output, config.errors_to_retry)
-    plan = write_plan(config.output, _guarded(plan_tables(config, digest), fuse), finished)
+    fuse = ConsecutiveFailureLimit(config.execution.max_consecutive_failures)
+    finished = finished_segments(config.feature_store, config.errors_to_retry)
+    plan = write_plan(config.feature_store, _guarded(plan_tables(config, digest), fuse), finished)
     logger.info(
         "%d media: %d segments planned, %d to do, %d media rejected by their headers",
         *(plan.num_media, len(plan.segments), len(plan.missing), plan.counts.errors.total()),
@@ -133,7 +135,7 @@ def run_preprocess(config: PreprocessConfig, *, run: Runner = run_on_ray) -> Pre
 
 def make_recipe(encoder: FrameEncoder, config: PreprocessConfig) -> dict[str, Any]:
     """Everything that decides the features' values, as JSON."""
-    is_whole = config.sampling.frames == "all"
+    is_whole = config.sampling.frame_selection == "all"
     rule = "last frame with PTS <= t" if is_whole else "last keyframe with t - 1 / fps < PTS <= t, if any"
     sampling = {"fps": config.sampling.fps, "rule": rule, "backend": config.decode.backend}
     return {**encoder.recipe, "sampling": sampling}
@@ -155,7 +157,7 @@ def plan_tables(config: PreprocessConfig, digest: str) -> Iterator[pa.Table]:
 def worker_spec(config: PreprocessConfig, encoder: FrameEncoder, digest: str) -> WorkerSpec:
     """What the workers of a run are told."""
     return WorkerSpec(
-        store=config.output,
+        store=config.feature_store,
         recipe_hash=digest,
         encoder=config.encoder,
         image_size=encoder.image_size,
@@ -163,19 +165,19 @@ def worker_spec(config: PreprocessConfig, encoder: FrameEncoder, digest: str) ->
         decode=config.decode,
         limits=config.limits,
         num_threads=config.execution.num_threads,
-        keyframes_only=config.sampling.frames == "keyframes",
+        keyframes_only=config.sampling.frame_selection == "keyframes",
         row_group_bytes=config.execution.row_group_bytes,
     )
 
 
-def run_in_process(missing: Collection[Segment], spec: WorkerSpec, execution: ExecutionConfig) -> Iterator[UnitOutcome]:
+def run_in_process(missing: Collection[Segment], spec: WorkerSpec, execution: ExecutionConfig) -> Iterator[TaskResult]:
     """A runner without Ray, for tests and for measuring what Ray costs."""
     yield from run_here(cut_units(missing, execution.frames_per_file, num_workers=1), spec)
 
 
-def _run(plan: Plan, spec: WorkerSpec, execution: ExecutionConfig, run: Runner) -> list[UnitOutcome]:
+def _run(plan: Plan, spec: WorkerSpec, execution: ExecutionConfig, run: Runner) -> list[TaskResult]:
     progress = Progress(len(plan.missing), plan.counts.frames_missing, execution.progress_seconds)
-    fuse = FailureFuse(execution.max_consecutive_failures)
+    fuse = ConsecutiveFailureLimit(execution.max_consecutive_failures)
     with progress:
         for outcome in run(plan.missing, spec, execution):
             progress.add(outcome)
@@ -183,7 +185,7 @@ def _run(plan: Plan, spec: WorkerSpec, execution: ExecutionConfig, run: Runner) 
     return progress.outcomes
 
 
-def _guarded(tables: Iterable[pa.Table], fuse: FailureFuse) -> Iterator[pa.Table]:
+def _guarded(tables: Iterable[pa.Table], fuse: ConsecutiveFailureLimit) -> Iterator[pa.Table]:
     """PLAN tables as they pass, until their headers reject too many media in a row for one reason.
 
     What a downloader could not get says nothing of this run, and its lists of such rows have no others between them.
@@ -197,7 +199,7 @@ def _guarded(tables: Iterable[pa.Table], fuse: FailureFuse) -> Iterator[pa.Table
 
 
 def _finalize(
-    config: PreprocessConfig, plan: Plan, outcomes: Sequence[UnitOutcome], clock: _Clock, retries_before: int
+    config: PreprocessConfig, plan: Plan, outcomes: Sequence[TaskResult], clock: _Clock, retries_before: int
 ) -> PreprocessReport:
     """Index, rejects, audit and report of a run.
 
@@ -208,7 +210,7 @@ def _finalize(
         clock: running since the start.
         retries_before: this process's count when the run began.
     """
-    totals = finalize_store(config.output, plan.tables())
+    totals = finalize_store(config.feature_store, plan.tables())
     counts = totals.counts()
     clock.lap("finalize")
     elsewhere = sum(o.retries for o in outcomes if o.worker != process_name())
@@ -223,7 +225,7 @@ def _finalize(
         frames_encoded=sum(o.num_frames for o in outcomes),
         errors=totals.rejected_media,
         errors_by_stage=totals.errors_by_stage(),
-        frames_per_second=round(reporting.steady_rate(outcomes), 2) if outcomes else _last_rate(config.output),
+        frames_per_second=round(reporting.steady_rate(outcomes), 2) if outcomes else _last_rate(config.feature_store),
         bytes=totals.bytes,
         seconds=clock.seconds,
         stage_seconds={
@@ -235,9 +237,9 @@ def _finalize(
         retries=storage.num_retries() - retries_before + elsewhere,
         audit=counts,
     )
-    storage.write_json(storage.join_uri(config.output, REPORT_FILE), report.to_json())
+    storage.write_json(storage.join_uri(config.feature_store, REPORT_FILE), report.to_json())
     if counts["missing"] or counts["duplicate"]:
-        raise RuntimeError(f"{config.output}: the audit found {counts}; run the job again, and report this")
+        raise RuntimeError(f"{config.feature_store}: the audit found {counts}; run the job again, and report this")
     return report
 
 
@@ -254,7 +256,7 @@ def _absolute(config: PreprocessConfig) -> PreprocessConfig:
         return storage.split_uri(uri)[1] if storage.is_local(uri) else uri
 
     encoder = config.encoder.with_names(lambda name: str(Path(name).resolve()) if Path(name).is_dir() else name)
-    return replace(config, input=resolve(config.input), output=resolve(config.output), encoder=encoder)
+    return replace(config, input=resolve(config.input), feature_store=resolve(config.feature_store), encoder=encoder)
 
 
 class _Clock:

@@ -22,9 +22,9 @@ import torch
 import xxhash
 
 from timeviper_platform.common import storage
-from timeviper_platform.data.encode.frame_encoder import EncoderConfig, FrameEncoder
+from timeviper_platform.data.encode.frame_encoder import FrameEncoder, VisionTowerConfig
 from timeviper_platform.data.media.container import DecodeError, ErrorType, MediaLimits, source_name
-from timeviper_platform.data.plan.segments import Segment, Unit
+from timeviper_platform.data.plan.segments import Segment, WriteTask
 from timeviper_platform.data.store.writer import ROW_GROUP_BYTES, Row, features_bytes, write_file
 from timeviper_platform.data.video.frames import FrameBatch
 from timeviper_platform.data.video.reader import check_backend
@@ -38,7 +38,7 @@ class WorkerSpec:
 
     store: str
     recipe_hash: str
-    encoder: EncoderConfig
+    encoder: VisionTowerConfig
     image_size: int
     fps: Fraction
     decode: DecodeConfig
@@ -59,7 +59,7 @@ class DecodedSegment:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class UnitOutcome:
+class TaskResult:
     """What became of a unit; travels to the driver."""
 
     unit: str
@@ -292,7 +292,7 @@ class RetryCount:
             return self._counted - before
 
 
-class UnitProcessor:
+class TaskProcessor:
     """A whole unit in one process: decode, encode, write, commit. For decoders and encoders that share cores.
 
     Two threads may each have a unit: one is decoded and encoded while the end of the one before is written and
@@ -307,11 +307,11 @@ class UnitProcessor:
         self._making_rows = Lock()
         self._retries = RetryCount()
 
-    def process(self, unit: Unit) -> UnitOutcome:
+    def process(self, unit: WriteTask) -> TaskResult:
         """Writes and commits the unit's file; memory holds a row group for each thread, and a few segments' frames."""
         with ExitStack() as turn:
             turn.enter_context(self._making_rows)
-            begin = UnitStart.now()
+            begin = TaskStart.now()
             decode_cpu_seconds, encode_cpu_seconds = -self._decoder.cpu_seconds, -self._encoder.cpu_seconds
 
             def rows() -> Iterator[Row]:
@@ -326,7 +326,7 @@ class UnitProcessor:
 
 
 @dataclass(frozen=True, slots=True)
-class UnitStart:
+class TaskStart:
     """What is noted where work on a unit begins; travels with it."""
 
     started: float
@@ -337,7 +337,7 @@ class UnitStart:
     """of decoding, where that is a step of its own"""
 
     @classmethod
-    def now(cls) -> UnitStart:
+    def now(cls) -> TaskStart:
         """The note of this moment."""
         return cls(time.time(), process_name())
 
@@ -348,8 +348,8 @@ def process_name() -> str:
 
 
 def write_unit(
-    spec: WorkerSpec, name: str, rows: Iterable[Row], begin: UnitStart, *, encoder: str, retry_count: RetryCount
-) -> UnitOutcome:
+    spec: WorkerSpec, name: str, rows: Iterable[Row], begin: TaskStart, *, encoder: str, retry_count: RetryCount
+) -> TaskResult:
     """Writes and commits rows as the data file of unit `name`.
 
     Args:
@@ -373,15 +373,15 @@ def write_unit(
 
 
 def outcome_of(
-    name: str, rows: list[Row], begin: UnitStart, *, write_seconds: float, retries: int, encoder: str
-) -> UnitOutcome:
+    name: str, rows: list[Row], begin: TaskStart, *, write_seconds: float, retries: int, encoder: str
+) -> TaskResult:
     """The sum of a unit's rows."""
     statuses = [row["status"] for row in rows]
     reasons: dict[str, str] = {}
     for row in rows:
         reason = f"{row['error_stage']}/{row['error_type']}" if row["status"] == "error" else ""
         reasons[row["media_id"]] = reasons.get(row["media_id"]) or reason
-    return UnitOutcome(
+    return TaskResult(
         unit=name,
         num_frames=sum(row["num_frames"] for row in rows),
         num_ok=statuses.count("ok"),
@@ -404,8 +404,8 @@ def outcome_of(
     )
 
 
-def run_here(units: Iterable[Unit], spec: WorkerSpec) -> Iterator[UnitOutcome]:
+def run_here(units: Iterable[WriteTask], spec: WorkerSpec) -> Iterator[TaskResult]:
     """Does units one after the other in this process, without Ray."""
-    processor = UnitProcessor(spec)
+    processor = TaskProcessor(spec)
     for unit in units:
         yield processor.process(unit)

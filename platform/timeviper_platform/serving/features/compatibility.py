@@ -29,7 +29,7 @@ def check_features_fit(weights: str, *, store: FeatureStore | None, encoder: Fra
         ValueError: naming both sides and every difference.
     """
     store_name = "" if store is None else f"the feature store {store.uri!r}"
-    encoder_name = "" if encoder is None else " with ".join(f"the encoder {t.encoder!r}" for t in encoder.config.towers)
+    encoder_name = "" if encoder is None else " with ".join(f"the encoder {t.model!r}" for t in encoder.config.towers)
     if store is not None and encoder is not None:
         lines = different_facts(_whole(encoder.recipe), _whole(store.recipe))
         way_out = "configure the encoder as the preprocessing job had it"

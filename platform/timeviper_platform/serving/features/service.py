@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from timeviper_platform.data.encode.frame_encoder import EncoderConfig, FrameEncoder
+from timeviper_platform.data.encode.frame_encoder import FrameEncoder, VisionTowerConfig
 from timeviper_platform.data.store.reader import FeatureStore, MediaInfo
 from timeviper_platform.serving.features.compatibility import check_features_fit
 from timeviper_platform.serving.features.sandbox import DecodeSandbox, SandboxConfig
@@ -45,7 +45,7 @@ class FeatureServiceConfig:
 
     feature_store: str | None = None
     """feature store of the preprocessing job; None = no feature:// ids"""
-    encoder: EncoderConfig | None = None
+    encoder: VisionTowerConfig | None = None
     """the encoder that made the store's features; None = no uploads"""
     fps: float = 1.0
     """at which uploads are sampled; the ceiling of what a request may ask for"""

@@ -12,7 +12,7 @@ from PIL import Image
 
 from reference.made_media import make_encoder
 from timeviper_model.layers.projector import combine_towers
-from timeviper_platform.data.encode.frame_encoder import EncoderConfig, FrameEncoder, TowerConfig, resize_frames
+from timeviper_platform.data.encode.frame_encoder import FrameEncoder, TowerConfig, VisionTowerConfig, resize_frames
 from timeviper_platform.data.encode.recipe import recipe_hash
 
 
@@ -22,7 +22,7 @@ def made_frames(count: int, size: int) -> torch.Tensor:
 
 def test_a_lone_frame_has_the_bytes_it_has_in_a_full_batch_at_width_1152(tmp_path: Path) -> None:
     folder = make_encoder(tmp_path, hidden_size=1152)
-    encoder = FrameEncoder(EncoderConfig(encoder=str(folder), num_tokens_per_frame=4, encode_batch_frames=8))
+    encoder = FrameEncoder(VisionTowerConfig(model=str(folder), num_tokens_per_frame=4, encode_batch_frames=8))
     frames = made_frames(11, encoder.image_size)
     together = encoder.encode(frames)
     assert together.shape == (11, 4, 1152)
@@ -35,7 +35,7 @@ def test_a_lone_frame_has_the_bytes_it_has_in_a_full_batch_at_width_1152(tmp_pat
 
 
 def test_the_batch_shape_is_fixed_and_no_frame_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder = FrameEncoder(EncoderConfig(encoder=str(make_encoder(tmp_path)), merge_heads=4, encode_batch_frames=4))
+    encoder = FrameEncoder(VisionTowerConfig(model=str(make_encoder(tmp_path)), merge_heads=4, encode_batch_frames=4))
     shapes = []
     vision = encoder._towers[0].vision
     forward = vision.forward
@@ -49,54 +49,54 @@ def test_the_recipe_names_what_decides_the_values(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     one, other = make_encoder(tmp_path / "a", seed=0), make_encoder(tmp_path / "b", seed=1)
-    recipe = FrameEncoder(EncoderConfig(encoder=str(one))).recipe
-    assert recipe == FrameEncoder(EncoderConfig(encoder=str(one))).recipe
+    recipe = FrameEncoder(VisionTowerConfig(model=str(one))).recipe
+    assert recipe == FrameEncoder(VisionTowerConfig(model=str(one))).recipe
     for changed in (
-        EncoderConfig(encoder=str(other)),
-        EncoderConfig(encoder=str(one), layer=-1),
-        EncoderConfig(encoder=str(one), num_tokens_per_frame=4),
-        EncoderConfig(encoder=str(one), merge_heads=4),
-        EncoderConfig(encoder=str(one), dtype="bfloat16"),
-        EncoderConfig(encoder=str(one), encode_batch_frames=7),
-        EncoderConfig(encoder=str(one), compile=True),
+        VisionTowerConfig(model=str(other)),
+        VisionTowerConfig(model=str(one), layer=-1),
+        VisionTowerConfig(model=str(one), num_tokens_per_frame=4),
+        VisionTowerConfig(model=str(one), merge_heads=4),
+        VisionTowerConfig(model=str(one), dtype="bfloat16"),
+        VisionTowerConfig(model=str(one), encode_batch_frames=7),
+        VisionTowerConfig(model=str(one), compile=True),
     ):
         assert FrameEncoder(changed).recipe != recipe
     with pytest.raises(ValueError, match="at least 1"):
-        EncoderConfig(encode_batch_frames=0)
+        VisionTowerConfig(encode_batch_frames=0)
 
 
 @pytest.fixture(scope="module")
-def towers(tmp_path_factory: pytest.TempPathFactory) -> EncoderConfig:
+def towers(tmp_path_factory: pytest.TempPathFactory) -> VisionTowerConfig:
     """A first tower of 32 px and width 16, and one of 48 px and width 24 beside it."""
     folder = tmp_path_factory.mktemp("towers")
     for name in ("first", "second"):
         (folder / name).mkdir()
     first = make_encoder(folder / "first", seed=0)
     second = make_encoder(folder / "second", image_size=48, hidden_size=24, seed=1)
-    return EncoderConfig(
-        encoder=str(first),
+    return VisionTowerConfig(
+        model=str(first),
         num_tokens_per_frame=4,
         merge_heads=4,
         encode_batch_frames=4,
-        second=TowerConfig(encoder=str(second), num_tokens_per_frame=3, merge_heads=8, layer=-1),
+        second=TowerConfig(model=str(second), num_tokens_per_frame=3, merge_heads=8, layer=-1),
     )
 
 
-def alone(config: EncoderConfig, tower: TowerConfig) -> FrameEncoder:
-    fields = {name: getattr(tower, name) for name in ("encoder", "layer", "num_tokens_per_frame", "merge_heads")}
+def alone(config: VisionTowerConfig, tower: TowerConfig) -> FrameEncoder:
+    fields = {name: getattr(tower, name) for name in ("model", "layer", "num_tokens_per_frame", "merge_heads")}
     return FrameEncoder(replace(config, second=None, **fields))
 
 
 @pytest.mark.parametrize("second_is_larger", [True, False])
 @pytest.mark.parametrize("num_second", [3, 4])
 def test_two_towers_give_the_combination_of_what_each_gives_alone(
-    towers: EncoderConfig, num_second: int, second_is_larger: bool
+    towers: VisionTowerConfig, num_second: int, second_is_larger: bool
 ) -> None:
     assert towers.second is not None
-    small, large = TowerConfig(encoder=towers.encoder, num_tokens_per_frame=4, merge_heads=4), towers.second
+    small, large = TowerConfig(model=towers.model, num_tokens_per_frame=4, merge_heads=4), towers.second
     ours, second = (small, large) if second_is_larger else (large, small)
     second = replace(second, num_tokens_per_frame=num_second)
-    names = ("encoder", "layer", "num_tokens_per_frame", "merge_heads")
+    names = ("model", "layer", "num_tokens_per_frame", "merge_heads")
     config = replace(towers, second=second, **{name: getattr(ours, name) for name in names})
     both = FrameEncoder(config)
     assert both.image_size == 48
@@ -110,7 +110,7 @@ def test_two_towers_give_the_combination_of_what_each_gives_alone(
 
 
 def test_a_lone_frame_of_two_towers_has_the_bytes_it_has_in_a_full_batch(
-    towers: EncoderConfig, monkeypatch: pytest.MonkeyPatch
+    towers: VisionTowerConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = FrameEncoder(towers)
     frames = made_frames(6, 48)
@@ -135,7 +135,7 @@ def test_the_other_tower_sees_what_pillow_would_show_it() -> None:
         assert abs(small - expected).max() <= 1
 
 
-def test_a_second_tower_has_keys_of_its_own_and_one_tower_has_none(towers: EncoderConfig) -> None:
+def test_a_second_tower_has_keys_of_its_own_and_one_tower_has_none(towers: VisionTowerConfig) -> None:
     assert towers.second is not None
     one, two = FrameEncoder(replace(towers, second=None)), FrameEncoder(towers)
     hashes = [tower.vision.weights_hash for tower in two._towers]
@@ -165,13 +165,13 @@ def test_a_second_tower_has_keys_of_its_own_and_one_tower_has_none(towers: Encod
     recipes = [one.recipe, *(FrameEncoder(config).recipe for config in [towers, *others])]
     assert len({recipe_hash(recipe) for recipe in recipes}) == len(recipes)
     with pytest.raises(ValueError, match="num_tokens_per_frame = 0 must be at least 1"):
-        TowerConfig(encoder="x", num_tokens_per_frame=0)
+        TowerConfig(model="x", num_tokens_per_frame=0)
 
 
 @pytest.mark.slow
 def test_a_compiled_encoder_gives_the_same_tokens_within_rounding(tmp_path: Path) -> None:
     folder = str(make_encoder(tmp_path))
-    config = EncoderConfig(encoder=folder, num_tokens_per_frame=4, merge_heads=4, encode_batch_frames=4)
+    config = VisionTowerConfig(model=folder, num_tokens_per_frame=4, merge_heads=4, encode_batch_frames=4)
     plain, compiled = FrameEncoder(config), FrameEncoder(replace(config, compile=True))
     frames = made_frames(6, plain.image_size)
     torch.testing.assert_close(compiled.encode(frames), plain.encode(frames), rtol=2**-6, atol=2**-6)

@@ -19,7 +19,7 @@ from PIL import Image
 
 from reference.made_media import make_encoder, make_video, picture
 from timeviper_platform.common.hash_table import HashTable
-from timeviper_platform.data.encode.frame_encoder import EncoderConfig
+from timeviper_platform.data.encode.frame_encoder import VisionTowerConfig
 from timeviper_platform.data.inputs.readers import read_pages
 from timeviper_platform.data.media.container import ErrorType, open_binary
 from timeviper_platform.data.media.locations import CellPart, RangePart, parse_part
@@ -85,11 +85,11 @@ def test_a_folder_of_media_and_tars_becomes_features(tmp_path: Path, media: dict
     (tmp_path / "in").mkdir()
     write_tar(tmp_path / "in" / "a.tar", media)
     (tmp_path / "in" / "clip.mp4").write_bytes(media["clip.mp4"])
-    encoder = EncoderConfig(encoder=str(make_encoder(tmp_path / "encoder")), num_tokens_per_frame=4, merge_heads=4)
-    config = PreprocessConfig(input=str(tmp_path / "in"), output=str(tmp_path / "out"), encoder=encoder)
+    encoder = VisionTowerConfig(model=str(make_encoder(tmp_path / "encoder")), num_tokens_per_frame=4, merge_heads=4)
+    config = PreprocessConfig(input=str(tmp_path / "in"), feature_store=str(tmp_path / "out"), encoder=encoder)
     report = run_preprocess(config, run=run_in_process)
     assert (report.segments_done, report.frames, report.errors) == (4, 8, 0)
-    store = FeatureStore.open(config.output)
+    store = FeatureStore.open(config.feature_store)
     whole, member = (media_id_of(name, "") for name in ("clip.mp4", "a.tar/clip.mp4"))
     assert torch.equal(store.read(whole).features, store.read(member).features)
     assert run_preprocess(config, run=run_in_process).segments_encoded == 0

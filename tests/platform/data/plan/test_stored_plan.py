@@ -20,7 +20,7 @@ import pytest
 from reference.made_media import make_encoder
 from timeviper_platform.common import storage
 from timeviper_platform.common.hash_table import HashTable
-from timeviper_platform.data.encode.frame_encoder import EncoderConfig
+from timeviper_platform.data.encode.frame_encoder import VisionTowerConfig
 from timeviper_platform.data.inputs.readers import read_pages
 from timeviper_platform.data.media.medium import Medium
 from timeviper_platform.data.plan import segments as segments_module
@@ -113,8 +113,8 @@ def test_committed_segments_are_not_missing_unless_their_error_was_the_worlds(tm
 def test_a_dry_run_counts_rows_that_carry_their_probe(tmp_path: Path) -> None:
     make_encoder(tmp_path / "encoder")
     durations = write_manifest(tmp_path / "m.parquet", 2000)
-    encoder = EncoderConfig(encoder=str(tmp_path / "encoder"), num_tokens_per_frame=4, merge_heads=4)
-    config = PreprocessConfig(input=str(tmp_path / "m.parquet"), output=str(tmp_path / "out"), encoder=encoder)
+    encoder = VisionTowerConfig(model=str(tmp_path / "encoder"), num_tokens_per_frame=4, merge_heads=4)
+    config = PreprocessConfig(input=str(tmp_path / "m.parquet"), feature_store=str(tmp_path / "out"), encoder=encoder)
     found = estimate(config)
     frames = sum(math.ceil(seconds) for seconds in durations)
     assert (found.media, found.errors, found.frames_missing) == (2000, 0, frames)
@@ -128,7 +128,7 @@ def test_a_dry_run_of_a_million_rows_fits_in_two_gigabytes(tmp_path: Path) -> No
     make_encoder(tmp_path / "encoder")
     durations = write_manifest(tmp_path / "m.parquet", 1_000_000)
     command = [sys.executable, "jobs/preprocess.py", "--config", "ray_configs/tiny/preprocess.yaml", "--dry-run"]
-    command += [f"input={tmp_path}/m.parquet", f"output={tmp_path}/out", f"encoder.encoder={tmp_path}/encoder"]
+    command += [f"input={tmp_path}/m.parquet", f"feature_store={tmp_path}/out", f"encoder.model={tmp_path}/encoder"]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     began = time.monotonic()
     with (tmp_path / "printed").open("w+") as printed:

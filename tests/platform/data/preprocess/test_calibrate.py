@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from reference.made_media import make_encoder, make_video
-from reference.made_outcome import made_outcome
-from timeviper_platform.data.encode.frame_encoder import EncoderConfig, FrameEncoder
+from reference.synthetic_result import synthetic_result
+from timeviper_platform.data.encode.frame_encoder import FrameEncoder, VisionTowerConfig
 from timeviper_platform.data.media.container import MediaLimits
 from timeviper_platform.data.media.medium import Medium
-from timeviper_platform.data.plan.segments import PlanSpec, Unit, plan_page, segments_of
+from timeviper_platform.data.plan.segments import PlanSpec, WriteTask, plan_page, segments_of
 from timeviper_platform.data.preprocess.calibrate import (
     BusySlots,
     Calibration,
@@ -25,7 +25,7 @@ from timeviper_platform.data.preprocess.calibrate import (
     cost_of,
     sample_of,
 )
-from timeviper_platform.data.preprocess.worker import UnitProcessor, WorkerSpec
+from timeviper_platform.data.preprocess.worker import TaskProcessor, WorkerSpec
 from timeviper_platform.data.video_worker.frame_source import DecodeConfig
 
 
@@ -44,7 +44,7 @@ def test_the_ideal_is_that_of_the_slowest_stage_and_never_more_than_the_cores_ca
 
 
 def test_a_wait_for_a_core_is_no_frames_cost() -> None:
-    found = cost_of([made_outcome(num_frames=10), made_outcome(num_frames=10, decode_seconds=60.0)])
+    found = cost_of([synthetic_result(num_frames=10), synthetic_result(num_frames=10, decode_seconds=60.0)])
     assert found.frames == 20
     assert (found.decode_seconds, found.encode_seconds, found.write_seconds) == (12.0, 6.0, 2.0)
 
@@ -57,8 +57,8 @@ def test_the_steps_are_split_where_a_gpu_would_wait_for_its_own_decoder() -> Non
 
 
 def test_busy_slots_do_all_segments_together_and_leave_nothing(tmp_path: Path) -> None:
-    encoder = EncoderConfig(
-        encoder=str(make_encoder(tmp_path / "encoder")), num_tokens_per_frame=4, merge_heads=4, encode_batch_frames=8
+    encoder = VisionTowerConfig(
+        model=str(make_encoder(tmp_path / "encoder")), num_tokens_per_frame=4, merge_heads=4, encode_batch_frames=8
     )
     for number in range(4):
         make_video(tmp_path / f"{number}.mp4", range(8 * (1 + number)))
@@ -80,7 +80,7 @@ def test_busy_slots_do_all_segments_together_and_leave_nothing(tmp_path: Path) -
 
 
 def test_all_that_a_worker_and_its_child_compute_is_some_stages_cost(tmp_path: Path) -> None:
-    encoder = EncoderConfig(encoder=str(make_encoder(tmp_path / "encoder")), num_tokens_per_frame=4, merge_heads=4)
+    encoder = VisionTowerConfig(model=str(make_encoder(tmp_path / "encoder")), num_tokens_per_frame=4, merge_heads=4)
     (tmp_path / "pictures").mkdir()
     items = []
     for number in range(600):
@@ -89,8 +89,8 @@ def test_all_that_a_worker_and_its_child_compute_is_some_stages_cost(tmp_path: P
         items.append(Medium(str(path), str(number)))
     plan = PlanSpec(fps=Fraction(1), recipe_hash="r", decode=DecodeConfig(isolation="none"))
     segments = [segment for table in plan_page(items, plan) for segment in segments_of(table)]
-    processor = UnitProcessor(made_spec(encoder, image_size=32, store=str(tmp_path / "store")))
-    processor.process(Unit("first", tuple(segments[:8])))
+    processor = TaskProcessor(made_spec(encoder, image_size=32, store=str(tmp_path / "store")))
+    processor.process(WriteTask("first", tuple(segments[:8])))
 
     def spent() -> float:
         (child,) = (process for process in psutil.Process().children() if "child_main" in " ".join(process.cmdline()))
@@ -98,12 +98,12 @@ def test_all_that_a_worker_and_its_child_compute_is_some_stages_cost(tmp_path: P
         return time.process_time() + float(times.user + times.system)
 
     before = spent()
-    found = cost_of([processor.process(Unit("all", tuple(segments)))])
+    found = cost_of([processor.process(WriteTask("all", tuple(segments)))])
     stages = found.decode_seconds + found.encode_seconds + found.write_seconds
     assert stages == pytest.approx(spent() - before, rel=0.1)
 
 
-def made_spec(encoder: EncoderConfig, *, image_size: int, store: str = "") -> WorkerSpec:
+def made_spec(encoder: VisionTowerConfig, *, image_size: int, store: str = "") -> WorkerSpec:
     return WorkerSpec(
         store=store,
         recipe_hash="r",
@@ -118,7 +118,7 @@ def made_spec(encoder: EncoderConfig, *, image_size: int, store: str = "") -> Wo
 
 def test_a_few_segments_are_tried_and_broken_ones_are_not_counted(tmp_path: Path) -> None:
     folder = make_encoder(tmp_path / "encoder")
-    config = EncoderConfig(encoder=str(folder), num_tokens_per_frame=4, merge_heads=4, encode_batch_frames=8)
+    config = VisionTowerConfig(model=str(folder), num_tokens_per_frame=4, merge_heads=4, encode_batch_frames=8)
     for number in range(9):
         make_video(tmp_path / f"{number}.mp4", range(8 * (1 + number)))
     spec = PlanSpec(fps=Fraction(1), recipe_hash="r", decode=DecodeConfig(isolation="none"))

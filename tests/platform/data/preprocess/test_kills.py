@@ -22,7 +22,7 @@ from reference.killable import kill_after, start
 from reference.made_media import make_encoder, make_video
 from reference.made_store import read_committed
 from reference.two_nodes import TwoNodes, two_nodes
-from timeviper_platform.data.encode.frame_encoder import EncoderConfig
+from timeviper_platform.data.encode.frame_encoder import VisionTowerConfig
 from timeviper_platform.data.preprocess.ray_graph import ExecutionConfig
 from timeviper_platform.data.preprocess.run import PreprocessConfig, run_in_process, run_preprocess
 from timeviper_platform.data.store.reader import FeatureStore
@@ -49,9 +49,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_config(corpus: Path, output: Path) -> PreprocessConfig:
     return PreprocessConfig(
         input=str(corpus / "media"),
-        output=str(output),
-        encoder=EncoderConfig(
-            encoder=str(corpus / "encoder"), num_tokens_per_frame=4, merge_heads=4, encode_batch_frames=8
+        feature_store=str(output),
+        encoder=VisionTowerConfig(
+            model=str(corpus / "encoder"), num_tokens_per_frame=4, merge_heads=4, encode_batch_frames=8
         ),
         execution=ExecutionConfig(frames_per_file=4),
     )
@@ -61,7 +61,7 @@ def make_config(corpus: Path, output: Path) -> PreprocessConfig:
 def expected(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     config = make_config(corpus, tmp_path_factory.mktemp("unkilled") / "store")
     run_preprocess(config, run=run_in_process)
-    return contents(config.output)
+    return contents(config.feature_store)
 
 
 def contents(uri: str) -> dict[str, bytes]:
@@ -96,7 +96,7 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(
     last = start(config)
     last.join()
     assert last.exitcode == 0
-    check(config.output, expected)
+    check(config.feature_store, expected)
 
 
 KILLED = ("DecodeStep", "EncodeStep", "second node", "driver")
@@ -185,7 +185,7 @@ def write_config(corpus: Path, output: Path) -> Path:
         "input": str(corpus / "media"),
         "output": str(output),
         "encoder": {
-            "encoder": str(corpus / "encoder"), "num_tokens_per_frame": 4, "merge_heads": 4, "encode_batch_frames": 8
+            "model": str(corpus / "encoder"), "num_tokens_per_frame": 4, "merge_heads": 4, "encode_batch_frames": 8
         },
         "execution": {
             "mode": "split", "num_workers": 1, "num_decode_workers": 1, "frames_per_file": 1, "progress_seconds": 0.5

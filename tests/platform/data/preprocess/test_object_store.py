@@ -19,7 +19,7 @@ from reference.made_media import make_encoder, make_video
 from reference.made_store import read_committed
 from timeviper_platform.common import listing, storage
 from timeviper_platform.common.ray_cluster import free_port
-from timeviper_platform.data.encode.frame_encoder import EncoderConfig
+from timeviper_platform.data.encode.frame_encoder import VisionTowerConfig
 from timeviper_platform.data.inputs.readers import read_pages
 from timeviper_platform.data.media.probe import file_version, probe_media
 from timeviper_platform.data.preprocess.ray_graph import ExecutionConfig
@@ -30,10 +30,12 @@ from timeviper_platform.data.store.verify import verify_store
 
 
 def make_config(tmp_path: Path, source: str, output: str) -> PreprocessConfig:
-    encoder = EncoderConfig(
-        encoder=str(tmp_path / "encoder"), num_tokens_per_frame=4, merge_heads=4, encode_batch_frames=8
+    encoder = VisionTowerConfig(
+        model=str(tmp_path / "encoder"), num_tokens_per_frame=4, merge_heads=4, encode_batch_frames=8
     )
-    return PreprocessConfig(input=source, output=output, encoder=encoder, execution=ExecutionConfig(frames_per_file=3))
+    return PreprocessConfig(
+        input=source, feature_store=output, encoder=encoder, execution=ExecutionConfig(frames_per_file=3)
+    )
 
 
 def contents(uri: str) -> dict[str, bytes]:
@@ -54,15 +56,15 @@ def test_failing_and_slow_requests_lose_nothing_and_are_counted(
     run_preprocess(expected, run=run_in_process)
     config = make_config(tmp_path, "s3://bucket/media", "s3://bucket/store")
     server.fail_first_of, server.slow_rate = 3, 0.1
-    storage.split_uri(config.output)
+    storage.split_uri(config.feature_store)
     before, counted_before = server.num_errors, storage.num_retries()
     report = run_preprocess(config, run=run_in_process)
     injected, counted = server.num_errors - before, storage.num_retries() - counted_before
     assert (report.segments_done, report.errors, report.audit["missing"], report.audit["duplicate"]) == (3, 0, 0, 0)
-    assert contents(config.output) == contents(expected.output)
-    assert verify_store(config.output).problems == []
-    assert compact(config.output).files_after == 1
-    assert contents(config.output) == contents(expected.output)
+    assert contents(config.feature_store) == contents(expected.feature_store)
+    assert verify_store(config.feature_store).problems == []
+    assert compact(config.feature_store).files_after == 1
+    assert contents(config.feature_store) == contents(expected.feature_store)
     assert injected == counted >= 8
     assert 0 < report.retries <= injected  # those of writing the report itself come too late for it
     assert server.num_slow > 0
@@ -100,16 +102,16 @@ def test_runs_killed_while_storage_fails_and_dawdles_end_with_the_same_bytes(
         bucket.invalidate_cache()
         committed = {path.rpartition("/")[2] for path in bucket.find("bucket/store/commits")}
         assert committed <= {path.rpartition("/")[2] for path in bucket.find("bucket/store/data")}
-        assert read_committed(config.output).num_rows == len(committed)  # each record is whole
+        assert read_committed(config.feature_store).num_rows == len(committed)  # each record is whole
     assert num_killed >= 3
     last = start(config, environment)
     last.join()
     assert last.exitcode == 0
     assert storage.read_json("s3://bucket/store/report.json")["retries"] > 0
-    assert contents(config.output) == contents(expected.output)
-    ids = read_committed(config.output)["segment_id"].to_pylist()
+    assert contents(config.feature_store) == contents(expected.feature_store)
+    ids = read_committed(config.feature_store)["segment_id"].to_pylist()
     assert len(ids) == len(set(ids)) == 6
-    assert verify_store(config.output).problems == []
+    assert verify_store(config.feature_store).problems == []
 
 
 def test_storage_that_stays_away_ends_the_job_with_its_reason(
@@ -164,7 +166,7 @@ def test_media_and_features_on_an_object_store(bucket: s3fs.S3FileSystem, tmp_pa
     report = run_preprocess(config, run=run_in_process)
     assert (report.segments_done, report.errors, report.audit["missing"]) == (2, 2, 0)
     assert report.errors_by_stage == {"probe": {"not_found": 1, "unknown_format": 1}}
-    store = FeatureStore.open(config.output)
+    store = FeatureStore.open(config.feature_store)
     first, second = (store.read(media_id) for media_id in store.media_ids)
     assert first.features.shape == (3, 4, 16)
     assert torch.equal(first.features, second.features)
@@ -173,7 +175,7 @@ def test_media_and_features_on_an_object_store(bucket: s3fs.S3FileSystem, tmp_pa
     assert run_preprocess(config, run=run_in_process).segments_encoded == 0
     assert not bucket.exists("bucket/features/data/orphan.parquet")
     from_glob = PreprocessConfig(
-        input="s3://bucket/videos/*.mp4", output=str(tmp_path / "store"), encoder=config.encoder
+        input="s3://bucket/videos/*.mp4", feature_store=str(tmp_path / "store"), encoder=config.encoder
     )
     assert run_preprocess(from_glob, run=run_in_process).segments_done == 2
 

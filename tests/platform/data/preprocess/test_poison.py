@@ -17,13 +17,13 @@ from PIL import Image
 from reference.faulty_s3 import Faults
 from reference.made_media import make_encoder, make_sound, make_video
 from timeviper_platform.common import storage
-from timeviper_platform.data.encode.frame_encoder import EncoderConfig
+from timeviper_platform.data.encode.frame_encoder import VisionTowerConfig
 from timeviper_platform.data.media.container import DecodeError
 from timeviper_platform.data.media.probe import probe_media
-from timeviper_platform.data.plan.segments import Segment, Unit
+from timeviper_platform.data.plan.segments import Segment, WriteTask
 from timeviper_platform.data.preprocess.ray_graph import ExecutionConfig
 from timeviper_platform.data.preprocess.run import PreprocessConfig, run_preprocess
-from timeviper_platform.data.preprocess.worker import UnitOutcome, WorkerSpec, run_here
+from timeviper_platform.data.preprocess.worker import TaskResult, WorkerSpec, run_here
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.data.store.verify import verify_store
 
@@ -89,9 +89,9 @@ def test_bad_inputs_are_one_row_each_and_good_ones_are_whole(
 
     costs: dict[str, float] = {}  # medium to its seconds of CPU: each segment is a unit of its own
 
-    def while_one_vanishes(missing: Sequence[Segment], spec: WorkerSpec, _: ExecutionConfig) -> Iterator[UnitOutcome]:
+    def while_one_vanishes(missing: Sequence[Segment], spec: WorkerSpec, _: ExecutionConfig) -> Iterator[TaskResult]:
         bucket.rm("bucket/media/vanished.mp4")
-        for outcome in run_here((Unit(segment.segment_id, (segment,)) for segment in missing), spec):
+        for outcome in run_here((WriteTask(segment.segment_id, (segment,)) for segment in missing), spec):
             costs[outcome.media[0]] = (
                 outcome.decode_cpu_seconds + outcome.encode_cpu_seconds + outcome.write_cpu_seconds
             )
@@ -99,9 +99,9 @@ def test_bad_inputs_are_one_row_each_and_good_ones_are_whole(
 
     config = PreprocessConfig(
         input="s3://bucket/manifest.csv",
-        output=str(tmp_path / "store"),
-        encoder=EncoderConfig(
-            encoder=str(tmp_path / "encoder"), num_tokens_per_frame=4, merge_heads=4, encode_batch_frames=8
+        feature_store=str(tmp_path / "store"),
+        encoder=VisionTowerConfig(
+            model=str(tmp_path / "encoder"), num_tokens_per_frame=4, merge_heads=4, encode_batch_frames=8
         ),
         execution=ExecutionConfig(frames_per_file=16),
     )
@@ -116,8 +116,9 @@ def test_bad_inputs_are_one_row_each_and_good_ones_are_whole(
     assert report.retries > 0
     counted = sum(number for kinds in report.errors_by_stage.values() for number in kinds.values())
     assert counted == len(POISON)
-    assert set(FeatureStore.open(config.output).media_ids) == {n for n in names if n not in POISON} | {"lying.mkv"}
-    assert verify_store(config.output).problems == []
+    stored = set(FeatureStore.open(config.feature_store).media_ids)
+    assert stored == {n for n in names if n not in POISON} | {"lying.mkv"}
+    assert verify_store(config.feature_store).problems == []
     for name in names:
         began = time.process_time()
         with contextlib.suppress(DecodeError):

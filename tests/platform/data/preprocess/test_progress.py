@@ -7,12 +7,12 @@ import logging
 
 import pytest
 
-from reference.made_outcome import made_outcome
+from reference.synthetic_result import synthetic_result
 from timeviper_platform.common.config import setup_logging
 from timeviper_platform.data.preprocess.progress import Progress
 
-HALF = made_outcome(num_frames=128, num_ok=1, num_error=1, error_types=["corrupt_file"], started=0.0, ended=10.0)
-REST = made_outcome(num_frames=128, started=10.0, ended=20.0)
+HALF = synthetic_result(num_frames=128, num_ok=1, num_error=1, error_types=["corrupt_file"], started=0.0, ended=10.0)
+REST = synthetic_result(num_frames=128, started=10.0, ended=20.0)
 FIGURES = "12.8 frames/s, rejected: 1 corrupt_file, 10 s left"
 
 

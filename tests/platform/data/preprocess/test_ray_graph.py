@@ -19,7 +19,7 @@ from timeviper_platform.common import storage
 from timeviper_platform.data.plan.segments import Segment, cut_units
 from timeviper_platform.data.preprocess.ray_graph import DecodeStep, EncodeStep, ExecutionConfig, FusedStep, units_table
 from timeviper_platform.data.preprocess.run import run_preprocess
-from timeviper_platform.data.preprocess.worker import DecodedSegment, SegmentDecoder, UnitOutcome, WorkerSpec
+from timeviper_platform.data.preprocess.worker import DecodedSegment, SegmentDecoder, TaskResult, WorkerSpec
 from timeviper_platform.data.store import writer as store_writer
 
 
@@ -50,7 +50,7 @@ def test_on_ray_the_same_bytes_and_nothing_the_second_time(
     assert exported(port, "ray_timeviper_preprocess_frames", report.frames_encoded) == report.frames_encoded
     assert (report.segments_done, report.segments_error, report.errors) == (14, 1, len(BAD))
     assert report.audit["missing"] == report.audit["duplicate"] == 0
-    assert contents(config.output) == contents(str(finished))
+    assert contents(config.feature_store) == contents(str(finished))
     assert run_preprocess(config, run=no_runner).segments_encoded == 0
 
 
@@ -62,7 +62,7 @@ def test_split_steps_on_ray_give_the_same_bytes(
 ) -> None:
     config = make_config(corpus, tmp_path / "store", mode=mode, num_workers=1, num_decode_workers=1)
     assert run_preprocess(config).segments_done == 14
-    assert contents(config.output) == contents(str(finished))
+    assert contents(config.feature_store) == contents(str(finished))
 
 
 def test_all_rays_that_a_process_starts_have_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,17 +84,17 @@ def test_all_rays_that_a_process_starts_have_one_token(monkeypatch: pytest.Monke
 
 
 def test_split_steps_hand_over_frames_errors_and_rows_unchanged(corpus: Path, finished: Path, tmp_path: Path) -> None:
-    def run_split(missing: Sequence[Segment], spec: WorkerSpec, execution: ExecutionConfig) -> Iterator[UnitOutcome]:
+    def run_split(missing: Sequence[Segment], spec: WorkerSpec, execution: ExecutionConfig) -> Iterator[TaskResult]:
         decode, encode = DecodeStep(spec), EncodeStep(spec)
         units = cut_units(missing, execution.frames_per_file, num_workers=1)
         with ThreadPoolExecutor(2) as pool:  # as Ray calls them
             for table in pool.map(encode, pool.map(decode, [units_table([unit]) for unit in units])):
-                yield from (UnitOutcome(**row) for row in table.to_pylist())
+                yield from (TaskResult(**row) for row in table.to_pylist())
 
     config = make_config(corpus, tmp_path / "store")
     report = run_preprocess(config, run=run_split)
     assert (report.segments_done, report.segments_error, report.errors) == (14, 1, len(BAD))
-    assert contents(config.output) == contents(str(finished))
+    assert contents(config.feature_store) == contents(str(finished))
 
 
 def test_a_fused_worker_makes_the_next_units_rows_while_a_commit_waits(
@@ -102,7 +102,7 @@ def test_a_fused_worker_makes_the_next_units_rows_while_a_commit_waits(
 ) -> None:
     decode, commit = SegmentDecoder.decode, store_writer.write_commit
     begun: list[str] = []
-    outcomes: list[UnitOutcome] = []
+    outcomes: list[TaskResult] = []
     overlaps: list[bool] = []
     num_units = 0
 
@@ -119,14 +119,14 @@ def test_a_fused_worker_makes_the_next_units_rows_while_a_commit_waits(
         overlaps.append(len(begun) >= wanted)
         commit(*args, **options)
 
-    def run_fused(missing: Sequence[Segment], spec: WorkerSpec, execution: ExecutionConfig) -> Iterator[UnitOutcome]:
+    def run_fused(missing: Sequence[Segment], spec: WorkerSpec, execution: ExecutionConfig) -> Iterator[TaskResult]:
         nonlocal num_units
         step = FusedStep(spec)
         units = cut_units(missing, execution.frames_per_file, num_workers=1)
         num_units = len(units)
         with ThreadPoolExecutor(2) as pool:  # as Ray calls it
             for table in pool.map(step, [units_table([unit]) for unit in units]):
-                outcomes.extend(UnitOutcome(**row) for row in table.to_pylist())
+                outcomes.extend(TaskResult(**row) for row in table.to_pylist())
         yield from outcomes
 
     monkeypatch.setattr(SegmentDecoder, "decode", noted_decode)
@@ -137,7 +137,7 @@ def test_a_fused_worker_makes_the_next_units_rows_while_a_commit_waits(
     assert all(overlaps)
     assert len(overlaps) == num_units
     assert (report.segments_done, report.segments_error, report.errors) == (14, 1, len(BAD))
-    assert contents(config.output) == contents(str(finished))
+    assert contents(config.feature_store) == contents(str(finished))
     assert sum(outcome.retries for outcome in outcomes) == 3 * num_units
     assert all(outcome.decode_cpu_seconds > 0 and outcome.encode_cpu_seconds > 0 for outcome in outcomes)
 

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from reference.made_outcome import made_outcome
-from timeviper_platform.data.preprocess.report import FailureFuse, measure_speed, steady_rate
+from reference.synthetic_result import synthetic_result
+from timeviper_platform.data.preprocess.report import ConsecutiveFailureLimit, measure_speed, steady_rate
 
 
 def test_fused_workers_are_held_against_what_the_cores_can_do() -> None:
-    outcomes = [made_outcome(worker=w, decoder=w, encoder=w) for w in "ab"]
+    outcomes = [synthetic_result(worker=w, decoder=w, encoder=w) for w in "ab"]
     speed = measure_speed(outcomes, num_cores=2)
     assert speed.workers == {"decode": 2, "encode": 2, "write": 2}
     assert speed.ideal_frames_per_second == pytest.approx(20.0)  # 0.1 s a frame, two cores
@@ -28,7 +28,7 @@ def test_fused_workers_are_held_against_what_the_cores_can_do() -> None:
 
 
 def test_split_workers_are_held_against_their_slowest_stage() -> None:
-    outcomes = [made_outcome(decoder=d, encoder="gpu", worker="w") for d in "abcd"]
+    outcomes = [synthetic_result(decoder=d, encoder="gpu", worker="w") for d in "abcd"]
     speed = measure_speed(outcomes, num_cores=9)
     assert speed.workers == {"decode": 4, "encode": 1, "write": 1}
     assert speed.ideal_frames_per_second == pytest.approx(400 / 12.0, abs=0.01)  # the encoder's 12 s of work
@@ -37,20 +37,20 @@ def test_split_workers_are_held_against_their_slowest_stage() -> None:
 
 
 def test_the_steady_state_begins_with_the_first_finished_unit() -> None:
-    waited = [made_outcome(num_frames=100, started=0.0, ended=11.0 + second) for second in range(2)]
-    rest = [made_outcome(num_frames=100, started=second, ended=second + 1.0) for second in range(12, 30)]
+    waited = [synthetic_result(num_frames=100, started=0.0, ended=11.0 + second) for second in range(2)]
+    rest = [synthetic_result(num_frames=100, started=second, ended=second + 1.0) for second in range(12, 30)]
     assert steady_rate([*waited, *rest]) == pytest.approx(100.0, rel=0.1)  # not the 11 s of an encoder that loads
-    long = [made_outcome(num_frames=100, started=0.0, ended=10.0) for _ in range(2)]
+    long = [synthetic_result(num_frames=100, started=0.0, ended=10.0) for _ in range(2)]
     assert steady_rate(long) == pytest.approx(20.0)
 
 
 def test_a_run_without_frames_has_no_speed() -> None:
     assert measure_speed([], num_cores=2).workers == {}
-    assert measure_speed([made_outcome(num_frames=0)], num_cores=2).ideal_frames_per_second == 0
+    assert measure_speed([synthetic_result(num_frames=0)], num_cores=2).ideal_frames_per_second == 0
 
 
 def test_many_failures_in_a_row_for_one_reason_blow_the_fuse() -> None:
-    fuse = FailureFuse(3)
+    fuse = ConsecutiveFailureLimit(3)
     fuse.add("abcd", ["x/not_found", "x/not_found", "", "x/not_found"])
     fuse.add("ef", ["x/not_found", "x/corrupt_file"])  # another reason begins anew
     fuse.add("ggggg", ["x/corrupt_file"] * 5)  # a film's segments are one medium
@@ -63,11 +63,11 @@ def test_many_failures_in_a_row_for_one_reason_blow_the_fuse() -> None:
 
 
 def test_without_a_limit_the_fuse_holds() -> None:
-    FailureFuse(None).add((str(n) for n in range(1000)), ["x/not_found"] * 1000)
+    ConsecutiveFailureLimit(None).add((str(n) for n in range(1000)), ["x/not_found"] * 1000)
 
 
 def test_the_steady_rate_leaves_the_ends_out() -> None:
     ends = [(0.0, 20.0, 0), (20.0, 80.0, 600), (80.0, 100.0, 0)]
-    outcomes = [made_outcome(started=begin, ended=end, num_frames=frames) for begin, end, frames in ends]
+    outcomes = [synthetic_result(started=begin, ended=end, num_frames=frames) for begin, end, frames in ends]
     assert steady_rate(outcomes) == pytest.approx(10.0)
     assert steady_rate([]) == 0.0

@@ -18,7 +18,7 @@ from timeviper_platform.data.plan.segments import Segment, cut_units
 from timeviper_platform.data.preprocess.estimate import estimate
 from timeviper_platform.data.preprocess.ray_graph import ExecutionConfig
 from timeviper_platform.data.preprocess.run import run_in_process, run_preprocess
-from timeviper_platform.data.preprocess.worker import UnitOutcome, WorkerSpec, run_here
+from timeviper_platform.data.preprocess.worker import TaskResult, WorkerSpec, run_here
 from timeviper_platform.data.store.compact import compact
 from timeviper_platform.data.store.inspect import inspect_store
 from timeviper_platform.data.store.reader import FeatureStore
@@ -42,8 +42,8 @@ def test_what_a_lost_data_file_held_is_done_again(corpus: Path, finished: Path, 
     lost = estimate(config).segments_missing
     report = run_preprocess(config, run=run_in_process)
     assert report.segments_encoded == lost >= 1
-    assert contents(config.output) == expected
-    assert verify_store(config.output).problems == []
+    assert contents(config.feature_store) == expected
+    assert verify_store(config.feature_store).problems == []
 
 
 def test_a_run_that_dies_is_continued_and_ends_with_the_same_bytes(
@@ -51,7 +51,7 @@ def test_a_run_that_dies_is_continued_and_ends_with_the_same_bytes(
 ) -> None:
     output = tmp_path / "store"
 
-    def dies_after_two(*arguments: object) -> Iterator[UnitOutcome]:
+    def dies_after_two(*arguments: object) -> Iterator[TaskResult]:
         for number, outcome in enumerate(run_in_process(*arguments)):  # type: ignore[arg-type]
             if number == 2:
                 raise KeyboardInterrupt
@@ -80,7 +80,7 @@ def test_new_and_changed_media_alone_are_done(corpus: Path, finished: Path, tmp_
     report = run_preprocess(config, run=run_in_process)
     assert report.segments_encoded == 2
     assert report.errors == first.errors - 1
-    store = FeatureStore.open(config.output)
+    store = FeatureStore.open(config.feature_store)
     assert (store.info("clip0.mp4").num_frames, store.info("nowhere.mp4").num_frames) == (4, 1)
 
 
@@ -90,18 +90,18 @@ def test_an_old_version_is_superseded_and_more_inputs_are_added(corpus: Path, tm
     some = dataclasses.replace(config, input=str(tmp_path / "media" / "clip[0-4].mp4"))
     every = dataclasses.replace(config, input=str(tmp_path / "media" / "clip?.mp4"))
     run_preprocess(some, run=run_in_process)
-    old = contents(config.output)
+    old = contents(config.feature_store)
     make_video(tmp_path / "media" / "clip0.mp4", range(40, 72))
     report = run_preprocess(every, run=run_in_process)
     assert report.segments_encoded == 6  # one changed, five added
     assert (report.segments, report.audit["missing"], report.audit["duplicate"]) == (10, 0, 0)
-    new = contents(config.output)
+    new = contents(config.feature_store)
     assert len(new) == 10
     assert sum(new[media_id] != before for media_id, before in old.items()) == 1
-    assert inspect_store(config.output).segments_superseded == 1
-    assert verify_store(config.output).problems == []
-    assert compact(config.output).rows_dropped == 1
-    assert contents(config.output) == new
+    assert inspect_store(config.feature_store).segments_superseded == 1
+    assert verify_store(config.feature_store).problems == []
+    assert compact(config.feature_store).rows_dropped == 1
+    assert contents(config.feature_store) == new
     assert run_preprocess(every, run=no_runner).segments_encoded == 0
 
 
@@ -109,7 +109,7 @@ def test_an_old_version_is_superseded_and_more_inputs_are_added(corpus: Path, tm
 def test_another_number_of_workers_and_other_sizes_go_on_with_the_same_bytes(
     corpus: Path, finished: Path, tmp_path: Path, num_workers: int
 ) -> None:
-    def first_half(missing: Sequence[Segment], spec: WorkerSpec, execution: ExecutionConfig) -> Iterator[UnitOutcome]:
+    def first_half(missing: Sequence[Segment], spec: WorkerSpec, execution: ExecutionConfig) -> Iterator[TaskResult]:
         units = cut_units(missing, execution.frames_per_file, num_workers)
         yield from run_here(units[: len(units) // 2], spec)
         raise KeyboardInterrupt
@@ -125,7 +125,7 @@ def test_another_number_of_workers_and_other_sizes_go_on_with_the_same_bytes(
     written = [pq.read_metadata(path) for path in set((tmp_path / "store" / "data").iterdir()) - before]
     assert max(file.num_row_groups for file in written) > 1  # of a few KB each
     assert (report.audit["missing"], report.audit["duplicate"]) == (0, 0)
-    assert contents(config.output) == contents(str(finished))
+    assert contents(config.feature_store) == contents(str(finished))
 
 
 def test_a_file_that_is_away_for_a_moment_is_tried_again(corpus: Path, tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_a_file_that_is_away_for_a_moment_is_tried_again(corpus: Path, tmp_path:
     clip, away = tmp_path / "media" / "clip0.mp4", tmp_path / "away.mp4"
     config = dataclasses.replace(make_config(corpus, tmp_path / "store"), input=str(tmp_path / "media" / "clip*.mp4"))
 
-    def while_away(*arguments: object) -> Iterator[UnitOutcome]:
+    def while_away(*arguments: object) -> Iterator[TaskResult]:
         clip.rename(away)
         yield from run_in_process(*arguments)  # type: ignore[arg-type]
         away.rename(clip)
@@ -173,9 +173,9 @@ def test_errors_that_a_higher_limit_cures_are_tried_again_when_named(corpus: Pat
     assert (report.segments_done, report.segments_error, report.errors) == (3, 0, 0)
     assert report.audit == {"planned": 3, "ok": 3, "partial": 0, "error": 0, "missing": 0, "duplicate": 0}
     assert not any("retry_errors" in line for line in report.lines())
-    assert len(FeatureStore.open(config.output).media_ids) == 3
+    assert len(FeatureStore.open(config.feature_store).media_ids) == 3
     assert pq.read_table(tmp_path / "store" / "rejects.parquet").num_rows == 0
-    assert verify_store(config.output).problems == []
+    assert verify_store(config.feature_store).problems == []
     with pytest.raises(ValueError, match=r"retry_errors: there is no to_many; name some of not_found, .*or say all"):
         dataclasses.replace(config, retry_errors=("to_many",))
 

@@ -19,7 +19,7 @@ from timeviper_platform.data.encode.frame_encoder import FrameEncoder
 from timeviper_platform.data.preprocess.estimate import estimate
 from timeviper_platform.data.preprocess.ray_graph import ExecutionConfig
 from timeviper_platform.data.preprocess.run import PreprocessConfig, run_in_process, run_preprocess
-from timeviper_platform.data.preprocess.worker import UnitOutcome
+from timeviper_platform.data.preprocess.worker import TaskResult
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.data.video.reader import read_frames
 from timeviper_platform.data.video_worker.frame_source import DecodeConfig
@@ -60,7 +60,7 @@ def test_the_job_stops_when_every_medium_fails_for_one_reason_and_keeps_what_is_
         execution=ExecutionConfig(frames_per_file=3, max_consecutive_failures=3),
     )
 
-    def loses_the_share(*arguments: object) -> Iterator[UnitOutcome]:
+    def loses_the_share(*arguments: object) -> Iterator[TaskResult]:
         for number, outcome in enumerate(run_in_process(*arguments)):  # type: ignore[arg-type]
             yield outcome
             if number == 0:
@@ -146,7 +146,7 @@ def test_a_store_that_is_served_hashes_its_media(corpus: Path, tmp_path: Path) -
         make_config(corpus, tmp_path / "store"), input=str(corpus / "media" / "clip?.mp4"), hash="sha256"
     )
     run_preprocess(config, run=run_in_process)
-    store = FeatureStore.open(config.output)
+    store = FeatureStore.open(config.feature_store)
     for media_id in store.media_ids:
         digest = store.info(media_id).sha256
         assert digest is not None

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from reference.made_media import make_encoder, make_video
-from timeviper_platform.data.encode.frame_encoder import EncoderConfig
+from timeviper_platform.data.encode.frame_encoder import VisionTowerConfig
 from timeviper_platform.data.media.container import DecodeError, ErrorType, MediaLimits
 from timeviper_platform.data.plan.segments import SamplingConfig
 from timeviper_platform.data.preprocess.run import PreprocessConfig, run_in_process, run_preprocess
@@ -106,19 +106,19 @@ def test_a_store_of_keyframes_holds_them_and_mixes_with_no_other(film: Path, tmp
     make_encoder(tmp_path / "encoder")
     config = PreprocessConfig(
         input=str(film),
-        output=str(tmp_path / "store"),
-        encoder=EncoderConfig(
-            encoder=str(tmp_path / "encoder"), num_tokens_per_frame=4, merge_heads=4, encode_batch_frames=8
+        feature_store=str(tmp_path / "store"),
+        encoder=VisionTowerConfig(
+            model=str(tmp_path / "encoder"), num_tokens_per_frame=4, merge_heads=4, encode_batch_frames=8
         ),
-        sampling=SamplingConfig(frames="keyframes"),
+        sampling=SamplingConfig(frame_selection="keyframes"),
     )
     report = run_preprocess(config, run=run_in_process)
     wanted = expected(film, sample_times(Fraction(0), STEP, 0, 100), STEP)
     assert (report.errors, report.frames) == (0, len(wanted))
-    store = FeatureStore.open(config.output)
+    store = FeatureStore.open(config.feature_store)
     stored = store.read(store.media_ids[0])
     assert stored.pts_seconds.tolist() == [pts for _, pts in wanted]
-    assert verify_store(config.output).problems == []
+    assert verify_store(config.feature_store).problems == []
     with pytest.raises(ValueError, match=r"sampling\.rule: the store has 'last keyframe"):
         run_preprocess(replace(config, sampling=SamplingConfig()), run=run_in_process)
     with pytest.raises(ValueError, match=r"'keyframes' needs decode\.backend pyav, not 'decord'"):

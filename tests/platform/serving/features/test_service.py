@@ -187,7 +187,7 @@ def test_an_encoder_other_than_the_stores_is_refused_naming_both(made: ServingFo
     with pytest.raises(ValueError, match="encode_batch_frames: 8 and 4") as caught:
         service_of(made, encoder=other)
     assert made.store in str(caught.value)
-    assert made.encoder.encoder in str(caught.value)
+    assert made.encoder.model in str(caught.value)
     with pytest.raises(ValueError, match="compiled: True and False"):
         service_of(made, encoder=replace(made.encoder, compile=True))
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from timeviper_platform.data.preprocess.worker import UnitOutcome
+from timeviper_platform.data.preprocess.worker import TaskResult
 
 
-def made_outcome(**changes: object) -> UnitOutcome:
-    outcome = UnitOutcome(
+def synthetic_result(**changes: object) -> TaskResult:
+    outcome = TaskResult(
         unit="u", num_frames=100, num_ok=2, num_partial=0, num_error=0, error_types=[], media=[], reasons=[],
         last_error="", feature_bytes=0, decode_seconds=6.0, encode_seconds=3.0, write_seconds=1.0, started=0.0,
         ended=10.0, retries=0, decoder="a", encoder="a", worker="a", decode_cpu_seconds=6.0,
