@@ -157,7 +157,7 @@ def test_a_second_tower_has_keys_of_its_own_and_one_tower_has_none(towers: Visio
     assert two.recipe == {**expected, "hidden_size": 16, "second": second}
     assert hashes[0] != hashes[1]
     others = [
-        replace(towers, second=replace(towers.second, encoder=towers.encoder)),
+        replace(towers, second=replace(towers.second, model=towers.model)),
         replace(towers, second=replace(towers.second, layer=-2)),
         replace(towers, second=replace(towers.second, num_tokens_per_frame=4)),
         replace(towers, second=replace(towers.second, merge_heads=4)),
