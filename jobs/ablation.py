@@ -30,6 +30,7 @@ from timeviper_model.batching.prompt import TEMPLATES, Turn, build_sample
 from timeviper_model.config import TINY, TransVSite, parse_transv_plan
 from timeviper_model.inference.chunked_transv import plan_sites
 from timeviper_model.weights.weights_folder import load_config, load_tokenizer
+from timeviper_platform.common.job import USAGE_EXIT_CODE, JobError, JobParser, JobResult, run_job
 from timeviper_platform.common.ray_cluster import local_cluster
 from timeviper_platform.data.store.reader import FeatureStore
 
@@ -133,8 +134,22 @@ class Ablation:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Does the rows that are not done; prints and writes the table of all that are."""
-    ablation, rows = _parse(arguments)
+    """Runs the job; returns the exit code."""
+    parser = JobParser(__doc__)
+    parser.add_argument("--rows", default=",".join(ROWS), help="with commas between them (default: all)")
+    parser.add_argument(
+        "--plan", default=DEMO_PLAN, help="in the paper's notation: drop rates (default: the demo's own)"
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="where everything goes (default: the demo's, whose corpus it shares)"
+    )
+    parser.add_argument("--quick", action="store_true", help="a small corpus and few steps: the path, nothing learned")
+    return run_job(parser, run_ablation, arguments)
+
+
+def run_ablation(options: argparse.Namespace) -> JobResult:
+    """Does the rows that are not done; writes and reports the table of all that are."""
+    ablation, rows = _plan(options)
     missing = [row for row in rows if read_row(ablation, row) is None]
     if missing:
         _announce("corpus and features, as the demo's")
@@ -149,28 +164,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(format_table({row: done_rows(ablation)[row]}, ablation.plan), flush=True)
     table = format_table(done_rows(ablation), ablation.plan)
     Path(ablation.path("ablation.md")).write_text(table + "\n")
-    print(table)
-    return 0
+    return JobResult([table])
 
 
-def _parse(arguments: Sequence[str] | None) -> tuple[Ablation, list[str]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default=",".join(ROWS), help="with commas between them (default: all)")
-    parser.add_argument(
-        "--plan", default=DEMO_PLAN, help="in the paper's notation: drop rates (default: the demo's own)"
-    )
-    parser.add_argument(
-        "--folder", type=Path, help="where everything goes (default: the demo's, whose corpus it shares)"
-    )
-    parser.add_argument("--quick", action="store_true", help="a small corpus and few steps: the path, nothing learned")
-    options = parser.parse_args(arguments)
+def _plan(options: argparse.Namespace) -> tuple[Ablation, list[str]]:
     rows = options.rows.split(",")
     if unknown := sorted(set(rows) - set(ROWS)):
-        parser.error(f"there are no rows {', '.join(unknown)}; there are {', '.join(ROWS)}")
+        message = f"there are no rows {', '.join(unknown)}; there are {', '.join(ROWS)}"
+        raise JobError(message, exit_code=USAGE_EXIT_CODE)
     try:
         replace(TINY, transv=sites_of("attention", options.plan))
     except ValueError as error:
-        parser.error(f"--plan: {error}")
+        raise JobError(f"--plan: {error}", exit_code=USAGE_EXIT_CODE) from error
     folder = options.folder or ROOT / (DEMO_FOLDER + ("-quick" if options.quick else ""))
     return Ablation(folder=folder.resolve(), quick=options.quick, plan=options.plan), rows
 

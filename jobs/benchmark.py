@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from timeviper_platform.benchmarks.measure import Row, StolenTime, format_rows
-from timeviper_platform.common.config import setup_logging
+from timeviper_platform.common.job import USAGE_EXIT_CODE, JobError, JobParser, JobResult, run_job
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,32 +27,36 @@ Groups = dict[str, Callable[[Path | None], list[Row]]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a suite, prints its table, and fails when a bar does not hold."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Runs the job; returns the exit code."""
+    parser = JobParser(__doc__)
     parser.add_argument("suite", choices=sorted(SUITES))
     parser.add_argument("--only", help="these of the suite's groups of rows, with commas between them")
     parser.add_argument("--json", type=Path, help="also write the rows there")
     parser.add_argument("--film", type=Path, help="a film to measure on as well, such as Big Buck Bunny")
-    options = parser.parse_args(arguments)
+    return run_job(parser, benchmark, arguments)
+
+
+def benchmark(options: argparse.Namespace) -> JobResult:
+    """Runs a suite; reports its table, with exit code 1 when a bar does not hold.
+
+    Raises:
+        JobError: for an unknown film or group, or when the machine lacks what the suite runs on.
+    """
     if options.film is not None and not options.film.is_file():
-        parser.error(f"there is no film at {str(options.film)!r}")
-    try:
-        groups = SUITES[options.suite]()
-    except RuntimeError as error:  # what the suite runs on is not there
-        parser.error(str(error))
+        raise JobError(f"there is no film at {str(options.film)!r}", exit_code=USAGE_EXIT_CODE)
+    groups = SUITES[options.suite]()
     chosen = options.only.split(",") if options.only else list(groups)
     if unknown := sorted(set(chosen) - set(groups)):
-        parser.error(f"the {options.suite} suite has no rows {', '.join(unknown)}; it has {', '.join(groups)}")
-    setup_logging()
+        message = f"the {options.suite} suite has no rows {', '.join(unknown)}; it has {', '.join(groups)}"
+        raise JobError(message, exit_code=USAGE_EXIT_CODE)
     rows, stolen = [], StolenTime()
     for key in chosen:
         rows += groups[key](options.film)
         gc.collect()  # a group's models are gone before the next one's are made
-    print(format_rows(rows))
-    print(f"stolen from this machine's cores by others on its host meanwhile: {stolen.share():.0%}")
     if options.json is not None:
         options.json.write_text(json.dumps([row.as_dict() for row in rows], indent=2) + "\n")
-    return 1 if any(row.holds is False for row in rows) else 0
+    note = f"stolen from this machine's cores by others on its host meanwhile: {stolen.share():.0%}"
+    return JobResult([format_rows(rows), note], exit_code=1 if any(row.holds is False for row in rows) else 0)
 
 
 def demo_suite(film: Path | None) -> list[Row]:

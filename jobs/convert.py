@@ -1,30 +1,36 @@
-"""Annotations to samples: `python jobs/convert.py --config ray_configs/convert.yaml [key=value ...]`.
+"""Converts annotations to samples: `python jobs/convert.py --config ray_configs/convert.yaml [key=value ...]`.
 
-Turns LLaVA-style JSON, captions, dense captions and temporal grounding into the table that training reads, with the
-media ids that preprocessing gave. Rows that cannot be used are counted by reason, and none takes their place.
+Reads LLaVA-style JSON, captions, dense captions and temporal grounding, and writes the table that training reads, with
+the media ids of preprocessing. Rows that cannot be used are counted by reason.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 
-from timeviper_platform.common.config import run_command
+from timeviper_platform.common.config import load_config
+from timeviper_platform.common.job import JobParser, JobResult, run_job
 from timeviper_platform.data.annotations.convert import ConvertConfig, convert
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parses, runs, prints; returns the exit code."""
-    result = run_command(
-        arguments,
-        ConvertConfig,
-        lambda config: [f"written    {config.output}", *convert(config).lines()],
-        description=__doc__,
+    """Runs the job; returns the exit code."""
+    parser = JobParser(
+        __doc__,
+        config_class=ConvertConfig,
         config_file="ray_configs/convert.yaml",
         override="format=didemo input=train_data.json",
     )
-    print(result.text, file=sys.stderr if result.exit_code else sys.stdout)
-    return result.exit_code
+    return run_job(parser, convert_annotations, arguments)
+
+
+def convert_annotations(options: argparse.Namespace) -> JobResult:
+    """Writes the samples; reports the counts."""
+    config = load_config(ConvertConfig, options.config, options.overrides)
+    counts = convert(config)
+    return JobResult([f"written    {config.output}", *counts.lines()])
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ import openai
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from timeviper_platform.common.config import load_config, setup_logging
+from timeviper_platform.common.config import load_config
+from timeviper_platform.common.job import USAGE_EXIT_CODE, JobError, JobParser, JobResult, run_job
 from timeviper_platform.common.ray_cluster import free_port, local_cluster
 from timeviper_platform.data.synthetic.corpus import CorpusConfig, make_corpus
 from timeviper_platform.evaluation.metrics import parse_span, temporal_iou
@@ -97,9 +98,20 @@ class Demo:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the steps, prints the table, writes report.json."""
-    demo, steps = _parse(arguments)
-    setup_logging()
+    """Runs the job; returns the exit code."""
+    parser = JobParser(__doc__)
+    parser.add_argument("--film", type=Path, help="a film for the backgrounds, preprocessed and asked about as well")
+    parser.add_argument("--quick", action="store_true", help="a small corpus and few steps")
+    parser.add_argument("--until", choices=STEPS, default=STEPS[-1], help="the last step to do")
+    parser.add_argument(
+        "--folder", type=Path, help=f"where the files go (default {DEFAULT_FOLDER}, with -quick, -film)"
+    )
+    return run_job(parser, run_demo, arguments)
+
+
+def run_demo(options: argparse.Namespace) -> JobResult:
+    """Runs the steps, writes report.json; reports the table."""
+    demo, steps = _plan(options)
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # the client's line for every request
     started = time.monotonic()
     _announce("corpus", "videos, questions, tokenizer and encoder")
@@ -114,23 +126,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with local_cluster(num_cpus=NUM_LOGICAL_CPUS) as cluster:
             report = _run_jobs(demo, steps, {**os.environ, **cluster})
     report = {"seconds": round(time.monotonic() - started, 1), **report}
-    if steps == STEPS:
-        Path(demo.path("report.json")).write_text(json.dumps(report, indent=2) + "\n")
-        print(format_report(report), f"\nreport: {demo.path('report.json')}", sep="\n")
-    return 0
+    if steps != STEPS:
+        return JobResult()
+    Path(demo.path("report.json")).write_text(json.dumps(report, indent=2) + "\n")
+    return JobResult([format_report(report), "", f"report: {demo.path('report.json')}"])
 
 
-def _parse(arguments: Sequence[str] | None) -> tuple[Demo, tuple[str, ...]]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--film", type=Path, help="a film for the backgrounds, preprocessed and asked about as well")
-    parser.add_argument("--quick", action="store_true", help="a small corpus and few steps")
-    parser.add_argument("--until", choices=STEPS, default=STEPS[-1], help="the last step to do")
-    parser.add_argument(
-        "--folder", type=Path, help=f"where the files go (default {DEFAULT_FOLDER}, with -quick, -film)"
-    )
-    options = parser.parse_args(arguments)
+def _plan(options: argparse.Namespace) -> tuple[Demo, tuple[str, ...]]:
     if options.film is not None and not options.film.is_file():
-        parser.error(f"there is no film at {str(options.film)!r}")
+        raise JobError(f"there is no film at {str(options.film)!r}", exit_code=USAGE_EXIT_CODE)
     suffix = ("-film" if options.film else "") + ("-quick" if options.quick else "")
     folder = options.folder or ROOT / (DEFAULT_FOLDER + suffix)
     demo = Demo(folder=folder.resolve(), film=options.film and options.film.resolve(), quick=options.quick)

@@ -1,40 +1,40 @@
-"""Weights to scores: `python jobs/evaluate.py --config ray_configs/tiny/evaluate.yaml [key=value ...]`.
+"""Scores weights on questions: `python jobs/evaluate.py --config ray_configs/tiny/evaluate.yaml [key=value ...]`.
 
-Asks held-out questions with their video and without it, and writes the report beside every question's outcome.
+Answers held-out questions with their video and without it; writes the report and every question's outcome.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
 
 import ray
 
-from timeviper_platform.common.config import run_command
+from timeviper_platform.common.config import load_config
+from timeviper_platform.common.job import JobParser, JobResult, run_job
 from timeviper_platform.evaluation.report import report_lines
 from timeviper_platform.evaluation.run import EvaluateConfig, run_evaluation
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parses, runs, prints; returns the exit code."""
-    result = run_command(
-        arguments,
-        EvaluateConfig,
-        evaluate,
-        description=__doc__,
+    """Runs the job; returns the exit code."""
+    parser = JobParser(
+        __doc__,
+        config_class=EvaluateConfig,
         config_file="ray_configs/evaluate.yaml",
         override="max_questions=40 weights=outputs/weights",
     )
-    print(result.text, file=sys.stderr if result.exit_code else sys.stdout)
-    return result.exit_code
+    return run_job(parser, evaluate, arguments)
 
 
-def evaluate(config: EvaluateConfig) -> list[str]:
-    """Runs the evaluation on Ray; the report's lines."""
+def evaluate(options: argparse.Namespace) -> JobResult:
+    """Runs the evaluation on Ray; reports the scores."""
+    config = load_config(EvaluateConfig, options.config, options.overrides)
     if not ray.is_initialized():  # `ray job submit` sets RAY_ADDRESS; without one, a Ray of this process
         ray.init(address=os.environ.get("RAY_ADDRESS") or "local", log_to_driver=False)
-    return [*report_lines(run_evaluation(config)), f"report: {config.output}"]
+    return JobResult([*report_lines(run_evaluation(config)), f"report: {config.output}"])
 
 
 if __name__ == "__main__":

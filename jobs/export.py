@@ -10,7 +10,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from timeviper_platform.common.config import load_config, setup_logging
+from timeviper_platform.common.config import load_config
+from timeviper_platform.common.job import USAGE_EXIT_CODE, JobError, JobParser, JobResult, run_job
 from timeviper_platform.training.checkpoint.export import export_weights
 from timeviper_platform.training.checkpoint.manager import Checkpoints
 from timeviper_platform.training.config import TrainConfig
@@ -18,24 +19,27 @@ from timeviper_platform.training.run import RunFolder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the job; the exit code."""
-    parser = argparse.ArgumentParser(description="Export a checkpoint's weights.")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--checkpoint", help="URI of a committed checkpoint")
-    source.add_argument("--config", help="a training configuration: its run's newest committed checkpoint")
-    parser.add_argument("--output", required=True, help="URI of the weights folder; replaced where it exists")
+    """Runs the job; returns the exit code."""
+    parser = JobParser(
+        __doc__,
+        config_class=TrainConfig,
+        config_file="ray_configs/train.yaml: takes its run's newest committed checkpoint",
+        override="name=second",
+        config_required=False,
+    )
+    parser.add_argument("--checkpoint", help="URI of a committed checkpoint, instead of --config")
+    parser.add_argument("--output", required=True, help="URI of the weights folder; replaced if it exists")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration")
-    parsed = parser.parse_args(arguments)
-    setup_logging()
-    try:
-        checkpoint = parsed.checkpoint or newest_checkpoint(load_config(TrainConfig, parsed.config, parsed.overrides))
-        export_weights(checkpoint, parsed.output, dtype=parsed.dtype)
-    except (ValueError, RuntimeError) as error:
-        print(f"export: {error}", file=sys.stderr)
-        return 1
-    print(f"{checkpoint} -> {parsed.output}")
-    return 0
+    return run_job(parser, export, arguments)
+
+
+def export(options: argparse.Namespace) -> JobResult:
+    """Writes the weights folder."""
+    if (options.checkpoint is None) == (options.config is None):
+        raise JobError("pass either --checkpoint or --config", exit_code=USAGE_EXIT_CODE)
+    checkpoint = options.checkpoint or newest_checkpoint(load_config(TrainConfig, options.config, options.overrides))
+    export_weights(checkpoint, options.output, dtype=options.dtype)
+    return JobResult([f"{checkpoint} -> {options.output}"])
 
 
 def newest_checkpoint(config: TrainConfig) -> str:

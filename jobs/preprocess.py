@@ -10,33 +10,34 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from timeviper_platform.common.config import load_config, setup_logging
+from timeviper_platform.common.config import load_config
+from timeviper_platform.common.job import JobParser, JobResult, run_job
 from timeviper_platform.data.preprocess.estimate import estimate
 from timeviper_platform.data.preprocess.run import PreprocessConfig, run_preprocess
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parses, runs, prints; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="YAML file, see ray_configs/preprocess.yaml")
+    """Runs the job; returns the exit code."""
+    parser = JobParser(
+        __doc__,
+        config_class=PreprocessConfig,
+        config_file="ray_configs/preprocess.yaml",
+        override="input=film.mp4 execution.num_workers=4",
+    )
     parser.add_argument("--dry-run", action="store_true", help="plan and estimate; write nothing")
-    parser.add_argument("overrides", nargs="*", help="key=value, e.g. input=film.mp4 execution.num_workers=4")
-    options = parser.parse_args(arguments)
-    setup_logging()
-    try:
-        config = load_config(PreprocessConfig, options.config, options.overrides)
-        if options.dry_run:
-            _print_estimate(config)
-        else:
-            report = run_preprocess(config)
-            print("\n".join([f"features   {config.feature_store}", *report.lines()]))
-    except (ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_job(parser, preprocess, arguments)
 
 
-def _print_estimate(config: PreprocessConfig) -> None:
+def preprocess(options: argparse.Namespace) -> JobResult:
+    """Writes the feature store, or estimates what that takes."""
+    config = load_config(PreprocessConfig, options.config, options.overrides)
+    if options.dry_run:
+        return JobResult(_estimate_lines(config))
+    report = run_preprocess(config)
+    return JobResult([f"features   {config.feature_store}", *report.lines()])
+
+
+def _estimate_lines(config: PreprocessConfig) -> list[str]:
     plan = estimate(config)
     reasons = ", ".join(f"{count} {kind}" for kind, count in sorted(plan.errors_by_type.items()))
     times, costs = [], []
@@ -47,16 +48,17 @@ def _print_estimate(config: PreprocessConfig) -> None:
             seconds / plan.calibration.frames * 1e3
             for seconds in (plan.calibration.decode_seconds, plan.calibration.encode_seconds)
         )
-        costs.append(f"\ncosts      {decode:.1f} ms to decode a frame on one core, {encode:.1f} ms to encode it")
+        costs.append(f"costs      {decode:.1f} ms to decode a frame on one core, {encode:.1f} ms to encode it")
     if plan.seconds_at_last_rate is not None:
         times.append(f"about {plan.seconds_at_last_rate:.0f} s at the rate of the last run")
-    print(
+    return [
         f"media      {plan.media}, of which rejected by their headers: {plan.errors}"
-        + (f" = {reasons}" if reasons else "")
-        + f"\nsegments   {plan.segments} planned, {plan.segments_missing} to do\n"
-        f"frames     {plan.frames_missing} to do, {plan.feature_bytes / 1e6:.1f} MB of features\n"
-        f"time       {', '.join(times) or 'unknown: nothing to try it on decodes'}" + "".join(costs)
-    )
+        + (f" = {reasons}" if reasons else ""),
+        f"segments   {plan.segments} planned, {plan.segments_missing} to do",
+        f"frames     {plan.frames_missing} to do, {plan.feature_bytes / 1e6:.1f} MB of features",
+        f"time       {', '.join(times) or 'unknown: nothing to try it on decodes'}",
+        *costs,
+    ]
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ from typing import Any, Literal
 import ray
 from ray import serve
 
-from timeviper_platform.common.config import load_config, setup_logging
+from timeviper_platform.common.config import load_config
+from timeviper_platform.common.job import JobParser, JobResult, run_job
 from timeviper_platform.serving.app import ServeConfig, build_application, with_absolute_paths
 
 logger = logging.getLogger("serve")
@@ -71,9 +72,19 @@ class ServeFile:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the job; returns the exit code."""
+    parser = JobParser(
+        __doc__,
+        config_class=ServeConfig,
+        config_file="ray_configs/serve.yaml (a Ray Serve file; the keys are those of its application's args)",
+        override="weights=FOLDER",
+    )
+    parser.add_argument("--port", type=int, help="instead of http_options.port")
+    return run_job(parser, serve_until_stopped, arguments)
+
+
+def serve_until_stopped(options: argparse.Namespace) -> JobResult:
     """Deploys, waits for a signal, takes down."""
-    options = _parse(arguments)
-    setup_logging()
     stop = threading.Event()
     _watch_signals(stop)
     try:
@@ -82,20 +93,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         port = options.port or file.http_options.port
         _connect(entry.runtime_env)
         _watch_signals(stop)  # Ray has put its own handlers in their place
-        return _serve(file, entry, port, stop)
-    except (ValueError, RuntimeError) as error:
-        print(f"serve: {error}", file=sys.stderr)
-        return 1
+        _serve(file, entry, port, stop)
     finally:
         ray.shutdown()
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="a Ray Serve configuration file")
-    parser.add_argument("--port", type=int, help="instead of http_options.port")
-    parser.add_argument("overrides", nargs="*", help="key=value of the application's args, such as weights=FOLDER")
-    return parser.parse_args(arguments)
+    return JobResult()
 
 
 def _load(path: str, overrides: Sequence[str]) -> ServeFile:
@@ -114,7 +115,7 @@ def _connect(runtime_env: dict[str, Any]) -> None:
     ray.init(runtime_env=runtime_env or None, namespace="serve", log_to_driver=False, logging_level=logging.WARNING)
 
 
-def _serve(file: ServeFile, entry: ApplicationEntry, port: int, stop: threading.Event) -> int:
+def _serve(file: ServeFile, entry: ApplicationEntry, port: int, stop: threading.Event) -> None:
     was_running = _is_serve_running()
     http = file.http_options
     serve.start(
@@ -142,7 +143,6 @@ def _serve(file: ServeFile, entry: ApplicationEntry, port: int, stop: threading.
         serve.delete(entry.name)
         if not was_running:
             serve.shutdown()
-    return 0
 
 
 def _causes(status: Any, application: str) -> str:

@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 
-from timeviper_platform.common.config import setup_logging
+from timeviper_platform.common.config_docs import field_docs
+from timeviper_platform.common.job import JobParser, JobResult, run_job
 from timeviper_platform.data.preprocess.cost_model import ScaleConfig, scale_table
 from timeviper_platform.data.store.compact import DEFAULT_FILE_BYTES, compact
 from timeviper_platform.data.store.inspect import inspect_store
@@ -21,11 +22,11 @@ from timeviper_platform.data.store.writer import ROW_GROUP_BYTES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parses, runs, prints; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Runs the job; returns the exit code."""
+    parser = JobParser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (("inspect", "what it holds"), ("verify", "whether it does"), ("compact", "merge small files")):
-        command = commands.add_parser(name, help=text)
+        command = commands.add_parser(name, description=text, help=text)
         command.add_argument("uri", help="the store's folder, local or any fsspec URI")
         if name == "compact":
             megabytes = DEFAULT_FILE_BYTES >> 20
@@ -33,35 +34,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
             kilobytes = ROW_GROUP_BYTES >> 10
             text = f"row groups, as execution.row_group_bytes / 1024 of the run that made the store ({kilobytes})"
             command.add_argument("--row-group-kb", type=int, default=kilobytes, help=text)
-    scale = commands.add_parser("scale", help="what a large run takes, on paper")
+    scale = commands.add_parser("scale", description=scale_table.__doc__, help="what a large run takes, on paper")
     scale.add_argument("--num-videos", type=int, nargs="+", default=[1_000_000, 10_000_000])
+    docs = field_docs(ScaleConfig)
     for item in fields(ScaleConfig):
         if item.name != "num_videos":
-            scale.add_argument(f"--{item.name.replace('_', '-')}", type=type(item.default), default=item.default)
-    options = parser.parse_args(arguments)
-    setup_logging()
-    try:
-        return _run(options)
-    except (ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+            text = f"{docs.get(item.name, '')} (default: {item.default})".strip().replace("%", "%%")
+            option = f"--{item.name.replace('_', '-')}"
+            scale.add_argument(option, type=type(item.default), default=item.default, help=text)
+    return run_job(parser, run_command, arguments)
 
 
-def _run(options: argparse.Namespace) -> int:
-    if options.command == "scale":
-        values = {item.name: getattr(options, item.name) for item in fields(ScaleConfig)}
-        print(scale_table([ScaleConfig(**{**values, "num_videos": count}) for count in options.num_videos]))
-        return 0
-    if options.command == "compact":
-        sizes = {"file_bytes": options.file_mb << 20, "row_group_bytes": options.row_group_kb << 10}
-        print("\n".join(compact(options.uri, **sizes).lines()))
-        return 0
-    if options.command == "inspect":
-        print("\n".join(inspect_store(options.uri).lines()))
-        return 0
-    report = verify_store(options.uri)
-    print("\n".join(report.lines()))
-    return 1 if report.problems else 0
+def run_command(options: argparse.Namespace) -> JobResult:
+    """Runs the chosen subcommand."""
+    match options.command:
+        case "scale":
+            values = {item.name: getattr(options, item.name) for item in fields(ScaleConfig)}
+            rows = [ScaleConfig(**{**values, "num_videos": count}) for count in options.num_videos]
+            return JobResult([scale_table(rows)])
+        case "compact":
+            sizes = {"file_bytes": options.file_mb << 20, "row_group_bytes": options.row_group_kb << 10}
+            return JobResult(compact(options.uri, **sizes).lines())
+        case "inspect":
+            return JobResult(inspect_store(options.uri).lines())
+        case _:
+            report = verify_store(options.uri)
+            return JobResult(report.lines(), exit_code=1 if report.problems else 0)
 
 
 if __name__ == "__main__":

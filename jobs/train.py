@@ -16,8 +16,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from timeviper_platform.common.config import load_config, setup_logging
-from timeviper_platform.common.storage import StorageUnavailableError
+from timeviper_platform.common.config import load_config
+from timeviper_platform.common.job import JobError, JobParser, JobResult, run_job
 from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.dry_run import describe_dry_run, dry_run
 from timeviper_platform.training.interrupts import StoppedError
@@ -25,40 +25,44 @@ from timeviper_platform.training.ray_trainer import connect, train_on_ray
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the job; the exit code."""
-    parser = argparse.ArgumentParser(description="Train on Ray.")
-    parser.add_argument("--config", required=True)
+    """Runs the job; returns the exit code."""
+    parser = JobParser(
+        __doc__,
+        config_class=TrainConfig,
+        config_file="ray_configs/train.yaml",
+        override="phases.align.steps=10",
+    )
     parser.add_argument("--resume", default="auto", help="auto (default), never, or the URI of a checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, groups and memory; exit 1 if data lack")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as phases.align.steps=10")
-    parsed = parser.parse_args(arguments)
-    setup_logging()
+    return run_job(parser, train, arguments)
+
+
+def train(options: argparse.Namespace) -> JobResult:
+    """Trains, or describes what a run would do.
+
+    Raises:
+        JobError: when a signal stopped the run, with the exit code that a shell gives.
+    """
+    config = load_config(TrainConfig, options.config, options.overrides)
+    if options.dry_run:
+        result = dry_run(config)
+        return JobResult([describe_dry_run(config, result)], exit_code=1 if result.problems else 0)
+    connect()
     try:
-        config = load_config(TrainConfig, parsed.config, parsed.overrides)
-        if parsed.dry_run:
-            result = dry_run(config)
-            print(describe_dry_run(config, result))
-            return 1 if result.problems else 0
-        connect()
-        report = train_on_ray(config, resume=parsed.resume)
+        return JobResult(report_lines(train_on_ray(config, resume=options.resume)))
     except StoppedError as error:
-        print(f"train: {error}", file=sys.stderr)
-        return 128 + signal.SIGTERM  # as a shell says it
-    except (ValueError, RuntimeError, StorageUnavailableError) as error:
-        print(f"train: {error}", file=sys.stderr)
-        return 1
-    print_report(report)
-    return 0
+        raise JobError(str(error), exit_code=128 + signal.SIGTERM) from error
 
 
-def print_report(report: dict[str, Any]) -> None:
-    """One line a phase."""
-    print(f"{'phase':<12}{'steps':>8}{'first loss':>12}{'last loss':>12}{'samples':>10}{'rejects':>9}{'seconds':>9}")
+def report_lines(report: dict[str, Any]) -> list[str]:
+    """One line a phase, below a heading."""
+    lines = [f"{'phase':<12}{'steps':>8}{'first loss':>12}{'last loss':>12}{'samples':>10}{'rejects':>9}{'seconds':>9}"]
     for name, phase in report.items():
-        print(
+        lines.append(
             f"{name:<12}{phase['steps']:>8}{_loss(phase['loss_first']):>12}{_loss(phase['loss_last']):>12}"
             f"{phase['samples']:>10}{sum(phase['rejects'].values()):>9}{phase['seconds']:>9.1f}"
         )
+    return lines
 
 
 def _loss(value: float | None) -> str:

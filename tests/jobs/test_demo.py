@@ -37,8 +37,7 @@ def test_a_film_is_one_more_medium_beside_those_of_the_corpus(tmp_path: Path) ->
 
 def test_a_film_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main = runpy.run_path(str(ROOT / "jobs" / "demo.py"))["main"]
-    with pytest.raises(SystemExit):
-        main(["--film", str(tmp_path / "nowhere.mp4")])
+    assert main(["--film", str(tmp_path / "nowhere.mp4")]) == 2
     assert "nowhere.mp4" in capsys.readouterr().err
 
 

@@ -54,7 +54,10 @@ def test_broken_files_alone_are_no_failure_and_are_counted(corpus: Path, capsys:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("execution.num_wrokers=2", "unknown key 'execution.num_wrokers'; the keys here are mode, num_workers"),
+        (
+            "execution.num_wrokers=2",
+            "unknown key 'execution.num_wrokers' (did you mean 'num_workers'?); the keys here are mode, num_workers",
+        ),
         ("input=/nowhere/manifest.parquet", "no manifest at '/nowhere/manifest.parquet'"),
         ("feature_store=/proc/version/features", "cannot write /proc/version/features"),
         ("encoder.model=/nowhere/encoder", "no vision encoder at '/nowhere/encoder'"),

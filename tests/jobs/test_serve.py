@@ -198,7 +198,7 @@ def job(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("engine.engine.num_slotz=3", "applications[0].args.engine.engine.num_slotz"),
+        ("engine.engine.num_slotz=3", "applications.0.args.engine.engine.num_slotz"),
         ("weights", "must read key=value"),
     ],
 )

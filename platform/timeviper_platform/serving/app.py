@@ -20,7 +20,8 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve import metrics as serve_metrics
 
-from timeviper_platform.common.config import parse_config, setup_logging
+from timeviper_platform.common.config import parse_config
+from timeviper_platform.common.logs import setup_logging
 from timeviper_platform.common.metrics import RayMetrics
 from timeviper_platform.serving.deployment import DeploymentSettings
 from timeviper_platform.serving.engine.service import EngineService, EngineServiceConfig

@@ -16,7 +16,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from starlette.types import ASGIApp
 
-from timeviper_platform.common.config import setup_logging
+from timeviper_platform.common.logs import setup_logging
 from timeviper_platform.serving.gateway.config import GatewayConfig
 from timeviper_platform.serving.gateway.routes import create_app
 from timeviper_platform.serving.messages import AnswerDelta, FeatureReference, FeatureRequest, GenerateRequest, Refusal

@@ -19,8 +19,8 @@ import torch
 
 from timeviper_model.layers.backends import set_backend
 from timeviper_model.weights.weights_folder import load_tokenizer
-from timeviper_platform.common.config import setup_logging
 from timeviper_platform.common.devices import torch_dtype
+from timeviper_platform.common.logs import setup_logging
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.training.checkpoint.export import checkpoint_model
 from timeviper_platform.training.checkpoint.manager import is_committed

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from timeviper_platform.common.config import load_config, setup_logging
+from timeviper_platform.common.config import load_config
+from timeviper_platform.common.logs import setup_logging
 from timeviper_platform.common.storage import StorageUnavailableError
 from timeviper_platform.training.checkpoint.manager import resolve_resume
 from timeviper_platform.training.config import TrainConfig

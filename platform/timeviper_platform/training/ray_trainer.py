@@ -26,7 +26,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.util.metrics import Gauge
 
 from timeviper_platform.common import storage
-from timeviper_platform.common.config import setup_logging
+from timeviper_platform.common.logs import setup_logging
 from timeviper_platform.training.batches.loader import prefetch_in_thread
 from timeviper_platform.training.batches.ray_loader import prefetch_on_ray
 from timeviper_platform.training.checkpoint.manager import resolve_resume

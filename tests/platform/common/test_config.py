@@ -48,10 +48,14 @@ def test_overrides_fill_a_part_that_the_file_leaves_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name: a\ninner: {steps: 1, stepz: 2}\n", r"unknown key 'inner\.stepz'; the keys here are steps, rate"),
-        ("name: a\nphases: [{steps: 1}, {steps: 1, x: 2}]\n", r"unknown key 'phases\[1\]\.x'"),
+        (
+            "name: a\ninner: {steps: 1, stepz: 2}\n",
+            r"unknown key 'inner\.stepz' \(did you mean 'steps'\?\); the keys here are steps, rate$",
+        ),
+        ("name: a\nphases: [{steps: 1}, {steps: 1, x: 2}]\n", r"unknown key 'phases\.1\.x'"),
         ("name: a\nby_name: {align: {steps: 1, x: 2}}\n", r"unknown key 'by_name\.align\.x'"),
         ("inner: {steps: 1}\n", r"name: Field required"),
+        ("name: a\nnumber: 1\ninner: {steps: x}\n", r"run.yaml: inner\.steps: .*; unknown key 'number'; the keys"),
         ("name: a\ninner: {steps: many}\n", r"inner\.steps: Input should be a valid integer.*'many'"),
         ("- a\n", r"must hold keys and values"),
         ("name: [\n", r"not valid YAML"),
@@ -63,7 +67,7 @@ def test_wrong_files_say_which_key(tmp_path: Path, text: str, message: str) -> N
 
 
 def test_missing_file_names_the_path(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no configuration at .*nowhere"):
+    with pytest.raises(ValueError, match=r"no configuration file at .*nowhere"):
         load_config(Outer, tmp_path / "nowhere.yaml")
 
 

@@ -105,7 +105,7 @@ def test_a_killed_worker_leaves_no_trace_in_the_curve_and_sigterm_saves_and_stop
         disturbed.result(timeout=0)
     rows = read_metrics(run)
     assert code == 128 + signal.SIGTERM
-    assert f"train: stopped as asked after step {len(rows)} of phase instruct" in capsys.readouterr().err
+    assert f"error: stopped as asked after step {len(rows)} of phase instruct" in capsys.readouterr().err
     newest = Checkpoints(f"{run}/checkpoints").newest()
     assert newest is not None
     assert int(newest[-8:]) == len(rows) < 300
@@ -129,5 +129,5 @@ def test_a_run_that_cannot_work_fails_once_with_its_cause(
     train = runpy.run_path(str(ROOT / "jobs" / "train.py"))["main"]
     assert train(["--config", str(tmp_path / "train.yaml")]) == 1
     assert capsys.readouterr().err.endswith(
-        "train: no feature store at '/nowhere/features'; run jobs/preprocess.py with output: /nowhere/features\n"
+        "error: no feature store at '/nowhere/features'; run jobs/preprocess.py with output: /nowhere/features\n"
     )

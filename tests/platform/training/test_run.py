@@ -355,7 +355,7 @@ def test_export_job_takes_a_configuration_or_a_checkpoint(
     assert "step-00000009 -> " in capsys.readouterr().out
     assert from_pretrained(tmp_path / "weights").config.transv
     assert job(["--checkpoint", "/nowhere", "--output", str(tmp_path / "other")]) == 1
-    assert "export: there is no committed checkpoint at '/nowhere'" in capsys.readouterr().err
+    assert "error: there is no committed checkpoint at '/nowhere'" in capsys.readouterr().err
     assert job(["--config", str(tmp_path / "train.yaml"), "--output", str(tmp_path / "other"), "name=none"]) == 1
     assert "no committed checkpoint in" in capsys.readouterr().err
 
@@ -409,7 +409,7 @@ def broken(corpus: Corpus, path: str, value: Any) -> dict[str, Any]:
         (
             "phases.align.packing.max_token",
             3,
-            "unknown key 'phases.align.packing.max_token'; the keys here are max_tok",
+            "unknown key 'phases.align.packing.max_token' (did you mean 'max_tokens'?); the keys here are max_tok",
         ),
         ("phases.align.init", None, "phases.align.init: the first phase needs its initial weights"),
         ("phases.align.steps", None, "a phase needs either steps or epochs"),

@@ -16,7 +16,7 @@ RANK = """
 import os, signal, sys, time
 import torch
 import torch.distributed as dist
-from timeviper_platform.common.config import setup_logging
+from timeviper_platform.common.logs import setup_logging
 from timeviper_platform.common.ray_cluster import free_port
 from timeviper_platform.training.watchdog import Watchdog
 

@@ -333,13 +333,11 @@ def test_models_are_made_in_bf16_with_open_gates_nowhere_else() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
-def test_without_cuda_the_command_says_so_and_exits_2(
+def test_without_cuda_the_command_says_so_and_exits_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main = runpy.run_path(str(ROOT / "jobs" / "benchmark.py"))["main"]
-    with pytest.raises(SystemExit) as ended:
-        main(["gpu", "--only", "kernels"])
-    assert ended.value.code == 2
+    assert main(["gpu", "--only", "kernels"]) == 1
     assert "needs a CUDA device" in capsys.readouterr().err
 
 

@@ -21,7 +21,7 @@ from timeviper_platform.data.media.medium import media_id_of
 from timeviper_platform.evaluation.metrics import parse_span
 from timeviper_platform.training.batches.rows import SampleRows, SourceConfig
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 
 
 def run(tmp_path: Path, format: str, source: Path, **changes: Any) -> tuple[list[dict[str, Any]], dict[str, int]]:

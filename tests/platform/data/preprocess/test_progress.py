@@ -8,7 +8,7 @@ import logging
 import pytest
 
 from reference.synthetic_result import synthetic_result
-from timeviper_platform.common.config import setup_logging
+from timeviper_platform.common.logs import setup_logging
 from timeviper_platform.data.preprocess.progress import Progress
 
 HALF = synthetic_result(num_frames=128, num_ok=1, num_error=1, error_types=["corrupt_file"], started=0.0, ended=10.0)

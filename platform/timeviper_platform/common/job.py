@@ -1,0 +1,126 @@
+"""Runs a job from the command line: parse, work, print the report, and turn user errors into one line."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, NoReturn
+
+from timeviper_platform.common.config_docs import help_lines
+from timeviper_platform.common.logs import setup_logging
+
+USAGE_EXIT_CODE = 2
+
+
+class JobResult(NamedTuple):
+    """What a job prints on standard output, and its exit code."""
+
+    lines: Iterable[str] = ()
+    exit_code: int = 0
+
+
+class JobError(RuntimeError):
+    """An error for the user, with the exit code of the job that it ends."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class JobParser(argparse.ArgumentParser):
+    """Command line of a job; `--help` lists every key of its configuration.
+
+    Args:
+        description: the job's docstring.
+        config_class: adds `--config FILE` and `key=value ...`; None for a job without a configuration file.
+        config_file: an example of such a file.
+        override: an example of `key=value`.
+        config_required: False when the job can do without the file.
+        prog: set by argparse for a subcommand.
+    """
+
+    def __init__(
+        self,
+        description: str | None,
+        *,
+        config_class: type | None = None,
+        config_file: str = "",
+        override: str = "",
+        config_required: bool = True,
+        prog: str | None = None,
+    ) -> None:
+        super().__init__(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self._config_class = config_class
+        if prog is None:
+            self.add_argument("--debug", action="store_true", help="log at level DEBUG; show tracebacks")
+        if config_class is not None:
+            self.add_argument("--config", required=config_required, metavar="FILE", help=f"YAML, see {config_file}")
+            self.add_argument("overrides", nargs="*", metavar="key=value", help=f"for example {override}")
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the usage and one line, and exits with code 2."""
+        self.print_usage(sys.stderr)
+        self.exit(USAGE_EXIT_CODE, f"error: {message}\n")
+
+    def format_help(self) -> str:
+        """The usual help, then a line a configuration key: (default): meaning."""
+        text = super().format_help()
+        if self._config_class is None:
+            return text
+        return "\n".join([text, "configuration keys (default): meaning", *help_lines(self._config_class), ""])
+
+
+def run_job(
+    parser: argparse.ArgumentParser,
+    work: Callable[[argparse.Namespace], JobResult],
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """Parses `arguments` (None = the process's own), runs `work`, prints its lines; returns the exit code.
+
+    A user error (see `user_error`) becomes one line `error: ...` on standard error. Any other exception is a bug and
+    passes through with its traceback.
+    """
+    options = parser.parse_args(arguments)
+    setup_logging(logging.DEBUG if options.debug else logging.INFO)
+    try:
+        result = work(options)
+        for line in result.lines:
+            print(line, flush=True)
+    except Exception as error:
+        message = user_error(error)
+        if message is None or options.debug:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        return getattr(error, "exit_code", 1)
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+    return result.exit_code
+
+
+def user_error(error: BaseException) -> str | None:
+    """The message of an error that the user can fix; None for a bug.
+
+    ValueError is the caller's mistake and RuntimeError the environment's, by the convention of these packages. OSError,
+    a missing package, a storage client's error and the failure of a job's child process count as well.
+    """
+    if _package(error) == "ray":
+        cause = getattr(error, "cause", None) or error.__cause__
+        return str(error) if cause is None else user_error(cause)  # a wrapper's message is the worker's traceback
+    if isinstance(error, ImportError):
+        is_ours = (error.name or "").startswith("timeviper")
+        return None if is_ours else f"{error}; install the missing package into this environment"
+    if isinstance(error, NotImplementedError | RecursionError):
+        return None
+    if isinstance(error, ValueError | RuntimeError | OSError | subprocess.CalledProcessError):
+        return str(error) or type(error).__name__
+    if _package(error) in ("aiohttp", "botocore", "httpx"):  # neither OSError nor RuntimeError
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _package(error: BaseException) -> str:
+    return type(error).__module__.partition(".")[0]
