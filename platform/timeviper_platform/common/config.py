@@ -88,7 +88,7 @@ def _describe(cls: type, error: Any) -> str:
 def _suggestion(cls: type, location: Sequence[str]) -> str:
     *parents, name = location
     siblings = [key.path[-1] for key in config_keys(cls) if _matches(key.path[:-1], parents)]
-    close = difflib.get_close_matches(name, siblings, n=1)
+    close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.75)
     names = f"the keys here are {', '.join(dict.fromkeys(siblings))}" if siblings else "no keys are allowed here"
     return f" (did you mean {close[0]!r}?); {names}" if close else f"; {names}"
 

@@ -39,7 +39,7 @@ from timeviper_platform.common.devices import peak_flops
 from timeviper_platform.data.media.container import DecodeError
 from timeviper_platform.data.video.reader import read_frames
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 CPU = torch.device("cpu")
 TINY_TOWER = vision.TowerSize(
     hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=70, patch_size=14

@@ -33,7 +33,7 @@ from timeviper_platform.data.store.writer import write_file
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 SPEC = PlanSpec(fps=Fraction(1), recipe_hash="r")
 
 

@@ -15,7 +15,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from timeviper_platform.data.preprocess.cost_model import ScaleConfig, VisionTower, compute_scale, scale_table
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 
 
 def printed(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

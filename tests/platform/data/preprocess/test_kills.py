@@ -30,7 +30,7 @@ from timeviper_platform.data.store.verify import verify_store
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 NUM_CLIPS = 24
 NUM_KILLS = 20
 
