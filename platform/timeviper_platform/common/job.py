@@ -88,15 +88,15 @@ def run_job(
     try:
         result = work(options)
         for line in result.lines:
-            print(line, flush=True)
+            sys.stdout.write(f"{line}\n")
     except Exception as error:
         message = user_error(error)
         if message is None or options.debug:
             raise
-        print(f"error: {message}", file=sys.stderr)
+        sys.stderr.write(f"error: {message}\n")
         return getattr(error, "exit_code", 1)
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
+        sys.stderr.write("error: interrupted\n")
         return 130
     return result.exit_code
 
