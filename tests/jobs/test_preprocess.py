@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from reference.made_media import make_encoder, make_video
+from reference.synthetic_media import make_encoder, make_video
 from timeviper_platform.data.store.reader import FeatureStore
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from reference.made_media import make_encoder
 from reference.simulated_cuda import simulated_cuda
 from reference.small_models import make_features, make_model, make_sample, pack
+from reference.synthetic_media import make_encoder
 from timeviper_model.batching.batch import pack_samples
 from timeviper_model.inference.prefill import prefill
 from timeviper_model.timeviper import TimeViper

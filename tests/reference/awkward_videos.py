@@ -6,7 +6,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
-from reference.made_media import make_video
+from reference.synthetic_media import make_video
 from timeviper_platform.data.video.sampling import sample_times
 
 SIZE = 32

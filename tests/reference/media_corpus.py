@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from reference.made_media import make_encoder, make_sound, make_video, picture
+from reference.synthetic_media import make_encoder, make_sound, make_video, picture
 from timeviper_platform.data.encode.frame_encoder import VisionTowerConfig
 from timeviper_platform.data.preprocess.ray_graph import ExecutionConfig
 from timeviper_platform.data.preprocess.run import PreprocessConfig

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from reference.made_media import make_encoder, make_video
+from reference.synthetic_media import make_encoder, make_video
 from reference.tiny_serving import generate_alone, prompt
 from reference.training_corpus import ANSWERS, QUESTIONS, sample_row, write_samples
 from timeviper_model.config import VisionConfig

@@ -36,7 +36,7 @@ from timeviper_platform.benchmarks.video.clips import ClipSpec, make_clip, repea
 from timeviper_platform.common.devices import device_name, peak_flops
 from timeviper_platform.data.media.probe import probe_media
 from timeviper_platform.data.video.reader import Backend, check_backend, open_video
-from timeviper_platform.data.video.sampling import count_samples, sample_times
+from timeviper_platform.data.video.sampling import count_frames, sample_times
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def encode_film(
     Raises:
         DecodeError: when it cannot be read.
     """
-    times = sample_times(Fraction(0), FPS, 0, count_samples(Fraction(0), probe_media(str(film)).duration_seconds, FPS))
+    times = sample_times(Fraction(0), FPS, 0, count_frames(Fraction(0), probe_media(str(film)).duration_seconds, FPS))
     batches = [times[start : start + batch_frames] for start in range(0, len(times), batch_frames)]
     share = -(-len(batches) // num_decoders)
     stretches = [batches[start : start + share] for start in range(0, len(batches), share)]

@@ -27,7 +27,7 @@ from timeviper_platform.benchmarks.video.strategies import (
     sample_with_decord,
 )
 from timeviper_platform.data.media.probe import probe_media
-from timeviper_platform.data.video.sampling import count_samples, sample_times
+from timeviper_platform.data.video.sampling import count_frames, sample_times
 
 logger = logging.getLogger(__name__)
 
@@ -241,7 +241,7 @@ def _wanted(path: Path, strategy: Strategy) -> list[Fraction]:
 
 def _every_second(path: Path) -> list[Fraction]:
     end = probe_media(str(path)).duration_seconds
-    return sample_times(Fraction(0), Fraction(1), 0, count_samples(Fraction(0), end, Fraction(1)))
+    return sample_times(Fraction(0), Fraction(1), 0, count_frames(Fraction(0), end, Fraction(1)))
 
 
 def _run(way: Way, path: Path, times: Sequence[Fraction], image_size: int = IMAGE_SIZE) -> None:

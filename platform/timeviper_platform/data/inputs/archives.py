@@ -19,7 +19,7 @@ from timeviper_platform.common.listing import FileVersion
 from timeviper_platform.common.storage import open_file
 from timeviper_platform.data.inputs.manifest import download_failure
 from timeviper_platform.data.media.container import MEDIA_SUFFIXES, DecodeError, ErrorType
-from timeviper_platform.data.media.locations import CellPart, RangePart
+from timeviper_platform.data.media.locations import CellLocation, RangeLocation
 from timeviper_platform.data.media.medium import Medium, media_id_of
 from timeviper_platform.data.media.probe import file_version
 
@@ -80,7 +80,7 @@ def cell_items(uri: str, root: str, column: str, version: FileVersion | None = N
             num_rows = parquet.metadata.row_group(group).num_rows
             rows = parquet.read_row_group(group, columns=names).to_pylist() if names else [{}] * num_rows
             for place, row in enumerate(rows):
-                address = CellPart(uri, column, group, place).address()
+                address = CellLocation(uri, column, group, place).address()
                 media_id = row.get("media_id") or media_id_of(f"{uri}/{row.get('key') or number}", root)
                 failure = download_failure(row.get("status"), row.get("error_message"))
                 # the size is the file's: that of one value is not known without reading it
@@ -90,7 +90,7 @@ def cell_items(uri: str, root: str, column: str, version: FileVersion | None = N
 
 
 def _tar_item(uri: str, root: str, version: FileVersion, member: tarfile.TarInfo) -> Medium:
-    address = RangePart(uri, member.offset_data, member.size).address()
+    address = RangeLocation(uri, member.offset_data, member.size).address()
     text = f"{version.text}/{member.offset_data}-{member.size}"
     return Medium(
         address,

@@ -27,7 +27,7 @@ from timeviper_platform.data.media.http_file import (
     is_web,
     open_web,
 )
-from timeviper_platform.data.media.locations import open_part, parse_part
+from timeviper_platform.data.media.locations import open_location, parse_location
 
 Modality = Literal["video", "image"]
 Stage = Literal["download", "list", "probe", "decode_video", "decode_image"]
@@ -101,7 +101,7 @@ class MediaLimits:
 
     max_pixels: int = 36_000_000
     """width x height; 8K UHD (7680 x 4320) passes, 8192 x 8192 does not"""
-    max_samples: int = 200_000
+    max_frames: int = 200_000
     """sampled frames of one medium; 55 hours at 1 fps"""
     allowed_domains: tuple[str, ...] = ()
     """hosts (with all below them) that https URLs are fetched from; empty = none is"""
@@ -109,8 +109,8 @@ class MediaLimits:
     """of one medium on a web server that knows no ranges, which is copied to a temporary file"""
 
     def __post_init__(self) -> None:
-        if self.max_pixels < 1 or self.max_samples < 1:
-            raise ValueError(f"{self.max_pixels = } and {self.max_samples = } must be at least 1")
+        if self.max_pixels < 1 or self.max_frames < 1:
+            raise ValueError(f"{self.max_pixels = } and {self.max_frames = } must be at least 1")
         if wrong := [domain for domain in self.allowed_domains if not is_host(domain)]:
             raise ValueError(f"allowed_domains: {wrong} must be bare host names such as images.example.org")
 
@@ -178,13 +178,13 @@ def open_binary(source: str | bytes, limits: MediaLimits | None = None) -> Any:
     if is_web(source):
         limits = limits or MediaLimits()
         return open_web(source, limits.allowed_domains, limits.max_download_bytes)
-    part = parse_part(source)
-    return open_file(source) if part is None else open_part(part)
+    part = parse_location(source)
+    return open_file(source) if part is None else open_location(part)
 
 
 def is_local_file(uri: str) -> bool:
     """True when `uri` is a whole file on this machine's disks, which libraries may open by its path."""
-    return not is_web(uri) and parse_part(uri) is None and storage.is_local(uri)
+    return not is_web(uri) and parse_location(uri) is None and storage.is_local(uri)
 
 
 def source_name(source: str | bytes) -> str:

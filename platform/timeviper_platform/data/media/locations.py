@@ -28,7 +28,7 @@ _RANGE = re.compile(r"^(?P<uri>.+)#offset=(?P<offset>\d+)&size=(?P<size>\d+)$")
 _CELL = re.compile(r"^(?P<uri>.+)#column=(?P<column>[^&#]+)&row_group=(?P<row_group>\d+)&row=(?P<row>\d+)$")
 
 
-class RangePart(NamedTuple):
+class RangeLocation(NamedTuple):
     """Bytes offset .. offset + size of a file."""
 
     uri: str
@@ -40,7 +40,7 @@ class RangePart(NamedTuple):
         return f"{self.uri}#offset={self.offset}&size={self.size}"
 
 
-class CellPart(NamedTuple):
+class CellLocation(NamedTuple):
     """One value of a Parquet file."""
 
     uri: str
@@ -54,22 +54,22 @@ class CellPart(NamedTuple):
         return f"{self.uri}#column={quote(self.column)}&row_group={self.row_group}&row={self.row}"
 
 
-def parse_part(uri: str) -> RangePart | CellPart | None:
+def parse_location(uri: str) -> RangeLocation | CellLocation | None:
     """The part that `uri` addresses; None when it is a file of its own."""
     if found := _RANGE.match(uri):
-        return RangePart(found["uri"], int(found["offset"]), int(found["size"]))
+        return RangeLocation(found["uri"], int(found["offset"]), int(found["size"]))
     if found := _CELL.match(uri):
-        return CellPart(found["uri"], unquote(found["column"]), int(found["row_group"]), int(found["row"]))
+        return CellLocation(found["uri"], unquote(found["column"]), int(found["row_group"]), int(found["row"]))
     return None
 
 
-def open_part(part: RangePart | CellPart) -> Any:
+def open_location(part: RangeLocation | CellLocation) -> Any:
     """A seekable file object over the part alone.
 
     Raises:
         OSError: when the file is missing, damaged, or does not hold the part.
     """
-    if isinstance(part, RangePart):
+    if isinstance(part, RangeLocation):
         return io.BufferedReader(_Range(open_file(part.uri), part.offset, part.size))
     try:
         with _CELLS_LOCK:  # sixteen threads that miss together would read the row group sixteen times

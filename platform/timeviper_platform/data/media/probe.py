@@ -33,7 +33,7 @@ from timeviper_platform.data.media.container import (
     video_stream,
 )
 from timeviper_platform.data.media.http_file import is_web
-from timeviper_platform.data.media.locations import RangePart, parse_part
+from timeviper_platform.data.media.locations import RangeLocation, parse_location
 from timeviper_platform.data.media.medium import Medium
 
 AV_TIME_BASE = 1_000_000
@@ -103,10 +103,10 @@ def file_version(uri: str, limits: MediaLimits | None = None) -> FileVersion:
     Raises:
         DecodeError: when it is missing.
     """
-    part = parse_part(uri)
+    part = parse_location(uri)
     if part is not None:
         whole = file_version(part.uri)
-        size = part.size if isinstance(part, RangePart) else whole.size
+        size = part.size if isinstance(part, RangeLocation) else whole.size
         return FileVersion(size, whole.etag, f"{whole.text}/{'-'.join(str(value) for value in part[1:])}")
     with reading("probe", uri, limits):
         if is_web(uri):

@@ -23,7 +23,7 @@ from timeviper_platform.data.media.container import DecodeError, ErrorType, Medi
 from timeviper_platform.data.media.medium import Medium
 from timeviper_platform.data.media.probe import LocalProbes, ProbeSource, file_version, sha256_of
 from timeviper_platform.data.video.frames import check_size
-from timeviper_platform.data.video.sampling import count_samples, sample_times
+from timeviper_platform.data.video.sampling import count_frames, sample_times
 from timeviper_platform.data.video_worker.frame_source import DecodeConfig
 from timeviper_platform.data.video_worker.isolated import IsolatedProbes
 
@@ -215,7 +215,7 @@ def plan_item(item: Medium, spec: PlanSpec) -> PlannedMedium:
     sha256 = item.sha256 or (sha256_of(item.uri, spec.limits) if spec.hash_mode == "sha256" else None)
     start = exact(item.start_seconds or 0.0)
     end = item.duration_seconds if item.end_seconds is None else min(item.duration_seconds, exact(item.end_seconds))
-    count = 1 if item.modality == "image" else count_samples(start, end, spec.fps)
+    count = 1 if item.modality == "image" else count_frames(start, end, spec.fps)
     _check_count(item, count, item.duration_seconds, spec.limits)
     version = sha256 or file.text
     if item.start_seconds is not None or item.end_seconds is not None:
@@ -363,7 +363,7 @@ def _check_count(item: Medium, count: int, end: Fraction, limits: MediaLimits) -
             f"{source_name(item.uri)}: no sample lies in {item.start_seconds}..{item.end_seconds} of {float(end)} s"
         )
         raise DecodeError("probe", ErrorType.EMPTY_RANGE, message)
-    if count > limits.max_samples:
+    if count > limits.max_frames:
         name = source_name(item.uri)
-        message = f"{name}: {count} samples are past {limits.max_samples = }; raise it if the header tells the truth"
+        message = f"{name}: {count} samples are past {limits.max_frames = }; raise it if the header tells the truth"
         raise DecodeError("probe", ErrorType.TOO_MANY_FRAMES, message)

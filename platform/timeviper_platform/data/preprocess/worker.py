@@ -28,7 +28,7 @@ from timeviper_platform.data.plan.segments import Segment, WriteTask
 from timeviper_platform.data.store.writer import ROW_GROUP_BYTES, Row, features_bytes, write_file
 from timeviper_platform.data.video.frames import FrameBatch
 from timeviper_platform.data.video.reader import check_backend
-from timeviper_platform.data.video_worker.frame_source import DecodeConfig, FrameRequest, FrameSource, LocalFrames
+from timeviper_platform.data.video_worker.frame_source import DecodeConfig, DecodeRequest, FrameSource, LocalFrames
 from timeviper_platform.data.video_worker.isolated import IsolatedFrames
 
 
@@ -142,13 +142,13 @@ class SegmentDecoder:
 
         A child decodes ahead of what is taken.
         """
-        requests = (FrameRequest(s.uri, s.modality, s.times(self._spec.fps)) for s in segments)
+        requests = (DecodeRequest(s.uri, s.modality, s.times(self._spec.fps)) for s in segments)
         results = _Timed(self._source.decode(requests))
         for segment in segments:
             before = results.cpu_seconds
             decoded = next(results)
             self.cpu_seconds += results.cpu_seconds - before + decoded.cpu_seconds
-            found = _checked(segment, decoded.found)
+            found = _checked(segment, decoded.frames)
             frames, error = (None, found) if isinstance(found, DecodeError) else (found, None)
             yield DecodedSegment(segment, frames, error, decoded.seconds)
 

@@ -17,7 +17,7 @@ from timeviper_platform.common import storage
 from timeviper_platform.data.media.container import DecodeError, ErrorType, MediaLimits, is_local_file
 from timeviper_platform.data.video.frames import MAX_TAIL_SECONDS, BackendUnfitError, FrameBatch
 from timeviper_platform.data.video.orientation import UPRIGHT
-from timeviper_platform.data.video.stream_info import StreamFacts, read_stream_facts
+from timeviper_platform.data.video.stream_info import StreamInfo, read_stream_info
 
 ROUNDING_SECONDS = 1e-5
 """decord states PTS as float32 seconds; at ten minutes they are 6e-5 apart, rounded by half of that."""
@@ -52,7 +52,7 @@ class DecordReader:
         if isinstance(source, bytes) or not is_local_file(source):
             raise BackendUnfitError("decord is given whole local files alone, as it copies all others many times over")
         self._name, self._size = source, image_size
-        self._facts = read_stream_facts(source, limits or MediaLimits())
+        self._facts = read_stream_info(source, limits or MediaLimits())
         _check_fit(self._facts)
         path = storage.split_uri(source)[1]
         self._errors = (decord.DECORDError, decord.DECORDLimitReachedError)
@@ -88,7 +88,7 @@ class DecordReader:
         return np.empty((0, self._size, self._size, 3), np.uint8)
 
 
-def _check_fit(facts: StreamFacts) -> None:
+def _check_fit(facts: StreamInfo) -> None:
     """Passes for what decord may be right about."""
     if facts.starts_anywhere:
         raise BackendUnfitError("decord does not find frames in a format whose clock starts anywhere")
@@ -100,7 +100,7 @@ def _check_fit(facts: StreamFacts) -> None:
         raise BackendUnfitError("decord turns few kinds of files upright, and mirrors none")
 
 
-def _check_times(seconds: np.ndarray, facts: StreamFacts) -> None:
+def _check_times(seconds: np.ndarray, facts: StreamInfo) -> None:
     """Passes when decord's times are those of the packets."""
     expected = facts.ticks * float(facts.time_base)
     tolerance = np.maximum(ROUNDING_SECONDS, expected * np.finfo(np.float32).eps)

@@ -31,7 +31,7 @@ from timeviper_platform.data.media.container import (
 )
 from timeviper_platform.data.media.probe import probe_media
 from timeviper_platform.data.video.frames import BackendUnfitError, FrameBatch, VideoReader
-from timeviper_platform.data.video.sampling import count_samples, sample_times, select_frames
+from timeviper_platform.data.video.sampling import FrameSelection, count_frames, sample_times, select_frames
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ def read_frames(
     *,
     fps: Fraction = Fraction(1),
     max_frames: int | None = None,
-    mode: Literal["uniform", "first"] = "uniform",
+    frame_selection: FrameSelection = "uniform",
     limits: MediaLimits | None = None,
     backend: Backend = "pyav",
 ) -> FrameBatch:
@@ -147,7 +147,15 @@ def read_frames(
         DecodeError: when it is no medium, is past a limit, or not one frame decodes.
     """
     batches = list(
-        iter_frames(source, image_size, fps=fps, max_frames=max_frames, mode=mode, limits=limits, backend=backend)
+        iter_frames(
+            source,
+            image_size,
+            fps=fps,
+            max_frames=max_frames,
+            frame_selection=frame_selection,
+            limits=limits,
+            backend=backend,
+        )
     )
     return FrameBatch(
         np.concatenate([batch.frames for batch in batches]),
@@ -163,7 +171,7 @@ def iter_frames(
     *,
     fps: Fraction = Fraction(1),
     max_frames: int | None = None,
-    mode: Literal["uniform", "first"] = "uniform",
+    frame_selection: FrameSelection = "uniform",
     limits: MediaLimits | None = None,
     backend: Backend = "pyav",
     frames_per_batch: int = 64,
@@ -178,12 +186,14 @@ def iter_frames(
     if probe.modality == "image":
         yield read_image(source, image_size, limits=limits)
         return
-    count = count_samples(Fraction(0), probe.duration_seconds, fps)
-    if count > limits.max_samples:
-        message = f"{count} samples at {float(fps)} fps are past {limits.max_samples = }"
+    count = count_frames(Fraction(0), probe.duration_seconds, fps)
+    if count > limits.max_frames:
+        message = f"{count} samples at {float(fps)} fps are past {limits.max_frames = }"
         raise DecodeError("decode_video", ErrorType.TOO_MANY_FRAMES, message)
     grid = sample_times(Fraction(0), fps, 0, count)
-    times = [grid[k] for k in select_frames([float(t) for t in grid], max_frames=max_frames, mode=mode)]
+    times = [
+        grid[k] for k in select_frames([float(t) for t in grid], max_frames=max_frames, frame_selection=frame_selection)
+    ]
     reader = open_video(source, image_size, limits=limits, backend=backend)
     num_frames = 0
     try:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from fractions import Fraction
+from typing import Literal
 
 import numpy as np
 
-if TYPE_CHECKING:
-    pass
-from fractions import Fraction
+FrameSelection = Literal["uniform", "first"]
 
 
 def select_frames(
     pts_seconds: Sequence[float] | np.ndarray,
     *,
     max_frames: int | None,
-    mode: Literal["uniform", "first"] = "uniform",
+    frame_selection: FrameSelection = "uniform",
     start_seconds: float | None = None,
     end_seconds: float | None = None,
 ) -> list[int]:
@@ -32,7 +31,7 @@ def select_frames(
     Args:
         pts_seconds: (F,) ascending; a medium's `times_seconds` where the sampled t rather than the PTS shall count.
         max_frames: None keeps all.
-        mode: how to thin.
+        frame_selection: how to thin.
         start_seconds: None = from the beginning.
         end_seconds: None = to the end.
 
@@ -53,7 +52,7 @@ def select_frames(
     count = len(inside)
     if max_frames is None or count <= max_frames:
         chosen = inside
-    elif mode == "first":
+    elif frame_selection == "first":
         chosen = inside[:max_frames]
     elif max_frames == 1:
         chosen = inside[(count - 1) // 2 :][:1]
@@ -83,6 +82,6 @@ def sample_times(start_seconds: Fraction, fps: Fraction, first_frame: int, num_f
     return [start_seconds + k / fps for k in range(first_frame, first_frame + num_frames)]
 
 
-def count_samples(start_seconds: Fraction, end_seconds: Fraction, fps: Fraction) -> int:
+def count_frames(start_seconds: Fraction, end_seconds: Fraction, fps: Fraction) -> int:
     """How many k >= 0 have start + k / fps < end: 597 for 596.46 s at 1 fps from 0."""
     return max(0, math.ceil((end_seconds - start_seconds) * fps))

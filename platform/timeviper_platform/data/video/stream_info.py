@@ -25,7 +25,7 @@ from timeviper_platform.data.video.orientation import UPRIGHT, Orientation, orie
 
 
 @dataclass(frozen=True, slots=True)
-class StreamFacts:
+class StreamInfo:
     """Of the first real video stream."""
 
     index: int
@@ -45,7 +45,7 @@ class StreamFacts:
     orientation: Orientation
 
 
-def read_stream_facts(source: str | bytes, limits: MediaLimits) -> StreamFacts:
+def read_stream_info(source: str | bytes, limits: MediaLimits) -> StreamInfo:
     """Facts of a video.
 
     Raises:
@@ -74,7 +74,7 @@ def read_stream_facts(source: str | bytes, limits: MediaLimits) -> StreamFacts:
                 continue
             stamps.append(packet.pts)
             end_tick = max(end_tick, packet.pts + (packet.duration or frame_ticks))
-        return StreamFacts(
+        return StreamInfo(
             index=stream.index,
             num_video_streams=num_video_streams,
             time_base=time_base,

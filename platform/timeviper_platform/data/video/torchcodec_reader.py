@@ -21,7 +21,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from timeviper_platform.common import storage
 from timeviper_platform.data.media.container import DecodeError, ErrorType, MediaLimits, is_local_file, source_name
 from timeviper_platform.data.video.frames import MAX_TAIL_SECONDS, BackendUnfitError, FrameBatch
-from timeviper_platform.data.video.stream_info import read_stream_facts
+from timeviper_platform.data.video.stream_info import read_stream_info
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class TorchcodecReader:
         if not isinstance(source, bytes) and not is_local_file(source):
             raise BackendUnfitError(f"{backend} is given whole local files and bytes alone")
         self._name, self._size = source_name(source), image_size
-        facts = read_stream_facts(source, limits or MediaLimits())
+        facts = read_stream_info(source, limits or MediaLimits())
         if not facts.is_timed:
             raise BackendUnfitError("its packets do not say when their frames are shown")
         self._origin = float(facts.origin * facts.time_base)

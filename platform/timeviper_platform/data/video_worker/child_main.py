@@ -37,7 +37,7 @@ from timeviper_platform.data.media.medium import HEADER_FIELDS
 from timeviper_platform.data.media.probe import PROBE_THREADS, probe_media
 from timeviper_platform.data.video.frames import FrameBatch
 from timeviper_platform.data.video.reader import read_frames
-from timeviper_platform.data.video_worker.frame_source import DecodeConfig, FrameRequest, LocalFrames, decode_stage
+from timeviper_platform.data.video_worker.frame_source import DecodeConfig, DecodeRequest, LocalFrames, decode_stage
 
 JOB = struct.Struct("<IQ")
 ANSWER = struct.Struct("<I")
@@ -97,7 +97,7 @@ class JobRunner:
             step = job["keyframe_step"] and Fraction(*job["keyframe_step"])
             self._source = LocalFrames(job["image_size"], _limits(job), config, step)
         for uri, modality, times in job["requests"]:
-            request = FrameRequest(
+            request = DecodeRequest(
                 uri, modality, [Fraction(numerator, denominator) for numerator, denominator in times]
             )
             began, cpu_seconds = time.perf_counter(), self._cpu_seconds
@@ -106,7 +106,7 @@ class JobRunner:
             yield answer | {"seconds": seconds, "cpu_seconds": self._cpu_seconds - cpu_seconds}, frames
 
 
-def _frames(source: LocalFrames, request: FrameRequest) -> _Answer:
+def _frames(source: LocalFrames, request: DecodeRequest) -> _Answer:
     return _answer(source.frames(request))
 
 

@@ -50,7 +50,7 @@ class DecodeConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class FrameRequest:
+class DecodeRequest:
     """Frames that are wanted of one medium."""
 
     uri: str
@@ -60,10 +60,10 @@ class FrameRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class Decoded:
+class DecodeResult:
     """What became of a request."""
 
-    found: FrameBatch | DecodeError
+    frames: FrameBatch | DecodeError
     seconds: float
     """that it took where it was decoded"""
     cpu_seconds: float = 0.0
@@ -73,7 +73,7 @@ class Decoded:
 class FrameSource(Protocol):
     """Where frames come from."""
 
-    def decode(self, requests: Iterable[FrameRequest]) -> Iterator[Decoded]:
+    def decode(self, requests: Iterable[DecodeRequest]) -> Iterator[DecodeResult]:
         """The frames on screen at the times of each request, in order, or why there are none to have."""
 
 
@@ -97,7 +97,7 @@ class LocalFrames:
             keyframe_step=self.keyframe_step,
         )
 
-    def decode(self, requests: Iterable[FrameRequest]) -> Iterator[Decoded]:
+    def decode(self, requests: Iterable[DecodeRequest]) -> Iterator[DecodeResult]:
         """See `FrameSource.decode`."""
         for request in requests:
             started = time.perf_counter()
@@ -105,9 +105,9 @@ class LocalFrames:
                 found: FrameBatch | DecodeError = self.frames(request)
             except DecodeError as error:
                 found = error
-            yield Decoded(found, time.perf_counter() - started)
+            yield DecodeResult(found, time.perf_counter() - started)
 
-    def frames(self, request: FrameRequest) -> FrameBatch:
+    def frames(self, request: DecodeRequest) -> FrameBatch:
         """The frames of one request.
 
         Raises:
@@ -120,7 +120,7 @@ class LocalFrames:
         except storage.StorageUnavailableError as error:  # not for good: the next run tries again
             raise DecodeError(decode_stage(request.modality), ErrorType.READ_FAILED, str(error)) from error
 
-    def _read(self, request: FrameRequest) -> FrameBatch:
+    def _read(self, request: DecodeRequest) -> FrameBatch:
         if request.modality == "image":
             return read_image(request.uri, self.image_size, limits=self.limits)
         return self._pool.sample(request.uri, request.times)

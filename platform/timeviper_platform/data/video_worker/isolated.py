@@ -23,7 +23,7 @@ from timeviper_platform.data.media.medium import Medium
 from timeviper_platform.data.media.probe import PROBE_THREADS
 from timeviper_platform.data.video.frames import FrameBatch
 from timeviper_platform.data.video_worker.child_process import ChildDiedError, ChildLimits, DecodeChild
-from timeviper_platform.data.video_worker.frame_source import DecodeConfig, Decoded, FrameRequest, decode_stage
+from timeviper_platform.data.video_worker.frame_source import DecodeConfig, DecodeRequest, DecodeResult, decode_stage
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ NAP_SECONDS = 0.01
 class _Job:
     """Requests that the child was given together, those without an answer yet."""
 
-    requests: deque[FrameRequest]
+    requests: deque[DecodeRequest]
     memory: np.ndarray | None = None
     """(bytes,) uint8: the frames of all of them, one after the other; None where the child has ended"""
     num_bytes: int = 0
@@ -68,7 +68,7 @@ class IsolatedFrames:
     def __post_init__(self) -> None:
         self._child = self._start()
 
-    def decode(self, requests: Iterable[FrameRequest]) -> Iterator[Decoded]:
+    def decode(self, requests: Iterable[DecodeRequest]) -> Iterator[DecodeResult]:
         """See `FrameSource.decode`; requests are taken ahead of their results."""
         groups, jobs = _groups(requests), deque[_Job]()
         try:
@@ -85,7 +85,7 @@ class IsolatedFrames:
             if any(job.requests for job in jobs):  # nobody waits for what the child still does
                 self._end_child()
 
-    def _next(self, jobs: deque[_Job]) -> Decoded:
+    def _next(self, jobs: deque[_Job]) -> DecodeResult:
         """What becomes of the first request; it is tried again when the child dies: something else may have killed
         it."""
         request = jobs[0].requests[0]
@@ -108,7 +108,7 @@ class IsolatedFrames:
                 jobs, DecodeError(stage, ErrorType.DECODER_CRASHED, f"{name}: {error}, twice"), is_sent=True
             )
 
-    def _answered(self, jobs: deque[_Job]) -> Decoded:
+    def _answered(self, jobs: deque[_Job]) -> DecodeResult:
         """The first request's result as the child says it."""
         job = jobs[0]
         if self._child is None or job.memory is None:
@@ -118,19 +118,19 @@ class IsolatedFrames:
         storage.add_retries(answer["retries"])
         costs = answer["seconds"], answer["cpu_seconds"]
         if "error" in answer:
-            return Decoded(_error_of(answer), *costs)
+            return DecodeResult(_error_of(answer), *costs)
         shape = (answer["num_frames"], self.image_size, self.image_size, 3)
         start, job.num_bytes = job.num_bytes, job.num_bytes + math.prod(shape)
         pts, shown_for = np.array(answer["pts_seconds"], float), np.array(answer["times_seconds"], float)
         pixels = job.memory[start : job.num_bytes].reshape(shape)
-        return Decoded(FrameBatch(pixels, pts, shown_for, answer["num_missing"]), *costs)
+        return DecodeResult(FrameBatch(pixels, pts, shown_for, answer["num_missing"]), *costs)
 
-    def _failed(self, jobs: deque[_Job], error: DecodeError, *, is_sent: bool = False) -> Decoded:
+    def _failed(self, jobs: deque[_Job], error: DecodeError, *, is_sent: bool = False) -> DecodeResult:
         """The first request's result where the child has none; what it was given with it is sent again."""
         jobs[0].requests.popleft()
         if is_sent:
             self._send_again(jobs)
-        return Decoded(error, 0.0, 0.0)
+        return DecodeResult(error, 0.0, 0.0)
 
     def _send_again(self, jobs: Iterable[_Job]) -> None:
         """Gives a fresh child all that has no answer yet."""
@@ -170,9 +170,9 @@ class IsolatedFrames:
             self._child = None
 
 
-def _groups(requests: Iterable[FrameRequest]) -> Iterator[list[FrameRequest]]:
+def _groups(requests: Iterable[DecodeRequest]) -> Iterator[list[DecodeRequest]]:
     """Requests in order, as many together as have at most MAX_FRAMES_A_JOB frames."""
-    group: list[FrameRequest] = []
+    group: list[DecodeRequest] = []
     num_frames = 0
     for request in requests:
         if group and num_frames + len(request.times) > MAX_FRAMES_A_JOB:

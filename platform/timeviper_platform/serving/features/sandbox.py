@@ -79,7 +79,7 @@ class DecodeSandbox:
     async def decode(self, source: MediaFile | MediaBytes, *, fps: float, max_frames: int) -> DecodedMedium | Refusal:
         """The medium's frames at `fps`, thinned to `max_frames`; or why there are none."""
         data = source.data if isinstance(source, MediaBytes) else b""
-        limits = MediaLimits(max_pixels=self._config.max_pixels, max_samples=self._config.max_samples)
+        limits = MediaLimits(max_pixels=self._config.max_pixels, max_frames=self._config.max_samples)
         job = {
             "kind": "medium",
             "uri": source.uri if isinstance(source, MediaFile) else None,

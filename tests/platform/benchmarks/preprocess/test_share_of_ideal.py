@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from reference.made_media import make_video
+from reference.synthetic_media import make_video
 from timeviper_platform.benchmarks.preprocess import other_pipelines as pipelines_benchmark
 from timeviper_platform.benchmarks.preprocess import share_of_ideal as preprocess_benchmark
 from timeviper_platform.benchmarks.preprocess.other_pipelines import (

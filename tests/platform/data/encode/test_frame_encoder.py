@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from reference.made_media import make_encoder
+from reference.synthetic_media import make_encoder
 from timeviper_model.layers.projector import combine_towers
 from timeviper_platform.data.encode.frame_encoder import FrameEncoder, TowerConfig, VisionTowerConfig, resize_frames
 from timeviper_platform.data.encode.recipe import recipe_hash

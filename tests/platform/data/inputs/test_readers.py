@@ -17,12 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from reference.made_media import make_encoder, make_video, picture
+from reference.synthetic_media import make_encoder, make_video, picture
 from timeviper_platform.common.hash_table import HashTable
 from timeviper_platform.data.encode.frame_encoder import VisionTowerConfig
 from timeviper_platform.data.inputs.readers import read_pages
 from timeviper_platform.data.media.container import ErrorType, open_binary
-from timeviper_platform.data.media.locations import CellPart, RangePart, parse_part
+from timeviper_platform.data.media.locations import CellLocation, RangeLocation, parse_location
 from timeviper_platform.data.media.medium import Medium, media_id_of
 from timeviper_platform.data.media.probe import file_version
 from timeviper_platform.data.plan.segments import PlanSpec, plan_page
@@ -224,9 +224,9 @@ def test_columns_that_guess_differently_later_are_read(tmp_path: Path) -> None:
 
 
 def test_addresses_of_parts_come_back() -> None:
-    for part in (RangePart("s3://b/a#1.tar", 512, 7), CellPart("/x/y.parquet", "image.bytes", 3, 41)):
-        assert parse_part(part.address()) == part
-    assert parse_part("/videos/a#1.mp4") is None
+    for part in (RangeLocation("s3://b/a#1.tar", 512, 7), CellLocation("/x/y.parquet", "image.bytes", 3, 41)):
+        assert parse_location(part.address()) == part
+    assert parse_location("/videos/a#1.mp4") is None
 
 
 @given(st.lists(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9)), max_size=30), max_size=8))

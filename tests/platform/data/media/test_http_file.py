@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from reference.made_media import make_video, picture
+from reference.synthetic_media import make_video, picture
 from timeviper_platform.common import storage
 from timeviper_platform.data.media import http_file as web_source
 from timeviper_platform.data.media.container import DecodeError, ErrorType, MediaLimits, open_binary
@@ -21,7 +21,7 @@ from timeviper_platform.data.media.medium import Medium
 from timeviper_platform.data.media.probe import file_version
 from timeviper_platform.data.plan.segments import PlanSpec, plan_page
 from timeviper_platform.data.video.reader import read_frames
-from timeviper_platform.data.video_worker.frame_source import DecodeConfig, Decoded, FrameRequest, LocalFrames
+from timeviper_platform.data.video_worker.frame_source import DecodeConfig, DecodeRequest, DecodeResult, LocalFrames
 
 HERE = DecodeConfig(isolation="none")
 LIMITS = MediaLimits(allowed_domains=("127.0.0.1",), max_download_bytes=1 << 20)
@@ -213,10 +213,10 @@ def test_dead_links_have_their_reasons(server: Server, status: int, kind: ErrorT
     assert server.asked["x.jpg"] == attempts
 
 
-def decoded(url: str) -> Decoded:
+def decoded(url: str) -> DecodeResult:
     """What decoding says of a picture whose headers were read some time ago."""
     config = DecodeConfig(isolation="none")
-    (found,) = LocalFrames(32, LIMITS, config).decode([FrameRequest(url, "image", [Fraction(0)])])
+    (found,) = LocalFrames(32, LIMITS, config).decode([DecodeRequest(url, "image", [Fraction(0)])])
     return found
 
 
@@ -234,7 +234,7 @@ def test_links_that_die_after_planning_have_the_same_reasons(
 ) -> None:
     caplog.set_level("INFO")
     server.statuses["x.jpg"] = [status] * 99
-    error = decoded(server.url("x.jpg?token=secret")).found
+    error = decoded(server.url("x.jpg?token=secret")).frames
     assert isinstance(error, DecodeError)
     assert (error.stage, error.error_type) == ("decode_image", kind)
     assert server.asked["x.jpg"] == attempts
@@ -270,7 +270,7 @@ def test_an_urls_query_is_in_no_message(server: Server) -> None:
 
 def test_a_redirect_that_is_refused_is_not_repeated(server: Server) -> None:
     server.redirects["away"] = "gopher://127.0.0.1/a?token=secret"
-    error = decoded(server.url("away")).found
+    error = decoded(server.url("away")).frames
     assert isinstance(error, DecodeError)
     assert "HTTP 302 Found" in error.message
     assert "secret" not in error.message

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from reference.made_media import make_video
+from reference.synthetic_media import make_video
 from timeviper_platform.data.media.container import ErrorType, MediaLimits
 from timeviper_platform.data.media.medium import Medium
 from timeviper_platform.data.plan.segments import (
@@ -23,7 +23,7 @@ from timeviper_platform.data.plan.segments import (
     plan_page,
     segments_of,
 )
-from timeviper_platform.data.video.sampling import count_samples
+from timeviper_platform.data.video.sampling import count_frames
 from timeviper_platform.data.video_worker.frame_source import DecodeConfig
 
 
@@ -37,10 +37,10 @@ def segments(items: list[Medium], fps: str = "1", **changes: object) -> list[Seg
 
 
 def test_there_is_a_sample_for_every_second_that_has_begun() -> None:
-    assert count_samples(Fraction(0), Fraction("596.4583"), Fraction(1)) == 597
-    assert count_samples(Fraction(0), Fraction(596), Fraction(1)) == 596
-    assert count_samples(Fraction(1, 2), Fraction(3), Fraction(2)) == 5
-    assert count_samples(Fraction(3), Fraction(3), Fraction(1)) == 0
+    assert count_frames(Fraction(0), Fraction("596.4583"), Fraction(1)) == 597
+    assert count_frames(Fraction(0), Fraction(596), Fraction(1)) == 596
+    assert count_frames(Fraction(1, 2), Fraction(3), Fraction(2)) == 5
+    assert count_frames(Fraction(3), Fraction(3), Fraction(1)) == 0
 
 
 def test_a_video_is_cut_into_segments_of_64(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_bad_media_become_error_rows_in_their_place(tmp_path: Path) -> None:
     ]
     assert table["status"].to_pylist() == ["planned", "error", "error", "planned", "error"]
     assert [error.media_id for error in errors_of(table)] == ["text.mp4", "nowhere.mp4", "late"]
-    long = plan([Medium(str(tmp_path / "clip.mp4"), "long")], limits=MediaLimits(max_samples=4))
+    long = plan([Medium(str(tmp_path / "clip.mp4"), "long")], limits=MediaLimits(max_frames=4))
     assert long["error_type"].to_pylist() == [ErrorType.TOO_MANY_FRAMES]
 
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from reference.made_media import make_encoder
+from reference.synthetic_media import make_encoder
 from timeviper_platform.common import storage
 from timeviper_platform.common.hash_table import HashTable
 from timeviper_platform.data.encode.frame_encoder import VisionTowerConfig

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from reference.made_media import make_encoder, make_video
+from reference.synthetic_media import make_encoder, make_video
 from reference.synthetic_result import synthetic_result
 from timeviper_platform.data.encode.frame_encoder import FrameEncoder, VisionTowerConfig
 from timeviper_platform.data.media.container import MediaLimits

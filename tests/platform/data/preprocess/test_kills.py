@@ -19,8 +19,8 @@ import torch
 import yaml
 
 from reference.killable import kill_after, start
-from reference.made_media import make_encoder, make_video
 from reference.made_store import read_committed
+from reference.synthetic_media import make_encoder, make_video
 from reference.two_nodes import TwoNodes, two_nodes
 from timeviper_platform.data.encode.frame_encoder import VisionTowerConfig
 from timeviper_platform.data.preprocess.ray_graph import ExecutionConfig

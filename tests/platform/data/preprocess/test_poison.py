@@ -15,7 +15,7 @@ import s3fs
 from PIL import Image
 
 from reference.faulty_s3 import Faults
-from reference.made_media import make_encoder, make_sound, make_video
+from reference.synthetic_media import make_encoder, make_sound, make_video
 from timeviper_platform.common import storage
 from timeviper_platform.data.encode.frame_encoder import VisionTowerConfig
 from timeviper_platform.data.media.container import DecodeError

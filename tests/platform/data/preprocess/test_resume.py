@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from reference.made_media import make_video
 from reference.media_corpus import contents, make_config, no_runner
+from reference.synthetic_media import make_video
 from timeviper_platform.data.media.container import MediaLimits
 from timeviper_platform.data.plan.segments import Segment, cut_units
 from timeviper_platform.data.preprocess.estimate import estimate

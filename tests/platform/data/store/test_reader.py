@@ -321,7 +321,7 @@ def test_a_lost_or_damaged_data_file_is_named(tmp_path: Path) -> None:
         (5, {"max_frames": None}, [0, 1, 2, 3, 4]),
         (5, {"max_frames": 9}, [0, 1, 2, 3, 4]),
         (5, {"max_frames": 3}, [0, 2, 4]),
-        (5, {"max_frames": 3, "mode": "first"}, [0, 1, 2]),
+        (5, {"max_frames": 3, "frame_selection": "first"}, [0, 1, 2]),
         (5, {"max_frames": 1}, [2]),
         (5, {"max_frames": 2, "start_seconds": 1}, [1, 4]),
         (5, {"max_frames": None, "start_seconds": 1, "end_seconds": 3}, [1, 2]),

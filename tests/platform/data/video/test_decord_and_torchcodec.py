@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from reference.awkward_videos import KINDS, SIZE
-from reference.made_media import make_video
+from reference.synthetic_media import make_video
 from timeviper_platform.data.media.container import DecodeError
 from timeviper_platform.data.video.decord_reader import DecordReader
 from timeviper_platform.data.video.frames import FrameBatch

@@ -10,7 +10,7 @@ import av
 import numpy as np
 import pytest
 
-from reference.made_media import make_encoder, make_video
+from reference.synthetic_media import make_encoder, make_video
 from timeviper_platform.data.encode.frame_encoder import VisionTowerConfig
 from timeviper_platform.data.media.container import DecodeError, ErrorType, MediaLimits
 from timeviper_platform.data.plan.segments import SamplingConfig
@@ -20,7 +20,7 @@ from timeviper_platform.data.store.verify import verify_store
 from timeviper_platform.data.video.keyframe_reader import KeyframeReader
 from timeviper_platform.data.video.reader import open_video
 from timeviper_platform.data.video.sampling import sample_times
-from timeviper_platform.data.video_worker.frame_source import DecodeConfig, FrameRequest, LocalFrames
+from timeviper_platform.data.video_worker.frame_source import DecodeConfig, DecodeRequest, LocalFrames
 from timeviper_platform.data.video_worker.isolated import IsolatedFrames
 
 SIZE = 32
@@ -76,9 +76,9 @@ def test_segments_agree_with_the_whole_in_any_order(film: Path) -> None:
 
 
 def test_a_child_gives_the_same(film: Path) -> None:
-    requests = [FrameRequest(str(film), "video", sample_times(Fraction(0), STEP, k, 25)) for k in (0, 25, 50)]
+    requests = [DecodeRequest(str(film), "video", sample_times(Fraction(0), STEP, k, 25)) for k in (0, 25, 50)]
     sources = (kind(SIZE, MediaLimits(), DecodeConfig(), STEP) for kind in (LocalFrames, IsolatedFrames))
-    here, there = ([decoded.found for decoded in source.decode(requests)] for source in sources)
+    here, there = ([decoded.frames for decoded in source.decode(requests)] for source in sources)
     for mine, its in zip(here, there, strict=True):
         assert not isinstance(mine, DecodeError)
         assert not isinstance(its, DecodeError)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reference.made_media import make_video
+from reference.synthetic_media import make_video
 from timeviper_platform.data.video.keyframe_reader import KeyframeReader
 from timeviper_platform.data.video.orientation import Orientation
 from timeviper_platform.data.video.reader import open_video, read_frames

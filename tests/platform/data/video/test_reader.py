@@ -11,13 +11,13 @@ import pytest
 from PIL import Image
 
 from reference.awkward_videos import KINDS, SIZE, seconds
-from reference.made_media import make_sound, make_video, picture
 from reference.plain_sampling import sample_every_frame
+from reference.synthetic_media import make_sound, make_video, picture
 from timeviper_platform.data.media.container import DecodeError, ErrorType, MediaLimits
 from timeviper_platform.data.media.probe import probe_media
 from timeviper_platform.data.video.frames import FrameBatch
 from timeviper_platform.data.video.reader import DecoderPool, iter_frames, open_video, read_frames
-from timeviper_platform.data.video.sampling import count_samples
+from timeviper_platform.data.video.sampling import count_frames
 
 
 @pytest.mark.parametrize("name", [name for name in KINDS if not name.endswith(".ts")])
@@ -25,7 +25,7 @@ from timeviper_platform.data.video.sampling import count_samples
 def test_sampled_frames_equal_those_of_decoding_everything(videos: dict[str, Path], name: str, fps: int) -> None:
     path = videos[name]
     probe = probe_media(str(path))
-    times = seconds(count_samples(Fraction(0), probe.duration_seconds, Fraction(fps)), fps)
+    times = seconds(count_frames(Fraction(0), probe.duration_seconds, Fraction(fps)), fps)
     expected_pts, expected = sample_every_frame(path, times, SIZE)
     reader = open_video(str(path), SIZE)
     batches = [reader.sample(times[start : start + 5]) for start in range(0, len(times), 5)]
@@ -136,7 +136,7 @@ def test_bytes_and_files_decode_alike(videos: dict[str, Path]) -> None:
 def test_thinning_takes_the_same_frames_as_the_store_would(videos: dict[str, Path]) -> None:
     whole = read_frames(str(videos["b_frames.mp4"]), SIZE)
     uniform = read_frames(str(videos["b_frames.mp4"]), SIZE, max_frames=4)
-    first = read_frames(str(videos["b_frames.mp4"]), SIZE, max_frames=4, mode="first")
+    first = read_frames(str(videos["b_frames.mp4"]), SIZE, max_frames=4, frame_selection="first")
     assert np.array_equal(uniform.frames, whole.frames[[0, 3, 6, 9]])
     assert np.array_equal(first.frames, whole.frames[:4])
 
@@ -205,7 +205,7 @@ def test_limits_are_checked_before_decoding(tmp_path: Path) -> None:
     Image.new("RGB", (100, 100)).save(tmp_path / "big.png")
     for path, limits, expected in (
         ("clip.mp4", MediaLimits(max_pixels=64 * 48 - 1), ErrorType.TOO_MANY_PIXELS),
-        ("clip.mp4", MediaLimits(max_samples=9), ErrorType.TOO_MANY_FRAMES),
+        ("clip.mp4", MediaLimits(max_frames=9), ErrorType.TOO_MANY_FRAMES),
         ("big.png", MediaLimits(max_pixels=9999), ErrorType.TOO_MANY_PIXELS),
     ):
         with pytest.raises(DecodeError) as caught:

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from reference.made_media import make_video
+from reference.synthetic_media import make_video
 from timeviper_platform.common import storage
 from timeviper_platform.common.listing import FileVersion
 from timeviper_platform.data.media.container import DecodeError, ErrorType, MediaLimits, Modality, reading
@@ -34,7 +34,7 @@ from timeviper_platform.data.video.frames import FrameBatch
 from timeviper_platform.data.video.sampling import sample_times
 from timeviper_platform.data.video_worker import child_process as isolation
 from timeviper_platform.data.video_worker import isolated as isolated_sources
-from timeviper_platform.data.video_worker.frame_source import DecodeConfig, FrameRequest, FrameSource, LocalFrames
+from timeviper_platform.data.video_worker.frame_source import DecodeConfig, DecodeRequest, FrameSource, LocalFrames
 from timeviper_platform.data.video_worker.isolated import IsolatedFrames, IsolatedProbes
 
 SIZE = 32
@@ -64,10 +64,10 @@ def frames(
     source: FrameSource, uri: str, modality: Modality = "video", times: Sequence[Fraction] = TIMES
 ) -> FrameBatch:
     """Those of one request."""
-    (decoded,) = source.decode([FrameRequest(uri, modality, times)])
-    if isinstance(decoded.found, DecodeError):
-        raise decoded.found
-    return decoded.found
+    (decoded,) = source.decode([DecodeRequest(uri, modality, times)])
+    if isinstance(decoded.frames, DecodeError):
+        raise decoded.frames
+    return decoded.frames
 
 
 def failure(source: FrameSource, uri: str) -> tuple[str, ErrorType, str]:
@@ -83,11 +83,11 @@ def test_nobody_looks_for_an_answer_again_at_once_where_there_is_none_yet(
     for number in range(300):
         path = tmp_path / f"{number}.png"
         Image.new("RGB", (64, 48), (number % 256, 7, 9)).save(path)
-        requests.append(FrameRequest(str(path), "image", [Fraction(0)]))
+        requests.append(DecodeRequest(str(path), "image", [Fraction(0)]))
     naps: list[float] = []
     sleep = time.sleep
     monkeypatch.setattr(isolation.time, "sleep", lambda seconds: (naps.append(seconds), sleep(0.05)))
-    found = [decoded.found for decoded in source.decode(requests)]
+    found = [decoded.frames for decoded in source.decode(requests)]
     reds = [int(batch.frames[0, 0, 0, 0]) for batch in found if isinstance(batch, FrameBatch)]
     assert reds == [number % 256 for number in range(300)]
     assert set(naps) == {isolated_sources.NAP_SECONDS}
@@ -166,9 +166,9 @@ def test_a_child_that_something_else_killed_costs_nothing(source: IsolatedFrames
     assert np.array_equal(frames(source, film).frames, expected.frames)
 
 
-def described(source: FrameSource, requests: Sequence[FrameRequest]) -> list[object]:
+def described(source: FrameSource, requests: Sequence[DecodeRequest]) -> list[object]:
     """What became of each request, so that it can be compared."""
-    found = [decoded.found for decoded in source.decode(requests)]
+    found = [decoded.frames for decoded in source.decode(requests)]
     return [
         (one.stage, one.error_type)
         if isinstance(one, DecodeError)
@@ -178,38 +178,38 @@ def described(source: FrameSource, requests: Sequence[FrameRequest]) -> list[obj
 
 
 @pytest.fixture
-def requests(film: str, tmp_path: Path) -> list[FrameRequest]:
+def requests(film: str, tmp_path: Path) -> list[DecodeRequest]:
     """Pictures, of which each is another, stretches of a film, and two files that are neither: several jobs."""
-    made = [FrameRequest(film, "video", TIMES[start : start + 8]) for start in range(0, 16, 4)] * 10
+    made = [DecodeRequest(film, "video", TIMES[start : start + 8]) for start in range(0, 16, 4)] * 10
     for number in range(100):
         Image.new("RGB", (40, 30), (number, 200, 30)).save(tmp_path / f"{number}.png")
-        made.insert(number, FrameRequest(str(tmp_path / f"{number}.png"), "image", TIMES[:1]))
+        made.insert(number, DecodeRequest(str(tmp_path / f"{number}.png"), "image", TIMES[:1]))
     (tmp_path / "text.mp4").write_text("no video")
     for place, name in ((3, "text.mp4"), (90, "nowhere.mp4")):
-        made.insert(place, FrameRequest(str(tmp_path / name), "video", TIMES))
+        made.insert(place, DecodeRequest(str(tmp_path / name), "video", TIMES))
     return made
 
 
 def test_results_of_many_requests_come_in_order_and_next_to_each_other(
-    source: IsolatedFrames, requests: list[FrameRequest]
+    source: IsolatedFrames, requests: list[DecodeRequest]
 ) -> None:
     assert described(source, requests) == described(LocalFrames(SIZE, MediaLimits(), CONFIG), requests)
     assert described(source, []) == []
 
 
 def test_the_child_decodes_ahead_of_what_is_taken(
-    source: IsolatedFrames, requests: list[FrameRequest], film: str
+    source: IsolatedFrames, requests: list[DecodeRequest], film: str
 ) -> None:
     taken = 0
 
-    def counted() -> Iterator[FrameRequest]:
+    def counted() -> Iterator[DecodeRequest]:
         nonlocal taken
         for request in requests:
             taken += 1
             yield request
 
     results = source.decode(counted())
-    assert isinstance(next(results).found, FrameBatch)
+    assert isinstance(next(results).frames, FrameBatch)
     assert isolated_sources.MAX_FRAMES_A_JOB < taken < len(requests)
     child = source._child
     assert child is not None
@@ -224,10 +224,12 @@ def test_the_child_decodes_ahead_of_what_is_taken(
     assert source._child.pid == pid  # all of its answers were taken
 
 
-def test_a_child_killed_among_many_requests_costs_nothing(source: IsolatedFrames, requests: list[FrameRequest]) -> None:
+def test_a_child_killed_among_many_requests_costs_nothing(
+    source: IsolatedFrames, requests: list[DecodeRequest]
+) -> None:
     expected = described(source, requests)
 
-    def killing_some() -> Iterator[FrameRequest]:
+    def killing_some() -> Iterator[DecodeRequest]:
         for number, request in enumerate(requests):
             if number in (0, 5, 130) and source._child is not None:
                 os.kill(source._child.pid, signal.SIGKILL)
@@ -238,7 +240,7 @@ def test_a_child_killed_among_many_requests_costs_nothing(source: IsolatedFrames
 
 @pytest.mark.usefixtures("broken_readers")
 def test_what_crashes_or_hangs_the_child_among_many_is_one_error_each(
-    requests: list[FrameRequest], film: str, hang: str, tmp_path: Path
+    requests: list[DecodeRequest], film: str, hang: str, tmp_path: Path
 ) -> None:
     crash = tmp_path / "crash.mp4"
     crash.hardlink_to(film)
@@ -249,7 +251,7 @@ def test_what_crashes_or_hangs_the_child_among_many_is_one_error_each(
         (60, hang, ErrorType.DECODER_TIMEOUT),  # given up
         (0, str(crash), ErrorType.DECODER_CRASHED),
     ):
-        requests.insert(place, FrameRequest(uri, "video", TIMES))
+        requests.insert(place, DecodeRequest(uri, "video", TIMES))
         expected.insert(place, ("decode_video", kind))
     source = IsolatedFrames(SIZE, MediaLimits(), replace(CONFIG, deadline_seconds=3.0))
     assert described(source, requests) == expected
