@@ -82,7 +82,7 @@ class MediaInfo:
         clip = select_frames(times, max_frames=None, start_seconds=start_seconds, end_seconds=end_seconds)
         if fps is not None:
             clip = [clip[place] for place in thin_to_fps(times[clip], fps)]
-        chosen = select_frames(times[clip], max_frames=max_frames, mode=frame_selection)
+        chosen = select_frames(times[clip], max_frames=max_frames, frame_selection=frame_selection)
         return [clip[index] for index in chosen]
 
 
