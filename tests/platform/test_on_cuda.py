@@ -19,7 +19,7 @@ from timeviper_model.timeviper import TimeViper
 from timeviper_platform.data.encode.frame_encoder import FrameEncoder, TowerConfig, VisionTowerConfig
 from timeviper_platform.training.batches.collate import dummy_batch
 from timeviper_platform.training.batches.packing import PackPosition
-from timeviper_platform.training.batches.step_batches import MicroBatch, StepBatches
+from timeviper_platform.training.batches.step_batches import MicroBatch, StepBatches, StepCounts
 from timeviper_platform.training.interrupts import Interrupt
 from timeviper_platform.training.step import StepResult, agree, train_step, validation_loss
 from timeviper_platform.training.validation.exact_match import answer_task, exact_match_share
@@ -69,9 +69,8 @@ class PlainEngine:
 def step_of(layouts: list[str]) -> StepBatches:
     batches = [pack([make_sample(layout, seed=number)]) for number, layout in enumerate(layouts)]
     dummy = dummy_batch(batches[0].vision_features.shape[1], pad_token_id=0)
-    return StepBatches(
+    counts = StepCounts(
         step=1,
-        micro_batches=[*(MicroBatch(b, is_dummy=False) for b in batches), MicroBatch(dummy, is_dummy=True)],
         num_targets=sum(int((b.labels >= 0).sum()) for b in batches),
         num_tokens=0,
         num_vision_tokens=0,
@@ -80,8 +79,8 @@ def step_of(layouts: list[str]) -> StepBatches:
         fill=1.0,
         flops=0.0,
         end=PackPosition(0, 0),
-        damaged=[],
     )
+    return StepBatches(counts, [*map(MicroBatch, batches), MicroBatch(dummy, is_dummy=True)])
 
 
 def trained(place: str) -> tuple[StepResult, float, dict[str, torch.Tensor]]:

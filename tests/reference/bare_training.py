@@ -26,7 +26,7 @@ def train_bare(phase: Phase, zero: ZeroConfig) -> list[float]:
     losses = []
     for batches in phase.loader.steps(PackPosition(0, 0), 0, phase.num_steps):
         for own, group in zip(optimizer.param_groups, phase.groups, strict=True):
-            own["lr"] = group.lr * learning_rate_factor(batches.step, phase.num_steps, phase.config.schedule)
+            own["lr"] = group.lr * learning_rate_factor(batches.counts.step, phase.num_steps, phase.config.schedule)
         outputs = [
             phase.model(item.batch.to("cpu", torch.float32), use_transv=phase.config.use_transv).loss_sum
             for item in batches.micro_batches

@@ -20,7 +20,7 @@ from timeviper_model.weights.weights_folder import load_tokenizer
 from timeviper_platform.common import storage
 from timeviper_platform.common.devices import PEAK_FLOPS
 from timeviper_platform.data.store.reader import FeatureStore
-from timeviper_platform.training.batches.packing import PackShape
+from timeviper_platform.training.batches.packing import Pack
 from timeviper_platform.training.batches.rows import missing_sources
 from timeviper_platform.training.batches.sizes import count_rejects
 from timeviper_platform.training.config import PhaseConfig, TrainConfig
@@ -57,7 +57,7 @@ class PlanFacts:
     """entering the language model, and left after every TransV site"""
     num_dummies_per_step: int
     """micro-steps of a full step in which a rank has nothing to do"""
-    largest_pack: PackShape
+    largest_pack: Pack
     mean_pack_flops: float
     """operations that a pack's forward and backward pass need"""
 
@@ -241,11 +241,9 @@ def _plan_facts(
     prepared = prepare_phase(config, name, model, store, tokenizer, rank=0, world_size=config.workers.max_workers)
     phase, table = prepared.config, prepared.plan.table
     packs = prepared.plan.epoch(0)
-    shapes = [prepared.plan.pack_shape(pack) for pack in packs]
-    costs = [sum(tokens_by_layer(model.config, shape, use_transv=phase.use_transv)) for shape in shapes]
+    costs = [sum(tokens_by_layer(model.config, pack, use_transv=phase.use_transv)) for pack in packs]
     flops = [
-        training_flops(model.config, shape, use_transv=phase.use_transv, trains_blocks=trains_blocks)
-        for shape in shapes
+        training_flops(model.config, pack, use_transv=phase.use_transv, trains_blocks=trains_blocks) for pack in packs
     ]
     num_tokens = sum(pack.num_tokens for pack in packs)
     num_ranks = config.workers.max_workers
@@ -256,23 +254,23 @@ def _plan_facts(
         num_steps=prepared.num_steps,
         fill=num_tokens / (len(packs) * phase.packing.max_tokens),
         text_tokens=num_tokens - sum(pack.num_vision_tokens for pack in packs),
-        vision_tokens=_vision_tokens(model.config, shapes, use_transv=phase.use_transv),
+        vision_tokens=_vision_tokens(model.config, packs, use_transv=phase.use_transv),
         num_dummies_per_step=prepared.loader.num_micro_steps * num_ranks - phase.packs_per_step,
-        largest_pack=shapes[int(np.argmax(costs))],
+        largest_pack=packs[int(np.argmax(costs))],
         mean_pack_flops=float(np.mean(flops)),
     )
 
 
-def _full_text_pack(phase: PhaseConfig) -> PackShape:
+def _full_text_pack(phase: PhaseConfig) -> Pack:
     tokens = phase.packing.max_tokens
-    return PackShape(num_tokens=tokens, vision_counts=(), num_targets=tokens)
+    return Pack(num_tokens=tokens, vision_counts=(), num_targets=tokens)
 
 
-def _vision_tokens(config: TimeViperConfig, shapes: Sequence[PackShape], *, use_transv: bool) -> tuple[int, ...]:
+def _vision_tokens(config: TimeViperConfig, packs: Sequence[Pack], *, use_transv: bool) -> tuple[int, ...]:
     """Over all packs: at the entrance and behind each site."""
-    at_entrance = sum(sum(shape.vision_counts) for shape in shapes)
-    num_text = sum(shape.num_tokens for shape in shapes) - at_entrance
-    by_layer = np.sum([tokens_by_layer(config, shape, use_transv=use_transv) for shape in shapes], axis=0) - num_text
+    at_entrance = sum(pack.num_vision_tokens for pack in packs)
+    num_text = sum(pack.num_tokens for pack in packs) - at_entrance
+    by_layer = np.sum([tokens_by_layer(config, pack, use_transv=use_transv) for pack in packs], axis=0) - num_text
     return (at_entrance, *(int(by_layer[site.layer]) for site in config.transv))
 
 

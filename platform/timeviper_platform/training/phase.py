@@ -93,7 +93,7 @@ def prepare_phase(
     _check_tokenizer(tokenizer, model.config)
     builder = SampleBuilder(store, tokenizer, model.config.chat_template, phase.frames)
     rows = SampleRows.read(phase.samples)
-    table, rejects = measure(rows, builder, max_tokens=phase.packing.max_tokens, max_frames=phase.packing.max_frames)
+    table = measure(rows, builder, max_tokens=phase.packing.max_tokens, max_frames=phase.packing.max_frames)
     plan = PackPlan(table, phase.packing, config.seed)
     num_steps = phase.steps or plan.num_steps(phase.packs_per_step, phase.epochs or 1)
     groups = phase_groups(model, phase)
@@ -113,7 +113,7 @@ def prepare_phase(
     validator = build_validator(phase, builder, shape, measure, rank=rank, world_size=world_size)
     logger.info(
         "phase %s: %d samples, %d rejects %s, %d packs in the first epoch, %d steps of %d packs",
-        *(name, len(table), len(rejects), count_rejects(rejects), len(plan.epoch(0))),
+        *(name, len(table), len(table.rejects), count_rejects(table.rejects), plan.num_packs(0)),
         *(num_steps, phase.packs_per_step),
     )
     logger.info("phase %s: %s", name, describe_groups(groups, sum(p.numel() for p in model.parameters())))
@@ -126,7 +126,7 @@ def prepare_phase(
         loader=loader,
         num_steps=num_steps,
         validator=validator,
-        rejects=rejects,
+        rejects=list(table.rejects),
         description={
             "config": config_to_dict(model.config),
             "tokenizer": config.tokenizer,

@@ -143,7 +143,7 @@ class PhaseTrainer:
             state = self._after(state, agreement.batches, agreement.num_damaged)
             seconds = time.perf_counter() - started
             counts = state.global_step, seconds, waited_s, agreement.num_damaged
-            self._row = step_row(self._phase.name, agreement.batches, result, rates, *counts, self._device)
+            self._row = step_row(self._phase.name, agreement.batches.counts, result, rates, *counts, self._device)
             watchdog.mark(state.step, "saving")
             if self._is_due(state.step):
                 self._save(ds_engine, state)
@@ -272,9 +272,9 @@ class PhaseTrainer:
     def _after(state: TrainState, batches: StepBatches, num_damaged: int) -> TrainState:
         return replace(
             state,
-            step=batches.step,
+            step=batches.counts.step,
             global_step=state.global_step + 1,
-            position=batches.end,
+            position=batches.counts.end,
             num_damaged=state.num_damaged + num_damaged,
         )
 
@@ -298,7 +298,7 @@ class PhaseTrainer:
 
     def _step(self, ds_engine: Any, batches: StepBatches) -> tuple[StepResult, dict[str, float]]:
         phase = self._phase
-        factor = learning_rate_factor(batches.step, phase.num_steps, phase.config.schedule)
+        factor = learning_rate_factor(batches.counts.step, phase.num_steps, phase.config.schedule)
         set_groups(ds_engine, phase.groups, factor)
         result = train_step(
             ds_engine,
@@ -334,9 +334,7 @@ class PhaseTrainer:
     @staticmethod
     def _log_damaged(batches: StepBatches) -> None:
         for item in batches.damaged:
-            logger.warning(
-                "step %d: sample %s is left out: %s", batches.step, item.reject.sample_id, item.reject.detail
-            )
+            logger.warning("step %d: sample %s is left out: %s", batches.counts.step, item.sample_id, item.detail)
 
     def _blow_fuse(self, state: TrainState, num_damaged: int) -> None:
         total, limit = state.num_damaged + num_damaged, self._config.loader.max_damaged_samples

@@ -47,11 +47,12 @@ def agree(batches: StepBatches, interrupt: Interrupt, *, device: torch.device) -
     sums = torch.tensor(lost + interrupts, dtype=torch.int64, device=device)
     dist.all_reduce(sums)
     num_samples, num_tokens, num_targets, num_save, num_stop = (int(count) for count in sums.tolist())
-    agreed = batches._replace(
-        num_samples=batches.num_samples - num_samples,
-        num_tokens=batches.num_tokens - num_tokens,
-        num_targets=batches.num_targets - num_targets,
+    counts = batches.counts._replace(
+        num_samples=batches.counts.num_samples - num_samples,
+        num_tokens=batches.counts.num_tokens - num_tokens,
+        num_targets=batches.counts.num_targets - num_targets,
     )
+    agreed = batches._replace(counts=counts)
     return Agreement(
         agreed, num_samples, Interrupt.STOP if num_stop else Interrupt.SAVE if num_save else Interrupt.NONE
     )
@@ -74,14 +75,14 @@ def train_step(
         RuntimeError: when the memory does not suffice.
     """
     largest = max(len(item.batch.input_ids) for item in batches.micro_batches)
-    with out_of_memory_advice(step=batches.step, largest_pack=largest):
+    with out_of_memory_advice(step=batches.counts.step, largest_pack=largest):
         return _train_step(ds_engine, batches, use_transv=use_transv, device=device, dtype=dtype)
 
 
 def _train_step(
     ds_engine: Any, batches: StepBatches, *, use_transv: bool, device: torch.device, dtype: torch.dtype
 ) -> StepResult:
-    scale = loss_scale(max(1, batches.num_targets), dist.get_world_size())
+    scale = loss_scale(max(1, batches.counts.num_targets), dist.get_world_size())
     sums: torch.Tensor | None = None
     losses = []
     for number, item in enumerate(batches.micro_batches, start=1):
@@ -98,7 +99,7 @@ def _train_step(
     assert sums is not None
     dist.all_reduce(sums)
     loss_sum, *num_vision_tokens = sums.tolist()
-    loss = loss_sum / max(1, batches.num_targets)
+    loss = loss_sum / max(1, batches.counts.num_targets)
     grad_norm = float((ds_engine.get_global_grad_norm() if norm is None else norm) or 0.0)
     if not math.isfinite(loss) or not math.isfinite(grad_norm):
         raise FatalTrainingError(_not_finite(batches, loss, grad_norm, torch.stack(losses)))
@@ -131,7 +132,7 @@ def validation_loss(
 def _not_finite(batches: StepBatches, loss: float, grad_norm: float, losses: torch.Tensor) -> str:
     """Says which packs of which rank it came from, as far as their losses tell; collective."""
     own = [
-        (f"pack {item.pack} (samples {', '.join(item.sample_ids)})", finite)
+        (f"pack {item.pack_index} (samples {', '.join(item.sample_ids)})", finite)
         for item, finite in zip(batches.micro_batches, losses.isfinite().tolist(), strict=True)
         if not item.is_dummy
     ]
@@ -141,7 +142,7 @@ def _not_finite(batches: StepBatches, loss: float, grad_norm: float, losses: tor
     guilty = [name for name, finite in packs if not finite]
     where = "in " + "; ".join(guilty or [name for name, _ in packs])
     where = where if guilty else f"though the loss of every pack is finite: a backward pass overflowed {where}"
-    return f"loss is {loss} and the gradient norm {grad_norm} at step {batches.step}, {where}"
+    return f"loss is {loss} and the gradient norm {grad_norm} at step {batches.counts.step}, {where}"
 
 
 def _unpartitioned_norm(ds_engine: Any) -> float | None:

@@ -14,7 +14,7 @@ from reference.training_corpus import Corpus, make_corpus, train_config, train_v
 from timeviper_model.weights.weights_folder import load_tokenizer
 from timeviper_platform.common.devices import Dtype, torch_dtype
 from timeviper_platform.data.store.reader import FeatureStore
-from timeviper_platform.training.batches.packing import PackPosition, PackShape
+from timeviper_platform.training.batches.packing import Pack, PackPosition
 from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.cost.memory import (
     ModelSizes,
@@ -59,7 +59,7 @@ def test_the_plan_is_the_one_that_the_loader_follows(corpus: Corpus) -> None:
     assert facts.num_steps == len(steps)
     assert facts.num_packs == len(batches)
     assert facts.vision_tokens == tuple(left.tolist())
-    assert facts.text_tokens == sum(step.num_tokens - step.num_vision_tokens for step in steps)
+    assert facts.text_tokens == sum(step.counts.num_tokens - step.counts.num_vision_tokens for step in steps)
     assert facts.fill == pytest.approx(sum(len(batch.input_ids) for batch in batches) / (len(batches) * 160))
     assert facts.num_dummies_per_step == 1  # three packs on two ranks
 
@@ -76,7 +76,7 @@ def test_activation_estimates_are_what_autograd_keeps(corpus: Corpus, dtype: Dty
     model = model.to(torch_dtype(dtype))
     batch = next(phase.loader.steps(PackPosition(0, 0), 0, 1)).micro_batches[0].batch.to("cpu", torch_dtype(dtype))
     vision = torch.bincount(batch.segment_ids[batch.vision_index >= 0], minlength=batch.num_segments)
-    shape = PackShape(
+    shape = Pack(
         num_tokens=len(batch.input_ids),
         vision_counts=tuple(vision.tolist()),
         num_targets=int((batch.labels >= 0).sum()),

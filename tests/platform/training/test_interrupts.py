@@ -150,7 +150,7 @@ def test_every_rank_leaves_out_the_same_samples_and_puts_nothing_in_their_place(
             loader = prepared(config, rank=rank, world_size=world_size).loader
             for number, batches in enumerate(loader.steps(PackPosition(0, 0), 0, 8)):
                 used[number] |= {name for item in batches.micro_batches for name in item.sample_ids}
-                lost[number] |= {item.reject.sample_id for item in batches.damaged}
+                lost[number] |= {item.sample_id for item in batches.damaged}
         return used, lost
 
     whole, _ = seen(corpus.features, 1)

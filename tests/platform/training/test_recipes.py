@@ -14,7 +14,7 @@ from timeviper_model.timeviper import TimeViper
 from timeviper_model.weights.weights_folder import from_pretrained, load_tokenizer, save_pretrained
 from timeviper_platform.common.config import load_config
 from timeviper_platform.data.store.reader import FeatureStore
-from timeviper_platform.training.batches.packing import PackShape
+from timeviper_platform.training.batches.packing import Pack
 from timeviper_platform.training.batches.rows import SourceConfig
 from timeviper_platform.training.config import InitConfig, TrainConfig
 from timeviper_platform.training.cost.flops import training_flops
@@ -96,7 +96,7 @@ def test_gpu_hours_of_what_is_not_there_are_those_of_its_samples() -> None:
     alone = {
         (kind.num_frames, kind.num_text_tokens): training_flops(
             tiny,
-            PackShape(
+            Pack(
                 num_tokens=kind.num_frames * tiny.vision.num_tokens_per_frame + kind.num_text_tokens,
                 vision_counts=(kind.num_frames * tiny.vision.num_tokens_per_frame,),
                 num_targets=kind.num_text_tokens,

@@ -26,7 +26,7 @@ from timeviper_platform.benchmarks.gpu.device import (
 )
 from timeviper_platform.benchmarks.measure import Row
 from timeviper_platform.common.devices import device_name, peak_flops
-from timeviper_platform.training.batches.packing import PackShape
+from timeviper_platform.training.batches.packing import Pack
 from timeviper_platform.training.cost.flops import ASSUMED_MFU, training_flops
 from timeviper_platform.training.cost.memory import activation_bytes
 
@@ -154,7 +154,7 @@ def _rows(
 ) -> list[Row]:
     samples, config = made_samples(num_tokens), model.config
     name = f"training on {num_tokens} tokens, {len(samples)} samples {{}} ({words})"
-    pack = PackShape(
+    pack = Pack(
         num_tokens=num_tokens,
         vision_counts=tuple(sample.num_vision_tokens for sample in samples),
         num_targets=sum(label != IGNORE_INDEX for sample in samples for label in sample.labels),
@@ -196,7 +196,7 @@ def _measured(model: TimeViper, batches: list[PackedBatch], device: torch.device
         model.zero_grad(set_to_none=True)
 
 
-def _estimated_bytes(model: TimeViper, pack: PackShape) -> float:
+def _estimated_bytes(model: TimeViper, pack: Pack) -> float:
     """Parameters, their gradients and activations, as a rank of one without an optimizer holds them."""
     states = 2 * sum(parameter.nbytes for parameter in model.parameters())
     return states + activation_bytes(

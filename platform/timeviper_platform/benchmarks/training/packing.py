@@ -50,7 +50,7 @@ def measure_mixture(config: CorpusConfig, packing: PackingConfig) -> SampleTable
         store, tokenizer = FeatureStore.open(corpus.store), load_tokenizer(corpus.tokenizer)
         rows = SampleRows.read([SourceConfig(uri=corpus.samples)])
         builder = SampleBuilder(store, tokenizer, "nemotron", FramesConfig())
-        table, _ = measure_samples(rows, builder, max_tokens=packing.max_tokens, max_frames=packing.max_frames)
+        table = measure_samples(rows, builder, max_tokens=packing.max_tokens, max_frames=packing.max_frames)
     return table
 
 

@@ -136,12 +136,12 @@ class BareLoop:
 
     def _step(self, step: StepBatches) -> None:
         phase = self._phase
-        factor = learning_rate_factor(step.step, phase.num_steps, phase.config.schedule)
+        factor = learning_rate_factor(step.counts.step, phase.num_steps, phase.config.schedule)
         for own, group in zip(self._optimizer.param_groups, phase.groups, strict=True):
             own["lr"] = group.lr * factor
         total = 0.0
         for item in step.micro_batches:
-            loss = phase.model(item.batch, use_transv=phase.config.use_transv).loss_sum / step.num_targets
+            loss = phase.model(item.batch, use_transv=phase.config.use_transv).loss_sum / step.counts.num_targets
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(self._trained, self._zero.max_grad_norm)

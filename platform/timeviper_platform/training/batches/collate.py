@@ -1,73 +1,100 @@
-"""Samples and their stored features to one PackedBatch, and the dummy that stands in for a missing pack.
-
-Knows tensors and the feature store's reader; does not know plans, ranks or losses. A sample whose features are damaged
-is left out and named; nothing takes its place.
-"""
+"""Reads a pack's samples and features into tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from timeviper_model.batching.batch import IGNORE_INDEX, PackedBatch, Sample, TokenKind, pack_samples
-from timeviper_platform.data.store.reader import FeatureStore
-from timeviper_platform.training.batches.samples import MediaFrames, TokenizedSample
+from timeviper_platform.training.batches.samples import Reject, SampleBuilder, TokenizedSample
+from timeviper_platform.training.batches.step_batches import BatchShape, DamagedSample, MicroBatch, PackTask
 
 DUMMY_LENGTH = 2
-"""Tokens of a dummy: the least in which one token precedes another."""
+"""Tokens of a dummy: the shortest sequence in which one token precedes another."""
 
 
-class Collated(NamedTuple):
-    """A pack's tensors."""
+class PackReader:
+    """Turns planned packs into micro-batches. Can be sent to another process.
 
-    batch: PackedBatch | None
-    """None where every sample is damaged"""
-    damaged: dict[int, str]
-    """what is wrong with a sample's features, by its place in the pack"""
-
-
-def read_vision_rows(store: FeatureStore, media: Sequence[MediaFrames], dim: int) -> Tensor:
-    """A sample's vision rows (num_vision_tokens, dim) in bf16; (0, dim) for text alone.
-
-    Raises:
-        RuntimeError: when a data file of the store is gone or damaged, or a row is not finite.
-        StorageUnavailableError: when the store cannot be reached, which says nothing about the sample.
+    Args:
+        builder: must be equal to the builder that the plan was measured with.
+        shape: sizes of the batches.
     """
-    parts = []
-    for item in media:
-        rows = store.read(item.media_id, item.frames).features.reshape(-1, dim)
-        if not bool(rows.isfinite().all()):
-            raise RuntimeError(f"features of {item.media_id!r} in {store.uri} are not finite")
-        parts.append(rows)
-    return torch.cat(parts) if parts else torch.empty(0, dim, dtype=torch.bfloat16)
 
+    def __init__(self, builder: SampleBuilder, shape: BatchShape) -> None:
+        self.builder = builder
+        self.shape = shape
+        self.dummy = dummy_batch(shape.dim, pad_token_id=shape.pad_token_id)
 
-def collate(
-    built: Sequence[TokenizedSample], store: FeatureStore, dim: int, *, pad_to: int | None, pad_token_id: int
-) -> Collated:
-    """The pack of these samples, in their order. Shapes: see PackedBatch.
+    def read(self, packs: Sequence[PackTask]) -> list[MicroBatch]:
+        """One micro-batch per pack. A sample with damaged features is left out; nothing replaces it.
 
-    Raises:
-        StorageUnavailableError: see `read_vision_rows`; the run ends and can go on, as leaving the sample out would
-            give another curve than the next attempt's.
-    """
-    samples, features, damaged = [], [], {}
-    for number, item in enumerate(built):
-        try:
-            features.append(read_vision_rows(store, item.media, dim))
-        except RuntimeError as error:
-            damaged[number] = str(error)
-        else:
-            samples.append(item.sample)
-    batch = pack_samples(samples, features, pad_to=pad_to, pad_token_id=pad_token_id) if samples else None
-    return Collated(batch, damaged)
+        Raises:
+            RuntimeError: when a sample differs from its plan.
+            StorageUnavailableError: when the store cannot be reached. Leaving the sample out would change the loss
+                curve of the next attempt.
+        """
+        return [self._read_pack(pack) for pack in packs]
+
+    def tokenize(self, row: dict[str, Any], sizes: tuple[int, ...]) -> TokenizedSample:
+        """The row's sample, checked against its planned sizes.
+
+        Raises:
+            RuntimeError: when they differ.
+        """
+        item = self.builder.build(row)
+        if isinstance(item, Reject):
+            raise RuntimeError(
+                f"sample {item.sample_id} was usable when the plan was made but is rejected now: {item.detail};"
+                " the samples or the feature store changed during the run"
+            )
+        if item.sizes != sizes:
+            raise RuntimeError(
+                f"sample {row['sample_id']} has (tokens, vision tokens, frames, targets) {item.sizes}, planned"
+                f" {sizes}: the samples or the feature store changed during the run, or the cached sizes come"
+                " from another release; delete the folder sample-tables in the runs folder"
+            )
+        return item
+
+    def read_features(self, sample: TokenizedSample) -> Tensor:
+        """Vision rows (num_vision_tokens, dim) in bf16; (0, dim) for text alone.
+
+        Raises:
+            RuntimeError: when a data file of the store is missing or damaged, or a row is not finite.
+            StorageUnavailableError: when the store cannot be reached.
+        """
+        store, dim = self.builder.store, self.shape.dim
+        chunks = []
+        for media_id, frames in zip(sample.media_ids, sample.frames, strict=True):
+            rows = store.read(media_id, frames).features.reshape(-1, dim)
+            if not bool(rows.isfinite().all()):
+                raise RuntimeError(f"features of {media_id!r} in {store.uri} are not finite")
+            chunks.append(rows)
+        return torch.cat(chunks) if chunks else torch.empty(0, dim, dtype=torch.bfloat16)
+
+    def _read_pack(self, pack: PackTask) -> MicroBatch:
+        samples, features, sample_ids, damaged = [], [], [], []
+        # every sample is checked before a feature is read
+        tokenized = [self.tokenize(row, sizes) for row, sizes in zip(pack.rows, pack.sizes, strict=True)]
+        for row, item in zip(pack.rows, tokenized, strict=True):
+            try:
+                features.append(self.read_features(item))
+            except RuntimeError as error:
+                damaged.append(DamagedSample(row["sample_id"], str(error), len(item.sample), item.num_targets))
+            else:
+                samples.append(item.sample)
+                sample_ids.append(row["sample_id"])
+        if not samples:
+            return MicroBatch(self.dummy, is_dummy=True, damaged=tuple(damaged))
+        batch = pack_samples(samples, features, pad_to=self.shape.pad_to, pad_token_id=self.shape.pad_token_id)
+        return MicroBatch(batch, pack_index=pack.pack_index, sample_ids=tuple(sample_ids), damaged=tuple(damaged))
 
 
 def dummy_batch(dim: int, *, pad_token_id: int) -> PackedBatch:
-    """A text-only batch without targets: it keeps a rank in step when there are fewer packs than ranks."""
+    """A text-only batch without targets, for a rank that has fewer packs than others."""
     sample = Sample(
         input_ids=[pad_token_id] * DUMMY_LENGTH,
         vision_index=[-1] * DUMMY_LENGTH,
@@ -75,8 +102,3 @@ def dummy_batch(dim: int, *, pad_token_id: int) -> PackedBatch:
         labels=[IGNORE_INDEX] * DUMMY_LENGTH,
     )
     return pack_samples([sample], [torch.empty(0, dim, dtype=torch.bfloat16)], pad_token_id=pad_token_id)
-
-
-def batch_bytes(batch: PackedBatch) -> int:
-    """Memory of a batch's tensors."""
-    return sum(getattr(batch, name).nbytes for name in batch.__slots__)

@@ -1,8 +1,7 @@
-"""A rank's micro-batches of every step, from the global plan: read ahead in a thread, or by Ray Data (ray_loader.py).
+"""A rank's micro-batches of every step of the global plan, read ahead in a thread.
 
-Knows which packs of a step are this rank's. Does not know the model, the loss or DeepSpeed; how a pack becomes tensors
-is in step_batches.py. Every rank gets ceil(G / world_size) micro-batches a step: unequal numbers would deadlock ZeRO,
-so what is missing is a dummy that weighs nothing.
+Every rank gets ceil(G / world_size) micro-batches per step, because unequal numbers would deadlock ZeRO; missing ones
+are dummies of weight 0.
 """
 
 from __future__ import annotations
@@ -12,44 +11,39 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from torch import Tensor
 
 from timeviper_model.batching.batch import Sample
-from timeviper_platform.training.batches.collate import read_vision_rows
-from timeviper_platform.training.batches.packing import Pack, PackPlan, PackPosition, PackShape, assign_packs
+from timeviper_platform.training.batches.collate import PackReader
+from timeviper_platform.training.batches.packing import Pack, PackPlan, PackPosition, assign_packs
 from timeviper_platform.training.batches.rows import SampleRows
 from timeviper_platform.training.batches.samples import SampleBuilder
-from timeviper_platform.training.batches.step_batches import (
-    BatchShape,
-    PackTask,
-    StepBatches,
-    StepReader,
-    StepTask,
-    step_bytes,
-)
+from timeviper_platform.training.batches.step_batches import BatchShape, MicroBatch, PackTask, StepBatches, StepCounts
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 
 class Prefetcher(Generic[T]):
-    """Iterates `source` in a thread; at most `max_bytes` wait, and always at least one item.
+    """Iterates `source` in a thread, at most `max_bytes` and at least one item ahead.
 
-    An exception of the source comes out of the consumer's `next()`. Close it to end the thread early.
+    An exception of the source is raised by the consumer's `next()`. `close` ends the thread early.
 
     Args:
-        source: what to run ahead of.
-        num_bytes: size of an item.
-        max_bytes: how much may wait.
+        source: iterator to run ahead of the consumer.
+        num_bytes: returns the size of an item.
+        max_bytes: maximum size of the queue.
     """
 
     def __init__(self, source: Iterator[T], *, num_bytes: Callable[[T], int], max_bytes: int) -> None:
         self._source = source
         self._num_bytes = num_bytes
         self._max_bytes = max_bytes
-        self._waiting: deque[tuple[T, int]] = deque()
-        self._bytes = 0
+        self._queue: deque[tuple[T, int]] = deque()
+        self._queued_bytes = 0
         self._changed = threading.Condition()
         self._finished = False
         self._closed = False
@@ -62,10 +56,10 @@ class Prefetcher(Generic[T]):
 
     def __next__(self) -> T:
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._finished)
-            if self._waiting:
-                item, size = self._waiting.popleft()
-                self._bytes -= size
+            self._changed.wait_for(lambda: self._queue or self._finished)
+            if self._queue:
+                item, size = self._queue.popleft()
+                self._queued_bytes -= size
                 self._changed.notify_all()
                 return item
             if self._error is not None:
@@ -73,10 +67,10 @@ class Prefetcher(Generic[T]):
             raise StopIteration
 
     def close(self) -> None:
-        """Ends the thread and forgets what waits."""
+        """Ends the thread and drops queued items."""
         with self._changed:
             self._closed = True
-            self._waiting.clear()
+            self._queue.clear()
             self._changed.notify_all()
         self._thread.join()
 
@@ -87,15 +81,15 @@ class Prefetcher(Generic[T]):
                 with self._changed:
                     self._changed.wait_for(
                         lambda size=size: (  # type: ignore[misc]  # a default binds the loop's value
-                            self._closed or not self._waiting or self._bytes + size <= self._max_bytes
+                            self._closed or not self._queue or self._queued_bytes + size <= self._max_bytes
                         )
                     )
                     if self._closed:
                         return
-                    self._waiting.append((item, size))
-                    self._bytes += size
+                    self._queue.append((item, size))
+                    self._queued_bytes += size
                     self._changed.notify_all()
-        except BaseException as error:  # noqa: BLE001 - handed to the consumer, which raises it
+        except BaseException as error:  # noqa: BLE001 - raised in the consumer
             self._error = error
         finally:
             with self._changed:
@@ -103,26 +97,23 @@ class Prefetcher(Generic[T]):
                 self._changed.notify_all()
 
 
-logger = logging.getLogger(__name__)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoaderConfig:
-    """Who reads for a rank, and how far ahead."""
+    """Who reads a rank's batches, and how far ahead."""
 
     reader: Literal["thread", "ray_data"] = "thread"
-    """a thread of the rank; or Ray Data on any node of the cluster, where decompressing and building would take the
-    rank's own cores. The batches are the same"""
+    """A thread of the rank, or Ray Data processes on any node, which leave the rank's cores free. Both give the same
+    batches."""
     num_readers: int = 2
-    """ray_data alone: processes for each rank"""
+    """Reader processes per rank (ray_data only)."""
     cpus_per_reader: float = 0.5
-    """ray_data alone"""
+    """CPUs reserved per reader process (ray_data only)."""
     prefetch_bytes: int = 256 << 20
-    """batches that wait, in bytes"""
+    """Maximum bytes of batches read ahead."""
     cache_bytes: int = 256 << 20
-    """row groups of the feature store kept in memory, by each process that reads"""
+    """Row groups of the feature store cached in memory, per reading process."""
     max_damaged_samples: int = 100
-    """samples whose features cannot be read are counted and left out; a run that meets more of them ends"""
+    """Samples with unreadable features that a run may leave out; it fails when it meets more."""
 
     def __post_init__(self) -> None:
         if self.num_readers < 1 or self.cpus_per_reader <= 0:
@@ -134,12 +125,12 @@ class BatchLoader:
 
     Args:
         plan: the global plan.
-        rows: what the plan's table was measured on.
-        builder: the builder it was measured with.
-        shape: sizes that the batches must have.
-        rank: whose micro-batches.
-        world_size: how many share a step.
-        pack_flops: operations of a pack's forward and backward pass; None = nobody asks.
+        rows: the rows that the plan's table was measured on.
+        builder: the builder that it was measured with.
+        shape: sizes of the batches.
+        rank: rank that the micro-batches are for.
+        world_size: number of ranks that share a step.
+        pack_flops: operations of a pack's forward and backward pass; None counts 0.
     """
 
     def __init__(
@@ -151,7 +142,7 @@ class BatchLoader:
         *,
         rank: int,
         world_size: int,
-        pack_flops: Callable[[PackShape], float] | None = None,
+        pack_flops: Callable[[Pack], float] | None = None,
     ) -> None:
         self._plan = plan
         self._rows = rows
@@ -159,83 +150,86 @@ class BatchLoader:
         self._rank = rank
         self._world_size = world_size
         self._pack_flops = pack_flops
-        self.reader = StepReader(builder, shape)
+        self.reader = PackReader(builder, shape)
 
     @property
     def num_micro_steps(self) -> int:
         """Micro-batches of every rank in every step."""
         return -(-self._shape.packs_per_step // self._world_size)
 
-    def tasks(self, start: PackPosition, first_step: int, last_step: int) -> Iterator[StepTask]:
-        """What is to be read for the steps after `first_step`, up to and with `last_step`, from position `start`."""
+    def steps(self, start: PackPosition, first_step: int, last_step: int) -> Iterator[StepBatches]:
+        """Steps first_step + 1 .. last_step, whose packs begin at `start`."""
+        for counts, packs in self.tasks(start, first_step, last_step):
+            yield self.batches(counts, self.reader.read(packs))
+
+    def tasks(
+        self, start: PackPosition, first_step: int, last_step: int
+    ) -> Iterator[tuple[StepCounts, list[PackTask]]]:
+        """Counts and this rank's packs of the same steps, before any feature is read."""
         position = start
         for step in range(first_step + 1, last_step + 1):
             packs, position = self._plan.take(position, self._shape.packs_per_step, num_epochs=self._shape.num_epochs)
             if not packs:
                 raise RuntimeError(f"the plan ends before {step = } of {last_step}; this is a bug in the phase's steps")
-            yield self._task(step, packs, position)
+            own = assign_packs([self._shape.cost(pack) for pack in packs], self._world_size)[self._rank]
+            tasks = [PackTask(index, *self._planned(packs[index].indices)) for index in own]
+            yield self._counts(step, packs, position), tasks
 
-    def steps(self, start: PackPosition, first_step: int, last_step: int) -> Iterator[StepBatches]:
-        """The same steps, read."""
-        return map(self.reader.read, self.tasks(start, first_step, last_step))
+    def batches(self, counts: StepCounts, micro_batches: list[MicroBatch]) -> StepBatches:
+        """The step, with dummies up to `num_micro_steps`."""
+        dummy = MicroBatch(self.reader.dummy, is_dummy=True)
+        return StepBatches(counts, micro_batches + [dummy] * (self.num_micro_steps - len(micro_batches)))
 
-    def samples(self, entries: Sequence[int]) -> Iterator[tuple[Sample, Tensor]]:
-        """Held-out entries of the plan's table with their vision rows (num_vision_tokens, dim), one after another.
-
-        What cannot be read is left out, and the log names it.
-        """
-        for entry in entries:
-            row = self._rows[int(self._plan.table.rows[entry])]
-            item = self.reader.build(row, self._plan.table.sizes(entry))
+    def samples(self, indices: Sequence[int]) -> Iterator[tuple[Sample, Tensor]]:
+        """Samples of the plan's table with their vision rows (num_vision_tokens, dim). Unreadable ones are logged and
+        left out."""
+        for index in indices:
+            ((row,), (sizes,)) = self._planned([index])
+            item = self.reader.tokenize(row, sizes)
             try:
-                features = read_vision_rows(self.reader.builder.store, item.media, self._shape.dim)
+                features = self.reader.read_features(item)
             except RuntimeError as error:
-                logger.warning("held-out sample %s is left out: %s", row["sample_id"], error)
+                logger.warning("validation sample %s is left out: %s", row["sample_id"], error)
             else:
                 yield item.sample, features
 
-    def _task(self, step: int, packs: list[Pack], end: PackPosition) -> StepTask:
-        own = assign_packs([self._shape.cost(pack) for pack in packs], self._world_size)[self._rank]
+    def _counts(self, step: int, packs: list[Pack], end: PackPosition) -> StepCounts:
         num_tokens = sum(pack.num_tokens for pack in packs)
         padding = (self.num_micro_steps * self._world_size - len(packs)) * len(self.reader.dummy.input_ids)
         if self._shape.pad_to is not None:
             padding += self._shape.pad_to * len(packs) - num_tokens
-        batches = StepBatches(
+        return StepCounts(
             step=step,
-            micro_batches=[],
             num_targets=sum(pack.num_targets for pack in packs),
             num_tokens=num_tokens,
             num_vision_tokens=sum(pack.num_vision_tokens for pack in packs),
-            num_samples=sum(len(pack.entries) for pack in packs),
+            num_samples=sum(len(pack.indices) for pack in packs),
             num_padding_tokens=padding,
             fill=num_tokens / (len(packs) * self._shape.max_tokens),
-            flops=0.0 if self._pack_flops is None else sum(map(self._pack_flops, map(self._plan.pack_shape, packs))),
+            flops=0.0 if self._pack_flops is None else sum(map(self._pack_flops, packs)),
             end=end,
-            damaged=[],
         )
-        tasks = [self._pack_task(number, packs[number]) for number in own]
-        return StepTask(batches, tasks, self.num_micro_steps - len(own))
 
-    def _pack_task(self, number: int, pack: Pack) -> PackTask:
+    def _planned(self, indices: Sequence[int]) -> tuple[list[dict[str, Any]], list[tuple[int, ...]]]:
+        """Rows and sizes of samples of the plan's table."""
         table = self._plan.table
-        rows = [self._rows[int(table.rows[entry])] for entry in pack.entries]
-        return PackTask(number, rows, [table.sizes(entry) for entry in pack.entries])
+        rows = [self._rows[int(table.row_indices[index])] for index in indices]
+        return rows, [table.sizes(index) for index in indices]
 
 
 PrefetchSteps = Callable[[BatchLoader, PackPosition, int, int, LoaderConfig], Prefetcher[StepBatches]]
-"""(loader, start, first_step, last_step, config) to `loader.steps(start, first_step, last_step)`, read before they are
-asked for. Close it when leaving early."""
+"""(loader, start, first_step, last_step, config) -> `loader.steps(start, first_step, last_step)`, read ahead."""
 
 
 def prefetch_in_thread(
     loader: BatchLoader, start: PackPosition, first_step: int, last_step: int, config: LoaderConfig
 ) -> Prefetcher[StepBatches]:
-    """The PrefetchSteps that needs nobody else.
+    """Reads steps in a thread of this process; see PrefetchSteps.
 
     Raises:
-        ValueError: when the configuration asks for Ray Data.
+        ValueError: when the configuration selects Ray Data.
     """
     if config.reader != "thread":
-        raise ValueError(f"{config.reader = } needs Ray: submit jobs/train.py, or choose thread")
+        raise ValueError(f"{config.reader = } needs Ray: submit jobs/train.py, or set loader.reader: thread")
     steps = loader.steps(start, first_step, last_step)
-    return Prefetcher(steps, num_bytes=step_bytes, max_bytes=config.prefetch_bytes)
+    return Prefetcher(steps, num_bytes=lambda step: step.num_bytes, max_bytes=config.prefetch_bytes)

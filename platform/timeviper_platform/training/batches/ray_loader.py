@@ -1,8 +1,7 @@
-"""A rank's steps, read by Ray Data: tasks in, batches out in the same order, built by processes on any node.
+"""Reads a rank's steps with Ray Data, on any node and in the plan's order.
 
-With trainer.py the one module of training/ that imports Ray. The order is the plan's and never Ray Data's: a task says
-which rows are in a step, so that a run resumes in the middle of an epoch whatever Ray Data knows.
-Both travel as pickles, which only this module writes and reads, inside one cluster, as Ray's own arguments do.
+The plan, not Ray Data, decides the rows of a step, so a run resumes in the middle of an epoch. Tasks and batches travel
+as pickles inside one cluster, as Ray's own arguments do.
 """
 
 from __future__ import annotations
@@ -17,50 +16,60 @@ import ray
 import ray.data
 import torch
 
+from timeviper_platform.training.batches.collate import PackReader
 from timeviper_platform.training.batches.loader import BatchLoader, LoaderConfig, Prefetcher
 from timeviper_platform.training.batches.packing import PackPosition
-from timeviper_platform.training.batches.step_batches import StepBatches, StepReader, StepTask, step_bytes
+from timeviper_platform.training.batches.step_batches import PackTask, StepBatches, StepCounts
 
 STEPS_PER_GRAPH = 512
-"""All tasks of a graph stand in the rank's memory; new readers for the next one hide behind what waits."""
+"""Bounds the tasks in the rank's memory. The next graph's readers start while prefetched steps are used up."""
 
 COLUMN = "item"
 
 
 def prefetch_on_ray(
-    loader: BatchLoader, start: PackPosition, first_step: int, last_step: int, config: LoaderConfig
+    loader: BatchLoader,
+    start: PackPosition,
+    first_step: int,
+    last_step: int,
+    config: LoaderConfig,
+    *,
+    steps_per_graph: int = STEPS_PER_GRAPH,
 ) -> Prefetcher[StepBatches]:
-    """The PrefetchSteps on the connected cluster."""
-    steps = _steps(loader.reader, loader.tasks(start, first_step, last_step), config)
-    return Prefetcher(steps, num_bytes=step_bytes, max_bytes=config.prefetch_bytes)
+    """Reads steps on the connected cluster; see PrefetchSteps."""
+    steps = _steps(loader, loader.tasks(start, first_step, last_step), config, steps_per_graph)
+    return Prefetcher(steps, num_bytes=lambda step: step.num_bytes, max_bytes=config.prefetch_bytes)
 
 
-def _steps(reader: StepReader, tasks: Iterable[StepTask], config: LoaderConfig) -> Iterator[StepBatches]:
+def _steps(
+    loader: BatchLoader, tasks: Iterable[tuple[StepCounts, list[PackTask]]], config: LoaderConfig, steps_per_graph: int
+) -> Iterator[StepBatches]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     compute = ray.data.ActorPoolStrategy(size=config.num_readers, max_tasks_in_flight_per_actor=2)
     left = iter(tasks)
-    while page := list(islice(left, STEPS_PER_GRAPH)):
-        # a block a task, put there by the rank: see graph.py of data/
-        dataset = ray.data.from_arrow([_table(task) for task in page]).map_batches(
+    while page := list(islice(left, steps_per_graph)):
+        # one block per task, written by the rank: the order is then the plan's
+        dataset = ray.data.from_arrow([_table(packs) for _, packs in page]).map_batches(
             _Read,
-            fn_constructor_args=(reader,),
+            fn_constructor_args=(loader.reader,),
             compute=compute,
             num_cpus=config.cpus_per_reader,
             batch_size=1,
             batch_format="pyarrow",
             zero_copy_batch=True,
         )
-        for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            for value in table[COLUMN]:
-                yield pickle.loads(value.as_buffer())
+        tables = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+        values = (value for table in tables for value in table[COLUMN])
+        for (counts, _), value in zip(page, values, strict=True):
+            yield loader.batches(counts, pickle.loads(value.as_buffer()))
 
 
 class _Read:
-    """The actor: a table of one task to a table of one step."""
+    """Actor that turns a table of one step's packs into a table of its micro-batches."""
 
-    def __init__(self, reader: StepReader) -> None:
+    def __init__(self, reader: PackReader) -> None:
         torch.set_num_threads(1)
         self._reader = reader
 

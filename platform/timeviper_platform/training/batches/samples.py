@@ -1,8 +1,6 @@
-"""Rows of SAMPLES joined with a feature store: each becomes a tokenised Sample and the frames it takes.
+"""Turns SAMPLES rows into tokenized samples and the stored frames they take, or into rejects with a reason.
 
-Knows conversations and which frames a sample takes. Reads the store's index and never its features; does not know files
-(sample_rows.py), packs, steps or ranks, nor what the rows' sizes are for (sample_table.py). A row that cannot be used
-is a counted reject with a reason, and no other row takes its place.
+Reads the feature store's index but no features.
 """
 
 from __future__ import annotations
@@ -18,8 +16,8 @@ from timeviper_model.batching.batch import IGNORE_INDEX, Sample
 from timeviper_model.batching.prompt import TEMPLATES, Turn, build_sample, time_text
 from timeviper_platform.data.store.reader import FeatureStore
 
-MEMO_TEXTS = 65_536
-"""Texts whose ids are remembered; templates and stock questions come again in every sample."""
+MAX_CACHED_TEXTS = 65_536
+"""Texts whose ids are cached; templates and stock questions repeat in every sample."""
 
 RejectReason = Literal[
     "bad_weight",
@@ -30,7 +28,6 @@ RejectReason = Literal[
     "no_targets",
     "too_long",
     "too_many_frames",
-    "damaged_features",
 ]
 
 
@@ -39,34 +36,39 @@ class FramesConfig:
     """Which of a medium's stored frames a sample takes."""
 
     max_frames: int | None = None
-    """thin every medium to at most this many frames; None keeps all"""
-    selection: Literal["uniform", "first"] = "uniform"
-    """how to thin; the paper trains with `uniform`"""
+    """Maximum frames per medium; None keeps all."""
+    frame_selection: Literal["uniform", "first"] = "uniform"
+    """Which frames to keep. The paper trains with `uniform`."""
     time_text: bool = False
-    """open a sample that has exactly one video with the sentence that tells its length and number of frames"""
-
-
-class MediaFrames(NamedTuple):
-    """The frames of one medium that a sample takes."""
-
-    media_id: str
-    frames: list[int]
+    """Start a sample that has exactly one video with a sentence about its duration and number of frames."""
 
 
 class TokenizedSample(NamedTuple):
     """One usable row."""
 
     sample: Sample
-    media: list[MediaFrames]
+    media_ids: list[str]
+    frames: list[list[int]]
+    """Frame indices taken from each medium."""
 
     @property
     def num_frames(self) -> int:
         """Frames over all media."""
-        return sum(len(item.frames) for item in self.media)
+        return sum(map(len, self.frames))
+
+    @property
+    def num_targets(self) -> int:
+        """Labelled positions."""
+        return len(self.sample) - self.sample.labels.count(IGNORE_INDEX)
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """(tokens, vision tokens, frames, targets)."""
+        return len(self.sample), self.sample.num_vision_tokens, self.num_frames, self.num_targets
 
 
 class Reject(NamedTuple):
-    """One row that is left out, and why."""
+    """A row that is left out."""
 
     sample_id: str
     reason: RejectReason
@@ -74,10 +76,10 @@ class Reject(NamedTuple):
 
 
 class SampleBuilder:
-    """Builds the same Sample from the same row, for the plan (its length) and for the loader (its tokens).
+    """Builds the same sample from the same row, for the plan (its sizes) and for the loader (its tokens).
 
     Args:
-        store: the feature store that the rows' media are in.
+        store: feature store of the rows' media.
         tokenizer: a transformers fast tokenizer.
         chat_template: key of timeviper_model.batching.prompt.TEMPLATES.
         frames: which frames a sample takes.
@@ -85,32 +87,33 @@ class SampleBuilder:
 
     def __init__(self, store: FeatureStore, tokenizer: Any, chat_template: str, frames: FramesConfig) -> None:
         self.store = store
-        self._tokenizer = _MemoTokenizer(tokenizer)
+        self._tokenizer = _CachingTokenizer(tokenizer)
         self._template = TEMPLATES[chat_template]
         self._frames = frames
 
     def build(self, row: dict[str, Any]) -> TokenizedSample | Reject:
-        """The row's tokens and frames, or why it cannot be used."""
-        media = []
-        num_tokens = []
+        """The row's tokens and frames, or the reason to leave it out."""
+        media_ids, frames, num_tokens = [], [], []
         for item in row["media"] or []:
-            chosen = self._select(item)
-            if not isinstance(chosen, MediaFrames):
+            chosen = self._select_frames(item)
+            if not isinstance(chosen, list):
                 return Reject(row["sample_id"], *chosen)
-            media.append(chosen)
-            num_tokens.append(len(chosen.frames) * self.store.info(chosen.media_id).num_tokens_per_frame)
+            media_ids.append(item["media_id"])
+            frames.append(chosen)
+            num_tokens.append(len(chosen) * self.store.info(item["media_id"]).num_tokens_per_frame)
         try:
             turns = [Turn(role=turn["role"], text=turn["text"] or "") for turn in row["conversation"] or []]
-            turns = self._with_time_text(turns, media)
+            turns = self._with_time_text(turns, media_ids, frames)
             sample = build_sample(self._tokenizer, turns, num_tokens, template=self._template)
         except ValueError as error:
             return Reject(row["sample_id"], "bad_conversation", str(error))
-        if sample.labels.count(IGNORE_INDEX) == len(sample):
+        tokenized = TokenizedSample(sample, media_ids, frames)
+        if not tokenized.num_targets:
             return Reject(row["sample_id"], "no_targets", "the conversation has no answer to learn from")
-        return TokenizedSample(sample, media)
+        return tokenized
 
     def digest(self) -> str:
-        """Hash of all that the sizes of a row's sample depend on, besides the row."""
+        """Hash of everything except the row that a sample's sizes depend on."""
         parts = {
             "tokenizer": self._tokenizer.digest(),
             "template": asdict(self._template),
@@ -119,14 +122,14 @@ class SampleBuilder:
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def _select(self, item: dict[str, Any]) -> MediaFrames | tuple[RejectReason, str]:
+    def _select_frames(self, item: dict[str, Any]) -> list[int] | tuple[RejectReason, str]:
         media_id, start, end = item["media_id"], item["start_seconds"], item["end_seconds"]
         if media_id not in self.store:
             return "no_features", f"medium {media_id!r} is not in {self.store.uri}"
         try:
             frames = self.store.info(media_id).select(
                 max_frames=self._frames.max_frames,
-                frame_selection=self._frames.selection,
+                frame_selection=self._frames.frame_selection,
                 start_seconds=start,
                 end_seconds=end,
             )
@@ -134,28 +137,27 @@ class SampleBuilder:
             return "bad_media", f"medium {media_id!r}: {error}"
         if not frames:
             return "no_frames", f"medium {media_id!r} has no frame in {start}..{end} s"
-        return MediaFrames(media_id, frames)
+        return frames
 
-    def _with_time_text(self, turns: list[Turn], media: list[MediaFrames]) -> list[Turn]:
-        first = next((number for number, turn in enumerate(turns) if turn.role == "user"), None)
-        if not self._frames.time_text or len(media) != 1 or first is None:
+    def _with_time_text(self, turns: list[Turn], media_ids: list[str], frames: list[list[int]]) -> list[Turn]:
+        first = next((index for index, turn in enumerate(turns) if turn.role == "user"), None)
+        if not self._frames.time_text or len(media_ids) != 1 or first is None:
             return turns
-        info = self.store.info(media[0].media_id)
+        info = self.store.info(media_ids[0])
         if info.modality != "video":
             return turns
-        sentence = time_text(info.duration_seconds, len(media[0].frames))
+        sentence = time_text(info.duration_seconds, len(frames[0]))
         return [*turns[:first], Turn(role="user", text=sentence + turns[first].text), *turns[first + 1 :]]
 
 
-class _MemoTokenizer:
-    """Looks like the tokenizer to `build_sample`, which calls it from one thread at a time; remembers the ids of texts
-    that come again."""
+class _CachingTokenizer:
+    """Caches the ids of repeated texts; has the part of a tokenizer's interface that `build_sample` uses."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.pad_token_id = tokenizer.pad_token_id
         self._tokenizer = tokenizer
 
-        @lru_cache(maxsize=MEMO_TEXTS)
+        @lru_cache(maxsize=MAX_CACHED_TEXTS)
         def encode(text: str, split_special_tokens: bool) -> tuple[int, ...]:
             encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=split_special_tokens)
             return tuple(encoded["input_ids"])
@@ -163,11 +165,11 @@ class _MemoTokenizer:
         self._encode = encode
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _MemoTokenizer, (self._tokenizer,)
+        return _CachingTokenizer, (self._tokenizer,)
 
     def __call__(self, text: str, *, add_special_tokens: bool, split_special_tokens: bool) -> dict[str, Sequence[int]]:
         if add_special_tokens:
-            raise ValueError("prompts write their special tokens out")
+            raise ValueError("prompts contain their special tokens as text; add_special_tokens must be False")
         return {"input_ids": self._encode(text, split_special_tokens)}
 
     def digest(self) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from timeviper_model.config import HybridConfig, TextConfig, TimeViperConfig
 from timeviper_platform.common.devices import PEAK_FLOPS
-from timeviper_platform.training.batches.packing import PackShape
+from timeviper_platform.training.batches.packing import Pack
 from timeviper_platform.training.cost.memory import vision_by_layer
 
 ASSUMED_DEVICE = "NVIDIA H100"
@@ -16,7 +16,7 @@ ASSUMED_MFU = 0.4
 """share of the peak that training reaches: published figures for models of this size lie between 0.33 and 0.43"""
 
 
-def training_flops(config: TimeViperConfig, pack: PackShape, *, use_transv: bool, trains_blocks: bool) -> float:
+def training_flops(config: TimeViperConfig, pack: Pack, *, use_transv: bool, trains_blocks: bool) -> float:
     """Operations of a pack's forward and backward pass.
 
     Backward costs twice the forward pass, once for activations and once for weights; frozen blocks save the latter.
@@ -24,11 +24,11 @@ def training_flops(config: TimeViperConfig, pack: PackShape, *, use_transv: bool
     return forward_flops(config, pack, use_transv=use_transv) * (3 if trains_blocks else 2)
 
 
-def forward_flops(config: TimeViperConfig, pack: PackShape, *, use_transv: bool) -> float:
+def forward_flops(config: TimeViperConfig, pack: Pack, *, use_transv: bool) -> float:
     """Operations of a pack's forward pass; its text counts as shared evenly among the samples."""
     text = config.text
     counts = pack.vision_counts or (0,)
-    text_per_sample = (pack.num_tokens - sum(counts)) / len(counts)
+    text_per_sample = (pack.num_tokens - pack.num_vision_tokens) / len(counts)
     total = 2.0 * pack.num_targets * text.hidden_size * text.vocab_size
     for layer, present in enumerate(vision_by_layer(config, pack, use_transv=use_transv)):
         total += _block_flops(text, layer, [count + text_per_sample for count in present or counts])

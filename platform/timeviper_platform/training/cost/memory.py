@@ -19,7 +19,7 @@ from timeviper_model.layers.backbone import make_block
 from timeviper_model.layers.transv import num_kept
 from timeviper_model.timeviper import LOGITS_ELEMENTS
 from timeviper_platform.common.devices import Dtype, torch_dtype
-from timeviper_platform.training.batches.packing import PackShape
+from timeviper_platform.training.batches.packing import Pack
 
 PROBE_CHUNKS = 2
 """chunks of the scan that a block is probed with: one alone would show no state that passes between two"""
@@ -64,13 +64,13 @@ def state_bytes(sizes: ModelSizes, *, zero_stage: int, world_size: int, dtype: D
     )
 
 
-def tokens_by_layer(config: TimeViperConfig, pack: PackShape, *, use_transv: bool) -> list[int]:
+def tokens_by_layer(config: TimeViperConfig, pack: Pack, *, use_transv: bool) -> list[int]:
     """Tokens that each block sees of a pack."""
-    num_text = pack.num_tokens - sum(pack.vision_counts)
+    num_text = pack.num_tokens - pack.num_vision_tokens
     return [num_text + sum(present) for present in vision_by_layer(config, pack, use_transv=use_transv)]
 
 
-def vision_by_layer(config: TimeViperConfig, pack: PackShape, *, use_transv: bool) -> list[list[int]]:
+def vision_by_layer(config: TimeViperConfig, pack: Pack, *, use_transv: bool) -> list[list[int]]:
     """Vision tokens of each sample that each block sees."""
     sites = {site.layer: site for site in config.transv} if use_transv else {}
     present, by_layer = list(pack.vision_counts), []
@@ -84,7 +84,7 @@ def vision_by_layer(config: TimeViperConfig, pack: PackShape, *, use_transv: boo
 
 def activation_bytes(
     config: TimeViperConfig,
-    pack: PackShape,
+    pack: Pack,
     *,
     dtype: Dtype,
     use_transv: bool,
@@ -136,7 +136,7 @@ def saved_bytes(run: Callable[[], object], parameters: list[Tensor]) -> int:
     return sum(sizes.values())
 
 
-def _logits_bytes(config: TimeViperConfig, pack: PackShape, dtype: torch.dtype) -> int:
+def _logits_bytes(config: TimeViperConfig, pack: Pack, dtype: torch.dtype) -> int:
     """Logits in the model's dtype, their fp32 copy and log-softmax, of as many targets as are computed at one time."""
     rows = min(pack.num_targets, max(1, LOGITS_ELEMENTS // config.text.vocab_size))
     width = FP32_BYTES + (0 if dtype == torch.float32 else dtype.itemsize + FP32_BYTES)

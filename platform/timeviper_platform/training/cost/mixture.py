@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from timeviper_model.config import TimeViperConfig
-from timeviper_platform.training.batches.packing import PackShape
+from timeviper_platform.training.batches.packing import Pack
 from timeviper_platform.training.batches.rows import SampleRows, SourceConfig
 from timeviper_platform.training.config import PhaseConfig
 from timeviper_platform.training.cost.flops import training_flops
@@ -65,7 +65,7 @@ def expected_epoch(
         for kind in source.expected:
             frames = min(kind.num_frames, phase.frames.max_frames or kind.num_frames)
             vision = frames * config.vision.num_tokens_per_frame * (1 if config.vision.second is None else 2)
-            pack = PackShape(
+            pack = Pack(
                 num_tokens=vision + kind.num_text_tokens,
                 vision_counts=(vision,) if vision else (),
                 num_targets=kind.num_text_tokens,

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from timeviper_platform.common.devices import device_name, peak_flops, peak_memory_bytes
-from timeviper_platform.training.batches.step_batches import StepBatches
+from timeviper_platform.training.batches.step_batches import StepCounts
 from timeviper_platform.training.step import StepResult
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class Progress:
 
 def step_row(
     phase: str,
-    batches: StepBatches,
+    counts: StepCounts,
     result: StepResult,
     rates: dict[str, float],
     global_step: int,
@@ -55,25 +55,25 @@ def step_row(
     device: torch.device,
 ) -> dict[str, Any]:
     """The row of a step; times and memory are those of this rank. `mfu` only for a device whose peak is known."""
-    computed = batches.num_tokens + batches.num_padding_tokens
-    flops_per_second = batches.flops / seconds
+    computed = counts.num_tokens + counts.num_padding_tokens
+    flops_per_second = counts.flops / seconds
     peak = peak_flops(device_name(device))
     return {
         "phase": phase,
-        "step": batches.step,
+        "step": counts.step,
         "global_step": global_step,
-        "epoch": batches.end.epoch - (batches.end.next_pack == 0),  # of the step's last pack
+        "epoch": counts.end.epoch - (counts.end.next_pack == 0),  # of the step's last pack
         "loss": result.loss,
         "lr": rates,
         "grad_norm": result.grad_norm,
-        "num_tokens": batches.num_tokens,
-        "num_targets": batches.num_targets,
-        "num_samples": batches.num_samples,
+        "num_tokens": counts.num_tokens,
+        "num_targets": counts.num_targets,
+        "num_samples": counts.num_samples,
         "num_damaged_samples": num_damaged,
         "num_vision_tokens": list(result.num_vision_tokens),
-        "tokens_per_second": batches.num_tokens / seconds,
-        "padding_share": batches.num_padding_tokens / computed,
-        "fill": batches.fill,
+        "tokens_per_second": counts.num_tokens / seconds,
+        "padding_share": counts.num_padding_tokens / computed,
+        "fill": counts.fill,
         "data_wait_share": waited_s / seconds,
         "seconds": seconds,
         "tflops_per_second": flops_per_second / 1e12,

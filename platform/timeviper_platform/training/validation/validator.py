@@ -51,9 +51,9 @@ def build_validator(
         return None
     rows = SampleRows.read(phase.validation.samples)
     caps = phase.packing
-    table, rejects = measure(rows, builder, max_tokens=caps.max_tokens, max_frames=caps.max_frames)
+    table = measure(rows, builder, max_tokens=caps.max_tokens, max_frames=caps.max_frames)
     plan = PackPlan(table, caps, seed=0)
-    logger.info("held out: %d samples, rejects %s", len(table), count_rejects(rejects))
+    logger.info("held out: %d samples, rejects %s", len(table), count_rejects(table.rejects))
     num_answers = min(len(table), phase.validation.num_answers)
     return Validator(
         loader=BatchLoader(plan, rows, builder, replace(shape, num_epochs=1), rank=rank, world_size=world_size),

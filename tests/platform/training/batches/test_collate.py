@@ -1,6 +1,8 @@
-"""Identity 3 through collate: a pack of samples gives the loss and the gradients of the samples one by one."""
+"""A pack gives the loss and gradients of its samples run one by one."""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -11,9 +13,11 @@ from timeviper_model.config import PRESETS
 from timeviper_model.timeviper import TimeViper
 from timeviper_model.weights.weights_folder import load_tokenizer
 from timeviper_platform.data.store.reader import FeatureStore
-from timeviper_platform.training.batches.collate import Collated, collate, dummy_batch
+from timeviper_platform.training.batches.collate import PackReader, dummy_batch
 from timeviper_platform.training.batches.rows import SampleRows, SourceConfig
-from timeviper_platform.training.batches.samples import FramesConfig, SampleBuilder, TokenizedSample
+from timeviper_platform.training.batches.samples import FramesConfig, SampleBuilder
+from timeviper_platform.training.batches.sizes import measure_samples
+from timeviper_platform.training.batches.step_batches import BatchShape, PackTask
 
 
 @pytest.fixture(scope="module")
@@ -28,23 +32,32 @@ def model() -> TimeViper:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("alpha"):
-                parameter.fill_(0.7)  # TransV takes part
+                parameter.fill_(0.7)  # so that TransV contributes
     return model
 
 
-def built_samples(corpus: Corpus, count: int) -> tuple[list[TokenizedSample], FeatureStore]:
-    store = FeatureStore.open(corpus.features)
-    builder = SampleBuilder(store, load_tokenizer(corpus.tokenizer), "nemotron", FramesConfig())
+class Reading(NamedTuple):
+    reader: PackReader
+    rows: list[dict[str, Any]]
+    sizes: list[tuple[int, ...]]
+
+    def pack(self, *indices: int) -> PackedBatch:
+        task = PackTask(0, [self.rows[index] for index in indices], [self.sizes[index] for index in indices])
+        (micro_batch,) = self.reader.read([task])
+        assert not micro_batch.damaged
+        return micro_batch.batch
+
+
+def reading(corpus: Corpus, *, pad_to: int | None = None) -> Reading:
+    builder = SampleBuilder(
+        FeatureStore.open(corpus.features), load_tokenizer(corpus.tokenizer), "nemotron", FramesConfig()
+    )
     rows = SampleRows.read([SourceConfig(uri=corpus.samples)])
-    built = [builder.build(rows[number]) for number in range(count)]
-    assert all(isinstance(item, TokenizedSample) for item in built)
-    return [item for item in built if isinstance(item, TokenizedSample)], store
-
-
-def batch_of(collated: Collated) -> PackedBatch:
-    assert collated.batch is not None
-    assert not collated.damaged
-    return collated.batch
+    table = measure_samples(rows, builder, max_tokens=1000, max_frames=None)
+    shape = BatchShape(
+        packs_per_step=1, max_tokens=1000, pad_to=pad_to, dim=DIM, pad_token_id=0, num_epochs=None, vision_cost=1.0
+    )
+    return Reading(PackReader(builder, shape), rows.block(0, 6), [table.sizes(index) for index in range(6)])
 
 
 def loss_and_gradients(model: TimeViper, batches: list[PackedBatch]) -> tuple[float, dict[str, torch.Tensor]]:
@@ -63,9 +76,8 @@ def loss_and_gradients(model: TimeViper, batches: list[PackedBatch]) -> tuple[fl
 def test_packed_samples_equal_separate_samples_in_loss_and_every_gradient(
     corpus: Corpus, model: TimeViper, pad_to: int | None
 ) -> None:
-    built, store = built_samples(corpus, 6)  # text alone, one turn, two turns, several lengths
-    packed = batch_of(collate(built, store, DIM, pad_to=pad_to, pad_token_id=0))
-    alone = [batch_of(collate([item], store, DIM, pad_to=None, pad_token_id=0)) for item in built]
+    packed = reading(corpus, pad_to=pad_to).pack(*range(6))  # text alone, one turn, two turns, several lengths
+    alone = [reading(corpus).pack(index) for index in range(6)]
     loss, gradients = loss_and_gradients(model, [packed])
     expected_loss, expected = loss_and_gradients(model, alone)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
@@ -77,9 +89,9 @@ def test_packed_samples_equal_separate_samples_in_loss_and_every_gradient(
 
 
 def test_a_pack_carries_the_stored_rows_of_its_frames(corpus: Corpus) -> None:
-    built, store = built_samples(corpus, 3)
-    batch = batch_of(collate(built, store, DIM, pad_to=None, pad_token_id=0))
-    rows = [store.read(item.media_id, item.frames).features.flatten(0, 1) for sample in built for item in sample.media]
+    batch = reading(corpus).pack(0, 1, 2)
+    store = FeatureStore.open(corpus.features)
+    rows = [store.read(f"video-{index}").features.flatten(0, 1) for index in range(3)]
     assert torch.equal(batch.vision_features, torch.cat(rows))
     assert batch.num_segments == 3
 

@@ -21,13 +21,13 @@ from timeviper_platform.training.batches.sizes import SampleTable
 def table_of(num_tokens: np.ndarray, *, weights: np.ndarray | None = None, frames: int = 1) -> SampleTable:
     count = len(num_tokens)
     return SampleTable(
-        rows=np.arange(count),
+        row_indices=np.arange(count),
         weights=np.ones(count) if weights is None else weights,
         num_tokens=num_tokens,
         num_vision_tokens=num_tokens // 2,
         num_frames=np.full(count, frames),
         num_targets=np.full(count, 3),
-        fingerprint="made",
+        fingerprint="synthetic",
     )
 
 
@@ -52,16 +52,16 @@ def test_packs_of_a_mixed_set_are_at_least_98_percent_full() -> None:
     st.integers(1, 20),
 )
 @settings(max_examples=60, deadline=None)
-def test_every_sample_is_in_one_pack_and_no_cap_is_passed(sizes: list[tuple[int, int]], buffer_size: int) -> None:
+def test_every_sample_is_in_one_pack_within_the_caps(sizes: list[tuple[int, int]], buffer_size: int) -> None:
     tokens, frames = np.array(sizes).T
     config = PackingConfig(max_tokens=50, max_frames=5, buffer_size=buffer_size)
     packs = pack_best_fit(np.arange(len(sizes)), tokens, frames, config)
-    assert sorted(entry for pack in packs for entry in pack) == list(range(len(sizes)))
+    assert sorted(index for pack in packs for index in pack) == list(range(len(sizes)))
     assert all(tokens[pack].sum() <= 50 and frames[pack].sum() <= 5 for pack in packs)
 
 
 def test_no_sample_waits_longer_than_the_buffer() -> None:
-    lengths = np.array([10, 10, 10, 7] + [10] * 500)  # 7 fits beside no other, and is never the longest
+    lengths = np.array([10, 10, 10, 7] + [10] * 500)  # 7 fits with no other and is never the longest
     packs = pack_best_fit(np.arange(504), lengths, np.ones(504), PackingConfig(max_tokens=10, buffer_size=8))
     assert packs[3] == [3]
 
@@ -82,7 +82,7 @@ def test_plan_is_a_function_of_seed_epoch_and_samples() -> None:
     assert one.epoch(3) != others[0].epoch(3)
 
 
-def test_weights_say_how_often_an_epoch_shows_a_sample() -> None:
+def test_a_weight_is_the_number_of_times_an_epoch_shows_a_sample() -> None:
     weights = np.array([0.0, 1.0, 2.0] + [0.25] * 4000)
     counts = np.bincount(epoch_order(weights, seed=0, epoch=0), minlength=len(weights))
     assert counts[:3].tolist() == [0, 1, 2]
@@ -90,7 +90,7 @@ def test_weights_say_how_often_an_epoch_shows_a_sample() -> None:
     assert counts[3:].max() == 1
 
 
-def test_taking_packs_step_by_step_walks_the_epochs_without_loss_or_repeat() -> None:
+def test_packs_are_taken_across_epochs_without_loss_or_repeat() -> None:
     plan = PackPlan(table_of(np.full(10, 10)), PackingConfig(max_tokens=20), seed=0)  # 5 packs an epoch
     position, seen = PackPosition(0, 0), []
     for _ in range(4):
@@ -108,13 +108,16 @@ def test_limited_epochs_end_with_a_short_step() -> None:
     assert plan.take(end, 4, num_epochs=2)[0] == []
 
 
-def test_packs_are_shared_out_by_cost_and_in_equal_numbers() -> None:
+def test_ranks_get_equal_numbers_of_packs_balanced_by_cost() -> None:
     assert assign_packs([5, 1, 4, 2], 2) == [[0, 1], [2, 3]]
     shares = assign_packs([9, 1, 1, 1, 1], 3)
-    assert sorted(number for share in shares for number in share) == [0, 1, 2, 3, 4]
+    assert sorted(index for share in shares for index in share) == [0, 1, 2, 3, 4]
     assert max(len(share) for share in shares) == 2
     assert shares[0] == [0]
-    assert [len(share) for share in assign_packs([9, 1, 1, 1, 1], 2)] == [2, 3]  # not 1 and 4, whatever the costs
+    assert [len(share) for share in assign_packs([9, 1, 1, 1, 1], 2)] == [
+        2,
+        3,
+    ]  # not [1, 4], whatever the costs
 
 
 def test_an_epoch_without_samples_is_an_error() -> None:

@@ -28,16 +28,16 @@ def builder_of(corpus: Corpus, frames: FramesConfig | None = None) -> SampleBuil
     )
 
 
-def test_a_sample_takes_the_frames_of_its_window_thinned(corpus: Corpus) -> None:
+def test_a_sample_takes_at_most_max_frames_of_its_clip(corpus: Corpus) -> None:
     row = sample_row(0, [("video-5", 1.0, 7.0)], ANSWERED)  # 8 frames at 0..7 s
     built = builder_of(corpus, FramesConfig(max_frames=3)).build(row)
     assert isinstance(built, TokenizedSample)
-    assert built.media[0].frames == [1, 4, 6] or built.media[0].frames == [1, 3, 6]
+    assert built.frames[0] in ([1, 4, 6], [1, 3, 6])
     assert built.sample.num_vision_tokens == 3 * NUM_TOKENS_PER_FRAME
     assert built.num_frames == 3
 
 
-def test_time_text_opens_the_question_about_one_video(corpus: Corpus) -> None:
+def test_time_text_starts_the_question_about_one_video(corpus: Corpus) -> None:
     row = sample_row(0, [("video-1", None, None)], ANSWERED)
     built = builder_of(corpus, FramesConfig(max_frames=2, time_text=True)).build(row)
     assert isinstance(built, TokenizedSample)
@@ -67,31 +67,31 @@ def test_unusable_rows_are_counted_with_their_reason(
     good = sample_row(1, [("video-0", None, None)], ANSWERED)
     write_samples(tmp_path / "samples.parquet", [sample_row(0, media, turns), good])
     rows = SampleRows.read([SourceConfig(uri=str(tmp_path))])
-    table, rejects = measure_samples(rows, builder_of(corpus), max_tokens=300, max_frames=12)
-    assert count_rejects(rejects) == {reason: 1}
-    assert rejects[0].sample_id == "sample-0000"
-    assert table.rows.tolist() == [1]
+    table = measure_samples(rows, builder_of(corpus), max_tokens=300, max_frames=12)
+    assert count_rejects(table.rejects) == {reason: 1}
+    assert table.rejects[0].sample_id == "sample-0000"
+    assert table.row_indices.tolist() == [1]
 
 
 def test_measured_sizes_are_those_of_the_built_samples(corpus: Corpus) -> None:
     builder = builder_of(corpus)
     rows = SampleRows.read([SourceConfig(uri=corpus.samples, weight=0.5)])
-    table, _ = measure_samples(rows, builder, max_tokens=1000, max_frames=None)
+    table = measure_samples(rows, builder, max_tokens=1000, max_frames=None)
     assert len(table) == 24
-    for entry, row in enumerate(table.rows):
+    for index, row in enumerate(table.row_indices):
         built = builder.build(rows[int(row)])
         assert isinstance(built, TokenizedSample)
-        assert table.num_tokens[entry] == len(built.sample)
-        assert table.num_vision_tokens[entry] == built.sample.num_vision_tokens
-        assert table.num_targets[entry] == sum(label != IGNORE_INDEX for label in built.sample.labels)
-        assert table.weights[entry] == 0.5
+        assert table.num_tokens[index] == len(built.sample)
+        assert table.num_vision_tokens[index] == built.sample.num_vision_tokens
+        assert table.num_targets[index] == sum(label != IGNORE_INDEX for label in built.sample.labels)
+        assert table.weights[index] == 0.5
 
 
 def test_fingerprint_changes_with_weights_and_frames(corpus: Corpus) -> None:
     def fingerprint(weight: float, max_frames: int) -> str:
         rows = SampleRows.read([SourceConfig(uri=corpus.samples, weight=weight)])
         builder = builder_of(corpus, FramesConfig(max_frames=max_frames))
-        return measure_samples(rows, builder, max_tokens=1000, max_frames=None)[0].fingerprint
+        return measure_samples(rows, builder, max_tokens=1000, max_frames=None).fingerprint
 
     assert fingerprint(1.0, 4) == fingerprint(1.0, 4)
     assert len({fingerprint(1.0, 4), fingerprint(2.0, 4), fingerprint(1.0, 3)}) == 3

@@ -10,15 +10,14 @@ from reference.training_corpus import ANSWERS, QUESTIONS, Corpus, make_corpus, s
 from timeviper_model.weights.weights_folder import load_tokenizer
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.data.synthetic.tokenizer import train_tokenizer
-from timeviper_platform.training.batches import sizes as sample_table
 from timeviper_platform.training.batches.rows import SampleRows, SourceConfig
 from timeviper_platform.training.batches.samples import FramesConfig, SampleBuilder
 from timeviper_platform.training.batches.sizes import (
-    Measured,
     MeasureOnAllRanks,
+    SampleTable,
     count_rejects,
-    join_parts,
-    measure_part,
+    join_blocks,
+    measure_blocks,
     measure_samples,
 )
 
@@ -39,35 +38,35 @@ def rows_of(corpus: Corpus) -> SampleRows:
     return SampleRows.read([SourceConfig(uri=corpus.samples), SourceConfig(uri=corpus.samples, weight=0.5)])
 
 
-def assert_same(one: Measured, other: Measured) -> None:
-    assert one.rejects == other.rejects
-    assert one.table.fingerprint == other.table.fingerprint
-    for name in ("rows", "weights", "num_tokens", "num_vision_tokens", "num_frames", "num_targets"):
-        np.testing.assert_array_equal(getattr(one.table, name), getattr(other.table, name))
+def assert_same(one: SampleTable, other: SampleTable) -> None:
+    assert list(one.rejects) == list(other.rejects)
+    assert one.fingerprint == other.fingerprint
+    for name in ("row_indices", "weights", "num_tokens", "num_vision_tokens", "num_frames", "num_targets"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 50])
-def test_ranks_together_measure_what_one_measures(
-    corpus: Corpus, num_ranks: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sample_table, "BLOCK_ROWS", 7)
+def test_many_ranks_measure_the_same_table_as_one(corpus: Corpus, num_ranks: int) -> None:
     rows, builder = rows_of(corpus), builder_of(corpus)
     alone = measure_samples(rows, builder, max_tokens=MAX_TOKENS, max_frames=None)
     assert count_rejects(alone.rejects)["too_long"] > 0
-    parts = [measure_part(rows, builder, MAX_TOKENS, None, part=rank, num_parts=num_ranks) for rank in range(num_ranks)]
-    assert max(len(part.usable) for part in parts) < len(alone.table)
-    assert_same(join_parts(rows, parts), alone)
+    shards = [
+        measure_blocks(rows, builder, MAX_TOKENS, None, rank=rank, world_size=num_ranks, block_rows=7)
+        for rank in range(num_ranks)
+    ]
+    assert max(sum(len(usable) for usable, _ in shard) for shard in shards) < len(alone)
+    assert_same(join_blocks(rows, shards), alone)
 
 
 @pytest.mark.usefixtures("group_of_one")
-def test_a_table_is_measured_once_and_then_read(
+def test_a_table_is_measured_once_and_then_read_from_the_cache(
     corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows, builder = rows_of(corpus), builder_of(corpus)
     alone = measure_samples(rows, builder, max_tokens=MAX_TOKENS, max_frames=None)
     measure = MeasureOnAllRanks(str(tmp_path))
     assert_same(measure(rows, builder, max_tokens=MAX_TOKENS, max_frames=None), alone)
-    monkeypatch.setattr(SampleBuilder, "build", None)  # nothing may be built again
+    monkeypatch.setattr(SampleBuilder, "build", None)  # building would fail
     assert_same(measure(rows_of(corpus), builder_of(corpus), max_tokens=MAX_TOKENS, max_frames=None), alone)
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -117,18 +116,18 @@ def test_another_mixture_tokenizer_store_or_cap_has_another_table(corpus: Corpus
 def test_rows_of_weight_zero_are_not_built(tmp_path: Path, corpus: Corpus) -> None:
     write_samples(tmp_path / "samples.parquet", [sample_row(0, [], [("user", "a"), ("assistant", "b")])])
     rows = SampleRows.read([SourceConfig(uri=corpus.samples), SourceConfig(uri=str(tmp_path), weight=0)])
-    table, _ = measure_samples(rows, builder_of(corpus), max_tokens=400, max_frames=None)
-    assert table.rows.tolist() == list(range(40))
+    table = measure_samples(rows, builder_of(corpus), max_tokens=400, max_frames=None)
+    assert table.row_indices.tolist() == list(range(40))
 
 
 @pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
-def test_a_row_whose_weight_is_no_number_of_times_is_a_counted_reject(corpus: Corpus, weight: float) -> None:
+def test_a_negative_or_infinite_weight_is_a_counted_reject(corpus: Corpus, weight: float) -> None:
     rows = SampleRows.read([SourceConfig(uri=corpus.samples)])
     rows.weights = rows.weights.copy()
     rows.weights[3] = weight
     measured = measure_samples(rows, builder_of(corpus), max_tokens=MAX_TOKENS, max_frames=None)
     (reject,) = (reject for reject in measured.rejects if reject.reason == "bad_weight")
-    assert reject.detail == f"weight = {weight} must be a number of times, at least 0"
-    assert 3 not in measured.table.rows
-    with pytest.raises(ValueError, match=f"{weight} of x.parquet must be a number of times"):
+    assert reject.detail == f"weight = {weight} must be finite and at least 0"
+    assert 3 not in measured.row_indices
+    with pytest.raises(ValueError, match=f"{weight} of x.parquet must be finite"):
         SourceConfig(uri="x.parquet", weight=weight)

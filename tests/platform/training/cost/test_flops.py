@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from timeviper_model.batching.batch import IGNORE_INDEX, Sample, TokenKind, pack_samples
 from timeviper_model.config import PRESETS
 from timeviper_model.timeviper import TimeViper
-from timeviper_platform.training.batches.packing import PackPosition, PackShape
-from timeviper_platform.training.batches.step_batches import StepBatches
+from timeviper_platform.training.batches.packing import Pack, PackPosition
+from timeviper_platform.training.batches.step_batches import StepCounts
 from timeviper_platform.training.cost.flops import forward_flops, gpu_hours, training_flops
 from timeviper_platform.training.metrics import step_log as progress
 from timeviper_platform.training.phase import Phase, mean_kept_share
@@ -38,7 +38,7 @@ def test_the_count_is_what_torch_counts(preset: str) -> None:
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False), counter:  # whose products torch does not count
         model(batch.to("cpu", torch.float32), use_transv=False)
-    shape = PackShape(num_tokens=192, vision_counts=(0, 0, 0), num_targets=189)
+    shape = Pack(num_tokens=192, vision_counts=(0, 0, 0), num_targets=189)
     # torch counts the masked half of attention and scan as well, and has its own share of each chunk's edges
     assert forward_flops(config, shape, use_transv=False) == pytest.approx(counter.get_total_flops(), rel=0.06)
 
@@ -48,13 +48,13 @@ def test_a_token_of_the_9b_costs_two_operations_a_weight() -> None:
     with torch.device("meta"):
         model = TimeViper(config)
     weights = sum(parameter.numel() for parameter in model.backbone.layers.parameters())
-    shape = PackShape(num_tokens=1000, vision_counts=(), num_targets=0)
+    shape = Pack(num_tokens=1000, vision_counts=(), num_targets=0)
     assert forward_flops(config, shape, use_transv=True) == pytest.approx(2 * weights * 1000, rel=0.03)
 
 
 def test_transv_saves_and_frozen_blocks_save_a_third() -> None:
     config = PRESETS["9b"]
-    shape = PackShape(num_tokens=4196, vision_counts=(4096,), num_targets=20)
+    shape = Pack(num_tokens=4196, vision_counts=(4096,), num_targets=20)
     with_plan, without = (forward_flops(config, shape, use_transv=use) for use in (True, False))
     assert with_plan / without == pytest.approx(mean_kept_share(config), rel=0.05)
     trained = training_flops(config, shape, use_transv=True, trains_blocks=True)
@@ -63,8 +63,8 @@ def test_transv_saves_and_frozen_blocks_save_a_third() -> None:
 
 def test_samples_of_a_pack_do_not_attend_to_each_other() -> None:
     config = PRESETS["tiny-qwen"]
-    apart = PackShape(num_tokens=2000, vision_counts=(500, 500), num_targets=0)
-    alone = PackShape(num_tokens=1000, vision_counts=(500,), num_targets=0)
+    apart = Pack(num_tokens=2000, vision_counts=(500, 500), num_targets=0)
+    alone = Pack(num_tokens=1000, vision_counts=(500,), num_targets=0)
     assert forward_flops(config, apart, use_transv=True) == pytest.approx(
         2 * forward_flops(config, alone, use_transv=True)
     )
@@ -76,9 +76,7 @@ def test_an_hour_is_an_hour() -> None:
 
 def test_mfu_is_what_all_devices_computed_over_what_they_could(monkeypatch: pytest.MonkeyPatch) -> None:
     zeros = dict.fromkeys(("num_targets", "num_vision_tokens", "num_samples", "num_padding_tokens"), 0)
-    step = StepBatches(
-        step=1, micro_batches=[], num_tokens=10, fill=1.0, flops=8e12, end=PackPosition(0, 1), damaged=[], **zeros
-    )
+    step = StepCounts(step=1, num_tokens=10, fill=1.0, flops=8e12, end=PackPosition(0, 1), **zeros)
     phase = cast(Phase, SimpleNamespace(name="align"))
     monkeypatch.setattr(progress, "peak_flops", lambda name: 16e12)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)

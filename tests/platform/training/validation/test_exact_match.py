@@ -12,7 +12,8 @@ from timeviper_model.timeviper import TimeViper
 from timeviper_model.weights.weights_folder import load_tokenizer
 from timeviper_platform.common.config import parse_config
 from timeviper_platform.data.store.reader import FeatureStore
-from timeviper_platform.training.batches import loader as loader_module
+from timeviper_platform.training.batches.collate import PackReader
+from timeviper_platform.training.batches.samples import TokenizedSample
 from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.local import train_local
 from timeviper_platform.training.metrics.writer import read_metrics
@@ -113,17 +114,17 @@ def test_ranks_answer_the_first_samples_once_together(corpus: Corpus, num_answer
 def test_a_held_out_sample_that_cannot_be_read_is_left_out_and_named(
     corpus: Corpus, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    phase, read = prepared(corpus, 3, rank=0, world_size=1), loader_module.read_vision_rows
+    phase, read = prepared(corpus, 3, rank=0, world_size=1), PackReader.read_features
 
-    def damaged(store: Any, media: Any, dim: int) -> torch.Tensor:
-        if media[0].media_id == "video-1":
+    def damaged(reader: PackReader, sample: TokenizedSample) -> torch.Tensor:
+        if sample.media_ids == ["video-1"]:
             raise RuntimeError("row group 3 is damaged")
-        return read(store, media, dim)
+        return read(reader, sample)
 
-    monkeypatch.setattr(loader_module, "read_vision_rows", damaged)
+    monkeypatch.setattr(PackReader, "read_features", damaged)
     assert phase.validator is not None
     assert len(list(phase.validator.loader.samples([0, 1, 2]))) == 2
-    assert "held-out sample sample-0001 is left out: row group 3 is damaged" in caplog.text
+    assert "validation sample sample-0001 is left out: row group 3 is damaged" in caplog.text
 
 
 def test_what_cannot_answer_is_refused_with_the_way_out(corpus: Corpus) -> None:
