@@ -1,8 +1,7 @@
-"""Greedy decode steps of neighbouring slots as one CUDA graph: no launch from Python, no look at a length.
+"""Greedy decode steps of neighbouring slots as one CUDA graph: no kernel launch from Python, no host synchronization.
 
-Turns a filled cache into a step that is captured once and replayed. What changes from step to step (ids, places) lies
-in tensors on the device, so that the graph stays valid; keys and values have room for all steps before the first.
-On a CPU the same operations run one by one. Knows slots, blocks and greedy ids; not requests, texts or sampling.
+What changes from step to step (ids, positions) lies in tensors on the device, so that a captured step stays valid. The
+cache has room for all steps before the first. On a CPU the same operations run one by one.
 """
 
 from __future__ import annotations
@@ -18,29 +17,29 @@ from timeviper_model.layers.nemotron_h import LayerState
 from timeviper_model.timeviper import TimeViper
 
 NUM_WARM_UP_STEPS = 3
-"""before the capture, so that every library has chosen its kernels and has its workspace"""
+"""Steps before the capture, in which libraries choose their kernels and allocate workspaces."""
 
 
 class DecodeGraph:
-    """The next `max_steps` greedy tokens of some slots; `step` gives one of each, `finish` tells the cache.
+    """The next `max_steps` greedy tokens of some slots.
 
-    Between the first `step` and `finish` nothing else may use these slots.
+    Between construction and `finish` nothing else may use these slots or resize the cache.
     """
 
     def __init__(
         self, model: TimeViper, cache: HybridCache, slots: Sequence[int], ids: Sequence[int], *, max_steps: int
     ) -> None:
-        """Makes room in the cache and captures a step.
+        """Reserves room in the cache and captures a step.
 
         Args:
             model: in eval mode.
             cache: of the model; the slots hold prompts.
-            slots: ascending neighbours.
-            ids: each slot's last token, which the first step reads.
-            max_steps: how often `step` may be called.
+            slots: neighbours, ascending.
+            ids: each slot's last token, the input of the first step.
+            max_steps: maximum calls of `step`.
 
         Raises:
-            ValueError: for slots that are no neighbours or hold no prompt.
+            ValueError: for slots that are not neighbours or hold no prompt.
         """
         view = cache.view(slots)
         empty = [slot for slot in view.slots if not cache.num_tokens[slot]]
@@ -50,6 +49,10 @@ class DecodeGraph:
         device = model.lm_head.weight.device
         self._num_steps = 0
         self._ids_B = torch.tensor(ids, device=device)
+        self.logprobs_B = torch.zeros(len(ids), dtype=torch.float32, device=device)
+        """Log-probabilities of the last step's tokens."""
+        self.is_finite_B = torch.ones(len(ids), dtype=torch.bool, device=device)
+        """False for slots whose last logits were not finite."""
         self._positions_B = torch.tensor([cache.num_tokens[slot] for slot in view.slots], device=device)
         self._num_new = torch.zeros((), dtype=torch.long, device=device)
         for attention in cache.attention.values():
@@ -62,17 +65,22 @@ class DecodeGraph:
         ]
         self._graph = None
         if device.type == "cuda":
-            with torch.cuda.device(device):  # streams are the current device's, whichever the model is on
+            with torch.cuda.device(device):  # streams belong to the current device, which need not be the model's
                 self._graph = self._capture()
+
+    @property
+    def num_steps_left(self) -> int:
+        """Calls of `step` that remain."""
+        return self._max_steps - self._num_steps
 
     @torch.inference_mode()
     def step(self) -> Tensor:
-        """(B,) int64: each slot's next token; the same tensor every time, overwritten by the next call.
+        """(B,) int64: each slot's next token, in a tensor that the next call overwrites.
 
         Raises:
             RuntimeError: after `max_steps` calls.
         """
-        if self._num_steps == self._max_steps:
+        if not self.num_steps_left:
             raise RuntimeError(f"all {self._max_steps = } steps are done; make another DecodeGraph for more")
         self._num_steps += 1
         if self._graph is None:
@@ -82,7 +90,7 @@ class DecodeGraph:
         return self._ids_B
 
     def finish(self) -> None:
-        """Writes down in the cache how far the slots have come; no step may follow."""
+        """Records in the cache how many tokens the slots gained. No step may follow."""
         for slot in self._slots:
             self._cache.num_tokens[slot] += self._num_steps
             for attention in self._cache.attention.values():
@@ -93,23 +101,27 @@ class DecodeGraph:
         hidden_BD = self._model.backbone.embeddings(self._ids_B)
         for layer, state in enumerate(self._states):
             hidden_BD = self._model.backbone.block(layer).step(hidden_BD, state, self._positions_B)
-        self._ids_B.copy_(self._model.logits(hidden_BD).argmax(-1))
+        logits_BV = self._model.logits(hidden_BD)
+        self.is_finite_B.copy_(logits_BV.isfinite().all(-1))
+        logits_BV = logits_BV.nan_to_num()
+        self._ids_B.copy_(logits_BV.argmax(-1))
+        self.logprobs_B.copy_(torch.log_softmax(logits_BV, -1).gather(1, self._ids_B[:, None])[:, 0])
         self._positions_B.add_(1)
         self._num_new.add_(1)
 
     @torch.inference_mode()
     def _capture(self) -> torch.cuda.CUDAGraph:
-        """The graph of one step; the warm-up's own steps are undone (keys and values they wrote are written again)."""
+        """The graph of one step, after warm-up steps that are undone; keys and values they wrote are overwritten."""
         changed = [self._ids_B, self._positions_B, self._num_new]
         for state in self._cache.mamba.values():
-            part = slice(self._slots[0], self._slots[-1] + 1)
-            changed += [state.window_BKD[part], state.ssm_BHPN[part]]
+            chunk = slice(self._slots[0], self._slots[-1] + 1)
+            changed += [state.window_BKD[chunk], state.ssm_BHPN[chunk]]
         saved = [tensor.clone() for tensor in changed]
-        steps = min(NUM_WARM_UP_STEPS, self._max_steps)
+        num_steps = min(NUM_WARM_UP_STEPS, self._max_steps)
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(steps):
+            for _ in range(num_steps):
                 self._advance()
         torch.cuda.current_stream().wait_stream(side)
         for tensor, before in zip(changed, saved, strict=True):
@@ -121,35 +133,37 @@ class DecodeGraph:
 
 
 class FixedStore:
-    """One attention layer's keys and values of neighbouring slots, all of their room read under a mask.
+    """One attention layer's keys and values of neighbouring slots, read as a whole under a mask.
 
     A `KeyValueStore` whose operations have the same shapes at every step.
     """
 
     def __init__(self, cache: AttentionCache, slots: Sequence[int], num_new: Tensor) -> None:
-        """Args:
-        cache: with room for every step.
-        slots: ascending neighbours.
-        num_new: int64 scalar on the device: tokens that each slot has more than the cache's lengths say.
+        """Reads the slots' present lengths.
+
+        Args:
+            cache: with room for every step.
+            slots: neighbours, ascending.
+            num_new: int64 scalar on the device: tokens that each slot has gained since.
         """
-        part = slice(slots[0], slots[-1] + 1)
+        rows = slice(slots[0], slots[-1] + 1)
         with torch.inference_mode():
             for slot in slots:
                 cache.values[slot, :, cache.lengths[slot] :] = 0  # read with weight 0, and 0 times NaN is NaN
-        self._keys_BGLE, self._values_BGLE = cache.keys[part], cache.values[part]
+        self._keys_BGLE, self._values_BGLE = cache.keys[rows], cache.values[rows]
         self._lengths_B = torch.tensor([cache.lengths[slot] for slot in slots], device=cache.keys.device)
         self._rows_B = torch.arange(len(slots), device=cache.keys.device)
-        self._places_L = torch.arange(cache.keys.shape[2], device=cache.keys.device)
+        self._indices_L = torch.arange(cache.keys.shape[2], device=cache.keys.device)
         self._num_new = num_new
 
     def extend(self, q_THE: Tensor, k_THE: Tensor, v_THE: Tensor) -> Tensor:
-        """Prompts are read before; see `cache.SlotStore`."""
+        """Not supported: prompts are prefilled before."""
         raise NotImplementedError("a decode graph reads no prompts; prefill them first")
 
     def attend(self, q_BHE: Tensor, k_BHE: Tensor, v_BHE: Tensor) -> Tensor:
-        """Append one token to each slot, then (B, H, E): what its queries read there."""
-        places_B = self._lengths_B + self._num_new
-        self._keys_BGLE[self._rows_B, :, places_B] = k_BHE.to(self._keys_BGLE.dtype)
-        self._values_BGLE[self._rows_B, :, places_B] = v_BHE.to(self._values_BGLE.dtype)
-        visible_BL = self._places_L <= places_B[:, None]
+        """Appends one token to each slot, then attends: (B, H, E)."""
+        index_B = self._lengths_B + self._num_new
+        self._keys_BGLE[self._rows_B, :, index_B] = k_BHE.to(self._keys_BGLE.dtype)
+        self._values_BGLE[self._rows_B, :, index_B] = v_BHE.to(self._values_BGLE.dtype)
+        visible_BL = self._indices_L <= index_B[:, None]
         return grouped_attention(q_BHE, self._keys_BGLE, self._values_BGLE, visible_BL)

@@ -1,22 +1,21 @@
-"""InferenceEngine: many requests at once through one model, a step at a time. No Ray, no HTTP, no threads.
+"""Continuous batching of many requests through one model, one step at a time, without threads.
 
-A request waits in a queue, takes a slot of the cache and is prefilled, in pieces: a step reads a bounded number of
-tokens, of one prompt or of several short ones, so that running answers never wait for more than that; from then on
-every step decodes one token for all slots together. What the model knows of a video before the question can be kept
-for the next one (prefix_cache). The caller owns the loop:
+A request waits in a queue, takes a slot of the cache and is prefilled in chunks. A step prefills a bounded number of
+tokens and then decodes one token for every slot, so no running answer waits for a long prompt.
 
-    engine.submit(request) -> id;   while work: for event in engine.step(): ...
+    engine.submit(request) -> id;   while engine.has_work: for event in engine.step(): ...
 
-Deterministic: tokens depend on the weights, the prompt, the parameters and the seed, never on the neighbours.
+Tokens depend on the weights, the prompt, the sampling parameters and the seed, never on other requests.
 """
 
 from __future__ import annotations
 
+import enum
 import itertools
-from collections import deque
-from collections.abc import Hashable, Iterator
+import logging
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from torch import Tensor
 from timeviper_model.batching.prompt import TEMPLATES, encode_text, end_token_id
 from timeviper_model.inference.answer import FinishReason, Usage
 from timeviper_model.inference.chunked_transv import plan_sites
+from timeviper_model.inference.decode_graph import DecodeGraph
 from timeviper_model.inference.detokenize import TextStream
 from timeviper_model.inference.prefill import Prefill, prefix_length
 from timeviper_model.inference.prefix_cache import PrefixCache, PrefixLease, prefix_entry_bytes
@@ -33,7 +33,6 @@ from timeviper_model.inference.requests import (
     Event,
     Failed,
     Finished,
-    PromptTensors,
     QueueFull,
     Request,
     RequestId,
@@ -41,45 +40,44 @@ from timeviper_model.inference.requests import (
     check_request,
 )
 from timeviper_model.inference.sampling import SampledToken, sample_tokens
+from timeviper_model.layers.cache import HybridCache
 from timeviper_model.ops.linear import pack_linears
 from timeviper_model.timeviper import TimeViper
 
+logger = logging.getLogger(__name__)
 
-class Queued(NamedTuple):
-    """A request without a slot."""
+MIN_GRAPH_STEPS = 32
+"""Fewest decode steps worth a CUDA graph, whose capture costs as much as about five steps."""
+STEPS_BEFORE_GRAPH = 8
+"""Decode steps of the same slots before a capture: under frequent arrivals a graph would not live long enough."""
+
+
+class RequestState(enum.Enum):
+    """Progress of a request."""
+
+    WAITING = "waiting"
+    """Has no slot."""
+    PREFILLING = "prefilling"
+    DECODING = "decoding"
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class ActiveRequest:
+    """A request between `submit` and its last event."""
 
     id: RequestId
     request: Request
-    prompt: PromptTensors
+    input_ids: Tensor
+    token_kind: Tensor
     prefix_length: int
     prefix_key: Hashable | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Reading:
-    """A request in a slot whose prompt is being read."""
-
-    id: RequestId
-    request: Request
-    slot: int
-    prefill: Prefill
-    lease: PrefixLease | None
-
-    @property
-    def cached_tokens(self) -> int:
-        """Prompt tokens that did not have to be read."""
-        return 0 if self.lease is None or self.lease.entry is None else self.lease.entry.num_tokens
-
-
-@dataclass(slots=True, eq=False)
-class Running:
-    """A request in a slot whose answer is being written."""
-
-    id: RequestId
-    request: Request
-    cached_tokens: int
     generator: torch.Generator
     text: TextStream | None
+    state: RequestState = RequestState.WAITING
+    slot: int = -1
+    prefill: Prefill | None = None
+    lease: PrefixLease | None = None
+    cached_tokens: int = 0
     tokens: list[int] = field(default_factory=list)
 
 
@@ -87,10 +85,13 @@ class InferenceEngine:
     """Continuous batching over the slots of one cache. Not thread-safe: one thread calls every method."""
 
     def __init__(self, model: TimeViper, config: EngineConfig | None = None, *, tokenizer: Any | None = None) -> None:
-        """Args:
-        model: in eval mode, on its device and in its dtype.
-        tokenizer: gives events their text and finds stop strings; without it answers are ids alone and end at
-            the configuration's eos_token_id.
+        """Allocates the cache.
+
+        Args:
+            model: in eval mode, on its device and in its dtype.
+            config: defaults to EngineConfig().
+            tokenizer: for the events' text and for stop strings. Without one, answers are ids alone and end at the
+                configuration's eos_token_id.
         """
         self.config = config or EngineConfig()
         if self.config.pack_weights:
@@ -99,11 +100,17 @@ class InferenceEngine:
         self._tokenizer = tokenizer
         parameter = next(model.parameters())
         self._device, self._dtype = parameter.device, parameter.dtype
-        self._cache = model.new_cache(self.config.num_slots, device=self._device, dtype=self._dtype)
+        self._cache = HybridCache(
+            model.config.text,
+            self.config.num_slots,
+            device=self._device,
+            dtype=self._dtype,
+            kept_bytes=self.config.kept_cache_bytes,
+        )
         self.end_token_ids = frozenset({model.config.text.eos_token_id})
-        """the ids that end every answer"""
+        """Ids that end every answer."""
         self.feature_size = model.config.vision.row_size
-        """width of a row of vision features"""
+        """Width of a row of vision features."""
         self._closing = ""
         if tokenizer is not None:
             template = TEMPLATES[model.config.chat_template]
@@ -111,96 +118,92 @@ class InferenceEngine:
             ids = encode_text(tokenizer, template.assistant[1], split_special_tokens=False)
             self._closing = str(tokenizer.decode(ids, skip_special_tokens=True))
         self._ids = itertools.count()
-        self._queue: deque[Queued] = deque()
-        self._reading: deque[Reading] = deque()
-        self._running: dict[int, Running] = {}
+        self._requests: dict[RequestId, ActiveRequest] = {}  # prefilling requests move to the end after their turn
         self._prefixes = PrefixCache(self.config.prefix_cache_bytes)
         self._undelivered: dict[RequestId, list[Event]] = {}
         self._num_prompt_tokens = 0
         self._num_completion_tokens = 0
+        self._graph: DecodeGraph | None = None
+        self._use_graphs = self._device.type == "cuda" and self.config.max_graph_steps >= MIN_GRAPH_STEPS
+        self._decoded_slots: list[int] = []
+        self._num_same_slots = 0
 
     def submit(self, request: Request) -> RequestId:
-        """Puts `request` in the queue; its events come from `step`.
+        """Queues `request`; `step` returns its events.
 
         Raises:
             QueueFull: when every slot is taken and `max_queued_requests` wait.
-            ValueError: when the request can never be served here.
+            ValueError: when this engine can never serve the request.
         """
-        prompt = check_request(request, self.config, self._model.config, has_tokenizer=self._tokenizer is not None)
-        taken = len(self._reading) + len(self._running)
-        free = self.config.num_slots - taken
-        if len(self._queue) >= free + self.config.max_queued_requests:
+        input_ids, token_kind = check_request(
+            request, self.config, self._model.config, has_tokenizer=self._tokenizer is not None
+        )
+        num_waiting = len(self._in_state(RequestState.WAITING))
+        num_active = len(self._requests) - num_waiting
+        if num_waiting >= self.config.num_slots - num_active + self.config.max_queued_requests:
             raise QueueFull(
-                f"{taken} requests run and {len(self._queue)} wait"
+                f"{num_active} requests run and {num_waiting} wait"
                 f" (limits {self.config.num_slots} and {self.config.max_queued_requests}); try again later"
             )
-        request_id = RequestId(next(self._ids))
-        length = 0 if request.prefix_key is None else prefix_length(prompt.token_kind)
-        self._queue.append(Queued(request_id, request, prompt, length, self._prefix_key(request, length)))
-        return request_id
+        length = 0 if request.prefix_key is None else prefix_length(token_kind)
+        stop_texts = [stop for stop in request.sampling.stop if isinstance(stop, str)]
+        active = ActiveRequest(
+            id=RequestId(next(self._ids)),
+            request=request,
+            input_ids=input_ids,
+            token_kind=token_kind,
+            prefix_length=length,
+            prefix_key=self._prefix_key(request, length),
+            generator=torch.Generator().manual_seed(request.sampling.seed),
+            text=TextStream(self._tokenizer, stop=stop_texts, closing=self._closing) if self._tokenizer else None,
+        )
+        self._requests[active.id] = active
+        return active.id
 
     def step(self) -> list[Event]:
-        """One iteration: admit requests, read pieces of their prompts, then decode one token for every slot."""
+        """Admits requests, prefills chunks of their prompts, then decodes one token for every slot."""
         kept = [event for events in self._undelivered.values() for event in events]
         self._undelivered.clear()
         return kept + self._advance()
 
     def stream(self, request_id: RequestId) -> Iterator[Event]:
-        """The events of one request until its last, stepping the engine as needed; other requests' events wait for
-        their own `stream` or for `step`.
-        """
+        """Yields one request's events, stepping the engine as needed. Other requests' events are kept for them."""
         while True:
             for event in self._undelivered.pop(request_id, []):
                 yield event
                 if not isinstance(event, Token):
                     return
-            if not self._is_known(request_id):
+            if request_id not in self._requests:
                 return
             for event in self._advance():
                 self._undelivered.setdefault(event.request_id, []).append(event)
 
     def cancel(self, request_id: RequestId) -> bool:
-        """Ends a request and frees its slot at once; its Finished event comes with the next step.
+        """Ends a request and frees its slot at once; the next step returns its Finished event.
 
         Returns:
-            False when the request is not queued or running (any more).
+            False when the request is unknown or has ended.
         """
-        usage = self._drop(request_id)
-        if usage is None:
+        active = self._requests.get(request_id)
+        if active is None:
             return False
-        finished = Finished(request_id=request_id, reason="cancelled", text="", usage=usage)
+        self._release(active)
+        finished = Finished(request_id=request_id, reason="cancelled", text="", usage=self._usage(active))
         self._undelivered.setdefault(request_id, []).append(finished)
         return True
-
-    def _drop(self, request_id: RequestId) -> Usage | None:
-        """Takes the request out of the queue or its slot, wherever it is; what it took, None when it is nowhere."""
-        for queued in self._queue:
-            if queued.id == request_id:
-                self._queue.remove(queued)
-                return self._usage(queued.request)
-        for reading in self._reading:
-            if reading.id == request_id:
-                self._reading.remove(reading)
-                self._end_reading(reading)
-                self._cache.reset(reading.slot)
-                return self._usage(reading.request, cached_tokens=reading.cached_tokens)
-        for slot, running in self._running.items():
-            if running.id == request_id:
-                self._release(slot)
-                return self._usage(running.request, len(running.tokens), running.cached_tokens)
-        return None
 
     @property
     def has_work(self) -> bool:
         """True while `step` has something to do or to deliver."""
-        return bool(self._queue or self._reading or self._running or self._undelivered)
+        return bool(self._requests or self._undelivered)
 
     def stats(self) -> EngineStats:
-        """Counts of this moment and since the start."""
+        """Current counts, and totals since the start."""
+        num_waiting = len(self._in_state(RequestState.WAITING))
         return EngineStats(
             num_slots=self.config.num_slots,
-            active_slots=len(self._reading) + len(self._running),
-            queued_requests=len(self._queue),
+            active_slots=len(self._requests) - num_waiting,
+            queued_requests=num_waiting,
             cache_bytes=self._cache.num_bytes,
             prompt_tokens=self._num_prompt_tokens,
             completion_tokens=self._num_completion_tokens,
@@ -211,62 +214,57 @@ class InferenceEngine:
             prefix_bytes=self._prefixes.num_bytes,
         )
 
-    def _is_known(self, request_id: RequestId) -> bool:
-        return any(
-            request_id == known
-            for known in itertools.chain(
-                (queued.id for queued in self._queue),
-                (reading.id for reading in self._reading),
-                (running.id for running in self._running.values()),
-            )
-        )
+    def _in_state(self, state: RequestState) -> list[ActiveRequest]:
+        return [active for active in self._requests.values() if active.state is state]
 
     @torch.inference_mode()
     def _advance(self) -> list[Event]:
-        return [*self._admit(), *self._read(), *self._decode()]
+        return [*self._admit(), *self._prefill_chunks(), *self._decode()]
 
     def _admit(self) -> list[Event]:
-        """Gives the free slots to the first requests that need not wait for another to compute their prefix."""
+        """Gives free slots to waiting requests, in order, but for those whose prefix another request is computing."""
         events: list[Event] = []
-        taken = {reading.slot for reading in self._reading} | set(self._running)
+        taken = {active.slot for active in self._requests.values()}
         free = [slot for slot in range(self.config.num_slots) if slot not in taken]
-        for queued in list(self._queue) if free else []:
-            if queued.prefix_key is not None and self._prefixes.is_computing(queued.prefix_key):
-                continue
-            self._queue.remove(queued)
-            lease = None if queued.prefix_key is None else self._prefixes.lease(queued.prefix_key)
-            try:
-                prefill = self._prefill(queued, free[0], lease)
-            except Exception as error:  # noqa: BLE001 - no memory for so long a prompt: this request's trouble
-                events.append(_failed(queued.id, error))
-                if lease is not None:
-                    lease.release()
-                self._cache.reset(free[0])
-                continue
-            reading = Reading(id=queued.id, request=queued.request, slot=free.pop(0), prefill=prefill, lease=lease)
-            self._reading.append(reading)
+        for active in self._in_state(RequestState.WAITING):
             if not free:
                 break
+            if active.prefix_key is not None and self._prefixes.is_computing(active.prefix_key):
+                continue
+            active.slot = free[0]
+            if active.prefix_key is not None:
+                active.lease = self._prefixes.lease(active.prefix_key)
+            try:
+                active.prefill = self._new_prefill(active)
+            except Exception as error:  # noqa: BLE001 - no memory for so long a prompt: only this request fails
+                events.append(_failed(active.id, error))
+                self._release(active)
+                continue
+            if active.lease is not None and active.lease.entry is not None:
+                active.cached_tokens = active.lease.entry.num_tokens
+            active.state = RequestState.PREFILLING
+            free.pop(0)
         return events
 
-    def _prefill(self, queued: Queued, slot: int, lease: PrefixLease | None) -> Prefill:
-        features = queued.request.vision_features
+    def _new_prefill(self, active: ActiveRequest) -> Prefill:
+        self._end_graph()  # the prompt's room in the cache may move the tensors that a graph reads
+        features, lease = active.request.vision_features, active.lease
         return Prefill(
             self._model,
-            queued.prompt.input_ids.to(self._device),
-            queued.prompt.token_kind.to(self._device),
+            active.input_ids.to(self._device),
+            active.token_kind.to(self._device),
             (lambda: [features]) if isinstance(features, Tensor) else features,
             self._cache,
-            slot,
+            active.slot,
             max_chunk_tokens=self.config.max_prefill_tokens,
-            # cut there even if nothing is kept: the same pieces give the same bits with the cache and without
-            boundary=queued.prefix_length,
+            # also when nothing is kept: equal chunks give equal bits with and without the prefix cache
+            boundary=active.prefix_length,
             prefix=None if lease is None else lease.entry,
             on_prefix=None if lease is None or lease.entry is not None else lease.publish,
         )
 
     def _prefix_key(self, request: Request, length: int) -> Hashable | None:
-        """The key under which this prompt's prefix is kept; None when it has none, or none that would fit."""
+        """The key of the prompt's prefix in the cache; None without a prefix or when its entry would not fit."""
         if not length or not self._prefixes.max_bytes:
             return None
         num_vision = request.prompt.num_vision_tokens
@@ -276,124 +274,161 @@ class InferenceEngine:
             return None
         return request.prefix_key, tuple(request.prompt.input_ids[:num_system]), num_vision
 
-    def _read(self) -> list[Event]:
-        """Reads on in the prompts, which take turns, up to `max_prefill_tokens`.
+    def _prefill_chunks(self) -> list[Event]:
+        """Prefills up to `max_prefill_tokens`, the prompts taking turns.
 
-        One whose next piece is more than this step has left is the first of the next one; one whose features are not
-        there passes its turn on.
+        A prompt whose next chunk exceeds the step's budget comes first in the next step; one whose features are late
+        passes its turn on.
         """
         events: list[Event] = []
-        left = self.config.max_prefill_tokens
-        for _ in range(len(self._reading)):
-            reading = self._reading[0]
-            before = reading.prefill.num_read
+        budget = self.config.max_prefill_tokens
+        for active in self._in_state(RequestState.PREFILLING):
+            prefill = active.prefill
+            assert prefill is not None
+            before = prefill.num_read
             try:
-                logits_V = reading.prefill.advance(left)
+                logits_V = prefill.advance(budget)
                 if logits_V is not None:
-                    events += self._start_answer(reading, logits_V)
-            except Exception as error:  # noqa: BLE001 - its features, its length: this request's trouble
-                events.append(_failed(reading.id, error))
-                self._drop(reading.id)
+                    events += self._start_answer(active, logits_V)
+            except Exception as error:  # noqa: BLE001 - its features, its length: only this request fails
+                events.append(_failed(active.id, error))
+                self._release(active)
                 continue
-            num_read = reading.prefill.num_read - before
-            left -= num_read
+            num_read = prefill.num_read - before
+            budget -= num_read
             if logits_V is not None:
                 continue
-            if not num_read and not reading.prefill.is_waiting:
+            if not num_read and not prefill.is_waiting:
                 break
-            self._reading.rotate(-1)
+            self._requests[active.id] = self._requests.pop(active.id)
         return events
 
-    def _start_answer(self, reading: Reading, logits_V: Tensor) -> list[Event]:
-        request = reading.request
-        stop_texts = [stop for stop in request.sampling.stop if isinstance(stop, str)]
-        text = TextStream(self._tokenizer, stop=stop_texts, closing=self._closing) if self._tokenizer else None
-        self._reading.remove(reading)
-        self._end_reading(reading)
-        self._num_prompt_tokens += len(request.prompt) - reading.cached_tokens
-        self._running[reading.slot] = Running(
-            id=reading.id,
-            request=request,
-            cached_tokens=reading.cached_tokens,
-            generator=torch.Generator().manual_seed(request.sampling.seed),
-            text=text,
-        )
-        return self._choose(logits_V[None], [reading.slot])
-
-    @staticmethod
-    def _end_reading(reading: Reading) -> None:
-        if reading.lease is not None:
-            reading.lease.release()
+    def _start_answer(self, active: ActiveRequest, logits_V: Tensor) -> list[Event]:
+        if active.lease is not None:
+            active.lease.release()
+        active.prefill = None
+        active.state = RequestState.DECODING
+        self._num_prompt_tokens += len(active.request.prompt) - active.cached_tokens
+        return self._choose(logits_V[None], [active])
 
     def _decode(self) -> list[Event]:
-        slots = sorted(self._running)
-        if not slots:
+        rows = sorted(self._in_state(RequestState.DECODING), key=lambda active: active.slot)
+        if not rows:
             return []
-        ids = torch.tensor([self._running[slot].tokens[-1] for slot in slots], device=self._device)
-        logits_BV = self._model.decode_step(ids, self._cache, torch.tensor(slots, device=self._device))
-        return self._choose(logits_BV, slots)
+        slots = [active.slot for active in rows]
+        self._num_same_slots = self._num_same_slots + 1 if slots == self._decoded_slots else 0
+        self._decoded_slots = slots
+        graph = self._decode_graph(rows)
+        if graph is not None:
+            ids, logprobs = graph.step().tolist(), graph.logprobs_B.tolist()
+            sampled = [SampledToken(*pair, ()) for pair in zip(ids, logprobs, strict=True)]
+            return self._accept_all(rows, sampled, graph.is_finite_B.tolist())
+        ids_B = torch.tensor([active.tokens[-1] for active in rows], device=self._device)
+        return self._choose(self._model.decode_step(ids_B, self._cache, torch.tensor(slots, device=self._device)), rows)
 
-    def _choose(self, logits_BV: Tensor, slots: list[int]) -> list[Event]:
-        rows = [self._running[slot] for slot in slots]
+    def _decode_graph(self, rows: Sequence[ActiveRequest]) -> DecodeGraph | None:
+        """The CUDA graph of these requests' next steps; None where a plain step serves better."""
+        if self._graph is not None and self._graph.num_steps_left:
+            return self._graph
+        self._end_graph()
+        params = [active.request.sampling for active in rows]
+        left = min(sampling.max_new_tokens - len(active.tokens) for sampling, active in zip(params, rows, strict=True))
+        if (
+            not self._use_graphs
+            or self._num_same_slots < STEPS_BEFORE_GRAPH
+            or left < MIN_GRAPH_STEPS
+            or any(sampling.temperature > 0 or sampling.num_logprobs for sampling in params)
+            or self._in_state(RequestState.PREFILLING)
+            or rows[-1].slot - rows[0].slot != len(rows) - 1
+        ):
+            return None
+        try:
+            self._graph = DecodeGraph(
+                self._model,
+                self._cache,
+                [active.slot for active in rows],
+                [active.tokens[-1] for active in rows],
+                max_steps=min(left, self.config.max_graph_steps),
+            )
+        except torch.OutOfMemoryError:
+            logger.warning("no memory for a CUDA graph of decode steps: decoding without graphs from now on")
+            self._use_graphs = False
+        return self._graph
+
+    def _end_graph(self) -> None:
+        if self._graph is not None:
+            self._graph.finish()
+            self._graph = None
+
+    def _choose(self, logits_BV: Tensor, rows: Sequence[ActiveRequest]) -> list[Event]:
         finite = torch.isfinite(logits_BV).all(dim=-1).tolist()
         sampled = sample_tokens(
             logits_BV.nan_to_num(), [row.request.sampling for row in rows], [row.generator for row in rows]
         )
+        return self._accept_all(rows, sampled, finite)
+
+    def _accept_all(
+        self, rows: Sequence[ActiveRequest], sampled: Sequence[SampledToken], finite: Sequence[bool]
+    ) -> list[Event]:
         events: list[Event] = []
-        for slot, running, token, is_finite in zip(slots, rows, sampled, finite, strict=True):
+        for active, token, is_finite in zip(rows, sampled, finite, strict=True):
             if not is_finite:
-                self._release(slot)
-                events.append(Failed(request_id=running.id, error="the model's logits are not finite"))
+                self._release(active)
+                events.append(Failed(request_id=active.id, error="the model's logits are not finite"))
                 continue
             try:
-                events += self._accept(slot, running, token)
-            except Exception as error:  # noqa: BLE001 - its text: the other rows go on
-                events.append(_failed(running.id, error))
-                self._drop(running.id)
+                events += self._accept(active, token)
+            except Exception as error:  # noqa: BLE001 - its text: only this request fails
+                events.append(_failed(active.id, error))
+                self._release(active)
         return events
 
-    def _accept(self, slot: int, running: Running, token: SampledToken) -> list[Event]:
-        running.tokens.append(token.id)
+    def _accept(self, active: ActiveRequest, token: SampledToken) -> list[Event]:
+        sampling, text = active.request.sampling, active.text
+        active.tokens.append(token.id)
         self._num_completion_tokens += 1
         ended = token.id in self.end_token_ids
-        stopped = ended or token.id in running.request.sampling.stop
-        text = running.text.push(token.id) if running.text is not None and not stopped else ""
+        stopped = ended or token.id in sampling.stop
+        new_text = text.push(token.id) if text is not None and not stopped else ""
         event = Token(
-            request_id=running.id, id=token.id, logprob=token.logprob, top_logprobs=token.top_logprobs, text=text
+            request_id=active.id, id=token.id, logprob=token.logprob, top_logprobs=token.top_logprobs, text=new_text
         )
-        stopped = stopped or (running.text is not None and running.text.stopped)
-        if not stopped and len(running.tokens) < running.request.sampling.max_new_tokens:
+        stopped = stopped or (text is not None and text.stopped)
+        if not stopped and len(active.tokens) < sampling.max_new_tokens:
             return [event]
-        self._release(slot)
-        rest = running.text.finish(closed=ended) if running.text is not None else ""
-        stopped = stopped or (running.text is not None and running.text.stopped)  # a stop string in what was held back
-        usage = self._usage(running.request, len(running.tokens), running.cached_tokens)
+        self._release(active)
+        rest = text.finish(closed=ended) if text is not None else ""
+        stopped = stopped or (text is not None and text.stopped)  # a stop string within the held-back text
         reason: FinishReason = "stop" if stopped else "length"
-        return [event, Finished(request_id=running.id, reason=reason, text=rest, usage=usage)]
+        return [event, Finished(request_id=active.id, reason=reason, text=rest, usage=self._usage(active))]
 
-    def _release(self, slot: int) -> Running:
-        """Takes the slot's request out and gives its memory back."""
-        self._cache.reset(slot)
-        return self._running.pop(slot)
+    def _release(self, active: ActiveRequest) -> None:
+        """Forgets the request and frees its slot. Safe to call again."""
+        if self._requests.pop(active.id, None) is None:
+            return
+        if active.lease is not None:
+            active.lease.release()
+        if active.slot >= 0:
+            self._end_graph()
+            self._cache.reset(active.slot)
 
-    def _usage(self, request: Request, completion_tokens: int = 0, cached_tokens: int = 0) -> Usage:
-        vision_tokens = request.prompt.num_vision_tokens
+    def _usage(self, active: ActiveRequest) -> Usage:
+        vision_tokens = active.request.prompt.num_vision_tokens
         plans = plan_sites(self._model.config, vision_tokens)
-        kept = min((plan.num_kept for plan in plans.values()), default=vision_tokens)
         return Usage(
-            prompt_tokens=len(request.prompt),
-            completion_tokens=completion_tokens,
+            prompt_tokens=len(active.request.prompt),
+            completion_tokens=len(active.tokens),
             vision_tokens=vision_tokens,
-            vision_tokens_kept=kept,
-            cached_tokens=cached_tokens,
+            vision_tokens_kept=min((plan.num_kept for plan in plans.values()), default=vision_tokens),
+            cached_tokens=active.cached_tokens,
         )
 
 
 def _failed(request_id: RequestId, error: Exception) -> Failed:
-    """The end of a request whose own work raised `error`.
+    """The last event of a request whose own work raised `error`.
 
     Raises:
-        torch.AcceleratorError: when it is one: the device answers nobody any more.
+        torch.AcceleratorError: when `error` is one, because the device then fails for every request.
     """
     if isinstance(error, torch.AcceleratorError):
         raise error

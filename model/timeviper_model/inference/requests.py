@@ -1,13 +1,10 @@
-"""What an engine is asked and what it answers: requests in, tokens and endings out, and counts of both.
-
-Knows prompts, features and sampling parameters; nothing of slots, caches or steps.
-"""
+"""The engine's input and output: requests, events, statistics and limits."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple, NewType
+from typing import NewType
 
 import numpy as np
 import torch
@@ -16,9 +13,10 @@ from torch import Tensor
 from timeviper_model.batching.batch import Sample, TokenKind
 from timeviper_model.config import TimeViperConfig
 from timeviper_model.inference.answer import FinishReason, SamplingParams, Usage
+from timeviper_model.layers.cache import KEPT_BYTES
 
 DEFAULT_CHUNK_TOKENS = 2048
-"""tokens of a piece: 128 frames of 16 tokens; MLP activations of the 9B are 64 MB in bf16"""
+"""128 frames of 16 tokens; the 9B's MLP activations take 64 MB in bfloat16."""
 
 RequestId = NewType("RequestId", int)
 
@@ -28,16 +26,20 @@ class Request:
     """One answer to generate."""
 
     prompt: Sample
-    """token ids with kinds; ends with the opening of the assistant's turn (prompt.build_sample)"""
+    """Token ids with kinds, ending with the opening of the assistant's turn (see build_sample)."""
     vision_features: Tensor | Callable[[], Iterable[Tensor]]
-    """(num_vision_tokens, dim), or what yields it block by block; called once, when the prompt's first vision token is
-    read, not at all on a hit in the video-prefix cache. A block of no rows says 'not yet' and costs the others nothing;
-    an iterator that blocks holds up every slot."""
+    """(num_vision_tokens, dim), or a function that yields them in blocks.
+
+    The function is called once, when prefill reaches the first vision token, and not at all after a hit in the
+    video-prefix cache. An empty block means 'not yet' and costs other requests nothing; an iterator that blocks holds
+    up every slot."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    """Options of the answer."""
     prefix_key: str | None = None
-    """names the system + vision tokens for the video-prefix cache: equal keys must mean equal tokens and features, for
-    tenants who may share them (see prefix_cache); the engine adds the system ids and the number of vision tokens.
-    No effect on a prompt in which text stands between or before media, as an earlier question does."""
+    """Key of the system and vision tokens in the video-prefix cache; None = do not cache.
+
+    Equal keys must mean equal tokens and features, and tenants that may share them. The engine adds the system ids and
+    the number of vision tokens. No effect on a prompt with text between or before media."""
 
     def __post_init__(self) -> None:
         if not len(self.prompt):
@@ -46,30 +48,30 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Token:
-    """One more token of a request's answer."""
+    """One more token of an answer."""
 
     request_id: RequestId
     id: int
     logprob: float
     top_logprobs: tuple[tuple[int, float], ...]
     text: str
-    """text that became certain with this token, often "" while part of a character or of a stop string is held back"""
+    """Text that became certain with this token; "" while part of a character or of a stop string is held back."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finished:
-    """The last event of a request that ended as it should, or was cancelled."""
+    """The last event of a request that completed or was cancelled."""
 
     request_id: RequestId
     reason: FinishReason
     text: str
-    """held-back text that turned out to belong to the answer"""
+    """Held-back text that belongs to the answer after all."""
     usage: Usage
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Failed:
-    """The last event of a request that could not be served; others are untouched."""
+    """The last event of a request that raised an error; other requests are unaffected."""
 
     request_id: RequestId
     error: str
@@ -80,23 +82,23 @@ Event = Token | Finished | Failed
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineStats:
-    """A snapshot for metrics and autoscaling."""
+    """Current counts, and totals since the start, for metrics and autoscaling."""
 
     num_slots: int
     active_slots: int
     queued_requests: int
     cache_bytes: int
     prompt_tokens: int
-    """prefilled since the start, those of cached prefixes left out"""
+    """Total of prefilled tokens, without those of cached prefixes."""
     completion_tokens: int
-    """decoded since the start"""
+    """Total of generated tokens."""
     prefix_hits: int
+    """Total hits in the video-prefix cache."""
     prefix_misses: int
     prefix_evictions: int
-    """of the video-prefix cache, since the start"""
     prefix_entries: int
+    """Entries now in the video-prefix cache."""
     prefix_bytes: int
-    """in it now"""
 
 
 class QueueFull(RuntimeError):
@@ -105,23 +107,28 @@ class QueueFull(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
-    """How much the engine works on at once."""
+    """Limits of the engine."""
 
     num_slots: int = 8
-    """requests decoded together; the cache is allocated for this many"""
+    """Requests decoded together; the cache is allocated for this many."""
     max_queued_requests: int = 32
-    """requests that may wait for a slot; past it `submit` raises QueueFull"""
+    """Maximum requests waiting for a slot; further ones are refused with QueueFull."""
     max_prompt_tokens: int = 16384
-    """text and vision tokens of one prompt"""
+    """Maximum text and vision tokens of one prompt."""
     max_prefill_tokens: int = DEFAULT_CHUNK_TOKENS
-    """prompt tokens read in one step, and the most that go through the blocks together"""
+    """Maximum prompt tokens prefilled in one step, and the size of a prefill chunk."""
     max_new_tokens: int = 1024
-    """the most a request may ask for"""
+    """Maximum tokens of one answer."""
     prefix_cache_bytes: int = 0
-    """of the video-prefix cache; 0 = keep nothing"""
+    """Maximum bytes of the video-prefix cache; 0 = no cache."""
+    kept_cache_bytes: int = KEPT_BYTES
+    """Maximum bytes of keys and values per attention layer that stay allocated while no request runs."""
     pack_weights: bool = True
-    """on a CPU in fp32: keep a copy of the weights as its kernels read them; few rows go through a third sooner, for
-    twice the weights' memory"""
+    """Whether to keep a second copy of the weights in the layout of the CPU's fp32 kernels.
+
+    Small batches run in two thirds of the time, for twice the weights' memory. Only on a CPU in float32."""
+    max_graph_steps: int = 256
+    """Maximum greedy decode steps per CUDA graph; 0 = no graphs. Only on CUDA."""
 
     def __post_init__(self) -> None:
         for name in ("num_slots", "max_prompt_tokens", "max_prefill_tokens", "max_new_tokens"):
@@ -130,35 +137,28 @@ class EngineConfig:
         if self.max_queued_requests < 0:
             raise ValueError(f"{self.max_queued_requests = } must be at least 0 (0 = only free slots)")
         if self.prefix_cache_bytes < 0:
-            raise ValueError(f"{self.prefix_cache_bytes = } must be at least 0 (0 = keep nothing)")
-
-
-class PromptTensors(NamedTuple):
-    """A prompt as the model reads it, on the CPU."""
-
-    input_ids: Tensor
-    """(T,) int64"""
-    token_kind: Tensor
-    """(T,) int8 of TokenKind"""
+            raise ValueError(f"{self.prefix_cache_bytes = } must be at least 0 (0 = no cache)")
+        if self.max_graph_steps < 0:
+            raise ValueError(f"{self.max_graph_steps = } must be at least 0 (0 = no graphs)")
 
 
 def check_request(
     request: Request, limits: EngineConfig, model: TimeViperConfig, *, has_tokenizer: bool
-) -> PromptTensors:
-    """The request's prompt, when an engine with these limits can serve it with such a model.
+) -> tuple[Tensor, Tensor]:
+    """The prompt's ids (T,) int64 and token kinds (T,) int8, on the CPU.
 
     Raises:
-        ValueError: when it never can.
+        ValueError: when an engine with these limits can never serve the request with this model.
     """
-    prompt = request.prompt
+    prompt, sampling = request.prompt, request.sampling
     if len(prompt) > limits.max_prompt_tokens:
         raise ValueError(
             f"the prompt has {len(prompt)} tokens ({prompt.num_vision_tokens} of them vision), the limit"
-            f" is {limits.max_prompt_tokens}; ask with fewer frames or a shorter text"
+            f" is {limits.max_prompt_tokens}; use fewer frames or a shorter text"
         )
-    if request.sampling.max_new_tokens > limits.max_new_tokens:
-        raise ValueError(f"{request.sampling.max_new_tokens = } is past the limit of {limits.max_new_tokens}")
-    if not has_tokenizer and any(isinstance(stop, str) for stop in request.sampling.stop):
+    if sampling.max_new_tokens > limits.max_new_tokens:
+        raise ValueError(f"{sampling.max_new_tokens = } exceeds the limit of {limits.max_new_tokens}")
+    if not has_tokenizer and any(isinstance(stop, str) for stop in sampling.stop):
         raise ValueError("stop strings need an engine with a tokenizer; pass token ids")
     if isinstance(request.vision_features, Tensor):
         expected = (prompt.num_vision_tokens, model.vision.row_size)
@@ -167,8 +167,8 @@ def check_request(
     return _prompt_tensors(prompt, model.text.vocab_size)
 
 
-def _prompt_tensors(prompt: Sample, vocab_size: int) -> PromptTensors:
-    # by way of numpy: 5 times as fast as a tensor from a list
+def _prompt_tensors(prompt: Sample, vocab_size: int) -> tuple[Tensor, Tensor]:
+    # through numpy: 5 times as fast as a tensor from a list
     ids = np.array(prompt.input_ids, dtype=np.int64)
     if ids.min() < 0 or ids.max() >= vocab_size:
         wrong = int(ids.min() if ids.min() < 0 else ids.max())
@@ -178,9 +178,9 @@ def _prompt_tensors(prompt: Sample, vocab_size: int) -> PromptTensors:
         raise ValueError("token_kind must be VISION exactly where vision_index is not -1")
     rows = rows[rows >= 0]
     if (rows != np.arange(len(rows))).any():
-        place = int((rows != np.arange(len(rows))).argmax())
+        index = int((rows != np.arange(len(rows))).argmax())
         raise ValueError(
-            f"vision token {place} reads row {int(rows[place])} of the features, which come in their order here;"
-            " order the rows instead, so that vision_index counts from 0"
+            f"vision token {index} reads row {int(rows[index])} of the features; the engine reads rows in order:"
+            " reorder the features so that vision_index counts from 0"
         )
-    return PromptTensors(torch.from_numpy(ids), torch.from_numpy(kinds))
+    return torch.from_numpy(ids), torch.from_numpy(kinds)

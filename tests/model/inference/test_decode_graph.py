@@ -102,6 +102,16 @@ def test_a_graph_is_captured_without_the_host_and_gives_the_same_steps(config: T
         assert [ids.tolist() for ids in steps] == expected
 
 
+def test_log_probabilities_are_those_of_the_logits() -> None:
+    model = make_model()
+    cache, ids = filled_cache(model)
+    logits = model.decode_step(torch.tensor(ids), filled_cache(model)[0], torch.tensor([1, 2, 3]))
+    decoding = DecodeGraph(model, cache, [1, 2, 3], ids, max_steps=1)
+    chosen = torch.log_softmax(logits, -1).gather(1, decoding.step()[:, None])[:, 0]
+    torch.testing.assert_close(decoding.logprobs_B, chosen.float())
+    assert decoding.is_finite_B.all()
+
+
 def test_a_graph_is_captured_on_the_models_device(monkeypatch: pytest.MonkeyPatch) -> None:
     current: list[torch.device] = []
 

@@ -21,7 +21,6 @@ from reference.tiny_serving import CONFIG_WITH_TRANSV, generate_alone, prompt, r
 from timeviper_model.inference.answer import SamplingParams
 from timeviper_model.inference.engine import InferenceEngine
 from timeviper_model.inference.requests import EngineConfig, Event, Finished, QueueFull
-from timeviper_model.layers import cache as cache_module
 from timeviper_model.timeviper import TimeViper
 
 QUESTIONS = [("What?", 0), ("Which picture appears?", 24), ("When?", 9), ("How often does it appear?", 40), ("Why", 3)]
@@ -120,11 +119,8 @@ def test_a_cancelled_request_frees_its_slot_at_once(model: TimeViper) -> None:
     assert ids_of(e for e in events if e.request_id == next_one)
 
 
-def test_memory_of_keys_and_values_goes_back_when_all_is_done(
-    model: TimeViper, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cache_module, "KEPT_BYTES", 0)
-    engine = engine_of(model, num_slots=2)
+def test_memory_of_keys_and_values_is_freed_after_the_last_request(model: TimeViper) -> None:
+    engine = engine_of(model, num_slots=2, kept_cache_bytes=0)
     empty = engine.stats().cache_bytes
     engine.submit(ask(num_vision=40, max_new_tokens=4))
     engine.step()
@@ -243,9 +239,8 @@ def test_a_short_prompt_does_not_wait_for_a_long_one(model: TimeViper) -> None:
     assert engine.cancel(long)
 
 
-def test_cancelling_in_the_middle_of_a_prompt_frees_its_slot(model: TimeViper, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_module, "KEPT_BYTES", 0)
-    engine = engine_of(model, num_slots=1, max_prefill_tokens=16, prefix_cache_bytes=2**30)
+def test_cancelling_during_prefill_frees_the_slot(model: TimeViper) -> None:
+    engine = engine_of(model, num_slots=1, max_prefill_tokens=16, prefix_cache_bytes=2**30, kept_cache_bytes=0)
     empty = engine.stats().cache_bytes
     first = engine.submit(ask(num_vision=200, prefix_key="film"))
     second = engine.submit(ask(num_vision=200, prefix_key="film", max_new_tokens=3))
