@@ -18,6 +18,16 @@ from timeviper_model.config import TINY, pyramid_drop
 from timeviper_model.inference.chunked_transv import plan_sites
 from timeviper_model.timeviper import TimeViper
 from timeviper_model.weights.weights_folder import load_tokenizer, save_pretrained
+from timeviper_platform.benchmarks.ablation import (
+    DEMO_PLAN,
+    ROWS,
+    SHARED_RUN,
+    Ablation,
+    describe_sites,
+    format_table,
+    prompt_tokens,
+    sites_of,
+)
 from timeviper_platform.common.config import parse_config
 from timeviper_platform.common.schemas import QUESTIONS
 from timeviper_platform.data.store.reader import FeatureStore
@@ -26,9 +36,7 @@ from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.phase import first_model, prepare_phase
 
 ROOT = Path(__file__).resolve().parents[2]
-ABLATION = runpy.run_path(str(ROOT / "jobs" / "ablation.py"))
-ROWS, DEMO_PLAN = list(ABLATION["ROWS"]), ABLATION["DEMO_PLAN"]
-sites_of = ABLATION["sites_of"]
+main = runpy.run_path(str(ROOT / "jobs" / "ablation.py"))["main"]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +46,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     made = make_corpus(folder)
     model = TimeViper(TINY)
     model.init_weights(torch.Generator().manual_seed(0))
-    weights = folder / "runs" / ABLATION["SHARED_RUN"] / "weights" / "align"
+    weights = folder / "runs" / SHARED_RUN / "weights" / "align"
     weights.parent.mkdir(parents=True)
     save_pretrained(model, weights, tokenizer=load_tokenizer(made.tokenizer))
     return made
@@ -66,13 +74,13 @@ def test_the_demos_plan_is_the_presets_and_its_pyramid_is_pyramid_drop() -> None
 
 
 def test_rows_of_another_plan_have_runs_of_their_own_but_for_none(tmp_path: Path) -> None:
-    demo, other = (ABLATION["Ablation"](folder=tmp_path, plan=plan) for plan in (DEMO_PLAN, "uni_1_0.5"))
+    demo, other = (Ablation(folder=tmp_path, plan=plan) for plan in (DEMO_PLAN, "uni_1_0.5"))
     assert [demo.run_name(row) == other.run_name(row) for row in ROWS] == [row == "none" for row in ROWS]
     assert demo.row_training("none") == other.row_training("none")
 
 
 def test_every_row_begins_with_its_own_sites_and_the_shared_weights(corpus: Corpus) -> None:
-    ablation = ABLATION["Ablation"](folder=corpus.folder, quick=True)
+    ablation = Ablation(folder=corpus.folder, quick=True)
     store, tokenizer = FeatureStore.open(corpus.features), load_tokenizer(corpus.tokenizer)
     first_losses = {}
     for row in ROWS:
@@ -100,14 +108,14 @@ def test_prompts_are_counted_with_what_the_sites_leave(corpus: Corpus, tmp_path:
     row = dict.fromkeys(QUESTIONS.names) | {"sample_id": "a", "question": "What is this?", "answer": "x", "choices": []}
     media = [{"media_id": "video-5", "start_seconds": None, "end_seconds": None}]
     pq.write_table(pa.Table.from_pylist([row | {"media": media}], schema=QUESTIONS), tmp_path / "grounding.parquet")
-    weights = corpus.folder / "runs" / ABLATION["SHARED_RUN"] / "weights" / "align"
+    weights = corpus.folder / "runs" / SHARED_RUN / "weights" / "align"
     evaluation = {
         "weights": str(weights),
         "features": corpus.features,
         "questions": str(tmp_path),
         "answering": {"max_frames": 6},
     }
-    tokens = ABLATION["prompt_tokens"](evaluation, "grounding")
+    tokens = prompt_tokens(evaluation, "grounding")
     num_text = tokens["first"] - tokens["vision_first"]
     assert num_text > 3
     assert tokens == {
@@ -128,7 +136,7 @@ SCORES = {
 
 def test_the_table_has_a_line_and_a_command_a_row() -> None:
     tokens = {"first": 130.4, "last": 58.4}
-    table = ABLATION["format_table"]({"td": {"scores": SCORES, "tokens": tokens}})
+    table = format_table({"td": {"scores": SCORES, "tokens": tokens}})
     head, rule, line = table.splitlines()
     assert head.startswith("| row | sites (layer: kept) | which | order | count | grounding mIoU | prompt tokens")
     assert rule.count("---") == head.count(" | ") + 1
@@ -137,33 +145,33 @@ def test_the_table_has_a_line_and_a_command_a_row() -> None:
         " 0.350 (0.30 - 0.42) | 0.950 (0.91 - 0.98) | 0.943 (0.93 - 0.95) | 130 -> 58 |"
         " `python jobs/ablation.py --rows td` |"
     )
-    other = ABLATION["format_table"]({"td": {"scores": SCORES, "tokens": tokens}}, "uni_1_0.5")
+    other = format_table({"td": {"scores": SCORES, "tokens": tokens}}, "uni_1_0.5")
     assert other.endswith("| `python jobs/ablation.py --rows td --plan uni_1_0.5` |")
-    assert ABLATION["describe_sites"](()) == "-"
+    assert describe_sites(()) == "-"
 
 
 def test_a_row_that_is_done_is_shown_and_not_run_again_and_one_of_another_recipe_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ablation = ABLATION["Ablation"](folder=tmp_path, quick=False)
+    ablation = Ablation(folder=tmp_path, quick=False)
     outcome = {"training": ablation.row_training("none"), "scores": SCORES, "tokens": {"first": 99.0, "last": 99.0}}
     file = ablation.row_file("none")
     file.parent.mkdir(parents=True)
     file.write_text(json.dumps(outcome))
-    assert ABLATION["main"](["--rows", "none", "--folder", str(tmp_path)]) == 0  # starts nothing
+    assert main(["--rows", "none", "--folder", str(tmp_path)]) == 0  # starts nothing
     shown = capsys.readouterr().out
     assert "| no site | - | 0.996" in shown
     assert (tmp_path / "ablation.md").read_text() == shown
     outcome["training"]["phases"]["instruct"]["steps"] += 1
     file.write_text(json.dumps(outcome))
-    assert ABLATION["main"](["--rows", "none", "--folder", str(tmp_path)]) == 1
+    assert main(["--rows", "none", "--folder", str(tmp_path)]) == 1
     assert re.search(r"outcome.json is of another recipe; remove .*ablation-none", capsys.readouterr().err)
 
 
 def test_unknown_rows_and_plans_that_do_not_fit_are_named(capsys: pytest.CaptureFixture[str]) -> None:
-    assert ABLATION["main"](["--plan", "attn_7_0.5"]) == 2
+    assert main(["--plan", "attn_7_0.5"]) == 2
     assert "attention blocks are at [3, 8]" in capsys.readouterr().err
-    assert ABLATION["main"](["--rows", "none,all"]) == 2
+    assert main(["--rows", "none,all"]) == 2
     assert "there are no rows all; there are none, attention, uniform, td, pdrop" in capsys.readouterr().err
 
 
@@ -173,8 +181,8 @@ def test_the_whole_job_makes_the_table_of_two_rows_and_stops_where_it_is_done(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--quick", "--folder", str(tmp_path), "--rows"]
-    assert ABLATION["main"]([*arguments, "td"]) == 0
-    assert ABLATION["main"]([*arguments, "td,none"]) == 0
+    assert main([*arguments, "td"]) == 0
+    assert main([*arguments, "td,none"]) == 0
     table = (tmp_path / "ablation.md").read_text().splitlines()
     assert [line.split(" | ")[0] for line in table[2:]] == ["| no site", "| token dropping: the plan without transfer"]
     assert capfd.readouterr().out.count("=== row td") == 1

@@ -1,0 +1,273 @@
+"""What TransV is worth on the synthetic corpus: one model a row, trained and evaluated alike, as one table.
+
+All rows share the corpus, features and the phases `language` and `align`. Each trains the `instruct` phase of the demo with
+its own TransV sites and answers every held-out question. Finished rows are kept: an interrupted run continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import yaml
+
+from timeviper_model.batching.prompt import TEMPLATES, Turn, build_sample
+from timeviper_model.config import TINY, TransVSite, parse_transv_plan
+from timeviper_model.inference.chunked_transv import plan_sites
+from timeviper_model.weights.weights_folder import load_config, load_tokenizer
+from timeviper_platform.common.job import USAGE_EXIT_CODE, JobError, JobResult
+from timeviper_platform.common.ray_cluster import local_cluster
+from timeviper_platform.data.store.reader import FeatureStore
+
+logger = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parents[3]
+"""The repository: jobs and configurations are its files."""
+CONFIGS = ROOT / "ray_configs" / "tiny"
+DEMO_FOLDER = "outputs/demo"
+"""what the files in ray_configs/tiny name"""
+NUM_LOGICAL_CPUS = 4
+"""as in jobs/demo.py"""
+SHARED_RUN = "ablation-shared"
+QUICK_STEPS = {"language": 20, "align": 10, "instruct": 30}
+TASKS = {"choice": "which", "order": "order", "count": "count", "grounding": "grounding mIoU"}
+"""the demo's held-out files, and the table's words for them"""
+
+
+DEMO_PLAN = "uni_3_0.5-attn_8_0.75"
+"""what the preset `tiny` has, in the paper's notation, whose last numbers are the shares that are DROPPED"""
+ROWS = {
+    "none": "no site",
+    "attention": "TransV, the plan itself",
+    "uniform": "TransV, uniform at all sites",
+    "td": "token dropping: the plan without transfer",
+    "pdrop": "PyramidDrop: by attention at all sites, no transfer",
+}
+
+
+def sites_of(row: str, plan: str) -> tuple[TransVSite, ...]:
+    """A row's TransV sites. All rows but `none` keep the plan's shares; `pdrop` at the next attention blocks."""
+    sites = parse_transv_plan(plan)
+    places = [layer for layer, kind in enumerate(TINY.text.block_types) if kind == "attention"]
+    match row:
+        case "none":
+            return ()
+        case "uniform":
+            return tuple(replace(site, select="uniform") for site in sites)
+        case "td":
+            return tuple(replace(site, transfer="none") for site in sites)
+        case "pdrop":
+            return tuple(
+                TransVSite(
+                    layer=min(p for p in places if p >= s.layer), select="attention", keep=s.keep, transfer="none"
+                )
+                for s in sites
+            )
+        case _:
+            return sites
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ablation:
+    """Where the rows lie, and how long they train."""
+
+    folder: Path
+    quick: bool = False
+    plan: str = DEMO_PLAN
+
+    def path(self, *parts: str) -> str:
+        """A place inside the folder."""
+        return str(self.folder.joinpath(*parts))
+
+    def run_name(self, row: str) -> str:
+        """The row's run; `none` is the same under every plan."""
+        return f"ablation-{row}" + ("" if row == "none" or self.plan == DEMO_PLAN else f"-{self.plan}")
+
+    def row_file(self, row: str) -> Path:
+        """What became of a row."""
+        return self.folder / "runs" / self.run_name(row) / "outcome.json"
+
+    def values(self, name: str) -> dict[str, Any]:
+        """One of the demo's configurations with this folder in it, as YAML holds it."""
+        text = (CONFIGS / f"{name}.yaml").read_text().replace(DEMO_FOLDER, str(self.folder))
+        values: dict[str, Any] = yaml.safe_load(text)
+        if name == "train" and self.quick:
+            for phase, steps in QUICK_STEPS.items():
+                values["phases"][phase]["steps"] = steps
+        return values
+
+    def shared_training(self) -> dict[str, Any]:
+        """The demo's training without its last phase."""
+        values = self.values("train")
+        del values["phases"]["instruct"]
+        return values | {"name": SHARED_RUN}
+
+    def row_training(self, row: str) -> dict[str, Any]:
+        """The demo's last phase, from what all rows share, with the row's sites."""
+        values = self.values("train")
+        init = {
+            "weights": self.path("runs", SHARED_RUN, "weights", "align"),
+            "transv": [asdict(site) for site in sites_of(row, self.plan)],
+        }
+        instruct = copy.deepcopy(values["phases"]["instruct"]) | {"init": init}
+        return values | {"name": self.run_name(row), "phases": {"instruct": instruct}}
+
+    def row_evaluation(self, row: str) -> dict[str, Any]:
+        """The demo's evaluation of the row's weights."""
+        weights = self.path("runs", self.run_name(row), "weights", "instruct")
+        return self.values("evaluate") | {
+            "weights": weights,
+            "output": str(self.row_file(row).with_name("scores.json")),
+        }
+
+
+def run_ablation(options: argparse.Namespace) -> JobResult:
+    """Does the rows that are not done; writes and reports the table of all that are."""
+    ablation, rows = _plan(options)
+    missing = [row for row in rows if read_row(ablation, row) is None]
+    if missing:
+        _announce("corpus and features, as the demo's")
+        quick = ["--quick"] if ablation.quick else []
+        _job("demo", dict(os.environ), "--until", "preprocess", "--folder", str(ablation.folder), *quick)
+        with local_cluster(num_cpus=NUM_LOGICAL_CPUS) as cluster:
+            environment = {**os.environ, **cluster}
+            _announce("shared phases: " + ", ".join(ablation.shared_training()["phases"]))
+            _run("train", ablation, SHARED_RUN, ablation.shared_training(), environment)
+            for row in missing:
+                do_row(ablation, row, environment)
+                logger.info("%s", format_table({row: done_rows(ablation)[row]}, ablation.plan))
+    table = format_table(done_rows(ablation), ablation.plan)
+    Path(ablation.path("ablation.md")).write_text(table + "\n")
+    return JobResult([table])
+
+
+def _plan(options: argparse.Namespace) -> tuple[Ablation, list[str]]:
+    rows = options.rows.split(",")
+    if unknown := sorted(set(rows) - set(ROWS)):
+        message = f"there are no rows {', '.join(unknown)}; there are {', '.join(ROWS)}"
+        raise JobError(message, exit_code=USAGE_EXIT_CODE)
+    try:
+        replace(TINY, transv=sites_of("attention", options.plan))
+    except ValueError as error:
+        raise JobError(f"--plan: {error}", exit_code=USAGE_EXIT_CODE) from error
+    folder = options.folder or ROOT / (DEMO_FOLDER + ("-quick" if options.quick else ""))
+    return Ablation(folder=folder.resolve(), quick=options.quick, plan=options.plan), rows
+
+
+def do_row(ablation: Ablation, row: str, environment: Mapping[str, str]) -> None:
+    """Trains and asks one row, and writes what became of it."""
+    training, evaluation = ablation.row_training(row), ablation.row_evaluation(row)
+    _announce(f"row {row}: {ROWS[row]}")
+    _run("train", ablation, training["name"], training, environment)
+    _run("evaluate", ablation, f"{training['name']}-evaluate", evaluation, environment)
+    phase = _read_json(ablation.row_file(row).with_name("report.json"))["instruct"]
+    outcome = {
+        "training": training,
+        "steps": phase["steps"],
+        "loss_last": phase["loss_last"],
+        "seconds": phase["seconds"],
+        "tokens": prompt_tokens(evaluation, "grounding"),
+        "scores": _read_json(Path(evaluation["output"])),
+    }
+    file = ablation.row_file(row)
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(outcome, indent=2) + "\n")
+    part.rename(file)
+
+
+def read_row(ablation: Ablation, row: str) -> dict[str, Any] | None:
+    """What became of a row; None where it is not done.
+
+    Raises:
+        ValueError: when it was trained by another recipe or sites than today's.
+    """
+    file = ablation.row_file(row)
+    if not file.is_file():
+        return None
+    outcome: dict[str, Any] = _read_json(file)
+    if outcome["training"] != ablation.row_training(row):
+        raise ValueError(f"{file} is of another recipe; remove {file.parent}, or take another --folder")
+    return outcome
+
+
+def prompt_tokens(evaluation: Mapping[str, Any], task: str) -> dict[str, float]:
+    """Mean prompt of a task's questions with their video: vision tokens and all tokens, at the first and last block."""
+    config, tokenizer = load_config(evaluation["weights"]), load_tokenizer(evaluation["weights"])
+    store = FeatureStore.open(evaluation["features"])
+    sums = [0, 0, 0, 0]
+    questions = pq.read_table(Path(evaluation["questions"]) / f"{task}.parquet").to_pylist()
+    for question in questions:
+        infos = [store.info(medium["media_id"]) for medium in question["media"]]
+        frames = [min(info.num_frames, evaluation["answering"]["max_frames"]) for info in infos]
+        media = [number * info.num_tokens_per_frame for number, info in zip(frames, infos, strict=True)]
+        turns = [Turn(role="user", text=question["question"])]
+        template = TEMPLATES[config.chat_template]
+        prompt = build_sample(tokenizer, turns, media, template=template, add_generation_prompt=True)
+        sites = plan_sites(config, sum(media))
+        num_left = list(sites.values())[-1].num_kept if sites else sum(media)
+        counts = sum(media), num_left, len(prompt), len(prompt) - sum(media) + num_left
+        sums = [total + count for total, count in zip(sums, counts, strict=True)]
+    names = ("vision_first", "vision_last", "first", "last")
+    return {name: round(total / len(questions), 1) for name, total in zip(names, sums, strict=True)}
+
+
+def done_rows(ablation: Ablation) -> dict[str, dict[str, Any]]:
+    """What became of every row that is done, in the table's order."""
+    return {row: outcome for row in ROWS if (outcome := read_row(ablation, row)) is not None}
+
+
+def format_table(rows: Mapping[str, Mapping[str, Any]], plan: str = DEMO_PLAN) -> str:
+    """Markdown: a line a row with its sites, scores (95 % interval), tokens at the last block, and command."""
+    heads = ["row", "sites (layer: kept)", *TASKS.values(), "prompt tokens, first -> last block", "command"]
+    lines = [_line(heads), _line(["---"] * len(heads))]
+    for row, outcome in rows.items():
+        scores = [_score(outcome["scores"][task]) for task in TASKS]
+        tokens = f"{outcome['tokens']['first']:.0f} -> {outcome['tokens']['last']:.0f}"
+        command = f"python jobs/ablation.py --rows {row}" + ("" if plan == DEMO_PLAN else f" --plan {plan}")
+        lines.append(_line([ROWS[row], describe_sites(sites_of(row, plan)), *scores, tokens, f"`{command}`"]))
+    return "\n".join(lines)
+
+
+def describe_sites(sites: Sequence[TransVSite]) -> str:
+    """`uniform 3: 0.5, attention 8: 0.25`."""
+    return ", ".join(f"{site.select} {site.layer}: {site.keep:g}" for site in sites) or "-"
+
+
+def _score(scores: Mapping[str, Any]) -> str:
+    value = scores["accuracy"] if "accuracy" in scores else scores["miou"]
+    low, high = scores["interval_95"]
+    return f"{value:.3f} ({low:.2f} - {high:.2f})"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _run(job: str, ablation: Ablation, name: str, values: Mapping[str, Any], environment: Mapping[str, str]) -> None:
+    file = ablation.folder / "configs" / f"{name}.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(yaml.safe_dump(dict(values), sort_keys=False))
+    _job(job, environment, "--config", str(file))
+
+
+def _job(name: str, environment: Mapping[str, str], *arguments: str) -> None:
+    command = [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *arguments]
+    subprocess.run(command, env=environment, cwd=ROOT, check=True)
+
+
+def _announce(what: str) -> None:
+    logger.info("=== %s", what)
+
+
+def _read_json(file: Path) -> Any:
+    return json.loads(file.read_text())
