@@ -1,7 +1,7 @@
 """What TransV is worth on the synthetic corpus: one model a row, trained and evaluated alike, as one table.
 
-All rows share the corpus, features and the phases `language` and `align`. Each trains the `instruct` phase of the demo with
-its own TransV sites and answers every held-out question. Finished rows are kept: an interrupted run continues.
+All rows share the corpus, features and the phases `language` and `align`. Each row trains the demo's `instruct` phase
+with its own TransV sites and answers every held-out question. Finished rows are kept: an interrupted run continues.
 """
 
 from __future__ import annotations
