@@ -1,7 +1,4 @@
-"""The model's sizes as frozen dataclasses, with Hugging Face's names, and the presets.
-
-Knows numbers and which of them fit together; builds nothing.
-"""
+"""Model sizes as frozen dataclasses under Hugging Face's names, and the presets."""
 
 from __future__ import annotations
 
@@ -16,14 +13,14 @@ PATTERN_LETTERS: dict[str, BlockType] = {"M": "mamba", "*": "attention", "-": "m
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HybridConfig:
-    """The language model; field names are those of NVIDIA's Nemotron-H `config.json`."""
+    """Nemotron-H; field names are those of NVIDIA's `config.json`."""
 
     hybrid_override_pattern: str
-    """one letter a block: M = Mamba-2, * = attention, - = MLP"""
+    """One letter per block: M = Mamba-2, * = attention, - = MLP."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    """width of the MLP blocks (relu squared, no gate)"""
+    """Of the MLP blocks (relu squared, no gate)."""
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
@@ -31,17 +28,17 @@ class HybridConfig:
     mamba_head_dim: int
     ssm_state_size: int
     n_groups: int
-    """groups that share B and C in Mamba-2; head h uses group h // (mamba_num_heads / n_groups)"""
+    """Groups sharing B and C; head h uses group h // (mamba_num_heads / n_groups)."""
     conv_kernel: int = 4
     use_conv_bias: bool = True
     chunk_size: int = 128
     layer_norm_epsilon: float = 1e-5
     time_step_limit: tuple[float, float] = (0.0, math.inf)
-    """dt after softplus is clamped to this range"""
+    """Range of dt after softplus."""
     time_step_min: float = 0.001
     time_step_max: float = 0.1
     time_step_floor: float = 1e-4
-    """the last three only shape the initial dt_bias"""
+    """`time_step_*` draw the initial dt_bias only."""
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 131072
@@ -64,47 +61,43 @@ class HybridConfig:
 
     @property
     def block_types(self) -> tuple[BlockType, ...]:
-        """What each block is, first to last."""
         return tuple(PATTERN_LETTERS[letter] for letter in self.hybrid_override_pattern)
 
     @property
     def num_hidden_layers(self) -> int:
-        """The number of blocks."""
         return len(self.hybrid_override_pattern)
 
     @property
     def qkv_bias(self) -> bool:
-        """Whether queries, keys and values have a bias."""
         return False
 
     @property
     def mamba_intermediate_size(self) -> int:
-        """Width inside a Mamba-2 mixer: heads x head width."""
         return self.mamba_num_heads * self.mamba_head_dim
 
     @property
     def conv_dim(self) -> int:
-        """Channels of the Mamba-2 convolution: x, B and C."""
+        """Channels of x, B and C."""
         return self.mamba_intermediate_size + 2 * self.n_groups * self.ssm_state_size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Qwen2Config:
-    """A pure Transformer language model; field names are those of Qwen2.5's `config.json`."""
+    """Qwen2.5; field names are those of its `config.json`."""
 
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    """width of the gated MLP"""
+    """Of the gated MLP."""
     num_hidden_layers: int
-    """decoder layers, each attention and MLP; a TransV site's `layer` counts them"""
+    """A TransV site's `layer` counts these."""
     num_attention_heads: int
     num_key_value_heads: int
     rope_theta: float = 1_000_000.0
-    """base of the rotary position encoding's wavelengths"""
+    """Base of the rotary wavelengths."""
     rms_norm_eps: float = 1e-6
     use_sliding_window: bool = False
-    """must be False: every layer sees the whole sequence"""
+    """Must be False."""
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 32768
@@ -114,9 +107,7 @@ class Qwen2Config:
 
     def __post_init__(self) -> None:
         if self.use_sliding_window:
-            raise ValueError(
-                "use_sliding_window = True is not supported: attention here always sees the whole sequence"
-            )
+            raise ValueError("use_sliding_window = True is not supported: attention always covers the whole sequence")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(f"{self.num_attention_heads = } must be a multiple of {self.num_key_value_heads = }")
         if self.hidden_size % (2 * self.num_attention_heads):
@@ -124,56 +115,53 @@ class Qwen2Config:
 
     @property
     def head_dim(self) -> int:
-        """Width of an attention head."""
         return self.hidden_size // self.num_attention_heads
 
     @property
     def qkv_bias(self) -> bool:
-        """Whether queries, keys and values have a bias."""
         return True
 
     @property
     def block_types(self) -> tuple[BlockType, ...]:
-        """What TransV may rely on: every decoder layer holds attention."""
+        """Every decoder layer counts as an attention block."""
         return tuple([PATTERN_LETTERS["*"]] * self.num_hidden_layers)
 
 
 TextConfig = HybridConfig | Qwen2Config
-"""The language model's sizes; the class says which family it is."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TransVSite:
-    """One place where vision tokens are dropped, on the residual stream before block `layer` (paper section 3.3)."""
+    """Drops vision tokens before block `layer` (paper section 3.3)."""
 
     layer: int
-    """0-based index of the block that first sees fewer tokens"""
+    """0-based."""
     select: Literal["uniform", "attention"]
     keep: float
-    """fraction of the sample's ORIGINAL number of vision tokens"""
+    """Fraction of the sample's ORIGINAL number of vision tokens."""
     transfer: Literal["cross_attention", "none"] = "cross_attention"
-    """`none` is plain token dropping (the paper's TD)"""
+    """`none` is plain token dropping (the paper's TD)."""
     transfer_from: Literal["dropped", "kept"] = "dropped"
 
     def __post_init__(self) -> None:
         if self.layer < 0:
             raise ValueError(f"{self.layer = } must be at least 0")
         if not 0.0 <= self.keep <= 1.0:
-            raise ValueError(f"{self.keep = } is a fraction of the vision tokens to keep: between 0 and 1")
+            raise ValueError(f"{self.keep = } must be a fraction between 0 and 1")
 
 
 def parse_transv_plan(text: str) -> tuple[TransVSite, ...]:
-    """The sites in the paper's notation, `uni_7_0.5-attn_39_0.9`, whose numbers are layers and DROP rates.
+    """Parses the paper's notation, `uni_7_0.5-attn_39_0.9`, whose numbers are layers and DROP rates.
 
     Raises:
         ValueError: when the text is not in that form.
     """
     sites = []
-    for part in filter(None, text.split("-")):
-        match = re.fullmatch(r"(uni|attn)_(\d+)_(0(?:\.\d+)?|1(?:\.0+)?)", part)
+    for site in filter(None, text.split("-")):
+        match = re.fullmatch(r"(uni|attn)_(\d+)_(0(?:\.\d+)?|1(?:\.0+)?)", site)
         if match is None:
             raise ValueError(
-                f"{part!r} in {text!r} is not (uni|attn)_LAYER_DROPRATE; the last number is the share that is dropped,"
+                f"{site!r} in {text!r} is not (uni|attn)_LAYER_DROPRATE; the last number is the fraction dropped,"
                 " so uni_7_0.5 keeps half"
             )
         select: Literal["uniform", "attention"] = "uniform" if match[1] == "uni" else "attention"
@@ -182,31 +170,31 @@ def parse_transv_plan(text: str) -> tuple[TransVSite, ...]:
 
 
 def pyramid_drop(text: TextConfig) -> tuple[TransVSite, ...]:
-    """PyramidDrop (arXiv 2410.17247) for a backbone: every attention block keeps the better half of what it meets.
+    """PyramidDrop (arXiv 2410.17247): every attention block keeps half of the vision tokens it receives.
 
-    What is dropped is not transferred. `M-M*-M-M*-` keeps 0.5 at 3 and 0.25 at 8.
+    Dropped tokens are not transferred. `M-M*-M-M*-` keeps 0.5 at block 3 and 0.25 at block 8.
     """
-    places = [layer for layer, kind in enumerate(text.block_types) if kind == "attention"]
+    layers = [layer for layer, kind in enumerate(text.block_types) if kind == "attention"]
     return tuple(
-        TransVSite(layer=layer, select="attention", keep=0.5**number, transfer="none")
-        for number, layer in enumerate(places, start=1)
+        TransVSite(layer=layer, select="attention", keep=0.5**count, transfer="none")
+        for count, layer in enumerate(layers, start=1)
     )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VisionConfig:
-    """The vision tower that makes the features, and how its tokens are merged; `second` is another tower."""
+    """Vision tower that produced the features."""
 
     encoder: str = "google/siglip-so400m-patch14-384"
-    """Hugging Face name or local folder"""
+    """Hugging Face name or local folder."""
     layer: int = -2
-    """index into hidden_states; -2 = the output of the second-to-last block"""
+    """Index into hidden_states; -2 is the output of the second-to-last block."""
     num_tokens_per_frame: int = 16
     merge_heads: int = 16
-    """heads into which ToMe views the features for its similarity"""
+    """Heads of the features for ToMe's similarity."""
     hidden_size: int = 1152
     second: VisionConfig | None = None
-    """Second tower over the same frames; every frame has exactly `num_tokens_per_frame` tokens of each tower."""
+    """Second tower over the same frames."""
 
     def __post_init__(self) -> None:
         if self.second is not None and self.second.second is not None:
@@ -214,17 +202,13 @@ class VisionConfig:
 
     @property
     def row_size(self) -> int:
-        """Width of a row of vision features: the wider tower's."""
+        """Width of a row of features: the wider tower's."""
         return self.hidden_size if self.second is None else max(self.hidden_size, self.second.hidden_size)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TimeViperConfig:
-    """The whole model from stored features to logits.
-
-    Raises:
-        ValueError: when a TransV site does not fit the backbone's pattern.
-    """
+    """The model, from stored features to logits."""
 
     text: TextConfig
     vision: VisionConfig = field(default_factory=VisionConfig)
@@ -240,13 +224,13 @@ class TimeViperConfig:
             if site.layer >= len(blocks):
                 raise ValueError(f"TransV {site.layer = } is past the last of {len(blocks)} blocks")
             if site.select == "attention" and blocks[site.layer] != "attention":
-                places = [number for number, block in enumerate(blocks) if block == "attention"]
+                attention_layers = [layer for layer, block in enumerate(blocks) if block == "attention"]
                 raise ValueError(
                     f"TransV selects by attention at layer {site.layer}, which is a {blocks[site.layer]} block;"
-                    f" attention blocks are at {places}"
+                    f" attention blocks are at {attention_layers}"
                 )
             if site.transfer == "cross_attention" and "attention" not in blocks:
-                raise ValueError("TransV copies its first weights from an attention block; this pattern has none")
+                raise ValueError("TransV starts as a copy of an attention block, but this pattern has none")
 
 
 NEMOTRON_NANO_9B_V2 = HybridConfig(
@@ -262,7 +246,6 @@ NEMOTRON_NANO_9B_V2 = HybridConfig(
     ssm_state_size=128,
     n_groups=8,
 )
-"""NVIDIA's configuration of Nemotron-Nano-9B-v2."""
 
 QWEN2_5_7B = Qwen2Config(
     vocab_size=152064,
@@ -272,7 +255,7 @@ QWEN2_5_7B = Qwen2Config(
     num_attention_heads=28,
     num_key_value_heads=4,
 )
-"""Alibaba's configuration of Qwen2.5-7B-Instruct."""
+"""Qwen2.5-7B-Instruct."""
 
 PAPER_PLAN = parse_transv_plan("uni_7_0.5-attn_39_0.9")
 
@@ -290,8 +273,8 @@ TINY = TimeViperConfig(
         ssm_state_size=32,
         n_groups=2,
         chunk_size=32,
-        # between the 9B's 0.02, where narrow residual branches say next to nothing and text is learned too slowly for
-        # the projector to align to, and 1 / sqrt(hidden_size), where time steps vary so much that seconds are lost
+        # above the 9B's 0.02, with which narrow residual branches contribute little and text is learned too slowly for
+        # the projector to align, and below 1 / sqrt(hidden_size), with which varying time steps blur seconds
         initializer_range=0.045,
     ),
     vision=VisionConfig(encoder="tiny", num_tokens_per_frame=4, merge_heads=4, hidden_size=64),
@@ -320,7 +303,7 @@ TINY_QWEN = TimeViperConfig(
         TransVSite(layer=1, select="uniform", keep=0.5),
         TransVSite(layer=4, select="attention", keep=0.25),
     ),
-    chat_template="nemotron",  # the made corpus' tokenizer has those special tokens
+    chat_template="nemotron",  # matches the special tokens of the synthetic corpus' tokenizer
 )
 
 PRESETS: dict[str, TimeViperConfig] = {
@@ -331,5 +314,4 @@ PRESETS: dict[str, TimeViperConfig] = {
     "tiny-pdrop": replace(TINY, transv=pyramid_drop(TINY.text)),
     "9b-pdrop": TimeViperConfig(text=NEMOTRON_NANO_9B_V2, transv=pyramid_drop(NEMOTRON_NANO_9B_V2)),
 }
-"""`tiny` trains in minutes on two cores; `9b` has the paper's numbers; those with `qwen` are its pure Transformer
-backbone, those with `pdrop` drop tokens as PyramidDrop does, in place of TransV."""
+"""`qwen` is the paper's pure Transformer backbone; `pdrop` is PyramidDrop instead of TransV."""

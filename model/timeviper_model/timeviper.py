@@ -1,7 +1,6 @@
-"""TimeViper: text ids and vision features to the next token; the blocks with TransV between them.
+"""TimeViper: token ids and vision features to the next token.
 
-Knows packs, the prompt's token kinds and caches; not tokenizers, files, requests or optimisers. Logits are computed
-for the positions that need them, never for a whole prompt: the labelled ones in training, the last one in prefill.
+Logits are computed only at labelled positions in training, and at the last one in prefill.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from timeviper_model.layers.cache import HybridCache
 from timeviper_model.layers.projector import make_projector
 from timeviper_model.layers.transv import TokenStream, TransVLayer, apply_site
 from timeviper_model.ops.linear import Linear
+from timeviper_model.ops.precision import widen
 
 LOGITS_ELEMENTS = 2**26
 """Logits computed at one time: 256 MiB in fp32, 512 positions of a vocabulary of 131072."""
@@ -33,29 +33,24 @@ RunBlock = Callable[[int, DecoderBlock, TokenStream], Tensor]
 
 
 class TimeViperOutput(NamedTuple):
-    """What a training step needs; sums, so that packs of a global batch can be added."""
+    """Sums over a pack, so that packs can be added."""
 
     loss_sum: Tensor
-    """fp32 scalar: sum of cross entropy over labelled positions"""
+    """fp32 cross entropy over labelled positions."""
     num_targets: Tensor
-    """int64 scalar"""
     num_vision_tokens: Tensor
-    """int64 (num_sites + 1,): vision tokens entering the language model, and left after every TransV site"""
+    """(num_sites + 1,): vision tokens at the input and after each site."""
 
 
 class TimeViper(nn.Module):
-    """The whole model behind the vision encoder. Weights are uninitialised until `init_weights` or loading.
-
-    Parameters: `backbone.*` (see backbone.py), `lm_head.weight`, `projector.fc1/fc2`,
-    `transv.<layer>.{q_proj,k_proj,v_proj,o_proj,alpha}`.
-    """
+    """The model after the vision tower; weights are uninitialised until `init_weights` or loading."""
 
     def __init__(self, config: TimeViperConfig) -> None:
         super().__init__()
         self.config = config
         self.logits_elements = LOGITS_ELEMENTS
         self.gradient_checkpointing = False
-        """keep the hidden states between blocks and sites alone, and compute the rest again in the backward pass"""
+        """Keep only the hidden states between blocks and sites for the backward pass."""
         self.backbone = Backbone(config.text)
         self.lm_head = Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
         self.projector = make_projector(config.vision, config.text.hidden_size)
@@ -66,13 +61,12 @@ class TimeViper(nn.Module):
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        """Makes the output matrix the embedding matrix, where the configuration says so."""
         if self.config.text.tie_word_embeddings:
             self.lm_head.weight = self.backbone.embeddings.weight
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
-        """Draws every weight in place from `generator`, in a fixed order; TransV starts as copies of attention."""
+        """Draws every weight in place; TransV starts as a copy of attention."""
         text = self.config.text
         init_backbone(self.backbone, text, generator)
         if not text.tie_word_embeddings:
@@ -87,7 +81,7 @@ class TimeViper(nn.Module):
         self.init_transv_from_attention()
 
     def init_transv_from_attention(self) -> None:
-        """Copies the nearest attention block at or after each site (else the last one) into its cross-attention."""
+        """Copies into each site the nearest attention block at or after it, else the last one."""
         layers = [layer for layer, kind in enumerate(self.config.text.block_types) if kind == "attention"]
         for name, module in self.transv.items():
             nearest = min((layer for layer in layers if layer >= int(name)), default=layers[-1])
@@ -96,7 +90,7 @@ class TimeViper(nn.Module):
 
     @torch.no_grad()
     def with_transv(self, sites: tuple[TransVSite, ...]) -> TimeViper:
-        """A model of the same tensors with other TransV sites, which start as copies of attention and add nothing.
+        """A model sharing these tensors with other TransV sites, which start as copies with a closed gate.
 
         Raises:
             ValueError: when a site does not fit the backbone's pattern.
@@ -114,7 +108,7 @@ class TimeViper(nn.Module):
         return other.train(self.training)
 
     def forward(self, batch: PackedBatch, *, use_transv: bool = True) -> TimeViperOutput:
-        """Loss over the pack's labels. With gradients enabled every trainable parameter takes part in the graph."""
+        """Loss over the pack's labels. With gradients enabled, every trainable parameter takes part."""
         stream, num_vision_tokens = self.run_blocks(self.embed(batch), use_transv=use_transv)
         hidden, targets, _ = self.labelled(stream)
         loss_sum = torch.zeros((), device=hidden.device)
@@ -133,7 +127,7 @@ class TimeViper(nn.Module):
     def target_log_probs(
         self, batch: PackedBatch, *, use_transv: bool = True, run_block: RunBlock | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The fp32 log-probability of each labelled target (K,), and the segment it belongs to (K,), in order."""
+        """fp32 log-probability (K,) of each target and its segment (K,)."""
         stream, _ = self.run_blocks(self.embed(batch), use_transv=use_transv, run_block=run_block)
         hidden, targets, segment_ids = self.labelled(stream)
         losses = [
@@ -143,21 +137,21 @@ class TimeViper(nn.Module):
         return -torch.cat(losses), segment_ids
 
     def new_cache(self, num_slots: int, *, device: torch.device | str, dtype: torch.dtype) -> HybridCache:
-        """An empty cache of this model's shape; `dtype` is that of keys and values (SSM states are fp32)."""
+        """Empty cache for this model; `dtype` is that of keys and values."""
         return HybridCache(self.config.text, num_slots, device=device, dtype=dtype)
 
     @torch.no_grad()
     def decode_step(self, input_ids: Tensor, cache: HybridCache, slots: Tensor) -> Tensor:
-        """One more token in each of B slots: ids (B,), distinct slots (B,) -> (B, V) fp32 logits of the next.
+        """Feeds one token to each of B distinct slots; (B, V) fp32 logits.
 
         Raises:
-            ValueError: when a slot holds no prompt, or is named twice.
+            ValueError: when a slot holds no prompt, or is repeated.
         """
         order = slots.argsort()
         view = cache.view(slots[order].tolist())
         empty = [slot for slot in view.slots if not cache.num_tokens[slot]]
         if empty:
-            raise ValueError(f"slots {empty} hold no prompt; prefill them before decode_step")
+            raise ValueError(f"slots {empty} have no prompt; prefill them before decode_step")
         hidden = self.backbone.embeddings(input_ids[order])
         positions = torch.tensor([cache.num_tokens[slot] for slot in view.slots], device=hidden.device)
         for layer in range(self.config.text.num_hidden_layers):
@@ -169,7 +163,7 @@ class TimeViper(nn.Module):
         return self.logits(hidden[order.argsort()])
 
     def embed(self, batch: PackedBatch) -> TokenStream:
-        """The stream at the model's entrance: padding gone, vision rows projected, text looked up."""
+        """The stream entering the first block."""
         real = (batch.segment_ids != PADDING_SEGMENT).nonzero().squeeze(1)
         num_segments = batch.num_segments
         segments = Segments(batch.segment_ids[real], num_segments)
@@ -183,8 +177,8 @@ class TimeViper(nn.Module):
             joined = torch.cat([hidden, self.projector(features, rows).to(hidden.dtype)])
             hidden = take_rows(joined, torch.cat([text, vision]).argsort())
         elif torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.projector.parameters()):
-            nothing = hidden.new_zeros(1, self.config.vision.row_size)
-            hidden = hidden + 0.0 * self.projector(nothing, vision)
+            zero_row = hidden.new_zeros(1, self.config.vision.row_size)
+            hidden = hidden + 0.0 * self.projector(zero_row, vision)
         return TokenStream(
             hidden_TD=hidden,
             segments=segments,
@@ -196,9 +190,9 @@ class TimeViper(nn.Module):
     def run_blocks(
         self, stream: TokenStream, *, use_transv: bool = True, run_block: RunBlock | None = None
     ) -> tuple[TokenStream, list[int]]:
-        """The stream after the last block, and the number of vision tokens at the entrance and after each site.
+        """The stream after the last block, and the vision tokens at the input and after each site.
 
-        `run_block` replaces the plain call of a block, after the TransV site before it.
+        `run_block` replaces the plain call of a block; TransV sites are applied before it.
         """
         run_block = run_block or self._run_block
         num_vision_tokens = [sum(stream.original_counts)]
@@ -228,7 +222,7 @@ class TimeViper(nn.Module):
         return stream
 
     def transv_layer(self, layer: int) -> TransVLayer | None:
-        """The cross-attention before block `layer`; None where nothing is transferred."""
+        """Cross-attention before block `layer`, or None."""
         if str(layer) not in self.transv:
             return None
         module = self.transv[str(layer)]
@@ -236,20 +230,19 @@ class TimeViper(nn.Module):
         return module
 
     def labelled(self, stream: TokenStream) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states (K, D), targets (K,) and segments (K,) of the labelled positions."""
+        """Hidden states (K, D), targets (K,) and segments (K,)."""
         index = (stream.labels_T != IGNORE_INDEX).nonzero().squeeze(1)
         return take_rows(stream.hidden_TD, index), stream.labels_T[index], stream.segments.ids[index]
 
     def _chunks(self, hidden_KD: Tensor, targets_K: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Positions whose logits are computed together; one empty chunk where no position is labelled."""
+        """Yields one empty chunk if nothing is labelled."""
         length = max(1, self.logits_elements // self.config.text.vocab_size)
         for start in range(0, max(1, len(targets_K)), length):
             yield hidden_KD[start : start + length], targets_K[start : start + length]
 
     def logits(self, hidden_KD: Tensor) -> Tensor:
-        """(K, V), at least fp32, from hidden states behind the last block."""
-        logits: Tensor = self.lm_head(self.backbone.norm_f(hidden_KD))
-        return logits if logits.dtype == torch.float64 else logits.float()
+        """(K, V), at least fp32."""
+        return widen(self.lm_head(self.backbone.norm_f(hidden_KD)))
 
     def _loss_sum(self, hidden_KD: Tensor, targets_K: Tensor) -> Tensor:
         return F.cross_entropy(self.logits(hidden_KD), targets_K, reduction="sum")

@@ -185,6 +185,6 @@ def test_merged_tokens() -> None:
     torch.testing.assert_close(merge_tokens(x.cuda(), 4, num_heads=2).cpu(), merge_tokens(x, 4, num_heads=2))
 
 
-def test_a_batch_comes_back_only_when_it_is_there() -> None:
+def test_a_copy_to_the_host_is_complete_before_it_is_checked() -> None:
     back = BATCH.to("cuda").to("cpu")
     assert torch.equal(back.input_ids, BATCH.input_ids)

@@ -17,7 +17,7 @@ def device() -> Iterator[Device]:
         yield device
 
 
-def test_tensors_and_modules_go_there_and_back(device: Device) -> None:
+def test_tensors_and_modules_move_to_the_device_and_back(device: Device) -> None:
     made = [
         torch.zeros(2, device="cuda"),
         torch.tensor([0.0, 0.0], device="cuda:0"),
@@ -65,14 +65,14 @@ def test_operands_on_two_devices_are_refused(device: Device, mix: Callable[[Tens
         mix(torch.ones(3, device="cuda"))
 
 
-def test_numbers_of_the_host_are_operands_as_in_cuda(device: Device) -> None:
+def test_host_scalars_are_operands_as_in_cuda(device: Device) -> None:
     x = torch.ones(3, device="cuda")
     x[1] = 2.0
     found = torch.where(x > 1, x * torch.tensor(3.0), 0.0) + 1
     assert found.tolist() == [1.0, 7.0, 1.0]
 
 
-def test_what_only_a_cpu_can_do_is_refused(device: Device) -> None:
+def test_cpu_only_operations_are_refused(device: Device) -> None:
     x = torch.ones(1, 1, 4, 8, device="cuda")
     with pytest.raises(TypeError, match="cpu\\(\\)"):
         x.numpy()
@@ -93,7 +93,7 @@ def test_what_only_a_cpu_can_do_is_refused(device: Device) -> None:
         (lambda x: torch.empty(3).copy_(x), "copy_"),
     ],
 )
-def test_what_makes_the_host_wait_is_counted(device: Device, look: Callable[[Tensor], object], operation: str) -> None:
+def test_host_waits_are_counted(device: Device, look: Callable[[Tensor], object], operation: str) -> None:
     x = torch.ones(3, device="cuda")
     x[x.long()] = x * 2 + x.sum()
     assert not device.syncs
@@ -101,7 +101,7 @@ def test_what_makes_the_host_wait_is_counted(device: Device, look: Callable[[Ten
     assert dict(device.syncs) == {operation: 1}
 
 
-def test_a_graph_does_again_what_was_captured_where_it_was_captured(device: Device) -> None:
+def test_a_graph_replays_on_the_captured_tensors(device: Device) -> None:
     x, total = torch.ones(2, device="cuda"), torch.zeros(2, device="cuda")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -124,13 +124,13 @@ def test_a_graph_does_again_what_was_captured_where_it_was_captured(device: Devi
         lambda x: x.cpu(),
     ],
 )
-def test_a_graph_captures_nothing_that_the_host_takes_part_in(device: Device, act: Callable[[Tensor], object]) -> None:
+def test_a_graph_refuses_host_copies_and_waits(device: Device, act: Callable[[Tensor], object]) -> None:
     x = torch.ones(2, device="cuda")
     with pytest.raises(RuntimeError, match="capturing"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         act(x)
 
 
-def test_nothing_is_left_behind() -> None:
+def test_all_patches_are_undone() -> None:
     had_cuda = torch.cuda.is_available()
     with simulated_cuda():
         x = torch.ones(1, device="cuda")

@@ -182,9 +182,7 @@ NOTHING_LEFT = replace(SMALL, transv=(TransVSite(layer=1, select="uniform", keep
 
 @pytest.mark.parametrize("config", [SMALL, NOTHING_LEFT, replace(NOTHING_LEFT, transv=())])
 @pytest.mark.parametrize("layouts", [["vvvv"], ["vvvv", "v"], []])
-def test_a_pack_of_which_no_token_is_left_is_read_without_gradients(
-    config: TimeViperConfig, layouts: list[str]
-) -> None:
+def test_a_pack_that_loses_every_token_runs_without_gradients(config: TimeViperConfig, layouts: list[str]) -> None:
     model = make_model(config)
     batch = pack([make_sample(layout) for layout in layouts or ["ss"]], pad_to=7)
     batch = batch if layouts else replace(batch, segment_ids=torch.full((7,), PADDING_SEGMENT, dtype=torch.int32))
@@ -279,10 +277,10 @@ def test_vision_tokens_are_counted_at_the_entrance_and_after_each_site() -> None
     assert out.num_vision_tokens.tolist() == [27, 12 + 2, 6 + 1]
 
 
-def test_what_a_slot_cannot_do_is_an_error() -> None:
+def test_invalid_slots_are_refused() -> None:
     model = make_model()
     cache = model.new_cache(2, device="cpu", dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"slots \[0\] hold no prompt"):
+    with pytest.raises(ValueError, match=r"slots \[0\] have no prompt"):
         model.decode_step(torch.tensor([1]), cache, torch.tensor([0]))
     with pytest.raises(ValueError, match="one prompt, not 2"):
         prefill(model, pack([make_sample("si"), make_sample("si")]), cache, 0)

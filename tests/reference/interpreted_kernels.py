@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 
 from reference.slow_scan import slow_scan
-from timeviper_model.ops.kernels import kernel_scan, scan_in_pieces
+from timeviper_model.ops.kernels import kernel_scan, scan_in_chunks
 from timeviper_model.ops.ssd import ssd_scan, ssd_step
 
 CHUNK_SIZE = 16
@@ -108,7 +108,7 @@ def packed_scan_differences() -> dict[str, float]:
     *scanned, D, initial = values
     seq_idx = torch.repeat_interleave(torch.arange(len(SEGMENT_LENGTHS)), torch.tensor(SEGMENT_LENGTHS))
     options: dict[str, Any] = {"D_H": D, "chunk_size": CHUNK_SIZE, "initial_state_HPN": initial, "seq_idx_T": seq_idx}
-    y, state = scan_in_pieces(kernel_scan, *scanned, **options, max_tokens=CHUNK_SIZE)
+    y, state = scan_in_chunks(kernel_scan, *scanned, **options, max_tokens=CHUNK_SIZE)
     expected_y, expected_state = ssd_scan(*scanned, **options)
     found = {"packed y": difference(y, expected_y), "packed state": difference(state, expected_state)}
     pairs = zip(OPERANDS, gradients(y, state, values), gradients(expected_y, expected_state, values), strict=True)

@@ -1,4 +1,4 @@
-"""What three CUDA kernels promise and demand, in plain torch: a CPU test sees whether they are asked the right thing.
+"""Three CUDA kernels in plain torch, with assertions on how they must be called.
 
 Written from the packages' documentation and source (state-spaces/mamba, Dao-AILab/causal-conv1d, torch 2.13).
 """
@@ -27,7 +27,7 @@ def mamba_chunk_scan_combined(
     seq_idx: Tensor | None = None,
     return_final_states: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(1, T, H, P) in the dtype of `x` and the last state; the initial state is that of segment 0 and of no other."""
+    """(1, T, H, P) in the dtype of `x` and the last state; the initial state belongs to segment 0 only."""
     assert x.shape[:2] == dt.shape[:2] == B.shape[:2] == C.shape[:2]
     assert len(x) == 1
     assert x.shape[1]
@@ -45,7 +45,7 @@ def mamba_chunk_scan_combined(
 def causal_conv1d_fn(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, *, seq_idx: Tensor, activation: str
 ) -> Tensor:
-    """(1, D, T), channels last in memory, rows and their first element at multiples of eight elements."""
+    """(1, D, T), channels last, rows and their first element at multiples of eight elements."""
     assert x.shape[2]
     assert x.stride(1) == 1
     assert x.shape[2] * x.stride(2) <= kernels.MAX_OFFSET

@@ -1,4 +1,4 @@
-"""Token merging with one loop a step, in float64: what tome.merge_tokens must equal."""
+"""Token merging with one loop per step, in float64."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import math
 
 
 def merge_tokens_by_loops(tokens: list[list[float]], num_tokens: int, num_heads: int) -> list[list[float]]:
-    """One frame's tokens merged to `num_tokens` (ToMe, arXiv 2210.09461, with MODEL.md's rounds and order)."""
+    """One frame's tokens merged to `num_tokens` (ToMe, arXiv 2210.09461, in the rounds and order of `merge_tokens`)."""
     sizes = [1.0] * len(tokens)
     while len(tokens) > num_tokens:
         sources, destinations = list(range(0, len(tokens), 2)), list(range(1, len(tokens), 2))
         best = {}
         for source in sources:
             scores = [_cosine(_key(tokens[source], num_heads), _key(tokens[d], num_heads)) for d in destinations]
-            place = max(range(len(scores)), key=lambda n: scores[n])
-            best[source] = (scores[place], destinations[place])
+            index = max(range(len(scores)), key=lambda n: scores[n])
+            best[source] = (scores[index], destinations[index])
         ranked = sorted(sources, key=lambda source: -best[source][0])
         num_merged = min(len(tokens) // 2, len(tokens) - num_tokens)
         groups = {d: [d] for d in destinations}

@@ -1,15 +1,14 @@
-"""A CUDA device made of the CPU's memory, so that a test without a GPU sees what a GPU would refuse.
+"""A simulated CUDA device in CPU memory that refuses what a GPU would refuse.
 
     with simulated_cuda() as device:          # "cuda", is_available, streams and graphs included
         model.to("cuda"); model(batch.to("cuda"))
 
-Every tensor that is asked for on "cuda" is a `CudaTensor`: it says cuda:0 and holds an ordinary tensor, on which its
-operations run. Refused, with the operation's name: operands on two devices, generators of the other device, kernels
-that only a CPU has, `.numpy()`. Counted by name in `device.syncs`: what makes the host wait. Inside a captured graph
-both waiting and copies from the host are refused, as CUDA does.
+Tensors on "cuda" are `CudaTensor`s: they report cuda:0 and hold an ordinary tensor. Errors name the operation: operands
+on two devices, generators of the other device, CPU-only kernels, `.numpy()`; inside a captured graph also waiting and
+copies from the host. `device.syncs` counts by name what makes the host wait.
 
-Knows torch's dispatcher. Sees no kernel: CUDA's own limits of dtype, alignment and memory are not here, and floating
-point is the CPU's. To C++ such a tensor says `meta:1`, as every build of torch can guard and differentiate that.
+CUDA's own limits of dtype, alignment and memory are not simulated. To C++ such a tensor is on `meta:1`, which every
+build of torch can guard and differentiate.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 CUDA = torch.device("cuda", 0)
 ALIAS = torch.device("meta", 1)
-"""what C++ is told"""
+"""The device seen by C++."""
 CAPABILITY = (9, 0)
 MEMORY_BYTES = 1 << 36
 
@@ -37,16 +36,16 @@ WAITING = {
     "_local_scalar_dense", "nonzero", "masked_select", "bincount", "_unique2", "unique_dim", "equal", "is_nonzero",
     "repeat_interleave",
 }  # fmt: skip
-"""operations whose result's value or size the host must know"""
+"""Operations whose result's value or size the host must know."""
 TAKES_INDEX = {"index", "index_put", "index_put_", "_index_put_impl_"}
-"""a mask among the indices makes the host wait. CUDA fetches an index from the CPU, which nobody means: refused here"""
+"""A mask among the indices makes the host wait. CUDA would fetch an index from the CPU; refused here."""
 COPIES = {"copy_", "_to_copy"}
 TAKES_HOST_SCALAR = {"fill_", "fill", "masked_fill", "masked_fill_", "where", *TAKES_INDEX}
-"""beside every pointwise operation"""
+"""Besides pointwise operations."""
 
 
 class CudaTensor(Tensor):
-    """A tensor that says it is on cuda:0."""
+    """A tensor that reports cuda:0."""
 
     held: Tensor
 
@@ -71,7 +70,7 @@ class CudaTensor(Tensor):
     is_meta = property(lambda self: False)  # type: ignore[assignment]
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
-        return ["held"], None  # for Module.to, which puts such a tensor in a parameter's place
+        return ["held"], None  # Module.to replaces parameters by such tensors
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], *_: object) -> CudaTensor:
@@ -95,7 +94,7 @@ class CudaTensor(Tensor):
 
 
 class Graph:
-    """A stand-in for torch.cuda.CUDAGraph: the captured operations, done again on the very same tensors."""
+    """A stand-in for torch.cuda.CUDAGraph that repeats the captured operations on the same tensors."""
 
     def __init__(self) -> None:
         self.operations: list[Callable[[], object]] = []
@@ -106,19 +105,19 @@ class Graph:
 
 
 class Device(TorchDispatchMode):
-    """Runs operations on what CudaTensors hold, after a look at where their operands are."""
+    """Runs operations on the tensors held by CudaTensors, after checking their devices."""
 
     def __init__(self) -> None:
         super().__init__()
         self.syncs: Counter[str] = Counter()
-        """how often the host has waited, by operation"""
+        """How often the host has waited, by operation."""
         self.graph: Graph | None = None
-        """that captures what is asked for now"""
+        """Captures operations."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
-            with self:  # in inference mode they come whole
+            with self:  # not decomposed in inference mode
                 return func.decompose(*args, **kwargs)
         call = _Call(func, args, kwargs)
         call.check_generator()
@@ -134,7 +133,7 @@ class Device(TorchDispatchMode):
 
     @contextlib.contextmanager
     def capture(self, graph: Graph) -> Iterator[None]:
-        """torch.cuda.graph: what is written in the block is captured and not done."""
+        """torch.cuda.graph: operations in the block are captured instead of run."""
         self.graph = graph
         try:
             yield
@@ -158,26 +157,23 @@ class _Call:
             if self.result_on_device:
                 self.kwargs = kwargs | {"device": torch.device("cpu")}
         self.written = [
-            args[place] if place < len(args) else kwargs[argument.name]
-            for place, argument in enumerate(func._schema.arguments)
+            args[index] if index < len(args) else kwargs[argument.name]
+            for index, argument in enumerate(func._schema.arguments)
             if argument.is_write
         ]
 
     def check_generator(self) -> None:
-        """Raises what torch raises for a generator of the other device."""
         generator = self.kwargs.get("generator")
         if generator is not None and (generator._cdata in Generator.of_cuda) != self.result_on_device:
             raise RuntimeError(f"Expected a generator of the tensor's device: {self.func}")
 
     def check_devices(self) -> None:
-        """Raises what CUDA raises for operands on two devices, and for kernels that it does not have."""
+        """Raises as CUDA does for operands on two devices, and for missing kernels."""
         if self.name.endswith("_for_cpu") or self.func.namespace in ("mkldnn", "quantized"):
             raise NotImplementedError(f"Could not run '{self.func}' with arguments from the 'CUDA' backend.")
         if self.name in COPIES:
             if not self.result_on_device and (self.kwargs.get("non_blocking") or self.args[2:] == (True,)):
-                raise RuntimeError(
-                    f"{self.func} to the host with non_blocking=True: what it gives may not be there yet"
-                )
+                raise RuntimeError(f"{self.func} to the host with non_blocking=True: the copy may not be complete yet")
             return
         takes_host_scalar = torch.Tag.pointwise in self.func.tags or self.name in TAKES_HOST_SCALAR
         for operand in self.operands:
@@ -188,7 +184,6 @@ class _Call:
 
     @property
     def waits(self) -> bool:
-        """True when the host waits for the device's work."""
         if not self.on_device:
             return False
         is_mask = self.name in TAKES_INDEX and any(
@@ -198,16 +193,15 @@ class _Call:
 
     @property
     def copies_from_host(self) -> bool:
-        """True for a copy of ordinary memory to the device, for which the host waits as well."""
+        """True for a copy of pageable memory to the device, for which the host waits too."""
         source = self.args[1] if self.name == "copy_" else self.args[0] if self.args else None
         return self.name in COPIES and self.result_on_device and not isinstance(source, CudaTensor)
 
     def run(self) -> Any:
-        """The result on what the operands hold."""
         return self.func(*tree_map(_held, self.args), **tree_map(_held, self.kwargs))
 
     def give(self, found: Any) -> Any:
-        """What the caller sees of the result: the tensors that were written to, or new ones."""
+        """The result as seen by the caller: the tensors written to, or new ones."""
         if self.written and self.func._schema.returns:
             assert all(tensor.shape == _held(tensor).shape for tensor in self.written), f"{self.func} changed a shape"
             return self.written[0] if len(self.func._schema.returns) == 1 else tuple(self.written)
@@ -219,18 +213,18 @@ class _Call:
             return tree_map(_on_device, found)
 
     def capture(self, graph: Graph) -> Any:
-        """Writes the operation down; a result that is no view has its place in memory from now on."""
+        """Records the operation; a result that is not a view keeps its memory."""
         if self.written:
             graph.operations.append(self.run)
             return self.give(None)
         found = self.run()
         if not self.func.is_view:
-            places = [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
+            targets = [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
             graph.operations.append(
                 lambda: [
-                    place.copy_(leaf)
-                    for place, leaf in zip(
-                        places, (leaf for leaf in tree_leaves(self.run()) if isinstance(leaf, Tensor)), strict=True
+                    target.copy_(leaf)
+                    for target, leaf in zip(
+                        targets, (leaf for leaf in tree_leaves(self.run()) if isinstance(leaf, Tensor)), strict=True
                     )
                 ]
             )
@@ -246,10 +240,10 @@ def _on_device(leaf: Any) -> Any:
 
 
 class Generator(torch.Generator):
-    """A generator that remembers which device it is for."""
+    """A generator that remembers its device."""
 
     of_cuda: ClassVar[set[int]] = set()
-    """addresses: to an operation it comes as another Python object"""
+    """Addresses: an operation receives another Python object."""
 
     def __new__(cls, device: Any = "cpu") -> Generator:
         self: Generator = super().__new__(cls)
@@ -259,33 +253,32 @@ class Generator(torch.Generator):
 
 
 def _alias(device: Any) -> Any:
-    """ALIAS for whatever names CUDA; anything else as it is."""
+    """ALIAS for CUDA, anything else unchanged."""
     is_cuda = isinstance(device, str | torch.device) and torch.device(device).type == "cuda"
     return ALIAS if is_cuda else device
 
 
 def _moved(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`torch.tensor` and its like, which have no operation of their own: made by the CPU, then copied."""
+    """`torch.tensor` and similar, which have no operation of their own: created on the CPU, then copied."""
 
-    def made(*args: Any, device: Any = None, **options: Any) -> Tensor:
+    def moved(*args: Any, device: Any = None, **options: Any) -> Tensor:
         if _alias(device) is device:
             return make(*args, device=device, **options)
         return make(*args, device="cpu", **options).to(_alias(device))
 
-    return made
+    return moved
 
 
 def _new_bias(cls: type[CausalBias], *_: object) -> CausalBias:
-    """A mode would have a Tensor made, which is no CausalBias for good."""
+    """A mode would create a plain Tensor instead of a CausalBias."""
     with _disable_current_modes():
         return Tensor.__new__(cls)
 
 
 @contextlib.contextmanager
 def simulated_cuda() -> Iterator[Device]:
-    """`cuda` for the block."""
     device = Device()
-    _device_constructors()  # remembers torch.tensor for `with torch.device(...)`: the real one
+    _device_constructors()  # caches the real torch.tensor for `with torch.device(...)`
     patches = {
         "_lazy_init": lambda: None,
         "is_available": lambda: True,

@@ -1,4 +1,4 @@
-"""Mamba-2's recurrence one token at a time, and its convolution tap by tap: slow, obvious, in the inputs' precision."""
+"""Mamba-2's recurrence token by token, and its convolution tap by tap, in the inputs' precision."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def slow_scan(
 
 
 def slow_hidden_attention(dt_TH: Tensor, A_H: Tensor, B_TGN: Tensor, C_TGN: Tensor) -> Tensor:
-    """(H, T, T): the matrix that the recurrence of one segment is, but for its D; decays multiplied one by one."""
+    """(H, T, T): the matrix equivalent to the recurrence of one segment, without D."""
     num_tokens, num_heads = dt_TH.shape
     repeats = num_heads // B_TGN.shape[1]
     B_THN, C_THN = B_TGN.repeat_interleave(repeats, 1), C_TGN.repeat_interleave(repeats, 1)
@@ -49,7 +49,7 @@ def slow_hidden_attention(dt_TH: Tensor, A_H: Tensor, B_TGN: Tensor, C_TGN: Tens
 def slow_conv_silu(
     x_TD: Tensor, weight_DK: Tensor, bias_D: Tensor, positions_T: Tensor, may_read_TT: Tensor | None = None
 ) -> Tensor:
-    """silu(bias + sum over the taps that lie in the token's own segment, and on tokens it may read)."""
+    """silu(bias + sum over the taps in the token's own segment, on tokens it may read)."""
     num_taps = weight_DK.shape[1]
     rows = []
     for t, position in enumerate(positions_T.tolist()):

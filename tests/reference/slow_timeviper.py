@@ -1,7 +1,4 @@
-"""TimeViper for ONE sample, written as the formulas stand: full matrices, loops over tokens, no packing, no cache.
-
-Shares parameters with a TimeViper model and nothing else: the truth for packing, TransV and decoding.
-"""
+"""TimeViper for ONE sample, written as formulas: full matrices, loops over tokens, no packing, no cache."""
 
 from __future__ import annotations
 
@@ -19,16 +16,15 @@ from timeviper_model.timeviper import TimeViper
 
 
 def slow_loss_sum(model: TimeViper, sample: Sample, features: Tensor, *, use_transv: bool = True) -> Tensor:
-    """Sum of cross entropy over the sample's labels."""
     if all(label == IGNORE_INDEX for label in sample.labels):
-        return torch.zeros(())  # such a sample may even lose every token
+        return torch.zeros(())  # such a sample may lose every token
     logits, kept = slow_logits(model, sample, features, use_transv=use_transv)
     labels = torch.tensor(sample.labels)[kept]
     return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 MayRead = Callable[[int, list[int]], Tensor | None]
-"""(layer, kinds of the tokens present) -> bool (L, L), query x token, inside the causal triangle; None = all of it"""
+"""(layer, kinds of the tokens present) -> bool (L, L), query x token, within the causal triangle; None = all."""
 
 
 def slow_logits(
@@ -39,7 +35,7 @@ def slow_logits(
     use_transv: bool = True,
     may_read: MayRead = lambda layer, kinds: None,
 ) -> tuple[Tensor, list[int]]:
-    """Logits (L', V) of every token that reaches the last block, and which of the sample's tokens those are."""
+    """Logits (L', V) of every token that reaches the last block, and the indices of those tokens in the sample."""
     text = model.config.text
     params = dict(model.named_parameters())
     projected = F.linear(features, params["projector.fc1.weight"], params["projector.fc1.bias"])
@@ -151,20 +147,20 @@ def _qwen2_layer(h: Tensor, tokens: list[int], p: dict[str, Tensor], c: Qwen2Con
 def _qwen2_queries_and_keys(
     h: Tensor, tokens: list[int], p: dict[str, Tensor], c: Qwen2Config
 ) -> tuple[Tensor, Tensor]:
-    """Turned by each token's place in the WHOLE sample, which `tokens` holds."""
+    """Rotated by each token's index in the WHOLE sample, which `tokens` holds."""
     normed = _rms(h, p["input_layernorm.weight"], c.rms_norm_eps)
     turned = []
     for name in "qk":
         x = _heads(normed @ p[f"self_attn.{name}_proj.weight"].t() + p[f"self_attn.{name}_proj.bias"], c.head_dim)
-        turned.append(torch.stack([_rope(x[row], place, c.rope_theta) for row, place in enumerate(tokens)]))
+        turned.append(torch.stack([_rope(x[row], position, c.rope_theta) for row, position in enumerate(tokens)]))
     return turned[0], turned[1]
 
 
-def _rope(x_HE: Tensor, place: int, theta: float) -> Tensor:
-    """Each pair (j, j + E / 2) as one complex number, multiplied by exp(i * place * theta ** (-2j / E))."""
+def _rope(x_HE: Tensor, position: int, theta: float) -> Tensor:
+    """Each pair (j, j + E / 2) as a complex number, multiplied by exp(i * position * theta ** (-2j / E))."""
     half = x_HE.shape[1] // 2
     planes = torch.complex(x_HE[:, :half], x_HE[:, half:])
-    angles = [place * theta ** (-2 * j / x_HE.shape[1]) for j in range(half)]
+    angles = [position * theta ** (-2 * j / x_HE.shape[1]) for j in range(half)]
     planes = planes * torch.tensor([complex(math.cos(a), math.sin(a)) for a in angles], dtype=planes.dtype)
     return torch.cat([planes.real, planes.imag], dim=1)
 
@@ -179,22 +175,22 @@ def _transv(
     c: TextConfig,
 ) -> tuple[Tensor, list[int]]:
     kinds = [sample.token_kind[token] for token in tokens]
-    vision = [place for place, kind in enumerate(kinds) if kind == TokenKind.VISION]
+    vision = [index for index, kind in enumerate(kinds) if kind == TokenKind.VISION]
     k = min(len(vision), math.floor(site.keep * sample.num_vision_tokens + 0.5))
     if site.select == "uniform":
         kept = [vision[j * (len(vision) - 1) // (k - 1) if k > 1 else 0] for j in range(k)]
     else:
         scores = slow_scores(h, tokens, kinds, block, c)
-        kept = sorted(sorted(vision, key=lambda place: (-scores[place], place))[:k])
-    dropped = [place for place in vision if place not in kept]
+        kept = sorted(sorted(vision, key=lambda index: (-scores[index], index))[:k])
+    dropped = [index for index in vision if index not in kept]
     if cross:
-        h = h + _given(h, kinds, kept if site.transfer_from == "kept" else dropped, cross, c)
-    stay = [place for place in range(len(tokens)) if place not in dropped]
-    return h[stay], [tokens[place] for place in stay]
+        h = h + _update(h, kinds, kept if site.transfer_from == "kept" else dropped, cross, c)
+    stay = [index for index in range(len(tokens)) if index not in dropped]
+    return h[stay], [tokens[index] for index in stay]
 
 
 def slow_scores(h: Tensor, tokens: list[int], kinds: list[int], block: dict[str, Tensor], c: TextConfig) -> list[float]:
-    """How much the score token looks at each token before `block`, averaged over heads."""
+    """Attention of the score token on each token before `block`, averaged over heads."""
     row = kinds.index(TokenKind.RESPONSE) - 1 if TokenKind.RESPONSE in kinds else len(kinds) - 1
     if isinstance(c, Qwen2Config):
         q, k = _qwen2_queries_and_keys(h, tokens, block, c)
@@ -209,17 +205,17 @@ def slow_scores(h: Tensor, tokens: list[int], kinds: list[int], block: dict[str,
     return total.tolist()
 
 
-def _given(h: Tensor, kinds: list[int], sources: list[int], cross: dict[str, Tensor], c: TextConfig) -> Tensor:
-    given = torch.zeros_like(h)
-    receivers = [place for place, kind in enumerate(kinds) if kind == TokenKind.INSTRUCTION]
+def _update(h: Tensor, kinds: list[int], sources: list[int], cross: dict[str, Tensor], c: TextConfig) -> Tensor:
+    update = torch.zeros_like(h)
+    receivers = [index for index, kind in enumerate(kinds) if kind == TokenKind.INSTRUCTION]
     if not receivers or not sources:
-        return given
+        return update
     zero = torch.zeros((), dtype=h.dtype)
     q, k, v = (
-        _heads(h[places] @ cross[f"{name}_proj.weight"].t() + cross.get(f"{name}_proj.bias", zero), c.head_dim)
-        for name, places in (("q", receivers), ("k", sources), ("v", sources))
+        _heads(h[indices] @ cross[f"{name}_proj.weight"].t() + cross.get(f"{name}_proj.bias", zero), c.head_dim)
+        for name, indices in (("q", receivers), ("k", sources), ("v", sources))
     )
     earlier = torch.tensor([[source < receiver for source in sources] for receiver in receivers])
     mixed = _attend(q, k, v, earlier) @ cross["o_proj.weight"].t()
-    given[receivers] = torch.tanh(cross["alpha"]) * mixed
-    return given
+    update[receivers] = torch.tanh(cross["alpha"]) * mixed
+    return update

@@ -54,7 +54,7 @@ SMALL_QWEN = TimeViperConfig(
 def make_model(
     config: TimeViperConfig = SMALL, *, seed: int = 0, alpha: float = 0.8, dtype: torch.dtype = torch.float64
 ) -> TimeViper:
-    """A model whose every weight matters: no biases of zero, no scales of one, gates open."""
+    """A model whose every weight matters: no zero biases, no unit scales, open gates."""
     model = TimeViper(config).to(dtype)
     generator = torch.Generator().manual_seed(seed)
     model.init_weights(generator)
@@ -68,7 +68,7 @@ def make_model(
 
 
 def make_sample(layout: str, *, seed: int = 0) -> Sample:
-    """A random sample whose kinds are spelled out: `s` system, `v` vision, `i` instruction, `r` response."""
+    """A random sample of the given kinds: `s` system, `v` vision, `i` instruction, `r` response."""
     letters = {"s": TokenKind.SYSTEM, "v": TokenKind.VISION, "i": TokenKind.INSTRUCTION, "r": TokenKind.RESPONSE}
     kinds = [int(letters[letter]) for letter in layout]
     generator = torch.Generator().manual_seed(seed)
@@ -84,19 +84,17 @@ def make_sample(layout: str, *, seed: int = 0) -> Sample:
 
 
 def make_features(sample: Sample, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Random vision rows for a sample."""
     generator = torch.Generator().manual_seed(1000 + seed)
     return torch.randn(sample.num_vision_tokens, VISION_SIZE, generator=generator, dtype=dtype)
 
 
 def pack(samples: list[Sample], *, dtype: torch.dtype = torch.float64, pad_to: int | None = None) -> PackedBatch:
-    """The samples in one pack; a sample's features follow from its ids, so that neighbours do not change them."""
+    """The samples in one pack; features depend only on a sample's ids, so neighbours do not change them."""
     features = [make_features(sample, seed=sum(sample.input_ids), dtype=dtype) for sample in samples]
     return pack_samples(samples, features, pad_to=pad_to)
 
 
 def first_tokens(sample: Sample, length: int) -> Sample:
-    """The sample's beginning."""
     return replace(
         sample,
         input_ids=sample.input_ids[:length],

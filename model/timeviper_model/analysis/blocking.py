@@ -1,14 +1,10 @@
-"""Information blocking: the model with the flow from vision to instruction or to response cut (the paper's Figure 3).
+"""Information blocking: the model without the flow from vision to instruction or response (the paper's Figure 3).
 
-In chosen blocks a receiver i may not read from a source j, in either kind of token mixing, one rule for both:
-
-    attention   softmax over the tokens the receiver may read; a blocked source has no weight
+    attention   softmax over the tokens the receiver may read
     Mamba-2     convolution: a receiver's taps on sources are zero
                 scan: y_i = sum over j of M[i, j] x_j without the sources: their dt * x is zero, their decay stays
 
-Every other token is computed as ever. What is left of a source in a Mamba-2 block is its dt as a decay: it still says
-how fast older tokens fade. Cost stays linear in the length: the scan runs twice, attention once more over
-the tokens that are no vision. Knows blocks and token kinds; not labels, prompts or scores.
+Cost stays linear in length: the scan runs twice, and attention once more over the non-vision tokens.
 """
 
 from __future__ import annotations
@@ -32,31 +28,30 @@ from timeviper_model.timeviper import RunBlock, TimeViper
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Blocking:
-    """Which flow is cut, and in which blocks.
+    """Cuts a flow in some blocks.
 
-    The first token of an answer is predicted at the last INSTRUCTION token (the assistant header's), so `v2r` reaches
-    an answer from its second token on.
+    The first token of an answer is predicted at the last INSTRUCTION token, so `v2r` affects an answer from its second
+    token on.
     """
 
     flow: Literal["v2i", "v2r"]
-    """from vision tokens to instruction tokens, or to response tokens"""
+    """Vision to instruction, or vision to response."""
     scope: Literal["layer", "window", "from_layer"]
-    """this block alone; as many as `window`, centred on it; it and every later one"""
+    """`window` blocks are centred on `layer`."""
     layer: int
-    """0-based index of a block, of whatever type"""
+    """0-based."""
     window: int = 1
-    """blocks, odd; only for scope `window`"""
+    """Odd; for scope `window` only."""
     kind: Literal["attention", "mamba", "both"] = "both"
-    """the blocks in scope that are cut"""
+    """Block types that are cut."""
 
     def __post_init__(self) -> None:
         if self.window < 1 or self.window % 2 == 0:
             raise ValueError(f"{self.window = } must be odd, so that it has a middle")
         if self.window > 1 and self.scope != "window":
-            raise ValueError(f"{self.window = } has no meaning for {self.scope = }; use scope window")
+            raise ValueError(f"{self.window = } applies only to scope window, not {self.scope = }")
 
     def covers(self, layer: int, block_type: BlockType) -> bool:
-        """Whether the block `layer` is cut."""
         if block_type == "mlp" or self.kind not in ("both", block_type):
             return False
         if self.scope == "from_layer":
@@ -65,7 +60,7 @@ class Blocking:
 
 
 def cut_flow(model: TimeViper, blocking: Blocking) -> RunBlock:
-    """A `run_block` for `model.target_log_probs` and `model.run_blocks` that cuts the flow.
+    """A `run_block` for `TimeViper.run_blocks`.
 
     Raises:
         ValueError: when the model has no block `blocking.layer`.
@@ -85,13 +80,11 @@ def cut_flow(model: TimeViper, blocking: Blocking) -> RunBlock:
 
 
 def blocked_block(block: DecoderBlock, stream: TokenStream, receiver_T: Tensor, source_T: Tensor) -> Tensor:
-    """(T, D) behind an attention or Mamba-2 block in which no receiver reads from a source.
+    """(T, D) after an attention or Mamba-2 block in which no receiver reads from a source.
 
     Args:
-        block: with a mixer of tokens.
-        stream: before the block.
         receiver_T: bool (T,).
-        source_T: bool (T,), true for no receiver.
+        source_T: bool (T,), disjoint from receivers.
     """
     where = stream.segments, receiver_T, source_T
     if isinstance(block, Block) and isinstance(block.mixer, Mamba2Mixer):
@@ -106,7 +99,7 @@ def _blocked_attention(
     positions_T = segments.original_positions_T
     q, k, v = mixer.queries(h_TD, positions_T), mixer.keys(h_TD, positions_T), mixer.values(h_TD)
     read = mixer.attend(q, k, v, segments)
-    others = (~source_T).nonzero().squeeze(1)  # among these alone the ordinary attention is the blocked one
+    others = (~source_T).nonzero().squeeze(1)  # ordinary attention among these is the blocked one
     blocked = read.index_copy(0, others, mixer.attend(q[others], k[others], v[others], segments.keep(others)))
     return mixer.o_proj(torch.where(receiver_T[:, None, None], blocked, read).flatten(1))
 

@@ -1,8 +1,4 @@
-"""Another drop plan for a trained model, without training and without a copy of its weights (the paper's Figure 4).
-
-Turns a model and TransV sites into a model that shares every parameter and drops elsewhere. Knows configurations and
-module names; runs nothing.
-"""
+"""Other drop plans for a trained model, without training or copying weights (the paper's Figure 4)."""
 
 from __future__ import annotations
 
@@ -17,13 +13,12 @@ from timeviper_model.timeviper import TimeViper
 
 
 def with_plan(model: TimeViper, sites: Sequence[TransVSite]) -> TimeViper:
-    """A model under the plan `sites` that shares `model`'s parameters; what happens to them happens to both.
+    """A model with the plan `sites` that shares `model`'s parameters.
 
-    `TransVSite(layer, select, keep, transfer="none")` drops tokens before any layer, whether or not the model has a
-    site there; a site with cross-attention needs the model to have one at that layer.
+    A site with cross-attention needs one at that layer of `model`; use `transfer="none"` elsewhere.
 
     Raises:
-        ValueError: when a site does not fit the backbone, or asks for a cross-attention the model does not have.
+        ValueError: when a site does not fit the backbone, or needs a missing cross-attention.
     """
     config = replace(model.config, transv=tuple(sites))
     missing = [s.layer for s in sites if s.transfer == "cross_attention" and str(s.layer) not in model.transv]

@@ -1,11 +1,8 @@
-"""Who reads from whom inside a block: rows of attention, and of the matrix that a Mamba-2 scan is (Figures 5 and 6).
+"""Rows of attention, and of the matrix equivalent to a Mamba-2 scan (Figures 5 and 6).
 
-    attention   softmax(q_i . k_j / sqrt(E)) over j <= i
-    Mamba-2     M[i, j] = (C_i . B_j) exp(sum over k = j+1..i of dt_k A) dt_j for j <= i, so that y = M x + D x
-                (arXiv 2405.21060, section 3; x, B and C behind the convolution)
-
-Turns a block and the stream before it into rows for any queries; all rows together would be L x L and are never made.
-Knows blocks and segments; not token kinds, averages or pictures.
+attention   softmax(q_i . k_j / sqrt(E)) over j <= i
+Mamba-2     M[i, j] = (C_i . B_j) exp(sum over k = j+1..i of dt_k A) dt_j for j <= i, so that y = M x + D x
+            (arXiv 2405.21060, section 3; x, B and C after the convolution)
 """
 
 from __future__ import annotations
@@ -23,28 +20,27 @@ from timeviper_model.layers.backbone import DecoderBlock
 from timeviper_model.layers.mamba2 import Mamba2Mixer
 from timeviper_model.layers.nemotron_h import Block
 from timeviper_model.layers.transv import TokenStream
+from timeviper_model.ops.precision import widen
 from timeviper_model.timeviper import TimeViper
 
 ROW_ELEMENTS = 2**22
-"""weights held at one time by `row_blocks`: 16 MiB in fp32, a few times that with what they are made from"""
+"""Weights held at a time: 16 MiB in fp32."""
 
 Measured = TypeVar("Measured")
 
 
 class TokenMap(Protocol):
-    """The token mixing of one block, H heads, over the T tokens that are present there."""
+    """Token mixing of one block over the tokens present there."""
 
     segments: Segments
     num_heads: int
 
     def rows(self, index_Q: Tensor) -> Tensor:
-        """(H, Q, T), at least fp32: what the tokens at the flat indices `index_Q` read; zero where they may not."""
+        """(H, Q, T) weights of the queries at flat indices, at least fp32; zero where they may not read."""
         ...
 
 
 class AttentionMap:
-    """Softmax weights of an attention block."""
-
     def __init__(self, mixer: Attention, normed_TD: Tensor, segments: Segments) -> None:
         self.segments, self.num_heads = segments, mixer.num_heads
         positions_T = segments.original_positions_T
@@ -54,7 +50,7 @@ class AttentionMap:
         """(H, Q, T): each row sums to one."""
         num_groups = self._k_TGE.shape[1]
         q_GrQE = self._q_THE[index_Q].view(len(index_Q), num_groups, -1, self._q_THE.shape[-1]).permute(1, 2, 0, 3)
-        scores = _wide(q_GrQE @ self._k_TGE.permute(1, 2, 0)[:, None]) * q_GrQE.shape[-1] ** -0.5
+        scores = widen(q_GrQE @ self._k_TGE.permute(1, 2, 0)[:, None]) * q_GrQE.shape[-1] ** -0.5
         return scores.masked_fill(~readable(self.segments, index_Q), -torch.inf).softmax(-1).flatten(0, 1)
 
 
@@ -69,19 +65,19 @@ class HiddenAttentionMap:
         )
         _, B_TGN, C_TGN = mixer.split(convolved)
         self._dt_TH, self._B_TGN, self._C_TGN = dt, B_TGN, C_TGN
-        self._log_TH = (dt.double() * mixer.decay_rates()).cumsum(0)  # of a long input, fp32 would lose the differences
+        self._log_TH = (dt.double() * mixer.decay_rates()).cumsum(0)  # fp32 would lose the differences of a long input
 
     def rows(self, index_Q: Tensor) -> Tensor:
         """(H, Q, T): signed, of any sum."""
         may_read = readable(self.segments, index_Q)
         exponent = (self._log_TH[index_Q].t()[..., None] - self._log_TH.t()[:, None]).masked_fill(~may_read, -torch.inf)
         weight = exponent.to(self._dt_TH.dtype).exp_().mul_(self._dt_TH.t()[:, None])
-        products = _wide(self._C_TGN[index_Q].transpose(0, 1) @ self._B_TGN.permute(1, 2, 0))
+        products = widen(self._C_TGN[index_Q].transpose(0, 1) @ self._B_TGN.permute(1, 2, 0))
         return weight * products.repeat_interleave(self.num_heads // len(products), 0)
 
 
 def token_map(block: DecoderBlock, stream: TokenStream) -> TokenMap:
-    """The map of a block that mixes tokens, given the stream before it.
+    """The map of an attention or Mamba-2 block.
 
     Raises:
         ValueError: for an MLP block.
@@ -90,23 +86,23 @@ def token_map(block: DecoderBlock, stream: TokenStream) -> TokenMap:
         return HiddenAttentionMap(block.mixer, block.norm(stream.hidden_TD), stream.segments)
     if not isinstance(block, Block) or isinstance(block.mixer, Attention):
         return AttentionMap(block.attention, block.attention_norm(stream.hidden_TD), stream.segments)
-    raise ValueError("an MLP block mixes no tokens; name attention or Mamba-2 blocks")
+    raise ValueError("an MLP block does not mix tokens; choose attention or Mamba-2 blocks")
 
 
 @torch.no_grad()
 def observe(
     model: TimeViper, batch: PackedBatch, layers: Collection[int], measure: Callable[[TokenMap, TokenStream], Measured]
 ) -> dict[int, Measured]:
-    """What `measure` makes of each block in `layers` during one ordinary run; no more than one block's map at a time.
+    """Results of `measure` for `layers` during one run, holding one map at a time.
 
     Raises:
-        ValueError: when a layer is no attention or Mamba-2 block.
+        ValueError: when a layer is not an attention or Mamba-2 block.
     """
     types = model.config.text.block_types
     wrong = [layer for layer in layers if not 0 <= layer < len(types) or types[layer] == "mlp"]
     if wrong:
         mixing = [layer for layer, kind in enumerate(types) if kind != "mlp"]
-        raise ValueError(f"layers {wrong} mix no tokens; attention and Mamba-2 blocks are at {mixing}")
+        raise ValueError(f"layers {wrong} do not mix tokens; attention and Mamba-2 blocks are at {mixing}")
     measured: dict[int, Measured] = {}
 
     def run(layer: int, block: DecoderBlock, stream: TokenStream) -> Tensor:
@@ -123,19 +119,14 @@ def observe(
 def row_blocks(
     tokens: TokenMap, queries: Tensor | None = None, *, max_elements: int = ROW_ELEMENTS
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(places (Q,), rows (H, Q, T)) for the queries `places`, default all, so many at a time as ROW_ELEMENTS allows."""
+    """(index (Q,), rows (H, Q, T)) for `queries`, default all."""
     num_tokens = len(tokens.segments.ids)
     every = torch.arange(num_tokens, device=tokens.segments.ids.device) if queries is None else queries
-    for part in torch.split(every, max(1, max_elements // max(1, tokens.num_heads * num_tokens))):
-        yield part, tokens.rows(part)
+    for index in torch.split(every, max(1, max_elements // max(1, tokens.num_heads * num_tokens))):
+        yield index, tokens.rows(index)
 
 
 def readable(segments: Segments, index_Q: Tensor) -> Tensor:
     """(Q, T) bool: the tokens of a query's segment up to itself."""
     flat_T = torch.arange(len(segments.ids), device=segments.ids.device)
     return (flat_T <= index_Q[:, None]) & (segments.ids == segments.ids[index_Q][:, None])
-
-
-def _wide(x: Tensor) -> Tensor:
-    """At least fp32."""
-    return x if x.dtype == torch.float64 else x.float()

@@ -1,8 +1,4 @@
-"""Averages of a block's map: between groups of tokens, and over each head's rows (the paper's Figures 5 and 6).
-
-Turns a map's rows, block by block, into sums whose size does not depend on the length. Groups are any labels: token
-kinds for the paper's group averages, `equal_bins` for a picture of a long map. Knows weights and labels; not blocks.
-"""
+"""Averages of a block's map between groups of tokens, and statistics of each head (the paper's Figures 5 and 6)."""
 
 from __future__ import annotations
 
@@ -20,32 +16,31 @@ class PooledMap(NamedTuple):
     """Sums over the queries of group A and the tokens of group B that they may read."""
 
     sum_HAB: Tensor
-    """float64, of weights"""
+    """float64."""
     num_queries_A: Tensor
-    """int64"""
     num_pairs_AB: Tensor
-    """int64: (query, token it may read)"""
+    """Pairs of a query and a token it may read."""
 
     @property
     def share_HAB(self) -> Tensor:
-        """What a query of A gives to all of B, on average; a row of attention's shares sums to one. NaN without any."""
+        """Average weight of a query of A on all of B; NaN without queries."""
         return self.sum_HAB / self.num_queries_A[:, None]
 
     @property
     def mean_HAB(self) -> Tensor:
-        """The average weight of a pair; NaN where there is none."""
+        """Average weight of a pair; NaN without pairs."""
         return self.sum_HAB / self.num_pairs_AB
 
 
 class HeadStatistics(NamedTuple):
-    """Averages over queries of each head's rows, taken as distributions: absolute values over their sum."""
+    """Averages over queries of rows normalised to distributions."""
 
     sink_share_H: Tensor
-    """on the first tokens of the query's segment (the attention sink of arXiv 2309.17453)"""
+    """On the first tokens of the segment (attention sink, arXiv 2309.17453)."""
     entropy_H: Tensor
-    """nats"""
+    """Nats."""
     distance_H: Tensor
-    """tokens from the query back to what it reads, counting those present"""
+    """Tokens back to what is read."""
 
 
 def pool_map(
@@ -60,11 +55,9 @@ def pool_map(
     """Sums of a map between groups of tokens.
 
     Args:
-        tokens: the map.
-        labels_T: (T,) integers from 0, each token's group, as query and as what is read.
-        num_labels: A = B.
-        normalise: divide each row by its L1 norm first, as Figure 6 does with Mamba-2's.
-        queries: flat indices of the queries; default all. A long input may take a sample of them.
+        labels_T: (T,) integers from 0: each token's group.
+        normalise: divide each row by its L1 norm, as Figure 6 does for Mamba-2.
+        queries: flat indices; default all.
     """
     labels = labels_T.long()
     member_TB = F.one_hot(labels, num_labels).double()
@@ -85,7 +78,7 @@ def head_statistics(
     queries: Tensor | None = None,
     max_elements: int = ROW_ELEMENTS,
 ) -> HeadStatistics:
-    """Sink share, entropy and distance of every head, over the queries `queries` (default all)."""
+    """Sink share, entropy and distance over `queries` (flat indices; default all)."""
     positions = tokens.segments.positions_T
     is_sink_T = (positions < num_sink_tokens).double()
     totals = torch.zeros(3, tokens.num_heads, dtype=torch.float64, device=positions.device)
@@ -100,11 +93,11 @@ def head_statistics(
 
 
 def equal_bins(segments: Segments, num_bins: int) -> Tensor:
-    """(T,) labels for `pool_map`: each segment cut into `num_bins` stretches of equal length, for a picture of it."""
+    """(T,) labels for `pool_map`: each segment divided into equal ranges."""
     lengths_T = segments.lengths_S[segments.ids]
     return segments.positions_T * num_bins // lengths_T
 
 
 def _over_l1(rows_HQT: Tensor) -> Tensor:
-    """Each row over the sum of its absolute values; a row of zeros stays one."""
+    """Zero rows stay zero."""
     return F.normalize(rows_HQT, p=1.0, dim=-1)

@@ -1,1 +1,1 @@
-"""From conversations and samples to packed tensors."""
+"""Conversations to samples, and samples to packed batches."""

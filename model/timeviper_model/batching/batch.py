@@ -1,13 +1,11 @@
-"""PackedBatch: several samples flat in one sequence, the one input that training, evaluation and engine share.
+"""PackedBatch: several samples in one flat sequence, the input shared by training, evaluation and inference.
 
-Purely token ids, where vision rows go, and which sample each token belongs to; knows nothing of text or files.
-
-    input_ids     S S . . . . I I R R | S . . I R | pad
-    segment_ids   0 0 0 0 0 0 0 0 0 0 | 1 1 1 1 1 | -1
-    vision_index -1-1 0 1 2 3-1-1-1-1 |-1 4 5-1-1 | -1      rows of vision_features, -1 = not vision
-    position_ids  0 1 2 3 4 5 6 7 8 9 | 0 1 2 3 4 | 0
-    token_kind    0 0 1 1 1 1 2 2 3 3 | 0 1 1 2 3 | 0
-    labels        . . . . . . . R R . | . . . R . | .       already shifted: labels[t] is the id after t
+input_ids     S S . . . . I I R R | S . . I R | pad
+segment_ids   0 0 0 0 0 0 0 0 0 0 | 1 1 1 1 1 | -1
+vision_index -1-1 0 1 2 3-1-1-1-1 |-1 4 5-1-1 | -1      row of vision_features, -1 = text
+position_ids  0 1 2 3 4 5 6 7 8 9 | 0 1 2 3 4 | 0
+token_kind    0 0 1 1 1 1 2 2 3 3 | 0 1 1 2 3 | 0
+labels        . . . . . . . R R . | . . . R . | .       already shifted: labels[t] is the id after t
 """
 
 from __future__ import annotations
@@ -23,82 +21,77 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE_INDEX = -100
-"""torch.nn.functional.cross_entropy's own default for 'no target here'."""
 
 PADDING_SEGMENT = -1
 
 DTYPES = {
     "input_ids": torch.int64,
     "vision_index": torch.int64,
-    "segment_ids": torch.int32,  # the CUDA kernels take nothing else
+    "segment_ids": torch.int32,  # required by the CUDA kernels
     "position_ids": torch.int64,
     "labels": torch.int64,
     "token_kind": torch.int8,
 }
-"""of a pack's tensors"""
 
 
 class TokenKind(IntEnum):
-    """What a token is to TransV; only INSTRUCTION tokens receive what dropped vision tokens know."""
+    """Only INSTRUCTION tokens receive from dropped vision tokens."""
 
     SYSTEM = 0
-    """before the first vision token"""
+    """Before the first vision token."""
     VISION = 1
     INSTRUCTION = 2
-    """every non-response token after the first vision token, assistant headers included"""
+    """Every non-response token after the first vision token."""
     RESPONSE = 3
-    """an answer and its end token"""
+    """An answer and its end token."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """One tokenised conversation before packing. Lists of equal length L; `vision_index` counts from 0."""
+    """One tokenised conversation: lists of equal length."""
 
     input_ids: list[int]
     vision_index: list[int]
     token_kind: list[int]
     labels: list[int]
-    """shifted by one: labels[i] is input_ids[i + 1] where that is a response token, else IGNORE_INDEX"""
+    """labels[i] is input_ids[i + 1] if that is a response token, else IGNORE_INDEX."""
 
     def __post_init__(self) -> None:
         lengths = {len(self.input_ids), len(self.vision_index), len(self.token_kind), len(self.labels)}
         if len(lengths) != 1:
-            raise ValueError(f"a sample's lists must have one length, not {sorted(lengths)}")
+            raise ValueError(f"a sample's lists must have equal lengths, not {sorted(lengths)}")
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     @property
     def num_vision_tokens(self) -> int:
-        """How many rows of vision features the sample takes."""
         return len(self.vision_index) - self.vision_index.count(-1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedBatch:
-    """A flat batch of whole samples; checks itself when built.
+    """A flat batch of whole samples, checked at construction.
 
-    Values are looked at where the batch is made, on the host; on a device that would make the host wait for it.
+    Values are checked only on the CPU; on a device the check would make the host wait.
 
     Raises:
-        ValueError: when shapes or dtypes do not fit, a segment is not contiguous or not numbered in order, padding
-            is not at the end, positions do not count from 0, or a vision row is out of range.
+        ValueError: when shapes, dtypes, segments, padding, positions or vision rows are inconsistent.
     """
 
     input_ids: Tensor
-    """(T,) int64; the pad id at vision positions"""
+    """The pad id at vision positions."""
     vision_index: Tensor
-    """(T,) int64; row of `vision_features`, -1 = text"""
+    """Row of `vision_features`, -1 = text."""
     vision_features: Tensor
-    """(V, dim) floating"""
+    """(V, dim) floating."""
     segment_ids: Tensor
-    """(T,) int32; which sample, ascending from 0, PADDING_SEGMENT at the end"""
+    """Sample index from 0, PADDING_SEGMENT at the end."""
     position_ids: Tensor
-    """(T,) int64; from 0 in every sample"""
+    """From 0 in every sample."""
     labels: Tensor
-    """(T,) int64; IGNORE_INDEX where nothing is to be predicted"""
+    """IGNORE_INDEX where there is no target."""
     token_kind: Tensor
-    """(T,) int8 of TokenKind"""
 
     def __post_init__(self) -> None:
         shape = self.input_ids.shape
@@ -123,10 +116,10 @@ class PackedBatch:
         is_wrong = (steps != 0) & (steps != 1)
         is_wrong[:1] = ids[:1] != 0
         if bool(is_wrong.any()):
-            place = int(is_wrong.nonzero()[0])
+            index = int(is_wrong.nonzero()[0])
             raise ValueError(
-                f"segment_ids[{place}] = {int(ids[place])}: segments must be contiguous and count 0, 1, 2, ..., with"
-                f" padding ({PADDING_SEGMENT}) at the end alone; pack samples with pack_samples()"
+                f"segment_ids[{index}] = {int(ids[index])}: segments must be contiguous and count 0, 1, 2, ..., with"
+                f" padding ({PADDING_SEGMENT}) only at the end; pack samples with pack_samples()"
             )
         expected = torch.arange(len(ids)) - torch.searchsorted(ids, ids)
         if not torch.equal(self.position_ids[: len(ids)], expected):
@@ -136,22 +129,21 @@ class PackedBatch:
         low, high = (int(value) for value in self.vision_index.aminmax())
         if low < -1 or high >= self.vision_features.shape[0]:
             raise ValueError(
-                f"vision_index reaches from {low} to {high}, but there are {self.vision_features.shape[0]} rows and"
-                " -1 for text"
+                f"vision_index ranges from {low} to {high}, but there are {self.vision_features.shape[0]} rows;"
+                " use -1 for text"
             )
         if bool(((self.token_kind == TokenKind.VISION) != (self.vision_index >= 0)).any()):
             raise ValueError("token_kind must be VISION exactly where vision_index is not -1")
 
     @property
     def num_segments(self) -> int:
-        """How many samples are packed."""
         return int(self.segment_ids.max()) + 1 if self.segment_ids.numel() else 0
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> PackedBatch:
-        """The batch on `device`; `dtype` casts the vision features alone."""
-        # towards the host, an unfinished copy would be looked at here already
-        is_upwards = torch.device(device).type != "cpu"
-        moved = {name: getattr(self, name).to(device, non_blocking=is_upwards) for name in self.__slots__}
+        """Moved to `device`; `dtype` applies to the vision features only."""
+        # a copy to the host must be complete before it is checked
+        is_to_device = torch.device(device).type != "cpu"
+        moved = {name: getattr(self, name).to(device, non_blocking=is_to_device) for name in self.__slots__}
         if dtype is not None:
             moved["vision_features"] = moved["vision_features"].to(dtype)
         return replace(self, **moved)
@@ -160,21 +152,20 @@ class PackedBatch:
 def pack_samples(
     samples: Sequence[Sample], features: Sequence[Tensor], *, pad_to: int | None = None, pad_token_id: int = 0
 ) -> PackedBatch:
-    """One flat batch of `samples`, in their order.
+    """Packs `samples`, in order.
 
     Args:
-        samples: at least one.
-        features: for each sample its vision rows (num_vision_tokens, dim); (0, dim) for a text-only sample.
-        pad_to: length T of the result; default the sum of lengths.
+        features: vision rows (num_vision_tokens, dim) of each sample; (0, dim) for text only.
+        pad_to: length of the result; default is the sum of lengths.
 
     Raises:
-        ValueError: when a sample's vision tokens and feature rows differ in number, or they do not fit `pad_to`.
+        ValueError: when vision tokens and feature rows differ in number, or the samples do not fit.
     """
     if not samples or len(samples) != len(features):
-        raise ValueError(f"need as many feature tensors as samples and at least one: {len(samples)}, {len(features)}")
-    for number, (sample, rows) in enumerate(zip(samples, features, strict=True)):
+        raise ValueError(f"need at least one sample and as many feature tensors: {len(samples)}, {len(features)}")
+    for index, (sample, rows) in enumerate(zip(samples, features, strict=True)):
         if sample.num_vision_tokens != rows.shape[0]:
-            raise ValueError(f"sample {number} has {sample.num_vision_tokens} vision tokens but {rows.shape[0]} rows")
+            raise ValueError(f"sample {index} has {sample.num_vision_tokens} vision tokens but {rows.shape[0]} rows")
     lengths = torch.tensor([len(sample) for sample in samples])
     total = int(lengths.sum())
     length = total if pad_to is None else pad_to
@@ -199,5 +190,5 @@ def pack_samples(
 
 
 def _joined(lists: Sequence[list[int]]) -> Tensor:
-    """The numbers of all lists, (L,) int64; by NumPy, which takes a third of torch.tensor's time for Python numbers."""
+    """NumPy converts Python numbers in a third of torch.tensor's time."""
     return torch.from_numpy(np.fromiter(chain.from_iterable(lists), np.int64, sum(map(len, lists))))

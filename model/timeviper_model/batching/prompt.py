@@ -1,8 +1,8 @@
-"""A conversation about media, as token ids with kinds and labels. Knows chat templates; not features or files.
+"""Conversations about media to token ids with kinds and labels, by chat template.
 
-Nemotron's prompt, with vision tokens (v) standing for the media:
+Nemotron's prompt, with vision tokens (v) in place of the media:
 
-    <SPECIAL_10>System\\n{system}<SPECIAL_12>\\n<SPECIAL_11>User\\n     system (all that comes before vision)
+    <SPECIAL_10>System\\n{system}<SPECIAL_12>\\n<SPECIAL_11>User\\n     system (everything before vision)
     vvvvvvvv                                                         vision
     {question}\\n<SPECIAL_12><SPECIAL_11>Assistant\\n                instruction
     {answer}\\n<SPECIAL_12>                                          response
@@ -19,35 +19,32 @@ from typing import Any, Literal
 from timeviper_model.batching.batch import IGNORE_INDEX, Sample, TokenKind
 
 _ENCODING = Lock()
-"""A tokenizer notes `split_special_tokens` in itself and then encodes: another thread's call in between would turn what
-a user typed into special tokens."""
+"""A tokenizer stores `split_special_tokens` on itself before encoding, so concurrent calls could turn user text into
+special tokens."""
 
 MEDIA_MARKER = "<media>"
-"""Where media go in a user's text; without a marker they come first in the first user turn."""
+"""Without markers, media come first in the first user turn."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Turn:
-    """One message of a conversation."""
-
     role: Literal["system", "user", "assistant"]
     text: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChatTemplate:
-    """The literal pieces around each turn; special tokens are written as their names."""
+    """Text around each turn; special tokens are written as their names."""
 
     system: tuple[str, str]
     user: tuple[str, str]
     assistant: tuple[str, str]
-    """what opens the answer (instruction) and what ends it (response, its last token is the end token)"""
+    """Opening of an answer (instruction) and its end (response; the last token is the end token)."""
     after_system_text: str = ""
-    """where there is such a text"""
     after_answer: str = ""
-    """where another turn follows"""
+    """Added when another turn follows."""
     default_system: str = ""
-    """the system's text where the conversation begins without a system turn"""
+    """Used without a system turn."""
 
 
 NEMOTRON = ChatTemplate(
@@ -56,7 +53,7 @@ NEMOTRON = ChatTemplate(
     assistant=("<SPECIAL_11>Assistant\n", "\n<SPECIAL_12>"),
     after_system_text="\n",
 )
-"""NVIDIA Nemotron-Nano-v2 as TimeViper's public code fills it."""
+"""As in TimeViper's public code."""
 
 CHATML = ChatTemplate(
     system=("<|im_start|>system\n", "<|im_end|>\n"),
@@ -65,26 +62,26 @@ CHATML = ChatTemplate(
     after_answer="\n",
     default_system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
 )
-"""Qwen2.5, as its tokenizer's own chat template writes it."""
+"""Qwen2.5's own chat template."""
 
 TEMPLATES: dict[str, ChatTemplate] = {"nemotron": NEMOTRON, "chatml": CHATML}
 
 
 def time_text(duration_seconds: float, num_frames: int) -> str:
-    """The sentence of the paper's grounding data that tells the model how long the video is."""
+    """Sentence of the paper's grounding data that states the video's length."""
     return (
         f"The video lasts for {duration_seconds:.2f} seconds, and {num_frames} frames are uniformly sampled from it.\n"
     )
 
 
 def check_tokenizer(tokenizer: Any, template: ChatTemplate) -> None:
-    """Passes when every special token of the template is one token of the tokenizer.
+    """Checks that every special token of the template is one token of the tokenizer.
 
     Raises:
-        ValueError: with the tokens it would cut into pieces.
+        ValueError: with the tokens that it would split.
     """
-    pieces = "".join((*template.system, *template.user, *template.assistant))
-    special = dict.fromkeys(re.findall(r"<[^<>\s]+>", pieces))
+    text = "".join((*template.system, *template.user, *template.assistant))
+    special = dict.fromkeys(re.findall(r"<[^<>\s]+>", text))
     cut = [name for name in special if len(encode_text(tokenizer, name, split_special_tokens=False)) != 1]
     if cut:
         raise ValueError(
@@ -94,10 +91,10 @@ def check_tokenizer(tokenizer: Any, template: ChatTemplate) -> None:
 
 
 def end_token_id(tokenizer: Any, template: ChatTemplate) -> int:
-    """The id at which generation stops: the last token of what ends an answer.
+    """The id at which generation stops: the last token of the answer's end.
 
     Raises:
-        ValueError: when the tokenizer is not one for this template.
+        ValueError: when the tokenizer does not fit this template.
     """
     check_tokenizer(tokenizer, template)
     return int(encode_text(tokenizer, template.assistant[1], split_special_tokens=False)[-1])
@@ -111,17 +108,15 @@ def build_sample(
     template: ChatTemplate = NEMOTRON,
     add_generation_prompt: bool = False,
 ) -> Sample:
-    """Token ids, vision places, kinds and shifted labels of a conversation.
+    """Tokenises a conversation about media.
 
     Args:
-        tokenizer: a transformers fast tokenizer.
-        conversation: an optional system turn, then user and assistant turns in alternation.
-        media_num_tokens: vision tokens of each medium, in order. Each takes one `<media>` marker in the user
-            texts; with no marker anywhere all of them come first in the first user turn.
-        add_generation_prompt: end with the opening of an assistant turn, for inference.
+        conversation: an optional system turn, then alternating user and assistant turns.
+        media_num_tokens: vision tokens of each `<media>` marker in the user texts.
+        add_generation_prompt: end with the opening of an assistant turn.
 
     Raises:
-        ValueError: for turns out of order, or markers and media that differ in number.
+        ValueError: for turns out of order, or a different number of markers and media.
     """
     turns = list(conversation)
     system = turns.pop(0).text if turns and turns[0].role == "system" else template.default_system
@@ -141,9 +136,9 @@ def build_sample(
         writer.template((template.after_answer if number else "") + template.user[0])
         first, *others = text.split(MEDIA_MARKER)
         writer.text(first)
-        for piece in others:
+        for text_after in others:
             writer.vision(next(media))
-            writer.text(piece)
+            writer.text(text_after)
         writer.template(template.user[1])
     if add_generation_prompt:
         writer.template(template.assistant[0])
@@ -164,7 +159,7 @@ class _Writer:
         self._extend(encode_text(self._tokenizer, text, split_special_tokens=False), response)
 
     def text(self, text: str, *, response: bool = False) -> None:
-        # a user who types <SPECIAL_11> gets its letters, not a turn of the assistant
+        # <SPECIAL_11> typed by a user stays text and does not open an assistant turn
         self._extend(encode_text(self._tokenizer, text, split_special_tokens=True) if text else [], response)
 
     def vision(self, num_tokens: int) -> None:
@@ -191,12 +186,11 @@ class _Writer:
 
 
 def encode_text(tokenizer: Any, text: str, *, split_special_tokens: bool) -> list[int]:
-    """Token ids of a text alone, nothing put before or behind it. Any thread may call it.
+    """Token ids of a text, with nothing added. Thread-safe.
 
     Args:
-        tokenizer: of Hugging Face's kind.
         text: not empty.
-        split_special_tokens: a special token's name in it is so many letters.
+        split_special_tokens: encode the names of special tokens as ordinary text.
     """
     with _ENCODING:
         return list(tokenizer(text, add_special_tokens=False, split_special_tokens=split_special_tokens)["input_ids"])

@@ -1,11 +1,9 @@
-"""Segments: where the samples of a flat pack lie, and the padded rows in which work across tokens is done.
-
-Turns segment ids into lengths, positions and row buckets. Knows no model and no token.
+"""Segments: where the samples of a flat pack are, and the padded rows for operations across tokens.
 
     segment_ids   0 0 0 1 1 2 2 2 2 2 2 2        rows of bucket 0   0 0 0      bucket 1   2 2 2 2 2 2 2
     positions     0 1 2 0 1 0 1 2 3 4 5 6                           1 1 .
 
-Segments of similar length share a bucket, so that padding never doubles the work, whatever the mix of lengths.
+Segments of similar length share a bucket, so padding never doubles the work.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from torch import Tensor
 from timeviper_model.batching.shapes import put_rows, take_rows
 
 MAX_ROW_WASTE = 1.35
-"""a bucket's padded cells over its real tokens, at most; a lower bound makes more and smaller kernels"""
+"""Maximum padded cells / real tokens of a bucket; lower values launch more, smaller kernels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,17 +25,17 @@ class RowBucket:
     """Segments padded to one length: R rows of L cells."""
 
     token_index: Tensor
-    """(M,) int64, the bucket's tokens in the flat pack"""
+    """(M,) in the flat pack."""
     cell_index: Tensor
-    """(M,) int64, the cell of each of them in the R * L cells"""
+    """(M,) among the R * L cells."""
     segment_index: Tensor
-    """(R,) int64, which segment is in which row"""
+    """(R,)"""
     row_lengths: Tensor
-    """(R,) int64"""
+    """(R,)"""
     num_rows: int
     length: int
     is_dense: bool
-    """no padding and the tokens in flat order: padding and unpadding are views"""
+    """No padding and tokens in flat order: padding and unpadding are views."""
 
     def pad(self, x: Tensor) -> Tensor:
         """(T, ...) -> (R, L, ...), zeros in the padding."""
@@ -57,16 +55,16 @@ class RowBucket:
 
 
 class Segments:
-    """The lengths and places of S contiguous segments in a flat pack of T tokens; a segment may be empty.
+    """Lengths and positions of S contiguous segments, some possibly empty, in a flat pack of T tokens.
 
         ids                    0 0 0 0 0 1 1 1        keep([0, 3, 4, 5, 7])   0 0 0 1 1
-        positions_T            0 1 2 3 4 0 1 2                                0 1 2 0 1    among the tokens left
+        positions_T            0 1 2 3 4 0 1 2                                0 1 2 0 1    among the remaining tokens
         original_positions_T   0 1 2 3 4 0 1 2                                0 3 4 0 2    in the whole sample
 
     Args:
-        ids: (T,) int32 or int64, ascending, no padding.
-        num_segments: S; needed where the last segments may have lost all their tokens.
-        original_positions_T: (T,) int64, each token's place in its sample before any was dropped; None = nothing was.
+        ids: (T,) ascending, no padding.
+        num_segments: counts segments that have lost all their tokens.
+        original_positions_T: None = nothing was dropped.
     """
 
     def __init__(self, ids: Tensor, num_segments: int, original_positions_T: Tensor | None = None) -> None:
@@ -82,42 +80,42 @@ class Segments:
 
     @cached_property
     def starts_S(self) -> Tensor:
-        """(S,) int64: the flat index of each segment's first token."""
+        """Flat index of each segment's first token."""
         return self.lengths_S.cumsum(0) - self.lengths_S
 
     @cached_property
     def positions_T(self) -> Tensor:
-        """(T,) int64: each token's place in its segment."""
+        """Index in the segment."""
         return torch.arange(len(self.ids), device=self.ids.device) - self.starts_S[self.ids]
 
     @property
     def original_positions_T(self) -> Tensor:
-        """(T,) int64: each token's place in its sample before any token was dropped; what RoPE turns by."""
+        """Index in the sample before dropping, used by RoPE."""
         return self.positions_T if self._original_positions_T is None else self._original_positions_T
 
     @cached_property
     def seq_idx_T(self) -> Tensor | None:
-        """(T,) int32 for kernels that reset at boundaries; None when there is nothing to reset."""
+        """int32 for kernels that reset at boundaries; None without a boundary."""
         return self.ids.int() if sum(length > 0 for length in self.lengths) > 1 else None
 
     @cached_property
     def buckets(self) -> tuple[RowBucket, ...]:
-        """Every non-empty segment in exactly one bucket, longest first."""
+        """Every non-empty segment once, longest first."""
         return tuple(self.rows(members) for members in group_by_length(self.lengths))
 
     def join(self, outputs: list[Tensor]) -> Tensor:
-        """(T, ...) from what each bucket's `unpad` gave, in the order of `buckets`."""
+        """(T, ...) from each bucket's `unpad`, in the order of `buckets`."""
         if len(outputs) == 1:
             return outputs[0]
         return put_rows(torch.cat(outputs), torch.cat([b.token_index for b in self.buckets]), len(self.ids))
 
     def keep(self, index: Tensor) -> Segments:
-        """The segments of the tokens `index` (K,) int64, ascending."""
+        """The segments of the tokens `index` (K,), ascending."""
         ids, positions = (of_T.index_select(0, index) for of_T in (self.ids, self.original_positions_T))
         return Segments(ids, self.num_segments, positions)
 
     def rows(self, members: list[int]) -> RowBucket:
-        """The segments `members`, in that order, as rows as long as the longest of them."""
+        """The segments `members`, in that order, padded to the longest."""
         device = self.ids.device
         lengths = [self.lengths[member] for member in members]
         length = max(lengths)
@@ -138,7 +136,7 @@ class Segments:
 
 
 def group_by_length(lengths: list[int]) -> list[list[int]]:
-    """Indices of the lengths > 0 in groups, longest first, each padded to its longest at most MAX_ROW_WASTE times."""
+    """Indices of the lengths > 0, longest first, in groups within MAX_ROW_WASTE."""
     groups: list[list[int]] = []
     num_real = 0
     for index in sorted((i for i, length in enumerate(lengths) if length > 0), key=lambda i: (-lengths[i], i)):

@@ -1,4 +1,4 @@
-"""The letters that stand for tensor dimensions, and the row moves between differently shaped views of a batch.
+"""The letters that stand for tensor dimensions, and moves of rows between layouts of a batch.
 
 A suffix in a name (`x_TD`) or a trailing comment `# (T, D)` uses these letters and no others:
 
@@ -8,8 +8,6 @@ A suffix in a name (`x_TD`) or a trailing comment `# (T, D)` uses these letters 
     H  Mamba heads / attention heads       P  Mamba head_dim          K  taps of the convolution
     G  groups that share B and C           N  ssm_state_size          Z  chunks of the scan
     C  tokens of a chunk                   E  attention head_dim      B  slots decoded together
-
-Knows nothing of the model: `take_rows` and `put_rows` only move rows.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
 
     Args:
         x: (M, ...).
-        index: (K,) int64, no index twice.
+        index: (K,) int64, without repeats.
     """
     taken: Tensor = _TakeRows.apply(x, index)  # type: ignore[no-untyped-call]
     return taken
@@ -55,7 +53,7 @@ class _PutRows(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, index: Tensor, num_rows: int) -> Tensor:
         ctx.save_for_backward(index)
         rows = x.new_zeros((num_rows, *x.shape[1:]))
-        return rows.index_copy_(0, index, x) if len(index) else rows  # torch refuses to copy nothing into nothing
+        return rows.index_copy_(0, index, x) if len(index) else rows  # index_copy_ rejects an empty copy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,9 +1,4 @@
-"""The language model without its output matrix: embeddings, one family's blocks, the last norm, and first weights.
-
-Knows which family a configuration asks for, and is the only module that builds by it; whoever runs the blocks may act
-between them. In memory both families have the same outer names (`backbone.embeddings`, `backbone.layers.N`,
-`backbone.norm_f`); families.py knows those of files.
-"""
+"""The language model without its output matrix; both families share the outer parameter names."""
 
 from __future__ import annotations
 
@@ -17,12 +12,9 @@ from timeviper_model.layers.qwen2 import Qwen2Block
 from timeviper_model.ops.norm import RMSNorm
 
 DecoderBlock = Block | Qwen2Block
-"""One entry of `layers`: forward over a pack, step over slots, and the attention in it with the norm before."""
 
 
 class Backbone(nn.Module):
-    """Embeddings, blocks and the last norm."""
-
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -31,22 +23,19 @@ class Backbone(nn.Module):
         self.norm_f = RMSNorm(config.hidden_size, eps)
 
     def block(self, layer: int) -> DecoderBlock:
-        """Block `layer`, 0-based."""
         block = self.layers[layer]
         assert isinstance(block, DecoderBlock)
         return block
 
 
 def make_block(config: TextConfig, block_type: BlockType) -> DecoderBlock:
-    """One block of the family that `config` belongs to, its weights not set."""
     return Block(config, block_type) if isinstance(config, HybridConfig) else Qwen2Block(config)
 
 
 @torch.no_grad()
 def init_backbone(backbone: Backbone, config: TextConfig, generator: torch.Generator) -> None:
-    """Draws every weight in place, as transformers does: matrices normal(0, initializer_range), biases 0, norms 1.
-
-    Mamba's own parameters follow `hybrid.init_mamba`.
+    """Draws weights as transformers does: matrices normal(0, initializer_range), biases 0, norms 1; Mamba by
+    `init_mamba`.
     """
     backbone.embeddings.weight.normal_(0.0, config.initializer_range, generator=generator)
     for module in backbone.modules():

@@ -1,8 +1,4 @@
-"""Which implementation computes a model's scans, convolutions and attention: PyTorch everywhere, or CUDA kernels.
-
-Turns the setting `auto | torch | kernels`, a device and a dtype into functions and puts them into the mixers. Knows
-what each kernel needs; not how it is called (kernels.py) or what for.
-"""
+"""Selects the implementation of scans, convolutions and attention: PyTorch everywhere, or CUDA kernels."""
 
 from __future__ import annotations
 
@@ -25,19 +21,17 @@ from timeviper_model.ops.ssd import ssd_scan
 logger = logging.getLogger(__name__)
 
 Backend = Literal["auto", "torch", "kernels"]
-"""kernels wherever they can be used; PyTorch everywhere; kernels or an error"""
+"""`auto`: kernels where available; `kernels`: an error otherwise."""
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)
-"""Flash Attention takes nothing else, and mamba-ssm's products round fp32 to TF32"""
+"""Flash Attention supports no others, and mamba-ssm rounds fp32 to TF32."""
 
 
 FLASH_CAPABILITY = (8, 0)
-"""of a CUDA device: Ampere's, the oldest that Flash Attention 2 and its build in PyTorch run on"""
+"""Of CUDA devices: Ampere."""
 
 
 class Operations(NamedTuple):
-    """The functions that mix tokens."""
-
     scan: Scan
     convolution: Convolve
     attention: Callable[[Tensor, Tensor, Tensor, Segments], Tensor]
@@ -48,10 +42,10 @@ KERNELS = Operations(kernel_scan, kernel_conv_silu, varlen_attention)
 
 
 def set_backend(model: nn.Module, backend: Backend, *, device: torch.device | str, dtype: torch.dtype) -> Operations:
-    """Makes every mixer of `model` use the operations that `backend` means on `device` in `dtype`, and logs which.
+    """Sets the operations of every mixer of `model`, and logs the choice.
 
     Raises:
-        RuntimeError: when `kernels` is asked for and one of them cannot be used.
+        RuntimeError: when `backend` is `kernels` and one is unavailable.
     """
     operations = choose_operations(backend, device=torch.device(device), dtype=dtype)
     use_operations(model, operations)
@@ -59,7 +53,6 @@ def set_backend(model: nn.Module, backend: Backend, *, device: torch.device | st
 
 
 def use_operations(model: nn.Module, operations: Operations) -> None:
-    """Makes every mixer of `model` use `operations`."""
     for module in model.modules():
         if isinstance(module, Mamba2Mixer):
             module.scan, module.convolve = operations.scan, operations.convolution
@@ -68,10 +61,10 @@ def use_operations(model: nn.Module, operations: Operations) -> None:
 
 
 def choose_operations(backend: Backend, *, device: torch.device, dtype: torch.dtype) -> Operations:
-    """The operations that `backend` means on `device` in `dtype`; logs them.
+    """The operations for `backend` on `device` in `dtype`.
 
     Raises:
-        RuntimeError: when `kernels` is asked for and one of them cannot be used.
+        RuntimeError: when `backend` is `kernels` and one is unavailable.
     """
     obstacles = (
         dict.fromkeys(Operations._fields, "backend is torch") if backend == "torch" else _obstacles(device, dtype)
@@ -94,12 +87,12 @@ def choose_operations(backend: Backend, *, device: torch.device, dtype: torch.dt
 
 
 def _obstacles(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """Why an operation's kernel cannot be used; nothing for one that can."""
+    """Why kernels are unavailable, by operation."""
     if device.type != "cuda":
         return dict.fromkeys(Operations._fields, f"the kernels need CUDA, not {device.type}")
     if dtype not in KERNEL_DTYPES:
         return dict.fromkeys(Operations._fields, f"the kernels need bf16 or fp16, not {dtype}")
-    found = {
+    reasons = {
         "scan": _missing(
             "mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined", {"initial_states", "seq_idx"}
         ),
@@ -107,11 +100,11 @@ def _obstacles(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
         "attention": _too_old(device)
         or _missing("torch.nn.attention.varlen", "varlen_attn", {"window_size", "enable_gqa"}),
     }
-    return {name: reason for name, reason in found.items() if reason is not None}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 def _too_old(device: torch.device) -> str | None:
-    """That the device has no Flash Attention, which PyTorch says at the first call alone; None where it has."""
+    """PyTorch reports a missing Flash Attention only at the first call."""
     capability = torch.cuda.get_device_capability(device)
     if capability >= FLASH_CAPABILITY:
         return None
@@ -120,7 +113,7 @@ def _too_old(device: torch.device) -> str | None:
 
 
 def _missing(module: str, function: str, parameters: set[str]) -> str | None:
-    """What stands in the way of calling `function` with `parameters`; None if nothing does."""
+    """Why `function` cannot be called with `parameters`."""
     try:
         found = getattr(importlib.import_module(module), function)
     except (
@@ -128,7 +121,7 @@ def _missing(module: str, function: str, parameters: set[str]) -> str | None:
         AttributeError,
         OSError,
         RuntimeError,
-    ) as error:  # absent, or built for another torch or driver
+    ) as error:  # missing, or built for another torch or driver
         return f"{module}.{function} cannot be imported ({error}); install the extra [cuda]"
     absent = sorted(parameters - set(inspect.signature(found).parameters))
-    return f"{module}.{function} has no parameter {', '.join(absent)}; install a newer one" if absent else None
+    return f"{module}.{function} lacks parameter {', '.join(absent)}; install a newer one" if absent else None

@@ -1,7 +1,6 @@
-"""HybridCache: what the model remembers of each sequence in a slot, between prefill and every further token.
+"""HybridCache: per-slot state of each sequence, from prefill through decoding.
 
-Mamba layers keep a state of fixed size; attention layers keep keys and values, in each layer as many as TransV left
-there. Knows slots, lengths and bytes; not tokens, vision or requests.
+Mamba layers keep a state of fixed size; attention layers keep the keys and values of the tokens that TransV left there.
 
     slot 0   mamba: window, state     attention layer 3: k k k k k k k k     attention layer 8: k k k
     slot 1   mamba: window, state     attention layer 3: k k k               attention layer 8: k k
@@ -18,19 +17,20 @@ from torch import Tensor
 from timeviper_model.config import HybridConfig, TextConfig
 from timeviper_model.layers.attention import continued_attention, grouped_attention
 from timeviper_model.layers.mamba2 import Mamba2State
+from timeviper_model.ops.precision import wide_dtype
 
 MIN_CAPACITY = 128
-"""tokens a slot can hold when the first one arrives; grows by half whenever it is full"""
+"""Initial tokens per slot; grows by half."""
 
 KEPT_BYTES = 16 << 20
-"""of one layer's keys and values that stay allocated when no slot holds any: a CPU pays for new pages"""
+"""Per layer, kept while all slots are empty, because new pages are slow on a CPU."""
 
 MAX_LENGTH_WASTE = 1.5
-"""slots are read by one masked product while their padded length is at most this times their real one"""
+"""Maximum padded length / real length of slots read by one masked product."""
 
 
 class AttentionCache:
-    """Keys and values of one layer: (num_slots, Hkv, capacity, E) each, and every slot's own length."""
+    """Keys and values of one layer, (num_slots, Hkv, capacity, E) each."""
 
     def __init__(
         self,
@@ -48,19 +48,19 @@ class AttentionCache:
         self.kept_bytes = kept_bytes
 
     def reset(self, slot: int) -> None:
-        """Forgets the slot; when no slot holds anything, memory past KEPT_BYTES goes back."""
+        """Once all slots are empty, memory above `kept_bytes` is freed."""
         self.clear(slot)
         if self.num_bytes > self.kept_bytes and not any(self.lengths):
             self.keys, self.values = self.keys[:, :, :0].clone(), self.values[:, :, :0].clone()
 
-    @torch.inference_mode()  # the engine's tensors are of that mode, and it cancels between two steps
+    @torch.inference_mode()  # the engine's tensors are inference tensors, and it cancels outside of that mode
     def clear(self, slot: int) -> None:
-        """Forgets the slot; its room stays. What was no number there would be read by the next (see `_grow`)."""
+        """Empties the slot but keeps its capacity. NaN left there would be read by the next sequence."""
         self.values[slot, :, : self.lengths[slot]] = 0
         self.lengths[slot] = 0
 
     def put(self, slot: int, k_GLE: Tensor, v_GLE: Tensor) -> None:
-        """Appends L tokens' keys and values (Hkv, L, E) to the slot."""
+        """Appends keys and values (Hkv, L, E)."""
         start = self.lengths[slot]
         stop = start + k_GLE.shape[1]
         self.reserve(stop)
@@ -69,7 +69,6 @@ class AttentionCache:
         self.lengths[slot] = stop
 
     def reserve(self, length: int) -> None:
-        """Room for `length` tokens in every slot."""
         capacity = self.keys.shape[2]
         if length <= capacity:
             return
@@ -78,33 +77,30 @@ class AttentionCache:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes held, used or not."""
         return self.keys.nbytes + self.values.nbytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SavedSlot:
-    """What some first blocks remember of one sequence, by layer; never changed."""
+    """Immutable state of one sequence in its first blocks, by layer."""
 
     mamba: dict[int, Mamba2State]
-    """B = 1"""
+    """B = 1."""
     attention: dict[int, tuple[Tensor, Tensor]]
-    """keys and values (Hkv, L, E)"""
+    """Keys and values (Hkv, L, E)."""
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All of them."""
         states = [tensor for state in self.mamba.values() for tensor in (state.window_BKD, state.ssm_BHPN)]
         return states + [tensor for pair in self.attention.values() for tensor in pair]
 
     @property
     def num_bytes(self) -> int:
-        """Bytes held."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
 class HybridCache:
-    """Slots for sequences; made by `TimeViper.new_cache`, filled by `prefill`, advanced by `decode_step`."""
+    """Slots for sequences."""
 
     def __init__(
         self,
@@ -119,9 +115,9 @@ class HybridCache:
             raise ValueError(f"{num_slots = } must be at least 1")
         self.num_slots = num_slots
         self.num_tokens = [0] * num_slots
-        """tokens each slot has seen, dropped ones included; 0 = empty"""
+        """Tokens each slot has seen, dropped ones included."""
         device = torch.device(device)
-        state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        state_dtype = wide_dtype(dtype)
         self.mamba: dict[int, Mamba2State] = {}
         self.attention: dict[int, AttentionCache] = {}
         for layer, block_type in enumerate(config.block_types):
@@ -139,7 +135,6 @@ class HybridCache:
                 )
 
     def reset(self, slot: int) -> None:
-        """Empties the slot for another sequence."""
         self.num_tokens[slot] = 0
         for state in self.mamba.values():
             state.window_BKD[slot].zero_()
@@ -148,7 +143,7 @@ class HybridCache:
             attention.reset(slot)
 
     def save(self, slot: int, num_layers: int) -> SavedSlot:
-        """A copy of what the first `num_layers` blocks remember of the slot."""
+        """Copies the slot's state in the first `num_layers` blocks."""
         return SavedSlot(
             mamba={
                 layer: Mamba2State(
@@ -166,7 +161,7 @@ class HybridCache:
         )
 
     def load(self, slot: int, saved: SavedSlot) -> None:
-        """Puts a copy of `saved` into the slot, in place of what was there. Room that is reserved stays."""
+        """Copies `saved` into the slot; capacity is kept."""
         self.num_tokens[slot] = 0
         for layer, state in self.mamba.items():
             if layer not in saved.mamba:
@@ -182,21 +177,20 @@ class HybridCache:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of every state, key and value held."""
         states = sum(state.window_BKD.nbytes + state.ssm_BHPN.nbytes for state in self.mamba.values())
         return states + sum(attention.num_bytes for attention in self.attention.values())
 
     def view(self, slots: Sequence[int]) -> SlotView:
-        """The slots' state for one pass of the model.
+        """State for one pass of the model.
 
         Raises:
-            ValueError: when a slot is out of range or named twice, or they do not ascend.
+            ValueError: when slots are out of range, repeated or not ascending.
         """
         return SlotView(self, slots)
 
 
 class SlotView:
-    """Some slots of a cache, ascending, as each layer wants them; `write_back` after a pass that changed them."""
+    """Call `write_back` after a pass that changed the state."""
 
     def __init__(self, cache: HybridCache, slots: Sequence[int]) -> None:
         self.slots = list(slots)
@@ -209,20 +203,20 @@ class SlotView:
         self._index: Tensor | None = None
 
     def layer(self, layer: int) -> Mamba2State | SlotStore | None:
-        """What block `layer` keeps for these slots; None for an MLP."""
+        """None for an MLP."""
         if layer in self.cache.attention:
             return SlotStore(self.cache.attention[layer], self.slots, self.runs)
         if layer not in self.cache.mamba:
             return None
         state = self.cache.mamba[layer]
         if len(self.runs) == 1:
-            part = slice(self.slots[0], self.slots[-1] + 1)
-            return Mamba2State(window_BKD=state.window_BKD[part], ssm_BHPN=state.ssm_BHPN[part])
+            run = slice(self.slots[0], self.slots[-1] + 1)
+            return Mamba2State(window_BKD=state.window_BKD[run], ssm_BHPN=state.ssm_BHPN[run])
         index = self._index_on(state.ssm_BHPN.device)
         return Mamba2State(window_BKD=state.window_BKD[index], ssm_BHPN=state.ssm_BHPN[index])
 
     def write_back(self, layer: int, changed: object) -> None:
-        """Puts a changed Mamba state into its slots, where `layer()` had to copy it."""
+        """Needed where `layer()` copied a Mamba state."""
         if len(self.runs) == 1 or not isinstance(changed, Mamba2State):
             return
         state = self.cache.mamba[layer]
@@ -237,26 +231,22 @@ class SlotView:
 
 
 class SlotStore:
-    """One attention layer's keys and values of some slots (`attention.KeyValueStore`)."""
-
     def __init__(self, cache: AttentionCache, slots: list[int], runs: list[tuple[int, int]]) -> None:
         self._cache, self._slots, self._runs = cache, slots, runs
 
     def extend(self, q_THE: Tensor, k_THE: Tensor, v_THE: Tensor) -> Tensor:
-        """Append T tokens to the single slot, then (T, H, E): what each query reads there up to itself."""
         (slot,) = self._slots
         self._cache.put(slot, k_THE.transpose(0, 1), v_THE.transpose(0, 1))
         stop = self._cache.lengths[slot]
         return continued_attention(q_THE, self._cache.keys[slot, :, :stop], self._cache.values[slot, :, :stop])
 
     def attend(self, q_BHE: Tensor, k_BHE: Tensor, v_BHE: Tensor) -> Tensor:
-        """Append one token to each slot, then (B, H, E): what its queries read there."""
         cache, device = self._cache, q_BHE.device
         cache.reserve(max(cache.lengths[slot] for slot in self._slots) + 1)
-        places = torch.tensor([cache.lengths[slot] for slot in self._slots], device=device)
+        index = torch.tensor([cache.lengths[slot] for slot in self._slots], device=device)
         slots = torch.tensor(self._slots, device=device)
-        cache.keys[slots, :, places] = k_BHE.to(cache.keys.dtype)
-        cache.values[slots, :, places] = v_BHE.to(cache.values.dtype)
+        cache.keys[slots, :, index] = k_BHE.to(cache.keys.dtype)
+        cache.values[slots, :, index] = v_BHE.to(cache.values.dtype)
         for slot in self._slots:
             cache.lengths[slot] += 1
         outputs, row = [], 0
@@ -266,7 +256,7 @@ class SlotStore:
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
     def _even_runs(self) -> list[tuple[int, int]]:
-        """Neighbouring slots that one padded product may read; slots of very unequal length are read one by one."""
+        """Neighbouring slots for one padded product; slots of very unequal length are read one by one."""
         even = []
         for first, stop in self._runs:
             lengths = self._cache.lengths[first:stop]
@@ -290,7 +280,7 @@ def _grow(old: Tensor, capacity: int, used: int) -> Tensor:
     grown = old.new_empty(old.shape[0], old.shape[1], capacity, old.shape[3])
     grown[:, :, :used] = old[:, :, :used]
     if len(old) > 1:
-        grown[:, :, used:] = 0  # a shorter slot is read to the end of the longest, and weight 0 times NaN is NaN
+        grown[:, :, used:] = 0  # shorter slots are read up to the longest length, and 0 * NaN is NaN
     return grown
 
 

@@ -1,8 +1,4 @@
-"""Low-rank adapters: a frozen linear map plus `scale * B A` that is trained, and merged away when weights are exported.
-
-Turns chosen linear modules of a model into adapted ones under the same parameter names, and adapted tensors back into
-plain ones. Knows names and tensors; not optimisers, phases or files. Hu et al., arXiv 2106.09685, section 4.1.
-"""
+"""Low-rank adapters (Hu et al., arXiv 2106.09685, section 4.1)."""
 
 from __future__ import annotations
 
@@ -22,13 +18,11 @@ LORA_A, LORA_B = "lora_A", "lora_B"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraConfig:
-    """Which linear maps get an adapter, and how large."""
-
     rank: int = 16
     alpha: float = 32.0
-    """the adapter's product is multiplied by alpha / rank"""
+    """The adapter's product is multiplied by alpha / rank."""
     targets: str = r"backbone\.layers\.\d+\.mixer\.(in_proj|out_proj|q_proj|k_proj|v_proj|o_proj)"
-    """regular expression for the whole module name; the default is every projection of mixers and attention"""
+    """Regular expression matching whole module names."""
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.alpha <= 0:
@@ -36,16 +30,15 @@ class LoraConfig:
         try:
             re.compile(self.targets)
         except re.error as error:
-            raise ValueError(f"targets: {self.targets!r} is no regular expression: {error}") from error
+            raise ValueError(f"targets: {self.targets!r} is not a regular expression: {error}") from error
 
     @property
     def scale(self) -> float:
-        """Factor on the adapter's product."""
         return self.alpha / self.rank
 
 
 class LoraLinear(Linear):
-    """`x W^T + scale * (x A^T) B^T`; W keeps its name, and B starts at zero."""
+    """`x W^T + scale * (x A^T) B^T`; W keeps its name."""
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
@@ -60,15 +53,13 @@ class LoraLinear(Linear):
         self.lora_B = nn.Parameter(torch.empty(self.out_features, config.rank, dtype=like.dtype, device=like.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features)"""
         return super().forward(x) + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
 
 
 def add_lora(model: nn.Module, config: LoraConfig, generator: torch.Generator) -> list[str]:
-    """Adapts the modules that `config.targets` names, in place; their names.
+    """Adapts the modules matching `config.targets` in place; returns their names.
 
-    A is drawn uniformly with Kaiming's bound for a = sqrt(5), as the authors' code does, and B is zero, so the model
-    computes what it did before.
+    A is uniform with Kaiming's bound for a = sqrt(5), as in the authors' code, and B is zero: outputs do not change.
 
     Raises:
         ValueError: when no linear module matches.
@@ -92,7 +83,7 @@ def add_lora(model: nn.Module, config: LoraConfig, generator: torch.Generator) -
 
 
 def merge_lora(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """The tensors of a plain model: `W + scale * B A` under W's name, the adapters' own names gone."""
+    """Tensors of the plain model, `W + scale * B A`."""
     merged = {name: tensor for name, tensor in tensors.items() if not name.endswith((f".{LORA_A}", f".{LORA_B}"))}
     for name, a in tensors.items():
         if name.endswith(f".{LORA_A}"):

@@ -1,8 +1,4 @@
-"""The Mamba-2 mixer of Nemotron-H: projection, short convolution, scan, gated norm, projection.
-
-Turns normalised hidden states of a flat pack into mixed ones. Knows segments (state and convolution start anew in
-each) and its own state in a cache; not blocks, vision or text. Parameter names are NVIDIA's.
-"""
+"""The Mamba-2 mixer of Nemotron-H: projection, short convolution, scan, gated norm, projection."""
 
 from __future__ import annotations
 
@@ -19,26 +15,25 @@ from timeviper_model.ops.causal_conv import causal_conv_silu, causal_conv_silu_s
 from timeviper_model.ops.kernels import Convolve, Scan
 from timeviper_model.ops.linear import Linear
 from timeviper_model.ops.norm import GatedRMSNorm
+from timeviper_model.ops.precision import wide_dtype, widen
 from timeviper_model.ops.ssd import ssd_scan, ssd_step
 
 MAX_PROJECTION_ELEMENTS = 2**21
-"""Input projection of one pass over a long sequence on a CPU: 8 MiB in fp32. glibc returns buffers over 32 MiB to the
-system, and getting new pages for each pass costs as much as the work in them."""
+"""Of one pass over a long sequence on a CPU: 8 MiB in fp32. glibc returns buffers over 32 MiB to the system, and fresh
+pages cost as much as the work in them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mamba2State:
-    """What a mixer must remember of B sequences, whatever their length. Views into a cache, updated in place."""
+    """State of B sequences. Views into a cache, updated in place."""
 
     window_BKD: Tensor
-    """(B, K - 1, conv_dim): the last inputs of the convolution, oldest first"""
+    """The last K - 1 inputs of the convolution, oldest first."""
     ssm_BHPN: Tensor
-    """(B, H, P, N) fp32"""
+    """fp32."""
 
 
 class Mamba2Mixer(nn.Module):
-    """Mamba-2 as in NVIDIA's Nemotron-H; see `HybridConfig` for the sizes."""
-
     def __init__(self, config: HybridConfig) -> None:
         super().__init__()
         self.num_heads, self.head_dim = config.mamba_num_heads, config.mamba_head_dim
@@ -47,12 +42,12 @@ class Mamba2Mixer(nn.Module):
         self.chunk_size = config.chunk_size
         self.time_step_limit = config.time_step_limit
         self.is_unlimited = config.time_step_limit == (0.0, math.inf)
-        """as in every released model: softplus is never below 0"""
+        """Softplus is never below 0."""
         self.conv_dim = config.conv_dim
         self.in_proj = Linear(config.hidden_size, self.intermediate_size + self.conv_dim + self.num_heads, bias=False)
         self.conv1d = nn.Conv1d(
             self.conv_dim, self.conv_dim, config.conv_kernel, groups=self.conv_dim, bias=config.use_conv_bias
-        )  # holds the parameters under their names; causal_conv.py does the work
+        )  # holds the parameters under NVIDIA's names; causal_conv_silu computes
         self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
         self.A_log = nn.Parameter(torch.empty(self.num_heads))
         self.D = nn.Parameter(torch.empty(self.num_heads))
@@ -61,10 +56,9 @@ class Mamba2Mixer(nn.Module):
         self.max_projection_elements = MAX_PROJECTION_ELEMENTS
         self.convolve: Convolve = causal_conv_silu
         self.scan: Scan = ssd_scan
-        """`convolve` and `scan` may be replaced by kernels."""
 
     def forward(self, h_TD: Tensor, segments: Segments, state: Mamba2State | None = None) -> Tensor:
-        """(T, D) -> (T, D). The tokens continue `state`, which needs one segment and B = 1, and advance it in place."""
+        """(T, D); continues `state` (one segment, B = 1) and advances it in place."""
         length = self._tokens_per_pass(h_TD)
         if len(h_TD) <= length or segments.seq_idx_T is not None:
             return self._mix(h_TD, segments, state)
@@ -102,7 +96,7 @@ class Mamba2Mixer(nn.Module):
         return self.out_proj(self.norm(y.flatten(1), gate))
 
     def step(self, h_BD: Tensor, state: Mamba2State) -> Tensor:
-        """The next token of B sequences: (B, D) -> (B, D); advances `state` in place."""
+        """(B, D): the next token of B sequences; advances `state` in place."""
         gate, channels, dt = self.project(h_BD)
         convolved = causal_conv_silu_step(channels, self.conv1d.weight.squeeze(1), self.conv1d.bias, state.window_BKD)
         x, B, C = self.split(convolved)
@@ -110,15 +104,14 @@ class Mamba2Mixer(nn.Module):
         return self.out_proj(self.norm(y.flatten(1), gate))
 
     def _tokens_per_pass(self, h_TD: Tensor) -> int:
-        """All tokens on a device or where gradients are kept, else a multiple of `chunk_size`."""
+        """All if gradients are kept or on a device."""
         if h_TD.device.type != "cpu" or torch.is_grad_enabled():
             return len(h_TD)
         num_chunks = self.max_projection_elements // (self.in_proj.out_features * self.chunk_size)
         return max(1, num_chunks) * self.chunk_size
 
     def _new_state(self, h_TD: Tensor) -> Mamba2State:
-        """Of one sequence that has not begun."""
-        dtype = torch.float64 if h_TD.dtype == torch.float64 else torch.float32
+        dtype = wide_dtype(h_TD.dtype)
         return Mamba2State(
             window_BKD=h_TD.new_zeros(1, self.conv1d.kernel_size[0] - 1, self.conv_dim),
             ssm_BHPN=h_TD.new_zeros(1, self.num_heads, self.head_dim, self.state_size, dtype=dtype),
@@ -127,8 +120,8 @@ class Mamba2Mixer(nn.Module):
     def project(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         sizes = [self.intermediate_size, self.conv_dim, self.num_heads]
         gate, channels, dt = torch.split(self.in_proj(h), sizes, dim=-1)
-        dtype = torch.float64 if dt.dtype == torch.float64 else torch.float32
-        dt = F.softplus(dt.to(dtype) + self.dt_bias.to(dtype))
+        dt = widen(dt)
+        dt = F.softplus(dt + self.dt_bias.to(dt.dtype))
         return gate, channels, dt if self.is_unlimited else dt.clamp(*self.time_step_limit)
 
     def split(self, convolved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,11 +134,9 @@ class Mamba2Mixer(nn.Module):
         )
 
     def decay_rates(self) -> Tensor:
-        dtype = torch.float64 if self.A_log.dtype == torch.float64 else torch.float32
-        return -torch.exp(self.A_log.to(dtype))
+        return -torch.exp(widen(self.A_log))
 
 
 def _shift_window(window_KD: Tensor, channels_TD: Tensor) -> None:
-    """The last inputs of the convolution after T more, in place."""
     recent = torch.cat([window_KD, channels_TD[max(0, len(channels_TD) - len(window_KD)) :].to(window_KD.dtype)])
     window_KD.copy_(recent[len(recent) - len(window_KD) :])

@@ -1,8 +1,4 @@
-"""Nemotron-H's blocks: a norm, one mixer (Mamba-2, attention or MLP), and the residual.
-
-`HybridConfig.block_types` IS the architecture. Knows hidden states and segments; not vision, TransV or logits.
-Module names give NVIDIA's parameter names below `backbone.layers.N.`.
-"""
+"""Nemotron-H's blocks: a norm, one mixer, and the residual. `HybridConfig.block_types` IS the architecture."""
 
 from __future__ import annotations
 
@@ -20,11 +16,11 @@ from timeviper_model.ops.linear import Linear
 from timeviper_model.ops.norm import RMSNorm
 
 LayerState = Mamba2State | KeyValueStore | None
-"""What a block remembers between tokens; None for an MLP, and wherever nothing is to be remembered."""
+"""None for an MLP, or when nothing is cached."""
 
 
 class MLP(nn.Module):
-    """Two linear maps with relu squared between them; no gate, no bias."""
+    """Relu squared; no gate, no bias."""
 
     def __init__(self, config: HybridConfig) -> None:
         super().__init__()
@@ -32,7 +28,6 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, h_TD: Tensor) -> Tensor:
-        """(T, D) -> (T, D)"""
         return self.down_proj(F.relu(self.up_proj(h_TD)).square())
 
 
@@ -52,13 +47,13 @@ class Block(nn.Module):
         self.mixer = MIXERS[block_type](config)
 
     def forward(self, h_TD: Tensor, segments: Segments, state: LayerState = None) -> Tensor:
-        """(T, D) -> (T, D) over a pack; what later tokens need is left in `state`."""
+        """(T, D); updates `state`."""
         normed = self.norm(h_TD)
         mixed = self.mixer(normed) if isinstance(self.mixer, MLP) else self.mixer(normed, segments, state)
         return h_TD + mixed
 
     def step(self, h_BD: Tensor, state: LayerState, positions_B: Tensor) -> Tensor:
-        """(B, D) -> (B, D), one token of B sequences, each at its place in its whole sequence."""
+        """(B, D): one token of B sequences."""
         normed = self.norm(h_BD)
         if isinstance(self.mixer, MLP):
             return h_BD + self.mixer(normed)
@@ -71,23 +66,21 @@ class Block(nn.Module):
 
     @property
     def attention(self) -> Attention:
-        """The mixer of an attention block."""
         assert isinstance(self.mixer, Attention)
         return self.mixer
 
     @property
     def attention_norm(self) -> RMSNorm:
-        """The norm before it."""
         return self.norm
 
 
 @torch.no_grad()
 def init_mamba(mixer: Mamba2Mixer, config: HybridConfig, generator: torch.Generator) -> None:
-    """Draws what is Mamba's own, in place.
+    """Draws the parameters specific to Mamba, in place.
 
     A = 1..H, D = 1, dt log-uniform in [time_step_min, time_step_max] (arXiv 2405.21060, reference code), the output
-    projection smaller by sqrt(number of blocks). Convolution: uniform in +-1/sqrt(taps) as in the reference code of
-    Mamba; transformers' normal(0, 0.02) taps would all but close it.
+    projection scaled by 1 / sqrt(number of blocks). Convolution: uniform in +-1/sqrt(taps) as in Mamba's code;
+    transformers' normal(0, 0.02) would nearly close it.
     """
     bound = config.conv_kernel**-0.5
     mixer.conv1d.weight.uniform_(-bound, bound, generator=generator)
@@ -98,7 +91,7 @@ def init_mamba(mixer: Mamba2Mixer, config: HybridConfig, generator: torch.Genera
     low, high = math.log(config.time_step_min), math.log(config.time_step_max)
     uniform = torch.empty_like(mixer.dt_bias).uniform_(low, high, generator=generator)
     dt = uniform.exp().clamp(min=config.time_step_floor)
-    mixer.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+    mixer.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
     mixer.norm.weight.fill_(1.0)
     bound = mixer.out_proj.in_features**-0.5 / math.sqrt(config.num_hidden_layers)
     mixer.out_proj.weight.uniform_(-bound, bound, generator=generator)

@@ -1,8 +1,8 @@
-"""The projector: merged vision features to the language model's width (the paper's section 3.2, a two-layer MLP).
+"""Projector from vision features to the language model's width (the paper's section 3.2).
 
-Two towers have a projector each. A frame's tokens then lie in its rows like this, narrower ones padded with zeros:
+Two towers have a projector each. A frame's tokens are ordered as follows, narrower ones padded with zeros:
 
-    as many of both     a b a b a b a b        else     a a a a b b
+    equal counts     a b a b a b a b        otherwise     a a a a b b
 """
 
 from __future__ import annotations
@@ -25,13 +25,12 @@ class Projector(nn.Module):
         self.fc2 = Linear(hidden_size, hidden_size)
 
     def forward(self, features_VD: Tensor, rows_V: Tensor) -> Tensor:
-        """(V, vision_size) -> (V, hidden_size), whatever their rows."""
         projected: Tensor = self.fc2(F.gelu(self.fc1(features_VD)))
         return projected
 
 
 class TwoTowerProjector(nn.Module):
-    """A `Projector` for each tower; a token's row says whose it is."""
+    """A token's row determines its tower."""
 
     def __init__(self, vision: VisionConfig, hidden_size: int) -> None:
         super().__init__()
@@ -41,29 +40,24 @@ class TwoTowerProjector(nn.Module):
         self.order = tower_order(vision.num_tokens_per_frame, vision.second.num_tokens_per_frame)
 
     def forward(self, features_VD: Tensor, rows_V: Tensor) -> Tensor:
-        """(V, row_size) -> (V, hidden_size).
-
-        Args:
-            rows_V: (V,) int64, which rows of the pack's features they are; a pack holds whole frames.
-        """
+        """(V, hidden_size); `rows_V` are rows of the pack's features, and a pack holds whole frames."""
         tower_V = torch.tensor(self.order, device=rows_V.device)[rows_V % len(self.order)]
         projected = torch.zeros((), device=features_VD.device, dtype=features_VD.dtype)
         for tower, (projector, size) in enumerate(zip((self.first, self.second), self.sizes, strict=True)):
-            places = (tower_V == tower).nonzero().squeeze(1)
-            given = projector(take_rows(features_VD, places)[:, :size], rows_V)
-            projected = projected + put_rows(given, places, len(features_VD))
+            index = (tower_V == tower).nonzero().squeeze(1)
+            tokens = projector(take_rows(features_VD, index)[:, :size], rows_V)
+            projected = projected + put_rows(tokens, index, len(features_VD))
         return projected
 
 
 def make_projector(vision: VisionConfig, hidden_size: int) -> Projector | TwoTowerProjector:
-    """The projector or projectors that the configuration asks for."""
     if vision.second is None:
         return Projector(vision.hidden_size, hidden_size)
     return TwoTowerProjector(vision, hidden_size)
 
 
 def combine_towers(first_FND: Tensor, second_FND: Tensor) -> Tensor:
-    """(F, N1 + N2, max(D1, D2)): both towers' merged tokens (F, N1, D1) and (F, N2, D2), frame by frame, as rows."""
+    """(F, N1 + N2, max(D1, D2)) rows of each frame."""
     width = max(first_FND.shape[2], second_FND.shape[2])
     both = [F.pad(tokens, (0, width - tokens.shape[2])) for tokens in (first_FND, second_FND)]
     order = torch.tensor(tower_order(first_FND.shape[1], second_FND.shape[1]), device=first_FND.device)
@@ -71,7 +65,7 @@ def combine_towers(first_FND: Tensor, second_FND: Tensor) -> Tensor:
 
 
 def tower_order(num_first: int, num_second: int) -> list[int]:
-    """Whose each of a frame's tokens is: [0, 1, 0, 1, ...] where the counts agree, else [0, 0, ..., 1, 1, ...]."""
+    """[0, 1, 0, 1, ...] for equal counts, else [0, 0, ..., 1, 1, ...]."""
     if num_first == num_second:
         return [0, 1] * num_first
     return [0] * num_first + [1] * num_second

@@ -1,8 +1,4 @@
-"""Qwen2's decoder layer: attention with RoPE and biases, then a gated MLP, each behind a norm and a residual.
-
-The same interface as `hybrid.Block`, with both halves in one block. Knows hidden states and segments; not vision,
-TransV or logits. Module names give Hugging Face's parameter names below `model.layers.N.`.
-"""
+"""Qwen2's decoder layer (attention with RoPE, then a gated MLP), with the interface of Nemotron-H's `Block`."""
 
 from __future__ import annotations
 
@@ -28,7 +24,6 @@ class GatedMLP(nn.Module):
         self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, h_TD: Tensor) -> Tensor:
-        """(T, D) -> (T, D)"""
         return self.down_proj(F.silu(self.gate_proj(h_TD)) * self.up_proj(h_TD))
 
 
@@ -43,13 +38,13 @@ class Qwen2Block(nn.Module):
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
 
     def forward(self, h_TD: Tensor, segments: Segments, state: LayerState = None) -> Tensor:
-        """(T, D) -> (T, D) over a pack; keys and values are left in `state`."""
+        """(T, D); updates `state`."""
         assert not isinstance(state, Mamba2State)
         h_TD = h_TD + self.self_attn(self.input_layernorm(h_TD), segments, state)
         return h_TD + self.mlp(self.post_attention_layernorm(h_TD))
 
     def step(self, h_BD: Tensor, state: LayerState, positions_B: Tensor) -> Tensor:
-        """(B, D) -> (B, D), one token of B sequences, each at its place in its whole sequence."""
+        """(B, D): one token of B sequences."""
         assert state is not None
         assert not isinstance(state, Mamba2State)
         h_BD = h_BD + self.self_attn.step(self.input_layernorm(h_BD), state, positions_B)
@@ -57,10 +52,8 @@ class Qwen2Block(nn.Module):
 
     @property
     def attention(self) -> Attention:
-        """The attention that TransV's score row asks."""
         return self.self_attn
 
     @property
     def attention_norm(self) -> RMSNorm:
-        """The norm before it."""
         return self.input_layernorm

@@ -1,7 +1,4 @@
-"""Token merging (ToMe, arXiv 2210.09461) of one frame's patch tokens to a fixed number. No parameters, no gradient.
-
-Knows similarity and size-weighted means; nothing of frames, encoders or files. Shapes: B frames, P tokens, D width.
-"""
+"""Token merging (ToMe, arXiv 2210.09461). Shapes: B frames, P tokens, D width."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from torch import Tensor
 
 
 def merge_rounds(num_patches: int, num_tokens: int) -> list[int]:
-    """How many tokens each round merges: greedily half, then the remainder.
+    """Tokens merged in each round.
 
     >>> merge_rounds(729, 16)
     [364, 182, 91, 46, 23, 7]
@@ -25,18 +22,14 @@ def merge_rounds(num_patches: int, num_tokens: int) -> list[int]:
 
 @torch.no_grad()
 def merge_tokens(x_BPD: Tensor, num_tokens: int, *, num_heads: int = 16) -> Tensor:
-    """Each frame's tokens merged to exactly `num_tokens`; unchanged when there are no more than that.
+    """Merges each frame's tokens to exactly `num_tokens`; fewer are returned unchanged.
 
-    One round: even-indexed tokens are sources, odd ones destinations. Each source's best destination by cosine of
-    the head-averaged features; the best-scoring sources are merged by the mean weighted with token sizes.
-
-    Args:
-        x_BPD: (B, P, D) features.
-        num_tokens: how many remain.
-        num_heads: heads of width D / num_heads over which the similarity's features are averaged.
+    In each round, even-indexed tokens are sources and odd-indexed ones destinations. Each source's best destination
+    has the highest cosine of head-averaged features; the best sources are merged by a mean weighted with token
+    sizes.
 
     Returns:
-        (B, num_tokens, D) in the dtype of `x_BPD`: unmerged sources by descending similarity, then destinations.
+        (B, num_tokens, D): unmerged sources by descending similarity, then destinations.
 
     Raises:
         ValueError: when `num_heads` does not divide D or `num_tokens` is below 1.
@@ -60,7 +53,7 @@ def _merge_round(x_BPD: Tensor, sizes_BP1: Tensor, num_merged: int, num_heads: i
     order = best_score.argsort(dim=-1, descending=True, stable=True)  # ties: the earlier token merges first
     merged, unmerged = order[:, :num_merged], order[:, num_merged:]
     destination = best_destination.gather(1, merged)
-    weighted = torch.cat([x_BPD * sizes_BP1, sizes_BP1], dim=-1)  # one scatter for sums and sizes
+    weighted = torch.cat([x_BPD * sizes_BP1, sizes_BP1], dim=-1)  # sums and sizes in one scatter
     sources, destinations = weighted[:, ::2], weighted[:, 1::2].clone()
     destinations.scatter_add_(1, _expand(destination, weighted), sources.gather(1, _expand(merged, weighted)))
     result = torch.cat([sources.gather(1, _expand(unmerged, weighted)), destinations], dim=1)

@@ -1,10 +1,9 @@
-"""TransV: between two blocks, drop part of the vision tokens and hand what they know to the instruction.
+"""TransV: between two blocks, drop some vision tokens and transfer their information to the instruction.
 
-Turns the token stream before block `layer` into a shorter one (paper section 3.3, equations 4-6). Knows hidden states,
-token kinds and segments; not ids, logits or caches.
+Paper section 3.3, equations 4-6:
 
-    before   S S v v v v v v i i i R R        k = min(present, floor(keep * N + 1/2)) vision tokens stay; N counts
-    after    S S v . v . . v i i i R R        the sample's vision tokens at the model's entrance
+    before   S S v v v v v v i i i R R        k = min(present, floor(keep * N + 1/2)) vision tokens stay, where N is
+    after    S S v . v . . v i i i R R        the sample's number of vision tokens at the model's input
                    \\____\\_\\____/ instruction tokens attend to the dropped ones, x += tanh(alpha) * attention
 """
 
@@ -30,21 +29,20 @@ from timeviper_model.ops.linear import Linear
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenStream:
-    """What flows through the blocks; every field shrinks together when vision tokens are dropped."""
+    """Tokens between two blocks."""
 
     hidden_TD: Tensor
     segments: Segments
     token_kind_T: Tensor
     labels_T: Tensor
     original_counts: tuple[int, ...]
-    """vision tokens of each segment at the model's entrance"""
+    """Vision tokens per segment at the model's input."""
 
     def with_hidden(self, hidden_TD: Tensor) -> TokenStream:
-        """The same tokens in another state."""
         return replace(self, hidden_TD=hidden_TD)
 
     def keep(self, index: Tensor) -> TokenStream:
-        """The stream of the tokens `index` (K,) int64, ascending."""
+        """The tokens `index` (K,) int64, ascending."""
         return TokenStream(
             hidden_TD=take_rows(self.hidden_TD, index),
             segments=self.segments.keep(index),
@@ -55,9 +53,8 @@ class TokenStream:
 
 
 class TransVLayer(nn.Module):
-    """Cross-attention from instruction tokens to vision tokens: no positions, no norm, a gate (equation 6).
-
-    It has the biases that the backbone's attention has, being a copy of it at first: none in Nemotron-H.
+    """Gated cross-attention without positions or norm (equation 6), with biases where the backbone's attention has
+    them.
     """
 
     def __init__(self, config: TextConfig) -> None:
@@ -72,20 +69,20 @@ class TransVLayer(nn.Module):
         self.alpha = nn.Parameter(torch.zeros(1))
 
     def forward(self, receivers_QD: Tensor, sources_KD: Tensor, rows: list[TransferRows]) -> Tensor:
-        """(Q, D): what each receiver is given, tanh(alpha) included."""
+        """(Q, D) updates of the receivers, tanh(alpha) included."""
         q = self.q_proj(receivers_QD).unflatten(-1, (self.num_heads, self.head_dim))
         k, v = self.source_keys_values(sources_KD)
-        mixed = torch.cat([part.attend(q, k, v) for part in rows])
-        order = torch.cat([part.receivers.token_index for part in rows])
+        mixed = torch.cat([group.attend(q, k, v) for group in rows])
+        order = torch.cat([group.receivers.token_index for group in rows])
         return self._gated(put_rows(mixed, order, len(receivers_QD)))
 
     def source_keys_values(self, sources_KD: Tensor) -> tuple[Tensor, Tensor]:
-        """(K, Hkv, E) each: what `read` wants to know of the sources."""
+        """(K, Hkv, E) each."""
         keys, values = (proj(sources_KD).unflatten(-1, (self.num_kv_heads, -1)) for proj in (self.k_proj, self.v_proj))
         return keys, values
 
     def read(self, receivers_QD: Tensor, k_GKE: Tensor, v_GKE: Tensor, num_visible: list[int]) -> Tensor:
-        """(Q, D): what receiver q is given by the first `num_visible[q]` of K sources, an ascending number."""
+        """(Q, D): receiver q sees the first `num_visible[q]` sources, an ascending number."""
         q = self.q_proj(receivers_QD).unflatten(-1, (self.num_heads, self.head_dim))
         mixed_QHE = torch.zeros_like(q)
         start = 0
@@ -102,15 +99,15 @@ class TransVLayer(nn.Module):
 
     def idle(self, hidden_TD: Tensor) -> Tensor:
         """(1, D) of zeros through every parameter: a rank that skips a trained module breaks ZeRO."""
-        token = _one_token(hidden_TD)  # its gradient is zero, but ZeRO-3 works where gradients pass
+        token = _one_token(hidden_TD)  # zero gradient, but it must pass for ZeRO-3
         one = Segments(torch.zeros(1, dtype=torch.long, device=token.device), 1).rows([0])
         visible = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=token.device)
-        part = TransferRows(receivers=one, sources=one, visible_R1QK=visible)
-        return 0.0 * self(token, token, [part])
+        group = TransferRows(receivers=one, sources=one, visible_R1QK=visible)
+        return 0.0 * self(token, token, [group])
 
     @torch.no_grad()
     def copy_from(self, attention: Attention) -> None:
-        """Takes over an attention block's projections; the gate stays as it is."""
+        """Copies an attention block's projections; the gate is unchanged."""
         own = dict(self.named_parameters())
         for name, parameter in attention.named_parameters():
             own[name].copy_(parameter)
@@ -121,14 +118,13 @@ class TransferRows:
     """Segments whose receivers and sources are padded to one shape."""
 
     receivers: RowBucket
-    """rows of the Q receiving tokens"""
     sources: RowBucket
-    """rows of the K source tokens; the same segments"""
+    """Rows of the same segments."""
     visible_R1QK: Tensor
-    """bool: the source is real and earlier in the sequence than the receiver"""
+    """bool: the source is not padding and precedes the receiver."""
 
     def attend(self, q_QHE: Tensor, k_KHE: Tensor, v_KHE: Tensor) -> Tensor:
-        """(M, H, E) for the bucket's receivers; zeros for a receiver that sees no source."""
+        """(M, H, E); zeros for a receiver without visible sources."""
         q = self.receivers.pad(q_QHE).transpose(1, 2)
         k, v = (self.sources.pad(tensor).transpose(1, 2) for tensor in (k_KHE, v_KHE))
         sees_any = self.visible_R1QK.any(-1, keepdim=True)
@@ -144,15 +140,12 @@ def apply_site(
     *,
     checkpointing: bool = False,
 ) -> TokenStream:
-    """The stream behind a site: fewer vision tokens, instruction tokens that know of them.
+    """The stream after a site: fewer vision tokens, updated instruction tokens.
 
     Args:
-        stream: before block `site.layer`.
-        site: what to do.
-        layer: the cross-attention; None for `transfer: none`.
-        block: the block `site.layer`, needed for `select: attention`.
-        checkpointing: compute the cross-attention again in the backward pass instead of keeping its queries, keys and
-            values; what was selected stays selected.
+        layer: None for `transfer: none`.
+        block: block `site.layer`, needed for `select: attention`.
+        checkpointing: recompute the cross-attention, but not the selection, in the backward pass.
     """
     vision_T = stream.token_kind_T == TokenKind.VISION
     kept_T = ~vision_T | _select(stream, site, block, vision_T)
@@ -165,12 +158,12 @@ def apply_site(
 
 
 def num_kept(original: int, present: int, keep: float) -> int:
-    """How many of `present` vision tokens stay: a share of the original count, rounded half up."""
+    """Fraction of the original count, rounded half up, at most `present`."""
     return min(present, math.floor(keep * original + 0.5))
 
 
 def evenly_spaced(num_present: int, num_kept: int, device: torch.device) -> Tensor:
-    """(N,) bool: which of the vision tokens at a uniform site stay."""
+    """(N,) bool: the vision tokens that stay at a uniform site."""
     every = torch.ones(num_present, dtype=torch.bool, device=device)
     return every if num_kept == num_present else _select_uniform(every, [num_present], [num_kept])
 
@@ -182,21 +175,21 @@ def _select(stream: TokenStream, site: TransVSite, block: DecoderBlock | None, v
     stay = [num_kept(n, here, site.keep) for n, here in zip(stream.original_counts, present, strict=True)]
     if site.select == "uniform":
         return vision_T if stay == present else _select_uniform(vision_T, present, stay)
-    assert block is not None  # the configuration allows selection by attention only at an attention block
+    assert block is not None  # guaranteed by TimeViperConfig
     return _select_by_attention(stream, block, vision_T, present, stay)
 
 
 def _select_uniform(vision_T: Tensor, present: list[int], stay: list[int]) -> Tensor:
-    """Evenly spaced places: index j is j * (n - 1) // (k - 1), in integers; k = 1 takes the first."""
+    """Index j is j * (n - 1) // (k - 1), in integers; k = 1 takes the first."""
     device = vision_T.device
     n_S1, k_S1 = (torch.tensor(counts, device=device)[:, None] for counts in (present, stay))
     j_1K = torch.arange(max(stay), device=device)[None]
     first_S1 = n_S1.cumsum(0) - n_S1
     index_SK = first_S1 + j_1K * (n_S1 - 1) // (k_S1 - 1).clamp(min=1)
     chosen = index_SK[j_1K < k_S1]
-    places = vision_T.nonzero().squeeze(1)
+    index = vision_T.nonzero().squeeze(1)
     kept_T = torch.zeros_like(vision_T)
-    kept_T[places[chosen]] = True
+    kept_T[index[chosen]] = True
     return kept_T
 
 
@@ -204,13 +197,11 @@ def _select_uniform(vision_T: Tensor, present: list[int], stay: list[int]) -> Te
 def _select_by_attention(
     stream: TokenStream, block: DecoderBlock, vision_T: Tensor, present: list[int], stay: list[int]
 ) -> Tensor:
-    """The vision tokens that the last token before the first response looks at most; ties go to the lower index."""
+    """Top vision tokens by the attention of the score token; ties go to the lower index."""
     segments = stream.segments
     kept_T = vision_T.clone()
     queries_SHE, keys_TGE = _score_inputs(stream, block, any_drop=stay != present)
-    lengths = [
-        length if k < n else 0 for length, n, k in zip(segments.lengths, present, stay, strict=True)
-    ]  # nothing to choose elsewhere
+    lengths = [length if k < n else 0 for length, n, k in zip(segments.lengths, present, stay, strict=True)]
     for members in group_by_length(lengths):
         rows = segments.rows(members)
         score_RL = _score_row(stream, rows, queries_SHE[rows.segment_index], rows.pad(keys_TGE))
@@ -224,27 +215,27 @@ def _select_by_attention(
 
 
 def _score_inputs(stream: TokenStream, block: DecoderBlock, *, any_drop: bool) -> tuple[Tensor, Tensor]:
-    """Queries (S, H, E) of the score tokens and keys (T, G, E) of all tokens, as the block would compute them.
+    """Queries (S, H, E) of the score tokens and keys (T, G, E) of all tokens, as in the block.
 
-    Each projection runs exactly once, on one token where there is nothing to drop: under ZeRO-3 a call is a collective,
-    and the ranks' packs differ.
+    Each projection runs exactly once, even if nothing is dropped: under ZeRO-3 a call is a collective, and packs
+    differ.
     """
     positions = stream.segments.original_positions_T
     hidden = stream.hidden_TD
     if not any_drop:
         hidden, positions = _one_token(hidden), positions.new_zeros(1)
-    places = _score_tokens(stream).clamp(max=len(hidden) - 1)  # a segment without tokens has no place of its own
+    index = _score_tokens(stream).clamp(max=len(hidden) - 1)  # a segment without tokens has no index
     attention, norm = block.attention, block.attention_norm
-    return attention.queries(norm(hidden[places]), positions[places]), attention.keys(norm(hidden), positions)
+    return attention.queries(norm(hidden[index]), positions[index]), attention.keys(norm(hidden), positions)
 
 
 def _one_token(hidden_TD: Tensor) -> Tensor:
-    """(1, D): the first token, a zero where every token was dropped."""
+    """(1, D): the first token, or zeros if none is left."""
     return hidden_TD[:1] if len(hidden_TD) else hidden_TD.new_zeros(1, hidden_TD.shape[1])
 
 
 def _score_row(stream: TokenStream, rows: RowBucket, queries_RHE: Tensor, keys_RLGE: Tensor) -> Tensor:
-    """(R, L): softmax over the causal row of each segment's score token, averaged over heads; only that row."""
+    """(R, L): the score token's causal softmax, averaged over heads."""
     scores = grouped_scores(queries_RHE, keys_RLGE.transpose(1, 2))
     last_R = _score_tokens(stream)[rows.segment_index] - stream.segments.starts_S[rows.segment_index]
     visible_RL = torch.arange(rows.length, device=scores.device) <= last_R[:, None]
@@ -252,7 +243,7 @@ def _score_row(stream: TokenStream, rows: RowBucket, queries_RHE: Tensor, keys_R
 
 
 def _score_tokens(stream: TokenStream) -> Tensor:
-    """(S,) flat index of the last token before each segment's first response; without one, of its last token."""
+    """(S,) flat index of the last token before each first response, or of the last token."""
     segments = stream.segments
     ends_S = segments.starts_S + segments.lengths_S
     response = (stream.token_kind_T == TokenKind.RESPONSE).nonzero().squeeze(1)
@@ -261,25 +252,25 @@ def _score_tokens(stream: TokenStream) -> Tensor:
 
 
 def _transfer(stream: TokenStream, layer: TransVLayer, source_T: Tensor, checkpointing: bool) -> TokenStream:
-    """Adds to each instruction token what it reads from the sources before it in its segment."""
+    """Updates each instruction token from the sources before it in its segment."""
     receiver_index = (stream.token_kind_T == TokenKind.INSTRUCTION).nonzero().squeeze(1)
     source_index = source_T.nonzero().squeeze(1)
     rows = _transfer_rows(stream.segments, receiver_index, source_index)
     hidden = stream.hidden_TD
-    if not rows and not torch.is_grad_enabled():  # a look at layer.alpha instead would be a collective under ZeRO-3
+    if not rows and not torch.is_grad_enabled():  # reading layer.alpha would be a collective under ZeRO-3
         return stream
     operands = hidden, layer, receiver_index, source_index, rows
-    given = checkpoint(_given, *operands, use_reentrant=False) if checkpointing else _given(*operands)
-    return stream.with_hidden(hidden + (put_rows(given, receiver_index, len(hidden)) if rows else given))
+    update = checkpoint(_update, *operands, use_reentrant=False) if checkpointing else _update(*operands)
+    return stream.with_hidden(hidden + (put_rows(update, receiver_index, len(hidden)) if rows else update))
 
 
-def _given(
+def _update(
     hidden_TD: Tensor, layer: TransVLayer, receiver_index: Tensor, source_index: Tensor, rows: list[TransferRows]
 ) -> Tensor:
-    """(Q, D) for the receivers; zeros (1, D) when nobody receives.
+    """(Q, D); zeros (1, D) without receivers.
 
-    Ends with the module's call in either case. What is checkpointed is computed again at the first look at something it
-    kept, and the module's calls are collectives under ZeRO-3: the ranks, whose packs differ, must look there alike.
+    Always ends with a call of `layer`, which is a collective under ZeRO-3: checkpointed work is recomputed when
+    backward first needs a saved tensor, and that must be the same call on ranks with different packs.
     """
     if not rows:
         return layer.idle(hidden_TD)
@@ -287,7 +278,7 @@ def _given(
 
 
 def _transfer_rows(segments: Segments, receiver_index: Tensor, source_index: Tensor) -> list[TransferRows]:
-    """The segments that have both, grouped so that neither padded side is much larger than the real one."""
+    """Segments with both, grouped so that neither side is padded much."""
     receivers, sources = segments.keep(receiver_index), segments.keep(source_index)
     num_sources = [k if q else 0 for q, k in zip(receivers.lengths, sources.lengths, strict=True)]
     rows = []
@@ -295,9 +286,9 @@ def _transfer_rows(segments: Segments, receiver_index: Tensor, source_index: Ten
         for group in group_by_length([receivers.lengths[member] for member in alike]):
             members = [alike[number] for number in group]
             receiver_rows, source_rows = receivers.rows(members), sources.rows(members)
-            place_RQ = receiver_rows.pad(receiver_index)
-            place_RK = source_rows.pad(source_index)
-            real_RK = torch.arange(source_rows.length, device=place_RK.device) < source_rows.row_lengths[:, None]
-            visible = (place_RK[:, None, :] < place_RQ[:, :, None]) & real_RK[:, None]
+            index_RQ = receiver_rows.pad(receiver_index)
+            index_RK = source_rows.pad(source_index)
+            real_RK = torch.arange(source_rows.length, device=index_RK.device) < source_rows.row_lengths[:, None]
+            visible = (index_RK[:, None, :] < index_RQ[:, :, None]) & real_RK[:, None]
             rows.append(TransferRows(receivers=receiver_rows, sources=source_rows, visible_R1QK=visible[:, None]))
     return rows

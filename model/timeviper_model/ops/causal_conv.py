@@ -1,12 +1,9 @@
-"""The short causal convolution of a Mamba-2 mixer, one filter a channel, with SiLU: over a pack, and one step of it.
+"""The causal convolution of a Mamba-2 mixer, one filter per channel, with SiLU.
 
-Knows tensors alone. A token never sees the segment before its own; the first tokens of a segment see zeros, or the
-given window. With K taps written for K = 4:
+    y_t = silu(bias + w_0 x_(t-3) + w_1 x_(t-2) + w_2 x_(t-1) + w_3 x_t)          (K = 4; zeros before the segment)
 
-    y_t = silu(bias + w_0 x_(t-3) + w_1 x_(t-2) + w_2 x_(t-1) + w_3 x_t)
-
-Written as K shifted multiply-adds over cache-sized blocks: on a CPU several times as fast as `conv1d`, which wants
-channels first and pays for two transpositions.
+Shifted multiply-adds over cache-sized blocks are several times as fast on a CPU as `conv1d`, which needs channels
+first.
 """
 
 from __future__ import annotations
@@ -17,10 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from timeviper_model.ops.precision import widen
+
 BLOCK_ELEMENTS = 2**17
-"""elements of a block of the pack on a CPU: half a MiB in fp32"""
+"""Half a MiB in fp32."""
 DEVICE_BLOCK_ELEMENTS = 2**26
-"""elsewhere: 256 MiB, for a block of the 9B's 12,288 channels would be ten tokens, and launches all there is"""
+"""256 MiB, because launches dominate on a device."""
 
 
 def causal_conv_silu(
@@ -29,11 +28,9 @@ def causal_conv_silu(
     """(T, D): the convolved and activated channels.
 
     Args:
-        x_TD: the pack.
         weight_DK: taps, oldest first.
-        bias_D: or None.
-        positions_T: (T,) int64, each token's place in its segment.
-        initial_KD: (K - 1, D) inputs before the pack, oldest first; only for a pack of one segment.
+        positions_T: index of each token in its segment.
+        initial_KD: K - 1 inputs before the pack, oldest first; only for a pack of one segment.
     """
     bias = weight_DK.new_zeros(len(weight_DK)) if bias_D is None else bias_D
     if initial_KD is not None and initial_KD.shape[0]:
@@ -48,10 +45,10 @@ def causal_conv_silu(
 
 
 def causal_conv_silu_step(x_BD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, window_BKD: Tensor) -> Tensor:
-    """One token for each of B sequences (B, D); shifts it into `window_BKD` (B, K - 1, D), oldest first, in place."""
+    """One token per sequence; shifts it into `window_BKD` (B, K - 1, D), oldest first."""
     taps = torch.cat([window_BKD, x_BD[:, None].to(window_BKD.dtype)], dim=1)
     window_BKD.copy_(taps[:, 1:])
-    y_BD = (taps.to(x_BD.dtype) * weight_DK.t().contiguous()).sum(1)  # strided, the product takes 6 times as long
+    y_BD = (taps.to(x_BD.dtype) * weight_DK.t().contiguous()).sum(1)  # 6 times as fast as a strided product
     return F.silu(y_BD if bias_D is None else y_BD.add_(bias_D))
 
 
@@ -61,12 +58,12 @@ class _CausalConv(torch.autograd.Function):
         num_taps = weight_DK.shape[1]
         ctx.save_for_backward(x_TD, weight_DK, bias_D, positions_T)
         y = _convolved(x_TD, weight_DK, bias_D)
-        taps, bias = _wide(weight_DK.t().contiguous()), _wide(bias_D)
-        rows = (positions_T < num_taps - 1).nonzero().squeeze(1)  # these mixed in the segment before: again, apart
-        fresh = torch.addcmul(bias, _wide(x_TD[rows]), taps[-1])
+        taps, bias = widen(weight_DK.t().contiguous()), widen(bias_D)
+        rows = (positions_T < num_taps - 1).nonzero().squeeze(1)  # these read another segment: recomputed
+        fresh = torch.addcmul(bias, widen(x_TD[rows]), taps[-1])
         for back in range(1, num_taps):
             inside = (positions_T[rows] >= back)[:, None]
-            fresh += torch.where(inside, _wide(x_TD[(rows - back).clamp(min=0)]) * taps[-1 - back], 0.0)
+            fresh += torch.where(inside, widen(x_TD[(rows - back).clamp(min=0)]) * taps[-1 - back], 0.0)
         return y.index_copy_(0, rows, fresh.to(y.dtype))
 
     @staticmethod
@@ -74,11 +71,11 @@ class _CausalConv(torch.autograd.Function):
         x_TD, weight_DK, bias_D, positions_T = ctx.saved_tensors
         dy_TD = grads[0]
         num_taps = weight_DK.shape[1]
-        taps = _wide(weight_DK.t().contiguous())
+        taps = widen(weight_DK.t().contiguous())
         dx = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
         dtaps, dbias = torch.zeros_like(taps), torch.zeros_like(taps[0])
         for start, stop in token_blocks(x_TD):
-            x, dy = _wide(x_TD[start:stop]), _wide(dy_TD[start : stop + num_taps - 1])
+            x, dy = widen(x_TD[start:stop]), widen(dy_TD[start : stop + num_taps - 1])
             size = stop - start
             block = dy[:size] * taps[-1]
             dtaps[-1] += (dy[:size] * x).sum(0)
@@ -96,9 +93,9 @@ def _convolved(x_TD: Tensor, weight_DK: Tensor, bias_D: Tensor) -> Tensor:
     """(T, D): as if the pack were one segment."""
     num_taps = weight_DK.shape[1]
     y = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
-    taps, bias = _wide(weight_DK.t().contiguous()), _wide(bias_D)
+    taps, bias = widen(weight_DK.t().contiguous()), widen(bias_D)
     for start, stop in token_blocks(x_TD):
-        x = _wide(x_TD[max(start - num_taps + 1, 0) : stop])
+        x = widen(x_TD[max(start - num_taps + 1, 0) : stop])
         size, ahead = stop - start, len(x) - (stop - start)
         block = torch.addcmul(bias, x[ahead:], taps[-1])
         for back in range(1, num_taps):
@@ -111,25 +108,20 @@ def _convolved(x_TD: Tensor, weight_DK: Tensor, bias_D: Tensor) -> Tensor:
 def _take_back_crossings(
     dx_TD: Tensor, dtaps_KD: Tensor, x_TD: Tensor, dy_TD: Tensor, taps_KD: Tensor, positions_T: Tensor
 ) -> None:
-    """Removes from both gradients what flowed from a segment's first tokens to the segment before."""
+    """Removes from both gradients the flow across segment boundaries."""
     num_taps = len(taps_KD)
     rows = (positions_T < num_taps - 1).nonzero().squeeze(1)
     last = torch.unique(torch.cat([rows - back for back in range(1, num_taps)]))
-    last = last[last >= 0]  # every token that a later segment's first tokens could have read, computed again
+    last = last[last >= 0]  # tokens that a later segment could have read: recomputed
     fresh = torch.zeros(len(last), dx_TD.shape[1], dtype=taps_KD.dtype, device=dx_TD.device)
     for back in range(num_taps):
         reader = (last + back).clamp(max=len(positions_T) - 1)
         own = ((last + back < len(positions_T)) & (positions_T[reader] >= back))[:, None]
-        dy = _wide(dy_TD[reader])
+        dy = widen(dy_TD[reader])
         fresh += torch.where(own, dy * taps_KD[-1 - back], 0.0)
         foreign = ((last + back < len(positions_T)) & (positions_T[reader] < back))[:, None]
-        dtaps_KD[-1 - back] -= torch.where(foreign, dy * _wide(x_TD[last]), 0.0).sum(0)
+        dtaps_KD[-1 - back] -= torch.where(foreign, dy * widen(x_TD[last]), 0.0).sum(0)
     dx_TD.index_copy_(0, last, fresh.to(dx_TD.dtype))
-
-
-def _wide(x: Tensor) -> Tensor:
-    """At least fp32; the tensor itself where it is."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def token_blocks(x_TD: Tensor) -> list[tuple[int, int]]:

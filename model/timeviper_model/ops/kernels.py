@@ -1,12 +1,10 @@
-"""CUDA kernels of other packages behind the signatures of ssd.py, causal_conv.py and attention.py.
+"""CUDA kernels of other packages with the signatures of the PyTorch implementations.
 
     kernel_scan       mamba-ssm's mamba_chunk_scan_combined     for ssd_scan
     kernel_conv_silu  causal-conv1d's causal_conv1d_fn          for causal_conv_silu
     varlen_attention  torch's varlen_attn (Flash Attention)     for segment_causal_attention
 
-The first two compute offsets in 32 bits and are silently wrong past them (mamba issue 1015), so a long pack goes
-through in pieces: the scan carries its state from one to the next, the convolution reads a few tokens twice. Knows
-tensors alone; whether a kernel may be used is for backends.py to say. Nothing is imported before its first use.
+The first two are silently wrong beyond 32-bit offsets (mamba issue 1015), so a long pack is processed in chunks.
 """
 
 from __future__ import annotations
@@ -21,14 +19,13 @@ from timeviper_model.ops.causal_conv import causal_conv_silu
 from timeviper_model.ops.ssd import ssd_scan
 
 MAX_OFFSET = 2**31 - 1
-"""elements: the largest offset of a signed 32-bit integer"""
 
 CONV_ALIGNMENT = 8
-"""causal_conv1d_fn wants rows that begin at multiples of this many elements"""
+"""Elements at whose multiples rows must start."""
 
 
 class Scan(Protocol):
-    """`ssd.ssd_scan` and whatever stands for it."""
+    """Signature of `ssd_scan`."""
 
     def __call__(
         self,
@@ -42,13 +39,11 @@ class Scan(Protocol):
         chunk_size: int,
         initial_state_HPN: Tensor | None = None,
         seq_idx_T: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """See `ssd.ssd_scan`."""
-        ...
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 class Convolve(Protocol):
-    """`causal_conv.causal_conv_silu` and whatever stands for it."""
+    """Signature of `causal_conv_silu`."""
 
     def __call__(
         self,
@@ -58,9 +53,7 @@ class Convolve(Protocol):
         *,
         positions_T: Tensor,
         initial_KD: Tensor | None = None,
-    ) -> Tensor:
-        """See `causal_conv.causal_conv_silu`."""
-        ...
+    ) -> Tensor: ...
 
 
 def kernel_scan(
@@ -76,7 +69,7 @@ def kernel_scan(
     seq_idx_T: Tensor | None = None,
     max_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`ssd_scan` by mamba-ssm; y is fp32 as there, but rounded to the dtype of `x_THP` on the way."""
+    """`ssd_scan` by mamba-ssm; y is fp32 too, but rounded to the dtype of `x_THP` on the way."""
     operands = x_THP, dt_TH, A_H, B_TGN, C_TGN
     options: dict[str, Any] = {"initial_state_HPN": initial_state_HPN, "seq_idx_T": seq_idx_T}
     if not len(x_THP):  # a kernel cannot be launched for no token
@@ -99,7 +92,7 @@ def scan_in_chunks(
     seq_idx_T: Tensor | None = None,
     max_tokens: int,
 ) -> tuple[Tensor, Tensor]:
-    """What `scan` gives for the whole, asked for at most `max_tokens` tokens at a time, the state carried between."""
+    """Calls `scan` for at most `max_tokens` tokens at a time, carrying the state."""
     state, outputs = initial_state_HPN, []
     for start in range(0, len(x_THP), max_tokens):
         chunk = slice(start, start + max_tokens)
@@ -117,15 +110,15 @@ def scan_in_chunks(
             seq_idx_T=None if seq_idx_T is None else seq_idx_T[chunk],
         )
         outputs.append(y)
-    assert state is not None  # at least one token: see kernel_scan
+    assert state is not None  # there is at least one token
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)), state
 
 
 def max_scan_tokens(x_THP: Tensor, dt_TH: Tensor, B_TGN: Tensor, C_TGN: Tensor, chunk_size: int) -> int:
-    """How many tokens the scan's kernels can address, a multiple of `chunk_size`.
+    """Tokens that the kernels can address, a multiple of `chunk_size`.
 
-    The widest row of any tensor they walk over decides: the operands as they lie in memory, and what the kernels
-    allocate (the inputs' gradients head by head, chunk states, the products C . B).
+    The widest row decides, of the operands as laid out in memory or of the kernels' own allocations (gradients head by
+    head, chunk states, the products C . B).
     """
     (_, num_heads, head_dim), (_, num_groups, state_size) = x_THP.shape, B_TGN.shape
     return max_tokens_below_limit(
@@ -141,7 +134,6 @@ def max_scan_tokens(x_THP: Tensor, dt_TH: Tensor, B_TGN: Tensor, C_TGN: Tensor, 
 
 
 def max_tokens_below_limit(elements_per_token: int, *, multiple_of: int = 1) -> int:
-    """The most tokens whose last element is still within a 32-bit offset."""
     return max(MAX_OFFSET // elements_per_token // multiple_of, 1) * multiple_of
 
 
@@ -159,7 +151,7 @@ def _mamba_ssm_scan(
 ) -> tuple[Tensor, Tensor]:
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
-    # the kernel takes an initial state for that of segment 0: the first segment must bear that number
+    # the kernel gives the initial state to segment 0, so the first segment must have that number
     seq_idx = None if seq_idx_T is None else (seq_idx_T - seq_idx_T[0]).int()[None].contiguous()
     y, last = mamba_chunk_scan_combined(
         x_THP[None],
@@ -185,8 +177,7 @@ def kernel_conv_silu(
     initial_KD: Tensor | None = None,
     max_tokens: int | None = None,
 ) -> Tensor:
-    """`causal_conv_silu` by causal-conv1d."""
-    if not len(x_TD):  # no token is left, and a kernel cannot be launched for none
+    if not len(x_TD):  # a kernel cannot be launched for no token
         return causal_conv_silu(x_TD, weight_DK, bias_D, positions_T=positions_T)
     if initial_KD is not None and initial_KD.shape[0]:
         joined = torch.cat([initial_KD.to(x_TD.dtype), x_TD])
@@ -200,9 +191,8 @@ def kernel_conv_silu(
 def conv_in_chunks(
     convolve: Convolve, x_TD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, *, positions_T: Tensor, max_tokens: int
 ) -> Tensor:
-    """What `convolve` gives for the whole, asked for at most `max_tokens` tokens at a time.
-
-    A piece begins K - 1 tokens early, with what its first own tokens look back at; those outputs are left out.
+    """Calls `convolve` for at most `max_tokens` tokens at a time; a chunk starts K - 1 tokens early, without those
+    outputs.
     """
     ahead = weight_DK.shape[1] - 1
     outputs = []
@@ -219,9 +209,9 @@ def _causal_conv1d(
 ) -> Tensor:
     from causal_conv1d import causal_conv1d_fn
 
-    assert initial_KD is None  # joined to the front by the caller: the kernel takes none beside seq_idx
+    assert initial_KD is None  # prepended by the caller: the kernel does not accept it with seq_idx
     aligned = x_TD.stride(0) % CONV_ALIGNMENT == 0 and x_TD.storage_offset() % CONV_ALIGNMENT == 0
-    # channels last, as seq_idx needs it; not contiguous(), to which a single row is so wherever it begins
+    # seq_idx needs channels last; contiguous() would not copy a single unaligned row
     x_1DT = (x_TD if aligned else x_TD.clone(memory_format=torch.contiguous_format))[None].transpose(1, 2)
     seq_idx = (positions_T == 0).cumsum(0, dtype=torch.int32)[None].contiguous()
     y_1DT: Tensor = causal_conv1d_fn(x_1DT, weight_DK, bias_D, seq_idx=seq_idx, activation="silu")
@@ -229,11 +219,11 @@ def _causal_conv1d(
 
 
 def varlen_attention(q_THE: Tensor, k_THE: Tensor, v_THE: Tensor, segments: Segments) -> Tensor:
-    """`segment_causal_attention` over the flat pack: no padded rows, no T x T mask."""
+    """No padded rows, and no T x T mask."""
     from torch.nn.attention.varlen import varlen_attn
 
     if not len(q_THE):
-        return q_THE + 0.0 * (k_THE.sum() + v_THE.sum())  # no token is left, yet every parameter takes part
+        return q_THE + 0.0 * (k_THE.sum() + v_THE.sum())  # keeps every operand in the graph
     ends = segments.lengths_S.cumsum(0, dtype=torch.int32)
     cu_seqlens, longest = torch.nn.functional.pad(ends, (1, 0)), max(segments.lengths)
     mixed = varlen_attn(

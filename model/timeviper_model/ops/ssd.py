@@ -1,12 +1,10 @@
-"""The Mamba-2 recurrence (state space duality, arXiv 2405.21060): a chunked scan for sequences, one step for decoding.
+"""The Mamba-2 recurrence (state space duality, arXiv 2405.21060): a chunked scan, and one step for decoding.
 
     h_t = exp(dt_t A) h_(t-1) + dt_t B_t x_t          y_t = C_t h_t + D x_t          (per head; h is P x N)
 
-Knows tensors alone: not configurations, caches or samples beyond `seq_idx`. Inside a chunk the recurrence is a masked
-matrix product, done for many chunks at once; from chunk to chunk only the state is carried, so time and memory are
-linear in length. Everything runs in fp32 (float64 for float64 input) and no exponent is ever positive. The backward
-pass is written out: it recomputes the C x C matrices instead of keeping them, and takes the gradient of the decays
-from inner products of size T x H (see `_decay_gradient`) where autograd would walk over every matrix again.
+Only the state is carried between chunks, so time and memory are linear in length. Everything runs in at least fp32, and
+no exponent is positive. The backward pass recomputes the C x C matrices, and gets the gradient of the decays from inner
+products of size T x H (see `_decay_gradient`).
 """
 
 from __future__ import annotations
@@ -16,14 +14,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from timeviper_model.ops.precision import wide_dtype
+
 MATRIX_ELEMENTS = 2**18
-"""elements of the C x C matrices computed at one time on a CPU: 1 MiB in fp32, so that they stay in a core's cache"""
+"""Elements of the C x C matrices computed at a time on a CPU: 1 MiB in fp32, for a core's cache."""
 
 DEVICE_MATRIX_ELEMENTS = 2**26
-"""elsewhere: 256 MiB, since there each operation has a price of its own and memory has no such edge"""
+"""On a device: 256 MiB, because launches dominate."""
 
 MIN_EXPONENT = -80.0
-"""exp(-80) is 2e-35, nothing beside what it is added to; below exp(-87) fp32 is denormal, and a CPU 20 times as slow"""
+"""exp(-80) = 2e-35 is negligible; below exp(-87) fp32 is denormal and a CPU 20 times as slow."""
 
 
 def ssd_scan(
@@ -39,7 +39,7 @@ def ssd_scan(
     seq_idx_T: Tensor | None = None,
     matrix_elements: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Outputs and last state of the recurrence over T tokens (arXiv 2405.21060, section 6, listing 1).
+    """Outputs and last state over T tokens (arXiv 2405.21060, section 6, listing 1).
 
     Args:
         x_THP: inputs.
@@ -48,14 +48,14 @@ def ssd_scan(
         B_TGN: input projections; head h uses group h // (H / G).
         C_TGN: output projections.
         D_H: skip connection.
-        chunk_size: the most tokens handled by one matrix product (see `chunk_length`); changes speed, not results.
-        initial_state_HPN: state before the first token, which belongs to the first segment; default zeros.
-        seq_idx_T: integers; the state is reset wherever they change. None = one segment.
+        chunk_size: maximum tokens per matrix product; affects speed only, like `matrix_elements`.
+        initial_state_HPN: state before the first segment; default zeros.
+        seq_idx_T: the state is reset where these integers change; None = one segment.
 
     Returns:
-        y (T, H, P) and the state after the last token (H, P, N), both fp32 (float64 for float64 `x_THP`).
+        y (T, H, P) and the last state (H, P, N), at least fp32.
     """
-    dtype = torch.float64 if x_THP.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(x_THP.dtype)
     x, dt, A, B, C, D = (tensor.to(dtype) for tensor in (x_THP, dt_TH, A_H, B_TGN, C_TGN, D_H))
     (_, num_heads, head_dim), state_size = x.shape, B.shape[-1]
     state = x.new_zeros(num_heads, head_dim, state_size) if initial_state_HPN is None else initial_state_HPN.to(dtype)
@@ -68,10 +68,10 @@ def ssd_scan(
 
 
 def chunk_length(chunk_size: int, state_size: int, device: torch.device) -> int:
-    """Tokens of a chunk: `chunk_size`, on a CPU no more than the state has columns, or than 32 to 64.
+    """Tokens per chunk: `chunk_size` on a device, at most the state size within 32 to 64 on a CPU.
 
-    A token costs (C x C part) 2 C (N + P) and (states) 4 N P operations a head, but the C x C part has exponentials
-    too. On one core a scan took 1.2 to 2.1 times as long in chunks of 128 (N = 32 to 128), backwards 1.3 to 1.7 times.
+    A token costs (C x C part) 2 C (N + P) and (states) 4 N P operations per head, but the C x C part also needs
+    exponentials. On one core, chunks of 128 took 1.2 to 2.1 times as long (N = 32 to 128), backward 1.3 to 1.7 times.
     """
     if device.type != "cpu":
         return chunk_size
@@ -81,14 +81,14 @@ def chunk_length(chunk_size: int, state_size: int, device: torch.device) -> int:
 def ssd_step(
     x_BHP: Tensor, dt_BH: Tensor, A_H: Tensor, B_BGN: Tensor, C_BGN: Tensor, *, D_H: Tensor, state_BHPN: Tensor
 ) -> Tensor:
-    """One token for each of B sequences: updates `state_BHPN` (fp32) in place and returns y (B, H, P) in its dtype."""
+    """y (B, H, P) of one token per sequence; updates `state_BHPN` (fp32) in place."""
     dtype = state_BHPN.dtype
     x, dt = x_BHP.to(dtype), dt_BH.to(dtype)
     heads_per_group = x.shape[1] // B_BGN.shape[1]
     B_BHN, C_BHN = (
         group_BGN.to(dtype)[:, :, None].expand(-1, -1, heads_per_group, -1).flatten(1, 2)
         for group_BGN in (B_BGN, C_BGN)
-    )  # views where there is one group
+    )  # a view for a single group
     state_BHPN.mul_(torch.exp(dt * A_H.to(dtype))[..., None, None])
     state_BHPN.addcmul_((x * dt[..., None])[..., None], B_BHN[:, :, None, :])
     read_BHP = (C_BHN[:, :, None] @ state_BHPN.transpose(-1, -2)).squeeze(-2)  # 2.7 times as fast as state @ C on a CPU
@@ -98,7 +98,7 @@ def ssd_step(
 def _scan_one_chunk(
     x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TGN: Tensor, C_TGN: Tensor, D_H: Tensor, state_HPN: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The same for the few tokens of a question, whose time is that of calls: fewer of them, and no gradient."""
+    """Inference-only path for short inputs (one chunk): fewer kernel launches, no autograd."""
     (T, H, P), (G, N) = x_THP.shape, B_TGN.shape[1:]
     log_HT = (dt_TH * A_H).t().cumsum(1)
     enter_HT = log_HT.clamp(min=MIN_EXPONENT).exp_()
@@ -119,18 +119,18 @@ def _scan_one_chunk(
 
 
 class _Decays(NamedTuple):
-    """Products of decays, all <= 1; zero where the segment changes in between."""
+    """Products of decays, all <= 1; zero across a segment boundary."""
 
     within_HZCC: Tensor
-    """from token s (last axis) to token l >= s of the same chunk; meaningless for l < s, where `keep` is false"""
+    """From token s (last axis) to l >= s of the same chunk; meaningless for l < s, where `keep` is false."""
     enter_ZCH: Tensor
-    """from the state before the chunk to token l"""
+    """From before the chunk to token l."""
     leave_ZCH: Tensor
-    """from token s to the state after the chunk"""
+    """From token s to after the chunk."""
     through_ZH: Tensor
-    """from the state before to the state after the chunk"""
+    """From before to after the chunk."""
     keep_ZCC: Tensor
-    """bool (Z or 1, C, C): l >= s in the same segment"""
+    """bool (Z or 1, C, C): l >= s in the same segment."""
 
 
 def _decays(dt_ZCH: Tensor, A_H: Tensor, seq_idx: Tensor | None) -> _Decays:
@@ -152,11 +152,10 @@ def _decays(dt_ZCH: Tensor, A_H: Tensor, seq_idx: Tensor | None) -> _Decays:
 
 
 class _Chunks:
-    """Some neighbouring chunks: their operands as views into the pack, and the matrices both passes need.
+    """Neighbouring chunks computed together: operands, and the matrices that both passes need.
 
-    Products run group by group and head by head over strided views into contiguous results: batched products take the
-    first as they are, and fall back to one call a matrix for anything but the second. States are (G, Z + 1, N, r * P),
-    with the heads of a group side by side.
+    Batched products accept strided inputs, but need contiguous results to run as one call. States are (G, Z + 1, N,
+    r * P), with the heads of a group adjacent.
     """
 
     def __init__(self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, seq_idx: Tensor | None) -> None:
@@ -171,26 +170,26 @@ class _Chunks:
         products.mul_(self.decays.keep_ZCC)
         within = self.decays.within_HZCC
         self.mix_HZCC = (within.view(self.G, self.r, *within.shape[1:]) * products[:, None]).view(within.shape)
-        """the quadratic form of a chunk: (C_l . B_s) times the decay between"""
+        """(C_l . B_s) times the decay from s to l."""
 
     def group(self, x_ZCHP: Tensor, g: int) -> Tensor:
         """(Z, C, r * P): a view of a group's heads."""
         return x_ZCHP[:, :, g * self.r : (g + 1) * self.r].flatten(2)
 
     def into_states(self, projection_ZCGN: Tensor, values_ZCHP: Tensor, out_GZNQ: Tensor) -> None:
-        """Writes each chunk's sum over tokens of projection x values."""
+        """Writes each chunk's sum of projection x values."""
         for g in range(self.G):
             torch.bmm(projection_ZCGN[:, :, g].transpose(1, 2), self.group(values_ZCHP, g), out=out_GZNQ[g])
 
     def from_states(self, projection_ZCGN: Tensor, states_GZNQ: Tensor, weight_ZCH: Tensor, out_ZCHP: Tensor) -> None:
-        """Writes what each token reads from its chunk's state, times its weight."""
+        """Writes each token's weighted product with its chunk's state."""
         for g in range(self.G):
             read_ZCrP = torch.bmm(projection_ZCGN[:, :, g], states_GZNQ[g]).view(self.Z, self.C, self.r, self.P)
             heads = slice(g * self.r, (g + 1) * self.r)
             torch.mul(read_ZCrP, weight_ZCH[:, :, heads, None], out=out_ZCHP[:, :, heads])
 
     def add_mixed(self, values_ZCHP: Tensor, out_ZCHP: Tensor, *, transposed: bool = False) -> None:
-        """Adds `mix @ values` of each chunk and head (of its transpose, for gradients)."""
+        """Adds `mix @ values`, or its transpose for gradients."""
         mixed_HZCP = values_ZCHP.new_empty(self.H, self.Z, self.C, self.P)
         for h in range(self.H):
             mix = self.mix_HZCC[h].transpose(1, 2) if transposed else self.mix_HZCC[h]
@@ -198,7 +197,6 @@ class _Chunks:
         out_ZCHP += mixed_HZCP.permute(1, 2, 0, 3)
 
     def carry(self, states_GZNQ: Tensor, *, backwards: bool = False) -> None:
-        """Turns what each chunk adds into the state after it (or, backwards, before it): the only loop over chunks."""
         through = self.decays.through_ZH.view(self.Z, self.G, 1, self.r, 1)
         states = states_GZNQ.view(self.G, self.Z + 1, self.N, self.r, self.P)
         for z in reversed(range(self.Z)) if backwards else range(self.Z):
@@ -268,7 +266,7 @@ class _Scan(torch.autograd.Function):
             dlast = dstates[:, 0]
             _projection_gradients(chunks, dy_p, dy_enter, states, dstates, dB_p, dC_p)
             chunks.from_states(chunks.B_ZCGN, dstates[:, 1:], chunks.decays.leave_ZCH, dx_p)
-            chunks.add_mixed(dy_p, dx_p, transposed=True)  # dx is the gradient of dt * x, for now
+            chunks.add_mixed(dy_p, dx_p, transposed=True)  # dx holds the gradient of dt * x until the end of the loop
             dy_x, dxdt_x = _dot(dy_p, chunks.x_ZCHP), _dot(dx_p, chunks.x_ZCHP)
             dy_y = _dot(dy_p, y_p) - D * dy_x
             dlog = _decay_gradient(chunks, dy_y - chunks.dt_ZCH * dxdt_x, dstates[:, 1:], states[:, 1:])
@@ -294,7 +292,6 @@ def _take_chunks(
 def _projection_gradients(
     chunks: _Chunks, dy: Tensor, dy_enter: Tensor, states: Tensor, dstates: Tensor, dB_ZCGN: Tensor, dC_ZCGN: Tensor
 ) -> None:
-    """Writes the gradients of B and C."""
     dmix = torch.empty_like(chunks.mix_HZCC)
     for h in range(chunks.H):
         torch.bmm(dy[:, :, h], chunks.xdt_ZCHP[:, :, h].transpose(1, 2), out=dmix[h])
@@ -311,9 +308,9 @@ def _projection_gradients(
 def _decay_gradient(chunks: _Chunks, balance_ZCH: Tensor, dafter_GZNQ: Tensor, after_GZNQ: Tensor) -> Tensor:
     """(Z, C, H): gradient of the log decay dt_t A.
 
-    That decay scales every path from a token s < t to a token l >= t. A token's paths that end in it are worth
-    <dy, y>, those that begin in it <d(dt x), dt x>; `balance` is their difference. Its sum from t to the chunk's end,
-    plus what leaves through the state after the chunk, counts exactly the paths across t.
+    That decay scales every path from a token s < t to a token l >= t. Paths ending in a token contribute <dy, y>,
+    those starting in it <d(dt x), dt x>; `balance` is the difference. Its sum from t to the chunk's end, plus what
+    leaves through the state after the chunk, counts exactly the paths across t.
     """
     leaving_GZQ = (dafter_GZNQ * after_GZNQ).sum(2)
     leaving_GZr = leaving_GZQ.view(chunks.G, chunks.Z, chunks.r, chunks.P).sum(-1)
@@ -337,5 +334,5 @@ def _from_heads(state_HPN: Tensor, num_groups: int) -> Tensor:
 
 
 def _to_heads(state_GNQ: Tensor, num_heads: int) -> Tensor:
-    """The inverse of `_from_heads`."""
+    """Inverse of `_from_heads`."""
     return state_GNQ.transpose(1, 2).reshape(num_heads, -1, state_GNQ.shape[1])

@@ -1,11 +1,9 @@
-"""The language model families in files: each one's config.json, and the names its checkpoints give to tensors.
+"""Language model families on disk: each one's config.json keys and tensor names, to ours and back.
 
-Turns Hugging Face's keys and names into ours and back. Knows no tensor's value; weights.py reads and writes.
-
-    ours (in memory)         Nemotron-H, NVIDIA      Nemotron-H, transformers    Qwen2
-    backbone.embeddings      backbone.embeddings     model.embeddings            model.embed_tokens
-    backbone.layers.0.*      backbone.layers.0.*     model.layers.0.*            model.layers.0.*
-    backbone.norm_f          backbone.norm_f         model.norm_f                model.norm
+ours (in memory)         Nemotron-H, NVIDIA      Nemotron-H, transformers    Qwen2
+backbone.embeddings      backbone.embeddings     model.embeddings            model.embed_tokens
+backbone.layers.0.*      backbone.layers.0.*     model.layers.0.*            model.layers.0.*
+backbone.norm_f          backbone.norm_f         model.norm_f                model.norm
 """
 
 from __future__ import annotations
@@ -27,26 +25,23 @@ LAYER_LETTERS = {
     "mlp": "-",
     "moe": "E",
 }
-"""transformers writes `layers_block_type` where NVIDIA writes `hybrid_override_pattern`"""
+"""transformers writes `layers_block_type` where NVIDIA writes `hybrid_override_pattern`."""
 
 ACTIVATIONS = {"mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "hidden_act": "silu"}
-"""what the blocks of either family compute, by the keys that name it in `config.json`"""
 
 QWEN2_NAMES = (
     ("backbone.embeddings.", "model.embed_tokens."),
     ("backbone.layers.", "model.layers."),
     ("backbone.norm_f.", "model.norm."),
 )
-"""ours and Hugging Face's"""
 
 
 def text_config_to_dict(config: TextConfig) -> dict[str, Any]:
-    """What the family's own `config.json` holds, in plain values."""
     text = asdict(config)
     if isinstance(config, HybridConfig):
         text["time_step_limit"] = [
             value if math.isfinite(value) else {"__float__": "Infinity"} for value in config.time_step_limit
-        ]  # as transformers writes it: JSON has no infinity
+        ]  # as in transformers: JSON has no infinity
         text |= {"model_type": "nemotron_h", "num_hidden_layers": config.num_hidden_layers}
         text |= {name: ACTIVATIONS[name] for name in ("mlp_hidden_act", "mamba_hidden_act")}
         return text | {"architectures": ["NemotronHForCausalLM"]}
@@ -55,10 +50,10 @@ def text_config_to_dict(config: TextConfig) -> dict[str, Any]:
 
 
 def text_config_from_dict(raw: Mapping[str, Any], *, where: str) -> TextConfig:
-    """The sizes in a family's `config.json`; keys that do not change what is computed here are passed over.
+    """Sizes from a `config.json`; keys that do not affect the computation are ignored.
 
     Raises:
-        ValueError: for another family, a field that is missing or wrong, or a variant that is not supported.
+        ValueError: for another family, a missing or invalid field, or an unsupported variant.
     """
     model_type = raw.get("model_type")
     if model_type == "nemotron_h":
@@ -70,14 +65,13 @@ def text_config_from_dict(raw: Mapping[str, Any], *, where: str) -> TextConfig:
 
 
 def file_name(name: str, config: TextConfig) -> str:
-    """What a weights folder calls our tensor `name`."""
     if isinstance(config, HybridConfig):
         return name
     return _swap_prefix(name, QWEN2_NAMES)
 
 
 def own_name(name: str, config: TextConfig) -> str:
-    """What we call a file's tensor; both layouts of Nemotron-H are known. Strange names come back as they are."""
+    """Our name of a tensor in either layout of Nemotron-H, or of Qwen2; unknown names are unchanged."""
     if isinstance(config, HybridConfig):
         return _swap_prefix(name, (("model.", "backbone."),))
     return _swap_prefix(name, tuple((theirs, ours) for ours, theirs in QWEN2_NAMES))
@@ -107,7 +101,7 @@ def _known_fields(kind: type[HybridConfig] | type[Qwen2Config], raw: Mapping[str
     for name, own in fixed.items():
         if raw.get(name) not in (None, own):
             raise ValueError(
-                f"{where}: {name} = {raw[name]!r} is not supported beside the other fields; this model computes"
+                f"{where}: {name} = {raw[name]!r} is not supported with the other fields; this model computes"
                 f" {name} = {own!r}"
             )
     return config
@@ -121,19 +115,19 @@ def _nemotron_pattern(raw: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _nemotron_head_dim(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """`attention_head_dim` in NVIDIA's first configurations."""
+    """NVIDIA's first configurations call it `attention_head_dim`."""
     return {} if raw.get("head_dim") is not None else {"head_dim": raw.get("attention_head_dim")}
 
 
 def _nemotron_time_step_limit(raw: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """transformers writes infinity as {"__float__": "Infinity"}, since JSON has none."""
+    """transformers writes infinity as {"__float__": "Infinity"}, because JSON has none."""
     limit = raw.get("time_step_limit") or ()
     values = [value["__float__"] if isinstance(value, dict) else value for value in limit]
     return {"time_step_limit": values} if values else {}
 
 
 def _qwen2_rope(raw: Mapping[str, Any], where: str) -> dict[str, float]:
-    """`rope_theta` itself, or inside `rope_parameters` as transformers 5 writes it."""
+    """`rope_theta` itself, or inside `rope_parameters` as written by transformers 5."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":

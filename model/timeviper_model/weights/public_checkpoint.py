@@ -1,13 +1,12 @@
-"""State dicts of TimeViper's public code (github.com/xiaomi-research/timeviper, November 2025) into our model.
+"""Loads checkpoints of TimeViper's public code (github.com/xiaomi-research/timeviper, November 2025).
 
-    vision_backbone.*                                        left out: features come from the encoder's own folder
+    vision_backbone.*                                        skipped: features come from the encoder's own folder
     projector.projector.{0,2}.{weight,bias}                  projector.fc1, projector.fc2
     llm_backbone.llm.{backbone,model}.*, .lm_head.weight     backbone.*, lm_head.weight
     llm_backbone.llm.{backbone,model}.merge_modules.K.*      transv.<layer of the K-th site>.*
-    llm_backbone.llm.{backbone,model}.alpha                  alpha of all sites, one after another
+    llm_backbone.llm.{backbone,model}.alpha                  alpha of all sites, in order
 
-Knows names; the configuration, with as many TransV sites, is the caller's to choose. No such weights were public when
-this was written: the names are those of the code.
+No weights were public at the time of writing: the names are those of the code.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ ALPHA = re.compile(r"(?:backbone|model)\.alpha")
 
 
 def load_public_checkpoint(model: TimeViper, path: str | Path) -> None:
-    """Every weight of `model`, in place, from a checkpoint of the public code.
+    """Loads every weight of `model`, in place.
 
     Args:
-        path: a `.bin` or `.pt` file with its state dict, or a folder of safetensors files with the same names.
+        path: a `.bin` or `.pt` file with the state dict, or a folder of safetensors files with the same names.
 
     Raises:
-        ValueError: when tensors are missing, unexpected or misshaped, by our names.
+        ValueError: when tensors are missing, unexpected or misshaped.
     """
     path = Path(path)
     if path.is_dir():
@@ -48,7 +47,7 @@ def load_public_checkpoint(model: TimeViper, path: str | Path) -> None:
 
 
 def rename_public(tensors: Iterable[tuple[str, Tensor]], config: TimeViperConfig) -> Iterator[tuple[str, Tensor]]:
-    """The tensors under our names; a name that the public code does not have comes out as it is."""
+    """Unknown names are unchanged."""
     layers = [site.layer for site in config.transv]
     for name, tensor in tensors:
         if name.startswith("vision_backbone."):
@@ -64,6 +63,6 @@ def rename_public(tensors: Iterable[tuple[str, Tensor]], config: TimeViperConfig
         elif ALPHA.fullmatch(inner) and len(tensor) == len(layers):
             yield from ((f"transv.{layer}.alpha", tensor[n : n + 1]) for n, layer in enumerate(layers))
         elif inner == "lm_head.weight" and config.text.tie_word_embeddings:
-            continue  # stored twice there
+            continue  # stored twice
         else:
             yield own_name(inner, config.text), tensor

@@ -4,8 +4,7 @@
     model-00001-of-00002.safetensors    ...
     model.safetensors.index.json        which tensor is in which shard
 
-Knows files and tensor names; not training states (those are checkpoints) and not remote stores. Shards are read one
-at a time into a model built on the meta device, so that loading needs the weights once and one shard beside them.
+Shards are read one at a time into a model on the meta device, so loading needs the memory of the weights and one shard.
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ from timeviper_model.weights.families import file_name, own_name, text_config_fr
 MODEL_TYPE = "timeviper"
 INDEX_NAME = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 4 * 2**30
-"""Hugging Face's tools cut at 5 GB; a shard is what loading holds beside the model"""
+"""Hugging Face's tools split at 5 GB; loading holds one shard in addition to the model."""
 
 IGNORED_BACKBONE_PREFIXES = ("mtp.",)
-"""multi-token-prediction heads that some Nemotron checkpoints carry; the model has none"""
+"""Multi-token-prediction heads in some Nemotron checkpoints; the model has none."""
 
 COMPUTING_FIELDS = (
     "hybrid_override_pattern",
@@ -49,7 +48,7 @@ COMPUTING_FIELDS = (
     "time_step_limit",
     "rope_theta",
 )
-"""of a text configuration: with others of these the tensors may fit and mean something else"""
+"""Fields of a text configuration that change the computation without changing tensor shapes."""
 
 
 def save_pretrained(
@@ -60,14 +59,12 @@ def save_pretrained(
     metadata: dict[str, str] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes the model as a weights folder, which appears whole or not at all.
+    """Writes a weights folder atomically, replacing an existing one.
 
     Args:
         model: with real (not meta) parameters.
-        folder: replaced where it exists.
-        tokenizer: a transformers tokenizer to save beside the weights.
-        metadata: strings for config.json under `timeviper_metadata`: steps, data, whatever identifies the run.
-        max_shard_bytes: size of a shard; a tensor larger than that has a shard of its own.
+        metadata: `timeviper_metadata` in config.json, such as steps and data of the run.
+        max_shard_bytes: a larger tensor has a shard of its own.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -80,14 +77,14 @@ def save_pretrained(
         _write_shards(tensors, temporary, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        temporary.chmod(0o755)  # mkdtemp's own is for the owner alone
+        temporary.chmod(0o755)  # mkdtemp creates 0o700
         _replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def from_pretrained(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> TimeViper:
-    """The model of a weights folder, in evaluation mode.
+    """Loads a weights folder, in evaluation mode.
 
     Raises:
         ValueError: when config.json is missing or wrong, or tensors are missing, unexpected or misshaped (by name).
@@ -101,23 +98,23 @@ def from_pretrained(folder: str | Path, *, dtype: torch.dtype = torch.float32, d
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """The fast tokenizer of a local folder, or of a model by its Hugging Face name."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # seconds to import, and only texts need it
+    """The fast tokenizer of a local folder or a Hugging Face name."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # slow import
 
-    if (Path(folder) / "tokenizer.json").is_file():  # AutoTokenizer would ask config.json for a model type it knows
+    if (Path(folder) / "tokenizer.json").is_file():  # AutoTokenizer does not know our model type
         return PreTrainedTokenizerFast.from_pretrained(str(folder))
     return AutoTokenizer.from_pretrained(str(folder))
 
 
 def load_backbone(model: TimeViper, folder: str | Path) -> None:
-    """Language model weights from a folder or Hugging Face name, in place; TransV becomes copies of them.
+    """Loads language model weights from a folder or Hugging Face name, in place; TransV becomes copies of attention.
 
-    Nemotron-H in NVIDIA's layout (`backbone.*`) or transformers' own (`model.*`), or Qwen2, as the model's
-    configuration says. Projector values stay.
+    Accepts Nemotron-H in NVIDIA's (`backbone.*`) or transformers' layout (`model.*`), or Qwen2. The projector is
+    unchanged.
 
     Raises:
-        ValueError: when the folder's tensors (by name) or what its config.json says of them do not fit the model's,
-            which then is as it was.
+        ValueError: when the folder's tensors (by name) or its config.json do not match; the model is then
+            unchanged.
     """
     source = _local_folder(folder)
     if (source / "config.json").is_file():
@@ -138,7 +135,6 @@ def load_backbone(model: TimeViper, folder: str | Path) -> None:
 
 
 def _check_computed_alike(own: TextConfig, found: TextConfig, *, where: str) -> None:
-    """Raises ValueError with every setting that would make the same tensors another function."""
     wrong = [
         f"{name} = {getattr(found, name, None)!r}, the model's is {getattr(own, name)!r}"
         for name in COMPUTING_FIELDS
@@ -156,18 +152,18 @@ def load_config(folder: str | Path) -> TimeViperConfig:
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise ValueError(f"{path} does not exist; a weights folder is what save_pretrained or jobs/export.py writes")
+        raise ValueError(f"{path} does not exist; pass a weights folder written by save_pretrained or jobs/export.py")
     return config_from_dict(json.loads(path.read_text()), where=str(path))
 
 
 def load_text_config(folder: str | Path) -> TextConfig:
-    """The sizes of a language model by its `config.json` (a folder or a Hugging Face name)."""
+    """Language model sizes from the `config.json` of a folder or Hugging Face name."""
     path = _local_folder(folder) / "config.json"
     return text_config_from_dict(json.loads(path.read_text()), where=str(path))
 
 
 def config_to_dict(config: TimeViperConfig) -> dict[str, Any]:
-    """What config.json holds: plain values, `text_config` with the keys of its family."""
+    """config.json in plain values."""
     return {
         "model_type": MODEL_TYPE,
         "architectures": ["TimeViper"],
@@ -179,10 +175,10 @@ def config_to_dict(config: TimeViperConfig) -> dict[str, Any]:
 
 
 def config_from_dict(raw: Mapping[str, Any], *, where: str = "config") -> TimeViperConfig:
-    """The inverse of `config_to_dict`; keys that Hugging Face's tools add are passed over.
+    """Inverse of `config_to_dict`; keys added by Hugging Face's tools are ignored.
 
     Raises:
-        ValueError: for another model type, or a field that is missing or wrong, with its name.
+        ValueError: for another model type, or a missing or invalid field.
     """
     if raw.get("model_type") != MODEL_TYPE:
         raise ValueError(
@@ -200,7 +196,7 @@ def config_from_dict(raw: Mapping[str, Any], *, where: str = "config") -> TimeVi
 
 
 def weights_hash(folder: str | Path) -> str:
-    """sha256 over config.json and every shard, names included: two folders with one hash answer alike."""
+    """sha256 over config.json and every shard, names included."""
     digest = hashlib.sha256()
     for path in [Path(folder) / "config.json", *_shards(Path(folder))]:
         digest.update(path.name.encode() + b"\0")
@@ -210,22 +206,22 @@ def weights_hash(folder: str | Path) -> str:
 
 
 def iter_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a folder's safetensors files with its name, one after another.
+    """Name and tensor of everything in a folder's safetensors files.
 
     Raises:
-        ValueError: when there are none, or a shard that the index names is missing.
+        ValueError: when there are none, or a shard is missing.
     """
     for shard in _shards(Path(folder)):
         with safe_open(shard, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
+            for name in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
                 yield name, file.get_tensor(name)
 
 
 def _iter_shapes(folder: Path) -> Iterator[tuple[str, list[int]]]:
-    """Every tensor's name and shape, from the headers alone."""
+    """Name and shape of every tensor, from the headers only."""
     for shard in _shards(folder):
         with safe_open(shard, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
+            for name in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
                 yield name, file.get_slice(name).get_shape()
 
 
@@ -235,16 +231,16 @@ def _shards(folder: Path) -> list[Path]:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
-            raise ValueError(f"{folder}: the index names shards that are not there: {', '.join(missing)}")
+            raise ValueError(f"{folder}: shards in the index are missing: {', '.join(missing)}")
         return [folder / name for name in names]
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
-        raise ValueError(f"{folder} holds no .safetensors file")
+        raise ValueError(f"{folder} has no .safetensors file")
     return shards
 
 
 def named_tensors(model: TimeViper) -> dict[str, Tensor]:
-    """What a folder must hold; a tied output matrix is stored once, as the embedding."""
+    """Tensors that a folder must hold; a tied output matrix is stored once."""
     tensors = dict(model.state_dict())
     if model.config.text.tie_word_embeddings:
         del tensors["lm_head.weight"]
@@ -275,7 +271,7 @@ def _write_shards(tensors: Mapping[str, Tensor], folder: Path, max_shard_bytes: 
 
 
 def _replace(temporary: Path, folder: Path) -> None:
-    """Renames into place; an older folder steps aside first, since a rename cannot replace a full folder."""
+    """Moves an existing folder aside first, because a rename cannot replace a non-empty folder."""
     if folder.exists():
         aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
         folder.replace(aside / "old")
@@ -292,7 +288,7 @@ def _assign(
     problems = _Problems(expected)
     for name, tensor in tensors:
         if problems.accept(name, tensor.shape):
-            # a copy even where nothing changes: the file's tensors lie unaligned, where sums may differ in the last bit
+            # always copied: the file's tensors are unaligned, and sums over them may differ in the last bit
             model.load_state_dict({name: tensor.to(device, dtype, copy=True)}, strict=False, assign=True)
     problems.check(where)
     model.tie_weights()
@@ -303,7 +299,7 @@ def copy_tensors(expected: Mapping[str, Tensor], tensors: Iterable[tuple[str, Te
     """Fills `expected` in place, by name.
 
     Raises:
-        ValueError: one for all tensors that are missing, unexpected or misshaped, by name.
+        ValueError: listing all tensors that are missing, unexpected or misshaped.
     """
     problems = _Problems(expected)
     for name, tensor in tensors:
@@ -313,7 +309,7 @@ def copy_tensors(expected: Mapping[str, Tensor], tensors: Iterable[tuple[str, Te
 
 
 class _Problems:
-    """Collects what does not fit, so that one error names it all."""
+    """Collects mismatches for one error."""
 
     def __init__(self, expected: Mapping[str, Tensor]) -> None:
         self._shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}

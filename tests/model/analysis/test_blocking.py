@@ -67,7 +67,7 @@ def test_blocked_model_equals_explicit_masks(flow: Any, scope: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("scope", [{"scope": "layer", "layer": 1}, {"scope": "from_layer", "layer": 0}])
-def test_a_transformer_with_rope_is_blocked_likewise(scope: dict[str, Any]) -> None:
+def test_a_blocked_transformer_equals_explicit_masks(scope: dict[str, Any]) -> None:
     model, blocking = make_model(SMALL_QWEN), Blocking(flow="v2i", **scope)
     batch = pack(SAMPLES)
     torch.testing.assert_close(blocked_logits(model, batch, blocking), slow_blocked_logits(blocking, model))
@@ -90,7 +90,7 @@ def test_blocking_nothing_is_the_plain_model_exactly(nothing: Blocking) -> None:
     assert torch.equal(blocked_ids, segment_ids)
 
 
-def test_a_sample_without_vision_has_nothing_to_lose() -> None:
+def test_blocking_does_not_change_a_sample_without_vision() -> None:
     batch = pack([make_sample("ssssrrr")], dtype=torch.float32)
     model = make_model(dtype=torch.float32)
     blocked = blocked_log_probs(model, batch, Blocking(flow="v2r", scope="from_layer", layer=0))
@@ -109,10 +109,10 @@ def test_with_every_path_cut_the_answer_does_not_depend_on_the_video() -> None:
         assert torch.equal(logits, other_logits) == is_cut
 
 
-def test_blockings_that_make_no_sense_are_refused() -> None:
+def test_invalid_blockings_are_refused() -> None:
     with pytest.raises(ValueError, match="must be odd"):
         Blocking(flow="v2i", scope="window", layer=2, window=4)
-    with pytest.raises(ValueError, match="no meaning"):
+    with pytest.raises(ValueError, match="applies only to scope window"):
         Blocking(flow="v2i", scope="layer", layer=2, window=3)
     with pytest.raises(ValueError, match="0 to 5"):
         cut_flow(MODEL, Blocking(flow="v2i", scope="layer", layer=6))

@@ -31,7 +31,7 @@ def test_a_model_under_another_plan_equals_the_formulas_written_out(sites: tuple
     torch.testing.assert_close(model(pack(SAMPLES)).loss_sum, expected)
 
 
-def test_the_plan_changes_the_answer_and_leaves_the_model_as_it_was() -> None:
+def test_the_plan_changes_the_answer_and_leaves_the_model_unchanged() -> None:
     model, batch = make_model(), pack(SAMPLES)
     before = model(batch)
     twin = with_plan(model, [TransVSite(layer=2, select="attention", keep=0.25, transfer="none")])
@@ -46,7 +46,7 @@ def test_the_models_own_plan_is_the_model_exactly() -> None:
     assert torch.equal(with_plan(model, SMALL.transv)(batch).loss_sum, model(batch).loss_sum)
 
 
-def test_sites_that_cannot_be_are_refused() -> None:
+def test_invalid_sites_are_refused() -> None:
     model = make_model()
     with pytest.raises(ValueError, match=r"which is a mamba block.*attention blocks are at \[2, 4\]"):
         with_plan(model, [TransVSite(layer=3, select="attention", keep=0.5, transfer="none")])

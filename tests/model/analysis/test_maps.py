@@ -97,7 +97,7 @@ def test_rows_come_in_blocks_of_bounded_size() -> None:
 
 
 def test_blocks_without_a_map_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"layers \[1, 6\] mix no tokens.*\[0, 2, 3, 4\]"):
+    with pytest.raises(ValueError, match=r"layers \[1, 6\] do not mix tokens.*\[0, 2, 3, 4\]"):
         observe(MODEL, pack(SAMPLES), [0, 1, 6], lambda tokens, stream: None)
     stream = seen_at(0)[1]
     with pytest.raises(ValueError, match="MLP"):

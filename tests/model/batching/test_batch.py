@@ -41,15 +41,15 @@ def test_padding_is_never_a_target() -> None:
     assert _packed().labels[12:].eq(IGNORE_INDEX).all()
 
 
-def test_a_batch_that_cannot_be_right_is_refused() -> None:
+def test_inconsistent_batches_are_refused() -> None:
     batch = _packed()
     with pytest.raises(ValueError, match="labels has shape"):
         replace(batch, labels=batch.labels[:-1])
     with pytest.raises(ValueError, match="int32"):
         replace(batch, segment_ids=batch.segment_ids.long())
-    with pytest.raises(ValueError, match="vision_index reaches from -1 to 5, but there are 5 rows"):
+    with pytest.raises(ValueError, match="vision_index ranges from -1 to 5, but there are 5 rows"):
         replace(batch, vision_features=batch.vision_features[:5])
-    with pytest.raises(ValueError, match="vision_index reaches from -5"):
+    with pytest.raises(ValueError, match="vision_index ranges from -5"):
         replace(batch, vision_index=batch.vision_index.where(batch.vision_index >= 0, -5))
     with pytest.raises(ValueError, match=r"input_ids must be torch.int64, not torch.float32"):
         replace(batch, input_ids=batch.input_ids.float())
@@ -77,7 +77,7 @@ def test_segments_that_are_not_whole_and_in_order_are_refused(ids: list[int], wr
         replace(batch, segment_ids=torch.tensor(ids, dtype=torch.int32))
 
 
-def test_a_move_to_a_device_waits_for_nothing() -> None:
+def test_moving_to_a_device_does_not_wait() -> None:
     with simulated_cuda() as device:
         moved = _packed().to("cuda", torch.bfloat16)
         assert not device.syncs

@@ -30,7 +30,7 @@ def test_buckets_hold_every_token_once_and_waste_little(lengths: list[int]) -> N
             assert not row[length:].any()
 
 
-def test_rows_follow_the_order_they_are_asked_in() -> None:
+def test_rows_follow_the_requested_order() -> None:
     segments = make_segments([2, 3, 2, 2])
     x = torch.arange(1.0, 10.0)
     assert segments.rows([2, 0]).pad(x).tolist() == [[6.0, 7.0], [1.0, 2.0]]
@@ -50,7 +50,7 @@ def test_a_segment_may_lose_all_its_tokens() -> None:
     assert make_segments([0, 4]).seq_idx_T is None
 
 
-def test_tokens_remember_their_original_place_however_often_some_are_dropped() -> None:
+def test_original_positions_survive_repeated_drops() -> None:
     whole = make_segments([5, 0, 3])
     assert torch.equal(whole.original_positions_T, whole.positions_T)
     once = whole.keep(torch.tensor([0, 2, 3, 4, 6, 7]))
@@ -59,7 +59,7 @@ def test_tokens_remember_their_original_place_however_often_some_are_dropped() -
     assert twice.original_positions_T.tolist() == [0, 3, 4, 2]
 
 
-def test_original_positions_may_start_anywhere_but_must_be_one_for_each_token() -> None:
+def test_original_positions_must_match_the_tokens() -> None:
     ids = torch.zeros(3, dtype=torch.int32)
     later = Segments(ids, 1, torch.tensor([40, 41, 42]))
     assert later.positions_T.tolist() == [0, 1, 2]

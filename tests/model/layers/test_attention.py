@@ -85,7 +85,7 @@ def test_last_queries_see_all_before_them(num_queries: int, requires_grad: bool)
     torch.testing.assert_close(last, whole[-num_queries:])
 
 
-def test_scores_far_apart_before_and_within_a_piece_stay_finite() -> None:
+def test_scores_far_apart_before_and_within_a_chunk_stay_finite() -> None:
     q, v = torch.full((4, 1, 8), 30.0), torch.arange(24.0).view(24, 1, 1).expand(24, 1, 8)
     k = torch.full((24, 1, 8), -30.0)
     k[5] = 30.0  # one key before the piece takes it all: scores of 2546 against -2546

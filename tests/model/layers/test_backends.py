@@ -34,12 +34,12 @@ def all_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", SimpleNamespace(varlen_attn=varlen))  # type: ignore[arg-type]
 
 
-def test_auto_takes_every_kernel_there_is(all_kernels: None) -> None:
+def test_auto_uses_every_available_kernel(all_kernels: None) -> None:
     assert choose_operations("auto", device=CUDA, dtype=torch.bfloat16) == KERNELS
     assert choose_operations("kernels", device=CUDA, dtype=torch.float16) == KERNELS
 
 
-def test_torch_means_torch(all_kernels: None) -> None:
+def test_torch_uses_no_kernel(all_kernels: None) -> None:
     assert choose_operations("torch", device=CUDA, dtype=torch.bfloat16) == TORCH
 
 
@@ -50,7 +50,7 @@ def test_torch_means_torch(all_kernels: None) -> None:
         (CUDA, torch.float32, "need bf16 or fp16, not torch.float32"),
     ],
 )
-def test_where_no_kernel_works_auto_is_torch_and_kernels_an_error(
+def test_without_kernels_auto_is_torch_and_kernels_is_an_error(
     all_kernels: None, device: torch.device, dtype: torch.dtype, reason: str
 ) -> None:
     assert choose_operations("auto", device=device, dtype=dtype) == TORCH
@@ -58,7 +58,7 @@ def test_where_no_kernel_works_auto_is_torch_and_kernels_an_error(
         choose_operations("kernels", device=device, dtype=dtype)
 
 
-def test_a_missing_package_costs_its_own_kernel_alone(all_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_disables_only_its_kernel(all_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "causal_conv1d", None)  # type: ignore[arg-type]
     chosen = choose_operations("auto", device=CUDA, dtype=torch.bfloat16)
     assert chosen == KERNELS._replace(convolution=TORCH.convolution)
@@ -70,11 +70,11 @@ def test_a_package_too_old_for_packs_is_not_used(all_kernels: None, monkeypatch:
     old = SimpleNamespace(mamba_chunk_scan_combined=lambda x, initial_states=None: None)
     monkeypatch.setitem(sys.modules, "mamba_ssm.ops.triton.ssd_combined", old)  # type: ignore[arg-type]
     assert choose_operations("auto", device=CUDA, dtype=torch.bfloat16) == KERNELS._replace(scan=TORCH.scan)
-    with pytest.raises(RuntimeError, match="has no parameter seq_idx; install a newer one"):
+    with pytest.raises(RuntimeError, match="lacks parameter seq_idx; install a newer one"):
         choose_operations("kernels", device=CUDA, dtype=torch.bfloat16)
 
 
-def test_a_gpu_without_flash_attention_has_pytorchs_own(all_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_without_flash_attention_uses_torch_attention(all_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     chosen = choose_operations("auto", device=CUDA, dtype=torch.float16)
     assert chosen == KERNELS._replace(attention=TORCH.attention)

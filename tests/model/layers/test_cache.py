@@ -35,7 +35,7 @@ def test_layers_behind_a_drop_keep_fewer_tokens() -> None:
 
 
 @pytest.mark.parametrize("kept_bytes", [0, KEPT_BYTES])
-def test_capacity_grows_and_much_of_it_goes_back_when_all_slots_are_empty(
+def test_capacity_grows_and_is_freed_when_all_slots_are_empty(
     kept_bytes: int,
 ) -> None:
     model = make_model()
@@ -53,7 +53,7 @@ def test_capacity_grows_and_much_of_it_goes_back_when_all_slots_are_empty(
     assert cache.num_tokens == [0, 0]
 
 
-def test_a_slot_used_again_remembers_nothing() -> None:
+def test_a_reused_slot_has_no_old_state() -> None:
     model = make_model()
     first, second = pack([make_sample("svvvvvvii", seed=1)]), pack([make_sample("ii", seed=2)])
     used = model.new_cache(1, device="cpu", dtype=torch.float64)
@@ -66,7 +66,7 @@ def test_a_slot_used_again_remembers_nothing() -> None:
 
 
 @pytest.mark.parametrize("slots", [[], [1, 1], [2, 0], [-1], [3]])
-def test_slots_that_make_no_sense_are_refused(slots: list[int]) -> None:
+def test_invalid_slots_are_refused(slots: list[int]) -> None:
     with pytest.raises(ValueError, match="slot"):
         make_cache(3).view(slots)
 
@@ -90,7 +90,7 @@ def test_reset_clears_the_states_of_that_slot_alone() -> None:
 
 
 @pytest.mark.parametrize("loads", [False, True])
-def test_what_was_no_number_in_a_slot_is_not_read_by_the_next(loads: bool) -> None:
+def test_nan_in_a_slot_is_not_read_by_the_next_sequence(loads: bool) -> None:
     model = make_model()
     cache, clean = (model.new_cache(2, device="cpu", dtype=torch.float64) for _ in range(2))
     long, short = pack([make_sample("i" * 6)]), pack([make_sample("iii")])
@@ -121,7 +121,7 @@ def through_blocks(model: TimeViper, hidden_TD: Tensor, cache: HybridCache | Non
 
 @settings(max_examples=20)
 @given(num_tokens=st.integers(1, 40), cuts=st.sets(st.integers(1, 39), max_size=4), wide=st.booleans())
-def test_pieces_that_continue_a_slot_equal_the_whole_at_any_cut(num_tokens: int, cuts: set[int], wide: bool) -> None:
+def test_chunks_that_continue_a_slot_equal_the_whole(num_tokens: int, cuts: set[int], wide: bool) -> None:
     dtype, tolerance = (torch.float64, 1e-11) if wide else (torch.float32, 2e-5)
     model = make_model(dtype=dtype)
     hidden = torch.randn(num_tokens, 24, generator=torch.Generator().manual_seed(num_tokens), dtype=dtype)

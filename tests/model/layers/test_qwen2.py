@@ -176,7 +176,7 @@ def test_packed_samples_with_transv_equal_the_formulas_written_out(layout: str) 
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_tokens_that_differ_in_their_place_alone_are_selected_by_their_original_place(seed: int) -> None:
+def test_tokens_that_differ_only_in_position_are_selected_by_original_position(seed: int) -> None:
     model = make_model(SMALL_QWEN)
     generator = torch.Generator().manual_seed(seed)
     places = torch.randperm(60, generator=generator)[:22].sort().values

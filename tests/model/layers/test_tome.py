@@ -37,14 +37,14 @@ def test_few_tokens_pass_through() -> None:
     assert torch.equal(merge_tokens(features, 16, num_heads=2), features)
 
 
-def test_frames_do_not_touch_each_other() -> None:
+def test_frames_are_merged_independently() -> None:
     features = torch.randn(4, 36, 8)
     together = merge_tokens(features, 4, num_heads=2)
     alone = torch.cat([merge_tokens(frame[None], 4, num_heads=2) for frame in features])
     torch.testing.assert_close(together, alone)
 
 
-def test_wrong_numbers_say_what_fits() -> None:
+def test_invalid_counts_are_refused() -> None:
     with pytest.raises(ValueError, match="num_heads = 3 must divide the features' width 8"):
         merge_tokens(torch.randn(1, 9, 8), 4, num_heads=3)
     with pytest.raises(ValueError, match="num_tokens = 0"):

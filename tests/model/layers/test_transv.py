@@ -40,13 +40,13 @@ def vision_stream(num_vision: int, hidden: Tensor | None = None) -> TokenStream:
     ("keep", "places"),
     [(1.0, list(range(9))), (0.5, [0, 2, 4, 6, 8]), (0.3, [0, 4, 8]), (0.1, [0]), (0.0, [])],
 )
-def test_uniform_keeps_evenly_spaced_tokens_the_first_and_the_last_among_them(keep: float, places: list[int]) -> None:
+def test_uniform_keeps_evenly_spaced_tokens_with_first_and_last(keep: float, places: list[int]) -> None:
     site = TransVSite(layer=1, select="uniform", keep=keep, transfer="none")
     left = apply_site(vision_stream(9), site, None, None)
     assert left.hidden_TD[:, 0].tolist() == [0.0, *(place + 1.0 for place in places), 10.0]
 
 
-def test_rounding_is_half_up_and_never_above_what_is_there() -> None:
+def test_rounding_is_half_up_and_at_most_the_tokens_present() -> None:
     assert [num_kept(5, 5, 0.5), num_kept(5, 2, 0.5), num_kept(3, 3, 0.5), num_kept(10, 10, 0.04)] == [3, 2, 2, 0]
 
 
@@ -142,7 +142,7 @@ def test_copies_come_from_the_nearest_attention_block_at_or_after_the_site() -> 
             assert torch.equal(copied, state[f"backbone.layers.{block}.mixer.{name}.weight"])
 
 
-def test_other_sites_leave_the_tensors_and_start_as_copies_that_add_nothing() -> None:
+def test_other_sites_share_tensors_and_start_with_closed_gates() -> None:
     model, batch = make_model().train(), pack([make_sample(layout) for layout in LAYOUTS])
     without = model.with_transv(())
     assert without.training
@@ -157,7 +157,7 @@ def test_other_sites_leave_the_tensors_and_start_as_copies_that_add_nothing() ->
         model.with_transv((TransVSite(layer=1, select="attention", keep=0.5),))
 
 
-def test_pyramid_drop_halves_what_every_attention_block_meets() -> None:
+def test_pyramid_drop_halves_what_every_attention_block_receives() -> None:
     sites = pyramid_drop(PRESETS["9b"].text)
     assert PRESETS["9b-pdrop"] == replace(PRESETS["9b"], transv=sites)
     assert PRESETS["tiny-pdrop"] == replace(PRESETS["tiny"], transv=pyramid_drop(PRESETS["tiny"].text))
@@ -170,7 +170,7 @@ def test_pyramid_drop_halves_what_every_attention_block_meets() -> None:
         assert len(stream.hidden_TD) == num_left + 2
 
 
-def test_selection_never_looks_past_the_first_response() -> None:
+def test_selection_ignores_tokens_after_the_first_response() -> None:
     model = with_sites(TransVSite(layer=2, select="attention", keep=0.25))
     first = make_sample("svvvvvvvviirrr")
     longer = make_sample("svvvvvvvviirrriiirr")

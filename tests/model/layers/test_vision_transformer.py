@@ -76,7 +76,7 @@ def test_class_token_of_another_tower_is_left_out(tmp_path: Path) -> None:
     assert (encoder.image_size, encoder.hidden_size, encoder.num_patches) == (32, 32, 16)
 
 
-def test_pixels_are_normalised_as_the_processor_says(tmp_path: Path) -> None:
+def test_pixels_are_normalised_as_in_the_processor_configuration(tmp_path: Path) -> None:
     _siglip(tmp_path)
     frames = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
     frames[..., 2] = 255
@@ -99,7 +99,7 @@ def test_a_tower_in_bf16_gets_the_pixels_of_fp32_rounded_once(tmp_path: Path) ->
     "values",
     [{"rescale_factor": 1 / 127.5}, {"do_normalize": False}, {"do_rescale": False}, {"do_rescale": True}],
 )
-def test_steps_that_a_processor_leaves_out_or_changes_are_followed(tmp_path: Path, values: dict[str, Any]) -> None:
+def test_steps_that_a_processor_omits_or_changes_are_respected(tmp_path: Path, values: dict[str, Any]) -> None:
     _siglip(tmp_path)
     statistics = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.25, 0.2]}
     processor = SiglipImageProcessorPil(size={"height": 32, "width": 32}, **statistics, **values)
@@ -117,7 +117,7 @@ def test_register_tokens_are_left_out_too(tmp_path: Path) -> None:
     assert torch.equal(VisionTransformer.from_pretrained(str(tmp_path))(pixels), expected)
 
 
-def test_size_is_what_reaches_the_tower_after_the_processors_crop(tmp_path: Path) -> None:
+def test_image_size_is_the_processors_crop(tmp_path: Path) -> None:
     tower = _save(Dinov2Model(Dinov2Config(**SIZES, **IMAGE, mlp_ratio=2)), tmp_path)
     BitImageProcessorPil(
         size={"shortest_edge": 28}, crop_size={"height": 24, "width": 24}, do_center_crop=True
@@ -146,13 +146,13 @@ def test_pixels_equal_those_of_transformers_processor(tmp_path: Path, shape: tup
     assert (found - expected).abs().mean() <= one_level / 5
 
 
-def test_processors_that_cannot_be_followed_are_refused(tmp_path: Path) -> None:
+def test_unsupported_processors_are_refused(tmp_path: Path) -> None:
     values = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     assert Preprocessing.from_processor(values, image_size=8, where="x").image_size == 8
     for changes, message in (
         ({"resample": 1}, "resample = 1 is not supported"),
-        ({"size": {"height": 8, "width": 9}}, "is no square"),
-        ({"size": {"longest_edge": 9}}, "is no square"),
+        ({"size": {"height": 8, "width": 9}}, "must be square"),
+        ({"size": {"longest_edge": 9}}, "must be square"),
         ({"do_resize": False}, "do_resize = False"),
         ({"rescale_factor": 0}, "rescale_factor = 0"),
     ):

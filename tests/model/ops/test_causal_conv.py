@@ -26,7 +26,7 @@ def test_convolution_and_gradients_equal_the_taps_inside_each_segment(lengths: l
     torch.testing.assert_close(grads, torch.autograd.grad((slow * weights).sum(), inputs))
 
 
-def test_steps_and_a_given_window_continue_the_convolution() -> None:
+def test_steps_and_an_initial_window_continue_the_convolution() -> None:
     generator = torch.Generator().manual_seed(1)
     x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((9, D), (D, K), (D,)))
     whole = causal_conv_silu(x, weight, bias, positions_T=torch.arange(9))
@@ -38,7 +38,7 @@ def test_steps_and_a_given_window_continue_the_convolution() -> None:
     assert torch.equal(window[0], x[6:9])
 
 
-def test_without_bias_the_taps_stand_alone() -> None:
+def test_no_bias_equals_a_zero_bias() -> None:
     x, weight = torch.randn(4, D), torch.randn(D, K)
     positions = torch.arange(4)
     torch.testing.assert_close(

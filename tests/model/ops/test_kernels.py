@@ -163,14 +163,14 @@ def test_attention_keeps_the_contract_of_its_kernel(stand_ins: None, lengths: li
     torch.testing.assert_close(varlen_attention(q, k, v, segments), segment_causal_attention(q, k, v, segments))
 
 
-def test_where_no_token_is_left_attention_still_reaches_every_operand(stand_ins: None) -> None:
+def test_without_tokens_attention_still_reaches_every_operand(stand_ins: None) -> None:
     q, k, v = (torch.zeros(0, heads, 8, requires_grad=True) for heads in (4, 2, 2))
     mixed = varlen_attention(q, k, v, Segments(torch.zeros(0, dtype=torch.long), 1))
     assert len(torch.autograd.grad(mixed.sum(), (q, k, v))) == 3
 
 
 @pytest.mark.parametrize("with_state", [False, True])
-def test_where_no_token_is_left_scan_and_convolution_launch_no_kernel(stand_ins: None, with_state: bool) -> None:
+def test_without_tokens_scan_and_convolution_launch_no_kernel(stand_ins: None, with_state: bool) -> None:
     x, dt, A, B, C, D, initial = scan_input(0, dtype=torch.bfloat16)
     state = initial if with_state else None
     y, last = kernel_scan(x, dt, A, B, C, D_H=D, chunk_size=16, initial_state_HPN=state)
@@ -182,7 +182,7 @@ def test_where_no_token_is_left_scan_and_convolution_launch_no_kernel(stand_ins:
     assert convolved.shape == rows.shape
 
 
-def test_a_single_row_is_moved_to_where_its_kernel_wants_it(stand_ins: None) -> None:
+def test_a_single_unaligned_row_is_copied(stand_ins: None) -> None:
     generator = torch.Generator().manual_seed(0)
     wide, weight = (torch.randn(shape, generator=generator) for shape in ((1, 68), (64, 4)))
     options = {"bias_D": None, "positions_T": torch.zeros(1, dtype=torch.long)}
@@ -215,7 +215,7 @@ def test_mamba_ssm_equals_the_torch_scan(lengths: list[int], max_tokens: int) ->
 
 
 @pytest.mark.gpu
-def test_a_scan_longer_than_32_bits_equals_its_parts() -> None:
+def test_a_scan_longer_than_32_bits_equals_its_chunks() -> None:
     pytest.importorskip("mamba_ssm.ops.triton.ssd_combined")
     num_tokens = 180_000  # x alone has 2^31 elements where a token has 12,288
     generator = torch.Generator("cuda").manual_seed(0)

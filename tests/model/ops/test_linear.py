@@ -94,7 +94,7 @@ def test_a_packed_weight_gives_the_same_product_until_it_changes(products: list[
     assert linear.weight.grad is not None
 
 
-def test_a_packed_model_is_copied_and_written_without_what_is_packed(products: list[tuple[int, bool]]) -> None:
+def test_copies_of_a_packed_model_are_unpacked(products: list[tuple[int, bool]]) -> None:
     linear, x = make(ENOUGH + 1)
     names = list(linear.state_dict())
     pack_linears(linear)

@@ -21,7 +21,7 @@ def test_norm_and_gradients_equal_those_of_pytorch(size: int) -> None:
     torch.testing.assert_close(grads, torch.autograd.grad((theirs * weights).sum(), inputs))
 
 
-def test_gated_norm_takes_each_group_apart() -> None:
+def test_gated_norm_normalises_each_group_separately() -> None:
     layer = GatedRMSNorm(6, 2, 1e-5)
     x, gate = torch.randn(5, 6), torch.randn(5, 6)
     gated = x * F.silu(gate)

@@ -12,11 +12,11 @@ from timeviper_model.weights.families import text_config_from_dict, text_config_
 
 
 @pytest.mark.parametrize("config", [SMALL.text, SMALL_QWEN.text], ids=["hybrid", "qwen"])
-def test_what_is_written_is_read_back(config: TextConfig) -> None:
+def test_text_config_survives_a_round_trip(config: TextConfig) -> None:
     assert text_config_from_dict(text_config_to_dict(config), where="here") == config
 
 
-def test_nvidias_first_name_of_the_head_width_is_known() -> None:
+def test_attention_head_dim_is_accepted_as_the_head_width() -> None:
     raw = text_config_to_dict(SMALL.text)
     raw["attention_head_dim"] = raw.pop("head_dim")
     assert text_config_from_dict(raw, where="here") == SMALL.text
@@ -33,7 +33,7 @@ def test_nvidias_first_name_of_the_head_width_is_known() -> None:
         (SMALL_QWEN.text, {"head_dim": 64}),
     ],
 )
-def test_a_variant_that_is_not_computed_here_is_refused(config: TextConfig, values: dict[str, Any]) -> None:
+def test_unsupported_variants_are_refused(config: TextConfig, values: dict[str, Any]) -> None:
     ((name, value),) = values.items()
     with pytest.raises(ValueError, match=f"here: {name} = {value!r} is not supported"):
         text_config_from_dict(text_config_to_dict(config) | values, where="here")

@@ -55,7 +55,7 @@ def test_a_checkpoint_of_the_public_code_gives_its_weights(tmp_path: Path, confi
     assert all(torch.equal(tensor, own[name]) for name, tensor in model.state_dict().items())
 
 
-def test_what_does_not_fit_is_named_in_one_error(tmp_path: Path) -> None:
+def test_all_mismatches_are_in_one_error(tmp_path: Path) -> None:
     _, public = public_state_dict(SMALL, seed=4)
     del public["llm_backbone.llm.backbone.norm_f.weight"]
     public["llm_backbone.llm.backbone.merge_modules.2.q_proj.weight"] = torch.zeros(2)

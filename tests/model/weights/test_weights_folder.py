@@ -81,7 +81,7 @@ def test_dtype_is_chosen_at_loading(tmp_path: Path) -> None:
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
 
 
-def test_every_tensor_that_does_not_fit_is_named(tmp_path: Path) -> None:
+def test_every_mismatched_tensor_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "weights"
     save_pretrained(make_model(dtype=torch.float32), folder)
     shard = folder / "model-00001-of-00001.safetensors"
@@ -98,7 +98,7 @@ def test_every_tensor_that_does_not_fit_is_named(tmp_path: Path) -> None:
     assert "misshaped: lm_head.weight is (40, 5), should be (40, 24)" in message
 
 
-def test_folders_that_are_no_weights_say_what_is_wrong(tmp_path: Path) -> None:
+def test_folders_without_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"config\.json does not exist"):
         from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
@@ -110,11 +110,11 @@ def test_folders_that_are_no_weights_say_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="vocab_size"):
         from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config_to_dict(SMALL)))
-    with pytest.raises(ValueError, match=r"holds no \.safetensors"):
+    with pytest.raises(ValueError, match=r"has no \.safetensors"):
         from_pretrained(tmp_path)
 
 
-def test_a_shard_the_index_names_but_nobody_has_is_named(tmp_path: Path) -> None:
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     save_pretrained(make_model(), tmp_path / "weights", max_shard_bytes=20_000)
     (tmp_path / "weights" / "model-00001-of-00009.safetensors").unlink(missing_ok=True)
     first = sorted((tmp_path / "weights").glob("*.safetensors"))[0]
@@ -140,7 +140,7 @@ def test_a_save_that_fails_leaves_the_old_folder_and_nothing_else(
     assert weights_hash(folder) == before
 
 
-def test_hash_follows_the_values(tmp_path: Path) -> None:
+def test_equal_weights_have_equal_hashes(tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         save_pretrained(make_model(seed=seed), tmp_path / name)
     a, b, c = (weights_hash(tmp_path / name) for name in "abc")
@@ -196,15 +196,15 @@ def test_transformers_reads_the_language_models_own_sizes(tmp_path: Path) -> Non
     assert (config.hidden_size, config.ssm_state_size) == (SMALL.text.hidden_size, SMALL.text.ssm_state_size)
 
 
-def test_backbone_that_fits_but_is_computed_otherwise_is_refused_by_setting(tmp_path: Path) -> None:
+def test_a_backbone_with_other_settings_is_refused(tmp_path: Path) -> None:
     write_backbone(tmp_path / "llm", "backbone.")
     text = replace(SMALL.text, layer_norm_epsilon=1e-3, num_attention_heads=1, head_dim=32, num_key_value_heads=1)
     other = make_model(replace(SMALL, text=text), dtype=torch.float32)
     before = other.state_dict()["lm_head.weight"].clone()
-    said = (
+    message = (
         r"config\.json: num_attention_heads = \d+, the model's is 1; .*layer_norm_epsilon = 1e-05, the model's is 0.001"
     )
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         load_backbone(other, tmp_path / "llm")
     assert torch.equal(other.state_dict()["lm_head.weight"], before)
 
@@ -262,7 +262,7 @@ def test_loading_holds_the_weights_and_one_shard_at_a_time(tmp_path: Path) -> No
     assert held <= weights_bytes + shard_bytes + slack_bytes
 
 
-def test_tokenizer_is_saved_beside_the_weights_and_comes_back(tmp_path: Path) -> None:
+def test_tokenizer_is_saved_with_the_weights(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
