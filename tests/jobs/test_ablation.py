@@ -111,7 +111,7 @@ def test_prompts_are_counted_with_what_the_sites_leave(corpus: Corpus, tmp_path:
     weights = corpus.folder / "runs" / SHARED_RUN / "weights" / "align"
     evaluation = {
         "weights": str(weights),
-        "features": corpus.features,
+        "feature_store": corpus.features,
         "questions": str(tmp_path),
         "answering": {"max_frames": 6},
     }

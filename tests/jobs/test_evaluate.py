@@ -25,7 +25,7 @@ def test_evaluation_on_ray_finds_the_known_answers(
     output = tmp_path / "scores" / "evaluation.json"
     code = _run(
         f"weights={known.weights}",
-        f"features={known.features}",
+        f"feature_store={known.feature_store}",
         f"questions={known.questions}",
         f"output={output}",
         "tasks=[choice, grounding]",

@@ -64,7 +64,7 @@ def trained(ntsc: Ntsc, start: float | None, end: float | None, max_frames: int 
 def evaluated(ntsc: Ntsc, start: float | None, end: float | None, max_frames: int | None) -> torch.Tensor:
     """(F * N, dim) features that a question is answered from."""
     question = {"media": [{"media_id": "ntsc", "start_seconds": start, "end_seconds": end}]}
-    config = AnsweringConfig(max_frames=max_frames, frame_mode="uniform")
+    config = AnsweringConfig(max_frames=max_frames, frame_selection="uniform")
     media = read_media(ntsc.store, question, config, dim=ntsc.store.info("ntsc").dim)
     assert media is not None
     return media[0]
@@ -72,7 +72,7 @@ def evaluated(ntsc: Ntsc, start: float | None, end: float | None, max_frames: in
 
 def served(ntsc: Ntsc, max_frames: int) -> np.ndarray:
     """(F, N, dim) bits of the features that a request gets."""
-    config = FeatureServiceConfig(store=ntsc.uri, max_frames=max_frames)
+    config = FeatureServiceConfig(feature_store=ntsc.uri, max_frames=max_frames)
     service = FeatureService(ntsc.weights, config, lambda array: array)
     answer = asyncio.run(service.features(FeatureRequest(source=StoredFeatures(media_id="ntsc"))))
     assert isinstance(answer, FeatureReference)

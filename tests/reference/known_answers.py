@@ -30,7 +30,7 @@ class KnownAnswers:
     """The folders that evaluation reads."""
 
     weights: str
-    features: str
+    feature_store: str
     questions: str
 
 
@@ -40,10 +40,10 @@ def make_known_answers(folder: Path) -> KnownAnswers:
     tokenizer = train_tokenizer([WHICH, WHEN, *NAMES, *(span_answer(n) for n in range(4))] * 5, 320)
     model = _learn(tokenizer, media)
     known = KnownAnswers(
-        weights=str(folder / "weights"), features=str(folder / "features"), questions=str(folder / "held_out")
+        weights=str(folder / "weights"), feature_store=str(folder / "features"), questions=str(folder / "held_out")
     )
     save_pretrained(model, known.weights, tokenizer=tokenizer)
-    write_store(known.features, media, recipe={"made": "by hand"})
+    write_store(known.feature_store, media, recipe={"made": "by hand"})
     (folder / "held_out").mkdir()
     write_questions(folder / "held_out" / "choice.parquet", [choice_row(n) for n in range(4)])
     write_questions(folder / "held_out" / "grounding.parquet", [grounding_row(n) for n in range(4)])

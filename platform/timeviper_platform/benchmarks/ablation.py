@@ -203,7 +203,7 @@ def read_row(ablation: Ablation, row: str) -> dict[str, Any] | None:
 def prompt_tokens(evaluation: Mapping[str, Any], task: str) -> dict[str, float]:
     """Mean prompt of a task's questions with their video: vision tokens and all tokens, at the first and last block."""
     config, tokenizer = load_config(evaluation["weights"]), load_tokenizer(evaluation["weights"])
-    store = FeatureStore.open(evaluation["features"])
+    store = FeatureStore.open(evaluation["feature_store"])
     sums = [0, 0, 0, 0]
     questions = pq.read_table(Path(evaluation["questions"]) / f"{task}.parquet").to_pylist()
     for question in questions:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,6 +13,7 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from timeviper_platform.common.config_docs import config_keys
+from timeviper_platform.common.storage import is_local
 
 T = TypeVar("T")
 
@@ -50,6 +53,40 @@ def parse_config(cls: type[T], values: dict[str, Any], *, source: str = "the con
         problems = [_describe(cls, item) for item in error.errors()]
         raise ValueError(f"{source}: " + "; ".join(problems)) from error
     return config
+
+
+def with_absolute_paths(config: T, keys: Iterable[str], *, root: Path | None = None, if_exists: bool = False) -> T:
+    """`config` with the local paths under `keys` made absolute, for processes that run in another folder.
+
+    Args:
+        config: a dataclass; URIs, nulls and absolute paths in it stay.
+        keys: dotted paths; `*` stands for every entry of a mapping or tuple.
+        root: folder that relative paths start from; None = the current one.
+        if_exists: leave a value that is not a path below `root`, such as the name of a model on a hub.
+    """
+    for key in keys:
+        config = _map_value(config, key.split("."), partial(_absolute, root=root or Path.cwd(), if_exists=if_exists))
+    return config
+
+
+def _map_value(node: Any, path: Sequence[str], change: Callable[[str], str]) -> Any:
+    if node is None:
+        return None
+    if not path:
+        return change(node)
+    name, *rest = path
+    if name != "*":
+        return replace(node, **{name: _map_value(getattr(node, name), rest, change)})
+    if isinstance(node, dict):
+        return {key: _map_value(value, rest, change) for key, value in node.items()}
+    return type(node)(_map_value(value, rest, change) for value in node)
+
+
+def _absolute(path: str, *, root: Path, if_exists: bool) -> str:
+    if not is_local(path):
+        return path
+    absolute = root / path.removeprefix("file://")
+    return str(absolute) if absolute.exists() or not if_exists else path
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

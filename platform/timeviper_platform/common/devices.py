@@ -1,4 +1,4 @@
-"""What an accelerator can do at most, by the name that its driver gives."""
+"""Devices and dtypes by name, and the peak performance of accelerators."""
 
 from __future__ import annotations
 
@@ -17,28 +17,43 @@ PEAK_FLOPS: dict[str, float] = {
     "NVIDIA A100": 312e12,
     "NVIDIA L40S": 362e12,
 }
-"""dense bf16 operations a second by the start of the device's name, the longer names first; NVIDIA's data sheets
-(theirs with sparsity are twice these)"""
+"""Dense bf16 operations per second by prefix of the device's name, longer prefixes first (NVIDIA's data sheets)."""
 
 
 def torch_dtype(name: Dtype) -> torch.dtype:
-    """The torch type of that name."""
+    """The torch dtype of that name."""
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 
 
+def torch_device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ValueError: when torch does not know the name.
+        RuntimeError: for a CUDA device on a machine without one.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device = {name!r} is not a device of torch; use cpu or cuda") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RuntimeError(f"device = {name!r}: torch sees {torch.cuda.device_count()} CUDA devices; use device: cpu")
+    return device
+
+
 def device_name(device: torch.device) -> str:
-    """As the driver says it."""
+    """The name that the driver gives, or CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def peak_flops(name: str) -> float | None:
-    """The device's dense bf16 operations a second; None for one that PEAK_FLOPS does not have."""
+    """The device's dense bf16 operations per second; None for an unknown device."""
     return next((peak for start, peak in PEAK_FLOPS.items() if name.startswith(start)), None)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most that PyTorch has held on a GPU, or this process on a CPU, since it began."""
+    """Peak memory of this process: torch's on a GPU, the resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,8 +1,4 @@
-"""The analysis job: a weights folder and questions to a folder of figures, as JSON, CSV and SVG.
-
-Each figure is written as soon as its numbers are there, and one that is there already is done again. Knows files and
-the configuration; the numbers are figures.py's, the pictures pictures.py's. One process holds the model.
-"""
+"""Writes the paper's Figures 3 to 6 for a weights folder and questions, as JSON, CSV and SVG."""
 
 from __future__ import annotations
 
@@ -22,7 +18,7 @@ from timeviper_platform.common import storage
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.evaluation.answering import Answerer, Prompt
 from timeviper_platform.evaluation.charts import heat_map, line_chart
-from timeviper_platform.evaluation.evaluator import AnsweringConfig, load_model, read_media
+from timeviper_platform.evaluation.evaluator import AnsweringConfig, Question, load_model, read_media
 from timeviper_platform.evaluation.figures import (
     Answered,
     BlockingSweep,
@@ -42,25 +38,22 @@ Figure = Literal["blocking", "dropping", "maps"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AnalyzeConfig:
-    """One analysis.
-
-    Raises:
-        ValueError: when no task or no figure is named.
-    """
+    """One analysis."""
 
     weights: str
-    """weights folder"""
-    features: str
-    """feature store"""
+    """Folder of the weights."""
+    feature_store: str
+    """URI of the feature store."""
     questions: str
-    """folder with one QUESTIONS file a task"""
+    """Folder with one QUESTIONS file per task."""
     output: str
-    """folder for the figures"""
+    """Folder for the figures; existing files are replaced."""
     tasks: tuple[str, ...] = ("choice",)
-    """names of the files in `questions`, without .parquet"""
+    """Names of the files in `questions`, without .parquet."""
     max_questions: int | None = 64
-    """of each task, the first ones; None = all"""
+    """Maximum questions per task, the first ones; null = all."""
     figures: tuple[Figure, ...] = ("blocking", "dropping", "maps")
+    """Figures to write: 3 (blocking), 4 (dropping), 5 and 6 (maps)."""
     answering: AnsweringConfig = field(default_factory=AnsweringConfig)
     blocking: BlockingSweep = field(default_factory=BlockingSweep)
     dropping: DroppingSweep = field(default_factory=DroppingSweep)
@@ -72,71 +65,77 @@ class AnalyzeConfig:
 
 
 def run_analysis(config: AnalyzeConfig) -> list[str]:
-    """Writes every figure asked for; the URIs of the files, in the order they were written.
+    """Writes the configured figures, each as soon as it is computed; returns the URIs of the files in order.
 
     Raises:
-        ValueError: for wrong questions, weights or features, or when no question can be asked.
+        ValueError: for wrong questions, weights or features, or when no question has its media.
         RuntimeError: when the output cannot be written.
     """
     rows = read_questions(config.questions, config.tasks, config.max_questions)
-    check_inputs(config.weights, config.features)
+    check_inputs(config.weights, config.feature_store)
     storage.ensure_writable(config.output)
     torch.set_num_threads(config.answering.num_threads)
     model = load_model(config.weights, config.answering)
     answerer = Answerer(model, load_tokenizer(config.weights), max_pack_tokens=config.answering.max_pack_tokens)
-    asked = list(_with_media(rows, config, dim=model.config.vision.row_size))
-    if not asked:
-        raise ValueError(f"none of {len(rows)} questions has its media in {config.features!r}")
-    logger.info("analyze: %d of %d questions have their media", len(asked), len(rows))
+    prompts = list(_with_media(rows, config, dim=model.config.vision.row_size))
+    if not prompts:
+        raise ValueError(f"none of {len(rows)} questions has its media in {config.feature_store!r}")
+    logger.info("analyze: %d of %d questions have their media", len(prompts), len(rows))
     written: list[str] = []
     for figure in config.figures:
-        written += _WRITERS[figure](model, answerer, asked, config)
+        written += _WRITERS[figure](model, answerer, prompts, config)
     return written
 
 
-_Asked = tuple[dict[str, Any], Prompt]
+_QuestionPrompt = tuple[Question, Prompt]
 
 
-def _with_media(rows: Sequence[dict[str, Any]], config: AnalyzeConfig, *, dim: int) -> Iterator[_Asked]:
-    store = FeatureStore.open(config.features)
+def _with_media(rows: Sequence[Question], config: AnalyzeConfig, *, dim: int) -> Iterator[_QuestionPrompt]:
+    store = FeatureStore.open(config.feature_store)
     for row in rows:
         media = read_media(store, row, config.answering, dim=dim)
         if media is not None:
             yield row, Prompt(text=row["question"], media=media)
 
 
-def make_answered(answerer: Answerer, asked: Sequence[_Asked]) -> Answered:
-    """Every question with each of its options, or with its right answer where it has none."""
-    options = [row["choices"] if row["answer"] in (row["choices"] or []) else [row["answer"]] for row, _ in asked]
-    pairs = [(prompt, text) for (_, prompt), texts in zip(asked, options, strict=True) for text in texts]
+def make_answered(answerer: Answerer, prompts: Sequence[_QuestionPrompt]) -> Answered:
+    """Packs every question with each of its options, or with its right answer when it has no choices."""
+    options = [row["choices"] if row["answer"] in (row["choices"] or []) else [row["answer"]] for row, _ in prompts]
+    pairs = [(prompt, text) for (_, prompt), texts in zip(prompts, options, strict=True) for text in texts]
     return Answered(
-        batches=tuple(answerer.packs(pairs)),
+        batches=tuple(answerer.pack_answers(pairs)),
         num_options=tuple(len(texts) for texts in options),
-        right=tuple(texts.index(row["answer"]) for (row, _), texts in zip(asked, options, strict=True)),
+        right=tuple(texts.index(row["answer"]) for (row, _), texts in zip(prompts, options, strict=True)),
     )
 
 
-def _write_blocking(model: TimeViper, answerer: Answerer, asked: Sequence[_Asked], config: AnalyzeConfig) -> list[str]:
-    rows = list(_logged("blocking", blocking_rows(model, make_answered(answerer, asked), config.blocking)))
+def _write_blocking(
+    model: TimeViper, answerer: Answerer, prompts: Sequence[_QuestionPrompt], config: AnalyzeConfig
+) -> list[str]:
+    rows = list(_logged("blocking", blocking_rows(model, make_answered(answerer, prompts), config.blocking)))
     return _write_sweep(config.output, "blocking", rows, ("flow", "scope", "kind"), "Figure 3: blocked from vision")
 
 
-def _write_dropping(model: TimeViper, answerer: Answerer, asked: Sequence[_Asked], config: AnalyzeConfig) -> list[str]:
-    rows = list(_logged("dropping", dropping_rows(model, make_answered(answerer, asked), config.dropping)))
+def _write_dropping(
+    model: TimeViper, answerer: Answerer, prompts: Sequence[_QuestionPrompt], config: AnalyzeConfig
+) -> list[str]:
+    rows = list(_logged("dropping", dropping_rows(model, make_answered(answerer, prompts), config.dropping)))
     return _write_sweep(config.output, "dropping", rows, ("select", "keep"), "Figure 4: vision tokens dropped")
 
 
-def _write_maps(model: TimeViper, answerer: Answerer, asked: Sequence[_Asked], config: AnalyzeConfig) -> list[str]:
-    pairs = [(prompt, row["answer"]) for row, prompt in asked[: config.maps.num_samples]]
-    batches = [batch for pair in pairs for batch in answerer.packs([pair])]
+def _write_maps(
+    model: TimeViper, answerer: Answerer, prompts: Sequence[_QuestionPrompt], config: AnalyzeConfig
+) -> list[str]:
+    pairs = [(prompt, row["answer"]) for row, prompt in prompts[: config.maps.num_questions]]
+    batches = [batch for pair in pairs for batch in answerer.pack_answers([pair])]
     maps = layer_maps(model, batches, config.maps)
-    rows = [row for seen in maps for row in seen.rows()]
-    values = [_map_values(seen) for seen in maps]
+    rows = [row for layer_map in maps for row in layer_map.rows()]
+    values = [_map_values(layer_map) for layer_map in maps]
     pictures = {
-        f"map-{seen.layer:02d}.svg": heat_map(
-            seen.picture_BB.nan_to_num().tolist(), title=f"block {seen.layer}, {seen.block_type}"
+        f"map-{layer_map.layer:02d}.svg": heat_map(
+            layer_map.picture_BB.nan_to_num().tolist(), title=f"block {layer_map.layer}, {layer_map.block_type}"
         )
-        for seen in maps
+        for layer_map in maps
     }
     lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
@@ -153,23 +152,23 @@ def _write_maps(model: TimeViper, answerer: Answerer, asked: Sequence[_Asked], c
 _WRITERS = {"blocking": _write_blocking, "dropping": _write_dropping, "maps": _write_maps}
 
 
-def _map_values(seen: LayerMap) -> dict[str, Any]:
-    """A block's maps as plain values; each head's own among them."""
-    shares = seen.groups.share_HAB
+def _map_values(layer_map: LayerMap) -> dict[str, Any]:
+    """A block's maps as plain values, also per head."""
+    shares = layer_map.groups.share_HAB
     return {
-        "layer": seen.layer,
-        "block": seen.block_type,
-        "groups": list(seen.rows()),
+        "layer": layer_map.layer,
+        "block": layer_map.block_type,
+        "groups": list(layer_map.rows()),
         "groups_by_head": [[[_plain(value) for value in row] for row in head] for head in shares.tolist()],
-        "picture": [[_plain(value) for value in row] for row in seen.picture_BB.tolist()],
-        "heads": {name: of.tolist() for name, of in seen.heads._asdict().items()},
+        "picture": [[_plain(value) for value in row] for row in layer_map.picture_BB.tolist()],
+        "heads": {name: values.tolist() for name, values in layer_map.heads._asdict().items()},
     }
 
 
 def _write_sweep(
     folder: str, name: str, rows: Sequence[dict[str, Any]], keys: tuple[str, ...], title: str
 ) -> list[str]:
-    """The rows as JSON and CSV, and log-probability over layers, a line for each combination of `keys`."""
+    """Writes the rows as JSON and CSV, and a chart of log-probability over layers with a line per value of `keys`."""
     baseline, *measured = rows
     layers = [row["layer"] for row in measured]
     lines: dict[str, list[tuple[float, float]]] = {
@@ -189,13 +188,13 @@ def _write_sweep(
 
 
 def _logged(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    for number, row in enumerate(rows, start=1):
-        logger.info("%s %d: %s", name, number, row)
+    for count, row in enumerate(rows, start=1):
+        logger.info("%s %d: %s", name, count, row)
         yield row
 
 
 def _plain(value: float) -> float | None:
-    """JSON has no NaN: None where nothing was averaged."""
+    """None for NaN, which JSON lacks: nothing was averaged."""
     return None if math.isnan(value) else value
 
 

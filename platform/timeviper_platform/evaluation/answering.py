@@ -1,7 +1,4 @@
-"""A model's own answers: the log-likelihood of each option, and greedy text.
-
-Knows the model, its tokenizer and vision rows; not questions' truth, scores, files or Ray.
-"""
+"""Answers prompts with one model: the log-likelihood of each option, and greedy text."""
 
 from __future__ import annotations
 
@@ -19,16 +16,16 @@ from timeviper_model.inference.generate import generate_ids
 from timeviper_model.timeviper import TimeViper
 
 DEFAULT_MAX_PACK_TOKENS = 8192
-"""16 pairs of a minute of video at 16 tokens a second; bounds memory whatever the number of options"""
+"""16 pairs of a minute of video at 16 tokens a second."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
-    """A user's text and the vision rows of each medium it is about."""
+    """A user's text, and the vision rows of each medium that it is about."""
 
     text: str
     media: tuple[Tensor, ...] = ()
-    """(tokens, dim) each; none = ask without the video"""
+    """(tokens, dim) each; none = without the video"""
 
 
 class Answerer:
@@ -43,32 +40,33 @@ class Answerer:
         self._device, self._dtype = parameter.device, parameter.dtype
 
     def score_options(self, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) -> list[list[float]]:
-        """For each prompt the log-probability of each of its options as the whole answer, end token included."""
+        """For each prompt, the log-probability of each of its options as the whole answer, end token included."""
+        pairs = [(prompt, option) for prompt, texts in zip(prompts, options, strict=True) for option in texts]
         scores: list[float] = []
-        for batch in self.packs([(p, option) for p, texts in zip(prompts, options, strict=True) for option in texts]):
+        for batch in self.pack_answers(pairs):
             log_probs, segment_ids = self._model.target_log_probs(batch)
-            # float64: the order in which fp32 numbers are added must not decide between close options
+            # float64: the order of a float32 sum must not decide between close options
             sums = torch.zeros(batch.num_segments, dtype=torch.float64, device=log_probs.device)
             scores += sums.index_add_(0, segment_ids.long(), log_probs.double()).tolist()
         rest = iter(scores)
         return [[next(rest) for _ in texts] for texts in options]
 
-    def packs(self, pairs: Sequence[tuple[Prompt, str]]) -> Iterator[PackedBatch]:
-        """The prompts with an answer each, in order, on the model's device, as many together as fit a pack."""
+    def pack_answers(self, pairs: Sequence[tuple[Prompt, str]]) -> Iterator[PackedBatch]:
+        """Packs of (prompt, answer) pairs in order, on the model's device, each of up to `max_pack_tokens` tokens."""
         samples = [self._sample(prompt, answer) for prompt, answer in pairs]
-        for members in _packs([len(sample) for sample in samples], self._max_pack_tokens):
+        for members in _group([len(sample) for sample in samples], self._max_pack_tokens):
             batch = pack_samples([samples[n] for n in members], [self._rows(pairs[n][0]) for n in members])
             yield batch.to(self._device, self._dtype)
 
+    @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[str]:
-        """Greedy answers, all prompts advancing together, one slot each."""
-        batches = [
-            pack_samples([self._sample(prompt, None)], [self._rows(prompt)]).to(self._device, self._dtype)
-            for prompt in prompts
-        ]
-        end_id = end_token_id(self._tokenizer, self._template)
+        """Greedy answers to all prompts, decoded together."""
+        batches = [pack_samples([self._sample(prompt, None)], [self._rows(prompt)]) for prompt in prompts]
         answers = generate_ids(
-            self._model, batches, end_id=end_id, params=SamplingParams(max_new_tokens=max_new_tokens)
+            self._model,
+            [batch.to(self._device, self._dtype) for batch in batches],
+            end_id=end_token_id(self._tokenizer, self._template),
+            params=SamplingParams(max_new_tokens=max_new_tokens),
         )
         return [self._tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
 
@@ -90,15 +88,15 @@ class Answerer:
         return torch.zeros(0, self._model.config.vision.row_size, dtype=self._dtype)
 
 
-def _packs(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Numbers of neighbours that fit into `max_tokens` together; a longer one goes alone."""
+def _group(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Indices of consecutive samples that fit into `max_tokens` together; a longer sample is alone."""
     members: list[int] = []
     total = 0
-    for number, length in enumerate(lengths):
+    for index, length in enumerate(lengths):
         if members and total + length > max_tokens:
             yield members
             members, total = [], 0
-        members.append(number)
+        members.append(index)
         total += length
     if members:
         yield members

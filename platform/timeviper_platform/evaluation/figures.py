@@ -1,8 +1,4 @@
-"""The numbers of the paper's Figures 3 to 6 for any weights and questions: blocking, dropping, who reads from whom.
-
-Turns a model and packs of answered questions into rows of plain values. Knows the model's analysis and how an answer is
-scored; not files, pictures or where questions come from.
-"""
+"""Computes the numbers of the paper's Figures 3 to 6 from a model and packs of answered questions."""
 
 from __future__ import annotations
 
@@ -31,62 +27,67 @@ KINDS = [kind.name.lower() for kind in TokenKind]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockingSweep:
-    """Figure 3: which flows are cut, one after the other."""
+    """Figure 3: one flow of information blocked per measurement."""
 
     flows: tuple[Literal["v2i", "v2r"], ...] = ("v2i", "v2r")
+    """Flows to block: vision to instruction (v2i), vision to response (v2r)."""
     scopes: tuple[Literal["layer", "window", "from_layer"], ...] = ("from_layer",)
+    """Blocks in which a flow is blocked: one, `window` of them, or all from one on."""
     window: int = 5
-    """blocks of scope `window`"""
+    """Number of blocks of scope `window`."""
     kinds: tuple[Literal["attention", "mamba", "both"], ...] = ("both",)
+    """Kinds of blocks in which a flow is blocked."""
     layers: tuple[int, ...] | None = None
-    """None = every block that mixes tokens"""
+    """Blocks to measure at; null = every block that mixes tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DroppingSweep:
-    """Figure 4: one site of plain dropping, at each layer with each choice."""
+    """Figure 4: vision tokens dropped before one block per measurement."""
 
-    selects: tuple[Literal["uniform", "attention"], ...] = ("uniform", "attention")
-    keeps: tuple[float, ...] = (0.5, 0.1)
+    selections: tuple[Literal["uniform", "attention"], ...] = ("uniform", "attention")
+    """Ways to choose the tokens to keep."""
+    keep_ratios: tuple[float, ...] = (0.5, 0.1)
+    """Shares of the vision tokens to keep."""
     layers: tuple[int, ...] | None = None
-    """None = every block that mixes tokens; selection by attention leaves out those without"""
+    """Blocks to measure at; null = every block that mixes tokens. Selection by attention needs an attention block."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MapsConfig:
-    """Figures 5 and 6: rows of attention and hidden attention, pooled."""
+    """Figures 5 and 6: pooled maps of attention, and of Mamba's hidden attention."""
 
-    num_samples: int = 8
-    """the first questions, each with its right answer"""
+    num_questions: int = 8
+    """Number of questions, the first ones, each with its right answer."""
     num_bins: int = 48
-    """of a picture's side"""
+    """Rows and columns of a picture."""
     max_queries: int = 1024
-    """of a sample, evenly spaced, its last token among them; bounds the time at long inputs"""
+    """Maximum queries per question, evenly spaced up to the last token; bounds the time of long inputs."""
     layers: tuple[int, ...] | None = None
-    """None = every block that mixes tokens"""
+    """Blocks to map; null = every block that mixes tokens."""
 
     def __post_init__(self) -> None:
-        if min(self.num_samples, self.num_bins, self.max_queries) < 1:
-            raise ValueError(f"{self.num_samples = }, {self.num_bins = }, {self.max_queries = } must be at least 1")
+        if min(self.num_questions, self.num_bins, self.max_queries) < 1:
+            raise ValueError(f"{self.num_questions = }, {self.num_bins = }, {self.max_queries = } must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answered:
-    """Questions with all their options as packs, so that any run of the model can be scored."""
+    """Packs of questions with all their options, to score any variant of the model."""
 
     batches: tuple[PackedBatch, ...]
-    """one segment a (question, option), in order"""
+    """one segment per (question, option), in order"""
     num_options: tuple[int, ...]
-    """of each question; 1 where it has no choices"""
+    """per question; 1 without choices"""
     right: tuple[int, ...]
-    """the right option of each question"""
+    """index of each question's right option"""
 
     def score(self, target_log_probs: Callable[[PackedBatch], tuple[Tensor, Tensor]]) -> dict[str, float | None]:
-        """What a run of the model makes of the questions.
+        """Scores one variant of the model.
 
         Returns:
-            `log_prob`: of the right answers, a token, averaged over questions. `accuracy`: share of the questions with
-            choices whose likeliest option is the right one, by the option's whole log-probability; None without any.
+            `log_prob`: mean over questions of the right answer's log-probability per token. `accuracy`: share of the
+            questions with choices whose most probable option is the right one; None without any.
         """
         sums, counts = [], []
         for batch in self.batches:
@@ -109,13 +110,13 @@ class Answered:
 
 
 def mixing_layers(model: TimeViper, layers: tuple[int, ...] | None) -> list[int]:
-    """The blocks asked for, else all that mix tokens."""
+    """The configured blocks, else all that mix tokens."""
     types = model.config.text.block_types
     return [layer for layer, kind in enumerate(types) if kind != "mlp"] if layers is None else list(layers)
 
 
 def blocking_rows(model: TimeViper, answered: Answered, sweep: BlockingSweep) -> Iterator[dict[str, Any]]:
-    """The score with nothing cut (`flow` "none"), then with each flow, scope, kind and layer."""
+    """Yields the score with nothing blocked (`flow` "none"), then with each flow, scope, kind and layer."""
     start = answered.score(model.target_log_probs)
     yield {"flow": "none", "scope": "", "kind": "", "layer": None, **start}
     for flow in sweep.flows:
@@ -129,15 +130,15 @@ def blocking_rows(model: TimeViper, answered: Answered, sweep: BlockingSweep) ->
 
 
 def dropping_rows(model: TimeViper, answered: Answered, sweep: DroppingSweep) -> Iterator[dict[str, Any]]:
-    """The score without any site (`select` "none"), then with one site of each choice, share and layer."""
+    """Yields the score with nothing dropped (`select` "none"), then with each selection, ratio and layer."""
 
     def score(sites: Sequence[TransVSite]) -> dict[str, float | None]:
         return answered.score(with_plan(model, sites).target_log_probs)
 
     types = model.config.text.block_types
     yield {"select": "none", "keep": 1.0, "layer": None, **score(())}
-    for select in sweep.selects:
-        for keep in sweep.keeps:
+    for select in sweep.selections:
+        for keep in sweep.keep_ratios:
             for layer in mixing_layers(model, sweep.layers):
                 if select == "uniform" or types[layer] == "attention":
                     site = TransVSite(layer=layer, select=select, keep=keep, transfer="none")
@@ -146,19 +147,19 @@ def dropping_rows(model: TimeViper, answered: Answered, sweep: DroppingSweep) ->
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerMap:
-    """What is seen of one block over all samples."""
+    """The maps of one block over all questions."""
 
     layer: int
     block_type: str
     groups: PooledMap
-    """between token kinds; Mamba's rows over their L1 norm first, as in Figure 6"""
+    """between token kinds; Mamba's rows divided by their L1 norm, as in Figure 6"""
     picture_BB: Tensor
-    """averages between stretches of equal length, over samples and, their signs left out, over heads"""
+    """absolute weights between bins of equal length, averaged over questions and heads"""
     heads: HeadStatistics
-    """averages over samples"""
+    """averages over questions"""
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """What a query of one kind gives to all tokens of another, averaged over heads."""
+        """Yields the share that a query of one kind gives to all tokens of another, averaged over heads."""
         shares = self.groups.share_HAB.mean(0)
         for a, query in enumerate(KINDS):
             for b, source in enumerate(KINDS):
@@ -174,44 +175,43 @@ class LayerMap:
 
 
 def layer_maps(model: TimeViper, batches: Sequence[PackedBatch], config: MapsConfig) -> list[LayerMap]:
-    """The maps of every chosen block, over batches of one sample each."""
+    """The maps of every chosen block, over batches of one question each."""
     types = model.config.text.block_types
     layers = mixing_layers(model, config.layers)
-    seen: dict[int, list[tuple[PooledMap, PooledMap, HeadStatistics]]] = {layer: [] for layer in layers}
+    maps: dict[int, list[tuple[PooledMap, PooledMap, HeadStatistics]]] = {layer: [] for layer in layers}
 
-    def look(tokens: TokenMap, stream: TokenStream) -> tuple[PooledMap, PooledMap, HeadStatistics]:
-        places = spread(len(tokens.segments.ids), config.max_queries, stream.hidden_TD.device)
-        stretches = equal_bins(tokens.segments, config.num_bins)
+    def pool(tokens: TokenMap, stream: TokenStream) -> tuple[PooledMap, PooledMap, HeadStatistics]:
+        queries = spread(len(tokens.segments.ids), config.max_queries, stream.hidden_TD.device)
+        bins = equal_bins(tokens.segments, config.num_bins)
         return (
-            pool_map(tokens, stream.token_kind_T, len(KINDS), normalise=True, queries=places),
-            pool_map(tokens, stretches, config.num_bins, normalise=True, queries=places),
-            head_statistics(tokens, queries=places),
+            pool_map(tokens, stream.token_kind_T, len(KINDS), normalise=True, queries=queries),
+            pool_map(tokens, bins, config.num_bins, normalise=True, queries=queries),
+            head_statistics(tokens, queries=queries),
         )
 
-    for number, batch in enumerate(batches):
-        for layer, found in observe(model, batch, layers, look).items():
-            seen[layer].append(found)
-        logger.info("maps: %d of %d samples", number + 1, len(batches))
+    for index, batch in enumerate(batches):
+        for layer, pooled in observe(model, batch, layers, pool).items():
+            maps[layer].append(pooled)
+        logger.info("maps: %d of %d questions", index + 1, len(batches))
     return [
         LayerMap(
             layer=layer,
             block_type=types[layer],
-            groups=_added([groups for groups, _, _ in found]),
-            picture_BB=_added([picture for _, picture, _ in found]).mean_HAB.abs().mean(0),
+            groups=_sum([groups for groups, _, _ in pooled]),
+            picture_BB=_sum([picture for _, picture, _ in pooled]).mean_HAB.abs().mean(0),
             heads=HeadStatistics(
-                *(torch.stack(of).mean(0) for of in zip(*(heads for _, _, heads in found), strict=True))
+                *(torch.stack(values).mean(0) for values in zip(*(heads for _, _, heads in pooled), strict=True))
             ),
         )
-        for layer, found in seen.items()
+        for layer, pooled in maps.items()
     ]
 
 
 def spread(num_tokens: int, max_queries: int, device: torch.device) -> Tensor:
-    """At most so many places, evenly spaced, the last one among them: spread(9, 3) -> 2, 5, 8."""
+    """At most `max_queries` indices, evenly spaced and with the last one: spread(9, 3) -> 2, 5, 8."""
     count = min(num_tokens, max_queries)
     return (torch.arange(1, count + 1, device=device) * num_tokens) // count - 1
 
 
-def _added(maps: Sequence[PooledMap]) -> PooledMap:
-    """Sums of several samples' sums."""
-    return PooledMap(*(torch.stack(of).sum(0) for of in zip(*maps, strict=True)))
+def _sum(maps: Sequence[PooledMap]) -> PooledMap:
+    return PooledMap(*(torch.stack(values).sum(0) for values in zip(*maps, strict=True)))

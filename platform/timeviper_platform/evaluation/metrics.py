@@ -1,4 +1,4 @@
-"""Scores and how sure they are. Knows numbers and the words of a grounding answer; not models or files."""
+"""Computes temporal IoU and 95 % intervals of scores."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 Z_95 = 1.959964
-"""two-sided 95 % of the normal distribution"""
+"""Two-sided 95 % quantile of the normal distribution."""
 
 _INTERVAL = re.compile(r"from\s+(\d+(?:\.\d+)?)\s*(?:s|seconds?)?\s+to\s+(\d+(?:\.\d+)?)", re.IGNORECASE)
 
 
 class Span(NamedTuple):
-    """A stretch of a video."""
+    """A time interval of a video."""
 
     start_seconds: float
     end_seconds: float
 
 
 def parse_span(text: str) -> Span | None:
-    """The first 'From A to B seconds' in a model's answer; None when there is none or it ends before it starts."""
+    """The first 'From A to B seconds' of an answer; None without one, or when it ends before it starts."""
     match = _INTERVAL.search(text)
     if match is None:
         return None
@@ -30,7 +30,7 @@ def parse_span(text: str) -> Span | None:
 
 
 def temporal_iou(first: Span, second: Span) -> float:
-    """Shared time over covered time, 0 to 1.
+    """Intersection over union of two intervals, 0 to 1.
 
     >>> temporal_iou(Span(0, 4), Span(2, 6))
     0.3333333333333333
@@ -41,10 +41,10 @@ def temporal_iou(first: Span, second: Span) -> float:
 
 
 def wilson_interval(num_right: int, num_questions: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927, JASA 22:209), which stays inside 0..1 at 0 and at 1.
+    """The 95 % interval of a share (Wilson 1927, JASA 22:209); stays inside 0..1.
 
     Raises:
-        ValueError: without a question.
+        ValueError: when `num_questions` is 0.
     """
     if num_questions < 1:
         raise ValueError("no interval without a question")
@@ -56,10 +56,10 @@ def wilson_interval(num_right: int, num_questions: int) -> tuple[float, float]:
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of a mean by the normal approximation.
+    """The 95 % interval of a mean, by the normal approximation.
 
     Raises:
-        ValueError: without a value.
+        ValueError: when `values` is empty.
     """
     if not values:
         raise ValueError("no interval without a value")

@@ -1,4 +1,4 @@
-"""Outcomes to the report: per task the score, its 95 % interval, chance, and the same without the video."""
+"""Summarises outcomes by task: the score with its 95 % interval, chance, and the score without the video."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from timeviper_platform.evaluation.metrics import mean_interval, wilson_interval
 
 
 def summarise(outcomes: Iterable[Outcome]) -> dict[str, Any]:
-    """One entry a task, in order of first appearance. Figures have four places.
+    """One entry per task, in order of first appearance; numbers are rounded to four places.
 
     Choices:   {accuracy, interval_95, chance, above_chance, accuracy_without_video, interval_95_without_video,
                 num_questions, num_skipped}
     grounding: {miou, interval_95, miou_without_video, interval_95_without_video, num_questions, num_skipped}
 
-    `above_chance` is whether the whole interval lies above chance. Skipped questions (no features, nothing to compare
-    with) are counted and not scored.
+    `above_chance` is true when the whole interval lies above chance. Skipped questions are counted and not scored.
     """
     by_task: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
@@ -32,7 +31,7 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         score = row.get("accuracy", row.get("miou"))
         blind = row.get("accuracy_without_video", row.get("miou_without_video"))
         if score is None:
-            lines.append(f"{task:<12}{'none of ' + str(row['num_skipped']) + ' questions could be asked':>40}")
+            lines.append(f"{task:<12}{'none of ' + str(row['num_skipped']) + ' questions could be answered':>43}")
             continue
         low, high = row["interval_95"]
         chance = f"{row['chance']:.2f}" if "chance" in row else "-"
@@ -42,30 +41,30 @@ def report_lines(report: dict[str, Any]) -> list[str]:
 
 
 def _summarise_task(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    asked = [outcome for outcome in outcomes if outcome.status == "ok"]
-    counts = {"num_questions": len(asked), "num_skipped": len(outcomes) - len(asked)}
-    if not asked:
+    scored = [outcome for outcome in outcomes if outcome.status == "ok"]
+    counts = {"num_questions": len(scored), "num_skipped": len(outcomes) - len(scored)}
+    if not scored:
         return counts
-    scores = [outcome.score for outcome in asked]
-    blind = [outcome.score_without_video for outcome in asked]
-    chances = [outcome.chance for outcome in asked if outcome.chance is not None]
+    scores = [outcome.score for outcome in scored]
+    blind = [outcome.score_without_video for outcome in scored]
+    chances = [outcome.chance for outcome in scored if outcome.chance is not None]
     if not chances:
         return {
             "miou": _mean(scores),
-            "interval_95": _places(mean_interval(scores)),
+            "interval_95": _rounded(mean_interval(scores)),
             "miou_without_video": _mean(blind),
-            "interval_95_without_video": _places(mean_interval(blind)),
+            "interval_95_without_video": _rounded(mean_interval(blind)),
             **counts,
         }
     interval = wilson_interval(int(sum(scores)), len(scores))
     chance = _mean(chances)
     return {
         "accuracy": _mean(scores),
-        "interval_95": _places(interval),
+        "interval_95": _rounded(interval),
         "chance": chance,
         "above_chance": interval[0] > chance,
         "accuracy_without_video": _mean(blind),
-        "interval_95_without_video": _places(wilson_interval(int(sum(blind)), len(blind))),
+        "interval_95_without_video": _rounded(wilson_interval(int(sum(blind)), len(blind))),
         **counts,
     }
 
@@ -74,5 +73,5 @@ def _mean(values: Sequence[float]) -> float:
     return round(sum(values) / len(values), 4)
 
 
-def _places(interval: tuple[float, float]) -> list[float]:
+def _rounded(interval: tuple[float, float]) -> list[float]:
     return [round(value, 4) for value in interval]

@@ -1,14 +1,11 @@
-"""The evaluation job: question files -> Ray Data actors that hold the weights -> report.json. Knows Ray.
-
-A batch of questions is a block; blocks go to whichever worker is free. What a worker does with one is Evaluator's.
-"""
+"""Evaluates weights on question files with Ray Data: each block is a batch of questions for a free worker."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -16,6 +13,7 @@ import pyarrow.parquet as pq
 
 from timeviper_model.weights.weights_folder import config_from_dict
 from timeviper_platform.common import schemas, storage
+from timeviper_platform.common.config import with_absolute_paths
 from timeviper_platform.data.store.compatibility import check_same_towers
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.evaluation.evaluator import AnsweringConfig, Evaluator, Outcome
@@ -36,20 +34,25 @@ OUTCOMES = pa.schema(
         pa.field("chance", pa.float64()),
     ]
 )
-"""One row a question, as it comes back from the workers and lies beside the report."""
+"""One row per question."""
+
+
+PATHS = ("weights", "feature_store", "questions", "output")
+"""Keys that hold paths; workers run in another folder."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class WorkersConfig:
-    """How the questions are spread."""
+class EvalWorkersConfig:
+    """The processes that answer questions."""
 
     num_workers: int = 1
-    """processes, each with its own copy of the weights"""
+    """Number of processes, each with its own copy of the weights."""
     cpus_per_worker: float = 0.75
-    """below 1, so that Ray's own small tasks find room on a small machine"""
+    """CPUs that Ray reserves per worker; below 1, so that Ray's own tasks fit on a small machine."""
     gpus_per_worker: float = 0.0
+    """GPUs that Ray reserves per worker."""
     batch_size: int = 16
-    """questions that a worker takes at a time; free answers use as many slots"""
+    """Questions per batch; free answers of a batch are decoded together."""
 
     def __post_init__(self) -> None:
         if self.num_workers < 1 or self.batch_size < 1:
@@ -58,26 +61,22 @@ class WorkersConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig:
-    """One evaluation.
-
-    Raises:
-        ValueError: when no task is named.
-    """
+    """One evaluation."""
 
     weights: str
-    """weights folder, seen by every worker"""
-    features: str
-    """feature store"""
+    """Folder of the weights, readable by every worker."""
+    feature_store: str
+    """URI of the feature store."""
     questions: str
-    """folder with one QUESTIONS file a task"""
+    """Folder with one QUESTIONS file per task."""
     output: str
-    """JSON file to write; the outcomes of all questions go beside it, with .outcomes.parquet instead of .json"""
+    """JSON file of the report. Every question's outcome goes to the same name with .outcomes.parquet."""
     tasks: tuple[str, ...] = ("choice", "order", "count", "grounding")
-    """names of the files in `questions`, without .parquet"""
+    """Names of the files in `questions`, without .parquet."""
     max_questions: int | None = None
-    """of each task, the first ones; None = all"""
+    """Maximum questions per task, the first ones; null = all."""
     answering: AnsweringConfig = field(default_factory=AnsweringConfig)
-    workers: WorkersConfig = field(default_factory=WorkersConfig)
+    workers: EvalWorkersConfig = field(default_factory=EvalWorkersConfig)
 
     def __post_init__(self) -> None:
         if not self.tasks or len(set(self.tasks)) != len(self.tasks):
@@ -85,18 +84,18 @@ class EvaluateConfig:
 
 
 def read_questions(folder: str, tasks: Sequence[str], max_questions: int | None) -> list[dict[str, Any]]:
-    """The rows of all tasks, in order; of each the first `max_questions`.
+    """The first `max_questions` rows of each task, in order.
 
     Raises:
-        ValueError: when a task has no file, or it is of another schema.
+        ValueError: when a task has no file, or the file has another schema.
     """
     rows: list[dict[str, Any]] = []
     for task in tasks:
         uri = storage.join_uri(folder, f"{task}.parquet")
         filesystem, path = storage.split_uri(uri)
         if not filesystem.isfile(path):
-            there = [name.rsplit("/", 1)[-1] for name in storage.list_files(folder, ".parquet")]
-            raise ValueError(f"task {task!r} has no file {uri}; there are {', '.join(there) or 'none'} in that folder")
+            names = [name.rsplit("/", 1)[-1] for name in storage.list_files(folder, ".parquet")]
+            raise ValueError(f"task {task!r} has no file {uri}; the folder has {', '.join(names) or 'no questions'}")
         with filesystem.open(path, "rb") as file:
             table = pq.read_table(file)
         schemas.check_version(table.schema, schemas.QUESTIONS, source=uri)
@@ -105,15 +104,15 @@ def read_questions(folder: str, tasks: Sequence[str], max_questions: int | None)
 
 
 def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
-    """Asks every question on the connected cluster, writes the report and returns it.
+    """Answers every question on the connected cluster; writes the report and returns it.
 
     Raises:
         ValueError: for wrong questions, weights or features.
         RuntimeError: when the output cannot be written, or a worker dies.
     """
-    config = with_absolute_paths(config)
+    config = with_absolute_paths(config, PATHS)
     questions = read_questions(config.questions, config.tasks, config.max_questions)
-    check_inputs(config.weights, config.features)
+    check_inputs(config.weights, config.feature_store)
     folder = config.output.rpartition("/")[0]
     storage.ensure_writable(folder)
     outcomes: list[Outcome] = []
@@ -128,45 +127,34 @@ def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
     return write_report(config, questions, outcomes)
 
 
-def with_absolute_paths(config: EvaluateConfig) -> EvaluateConfig:
-    """Local paths from the file system's root: workers run in another folder. Hub names and URIs stay."""
-    return replace(
-        config,
-        weights=_absolute(config.weights),
-        features=_absolute(config.features),
-        questions=_absolute(config.questions),
-        output=_absolute(config.output),
-    )
-
-
-def check_inputs(weights: str, features: str) -> None:
-    """Passes when weights and store are there and of the same towers, so that this is said here and not by a worker.
+def check_inputs(weights: str, feature_store: str) -> None:
+    """Checks in the driver what a worker would fail on.
 
     Raises:
-        ValueError: when one is not there, or they do not fit.
+        ValueError: when weights or store are missing, or were made for different vision towers.
     """
     file = storage.join_uri(weights, "config.json")
     if not storage.exists(file):
         raise ValueError(f"no weights folder at {weights!r}; run jobs/export.py with output: {weights}")
     vision = config_from_dict(storage.read_json(file), where=file).vision
-    check_same_towers(vision, FeatureStore.open(features), weights)
+    check_same_towers(vision, FeatureStore.open(feature_store), weights)
 
 
 def answer_on_ray(questions: Sequence[dict[str, Any]], config: EvaluateConfig) -> Iterator[Outcome]:
-    """The outcomes of all questions as batches finish, in any order."""
+    """Yields the outcomes as batches finish, in any order."""
     import ray
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     workers = config.workers
     size = workers.batch_size
-    # one block a batch, put there by the driver: a read task of a whole CPU finds no room on a small machine
+    # blocks from the driver: a read task would need a whole CPU, which a small machine has no room for
     blocks = [_questions_table(questions[first : first + size]) for first in range(0, len(questions), size)]
     dataset = ray.data.from_arrow(blocks).map_batches(
         AnswerQuestions,
         fn_constructor_kwargs={
             "weights_folder": config.weights,
-            "features_uri": config.features,
+            "feature_store": config.feature_store,
             "config": config.answering,
         },
         batch_size=size,
@@ -181,10 +169,10 @@ def answer_on_ray(questions: Sequence[dict[str, Any]], config: EvaluateConfig) -
 
 
 class AnswerQuestions:
-    """Evaluator as Ray Data calls it: an Arrow table of questions in, one of outcomes out."""
+    """Evaluator for Ray Data: an Arrow table of questions in, one of outcomes out."""
 
-    def __init__(self, *, weights_folder: str, features_uri: str, config: AnsweringConfig) -> None:
-        self._evaluator = Evaluator(weights_folder=weights_folder, features_uri=features_uri, config=config)
+    def __init__(self, *, weights_folder: str, feature_store: str, config: AnsweringConfig) -> None:
+        self._evaluator = Evaluator(weights_folder=weights_folder, feature_store=feature_store, config=config)
 
     def __call__(self, table: Any) -> Any:
         outcomes = self._evaluator.evaluate(table.to_pylist())
@@ -194,19 +182,19 @@ class AnswerQuestions:
 def write_report(
     config: EvaluateConfig, questions: Sequence[dict[str, Any]], outcomes: Sequence[Outcome]
 ) -> dict[str, Any]:
-    """The report, with every question's outcome in a file beside it, both in the order of the questions.
+    """Writes the report and the outcomes, in the order of the questions; returns the report.
 
     Raises:
-        RuntimeError: when a question has no outcome or two.
+        RuntimeError: when a question does not have exactly one outcome.
     """
     by_question = {(outcome.task, outcome.sample_id): outcome for outcome in outcomes}
-    asked = [(question["source"], question["sample_id"]) for question in questions]
-    if len(outcomes) != len(asked) or set(asked) != set(by_question):
-        raise RuntimeError(f"{len(asked)} questions came back as {len(outcomes)} outcomes; are sample ids unique?")
-    ordered = [by_question[key] for key in asked]
+    keys = [(question["source"], question["sample_id"]) for question in questions]
+    if len(outcomes) != len(keys) or set(keys) != set(by_question):
+        raise RuntimeError(f"{len(keys)} questions came back as {len(outcomes)} outcomes; are sample ids unique?")
+    ordered = [by_question[key] for key in keys]
     table = pa.Table.from_pylist([asdict(outcome) for outcome in ordered], schema=OUTCOMES)
-    beside = f"{config.output.removesuffix('.json')}.outcomes.parquet"
-    storage.write_atomic(beside, lambda file: pq.write_table(table, file))
+    outcomes_uri = f"{config.output.removesuffix('.json')}.outcomes.parquet"
+    storage.write_atomic(outcomes_uri, lambda file: pq.write_table(table, file))
     report = summarise(ordered)
     storage.write_json(config.output, report)
     return report
@@ -214,7 +202,3 @@ def write_report(
 
 def _questions_table(rows: Sequence[dict[str, Any]]) -> Any:
     return pa.Table.from_pylist(list(rows), schema=schemas.QUESTIONS)
-
-
-def _absolute(uri: str) -> str:
-    return storage.split_uri(uri)[1] if storage.is_local(uri) else uri

@@ -42,7 +42,7 @@ def loaded(known: KnownAnswers) -> tuple[Any, Answerer, list[Any]]:
     """The model (blocks: Mamba, attention, MLP), what answers with it, and the four choice questions with media."""
     config = AnsweringConfig()
     model = load_model(known.weights, config)
-    store = FeatureStore.open(known.features)
+    store = FeatureStore.open(known.feature_store)
     rows = [choice_row(number) for number in range(4)]
     media = [read_media(store, row, config, dim=8) for row in rows]
     asked = [(row, Prompt(text=row["question"], media=of)) for row, of in zip(rows, media, strict=True) if of]
@@ -50,8 +50,13 @@ def loaded(known: KnownAnswers) -> tuple[Any, Answerer, list[Any]]:
 
 
 def config_of(known: KnownAnswers, output: Path, **changes: Any) -> AnalyzeConfig:
-    values = {"weights": known.weights, "features": known.features, "questions": known.questions, "output": str(output)}
-    maps = MapsConfig(num_samples=2, num_bins=6)
+    values = {
+        "weights": known.weights,
+        "feature_store": known.feature_store,
+        "questions": known.questions,
+        "output": str(output),
+    }
+    maps = MapsConfig(num_questions=2, num_bins=6)
     return replace(AnalyzeConfig(**values, maps=maps), **changes)
 
 
@@ -83,7 +88,7 @@ def test_cutting_the_video_off_everywhere_leaves_a_guess(loaded: tuple[Any, Answ
 
 def test_dropping_all_at_the_entrance_is_a_guess_and_none_is_the_model(loaded: tuple[Any, Answerer, list[Any]]) -> None:
     model, answerer, asked = loaded
-    start, *rows = dropping_rows(model, make_answered(answerer, asked), DroppingSweep(keeps=(1.0, 0.0)))
+    start, *rows = dropping_rows(model, make_answered(answerer, asked), DroppingSweep(keep_ratios=(1.0, 0.0)))
     places = [(row["select"], row["keep"], row["layer"]) for row in rows]
     assert places == [
         ("uniform", 1.0, 0), ("uniform", 1.0, 1), ("uniform", 0.0, 0), ("uniform", 0.0, 1),
@@ -97,7 +102,7 @@ def test_dropping_all_at_the_entrance_is_a_guess_and_none_is_the_model(loaded: t
 def test_maps_of_samples_are_their_average(loaded: tuple[Any, Answerer, list[Any]]) -> None:
     model, answerer, asked = loaded
     pairs = [(prompt, row["answer"]) for row, prompt in asked[:2]]
-    batches = [batch for pair in pairs for batch in answerer.packs([pair])]
+    batches = [batch for pair in pairs for batch in answerer.pack_answers([pair])]
     mamba, attention = layer_maps(model, batches, MapsConfig(num_bins=4))
     assert (mamba.block_type, attention.block_type) == ("mamba", "attention")
     shares = {(row["from"], row["to"]): row["share"] for row in attention.rows()}
@@ -122,7 +127,12 @@ def test_queries_are_spread_and_end_with_the_last_token() -> None:
 def test_the_job_writes_numbers_and_pictures_that_parse(known: KnownAnswers, tmp_path: Path) -> None:
     main = runpy.run_path(str(ROOT / "jobs" / "analyze.py"))["main"]
     config = ROOT / "ray_configs" / "tiny" / "analyze.yaml"
-    places = {"weights": known.weights, "features": known.features, "questions": known.questions, "output": tmp_path}
+    places = {
+        "weights": known.weights,
+        "feature_store": known.feature_store,
+        "questions": known.questions,
+        "output": tmp_path,
+    }
     code = main(
         ["--config", str(config), *(f"{key}={value}" for key, value in places.items()), "tasks=[choice, grounding]",
          "answering.num_threads=1", "maps.num_bins=6"]

@@ -21,18 +21,18 @@ from timeviper_model.batching.batch import pack_samples
 from timeviper_model.batching.prompt import Turn, build_sample
 from timeviper_model.weights import weights_folder as weights
 from timeviper_platform.common import storage
-from timeviper_platform.common.config import load_config
+from timeviper_platform.common.config import load_config, with_absolute_paths
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.data.store.writer import write_store
 from timeviper_platform.evaluation.answering import Answerer, Prompt
 from timeviper_platform.evaluation.evaluator import AnsweringConfig, Evaluator, Outcome, read_media
 from timeviper_platform.evaluation.report import report_lines, summarise
 from timeviper_platform.evaluation.run import (
+    PATHS,
     EvaluateConfig,
-    WorkersConfig,
+    EvalWorkersConfig,
     check_inputs,
     read_questions,
-    with_absolute_paths,
     write_report,
 )
 
@@ -42,7 +42,7 @@ ROOT = Path(__file__).parents[3]
 @pytest.fixture(scope="module")
 def evaluator(known: KnownAnswers) -> Evaluator:
     return Evaluator(
-        weights_folder=known.weights, features_uri=known.features, config=AnsweringConfig(max_new_tokens=16)
+        weights_folder=known.weights, feature_store=known.feature_store, config=AnsweringConfig(max_new_tokens=16)
     )
 
 
@@ -51,7 +51,7 @@ def _read(config: EvaluateConfig) -> list[dict[str, Any]]:
 
 
 def _rows(folder: KnownAnswers, media_id: str) -> torch.Tensor:
-    return FeatureStore.open(folder.features).read(media_id).features.flatten(0, 1)
+    return FeatureStore.open(folder.feature_store).read(media_id).features.flatten(0, 1)
 
 
 def test_known_answers_are_found_with_the_video_and_one_in_four_without(evaluator: Evaluator) -> None:
@@ -120,8 +120,8 @@ def test_a_samples_interval_selects_its_frames(evaluator: Evaluator, known: Know
 
 def test_features_of_another_encoder_are_refused(known: KnownAnswers, tmp_path: Path) -> None:
     write_store(str(tmp_path / "other"), {"video-1": torch.zeros(4, 1, 16).bfloat16()}, recipe={"made": "wide"})
-    other = Evaluator(weights_folder=known.weights, features_uri=str(tmp_path / "other"), config=AnsweringConfig())
-    with pytest.raises(ValueError, match="width 16, the weights want 8"):
+    other = Evaluator(weights_folder=known.weights, feature_store=str(tmp_path / "other"), config=AnsweringConfig())
+    with pytest.raises(ValueError, match="width 16, the weights need 8"):
         other.evaluate([choice_row(1)])
 
 
@@ -142,7 +142,9 @@ def _outcome(number: int, *, score: float, blind: float = 0.0, **changes: object
 
 def test_kernels_that_cannot_be_used_are_named(known: KnownAnswers) -> None:
     with pytest.raises(RuntimeError, match=r"backend = kernels cannot be used .*need CUDA, not cpu"):
-        Evaluator(weights_folder=known.weights, features_uri=known.features, config=AnsweringConfig(backend="kernels"))
+        Evaluator(
+            weights_folder=known.weights, feature_store=known.feature_store, config=AnsweringConfig(backend="kernels")
+        )
 
 
 def test_report_has_the_agreed_keys_and_counts() -> None:
@@ -167,13 +169,13 @@ def test_report_has_the_agreed_keys_and_counts() -> None:
     assert not summarise([_outcome(n, score=float(n < 3)) for n in range(10)])["choice"]["above_chance"]
     table = "\n".join(report_lines(report | {"order": {"num_questions": 0, "num_skipped": 4}}))
     assert "0.900" in table
-    assert "none of 4 questions could be asked" in table
+    assert "none of 4 questions could be answered" in table
 
 
 def _config(known: KnownAnswers, output: Path, **changes: object) -> EvaluateConfig:
     config = EvaluateConfig(
         weights=known.weights,
-        features=known.features,
+        feature_store=known.feature_store,
         questions=known.questions,
         output=str(output),
         tasks=("choice", "grounding"),
@@ -195,9 +197,9 @@ def test_questions_keep_their_order_and_a_missing_task_is_named(known: KnownAnsw
 
 def test_missing_inputs_are_named_before_anything_starts(known: KnownAnswers, tmp_path: Path) -> None:
     config = _config(known, tmp_path / "report.json")
-    check_inputs(config.weights, config.features)
+    check_inputs(config.weights, config.feature_store)
     with pytest.raises(ValueError, match="no weights folder at"):
-        check_inputs(str(tmp_path / "none"), config.features)
+        check_inputs(str(tmp_path / "none"), config.feature_store)
     with pytest.raises(ValueError, match="no feature store at"):
         check_inputs(config.weights, str(tmp_path / "none"))
 
@@ -216,10 +218,15 @@ def test_report_and_outcomes_are_written_in_the_questions_order(known: KnownAnsw
 
 def test_wrong_settings_are_refused(known: KnownAnswers, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="num_workers"):
-        WorkersConfig(num_workers=0)
-    relative = replace(_config(known, tmp_path), weights="outputs/demo/weights")
-    assert with_absolute_paths(relative).weights == str(Path.cwd() / "outputs/demo/weights")
-    assert with_absolute_paths(replace(relative, output="s3://bucket/x.json")).output == "s3://bucket/x.json"
+        EvalWorkersConfig(num_workers=0)
+
+
+def test_workers_get_absolute_paths_and_unchanged_uris(known: KnownAnswers) -> None:
+    config = replace(_config(known, Path("scores.json")), weights="outputs/demo/weights", questions="s3://bucket/q")
+    absolute = with_absolute_paths(config, PATHS)
+    assert absolute.weights == str(Path.cwd() / "outputs/demo/weights")
+    assert absolute.output == str(Path.cwd() / "scores.json")
+    assert absolute.questions == "s3://bucket/q"
 
 
 @pytest.mark.parametrize("name", ["evaluate.yaml", "tiny/evaluate.yaml"])

@@ -286,7 +286,7 @@ def test_another_second_tower_is_refused_with_both_values(
         lambda: training(made, str(tmp_path), made.preprocess.feature_store),
         lambda: check_inputs(str(tmp_path), made.preprocess.feature_store),
         lambda: serving(made, str(tmp_path), encoder=None),
-        lambda: serving(made, str(tmp_path), store=None),
+        lambda: serving(made, str(tmp_path), feature_store=None),
     ):
         with pytest.raises(ValueError, match=message):
             act()
