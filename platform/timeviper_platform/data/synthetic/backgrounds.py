@@ -1,7 +1,6 @@
-"""What moves behind the pictures: generated patterns, or pieces cut from a film. Knows frames; not scenes.
+"""Moving backgrounds: generated patterns, or segments cut from a film.
 
-Every background is cut from numbered segments. One belongs to training or to the held-out part, never to both:
-a generated one is a seed of its own, a film's are its consecutive pieces of a few seconds, dealt out alternately.
+Every background segment belongs to one split, training or held-out.
 """
 
 from __future__ import annotations
@@ -20,27 +19,23 @@ logger = logging.getLogger(__name__)
 Split = Literal["train", "held_out"]
 FILM_SEGMENT_SECONDS = 6
 HELD_OUT_EVERY = 4
-"""every 4th piece of a film is held out"""
 MAX_FILM_SECONDS = 900
-"""of a longer film only the beginning is cut up: 15 minutes are 150 pieces, and decode in half a minute"""
+"""Only the first 15 minutes of a film are used: 150 segments, decoded in half a minute."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Background:
-    """Which segments a video shows, in order."""
-
     kind: Literal["generated", "film"]
     segments: tuple[int, ...]
-    """generated: one seed; film: numbers of its pieces"""
+    """One seed of a generated pattern, or indices of film segments."""
 
     @property
     def segment_names(self) -> list[str]:
-        """The segments' names, unique across kinds; train and held-out share none."""
         return [f"{self.kind}:{number}" for number in self.segments]
 
 
 def generated_frames(seed: int, num_frames: int, side: int) -> Iterator[np.ndarray]:
-    """uint8 (side, side, 3) frames that pan over one seeded pattern."""
+    """uint8 (side, side, 3) frames that pan over a seeded pattern."""
     rng = np.random.default_rng(seed)
     canvas = _PATTERNS[int(rng.integers(len(_PATTERNS)))](rng, 2 * side)
     start, stop = rng.uniform(0, side, size=(2, 2))
@@ -50,24 +45,23 @@ def generated_frames(seed: int, num_frames: int, side: int) -> Iterator[np.ndarr
 
 
 def film_segments(num_film_frames: int, fps: int, split: Split) -> list[int]:
-    """Numbers of the film's whole pieces that belong to `split`."""
     numbers = range(num_film_frames // (FILM_SEGMENT_SECONDS * fps))
     return [n for n in numbers if (n % HELD_OUT_EVERY == HELD_OUT_EVERY - 1) == (split == "held_out")]
 
 
 def film_frames(film_FHWC: np.ndarray, segments: tuple[int, ...], num_frames: int, fps: int) -> Iterator[np.ndarray]:
-    """The pieces `segments` one after the other, until `num_frames` are out."""
-    piece = FILM_SEGMENT_SECONDS * fps
+    """The first `num_frames` frames of the given segments, repeated if they are too short."""
+    segment_frames = FILM_SEGMENT_SECONDS * fps
     for number in range(num_frames):
-        segment, offset = divmod(number, piece)
-        yield film_FHWC[segments[segment % len(segments)] * piece + offset].copy()
+        segment, offset = divmod(number, segment_frames)
+        yield film_FHWC[segments[segment % len(segments)] * segment_frames + offset].copy()
 
 
 def read_film(path: Path, fps: int, side: int) -> np.ndarray:
-    """uint8 (F, side, side, 3): what is on screen at 0, 1/fps, 2/fps ... seconds, at most MAX_FILM_SECONDS.
+    """Frames at 0, 1/fps, 2/fps ... seconds, at most MAX_FILM_SECONDS: uint8 (F, side, side, 3).
 
     Raises:
-        ValueError: when the file does not open as a video, or is too short for two held-out pieces.
+        ValueError: if the file is not a readable video, or too short for two held-out segments.
     """
     frames: list[np.ndarray] = []
     try:
@@ -80,7 +74,7 @@ def read_film(path: Path, fps: int, side: int) -> np.ndarray:
                     break
                 if seconds * fps >= len(frames):
                     small = frame.to_ndarray(format="rgb24", width=side, height=side, interpolation="AREA")
-                    # a gap in the film shows its next frame for as long as it lasts
+                    # a gap is filled with the frame that follows it
                     frames += [small] * (int(seconds * fps) + 1 - len(frames))
     except (OSError, av.FFmpegError, IndexError) as error:
         raise ValueError(f"cannot cut backgrounds from {path}: {error}; pass a film that FFmpeg reads") from error
@@ -121,7 +115,7 @@ def _bands(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _muted(canvas: np.ndarray) -> np.ndarray:
-    """Half way to grey, so that a picture's colour is the picture's."""
+    """Desaturates by half, so that pictures stand out by colour."""
     grey = canvas.mean(-1, keepdims=True)
     return np.clip((canvas + grey) / 2, 0, 255).astype(np.uint8)
 

@@ -1,10 +1,8 @@
-"""The whole made corpus in one folder: videos, images, samples, held-out questions, tokenizer and vision encoder.
+"""Generates a corpus in one folder: videos, images, samples, held-out questions, tokenizer and vision tower.
 
-    corpus/ videos/*.mp4  images/*.png|jpg  manifest.parquet  truth.parquet  corpus.json (written last)
-            samples/{language,align,instruct,held_out}.parquet   held_out/{choice,order,count,grounding}.parquet
-            encoder/  tokenizer/
-
-Knows the folder and the order of work; drawing, wording, encoding and learning are its neighbours'.
+corpus/ videos/*.mp4  images/*.png|jpg  manifest.parquet  truth.parquet  corpus.json (written last)
+        samples/{language,align,instruct,held_out}.parquet   held_out/{choice,order,count,grounding}.parquet
+        encoder/  tokenizer/
 """
 
 from __future__ import annotations
@@ -46,15 +44,14 @@ logger = logging.getLogger(__name__)
 FINISHED_FILE = "corpus.json"
 FILM_FILE = ".film.npy"
 MEDIA_CHUNK = 32
-"""media a pool task makes: half a second of work, so that progress shows and the cores end together"""
+"""Media per pool task: about half a second of work."""
 LANGUAGE_SEED, IMAGE_SEED, QUESTION_SEED, ENCODER_SEED = 1, 2, 3, 4
-"""keep the random streams of one corpus seed apart"""
+"""Separate the random streams of one corpus seed."""
 
 MAX_ENCODER_FRAMES = 16384
-"""200 MB at the encoder's size; with half as many the tiny encoder knew its frames by heart"""
+"""200 MB at the tower's size. With half as many frames the tiny tower overfitted."""
 
 MAX_HELD_OUT_SAMPLES = 48
-"""training looks at them many times; the evaluation asks all of the questions"""
 
 TRUTH = pa.schema(
     [
@@ -77,67 +74,64 @@ TRUTH = pa.schema(
         ),
     ]
 )
-"""What every video shows; for people and tests, no job reads it."""
+"""What every video shows, for people and tests; no job reads it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SceneCounts:
-    """How many videos of each kind."""
-
     needle: int
-    """one picture once: 'which', grounding and caption questions"""
+    """Videos with one picture once: 'which', grounding and caption questions."""
     order: int
-    """four pictures one after the other: 'first' and 'last' questions"""
+    """Videos with four pictures in turn: 'first' and 'last' questions."""
     count: int
-    """one picture one to four times: 'how often' questions"""
+    """Videos with one picture one to four times: 'how often' questions."""
 
     def __post_init__(self) -> None:
         if min(self.needle, self.order, self.count) < 0 or self.needle + self.order + self.count < 1:
-            raise ValueError(f"{self} must be counts with at least one video in all")
+            raise ValueError(f"{self}: counts must not be negative, with at least one video in all")
 
     def by_kind(self) -> dict[SceneKind, int]:
-        """In the order in which they are drawn."""
         return {"needle": self.needle, "order": self.order, "count": self.count}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CorpusConfig:
-    """A made corpus. The same configuration makes the same bytes.
+    """A generated corpus. The same configuration generates the same bytes.
 
     Raises:
-        ValueError: for sizes that no video or picture fits.
+        ValueError: for sizes too small for the pictures.
     """
 
     output: str
-    """local folder; made anew unless a finished corpus of the same configuration is in it"""
+    """Local folder. A finished corpus of the same configuration in it is reused, anything else replaced."""
     seed: int = 0
     train: SceneCounts = SceneCounts(needle=1200, order=400, count=400)
     held_out: SceneCounts = SceneCounts(needle=440, order=120, count=120)
     num_images: int = 640
-    """image-caption pairs for the align phase"""
+    """Image-caption pairs for the align phase."""
     num_language_samples: int = 6000
-    """text alone: the same questions about videos in words"""
+    """Text-only samples: the same questions about videos in words."""
     which_per_video: int = 1
-    """'which' questions about a training video, each with options of its own; the share of what is learned they take"""
+    """'Which' questions per training video, each with its own options."""
     duration_seconds: int = 24
     fps: int = 4
-    """of the video files; they are sampled at 1 a second later"""
+    """Frame rate of the video files."""
     side: int = 96
-    """pixels; width and height"""
+    """Width and height in pixels."""
     film: str | None = None
-    """path of any film; `film_share` of the backgrounds are cut from it"""
+    """Path of a film from which `film_share` of the backgrounds are cut."""
     film_share: float = 0.5
     vocab_size: int = 512
     encoder_steps: int = 1000
-    """of 64 frames, for the vision encoder"""
+    """Training steps of the vision tower, 64 frames each."""
     num_workers: int | None = None
-    """processes that draw and encode; None = one a core. Does not change the corpus"""
+    """Processes that draw and encode; null = one per core. Does not change the corpus."""
 
     def __post_init__(self) -> None:
         if self.duration_seconds < 20:
-            raise ValueError(f"{self.duration_seconds = } must be at least 20: four pictures need 19 s")
+            raise ValueError(f"{self.duration_seconds = } must be at least 20 for four pictures")
         if self.side < 48 or self.side % 2:
-            raise ValueError(f"{self.side = } must be even and at least 48 pixels, or pictures cannot be told apart")
+            raise ValueError(f"{self.side = } must be even and at least 48 pixels")
         if self.which_per_video < 0:
             raise ValueError(f"{self.which_per_video = } must be at least 0")
         if self.fps < 1:
@@ -148,24 +142,21 @@ class CorpusConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CorpusReport:
-    """What a corpus holds."""
-
     num_videos: int
     num_images: int
     num_samples: dict[str, int]
     num_questions: dict[str, int]
     bytes: int
-    """of videos and images"""
     seconds: float
     reused: bool
-    """a finished corpus of this configuration was found"""
+    """True if a finished corpus of this configuration was found."""
 
 
 def make_corpus(config: CorpusConfig) -> CorpusReport:
-    """Makes the corpus, or finds it made.
+    """Generates the corpus, or reuses a finished one.
 
     Raises:
-        ValueError: when `output` is no local path, or `film` does not open.
+        ValueError: if `output` is not a local path or `film` is not a readable video.
     """
     if not storage.is_local(config.output):
         raise ValueError(f"{config.output = } must be a local folder; copy the finished corpus to where it is needed")
@@ -184,19 +175,17 @@ def make_corpus(config: CorpusConfig) -> CorpusReport:
 
 
 def _identity(config: CorpusConfig) -> dict[str, Any]:
-    """What decides about the corpus' content."""
     values = asdict(config)
     del values["output"], values["num_workers"]
     if config.film is not None:
         film = Path(config.film)
         if not film.is_file():
-            raise ValueError(f"there is no film at {config.film!r}; pass the path of a video file, or leave `film` out")
+            raise ValueError(f"film {config.film!r} does not exist; pass the path of a video file or leave `film` out")
         values["film_bytes"] = film.stat().st_size
     return values
 
 
 def _clear(root: Path) -> None:
-    """Removes a half-made or other corpus; nothing but its own files."""
     for name in ("videos", "images", "samples", "held_out", "encoder", "tokenizer"):
         shutil.rmtree(root / name, ignore_errors=True)
     for name in ("manifest.parquet", "truth.parquet", FINISHED_FILE, FILM_FILE):
@@ -236,7 +225,7 @@ def _make(config: CorpusConfig, root: Path) -> CorpusReport:
 
 
 def _prepare_film(config: CorpusConfig, root: Path) -> tuple[str, dict[Split, list[int]]]:
-    """Where the film's small frames lie (empty without a film), and which of its pieces each split may use."""
+    """Path of the film's scaled frames (empty without a film), and the film segments of each split."""
     if config.film is None:
         return "", {"train": [], "held_out": []}
     frames = read_film(Path(config.film), config.fps, config.side)
@@ -248,20 +237,19 @@ def _prepare_film(config: CorpusConfig, root: Path) -> tuple[str, dict[Split, li
     return str(root / FILM_FILE), lengths
 
 
-def _scenes(config: CorpusConfig, split: Split, film_pieces: dict[Split, list[int]]) -> Iterator[Scene]:
+def _scenes(config: CorpusConfig, split: Split, film_lengths: dict[Split, list[int]]) -> Iterator[Scene]:
     counts = config.train if split == "train" else config.held_out
     return draw_scenes(
         split,
         counts.by_kind(),
         duration_seconds=config.duration_seconds,
         seed=config.seed,
-        film_segments=film_pieces[split],
+        film_segments=film_lengths[split],
         film_share=config.film_share,
     )
 
 
 def _write_videos(scenes: Sequence[Scene], folder: Path, config: CorpusConfig, film: str) -> tuple[int, int]:
-    """Pool task: number and bytes of the videos written."""
     num_bytes = 0
     for scene in scenes:
         path = folder / f"{scene.media_id}.mp4"
@@ -273,7 +261,6 @@ def _write_videos(scenes: Sequence[Scene], folder: Path, config: CorpusConfig, f
 
 
 def _write_images(images: Sequence[tuple[str, int]], folder: Path, config: CorpusConfig) -> tuple[int, int]:
-    """Pool task: number and bytes of the images written; `images` are suffixes and numbers."""
     num_bytes = 0
     for suffix, number in images:
         rng = np.random.default_rng([config.seed, IMAGE_SEED, number])
@@ -292,7 +279,6 @@ def _write_images(images: Sequence[tuple[str, int]], folder: Path, config: Corpu
 
 
 def _gather(tasks: Sequence[Future[tuple[int, int]]], total: int) -> int:
-    """Waits for the pool and says how far it is; the bytes written."""
     num_done = num_bytes = 0
     next_report = total // 5
     for task in as_completed(tasks):
@@ -307,7 +293,7 @@ def _gather(tasks: Sequence[Future[tuple[int, int]]], total: int) -> int:
 def _write_tables(
     config: CorpusConfig, root: Path, scenes: dict[str, list[Scene]]
 ) -> tuple[dict[str, int], dict[str, int], list[str]]:
-    """Manifest, truth, samples and questions; their numbers, and all text for the tokenizer."""
+    """Writes manifest, truth, samples and questions; returns their numbers and all text for the tokenizer."""
     everything = [*scenes["train"], *scenes["held_out"]]
     manifest = [{"uri": f"videos/{scene.media_id}.mp4", "media_id": scene.media_id} for scene in everything]
     manifest += [
@@ -319,7 +305,7 @@ def _write_tables(
     samples = training_samples(config, scenes["train"])
     for name, rows in samples.items():
         _write_rows(root / "samples" / f"{name}.parquet", rows, schemas.SAMPLES)
-    # not among the texts of the tokenizer, nor in the report: nothing is trained on them
+    # nothing is trained on these, the tokenizer included
     held_out = _video_samples(config, scenes["held_out"])
     step = max(1, -(-len(held_out) // MAX_HELD_OUT_SAMPLES))
     _write_rows(root / "samples" / "held_out.parquet", held_out[::step], schemas.SAMPLES)
@@ -336,7 +322,7 @@ def _write_tables(
 
 
 def training_samples(config: CorpusConfig, scenes: Sequence[Scene]) -> dict[str, list[dict[str, Any]]]:
-    """The SAMPLES rows of the three training phases: text alone, pictures, and the videos of `scenes`."""
+    """SAMPLES rows of the three training phases: text, images, and the videos of `scenes`."""
     return {
         "language": _language_samples(config),
         "align": [
@@ -356,7 +342,7 @@ def _video_samples(config: CorpusConfig, scenes: Sequence[Scene]) -> list[dict[s
 
 
 def _language_samples(config: CorpusConfig) -> list[dict[str, Any]]:
-    """Questions about videos that are told in words, one entry a second, where vision tokens would stand."""
+    """Questions about videos described in words, one entry a second, in place of vision tokens."""
     share = config.num_language_samples // 4
     counts: dict[SceneKind, int] = {"needle": share, "order": share, "count": share}
     scenes = draw_scenes(
@@ -365,7 +351,7 @@ def _language_samples(config: CorpusConfig) -> list[dict[str, Any]]:
     rows = []
     for number, scene in enumerate(scenes):
         questions = list(_questions(config, scene))
-        # one question a listing: as many kinds of questions, fewer repeats
+        # one question per listing, so that listings do not repeat
         question = questions[number % len(questions)]
         rows.append(sample_row(f"language-{scene.media_id}", question, media_id=None, prefix=f"{listing(scene)}\n"))
     for number in range(config.num_language_samples - len(rows)):
@@ -376,7 +362,7 @@ def _language_samples(config: CorpusConfig) -> list[dict[str, Any]]:
 
 
 def _questions(config: CorpusConfig, scene: Scene, *, num_which: int = 1) -> Iterator[Question]:
-    # from the scene's name, not from Python's salted hash()
+    # seeded by the name: Python's hash() is salted
     rng = np.random.default_rng([config.seed, QUESTION_SEED, *scene.media_id.encode()])
     return scene_questions(scene, rng, num_which=num_which)
 
@@ -402,8 +388,7 @@ def _make_tokenizer(config: CorpusConfig, root: Path, texts: Sequence[str]) -> N
 
 
 def _make_encoder(config: CorpusConfig, root: Path, scenes: Sequence[Scene], film: str) -> None:
-    """Teaches the vision encoder on frames of training backgrounds; the held-out ones stay unseen."""
-    # here and not above: the pool's processes import this module and need neither torch nor transformers (4 s each)
+    # imported here: pool processes import this module and do not need torch or transformers (4 s each)
     import torch
 
     from timeviper_platform.data.synthetic import encoder as tiny_encoder
@@ -414,7 +399,7 @@ def _make_encoder(config: CorpusConfig, root: Path, scenes: Sequence[Scene], fil
         frames.append(np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC)))
         labels.append(tiny_encoder.picture_label(picture))
     num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the pool has the other cores, and one thread gives the same weights everywhere
+    torch.set_num_threads(1)  # the pool uses the other cores, and weights do not depend on the thread count
     try:
         model = tiny_encoder.train_encoder(
             np.stack(frames), np.array(labels), steps=config.encoder_steps, seed=config.seed
@@ -427,7 +412,7 @@ def _make_encoder(config: CorpusConfig, root: Path, scenes: Sequence[Scene], fil
 def _encoder_frames(
     config: CorpusConfig, scenes: Sequence[Scene], film: str
 ) -> Iterator[tuple[np.ndarray, Picture | None]]:
-    """Frames of the backgrounds of at most MAX_ENCODER_FRAMES / 16 videos, most with a picture drawn on them."""
+    """16 background frames from each of at most MAX_ENCODER_FRAMES / 16 videos, most with a picture drawn on them."""
     rng = np.random.default_rng([config.seed, ENCODER_SEED])
     num_frames = config.duration_seconds * config.fps
     for scene in scenes[:: max(1, len(scenes) * 16 // MAX_ENCODER_FRAMES)]:
@@ -452,7 +437,6 @@ def _lengths(tables: dict[str, list[dict[str, Any]]]) -> dict[str, int]:
 
 
 def image_id(number: int) -> str:
-    """The media_id of a picture."""
     return f"image-{number:05d}"
 
 

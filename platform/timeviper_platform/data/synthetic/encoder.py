@@ -1,9 +1,7 @@
-"""A tiny SigLIP-shaped vision encoder, taught the 32 pictures for some seconds, saved as a Hugging Face folder.
+"""Trains a tiny SigLIP-shaped vision tower on the 32 pictures and saves it as a Hugging Face folder.
 
-It stands where google/siglip-so400m-patch14-384 stands in a real run: frozen, loaded by name. Every patch token of the
-hidden state that is used (-2) is taught to say which picture the frame shows, as attention lets real towers do. Its
-scale lies in the weights, since the projector has no input norm: features leave it centred with a mean square of 1.
-Knows frames and labels; not scenes, videos or splits.
+It takes the place of google/siglip-so400m-patch14-384. Every patch token of hidden_states[-2] learns to identify the
+picture in the frame. The features are centred with mean square 1, since the projector has no input norm.
 """
 
 from __future__ import annotations
@@ -24,26 +22,25 @@ logger = logging.getLogger(__name__)
 
 IMAGE_SIZE, PATCH_SIZE, HIDDEN_SIZE = 64, 16, 64
 NOTHING = len(ALL_PICTURES)
-"""label of a frame without a picture"""
 BATCH_SIZE = 64
 
 
 def train_encoder(frames_FHWC: np.ndarray, labels_F: np.ndarray, *, steps: int, seed: int) -> SiglipVisionModel:
-    """The encoder after `steps` of learning.
+    """Trains the vision tower.
 
     Args:
         frames_FHWC: uint8 (F, IMAGE_SIZE, IMAGE_SIZE, 3).
-        labels_F: numbers in ALL_PICTURES, or NOTHING.
-        steps: of BATCH_SIZE frames.
-        seed: of weights and batches.
+        labels_F: indices into ALL_PICTURES, or NOTHING.
+        steps: optimizer steps of BATCH_SIZE frames.
+        seed: seed of weights and batches.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = SiglipVisionModel(_encoder_config())
         for embedding in (model.embeddings.patch_embedding.weight, model.embeddings.position_embedding.weight):
             nn.init.trunc_normal_(embedding, std=0.05)
-        # fixed directions of length 1: what a learned head would amplify has to stand out in the features themselves.
-        # With a learned one colour filled them, and a language model was at chance among shapes after 450 steps
+        # A fixed orthogonal head keeps shape as visible in the features as colour. With a learned head, a language
+        # model was at chance among shapes after 450 steps.
         directions = nn.init.orthogonal_(torch.empty(1 + len(COLORS) + len(SHAPES), HIDDEN_SIZE))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=max(2, steps + 1), pct_start=0.1)
@@ -63,7 +60,6 @@ def train_encoder(frames_FHWC: np.ndarray, labels_F: np.ndarray, *, steps: int, 
 
 
 def save_encoder(model: SiglipVisionModel, folder: Path) -> None:
-    """config.json, model.safetensors and preprocessor_config.json."""
     model.save_pretrained(str(folder))
     processor = {
         "image_processor_type": "SiglipImageProcessor",
@@ -80,7 +76,7 @@ def save_encoder(model: SiglipVisionModel, folder: Path) -> None:
 
 
 def used_features(model: SiglipVisionModel, frames_FHWC: np.ndarray) -> Tensor:
-    """hidden_states[-2] of uint8 frames: (F, P, D)."""
+    """hidden_states[-2] of uint8 frames, (F, P, D)."""
     pixels = torch.from_numpy(frames_FHWC).permute(0, 3, 1, 2).float() / 127.5 - 1.0
     hidden = model.embeddings(pixels)
     for block in model.encoder.layers[:-1]:
@@ -89,7 +85,6 @@ def used_features(model: SiglipVisionModel, frames_FHWC: np.ndarray) -> Tensor:
 
 
 def picture_label(picture: Picture | None) -> int:
-    """The label of a frame that shows `picture`."""
     return NOTHING if picture is None else ALL_PICTURES.index(picture)
 
 
@@ -97,7 +92,7 @@ def _encoder_config() -> SiglipVisionConfig:
     return SiglipVisionConfig(
         hidden_size=HIDDEN_SIZE,
         intermediate_size=4 * HIDDEN_SIZE,
-        num_hidden_layers=3,  # the last block is never run: hidden_states[-2] is used
+        num_hidden_layers=3,  # hidden_states[-2] is used: the last block never runs
         num_attention_heads=4,
         image_size=IMAGE_SIZE,
         patch_size=PATCH_SIZE,
@@ -106,7 +101,7 @@ def _encoder_config() -> SiglipVisionConfig:
 
 
 def _loss(logits: Tensor, features: Tensor, labels: Tensor) -> Tensor:
-    """Is there a picture, which colour, which shape, asked of every patch token; and channels of like scale."""
+    """Presence, colour and shape from every patch token, plus a penalty for channels of unequal scale."""
     shown = labels != NOTHING
     present, color, shape = torch.split(logits, [1, len(COLORS), len(SHAPES)], dim=-1)
     num_patches = logits.shape[1]
@@ -120,10 +115,10 @@ def _loss(logits: Tensor, features: Tensor, labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _standardise(model: SiglipVisionModel, frames_FHWC: np.ndarray) -> None:
-    """Makes the used features centred with mean square 1, without changing anything else that they say.
+    """Centres the used features and scales them to mean square 1.
 
-    A factor on all that is written into the residual stream passes every pre-norm unseen, and the last used block's
-    output bias shifts its output alone.
+    Pre-norm blocks ignore a common factor on everything written to the residual stream; the last used block's output
+    bias shifts the features alone.
     """
     features = used_features(model, frames_FHWC).flatten(0, 1)
     mean = features.mean(0)

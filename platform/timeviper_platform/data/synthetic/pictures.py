@@ -1,4 +1,4 @@
-"""The 32 pictures (8 colours x 4 shapes) and how one is drawn onto a frame. Knows pixels; not time, videos or text."""
+"""The 32 pictures (8 colours x 4 shapes), drawn onto frames."""
 
 from __future__ import annotations
 
@@ -20,19 +20,18 @@ COLORS: dict[str, tuple[int, int, int]] = {
 SHAPES = ("circle", "square", "triangle", "cross")
 
 OUTLINE = (15, 15, 15)
-"""around every shape, so that it stands out from any background"""
 OUTLINE_SHARE = 0.14
-"""of the half side; 2-4 pixels, which survive 4:2:0 and the scaling to the encoder's size"""
+"""Outline width as a share of half the side: 2-4 pixels, enough to survive 4:2:0 and scaling."""
 OVERSAMPLING = 4
-"""sub-pixels along each side, for soft edges"""
+"""Sub-pixels along each side, for soft edges."""
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A coloured shape; `str(picture)` is what questions and answers call it.
+    """A coloured shape; questions and answers use `str(picture)`.
 
     Raises:
-        ValueError: for a colour or shape that is not drawn here.
+        ValueError: for an unknown colour or shape.
     """
 
     color: str
@@ -51,15 +50,12 @@ ALL_PICTURES = tuple(Picture(color, shape) for color in COLORS for shape in SHAP
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Placement:
-    """Where a picture lies in the frame, in shares of the frame's side."""
-
     left: float
     top: float
     side: float
 
 
 def draw_picture(frame_HWC: np.ndarray, picture: Picture, placement: Placement) -> None:
-    """Draws onto a uint8 (S, S, 3) frame in place."""
     side_px = frame_HWC.shape[0]
     side = round(placement.side * side_px)
     top, left = round(placement.top * side_px), round(placement.left * side_px)
@@ -73,7 +69,7 @@ def draw_picture(frame_HWC: np.ndarray, picture: Picture, placement: Placement) 
 
 @lru_cache(maxsize=512)
 def _masks(shape: str, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Coverage (side, side, 1) in 0..1 of the coloured part, and of it together with its outline."""
+    """Coverage (side, side, 1) in 0..1 of the coloured part, without and with its outline."""
     steps = side * OVERSAMPLING
     axis = (np.arange(steps) + 0.5) / steps * 2 - 1
     x, y = axis[None, :], axis[:, None]

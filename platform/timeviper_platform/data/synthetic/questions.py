@@ -1,8 +1,8 @@
-"""Scenes to questions with their right answers, and those to training samples. Knows words; not pixels or files.
+"""Questions about scenes with their right answers, as training samples and held-out questions.
 
-An answer is the content itself, 'red circle', not a letter: a small model learns to name what it saw long before it
-learns to look up where an option stands. The options of a 'which' question are two colours times two shapes, the right
-one any of the four, so that neither the colour nor the shape alone, nor the options without the video, give it away.
+Answers are content ('red circle'), not letters: a small model learns to name what it saw long before it learns to look
+up an option. The options of a 'which' question are two colours times two shapes, so that neither colour, shape nor the
+options alone reveal the answer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from timeviper_platform.data.synthetic.scenes import MAX_COUNT, Scene
 
 ORDER_WORDS = ("first", "last")
 HOW_OFTEN = ("once", "twice", "three times", "four times")
-"""1 to MAX_COUNT times"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,18 +25,16 @@ class Question:
     """One question about one medium."""
 
     task: str
-    """choice | order | count | grounding | caption"""
     text: str
     answer: str
     choices: tuple[str, ...] = ()
-    """the answers to choose from, `answer` among them; empty for a free answer"""
+    """Options, including `answer`; empty for free text."""
     start_seconds: float | None = None
-    """grounding: the right interval, in seconds of the video"""
     end_seconds: float | None = None
 
 
 def scene_questions(scene: Scene, rng: np.random.Generator, *, num_which: int = 1) -> Iterator[Question]:
-    """Every question that the scene's kind allows; `num_which` times 'which', each with options of its own."""
+    """All questions about a scene; `num_which` 'which' questions, each with its own options."""
     first = scene.appearances[0]
     if scene.kind == "needle":
         for _ in range(num_which):
@@ -53,7 +50,6 @@ def scene_questions(scene: Scene, rng: np.random.Generator, *, num_which: int = 
 
 
 def which_question(picture: Picture, rng: np.random.Generator) -> Question:
-    """Which of four pictures is in the video, where it shows one."""
     other_color = _other(picture.color, tuple(COLORS), rng)
     other_shape = _other(picture.shape, SHAPES, rng)
     options = [str(Picture(c, s)) for c in (picture.color, other_color) for s in (picture.shape, other_shape)]
@@ -61,20 +57,17 @@ def which_question(picture: Picture, rng: np.random.Generator) -> Question:
 
 
 def order_question(word: str, picture: Picture, shown: Sequence[Picture], rng: np.random.Generator) -> Question:
-    """Which of the pictures shown comes first, or last."""
     options = [str(picture), *(str(other) for other in shown if other != picture)]
     return _choice("order", f"Which picture appears {word}?", options, rng)
 
 
 def count_question(picture: Picture, count: int, rng: np.random.Generator) -> Question:
-    """How often the picture appears, 1 to MAX_COUNT times."""
     right = HOW_OFTEN[count - 1]
     others = [words for words in HOW_OFTEN[:MAX_COUNT] if words != right]
     return _choice("count", f"How often does the {picture} appear?", [right, *others], rng)
 
 
 def grounding_question(picture: Picture, start_seconds: int, end_seconds: int) -> Question:
-    """When the picture is on screen."""
     return Question(
         task="grounding",
         text=f"When does the {picture} appear?",
@@ -85,7 +78,6 @@ def grounding_question(picture: Picture, start_seconds: int, end_seconds: int) -
 
 
 def caption(scene: Scene) -> str:
-    """One sentence that tells all there is to see."""
     pictures = [str(appearance.picture) for appearance in scene.appearances]
     if scene.kind == "needle":
         only = scene.appearances[0]
@@ -96,18 +88,16 @@ def caption(scene: Scene) -> str:
 
 
 def image_question(picture: Picture) -> Question:
-    """The caption of a picture."""
     return Question(task="caption", text="Describe the picture.", answer=f"A {picture}.")
 
 
 def listing(scene: Scene) -> str:
-    """The video in words, one entry a second: what a language model alone can learn the questions from."""
+    """The video in words, one entry a second, for training on text alone."""
     shown = (scene.appearance_at(second) for second in range(scene.duration_seconds))
     return " ".join("nothing" if appearance is None else str(appearance.picture) for appearance in shown)
 
 
 def sample_row(sample_id: str, question: Question, *, media_id: str | None, prefix: str = "") -> dict[str, Any]:
-    """A row of the SAMPLES schema."""
     media = [] if media_id is None else [{"media_id": media_id, "start_seconds": None, "end_seconds": None}]
     return {
         "sample_id": sample_id,
@@ -122,7 +112,6 @@ def sample_row(sample_id: str, question: Question, *, media_id: str | None, pref
 
 
 def question_row(sample_id: str, question: Question, *, media_id: str) -> dict[str, Any]:
-    """A row of the QUESTIONS schema."""
     return {
         "sample_id": sample_id,
         "media": [{"media_id": media_id, "start_seconds": None, "end_seconds": None}],
@@ -136,7 +125,7 @@ def question_row(sample_id: str, question: Question, *, media_id: str) -> dict[s
 
 
 def _choice(task: str, text: str, options: Sequence[str], rng: np.random.Generator) -> Question:
-    """A question that lists its options in random order; `options[0]` is right."""
+    """A question with its options in random order; `options[0]` is right."""
     choices = tuple(options[int(n)] for n in rng.permutation(len(options)))
     return Question(task=task, text=f"{text} Options: {', '.join(choices)}.", answer=options[0], choices=choices)
 

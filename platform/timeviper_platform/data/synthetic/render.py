@@ -1,4 +1,4 @@
-"""A scene to an H.264 file, a picture to an image file. Knows pixels and PyAV; no torch, as it runs in a pool."""
+"""Renders scenes to H.264 files and pictures to image files. Does not import torch: it runs in a process pool."""
 
 from __future__ import annotations
 
@@ -15,20 +15,19 @@ from timeviper_platform.data.synthetic.pictures import Picture, Placement, draw_
 from timeviper_platform.data.synthetic.scenes import Scene
 
 X264_OPTIONS = {"preset": "ultrafast", "crf": "25", "g": "16", "threads": "1"}
-"""one thread: its bytes do not depend on the machine's cores; a keyframe every 16 frames keeps seeking cheap"""
+"""One thread, so that bytes do not depend on the number of cores; frequent keyframes, for cheap seeking."""
 
 
 def background_frames(
     background: Background, num_frames: int, *, side: int, fps: int, film: str
 ) -> Iterator[np.ndarray]:
-    """uint8 (side, side, 3) frames; `film` is the .npy of `read_film`, empty where no background needs it."""
+    """uint8 (side, side, 3) frames. `film` is the path of the array of `read_film`, empty if unused."""
     if background.kind == "generated":
         return generated_frames(background.segments[0], num_frames, side)
     return film_frames(_film(film), background.segments, num_frames, fps)
 
 
 def scene_frames(scene: Scene, *, side: int, fps: int, film: str = "") -> Iterator[np.ndarray]:
-    """The video's frames, one every 1/fps seconds from 0."""
     frames = background_frames(scene.background, scene.duration_seconds * fps, side=side, fps=fps, film=film)
     for number, frame in enumerate(frames):
         appearance = scene.appearance_at(number / fps)
@@ -38,7 +37,6 @@ def scene_frames(scene: Scene, *, side: int, fps: int, film: str = "") -> Iterat
 
 
 def write_video(path: Path, frames: Iterator[np.ndarray], *, side: int, fps: int) -> None:
-    """H.264 in MP4, 4:2:0, constant `fps`, first frame at 0 seconds."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=fps, options=X264_OPTIONS)
         stream.width, stream.height, stream.pix_fmt = side, side, "yuv420p"
@@ -50,7 +48,6 @@ def write_video(path: Path, frames: Iterator[np.ndarray], *, side: int, fps: int
 def write_image(
     path: Path, picture: Picture, placement: Placement, background: Background, *, side: int, fps: int, film: str
 ) -> None:
-    """One frame with the picture, as PNG or JPEG by the path's suffix."""
     frame = next(background_frames(background, 1, side=side, fps=fps, film=film))
     draw_picture(frame, picture, placement)
     Image.fromarray(frame).save(path, quality=92)

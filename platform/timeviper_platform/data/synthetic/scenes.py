@@ -1,7 +1,4 @@
-"""The exact truth of every made video: which picture is on screen from which second to which, before what.
-
-Draws scenes from a seed. Knows seconds and pictures; not pixels, questions or files.
-"""
+"""Draws scenes from a seed: which pictures appear in a video, when, and on which background."""
 
 from __future__ import annotations
 
@@ -22,8 +19,6 @@ MAX_COUNT = 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Appearance:
-    """A picture on screen for start <= t < end."""
-
     picture: Picture
     placement: Placement
     start_seconds: int
@@ -32,10 +27,10 @@ class Appearance:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scene:
-    """One video. Its appearances follow each other and never touch.
+    """One video, with at least a second between its appearances.
 
     Raises:
-        ValueError: when they do, or reach past the video's end.
+        ValueError: if appearances touch, or end after the video.
     """
 
     media_id: str
@@ -52,7 +47,6 @@ class Scene:
             raise ValueError(f"{self.media_id}: appearances overlap or leave the {self.duration_seconds} s video")
 
     def appearance_at(self, seconds: float) -> Appearance | None:
-        """What is on screen at that time."""
         return next((a for a in self.appearances if a.start_seconds <= seconds < a.end_seconds), None)
 
 
@@ -65,7 +59,7 @@ def draw_scenes(
     film_segments: Sequence[int] = (),
     film_share: float = 0.0,
 ) -> Iterator[Scene]:
-    """The scenes of one split, `counts` of each kind; the same arguments give the same scenes."""
+    """Draws `counts` scenes of each kind; the same arguments give the same scenes."""
     for kind_number, (kind, count) in enumerate(counts.items()):
         for number in range(count):
             split_number = 0 if split == "train" else 1
@@ -84,7 +78,7 @@ def draw_scenes(
 
 
 def draw_placement(rng: np.random.Generator) -> Placement:
-    """Somewhere in the frame, and large: at half its side the tiny encoder took 25 % of the shapes for others."""
+    """A large picture at a random position; at half the frame's side the tiny encoder confused 25 % of the shapes."""
     side = float(rng.uniform(0.6, 0.7))
     left, top = rng.uniform(0, 1 - side, size=2)
     return Placement(left=float(left), top=float(top), side=side)
@@ -94,7 +88,7 @@ def _draw_background(
     rng: np.random.Generator, duration_seconds: int, film_segments: Sequence[int], split_number: int
 ) -> Background:
     if not film_segments:
-        # the lowest bit tells the splits apart, so that they cannot draw the same seed
+        # the lowest bit is the split, so that splits never share a seed
         return Background(kind="generated", segments=(int(rng.integers(2**30)) * 2 + split_number,))
     count = min(len(film_segments), -(-duration_seconds // FILM_SEGMENT_SECONDS))
     first = int(rng.integers(len(film_segments) - count + 1))
@@ -119,13 +113,12 @@ def _draw_appearances(rng: np.random.Generator, kind: SceneKind, duration_second
 
 
 def _draw_pictures(rng: np.random.Generator, count: int) -> list[Picture]:
-    """`count` different pictures."""
     return [ALL_PICTURES[int(n)] for n in rng.choice(len(ALL_PICTURES), size=count, replace=False)]
 
 
 def _draw_starts(rng: np.random.Generator, lengths: Sequence[int], duration_seconds: int) -> list[int]:
-    """Whole seconds for intervals with at least one empty second between them, evenly over what is possible."""
-    # stars and bars: len(lengths) of the free seconds, chosen with order kept, are where intervals go
+    """Draws integer start times, uniformly over all arrangements with an empty second between intervals."""
+    # stars and bars: choose which of the free seconds are followed by an interval
     free = duration_seconds - sum(lengths) - (len(lengths) - 1)
     gaps = np.sort(rng.choice(free + len(lengths), size=len(lengths), replace=False))
     starts = [int(gaps[0])]

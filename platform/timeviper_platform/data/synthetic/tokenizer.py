@@ -1,6 +1,6 @@
-"""A small byte-level BPE tokenizer, trained on the corpus' text and saved as a Hugging Face folder.
+"""Trains a byte-level BPE tokenizer on the corpus and saves it as a Hugging Face folder.
 
-Byte-level, so that any user's text has tokens. The special tokens have Nemotron's names and ids: <SPECIAL_n> is id n.
+Special tokens have Nemotron's names and ids: <SPECIAL_n> has id n.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", *(f"<SPECIAL_{n}>" for n in range(3, 13)))
-"""id = place; <SPECIAL_12> ends a turn in Nemotron's prompt"""
+"""Indexed by id; <SPECIAL_12> ends a turn in Nemotron's prompt."""
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """The tokenizer; the same texts give the same one.
+    """Trains a tokenizer; deterministic.
 
     Raises:
-        ValueError: when `vocab_size` has no room for the special tokens and the 256 bytes.
+        ValueError: if `vocab_size` is too small for the special tokens and 256 bytes.
     """
     smallest = len(SPECIAL_TOKENS) + 256
     if vocab_size < smallest:
-        raise ValueError(f"{vocab_size = } has no room for {smallest} special tokens and bytes")
+        raise ValueError(f"{vocab_size = } must be at least {smallest}: special tokens and 256 bytes")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -45,5 +45,4 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def save_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
-    """Trains and writes `tokenizer.json` and `tokenizer_config.json`."""
     train_tokenizer(texts, vocab_size).save_pretrained(str(folder))
