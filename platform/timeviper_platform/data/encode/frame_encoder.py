@@ -1,15 +1,14 @@
-"""Frames to merged bf16 tokens, in ONE fixed batch shape: one or two vision towers, then ToMe.
+"""Frames to merged bf16 tokens in ONE fixed batch shape: one or two vision towers, then ToMe.
 
-Knows batching and number formats. Does not know where frames come from or where tokens go; preprocessing and serving
-share this class so that both see the same tokens. A batched vision transformer's result depends on the shape of its
-batch (1e-6 at width 1152 in fp32), hence the last batch is padded, even for a lone frame.
+Preprocessing and serving share this class, so that both compute the same tokens. A vision transformer's result depends
+on the shape of its batch (1e-6 at width 1152 in fp32), so the last batch is padded, even for a single frame.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,22 +18,23 @@ from torch.nn import functional as F
 from timeviper_model.layers.projector import combine_towers
 from timeviper_model.layers.tome import merge_tokens
 from timeviper_model.layers.vision_transformer import VisionTransformer
+from timeviper_platform.common.devices import Dtype, torch_dtype
+from timeviper_platform.data.encode.tower_weights import TowerDescription, describe_tower
 
 RECIPE_VERSION = 2
-"""Raised whenever the same configuration would give other features; 2: videos are turned upright, as pictures were."""
-
-_DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Increased when the same configuration would give other features. 2: videos are rotated upright, like images."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TowerConfig:
-    """One vision tower, and how its tokens are merged."""
+    """Model, layer and merging of one tower."""
 
     model: str
-    """Hugging Face name or local folder"""
+    """Hugging Face name or local folder."""
     layer: int = -2
-    """index into hidden_states"""
+    """Index into hidden_states."""
     num_tokens_per_frame: int = 16
+    """After merging."""
     merge_heads: int = 16
 
     def __post_init__(self) -> None:
@@ -44,19 +44,18 @@ class TowerConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VisionTowerConfig(TowerConfig):
-    """Which towers see every frame, and how they run. Its own fields are the first tower's."""
+    """The vision tower that encodes every frame, optionally a second one, and how they run."""
 
     model: str = "google/siglip-so400m-patch14-384"
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """in which the towers compute; features are stored in bf16 either way"""
+    dtype: Dtype = "float32"
+    """Dtype in which the towers compute. Features are stored in bfloat16."""
     encode_batch_frames: int = 32
-    """frames in every batch, padded if need be; part of the recipe"""
+    """Frames per batch, padded if necessary. Part of the recipe."""
     device: str = "cpu"
     compile: bool = False
-    """each tower as one program by torch.compile: a minute or more at a worker's start, fewer kernels after it;
-    other kernels round differently, so this too is part of the recipe"""
+    """torch.compile: fewer kernels, a minute or more per worker start. Rounds differently, so part of the recipe."""
     second: TowerConfig | None = None
-    """another tower for the same frames, which are decoded once, at the larger of both image sizes"""
+    """Second tower for the same frames, decoded once at the larger image size."""
 
     def __post_init__(self) -> None:
         TowerConfig.__post_init__(self)
@@ -65,17 +64,68 @@ class VisionTowerConfig(TowerConfig):
 
     @property
     def towers(self) -> tuple[TowerConfig, ...]:
-        """The first, and the second if there is one."""
+        """The first tower, and the second if there is one."""
         return (self,) if self.second is None else (self, self.second)
 
-    def with_names(self, name: Callable[[str], str]) -> VisionTowerConfig:
-        """The same with each tower's `model` renamed, such as to an absolute path."""
-        second = self.second and replace(self.second, model=name(self.second.model))
-        return replace(self, model=name(self.model), second=second)
+    def with_names(self, rename: Callable[[str], str]) -> VisionTowerConfig:
+        """A copy with each tower's `model` renamed, such as to an absolute path."""
+        second = self.second and replace(self.second, model=rename(self.second.model))
+        return replace(self, model=rename(self.model), second=second)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncoderDescription:
+    """The recipe and the sizes of an encoder."""
+
+    recipe: dict[str, Any]
+    """Everything about the encoder that determines the features' values."""
+    image_size: int
+    """Side of the frames that the encoder takes."""
+    dim: int
+    """Width of the features."""
+    num_tokens_per_frame: int
+
+    @classmethod
+    def of(cls, config: VisionTowerConfig, towers: Sequence[TowerDescription]) -> EncoderDescription:
+        """Combines the descriptions of the towers."""
+        num_tokens = [
+            min(part.num_tokens_per_frame, tower.num_patches) for part, tower in zip(config.towers, towers, strict=True)
+        ]
+        first, *others = (_tower_recipe(*values) for values in zip(config.towers, towers, num_tokens, strict=True))
+        recipe = {
+            "recipe_version": RECIPE_VERSION,
+            **first,
+            "dtype": {"compute": config.dtype, "stored": "bfloat16"},
+            "encode_batch_frames": config.encode_batch_frames,
+        }
+        if config.compile:
+            recipe["compiled"] = True
+        for second in others:  # a recipe of one tower has neither key: its hash stays as it was before second towers
+            recipe["hidden_size"] = towers[0].hidden_size
+            recipe["second"] = {**second, "hidden_size": towers[1].hidden_size}
+        return cls(
+            recipe=recipe,
+            image_size=max(tower.image_size for tower in towers),
+            dim=max(tower.hidden_size for tower in towers),
+            num_tokens_per_frame=sum(num_tokens),
+        )
+
+
+def describe_encoder(config: VisionTowerConfig) -> EncoderDescription:
+    """The description of `FrameEncoder(config)`, without building its towers. Raises the same errors."""
+    return EncoderDescription.of(config, [describe_tower(tower.model, tower.layer) for tower in config.towers])
+
+
+def _tower_recipe(config: TowerConfig, tower: TowerDescription, num_tokens_per_frame: int) -> dict[str, Any]:
+    return {
+        "encoder": {"weights_hash": tower.weights_hash, "layer": config.layer},
+        "preprocessing": {"image_size": tower.image_size, "resize": "bicubic", "aspect": "squeezed"},
+        "merge": {"method": "tome", "num_tokens_per_frame": num_tokens_per_frame, "heads": config.merge_heads},
+    }
 
 
 class FrameEncoder:
-    """uint8 frames to (F, N, dim) bf16 tokens; of two towers, `combine_towers` of what each gives alone.
+    """uint8 frames to (F, N, dim) bf16 tokens; the tokens of two towers are joined by `combine_towers`.
 
     Raises:
         ValueError: when a tower cannot be loaded.
@@ -83,28 +133,13 @@ class FrameEncoder:
 
     def __init__(self, config: VisionTowerConfig) -> None:
         self.config = config
-        self._towers = [_Tower(tower, config) for tower in config.towers]
-        self.image_size: int = max(tower.image_size for tower in self._towers)
-        """side of the frames that `encode` takes"""
-        self.dim: int = max(tower.hidden_size for tower in self._towers)
-        self.num_tokens_per_frame = sum(tower.num_tokens_per_frame for tower in self._towers)
-
-    @property
-    def recipe(self) -> dict[str, Any]:
-        """Everything about the towers that decides the features' values; towers.py reads it."""
-        first, second = self._towers[0], self._towers[-1]
-        recipe = {
-            "recipe_version": RECIPE_VERSION,
-            **first.recipe,
-            "dtype": {"compute": self.config.dtype, "stored": "bfloat16"},
-            "encode_batch_frames": self.config.encode_batch_frames,
-        }
-        if self.config.compile:
-            recipe["compiled"] = True
-        if self.config.second is not None:  # no key of these for one tower: its stores' hashes stay
-            recipe["hidden_size"] = first.hidden_size
-            recipe["second"] = {**second.recipe, "hidden_size": second.hidden_size}
-        return recipe
+        self.towers = [MergingTower(tower, config) for tower in config.towers]
+        description = EncoderDescription.of(config, [TowerDescription.of(tower.vision) for tower in self.towers])
+        self.recipe = description.recipe
+        self.image_size = description.image_size
+        """Side of the frames that `encode` takes."""
+        self.dim = description.dim
+        self.num_tokens_per_frame = description.num_tokens_per_frame
 
     @torch.inference_mode()
     def encode(self, frames: Tensor | np.ndarray) -> Tensor:
@@ -114,57 +149,42 @@ class FrameEncoder:
             frames: (F, S, S, 3) uint8 with S = `image_size`; any F.
 
         Returns:
-            (F, N, dim) bfloat16 on the CPU; a frame's values do not depend on the others.
+            (F, N, dim) bfloat16 on the CPU. A frame's values do not depend on the other frames.
         """
         pixels = torch.as_tensor(frames)
         size = self.config.encode_batch_frames
         result = torch.empty(len(pixels), self.num_tokens_per_frame, self.dim, dtype=torch.bfloat16)
         for start in range(0, len(pixels), size):
-            piece = pixels[start : start + size]
-            batch = piece.new_zeros(size, *piece.shape[1:])
-            batch[: len(piece)] = piece
+            some = pixels[start : start + size]
+            batch = some.new_zeros(size, *some.shape[1:])
+            batch[: len(some)] = some
             batch = batch.to(self.config.device)
-            first, *others = (tower.tokens(batch) for tower in self._towers)
+            first, *others = (tower.tokens(batch) for tower in self.towers)
             tokens = combine_towers(first, *others) if others else first
-            result[start : start + size] = tokens[: len(piece)].to("cpu", torch.bfloat16)
+            result[start : start + size] = tokens[: len(some)].to("cpu", torch.bfloat16)
         return result
 
 
-class _Tower:
-    """One tower on its device."""
+class MergingTower:
+    """One vision tower on its device, followed by ToMe."""
 
-    def __init__(self, config: TowerConfig, shared: VisionTowerConfig) -> None:
-        self._config = config
+    def __init__(self, config: TowerConfig, encoder: VisionTowerConfig) -> None:
         self.vision = VisionTransformer.from_pretrained(config.model, layer=config.layer)
-        self.vision.to(device=shared.device, dtype=_DTYPES[shared.dtype])
+        self.vision.to(device=encoder.device, dtype=torch_dtype(encoder.dtype))
         self._patches: Callable[[Tensor], Tensor] = (
-            torch.compile(self.vision, dynamic=False) if shared.compile else self.vision
+            torch.compile(self.vision, dynamic=False) if encoder.compile else self.vision
         )
-        self.image_size: int = self.vision.image_size
-        self.hidden_size: int = self.vision.hidden_size
-        self.num_tokens_per_frame = min(config.num_tokens_per_frame, self.vision.num_patches)
-
-    @property
-    def recipe(self) -> dict[str, Any]:
-        """What decides this tower's values."""
-        return {
-            "encoder": {"weights_hash": self.vision.weights_hash, "layer": self._config.layer},
-            "preprocessing": {"image_size": self.image_size, "resize": "bicubic", "aspect": "squeezed"},
-            "merge": {
-                "method": "tome",
-                "num_tokens_per_frame": self.num_tokens_per_frame,
-                "heads": self._config.merge_heads,
-            },
-        }
+        self._num_tokens_per_frame = min(config.num_tokens_per_frame, self.vision.num_patches)
+        self._merge_heads = config.merge_heads
 
     def tokens(self, frames: Tensor) -> Tensor:
-        """Merged tokens (B, N, D) of uint8 frames (B, S, S, 3), S at least `image_size`."""
-        patches = self._patches(self.vision.preprocess(resize_frames(frames, self.image_size)))
-        return merge_tokens(patches, self.num_tokens_per_frame, num_heads=self._config.merge_heads)
+        """Merged tokens (B, N, D) of uint8 frames (B, S, S, 3), S at least the tower's image size."""
+        patches = self._patches(self.vision.preprocess(resize_frames(frames, self.vision.image_size)))
+        return merge_tokens(patches, self._num_tokens_per_frame, num_heads=self._merge_heads)
 
 
 def resize_frames(frames: Tensor, image_size: int) -> Tensor:
-    """uint8 frames (B, S, S, 3) at another side, bicubic as in decoding, on their device; the same where S fits."""
+    """Resizes uint8 frames (B, S, S, 3) to another side, bicubic as in decoding, on their device."""
     if frames.shape[1] == image_size:
         return frames
     pixels = frames.permute(0, 3, 1, 2).float()

@@ -1,11 +1,8 @@
-"""What recipes, stores and model configurations say of the vision towers, in the same words, so that they compare.
+"""Recipes: their hash, and the facts that recipes, stores and model configurations share, in comparable form.
 
-A recipe of one tower has its facts at the top and no width, which the index knows. One of two towers says both widths,
-and has the second's facts under `second`:
+The recipe of one tower has no width. That of two towers:
 
     {encoder, preprocessing, merge, hidden_size, second: {encoder, preprocessing, merge, hidden_size}, ...}
-
-Knows JSON and VisionConfig; encodes nothing.
 """
 
 from __future__ import annotations
@@ -18,23 +15,23 @@ from typing import Any
 from timeviper_model.config import VisionConfig
 
 Facts = dict[str, Any]
-"""fields of VisionConfig by dotted name, the number of towers, and the width of a row"""
+"""Fields of VisionConfig by dotted name, the number of towers, and the width of a row."""
 
 
-def tower_facts(part: Mapping[str, Any]) -> Facts:
-    """The fields of a VisionTower that a recipe, or its `second`, states."""
-    encoder, merge = part.get("encoder", {}), part.get("merge", {})
-    found = {
-        "hidden_size": part.get("hidden_size"),
+def tower_facts(recipe: Mapping[str, Any]) -> Facts:
+    """The vision tower's fields in a recipe, or in its `second`."""
+    encoder, merge = recipe.get("encoder", {}), recipe.get("merge", {})
+    facts = {
+        "hidden_size": recipe.get("hidden_size"),
         "num_tokens_per_frame": merge.get("num_tokens_per_frame"),
         "layer": encoder.get("layer"),
         "merge_heads": merge.get("heads"),
     }
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: value for name, value in facts.items() if value is not None}
 
 
 def recipe_facts(recipe: Mapping[str, Any]) -> Facts:
-    """All that a recipe states; one that names no second tower states that there is one."""
+    """All facts of a recipe."""
     if "second" not in recipe:
         return {"num_towers": 1, **tower_facts(recipe)}
     second = {f"second.{name}": value for name, value in tower_facts(recipe["second"]).items()}
@@ -42,7 +39,7 @@ def recipe_facts(recipe: Mapping[str, Any]) -> Facts:
 
 
 def vision_facts(vision: VisionConfig) -> Facts:
-    """The same of what a model was made for."""
+    """The same facts of a model configuration."""
     facts: Facts = {"num_towers": 1 if vision.second is None else 2, "row_size": vision.row_size}
     for prefix, tower in (("", vision), ("second.", vision.second)):
         if tower is not None:
@@ -52,7 +49,7 @@ def vision_facts(vision: VisionConfig) -> Facts:
 
 
 def different_facts(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Lines for what both state and state differently."""
+    """One line for each fact that both have and that differs."""
     return [f"{key}: {one[key]!r} and {other[key]!r}" for key in one if key in other and one[key] != other[key]]
 
 
@@ -63,7 +60,7 @@ def recipe_hash(recipe: Mapping[str, Any]) -> str:
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Lines that say, for each dotted path, what the store has and what this run asks for."""
+    """One line for each dotted path at which the store's recipe (`old`) differs from this run's (`new`)."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(old.keys() | new.keys())
         return [line for k in keys for line in differences(old.get(k), new.get(k), f"{path}.{k}" if path else k)]

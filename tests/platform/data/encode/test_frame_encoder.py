@@ -1,4 +1,4 @@
-"""Tokens do not depend on the company a frame keeps in its batch, nor on the other tower."""
+"""A frame's tokens depend neither on the other frames of its batch nor on the other tower."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from timeviper_platform.data.encode.frame_encoder import FrameEncoder, TowerConf
 from timeviper_platform.data.encode.recipe import recipe_hash
 
 
-def made_frames(count: int, size: int) -> torch.Tensor:
+def synthetic_frames(count: int, size: int) -> torch.Tensor:
     return torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
-def test_a_lone_frame_has_the_bytes_it_has_in_a_full_batch_at_width_1152(tmp_path: Path) -> None:
+def test_a_single_frame_has_the_same_bytes_as_in_a_full_batch_at_width_1152(tmp_path: Path) -> None:
     folder = make_encoder(tmp_path, hidden_size=1152)
     encoder = FrameEncoder(VisionTowerConfig(model=str(folder), num_tokens_per_frame=4, encode_batch_frames=8))
-    frames = made_frames(11, encoder.image_size)
+    frames = synthetic_frames(11, encoder.image_size)
     together = encoder.encode(frames)
     assert together.shape == (11, 4, 1152)
     assert together.dtype == torch.bfloat16
@@ -37,15 +37,15 @@ def test_a_lone_frame_has_the_bytes_it_has_in_a_full_batch_at_width_1152(tmp_pat
 def test_the_batch_shape_is_fixed_and_no_frame_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = FrameEncoder(VisionTowerConfig(model=str(make_encoder(tmp_path)), merge_heads=4, encode_batch_frames=4))
     shapes = []
-    vision = encoder._towers[0].vision
+    vision = encoder.towers[0].vision
     forward = vision.forward
     monkeypatch.setattr(vision, "forward", lambda pixels: shapes.append(len(pixels)) or forward(pixels))
     for count in (0, 1, 4, 9):
-        assert encoder.encode(made_frames(count, 32).numpy()).shape == (count, 16, 16)
+        assert encoder.encode(synthetic_frames(count, 32).numpy()).shape == (count, 16, 16)
     assert shapes == [4] * 5
 
 
-def test_the_recipe_names_what_decides_the_values(tmp_path: Path) -> None:
+def test_the_recipe_has_everything_that_determines_the_values(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     one, other = make_encoder(tmp_path / "a", seed=0), make_encoder(tmp_path / "b", seed=1)
@@ -67,7 +67,7 @@ def test_the_recipe_names_what_decides_the_values(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def towers(tmp_path_factory: pytest.TempPathFactory) -> VisionTowerConfig:
-    """A first tower of 32 px and width 16, and one of 48 px and width 24 beside it."""
+    """A first tower of 32 px and width 16, and a second one of 48 px and width 24."""
     folder = tmp_path_factory.mktemp("towers")
     for name in ("first", "second"):
         (folder / name).mkdir()
@@ -100,7 +100,7 @@ def test_two_towers_give_the_combination_of_what_each_gives_alone(
     config = replace(towers, second=second, **{name: getattr(ours, name) for name in names})
     both = FrameEncoder(config)
     assert both.image_size == 48
-    frames = made_frames(6, 48)
+    frames = synthetic_frames(6, 48)
     tokens = both.encode(frames)
     assert tokens.shape == (6, both.num_tokens_per_frame, both.dim) == (6, ours.num_tokens_per_frame + num_second, 24)
     one, other = alone(towers, ours), alone(towers, second)
@@ -109,14 +109,14 @@ def test_two_towers_give_the_combination_of_what_each_gives_alone(
     assert torch.equal(tokens.view(torch.int16), combine_towers(*parts).view(torch.int16))
 
 
-def test_a_lone_frame_of_two_towers_has_the_bytes_it_has_in_a_full_batch(
+def test_a_single_frame_of_two_towers_has_the_same_bytes_as_in_a_full_batch(
     towers: VisionTowerConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = FrameEncoder(towers)
-    frames = made_frames(6, 48)
+    frames = synthetic_frames(6, 48)
     together = encoder.encode(frames).view(torch.int16)
     shapes = []
-    for tower in encoder._towers:
+    for tower in encoder.towers:
         forward = tower.vision.forward
         monkeypatch.setattr(
             tower.vision, "forward", lambda pixels, own=forward: shapes.append(tuple(pixels.shape)) or own(pixels)
@@ -126,8 +126,8 @@ def test_a_lone_frame_of_two_towers_has_the_bytes_it_has_in_a_full_batch(
     assert shapes == [(4, 3, 32, 32), (4, 3, 48, 48)] * 3
 
 
-def test_the_other_tower_sees_what_pillow_would_show_it() -> None:
-    frames = made_frames(2, 48) // 2 + 64  # no overshoot, which Pillow cuts after each of its two passes
+def test_frames_are_resized_for_the_other_tower_as_by_pillow() -> None:
+    frames = synthetic_frames(2, 48) // 2 + 64  # no overshoot, which Pillow clips after each of its two passes
     resized = resize_frames(frames, 32)
     assert resized.dtype == torch.uint8
     for frame, small in zip(frames.numpy(), resized.numpy(), strict=True):
@@ -135,10 +135,10 @@ def test_the_other_tower_sees_what_pillow_would_show_it() -> None:
         assert abs(small - expected).max() <= 1
 
 
-def test_a_second_tower_has_keys_of_its_own_and_one_tower_has_none(towers: VisionTowerConfig) -> None:
+def test_a_recipe_has_extra_keys_only_for_two_towers(towers: VisionTowerConfig) -> None:
     assert towers.second is not None
     one, two = FrameEncoder(replace(towers, second=None)), FrameEncoder(towers)
-    hashes = [tower.vision.weights_hash for tower in two._towers]
+    hashes = [tower.vision.weights_hash for tower in two.towers]
     expected = {
         "recipe_version": 2,
         "encoder": {"weights_hash": hashes[0], "layer": -2},
@@ -147,7 +147,7 @@ def test_a_second_tower_has_keys_of_its_own_and_one_tower_has_none(towers: Visio
         "dtype": {"compute": "float32", "stored": "bfloat16"},
         "encode_batch_frames": 4,
     }
-    assert one.recipe == expected  # as stores of one tower have always had it but for the version
+    assert one.recipe == expected  # unchanged since before second towers, except for the version
     second = {
         "encoder": {"weights_hash": hashes[1], "layer": -1},
         "preprocessing": {"image_size": 48, "resize": "bicubic", "aspect": "squeezed"},
@@ -173,6 +173,6 @@ def test_a_compiled_encoder_gives_the_same_tokens_within_rounding(tmp_path: Path
     folder = str(make_encoder(tmp_path))
     config = VisionTowerConfig(model=folder, num_tokens_per_frame=4, merge_heads=4, encode_batch_frames=4)
     plain, compiled = FrameEncoder(config), FrameEncoder(replace(config, compile=True))
-    frames = made_frames(6, plain.image_size)
+    frames = synthetic_frames(6, plain.image_size)
     torch.testing.assert_close(compiled.encode(frames), plain.encode(frames), rtol=2**-6, atol=2**-6)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
