@@ -1,7 +1,7 @@
 """Media to features: `python jobs/preprocess.py --config ray_configs/tiny/preprocess.yaml [key=value ...]`.
 
-Plans which frames to take, decodes and encodes what the feature store does not hold yet, and says what became of every
-medium. Broken media are counted, not fatal: the exit code is 0. Run it again and it does what is missing.
+Plans which frames to sample, decodes and encodes those that the feature store does not have, and reports the outcome.
+Broken media are counted, not fatal: the exit code is 0. Run it again to add what is missing.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from collections.abc import Sequence
 
 from timeviper_platform.common.config import load_config
 from timeviper_platform.common.job import JobParser, JobResult, run_job
+from timeviper_platform.data.preprocess.config import PreprocessConfig
 from timeviper_platform.data.preprocess.estimate import estimate
-from timeviper_platform.data.preprocess.run import PreprocessConfig, run_preprocess
+from timeviper_platform.data.preprocess.run import run_preprocess
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,12 +25,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config_file="ray_configs/preprocess.yaml",
         override="input=film.mp4 execution.num_workers=4",
     )
-    parser.add_argument("--dry-run", action="store_true", help="plan and estimate; write nothing")
+    parser.add_argument("--dry-run", action="store_true", help="plan and estimate without writing anything")
     return run_job(parser, preprocess, arguments)
 
 
 def preprocess(options: argparse.Namespace) -> JobResult:
-    """Writes the feature store, or estimates what that takes."""
+    """Writes the feature store, or estimates the cost."""
     config = load_config(PreprocessConfig, options.config, options.overrides)
     if options.dry_run:
         return JobResult(_estimate_lines(config))
@@ -42,8 +43,8 @@ def _estimate_lines(config: PreprocessConfig) -> list[str]:
     reasons = ", ".join(f"{count} {kind}" for kind, count in sorted(plan.errors_by_type.items()))
     times, costs = [], []
     if plan.seconds is not None and plan.calibration is not None:
-        tried = f"{plan.calibration.frames} frames of {plan.calibration.segments} segments, decoded and encoded here"
-        times.append(f"about {plan.seconds:.0f} s ({tried})")
+        sample = f"{plan.calibration.frames} frames of {plan.calibration.segments} segments, decoded and encoded here"
+        times.append(f"about {plan.seconds:.0f} s ({sample})")
         decode, encode = (
             seconds / plan.calibration.frames * 1e3
             for seconds in (plan.calibration.decode_seconds, plan.calibration.encode_seconds)
@@ -56,7 +57,7 @@ def _estimate_lines(config: PreprocessConfig) -> list[str]:
         + (f" = {reasons}" if reasons else ""),
         f"segments   {plan.segments} planned, {plan.segments_missing} to do",
         f"frames     {plan.frames_missing} to do, {plan.feature_bytes / 1e6:.1f} MB of features",
-        f"time       {', '.join(times) or 'unknown: nothing to try it on decodes'}",
+        f"time       {', '.join(times) or 'unknown: no sample could be decoded'}",
         *costs,
     ]
 

@@ -1,4 +1,4 @@
-"""`jobs/preprocess.py` from the outside: exit codes, and errors that say what to do."""
+"""`jobs/preprocess.py`: exit codes, output and error messages."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ def corpus(tmp_path: Path) -> Path:
 
 def test_a_dry_run_prints_the_plan(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_job(*tiny(corpus), "--dry-run") == 0
-    shown = capsys.readouterr().out
-    assert "segments   1 planned, 1 to do" in shown
-    assert "frames     3 to do" in shown
+    output = capsys.readouterr().out
+    assert "segments   1 planned, 1 to do" in output
+    assert "frames     3 to do" in output
     assert not (corpus / "features").exists()
 
 
-def test_broken_files_alone_are_no_failure_and_are_counted(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_input_of_broken_files_succeeds_and_counts_them(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (corpus / "text.mp4").write_text("text")
-    assert run_job(*tiny(corpus, f"input={corpus / 'text.mp4'}")) == 0  # nothing to encode: no Ray is started
+    assert run_job(*tiny(corpus, f"input={corpus / 'text.mp4'}")) == 0  # nothing to encode, so Ray is not started
     assert "media      1, of which rejected: 1 = 1 unknown_format (probe)" in capsys.readouterr().out
     assert list(FeatureStore.open(str(corpus / "features")).media_ids) == []
 
@@ -65,7 +65,7 @@ def test_broken_files_alone_are_no_failure_and_are_counted(corpus: Path, capsys:
         ("execution.mode=sideways", "execution.mode"),
     ],
 )
-def test_a_mistake_ends_the_job_with_its_reason(
+def test_a_user_error_ends_the_job_with_its_reason(
     corpus: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
 ) -> None:
     assert run_job(*tiny(corpus, override)) == 1
@@ -76,7 +76,7 @@ def test_both_configurations_load_and_have_the_same_keys() -> None:
     import yaml
 
     from timeviper_platform.common.config import load_config
-    from timeviper_platform.data.preprocess.run import PreprocessConfig
+    from timeviper_platform.data.preprocess.config import PreprocessConfig
 
     def keys(values: dict[str, object], path: str = "") -> set[str]:
         nested = [keys(v, f"{path}{k}.") if isinstance(v, dict) else {f"{path}{k}"} for k, v in values.items()]

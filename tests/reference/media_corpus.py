@@ -12,9 +12,8 @@ from PIL import Image
 
 from reference.synthetic_media import make_encoder, make_sound, make_video, picture
 from timeviper_platform.data.encode.frame_encoder import VisionTowerConfig
-from timeviper_platform.data.preprocess.ray_graph import ExecutionConfig
-from timeviper_platform.data.preprocess.run import PreprocessConfig
-from timeviper_platform.data.preprocess.worker import TaskResult
+from timeviper_platform.data.preprocess.config import ExecutionConfig, PreprocessConfig
+from timeviper_platform.data.preprocess.tasks import TaskResult
 from timeviper_platform.data.store.reader import FeatureStore
 
 BAD = {

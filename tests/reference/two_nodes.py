@@ -1,7 +1,6 @@
-"""A private Ray of two nodes on this machine whose processes a test may kill.
+"""A private Ray cluster of two nodes on this machine whose processes a test may kill.
 
-The head has room for one worker and the second node for the others; a second node that dies is replaced by a new one.
-Only processes below these two nodes are ever touched, by their ids.
+The head has room for one worker, the second node for the others. Only processes of these two nodes are killed, by id.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ PORTS = ("dashboard-agent-grpc-port", "dashboard-agent-listen-port", "node-manag
 
 
 class TwoNodes:
-    """Both nodes; `environment` lets a child process use them."""
+    """Both nodes; `environment` connects a child process to them."""
 
     def __init__(self, environment: dict[str, str]) -> None:
         self.environment = environment
         self._second = self._start()
 
     def kill(self, victim: str) -> bool:
-        """SIGKILLs the second node's raylet, or a worker of the step with this name; True when it was there.
+        """SIGKILLs the second node's raylet, or a worker of the step with this name; returns False if there is none.
 
-        Ray itself starts a dead worker again; a dead node is replaced here.
+        Ray restarts a dead worker; a dead node is replaced here.
         """
         if victim != "second node":
             return self._kill(self.worker(victim))
@@ -43,9 +42,9 @@ class TwoNodes:
         return is_killed
 
     def end(self) -> None:
-        """Ends what is left of the second node."""
+        """Kills the second node's process group."""
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._second.pid, signal.SIGKILL)  # its own group, below
+            os.killpg(self._second.pid, signal.SIGKILL)  # the group is its own
         self._second.wait()
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -61,7 +60,7 @@ class TwoNodes:
         )
 
     def _raylet(self) -> psutil.Process | None:
-        """The second node's, once it is there."""
+        """The second node's raylet, waiting until it has started."""
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             if found := _below(self._second.pid, lambda process: process.name() == "raylet"):
@@ -70,12 +69,12 @@ class TwoNodes:
         return None
 
     def worker(self, step: str) -> psutil.Process | None:
-        """A worker of either node that runs the step now."""
+        """A worker of either node that is running the step."""
         found = (_below(raylet.pid, lambda process: step in _title(process)) for raylet in self._raylets())
         return next((processes[0] for processes in found if processes), None)
 
     def _raylets(self) -> list[psutil.Process]:
-        """Found by the cluster's port: Ray writes the machine's own address where it was told 127.0.0.1."""
+        """Raylets with the cluster's port. Ray replaces the address 127.0.0.1 by the machine's own."""
         port = self.environment["RAY_ADDRESS"].rpartition(":")[2]
         address = re.compile(rf"--gcs-address=[0-9.]+:{port}(\s|$)")
         raylets = (process for process in psutil.process_iter(["name"]) if process.info["name"] == "raylet")
@@ -95,7 +94,7 @@ class TwoNodes:
 
 @contextlib.contextmanager
 def two_nodes() -> Iterator[TwoNodes]:
-    """Runs while the context is open. A dead node is noticed within seconds."""
+    """Runs the cluster in a context. Dead nodes are detected within seconds."""
     quick = {"RAY_health_check_period_ms": "1000", "RAY_health_check_initial_delay_ms": "1000"}
     with local_cluster(num_cpus=1, object_store_bytes=200_000_000, environment=quick) as environment:
         nodes = TwoNodes(environment)
@@ -105,10 +104,10 @@ def two_nodes() -> Iterator[TwoNodes]:
             nodes.end()
 
 
-def _below(pid: int, is_wanted: Callable[[psutil.Process], bool]) -> list[psutil.Process]:
+def _below(pid: int, predicate: Callable[[psutil.Process], bool]) -> list[psutil.Process]:
     try:
-        return [process for process in psutil.Process(pid).children(recursive=True) if is_wanted(process)]
-    except psutil.NoSuchProcess:  # one that ends while it is looked at
+        return [process for process in psutil.Process(pid).children(recursive=True) if predicate(process)]
+    except psutil.NoSuchProcess:  # it ended meanwhile
         return []
 
 

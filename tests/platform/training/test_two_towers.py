@@ -24,10 +24,11 @@ from timeviper_model.weights.weights_folder import from_pretrained, load_tokeniz
 from timeviper_platform.common.config import load_config, parse_config
 from timeviper_platform.data.encode.frame_encoder import FrameEncoder
 from timeviper_platform.data.plan.segments import Segment
+from timeviper_platform.data.preprocess.config import ExecutionConfig, PreprocessConfig
 from timeviper_platform.data.preprocess.estimate import estimate
-from timeviper_platform.data.preprocess.ray_graph import ExecutionConfig
-from timeviper_platform.data.preprocess.run import PreprocessConfig, run_in_process, run_preprocess
-from timeviper_platform.data.preprocess.worker import TaskResult, WorkerSpec
+from timeviper_platform.data.preprocess.run import run_in_process, run_preprocess
+from timeviper_platform.data.preprocess.tasks import TaskResult
+from timeviper_platform.data.preprocess.worker import WorkerSpec
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.data.store.verify import verify_store
 from timeviper_platform.data.store.writer import write_store

@@ -37,8 +37,8 @@ from timeviper_platform.benchmarks.preprocess.share_of_ideal import make_tiny_en
 from timeviper_platform.benchmarks.video.clips import ClipSpec, make_clip
 from timeviper_platform.common.ray_cluster import ray_session
 from timeviper_platform.data.encode.frame_encoder import FrameEncoder, VisionTowerConfig
-from timeviper_platform.data.preprocess.ray_graph import ExecutionConfig
-from timeviper_platform.data.preprocess.run import PreprocessConfig, run_preprocess
+from timeviper_platform.data.preprocess.config import ExecutionConfig, PreprocessConfig
+from timeviper_platform.data.preprocess.run import run_preprocess
 from timeviper_platform.data.store.writer import features_bytes
 from timeviper_platform.data.synthetic.encoder import IMAGE_SIZE
 

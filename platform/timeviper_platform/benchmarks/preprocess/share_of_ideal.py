@@ -27,19 +27,13 @@ import numpy as np
 from timeviper_platform.benchmarks.measure import Row, StolenTime
 from timeviper_platform.benchmarks.video.clips import ClipSpec, make_clip
 from timeviper_platform.common.ray_cluster import ray_session
-from timeviper_platform.data.encode.frame_encoder import FrameEncoder, VisionTowerConfig
+from timeviper_platform.data.encode.frame_encoder import EncoderDescription, VisionTowerConfig, describe_encoder
 from timeviper_platform.data.encode.recipe import recipe_hash
 from timeviper_platform.data.plan.segments import Segment, segments_of
 from timeviper_platform.data.preprocess.calibrate import BusySlots, Calibration
-from timeviper_platform.data.preprocess.ray_graph import ExecutionConfig, run_on_ray
-from timeviper_platform.data.preprocess.run import (
-    PreprocessConfig,
-    Runner,
-    make_recipe,
-    plan_tables,
-    run_preprocess,
-    worker_spec,
-)
+from timeviper_platform.data.preprocess.config import ExecutionConfig, PreprocessConfig
+from timeviper_platform.data.preprocess.ray_graph import run_on_ray
+from timeviper_platform.data.preprocess.run import Runner, make_recipe, plan_tables, run_preprocess, worker_spec
 from timeviper_platform.data.synthetic.encoder import IMAGE_SIZE, save_encoder, train_encoder
 
 logger = logging.getLogger(__name__)
@@ -126,10 +120,10 @@ def media_rows(
     tried.mkdir()
     media.grow(tried, media.num_tried)
     config = PreprocessConfig(input=str(tried), feature_store=str(root / "none"), encoder=encoder)
-    frames = FrameEncoder(encoder)
-    segments = planned(config, frames)
+    description = describe_encoder(encoder)
+    segments = planned(config, description)
     rates: dict[str, list[RunRate]] = {name: [] for name in executions(num_cores)}
-    with BusySlots(worker_spec(config, frames, ""), num_cores) as slots:
+    with BusySlots(worker_spec(config, description, ""), num_cores) as slots:
         costs = [slots.measure(segments, sizes.calibration_seconds)]
         whole = root / media.name
         whole.mkdir()
@@ -200,7 +194,7 @@ def speed_rows(
     return rows
 
 
-def planned(config: PreprocessConfig, encoder: FrameEncoder) -> list[Segment]:
+def planned(config: PreprocessConfig, encoder: EncoderDescription) -> list[Segment]:
     """The segments of a configuration's input."""
     tables = plan_tables(config, recipe_hash(make_recipe(encoder, config)))
     return [segment for table in tables for segment in segments_of(table)]

@@ -25,9 +25,9 @@ from timeviper_platform.benchmarks.store.open_and_read import (
 )
 from timeviper_platform.common.schemas import INDEX, MANIFEST, PLAN
 from timeviper_platform.data.encode.frame_encoder import VisionTowerConfig
+from timeviper_platform.data.preprocess.config import PreprocessConfig
 from timeviper_platform.data.preprocess.estimate import estimate
 from timeviper_platform.data.preprocess.finalize import finalize_store
-from timeviper_platform.data.preprocess.run import PreprocessConfig
 from timeviper_platform.data.store.compact import compact
 from timeviper_platform.data.store.index_writer import write_index
 from timeviper_platform.data.store.inspect import inspect_store

@@ -1,13 +1,12 @@
-"""The plan of a whole input: pages of media to PLAN tables in plan/*.parquet, compared with what is committed.
+"""The plan of a whole input in plan/*.parquet, compared with what the store has committed.
 
-Knows counts, the anti-join and how a stored plan is read again, all in memory that does not grow with the input (but
-for 16 bytes an item and a committed segment). How a medium becomes rows is in segments.py; what an input is, inputs.py.
+Memory does not grow with the input, except for 16 bytes per medium and per committed segment.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
@@ -23,13 +22,10 @@ from timeviper_platform.data.plan.segments import PlanSpec, Segment, plan_page, 
 from timeviper_platform.data.store.commits import iter_commits, lost_records, write_table
 from timeviper_platform.data.store.layout import PLAN_FOLDER, read_part
 
-PlanPages = Callable[[Iterable[list[Medium]], PlanSpec], Iterator[pa.Table]]
-"""Pages of items to PLAN tables, in order: `plan_here`, or `plan_on_ray` of graph.py."""
-
 
 @dataclass(slots=True)
 class PlanCounts:
-    """What an input asks for, and what of it is missing."""
+    """Totals of a plan, and of what is not committed yet."""
 
     media: int = 0
     segments: int = 0
@@ -37,26 +33,26 @@ class PlanCounts:
     segments_missing: int = 0
     frames_missing: int = 0
     errors: Counter[str] = field(default_factory=Counter)
-    """media by error type"""
+    """Media in error, by error type."""
 
     def add(self, table: pa.Table, is_missing: np.ndarray) -> None:
-        """Takes note of PLAN rows, of which some segments are not committed."""
+        """Adds PLAN rows; `is_missing` (rows,) marks uncommitted segments."""
         is_error = np.asarray(pc.equal(table["status"], "error"))
-        samples = table["num_frames"].fill_null(0).to_numpy()
-        first = table["segment_index"].fill_null(0).to_numpy() == 0
-        self.media += int(first.sum())
+        num_frames = table["num_frames"].fill_null(0).to_numpy()
+        is_first = table["segment_index"].fill_null(0).to_numpy() == 0
+        self.media += int(is_first.sum())
         self.segments += int((~is_error).sum())
-        self.frames += int(samples.sum())
+        self.frames += int(num_frames.sum())
         self.segments_missing += int(is_missing.sum())
-        self.frames_missing += int(samples[is_missing].sum())
+        self.frames_missing += int(num_frames[is_missing].sum())
         self.errors.update(table.filter(pa.array(is_error))["error_type"].to_pylist())
 
 
 class StoredSegments(Sequence[Segment]):
-    """Segments of a stored plan, read when asked for; going through them holds one part in memory."""
+    """Segments of a stored plan, read lazily: iterating holds one plan file in memory."""
 
-    def __init__(self, parts: Sequence[str], count: int, finished: HashTable | None = None) -> None:
-        self._parts = parts
+    def __init__(self, plan_files: Sequence[str], count: int, finished: HashTable | None = None) -> None:
+        self._plan_files = plan_files
         self._count = count
         self._finished = finished
 
@@ -64,8 +60,8 @@ class StoredSegments(Sequence[Segment]):
         return self._count
 
     def __iter__(self) -> Iterator[Segment]:
-        for part in self._parts:
-            table = read_part(part)
+        for plan_file in self._plan_files:
+            table = read_part(plan_file)
             if self._finished is not None:
                 table = table.filter(pa.array(missing_rows(table, self._finished)))
             yield from segments_of(table)
@@ -80,75 +76,70 @@ class StoredSegments(Sequence[Segment]):
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan that is written down."""
+    """A stored plan."""
 
-    parts: list[str]
-    """its Parquet files, in order"""
+    plan_files: list[str]
+    """Its Parquet files, in order."""
     counts: PlanCounts
     finished: HashTable
-
-    @property
-    def num_media(self) -> int:
-        """Media in the input."""
-        return self.counts.media
+    """See `finished_segments`."""
 
     @property
     def segments(self) -> StoredSegments:
-        """All of them."""
-        return StoredSegments(self.parts, self.counts.segments)
+        """All segments."""
+        return StoredSegments(self.plan_files, self.counts.segments)
 
     @property
     def missing(self) -> StoredSegments:
-        """Those that are not committed."""
-        return StoredSegments(self.parts, self.counts.segments_missing, self.finished)
+        """Uncommitted segments."""
+        return StoredSegments(self.plan_files, self.counts.segments_missing, self.finished)
 
     def tables(self) -> Iterator[pa.Table]:
-        """PLAN rows of all media, those in error among them, a part at a time."""
-        return (read_part(part) for part in self.parts)
+        """All PLAN rows, one file at a time."""
+        return (read_part(plan_file) for plan_file in self.plan_files)
 
 
-def write_plan(store: str, tables: Iterable[pa.Table], finished: HashTable) -> Plan:
-    """Writes plan/part-*.parquet in the store, in place of an earlier plan."""
-    folder = storage.join_uri(store, PLAN_FOLDER)
+def write_plan(feature_store: str, tables: Iterable[pa.Table], finished: HashTable) -> Plan:
+    """Writes plan/part-*.parquet in the store, replacing an earlier plan."""
+    folder = storage.join_uri(feature_store, PLAN_FOLDER)
     storage.remove(folder)
-    counts, parts = PlanCounts(), []
-    for number, table in enumerate(tables):
+    counts, plan_files = PlanCounts(), []
+    for index, table in enumerate(tables):
         counts.add(table, missing_rows(table, finished))
-        parts.append(storage.join_uri(folder, f"part-{number:06d}.parquet"))
-        write_table(parts[-1], table)
-    return Plan(parts, counts, finished)
+        plan_files.append(storage.join_uri(folder, f"part-{index:06d}.parquet"))
+        write_table(plan_files[-1], table)
+    return Plan(plan_files, counts, finished)
 
 
 def plan_here(pages: Iterable[list[Medium]], spec: PlanSpec) -> Iterator[pa.Table]:
-    """Plans in this process, one page after the other; headers are read in its child, if so configured."""
+    """Yields PLAN tables of pages of media, planned in this process."""
     probes = spec.probe_source()
     for page in pages:
         yield from plan_page(page, spec, probes)
 
 
-def finished_segments(store: str, retry_errors: Iterable[str] = ()) -> HashTable:
-    """Committed segments that need no work: all but those whose error was the world's, or is to be tried again."""
-    finished, lost = HashTable(), set(lost_records(store))
-    kinds = pa.array(sorted({*RETRYABLE, *retry_errors}), pa.string())
-    for name, table in iter_commits(store, ["segment_id", "status", "error_type"]):
+def finished_segments(feature_store: str, retry_errors: Iterable[str] = ()) -> HashTable:
+    """Committed segments, without those whose error type is RETRYABLE or in `retry_errors`."""
+    finished, lost = HashTable(), set(lost_records(feature_store))
+    retried_types = pa.array(sorted({*RETRYABLE, *retry_errors}), pa.string())
+    for name, table in iter_commits(feature_store, ["segment_id", "status", "error_type"]):
         if name in lost:
             continue
-        again = pc.is_in(table["error_type"], kinds)
-        done = table.filter(pc.invert(pc.and_(pc.equal(table["status"], "error"), again)))
-        finished.add(*_halves(done["segment_id"]))
+        is_retried = pc.and_(pc.equal(table["status"], "error"), pc.is_in(table["error_type"], retried_types))
+        finished.add(*_keys_and_values(table.filter(pc.invert(is_retried))["segment_id"]))
     return finished
 
 
 def missing_rows(table: pa.Table, finished: HashTable) -> np.ndarray:
     """(rows,) bool: PLAN rows that are segments and not committed."""
     planned = np.asarray(pc.equal(table["status"], "planned"))
-    keys, values = _halves(table["segment_id"].filter(pa.array(planned)))
-    found, before = finished.find(keys)
-    planned[planned] = ~(found & (before == values))
+    keys, values = _keys_and_values(table["segment_id"].filter(pa.array(planned)))
+    found, stored_values = finished.find(keys)
+    planned[planned] = ~(found & (stored_values == values))
     return planned
 
 
-def _halves(segment_ids: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of 32 hex digits as two uint64 each: the key, and the value that tells equal keys apart."""
+def _keys_and_values(segment_ids: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Both halves of 32-digit hex ids as uint64: key, and the value that tells equal keys apart."""
     pairs = np.frombuffer(bytes.fromhex("".join(segment_ids.to_pylist())), dtype=">u8").reshape(-1, 2)
     return pairs[:, 0].astype(np.uint64), pairs[:, 1].astype(np.uint64)

@@ -1,8 +1,7 @@
-"""What a frame costs on this machine: what an estimate of a run's time, and the ideal of a benchmark, are made from.
+"""Measures what a frame costs on this machine.
 
-Knows which segments to try and what a frame costs in each step, with the run's own steps: in one process (`calibrate`,
-seconds of an idle machine), or in as many as a run has, all busy together (`BusySlots`, seconds of CPU, so that the
-memory they share is in it and what else the machine does is not). Does not know Ray.
+`calibrate` measures wall seconds in one process. `BusySlots` measures CPU seconds in all processes of a run together:
+their shared memory bandwidth counts, other load does not.
 """
 
 from __future__ import annotations
@@ -21,49 +20,44 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from timeviper_platform.data.encode.frame_encoder import FrameEncoder
-from timeviper_platform.data.plan.segments import Segment, WriteTask, segments_of
-from timeviper_platform.data.preprocess.worker import (
-    SegmentDecoder,
-    SegmentEncoder,
-    TaskProcessor,
-    TaskResult,
-    WorkerSpec,
-)
+from timeviper_platform.data.plan.segments import Segment, segments_of
+from timeviper_platform.data.preprocess.segment_rows import SegmentEncoder
+from timeviper_platform.data.preprocess.tasks import TaskResult, WriteTask
+from timeviper_platform.data.preprocess.worker import FusedWorker, WorkerSpec
 
 MAX_SEGMENTS = 6
 MAX_SECONDS = 20.0
-"""After this no further segment is begun."""
+"""No further segment is started after this time."""
 
 SPLIT_GAIN = 1.05
-"""Frames that cross the object store cost about that much."""
+"""Frames that cross the object store cost about 5 %."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Calibration:
-    """Seconds a frame of one process, measured."""
+    """Measured seconds of one process."""
 
     segments: int
-    """that were decoded and encoded; those in error are not counted"""
+    """Without those in error."""
     frames: int
     decode_seconds: float
     encode_seconds: float
     write_seconds: float = 0.0
-    """0 where nothing was written"""
+    """0 if nothing was written."""
 
     def ideal_frames_per_second(
         self, decode_slots: int, encode_slots: int, *, is_fused: bool, num_cores: int, has_gpu: bool = False
     ) -> float:
-        """1 / max(seconds a frame / slots) over the stages, but no more than `num_cores` could do of their sum.
+        """1 / max(seconds per frame / slots) over the stages, at most what `num_cores` can do of their sum.
 
         Args:
-            decode_slots: processes that decode, where the steps are split.
-            encode_slots: processes that encode; fused, each writes too, and its child decodes ahead of it.
-            is_fused: the steps are one worker's.
-            num_cores: that all of them share.
-            has_gpu: encoding takes nothing of the cores.
+            decode_slots: decoding processes, in mode split.
+            encode_slots: encoding processes; a fused one also writes, while its child process decodes ahead.
+            is_fused: all stages run in the same worker.
+            num_cores: shared by all processes.
+            has_gpu: encoding uses no CPU cores.
 
-        Example: 9 ms of decoding and 1 ms of encoding, split over two decoders and an encoder on two cores: 200, not
-        the 222 of the decoders alone, since the three share the cores.
+        Example: 9 ms of decoding and 1 ms of encoding with 2 decoders and 1 encoder on 2 cores give 200, not 222.
         """
         on_cores = self.decode_seconds + self.write_seconds + (0.0 if has_gpu else self.encode_seconds)
         cores = self.frames * num_cores / max(1e-9, on_cores)
@@ -74,7 +68,7 @@ class Calibration:
     def best_mode(
         self, decode_slots: int, encode_slots: int, *, num_cores: int, has_gpu: bool
     ) -> Literal["fused", "split"]:
-        """Split where that promises more than SPLIT_GAIN of what fused does; else frames need not travel."""
+        """split if its ideal rate exceeds that of fused by SPLIT_GAIN, else fused."""
         fused, split = (
             self.ideal_frames_per_second(
                 decode_slots, encode_slots, is_fused=is_fused, num_cores=num_cores, has_gpu=has_gpu
@@ -85,16 +79,16 @@ class Calibration:
 
 
 class SegmentSample:
-    """A few segments out of all that go by: those with the smallest ids, which are hashes, so any is as likely."""
+    """A random sample of a stream of segments: the smallest ids, which are hashes."""
 
     def __init__(self, size: int = MAX_SEGMENTS) -> None:
         self._size = size
         self._rows: pa.Table | None = None
 
     def add(self, segments: pa.Table) -> None:
-        """Takes PLAN rows of segments."""
-        few = segments.take(pc.select_k_unstable(segments, self._size, [("segment_id", "ascending")]))
-        rows = few if self._rows is None else pa.concat_tables([self._rows, few])
+        """Adds PLAN rows with status planned."""
+        smallest = segments.take(pc.select_k_unstable(segments, self._size, [("segment_id", "ascending")]))
+        rows = smallest if self._rows is None else pa.concat_tables([self._rows, smallest])
         self._rows = rows.sort_by("segment_id").slice(0, self._size)
 
     @property
@@ -104,24 +98,24 @@ class SegmentSample:
 
 
 def sample_of(segments: Iterable[Segment], size: int = MAX_SEGMENTS) -> list[Segment]:
-    """The same choice out of segments."""
+    """The sample that `SegmentSample` draws from these segments."""
     return heapq.nsmallest(size, segments, key=lambda segment: segment.segment_id)
 
 
 def calibrate(segments: Sequence[Segment], spec: WorkerSpec, encoder: FrameEncoder) -> Calibration | None:
-    """Decodes and encodes the segments one after the other; None when not one frame decodes.
+    """Costs of segments processed one after the other; None if no frame can be decoded.
 
-    The first is done twice and counted once: what only a first time costs (libraries, memory) is no frame's cost.
+    The first is processed twice and counted once, so that loading libraries is not counted.
     """
-    decoder, rows = SegmentDecoder(spec), SegmentEncoder(encoder, spec.fps)
+    decoder, segment_encoder = spec.new_decoder(), SegmentEncoder(encoder, spec.fps)
     num_segments = num_frames = 0
     decode_seconds = encode_seconds = 0.0
-    began = time.perf_counter()
-    for number, segment in enumerate([*segments[:1], *segments]):
-        if number > 1 and time.perf_counter() - began > MAX_SECONDS:
+    started = time.perf_counter()
+    for index, segment in enumerate([*segments[:1], *segments]):
+        if index > 1 and time.perf_counter() - started > MAX_SECONDS:
             break
-        (row,) = rows.rows(decoder.decode([segment]))
-        if number and row["num_frames"]:
+        (row,) = segment_encoder.rows([segment], decoder.decode([segment]))
+        if index and row["num_frames"]:
             num_segments += 1
             num_frames += row["num_frames"]
             decode_seconds += row["decode_ms"] / 1e3
@@ -134,21 +128,17 @@ def calibrate(segments: Sequence[Segment], spec: WorkerSpec, encoder: FrameEncod
 
 
 class BusySlots:
-    """As many processes as a run has cores, kept for several measurements; each does whole units as a worker does.
-
-    Raises:
-        RuntimeError: from `measure`, when not one frame decodes.
-    """
+    """One process per core, kept for several measurements; each processes whole tasks as a worker does."""
 
     def __init__(self, spec: WorkerSpec, num_slots: int) -> None:
         context = multiprocessing.get_context("spawn")
         self._num_slots = num_slots
-        self._folder = tempfile.TemporaryDirectory()  # the files that the slots write are nobody's
+        self._folder = tempfile.TemporaryDirectory()  # of the files that the slots write
         self._pool = ProcessPoolExecutor(
             num_slots,
             mp_context=context,
             initializer=_start_slot,
-            initargs=(replace(spec, store=self._folder.name), context.Barrier(num_slots)),
+            initargs=(replace(spec, feature_store=self._folder.name), context.Barrier(num_slots)),
         )
 
     def __enter__(self) -> BusySlots:
@@ -159,54 +149,59 @@ class BusySlots:
         self._folder.cleanup()
 
     def measure(self, segments: Sequence[Segment], seconds: float) -> Calibration:
-        """What a frame costs while all slots work: CPU seconds by stage.
+        """CPU seconds by stage while all slots work.
 
         Args:
-            segments: each slot takes consecutive ones, so that a film is walked and not jumped through.
-            seconds: after this no slot begins its segments once more.
+            segments: each slot gets consecutive ones, so that a film is decoded in order.
+            seconds: minimum duration.
+
+        Raises:
+            RuntimeError: if no frame can be decoded.
         """
         share = -(-len(segments) // self._num_slots)
-        units = [WriteTask(f"slot{n}", tuple(segments[n * share : (n + 1) * share])) for n in range(self._num_slots)]
-        if not all(unit.segments for unit in units):
+        tasks = [WriteTask(f"slot{n}", tuple(segments[n * share : (n + 1) * share])) for n in range(self._num_slots)]
+        if not all(task.segments for task in tasks):
             raise ValueError(
-                f"{len(segments)} segments are too few for {self._num_slots} slots; give more or longer media"
+                f"{len(segments)} segments are too few for {self._num_slots} slots; use more or longer media"
             )
-        slots = list(self._pool.map(_keep_busy, units, [seconds] * len(units)))
-        work = [outcome for outcomes in slots for outcome in outcomes]
-        if not any(outcome.num_frames for outcome in work):
-            message = work[0].last_error
-            raise RuntimeError(f"not one frame of {segments[0].uri} and its like decodes: {message}")
-        return cost_of(work)
+        slots = self._pool.map(_keep_busy, tasks, [seconds] * len(tasks))
+        results = [result for slot in slots for result in slot]
+        if not any(result.num_frames for result in results):
+            raise RuntimeError(
+                f"no frame of {len(segments)} segments, such as {segments[0].uri}, can be decoded:"
+                f" {results[0].last_error}"
+            )
+        return cost_of(results)
 
 
-def cost_of(outcomes: Iterable[TaskResult]) -> Calibration:
-    """What units cost, in seconds of CPU; those of an encoder on a GPU are seconds."""
-    done = list(outcomes)
+def cost_of(results: Iterable[TaskResult]) -> Calibration:
+    """CPU seconds of tasks by stage; for an encoder on a GPU, the seconds it was busy."""
+    done = list(results)
     return Calibration(
-        segments=sum(outcome.num_ok + outcome.num_partial for outcome in done),
-        frames=sum(outcome.num_frames for outcome in done),
-        decode_seconds=sum(outcome.decode_cpu_seconds for outcome in done),
-        encode_seconds=sum(outcome.encode_cpu_seconds for outcome in done),
-        write_seconds=sum(outcome.write_cpu_seconds for outcome in done),
+        segments=sum(result.num_ok + result.num_partial for result in done),
+        frames=sum(result.num_frames for result in done),
+        decode_seconds=sum(result.decode_cpu_seconds for result in done),
+        encode_seconds=sum(result.encode_cpu_seconds for result in done),
+        write_seconds=sum(result.write_cpu_seconds for result in done),
     )
 
 
-_slot: tuple[TaskProcessor, Barrier]
-"""of this process, when it is a slot"""
+_slot: tuple[FusedWorker, Barrier]
+"""Of this process, if it is a slot."""
 
 
 def _start_slot(spec: WorkerSpec, barrier: Barrier) -> None:
     global _slot
-    _slot = TaskProcessor(spec), barrier
+    _slot = FusedWorker(spec), barrier
 
 
-def _keep_busy(unit: WriteTask, seconds: float) -> list[TaskResult]:
-    """Does the unit again and again, from when every slot is ready."""
-    processor, barrier = _slot
-    processor.process(replace(unit, segments=unit.segments[:1]))  # what only a first time costs is no frame's cost
+def _keep_busy(task: WriteTask, seconds: float) -> list[TaskResult]:
+    """Processes the task repeatedly, starting when every slot is ready."""
+    worker, barrier = _slot
+    worker.process(replace(task, segments=task.segments[:1]))  # loading libraries is not a frame's cost
     barrier.wait(timeout=300)
-    began = time.perf_counter()
-    outcomes = [processor.process(unit)]
-    while time.perf_counter() - began < seconds:
-        outcomes.append(processor.process(unit))
-    return outcomes
+    started = time.perf_counter()
+    results = [worker.process(task)]
+    while time.perf_counter() - started < seconds:
+        results.append(worker.process(task))
+    return results

@@ -1,7 +1,6 @@
-"""Unit costs to what a large run takes: frames, bytes, requests, GPU and core hours, money. Arithmetic on paper.
+"""Unit costs to the totals of a large run: frames, bytes, requests, GPU and core hours, money.
 
-Knows what the job does for each video, segment and file. Measures nothing: every cost is a field, and the field says
-which command measures it. docs/scale.md shows the tables that `python jobs/store.py scale` prints.
+Measures nothing: every cost is a field. docs/scale.md has the tables that `python jobs/store.py scale` prints.
 """
 
 from __future__ import annotations
@@ -17,54 +16,54 @@ BYTES_A_VALUE = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class VisionTower:
-    """Sizes of a ViT, as its config.json has them; the defaults are google/siglip-so400m-patch14-384, layer -2."""
+class TowerSizes:
+    """Sizes of a ViT. The defaults are those of google/siglip-so400m-patch14-384 with layer -2."""
 
     num_patches: int = 729
     width: int = 1152
     mlp_width: int = 4304
     num_blocks: int = 26
-    """of 27: hidden_states[-2] is used"""
+    """Blocks that run: 26 of 27 for hidden_states[-2]."""
 
     def flops(self) -> float:
-        """Of one frame, a multiplication and an addition counted as two: four projections, two layers of the MLP, and
-        the two products of attention, of every block. The patch embedding (0.2 %) and token merging are left out."""
-        of_token = 4 * self.width**2 + 2 * self.width * self.mlp_width + 2 * self.num_patches * self.width
-        return 2.0 * self.num_patches * self.num_blocks * of_token
+        """FLOPs per frame (multiply and add count as two): projections, MLP and attention products of every block.
+
+        Leaves out the patch embedding (0.2 %) and token merging.
+        """
+        per_token = 4 * self.width**2 + 2 * self.width * self.mlp_width + 2 * self.num_patches * self.width
+        return 2.0 * self.num_patches * self.num_blocks * per_token
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScaleConfig:
-    """A run on paper."""
+    """A hypothetical run and its unit costs."""
 
     num_videos: int = 1_000_000
     seconds_per_video: float = 300.0
     fps: float = 1.0
-    """frames sampled a second"""
     num_tokens_per_frame: int = 16
     dim: int = 1152
     frames_per_file: int = 512
-    """execution.frames_per_file"""
     video_megabytes: float = 50.0
-    """of one source file; what is read from storage"""
+    """Size of one source file, all of which is read from storage."""
     num_gpus: int = 8
     encode_frames_per_second: float = 0.0
-    """of one GPU, from the report of a run on it; 0 = computed, gpu_peak_tflops * mfu / FLOPs of a frame"""
+    """Measured rate of one GPU; 0 = gpu_peak_tflops * mfu / FLOPs per frame."""
     gpu_peak_tflops: float = 989.0
-    """dense bf16, by its maker: 989 for an H100 SXM"""
+    """Dense bf16 peak according to the vendor: 989 for an H100 SXM."""
     mfu: float = 0.4
-    """share of the peak that the encoder reaches; an assumption until a GPU has run it"""
+    """Share of the peak that the encoder reaches; an assumption."""
     second_num_tokens_per_frame: int = 0
-    """of a second tower, as in `encoder.second`; 0 = there is none"""
+    """Tokens per frame of a second tower, as in `encoder.second`; 0 = no second tower."""
     second_dim: int = 0
-    """its width; a store's rows have the wider tower's"""
+    """Its width. Rows have the width of the wider tower."""
     second_teraflops_per_frame: float = 0.0
-    """what a frame costs it, for the same peak and share as the first"""
+    """Its cost, at the same peak and mfu."""
     second_encode_frames_per_second: float = 0.0
-    """of it alone on one GPU, measured; 0 = computed"""
+    """Its measured rate; 0 = computed."""
     decode_milliseconds: float = 17.6
-    """of one core, to decode and scale one sampled frame, as `jobs/preprocess.py --dry-run` prints it; the default is
-    Big Buck Bunny's (H.264, 1280 x 720, 24 frames a second)"""
+    """One core's time to decode and scale a sampled frame, as printed by `jobs/preprocess.py --dry-run`. The default is
+    that of Big Buck Bunny (H.264, 1280 x 720, 24 fps)."""
     price_gpu_hour: float = 0.0
     price_core_hour: float = 0.0
     price_gigabyte_month: float = 0.0
@@ -80,55 +79,55 @@ class ScaleConfig:
         if min(second) < 0 or (any(second) and not all(second)):
             raise ValueError(
                 f"{self.second_num_tokens_per_frame = }, {self.second_dim = } and its cost = {cost}: give all of a"
-                " second tower (the cost as second_encode_frames_per_second or second_teraflops_per_frame), or none"
+                " second tower (its cost as second_encode_frames_per_second or second_teraflops_per_frame), or none"
             )
 
     @property
     def has_second(self) -> bool:
-        """Whether two towers see every frame."""
+        """True for two towers."""
         return self.second_num_tokens_per_frame > 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scale:
-    """What the run takes."""
+    """Totals of a run."""
 
     frames: int
     segments: int
     files: int
-    """at most: a file takes this many full segments, and more short ones"""
+    """Upper bound: a file holds frames_per_file // 64 full segments, but more short ones."""
     feature_bytes: int
     encode_frames_per_second: float
-    """of one GPU, through all towers one after the other"""
+    """Rate of one GPU that runs all towers one after the other."""
     gpu_hours: float
     hours: float
-    """with all GPUs busy"""
+    """Wall time with all GPUs busy."""
     core_hours: float
     cores_per_gpu: float
     puts: int
     gets: int
     money: float
-    """once: GPUs, cores and requests"""
+    """One-time cost of GPUs, cores and requests."""
     money_a_month: float
-    """for storage"""
+    """Storage cost per month."""
 
 
-def compute_scale(config: ScaleConfig, tower: VisionTower | None = None) -> Scale:
-    """The run's totals, by the formulas of docs/scale.md."""
-    of_video = -(-int(config.seconds_per_video * config.fps * 1000) // 1000)
-    frames = config.num_videos * of_video
-    segments = config.num_videos * -(-of_video // SEGMENT_FRAMES)
+def compute_scale(config: ScaleConfig, tower: TowerSizes | None = None) -> Scale:
+    """Totals by the formulas of docs/scale.md."""
+    frames_per_video = -(-int(config.seconds_per_video * config.fps * 1000) // 1000)
+    frames = config.num_videos * frames_per_video
+    segments = config.num_videos * -(-frames_per_video // SEGMENT_FRAMES)
     files = -(-segments // max(1, config.frames_per_file // SEGMENT_FRAMES))
     num_tokens = config.num_tokens_per_frame + config.second_num_tokens_per_frame
     feature_bytes = frames * num_tokens * max(config.dim, config.second_dim) * BYTES_A_VALUE
-    rate = _encode_rate(config, tower or VisionTower())
+    rate = _encode_rate(config, tower or TowerSizes())
     gpu_hours, core_hours = frames / rate / 3600, frames * config.decode_milliseconds / 1e3 / 3600
-    # a data file and its record; the parts of the plan; the index, the rejects, the report and store.json
+    # data files and their commit records; plan files; index, rejects, report and store.json
     puts = 2 * files + -(-segments // MAX_TABLE_ROWS) + 4
-    # of a video its length and blocks of read-ahead; of a file whether it is committed, and its record at the end
+    # per video its size and read-ahead blocks; per data file a check for its record, and the record at the end
     gets = config.num_videos * (1 + -(-int(config.video_megabytes * 1e6) // READ_AHEAD_BYTES)) + 2 * files
-    work = gpu_hours * config.price_gpu_hour + core_hours * config.price_core_hour
-    requests = (puts * config.price_thousand_puts + gets * config.price_thousand_gets) / 1000
+    compute_cost = gpu_hours * config.price_gpu_hour + core_hours * config.price_core_hour
+    request_cost = (puts * config.price_thousand_puts + gets * config.price_thousand_gets) / 1000
     return Scale(
         frames=frames,
         segments=segments,
@@ -141,13 +140,13 @@ def compute_scale(config: ScaleConfig, tower: VisionTower | None = None) -> Scal
         cores_per_gpu=rate * config.decode_milliseconds / 1e3,
         puts=puts,
         gets=gets,
-        money=work + requests,
+        money=compute_cost + request_cost,
         money_a_month=feature_bytes / 1e9 * config.price_gigabyte_month,
     )
 
 
-def _encode_rate(config: ScaleConfig, tower: VisionTower) -> float:
-    """Frames a second of one GPU that gives every frame to one tower after the other."""
+def _encode_rate(config: ScaleConfig, tower: TowerSizes) -> float:
+    """Frames per second of one GPU that runs the towers one after the other."""
     flops_per_second = config.gpu_peak_tflops * 1e12 * config.mfu
     first = config.encode_frames_per_second or flops_per_second / tower.flops()
     if not config.has_second:
@@ -158,7 +157,7 @@ def _encode_rate(config: ScaleConfig, tower: VisionTower) -> float:
 
 
 def _rate_source(config: ScaleConfig) -> str:
-    """Where frames/s of a GPU come from."""
+    """How the rate of a GPU was obtained."""
     measured = [config.encode_frames_per_second > 0]
     if config.has_second:
         measured.append(config.second_encode_frames_per_second > 0)
@@ -170,7 +169,7 @@ def _rate_source(config: ScaleConfig) -> str:
 
 
 def scale_table(configs: Sequence[ScaleConfig]) -> str:
-    """The totals as a Markdown table, a column a run."""
+    """The totals as a Markdown table, one column per run."""
     scales = [compute_scale(config) for config in configs]
     rows: list[tuple[str, list[str]]] = [
         ("videos", [f"{config.num_videos:,}" for config in configs]),

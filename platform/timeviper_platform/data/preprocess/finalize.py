@@ -1,7 +1,4 @@
-"""The end of a run: index, rejects and audit of all that was planned, in memory that does not grow with it.
-
-Knows what is counted. The joining by medium is in index_writer.py, what a reject or a gap is in report.py.
-"""
+"""The end of a run: index, rejects and audit of everything planned, in memory that does not grow with it."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,8 +16,6 @@ import pyarrow.parquet as pq
 
 from timeviper_platform.common import storage
 from timeviper_platform.common.schemas import REJECTS
-from timeviper_platform.data.plan.segments import errors_of
-from timeviper_platform.data.preprocess.report import reject_table
 from timeviper_platform.data.store.audit import AUDIT_KEYS, audit, count_rejects
 from timeviper_platform.data.store.commits import num_feature_bytes
 from timeviper_platform.data.store.index_writer import MediaRows, merge_index
@@ -29,38 +25,38 @@ REJECTS_FILE = "rejects.parquet"
 
 @dataclass(slots=True)
 class Totals:
-    """What became of a plan; sums over media, so that some media at a time can be added."""
+    """Sums over the media of a plan."""
 
     audit: Counter[str] = field(default_factory=Counter)
-    """planned, ok, partial, error, missing, duplicate -> segments"""
+    """Segments by AUDIT_KEYS."""
     frames: int = 0
-    """stored"""
+    """Stored."""
     bytes: int = 0
-    """of features stored"""
+    """Of stored features."""
     rejected_media: int = 0
     rejects: dict[str, Counter[str]] = field(default_factory=dict)
-    """stage -> type -> media"""
+    """Media by stage and error type."""
 
     def add(self, media: MediaRows) -> pa.Table:
-        """Counts all rows of a few media; returns their REJECTS rows."""
+        """Adds all rows of a few media; returns their REJECTS rows."""
         planned = media.planned.filter(pc.equal(media.planned["status"], "planned"))
         segment_ids = planned["segment_id"]
         self.audit.update(audit(segment_ids.to_pylist(), media.committed))
-        mine = media.index.filter(pc.is_in(media.index["segment_id"], segment_ids.combine_chunks()))
-        rejects = reject_table(errors_of(media.planned), mine)
-        self.frames += pc.sum(mine["num_frames"]).as_py() or 0
-        self.bytes += num_feature_bytes(mine)
+        index = media.index.filter(pc.is_in(media.index["segment_id"], segment_ids.combine_chunks()))
+        rejects = reject_table(media.planned, index)
+        self.frames += pc.sum(index["num_frames"]).as_py() or 0
+        self.bytes += num_feature_bytes(index)
         self.rejected_media += len(pc.unique(rejects["media_id"]))
         for stage, kinds in count_rejects(rejects).items():
             self.rejects.setdefault(stage, Counter()).update(kinds)
         return rejects
 
     def counts(self) -> dict[str, int]:
-        """The audit with every key, also those that are 0."""
+        """The audit, including zeros."""
         return {name: self.audit[name] for name in AUDIT_KEYS}
 
     def errors_by_stage(self) -> dict[str, dict[str, int]]:
-        """`rejects` in the order of its words."""
+        """`rejects` in alphabetical order."""
         return {stage: dict(sorted(kinds.items())) for stage, kinds in sorted(self.rejects.items())}
 
 
@@ -68,13 +64,12 @@ def finalize_store(uri: str, planned: Iterable[pa.Table]) -> Totals:
     """Writes index.parquet and rejects.parquet of the store at `uri`.
 
     Args:
-        uri: the store.
-        planned: PLAN tables of all that was planned, in the order of the plan.
+        planned: PLAN tables of the whole input, in order.
     """
     totals = Totals()
     with tempfile.TemporaryDirectory(prefix="timeviper-rejects-") as folder:
-        spooled = Path(folder, REJECTS_FILE)
-        with pq.ParquetWriter(spooled, REJECTS, compression="zstd", write_page_checksum=True) as writer:
+        local_file = Path(folder, REJECTS_FILE)
+        with pq.ParquetWriter(local_file, REJECTS, compression="zstd", write_page_checksum=True) as writer:
 
             def visit(media: MediaRows) -> None:
                 rejects = totals.add(media)
@@ -82,6 +77,30 @@ def finalize_store(uri: str, planned: Iterable[pa.Table]) -> Totals:
                     writer.write_table(rejects)
 
             merge_index(uri, planned, visit)
-        with spooled.open("rb") as source:
+        with local_file.open("rb") as source:
             storage.write_atomic(storage.join_uri(uri, REJECTS_FILE), lambda file: shutil.copyfileobj(source, file))
     return totals
+
+
+def reject_table(planned: pa.Table, index: pa.Table) -> pa.Table:
+    """REJECTS rows, one for each medium, status, stage and type.
+
+    Args:
+        planned: PLAN rows; only media in error become rejects.
+        index: INDEX rows of the planned segments; those with status ok are left out.
+    """
+    rows: dict[tuple[str, ...], dict[str, Any]] = {}
+    for error in planned.filter(pc.field("status") == "error").select(_REJECT_FIELDS).to_pylist():
+        rows[_reject_key(error)] = {**error, "num_segments": 0, "frames_missing": 0}
+    for segment in index.filter(pc.field("status") != "ok").select([*_REJECT_FIELDS, "frames_missing"]).to_pylist():
+        row = rows.setdefault(_reject_key(segment), {**segment, "num_segments": 0, "frames_missing": 0})
+        row["num_segments"] += 1
+        row["frames_missing"] += segment["frames_missing"]
+    return pa.Table.from_pylist(list(rows.values()), schema=REJECTS)
+
+
+def _reject_key(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(row[name] for name in ("media_id", "status", "error_stage", "error_type"))
+
+
+_REJECT_FIELDS = ["media_id", "uri", "status", "error_stage", "error_type", "error_message"]

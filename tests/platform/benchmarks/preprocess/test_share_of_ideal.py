@@ -34,11 +34,12 @@ from timeviper_platform.common.config import load_config
 from timeviper_platform.data.encode.frame_encoder import FrameEncoder
 from timeviper_platform.data.plan.segments import Segment
 from timeviper_platform.data.preprocess.calibrate import Calibration
-from timeviper_platform.data.preprocess.run import PreprocessConfig, run_in_process
+from timeviper_platform.data.preprocess.config import PreprocessConfig
+from timeviper_platform.data.preprocess.run import run_in_process
 from timeviper_platform.data.preprocess.worker import WorkerSpec
 from timeviper_platform.data.video.reader import read_frames
 
-TINY = Path(__file__).parents[3] / "ray_configs" / "tiny" / "preprocess.yaml"
+TINY = Path(__file__).parents[4] / "ray_configs" / "tiny" / "preprocess.yaml"
 
 
 def packets(path: Path) -> list[tuple[float, bool]]:

@@ -26,7 +26,8 @@ from timeviper_platform.data.media.locations import CellLocation, RangeLocation,
 from timeviper_platform.data.media.medium import Medium, media_id_of
 from timeviper_platform.data.media.probe import file_version
 from timeviper_platform.data.plan.segments import PlanSpec, plan_page
-from timeviper_platform.data.preprocess.run import PreprocessConfig, run_in_process, run_preprocess
+from timeviper_platform.data.preprocess.config import PreprocessConfig
+from timeviper_platform.data.preprocess.run import run_in_process, run_preprocess
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.data.video.reader import read_frames
 from timeviper_platform.data.video_worker.frame_source import DecodeConfig

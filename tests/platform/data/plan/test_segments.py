@@ -1,4 +1,4 @@
-"""The sampling plan: counts, ids that do not depend on what ran before, and units of work."""
+"""Planning: frame counts, reproducible ids, and error rows."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from PIL import Image
 
@@ -17,8 +18,6 @@ from timeviper_platform.data.plan.segments import (
     PlanSpec,
     SamplingConfig,
     Segment,
-    cut_units,
-    errors_of,
     exact,
     plan_page,
     segments_of,
@@ -27,23 +26,23 @@ from timeviper_platform.data.video.sampling import count_frames
 from timeviper_platform.data.video_worker.frame_source import DecodeConfig
 
 
-def plan(items: list[Medium], fps: str = "1", **changes: object) -> pa.Table:
+def plan(media: list[Medium], fps: str = "1", **changes: object) -> pa.Table:
     arguments = {"recipe_hash": "r", "decode": DecodeConfig(isolation="none")} | changes
-    return pa.concat_tables(plan_page(items, PlanSpec(fps=Fraction(fps), **arguments)))  # type: ignore[arg-type]
+    return pa.concat_tables(plan_page(media, PlanSpec(fps=Fraction(fps), **arguments)))  # type: ignore[arg-type]
 
 
-def segments(items: list[Medium], fps: str = "1", **changes: object) -> list[Segment]:
-    return segments_of(plan(items, fps, **changes))
+def segments(media: list[Medium], fps: str = "1", **changes: object) -> list[Segment]:
+    return segments_of(plan(media, fps, **changes))
 
 
-def test_there_is_a_sample_for_every_second_that_has_begun() -> None:
+def test_every_started_second_has_one_frame() -> None:
     assert count_frames(Fraction(0), Fraction("596.4583"), Fraction(1)) == 597
     assert count_frames(Fraction(0), Fraction(596), Fraction(1)) == 596
     assert count_frames(Fraction(1, 2), Fraction(3), Fraction(2)) == 5
     assert count_frames(Fraction(3), Fraction(3), Fraction(1)) == 0
 
 
-def test_a_video_is_cut_into_segments_of_64(tmp_path: Path) -> None:
+def test_a_video_is_cut_into_segments_of_64_frames(tmp_path: Path) -> None:
     make_video(tmp_path / "clip.mp4", range(0, 1040), gop=100)
     found = segments([Medium(str(tmp_path / "clip.mp4"), "clip")])
     assert [s.num_frames for s in found] == [64, 64, 2]
@@ -54,13 +53,13 @@ def test_a_video_is_cut_into_segments_of_64(tmp_path: Path) -> None:
     assert (found[0].width, found[0].height, found[0].codec) == (64, 48, "h264")
 
 
-def test_ids_change_with_content_recipe_and_stretch_and_with_nothing_else(tmp_path: Path) -> None:
+def test_ids_depend_only_on_content_recipe_and_clip(tmp_path: Path) -> None:
     path = tmp_path / "clip.mp4"
     make_video(path, range(40))
-    item = Medium(str(path), "clip")
+    medium = Medium(str(path), "clip")
 
-    def first_id(item: Medium = item, **changes: object) -> str:
-        return segments([item], **changes)[0].segment_id
+    def first_id(medium: Medium = medium, **changes: object) -> str:
+        return segments([medium], **changes)[0].segment_id
 
     before = first_id()
     assert first_id() == before
@@ -72,20 +71,20 @@ def test_ids_change_with_content_recipe_and_stretch_and_with_nothing_else(tmp_pa
     assert first_id(hash_mode="sha256") == hashed  # the bytes are the same
 
 
-def test_a_stretch_is_sampled_on_the_sources_clock(tmp_path: Path) -> None:
+def test_a_clip_is_sampled_on_the_clock_of_its_source(tmp_path: Path) -> None:
     make_video(tmp_path / "clip.mp4", range(80))
     times = segments([Medium(str(tmp_path / "clip.mp4"), "clip", 2.5, 99.0)], fps="2")[0].times(Fraction(2))
     assert (times[0], times[-1], len(times)) == (Fraction(5, 2), Fraction(19, 2), 15)
 
 
-def test_bad_media_become_error_rows_in_their_place(tmp_path: Path) -> None:
+def test_bad_media_become_error_rows_in_order(tmp_path: Path) -> None:
     make_video(tmp_path / "clip.mp4", range(40))
     Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
     (tmp_path / "text.mp4").write_text("text")
     paths = ("image.png", "text.mp4", "nowhere.mp4", "clip.mp4")
-    items = [Medium(str(tmp_path / name), name) for name in paths]
-    items.append(Medium(str(tmp_path / "clip.mp4"), "late", 50.0))
-    table = plan(items)
+    media = [Medium(str(tmp_path / name), name) for name in paths]
+    media.append(Medium(str(tmp_path / "clip.mp4"), "late", 50.0))
+    table = plan(media)
     assert table["error_type"].to_pylist() == [
         None,
         ErrorType.UNKNOWN_FORMAT,
@@ -94,36 +93,12 @@ def test_bad_media_become_error_rows_in_their_place(tmp_path: Path) -> None:
         ErrorType.EMPTY_RANGE,
     ]
     assert table["status"].to_pylist() == ["planned", "error", "error", "planned", "error"]
-    assert [error.media_id for error in errors_of(table)] == ["text.mp4", "nowhere.mp4", "late"]
+    assert table.filter(pc.field("status") == "error")["media_id"].to_pylist() == ["text.mp4", "nowhere.mp4", "late"]
     long = plan([Medium(str(tmp_path / "clip.mp4"), "long")], limits=MediaLimits(max_frames=4))
     assert long["error_type"].to_pylist() == [ErrorType.TOO_MANY_FRAMES]
 
 
-def make_segment(number: int, num_frames: int) -> Segment:
-    return Segment(
-        segment_id=f"{number:032d}", media_id="m", source_version="v", segment_index=number, num_segments=1, uri="u",
-        size=0, etag=None, sha256=None, modality="video", duration_seconds=1.0, source_fps=1.0, width=1, height=1,
-        codec="c", grid_start_seconds=0.0, first_frame=0, num_frames=num_frames,
-    )  # fmt: skip
-
-
-def test_units_keep_order_lose_nothing_and_have_names_that_repeat() -> None:
-    made = [make_segment(number, 24) for number in range(1000)]
-    units = cut_units(made, frames_per_file=240, num_workers=2)
-    assert [segment for unit in units for segment in unit.segments] == made
-    assert {len(unit.segments) for unit in units} == {10}
-    assert [u.name for u in units] == [u.name for u in cut_units(made, frames_per_file=240, num_workers=1)]
-    assert len({u.name for u in units}) == 100
-    assert units[0].num_frames == 240
-
-
-def test_a_small_input_is_shared_among_the_workers() -> None:
-    film = [make_segment(number, 64) for number in range(10)]
-    assert [len(u.segments) for u in cut_units(film, frames_per_file=4096, num_workers=2)] == [1] * 10
-    assert [len(u.segments) for u in cut_units(film, frames_per_file=10, num_workers=1)] == [1] * 10
-
-
-def test_fps_is_the_decimal_number_that_was_written() -> None:
+def test_fps_is_the_decimal_number_in_the_configuration() -> None:
     assert exact(0.1) == Fraction(1, 10)
     assert exact(SamplingConfig(fps=29.97).fps) == Fraction(2997, 100)
     with pytest.raises(ValueError, match="fps"):

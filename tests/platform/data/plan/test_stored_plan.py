@@ -1,4 +1,4 @@
-"""Plans of large inputs: counted, stored in parts, compared with what is committed, in memory that does not grow."""
+"""Stored plans: counts, plan files and comparison with committed segments, in bounded memory."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -23,12 +24,12 @@ from timeviper_platform.common.hash_table import HashTable
 from timeviper_platform.data.encode.frame_encoder import VisionTowerConfig
 from timeviper_platform.data.inputs.readers import read_pages
 from timeviper_platform.data.media.medium import Medium
-from timeviper_platform.data.plan import segments as segments_module
-from timeviper_platform.data.plan.segments import PlanSpec, iter_units
+from timeviper_platform.data.plan.segments import PlanSpec
 from timeviper_platform.data.plan.stored_plan import finished_segments, plan_here, write_plan
 from timeviper_platform.data.preprocess import ray_graph as graph
+from timeviper_platform.data.preprocess.config import PreprocessConfig
 from timeviper_platform.data.preprocess.estimate import estimate
-from timeviper_platform.data.preprocess.run import PreprocessConfig
+from timeviper_platform.data.preprocess.tasks import cut_tasks
 from timeviper_platform.data.store.writer import write_file
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ SPEC = PlanSpec(fps=Fraction(1), recipe_hash="r")
 
 
 def write_manifest(path: Path, num_rows: int, *, longest_seconds: float = 600.0) -> np.ndarray:
-    """Rows that carry their probe; returns the durations in seconds."""
+    """Writes rows that need no probing; returns their durations in seconds."""
     durations = np.random.default_rng(0).uniform(20, longest_seconds, num_rows).round(3)
     schema = pa.schema([("uri", pa.string()), ("size", pa.int64()), ("duration_seconds", pa.float64())])
     with pq.ParquetWriter(path, schema) as writer:
@@ -49,41 +50,40 @@ def write_manifest(path: Path, num_rows: int, *, longest_seconds: float = 600.0)
     return durations
 
 
-def test_a_plan_is_stored_in_parts_and_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segments_module, "MAX_TABLE_ROWS", 100)
+def test_a_plan_is_stored_in_several_files_and_read_again(tmp_path: Path) -> None:
     durations = write_manifest(tmp_path / "m.parquet", 300)
     (tmp_path / "plan").mkdir()
     (tmp_path / "plan" / "plan.parquet").write_bytes(b"of an earlier run")
     pages = read_pages(str(tmp_path / "m.parquet"), page_rows=64)
-    plan = write_plan(str(tmp_path), plan_here(pages, SPEC), HashTable())
+    plan = write_plan(str(tmp_path), plan_here(pages, replace(SPEC, max_table_rows=100)), HashTable())
     frames = [math.ceil(seconds) for seconds in durations]
     counts = plan.counts
     assert (counts.media, counts.frames, counts.segments) == (300, sum(frames), sum(-(-n // 64) for n in frames))
-    assert sorted(str(path) for path in (tmp_path / "plan").iterdir()) == plan.parts
-    assert len(plan.parts) > 10
-    assert max(pq.read_metadata(part).num_rows for part in plan.parts) < 100 + 10
+    assert sorted(str(path) for path in (tmp_path / "plan").iterdir()) == plan.plan_files
+    assert len(plan.plan_files) > 10
+    assert max(pq.read_metadata(part).num_rows for part in plan.plan_files) < 100 + 10
     found = list(plan.segments)
     assert len(found) == len(plan.segments) == counts.segments
     assert plan.segments[7] == found[7]
     assert sum(segment.num_frames for segment in found) == counts.frames
-    units = list(iter_units(plan.missing, 2048, num_workers=2))
-    assert [segment for unit in units for segment in unit.segments] == found
+    tasks = list(cut_tasks(plan.missing, 2048, num_workers=2))
+    assert [segment for task in tasks for segment in task.segments] == found
     assert sum(table.num_rows for table in plan.tables()) == len(plan.segments)
 
 
-def test_retries_of_pages_planned_elsewhere_are_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retries_of_pages_planned_on_ray_are_counted_in_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     def twice(items: list[Medium], spec: PlanSpec) -> Iterator[pa.Table]:
         storage.add_retries(2)
         yield pa.table({"uri": [item.uri for item in items]})
 
     monkeypatch.setattr(graph, "plan_page", twice)
-    result = graph._plan_page([Medium("/a.mp4", "a")], SPEC)  # in a task
+    result = graph.plan_remotely([Medium("/a.mp4", "a")], SPEC)
     before = storage.num_retries()
-    assert [table["uri"].to_pylist() for table in graph._planned(result)] == [["/a.mp4"]]  # in the driver
+    assert [table["uri"].to_pylist() for table in graph.tables_of(result)] == [["/a.mp4"]]
     assert storage.num_retries() - before == 2
 
 
-def test_committed_segments_are_not_missing_unless_their_error_was_the_worlds(tmp_path: Path) -> None:
+def test_committed_segments_are_not_missing_unless_their_error_is_retryable(tmp_path: Path) -> None:
     write_manifest(tmp_path / "m.parquet", 40, longest_seconds=60.0)
     store = str(tmp_path / "store")
 
@@ -95,13 +95,13 @@ def test_committed_segments_are_not_missing_unless_their_error_was_the_worlds(tm
     plan = write_plan(store, plan_here(read_pages(str(tmp_path / "m.parquet")), SPEC), HashTable())
     everything = list(plan.segments)
     assert planned() == [segment.media_id for segment in everything]
-    outcomes = [("ok", None), ("partial", "frames_missing"), ("error", "corrupt_file"), ("error", "read_failed")]
+    results = [("ok", None), ("partial", "frames_missing"), ("error", "corrupt_file"), ("error", "read_failed")]
     rows = [
         {
             **{name: getattr(segment, name) for name in ("segment_id", "media_id", "source_version")},
             **{"status": status, "error_type": kind, "num_frames": 1, "frames_missing": 0, "features": b""},
         }
-        for segment, (status, kind) in zip(everything, outcomes, strict=False)
+        for segment, (status, kind) in zip(everything, results, strict=False)
     ]
     write_file(store, "one", rows, recipe_digest="r")
     assert planned() == planned("frames_missing") == [segment.media_id for segment in everything[3:]]
@@ -110,7 +110,7 @@ def test_committed_segments_are_not_missing_unless_their_error_was_the_worlds(tm
     assert planned() == [segment.media_id for segment in everything[4:]]
 
 
-def test_a_dry_run_counts_rows_that_carry_their_probe(tmp_path: Path) -> None:
+def test_a_dry_run_counts_rows_that_need_no_probing(tmp_path: Path) -> None:
     make_encoder(tmp_path / "encoder")
     durations = write_manifest(tmp_path / "m.parquet", 2000)
     encoder = VisionTowerConfig(model=str(tmp_path / "encoder"), num_tokens_per_frame=4, merge_heads=4)
@@ -119,7 +119,7 @@ def test_a_dry_run_counts_rows_that_carry_their_probe(tmp_path: Path) -> None:
     frames = sum(math.ceil(seconds) for seconds in durations)
     assert (found.media, found.errors, found.frames_missing) == (2000, 0, frames)
     assert found.feature_bytes == frames * 4 * 16 * 2
-    assert found.calibration is None  # there is nothing at those paths
+    assert found.calibration is None  # no such files
 
 
 @pytest.mark.slow
@@ -130,7 +130,7 @@ def test_a_dry_run_of_a_million_rows_fits_in_two_gigabytes(tmp_path: Path) -> No
     command = [sys.executable, "jobs/preprocess.py", "--config", "ray_configs/tiny/preprocess.yaml", "--dry-run"]
     command += [f"input={tmp_path}/m.parquet", f"feature_store={tmp_path}/out", f"encoder.model={tmp_path}/encoder"]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    began = time.monotonic()
+    started = time.monotonic()
     with (tmp_path / "printed").open("w+") as printed:
         process = subprocess.Popen(command, cwd=ROOT, stdout=printed, env=environment)
         _, status, usage = os.wait4(process.pid, 0)
@@ -138,7 +138,8 @@ def test_a_dry_run_of_a_million_rows_fits_in_two_gigabytes(tmp_path: Path) -> No
         printed.seek(0)
         text = printed.read()
     logger.info(
-        "%s", f"{time.monotonic() - began:.0f} s, {usage.ru_utime:.0f} s of CPU, {usage.ru_maxrss / 1e6:.2f} GB\n{text}"
+        "%s",
+        f"{time.monotonic() - started:.0f} s, {usage.ru_utime:.0f} s of CPU, {usage.ru_maxrss / 1e6:.2f} GB\n{text}",
     )
     assert process.returncode == 0
     assert usage.ru_maxrss * 1024 < 2_000_000_000

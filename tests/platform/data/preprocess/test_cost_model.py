@@ -1,4 +1,4 @@
-"""The run on paper: its formulas against counting, and the document against what the command prints."""
+"""The cost model: formulas against counting, and docs/scale.md against the command's output."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from timeviper_platform.data.preprocess.cost_model import ScaleConfig, VisionTower, compute_scale, scale_table
+from timeviper_platform.data.preprocess.cost_model import ScaleConfig, TowerSizes, compute_scale, scale_table
 
 ROOT = Path(__file__).resolve().parents[4]
 
@@ -28,7 +28,7 @@ def printed(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out.strip()
 
 
-def test_the_document_shows_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_document_has_the_output_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     text = (ROOT / "docs" / "scale.md").read_text()
     assert printed(["scale"], capsys) in text
     commands = [part for part in text.split("\n\n") if part.startswith("    python jobs/store.py scale")]
@@ -37,7 +37,7 @@ def test_the_document_shows_what_the_command_prints(capsys: pytest.CaptureFixtur
         assert printed(shlex.split(command.replace("\\\n", " "))[2:], capsys) in text
 
 
-def test_totals_are_those_of_counting() -> None:
+def test_totals_equal_counting() -> None:
     scale = compute_scale(ScaleConfig(num_videos=3, seconds_per_video=130.5, frames_per_file=128, price_gpu_hour=2.0,
                                       encode_frames_per_second=100, decode_milliseconds=20, num_gpus=2,
                                       video_megabytes=5))  # fmt: skip
@@ -55,7 +55,7 @@ def test_a_second_tower_adds_its_tokens_and_its_time() -> None:
     one = ScaleConfig(num_videos=3, seconds_per_video=100.0, encode_frames_per_second=100)
     two = replace(one, second_num_tokens_per_frame=4, second_dim=1000, second_encode_frames_per_second=50)
     scale = compute_scale(two)
-    assert scale.feature_bytes == 300 * (16 + 4) * 1152 * 2  # rows are as wide as the wider tower's
+    assert scale.feature_bytes == 300 * (16 + 4) * 1152 * 2  # rows have the width of the wider tower
     assert compute_scale(replace(two, second_dim=2000)).feature_bytes == 300 * (16 + 4) * 2000 * 2
     assert scale.gpu_hours * 3600 == pytest.approx(300 / 100 + 300 / 50)
     assert scale.encode_frames_per_second == pytest.approx(100 / 3)
@@ -81,21 +81,21 @@ def test_a_second_tower_adds_its_tokens_and_its_time() -> None:
         {"second_num_tokens_per_frame": 4, "second_dim": -1, "second_teraflops_per_frame": 0.1},
     ],
 )
-def test_half_a_second_tower_is_refused(second: dict[str, Any]) -> None:
+def test_an_incomplete_second_tower_is_refused(second: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="give all of a second tower"):
         ScaleConfig(**second)
 
 
-def test_the_towers_flops_are_those_that_torch_counts() -> None:
+def test_flops_equal_those_counted_by_torch() -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4}
     shape = {"image_size": 48, "patch_size": 8, "vision_use_head": False}
-    config = SiglipVisionConfig(**sizes, **shape, attn_implementation="eager")  # a fused kernel would go uncounted
+    config = SiglipVisionConfig(**sizes, **shape, attn_implementation="eager")  # fused kernels are not counted
     model = SiglipVisionModel(config).eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, 48, 48))
     embedding = 2 * 36 * 3 * 8 * 8 * 32
-    tower = VisionTower(num_patches=36, width=32, mlp_width=80, num_blocks=3)
+    tower = TowerSizes(num_patches=36, width=32, mlp_width=80, num_blocks=3)
     assert tower.flops() + embedding == counter.get_total_flops()
-    assert VisionTower().flops() == pytest.approx(641e9, rel=0.001)
-    dinov2_large = VisionTower(num_patches=257, width=1024, mlp_width=4096, num_blocks=23)
+    assert TowerSizes().flops() == pytest.approx(641e9, rel=0.001)
+    dinov2_large = TowerSizes(num_patches=257, width=1024, mlp_width=4096, num_blocks=23)
     assert dinov2_large.flops() == pytest.approx(0.155e12, rel=0.001)

@@ -1,4 +1,4 @@
-"""Index, rejects and audit of a whole store, some media at a time, against all of it at once in sets."""
+"""Index, rejects and audit computed some media at a time, compared with a reference that holds everything in memory."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ import torch
 
 from reference.made_store import RECIPE, error_row, read_committed, segment_row
 from timeviper_platform.common.schemas import PLAN
-from timeviper_platform.data.plan.segments import errors_of
-from timeviper_platform.data.preprocess.finalize import finalize_store
-from timeviper_platform.data.preprocess.report import reject_table
+from timeviper_platform.data.preprocess.finalize import finalize_store, reject_table
 from timeviper_platform.data.store import index_writer, sorted_runs
 from timeviper_platform.data.store.audit import audit, count_rejects
 from timeviper_platform.data.store.commits import best_rows, num_feature_bytes
@@ -26,7 +24,7 @@ from timeviper_platform.data.store.writer import create_store, write_file
 STATUSES = ("ok", "ok", "ok", "partial", "error")
 
 
-def made_row(media_id: str, place: int, segments: int, version: str, status: str) -> dict[str, Any]:
+def synthetic_row(media_id: str, place: int, segments: int, version: str, status: str) -> dict[str, Any]:
     name = {"segment_id": f"{media_id}-{version}-{place}", "source_version": version, "segment_index": place}
     if status == "error":
         return error_row(media_id, "corrupt_file", num_segments=segments, **name)
@@ -42,9 +40,11 @@ def planned_rows(media_id: str, segments: int, version: str) -> list[dict[str, A
     ]
 
 
-def made_case(uri: str, seed: int) -> tuple[list[pa.Table], dict[str, str]]:
-    """A store with media of two versions, repaired errors, gaps, duplicates and strangers: its plan, and the versions
-    that an older index had."""
+def write_synthetic_store(uri: str, seed: int) -> tuple[list[pa.Table], dict[str, str]]:
+    """Writes a store with two versions of media, repaired errors, gaps, duplicates and unplanned media.
+
+    Returns its plan and the versions of an older index.
+    """
     random_ = random.Random(seed)
     planned: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
@@ -53,8 +53,10 @@ def made_case(uri: str, seed: int) -> tuple[list[pa.Table], dict[str, str]]:
         media_id, segments = f"m{number:02d}", random_.randint(1, 4)
         for version in random_.choice([["v1"], ["v2"], ["v1", "v2"], ["v2", "v1"]]):
             for place in range(segments):
-                times = random_.choice([0, 1, 1, 1, 1, 1, 2])  # missing, there, there twice
-                rows += [made_row(media_id, place, segments, version, random_.choice(STATUSES)) for _ in range(times)]
+                times = random_.choice([0, 1, 1, 1, 1, 1, 2])  # missing, once, duplicated
+                rows += [
+                    synthetic_row(media_id, place, segments, version, random_.choice(STATUSES)) for _ in range(times)
+                ]
         if random_.random() < 0.4:
             older[media_id] = random_.choice(["v1", "v2"])
         if random_.random() < 0.7:
@@ -69,7 +71,7 @@ def made_case(uri: str, seed: int) -> tuple[list[pa.Table], dict[str, str]]:
         write_file(uri, f"{random_.random():.9f}", rows[start : start + 25], recipe_digest=digest)
     names = [field.name for field in PLAN]
     table = pa.Table.from_pylist(
-        [{"source_version": "", "error_message": "made", **row} for row in planned], schema=PLAN.remove_metadata()
+        [{"source_version": "", "error_message": "synthetic", **row} for row in planned], schema=PLAN.remove_metadata()
     ).select(names)
     return [table.slice(start, 11) for start in range(0, table.num_rows, 11)], older
 
@@ -88,31 +90,31 @@ def reference_index(committed: pa.Table, plan: pa.Table, older: dict[str, str]) 
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_store_finalized_in_pieces_is_that_of_all_rows_at_once(
+def test_a_store_finalized_in_parts_equals_the_reference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     monkeypatch.setattr(sorted_runs, "RUN_BYTES", 4000)
     monkeypatch.setattr(sorted_runs, "BATCH_ROWS", 3)
     monkeypatch.setattr(index_writer, "ROW_GROUP_ROWS", 8)
     uri = str(tmp_path)
-    parts, older = made_case(uri, seed)
+    parts, older = write_synthetic_store(uri, seed)
     write_index(uri, older)
     committed, plan = read_committed(uri), pa.concat_tables(parts)
     indexed = pq.read_table(tmp_path / "index.parquet")
     assert indexed.to_pylist() == reference_index(committed, plan.slice(0, 0), older).to_pylist()
-    was = dict(zip(indexed["media_id"].to_pylist(), indexed["source_version"].to_pylist(), strict=True))
+    previous = dict(zip(indexed["media_id"].to_pylist(), indexed["source_version"].to_pylist(), strict=True))
     totals = finalize_store(uri, parts)
-    expected = reference_index(committed, plan, was)
+    expected = reference_index(committed, plan, previous)
     found = pq.read_table(tmp_path / "index.parquet")
     assert found.to_pylist() == expected.to_pylist()
     groups = pq.ParquetFile(tmp_path / "index.parquet").metadata
     assert {groups.row_group(number).num_rows for number in range(groups.num_row_groups - 1)} == {8}
-    wanted = [row["segment_id"] for row in plan.to_pylist() if row["status"] == "planned"]
-    counts = audit(wanted, committed)
+    planned_ids = [row["segment_id"] for row in plan.to_pylist() if row["status"] == "planned"]
+    counts = audit(planned_ids, committed)
     assert totals.counts() == counts
     assert min(counts[name] for name in ("ok", "partial", "error", "missing", "duplicate")) > 0
-    mine = expected.filter(pa.array([name in set(wanted) for name in expected["segment_id"].to_pylist()]))
-    rejects = reject_table(errors_of(plan), mine)
+    mine = expected.filter(pa.array([name in set(planned_ids) for name in expected["segment_id"].to_pylist()]))
+    rejects = reject_table(plan, mine)
     assert (totals.frames, totals.bytes) == (sum(mine["num_frames"].to_pylist()), num_feature_bytes(mine))
     assert totals.rejected_media == len(set(rejects["media_id"].to_pylist()))
     assert totals.errors_by_stage() == count_rejects(rejects)
@@ -120,7 +122,7 @@ def test_a_store_finalized_in_pieces_is_that_of_all_rows_at_once(
     assert pq.read_table(tmp_path / "rejects.parquet").sort_by(order).equals(rejects.sort_by(order))
 
 
-def test_an_empty_plan_of_an_empty_store_is_an_empty_index(tmp_path: Path) -> None:
+def test_an_empty_plan_of_an_empty_store_gives_an_empty_index(tmp_path: Path) -> None:
     create_store(str(tmp_path), RECIPE)
     totals = finalize_store(str(tmp_path), [])
     assert set(totals.counts().values()) == {0}
@@ -129,10 +131,10 @@ def test_an_empty_plan_of_an_empty_store_is_an_empty_index(tmp_path: Path) -> No
     )
 
 
-def test_verification_holds_a_store_against_its_stored_plan(tmp_path: Path) -> None:
+def test_verification_compares_a_store_with_its_stored_plan(tmp_path: Path) -> None:
     uri = str(tmp_path)
     digest = create_store(uri, RECIPE)
-    write_file(uri, "a", [made_row("m", place, 3, "v1", "ok") for place in range(2)], recipe_digest=digest)
+    write_file(uri, "a", [synthetic_row("m", place, 3, "v1", "ok") for place in range(2)], recipe_digest=digest)
     (tmp_path / "plan").mkdir()
     rows = [{**row, "num_segments": 3} for row in planned_rows("m", 3, "v1")]
     pq.write_table(pa.Table.from_pylist(rows, schema=PLAN), tmp_path / "plan" / "part-000000.parquet")

@@ -1,4 +1,4 @@
-"""SIGKILL at any moment, then the same command: nothing missing, nothing twice, the same bytes."""
+"""SIGKILL at random rng, then the same command: nothing missing, no duplicates, the same bytes."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ from pathlib import Path
 from typing import IO
 
 import pytest
-import torch
 import yaml
 
 from reference.killable import kill_after, start
 from reference.made_store import read_committed
+from reference.media_corpus import contents
 from reference.synthetic_media import make_encoder, make_video
 from reference.two_nodes import TwoNodes, two_nodes
 from timeviper_platform.data.encode.frame_encoder import VisionTowerConfig
-from timeviper_platform.data.preprocess.ray_graph import ExecutionConfig
-from timeviper_platform.data.preprocess.run import PreprocessConfig, run_in_process, run_preprocess
-from timeviper_platform.data.store.reader import FeatureStore
+from timeviper_platform.data.preprocess.config import ExecutionConfig, PreprocessConfig
+from timeviper_platform.data.preprocess.run import run_in_process, run_preprocess
 from timeviper_platform.data.store.verify import verify_store
 
 logger = logging.getLogger(__name__)
@@ -64,11 +63,6 @@ def expected(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return contents(config.feature_store)
 
 
-def contents(uri: str) -> dict[str, bytes]:
-    store = FeatureStore.open(uri)
-    return {m: store.read(m).features.view(torch.int16).numpy().tobytes() for m in store.media_ids}
-
-
 def check(uri: str, expected: dict[str, bytes]) -> None:
     assert contents(uri) == expected
     ids = read_committed(uri)["segment_id"].to_pylist()
@@ -76,22 +70,20 @@ def check(uri: str, expected: dict[str, bytes]) -> None:
     assert verify_store(uri).problems == []
 
 
-def test_a_run_killed_again_and_again_ends_with_the_same_bytes(
+def test_a_run_killed_repeatedly_ends_with_the_same_bytes(
     corpus: Path, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
-    moments = random.Random(0)
+    rng = random.Random(0)
     config = make_config(corpus, tmp_path / "store")
 
     def num_files() -> int:
-        folders = (
-            tmp_path / "store" / name for name in ("data", "commits")
-        )  # that of the plan is made anew by each run
+        folders = (tmp_path / "store" / name for name in ("data", "commits"))  # every run replaces the plan
         return sum(1 for folder in folders for _ in folder.glob("*"))
 
     num_killed = 0
     for _ in range(4):
-        due = num_files() + moments.randint(1, 9)  # half-written, written and committed files: two or three a unit
-        num_killed += kill_after(start(config), lambda due=due: num_files() >= due, moments.uniform(0.0, 0.02))
+        due = num_files() + rng.randint(1, 9)  # temporary, data and commit files: two or three per task
+        num_killed += kill_after(start(config), lambda due=due: num_files() >= due, rng.uniform(0.0, 0.02))
     assert num_killed >= 3
     last = start(config)
     last.join()
@@ -113,67 +105,67 @@ def nodes() -> Iterator[TwoNodes]:
 def test_second_node_and_driver_killed_on_ray_lose_nothing(
     corpus: Path, expected: dict[str, bytes], tmp_path: Path, nodes: TwoNodes
 ) -> None:
-    victims = KILLED[2:]  # a dead worker takes Ray a minute to replace: those are in the slow test
+    victims = KILLED[2:]  # Ray takes a minute to replace a dead worker: the slow test kills those
     killed: Counter[str] = Counter()
-    for attempt in range(3):  # on a busy machine a run may be over before its driver's turn
+    for attempt in range(3):  # on a busy machine a run may end before its driver is killed
         config = write_config(corpus, tmp_path / f"store{attempt}")
         killed += run_killed(config, nodes, victims, random.Random(attempt))
         finish(config, nodes)
         check(str(tmp_path / f"store{attempt}"), expected)
         if set(killed) == set(victims):
             return
-    raise AssertionError(f"only {killed} were killed while a run went on")
+    raise AssertionError(f"only {killed} were killed during a run")
 
 
 @pytest.mark.cluster
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_twenty_kills_at_random_moments_on_ray_lose_nothing(
+def test_twenty_kills_at_random_rng_on_ray_lose_nothing(
     corpus: Path, expected: dict[str, bytes], tmp_path: Path, nodes: TwoNodes
 ) -> None:
-    moments = random.Random(1)
+    rng = random.Random(1)
     killed: Counter[str] = Counter()
     for attempt in range(8):
         if killed.total() >= NUM_KILLS and all(killed[victim] >= NUM_KILLS // 5 for victim in KILLED):
             break
         config = write_config(corpus, tmp_path / f"store{attempt}")
-        steps = moments.sample(("DecodeStep", "EncodeStep"), 2)
-        killed += run_killed(config, nodes, [*steps, "second node", "driver"], moments)
-        killed += run_killed(config, nodes, [moments.choice(KILLED)], moments)
+        steps = rng.sample(("DecodeStep", "EncodeStep"), 2)
+        killed += run_killed(config, nodes, [*steps, "second node", "driver"], rng)
+        killed += run_killed(config, nodes, [rng.choice(KILLED)], rng)
         finish(config, nodes)
         check(str(tmp_path / f"store{attempt}"), expected)
     assert killed.total() >= NUM_KILLS, killed
     assert all(killed[victim] >= NUM_KILLS // 5 for victim in KILLED), killed
 
 
-def run_killed(config: Path, nodes: TwoNodes, victims: Sequence[str], moments: random.Random) -> Counter[str]:
-    """Starts the job, kills one victim after the other, each some time later; what was killed while the job ran."""
+def run_killed(config: Path, nodes: TwoNodes, victims: Sequence[str], rng: random.Random) -> Counter[str]:
+    """Starts the job and kills one victim after the other; returns what was killed during the run."""
     killed: Counter[str] = Counter()
     commits = config.with_suffix("") / "commits"
     with config.with_suffix(".log").open("a+") as log:
         driver = start_job(config, nodes.environment, log)
         for victim in victims:
-            wait_until(due_moment(victim, nodes, commits, moments), driver, log)
-            time.sleep(moments.uniform(0.0, 0.5))
+            wait_until(due_moment(victim, nodes, commits, rng), driver, log)
+            time.sleep(rng.uniform(0.0, 0.5))
             if driver.poll() is None:
                 killed[victim] += kill(driver) if victim == "driver" else nodes.kill(victim)
                 logger.info("killed %s: %s, after %d commits", victim, killed[victim], num_commits(commits))
         wait_until(lambda: False, driver, log)
-        may_fail = {"driver", "second node"} & set(killed)  # Ray starts a dead actor again: the run goes on
+        may_fail = {"driver", "second node"} & set(killed)  # Ray restarts a dead actor, and the run continues
         assert driver.returncode == 0 or may_fail, end_of(log)
     return killed
 
 
-def due_moment(victim: str, nodes: TwoNodes, commits: Path, moments: random.Random) -> Callable[[], bool]:
-    """A worker is due when it is there (decoding ends long before the last commit), the others some commits later."""
+def due_moment(victim: str, nodes: TwoNodes, commits: Path, rng: random.Random) -> Callable[[], bool]:
+    """Steps are killed as soon as they run (decoding ends long before the last commit), the rest some commits later."""
     if victim.endswith("Step"):
         return lambda: nodes.worker(victim) is not None
-    due = num_commits(commits) + moments.randint(1, 3)
+    due = num_commits(commits) + rng.randint(1, 3)
     return lambda: num_commits(commits) >= due
 
 
 def finish(config: Path, nodes: TwoNodes) -> None:
-    """The same command again, to its end."""
+    """Runs the same command to its end."""
     with config.with_suffix(".log").open("a+") as log:
         driver = start_job(config, nodes.environment, log)
         wait_until(lambda: False, driver, log)
@@ -183,7 +175,7 @@ def finish(config: Path, nodes: TwoNodes) -> None:
 def write_config(corpus: Path, output: Path) -> Path:
     values = {
         "input": str(corpus / "media"),
-        "output": str(output),
+        "feature_store": str(output),
         "encoder": {
             "model": str(corpus / "encoder"), "num_tokens_per_frame": 4, "merge_heads": 4, "encode_batch_frames": 8
         },
@@ -211,12 +203,12 @@ def num_commits(folder: Path) -> int:
 
 
 def wait_until(is_due: Callable[[], bool], driver: subprocess.Popen[str], log: IO[str], timeout_s: float = 540) -> None:
-    """Until it is due or the job has ended; a job that hangs is ended and fails the test."""
+    """Waits until `is_due` or the end of the job; kills a job that hangs and fails the test."""
     deadline = time.monotonic() + timeout_s
     while driver.poll() is None and not is_due():
         if time.monotonic() > deadline:
             driver.kill()
-            pytest.fail(f"the job hangs:\n{end_of(log)}")
+            pytest.fail(f"the job does not end:\n{end_of(log)}")
         time.sleep(0.01)
 
 
@@ -226,6 +218,6 @@ def end_of(log: IO[str]) -> str:
 
 
 def kill(process: subprocess.Popen[str]) -> bool:
-    """True when it was alive."""
+    """Returns True if the process was alive."""
     process.kill()
     return process.wait() == -signal.SIGKILL

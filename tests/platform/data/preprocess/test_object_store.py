@@ -1,4 +1,4 @@
-"""The store on an object store: the same job, against an S3 server on loopback."""
+"""The same job with input and feature store on an S3 server on loopback."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from timeviper_platform.common.ray_cluster import free_port
 from timeviper_platform.data.encode.frame_encoder import VisionTowerConfig
 from timeviper_platform.data.inputs.readers import read_pages
 from timeviper_platform.data.media.probe import file_version, probe_media
-from timeviper_platform.data.preprocess.ray_graph import ExecutionConfig
-from timeviper_platform.data.preprocess.run import PreprocessConfig, run_in_process, run_preprocess
+from timeviper_platform.data.preprocess.config import ExecutionConfig, PreprocessConfig
+from timeviper_platform.data.preprocess.run import run_in_process, run_preprocess
 from timeviper_platform.data.store.compact import compact
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.data.store.verify import verify_store
@@ -66,15 +66,15 @@ def test_failing_and_slow_requests_lose_nothing_and_are_counted(
     assert compact(config.feature_store).files_after == 1
     assert contents(config.feature_store) == contents(expected.feature_store)
     assert injected == counted >= 8
-    assert 0 < report.retries <= injected  # those of writing the report itself come too late for it
+    assert 0 < report.retries <= injected  # writing the report may itself be retried
     assert server.num_slow > 0
     assert f"retries    {report.retries}" in report.lines()
     puts = [path for method, path, _ in server.requests if method == "PUT" and "/store/commits/" in path]
-    assert len(puts) == len(set(puts)) + 1 == 4  # one put each; the merged file's record is written twice
+    assert len(puts) == len(set(puts)) + 1 == 4  # one put each, and two for the merged file's record
     assert not [request for request in server.requests if request[0] == "POST" and "uploads" in request[2]]
 
 
-def test_runs_killed_while_storage_fails_and_dawdles_end_with_the_same_bytes(
+def test_runs_killed_while_storage_fails_and_is_slow_end_with_the_same_bytes(
     bucket: s3fs.S3FileSystem, server: Faults, tmp_path: Path
 ) -> None:
     make_encoder(tmp_path / "encoder")
@@ -82,27 +82,27 @@ def test_runs_killed_while_storage_fails_and_dawdles_end_with_the_same_bytes(
     for number in range(6):
         make_video(tmp_path / "media" / f"{number}.mp4", range(8 * (1 + number % 3)))
         bucket.put(str(tmp_path / "media" / f"{number}.mp4"), f"bucket/media/{number}.mp4")
-    one_a_file = ExecutionConfig(frames_per_file=1)
-    expected = replace(make_config(tmp_path, str(tmp_path / "media"), str(tmp_path / "store")), execution=one_a_file)
+    one_per_file = ExecutionConfig(frames_per_file=1)
+    expected = replace(make_config(tmp_path, str(tmp_path / "media"), str(tmp_path / "store")), execution=one_per_file)
     run_preprocess(expected, run=run_in_process)
-    config = replace(make_config(tmp_path, "s3://bucket/media", "s3://bucket/store"), execution=one_a_file)
+    config = replace(make_config(tmp_path, "s3://bucket/media", "s3://bucket/store"), execution=one_per_file)
     environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     server.fail_first_of, server.slow_rate, server.slow_seconds = 5, 0.1, 0.05
-    moments = random.Random(0)
+    rng = random.Random(0)
 
     def num_puts() -> int:
         return sum(method == "PUT" and ("/data/" in path or "/commits/" in path) for method, path, _ in server.requests)
 
     num_killed = 0
     for _ in range(4):
-        due = num_puts() + moments.randint(1, 3)
+        due = num_puts() + rng.randint(1, 3)
         process = start(config, environment)
-        num_killed += kill_after(process, lambda due=due: num_puts() >= due, moments.uniform(0.0, 0.02))
+        num_killed += kill_after(process, lambda due=due: num_puts() >= due, rng.uniform(0.0, 0.02))
         server.wait_until_idle()
         bucket.invalidate_cache()
         committed = {path.rpartition("/")[2] for path in bucket.find("bucket/store/commits")}
         assert committed <= {path.rpartition("/")[2] for path in bucket.find("bucket/store/data")}
-        assert read_committed(config.feature_store).num_rows == len(committed)  # each record is whole
+        assert read_committed(config.feature_store).num_rows == len(committed)  # each record is complete
     assert num_killed >= 3
     last = start(config, environment)
     last.join()
@@ -114,7 +114,7 @@ def test_runs_killed_while_storage_fails_and_dawdles_end_with_the_same_bytes(
     assert verify_store(config.feature_store).problems == []
 
 
-def test_storage_that_stays_away_ends_the_job_with_its_reason(
+def test_unavailable_storage_is_an_error_with_its_reason(
     bucket: s3fs.S3FileSystem, server: Faults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.01)
@@ -129,7 +129,7 @@ def test_storage_that_stays_away_ends_the_job_with_its_reason(
     assert storage.read_bytes("s3://bucket/name") == b"old"
 
 
-def test_refused_connections_pass_by_themselves_and_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused_connections_are_retried_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.01)
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     for name, value in (("ACCESS_KEY_ID", "test"), ("SECRET_ACCESS_KEY", "test"), ("MAX_ATTEMPTS", "1")):
@@ -143,7 +143,7 @@ def test_refused_connections_pass_by_themselves_and_are_counted(monkeypatch: pyt
     s3fs.S3FileSystem.clear_instance_cache()
 
 
-def test_a_writer_that_dies_half_way_leaves_the_old_object(bucket: s3fs.S3FileSystem) -> None:
+def test_a_failed_write_leaves_the_old_object(bucket: s3fs.S3FileSystem) -> None:
     storage.write_bytes("s3://bucket/name", b"old")
 
     def dies(file: IO[bytes]) -> None:
@@ -180,7 +180,7 @@ def test_media_and_features_on_an_object_store(bucket: s3fs.S3FileSystem, tmp_pa
     assert run_preprocess(from_glob, run=run_in_process).segments_done == 2
 
 
-def test_a_listing_comes_in_pages_and_says_what_the_objects_say(
+def test_a_listing_is_paged_and_has_the_versions_of_its_objects(
     bucket: s3fs.S3FileSystem, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(listing, "S3_PAGE_KEYS", 2)
@@ -189,7 +189,7 @@ def test_a_listing_comes_in_pages_and_says_what_the_objects_say(
     for name in names:
         bucket.put(str(tmp_path / "clip.mp4"), f"bucket/{name}")
     bucket.pipe("bucket/videos/notes.txt", b"text")
-    bucket.pipe("bucket/videosb.mp4", b"beside the prefix")
+    bucket.pipe("bucket/videosb.mp4", b"outside the prefix")
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         tar.add(tmp_path / "clip.mp4", "clip.mp4")
     bucket.put(str(tmp_path / "x.tar"), "bucket/videos/x.tar")

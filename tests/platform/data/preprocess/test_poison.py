@@ -1,4 +1,4 @@
-"""Every kind of bad input among good ones: one counted row each, with stage and type, and nothing else is touched."""
+"""Every kind of bad input among good ones: one counted row each with stage and type, and no effect on the others."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from timeviper_platform.common import storage
 from timeviper_platform.data.encode.frame_encoder import VisionTowerConfig
 from timeviper_platform.data.media.container import DecodeError
 from timeviper_platform.data.media.probe import probe_media
-from timeviper_platform.data.plan.segments import Segment, WriteTask
-from timeviper_platform.data.preprocess.ray_graph import ExecutionConfig
-from timeviper_platform.data.preprocess.run import PreprocessConfig, run_preprocess
-from timeviper_platform.data.preprocess.worker import TaskResult, WorkerSpec, run_here
+from timeviper_platform.data.plan.segments import Segment
+from timeviper_platform.data.preprocess.config import ExecutionConfig, PreprocessConfig
+from timeviper_platform.data.preprocess.run import run_preprocess
+from timeviper_platform.data.preprocess.tasks import TaskResult, WriteTask
+from timeviper_platform.data.preprocess.worker import WorkerSpec, run_here
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.data.store.verify import verify_store
 
@@ -42,16 +43,16 @@ POISON = {
 
 
 NUM_GOOD_PER_BAD = 19
-"""bad media are 5 % of the input that the bar is about"""
+"""Makes 5 % of the input bad."""
 
 MAX_CPU_SHARE = 0.02
-"""of all CPU seconds of planning and doing such an input; waits for storage take none"""
+"""Share of all CPU seconds that bad media may take; waiting for storage takes none."""
 
 
 def make_poison(folder: Path) -> None:
     film = folder / "film.mkv"
     make_video(film, range(160), gop=8)
-    (folder / "lying.mkv").write_bytes(film.read_bytes()[: film.stat().st_size // 2])  # its header says 20 s
+    (folder / "lying.mkv").write_bytes(film.read_bytes()[: film.stat().st_size // 2])  # the header states 20 s
     film.unlink()
     make_video(folder / "vanished.mp4", range(16))
     whole = (folder / "vanished.mp4").read_bytes()
@@ -67,7 +68,7 @@ def make_poison(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("num_good", [6, pytest.param(190, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
-def test_bad_inputs_are_one_row_each_and_good_ones_are_whole(
+def test_bad_inputs_are_one_row_each_and_good_ones_are_complete(
     bucket: s3fs.S3FileSystem, server: Faults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_good: int
 ) -> None:
     monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.01)
@@ -87,15 +88,13 @@ def test_bad_inputs_are_one_row_each_and_good_ones_are_whole(
     bucket.pipe("bucket/manifest.csv", "".join(["uri,media_id\n", *(f"media/{n},{n}\n" for n in names)]).encode())
     server.answers = {"denied.mp4": "403 Forbidden", "unavailable.mp4": "503 Slow Down"}
 
-    costs: dict[str, float] = {}  # medium to its seconds of CPU: each segment is a unit of its own
+    costs: dict[str, float] = {}  # CPU seconds by medium: each segment is its own task
 
     def while_one_vanishes(missing: Sequence[Segment], spec: WorkerSpec, _: ExecutionConfig) -> Iterator[TaskResult]:
         bucket.rm("bucket/media/vanished.mp4")
-        for outcome in run_here((WriteTask(segment.segment_id, (segment,)) for segment in missing), spec):
-            costs[outcome.media[0]] = (
-                outcome.decode_cpu_seconds + outcome.encode_cpu_seconds + outcome.write_cpu_seconds
-            )
-            yield outcome
+        for result in run_here((WriteTask(segment.segment_id, (segment,)) for segment in missing), spec):
+            costs[result.media[0]] = result.decode_cpu_seconds + result.encode_cpu_seconds + result.write_cpu_seconds
+            yield result
 
     config = PreprocessConfig(
         input="s3://bucket/manifest.csv",
@@ -110,12 +109,12 @@ def test_bad_inputs_are_one_row_each_and_good_ones_are_whole(
     assert {row["media_id"]: (row["status"], row["error_stage"], row["error_type"]) for row in rejects} == POISON
     assert len(rejects) == len(POISON) == report.errors
     assert report.media == num_good + len(POISON)
-    planned = num_good + 2  # the vanished and the lying one pass the plan
+    planned = num_good + 2  # planning accepts vanished.mp4 and lying.mkv
     audit = {"planned": planned, "ok": num_good, "partial": 1, "error": 1, "missing": 0, "duplicate": 0}
     assert report.audit == audit
     assert report.retries > 0
-    counted = sum(number for kinds in report.errors_by_stage.values() for number in kinds.values())
-    assert counted == len(POISON)
+    num_counted = sum(number for kinds in report.errors_by_stage.values() for number in kinds.values())
+    assert num_counted == len(POISON)
     stored = set(FeatureStore.open(config.feature_store).media_ids)
     assert stored == {n for n in names if n not in POISON} | {"lying.mkv"}
     assert verify_store(config.feature_store).problems == []

@@ -1,4 +1,4 @@
-"""What a run says while it works: a bar on a terminal, lines in the log elsewhere, with the same figures."""
+"""Progress of a run: a bar on a terminal, log lines elsewhere, with the same figures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_log_has_lines(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_has_progress_lines(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
     caplog.set_level(logging.INFO)
     with Progress(num_segments=4, num_frames=256, every_seconds=0.0) as progress:
         progress.add(HALF)
@@ -29,15 +29,15 @@ def test_a_log_has_lines(caplog: pytest.LogCaptureFixture, capsys: pytest.Captur
     assert "\r" not in capsys.readouterr().err
 
 
-def test_lines_are_some_seconds_apart_but_for_the_last(caplog: pytest.LogCaptureFixture) -> None:
+def test_log_lines_are_some_seconds_apart_except_for_the_last(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     with Progress(num_segments=6, num_frames=384, every_seconds=1e6) as progress:
-        for outcome in (HALF, REST, REST):
-            progress.add(outcome)
+        for result in (HALF, REST, REST):
+            progress.add(result)
     assert [record.message.split(" ")[0] for record in caplog.records] == ["6/6"]
 
 
-def test_a_terminal_has_a_bar_that_no_log_line_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_has_a_bar_that_log_lines_do_not_break(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal, root = Terminal(), logging.getLogger()
     monkeypatch.setattr("sys.stderr", terminal)
     handlers = root.handlers
@@ -50,9 +50,9 @@ def test_a_terminal_has_a_bar_that_no_log_line_breaks(monkeypatch: pytest.Monkey
     finally:
         root.handlers = handlers
     drawn = terminal.getvalue()
-    assert "segments (" not in drawn  # no line for each unit
-    bars = [piece.strip() for piece in drawn.replace("\n", "\r").split("\r") if "|" in piece]
+    assert "segments (" not in drawn  # no line per task
+    bars = [part.strip() for part in drawn.replace("\n", "\r").split("\r") if "|" in part]
     assert bars[-1].startswith("100%|")
     assert "4/4 segments, 12.8 frames/s, rejected: 1 corrupt_file, 0 s left" in bars[-1]
-    (line,) = [piece for piece in drawn.split("\n") if "a file is damaged" in piece]
+    (line,) = [line for line in drawn.split("\n") if "a file is damaged" in line]
     assert "|" not in line.rpartition("\r")[2]

@@ -1,4 +1,4 @@
-"""The job's graph: the same bytes on Ray, fused and split, and what a graph cannot be."""
+"""The Ray graph: the same bytes as without Ray, fused and split, and configurations that are refused."""
 
 from __future__ import annotations
 
@@ -6,25 +6,32 @@ import contextlib
 import dataclasses
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from reference.media_corpus import BAD, contents, make_config, no_runner
 from timeviper_platform.common import ray_cluster as session
 from timeviper_platform.common import storage
-from timeviper_platform.data.plan.segments import Segment, cut_units
-from timeviper_platform.data.preprocess.ray_graph import DecodeStep, EncodeStep, ExecutionConfig, FusedStep, units_table
+from timeviper_platform.data.plan.segments import Segment
+from timeviper_platform.data.preprocess.config import ExecutionConfig
+from timeviper_platform.data.preprocess.ray_graph import DecodeStep, EncodeStep, FusedStep, from_block, to_block
 from timeviper_platform.data.preprocess.run import run_preprocess
-from timeviper_platform.data.preprocess.worker import DecodedSegment, SegmentDecoder, TaskResult, WorkerSpec
+from timeviper_platform.data.preprocess.segment_rows import SegmentDecoder
+from timeviper_platform.data.preprocess.tasks import TaskResult, WriteTask, cut_tasks
+from timeviper_platform.data.preprocess.worker import WorkerSpec
 from timeviper_platform.data.store import writer as store_writer
+from timeviper_platform.data.video.frames import FrameBatch
+from timeviper_platform.data.video_worker.frame_source import DecodeResult
 
 
 def exported(port: int, name: str, expected: float) -> float:
-    """Sum of a metric's samples, waited for: Ray exports every few seconds."""
+    """Sum of a metric's samples, once it has the expected value: Ray exports every few seconds."""
     deadline = time.monotonic() + 60
     total = 0.0
     while time.monotonic() < deadline and total != expected:
@@ -36,16 +43,16 @@ def exported(port: int, name: str, expected: float) -> float:
 
 
 @pytest.mark.cluster
-def test_on_ray_the_same_bytes_and_nothing_the_second_time(
+def test_a_run_on_ray_gives_the_same_bytes_and_a_second_run_does_nothing(
     corpus: Path, finished: Path, tmp_path: Path, ray_address: str
 ) -> None:
     import ray
 
-    ray.init(log_to_driver=False)  # the run leaves a connection alone that was there before
+    ray.init(log_to_driver=False)  # a run keeps a connection that existed before
     config = make_config(corpus, tmp_path / "store", num_workers=2, min_workers=1)
     report = run_preprocess(config)
     assert report.share_of_ideal > 0
-    assert report.workers["decode"] in (1, 2)  # so little work may all be done before the second has started
+    assert report.workers["decode"] in (1, 2)  # so few tasks may be done before the second worker has started
     port = ray.nodes()[0]["MetricsExportPort"]
     assert exported(port, "ray_timeviper_preprocess_frames", report.frames_encoded) == report.frames_encoded
     assert (report.segments_done, report.segments_error, report.errors) == (14, 1, len(BAD))
@@ -65,7 +72,7 @@ def test_split_steps_on_ray_give_the_same_bytes(
     assert contents(config.feature_store) == contents(str(finished))
 
 
-def test_all_rays_that_a_process_starts_have_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_ray_clusters_started_by_a_process_share_one_token(monkeypatch: pytest.MonkeyPatch) -> None:
     started = []
 
     @contextlib.contextmanager
@@ -83,13 +90,20 @@ def test_all_rays_that_a_process_starts_have_one_token(monkeypatch: pytest.Monke
     assert len(set(started)) == 1
 
 
+def process_blocks(steps: Sequence[Callable[[pa.Table], pa.Table]], tasks: Iterable[WriteTask]) -> Iterator[TaskResult]:
+    """Calls the steps as Ray does: two blocks at a time, one task per block."""
+    blocks: Iterable[pa.Table] = [to_block([task]) for task in tasks]
+    with ThreadPoolExecutor(2) as pool:
+        for step in steps:
+            blocks = pool.map(step, blocks)
+        for block in blocks:
+            yield from from_block(block)
+
+
 def test_split_steps_hand_over_frames_errors_and_rows_unchanged(corpus: Path, finished: Path, tmp_path: Path) -> None:
     def run_split(missing: Sequence[Segment], spec: WorkerSpec, execution: ExecutionConfig) -> Iterator[TaskResult]:
-        decode, encode = DecodeStep(spec), EncodeStep(spec)
-        units = cut_units(missing, execution.frames_per_file, num_workers=1)
-        with ThreadPoolExecutor(2) as pool:  # as Ray calls them
-            for table in pool.map(encode, pool.map(decode, [units_table([unit]) for unit in units])):
-                yield from (TaskResult(**row) for row in table.to_pylist())
+        tasks = cut_tasks(missing, execution.frames_per_file, num_workers=1)
+        yield from process_blocks([DecodeStep(spec), EncodeStep(spec)], tasks)
 
     config = make_config(corpus, tmp_path / "store")
     report = run_preprocess(config, run=run_split)
@@ -97,66 +111,74 @@ def test_split_steps_hand_over_frames_errors_and_rows_unchanged(corpus: Path, fi
     assert contents(config.feature_store) == contents(str(finished))
 
 
-def test_a_fused_worker_makes_the_next_units_rows_while_a_commit_waits(
+def test_arrays_in_a_block_are_read_without_a_copy() -> None:
+    frames = FrameBatch(np.ones((2, 4, 4, 3), np.uint8), np.zeros(2), np.zeros(2), 0)
+    task = WriteTask("name", (), (DecodeResult(frames, 1.0),))
+    block = to_block([task])
+    (found,) = from_block(block)
+    array = found.decoded[0].frames.frames
+    assert np.array_equal(array, frames.frames)
+    assert array.ctypes.data == block["arrays"][0].values[0].as_buffer().address
+    assert (found.name, found.decoded[0].seconds) == ("name", 1.0)
+
+
+def test_a_fused_worker_decodes_the_next_task_while_a_commit_waits(
     corpus: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decode, commit = SegmentDecoder.decode, store_writer.write_commit
-    begun: list[str] = []
-    outcomes: list[TaskResult] = []
+    started: list[str] = []
+    results: list[TaskResult] = []
     overlaps: list[bool] = []
-    num_units = 0
+    num_tasks = 0
 
-    def noted_decode(self: SegmentDecoder, segments: Sequence[Segment]) -> Iterator[DecodedSegment]:
-        begun.append(segments[0].segment_id)
+    def recorded_decode(self: SegmentDecoder, segments: Sequence[Segment]) -> Iterator[DecodeResult]:
+        started.append(segments[0].segment_id)
         storage.add_retries(2)
         yield from decode(self, segments)
 
     def slow_commit(*args: Any, **options: Any) -> None:
         storage.add_retries(1)
-        wanted, deadline = min(num_units, len(overlaps) + 2), time.monotonic() + 30
-        while len(begun) < wanted and time.monotonic() < deadline:
+        num_expected, deadline = min(num_tasks, len(overlaps) + 2), time.monotonic() + 30
+        while len(started) < num_expected and time.monotonic() < deadline:
             time.sleep(0.01)
-        overlaps.append(len(begun) >= wanted)
+        overlaps.append(len(started) >= num_expected)
         commit(*args, **options)
 
     def run_fused(missing: Sequence[Segment], spec: WorkerSpec, execution: ExecutionConfig) -> Iterator[TaskResult]:
-        nonlocal num_units
-        step = FusedStep(spec)
-        units = cut_units(missing, execution.frames_per_file, num_workers=1)
-        num_units = len(units)
-        with ThreadPoolExecutor(2) as pool:  # as Ray calls it
-            for table in pool.map(step, [units_table([unit]) for unit in units]):
-                outcomes.extend(TaskResult(**row) for row in table.to_pylist())
-        yield from outcomes
+        nonlocal num_tasks
+        tasks = list(cut_tasks(missing, execution.frames_per_file, num_workers=1))
+        num_tasks = len(tasks)
+        results.extend(process_blocks([FusedStep(spec)], tasks))
+        yield from results
 
-    monkeypatch.setattr(SegmentDecoder, "decode", noted_decode)
+    monkeypatch.setattr(SegmentDecoder, "decode", recorded_decode)
     monkeypatch.setattr(store_writer, "write_commit", slow_commit)
     config = make_config(corpus, tmp_path / "store")
     report = run_preprocess(config, run=run_fused)
-    assert num_units > 2
+    assert num_tasks > 2
     assert all(overlaps)
-    assert len(overlaps) == num_units
+    assert len(overlaps) == num_tasks
     assert (report.segments_done, report.segments_error, report.errors) == (14, 1, len(BAD))
     assert contents(config.feature_store) == contents(str(finished))
-    assert sum(outcome.retries for outcome in outcomes) == 3 * num_units
-    assert all(outcome.decode_cpu_seconds > 0 and outcome.encode_cpu_seconds > 0 for outcome in outcomes)
+    assert sum(result.retries for result in results) == 3 * num_tasks
+    assert all(result.decode_cpu_seconds > 0 and result.encode_cpu_seconds > 0 for result in results)
 
 
 @pytest.mark.parametrize("mode", ["split", "auto"])
-def test_too_many_frames_for_a_split_block_are_refused(
+def test_a_file_with_too_many_frames_for_one_block_is_refused(
     corpus: Path, tmp_path: Path, mode: Literal["split", "auto"]
 ) -> None:
     config = make_config(corpus, tmp_path / "large")
     config = dataclasses.replace(config, execution=ExecutionConfig(mode=mode, frames_per_file=10**7))
-    with pytest.raises(ValueError, match="in modes split and auto at most"):
+    with pytest.raises(ValueError, match="in modes split and auto use at most"):
         run_preprocess(config)
 
 
 @pytest.mark.parametrize(
     "bounds", [(0, None, None), (None, None, 0), (3, None, 2), (None, 3, 2), (2, 1, None), (1, 2, 1)]
 )
-def test_a_pool_that_cannot_be_is_refused(bounds: tuple[int | None, int | None, int | None]) -> None:
-    fewest, first, most = bounds
+def test_contradictory_pool_sizes_are_refused(bounds: tuple[int | None, int | None, int | None]) -> None:
+    min_workers, initial_workers, num_workers = bounds
     with pytest.raises(ValueError, match=r"<= self\.num_workers = .* must hold"):
-        ExecutionConfig(min_workers=fewest, initial_workers=first, num_workers=most)
+        ExecutionConfig(min_workers=min_workers, initial_workers=initial_workers, num_workers=num_workers)
     assert ExecutionConfig(min_workers=1, initial_workers=2, num_workers=2).num_workers == 2

@@ -1,4 +1,4 @@
-"""A job that is run again: nothing twice, nothing lost, the same bytes, whatever ended it or changed since."""
+"""Repeated runs: no duplicates, no losses and the same bytes, whatever ended the previous run or changed since."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ import pytest
 from reference.media_corpus import contents, make_config, no_runner
 from reference.synthetic_media import make_video
 from timeviper_platform.data.media.container import MediaLimits
-from timeviper_platform.data.plan.segments import Segment, cut_units
+from timeviper_platform.data.plan.segments import Segment
+from timeviper_platform.data.preprocess.config import ExecutionConfig
 from timeviper_platform.data.preprocess.estimate import estimate
-from timeviper_platform.data.preprocess.ray_graph import ExecutionConfig
 from timeviper_platform.data.preprocess.run import run_in_process, run_preprocess
-from timeviper_platform.data.preprocess.worker import TaskResult, WorkerSpec, run_here
+from timeviper_platform.data.preprocess.tasks import TaskResult, cut_tasks
+from timeviper_platform.data.preprocess.worker import WorkerSpec, run_here
 from timeviper_platform.data.store.compact import compact
 from timeviper_platform.data.store.inspect import inspect_store
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.data.store.verify import verify_store
 
 
-def test_run_again_nothing_is_done_and_nothing_changes(corpus: Path, finished: Path) -> None:
+def test_a_second_run_does_nothing_and_changes_nothing(corpus: Path, finished: Path) -> None:
     before = contents(str(finished))
     report = run_preprocess(make_config(corpus, finished), run=no_runner)
     assert (report.segments_encoded, report.frames_encoded, report.segments_done) == (0, 0, 14)
-    assert report.frames_per_second > 0  # of the run that did the work
+    assert report.frames_per_second > 0  # of the previous run
     assert contents(str(finished)) == before
     assert "encoded in this run: 0" in "\n".join(report.lines())
 
 
-def test_what_a_lost_data_file_held_is_done_again(corpus: Path, finished: Path, tmp_path: Path) -> None:
+def test_segments_of_a_lost_data_file_are_processed_again(corpus: Path, finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "store")
     expected = contents(str(finished))
     next((tmp_path / "store" / "data").iterdir()).unlink()
@@ -46,16 +47,14 @@ def test_what_a_lost_data_file_held_is_done_again(corpus: Path, finished: Path, 
     assert verify_store(config.feature_store).problems == []
 
 
-def test_a_run_that_dies_is_continued_and_ends_with_the_same_bytes(
-    corpus: Path, finished: Path, tmp_path: Path
-) -> None:
+def test_a_run_after_a_crash_ends_with_the_same_bytes(corpus: Path, finished: Path, tmp_path: Path) -> None:
     output = tmp_path / "store"
 
     def dies_after_two(*arguments: object) -> Iterator[TaskResult]:
-        for number, outcome in enumerate(run_in_process(*arguments)):  # type: ignore[arg-type]
+        for number, result in enumerate(run_in_process(*arguments)):  # type: ignore[arg-type]
             if number == 2:
                 raise KeyboardInterrupt
-            yield outcome
+            yield result
 
     with pytest.raises(KeyboardInterrupt):
         run_preprocess(make_config(corpus, output), run=dies_after_two)
@@ -69,7 +68,7 @@ def test_a_run_that_dies_is_continued_and_ends_with_the_same_bytes(
     assert len(list((output / "data").iterdir())) == len(list((output / "commits").iterdir()))
 
 
-def test_new_and_changed_media_alone_are_done(corpus: Path, finished: Path, tmp_path: Path) -> None:
+def test_only_new_and_changed_media_are_processed(corpus: Path, finished: Path, tmp_path: Path) -> None:
     shutil.copytree(corpus, tmp_path / "corpus")
     shutil.copytree(finished, tmp_path / "store")
     moved = tmp_path / "corpus"
@@ -84,7 +83,7 @@ def test_new_and_changed_media_alone_are_done(corpus: Path, finished: Path, tmp_
     assert (store.info("clip0.mp4").num_frames, store.info("nowhere.mp4").num_frames) == (4, 1)
 
 
-def test_an_old_version_is_superseded_and_more_inputs_are_added(corpus: Path, tmp_path: Path) -> None:
+def test_a_changed_medium_supersedes_its_old_version_and_inputs_can_be_added(corpus: Path, tmp_path: Path) -> None:
     shutil.copytree(corpus / "media", tmp_path / "media")
     config = make_config(corpus, tmp_path / "store")
     some = dataclasses.replace(config, input=str(tmp_path / "media" / "clip[0-4].mp4"))
@@ -106,12 +105,12 @@ def test_an_old_version_is_superseded_and_more_inputs_are_added(corpus: Path, tm
 
 
 @pytest.mark.parametrize("num_workers", [1, 3, 7])
-def test_another_number_of_workers_and_other_sizes_go_on_with_the_same_bytes(
+def test_a_run_with_other_workers_and_file_sizes_ends_with_the_same_bytes(
     corpus: Path, finished: Path, tmp_path: Path, num_workers: int
 ) -> None:
     def first_half(missing: Sequence[Segment], spec: WorkerSpec, execution: ExecutionConfig) -> Iterator[TaskResult]:
-        units = cut_units(missing, execution.frames_per_file, num_workers)
-        yield from run_here(units[: len(units) // 2], spec)
+        tasks = list(cut_tasks(missing, execution.frames_per_file, num_workers))
+        yield from run_here(tasks[: len(tasks) // 2], spec)
         raise KeyboardInterrupt
 
     config = make_config(corpus, tmp_path / "store")
@@ -128,7 +127,7 @@ def test_another_number_of_workers_and_other_sizes_go_on_with_the_same_bytes(
     assert contents(config.feature_store) == contents(str(finished))
 
 
-def test_a_file_that_is_away_for_a_moment_is_tried_again(corpus: Path, tmp_path: Path) -> None:
+def test_a_file_that_was_missing_during_a_run_is_tried_again(corpus: Path, tmp_path: Path) -> None:
     shutil.copytree(corpus / "media", tmp_path / "media")
     clip, away = tmp_path / "media" / "clip0.mp4", tmp_path / "away.mp4"
     config = dataclasses.replace(make_config(corpus, tmp_path / "store"), input=str(tmp_path / "media" / "clip*.mp4"))
@@ -145,18 +144,18 @@ def test_a_file_that_is_away_for_a_moment_is_tried_again(corpus: Path, tmp_path:
     assert second.audit["duplicate"] == 0
 
 
-def test_errors_that_a_higher_limit_cures_are_tried_again_when_named(corpus: Path, tmp_path: Path) -> None:
-    """The manifest tells the sizes, too small ones: so the decoder meets the limit, not the plan."""
+def test_named_error_types_are_tried_again_after_a_limit_was_raised(corpus: Path, tmp_path: Path) -> None:
+    """The manifest states sizes that are too small, so that the decoder hits the limit, not the plan."""
     clips = pa.table(
         {
             **{"uri": [str(corpus / "media" / f"clip{number}.mp4") for number in range(3)], "size": [1] * 3},
             **{"duration_seconds": [1.0] * 3, "width": [8] * 3, "height": [8] * 3},
         }
     )
-    pq.write_table(clips, tmp_path / "told.parquet")
+    pq.write_table(clips, tmp_path / "sizes.parquet")
     config = dataclasses.replace(
         make_config(corpus, tmp_path / "store"),
-        input=str(tmp_path / "told.parquet"),
+        input=str(tmp_path / "sizes.parquet"),
         limits=MediaLimits(max_pixels=64),
     )
     first = run_preprocess(config, run=run_in_process)
@@ -176,11 +175,11 @@ def test_errors_that_a_higher_limit_cures_are_tried_again_when_named(corpus: Pat
     assert len(FeatureStore.open(config.feature_store).media_ids) == 3
     assert pq.read_table(tmp_path / "store" / "rejects.parquet").num_rows == 0
     assert verify_store(config.feature_store).problems == []
-    with pytest.raises(ValueError, match=r"retry_errors: there is no to_many; name some of not_found, .*or say all"):
+    with pytest.raises(ValueError, match=r"retry_errors: unknown error types to_many; use all, or some of not_found, "):
         dataclasses.replace(config, retry_errors=("to_many",))
 
 
-def test_another_recipe_is_refused_with_the_difference(corpus: Path, finished: Path) -> None:
+def test_another_recipe_is_refused_and_the_difference_named(corpus: Path, finished: Path) -> None:
     config = make_config(corpus, finished)
     other = dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, num_tokens_per_frame=2))
     with pytest.raises(ValueError, match=r"merge\.num_tokens_per_frame: the store has 4, this run 2"):

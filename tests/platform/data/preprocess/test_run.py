@@ -1,4 +1,4 @@
-"""The whole job without Ray: every medium stored or rejected with its reason, and calm about bad files."""
+"""The whole job without Ray: every medium is stored, or rejected with a reason."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import torch
 from reference.media_corpus import BAD, make_config, no_runner
 from timeviper_platform.common import storage
 from timeviper_platform.data.encode.frame_encoder import FrameEncoder
+from timeviper_platform.data.preprocess.config import ExecutionConfig, PreprocessConfig
 from timeviper_platform.data.preprocess.estimate import estimate
-from timeviper_platform.data.preprocess.ray_graph import ExecutionConfig
-from timeviper_platform.data.preprocess.run import PreprocessConfig, run_in_process, run_preprocess
-from timeviper_platform.data.preprocess.worker import TaskResult
+from timeviper_platform.data.preprocess.run import run_in_process, run_preprocess
+from timeviper_platform.data.preprocess.tasks import TaskResult
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.data.video.reader import read_frames
 from timeviper_platform.data.video_worker.frame_source import DecodeConfig
@@ -40,7 +40,7 @@ def test_every_medium_is_stored_or_rejected_with_stage_and_type(finished: Path) 
     assert store.info("image0.jpg").modality == "image"
 
 
-def test_what_is_stored_is_what_serving_would_make(corpus: Path, finished: Path) -> None:
+def test_stored_features_equal_those_that_serving_computes(corpus: Path, finished: Path) -> None:
     encoder = FrameEncoder(make_config(corpus, "x").encoder)
     store = FeatureStore.open(str(finished))
     for name in ("film.mp4", "clip1.mp4", "image1.jpg"):
@@ -50,9 +50,7 @@ def test_what_is_stored_is_what_serving_would_make(corpus: Path, finished: Path)
         assert stored.pts_seconds.tolist() == frames.pts_seconds.tolist()
 
 
-def test_the_job_stops_when_every_medium_fails_for_one_reason_and_keeps_what_is_done(
-    corpus: Path, tmp_path: Path
-) -> None:
+def test_the_job_stops_when_all_media_fail_for_one_reason_and_keeps_finished_work(corpus: Path, tmp_path: Path) -> None:
     shutil.copytree(corpus / "media", tmp_path / "media")
     config = dataclasses.replace(
         make_config(corpus, tmp_path / "store"),
@@ -61,12 +59,12 @@ def test_the_job_stops_when_every_medium_fails_for_one_reason_and_keeps_what_is_
     )
 
     def loses_the_share(*arguments: object) -> Iterator[TaskResult]:
-        for number, outcome in enumerate(run_in_process(*arguments)):  # type: ignore[arg-type]
-            yield outcome
+        for number, result in enumerate(run_in_process(*arguments)):  # type: ignore[arg-type]
+            yield result
             if number == 0:
                 (tmp_path / "media").rename(tmp_path / "away")
 
-    message = r"3 media in a row failed for one reason, decode_video/not_found: are the paths right.*no such file"
+    message = r"3 media in a row failed for one reason, decode_video/not_found: check the paths.*no such file"
     with pytest.raises(RuntimeError, match=message):
         run_preprocess(config, run=loses_the_share)
     (tmp_path / "away").rename(tmp_path / "media")
@@ -75,7 +73,7 @@ def test_the_job_stops_when_every_medium_fails_for_one_reason_and_keeps_what_is_
     assert (report.segments_done, report.errors) == (10, 0)
 
 
-def test_a_plan_of_nothing_but_errors_stops_the_job(tmp_path: Path, corpus: Path) -> None:
+def test_a_plan_of_errors_stops_the_job(tmp_path: Path, corpus: Path) -> None:
     manifest = tmp_path / "manifest.csv"
     manifest.write_text("uri\n" + "".join(f"/nowhere/{number}.mp4\n" for number in range(5)))
     config = dataclasses.replace(
@@ -83,11 +81,11 @@ def test_a_plan_of_nothing_but_errors_stops_the_job(tmp_path: Path, corpus: Path
     )
     with pytest.raises(RuntimeError, match="5 media in a row failed for one reason, probe/not_found"):
         run_preprocess(config, run=no_runner)
-    calm = dataclasses.replace(config, execution=ExecutionConfig(max_consecutive_failures=None))
-    assert run_preprocess(calm, run=no_runner).errors == 5
+    unlimited = dataclasses.replace(config, execution=ExecutionConfig(max_consecutive_failures=None))
+    assert run_preprocess(unlimited, run=no_runner).errors == 5
 
 
-def test_links_that_a_downloader_found_dead_are_counted_and_do_not_stop_the_job(tmp_path: Path, corpus: Path) -> None:
+def test_failed_downloads_are_counted_and_do_not_stop_the_job(tmp_path: Path, corpus: Path) -> None:
     dead = [f"https://a.invalid/{number}.jpg,failed_to_download,HTTP Error 404" for number in range(5)]
     (tmp_path / "m.csv").write_text("\n".join(["url,status,error_message", *dead]))
     config = make_config(corpus, tmp_path / "store", max_consecutive_failures=3)
@@ -96,7 +94,7 @@ def test_links_that_a_downloader_found_dead_are_counted_and_do_not_stop_the_job(
 
 
 @pytest.mark.parametrize(("mode", "device"), [("split", "cuda"), ("auto", "cuda"), ("fused", "cpu")])
-def test_nvdec_wants_the_encoders_gpu_in_the_same_worker(
+def test_nvdec_requires_the_encoders_gpu_in_the_same_worker(
     corpus: Path, tmp_path: Path, mode: Literal["fused", "split", "auto"], device: str
 ) -> None:
     config = make_config(corpus, tmp_path)
@@ -107,12 +105,14 @@ def test_nvdec_wants_the_encoders_gpu_in_the_same_worker(
         decode = dataclasses.replace(config.decode, backend="nvdec")
         return dataclasses.replace(config, execution=execution, encoder=encoder, decode=decode)
 
-    with pytest.raises(ValueError, match=rf"execution\.mode = '{mode}' must be fused .*device = '{device}' cuda"):
+    with pytest.raises(
+        ValueError, match=rf"execution\.mode = '{mode}' must be fused .*device = '{device}' must be cuda"
+    ):
         with_nvdec(mode, device)
     with_nvdec("fused", "cuda")
 
 
-def test_a_run_without_its_backend_ends_before_the_first_file(
+def test_a_missing_backend_ends_the_run_before_the_first_file(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
@@ -135,13 +135,13 @@ def test_an_estimate_writes_nothing(corpus: Path, finished: Path, tmp_path: Path
     assert (done.segments_missing, done.seconds, done.seconds_at_last_rate) == (0, None, 0)
 
 
-def test_an_output_that_cannot_be_written_is_said_at_once(corpus: Path, tmp_path: Path) -> None:
+def test_a_store_that_cannot_be_written_is_an_error_at_the_start(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(RuntimeError, match="cannot write"):
         run_preprocess(make_config(corpus, tmp_path / "file" / "store"), run=no_runner)
 
 
-def test_a_store_that_is_served_hashes_its_media(corpus: Path, tmp_path: Path) -> None:
+def test_a_store_for_serving_hashes_its_media(corpus: Path, tmp_path: Path) -> None:
     config = dataclasses.replace(
         make_config(corpus, tmp_path / "store"), input=str(corpus / "media" / "clip?.mp4"), hash="sha256"
     )

@@ -14,7 +14,8 @@ from reference.synthetic_media import make_encoder, make_video
 from timeviper_platform.data.encode.frame_encoder import VisionTowerConfig
 from timeviper_platform.data.media.container import DecodeError, ErrorType, MediaLimits
 from timeviper_platform.data.plan.segments import SamplingConfig
-from timeviper_platform.data.preprocess.run import PreprocessConfig, run_in_process, run_preprocess
+from timeviper_platform.data.preprocess.config import PreprocessConfig
+from timeviper_platform.data.preprocess.run import run_in_process, run_preprocess
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.data.store.verify import verify_store
 from timeviper_platform.data.video.keyframe_reader import KeyframeReader

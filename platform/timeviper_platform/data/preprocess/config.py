@@ -1,0 +1,111 @@
+"""The configuration of the preprocessing job."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from timeviper_platform.common import storage
+from timeviper_platform.data.encode.frame_encoder import VisionTowerConfig
+from timeviper_platform.data.media.container import ErrorType, MediaLimits
+from timeviper_platform.data.plan.segments import SamplingConfig
+from timeviper_platform.data.store.writer import ROW_GROUP_BYTES
+from timeviper_platform.data.video_worker.frame_source import DecodeConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExecutionConfig:
+    """How the work is spread over processes."""
+
+    mode: Literal["fused", "split", "auto"] = "fused"
+    """fused = each worker decodes and encodes; split = decoding has workers of its own, for GPU encoders that would
+    wait for it; auto = measures a few segments in a worker and picks the faster mode."""
+    num_workers: int | None = None
+    """Maximum encoding processes; null = one per CPU, or one per GPU if gpus_per_worker > 0."""
+    min_workers: int | None = None
+    """Minimum encoding processes; more start while tasks wait. null = initial_workers, or num_workers."""
+    initial_workers: int | None = None
+    """Encoding processes at the start; null = min_workers."""
+    num_decode_workers: int | None = None
+    """Decoding processes in mode split; null = one per CPU."""
+    cpus_per_worker: float = 0.75
+    """CPUs reserved per worker. Below 1, so that Ray's own small tasks are not starved on small machines."""
+    gpus_per_worker: float = 0.0
+    """GPUs reserved per encoding worker."""
+    num_threads: int = 1
+    """Torch threads per worker."""
+    frames_per_file: int = 2048
+    """Approximate frames per data file; 8192 frames of 16 x 1152 are 302 MB."""
+    row_group_bytes: int = ROW_GROUP_BYTES
+    """Minimum feature bytes per row group, and so per read. Does not change the features."""
+    progress_seconds: float = 5.0
+    """Seconds between progress lines in the log; terminals show a bar."""
+    max_consecutive_failures: int | None = 100
+    """Consecutive media that may fail for the same reason before the job stops; null = never stop."""
+
+    def __post_init__(self) -> None:
+        if self.max_consecutive_failures is not None and self.max_consecutive_failures < 1:
+            raise ValueError(f"{self.max_consecutive_failures = } must be at least 1, or null")
+        for name in ("frames_per_file", "row_group_bytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"execution.{name} = {getattr(self, name)} must be at least 1")
+        bounds = (1, self.min_workers, self.initial_workers, self.num_workers)
+        given = [bound for bound in bounds if bound is not None]
+        if given != sorted(given):
+            raise ValueError(
+                f"1 <= {self.min_workers = } <= {self.initial_workers = } <= {self.num_workers = } must hold for those"
+                " that are not null"
+            )
+        if self.num_decode_workers is not None and self.num_decode_workers < 1:
+            raise ValueError(f"{self.num_decode_workers = } must be at least 1, or null")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreprocessConfig:
+    """One preprocessing run."""
+
+    input: str
+    """Manifest (.parquet, .jsonl, .csv), glob, folder, or single file; a local path or any fsspec URI."""
+    feature_store: str
+    """URI of the feature store: created if missing, extended if it has the same recipe."""
+    encoder: VisionTowerConfig = field(default_factory=VisionTowerConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    limits: MediaLimits = field(default_factory=MediaLimits)
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
+    hash: Literal["none", "sha256"] = "none"
+    """sha256 reads every file once more; required for stores in which serving looks up uploads."""
+    retry_errors: tuple[str, ...] | Literal["all"] = ()
+    """Error types of committed segments to try again, such as after raising a limit. Transient errors (RETRYABLE) are
+    tried again by every run."""
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.errors_to_retry) - set(ErrorType)):
+            raise ValueError(
+                f"retry_errors: unknown error types {', '.join(unknown)}; use all, or some of {', '.join(ErrorType)}"
+            )
+        if self.sampling.frame_selection == "keyframes" and self.decode.backend != "pyav":
+            raise ValueError(
+                f"{self.sampling.frame_selection = } requires decode.backend pyav, not {self.decode.backend!r}"
+            )
+        mode, device = self.execution.mode, self.encoder.device
+        if self.decode.backend == "nvdec" and (mode != "fused" or device != "cuda"):
+            raise ValueError(
+                "decode.backend nvdec decodes on the encoder's GPU, which split decoders do not have: execution."
+                f"{mode = } must be fused and encoder.{device = } must be cuda; or use backend pyav"
+            )
+
+    @property
+    def errors_to_retry(self) -> tuple[str, ...]:
+        """`retry_errors` as a tuple of error types."""
+        return tuple(ErrorType) if self.retry_errors == "all" else self.retry_errors
+
+    def with_absolute_paths(self) -> PreprocessConfig:
+        """Resolves local paths, so that they mean the same in every worker's working directory."""
+
+        def resolve(uri: str) -> str:
+            return storage.split_uri(uri)[1] if storage.is_local(uri) else uri
+
+        encoder = self.encoder.with_names(lambda name: str(Path(name).resolve()) if Path(name).is_dir() else name)
+        return replace(self, input=resolve(self.input), feature_store=resolve(self.feature_store), encoder=encoder)

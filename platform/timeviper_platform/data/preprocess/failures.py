@@ -1,0 +1,64 @@
+"""Stops a job in which many media in a row fail for the same reason, which is rarely the media's fault."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from timeviper_platform.data.media.container import ErrorType
+
+ADVICE: dict[str, str] = {
+    ErrorType.NOT_FOUND: "check the paths, and that the share is mounted on the workers",
+    ErrorType.PERMISSION_DENIED: "check that the workers' user or credentials may read them",
+    ErrorType.READ_FAILED: "check that the storage is up and within its rate limits",
+    ErrorType.BAD_URI: "correct the addresses",
+    ErrorType.BAD_ROW: "correct the manifest",
+    ErrorType.NO_DECODER: "check that this FFmpeg has the codec",
+}
+
+
+@dataclass(slots=True)
+class ConsecutiveFailureLimit:
+    """Counts media in a row that fail for the same reason."""
+
+    limit: int | None
+    """None = never stop."""
+    _reason: str = ""
+    _num_media: int = 0
+    _last_media_id: str = ""
+
+    def add(self, media: Iterable[str], reasons: Iterable[str], *, message: str = "") -> None:
+        """Counts media in the order of work; the reason "" means success.
+
+        Raises:
+            RuntimeError: when the limit is reached.
+        """
+        for media_id, reason in zip(media, reasons, strict=True):
+            if not reason or reason != self._reason:
+                self._reason, self._num_media, self._last_media_id = reason, 0, ""
+            if reason and media_id != self._last_media_id:  # a long film's segments are one medium
+                self._num_media, self._last_media_id = self._num_media + 1, media_id
+            if self.limit is not None and self._num_media >= self.limit:
+                raise RuntimeError(self._text(message))
+
+    def check(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        """Passes PLAN tables through and counts their media.
+
+        Media that a downloader could not fetch are not counted: their list says nothing about this run.
+        """
+        for table in tables:
+            columns = (table[name].to_pylist() for name in ("media_id", "status", "error_stage", "error_type"))
+            tried = [row for row in zip(*columns, strict=True) if row[2] != "download"]
+            reasons = [f"{stage}/{kind}" if status == "error" else "" for _, status, stage, kind in tried]
+            self.add([media_id for media_id, *_ in tried], reasons)
+            yield table
+
+    def _text(self, message: str) -> str:
+        advice = ADVICE.get(self._reason.partition("/")[2], "inspect one of them with ffprobe")
+        return (
+            f"{self._num_media} media in a row failed for one reason, {self._reason}: {advice}. The last was"
+            f" {self._last_media_id}" + (f" ({message})" if message else "") + ". Finished work is kept: run the job"
+            " again, or raise execution.max_consecutive_failures (null = never stop) if the media are at fault"
+        )
