@@ -1,8 +1,7 @@
-"""Every measured number of the README: `python jobs/benchmark.py SUITE [--only GROUP,...] [--json PATH]`.
+"""Measures every figure of the documents: `python jobs/benchmark.py SUITE [--only GROUP,...] [--json PATH]`.
 
-A suite is groups of rows, run one after another. A row says what was measured, its unit, the bar it must reach and the
-command that measures it again. Both sides of a ratio run in turn in one process; a row is the median of at least five.
-Over 60 s a pass it is three. Times alone are not promised: machines differ.
+Both sides of a ratio run in turn in one process. A row is the median of at least five turns, or of three where a turn
+takes over a minute.
 """
 
 from __future__ import annotations
@@ -23,11 +22,10 @@ from timeviper_platform.common.job import USAGE_EXIT_CODE, JobError, JobParser, 
 ROOT = Path(__file__).resolve().parent.parent
 
 Groups = dict[str, Callable[[Path | None], list[Row]]]
-"""a suite's groups of rows by key; each is given the film, which few measure on"""
+"""Groups of rows by key, each called with the film, which few use."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the job; returns the exit code."""
     parser = JobParser(__doc__)
     parser.add_argument("suite", choices=sorted(SUITES))
     parser.add_argument("--only", help="these of the suite's groups of rows, with commas between them")
@@ -37,10 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def benchmark(options: argparse.Namespace) -> JobResult:
-    """Runs a suite; reports its table, with exit code 1 when a bar does not hold.
+    """Runs a suite and reports its table; exit code 1 if a bar does not hold.
 
     Raises:
-        JobError: for an unknown film or group, or when the machine lacks what the suite runs on.
+        JobError: for an unknown film or group, or a machine that lacks what the suite needs.
     """
     if options.film is not None and not options.film.is_file():
         raise JobError(f"there is no film at {str(options.film)!r}", exit_code=USAGE_EXIT_CODE)
@@ -52,7 +50,7 @@ def benchmark(options: argparse.Namespace) -> JobResult:
     rows, stolen = [], StolenTime()
     for key in chosen:
         rows += groups[key](options.film)
-        gc.collect()  # a group's models are gone before the next one's are made
+        gc.collect()  # frees the models of a group before the next one starts
     if options.json is not None:
         options.json.write_text(json.dumps([row.as_dict() for row in rows], indent=2) + "\n")
     note = f"stolen from this machine's cores by others on its host meanwhile: {stolen.share():.0%}"
@@ -60,7 +58,7 @@ def benchmark(options: argparse.Namespace) -> JobResult:
 
 
 def demo_suite(film: Path | None) -> list[Row]:
-    """The demo from an empty folder: its accuracies against their bars, and its time."""
+    """The demo from an empty folder."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "jobs" / "demo.py"), "--folder", folder]
         command += ["--film", str(film)] if film else []
@@ -70,7 +68,6 @@ def demo_suite(film: Path | None) -> list[Row]:
 
 
 def demo_rows(report: dict[str, Any], command: str) -> list[Row]:
-    """A demo's report as rows."""
     scores = report["evaluate"]
     num_asked = sum(answer["right"] is not None for answer in report["serve"]["answers"])
     values: list[tuple[str, float, str, str | None]] = [
@@ -146,7 +143,7 @@ SUITES: dict[str, Callable[[], Groups]] = {
     "store": _store_groups,
     "training": _training_groups,
 }
-"""a suite imports what it needs when it is chosen: a machine with a GPU may have neither Ray nor video decoders"""
+"""Suites import lazily: a GPU machine may have neither Ray nor video decoders."""
 
 
 if __name__ == "__main__":

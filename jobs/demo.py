@@ -1,12 +1,12 @@
-"""The whole platform on one machine, on a made corpus: real video in, right answers over HTTP out.
+"""The whole platform on one machine and a synthetic corpus, from videos to answers over HTTP.
 
-    python jobs/demo.py                         about 9 minutes on two cores
-    python jobs/demo.py --quick                 the same path in under 4 minutes, too short to learn
-    python jobs/demo.py --film path/to/film.mp4 half of the backgrounds cut from that film, which is preprocessed too
+    python jobs/demo.py                         everything
+    python jobs/demo.py --quick                 a small corpus and few steps: the same path, too short to learn
+    python jobs/demo.py --film path/to/film.mp4 half of the backgrounds cut from a film, which is preprocessed too
     python jobs/demo.py --until preprocess      stop after that step
 
-Every step is the job that a cluster would run, with its configuration in ray_configs/tiny, on a private local Ray
-that is started here and ended by its own process id. A corpus and features that are there are not made again.
+Every step is a job that a cluster would run, with its configuration in ray_configs/tiny, on a private local Ray. A
+finished corpus and its features are reused.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from timeviper_platform.evaluation.metrics import parse_span, temporal_iou
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "ray_configs" / "tiny"
 DEFAULT_FOLDER = "outputs/demo"
-"""what the files in ray_configs/tiny name; another folder gets copies of them that name it instead"""
+"""Folder named in ray_configs/tiny; for another one those files are copied and changed."""
 STEPS = ("corpus", "preprocess", "train", "export", "evaluate", "serve")
 MANIFEST_WITH_FILM = ("corpus", "manifest-with-film.parquet")
-"""beside the corpus' own manifest, from whose folder its rows' paths start"""
+"""Manifest in the corpus folder: the corpus and the film."""
 NUM_LOGICAL_CPUS = 4
-"""two training workers beside the small actors of Ray Data and Serve; the real cores may be two"""
+"""Two training workers and the small actors of Ray Data and Serve; the machine may have only two cores."""
 MODEL_NAME = "timeviper-tiny"
 QUICK = {
     "corpus": [
@@ -59,26 +59,24 @@ QUICK = {
     "train": ["phases.language.steps=20", "phases.align.steps=10", "phases.instruct.steps=30"],
 }
 NUM_ASKED = {"choice": 4, "order": 2, "count": 2, "grounding": 4}
-"""held-out questions of each task over HTTP"""
+"""Questions over HTTP, by task."""
 RIGHT_IOU = 0.5
-"""a stretch of time counts as right from there"""
-"""questions put to the endpoint, by held-out file"""
+"""Intersection over union from which an interval counts as right."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Demo:
-    """Where the demo keeps its files, and what is left out when it is quick."""
+    """Folder and scale of the demo."""
 
     folder: Path
     film: Path | None
     quick: bool
 
     def path(self, *parts: str) -> str:
-        """A place inside the demo's folder."""
         return str(self.folder.joinpath(*parts))
 
     def config(self, name: str) -> Path:
-        """The configuration of a job, with this demo's folder in it."""
+        """Configuration of a job, naming this demo's folder."""
         original = CONFIGS / f"{name}.yaml"
         if self.folder == ROOT / DEFAULT_FOLDER:
             return original
@@ -88,7 +86,6 @@ class Demo:
         return copy
 
     def overrides(self, name: str) -> list[str]:
-        """What the command line adds to a job's configuration."""
         values = list(QUICK.get(name, [])) if self.quick else []
         if name == "corpus" and self.film is not None:
             values.append(f"film={self.film}")
@@ -98,7 +95,6 @@ class Demo:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the job; returns the exit code."""
     parser = JobParser(__doc__)
     parser.add_argument("--film", type=Path, help="a film for the backgrounds, preprocessed and asked about as well")
     parser.add_argument("--quick", action="store_true", help="a small corpus and few steps")
@@ -110,13 +106,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_demo(options: argparse.Namespace) -> JobResult:
-    """Runs the steps, writes report.json; reports the table."""
+    """Runs the steps, writes report.json and reports the table."""
     demo, steps = _plan(options)
-    logging.getLogger("httpx2").setLevel(logging.WARNING)  # the client's line for every request
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # one line a request otherwise
     started = time.monotonic()
     _announce("corpus", "videos, questions, tokenizer and encoder")
     corpus = make_corpus(load_config(CorpusConfig, demo.config("corpus"), demo.overrides("corpus")))
-    if not corpus.reused:  # features and a run of another corpus would not fit, and both jobs would rightly refuse
+    if not corpus.reused:  # both jobs would refuse features and runs of another corpus
         for name in ("features", "runs", "weights"):
             shutil.rmtree(demo.path(name), ignore_errors=True)
     if demo.film is not None:
@@ -173,7 +169,7 @@ def _run_jobs(demo: Demo, steps: Sequence[str], environment: dict[str, str]) -> 
 
 
 def _write_manifest_with_film(demo: Demo, film: Path) -> None:
-    """The corpus' manifest and one more row, so that the film itself is preprocessed too."""
+    """Adds the film to the corpus's manifest."""
     table = pq.read_table(demo.path("corpus", "manifest.parquet"))
     row = dict.fromkeys(table.schema.names) | {"uri": str(film), "media_id": film.stem}
     rows = pa.Table.from_pylist([*table.to_pylist(), row], schema=table.schema)
@@ -224,7 +220,7 @@ def _wait_until_ready(url: str, process: subprocess.Popen[bytes], timeout_s: flo
 
 
 def _ask(demo: Demo, url: str) -> list[dict[str, Any]]:
-    """Held-out questions, and one about the film, through the `openai` client by stored id."""
+    """Asks held-out questions, and one about the film, through the `openai` client."""
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="unused")
     answers = []
     for name, number in NUM_ASKED.items():
@@ -241,7 +237,7 @@ def _ask(demo: Demo, url: str) -> list[dict[str, Any]]:
 
 
 def is_right(answer: str, expected: str) -> bool:
-    """Whether an answer in free text says what was expected; of a stretch of time, at least half of it."""
+    """Whether a free-text answer is the expected one; intervals by RIGHT_IOU."""
     span = parse_span(expected)
     if span is None:
         return answer.strip() == expected
@@ -267,7 +263,6 @@ def _answer(client: openai.OpenAI, media_id: str, question: str) -> str:
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """report.json as a plain table."""
     lines = ["", "=== report", f"{'seconds':32}{report['seconds']}"]
     lines += [f"{'preprocess ' + key:32}{value}" for key, value in report["preprocess"].items()]
     for phase, values in report["train"].items():

@@ -32,20 +32,18 @@ from timeviper_platform.data.store.reader import FeatureStore
 logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[3]
-"""The repository: jobs and configurations are its files."""
 CONFIGS = ROOT / "ray_configs" / "tiny"
 DEMO_FOLDER = "outputs/demo"
-"""what the files in ray_configs/tiny name"""
+"""Folder named in ray_configs/tiny."""
 NUM_LOGICAL_CPUS = 4
-"""as in jobs/demo.py"""
 SHARED_RUN = "ablation-shared"
 QUICK_STEPS = {"language": 20, "align": 10, "instruct": 30}
 TASKS = {"choice": "which", "order": "order", "count": "count", "grounding": "grounding mIoU"}
-"""the demo's held-out files, and the table's words for them"""
+"""Held-out files and their column titles."""
 
 
 DEMO_PLAN = "uni_3_0.5-attn_8_0.75"
-"""what the preset `tiny` has, in the paper's notation, whose last numbers are the shares that are DROPPED"""
+"""Plan of the preset `tiny` in the notation of the paper, whose last numbers are shares dropped."""
 ROWS = {
     "none": "no site",
     "attention": "TransV, the plan itself",
@@ -56,7 +54,7 @@ ROWS = {
 
 
 def sites_of(row: str, plan: str) -> tuple[TransVSite, ...]:
-    """A row's TransV sites. All rows but `none` keep the plan's shares; `pdrop` at the next attention blocks."""
+    """TransV sites of a row. All rows but `none` keep the shares of the plan; `pdrop` uses attention blocks."""
     sites = parse_transv_plan(plan)
     places = [layer for layer, kind in enumerate(TINY.text.block_types) if kind == "attention"]
     match row:
@@ -79,26 +77,24 @@ def sites_of(row: str, plan: str) -> tuple[TransVSite, ...]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ablation:
-    """Where the rows lie, and how long they train."""
+    """Folder and scale of an ablation."""
 
     folder: Path
     quick: bool = False
     plan: str = DEMO_PLAN
 
     def path(self, *parts: str) -> str:
-        """A place inside the folder."""
         return str(self.folder.joinpath(*parts))
 
     def run_name(self, row: str) -> str:
-        """The row's run; `none` is the same under every plan."""
+        """Name of the run; `none` is the same under every plan."""
         return f"ablation-{row}" + ("" if row == "none" or self.plan == DEMO_PLAN else f"-{self.plan}")
 
     def row_file(self, row: str) -> Path:
-        """What became of a row."""
         return self.folder / "runs" / self.run_name(row) / "outcome.json"
 
     def values(self, name: str) -> dict[str, Any]:
-        """One of the demo's configurations with this folder in it, as YAML holds it."""
+        """One of the demo's configurations as YAML values, naming this folder."""
         text = (CONFIGS / f"{name}.yaml").read_text().replace(DEMO_FOLDER, str(self.folder))
         values: dict[str, Any] = yaml.safe_load(text)
         if name == "train" and self.quick:
@@ -113,7 +109,7 @@ class Ablation:
         return values | {"name": SHARED_RUN}
 
     def row_training(self, row: str) -> dict[str, Any]:
-        """The demo's last phase, from what all rows share, with the row's sites."""
+        """The demo's last phase with the sites of the row, from the shared weights."""
         values = self.values("train")
         init = {
             "weights": self.path("runs", SHARED_RUN, "weights", "align"),
@@ -123,7 +119,6 @@ class Ablation:
         return values | {"name": self.run_name(row), "phases": {"instruct": instruct}}
 
     def row_evaluation(self, row: str) -> dict[str, Any]:
-        """The demo's evaluation of the row's weights."""
         weights = self.path("runs", self.run_name(row), "weights", "instruct")
         return self.values("evaluate") | {
             "weights": weights,
@@ -132,7 +127,7 @@ class Ablation:
 
 
 def run_ablation(options: argparse.Namespace) -> JobResult:
-    """Does the rows that are not done; writes and reports the table of all that are."""
+    """Runs the rows that are not finished; writes and reports the table."""
     ablation, rows = _plan(options)
     missing = [row for row in rows if read_row(ablation, row) is None]
     if missing:
@@ -165,7 +160,7 @@ def _plan(options: argparse.Namespace) -> tuple[Ablation, list[str]]:
 
 
 def do_row(ablation: Ablation, row: str, environment: Mapping[str, str]) -> None:
-    """Trains and asks one row, and writes what became of it."""
+    """Trains and evaluates one row, and writes its outcome."""
     training, evaluation = ablation.row_training(row), ablation.row_evaluation(row)
     _announce(f"row {row}: {ROWS[row]}")
     _run("train", ablation, training["name"], training, environment)
@@ -186,10 +181,10 @@ def do_row(ablation: Ablation, row: str, environment: Mapping[str, str]) -> None
 
 
 def read_row(ablation: Ablation, row: str) -> dict[str, Any] | None:
-    """What became of a row; None where it is not done.
+    """Outcome of a row, or None if it is not finished.
 
     Raises:
-        ValueError: when it was trained by another recipe or sites than today's.
+        ValueError: if it was trained with another recipe or other sites.
     """
     file = ablation.row_file(row)
     if not file.is_file():
@@ -201,7 +196,7 @@ def read_row(ablation: Ablation, row: str) -> dict[str, Any] | None:
 
 
 def prompt_tokens(evaluation: Mapping[str, Any], task: str) -> dict[str, float]:
-    """Mean prompt of a task's questions with their video: vision tokens and all tokens, at the first and last block."""
+    """Mean prompt length of a task with its videos: vision tokens and all tokens, at the first and last block."""
     config, tokenizer = load_config(evaluation["weights"]), load_tokenizer(evaluation["weights"])
     store = FeatureStore.open(evaluation["feature_store"])
     sums = [0, 0, 0, 0]
@@ -222,12 +217,11 @@ def prompt_tokens(evaluation: Mapping[str, Any], task: str) -> dict[str, float]:
 
 
 def done_rows(ablation: Ablation) -> dict[str, dict[str, Any]]:
-    """What became of every row that is done, in the table's order."""
     return {row: outcome for row in ROWS if (outcome := read_row(ablation, row)) is not None}
 
 
 def format_table(rows: Mapping[str, Mapping[str, Any]], plan: str = DEMO_PLAN) -> str:
-    """Markdown: a line a row with its sites, scores (95 % interval), tokens at the last block, and command."""
+    """Markdown table of rows: sites, scores with 95 % intervals, tokens at the last block, command."""
     heads = ["row", "sites (layer: kept)", *TASKS.values(), "prompt tokens, first -> last block", "command"]
     lines = [_line(heads), _line(["---"] * len(heads))]
     for row, outcome in rows.items():
@@ -239,7 +233,6 @@ def format_table(rows: Mapping[str, Mapping[str, Any]], plan: str = DEMO_PLAN) -
 
 
 def describe_sites(sites: Sequence[TransVSite]) -> str:
-    """`uniform 3: 0.5, attention 8: 0.25`."""
     return ", ".join(f"{site.select} {site.layer}: {site.keep:g}" for site in sites) or "-"
 
 

@@ -1,7 +1,4 @@
-"""What every benchmark row is, and how two things are compared: in turn, in one process, by their medians.
-
-Knows rows, bars and medians; not what is measured (each part's suite lies beside the part).
-"""
+"""Benchmark rows, and comparisons of two things that run in turn."""
 
 from __future__ import annotations
 
@@ -16,19 +13,17 @@ from typing import Any, NamedTuple
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One measured figure."""
-
     name: str
     value: float
     unit: str
     bar: str | None = None
-    """what the figure must reach, such as ">= 1.6"; None = printed beside the others, no promise"""
+    """Bound that the value must meet, such as ">= 1.6"; None = no bound."""
     command: str
-    """the command that measures it again"""
+    """Command that measures the row."""
 
     @property
     def holds(self) -> bool | None:
-        """Whether the value reaches its bar; None without one."""
+        """Whether the value meets its bar; None without one."""
         if self.bar is None:
             return None
         relation, _, number = self.bar.partition(" ")
@@ -38,7 +33,7 @@ class Row:
         return comparisons[relation]
 
     def as_dict(self) -> dict[str, Any]:
-        """The row with its verdict, as `--json` writes it."""
+        """The row with its verdict."""
         values = asdict(self)
         return {key: values[key] for key in ("name", "value", "unit", "bar")} | {
             "holds": self.holds,
@@ -48,29 +43,28 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """Seconds of two things run in turn."""
+    """Seconds of two things that ran in turn."""
 
     ours_seconds: tuple[float, ...]
     control_seconds: tuple[float, ...]
 
     @property
     def speedup(self) -> float:
-        """Median over the turns of control over ours: above 1 when ours is faster. Neighbours in time meet the same
-        machine, whatever else it does."""
+        """Median over turns of control / ours; above 1 if ours is faster."""
         pairs = zip(self.control_seconds, self.ours_seconds, strict=True)
         return statistics.median(control / ours for control, ours in pairs)
 
     @property
     def noise(self) -> float:
-        """Largest relative spread, (max - min) / median, of the two sides."""
+        """Largest relative spread of either side, (max - min) / median."""
         return max((max(s) - min(s)) / statistics.median(s) for s in (self.ours_seconds, self.control_seconds))
 
 
 def compare(ours: Callable[[], object], control: Callable[[], object], *, repeats: int = 5) -> Comparison:
-    """Runs `ours` and `control` in turn, `repeats` times each, after one unmeasured run of both.
+    """Runs `ours` and `control` in turn, `repeats` times each, after an unmeasured run of both.
 
     Raises:
-        ValueError: for fewer than three repeats: a median of two is no median.
+        ValueError: for fewer than three repeats.
     """
     if repeats < 3:
         raise ValueError(f"{repeats = } must be at least 3")
@@ -81,19 +75,18 @@ def compare(ours: Callable[[], object], control: Callable[[], object], *, repeat
 
 
 class StolenTime:
-    """How much of this machine's cores its host has given to other machines, from now on. Linux alone; elsewhere 0."""
+    """Share of this machine's cores that its host gave to other machines since construction. 0 outside Linux."""
 
     def __init__(self) -> None:
         self._before = _cpu_ticks()
 
     def share(self) -> float:
-        """Of all time of all cores, 0 to 1."""
         total, stolen = (now - before for now, before in zip(_cpu_ticks(), self._before, strict=True))
         return stolen / total if total else 0.0
 
 
 def _cpu_ticks() -> tuple[int, int]:
-    """Of all cores since the start: in all, and stolen (proc(5), `cpu` of /proc/stat)."""
+    """Ticks of all cores since boot: total, stolen (proc(5), /proc/stat)."""
     path = Path("/proc/stat")
     if not path.exists():
         return 0, 0
@@ -102,23 +95,23 @@ def _cpu_ticks() -> tuple[int, int]:
 
 
 class Cost(NamedTuple):
-    """What an action took."""
+    """Time and memory of an action."""
 
     seconds: float
     cpu_seconds: float
     peak_bytes: int
-    """by which its process's memory grew, at most"""
+    """Growth of the process's peak memory."""
 
 
 def cost_elsewhere(action: Callable[..., object], *arguments: object) -> Cost:
-    """The cost of a module's function in a new process, its imports left out. Linux alone."""
+    """Cost of a module function in a new process, without its imports. Linux only."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(cost_here, (action, *arguments))
 
 
 def cost_here(action: Callable[..., object], *arguments: object) -> Cost:
-    """The cost of a call in this process."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
+    """Cost of a call in this process."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status_bytes("VmRSS")
     started, cpu_started = time.perf_counter(), time.process_time()
     action(*arguments)
@@ -132,7 +125,7 @@ def _status_bytes(name: str) -> int:
 
 
 def format_rows(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table: the one that the README quotes."""
+    """The rows as a Markdown table."""
     lines = ["| figure | value | bar | holds | command |", "| --- | --- | --- | --- | --- |"]
     for row in rows:
         verdict = {None: "", True: "yes", False: "NO"}[row.holds]

@@ -1,17 +1,15 @@
-"""The `preprocess` suite, group `pipelines`: ours, fused, against a plain Ray Data pipeline and against Daft.
+"""Compares fused preprocessing with a plain Ray Data pipeline and with Daft.
 
-Knows how each takes the same pieces of a film, at 1 frame a second, through the same encoder on the same cores to
-Parquet. The film is cut into pieces so that all three can use every core (the others do not divide a file), and these
-lie in one shuffled order. The others are written as well as their documentation allows:
+All three sample the same clips at 1 frame a second through the same encoder on the same cores and write Parquet. The
+film is cut into clips, in one shuffled order, because the others do not divide a file. They are written as their
+documentation recommends:
 
-    plain   ray.data.read_videos(fps=1, resize=...) -> map_batches(EncodeFrames) -> write_parquet; decord decodes every
-            frame, its stride picks one a second; fractions of CPUs let as many files as cores be read at a time
-    Daft    video_frames(sample_interval_seconds=1), a file a task -> a class with a batch method -> write_parquet; its
-            read_video_frames (0.7.26) decodes all files in one thread, and hangs on two cores with several files
+    plain   ray.data.read_videos(fps=1, resize=...) -> map_batches(EncodeFrames) -> write_parquet. decord decodes every
+            frame and keeps one a second; fractional CPUs let it read one file per core.
+    Daft    video_frames(sample_interval_seconds=1), a file per task -> batch class -> write_parquet. Its
+            read_video_frames (0.7.26) decodes all files in one thread and hangs on two cores with several files.
 
-No rate has a start of Ray, of actors or of models in it: ours is the report's, of the middle 60 % of its units' time;
-each other one writes when it made a frame's features, and its rate is that of the middle 60 % between its first and
-its last, with plain reading told to wait until the encoder is up. They run in turn, and medians are compared.
+Rates exclude the start of Ray, actors and models: each is that of the middle 60 % of the work.
 """
 
 from __future__ import annotations
@@ -46,28 +44,29 @@ logger = logging.getLogger(__name__)
 
 PIECE_SECONDS = 24
 FILM_SECONDS = 20 * 60
-"""of pieces that each pipeline is given; a shorter film's are given again"""
+"""Total length of the clips; a shorter film is repeated."""
 REPEATS = 5
 READ_CPUS, ENCODE_CPUS, WRITE_CPUS = 0.55, 0.2, 0.1
-"""of the plain pipeline, on two cores: two readers, an encoder that waits for them, and the writing, all at once. Ray
-Data keeps half a CPU for the writing and leaves 1.2 to the reading: with more than 0.6 each, one reader works alone"""
+"""CPUs of the plain pipeline on two cores: two readers, an encoder and the writer. Ray Data reserves half a CPU for
+writing, so readers of more than 0.6 would run one at a time.
+"""
 
 
 class Pass(NamedTuple):
-    """One pass of a pipeline over the pieces."""
+    """One pass of a pipeline over the clips."""
 
     frames_per_second: float
-    """in the steady state"""
+    """Steady-state rate."""
     decode_share: float | None = None
-    """of the workers' busy seconds, where they are told"""
+    """Share of the workers' busy time, if known."""
 
 
 Pipeline = Callable[[Path, Path, VisionTowerConfig], Pass]
-"""a folder of pieces, an output folder and the encoder to what came of it"""
+"""(clip folder, output folder, encoder) -> Pass."""
 
 
 def pipeline_rows(film: Path | None = None, *, film_seconds: int = FILM_SECONDS, repeats: int = REPEATS) -> list[Row]:
-    """How many times faster ours is than each other on pieces of `film`, or of a made clip."""
+    """Speed-ups over the other pipelines, on clips of `film` or of a synthetic clip."""
     controls: dict[str, tuple[Pipeline, str]] = {"a plain Ray Data pipeline": (run_plain, ">= 1.5")}
     if has_daft():
         controls["Daft"] = (run_daft, ">= 1.2")
@@ -86,13 +85,13 @@ def pipeline_rows(film: Path | None = None, *, film_seconds: int = FILM_SECONDS,
 
 
 def pipeline_speed_rows(passes: dict[str, list[Pass]], bars: dict[str, str], media: str, *, is_made: bool) -> list[Row]:
-    """Ours against each other by medians, and what decoding takes of ours.
+    """Rows of medians over passes, and the share of decoding.
 
     Args:
-        passes: by pipeline, `ours` among them.
-        bars: by the others' names.
-        media: what they worked on, in words.
-        is_made: whether no film was given; the bars are a film's.
+        passes: by pipeline, `ours` included.
+        bars: by the names of the others.
+        media: description of the input.
+        is_made: True without a film; bars apply to a film only.
     """
     command = "python jobs/benchmark.py preprocess --only pipelines" + ("" if is_made else " --film FILM")
     rates = {name: [one.frames_per_second for one in found] for name, found in passes.items()}
@@ -108,7 +107,7 @@ def pipeline_speed_rows(passes: dict[str, list[Pass]], bars: dict[str, str], med
 
 
 def make_pieces(root: Path, film: Path | None, film_seconds: int) -> Path:
-    """A folder with pieces of the film, `film_seconds` in all, in a shuffled order: no end of it is all credits."""
+    """Cuts a film into a folder of shuffled clips, `film_seconds` in all."""
     if film is None:
         film = root / "clip.mp4"
         make_clip(film, ClipSpec(seconds=PIECE_SECONDS))
@@ -123,10 +122,7 @@ def make_pieces(root: Path, film: Path | None, film_seconds: int) -> Path:
 
 
 def cut_film(film: Path, folder: Path, piece_seconds: int, *, most_seconds: int) -> list[Path]:
-    """The pictures of the film's first `most_seconds` in pieces of about `piece_seconds`, none decoded.
-
-    A piece begins with a keyframe, at 0 s.
-    """
+    """Cuts the first `most_seconds` at keyframes into clips of about `piece_seconds`, by stream copy."""
     pieces: list[Path] = []
     output: Any = None
     with av.open(str(film)) as container:
@@ -135,7 +131,7 @@ def cut_film(film: Path, folder: Path, piece_seconds: int, *, most_seconds: int)
         offset = 0
         for packet in container.demux(stream):
             if packet.pts is None or packet.dts is None:
-                continue  # the flushing packet
+                continue  # flushing packet
             seconds = float(packet.pts * stream.time_base)
             if packet.is_keyframe and seconds >= len(pieces) * piece_seconds:
                 if output is not None:
@@ -154,13 +150,13 @@ def cut_film(film: Path, folder: Path, piece_seconds: int, *, most_seconds: int)
 
 
 def steady_rate_of(moments: Sequence[float]) -> float:
-    """Frames a second in the middle 60 % of the time between the first and the last.
+    """Frames per second in the middle 60 % of the time between first and last.
 
     Args:
-        moments: when each frame's features were made, in seconds of any clock, in any order.
+        moments: completion times of frames in seconds, in any order.
 
     Raises:
-        ValueError: when too few batches were made for any to be in the middle.
+        ValueError: if there are too few batches.
     """
     ordered = np.sort(np.asarray(moments, dtype=np.float64))
     begin, end = ordered[0], ordered[-1]
@@ -177,7 +173,6 @@ def steady_rate_of(moments: Sequence[float]) -> float:
 
 
 def run_ours(pieces: Path, output: Path, encoder: VisionTowerConfig) -> Pass:
-    """`jobs/preprocess.py`, fused."""
     execution = ExecutionConfig(mode="fused", num_workers=os.cpu_count() or 1)
     report = run_preprocess(
         PreprocessConfig(input=str(pieces), feature_store=str(output), encoder=encoder, execution=execution)
@@ -189,24 +184,22 @@ def run_ours(pieces: Path, output: Path, encoder: VisionTowerConfig) -> Pass:
 
 
 class EncodeFrames:
-    """Batches of frames to their features, and when those were made."""
+    """Encodes batches of frames and records when."""
 
     def __init__(self, config: VisionTowerConfig) -> None:
         torch.set_num_threads(1)
         self._encoder = FrameEncoder(config)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Of `frame` (F, S, S, 3) uint8."""
         return {"path": batch["path"], **self.encode(batch["frame"])}
 
     def encode(self, frames_FSSC: np.ndarray) -> dict[str, Any]:
-        """Bytes of bf16 (N, dim) a frame, and the moment."""
+        """bf16 bytes (N, dim) of each frame, and the time."""
         features = [features_bytes(tokens) for tokens in self._encoder.encode(frames_FSSC)]
         return {"features": features, "made_at": [time.time()] * len(features)}
 
 
 def run_plain(pieces: Path, output: Path, encoder: VisionTowerConfig) -> Pass:
-    """read_videos -> map_batches -> write_parquet."""
     import ray
 
     with _encoder_first(ray.data.DataContext.get_current()):
@@ -226,7 +219,7 @@ def run_plain(pieces: Path, output: Path, encoder: VisionTowerConfig) -> Pass:
 
 @contextmanager
 def _encoder_first(context: Any) -> Iterator[None]:
-    """Nothing is read before the actors are up: else what was read meanwhile counts as read in no time."""
+    """Starts the encoder first; otherwise frames read meanwhile would take no time."""
     before, context.wait_for_min_actors_s = context.wait_for_min_actors_s, 600
     context.enable_progress_bars = False
     try:
@@ -239,10 +232,10 @@ def _encoder_first(context: Any) -> Iterator[None]:
 
 
 def has_daft() -> bool:
-    """Whether Daft is installed; says how to get it when not."""
-    os.environ.setdefault("DO_NOT_TRACK", "true")  # it would report home from its import on
+    """Whether Daft is installed; logs how to install it otherwise."""
+    os.environ.setdefault("DO_NOT_TRACK", "true")  # disables telemetry, which starts at import
     os.environ.setdefault("DAFT_PROGRESS_BAR", "0")
-    logging.getLogger("tracing").setLevel(logging.WARNING)  # a line for every read of a file
+    logging.getLogger("tracing").setLevel(logging.WARNING)  # one line per file read otherwise
     try:
         import daft  # noqa: F401
     except ImportError:
@@ -255,7 +248,7 @@ def has_daft() -> bool:
 
 
 def run_daft(pieces: Path, output: Path, encoder: VisionTowerConfig) -> Pass:
-    """Daft's own runner, in this process."""
+    """Daft's native runner, in this process."""
     import daft
     from daft import DataType, col
     from daft.functions import video_file, video_frames

@@ -1,12 +1,9 @@
-"""The `preprocess` suite, group `ideal`: how near a run comes to what its own costs allow, fused and split.
+"""Compares the rate of preprocessing, fused and split, with what its costs allow.
 
-Knows three kinds of media (24 s clips, one long film, images alone), how long a run on them has to be, and the tiny
-encoder. A frame's cost is measured apart from any run: as many processes as cores, all busy together, without Ray, in
-seconds of CPU (calibrate.py). It is measured between all runs, for a shared machine's speed changes by a tenth within
-minutes: a run's ideal is the mean of what its two neighbours say, on what the machine's host left of the cores during
-the run. Beside it stands the share by the costs of the run's own frames, as its report has it: free of what the machine
-did before and after, but blind to a run whose frames cost more CPU than they would alone. A run's rate is that of its
-steady state (report.py): no start of Ray or of actors is in it. Other pipelines are in pipelines_benchmark.py.
+Media are 24 s clips, one long film, or images. The CPU cost of a frame is calibrated between runs, without Ray, with as
+many processes as cores, because the speed of a shared machine changes by a tenth within minutes. A run's ideal is the
+mean of its two neighbouring calibrations on the cores that the host did not take away. The report's own share uses the
+costs of the run's frames instead: independent of the machine before and after, but blind to overheads per frame.
 """
 
 from __future__ import annotations
@@ -41,22 +38,22 @@ logger = logging.getLogger(__name__)
 COMMAND = "python jobs/benchmark.py preprocess --only ideal"
 CLIP_SECONDS = 24
 FILM_SECONDS = 10 * 60
-"""of the base of the made film; a run's film is as many times as long as it takes"""
+"""Length of the synthetic film, repeated as often as a run needs."""
 JPEG_QUALITY = 90
 NUM_CLIPS_TRIED, NUM_IMAGES_TRIED = 32, 1024
-"""media that are calibrated on; at 1 fps they are about as many frames as FILM_SECONDS"""
+"""Media to calibrate on, about as many frames as FILM_SECONDS."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IdealSizes:
-    """How long things are measured."""
+    """Durations of the measurement."""
 
     run_seconds: float = 30.0
-    """a run at the ideal rate; its steady state is 60 % of it"""
+    """Length of a run at the ideal rate; 60 % of it is the steady state."""
     calibration_seconds: float = 15.0
-    """a frame's cost moves by a tenth and more within seconds where other machines share a host's caches"""
+    """Length of a calibration. A frame varies by a tenth within seconds on a shared machine."""
     repeats: int = 5
-    """runs each way, of a minute each with what Ray takes to start"""
+    """Runs per mode."""
     clip_seconds: int = CLIP_SECONDS
     film_seconds: int = FILM_SECONDS
     num_clips_tried: int = NUM_CLIPS_TRIED
@@ -65,18 +62,18 @@ class IdealSizes:
 
 @dataclass(frozen=True, slots=True)
 class Media:
-    """Media of one kind, as many as are asked for."""
+    """Media of one kind, as many as needed."""
 
     name: str
     grow: Callable[[Path, int], None]
-    """makes that many of them in a folder, at no cost"""
+    """Creates that many media in a folder."""
     num_tried: int
-    """to calibrate on"""
+    """Number of media to calibrate on."""
     unit: str = "frames/s"
 
 
 def ideal_rows(film: Path | None = None, sizes: IdealSizes | None = None) -> list[Row]:
-    """Rows for clips, a film (`film` or a made one, as often as it takes) and images, each fused and split."""
+    """Rows for clips, a film (`film` or a synthetic one) and images, fused and split."""
     sizes = sizes or IdealSizes()
     with tempfile.TemporaryDirectory(prefix="tv-benchmark-") as folder, ray_session():
         root = Path(folder)
@@ -87,7 +84,6 @@ def ideal_rows(film: Path | None = None, sizes: IdealSizes | None = None) -> lis
 
 
 def make_media(root: Path, film: Path | None, sizes: IdealSizes) -> list[Media]:
-    """The three kinds, made from one clip, and from `film` when one is given."""
     clip, image, made_film = root / "clip.mp4", root / "image.jpg", root / "film.mp4"
     make_clip(clip, ClipSpec(seconds=sizes.clip_seconds))
     save_first_frame(clip, image)
@@ -114,7 +110,7 @@ def media_rows(
     run: Runner = run_on_ray,
     command: str = COMMAND,
 ) -> list[Row]:
-    """Runs on as many media as `run_seconds` take at the ideal rate, each way in turn, and calibrates between runs."""
+    """Runs each mode in turn, with calibrations between runs."""
     num_cores = os.cpu_count() or 1
     tried = root / f"{media.name}, tried"
     tried.mkdir()
@@ -138,8 +134,8 @@ def media_rows(
 
 
 def executions(num_cores: int) -> dict[str, ExecutionConfig]:
-    """The two ways to spread the work. Split decoders take what the encoder, far cheaper here, leaves of the cores."""
-    share = 0.9 / (1 + 1 / num_cores)  # of a CPU, so that all of them find room on the cores
+    """The two modes. Split decoders get the cores that the far cheaper encoder leaves."""
+    share = 0.9 / (1 + 1 / num_cores)  # CPUs per decoder, so that all of them fit
     return {
         "fused": ExecutionConfig(mode="fused", num_workers=num_cores),
         "split": ExecutionConfig(
@@ -156,14 +152,14 @@ def speed_rows(
     num_cores: int,
     command: str,
 ) -> list[Row]:
-    """Shares of the ideal, rates, and what decoding takes of a frame's cost; medians over the runs.
+    """Shares of the ideal, rates and the share of decoding; medians over runs.
 
     Args:
-        media: what was measured on.
-        rates: by mode, the modes' runs in turn.
-        costs: measured before the first run and behind each.
-        num_cores: decoders, or fused workers; the split encoder is one.
-        command: the rows'.
+        media: description of the input.
+        rates: runs by mode.
+        costs: calibrated before the first run and after each.
+        num_cores: number of decoders or fused workers; the split encoder is one more process.
+        command: command of the rows.
     """
     rows = []
     for place, (mode, runs) in enumerate(rates.items()):
@@ -195,24 +191,21 @@ def speed_rows(
 
 
 def planned(config: PreprocessConfig, encoder: EncoderDescription) -> list[Segment]:
-    """The segments of a configuration's input."""
     tables = plan_tables(config, recipe_hash(make_recipe(encoder, config)))
     return [segment for table in tables for segment in segments_of(table)]
 
 
 class RunRate(NamedTuple):
-    """How fast a run was."""
-
     frames_per_second: float
-    """in its steady state"""
+    """Steady-state rate."""
     stolen: float
-    """share of the cores' time that the host gave to other machines meanwhile: no part of what the run could use"""
+    """Share of core time that the host took away."""
     own_share: float
-    """of the ideal at the costs of the run's own frames, as its report says; what is stolen counts as lost"""
+    """Share of the ideal by the costs of the run's own frames; stolen time counts as lost."""
 
 
 def media_rate(root: Path, media: Path, encoder: VisionTowerConfig, execution: ExecutionConfig, run: Runner) -> RunRate:
-    """A run into a store of its own."""
+    """Runs preprocessing into a new store."""
     stolen = StolenTime()
     store = root / f"{media.name}, {execution.mode}"
     report = run_preprocess(
@@ -223,7 +216,7 @@ def media_rate(root: Path, media: Path, encoder: VisionTowerConfig, execution: E
         raise RuntimeError(
             f"{report.errors} of the {report.media} {media.name} were rejected: {report.errors_by_stage}"
         )
-    shutil.rmtree(store)  # the next run begins anew
+    shutil.rmtree(store)  # the next run starts from an empty store
     return RunRate(report.frames_per_second, stolen.share(), report.share_of_ideal)
 
 
@@ -231,26 +224,25 @@ def media_rate(root: Path, media: Path, encoder: VisionTowerConfig, execution: E
 
 
 def make_tiny_encoder(folder: Path) -> VisionTowerConfig:
-    """The demo's encoder, untaught: its speed does not depend on what it knows."""
+    """The demo's encoder, untrained."""
     noise = np.random.default_rng(0).integers(0, 256, (64, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
     save_encoder(train_encoder(noise, np.zeros(len(noise), np.int64), steps=0, seed=0), folder)
     return VisionTowerConfig(model=str(folder), num_tokens_per_frame=4, merge_heads=4)
 
 
 def link(source: Path, folder: Path, count: int) -> None:
-    """`count` names for one file: as many media, whose bytes are on the disk once."""
+    """`count` hard links to one file: as many media without their bytes."""
     for number in range(count):
         (folder / f"{number:06d}{source.suffix}").hardlink_to(source)
 
 
 def save_first_frame(film: Path, image: Path) -> None:
-    """The film's first frame at its full size, as a JPEG."""
     with av.open(str(film)) as container:
         next(container.decode(video=0)).to_image().save(image, quality=JPEG_QUALITY)
 
 
 def repeat_film(source: Path, target: Path, times: int) -> None:
-    """The pictures of `source`, `times` in a row, without decoding one."""
+    """The stream of `source` repeated `times` times, by stream copy."""
     with av.open(str(target), "w") as output:
         copied, offset = None, 0
         for _ in range(times):
@@ -260,7 +252,7 @@ def repeat_film(source: Path, target: Path, times: int) -> None:
                 end = 0
                 for packet in container.demux(stream):
                     if packet.pts is None or packet.dts is None:
-                        continue  # the flushing packet
+                        continue  # flushing packet
                     end = max(end, packet.pts + (packet.duration or 1))
                     packet.pts, packet.dts, packet.stream = packet.pts + offset, packet.dts + offset, copied
                     output.mux(packet)

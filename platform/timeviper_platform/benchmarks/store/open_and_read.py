@@ -1,7 +1,4 @@
-"""The `store` suite: opening a store of a million segments, random against sequential reads, and bytes on disk.
-
-Knows how to make an index of any size and a store of random features. The index has full segments of 64 frames.
-"""
+"""Opening a store of a million segments, random and sequential reads, and bytes on disk."""
 
 from __future__ import annotations
 
@@ -34,7 +31,7 @@ REPEATS = 7
 
 
 def opening_rows(num_segments: int = NUM_SEGMENTS) -> list[Row]:
-    """What opening a store of `num_segments` costs."""
+    """Cost of opening a store of `num_segments`."""
     with tempfile.TemporaryDirectory() as folder:
         index = Path(folder) / "index.parquet"
         write_made_index(index, num_segments)
@@ -51,12 +48,12 @@ def opening_rows(num_segments: int = NUM_SEGMENTS) -> list[Row]:
 
 
 def reading_rows(num_media: int = 40) -> list[Row]:
-    """Random against sequential reads of a store of `num_media` films of 5 minutes at 16 x 1152, and its bytes."""
+    """Random against sequential reads of `num_media` films of 5 minutes at 16 x 1152, and their bytes."""
     command = f"{COMMAND} --only reading"
     with tempfile.TemporaryDirectory() as folder:
         uri = f"{folder}/store"
         write_made_store(uri, num_media)
-        os.sync()  # else the kernel writes half a gigabyte out while reads are timed
+        os.sync()  # otherwise the kernel writes half a gigabyte back while reads are timed
         stored = sum(path.stat().st_size for path in Path(uri).rglob("*.parquet"))
         films = compare_reads(uri, seconds=None)
         stretches = compare_reads(uri, seconds=STRETCH_SECONDS)
@@ -77,14 +74,14 @@ def reading_rows(num_media: int = 40) -> list[Row]:
 
 
 def write_made_index(path: Path, num_segments: int) -> None:
-    """An index of full segments, five a medium, with frame times as a 25 fps film has them."""
+    """Writes an index of full segments, five per medium, with the frame times of a 25 fps film."""
     with pq.ParquetWriter(path, schemas.INDEX, compression="zstd", write_page_checksum=True) as writer:
         for table in made_index_tables(num_segments):
             writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
 
 
 def made_index_tables(num_segments: int) -> Iterator[pa.Table]:
-    """The rows of such an index, 65536 at a time."""
+    """Rows of that index, 65536 at a time."""
     random = np.random.default_rng(0)
     for start in range(0, num_segments, 32 * ROW_GROUP_ROWS):
         yield _made_rows(np.arange(start, min(num_segments, start + 32 * ROW_GROUP_ROWS)), random)
@@ -117,13 +114,12 @@ def _made_rows(numbers: np.ndarray, random: np.random.Generator) -> pa.Table:
 
 
 def open_and_find(index: str) -> None:
-    """Opens the index and finds a medium in its middle."""
     opened = StoreIndex.open(index)
     opened.rows_of(opened.media_ids[len(opened.media_ids) // 2])
 
 
 def write_made_store(uri: str, num_media: int) -> None:
-    """Films of five full segments with equal features, in one file."""
+    """Writes films of five full segments with equal features into one file."""
     features = features_bytes(torch.randn(FRAMES_PER_SEGMENT, 16, 1152))
     names = [f"m{number:06d}" for number in range(num_media)]
     rows = (_row(media_id, place, features) for media_id in names for place in range(SEGMENTS_PER_MEDIUM))
@@ -132,9 +128,9 @@ def write_made_store(uri: str, num_media: int) -> None:
 
 
 def compare_reads(uri: str, seconds: float | None) -> Comparison:
-    """Every stretch of `seconds` of every medium (None: all of it) in random order, then in stored order, in turn.
+    """Reads every clip of `seconds` of every medium (None: whole media) in random, then in stored order, in turn.
 
-    Each pass opens the store anew. What a reader keeps is less than a pass reads, so both read everything.
+    Each pass opens a new reader, whose cache is smaller than what a pass reads.
     """
     with_bounds: list[tuple[str, float | None, float | None]] = []
     for media_id in FeatureStore.open(uri).media_ids:

@@ -1,7 +1,7 @@
-"""What a driver needs for very many media: the end of a run, a dry run, and the upkeep of a store.
+"""Costs of the driver for very many media: finalizing a run, a dry run, and upkeep of a store.
 
-Knows how to make commit records, plans and manifests of any size without media. Segments are full, five a medium.
-Each is measured in a process of its own, at two sizes: what grows between them is what a larger store would add.
+Commit records, plans and manifests are generated without media; segments are full, five per medium. Each action runs in
+its own process at two sizes, whose difference shows how it grows.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ NUM_MEDIA = 1_000_000
 NUM_UPKEEP_SEGMENTS = 24_000
 SEGMENTS_PER_SMALL_FILE = 8
 SEGMENTS_PER_FILE = 128
-"""8192 frames: a data file of 302 MB at 16 x 1152"""
+"""8192 frames: a data file of 302 MB at 16 x 1152."""
 
 
 def finalize_rows(num_segments: int = NUM_SEGMENTS) -> list[Row]:
-    """What the end of a run costs, for a quarter of `num_segments` and for all."""
+    """Cost of finalizing a quarter of `num_segments`, and all."""
     command = f"{COMMAND} --only finalize"
     costs = []
     for count in (num_segments // 4, num_segments):
@@ -66,7 +66,7 @@ def finalize_rows(num_segments: int = NUM_SEGMENTS) -> list[Row]:
 
 
 def upkeep_rows(num_segments: int = NUM_UPKEEP_SEGMENTS) -> list[Row]:
-    """What inspecting, verifying and compacting take, for a quarter of `num_segments` and for all."""
+    """Cost of inspect, verify and compact for a quarter of `num_segments`, and all."""
     command = f"{COMMAND} --only upkeep"
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -85,7 +85,7 @@ def upkeep_rows(num_segments: int = NUM_UPKEEP_SEGMENTS) -> list[Row]:
 
 
 def dry_run_rows(num_media: int = NUM_MEDIA) -> list[Row]:
-    """What a dry run costs whose manifest says of every medium what its headers would."""
+    """Cost of a dry run over a manifest that already has what headers would add."""
     command = f"{COMMAND} --only dryrun"
     with tempfile.TemporaryDirectory() as folder:
         write_made_manifest(Path(folder, "manifest.parquet"), num_media)
@@ -99,7 +99,7 @@ def dry_run_rows(num_media: int = NUM_MEDIA) -> list[Row]:
 
 
 def write_made_run(store: str, num_segments: int) -> None:
-    """A store's commit records and its plan, in two orders; its data files are empty."""
+    """Writes commit records and a plan in different orders, with empty data files."""
     create_store(store, {"made": True})
     for name in ("commits", "data", "plan"):
         Path(store, name).mkdir()
@@ -120,10 +120,10 @@ def write_made_run(store: str, num_segments: int) -> None:
 
 
 def finalize_made_run(store: str, num_segments: int) -> None:
-    """The end of that run.
+    """Finalizes the generated run.
 
     Raises:
-        RuntimeError: when it does not find what was made.
+        RuntimeError: if the counts are wrong.
     """
     totals = finalize_store(store, _plan_tables(store))
     counts = totals.counts()
@@ -136,7 +136,7 @@ def _plan_tables(store: str) -> Iterator[pa.Table]:
 
 
 def write_small_store(store: str, num_segments: int) -> None:
-    """Full segments, but for their features: of one value a frame; eight segments a file, as by default."""
+    """Writes full segments with one feature value per frame, eight segments a file."""
     digest = create_store(store, {"made": True})
     for table in made_index_tables(num_segments):
         for start in range(0, len(table), SEGMENTS_PER_SMALL_FILE):
@@ -148,12 +148,12 @@ def write_small_store(store: str, num_segments: int) -> None:
 
 
 def compact_small_files(store: str) -> None:
-    """To files of as many segments as 256 MB hold at 16 x 1152."""
+    """Compacts into files of as many segments as 256 MB hold at 16 x 1152."""
     compact(store, file_bytes=SEGMENTS_PER_FILE * 2 * FRAMES_PER_SEGMENT)
 
 
 def write_made_manifest(path: Path, num_media: int) -> None:
-    """Films of five full segments that no one has to open."""
+    """Writes a manifest of films of five full segments."""
     names = (
         "uri",
         "media_id",
@@ -177,10 +177,10 @@ def write_made_manifest(path: Path, num_media: int) -> None:
 
 
 def dry_run(folder: str, num_media: int) -> None:
-    """`jobs/preprocess.py --dry-run` of that manifest, in this process.
+    """Dry run of that manifest, in this process.
 
     Raises:
-        RuntimeError: when it does not find what was made.
+        RuntimeError: if the counts are wrong.
     """
     encoder = VisionTowerConfig(model=f"{folder}/encoder", num_tokens_per_frame=4, merge_heads=4, encode_batch_frames=8)
     config = PreprocessConfig(input=f"{folder}/manifest.parquet", feature_store=f"{folder}/store", encoder=encoder)
@@ -190,7 +190,7 @@ def dry_run(folder: str, num_media: int) -> None:
 
 
 def write_small_encoder(folder: Path) -> None:
-    """One that nothing is encoded with, for nothing there decodes."""
+    """An encoder for the recipe; nothing is encoded."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     save_encoder(SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=64, patch_size=16)), folder)

@@ -1,8 +1,4 @@
-"""Videos made for the `decode` suite: FFmpeg's own test pattern (testsrc2) as H.264, and hours of it by stream copy.
-
-Knows encoding and muxing with PyAV. x264's own defaults (a keyframe every 250 frames, three B frames in a pyramid)
-unless a row is about something else.
-"""
+"""Generates H.264 videos from FFmpeg's test pattern (testsrc2) with x264's defaults unless set otherwise."""
 
 from __future__ import annotations
 
@@ -17,20 +13,17 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipSpec:
-    """What a made clip is like."""
-
     seconds: int = 60
     fps: int = 30
     width: int = 640
     height: int = 360
     gop: int | None = None
-    """frames from keyframe to keyframe; None = x264's choice"""
+    """Keyframe interval in frames; None = x264's default (250)."""
     is_variable: bool = False
-    """frames come after 1 to 9 ticks of 1 / fps, at random"""
+    """Frames come after 1 to 9 ticks of 1 / fps, at random."""
 
 
 def make_clip(path: Path, spec: ClipSpec = ClipSpec()) -> None:
-    """The test pattern: its clock, moving gradients and lines."""
     source = f"testsrc2=size={spec.width}x{spec.height}:rate={spec.fps}"
     with av.open(source, format="lavfi") as pattern, av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=spec.fps)
@@ -41,14 +34,14 @@ def make_clip(path: Path, spec: ClipSpec = ClipSpec()) -> None:
             stream.options = {"x264-params": f"keyint={spec.gop}:min-keyint={spec.gop}:scenecut=0"}
         for tick, picture in zip(_ticks(spec), pattern.decode(video=0), strict=False):
             frame = picture.reformat(format="yuv420p")
-            frame.pict_type = av.video.frame.PictureType.NONE  # the pattern's frames say that they are keyframes
+            frame.pict_type = av.video.frame.PictureType.NONE  # the pattern marks every frame as a keyframe
             frame.pts, frame.time_base = tick, Fraction(1, spec.fps)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
 
 
 def repeat_clip(source: Path, target: Path, times: int) -> None:
-    """`source` `times` times over, by stream copy: every repetition begins with its keyframe."""
+    """Repeats `source` by stream copy; each repetition starts with its keyframe."""
     with av.open(str(source)) as clip, av.open(str(target), "w") as container:
         template = clip.streams.video[0]
         stream = container.add_stream_from_template(template)

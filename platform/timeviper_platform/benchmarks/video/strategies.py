@@ -1,7 +1,6 @@
-"""Ways to get the frames on screen at given times, each as its library's user would write it; ours beside them.
+"""Ways to read the frames on screen at given times, each as a user of its library would write it.
 
-Each opens the file, samples, scales to the same size on one thread and closes. All but decord give equal bits.
-Keyframes alone are no such way: they are other frames, and fewer.
+Each opens the file, samples and scales on one thread. All but decord, and keyframes alone, give the same bits.
 """
 
 from __future__ import annotations
@@ -22,31 +21,30 @@ from timeviper_platform.data.video.reader import Backend, open_video
 FRAMES_PER_CALL = 64
 
 Way = Callable[[Path, Sequence[Fraction], int], Iterator[np.ndarray]]
-"""(file, times, image size) to pieces (F, S, S, 3) uint8"""
+"""(file, times, image size) -> batches (F, S, S, 3) uint8."""
 
 
 def sample_ours(path: Path, times: Sequence[Fraction], image_size: int) -> Iterator[np.ndarray]:
-    """Our default backend."""
+    """The default backend."""
     yield from _sample(open_video(str(path), image_size), times)
 
 
 def sample_keyframes(path: Path, times: Sequence[Fraction], image_size: int) -> Iterator[np.ndarray]:
-    """`sampling.frame_selection: keyframes`: of the second before each time its last keyframe, where it has one."""
+    """The last keyframe of the second before each time, if any."""
     yield from _sample(open_video(str(path), image_size, keyframe_step=Fraction(1)), times)
 
 
 def sample_with_decord(path: Path, times: Sequence[Fraction], image_size: int) -> Iterator[np.ndarray]:
-    """decord's get_batch, 64 frames at a time."""
     yield from _sample_with("decord", path, times, image_size)
 
 
 def sample_selectively(path: Path, times: Sequence[Fraction], image_size: int) -> Iterator[np.ndarray]:
-    """One walk from the start that skips what no frame refers to, and nothing else."""
+    """One pass from the start that skips unreferenced frames."""
     yield from _sample(_Walker(str(path), image_size), times)
 
 
 def sample_sequentially(path: Path, times: Sequence[Fraction], image_size: int) -> Iterator[np.ndarray]:
-    """Every frame decoded, from the start."""
+    """Decodes every frame from the start."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.thread_type = "NONE"
@@ -54,7 +52,7 @@ def sample_sequentially(path: Path, times: Sequence[Fraction], image_size: int) 
 
 
 def sample_by_seeking(path: Path, times: Sequence[Fraction], image_size: int) -> Iterator[np.ndarray]:
-    """A seek to the keyframe before each time, and every frame decoded from there."""
+    """Seeks to the keyframe before each time and decodes from there."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.thread_type = "NONE"
@@ -70,7 +68,7 @@ WAYS: dict[str, Way] = {
     "seeks": sample_by_seeking,
     "decord": sample_with_decord,
 }
-"""what ours is held against"""
+"""Strategies that ours is compared with."""
 
 
 class _Walker(PyAVReader):

@@ -1,7 +1,4 @@
-"""Rows of the `decode` suite: sampling at 1 fps, what a frame costs, keyframes alone, each kind of file, long files.
-
-Everything runs on one thread, and what is compared runs in turn. A way gives the same frames as every other.
-"""
+"""Rows of the `decode` suite, on one thread: sampling at 1 fps, cost per frame, keyframes, file kinds, long files."""
 
 from __future__ import annotations
 
@@ -34,16 +31,16 @@ logger = logging.getLogger(__name__)
 COMMAND = "python jobs/benchmark.py decode --only "
 IMAGE_SIZE = 384
 LONG_IMAGE_SIZE = 96
-"""of the ten-hour file, whose every second is sampled: scaling would outweigh all else"""
+"""Small, so that scaling does not dominate the ten-hour file."""
 REPEATS = 5
 CLOSE, CLOSE_REPEATS = 0.8, 15
-"""a way that takes at most 1 / 0.8 of our time may be as fast"""
+"""Strategies within 1 / 0.8 of our time run more turns."""
 LONG_REPEATS = 5
 HOUR = 3600
 
 
 def sampling_rows(film: Path | None = None, clip_seconds: int = 60, repetitions: int = 10) -> list[Row]:
-    """1 fps against decord on a clip of 10 min, and on `film` when one is given; against every frame without a bar."""
+    """1 fps compared with decord on a clip of 10 min and on `film`, and with decoding every frame."""
     with tempfile.TemporaryDirectory() as folder:
         short, clip = Path(folder) / "short.mp4", Path(folder) / "clip.mp4"
         make_clip(short, ClipSpec(seconds=clip_seconds))
@@ -67,7 +64,7 @@ def _sampling_row(path: Path, name: str, control: Way, control_name: str, bar: s
 
 
 def cost_rows(film: Path | None = None, clip_seconds: int = 60, repetitions: int = 10) -> list[Row]:
-    """CPU time to decode and scale one frame at 1 fps: what docs/scale.md reckons with; the median of whole passes."""
+    """CPU time to decode and scale one frame at 1 fps; median of whole passes."""
     with tempfile.TemporaryDirectory() as folder:
         clip = _made(Path(folder), ClipSpec(seconds=clip_seconds), repetitions)
         rows = [_cost_row(clip, _clip_name(clip_seconds * repetitions))]
@@ -82,13 +79,13 @@ def _cost_row(path: Path, name: str) -> Row:
         start = time.process_time()
         _run(sample_ours, path, times)
         milliseconds.append((time.process_time() - start) / len(times) * 1e3)
-    _, *measured = milliseconds  # the first one loads what the others find
+    _, *measured = milliseconds  # the first pass warms caches
     text = f"CPU time of a frame sampled at 1 fps ({name}; {min(measured):.1f} to {max(measured):.1f})"
     return Row(name=text, value=statistics.median(measured), unit="ms", command=COMMAND + "cost [--film FILM]")
 
 
 def keyframe_rows(film: Path | None = None, clip_seconds: int = 60, repetitions: int = 10) -> list[Row]:
-    """The time of keyframes alone over that of a frame of every second, which they stand for with fewer frames."""
+    """Time of keyframes alone over time of sampling every second."""
     with tempfile.TemporaryDirectory() as folder:
         clip = _made(Path(folder), ClipSpec(seconds=clip_seconds), repetitions)
         rows = [_keyframe_row(clip, _clip_name(clip_seconds * repetitions))]
@@ -109,17 +106,17 @@ def _keyframe_row(path: Path, name: str) -> Row:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Strategy:
-    """A kind of file and what is wanted of it."""
+    """A kind of file and the frames wanted of it."""
 
     name: str
     clip: ClipSpec
     repetitions: int = 1
     num_frames: int | None = None
-    """spread evenly over the file; None = every second"""
+    """Number of evenly spread frames; None = every second."""
     last_seconds: int | None = None
-    """these alone"""
+    """Only the last seconds."""
     ways: tuple[str, ...] = tuple(WAYS)
-    """that are not hopeless"""
+    """Strategies to compare with."""
 
 
 STRATEGIES = (
@@ -139,7 +136,7 @@ STRATEGIES = (
 
 
 def strategy_rows(film: Path | None = None, strategies: Sequence[Strategy] = STRATEGIES) -> list[Row]:
-    """Our seconds over those of the best other way, for each strategy; `film` is not looked at."""
+    """Our time over that of the best other strategy, for each kind of file."""
     rows = []
     for strategy in strategies:
         logger.info("strategy: %s", strategy.name)
@@ -155,8 +152,7 @@ def strategy_rows(film: Path | None = None, strategies: Sequence[Strategy] = STR
 
 
 def _in_turn(ways: dict[str, Way], path: Path, times: Sequence[Fraction]) -> dict[str, float]:
-    """Our seconds over each way's: medians over `REPEATS` turns after an unmeasured one. Ways that may be as fast as
-    ours, of which the row tells hundredths, have `CLOSE_REPEATS` turns."""
+    """Our seconds over those of each strategy: medians over turns after an unmeasured one."""
     for way in (sample_ours, *ways.values()):
         _run(way, path, times)
     ratios: dict[str, list[float]] = {name: [] for name in ways}
@@ -175,7 +171,7 @@ def _seconds(way: Way, path: Path, times: Sequence[Fraction]) -> float:
 
 
 def long_rows(film: Path | None = None, hours: int = 10) -> list[Row]:
-    """What a second of a long file costs, and the memory, against a minute of the same; `film` is not looked at."""
+    """Time per second and memory of a long file, compared with one minute of it."""
     clip = ClipSpec(width=128, height=72, fps=24)
     with tempfile.TemporaryDirectory() as folder:
         minute = _made(Path(folder), clip, 1)
@@ -200,7 +196,6 @@ def long_rows(film: Path | None = None, hours: int = 10) -> list[Row]:
 
 
 def _seconds_each(path: Path, times: Sequence[Fraction], repeats: int) -> float:
-    """Seconds of work for each second of video."""
     start = time.perf_counter()
     for _ in range(repeats):
         _run(sample_ours, path, times, LONG_IMAGE_SIZE)
@@ -208,7 +203,7 @@ def _seconds_each(path: Path, times: Sequence[Fraction], repeats: int) -> float:
 
 
 def _peak_bytes(path: Path, times: Sequence[Fraction]) -> int:
-    """The most memory that a fresh process takes to sample at the encoder's size."""
+    """Peak memory of a new process that samples at the encoder size."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_sample_and_report, (path, times))
 
@@ -245,7 +240,7 @@ def _every_second(path: Path) -> list[Fraction]:
 
 
 def _run(way: Way, path: Path, times: Sequence[Fraction], image_size: int = IMAGE_SIZE) -> None:
-    """Raises RuntimeError when frames are missing: a comparison of unlike work is none."""
+    """Runs a strategy. Raises RuntimeError if frames are missing."""
     num_frames = _num_frames(way, path, times, image_size)
     if num_frames != len(times):
         raise RuntimeError(f"{way.__name__} gave {num_frames} of {len(times)} frames of {path}")
