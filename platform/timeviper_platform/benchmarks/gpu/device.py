@@ -1,8 +1,4 @@
-"""What the groups of the `gpu` suite share: peak rates, seconds and memory of a run, and models made on the device.
-
-Every function takes the device, and the CPU will do: a test runs the groups there at toy sizes. Knows devices and
-random weights; not what is measured.
-"""
+"""Timing, memory and random models for the `gpu` suite. Tests run it on a CPU at toy sizes."""
 
 from __future__ import annotations
 
@@ -26,16 +22,14 @@ logger = logging.getLogger(__name__)
 DTYPE = torch.bfloat16
 
 FRAMES_PER_BLOCK = 64
-"""frames of one block of features that a prompt's iterator yields"""
+"""Frames per block of features."""
 
 
 class Measurement(NamedTuple):
-    """What a run took."""
-
     seconds: float
-    """median of the measured passes"""
+    """Median of the measured passes."""
     peak_bytes: int
-    """most that PyTorch held on the device during them, weights included; 0 on a CPU"""
+    """Peak bytes allocated by PyTorch, weights included; 0 on a CPU."""
     num_passes: int
 
 
@@ -47,14 +41,14 @@ def measure(
     budget_seconds: float = 60.0,
     warm_up: bool = True,
 ) -> Measurement:
-    """Times `run`, with the device's work done.
+    """Times `run`, including the work it queues on the device.
 
     Args:
-        run: what is measured.
-        device: it works on.
-        repeats: passes, at most; fewer once `budget_seconds` are spent, and at least one.
-        budget_seconds: of all measured passes together.
-        warm_up: one unmeasured pass first; not where a shorter run has already called the same kernels.
+        run: function to measure.
+        device: device it uses.
+        repeats: maximum number of passes.
+        budget_seconds: no new pass starts after this total; there is at least one.
+        warm_up: run one unmeasured pass first.
     """
     if warm_up:
         run()
@@ -70,18 +64,17 @@ def measure(
 
 
 def synchronize(device: torch.device) -> None:
-    """Returns when the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most that PyTorch has held on the device since the peak was last begun anew; 0 on a CPU."""
+    """Peak bytes since the last reset; 0 on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
 def free_memory(device: torch.device) -> None:
-    """Gives what nobody holds any more back to the device, and begins the peak anew."""
+    """Returns unused memory to the device and resets the peak."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -89,7 +82,7 @@ def free_memory(device: torch.device) -> None:
 
 
 def make_model(config: TimeViperConfig, device: torch.device, *, dtype: torch.dtype = DTYPE) -> tuple[TimeViper, str]:
-    """A model with random weights, made on the device in its dtype, and in words what computes its mixers."""
+    """A model with random weights on the device, and a description of its backend."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -105,7 +98,7 @@ def make_model(config: TimeViperConfig, device: torch.device, *, dtype: torch.dt
 
 
 def iter_features(config: TimeViperConfig, num_frames: int, device: torch.device) -> Iterator[Tensor]:
-    """Random features on the device, a block of frames at a time."""
+    """Random features in blocks of frames."""
     generator = torch.Generator(device=device).manual_seed(1)
     per_frame = config.vision.num_tokens_per_frame
     for start in range(0, num_frames, FRAMES_PER_BLOCK):
@@ -114,7 +107,7 @@ def iter_features(config: TimeViperConfig, num_frames: int, device: torch.device
 
 
 def make_row(group: str, name: str, value: float, unit: str, bar: str | None = None) -> Row:
-    """A row of one of the suite's groups; it is logged at once, as the next one may fail."""
+    """Makes a row and logs it at once, because the next one may fail."""
     row = Row(name=name, value=value, unit=unit, bar=bar, command=f"python jobs/benchmark.py gpu --only {group}")
     logger.info("%s: %.4g %s", name, value, unit)
     return row

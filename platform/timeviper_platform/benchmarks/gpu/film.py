@@ -1,8 +1,7 @@
-"""Row group `film`: a film from its file to merged tokens on one GPU, by each decoder: frames a second, MFU, who waits.
+"""Row group `film`: a film from its file to merged tokens on one GPU, with each decoder.
 
-Decoders are threads, each on a stretch of the film; FFmpeg lets go of the interpreter. They hand batches to the one
-encoder, the `vision` group's tower with random weights, and wait where it is behind. Knows backends by their names; not
-segments, stores or Ray.
+Decoder threads each read a part of the film (FFmpeg releases the GIL) and hand batches to one encoder with random
+weights.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ logger = logging.getLogger(__name__)
 FPS = Fraction(1)
 
 BATCHES_AHEAD = 4
-"""that wait for the encoder, of all decoders together; 113 MB at 64 frames of 384 x 384"""
+"""Batches queued for the encoder; 113 MB at 64 frames of 384 x 384."""
 
 MADE_CLIP = ClipSpec(width=1280, height=720)
 
@@ -51,14 +50,14 @@ Encode = Callable[[np.ndarray], object]
 
 
 class FilmPass(NamedTuple):
-    """Once through a film."""
+    """One pass over a film."""
 
     seconds: float
     num_frames: int
     encoder_waits: float
-    """share of the time in which it has no batch"""
+    """Share of the time in which the encoder has no batch."""
     decoders_wait: float
-    """share of their time in which there is no room for a batch that is done"""
+    """Share of their time in which decoders wait for room in the queue."""
 
 
 def film_rows(
@@ -74,19 +73,19 @@ def film_rows(
     peak: float | None = None,
     repeats: int = 3,
 ) -> list[Row]:
-    """Rows of each backend; of one that cannot be used here, a line in the log.
+    """Rows of each backend; an unusable backend is logged instead.
 
     Args:
-        device: CUDA, or a CPU for a toy.
-        film: to go through; None = a made clip, `repetitions` times over.
-        size: of the tower.
-        backends: one after the other.
-        num_decoders: threads; None = one a CPU.
-        batch_frames: frames that are sampled, and encoded, together.
-        clip: what is made without a film.
+        device: CUDA, or a CPU at toy sizes.
+        film: file to read; None = a synthetic clip repeated `repetitions` times.
+        size: size of the vision tower.
+        backends: decoders to compare.
+        num_decoders: threads; None = one per CPU.
+        batch_frames: frames sampled and encoded together.
+        clip: synthetic clip.
         repetitions: of the clip.
-        peak: operations a second that are 100 %; None = the device's. An unknown device has no MFU row.
-        repeats: measured passes; the middle one counts.
+        peak: peak FLOP/s; None = that of the device. An unknown device has no MFU row.
+        repeats: measured passes, of which the median counts.
     """
     size = size or TowerSize()
     encode = _encoder(size, device, batch_frames)
@@ -111,10 +110,10 @@ def film_rows(
 def encode_film(
     film: Path, encode: Encode, backend: Backend, image_size: int, batch_frames: int, num_decoders: int
 ) -> FilmPass:
-    """Decodes and encodes a whole film at 1 fps.
+    """Decodes and encodes a film at 1 fps.
 
     Raises:
-        DecodeError: when it cannot be read.
+        DecodeError: if it cannot be read.
     """
     times = sample_times(Fraction(0), FPS, 0, count_frames(Fraction(0), probe_media(str(film)).duration_seconds, FPS))
     batches = [times[start : start + batch_frames] for start in range(0, len(times), batch_frames)]
@@ -124,7 +123,7 @@ def encode_film(
     room = threading.Semaphore(BATCHES_AHEAD)
 
     def decode(stretch: Sequence[Sequence[Fraction]]) -> float:
-        """Seconds without room."""
+        """Returns the seconds spent waiting for room."""
         waited = 0.0
         try:
             reader = open_video(str(film), image_size, backend=backend)
@@ -155,7 +154,7 @@ def encode_film(
                 encode(frames)
                 num_frames += len(frames)
         finally:
-            room.release(len(batches))  # nobody waits for an encoder that failed
+            room.release(len(batches))  # the encoder failed: decoders must not wait for it
     seconds = time.perf_counter() - began
     without_room = sum(decoder.result() for decoder in decoders)
     return FilmPass(seconds, num_frames, waited / seconds, without_room / (seconds * len(stretches)))
@@ -169,7 +168,7 @@ def _made(folder: Path, clip: ClipSpec, repetitions: int) -> Path:
 
 
 def _encoder(size: TowerSize, device: torch.device, batch_frames: int) -> Encode:
-    """Frames to merged tokens in the host's memory, in batches of one shape as in preprocessing; warmed up."""
+    """Encodes fixed-size batches to merged tokens in host memory; warmed up."""
     tower = make_tower(size, device)
 
     @torch.inference_mode()

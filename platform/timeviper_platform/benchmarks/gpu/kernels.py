@@ -1,7 +1,6 @@
-"""Row group `kernels`: CUDA kernels of other packages against our PyTorch, both in bf16, by error and by time.
+"""Row group `kernels`: CUDA kernels against the PyTorch operations, both in bf16, at the sizes of the 9B.
 
-The error is of outputs and of every gradient, as ||kernel - torch|| / ||torch||. Operands have the 9B's sizes. Knows
-pairs of operations with one signature; not models. A kernel that is not installed has no row, and the log says so.
+Errors are ||kernel - torch|| / ||torch|| over outputs and gradients. Missing kernels are logged and have no row.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class Pair(NamedTuple):
-    """A kernel and what it stands for, ready to be called with operands that need gradients."""
+    """A kernel and its PyTorch counterpart, with operands that need gradients."""
 
     name: str
     kernel: Callable[..., Sequence[Tensor]]
@@ -38,7 +37,7 @@ class Pair(NamedTuple):
 def kernel_rows(
     device: torch.device, *, text: HybridConfig = NEMOTRON_NANO_9B_V2, num_tokens: int = 8192, repeats: int = 20
 ) -> list[Row]:
-    """Error and speed of each kernel that is there."""
+    """Error and speed of each available kernel."""
     rows: list[Row] = []
     for pair in pairs(text, num_tokens, device):
         name = f"{pair.name}, {num_tokens} tokens of the 9B's sizes"
@@ -47,7 +46,7 @@ def kernel_rows(
         except ImportError as missing:
             logger.warning("no row for %s: %s; install the extra [cuda]", pair.name, missing)
             continue
-        except RuntimeError as failure:  # of one kernel: the others are measured nevertheless
+        except RuntimeError as failure:  # one failing kernel does not stop the others
             logger.exception("%s failed", pair.name)
             what = f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
             rows.append(make_row("kernels", f"{name}: {what}", 0.0, "kernels that ran", ">= 1"))
@@ -64,7 +63,7 @@ def kernel_rows(
 
 
 def pairs(text: HybridConfig, num_tokens: int, device: torch.device) -> Iterator[Pair]:
-    """Scan, convolution and attention over a pack of three segments of very unequal length."""
+    """Scan, convolution and attention over a pack of three segments of unequal length."""
     cuts = num_tokens // 2, num_tokens // 2 + num_tokens // 8
     lengths = torch.tensor([cuts[0], cuts[1] - cuts[0], num_tokens - cuts[1]])
     segments = Segments(torch.arange(3).repeat_interleave(lengths).to(device), 3)
@@ -114,7 +113,7 @@ def pairs(text: HybridConfig, num_tokens: int, device: torch.device) -> Iterator
 
 
 def largest_error(pair: Pair) -> float:
-    """The largest of ||kernel - torch|| / ||torch|| over outputs and gradients."""
+    """Largest ||kernel - torch|| / ||torch|| over outputs and gradients."""
     found, expected = (_values(run, pair.operands) for run in (pair.kernel, pair.torch))
     return max(
         float((ours.double() - theirs.double()).norm() / theirs.double().norm())
@@ -123,7 +122,7 @@ def largest_error(pair: Pair) -> float:
 
 
 def _values(run: Callable[..., Sequence[Tensor]], operands: tuple[Tensor, ...]) -> list[Tensor]:
-    """The outputs, and the gradients of their sum with a weight for each element."""
+    """Outputs, and gradients of their randomly weighted sum."""
     outputs = run(*operands)
     generator = torch.Generator(device=operands[0].device).manual_seed(1)
     weights = [torch.randn(out.shape, generator=generator, device=out.device) for out in outputs]

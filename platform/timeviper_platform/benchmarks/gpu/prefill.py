@@ -1,7 +1,6 @@
-"""Row group `prefill`: seconds and memory of long videos in the 9B's shape, with TransV and without it.
+"""Row group `prefill`: seconds and memory of long videos in the shape of the 9B, with and without TransV.
 
-Each prompt is read twice over: with the logits of its last position, as we do, and with those of all its positions,
-which other code computes and which is what runs out of memory first. Knows prompts; not engines.
+Each prompt is read with logits of its last position, as the engine does, and with logits of all positions.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ def prefill_rows(
 def read_prompt(
     model: TimeViper, prompt: Sample, num_frames: int, device: torch.device, *, all_logits: bool = False
 ) -> Tensor:
-    """The logits (V,) behind the prompt, or (T', V) of every position that reaches the end."""
+    """Logits (V,) after the prompt, or (T', V) of all positions that remain."""
     cache = model.new_cache(1, device=device, dtype=model.lm_head.weight.dtype)
     ids = torch.tensor(prompt.input_ids, device=device)
     kinds = torch.tensor(prompt.token_kind, dtype=torch.int8, device=device)
@@ -89,7 +88,7 @@ def read_prompt(
 def _measured(
     model: TimeViper, num_frames: int, device: torch.device, *, all_logits: bool, repeats: int, warm_up: bool
 ) -> Measurement | int:
-    """What a prefill took; the bytes that were held when there were too few."""
+    """Measurement of a prefill, or the bytes in use when memory ran out."""
     prompt = video_question(num_frames)
     free_memory(device)
     try:

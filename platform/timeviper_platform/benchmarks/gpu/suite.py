@@ -1,4 +1,4 @@
-"""The row groups of the `gpu` suite, by their keys; each makes its own models, which are gone behind it."""
+"""Row groups of the `gpu` suite. Each group creates its models and frees them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ logger = logging.getLogger(__name__)
 
 
 def gpu_groups(device: torch.device) -> dict[str, Callable[[Path | None], list[Row]]]:
-    """Groups that measure the device; `film` is given one, or none."""
     return {
         "kernels": lambda film: kernel_rows(device),
         "vision": lambda film: vision_rows(device),
@@ -35,17 +34,17 @@ def gpu_groups(device: torch.device) -> dict[str, Callable[[Path | None], list[R
 def _film_rows(device: torch.device, film: Path | None) -> list[Row]:
     try:
         from timeviper_platform.benchmarks.gpu.film import film_rows
-    except ModuleNotFoundError as error:  # the other groups need no video decoder
+    except ModuleNotFoundError as error:  # only `film` needs a video decoder
         logger.warning("no rows of films: %s is not installed", error.name)
         return []
     return film_rows(device, film)
 
 
 def require_cuda() -> torch.device:
-    """The device that the suite runs on.
+    """The CUDA device.
 
     Raises:
-        RuntimeError: when there is none.
+        RuntimeError: if there is none.
     """
     if not torch.cuda.is_available():
         raise RuntimeError(

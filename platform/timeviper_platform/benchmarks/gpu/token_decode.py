@@ -1,9 +1,8 @@
-"""Row group `decode`: tokens a second at 32k in, 1k out, batch 32, against a Transformer of Qwen3-8B's shape.
+"""Row group `decode`: tokens per second at 32k in, 1k out, batch 32, against a Transformer of Qwen3-8B's shape.
 
-Both sides run on the same prefill, cache and decode steps, which are captured as a CUDA graph (decode_graph.py; the
-InferenceEngine's own steps, which look at lengths on the host, are printed beside). One prompt's prefill and some
-steps in the middle of the answer are timed, and a whole batch is `batch * prefill + new tokens * step`. A side whose
-cache for the whole batch does not fit decodes as many sequences as do, and its rows say how many.
+Both sides share prefill, cache and decode steps, captured as a CUDA graph; steps called from Python are reported too.
+One prefill and some steps from the middle of the answer are timed: a batch takes `batch * prefill + new tokens *
+step`. If the cache does not fit, fewer sequences are decoded and the rows give their number.
 """
 
 from __future__ import annotations
@@ -33,19 +32,19 @@ QWEN3_8B_SHAPE = Qwen2Config(
     num_attention_heads=32,
     num_key_value_heads=8,
 )
-"""The sizes of Alibaba's Qwen3-8B (`config.json`); Qwen2's biases in place of its norms of queries and keys."""
+"""Sizes of Qwen3-8B's config.json, with Qwen2's biases instead of query and key norms."""
 
 MEMORY_SHARE = 0.85
-"""of what is free behind the weights, for the cache; the rest is for a step's own tensors and growing"""
+"""Share of the free memory used for the cache."""
 
 
 class Side(NamedTuple):
-    """What was measured of one model."""
+    """Results of one model."""
 
     tokens_per_second: float
-    """of decoding alone"""
+    """Decoding only."""
     whole_tokens_per_second: float
-    """with the prompts' reading"""
+    """Including prefill."""
 
 
 def decode_rows(
@@ -59,16 +58,16 @@ def decode_rows(
     num_steps: int = 64,
     repeats: int = 3,
 ) -> list[Row]:
-    """Rows of three models, one after the other on the device, and what the first two are over the third.
+    """Rows of three models in turn, and ratios of the first two to the third.
 
     Args:
-        device: CUDA, or a CPU for a toy.
-        ours: the hybrid with its plan; it also runs without.
-        transformer: the other side's language model, given the same vision tokens.
-        num_frames: of a prompt; 2,048 frames are 32,768 tokens.
-        num_new: tokens of each answer.
+        device: CUDA, or a CPU at toy sizes.
+        ours: hybrid with its TransV plan; also measured without.
+        transformer: language model of the other side, with the same vision tokens.
+        num_frames: frames per prompt; 2,048 frames are 32,768 tokens.
+        num_new: tokens per answer.
         batch: sequences decoded together.
-        num_steps: steps of a measured pass.
+        num_steps: steps per measured pass.
         repeats: passes.
     """
     plain = TimeViperConfig(text=ours.text, vision=ours.vision)
@@ -95,14 +94,14 @@ def decode_rows(
 
 
 def fitting_batch(config: TimeViperConfig, num_vision: int, num_text: int, free_bytes: float) -> int:
-    """How many sequences of so many tokens find room in that much memory."""
+    """Number of sequences of this length whose cache fits into `num_bytes`."""
     return int(free_bytes // slot_bytes(config, num_vision, num_text))
 
 
 def slot_bytes(config: TimeViperConfig, num_vision: int, num_text: int) -> int:
-    """Bytes of the cache for one sequence: keys and values of what its plan leaves in each layer, and Mamba's states.
+    """Cache bytes of one sequence: keys and values that the plan leaves in each layer, and Mamba states.
 
-    The 9b at 32,768 vision and 1,056 text tokens: 0.32 GB with the paper's plan, 0.70 without.
+    The 9b at 32,768 vision and 1,056 text tokens: 0.32 GB with the plan of the paper, 0.70 without.
     """
     text, plans, present, total = config.text, plan_sites(config, num_vision), num_vision, 0
     for layer, kind in enumerate(text.block_types):
@@ -118,7 +117,7 @@ def slot_bytes(config: TimeViperConfig, num_vision: int, num_text: int) -> int:
 
 @torch.inference_mode()
 def fill_cache(cache: HybridCache, config: TimeViperConfig, num_vision: int, num_text: int, num_new: int) -> None:
-    """Random states, keys and values in every slot, as many as such a prompt leaves there, and room for an answer."""
+    """Fills every slot with random states, keys and values of the lengths that prefill would leave."""
     plans, present = plan_sites(config, num_vision), num_vision
     slots = range(cache.num_slots)
     for layer in range(config.text.num_hidden_layers):
@@ -147,7 +146,7 @@ def decode_side(
     *,
     group: str = "decode",
 ) -> tuple[list[Row], Side]:
-    """Rows of one model, under the name of a group, and its rates."""
+    """Rows and rates of one model."""
     model, words = make_model(config, device)
     prompt = video_question(num_frames)
     reading = measure(lambda: read_prompt(model, prompt, num_frames, device), device, repeats=repeats)
@@ -174,9 +173,9 @@ def decode_side(
 def _step_seconds(
     model: TimeViper, device: torch.device, num_vision: int, num_text: int, batch: int, num_steps: int, repeats: int
 ) -> tuple[float, float]:
-    """Seconds of one step as a graph, and called from Python, in the middle of an answer."""
+    """Seconds per step as a CUDA graph, and called from Python."""
     cache = model.new_cache(batch, device=device, dtype=DTYPE)
-    # a warm-up pass and the measured ones; then the same from Python, which finds room for its own
+    # a warm-up pass and the measured ones; then the same from Python, which allocates its own room
     total = num_steps * (repeats + 1)
     fill_cache(cache, model.config, num_vision, num_text, 2 * total)
     slots = list(range(batch))

@@ -1,7 +1,7 @@
-"""Row group `training`: a hybrid of three billion weights, forward and backward, on packed and on padded samples.
+"""Row group `training`: forward and backward of a 3 B hybrid on packed and on padded samples.
 
-Holds the packed loss and gradients against those of the samples one by one, the operations against the device's peak,
-and the memory against what the dry run says. Knows batches and one device; not ranks, ZeRO or the optimizer.
+Compares loss and gradients with separate samples, operations with the peak of the device, and memory with the
+estimate of the dry run.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ HYBRID_3B = replace(
         NEMOTRON_NANO_9B_V2, hidden_size=2560, intermediate_size=8960, num_attention_heads=24, mamba_num_heads=64
     ),
 )
-"""the 9B's blocks at 4/7 of its width, 3.1 B weights: they and their gradients leave most of a device to activations"""
+"""Blocks of the 9B at 4/7 of its width: 3.1 B weights, which leave most of a device to activations."""
 SHARES = (2, 4, 8, 16, 16)
-"""a pack's samples are a half, a quarter, ... of it; padded to the longest they are 2.5 times as many tokens"""
+"""Samples are a half, a quarter, ... of a pack; padded to the longest they are 2.5 times as many tokens."""
 
 
 def training_rows(
@@ -51,14 +51,14 @@ def training_rows(
     repeats: int = 3,
     peak: float | None = None,
 ) -> list[Row]:
-    """Errors of packing, then seconds, MFU and memory by tokens of a pack.
+    """Errors of packing, then seconds, MFU and memory by tokens per pack.
 
     Args:
-        device: that is measured.
-        config: of the model, which is trained whole, with activation checkpointing.
-        num_tokens: of a pack.
-        repeats: passes of each.
-        peak: operations a second of the device; None = as `devices` says, and no MFU where it does not.
+        device: device to measure.
+        config: model, trained completely with activation checkpointing.
+        num_tokens: tokens per pack.
+        repeats: passes per row.
+        peak: peak FLOP/s; None = that of the device. An unknown device has no MFU.
     """
     model, words = make_model(config, device)
     model.train().requires_grad_(True)
@@ -76,7 +76,7 @@ def made_samples(num_tokens: int) -> list[Sample]:
 
 
 def padded(samples: Sequence[Sample]) -> list[Sample]:
-    """Every sample as long as the longest, behind its end."""
+    """Pads every sample to the length of the longest."""
     longest = max(map(len, samples))
     return [_padded(sample, longest - len(sample)) for sample in samples]
 
@@ -109,7 +109,7 @@ def _padded(sample: Sample, num_pads: int) -> Sample:
 def _batches(
     samples: Sequence[Sample], config: TimeViperConfig, device: torch.device, *, together: bool
 ) -> list[PackedBatch]:
-    """The samples as one pack, or one by one; each has the same features either way."""
+    """The samples as one pack, or one by one, with the same features."""
     features = [
         torch.randn(sample.num_vision_tokens, config.vision.row_size, generator=torch.Generator().manual_seed(number))
         for number, sample in enumerate(samples)
@@ -120,7 +120,7 @@ def _batches(
 
 
 def _step(model: TimeViper, batches: Sequence[PackedBatch]) -> float:
-    """Forward and backward over all of them; the loss, with the gradients left in the model."""
+    """Forward and backward over all batches; returns the loss and leaves gradients in the model."""
     model.zero_grad(set_to_none=True)
     losses = []
     for batch in batches:
@@ -142,7 +142,7 @@ def _error_rows(model: TimeViper, num_tokens: int, device: torch.device, words: 
             size += alone[name].float().square().sum()
     model.zero_grad(set_to_none=True)
     what = f"{len(samples)} samples packed against one by one, {num_tokens} tokens in bf16 ({words})"
-    # bf16 rounds by up to 0.4 %, and a block may see its tokens in other pieces
+    # bf16 rounds by up to 0.4 %, and blocks may chunk their tokens differently
     return [
         make_row("training", f"loss of {what}: relative error", abs(loss / alone_loss - 1), "", "<= 0.01"),
         make_row("training", f"gradients of {what}: relative error", float((difference / size).sqrt()), "", "<= 0.05"),
@@ -185,7 +185,7 @@ def _rows(
 
 
 def _measured(model: TimeViper, batches: list[PackedBatch], device: torch.device, *, repeats: int) -> Measurement | int:
-    """What a step took; the bytes that were held when there were too few."""
+    """Measurement of a step, or the bytes in use when memory ran out."""
     free_memory(device)
     try:
         return measure(lambda: _step(model, batches), device, repeats=repeats)
@@ -197,7 +197,7 @@ def _measured(model: TimeViper, batches: list[PackedBatch], device: torch.device
 
 
 def _estimated_bytes(model: TimeViper, pack: Pack) -> float:
-    """Parameters, their gradients and activations, as a rank of one without an optimizer holds them."""
+    """Parameters, gradients and activations of a single rank without optimizer."""
     states = 2 * sum(parameter.nbytes for parameter in model.parameters())
     return states + activation_bytes(
         model.config, pack, dtype="bfloat16", use_transv=True, activation_checkpointing=True

@@ -1,8 +1,4 @@
-"""Row group `vision`: frames a second of SigLIP so400m and token merging, and the share of the device's peak that is.
-
-The tower has random weights, so nothing is downloaded; frames are bytes on the device, as after a copy from a decoder.
-Knows the tower's sizes and its operations by formula; not videos or stores.
-"""
+"""Row group `vision`: frames per second and MFU of SigLIP so400m with token merging, with random weights."""
 
 from __future__ import annotations
 
@@ -24,12 +20,12 @@ logger = logging.getLogger(__name__)
 TOKENS_PER_FRAME = 16
 MERGE_HEADS = 16
 LAYER = -2
-"""the output of the second-to-last block: the last one does not run and is not counted"""
+"""Output of the second-to-last block; the last block does not run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TowerSize:
-    """Of a SigLIP vision tower; the default is so400m/14 at 384 px (`config.json` of Google's checkpoint)."""
+    """Sizes of a SigLIP vision tower; the default is so400m/14 at 384 px (Google's config.json)."""
 
     hidden_size: int = 1152
     intermediate_size: int = 4304
@@ -40,7 +36,6 @@ class TowerSize:
 
     @property
     def num_patches(self) -> int:
-        """27 x 27 of so400m."""
         return (self.image_size // self.patch_size) ** 2
 
 
@@ -53,14 +48,14 @@ def vision_rows(
     peak: float | None = None,
     repeats: int = 5,
 ) -> list[Row]:
-    """Frames a second and MFU.
+    """Frames per second and MFU.
 
     Args:
-        device: CUDA, or a CPU for a toy.
-        size: of the tower.
-        batch_frames: frames that go through together.
-        num_batches: of one measured pass.
-        peak: operations a second that are 100 %; None = the device's in PEAK_FLOPS. An unknown device has no MFU row.
+        device: CUDA, or a CPU at toy sizes.
+        size: size of the tower.
+        batch_frames: frames per batch.
+        num_batches: batches per measured pass.
+        peak: peak FLOP/s; None = PEAK_FLOPS of the device. An unknown device has no MFU row.
         repeats: measured passes.
     """
     size = size or TowerSize()
@@ -99,7 +94,7 @@ def vision_rows(
 
 
 def make_tower(size: TowerSize, device: torch.device) -> VisionTransformer:
-    """The encoder of preprocessing with random weights, on the device in bf16."""
+    """The preprocessing encoder with random weights, on the device in bf16."""
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
     config: Any = SiglipVisionConfig(
@@ -122,9 +117,10 @@ def make_tower(size: TowerSize, device: torch.device) -> VisionTransformer:
 
 
 def tower_flops(size: TowerSize) -> float:
-    """Floating-point operations of the blocks that run, for one frame; so400m: 0.642e12.
+    """FLOPs of the blocks that run, per frame; so400m: 0.642e12.
 
-    A weight is a multiplication and an addition a token; attention is not causal. Norms and ToMe are not counted.
+    A weight counts as a multiplication and an addition per token; attention is not causal. Norms and ToMe are not
+    counted.
     """
     patches, width = size.num_patches, size.hidden_size
     weights = 4 * width**2 + 2 * width * size.intermediate_size
@@ -133,5 +129,5 @@ def tower_flops(size: TowerSize) -> float:
 
 
 def mfu(frames_per_second: float, size: TowerSize, peak: float) -> float:
-    """The tower's own operations over what the device could do in the time; ToMe's time counts, its work does not."""
+    """FLOPs of the tower over the peak; the time includes ToMe."""
     return frames_per_second * tower_flops(size) / peak

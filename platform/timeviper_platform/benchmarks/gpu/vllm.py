@@ -1,8 +1,7 @@
-"""Row group `vllm`: the 9b without TransV against vLLM's Nemotron-H, where vLLM is installed; both with random weights.
+"""Row group `vllm`: the 9b without TransV against Nemotron-H in vLLM, both with random weights.
 
-vLLM gets a folder with a config.json of the same sizes and makes its own weights (`load_format="dummy"`), in a process
-of its own, as it takes what memory there is. Both read as many random tokens and write as many, end tokens or not.
-Knows vLLM's offline interface; our side is the `decode` group's.
+vLLM runs in its own process from a config.json of the same sizes (`load_format="dummy"`). Both sides read and write the
+same numbers of tokens.
 """
 
 from __future__ import annotations
@@ -40,17 +39,17 @@ def vllm_rows(
     repeats: int = 3,
     other: Callable[[dict[str, Any], int, int, int], float] | None = None,
 ) -> list[Row]:
-    """Tokens a second with the prompts' reading, ours over vLLM's; no rows, and a line in the log, without vLLM.
+    """Tokens per second including prefill, ours over vLLM's; no rows if vLLM is not installed.
 
     Args:
-        device: CUDA, or a CPU for a toy.
-        ours: its language model and projector; a plan is left out.
-        num_frames: of our prompt, whose tokens vLLM reads as text.
-        num_new: tokens of each answer.
-        batch: sequences together.
-        num_steps: of a measured pass of ours.
-        repeats: passes of ours.
-        other: gives vLLM's tokens a second for its config.json, prompt length, batch and new tokens.
+        device: CUDA, or a CPU at toy sizes.
+        ours: model; its TransV plan is ignored.
+        num_frames: frames of our prompt; vLLM reads as many text tokens.
+        num_new: tokens per answer.
+        batch: sequences decoded together.
+        num_steps: our steps per measured pass.
+        repeats: our passes.
+        other: tokens per second of vLLM for a config.json, prompt length, batch and new tokens.
     """
     if other is None:
         if importlib.util.find_spec("vllm") is None:
@@ -72,9 +71,9 @@ def vllm_rows(
 
 
 def huggingface_config(config: TimeViperConfig) -> dict[str, Any]:
-    """The language model's config.json as vLLM wants it."""
+    """config.json of the language model as vLLM expects it."""
     from timeviper_model.weights.families import (
-        text_config_to_dict,  # pydantic, which the rest of the suite runs without
+        text_config_to_dict,  # imports pydantic, which the rest of the suite does not need
     )
 
     return text_config_to_dict(config.text) | {
@@ -86,15 +85,15 @@ def huggingface_config(config: TimeViperConfig) -> dict[str, Any]:
 
 
 def run_vllm_apart(values: dict[str, Any], num_prompt: int, batch: int, num_new: int) -> float:
-    """`run_vllm` in a process of its own."""
+    """`run_vllm` in its own process."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(run_vllm, values, num_prompt, batch, num_new).result()
 
 
 def run_vllm(values: dict[str, Any], num_prompt: int, batch: int, num_new: int) -> float:
-    """Tokens a second of one batch, after a short one that warms up."""
-    from vllm import LLM, SamplingParams  # type: ignore[import-not-found,unused-ignore]  # only where it is installed
+    """Tokens per second of one batch, after a short warm-up batch."""
+    from vllm import LLM, SamplingParams  # type: ignore[import-not-found,unused-ignore]  # not installed here
 
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(values))

@@ -1,7 +1,4 @@
-"""Row group `generate`: our engine against transformers' `generate`, same weights from one folder, same greedy tokens.
-
-Knows the two ways to answer a batch of text prompts; not video.
-"""
+"""Row group `generate`: our engine against transformers' `generate`, with the same weights and greedy tokens."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ COMMAND = "python jobs/benchmark.py model --only generate"
 def generate_rows(
     *, width: int = 256, batch: int = 8, num_prompt: int = 512, num_new: int = 128, repeats: int = 5
 ) -> list[Row]:
-    """Tokens a second of a batch, prompts included."""
+    """Tokens per second of a batch, including prefill."""
     ours, theirs = make_pair(width)
     prompts = torch.tensor([text_prompt(num_prompt, seed=seed).input_ids for seed in range(batch)])
     result = compare(
@@ -49,7 +46,7 @@ def generate_rows(
 
 
 def make_pair(width: int) -> tuple[TimeViper, Any]:
-    """Our model and transformers', loaded from one folder."""
+    """Our model and the one of transformers, loaded from one folder."""
     from transformers import NemotronHForCausalLM
     from transformers.utils import logging
 
@@ -58,7 +55,7 @@ def make_pair(width: int) -> tuple[TimeViper, Any]:
         save_pretrained(make_model(narrow_config(width, plan=())), folder)
         ours = from_pretrained(folder).eval().requires_grad_(False)
         text = text_config_to_dict(ours.config.text)
-        (folder / "config.json").write_text(json.dumps(text))  # transformers knows the language model alone
+        (folder / "config.json").write_text(json.dumps(text))  # transformers knows only the language model
         logging.disable_progress_bar()
         theirs = NemotronHForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for layer in theirs.model.layers:
@@ -68,11 +65,11 @@ def make_pair(width: int) -> tuple[TimeViper, Any]:
 
 
 def answer_with_engine(model: TimeViper, prompts_BT: torch.Tensor, num_new: int) -> list[list[int]]:
-    """The greedy ids of every prompt, all in slots of one engine."""
+    """Greedy ids of every prompt, all in slots of one engine."""
     batch, length = prompts_BT.shape
     config = EngineConfig(num_slots=batch, max_prompt_tokens=length, max_new_tokens=num_new)
     engine = InferenceEngine(model, config)
-    engine.end_token_ids = frozenset()  # every answer has its full length
+    engine.end_token_ids = frozenset()  # every answer has full length
     answers: dict[int, list[int]] = {}
     for row in prompts_BT.tolist():
         sample = text_prompt(length)
@@ -89,8 +86,7 @@ def answer_with_engine(model: TimeViper, prompts_BT: torch.Tensor, num_new: int)
 
 
 def answer_with_transformers(model: Any, prompts_BT: torch.Tensor, num_new: int) -> list[list[int]]:
-    """The greedy ids of every prompt."""
-    mask = torch.ones_like(prompts_BT)  # guessed from ids it would hide every token that is the pad id
+    mask = torch.ones_like(prompts_BT)  # a mask guessed from ids would hide tokens equal to the pad id
     ids = model.generate(prompts_BT, attention_mask=mask, max_new_tokens=num_new, do_sample=False, eos_token_id=None)
     answers: list[list[int]] = ids[:, prompts_BT.shape[1] :].tolist()
     return answers

@@ -1,7 +1,4 @@
-"""Narrow models with the paper's blocks and plan, their all-attention controls, and prompts about made videos.
-
-Knows sizes and random weights; not what is measured on them.
-"""
+"""Narrow models with the blocks and plan of the paper, all-attention controls, and prompts about random videos."""
 
 from __future__ import annotations
 
@@ -27,15 +24,15 @@ TOKENS_PER_FRAME = 16
 FEATURE_SIZE = 64
 VOCAB_SIZE = 1024
 NUM_SYSTEM, NUM_QUESTION = 8, 24
-"""text tokens before and behind the video"""
+"""Text tokens before and after the video."""
 FRAMES_PER_BLOCK = 64
-"""frames of one block of features that a prompt's iterator yields"""
+"""Frames per block of features."""
 
 
 def narrow_config(
     width: int, *, plan: tuple[TransVSite, ...] = PAPER_PLAN, pattern: str = PAPER_PATTERN
 ) -> TimeViperConfig:
-    """The 9B's proportions in round numbers: MLP 3.5, queries 1, keys 1/4, Mamba 2, B and C 1/4 of the width."""
+    """Proportions of the 9B: MLP 3.5, queries 1, keys 1/4, Mamba 2, B and C 1/4 of the width."""
     text = HybridConfig(
         hybrid_override_pattern=pattern,
         vocab_size=VOCAB_SIZE,
@@ -48,14 +45,14 @@ def narrow_config(
         mamba_head_dim=width // 4,
         ssm_state_size=width // 4,
         n_groups=1,
-        initializer_range=width**-0.5,  # narrow models with the 9B's 0.02 say next to nothing
+        initializer_range=width**-0.5,  # the 9B's 0.02 would make outputs of narrow models vanish
     )
     vision = VisionConfig(encoder="none", num_tokens_per_frame=TOKENS_PER_FRAME, hidden_size=FEATURE_SIZE)
     return TimeViperConfig(text=text, vision=vision, transv=plan)
 
 
 def all_attention(config: TimeViperConfig) -> TimeViperConfig:
-    """The control: attention where Mamba was, and MLPs that much wider that a pass has as many weights."""
+    """Control: attention instead of Mamba, and wider MLPs for the same number of weights."""
     text = config.text
     assert isinstance(text, HybridConfig)
     num_mamba, num_mlp = text.hybrid_override_pattern.count("M"), text.hybrid_override_pattern.count("-")
@@ -67,18 +64,17 @@ def all_attention(config: TimeViperConfig) -> TimeViperConfig:
 
 
 def mamba_weights(text: HybridConfig) -> int:
-    """Weights of a Mamba-2 mixer's two projections."""
+    """Weights of a Mamba-2 mixer's projections."""
     inner = text.mamba_intermediate_size
     return text.hidden_size * (inner + text.conv_dim + text.mamba_num_heads) + inner * text.hidden_size
 
 
 def attention_weights(text: HybridConfig) -> int:
-    """Weights of an attention mixer."""
     return 2 * text.hidden_size * text.head_dim * (text.num_attention_heads + text.num_key_value_heads)
 
 
 def make_model(config: TimeViperConfig) -> TimeViper:
-    """A model with random weights in fp32 on the CPU, its gates half open."""
+    """A model with random fp32 weights on the CPU and half-open gates."""
     model = TimeViper(config).eval()
     model.init_weights(torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -89,7 +85,7 @@ def make_model(config: TimeViperConfig) -> TimeViper:
 
 
 def video_question(num_frames: int, *, seed: int = 0) -> Sample:
-    """A system text, a video, and a question whose ids follow from the seed."""
+    """A system text, a video, and a question that depends on the seed."""
     num_vision = num_frames * TOKENS_PER_FRAME
     question = torch.randint(VOCAB_SIZE, (NUM_QUESTION,), generator=torch.Generator().manual_seed(seed)).tolist()
     kinds = [TokenKind.SYSTEM] * NUM_SYSTEM + [TokenKind.VISION] * num_vision + [TokenKind.INSTRUCTION] * NUM_QUESTION
@@ -102,14 +98,14 @@ def video_question(num_frames: int, *, seed: int = 0) -> Sample:
 
 
 def text_prompt(num_tokens: int, *, seed: int = 0) -> Sample:
-    """Random ids, no video."""
+    """Random ids without a video."""
     ids = torch.randint(VOCAB_SIZE, (num_tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
     kinds = [int(TokenKind.SYSTEM)] * num_tokens
     return Sample(input_ids=ids, vision_index=[-1] * num_tokens, token_kind=kinds, labels=[IGNORE_INDEX] * num_tokens)
 
 
 def iter_features(num_frames: int) -> Iterator[Tensor]:
-    """Random features, a block of frames at a time; the video is nowhere as a whole."""
+    """Random features in blocks of frames."""
     generator = torch.Generator().manual_seed(1)
     for start in range(0, num_frames, FRAMES_PER_BLOCK):
         rows = min(FRAMES_PER_BLOCK, num_frames - start) * TOKENS_PER_FRAME

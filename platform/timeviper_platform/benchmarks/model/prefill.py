@@ -1,7 +1,7 @@
-"""Row group `prefill`: memory and time of long videos, what TransV saves, and the gap to an all-attention model.
+"""Row group `prefill`: memory and time of long videos, savings of TransV, and speed-up over an all-attention model.
 
-A long prefill runs in a process of its own: its peak is Linux's own high-water mark of resident memory, begun anew
-behind the model and a first small prefill, and is counted from there. Knows prompts and blocks; not engines.
+Long prefills run in their own process. Their peak is the high-water mark of resident memory beyond the model and a
+first short prefill.
 """
 
 from __future__ import annotations
@@ -41,30 +41,28 @@ from timeviper_platform.benchmarks.model.models import (
 
 COMMAND = "python jobs/benchmark.py model --only prefill"
 WARM_UP_FRAMES = 200
-"""more than one piece of each span: every buffer of one piece has been there before the peak is watched"""
+"""More than one chunk of each span, so that all chunk buffers exist before the peak is watched."""
 
 
 class PrefillRun(NamedTuple):
-    """What one prefill took."""
-
     peak_bytes: int
-    """resident memory beyond what the model had before"""
+    """Resident memory beyond the model."""
     seconds: float
     block_seconds: dict[str, float]
-    """by `mamba`, `mlp` and `attention`"""
+    """Seconds by kind of block: mamba, mlp, attention."""
 
     @property
     def linear_seconds(self) -> float:
-        """Of the Mamba and MLP blocks."""
+        """Seconds of Mamba and MLP blocks."""
         return self.block_seconds["mamba"] + self.block_seconds["mlp"]
 
 
 def prefill_rows(
     *, width: int = 128, frames: tuple[int, int] = (1000, 10000), transv_frames: int = 500, repeats: int = 5
 ) -> list[Row]:
-    """Long against short, three times in turn, and once the control, in processes of their own; then TransV in this.
+    """Long against short in their own processes, the control once, and TransV in this process.
 
-    The control takes minutes for the long video: its attention is nearly all there is to count, and to wait for.
+    The control takes minutes for the long video, nearly all in attention.
     """
     label = f"width {width}, 56 blocks, the paper's plan"
     config = narrow_config(width)
@@ -99,14 +97,14 @@ def prefill_rows(
 
 
 def run_apart(config: TimeViperConfig, num_frames: int) -> PrefillRun:
-    """One prefill in a process of its own, with as many threads as here."""
+    """One prefill in its own process, with as many threads as here."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_run_in_process, config, num_frames, torch.get_num_threads()).result()
 
 
 def run_prefill(model: TimeViper, num_frames: int) -> PrefillRun:
-    """One prefill here; the peak is that since the process' high-water mark was last begun anew."""
+    """One prefill in this process; its peak is counted from the last reset."""
     prompt = video_question(num_frames)
     ids, kinds = torch.tensor(prompt.input_ids), torch.tensor(prompt.token_kind)
     with torch.inference_mode(), timed_blocks(model) as block_seconds:
@@ -122,7 +120,7 @@ def run_prefill(model: TimeViper, num_frames: int) -> PrefillRun:
 
 @contextmanager
 def timed_blocks(model: TimeViper) -> Iterator[dict[str, float]]:
-    """Seconds in the forward passes of each kind of block, counted by hooks."""
+    """Seconds in the forward of each kind of block, by hooks."""
     seconds: dict[str, float] = dict.fromkeys(PATTERN_LETTERS.values(), 0.0)
     started: dict[Any, float] = defaultdict(float)
 
@@ -143,10 +141,10 @@ def timed_blocks(model: TimeViper) -> Iterator[dict[str, float]]:
 
 
 def count_flops(config: TimeViperConfig, num_frames: int) -> float:
-    """Floating-point operations of the blocks in the prefill of a question about a video, by formula.
+    """FLOPs of the blocks in the prefill of a question about a video, by formula.
 
-    A weight is a multiplication and an addition a token. Causal attention and the quadratic form within a chunk of the
-    scan count the half that is not masked; the scan's states (arXiv 2405.21060, section 6) are written and read once.
+    A weight counts as a multiplication and an addition per token. Causal attention and the quadratic form within scan
+    chunks count the unmasked half; scan states (arXiv 2405.21060, section 6) are written and read once.
     """
     text, present = config.text, num_frames * TOKENS_PER_FRAME
     assert isinstance(text, HybridConfig)
@@ -172,7 +170,7 @@ def count_flops(config: TimeViperConfig, num_frames: int) -> float:
 
 
 def _transv_rows(width: int, num_frames: int, repeats: int) -> list[Row]:
-    """What the paper's plan saves in the blocks whose cost is linear."""
+    """Savings of the plan of the paper in the blocks of linear cost."""
     with_plan, without = make_model(narrow_config(width)), make_model(narrow_config(width, plan=()))
     run_prefill(with_plan, num_frames)
     pairs = [[run_prefill(model, num_frames).linear_seconds for model in (with_plan, without)] for _ in range(repeats)]
@@ -182,7 +180,7 @@ def _transv_rows(width: int, num_frames: int, repeats: int) -> list[Row]:
 
 
 def _control_rows(config: TimeViperConfig, num_frames: int, seconds: float) -> list[Row]:
-    """How much of the counted saving against attention everywhere, under the same plan, is there on the clock."""
+    """Share of the speed-up that FLOPs promise over attention everywhere, under the same plan."""
     control = all_attention(config)
     measured = run_apart(control, num_frames).seconds / seconds
     promised = count_flops(control, num_frames) / count_flops(config, num_frames)
@@ -202,12 +200,11 @@ def _run_in_process(config: TimeViperConfig, num_frames: int, num_threads: int) 
 
 
 def _forget_peak() -> None:
-    ctypes.CDLL(None).malloc_trim(0)  # what an earlier prefill has freed is no longer counted as there
-    Path("/proc/self/clear_refs").write_text("5")  # begins VmHWM anew (man 5 proc)
+    ctypes.CDLL(None).malloc_trim(0)  # returns memory freed by earlier prefills
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (man 5 proc)
 
 
 def _status_bytes(name: str) -> int:
-    """A field of /proc/self/status."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
     return int(line.split()[1]) * 1024
 

@@ -1,7 +1,6 @@
-"""Row group `prefix`: the second question on a video against the first, through the engine, to the first token.
+"""Row group `prefix`: time to first token of the second question on a video against the first, through the engine.
 
-Each pair is a video of its own name, so its first question finds nothing. The second one's tokens must equal those of
-an engine that keeps nothing, or there is no row. Knows requests and the engine's counts; not how an entry is made.
+Each pair has its own video. The second answer must equal that of an engine without a cache.
 """
 
 from __future__ import annotations
@@ -30,27 +29,27 @@ from timeviper_platform.benchmarks.model.models import (
 
 COMMAND = "python jobs/benchmark.py model --only prefix"
 NUM_ANSWER = 8
-"""tokens that are compared"""
+"""Answer tokens to compare."""
 NUM_SECONDS = 5
-"""times that the second question is asked after each first one: it takes a hundredth of its time, and swings more"""
+"""Second questions per first one: they take a hundredth of the time and vary more."""
 WIDTH = 512
-"""at 256 much of a second question is Python calling operations, which says nothing of wider models"""
+"""Wide enough that Python overhead does not dominate a second question."""
 PLANS = (
     ("the paper's plan", "uni_7_0.5-attn_39_0.9", ">= 12.3"),
     ("its uniform site alone", "uni_7_0.5", ">= 100"),
 )
-"""name, plan and bar: 12.3 is 85 % of the 14.5 times less work that blocks 39-55 on a tenth of the tokens allow"""
+"""Name, plan and bar. 12.3 is 85 % of the 14.5 x less work of blocks 39-55 on a tenth of the tokens."""
 
 
 class Answer(NamedTuple):
-    """One request, alone in its engine."""
+    """Outcome of one request, alone in its engine."""
 
     first_token_seconds: float
     ids: list[int]
 
 
 def prefix_rows(*, width: int = WIDTH, num_frames: int = 1024, repeats: int = 5) -> list[Row]:
-    """For both plans: how much sooner the second question's first token comes, and the entry's bytes."""
+    """For both plans: speed-up of the second first token, and bytes of the cache entry."""
     rows = []
     for name, plan, bar in PLANS:
         model = make_model(narrow_config(width, plan=parse_transv_plan(plan)))
@@ -59,7 +58,7 @@ def prefix_rows(*, width: int = WIDTH, num_frames: int = 1024, repeats: int = 5)
 
 
 def ask(engine: InferenceEngine, num_frames: int, *, video: str, question: int) -> Answer:
-    """The answer to a question about a video, every video having the same frames."""
+    """Answers a question about a video; all videos have the same frames."""
     request = Request(
         prompt=video_question(num_frames, seed=question),
         vision_features=lambda: iter_features(num_frames),
@@ -77,10 +76,10 @@ def ask(engine: InferenceEngine, num_frames: int, *, video: str, question: int) 
 
 
 def make_engine(model: TimeViper, *, prefix_cache_bytes: int) -> InferenceEngine:
-    """One slot, for any length."""
+    """An engine with one slot, for any length."""
     config = EngineConfig(num_slots=1, max_prompt_tokens=2**20, prefix_cache_bytes=prefix_cache_bytes)
     engine = InferenceEngine(model, config)
-    engine.end_token_ids = frozenset()  # every answer has its full length
+    engine.end_token_ids = frozenset()  # every answer has full length
     return engine
 
 

@@ -1,7 +1,4 @@
-"""Row group `scan`: our Mamba-2 mixer against transformers' PyTorch one, same shapes and weights, and against itself.
-
-Knows the two mixers; not models, caches or prompts.
-"""
+"""Row group `scan`: our Mamba-2 mixer against transformers' PyTorch one, and against itself at other lengths."""
 
 from __future__ import annotations
 
@@ -49,13 +46,13 @@ def scan_rows(*, width: int = 256, num_tokens: int = 16384, repeats: int = 5) ->
 
 
 def run_ours(mixer: Mamba2Mixer, hidden_TD: torch.Tensor) -> torch.Tensor:
-    """(T, D) through our mixer as one sequence."""
+    """One sequence through our mixer, (T, D)."""
     mixed: torch.Tensor = mixer(hidden_TD, Segments(torch.zeros(len(hidden_TD), dtype=torch.long), 1))
     return mixed
 
 
 def make_mixers(width: int) -> tuple[Mamba2Mixer, Any]:
-    """Ours, and transformers' with the same weights and the same limits of its time steps."""
+    """Our mixer, and transformers' with the same weights and time step limits."""
     from transformers import NemotronHConfig
     from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
 

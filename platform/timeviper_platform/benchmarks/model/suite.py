@@ -1,4 +1,4 @@
-"""The row groups of the `model` suite, by their keys; each makes its own models, which are gone behind it."""
+"""Row groups of the `model` suite. Each group creates its models and frees them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from timeviper_platform.benchmarks.model.token_decode import decode_rows
 
 
 def on_one_thread(rows: Callable[[], list[Row]]) -> Callable[[], list[Row]]:
-    """The same group with one torch thread, for groups that are made of small steps.
+    """Runs a group of small steps on one torch thread.
 
-    Two threads meet at the end of every small product; wherever one of them has to wait for its core, so does the
-    other, a hundred times a token. Seen on a busy machine: products of eight rows took 10 to 50 times as long.
+    With two threads, each small product waits for both; on a busy machine products of eight rows took 10 to 50 times
+    as long.
     """
 
     def measured() -> list[Row]:

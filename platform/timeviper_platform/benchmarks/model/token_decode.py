@@ -1,7 +1,7 @@
-"""Row group `decode`: tokens a second with a long context against a short one, and of many sequences against one.
+"""Row group `decode`: tokens per second with a long context against a short one, and many sequences against one.
 
-The time of a step depends on how many keys and values each layer holds, not on what they say: slots are filled with
-random ones, as many as a prefill leaves (a test compares the two). Knows caches and steps; not prompts or requests.
+A step's time depends on the number of keys and values, not on their content: slots are filled with random ones, as
+many as prefill leaves (a test compares them).
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def decode_rows(
     context_repeats: int = 25,
     repeats: int = 5,
 ) -> list[Row]:
-    """Long against short under the paper's plan, without it and in the control; then 32 sequences against one.
+    """Long against short under the plan of the paper, without it and in the control; then 32 sequences against one.
 
-    The first three tell hundredths apart while single turns differ by a quarter: so they are repeated more often.
+    The first three differ by hundredths while turns vary by a quarter, so they run more turns.
     """
     paper = narrow_config(width)
     no_plan = narrow_config(width, plan=())
@@ -52,7 +52,7 @@ def decode_rows(
 
 
 def fill_slot(cache: HybridCache, slot: int, config: TimeViperConfig, num_text: int, num_vision: int) -> None:
-    """Puts random states, keys and values into the slot, as many as the prefill of such a prompt leaves there."""
+    """Fills a slot with random states, keys and values of the lengths that prefill would leave."""
     plans, present = plan_sites(config, num_vision), num_vision
     for layer in range(config.text.num_hidden_layers):
         present = plans[layer].num_kept if layer in plans else present
@@ -99,7 +99,7 @@ def _batch_row(config: TimeViperConfig, num_steps: int, repeats: int) -> Row:
 
 
 def _decoding(model: TimeViper, context: int, batch: int, num_steps: int) -> Callable[[], None]:
-    """Decodes that many tokens more in every slot of a cache of its own."""
+    """Decodes a number of tokens in every slot of its own cache."""
     cache = model.new_cache(batch, device="cpu", dtype=torch.float32)
     num_text = NUM_SYSTEM + NUM_QUESTION
     for slot in range(batch):

@@ -1,8 +1,4 @@
-"""Row group `packing`: which share of a batch's tokens are a sample's, packed, padded and grouped by length.
-
-Only lengths matter: no model, no step. Padded and length-grouped batches are what one has without packing; they hold as
-many samples as a pack does on average.
-"""
+"""Row group `packing`: share of real tokens in packs, in padded batches, and in batches grouped by length."""
 
 from __future__ import annotations
 
@@ -23,11 +19,11 @@ from timeviper_platform.training.batches.sizes import SampleTable, measure_sampl
 
 COMMAND = "python jobs/benchmark.py training --only packing"
 MEGABATCH = 50
-"""batches that length-grouping sorts together, as transformers' group_by_length does"""
+"""Batches sorted together, as in transformers' group_by_length."""
 
 
 def packing_rows(config: CorpusConfig = DEMO, packing: PackingConfig | None = None) -> list[Row]:
-    """Fill of one epoch of the mixture in packs, and beside it in padded batches."""
+    """Fill of one epoch of the mixture."""
     packing = packing or PackingConfig(max_tokens=2400, max_frames=480)
     table = measure_mixture(config, packing)
     packs = PackPlan(table, packing, seed=0).epoch(0)
@@ -44,7 +40,6 @@ def packing_rows(config: CorpusConfig = DEMO, packing: PackingConfig | None = No
 
 
 def measure_mixture(config: CorpusConfig, packing: PackingConfig) -> SampleTable:
-    """Sizes of the mixture's samples."""
     with tempfile.TemporaryDirectory(prefix="timeviper-benchmark-") as folder:
         corpus = make_mixture(Path(folder), config)
         store, tokenizer = FeatureStore.open(corpus.store), load_tokenizer(corpus.tokenizer)
@@ -55,13 +50,13 @@ def measure_mixture(config: CorpusConfig, packing: PackingConfig) -> SampleTable
 
 
 def padded_fill(lengths: np.ndarray, batch_size: int) -> float:
-    """Tokens over positions where each batch is as wide as its longest sample: [1, 3] and [2, 2] -> 8 / 10."""
+    """Tokens over positions when each batch is as wide as its longest sample: [1, 3] and [2, 2] -> 8 / 10."""
     batches = [lengths[start : start + batch_size] for start in range(0, len(lengths), batch_size)]
     return float(lengths.sum() / sum(len(batch) * batch.max() for batch in batches))
 
 
 def grouped_fill(lengths: np.ndarray, batch_size: int) -> float:
-    """`padded_fill` after sorting by length inside every MEGABATCH of batches."""
+    """`padded_fill` after sorting within every MEGABATCH of batches."""
     size = MEGABATCH * batch_size
     chunks = [np.sort(lengths[start : start + size])[::-1] for start in range(0, len(lengths), size)]
     return padded_fill(np.concatenate(chunks), batch_size)

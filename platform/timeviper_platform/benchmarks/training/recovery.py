@@ -1,8 +1,7 @@
-"""Row group `recovery`: from the SIGKILL of a whole training job to the next finished step, and to the next new one.
+"""Row group `recovery`: from the SIGKILL of a training job to its next finished step, and to its next new step.
 
-The benchmark is what a supervisor is on a cluster: it starts `python -m timeviper_platform.training.local`, kills the
-process, and starts the same command again at once. The time holds Python's start, imports, the plan, the newest
-checkpoint and a step; up to a step that the job had not finished before, also the steps since the checkpoint again.
+Acts as a supervisor: starts training without Ray in a process, kills it, and starts the same command again. The time
+includes Python's start, imports, the plan, the newest checkpoint and a step.
 """
 
 from __future__ import annotations
@@ -31,13 +30,12 @@ logger = logging.getLogger(__name__)
 COMMAND = "python jobs/benchmark.py training --only recovery"
 SAVE_EVERY = 10
 STEPS_BEFORE_KILL = (13, 17, 15, 19, 16)
-"""finished by an attempt before it is killed, so that steps since the last checkpoint are lost each time"""
+"""Steps finished before each kill; the steps since the last checkpoint are lost each time."""
 TIMEOUT_S = 300.0
 POLL_S = 0.02
 
 
 def recovery_rows(config: CorpusConfig = DEMO, steps_before_kill: Sequence[int] = STEPS_BEFORE_KILL) -> list[Row]:
-    """The median over the kills."""
     with tempfile.TemporaryDirectory(prefix="timeviper-benchmark-") as folder:
         corpus = make_mixture(Path(folder), config)
         values = run_values(corpus, {"steps": 100_000}, checkpoint={"every_steps": SAVE_EVERY, "keep": 2})
@@ -55,24 +53,24 @@ def recovery_rows(config: CorpusConfig = DEMO, steps_before_kill: Sequence[int] 
 
 
 class Recovery(NamedTuple):
-    """Seconds from a kill."""
+    """Seconds after a kill."""
 
     finished_s: float
-    """to the first row of the next attempt"""
+    """Until the first row of the next attempt."""
     new_s: float
-    """to the first row of a step that had none"""
+    """Until the first row of a step not finished before."""
 
 
 def kill_and_measure(command: Sequence[str], run_uri: str, steps_before_kill: Sequence[int]) -> list[Recovery]:
-    """What each kill costs; the process is gone afterwards.
+    """Kills and restarts a run; the process has ended afterwards.
 
     Args:
-        command: a run that goes on where its newest checkpoint is.
+        command: a run that resumes from its newest checkpoint.
         run_uri: its folder.
         steps_before_kill: steps that each attempt finishes before its kill.
 
     Raises:
-        RuntimeError: when the run ends by itself or makes no steps.
+        RuntimeError: if the run ends or makes no progress.
     """
     found = []
     process = _start(command)
@@ -97,13 +95,13 @@ def kill_and_measure(command: Sequence[str], run_uri: str, steps_before_kill: Se
 
 
 def newest_step(run_uri: str) -> int:
-    """The last step of which a row is written; 0 before the first."""
+    """Last step with a row of metrics; 0 before the first."""
     rows = read_metrics(run_uri)
     return int(rows[-1]["global_step"]) if rows else 0
 
 
 def newest_attempt(run_uri: str) -> int:
-    """The last attempt that wrote a row; 0 before the first."""
+    """Last attempt with a row of metrics; 0 before the first."""
     return max((int(row["attempt"]) for row in read_metrics(run_uri)), default=0)
 
 

@@ -1,4 +1,4 @@
-"""An S3 server on loopback in a process of its own, for the benchmarks. It needs moto, which `.[dev]` installs."""
+"""An S3 server on loopback in its own process. Needs moto, from the extra `dev`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ START_TIMEOUT_S = 60.0
 
 @contextlib.contextmanager
 def s3_server() -> Iterator[dict[str, str]]:
-    """A server with an empty bucket; yields the environment variables that make s3:// URIs reach it.
+    """A server with an empty bucket; yields environment variables that direct s3:// URIs to it.
 
     Raises:
-        RuntimeError: when moto is not installed, or does not start.
+        RuntimeError: if moto is not installed or does not start.
     """
     if importlib.util.find_spec("moto") is None:
         raise RuntimeError("the S3 server of the benchmarks needs moto: pip install -c constraints.txt '.[dev]'")

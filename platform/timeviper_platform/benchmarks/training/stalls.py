@@ -1,7 +1,7 @@
-"""Row groups `checkpoint` and `data`: the share of a run in which it waits for its checkpoints, and for its features.
+"""Row groups `checkpoint` and `data`: share of a run spent waiting for checkpoints and for features.
 
-Each run is `python -m timeviper_platform.training.local` in a process of its own; the figures are those that it writes
-to its metrics. Features come from the local disk, and from an S3 server on loopback in a third process.
+Runs train without Ray in their own process and report through their metrics. Features come from local disk, and from
+an S3 server on loopback.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ DATA_COMMAND = "python jobs/benchmark.py training --only data"
 SAVE_EVERY = 50
 
 RunJob = Callable[[Path, Mapping[str, str]], None]
-"""Runs the training that a YAML file describes, with additional environment variables."""
+"""Runs the training of a YAML file with additional environment variables."""
 
 
 def run_apart(config: Path, environment: Mapping[str, str]) -> None:
-    """In a process of its own.
+    """Runs training in its own process.
 
     Raises:
-        RuntimeError: when it fails.
+        RuntimeError: if it fails.
     """
     result = subprocess.run(
         training_command(config), env={**os.environ, **environment}, stdout=subprocess.DEVNULL, check=False
@@ -57,7 +57,7 @@ def run_apart(config: Path, environment: Mapping[str, str]) -> None:
 def checkpoint_rows(
     config: CorpusConfig = DEMO, *, num_saves: int = 5, every: int = SAVE_EVERY, run: RunJob = run_apart
 ) -> list[Row]:
-    """How much of its time a run stands still that saves every 50 steps: the median over its saves."""
+    """Share of time lost to saving every 50 steps; median over saves."""
     with tempfile.TemporaryDirectory(prefix="timeviper-benchmark-") as folder:
         corpus = make_mixture(Path(folder), config)
         values = run_values(corpus, {"steps": every * num_saves}, checkpoint={"every_steps": every, "keep": 2})
@@ -79,7 +79,7 @@ def checkpoint_rows(
 def data_rows(
     *, num_steps: int = 40, num_films: int = 24, num_frames: int = 256, dim: int = 1152, run: RunJob = run_apart
 ) -> list[Row]:
-    """How much of its time a run waits for features that are larger than its cache, from disk and from S3."""
+    """Share of time waiting for features larger than the cache, from disk and from S3."""
     with tempfile.TemporaryDirectory(prefix="timeviper-benchmark-") as folder:
         corpus = make_films(Path(folder), num_films=num_films, num_frames=num_frames, dim=dim)
         film_bytes = 2 * num_frames * 16 * dim
@@ -88,7 +88,7 @@ def data_rows(
             "packing": {"max_tokens": 16 * num_frames + 100, "max_frames": num_frames},
             "packs_per_step": 1,
         }
-        # two films in the cache and four ahead: what is read again later is really read again
+        # two films in the cache and four read ahead, so that repeated reads are real
         loader = {"prefetch_bytes": 4 * film_bytes, "cache_bytes": 2 * film_bytes}
         local = run_and_read(corpus, run_values(corpus, phase, name="local", loader=loader), run)
         with s3_server() as environment:
@@ -106,7 +106,6 @@ def data_rows(
 def run_and_read(
     corpus: MadeCorpus, values: dict[str, Any], run: RunJob, environment: Mapping[str, str] | None = None
 ) -> list[dict[str, Any]]:
-    """Runs a configuration; its rows of metrics."""
     config = parse_config(TrainConfig, values)
     file = corpus.folder / f"{config.name}.yaml"
     file.write_text(yaml.safe_dump(values))
@@ -128,7 +127,7 @@ def upload(folder: str, uri: str, environment: Mapping[str, str]) -> None:
 
 
 def _wait_rows(rows: list[dict[str, Any]], name: str, bar: str) -> list[Row]:
-    """The first step waits for the first read, once; it is told apart."""
+    """Excludes the first step, which waits for the first read."""
     first, *others = rows
     waited_s = sum(row["data_wait_share"] * row["seconds"] for row in others)
     share = waited_s / sum(row["seconds"] for row in others)

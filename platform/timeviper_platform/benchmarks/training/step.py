@@ -1,9 +1,8 @@
-"""Row group `step`: the platform's steps against a bare loop's on the same packs, in turn, in several processes.
+"""Row group `step`: the platform's training steps against a bare loop on the same packs, in turn, in several processes.
 
-The bare loop is what one would write first: the same model, packs that lie in memory as tensors, forward, backward,
-clipping, torch's AdamW. Whatever the platform does beside that (reading and building packs, DeepSpeed, agreeing,
-metrics) is what its time holds more. Where a process' memory happens to lie moves its ratio by several percent however
-many steps it makes, hence the median over processes.
+The bare loop holds its packs in memory and does forward, backward, clipping and torch's AdamW. The ratio is what the
+platform adds: reading and packing, DeepSpeed, agreement between ranks, metrics. Memory layout shifts the ratio of a
+process by several percent, hence the median over processes.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from timeviper_platform.training.run import run_training
 COMMAND = "python jobs/benchmark.py training --only step"
 
 PACK_TOKENS = 8192
-"""as in ray_configs/align.yaml; what a step costs beside its tokens does not depend on their number"""
+"""As in align.yaml."""
 
 
 def step_rows(
@@ -48,10 +47,10 @@ def step_rows(
     steps_per_block: int = 1,
     zero_stage: int = 2,
 ) -> list[Row]:
-    """The platform's time over the bare loop's, and how long a bare step is."""
+    """Ratio of the platform to the bare loop, and the time of a bare step."""
     with tempfile.TemporaryDirectory(prefix="timeviper-benchmark-") as folder:
         corpus = make_mixture(Path(folder), config)
-        # one step is read ahead: a longer queue would be filled in the bare loop's time
+        # one step ahead: a longer queue would be filled during the bare steps
         values = run_values(
             corpus,
             {"steps": (num_blocks + 1) * steps_per_block, "packing": {"max_tokens": PACK_TOKENS}},
@@ -75,7 +74,7 @@ def step_rows(
 
 
 def run_apart(values: dict[str, Any], steps_per_block: int) -> Pairs:
-    """The pairs of one run in a process of its own."""
+    """The pairs of one run in its own process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_run, (values, steps_per_block))
 
@@ -86,7 +85,7 @@ def _run(values: dict[str, Any], steps_per_block: int) -> Pairs:
 
 
 def run_in_turn(config: TrainConfig, steps_per_block: int) -> InTurn:
-    """Runs `config`, a block of bare steps after every block of its own."""
+    """Runs `config` with a block of bare steps after each block of its own."""
     torch.set_num_threads(config.workers.threads_per_worker)
     with process_group(use_gpu=False) as device:
         bare = BareLoop(prepare(config), config.zero)
@@ -96,7 +95,7 @@ def run_in_turn(config: TrainConfig, steps_per_block: int) -> InTurn:
 
 
 def prepare(config: TrainConfig) -> Phase:
-    """The run's only phase with its first weights, on one rank."""
+    """Prepares the only phase of the run on one rank."""
     (name, phase), *_ = config.phases.items()
     assert phase.init is not None
     store = FeatureStore.open(config.feature_store)
@@ -105,11 +104,11 @@ def prepare(config: TrainConfig) -> Phase:
 
 
 class BareLoop:
-    """Plain torch in fp32 on packs that are there already.
+    """Plain torch in fp32 on packs in memory.
 
     Args:
-        phase: whose model, packs, parameter groups and schedule.
-        zero: the optimizer's constants.
+        phase: model, packs, parameter groups and schedule.
+        zero: constants of the optimizer.
     """
 
     def __init__(self, phase: Phase, zero: ZeroConfig) -> None:
@@ -130,7 +129,6 @@ class BareLoop:
         )
 
     def run(self, num_steps: int) -> None:
-        """The next steps."""
         for _ in range(num_steps):
             self._step(self._steps[len(self.losses)])
 
@@ -151,58 +149,55 @@ class BareLoop:
 
 
 class Clock(NamedTuple):
-    """A moment, or the time between two."""
+    """A point in time, or a difference of two."""
 
     wall_s: float
     cpu_s: float
-    """of all threads of this process"""
+    """CPU time of all threads of this process."""
 
     def since(self, before: Clock) -> Clock:
-        """The time between."""
         return Clock(self.wall_s - before.wall_s, self.cpu_s - before.cpu_s)
 
 
 def read_clock() -> Clock:
-    """Now."""
     return Clock(time.perf_counter(), time.process_time())
 
 
 class Pairs(NamedTuple):
-    """Neighbouring blocks of the two loops: a busy machine slows both, and they have the same packs."""
+    """Neighbouring blocks of the two loops, with the same packs and the same load of the machine."""
 
     own: Sequence[Clock]
     bare: Sequence[Clock]
 
     @property
     def wall_ratio(self) -> float:
-        """The median pair's."""
+        """Median over pairs."""
         return statistics.median(own.wall_s / bare.wall_s for own, bare in zip(self.own, self.bare, strict=True))
 
     @property
     def cpu_ratio(self) -> float:
-        """The same in CPU time."""
+        """Median over pairs of CPU time."""
         return statistics.median(own.cpu_s / bare.cpu_s for own, bare in zip(self.own, self.bare, strict=True))
 
 
 class InTurn:
-    """A tracker that stops the platform after each block of its steps for a block of bare ones; the first is not timed.
+    """A tracker that runs a block of bare steps after each block of platform steps; the first pair is not timed.
 
     Args:
-        bare: what runs in between.
-        steps_per_block: of either.
+        bare: the bare loop.
+        steps_per_block: steps per block of either.
     """
 
     def __init__(self, bare: BareLoop, steps_per_block: int) -> None:
         self.bare = bare
         self.losses: list[float] = []
-        """of the platform's steps"""
+        """Losses of the platform."""
         self._steps_per_block = steps_per_block
         self.own_blocks: list[Clock] = []
         self.bare_blocks: list[Clock] = []
         self._started: Clock | None = None
 
     def log(self, scalars: Mapping[str, float], global_step: int) -> None:
-        """Called after each of the platform's steps."""
         self.losses += [value for name, value in scalars.items() if name.endswith("/loss")]
         if global_step % self._steps_per_block:
             return

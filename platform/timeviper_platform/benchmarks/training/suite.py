@@ -1,4 +1,4 @@
-"""The row groups of the `training` suite, by their keys."""
+"""Row groups of the `training` suite."""
 
 from __future__ import annotations
 

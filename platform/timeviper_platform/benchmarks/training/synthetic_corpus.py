@@ -1,8 +1,4 @@
-"""What the training suite trains on: the demo's samples with random features, and long films in the paper's sizes.
-
-Knows how to make samples, feature stores, a tokenizer and first weights in a folder, without decoding or encoding
-anything. Does not know what is measured.
-"""
+"""Training data without media: the demo's samples with random features, and long films in the sizes of the paper."""
 
 from __future__ import annotations
 
@@ -27,39 +23,36 @@ from timeviper_platform.data.synthetic.scenes import draw_scenes
 from timeviper_platform.data.synthetic.tokenizer import save_tokenizer
 
 DEMO = CorpusConfig(output="")
-"""the demo's corpus: 2,000 videos of 24 s, 640 pictures, 6,000 texts"""
+"""The demo's corpus: 2,000 videos of 24 s, 640 images, 6,000 texts."""
 TOY = CorpusConfig(
     output="", train=SceneCounts(needle=12, order=4, count=4), num_images=8, num_language_samples=40, vocab_size=300
 )
-"""the same in small, for tests"""
+"""A small one for tests."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MadeCorpus:
-    """What a run needs, in one folder."""
+    """Inputs of a run, in one folder."""
 
     folder: Path
     init: Mapping[str, Any]
-    """first weights, as a phase's `init`"""
+    """First weights, as a phase's `init`."""
 
     @property
     def samples(self) -> str:
-        """Folder of SAMPLES files."""
         return str(self.folder / "samples")
 
     @property
     def store(self) -> str:
-        """The feature store."""
         return str(self.folder / "features")
 
     @property
     def tokenizer(self) -> str:
-        """Folder of the tokenizer."""
         return str(self.folder / "tokenizer")
 
 
 def make_mixture(folder: Path, config: CorpusConfig) -> MadeCorpus:
-    """The demo's texts, pictures and videos as samples of one mixture; the features say nothing."""
+    """The demo's texts, images and videos as one mixture with random features."""
     corpus = MadeCorpus(folder=folder, init={"preset": "tiny"})
     scenes = list(
         draw_scenes("train", config.train.by_kind(), duration_seconds=config.duration_seconds, seed=config.seed)
@@ -75,7 +68,7 @@ def make_mixture(folder: Path, config: CorpusConfig) -> MadeCorpus:
 
 
 def make_films(folder: Path, *, num_films: int = 24, num_frames: int = 256, dim: int = 1152) -> MadeCorpus:
-    """Films with the paper's 16 tokens a frame and 256 frames a sample, 9 MB each, and a tiny model of that width."""
+    """Films with 16 tokens a frame and 256 frames a sample, 9 MB each, and a tiny model of that width."""
     corpus = MadeCorpus(folder=folder, init={"weights": str(folder / "weights")})
     vision = replace(TINY.vision, num_tokens_per_frame=16, hidden_size=dim)
     names = [f"film-{number:04d}" for number in range(num_films)]
@@ -91,7 +84,7 @@ def make_films(folder: Path, *, num_films: int = 24, num_frames: int = 256, dim:
 
 
 def run_values(corpus: MadeCorpus, phase: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
-    """A run's configuration as YAML holds it: one phase named `train`, everything trained; changes by top-level key."""
+    """Configuration of a run as YAML values: one phase named `train`; changes by top-level key."""
     return {
         "name": "benchmark",
         "runs": str(corpus.folder / "runs"),
@@ -113,7 +106,7 @@ def run_values(corpus: MadeCorpus, phase: Mapping[str, Any], **changes: Any) -> 
 
 
 def training_command(config: Path) -> list[str]:
-    """The command line of the run that `config` describes, in a process of its own without Ray."""
+    """Command that runs `config` in its own process without Ray."""
     return [sys.executable, "-m", "timeviper_platform.training.local", "--config", str(config)]
 
 
