@@ -1,9 +1,9 @@
-"""Weights -> endpoint: runs the application of a Serve configuration file until it is told to stop.
+"""Serves weights over HTTP: runs the application of a Serve configuration file until SIGINT or SIGTERM.
 
     python jobs/serve.py --config ray_configs/tiny/serve.yaml [--port 8000] [weights=outputs/demo/weights ...]
 
-The same file works with `serve run` and `serve deploy`. Joins the cluster that RAY_ADDRESS names, else starts a Ray of
-its own; on SIGINT or SIGTERM it takes down its own application, and what else it started.
+The same file works with `serve run` and `serve deploy`. Joins the cluster at RAY_ADDRESS, else starts a local Ray; at
+the end it removes its application and stops all that it started.
 """
 
 from __future__ import annotations
@@ -34,17 +34,21 @@ logger = logging.getLogger("serve")
 
 READY_TIMEOUT_S = 180.0
 CONTROLLER = "SERVE_CONTROLLER_ACTOR"
-"""Ray Serve's own name for its controller, in its own namespace"""
+"""Ray Serve's name for its controller."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HttpOptions:
-    """Where Ray Serve's proxies listen."""
+    """HTTP options of Ray Serve's proxies."""
 
     host: str = "127.0.0.1"
+    """Address to listen on."""
     port: int = 8000
+    """Port to listen on."""
     request_timeout_s: float | None = None
+    """Maximum seconds of a request; None = no limit besides the gateway's own."""
     keep_alive_timeout_s: int = 90
+    """Seconds for which idle connections stay open."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,19 +56,27 @@ class ApplicationEntry:
     """One entry of `applications`."""
 
     args: ServeConfig
+    """Configuration of the application."""
     import_path: Literal["timeviper_platform.serving.app:build"]
+    """The application's builder."""
     name: str = "timeviper"
+    """Name of the application."""
     route_prefix: str = "/"
+    """URL path of the application."""
     runtime_env: dict[str, Any] = field(default_factory=dict)
+    """Ray's runtime environment of the replicas."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServeFile:
-    """What this job reads of Ray Serve's file format; more options than these need `serve deploy`."""
+    """The options of Ray Serve's file format that this job supports; others need `serve deploy`."""
 
     applications: list[ApplicationEntry]
+    """Exactly one application."""
     proxy_location: Literal["HeadOnly", "EveryNode", "Disabled"] = "EveryNode"
+    """Nodes with an HTTP proxy."""
     http_options: HttpOptions = field(default_factory=HttpOptions)
+    """Options of the proxies."""
 
     def __post_init__(self) -> None:
         if len(self.applications) != 1:
@@ -84,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def serve_until_stopped(options: argparse.Namespace) -> JobResult:
-    """Deploys, waits for a signal, takes down."""
+    """Deploys, waits for a signal, then removes the application."""
     stop = threading.Event()
     _watch_signals(stop)
     try:
@@ -92,7 +104,7 @@ def serve_until_stopped(options: argparse.Namespace) -> JobResult:
         (entry,) = file.applications
         port = options.port or file.http_options.port
         _connect(entry.runtime_env)
-        _watch_signals(stop)  # Ray has put its own handlers in their place
+        _watch_signals(stop)  # ray.init has replaced them
         _serve(file, entry, port, stop)
     finally:
         ray.shutdown()
@@ -100,7 +112,7 @@ def serve_until_stopped(options: argparse.Namespace) -> JobResult:
 
 
 def _load(path: str, overrides: Sequence[str]) -> ServeFile:
-    """The file with `overrides` laid over its application's args."""
+    """The file, with overrides of its application's args."""
     return load_config(ServeFile, path, [f"applications.0.args.{override}" for override in overrides])
 
 
@@ -111,7 +123,7 @@ def _watch_signals(stop: threading.Event) -> None:
 
 def _connect(runtime_env: dict[str, Any]) -> None:
     if "RAY_ADDRESS" not in os.environ:
-        logger.info("RAY_ADDRESS is not set: starting a Ray of our own")
+        logger.info("RAY_ADDRESS is not set: starting a local Ray")
     ray.init(runtime_env=runtime_env or None, namespace="serve", log_to_driver=False, logging_level=logging.WARNING)
 
 
@@ -131,8 +143,8 @@ def _serve(file: ServeFile, entry: ApplicationEntry, port: int, stop: threading.
         application = build_application(with_absolute_paths(entry.args, Path.cwd()))
         try:
             serve.run(application, name=entry.name, route_prefix=entry.route_prefix)
-        except RuntimeError as error:  # Serve says which deployments failed; why is in their status
-            raise RuntimeError(f"{error}{_causes(serve.status(), entry.name)}") from error
+        except RuntimeError as error:  # Serve names the failed deployments; the causes are in their status
+            raise RuntimeError(f"{error}{failure_causes(serve.status(), entry.name)}") from error
         host = "127.0.0.1" if http.host == "0.0.0.0" else http.host
         url = f"http://{host}:{port}{entry.route_prefix.rstrip('/')}"
         _wait_until_ready(url, stop)
@@ -145,8 +157,8 @@ def _serve(file: ServeFile, entry: ApplicationEntry, port: int, stop: threading.
             serve.shutdown()
 
 
-def _causes(status: Any, application: str) -> str:
-    """What each of the application's failed deployments says, without the traceback before it."""
+def failure_causes(status: Any, application: str) -> str:
+    """The message of each failed deployment of the application, without its traceback."""
     found = status.applications.get(application)
     deployments = {} if found is None else found.deployments
     return "".join(
@@ -159,8 +171,8 @@ def _causes(status: Any, application: str) -> str:
 def _without_traceback(message: str) -> str:
     lines = message.strip().splitlines()
     frames = [number for number, line in enumerate(lines) if line.startswith('  File "')]
-    behind = lines[frames[-1] + 1 :] if frames else lines
-    return "\n".join(itertools.dropwhile(lambda line: line.startswith("    "), behind))
+    message_lines = lines[frames[-1] + 1 :] if frames else lines
+    return "\n".join(itertools.dropwhile(lambda line: line.startswith("    "), message_lines))
 
 
 def _is_serve_running() -> bool:
@@ -180,7 +192,7 @@ def _wait_until_ready(url: str, stop: threading.Event) -> None:
         except (urllib.error.URLError, OSError):
             stop.wait(0.3)
     if not stop.is_set():
-        raise RuntimeError(f"{url}/health/ready does not answer; does Ray Serve listen on another port already?")
+        raise RuntimeError(f"{url}/health/ready does not answer; check that no other Ray Serve uses this port")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""jobs/serve.py on the shared cluster: real HTTP, the real openai client, real videos; and every bad input."""
+"""The serve job on the shared cluster: HTTP, the openai client, uploaded videos and bad input."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MODEL = "timeviper-tiny"
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A running endpoint and what can be sent to it."""
+    """A running endpoint, and a video to send."""
 
     url: str
     process: subprocess.Popen[str]
@@ -66,7 +66,7 @@ def endpoint(ray_cluster: dict[str, str], tmp_path_factory: pytest.TempPathFacto
     try:
         line = process.stdout.readline()
         if not line.startswith("ready:"):
-            pytest.fail(f"the endpoint did not come up: {process.communicate(timeout=60)[1][-3000:]}")
+            pytest.fail(f"the endpoint did not start: {process.communicate(timeout=60)[1][-3000:]}")
         yield Endpoint(f"http://127.0.0.1:{port}", process, write_video(root / "a.mp4", seconds=6))
     finally:
         process.send_signal(signal.SIGTERM)
@@ -110,7 +110,7 @@ def test_questions_about_stored_and_uploaded_videos_are_answered_plain_and_strea
         usage, before = chunks[-1].usage.model_dump(), plain.usage.model_dump()
         reused = [of.pop("prompt_tokens_details").pop("cached_tokens") for of in (usage, before)]
         assert usage == before
-        assert reused[0] >= details["vision_tokens"]  # the film is not read again for the same question
+        assert reused[0] >= details["vision_tokens"]  # the film is not prefilled again
     assert answers["file"] == answers["inline"]
     client.files.delete(uploaded.id)
     with pytest.raises(openai.NotFoundError):
@@ -118,7 +118,7 @@ def test_questions_about_stored_and_uploaded_videos_are_answered_plain_and_strea
 
 
 @pytest.mark.cluster
-def test_several_at_once_each_get_their_own_answer(endpoint: Endpoint) -> None:
+def test_concurrent_questions_get_their_own_answers(endpoint: Endpoint) -> None:
     client = endpoint.client
 
     def ask(number: int) -> str:
@@ -157,7 +157,7 @@ def test_bad_input_is_a_4xx_in_openais_shape_and_never_a_500(endpoint: Endpoint)
         "over-large body": (body(messages=question("x" * 300_000)), 413),
         "too long a prompt": (body(messages=question("x" * 20_000)), 400),
         "truncated video": (inline(video[: len(video) // 3]), 422),
-        "garbage in a container's clothes": (inline(video[:40] + b"\x07" * 500), 422),
+        "garbage after a container header": (inline(video[:40] + b"\x07" * 500), 422),
         "text file as video": (inline(b"this is a text file" * 10), 415),
         "empty video": (inline(b""), 415),
         "playlist": (inline(b"#EXTM3U\nfile:///etc/passwd\n"), 415),
@@ -175,7 +175,7 @@ def test_bad_input_is_a_4xx_in_openais_shape_and_never_a_500(endpoint: Endpoint)
 
 
 @pytest.mark.cluster
-def test_health_is_known_and_requests_are_counted(endpoint: Endpoint) -> None:
+def test_health_and_metrics_are_served(endpoint: Endpoint) -> None:
     with urllib.request.urlopen(f"{endpoint.url}/health/ready", timeout=10) as response:
         assert json.load(response) == {"status": "ready", "features": True, "engine": True}
     with urllib.request.urlopen(f"{endpoint.url}/metrics", timeout=10) as response:
@@ -184,7 +184,7 @@ def test_health_is_known_and_requests_are_counted(endpoint: Endpoint) -> None:
 
 @pytest.fixture
 def job(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """jobs/serve.py, which leaves this process' signals alone."""
+    """The job's module, without its signal handlers."""
     specification = importlib.util.spec_from_file_location("serve_job", ROOT / "jobs" / "serve.py")
     assert specification is not None
     assert specification.loader is not None
@@ -202,14 +202,14 @@ def job(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         ("weights", "must read key=value"),
     ],
 )
-def test_a_wrong_setting_is_an_error_that_names_it(
+def test_an_invalid_setting_is_an_error_with_its_name(
     override: str, message: str, capsys: pytest.CaptureFixture[str], job: ModuleType
 ) -> None:
     assert job.main(["--config", str(ROOT / "ray_configs/tiny/serve.yaml"), override]) == 1
     assert message in capsys.readouterr().err
 
 
-SAID = """The deployment failed to start 2 times in a row. See controller logs for details. Error:
+MESSAGE = """The deployment failed to start 2 times in a row. See controller logs for details. Error:
 ray::ServeReplica:timeviper:features.initialize_and_get_metadata() (pid=1)
   File "replica.py", line 1928, in initialize
     raise RuntimeError(traceback.format_exc()) from None
@@ -223,16 +223,16 @@ preprocess into a new folder
 """
 
 
-def test_a_deployment_that_fails_says_why_without_its_traceback(job: ModuleType) -> None:
+def test_a_failed_deployments_cause_has_no_traceback(job: ModuleType) -> None:
     def deployment(status: str, message: str) -> SimpleNamespace:
         return SimpleNamespace(status=status, message=message)
 
     deployments = {
         "engine": deployment("HEALTHY", ""),
-        "features": deployment("DEPLOY_FAILED", SAID),
+        "features": deployment("DEPLOY_FAILED", MESSAGE),
         "gateway": deployment("UNHEALTHY", "no node has room"),
     }
     status = SimpleNamespace(applications={"timeviper": SimpleNamespace(deployments=deployments)})
-    why = "encoder and store do not fit:\n  recipe_version: 2 and 1\npreprocess into a new folder"
-    assert job._causes(status, "timeviper") == f"\nfeatures: ValueError: {why}\ngateway: no node has room"
-    assert job._causes(status, "another") == ""
+    cause = "encoder and store do not fit:\n  recipe_version: 2 and 1\npreprocess into a new folder"
+    assert job.failure_causes(status, "timeviper") == f"\nfeatures: ValueError: {cause}\ngateway: no node has room"
+    assert job.failure_causes(status, "another") == ""

@@ -19,7 +19,7 @@ from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.data.video.reader import read_frames
 from timeviper_platform.evaluation.evaluator import AnsweringConfig, read_media
 from timeviper_platform.serving.features.service import FeatureService, FeatureServiceConfig
-from timeviper_platform.serving.messages import FeatureReference, FeatureRequest, StoredFeatures
+from timeviper_platform.serving.messages import FeatureReference, StoredFeatures
 from timeviper_platform.training.batches.samples import FramesConfig, SampleBuilder, TokenizedSample
 
 NTSC = Fraction(30000, 1001)
@@ -74,7 +74,7 @@ def served(ntsc: Ntsc, max_frames: int) -> np.ndarray:
     """(F, N, dim) bits of the features that a request gets."""
     config = FeatureServiceConfig(feature_store=ntsc.uri, max_frames=max_frames)
     service = FeatureService(ntsc.weights, config, lambda array: array)
-    answer = asyncio.run(service.features(FeatureRequest(source=StoredFeatures(media_id="ntsc"))))
+    answer = asyncio.run(service.features(StoredFeatures(media_id="ntsc")))
     assert isinstance(answer, FeatureReference)
     return np.asarray(answer.ref)
 

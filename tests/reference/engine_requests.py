@@ -1,4 +1,4 @@
-"""Requests to a small random engine, and what comes of them."""
+"""Requests to a small random engine, and their events."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def text_of(events: Iterable[Event]) -> str:
 
 
 def answers(model: TimeViper, requests: list[Request], **config: int) -> tuple[list[list[Token]], list[int], Any]:
-    """Tokens and cached tokens of each request, asked together, and what the engine counted."""
+    """Tokens and cached tokens of each request, all submitted together, and the engine's statistics."""
     engine = engine_of(model, **config)
     ids = [engine.submit(request) for request in requests]
     events = run(engine)

@@ -1,4 +1,4 @@
-"""The gateway over real ASGI between services that are small but keep their contract, and how to read its answers."""
+"""The gateway over ASGI with synthetic services, and readers of its answers."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from timeviper_platform.serving.gateway.routes import create_app
 from timeviper_platform.serving.messages import (
     AnswerDelta,
     FeatureReference,
-    FeatureRequest,
     GenerateRequest,
+    MediaSource,
     Refusal,
     StoredFeatures,
     TokenLogprob,
@@ -30,15 +30,19 @@ USAGE = Usage(prompt_tokens=9, completion_tokens=3, vision_tokens=8, vision_toke
 
 
 class Features:
-    """Knows one stored medium and takes any upload."""
+    """Has one stored medium and accepts any upload."""
 
     def __init__(self) -> None:
-        self.requests: list[FeatureRequest] = []
+        self.sources: list[MediaSource] = []
+        self.limits: list[tuple[float | None, int | None]] = []
         self.ready = True
 
-    async def features(self, request: FeatureRequest) -> FeatureReference | Refusal:
-        self.requests.append(request)
-        if isinstance(request.source, StoredFeatures) and request.source.media_id != "known":
+    async def features(
+        self, source: MediaSource, *, fps: float | None = None, max_frames: int | None = None
+    ) -> FeatureReference | Refusal:
+        self.sources.append(source)
+        self.limits.append((fps, max_frames))
+        if isinstance(source, StoredFeatures) and source.media_id != "known":
             return Refusal(status=404, message="no such medium", code="media_not_found")
         return FeatureReference(
             key="k", ref=None, num_frames=2, num_tokens_per_frame=4, modality="video", duration_seconds=2.0
@@ -49,7 +53,7 @@ class Features:
 
 
 class Engine:
-    """Answers 'hello world' in two parts; `refusal` comes instead of part number `refuse_at`."""
+    """Answers 'hello world' in two deltas; `refusal` replaces delta number `refuse_at`."""
 
     def __init__(self) -> None:
         self.requests: list[GenerateRequest] = []
@@ -88,7 +92,7 @@ class Engine:
 
 
 class Server:
-    """The gateway with its fake services and a client."""
+    """The gateway with synthetic services and a client."""
 
     def __init__(self, folder: Path, **config: Any) -> None:
         self.features = Features()

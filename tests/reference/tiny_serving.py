@@ -1,4 +1,4 @@
-"""For engine and serving: random weights, a byte tokenizer, folders that fit one another, one request at a time."""
+"""Small random weights, a byte tokenizer and matching folders for tests of engine and serving."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CONFIG_WITH_TRANSV: TimeViperConfig = replace(CONFIG, transv=SITES)
 
 
 def byte_tokenizer() -> Any:
-    """One token a byte, behind the special tokens of Nemotron's prompt."""
+    """One token per byte, after the special tokens of Nemotron's template."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate([*SPECIAL_TOKENS, *letters])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -61,7 +61,7 @@ def random_model(
 
 
 def prompt(tokenizer: Any, question: str, num_vision_tokens: int = 0) -> Sample:
-    """A user's question about a medium of that many tokens."""
+    """A user's question about a medium of `num_vision_tokens`."""
     media = [num_vision_tokens] if num_vision_tokens else []
     return build_sample(tokenizer, [Turn(role="user", text=question)], media, add_generation_prompt=True)
 
@@ -69,7 +69,7 @@ def prompt(tokenizer: Any, question: str, num_vision_tokens: int = 0) -> Sample:
 def generate_alone(
     model: TimeViper, sample: Sample, features: torch.Tensor, *, num_tokens: int, end_ids: frozenset[int]
 ) -> list[int]:
-    """Greedy tokens of one request in a cache of its own, the plain way."""
+    """Greedy tokens of one request, by prefill and decode_step: the slow reference."""
     cache = model.new_cache(1, device="cpu", dtype=next(model.parameters()).dtype)
     slot = torch.tensor([0])
     logits = prefill(model, pack_samples([sample], [features]), cache, 0)
@@ -81,16 +81,16 @@ def generate_alone(
 
 @dataclass(frozen=True)
 class ServingFolders:
-    """What an endpoint needs, made for one another."""
+    """Weights, feature store and encoder that fit one another."""
 
     weights: str
     store: str
-    """holds `film`, 40 frames at 1 fps"""
+    """Contains `film`, 40 frames at 1 fps."""
     encoder: VisionTowerConfig
 
 
 def make_serving_folders(root: Path) -> ServingFolders:
-    """Random weights, a random encoder, and a store with random features under that encoder's recipe."""
+    """Random weights, a random encoder, and a store of random features with its recipe."""
     torch.manual_seed(0)
     width = CONFIG.vision.hidden_size
     tower = SiglipVisionConfig(
@@ -113,7 +113,7 @@ def make_serving_folders(root: Path) -> ServingFolders:
 
 
 def write_video(path: Path, *, seconds: int = 4, size: int = 64, fps: int = 4) -> Path:
-    """An H.264 file in which every second has its own grey: 20, 60, 100, ..."""
+    """An H.264 file whose seconds are grey 20, 60, 100, ..."""
     with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=fps, options={"crf": "10"})
         stream.width = stream.height = size

@@ -1,1 +1,1 @@
-"""Prefill, decoding and continuous batching."""
+"""Prompts to answers: the engine, and generate() for one prompt."""

@@ -133,18 +133,15 @@ class DecodeGraph:
 
 
 class FixedStore:
-    """One attention layer's keys and values of neighbouring slots, read as a whole under a mask.
+    """A KeyValueStore of neighbouring slots whose operations have the same shapes at every step.
 
-    A `KeyValueStore` whose operations have the same shapes at every step.
+    Reads all reserved room of one attention layer under a mask.
     """
 
     def __init__(self, cache: AttentionCache, slots: Sequence[int], num_new: Tensor) -> None:
-        """Reads the slots' present lengths.
+        """Takes slots of a cache with room for every step.
 
-        Args:
-            cache: with room for every step.
-            slots: neighbours, ascending.
-            num_new: int64 scalar on the device: tokens that each slot has gained since.
+        `num_new`, an int64 scalar on the device, counts the tokens that each slot has gained since.
         """
         rows = slice(slots[0], slots[-1] + 1)
         with torch.inference_mode():
@@ -157,7 +154,7 @@ class FixedStore:
         self._num_new = num_new
 
     def extend(self, q_THE: Tensor, k_THE: Tensor, v_THE: Tensor) -> Tensor:
-        """Not supported: prompts are prefilled before."""
+        """Not supported."""
         raise NotImplementedError("a decode graph reads no prompts; prefill them first")
 
     def attend(self, q_BHE: Tensor, k_BHE: Tensor, v_BHE: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Token ids, one at a time, to text that is certain: never half a character, never the start of a stop string.
+"""Incremental detokenization: token ids to text that no later token can change.
 
-Knows a tokenizer's `decode` and strings; nothing of the model. Text is held back while it could still become part of
-a stop string, or of what closes an answer (`\\n` before Nemotron's end token), and is released or dropped after.
+Holds text back while it may still become part of a character, a stop string or the template's closing text (`\\n`
+before Nemotron's end token).
 """
 
 from __future__ import annotations
@@ -10,15 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 REPLACEMENT = "\ufffd"
-"""What decoders write for bytes that are not yet a whole UTF-8 character."""
+"""Output of tokenizers for an incomplete UTF-8 character."""
 
 
 class TextStream:
-    """The text of one answer as it grows.
-
-    `push` gives what became certain; `stopped` says that a stop string was completed, whose text (and all after it)
-    is left out. `finish` gives the rest.
-    """
+    """The text of one growing answer. `stopped` becomes True at a stop string, which is left out with all after it."""
 
     def __init__(self, tokenizer: Any, *, stop: Sequence[str] = (), closing: str = "") -> None:
         if any(not text for text in stop):
@@ -33,13 +29,13 @@ class TextStream:
         self.stopped = False
 
     def push(self, token_id: int) -> str:
-        """The text that is certain once `token_id` follows."""
+        """Appends a token; returns the text that became certain."""
         self._ids.append(token_id)
         self._held += self._new_text(final=False)
         return self._release()
 
     def finish(self, *, closed: bool) -> str:
-        """What was held back; without the closing text when the model itself ended the answer (`closed`)."""
+        """Returns the held-back text, without the template's closing text if the model ended the answer (`closed`)."""
         self._held += self._new_text(final=True)
         text = self._release()
         rest, self._held = self._held, ""
@@ -48,7 +44,7 @@ class TextStream:
         return text + (rest.removesuffix(self._closing) if closed else rest)
 
     def _new_text(self, *, final: bool) -> str:
-        """Decodes from a little before the new ids: a token's text can depend on the one before it."""
+        """Detokenizes from just before the new ids, because a token's text can depend on the previous one."""
         known = self._decode(self._ids[self._first : self._next])
         text = self._decode(self._ids[self._first :])
         if not final and (text.endswith(REPLACEMENT) or len(text) <= len(known)):
@@ -57,13 +53,13 @@ class TextStream:
         return text[len(known) :]
 
     def _release(self) -> str:
-        """Cuts the held text at the first stop string, else before the longest tail that may become one."""
+        """Cuts the held-back text at the first stop string, else before the longest tail that may become one."""
         if self.stopped:
             return ""
-        places = [(place, text) for text in self._stop if (place := self._held.find(text)) >= 0]
-        if places:
+        starts = [start for text in self._stop if (start := self._held.find(text)) >= 0]
+        if starts:
             self.stopped = True
-            text, self._held = self._held[: min(places)[0]], ""
+            text, self._held = self._held[: min(starts)], ""
             return text
         keep = max(
             [_overlap(self._held, text) for text in self._stop] + [_overlap(self._held, self._closing, whole=True)]
@@ -76,6 +72,6 @@ class TextStream:
 
 
 def _overlap(text: str, target: str, *, whole: bool = False) -> int:
-    """Length of the longest tail of `text` that begins `target`; `whole` counts a tail equal to it too."""
+    """Length of the longest tail of `text` that starts `target`; `whole` allows all of `target`."""
     longest = len(target) if whole else len(target) - 1
     return next((n for n in range(min(longest, len(text)), 0, -1) if text.endswith(target[:n])), 0)

@@ -1,19 +1,14 @@
-"""Prefill: one prompt into one slot, a bounded piece a call, whatever the prompt's length.
+"""Prefill of one prompt into one slot of the cache, in chunks of bounded size.
 
-Turns ids and blocks of vision features into the slot's states, keys and values and the next token's logits. Knows the
-block loop and where it must wait; not queues, requests or which prefixes are worth keeping.
-
-Blocks fall into spans, cut before each site that selects by attention. Pieces go through the first span as they are
-read. At its end they wait, the survivors of earlier sites only, until the instruction is there; what the site keeps
-then goes through the next span, again in pieces. Peak memory: a piece's activations, the waiting hidden states with
-their score and transfer keys, and what the cache holds.
+The blocks form spans that end before each TransV site that selects by attention. Chunks go through the first span as
+they are read and wait at its end for the instruction; the tokens that the site keeps go through the next span in
+chunks. Peak memory: one chunk's activations, the waiting tokens, and the cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,52 +16,49 @@ from torch import Tensor
 from timeviper_model.batching.batch import PADDING_SEGMENT, PackedBatch, TokenKind
 from timeviper_model.inference.chunked_transv import (
     Crossing,
-    Piece,
+    TokenChunk,
     TransferSources,
     WaitingTokens,
     plan_sites,
     release_waiting,
 )
-from timeviper_model.layers.cache import MIN_CAPACITY, HybridCache, SavedSlot
-
-if TYPE_CHECKING:
-    from timeviper_model.timeviper import TimeViper
 from timeviper_model.inference.requests import DEFAULT_CHUNK_TOKENS
+from timeviper_model.layers.cache import MIN_CAPACITY, HybridCache, SavedSlot
+from timeviper_model.timeviper import TimeViper
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrefixEntry:
-    """Everything of a prompt's system and vision tokens that no question changes; shared, so never written to.
+    """The model's state after a prompt's system and vision tokens, the same for every question. Read-only.
 
-    The states, keys and values of the blocks before the first site that waits, what the instruction will read at the
-    sites among them, and the tokens that wait there. Without such a site, of all blocks.
+    Covers the blocks before the first site that selects by attention, or all blocks.
     """
 
     num_tokens: int
-    """system and vision"""
+    """Number of system and vision tokens."""
     slot: SavedSlot
     sources: dict[int, TransferSources]
-    """by layer"""
+    """Keys and values that the instruction reads at TransV sites, by layer."""
     waiting: WaitingTokens | None
+    """Tokens before the site that selects by attention."""
 
     @property
     def num_bytes(self) -> int:
-        """Bytes held."""
-        sources = sum(part.num_bytes for part in self.sources.values())
+        sources = sum(source.num_bytes for source in self.sources.values())
         return self.slot.num_bytes + sources + (0 if self.waiting is None else self.waiting.num_bytes)
 
     @property
     def is_finite(self) -> bool:
-        """False when some feature or state has overflowed or was no number, which every question would read."""
-        tensors = [*self.slot.tensors, *(part for source in self.sources.values() for part in source.tensors)]
+        """False when a value is infinite or NaN, which would spoil every later answer."""
+        tensors = [*self.slot.tensors, *(tensor for source in self.sources.values() for tensor in source.tensors)]
         tensors += [] if self.waiting is None else self.waiting.tensors
         return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def prefix_length(token_kind: Tensor) -> int:
-    """How many first tokens no question can change: system and then all vision; 0 where text stands in between.
+    """Number of leading tokens that no question changes: system, then all vision. 0 with text in between.
 
-    `s s v v v i i` -> 5, `s v i v i` -> 0 (the second medium's tokens have read the first question), `s i` -> 0.
+    `s s v v v i i` -> 5, `s v i v i` -> 0 (the second medium's tokens have read a question), `s i` -> 0.
     """
     vision = (token_kind == TokenKind.VISION).nonzero().squeeze(1)
     if not len(vision):
@@ -77,9 +69,9 @@ def prefix_length(token_kind: Tensor) -> int:
 
 
 class Prefill:
-    """A prompt on its way into a slot; `advance` until it gives logits.
+    """A prompt being read into a slot: call `advance` until it returns logits.
 
-    Memory of a piece is bounded by `max_chunk_tokens`; the result differs from another cut's by rounding alone.
+    Other chunk sizes change the result by rounding alone.
     """
 
     def __init__(
@@ -96,28 +88,26 @@ class Prefill:
         prefix: PrefixEntry | None = None,
         on_prefix: Callable[[PrefixEntry], None] | None = None,
     ) -> None:
-        """Empties the slot; reads nothing yet.
+        """Empties the slot.
 
         Args:
             model: in eval mode.
             input_ids: (T,) int64 on the model's device, any id at vision positions.
             token_kind: (T,) int8 of TokenKind.
-            features: called once, when the first vision token's turn has come (not at all with `prefix`), for the
-                vision rows in their order, in blocks (rows, dim) of any size. Blocks are asked for as pieces need
-                them. A block of no rows says 'not yet': the call of `advance` ends without work.
+            features: returns the vision rows in blocks (rows, dim) of any size. Called once, at the first vision token,
+                and not at all with `prefix`. An empty block means 'not yet' and ends the call of `advance`.
             cache: of the model.
             slot: of the cache.
             max_chunk_tokens: tokens that go through the blocks together.
-            boundary: a place of the prompt at which pieces are cut; 0 = none. `prefix_length` gives the one at which
-                a prefix can be kept.
-            prefix: an entry made at this boundary of a prompt with the same system and vision tokens.
-            on_prefix: is given the entry of this prompt when the boundary has been read.
+            boundary: index of the prompt where a chunk must end, see `prefix_length`; 0 = none.
+            prefix: entry computed at this boundary for the same system and vision tokens.
+            on_prefix: called with this prompt's entry at the boundary.
 
         Raises:
-            ValueError: for a prompt without tokens, or a chunk of none.
+            ValueError: for an empty prompt or a chunk size below 1.
         """
         if not len(input_ids) or max_chunk_tokens < 1:
-            raise ValueError(f"a prompt of {len(input_ids)} tokens in pieces of {max_chunk_tokens}: both must be >= 1")
+            raise ValueError(f"a prompt of {len(input_ids)} tokens in chunks of {max_chunk_tokens}: both must be >= 1")
         self._model, self._cache, self._slot = model, cache, slot
         self._input_ids, self._token_kind = input_ids, token_kind
         self._max_tokens, self._boundary = max_chunk_tokens, boundary
@@ -137,9 +127,9 @@ class Prefill:
         self._rows = _FeatureRows(features, num_vision)
         self._last_1D: Tensor | None = None
         self.num_read = 0
-        """tokens taken through their spans so far"""
+        """Tokens taken through their spans so far."""
         self.is_waiting = False
-        """True when the last `advance` found no features to go on with"""
+        """True when the last `advance` ended for want of features."""
         self._view = cache.view([slot])
         cache.reset(slot)
         self._reserve()
@@ -151,7 +141,7 @@ class Prefill:
         self._next_size: int | None = 0
 
     def _reserve(self) -> None:
-        """Makes room for what the prompt leaves in the cache, which is not copied from size to size as it grows."""
+        """Reserves the prompt's final size in the cache, which would otherwise be copied as it grows."""
         present = self._rows.num_rows
         for layer in range(self._model.config.text.num_hidden_layers):
             present = self._plans[layer].num_kept if layer in self._plans else present
@@ -159,14 +149,14 @@ class Prefill:
                 self._cache.attention[layer].reserve(self._num_text + present + MIN_CAPACITY)  # and for a first answer
 
     def advance(self, max_tokens: int | None = None) -> Tensor | None:
-        """Takes pieces through their span; the next token's (V,) logits when done.
+        """Takes chunks through their span; returns the next token's (V,) logits when done.
 
         Args:
-            max_tokens: of the pieces in all, `max_chunk_tokens` when None; where to cut them is not changed by it, so
-                with less than that there may be no piece that fits.
+            max_tokens: maximum tokens of this call's chunks, `max_chunk_tokens` when None. Does not change where chunks
+                end, so no chunk may fit.
 
         Raises:
-            ValueError: when the features do not fit the prompt's vision tokens.
+            ValueError: when the features do not match the prompt's vision tokens.
         """
         left = self._max_tokens if max_tokens is None else max_tokens
         while self._next_size is not None and self._next_size <= left:
@@ -184,77 +174,77 @@ class Prefill:
         return self._model.logits(self._last_1D)[0]
 
     def _run(self) -> Iterator[int]:
-        """Yields each piece's size before taking it through its span, again while its features are not there."""
-        for part in self._cuts():
-            yield part.stop - part.start
-            while not self._rows.has(int((self._token_kind[part] == TokenKind.VISION).sum())):
+        """Yields each chunk's size before taking it through its span, repeatedly while its features are missing."""
+        for chunk in self._chunks():
+            yield chunk.stop - chunk.start
+            while not self._rows.has(int((self._token_kind[chunk] == TokenKind.VISION).sum())):
                 self.is_waiting = True
-                yield part.stop - part.start
+                yield chunk.stop - chunk.start
             self.is_waiting = False
-            self._flow(self._embed(part), *self._spans[0])
-            if self._on_prefix is not None and part.stop == self._boundary:
+            self._run_span(self._embed(chunk), *self._spans[0])
+            if self._on_prefix is not None and chunk.stop == self._boundary:
                 self._on_prefix(self._entry())
         self._rows.finish()
         for number, (layer, stop) in enumerate(self._spans[1:], start=2):
-            parts = self._waiting
+            waiting = self._waiting
             self._waiting = self._waiting_at(stop, 0) if number < len(self._spans) else []
-            pieces = release_waiting(
-                parts,
+            chunks = release_waiting(
+                waiting,
                 self._plans[layer],
                 self._model.backbone.block(layer),
                 self._model.transv_layer(layer),
                 first_response=self._first_response,
                 max_tokens=self._max_tokens,
             )
-            for piece in pieces:
-                yield len(piece)
-                self._flow(piece, layer, stop)
+            for tokens in chunks:
+                yield len(tokens)
+                self._run_span(tokens, layer, stop)
 
-    def _cuts(self) -> Iterator[slice]:
-        """The parts of the prompt that are still to be read, cut at the boundary."""
+    def _chunks(self) -> Iterator[slice]:
+        """The chunks of the prompt that remain to be read; one ends at the boundary."""
         stop = self._num_resumed
         while stop < len(self._input_ids):
             start, limit = stop, self._boundary if stop < self._boundary else len(self._input_ids)
             stop = min(start + self._max_tokens, limit)
             yield slice(start, stop)
 
-    def _embed(self, part: slice) -> Piece:
-        """That part before the first block."""
-        kinds = self._token_kind[part]
+    def _embed(self, chunk: slice) -> TokenChunk:
+        """The chunk before the first block."""
+        kinds = self._token_kind[chunk]
         is_vision = kinds == TokenKind.VISION
-        hidden = self._model.backbone.embeddings(self._input_ids[part])
+        hidden = self._model.backbone.embeddings(self._input_ids[chunk])
         if num_rows := int(is_vision.sum()):
             weight = next(self._model.projector.parameters())
-            places, features = self._rows.take(num_rows)
-            projected = self._model.projector(features.to(weight.device, weight.dtype), places.to(weight.device))
+            indices, features = self._rows.take(num_rows)
+            projected = self._model.projector(features.to(weight.device, weight.dtype), indices.to(weight.device))
             hidden[is_vision] = projected.to(hidden.dtype)
-        positions = torch.arange(part.start, part.stop, device=hidden.device)
-        return Piece(hidden_TD=hidden, token_kind_T=kinds, position_T=positions)
+        positions = torch.arange(chunk.start, chunk.stop, device=hidden.device)
+        return TokenChunk(hidden_TD=hidden, token_kind_T=kinds, position_T=positions)
 
-    def _flow(self, piece: Piece, first: int, stop: int) -> None:
-        """Takes a piece through a span's blocks, to where it waits or to the end."""
-        segments = piece.segments()
+    def _run_span(self, chunk: TokenChunk, first: int, stop: int) -> None:
+        """Takes a chunk through the blocks [first, stop), to where its tokens wait or to the end."""
+        segments = chunk.segments()
         for layer in range(first, stop):
             if layer in self._crossings:
-                piece = self._crossings[layer].cross(piece)
-                segments = piece.segments()
-            if len(piece):
+                chunk = self._crossings[layer].cross(chunk)
+                segments = chunk.segments()
+            if len(chunk):
                 block = self._model.backbone.block(layer)
-                piece = piece.through(block(piece.hidden_TD, segments, self._view.layer(layer)))
+                chunk = chunk.with_hidden(block(chunk.hidden_TD, segments, self._view.layer(layer)))
         if self._waiting:
-            part = next((part for part in self._waiting if not part.is_full), self._waiting[-1])
-            part.add(piece, self._model.backbone.block(stop), self._model.transv_layer(stop))
-        elif len(piece):
-            self._last_1D = piece.hidden_TD[-1:]
+            waiting = next((tokens for tokens in self._waiting if not tokens.is_full), self._waiting[-1])
+            waiting.add(chunk, self._model.backbone.block(stop), self._model.transv_layer(stop))
+        elif len(chunk):
+            self._last_1D = chunk.hidden_TD[-1:]
 
     def _waiting_at(self, layer: int, boundary: int) -> list[WaitingTokens]:
-        """Room for every token that will wait before block `layer`, apart up to the boundary and behind it."""
+        """Empty buffers for the tokens that will wait before block `layer`: up to the boundary, and after it."""
         num_vision = self._plans[layer].num_present
         total = self._num_text + num_vision
         before = boundary - self._rows.num_rows + num_vision if boundary else total
         block, module = self._model.backbone.block(layer), self._model.transv_layer(layer)
-        rooms = [(before, num_vision), (total - before, 0)] if boundary else [(total, num_vision)]
-        return [WaitingTokens(tokens, vision, block, module) for tokens, vision in rooms]
+        sizes = [(before, num_vision), (total - before, 0)] if boundary else [(total, num_vision)]
+        return [WaitingTokens(tokens, vision, block, module) for tokens, vision in sizes]
 
     def _entry(self) -> PrefixEntry:
         stop = self._spans[0][1]
@@ -281,7 +271,7 @@ class Prefill:
 
 
 class _FeatureRows:
-    """Vision rows from blocks of any size, handed out in the sizes asked for; holds no block it does not need."""
+    """Vision rows from blocks of any size, in the sizes that chunks need. Holds no more blocks than necessary."""
 
     def __init__(self, blocks: Callable[[], Iterable[Tensor]], num_rows: int) -> None:
         self.num_rows = num_rows
@@ -291,7 +281,7 @@ class _FeatureRows:
         self._num_taken = 0
 
     def has(self, count: int) -> bool:
-        """True when `count` more rows are here; False when the next block is not there yet."""
+        """True when `count` more rows have come; False when the next block is late."""
         while sum(len(block) for block in self._held) < count:
             if self._blocks is None:
                 self._blocks = iter(self._open())
@@ -305,12 +295,12 @@ class _FeatureRows:
         return True
 
     def take(self, count: int) -> tuple[Tensor, Tensor]:
-        """The places (count,) among all rows, and the rows (count, dim), that come next; `has` has found them."""
+        """The next rows' indices (count,) and the rows (count, dim). Call `has` first."""
         rows = torch.cat(self._held) if len(self._held) > 1 else self._held[0]
         self._held = [rows[count:]] if len(rows) > count else []
-        places = torch.arange(self._num_taken, self._num_taken + count)
+        indices = torch.arange(self._num_taken, self._num_taken + count)
         self._num_taken += count
-        return places, rows[:count]
+        return indices, rows[:count]
 
     def finish(self) -> None:
         """Raises ValueError when rows are left over."""
@@ -326,11 +316,11 @@ def prefill(
     """Reads one prompt into a slot, which is emptied first; (V,) fp32 logits of the token after it.
 
     Args:
+        model: in eval mode.
         batch: one segment.
         cache: of this model.
         slot: of the cache.
-        max_chunk_tokens: tokens that go through the blocks together; bounds memory, changes no result.
-            `Prefill` has the same work a piece a call, and vision features that come in blocks.
+        max_chunk_tokens: tokens that go through the blocks together; bounds memory.
 
     Raises:
         ValueError: when the batch does not hold exactly one segment.

@@ -1,11 +1,8 @@
-"""The video-prefix cache: what the model knows of a video before any question, kept for the next question.
+"""The video-prefix cache: the model's state after a video and before any question, kept for the next question.
 
-Least recently used entries go first, by bytes; one that a prompt is being read from stays. While one request computes
-an entry the others with its key wait for it. Knows keys, bytes and entries; not models, slots or requests.
-
-The key says what the prefix is made of, and so does whoever names it: equal keys must mean equal system text, media,
-sampling, encoder and merge, and the same tenant. Weights, dtype and TransV plan are those of the one engine that owns
-the cache, which begins empty with it.
+Evicts the least recently used entries by bytes, but none in use. While one request computes an entry, others with its
+key wait. Equal keys must mean equal system text, media, frame selection, encoder and merge, and the same tenant;
+weights, dtype and TransV plan are those of the one engine that owns the cache.
 """
 
 from __future__ import annotations
@@ -21,10 +18,7 @@ from timeviper_model.inference.prefill import PrefixEntry
 
 
 def prefix_entry_bytes(config: TimeViperConfig, num_system: int, num_vision: int, *, dtype: torch.dtype) -> int:
-    """Bytes of the entry of a prompt with that many system and vision tokens.
-
-    The 9B under the paper's plan at 10,000 frames of 16 tokens in bf16: 2.63 GB.
-    """
+    """Bytes of one entry; 2.63 GB for the 9B with the paper's plan at 10,000 frames of 16 tokens in bfloat16."""
     text, size = config.text, dtype.itemsize
     kv_bytes = 2 * text.num_key_value_heads * text.head_dim * size
     state_size = 8 if dtype == torch.float64 else 4
@@ -39,7 +33,7 @@ def prefix_entry_bytes(config: TimeViperConfig, num_system: int, num_vision: int
         transfers = plan is not None and plan.site.transfer == "cross_attention"
         if plan is not None and plan.waits:
             waiting = num_system + plan.num_present
-            total += waiting * (text.hidden_size * size + kv_bytes // 2 + 8 + 1)  # state, score key, place, kind
+            total += waiting * (text.hidden_size * size + kv_bytes // 2 + 8 + 1)  # state, score key, position, kind
             return total + plan.num_present * kv_bytes * transfers
         if plan is not None:
             total += plan.num_sources * kv_bytes
@@ -52,7 +46,7 @@ def prefix_entry_bytes(config: TimeViperConfig, num_system: int, num_vision: int
 
 
 class PrefixCache:
-    """Entries by key, at most `max_bytes` of them."""
+    """PrefixEntry objects by key, up to `max_bytes`."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -66,17 +60,17 @@ class PrefixCache:
         return len(self._entries)
 
     def is_computing(self, key: Hashable) -> bool:
-        """True while a lease that found nothing may still publish; wait for it rather than compute the same."""
+        """True while a lease that missed may still publish the entry."""
         return key in self._computing
 
     def lease(self, key: Hashable) -> PrefixLease:
-        """The entry, held until the lease is released, or the task of computing it. A hit or a miss.
+        """Pins the entry until the lease is released or, on a miss, reserves the key for computing it.
 
         Raises:
             RuntimeError: while another lease computes it.
         """
         if key in self._computing:
-            raise RuntimeError("another request is computing this prefix; ask is_computing() first")
+            raise RuntimeError("another request is computing this prefix; check is_computing() first")
         entry = self._entries.get(key)
         if entry is None:
             self.num_misses += 1
@@ -88,7 +82,7 @@ class PrefixCache:
         return PrefixLease(self, key, entry)
 
     def _put(self, key: Hashable, entry: PrefixEntry) -> bool:
-        """Stores and pins the entry, unless what is in use leaves no room for it."""
+        """Stores and pins the entry; False when the pinned entries leave no room for it."""
         idle = [other for other in self._entries if not self._pins.get(other)]
         in_use = self.num_bytes - sum(self._entries[other].num_bytes for other in idle)
         if in_use + entry.num_bytes > self.max_bytes:
@@ -110,23 +104,23 @@ class PrefixCache:
 
 
 class PrefixLease:
-    """One request's hold on an entry: found, or to be computed by it."""
+    """One request's hold on an entry that it found or is computing."""
 
     def __init__(self, cache: PrefixCache, key: Hashable, entry: PrefixEntry | None) -> None:
         self._cache, self._key = cache, key
         self.entry = entry
-        """what was found; None on a miss"""
+        """The entry found; None on a miss."""
         self._is_computing = entry is None
         self._is_pinned = entry is not None
 
     def publish(self, entry: PrefixEntry) -> None:
-        """Stores what a miss has computed, where it is sound and has room; those who wait for it may go on."""
+        """Stores the entry computed after a miss if it is finite and fits, and lets waiting requests go on."""
         self._cache._computing.discard(self._key)
         self._is_computing = False
         self._is_pinned = entry.is_finite and self._cache._put(self._key, entry)
 
     def release(self) -> None:
-        """Ends the hold; the task of computing, if it is not done, is another's. Safe to call again."""
+        """Unpins the entry, or leaves the computation to another request. Safe to call again."""
         if self._is_computing:
             self._cache._computing.discard(self._key)
         if self._is_pinned:

@@ -28,18 +28,15 @@ class Request:
     prompt: Sample
     """Token ids with kinds, ending with the opening of the assistant's turn (see build_sample)."""
     vision_features: Tensor | Callable[[], Iterable[Tensor]]
-    """(num_vision_tokens, dim), or a function that yields them in blocks.
-
-    The function is called once, when prefill reaches the first vision token, and not at all after a hit in the
-    video-prefix cache. An empty block means 'not yet' and costs other requests nothing; an iterator that blocks holds
-    up every slot."""
+    """(num_vision_tokens, dim), or a function that yields them in blocks (see Prefill). An iterator must yield an empty
+    block instead of blocking, which would hold up every slot."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
     """Options of the answer."""
     prefix_key: str | None = None
     """Key of the system and vision tokens in the video-prefix cache; None = do not cache.
 
-    Equal keys must mean equal tokens and features, and tenants that may share them. The engine adds the system ids and
-    the number of vision tokens. No effect on a prompt with text between or before media."""
+    Equal keys must mean equal features, and tenants that may share them. The engine adds the system ids and the number
+    of vision tokens. No effect on a prompt with text between media."""
 
     def __post_init__(self) -> None:
         if not len(self.prompt):
@@ -124,9 +121,8 @@ class EngineConfig:
     kept_cache_bytes: int = KEPT_BYTES
     """Maximum bytes of keys and values per attention layer that stay allocated while no request runs."""
     pack_weights: bool = True
-    """Whether to keep a second copy of the weights in the layout of the CPU's fp32 kernels.
-
-    Small batches run in two thirds of the time, for twice the weights' memory. Only on a CPU in float32."""
+    """Whether to keep a second copy of the weights in the layout of the CPU's float32 kernels, which cuts the time of
+    small batches by a third. Only on a CPU in float32."""
     max_graph_steps: int = 256
     """Maximum greedy decode steps per CUDA graph; 0 = no graphs. Only on CUDA."""
 

@@ -1,7 +1,7 @@
-"""Logits to the next token: greedy, temperature, top-k, top-p, with the log-probabilities asked for.
+"""Logits to the next token: greedy, temperature, top-k, top-p.
 
-Knows one row of logits, its parameters and its own generator; nothing of caches, slots or text. A row's draw
-depends on nothing but these, so a request gets the same tokens alone and in a batch.
+A row's token depends only on its logits, parameters and generator, so a request gets the same tokens alone and in a
+batch.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from timeviper_model.inference.answer import SamplingParams
 
 
 class SampledToken(NamedTuple):
-    """A chosen token; log-probabilities are the model's own, before temperature and cuts."""
+    """A chosen token, with log-probabilities before temperature, top-k and top-p."""
 
     id: int
     logprob: float
     top_logprobs: tuple[tuple[int, float], ...]
-    """the most likely (id, log-probability) pairs, best first; as many as were asked for"""
+    """The `num_logprobs` most likely (id, log-probability) pairs, best first."""
 
 
 def sample_tokens(
     logits_BV: Tensor, params: Sequence[SamplingParams], generators: Sequence[torch.Generator]
 ) -> list[SampledToken]:
-    """One token for every row.
+    """One token per row.
 
     Args:
         logits_BV: (B, V) float32 or float64.
-        params: one for every row.
-        generators: one for every row, on the CPU; a greedy row leaves its generator alone.
+        params: one per row.
+        generators: one per row, on the CPU; a greedy row does not advance its generator.
     """
     logprobs_BV = torch.log_softmax(logits_BV, dim=-1)
     ids = torch.argmax(logits_BV, dim=-1).tolist()
@@ -47,17 +47,17 @@ def sample_tokens(
 
 
 def _draw(logits_V: Tensor, params: SamplingParams, generator: torch.Generator) -> int:
-    """By inverse CDF over the tokens in descending order: one uniform number a token, whatever the cuts."""
+    """Draws by inverse CDF over the tokens in descending order, which takes one uniform number per token."""
     scaled_V, order_V = torch.sort(logits_V.double() / params.temperature, descending=True, stable=True)
     if params.top_k:
         scaled_V = scaled_V[: params.top_k]
     probs_K = torch.softmax(scaled_V, dim=0)
     before_K = torch.cumsum(probs_K, dim=0) - probs_K
-    num_kept = max(1, int((before_K < params.top_p).sum()))  # a token stays while those before it have not reached it
+    num_kept = max(1, int((before_K < params.top_p).sum()))  # a token stays while those before it have less than top_p
     cumulative_K = torch.cumsum(probs_K[:num_kept], dim=0)
     uniform = torch.rand((), generator=generator, dtype=torch.float64).to(cumulative_K.device)
-    place = int(torch.searchsorted(cumulative_K, uniform * cumulative_K[-1], right=True))
-    return int(order_V[min(place, num_kept - 1)])
+    index = int(torch.searchsorted(cumulative_K, uniform * cumulative_K[-1], right=True))
+    return int(order_V[min(index, num_kept - 1)])
 
 
 def _most_likely(logprobs_V: Tensor, count: int | None) -> tuple[tuple[int, float], ...]:

@@ -1,4 +1,4 @@
-"""How many replicas of a deployment, of what size: typed settings, and the options Ray Serve takes for them."""
+"""Typed settings of a deployment's replicas, and Ray Serve's options for them."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AutoscalingSettings:
-    """Ray Serve's autoscaler, under its own names.
-
-    On two cores a second replica is seen in seconds with metrics_interval_s 0.5, look_back_period_s 2,
-    upscale_delay_s 1 and downscale_delay_s 3.
-    """
+    """Options of Ray Serve's autoscaler, under its own names."""
 
     min_replicas: int = 1
+    """Minimum number of replicas."""
     max_replicas: int = 1
+    """Maximum number of replicas."""
     target_ongoing_requests: float | None = None
-    """requests a replica should have; None = 0.65 of what it serves at once, so that a burst finds free slots"""
+    """Target number of requests per replica; None = 0.65 of its concurrent requests, to leave slots for a burst."""
     metrics_interval_s: float = 2.0
+    """Seconds between two reports of a replica's load."""
     look_back_period_s: float = 10.0
+    """Seconds over which load is averaged. Must be > metrics_interval_s."""
     upscale_delay_s: float = 5.0
+    """Seconds of high load before replicas are added."""
     downscale_delay_s: float = 120.0
+    """Seconds of low load before replicas are removed."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_replicas <= self.max_replicas or self.max_replicas < 1:
@@ -32,25 +34,27 @@ class AutoscalingSettings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeploymentSettings:
-    """One deployment's place in the cluster."""
+    """Resources and limits of one deployment."""
 
     num_cpus: float = 1.0
-    """reserved for each replica; fractions let several share a core"""
+    """CPU cores reserved per replica; fractions let several replicas share a core."""
     num_gpus: float = 0.0
+    """GPUs reserved per replica."""
     max_ongoing_requests: int | None = None
-    """requests a replica takes at once; None = as many as its service can hold"""
+    """Maximum concurrent requests of a replica; None = the capacity of its service."""
     max_queued_requests: int = 256
-    """requests that may wait at each caller for a replica; past it 429"""
+    """Maximum requests waiting for a replica, per caller; further ones are answered with 429."""
     graceful_shutdown_timeout_s: float = 60.0
-    """must exceed the longest answer"""
+    """Seconds that a stopping replica may spend on running requests. Must exceed the longest answer."""
     autoscaling: AutoscalingSettings = field(default_factory=AutoscalingSettings)
+    """Number of replicas."""
 
     def options(self, *, capacity: int, served_at_once: int) -> dict[str, Any]:
         """Keyword arguments for `serve.deployment`.
 
         Args:
-            capacity: requests the service can hold, waiting ones included; the default of max_ongoing_requests.
-            served_at_once: requests it works on together, which sets the default target.
+            capacity: running and waiting requests of a replica, the default of max_ongoing_requests.
+            served_at_once: running requests of a replica, from which the default target follows.
         """
         scaling = self.autoscaling
         target = scaling.target_ongoing_requests or max(1.0, 0.65 * served_at_once)
@@ -60,7 +64,7 @@ class DeploymentSettings:
             "max_queued_requests": self.max_queued_requests,
             "backpressure_config": {"status_code": 429, "retry_after_s": 1.0},
             "graceful_shutdown_timeout_s": self.graceful_shutdown_timeout_s,
-            "max_constructor_retry_count": 2,  # wrong weights stay wrong; the default of 20 hides the cause for minutes
+            "max_constructor_retry_count": 2,  # the default of 20 hides a wrong configuration for minutes
             "autoscaling_config": {
                 "min_replicas": scaling.min_replicas,
                 "max_replicas": scaling.max_replicas,

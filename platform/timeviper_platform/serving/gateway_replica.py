@@ -1,7 +1,6 @@
-"""The gateway as a Ray Serve ingress: the two services behind their deployment handles.
+"""The gateway as a Ray Serve ingress, with clients of the two services that turn Ray's errors into refusals.
 
-Kept apart from app.py so that a gateway's process never loads what the other two need. What Ray says about a service
-(gone, full, broken) becomes a refusal here; nothing above knows Ray.
+Separate from the application, so that a gateway's process does not import torch.
 """
 
 from __future__ import annotations
@@ -19,42 +18,36 @@ from starlette.types import ASGIApp
 from timeviper_platform.common.logs import setup_logging
 from timeviper_platform.serving.gateway.config import GatewayConfig
 from timeviper_platform.serving.gateway.routes import create_app
-from timeviper_platform.serving.messages import AnswerDelta, FeatureReference, FeatureRequest, GenerateRequest, Refusal
+from timeviper_platform.serving.messages import AnswerDelta, FeatureReference, GenerateRequest, MediaSource, Refusal
 
 logger = logging.getLogger(__name__)
 
 READY_TIMEOUT_S = 5.0
 
 
-class FeatureHandle:
-    """FeatureClient over a deployment handle."""
+class ServiceHandle:
+    """FeatureClient and EngineClient over the deployment handle of either service."""
 
-    def __init__(self, handle: Any) -> None:
+    def __init__(self, name: str, handle: Any) -> None:
+        self._name = name
         self._handle = handle
+        self._stream_handle = handle.options(stream=True)
 
-    async def features(self, request: FeatureRequest) -> FeatureReference | Refusal:
+    async def features(
+        self, source: MediaSource, *, fps: float | None = None, max_frames: int | None = None
+    ) -> FeatureReference | Refusal:
         """See FeatureClient."""
         try:
-            answer: FeatureReference | Refusal = await self._handle.features.remote(request)
+            answer: FeatureReference | Refusal = await self._handle.features.remote(
+                source, fps=fps, max_frames=max_frames
+            )
         except (RayError, RayServeException) as error:
-            return _refusal("feature service", error)
+            return self._refusal(error)
         return answer
-
-    async def is_ready(self) -> bool:
-        """See FeatureClient."""
-        return await _is_ready(self._handle)
-
-
-class EngineHandle:
-    """EngineClient over a deployment handle."""
-
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle.options(stream=True)
-        self._plain_handle = handle
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[AnswerDelta | Refusal]:
         """See EngineClient."""
-        response = self._handle.generate.remote(request)
+        response = self._stream_handle.generate.remote(request)
         is_done = False
         try:
             async for item in response:
@@ -62,14 +55,24 @@ class EngineHandle:
             is_done = True
         except (RayError, RayServeException) as error:
             is_done = True
-            yield _refusal("engine service", error)
+            yield self._refusal(error)
         finally:
-            if not is_done:  # the client has gone: the replica's generator is cancelled, which frees its slots
+            if not is_done:  # the client has disconnected: cancelling the replica's generator frees its slots
                 response.cancel()
 
     async def is_ready(self) -> bool:
-        """See EngineClient."""
-        return await _is_ready(self._plain_handle)
+        """True when a replica answers."""
+        try:
+            return bool(await asyncio.wait_for(self._handle.is_ready.remote(), READY_TIMEOUT_S))
+        except (RayError, RayServeException, TimeoutError):
+            return False
+
+    def _refusal(self, error: Exception) -> Refusal:
+        if isinstance(error, BackPressureError):
+            return Refusal(status=429, message="the server is full, try again", code="busy", retry_after_s=1.0)
+        logger.error("the %s failed: %s", self._name, type(error).__name__)
+        message = f"the {self._name} is not available, try again"
+        return Refusal(status=503, message=message, code="unavailable", retry_after_s=2.0)
 
 
 @serve.ingress()
@@ -77,26 +80,12 @@ class GatewayReplica:
     """One replica of the gateway."""
 
     def __init__(self, config: GatewayConfig, features: Any, engine: Any) -> None:
-        """`features` and `engine` are deployment handles."""
+        """Takes the deployment handles of the two services."""
         setup_logging()
-        self._app = create_app(config, FeatureHandle(features), EngineHandle(engine))
+        self._app = create_app(
+            config, ServiceHandle("feature service", features), ServiceHandle("engine service", engine)
+        )
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        """Ray Serve asks for the application after construction."""
+        """The ASGI application, for Ray Serve."""
         return self._app
-
-
-async def _is_ready(handle: Any) -> bool:
-    try:
-        return bool(await asyncio.wait_for(handle.is_ready.remote(), READY_TIMEOUT_S))
-    except (RayError, RayServeException, TimeoutError):
-        return False
-
-
-def _refusal(service: str, error: Exception) -> Refusal:
-    if isinstance(error, BackPressureError):
-        return Refusal(status=429, message="the server is full, try again", code="busy", retry_after_s=1.0)
-    logger.error("the %s failed: %s", service, type(error).__name__)
-    return Refusal(
-        status=503, message=f"the {service} is not available, try again", code="unavailable", retry_after_s=2.0
-    )

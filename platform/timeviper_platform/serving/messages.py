@@ -1,7 +1,7 @@
-"""What gateway, feature service and engine service say to each other: small frozen values, nothing but data.
+"""Messages between the gateway, the feature service and the engine service: frozen values, without torch.
 
-Torch-free, so that the gateway stays small. A refusal is a value too, not an exception: it crosses processes without
-a traceback in the log, which could hold a user's text.
+A refusal is a message, not an exception: an exception would cross processes with a traceback, which may hold a user's
+text.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Modality = Literal["video", "image"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Refusal:
-    """Why a request is not served, with the HTTP status it becomes."""
+    """Why a request is not served, with its HTTP status."""
 
     status: int
     message: str
@@ -28,14 +28,14 @@ class Refusal:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredFeatures:
-    """A medium that the preprocessing job has put into the feature store."""
+    """A medium in the feature store."""
 
     media_id: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MediaFile:
-    """An uploaded file, under the name that the server gave it."""
+    """An uploaded file, under the server's name for it."""
 
     uri: str
     sha256: str
@@ -44,36 +44,27 @@ class MediaFile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MediaBytes:
-    """A medium from inside the request (data: URI), as large as the request's body may be."""
+    """A medium from a data: URI."""
 
     data: bytes
     sha256: str
     modality: Modality
 
     def __repr__(self) -> str:
-        return f"MediaBytes({len(self.data)} bytes, {self.modality})"  # a user's picture has no place in a log
+        return f"MediaBytes({len(self.data)} bytes, {self.modality})"  # keeps a user's picture out of logs
 
 
 MediaSource = StoredFeatures | MediaFile | MediaBytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FeatureRequest:
-    """One medium to turn into features. The limits lower the server's own, never raise them."""
-
-    source: MediaSource
-    max_frames: int | None = None
-    fps: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class FeatureReference:
-    """Where the features of one medium are. The array itself stays in the object store."""
+    """Vision features of one medium, by reference."""
 
     key: str
-    """names content, encoder recipe and frames, wherever the features were made: equal keys, equal features"""
+    """Hash of content, encoder recipe and frames: equal keys mean equal features."""
     ref: Any
-    """Ray object reference to int16 bits of bfloat16, (num_frames, num_tokens_per_frame, dim); an array in tests"""
+    """Ray object reference to int16 bits of bfloat16, (num_frames, num_tokens_per_frame, dim); an array in tests."""
     num_frames: int
     num_tokens_per_frame: int
     modality: Modality
@@ -82,7 +73,7 @@ class FeatureReference:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChatTurn:
-    """One message; its media stand before its text, as in training."""
+    """One message of a conversation. Its media come before its text, as in training."""
 
     role: Literal["system", "user", "assistant"]
     text: str
@@ -97,7 +88,7 @@ class GenerateRequest:
     """`n` answers to one conversation."""
 
     tenant: str
-    """whose request it is: what was kept of another tenant's video is never used, so its time betrays nothing"""
+    """Owner of the request. Tenants share no cached prefixes, whose timing would reveal another's videos."""
     turns: tuple[ChatTurn, ...]
     sampling: SamplingParams
     """Options of the first answer; the seeds of the others count up from its seed."""
@@ -116,7 +107,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AnswerDelta:
-    """A further piece of one of the answers; the last one has a reason and the usage."""
+    """The continuation of one of the answers; the last one has a finish reason and the usage."""
 
     index: int
     text: str
@@ -129,20 +120,22 @@ class AnswerDelta:
 
 
 class FeatureClient(Protocol):
-    """The feature service as the gateway sees it."""
+    """Interface of the feature service."""
 
-    async def features(self, request: FeatureRequest) -> FeatureReference | Refusal:
-        """The medium's features, or why there are none."""
+    async def features(
+        self, source: MediaSource, *, fps: float | None = None, max_frames: int | None = None
+    ) -> FeatureReference | Refusal:
+        """The medium's features. `fps` and `max_frames` can lower the server's limits, not raise them."""
 
     async def is_ready(self) -> bool:
         """True when a replica answers."""
 
 
 class EngineClient(Protocol):
-    """The engine service as the gateway sees it."""
+    """Interface of the engine service."""
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[AnswerDelta | Refusal]:
-        """Parts as they come; a Refusal is always the last item. Closing the iterator cancels the answers."""
+        """Yields deltas as they come; a Refusal is always last. Closing the iterator cancels the answers."""
 
     async def is_ready(self) -> bool:
         """True when a replica answers."""

@@ -1,4 +1,4 @@
-"""A decode graph's steps against decode_step: one by one on the CPU, captured on a simulated device and on a GPU."""
+"""decode_graph: its steps equal decode_step, on the CPU, on a simulated device and on a GPU."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def decoded_by_steps(model: TimeViper, num_steps: int, device: str = "cpu") -> t
 
 
 @pytest.mark.parametrize("config", [SMALL, SMALL_QWEN], ids=["hybrid", "rope"])
-def test_the_steps_are_those_of_decode_step(config: TimeViperConfig) -> None:
+def test_steps_equal_decode_step(config: TimeViperConfig) -> None:
     model = make_model(config)
     expected, stepped = decoded_by_steps(model, 6)
     cache, ids = filled_cache(model)
@@ -61,7 +61,7 @@ def test_the_steps_are_those_of_decode_step(config: TimeViperConfig) -> None:
     torch.testing.assert_close(after[0], after[1])
 
 
-def test_room_that_was_never_written_is_not_read() -> None:
+def test_unwritten_room_is_not_read() -> None:
     model = make_model()
     expected, _ = decoded_by_steps(model, 3)
     cache, ids = filled_cache(model)
@@ -72,7 +72,7 @@ def test_room_that_was_never_written_is_not_read() -> None:
     assert [decoding.step().tolist() for _ in range(3)] == expected
 
 
-def test_no_step_past_the_room_that_was_made() -> None:
+def test_no_step_beyond_max_steps() -> None:
     model = make_model()
     cache, ids = filled_cache(model)
     decoding = DecodeGraph(model, cache, [1, 2, 3], ids, max_steps=1)
@@ -82,7 +82,7 @@ def test_no_step_past_the_room_that_was_made() -> None:
 
 
 @pytest.mark.parametrize(("slots", "ids"), [([1, 3], [0, 0]), ([0, 1], [0, 0]), ([1, 2], [0])])
-def test_slots_that_are_no_neighbours_or_hold_nothing_are_an_error(slots: list[int], ids: list[int]) -> None:
+def test_slots_that_are_not_neighbours_or_are_empty_are_an_error(slots: list[int], ids: list[int]) -> None:
     model = make_model()
     cache, _ = filled_cache(model)
     with pytest.raises(ValueError, match="they must be neighbours with prompts"):
@@ -90,7 +90,7 @@ def test_slots_that_are_no_neighbours_or_hold_nothing_are_an_error(slots: list[i
 
 
 @pytest.mark.parametrize("config", [SMALL, SMALL_QWEN], ids=["hybrid", "rope"])
-def test_a_graph_is_captured_without_the_host_and_gives_the_same_steps(config: TimeViperConfig) -> None:
+def test_a_captured_graph_gives_the_same_steps_without_synchronization(config: TimeViperConfig) -> None:
     expected, _ = decoded_by_steps(make_model(config), 6)
     with simulated_cuda() as device:
         model = make_model(config).cuda()
@@ -138,7 +138,7 @@ def test_a_graph_is_captured_on_the_models_device(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", [SMALL, SMALL_QWEN], ids=["hybrid", "rope"])
-def test_the_captured_steps_are_those_of_decode_step(config: TimeViperConfig) -> None:
+def test_captured_steps_equal_decode_step(config: TimeViperConfig) -> None:
     model = make_model(config, dtype=torch.float32).cuda()
     expected, _ = decoded_by_steps(model, 6, "cuda")
     cache, ids = filled_cache(model, "cuda")

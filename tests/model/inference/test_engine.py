@@ -1,4 +1,4 @@
-"""engine: many requests together give what each gives alone, and nothing gets lost."""
+"""engine: requests served together get the answers they get alone."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_batched_greedy_tokens_equal_one_by_one(model: TimeViper) -> None:
             end_ids=engine.end_token_ids,
         )
         assert ids_of(events[request_id]) == expected
-        assert len(set(expected)) > 2  # random weights that say one thing for ever would prove nothing
+        assert len(set(expected)) > 2  # a constant answer would prove nothing
 
 
 def test_sampled_tokens_depend_on_the_seed_and_not_on_the_neighbours(model: TimeViper) -> None:
@@ -70,7 +70,7 @@ def test_sampled_tokens_depend_on_the_seed_and_not_on_the_neighbours(model: Time
         (3, [[2, 2, 2], [1] * 3, [1] * 3]),
     ],
 )
-def test_a_step_reads_the_prompts_that_fit_while_others_go_on(
+def test_a_step_prefills_the_prompts_that_fit_while_others_decode(
     prompts_a_step: float, expected: list[list[int]], model: TimeViper
 ) -> None:
     max_tokens = int(prompts_a_step * len(ask(num_vision=0).prompt))
@@ -92,7 +92,7 @@ def test_a_waiting_request_takes_the_slot_that_becomes_free(model: TimeViper) ->
     assert len(ids_of(events[long])) == 3
 
 
-def test_the_queue_has_a_limit_and_says_so(model: TimeViper) -> None:
+def test_a_full_queue_refuses_further_requests(model: TimeViper) -> None:
     engine = engine_of(model, num_slots=2, max_queued_requests=1)
     for _ in range(3):
         engine.submit(ask())
@@ -129,7 +129,7 @@ def test_memory_of_keys_and_values_is_freed_after_the_last_request(model: TimeVi
     assert engine.stats().cache_bytes == empty
 
 
-def test_a_stream_leaves_the_events_of_others_to_them(model: TimeViper) -> None:
+def test_a_stream_keeps_the_events_of_other_requests(model: TimeViper) -> None:
     engine = engine_of(model, num_slots=2)
     first, second = engine.submit(ask("a", max_new_tokens=9)), engine.submit(ask("b", max_new_tokens=4))
     streamed = {first: list(engine.stream(first)), second: list(engine.stream(second))}
@@ -159,28 +159,28 @@ def test_an_answer_ends_at_stop_texts_and_stop_ids() -> None:
     assert finished.reason == "stop"
 
 
-def test_an_answer_that_is_cut_keeps_what_looked_like_a_stop() -> None:
+def test_an_answer_cut_by_length_keeps_the_start_of_a_stop_string() -> None:
     events = run_script(TOKENIZER("one two")["input_ids"], stop=("two!",))
     assert text_of(events) == "one two"
     assert isinstance(events[-1], Finished)
     assert events[-1].reason == "length"
 
 
-class _Scripted(TimeViper):
-    """Says what it is told to: the logits of decode step k favour `script[k]`."""
+class Scripted(TimeViper):
+    """Writes a given answer: the logits of decode step k favour `script[k]`."""
 
     script: list[int]
-    place: int = 0
+    index: int = 0
 
     def logits(self, hidden_KD: torch.Tensor) -> torch.Tensor:
         logits = torch.zeros(1, self.config.text.vocab_size)
-        logits[0, self.script[self.place]] = 10.0
-        self.place += 1
+        logits[0, self.script[self.index]] = 10.0
+        self.index += 1
         return logits
 
 
 def run_script(script: list[int], **values: Any) -> list[Event]:
-    model = _Scripted(CONFIG_WITH_TRANSV)
+    model = Scripted(CONFIG_WITH_TRANSV)
     model.init_weights(torch.Generator().manual_seed(0))
     model.script = script
     engine = InferenceEngine(model.eval(), EngineConfig(num_slots=1), tokenizer=TOKENIZER)
@@ -215,7 +215,7 @@ def test_features_may_come_block_by_block_when_the_request_has_a_slot(model: Tim
     assert calls == [1]
 
 
-def test_running_answers_wait_for_one_bounded_piece_of_another_prompt(model: TimeViper) -> None:
+def test_running_answers_wait_for_one_bounded_chunk_of_another_prompt(model: TimeViper) -> None:
     engine = engine_of(model, num_slots=2, max_prefill_tokens=16)
     short, long = engine.submit(ask("a", 0, max_new_tokens=8)), engine.submit(ask(num_vision=600, max_new_tokens=2))
     sizes: list[int] = []
@@ -224,7 +224,7 @@ def test_running_answers_wait_for_one_bounded_piece_of_another_prompt(model: Tim
     steps = [engine.step() for _ in range(25)]
     handle.remove()
     assert max(sizes) == 16
-    assert {event.request_id for events in steps for event in events} == {short}  # the other prompt is still being read
+    assert {event.request_id for events in steps for event in events} == {short}  # the other prompt is still in prefill
     tokens = [len(ids_of(events)) for events in steps]
     begun = tokens.index(2)
     assert tokens[begun : begun + 7] == [2, 1, 1, 1, 1, 1, 1]
@@ -251,10 +251,10 @@ def test_cancelling_during_prefill_frees_the_slot(model: TimeViper) -> None:
     assert (engine.stats().active_slots, engine.stats().cache_bytes) == (0, empty)
     events = run(engine)
     assert len(ids_of(events[second])) == 3
-    assert engine.stats().prefix_misses == 2  # what the first had not finished was the second's to compute
+    assert engine.stats().prefix_misses == 2  # the second computes the unfinished prefix
 
 
-def test_features_that_are_late_hold_up_nobody_else(model: TimeViper) -> None:
+def test_late_features_delay_no_other_request(model: TimeViper) -> None:
     engine = engine_of(model, num_slots=2)
     is_there = False
 

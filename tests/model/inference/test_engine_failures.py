@@ -1,4 +1,4 @@
-"""engine: what fails is one request's alone, and what can never be served is refused."""
+"""engine: a failing request leaves the others alone, and an impossible one is refused."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_request_whose_features_fail_leaves_the_others_alone(model: TimeViper)
 
 
 @pytest.mark.parametrize("error", [KeyError("film"), TypeError("no such shard"), MemoryError("no room")])
-def test_whatever_a_request_raises_is_its_own_and_its_prefix_is_the_next_ones(
+def test_any_error_of_a_request_is_its_own_and_the_next_one_computes_the_prefix(
     model: TimeViper, error: Exception
 ) -> None:
     def broken() -> Iterable[torch.Tensor]:
@@ -87,7 +87,7 @@ def test_a_request_whose_text_fails_leaves_the_others_alone(model: TimeViper, mo
     assert engine.stats().active_slots == 0
 
 
-def test_what_is_no_number_stays_with_its_request(model: TimeViper) -> None:
+def test_nan_features_spoil_only_their_own_request(model: TimeViper) -> None:
     engine = engine_of(model, num_slots=2, prefix_cache_bytes=2**30)
     nan = torch.full((300, DIM), torch.nan, dtype=torch.float64)
     bad = engine.submit(ask(num_vision=300, vision_features=nan, prefix_key="film"))
@@ -98,10 +98,10 @@ def test_what_is_no_number_stays_with_its_request(model: TimeViper) -> None:
     events = run(engine)
     expected, _, _ = answers(model, requests)
     assert [ids_of(events[i]) for i in ids] == [ids_of(answer) for answer in expected]
-    assert engine.stats().prefix_misses == 2  # what the first had read is not kept
+    assert engine.stats().prefix_misses == 2  # the first prefix is not kept
 
 
-def test_a_failure_of_what_all_share_surfaces(model: TimeViper, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_of_the_shared_device_is_raised_by_step(model: TimeViper, monkeypatch: pytest.MonkeyPatch) -> None:
     def out_of_memory(*args: object) -> torch.Tensor:
         raise torch.OutOfMemoryError("decode_step")
 
@@ -143,7 +143,7 @@ def test_logits_that_are_not_finite_fail_their_request() -> None:
         ({}, {"prompt": vision_rows(*[-1] * 8), "vision_features": list}, "token_kind must be VISION"),
     ],
 )
-def test_a_request_that_can_never_be_served_is_refused(
+def test_an_impossible_request_is_refused(
     model: TimeViper, config: dict[str, int], values: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -159,6 +159,6 @@ def test_without_a_tokenizer_answers_are_ids_and_stop_texts_refused(model: TimeV
 
 
 @pytest.mark.parametrize("values", [{"max_new_tokens": 0}, {"stop": ("",)}, {"seed": 2**70}, {"seed": -(2**63) - 1}])
-def test_a_malformed_request_is_refused_when_made(values: dict[str, Any]) -> None:
+def test_a_malformed_request_is_refused_at_construction(values: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"must be at least 1|empty stop|torch's generator"):
         ask(**values)

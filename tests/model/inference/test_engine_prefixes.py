@@ -1,4 +1,4 @@
-"""engine: a question behind a kept prefix is answered as if nothing had been kept."""
+"""engine: the video-prefix cache changes no answer."""
 
 from __future__ import annotations
 

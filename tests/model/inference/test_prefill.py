@@ -1,4 +1,4 @@
-"""prefill: however a prompt is cut, the model answers as if it had read it in one pass."""
+"""prefill: chunks change no answer."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def finish(reading: Prefill) -> Tensor:
     max_tokens=st.integers(1, 30),
     rows=st.integers(1, 12),
 )
-def test_a_prompt_in_pieces_equals_the_formulas_written_out(
+def test_a_prompt_in_chunks_equals_the_formulas_written_out(
     plan: str, changes: dict[str, Any], layout: str, max_tokens: int, rows: int
 ) -> None:
     model = with_plan(plan, **changes)
@@ -102,18 +102,18 @@ def test_a_prompt_in_pieces_equals_the_formulas_written_out(
 
 
 @pytest.mark.parametrize("max_tokens", [5, 16, 1000])
-def test_model_prefill_has_the_same_control(max_tokens: int) -> None:
+def test_prefill_takes_the_same_chunk_size(max_tokens: int) -> None:
     model = make_model()
     sample = make_sample("ss" + "v" * 40 + "iiii")
     cache = model.new_cache(2, device="cpu", dtype=torch.float64)
     expected, _ = slow_logits(model, sample, make_features(sample, seed=sum(sample.input_ids)))
     found = prefill(model, pack([sample]), cache, 1, max_chunk_tokens=max_tokens)
     torch.testing.assert_close(found, expected[-1].detach())
-    with pytest.raises(ValueError, match="pieces of 0"):
+    with pytest.raises(ValueError, match="chunks of 0"):
         prefill(model, pack([sample]), cache, 1, max_chunk_tokens=0)
 
 
-def test_logits_are_made_for_the_last_token_alone() -> None:
+def test_logits_are_computed_only_for_the_last_token() -> None:
     model = make_model()
     rows: list[int] = []
     model.lm_head.register_forward_hook(lambda module, args, output: rows.append(len(args[0])))
@@ -137,7 +137,7 @@ class _LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("plan", ["none", "two uniform, then attention"])
-def test_no_tensor_grows_with_more_than_the_prompts_length(plan: str) -> None:
+def test_every_tensor_grows_at_most_linearly_with_the_prompt(plan: str) -> None:
     num_vision, chunk = 3000, 128
     model = with_plan(plan)
     prompt = make_sample("s" + "v" * num_vision + "iii")
@@ -150,7 +150,7 @@ def test_no_tensor_grows_with_more_than_the_prompts_length(plan: str) -> None:
     assert largest.numel < chunk * num_vision / 2  # and no mask or score matrix of a whole chunk
 
 
-def test_features_are_asked_for_as_pieces_need_them_and_may_come_late() -> None:
+def test_feature_blocks_are_taken_as_chunks_need_them_and_may_come_late() -> None:
     model = make_model()
     prompt = make_sample("ss" + "v" * 40 + "iiii")
     features = make_features(prompt)
@@ -170,7 +170,7 @@ def test_features_are_asked_for_as_pieces_need_them_and_may_come_late() -> None:
     with torch.no_grad():
         while (logits := reading.advance()) is None:
             trace.append((sum(given), reading.is_waiting))
-    # pieces end at tokens 10, 20, 30, ...: 8, 18, 28, ... vision rows; the second needs a block that comes late
+    # chunks end at tokens 10, 20, 30, ...: 8, 18, 28, ... vision rows; the second needs a block that comes late
     assert trace[:4] == [(8, False), (16, True), (24, False), (32, False)]
     torch.testing.assert_close(logits, finish(start(model, prompt, lambda: [features], cache)))
 
@@ -178,7 +178,7 @@ def test_features_are_asked_for_as_pieces_need_them_and_may_come_late() -> None:
 @pytest.mark.parametrize(
     ("num_rows", "message"), [(7, "7 rows for 8"), (0, "0 rows for 8"), (9, "more rows than the 8")]
 )
-def test_features_that_do_not_fit_the_prompt_are_an_error(num_rows: int, message: str) -> None:
+def test_features_that_do_not_match_the_prompt_are_an_error(num_rows: int, message: str) -> None:
     model = make_model()
     cache = model.new_cache(1, device="cpu", dtype=torch.float64)
     features = torch.zeros(num_rows, 12, dtype=torch.float64)
@@ -197,14 +197,14 @@ def test_a_prompt_that_loses_every_token_is_an_error() -> None:
     ("layout", "length"),
     [("ssvvvii", 5), ("vvi", 2), ("ssii", 0), ("svivi", 0), ("sivvi", 0), ("svvv", 0), ("svvirii", 3)],
 )
-def test_a_prefix_is_what_no_question_can_change(layout: str, length: int) -> None:
+def test_a_prefix_ends_after_the_last_vision_token(layout: str, length: int) -> None:
     assert prefix_length(torch.tensor(make_sample(layout).token_kind)) == length
 
 
 @pytest.mark.parametrize("plan", sorted(CONFIGS))
 @pytest.mark.parametrize("changes", [{}, {"transfer": "none"}, {"transfer_from": "kept"}])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_a_question_behind_a_kept_prefix_gives_the_very_same_logits(
+def test_a_question_after_a_cached_prefix_gives_identical_logits(
     plan: str, changes: dict[str, Any], dtype: torch.dtype
 ) -> None:
     model = with_plan(plan, **changes).to(dtype)
@@ -227,14 +227,14 @@ def test_a_question_behind_a_kept_prefix_gives_the_very_same_logits(
 
 @torch.no_grad()
 @pytest.mark.parametrize("plan", ["none", "two uniform, then attention", "attention twice, uniform between"])
-def test_keys_and_values_have_their_room_from_the_start(plan: str) -> None:
+def test_keys_and_values_are_never_reallocated(plan: str) -> None:
     model = with_plan(plan)
     prompt = make_sample("ss" + "v" * 600 + "iii")
     cache = model.new_cache(1, device="cpu", dtype=torch.float64)
     reading = start(model, prompt, lambda: [make_features(prompt)], cache, max_chunk_tokens=50)
-    places = {layer: kv.keys.data_ptr() for layer, kv in cache.attention.items()}
+    pointers = {layer: kv.keys.data_ptr() for layer, kv in cache.attention.items()}
     logits = finish(reading)
     model.decode_step(logits.argmax()[None], cache, torch.tensor([0]))
     for layer, kv in cache.attention.items():
-        assert kv.keys.data_ptr() == places[layer], f"layer {layer} has been copied"
+        assert kv.keys.data_ptr() == pointers[layer], f"layer {layer} has been copied"
         assert kv.keys.shape[2] == kv.lengths[0] - 1 + MIN_CAPACITY, f"layer {layer} has more room than was planned"

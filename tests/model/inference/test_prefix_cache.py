@@ -30,7 +30,7 @@ def holds(cache: PrefixCache, key: str) -> bool:
     return lease.entry is not None
 
 
-def test_the_least_recently_used_goes_when_bytes_run_out() -> None:
+def test_the_least_recently_used_entry_is_evicted() -> None:
     cache = PrefixCache(100)
     for key in "abc":
         put(cache, key, 30)
@@ -41,7 +41,7 @@ def test_the_least_recently_used_goes_when_bytes_run_out() -> None:
     assert (cache.num_hits, cache.num_misses) == (3, 6)
 
 
-def test_an_entry_in_use_stays_and_what_does_not_fit_beside_it_is_not_kept() -> None:
+def test_an_entry_in_use_stays_and_one_that_does_not_fit_is_not_stored() -> None:
     cache = PrefixCache(100)
     put(cache, "a", 60)
     using = cache.lease("a")
@@ -54,7 +54,7 @@ def test_an_entry_in_use_stays_and_what_does_not_fit_beside_it_is_not_kept() -> 
     assert [holds(cache, key) for key in "abc"] == [False, True, True]
 
 
-def test_one_computes_while_the_others_wait_and_another_takes_over_when_it_ends() -> None:
+def test_one_request_computes_while_others_wait_and_another_takes_over() -> None:
     cache = PrefixCache(100)
     first = cache.lease("a")
     assert cache.is_computing("a")

@@ -62,6 +62,6 @@ def test_log_probabilities_are_the_models_own_whatever_the_temperature() -> None
 @pytest.mark.parametrize(
     "values", [{"temperature": -0.1}, {"temperature": 2.1}, {"top_p": 0.0}, {"top_k": -1}, {"num_logprobs": 21}]
 )
-def test_values_out_of_range_are_named(values: dict[str, float]) -> None:
+def test_a_value_out_of_range_is_an_error_with_its_name(values: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(values))):
         SamplingParams(**values)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The gateway of the tests that ask for nothing special."""
+"""A gateway with default options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""app: the files that are shipped, the graph they become, and what handles say when Ray refuses."""
+"""app: the shipped configuration files, deployment options, and Ray's errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from timeviper_platform.common.config import parse_config
 from timeviper_platform.data.encode.frame_encoder import TowerConfig, VisionTowerConfig
 from timeviper_platform.serving.app import ServeConfig, build, with_absolute_paths
 from timeviper_platform.serving.deployment import AutoscalingSettings, DeploymentSettings
-from timeviper_platform.serving.gateway_replica import EngineHandle, FeatureHandle
+from timeviper_platform.serving.gateway_replica import ServiceHandle
 from timeviper_platform.serving.messages import AnswerDelta, Refusal
 
 CONFIGS = Path(__file__).resolve().parents[3] / "ray_configs"
@@ -33,20 +33,20 @@ def args_of(path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("path", FILES, ids=["full", "tiny"])
-def test_a_shipped_file_is_ray_serves_and_ours(path: Path) -> None:
+def test_a_shipped_file_is_valid_for_ray_serve_and_for_us(path: Path) -> None:
     schema = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text()))
     assert schema.applications[0].import_path == "timeviper_platform.serving.app:build"
     assert build(args_of(path)) is not None
 
 
-def test_the_twins_have_the_same_parts() -> None:
+def test_the_twins_have_the_same_keys() -> None:
     full, tiny = (args_of(path) for path in FILES)
     assert set(full) == set(tiny)
     assert set(full["deployments"]) == set(tiny["deployments"]) == {"gateway", "features", "engine"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=["full", "tiny"])
-def test_uploads_are_encoded_as_the_preprocessing_file_beside_it_says(path: Path) -> None:
+def test_uploads_are_encoded_as_in_the_preprocessing_file(path: Path) -> None:
     preprocess = yaml.safe_load(path.with_name("preprocess.yaml").read_text())
     serving = args_of(path)["features"]
     assert VisionTowerConfig(**serving["encoder"]) == VisionTowerConfig(**preprocess["encoder"])
@@ -54,7 +54,7 @@ def test_uploads_are_encoded_as_the_preprocessing_file_beside_it_says(path: Path
     assert serving.get("fps", 1.0) == preprocess["sampling"]["fps"]
 
 
-def test_three_tiny_deployments_fit_beside_a_training_job_on_two_cores() -> None:
+def test_three_tiny_deployments_and_a_training_job_fit_two_cores() -> None:
     config = parse_config(ServeConfig, args_of(FILES[1]))
     places = config.deployments
     assert sum(place.num_cpus for place in (places.gateway, places.features, places.engine)) <= 0.5
@@ -67,7 +67,7 @@ def test_an_unknown_key_is_named_by_its_path() -> None:
         build(args)
 
 
-def test_a_gateway_is_never_scaled_to_zero_and_asks_no_more_than_the_engine_gives() -> None:
+def test_a_gateway_needs_a_replica_and_at_most_the_engines_max_tokens() -> None:
     args = args_of(FILES[1])
     args["deployments"]["gateway"] = {"autoscaling": {"min_replicas": 0}}
     with pytest.raises(ValueError, match="min_replicas must be at least 1"):
@@ -78,7 +78,7 @@ def test_a_gateway_is_never_scaled_to_zero_and_asks_no_more_than_the_engine_give
         build(args)
 
 
-def test_the_target_is_two_thirds_of_what_is_served_at_once() -> None:
+def test_the_default_target_is_two_thirds_of_the_concurrent_requests() -> None:
     options = DeploymentSettings(num_cpus=0.2).options(capacity=40, served_at_once=8)
     assert options["autoscaling_config"]["target_ongoing_requests"] == pytest.approx(5.2)
     assert options["max_ongoing_requests"] == 40
@@ -90,12 +90,12 @@ def test_the_target_is_two_thirds_of_what_is_served_at_once() -> None:
 
 
 @pytest.mark.parametrize("values", [{"min_replicas": 3}, {"look_back_period_s": 1.0}, {"max_replicas": 0}])
-def test_autoscaling_that_cannot_work_is_refused(values: dict[str, Any]) -> None:
+def test_impossible_autoscaling_is_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must"):
         AutoscalingSettings(**values)
 
 
-def test_paths_are_written_out_and_names_and_uris_stay(tmp_path: Path) -> None:
+def test_paths_become_absolute_but_names_and_uris_stay(tmp_path: Path) -> None:
     (tmp_path / "weights").mkdir()
     (tmp_path / "second").mkdir()
     towers = {"model": "google/some-encoder", "second": {"model": "second", "layer": -1}}
@@ -114,7 +114,7 @@ def test_paths_are_written_out_and_names_and_uris_stay(tmp_path: Path) -> None:
 
 
 class Handle:
-    """A deployment handle whose every call raises, or answers."""
+    """A deployment handle whose calls all raise `error` or return `answer`."""
 
     def __init__(self, error: Exception | None = None, answer: Any = True) -> None:
         self.error = error
@@ -125,7 +125,7 @@ class Handle:
     def options(self, *, stream: bool) -> Handle:
         return self
 
-    def remote(self, *_: Any) -> Any:
+    def remote(self, *_: Any, **options: Any) -> Any:
         return self
 
     def __await__(self) -> Any:
@@ -147,13 +147,13 @@ class Handle:
         self.cancelled += 1
 
 
-def test_what_ray_says_of_a_service_becomes_a_refusal() -> None:
+def test_rays_errors_become_refusals() -> None:
     async def ask(error: Exception) -> tuple[Any, list[Any], bool]:
         handle = Handle(error)
-        items = [item async for item in EngineHandle(handle).generate(None)]  # type: ignore[arg-type]
+        items = [item async for item in ServiceHandle("engine service", handle).generate(None)]  # type: ignore[arg-type]
         assert handle.cancelled == 0
-        features = await FeatureHandle(handle).features(None)  # type: ignore[arg-type]
-        return features, items, await FeatureHandle(handle).is_ready()
+        features = await ServiceHandle("feature service", handle).features(None)  # type: ignore[arg-type]
+        return features, items, await ServiceHandle("feature service", handle).is_ready()
 
     features, items, is_ready = asyncio.run(ask(RayActorError()))
     assert isinstance(features, Refusal)
@@ -162,10 +162,10 @@ def test_what_ray_says_of_a_service_becomes_a_refusal() -> None:
     assert (features.status, items[-1].status, items[-1].retry_after_s) == (429, 429, 1.0)
 
 
-def test_a_stream_that_is_closed_half_way_is_cancelled_and_a_whole_one_is_not() -> None:
+def test_a_stream_closed_early_is_cancelled_and_a_complete_one_is_not() -> None:
     async def run(whole: bool) -> int:
         handle = Handle()
-        items = EngineHandle(handle).generate(None)  # type: ignore[arg-type]
+        items = ServiceHandle("engine service", handle).generate(None)  # type: ignore[arg-type]
         await anext(items)
         if whole:
             assert len([item async for item in items]) == 1
@@ -176,7 +176,7 @@ def test_a_stream_that_is_closed_half_way_is_cancelled_and_a_whole_one_is_not() 
     assert asyncio.run(run(whole=True)) == 0
 
 
-def test_a_gateway_replica_loads_no_torch() -> None:
+def test_a_gateway_replica_imports_no_torch() -> None:
     code = "import sys, timeviper_platform.serving.gateway_replica; print('torch' in sys.modules, 'av' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     assert result.stdout.strip() == "False False"

@@ -41,7 +41,6 @@ from timeviper_platform.serving.messages import (
     AnswerDelta,
     ChatTurn,
     FeatureReference,
-    FeatureRequest,
     GenerateRequest,
     MediaFile,
 )
@@ -199,7 +198,7 @@ def test_an_upload_is_answered_from_both_towers(made: Made) -> None:
 
     async def scenario() -> tuple[FeatureReference, str]:
         try:
-            reference = await service.features(FeatureRequest(source=file))
+            reference = await service.features(file)
         finally:
             await service.close()
         assert isinstance(reference, FeatureReference)

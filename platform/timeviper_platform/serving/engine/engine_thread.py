@@ -1,7 +1,4 @@
-"""A thread that owns an InferenceEngine, for callers on an event loop.
-
-Turns `step()` into one asyncio queue a caller. Knows threads and queues; nothing of prompts, media, HTTP or Ray.
-"""
+"""A thread that runs an InferenceEngine for callers on an event loop."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import TypeVar
 
 from timeviper_model.inference.engine import InferenceEngine
@@ -21,39 +17,34 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class _Listener:
-    """Where the events of one request go."""
-
-    loop: asyncio.AbstractEventLoop
-    events: asyncio.Queue[tuple[int, Event]]
-    index: int
-
-
 class EngineThread:
     """Runs `engine.step()` while there is work, and sleeps while there is none."""
 
     def __init__(self, engine: InferenceEngine) -> None:
         self._engine = engine
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._listeners: dict[RequestId, _Listener] = {}
+        self._listeners: dict[RequestId, Callable[[Event], None]] = {}
         self.error: str | None = None
-        """why the loop ended; None while it runs"""
+        """Why the engine failed; None while it runs."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    async def submit(self, requests: Sequence[Request]) -> tuple[list[RequestId], asyncio.Queue[tuple[int, Event]]]:
+    async def submit(self, requests: Sequence[Request]) -> tuple[list[RequestId], asyncio.Queue[Event]]:
         """Submits all of `requests` or none.
 
         Returns:
-            Their ids, and a queue of (place in `requests`, event).
+            Their ids, and the queue of their events.
 
         Raises:
             QueueFull, ValueError: as InferenceEngine.submit.
-            RuntimeError: when the loop has ended.
+            RuntimeError: when the engine has failed.
         """
         loop = asyncio.get_running_loop()
-        events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        events: asyncio.Queue[Event] = asyncio.Queue()
+
+        def deliver(event: Event) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(events.put_nowait, event)
 
         def submit_all() -> list[RequestId]:
             ids: list[RequestId] = []
@@ -64,18 +55,18 @@ class EngineThread:
                 for request_id in ids:
                     self._engine.cancel(request_id)
                 raise
-            self._listeners.update({rid: _Listener(loop, events, index) for index, rid in enumerate(ids)})
+            self._listeners.update(dict.fromkeys(ids, deliver))
             return ids
 
         command = asyncio.wrap_future(self._call(submit_all))
         try:
             return await asyncio.shield(command), events
-        except asyncio.CancelledError:  # the caller has gone while the command was on its way
+        except asyncio.CancelledError:  # the caller has gone before the command ran
             command.add_done_callback(lambda done: self.cancel(done.result()) if not done.exception() else None)
             raise
 
     def cancel(self, request_ids: Sequence[RequestId]) -> None:
-        """Frees the slots of those requests that still have one, before the next step."""
+        """Ends those requests that still run, before the next step."""
 
         def cancel_all() -> None:
             for request_id in request_ids:
@@ -85,16 +76,16 @@ class EngineThread:
         self._commands.put(cancel_all)
 
     async def stats(self) -> EngineStats:
-        """The engine's counts between two steps."""
+        """The engine's statistics, read between two steps."""
         return await asyncio.wrap_future(self._call(self._engine.stats))
 
     def stop(self) -> None:
-        """Ends the thread after its present step."""
+        """Ends the thread after the current step."""
         self._commands.put(None)
         self._thread.join(timeout=10.0)
 
     def _call(self, function: Callable[[], T]) -> Future[T]:
-        """`function` on the engine's thread."""
+        """Runs `function` on the engine's thread."""
         future: Future[T] = Future()
 
         def run() -> None:
@@ -105,7 +96,7 @@ class EngineThread:
                 return
             try:
                 future.set_result(function())
-            except Exception as error:  # noqa: BLE001 - the caller's; the thread is everyone's
+            except Exception as error:  # noqa: BLE001 - belongs to the caller; the thread must go on
                 future.set_exception(error)
 
         self._commands.put(run)
@@ -130,10 +121,9 @@ class EngineThread:
             self.error = f"the engine has failed: {type(error).__name__}"
             events = [Failed(request_id=request_id, error=self.error) for request_id in self._listeners]
         for event in events:
-            listener = self._listeners.get(event.request_id)
-            if listener is None:
+            deliver = self._listeners.get(event.request_id)
+            if deliver is None:
                 continue
             if not isinstance(event, Token):
                 del self._listeners[event.request_id]
-            if not listener.loop.is_closed():
-                listener.loop.call_soon_threadsafe(listener.events.put_nowait, (listener.index, event))
+            deliver(event)

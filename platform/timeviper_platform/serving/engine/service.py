@@ -1,9 +1,4 @@
-"""EngineService: conversations with feature references in, parts of answers out.
-
-Builds prompts, hands them to the engine's own thread, gathers tokens for some milliseconds into one part, and frees the
-slots when the caller goes. Knows tokenizer, weights and engine; nothing of HTTP, files or decoding, and Ray only as a
-function that fetches a reference.
-"""
+"""The engine service: conversations with feature references in, deltas of answers out. Does not import Ray."""
 
 from __future__ import annotations
 
@@ -15,7 +10,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,10 +27,12 @@ from timeviper_model.inference.requests import (
     Finished,
     QueueFull,
     Request,
+    RequestId,
     Token,
 )
 from timeviper_model.layers.backends import Backend, set_backend
 from timeviper_model.weights.weights_folder import from_pretrained, load_tokenizer
+from timeviper_platform.common.devices import Dtype, torch_dtype
 from timeviper_platform.serving.engine.engine_thread import EngineThread
 from timeviper_platform.serving.messages import (
     AnswerDelta,
@@ -48,29 +45,30 @@ from timeviper_platform.serving.messages import (
 
 logger = logging.getLogger(__name__)
 
-DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineServiceConfig:
-    """How the weights are run."""
+    """Options of one replica of the engine."""
 
     device: str = "cpu"
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    """PyTorch device of the model."""
+    dtype: Dtype = "float32"
+    """Data type of weights and activations."""
     backend: Backend = "auto"
-    """what computes scans, convolutions and attention: CUDA kernels where they can be used (auto), torch, or kernels
-    or an error"""
+    """Implementation of scans, convolutions and attention: torch, kernels (an error where CUDA kernels cannot run), or
+    auto (kernels where they can)."""
     num_threads: int = 0
-    """of PyTorch on the CPU; 0 = its own choice"""
+    """PyTorch's threads on the CPU; 0 = its default."""
     engine: EngineConfig = field(default_factory=EngineConfig)
+    """Limits of the engine."""
     time_text: bool = False
-    """tell the model each video's length and number of frames; on for weights that were trained so"""
+    """Whether the prompt states each video's length and number of frames. Must match the weights' training."""
     coalesce_ms: float = 30.0
-    """tokens are gathered this long into one part; the first goes out at once"""
+    """Time in which tokens are gathered into one delta; the first token is sent at once."""
 
 
 class EngineService:
-    """One replica: weights, tokenizer, engine and its thread."""
+    """Weights, tokenizer, engine and the engine's thread."""
 
     def __init__(
         self,
@@ -78,27 +76,31 @@ class EngineService:
         config: EngineServiceConfig,
         fetch: Callable[[FeatureReference], Awaitable[np.ndarray]],
     ) -> None:
-        """Args:
-        weights: folder of `jobs/export.py`.
-        fetch: the array behind a reference; raises RuntimeError when it is lost.
+        """Loads the weights and starts the engine.
+
+        Args:
+            weights: folder with exported weights.
+            config: options of the replica.
+            fetch: returns the array of a reference; raises RuntimeError when it is lost.
         """
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         self._config = config
         self._fetch = fetch
-        model = from_pretrained(weights, dtype=DTYPES[config.dtype], device=config.device).eval()
-        set_backend(model, config.backend, device=config.device, dtype=DTYPES[config.dtype])
+        dtype = torch_dtype(config.dtype)
+        model = from_pretrained(weights, dtype=dtype, device=config.device).eval()
+        set_backend(model, config.backend, device=config.device, dtype=dtype)
         self._template = TEMPLATES[model.config.chat_template]
-        # two tokenizers: a fast tokenizer may not be called from two threads at once
+        # two tokenizers, because a fast tokenizer must not be called from two threads at once
         self._tokenizer = load_tokenizer(weights)
         self._engine = InferenceEngine(model, config.engine, tokenizer=load_tokenizer(weights))
-        self._loop = EngineThread(self._engine)
+        self._thread = EngineThread(self._engine)
         self._prompts = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prompt")
         self._ongoing = 0
         logger.info("serving %s with %d slots", weights, config.engine.num_slots)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[AnswerDelta | Refusal]:
-        """Parts of the answers as they come. A Refusal is the last item; closing this frees the slots."""
+        """Yields deltas as they come; a Refusal is always last. Closing the generator frees the slots."""
         limits = self._config.engine
         if self._ongoing + request.n > limits.num_slots + limits.max_queued_requests:
             yield _busy()
@@ -110,7 +112,7 @@ class EngineService:
                 yield requests
                 return
             answers = self._answers(requests, with_logprobs=request.sampling.num_logprobs is not None)
-            async with aclosing(answers):  # a generator that is closed does not close the one it iterates over
+            async with aclosing(answers):  # closing a generator does not close the one it iterates over
                 async for item in answers:
                     yield item
         finally:
@@ -118,30 +120,30 @@ class EngineService:
 
     async def is_ready(self) -> bool:
         """True while the engine runs."""
-        return self._loop.error is None
+        return self._thread.error is None
 
     async def stats(self) -> EngineStats:
-        """The engine's counts."""
-        return await self._loop.stats()
+        """The engine's statistics."""
+        return await self._thread.stats()
 
     def check_health(self) -> None:
-        """Ray Serve replaces the replica when this raises."""
-        if self._loop.error is not None:
-            raise RuntimeError(self._loop.error)
+        """Raises RuntimeError when the engine has failed; Ray Serve then replaces the replica."""
+        if self._thread.error is not None:
+            raise RuntimeError(self._thread.error)
 
     def stop(self) -> None:
         """Ends the engine's thread."""
-        self._loop.stop()
+        self._thread.stop()
         self._prompts.shutdown(wait=False, cancel_futures=True)
 
     async def _requests(self, request: GenerateRequest) -> list[Request] | Refusal:
-        """One engine request for each of the `n` answers."""
+        """One engine request per answer."""
         media = [reference for turn in request.turns for reference in turn.media]
         try:
             arrays = await asyncio.gather(*(self._fetch(reference) for reference in media))
         except RuntimeError as error:
-            logger.warning("features are gone: %s", type(error).__name__)
-            return Refusal(status=503, message="the video's features were lost, ask again", code="features_lost")
+            logger.warning("features are lost: %s", type(error).__name__)
+            return Refusal(status=503, message="the video's features were lost, try again", code="features_lost")
         loop = asyncio.get_running_loop()
         try:
             sample = await loop.run_in_executor(self._prompts, self._prompt, request.turns)
@@ -165,7 +167,7 @@ class EngineService:
 
     async def _answers(self, requests: list[Request], *, with_logprobs: bool) -> AsyncGenerator[AnswerDelta | Refusal]:
         try:
-            ids, events = await self._loop.submit(requests)
+            ids, events = await self._thread.submit(requests)
         except QueueFull:
             yield _busy()
             return
@@ -176,19 +178,19 @@ class EngineService:
             yield Refusal(status=503, message=str(error), code="engine_failed", retry_after_s=5.0)
             return
         try:
-            parts = self._parts(events, len(requests), with_logprobs=with_logprobs)
-            async with aclosing(parts):
-                async for item in parts:
+            deltas = self._deltas(ids, events, with_logprobs=with_logprobs)
+            async with aclosing(deltas):
+                async for item in deltas:
                     yield item
         finally:
-            self._loop.cancel(ids)
+            self._thread.cancel(ids)
 
-    async def _parts(
-        self, events: asyncio.Queue[tuple[int, Event]], num_answers: int, *, with_logprobs: bool
+    async def _deltas(
+        self, ids: Sequence[RequestId], events: asyncio.Queue[Event], *, with_logprobs: bool
     ) -> AsyncGenerator[AnswerDelta | Refusal]:
-        """Events gathered into parts: the first token at once, then what came within `coalesce_ms`."""
+        """Gathers events into deltas: the first token at once, then all within `coalesce_ms`."""
         loop = asyncio.get_running_loop()
-        unfinished = num_answers
+        unfinished = len(ids)
         next_send = loop.time()
         while unfinished:
             batch = [await events.get()]
@@ -196,19 +198,21 @@ class EngineService:
                 await asyncio.sleep(wait_s)
             while not events.empty():
                 batch.append(events.get_nowait())
-            for index in sorted({index for index, _ in batch}):
-                own = [event for place, event in batch if place == index]
+            for index, request_id in enumerate(ids):
+                own = [event for event in batch if event.request_id == request_id]
+                if not own:
+                    continue
                 if isinstance(own[-1], Failed):
                     logger.error("request %d failed: %s", own[-1].request_id, own[-1].error)
                     yield Refusal(status=503, message="the model failed on this request", code="generation_failed")
                     return
-                part = self._part(index, own, with_logprobs=with_logprobs)
-                unfinished -= part.finish_reason is not None
-                if part.text or part.logprobs or part.finish_reason is not None:
-                    yield part
+                delta = self._delta(index, own, with_logprobs=with_logprobs)
+                unfinished -= delta.finish_reason is not None
+                if delta.text or delta.logprobs or delta.finish_reason is not None:
+                    yield delta
             next_send = loop.time() + self._config.coalesce_ms / 1000
 
-    def _part(self, index: int, events: Sequence[Event], *, with_logprobs: bool) -> AnswerDelta:
+    def _delta(self, index: int, events: Sequence[Event], *, with_logprobs: bool) -> AnswerDelta:
         tokens = [event for event in events if isinstance(event, Token)]
         last = events[-1]
         finished = last if isinstance(last, Finished) else None
@@ -232,15 +236,15 @@ class EngineService:
 def build_prompt(
     tokenizer: Any, turns: Sequence[ChatTurn], template: ChatTemplate, *, with_time_text: bool = False
 ) -> Sample:
-    """The prompt of a conversation, ready for an answer. A turn's media stand before its text, as in training.
+    """The prompt of a conversation up to the assistant's turn. A turn's media come before its text, as in training.
 
     Raises:
-        ValueError: for turns out of order, or a text that holds the marker for media.
+        ValueError: for turns out of order, or a text that contains the marker for media.
     """
     conversation = []
     for turn in turns:
         if MEDIA_MARKER in turn.text:
-            raise ValueError(f"a text may not hold {MEDIA_MARKER}, which stands for media inside the server")
+            raise ValueError(f"a text must not contain {MEDIA_MARKER}, the server's internal marker for media")
         text = turn.text
         if turn.role == "user":
             media = [MEDIA_MARKER + (_time_text(medium) if with_time_text else "") for medium in turn.media]
@@ -251,10 +255,9 @@ def build_prompt(
 
 
 def prefix_key(tenant: str, media: Sequence[FeatureReference]) -> str | None:
-    """Names what the engine may keep of a conversation's media for the next question; None without media.
+    """The key of a conversation's media in the engine's video-prefix cache; None without media.
 
-    A reference's key stands for content, encoder recipe and frames. The engine adds the tokens before the media
-    (template and system text); weights, dtype and TransV plan are the one engine's that owns the cache.
+    A reference's key covers content, encoder recipe and frames; the engine adds the tokens before the media.
     """
     if not media:
         return None
@@ -266,15 +269,14 @@ def _time_text(medium: FeatureReference) -> str:
 
 
 def _rows(arrays: Sequence[np.ndarray]) -> Tensor | None:
-    """(V, dim) bfloat16 rows of all media; None without any."""
+    """(V, dim) bfloat16 rows of all media; None without media."""
     if not arrays:
         return None
     # a copy: arrays from the object store are read-only, and PyTorch has no read-only tensors
-    parts = [torch.from_numpy(array.copy()).view(torch.bfloat16).flatten(0, 1) for array in arrays]
-    return torch.cat(parts)
+    return torch.cat([torch.from_numpy(array.copy()).view(torch.bfloat16).flatten(0, 1) for array in arrays])
 
 
 def _busy() -> Refusal:
     return Refusal(
-        status=429, message="all slots and places in the queue are taken, try again", code="busy", retry_after_s=1.0
+        status=429, message="all slots are taken and the queue is full, try again", code="busy", retry_after_s=1.0
     )

@@ -1,7 +1,4 @@
-"""Do the features fit the weights? Compared once, when a replica starts, so that a wrong pair never answers nonsense.
-
-Knows configurations and recipes; loads no weights and reads no features.
-"""
+"""Checks at a replica's start that weights, feature store and encoder belong together, by their recipes alone."""
 
 from __future__ import annotations
 
@@ -16,35 +13,35 @@ from timeviper_platform.data.store.compatibility import store_facts
 from timeviper_platform.data.store.reader import FeatureStore
 
 VERSION_KEY = "recipe_version"
-"""in a recipe: how frames are chosen and turned"""
+"""Key in a recipe: version of frame selection and rotation."""
 
 RECIPE_HASH_KEY = "recipe_hash"
-"""in the weights' metadata: recipe hash of the feature store they were trained on"""
+"""Key in the weights' metadata: recipe hash of the feature store they were trained on."""
 
 
 def check_features_fit(weights: str, *, store: FeatureStore | None, encoder: FrameEncoder | None) -> None:
-    """Passes when weights, store and encoder are made for one another.
+    """Passes when the features of store and encoder are those that the weights were trained on.
 
     Raises:
-        ValueError: naming both sides and every difference.
+        ValueError: with every difference.
     """
     store_name = "" if store is None else f"the feature store {store.uri!r}"
     encoder_name = "" if encoder is None else " with ".join(f"the encoder {t.model!r}" for t in encoder.config.towers)
     if store is not None and encoder is not None:
         lines = different_facts(_whole(encoder.recipe), _whole(store.recipe))
-        way_out = "configure the encoder as the preprocessing job had it"
-        if encoder.recipe.get(VERSION_KEY) != store.recipe.get(VERSION_KEY):  # no configuration changes that
-            way_out = "another release made the store: preprocess into a new folder, or serve with that one"
-        _refuse(lines, encoder_name, store_name, way_out)
+        fix = "configure the encoder as in the preprocessing job"
+        if encoder.recipe.get(VERSION_KEY) != store.recipe.get(VERSION_KEY):  # no configuration can fix that
+            fix = "another release wrote the store: preprocess into a new folder, or serve with that release"
+        _require_none(lines, encoder_name, store_name, fix)
     expected = _expected_by(weights)
-    way_out = "export weights and preprocess media with one encoder configuration"
+    fix = "export weights and preprocess media with one encoder configuration"
     weights_name = f"the weights {weights!r}"
     if encoder is not None:
         facts = {**recipe_facts(encoder.recipe), "row_size": encoder.dim}
-        _refuse(different_facts(expected, facts), weights_name, encoder_name, way_out)
+        _require_none(different_facts(expected, facts), weights_name, encoder_name, fix)
     if store is not None:
         facts = {**store_facts(store), RECIPE_HASH_KEY: store.recipe_hash}
-        _refuse(different_facts(expected, facts), weights_name, store_name, way_out)
+        _require_none(different_facts(expected, facts), weights_name, store_name, fix)
 
 
 def _expected_by(weights: str) -> Facts:
@@ -54,7 +51,7 @@ def _expected_by(weights: str) -> Facts:
 
 
 def _whole(recipe: dict[str, Any]) -> Facts:
-    """A recipe by dotted names, with what only some recipes have a key for."""
+    """A recipe by dotted names, with defaults for optional keys."""
     return {"num_towers": recipe_facts(recipe)["num_towers"], "compiled": False, **_flat(recipe)}
 
 
@@ -65,6 +62,6 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Facts:
     return facts
 
 
-def _refuse(lines: list[str], one: str, other: str, way_out: str) -> None:
+def _require_none(lines: list[str], one: str, other: str, fix: str) -> None:
     if lines:
-        raise ValueError(f"{one} and {other} do not fit:\n" + "\n".join(f"  {line}" for line in lines) + f"\n{way_out}")
+        raise ValueError(f"{one} and {other} do not fit:\n" + "\n".join(f"  {line}" for line in lines) + f"\n{fix}")

@@ -1,15 +1,12 @@
-"""A chat request as a client wrote it to what the engine is asked: text within limits, and every medium as features.
+"""A chat request from HTTP to the engine's request: checks limits and replaces media by features.
 
-Knows the three ways to name a medium (data: URI, uploaded file, stored features) and fetches no remote address. Does
-not know HTTP, nor what becomes of the answer.
+A medium is a data: URI, an uploaded file or a stored medium. Remote addresses are never fetched.
 """
 
 from __future__ import annotations
 
 import asyncio
 import secrets
-from dataclasses import dataclass, field
-from typing import Any
 
 from timeviper_model.inference.answer import SamplingParams
 from timeviper_platform.serving.gateway.config import GatewayConfig
@@ -19,6 +16,7 @@ from timeviper_platform.serving.gateway.openai_protocol import (
     ChatMessage,
     ImagePart,
     MediaLimits,
+    MediaPart,
     TextPart,
 )
 from timeviper_platform.serving.gateway.uploads import MediaStore, no_such_file, parse_data_uri
@@ -26,7 +24,6 @@ from timeviper_platform.serving.messages import (
     ChatTurn,
     FeatureClient,
     FeatureReference,
-    FeatureRequest,
     GenerateRequest,
     MediaFile,
     MediaSource,
@@ -39,39 +36,37 @@ FEATURE_SCHEME = "feature://"
 
 
 class ChatPreparation:
-    """Checks conversations and has their media turned into features."""
+    """Converts chat requests of one gateway."""
 
     def __init__(self, config: GatewayConfig, features: FeatureClient, store: MediaStore) -> None:
-        """`store` holds the uploads that conversations may name."""
+        """`store` holds the uploads."""
         self._config = config
         self._features = features
         self._store = store
 
     async def prepare(self, chat: ChatCompletionRequest, tenant: str) -> GenerateRequest:
-        """Checks the conversation and has all of its media turned into features, at the same time."""
-        max_new_tokens = chat.max_completion_tokens or chat.max_tokens or self._config.default_max_tokens
-        if max_new_tokens > self._config.max_tokens:
-            raise ApiError(
-                400, f"max_tokens is {max_new_tokens}, the limit {self._config.max_tokens}", code="invalid_value",
-                param="max_tokens",
-            )  # fmt: skip
-        turns = [await self._turn(number, message, tenant) for number, message in enumerate(chat.messages)]
-        if sum(len(turn.text) for turn in turns) > self._config.max_text_characters:
-            limit = self._config.max_text_characters
-            raise ApiError(413, f"the messages have more than {limit} characters", code="too_large", param="messages")
-        num_media = sum(len(turn.media) for turn in turns)
-        if num_media > self._config.max_media_per_request:
-            limit = self._config.max_media_per_request
-            raise ApiError(400, f"{num_media} media, the limit is {limit}", code="too_many_media", param="messages")
+        """The engine's request, with the features of all media, which are computed concurrently.
+
+        Raises:
+            ApiError: for a request that exceeds the limits or names unknown media, or a feature service's refusal.
+        """
+        max_new_tokens = self._check_limits(chat)
+        media = [
+            (await self._source(part, message.role, tenant, param), param)
+            for index, message in enumerate(chat.messages)
+            for part, param in _media_parts(index, message)
+        ]
         limits = chat.mm_processor_kwargs or MediaLimits()
-        references = await asyncio.gather(
-            *(self._feature(source, param, limits) for turn in turns for source, param in turn.media)
-        )
-        found = iter(references)
+        references = iter(await asyncio.gather(*(self._feature(source, param, limits) for source, param in media)))
         return GenerateRequest(
             tenant=tenant,
             turns=tuple(
-                ChatTurn(role=turn.role, text=turn.text, media=tuple(next(found) for _ in turn.media)) for turn in turns
+                ChatTurn(
+                    role="system" if message.role == "developer" else message.role,
+                    text=_text(message),
+                    media=tuple(next(references) for _ in _media_parts(index, message)),
+                )
+                for index, message in enumerate(chat.messages)
             ),
             sampling=SamplingParams(
                 max_new_tokens=max_new_tokens,
@@ -85,26 +80,26 @@ class ChatPreparation:
             n=chat.n or 1,
         )
 
-    async def _turn(self, number: int, message: ChatMessage, tenant: str) -> _SourceTurn:
-        role: Any = "system" if message.role == "developer" else message.role
-        if isinstance(message.content, str):
-            return _SourceTurn(role=role, text=message.content)
-        texts: list[str] = []
-        media: list[tuple[MediaSource, str]] = []
-        for place, part in enumerate(message.content):
-            param = f"messages.{number}.content.{place}"
-            if isinstance(part, TextPart):
-                texts.append(part.text)
-                continue
-            if role != "user":
-                raise ApiError(400, f"a {role} message may hold text alone", code="invalid_value", param=param)
-            modality: Modality = "image" if isinstance(part, ImagePart) else "video"
-            value = getattr(part, part.type)
-            url = value if isinstance(value, str) else value.url
-            media.append((await self._source(url, modality, tenant, param), param))
-        return _SourceTurn(role=role, text="\n".join(texts), media=media)
+    def _check_limits(self, chat: ChatCompletionRequest) -> int:
+        """The maximum number of new tokens."""
+        max_new_tokens = chat.max_completion_tokens or chat.max_tokens or self._config.default_max_tokens
+        if max_new_tokens > (limit := self._config.max_tokens):
+            message = f"max_tokens is {max_new_tokens}, the limit is {limit}"
+            raise ApiError(400, message, code="invalid_value", param="max_tokens")
+        if sum(len(_text(message)) for message in chat.messages) > (limit := self._config.max_text_characters):
+            raise ApiError(413, f"the messages have more than {limit} characters", code="too_large", param="messages")
+        num_media = sum(len(_media_parts(index, message)) for index, message in enumerate(chat.messages))
+        if num_media > (limit := self._config.max_media_per_request):
+            message = f"the messages have {num_media} media, the limit is {limit}"
+            raise ApiError(400, message, code="too_many_media", param="messages")
+        return max_new_tokens
 
-    async def _source(self, url: str, modality: Modality, tenant: str, param: str) -> MediaSource:
+    async def _source(self, part: MediaPart, role: str, tenant: str, param: str) -> MediaSource:
+        if role != "user":
+            raise ApiError(400, f"a {role} message may contain only text", code="invalid_value", param=param)
+        modality: Modality = "image" if isinstance(part, ImagePart) else "video"
+        value = getattr(part, part.type)
+        url: str = value if isinstance(value, str) else value.url
         if url.startswith(FEATURE_SCHEME):
             return StoredFeatures(media_id=url.removeprefix(FEATURE_SCHEME))
         if url.startswith("data:"):
@@ -120,24 +115,30 @@ class ChatPreparation:
         raise ApiError(
             400,
             "media must be a data: URI, a file id (file-...) or a stored medium (feature://ID); this server does not"
-            " fetch remote addresses, upload the file to /v1/files",
+            " fetch remote addresses; upload the file to /v1/files",
             code="remote_media_disabled",
             param=param,
         )
 
     async def _feature(self, source: MediaSource, param: str, limits: MediaLimits) -> FeatureReference:
-        answer = await self._features.features(
-            FeatureRequest(source=source, max_frames=limits.max_frames, fps=limits.fps)
-        )
+        answer = await self._features.features(source, fps=limits.fps, max_frames=limits.max_frames)
         if isinstance(answer, Refusal):
             raise ApiError.from_refusal(answer, param=param)
         return answer
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _SourceTurn:
-    """A message whose media are not features yet; each has the place in the request that it came from."""
+def _text(message: ChatMessage) -> str:
+    if isinstance(message.content, str):
+        return message.content
+    return "\n".join(part.text for part in message.content if isinstance(part, TextPart))
 
-    role: Any
-    text: str
-    media: list[tuple[MediaSource, str]] = field(default_factory=list)
+
+def _media_parts(index: int, message: ChatMessage) -> list[tuple[MediaPart, str]]:
+    """The message's media parts, each with its dotted path in the request."""
+    if isinstance(message.content, str):
+        return []
+    return [
+        (part, f"messages.{index}.content.{number}")
+        for number, part in enumerate(message.content)
+        if not isinstance(part, TextPart)
+    ]

@@ -1,4 +1,4 @@
-"""The gateway's configuration: what clients may ask for, and whose keys are known. No HTTP, no services."""
+"""Options of the gateway: API keys and limits of requests."""
 
 from __future__ import annotations
 
@@ -8,45 +8,46 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ApiKey:
-    """Who may ask."""
+    """One API key."""
 
     tenant: str
-    """whose files this key sees; several keys may share one"""
+    """Owner of the key, its files and its caches. Several keys may share a tenant."""
     sha256: str
-    """hex digest of the key; the key itself is kept nowhere. Make one: `openssl rand -hex 32 | tee key | tr -d '\\n' |
-    sha256sum`"""
+    """SHA-256 of the key in hex. Generate both: `openssl rand -hex 32 | tee key | tr -d '\\n' | sha256sum`."""
 
     def __post_init__(self) -> None:
         if re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", self.tenant) is None:
-            raise ValueError(f"{self.tenant = } names a folder: lower-case letters, digits, - and _")
+            raise ValueError(f"{self.tenant = } names a folder: use lower-case letters, digits, - and _")
         if re.fullmatch(r"[0-9a-f]{64}", self.sha256) is None:
             raise ValueError(f"the sha256 of the key of tenant {self.tenant!r} must be 64 hexadecimal digits")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GatewayConfig:
-    """What clients may ask for."""
+    """Options of the gateway."""
 
     model_name: str = "timeviper"
-    """the `model` that requests must name"""
+    """Value of `model` in requests."""
     media_root: str = "outputs/serving/media"
-    """folder or URI for uploads; every replica of gateway and feature service must reach it"""
+    """Folder or URI of uploads. Every replica of the gateway and of the feature service must reach it."""
     api_keys: tuple[ApiKey, ...] = ()
-    """none = no key needed"""
+    """Accepted API keys; empty = requests need no key."""
     max_request_bytes: int = 16 * 2**20
-    """body of a chat request, data: URIs included"""
+    """Maximum bytes of a chat request's body, data: URIs included."""
     max_upload_bytes: int = 512 * 2**20
-    """body of an upload"""
+    """Maximum bytes of an upload's body."""
     max_media_per_request: int = 8
+    """Maximum videos and pictures of one request."""
     max_text_characters: int = 100_000
-    """of all messages together"""
+    """Maximum characters of all messages of a request."""
     default_max_tokens: int = 256
+    """Maximum tokens of an answer where the request sets none."""
     max_tokens: int = 1024
-    """the most one answer may be asked to have; not above the engine's max_new_tokens"""
+    """Maximum tokens per answer. Must be <= engine.max_new_tokens."""
     default_temperature: float = 1.0
-    """when a request names none; OpenAI's is 1"""
+    """Temperature where a request sets none. OpenAI's is 1."""
     request_timeout_s: float = 300.0
-    """from the last byte of a request to the last of its answer"""
+    """Maximum seconds from the last byte of a request to the last byte of its answer."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.default_max_tokens <= self.max_tokens:

@@ -1,7 +1,6 @@
-"""What holds for every request, whatever its route: a key, a limit on its body, counters, one line in the log.
+"""ASGI middleware for every route: API keys, body limits, metrics and one log line per request.
 
-An ASGI middleware: knows keys, tenants and bytes, but no route's meaning. The tenant it finds is `request.state.tenant`
-to the handlers. Logs and counters hold method, route, status and times: no bodies, keys or queries.
+Handlers find the tenant in `request.state.tenant`. Logs and metrics contain no bodies, keys or queries.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from timeviper_platform.serving.gateway.openai_protocol import ApiError
 logger = logging.getLogger(__name__)
 
 OPEN_PATHS = ("/health/live", "/health/ready")
-"""what needs no key: probes of the cluster have none"""
+"""Paths of the cluster's probes, which send no key."""
 PUBLIC_TENANT = "public"
 
 
@@ -57,8 +56,8 @@ class GatewayMetrics:
         return generate_latest(self._registry)
 
 
-class Edge:
-    """What holds for every request: a key, a limit on its body, an answer even to our own bugs, one line in the log."""
+class RequestGuard:
+    """Authenticates, limits, counts and logs every request, and answers 500 to an unexpected error."""
 
     def __init__(self, app: ASGIApp, *, config: GatewayConfig, metrics: GatewayMetrics) -> None:
         self._app = app
@@ -81,8 +80,8 @@ class Edge:
         self._metrics.start_request()
         try:
             await self._guarded(scope, receive, send_noting_status)
-        except Exception as error:  # noqa: BLE001 - the last line: a bug of ours becomes a 500 in OpenAI's shape
-            # where, but not the message, which may quote the request
+        except Exception as error:  # noqa: BLE001 - a bug becomes a 500 in OpenAI's format
+            # without the message, which may quote the request
             frames = "".join(traceback.format_tb(error.__traceback__))
             logger.error("%s failed: %s at\n%s", _route(scope), type(error).__name__, frames)
             if status == 0:
@@ -122,10 +121,10 @@ class Edge:
             return PUBLIC_TENANT
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         digest = hashlib.sha256(key.strip().encode()).hexdigest()
-        # every key is compared, each in constant time: the time taken says nothing about which one was near
+        # compares every key, each in constant time, so that timing reveals nothing
         matches = [entry.tenant for entry in self._config.api_keys if hmac.compare_digest(entry.sha256, digest)]
         if scheme.lower() != "bearer" or not matches:
-            raise ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
+            raise ApiError(401, "a valid API key is required: Authorization: Bearer KEY", code="invalid_api_key")
         return matches[0]
 
 
@@ -136,5 +135,5 @@ def _too_large(max_bytes: int) -> ApiError:
 
 
 def _route(scope: Scope) -> str:
-    """The route's pattern, so that neither logs nor metrics hold what clients write into a path."""
+    """The route's pattern, which keeps clients' input in paths out of logs and metrics."""
     return str(getattr(scope.get("route"), "path", "unmatched"))

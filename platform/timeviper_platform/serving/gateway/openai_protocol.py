@@ -1,8 +1,4 @@
-"""OpenAI's chat-completions wire format: what a request may hold, what answers, chunks and errors look like.
-
-Turns bytes into a checked `ChatCompletionRequest` and parts of answers into JSON values. Knows the format alone:
-no media, no services, no HTTP framework.
-"""
+"""OpenAI's chat-completions format: requests, answers, streamed chunks and errors. Without HTTP and media."""
 
 from __future__ import annotations
 
@@ -25,14 +21,11 @@ ERROR_TYPES: dict[int, str] = {
     500: "server_error",
     503: "server_error",
 }
-"""OpenAI's `type` of an error by status; every other one is an invalid_request_error."""
+"""OpenAI's `type` of an error by status; all others are invalid_request_error."""
 
 
 class ApiError(Exception):
-    """An answer that is an error, in OpenAI's shape.
-
-    `message` is shown to the client: cause, value and way out, but never what it sent in bulk.
-    """
+    """An error response in OpenAI's format. `message` is for the client and must not quote its content."""
 
     def __init__(
         self, status: int, message: str, *, code: str, param: str | None = None, retry_after_s: float | None = None
@@ -46,7 +39,7 @@ class ApiError(Exception):
 
     @classmethod
     def from_refusal(cls, refusal: Refusal, *, param: str | None = None) -> ApiError:
-        """The error a service's refusal becomes; `param` says which part of the request it was about."""
+        """The error response to a service's refusal; `param` is the default for the request's field at fault."""
         return cls(
             refusal.status,
             refusal.message,
@@ -61,7 +54,7 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:
-        """Retry-After in whole seconds, where waiting helps."""
+        """Retry-After in whole seconds, if waiting helps."""
         return {} if self.retry_after_s is None else {"Retry-After": str(max(1, round(self.retry_after_s)))}
 
 
@@ -82,27 +75,28 @@ class TextPart(_Strict):
 
 
 class ImagePart(_Strict):
-    """A picture by data: URI, file id or feature id."""
+    """A picture by data: URI or id."""
 
     type: Literal["image_url"]
     image_url: _Url | str
 
 
 class VideoPart(_Strict):
-    """A video by data: URI, file id or feature id."""
+    """A video by data: URI or id."""
 
     type: Literal["video_url"]
     video_url: _Url | str
 
 
 class InputVideoPart(_Strict):
-    """The same as `video_url`, under the name other servers use."""
+    """An alias of `video_url` in other servers."""
 
     type: Literal["input_video"]
     input_video: _Url | str
 
 
-ContentPart = Annotated[TextPart | ImagePart | VideoPart | InputVideoPart, Field(discriminator="type")]
+MediaPart = ImagePart | VideoPart | InputVideoPart
+ContentPart = Annotated[TextPart | MediaPart, Field(discriminator="type")]
 
 
 class ChatMessage(_Strict):
@@ -114,27 +108,27 @@ class ChatMessage(_Strict):
 
 
 class StreamOptions(_Strict):
-    """What a stream holds beside the answer."""
+    """Options of a streamed answer."""
 
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
 class MediaLimits(_Strict):
-    """Per-request sampling. Values above the server's own change nothing."""
+    """Frame sampling of one request. Values above the server's limits have no effect."""
 
     fps: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     max_frames: int | None = Field(default=None, ge=1)
 
 
 class ResponseFormat(_Strict):
-    """Plain text is the one format so far."""
+    """Only plain text is supported."""
 
     type: Literal["text"]
 
 
 class ChatCompletionRequest(_Strict):
-    """The body of POST /v1/chat/completions. A field that is not here is an error, not ignored."""
+    """The body of POST /v1/chat/completions. Unknown fields are errors."""
 
     model: str
     messages: list[ChatMessage] = Field(min_length=1, max_length=256)
@@ -159,29 +153,29 @@ class ChatCompletionRequest(_Strict):
     store: Literal[False] | None = None
 
     def stop_texts(self) -> tuple[str, ...]:
-        """The stop strings, however they were given.
+        """The stop strings as a tuple.
 
         Raises:
-            ApiError: for an empty one, or more than OpenAI's four.
+            ApiError: for an empty string, or more than OpenAI's four.
         """
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         if len(stop) > 4 or "" in stop:
-            raise ApiError(400, "stop takes up to 4 strings, none of them empty", code="invalid_value", param="stop")
+            raise ApiError(400, "stop takes up to 4 non-empty strings", code="invalid_value", param="stop")
         return stop
 
 
 def parse_chat_request(body: bytes) -> ChatCompletionRequest:
-    """The checked request.
+    """Parses and checks a request.
 
     Raises:
-        ApiError: 400, for what is not JSON or not in the format, naming the first field that is wrong.
+        ApiError: 400 for invalid JSON or an invalid field, with the field's name.
     """
     values = _parse_object(body)
     try:
         request = ChatCompletionRequest.model_validate(values)
     except ValidationError as error:
         errors = error.errors(include_url=False, include_input=False, include_context=False)
-        deepest = max(errors, key=lambda item: len(item["loc"]))  # of a union's errors the one of the branch meant
+        deepest = max(errors, key=lambda item: len(item["loc"]))  # the error of the union's intended branch
         param = ".".join(str(part) for part in deepest["loc"])
         raise ApiError(400, f"{param}: {deepest['msg']}", code=_error_code(deepest["type"]), param=param) from None
     if request.top_logprobs and not request.logprobs:
@@ -194,11 +188,11 @@ def parse_chat_request(body: bytes) -> ChatCompletionRequest:
 def _parse_object(body: bytes) -> dict[str, Any]:
     try:
         values = json.loads(body)
-        if b"\\u" in body:  # an escape can write half a surrogate pair, which is no text
+        if b"\\u" in body:  # an escape can be half a surrogate pair, which is not text
             json.dumps(values, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:  # ValueError also for integers of thousands of digits
-        place = f" at character {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
-        raise ApiError(400, f"the body is not valid JSON{place}", code="invalid_json") from None
+        where = f" at character {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
+        raise ApiError(400, f"the body is not valid JSON{where}", code="invalid_json") from None
     if not isinstance(values, dict):
         raise ApiError(400, "the body must be a JSON object", code="invalid_json")
     return values
@@ -209,57 +203,61 @@ def _error_code(kind: str) -> str:
 
 
 class Completion:
-    """The answers to one request: its id and time, and the JSON of all that is sent about it."""
+    """The answers to one request as JSON values."""
 
     def __init__(self, model: str, *, num_choices: int, with_logprobs: bool) -> None:
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._model = model
         self._with_logprobs = with_logprobs
-        self._parts: list[list[AnswerDelta]] = [[] for _ in range(num_choices)]
+        self._deltas: list[list[AnswerDelta]] = [[] for _ in range(num_choices)]
 
-    def add(self, part: AnswerDelta) -> None:
-        """Keeps a part for `response` and `usage`."""
-        self._parts[part.index].append(part)
+    def add(self, delta: AnswerDelta) -> None:
+        """Records a delta for `response` and `usage`."""
+        self._deltas[delta.index].append(delta)
 
     def response(self) -> dict[str, Any]:
-        """The whole chat.completion."""
+        """The whole answer, a chat.completion."""
         choices = []
-        for index, parts in enumerate(self._parts):
-            logprobs = [entry for part in parts for entry in part.logprobs]
+        for index, deltas in enumerate(self._deltas):
+            logprobs = [entry for delta in deltas for entry in delta.logprobs]
             choices.append(
                 {
                     "index": index,
-                    "message": {"role": "assistant", "content": "".join(part.text for part in parts), "refusal": None},
+                    "message": {
+                        "role": "assistant",
+                        "content": "".join(delta.text for delta in deltas),
+                        "refusal": None,
+                    },
                     "logprobs": {"content": _logprobs_json(logprobs)} if self._with_logprobs else None,
-                    "finish_reason": parts[-1].finish_reason,
+                    "finish_reason": deltas[-1].finish_reason,
                 }
             )
         return {**self._head("chat.completion"), "choices": choices, "usage": self.usage()}
 
     def opening(self, index: int) -> dict[str, Any]:
-        """The chunk that says who speaks."""
+        """The first chunk of a choice, with its role."""
         return self._chunk({"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None})
 
-    def chunks(self, part: AnswerDelta) -> list[dict[str, Any]]:
-        """A chunk for the text, if there is any, and one for the end, if this is it."""
+    def chunks(self, delta: AnswerDelta) -> list[dict[str, Any]]:
+        """A chunk for the text, if any, and one for the end of the answer."""
         chunks = []
-        if part.text or part.logprobs:
-            choice: dict[str, Any] = {"index": part.index, "delta": {"content": part.text}, "finish_reason": None}
+        if delta.text or delta.logprobs:
+            choice: dict[str, Any] = {"index": delta.index, "delta": {"content": delta.text}, "finish_reason": None}
             if self._with_logprobs:
-                choice["logprobs"] = {"content": _logprobs_json(part.logprobs)}
+                choice["logprobs"] = {"content": _logprobs_json(delta.logprobs)}
             chunks.append(self._chunk(choice))
-        if part.finish_reason is not None:
-            chunks.append(self._chunk({"index": part.index, "delta": {}, "finish_reason": part.finish_reason}))
+        if delta.finish_reason is not None:
+            chunks.append(self._chunk({"index": delta.index, "delta": {}, "finish_reason": delta.finish_reason}))
         return chunks
 
     def usage_chunk(self) -> dict[str, Any]:
-        """The chunk after the last choice, when `include_usage` was asked for."""
+        """The last chunk with `include_usage`."""
         return {**self._head("chat.completion.chunk"), "choices": [], "usage": self.usage()}
 
     def usage(self) -> dict[str, Any]:
-        """The prompt counts once however many answers it got, as with OpenAI."""
-        usages = [part.usage for parts in self._parts for part in parts if part.usage is not None]
+        """Token counts of all answers. The prompt counts once, as in OpenAI's API."""
+        usages = [delta.usage for deltas in self._deltas for delta in deltas if delta.usage is not None]
         first = usages[0] if usages else Usage()
         completion_tokens = sum(usage.completion_tokens for usage in usages)
         return {
@@ -292,6 +290,6 @@ def _logprob_json(token: str, logprob: float) -> dict[str, Any]:
 
 
 def sse(value: dict[str, Any] | str) -> bytes:
-    """One server-sent event; JSON holds no raw line break, so one `data:` line is enough."""
+    """One server-sent event on one `data:` line: JSON contains no raw line break."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     return f"data: {text}\n\n".encode()

@@ -1,7 +1,6 @@
-"""The gateway: HTTP in OpenAI's shape in front, the feature and engine services behind.
+"""The gateway: an ASGI application with OpenAI's routes over a feature client and an engine client.
 
-A plain ASGI application over two Protocol clients: its routes, and answers whole or streamed. gateway_edge.py holds
-what is asked of every request, gateway_chat.py makes the engine's request. No torch, no decoding, no Ray.
+Imports neither torch nor Ray, and decodes no media.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from starlette.types import ASGIApp
 
 from timeviper_platform.serving.gateway.chat import ChatPreparation
 from timeviper_platform.serving.gateway.config import GatewayConfig
-from timeviper_platform.serving.gateway.middleware import Edge, GatewayMetrics
+from timeviper_platform.serving.gateway.middleware import GatewayMetrics, RequestGuard
 from timeviper_platform.serving.gateway.openai_protocol import ApiError, Completion, parse_chat_request, sse
 from timeviper_platform.serving.gateway.uploads import MediaStore, no_such_file
 from timeviper_platform.serving.messages import AnswerDelta, EngineClient, FeatureClient, Refusal
@@ -46,7 +45,7 @@ def create_app(config: GatewayConfig, features: FeatureClient, engine: EngineCli
     api.add_api_route("/metrics", lambda: PlainTextResponse(metrics.render()), methods=["GET"])
     api.add_exception_handler(ApiError, _answer_api_error)
     api.add_exception_handler(HTTPException, _answer_http_exception)
-    api.add_middleware(Edge, config=config, metrics=metrics)
+    api.add_middleware(RequestGuard, config=config, metrics=metrics)
     return api
 
 
@@ -56,7 +55,7 @@ async def _answer_api_error(request: Request, error: Exception) -> Response:
 
 
 async def _answer_http_exception(request: Request, error: Exception) -> Response:
-    """The framework's own errors: no such route, method not allowed."""
+    """Errors of the framework: unknown route, method not allowed."""
     assert isinstance(error, HTTPException)
     code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
     api_error = ApiError(error.status_code, str(error.detail), code=code)
@@ -78,26 +77,26 @@ class _Gateway:
         self._created = int(time.time())
 
     async def live(self) -> dict[str, str]:
-        """This process answers."""
+        """200 while this process runs."""
         return {"status": "live"}
 
     async def ready(self) -> Response:
-        """200 when both services answer, else 503."""
+        """200 when both services are ready, else 503."""
         features, engine = await asyncio.gather(self._features.is_ready(), self._engine.is_ready())
         body = {"status": "ready" if features and engine else "not ready", "features": features, "engine": engine}
         return JSONResponse(body, 200 if features and engine else 503)
 
     async def list_models(self) -> dict[str, Any]:
-        """The one model."""
+        """The served model."""
         return {"object": "list", "data": [self._model()]}
 
     async def get_model(self, model: str) -> dict[str, Any]:
-        """The model by its name."""
+        """The served model, by name."""
         self._check_model(model)
         return self._model()
 
     async def create_file(self, request: Request) -> dict[str, object]:
-        """Keeps an upload (multipart/form-data with `file` and, optionally, `purpose`)."""
+        """Stores an upload: multipart/form-data with `file` and optional `purpose`."""
         if not request.headers.get("content-type", "").startswith("multipart/form-data"):
             raise ApiError(415, "send the file as multipart/form-data", code="unsupported_media_type")
         try:
@@ -124,7 +123,7 @@ class _Gateway:
         return {"object": "list", "data": [record.to_json() for record in records], "has_more": False}
 
     async def get_file(self, request: Request, file_id: str) -> dict[str, object]:
-        """One upload's record."""
+        """One upload."""
         record = await asyncio.to_thread(self._store.get, request.state.tenant, file_id)
         if record is None:
             raise no_such_file("file_id")
@@ -137,7 +136,7 @@ class _Gateway:
         return {"id": file_id, "object": "file", "deleted": True}
 
     async def chat_completions(self, request: Request) -> Response:
-        """Answers, whole or streamed."""
+        """Answers a conversation, whole or streamed."""
         chat = parse_chat_request(await request.body())
         self._check_model(chat.model)
         deadline = asyncio.get_running_loop().time() + self._config.request_timeout_s
@@ -145,43 +144,43 @@ class _Gateway:
             async with asyncio.timeout_at(deadline):
                 generate = await self._preparation.prepare(chat, request.state.tenant)
                 completion = Completion(chat.model, num_choices=generate.n, with_logprobs=bool(chat.logprobs))
-                parts = _checked(self._engine.generate(generate))
-                first = await anext(parts)
+                deltas = _checked(self._engine.generate(generate))
+                first = await anext(deltas)
                 if not chat.stream:
-                    response = await _collect(completion, first, parts)
+                    response = await _collect(completion, first, deltas)
                     self._metrics.add_usage(completion.usage())
                     return JSONResponse(response)
         except TimeoutError:
-            raise self._too_late() from None
+            raise self._timeout() from None
         include_usage = chat.stream_options is not None and chat.stream_options.include_usage
-        events = self._events(completion, first, parts, deadline=deadline, include_usage=include_usage)
+        events = self._events(completion, first, deltas, deadline=deadline, include_usage=include_usage)
         return StreamingResponse(events, media_type=_CONTENT_TYPE, headers={"Cache-Control": "no-cache"})
 
     async def _events(
         self,
         completion: Completion,
         first: AnswerDelta,
-        parts: AsyncGenerator[AnswerDelta],
+        deltas: AsyncGenerator[AnswerDelta],
         *,
         deadline: float,
         include_usage: bool,
     ) -> AsyncIterator[bytes]:
-        """Server-sent events; closing this (the client has gone) closes `parts`, which frees the slots."""
+        """Server-sent events. Closing this generator, when the client disconnects, frees the engine's slots."""
         opened: set[int] = set()
-        async with contextlib.aclosing(parts):
+        async with contextlib.aclosing(deltas):
             try:
-                part: AnswerDelta | None = first
-                while part is not None:
-                    completion.add(part)
-                    chunks = completion.chunks(part)
-                    if part.index not in opened:
-                        opened.add(part.index)
-                        chunks.insert(0, completion.opening(part.index))
+                delta: AnswerDelta | None = first
+                while delta is not None:
+                    completion.add(delta)
+                    chunks = completion.chunks(delta)
+                    if delta.index not in opened:
+                        opened.add(delta.index)
+                        chunks.insert(0, completion.opening(delta.index))
                     yield b"".join(sse({**chunk, "usage": None} if include_usage else chunk) for chunk in chunks)
                     async with asyncio.timeout_at(deadline):
-                        part = await anext(parts, None)
+                        delta = await anext(deltas, None)
             except TimeoutError:
-                yield sse(self._too_late().body())
+                yield sse(self._timeout().body())
                 return
             except ApiError as error:
                 yield sse(error.body())
@@ -194,17 +193,17 @@ class _Gateway:
     def _check_model(self, model: str) -> None:
         if model != self._config.model_name:
             name = self._config.model_name
-            raise ApiError(404, f"there is no such model here; use {name!r}", code="model_not_found", param="model")
+            raise ApiError(404, f"unknown model; use {name!r}", code="model_not_found", param="model")
 
     def _model(self) -> dict[str, Any]:
         return {"id": self._config.model_name, "object": "model", "created": self._created, "owned_by": "timeviper"}
 
-    def _too_late(self) -> ApiError:
+    def _timeout(self) -> ApiError:
         return ApiError(408, f"not answered within {self._config.request_timeout_s:g} s", code="timeout")
 
 
 async def _checked(items: AsyncIterator[AnswerDelta | Refusal]) -> AsyncGenerator[AnswerDelta]:
-    """The parts; a refusal is raised as the error it stands for."""
+    """The deltas; raises ApiError for a refusal."""
     try:
         async for item in items:
             if isinstance(item, Refusal):
@@ -216,10 +215,10 @@ async def _checked(items: AsyncIterator[AnswerDelta | Refusal]) -> AsyncGenerato
             await close()
 
 
-async def _collect(completion: Completion, first: AnswerDelta, parts: AsyncGenerator[AnswerDelta]) -> dict[str, Any]:
-    """The whole answer; closes `parts` also when it is cancelled half-way."""
-    async with contextlib.aclosing(parts):
+async def _collect(completion: Completion, first: AnswerDelta, deltas: AsyncGenerator[AnswerDelta]) -> dict[str, Any]:
+    """The whole answer. Closes `deltas` even when cancelled."""
+    async with contextlib.aclosing(deltas):
         completion.add(first)
-        async for part in parts:
-            completion.add(part)
+        async for delta in deltas:
+            completion.add(delta)
     return completion.response()

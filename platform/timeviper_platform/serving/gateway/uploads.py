@@ -1,7 +1,6 @@
-"""Media that clients send: what a file's first bytes say it is, data: URIs, and the content-addressed store of uploads.
+"""Uploads and data: URIs: media types by signature, and a content-addressed store per tenant. Decodes nothing.
 
-Looks at headers and hashes, never decodes. A client's file name is kept for display; on disks a file has the name that
-the server derives from its content and lies under its tenant, so that no tenant can name another's.
+A file is stored under its hash in its tenant's folder; the client's name is for display only.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from timeviper_platform.serving.gateway.openai_protocol import ApiError
 from timeviper_platform.serving.messages import MediaBytes, Modality
 
 HEADER_BYTES = 512
-"""enough for every signature below: a transport stream shows its second sync byte at 188"""
+"""Covers all signatures; a transport stream's second sync byte is at 188."""
 FILE_ID = re.compile(r"file-[0-9a-f]{32}")
 DATA_URI = re.compile(r"data:(?P<mime>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[^;,]*)*;base64,", re.ASCII)
 _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
@@ -28,10 +27,10 @@ _CHUNK_BYTES = 1 << 20
 
 
 def sniff_modality(header: bytes) -> Modality | None:
-    """What the first bytes of a file say it is; None for what the server does not take.
+    """The modality by a file's first bytes; None for an unsupported type.
 
     Signatures: ISO base media (mp4, mov) box types, EBML (matroska, webm), RIFF AVI, MPEG-TS sync bytes every 188;
-    PNG, JPEG and RIFF WEBP for pictures. Playlists (m3u8, concat scripts) are text and match none of them.
+    PNG, JPEG and RIFF WEBP. Playlists (m3u8, concat scripts) are text and match none.
     """
     if header[4:8] in _MP4_BOXES or header.startswith(b"\x1aE\xdf\xa3"):
         return "video"
@@ -46,18 +45,18 @@ def sniff_modality(header: bytes) -> Modality | None:
 
 
 def require_media(header: bytes, *, expected: Modality | None = None, param: str) -> Modality:
-    """`sniff_modality`, as an answer to the client.
+    """The modality by a file's first bytes.
 
     Raises:
-        ApiError: 415 for anything else than media, or than the kind that `expected` names.
+        ApiError: 415 for an unsupported type, or another modality than `expected`.
     """
     modality = sniff_modality(header)
     if modality is None or expected not in (None, modality):
         found = "neither a video nor a picture" if modality is None else f"a {modality.replace('image', 'picture')}"
         raise ApiError(
             415,
-            f"the content is {found}; videos may be mp4, mov, matroska, webm, avi or mpegts,"
-            " pictures png, jpeg or webp",
+            f"the content is {found}; send a video as mp4, mov, matroska, webm, avi or mpegts,"
+            " a picture as png, jpeg or webp",
             code="unsupported_media_type",
             param=param,
         )
@@ -68,11 +67,13 @@ def parse_data_uri(uri: str, *, expected: Modality, param: str) -> MediaBytes:
     """The medium inside a base64 data: URI.
 
     Raises:
-        ApiError: 400 when it is not base64, 415 when it is not media of the expected kind.
+        ApiError: 400 for invalid base64, 415 for another type than expected.
     """
     match = DATA_URI.match(uri)
     if match is None:
-        raise ApiError(400, "a data: URI must read data:TYPE;base64,DATA", code="invalid_data_uri", param=param)
+        raise ApiError(
+            400, "a data: URI must have the form data:TYPE;base64,DATA", code="invalid_data_uri", param=param
+        )
     try:
         data = base64.b64decode(uri[match.end() :], validate=True)
     except (binascii.Error, ValueError):
@@ -86,15 +87,15 @@ class FileRecord:
     """One upload of one tenant."""
 
     id: str
-    """file- and the first half of the content's SHA-256"""
+    """`file-` and the first half of the content's SHA-256."""
     sha256: str
     num_bytes: int
     modality: Modality
     filename: str
-    """as the client called it; for display alone"""
+    """The client's name for the file, for display only."""
     purpose: str
     created_at: int
-    """seconds since 1970"""
+    """Unix time in seconds."""
 
     def to_json(self) -> dict[str, object]:
         """OpenAI's file object."""
@@ -110,19 +111,16 @@ class FileRecord:
 
 
 class MediaStore:
-    """Uploads under `root` (any fsspec URI that gateway and feature service both reach), by tenant and SHA-256.
-
-    The same content uploaded again is the same file. Data first, record last: a file exists when its record does.
-    """
+    """Uploads under `root`, any fsspec URI, by tenant and SHA-256. A file exists once its record is written."""
 
     def __init__(self, root: str) -> None:
         self._root = root
 
     def put(self, tenant: str, file: IO[bytes], *, filename: str, purpose: str) -> FileRecord:
-        """Stores the whole of `file`, which must be seekable.
+        """Stores a seekable file; the same content again is the same file.
 
         Raises:
-            ApiError: 415 when its content is not media.
+            ApiError: 415 for an unsupported type.
         """
         file.seek(0)
         modality = require_media(file.read(HEADER_BYTES), param="file")
@@ -150,13 +148,13 @@ class MediaStore:
         return record
 
     def get(self, tenant: str, file_id: str) -> FileRecord | None:
-        """The tenant's file of that id, if there is one."""
+        """The tenant's file with that id."""
         if FILE_ID.fullmatch(file_id) is None or not exists(self._record_uri(tenant, file_id)):
             return None
         return FileRecord(**read_json(self._record_uri(tenant, file_id)))
 
     def list(self, tenant: str) -> list[FileRecord]:
-        """All of the tenant's files, newest first."""
+        """The tenant's files, newest first."""
         records = [FileRecord(**read_json(uri)) for uri in list_files(join_uri(self._root, tenant), ".json")]
         return sorted(records, key=lambda record: (-record.created_at, record.id))
 
@@ -170,7 +168,7 @@ class MediaStore:
         return True
 
     def uri(self, tenant: str, record: FileRecord) -> str:
-        """Where the content lies."""
+        """URI of the content."""
         return join_uri(self._root, tenant, f"{record.sha256}.media")
 
     def _record_uri(self, tenant: str, file_id: str) -> str:
@@ -178,8 +176,8 @@ class MediaStore:
 
 
 def no_such_file(param: str) -> ApiError:
-    """What a client is told whose file id its tenant does not have; `param` is where it stood."""
-    return ApiError(404, "there is no such file; upload it to /v1/files", code="file_not_found", param=param)
+    """The error for an unknown file id; `param` is the request's field with the id."""
+    return ApiError(404, "no such file; upload it to /v1/files", code="file_not_found", param=param)
 
 
 def _display_name(filename: str) -> str:

@@ -1,4 +1,4 @@
-"""engine_loop: one thread for every caller, whatever one of them asks."""
+"""engine_thread: errors of one caller leave the thread running."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ REQUEST = Request(
 )
 
 
-def test_a_command_that_fails_is_its_callers_and_the_thread_goes_on() -> None:
+def test_a_failing_command_raises_in_its_caller_and_the_thread_goes_on() -> None:
     engine = InferenceEngine(random_model(CONFIG), EngineConfig(num_slots=2), tokenizer=TOKENIZER)
-    loop = EngineThread(engine)
+    thread = EngineThread(engine)
     words = replace(REQUEST.prompt, input_ids=[*REQUEST.prompt.input_ids[:-1], None])  # type: ignore[list-item]  # wrong
 
     async def ask() -> list[object]:
         with pytest.raises(TypeError):
-            await loop.submit([REQUEST, replace(REQUEST, prompt=words)])
-        assert (await loop.stats()).queued_requests == 0  # nor is the first one left behind
-        ids, events = await loop.submit([REQUEST])
+            await thread.submit([REQUEST, replace(REQUEST, prompt=words)])
+        assert (await thread.stats()).queued_requests == 0  # the first one was cancelled
+        ids, events = await thread.submit([REQUEST])
         assert len(ids) == 1
-        return [(await events.get())[1] for _ in range(3)]
+        return [await events.get() for _ in range(3)]
 
     try:
         assert isinstance(asyncio.run(asyncio.wait_for(ask(), timeout=60))[-1], Finished)
     finally:
-        loop.stop()
-    assert loop.error is None
+        thread.stop()
+    assert thread.error is None

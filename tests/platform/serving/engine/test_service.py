@@ -1,4 +1,4 @@
-"""engine service: conversations through a real tiny engine, on an event loop, without Ray."""
+"""engine service: conversations through a tiny engine, without Ray."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from reference.tiny_serving import CONFIG_WITH_TRANSV, byte_tokenizer, generate_alone, prompt, random_model
 from timeviper_model.batching.prompt import NEMOTRON, TEMPLATES, time_text
 from timeviper_model.inference.answer import SamplingParams
+from timeviper_model.inference.engine import InferenceEngine
 from timeviper_model.inference.requests import EngineConfig
 from timeviper_model.weights.weights_folder import from_pretrained, save_pretrained
 from timeviper_platform.serving.engine.service import EngineService, EngineServiceConfig, build_prompt
@@ -59,7 +60,7 @@ def request(text: str = "What?", *, media: tuple[FeatureReference, ...] = (), **
 def run(weights: Path, scenario: Scenario, **config: Any) -> Any:
     async def fetch(reference: FeatureReference) -> np.ndarray:
         if reference.ref is None:
-            raise RuntimeError("its owner has gone")
+            raise RuntimeError("its owner has died")
         array: np.ndarray = reference.ref
         return array
 
@@ -105,7 +106,7 @@ def test_answers_of_many_callers_equal_plain_generation(weights: Path) -> None:
         assert answer == expected
 
 
-def test_parts_have_index_reason_usage_and_log_probabilities(weights: Path) -> None:
+def test_deltas_have_index_reason_usage_and_log_probabilities(weights: Path) -> None:
     asked = request(media=(video(6),), n=2, temperature=1.0, seed=5, num_logprobs=2)
     items = run(weights, lambda service: collect(service, asked))
     last = {item.index: item for item in items if isinstance(item, AnswerDelta) and item.finish_reason}
@@ -115,7 +116,6 @@ def test_parts_have_index_reason_usage_and_log_probabilities(weights: Path) -> N
     logprobs = [entry for item in items if isinstance(item, AnswerDelta) and item.index == 0 for entry in item.logprobs]
     assert len(logprobs) == last[0].usage.completion_tokens
     assert all(len(entry.top) == 2 for entry in logprobs)
-    # the second answer is what its own seed gives
     alone = run(
         weights, lambda service: collect(service, replace(asked, n=1, sampling=replace(asked.sampling, seed=6)))
     )
@@ -128,7 +128,7 @@ def usages(items: list[AnswerDelta | Refusal]) -> list[tuple[int, int]]:
     return [(usage.prompt_tokens, usage.cached_tokens) for usage in found]
 
 
-def test_a_second_question_reads_its_own_words_alone_and_is_answered_alike(weights: Path) -> None:
+def test_a_second_question_prefills_only_its_own_text_and_gets_the_same_answer(weights: Path) -> None:
     questions = [request(text, media=(video(),)) for text in ("What?", "When is it?")]
     follow_up = replace(
         questions[0],
@@ -144,7 +144,7 @@ def test_a_second_question_reads_its_own_words_alone_and_is_answered_alike(weigh
     assert [text_of(items) for items in cached] == [text_of(items) for items in plain]
     assert [usages(items)[0][1] for items in plain] == [0, 0, 0]
     prefix = usages(cached[1])[0][1]
-    assert prefix > 24  # six frames of four tokens, and what stands before them
+    assert prefix > 24  # six frames of four tokens, and the system tokens
     assert [usages(items)[0][1] for items in cached] == [0, prefix, prefix]
 
 
@@ -174,7 +174,7 @@ def test_many_first_questions_at_once_compute_a_prefix_once(weights: Path) -> No
     assert same[0] == same[1]
 
 
-def test_the_first_token_goes_out_at_once_and_the_rest_is_gathered(weights: Path) -> None:
+def test_the_first_token_is_sent_at_once_and_the_rest_is_gathered(weights: Path) -> None:
     asked = request(max_new_tokens=64, temperature=1.0, num_logprobs=0)
     items = run(weights, lambda service: collect(service, asked), coalesce_ms=100.0)
     sizes = [len(item.logprobs) for item in items if isinstance(item, AnswerDelta)]
@@ -182,7 +182,7 @@ def test_the_first_token_goes_out_at_once_and_the_rest_is_gathered(weights: Path
     assert len(sizes) < sum(sizes) / 2
 
 
-def test_a_caller_that_goes_frees_its_slots(weights: Path) -> None:
+def test_a_caller_that_disconnects_frees_its_slots(weights: Path) -> None:
     async def scenario(service: EngineService) -> tuple[int, int]:
         items = service.generate(request(max_new_tokens=1000, temperature=1.0, n=3))
         await anext(items)
@@ -195,7 +195,7 @@ def test_a_caller_that_goes_frees_its_slots(weights: Path) -> None:
     assert after == 0
 
 
-def test_past_slots_and_queue_callers_are_told_to_come_back(weights: Path) -> None:
+def test_beyond_slots_and_queue_callers_get_429(weights: Path) -> None:
     async def scenario(service: EngineService) -> tuple[list[Any], list[Any]]:
         busy = service.generate(request(max_new_tokens=500, temperature=1.0, n=2))
         await anext(busy)
@@ -209,7 +209,7 @@ def test_past_slots_and_queue_callers_are_told_to_come_back(weights: Path) -> No
     assert text_of(served)
 
 
-def test_what_cannot_be_served_is_a_refusal(weights: Path) -> None:
+def test_impossible_requests_are_refused(weights: Path) -> None:
     lost = replace(video(), ref=None)
 
     async def scenario(service: EngineService) -> list[Refusal]:
@@ -231,11 +231,11 @@ def test_what_cannot_be_served_is_a_refusal(weights: Path) -> None:
     ]
 
 
-def test_an_engine_that_breaks_tells_everyone_and_the_cluster(weights: Path) -> None:
+def test_a_failed_engine_refuses_every_request_and_is_unhealthy(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(service: EngineService) -> tuple[Any, Any, bool]:
         items = service.generate(request(max_new_tokens=1000, temperature=1.0))
         await anext(items)
-        service._engine.step = lambda: 1 / 0  # type: ignore[method-assign,assignment]
+        monkeypatch.setattr(InferenceEngine, "step", lambda engine: 1 / 0)
         *_, broken = [item async for item in items]
         later = refusal_of(await collect(service, request()))
         with pytest.raises(RuntimeError, match="ZeroDivisionError"):
@@ -247,7 +247,7 @@ def test_an_engine_that_breaks_tells_everyone_and_the_cluster(weights: Path) -> 
     assert (broken.status, later.status, is_ready) == (503, 503, False)
 
 
-def test_kernels_that_cannot_be_used_stop_the_replica_with_their_reason(weights: Path) -> None:
+def test_unusable_kernels_stop_the_replica_with_a_reason(weights: Path) -> None:
     async def fetch(reference: FeatureReference) -> np.ndarray:
         return bits(reference.num_frames)
 
@@ -255,7 +255,7 @@ def test_kernels_that_cannot_be_used_stop_the_replica_with_their_reason(weights:
         EngineService(str(weights), EngineServiceConfig(backend="kernels"), fetch)
 
 
-def test_a_turns_media_stand_before_its_text() -> None:
+def test_a_turns_media_come_before_its_text() -> None:
     turns = [
         ChatTurn(role="system", text="Be brief."),
         ChatTurn(role="user", text="First?", media=(video(1), video(2))),

@@ -1,16 +1,16 @@
-"""sandbox: real files through real worker processes, good ones and bad ones."""
+"""sandbox: good and bad files through decode processes."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from reference.tiny_serving import write_video
@@ -23,6 +23,12 @@ SIZE = 32
 def bytes_of(path: Path) -> MediaBytes:
     data = path.read_bytes()
     return MediaBytes(data=data, sha256=hashlib.sha256(data).hexdigest(), modality="video")
+
+
+def decode_process() -> psutil.Process:
+    """The sandbox's spare process."""
+    (process,) = (child for child in psutil.Process().children() if "video_worker" in " ".join(child.cmdline()))
+    return process
 
 
 def in_sandbox(
@@ -72,7 +78,7 @@ def test_media_that_cannot_be_decoded_are_a_422_with_the_reason(tmp_path: Path) 
     assert codes == {"cut": "corrupt_file", "text": "unknown_format", "empty": "empty_file"}
 
 
-def test_limits_on_pixels_frames_and_time_each_have_their_answer(tmp_path: Path) -> None:
+def test_limits_on_pixels_frames_and_time_have_their_own_answers(tmp_path: Path) -> None:
     media = bytes_of(write_video(tmp_path / "a.mp4"))
     config = SandboxConfig()
 
@@ -81,23 +87,22 @@ def test_limits_on_pixels_frames_and_time_each_have_their_answer(tmp_path: Path)
         return answer.status, answer.code
 
     assert refusal(replace(config, max_pixels=1000)) == (422, "too_many_pixels")
-    assert refusal(replace(config, max_samples=3)) == (422, "too_many_frames")
+    assert refusal(replace(config, max_frames=3)) == (422, "too_many_frames")
     assert refusal(replace(config, deadline_s=0.0001)) == (408, "decode_timeout")
 
 
-def test_a_file_that_has_gone_is_the_servers_trouble() -> None:
+def test_a_missing_stored_file_is_a_503() -> None:
     file = MediaFile(uri="/nowhere/a.media", sha256="", modality="video")
     answer = in_sandbox(lambda sandbox: sandbox.decode(file, fps=1.0, max_frames=4))
     assert (answer.status, "nowhere" in answer.message) == (503, False)
 
 
-def test_a_worker_that_dies_is_an_answer_and_the_next_one_works(tmp_path: Path) -> None:
+def test_a_killed_decode_process_is_a_refusal_and_the_next_one_works(tmp_path: Path) -> None:
     media = bytes_of(write_video(tmp_path / "a.mp4"))
 
     async def scenario(sandbox: DecodeSandbox) -> tuple[Any, Any]:
         await sandbox.start()
-        assert sandbox._spare is not None
-        os.kill((await sandbox._spare).pid, 9)
+        decode_process().kill()
         return (
             await sandbox.decode(media, fps=1.0, max_frames=4),
             await sandbox.decode(media, fps=1.0, max_frames=4),
@@ -108,13 +113,12 @@ def test_a_worker_that_dies_is_an_answer_and_the_next_one_works(tmp_path: Path) 
     assert len(alive.frames) == 4
 
 
-def test_workers_get_no_secrets_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decode_processes_get_no_secrets_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET_TOKEN", "x")
 
     async def scenario(sandbox: DecodeSandbox) -> bytes:
         await sandbox.start()
-        assert sandbox._spare is not None
-        return Path(f"/proc/{(await sandbox._spare).pid}/environ").read_bytes()
+        return Path(f"/proc/{decode_process().pid}/environ").read_bytes()
 
     environment = in_sandbox(scenario)
     assert b"SECRET_TOKEN" not in environment

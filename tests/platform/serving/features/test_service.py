@@ -1,4 +1,4 @@
-"""feature service: stored media, uploads, and one encoder for both; no Ray."""
+"""feature service: stored media and uploads, without Ray."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ from timeviper_platform.data.encode.frame_encoder import FrameEncoder
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.data.video.reader import read_frames
 from timeviper_platform.data.video.sampling import thin_to_fps
+from timeviper_platform.serving.features.sandbox import DecodeSandbox
 from timeviper_platform.serving.features.service import FeatureService, FeatureServiceConfig
 from timeviper_platform.serving.messages import (
     FeatureReference,
-    FeatureRequest,
     MediaBytes,
     MediaFile,
+    MediaSource,
     Refusal,
     StoredFeatures,
 )
@@ -60,28 +61,27 @@ def run(service: FeatureService, scenario: Callable[[FeatureService], Awaitable[
     return asyncio.run(main())
 
 
-def stored(media_id: str = "film", **limits: Any) -> FeatureRequest:
-    return FeatureRequest(source=StoredFeatures(media_id=media_id), **limits)
+def stored(media_id: str = "film") -> StoredFeatures:
+    return StoredFeatures(media_id=media_id)
 
 
 def video_bytes(tmp_path: Path) -> bytes:
     return write_video(tmp_path / "a.mp4", seconds=6).read_bytes()
 
 
-def upload(data: bytes, **limits: Any) -> FeatureRequest:
-    source = MediaBytes(data=data, sha256=hashlib.sha256(data).hexdigest(), modality="video")
-    return FeatureRequest(source=source, **limits)
+def upload(data: bytes) -> MediaBytes:
+    return MediaBytes(data=data, sha256=hashlib.sha256(data).hexdigest(), modality="video")
 
 
 def test_stored_features_are_thinned_to_the_lower_of_both_limits(made: ServingFolders) -> None:
     async def scenario(service: FeatureService) -> list[int]:
         limits = [{}, {"max_frames": 3}, {"max_frames": 1000}, {"fps": 0.25}, {"fps": 30.0}]
-        return [(await service.features(stored(**values))).num_frames for values in limits]  # type: ignore[arg-type,union-attr]
+        return [(await service.features(stored(), **values)).num_frames for values in limits]  # type: ignore[arg-type,union-attr]
 
     assert run(service_of(made, max_frames=24), scenario) == [24, 3, 24, 10, 24]
 
 
-def test_stored_features_come_bit_by_bit(made: ServingFolders) -> None:
+def test_stored_features_are_returned_bit_for_bit(made: ServingFolders) -> None:
     reference = run(service_of(made), lambda service: service.features(stored()))
     expected = FeatureStore.open(made.store).read("film")
     assert np.array_equal(reference.ref, expected.features.view(torch.int16).numpy())
@@ -94,15 +94,15 @@ def test_an_unknown_id_is_a_404(made: ServingFolders) -> None:
         assert (refusal.status, refusal.code) == (404, "media_not_found")
 
 
-def test_an_upload_has_the_features_that_preprocessing_would_give(made: ServingFolders, tmp_path: Path) -> None:
+def test_an_upload_has_the_features_of_preprocessing(made: ServingFolders, tmp_path: Path) -> None:
     data = video_bytes(tmp_path)
     (tmp_path / "b.media").write_bytes(data)
     file = MediaFile(uri=str(tmp_path / "b.media"), sha256="other", modality="video")
 
     async def scenario(service: FeatureService) -> list[FeatureReference | Refusal]:
         return [
-            await service.features(upload(data, max_frames=4)),
-            await service.features(FeatureRequest(source=file, max_frames=4)),
+            await service.features(upload(data), max_frames=4),
+            await service.features(file, max_frames=4),
         ]
 
     inline, stored_file = run(service_of(made), scenario)
@@ -115,15 +115,15 @@ def test_an_upload_has_the_features_that_preprocessing_would_give(made: ServingF
 
 def test_an_upload_that_the_store_knows_is_not_decoded(made: ServingFolders, monkeypatch: pytest.MonkeyPatch) -> None:
     service = service_of(made, encoder=None)
-    assert service._store is not None
-    monkeypatch.setattr(service._store, "find", {hashlib.sha256(b"known").hexdigest(): "film"}.get)
-    known = run(service, lambda service: service.features(upload(b"known", max_frames=2)))
+    known_hash = hashlib.sha256(b"known").hexdigest()
+    monkeypatch.setattr(FeatureStore, "find", lambda store, sha256: {known_hash: "film"}.get(sha256))
+    known = run(service, lambda service: service.features(upload(b"known"), max_frames=2))
     assert known.num_frames == 2
     unknown = run(service, lambda service: service.features(upload(b"unknown")))
     assert (unknown.status, unknown.code) == (400, "uploads_disabled")
 
 
-def test_features_are_made_once_for_all_who_ask_and_kept(made: ServingFolders, tmp_path: Path) -> None:
+def test_features_are_computed_once_for_concurrent_requests_and_cached(made: ServingFolders, tmp_path: Path) -> None:
     data = video_bytes(tmp_path)
     puts = []
     config = FeatureServiceConfig(feature_store=made.store, encoder=made.encoder)
@@ -133,7 +133,7 @@ def test_features_are_made_once_for_all_who_ask_and_kept(made: ServingFolders, t
         first = asyncio.create_task(service.features(upload(data)))
         others = [asyncio.create_task(service.features(upload(data))) for _ in range(3)]
         await asyncio.sleep(0)
-        first.cancel()  # whoever came first may go
+        first.cancel()  # the first caller may disconnect
         return [*(await asyncio.gather(*others)), await service.features(upload(data))]
 
     answers = run(service, scenario)
@@ -141,7 +141,7 @@ def test_features_are_made_once_for_all_who_ask_and_kept(made: ServingFolders, t
     assert all(answer is answers[0] for answer in answers)
 
 
-def test_kept_features_give_way_least_recently_used_first(made: ServingFolders) -> None:
+def test_cached_features_are_evicted_least_recently_used_first(made: ServingFolders) -> None:
     frame_bytes = 4 * VISION.hidden_size * 2
     puts: list[int] = []
     config = FeatureServiceConfig(feature_store=made.store, cache_bytes=5 * frame_bytes)
@@ -149,27 +149,35 @@ def test_kept_features_give_way_least_recently_used_first(made: ServingFolders) 
 
     async def scenario(service: FeatureService) -> None:
         for max_frames in (2, 3, 2, 1, 2, 3):  # 1 pushes out 3, used longest ago
-            await service.features(stored(max_frames=max_frames))
+            await service.features(stored(), max_frames=max_frames)
 
     run(service, scenario)
     assert puts == [2, 3, 1, 3]
 
 
-def test_a_bad_upload_is_refused_and_not_kept(made: ServingFolders) -> None:
-    service = service_of(made)
-    refusal = run(service, lambda service: service.features(upload(b"this is no video" * 10)))
-    assert (refusal.status, refusal.code) == (422, "unknown_format")
-    assert service._kept == {}
-    assert service._in_work == {}
+def test_a_bad_upload_is_refused_and_not_cached(made: ServingFolders, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded = []
+    decode = DecodeSandbox.decode
+
+    async def counted(*arguments: Any, **options: Any) -> Any:
+        decoded.append(arguments)
+        return await decode(*arguments, **options)
+
+    async def scenario(service: FeatureService) -> Any:
+        return [await service.features(upload(b"this is no video" * 10)) for _ in range(2)]
+
+    monkeypatch.setattr(DecodeSandbox, "decode", counted)
+    for refusal in run(service_of(made), scenario):
+        assert (refusal.status, refusal.code) == (422, "unknown_format")
+    assert len(decoded) == 2
 
 
-def test_trouble_of_the_store_is_a_503(made: ServingFolders, monkeypatch: pytest.MonkeyPatch) -> None:
-    service = service_of(made)
-
-    def broken(media_id: str, frames: Any) -> Any:
+def test_a_failing_store_is_a_503(made: ServingFolders, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(store: FeatureStore, media_id: str, frames: Any) -> Any:
         raise RuntimeError("the disk is away")
 
-    monkeypatch.setattr(service._store, "read", broken)
+    service = service_of(made)
+    monkeypatch.setattr(FeatureStore, "read", broken)
     refusal = run(service, lambda service: service.features(stored()))
     assert (refusal.status, refusal.code) == (503, "features_failed")
     assert "disk" not in refusal.message
@@ -182,7 +190,7 @@ def test_a_lower_rate_takes_the_first_frame_of_each_interval() -> None:
     assert thin_to_fps([], 1.0) == []
 
 
-def test_an_encoder_other_than_the_stores_is_refused_naming_both(made: ServingFolders) -> None:
+def test_an_encoder_that_differs_from_the_stores_is_refused(made: ServingFolders) -> None:
     other = replace(made.encoder, encode_batch_frames=8)
     with pytest.raises(ValueError, match="encode_batch_frames: 8 and 4") as caught:
         service_of(made, encoder=other)
@@ -192,7 +200,7 @@ def test_an_encoder_other_than_the_stores_is_refused_naming_both(made: ServingFo
         service_of(made, encoder=replace(made.encoder, compile=True))
 
 
-def test_a_store_of_another_release_is_refused_with_what_helps(made: ServingFolders, tmp_path: Path) -> None:
+def test_a_store_of_another_release_is_refused_with_a_fix(made: ServingFolders, tmp_path: Path) -> None:
     store = Path(shutil.copytree(made.store, tmp_path / "store"))
     header = json.loads((store / "store.json").read_text())
     header["recipe"]["recipe_version"] -= 1
@@ -201,7 +209,7 @@ def test_a_store_of_another_release_is_refused_with_what_helps(made: ServingFold
         service_of(made, feature_store=str(store))
 
 
-def test_weights_made_for_other_features_are_refused_naming_both(made: ServingFolders, tmp_path: Path) -> None:
+def test_weights_for_other_features_are_refused(made: ServingFolders, tmp_path: Path) -> None:
     config = json.loads((Path(made.weights) / "config.json").read_text())
     config["vision_config"]["num_tokens_per_frame"] = 16
     config["timeviper_metadata"] = {"recipe_hash": "0" * 64}
@@ -218,34 +226,34 @@ def test_weights_made_for_other_features_are_refused_naming_both(made: ServingFo
 
 
 @pytest.mark.parametrize("values", [{}, {"feature_store": "x", "fps": 0.0}, {"feature_store": "x", "max_frames": 0}])
-def test_a_configuration_that_serves_nothing_is_refused(values: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"needs a store|must be above 0"):
+def test_a_configuration_without_features_is_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"needs a feature_store|must be above 0"):
         FeatureServiceConfig(**values)
 
 
-def test_a_key_names_content_recipe_and_frames(made: ServingFolders, tmp_path: Path) -> None:
+def test_a_key_covers_content_recipe_and_frames(made: ServingFolders, tmp_path: Path) -> None:
     data = video_bytes(tmp_path)
 
     async def scenario(service: FeatureService) -> list[str]:
-        asked = [
-            stored(),
-            stored(fps=30.0),  # above the stored rate: the same frames
-            stored(max_frames=3),
-            stored(fps=0.25),
-            upload(data),
-            upload(data, max_frames=3),
-            upload(video_bytes_of(tmp_path, seconds=5)),
+        requests: list[tuple[MediaSource, dict[str, Any]]] = [
+            (stored(), {}),
+            (stored(), {"fps": 30.0}),  # above the stored rate: the same frames
+            (stored(), {"max_frames": 3}),
+            (stored(), {"fps": 0.25}),
+            (upload(data), {}),
+            (upload(data), {"max_frames": 3}),
+            (upload(video_bytes_of(tmp_path, seconds=5)), {}),
         ]
-        return [(await service.features(one)).key for one in asked]  # type: ignore[union-attr]
+        return [(await service.features(source, **limits)).key for source, limits in requests]  # type: ignore[union-attr]
 
     service = service_of(made)
     stored_key, same, *others = run(service, scenario)
     assert stored_key == same
     assert len({stored_key, *others}) == 6
     other_recipe = service_of(made)
-    assert other_recipe._store is not None
-    other_recipe._store.recipe_hash = "another"
-    other_recipe._recipe = "another"
+    assert other_recipe.store is not None
+    other_recipe.store.recipe_hash = "another"
+    other_recipe.recipe = "another"
     assert not set(run(other_recipe, scenario)) & {stored_key, *others}
 
 

@@ -1,4 +1,4 @@
-"""gateway_chat: what reaches the services of a conversation, and what a client is told of one that cannot."""
+"""chat: the requests that reach the services, and errors for the client."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from timeviper_model.inference.answer import SamplingParams
 from timeviper_platform.serving.messages import MediaBytes, MediaFile, StoredFeatures
 
 
-def test_parameters_reach_the_engine_and_defaults_are_the_servers(tmp_path: Path) -> None:
+def test_parameters_reach_the_engine_and_defaults_come_from_the_configuration(tmp_path: Path) -> None:
     server = Server(tmp_path, default_temperature=0.5, default_max_tokens=7)
     server.chat()
     server.chat(temperature=0, top_p=0.5, max_tokens=9, n=2, seed=-1, stop="x", logprobs=True, top_logprobs=2)
@@ -25,24 +25,24 @@ def test_parameters_reach_the_engine_and_defaults_are_the_servers(tmp_path: Path
     assert (default.n, explicit.n) == (1, 2)
 
 
-def test_media_come_from_the_store_a_file_or_the_request_itself(server: Server) -> None:
+def test_media_come_from_the_store_a_file_or_the_request(server: Server) -> None:
     file_id = server.upload().json()["id"]
     inline = "data:video/mp4;base64," + base64.b64encode(MP4).decode()
     for url in ("feature://known", file_id, inline):
         assert server.chat(video(url), mm_processor_kwargs={"max_frames": 5, "fps": 0.5}).status_code == 200
-    stored, file, data = (request.source for request in server.features.requests)
+    stored, file, data = server.features.sources
     assert stored == StoredFeatures(media_id="known")
     assert isinstance(file, MediaFile)
     assert Path(file.uri).read_bytes() == MP4
     assert isinstance(data, MediaBytes)
     assert data.sha256 == file.sha256 == hashlib.sha256(MP4).hexdigest()
-    assert {(request.max_frames, request.fps) for request in server.features.requests} == {(5, 0.5)}
+    assert set(server.features.limits) == {(0.5, 5)}
     assert server.engine.requests[0].turns[0].media[0].num_frames == 2
 
 
 def test_input_video_and_a_bare_text_url_are_aliases(server: Server) -> None:
     assert server.chat([{"type": "input_video", "input_video": "feature://known"}]).status_code == 200
-    assert server.features.requests[0].source == StoredFeatures(media_id="known")
+    assert server.features.sources[0] == StoredFeatures(media_id="known")
 
 
 @pytest.mark.parametrize(
@@ -59,19 +59,17 @@ def test_input_video_and_a_bare_text_url_are_aliases(server: Server) -> None:
         ("data:video/mp4;base64," + base64.b64encode(PNG).decode(), 415, "unsupported_media_type"),
     ],
 )
-def test_media_that_cannot_be_had_are_a_4xx_that_names_the_part(
-    server: Server, url: str, status: int, code: str
-) -> None:
+def test_unavailable_media_are_a_4xx_with_the_content_part(server: Server, url: str, status: int, code: str) -> None:
     error = check_error(server.chat(video(url)), status, code)
     assert error["param"] == "messages.0.content.1"
     assert server.engine.requests == []
 
 
-def test_a_picture_file_is_no_video(server: Server) -> None:
+def test_a_picture_file_is_not_a_video(server: Server) -> None:
     file_id = server.upload(PNG).json()["id"]
     check_error(server.chat(video(file_id)), 415, "unsupported_media_type")
     assert server.chat([{"type": "image_url", "image_url": {"url": file_id}}]).status_code == 200
 
 
-def test_texts_past_the_limit_are_refused(tmp_path: Path) -> None:
+def test_texts_above_the_limit_are_refused(tmp_path: Path) -> None:
     check_error(Server(tmp_path, max_text_characters=10).chat("x" * 11), 413, "too_large")

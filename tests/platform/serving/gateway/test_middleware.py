@@ -1,4 +1,4 @@
-"""gateway_edge: keys, tenants, limits on bodies, counters, and what neither logs nor answers say."""
+"""middleware: keys, tenants, body limits, metrics, and nothing private in logs and answers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 from reference.synthetic_gateway import MP4, USAGE, Server, check_error, keys, video
 
 
-def test_bodies_past_the_limit_are_refused_declared_or_not(tmp_path: Path) -> None:
+def test_bodies_above_the_limit_are_refused_with_and_without_content_length(tmp_path: Path) -> None:
     server = Server(tmp_path, max_request_bytes=2000, max_upload_bytes=5000)
     check_error(server.chat("x" * 3000), 413, "too_large")
-    pieces = (b"x" * 500 for _ in range(10))  # no Content-Length
-    check_error(server.http.post("/v1/chat/completions", content=pieces), 413, "too_large")
+    blocks = (b"x" * 500 for _ in range(10))  # no Content-Length
+    check_error(server.http.post("/v1/chat/completions", content=blocks), 413, "too_large")
     assert server.upload(MP4 + bytes(3000)).status_code == 200
     check_error(server.upload(MP4 + bytes(6000)), 413, "too_large")
 
@@ -29,7 +29,7 @@ def test_metrics_count_requests_by_route_pattern_and_status(server: Server) -> N
     assert "private" not in text
 
 
-def test_metrics_count_tokens_and_which_of_them_were_cached(server: Server) -> None:
+def test_metrics_count_tokens_and_cached_tokens(server: Server) -> None:
     server.chat(n=2)
     server.engine.usage = replace(USAGE, cached_tokens=7)
     server.chat(stream=True)
@@ -61,7 +61,7 @@ def test_another_tenants_file_is_not_found(tmp_path: Path) -> None:
     assert server.chat(video(file_id), key="key-alice").status_code == 200
 
 
-def test_a_bug_of_ours_is_a_500_in_shape_whose_cause_stays_out_of_log_and_answer(
+def test_an_unexpected_error_is_a_500_without_private_text_in_log_and_answer(
     server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     server.engine.bug = True
@@ -73,7 +73,7 @@ def test_a_bug_of_ours_is_a_500_in_shape_whose_cause_stays_out_of_log_and_answer
     assert "private" not in caplog.text + response.text
 
 
-def test_logs_hold_no_bodies_keys_or_queries(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_logs_contain_no_bodies_keys_or_queries(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     server = Server(tmp_path, api_keys=keys("alice"))
     with caplog.at_level(logging.INFO, logger="timeviper_platform"):
         server.chat("a private question", key="key-alice")

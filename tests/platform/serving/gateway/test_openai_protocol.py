@@ -1,4 +1,4 @@
-"""protocol: what a request may hold, and the shape of what goes back."""
+"""openai_protocol: valid and invalid requests, and the format of responses."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def error_of(body: bytes) -> ApiError:
         b'{"model": "m", "messages": [{"role": "user", "content": "\\ud800"}]}',
     ],
 )
-def test_what_is_not_json_is_a_400(body: bytes) -> None:
+def test_invalid_json_is_a_400(body: bytes) -> None:
     error = error_of(body)
     assert (error.status, error.code) == (400, "invalid_json")
 
@@ -59,7 +59,7 @@ def test_what_is_not_json_is_a_400(body: bytes) -> None:
         ({"response_format": {"type": "json_schema"}}, "response_format.type", "invalid_value"),
     ],
 )
-def test_a_wrong_field_is_a_400_that_names_it(values: dict[str, Any], param: str, code: str) -> None:
+def test_an_invalid_field_is_a_400_with_its_name(values: dict[str, Any], param: str, code: str) -> None:
     error = error_of(json.dumps({"model": "m", "messages": [USER], **values}).encode())
     assert (error.status, error.param, error.code) == (400, param, code)
 
@@ -69,7 +69,7 @@ def test_a_missing_field_is_named() -> None:
     assert (error.param, error.code) == ("model", "missing_required_parameter")
 
 
-def test_a_wrong_content_part_is_reported_by_its_own_place() -> None:
+def test_an_invalid_content_part_is_reported_by_its_own_path() -> None:
     part = {"type": "video_url", "video_url": {"uri": "file-1"}}
     error = error_of(json.dumps({"model": "m", "messages": [{"role": "user", "content": [part]}]}).encode())
     assert error.param is not None
@@ -77,7 +77,7 @@ def test_a_wrong_content_part_is_reported_by_its_own_place() -> None:
     assert "video_url" in error.param
 
 
-def test_stop_is_one_text_or_up_to_four() -> None:
+def test_stop_is_one_string_or_up_to_four() -> None:
     assert parse(stop="a").stop_texts() == ("a",)
     assert parse(stop=["a", "b"]).stop_texts() == ("a", "b")
     for stop in (["a"] * 5, "", ["a", ""]):
@@ -85,14 +85,14 @@ def test_stop_is_one_text_or_up_to_four() -> None:
             parse(stop=stop).stop_texts()
 
 
-def test_an_error_has_openais_shape_and_says_when_to_come_back() -> None:
+def test_an_error_has_openais_format_and_retry_after() -> None:
     error = ApiError(429, "full", code="busy", retry_after_s=0.2)
     expected = {"error": {"message": "full", "type": "rate_limit_error", "param": None, "code": "busy"}}
     assert error.body() == expected
     assert error.headers() == {"Retry-After": "1"}
 
 
-def test_a_response_joins_parts_and_counts_the_prompt_once() -> None:
+def test_a_response_joins_deltas_and_counts_the_prompt_once() -> None:
     completion = Completion("m", num_choices=2, with_logprobs=True)
     logprob = TokenLogprob(token="é", logprob=-0.5, top=(("é", -0.5), ("e", -1.0)))
     completion.add(AnswerDelta(index=1, text="b", finish_reason="length", usage=USAGE))

@@ -1,4 +1,4 @@
-"""gateway: every route over real ASGI, answers whole and streamed."""
+"""routes: every route over ASGI, answers whole and streamed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_an_answer_has_text_reason_and_usage(server: Server) -> None:
     assert body["usage"]["prompt_tokens_details"]["vision_tokens_after_transv"] == 2
 
 
-def test_a_stream_opens_tells_and_ends(server: Server) -> None:
+def test_a_stream_has_an_opening_deltas_and_an_end(server: Server) -> None:
     response = server.chat(stream=True, stream_options={"include_usage": True})
     assert response.headers["content-type"].startswith("text/event-stream")
     *chunks, usage, done = events(response)
@@ -47,12 +47,12 @@ def test_several_answers_each_have_their_index(server: Server) -> None:
     assert sum("role" in event["choices"][0]["delta"] for event in streamed) == 3
 
 
-def test_log_probabilities_come_when_asked_for(server: Server) -> None:
+def test_log_probabilities_are_returned_on_request(server: Server) -> None:
     content = server.chat(logprobs=True).json()["choices"][0]["logprobs"]["content"]
     assert content == [{"token": "hello", "logprob": -0.1, "bytes": list(b"hello"), "top_logprobs": []}]
 
 
-def test_bad_requests_are_4xx_in_openais_shape(server: Server) -> None:
+def test_bad_requests_are_4xx_in_openais_format(server: Server) -> None:
     post = server.http.post
     check_error(post("/v1/chat/completions", content=b"{"), 400, "invalid_json")
     check_error(server.chat(model="gpt-4"), 404, "model_not_found")
@@ -76,7 +76,7 @@ def test_files_are_uploaded_listed_read_and_deleted(server: Server) -> None:
     check_error(server.http.delete(f"/v1/files/{created['id']}"), 404, "file_not_found")
 
 
-def test_uploads_that_are_no_media_or_no_form_are_refused(server: Server) -> None:
+def test_uploads_without_media_or_form_are_refused(server: Server) -> None:
     check_error(server.upload(b"a text file called .mp4"), 415, "unsupported_media_type")
     check_error(server.upload(b""), 415, "unsupported_media_type")
     check_error(server.http.post("/v1/files", json={}), 415, "unsupported_media_type")
@@ -94,7 +94,7 @@ def test_models_are_listed_and_found_by_name(server: Server) -> None:
     check_error(server.http.get("/v1/models/other"), 404, "model_not_found")
 
 
-def test_health_tells_live_from_ready(server: Server) -> None:
+def test_health_distinguishes_live_and_ready(server: Server) -> None:
     assert server.http.get("/health/live").status_code == 200
     assert server.http.get("/health/ready").status_code == 200
     server.features.ready = False
@@ -113,7 +113,7 @@ def test_a_refusal_becomes_its_status_before_a_stream_and_an_event_within_one(se
     check_error(server.chat(), 429, "busy")
 
 
-def test_a_request_that_takes_too_long_is_a_408_and_gives_its_slot_back(tmp_path: Path) -> None:
+def test_a_slow_request_is_a_408_and_frees_its_slot(tmp_path: Path) -> None:
     server = Server(tmp_path, request_timeout_s=0.2)
     server.engine.delay_s = 5.0
     check_error(server.chat(), 408, "timeout")
@@ -121,8 +121,8 @@ def test_a_request_that_takes_too_long_is_a_408_and_gives_its_slot_back(tmp_path
     assert server.engine.closed == 2
 
 
-def test_a_client_that_goes_away_closes_the_answer(tmp_path: Path) -> None:
-    """Driven by hand: the task that serves the request is cancelled in the middle of a stream, as Ray Serve does."""
+def test_a_client_that_disconnects_closes_the_answer(tmp_path: Path) -> None:
+    """Cancels the request's task during a stream, as Ray Serve does."""
 
     async def scenario() -> int:
         features, engine = Features(), Engine()
@@ -158,7 +158,7 @@ def test_a_client_that_goes_away_closes_the_answer(tmp_path: Path) -> None:
     assert asyncio.run(scenario()) == 1
 
 
-def test_the_gateway_process_loads_no_torch_and_no_decoder() -> None:
+def test_the_gateway_imports_no_torch_and_no_decoder() -> None:
     code = (
         "import sys, timeviper_platform.serving.gateway.routes;"
         "print([name for name in ('torch', 'av', 'ray', 'transformers', 'pyarrow') if name in sys.modules])"

@@ -1,4 +1,4 @@
-"""media: what uploads are taken for, where they are kept, and who sees them."""
+"""uploads: media types, storage and tenants."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PNG = b"\x89PNG\r\n\x1a\n" + bytes(50)
         (b"", None),
     ],
 )
-def test_first_bytes_tell_media_from_everything_else(header: bytes, modality: str | None) -> None:
+def test_first_bytes_distinguish_media_from_other_files(header: bytes, modality: str | None) -> None:
     assert sniff_modality(header) == modality
 
 
@@ -53,16 +53,16 @@ def test_a_data_uri_is_its_bytes() -> None:
         ("data:video/mp4;base64,@@@", 400),
         ("data:video/mp4;base64,AAA", 400),
         (uri_of(b"a text file"), 415),
-        (uri_of(PNG), 415),  # a picture where a video belongs
+        (uri_of(PNG), 415),  # a picture instead of a video
     ],
 )
-def test_a_bad_data_uri_is_an_answer_that_names_its_place(uri: str, status: int) -> None:
+def test_a_bad_data_uri_is_an_error_with_its_field(uri: str, status: int) -> None:
     with pytest.raises(ApiError) as caught:
         parse_data_uri(uri, expected="video", param="messages.0.content.1")
     assert (caught.value.status, caught.value.param) == (status, "messages.0.content.1")
 
 
-def test_a_file_is_kept_under_its_hash_and_found_by_its_tenant_alone(tmp_path: Path) -> None:
+def test_a_file_is_stored_under_its_hash_and_visible_only_to_its_tenant(tmp_path: Path) -> None:
     store = MediaStore(str(tmp_path))
     record = store.put("alice", io.BytesIO(MP4), filename="../../etc/cat video.mp4", purpose="vision")
     assert record.filename == "cat video.mp4"
@@ -90,12 +90,12 @@ def test_a_deleted_file_is_gone_from_the_disk(tmp_path: Path) -> None:
     assert list((tmp_path / "alice").iterdir()) == []
 
 
-def test_what_is_no_medium_is_not_kept(tmp_path: Path) -> None:
+def test_other_files_are_not_stored(tmp_path: Path) -> None:
     with pytest.raises(ApiError, match="neither a video nor a picture"):
         MediaStore(str(tmp_path)).put("alice", io.BytesIO(b"text"), filename="movie.mp4", purpose="vision")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("file_id", ["file-", "file-../../secret", "file-" + "A" * 32, "x" * 40])
-def test_an_id_that_the_server_never_made_names_no_file(tmp_path: Path, file_id: str) -> None:
+def test_a_malformed_id_names_no_file(tmp_path: Path, file_id: str) -> None:
     assert MediaStore(str(tmp_path)).get("alice", file_id) is None
