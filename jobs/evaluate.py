@@ -6,14 +6,12 @@ Answers held-out questions with their video and without it; writes the report an
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
-import ray
-
 from timeviper_platform.common.config import load_config
 from timeviper_platform.common.job import JobParser, JobResult, run_job
+from timeviper_platform.common.ray_cluster import connect
 from timeviper_platform.evaluation.report import report_lines
 from timeviper_platform.evaluation.run import EvaluateConfig, run_evaluation
 
@@ -32,9 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def evaluate(options: argparse.Namespace) -> JobResult:
     """Runs the evaluation on Ray; reports the scores."""
     config = load_config(EvaluateConfig, options.config, options.overrides)
-    if not ray.is_initialized():  # `ray job submit` sets RAY_ADDRESS; without one, a Ray of this process
-        ray.init(address=os.environ.get("RAY_ADDRESS") or "local", log_to_driver=False)
-    return JobResult([*report_lines(run_evaluation(config)), f"report: {config.output}"])
+    with connect():
+        report = run_evaluation(config)
+    return JobResult([*report_lines(report), f"report: {config.output}"])
 
 
 if __name__ == "__main__":

@@ -18,10 +18,11 @@ from typing import Any
 
 from timeviper_platform.common.config import load_config
 from timeviper_platform.common.job import JobError, JobParser, JobResult, run_job
+from timeviper_platform.common.ray_cluster import connect
 from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.dry_run import describe_dry_run, dry_run
 from timeviper_platform.training.interrupts import StoppedError
-from timeviper_platform.training.ray_trainer import connect, train_on_ray
+from timeviper_platform.training.ray_trainer import train_on_ray
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,9 +48,9 @@ def train(options: argparse.Namespace) -> JobResult:
     if options.dry_run:
         result = dry_run(config)
         return JobResult([describe_dry_run(config, result)], exit_code=1 if result.problems else 0)
-    connect()
     try:
-        return JobResult(report_lines(train_on_ray(config, resume=options.resume)))
+        with connect(log_to_driver=True):
+            return JobResult(report_lines(train_on_ray(config, resume=options.resume)))
     except StoppedError as error:
         raise JobError(str(error), exit_code=128 + signal.SIGTERM) from error
 

@@ -1,4 +1,4 @@
-"""What all tests share: the path to tests/reference, no network, and one local Ray cluster for the marked ones."""
+"""Fixtures of all tests: no network beyond loopback, one local Ray cluster, an S3 server."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-# two processes of tests (pytest -n 2) share two cores
+# the processes of pytest -n share the cores
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
-# Ray reads the mode when it is imported and the token at its first connection: both stand before any test module loads
+# before any test module imports Ray, which reads the mode at import and the token at its first connection
 _TOKEN_FOLDER = tempfile.TemporaryDirectory(prefix="tv-token-")
 _TOKEN_FILE = make_token(Path(_TOKEN_FOLDER.name))
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN_PATH"] = str(_TOKEN_FILE)
 
-# a commit's tests are the same in every run; new examples are looked for on purpose, not by chance in CI
+# the same examples in every run
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
 
@@ -37,12 +37,13 @@ _LOOPBACK = ("127.", "::1", "localhost", "0.0.0.0")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with cluster tests come first: they take longest, and under `-n 2` one process takes them all."""
+    """Runs files with cluster tests first: they take longest, and under `-n` one process runs them all."""
     items.sort(key=lambda item: not _shares_ray(item.path))  # stable: the order inside a file stays
 
 
+@pytest.hookimpl(optionalhook=True)  # pytest -p no:xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
-    """Under `-n`: a file's tests stay in one process, and all files with cluster tests in one that shares a Ray."""
+    """Under `-n`, keeps a file's tests in one process, and all files with cluster tests in one that shares a Ray."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
@@ -60,7 +61,7 @@ def _shares_ray(file: Path) -> bool:
 
 @pytest.fixture(autouse=True)
 def _loopback_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A test that opens a connection to another machine fails, whether or not that machine would answer."""
+    """Fails a test that connects to another machine."""
     connect = socket.socket.connect
     own_addresses = _own_addresses()
 
@@ -81,14 +82,14 @@ def _own_addresses() -> set[str]:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[dict[str, str]]:
-    """One Ray for the whole run, with token authentication on; yields the environment a client needs."""
+    """One Ray for the session, with token authentication; yields the environment that a client needs."""
     with local_cluster(num_cpus=4, token_file=_TOKEN_FILE) as environment:
         yield environment
 
 
 @pytest.fixture
 def ray_address(ray_cluster: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The shared cluster's address; RAY_ADDRESS and the token are set for this test, `ray.init()` finds it."""
+    """The shared cluster's address, also in RAY_ADDRESS for `ray.init()`."""
     for name, value in ray_cluster.items():
         monkeypatch.setenv(name, value)
     yield ray_cluster["RAY_ADDRESS"]
@@ -99,7 +100,7 @@ def ray_address(ray_cluster: dict[str, str], monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def s3_bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The file system of an S3 server on loopback with an empty bucket named `bucket`."""
+    """An S3 server on loopback with an empty bucket named `bucket`; yields its file system."""
     import s3fs
     from moto.server import ThreadedMotoServer
 

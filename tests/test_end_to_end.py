@@ -1,4 +1,4 @@
-"""The jobs as a cluster's user runs them: `ray job submit` with the runtime environment, token on, real exit codes."""
+"""Jobs through `ray job submit`, with the runtime environment and token authentication."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.cluster
 
 
 def submit(environment: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:
-    """`ray job submit`, with what the submitter saw."""
+    """Runs `ray job submit`; stdout holds all of its output."""
     return subprocess.run(
         [RAY, "job", "submit", "--runtime-env", "ray_configs/runtime_env.yaml", "--", "python", *command],
         cwd=ROOT,
@@ -55,7 +55,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_submitted_jobs_make_features_and_weights(ray_cluster: dict[str, str], corpus: Path, tmp_path: Path) -> None:
+def test_submitted_jobs_write_features_and_weights(ray_cluster: dict[str, str], corpus: Path, tmp_path: Path) -> None:
     features, runs = tmp_path / "features", tmp_path / "runs"
     preprocess = submit(
         ray_cluster,
@@ -98,12 +98,12 @@ def test_a_failing_job_fails_at_the_submitter(ray_cluster: dict[str, str], tmp_p
         f"input={tmp_path / 'nowhere.parquet'}",
     )
     assert failed.returncode != 0
-    assert "nowhere.parquet" in failed.stdout
+    assert re.search(r"^error: .*nowhere.parquet", failed.stdout, re.MULTILINE), failed.stdout
 
 
 def _manifest_with_a_broken_file(corpus: Path, folder: Path) -> Path:
     broken = folder / "broken.mp4"
-    broken.write_text("this is no video")
+    broken.write_text("this is not a video")
     table = pq.read_table(corpus / "manifest.parquet")
     row = dict.fromkeys(table.schema.names) | {"uri": str(broken), "media_id": "broken"}
     rows = [{**kept, "uri": str(corpus / kept["uri"])} for kept in table.to_pylist()]

@@ -1,4 +1,4 @@
-"""A model of some thousand weights that knows four videos by heart, with its folders."""
+"""A tiny model that has learned the answers about four videos, with its folders."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SPANS = ((0, 2), (2, 3), (1, 4), (3, 4))
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KnownAnswers:
-    """The folders that evaluation reads."""
+    """Folders that evaluation reads."""
 
     weights: str
     feature_store: str
@@ -35,7 +35,7 @@ class KnownAnswers:
 
 
 def make_known_answers(folder: Path) -> KnownAnswers:
-    """Weights, features of four videos, and a `choice` and a `grounding` file about them, all answered right."""
+    """Writes weights, features of four videos, and a `choice` and a `grounding` file that the model answers right."""
     media = {f"video-{n}": _features(n) for n in range(4)}
     tokenizer = train_tokenizer([WHICH, WHEN, *NAMES, *(span_answer(n) for n in range(4))] * 5, 320)
     model = _learn(tokenizer, media)
@@ -51,7 +51,7 @@ def make_known_answers(folder: Path) -> KnownAnswers:
 
 
 def span_answer(number: int) -> str:
-    """What the model says about when."""
+    """The model's answer to WHEN."""
     start, end = SPANS[number]
     return f"From {start} to {end} seconds."
 
@@ -87,7 +87,7 @@ def _row(sample_id: str, media_id: str, question: str, answer: str, task: str) -
 
 
 def _features(number: int) -> Tensor:
-    """(4 frames, 1 token, 8): the video's number, in one-hot."""
+    """(4 frames, 1 token, 8): the video's number, one-hot."""
     return torch.nn.functional.one_hot(torch.full((4, 1), number), 8).bfloat16() * 4
 
 

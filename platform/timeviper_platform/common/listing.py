@@ -1,7 +1,4 @@
-"""A folder, prefix or glob to the files it names, a page at a time, so that a bucket of millions fits.
-
-Knows local folders, S3's paged listings and any other fsspec file system. Does not know what the files are.
-"""
+"""Lists the files of a folder, prefix or glob page by page, so that a bucket of millions fits in memory."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ from timeviper_platform.common import storage
 logger = logging.getLogger(__name__)
 
 S3_PAGE_KEYS = 1000
-"""What one request for a listing answers at most."""
+"""S3's limit per list request."""
 
 _WILDCARDS = re.compile(r"[*?\[]")
 
@@ -30,7 +27,7 @@ class FileEntry(NamedTuple):
 
     uri: str
     version: FileVersion | None
-    """where the listing says it"""
+    """None where the listing does not report it"""
 
 
 class Listing(NamedTuple):
@@ -41,12 +38,12 @@ class Listing(NamedTuple):
 
 
 def list_files(source: str) -> Listing:
-    """The files that a folder, glob or file names, in sorted order (of each folder's names for local disks).
+    """The files that a folder, glob or file names, in sorted order (on local disks, sorted within each folder).
 
-    What cannot be listed below it is left out, with a warning.
+    Folders that cannot be listed are skipped with a warning.
 
     Raises:
-        ValueError: when there is nothing at `source`.
+        ValueError: when `source` does not exist.
     """
     filesystem, path = storage.split_uri(source)
     local = storage.is_local(source)
@@ -70,16 +67,16 @@ def list_files(source: str) -> Listing:
 
 
 def names_in(folder: str) -> Iterator[str]:
-    """Names of the files in `folder`, in sorted order, as they are now; none when there is no such folder.
+    """Sorted names of the files in `folder`, bypassing caches; none when the folder is missing.
 
     Raises:
-        OSError: when it cannot be listed: what is then not named may well be there.
+        OSError: when it cannot be listed completely.
     """
     return (path.rpartition("/")[2] for path, _ in _walk_now(folder))
 
 
 def sizes_in(folder: str) -> Iterator[tuple[str, int]]:
-    """`names_in`, and how many bytes each file has."""
+    """Like `names_in`, with each file's size in bytes."""
     filesystem, _ = storage.split_uri(folder)
     for path, version in _walk_now(folder):
         yield path.rpartition("/")[2], int(filesystem.size(path)) if version is None else version.size
@@ -87,18 +84,18 @@ def sizes_in(folder: str) -> Iterator[tuple[str, int]]:
 
 def _walk_now(folder: str) -> Iterator[tuple[str, FileVersion | None]]:
     filesystem, path = storage.split_uri(folder)
-    filesystem.invalidate_cache()  # object stores' listings are cached, and others write there
+    filesystem.invalidate_cache()  # other processes write there, too
     if storage.exists(folder):
         yield from _walk(filesystem, path, storage.is_local(folder), is_strict=True)
 
 
 def is_glob(source: str) -> bool:
-    """True for a pattern; a file or folder whose name looks like one is itself."""
+    """True for a pattern, unless a file or folder of exactly that name exists."""
     return _WILDCARDS.search(source) is not None and not storage.exists(source)
 
 
 def pages(values: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """`values` in lists of `size`, the last one shorter."""
+    """Splits `values` into lists of `size`; the last one may be shorter."""
     iterator = iter(values)
     while page := list(islice(iterator, size)):
         yield page
@@ -120,17 +117,17 @@ def _protocols(filesystem: Any) -> tuple[str, ...]:
 
 
 def _walk_local(folder: str, above: Sequence[os.stat_result] = (), *, is_strict: bool = False) -> Iterator[str]:
-    """Depth first; a folder's own names are the most that is in memory."""
+    """Depth first; holds the names of one folder per level in memory."""
     try:
         here = os.stat(folder or "/")  # noqa: PTH116 - names are strings
         if any(os.path.samestat(here, other) for other in above):
-            raise OSError(errno.ELOOP, "a link back to a folder that it is in")
+            raise OSError(errno.ELOOP, "a link back to one of its parent folders")
         with os.scandir(folder or "/") as entries:
             names = sorted((entry.name, _is_folder(entry)) for entry in entries)
     except OSError as error:
         if is_strict:
             raise
-        logger.warning("%s is left out: %s", storage.shown_uri(folder), error.strerror)
+        logger.warning("skipping %s: %s", storage.shown_uri(folder), error.strerror)
         return
     for name, is_folder in names:
         path = f"{folder}/{name}"
@@ -143,12 +140,12 @@ def _walk_local(folder: str, above: Sequence[os.stat_result] = (), *, is_strict:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself; whoever reads it will say so
+    except OSError:  # a link to itself: reading it will fail
         return False
 
 
 def _walk_s3(filesystem: Any, root: str) -> Iterator[tuple[str, FileVersion | None]]:
-    """Key order. s3fs's own `find` holds the whole listing, and keeps it."""
+    """In key order; s3fs's own `find` would hold the whole listing in memory."""
     bucket, _, prefix = root.partition("/")
     request = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else "", "MaxKeys": S3_PAGE_KEYS}
     while True:
@@ -169,9 +166,9 @@ def _walk_any(filesystem: Any, root: str) -> Iterator[str]:
 
 
 class FileVersion(NamedTuple):
-    """What tells a file's content from a later one under the same name."""
+    """Identifies a file's content, to notice later changes."""
 
     size: int
     etag: str | None
     text: str
-    """the etag, or size and time"""
+    """the etag, or size and modification time"""

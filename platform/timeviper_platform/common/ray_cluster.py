@@ -1,7 +1,6 @@
-"""One private Ray on this machine, for the demo and the tests: own ports, own folder, token on, ended by its own id.
+"""Connects to a Ray cluster, or starts a private one on this machine with its own ports, folder and token.
 
-Knows how to start `ray start --head --block`, wait for it and end exactly what it started. Other Rays on the
-machine are neither seen nor touched.
+Other Rays on the machine are never touched.
 """
 
 from __future__ import annotations
@@ -21,25 +20,26 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 PORTS = ("port", "dashboard-port", "ray-client-server-port", "dashboard-agent-grpc-port", "dashboard-agent-listen-port")
 
 START_SECONDS = 120.0
-"""that Ray may take; a few on a quiet machine"""
+"""Timeout for a start, which takes a few seconds on an idle machine."""
 
 STARTED = "Ray runtime started."
-"""what `ray start` says when its node is registered: before that, drivers find an address and no node"""
+"""Printed by `ray start` once its node is registered; earlier, a driver finds an address without a node."""
 
 
 def free_port() -> int:
-    """A port of the loopback address on which nothing listens now."""
+    """A free TCP port of the loopback address."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 
 
 def make_token(folder: Path) -> Path:
-    """A new token in a file of `folder` that only its owner can read."""
+    """Writes a new token to a file of `folder` that only its owner can read."""
     token_file = folder / "token"
     token_file.touch(mode=0o600)
     token_file.write_text(secrets.token_hex(32))
@@ -54,43 +54,45 @@ def local_cluster(
     with_dashboard: bool = True,
     token_file: Path | None = None,
     environment: Mapping[str, str] | None = None,
+    ray_program: Path | None = None,
 ) -> Iterator[dict[str, str]]:
-    """A running cluster; yields the environment variables that let a child process use it.
+    """Runs a cluster; yields the environment variables that let a child process connect to it.
 
     Args:
         num_cpus: logical CPUs that tasks may claim.
         object_store_bytes: size of the shared-memory store.
-        with_dashboard: what jobs are submitted to, and what brings workers' output to drivers; both take some
-            hundredths of a core even when nobody looks.
+        with_dashboard: needed by `ray job submit`, and to forward workers' output to drivers; costs some hundredths of
+            a core.
         token_file: a file with the cluster's token; None makes one that lives as long as the cluster.
         environment: more variables for Ray's own processes.
+        ray_program: the `ray` command; None = that of this Python environment.
 
     Raises:
-        RuntimeError: when Ray does not come up, with the end of its log.
+        RuntimeError: when Ray does not start, with the end of its log.
     """
-    # Unix sockets limit a path to 107 bytes and Ray adds about 70: hence not below the project's folder
+    # in /tmp: Unix sockets limit a path to 107 bytes, of which Ray takes about 70
     folder = Path(tempfile.mkdtemp(prefix="tv-ray-", dir="/tmp"))
     token_file = token_file or make_token(folder)
     ports = {name: free_port() for name in PORTS}
-    programs = Path(sys.executable).parent
+    ray_program = ray_program or Path(sys.executable).parent / "ray"
     variables = {
-        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token") if "ray" in sys.modules else "token",
         "RAY_AUTH_TOKEN_PATH": str(token_file),
         "RAY_ADDRESS": f"127.0.0.1:{ports['port']}",
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports['dashboard-port']}",
         "RAY_USAGE_STATS_ENABLED": "0",
-        # Ray's timing of its own event loops, which nobody reads, is a tenth of what its idle processes take
+        # timing of Ray's own event loops: a tenth of the CPU time of its idle processes
         "RAY_event_stats": "0",
-        # glibc gives large blocks back at once and faults their pages in again at every training step; keep them
+        # keep large blocks: glibc would return them and fault their pages in again at every training step
         "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
         "MALLOC_TRIM_THRESHOLD_": str(8 * 2**30),
-        # at the end there is nobody left to drain requests for
+        # no requests are left to drain at the end
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
-        # Serve kills a proxy that needs longer to start, and on a busy machine its imports alone do
+        # on a busy machine the proxy's imports alone exceed the default
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
-        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+        "PATH": f"{ray_program.parent}{os.pathsep}{os.environ['PATH']}",
     }
-    command = [str(programs / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
+    command = [str(ray_program), "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
     command += [f"--{name}={port}" for name, port in ports.items()]
     command += [f"--include-dashboard={with_dashboard}", f"--include-log-monitor={with_dashboard}"]
     command += [f"--num-cpus={num_cpus}", f"--object-store-memory={object_store_bytes}", f"--temp-dir={folder}/ray"]
@@ -138,7 +140,7 @@ def _listens(port: int) -> bool:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM lets `ray start --block` end its children; what is left of its session is then killed."""
+    """Sends SIGTERM, on which `ray start --block` ends its children; then kills the rest of its session."""
     process.send_signal(signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout=20)
@@ -148,17 +150,25 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 @contextmanager
-def ray_session() -> Iterator[None]:
-    """A connection to the Ray of RAY_ADDRESS (`ray job submit` sets it), else to one started here and ended here."""
+def connect(*, log_to_driver: bool = False, **options: Any) -> Iterator[None]:
+    """Connects to the Ray of RAY_ADDRESS (`ray job submit` sets it), else to a private one that ends with the context.
+
+    An existing connection is used, and left open.
+
+    Args:
+        log_to_driver: forward the workers' output to this process.
+        options: further arguments of `ray.init`.
+    """
     if has_cluster():
-        with _connection():
+        with _connection(log_to_driver=log_to_driver, **options):
             yield
         return
-    with local_cluster(num_cpus=os.cpu_count() or 2, with_dashboard=False, token_file=_token_file()) as variables:
+    num_cpus = os.cpu_count() or 2
+    with local_cluster(num_cpus=num_cpus, with_dashboard=log_to_driver, token_file=_token_file()) as variables:
         before = {name: os.environ.get(name) for name in variables}
-        os.environ.update(variables)  # before `import ray`, which reads the authentication mode once
+        os.environ.update(variables)
         try:
-            with _connection():
+            with _connection(log_to_driver=log_to_driver, **options):
                 yield
         finally:
             for name, value in before.items():
@@ -167,20 +177,20 @@ def ray_session() -> Iterator[None]:
 
 @functools.cache
 def _token_file() -> Path:
-    """One token for every Ray that this process starts: Ray reads its own once a process."""
+    """One token for every Ray that this process starts, because Ray reads it once per process."""
     folder = Path(tempfile.mkdtemp(prefix="tv-token-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return make_token(folder)
 
 
 @contextmanager
-def _connection() -> Iterator[None]:
-    import ray
+def _connection(**options: Any) -> Iterator[None]:
+    import ray  # reads the authentication mode of the environment once, when it is imported
 
     if ray.is_initialized():
         yield
         return
-    ray.init(log_to_driver=False)
+    ray.init(**options)
     try:
         yield
     finally:
@@ -188,5 +198,5 @@ def _connection() -> Iterator[None]:
 
 
 def has_cluster() -> bool:
-    """True when this process is connected to a Ray, or told where one is."""
+    """True when this process is connected to a Ray, or RAY_ADDRESS names one."""
     return bool(os.environ.get("RAY_ADDRESS")) or ("ray" in sys.modules and sys.modules["ray"].is_initialized())

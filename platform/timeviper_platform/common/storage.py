@@ -1,8 +1,6 @@
-"""Files at any fsspec URI (a local path, file://, s3://, memory://): open, list, and writes that are all or nothing.
+"""Reads, lists and atomically writes files at any fsspec URI (a local path, file://, s3://, memory://).
 
-Knows how to make a file appear complete or not at all: write then rename on local disks, one upload of a finished
-local copy on object stores (a single put below 100 MB, completed multipart parts above). Knows which errors pass by
-themselves: those are tried again, with growing waits, and counted. Does not know what is in the files.
+Transient errors are retried with growing waits, and counted.
 """
 
 from __future__ import annotations
@@ -26,29 +24,26 @@ from typing import IO, Any, TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from timeviper_platform.common import storage
-
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 MAX_ATTEMPTS = 4
 FIRST_WAIT_S = 0.5
-"""Doubled after every attempt: with the four attempts, up to 3.5 s in all. Object stores' own clients wait below this:
-botocore's five attempts inside each of s3fs's."""
+"""Doubled after every attempt, up to 3.5 s in all. Each attempt includes the client's own retries: five of botocore."""
 
 _TRANSIENT_ERRNOS = frozenset(
     {errno.EBUSY, errno.EREMOTEIO, errno.EIO, errno.ETIMEDOUT, errno.EAGAIN, errno.ENETUNREACH, errno.EHOSTUNREACH}
 )
-"""s3fs says EBUSY for 503 and SlowDown, EREMOTEIO for 500, EIO for codes that it does not know, such as 502 and 504."""
+"""s3fs maps 503 and SlowDown to EBUSY, 500 to EREMOTEIO, and codes that it does not know (502, 504) to EIO."""
 
 
 class StorageUnavailableError(OSError):
-    """Storage kept failing for a reason that should have passed."""
+    """A transient error outlasted all retries."""
 
 
 class _Counter:
-    """A number that threads may raise."""
+    """Thread-safe counter."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -64,8 +59,7 @@ _counted_clients: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def shown_uri(uri: str) -> str:
-    """What messages and rows call it: without a user, password and web address's query, any of which may be a secret,
-    and with bytes that are no text escaped."""
+    """The URI for messages: without credentials and query, which may hold secrets; undecodable bytes are escaped."""
     uri = uri.encode("utf-8", "backslashreplace").decode("utf-8")
     scheme = _scheme(uri)
     if not scheme:
@@ -78,38 +72,39 @@ def shown_uri(uri: str) -> str:
 
 
 def num_retries() -> int:
-    """Requests to storage that failed for a passing reason, in this process so far."""
+    """Number of requests to storage that this process has retried."""
     return _retries.value
 
 
-def add_retries(number: int) -> None:
-    """Counts requests that a child of this process, or a client that is not of this module, made again."""
-    for _ in range(number):
+def add_retries(count: int) -> None:
+    """Adds retries of a child process or of another client to this process's count."""
+    for _ in range(count):
         _retries.add()
 
 
 def is_transient(error: BaseException | None) -> bool:
-    """True for errors that pass: timeouts, resets, 5xx and 429 answers, or what was raised from one of them."""
+    """True for timeouts, connection resets, 5xx and 429 responses, and errors raised from one of them."""
     if error is None or isinstance(error, FileNotFoundError | PermissionError | StorageUnavailableError):
-        return False  # an answer for good, or what has been tried often enough
+        return False  # permanent, or already retried
     if isinstance(error, TimeoutError | ConnectionError) or getattr(error, "errno", None) in _TRANSIENT_ERRNOS:
         return True
-    from botocore import exceptions  # s3fs lets them through: they are no OSErrors
+    from botocore import exceptions  # s3fs passes them on; they are not OSErrors
 
     return isinstance(error, exceptions.HTTPClientError | exceptions.ConnectionError) or is_transient(error.__cause__)
 
 
-def retrying(action: Callable[[], T], what: str) -> T:
-    """What `action` returns; it is tried again while it fails for a passing reason.
+def retrying(action: Callable[[], T], uri: str, *, first_wait_s: float | None = None) -> T:
+    """Runs `action`, again while it fails with a transient error; returns its result.
 
     Args:
-        action: may be done more than once.
-        what: the URI that messages name.
+        action: safe to repeat.
+        uri: named in messages.
+        first_wait_s: doubled after every attempt; None = FIRST_WAIT_S.
 
     Raises:
-        StorageUnavailableError: when the last attempt failed as well, from its error.
+        StorageUnavailableError: when the last attempt failed as well.
     """
-    what = shown_uri(what)
+    uri, first_wait_s = shown_uri(uri), FIRST_WAIT_S if first_wait_s is None else first_wait_s
     for attempt in range(MAX_ATTEMPTS):
         try:
             return action()
@@ -117,21 +112,19 @@ def retrying(action: Callable[[], T], what: str) -> T:
             if not is_transient(error):
                 raise
             if attempt + 1 == MAX_ATTEMPTS:
-                message = (
-                    f"{what}: {error} (tried {MAX_ATTEMPTS} times); is the storage up, and within its rate limits?"
-                )
+                message = f"{uri}: {error} (tried {MAX_ATTEMPTS} times); is the storage up, and within its rate limits?"
                 raise StorageUnavailableError(errno.EBUSY, message) from error
             if not _is_counted(error):
                 _retries.add()
-            wait = FIRST_WAIT_S * 2**attempt * random.uniform(0.5, 1.0)  # workers that failed together part
-            logger.info("%s: %s; trying again in %.1f s", what, error, wait)
+            wait = first_wait_s * 2**attempt * random.uniform(0.5, 1.0)  # so that workers do not retry in step
+            logger.info("%s: %s; trying again in %.1f s", uri, error, wait)
             time.sleep(wait)
     raise AssertionError("the last attempt returns or raises")
 
 
 def split_uri(uri: str) -> tuple[Any, str]:
-    """The fsspec file system and the path on it; local paths come back absolute, and mean what they say."""
-    if is_local(uri):  # where fsspec takes a::b.mp4 for b.mp4 inside of a
+    """The fsspec file system of a URI, and the path on it; local paths become absolute."""
+    if is_local(uri):  # url_to_fs would read a::b.mp4 as b.mp4 inside a
         filesystem = fsspec.filesystem("file")
         return filesystem, str(filesystem._strip_protocol(uri))
     filesystem, path = fsspec.core.url_to_fs(uri)
@@ -141,33 +134,33 @@ def split_uri(uri: str) -> tuple[Any, str]:
 
 
 def _count_failures_of(client: Any) -> None:
-    """Counts a botocore client's failed requests where they happen: it makes them again without a word."""
+    """Counts the requests that a botocore client retries silently."""
     if client not in _counted_clients:
-        # first: at the last attempt the client's own handler raises what it caught, and later ones are not asked
-        client.meta.events.register_first("needs-retry.s3", _note_answer)
+        # first: at the last attempt the client's own handler raises, and later handlers do not run
+        client.meta.events.register_first("needs-retry.s3", _count_response)
         _counted_clients.add(client)
 
 
-def _note_answer(response: Any = None, caught_exception: Any = None, **_: Any) -> None:
+def _count_response(response: Any = None, caught_exception: Any = None, **_: Any) -> None:
     status = response[0].status_code if response is not None else 0
     if caught_exception is not None or status >= 500 or status == 429:
         _retries.add()
 
 
 def _is_counted(error: BaseException | None) -> bool:
-    """True when the error came from botocore, whose failed requests are counted one by one."""
+    """True for errors from botocore, whose requests are counted one by one."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     return error is not None and (isinstance(error, BotoCoreError | ClientError) or _is_counted(error.__cause__))
 
 
 def has_known_scheme(uri: str) -> bool:
-    """True for local paths, and for URIs of a kind that fsspec has a file system for."""
+    """True for local paths, and for URIs that fsspec has a file system for."""
     return is_local(uri) or _is_known(_scheme(uri).rpartition("::")[2])
 
 
 def _scheme(uri: str) -> str:
-    """What stands before ://, with what it is chained to; '' for a path."""
+    """The part before ://, chained schemes included; '' for a path."""
     scheme, mark, _ = uri.partition("://")
     return scheme if mark and "/" not in scheme else ""
 
@@ -183,22 +176,22 @@ def join_uri(root: str, *parts: str) -> str:
 
 
 def is_local(uri: str) -> bool:
-    """True when `uri` lies on this machine's disks; asks no storage."""
+    """True when `uri` is a path on this machine; decided by its text."""
     return _scheme(uri) in ("", "file", "local")
 
 
 def exists(uri: str) -> bool:
-    """True when a file or folder is at `uri`."""
+    """True when a file or folder exists at `uri`."""
     filesystem, path = split_uri(uri)
     return retrying(lambda: bool(filesystem.exists(path)), uri)
 
 
-def list_files(uri: str, suffix: str = "") -> list[str]:
-    """The files directly inside the folder `uri`, as URIs in sorted order; none when the folder is missing."""
+def files_in(uri: str, suffix: str = "") -> list[str]:
+    """URIs of the files directly inside a folder, sorted, without hidden ones; none when the folder is missing."""
     filesystem, path = split_uri(uri)
 
     def list_folder() -> list[dict[str, Any]]:
-        filesystem.invalidate_cache()  # object stores' listings are cached, and others write here
+        filesystem.invalidate_cache()  # other processes write here, too
         return list(filesystem.ls(path, detail=True)) if filesystem.isdir(path) else []
 
     names = [PurePosixPath(item["name"]).name for item in retrying(list_folder, uri) if item["type"] == "file"]
@@ -217,10 +210,10 @@ def read_json(uri: str) -> Any:
 
 
 def write_atomic(uri: str, write: Callable[[IO[bytes]], None]) -> None:
-    """Calls `write` with a file open for bytes; `uri` then holds all of it, or what it held before.
+    """Calls `write` with a binary file; afterwards `uri` holds all of it or, after an error, its old content.
 
     Raises:
-        RuntimeError: when the place cannot be written, with its URI.
+        RuntimeError: when `uri` cannot be written.
     """
     filesystem, path = split_uri(uri)
     try:
@@ -235,17 +228,17 @@ def write_atomic(uri: str, write: Callable[[IO[bytes]], None]) -> None:
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """`write_atomic` for bytes at hand."""
+    """Writes `data` atomically."""
     write_atomic(uri, lambda file: _write_all(file, data))
 
 
 def write_json(uri: str, value: Any) -> None:
-    """`write_atomic` of `value` as indented JSON."""
+    """Writes `value` atomically, as indented JSON."""
     write_bytes(uri, (json.dumps(value, indent=2, sort_keys=False) + "\n").encode())
 
 
 def remove(uri: str) -> None:
-    """Deletes a file or a whole folder; nothing happens when it is not there."""
+    """Deletes a file or a whole folder, if it exists."""
     filesystem, path = split_uri(uri)
 
     def remove_all() -> None:
@@ -256,10 +249,10 @@ def remove(uri: str) -> None:
 
 
 def ensure_writable(uri: str) -> None:
-    """Writes and removes a probe file in the folder `uri`.
+    """Writes and removes a probe file, so that a job fails before hours of work.
 
     Raises:
-        RuntimeError: when that fails, so that a job says so before it has worked for hours.
+        RuntimeError: when the folder `uri` cannot be written.
     """
     probe = join_uri(uri, f".write-probe-{uuid.uuid4().hex}")
     write_bytes(probe, b"")
@@ -283,7 +276,7 @@ def _write_then_rename(path: str, write: Callable[[IO[bytes]], None]) -> None:
 
 
 def _write_then_upload(filesystem: Any, path: str, write: Callable[[IO[bytes]], None], uri: str) -> None:
-    """Closing a remote file that was written in part would show the part; and an upload can be tried again."""
+    """Uploads a finished local copy: closing a partly written remote file would publish the part."""
     with tempfile.NamedTemporaryFile(prefix="timeviper-upload-") as local:
         write(local)
         local.flush()
@@ -295,12 +288,12 @@ def _write_all(file: IO[bytes], data: bytes) -> None:
 
 
 READ_AHEAD_BYTES = 4 << 20
-"""Block of a remote file; larger costs memory for every open decoder, smaller costs requests."""
+"""Block size of remote files: memory per open decoder against number of requests."""
 
 
 def open_file(uri: str) -> Any:
-    """A seekable file object over a whole file; remote files are read ahead, never copied whole."""
-    filesystem, path = storage.split_uri(uri)
-    if storage.is_local(uri):
+    """A seekable binary file; remote files are read block by block."""
+    filesystem, path = split_uri(uri)
+    if is_local(uri):
         return filesystem.open(path, "rb")
     return filesystem.open(path, "rb", block_size=READ_AHEAD_BYTES, cache_type="readahead")

@@ -94,7 +94,7 @@ def read_questions(folder: str, tasks: Sequence[str], max_questions: int | None)
         uri = storage.join_uri(folder, f"{task}.parquet")
         filesystem, path = storage.split_uri(uri)
         if not filesystem.isfile(path):
-            names = [name.rsplit("/", 1)[-1] for name in storage.list_files(folder, ".parquet")]
+            names = [name.rsplit("/", 1)[-1] for name in storage.files_in(folder, ".parquet")]
             raise ValueError(f"task {task!r} has no file {uri}; the folder has {', '.join(names) or 'no questions'}")
         with filesystem.open(path, "rb") as file:
             table = pq.read_table(file)

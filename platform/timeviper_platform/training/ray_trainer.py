@@ -56,12 +56,6 @@ POINTER_FILE = "checkpoint.json"
 """what Ray stores of a checkpoint: the URI of ours"""
 
 
-def connect() -> None:
-    """Joins the cluster that RAY_ADDRESS names (`ray job submit` sets it); without one, starts Ray on this machine."""
-    if not ray.is_initialized():
-        ray.init(address=os.environ.get("RAY_ADDRESS") or "local", log_to_driver=True)
-
-
 def train_on_ray(config: TrainConfig, *, resume: str = "auto") -> dict[str, Any]:
     """Runs `config` on the connected cluster; the report by phase.
 

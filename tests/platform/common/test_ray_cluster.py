@@ -1,34 +1,31 @@
-"""A private Ray is handed out when its node is there; one that does not come up says why. Without Ray."""
-
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
 
-from timeviper_platform.common import ray_cluster as module
 from timeviper_platform.common.ray_cluster import STARTED, local_cluster
 
 
-def _instead_of_ray(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def ray_stub(folder: Path, script: str) -> Path:
     program = folder / "ray"
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o700)
-    monkeypatch.setattr(module.sys, "executable", str(folder / "python"))
+    return program
 
 
-def test_nobody_connects_before_the_node_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = tmp_path / "node"
-    _instead_of_ray(tmp_path, f"sleep 0.5; touch {made}; echo '{STARTED}'; exec sleep 60", monkeypatch)
-    with local_cluster(num_cpus=1, with_dashboard=False) as variables:
-        assert made.exists()
+def test_a_cluster_is_yielded_once_its_node_is_registered(tmp_path: Path) -> None:
+    node = tmp_path / "node"
+    program = ray_stub(tmp_path, f"sleep 0.5; touch {node}; echo '{STARTED}'; exec sleep 60")
+    with local_cluster(num_cpus=1, with_dashboard=False, ray_program=program) as variables:
+        assert node.exists()
         assert variables["RAY_AUTH_MODE"] == "token"
 
 
-def test_a_ray_that_ends_at_once_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _instead_of_ray(tmp_path, "echo 'no memory left'; exit 1", monkeypatch)
+def test_the_log_of_a_ray_that_fails_to_start_is_in_the_error(tmp_path: Path) -> None:
+    program = ray_stub(tmp_path, "echo 'no memory left'; exit 1")
     with (
         pytest.raises(RuntimeError, match=r"has not started its node; .*\nno memory left"),
-        local_cluster(num_cpus=1, with_dashboard=False),
+        local_cluster(num_cpus=1, with_dashboard=False, ray_program=program),
     ):
         pass

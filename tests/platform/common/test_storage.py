@@ -15,9 +15,9 @@ def test_json_round_trip_and_listing(tmp_path: Path) -> None:
     storage.write_json(storage.join_uri(root, "a", "b.json"), {"x": 1})
     storage.write_bytes(storage.join_uri(root, "a", "a.bin"), b"12")
     assert storage.read_json(f"{root}/a/b.json") == {"x": 1}
-    assert storage.list_files(f"{root}/a") == [f"{root}/a/a.bin", f"{root}/a/b.json"]
-    assert storage.list_files(f"{root}/a", ".json") == [f"{root}/a/b.json"]
-    assert storage.list_files(f"{root}/missing") == []
+    assert storage.files_in(f"{root}/a") == [f"{root}/a/a.bin", f"{root}/a/b.json"]
+    assert storage.files_in(f"{root}/a", ".json") == [f"{root}/a/b.json"]
+    assert storage.files_in(f"{root}/missing") == []
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -56,43 +56,43 @@ def test_ensure_writable_leaves_no_trace(tmp_path: Path) -> None:
         ("/videos/caf\udce9.mp4", "/videos/caf\\udce9.mp4"),
     ],
 )
-def test_no_message_repeats_what_may_be_a_secret(uri: str, shown: str) -> None:
+def test_shown_uris_hold_no_secrets(uri: str, shown: str) -> None:
     assert storage.shown_uri(uri) == shown
 
 
-def test_an_answer_for_good_is_not_asked_for_again() -> None:
-    asked = []
+def test_a_permanent_error_is_not_retried() -> None:
+    attempts = []
 
     def fail(error: Exception) -> None:
-        asked.append(error)
+        attempts.append(error)
         raise error
 
     for error in (FileNotFoundError(errno.EIO, "HTTP 404"), PermissionError(errno.EIO, "HTTP 403")):
         with pytest.raises(type(error)):
             storage.retrying(partial(fail, error), "x")
-    assert len(asked) == 2
+    assert len(attempts) == 2
 
 
-def test_retries_are_not_multiplied(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.0)
+def test_nested_retries_are_not_multiplied(caplog: pytest.LogCaptureFixture) -> None:
+    retrying = partial(storage.retrying, first_wait_s=0.0)
     caplog.set_level("INFO")
-    asked = []
+    attempts = []
 
     def fail() -> None:
-        asked.append(1)
+        attempts.append(1)
         raise ConnectionResetError("gone")
 
     url = "https://a.invalid/x?token=secret"
     with pytest.raises(storage.StorageUnavailableError, match=r"https://a.invalid/x: gone \(tried") as caught:
-        storage.retrying(lambda: storage.retrying(fail, url), url)
-    assert len(asked) == storage.MAX_ATTEMPTS
+        retrying(lambda: retrying(fail, url), url)
+    assert len(attempts) == storage.MAX_ATTEMPTS
     assert "secret" not in caplog.text + str(caught.value)
 
 
-def test_memory_filesystem_behaves_alike() -> None:
+def test_the_memory_filesystem_behaves_like_a_disk() -> None:
     storage.write_json("memory://bucket/a/x.json", [1])
     assert storage.exists("memory://bucket/a/x.json")
-    assert storage.list_files("memory://bucket/a") == ["memory://bucket/a/x.json"]
+    assert storage.files_in("memory://bucket/a") == ["memory://bucket/a/x.json"]
     assert not storage.is_local("memory://bucket/a")
     storage.remove("memory://bucket/a")
     assert not storage.exists("memory://bucket/a/x.json")

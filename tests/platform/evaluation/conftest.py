@@ -7,5 +7,5 @@ from reference.known_answers import KnownAnswers, make_known_answers
 
 @pytest.fixture(scope="session")
 def known(tmp_path_factory: pytest.TempPathFactory) -> KnownAnswers:
-    """Weights that are trained once for all of these modules; nobody writes into the folders."""
+    """Weights trained once per session; read-only."""
     return make_known_answers(tmp_path_factory.mktemp("known"))

@@ -1,5 +1,3 @@
-"""The analysis job on weights that know their answers: figures as numbers, files and pictures."""
-
 from __future__ import annotations
 
 import csv
@@ -39,7 +37,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture(scope="module")
 def loaded(known: KnownAnswers) -> tuple[Any, Answerer, list[Any]]:
-    """The model (blocks: Mamba, attention, MLP), what answers with it, and the four choice questions with media."""
+    """A model with blocks Mamba, attention, MLP; its Answerer; the four choice questions with their prompts."""
     config = AnsweringConfig()
     model = load_model(known.weights, config)
     store = FeatureStore.open(known.feature_store)
@@ -60,13 +58,13 @@ def config_of(known: KnownAnswers, output: Path, **changes: Any) -> AnalyzeConfi
     return replace(AnalyzeConfig(**values, maps=maps), **changes)
 
 
-def test_scores_are_those_of_the_evaluation(loaded: tuple[Any, Answerer, list[Any]]) -> None:
+def test_scores_equal_those_of_the_evaluation(known: KnownAnswers, loaded: tuple[Any, Answerer, list[Any]]) -> None:
     model, answerer, asked = loaded
     start = next(blocking_rows(model, make_answered(answerer, asked), BlockingSweep()))
     assert start["accuracy"] == 1.0
     options = [row["choices"] for row, _ in asked]
     scores = answerer.score_options([prompt for _, prompt in asked], options)
-    tokenizer = answerer._tokenizer
+    tokenizer = load_tokenizer(known.weights)
     expected = []
     for (row, _), texts, of in zip(asked, options, scores, strict=True):
         length = len(tokenizer(row["answer"], add_special_tokens=False)["input_ids"]) + 2  # a new line, the end
@@ -74,7 +72,7 @@ def test_scores_are_those_of_the_evaluation(loaded: tuple[Any, Answerer, list[An
     assert start["log_prob"] == pytest.approx(sum(expected) / 4, rel=1e-4)
 
 
-def test_cutting_the_video_off_everywhere_leaves_a_guess(loaded: tuple[Any, Answerer, list[Any]]) -> None:
+def test_blocking_the_video_everywhere_leaves_a_guess(loaded: tuple[Any, Answerer, list[Any]]) -> None:
     model, answerer, asked = loaded
     sweep = BlockingSweep(flows=("v2i", "v2r"), scopes=("from_layer",))
     start, *rows = blocking_rows(model, make_answered(answerer, asked), sweep)
@@ -99,7 +97,7 @@ def test_dropping_all_at_the_entrance_is_a_guess_and_none_is_the_model(loaded: t
     assert start["accuracy"] == 1.0
 
 
-def test_maps_of_samples_are_their_average(loaded: tuple[Any, Answerer, list[Any]]) -> None:
+def test_maps_of_several_questions_are_their_average(loaded: tuple[Any, Answerer, list[Any]]) -> None:
     model, answerer, asked = loaded
     pairs = [(prompt, row["answer"]) for row, prompt in asked[:2]]
     batches = [batch for pair in pairs for batch in answerer.pack_answers([pair])]
@@ -151,7 +149,7 @@ def test_the_job_writes_numbers_and_pictures_that_parse(known: KnownAnswers, tmp
     assert [entry["layer"] for entry in json.loads((tmp_path / "maps.json").read_text())] == [0, 1]
 
 
-def test_questions_without_media_are_left_out_and_none_is_an_error(known: KnownAnswers, tmp_path: Path) -> None:
+def test_questions_without_media_are_skipped_and_none_left_is_an_error(known: KnownAnswers, tmp_path: Path) -> None:
     gone = [{"media_id": "gone", "start_seconds": None, "end_seconds": None}]
     write_questions(tmp_path / "choice.parquet", [grounding_row(0, media=gone)])
     with pytest.raises(ValueError, match="none of 1 questions has its media"):
@@ -160,7 +158,7 @@ def test_questions_without_media_are_left_out_and_none_is_an_error(known: KnownA
         config_of(known, tmp_path, figures=())
 
 
-def test_pictures_place_their_extremes_at_the_edges() -> None:
+def test_pictures_place_extremes_at_the_edges() -> None:
     chart = line_chart({"a & b": [(0, 0.0), (10, 2.0)]}, title="t", x_label="x")
     assert 'points="60.0,300.0 840.0,40.0"' in chart
     assert "a &amp; b" in chart

@@ -58,7 +58,7 @@ def test_known_answers_are_found_with_the_video_and_one_in_four_without(evaluato
     outcomes = evaluator.evaluate([choice_row(n) for n in range(4)])
     assert [outcome.answer for outcome in outcomes] == list(NAMES)
     assert [outcome.score for outcome in outcomes] == [1.0] * 4
-    # the same words and no video: the same answer to all four, right once
+    # without the video, the four questions are the same
     assert len({outcome.answer_without_video for outcome in outcomes}) == 1
     assert sum(outcome.score_without_video for outcome in outcomes) == 1.0
     assert {outcome.chance for outcome in outcomes} == {0.25}
@@ -111,15 +111,16 @@ def test_a_missing_medium_and_a_question_without_truth_are_counted_outcomes(eval
     assert outcomes[0].score == 1.0
 
 
-def test_a_samples_interval_selects_its_frames(evaluator: Evaluator, known: KnownAnswers) -> None:
+def test_a_questions_clip_selects_its_frames(known: KnownAnswers) -> None:
     medium = {"media_id": "video-1", "start_seconds": 1.0, "end_seconds": 3.0}
-    media = read_media(evaluator._store, choice_row(1, media=[medium]), evaluator._config, dim=evaluator._dim)
+    store = FeatureStore.open(known.feature_store)
+    media = read_media(store, choice_row(1, media=[medium]), AnsweringConfig(), dim=8)
     assert media is not None
     assert torch.equal(media[0], _rows(known, "video-1")[1:3])
 
 
 def test_features_of_another_encoder_are_refused(known: KnownAnswers, tmp_path: Path) -> None:
-    write_store(str(tmp_path / "other"), {"video-1": torch.zeros(4, 1, 16).bfloat16()}, recipe={"made": "wide"})
+    write_store(str(tmp_path / "other"), {"video-1": torch.zeros(4, 1, 16).bfloat16()}, recipe={"synthetic": "wide"})
     other = Evaluator(weights_folder=known.weights, feature_store=str(tmp_path / "other"), config=AnsweringConfig())
     with pytest.raises(ValueError, match="width 16, the weights need 8"):
         other.evaluate([choice_row(1)])

@@ -33,7 +33,7 @@ import torch
 from timeviper_platform.benchmarks.measure import Row
 from timeviper_platform.benchmarks.preprocess.share_of_ideal import make_tiny_encoder
 from timeviper_platform.benchmarks.video.clips import ClipSpec, make_clip
-from timeviper_platform.common.ray_cluster import ray_session
+from timeviper_platform.common.ray_cluster import connect
 from timeviper_platform.data.encode.frame_encoder import FrameEncoder, VisionTowerConfig
 from timeviper_platform.data.preprocess.config import ExecutionConfig, PreprocessConfig
 from timeviper_platform.data.preprocess.run import run_preprocess
@@ -72,7 +72,7 @@ def pipeline_rows(film: Path | None = None, *, film_seconds: int = FILM_SECONDS,
         controls["Daft"] = (run_daft, ">= 1.2")
     pipelines = {"ours": run_ours, **{name: run for name, (run, _) in controls.items()}}
     passes: dict[str, list[Pass]] = {name: [] for name in pipelines}
-    with tempfile.TemporaryDirectory(prefix="tv-benchmark-") as folder, ray_session():
+    with tempfile.TemporaryDirectory(prefix="tv-benchmark-") as folder, connect():
         root = Path(folder)
         encoder = make_tiny_encoder(root / "encoder")
         pieces = make_pieces(root, film, film_seconds)

@@ -23,7 +23,7 @@ import numpy as np
 
 from timeviper_platform.benchmarks.measure import Row, StolenTime
 from timeviper_platform.benchmarks.video.clips import ClipSpec, make_clip
-from timeviper_platform.common.ray_cluster import ray_session
+from timeviper_platform.common.ray_cluster import connect
 from timeviper_platform.data.encode.frame_encoder import EncoderDescription, VisionTowerConfig, describe_encoder
 from timeviper_platform.data.encode.recipe import recipe_hash
 from timeviper_platform.data.plan.segments import Segment, segments_of
@@ -75,7 +75,7 @@ class Media:
 def ideal_rows(film: Path | None = None, sizes: IdealSizes | None = None) -> list[Row]:
     """Rows for clips, a film (`film` or a synthetic one) and images, fused and split."""
     sizes = sizes or IdealSizes()
-    with tempfile.TemporaryDirectory(prefix="tv-benchmark-") as folder, ray_session():
+    with tempfile.TemporaryDirectory(prefix="tv-benchmark-") as folder, connect():
         root = Path(folder)
         encoder = make_tiny_encoder(root / "encoder")
         command = COMMAND + (" --film FILM" if film else "")

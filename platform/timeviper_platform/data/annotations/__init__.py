@@ -1,1 +1,1 @@
-"""Other people's labels as samples."""
+"""Published annotations to training samples."""

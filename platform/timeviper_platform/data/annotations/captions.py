@@ -1,7 +1,7 @@
-"""Images with captions: CC12M's table, PixelProse's Parquet, and WebDataset tars (img2dataset's too).
+"""Captioned images: CC12M's table, PixelProse's Parquet, and WebDataset tars (also img2dataset's).
 
 CC12M is `url TAB caption` without a header. PixelProse has the columns uid, url, status (of the captioning model) and
-vlm_caption. In a tar KEY.txt, or `caption` of KEY.json, is the caption of the image KEY.jpg beside it.
+vlm_caption. In a tar, KEY.txt or the `caption` of KEY.json is the caption of KEY.jpg.
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ _CAPTION_SUFFIXES = (".txt", ".json")
 
 
 def convert_cc12m(uri: str, labels: Labels) -> Iterator[Row | Reject]:
-    """A sample a line; the medium is the URL, as in a manifest with the column url."""
-    for number, line in enumerate(read_lines(uri)):
+    """Yields one sample per line; the medium is the URL, as in a manifest with the column url."""
+    for index, line in enumerate(read_lines(uri)):
         url, tab, caption = line.partition("\t")
         if not tab or "://" not in url:
-            yield Reject(number, "bad_row", f"no URL, tab and caption: {line!r:.80}")
+            yield Reject(index, "bad_row", f"not a URL, tab and caption: {line!r:.80}")
         else:
-            yield _captioned(number, "", url, caption, INSTRUCTION, labels)
+            yield _captioned(index, "", url, caption, INSTRUCTION, labels)
 
 
 def convert_pixelprose(uri: str, labels: Labels) -> Iterator[Row | Reject]:
-    """A sample a row of one Parquet file, or of all that a glob names; the medium is the URL."""
-    number = 0
+    """Yields one sample per row of a Parquet file, or of all files of a glob; the medium is the URL."""
+    index = 0
     columns = ["uid", "url", "status", "vlm_caption"]
     for found in list_files(uri).files:
         with open_file(found.uri) as file:
             for batch in pq.ParquetFile(file).iter_batches(columns=columns):
                 for row in text_rows(batch):
-                    yield _of_pixelprose(number, row, labels)
-                    number += 1
+                    yield _convert_pixelprose(index, row, labels)
+                    index += 1
 
 
 def convert_webdataset(uri: str, labels: Labels) -> Iterator[Row | Reject]:
-    """A sample a medium of one tar, or of all that a folder or glob names; the medium is TAR/MEMBER as preprocessed."""
+    """Yields one sample per medium of a tar, or of all tars of a folder or glob; the medium is TAR/MEMBER."""
     root, files = list_files(uri)
-    number = 0
+    index = 0
     for found in files:
         if not found.uri.lower().endswith(".tar"):
             continue
@@ -61,28 +61,28 @@ def convert_webdataset(uri: str, labels: Labels) -> Iterator[Row | Reject]:
             caption = texts.get(".txt") or _json_caption(texts.get(".json"))
             for member in members:
                 name = f"{found.uri[len(root) :].lstrip('/')}/{member}"
-                yield _captioned(number, key, name, caption, INSTRUCTION, labels)
-                number += 1
+                yield _captioned(index, key, name, caption, INSTRUCTION, labels)
+                index += 1
 
 
-def _of_pixelprose(number: int, row: dict[str, Any], labels: Labels) -> Row | Reject:
+def _convert_pixelprose(index: int, row: dict[str, Any], labels: Labels) -> Row | Reject:
     if row["status"] != "success":
-        return Reject(number, "not_captioned", f"the captioning model's status is {row['status']!r}")
+        return Reject(index, "not_captioned", f"the captioning model's status is {row['status']!r}")
     if not row["url"]:
-        return Reject(number, "no_media", "no url")
-    # the release opens captions with a stock phrase and a blank: " This image displays: ..."
-    return _captioned(number, row["uid"] or "", row["url"], row["vlm_caption"], DENSE_INSTRUCTION, labels)
+        return Reject(index, "no_media", "no url")
+    # published captions start with a blank: " This image displays: ..."
+    return _captioned(index, row["uid"] or "", row["url"], row["vlm_caption"], DENSE_INSTRUCTION, labels)
 
 
-def _captioned(number: int, key: str, name: str, caption: str | None, instruction: str, labels: Labels) -> Row | Reject:
+def _captioned(index: int, key: str, name: str, caption: str | None, instruction: str, labels: Labels) -> Row | Reject:
     text = (caption or "").strip()
     if not text:
-        return Reject(number, "no_caption", f"{key or storage.shown_uri(name)} has no caption")
-    return labels.sample(number, key, [labels.medium(name)], [("user", instruction), ("assistant", text)])
+        return Reject(index, "no_caption", f"{key or storage.shown_uri(name)} has no caption")
+    return labels.sample(index, key, [labels.medium(name)], [("user", instruction), ("assistant", text)])
 
 
 def _groups(uri: str) -> Iterator[tuple[str, dict[str, str], list[str]]]:
-    """Key, texts by suffix, and names of the media of each run of members that share a key."""
+    """Yields the key, texts by suffix and names of media of each group of consecutive members with one key."""
     with open_file(uri) as file, tarfile.open(fileobj=file, mode="r:") as tar:
         for key, members in groupby(_members(tar), key=lambda member: _key(member.name)):
             texts, media = {}, []
@@ -98,13 +98,13 @@ def _groups(uri: str) -> Iterator[tuple[str, dict[str, str], list[str]]]:
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     while (member := tar.next()) is not None:
-        tar.members = []  # type: ignore[attr-defined]  # not in typeshed; it would keep every header
+        tar.members = []  # type: ignore[attr-defined]  # would collect every header; not in typeshed
         if member.isreg():
             yield member
 
 
 def _key(name: str) -> str:
-    """WebDataset's: all before the first point of the last part of the name."""
+    """WebDataset's key: the name up to the first dot of its last part."""
     folder, slash, last = name.rpartition("/")
     return folder + slash + last.partition(".")[0]
 

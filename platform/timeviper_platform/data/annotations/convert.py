@@ -1,7 +1,4 @@
-"""One annotation file in, one file of SAMPLES rows out, with every row accounted for.
-
-Knows the formats by name. Holds a page of rows in memory.
-"""
+"""Converts an annotation file into a file of SAMPLES rows, and counts every row; holds a page of rows in memory."""
 
 from __future__ import annotations
 
@@ -44,25 +41,25 @@ CONVERTERS: dict[str, Callable[[str, Labels], Iterator[Row | Reject]]] = {
 
 PAGE_ROWS = 8192
 LOGGED_REJECTS = 3
-"""Of each reason: enough to see what is wrong, few enough to read."""
+"""Maximum logged rejects per reason."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConvertConfig:
-    """One run of `jobs/convert.py`."""
+    """One conversion."""
 
     format: Format
-    """whose annotations they are"""
+    """Format of the annotations."""
     input: str
-    """the annotation file; for pixelprose and webdataset also a glob"""
+    """URI of the annotation file; for pixelprose and webdataset also a glob."""
     output: str
-    """the Parquet file of samples that training reads"""
+    """URI of the Parquet file of samples that training reads."""
     source: str
-    """a name for these samples, in their ids and in reports"""
+    """Name of these samples in their ids and in reports."""
     media_prefix: str = ""
-    """path from the folder that was preprocessed to the names in the annotations, e.g. videos/"""
+    """Path from the preprocessed folder to the names in the annotations, such as videos/."""
     weight: float = 1.0
-    """how often an epoch shows each of them"""
+    """Times that an epoch shows each sample."""
 
     def __post_init__(self) -> None:
         if self.weight < 0:
@@ -71,14 +68,14 @@ class ConvertConfig:
 
 @dataclass(frozen=True, slots=True)
 class ConvertReport:
-    """What became of every row."""
+    """Counts of rows."""
 
     samples: int
     rejects: dict[str, int] = field(default_factory=dict)
-    """reason -> rows"""
+    """rows by reason"""
 
     def lines(self) -> list[str]:
-        """For people."""
+        """The report as a plain table."""
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.rejects.items()))
         num_rejects = sum(self.rejects.values())
         return [
@@ -89,10 +86,10 @@ class ConvertReport:
 
 
 def convert(config: ConvertConfig) -> ConvertReport:
-    """Writes `config.output`, whole or not at all.
+    """Writes `config.output` atomically.
 
     Raises:
-        ValueError: when the input is missing, or is no such file as its format says.
+        ValueError: when the input is missing, or has another format.
         RuntimeError: when the output cannot be written.
     """
     labels = Labels(source=config.source, media_prefix=config.media_prefix, weight=config.weight)
@@ -115,10 +112,10 @@ def convert(config: ConvertConfig) -> ConvertReport:
 
 
 def _entries(config: ConvertConfig, labels: Labels) -> Iterator[Row | Reject]:
-    """What the converter gives.
+    """Yields samples and rejects; only a file that cannot be read as a whole is an exception.
 
     Raises:
-        ValueError: when the file as a whole cannot be read, or is something else: a wrong row is no exception.
+        ValueError: when the file cannot be read or has another format.
     """
     num_entries = 0
     try:
@@ -128,9 +125,9 @@ def _entries(config: ConvertConfig, labels: Labels) -> Iterator[Row | Reject]:
     except OSError as error:
         raise ValueError(f"cannot read {config.input}: {error}") from error
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError, pa.ArrowInvalid, tarfile.TarError) as error:
-        raise ValueError(f"{config.input} is no {config.format} file: {error!r}") from error
+        raise ValueError(f"{config.input} is not in the format {config.format}: {error!r}") from error
     if not num_entries:
-        raise ValueError(f"{config.input} holds no rows of the format {config.format}; fix `input` or `format`")
+        raise ValueError(f"{config.input} has no rows of format {config.format}; fix `input` or `format`")
 
 
 def _count(reject: Reject, rejects: Counter[str]) -> None:

@@ -1,8 +1,8 @@
-"""Sentences and when they happen in a video: Charades-STA, DiDeMo and QVHighlights.
+"""Temporal grounding, the times of a sentence in a video: Charades-STA, DiDeMo and QVHighlights.
 
 Charades-STA   AO8RW 0.0 6.9##a person is putting a book on a shelf.        a line; the file is AO8RW.mp4
 DiDeMo         [{"annotation_id", "video": "NAME.mov", "description", "num_segments": 6, "times": [[2, 2], ...]}]
-               times: each annotator's first and last piece of five seconds
+               times: first and last interval of five seconds, per annotator
 QVHighlights   {"qid", "vid", "query", "duration": s, "relevant_windows": [[s, s], ...]}   a line; VID.mp4
 """
 
@@ -24,53 +24,53 @@ from timeviper_platform.data.annotations.rows import (
 
 QUESTION = "When does this happen in the video: {}"
 
-DIDEMO_PIECE_SECONDS = 5
-"""Annotators chose among pieces of this length (Hendricks et al. 2017, section 3)."""
+DIDEMO_INTERVAL_SECONDS = 5
+"""Annotators chose among intervals of this length (Hendricks et al. 2017, section 3)."""
 
 
 def convert_charades_sta(uri: str, labels: Labels) -> Iterator[Row | Reject]:
-    """A sample a line."""
-    for number, line in enumerate(read_lines(uri)):
+    """Yields one sample per line."""
+    for index, line in enumerate(read_lines(uri)):
         head, marks, sentence = line.partition("##")
         try:
             name, start, end = head.split()
             span = (float(start), float(end))
         except ValueError:
-            yield Reject(number, "bad_row", f"no 'ID START END##sentence': {line!r:.80}")
+            yield Reject(index, "bad_row", f"not 'ID START END##sentence': {line!r:.80}")
             continue
-        yield _convert(number, name, f"{name}.mp4", sentence if marks else None, [span], None, labels)
+        yield _convert(index, name, f"{name}.mp4", sentence if marks else None, [span], None, labels)
 
 
 def convert_didemo(uri: str, labels: Labels) -> Iterator[Row | Reject]:
-    """A sample a description: the interval that most annotators chose; without a majority of two there is none."""
-    for number, entry in enumerate(read_objects(uri)):
+    """Yields one sample per description, with the interval that most annotators chose, at least two."""
+    for index, entry in enumerate(read_objects(uri)):
         try:
             name, sentence = entry["video"], entry["description"]
             (first, last), votes = Counter(tuple(pair) for pair in entry["times"]).most_common(1)[0]
-            span = (first * DIDEMO_PIECE_SECONDS, (last + 1) * DIDEMO_PIECE_SECONDS)
+            span = (first * DIDEMO_INTERVAL_SECONDS, (last + 1) * DIDEMO_INTERVAL_SECONDS)
         except (KeyError, TypeError, ValueError, IndexError) as error:
-            yield Reject(number, "bad_row", f"{error!r}")
+            yield Reject(index, "bad_row", f"{error!r}")
             continue
         if votes < 2:
-            yield Reject(number, "no_segment", f"{name}: no two annotators agree")
+            yield Reject(index, "no_segment", f"{name}: no two annotators agree")
             continue
-        yield _convert(number, str(entry.get("annotation_id", "")), name, sentence, [span], None, labels)
+        yield _convert(index, str(entry.get("annotation_id", "")), name, sentence, [span], None, labels)
 
 
 def convert_qvhighlights(uri: str, labels: Labels) -> Iterator[Row | Reject]:
-    """A sample a query; those of the test split have no windows."""
-    for number, entry in enumerate(read_objects(uri)):
+    """Yields one sample per query; the test split has no windows."""
+    for index, entry in enumerate(read_objects(uri)):
         try:
             name, sentence, duration = entry["vid"], entry["query"], entry["duration"]
             windows = [tuple(window) for window in entry.get("relevant_windows", [])]
         except (AttributeError, KeyError, TypeError) as error:
-            yield Reject(number, "bad_row", f"{error!r}")
+            yield Reject(index, "bad_row", f"{error!r}")
             continue
-        yield _convert(number, str(entry.get("qid", "")), f"{name}.mp4", sentence, windows, duration, labels)
+        yield _convert(index, str(entry.get("qid", "")), f"{name}.mp4", sentence, windows, duration, labels)
 
 
 def _convert(
-    number: int,
+    index: int,
     key: str,
     name: Any,
     sentence: Any,
@@ -79,15 +79,14 @@ def _convert(
     labels: Labels,
 ) -> Row | Reject:
     if not isinstance(sentence, str) or not sentence.strip():
-        return Reject(number, "no_caption", f"{name}: no sentence")
+        return Reject(index, "no_caption", f"{name}: no sentence")
     if not isinstance(name, str):
-        return Reject(number, "no_media", f"{name!r:.80} is no name")
+        return Reject(index, "no_media", f"{name!r:.80} is not a name")
     if not spans:
-        return Reject(number, "no_segment", f"{name}: no interval")
+        return Reject(index, "no_segment", f"{name}: no interval")
     for span in spans:
-        wrong = check_span(span, duration)
-        if wrong:
-            return Reject(number, "bad_times", f"{name}: {wrong}")
+        if fault := check_span(span, duration):
+            return Reject(index, "bad_times", f"{name}: {fault}")
     text = ", ".join(span_text(*span) for span in sorted(spans))
     turns = [("user", QUESTION.format(sentence.strip())), ("assistant", f"{text[0].upper()}{text[1:]}.")]
-    return labels.sample(number, key, [labels.medium(name)], turns)
+    return labels.sample(index, key, [labels.medium(name)], turns)

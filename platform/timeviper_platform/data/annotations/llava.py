@@ -1,6 +1,6 @@
 """LLaVA-style instruction data (LLaVA-Video, LLaVA-OneVision): {id, image | video, conversations: [{from, value}]}.
 
-Media stand as `<image>` or `<video>` in the text, or nowhere (then they come first). A row without media is text alone.
+`<image>` or `<video>` marks a medium in the text; without markers the media come first. Rows may have no media.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ _MARKER = re.compile(r"<image>|<video>")
 
 
 def convert_llava(uri: str, labels: Labels) -> Iterator[Row | Reject]:
-    """A sample a row, from a JSON array or JSON lines."""
-    for number, entry in enumerate(read_objects(uri)):
-        yield _convert(number, entry, labels)
+    """Yields one sample per entry of a JSON array or JSON lines."""
+    for index, entry in enumerate(read_objects(uri)):
+        yield _convert(index, entry, labels)
 
 
-def _convert(number: int, entry: Any, labels: Labels) -> Row | Reject:
+def _convert(index: int, entry: Any, labels: Labels) -> Row | Reject:
     if not isinstance(entry, dict) or not isinstance(entry.get("conversations"), list):
-        return Reject(number, "bad_row", "no object with a list of conversations")
+        return Reject(index, "bad_row", "not an object with a list of conversations")
     names = [name for key in ("image", "images", "video", "videos") for name in _as_list(entry.get(key))]
     if not all(isinstance(name, str) and name for name in names):
-        return Reject(number, "no_media", f"image or video must name files, not {names!r:.80}")
+        return Reject(index, "no_media", f"image or video must name files, not {names!r:.80}")
     turns: list[tuple[str, str]] = []
     for turn in entry["conversations"]:
         role = ROLES.get(str(turn.get("from"))) if isinstance(turn, dict) else None
         if role is None or not isinstance(turn.get("value"), str):
-            return Reject(number, "bad_turns", f"a turn needs from (one of {', '.join(ROLES)}) and value: {turn!r:.80}")
+            return Reject(index, "bad_turns", f"a turn needs from (one of {', '.join(ROLES)}) and value: {turn!r:.80}")
         text = turn["value"]
         turns.append((role, _MARKER.sub(MEDIA_MARKER, text) if role == "user" else text))
     roles = [role for role, _ in turns]
-    spoken = roles[1:] if roles[:1] == ["system"] else roles
-    if not spoken or spoken != ["user", "assistant"] * (len(spoken) // 2):
-        return Reject(number, "bad_turns", f"turns must alternate user, assistant and end with an answer, not {roles}")
+    dialogue = roles[1:] if roles[:1] == ["system"] else roles
+    if not dialogue or dialogue != ["user", "assistant"] * (len(dialogue) // 2):
+        return Reject(index, "bad_turns", f"turns must alternate user, assistant and end with an answer, not {roles}")
     if not all(text.strip() for role, text in turns if role == "assistant"):
-        return Reject(number, "no_answer", "an answer is empty")
+        return Reject(index, "no_answer", "an answer is empty")
     num_markers = sum(text.count(MEDIA_MARKER) for role, text in turns if role == "user")
     if num_markers not in (0, len(names)):
-        return Reject(number, "marker_mismatch", f"{num_markers} markers stand for {len(names)} media")
-    return labels.sample(number, str(entry.get("id", "")), [labels.medium(name) for name in names], turns)
+        return Reject(index, "marker_mismatch", f"{num_markers} markers for {len(names)} media")
+    return labels.sample(index, str(entry.get("id", "")), [labels.medium(name) for name in names], turns)
 
 
 def _as_list(value: Any) -> list[Any]:

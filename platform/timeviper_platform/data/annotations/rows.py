@@ -1,7 +1,4 @@
-"""What all converters share: SAMPLES rows with the media ids of preprocessing, rejects, and text files read as streams.
-
-Knows ids, turns and times in answers. Does not know any format.
-"""
+"""Helpers of all converters: SAMPLES rows, rejects, time spans, and text files read as streams."""
 
 from __future__ import annotations
 
@@ -29,17 +26,16 @@ RejectReason = Literal[
     "bad_times",
     "no_segment",
 ]
-"""Why a row became no sample; each is explained where it is given."""
+"""Why a row did not become a sample."""
 
 Row = dict[str, Any]
-"""One SAMPLES row."""
+"""A SAMPLES row."""
 
-_JSON_PIECE = 1 << 20
-"""Characters."""
+JSON_CHUNK_CHARS = 1 << 20
 
 
 class Reject(NamedTuple):
-    """A row of the input that became no sample."""
+    """A row of the input that did not become a sample."""
 
     row: int
     reason: RejectReason
@@ -48,23 +44,23 @@ class Reject(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Labels:
-    """What every sample of a conversion gets."""
+    """Values that all samples of a conversion share."""
 
     source: str
     media_prefix: str = ""
-    """between the folder that was preprocessed and the names in the annotations, e.g. videos/"""
+    """path from the preprocessed folder to the names in the annotations, such as videos/"""
     weight: float = 1.0
 
     def medium(self, name: str, start_seconds: float | None = None, end_seconds: float | None = None) -> Row:
-        """The entry of a medium: a name relative to the folder that was preprocessed, or a URL."""
+        """A medium of a sample, by its URL or its name relative to the preprocessed folder."""
         is_url = "://" in name
         media_id = media_id_of(name if is_url else storage.join_uri(self.media_prefix, name).lstrip("/"), "")
         return {"media_id": media_id, "start_seconds": start_seconds, "end_seconds": end_seconds}
 
     def sample(self, row: int, name: str, media: Sequence[Row], turns: Sequence[tuple[str, str]]) -> Row | Reject:
-        """A SAMPLES row; the row's number makes its id one of a kind, whatever the input's ids are."""
+        """A SAMPLES row; the row's index keeps its id unique even if the input's ids are not."""
         if not is_text(name, *(text for _, text in turns)):
-            return Reject(row, "bad_text", f"{name} has text that is no UTF-8")
+            return Reject(row, "bad_text", f"{name} has text that is not UTF-8")
         return {
             "sample_id": f"{self.source}/{row}/{name}",
             "media": list(media),
@@ -75,21 +71,21 @@ class Labels:
 
 
 def span_text(start_seconds: float, end_seconds: float) -> str:
-    """`from 0 to 6.9 seconds`, which evaluation reads back; to a tenth of a second."""
+    """`from 0 to 6.9 seconds`, as evaluation parses it; rounded to a tenth of a second."""
     return f"from {round(start_seconds, 1):g} to {round(end_seconds, 1):g} seconds"
 
 
 def check_span(span: Any, duration: Any = None) -> str | None:
-    """What is wrong with [start, end] in seconds; None when nothing is. A second past the duration is rounding."""
+    """The fault of [start, end] in seconds, or None. One second past the duration counts as rounding."""
     if not isinstance(span, list | tuple) or len(span) != 2:
-        return f"{span!r} is no pair"
+        return f"{span!r} is not a pair"
     start, end = span
     if not (_is_seconds(start) and _is_seconds(end)):
-        return f"{start!r}..{end!r} are no seconds"
+        return f"{start!r}..{end!r} are not seconds"
     if duration is not None and not _is_seconds(duration):
-        return f"the duration {duration!r} is no seconds"
+        return f"the duration {duration!r} is not in seconds"
     if start < 0 or end <= start:
-        return f"{start}..{end} s is no interval"
+        return f"{start}..{end} s is not an interval"
     if duration is not None and end > duration + 1:
         return f"{start}..{end} s is past the duration of {duration} s"
     return None
@@ -100,7 +96,7 @@ def _is_seconds(value: Any) -> bool:
 
 
 def read_lines(uri: str) -> Iterator[str]:
-    """The lines of a text file that are not blank; bytes that are no UTF-8 become surrogates, which no sample takes."""
+    """Yields the lines that are not blank; bytes that are not UTF-8 become surrogates, which samples reject."""
     with open_file(uri) as file:
         for line in file:
             if (text := line.decode("utf-8", "surrogateescape").rstrip("\r\n")).strip():
@@ -108,38 +104,38 @@ def read_lines(uri: str) -> Iterator[str]:
 
 
 def read_value(uri: str) -> Any:
-    """The value of a JSON file; bytes that are no UTF-8 as in `read_lines`."""
+    """The value of a JSON file, decoded as in `read_lines`."""
     return json.loads(storage.read_bytes(uri).decode("utf-8", "surrogateescape").removeprefix("\ufeff"))
 
 
-def read_objects(uri: str) -> Iterator[Any]:
-    """The entries of a JSON array, or of JSON lines, one at a time: such files have gigabytes.
+def read_objects(uri: str, *, chunk_chars: int = JSON_CHUNK_CHARS) -> Iterator[Any]:
+    """Yields the entries of a JSON array or JSON lines without reading the whole file.
 
     Raises:
-        ValueError: where the text is no JSON.
+        ValueError: when the text is not JSON.
     """
     decoder = json.JSONDecoder()
     with io.TextIOWrapper(open_file(uri), encoding="utf-8", errors="surrogateescape") as file:
-        text = file.read(_JSON_PIECE).lstrip()
+        text = file.read(chunk_chars).lstrip()
         is_array = text.startswith("[")
-        between = " \t\r\n," if is_array else " \t\r\n"
-        place, is_end = int(is_array), False
+        separators = " \t\r\n," if is_array else " \t\r\n"
+        index, is_end = int(is_array), False
         while True:
-            while place < len(text) and text[place] in between:
-                place += 1
-            if is_array and text.startswith("]", place):
+            while index < len(text) and text[index] in separators:
+                index += 1
+            if is_array and text.startswith("]", index):
                 return
             try:
-                value, stop = decoder.raw_decode(text, place)
+                value, stop = decoder.raw_decode(text, index)
                 if stop == len(text) and not is_end:
-                    raise ValueError("a number may go on in the next piece")
+                    raise ValueError("a number may continue in the next chunk")
             except ValueError as error:
-                if is_end and place == len(text) and not is_array:
+                if is_end and index == len(text) and not is_array:
                     return
                 if is_end:
-                    raise ValueError(f"{uri} is no JSON array and no JSON lines: {error}") from error
-                piece = file.read(_JSON_PIECE)
-                text, place, is_end = text[place:] + piece, 0, not piece
+                    raise ValueError(f"{uri} is neither a JSON array nor JSON lines: {error}") from error
+                chunk = file.read(chunk_chars)
+                text, index, is_end = text[index:] + chunk, 0, not chunk
             else:
                 yield value
-                place = stop
+                index = stop

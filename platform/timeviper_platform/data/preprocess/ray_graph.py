@@ -20,7 +20,7 @@ import torch
 
 from timeviper_platform.common import storage
 from timeviper_platform.common.listing import pages
-from timeviper_platform.common.ray_cluster import has_cluster, ray_session
+from timeviper_platform.common.ray_cluster import connect, has_cluster
 from timeviper_platform.data.encode.frame_encoder import FrameEncoder
 from timeviper_platform.data.media.medium import Medium
 from timeviper_platform.data.plan.segments import PlanSpec, Segment, plan_page
@@ -49,7 +49,7 @@ def plan_on_ray(pages: Iterable[list[Medium]], spec: PlanSpec) -> Iterator[pa.Ta
     """Does the same as `plan_here` with a Ray task per page, a few at a time; results keep their order."""
     import ray
 
-    with ray_session():
+    with connect():
         remote_plan = ray.remote(num_cpus=PLAN_CPUS)(plan_remotely)
         running: deque[Any] = deque()
         max_running = max(2, round(num_cpus() / PLAN_CPUS))
@@ -87,7 +87,7 @@ def run_on_ray(missing: Collection[Segment], spec: WorkerSpec, config: Execution
             f"{config.frames_per_file = } makes blocks of {block_bytes} bytes; in modes split and auto use at most"
             f" {MAX_BLOCK_BYTES // frame_bytes}"
         )
-    with ray_session():
+    with connect():
         config = settle_mode(config, missing, spec)
         num_decoders, num_encoders = worker_slots(config)
         logger.info("%d segments to process; starting %d workers", len(missing), num_encoders)
@@ -172,7 +172,7 @@ def worker_slots(config: ExecutionConfig) -> tuple[int, int]:
     if has_cluster():
         import ray
 
-        with ray_session():
+        with connect():
             num_gpus = int(ray.cluster_resources().get("GPU", 1))
     else:
         num_gpus = torch.cuda.device_count()
@@ -186,7 +186,7 @@ def num_cpus() -> int:
         return os.cpu_count() or 1
     import ray
 
-    with ray_session():
+    with connect():
         return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 

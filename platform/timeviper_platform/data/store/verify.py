@@ -143,7 +143,7 @@ def verify_store(uri: str) -> VerifyReport:
         else:
             problems.add([Problem(file=INDEX_FILE, what=fault)])
         planned = SortedRuns(Path(folder, "planned"), _PLANNED, "media_id")
-        parts = storage.list_files(storage.join_uri(uri, PLAN_FOLDER), ".parquet")
+        parts = storage.files_in(storage.join_uri(uri, PLAN_FOLDER), ".parquet")
         for part in parts:
             plan = read_part(part)
             planned.add(plan.filter(pc.equal(plan["status"], "planned")))

@@ -14,7 +14,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import IO
 
-from timeviper_platform.common.storage import exists, join_uri, list_files, read_json, remove, write_atomic, write_json
+from timeviper_platform.common.storage import exists, files_in, join_uri, read_json, remove, write_atomic, write_json
 from timeviper_platform.serving.gateway.openai_protocol import ApiError
 from timeviper_platform.serving.messages import MediaBytes, Modality
 
@@ -155,7 +155,7 @@ class MediaStore:
 
     def list(self, tenant: str) -> list[FileRecord]:
         """The tenant's files, newest first."""
-        records = [FileRecord(**read_json(uri)) for uri in list_files(join_uri(self._root, tenant), ".json")]
+        records = [FileRecord(**read_json(uri)) for uri in files_in(join_uri(self._root, tenant), ".json")]
         return sorted(records, key=lambda record: (-record.created_at, record.id))
 
     def delete(self, tenant: str, file_id: str) -> bool:

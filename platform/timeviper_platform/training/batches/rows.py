@@ -128,7 +128,7 @@ def _source_files(uri: str) -> list[str]:
 def _existing_files(uri: str) -> list[str]:
     if uri.endswith(".parquet"):
         return [uri] if storage.exists(uri) else []
-    return storage.list_files(uri, ".parquet")
+    return storage.files_in(uri, ".parquet")
 
 
 class _SourceFile(NamedTuple):

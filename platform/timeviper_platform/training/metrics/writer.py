@@ -196,4 +196,4 @@ def _attempt_name(attempt: int, suffix: str = "") -> str:
 
 
 def _attempt_files(run_uri: str) -> list[str]:
-    return storage.list_files(storage.join_uri(run_uri, METRICS_FOLDER), ".jsonl")
+    return storage.files_in(storage.join_uri(run_uri, METRICS_FOLDER), ".jsonl")

@@ -1,4 +1,4 @@
-"""Annotations in their authors' own shape become samples, and every row that does not is counted with its reason."""
+"""Published annotations become samples; every other row is counted by its reason."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[4]
 
 
 def run(tmp_path: Path, format: str, source: Path, **changes: Any) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """The samples, as training reads them, and the rejects by reason."""
+    """The samples, and the rejects by reason."""
     config = ConvertConfig(
         format=format, input=str(source), output=str(tmp_path / "samples.parquet"), source=format, **changes
     )
@@ -78,7 +78,7 @@ def test_llava_rows(tmp_path: Path) -> None:
         assert {(sample["source"], sample["weight"]) for sample in samples} == {("llava", 2.0)}
 
 
-def test_cc12m_and_a_manifest_of_the_same_urls_meet(tmp_path: Path) -> None:
+def test_cc12m_media_ids_equal_those_of_a_manifest_of_the_same_urls(tmp_path: Path) -> None:
     url = "https://images.invalid/cat.jpg?size=2"
     (tmp_path / "cc12m.tsv").write_text(f"{url}\ta cat on a mat <PERSON>\nno tab\nhttps://images.invalid/b.jpg\t \n")
     samples, rejects = run(tmp_path, "cc12m", tmp_path / "cc12m.tsv")
@@ -103,7 +103,7 @@ def test_pixelprose_rows(tmp_path: Path) -> None:
     assert texts(samples[0])[1] == "This image displays: a cat."
 
 
-def test_captions_in_tars_meet_the_media_of_the_same_tars(tmp_path: Path) -> None:
+def test_media_ids_of_captions_in_tars_equal_those_of_preprocessing(tmp_path: Path) -> None:
     files = {
         "000.jpg": b"x", "000.txt": b"a cat", "000.json": b'{"caption": "another"}',
         "001.json": b'{"caption": "a dog", "url": "u"}', "001.jpg": b"y", "002.jpg": b"z", "002.json": b"{",
@@ -154,7 +154,7 @@ def test_youcook2(tmp_path: Path) -> None:
     assert texts(sample)[1].splitlines()[1] == "From 114 to 127 seconds: place a slice of cheese on the bread"
 
 
-def test_charades_sta_answers_are_read_back_by_evaluation(tmp_path: Path) -> None:
+def test_evaluation_parses_charades_sta_answers(tmp_path: Path) -> None:
     lines = ["AO8RW 0.0 6.9##a person is putting a book on a shelf.", "BAUQE 9.1 3.0##x", "CCCCC 1.0##x", "D 0 1##"]
     (tmp_path / "charades_sta_train.txt").write_text("\n".join(lines))
     (sample,), rejects = run(tmp_path, "charades_sta", tmp_path / "charades_sta_train.txt")
@@ -165,7 +165,7 @@ def test_charades_sta_answers_are_read_back_by_evaluation(tmp_path: Path) -> Non
     assert media_ids(sample) == [media_id_of("AO8RW.mp4", "")]
 
 
-def test_didemo_takes_what_most_annotators_chose(tmp_path: Path) -> None:
+def test_didemo_takes_the_interval_that_most_annotators_chose(tmp_path: Path) -> None:
     def row(times: list[list[int]], **changes: object) -> dict[str, object]:
         video = "54322086@N00_2408598493_274c77d26a.avi"
         return {
@@ -193,7 +193,7 @@ def test_qvhighlights_gives_every_window(tmp_path: Path) -> None:
     assert texts(sample)[1] == "From 72 to 80 seconds, from 82 to 150 seconds."
 
 
-def test_one_caption_that_is_no_utf8_is_one_reject(tmp_path: Path) -> None:
+def test_a_caption_that_is_not_utf8_is_one_reject(tmp_path: Path) -> None:
     good, bad = "ein schöner Tag".encode(), "ein schöner Tag".encode("latin-1")
     event = b'{"vid": "v", "duration": 9, "query": "%s", "relevant_windows": [[0, 2]]}'
     film = b'"%s": {"duration": 9, "timestamps": [[0, 2]], "sentences": ["%s"]}'
@@ -223,7 +223,7 @@ def test_one_caption_that_is_no_utf8_is_one_reject(tmp_path: Path) -> None:
         assert good.decode() in texts(samples[0])[0] + texts(samples[0])[1], format
 
 
-def test_times_that_are_no_seconds_are_rejects(tmp_path: Path) -> None:
+def test_times_that_are_not_seconds_are_rejects(tmp_path: Path) -> None:
     base = {"qid": 1, "query": "x", "duration": 150, "vid": "v", "relevant_windows": [[0, 9]]}
     wrong = [{"duration": "150"}, {"duration": float("inf")}, {"relevant_windows": [[0, float("nan")]]}]
     (tmp_path / "q.jsonl").write_text("\n".join(json.dumps({**base, **change}) for change in [{}, *wrong]))
@@ -235,18 +235,15 @@ def test_times_that_are_no_seconds_are_rejects(tmp_path: Path) -> None:
     assert (len(samples), rejects) == (1, {"no_media": 1})
 
 
-def test_large_json_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from timeviper_platform.data.annotations import rows
-
+def test_json_is_read_in_chunks_of_any_size(tmp_path: Path) -> None:
     values = [{"a": [1, {"b": "] , [ ü"}]}, 12345, "é" * 50, [], {"last": 1.5}]
     (tmp_path / "array.json").write_text(json.dumps(values, ensure_ascii=False, indent=2))
     (tmp_path / "lines.jsonl").write_text("\n".join(json.dumps(value) for value in values))
     for size in (1, 3, 7, 1 << 20):
-        monkeypatch.setattr(rows, "_JSON_PIECE", size)
-        assert list(read_objects(str(tmp_path / "lines.jsonl"))) == values
-        assert list(read_objects(str(tmp_path / "array.json"))) == values
+        assert list(read_objects(str(tmp_path / "lines.jsonl"), chunk_chars=size)) == values
+        assert list(read_objects(str(tmp_path / "array.json"), chunk_chars=size)) == values
     (tmp_path / "broken.json").write_text('[{"a": 1}, {"b":')
-    with pytest.raises(ValueError, match="no JSON array"):
+    with pytest.raises(ValueError, match="neither a JSON array"):
         list(read_objects(str(tmp_path / "broken.json")))
 
 
@@ -255,19 +252,19 @@ def test_a_file_of_another_format_is_refused_and_nothing_is_written(tmp_path: Pa
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "x.tar").write_bytes(b"x" * 600)
     for format, name, message in (
-        ("youcook2", "x.json", "is no youcook2 file"),
-        ("activitynet", "list.json", "is no activitynet file"),
-        ("llava", "list.json", "holds no rows of the format llava"),
-        ("webdataset", "x.tar", "is no webdataset file"),
+        ("youcook2", "x.json", "is not in the format youcook2"),
+        ("activitynet", "list.json", "is not in the format activitynet"),
+        ("llava", "list.json", "has no rows of format llava"),
+        ("webdataset", "x.tar", "is not in the format webdataset"),
         ("didemo", "missing.json", "cannot read .*missing.json"),
-        ("pixelprose", "*.parquet", "holds no rows"),
+        ("pixelprose", "*.parquet", "has no rows"),
     ):
         with pytest.raises(ValueError, match=message):
             run(tmp_path, format, tmp_path / name)
         assert not (tmp_path / "samples.parquet").exists()
 
 
-def test_the_job_prints_what_became_of_every_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_job_reports_every_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main = runpy.run_path(str(ROOT / "jobs" / "convert.py"))["main"]
     (tmp_path / "a.txt").write_text("AO8RW 0.0 6.9##a person sits.\nAO8RW 7.0 6.9##a person stands.\n")
     config = ["--config", str(ROOT / "ray_configs" / "tiny" / "convert.yaml"), f"output={tmp_path}/s.parquet"]

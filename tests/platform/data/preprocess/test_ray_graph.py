@@ -84,7 +84,7 @@ def test_all_ray_clusters_started_by_a_process_share_one_token(monkeypatch: pyte
     monkeypatch.setattr(session, "local_cluster", cluster)
     monkeypatch.setattr(session, "_connection", contextlib.nullcontext)
     for _ in range(2):
-        with session.ray_session():
+        with session.connect():
             pass
     assert len(started) == 2
     assert len(set(started)) == 1

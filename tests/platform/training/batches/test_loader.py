@@ -12,7 +12,7 @@ import torch
 
 from reference.training_corpus import DIM, Corpus, make_corpus
 from timeviper_model.weights.weights_folder import load_tokenizer
-from timeviper_platform.common.ray_cluster import ray_session
+from timeviper_platform.common.ray_cluster import connect
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.training.batches.loader import BatchLoader, LoaderConfig, Prefetcher, prefetch_in_thread
 from timeviper_platform.training.batches.packing import PackingConfig, PackPlan, PackPosition
@@ -117,7 +117,7 @@ def test_a_pickled_reader_gives_the_same_batches(corpus: Corpus) -> None:
 def test_ray_data_reads_the_same_steps_in_the_same_order(corpus: Corpus, ray_address: str) -> None:
     loader = make_loader(corpus, rank=1, world_size=2)
     config = LoaderConfig(reader="ray_data", num_readers=1, cpus_per_reader=0.25)
-    with ray_session():
+    with connect():
         ahead = prefetch_on_ray(loader, PackPosition(0, 0), 0, 8, config, steps_per_graph=5)  # two graphs
         found = list(ahead)
         ahead.close()
