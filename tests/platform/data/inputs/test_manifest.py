@@ -97,8 +97,8 @@ def test_what_cannot_be_listed_is_left_out_with_a_warning(tmp_path: Path, caplog
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "scandir", refuse)
         assert [Path(item.uri).name for item in list_media(str(tmp_path))] == ["1.mp4", "z.mp4"]
-    assert f"{tmp_path}/gone is left out: Permission denied" in caplog.text
-    assert f"{tmp_path}/a/up is left out: a link back" in caplog.text
+    assert f"skipping {tmp_path}/gone: Permission denied" in caplog.text
+    assert f"skipping {tmp_path}/a/up: a link back" in caplog.text
 
 
 def test_a_name_that_is_no_text_is_an_error_row(tmp_path: Path) -> None:
