@@ -1,7 +1,6 @@
 """Computes the paper's Figures 3 to 6: `python jobs/analyze.py --config ray_configs/tiny/analyze.yaml [key=value ...]`.
 
-Blocks the flow of information, drops tokens at every depth and averages who reads from whom, on held-out questions.
-Writes each figure's numbers as JSON and CSV and a picture as SVG. One process, no Ray.
+Writes each figure as JSON, CSV and SVG. One process, no Ray.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from timeviper_platform.evaluation.analyze import AnalyzeConfig, run_analysis
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the job; returns the exit code."""
     parser = JobParser(
         __doc__,
         config_class=AnalyzeConfig,
@@ -27,7 +25,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def analyze(options: argparse.Namespace) -> JobResult:
-    """Writes the figures and lists their files."""
     config = load_config(AnalyzeConfig, options.config, options.overrides)
     return JobResult([f"written    {uri}" for uri in run_analysis(config)])
 

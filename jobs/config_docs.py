@@ -35,14 +35,12 @@ index. On the command line, `key=value` overrides the file, for example `phases.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the job; returns the exit code."""
     parser = JobParser(__doc__)
     parser.add_argument("--output", type=Path, default=DOCUMENT, help="default: docs/config.md")
     return run_job(parser, write_document, arguments)
 
 
 def write_document(options: argparse.Namespace) -> JobResult:
-    """Writes the document."""
     options.output.write_text(document(), encoding="utf-8")
     return JobResult([f"written    {options.output}"])
 

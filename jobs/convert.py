@@ -16,7 +16,6 @@ from timeviper_platform.data.annotations.convert import ConvertConfig, convert
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the job; returns the exit code."""
     parser = JobParser(
         __doc__,
         config_class=ConvertConfig,
@@ -27,7 +26,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def convert_annotations(options: argparse.Namespace) -> JobResult:
-    """Writes the samples; reports the counts."""
     config = load_config(ConvertConfig, options.config, options.overrides)
     counts = convert(config)
     return JobResult([f"written    {config.output}", *counts.lines()])

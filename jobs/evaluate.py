@@ -17,7 +17,6 @@ from timeviper_platform.evaluation.run import EvaluateConfig, run_evaluation
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the job; returns the exit code."""
     parser = JobParser(
         __doc__,
         config_class=EvaluateConfig,
@@ -28,7 +27,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def evaluate(options: argparse.Namespace) -> JobResult:
-    """Runs the evaluation on Ray; reports the scores."""
     config = load_config(EvaluateConfig, options.config, options.overrides)
     with connect():
         report = run_evaluation(config)

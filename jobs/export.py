@@ -1,4 +1,4 @@
-"""Checkpoint -> weights folder (safetensors, config.json, tokenizer) for evaluation and serving.
+"""Exports a checkpoint as a weights folder (safetensors, config.json, tokenizer) for evaluation and serving.
 
 python jobs/export.py --checkpoint outputs/runs/tiny/checkpoints/step-00000400 --output outputs/weights/tiny
 python jobs/export.py --config ray_configs/tiny/train.yaml --output outputs/weights/tiny    # the run's newest
@@ -19,7 +19,6 @@ from timeviper_platform.training.run import RunFolder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the job; returns the exit code."""
     parser = JobParser(
         __doc__,
         config_class=TrainConfig,
@@ -34,7 +33,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def export(options: argparse.Namespace) -> JobResult:
-    """Writes the weights folder."""
     if (options.checkpoint is None) == (options.config is None):
         raise JobError("pass either --checkpoint or --config", exit_code=USAGE_EXIT_CODE)
     checkpoint = options.checkpoint or newest_checkpoint(load_config(TrainConfig, options.config, options.overrides))

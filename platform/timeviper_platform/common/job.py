@@ -1,4 +1,4 @@
-"""Runs a job from the command line: parse, work, print the report, and turn user errors into one line."""
+"""Runs a job from the command line, and turns user errors into one line."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ USAGE_EXIT_CODE = 2
 
 
 class JobResult(NamedTuple):
-    """What a job prints on standard output, and its exit code."""
+    """Lines for standard output, and the exit code."""
 
     lines: Iterable[str] = ()
     exit_code: int = 0
 
 
 class JobError(RuntimeError):
-    """An error for the user, with the exit code of the job that it ends."""
+    """A user error with its own exit code."""
 
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)
@@ -35,10 +35,10 @@ class JobParser(argparse.ArgumentParser):
 
     Args:
         description: the job's docstring.
-        config_class: adds `--config FILE` and `key=value ...`; None for a job without a configuration file.
-        config_file: an example of such a file.
-        override: an example of `key=value`.
-        config_required: False when the job can do without the file.
+        config_class: adds `--config FILE` and `key=value ...`; None = a job without a configuration file.
+        config_file: example for the help.
+        override: example for the help.
+        config_required: False makes `--config` optional.
         prog: set by argparse for a subcommand.
     """
 
@@ -61,12 +61,10 @@ class JobParser(argparse.ArgumentParser):
             self.add_argument("overrides", nargs="*", metavar="key=value", help=f"for example {override}")
 
     def error(self, message: str) -> NoReturn:
-        """Prints the usage and one line, and exits with code 2."""
         self.print_usage(sys.stderr)
         self.exit(USAGE_EXIT_CODE, f"error: {message}\n")
 
     def format_help(self) -> str:
-        """The usual help, then a line a configuration key: (default): meaning."""
         text = super().format_help()
         if self._config_class is None:
             return text
@@ -78,10 +76,9 @@ def run_job(
     work: Callable[[argparse.Namespace], JobResult],
     arguments: Sequence[str] | None = None,
 ) -> int:
-    """Parses `arguments` (None = the process's own), runs `work`, prints its lines; returns the exit code.
+    """Parses `arguments`, runs `work`, prints its lines; returns the exit code.
 
-    A user error (see `user_error`) becomes one line `error: ...` on standard error. Any other exception is a bug and
-    passes through with its traceback.
+    A user error becomes one line `error: ...` on standard error; any other exception is a bug and keeps its traceback.
     """
     options = parser.parse_args(arguments)
     setup_logging(logging.DEBUG if options.debug else logging.INFO)
@@ -104,8 +101,7 @@ def run_job(
 def user_error(error: BaseException) -> str | None:
     """The message of an error that the user can fix; None for a bug.
 
-    ValueError is the caller's mistake and RuntimeError the environment's, by the convention of these packages. OSError,
-    a missing package, a storage client's error and the failure of a job's child process count as well.
+    By the convention of these packages, ValueError is the caller's mistake and RuntimeError the environment's.
     """
     if _package(error) == "ray":
         cause = getattr(error, "cause", None) or error.__cause__

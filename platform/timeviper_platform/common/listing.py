@@ -38,7 +38,7 @@ class Listing(NamedTuple):
 
 
 def list_files(source: str) -> Listing:
-    """The files that a folder, glob or file names, in sorted order (on local disks, sorted within each folder).
+    """The files of a folder, glob or file, sorted (on local disks, within each folder).
 
     Folders that cannot be listed are skipped with a warning.
 

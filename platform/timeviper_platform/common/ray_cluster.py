@@ -28,18 +28,16 @@ START_SECONDS = 120.0
 """Timeout for a start, which takes a few seconds on an idle machine."""
 
 STARTED = "Ray runtime started."
-"""Printed by `ray start` once its node is registered; earlier, a driver finds an address without a node."""
+"""Printed by `ray start` once its node is registered."""
 
 
 def free_port() -> int:
-    """A free TCP port of the loopback address."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 
 
 def make_token(folder: Path) -> Path:
-    """Writes a new token to a file of `folder` that only its owner can read."""
     token_file = folder / "token"
     token_file.touch(mode=0o600)
     token_file.write_text(secrets.token_hex(32))
@@ -61,11 +59,10 @@ def local_cluster(
     Args:
         num_cpus: logical CPUs that tasks may claim.
         object_store_bytes: size of the shared-memory store.
-        with_dashboard: needed by `ray job submit`, and to forward workers' output to drivers; costs some hundredths of
-            a core.
-        token_file: a file with the cluster's token; None makes one that lives as long as the cluster.
+        with_dashboard: needed by `ray job submit`, and to forward workers' output to drivers.
+        token_file: None = a new token.
         environment: more variables for Ray's own processes.
-        ray_program: the `ray` command; None = that of this Python environment.
+        ray_program: None = `ray` of this Python environment.
 
     Raises:
         RuntimeError: when Ray does not start, with the end of its log.
@@ -151,13 +148,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 @contextmanager
 def connect(*, log_to_driver: bool = False, **options: Any) -> Iterator[None]:
-    """Connects to the Ray of RAY_ADDRESS (`ray job submit` sets it), else to a private one that ends with the context.
+    """Connects to the Ray of RAY_ADDRESS (set by `ray job submit`), else to a private one that ends with the context.
 
-    An existing connection is used, and left open.
-
-    Args:
-        log_to_driver: forward the workers' output to this process.
-        options: further arguments of `ray.init`.
+    Uses an existing connection and leaves it open. `options` are further arguments of `ray.init`.
     """
     if has_cluster():
         with _connection(log_to_driver=log_to_driver, **options):

@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 MAX_ATTEMPTS = 4
 FIRST_WAIT_S = 0.5
-"""Doubled after every attempt, up to 3.5 s in all. Each attempt includes the client's own retries: five of botocore."""
+"""Doubled after every attempt. Each attempt includes the client's own retries: five of botocore."""
 
 _TRANSIENT_ERRNOS = frozenset(
     {errno.EBUSY, errno.EREMOTEIO, errno.EIO, errno.ETIMEDOUT, errno.EAGAIN, errno.ENETUNREACH, errno.EHOSTUNREACH}
@@ -43,8 +43,6 @@ class StorageUnavailableError(OSError):
 
 
 class _Counter:
-    """Thread-safe counter."""
-
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.value = 0
@@ -94,12 +92,7 @@ def is_transient(error: BaseException | None) -> bool:
 
 
 def retrying(action: Callable[[], T], uri: str, *, first_wait_s: float | None = None) -> T:
-    """Runs `action`, again while it fails with a transient error; returns its result.
-
-    Args:
-        action: safe to repeat.
-        uri: named in messages.
-        first_wait_s: doubled after every attempt; None = FIRST_WAIT_S.
+    """The result of `action`, which is repeated while it fails with a transient error.
 
     Raises:
         StorageUnavailableError: when the last attempt failed as well.
@@ -148,14 +141,12 @@ def _count_response(response: Any = None, caught_exception: Any = None, **_: Any
 
 
 def _is_counted(error: BaseException | None) -> bool:
-    """True for errors from botocore, whose requests are counted one by one."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     return error is not None and (isinstance(error, BotoCoreError | ClientError) or _is_counted(error.__cause__))
 
 
 def has_known_scheme(uri: str) -> bool:
-    """True for local paths, and for URIs that fsspec has a file system for."""
     return is_local(uri) or _is_known(_scheme(uri).rpartition("::")[2])
 
 
@@ -181,7 +172,6 @@ def is_local(uri: str) -> bool:
 
 
 def exists(uri: str) -> bool:
-    """True when a file or folder exists at `uri`."""
     filesystem, path = split_uri(uri)
     return retrying(lambda: bool(filesystem.exists(path)), uri)
 
@@ -199,13 +189,11 @@ def files_in(uri: str, suffix: str = "") -> list[str]:
 
 
 def read_bytes(uri: str) -> bytes:
-    """The whole file."""
     filesystem, path = split_uri(uri)
     return retrying(lambda: bytes(filesystem.cat_file(path)), uri)
 
 
 def read_json(uri: str) -> Any:
-    """The file parsed as JSON."""
     return json.loads(read_bytes(uri))
 
 
@@ -228,17 +216,14 @@ def write_atomic(uri: str, write: Callable[[IO[bytes]], None]) -> None:
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Writes `data` atomically."""
     write_atomic(uri, lambda file: _write_all(file, data))
 
 
 def write_json(uri: str, value: Any) -> None:
-    """Writes `value` atomically, as indented JSON."""
     write_bytes(uri, (json.dumps(value, indent=2, sort_keys=False) + "\n").encode())
 
 
 def remove(uri: str) -> None:
-    """Deletes a file or a whole folder, if it exists."""
     filesystem, path = split_uri(uri)
 
     def remove_all() -> None:
@@ -288,7 +273,7 @@ def _write_all(file: IO[bytes], data: bytes) -> None:
 
 
 READ_AHEAD_BYTES = 4 << 20
-"""Block size of remote files: memory per open decoder against number of requests."""
+"""Block of a remote file: memory per open decoder against number of requests."""
 
 
 def open_file(uri: str) -> Any:

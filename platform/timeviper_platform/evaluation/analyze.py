@@ -65,11 +65,10 @@ class AnalyzeConfig:
 
 
 def run_analysis(config: AnalyzeConfig) -> list[str]:
-    """Writes the configured figures, each as soon as it is computed; returns the URIs of the files in order.
+    """Writes the configured figures, each as soon as it is computed; returns the files' URIs.
 
     Raises:
         ValueError: for wrong questions, weights or features, or when no question has its media.
-        RuntimeError: when the output cannot be written.
     """
     rows = read_questions(config.questions, config.tasks, config.max_questions)
     check_inputs(config.weights, config.feature_store)

@@ -69,12 +69,6 @@ class Evaluator:
     """Holds one model and one feature store, and answers batches of questions."""
 
     def __init__(self, *, weights_folder: str, feature_store: str, config: AnsweringConfig) -> None:
-        """Loads both.
-
-        Raises:
-            ValueError: when either is missing.
-            RuntimeError: when the device or the backend cannot be used.
-        """
         torch.set_num_threads(config.num_threads)
         self._config = config
         self._store = FeatureStore.open(feature_store)
@@ -143,7 +137,6 @@ def read_media(
 
 
 def load_model(weights_folder: str, config: AnsweringConfig) -> TimeViper:
-    """The weights on the configured device, with the configured backend."""
     device, dtype = str(torch_device(config.device)), torch_dtype(config.dtype)
     model = weights.from_pretrained(weights_folder, dtype=dtype, device=device)
     set_backend(model, config.backend, device=device, dtype=dtype)

@@ -110,7 +110,6 @@ class Answered:
 
 
 def mixing_layers(model: TimeViper, layers: tuple[int, ...] | None) -> list[int]:
-    """The configured blocks, else all that mix tokens."""
     types = model.config.text.block_types
     return [layer for layer, kind in enumerate(types) if kind != "mlp"] if layers is None else list(layers)
 

@@ -104,12 +104,7 @@ def read_questions(folder: str, tasks: Sequence[str], max_questions: int | None)
 
 
 def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
-    """Answers every question on the connected cluster; writes the report and returns it.
-
-    Raises:
-        ValueError: for wrong questions, weights or features.
-        RuntimeError: when the output cannot be written, or a worker dies.
-    """
+    """Answers every question on the connected cluster; writes the report and returns it."""
     config = with_absolute_paths(config, PATHS)
     questions = read_questions(config.questions, config.tasks, config.max_questions)
     check_inputs(config.weights, config.feature_store)
@@ -169,8 +164,6 @@ def answer_on_ray(questions: Sequence[dict[str, Any]], config: EvaluateConfig) -
 
 
 class AnswerQuestions:
-    """Evaluator for Ray Data: an Arrow table of questions in, one of outcomes out."""
-
     def __init__(self, *, weights_folder: str, feature_store: str, config: AnsweringConfig) -> None:
         self._evaluator = Evaluator(weights_folder=weights_folder, feature_store=feature_store, config=config)
 

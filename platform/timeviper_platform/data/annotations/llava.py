@@ -18,7 +18,6 @@ _MARKER = re.compile(r"<image>|<video>")
 
 
 def convert_llava(uri: str, labels: Labels) -> Iterator[Row | Reject]:
-    """Yields one sample per entry of a JSON array or JSON lines."""
     for index, entry in enumerate(read_objects(uri)):
         yield _convert(index, entry, labels)
 
