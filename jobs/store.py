@@ -1,8 +1,8 @@
-"""Upkeep of a feature store: `python jobs/store.py inspect|verify|compact URI`; what a large one takes: `scale`.
+"""Maintains a feature store: `python jobs/store.py inspect|verify|compact URI`, and estimates a large one: `scale`.
 
-`inspect` prints what the store holds. `verify` reads all of it, holds it against its checksums, records and plan, and
-names every bad row; the exit code is 1 when it finds anything. `compact` merges small data files, while others read,
-but not while a job writes. `scale` computes frames, bytes, requests, hours and money from unit costs (docs/scale.md).
+`inspect` prints the contents. `verify` checks all rows against checksums, records and plan, and names every bad one;
+the exit code is 1 if there are any. `compact` merges small data files; readers may continue, writers may not. `scale`
+computes frames, bytes, requests, hours and money from unit costs (docs/scale.md).
 """
 
 from __future__ import annotations
@@ -25,16 +25,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the job; returns the exit code."""
     parser = JobParser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (("inspect", "what it holds"), ("verify", "whether it does"), ("compact", "merge small files")):
+    for name, text in (
+        ("inspect", "print the contents"),
+        ("verify", "check all rows"),
+        ("compact", "merge small files"),
+    ):
         command = commands.add_parser(name, description=text, help=text)
         command.add_argument("uri", help="the store's folder, local or any fsspec URI")
         if name == "compact":
             megabytes = DEFAULT_FILE_BYTES >> 20
             command.add_argument("--file-mb", type=int, default=megabytes, help=f"size of a merged file ({megabytes})")
             kilobytes = ROW_GROUP_BYTES >> 10
-            text = f"row groups, as execution.row_group_bytes / 1024 of the run that made the store ({kilobytes})"
+            text = f"size of row groups: execution.row_group_bytes / 1024 of the run that wrote the store ({kilobytes})"
             command.add_argument("--row-group-kb", type=int, default=kilobytes, help=text)
-    scale = commands.add_parser("scale", description=scale_table.__doc__, help="what a large run takes, on paper")
+    scale = commands.add_parser("scale", description=scale_table.__doc__, help="estimate a large run")
     scale.add_argument("--num-videos", type=int, nargs="+", default=[1_000_000, 10_000_000])
     docs = field_docs(ScaleConfig)
     for item in fields(ScaleConfig):

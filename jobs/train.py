@@ -1,11 +1,11 @@
-"""Feature store + samples -> checkpoints and weights, on Ray Train.
+"""Trains on Ray: feature store and samples to checkpoints and weights.
 
     python jobs/train.py --config ray_configs/tiny/train.yaml
     python jobs/train.py --config ray_configs/train.yaml --resume never phases.align.steps=10
     python jobs/train.py --config ray_configs/train.yaml --dry-run      # plan, groups and memory; starts nothing
 
-SIGTERM makes a run save and stop. One that was stopped goes on where its newest committed checkpoint is. The weights of
-each phase are in runs/name/weights/<phase>, the table below in runs/name/report.json.
+On SIGTERM a run saves a checkpoint and stops; started again, it resumes from its newest committed checkpoint. Weights
+are written to runs/name/weights/<phase>, the report to runs/name/report.json.
 """
 
 from __future__ import annotations
@@ -39,11 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(options: argparse.Namespace) -> JobResult:
-    """Trains, or describes what a run would do.
-
-    Raises:
-        JobError: when a signal stopped the run, with the exit code that a shell gives.
-    """
+    """Trains, or describes a run; the exit code after SIGTERM is a shell's."""
     config = load_config(TrainConfig, options.config, options.overrides)
     if options.dry_run:
         result = dry_run(config)

@@ -43,7 +43,7 @@ def make_known_answers(folder: Path) -> KnownAnswers:
         weights=str(folder / "weights"), feature_store=str(folder / "features"), questions=str(folder / "held_out")
     )
     save_pretrained(model, known.weights, tokenizer=tokenizer)
-    write_store(known.feature_store, media, recipe={"made": "by hand"})
+    write_store(known.feature_store, media, recipe={"synthetic": "known answers"})
     (folder / "held_out").mkdir()
     write_questions(folder / "held_out" / "choice.parquet", [choice_row(n) for n in range(4)])
     write_questions(folder / "held_out" / "grounding.parquet", [grounding_row(n) for n in range(4)])

@@ -56,13 +56,13 @@ def parse_config(cls: type[T], values: dict[str, Any], *, source: str = "the con
 
 
 def with_absolute_paths(config: T, keys: Iterable[str], *, root: Path | None = None, if_exists: bool = False) -> T:
-    """`config` with the local paths under `keys` made absolute, for processes that run in another folder.
+    """`config` with absolute paths instead of relative ones, for processes that run in another folder.
 
     Args:
         config: a dataclass; URIs, nulls and absolute paths in it stay.
         keys: dotted paths; `*` stands for every entry of a mapping or tuple.
         root: folder that relative paths start from; None = the current one.
-        if_exists: leave a value that is not a path below `root`, such as the name of a model on a hub.
+        if_exists: leave a value that does not exist below `root`, such as the name of a model on a hub.
     """
     for key in keys:
         config = _map_value(config, key.split("."), partial(_absolute, root=root or Path.cwd(), if_exists=if_exists))

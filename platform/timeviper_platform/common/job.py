@@ -113,6 +113,8 @@ def user_error(error: BaseException) -> str | None:
         return None
     if isinstance(error, ValueError | RuntimeError | OSError | subprocess.CalledProcessError):
         return str(error) or type(error).__name__
+    if isinstance(error, AssertionError) and "CUDA" in str(error):  # raised by a build of torch without CUDA
+        return f"{error}; set the device to cpu"
     if _package(error) in ("aiohttp", "botocore", "httpx"):  # neither OSError nor RuntimeError
         return f"{type(error).__name__}: {error}"
     return None

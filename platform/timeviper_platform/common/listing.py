@@ -58,7 +58,7 @@ def list_files(source: str) -> Listing:
     elif filesystem.exists(path):
         root, found = path.rpartition("/")[0], iter([(path, None)])
     else:
-        raise ValueError(f"there is no manifest, folder or file at {storage.shown_uri(source)!r}; fix `input`")
+        raise ValueError(f"no manifest, folder or file at {storage.shown_uri(source)!r}; fix `input`")
 
     def name(path: str) -> str:
         return path if local else str(filesystem.unstrip_protocol(path))

@@ -19,7 +19,7 @@ from timeviper_platform.evaluation.metrics import Span, parse_span, temporal_iou
 
 Question = dict[str, Any]
 """A row of the QUESTIONS schema."""
-_Asked = tuple[int, Question, tuple[Tensor, ...]]
+_Entry = tuple[int, Question, tuple[Tensor, ...]]
 """A question's index, the question, and the rows of its media."""
 Status = Literal["ok", "no_features", "no_answer_format"]
 
@@ -83,8 +83,8 @@ class Evaluator:
             ValueError: when a medium's features are not as wide as the weights need.
         """
         outcomes: dict[int, Outcome] = {}
-        with_choices: list[_Asked] = []
-        with_spans: list[_Asked] = []
+        with_choices: list[_Entry] = []
+        with_spans: list[_Entry] = []
         for index, question in enumerate(questions):
             media = read_media(self._store, question, self._config, dim=self._dim)
             if media is None:
@@ -144,17 +144,17 @@ def load_model(weights_folder: str, config: AnsweringConfig) -> TimeViper:
 
 
 def _answer(
-    asked: Sequence[_Asked], answer: Callable[[Sequence[Question], Sequence[Prompt]], list[str]]
+    entries: Sequence[_Entry], answer: Callable[[Sequence[Question], Sequence[Prompt]], list[str]]
 ) -> dict[int, Outcome]:
     """Outcomes by the question's index; `answer` runs once with the videos and once without."""
-    if not asked:
+    if not entries:
         return {}
-    questions = [question for _, question, _ in asked]
-    seen = answer(questions, [Prompt(text=question["question"], media=media) for _, question, media in asked])
-    blind = answer(questions, [Prompt(text=question["question"]) for question in questions])
+    questions = [question for _, question, _ in entries]
+    answers = answer(questions, [Prompt(text=question["question"], media=media) for _, question, media in entries])
+    answers_without_video = answer(questions, [Prompt(text=question["question"]) for question in questions])
     return {
         index: _outcome(question, "ok", text, text_without_video)
-        for (index, question, _), text, text_without_video in zip(asked, seen, blind, strict=True)
+        for (index, question, _), text, text_without_video in zip(entries, answers, answers_without_video, strict=True)
     }
 
 

@@ -44,6 +44,10 @@ def test_a_job_prints_its_lines_and_returns_its_exit_code(tmp_path: Path, capsys
     [
         (ValueError("fps = 0 must be above 0"), "fps = 0 must be above 0"),
         (RuntimeError("No CUDA GPUs are available"), "No CUDA GPUs are available"),
+        (
+            AssertionError("Torch not compiled with CUDA enabled"),
+            "Torch not compiled with CUDA enabled; set the device",
+        ),
         (PermissionError(errno.EACCES, "Permission denied", "/scores"), "[Errno 13] Permission denied: '/scores'"),
         (StorageUnavailableError(errno.EBUSY, "s3://b/x: 503"), "[Errno 16] s3://b/x: 503"),
         (ModuleNotFoundError("No module named 'wandb'", name="wandb"), "No module named 'wandb'; install the missing"),

@@ -43,8 +43,10 @@ def loaded(known: KnownAnswers) -> tuple[Any, Answerer, list[Any]]:
     store = FeatureStore.open(known.feature_store)
     rows = [choice_row(number) for number in range(4)]
     media = [read_media(store, row, config, dim=8) for row in rows]
-    asked = [(row, Prompt(text=row["question"], media=of)) for row, of in zip(rows, media, strict=True) if of]
-    return model, Answerer(model, load_tokenizer(known.weights), max_pack_tokens=128), asked
+    prompts = [
+        (row, Prompt(text=row["question"], media=rows_of)) for row, rows_of in zip(rows, media, strict=True) if rows_of
+    ]
+    return model, Answerer(model, load_tokenizer(known.weights), max_pack_tokens=128), prompts
 
 
 def config_of(known: KnownAnswers, output: Path, **changes: Any) -> AnalyzeConfig:
@@ -59,36 +61,36 @@ def config_of(known: KnownAnswers, output: Path, **changes: Any) -> AnalyzeConfi
 
 
 def test_scores_equal_those_of_the_evaluation(known: KnownAnswers, loaded: tuple[Any, Answerer, list[Any]]) -> None:
-    model, answerer, asked = loaded
-    start = next(blocking_rows(model, make_answered(answerer, asked), BlockingSweep()))
+    model, answerer, prompts = loaded
+    start = next(blocking_rows(model, make_answered(answerer, prompts), BlockingSweep()))
     assert start["accuracy"] == 1.0
-    options = [row["choices"] for row, _ in asked]
-    scores = answerer.score_options([prompt for _, prompt in asked], options)
+    options = [row["choices"] for row, _ in prompts]
+    scores = answerer.score_options([prompt for _, prompt in prompts], options)
     tokenizer = load_tokenizer(known.weights)
     expected = []
-    for (row, _), texts, of in zip(asked, options, scores, strict=True):
+    for (row, _), texts, of in zip(prompts, options, scores, strict=True):
         length = len(tokenizer(row["answer"], add_special_tokens=False)["input_ids"]) + 2  # a new line, the end
         expected.append(of[texts.index(row["answer"])] / length)
     assert start["log_prob"] == pytest.approx(sum(expected) / 4, rel=1e-4)
 
 
 def test_blocking_the_video_everywhere_leaves_a_guess(loaded: tuple[Any, Answerer, list[Any]]) -> None:
-    model, answerer, asked = loaded
+    model, answerer, prompts = loaded
     sweep = BlockingSweep(flows=("v2i", "v2r"), scopes=("from_layer",))
-    start, *rows = blocking_rows(model, make_answered(answerer, asked), sweep)
+    start, *rows = blocking_rows(model, make_answered(answerer, prompts), sweep)
     assert [(row["flow"], row["layer"]) for row in rows] == [("v2i", 0), ("v2i", 1), ("v2r", 0), ("v2r", 1)]
     assert all(row["log_prob"] < start["log_prob"] for row in rows if row["layer"] == 0)
-    answered = make_answered(answerer, asked)
+    answered = make_answered(answerer, prompts)
     run_block = cut_flow(model, Blocking(flow="v2i", scope="from_layer", layer=1))
     by_hand = answered.score(partial(model.target_log_probs, run_block=run_block))
     assert {key: rows[1][key] for key in by_hand} == by_hand
 
 
 def test_dropping_all_at_the_entrance_is_a_guess_and_none_is_the_model(loaded: tuple[Any, Answerer, list[Any]]) -> None:
-    model, answerer, asked = loaded
-    start, *rows = dropping_rows(model, make_answered(answerer, asked), DroppingSweep(keep_ratios=(1.0, 0.0)))
-    places = [(row["select"], row["keep"], row["layer"]) for row in rows]
-    assert places == [
+    model, answerer, prompts = loaded
+    start, *rows = dropping_rows(model, make_answered(answerer, prompts), DroppingSweep(keep_ratios=(1.0, 0.0)))
+    keys = [(row["select"], row["keep"], row["layer"]) for row in rows]
+    assert keys == [
         ("uniform", 1.0, 0), ("uniform", 1.0, 1), ("uniform", 0.0, 0), ("uniform", 0.0, 1),
         ("attention", 1.0, 1), ("attention", 0.0, 1),
     ]  # fmt: skip
@@ -98,8 +100,8 @@ def test_dropping_all_at_the_entrance_is_a_guess_and_none_is_the_model(loaded: t
 
 
 def test_maps_of_several_questions_are_their_average(loaded: tuple[Any, Answerer, list[Any]]) -> None:
-    model, answerer, asked = loaded
-    pairs = [(prompt, row["answer"]) for row, prompt in asked[:2]]
+    model, answerer, prompts = loaded
+    pairs = [(prompt, row["answer"]) for row, prompt in prompts[:2]]
     batches = [batch for pair in pairs for batch in answerer.pack_answers([pair])]
     mamba, attention = layer_maps(model, batches, MapsConfig(num_bins=4))
     assert (mamba.block_type, attention.block_type) == ("mamba", "attention")
@@ -125,14 +127,14 @@ def test_queries_are_spread_and_end_with_the_last_token() -> None:
 def test_the_job_writes_numbers_and_pictures_that_parse(known: KnownAnswers, tmp_path: Path) -> None:
     main = runpy.run_path(str(ROOT / "jobs" / "analyze.py"))["main"]
     config = ROOT / "ray_configs" / "tiny" / "analyze.yaml"
-    places = {
+    keys = {
         "weights": known.weights,
         "feature_store": known.feature_store,
         "questions": known.questions,
         "output": tmp_path,
     }
     code = main(
-        ["--config", str(config), *(f"{key}={value}" for key, value in places.items()), "tasks=[choice, grounding]",
+        ["--config", str(config), *(f"{key}={value}" for key, value in keys.items()), "tasks=[choice, grounding]",
          "answering.num_threads=1", "maps.num_bins=6"]
     )  # fmt: skip
     assert code == 0
