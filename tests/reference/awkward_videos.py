@@ -1,4 +1,4 @@
-"""Videos MADE so that sampling by time goes wrong somewhere: B-frames, rare keyframes, late starts, variable rates."""
+"""Synthetic videos that break naive sampling: B-frames, rare keyframes, late starts, variable frame rates."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from reference.synthetic_media import make_video
 from timeviper_platform.data.video.sampling import sample_times
 
 SIZE = 32
-"""pixels of a frame's sides, as the tests decode it"""
+"""Side of decoded frames in pixels."""
 
 
 def seconds(count: int, fps: int = 1) -> list[Fraction]:
-    """So many sampled times from 0 on."""
+    """`count` sampling times from 0."""
     return sample_times(Fraction(0), Fraction(fps), 0, count)
 
 

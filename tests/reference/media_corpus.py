@@ -1,4 +1,4 @@
-"""Media MADE for a whole job: good ones, bad ones of every kind, an encoder and a manifest of all."""
+"""A synthetic corpus for whole jobs: good and bad media, an encoder and a manifest."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ BAD = {
 
 
 def make_corpus(folder: Path) -> None:
-    """A film of 66 s, ten clips, two images, six bad files, an encoder and a manifest of all."""
-    make_encoder(_made(folder / "encoder"))
-    media = _made(folder / "media")
+    """Writes a film of 66 s, ten clips, two images, bad files, an encoder and a manifest."""
+    make_encoder(_new_folder(folder / "encoder"))
+    media = _new_folder(folder / "media")
     make_video(media / "film.mp4", range(66 * 8), gop=64)
     for number in range(10):
         make_video(media / f"clip{number}.mp4", range(8 * (1 + number % 3)))
@@ -45,7 +45,7 @@ def make_corpus(folder: Path) -> None:
     pq.write_table(manifest, folder / "manifest.parquet")
 
 
-def _made(folder: Path) -> Path:
+def _new_folder(folder: Path) -> Path:
     folder.mkdir()
     return folder
 
@@ -67,5 +67,5 @@ def contents(store: str) -> dict[str, bytes]:
 
 
 def no_runner(*_: object) -> Iterator[TaskResult]:
-    """A runner for jobs that have no segment to do."""
+    """A runner for jobs without missing segments."""
     raise AssertionError("there is nothing to do")

@@ -1,4 +1,4 @@
-"""Sampling the slow, obvious way: decode every frame in order, keep the last one with PTS <= t."""
+"""Reference sampling: decodes every frame and keeps the last one with PTS <= t."""
 
 from __future__ import annotations
 

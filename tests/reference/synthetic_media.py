@@ -1,4 +1,4 @@
-"""Small media and encoders MADE for tests: videos whose every frame says its own number, in every awkward shape."""
+"""Small synthetic media and encoders; every frame of a video shows its own number."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 
 
 def picture(number: int, width: int = 64, height: int = 48) -> np.ndarray:
-    """(H, W, 3) uint8 that differs clearly between neighbours."""
+    """(H, W, 3) uint8, clearly different for neighbouring numbers."""
     rows, columns = np.mgrid[0:height, 0:width]
     red = (number * 37 + columns * 2) % 256
     green = (number * 83 + rows * 3) % 256
@@ -37,9 +37,9 @@ def make_video(
     options: dict[str, str] | None = None,
     turned: tuple[int, bool, bool] | None = None,
 ) -> None:
-    """A video whose frame i is picture(i), shown from pts[i] on (ticks of `time_base`).
+    """Writes a video whose frame i is picture(i) at pts[i] (ticks of `time_base`).
 
-    Its display matrix says `turned`: degrees counterclockwise, then mirrored left to right, top to bottom.
+    `turned` sets the display matrix: degrees counterclockwise, horizontal flip, vertical flip.
     """
     name = str(target) if isinstance(target, Path) else target
     with av.open(name, "w", format=format) as container:
@@ -66,14 +66,14 @@ def make_video(
 
 
 def make_sound(path: Path, seconds: float = 1.0) -> None:
-    """A file with sound alone."""
+    """Writes a file with only sound."""
     with av.open(str(path), "w") as container:
         stream = _add_sound(container, seconds)
         _write_sound(container, stream, seconds)
 
 
 def make_encoder(folder: Path, *, image_size: int = 32, hidden_size: int = 16, seed: int = 0) -> Path:
-    """A random SigLIP-shaped encoder with 16 patches a frame."""
+    """A random SigLIP-shaped encoder with 16 patches per frame."""
     torch.manual_seed(seed)
     config = SiglipVisionConfig(
         hidden_size=hidden_size,

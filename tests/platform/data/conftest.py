@@ -1,4 +1,4 @@
-"""What tests of data share: awkward videos, a corpus and the store made of it, an S3 server that can fail."""
+"""Shared fixtures: awkward videos, a corpus and its store, and an S3 server with faults."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from timeviper_platform.data.preprocess.run import run_in_process, run_preproces
 
 @pytest.fixture(scope="session")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A file of every one of KINDS."""
+    """One file of each of KINDS."""
     folder = tmp_path_factory.mktemp("videos")
     for name, make in KINDS.items():
         make(folder / name)

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from timeviper_platform.common import storage
 from timeviper_platform.common.storage import open_file
-from timeviper_platform.data.inputs.manifest import is_text
+from timeviper_platform.data.inputs.manifest import is_utf8
 from timeviper_platform.data.media.medium import media_id_of
 
 RejectReason = Literal[
@@ -59,7 +59,7 @@ class Labels:
 
     def sample(self, row: int, name: str, media: Sequence[Row], turns: Sequence[tuple[str, str]]) -> Row | Reject:
         """A SAMPLES row; the row's index keeps its id unique even if the input's ids are not."""
-        if not is_text(name, *(text for _, text in turns)):
+        if not is_utf8(name, *(text for _, text in turns)):
             return Reject(row, "bad_text", f"{name} has text that is not UTF-8")
         return {
             "sample_id": f"{self.source}/{row}/{name}",

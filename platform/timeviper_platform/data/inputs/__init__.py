@@ -1,1 +1,1 @@
-"""What a user points at, as media items."""
+"""Manifests, folders, globs and archives to pages of media."""

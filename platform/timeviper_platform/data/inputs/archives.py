@@ -1,7 +1,6 @@
-"""Files that hold many media to items: WebDataset tars and Parquet files with a column of bytes.
+"""Lists the media inside WebDataset tars and Parquet files without unpacking them.
 
-Nothing is unpacked: an item addresses its bytes inside the file (parts.py), and a tar's members are read as a stream.
-Knows img2dataset's output: failed rows of NAME.parquet beside NAME.tar, or inside the Parquet itself.
+Reads img2dataset's output too: failed rows are in NAME.parquet next to NAME.tar, or in the Parquet file itself.
 """
 
 from __future__ import annotations
@@ -26,35 +25,25 @@ from timeviper_platform.data.media.probe import file_version
 _STATUS_COLUMNS = ["key", "status", "error_message"]
 
 
-def tar_items(uri: str, root: str, version: FileVersion | None = None) -> Iterator[Medium]:
-    """The media of a tar, in its order, with the id of TAR/MEMBER; a tar that breaks off ends with a rejected item.
-
-    Args:
-        uri: the tar.
-        root: what ids are relative to.
-        version: of the tar, where a listing says it.
-    """
+def tar_media(uri: str, root: str, version: FileVersion | None = None) -> Iterator[Medium]:
+    """The media of a tar, with ids of TAR/MEMBER relative to `root`; a damaged tar ends with a medium in error."""
     yield from _failed_downloads(uri, root)
     try:
         version = version or file_version(uri)
         with open_file(uri) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # not in typeshed; it would keep every header that it has seen
+                tar.members = []  # type: ignore[attr-defined]  # not in typeshed; it would keep every header
                 if member.isreg() and member.name.lower().endswith(MEDIA_SUFFIXES):
-                    yield _tar_item(uri, root, version, member)
+                    yield _tar_medium(uri, root, version, member)
     except DecodeError as error:
         yield Medium(uri, media_id_of(uri, root), error=DecodeError("list", error.error_type, error.message))
     except (tarfile.TarError, OSError) as error:
-        text = f"{uri}: {error}; only plain, whole tars can be read in place (unpack .tar.gz first)"
+        text = f"{uri}: {error}; only uncompressed, complete tars can be read in place (unpack .tar.gz first)"
         yield Medium(uri, media_id_of(uri, root), error=DecodeError("list", ErrorType.CORRUPT_FILE, text))
 
 
 def bytes_column(schema: pa.Schema) -> str | None:
-    """The one column that holds media: binary, or a struct with the field `bytes` (then NAME.bytes); None without.
-
-    Raises:
-        ValueError: when there is more than one.
-    """
+    """The one binary column, or NAME.bytes for a struct with the field `bytes`; None without either."""
     found = []
     for field in schema:
         if pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type):
@@ -62,34 +51,34 @@ def bytes_column(schema: pa.Schema) -> str | None:
         elif pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0:
             found.append(f"{field.name}.bytes")
     if len(found) > 1:
-        raise ValueError(f"the columns {', '.join(found)} all hold bytes; write a file with one of them")
+        raise ValueError(f"the columns {', '.join(found)} all hold bytes; keep one of them")
     return found[0] if found else None
 
 
-def cell_items(uri: str, root: str, column: str, version: FileVersion | None = None) -> Iterator[Medium]:
-    """The media of a Parquet file's bytes column; the id is `media_id`, else that of FILE/KEY or FILE/ROW.
+def cell_media(uri: str, root: str, column: str, version: FileVersion | None = None) -> Iterator[Medium]:
+    """The media of a bytes column; ids are `media_id`, or those of FILE/KEY or FILE/ROW.
 
-    Rows that img2dataset could not download become rejected items.
+    Rows that img2dataset failed to download are media in error.
     """
     version = version or file_version(uri)
     with open_file(uri) as file:
         parquet = pq.ParquetFile(file)
         names = [name for name in ("media_id", *_STATUS_COLUMNS) if name in parquet.schema_arrow.names]
-        number = 0
+        row_index = 0
         for group in range(parquet.num_row_groups):
             num_rows = parquet.metadata.row_group(group).num_rows
             rows = parquet.read_row_group(group, columns=names).to_pylist() if names else [{}] * num_rows
-            for place, row in enumerate(rows):
-                address = CellLocation(uri, column, group, place).address()
-                media_id = row.get("media_id") or media_id_of(f"{uri}/{row.get('key') or number}", root)
+            for index, row in enumerate(rows):
+                address = CellLocation(uri, column, group, index).address()
+                media_id = row.get("media_id") or media_id_of(f"{uri}/{row.get('key') or row_index}", root)
                 failure = download_failure(row.get("status"), row.get("error_message"))
-                # the size is the file's: that of one value is not known without reading it
-                text = f"{version.text}/{column}-{group}-{place}"
+                # the size is the file's: a cell's is unknown until it is read
+                text = f"{version.text}/{column}-{group}-{index}"
                 yield Medium(address, media_id, version=version._replace(text=text), error=failure)
-                number += 1
+                row_index += 1
 
 
-def _tar_item(uri: str, root: str, version: FileVersion, member: tarfile.TarInfo) -> Medium:
+def _tar_medium(uri: str, root: str, version: FileVersion, member: tarfile.TarInfo) -> Medium:
     address = RangeLocation(uri, member.offset_data, member.size).address()
     text = f"{version.text}/{member.offset_data}-{member.size}"
     return Medium(
@@ -100,7 +89,7 @@ def _tar_item(uri: str, root: str, version: FileVersion, member: tarfile.TarInfo
 
 
 def _failed_downloads(tar_uri: str, root: str) -> Iterator[Medium]:
-    """Rows of img2dataset's table beside a tar for which the tar has no member."""
+    """Rows of img2dataset's table next to a tar that have no member in it."""
     table_uri = str(tar_uri.removesuffix(PurePosixPath(tar_uri).suffix)) + ".parquet"
     if not storage.exists(table_uri):
         return

@@ -1,8 +1,8 @@
-"""What a job is pointed at to pages of distinct media items: the one place that tells the kinds of input apart.
+"""Reads any input as pages of distinct media.
 
-manifest.parquet | .jsonl | .csv   its rows; a Parquet file without uri or url but with bytes: its values
-folder, prefix                     every image, video and tar below it
-glob                               what matches: media, tars, and Parquet files as above
+manifest.parquet | .jsonl | .csv   its rows; for Parquet without uri or url but with a bytes column, its cells
+folder, prefix                     all images, videos and tars below it
+glob                               matching media, tars, and Parquet files as above
 a file                             itself
 """
 
@@ -21,35 +21,35 @@ from timeviper_platform.common import storage
 from timeviper_platform.common.hash_table import HashTable
 from timeviper_platform.common.listing import FileEntry, is_glob, list_files, pages
 from timeviper_platform.common.storage import open_file
-from timeviper_platform.data.inputs.archives import bytes_column, cell_items, tar_items
-from timeviper_platform.data.inputs.manifest import MANIFEST_SUFFIXES, absolute, is_text, read_manifest
+from timeviper_platform.data.inputs.archives import bytes_column, cell_media, tar_media
+from timeviper_platform.data.inputs.manifest import MANIFEST_SUFFIXES, absolute, is_utf8, read_manifest
 from timeviper_platform.data.media.container import MEDIA_SUFFIXES, DecodeError, ErrorType, source_name
 from timeviper_platform.data.media.medium import Medium, media_id_of
 
 PAGE_ROWS = 8192
-"""Items at hand at once: a few MB of them; a page is also one task of probing on a cluster."""
+"""A few MB of media; also one probing task on a cluster."""
 
 TAR_SUFFIX = ".tar"
 
 
 def read_pages(source: str, page_rows: int = PAGE_ROWS) -> Iterator[list[Medium]]:
-    """The media that `source` names, at most `page_rows` at a time, each once.
+    """The distinct media of `source`, at most `page_rows` at a time.
 
     Raises:
-        ValueError: when there is nothing at `source`, or a manifest as a whole cannot be read.
+        ValueError: when `source` has no media, or is a manifest that cannot be read.
     """
-    distinct = _DistinctItems()
-    num_items = 0
+    distinct = _DistinctMedia()
+    num_media = 0
     for page in _pages(source, page_rows):
-        num_items += len(page)
+        num_media += len(page)
         if fresh := distinct.of(page):
             yield fresh
-    if not num_items:
+    if not num_media:
         name = storage.shown_uri(source)
         if _is_table(source) and not is_glob(source):
             raise ValueError(f"{name}: the manifest has no rows")
         searched = ", ".join((*MEDIA_SUFFIXES, TAR_SUFFIX))
-        raise ValueError(f"no medium matches {name!r}; a folder is searched for {searched}, a glob takes any name")
+        raise ValueError(f"no medium matches {name!r}; folders are searched for {searched}, globs match any name")
 
 
 def _pages(source: str, page_rows: int) -> Iterator[list[Medium]]:
@@ -61,18 +61,18 @@ def _pages(source: str, page_rows: int) -> Iterator[list[Medium]]:
     root, files = list_files(source)
     if is_folder:
         files = (file for file in files if file.uri.lower().endswith((*MEDIA_SUFFIXES, TAR_SUFFIX)))
-    tables_and_items = (_of_file(file, root, page_rows) for file in files)
-    return pages(chain.from_iterable(tables_and_items), page_rows)
+    media = (_of_file(file, root, page_rows) for file in files)
+    return pages(chain.from_iterable(media), page_rows)
 
 
 def _of_file(file: FileEntry, root: str, page_rows: int) -> Iterator[Medium]:
-    if not is_text(file.uri):
-        message = f"{source_name(file.uri)}: the name is no UTF-8; give it another"
+    if not is_utf8(file.uri):
+        message = f"{source_name(file.uri)}: the name is not UTF-8; rename the file"
         return iter(
             [Medium(file.uri, media_id_of(file.uri, root), error=DecodeError("list", ErrorType.BAD_URI, message))]
         )
     if file.uri.lower().endswith(TAR_SUFFIX):
-        return tar_items(file.uri, root, file.version)
+        return tar_media(file.uri, root, file.version)
     if _is_table(file.uri):
         return chain.from_iterable(_table_pages(file, root, page_rows))
     return iter([Medium(file.uri, media_id_of(file.uri, root), version=file.version)])
@@ -84,10 +84,10 @@ def _table_pages(file: FileEntry, root: str, page_rows: int) -> Iterator[list[Me
             with open_file(file.uri) as opened:
                 schema = pq.ParquetFile(opened).schema_arrow
         except pa.ArrowInvalid as error:
-            raise ValueError(f"{file.uri} is no readable manifest: {error}") from error
+            raise ValueError(f"{file.uri} is not a readable manifest: {error}") from error
         column = bytes_column(schema) if "uri" not in schema.names else None
         if column is not None:
-            return pages(cell_items(file.uri, root, column, file.version), page_rows)
+            return pages(cell_media(file.uri, root, column, file.version), page_rows)
     return read_manifest(file.uri, page_rows)
 
 
@@ -95,42 +95,43 @@ def _is_table(uri: str) -> bool:
     return uri.lower().endswith(MANIFEST_SUFFIXES)
 
 
-class _DistinctItems:
-    """Leaves repeated items out, over all pages, in 16 bytes an item."""
+class _DistinctMedia:
+    """Drops repeated media over all pages, with 16 bytes per medium."""
 
     def __init__(self) -> None:
-        self._seen = HashTable()  # hash of media_id -> hash of the item
+        self._seen = HashTable()  # hash of media_id -> hash of `_text`
 
     def of(self, page: Sequence[Medium]) -> list[Medium]:
-        """The items of a page that no earlier one had; the first medium of a media_id keeps it, others are rejected."""
+        """The new media of a page; all but the first medium of a media_id are errors."""
         fresh, clashes = self._split(page)
-        return fresh + self._split([_clashing(item) for item in clashes])[0]
+        return fresh + self._split([_clashing(medium) for medium in clashes])[0]
 
     def _split(self, page: Sequence[Medium]) -> tuple[list[Medium], list[Medium]]:
-        """Items that are new, and those whose media_id is another medium's."""
+        """New media, and those whose media_id is another medium's."""
         by_id: dict[str, Medium] = {}
         clashes = [
-            item
-            for item in page
-            if (first := by_id.setdefault(item.media_id, item)) is not item and _text(first) != _text(item)
+            medium
+            for medium in page
+            if (first := by_id.setdefault(medium.media_id, medium)) is not medium and _text(first) != _text(medium)
         ]
-        items = list(by_id.values())
-        ids = np.array([xxhash.xxh3_64_intdigest(item.media_id.encode()) for item in items], dtype=np.uint64)
+        media = list(by_id.values())
+        ids = np.array([xxhash.xxh3_64_intdigest(medium.media_id.encode()) for medium in media], dtype=np.uint64)
         values = np.array(
-            [xxhash.xxh3_64_intdigest(_text(item).encode("utf-8", "surrogatepass")) for item in items], dtype=np.uint64
+            [xxhash.xxh3_64_intdigest(_text(medium).encode("utf-8", "surrogatepass")) for medium in media],
+            dtype=np.uint64,
         )
         found, before = self._seen.find(ids)
-        clashes += [items[place] for place in np.flatnonzero(found & (before != values))]
+        clashes += [media[index] for index in np.flatnonzero(found & (before != values))]
         self._seen.add(ids[~found], values[~found])
-        return [items[place] for place in np.flatnonzero(~found)], clashes
+        return [media[index] for index in np.flatnonzero(~found)], clashes
 
 
-def _clashing(item: Medium) -> Medium:
-    """The item as rejected, with an id of its own: its media_id says what became of the medium that had it first."""
-    message = f"media_id {item.media_id!r} stands for more than one medium: {source_name(item.uri)} is not the first"
-    own_id = media_id_of(f"{item.media_id}={_text(item)}", "")
-    return replace(item, media_id=own_id, error=item.error or DecodeError("list", ErrorType.BAD_ROW, message))
+def _clashing(medium: Medium) -> Medium:
+    """The medium as an error under an id of its own, as its media_id belongs to the first medium."""
+    message = f"media_id {medium.media_id!r} names more than one medium: {source_name(medium.uri)} is not the first"
+    own_id = media_id_of(f"{medium.media_id}={_text(medium)}", "")
+    return replace(medium, media_id=own_id, error=medium.error or DecodeError("list", ErrorType.BAD_ROW, message))
 
 
-def _text(item: Medium) -> str:
-    return f"{item.uri}\n{item.start_seconds}\n{item.end_seconds}\n{item.error or ''}"
+def _text(medium: Medium) -> str:
+    return f"{medium.uri}\n{medium.start_seconds}\n{medium.end_seconds}\n{medium.error or ''}"

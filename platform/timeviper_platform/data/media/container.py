@@ -1,7 +1,6 @@
-"""Media as they come: what they are, what is wrong with them, and a PyAV container around a URI or bytes.
+"""Opens media of any source with PyAV under fixed limits, and names what can be wrong with them.
 
-Knows limits, the kinds of bad input and their names, and how to hand bytes to FFmpeg without ever handing it a
-stranger's string. Does not know sampling or pixels (decode.py).
+FFmpeg never gets a string from a manifest, so that no name can select a protocol or another file.
 """
 
 from __future__ import annotations
@@ -33,20 +32,20 @@ Modality = Literal["video", "image"]
 Stage = Literal["download", "list", "probe", "decode_video", "decode_image"]
 
 FORMAT_WHITELIST = ("mov", "mp4", "m4a", "3gp", "3g2", "mj2", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "ogg")
-"""Demuxers that read one file and nothing else. Playlists (hls, dash, concat) name other files and hosts: never."""
+"""Demuxers of single files. Playlists (hls, dash, concat) are left out: they name other files and hosts."""
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
-"""What Pillow opens of the dozens that it knows: those that `sniff_modality` tells."""
+"""The Pillow formats that `sniff_modality` recognizes."""
 
 MEDIA_SUFFIXES = (
     *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".mpeg", ".flv", ".3gp", ".ogv"),
     *(".jpg", ".jpeg", ".png", ".webp", ".bmp"),
 )
-"""What is taken from a folder or a tar; a glob or a manifest may name anything."""
+"""Files taken from folders and tars; globs and manifests may name any file."""
 
 
 class ErrorType(StrEnum):
-    """Why a medium, or part of it, was not preprocessed."""
+    """Why a medium or a segment was not preprocessed."""
 
     NOT_FOUND = "not_found"
     PERMISSION_DENIED = "permission_denied"
@@ -78,15 +77,14 @@ RETRYABLE = frozenset(
         *(ErrorType.TIMED_OUT, ErrorType.UNKNOWN_HOST, ErrorType.DOMAIN_NOT_ALLOWED),
     }
 )
-"""The world's fault, not the file's: the next run tries again. Others that a change may help, such as a higher limit or
-another decoder, are tried again where `retry_errors` names them."""
+"""Errors of the environment, retried by every run. Others are retried if `retry_errors` names them."""
 
 
 class DecodeError(Exception):
-    """One medium cannot be read; a counted outcome, not the end of a job."""
+    """A medium that cannot be read: a counted outcome that does not end the job."""
 
     def __init__(self, stage: Stage, error_type: ErrorType, message: str) -> None:
-        super().__init__(stage, error_type, message)  # all three, so that it survives pickling
+        super().__init__(stage, error_type, message)  # all three, for pickling
         self.stage = stage
         self.error_type = error_type
         self.message = message
@@ -97,26 +95,32 @@ class DecodeError(Exception):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MediaLimits:
-    """What is refused before any memory is spent on it."""
+    """Limits of one medium, and the hosts it may be fetched from."""
 
     max_pixels: int = 36_000_000
-    """width x height; 8K UHD (7680 x 4320) passes, 8192 x 8192 does not"""
+    """Maximum width x height of a frame. The default admits 8K UHD (7680 x 4320) but not 8192 x 8192."""
     max_frames: int = 200_000
-    """sampled frames of one medium; 55 hours at 1 fps"""
+    """Maximum sampled frames of one medium. The default is 55 hours at 1 fps."""
     allowed_domains: tuple[str, ...] = ()
-    """hosts (with all below them) that https URLs are fetched from; empty = none is"""
+    """Hosts, including their subdomains, from which https URLs are fetched. Empty = none."""
     max_download_bytes: int = 4 << 30
-    """of one medium on a web server that knows no ranges, which is copied to a temporary file"""
+    """Maximum size of a medium on a web server without range support, which is downloaded whole."""
+    https_attempts: int = 4
+    """Maximum attempts of one https request."""
+    https_backoff_seconds: float = 0.5
+    """Wait before the second attempt; doubles each time, with up to as much again at random."""
 
     def __post_init__(self) -> None:
         if self.max_pixels < 1 or self.max_frames < 1:
             raise ValueError(f"{self.max_pixels = } and {self.max_frames = } must be at least 1")
+        if self.https_attempts < 1 or self.https_backoff_seconds < 0:
+            raise ValueError(f"{self.https_attempts = } must be at least 1, {self.https_backoff_seconds = } at least 0")
         if wrong := [domain for domain in self.allowed_domains if not is_host(domain)]:
             raise ValueError(f"allowed_domains: {wrong} must be bare host names such as images.example.org")
 
 
 def sniff_modality(head: bytes) -> Modality:
-    """What the first bytes of a file say; whatever is no image is left for FFmpeg to judge."""
+    """The modality by a file's first bytes; all but known images are left to FFmpeg."""
     is_image = head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM")) or (
         head[:4] == b"RIFF" and head[8:12] == b"WEBP"
     )
@@ -124,7 +128,7 @@ def sniff_modality(head: bytes) -> Modality:
 
 
 def looks_like_video(head: bytes) -> bool:
-    """True when the first bytes are those of a known container, so that a failure to open it means damage."""
+    """True for the first bytes of a known container."""
     return (
         head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip")
         or head.startswith((b"\x1aE\xdf\xa3", b"FLV", b"OggS", b"\x00\x00\x01\xba"))
@@ -134,13 +138,13 @@ def looks_like_video(head: bytes) -> bool:
 
 
 @contextmanager
-def reading(stage: Stage, source: str | bytes, limits: MediaLimits | None = None) -> Iterator[None]:
-    """Turns what the file system, web servers, FFmpeg and Pillow raise inside into a DecodeError of `stage`."""
+def decode_errors(stage: Stage, source: str | bytes, limits: MediaLimits | None = None) -> Iterator[None]:
+    """Converts errors of file systems, web servers, FFmpeg and Pillow into a DecodeError of `stage`."""
     name = source_name(source)
     try:
         yield
     except FileNotFoundError as error:
-        raise DecodeError(stage, ErrorType.NOT_FOUND, f"{name}: there is no such file") from error
+        raise DecodeError(stage, ErrorType.NOT_FOUND, f"{name}: no such file") from error
     except DomainNotAllowedError as error:
         raise DecodeError(stage, ErrorType.DOMAIN_NOT_ALLOWED, f"{name}: {error}") from error
     except BadUrlError as error:
@@ -155,40 +159,39 @@ def reading(stage: Stage, source: str | bytes, limits: MediaLimits | None = None
         raise DecodeError(stage, ErrorType.PERMISSION_DENIED, f"{name}: {error}") from error
     except av.error.DecoderNotFoundError as error:
         raise DecodeError(stage, ErrorType.NO_DECODER, f"{name}: {error}") from error
-    except MemoryError as error:  # before FFmpegError, which PyAV's own MemoryError is too
-        raise DecodeError(
-            stage, ErrorType.OUT_OF_MEMORY, f"{name}: reading it takes more memory than it may"
-        ) from error
+    except MemoryError as error:  # before FFmpegError: PyAV's MemoryError is both
+        raise DecodeError(stage, ErrorType.OUT_OF_MEMORY, f"{name}: reading it exceeds the memory limit") from error
     except Image.DecompressionBombError as error:
         raise DecodeError(stage, ErrorType.TOO_MANY_PIXELS, f"{name}: {error}") from error
     except (av.error.FFmpegError, UnidentifiedImageError, SyntaxError) as error:
-        # Pillow reports some broken PNG chunks as SyntaxError
+        # Pillow raises SyntaxError for some broken PNG chunks
         kind = ErrorType.CORRUPT_FILE if _known_head(source, limits) else ErrorType.UNKNOWN_FORMAT
         raise DecodeError(stage, kind, f"{name}: {error}") from error
     except OSError as error:
-        # Pillow says 'image file is truncated' with a plain OSError; errors of the operating system have a number
+        # Pillow raises OSError without an errno for truncated images
         kind = ErrorType.READ_FAILED if error.errno else ErrorType.CORRUPT_FILE
         raise DecodeError(stage, kind, f"{name}: {error}") from error
 
 
 def open_binary(source: str | bytes, limits: MediaLimits | None = None) -> Any:
-    """A seekable file object for a URI, part of a file, URL or bytes; remote files are read ahead, not copied whole."""
+    """A seekable file object; remote files are read ahead, not copied."""
     if isinstance(source, bytes):
         return io.BytesIO(source)
     if is_web(source):
         limits = limits or MediaLimits()
-        return open_web(source, limits.allowed_domains, limits.max_download_bytes)
-    part = parse_location(source)
-    return open_file(source) if part is None else open_location(part)
+        retries = (limits.https_attempts, limits.https_backoff_seconds)
+        return open_web(source, limits.allowed_domains, limits.max_download_bytes, *retries)
+    location = parse_location(source)
+    return open_file(source) if location is None else open_location(location)
 
 
 def is_local_file(uri: str) -> bool:
-    """True when `uri` is a whole file on this machine's disks, which libraries may open by its path."""
+    """True for a whole file on a local disk."""
     return not is_web(uri) and parse_location(uri) is None and storage.is_local(uri)
 
 
 def source_name(source: str | bytes) -> str:
-    """What errors call it: a URI without what may be a secret."""
+    """The name used in errors: the URI without parts that may be secret."""
     if isinstance(source, bytes):
         return f"{len(source)} bytes"
     return storage.shown_uri(source)
@@ -201,11 +204,7 @@ def read_head(source: str | bytes, limits: MediaLimits | None = None) -> bytes:
 
 
 def open_container(source: str | bytes, limits: MediaLimits | None = None) -> Any:
-    """A PyAV container with a pinned set of demuxers.
-
-    A local path goes to FFmpeg as `file:/absolute/path`, so that no name can select another protocol; everything
-    else as a file object.
-    """
+    """A PyAV container restricted to FORMAT_WHITELIST; a local path is opened as `file:/absolute/path`."""
     options = {"format_whitelist": ",".join(FORMAT_WHITELIST), "protocol_whitelist": "file"}
     if isinstance(source, str) and is_local_file(source):
         return av.open("file:" + storage.split_uri(source)[1], options=options)
@@ -213,11 +212,7 @@ def open_container(source: str | bytes, limits: MediaLimits | None = None) -> An
 
 
 def video_stream(container: Any, stage: Stage, name: str) -> Any:
-    """The first real video stream; other streams are set to be discarded by the demuxer.
-
-    Raises:
-        DecodeError: when there is none. The cover picture of an audio file is not one.
-    """
+    """The first video stream that is not a cover picture, with all others discarded; a DecodeError without one."""
     videos = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
     if not videos:
         kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "no streams"
@@ -229,10 +224,7 @@ def video_stream(container: Any, stage: Stage, name: str) -> Any:
 
 
 def clock_origin(container: Any, stream: Any) -> int:
-    """The PTS, in ticks of the stream, that is 0 s on the medium's clock.
-
-    0, except for formats whose clock starts anywhere (MPEG-TS and MPEG-PS): their first PTS.
-    """
+    """The PTS in ticks at 0 s of the medium's clock: 0, or the first PTS for MPEG-TS and MPEG-PS."""
     if container.format.flags & av.format.Flags.ts_discont.value:
         return int(stream.start_time or 0)
     return 0

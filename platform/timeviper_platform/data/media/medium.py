@@ -1,4 +1,4 @@
-"""The value that inputs, probing and planning share: one medium, or a clip of one, and what is known about it."""
+"""The value shared by inputs, probing and planning."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HEADER_FIELDS = ("modality", "duration_seconds", "source_fps", "width", "height"
 
 @dataclass(frozen=True, slots=True)
 class Medium:
-    """A video or image, or a clip of a video, with its headers once probed, or the error that rules it out."""
+    """A video, clip or image, with its headers once probed, or its error."""
 
     uri: str
     """Absolute URI; may address a location inside a file."""
@@ -30,7 +30,7 @@ class Medium:
     modality: Modality | None = None
     """None = not probed yet."""
     duration_seconds: Fraction = Fraction(0)
-    """Exclusive end of the last frame on the medium's clock, whatever the clip; 0 for an image."""
+    """Exclusive end of the whole medium on its own clock; 0 for an image."""
     source_fps: float = 0.0
     width: int = 0
     height: int = 0
@@ -44,15 +44,12 @@ class Medium:
         return self.modality is not None
 
     def with_headers(self, probed: Medium) -> Medium:
-        """Copies the header fields, or the error, of a medium probed from the same file."""
+        """Copies the header fields or the error of `probed`."""
         return replace(self, error=probed.error, **{name: getattr(probed, name) for name in HEADER_FIELDS})
 
 
 def media_id_of(uri: str, root: str, start_seconds: float | None = None, end_seconds: float | None = None) -> str:
-    """The default id: the first 32 hex digits of sha256(URI relative to the input root).
-
-    The bounds of a clip are hashed too, so that two clips of one file differ.
-    """
+    """The default id: the first 32 hex digits of sha256(URI relative to the input root, plus a clip's bounds)."""
     text = uri[len(root) :].lstrip("/") if uri.startswith(root.rstrip("/") + "/") else uri
     if start_seconds is not None or end_seconds is not None:
         text += f"#t={start_seconds or 0},{'' if end_seconds is None else end_seconds}"

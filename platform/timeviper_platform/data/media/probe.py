@@ -1,8 +1,4 @@
-"""Headers to facts: modality, duration, size, codec of a medium, without decoding a frame.
-
-Knows how containers state durations, and probes many media at a time in threads of this process; in one that may crash
-or hang it is isolation.py's. Does not know plans or stores.
-"""
+"""Reads modality, duration, size and codec from a medium's headers, and the version and hash of its file."""
 
 from __future__ import annotations
 
@@ -24,10 +20,10 @@ from timeviper_platform.data.media.container import (
     ErrorType,
     MediaLimits,
     clock_origin,
+    decode_errors,
     open_binary,
     open_container,
     read_head,
-    reading,
     sniff_modality,
     source_name,
     video_stream,
@@ -37,13 +33,13 @@ from timeviper_platform.data.media.locations import RangeLocation, parse_locatio
 from timeviper_platform.data.media.medium import Medium
 
 AV_TIME_BASE = 1_000_000
-"""FFmpeg states container durations in microseconds."""
+"""Container durations of FFmpeg are in microseconds."""
 
 STEADY_RATE_TOLERANCE = Fraction(1, 100)
-"""A stream whose average rate is further from its base rate than this has a variable frame rate."""
+"""Relative distance between average and base rate from which a frame rate counts as variable."""
 
 PROBE_THREADS = 16
-"""Probing waits for disks and object stores."""
+"""Probing mostly waits for disks and object stores."""
 
 
 class ProbeSource(Protocol):
@@ -55,12 +51,11 @@ class ProbeSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LocalProbes:
-    """A ProbeSource in this process."""
+    """ProbeSource in this process."""
 
     limits: MediaLimits
 
     def probe(self, media: Sequence[Medium]) -> list[Medium]:
-        """See `ProbeSource.probe`."""
         with ThreadPoolExecutor(PROBE_THREADS) as pool:
             return list(pool.map(self._probe, media))
 
@@ -72,17 +67,13 @@ class LocalProbes:
 
 
 def probe_media(source: str | bytes, limits: MediaLimits | None = None) -> Medium:
-    """The medium at `source` with its header fields.
-
-    Args:
-        source: a URI, or the file's bytes.
-        limits: defaults when None.
+    """The medium at `source` (a URI or a file's bytes) with its header fields.
 
     Raises:
-        DecodeError: when it is missing, empty, no medium, or past a limit.
+        DecodeError: when it is missing, empty, not a medium, or over a limit.
     """
     limits = limits or MediaLimits()
-    with reading("probe", source, limits):
+    with decode_errors("probe", source, limits):
         head = read_head(source, limits)
         if not head:
             raise DecodeError("probe", ErrorType.EMPTY_FILE, f"{source_name(source)}: the file has 0 bytes")
@@ -92,23 +83,19 @@ def probe_media(source: str | bytes, limits: MediaLimits | None = None) -> Mediu
             "probe",
             ErrorType.TOO_MANY_PIXELS,
             f"{source_name(source)}: {probe.width} x {probe.height} is past {limits.max_pixels = };"
-            " raise it if memory lasts",
+            " raise it if there is enough memory",
         )
     return probe
 
 
 def file_version(uri: str, limits: MediaLimits | None = None) -> FileVersion:
-    """Size, etag, and what tells this content from a later one under the same name: of a file, a part of one, or a URL.
-
-    Raises:
-        DecodeError: when it is missing.
-    """
-    part = parse_location(uri)
-    if part is not None:
-        whole = file_version(part.uri)
-        size = part.size if isinstance(part, RangeLocation) else whole.size
-        return FileVersion(size, whole.etag, f"{whole.text}/{'-'.join(str(value) for value in part[1:])}")
-    with reading("probe", uri, limits):
+    """The version of a file, location or URL; a DecodeError when it is missing."""
+    location = parse_location(uri)
+    if location is not None:
+        whole = file_version(location.uri)
+        size = location.size if isinstance(location, RangeLocation) else whole.size
+        return FileVersion(size, whole.etag, f"{whole.text}/{'-'.join(str(value) for value in location[1:])}")
+    with decode_errors("probe", uri, limits):
         if is_web(uri):
             with open_binary(uri, limits) as file:
                 web = file.raw
@@ -124,20 +111,16 @@ def file_version(uri: str, limits: MediaLimits | None = None) -> FileVersion:
 
 
 def sha256_of(uri: str, limits: MediaLimits | None = None) -> str:
-    """sha256 of a file's bytes, read in pieces.
-
-    Raises:
-        DecodeError: when it cannot be read.
-    """
-    with reading("probe", uri, limits), open_binary(uri, limits) as file:
+    """sha256 of a file's bytes, as hex digits."""
+    with decode_errors("probe", uri, limits), open_binary(uri, limits) as file:
         digest = hashlib.sha256()
-        while piece := file.read(1 << 20):
-            digest.update(piece)
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
         return digest.hexdigest()
 
 
 def _probe_image(source: str | bytes, limits: MediaLimits) -> Medium:
-    with open_binary(source, limits) as file, Image.open(file, formats=IMAGE_FORMATS) as image:  # the header alone
+    with open_binary(source, limits) as file, Image.open(file, formats=IMAGE_FORMATS) as image:  # reads the header only
         width, height = image.size
         codec = (image.format or "").lower()
     return Medium(
@@ -158,11 +141,13 @@ def _probe_video(source: str | bytes, limits: MediaLimits) -> Medium:
             end = Fraction(container.duration, AV_TIME_BASE)
         else:
             raise DecodeError(
-                "probe", ErrorType.NO_DURATION, f"{source_name(source)}: no header states a duration; remux the file"
+                "probe", ErrorType.NO_DURATION, f"{source_name(source)}: no header has a duration; remux the file"
             )
         context = stream.codec_context
         if not context.width or not context.height:
-            raise DecodeError("probe", ErrorType.CORRUPT_FILE, f"{source_name(source)}: the video stream has no size")
+            raise DecodeError(
+                "probe", ErrorType.CORRUPT_FILE, f"{source_name(source)}: the video stream has no frame size"
+            )
         return Medium(
             source if isinstance(source, str) else source_name(source),
             modality="video",
@@ -175,9 +160,9 @@ def _probe_video(source: str | bytes, limits: MediaLimits) -> Medium:
 
 
 def _stream_end(container: Any, stream: Any) -> Fraction:
-    """Where the stream's header says that it ends; where its last packets do, for a variable frame rate.
+    """End of the stream by its header, or by its last packets for a variable frame rate.
 
-    MP4 states durations by DTS: with B frames and a variable rate that may be seconds before the last PTS.
+    MP4 durations count DTS: with B-frames and a variable rate they may end seconds before the last PTS.
     """
     origin = clock_origin(container, stream)
     end = (stream.start_time or 0) + stream.duration

@@ -1,1 +1,1 @@
-"""From times to frames: `frames` holds the values, `sampling` the one clock."""
+"""From sampling times to frames."""

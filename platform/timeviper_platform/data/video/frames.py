@@ -1,4 +1,4 @@
-"""."""
+"""Decoded frames, and the protocol of the readers that decode them."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from timeviper_platform.data.media.container import (
 )
 
 MAX_TAIL_SECONDS = 1
-"""How much longer than its pictures a container may say it is (sound often is) before samples count as missing."""
+"""Times this far past the last frame do not count as missing: sound is often longer."""
 
 
 class BackendUnfitError(Exception):
-    """A backend would not show the frames of a file that PyAV does; says why."""
+    """A backend would return other frames of a file than PyAV."""
 
 
 @dataclass(frozen=True, slots=True)
 class FrameBatch:
-    """Decoded frames of one medium, ascending in time; checks itself when built."""
+    """Decoded frames of one medium, ascending in time."""
 
     frames: np.ndarray
     """(F, H, W, 3) uint8, RGB"""
     pts_seconds: np.ndarray
-    """(F,) float64: PTS of each frame"""
+    """(F,) float64"""
     times_seconds: np.ndarray
-    """(F,) float64: the t it was sampled for"""
+    """(F,) float64: sampling time t of each frame"""
     num_missing: int = 0
-    """samples that could not be decoded"""
+    """Frames that could not be decoded."""
 
     def __post_init__(self) -> None:
         count = len(self.frames)
@@ -48,25 +48,21 @@ class FrameBatch:
 
 
 class VideoReader(Protocol):
-    """An open video that can be sampled again and again; cheapest in ascending order."""
+    """An open video; sampling is cheapest in ascending order."""
 
     def sample(self, times: Sequence[Fraction]) -> FrameBatch:
-        """The frames on screen at `times` (ascending), those that decode; the others are counted as missing.
+        """The frames on screen at `times` (ascending). Those that do not decode count as missing.
 
         Raises:
-            DecodeError: when the file cannot be read any more.
+            DecodeError: when the file can no longer be read.
         """
 
     def close(self) -> None:
-        """Gives file and decoder back."""
+        """Closes file and decoder."""
 
 
 def check_size(width: int, height: int, limits: MediaLimits, stage: Stage, name: str) -> None:
-    """Passes for pictures within `limits`; a stream may change its size after the header.
-
-    Raises:
-        DecodeError: past `max_pixels`.
-    """
+    """Raises a DecodeError for frames over `max_pixels`."""
     if width * height > limits.max_pixels:
-        message = f"{name}: {width} x {height} is past {limits.max_pixels = }"
+        message = f"{name}: {width} x {height} is over {limits.max_pixels = }"
         raise DecodeError(stage, ErrorType.TOO_MANY_PIXELS, message)

@@ -1,10 +1,8 @@
-"""Is the way to a wanted time shorter through a seek? Answered from the index that a container carries, by cost.
+"""Decides by a container's index whether a seek to a keyframe is cheaper than reading on.
 
-Knows timestamps, bytes and what a seek costs; nothing of packets or pixels. MP4 and AVI index every frame, Matroska its
-keyframes (once something has sought), transport streams nothing.
+MP4 and AVI index every frame, Matroska its keyframes (after the first seek), transport streams nothing.
 
-    here     keyframe          wanted        walking on reads the packets of both gaps and decodes those of the second;
-    P ------ K --------------- t             a seek to K decodes the same and reads no packet of the first
+    P ------ K --------------- t    Both ways decode the packets from keyframe K to t; a seek skips reading P..K.
 """
 
 from __future__ import annotations
@@ -13,17 +11,17 @@ from fractions import Fraction
 from typing import Any
 
 SEEK_PACKETS = 40
-"""A seek in a local file costs about as much as reading so many packets (0.3 ms): emptied buffers, a new walk."""
+"""Cost of a seek in a local file (0.3 ms)."""
 
 REMOTE_SEEK_BYTES = 4 << 20
-"""A seek in a remote file drops what was read ahead and asks anew: as long as 4 MB take to come."""
+"""Cost of a seek in a remote file, which drops its read-ahead."""
 
 BLIND_SEEK_SECONDS = 20
-"""Without an index a jump further ahead than this is a seek: keyframes are seldom further apart."""
+"""Without an index, seek beyond this distance: keyframes are seldom further apart."""
 
 
 class KeyframeIndex:
-    """The index of one open stream; grows with what its container learns."""
+    """The index of an open stream, which may grow while the stream is read."""
 
     def __init__(self, stream: Any, time_base: Fraction, *, is_local: bool) -> None:
         self._entries = stream.index_entries
@@ -32,18 +30,18 @@ class KeyframeIndex:
         self._is_local = is_local
 
     def seek_target(self, position: int, tick: int, reorder: int) -> int | None:
-        """The timestamp to seek to on the way from `position` to `tick`; None where walking on costs less.
+        """The timestamp to seek to on the way from `position` to `tick`; None when reading on is cheaper.
 
         Args:
-            position: DTS of the last packet that was read.
-            tick: the time whose frame is wanted, after `position`.
-            reorder: by how much PTS run ahead of DTS, which indices are in.
+            position: DTS of the last packet read.
+            tick: PTS to reach, after `position`.
+            reorder: PTS - DTS; indices are in DTS.
         """
-        place = self._entries.search_timestamp(tick - reorder) if len(self._entries) else -1
+        entry = self._entries.search_timestamp(tick - reorder) if len(self._entries) else -1
         gap_seconds = float((tick - position) * self._time_base)
-        if place < 0 or (place == len(self._entries) - 1 and self._entries[place].timestamp <= position):
-            return tick if gap_seconds > BLIND_SEEK_SECONDS else None  # no index, or one that ends before the tick
-        target = self._entries[place]
+        if entry < 0 or (entry == len(self._entries) - 1 and self._entries[entry].timestamp <= position):
+            return tick if gap_seconds > BLIND_SEEK_SECONDS else None  # no index, or it ends before the tick
+        target = self._entries[entry]
         skipped_seconds = float((target.timestamp - position) * self._time_base)
         if skipped_seconds <= 0:
             return None

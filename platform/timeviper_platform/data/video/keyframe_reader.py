@@ -1,7 +1,7 @@
-"""Sampling by keyframes: of each step of the sampling grid its last keyframe, if it has one. No other frame is decoded.
+"""Samples the last keyframe of each step of the sampling grid, and decodes no other frame.
 
-Knows packets and seeks, through PyAV. The rule is local, so that segments agree without knowing each other: the time t
-shows the last keyframe with t - step < PTS <= t. A step without a keyframe has no frame, and that is nothing missing.
+The frame of time t is the last keyframe with t - step < PTS <= t. A step without a keyframe has no frame, which does
+not count as missing.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from av.video.reformatter import VideoReformatter
 from timeviper_platform.data.media.container import (
     MediaLimits,
     clock_origin,
+    decode_errors,
     open_container,
-    reading,
     source_name,
     video_stream,
 )
@@ -30,15 +30,11 @@ from timeviper_platform.data.video.pyav_reader import scale_frame
 logger = logging.getLogger(__name__)
 
 JUMP_SECONDS = 10
-"""so far ahead a seek is cheaper than reading on"""
+"""Distance from which a seek is cheaper than reading on."""
 
 
 class KeyframeReader:
-    """A VideoReader of one video's keyframes, on one thread.
-
-    Raises:
-        DecodeError: when the video cannot be opened.
-    """
+    """VideoReader of a video's keyframes, on one thread."""
 
     def __init__(
         self, source: str | bytes, image_size: int, *, step: Fraction, limits: MediaLimits | None = None
@@ -48,43 +44,42 @@ class KeyframeReader:
         self._limits = limits or MediaLimits()
         self._reformatter = VideoReformatter()
         self._packets: Iterator[Any]
-        self._held: Any = None  # a packet that was read too early
-        self._position: int  # keyframes up to here were read
-        with reading("decode_video", source, self._limits):
+        self._held: Any = None  # a packet past the last requested time
+        self._position: int  # keyframes are read up to here
+        with decode_errors("decode_video", source, self._limits):
             self._open()
 
     def sample(self, times: Sequence[Fraction]) -> FrameBatch:
-        """See `VideoReader.sample`; of times whose step has no keyframe nothing is said."""
+        """See `VideoReader.sample`; leaves out times without a keyframe."""
         ticks = [self._tick(t) for t in times]
         if ticks != sorted(ticks):
             raise ValueError("sampling times must ascend")
-        wanted: dict[int, Any] = {}  # place in `times` to packet
+        packets: dict[int, Any] = {}  # by index in `times`
         kept: list[tuple[Fraction, int, np.ndarray]] = []
-        with reading("decode_video", self._source, self._limits):
+        with decode_errors("decode_video", self._source, self._limits):
             if ticks:
                 for packet in self._keyframes(self._tick(times[0] - self._step), ticks[-1]):
-                    wanted[bisect.bisect_left(ticks, _stamp(packet))] = packet  # a later one of the same step stays
-            for place, packet in wanted.items():
+                    packets[bisect.bisect_left(ticks, _stamp(packet))] = packet  # the last of a step wins
+            for index, packet in packets.items():
                 pixels = self._decode(packet)
                 if pixels is not None:
-                    kept.append((times[place], _stamp(packet), pixels))
+                    kept.append((times[index], _stamp(packet), pixels))
         size = self._image_size
         return FrameBatch(
             np.stack([pixels for _, _, pixels in kept]) if kept else np.empty((0, size, size, 3), np.uint8),
             np.array([float((pts - self._origin) * self._time_base) for _, pts, _ in kept]),
             np.array([float(t) for t, _, _ in kept]),
-            len(wanted) - len(kept),
+            len(packets) - len(kept),
         )
 
     def close(self) -> None:
-        """See `VideoReader.close`."""
         self._container.close()
 
     def _tick(self, t: Fraction) -> int:
         return self._origin + int(t // self._time_base)
 
     def _keyframes(self, after: int, until: int) -> Iterator[Any]:
-        """Packets of the keyframes with after < PTS <= until, ascending."""
+        """Keyframe packets with after < PTS <= until, ascending."""
         if after < self._position or after - self._position > JUMP_SECONDS / self._time_base:
             self._seek(after)
         self._position = until
@@ -98,7 +93,7 @@ class KeyframeReader:
                 yield packet
 
     def _next_packet(self) -> Any:
-        """The next packet with a time, or None at the end."""
+        """The next packet with a timestamp; None at the end."""
         packet, self._held = self._held, None
         while packet is None or (packet.pts is None and packet.dts is None):
             try:
@@ -111,7 +106,7 @@ class KeyframeReader:
         return packet
 
     def _seek(self, tick: int) -> None:
-        """To a keyframe at or before `tick`, or to the start."""
+        """Seeks to a keyframe at or before `tick`, or to the start."""
         target, back = tick, max(1, round(2 / self._time_base))
         while target > self._origin:
             try:
@@ -129,7 +124,7 @@ class KeyframeReader:
         self._open()
 
     def _decode(self, packet: Any) -> np.ndarray | None:
-        """The keyframe's pixels; it refers to no other frame."""
+        """The keyframe's pixels, or None when it does not decode."""
         context = self._stream.codec_context
         context.flush_buffers()
         try:

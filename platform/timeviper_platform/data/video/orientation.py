@@ -1,7 +1,4 @@
-"""A frame's display matrix to upright pixels, as phones write it into what they film.
-
-Knows quarter turns and mirrors alone: any other angle counts as the nearest of them. Does not know files or decoders.
-"""
+"""Turns frames upright by their display matrix, rounded to quarter turns and mirrors."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ import numpy as np
 
 
 class Orientation(NamedTuple):
-    """How stored pixels become those to look at: exchange rows and columns, then reverse either."""
+    """Stored to upright pixels: swap the axes, then reverse rows or columns."""
 
     swaps_axes: bool = False
     reverses_rows: bool = False
@@ -19,7 +16,7 @@ class Orientation(NamedTuple):
 
     @property
     def counterclockwise_degrees(self) -> int | None:
-        """0, 90, 180 or 270; None for a mirror image, which no rotation gives."""
+        """0, 90, 180 or 270; None for mirror images."""
         if (self.reverses_rows != self.reverses_columns) != self.swaps_axes:
             return None
         return (90 if self.reverses_rows else 270) if self.swaps_axes else (180 if self.reverses_rows else 0)
@@ -29,10 +26,10 @@ UPRIGHT = Orientation()
 
 
 def orientation_of(frame: Any) -> Orientation:
-    """What the display matrix of a decoded frame says; upright where it has none.
+    """The orientation by a decoded frame's display matrix; upright without one.
 
-    The matrix (FFmpeg's libavutil/display.h, as in ISO/IEC 14496-12) moves the pixel at column p, row q to column
-    a p + c q, row b p + d q, then into view; its first rows are (a, b, u) and (c, d, v).
+    The matrix (libavutil/display.h, ISO/IEC 14496-12) moves the pixel at column p, row q to column a p + c q,
+    row b p + d q; its first rows are (a, b, u) and (c, d, v).
     """
     matrix = next((bytes(data) for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), b"")
     if len(matrix) != 9 * 4:
@@ -44,6 +41,6 @@ def orientation_of(frame: Any) -> Orientation:
 
 
 def turn_upright(pixels: np.ndarray, orientation: Orientation) -> np.ndarray:
-    """(H, W, 3) pixels as they are to be looked at; a view of the same memory."""
+    """A view of (H, W, 3) pixels, upright."""
     turned = pixels.swapaxes(0, 1) if orientation.swaps_axes else pixels
     return turned[:: -1 if orientation.reverses_rows else 1, :: -1 if orientation.reverses_columns else 1]

@@ -1,11 +1,8 @@
-"""Sampling with PyAV: exact, and without decoding what nothing wanted refers to.
+"""Samples exactly with PyAV, and decodes only wanted frames and their references.
 
-Walks packets in decode order; lookahead.py says which of them hold wanted frames. Those before are held back until a
-wanted one is seen: when a keyframe comes between, none of them is decoded at all. The rest is sent with
-`skip_frame = NONREF`: the decoder drops them when no other frame refers to them (most B frames), which changes no
-pixel of what remains. Skipping non-reference frames everywhere, as players do, would return neighbours of the wanted
-frames instead. keyframe_index.py says where a seek is cheaper than reading on.
-Streams whose packets state no PTS, or none of use (H.264 in AVI), are decoded frame by frame.
+Packets are held back until `LookAhead` finds a wanted one, and dropped if a keyframe comes first. All but the wanted
+packets are decoded with `skip_frame = NONREF`, which drops frames that no other frame refers to (most B-frames) and
+changes no pixel of the rest. Streams without usable PTS (H.264 in AVI) are decoded frame by frame.
 
     decode order   P8   b7   I0   P4   B2   b1   b3   P8 ...    t = 1 wants b1: I0, P4 and B2 are references and
     sent with       -    -   skip skip skip ALL  skip skip      decoded anyway, b1 because it is wanted, b3 is dropped
@@ -28,9 +25,9 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from timeviper_platform.data.media.container import (
     MediaLimits,
     clock_origin,
+    decode_errors,
     is_local_file,
     open_container,
-    reading,
     source_name,
     video_stream,
 )
@@ -43,64 +40,61 @@ logger = logging.getLogger(__name__)
 
 MAX_HELD_PACKETS = 400
 MAX_HELD_BYTES = 32 << 20
-"""Of packets held back until a wanted one is seen."""
+"""Limits of the packets held back."""
 
 STEP_BACK_SECONDS = 2
-"""Containers seek by DTS or by byte and may land past the wanted PTS: step back, twice as far each time."""
+"""Containers seek by DTS or byte and may land past the wanted PTS: step back, doubling each time."""
 
 MAX_REORDER = 16
-"""Frames that H.264 and HEVC decoders may hold back; a frame that this many later ones overtook will not come."""
+"""Frames that H.264 and HEVC decoders may reorder: one overtaken by more will not come."""
 
 
 class _NoTimestamps(Exception):
-    """Packets without PTS, or with a DTS that lied."""
+    """Packets without PTS, or with a wrong DTS."""
 
 
 @dataclass(slots=True)
 class _Walk:
-    """Where a reader stands between two keyframe jumps."""
+    """State of a reader between two seeks."""
 
     packets: Iterator[Any]
     every_frame: Iterator[tuple[int, Any]]
-    """used by the plain way alone"""
+    """For full decoding only."""
     end_tick: int
-    """when the last frame seen so far leaves the screen"""
+    """End of the last frame read."""
     ahead: LookAhead
     read_until: int | None = None
-    """DTS of the last packet read"""
+    """DTS of the last packet read."""
     reorder: int = 0
-    """by how much PTS run ahead of DTS at the last keyframe"""
+    """PTS - DTS of the last keyframe."""
     pending: deque[Any] = field(default_factory=deque)
-    """packets read but not sent, in decode order"""
+    """Packets read but not decoded, in decode order."""
     held: set[int] = field(default_factory=set)
-    """their PTS"""
+    """PTS of the pending packets."""
     held_bytes: int = 0
     is_cut: bool = False
-    """True when packets before the first pending one are left out, so that the decoder must begin anew"""
-    asked: int | None = None
-    """the last tick for which a seek was considered"""
+    """True when packets before the first pending one were dropped."""
+    considered: int | None = None
+    """The last tick for which a seek was considered."""
     recent: dict[int, Any] = field(default_factory=dict)
-    """decoded frames by PTS that may be wanted (again)"""
+    """Decoded frames by PTS that may be wanted again."""
     emitted: deque[int] = field(default_factory=lambda: deque(maxlen=4 * MAX_REORDER))
     position: int | None = None
-    """the last tick that was asked for"""
+    """The last requested tick."""
     at_end: bool = False
     is_flushed: bool = False
     shown: tuple[int, Any] | None = None
+    """For full decoding only."""
     next_frame: tuple[int, Any] | None = None
-    """both used by the plain way alone"""
+    """For full decoding only."""
 
 
 def scale_frame(
     frame: Any, image_size: int, reformatter: VideoReformatter, *, limits: MediaLimits, name: str
 ) -> np.ndarray:
-    """A decoded frame as (image_size, image_size, 3) uint8 RGB, upright: turning a square changes no other pixel.
-
-    Raises:
-        DecodeError: when it is larger than `limits`.
-    """
+    """A decoded frame as (image_size, image_size, 3) uint8 RGB, upright."""
     check_size(frame.width, frame.height, limits, "decode_video", name)
-    # one thread: slices would make pixels depend on the number of cores, and cost twice as much for small pictures
+    # one thread: slices would make pixels depend on the number of cores
     scaled = reformatter.reformat(
         frame, image_size, image_size, "rgb24", interpolation=Interpolation.BICUBIC, threads=1
     )
@@ -108,11 +102,7 @@ def scale_frame(
 
 
 class PyAVReader:
-    """A VideoReader of one video, on one thread: parallel work is the business of the workers around it.
-
-    Raises:
-        DecodeError: when the video cannot be opened.
-    """
+    """VideoReader on one thread."""
 
     def __init__(self, source: str | bytes, image_size: int, *, limits: MediaLimits | None = None) -> None:
         self._source = source
@@ -120,18 +110,17 @@ class PyAVReader:
         self._image_size = image_size
         self._limits = limits or MediaLimits()
         self._reformatter = VideoReformatter()
-        self._pixels: dict[int, np.ndarray] = {}  # of the frames wanted now, by PTS
-        with reading("decode_video", source, self._limits):
+        self._pixels: dict[int, np.ndarray] = {}  # of the wanted frames, by PTS
+        with decode_errors("decode_video", source, self._limits):
             self._open()
-        # AVI has no PTS: with B frames, what FFmpeg states is the order of decoding
+        # AVI has no PTS: with B-frames, FFmpeg's are in decode order
         self._has_timestamps = self._container.format.name != "avi" or not self._context.has_b_frames
 
     def sample(self, times: Sequence[Fraction]) -> FrameBatch:
-        """See `VideoReader.sample`."""
         ticks = [self._origin + int(t // self._time_base) for t in times]  # PTS <= t, in whole ticks
         if ticks != sorted(ticks):
             raise ValueError("sampling times must ascend")
-        with reading("decode_video", self._source, self._limits):
+        with decode_errors("decode_video", self._source, self._limits):
             found = self._find(ticks) if ticks else {}
         kept = [(t, *found[tick]) for t, tick in zip(times, ticks, strict=True) if tick in found]
         size = self._image_size
@@ -143,22 +132,21 @@ class PyAVReader:
         )
 
     def close(self) -> None:
-        """See `VideoReader.close`."""
         self._container.close()
 
     def _find(self, ticks: Sequence[int]) -> dict[int, tuple[int, np.ndarray]]:
-        """For every tick whose frame decodes: the frame's PTS and pixels."""
+        """PTS and pixels of every tick whose frame decodes."""
         if self._has_timestamps:
             try:
                 return self._find_selectively(ticks)
             except _NoTimestamps as error:
-                logger.info("%s: %s; decoding every frame of it", self._name, error)
+                logger.info("%s: %s; decoding every frame", self._name, error)
                 self._has_timestamps = False
                 self._reopen()
-        return self._find_plainly(ticks)
+        return self._find_fully(ticks)
 
     def _is_tail(self, tick: int) -> bool:
-        """True for a time after the last frame that the container still counts as its own."""
+        """True for times after the last frame, within MAX_TAIL_SECONDS."""
         return (
             self._walk.at_end and self._walk.end_tick <= tick < self._walk.end_tick + MAX_TAIL_SECONDS / self._time_base
         )
@@ -166,7 +154,7 @@ class PyAVReader:
     def _scale(self, frame: Any) -> np.ndarray:
         return scale_frame(frame, self._image_size, self._reformatter, limits=self._limits, name=self._name)
 
-    # -- selective: what is wanted, and what that refers to -------------------------------------------------------
+    # -- selective decoding: wanted frames and their references -----------------------------------------------------
 
     def _find_selectively(self, ticks: Sequence[int]) -> dict[int, tuple[int, np.ndarray]]:
         if self._walk.position is not None and ticks[0] < self._walk.position:
@@ -182,26 +170,26 @@ class PyAVReader:
         return {tick: (pts, self._pixels[pts]) for tick, pts in self._walk.ahead.pts_of.items() if pts in self._pixels}
 
     def _is_complete(self) -> bool:
-        """True when every wanted frame is there, or was overtaken by so many later ones that it will not come."""
+        """True when every wanted frame is decoded, or overtaken by MAX_REORDER later ones."""
         return self._walk.ahead.is_resolved and all(
             sum(later > pts for later in self._walk.emitted) > MAX_REORDER
             for pts in self._walk.ahead.wanted - self._pixels.keys()
         )
 
     def _collect(self) -> None:
-        """Scales decoded frames that are wanted; keeps those that this call or the next may still want."""
+        """Scales wanted frames; keeps those that may be wanted again."""
         for pts in self._walk.recent.keys() & self._walk.ahead.wanted - self._pixels.keys():
             self._pixels[pts] = self._scale(self._walk.recent[pts])
         self._walk.recent = {pts: frame for pts, frame in self._walk.recent.items() if self._walk.ahead.may_want(pts)}
 
     def _step(self) -> None:
-        """Sends the oldest packet to the decoder if it must be; else seeks or reads one more."""
+        """Decodes the oldest packet if it is due; else seeks or reads one more."""
         walk = self._walk
         if walk.pending and self._is_due():
             packet = walk.pending[0]
             needed = packet.pts is not None and not packet.is_discard and walk.ahead.needed(packet.pts)
             if needed is not None:
-                self._begin_anew_after_cut()
+                self._flush_after_cut()
                 walk.pending.popleft()
                 walk.held.discard(packet.pts)
                 walk.held_bytes -= packet.size
@@ -214,7 +202,7 @@ class PyAVReader:
             self._take(self._next_packet())
 
     def _is_due(self) -> bool:
-        """True when packets need not be held back any more: a wanted one is among them, or too many are."""
+        """True when pending packets must be decoded."""
         walk = self._walk
         return (
             walk.ahead.is_resolved
@@ -228,7 +216,7 @@ class PyAVReader:
         return not self._walk.held.isdisjoint(self._walk.ahead.wanted)
 
     def _take(self, packet: Any) -> None:
-        """Notes what was read; a keyframe that wanted frames lie behind makes the packets held before it useless."""
+        """Adds a packet; a keyframe at or before the next tick drops the held ones."""
         walk = self._walk
         if packet is None:
             walk.at_end = True
@@ -247,17 +235,17 @@ class PyAVReader:
                 walk.is_cut = True
         walk.pending.append(packet)
         walk.held_bytes += packet.size
-        if packet.is_discard:  # before an edit list's start: referred to, but never shown
+        if packet.is_discard:  # before an edit list's start: a reference that is never shown
             return
         walk.held.add(packet.pts)
-        self._note_end(packet.pts, packet.duration)
+        self._extend_end(packet.pts, packet.duration)
         try:
             walk.ahead.add(packet.pts, packet.dts)
         except ValueError as error:
             raise _NoTimestamps(str(error)) from error
 
-    def _begin_anew_after_cut(self) -> None:
-        """Has the decoder give all it holds, and forget it: what comes next follows nothing that it has seen."""
+    def _flush_after_cut(self) -> None:
+        """Drains and flushes the decoder when packets were dropped."""
         if self._walk.is_cut:
             self._walk.is_cut = False
             self._decode(None, True)
@@ -274,23 +262,23 @@ class PyAVReader:
                 self._walk.recent[frame.pts] = frame
 
     def _jump(self) -> bool:
-        """Seeks to the next wanted frame where that is cheaper than reading on; considered once a frame."""
+        """Seeks to the next wanted frame if that is cheaper than reading on; considered once per tick."""
         tick = self._walk.ahead.next_open
-        if tick is None or tick == self._walk.asked or self._holds_wanted():
+        if tick is None or tick == self._walk.considered or self._holds_wanted():
             return False
-        self._walk.asked = tick
+        self._walk.considered = tick
         position = self._origin if self._walk.read_until is None else self._walk.read_until
         target = self._index.seek_target(position, tick, self._walk.reorder)
         if target is None:
             return False
         self._walk.is_cut = True
-        self._begin_anew_after_cut()
+        self._flush_after_cut()
         self._seek(target, tick)
-        self._walk.asked = tick
+        self._walk.considered = tick
         return True
 
     def _seek(self, target: int, tick: int) -> None:
-        """Goes on from a keyframe whose PTS is at or before `tick`: that at `target`, an earlier one, or the start."""
+        """Continues from a keyframe at or before `tick`: that at `target`, an earlier one, or the start."""
         step = int(STEP_BACK_SECONDS / self._time_base)
         ahead = self._walk.ahead
         while target > self._origin:
@@ -301,7 +289,6 @@ class PyAVReader:
                 break
             self._restart(ahead)
             packet = self._next_packet()
-            # the frame of `tick` has a PTS of at least the keyframe's: nothing of it lies before the keyframe
             if packet is not None and packet.is_keyframe and packet.pts is not None and packet.pts <= tick:
                 self._take(packet)
                 return
@@ -310,9 +297,9 @@ class PyAVReader:
         self._container.close()
         self._open(ahead)
 
-    # -- plain: every frame, for streams without timestamps --------------------------------------------------------
+    # -- full decoding, for streams without timestamps ---------------------------------------------------------------
 
-    def _find_plainly(self, ticks: Sequence[int]) -> dict[int, tuple[int, np.ndarray]]:
+    def _find_fully(self, ticks: Sequence[int]) -> dict[int, tuple[int, np.ndarray]]:
         if self._walk.position is not None and ticks[0] < self._walk.position:
             self._reopen()
         self._walk.position = ticks[-1]
@@ -333,10 +320,7 @@ class PyAVReader:
         return found
 
     def _frames(self) -> Iterator[tuple[int, Any]]:
-        """Every frame with the time at which it is shown.
-
-        Decoders emit in the order of display whatever the packets say, so the n-th frame has the n-th smallest stamp.
-        """
+        """Every frame with its PTS: in display order the n-th frame has the n-th smallest timestamp."""
         self._context.skip_frame = "DEFAULT"
         stamps: list[int] = []
         while not self._walk.at_end:
@@ -345,12 +329,12 @@ class PyAVReader:
             stamp = None if packet is None else packet.dts if packet.pts is None else packet.pts
             if stamp is not None:
                 heapq.heappush(stamps, stamp)
-                self._note_end(stamp, packet.duration)
+                self._extend_end(stamp, packet.duration)
             for frame in self._send(packet):
                 if stamps:
                     yield heapq.heappop(stamps), frame
 
-    # -- the file ------------------------------------------------------------------------------------------------
+    # -- container and decoder ---------------------------------------------------------------------------------------
 
     def _open(self, ahead: LookAhead | None = None) -> None:
         self._container = open_container(self._source, self._limits)
@@ -370,12 +354,12 @@ class PyAVReader:
         self._open()
 
     def _restart(self, ahead: LookAhead) -> None:
-        """Begins a walk where the demuxer stands; `ahead` keeps its ticks."""
+        """Starts a new walk at the demuxer's position; `ahead` keeps its ticks."""
         ahead.restart()
         self._walk = _Walk(self._container.demux(self._stream), self._frames(), self._origin, ahead)
 
     def _next_packet(self) -> Any:
-        """The next packet with data, or None at the end."""
+        """The next packet with data; None at the end."""
         try:
             packet = next(self._walk.packets, None)
         except av.error.FFmpegError as error:
@@ -383,11 +367,11 @@ class PyAVReader:
             return None
         return None if packet is None or packet.size == 0 else packet
 
-    def _note_end(self, pts: int, duration: int | None) -> None:
+    def _extend_end(self, pts: int, duration: int | None) -> None:
         self._walk.end_tick = max(self._walk.end_tick, pts + (duration or self._frame_ticks))
 
     def _send(self, packet: Any) -> list[Any]:
-        """What the decoder gives for a packet (None = give all you hold); damaged packets give nothing."""
+        """Decodes a packet (None = drain the decoder); damaged packets yield nothing."""
         try:
             return list(self._context.decode(packet))
         except av.error.FFmpegError as error:

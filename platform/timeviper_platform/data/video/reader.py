@@ -1,11 +1,6 @@
-"""Media and sampling times to frames: uint8 at the encoder's size, each with the PTS that was on screen.
+"""Decodes images, and the frames of a video at sampling times, as uint8 at the encoder's size.
 
-Knows the sampling rule, images, and a pool of open decoders. Does not know the store, encoders or Ray; how a container
-is walked is the backends' business (decode_pyav.py, decode_decord.py, decode_torchcodec.py). Preprocessing and serving
-both decode here.
-
-The rule: the frame of time t is the last one with PTS <= t, the first one for t before it, compared as integers in the
-stream's time base. Average frame rates are never used.
+The frame of time t is the last one with PTS <= t (or the first frame), compared as integers in the stream's time base.
 """
 
 from __future__ import annotations
@@ -25,8 +20,8 @@ from timeviper_platform.data.media.container import (
     DecodeError,
     ErrorType,
     MediaLimits,
+    decode_errors,
     open_binary,
-    reading,
     source_name,
 )
 from timeviper_platform.data.media.probe import probe_media
@@ -46,14 +41,14 @@ def open_video(
     backend: Backend = "pyav",
     keyframe_step: Fraction | None = None,
 ) -> VideoReader:
-    """An open video whose frames come scaled to image_size x image_size, bicubic.
+    """Opens a video whose frames are scaled to image_size x image_size, bicubic.
 
     Args:
         source: path, URI or bytes.
-        image_size: of the frames.
-        limits: of the medium.
-        backend: for all but keyframes, which are PyAV's, as is any file of which the backend would show other frames.
-        keyframe_step: of the sampling grid, where keyframes alone are wanted; see decode_keyframes.py.
+        image_size: side of the frames in pixels.
+        limits: None = defaults.
+        backend: PyAV replaces it for keyframes, and for files that BackendUnfitError rules out.
+        keyframe_step: see `KeyframeReader`; None = all frames.
 
     Raises:
         DecodeError: when it cannot be opened.
@@ -72,18 +67,14 @@ def open_video(
 
             return TorchcodecReader(source, image_size, limits=limits, backend=backend)
     except BackendUnfitError as reason:
-        logger.info("%s is PyAV's, not %s's: %s", source_name(source), backend, reason)
+        logger.info("%s: falling back from %s to PyAV: %s", source_name(source), backend, reason)
     from timeviper_platform.data.video.pyav_reader import PyAVReader
 
     return PyAVReader(source, image_size, limits=limits)
 
 
 def check_backend(backend: Backend) -> None:
-    """Passes where videos can be opened with the backend; to be asked once, before the first of them.
-
-    Raises:
-        RuntimeError: when its library does not load, or its device is not there.
-    """
+    """Raises a RuntimeError when the backend's library does not load or its device is missing."""
     if backend == "decord":
         from timeviper_platform.data.video.decord_reader import load_decord
 
@@ -95,34 +86,34 @@ def check_backend(backend: Backend) -> None:
 
 
 def read_image(source: str | bytes, image_size: int, *, limits: MediaLimits | None = None) -> FrameBatch:
-    """The picture as one frame at time 0, turned upright as its EXIF says, transparency on white.
+    """The image as one frame at time 0, upright by its EXIF data, with white for transparency.
 
     Raises:
-        DecodeError: when it cannot be read, or is past a limit.
+        DecodeError: when it cannot be read or is over a limit.
     """
     limits = limits or MediaLimits()
     with (
-        reading("decode_image", source, limits),
+        decode_errors("decode_image", source, limits),
         open_binary(source, limits) as file,
         Image.open(file, formats=IMAGE_FORMATS) as image,
     ):
         if image.width * image.height > limits.max_pixels:
-            message = f"{image.width} x {image.height} is past {limits.max_pixels = }"
+            message = f"{image.width} x {image.height} is over {limits.max_pixels = }"
             raise DecodeError("decode_image", ErrorType.TOO_MANY_PIXELS, message)
         ImageOps.exif_transpose(image, in_place=True)
         shown: Image.Image = image
-        if image.mode in ("I;16", "I"):  # grey of 16 bits
+        if image.mode in ("I;16", "I"):  # 16-bit grey
             shown = _with_8_bits(image)
         elif image.has_transparency_data:
             shown = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        if shown.mode != "RGB":  # a copy else
+        if shown.mode != "RGB":  # convert() always copies
             shown = shown.convert("RGB")
         pixels = np.array(shown.resize((image_size, image_size), Image.Resampling.BICUBIC))
     return FrameBatch(pixels[None], np.zeros(1), np.zeros(1))
 
 
 def _with_8_bits(image: Image.Image) -> Image.Image:
-    """The high byte of every pixel, which is what Pillow makes of colours of 16 bits; it cuts greys off at 255."""
+    """The high byte of every pixel, as Pillow converts 16-bit colours; it clips greys at 255 instead."""
     values = np.array(image)
     if "transparency" in image.info:
         values[values == image.info["transparency"]] = 0xFFFF
@@ -139,12 +130,10 @@ def read_frames(
     limits: MediaLimits | None = None,
     backend: Backend = "pyav",
 ) -> FrameBatch:
-    """A whole medium, sampled and thinned to `max_frames`: what a request about an uploaded file needs.
-
-    Memory is max_frames x image_size x image_size x 3 bytes; use `iter_frames` for long media.
+    """A whole medium, sampled and thinned to `max_frames`, in one batch.
 
     Raises:
-        DecodeError: when it is no medium, is past a limit, or not one frame decodes.
+        DecodeError: when it is not a medium, is over a limit, or no frame decodes.
     """
     batches = list(
         iter_frames(
@@ -176,11 +165,7 @@ def iter_frames(
     backend: Backend = "pyav",
     frames_per_batch: int = 64,
 ) -> Iterator[FrameBatch]:
-    """`read_frames` piece by piece, with at most `frames_per_batch` frames in memory.
-
-    Raises:
-        DecodeError: see `read_frames`.
-    """
+    """`read_frames` in batches of at most `frames_per_batch` frames."""
     limits = limits or MediaLimits()
     probe = probe_media(source, limits)
     if probe.modality == "image":
@@ -188,7 +173,7 @@ def iter_frames(
         return
     count = count_frames(Fraction(0), probe.duration_seconds, fps)
     if count > limits.max_frames:
-        message = f"{count} samples at {float(fps)} fps are past {limits.max_frames = }"
+        message = f"{count} frames at {float(fps)} fps are over {limits.max_frames = }"
         raise DecodeError("decode_video", ErrorType.TOO_MANY_FRAMES, message)
     grid = sample_times(Fraction(0), fps, 0, count)
     times = [
@@ -204,15 +189,11 @@ def iter_frames(
     finally:
         reader.close()
     if num_frames == 0:
-        raise DecodeError("decode_video", ErrorType.FRAMES_MISSING, f"none of {len(times)} sampled frames decodes")
+        raise DecodeError("decode_video", ErrorType.FRAMES_MISSING, f"none of the {len(times)} sampled frames decodes")
 
 
 class DecoderPool:
-    """Open videos, least recently used closed first, so that the segments of a film share one decoder.
-
-    Opening a ten-hour film costs seconds and seeking decodes from a keyframe: reopening for every segment would make
-    the cost quadratic in the length.
-    """
+    """LRU pool of open videos: opening a ten-hour film takes seconds, so its segments share one decoder."""
 
     def __init__(
         self,
@@ -232,7 +213,7 @@ class DecoderPool:
         self._readers: OrderedDict[str, VideoReader] = OrderedDict()
 
     def sample(self, uri: str, times: Sequence[Fraction]) -> FrameBatch:
-        """See `VideoReader.sample`; a video that fails is closed, and opened again when asked for again."""
+        """See `VideoReader.sample`; closes a video that fails."""
         if uri not in self._readers:
             while len(self._readers) >= self._max_open:
                 self._readers.popitem(last=False)[1].close()

@@ -1,4 +1,4 @@
-"""."""
+"""The sampling grid, and the thinning of its frames."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ def select_frames(
     start_seconds: float | None = None,
     end_seconds: float | None = None,
 ) -> list[int]:
-    """Numbers of the frames that a reader takes, ascending: those in start <= t < end, thinned to `max_frames`.
+    """Indices of the frames with start <= t < end, ascending, thinned to `max_frames`.
 
-    `uniform` keeps the first and the last and spreads the others evenly (the paper's training: at most 256);
-    `first` takes the first ones (its evaluation). Training, serving and evaluation all thin here.
+    `uniform` spreads them evenly from first to last (the paper's training, at most 256); `first` keeps the first ones
+    (the paper's evaluation).
 
         select_frames([0, 1, 2, 3, 4], max_frames=3)                    -> [0, 2, 4]
         select_frames([0, 1, 2, 3, 4], max_frames=2, start_seconds=1)   -> [1, 4]
 
     Args:
-        pts_seconds: (F,) ascending; a medium's `times_seconds` where the sampled t rather than the PTS shall count.
+        pts_seconds: (F,) ascending PTS, or sampling times.
         max_frames: None keeps all.
         frame_selection: how to thin.
-        start_seconds: None = from the beginning.
-        end_seconds: None = to the end.
+        start_seconds: None = 0.
+        end_seconds: None = the end.
 
     Raises:
         ValueError: when `max_frames` is below 1 or end is not after start.
@@ -56,14 +56,14 @@ def select_frames(
         chosen = inside[:max_frames]
     elif max_frames == 1:
         chosen = inside[(count - 1) // 2 :][:1]
-    else:  # integers, so that no platform rounds a half differently
-        places = (np.arange(max_frames) * (count - 1) + (max_frames - 1) // 2) // (max_frames - 1)
-        chosen = inside[places]
-    return [int(number) for number in chosen]
+    else:  # in integers: platforms round halves differently
+        indices = (np.arange(max_frames) * (count - 1) + (max_frames - 1) // 2) // (max_frames - 1)
+        chosen = inside[indices]
+    return [int(index) for index in chosen]
 
 
 def thin_to_fps(times_seconds: Sequence[float] | np.ndarray, fps: float) -> list[int]:
-    """Numbers of the first frame at or after each 1 / fps from the first frame on: a lower rate from a stored one.
+    """Indices of the first frame at or after each step of 1 / fps.
 
     thin_to_fps([0, 1, 2, 3, 4], 0.5) -> [0, 2, 4]; a rate above the stored one keeps every frame.
     """
@@ -78,10 +78,10 @@ def thin_to_fps(times_seconds: Sequence[float] | np.ndarray, fps: float) -> list
 
 
 def sample_times(start_seconds: Fraction, fps: Fraction, first_frame: int, num_frames: int) -> list[Fraction]:
-    """t of samples first_frame, first_frame + 1, ...: sample k lies at start + k / fps."""
+    """t = start + k / fps of the frames k = first_frame, first_frame + 1, ..."""
     return [start_seconds + k / fps for k in range(first_frame, first_frame + num_frames)]
 
 
 def count_frames(start_seconds: Fraction, end_seconds: Fraction, fps: Fraction) -> int:
-    """How many k >= 0 have start + k / fps < end: 597 for 596.46 s at 1 fps from 0."""
+    """Number of k >= 0 with start + k / fps < end: 597 for 596.46 s at 1 fps."""
     return max(0, math.ceil((end_seconds - start_seconds) * fps))

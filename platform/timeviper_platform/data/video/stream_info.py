@@ -1,7 +1,4 @@
-"""What a video's packets and its first frame say: what the readers that are not PyAV's are held against.
-
-Reads all packets and decodes one frame, with PyAV. Does not know the other readers.
-"""
+"""Reads a stream's timestamps and orientation with PyAV, to check whether other backends handle the file."""
 
 from __future__ import annotations
 
@@ -15,8 +12,8 @@ import numpy as np
 from timeviper_platform.data.media.container import (
     MediaLimits,
     clock_origin,
+    decode_errors,
     open_container,
-    reading,
     source_name,
     video_stream,
 )
@@ -26,33 +23,29 @@ from timeviper_platform.data.video.orientation import UPRIGHT, Orientation, orie
 
 @dataclass(frozen=True, slots=True)
 class StreamInfo:
-    """Of the first real video stream."""
+    """Timestamps and orientation of the first video stream that is not a cover picture."""
 
     index: int
     num_video_streams: int
-    """cover pictures among them"""
+    """Cover pictures included."""
     time_base: Fraction
     origin: int
-    """tick that is 0 s on the medium's clock"""
+    """Tick at 0 s of the medium's clock."""
     starts_anywhere: bool
-    """True for formats whose clock does"""
+    """True for formats whose clock does not start at 0."""
     ticks: np.ndarray
-    """(F,) int64: PTS of the frames that are shown, ascending"""
+    """(F,) int64: PTS of the shown frames, ascending."""
     end_tick: int
-    """when the last of them leaves the screen"""
+    """End of the last frame."""
     is_timed: bool
-    """False where packets do not say when their frames are shown"""
+    """False when packets lack reliable PTS."""
     orientation: Orientation
 
 
 def read_stream_info(source: str | bytes, limits: MediaLimits) -> StreamInfo:
-    """Facts of a video.
-
-    Raises:
-        DecodeError: when it cannot be opened, has no video stream, or is past a limit.
-    """
+    """Reads all packets and decodes one frame."""
     name = source_name(source)
-    with reading("decode_video", source, limits), open_container(source, limits) as container:
+    with decode_errors("decode_video", source, limits), open_container(source, limits) as container:
         num_video_streams = len(container.streams.video)
         stream = video_stream(container, "decode_video", name)
         context = stream.codec_context
@@ -61,7 +54,7 @@ def read_stream_info(source: str | bytes, limits: MediaLimits) -> StreamInfo:
         time_base = Fraction(stream.time_base)
         frame_ticks = max(1, round(1 / (stream.average_rate * time_base))) if stream.average_rate else 1
         stamps, end_tick = [], 0
-        # AVI has no PTS: with B frames, what FFmpeg states is the order of decoding
+        # AVI has no PTS: with B-frames, FFmpeg's are in decode order
         is_timed = container.format.name != "avi" or not context.has_b_frames
         orientation = None
         for packet in _packets(container, stream):
@@ -88,7 +81,7 @@ def read_stream_info(source: str | bytes, limits: MediaLimits) -> StreamInfo:
 
 
 def _packets(container: Any, stream: Any) -> Any:
-    """Those with data, up to the end or to damage."""
+    """Packets with data, up to the end or the first damage."""
     packets = container.demux(stream)
     while True:
         try:
@@ -101,7 +94,7 @@ def _packets(container: Any, stream: Any) -> Any:
 
 
 def _orientation(context: Any, packet: Any) -> Orientation | None:
-    """Of the first frame that there is when the decoder has got this packet too; None = not one yet."""
+    """The orientation of the first frame that the decoder outputs; None = no output yet."""
     try:
         frames = context.decode(packet)
     except av.error.FFmpegError:

@@ -1,9 +1,6 @@
-"""Sampling with torchcodec on the CPU or on a GPU's NVDEC, behind the same protocol as PyAV.
+"""Samples with torchcodec on the CPU or NVDEC; optional (extras `torchcodec` and `nvdec`, FFmpeg's libraries).
 
-Optional: the extra `torchcodec` or `nvdec`, and FFmpeg's libraries. Knows torchcodec's decoder, and which files it
-shows as they are. It finds frames by PTS itself (by DTS where there is none), turns them as the file says but mirrors
-none, and decodes all on the way there, at full size; one at a time is taken from it, so that memory holds one.
-From a GPU the sampled frames alone are copied, and scaled here as those of every backend are.
+torchcodec rotates but does not mirror. Its full-size frames are fetched one at a time and scaled on the CPU.
 """
 
 from __future__ import annotations
@@ -26,14 +23,14 @@ from timeviper_platform.data.video.stream_info import read_stream_info
 logger = logging.getLogger(__name__)
 
 TorchcodecBackend = Literal["torchcodec", "nvdec"]
-"""the CPU, or a GPU; an extra of this package is called the same"""
+"""On the CPU or a GPU; each is also an extra of this package."""
 
 
 def load_torchcodec(backend: TorchcodecBackend = "torchcodec") -> Any:
-    """The class torchcodec.decoders.VideoDecoder.
+    """Imports torchcodec.decoders.VideoDecoder.
 
     Raises:
-        RuntimeError: when it is not installed, does not find FFmpeg's libraries, or lacks the CUDA device of nvdec.
+        RuntimeError: when it is not installed, does not find FFmpeg's libraries, or nvdec has no CUDA device.
     """
     try:
         from torchcodec.decoders import VideoDecoder
@@ -43,24 +40,23 @@ def load_torchcodec(backend: TorchcodecBackend = "torchcodec") -> Any:
         ) from error
     except (RuntimeError, OSError, ImportError) as error:
         raise RuntimeError(
-            f"backend {backend} does not load torchcodec; install FFmpeg's shared libraries (4 to 8; PyAV's own do not"
-            " serve), or use pyav"
+            f"backend {backend} does not load torchcodec; install FFmpeg's shared libraries (4 to 8; PyAV's own cannot"
+            " be used), or use pyav"
         ) from error
     if backend == "nvdec" and not torch.cuda.is_available():
         raise RuntimeError(
-            f"backend nvdec needs a CUDA device, and torch {torch.__version__} sees none; run where one is, with"
-            " PyTorch for CUDA and the extra nvdec installed, or use pyav"
+            f"backend nvdec needs a CUDA device, but torch {torch.__version__} finds none; run it on a GPU with"
+            " PyTorch for CUDA and the extra nvdec, or use pyav"
         )
     return VideoDecoder
 
 
 class TorchcodecReader:
-    """A VideoReader over torchcodec.
+    """VideoReader over torchcodec.
 
     Raises:
-        BackendUnfitError: when torchcodec would not show the frames of this file that PyAV does.
-        DecodeError: when the video cannot be opened.
-        RuntimeError: see `load_torchcodec`; or when torchcodec opens it on the CPU but not on the GPU.
+        BackendUnfitError: for files that it would misread.
+        RuntimeError: when a video opens on the CPU but not on the GPU.
     """
 
     def __init__(
@@ -73,27 +69,26 @@ class TorchcodecReader:
     ) -> None:
         self._decoder_type = load_torchcodec(backend)
         if not isinstance(source, bytes) and not is_local_file(source):
-            raise BackendUnfitError(f"{backend} is given whole local files and bytes alone")
+            raise BackendUnfitError(f"{backend} reads only whole local files and bytes")
         self._name, self._size = source_name(source), image_size
-        facts = read_stream_info(source, limits or MediaLimits())
-        if not facts.is_timed:
-            raise BackendUnfitError("its packets do not say when their frames are shown")
-        self._origin = float(facts.origin * facts.time_base)
-        self._tail_start = float((facts.end_tick - facts.origin) * facts.time_base)
+        info = read_stream_info(source, limits or MediaLimits())
+        if not info.is_timed:
+            raise BackendUnfitError("its packets lack reliable PTS")
+        self._origin = float(info.origin * info.time_base)
+        self._tail_start = float((info.end_tick - info.origin) * info.time_base)
         content = source if isinstance(source, bytes) else storage.split_uri(source)[1]
-        self._decoder = self._open(content, "cuda" if backend == "nvdec" else "cpu", facts.index)
-        turned = round(self._decoder.metadata.rotation or 0) % 360
-        if turned != facts.orientation.counterclockwise_degrees:
-            raise BackendUnfitError(f"it is to be shown otherwise than turned by {turned} degrees")
+        self._decoder = self._open(content, "cuda" if backend == "nvdec" else "cpu", info.index)
+        rotation = round(self._decoder.metadata.rotation or 0) % 360
+        if rotation != info.orientation.counterclockwise_degrees:
+            raise BackendUnfitError(f"torchcodec rotates it by {rotation} degrees, against its display matrix")
         self._scaler = VideoReformatter()
 
     def sample(self, times: Sequence[Fraction]) -> FrameBatch:
-        """See `VideoReader.sample`."""
         first = self._decoder.metadata.begin_stream_seconds
-        frames, pts_seconds, shown_for, num_missing = [], [], [], 0
+        frames, pts_seconds, sampled, num_missing = [], [], [], 0
         for t in times:
             try:
-                # the plural: it knows when the next frame comes, the singular trusts durations (variable frame rates)
+                # the plural form finds the next frame's start; the singular trusts durations
                 frame = self._decoder.get_frames_played_at([max(float(t) + self._origin, first)])
             except torch.OutOfMemoryError as error:
                 raise DecodeError("decode_video", ErrorType.OUT_OF_MEMORY, f"{self._name}: {error}") from error
@@ -103,12 +98,11 @@ class TorchcodecReader:
                 continue
             frames.append(self._scale(frame.data[0].cpu().numpy()))
             pts_seconds.append(float(frame.pts_seconds[0]) - self._origin)
-            shown_for.append(float(t))
+            sampled.append(float(t))
         pixels = np.stack(frames) if frames else np.empty((0, self._size, self._size, 3), np.uint8)
-        return FrameBatch(pixels, np.array(pts_seconds), np.array(shown_for), num_missing)
+        return FrameBatch(pixels, np.array(pts_seconds), np.array(sampled), num_missing)
 
     def close(self) -> None:
-        """See `VideoReader.close`."""
         del self._decoder
 
     def _open(self, content: str | bytes, device: Literal["cpu", "cuda"], stream_index: int) -> Any:
@@ -125,9 +119,9 @@ class TorchcodecReader:
         except (RuntimeError, ValueError) as error:
             if device == "cpu":
                 raise DecodeError("decode_video", ErrorType.CORRUPT_FILE, f"{self._name}: {error}") from error
-            self._open(content, "cpu", stream_index)  # raises where the file is to blame
+            self._open(content, "cpu", stream_index)  # raises when the file itself is broken
             raise RuntimeError(
-                f"backend nvdec: torchcodec opens {self._name} on the CPU alone ({error}); install a build for CUDA,"
+                f"backend nvdec: torchcodec opens {self._name} only on the CPU ({error}); install a build for CUDA,"
                 " pip install 'timeviper-platform[nvdec]', and FFmpeg with NVDEC, or use pyav"
             ) from error
 

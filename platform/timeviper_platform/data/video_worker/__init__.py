@@ -1,1 +1,1 @@
-"""Probing and decoding in a process that may be killed."""
+"""Probing and decoding in a child process that may be killed."""

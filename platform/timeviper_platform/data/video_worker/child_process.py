@@ -1,8 +1,7 @@
-"""The parent's side of decoding and probing in a killable child: a process, its limits, its answers, and its end.
+"""Starts, limits and kills the decode child, and exchanges jobs and replies with it.
 
-Frames come back through memory that both sides map, so they are copied once and cost no pipe. Knows processes and
-sockets; what happens inside is decode_child.py. Preprocessing keeps a child and gives it segments and media ahead of
-time (isolated_sources.py); serving gives each medium a fresh one.
+Not on pebble: jobs are sent ahead, each reply of a job has its own deadline, and the child has resource limits and an
+environment of its own.
 """
 
 from __future__ import annotations
@@ -17,49 +16,44 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from timeviper_platform.data.video_worker.child_main import ANSWER, JOB
+from timeviper_platform.data.video_worker.child_main import JOB, REPLY
 
 START_SECONDS = 120.0
-"""until a child must have loaded its libraries; a second or two on a quiet machine"""
+"""Maximum time to load the child's libraries; normally a second or two."""
 
 RECEIVED_BYTES = 1 << 16
-"""taken from the socket at once, so that many short answers cost one call"""
+"""Maximum bytes of one recv, so that one call gets many short replies."""
 
-MAX_ANSWER_BYTES = 1 << 26
-"""two floats and their commas a frame; a child that was taken over may say anything"""
+MAX_REPLY_BYTES = 1 << 26
+"""Guards against a compromised child; a real reply has two floats per frame."""
 
 
 class ChildDiedError(RuntimeError):
-    """The child ended before it answered: its file crashed it, or something killed it."""
+    """The child ended before its reply: its file crashed it, or something killed it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChildLimits:
-    """What a child may take in its whole life; None = no limit."""
+    """Resource limits of a child's whole life; None = no limit."""
 
     max_memory_bytes: int | None
     cpu_seconds: int | None = None
     max_open_files: int | None = None
     max_written_bytes: int | None = None
-    """of any one file"""
+    """Maximum size of any file it writes."""
 
 
 class DecodeChild:
-    """One process that decodes; killed when it is collected."""
+    """A decoding process, killed when this object is collected."""
 
     def __init__(self, limits: ChildLimits, environment: Mapping[str, str] | None = None) -> None:
-        """Starts it and does not wait.
-
-        Args:
-            limits: of the process.
-            environment: its variables; None = this process's.
-        """
+        """Starts the process without waiting; `environment` None = this process's."""
         self._socket, theirs = socket.socketpair()
         command = [sys.executable, "-m", "timeviper_platform.data.video_worker.child_main", str(theirs.fileno())]
         variables = {**(os.environ if environment is None else environment), "OMP_NUM_THREADS": "1"}
@@ -71,61 +65,52 @@ class DecodeChild:
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,  # decoders quote what they read
+                stderr=subprocess.DEVNULL,  # decoders quote their input
             )
-        self._is_ready = False
+        self.is_ready = False
         self._received = bytearray()
         self._arrived = select.poll()
         self._arrived.register(self._socket, select.POLLIN)
         self.kill = weakref.finalize(self, _end, self._process, self._socket)
-        """Ends it, whatever it does."""
+        """Kills the process."""
 
     @property
     def pid(self) -> int:
-        """Of the process."""
+        """Process id."""
         return self._process.pid
 
     def wait_until_ready(self) -> None:
-        """Returns when its libraries are loaded.
-
-        Raises:
-            RuntimeError: when it ends before, or takes too long.
-        """
-        if self._is_ready:
+        """Waits until its libraries are loaded; a RuntimeError when it ends or exceeds START_SECONDS."""
+        if self.is_ready:
             return
         try:
-            self._receive(ANSWER.size, time.monotonic() + START_SECONDS)
+            self._receive(REPLY.size, time.monotonic() + START_SECONDS)
         except (TimeoutError, ChildDiedError) as error:
             self.kill()
-            raise RuntimeError(f"a decode child did not start ({error}); see decode_child.py") from error
-        self._is_ready = True
+            raise RuntimeError(f"the decode child did not start ({error}); run child_main to see why") from error
+        self.is_ready = True
 
-    def ask(
+    def run(
         self, job: dict[str, Any], data: bytes = b"", *, num_frames: int, deadline_seconds: float
     ) -> tuple[dict[str, Any], np.ndarray]:
-        """The child's one answer to a job, and the memory (bytes, uint8) in which its frames lie.
-
-        Raises:
-            ChildDiedError: when it ends instead.
-            TimeoutError: when there is no answer in time; kill it then.
-        """
+        """`send` and `reply` for a job with one reply; returns the reply and the memory of its frames."""
         memory = self.send(job, data, num_frames=num_frames, deadline_seconds=deadline_seconds)
-        return self.answer(deadline_seconds), memory
+        return self.reply(deadline_seconds), memory
 
     def send(
         self, job: dict[str, Any], data: bytes = b"", *, num_frames: int = 0, deadline_seconds: float
     ) -> np.ndarray:
-        """Gives it a job, done after those that it was given before; the memory (bytes, uint8) for the job's frames.
+        """Queues a job; returns the memory (bytes, uint8) for its frames.
 
         Args:
-            job: see decode_child.py.
-            data: of the job.
-            num_frames: most that it may answer with.
-            deadline_seconds: from each of the job's answers to the next.
+            job: see `child_main`.
+            data: bytes of the medium, for a job without a URI.
+            num_frames: maximum frames of all replies.
+            deadline_seconds: maximum time to each reply.
 
         Raises:
-            ChildDiedError: when it has ended.
-            TimeoutError: when it does not take the job.
+            ChildDiedError: when the child has ended.
+            TimeoutError: when it does not receive the job.
         """
         self.wait_until_ready()
         memory, descriptor = _shared_memory(max(1, num_frames * job.get("image_size", 0) ** 2 * 3))
@@ -136,47 +121,46 @@ class DecodeChild:
             self._socket.sendall(payload)
             self._socket.sendall(data)
         except ConnectionError as error:
-            raise ChildDiedError(self._last_words()) from error
+            raise ChildDiedError(self._exit_message()) from error
         finally:
             os.close(descriptor)
         return np.frombuffer(memory, np.uint8)
 
-    def answer(self, deadline_seconds: float, nap_seconds: float = 0.0) -> dict[str, Any]:
-        """Its next answer.
+    def reply(self, deadline_seconds: float, idle: Callable[[], None] | None = None) -> dict[str, Any]:
+        """Waits for the next reply.
 
         Args:
-            deadline_seconds: that it may take.
-            nap_seconds: where no answer lies there yet, so long nobody looks, so that a child with many short answers
-                does not wake this process for each.
+            deadline_seconds: maximum wait.
+            idle: called before blocking when no reply has arrived; a short sleep lets short replies accumulate.
 
         Raises:
-            ChildDiedError: when it ends instead.
-            TimeoutError: when there is none in time; kill it then.
+            ChildDiedError: when the child ends first.
+            TimeoutError: when the deadline passes; kill the child then.
         """
         until = time.monotonic() + deadline_seconds
         try:
-            (num_bytes,) = ANSWER.unpack(self._receive(ANSWER.size, until, nap_seconds))
-            if num_bytes > MAX_ANSWER_BYTES:
-                raise ChildDiedError(f"its answer would have {num_bytes} bytes")
-            answer: dict[str, Any] = json.loads(self._receive(num_bytes, until))
+            (num_bytes,) = REPLY.unpack(self._receive(REPLY.size, until, idle))
+            if num_bytes > MAX_REPLY_BYTES:
+                raise ChildDiedError(f"it announced a reply of {num_bytes} bytes")
+            reply: dict[str, Any] = json.loads(self._receive(num_bytes, until))
         except ConnectionError as error:
-            raise ChildDiedError(self._last_words()) from error
-        return answer
+            raise ChildDiedError(self._exit_message()) from error
+        return reply
 
-    def _receive(self, num_bytes: int, until: float, nap_seconds: float = 0.0) -> bytes:
+    def _receive(self, num_bytes: int, until: float, idle: Callable[[], None] | None = None) -> bytes:
         while len(self._received) < num_bytes:
-            if nap_seconds and not self._arrived.poll(0):
-                time.sleep(nap_seconds)
+            if idle is not None and not self._arrived.poll(0):
+                idle()
             self._socket.settimeout(max(1e-3, until - time.monotonic()))
-            part = self._socket.recv(RECEIVED_BYTES)
-            if not part:
-                raise ChildDiedError(self._last_words())
-            self._received += part
+            chunk = self._socket.recv(RECEIVED_BYTES)
+            if not chunk:
+                raise ChildDiedError(self._exit_message())
+            self._received += chunk
         taken = bytes(self._received[:num_bytes])
         del self._received[:num_bytes]
         return taken
 
-    def _last_words(self) -> str:
+    def _exit_message(self) -> str:
         return f"the decoding process ended with code {self._process.wait()}"
 
 
@@ -187,7 +171,7 @@ def _end(process: subprocess.Popen[bytes], connection: socket.socket) -> None:
 
 
 def _shared_memory(num_bytes: int) -> tuple[mmap.mmap, int]:
-    """Memory without a name, and its descriptor; freed when nobody maps it any more. A child cannot shrink it."""
+    """Anonymous memory and its descriptor, sealed so that the child cannot resize it."""
     descriptor = os.memfd_create("frames", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(descriptor, num_bytes)
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)

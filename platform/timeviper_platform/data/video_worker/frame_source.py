@@ -1,8 +1,4 @@
-"""Frames of segments, one after the other: in this process, or in one that may crash or hang (isolated_sources.py).
-
-Knows images, videos that stay open between segments, and storage that fails for a passing reason; not what a segment
-is.
-"""
+"""Requests for frames, their results, and a source that decodes in this process."""
 
 from __future__ import annotations
 
@@ -21,29 +17,27 @@ from timeviper_platform.data.video.reader import Backend, DecoderPool, read_imag
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeConfig:
-    """How videos are opened."""
+    """Backend and isolation of decoding."""
 
     backend: Backend = "pyav"
-    """pyav takes everything; the others take whole local files, and leave to pyav those of which they would show other
-    frames (by format, clock, mirror image); nvdec (extra of that name) decodes on the encoder's GPU and so wants
-    execution.mode fused, rounds in its own way, and is not held by max_memory_bytes, which the driver's own memory
-    would count against"""
+    """Decoder library. All but pyav need whole local files, and fall back to pyav where their frames would differ.
+    nvdec uses the encoder's GPU: it needs execution.mode fused, rounds differently and ignores max_memory_bytes."""
     max_open_videos: int = 4
-    """decoders that a worker keeps open; 4 cost about 250 MB at 720p"""
+    """Videos that a worker keeps open; 4 take about 250 MB at 720p."""
     isolation: Literal["process", "none"] = "process"
-    """process = a child probes and decodes: a file that crashes or hangs FFmpeg is one error row"""
+    """process = media are probed and decoded in a child process, so that a crash or hang is one error row."""
     deadline_seconds: float = 600.0
-    """process alone: for one segment of at most 64 frames; past it the child is killed, and the medium given up"""
+    """Maximum time for a segment of 64 frames, with isolation process."""
     probe_deadline_seconds: float = 120.0
-    """the same for the headers of one medium"""
+    """Maximum time for the headers of one medium, with isolation process."""
     max_memory_bytes: int = 4 << 30
-    """process alone: that the child may take"""
+    """Memory limit of the child process."""
 
     def __post_init__(self) -> None:
         if self.max_open_videos < 1 or self.max_memory_bytes < 1 << 28:
             raise ValueError(
-                f"{self.max_open_videos = } must be at least 1, and {self.max_memory_bytes = } at least 256 MiB, which"
-                " the libraries take"
+                f"{self.max_open_videos = } must be at least 1, and {self.max_memory_bytes = } at least 256 MiB for the"
+                " libraries"
             )
         if self.deadline_seconds <= 0 or self.probe_deadline_seconds <= 0:
             raise ValueError(f"{self.deadline_seconds = } and {self.probe_deadline_seconds = } must be above 0")
@@ -51,41 +45,41 @@ class DecodeConfig:
 
 @dataclass(frozen=True, slots=True)
 class DecodeRequest:
-    """Frames that are wanted of one medium."""
+    """A request for frames of one medium."""
 
     uri: str
     modality: Modality
     times: Sequence[Fraction]
-    """ascending; a picture has one frame, whatever its time"""
+    """Sampling times, ascending; an image has one frame, whatever its time."""
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeResult:
-    """What became of a request."""
+    """Frames or the error of a request, and their cost."""
 
     frames: FrameBatch | DecodeError
     seconds: float
-    """that it took where it was decoded"""
+    """Wall-clock time of decoding."""
     cpu_seconds: float = 0.0
-    """of CPU in another process than the caller's"""
+    """CPU time in a child process."""
 
 
 class FrameSource(Protocol):
-    """Where frames come from."""
+    """Decodes frames."""
 
     def decode(self, requests: Iterable[DecodeRequest]) -> Iterator[DecodeResult]:
-        """The frames on screen at the times of each request, in order, or why there are none to have."""
+        """One result per request, in order; errors are results."""
 
 
 @dataclass(slots=True)
 class LocalFrames:
-    """A FrameSource in this process."""
+    """FrameSource in this process."""
 
     image_size: int
     limits: MediaLimits
     config: DecodeConfig
     keyframe_step: Fraction | None = None
-    """see `open_video`"""
+    """See `open_video`."""
     _pool: DecoderPool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -98,26 +92,25 @@ class LocalFrames:
         )
 
     def decode(self, requests: Iterable[DecodeRequest]) -> Iterator[DecodeResult]:
-        """See `FrameSource.decode`."""
         for request in requests:
             started = time.perf_counter()
             try:
-                found: FrameBatch | DecodeError = self.frames(request)
+                frames: FrameBatch | DecodeError = self.frames(request)
             except DecodeError as error:
-                found = error
-            yield DecodeResult(found, time.perf_counter() - started)
+                frames = error
+            yield DecodeResult(frames, time.perf_counter() - started)
 
     def frames(self, request: DecodeRequest) -> FrameBatch:
         """The frames of one request.
 
         Raises:
-            DecodeError: when there are none to have.
+            DecodeError: when the medium cannot be decoded.
         """
-        if is_web(request.uri):  # has been tried again where a status is known from a passing one
+        if is_web(request.uri):  # `open_web` retries
             return self._read(request)
         try:
             return storage.retrying(lambda: self._read(request), request.uri)
-        except storage.StorageUnavailableError as error:  # not for good: the next run tries again
+        except storage.StorageUnavailableError as error:  # the next run retries
             raise DecodeError(decode_stage(request.modality), ErrorType.READ_FAILED, str(error)) from error
 
     def _read(self, request: DecodeRequest) -> FrameBatch:
@@ -127,5 +120,5 @@ class LocalFrames:
 
 
 def decode_stage(modality: Modality) -> Stage:
-    """The stage that errors of decoding name."""
+    """The stage named in decoding errors."""
     return "decode_image" if modality == "image" else "decode_video"

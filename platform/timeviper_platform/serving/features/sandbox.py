@@ -93,7 +93,7 @@ class DecodeSandbox:
             child = await self._take_child()
             try:
                 answer, memory = await asyncio.to_thread(
-                    child.ask, job, data, num_frames=max_frames, deadline_seconds=deadline_s
+                    child.run, job, data, num_frames=max_frames, deadline_seconds=deadline_s
                 )
                 return self._medium(answer, memory)
             except TimeoutError:

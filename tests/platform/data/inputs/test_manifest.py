@@ -66,7 +66,7 @@ def test_globs_mean_what_fsspec_says_they_mean(tmp_path: Path) -> None:
         assert sorted(item.uri for item in list_media(str(tmp_path / pattern))) == expected, pattern
 
 
-def test_what_is_there_is_itself_before_it_is_a_glob(tmp_path: Path) -> None:
+def test_existing_names_win_over_globs(tmp_path: Path) -> None:
     (tmp_path / "film [1080p]").mkdir()
     (tmp_path / "film [1080p]" / "a::b.mp4").touch()
     (tmp_path / "film [1080p]" / "what?.mp4").touch()
@@ -77,11 +77,13 @@ def test_what_is_there_is_itself_before_it_is_a_glob(tmp_path: Path) -> None:
         items = list_media(str(folder / source))
         assert [item.uri for item in items] == expected, source
         (table,) = plan_page(items, PlanSpec(fps=Fraction(1), recipe_hash="r", decode=DecodeConfig(isolation="none")))
-        assert set(table["error_type"].to_pylist()) == {ErrorType.EMPTY_FILE}  # found, that is
+        assert set(table["error_type"].to_pylist()) == {ErrorType.EMPTY_FILE}  # found but empty
     assert [Path(item.uri).name for item in list_media(str(tmp_path / "*" / "*.mp4"))] == ["a::b.mp4", "what?.mp4"]
 
 
-def test_what_cannot_be_listed_is_left_out_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_folders_that_cannot_be_listed_are_skipped_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for name in ("a/1.mp4", "gone/2.mp4", "z.mp4"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -89,7 +91,7 @@ def test_what_cannot_be_listed_is_left_out_with_a_warning(tmp_path: Path, caplog
     (tmp_path / "self").symlink_to("self")
     scandir = os.scandir
 
-    def refuse(folder: str) -> Any:  # whoever runs the tests may be allowed everything
+    def refuse(folder: str) -> Any:  # root may read every folder
         if folder.endswith("/gone"):
             raise PermissionError(errno.EACCES, "Permission denied", folder)
         return scandir(folder)
@@ -101,7 +103,7 @@ def test_what_cannot_be_listed_is_left_out_with_a_warning(tmp_path: Path, caplog
     assert f"skipping {tmp_path}/a/up: a link back" in caplog.text
 
 
-def test_a_name_that_is_no_text_is_an_error_row(tmp_path: Path) -> None:
+def test_a_name_that_is_not_utf8_is_an_error_row(tmp_path: Path) -> None:
     (tmp_path / "caf\udce9.mp4").touch()
     (tmp_path / "z.mp4").touch()
     bad, good = list_media(str(tmp_path))
@@ -113,11 +115,11 @@ def test_a_name_that_is_no_text_is_an_error_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("page_rows", [1, 4, 1000])
-def test_ragged_rows_of_a_csv_stand_in_their_places(tmp_path: Path, page_rows: int) -> None:
+def test_ragged_csv_rows_keep_their_positions(tmp_path: Path, page_rows: int) -> None:
     ragged = {0, 7, 8, 2999}
     rows = [f"{n}.mp4,{n}" + ",x" * (n in ragged) for n in range(3000)]
     rows[5] = '5.mp4,"5\n"'  # a caption of two lines
-    padding = "," + "z" * 1000  # so that Arrow reads several blocks
+    padding = "," + "z" * 1000  # makes Arrow read several blocks
     lines = ["uri,media_id,caption", *(row + padding for row in rows)]
     (tmp_path / "m.csv").write_text("\n".join(lines))
     items = [item for page in read_manifest(str(tmp_path / "m.csv"), page_rows) for item in page]
@@ -128,7 +130,7 @@ def test_ragged_rows_of_a_csv_stand_in_their_places(tmp_path: Path, page_rows: i
 
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl", "csv"])
 @pytest.mark.parametrize("bad", [{0}, {2, 3}, {0, 1, 2, 3, 4, 5, 6}])
-def test_a_value_of_another_type_is_a_bad_row_and_no_more(tmp_path: Path, suffix: str, bad: set[int]) -> None:
+def test_a_value_of_the_wrong_type_is_one_bad_row(tmp_path: Path, suffix: str, bad: set[int]) -> None:
     rows = [
         {"uri": f"{n}.mp4", "end_seconds": "soon" if n in bad else f" {n + 1}.5 ", "start_seconds": None}
         for n in range(7)
@@ -151,13 +153,13 @@ def test_a_value_of_another_type_is_a_bad_row_and_no_more(tmp_path: Path, suffix
     assert all("soon" in text and f"row {n + 1}: " in text for n, text in zip(sorted(bad), messages, strict=True))
 
 
-def test_a_column_that_cannot_hold_such_values_is_explained(tmp_path: Path) -> None:
+def test_a_column_of_the_wrong_type_is_an_error(tmp_path: Path) -> None:
     pq.write_table(pa.table({"uri": ["a.mp4"], "start_seconds": [[1.0, 2.0]]}), tmp_path / "m.parquet")
     with pytest.raises(ValueError, match="columns must have the types"):
         list_media(str(tmp_path / "m.parquet"))
 
 
-def test_repeated_rows_count_once_and_stretches_differ(tmp_path: Path) -> None:
+def test_repeated_rows_count_once_and_clips_differ(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text("uri,start_seconds\na.mp4,\na.mp4,\na.mp4,3\n")
     items = list_media(str(tmp_path / "m.csv"))
     assert len(items) == len({item.media_id for item in items}) == 2
@@ -170,7 +172,7 @@ def test_repeated_rows_count_once_and_stretches_differ(tmp_path: Path) -> None:
         ("uri\n", "no rows"),
     ],
 )
-def test_wrong_manifests_are_explained(tmp_path: Path, text: str, message: str) -> None:
+def test_invalid_manifests_are_errors(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "m.csv").write_text(text)
     with pytest.raises(ValueError, match=message):
         list_media(str(tmp_path / "m.csv"))
@@ -185,18 +187,16 @@ def test_wrong_manifests_are_explained(tmp_path: Path, text: str, message: str) 
         ("uri,start_seconds", "b.mp4,-1", "start_seconds = -1.0 must"),
         ("uri,end_seconds", "b.mp4,inf", "end_seconds = inf must"),
         ("uri,size", "b.mp4,-5", "size = -5 must"),
-        ("uri,size", "foo://b.mp4,5", "foo://b.mp4 is on no file system"),
-        ("uri,size", "caf\udce9.mp4,5", "it is no UTF-8"),
+        ("uri,size", "foo://b.mp4,5", "foo://b.mp4 has an unknown scheme"),
+        ("uri,size", "caf\udce9.mp4,5", "it is not UTF-8"),
         ("uri,start_seconds", "b.mp4,soon", "row 2: start_seconds: Failed to parse string: 'soon'"),
         ("uri,size", "b.mp4,1.5", "row 2: size: Failed to parse string: '1.5'"),
         ("uri,size", "b.mp4", "row 2: it has 1 values for 2 columns"),
         ("uri,size", "b.mp4,5,", "row 2: it has 3 values for 2 columns"),
-        ("uri,media_id", "b.mp4,a", "media_id 'a' stands for more than one medium: .*b.mp4 is not the first"),
+        ("uri,media_id", "b.mp4,a", "media_id 'a' names more than one medium: .*b.mp4 is not the first"),
     ],
 )
-def test_a_row_that_says_something_impossible_is_an_error_row(
-    tmp_path: Path, columns: str, row: str, message: str
-) -> None:
+def test_an_invalid_row_is_an_error_row(tmp_path: Path, columns: str, row: str, message: str) -> None:
     commas = "," * (columns.count(",") - ("media_id" in columns))
     good = ["a.mp4,a" if "media_id" in columns else "a.mp4", "c.mp4,c" if "media_id" in columns else "c.mp4"]
     text = "\n".join([columns, good[0] + commas, row, good[1] + commas])
@@ -212,7 +212,7 @@ def test_a_row_that_says_something_impossible_is_an_error_row(
     assert re.search(message, error["error_message"])
 
 
-def test_wrong_lines_and_strings_of_other_kinds_of_manifest_are_error_rows(tmp_path: Path) -> None:
+def test_invalid_lines_and_strings_in_jsonl_and_parquet_are_error_rows(tmp_path: Path) -> None:
     lines = [
         b'{"uri": "a.mp4"}',
         b"{",
@@ -231,7 +231,7 @@ def test_wrong_lines_and_strings_of_other_kinds_of_manifest_are_error_rows(tmp_p
         assert [item.error is None for item in list_media(str(tmp_path / name))] == kinds, name
 
 
-def test_one_medium_with_other_facts_is_the_same_medium(tmp_path: Path) -> None:
+def test_repeats_with_other_columns_are_the_same_medium(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text("uri,size\na.mp4,5\na.mp4,6\nb.mp4,\nc.mp4,\na.mp4,7\n")
     items = list_media(str(tmp_path / "m.csv"))  # the last repeat is on another page
     assert [(Path(item.uri).name, item.error) for item in items] == [

@@ -1,4 +1,4 @@
-"""Every kind of input gives the same media: folders, globs, tars, Parquet bytes, manifests that say it all."""
+"""Folders, globs, tars, Parquet bytes and full manifests all give the same media."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def media() -> dict[str, bytes]:
     """A video and two images, as bytes."""
     clip = io.BytesIO()
     make_video(clip, range(24), format="mp4")
-    made = {"clip.mp4": clip.getvalue()}
+    media = {"clip.mp4": clip.getvalue()}
     for number in range(2):
         image = io.BytesIO()
         Image.fromarray(picture(number)).save(image, "JPEG", quality=95)
-        made[f"image{number}.jpg"] = image.getvalue()
-    return made
+        media[f"image{number}.jpg"] = image.getvalue()
+    return media
 
 
 def write_tar(path: Path, files: dict[str, bytes]) -> None:
@@ -71,7 +71,7 @@ def test_members_of_a_tar_are_read_in_place(tmp_path: Path, media: dict[str, byt
     for item, data in zip(items, media.values(), strict=True):
         with open_binary(item.uri) as file:
             assert file.read() == data
-        assert item.version == file_version(item.uri)  # the listing and the file say the same
+        assert item.version == file_version(item.uri)  # the same from the listing and the file
     rows = plan_of(items)
     assert [(row["modality"], row["num_frames"], row["size"]) for row in rows] == [
         ("video", 3, len(media["clip.mp4"])),
@@ -96,7 +96,7 @@ def test_a_folder_of_media_and_tars_becomes_features(tmp_path: Path, media: dict
     assert run_preprocess(config, run=run_in_process).segments_encoded == 0
 
 
-def test_a_tar_that_breaks_off_keeps_what_is_whole_and_says_so(tmp_path: Path, media: dict[str, bytes]) -> None:
+def test_a_truncated_tar_keeps_its_complete_members_and_one_error(tmp_path: Path, media: dict[str, bytes]) -> None:
     write_tar(tmp_path / "a.tar", media)
     with tarfile.open(tmp_path / "a.tar") as tar:
         middle_of_the_last = tar.getmembers()[-1].offset_data + 100
@@ -109,7 +109,7 @@ def test_a_tar_that_breaks_off_keeps_what_is_whole_and_says_so(tmp_path: Path, m
     assert "plain, whole tars" in str(rows[-1]["error_message"])
 
 
-def test_values_of_a_parquet_file_are_read_in_place(tmp_path: Path, media: dict[str, bytes]) -> None:
+def test_cells_of_a_parquet_file_are_read_in_place(tmp_path: Path, media: dict[str, bytes]) -> None:
     rows = [{"caption": name, "image": {"bytes": data, "path": name}} for name, data in media.items()]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "nested.parquet", row_group_size=2)
     flat = pa.table({"media_id": list(media), "data": list(media.values())})
@@ -129,7 +129,7 @@ def test_values_of_a_parquet_file_are_read_in_place(tmp_path: Path, media: dict[
         items_of(tmp_path / "two.parquet")
 
 
-def test_a_part_of_a_file_that_has_changed_is_an_error_row(tmp_path: Path, media: dict[str, bytes]) -> None:
+def test_a_location_in_a_changed_file_is_an_error_row(tmp_path: Path, media: dict[str, bytes]) -> None:
     pq.write_table(pa.table({"data": list(media.values())}), tmp_path / "a.parquet")
     items = items_of(tmp_path / "a.parquet")
     pq.write_table(pa.table({"data": [media["clip.mp4"]]}), tmp_path / "a.parquet")
@@ -166,7 +166,7 @@ def test_failed_downloads_of_img2dataset_are_counted_by_reason(tmp_path: Path, m
         assert [row["modality"] for row in planned if row["status"] == "planned"] == ["image"]
 
 
-def test_rows_that_say_it_all_are_planned_without_a_file(tmp_path: Path) -> None:
+def test_full_rows_are_planned_without_their_files(tmp_path: Path) -> None:
     rows = [
         {"uri": "/nowhere/a.mp4", "size": 5, "duration_seconds": 130.5, "width": 640, "height": 360, "sha256": "ab"},
         {"uri": "/nowhere/b.jpg", "size": 6, "modality": "image"},
@@ -181,7 +181,7 @@ def test_rows_that_say_it_all_are_planned_without_a_file(tmp_path: Path) -> None
     assert planned[0]["source_version"] == "ab"
 
 
-def test_pages_hold_what_they_are_asked_to_and_repeats_are_found_across_them(tmp_path: Path) -> None:
+def test_pages_have_the_requested_size_and_repeats_are_found_across_them(tmp_path: Path) -> None:
     names = [f"{number}.mp4" for number in range(10)]
     (tmp_path / "m.csv").write_text("\n".join(["uri", *names, *names]))
     pages = list(read_pages(str(tmp_path / "m.csv"), page_rows=4))
@@ -190,10 +190,10 @@ def test_pages_hold_what_they_are_asked_to_and_repeats_are_found_across_them(tmp
     *others, last = items_of(tmp_path / "clash.csv", page_rows=4)
     assert [item.media_id for item in others] == names
     assert last.error is not None
-    assert "media_id '0.mp4' stands for more than one medium" in last.error.message
+    assert "media_id '0.mp4' names more than one medium" in last.error.message
 
 
-def test_a_name_that_a_tar_holds_twice_is_an_error_row(tmp_path: Path, media: dict[str, bytes]) -> None:
+def test_a_repeated_name_in_a_tar_is_an_error_row(tmp_path: Path, media: dict[str, bytes]) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name in ("clip.mp4", "image0.jpg", "clip.mp4"):
             member = tarfile.TarInfo(name)
@@ -207,14 +207,13 @@ def test_a_name_that_a_tar_holds_twice_is_an_error_row(tmp_path: Path, media: di
     ]
 
 
-def test_a_url_column_stands_for_the_uri(tmp_path: Path) -> None:
+def test_a_url_column_replaces_the_uri_column(tmp_path: Path) -> None:
     pq.write_table(pa.table({"url": ["https://a.invalid/1.jpg"], "caption": ["one"]}), tmp_path / "cc12m.parquet")
     (item,) = items_of(tmp_path / "cc12m.parquet")
     assert (item.uri, item.media_id) == ("https://a.invalid/1.jpg", media_id_of("https://a.invalid/1.jpg", ""))
 
 
-def test_columns_that_guess_differently_later_are_read(tmp_path: Path) -> None:
-    """The first megabyte of a CSV must not decide what the rest may hold."""
+def test_column_types_are_not_guessed_from_the_first_block(tmp_path: Path) -> None:
     rows = [f"{number}.mp4,{number:0500}," for number in range(3000)] + ["last.mp4,word,name"]
     (tmp_path / "m.csv").write_text("\n".join(["uri,note,media_id", *rows]))
     last = None
@@ -224,9 +223,9 @@ def test_columns_that_guess_differently_later_are_read(tmp_path: Path) -> None:
     assert last.media_id == "name"
 
 
-def test_addresses_of_parts_come_back() -> None:
-    for part in (RangeLocation("s3://b/a#1.tar", 512, 7), CellLocation("/x/y.parquet", "image.bytes", 3, 41)):
-        assert parse_location(part.address()) == part
+def test_addresses_of_locations_are_parsed_back() -> None:
+    for location in (RangeLocation("s3://b/a#1.tar", 512, 7), CellLocation("/x/y.parquet", "image.bytes", 3, 41)):
+        assert parse_location(location.address()) == location
     assert parse_location("/videos/a#1.mp4") is None
 
 

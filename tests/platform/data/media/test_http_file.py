@@ -1,4 +1,4 @@
-"""URLs are fetched from allowed hosts alone, by ranges, with retries, and each failure has its reason."""
+"""URLs are fetched by ranges, from allowed hosts only, with retries and a reason for every failure."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -15,8 +16,8 @@ from PIL import Image
 
 from reference.synthetic_media import make_video, picture
 from timeviper_platform.common import storage
-from timeviper_platform.data.media import http_file as web_source
 from timeviper_platform.data.media.container import DecodeError, ErrorType, MediaLimits, open_binary
+from timeviper_platform.data.media.http_file import DomainNotAllowedError, ascii_url, check_allowed
 from timeviper_platform.data.media.medium import Medium
 from timeviper_platform.data.media.probe import file_version
 from timeviper_platform.data.plan.segments import PlanSpec, plan_page
@@ -24,24 +25,24 @@ from timeviper_platform.data.video.reader import read_frames
 from timeviper_platform.data.video_worker.frame_source import DecodeConfig, DecodeRequest, DecodeResult, LocalFrames
 
 HERE = DecodeConfig(isolation="none")
-LIMITS = MediaLimits(allowed_domains=("127.0.0.1",), max_download_bytes=1 << 20)
+LIMITS = MediaLimits(allowed_domains=("127.0.0.1",), max_download_bytes=1 << 20, https_backoff_seconds=0.001)
 
 
 class Server:
-    """A web server on loopback: `files` by path, statuses to answer before or in place of them, and what was asked."""
+    """Loopback web server with `files` by path, `statuses` to send instead of them, and counted requests."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.statuses: dict[str, list[int]] = {}
         self.redirects: dict[str, str] = {}
         self.version = {"ETag": '"v1"'}
-        self.asked: Counter[str] = Counter()
+        self.requests: Counter[str] = Counter()
         self.sent_bytes = 0
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                outer.answer(self)
+                outer.respond(self)
 
             def log_message(self, *_: object) -> None: ...
 
@@ -52,11 +53,11 @@ class Server:
     def url(self, path: str) -> str:
         return f"http://127.0.0.1:{self._server.server_port}/{path}"
 
-    def answer(self, request: BaseHTTPRequestHandler) -> None:
+    def respond(self, request: BaseHTTPRequestHandler) -> None:
         path = request.path.lstrip("/").partition("?")[0]
-        self.asked[path] += 1
-        if waiting := self.statuses.get(path):
-            self._send(request, waiting.pop(0), b"")
+        self.requests[path] += 1
+        if statuses := self.statuses.get(path):
+            self._send(request, statuses.pop(0), b"")
         elif path in self.redirects:
             self._send(request, 302, b"", Location=self.redirects[path])
         elif path not in self.files:
@@ -72,9 +73,9 @@ class Server:
         if first >= len(data):
             self._send(request, 416, b"")
             return
-        piece = data[first : last + 1]
-        span = f"bytes {first}-{first + len(piece) - 1}/{len(data)}"
-        self._send(request, 206, piece, **{"Content-Range": span, **self.version})
+        chunk = data[first : last + 1]
+        span = f"bytes {first}-{first + len(chunk) - 1}/{len(data)}"
+        self._send(request, 206, chunk, **{"Content-Range": span, **self.version})
 
     def _send(self, request: BaseHTTPRequestHandler, status: int, data: bytes, **headers: str) -> None:
         request.send_response(status)
@@ -91,11 +92,10 @@ class Server:
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(web_source, "BACKOFF_SECONDS", 0.001)
-    made = Server()
-    yield made
-    made.stop()
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def error_of(url: str, limits: MediaLimits = LIMITS) -> str:
     return str(row["error_type"])
 
 
-def test_media_behind_urls_are_those_of_files(server: Server, clip: bytes) -> None:
+def test_media_from_urls_equal_those_from_files(server: Server, clip: bytes) -> None:
     image = io.BytesIO()
     Image.fromarray(picture(1)).save(image, "PNG")
     server.files = {"clip.mp4": clip, "whole.mp4": clip, "image.png": image.getvalue()}
@@ -122,7 +122,7 @@ def test_media_behind_urls_are_those_of_files(server: Server, clip: bytes) -> No
     assert file_version(server.url("clip.mp4"), LIMITS) == (len(clip), "v1", "v1")
 
 
-def test_content_that_changes_under_its_name_is_another_version(server: Server, clip: bytes) -> None:
+def test_changed_content_has_another_version(server: Server, clip: bytes) -> None:
     server.files["clip.mp4"] = clip
     dates = ["Wed, 21 Oct 2015 07:28:00 GMT", "Thu, 22 Oct 2015 07:28:00 GMT"]
     found = []
@@ -132,7 +132,7 @@ def test_content_that_changes_under_its_name_is_another_version(server: Server, 
     assert found == [f"{len(clip)}-web", *(f"{len(clip)}-{date}" for date in dates)]
 
 
-def test_only_the_ranges_that_are_needed_are_sent(server: Server) -> None:
+def test_only_the_needed_ranges_are_sent(server: Server) -> None:
     server.files["large.bin"] = bytes(range(256)) * (1 << 16)
     with open_binary(server.url("large.bin"), LIMITS) as file:
         file.seek(-3, io.SEEK_END)
@@ -142,18 +142,18 @@ def test_only_the_ranges_that_are_needed_are_sent(server: Server) -> None:
     assert server.sent_bytes < 5 << 20
 
 
-def test_nothing_is_fetched_unless_its_domain_is_allowed(server: Server, clip: bytes) -> None:
+def test_only_allowed_domains_are_fetched(server: Server, clip: bytes) -> None:
     server.files["clip.mp4"] = clip
     assert error_of(server.url("clip.mp4"), MediaLimits()) == ErrorType.DOMAIN_NOT_ALLOWED
     server.redirects["away"] = f"http://localhost:{server.url('').rpartition(':')[2]}clip.mp4"
     assert error_of(server.url("away")) == ErrorType.DOMAIN_NOT_ALLOWED
-    assert server.asked == {"away": 1}  # not even asked for, and not asked again
+    assert server.requests == {"away": 1}  # refused before a request, and not retried
     both = MediaLimits(allowed_domains=("127.0.0.1", "localhost"))
     assert error_of(server.url("away"), both) == "None"
     for url in ("https://notexample.org/a", "http://example.org/a", "https://example.org.evil.test/a"):
-        with pytest.raises(web_source.DomainNotAllowedError):
-            web_source.check_allowed(url, ["example.org"])
-    web_source.check_allowed("https://images.example.org/a", ["example.org"])
+        with pytest.raises(DomainNotAllowedError):
+            check_allowed(url, ["example.org"])
+    check_allowed("https://images.example.org/a", ["example.org"])
     for wrong in ("https://example.org", "a..example.org", ""):
         with pytest.raises(ValueError, match="bare host names"):
             MediaLimits(allowed_domains=(wrong,))
@@ -166,32 +166,32 @@ def test_nothing_is_fetched_unless_its_domain_is_allowed(server: Server, clip: b
         *("https://127.0.0.1:port/a.jpg", "https://me:secret@127.0.0.1/a.jpg", "https://127.0.0.1/\udcff.jpg"),
     ],
 )
-def test_what_is_no_url_is_an_error_row(url: str) -> None:
+def test_a_malformed_url_is_an_error_row(url: str) -> None:
     (table,) = plan_page([Medium(url, "x")], PlanSpec(fps=Fraction(1), recipe_hash="r", limits=LIMITS, decode=HERE))
     (row,) = table.to_pylist()
     assert (row["error_stage"], row["error_type"]) == ("probe", ErrorType.BAD_URI)
     assert "secret" not in str(row)
 
 
-def test_a_redirect_to_what_is_no_url_is_an_error_row(server: Server) -> None:
+def test_a_redirect_to_a_malformed_url_is_an_error_row(server: Server) -> None:
     server.redirects["away"] = "https://[foo"
     assert error_of(server.url("away")) == ErrorType.BAD_URI
-    assert server.asked["away"] == 1
+    assert server.requests["away"] == 1
 
 
 @pytest.mark.parametrize(
-    ("written", "asked"),
+    ("written", "sent"),
     [
         ("café/ü b.mp4", "caf%C3%A9/%C3%BC%20b.mp4"),
         ("caf%C3%A9/%20.mp4?q=é&r=1#t=ü", "caf%C3%A9/%20.mp4?q=%C3%A9&r=1"),
     ],
 )
-def test_other_letters_are_sent_as_browsers_do(written: str, asked: str) -> None:
-    assert web_source.ascii_url(f"https://Bücher.example/{written}") == f"https://xn--bcher-kva.example/{asked}"
-    web_source.check_allowed(f"https://a.bücher.example/{written}", ["Bücher.example"])
+def test_non_ascii_urls_are_encoded_as_browsers_do(written: str, sent: str) -> None:
+    assert ascii_url(f"https://Bücher.example/{written}") == f"https://xn--bcher-kva.example/{sent}"
+    check_allowed(f"https://a.bücher.example/{written}", ["Bücher.example"])
 
 
-def test_media_with_other_letters_in_their_names_are_fetched(server: Server, clip: bytes) -> None:
+def test_media_with_non_ascii_names_are_fetched(server: Server, clip: bytes) -> None:
     server.files["caf%C3%A9.mp4"] = clip
     assert error_of(server.url("café.mp4")) == "None"
 
@@ -203,18 +203,18 @@ def test_media_with_other_letters_in_their_names_are_fetched(server: Server, cli
         (410, ErrorType.NOT_FOUND, 1),
         (403, ErrorType.PERMISSION_DENIED, 1),
         (400, ErrorType.READ_FAILED, 1),
-        (503, ErrorType.READ_FAILED, web_source.ATTEMPTS),
-        (429, ErrorType.READ_FAILED, web_source.ATTEMPTS),
+        (503, ErrorType.READ_FAILED, LIMITS.https_attempts),
+        (429, ErrorType.READ_FAILED, LIMITS.https_attempts),
     ],
 )
-def test_dead_links_have_their_reasons(server: Server, status: int, kind: ErrorType, attempts: int) -> None:
+def test_each_status_has_its_error_type(server: Server, status: int, kind: ErrorType, attempts: int) -> None:
     server.statuses["x.jpg"] = [status] * 9
     assert error_of(server.url("x.jpg?token=secret")) == kind
-    assert server.asked["x.jpg"] == attempts
+    assert server.requests["x.jpg"] == attempts
 
 
 def decoded(url: str) -> DecodeResult:
-    """What decoding says of a picture whose headers were read some time ago."""
+    """Decodes an image without probing it first."""
     config = DecodeConfig(isolation="none")
     (found,) = LocalFrames(32, LIMITS, config).decode([DecodeRequest(url, "image", [Fraction(0)])])
     return found
@@ -226,10 +226,10 @@ def decoded(url: str) -> DecodeResult:
         (404, ErrorType.NOT_FOUND, 1),
         (401, ErrorType.PERMISSION_DENIED, 1),
         (400, ErrorType.READ_FAILED, 1),
-        (503, ErrorType.READ_FAILED, web_source.ATTEMPTS),
+        (503, ErrorType.READ_FAILED, LIMITS.https_attempts),
     ],
 )
-def test_links_that_die_after_planning_have_the_same_reasons(
+def test_links_that_die_after_planning_have_the_same_error_types(
     server: Server, status: int, kind: ErrorType, attempts: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
@@ -237,11 +237,11 @@ def test_links_that_die_after_planning_have_the_same_reasons(
     error = decoded(server.url("x.jpg?token=secret")).frames
     assert isinstance(error, DecodeError)
     assert (error.stage, error.error_type) == ("decode_image", kind)
-    assert server.asked["x.jpg"] == attempts
+    assert server.requests["x.jpg"] == attempts
     assert "secret" not in error.message + caplog.text
 
 
-def test_what_fails_for_a_moment_is_fetched(server: Server, clip: bytes) -> None:
+def test_transient_failures_are_retried(server: Server, clip: bytes) -> None:
     server.files["clip.mp4"] = clip
     server.statuses["clip.mp4"] = [503, 502]
     before = storage.num_retries()
@@ -250,16 +250,15 @@ def test_what_fails_for_a_moment_is_fetched(server: Server, clip: bytes) -> None
     assert server.statuses["clip.mp4"] == []
 
 
-def test_empty_endless_and_unreachable_answers_are_told_apart(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_oversized_and_unreachable_files_have_different_errors(server: Server) -> None:
     server.files = {"empty.mp4": b"", "whole-and-large.mp4": bytes(2 << 20)}
     assert error_of(server.url("empty.mp4")) == ErrorType.EMPTY_FILE
     assert error_of(server.url("whole-and-large.mp4")) == ErrorType.TOO_MANY_BYTES
-    monkeypatch.setattr(web_source, "ATTEMPTS", 1)
     server.stop()
-    assert error_of(server.url("gone.mp4")) == ErrorType.READ_FAILED
+    assert error_of(server.url("gone.mp4"), replace(LIMITS, https_attempts=1)) == ErrorType.READ_FAILED
 
 
-def test_an_urls_query_is_in_no_message(server: Server) -> None:
+def test_error_messages_leave_out_the_query(server: Server) -> None:
     server.statuses["x.jpg"] = [403]
     items = [Medium(server.url("x.jpg?token=secret"), "x")]
     (table,) = plan_page(items, PlanSpec(fps=Fraction(1), recipe_hash="r", limits=LIMITS))
@@ -268,7 +267,7 @@ def test_an_urls_query_is_in_no_message(server: Server) -> None:
     assert "secret" not in str(row)
 
 
-def test_a_redirect_that_is_refused_is_not_repeated(server: Server) -> None:
+def test_a_refused_redirect_is_not_quoted(server: Server) -> None:
     server.redirects["away"] = "gopher://127.0.0.1/a?token=secret"
     error = decoded(server.url("away")).frames
     assert isinstance(error, DecodeError)

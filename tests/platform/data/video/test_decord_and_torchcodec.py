@@ -1,4 +1,4 @@
-"""decord, torchcodec and NVDEC: the frames of PyAV, or PyAV in their place; what to do where one is absent."""
+"""decord, torchcodec and NVDEC return PyAV's frames, fall back to PyAV, or say how to install them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from timeviper_platform.data.video.reader import Backend, check_backend, open_vi
 from timeviper_platform.data.video.torchcodec_reader import TorchcodecReader, load_torchcodec
 
 DECORDS = {name for name in KINDS if name.endswith(".mp4")} | {"mpeg4.avi", "mpeg2.mkv"}
-"""the kinds that decord gives the times of their packets"""
+"""Videos of which decord reads the timestamps correctly."""
 
 
 def assert_alike(ours: FrameBatch, theirs: FrameBatch) -> None:
@@ -31,7 +31,7 @@ def assert_alike(ours: FrameBatch, theirs: FrameBatch) -> None:
 
 
 @pytest.mark.parametrize("name", list(KINDS))
-def test_decord_shows_the_same_frames_within_rounding(videos: dict[str, Path], name: str) -> None:
+def test_decord_returns_the_same_frames_within_rounding(videos: dict[str, Path], name: str) -> None:
     path = str(videos[name])
     ours = read_frames(path, SIZE)
     assert_alike(ours, read_frames(path, SIZE, backend="decord"))
@@ -49,7 +49,7 @@ def reader_frames(batch: FrameBatch, start: int, stop: int) -> FrameBatch:
 
 @pytest.mark.parametrize("format", ["mpegts", "mpeg", "matroska", "mp4"])
 @pytest.mark.parametrize("start", [0, 11])
-def test_decord_shows_the_same_frames_wherever_a_clock_starts(tmp_path: Path, format: str, start: int) -> None:
+def test_decord_returns_the_same_frames_wherever_a_clock_starts(tmp_path: Path, format: str, start: int) -> None:
     codec = "mpeg2video" if format == "mpeg" else "libx264"
     make_video(tmp_path / "film", range(start, 160), format=format, codec=codec, time_base=Fraction(1, 25))
     assert_alike(*(read_frames(str(tmp_path / "film"), SIZE, backend=backend) for backend in ("pyav", "decord")))
@@ -57,12 +57,12 @@ def test_decord_shows_the_same_frames_wherever_a_clock_starts(tmp_path: Path, fo
 
 @pytest.mark.parametrize("turned", [(90, False, False), (0, True, False)])
 @pytest.mark.parametrize("format", ["mp4", "matroska"])
-def test_decord_shows_turned_videos_upright(tmp_path: Path, format: str, turned: tuple[int, bool, bool]) -> None:
+def test_decord_returns_rotated_videos_upright(tmp_path: Path, format: str, turned: tuple[int, bool, bool]) -> None:
     make_video(tmp_path / "film", range(40), format=format, turned=turned)
     assert_alike(*(read_frames(str(tmp_path / "film"), SIZE, backend=backend) for backend in ("pyav", "decord")))
 
 
-def test_decord_shows_what_a_lying_header_does_not_promise(tmp_path: Path) -> None:
+def test_decord_handles_a_wrong_header(tmp_path: Path) -> None:
     make_video(tmp_path / "film", range(160), format="matroska")
     data = (tmp_path / "film").read_bytes()
     (tmp_path / "film").write_bytes(data[: len(data) // 2])
@@ -71,27 +71,27 @@ def test_decord_shows_what_a_lying_header_does_not_promise(tmp_path: Path) -> No
     assert_alike(ours, theirs)
 
 
-def test_what_no_other_backend_takes_is_pyavs(
+def test_unfit_sources_fall_back_to_pyav(
     videos: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     film = videos["b_frames.mp4"].read_bytes()
     (tmp_path / "shard.tar").write_bytes(b"\0" * 512 + film)
-    part = f"{tmp_path}/shard.tar#offset=512&size={len(film)}"
+    location = f"{tmp_path}/shard.tar#offset=512&size={len(film)}"
     expected = read_frames(film, SIZE)
     with caplog.at_level("INFO"):
-        for source in (film, part):
+        for source in (film, location):
             assert_alike(expected, read_frames(source, SIZE, backend="decord"))
-    assert "is PyAV's, not decord's: decord is given whole local files alone" in caplog.text
+    assert "falling back from decord to PyAV: decord copies all but whole local files" in caplog.text
 
 
-def test_decord_that_is_absent_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_decord_is_an_error_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     check_backend("decord")
     monkeypatch.setitem(sys.modules, "decord", None)
     with pytest.raises(RuntimeError, match=r"backend decord does not load .*pip install decord .*or use pyav"):
         check_backend("decord")
 
 
-def test_torchcodec_shows_the_same_frames_within_rounding(videos: dict[str, Path]) -> None:
+def test_torchcodec_returns_the_same_frames_within_rounding(videos: dict[str, Path]) -> None:
     try:
         load_torchcodec()
     except RuntimeError as error:
@@ -101,7 +101,7 @@ def test_torchcodec_shows_the_same_frames_within_rounding(videos: dict[str, Path
 
 
 @pytest.mark.gpu
-def test_nvdec_shows_the_same_frames_within_rounding(videos: dict[str, Path]) -> None:
+def test_nvdec_returns_the_same_frames_within_rounding(videos: dict[str, Path]) -> None:
     try:
         load_torchcodec("nvdec")
     except RuntimeError as error:
@@ -111,7 +111,7 @@ def test_nvdec_shows_the_same_frames_within_rounding(videos: dict[str, Path]) ->
 
 
 @pytest.mark.parametrize("backend", ["torchcodec", "nvdec"])
-def test_a_backend_that_is_absent_says_what_to_install(
+def test_a_missing_backend_is_an_error_with_the_package_to_install(
     monkeypatch: pytest.MonkeyPatch, videos: dict[str, Path], backend: Backend
 ) -> None:
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
@@ -123,7 +123,7 @@ def test_a_backend_that_is_absent_says_what_to_install(
 
 
 class FakeDecoder:
-    """torchcodec's decoder in a build without CUDA; its files are those that do not say `damaged`."""
+    """torchcodec's decoder in a build without CUDA; fails on files named `damaged`."""
 
     metadata = SimpleNamespace(rotation=None)
 
@@ -140,7 +140,7 @@ def torchcodec_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("torchcodec_without_cuda")
-def test_nvdec_without_a_cuda_device_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nvdec_without_a_cuda_device_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match=r"backend nvdec needs a CUDA device.* extra nvdec .*or use pyav"):
         check_backend("nvdec")
@@ -148,11 +148,11 @@ def test_nvdec_without_a_cuda_device_says_so(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.usefixtures("torchcodec_without_cuda")
-def test_nvdec_tells_a_build_without_cuda_from_a_damaged_file(
+def test_nvdec_distinguishes_a_build_without_cuda_from_a_damaged_file(
     monkeypatch: pytest.MonkeyPatch, videos: dict[str, Path], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(RuntimeError, match=r"on the CPU alone .*pip install 'timeviper-platform\[nvdec\]'"):
+    with pytest.raises(RuntimeError, match=r"only on the CPU .*pip install 'timeviper-platform\[nvdec\]'"):
         open_video(str(videos["b_frames.mp4"]), SIZE, backend="nvdec")
     (tmp_path / "damaged.mp4").hardlink_to(videos["b_frames.mp4"])
     with pytest.raises(DecodeError, match="corrupt_file"):
@@ -161,10 +161,10 @@ def test_nvdec_tells_a_build_without_cuda_from_a_damaged_file(
 
 @pytest.mark.usefixtures("torchcodec_without_cuda")
 @pytest.mark.parametrize("turned", [None, (90, False, False), (180, False, False), (0, True, False), (90, True, False)])
-def test_torchcodec_has_files_that_it_turns_rightly(
+def test_torchcodec_is_used_for_files_that_it_rotates_correctly(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, turned: tuple[int, bool, bool] | None
 ) -> None:
-    """Its rotation is that of the matrix without the mirror, from -180 to 180 degrees; it does not mirror."""
+    """torchcodec rotates from -180 to 180 degrees and ignores mirrors."""
     make_video(tmp_path / "film.mp4", range(8), turned=turned)
     rotation = None if turned is None else {0: -180.0, 90: 90.0, 180: -180.0}[turned[0]]
     monkeypatch.setattr(FakeDecoder, "metadata", SimpleNamespace(rotation=rotation))
@@ -173,7 +173,7 @@ def test_torchcodec_has_files_that_it_turns_rightly(
 
 
 @pytest.mark.usefixtures("torchcodec_without_cuda")
-def test_torchcodec_has_no_files_without_times(videos: dict[str, Path]) -> None:
+def test_torchcodec_is_not_used_for_files_without_pts(videos: dict[str, Path]) -> None:
     for name in KINDS:
         reader = open_video(str(videos[name]), SIZE, backend="torchcodec")
         assert isinstance(reader, TorchcodecReader) == (name != "mpeg4_b_frames.avi")

@@ -1,4 +1,4 @@
-"""Pictures: upright, on white, at the encoder's size, whatever their mode, depth and format."""
+"""Images of every mode, depth and format become upright frames on white."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from timeviper_platform.data.media.probe import probe_media
 from timeviper_platform.data.video.reader import read_frames, read_image
 
 
-def test_a_picture_is_one_upright_frame_on_white(tmp_path: Path) -> None:
+def test_an_image_is_one_upright_frame_on_white(tmp_path: Path) -> None:
     image = Image.new("RGBA", (40, 20), (0, 0, 0, 0))
     image.save(tmp_path / "clear.png")
     assert (read_image(str(tmp_path / "clear.png"), SIZE).frames == 255).all()
     halves = Image.new("RGB", (40, 20), "red")
     halves.paste("blue", (0, 0, 20, 20))
     exif = halves.getexif()
-    exif[0x0112] = 6  # turn a quarter clockwise to see it upright
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise
     halves.save(tmp_path / "turned.jpg", exif=exif, quality=100)
     frame = read_frames(str(tmp_path / "turned.jpg"), SIZE)
     assert frame.frames.shape == (1, SIZE, SIZE, 3)
@@ -38,7 +38,7 @@ GREY = np.linspace(0, 0xFFFF, SIZE * SIZE).astype(np.uint16).reshape(SIZE, SIZE)
 
 
 def png16(colour: int, channels: list[np.ndarray], *chunks: bytes) -> bytes:
-    """A PNG of 16 bits a channel, which Pillow writes of greys alone; `colour` is the format's colour type."""
+    """A PNG with 16 bits per channel; `colour` is PNG's colour type."""
     rows = np.stack(channels, -1).astype(">u2")
     header = struct.pack(">IIBBBBB", SIZE, SIZE, 16, colour, 0, 0, 0)
     data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
@@ -71,7 +71,7 @@ def test_a_transparent_grey_of_sixteen_bits_is_white() -> None:
     ("mode", "format"),
     [("L", "PNG"), ("1", "PNG"), ("LA", "PNG"), ("P", "PNG"), ("CMYK", "JPEG"), ("L", "JPEG"), ("P", "BMP")],
 )
-def test_pictures_of_every_mode_show_their_colours(mode: str, format: str) -> None:
+def test_images_of_every_mode_keep_their_colours(mode: str, format: str) -> None:
     halves = np.zeros((SIZE, SIZE, 3), np.uint8)
     halves[:, SIZE // 2 :] = 255
     content = io.BytesIO()
@@ -80,7 +80,7 @@ def test_pictures_of_every_mode_show_their_colours(mode: str, format: str) -> No
     assert np.abs(frame.astype(int) - halves).mean() < 2
 
 
-def test_of_an_animation_the_first_picture_counts_and_a_palette_may_have_holes() -> None:
+def test_an_animation_gives_its_first_image_and_a_palette_may_have_holes() -> None:
     colours = [Image.new("RGB", (SIZE, SIZE), name) for name in ("red", "blue")]
     content = io.BytesIO()
     colours[0].save(content, "WEBP", save_all=True, append_images=colours[1:], lossless=True)
@@ -92,7 +92,7 @@ def test_of_an_animation_the_first_picture_counts_and_a_palette_may_have_holes()
     assert (read_frames(content.getvalue(), SIZE).frames == 255).all()
 
 
-def test_pillow_opens_no_format_but_those_that_are_told_apart() -> None:
+def test_pillow_opens_only_the_recognized_formats() -> None:
     content = io.BytesIO()
     Image.new("RGB", (SIZE, SIZE)).save(content, "GIF")
     with pytest.raises(DecodeError, match="unknown_format"):

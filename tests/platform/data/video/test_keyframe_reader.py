@@ -1,4 +1,4 @@
-"""Keyframes alone: each step of the grid has its last one, whatever segments ask, and the pixels are the film's own."""
+"""Each step of the grid gives its last keyframe, in any order of requests, with exact pixels."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ STEP = Fraction(1)
 
 
 def keyframes_of(path: Path) -> list[Fraction]:
-    """PTS in seconds of a file's keyframes, by walking all its packets."""
+    """PTS in seconds of a file's keyframes, from all its packets."""
     with av.open(str(path)) as container:
         packets = container.demux(container.streams.video[0])
         return sorted(Fraction(p.pts) * p.time_base for p in packets if p.is_keyframe and p.pts is not None and p.size)
 
 
 def expected(path: Path, times: list[Fraction], step: Fraction) -> list[tuple[float, float]]:
-    """Time and PTS of every sample that there is."""
+    """Time and PTS of every expected frame."""
     found = keyframes_of(path)
     shown = [(t, [pts for pts in found if t - step < pts <= t]) for t in times]
     return [(float(t), float(inside[-1])) for t, inside in shown if inside]
@@ -44,13 +44,13 @@ def expected(path: Path, times: list[Fraction], step: Fraction) -> list[tuple[fl
 
 @pytest.fixture(params=[5, 12, 200])
 def film(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """100 s at 8 frames a second, a keyframe every 5, 12 or 200 frames, B frames between them."""
+    """100 s at 8 frames a second, a keyframe every 5, 12 or 200 frames, B-frames between them."""
     make_video(tmp_path / "film.mp4", range(800), gop=request.param)
     return tmp_path / "film.mp4"
 
 
 @pytest.mark.parametrize("step", [Fraction(1, 4), STEP, Fraction(3)])
-def test_every_step_has_its_last_keyframe_in_the_films_own_pixels(film: Path, step: Fraction) -> None:
+def test_every_step_gives_its_last_keyframe_with_exact_pixels(film: Path, step: Fraction) -> None:
     times = sample_times(Fraction(0), 1 / step, 0, int(100 / step))
     batch = KeyframeReader(str(film), SIZE, step=step).sample(times)
     pairs = list(zip(batch.times_seconds.tolist(), batch.pts_seconds.tolist(), strict=True))
@@ -61,7 +61,7 @@ def test_every_step_has_its_last_keyframe_in_the_films_own_pixels(film: Path, st
     assert np.array_equal(batch.frames, whole.frames)
 
 
-def test_segments_agree_with_the_whole_in_any_order(film: Path) -> None:
+def test_segments_equal_the_whole_in_any_order(film: Path) -> None:
     times = sample_times(Fraction(0), STEP, 0, 100)
     whole = KeyframeReader(str(film), SIZE, step=STEP).sample(times)
     reader = KeyframeReader(str(film), SIZE, step=STEP)
@@ -76,7 +76,7 @@ def test_segments_agree_with_the_whole_in_any_order(film: Path) -> None:
     assert len(reader.sample([]).frames) == 0
 
 
-def test_a_child_gives_the_same(film: Path) -> None:
+def test_a_child_returns_the_same_keyframes(film: Path) -> None:
     requests = [DecodeRequest(str(film), "video", sample_times(Fraction(0), STEP, k, 25)) for k in (0, 25, 50)]
     sources = (kind(SIZE, MediaLimits(), DecodeConfig(), STEP) for kind in (LocalFrames, IsolatedFrames))
     here, there = ([decoded.frames for decoded in source.decode(requests)] for source in sources)
@@ -86,13 +86,13 @@ def test_a_child_gives_the_same(film: Path) -> None:
         assert np.array_equal(mine.frames, its.frames)
 
 
-def test_a_damaged_keyframe_is_missing_and_a_file_that_is_none_an_error(tmp_path: Path) -> None:
+def test_a_damaged_keyframe_is_missing_and_an_invalid_file_an_error(tmp_path: Path) -> None:
     make_video(tmp_path / "film.mp4", range(160), gop=8)
     with av.open(str(tmp_path / "film.mp4")) as container:
         packets = [p for p in container.demux(container.streams.video[0]) if p.is_keyframe and p.size]
-        place, size = packets[5].pos, packets[5].size
+        offset, size = packets[5].pos, packets[5].size
     with (tmp_path / "film.mp4").open("r+b") as file:
-        file.seek(place + size // 4)
+        file.seek(offset + size // 4)
         file.write(b"\xff" * (size - size // 4))
     batch = KeyframeReader(str(tmp_path / "film.mp4"), SIZE, step=STEP).sample(sample_times(Fraction(0), STEP, 0, 20))
     assert (len(batch.frames), batch.num_missing) == (19, 1)
@@ -103,7 +103,7 @@ def test_a_damaged_keyframe_is_missing_and_a_file_that_is_none_an_error(tmp_path
     assert caught.value.error_type == ErrorType.UNKNOWN_FORMAT
 
 
-def test_a_store_of_keyframes_holds_them_and_mixes_with_no_other(film: Path, tmp_path: Path) -> None:
+def test_a_store_of_keyframes_refuses_other_sampling(film: Path, tmp_path: Path) -> None:
     make_encoder(tmp_path / "encoder")
     config = PreprocessConfig(
         input=str(film),
@@ -114,11 +114,11 @@ def test_a_store_of_keyframes_holds_them_and_mixes_with_no_other(film: Path, tmp
         sampling=SamplingConfig(frame_selection="keyframes"),
     )
     report = run_preprocess(config, run=run_in_process)
-    wanted = expected(film, sample_times(Fraction(0), STEP, 0, 100), STEP)
-    assert (report.errors, report.frames) == (0, len(wanted))
+    keyframes = expected(film, sample_times(Fraction(0), STEP, 0, 100), STEP)
+    assert (report.errors, report.frames) == (0, len(keyframes))
     store = FeatureStore.open(config.feature_store)
     stored = store.read(store.media_ids[0])
-    assert stored.pts_seconds.tolist() == [pts for _, pts in wanted]
+    assert stored.pts_seconds.tolist() == [pts for _, pts in keyframes]
     assert verify_store(config.feature_store).problems == []
     with pytest.raises(ValueError, match=r"sampling\.rule: the store has 'last keyframe"):
         run_preprocess(replace(config, sampling=SamplingConfig()), run=run_in_process)

@@ -1,4 +1,4 @@
-"""Videos with a display matrix are seen as a player shows them, by every way of sampling."""
+"""Every way of sampling applies the display matrix, as players do."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TURNS = list(product((0, 90, 180, 270), (False, True), (False, True)))
 
 
 def shown(frames: np.ndarray, turned: tuple[int, bool, bool]) -> np.ndarray:
-    """What a player makes of (F, S, S, 3) stored pixels."""
+    """(F, S, S, 3) stored pixels as a player shows them."""
     degrees, is_mirrored, is_upended = turned
     frames = np.rot90(frames, degrees // 90, axes=(1, 2))
     return frames[:, :: -1 if is_upended else 1, :: -1 if is_mirrored else 1]
@@ -27,14 +27,14 @@ def shown(frames: np.ndarray, turned: tuple[int, bool, bool]) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
-    """The same pictures in a video without a display matrix."""
+    """The same frames in a video without a display matrix."""
     path = tmp_path_factory.mktemp("plain") / "film.mp4"
     make_video(path, range(24), gop=8)
     return read_frames(str(path), SIZE).frames
 
 
 @pytest.mark.parametrize("turned", TURNS)
-def test_frames_are_turned_upright_by_all_quarters_and_mirrors(
+def test_all_quarter_turns_and_mirrors_are_upright(
     tmp_path: Path, stored: np.ndarray, turned: tuple[int, bool, bool]
 ) -> None:
     path = tmp_path / "film.mp4"
@@ -49,7 +49,7 @@ def test_frames_are_turned_upright_by_all_quarters_and_mirrors(
 
 
 @pytest.mark.parametrize("format", ["matroska", "avi"])
-def test_matroska_says_it_too_and_avi_cannot(tmp_path: Path, format: str) -> None:
+def test_matroska_has_a_display_matrix_and_avi_does_not(tmp_path: Path, format: str) -> None:
     plain, turned = tmp_path / "plain", tmp_path / "turned"
     make_video(plain, range(24), format=format, b_frames=0)
     make_video(turned, range(24), format=format, b_frames=0, turned=(90, False, False))

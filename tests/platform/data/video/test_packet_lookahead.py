@@ -1,4 +1,4 @@
-"""The look-ahead against brute force, over random streams in decode order."""
+"""LookAhead equals brute force on random streams in decode order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from timeviper_platform.data.video.packet_lookahead import LookAhead
 
 
 def random_stream(seed: int) -> list[tuple[int, int]]:
-    """(PTS, DTS) in decode order, with irregular steps and up to three B frames."""
+    """(PTS, DTS) in decode order, with irregular steps and up to three B-frames."""
     draw = random.Random(seed)
     shown = sorted(draw.sample(range(120), draw.randint(2, 40)))
     order: list[int] = []
@@ -20,7 +20,7 @@ def random_stream(seed: int) -> list[tuple[int, int]]:
         count = min(len(shown), draw.randint(1, 4))
         group, shown = shown[:count], shown[count:]
         order += [group[-1], *draw.sample(group[:-1], count - 1)]
-    lags = [min(order[i:]) for i in range(len(order))]  # the greatest DTS that is below all PTS to come
+    lags = [min(order[i:]) for i in range(len(order))]  # the greatest DTS below all later PTS
     return list(zip(order, lags, strict=True))
 
 
@@ -34,7 +34,7 @@ def test_every_tick_gets_the_last_pts_before_it_and_no_needed_packet_is_dropped(
     ticks = sorted(ticks)
     ahead, position, dropped = LookAhead(), 0, set()
     waiting: list[int] = []
-    for start in range(0, len(ticks), step):  # several calls on one walk
+    for start in range(0, len(ticks), step):  # several calls in one pass
         chunk = ticks[start : start + step]
         ahead.want(chunk)
         while not ahead.is_resolved:
@@ -71,7 +71,7 @@ def test_an_empty_stream_resolves_to_nothing() -> None:
     assert ahead.pts_of == {}
 
 
-def test_a_dts_that_lied_is_noticed() -> None:
+def test_a_wrong_dts_is_an_error() -> None:
     ahead = LookAhead()
     ahead.want([0])
     ahead.add(8, 4)

@@ -1,4 +1,4 @@
-"""Sampling by PTS: equal to decoding everything, for every awkward kind of stream, in any order of asking."""
+"""Sampling by PTS equals decoding every frame, for awkward streams and any order of requests."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from timeviper_platform.data.video.sampling import count_frames
 
 @pytest.mark.parametrize("name", [name for name in KINDS if not name.endswith(".ts")])
 @pytest.mark.parametrize("fps", [1, 3])
-def test_sampled_frames_equal_those_of_decoding_everything(videos: dict[str, Path], name: str, fps: int) -> None:
+def test_sampled_frames_equal_those_of_full_decoding(videos: dict[str, Path], name: str, fps: int) -> None:
     path = videos[name]
     probe = probe_media(str(path))
     times = seconds(count_frames(Fraction(0), probe.duration_seconds, Fraction(fps)), fps)
@@ -46,7 +46,7 @@ def test_no_frame_is_from_the_future_or_a_frame_late(videos: dict[str, Path], na
 
 
 @pytest.mark.parametrize("name", list(KINDS))
-def test_any_order_of_asking_gives_the_same_frames(videos: dict[str, Path], name: str) -> None:
+def test_any_order_of_requests_gives_the_same_frames(videos: dict[str, Path], name: str) -> None:
     whole = read_frames(str(videos[name]), SIZE)
     times = [Fraction(t) for t in whole.times_seconds]
     reader = open_video(str(videos[name]), SIZE)
@@ -69,7 +69,7 @@ def test_far_jumps_seek_and_find_the_same_frames(tmp_path: Path, suffix: str) ->
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
 @pytest.mark.parametrize("gop", [1, 9, 250])
-def test_sparse_times_give_the_frames_of_decoding_everything(tmp_path: Path, suffix: str, gop: int) -> None:
+def test_sparse_times_give_the_frames_of_full_decoding(tmp_path: Path, suffix: str, gop: int) -> None:
     path = tmp_path / f"film.{suffix}"
     make_video(path, range(700), gop=gop, b_frames=0 if gop == 1 else 3)
     eighths = open_video(str(path), SIZE).sample(seconds(700, fps=8))
@@ -85,16 +85,15 @@ def test_a_seek_to_just_before_a_keyframe_does_not_land_on_it(tmp_path: Path, su
     path = tmp_path / f"long.{suffix}"
     make_video(path, range(600), gop=30, b_frames=3)
     eighths = open_video(str(path), SIZE).sample(seconds(600, fps=8))
-    for number in (599, 299, 298, 269, 59, 30, 29):  # backwards: each is a seek; DTS run two frames before PTS
+    for number in (599, 299, 298, 269, 59, 30, 29):  # backwards: each is a seek; DTS are two frames before PTS
         got = open_video(str(path), SIZE).sample([Fraction(number, 8)])
         assert np.array_equal(got.frames[0], eighths.frames[number])
 
 
-def test_h264_in_avi_is_shown_in_the_order_of_display(tmp_path: Path, videos: dict[str, Path]) -> None:
-    """AVI has no PTS: what FFmpeg states is the order of decoding."""
+def test_h264_in_avi_is_sampled_in_display_order(tmp_path: Path, videos: dict[str, Path]) -> None:
     make_video(tmp_path / "clip.avi", range(80), gop=40, b_frames=3)
     mp4, avi = (read_frames(str(p), SIZE) for p in (videos["b_frames.mp4"], tmp_path / "clip.avi"))
-    # the stamps start a frame late, so the picture of t is that of an eighth before it, throughout
+    # timestamps start a frame late: every frame is the one of 1/8 s earlier
     late = [int(t * 8) - number for t, number in zip(avi.times_seconds[1:], frame_numbers(avi)[1:], strict=True)]
     assert set(late) == {1}
     assert len(avi.frames) == len(mp4.frames)
@@ -104,7 +103,7 @@ def test_h264_in_avi_is_shown_in_the_order_of_display(tmp_path: Path, videos: di
 
 
 def frame_numbers(batch: FrameBatch) -> list[int]:
-    """Which picture() each frame shows, by its nearest."""
+    """The nearest `picture` of each frame."""
     pictures = np.stack([np.asarray(Image.fromarray(picture(n)).resize((SIZE, SIZE))) for n in range(80)]).astype(int)
     return [int(np.abs(pictures - frame.astype(int)).sum(axis=(1, 2, 3)).argmin()) for frame in batch.frames]
 
@@ -123,7 +122,7 @@ def test_a_transport_stream_starts_at_zero(videos: dict[str, Path]) -> None:
     assert np.allclose(frames.pts_seconds, plain.pts_seconds[: len(frames.pts_seconds)], atol=1e-4)
 
 
-def test_big_pictures_arrive_at_the_encoders_size_and_small_ones_too(videos: dict[str, Path]) -> None:
+def test_large_and_small_frames_are_scaled_to_the_encoders_size(videos: dict[str, Path]) -> None:
     assert read_frames(str(videos["b_frames.mp4"]), 20).frames.shape == (10, 20, 20, 3)
     assert read_frames(str(videos["b_frames.mp4"]), 100).frames.shape == (10, 100, 100, 3)
 
@@ -133,7 +132,7 @@ def test_bytes_and_files_decode_alike(videos: dict[str, Path]) -> None:
     assert np.array_equal(read_frames(path.read_bytes(), SIZE).frames, read_frames(str(path), SIZE).frames)
 
 
-def test_thinning_takes_the_same_frames_as_the_store_would(videos: dict[str, Path]) -> None:
+def test_thinning_selects_the_same_frames_as_the_store(videos: dict[str, Path]) -> None:
     whole = read_frames(str(videos["b_frames.mp4"]), SIZE)
     uniform = read_frames(str(videos["b_frames.mp4"]), SIZE, max_frames=4)
     first = read_frames(str(videos["b_frames.mp4"]), SIZE, max_frames=4, frame_selection="first")
@@ -141,12 +140,12 @@ def test_thinning_takes_the_same_frames_as_the_store_would(videos: dict[str, Pat
     assert np.array_equal(first.frames, whole.frames[:4])
 
 
-def test_a_long_video_comes_in_pieces(videos: dict[str, Path]) -> None:
-    pieces = list(iter_frames(str(videos["one_keyframe.mp4"]), SIZE, frames_per_batch=8))
-    assert [len(piece.frames) for piece in pieces] == [8, 8, 8, 8]
+def test_a_long_video_comes_in_batches(videos: dict[str, Path]) -> None:
+    batches = list(iter_frames(str(videos["one_keyframe.mp4"]), SIZE, frames_per_batch=8))
+    assert [len(batch.frames) for batch in batches] == [8, 8, 8, 8]
 
 
-def test_a_truncated_stream_gives_what_decodes_and_counts_the_rest(tmp_path: Path) -> None:
+def test_a_truncated_stream_gives_its_frames_and_counts_the_rest(tmp_path: Path) -> None:
     path = tmp_path / "cut.mp4"
     make_video(path, range(160), options={"movflags": "faststart"})
     whole = read_frames(str(path), SIZE)
@@ -156,12 +155,12 @@ def test_a_truncated_stream_gives_what_decodes_and_counts_the_rest(tmp_path: Pat
     cut = read_frames(data[: len(data) // 2], SIZE)
     assert 0 < len(cut.frames) < len(whole.frames) == 20
     assert cut.num_missing > 0
-    assert len(cut.frames) + cut.num_missing in (19, 20)  # a sample within a second of the cut is the header's rounding
+    assert len(cut.frames) + cut.num_missing in (19, 20)  # a frame within a second of the cut may not count
     plain = read_frames(data, SIZE)
     assert np.array_equal(cut.frames, plain.frames[: len(cut.frames)])
 
 
-def test_damage_in_the_middle_costs_only_the_frames_it_hits(tmp_path: Path) -> None:
+def test_damage_costs_only_the_frames_it_hits(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     make_video(buffer, range(240), gop=8, b_frames=0, format="matroska", size=(160, 120))
     data = bytearray(buffer.getvalue())
@@ -171,7 +170,7 @@ def test_damage_in_the_middle_costs_only_the_frames_it_hits(tmp_path: Path) -> N
     assert len(hurt.frames) + hurt.num_missing == len(whole.frames)
     assert len(hurt.frames) > 20
     for t, pixels in zip(hurt.times_seconds[-5:], hurt.frames[-5:], strict=True):
-        assert np.array_equal(pixels, whole.frames[int(t)])  # far behind the damage all is well again
+        assert np.array_equal(pixels, whole.frames[int(t)])  # frames far after the damage are intact
 
 
 def bad_files(folder: Path) -> dict[str, tuple[Path, ErrorType]]:
@@ -193,7 +192,7 @@ def bad_files(folder: Path) -> dict[str, tuple[Path, ErrorType]]:
     }
 
 
-def test_bad_files_have_a_typed_error_each(tmp_path: Path) -> None:
+def test_every_bad_file_has_its_error_type(tmp_path: Path) -> None:
     for name, (path, expected) in bad_files(tmp_path).items():
         with pytest.raises(DecodeError) as caught:
             read_frames(str(path), SIZE)
@@ -230,14 +229,14 @@ def test_the_pool_keeps_few_videos_open_and_drops_broken_ones(tmp_path: Path) ->
         DecoderPool(SIZE, max_open=0)
 
 
-def test_times_that_do_not_ascend_are_refused(videos: dict[str, Path]) -> None:
+def test_descending_times_are_an_error(videos: dict[str, Path]) -> None:
     reader = open_video(str(videos["b_frames.mp4"]), SIZE)
     with pytest.raises(ValueError, match="ascend"):
         reader.sample([Fraction(2), Fraction(1)])
     assert reader.sample([]).frames.shape == (0, SIZE, SIZE, 3)
 
 
-def test_a_frame_batch_checks_itself() -> None:
+def test_an_invalid_frame_batch_is_an_error() -> None:
     good = np.zeros((2, 4, 4, 3), np.uint8)
     for frames, pts, times in (
         (good.astype(np.float32), np.zeros(2), np.zeros(2)),

@@ -1,4 +1,4 @@
-"""Decoding and probing in a child: the same results; a hang, a crash or too much memory is one error and no more."""
+"""A child decodes and probes as this process does; a hang, a crash or too much memory is a single error."""
 
 from __future__ import annotations
 
@@ -25,17 +25,15 @@ from PIL import Image
 from reference.synthetic_media import make_video
 from timeviper_platform.common import storage
 from timeviper_platform.common.listing import FileVersion
-from timeviper_platform.data.media.container import DecodeError, ErrorType, MediaLimits, Modality, reading
+from timeviper_platform.data.media.container import DecodeError, ErrorType, MediaLimits, Modality, decode_errors
 from timeviper_platform.data.media.medium import Medium
 from timeviper_platform.data.media.probe import LocalProbes, probe_media
 from timeviper_platform.data.plan.segments import PlanSpec, plan_page
 from timeviper_platform.data.plan.stored_plan import plan_here
 from timeviper_platform.data.video.frames import FrameBatch
 from timeviper_platform.data.video.sampling import sample_times
-from timeviper_platform.data.video_worker import child_process as isolation
-from timeviper_platform.data.video_worker import isolated as isolated_sources
 from timeviper_platform.data.video_worker.frame_source import DecodeConfig, DecodeRequest, FrameSource, LocalFrames
-from timeviper_platform.data.video_worker.isolated import IsolatedFrames, IsolatedProbes
+from timeviper_platform.data.video_worker.isolated import MAX_FRAMES_PER_JOB, IsolatedFrames, IsolatedProbes
 
 SIZE = 32
 TIMES = sample_times(Fraction(0), Fraction(3), 0, 20)
@@ -50,7 +48,7 @@ def film(tmp_path: Path) -> str:
 
 @pytest.fixture
 def hang(tmp_path: Path) -> str:
-    """A file that cannot be opened before somebody writes to it."""
+    """A pipe, which blocks when it is opened."""
     os.mkfifo(tmp_path / "hang.mp4")
     return str(tmp_path / "hang.mp4")
 
@@ -63,7 +61,7 @@ def source() -> IsolatedFrames:
 def frames(
     source: FrameSource, uri: str, modality: Modality = "video", times: Sequence[Fraction] = TIMES
 ) -> FrameBatch:
-    """Those of one request."""
+    """Frames of one request."""
     (decoded,) = source.decode([DecodeRequest(uri, modality, times)])
     if isinstance(decoded.frames, DecodeError):
         raise decoded.frames
@@ -76,41 +74,37 @@ def failure(source: FrameSource, uri: str) -> tuple[str, ErrorType, str]:
     return caught.value.stage, caught.value.error_type, caught.value.message
 
 
-def test_nobody_looks_for_an_answer_again_at_once_where_there_is_none_yet(
-    source: IsolatedFrames, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_short_replies_accumulate_while_the_parent_is_idle(tmp_path: Path) -> None:
     requests = []
-    for number in range(300):
-        path = tmp_path / f"{number}.png"
-        Image.new("RGB", (64, 48), (number % 256, 7, 9)).save(path)
+    for index in range(300):
+        path = tmp_path / f"{index}.png"
+        Image.new("RGB", (64, 48), (index % 256, 7, 9)).save(path)
         requests.append(DecodeRequest(str(path), "image", [Fraction(0)]))
-    naps: list[float] = []
-    sleep = time.sleep
-    monkeypatch.setattr(isolation.time, "sleep", lambda seconds: (naps.append(seconds), sleep(0.05)))
-    found = [decoded.frames for decoded in source.decode(requests)]
-    reds = [int(batch.frames[0, 0, 0, 0]) for batch in found if isinstance(batch, FrameBatch)]
-    assert reds == [number % 256 for number in range(300)]
-    assert set(naps) == {isolated_sources.NAP_SECONDS}
-    assert len(naps) < 100  # many answers a nap
+    naps: list[None] = []
+    source = IsolatedFrames(SIZE, MediaLimits(), CONFIG, idle=lambda: naps.append(time.sleep(0.05)))
+    batches = [result.frames for result in source.decode(requests)]
+    reds = [int(batch.frames[0, 0, 0, 0]) for batch in batches if isinstance(batch, FrameBatch)]
+    assert reds == [index % 256 for index in range(300)]
+    assert 0 < len(naps) < 100
 
 
-def test_a_child_gives_the_frames_of_this_process(source: IsolatedFrames, film: str, tmp_path: Path) -> None:
+def test_a_child_returns_the_frames_of_this_process(source: IsolatedFrames, film: str, tmp_path: Path) -> None:
     Image.new("RGB", (40, 30), (10, 200, 30)).save(tmp_path / "a.png")
     local = LocalFrames(SIZE, MediaLimits(), CONFIG)
     kept = []
     late = [Fraction(100)]  # has no frame
-    asked = ((film, "video", TIMES), (film, "video", late), (str(tmp_path / "a.png"), "image", TIMES[:1]))
-    for uri, modality, times in asked * 2:
+    requests = ((film, "video", TIMES), (film, "video", late), (str(tmp_path / "a.png"), "image", TIMES[:1]))
+    for uri, modality, times in requests * 2:
         here, there = (frames(s, uri, modality, times) for s in (local, source))  # type: ignore[arg-type]
         kept.append((here, there))
-    for here, there in kept:  # later answers do not write over earlier ones
+    for here, there in kept:  # later replies do not overwrite earlier frames
         assert np.array_equal(here.frames, there.frames)
         assert here.pts_seconds.tolist() == there.pts_seconds.tolist()
         assert here.times_seconds.tolist() == there.times_seconds.tolist()
         assert here.num_missing == there.num_missing
 
 
-def test_errors_of_files_arrive_with_stage_type_and_message(source: IsolatedFrames, film: str, tmp_path: Path) -> None:
+def test_errors_keep_their_stage_type_and_message(source: IsolatedFrames, film: str, tmp_path: Path) -> None:
     (tmp_path / "text.mp4").write_text("no video")
     local = LocalFrames(SIZE, MediaLimits(), CONFIG)
     for name in ("nowhere.mp4", "text.mp4"):
@@ -121,7 +115,7 @@ def test_errors_of_files_arrive_with_stage_type_and_message(source: IsolatedFram
     assert len(frames(source, film).frames) == len(TIMES)
 
 
-def test_a_hang_is_one_error_and_the_rest_of_that_medium_is_given_up(film: str, hang: str) -> None:
+def test_a_medium_that_hangs_is_not_tried_again(film: str, hang: str) -> None:
     source = IsolatedFrames(SIZE, MediaLimits(), replace(CONFIG, deadline_seconds=1.0))
     assert failure(source, hang)[:2] == ("decode_video", ErrorType.DECODER_TIMEOUT)
     started = time.monotonic()
@@ -133,15 +127,15 @@ def test_a_hang_is_one_error_and_the_rest_of_that_medium_is_given_up(film: str, 
 
 @contextlib.contextmanager
 def killing(source: IsolatedFrames, times: int) -> Iterator[None]:
-    """Ends the child that works, `times` times, as a broken decoder would."""
+    """Crashes the working child `times` times, as a broken decoder would."""
 
     def kill() -> None:
         for _ in range(times):
-            while (child := source._child) is None or not child._is_ready:
+            while (child := source.child) is None or not child.is_ready:
                 time.sleep(0.01)
             time.sleep(0.1)
             os.kill(child.pid, signal.SIGSEGV)
-            while source._child is child:
+            while source.child is child:
                 time.sleep(0.01)
 
     thread = threading.Thread(target=kill, daemon=True)
@@ -160,14 +154,14 @@ def test_a_crash_is_one_error_and_the_next_medium_decodes(film: str, hang: str) 
     assert len(frames(source, film).frames) == len(TIMES)
 
 
-def test_a_child_that_something_else_killed_costs_nothing(source: IsolatedFrames, film: str) -> None:
+def test_a_child_killed_from_outside_loses_nothing(source: IsolatedFrames, film: str) -> None:
     expected = frames(source, film)
-    os.kill(source._child.pid, signal.SIGKILL)
+    os.kill(source.child.pid, signal.SIGKILL)
     assert np.array_equal(frames(source, film).frames, expected.frames)
 
 
 def described(source: FrameSource, requests: Sequence[DecodeRequest]) -> list[object]:
-    """What became of each request, so that it can be compared."""
+    """Comparable results of the requests."""
     found = [decoded.frames for decoded in source.decode(requests)]
     return [
         (one.stage, one.error_type)
@@ -179,27 +173,23 @@ def described(source: FrameSource, requests: Sequence[DecodeRequest]) -> list[ob
 
 @pytest.fixture
 def requests(film: str, tmp_path: Path) -> list[DecodeRequest]:
-    """Pictures, of which each is another, stretches of a film, and two files that are neither: several jobs."""
-    made = [DecodeRequest(film, "video", TIMES[start : start + 8]) for start in range(0, 16, 4)] * 10
+    """Distinct images, clips of a film and two bad files: several jobs."""
+    requests = [DecodeRequest(film, "video", TIMES[start : start + 8]) for start in range(0, 16, 4)] * 10
     for number in range(100):
         Image.new("RGB", (40, 30), (number, 200, 30)).save(tmp_path / f"{number}.png")
-        made.insert(number, DecodeRequest(str(tmp_path / f"{number}.png"), "image", TIMES[:1]))
+        requests.insert(number, DecodeRequest(str(tmp_path / f"{number}.png"), "image", TIMES[:1]))
     (tmp_path / "text.mp4").write_text("no video")
-    for place, name in ((3, "text.mp4"), (90, "nowhere.mp4")):
-        made.insert(place, DecodeRequest(str(tmp_path / name), "video", TIMES))
-    return made
+    for index, name in ((3, "text.mp4"), (90, "nowhere.mp4")):
+        requests.insert(index, DecodeRequest(str(tmp_path / name), "video", TIMES))
+    return requests
 
 
-def test_results_of_many_requests_come_in_order_and_next_to_each_other(
-    source: IsolatedFrames, requests: list[DecodeRequest]
-) -> None:
+def test_results_of_many_requests_come_in_order(source: IsolatedFrames, requests: list[DecodeRequest]) -> None:
     assert described(source, requests) == described(LocalFrames(SIZE, MediaLimits(), CONFIG), requests)
     assert described(source, []) == []
 
 
-def test_the_child_decodes_ahead_of_what_is_taken(
-    source: IsolatedFrames, requests: list[DecodeRequest], film: str
-) -> None:
+def test_the_child_decodes_ahead(source: IsolatedFrames, requests: list[DecodeRequest], film: str) -> None:
     taken = 0
 
     def counted() -> Iterator[DecodeRequest]:
@@ -210,54 +200,54 @@ def test_the_child_decodes_ahead_of_what_is_taken(
 
     results = source.decode(counted())
     assert isinstance(next(results).frames, FrameBatch)
-    assert isolated_sources.MAX_FRAMES_A_JOB < taken < len(requests)
-    child = source._child
+    assert MAX_FRAMES_PER_JOB < taken < len(requests)
+    child = source.child
     assert child is not None
     results.close()
-    assert not psutil.pid_exists(child.pid)  # whose answers nobody waits for any more
+    assert not psutil.pid_exists(child.pid)  # its remaining replies are dropped
     assert len(frames(source, film).frames) == len(TIMES)
-    assert source._child is not None
-    pid = source._child.pid
+    assert source.child is not None
+    pid = source.child.pid
     results = source.decode(requests[:1])
     next(results)
     results.close()
-    assert source._child.pid == pid  # all of its answers were taken
+    assert source.child.pid == pid  # it had no replies left
 
 
-def test_a_child_killed_among_many_requests_costs_nothing(
+def test_a_child_killed_during_many_requests_loses_nothing(
     source: IsolatedFrames, requests: list[DecodeRequest]
 ) -> None:
     expected = described(source, requests)
 
     def killing_some() -> Iterator[DecodeRequest]:
         for number, request in enumerate(requests):
-            if number in (0, 5, 130) and source._child is not None:
-                os.kill(source._child.pid, signal.SIGKILL)
+            if number in (0, 5, 130) and source.child is not None:
+                os.kill(source.child.pid, signal.SIGKILL)
             yield request
 
     assert described(source, killing_some()) == expected  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("broken_readers")
-def test_what_crashes_or_hangs_the_child_among_many_is_one_error_each(
+def test_each_crash_or_hang_among_many_requests_is_one_error(
     requests: list[DecodeRequest], film: str, hang: str, tmp_path: Path
 ) -> None:
     crash = tmp_path / "crash.mp4"
     crash.hardlink_to(film)
     expected = described(LocalFrames(SIZE, MediaLimits(), CONFIG), requests)
-    for place, uri, kind in (
+    for index, uri, kind in (
         (150, str(crash), ErrorType.DECODER_CRASHED),
         (60, hang, ErrorType.DECODER_TIMEOUT),
-        (60, hang, ErrorType.DECODER_TIMEOUT),  # given up
+        (60, hang, ErrorType.DECODER_TIMEOUT),  # not tried again
         (0, str(crash), ErrorType.DECODER_CRASHED),
     ):
-        requests.insert(place, DecodeRequest(uri, "video", TIMES))
-        expected.insert(place, ("decode_video", kind))
+        requests.insert(index, DecodeRequest(uri, "video", TIMES))
+        expected.insert(index, ("decode_video", kind))
     source = IsolatedFrames(SIZE, MediaLimits(), replace(CONFIG, deadline_seconds=3.0))
     assert described(source, requests) == expected
 
 
-def test_too_much_memory_is_an_error_of_its_own(tmp_path: Path) -> None:
+def test_too_much_memory_is_out_of_memory(tmp_path: Path) -> None:
     Image.new("L", (13000, 13000)).save(tmp_path / "large.png")
     limits = MediaLimits(max_pixels=1 << 30)
     source = IsolatedFrames(SIZE, limits, replace(CONFIG, max_memory_bytes=1 << 28))
@@ -266,25 +256,19 @@ def test_too_much_memory_is_an_error_of_its_own(tmp_path: Path) -> None:
     assert (caught.value.stage, caught.value.error_type) == ("decode_image", ErrorType.OUT_OF_MEMORY)
 
 
-def test_no_limit_of_memory_holds_beside_nvidias_driver() -> None:
+def test_nvdec_has_no_memory_limit() -> None:
     for backend, limit in (("pyav", CONFIG.max_memory_bytes), ("nvdec", resource.RLIM_INFINITY)):
         source = IsolatedFrames(SIZE, MediaLimits(), replace(CONFIG, backend=backend))  # type: ignore[arg-type]
-        source._child.wait_until_ready()
-        assert resource.prlimit(source._child.pid, resource.RLIMIT_DATA)[0] == limit
+        source.child.wait_until_ready()
+        assert resource.prlimit(source.child.pid, resource.RLIMIT_DATA)[0] == limit
 
 
 def test_no_child_outlives_its_source(film: str) -> None:
     source = IsolatedFrames(SIZE, MediaLimits(), CONFIG)
     frames(source, film)
-    pid = source._child.pid
+    pid = source.child.pid
     del source
     assert not psutil.pid_exists(pid)
-
-
-def test_retries_of_a_child_are_counted_here() -> None:
-    before = storage.num_retries()
-    storage.add_retries(3)
-    assert storage.num_retries() == before + 3
 
 
 BROKEN_READERS = """
@@ -316,14 +300,14 @@ probe.probe_media, decode.open_video = probe_media, open_video
 
 @pytest.fixture
 def broken_readers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Children started from now on do what a file is called: crash, take memory, see storage fail twice."""
+    """New children act by the name of a file: crash, take memory, count two retries."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(BROKEN_READERS)
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
 
 
 def make_greedy_picture(path: Path) -> None:
-    """A PNG of 1 x 1 whose header has 600 MB of text, none of which is on the disk."""
+    """A sparse 1 x 1 PNG whose header has 600 MB of text."""
     Image.new("L", (1, 1)).save(path, "PNG")
     header_end = 8 + 25
     with path.open("r+b") as file:
@@ -337,14 +321,14 @@ def spec(**changes: object) -> PlanSpec:
 
 
 def plan(paths: list[Path], **changes: object) -> dict[str, tuple[str | None, str | None]]:
-    """Stage and type of the error of every medium, by its file's name; one row each."""
+    """Error stage and type of every medium, by file name."""
     table = pa.concat_tables(plan_page([Medium(str(path), path.name) for path in paths], spec(**changes)))
     assert table["media_id"].to_pylist() == [path.name for path in paths]
     columns = (table[name].to_pylist() for name in ("media_id", "error_stage", "error_type"))
     return {name: (stage, kind) for name, stage, kind in zip(*columns, strict=True)}
 
 
-def test_headers_read_in_a_child_say_what_they_say_here(tmp_path: Path) -> None:
+def test_a_child_reads_the_same_headers_as_this_process(tmp_path: Path) -> None:
     make_video(tmp_path / "ntsc.mp4", [1001 * n for n in range(40)], time_base=Fraction(1, 30000))
     Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
     (tmp_path / "text.mp4").write_text("no video")
@@ -359,7 +343,7 @@ def test_headers_read_in_a_child_say_what_they_say_here(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("broken_readers")
-def test_what_breaks_the_prober_is_one_error_row_each_and_the_rest_is_planned(tmp_path: Path, hang: str) -> None:
+def test_each_medium_that_breaks_the_prober_is_one_error_row(tmp_path: Path, hang: str) -> None:
     make_video(tmp_path / "good.mp4", range(8))
     paths = [tmp_path / f"{number:02d}.mp4" for number in range(40)]
     for path in paths:
@@ -387,13 +371,13 @@ def test_media_whose_headers_fit_alone_but_not_together_are_planned(tmp_path: Pa
     assert set(plan(paths, max_memory_bytes=320 << 20).values()) == {(None, None)}
 
 
-def test_ffmpegs_lack_of_memory_is_not_the_files_fault(film: str) -> None:
-    with pytest.raises(DecodeError, match="out_of_memory"), reading("probe", film):
+def test_ffmpegs_enomem_is_out_of_memory(film: str) -> None:
+    with pytest.raises(DecodeError, match="out_of_memory"), decode_errors("probe", film):
         av.error.err_check(-errno.ENOMEM)
 
 
 @pytest.mark.usefixtures("broken_readers")
-def test_one_medium_that_breaks_the_prober_says_how(tmp_path: Path, film: str) -> None:
+def test_a_medium_that_crashes_the_prober_has_its_exit_code(tmp_path: Path, film: str) -> None:
     Path(tmp_path / "crash.mp4").hardlink_to(film)
     source = IsolatedProbes(MediaLimits(), CONFIG)
     (medium,) = source.probe([Medium(str(tmp_path / "crash.mp4"))])
@@ -403,49 +387,46 @@ def test_one_medium_that_breaks_the_prober_says_how(tmp_path: Path, film: str) -
 
 
 @pytest.mark.usefixtures("broken_readers")
-def test_retries_of_probing_in_a_child_are_counted_here(tmp_path: Path, film: str) -> None:
+def test_retries_in_a_child_are_counted_in_the_parent(tmp_path: Path, film: str) -> None:
     paths = [tmp_path / f"{kind}{number}.mp4" for kind in ("retried", "plain") for number in range(20)]
     for path in paths:
         path.hardlink_to(film)
     before = storage.num_retries()
     assert set(plan(paths).values()) == {(None, None)}
     assert storage.num_retries() == before + 40
-    IsolatedProbes(MediaLimits(), CONFIG).probe([Medium(str(paths[0]))] * 9)  # stretches of one film
+    IsolatedProbes(MediaLimits(), CONFIG).probe([Medium(str(paths[0]))] * 9)  # clips of one film
     assert storage.num_retries() == before + 42
 
 
-def test_a_prober_that_something_else_killed_costs_nothing(tmp_path: Path, film: str) -> None:
+def test_a_prober_killed_from_outside_loses_nothing(tmp_path: Path, film: str) -> None:
     media = [Medium(str(tmp_path / f"{number}.mp4"), str(number)) for number in range(40)]
     for medium in media:
         Path(medium.uri).hardlink_to(film)
     source = IsolatedProbes(MediaLimits(), CONFIG)
     expected = [medium.with_headers(probe_media(film)) for medium in media]
     assert source.probe(media) == expected
-    assert source._child is not None
-    os.kill(source._child.pid, signal.SIGKILL)
+    assert source.child is not None
+    os.kill(source.child.pid, signal.SIGKILL)
     assert source.probe(media) == expected
-    child = source._child
+    child = source.child
     assert source.probe(media[:1]) == expected[:1]
-    assert source._child is child  # pages share it
+    assert source.child is child  # pages share it
 
 
-def test_no_child_is_started_for_media_of_which_all_is_told(film: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise AssertionError("a child was started")
-
-    monkeypatch.setattr(isolated_sources, "DecodeChild", refuse)
-    told = Medium(film, "told", version=FileVersion(1, None, "v")).with_headers(probe_media(film))
-    rejected = Medium(film, "rejected", error=DecodeError("list", ErrorType.BAD_ROW, "as the manifest says"))
-    pages = [[told, rejected], [replace(told, sha256="0")]]
-    assert pa.concat_tables(plan_here(pages, spec())).num_rows == 3
-    assert pa.concat_tables(plan_here([[replace(told, version=None)]], spec())).num_rows == 1
-    with pytest.raises(AssertionError):
-        list(plan_here([[replace(told, modality=None)]], spec()))
-    plain = plan_here([[replace(told, modality=None)]], spec(isolation="none"))
+def test_no_child_is_started_for_media_that_need_no_probing(film: str) -> None:
+    probed = Medium(film, "probed", version=FileVersion(1, None, "v")).with_headers(probe_media(film))
+    failed = Medium(film, "failed", error=DecodeError("list", ErrorType.BAD_ROW, "as in the manifest"))
+    probes = IsolatedProbes(MediaLimits(), CONFIG)
+    for page in ([probed, failed], [replace(probed, sha256="0")], [replace(probed, version=None)]):
+        assert pa.concat_tables(plan_page(page, spec(), probes)).num_rows == len(page)
+    assert probes.child is None
+    plain = plan_here([[replace(probed, modality=None)]], spec(isolation="none"))
     assert pa.concat_tables(plain).num_rows == 1
+    assert pa.concat_tables(plan_page([replace(probed, modality=None)], spec(), probes)).num_rows == 1
+    assert probes.child is not None
 
 
-def test_settings_without_sense_are_refused() -> None:
+def test_invalid_settings_are_errors() -> None:
     for wrong in (
         {"deadline_seconds": 0.0},
         {"probe_deadline_seconds": 0.0},
