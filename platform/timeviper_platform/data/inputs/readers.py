@@ -33,11 +33,7 @@ TAR_SUFFIX = ".tar"
 
 
 def read_pages(source: str, page_rows: int = PAGE_ROWS) -> Iterator[list[Medium]]:
-    """The distinct media of `source`, at most `page_rows` at a time.
-
-    Raises:
-        ValueError: when `source` has no media, or is a manifest that cannot be read.
-    """
+    """The distinct media of `source`, at most `page_rows` at a time; a ValueError when there are none."""
     distinct = _DistinctMedia()
     num_media = 0
     for page in _pages(source, page_rows):

@@ -1,7 +1,4 @@
-"""Opens media of any source with PyAV under fixed limits, and names what can be wrong with them.
-
-FFmpeg never gets a string from a manifest, so that no name can select a protocol or another file.
-"""
+"""Opens media of any source with PyAV under fixed limits, and names their errors."""
 
 from __future__ import annotations
 
@@ -204,7 +201,10 @@ def read_head(source: str | bytes, limits: MediaLimits | None = None) -> bytes:
 
 
 def open_container(source: str | bytes, limits: MediaLimits | None = None) -> Any:
-    """A PyAV container restricted to FORMAT_WHITELIST; a local path is opened as `file:/absolute/path`."""
+    """A PyAV container restricted to FORMAT_WHITELIST.
+
+    A local path is opened as `file:/absolute/path`, so that no name can select another protocol.
+    """
     options = {"format_whitelist": ",".join(FORMAT_WHITELIST), "protocol_whitelist": "file"}
     if isinstance(source, str) and is_local_file(source):
         return av.open("file:" + storage.split_uri(source)[1], options=options)

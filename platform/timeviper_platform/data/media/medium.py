@@ -40,7 +40,6 @@ class Medium:
 
     @property
     def is_probed(self) -> bool:
-        """True when the header fields are filled in."""
         return self.modality is not None
 
     def with_headers(self, probed: Medium) -> Medium:

@@ -67,11 +67,7 @@ class LocalProbes:
 
 
 def probe_media(source: str | bytes, limits: MediaLimits | None = None) -> Medium:
-    """The medium at `source` (a URI or a file's bytes) with its header fields.
-
-    Raises:
-        DecodeError: when it is missing, empty, not a medium, or over a limit.
-    """
+    """The medium at `source`, a URI or a file's bytes, with its header fields; a DecodeError without any."""
     limits = limits or MediaLimits()
     with decode_errors("probe", source, limits):
         head = read_head(source, limits)

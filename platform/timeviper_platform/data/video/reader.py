@@ -86,11 +86,7 @@ def check_backend(backend: Backend) -> None:
 
 
 def read_image(source: str | bytes, image_size: int, *, limits: MediaLimits | None = None) -> FrameBatch:
-    """The image as one frame at time 0, upright by its EXIF data, with white for transparency.
-
-    Raises:
-        DecodeError: when it cannot be read or is over a limit.
-    """
+    """The image as one frame at time 0, upright by its EXIF data, with white for transparency."""
     limits = limits or MediaLimits()
     with (
         decode_errors("decode_image", source, limits),

@@ -63,17 +63,14 @@ def select_frames(
 
 
 def thin_to_fps(times_seconds: Sequence[float] | np.ndarray, fps: float) -> list[int]:
-    """Indices of the first frame at or after each step of 1 / fps.
-
-    thin_to_fps([0, 1, 2, 3, 4], 0.5) -> [0, 2, 4]; a rate above the stored one keeps every frame.
-    """
+    """Indices of the first frame in each step of 1 / fps: thin_to_fps([0, 1, 2, 3, 4], 0.5) -> [0, 2, 4]."""
     chosen: list[int] = []
-    slot = -1
-    for number, seconds in enumerate(times_seconds):
-        reached = int((seconds - times_seconds[0]) * fps + 1e-9)
-        if reached > slot:
-            chosen.append(number)
-            slot = reached
+    last_step = -1
+    for index, seconds in enumerate(times_seconds):
+        step = int((seconds - times_seconds[0]) * fps + 1e-9)
+        if step > last_step:
+            chosen.append(index)
+            last_step = step
     return chosen
 
 

@@ -27,11 +27,7 @@ TorchcodecBackend = Literal["torchcodec", "nvdec"]
 
 
 def load_torchcodec(backend: TorchcodecBackend = "torchcodec") -> Any:
-    """Imports torchcodec.decoders.VideoDecoder.
-
-    Raises:
-        RuntimeError: when it is not installed, does not find FFmpeg's libraries, or nvdec has no CUDA device.
-    """
+    """Imports torchcodec.decoders.VideoDecoder; a RuntimeError when it or the device is missing."""
     try:
         from torchcodec.decoders import VideoDecoder
     except ModuleNotFoundError as error:

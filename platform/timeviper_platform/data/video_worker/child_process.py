@@ -76,7 +76,6 @@ class DecodeChild:
 
     @property
     def pid(self) -> int:
-        """Process id."""
         return self._process.pid
 
     def wait_until_ready(self) -> None:
