@@ -42,7 +42,7 @@ def load_torchcodec(backend: TorchcodecBackend = "torchcodec") -> Any:
     if backend == "nvdec" and not torch.cuda.is_available():
         raise RuntimeError(
             f"backend nvdec needs a CUDA device, but torch {torch.__version__} finds none; run it on a GPU with"
-            " PyTorch for CUDA and the extra nvdec, or use pyav"
+            " PyTorch for CUDA and the extra nvdec installed, or use pyav"
         )
     return VideoDecoder
 

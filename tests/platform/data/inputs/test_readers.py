@@ -106,7 +106,7 @@ def test_a_truncated_tar_keeps_its_complete_members_and_one_error(tmp_path: Path
     found = [(row["error_stage"], row["error_type"]) for row in rows]
     assert found[:2] == [(None, None)] * 2
     assert found[-2:] == [("list", ErrorType.CORRUPT_FILE)] * 2
-    assert "plain, whole tars" in str(rows[-1]["error_message"])
+    assert "uncompressed, complete tars" in str(rows[-1]["error_message"])
 
 
 def test_cells_of_a_parquet_file_are_read_in_place(tmp_path: Path, media: dict[str, bytes]) -> None:

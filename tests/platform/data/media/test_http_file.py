@@ -157,6 +157,8 @@ def test_only_allowed_domains_are_fetched(server: Server, clip: bytes) -> None:
     for wrong in ("https://example.org", "a..example.org", ""):
         with pytest.raises(ValueError, match="bare host names"):
             MediaLimits(allowed_domains=(wrong,))
+    with pytest.raises(ValueError, match="https_attempts"):
+        MediaLimits(https_attempts=0)
 
 
 @pytest.mark.parametrize(
