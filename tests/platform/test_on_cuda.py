@@ -21,7 +21,7 @@ from timeviper_platform.training.batches.collate import dummy_batch
 from timeviper_platform.training.batches.packing import PackPosition
 from timeviper_platform.training.batches.step_batches import MicroBatch, StepBatches, StepCounts
 from timeviper_platform.training.interrupts import Interrupt
-from timeviper_platform.training.step import StepResult, agree, train_step, validation_loss
+from timeviper_platform.training.step import StepResult, TrainContext, agree, train_step, validation_loss
 from timeviper_platform.training.validation.exact_match import answer_task, exact_match_share
 
 
@@ -85,10 +85,10 @@ def step_of(layouts: list[str]) -> StepBatches:
 
 def trained(place: str) -> tuple[StepResult, float, dict[str, torch.Tensor]]:
     model = make_model().to(place)
-    where = {"use_transv": True, "device": torch.device(place), "dtype": torch.float64}
+    context = TrainContext(device=torch.device(place), dtype=torch.float64, use_transv=True)
     batches = agree(step_of(["ssvvvvviirr", "svvviirr"]), Interrupt.NONE, device=torch.device(place)).batches
-    result = train_step(PlainEngine(model), batches, **where)
-    loss = validation_loss(PlainEngine(model), [batches], **where)
+    result = train_step(PlainEngine(model), batches, context)
+    loss = validation_loss(PlainEngine(model), [batches], context)
     return result, loss, {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
 
 

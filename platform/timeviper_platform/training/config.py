@@ -1,7 +1,7 @@
-"""The one YAML of a training run as a tree of frozen dataclasses. Knows keys and what fits together; runs nothing.
+"""The YAML of a training run as a tree of frozen dataclasses.
 
-A run is a chain of phases. Each says where its first weights come from (None: from the phase before), what it reads,
-what it trains and for how long; the optimizer is made anew for every phase.
+A run is a chain of phases. Each has its own data, trained parameters, length and optimizer, and starts from its `init`
+or from the weights of the previous phase.
 """
 
 from __future__ import annotations
@@ -28,50 +28,50 @@ from timeviper_platform.training.optim.parameter_groups import ParameterRule
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InitConfig:
-    """The first weights of a phase: a weights folder, or a preset with seeded values and, if named, a real backbone."""
+    """Initial weights of a phase: a weights folder, or a preset with seeded values and an optional real backbone."""
 
     weights: str | None = None
-    """folder that save_pretrained or jobs/export.py wrote; excludes backbone"""
+    """Weights folder written by save_pretrained or jobs/export.py. Excludes `backbone`."""
     preset: Literal["tiny", "9b", "tiny-qwen", "qwen2.5-7b", "tiny-pdrop", "9b-pdrop"] | None = None
-    """beside `weights`: the sizes that they must have, which a dry run knows before they are there"""
+    """Model sizes. With `weights`: the sizes they must have, for a dry run before they exist."""
     seed: int = 0
+    """Seed of the random initial values."""
     backbone: str | None = None
-    """Hugging Face name or folder of a language model whose weights replace the preset's random ones"""
+    """Hugging Face name or folder of a language model that replaces the preset's random backbone."""
     transv: tuple[TransVSite, ...] | None = None
-    """replaces the preset's or the weights' TransV sites; in place of the weights' they start anew, from attention"""
+    """Replacement for the TransV sites of the preset or the weights; replaced sites are initialized from attention."""
 
     def __post_init__(self) -> None:
         if self.weights is None and self.preset is None:
-            raise ValueError("init needs weights or a preset; neither is named")
+            raise ValueError("init needs weights or a preset; neither is given")
         if self.weights is not None and self.backbone is not None:
-            raise ValueError("init.weights brings its own backbone; leave that key out")
+            raise ValueError("init.weights brings its own backbone; remove init.backbone")
 
     def model_config(self) -> TimeViperConfig:
         """The preset with this configuration's TransV sites."""
         if self.preset is None:
-            raise ValueError(f"the sizes of {self.weights} are in its config.json")
+            raise ValueError(f"init.preset is not set; the sizes of {self.weights} are in its config.json")
         preset = PRESETS[self.preset]
         return preset if self.transv is None else replace(preset, transv=self.transv)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ValidationConfig:
-    """Samples that are never trained on: their loss is told beside the training's, and how many are answered."""
+    """Validation on held-out samples: their loss, and the share that the model answers exactly."""
 
     samples: tuple[SourceConfig, ...]
     every_steps: int = 500
-    """steps between two looks; also after the phase's last step"""
+    """Steps between validations. The phase's last step is always validated."""
     where: Literal["task", "ranks"] = "task"
-    """task: a process of its own reads the checkpoint that such a step then saves, and the ranks train on; the look
-    after the last step is the ranks', who have nothing else to do. ranks: every look is theirs, between two steps"""
+    """task: a separate process reads a checkpoint saved at that step while the ranks keep training; the last step is
+    validated by the idle ranks. ranks: the ranks validate between two steps."""
     resources: dict[str, float] = field(default_factory=lambda: {"CPU": 1.0})
-    """of the task, which Ray finds on any node beside the workers; it computes on a GPU where one is named. Without Ray
-    it is a process beside rank 0, on its GPU if one is named"""
+    """Ray resources of the task; it uses a GPU if one is listed. Without Ray it runs on rank 0's machine."""
     max_wait_s: float = 600.0
-    """after the last step, for tasks that go on or wait for their resources; their figures are then left out"""
+    """Maximum seconds to wait for unfinished tasks after the last step; their metrics are then missing."""
     num_answers: int = 0
-    """of the first so many usable samples the model writes the first answer itself, greedily, at every look; the share
-    that it writes id by id is `validation_exact_match`. Not with zero.stage 3, which leaves no rank a whole model"""
+    """Number of samples whose first answer is generated greedily and compared token by token
+    (`validation_exact_match`). Must be 0 with zero.stage 3, where no rank holds a whole model."""
 
     def __post_init__(self) -> None:
         if self.every_steps < 1 or not self.samples:
@@ -81,29 +81,36 @@ class ValidationConfig:
         if self.max_wait_s < 0 or any(amount < 0 for amount in self.resources.values()):
             raise ValueError(f"validation: {self.max_wait_s = } and {self.resources = } must not be negative")
 
+    def due(self, step: int, num_steps: int) -> Literal["task", "ranks"] | None:
+        """Where to validate after `step` of a phase of `num_steps`; None if validation is not due."""
+        if step == num_steps:
+            return "ranks"
+        return self.where if step > 0 and step % self.every_steps == 0 else None
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PhaseConfig:
     """One training phase."""
 
     samples: tuple[SourceConfig, ...]
-    """the mixture"""
+    """The mixture."""
     trainable: tuple[ParameterRule, ...]
-    """what is trained, at which rate; everything else is frozen"""
+    """Trained parameters and their learning rates; all others are frozen."""
     packing: PackingConfig
     packs_per_step: int
-    """packs of the global batch, whatever the number of ranks"""
+    """Packs of the global batch, independent of the number of ranks."""
     steps: int | None = None
+    """Length in steps. Exactly one of `steps` and `epochs` is required."""
     epochs: int | None = None
-    """exactly one of steps and epochs"""
+    """Length in epochs."""
     use_transv: bool = True
     frames: FramesConfig = field(default_factory=FramesConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     init: InitConfig | None = None
-    """None takes the weights of the phase before"""
+    """Initial weights; None continues from the previous phase."""
     validation: ValidationConfig | None = None
     lora: LoraConfig | None = None
-    """adapters beside the chosen linear maps, trained by a rule such as `.*\\.lora_[AB]`; merged at the phase's end"""
+    """Adapters on linear layers, trained by a rule such as `.*\\.lora_[AB]` and merged at the phase's end."""
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
@@ -115,67 +122,70 @@ class PhaseConfig:
         if not self.samples or not self.trainable:
             raise ValueError("a phase needs at least one entry in samples and one in trainable")
 
+    def validation_due(self, step: int, num_steps: int) -> Literal["task", "ranks"] | None:
+        """See ValidationConfig.due; None without validation."""
+        return None if self.validation is None else self.validation.due(step, num_steps)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkersConfig:
-    """Processes that share a run; used by the Ray adapter, where a plain launcher sets the same by its own flags."""
+    """Worker processes under Ray; a plain launcher sets the same by its own flags."""
 
     num_workers: int | tuple[int, int] = 1
-    """[least, most] under Ray: as many as the cluster has room for, and other numbers when it grows or shrinks. Every
-    step has the same packs whatever their number; a change goes on from the newest committed checkpoint"""
+    """Number of workers, or [minimum, maximum] for elastic training. Every step has the same packs at any number; a
+    change resumes from the newest committed checkpoint."""
     use_gpu: bool = False
-    """one GPU a worker, NCCL; else CPU and gloo"""
+    """One GPU per worker with NCCL instead of CPU with gloo."""
     resources_per_worker: dict[str, float] = field(default_factory=lambda: {"CPU": 1.0})
     max_failures: int = 3
-    """worker groups that may be lost before the run fails; each restart resumes from the newest committed checkpoint"""
+    """Worker group failures before the run fails; each restart resumes from the newest committed checkpoint."""
     preemption_grace_s: float = 60.0
-    """for which workers may go on after the time at which a node is taken away, to finish a checkpoint on its way"""
+    """Seconds that workers may run past a node's announced removal, to finish a checkpoint."""
     hang_timeout_s: float = 1800.0
-    """a worker that makes no progress for so long inside a step ends, and the log names the one that it waited for"""
+    """Seconds without progress inside a step after which a worker ends and logs the rank it waited for."""
     threads_per_worker: int = 1
-    """torch threads; fixed, because another number adds up in another order"""
+    """torch threads. Another number changes the order of floating point sums."""
 
     def __post_init__(self) -> None:
         least, most = self.num_workers if isinstance(self.num_workers, tuple) else (self.num_workers, self.num_workers)
         if not 1 <= least <= most:
-            raise ValueError(f"workers: {self.num_workers = } must be at least 1, or [least, most] in this order")
+            raise ValueError(f"workers: {self.num_workers = } must be at least 1, or [minimum, maximum] in this order")
         if self.preemption_grace_s < 0:
             raise ValueError(f"workers: {self.preemption_grace_s = } must be at least 0")
 
     @property
     def max_workers(self) -> int:
-        """The number of workers, or the most."""
+        """The maximum number of workers."""
         return self.num_workers[1] if isinstance(self.num_workers, tuple) else self.num_workers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """A whole run.
-
-    Raises:
-        ValueError: when there is no phase or the first one has no init.
-    """
+    """A whole run."""
 
     name: str
-    """the run's folder is runs/name"""
+    """Name of the run's folder inside `runs`."""
     feature_store: str
+    """URI of the feature store."""
     tokenizer: str
-    """Hugging Face name or folder"""
+    """Hugging Face name or folder."""
     phases: dict[str, PhaseConfig]
-    """in this order"""
+    """Phases by name, in order."""
     runs: str = "outputs/runs"
+    """URI of the folder of all runs."""
     seed: int = 0
-    """of the epochs' orders"""
+    """Seed of the data order."""
     dtype: Dtype = "float32"
-    """bfloat16 keeps fp32 master weights in the optimizer"""
+    """Compute dtype; bfloat16 keeps float32 master weights in the optimizer."""
     activation_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
     backend: Backend = "auto"
-    """what computes scans, convolutions and attention: CUDA kernels where they can be used (auto), torch, or kernels
-    or an error"""
+    """Implementation of scans, convolutions and attention: torch, CUDA kernels where available (auto), or kernels
+    or an error (kernels)."""
     encoder: str | None = None
-    """the vision encoder that made the features (Hugging Face name or folder), noted in the weights for serving"""
+    """Vision encoder that made the features (Hugging Face name or folder), recorded in the weights for serving."""
     second_encoder: str | None = None
-    """the same of the second tower, where the features are of two"""
+    """The second tower's encoder, if the features come from two."""
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -184,24 +194,24 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if not self.name or "/" in self.name:
-            raise ValueError(f"{self.name = } names a folder inside {self.runs}: no slash, not empty")
+            raise ValueError(f"{self.name = } must name a folder inside {self.runs}: no slash, not empty")
         if not self.phases:
             raise ValueError("phases: name at least one")
         first = next(iter(self.phases))
         if self.phases[first].init is None:
             raise ValueError(f"phases.{first}.init: the first phase needs its initial weights")
-        asked = [name for name, phase in self.phases.items() if phase.validation and phase.validation.num_answers]
-        if asked and self.zero.stage > 2:
+        answering = [name for name, phase in self.phases.items() if phase.validation and phase.validation.num_answers]
+        if answering and self.zero.stage > 2:
             raise ValueError(
-                f"phases.{asked[0]}.validation.num_answers: with {self.zero.stage = } no rank holds a whole model that"
-                " could answer; choose stage 2 or lower, or num_answers: 0 and the loss alone"
+                f"phases.{answering[0]}.validation.num_answers: with {self.zero.stage = } no rank holds a whole model"
+                " that could answer; choose stage 2 or lower, or num_answers: 0 for the loss alone"
             )
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     """`config` with every local path made absolute, for processes that start in other folders.
 
-    A tokenizer or backbone stays as it is where no such folder exists: then it is a name on the hub.
+    A tokenizer or backbone without such a folder is a name on the hub, and stays as it is.
     """
     phases = {
         name: replace(

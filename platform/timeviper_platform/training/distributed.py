@@ -1,7 +1,4 @@
-"""What rank 0 does for all ranks, who get its result or its failure; sums; and whether all ranks come to the same end.
-
-Knows torch.distributed; does not know what is done.
-"""
+"""Small collectives: a result of rank 0 on every rank, sums, and a barrier that gives up."""
 
 from __future__ import annotations
 
@@ -17,11 +14,11 @@ T = TypeVar("T")
 
 
 def from_rank_0(act: Callable[[], T]) -> T:
-    """What `act` returns on rank 0, on every rank; collective. The result must be picklable.
+    """Runs `act` on rank 0 and returns its picklable result on every rank; collective.
 
     Raises:
-        ValueError: on every rank, when `act` raised one.
-        RuntimeError: on every other rank, when `act` raised anything else; rank 0 raises that itself.
+        ValueError: on every rank, if `act` raised one.
+        RuntimeError: on every other rank, if `act` raised anything else; rank 0 raises the original.
     """
     outcome: list[Any] = [None, None, None]
     failure: Exception | None = None
@@ -40,18 +37,19 @@ def from_rank_0(act: Callable[[], T]) -> T:
     return cast(T, result)
 
 
-def sum_over_ranks(figures: Tensor) -> None:
-    """Sums `figures` over all ranks, in place; collective. Where torch.distributed is not up, this process is all."""
+def sum_over_ranks(values: Tensor) -> None:
+    """Sums `values` over all ranks, in place; does nothing in a process without torch.distributed."""
     if dist.is_initialized():
-        dist.all_reduce(figures)
+        dist.all_reduce(values)
 
 
-def all_ranks_end(timeout_s: float) -> bool:
-    """True when every rank has called this by then: none waits in a collective for one that ends."""
+def all_ranks_end(timeout_s: float, *, world_size: int | None = None) -> bool:
+    """True if every rank calls this within the time-out, so that none is left waiting in a collective."""
     store = PrefixStore("timeviper-end", _get_default_store())
     store.set(str(dist.get_rank()), "")
+    ranks = range(dist.get_world_size() if world_size is None else world_size)
     try:
-        store.wait([str(rank) for rank in range(dist.get_world_size())], timedelta(seconds=timeout_s))
-    except RuntimeError:  # of torch's stores, when the time is over or the store's process is gone
+        store.wait([str(rank) for rank in ranks], timedelta(seconds=timeout_s))
+    except RuntimeError:  # torch's stores raise it on a time-out, and if the store's process is gone
         return False
     return True

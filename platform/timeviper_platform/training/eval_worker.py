@@ -1,8 +1,7 @@
-"""A look at the held-out samples in a process of its own: a committed checkpoint's weights, no optimizer, no ranks.
+"""Validation of a committed checkpoint in a process of its own, without optimizer or ranks.
 
-Knows checkpoints and held-out samples; not Ray, whose tasks call `evaluate_checkpoint` too. Without Ray rank 0 starts
-`python -m timeviper_platform.training.eval_worker`, which reads a EvalTask from its standard input (a pickle: both
-ends are this module), writes its figures as JSON, and ends when that input does, for then rank 0 is gone.
+Does not import Ray, whose tasks call `evaluate_checkpoint` too. Without Ray, rank 0 starts this module as a program: it
+reads a pickled EvalTask from standard input, writes its metrics as JSON, and exits when standard input ends.
 """
 
 from __future__ import annotations
@@ -25,44 +24,47 @@ from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.training.checkpoint.export import checkpoint_model
 from timeviper_platform.training.checkpoint.manager import is_committed
 from timeviper_platform.training.phase import build_standalone_validator
+from timeviper_platform.training.step import TrainContext
 from timeviper_platform.training.validation.async_eval import EvalTask
-from timeviper_platform.training.validation.validator import look_at_held_out
 
 NICENESS = 10
-"""of a process beside rank 0: what the ranks need comes first"""
+"""Lowers the process' CPU priority below that of the ranks."""
 
 
 def evaluate_checkpoint(task: EvalTask) -> dict[str, float]:
-    """The figures of a look at the model of `task.checkpoint`, as the ranks would find them.
+    """The validation metrics of `task.checkpoint`, as the ranks would compute them.
 
     Raises:
-        ValueError: when the checkpoint is gone, or does not hold the whole model.
-        RuntimeError: when files cannot be read.
+        ValueError: if the checkpoint is gone, or does not hold the whole model.
+        RuntimeError: if files cannot be read.
     """
     config, phase = task.config, task.config.phases[task.phase]
     assert phase.validation is not None
     if not is_committed(task.checkpoint):
         raise ValueError(
-            f"{task.checkpoint} is gone: looks take longer than training until its next"
+            f"{task.checkpoint} is gone: validation takes longer than training until its next"
             f" {config.checkpoint.keep} checkpoints; raise validation.every_steps or checkpoint.keep"
         )
     torch.set_num_threads(config.workers.threads_per_worker)
     use_gpu = phase.validation.resources.get("GPU", 0) > 0
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_gpu else torch.device("cpu")
-    dtype = torch_dtype(config.dtype)
+    context = TrainContext(
+        device=torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_gpu else torch.device("cpu"),
+        dtype=torch_dtype(config.dtype),
+        use_transv=phase.use_transv,
+    )
     _, _, model = checkpoint_model(task.checkpoint)
-    model = model.to(device, dtype).eval()
-    set_backend(model, config.backend if use_gpu else "torch", device=device, dtype=dtype)
+    model = model.to(context.device, context.dtype).eval()
+    set_backend(model, config.backend if use_gpu else "torch", device=context.device, dtype=context.dtype)
     store = FeatureStore.open(config.feature_store, cache_bytes=config.loader.cache_bytes)
-    held_out = build_standalone_validator(phase, model.config, store, load_tokenizer(config.tokenizer))
-    return look_at_held_out(model, model, held_out, use_transv=phase.use_transv, device=device, dtype=dtype)
+    validator = build_standalone_validator(phase, model.config, store, load_tokenizer(config.tokenizer))
+    return validator.validate(model, model, context)
 
 
 class EvalProcess:
-    """An EvalHandle in a process on this machine (see beside.py)."""
+    """An EvalHandle of a process on this machine."""
 
     def __init__(self, task: EvalTask) -> None:
-        # not a rank of any launcher's group; LOCAL_RANK says which GPU is rank 0's
+        # not a rank of the launcher's group; LOCAL_RANK selects rank 0's GPU
         environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "timeviper_platform.training.eval_worker"],
@@ -82,7 +84,7 @@ class EvalProcess:
         assert self._process.stdout is not None
         lines = self._process.stdout.read().decode().splitlines()
         if not lines:
-            raise RuntimeError(f"its process ended with {code}")
+            raise RuntimeError(f"its process ended with exit code {code}")
         answer = json.loads(lines[-1])
         if "error" in answer:
             raise RuntimeError(answer["error"])
@@ -96,10 +98,10 @@ class EvalProcess:
 
 
 def main() -> int:
-    """One look; 0 when it ended well."""
+    """Runs one evaluation; 0 if it succeeds."""
     setup_logging(logging.WARNING)
     task: EvalTask = pickle.load(sys.stdin.buffer)
-    threading.Thread(target=_end_with_input, name="parent", daemon=True).start()
+    threading.Thread(target=_exit_with_input, name="parent", daemon=True).start()
     os.nice(NICENESS)
     try:
         answer: dict[str, float] | dict[str, str] = evaluate_checkpoint(task)
@@ -109,7 +111,7 @@ def main() -> int:
     return int("error" in answer)
 
 
-def _end_with_input() -> None:
+def _exit_with_input() -> None:
     sys.stdin.buffer.read()
     os._exit(1)
 

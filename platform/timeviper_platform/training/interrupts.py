@@ -1,8 +1,4 @@
-"""How a run ends before its last step, and what its user is told.
-
-Knows the kinds of ends: numbers that are not finite, too many damaged samples, no memory left, a stop that somebody
-asked for. Does not know how they are found (step.py, loader.py) or what is saved (phase_run.py).
-"""
+"""Early ends of a run: stop and save requests from outside, fatal errors, and advice when memory runs out."""
 
 from __future__ import annotations
 
@@ -14,61 +10,61 @@ from enum import IntEnum
 from types import FrameType
 
 import torch
-import torch.distributed as dist
 
 
 class FatalTrainingError(RuntimeError):
-    """Every rank raises it alike, and another attempt from the same checkpoint would meet it again."""
+    """Raised on every rank alike; a retry from the same checkpoint would fail again."""
 
 
 class StoppedError(RuntimeError):
-    """The run was asked to stop and has; its state is in the newest committed checkpoint."""
+    """The run was stopped from outside; its state is in the newest committed checkpoint."""
 
 
 class Interrupt(IntEnum):
-    """What somebody outside wants of a run; the largest of all ranks' interrupts counts."""
+    """A request from outside the training loop (signal, preemption). The strongest request of any rank wins."""
 
     NONE = 0
     SAVE = 1
-    """a checkpoint now, then on: a node will be taken away, and its scheduler ends the run itself"""
+    """Save now and continue: a node is about to be taken away, and its scheduler will end the run."""
     STOP = 2
-    """a checkpoint now, and an end"""
+    """Save now and end."""
 
 
 InterruptSource = Callable[[], Interrupt]
-"""Asked by every rank before every step and every held-out batch, in the same order; may hold a barrier."""
+"""Called by every rank before every step and every validation batch, in the same order; may hold a collective."""
 
 
 def no_interrupts() -> Interrupt:
-    """Nobody wants anything."""
+    """Default source: never requests anything."""
     return Interrupt.NONE
 
 
 @contextlib.contextmanager
 def sigterm_interrupts() -> Iterator[InterruptSource]:
-    """SIGTERM, which schedulers and spot markets send before they kill, as a wish to stop. Main thread only."""
-    asked = threading.Event()
+    """A source that requests STOP after SIGTERM, which schedulers send before they kill. Main thread only."""
+    received = threading.Event()
 
     def note(number: int, frame: FrameType | None) -> None:
-        asked.set()
+        received.set()
 
     before = signal.signal(signal.SIGTERM, note)
     try:
-        yield lambda: Interrupt.STOP if asked.is_set() else Interrupt.NONE
+        yield lambda: Interrupt.STOP if received.is_set() else Interrupt.NONE
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
-def out_of_memory_advice(*, step: int, largest_pack: int) -> Iterator[None]:
-    """Tells what to change when the block runs out of memory.
+def out_of_memory_advice(*, rank: int, step: int, largest_pack: int) -> Iterator[None]:
+    """Replaces an out-of-memory error by one that lists the settings to change.
 
     Args:
-        step: that is being run.
-        largest_pack: tokens of this rank's largest pack in it.
+        rank: This process.
+        step: The step that runs in the block.
+        largest_pack: Tokens of this rank's largest pack in it.
 
     Raises:
-        RuntimeError: on the rank that has no memory left; the other ranks lose their connection to it.
+        RuntimeError: on the rank that is out of memory; the other ranks lose their connection to it.
     """
     try:
         yield
@@ -76,9 +72,9 @@ def out_of_memory_advice(*, step: int, largest_pack: int) -> Iterator[None]:
         if not _is_out_of_memory(error):
             raise
         raise RuntimeError(
-            f"rank {dist.get_rank()} is out of memory at {step = }, with a pack of {largest_pack} tokens: lower"
+            f"rank {rank} is out of memory at {step = }, with a pack of {largest_pack} tokens: lower"
             " packing.max_tokens of the phase, or set activation_checkpointing: true, a higher zero.stage,"
-            " zero.offload_optimizer: true or more workers; jobs/train.py --dry-run tells what each costs."
+            " zero.offload_optimizer: true or more workers; jobs/train.py --dry-run estimates each."
             f" ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
         ) from error
 

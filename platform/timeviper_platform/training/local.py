@@ -1,7 +1,7 @@
-"""Training without Ray: `python -m timeviper_platform.training.local --config FILE`, one process a rank.
+"""Training without Ray: `python -m timeviper_platform.training.local --config FILE`, one process per rank.
 
-Alone it is a run on one rank. Under torchrun (`torchrun --nproc-per-node 2 -m timeviper_platform.training.local ...`)
-it reads rank and address from the variables that torchrun sets. Knows process groups; the run itself is loop.py.
+Alone it trains on one rank; under torchrun (`torchrun --nproc-per-node 2 -m timeviper_platform.training.local ...`) it
+reads rank and address from the environment.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from timeviper_platform.common.storage import StorageUnavailableError
 from timeviper_platform.training.checkpoint.manager import resolve_resume
 from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.distributed import from_rank_0
+from timeviper_platform.training.hooks import RunHooks
 from timeviper_platform.training.interrupts import StoppedError, sigterm_interrupts
 from timeviper_platform.training.run import RunFolder, run_training
 
@@ -34,10 +35,10 @@ logger = logging.getLogger(__name__)
 
 
 def train_local(config: TrainConfig, *, resume: str = "auto") -> dict[str, Any]:
-    """Runs `config` in this process as one rank of what the launcher started; the report by phase.
+    """Runs `config` in this process, as one rank of the launcher's group, and returns the report by phase.
 
     Args:
-        config: the run.
+        config: The run.
         resume: auto, never, or a checkpoint's URI.
 
     Raises:
@@ -46,14 +47,14 @@ def train_local(config: TrainConfig, *, resume: str = "auto") -> dict[str, Any]:
     torch.set_num_threads(config.workers.threads_per_worker)
     with process_group(use_gpu=config.workers.use_gpu) as device, sigterm_interrupts() as interrupts:
         resume_from = from_rank_0(lambda: resolve_resume(RunFolder.of(config).checkpoints, resume))
-        return run_training(config, resume_from=resume_from, device=device, interrupts=interrupts)
+        return run_training(config, resume_from=resume_from, device=device, hooks=RunHooks(interrupts=interrupts))
 
 
 @contextlib.contextmanager
 def process_group(*, use_gpu: bool) -> Iterator[torch.device]:
-    """torch.distributed for the block: the launcher's group, a group of one, or the one that this process has already.
+    """torch.distributed inside the block: an already initialized group, the launcher's, or a group of one.
 
-    One a process: DeepSpeed keeps the first it saw for good.
+    Only one per process, as DeepSpeed keeps the first.
     """
     backend = "nccl" if use_gpu else "gloo"
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_gpu else torch.device("cpu")
@@ -66,7 +67,7 @@ def process_group(*, use_gpu: bool) -> Iterator[torch.device]:
         if "RANK" in os.environ:
             dist.init_process_group(backend)
         else:
-            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed looks for it
+            os.environ.setdefault("LOCAL_RANK", "0")  # required by DeepSpeed
             dist.init_process_group(backend, init_method=f"file://{Path(folder) / 'group'}", rank=0, world_size=1)
         try:
             yield device
@@ -75,8 +76,8 @@ def process_group(*, use_gpu: bool) -> Iterator[torch.device]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; 0 when the run ended well, 1 when it could not, 143 when SIGTERM stopped it."""
-    parser = argparse.ArgumentParser(description="Train without Ray: one process a rank.")
+    """The command line; returns 0 on success, 1 on failure, 143 after SIGTERM."""
+    parser = argparse.ArgumentParser(description="Train without Ray: one process per rank.")
     parser.add_argument("--config", required=True)
     parser.add_argument("--resume", default="auto", help="auto, never, or the URI of a checkpoint")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -88,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = train_local(load_config(TrainConfig, parsed.config, parsed.overrides), resume=parsed.resume)
     except StoppedError as error:
         logger.warning("%s", error)
-        return 128 + signal.SIGTERM  # as a shell says it
+        return 128 + signal.SIGTERM  # the shell's convention
     except (ValueError, RuntimeError, StorageUnavailableError) as error:
         logger.error("%s", error)
         return 1

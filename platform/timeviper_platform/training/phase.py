@@ -1,7 +1,6 @@
-"""One phase made ready: its model with first weights, its samples measured, its plan, loader and parameter groups.
+"""Prepares a phase: its model, initial weights, pack plan, loader, parameter groups and validator.
 
-Knows how the parts of a phase fit together and says clearly when they do not (a feature store of another encoder, a
-tokenizer larger than the vocabulary). Runs no step.
+Checks that these fit together: the feature store and the model's towers, the tokenizer and the vocabulary.
 """
 
 from __future__ import annotations
@@ -43,12 +42,12 @@ from timeviper_platform.training.validation.validator import Validator, build_va
 logger = logging.getLogger(__name__)
 
 UNNAMED = "unnamed"
-"""the second tower's encoder in weights of a run that names none"""
+"""Recorded as the second tower's encoder if the run names none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Phase:
-    """A phase that can be run."""
+    """A phase that is ready to train."""
 
     name: str
     config: PhaseConfig
@@ -60,7 +59,7 @@ class Phase:
     validator: Validator | None
     rejects: list[Reject]
     description: dict[str, Any]
-    """what model.json of its checkpoints holds"""
+    """Content of model.json in its checkpoints."""
 
 
 def prepare_phase(
@@ -74,20 +73,20 @@ def prepare_phase(
     world_size: int,
     measure: Measure = measure_samples,
 ) -> Phase:
-    """The phase `name` of `config`, on a model that `adapt` has seen and that has (or will load) its weights.
+    """The phase `name` of `config`.
 
     Args:
-        config: the run.
-        name: of the phase.
-        model: what is trained.
-        store: of the features.
-        tokenizer: a transformers fast tokenizer.
-        rank: whose share of each step the loader reads.
-        world_size: how many share a step.
-        measure: how the samples' sizes are come by.
+        config: The run.
+        name: Of the phase.
+        model: With the phase's adapters (see `adapt`); its weights may be loaded later.
+        store: Of the features.
+        tokenizer: A transformers fast tokenizer.
+        rank: Whose share of each step the loader reads.
+        world_size: Number of ranks that share a step.
+        measure: Determines the sizes of the samples.
 
     Raises:
-        ValueError: when samples, feature store, tokenizer, model and configuration do not fit together.
+        ValueError: if samples, feature store, tokenizer, model and configuration do not fit together.
     """
     phase = config.phases[name]
     _check_tokenizer(tokenizer, model.config)
@@ -139,7 +138,7 @@ def prepare_phase(
 def build_standalone_validator(
     phase: PhaseConfig, model: TimeViperConfig, store: FeatureStore, tokenizer: Any
 ) -> Validator:
-    """The held-out samples of a phase that has some, for a process that looks at all of them alone."""
+    """The validator of a phase that configures one, for a single process."""
     builder = SampleBuilder(store, tokenizer, model.chat_template, phase.frames)
     shape = _batch_shape(phase, model, tokenizer)
     validator = build_validator(phase, builder, shape, measure_samples, rank=0, world_size=1)
@@ -148,17 +147,17 @@ def build_standalone_validator(
 
 
 def adapt(model: TimeViper, phase: PhaseConfig, seed: int) -> TimeViper:
-    """The model with the phase's adapters, in place; the same on every rank."""
+    """Adds the phase's adapters to the model in place, equal on every rank; returns the model."""
     if phase.lora is not None:
         add_lora(model, phase.lora, torch.Generator().manual_seed(seed))
     return model
 
 
 def phase_groups(model: TimeViper, phase: PhaseConfig) -> list[ParameterGroup]:
-    """The optimizer groups of a phase, on a model that has the phase's adapters.
+    """The optimizer groups of a phase, for a model with the phase's adapters.
 
     Raises:
-        ValueError: see `resolve_groups`; and when adapters were added that no rule trains.
+        ValueError: see `resolve_groups`; or if no rule trains some adapters.
     """
     groups = resolve_groups(model, phase.trainable)
     trained = {name for group in groups for name in group.parameter_names}
@@ -173,10 +172,10 @@ def phase_groups(model: TimeViper, phase: PhaseConfig) -> list[ParameterGroup]:
 def first_model(
     init: InitConfig, store: FeatureStore, encoder: str | None, second_encoder: str | None = None
 ) -> TimeViper:
-    """The model with a phase's first weights, fitted to the towers that made the store.
+    """The model with a phase's initial weights, configured for the towers that made the store.
 
     Raises:
-        ValueError: when the store's features do not fit the model, or the weights cannot be loaded.
+        ValueError: if the store's features do not fit the model, or the weights cannot be loaded.
     """
     config = first_model_config(init, store, encoder, second_encoder)
     if init.weights is not None:
@@ -192,20 +191,22 @@ def first_model(
 def first_model_config(
     init: InitConfig, store: FeatureStore, encoder: str | None, second_encoder: str | None = None
 ) -> TimeViperConfig:
-    """The sizes of `first_model`, whose values are not read.
+    """The config of `first_model`, without reading weights.
 
     Raises:
-        ValueError: as `first_model`.
+        ValueError: see `first_model`.
     """
     if init.weights is None:
         config = init.model_config()
         return replace(config, vision=vision_of(store, config.vision, encoder, second_encoder))
     file = storage.join_uri(init.weights, "config.json")
     if not storage.exists(file):
-        raise ValueError(f"{file} does not exist; a weights folder is what a phase or jobs/export.py writes")
+        raise ValueError(f"{file} does not exist; name a weights folder that a phase or jobs/export.py has written")
     config = config_from_dict(storage.read_json(file), where=file)
     if init.preset is not None and config.text != init.model_config().text:
-        raise ValueError(f"the weights {init.weights} have other sizes than the preset {init.preset!r}; leave it out")
+        raise ValueError(
+            f"the weights {init.weights} do not have the sizes of preset {init.preset!r}; remove init.preset"
+        )
     check_same_towers(config.vision, store, init.weights)
     return config if init.transv is None else replace(config, transv=init.transv)
 
@@ -214,7 +215,7 @@ def load_weights(uri: str) -> TimeViper:
     """The model of a weights folder on any file system, in fp32.
 
     Raises:
-        ValueError: when there is none, or it is damaged.
+        ValueError: if there is none, or it is damaged.
     """
     filesystem, path = storage.split_uri(uri)
     if storage.is_local(uri):
@@ -228,10 +229,10 @@ def load_weights(uri: str) -> TimeViper:
 def vision_of(
     store: FeatureStore, default: VisionConfig, encoder: str | None, second_encoder: str | None = None
 ) -> VisionConfig:
-    """What the store's recipe and index say about its towers; `default` where they are silent of the first.
+    """The store's vision towers, by its recipe and index; `default` where they do not describe the first.
 
     Raises:
-        ValueError: when the features of the first tower have another width than the model's projector.
+        ValueError: if the first tower's features have another width than the model's projector.
     """
     first, second = tower_facts(store.recipe), None
     if "second" in store.recipe:
@@ -248,7 +249,7 @@ def vision_of(
 
 
 def mean_kept_share(config: TimeViperConfig) -> float:
-    """The share of a sample's vision tokens that a block sees, averaged over blocks."""
+    """The share of a sample's vision tokens that reach a block, averaged over blocks."""
     keep, shares = 1.0, []
     sites = {site.layer: site.keep for site in config.transv}
     for layer in range(config.text.num_hidden_layers):
@@ -270,7 +271,7 @@ def _batch_shape(phase: PhaseConfig, model: TimeViperConfig, tokenizer: Any) -> 
 
 
 def _metadata(config: TrainConfig, phase: PhaseConfig, store: FeatureStore) -> dict[str, str]:
-    """What serving and evaluation need to feed the weights as training did."""
+    """Metadata of the weights, from which serving and evaluation reproduce the inputs of training."""
     return {
         "run": config.name,
         "dtype": config.dtype,
@@ -291,7 +292,7 @@ def _check_tokenizer(tokenizer: Any, config: TimeViperConfig) -> None:
 
 
 def _check_can_answer(name: str, phase: PhaseConfig, model: TimeViperConfig) -> None:
-    """Prefill drops vision tokens at every site that the model has, where such a phase trains on all of them."""
+    """Generation always runs the TransV sites; a phase trained without them would be measured wrongly."""
     if phase.validation is not None and phase.validation.num_answers and model.transv and not phase.use_transv:
         raise ValueError(
             f"phases.{name}.validation.num_answers: generation runs the model's TransV sites, and"

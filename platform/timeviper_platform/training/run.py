@@ -1,15 +1,13 @@
-"""A run: its phases one after another, on every rank, from wherever the run stands.
+"""A training run on one rank: its phases in order, from wherever the run was interrupted.
 
-    first weights -> steps -> checkpoint -> weights/<phase> -> steps of the next phase -> ... -> report.json
+    initial weights -> steps -> checkpoint -> weights/<phase> -> steps of the next phase -> ... -> report.json
 
-Plain torch and DeepSpeed, one process a rank; torch.distributed is up before `run_training` is called. Does not know
-who started the process: local.py and trainer.py do.
+Plain torch and DeepSpeed, one process per rank. Does not import Ray.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,22 +20,19 @@ from timeviper_model.weights.weights_folder import config_from_dict, load_tokeni
 from timeviper_platform.common import storage
 from timeviper_platform.common.devices import torch_dtype
 from timeviper_platform.data.store.reader import FeatureStore
-from timeviper_platform.training.batches.loader import PrefetchSteps, prefetch_in_thread
 from timeviper_platform.training.batches.samples import Reject
 from timeviper_platform.training.batches.sizes import MeasureOnAllRanks, count_rejects
 from timeviper_platform.training.checkpoint.export import export_weights
 from timeviper_platform.training.checkpoint.manager import MODEL_FILE, Checkpoints, read_state
-from timeviper_platform.training.checkpoint.save_policy import OnCheckpoint
 from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.distributed import from_rank_0
-from timeviper_platform.training.eval_worker import EvalProcess
-from timeviper_platform.training.interrupts import InterruptSource, no_interrupts
+from timeviper_platform.training.hooks import RunHooks
 from timeviper_platform.training.metrics.charts import draw_curves
-from timeviper_platform.training.metrics.trackers import Tracker, check_trackers, open_trackers
+from timeviper_platform.training.metrics.trackers import check_trackers, open_trackers
 from timeviper_platform.training.metrics.writer import MetricsWriter, next_attempt, phase_report, read_metrics
 from timeviper_platform.training.phase import Phase, adapt, first_model, load_weights, prepare_phase
 from timeviper_platform.training.phase_trainer import PhaseTrainer
-from timeviper_platform.training.validation.async_eval import StartEval
+from timeviper_platform.training.step import TrainContext
 
 logger = logging.getLogger(__name__)
 
@@ -47,18 +42,18 @@ REJECTS_FOLDER = "rejects"
 WEIGHTS_FOLDER = "weights"
 CHECKPOINTS_FOLDER = "checkpoints"
 TABLES_FOLDER = "sample-tables"
-"""beside the runs, as many runs read the same mixture"""
+"""Inside the folder of all runs, which may read the same mixture."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunFolder:
-    """Where the parts of a run lie."""
+    """The layout of a run's folder."""
 
     uri: str
 
     @classmethod
     def of(cls, config: TrainConfig) -> RunFolder:
-        """The run's folder, runs/name."""
+        """The folder `runs`/`name`."""
         return cls(uri=storage.join_uri(config.runs, config.name))
 
     @property
@@ -68,7 +63,7 @@ class RunFolder:
 
     @property
     def report(self) -> str:
-        """One entry a finished phase."""
+        """JSON with one entry per finished phase."""
         return storage.join_uri(self.uri, REPORT_FILE)
 
     def weights(self, phase: str) -> str:
@@ -81,85 +76,53 @@ class RunFolder:
 
 
 def run_training(
-    config: TrainConfig,
-    *,
-    resume_from: str | None,
-    device: torch.device,
-    interrupts: InterruptSource = no_interrupts,
-    on_checkpoint: OnCheckpoint | None = None,
-    trackers: Sequence[Tracker] = (),
-    prefetch: PrefetchSteps = prefetch_in_thread,
-    start_eval: StartEval = EvalProcess,
+    config: TrainConfig, *, resume_from: str | None, device: torch.device, hooks: RunHooks | None = None
 ) -> dict[str, Any]:
-    """Runs every phase that is not finished; the report by phase, equal on all ranks.
+    """Runs every unfinished phase and returns the report by phase, equal on all ranks.
 
     Args:
-        config: the run.
-        resume_from: a committed checkpoint, or None to begin with the first phase's weights.
-        device: of this rank.
-        interrupts: what somebody outside wants; asked before every step.
-        on_checkpoint: see OnCheckpoint.
-        trackers: told of every step on rank 0, beside the configured ones.
-        prefetch: who reads a rank's batches before it needs them.
-        start_eval: at the held-out samples, beside the ranks.
+        config: The run.
+        resume_from: A committed checkpoint, or None to start with the first phase's weights.
+        device: Of this rank. torch.distributed must be initialized.
+        hooks: Of the launcher.
 
     Raises:
-        ValueError: when the configuration and what it names do not fit together.
-        FatalTrainingError: when loss or gradients are not finite, or too many samples are damaged.
-        StoppedError: when somebody wished so.
-        RuntimeError: when files cannot be read or written, or the memory does not suffice.
+        ValueError: if the configuration does not fit what it refers to.
+        FatalTrainingError: if loss or gradients are not finite, or too many samples are damaged.
+        StoppedError: after a stop request.
+        RuntimeError: if files cannot be read or written, or the memory does not suffice.
     """
-    return _Run(config, device, interrupts, on_checkpoint, trackers, prefetch, start_eval).phases(resume_from)
+    return _Run(config, device, hooks or RunHooks()).run(resume_from)
 
 
 class _Run:
-    def __init__(
-        self,
-        config: TrainConfig,
-        device: torch.device,
-        interrupts: InterruptSource,
-        on_checkpoint: OnCheckpoint | None,
-        trackers: Sequence[Tracker],
-        prefetch: PrefetchSteps,
-        start_eval: StartEval,
-    ) -> None:
+    def __init__(self, config: TrainConfig, device: torch.device, hooks: RunHooks) -> None:
         check_trackers(config.metrics.mlflow, config.metrics.wandb)
         self._config = config
         self._folder = RunFolder.of(config)
         self._device = device
-        self._wishes = interrupts
-        self._trackers = trackers
-        self._prefetch = prefetch
-        self._start_look = start_eval
-        self._on_checkpoint = on_checkpoint
-        self._rank = dist.get_rank()
+        self._dtype = torch_dtype(config.dtype)
+        self._hooks = hooks
         self._store = FeatureStore.open(config.feature_store, cache_bytes=config.loader.cache_bytes)
         self._tokenizer = load_tokenizer(config.tokenizer)
         self._checkpoints = Checkpoints(self._folder.checkpoints, keep=config.checkpoint.keep)
 
-    def phases(self, resume_from: str | None) -> dict[str, Any]:
+    def run(self, resume_from: str | None) -> dict[str, Any]:
         resumed = None if resume_from is None else read_state(resume_from)
         names = list(self._config.phases)
         if resumed is not None and resumed.phase not in names:
             raise ValueError(f"{resume_from} is in phase {resumed.phase!r}; this configuration has {names}")
-        writer = self._open_metrics()
         global_step = 0 if resumed is None else resumed.global_step
+        writer = self._open_metrics()
         try:
             for name in names if resumed is None else names[names.index(resumed.phase) :]:
                 checkpoint = resume_from if resumed is not None and resumed.phase == name else None
                 phase = self._prepare(name, checkpoint)
-                run = PhaseTrainer(
-                    self._config,
-                    phase,
-                    self._checkpoints,
-                    writer,
-                    device=self._device,
-                    interrupts=self._wishes,
-                    on_checkpoint=self._on_checkpoint,
-                    start_eval=self._start_look,
-                    prefetch=self._prefetch,
+                context = self._context(phase)
+                trainer = PhaseTrainer(
+                    self._config, phase, self._checkpoints, writer, context=context, hooks=self._hooks
                 )
-                global_step, newest = run.run(checkpoint, global_step)
+                global_step, newest = trainer.run(checkpoint, global_step)
                 self._finish(phase, newest)
         finally:
             if writer is not None:
@@ -168,18 +131,27 @@ class _Run:
         return report
 
     def _open_metrics(self) -> MetricsWriter | None:
-        """Rank 0's writer; when it cannot be opened, no rank goes on."""
+        """Rank 0's writer, None on the others; every rank fails if it cannot be opened."""
         opened: list[MetricsWriter] = []
 
         def open_writer() -> None:
             attempt = next_attempt(self._folder.uri)
             logger.info("run %s, attempt %d, %d ranks", self._folder.uri, attempt, dist.get_world_size())
             own = self._config.metrics
-            trackers = [*open_trackers(own.mlflow, own.wandb, self._config.name), *self._trackers]
+            trackers = [*open_trackers(own.mlflow, own.wandb, self._config.name), *self._hooks.trackers]
             opened.append(MetricsWriter(self._folder.uri, attempt, tensorboard=own.tensorboard, trackers=trackers))
 
         from_rank_0(open_writer)
         return opened[0] if opened else None
+
+    def _context(self, phase: Phase) -> TrainContext:
+        return TrainContext(
+            device=self._device,
+            dtype=self._dtype,
+            use_transv=phase.config.use_transv,
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+        )
 
     def _prepare(self, name: str, checkpoint: str | None) -> Phase:
         phase = prepare_phase(
@@ -188,19 +160,18 @@ class _Run:
             adapt(self._model(name, checkpoint), self._config.phases[name], self._config.seed),
             self._store,
             self._tokenizer,
-            rank=self._rank,
+            rank=dist.get_rank(),
             world_size=dist.get_world_size(),
             measure=MeasureOnAllRanks(storage.join_uri(self._config.runs, TABLES_FOLDER)),
         )
         phase.model.gradient_checkpointing = self._config.activation_checkpointing
-        dtype = torch_dtype(self._config.dtype)
-        set_backend(phase.model, self._config.backend, device=self._device, dtype=dtype)
+        set_backend(phase.model, self._config.backend, device=self._device, dtype=self._dtype)
         rejects = [reject._asdict() for reject in phase.rejects]
         from_rank_0(lambda: storage.write_json(self._folder.rejects(name), rejects))
         return phase
 
     def _model(self, name: str, checkpoint: str | None) -> TimeViper:
-        """The phase's first weights; from a checkpoint only the sizes, whose values DeepSpeed loads."""
+        """The phase's initial weights; from a checkpoint only the sizes, as DeepSpeed loads the values."""
         if checkpoint is not None:
             description = storage.read_json(storage.join_uri(checkpoint, MODEL_FILE))
             return TimeViper(config_from_dict(description["config"], where=checkpoint)).train()
@@ -211,7 +182,7 @@ class _Run:
         return load_weights(self._folder.weights(names[names.index(name) - 1])).train()
 
     def _finish(self, phase: Phase, checkpoint: str) -> None:
-        """Weights of the phase and its part of the report, by rank 0; the others wait."""
+        """Rank 0 writes the phase's weights and its part of the report; the others wait."""
 
         def write() -> None:
             export_weights(checkpoint, self._folder.weights(phase.name))
@@ -221,11 +192,12 @@ class _Run:
 
     def _write_report(self, name: str, rejects: list[Reject]) -> None:
         report = storage.read_json(self._folder.report) if storage.exists(self._folder.report) else {}
-        rows = [row for row in read_metrics(self._folder.uri) if row["phase"] == name]
+        all_rows = read_metrics(self._folder.uri)
+        rows = [row for row in all_rows if row["phase"] == name]
         counts = count_rejects(rejects)
         if num_damaged := sum(row["num_damaged_samples"] for row in rows):
             counts["damaged_features"] = num_damaged
         report[name] = {**phase_report(rows), "rejects": counts}
         storage.write_json(self._folder.report, report)
-        picture = draw_curves(read_metrics(self._folder.uri), self._config.name)
+        picture = draw_curves(all_rows, self._config.name)
         storage.write_bytes(storage.join_uri(self._folder.uri, CURVES_FILE), picture.encode())

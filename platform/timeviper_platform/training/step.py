@@ -1,12 +1,10 @@
-"""One training step: what the ranks agree on before it, micro-batches forward and backward, one update, and its sums.
-
-Knows the ds_engine and the model's output; does not know where batches come from or where metrics go.
-"""
+"""One training step: the ranks agree on its samples, run their micro-batches forward and backward, and update once."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -18,29 +16,41 @@ from timeviper_platform.training.interrupts import FatalTrainingError, Interrupt
 from timeviper_platform.training.optim.deepspeed_engine import loss_scale
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainContext:
+    """Where and how one rank computes."""
+
+    device: torch.device
+    dtype: torch.dtype
+    """Of activations."""
+    use_transv: bool
+    rank: int = 0
+    world_size: int = 1
+
+
 class StepResult(NamedTuple):
-    """A step's figures over all ranks."""
+    """A step's results over all ranks."""
 
     loss: float
-    """mean cross entropy over the labelled positions of the global batch"""
+    """Mean cross entropy over the labelled positions of the global batch."""
     grad_norm: float
-    """before clipping"""
+    """Before clipping."""
     num_vision_tokens: tuple[int, ...]
-    """entering the language model, and left after every TransV site"""
+    """Entering the language model, then left after every TransV site."""
 
 
 class Agreement(NamedTuple):
-    """What all ranks know alike before a step."""
+    """What all ranks know before a step."""
 
     batches: StepBatches
-    """with the counts of what is really there"""
+    """With counts that leave out damaged samples."""
     num_damaged: int
-    """samples of the global batch that some rank cannot read"""
+    """Samples of the global batch that could not be read."""
     interrupt: Interrupt
 
 
 def agree(batches: StepBatches, interrupt: Interrupt, *, device: torch.device) -> Agreement:
-    """The step without what any rank found damaged, and the strongest interrupt; one small collective."""
+    """Subtracts the samples that any rank found damaged and picks the strongest interrupt; one small collective."""
     lost = [len(batches.damaged), sum(item.num_tokens for item in batches.damaged)]
     lost += [sum(item.num_targets for item in batches.damaged)]
     interrupts = [int(interrupt is Interrupt.SAVE), int(interrupt is Interrupt.STOP)]
@@ -52,10 +62,8 @@ def agree(batches: StepBatches, interrupt: Interrupt, *, device: torch.device) -
         num_tokens=batches.counts.num_tokens - num_tokens,
         num_targets=batches.counts.num_targets - num_targets,
     )
-    agreed = batches._replace(counts=counts)
-    return Agreement(
-        agreed, num_samples, Interrupt.STOP if num_stop else Interrupt.SAVE if num_save else Interrupt.NONE
-    )
+    strongest = Interrupt.STOP if num_stop else Interrupt.SAVE if num_save else Interrupt.NONE
+    return Agreement(batches._replace(counts=counts), num_samples, strongest)
 
 
 def strongest_interrupt(interrupt: Interrupt, *, device: torch.device) -> Interrupt:
@@ -65,63 +73,59 @@ def strongest_interrupt(interrupt: Interrupt, *, device: torch.device) -> Interr
     return Interrupt(int(strongest))
 
 
-def train_step(
-    ds_engine: Any, batches: StepBatches, *, use_transv: bool, device: torch.device, dtype: torch.dtype
-) -> StepResult:
+def train_step(ds_engine: Any, batches: StepBatches, context: TrainContext) -> StepResult:
     """Runs the step's micro-batches and updates the parameters.
 
     Raises:
-        FatalTrainingError: when loss or gradient norm are not finite, before the update's effect is saved anywhere.
-        RuntimeError: when the memory does not suffice.
+        FatalTrainingError: if the loss or the gradient norm is not finite; nothing of the update has been saved.
+        RuntimeError: if the memory does not suffice.
     """
-    largest = max(len(item.batch.input_ids) for item in batches.micro_batches)
-    with out_of_memory_advice(step=batches.counts.step, largest_pack=largest):
-        return _train_step(ds_engine, batches, use_transv=use_transv, device=device, dtype=dtype)
+    largest_pack = max(len(item.batch.input_ids) for item in batches.micro_batches)
+    with out_of_memory_advice(rank=context.rank, step=batches.counts.step, largest_pack=largest_pack):
+        sums, losses, norm = _run_micro_batches(ds_engine, batches, context)
+        dist.all_reduce(sums)
+        loss_sum, *num_vision_tokens = sums.tolist()
+        loss = loss_sum / max(1, batches.counts.num_targets)
+        grad_norm = float((ds_engine.get_global_grad_norm() if norm is None else norm) or 0.0)
+        if not math.isfinite(loss) or not math.isfinite(grad_norm):
+            raise FatalTrainingError(describe_non_finite(batches, loss, grad_norm, losses))
+        return StepResult(loss, grad_norm, tuple(int(count) for count in num_vision_tokens))
 
 
-def _train_step(
-    ds_engine: Any, batches: StepBatches, *, use_transv: bool, device: torch.device, dtype: torch.dtype
-) -> StepResult:
-    scale = loss_scale(max(1, batches.counts.num_targets), dist.get_world_size())
+def _run_micro_batches(
+    ds_engine: Any, batches: StepBatches, context: TrainContext
+) -> tuple[torch.Tensor, torch.Tensor, float | None]:
+    """(loss sum and vision token counts, loss of each micro-batch, gradient norm where DeepSpeed keeps none)."""
+    scale = loss_scale(max(1, batches.counts.num_targets), context.world_size)
+    norm: float | None = None
     sums: torch.Tensor | None = None
     losses = []
     for number, item in enumerate(batches.micro_batches, start=1):
-        is_dummy = item.is_dummy
-        output = ds_engine(item.batch.to(device, dtype), use_transv=use_transv)
+        output = ds_engine(item.batch.to(context.device, context.dtype), use_transv=context.use_transv)
         losses.append(output.loss_sum.detach())
-        weight = 0.0 if is_dummy else scale
-        ds_engine.backward(output.loss_sum * weight, scale_wrt_gas=False)
-        figures = torch.cat([output.loss_sum.detach().double()[None], output.num_vision_tokens.double()])
-        figures = figures * (0.0 if is_dummy else 1.0)
-        sums = figures if sums is None else sums + figures
-        norm = _unpartitioned_norm(ds_engine) if number == len(batches.micro_batches) else None
+        ds_engine.backward(output.loss_sum * (0.0 if item.is_dummy else scale), scale_wrt_gas=False)
+        counts = torch.cat([output.loss_sum.detach().double()[None], output.num_vision_tokens.double()])
+        counts = counts * (0.0 if item.is_dummy else 1.0)
+        sums = counts if sums is None else sums + counts
+        if number == len(batches.micro_batches):
+            norm = _unpartitioned_norm(ds_engine)
         ds_engine.step()
     assert sums is not None
-    dist.all_reduce(sums)
-    loss_sum, *num_vision_tokens = sums.tolist()
-    loss = loss_sum / max(1, batches.counts.num_targets)
-    grad_norm = float((ds_engine.get_global_grad_norm() if norm is None else norm) or 0.0)
-    if not math.isfinite(loss) or not math.isfinite(grad_norm):
-        raise FatalTrainingError(_not_finite(batches, loss, grad_norm, torch.stack(losses)))
-    return StepResult(loss, grad_norm, tuple(int(count) for count in num_vision_tokens))
+    return sums, torch.stack(losses), norm
 
 
 @torch.no_grad()
-def validation_loss(
-    forward: Any, steps: Iterable[StepBatches], *, use_transv: bool, device: torch.device, dtype: torch.dtype
-) -> float:
+def validation_loss(forward: Any, steps: Iterable[StepBatches], context: TrainContext) -> float:
     """Mean cross entropy over the labelled positions of all ranks' batches, without an update; collective.
 
     Args:
-        forward: the ds_engine, or a model alone.
-        steps: this rank's batches.
-        use_transv: as in training.
-        device: of the model.
-        dtype: of its activations.
+        forward: The ds_engine, or a bare model.
+        steps: This rank's batches.
+        context: As in training.
     """
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    sums = torch.zeros(2, dtype=torch.float64, device=context.device)
     for item in (item for step in steps for item in step.micro_batches):
-        output = forward(item.batch.to(device, dtype), use_transv=use_transv)
+        output = forward(item.batch.to(context.device, context.dtype), use_transv=context.use_transv)
         if not item.is_dummy:
             sums += torch.stack([output.loss_sum.double(), output.num_targets.double()])
     sum_over_ranks(sums)
@@ -129,24 +133,31 @@ def validation_loss(
     return float(loss_sum / max(1.0, num_targets))
 
 
-def _not_finite(batches: StepBatches, loss: float, grad_norm: float, losses: torch.Tensor) -> str:
-    """Says which packs of which rank it came from, as far as their losses tell; collective."""
+def describe_non_finite(batches: StepBatches, loss: float, grad_norm: float, losses: torch.Tensor) -> str:
+    """Names the packs with a non-finite loss, or every pack if only gradients overflowed; collective.
+
+    Args:
+        batches: This rank's step.
+        loss: Of the global batch.
+        grad_norm: Of the global batch.
+        losses: (num_micro_batches,) of this rank.
+    """
     own = [
         (f"pack {item.pack_index} (samples {', '.join(item.sample_ids)})", finite)
         for item, finite in zip(batches.micro_batches, losses.isfinite().tolist(), strict=True)
         if not item.is_dummy
     ]
-    found: list[list[tuple[str, bool]]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(found, own)
-    packs = [pack for packs in found for pack in packs]
-    guilty = [name for name, finite in packs if not finite]
-    where = "in " + "; ".join(guilty or [name for name, _ in packs])
-    where = where if guilty else f"though the loss of every pack is finite: a backward pass overflowed {where}"
+    gathered: list[list[tuple[str, bool]]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, own)
+    packs = [pack for packs in gathered for pack in packs]
+    broken = [name for name, finite in packs if not finite]
+    where = "in " + "; ".join(broken or [name for name, _ in packs])
+    where = where if broken else f"though the loss of every pack is finite: a backward pass overflowed {where}"
     return f"loss is {loss} and the gradient norm {grad_norm} at step {batches.counts.step}, {where}"
 
 
 def _unpartitioned_norm(ds_engine: Any) -> float | None:
-    """Stage 0 in fp32 has no DeepSpeed optimizer that keeps the norm; its gradients are whole on every rank."""
+    """The gradient norm at stage 0 in float32, where no DeepSpeed optimizer keeps it; None otherwise."""
     if ds_engine.zero_optimization() or ds_engine.bfloat16_enabled():
         return None
     norms = [p.grad.norm() for p in ds_engine.module.parameters() if p.grad is not None]

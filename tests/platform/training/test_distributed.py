@@ -1,4 +1,4 @@
-"""Runs of two processes under gloo, as a launcher starts them: the same curve as one rank, and a kill in between."""
+"""Runs of several processes under gloo, as a launcher starts them, with kills in between."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def expect_same(one: list[Any], other: list[Any], rel: float) -> None:
         assert tokens == expected_tokens
 
 
-def test_two_ranks_killed_and_started_again_give_the_curve_of_one_rank(
+def test_two_ranks_killed_and_restarted_have_the_curve_of_one_rank(
     corpus: Corpus, tmp_path: Path, group_of_one: None
 ) -> None:
     values = train_values(corpus, name="ranks", checkpoint={"every_steps": 12, "keep": 9})
     init = values["phases"].pop("align")["init"]
-    values["phases"]["instruct"] |= {"init": init, "steps": 30}  # three packs a step: one rank gets a dummy
+    values["phases"]["instruct"] |= {"init": init, "steps": 30}  # three packs per step: one rank gets a dummy
     run = str(Path(values["runs"]) / "ranks")
     ranks = start_ranks(values, tmp_path)
     ranks.wait_until(lambda: len(read_metrics(run)) >= 14)
@@ -59,25 +59,25 @@ def test_two_ranks_killed_and_started_again_give_the_curve_of_one_rank(
 
 
 def keep_up_to(run: str, step: int) -> None:
-    """Leaves a run as a kill just after its checkpoint at `step` would have."""
+    """Removes the checkpoints after `step`, as if the run had been killed there."""
     for folder in Path(run, "checkpoints").glob("step-*"):
         if int(folder.name[-8:]) > step:
             shutil.rmtree(folder)
 
 
 def samples_of(run: str) -> list[tuple[int, int, int]]:
-    """What each step was given; the same packs in the same order have the same counts."""
+    """The batch sizes of each step, equal for the same packs in the same order."""
     return [(row["num_samples"], row["num_tokens"], row["num_targets"]) for row in read_metrics(run)]
 
 
 def one_phase(corpus: Corpus, name: str, steps: int, stage: int = 2) -> dict[str, Any]:
     values = train_values(corpus, name=name, zero={"stage": stage}, checkpoint={"every_steps": steps // 3, "keep": 99})
     init = values["phases"].pop("align")["init"]
-    values["phases"]["instruct"] |= {"init": init, "steps": steps}  # three packs a step: two ranks have a dummy
+    values["phases"]["instruct"] |= {"init": init, "steps": steps}  # three packs per step: two ranks get a dummy
     return values
 
 
-def test_a_run_of_two_ranks_goes_on_with_one(corpus: Corpus, tmp_path: Path, group_of_one: None) -> None:
+def test_a_run_of_two_ranks_resumes_on_one(corpus: Corpus, tmp_path: Path, group_of_one: None) -> None:
     values = one_phase(corpus, "two-one", steps=9)
     run = str(Path(values["runs"]) / "two-one")
     start_ranks(values, tmp_path).finish()
@@ -89,7 +89,7 @@ def test_a_run_of_two_ranks_goes_on_with_one(corpus: Corpus, tmp_path: Path, gro
     expect_same(curve(run), whole, rel=1e-5)
 
 
-def test_no_rank_waits_for_rank_0_when_that_cannot_open_its_files(corpus: Corpus, tmp_path: Path) -> None:
+def test_all_ranks_fail_if_rank_0_cannot_open_its_files(corpus: Corpus, tmp_path: Path) -> None:
     values = one_phase(corpus, "no-metrics", steps=3)
     folder = Path(values["runs"]) / "no-metrics"
     folder.mkdir(parents=True)
@@ -102,7 +102,7 @@ def test_no_rank_waits_for_rank_0_when_that_cannot_open_its_files(corpus: Corpus
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # six processes on two cores
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_sixty_steps_on_two_then_one_then_three_ranks_are_those_of_one_rank(
+def test_sixty_steps_on_two_then_one_then_three_ranks_equal_those_of_one_rank(
     corpus: Corpus, tmp_path: Path, group_of_one: None, stage: int
 ) -> None:
     values = one_phase(corpus, f"two-one-three-{stage}", steps=60, stage=stage)
@@ -122,10 +122,10 @@ def test_sixty_steps_on_two_then_one_then_three_ranks_are_those_of_one_rank(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_two_ranks_under_every_zero_stage_give_the_curve_of_one_rank(
+def test_two_ranks_under_every_zero_stage_have_the_curve_of_one_rank(
     corpus: Corpus, tmp_path: Path, group_of_one: None, stage: int
 ) -> None:
-    # stage 3 computes blocks and sites twice: each gather of parameters must find its partner on the other rank
+    # stage 3 with recomputation: each gather of parameters must find its partner on the other rank
     values = train_values(corpus, name=f"zero-{stage}", zero={"stage": stage}, activation_checkpointing=stage == 3)
     start_ranks(values, tmp_path).finish()
     alone = train_config(corpus, name=f"alone-{stage}", zero={"stage": 0})

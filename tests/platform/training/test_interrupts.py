@@ -1,4 +1,4 @@
-"""Every way in which a run ends before its last step, on one rank in this process."""
+"""Runs that end before their last step, on one rank in this process."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from timeviper_platform.common.config import parse_config
 from timeviper_platform.data.store import row_groups
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.data.store.writer import write_store
-from timeviper_platform.training import step
 from timeviper_platform.training.batches.packing import PackPosition
 from timeviper_platform.training.checkpoint.manager import Checkpoints, resolve_resume
 from timeviper_platform.training.config import TrainConfig
+from timeviper_platform.training.hooks import RunHooks
 from timeviper_platform.training.interrupts import (
     FatalTrainingError,
     Interrupt,
@@ -43,8 +43,11 @@ from timeviper_platform.training.local import train_local
 from timeviper_platform.training.metrics.writer import read_metrics
 from timeviper_platform.training.phase import Phase, first_model, prepare_phase
 from timeviper_platform.training.run import RunFolder, run_training
+from timeviper_platform.training.step import describe_non_finite
 
 pytestmark = pytest.mark.usefixtures("group_of_one")
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +57,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 @pytest.fixture(scope="module")
 def damaged_features(corpus: Corpus) -> str:
-    """The corpus' store with one video of which a single number is not finite."""
+    """The corpus' store, with a single non-finite number in one video."""
     good = FeatureStore.open(corpus.features)
     media = {media_id: good.read(media_id).features.float() for media_id in good.media_ids}
     media["video-2"][1, 2, 3] = torch.nan
@@ -83,9 +86,9 @@ def losses(config: TrainConfig) -> list[float]:
     return [row["loss"] for row in read_metrics(RunFolder.of(config).uri)]
 
 
-def test_a_loss_that_is_not_finite_names_step_and_pack_and_leaves_the_last_good_checkpoint(corpus: Corpus) -> None:
+def test_a_non_finite_loss_names_its_step_and_pack_and_keeps_the_last_good_checkpoint(corpus: Corpus) -> None:
     rows = [sample_row(n, [], [("user", "What is this?"), ("assistant", "a blue square" + " " * n)]) for n in range(24)]
-    rows[17]["conversation"][1]["text"] = "~"  # a token that comes nowhere else
+    rows[17]["conversation"][1]["text"] = "~"  # a token that occurs nowhere else
     write_samples(corpus.folder / "poisoned.parquet", rows)
     config = one_phase(corpus, "poisoned")
     phase = prepared(config)
@@ -111,14 +114,14 @@ def test_a_loss_that_is_not_finite_names_step_and_pack_and_leaves_the_last_good_
     assert newest is None if failed == 1 else newest is not None and newest.endswith(f"{failed - 1:08d}")
 
 
-def test_gradients_that_are_not_finite_under_finite_losses_name_every_pack_of_the_step(corpus: Corpus) -> None:
+def test_non_finite_gradients_with_finite_losses_name_every_pack_of_the_step(corpus: Corpus) -> None:
     batches = next(iter(prepared(one_phase(corpus, "overflow")).loader.steps(PackPosition(0, 0), 0, 1)))
-    said = step._not_finite(batches, 2.5, math.nan, torch.ones(len(batches.micro_batches)))
-    assert "the loss of every pack is finite: a backward pass overflowed in pack 0 (samples sample-0" in said
-    assert all(name in said for item in batches.micro_batches for name in item.sample_ids)
+    message = describe_non_finite(batches, 2.5, math.nan, torch.ones(len(batches.micro_batches)))
+    assert "the loss of every pack is finite: a backward pass overflowed in pack 0 (samples sample-0" in message
+    assert all(name in message for item in batches.micro_batches for name in item.sample_ids)
 
 
-def test_every_row_is_of_the_epoch_of_its_packs(corpus: Corpus) -> None:
+def test_each_row_has_the_epoch_of_its_packs(corpus: Corpus) -> None:
     values = train_values(corpus, name="one-epoch")
     init = values["phases"].pop("align")["init"]
     values["phases"]["instruct"] |= {"init": init, "steps": None, "epochs": 1, "packs_per_step": 9}
@@ -134,15 +137,13 @@ def test_a_sample_with_damaged_features_is_left_out_and_counted(corpus: Corpus, 
     num_damaged = sum(row["num_damaged_samples"] for row in rows)
     assert num_damaged > 0
     assert report["instruct"]["rejects"]["damaged_features"] == num_damaged
-    # the bare loop divides by the labels that are really there
+    # the bare loop divides by the remaining labels
     assert losses(config) == pytest.approx(train_bare(prepared(config), config.zero), rel=2e-6)
 
 
-def test_every_rank_leaves_out_the_same_samples_and_puts_nothing_in_their_place(
-    corpus: Corpus, damaged_features: str
-) -> None:
+def test_any_number_of_ranks_drops_the_same_samples_without_substitutes(corpus: Corpus, damaged_features: str) -> None:
     def seen(features: str, world_size: int) -> tuple[list[set[str]], list[set[str]]]:
-        """Samples in the packs, and left out, of each step over all ranks."""
+        """(used samples, dropped samples) of each step over all ranks."""
         used: list[set[str]] = [set() for _ in range(8)]
         lost: list[set[str]] = [set() for _ in range(8)]
         config = one_phase(corpus, "seen", feature_store=features)
@@ -161,24 +162,26 @@ def test_every_rank_leaves_out_the_same_samples_and_puts_nothing_in_their_place(
     assert seen(damaged_features, 3) == (used, lost)
 
 
-def test_the_count_of_damaged_samples_goes_on_after_a_restart_until_the_fuse_blows(
+def test_the_count_of_damaged_samples_survives_a_restart_and_ends_the_run_at_the_limit(
     corpus: Corpus, damaged_features: str
 ) -> None:
-    loader = prepared(one_phase(corpus, "fuse", feature_store=damaged_features)).loader
+    loader = prepared(one_phase(corpus, "limit", feature_store=damaged_features)).loader
     counts = [len(step.damaged) for step in loader.steps(PackPosition(0, 0), 0, 8)]
-    first, second = [number for number, count in enumerate(counts) if count][:2]  # steps - 1 that lose samples
-    values = train_values(corpus, name="fuse", feature_store=damaged_features, checkpoint={"every_steps": 1, "keep": 9})
+    first, second = [number for number, count in enumerate(counts) if count][:2]  # zero-based steps that lose samples
+    values = train_values(
+        corpus, name="limit", feature_store=damaged_features, checkpoint={"every_steps": 1, "keep": 9}
+    )
     init = values["phases"].pop("align")["init"]
     values["phases"]["instruct"] |= {"init": init, "steps": 8}
     config = parse_config(TrainConfig, values | {"loader": {"max_damaged_samples": counts[first]}})
     total = counts[first] + counts[second]
-    for _ in range(2):  # the second run begins behind the first loss
+    for _ in range(2):  # the second run starts after the first loss
         with pytest.raises(FatalTrainingError, match=rf"{total} samples of phase instruct .* up to step {second + 1}"):
             train_local(config)
         assert len(losses(config)) == second > first
 
 
-def test_a_store_whose_file_is_gone_blows_the_fuse(corpus: Corpus) -> None:
+def test_a_missing_store_file_ends_the_run(corpus: Corpus) -> None:
     store = str(corpus.folder / "gone")
     good = FeatureStore.open(corpus.features)
     write_store(store, {media_id: good.read(media_id).features for media_id in good.media_ids}, recipe=RECIPE)
@@ -190,7 +193,7 @@ def test_a_store_whose_file_is_gone_blows_the_fuse(corpus: Corpus) -> None:
 
 
 def flaky_features(monkeypatch: pytest.MonkeyPatch, num_timeouts: int) -> None:
-    """The first reads of a data file time out."""
+    """Makes the first reads of a data file time out."""
     opened, failures = row_groups.open_data_file, iter([TimeoutError("the store does not answer")] * num_timeouts)
 
     class Flaky:
@@ -209,15 +212,13 @@ def flaky_features(monkeypatch: pytest.MonkeyPatch, num_timeouts: int) -> None:
     monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.0)
 
 
-def test_a_store_that_does_not_answer_for_a_moment_costs_no_sample(
-    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_short_storage_outage_costs_no_sample(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     flaky_features(monkeypatch, storage.MAX_ATTEMPTS - 1)
     loader = prepared(one_phase(corpus, "flaky")).loader
     assert not any(step.damaged for step in loader.steps(PackPosition(0, 0), 0, 8))
 
 
-def test_a_store_that_does_not_answer_ends_the_run_and_leaves_no_sample_out(
+def test_a_long_storage_outage_ends_the_run_and_drops_no_sample(
     corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = one_phase(corpus, "unreachable")
@@ -228,22 +229,22 @@ def test_a_store_that_does_not_answer_ends_the_run_and_leaves_no_sample_out(
     assert train_local(config)["instruct"]["rejects"].get("damaged_features") is None
 
 
-def test_out_of_memory_says_what_to_change() -> None:
+def test_out_of_memory_errors_list_the_settings_to_change() -> None:
     with pytest.raises(RuntimeError, match=r"out of memory at step = 7, with a pack of 900 tokens: lower packing") as e:
-        with out_of_memory_advice(step=7, largest_pack=900):
+        with out_of_memory_advice(rank=0, step=7, largest_pack=900):
             torch.empty(2**60, dtype=torch.uint8)
     assert "activation_checkpointing: true" in str(e.value)
-    with pytest.raises(RuntimeError, match=r"^something else$"), out_of_memory_advice(step=7, largest_pack=900):
+    with pytest.raises(RuntimeError, match=r"^something else$"), out_of_memory_advice(rank=0, step=7, largest_pack=900):
         raise RuntimeError("something else")
 
 
-def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(corpus: Corpus) -> None:
+def test_a_stopped_run_saves_and_resumes_later(corpus: Corpus) -> None:
     whole = one_phase(corpus, "whole")
     train_local(whole)
     config = one_phase(corpus, "stopped")
     interrupts = iter([Interrupt.NONE] * 4 + [Interrupt.STOP])
-    with pytest.raises(StoppedError, match=r"after step 4 of phase instruct; start it again to go on from .*00000004"):
-        run_training(config, resume_from=None, device=torch.device("cpu"), interrupts=lambda: next(interrupts))
+    with pytest.raises(StoppedError, match=r"after step 4 of phase instruct; start it again to resume from .*00000004"):
+        run_training(config, resume_from=None, device=CPU, hooks=RunHooks(interrupts=lambda: next(interrupts)))
     newest = resolve_resume(RunFolder.of(config).checkpoints, "auto")
     assert newest is not None
     assert newest.endswith("step-00000004")
@@ -251,21 +252,23 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(corpus: Corpus) -> 
     assert losses(config) == losses(whole)
 
 
-def test_a_wish_to_save_makes_one_checkpoint_and_training_goes_on(corpus: Corpus) -> None:
+def test_a_save_request_makes_one_checkpoint_and_training_continues(corpus: Corpus) -> None:
     config = one_phase(corpus, "saved")
     interrupts = iter([Interrupt.NONE, Interrupt.SAVE, *[Interrupt.NONE] * 6])
-    told: list[str] = []
+    reported: list[str] = []
     run_training(
         config,
         resume_from=None,
-        device=torch.device("cpu"),
-        interrupts=lambda: next(interrupts),
-        on_checkpoint=lambda uri, row: told.append(f"{uri[-1]} {row['step']}"),
+        device=CPU,
+        hooks=RunHooks(
+            interrupts=lambda: next(interrupts),
+            on_checkpoint=lambda uri, row: reported.append(f"{uri[-1]} {row['step']}"),
+        ),
     )
-    assert told == ["1 1", "3 3", "6 6", "8 8"]
+    assert reported == ["1 1", "3 3", "6 6", "8 8"]
 
 
-def test_sigterm_is_a_wish_to_stop() -> None:
+def test_sigterm_requests_a_stop() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with sigterm_interrupts() as interrupts:
         assert interrupts() is Interrupt.NONE
@@ -278,6 +281,6 @@ def test_weights_of_a_stopped_run_are_not_exported(corpus: Corpus) -> None:
     config = one_phase(corpus, "unfinished")
     interrupts = iter([Interrupt.NONE, Interrupt.STOP])
     with pytest.raises(StoppedError):
-        run_training(config, resume_from=None, device=torch.device("cpu"), interrupts=lambda: next(interrupts))
+        run_training(config, resume_from=None, device=CPU, hooks=RunHooks(interrupts=lambda: next(interrupts)))
     with pytest.raises(ValueError, match="does not exist"):
         from_pretrained(RunFolder.of(config).weights("instruct"))

@@ -1,4 +1,4 @@
-"""SIGKILL at the worst moments of a checkpoint, told by the object store that it goes to, on two ranks."""
+"""SIGKILL at the worst moments of a save on two ranks, timed by the object store that receives the checkpoint."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 @dataclass
 class Killer:
-    """Ends ranks when the store is asked for something: from outside, at an exact moment."""
+    """Kills ranks from outside, at an exact request to the store."""
 
     moment: Moment
     step: int
@@ -36,12 +36,12 @@ class Killer:
     _is_committed: bool = field(default=False)
 
     def __call__(self, method: str, path: str, body: IO[bytes]) -> bool:
-        """Whether the request is dropped, because the process that made it is dead."""
+        """True if the request must be dropped, because its process is dead."""
         is_commit = method == "PUT" and path.endswith(f"step-{self.step:08d}/COMMIT")
         is_shard = method == "PUT" and f"step-{self.step:08d}/" in path and "zero_pp_rank_1" in path
         if self.moment == "upload" and is_shard:
-            body.read(1000)  # a part of the file has arrived
-            return self._strike(1)  # the other rank has to find out by itself
+            body.read(1000)  # half of the file has arrived
+            return self._strike(1)  # the other rank must notice
         if self.moment == "before_commit" and is_commit:
             return self._strike()
         if self.moment == "after_commit" and self._is_committed and not self.has_struck:
@@ -58,7 +58,7 @@ class Killer:
 
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
-    """An S3 server with an empty bucket named `bucket`; what it does to requests may be changed."""
+    """An S3 server with an empty bucket named `bucket` and configurable faults."""
     with s3_server() as (url, faults):
         for name, value in environment_of(url).items():
             monkeypatch.setenv(name, value)
@@ -81,12 +81,12 @@ def environment_of(url: str) -> dict[str, str]:
 def one_phase(corpus: Corpus, **changes: Any) -> dict[str, Any]:
     values = train_values(corpus, checkpoint={"every_steps": 2, "keep": 9}, **changes)
     init = values["phases"].pop("align")["init"]
-    values["phases"]["instruct"] |= {"init": init, "steps": NUM_STEPS}  # three packs a step: one rank gets a dummy
+    values["phases"]["instruct"] |= {"init": init, "steps": NUM_STEPS}  # three packs per step: one rank gets a dummy
     return values
 
 
 def curve(run: str) -> list[tuple[int, float, float, int, int, int]]:
-    """Step, loss, gradient norm and what the step was given."""
+    """Step, loss, gradient norm and the sizes of the global batch."""
     names = ("global_step", "loss", "grad_norm", "num_samples", "num_tokens", "num_targets")
     return [tuple(row[name] for name in names) for row in read_metrics(run)]  # type: ignore[misc]
 
@@ -114,7 +114,7 @@ def expect_kills_leave_no_trace(
     start_ranks(killed, folder, environment=environment).finish()
     rows = read_metrics("s3://bucket/runs/killed")
     attempts += [len(kills) + 1] * (NUM_STEPS + 1 - first)
-    assert [row["attempt"] for row in rows] == attempts  # each goes on from the newest committed checkpoint
+    assert [row["attempt"] for row in rows] == attempts  # each attempt resumes from the newest committed checkpoint
     assert curve("s3://bucket/runs/killed") == expected
 
 

@@ -1,4 +1,4 @@
-"""The Ray Train adapter on the shared cluster: two workers, a killed one, SIGTERM, and going on."""
+"""Ray Train on the shared cluster: two workers, a killed one, SIGTERM, and resuming."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from timeviper_platform.common.config import parse_config
 from timeviper_platform.training.checkpoint.manager import Checkpoints
 from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.eval_worker import evaluate_checkpoint
+from timeviper_platform.training.hooks import RunHooks
 from timeviper_platform.training.interrupts import Interrupt, StoppedError
 from timeviper_platform.training.metrics.writer import read_metrics
 from timeviper_platform.training.run import run_training
@@ -29,30 +30,30 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.cluster
-def test_two_workers_train_and_a_stopped_run_goes_on(
+def test_two_workers_train_and_a_killed_run_resumes(
     tmp_path: Path, ray_address: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     corpus = make_corpus(tmp_path)
     values = train_values(corpus, workers={"num_workers": 2, "resources_per_worker": {"CPU": 0.5}})
     values["checkpoint"]["every_steps"] = 3
-    looks = {"samples": [{"uri": corpus.samples}], "every_steps": 3, "resources": {"CPU": 0.1}}
-    values["phases"]["instruct"]["validation"] = looks
+    validation = {"samples": [{"uri": corpus.samples}], "every_steps": 3, "resources": {"CPU": 0.1}}
+    values["phases"]["instruct"]["validation"] = validation
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     train = runpy.run_path(str(ROOT / "jobs" / "train.py"))["main"]
 
     assert train(["--config", str(tmp_path / "train.yaml"), "--resume", "never"]) == 0
-    shown = capsys.readouterr().out
-    assert "instruct           6" in shown
+    printed = capsys.readouterr().out
+    assert "instruct           6" in printed
     run = tmp_path / "runs" / "run"
     whole = read_metrics(str(run))
     assert [row["global_step"] for row in whole] == list(range(1, 10))
-    looked = {row["global_step"]: row["validation_loss"] for row in whole if "validation_loss" in row}
-    assert list(looked) == [6, 9]  # by a task beside the ranks, and by the ranks after the last step
+    losses = {row["global_step"]: row["validation_loss"] for row in whole if "validation_loss" in row}
+    assert list(losses) == [6, 9]  # by a task, and by the ranks after the last step
     middle = Checkpoints(str(run / "checkpoints")).committed()[-2]
-    found = evaluate_checkpoint(EvalTask(parse_config(TrainConfig, values), "instruct", middle, 3, 6))
-    assert looked[6] == pytest.approx(found["validation_loss"], rel=1e-5)
+    metrics = evaluate_checkpoint(EvalTask(parse_config(TrainConfig, values), "instruct", middle, 3, 6))
+    assert losses[6] == pytest.approx(metrics["validation_loss"], rel=1e-5)
 
-    # as a kill after the checkpoint at step 6 leaves it
+    # the state after a kill at step 6
     shutil.rmtree(Checkpoints(str(run / "checkpoints")).committed()[-1])
     shutil.rmtree(run / "weights" / "instruct")
     assert train(["--config", str(tmp_path / "train.yaml")]) == 0
@@ -66,7 +67,7 @@ def test_two_workers_train_and_a_stopped_run_goes_on(
 
 
 def kill_one_worker() -> None:
-    """SIGKILL to a training worker of this process' job on the shared cluster."""
+    """Sends SIGKILL to a training worker of this job."""
     job = ray.get_runtime_context().get_job_id()
     workers = [
         actor["Pid"]
@@ -78,7 +79,7 @@ def kill_one_worker() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # three processes of two attempts, on two cores that others share
+@pytest.mark.timeout(900)  # three processes, two attempts, two cores
 @pytest.mark.cluster
 def test_a_killed_worker_leaves_no_trace_in_the_curve_and_sigterm_saves_and_stops(
     tmp_path: Path, ray_address: str, group_of_one: None, capsys: pytest.CaptureFixture[str]
@@ -105,7 +106,7 @@ def test_a_killed_worker_leaves_no_trace_in_the_curve_and_sigterm_saves_and_stop
         disturbed.result(timeout=0)
     rows = read_metrics(run)
     assert code == 128 + signal.SIGTERM
-    assert f"error: stopped as asked after step {len(rows)} of phase instruct" in capsys.readouterr().err
+    assert f"error: stopped on request after step {len(rows)} of phase instruct" in capsys.readouterr().err
     newest = Checkpoints(f"{run}/checkpoints").newest()
     assert newest is not None
     assert int(newest[-8:]) == len(rows) < 300
@@ -113,14 +114,15 @@ def test_a_killed_worker_leaves_no_trace_in_the_curve_and_sigterm_saves_and_stop
 
     alone = parse_config(TrainConfig, values | {"name": "alone"})
     interrupts = iter([Interrupt.NONE] * len(rows) + [Interrupt.STOP])
+    hooks = RunHooks(interrupts=lambda: next(interrupts))
     with pytest.raises(StoppedError):
-        run_training(alone, resume_from=None, device=torch.device("cpu"), interrupts=lambda: next(interrupts))
+        run_training(alone, resume_from=None, device=torch.device("cpu"), hooks=hooks)
     expected = [row["loss"] for row in read_metrics(str(tmp_path / "runs" / "alone"))]
     assert [row["loss"] for row in rows] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.cluster
-def test_a_run_that_cannot_work_fails_once_with_its_cause(
+def test_a_misconfigured_run_fails_once_with_its_cause(
     tmp_path: Path, ray_address: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     values = train_values(make_corpus(tmp_path), feature_store="/nowhere/features")

@@ -26,6 +26,7 @@ from timeviper_platform.data.synthetic.corpus import CorpusConfig
 from timeviper_platform.training.batches.packing import PackPosition
 from timeviper_platform.training.batches.step_batches import StepBatches
 from timeviper_platform.training.config import TrainConfig
+from timeviper_platform.training.hooks import RunHooks
 from timeviper_platform.training.local import process_group
 from timeviper_platform.training.optim.deepspeed_engine import ZeroConfig
 from timeviper_platform.training.optim.lr_schedule import learning_rate_factor
@@ -90,7 +91,7 @@ def run_in_turn(config: TrainConfig, steps_per_block: int) -> InTurn:
     with process_group(use_gpu=False) as device:
         bare = BareLoop(prepare(config), config.zero)
         turns = InTurn(bare, steps_per_block)
-        run_training(config, resume_from=None, device=device, trackers=[turns])
+        run_training(config, resume_from=None, device=device, hooks=RunHooks(trackers=(turns,)))
     return turns
 
 

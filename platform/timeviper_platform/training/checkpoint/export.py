@@ -1,4 +1,4 @@
-"""A committed checkpoint to a model, and to a weights folder that evaluation and serving load. Trains nothing."""
+"""Exports a committed checkpoint as a model, or as a weights folder for evaluation and serving."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ logger = logging.getLogger(__name__)
 
 
 def export_weights(checkpoint: str, output: str, *, dtype: Dtype = "float32") -> None:
-    """Writes the checkpoint's model, with tokenizer and how it was made, as a weights folder at `output`.
+    """Writes the checkpoint's model, tokenizer and training metadata as a weights folder at `output`.
 
     Args:
         checkpoint: URI of a committed checkpoint.
-        output: URI of the folder; replaced where it exists.
-        dtype: of the written tensors; training keeps fp32, serving takes either.
+        output: URI of the folder; replaced if it exists.
+        dtype: Of the written tensors. Training needs float32, serving takes either.
 
     Raises:
-        ValueError: when there is no committed checkpoint, or it does not hold the whole model.
+        ValueError: if there is no committed checkpoint, or it does not hold the whole model.
     """
     state, description, model = checkpoint_model(checkpoint)
     model = model.to(torch_dtype(dtype))
@@ -47,7 +47,7 @@ def export_weights(checkpoint: str, output: str, *, dtype: Dtype = "float32") ->
 
 
 def checkpoint_model(checkpoint: str) -> tuple[TrainState, dict[str, Any], TimeViper]:
-    """Where the run stood at a committed checkpoint, its model.json, and the whole model in fp32, adapters merged.
+    """The state, model.json and whole model of a committed checkpoint, in float32 with merged adapters.
 
     Raises:
         ValueError: see `export_weights`.

@@ -1,16 +1,15 @@
-"""Resumable state: DeepSpeed's native shards, our state beside them, and a COMMIT mark that is written last.
+"""Resumable state: DeepSpeed's shards, our own documents, and a COMMIT file that is written last.
 
     checkpoints/step-00000120/
-        mp_rank_00_model_states.pt, zero_pp_rank_*_optim_states.pt   DeepSpeed's own
-        rng-00000.pt        torch's generators of each rank
-        state.json          where the run stands
-        groups.json         learning rate and decay of every optimizer group
-        model.json          the model's sizes, and what its weights folder will say of its making
-        COMMIT              names and sizes of all of the above; without it the folder is no checkpoint
+        mp_rank_00_model_states.pt, zero_pp_rank_*_optim_states.pt   DeepSpeed's shards
+        rng-00000.pt        torch's random generators, one file per rank
+        state.json          TrainState
+        groups.json         the optimizer groups, with learning rate and decay
+        model.json          the model's config and the metadata of its weights folder
+        COMMIT              names and sizes of all of the above; without it the folder is not a checkpoint
 
-Knows files and ranks; does not know what a phase is or when to save. Training waits while its state is copied; a thread
-of each rank writes the copy, on any fsspec file system. A checkpoint counts when it is COMMITTED, whatever a scheduler
-believes: a worker that is killed while saving leaves a folder that the next attempt writes anew.
+Training waits while its state is copied; a thread of each rank writes the copy to any fsspec file system. Only COMMIT
+counts: a worker that is killed while saving leaves a folder that the next attempt overwrites.
 """
 
 from __future__ import annotations
@@ -47,45 +46,47 @@ TAG = re.compile(r"/step-\d{8,}$")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
-    """When to save, and how many to keep."""
+    """When to save checkpoints, and how many to keep."""
 
     every_steps: int = 500
-    """steps between checkpoints; 0 saves at the end of each phase alone"""
+    """Steps between checkpoints; 0 saves only at the end of each phase."""
     keep: int = 2
-    """newest committed checkpoints that are kept"""
+    """Number of newest committed checkpoints to keep."""
     max_failed_saves: int = 3
-    """saves in a row that may fail while training goes on; the next one is waited for, and ends the run if it fails
-    too. 0 ends it with the first"""
+    """Failed saves in a row that training tolerates. The next save is waited for and ends the run if it fails too; 0
+    ends it with the first failure."""
+    retry_wait_s: float = 5.0
+    """Seconds before a phase's failed last checkpoint is saved again, doubled with every failure."""
 
     def __post_init__(self) -> None:
         if self.every_steps < 0 or self.keep < 1:
             raise ValueError(f"{self.every_steps = } must be at least 0 and {self.keep = } at least 1")
-        if self.max_failed_saves < 0:
-            raise ValueError(f"{self.max_failed_saves = } must be at least 0 (0 = the first failed save ends the run)")
+        if self.max_failed_saves < 0 or self.retry_wait_s < 0:
+            raise ValueError(f"{self.max_failed_saves = } and {self.retry_wait_s = } must be at least 0")
 
 
 class SaveFailedError(RuntimeError):
-    """Every rank knows alike that a checkpoint could not be written."""
+    """A checkpoint could not be written; raised on every rank alike."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Snapshot:
-    """One rank's part of a checkpoint, in memory."""
+    """One rank's share of a checkpoint, in memory."""
 
     tag: str
     global_step: int
     files: dict[str, Any]
-    """content by name, for torch.save"""
+    """Content by file name, for torch.save."""
     documents: dict[str, Any]
-    """content by name, as JSON; rank 0's alone"""
+    """Content by file name, for JSON; written by rank 0 only."""
 
 
 class Checkpoints:
-    """The checkpoints of one run. Every rank makes one; snapshot, write and wait are collective.
+    """The checkpoints of one run. Every rank has one; snapshot, write and wait are collective.
 
     Args:
-        uri: the folder, on any fsspec file system.
-        keep: newest committed checkpoints that are kept.
+        uri: The folder, on any fsspec file system.
+        keep: Number of newest committed checkpoints to keep.
     """
 
     def __init__(self, uri: str, *, keep: int = 2) -> None:
@@ -95,12 +96,24 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._outcome: str | BaseException | None = None
         self.newest_written = 0
-        """global step of the newest checkpoint that is known to be committed, on this rank and without waiting"""
+        """Global step of the newest checkpoint that this rank knows to be committed."""
+
+    def newest(self) -> str | None:
+        """The committed checkpoint with the highest step, or None."""
+        return next((uri for uri in reversed(list_folders(self.uri)) if is_committed(uri)), None)
+
+    def committed(self) -> list[str]:
+        """Every committed checkpoint, oldest first."""
+        return [uri for uri in list_folders(self.uri) if is_committed(uri)]
+
+    def uri_of(self, state: TrainState) -> str:
+        """The URI of this state's checkpoint, saved or not."""
+        return storage.join_uri(self.uri, _tag(state.global_step))
 
     def snapshot(
         self, ds_engine: Any, state: TrainState, groups: Sequence[ParameterGroup], model: dict[str, Any]
     ) -> Snapshot:
-        """A copy of this rank's state, after which training may go on. `model` is what model.json will hold."""
+        """Copies this rank's state, after which training may continue. `model` is the content of model.json."""
         return Snapshot(
             tag=_tag(state.global_step),
             global_step=state.global_step,
@@ -116,12 +129,12 @@ class Checkpoints:
         """Writes and commits the snapshot in a thread; call `wait` before the next one, and at the end.
 
         Args:
-            snapshot: this rank's part.
-            before_commit: called on rank 0 in the thread, for what must be stored before the checkpoint counts.
+            snapshot: This rank's share.
+            before_commit: Called in rank 0's thread, for whatever must be stored before the checkpoint counts.
         """
-        assert self._thread is None  # one at a time: two would hold two copies of the state
+        assert self._thread is None  # two at a time would hold two copies of the state
         if self._group is None:
-            # the threads' own: the training's group is busy, and gloo needs no GPU
+            # the threads need their own group: training uses the default one; gloo needs no GPU
             self._group = dist.new_group(backend="gloo")
         self._thread = threading.Thread(
             target=self._run, args=(snapshot, before_commit), name="checkpoint", daemon=False
@@ -129,11 +142,11 @@ class Checkpoints:
         self._thread.start()
 
     def wait(self) -> str | None:
-        """The URI of the checkpoint that was being written, once it is committed; None when there was none.
+        """Waits for the checkpoint that is being written and returns its URI; None if there is none.
 
         Raises:
-            SaveFailedError: when a rank could not write its part; the checkpoints before it are untouched.
-            RuntimeError: when the ranks could not agree on that, as one is gone.
+            SaveFailedError: if a rank could not write its share; earlier checkpoints are untouched.
+            RuntimeError: if the ranks could not agree on the outcome, because one is gone.
         """
         if self._thread is None:
             return None
@@ -146,7 +159,7 @@ class Checkpoints:
         return outcome
 
     def wait_quietly(self) -> str | None:
-        """`wait` for a run that ends with another error: a checkpoint that fails is logged."""
+        """`wait` for a run that is failing already: logs an error instead of raising it."""
         try:
             return self.wait()
         except RuntimeError as error:
@@ -158,13 +171,13 @@ class Checkpoints:
             target = storage.join_uri(self.uri, snapshot.tag)
             rank = dist.get_rank()
             if rank == 0:
-                self._agreed(lambda: storage.remove(target))  # what a killed attempt left
-                self._agreed(lambda: _write_files(target, snapshot.files, snapshot.documents))
-                self._agreed(lambda: self._commit(target, before_commit))
+                self._on_all_ranks(lambda: storage.remove(target))  # left by a killed attempt
+                self._on_all_ranks(lambda: _write_files(target, snapshot.files, snapshot.documents))
+                self._on_all_ranks(lambda: self._commit(target, before_commit))
             else:
-                self._agreed(lambda: None)
-                self._agreed(lambda: _write_files(target, snapshot.files, {}))
-                self._agreed(lambda: None)
+                self._on_all_ranks(lambda: None)
+                self._on_all_ranks(lambda: _write_files(target, snapshot.files, {}))
+                self._on_all_ranks(lambda: None)
             self._outcome = target
             self.newest_written = snapshot.global_step
             if rank == 0:
@@ -172,12 +185,12 @@ class Checkpoints:
         except Exception as error:  # noqa: BLE001 - handed to `wait`, which raises it
             self._outcome = error
 
-    def _agreed(self, act: Callable[[], None]) -> None:
-        """Runs `act`; then every rank knows whether all of them could."""
+    def _on_all_ranks(self, act: Callable[[], None]) -> None:
+        """Runs `act`; raises on every rank if it failed on any."""
         failure = None
         try:
             act()
-        except Exception as error:  # noqa: BLE001 - told to every rank, and raised on each
+        except Exception as error:  # noqa: BLE001 - gathered, and raised on every rank
             failure = f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
         failures: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(failures, failure, group=self._group)
@@ -189,140 +202,30 @@ class Checkpoints:
             before_commit()
         storage.write_json(storage.join_uri(target, COMMIT_FILE), {"files": _sizes(target)})
 
-    def uri_of(self, state: TrainState) -> str:
-        """Where the checkpoint of this state lies, or will."""
-        return storage.join_uri(self.uri, _tag(state.global_step))
-
-    def newest(self) -> str | None:
-        """The committed checkpoint with the highest step, or None."""
-        return next((uri for uri in reversed(list_folders(self.uri)) if is_committed(uri)), None)
-
-    def committed(self) -> list[str]:
-        """Every committed checkpoint, oldest first."""
-        return [uri for uri in list_folders(self.uri) if is_committed(uri)]
-
     def _prune(self) -> None:
-        """Removes checkpoints that are too many and what failed or killed saves left; what cannot be is for next time.
-
-        Between the mark and the folder a kill may come: half a folder must not look whole.
-        """
+        """Removes surplus checkpoints and the remains of failed saves; what cannot be removed is left for next time."""
         try:
             committed = self.committed()
             for uri in list_folders(self.uri):
                 mark = storage.join_uri(uri, COMMIT_FILE)
-                is_rest = TAG.search(uri) and uri < committed[-1] and not storage.exists(mark)
-                if is_rest or uri in committed[: -self._keep]:
-                    storage.remove(mark)
+                is_remains = TAG.search(uri) and uri < committed[-1] and not storage.exists(mark)
+                if is_remains or uri in committed[: -self._keep]:
+                    storage.remove(mark)  # first: after a kill in between, half a folder must not look committed
                     storage.remove(uri)
-        except Exception as error:  # noqa: BLE001 - the new checkpoint is committed, whatever becomes of old ones
-            logger.warning("old checkpoints in %s stay, until one can be removed: %s", self.uri, error)
-
-
-def _tag(global_step: int) -> str:
-    return f"step-{global_step:08d}"
-
-
-def is_committed(uri: str) -> bool:
-    """True when the checkpoint at `uri` is whole: its COMMIT is there and every file it names has its size."""
-    mark = storage.join_uri(uri, COMMIT_FILE)
-    if not storage.exists(mark):
-        return False
-    expected = storage.read_json(mark)["files"]
-    found = _sizes(uri)
-    wrong = [name for name, size in expected.items() if found.get(name) != size]
-    if wrong:
-        logger.warning("%s is committed but damaged and passed over: %s", uri, ", ".join(sorted(wrong)[:5]))
-    return not wrong
-
-
-def read_state(uri: str) -> TrainState:
-    """Where the run stood at the committed checkpoint `uri`.
-
-    Raises:
-        ValueError: when there is none.
-    """
-    if not is_committed(uri):
-        raise ValueError(
-            f"there is no committed checkpoint at {uri!r}; name a folder step-* that holds a {COMMIT_FILE}"
-        )
-    return TrainState.from_json(storage.read_json(storage.join_uri(uri, STATE_FILE)), source=uri)
-
-
-def restore_checkpoint(
-    uri: str,
-    model: nn.Module,
-    groups: Sequence[ParameterGroup],
-    build: Callable[[], Any],
-    *,
-    zero_stage: int,
-    dtype: Dtype,
-) -> Any:
-    """`build()`'s ds_engine with parameters, optimizer and generator as they were at `uri`.
-
-    With the shape that saved it (world size, ZeRO stage, dtype) DeepSpeed loads its own files, bit for bit; with
-    another one every parameter is put together from the shards of all ranks and cut anew.
-
-    Raises:
-        ValueError: when the trained parameters are not the checkpoint's.
-        RuntimeError: when the files cannot be read, or hold more than data.
-    """
-    state = read_state(uri)
-    saved_groups = storage.read_json(storage.join_uri(uri, GROUPS_FILE))
-    _check_same_groups(saved_groups, groups, uri)
-    shape, saved_shape = (dist.get_world_size(), zero_stage, dtype), _shape(state)
-    with local_copy(uri) as folder:
-        if shape == saved_shape:
-            ds_engine = build()
-            _load_natively(ds_engine, folder, uri)
-        else:
-            logger.info("%s: (ranks, ZeRO stage, dtype) %s -> %s", uri, saved_shape, shape)
-            shards = open_shards(folder, state, saved_groups)
-            load_weights_from(shards, model)
-            ds_engine = build()
-            load_optimizer_from(shards, ds_engine, groups)
-        _set_generator_states(folder / f"rng-{dist.get_rank():05d}.pt", state)
-    return ds_engine
-
-
-def open_shards(folder: Path, state: TrainState, saved_groups: list[dict[str, Any]]) -> SavedShards:
-    """The parameters of a checkpoint's local folder."""
-    trained = [name for group in saved_groups for name in group["parameter_names"]]
-    return SavedShards(folder, zero_stage=state.zero_stage, trained=trained)
-
-
-@contextlib.contextmanager
-def local_copy(uri: str) -> Iterator[Path]:
-    """A local folder with the checkpoint's files: itself where it is local, else a download for the block's time."""
-    filesystem, path = storage.split_uri(uri)
-    if storage.is_local(uri):
-        yield Path(path)
-        return
-    with tempfile.TemporaryDirectory(prefix="timeviper-checkpoint-") as scratch:
-        folder = Path(scratch) / PurePosixPath(path).name
-        filesystem.get(path.rstrip("/") + "/", f"{folder}/", recursive=True)
-        yield folder
-
-
-def list_folders(uri: str) -> list[str]:
-    """The folders directly inside `uri`, in sorted order."""
-    filesystem, path = storage.split_uri(uri)
-    filesystem.invalidate_cache()
-    if not filesystem.isdir(path):
-        return []
-    names = [
-        PurePosixPath(item["name"]).name for item in filesystem.ls(path, detail=True) if item["type"] == "directory"
-    ]
-    return [storage.join_uri(uri, name) for name in sorted(names)]
+        except Exception as error:  # noqa: BLE001 - the new checkpoint is committed in any case
+            logger.warning("old checkpoints in %s cannot be removed and stay for now: %s", self.uri, error)
 
 
 def resolve_resume(uri: str, resume: Literal["auto", "never"] | str) -> str | None:
-    """Which checkpoint a run whose checkpoints are in the folder `uri` starts from; None = from its first weights.
+    """The checkpoint from which a run with its checkpoints in `uri` starts; None for its initial weights.
 
-    `auto` takes the newest committed one. `never` insists that there is none. Anything else names a checkpoint:
-    this run's newest, or one of another run.
+    Args:
+        uri: The run's folder of checkpoints.
+        resume: auto takes the newest committed one; never requires that there is none; anything else names a
+            checkpoint, this run's newest or one of another run.
 
     Raises:
-        ValueError: when that would leave the run with two histories.
+        ValueError: if that would leave the run with two histories.
     """
     newest = Checkpoints(uri).newest()
     if resume == "auto":
@@ -337,8 +240,102 @@ def resolve_resume(uri: str, resume: Literal["auto", "never"] | str) -> str | No
     return resume
 
 
-def _shape(state: TrainState) -> tuple[int, int, str]:
-    return state.world_size, state.zero_stage, state.dtype
+def restore_checkpoint(
+    uri: str,
+    model: nn.Module,
+    groups: Sequence[ParameterGroup],
+    build: Callable[[], Any],
+    *,
+    zero_stage: int,
+    dtype: Dtype,
+) -> Any:
+    """`build()`'s ds_engine with parameters, optimizer and random generators as they were at `uri`.
+
+    With unchanged world size, ZeRO stage and dtype DeepSpeed loads its own files, bit for bit; else every parameter
+    is assembled from the shards of all ranks and partitioned again.
+
+    Raises:
+        ValueError: if the trained parameters are not those of the checkpoint.
+        RuntimeError: if the files cannot be read, or hold more than data.
+    """
+    state = read_state(uri)
+    saved_groups = storage.read_json(storage.join_uri(uri, GROUPS_FILE))
+    _check_same_groups(saved_groups, groups, uri)
+    layout = (dist.get_world_size(), zero_stage, dtype)
+    saved_layout = (state.world_size, state.zero_stage, state.dtype)
+    with local_copy(uri) as folder:
+        if layout == saved_layout:
+            ds_engine = build()
+            _load_natively(ds_engine, folder, uri)
+        else:
+            logger.info("%s: (ranks, ZeRO stage, dtype) %s -> %s", uri, saved_layout, layout)
+            shards = open_shards(folder, state, saved_groups)
+            load_weights_from(shards, model)
+            ds_engine = build()
+            load_optimizer_from(shards, ds_engine, groups)
+        _set_generator_states(folder / f"rng-{dist.get_rank():05d}.pt", state)
+    return ds_engine
+
+
+def is_committed(uri: str) -> bool:
+    """True if the checkpoint at `uri` is complete: COMMIT exists and every file it lists has its size."""
+    mark = storage.join_uri(uri, COMMIT_FILE)
+    if not storage.exists(mark):
+        return False
+    expected = storage.read_json(mark)["files"]
+    found = _sizes(uri)
+    wrong = [name for name, size in expected.items() if found.get(name) != size]
+    if wrong:
+        logger.warning("skipping %s: committed, but damaged in %s", uri, ", ".join(sorted(wrong)[:5]))
+    return not wrong
+
+
+def read_state(uri: str) -> TrainState:
+    """The state of the committed checkpoint at `uri`.
+
+    Raises:
+        ValueError: if there is none, or it has another format version.
+    """
+    if not is_committed(uri):
+        raise ValueError(
+            f"there is no committed checkpoint at {uri!r}; name a folder step-* that holds a {COMMIT_FILE}"
+        )
+    return TrainState.from_json(storage.read_json(storage.join_uri(uri, STATE_FILE)), source=uri)
+
+
+def open_shards(folder: Path, state: TrainState, saved_groups: list[dict[str, Any]]) -> SavedShards:
+    """The parameters in a checkpoint's local folder."""
+    trained = [name for group in saved_groups for name in group["parameter_names"]]
+    return SavedShards(folder, zero_stage=state.zero_stage, trained=trained)
+
+
+@contextlib.contextmanager
+def local_copy(uri: str) -> Iterator[Path]:
+    """A local folder with the checkpoint's files: itself if it is local, otherwise a download for the block."""
+    filesystem, path = storage.split_uri(uri)
+    if storage.is_local(uri):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="timeviper-checkpoint-") as scratch:
+        folder = Path(scratch) / PurePosixPath(path).name
+        filesystem.get(path.rstrip("/") + "/", f"{folder}/", recursive=True)
+        yield folder
+
+
+def list_folders(uri: str) -> list[str]:
+    """The folders directly inside `uri`, sorted."""
+    filesystem, path = storage.split_uri(uri)
+    filesystem.invalidate_cache()
+    if not filesystem.isdir(path):
+        return []
+    names = [
+        PurePosixPath(item["name"]).name for item in filesystem.ls(path, detail=True) if item["type"] == "directory"
+    ]
+    return [storage.join_uri(uri, name) for name in sorted(names)]
+
+
+def _tag(global_step: int) -> str:
+    return f"step-{global_step:08d}"
 
 
 def _load_natively(ds_engine: Any, folder: Path, uri: str) -> None:
@@ -356,7 +353,7 @@ def _generator_states() -> dict[str, torch.Tensor]:
 
 
 def _set_generator_states(file: Path, state: TrainState) -> None:
-    """This rank's generators as they were; a rank that did not exist then gets a seed of its own."""
+    """Restores this rank's generators; a rank that the saving run did not have gets its own seed."""
     if not file.exists():
         torch.manual_seed(state.global_step * 100_003 + dist.get_rank())
         return
@@ -370,18 +367,18 @@ def _check_same_groups(saved: list[dict[str, Any]], groups: Sequence[ParameterGr
     if [item["parameter_names"] for item in saved] != [list(group.parameter_names) for group in groups]:
         raise ValueError(
             f"{uri} trained {[item['name'] for item in saved]}, this configuration {[group.name for group in groups]};"
-            " a phase cannot change its trainable parameters half-way"
+            " a phase cannot change its trainable parameters half-way; restore phases.*.trainable"
         )
     for item, group in zip(saved, groups, strict=True):
         if (item["lr"], item["weight_decay"]) != (group.lr, group.weight_decay):
             logger.warning(
-                "%s: lr %g -> %g, weight decay %g -> %g from here on, as the configuration says",
+                "%s: lr %g -> %g, weight decay %g -> %g from here on, by the configuration",
                 *(group.name, item["lr"], group.lr, item["weight_decay"], group.weight_decay),
             )
 
 
 def _sizes(uri: str) -> dict[str, int]:
-    """Size of every file directly in `uri`, without the mark itself."""
+    """Size of every file directly in `uri`, except COMMIT."""
     filesystem, path = storage.split_uri(uri)
     filesystem.invalidate_cache()
     found = filesystem.ls(path, detail=True)

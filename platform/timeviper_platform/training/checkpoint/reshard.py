@@ -1,11 +1,10 @@
-"""DeepSpeed's saved files to whole parameters, and those into an engine of any world size and ZeRO stage.
+"""Loads DeepSpeed's shards into an engine of any world size and ZeRO stage, one parameter in memory at a time.
 
-    zero_pp_rank_0...   [ w1 w1 w1 w2 | ...]        parameter w2 = the pieces of all ranks in their order;
+    zero_pp_rank_0...   [ w1 w1 w1 w2 | ...]        parameter w2 = the fragments of all ranks, in rank order;
     zero_pp_rank_1...   [ w2 w2 w3 .. | ...]        the same for exp_avg and exp_avg_sq
 
-Knows the layouts of DeepSpeed's stages. Its own converter writes them all anew first, and loading what that wrote under
-ZeRO-3 gives every group the first one's learning rate and decay, and one step count that all share. Knows no COMMIT and
-no phases. Files are mapped, not read: memory holds one parameter at a time.
+DeepSpeed's universal checkpoints are not used: under ZeRO-3 (0.19.8) they load every group with the first group's
+learning rate and decay, and with one shared step count.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from timeviper_platform.training.checkpoint.deepspeed_files import load_saved
 from timeviper_platform.training.optim.parameter_groups import ParameterGroup
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""what AdamW keeps of a parameter"""
+"""AdamW's state of a parameter."""
 MASTER = "fp32"
 
 
-class _Place(NamedTuple):
-    """Where in a rank's file a piece of a parameter lies."""
+class _Slice(NamedTuple):
+    """A fragment of a parameter in a rank's flat tensors."""
 
     flat: int
     start: int
@@ -36,20 +35,20 @@ class _Place(NamedTuple):
 
 
 class _RankShard(NamedTuple):
-    """What one rank saved: its flat tensors by kind, and the pieces in them by parameter."""
+    """One rank's file: its flat tensors by kind, and the parameters' slices of them."""
 
     flats: list[dict[str, Tensor]]
-    places: dict[str, _Place]
+    slices: dict[str, _Slice]
     steps: list[float]
 
 
 class SavedShards:
-    """Every parameter of a checkpoint, whole and in fp32, whatever number of ranks saved it.
+    """Every parameter of a checkpoint, whole and in float32, saved by any number of ranks.
 
     Args:
-        folder: local folder with DeepSpeed's files.
-        zero_stage: of the run that saved them.
-        trained: names of the trained parameters in the order of the optimizer's groups.
+        folder: Local folder with DeepSpeed's files.
+        zero_stage: Of the run that saved them.
+        trained: Names of the trained parameters, in the order of the optimizer's groups.
     """
 
     def __init__(self, folder: Path, *, zero_stage: int, trained: Sequence[str]) -> None:
@@ -59,7 +58,7 @@ class SavedShards:
             load_saved(file, mmap=True)["optimizer_state_dict"] for file in _by_rank(folder, "*_optim_states.pt")
         ]
         if not self._models or (zero_stage > 0 and not optimizers):
-            raise RuntimeError(f"{folder} holds no files of DeepSpeed for ZeRO-{zero_stage}; resume from another one")
+            raise RuntimeError(f"{folder} lacks DeepSpeed's files of ZeRO-{zero_stage}; resume from another checkpoint")
         self._shapes: dict[str, torch.Size] = {
             name: shape for group in self._models[0].get("param_shapes") or [] for name, shape in group.items()
         }
@@ -72,26 +71,26 @@ class SavedShards:
             self._ranks = [_partitioned(saved, self._shapes, len(optimizers)) for saved in optimizers]
 
     def parameter(self, name: str, kind: str = MASTER) -> Tensor:
-        """A trained parameter's fp32 value, or one of its MOMENTS, in its own shape."""
-        pieces = []
+        """A trained parameter's float32 value, or one of its MOMENTS, in its own shape."""
+        fragments = []
         for rank in self._ranks:
-            place = rank.places.get(name)
-            if place is not None:
-                pieces.append(rank.flats[place.flat][kind].flatten().narrow(0, place.start, place.numel))
+            index = rank.slices.get(name)
+            if index is not None:
+                fragments.append(rank.flats[index.flat][kind].flatten().narrow(0, index.start, index.numel))
         shape = self._shapes[name]
-        return torch.cat(pieces)[: shape.numel()].view(shape).float()
+        return torch.cat(fragments)[: shape.numel()].view(shape).float()
 
     def num_steps(self, name: str) -> float:
-        """How often the optimizer has updated the parameter."""
-        return next(rank.steps[rank.places[name].flat] for rank in self._ranks if name in rank.places)
+        """The number of updates of the parameter."""
+        return next(rank.steps[rank.slices[name].flat] for rank in self._ranks if name in rank.slices)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every parameter by name in fp32, frozen ones included."""
+        """Every parameter by name in float32, including frozen ones."""
         tensors = {name: tensor.float() for name, tensor in self._frozen().items()}
         return tensors | {name: self.parameter(name) for name in self._shapes}
 
     def _frozen(self) -> dict[str, Tensor]:
-        """What every rank has whole; under ZeRO-3 the frozen parameters, put together."""
+        """The module as every rank saved it; under ZeRO-3, the frozen parameters, assembled."""
         first = self._models[0]
         if self._zero_stage < 3:
             return dict(first["module"])
@@ -105,7 +104,7 @@ class SavedShards:
 
 @torch.no_grad()
 def load_weights_from(shards: SavedShards, model: nn.Module) -> None:
-    """Puts the saved values into a model that no engine has yet; rounding to bf16 is the engine's."""
+    """Copies the saved values into a model before its engine is built, which rounds them to its dtype."""
     tensors = shards.tensors()
     for name, parameter in model.named_parameters():
         parameter.copy_(tensors[name])
@@ -113,15 +112,15 @@ def load_weights_from(shards: SavedShards, model: nn.Module) -> None:
 
 @torch.no_grad()
 def load_optimizer_from(shards: SavedShards, ds_engine: Any, groups: Sequence[ParameterGroup]) -> None:
-    """Puts fp32 masters, moments and step counts into an engine whose weights `load_weights_from` has set.
+    """Loads float32 masters, moments and step counts into an engine whose weights `load_weights_from` has set.
 
-    AdamW makes its state at the first step; here it is made before, piece by piece of what this rank holds.
+    Creates the state that AdamW would create at its first step, for the fragments that this rank holds.
     """
     parameters = dict(ds_engine.module.named_parameters())
     states = ds_engine.optimizer.state if _steps_on_parameters(ds_engine) else ds_engine.optimizer.optimizer.state
     for number, group in enumerate(groups):
-        for place, name in enumerate(group.parameter_names):
-            for flat, start, first, numel in _own_piece(ds_engine, parameters[name], number, place):
+        for index, name in enumerate(group.parameter_names):
+            for flat, start, first, numel in _own_fragment(ds_engine, parameters[name], number, index):
                 if flat not in states:
                     states[flat] = {kind: torch.zeros_like(flat) for kind in MOMENTS}
                     states[flat]["step"] = torch.tensor(shards.num_steps(name), dtype=torch.float32)
@@ -131,86 +130,88 @@ def load_optimizer_from(shards: SavedShards, ds_engine: Any, groups: Sequence[Pa
                     target.data.view(-1).narrow(0, start, numel).copy_(whole.narrow(0, first, numel))
 
 
-class _Piece(NamedTuple):
-    """A part of a parameter that this rank's optimizer updates."""
+class _Fragment(NamedTuple):
+    """The part of a parameter that this rank's optimizer updates."""
 
     flat: Tensor
-    """the optimizer's tensor"""
+    """The optimizer's tensor."""
     start: int
-    """where in it"""
+    """Offset in `flat`."""
     first: int
-    """first element of the parameter"""
+    """Offset in the flattened parameter."""
     numel: int
 
 
-def _own_piece(ds_engine: Any, parameter: Any, group: int, place: int) -> Iterable[_Piece]:
-    """The piece of a parameter that this rank holds; none where it has no part of it."""
+def _own_fragment(ds_engine: Any, parameter: Any, group: int, index: int) -> Iterable[_Fragment]:
+    """The fragment of a parameter that this rank holds, if any."""
     optimizer, stage = ds_engine.optimizer, ds_engine.zero_optimization_stage()
     if stage == 3:
         number, start, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
         size = parameter.ds_tensor.ds_numel
         first = size * dist.get_rank()
         numel = min(size, parameter.ds_numel - first)  # the last rank's partition is padded
-        return [_Piece(optimizer.fp32_partitioned_groups_flat[number], int(start), first, numel)] if numel > 0 else []
+        return (
+            [_Fragment(optimizer.fp32_partitioned_groups_flat[number], int(start), first, numel)] if numel > 0 else []
+        )
     if stage > 0:
         mapping = parameter._hp_mapping
         if mapping is None:
             return []
         own, whole = mapping.hp_fragment_address, mapping.lp_fragment_address
-        return [_Piece(optimizer.single_partition_of_fp32_groups[group], own.start, whole.start, own.numel)]
-    flat = parameter if _steps_on_parameters(ds_engine) else optimizer.fp32_groups[group][place]
-    return [_Piece(flat, 0, 0, flat.numel())]
+        return [_Fragment(optimizer.single_partition_of_fp32_groups[group], own.start, whole.start, own.numel)]
+    flat = parameter if _steps_on_parameters(ds_engine) else optimizer.fp32_groups[group][index]
+    return [_Fragment(flat, 0, 0, flat.numel())]
 
 
 def _steps_on_parameters(ds_engine: Any) -> bool:
-    """Stage 0 in fp32 has no DeepSpeed optimizer around torch's."""
+    """True at stage 0 in float32, where DeepSpeed does not wrap torch's optimizer."""
     return not ds_engine.zero_optimization() and not ds_engine.bfloat16_enabled()
 
 
 def _whole(model: Mapping[str, Any], trained: Sequence[str]) -> _RankShard:
-    """Stage 0: a tensor a parameter; in bf16 the masters are lists by group."""
+    """Stage 0: one tensor per parameter; in bfloat16 the masters are lists by group."""
     optimizer = model["optimizer"]
     masters = [model["module"][name] for name in trained]
     if "fp32_groups" in optimizer:
         masters = [tensor for group in optimizer["fp32_groups"] for tensor in group]
         optimizer = optimizer["optimizer_state_dict"]
-    places = {name: _Place(number, 0, masters[number].numel()) for number, name in enumerate(trained)}
-    return _rank_shard(masters, optimizer["state"], places)
+    slices = {name: _Slice(number, 0, masters[number].numel()) for number, name in enumerate(trained)}
+    return _rank_shard(masters, optimizer["state"], slices)
 
 
 def _sliced(saved: Mapping[str, Any]) -> _RankShard:
-    """Stages 1 and 2: a group is one line of parameters, cut into as many pieces as there are ranks."""
-    places = {
-        name: _Place(number, int(address.start), int(address.numel))
+    """Stages 1 and 2: a group's parameters are concatenated and divided among the ranks."""
+    slices = {
+        name: _Slice(number, int(address.start), int(address.numel))
         for number, group in enumerate(saved["param_slice_mappings"])
         for name, address in group.items()
     }
-    return _rank_shard(saved["single_partition_of_fp32_groups"], saved["base_optimizer_state"]["state"], places)
+    return _rank_shard(saved["single_partition_of_fp32_groups"], saved["base_optimizer_state"]["state"], slices)
 
 
 def _partitioned(saved: Mapping[str, Any], shapes: Mapping[str, torch.Size], num_ranks: int) -> _RankShard:
-    """Stage 3: every parameter is cut into equal pieces, the last one padded; a flat tensor has whole parameters."""
+    """Stage 3: each parameter is divided into equal fragments, the last one padded."""
     flats = saved["fp32_flat_groups"]
-    places, number, start = {}, 0, 0
+    slices, number, start = {}, 0, 0
     for name, shape in shapes.items():
         numel = -(-shape.numel() // num_ranks)
         if start == flats[number].numel():
             number, start = number + 1, 0
-        places[name] = _Place(number, start, numel)
+        slices[name] = _Slice(number, start, numel)
         start += numel
-    return _rank_shard(flats, saved["optimizer_state_dict"]["state"], places)
+    return _rank_shard(flats, saved["optimizer_state_dict"]["state"], slices)
 
 
 def _rank_shard(
-    masters: Sequence[Tensor], states: Mapping[int, Mapping[str, Tensor]], places: dict[str, _Place]
+    masters: Sequence[Tensor], states: Mapping[int, Mapping[str, Tensor]], slices: dict[str, _Slice]
 ) -> _RankShard:
     flats = [
         {MASTER: master} | {kind: states[number][kind] for kind in MOMENTS} for number, master in enumerate(masters)
     ]
-    return _RankShard(flats, places, [float(states[number]["step"]) for number in range(len(masters))])
+    return _RankShard(flats, slices, [float(states[number]["step"]) for number in range(len(masters))])
 
 
 def _by_rank(folder: Path, pattern: str) -> list[Path]:
-    """The files in the order of the ranks that wrote them; a name without `rank_N_` is rank 0's."""
+    """The files by rank; a name without `rank_N_` is rank 0's."""
     numbers = {path: re.search(r"zero_pp_rank_(\d+)_", path.name) for path in folder.glob(pattern)}
     return sorted(numbers, key=lambda path: int(found[1]) if (found := numbers[path]) else 0)

@@ -1,8 +1,4 @@
-"""Checkpoints while a phase goes on: one is written behind the steps, and one that cannot be written is made again.
-
-Knows when a failed save ends the run and whom to tell of a committed one. Does not know what is in a checkpoint, nor
-how it is written (checkpoint.py). What storage refuses for a passing reason has been tried again there before.
-"""
+"""Saves the checkpoints of a phase while it trains, and tolerates saves that fail."""
 
 from __future__ import annotations
 
@@ -11,87 +7,98 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from timeviper_platform.training.checkpoint.manager import Checkpoints, SaveFailedError, Snapshot
+from timeviper_platform.training.checkpoint.manager import CheckpointConfig, Checkpoints, SaveFailedError, Snapshot
+from timeviper_platform.training.checkpoint.state import TrainState
 
 logger = logging.getLogger(__name__)
 
 OnCheckpoint = Callable[[str, dict[str, Any]], None]
-"""Called on every rank after a commit, with the checkpoint's URI and the row of its step. It is called when the next
-checkpoint is due or the phase ends, since all ranks must be in the same place."""
-
-FIRST_WAIT_S = 5.0
-"""before a phase's last checkpoint is made again; doubled every time"""
+"""Called on every rank after a commit, with the checkpoint's URI and the metrics row of its step. The call comes when
+the next checkpoint is due or the phase ends, where all ranks are at the same point."""
 
 
 class Checkpointer:
     """The checkpoints of one phase; every method is collective.
 
     Args:
-        checkpoints: of the run.
-        max_failed: saves in a row that may fail.
-        before_commit: called on rank 0, for what must be stored before a checkpoint counts.
-        on_checkpoint: see OnCheckpoint.
+        checkpoints: Of the run.
+        config: How many failed saves to tolerate.
+        snapshot: Copies this rank's state.
+        log: Receives the row of a saved step, complete with the time it cost.
+        before_commit: Called on rank 0 for whatever must be stored before a checkpoint counts.
+        on_checkpoint: See OnCheckpoint.
     """
 
     def __init__(
         self,
         checkpoints: Checkpoints,
+        config: CheckpointConfig,
         *,
-        max_failed: int,
+        snapshot: Callable[[TrainState], Snapshot],
+        log: Callable[[dict[str, Any]], None],
         before_commit: Callable[[], None] | None,
         on_checkpoint: OnCheckpoint | None,
     ) -> None:
         self._checkpoints = checkpoints
-        self._max_failed = max_failed
+        self._config = config
+        self._snapshot = snapshot
+        self._log = log
         self._before_commit = before_commit
         self._on_checkpoint = on_checkpoint
-        self._row: dict[str, Any] = {}
+        self._last: tuple[TrainState, dict[str, Any]] | None = None
         self._newest: str | None = None
-        self._num_in_a_row = 0
+        self._failures_in_a_row = 0
         self.num_failed = 0
-        """saves of this attempt at the phase that failed"""
+        """Failed saves of this attempt at the phase."""
 
-    def start(self, snapshot: Snapshot, row: dict[str, Any]) -> None:
-        """Writes the snapshot behind the next steps; call `settle` before. The last that may fail is waited for.
+    def save(self, state: TrainState, row: dict[str, Any]) -> None:
+        """Snapshots `state` and writes it behind the next steps; adds `checkpoint_stall_s` to the step's row.
+
+        The steps wait until the previous checkpoint is finished and this one is in memory; if one more failure would
+        end the run, until it is committed.
 
         Raises:
-            SaveFailedError: see `settle`.
+            SaveFailedError: if more saves in a row failed than allowed; earlier checkpoints are untouched.
         """
-        self._row = row
+        started = time.perf_counter()
+        self._settle()
+        snapshot = self._snapshot(state)
+        row |= {"checkpoint_stall_s": time.perf_counter() - started, "num_failed_saves": self.num_failed}
+        self._log(row)  # before the commit, which must not lack its row
+        self._last = state, row
         self._checkpoints.write(snapshot, self._before_commit)
-        if 0 < self._max_failed <= self._num_in_a_row:
-            self.settle()
+        if 0 < self._config.max_failed_saves <= self._failures_in_a_row:
+            self._settle()
 
-    def settle(self) -> str | None:
-        """The checkpoint that was being written, once it is committed and told; None without one, or when it failed.
+    def finish(self) -> str | None:
+        """Waits for the newest checkpoint and repeats it while it fails; None if this attempt has saved none.
 
         Raises:
-            SaveFailedError: when more saves in a row failed than may; the checkpoints before them are untouched.
+            SaveFailedError: see `save`.
         """
+        self._settle()
+        while self._failures_in_a_row and self._last is not None:
+            time.sleep(self._config.retry_wait_s * 2 ** (self._failures_in_a_row - 1))
+            self.save(*self._last)
+            self._settle()
+        return self._newest
+
+    def _settle(self) -> None:
+        """Waits for the checkpoint that is being written, and reports it once it is committed."""
         try:
             uri = self._checkpoints.wait()
         except SaveFailedError as error:
             self.num_failed += 1
-            self._num_in_a_row += 1
-            if self._num_in_a_row > self._max_failed:
+            self._failures_in_a_row += 1
+            if self._failures_in_a_row > self._config.max_failed_saves:
                 raise
             logger.warning(
-                "%s; training goes on: %d of %d saves in a row that may fail (checkpoint.max_failed_saves)",
-                *(error, self._num_in_a_row, self._max_failed),
+                "%s; training goes on: %d of %d saves in a row may fail (checkpoint.max_failed_saves)",
+                *(error, self._failures_in_a_row, self._config.max_failed_saves),
             )
-            return None
-        if uri is not None:
-            self._newest, self._num_in_a_row = uri, 0
+            return
+        if uri is not None and self._last is not None:
+            self._newest, self._failures_in_a_row = uri, 0
             logger.info("checkpoint %s committed", uri)
             if self._on_checkpoint is not None:
-                self._on_checkpoint(uri, self._row)
-        return uri
-
-    def finish(self, save: Callable[[], None]) -> str | None:
-        """The newest checkpoint, for a state that nothing follows: while it fails and may, `save` makes it again."""
-        self.settle()
-        while self._num_in_a_row:
-            time.sleep(FIRST_WAIT_S * 2 ** (self._num_in_a_row - 1))
-            save()
-            self.settle()
-        return self._newest
+                self._on_checkpoint(uri, self._last[1])

@@ -1,10 +1,8 @@
-"""Looks at the held-out samples beside the training, one after another, while the ranks train on.
+"""Validation outside the training ranks, one checkpoint after another, while the ranks keep training.
 
-    step 500 -> checkpoint 500, committed -> its look begins ... step 537 -> its figures join the row of step 500
+    step 500 -> checkpoint 500, committed -> evaluation starts ... step 537 -> its metrics join the row of step 500
 
-Rank 0's alone. Knows which looks wait, which one goes on, and what is told of those that have ended. Does not know what
-a look does, nor where: whoever starts the ranks says how a look is started (look_process.py without Ray, trainer.py
-with it). A look that fails costs its figures and a warning, never a step.
+A failed evaluation costs its metrics and a warning, never a step.
 """
 
 from __future__ import annotations
@@ -20,36 +18,36 @@ logger = logging.getLogger(__name__)
 
 
 class EvalTask(NamedTuple):
-    """What the process that makes a look has to know."""
+    """Everything an evaluation process needs to run."""
 
     config: TrainConfig
     phase: str
     checkpoint: str
-    """committed"""
+    """URI; committed by the time the evaluation starts."""
     step: int
-    """of the phase"""
+    """Of the phase."""
     global_step: int
 
 
 class EvalHandle(Protocol):
-    """A look that goes on elsewhere."""
+    """A running evaluation."""
 
     def metrics(self) -> dict[str, float] | None:
-        """What it found; None while it goes on. Any exception says that it failed."""
+        """Its result; None while it runs. Raises if it failed."""
 
     def close(self) -> None:
-        """Ends it, wherever it stands."""
+        """Ends it in any state."""
 
 
 StartEval = Callable[[EvalTask], EvalHandle]
 
 
 class AsyncEvaluator:
-    """The looks of one phase.
+    """The evaluations of one phase, on rank 0.
 
     Args:
-        start: begins one.
-        write: is given the row of each that has ended well.
+        start: Starts one.
+        write: Receives the metrics row of each that succeeds.
     """
 
     def __init__(self, start: StartEval, write: Callable[[dict[str, Any]], None]) -> None:
@@ -58,15 +56,15 @@ class AsyncEvaluator:
         self._waiting: deque[EvalTask] = deque()
         self._current: tuple[EvalTask, EvalHandle] | None = None
 
-    def want(self, task: EvalTask) -> None:
-        """Begins once its checkpoint is committed and the looks before it have ended."""
+    def submit(self, task: EvalTask) -> None:
+        """Queues an evaluation; it starts when its checkpoint is committed and the earlier ones have ended."""
         self._waiting.append(task)
 
-    def advance(self, committed: int) -> bool:
-        """Does what can be done without waiting; True while looks are left.
+    def poll(self, committed: int) -> bool:
+        """Collects and starts what it can without waiting; True while evaluations are left.
 
         Args:
-            committed: global step of the newest committed checkpoint.
+            committed: Global step of the newest committed checkpoint.
         """
         if self._current is not None and self._has_ended(*self._current):
             self._current = None
@@ -74,14 +72,14 @@ class AsyncEvaluator:
             task = self._waiting.popleft()
             try:
                 self._current = task, self._start(task)
-            except Exception as error:  # noqa: BLE001 - training goes on without its figures
+            except Exception as error:  # noqa: BLE001 - training goes on without its metrics
                 _warn(task, error)
         return self._current is not None or bool(self._waiting)
 
     def _has_ended(self, task: EvalTask, handle: EvalHandle) -> bool:
         try:
             metrics = handle.metrics()
-        except Exception as error:  # noqa: BLE001 - training goes on without its figures
+        except Exception as error:  # noqa: BLE001 - training goes on without its metrics
             handle.close()
             _warn(task, error)
             return True
@@ -92,7 +90,7 @@ class AsyncEvaluator:
         return True
 
     def close(self) -> None:
-        """Ends what goes on; looks that are left are named."""
+        """Ends the running evaluation and logs the ones that are left."""
         left = [*([self._current[0]] if self._current else []), *self._waiting]
         if self._current is not None:
             self._current[1].close()
@@ -100,9 +98,9 @@ class AsyncEvaluator:
         self._waiting.clear()
         if left:
             steps = ", ".join(str(task.step) for task in left)
-            logger.warning("%s: the looks at the held-out samples after step %s are not done", left[0].phase, steps)
+            logger.warning("%s: validation after step %s was not finished", left[0].phase, steps)
 
 
 def _warn(task: EvalTask, error: Exception) -> None:
     reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-    logger.warning("%s step %d: the look at the held-out samples failed: %s", task.phase, task.step, reason)
+    logger.warning("%s step %d: validation failed: %s", task.phase, task.step, reason)

@@ -1,9 +1,6 @@
-"""A small generation evaluation beside the training: the share of samples whose first answer the model writes itself.
+"""The share of samples whose first answer greedy generation reproduces token by token.
 
-    system, vision, question -> prefill -> id -> decode_step -> id -> ... compared with the sample's answer, id by id
-
-Knows the model, samples and ranks; not phases or files. Draws no random number and leaves the model as it was, so
-that training goes on bit for bit as without it.
+Draws no random numbers and does not change the model, so that training stays bit-identical.
 """
 
 from __future__ import annotations
@@ -22,25 +19,25 @@ from timeviper_platform.training.distributed import sum_over_ranks
 
 
 class AnswerTask(NamedTuple):
-    """A conversation up to where the model takes over, and what it should write."""
+    """A conversation up to its first answer, and the expected answer."""
 
     prompt: Sample
     features: Tensor
     """(num_vision_tokens of the prompt, dim)"""
     answer: list[int]
-    """ids, with the end token"""
+    """Token ids, including the end token."""
 
 
 def answer_task(sample: Sample, features: Tensor) -> AnswerTask:
-    """The sample's first answer and all that stands before it; later turns are left out.
+    """The sample's first answer and everything before it; later turns are dropped.
 
     Args:
-        sample: with at least one answer.
+        sample: With at least one answer.
         features: (num_vision_tokens, dim) of the sample.
     """
     start = sample.token_kind.index(TokenKind.RESPONSE)
-    behind = (place for place in range(start, len(sample)) if sample.token_kind[place] != TokenKind.RESPONSE)
-    stop = next(behind, len(sample))
+    after = (index for index in range(start, len(sample)) if sample.token_kind[index] != TokenKind.RESPONSE)
+    stop = next(after, len(sample))
     prompt = Sample(
         input_ids=sample.input_ids[:start],
         vision_index=sample.vision_index[:start],
@@ -54,19 +51,19 @@ def answer_task(sample: Sample, features: Tensor) -> AnswerTask:
 def exact_match_share(
     model: TimeViper, tasks: Iterable[AnswerTask], *, device: torch.device, dtype: torch.dtype
 ) -> float:
-    """Answers of all ranks' tasks that greedy generation writes id by id / tasks, 0 without any; one collective.
+    """Exact answers / tasks over all ranks, 0 without tasks; one collective.
 
     Args:
-        model: with whole parameters on this rank; in its former mode afterwards.
-        tasks: this rank's share, of any number.
-        device: of the model.
-        dtype: of its activations.
+        model: With whole parameters on this rank; its training mode is restored.
+        tasks: This rank's share, of any number.
+        device: Of the model.
+        dtype: Of its activations.
     """
     was_training = model.training
     model.eval()
     try:
         cache = model.new_cache(1, device=device, dtype=dtype)
-        matches = [_writes_answer(model, task, cache, device=device, dtype=dtype) for task in tasks]
+        matches = [_reproduces_answer(model, task, cache, device=device, dtype=dtype) for task in tasks]
     finally:
         model.train(was_training)
     counts = torch.tensor([sum(matches), len(matches)], dtype=torch.int64, device=device)
@@ -75,10 +72,10 @@ def exact_match_share(
     return float(num_matches / max(1, num_tasks))
 
 
-def _writes_answer(
+def _reproduces_answer(
     model: TimeViper, task: AnswerTask, cache: HybridCache, *, device: torch.device, dtype: torch.dtype
 ) -> bool:
-    """Generates until the answer has ended or the first id differs: what follows could not mend it."""
+    """Generates until the answer is complete or a token differs."""
     prompt = pack_samples([task.prompt], [task.features]).to(device, dtype)
     tokens = stream_ids(model, [prompt], cache=cache)
     return all(expected == token[0] for expected, token in zip(task.answer, tokens, strict=False))

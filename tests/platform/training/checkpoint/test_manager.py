@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -57,7 +56,7 @@ def test_the_newest_committed_checkpoint_counts(tmp_path: Path, remote: bool) ->
         assert (folder / "shard.pt").read_bytes() == b"12345"
 
 
-def test_a_checkpoint_with_a_short_or_missing_file_is_passed_over(tmp_path: Path) -> None:
+def test_a_checkpoint_with_a_short_or_missing_file_is_skipped(tmp_path: Path) -> None:
     good = make_checkpoint(str(tmp_path), 2)
     short, missing = make_checkpoint(str(tmp_path), 4), make_checkpoint(str(tmp_path), 6)
     Path(short, "shard.pt").write_bytes(b"123")
@@ -68,14 +67,15 @@ def test_a_checkpoint_with_a_short_or_missing_file_is_passed_over(tmp_path: Path
         read_state(missing)
 
 
-def test_state_of_another_version_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_version_is_refused_with_advice(tmp_path: Path) -> None:
     uri = make_checkpoint(str(tmp_path), 2)
-    values = json.loads(Path(uri, "state.json").read_text())
-    with pytest.raises(ValueError, match="state version 9, this release reads 3"):
-        TrainState.from_json({**values, "version": 9}, source=uri)
+    path = Path(uri, "state.json")
+    path.write_text(path.read_text().replace('"version": 3', '"version": 2'))
+    with pytest.raises(ValueError, match=r"step-00000002: state version 2, this release reads 3; .* exported weights"):
+        read_state(uri)
 
 
-def test_resume_never_and_resume_from_elsewhere_refuse_two_histories(tmp_path: Path) -> None:
+def test_resuming_never_leaves_a_run_with_two_histories(tmp_path: Path) -> None:
     own, other = str(tmp_path / "own"), str(tmp_path / "other")
     elsewhere = make_checkpoint(other, 5)
     assert resolve_resume(own, "never") is None

@@ -1,4 +1,4 @@
-"""saved_files: a checkpoint that would run code is refused, on every way by which one is read."""
+"""Checkpoints that would run code when unpickled are rejected wherever they are read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from timeviper_platform.training.run import RunFolder
 
 
 class Touch:
-    """Its pickle makes the file `path` wherever it is loaded."""
+    """Unpickling it creates the folder `path`."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -35,18 +35,18 @@ class Touch:
 
 
 @pytest.mark.parametrize("mmap", [True, False])
-def test_a_file_that_would_run_code_is_refused_and_runs_nothing(tmp_path: Path, mmap: bool) -> None:
+def test_a_file_that_would_run_code_is_rejected_and_runs_nothing(tmp_path: Path, mmap: bool) -> None:
     file, mark = tmp_path / "bad_states.pt", tmp_path / "ran"
     torch.save({"module": {"weight": torch.zeros(3)}, "epoch": Touch(mark)}, file)
     with pytest.raises(RuntimeError, match=r"bad_states.pt names posix.mkdir, .* might run code.*another checkpoint"):
         load_saved(file, mmap=mmap)
     assert not mark.exists()
     torch.load(file, weights_only=False)
-    assert mark.exists()  # it would have
+    assert mark.exists()  # the file would have run it
 
 
-class Looked:
-    """Its pickle looks a name up, as the first releases of Python 3.11 pickle a member of an enum."""
+class PickledGetattr:
+    """Unpickles through getattr, as an enum member does in the first releases of Python 3.11."""
 
     def __init__(self, of: Any, name: str) -> None:
         self._of, self._name = of, name
@@ -55,22 +55,22 @@ class Looked:
         return getattr, (self._of, self._name)
 
 
-def test_a_stage_is_read_from_every_release_of_python_and_nothing_else_is_looked_up(tmp_path: Path) -> None:
+def test_getattr_is_allowed_for_a_zero_stage_alone(tmp_path: Path) -> None:
     import_deepspeed()
     from deepspeed.runtime.zero.config import ZeroStageEnum
 
     file = tmp_path / "a_states.pt"
-    torch.save({"zero_stage": Looked(ZeroStageEnum, "gradients")}, file)
+    torch.save({"zero_stage": PickledGetattr(ZeroStageEnum, "gradients")}, file)
     assert load_saved(file, mmap=True) == {"zero_stage": ZeroStageEnum.gradients}
     for of, name in ((ZeroStageEnum, "__reduce_ex__"), (torch.Size, "numel")):
-        torch.save({"zero_stage": Looked(of, name)}, file)
+        torch.save({"zero_stage": PickledGetattr(of, name)}, file)
         with pytest.raises(RuntimeError, match=r"names getattr, .* might run code"):
             load_saved(file, mmap=True)
 
 
 @pytest.fixture(scope="module")
 def values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A configuration of three steps, each with its checkpoint."""
+    """A configuration of three steps with a checkpoint after each."""
     values = train_values(make_corpus(tmp_path_factory.mktemp("corpus")), checkpoint={"every_steps": 1, "keep": 3})
     del values["phases"]["instruct"]
     return values
@@ -84,12 +84,12 @@ def trained(values: dict[str, Any], name: str, **changes: Any) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def finished(values: dict[str, Any], group_of_one: None) -> TrainConfig:
-    """A run under ZeRO-2."""
+    """A finished run under ZeRO-2."""
     return trained(values, "finished", zero={"stage": 2})
 
 
 def before_its_last_step(finished: TrainConfig, name: str) -> Path:
-    """A copy of the run as it was then; its newest checkpoint."""
+    """Copies the run without its last checkpoint and weights; returns the newest checkpoint of the copy."""
     run = Path(RunFolder.of(finished).uri)
     target = run.parent / name
     shutil.copytree(run, target)
@@ -100,7 +100,7 @@ def before_its_last_step(finished: TrainConfig, name: str) -> Path:
 
 
 def poison(checkpoint: Path, pattern: str, mark: Path) -> None:
-    """Makes the checkpoint's files of that pattern run code; to all appearances it is committed as before."""
+    """Makes the files of that pattern run code and updates COMMIT to match."""
     commit = json.loads((checkpoint / COMMIT_FILE).read_text())
     for file in checkpoint.glob(pattern):
         torch.save(torch.load(file, weights_only=False) | {"epoch": Touch(mark)}, file)
@@ -127,7 +127,7 @@ def test_a_run_neither_resumes_from_nor_exports_a_checkpoint_that_would_run_code
 @pytest.mark.parametrize(
     ("stage", "dtype"), [(0, "float32"), (0, "bfloat16"), (1, "bfloat16"), (2, "bfloat16"), (3, "bfloat16")]
 )
-def test_what_every_stage_and_precision_saves_is_data(
+def test_every_stage_and_dtype_saves_plain_data(
     values: dict[str, Any], group_of_one: None, stage: int, dtype: str
 ) -> None:
     changes = {"zero": {"stage": stage}, "dtype": dtype}

@@ -5,15 +5,14 @@ from typing import Any
 import pytest
 import torch
 
-from reference.training_corpus import DIM, Corpus, make_corpus, train_values, write_validation_samples
+from reference.training_corpus import DIM, RECIPE, Corpus, make_corpus, train_values, write_validation_samples
 from timeviper_model.batching.batch import Sample, pack_samples
 from timeviper_model.config import PRESETS
 from timeviper_model.timeviper import TimeViper
 from timeviper_model.weights.weights_folder import load_tokenizer
 from timeviper_platform.common.config import parse_config
 from timeviper_platform.data.store.reader import FeatureStore
-from timeviper_platform.training.batches.collate import PackReader
-from timeviper_platform.training.batches.samples import TokenizedSample
+from timeviper_platform.data.store.writer import write_store
 from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.local import train_local
 from timeviper_platform.training.metrics.writer import read_metrics
@@ -27,7 +26,7 @@ CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
 
 
 def toy_sample() -> Sample:
-    """Two turns: a medium of four tokens, an answer of three; a medium of one, an answer of two."""
+    """Two turns: a medium of 4 tokens and an answer of 3; a medium of 1 token and an answer of 2."""
     ids = [7, 0, 0, 0, 0, 8, 9, 20, 21, 22, 10, 0, 23, 24]
     targets = [token if kind == RESPONSE else -100 for token, kind in zip(ids, KINDS, strict=True)]
     index = [-1, 0, 1, 2, 3, *[-1] * 6, 4, -1, -1]
@@ -53,18 +52,18 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 def values_with_answers(corpus: Corpus, num_answers: int, **changes: Any) -> dict[str, Any]:
     values = train_values(corpus, **changes)
-    held_out = {"samples": [{"uri": str(corpus.folder / "held-out.parquet")}], "every_steps": 4, "where": "ranks"}
-    values["phases"]["instruct"]["validation"] = {**held_out, "num_answers": num_answers}
+    validation = {"samples": [{"uri": str(corpus.folder / "held-out.parquet")}], "every_steps": 4, "where": "ranks"}
+    values["phases"]["instruct"]["validation"] = {**validation, "num_answers": num_answers}
     return values
 
 
-def prepared(corpus: Corpus, num_answers: int, *, rank: int, world_size: int) -> Phase:
+def prepared(corpus: Corpus, num_answers: int, *, rank: int, world_size: int, features: str = "") -> Phase:
     config = parse_config(TrainConfig, values_with_answers(corpus, num_answers))
-    store, tokenizer = FeatureStore.open(corpus.features), load_tokenizer(corpus.tokenizer)
+    store, tokenizer = FeatureStore.open(features or corpus.features), load_tokenizer(corpus.tokenizer)
     return prepare_phase(config, "instruct", toy_model(), store, tokenizer, rank=rank, world_size=world_size)
 
 
-def test_a_task_ends_where_the_first_answer_begins() -> None:
+def test_a_task_ends_where_the_first_answer_starts() -> None:
     task = answer_task(toy_sample(), toy_features())
     assert task.prompt.input_ids == [7, 0, 0, 0, 0, 8, 9]
     assert task.answer == [20, 21, 22]
@@ -72,7 +71,7 @@ def test_a_task_ends_where_the_first_answer_begins() -> None:
 
 
 @pytest.mark.usefixtures("group_of_one")
-def test_a_learnt_sample_is_answered_and_one_that_was_not_is_not() -> None:
+def test_a_learnt_sample_is_answered_and_an_unknown_one_is_not() -> None:
     model, sample, features = toy_model(), toy_sample(), toy_features()
     learnt = answer_task(sample, features)
     assert exact_match_share(model, [learnt], **CPU) == 0.0
@@ -82,14 +81,14 @@ def test_a_learnt_sample_is_answered_and_one_that_was_not_is_not() -> None:
         model(pack_samples([sample], [features])).loss_sum.backward()
         optimizer.step()
     assert exact_match_share(model, [learnt], **CPU) == 1.0
-    late = learnt._replace(answer=[20, 21, 23])  # the very last id is another
+    late = learnt._replace(answer=[20, 21, 23])  # another last id
     assert exact_match_share(model, [learnt, late], **CPU) == 0.5
     assert exact_match_share(model, [], **CPU) == 0.0
     assert model.training
 
 
 @pytest.mark.usefixtures("group_of_one")
-def test_training_goes_on_bit_for_bit_as_without_answers(corpus: Corpus) -> None:
+def test_generating_answers_leaves_training_bit_identical(corpus: Corpus) -> None:
     curves, states = [], []
     for num_answers in (0, 3):
         config = parse_config(TrainConfig, values_with_answers(corpus, num_answers, name=f"answers-{num_answers}"))
@@ -98,36 +97,31 @@ def test_training_goes_on_bit_for_bit_as_without_answers(corpus: Corpus) -> None
         states.append(torch.get_rng_state())
         rows = read_metrics(RunFolder.of(config).uri)
         curves.append([(row["loss"], row["grad_norm"], row.get("validation_loss")) for row in rows])
-        told = {row["step"]: row["validation_exact_match"] for row in rows if "validation_exact_match" in row}
-        assert list(told) == ([4, 6] if num_answers else [])
-        assert report["instruct"]["validation_exact_match"] == told.get(6)
+        shares = {row["step"]: row["validation_exact_match"] for row in rows if "validation_exact_match" in row}
+        assert list(shares) == ([4, 6] if num_answers else [])
+        assert report["instruct"]["validation_exact_match"] == shares.get(6)
     assert curves[0] == curves[1]
     assert torch.equal(*states)
 
 
 @pytest.mark.parametrize(("num_answers", "expected"), [(4, [0, 1, 2, 3]), (9, [0, 1, 2, 3, 4]), (0, [])])
-def test_ranks_answer_the_first_samples_once_together(corpus: Corpus, num_answers: int, expected: list[int]) -> None:
+def test_the_ranks_share_the_first_samples(corpus: Corpus, num_answers: int, expected: list[int]) -> None:
     ranks = [prepared(corpus, num_answers, rank=rank, world_size=2).validator for rank in range(2)]
     assert [rank and rank.answer_entries for rank in ranks] == [expected[0::2], expected[1::2]]
 
 
-def test_a_held_out_sample_that_cannot_be_read_is_left_out_and_named(
-    corpus: Corpus, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    phase, read = prepared(corpus, 3, rank=0, world_size=1), PackReader.read_features
-
-    def damaged(reader: PackReader, sample: TokenizedSample) -> torch.Tensor:
-        if sample.media_ids == ["video-1"]:
-            raise RuntimeError("row group 3 is damaged")
-        return read(reader, sample)
-
-    monkeypatch.setattr(PackReader, "read_features", damaged)
+def test_an_unreadable_sample_is_left_out_and_logged(corpus: Corpus, caplog: pytest.LogCaptureFixture) -> None:
+    good = FeatureStore.open(corpus.features)
+    media = {media_id: good.read(media_id).features.float() for media_id in good.media_ids}
+    media["video-1"][0, 0, 0] = torch.nan
+    write_store(str(corpus.folder / "damaged"), media, recipe=RECIPE)
+    phase = prepared(corpus, 3, rank=0, world_size=1, features=str(corpus.folder / "damaged"))
     assert phase.validator is not None
     assert len(list(phase.validator.loader.samples([0, 1, 2]))) == 2
-    assert "validation sample sample-0001 is left out: row group 3 is damaged" in caplog.text
+    assert "validation sample sample-0001 is left out: " in caplog.text
 
 
-def test_what_cannot_answer_is_refused_with_the_way_out(corpus: Corpus) -> None:
+def test_phases_that_cannot_answer_are_rejected_with_advice(corpus: Corpus) -> None:
     with pytest.raises(
         ValueError, match=r"instruct.validation.num_answers: with self.zero.stage = 3 .* stage 2 or lower"
     ):

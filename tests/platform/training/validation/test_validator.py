@@ -1,9 +1,9 @@
-"""Looks at the held-out samples, in whole runs on one rank in this process: what is saved before and ends them."""
+"""Validation on the ranks, in whole runs on one rank in this process."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,15 +12,16 @@ from reference.training_corpus import Corpus, make_corpus, train_values, write_v
 from timeviper_platform.common.config import parse_config
 from timeviper_platform.training.checkpoint.manager import Checkpoints
 from timeviper_platform.training.config import TrainConfig
+from timeviper_platform.training.hooks import RunHooks
 from timeviper_platform.training.interrupts import Interrupt, StoppedError
 from timeviper_platform.training.local import train_local
 from timeviper_platform.training.metrics.writer import read_metrics
 from timeviper_platform.training.run import RunFolder, run_training
-from timeviper_platform.training.validation import exact_match as answers_module
-from timeviper_platform.training.validation import validator as held_out
 from timeviper_platform.training.watchdog import Watchdog
 
 pytestmark = pytest.mark.usefixtures("group_of_one")
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -30,23 +31,24 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     return corpus
 
 
-def looked_at(corpus: Corpus, name: str, *, save_every: int) -> TrainConfig:
-    """Four steps with looks behind the second and the last."""
+def with_validation(corpus: Corpus, name: str, *, save_every: int) -> TrainConfig:
+    """Four steps, validated after the second and the last."""
     values = train_values(corpus, name=name, checkpoint={"every_steps": save_every, "keep": 9})
     init = values["phases"].pop("align")["init"]
-    looks = {
+    validation = {
         "samples": [{"uri": str(corpus.folder / "held-out.parquet")}],
         "every_steps": 2,
         "num_answers": 3,
         "where": "ranks",
     }
-    values["phases"]["instruct"] |= {"init": init, "steps": 4, "validation": looks}
+    values["phases"]["instruct"] |= {"init": init, "steps": 4, "validation": validation}
     return parse_config(TrainConfig, values)
 
 
 @pytest.fixture(scope="module")
 def whole(corpus: Corpus, group_of_one: None) -> list[tuple[float, ...]]:
-    config = looked_at(corpus, "whole", save_every=2)
+    """The curve of an uninterrupted run."""
+    config = with_validation(corpus, "whole", save_every=2)
     train_local(config)
     return curve(config)
 
@@ -61,67 +63,66 @@ def newest_step(config: TrainConfig) -> int:
     return 0 if uri is None else int(uri[-8:])
 
 
-def attempts(config: TrainConfig) -> list[int]:
-    return [row["attempt"] for row in read_metrics(RunFolder.of(config).uri)]
+class FailAfter:
+    """A tracker, and a source of interrupts that fails once `step` is logged: inside the validation that follows."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+        self._newest = 0
+
+    def log(self, scalars: Mapping[str, float], global_step: int) -> None:
+        self._newest = global_step
+
+    def close(self) -> None:
+        pass
+
+    def __call__(self) -> Interrupt:
+        if self._newest == self._step:
+            raise RuntimeError("validation failed")
+        return Interrupt.NONE
 
 
 @pytest.mark.parametrize("step", [2, 4])
-def test_a_look_that_fails_costs_no_step_and_is_made_up_for(
-    corpus: Corpus, whole: list[tuple[float, ...]], monkeypatch: pytest.MonkeyPatch, step: int
+def test_failed_validation_costs_no_step_and_is_repeated(
+    corpus: Corpus, whole: list[tuple[float, ...]], step: int
 ) -> None:
-    config = looked_at(corpus, f"failing-{step}", save_every=2)
-    loss, looks = held_out.validation_loss, []
-
-    def fail(*args: Any, **keywords: Any) -> float:
-        looks.append(0)
-        if len(looks) == step // 2:
-            raise RuntimeError("the look failed")
-        return loss(*args, **keywords)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(held_out, "validation_loss", fail)
-        with pytest.raises(RuntimeError, match="the look failed"):
-            train_local(config)
+    config = with_validation(corpus, f"failing-{step}", save_every=2)
+    fail = FailAfter(step)
+    with pytest.raises(RuntimeError, match="validation failed"):
+        run_training(config, resume_from=None, device=CPU, hooks=RunHooks(interrupts=fail, trackers=(fail,)))
     assert newest_step(config) == step
     report = train_local(config)
     assert curve(config) == whole
     assert report["instruct"]["validation_loss"] == whole[-1][1]
-    assert len(looks) == step // 2
 
 
-@pytest.mark.parametrize("num_asked_before", [0, 1, 3])  # before the first batch, after one, between answers
-def test_a_stop_is_heard_inside_a_look_and_saves_first(
-    corpus: Corpus, whole: list[tuple[float, ...]], num_asked_before: int
+@pytest.mark.parametrize("num_checks", [0, 1, 3])  # before the first batch, after one, between answers
+def test_a_stop_request_during_validation_saves_first(
+    corpus: Corpus, whole: list[tuple[float, ...]], num_checks: int
 ) -> None:
-    config = looked_at(corpus, f"stopped-{num_asked_before}", save_every=100)
-    interrupts = iter([Interrupt.NONE] * (2 + num_asked_before) + [Interrupt.STOP])
+    config = with_validation(corpus, f"stopped-{num_checks}", save_every=100)
+    interrupts = iter([Interrupt.NONE] * (2 + num_checks) + [Interrupt.STOP])
     with pytest.raises(StoppedError, match=r"after step 2 of phase instruct; .*00000002"):
-        run_training(config, resume_from=None, device=torch.device("cpu"), interrupts=lambda: next(interrupts))
+        run_training(config, resume_from=None, device=CPU, hooks=RunHooks(interrupts=lambda: next(interrupts)))
     assert newest_step(config) == 2
     train_local(config)
     assert curve(config) == whole
-    assert attempts(config) == [1, 1, 2, 2]  # the second step is not done again
+    attempts = [row["attempt"] for row in read_metrics(RunFolder.of(config).uri)]
+    assert attempts == [1, 1, 2, 2]  # the second step is not repeated
 
 
-def test_every_batch_and_answer_of_a_look_is_a_sign_of_life(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = looked_at(corpus, "signs", save_every=100)
-    told: list[str] = []
-    mark, answer = Watchdog.mark, answers_module._writes_answer
+def test_every_validation_batch_and_answer_resets_the_watchdog(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = with_validation(corpus, "watchdog", save_every=100)
+    marks: list[int] = []
+    mark = Watchdog.mark
 
     def note(watchdog: Watchdog, step: int, place: str) -> None:
-        told.append(place)
+        if place == "evaluating":
+            marks.append(step)
         mark(watchdog, step, place)
 
-    def note_answer(*args: Any, **keywords: Any) -> bool:
-        told.append("answer")
-        return answer(*args, **keywords)
-
     monkeypatch.setattr(Watchdog, "mark", note)
-    monkeypatch.setattr(answers_module, "_writes_answer", note_answer)
     train_local(config)
-    places = [place for place in told if place in ("evaluating", "answer")]
-    one_look = places[: len(places) // 2]
-    assert places == one_look * 2
-    assert one_look[-6:] == ["evaluating", "answer"] * 3
-    assert one_look.count("evaluating") >= 2 + 3  # before and behind each step of batches, and before each answer
-    assert not Path(RunFolder.of(config).checkpoints, "step-00000002").exists()  # a look alone saves nothing
+    assert marks.count(2) == marks.count(4) == len(marks) // 2
+    assert marks.count(2) >= 2 + 3  # around the batches, and before each of three answers
+    assert not Path(RunFolder.of(config).checkpoints, "step-00000002").exists()  # validation alone saves nothing

@@ -1,0 +1,27 @@
+"""Extension points of a run: where launchers such as Ray Train plug in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from timeviper_platform.training.batches.loader import PrefetchSteps, prefetch_in_thread
+from timeviper_platform.training.checkpoint.save_policy import OnCheckpoint
+from timeviper_platform.training.eval_worker import EvalProcess
+from timeviper_platform.training.interrupts import InterruptSource, no_interrupts
+from timeviper_platform.training.metrics.trackers import Tracker
+from timeviper_platform.training.validation.async_eval import StartEval
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunHooks:
+    """The callables that a launcher may replace; the defaults need no Ray."""
+
+    interrupts: InterruptSource = no_interrupts
+    """Stop and save requests."""
+    on_checkpoint: OnCheckpoint | None = None
+    trackers: tuple[Tracker, ...] = ()
+    """Additional receivers of every step's metrics, on rank 0."""
+    prefetch: PrefetchSteps = prefetch_in_thread
+    """Reads a rank's batches ahead of the steps."""
+    start_eval: StartEval = EvalProcess
+    """Starts an evaluation outside the ranks."""

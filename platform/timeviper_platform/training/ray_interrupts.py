@@ -1,0 +1,131 @@
+"""Interrupts under Ray Train: announced node removals, and a stop request of the driver."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from ray import train
+
+from timeviper_platform.common import storage
+from timeviper_platform.training.distributed import from_rank_0
+from timeviper_platform.training.interrupts import Interrupt, sigterm_interrupts
+
+logger = logging.getLogger(__name__)
+
+LAST_SAVE_S = 120.0
+"""Seconds before a node's removal from which one more checkpoint is saved."""
+SIGNAL_POLL_S = 0.2
+
+
+class StopFile:
+    """A file by which the driver asks the workers to stop.
+
+    Args:
+        uri: Of the file, on storage that all nodes share.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+
+    def exists(self) -> bool:
+        """True once the driver has asked; False while the storage does not answer."""
+        try:
+            return storage.exists(self._uri)
+        except storage.StorageUnavailableError as error:  # checked again in seconds
+            logger.warning("cannot check for a stop request: %s", error)
+            return False
+
+    @contextlib.contextmanager
+    def created_on_sigterm(self) -> Iterator[None]:
+        """Turns SIGTERM to this process into the file, inside the block."""
+        if threading.current_thread() is not threading.main_thread():  # signals arrive in the main thread only
+            yield
+            return
+        ended = threading.Event()
+        with sigterm_interrupts() as interrupts:
+
+            def watch() -> None:
+                while not ended.wait(SIGNAL_POLL_S):
+                    if interrupts() is Interrupt.STOP:
+                        logger.warning("SIGTERM: the workers save and stop")
+                        storage.write_bytes(self._uri, b"")
+                        return
+
+            thread = threading.Thread(target=watch, name="sigterm", daemon=True)
+            thread.start()
+            try:
+                yield
+            finally:
+                ended.set()
+                thread.join()
+
+
+class PreemptionWatch:
+    """An InterruptSource: SAVE when Ray announces a node's removal and again shortly before it, STOP when requested.
+
+    Ray itself ends the workers at the removal. Its query is a barrier, so all ranks must make it before the same steps;
+    their clocks differ, so rank 0 decides the time and the number of steps until the next query.
+
+    Args:
+        stop_requested: Called on rank 0 with every query.
+        query: Ray's; a barrier of milliseconds.
+        clock: Seconds since the epoch.
+        interval_s: Seconds between queries; steps that take longer are each preceded by one. The shortest announcements
+            come half a minute ahead.
+    """
+
+    def __init__(
+        self,
+        stop_requested: Callable[[], bool] = lambda: False,
+        *,
+        query: Callable[[], train.PreemptionInfo | None] = train.get_preemption_info,
+        clock: Callable[[], float] = time.time,
+        interval_s: float = 5.0,
+    ) -> None:
+        self._stop_requested = stop_requested
+        self._query = query
+        self._clock = clock
+        self._interval_s = interval_s
+        self._steps_per_query = 1
+        self._num_steps = 0
+        self._queried_at = clock()
+        self._announced: set[str] = set()
+        self._announced_late: set[str] = set()
+
+    def __call__(self) -> Interrupt:
+        """The interrupt before a step."""
+        self._num_steps += 1
+        if self._num_steps < self._steps_per_query:
+            return Interrupt.NONE
+        info = self._query()
+        self._steps_per_query, now, stop_requested = from_rank_0(
+            lambda: (self._steps_until_next(), self._clock(), self._stop_requested())
+        )
+        self._num_steps, self._queried_at = 0, self._clock()
+        if stop_requested:
+            return Interrupt.STOP
+        return Interrupt.SAVE if info is not None and self._is_news(info, now) else Interrupt.NONE
+
+    def _is_news(self, info: train.PreemptionInfo, now: float) -> bool:
+        """True for the first announcement of a node, and for the first that is close to its removal."""
+        left_s = None if info.deadline_ms is None else info.deadline_ms / 1000 - now
+        nodes = set(info.preempted_node_ids)
+        is_news = not nodes <= self._announced
+        self._announced |= nodes
+        if left_s is not None and left_s <= LAST_SAVE_S:
+            is_news = is_news or not nodes <= self._announced_late
+            self._announced_late |= nodes
+        if is_news:
+            left = "an unknown time" if left_s is None else f"{left_s:.0f} s"
+            logger.warning(
+                "ranks %s lose their nodes %s in %s: saving now", info.preempted_ranks, info.preempted_node_ids, left
+            )
+        return is_news
+
+    def _steps_until_next(self) -> int:
+        seconds_per_step = (self._clock() - self._queried_at) / self._num_steps
+        return max(1, int(self._interval_s / max(seconds_per_step, 1e-3)))
