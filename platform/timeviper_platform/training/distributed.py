@@ -1,4 +1,4 @@
-"""Small collectives: a result of rank 0 on every rank, sums, and a barrier that gives up."""
+"""Small collectives."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ T = TypeVar("T")
 
 
 def from_rank_0(act: Callable[[], T]) -> T:
-    """Runs `act` on rank 0 and returns its picklable result on every rank; collective.
+    """Returns rank 0's result of `act` on every rank; collective.
 
     Raises:
         ValueError: on every rank, if `act` raised one.
-        RuntimeError: on every other rank, if `act` raised anything else; rank 0 raises the original.
+        RuntimeError: on the other ranks, for any other error.
     """
     outcome: list[Any] = [None, None, None]
     failure: Exception | None = None
@@ -38,14 +38,19 @@ def from_rank_0(act: Callable[[], T]) -> T:
 
 
 def sum_over_ranks(values: Tensor) -> None:
-    """Sums `values` over all ranks, in place; does nothing in a process without torch.distributed."""
+    """In place; does nothing without torch.distributed."""
     if dist.is_initialized():
         dist.all_reduce(values)
 
 
+def shared_store(prefix: str) -> Any:
+    """The key-value store that torch.distributed was initialized with; torch has no public name for it."""
+    return PrefixStore(prefix, _get_default_store())
+
+
 def all_ranks_end(timeout_s: float, *, world_size: int | None = None) -> bool:
-    """True if every rank calls this within the time-out, so that none is left waiting in a collective."""
-    store = PrefixStore("timeviper-end", _get_default_store())
+    """True if every rank calls this in time, so that none waits in a collective."""
+    store = shared_store("timeviper-end")
     store.set(str(dist.get_rank()), "")
     ranks = range(dist.get_world_size() if world_size is None else world_size)
     try:

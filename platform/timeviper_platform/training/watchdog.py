@@ -21,7 +21,8 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+
+from timeviper_platform.training.distributed import shared_store
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class Watchdog:
     def __init__(self, timeout_s: float, end: Callable[[str], None] | None = None) -> None:
         self._timeout_s = timeout_s
         self._end = end or _end_process
-        self._store: Any = PrefixStore("timeviper-watchdog", _get_default_store())
+        self._store: Any = shared_store("timeviper-watchdog")
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._mark = Mark(0, PLACES[0], 0)
         self._moved = time.monotonic()

@@ -1,7 +1,6 @@
-"""DeepSpeed's checkpoint files: captured in memory instead of written, and read as data instead of unpickled.
+"""The DeepSpeed internals that checkpoints use: its files in memory, and where they and its engine keep each parameter.
 
-Both replace `ds_engine.checkpoint_engine`: its public save and load methods write to disk while training waits, and
-unpickle any file. Checked with DeepSpeed 0.19.
+Its public save and load write to disk while training waits, and unpickle any file.
 """
 
 from __future__ import annotations
@@ -11,17 +10,28 @@ import pickle
 import re
 import tempfile
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from timeviper_platform.training.optim.deepspeed_engine import import_deepspeed
 
+if not version("deepspeed").startswith("0.19."):
+    raise ImportError(
+        f"checkpoints need deepspeed 0.19, not {version('deepspeed')}; pip install 'deepspeed>=0.19,<0.20'"
+    )
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+MASTER = "fp32"
+
 
 def take_snapshot(ds_engine: Any) -> dict[str, Any]:
-    """Copies of the files that this rank would write, by name, on the CPU; collective."""
+    """The files this rank would write, by name, copied to the CPU; collective."""
     own = ds_engine.checkpoint_engine
     capture = _Capture(own)
     ds_engine.checkpoint_engine = capture
@@ -34,8 +44,6 @@ def take_snapshot(ds_engine: Any) -> dict[str, Any]:
 
 
 class _Capture:
-    """A checkpoint engine that keeps copies."""
-
     def __init__(self, own: Any) -> None:
         self._own = own
         self.files: dict[str, Any] = {}
@@ -51,7 +59,7 @@ class _Capture:
 
 
 def _copied(value: Any) -> Any:
-    """`value` with every tensor in dicts, lists and tuples copied to the CPU, without the rest of its storage."""
+    """Copies every tensor in dicts, lists and tuples to the CPU, without the rest of its storage."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     if type(value) in (dict, OrderedDict):
@@ -63,10 +71,6 @@ def _copied(value: Any) -> Any:
 
 def load_saved(file: Path, *, mmap: bool) -> dict[str, Any]:
     """The content of a file that DeepSpeed saved, on the CPU.
-
-    Args:
-        file: Local, written by torch.save.
-        mmap: Read tensors from the file when they are used.
 
     Raises:
         RuntimeError: if the file refers to a class or function that no checkpoint needs.
@@ -86,7 +90,7 @@ def load_saved(file: Path, *, mmap: bool) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def reading_as_data(ds_engine: Any) -> Iterator[None]:
-    """Inside the block, `ds_engine.load_checkpoint` reads its files with `load_saved`."""
+    """Makes `ds_engine.load_checkpoint` use `load_saved`."""
     own = ds_engine.checkpoint_engine
     ds_engine.checkpoint_engine = _Reader(own)
     try:
@@ -96,8 +100,6 @@ def reading_as_data(ds_engine: Any) -> Iterator[None]:
 
 
 class _Reader:
-    """A checkpoint engine that does not unpickle arbitrary objects."""
-
     def __init__(self, own: Any) -> None:
         self._own = own
 
@@ -110,16 +112,113 @@ class _Reader:
 
 
 def _classes() -> list[Any]:
-    """The classes that DeepSpeed saves: the loss scale, the ZeRO stage, and a parameter's address in a flat tensor."""
+    """The classes in DeepSpeed's files, besides tensors."""
     import_deepspeed()
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
     def stage(of: Any, name: str) -> Any:
-        """Stands in for getattr, as which Python 3.11.0 to 3.11.3 pickles an enum member; refuses everything else."""
+        """How Python 3.11.0 to 3.11.3 pickles an enum member, and nothing else."""
         if of is not ZeroStageEnum or name not in ZeroStageEnum.__members__:
             raise pickle.UnpicklingError(f"GLOBAL getattr of {of!r}, {name!r}")
         return ZeroStageEnum[name]
 
     return [LossScaler, ZeroStageEnum, fragment_address, (stage, "builtins.getattr")]
+
+
+class Slice(NamedTuple):
+    """A fragment of a parameter in a rank's flat tensors."""
+
+    flat: int
+    start: int
+    numel: int
+
+
+class RankShard(NamedTuple):
+    flats: list[dict[str, Tensor]]
+    slices: dict[str, Slice]
+    steps: list[float]
+
+
+class Fragment(NamedTuple):
+    """The part of a parameter that this rank updates."""
+
+    flat: Tensor
+    """The optimizer's tensor."""
+    start: int
+    """Offset in `flat`."""
+    first: int
+    """Offset in the flattened parameter."""
+    numel: int
+
+
+def own_fragments(ds_engine: Any, parameter: Any, group: int, index: int) -> Iterable[Fragment]:
+    optimizer, stage = ds_engine.optimizer, ds_engine.zero_optimization_stage()
+    if stage == 3:
+        number, start, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        size = parameter.ds_tensor.ds_numel
+        first = size * dist.get_rank()
+        numel = min(size, parameter.ds_numel - first)  # the last rank's partition is padded
+        return [Fragment(optimizer.fp32_partitioned_groups_flat[number], int(start), first, numel)] if numel > 0 else []
+    if stage > 0:
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return []
+        own, whole = mapping.hp_fragment_address, mapping.lp_fragment_address
+        return [Fragment(optimizer.single_partition_of_fp32_groups[group], own.start, whole.start, own.numel)]
+    flat = parameter if _steps_on_parameters(ds_engine) else optimizer.fp32_groups[group][index]
+    return [Fragment(flat, 0, 0, flat.numel())]
+
+
+def optimizer_states(ds_engine: Any) -> Any:
+    """AdamW's state by tensor."""
+    return ds_engine.optimizer.state if _steps_on_parameters(ds_engine) else ds_engine.optimizer.optimizer.state
+
+
+def _steps_on_parameters(ds_engine: Any) -> bool:
+    """True at stage 0 in float32, where DeepSpeed does not wrap torch's optimizer."""
+    return not ds_engine.zero_optimization() and not ds_engine.bfloat16_enabled()
+
+
+def unsharded(model: Mapping[str, Any], trained: Sequence[str]) -> RankShard:
+    """Stage 0: one tensor per parameter."""
+    optimizer = model["optimizer"]
+    masters = [model["module"][name] for name in trained]
+    if "fp32_groups" in optimizer:
+        masters = [tensor for group in optimizer["fp32_groups"] for tensor in group]
+        optimizer = optimizer["optimizer_state_dict"]
+    slices = {name: Slice(number, 0, masters[number].numel()) for number, name in enumerate(trained)}
+    return _rank_shard(masters, optimizer["state"], slices)
+
+
+def sharded_by_group(saved: Mapping[str, Any]) -> RankShard:
+    """Stages 1 and 2: a group's parameters are concatenated, then divided among the ranks."""
+    slices = {
+        name: Slice(number, int(address.start), int(address.numel))
+        for number, group in enumerate(saved["param_slice_mappings"])
+        for name, address in group.items()
+    }
+    return _rank_shard(saved["single_partition_of_fp32_groups"], saved["base_optimizer_state"]["state"], slices)
+
+
+def sharded_by_parameter(saved: Mapping[str, Any], shapes: Mapping[str, torch.Size], num_ranks: int) -> RankShard:
+    """Stage 3: each parameter is divided into equal fragments, the last one padded."""
+    flats = saved["fp32_flat_groups"]
+    slices, number, start = {}, 0, 0
+    for name, shape in shapes.items():
+        numel = -(-shape.numel() // num_ranks)
+        if start == flats[number].numel():
+            number, start = number + 1, 0
+        slices[name] = Slice(number, start, numel)
+        start += numel
+    return _rank_shard(flats, saved["optimizer_state_dict"]["state"], slices)
+
+
+def _rank_shard(
+    masters: Sequence[Tensor], states: Mapping[int, Mapping[str, Tensor]], slices: dict[str, Slice]
+) -> RankShard:
+    flats = [
+        {MASTER: master} | {kind: states[number][kind] for kind in MOMENTS} for number, master in enumerate(masters)
+    ]
+    return RankShard(flats, slices, [float(states[number]["step"]) for number in range(len(masters))])
