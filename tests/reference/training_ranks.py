@@ -1,4 +1,4 @@
-"""Training ranks as processes of their own, as a launcher starts them, for tests that end them from outside."""
+"""Training ranks in processes, as a launcher starts them, for tests that kill them."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Ranks:
     log: Path
 
     def kill(self, *ranks: int) -> None:
-        """SIGKILL, to all or to the named ones."""
+        """Sends SIGKILL to these ranks, or to all."""
         for rank in ranks or range(len(self.processes)):
             self.processes[rank].kill()
 
     def wait_until(self, is_due: Callable[[], bool]) -> None:
-        """Returns when `is_due` says yes; the ranks must not have ended before."""
+        """Waits until `is_due` returns True; fails if a rank ends before."""
         deadline = time.monotonic() + TIMEOUT_S
         while not is_due():
             assert all(process.is_alive() for process in self.processes), self.tail()
@@ -41,7 +41,7 @@ class Ranks:
             time.sleep(0.02)
 
     def wait(self) -> list[int | None]:
-        """Exit codes; what has not ended after TIMEOUT_S is killed."""
+        """Waits for the exit codes; kills the ranks and fails after TIMEOUT_S."""
         deadline = time.monotonic() + TIMEOUT_S
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
@@ -51,18 +51,18 @@ class Ranks:
         return [process.exitcode for process in self.processes]
 
     def finish(self) -> None:
-        """Waits until all have ended well."""
+        """Waits until every rank has succeeded."""
         assert self.wait() == [0] * len(self.processes), self.tail()
 
     def tail(self) -> str:
-        """The end of what the ranks said."""
+        """The end of the ranks' output."""
         return self.log.read_text()[-3000:]
 
 
 def start_ranks(
     values: dict[str, Any], folder: Path, *, world_size: int = 2, environment: Mapping[str, str] | None = None
 ) -> Ranks:
-    """`world_size` processes that train `values`, with their words in a file of `folder`."""
+    """Starts `world_size` processes that train `values` and write their output to a log in `folder`."""
     path, log = folder / f"{values['name']}.yaml", folder / f"{values['name']}.log"
     path.write_text(yaml.safe_dump(values, sort_keys=False))
     context = multiprocessing.get_context("forkserver")

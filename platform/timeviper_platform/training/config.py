@@ -1,8 +1,4 @@
-"""The YAML of a training run as a tree of frozen dataclasses.
-
-A run is a chain of phases. Each has its own data, trained parameters, length and optimizer, and starts from its `init`
-or from the weights of the previous phase.
-"""
+"""The YAML of a training run: a chain of phases, each with its own data, trained parameters and optimizer."""
 
 from __future__ import annotations
 
@@ -28,18 +24,18 @@ from timeviper_platform.training.optim.parameter_groups import ParameterRule
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InitConfig:
-    """Initial weights of a phase: a weights folder, or a preset with seeded values and an optional real backbone."""
+    """Initial weights of a phase."""
 
     weights: str | None = None
     """Weights folder written by save_pretrained or jobs/export.py. Excludes `backbone`."""
     preset: Literal["tiny", "9b", "tiny-qwen", "qwen2.5-7b", "tiny-pdrop", "9b-pdrop"] | None = None
-    """Model sizes. With `weights`: the sizes they must have, for a dry run before they exist."""
+    """Model sizes. With `weights`: the sizes they must have, so that a dry run needs no weights."""
     seed: int = 0
     """Seed of the random initial values."""
     backbone: str | None = None
     """Hugging Face name or folder of a language model that replaces the preset's random backbone."""
     transv: tuple[TransVSite, ...] | None = None
-    """Replacement for the TransV sites of the preset or the weights; replaced sites are initialized from attention."""
+    """TransV sites instead of those of the preset or the weights, initialized from attention."""
 
     def __post_init__(self) -> None:
         if self.weights is None and self.preset is None:
@@ -48,7 +44,6 @@ class InitConfig:
             raise ValueError("init.weights brings its own backbone; remove init.backbone")
 
     def model_config(self) -> TimeViperConfig:
-        """The preset with this configuration's TransV sites."""
         if self.preset is None:
             raise ValueError(f"init.preset is not set; the sizes of {self.weights} are in its config.json")
         preset = PRESETS[self.preset]
@@ -57,21 +52,21 @@ class InitConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ValidationConfig:
-    """Validation on held-out samples: their loss, and the share that the model answers exactly."""
+    """Loss and exact answers on held-out samples."""
 
     samples: tuple[SourceConfig, ...]
     every_steps: int = 500
     """Steps between validations. The phase's last step is always validated."""
     where: Literal["task", "ranks"] = "task"
-    """task: a separate process reads a checkpoint saved at that step while the ranks keep training; the last step is
-    validated by the idle ranks. ranks: the ranks validate between two steps."""
+    """task: in a process that reads a checkpoint saved at that step, while the ranks train on (the last step is
+    validated by the ranks). ranks: by the ranks, between two steps.
+    """
     resources: dict[str, float] = field(default_factory=lambda: {"CPU": 1.0})
-    """Ray resources of the task; it uses a GPU if one is listed. Without Ray it runs on rank 0's machine."""
+    """Ray resources of the task. It uses a GPU if one is listed; without Ray it runs on rank 0's machine."""
     max_wait_s: float = 600.0
-    """Maximum seconds to wait for unfinished tasks after the last step; their metrics are then missing."""
+    """Maximum seconds to wait for unfinished tasks after the last step."""
     num_answers: int = 0
-    """Number of samples whose first answer is generated greedily and compared token by token
-    (`validation_exact_match`). Must be 0 with zero.stage 3, where no rank holds a whole model."""
+    """Samples whose first answer is generated greedily for `validation_exact_match`. Must be 0 with zero.stage 3."""
 
     def __post_init__(self) -> None:
         if self.every_steps < 1 or not self.samples:
@@ -82,7 +77,6 @@ class ValidationConfig:
             raise ValueError(f"validation: {self.max_wait_s = } and {self.resources = } must not be negative")
 
     def due(self, step: int, num_steps: int) -> Literal["task", "ranks"] | None:
-        """Where to validate after `step` of a phase of `num_steps`; None if validation is not due."""
         if step == num_steps:
             return "ranks"
         return self.where if step > 0 and step % self.every_steps == 0 else None
@@ -90,15 +84,13 @@ class ValidationConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PhaseConfig:
-    """One training phase."""
-
     samples: tuple[SourceConfig, ...]
     """The mixture."""
     trainable: tuple[ParameterRule, ...]
-    """Trained parameters and their learning rates; all others are frozen."""
+    """Trained parameters; all others are frozen."""
     packing: PackingConfig
     packs_per_step: int
-    """Packs of the global batch, independent of the number of ranks."""
+    """Packs of the global batch, for any number of ranks."""
     steps: int | None = None
     """Length in steps. Exactly one of `steps` and `epochs` is required."""
     epochs: int | None = None
@@ -123,28 +115,26 @@ class PhaseConfig:
             raise ValueError("a phase needs at least one entry in samples and one in trainable")
 
     def validation_due(self, step: int, num_steps: int) -> Literal["task", "ranks"] | None:
-        """See ValidationConfig.due; None without validation."""
         return None if self.validation is None else self.validation.due(step, num_steps)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkersConfig:
-    """Worker processes under Ray; a plain launcher sets the same by its own flags."""
+    """Worker processes under Ray."""
 
     num_workers: int | tuple[int, int] = 1
-    """Number of workers, or [minimum, maximum] for elastic training. Every step has the same packs at any number; a
-    change resumes from the newest committed checkpoint."""
+    """Number of workers, or [minimum, maximum] for elastic training. The global batch does not depend on it."""
     use_gpu: bool = False
-    """One GPU per worker with NCCL instead of CPU with gloo."""
+    """One GPU per worker, with NCCL."""
     resources_per_worker: dict[str, float] = field(default_factory=lambda: {"CPU": 1.0})
     max_failures: int = 3
-    """Worker group failures before the run fails; each restart resumes from the newest committed checkpoint."""
+    """Restarts from the newest committed checkpoint before the run fails."""
     preemption_grace_s: float = 60.0
-    """Seconds that workers may run past a node's announced removal, to finish a checkpoint."""
+    """Seconds that workers may run past a node's announced removal."""
     hang_timeout_s: float = 1800.0
-    """Seconds without progress inside a step after which a worker ends and logs the rank it waited for."""
+    """Seconds without progress after which a worker ends and logs the rank it waited for."""
     threads_per_worker: int = 1
-    """torch threads. Another number changes the order of floating point sums."""
+    """torch threads. Losses are bit-identical only at an equal number."""
 
     def __post_init__(self) -> None:
         least, most = self.num_workers if isinstance(self.num_workers, tuple) else (self.num_workers, self.num_workers)
@@ -155,37 +145,30 @@ class WorkersConfig:
 
     @property
     def max_workers(self) -> int:
-        """The maximum number of workers."""
         return self.num_workers[1] if isinstance(self.num_workers, tuple) else self.num_workers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """A whole run."""
-
     name: str
     """Name of the run's folder inside `runs`."""
     feature_store: str
-    """URI of the feature store."""
     tokenizer: str
     """Hugging Face name or folder."""
     phases: dict[str, PhaseConfig]
-    """Phases by name, in order."""
     runs: str = "outputs/runs"
-    """URI of the folder of all runs."""
     seed: int = 0
     """Seed of the data order."""
     dtype: Dtype = "float32"
     """Compute dtype; bfloat16 keeps float32 master weights in the optimizer."""
     activation_checkpointing: bool = False
-    """Recompute activations in the backward pass to save memory."""
+    """Recompute activations in the backward pass."""
     backend: Backend = "auto"
-    """Implementation of scans, convolutions and attention: torch, CUDA kernels where available (auto), or kernels
-    or an error (kernels)."""
+    """torch, CUDA kernels where available (auto), or kernels or an error (kernels)."""
     encoder: str | None = None
-    """Vision encoder that made the features (Hugging Face name or folder), recorded in the weights for serving."""
+    """Vision encoder of the features (Hugging Face name or folder), recorded in the weights for serving."""
     second_encoder: str | None = None
-    """The second tower's encoder, if the features come from two."""
+    """The second tower's encoder, if there are two."""
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -209,10 +192,7 @@ class TrainConfig:
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    """`config` with every local path made absolute, for processes that start in other folders.
-
-    A tokenizer or backbone without such a folder is a name on the hub, and stays as it is.
-    """
+    """Makes local paths absolute, for processes in other folders. Hub names stay as they are."""
     phases = {
         name: replace(
             phase,

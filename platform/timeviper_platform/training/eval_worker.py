@@ -1,7 +1,6 @@
-"""Validation of a committed checkpoint in a process of its own, without optimizer or ranks.
+"""Validates a committed checkpoint in its own process. Does not import Ray.
 
-Does not import Ray, whose tasks call `evaluate_checkpoint` too. Without Ray, rank 0 starts this module as a program: it
-reads a pickled EvalTask from standard input, writes its metrics as JSON, and exits when standard input ends.
+Reads a pickled EvalTask from standard input, writes metrics as JSON, and exits when standard input ends.
 """
 
 from __future__ import annotations
@@ -28,14 +27,13 @@ from timeviper_platform.training.step import TrainContext
 from timeviper_platform.training.validation.async_eval import EvalTask
 
 NICENESS = 10
-"""Lowers the process' CPU priority below that of the ranks."""
 
 
 def evaluate_checkpoint(task: EvalTask) -> dict[str, float]:
-    """The validation metrics of `task.checkpoint`, as the ranks would compute them.
+    """The metrics of `task.checkpoint`, as the ranks would compute them.
 
     Raises:
-        ValueError: if the checkpoint is gone, or does not hold the whole model.
+        ValueError: if the checkpoint is gone or incomplete.
         RuntimeError: if files cannot be read.
     """
     config, phase = task.config, task.config.phases[task.phase]
@@ -77,7 +75,6 @@ class EvalProcess:
         self._process.stdin.flush()
 
     def metrics(self) -> dict[str, float] | None:
-        """See EvalHandle."""
         code = self._process.poll()
         if code is None:
             return None
@@ -92,13 +89,11 @@ class EvalProcess:
         return metrics
 
     def close(self) -> None:
-        """See EvalHandle."""
         with self._process as process:
             process.kill()
 
 
 def main() -> int:
-    """Runs one evaluation; 0 if it succeeds."""
     setup_logging(logging.WARNING)
     task: EvalTask = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_exit_with_input, name="parent", daemon=True).start()

@@ -1,4 +1,4 @@
-"""Extension points of a run: where launchers such as Ray Train plug in."""
+"""Extension points of a run."""
 
 from __future__ import annotations
 
@@ -14,14 +14,11 @@ from timeviper_platform.training.validation.async_eval import StartEval
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunHooks:
-    """The callables that a launcher may replace; the defaults need no Ray."""
+    """Callables that a launcher may replace; the defaults need no Ray."""
 
     interrupts: InterruptSource = no_interrupts
-    """Stop and save requests."""
     on_checkpoint: OnCheckpoint | None = None
     trackers: tuple[Tracker, ...] = ()
-    """Additional receivers of every step's metrics, on rank 0."""
+    """Receive every step's metrics on rank 0."""
     prefetch: PrefetchSteps = prefetch_in_thread
-    """Reads a rank's batches ahead of the steps."""
     start_eval: StartEval = EvalProcess
-    """Starts an evaluation outside the ranks."""

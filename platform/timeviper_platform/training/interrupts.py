@@ -1,4 +1,4 @@
-"""Early ends of a run: stop and save requests from outside, fatal errors, and advice when memory runs out."""
+"""Early ends of a run: stop and save requests, fatal errors, exhausted memory."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch
 
 
 class FatalTrainingError(RuntimeError):
-    """Raised on every rank alike; a retry from the same checkpoint would fail again."""
+    """Raised on every rank alike; a retry would fail again."""
 
 
 class StoppedError(RuntimeError):
-    """The run was stopped from outside; its state is in the newest committed checkpoint."""
+    """Stopped on request, with a committed checkpoint."""
 
 
 class Interrupt(IntEnum):
@@ -25,13 +25,13 @@ class Interrupt(IntEnum):
 
     NONE = 0
     SAVE = 1
-    """Save now and continue: a node is about to be taken away, and its scheduler will end the run."""
+    """Save and continue: a node will be taken away."""
     STOP = 2
-    """Save now and end."""
+    """Save and end."""
 
 
 InterruptSource = Callable[[], Interrupt]
-"""Called by every rank before every step and every validation batch, in the same order; may hold a collective."""
+"""Called by every rank before every step and validation batch; may hold a collective."""
 
 
 def no_interrupts() -> Interrupt:
@@ -41,7 +41,7 @@ def no_interrupts() -> Interrupt:
 
 @contextlib.contextmanager
 def sigterm_interrupts() -> Iterator[InterruptSource]:
-    """A source that requests STOP after SIGTERM, which schedulers send before they kill. Main thread only."""
+    """Requests STOP after SIGTERM. Main thread only."""
     received = threading.Event()
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -56,16 +56,7 @@ def sigterm_interrupts() -> Iterator[InterruptSource]:
 
 @contextlib.contextmanager
 def out_of_memory_advice(*, rank: int, step: int, largest_pack: int) -> Iterator[None]:
-    """Replaces an out-of-memory error by one that lists the settings to change.
-
-    Args:
-        rank: This process.
-        step: The step that runs in the block.
-        largest_pack: Tokens of this rank's largest pack in it.
-
-    Raises:
-        RuntimeError: on the rank that is out of memory; the other ranks lose their connection to it.
-    """
+    """Turns an out-of-memory error into one that lists the settings to change."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError; so is the CPU's

@@ -1,8 +1,4 @@
-"""Training without Ray: `python -m timeviper_platform.training.local --config FILE`, one process per rank.
-
-Alone it trains on one rank; under torchrun (`torchrun --nproc-per-node 2 -m timeviper_platform.training.local ...`) it
-reads rank and address from the environment.
-"""
+"""Training without Ray: `[torchrun --nproc-per-node N -m] timeviper_platform.training.local --config FILE`."""
 
 from __future__ import annotations
 
@@ -35,14 +31,9 @@ logger = logging.getLogger(__name__)
 
 
 def train_local(config: TrainConfig, *, resume: str = "auto") -> dict[str, Any]:
-    """Runs `config` in this process, as one rank of the launcher's group, and returns the report by phase.
+    """Runs `config` as one rank of the launcher's group; returns the report by phase.
 
-    Args:
-        config: The run.
-        resume: auto, never, or a checkpoint's URI.
-
-    Raises:
-        ValueError, RuntimeError: see `run_training` and `resolve_resume`.
+    `resume` is auto, never, or a checkpoint's URI.
     """
     torch.set_num_threads(config.workers.threads_per_worker)
     with process_group(use_gpu=config.workers.use_gpu) as device, sigterm_interrupts() as interrupts:
@@ -52,10 +43,7 @@ def train_local(config: TrainConfig, *, resume: str = "auto") -> dict[str, Any]:
 
 @contextlib.contextmanager
 def process_group(*, use_gpu: bool) -> Iterator[torch.device]:
-    """torch.distributed inside the block: an already initialized group, the launcher's, or a group of one.
-
-    Only one per process, as DeepSpeed keeps the first.
-    """
+    """torch.distributed inside the block: an existing group, the launcher's, or a group of one."""
     backend = "nccl" if use_gpu else "gloo"
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_gpu else torch.device("cpu")
     if use_gpu:
@@ -76,7 +64,7 @@ def process_group(*, use_gpu: bool) -> Iterator[torch.device]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns 0 on success, 1 on failure, 143 after SIGTERM."""
+    """Returns 0 on success, 1 on failure, 143 after SIGTERM."""
     parser = argparse.ArgumentParser(description="Train without Ray: one process per rank.")
     parser.add_argument("--config", required=True)
     parser.add_argument("--resume", default="auto", help="auto, never, or the URI of a checkpoint")

@@ -1,7 +1,4 @@
-"""Prepares a phase: its model, initial weights, pack plan, loader, parameter groups and validator.
-
-Checks that these fit together: the feature store and the model's towers, the tokenizer and the vocabulary.
-"""
+"""Prepares a phase: model, pack plan, loader, parameter groups and validator, and checks that they fit together."""
 
 from __future__ import annotations
 
@@ -42,13 +39,11 @@ from timeviper_platform.training.validation.validator import Validator, build_va
 logger = logging.getLogger(__name__)
 
 UNNAMED = "unnamed"
-"""Recorded as the second tower's encoder if the run names none."""
+"""The second tower's encoder, if the run names none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Phase:
-    """A phase that is ready to train."""
-
     name: str
     config: PhaseConfig
     model: TimeViper
@@ -59,7 +54,7 @@ class Phase:
     validator: Validator | None
     rejects: list[Reject]
     description: dict[str, Any]
-    """Content of model.json in its checkpoints."""
+    """Content of model.json."""
 
 
 def prepare_phase(
@@ -76,13 +71,7 @@ def prepare_phase(
     """The phase `name` of `config`.
 
     Args:
-        config: The run.
-        name: Of the phase.
-        model: With the phase's adapters (see `adapt`); its weights may be loaded later.
-        store: Of the features.
-        tokenizer: A transformers fast tokenizer.
-        rank: Whose share of each step the loader reads.
-        world_size: Number of ranks that share a step.
+        model: With the phase's adapters; its weights may be loaded later.
         measure: Determines the sizes of the samples.
 
     Raises:
@@ -138,7 +127,7 @@ def prepare_phase(
 def build_standalone_validator(
     phase: PhaseConfig, model: TimeViperConfig, store: FeatureStore, tokenizer: Any
 ) -> Validator:
-    """The validator of a phase that configures one, for a single process."""
+    """For a single process, without ranks."""
     builder = SampleBuilder(store, tokenizer, model.chat_template, phase.frames)
     shape = _batch_shape(phase, model, tokenizer)
     validator = build_validator(phase, builder, shape, measure_samples, rank=0, world_size=1)
@@ -147,18 +136,14 @@ def build_standalone_validator(
 
 
 def adapt(model: TimeViper, phase: PhaseConfig, seed: int) -> TimeViper:
-    """Adds the phase's adapters to the model in place, equal on every rank; returns the model."""
+    """Adds the phase's adapters in place, equal on every rank."""
     if phase.lora is not None:
         add_lora(model, phase.lora, torch.Generator().manual_seed(seed))
     return model
 
 
 def phase_groups(model: TimeViper, phase: PhaseConfig) -> list[ParameterGroup]:
-    """The optimizer groups of a phase, for a model with the phase's adapters.
-
-    Raises:
-        ValueError: see `resolve_groups`; or if no rule trains some adapters.
-    """
+    """Raises ValueError if a rule matches no parameter, or no rule trains some adapters."""
     groups = resolve_groups(model, phase.trainable)
     trained = {name for group in groups for name in group.parameter_names}
     idle = [name for name, _ in model.named_parameters() if name.endswith((LORA_A, LORA_B)) and name not in trained]
@@ -172,10 +157,10 @@ def phase_groups(model: TimeViper, phase: PhaseConfig) -> list[ParameterGroup]:
 def first_model(
     init: InitConfig, store: FeatureStore, encoder: str | None, second_encoder: str | None = None
 ) -> TimeViper:
-    """The model with a phase's initial weights, configured for the towers that made the store.
+    """The model with a phase's initial weights.
 
     Raises:
-        ValueError: if the store's features do not fit the model, or the weights cannot be loaded.
+        ValueError: if the store's features do not fit it, or the weights cannot be loaded.
     """
     config = first_model_config(init, store, encoder, second_encoder)
     if init.weights is not None:
@@ -191,11 +176,7 @@ def first_model(
 def first_model_config(
     init: InitConfig, store: FeatureStore, encoder: str | None, second_encoder: str | None = None
 ) -> TimeViperConfig:
-    """The config of `first_model`, without reading weights.
-
-    Raises:
-        ValueError: see `first_model`.
-    """
+    """The config of `first_model`, without reading weights."""
     if init.weights is None:
         config = init.model_config()
         return replace(config, vision=vision_of(store, config.vision, encoder, second_encoder))
@@ -205,18 +186,14 @@ def first_model_config(
     config = config_from_dict(storage.read_json(file), where=file)
     if init.preset is not None and config.text != init.model_config().text:
         raise ValueError(
-            f"the weights {init.weights} do not have the sizes of preset {init.preset!r}; remove init.preset"
+            f"the weights {init.weights} have other sizes than the preset {init.preset!r}; remove init.preset"
         )
     check_same_towers(config.vision, store, init.weights)
     return config if init.transv is None else replace(config, transv=init.transv)
 
 
 def load_weights(uri: str) -> TimeViper:
-    """The model of a weights folder on any file system, in fp32.
-
-    Raises:
-        ValueError: if there is none, or it is damaged.
-    """
+    """The model of a weights folder on any file system, in float32."""
     filesystem, path = storage.split_uri(uri)
     if storage.is_local(uri):
         return from_pretrained(path)
@@ -229,10 +206,10 @@ def load_weights(uri: str) -> TimeViper:
 def vision_of(
     store: FeatureStore, default: VisionConfig, encoder: str | None, second_encoder: str | None = None
 ) -> VisionConfig:
-    """The store's vision towers, by its recipe and index; `default` where they do not describe the first.
+    """The store's vision towers; `default` where its recipe and index do not describe the first.
 
     Raises:
-        ValueError: if the first tower's features have another width than the model's projector.
+        ValueError: if the features have another width than the projector.
     """
     first, second = tower_facts(store.recipe), None
     if "second" in store.recipe:
@@ -249,7 +226,7 @@ def vision_of(
 
 
 def mean_kept_share(config: TimeViperConfig) -> float:
-    """The share of a sample's vision tokens that reach a block, averaged over blocks."""
+    """Share of the vision tokens that reach a block, averaged over blocks."""
     keep, shares = 1.0, []
     sites = {site.layer: site.keep for site in config.transv}
     for layer in range(config.text.num_hidden_layers):
@@ -271,7 +248,7 @@ def _batch_shape(phase: PhaseConfig, model: TimeViperConfig, tokenizer: Any) -> 
 
 
 def _metadata(config: TrainConfig, phase: PhaseConfig, store: FeatureStore) -> dict[str, str]:
-    """Metadata of the weights, from which serving and evaluation reproduce the inputs of training."""
+    """From which serving and evaluation reproduce the inputs of training."""
     return {
         "run": config.name,
         "dtype": config.dtype,
@@ -292,7 +269,7 @@ def _check_tokenizer(tokenizer: Any, config: TimeViperConfig) -> None:
 
 
 def _check_can_answer(name: str, phase: PhaseConfig, model: TimeViperConfig) -> None:
-    """Generation always runs the TransV sites; a phase trained without them would be measured wrongly."""
+    """Generation always runs the TransV sites."""
     if phase.validation is not None and phase.validation.num_answers and model.transv and not phase.use_transv:
         raise ValueError(
             f"phases.{name}.validation.num_answers: generation runs the model's TransV sites, and"

@@ -1,4 +1,4 @@
-"""The training loop: the steps of one phase on one rank, from its start or a checkpoint to its end or an interrupt.
+"""The training loop of one phase.
 
 prefetched batches -> agree -> train_step -> log -> save (written in the background) -> validate -> ...
 """
@@ -33,20 +33,10 @@ from timeviper_platform.training.watchdog import Watchdog
 logger = logging.getLogger(__name__)
 
 EVAL_POLL_S = 0.2
-"""Seconds between polls of running evaluations after the last step."""
 
 
 class PhaseTrainer:
-    """Trains one phase.
-
-    Args:
-        config: The run.
-        phase: What to train, on which data.
-        checkpoints: Of the run.
-        writer: Of metrics; None on every rank but 0.
-        context: Of this rank.
-        hooks: Of the launcher.
-    """
+    """Trains one phase on one rank; `writer` is None on every rank but 0."""
 
     def __init__(
         self,
@@ -75,20 +65,19 @@ class PhaseTrainer:
         self._evaluator = None if writer is None else AsyncEvaluator(hooks.start_eval, self._log_validation)
         self._saved_step = 0
         self._row: dict[str, Any] = {}
-        """Metrics of the last finished step."""
+        """Of the last finished step."""
 
     def run(self, checkpoint: str | None, global_step: int) -> tuple[int, str]:
-        """Runs the steps that are left; returns the finished steps of all phases and the phase's last checkpoint.
+        """Runs the steps that are left, from `checkpoint` if given.
 
-        Args:
-            checkpoint: A checkpoint of this phase to resume from; None starts with the weights of the model.
-            global_step: Finished steps of all phases.
+        Returns:
+            Finished steps of all phases, and the phase's last checkpoint.
 
         Raises:
             ValueError: if the checkpoint has another plan, other steps or other trained parameters.
             FatalTrainingError: if loss or gradients are not finite, or too many samples are damaged.
             StoppedError: after a stop request.
-            RuntimeError: if files cannot be read or written, or the memory does not suffice.
+            RuntimeError: if storage or memory fails.
         """
         state = self._initial_state(global_step) if checkpoint is None else self._resumed_state(checkpoint)
         lacks_validation = checkpoint is not None and self._lacks_validation(state)
@@ -99,9 +88,8 @@ class PhaseTrainer:
         prefetched = self._hooks.prefetch(
             self._phase.loader, state.position, state.step, self._phase.num_steps, self._config.loader
         )
-        self._watchdog = Watchdog(self._config.workers.hang_timeout_s)
         try:
-            with self._watchdog:
+            with Watchdog(self._config.workers.hang_timeout_s) as self._watchdog:
                 if lacks_validation:
                     self._validate(state)
                 state = self._train(prefetched, state)
@@ -121,7 +109,6 @@ class PhaseTrainer:
         return state.global_step, saved
 
     def _train(self, prefetched: Prefetcher[StepBatches], state: TrainState) -> TrainState:
-        """The loop; the state after the phase's last step."""
         progress = Progress(self._phase.name, self._phase.num_steps, self._config.metrics.log_every_steps, state.step)
         while state.step < self._phase.num_steps:
             started = time.perf_counter()
@@ -153,7 +140,7 @@ class PhaseTrainer:
         return state
 
     def _step(self, batches: StepBatches) -> tuple[StepResult, dict[str, float]]:
-        """One update; its result and the learning rate of each group."""
+        """One update; also returns the learning rate of each group."""
         phase = self._phase
         factor = learning_rate_factor(batches.counts.step, phase.num_steps, phase.config.schedule)
         set_groups(self._ds_engine, phase.groups, factor)
@@ -161,7 +148,7 @@ class PhaseTrainer:
         return result, {group.name: group.lr * factor for group in phase.groups}
 
     def _handle(self, interrupt: Interrupt, state: TrainState) -> None:
-        """Saves or stops between two steps or batches, if all ranks have agreed on that."""
+        """Saves or stops; all ranks must agree on the interrupt."""
         if interrupt is Interrupt.NONE:
             return
         if state.step > self._saved_step:
@@ -174,7 +161,6 @@ class PhaseTrainer:
             )
 
     def _check_damaged(self, batches: StepBatches, num_damaged: int) -> None:
-        """Logs the samples that this rank could not read; ends the run if the ranks have left out too many."""
         for item in batches.damaged:
             logger.warning("step %d: sample %s is left out: %s", batches.counts.step, item.sample_id, item.detail)
         limit = self._config.loader.max_damaged_samples
@@ -204,7 +190,7 @@ class PhaseTrainer:
         return self._phase.config.validation_due(step, self._phase.num_steps)
 
     def _validate(self, state: TrainState) -> None:
-        """Validates on the ranks, which remain responsive: validation may take minutes."""
+        """Validates on the ranks; interrupts are handled between batches."""
 
         def before_batch() -> None:
             self._watchdog.mark(state.step, "evaluating")
@@ -223,7 +209,7 @@ class PhaseTrainer:
         self._log(row)
 
     def _lacks_validation(self, state: TrainState) -> bool:
-        """True if the run ended between this state's checkpoint and its validation on the ranks."""
+        """True if the run ended between this state's checkpoint and its validation."""
         writer = self._writer
         return self._validation_due(state.step) == "ranks" and from_rank_0(
             lambda: writer is not None and writer.lacks(LOSS, state.global_step)
@@ -235,7 +221,7 @@ class PhaseTrainer:
             self._evaluator.submit(EvalTask(self._config, state.phase, checkpoint, state.step, state.global_step))
 
     def _resubmit_evaluations(self) -> None:
-        """Queues the evaluations that an earlier attempt did not finish and whose checkpoints still exist."""
+        """Queues evaluations that an earlier attempt did not finish."""
         if self._writer is None or self._phase.config.validation is None:
             return
         for uri in self._checkpoints.committed():
@@ -246,7 +232,7 @@ class PhaseTrainer:
             self._checkpoints.newest_written = max(self._checkpoints.newest_written, saved.global_step)
 
     def _await_evaluations(self, state: TrainState) -> None:
-        """After the last step: all ranks wait, and handle interrupts, until rank 0 has no evaluation left."""
+        """All ranks wait, and handle interrupts, until rank 0 has no evaluation left."""
         validation, evaluator = self._phase.config.validation, self._evaluator
         if validation is None:
             return
@@ -285,7 +271,7 @@ class PhaseTrainer:
         )
 
     def _resumed_state(self, checkpoint: str) -> TrainState:
-        """The checkpoint's progress, with this run's world size, ZeRO stage and dtype."""
+        """The checkpoint's progress in this run's world size, ZeRO stage and dtype."""
         saved = read_state(checkpoint)
         self._saved_step = saved.step
         initial = self._initial_state(saved.global_step)

@@ -1,4 +1,4 @@
-"""Interrupts under Ray Train: announced node removals, and a stop request of the driver."""
+"""Interrupts under Ray Train: node removals, and stop requests of the driver."""
 
 from __future__ import annotations
 
@@ -17,22 +17,18 @@ from timeviper_platform.training.interrupts import Interrupt, sigterm_interrupts
 logger = logging.getLogger(__name__)
 
 LAST_SAVE_S = 120.0
-"""Seconds before a node's removal from which one more checkpoint is saved."""
+"""Seconds before a node's removal at which to save once more."""
 SIGNAL_POLL_S = 0.2
 
 
 class StopFile:
-    """A file by which the driver asks the workers to stop.
-
-    Args:
-        uri: Of the file, on storage that all nodes share.
-    """
+    """A stop request from the driver to the workers, as a file on shared storage."""
 
     def __init__(self, uri: str) -> None:
         self._uri = uri
 
     def exists(self) -> bool:
-        """True once the driver has asked; False while the storage does not answer."""
+        """False while the storage does not answer."""
         try:
             return storage.exists(self._uri)
         except storage.StorageUnavailableError as error:  # checked again in seconds
@@ -41,7 +37,7 @@ class StopFile:
 
     @contextlib.contextmanager
     def created_on_sigterm(self) -> Iterator[None]:
-        """Turns SIGTERM to this process into the file, inside the block."""
+        """Creates the file if this process receives SIGTERM inside the block."""
         if threading.current_thread() is not threading.main_thread():  # signals arrive in the main thread only
             yield
             return
@@ -65,17 +61,15 @@ class StopFile:
 
 
 class PreemptionWatch:
-    """An InterruptSource: SAVE when Ray announces a node's removal and again shortly before it, STOP when requested.
+    """An InterruptSource: SAVE when Ray announces a node's removal and again shortly before it, STOP on request.
 
-    Ray itself ends the workers at the removal. Its query is a barrier, so all ranks must make it before the same steps;
-    their clocks differ, so rank 0 decides the time and the number of steps until the next query.
+    Ray's query is a barrier, so rank 0 decides for all ranks after how many steps the next one comes.
 
     Args:
         stop_requested: Called on rank 0 with every query.
-        query: Ray's; a barrier of milliseconds.
+        query: Ray's.
         clock: Seconds since the epoch.
-        interval_s: Seconds between queries; steps that take longer are each preceded by one. The shortest announcements
-            come half a minute ahead.
+        interval_s: Seconds between queries. The shortest announcements come half a minute ahead.
     """
 
     def __init__(
@@ -97,7 +91,6 @@ class PreemptionWatch:
         self._announced_late: set[str] = set()
 
     def __call__(self) -> Interrupt:
-        """The interrupt before a step."""
         self._num_steps += 1
         if self._num_steps < self._steps_per_query:
             return Interrupt.NONE
@@ -111,7 +104,7 @@ class PreemptionWatch:
         return Interrupt.SAVE if info is not None and self._is_news(info, now) else Interrupt.NONE
 
     def _is_news(self, info: train.PreemptionInfo, now: float) -> bool:
-        """True for the first announcement of a node, and for the first that is close to its removal."""
+        """True for the first announcement of a node, and the first close to its removal."""
         left_s = None if info.deadline_ms is None else info.deadline_ms / 1000 - now
         nodes = set(info.preempted_node_ids)
         is_news = not nodes <= self._announced

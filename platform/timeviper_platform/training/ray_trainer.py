@@ -1,7 +1,4 @@
-"""A run under Ray Train, which places the workers, initializes torch.distributed and restarts them after failures.
-
-Checkpoints stay ours (marked COMMIT, in the run's folder): one that was reported to Ray is not always stored.
-"""
+"""A run under Ray Train, with our own committed checkpoints: one reported to Ray is not always stored."""
 
 from __future__ import annotations
 
@@ -39,23 +36,23 @@ from timeviper_platform.training.validation.async_eval import EvalTask
 logger = logging.getLogger(__name__)
 
 RAY_FOLDER = "ray"
-"""Ray Train's own small files, inside the run's folder."""
+"""Ray Train's files, inside the run's folder."""
 STOP_FILE = "STOP"
 POINTER_FILE = "checkpoint.json"
-"""The only file of a checkpoint in Ray's sense: the URI of ours."""
+"""Holds the URI of our checkpoint; the only file Ray stores of it."""
 ALL_FAIL_TIMEOUT_S = 60.0
-"""Seconds within which all ranks find the same mistake, each reading samples at its own pace."""
+"""Seconds within which all ranks find the same mistake."""
 
 
 def train_on_ray(config: TrainConfig, *, resume: str = "auto") -> dict[str, Any]:
-    """Runs `config` on the connected cluster and returns the report by phase.
+    """Runs `config` on the connected cluster; returns the report by phase.
 
     Args:
-        config: The run; local paths in it must be the same folder on every node.
-        resume: auto, never, or a checkpoint's URI. Restarts after a failure resume in any case.
+        config: Its local paths must be the same folders on every node.
+        resume: auto, never, or a checkpoint's URI. Restarts after failures always resume.
 
     Raises:
-        ValueError: if the configuration does not fit what it refers to, or `resume` would leave two histories.
+        ValueError: if the configuration does not fit what it refers to, or the run would get two histories.
         StoppedError: after SIGTERM to this process; the workers have saved.
         RuntimeError: if the run fails for good, with the cause.
     """
@@ -95,15 +92,15 @@ def train_on_ray(config: TrainConfig, *, resume: str = "auto") -> dict[str, Any]
 
 
 class _EarlyEnd(NamedTuple):
-    """An end that all ranks have reached and that Ray must not retry."""
+    """An end of all ranks that Ray must not retry."""
 
     message: str
     is_stopped: bool
-    """By request; otherwise the configuration is wrong."""
+    """By request; else the configuration is wrong."""
 
 
 def _worker(arguments: dict[str, Any]) -> dict[str, Any] | _EarlyEnd:
-    """One rank, in a new process after every failure."""
+    """One rank; runs again in a new process after a failure."""
     config: TrainConfig = arguments["config"]
     stop_file: StopFile = arguments["stop_file"]
     setup_logging(logging.WARNING)  # Ray and DeepSpeed log a page per checkpoint
@@ -129,7 +126,7 @@ def _worker(arguments: dict[str, Any]) -> dict[str, Any] | _EarlyEnd:
 
 
 class _RayEval:
-    """An EvalHandle of a Ray task, on any node with its resources."""
+    """An EvalHandle of a Ray task."""
 
     def __init__(self, task: EvalTask) -> None:
         validation = task.config.phases[task.phase].validation
@@ -141,7 +138,6 @@ class _RayEval:
         ).remote(task)
 
     def metrics(self) -> dict[str, float] | None:
-        """See EvalHandle."""
         ended, _ = ray.wait([self._ref], timeout=0)
         if not ended:
             return None
@@ -149,19 +145,17 @@ class _RayEval:
         return metrics
 
     def close(self) -> None:
-        """See EvalHandle."""
         ray.cancel(self._ref, force=True)
 
 
 class _Gauges:
-    """A Tracker: the last step's metrics for Prometheus, which scrapes every Ray node."""
+    """A Tracker that exports the last step's metrics to Prometheus."""
 
     def __init__(self, run: str) -> None:
         self._run = run
         self._gauges: dict[str, Gauge] = {}
 
     def log(self, scalars: Mapping[str, float], global_step: int) -> None:
-        """Sets one gauge per metric, tagged with run and phase."""
         for name, value in {**scalars, "all/global_step": float(global_step)}.items():
             phase, _, metric = name.partition("/")
             gauge = "timeviper_train_" + re.sub(r"\W+", "_", metric).strip("_")
@@ -170,14 +164,11 @@ class _Gauges:
             self._gauges[gauge].set(value, tags={"run": self._run, "phase": phase})
 
     def close(self) -> None:
-        """Nothing: Ray removes the gauges with the worker."""
+        """Ray removes the gauges with the worker."""
 
 
 def _report(uri: str, row: dict[str, Any]) -> None:
-    """Reports a committed checkpoint to Ray. Too slow for every step: the call waits up to 2 s for the controller.
-
-    Ray accepts only checkpoints inside its own run folder, so rank 0 hands over a small file that points to ours.
-    """
+    """Reports a committed checkpoint to Ray, as a file that points to ours; takes up to 2 s."""
     metrics = {name: row[name] for name in ("phase", "step", "global_step", "loss")}
     if train.get_context().get_world_rank() != 0:
         train.report(metrics)  # a barrier: every rank must call it
@@ -188,7 +179,7 @@ def _report(uri: str, row: dict[str, Any]) -> None:
 
 
 def _cause(error: BaseException) -> str:
-    """The last line of the innermost failure: the one a user can act on."""
+    """The last line of the innermost failure."""
     failures = getattr(error, "worker_failures", None) or {}
     innermost = next(iter(failures.values()), error)
     lines = [line for line in str(innermost).splitlines() if line.strip()]

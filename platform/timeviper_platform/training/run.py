@@ -1,8 +1,6 @@
-"""A training run on one rank: its phases in order, from wherever the run was interrupted.
+"""A training run on one rank. Does not import Ray.
 
-    initial weights -> steps -> checkpoint -> weights/<phase> -> steps of the next phase -> ... -> report.json
-
-Plain torch and DeepSpeed, one process per rank. Does not import Ray.
+initial weights -> steps -> checkpoint -> weights/<phase> -> steps of the next phase -> ... -> report.json
 """
 
 from __future__ import annotations
@@ -42,55 +40,49 @@ REJECTS_FOLDER = "rejects"
 WEIGHTS_FOLDER = "weights"
 CHECKPOINTS_FOLDER = "checkpoints"
 TABLES_FOLDER = "sample-tables"
-"""Inside the folder of all runs, which may read the same mixture."""
+"""Shared by all runs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunFolder:
-    """The layout of a run's folder."""
+    """Layout of a run's folder."""
 
     uri: str
 
     @classmethod
     def of(cls, config: TrainConfig) -> RunFolder:
-        """The folder `runs`/`name`."""
         return cls(uri=storage.join_uri(config.runs, config.name))
 
     @property
     def checkpoints(self) -> str:
-        """Resumable state."""
         return storage.join_uri(self.uri, CHECKPOINTS_FOLDER)
 
     @property
     def report(self) -> str:
-        """JSON with one entry per finished phase."""
+        """One entry per finished phase."""
         return storage.join_uri(self.uri, REPORT_FILE)
 
     def weights(self, phase: str) -> str:
-        """The weights folder at the end of a phase."""
+        """At the end of a phase."""
         return storage.join_uri(self.uri, WEIGHTS_FOLDER, phase)
 
     def rejects(self, phase: str) -> str:
-        """Samples that a phase leaves out, with reasons."""
+        """Samples left out, with reasons."""
         return storage.join_uri(self.uri, REJECTS_FOLDER, f"{phase}.json")
 
 
 def run_training(
     config: TrainConfig, *, resume_from: str | None, device: torch.device, hooks: RunHooks | None = None
 ) -> dict[str, Any]:
-    """Runs every unfinished phase and returns the report by phase, equal on all ranks.
+    """Runs every unfinished phase; returns the report by phase, equal on all ranks.
 
     Args:
-        config: The run.
-        resume_from: A committed checkpoint, or None to start with the first phase's weights.
+        resume_from: A committed checkpoint, or None for the first phase's initial weights.
         device: Of this rank. torch.distributed must be initialized.
-        hooks: Of the launcher.
 
     Raises:
         ValueError: if the configuration does not fit what it refers to.
-        FatalTrainingError: if loss or gradients are not finite, or too many samples are damaged.
-        StoppedError: after a stop request.
-        RuntimeError: if files cannot be read or written, or the memory does not suffice.
+        FatalTrainingError, StoppedError, RuntimeError: see PhaseTrainer.run.
     """
     return _Run(config, device, hooks or RunHooks()).run(resume_from)
 
@@ -131,7 +123,7 @@ class _Run:
         return report
 
     def _open_metrics(self) -> MetricsWriter | None:
-        """Rank 0's writer, None on the others; every rank fails if it cannot be opened."""
+        """Opened on rank 0; every rank fails if that fails."""
         opened: list[MetricsWriter] = []
 
         def open_writer() -> None:
@@ -171,7 +163,7 @@ class _Run:
         return phase
 
     def _model(self, name: str, checkpoint: str | None) -> TimeViper:
-        """The phase's initial weights; from a checkpoint only the sizes, as DeepSpeed loads the values."""
+        """The initial weights; when resuming, only the sizes, as DeepSpeed loads the values."""
         if checkpoint is not None:
             description = storage.read_json(storage.join_uri(checkpoint, MODEL_FILE))
             return TimeViper(config_from_dict(description["config"], where=checkpoint)).train()
@@ -182,7 +174,6 @@ class _Run:
         return load_weights(self._folder.weights(names[names.index(name) - 1])).train()
 
     def _finish(self, phase: Phase, checkpoint: str) -> None:
-        """Rank 0 writes the phase's weights and its part of the report; the others wait."""
 
         def write() -> None:
             export_weights(checkpoint, self._folder.weights(phase.name))

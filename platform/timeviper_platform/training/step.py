@@ -1,4 +1,4 @@
-"""One training step: the ranks agree on its samples, run their micro-batches forward and backward, and update once."""
+"""One training step, and the validation loss."""
 
 from __future__ import annotations
 
@@ -29,28 +29,26 @@ class TrainContext:
 
 
 class StepResult(NamedTuple):
-    """A step's results over all ranks."""
+    """Results over all ranks."""
 
     loss: float
-    """Mean cross entropy over the labelled positions of the global batch."""
+    """Mean over the labelled positions of the global batch."""
     grad_norm: float
     """Before clipping."""
     num_vision_tokens: tuple[int, ...]
-    """Entering the language model, then left after every TransV site."""
+    """At the language model's input, then after every TransV site."""
 
 
 class Agreement(NamedTuple):
-    """What all ranks know before a step."""
-
     batches: StepBatches
-    """With counts that leave out damaged samples."""
+    """Damaged samples no longer counted."""
     num_damaged: int
-    """Samples of the global batch that could not be read."""
+    """Over all ranks."""
     interrupt: Interrupt
 
 
 def agree(batches: StepBatches, interrupt: Interrupt, *, device: torch.device) -> Agreement:
-    """Subtracts the samples that any rank found damaged and picks the strongest interrupt; one small collective."""
+    """Subtracts damaged samples from the counts and picks the strongest interrupt; one small collective."""
     lost = [len(batches.damaged), sum(item.num_tokens for item in batches.damaged)]
     lost += [sum(item.num_targets for item in batches.damaged)]
     interrupts = [int(interrupt is Interrupt.SAVE), int(interrupt is Interrupt.STOP)]
@@ -67,18 +65,18 @@ def agree(batches: StepBatches, interrupt: Interrupt, *, device: torch.device) -
 
 
 def strongest_interrupt(interrupt: Interrupt, *, device: torch.device) -> Interrupt:
-    """The strongest interrupt of all ranks; one small collective."""
+    """Over all ranks; one small collective."""
     strongest = torch.tensor(int(interrupt), device=device)
     dist.all_reduce(strongest, op=dist.ReduceOp.MAX)
     return Interrupt(int(strongest))
 
 
 def train_step(ds_engine: Any, batches: StepBatches, context: TrainContext) -> StepResult:
-    """Runs the step's micro-batches and updates the parameters.
+    """Runs the micro-batches forward and backward, and updates once.
 
     Raises:
-        FatalTrainingError: if the loss or the gradient norm is not finite; nothing of the update has been saved.
-        RuntimeError: if the memory does not suffice.
+        FatalTrainingError: if loss or gradient norm are not finite.
+        RuntimeError: if out of memory.
     """
     largest_pack = max(len(item.batch.input_ids) for item in batches.micro_batches)
     with out_of_memory_advice(rank=context.rank, step=batches.counts.step, largest_pack=largest_pack):
@@ -95,7 +93,7 @@ def train_step(ds_engine: Any, batches: StepBatches, context: TrainContext) -> S
 def _run_micro_batches(
     ds_engine: Any, batches: StepBatches, context: TrainContext
 ) -> tuple[torch.Tensor, torch.Tensor, float | None]:
-    """(loss sum and vision token counts, loss of each micro-batch, gradient norm where DeepSpeed keeps none)."""
+    """(loss sum and vision token counts, losses, gradient norm if DeepSpeed keeps none)."""
     scale = loss_scale(max(1, batches.counts.num_targets), context.world_size)
     norm: float | None = None
     sums: torch.Tensor | None = None
@@ -116,12 +114,9 @@ def _run_micro_batches(
 
 @torch.no_grad()
 def validation_loss(forward: Any, steps: Iterable[StepBatches], context: TrainContext) -> float:
-    """Mean cross entropy over the labelled positions of all ranks' batches, without an update; collective.
+    """Mean over the labelled positions of all ranks' batches; collective.
 
-    Args:
-        forward: The ds_engine, or a bare model.
-        steps: This rank's batches.
-        context: As in training.
+    `forward` is the ds_engine or a bare model.
     """
     sums = torch.zeros(2, dtype=torch.float64, device=context.device)
     for item in (item for step in steps for item in step.micro_batches):
@@ -134,14 +129,7 @@ def validation_loss(forward: Any, steps: Iterable[StepBatches], context: TrainCo
 
 
 def describe_non_finite(batches: StepBatches, loss: float, grad_norm: float, losses: torch.Tensor) -> str:
-    """Names the packs with a non-finite loss, or every pack if only gradients overflowed; collective.
-
-    Args:
-        batches: This rank's step.
-        loss: Of the global batch.
-        grad_norm: Of the global batch.
-        losses: (num_micro_batches,) of this rank.
-    """
+    """Names the packs with a non-finite loss, or all if only gradients overflowed; collective."""
     own = [
         (f"pack {item.pack_index} (samples {', '.join(item.sample_ids)})", finite)
         for item, finite in zip(batches.micro_batches, losses.isfinite().tolist(), strict=True)
@@ -157,7 +145,7 @@ def describe_non_finite(batches: StepBatches, loss: float, grad_norm: float, los
 
 
 def _unpartitioned_norm(ds_engine: Any) -> float | None:
-    """The gradient norm at stage 0 in float32, where no DeepSpeed optimizer keeps it; None otherwise."""
+    """Stage 0 in float32 only, where no DeepSpeed optimizer keeps the norm."""
     if ds_engine.zero_optimization() or ds_engine.bfloat16_enabled():
         return None
     norms = [p.grad.norm() for p in ds_engine.module.parameters() if p.grad is not None]

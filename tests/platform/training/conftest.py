@@ -1,4 +1,4 @@
-"""One torch thread for every training test: results repeat, and small models do not wait for cores."""
+"""One torch thread for every training test: reproducible results, and no competition for cores."""
 
 from __future__ import annotations
 
@@ -20,6 +20,6 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def group_of_one() -> Iterator[None]:
-    """torch.distributed with this process alone, for every run that a test makes in it."""
+    """torch.distributed with this process as its only rank."""
     with process_group(use_gpu=False):
         yield

@@ -1,5 +1,3 @@
-"""config: what a training configuration may name."""
-
 from __future__ import annotations
 
 import pytest
@@ -10,5 +8,5 @@ from timeviper_platform.training.config import InitConfig
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_is_a_word_of_the_configuration(name: str) -> None:
+def test_every_preset_can_be_configured(name: str) -> None:
     assert TypeAdapter(InitConfig).validate_python({"preset": name}).model_config() == PRESETS[name]

@@ -33,6 +33,7 @@ def expect_same(one: list[Any], other: list[Any], rel: float) -> None:
         assert tokens == expected_tokens
 
 
+@pytest.mark.slow
 def test_two_ranks_killed_and_restarted_have_the_curve_of_one_rank(
     corpus: Corpus, tmp_path: Path, group_of_one: None
 ) -> None:

@@ -1,10 +1,11 @@
-"""Whole runs on one rank, in this process: plain torch and DeepSpeed, no Ray."""
+"""Whole runs on one rank in this process, without Ray."""
 
 from __future__ import annotations
 
 import copy
 import functools
 import json
+import os
 import runpy
 import shutil
 from collections.abc import Callable
@@ -34,7 +35,7 @@ from timeviper_platform.training.metrics.writer import read_metrics
 from timeviper_platform.training.optim.deepspeed_engine import build_ds_engine
 from timeviper_platform.training.phase import first_model, load_weights, prepare_phase
 from timeviper_platform.training.run import RunFolder
-from timeviper_platform.training.step import train_step
+from timeviper_platform.training.step import TrainContext, train_step
 
 ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.usefixtures("group_of_one")
@@ -47,7 +48,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 @pytest.fixture(scope="module")
 def finished(corpus: Corpus, group_of_one: None) -> TrainConfig:
-    """A run of both phases, never interrupted."""
+    """An uninterrupted run of both phases."""
     config = train_config(corpus, name="finished")
     train_local(config)
     return config
@@ -58,10 +59,10 @@ def curve(config: TrainConfig) -> list[tuple[int, float, float]]:
 
 
 def interrupted_after(finished: TrainConfig, corpus: Corpus, name: str, step: int) -> TrainConfig:
-    """A copy of the finished run as a kill after its checkpoint at `step` would have left it."""
+    """A hard-linked copy of the finished run, as if killed after its checkpoint at `step`."""
     config = train_config(corpus, name=name)
     source, target = Path(RunFolder.of(finished).uri), Path(RunFolder.of(config).uri)
-    shutil.copytree(source, target)
+    shutil.copytree(source, target, copy_function=os.link)
     for folder in (target / "checkpoints").glob("step-*"):
         if int(folder.name[-8:]) > step:
             shutil.rmtree(folder)
@@ -84,7 +85,7 @@ def test_phases_run_in_a_chain_and_learn(finished: TrainConfig) -> None:
     assert instruct.state_dict()["transv.3.alpha"].item() != 0.0
 
 
-def test_a_pure_transformer_goes_through_the_same_phases(corpus: Corpus) -> None:
+def test_a_pure_transformer_trains_through_the_same_phases(corpus: Corpus) -> None:
     values = train_values(corpus, name="qwen", checkpoint={"every_steps": 100, "keep": 1})
     values["phases"]["align"]["init"] = {"preset": "tiny-qwen", "seed": 3}
     config = parse_config(TrainConfig, values)
@@ -104,7 +105,7 @@ def _first_model_weight(config: TrainConfig) -> torch.Tensor:
     return model.backbone.embeddings.weight
 
 
-def test_a_phase_can_give_finished_weights_other_transv_sites(finished: TrainConfig, corpus: Corpus) -> None:
+def test_a_phase_can_replace_the_transv_sites_of_its_weights(finished: TrainConfig, corpus: Corpus) -> None:
     values = train_values(corpus, name="other-sites")
     del values["phases"]["align"]
     weights = RunFolder.of(finished).weights("align")
@@ -121,7 +122,7 @@ def test_a_phase_can_give_finished_weights_other_transv_sites(finished: TrainCon
 
 
 @pytest.mark.parametrize("max_grad_norm", [1.0, 0.05])
-def test_losses_are_those_of_a_bare_loop(corpus: Corpus, max_grad_norm: float) -> None:
+def test_losses_equal_those_of_a_bare_loop(corpus: Corpus, max_grad_norm: float) -> None:
     values = train_values(corpus, name=f"clip-{max_grad_norm}", zero={"max_grad_norm": max_grad_norm})
     del values["phases"]["instruct"]
     values["phases"]["align"] |= {
@@ -140,7 +141,7 @@ def test_losses_are_those_of_a_bare_loop(corpus: Corpus, max_grad_norm: float) -
     assert [loss for _, loss, _ in curve(config)] == pytest.approx(train_bare(phase, config.zero), rel=2e-6)
 
 
-def test_rows_say_what_a_step_did(finished: TrainConfig) -> None:
+def test_metrics_rows_describe_their_step(finished: TrainConfig) -> None:
     rows = read_metrics(RunFolder.of(finished).uri)
     align, instruct = rows[0], rows[-1]
     assert align["num_vision_tokens"][0] == align["num_vision_tokens"][2] > 0  # TransV off
@@ -152,12 +153,12 @@ def test_rows_say_what_a_step_did(finished: TrainConfig) -> None:
     assert 0 <= align["data_wait_share"] <= 1
     assert align["tflops_per_second"] > 0
     assert align["peak_memory_bytes"] > 100e6
-    assert "mfu" not in align  # nobody says what this CPU can do at most
+    assert "mfu" not in align  # this CPU's peak is unknown
     assert align["tokens_per_second"] == pytest.approx(align["num_tokens"] / align["seconds"])
 
 
 @pytest.mark.parametrize("step", [2, 3, 5])  # inside the first phase, at its end, inside the second
-def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(
     finished: TrainConfig, corpus: Corpus, step: int
 ) -> None:
     config = interrupted_after(finished, corpus, f"resumed-{step}", step)
@@ -168,7 +169,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
     assert all(torch.equal(one[name], other[name]) for name in other)
 
 
-def test_a_snapshot_stays_as_it_was_while_training_goes_on(corpus: Corpus) -> None:
+def test_a_snapshot_does_not_change_while_training_continues(corpus: Corpus) -> None:
     values = train_values(corpus, name="snapshot")
     values["phases"]["align"] |= {"trainable": [{"match": ".*", "lr": 1e-2}], "use_transv": True}
     config = parse_config(TrainConfig, values)
@@ -179,11 +180,11 @@ def test_a_snapshot_stays_as_it_was_while_training_goes_on(corpus: Corpus) -> No
     micro_steps = phase.loader.num_micro_steps
     ds_engine = build_ds_engine(model, phase.groups, config.zero, dtype="float32", num_micro_steps=micro_steps)
     first, second = phase.loader.steps(PackPosition(0, 0), 0, 2)
-    options = {"use_transv": True, "device": torch.device("cpu"), "dtype": torch.float32}
-    train_step(ds_engine, first, **options)
+    context = TrainContext(device=torch.device("cpu"), dtype=torch.float32, use_transv=True)
+    train_step(ds_engine, first, context)
     files = take_snapshot(ds_engine)
     before = copy.deepcopy(files)
-    train_step(ds_engine, second, **options)
+    train_step(ds_engine, second, context)
     after = take_snapshot(ds_engine)
     ds_engine.destroy()
 
@@ -196,7 +197,7 @@ def test_a_snapshot_stays_as_it_was_while_training_goes_on(corpus: Corpus) -> No
     assert not any(torch.equal(one, other) for one, other in zip(values_of(files), values_of(after), strict=True))
 
 
-def test_a_run_on_an_object_store_goes_on_from_there(
+def test_a_run_on_an_object_store_resumes_from_there(
     finished: TrainConfig, corpus: Corpus, s3_bucket: s3fs.S3FileSystem
 ) -> None:
     checkpoint = {"every_steps": 5, "keep": 2}
@@ -215,7 +216,7 @@ def test_a_run_on_an_object_store_goes_on_from_there(
     assert all(torch.equal(own[name], expected[name]) for name in expected)
 
 
-def test_a_checkpoint_that_cannot_be_written_stops_the_run_and_leaves_the_last_one(corpus: Corpus) -> None:
+def test_a_failed_save_ends_the_run_and_keeps_the_last_checkpoint(corpus: Corpus) -> None:
     config = train_config(corpus, name="full-disk", checkpoint={"every_steps": 2, "keep": 20, "max_failed_saves": 0})
     folder = Path(RunFolder.of(config).checkpoints)
     folder.mkdir(parents=True)
@@ -229,14 +230,14 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_run_and_leaves_the_last_o
     assert newest.endswith("step-00000003")
 
 
-def test_a_finished_run_that_is_started_again_does_nothing_more(finished: TrainConfig, corpus: Corpus) -> None:
+def test_restarting_a_finished_run_does_nothing(finished: TrainConfig, corpus: Corpus) -> None:
     before = curve(finished)
     report = train_local(finished)
     assert report["instruct"]["steps"] == 6
     assert curve(finished) == before
 
 
-def test_checkpoints_are_pruned_to_the_newest(corpus: Corpus) -> None:
+def test_only_the_newest_checkpoints_are_kept(corpus: Corpus) -> None:
     config = train_config(corpus, name="pruned", checkpoint={"every_steps": 1, "keep": 2})
     train_local(config)
     folder = RunFolder.of(config).checkpoints
@@ -244,7 +245,7 @@ def test_checkpoints_are_pruned_to_the_newest(corpus: Corpus) -> None:
     assert sorted(path.name for path in Path(folder).glob("step-*")) == ["step-00000008", "step-00000009"]
 
 
-def test_bf16_learns_and_exports_its_fp32_masters(corpus: Corpus, finished: TrainConfig) -> None:
+def test_bfloat16_learns_and_exports_its_float32_masters(corpus: Corpus, finished: TrainConfig) -> None:
     values = train_values(corpus, name="bfloat16", dtype="bfloat16", activation_checkpointing=True)
     config = parse_config(TrainConfig, values)
     report = train_local(config)
@@ -255,7 +256,7 @@ def test_bf16_learns_and_exports_its_fp32_masters(corpus: Corpus, finished: Trai
     assert not torch.equal(weight, weight.bfloat16().float())
 
 
-def test_kernels_that_cannot_be_used_end_a_run_before_its_first_step(corpus: Corpus) -> None:
+def test_unusable_kernels_end_a_run_before_its_first_step(corpus: Corpus) -> None:
     config = train_config(corpus, name="kernels", backend="kernels")
     with pytest.raises(RuntimeError, match=r"backend = kernels cannot be used .*need CUDA, not cpu"):
         train_local(config)
@@ -264,7 +265,7 @@ def test_kernels_that_cannot_be_used_end_a_run_before_its_first_step(corpus: Cor
 
 @pytest.fixture(scope="module")
 def runs_by_stage(corpus: Corpus, finished: TrainConfig) -> Callable[[int], TrainConfig]:
-    """A finished run under each ZeRO stage, made when first asked for."""
+    """A finished run under each ZeRO stage, trained on first use."""
 
     @functools.cache
     def run(stage: int) -> TrainConfig:
@@ -292,7 +293,7 @@ def test_zero_stages_agree_and_export_the_same(
     expect_same_run(runs_by_stage(stage), finished)
 
 
-def test_an_optimizer_in_the_hosts_memory_trains_the_same(corpus: Corpus, finished: TrainConfig) -> None:
+def test_an_offloaded_optimizer_trains_the_same(corpus: Corpus, finished: TrainConfig) -> None:
     config = train_config(corpus, name="offload", zero={"stage": 2, "offload_optimizer": True})
     train_local(config)
     expect_same_run(config, finished)
@@ -301,7 +302,7 @@ def test_an_optimizer_in_the_hosts_memory_trains_the_same(corpus: Corpus, finish
 
 
 @pytest.mark.parametrize(("saved", "resumed"), [(2, 3), (3, 0), (0, 2)])
-def test_a_run_goes_on_under_another_zero_stage(
+def test_a_run_resumes_under_another_zero_stage(
     runs_by_stage: Callable[[int], TrainConfig], finished: TrainConfig, corpus: Corpus, saved: int, resumed: int
 ) -> None:
     name = f"stage-{saved}-{resumed}"
@@ -313,7 +314,7 @@ def test_a_run_goes_on_under_another_zero_stage(
     expect_same_run(config, finished, first_step=5)
 
 
-def test_bf16_masters_survive_another_zero_stage_to_the_last_bit(corpus: Corpus) -> None:
+def test_bfloat16_masters_survive_another_zero_stage_bit_for_bit(corpus: Corpus) -> None:
     values = train_values(corpus, name="masters", dtype="bfloat16")
     train_local(parse_config(TrainConfig, values))
     saved = interrupted_after(parse_config(TrainConfig, values), corpus, "masters-3", 8)
@@ -321,7 +322,7 @@ def test_bf16_masters_survive_another_zero_stage_to_the_last_bit(corpus: Corpus)
     assert checkpoint is not None
     export_weights(checkpoint, RunFolder.of(saved).weights("before"))
     for rule in values["phases"]["instruct"]["trainable"]:
-        rule |= {"lr": 0.0}  # the last step then leaves the masters as they are
+        rule |= {"lr": 0.0}  # the last step then does not change the masters
     resumed = parse_config(TrainConfig, values | {"name": "masters-3", "zero": {"stage": 3}})
     train_local(resumed)
     before, after = (from_pretrained(RunFolder.of(saved).weights(name)).state_dict() for name in ("before", "instruct"))
@@ -329,7 +330,7 @@ def test_bf16_masters_survive_another_zero_stage_to_the_last_bit(corpus: Corpus)
     assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in before.values())
 
 
-def test_exported_weights_answer_for_where_they_come_from(finished: TrainConfig, tmp_path: Path) -> None:
+def test_exported_weights_record_their_origin(finished: TrainConfig, tmp_path: Path) -> None:
     newest = Checkpoints(RunFolder.of(finished).checkpoints).newest()
     assert newest is not None
     export_weights(newest, str(tmp_path / "weights"), dtype="bfloat16")
@@ -346,7 +347,7 @@ def test_exported_weights_answer_for_where_they_come_from(finished: TrainConfig,
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_export_job_takes_a_configuration_or_a_checkpoint(
+def test_the_export_job_takes_a_configuration_or_a_checkpoint(
     finished: TrainConfig, corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = runpy.run_path(str(ROOT / "jobs" / "export.py"))["main"]
@@ -360,7 +361,7 @@ def test_export_job_takes_a_configuration_or_a_checkpoint(
     assert "no committed checkpoint in" in capsys.readouterr().err
 
 
-def test_a_changed_plan_is_refused_at_resume(finished: TrainConfig, corpus: Corpus) -> None:
+def test_resuming_with_another_plan_is_rejected(finished: TrainConfig, corpus: Corpus) -> None:
     with pytest.raises(ValueError, match="was training phase instruct on another pack plan"):
         train_local(train_config(corpus, name="finished", seed=1))
 
@@ -374,7 +375,7 @@ def test_a_changed_plan_is_refused_at_resume(finished: TrainConfig, corpus: Corp
         ({"schedule": {"warmup_ratio": 0.5}}, r"schedule.warmup_ratio 0.03 -> 0.5\)"),
     ],
 )
-def test_other_steps_are_refused_at_resume(
+def test_resuming_with_other_steps_is_rejected(
     finished: TrainConfig, corpus: Corpus, changes: dict[str, Any], difference: str
 ) -> None:
     config = interrupted_after(finished, corpus, "other-steps", 5)
@@ -385,7 +386,7 @@ def test_other_steps_are_refused_at_resume(
     shutil.rmtree(RunFolder.of(config).uri)
 
 
-def test_other_trained_parameters_are_refused_at_resume(finished: TrainConfig, corpus: Corpus) -> None:
+def test_resuming_with_other_trained_parameters_is_rejected(finished: TrainConfig, corpus: Corpus) -> None:
     config = interrupted_after(finished, corpus, "refused", 5)
     values = train_values(corpus, name=config.name)
     values["phases"]["instruct"]["trainable"] = [{"match": "lm_head.*", "lr": 1e-3}]
@@ -393,7 +394,7 @@ def test_other_trained_parameters_are_refused_at_resume(finished: TrainConfig, c
         train_local(parse_config(TrainConfig, values))
 
 
-def broken(corpus: Corpus, path: str, value: Any) -> dict[str, Any]:
+def with_value(corpus: Corpus, path: str, value: Any) -> dict[str, Any]:
     values = copy.deepcopy(train_values(corpus, name="broken"))
     node: Any = values
     *parents, last = path.split(".")
@@ -422,10 +423,10 @@ def broken(corpus: Corpus, path: str, value: Any) -> dict[str, Any]:
         ("phases.align.init", {"weights": "/nowhere"}, "config.json does not exist"),
     ],
 )
-def test_what_cannot_work_is_said_before_it_starts(
+def test_invalid_configurations_fail_before_the_first_step(
     corpus: Corpus, tmp_path: Path, caplog: pytest.LogCaptureFixture, path: str, value: Any, message: str
 ) -> None:
-    (tmp_path / "train.yaml").write_text(yaml.safe_dump(broken(corpus, path, value), sort_keys=False))
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(with_value(corpus, path, value), sort_keys=False))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             "timeviper_platform.training.local.setup_logging", lambda level: None
@@ -434,13 +435,13 @@ def test_what_cannot_work_is_said_before_it_starts(
     assert message in caplog.text
 
 
-def test_features_of_another_width_are_refused(corpus: Corpus, tmp_path: Path) -> None:
+def test_features_of_another_width_are_rejected(corpus: Corpus, tmp_path: Path) -> None:
     write_store(str(tmp_path / "wide"), {"a": torch.zeros(2, 4, DIM + 1)}, recipe=RECIPE)
     with pytest.raises(ValueError, match="have width 65, the model's projector takes 64"):
         train_local(train_config(corpus, name="wide", feature_store=str(tmp_path / "wide")))
 
 
-def test_paths_become_absolute_and_names_stay(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_paths_become_absolute_and_hub_names_stay(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(corpus.folder)
     config = with_absolute_paths(
         train_config(corpus, feature_store="features", tokenizer="nvidia/NVIDIA-Nemotron-Nano-9B-v2", runs="s3://a/b")

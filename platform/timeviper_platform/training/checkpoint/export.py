@@ -21,15 +21,10 @@ logger = logging.getLogger(__name__)
 
 
 def export_weights(checkpoint: str, output: str, *, dtype: Dtype = "float32") -> None:
-    """Writes the checkpoint's model, tokenizer and training metadata as a weights folder at `output`.
-
-    Args:
-        checkpoint: URI of a committed checkpoint.
-        output: URI of the folder; replaced if it exists.
-        dtype: Of the written tensors. Training needs float32, serving takes either.
+    """Writes the checkpoint's model, tokenizer and metadata as a weights folder at `output`, replacing it.
 
     Raises:
-        ValueError: if there is no committed checkpoint, or it does not hold the whole model.
+        ValueError: if there is no committed checkpoint, or it lacks parts of the model.
     """
     state, description, model = checkpoint_model(checkpoint)
     model = model.to(torch_dtype(dtype))
@@ -47,11 +42,7 @@ def export_weights(checkpoint: str, output: str, *, dtype: Dtype = "float32") ->
 
 
 def checkpoint_model(checkpoint: str) -> tuple[TrainState, dict[str, Any], TimeViper]:
-    """The state, model.json and whole model of a committed checkpoint, in float32 with merged adapters.
-
-    Raises:
-        ValueError: see `export_weights`.
-    """
+    """State, model.json and whole model of a committed checkpoint, in float32 with merged adapters."""
     state = read_state(checkpoint)
     description = storage.read_json(storage.join_uri(checkpoint, MODEL_FILE))
     saved_groups = storage.read_json(storage.join_uri(checkpoint, GROUPS_FILE))

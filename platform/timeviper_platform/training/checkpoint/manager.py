@@ -1,15 +1,12 @@
-"""Resumable state: DeepSpeed's shards, our own documents, and a COMMIT file that is written last.
+"""Committed checkpoints: written by threads while training continues, restored at any world size.
 
-    checkpoints/step-00000120/
-        mp_rank_00_model_states.pt, zero_pp_rank_*_optim_states.pt   DeepSpeed's shards
-        rng-00000.pt        torch's random generators, one file per rank
-        state.json          TrainState
-        groups.json         the optimizer groups, with learning rate and decay
-        model.json          the model's config and the metadata of its weights folder
-        COMMIT              names and sizes of all of the above; without it the folder is not a checkpoint
-
-Training waits while its state is copied; a thread of each rank writes the copy to any fsspec file system. Only COMMIT
-counts: a worker that is killed while saving leaves a folder that the next attempt overwrites.
+checkpoints/step-00000120/
+    mp_rank_00_model_states.pt, zero_pp_rank_*_optim_states.pt   DeepSpeed's shards
+    rng-00000.pt        random generators of each rank
+    state.json          TrainState
+    groups.json         optimizer groups
+    model.json          config and metadata of the model
+    COMMIT              sizes of all of the above, written last
 """
 
 from __future__ import annotations
@@ -46,17 +43,14 @@ TAG = re.compile(r"/step-\d{8,}$")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
-    """When to save checkpoints, and how many to keep."""
-
     every_steps: int = 500
     """Steps between checkpoints; 0 saves only at the end of each phase."""
     keep: int = 2
-    """Number of newest committed checkpoints to keep."""
+    """Newest committed checkpoints to keep."""
     max_failed_saves: int = 3
-    """Failed saves in a row that training tolerates. The next save is waited for and ends the run if it fails too; 0
-    ends it with the first failure."""
+    """Tolerated failed saves in a row. The next one is waited for and ends the run if it fails; 0 tolerates none."""
     retry_wait_s: float = 5.0
-    """Seconds before a phase's failed last checkpoint is saved again, doubled with every failure."""
+    """Seconds before a phase's failed last save is repeated; doubled each time."""
 
     def __post_init__(self) -> None:
         if self.every_steps < 0 or self.keep < 1:
@@ -66,7 +60,7 @@ class CheckpointConfig:
 
 
 class SaveFailedError(RuntimeError):
-    """A checkpoint could not be written; raised on every rank alike."""
+    """Raised on every rank alike."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,18 +70,13 @@ class Snapshot:
     tag: str
     global_step: int
     files: dict[str, Any]
-    """Content by file name, for torch.save."""
+    """For torch.save, by file name."""
     documents: dict[str, Any]
-    """Content by file name, for JSON; written by rank 0 only."""
+    """For JSON, by file name; written by rank 0."""
 
 
 class Checkpoints:
-    """The checkpoints of one run. Every rank has one; snapshot, write and wait are collective.
-
-    Args:
-        uri: The folder, on any fsspec file system.
-        keep: Number of newest committed checkpoints to keep.
-    """
+    """The checkpoints of one run; snapshot, write and wait are collective."""
 
     def __init__(self, uri: str, *, keep: int = 2) -> None:
         self.uri = uri
@@ -96,24 +85,22 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._outcome: str | BaseException | None = None
         self.newest_written = 0
-        """Global step of the newest checkpoint that this rank knows to be committed."""
+        """Global step of the newest checkpoint known to be committed."""
 
     def newest(self) -> str | None:
-        """The committed checkpoint with the highest step, or None."""
         return next((uri for uri in reversed(list_folders(self.uri)) if is_committed(uri)), None)
 
     def committed(self) -> list[str]:
-        """Every committed checkpoint, oldest first."""
+        """Oldest first."""
         return [uri for uri in list_folders(self.uri) if is_committed(uri)]
 
     def uri_of(self, state: TrainState) -> str:
-        """The URI of this state's checkpoint, saved or not."""
         return storage.join_uri(self.uri, _tag(state.global_step))
 
     def snapshot(
         self, ds_engine: Any, state: TrainState, groups: Sequence[ParameterGroup], model: dict[str, Any]
     ) -> Snapshot:
-        """Copies this rank's state, after which training may continue. `model` is the content of model.json."""
+        """Copies this rank's state; training may continue afterwards."""
         return Snapshot(
             tag=_tag(state.global_step),
             global_step=state.global_step,
@@ -126,11 +113,9 @@ class Checkpoints:
         )
 
     def write(self, snapshot: Snapshot, before_commit: Callable[[], None] | None = None) -> None:
-        """Writes and commits the snapshot in a thread; call `wait` before the next one, and at the end.
+        """Writes the snapshot in a thread; call `wait` before the next one.
 
-        Args:
-            snapshot: This rank's share.
-            before_commit: Called in rank 0's thread, for whatever must be stored before the checkpoint counts.
+        `before_commit` is called on rank 0.
         """
         assert self._thread is None  # two at a time would hold two copies of the state
         if self._group is None:
@@ -142,11 +127,11 @@ class Checkpoints:
         self._thread.start()
 
     def wait(self) -> str | None:
-        """Waits for the checkpoint that is being written and returns its URI; None if there is none.
+        """The URI of the checkpoint being written, once committed; None if there is none.
 
         Raises:
-            SaveFailedError: if a rank could not write its share; earlier checkpoints are untouched.
-            RuntimeError: if the ranks could not agree on the outcome, because one is gone.
+            SaveFailedError: if a rank could not write its share.
+            RuntimeError: if a rank is gone.
         """
         if self._thread is None:
             return None
@@ -159,7 +144,7 @@ class Checkpoints:
         return outcome
 
     def wait_quietly(self) -> str | None:
-        """`wait` for a run that is failing already: logs an error instead of raising it."""
+        """`wait` that logs errors, for a run that is failing already."""
         try:
             return self.wait()
         except RuntimeError as error:
@@ -203,7 +188,7 @@ class Checkpoints:
         storage.write_json(storage.join_uri(target, COMMIT_FILE), {"files": _sizes(target)})
 
     def _prune(self) -> None:
-        """Removes surplus checkpoints and the remains of failed saves; what cannot be removed is left for next time."""
+        """Removes surplus checkpoints and the remains of failed saves, as far as storage allows."""
         try:
             committed = self.committed()
             for uri in list_folders(self.uri):
@@ -217,15 +202,12 @@ class Checkpoints:
 
 
 def resolve_resume(uri: str, resume: Literal["auto", "never"] | str) -> str | None:
-    """The checkpoint from which a run with its checkpoints in `uri` starts; None for its initial weights.
+    """The checkpoint to start from; None for the initial weights.
 
-    Args:
-        uri: The run's folder of checkpoints.
-        resume: auto takes the newest committed one; never requires that there is none; anything else names a
-            checkpoint, this run's newest or one of another run.
+    `auto` is the newest committed one, `never` requires that there is none; a URI may name another run's checkpoint.
 
     Raises:
-        ValueError: if that would leave the run with two histories.
+        ValueError: if the run would get two histories.
     """
     newest = Checkpoints(uri).newest()
     if resume == "auto":
@@ -249,14 +231,13 @@ def restore_checkpoint(
     zero_stage: int,
     dtype: Dtype,
 ) -> Any:
-    """`build()`'s ds_engine with parameters, optimizer and random generators as they were at `uri`.
+    """`build()`'s ds_engine, restored to the checkpoint at `uri`.
 
-    With unchanged world size, ZeRO stage and dtype DeepSpeed loads its own files, bit for bit; else every parameter
-    is assembled from the shards of all ranks and partitioned again.
+    At the same world size, ZeRO stage and dtype DeepSpeed loads its files bit for bit; else parameters are resharded.
 
     Raises:
-        ValueError: if the trained parameters are not those of the checkpoint.
-        RuntimeError: if the files cannot be read, or hold more than data.
+        ValueError: if the checkpoint trained other parameters.
+        RuntimeError: if files cannot be read, or hold more than data.
     """
     state = read_state(uri)
     saved_groups = storage.read_json(storage.join_uri(uri, GROUPS_FILE))
@@ -278,7 +259,7 @@ def restore_checkpoint(
 
 
 def is_committed(uri: str) -> bool:
-    """True if the checkpoint at `uri` is complete: COMMIT exists and every file it lists has its size."""
+    """True if COMMIT exists and every file it lists has its size."""
     mark = storage.join_uri(uri, COMMIT_FILE)
     if not storage.exists(mark):
         return False
@@ -291,11 +272,7 @@ def is_committed(uri: str) -> bool:
 
 
 def read_state(uri: str) -> TrainState:
-    """The state of the committed checkpoint at `uri`.
-
-    Raises:
-        ValueError: if there is none, or it has another format version.
-    """
+    """Raises ValueError if nothing is committed at `uri`, or in another format version."""
     if not is_committed(uri):
         raise ValueError(
             f"there is no committed checkpoint at {uri!r}; name a folder step-* that holds a {COMMIT_FILE}"
@@ -304,14 +281,13 @@ def read_state(uri: str) -> TrainState:
 
 
 def open_shards(folder: Path, state: TrainState, saved_groups: list[dict[str, Any]]) -> SavedShards:
-    """The parameters in a checkpoint's local folder."""
     trained = [name for group in saved_groups for name in group["parameter_names"]]
     return SavedShards(folder, zero_stage=state.zero_stage, trained=trained)
 
 
 @contextlib.contextmanager
 def local_copy(uri: str) -> Iterator[Path]:
-    """A local folder with the checkpoint's files: itself if it is local, otherwise a download for the block."""
+    """The checkpoint's folder if local, else a download for the duration of the block."""
     filesystem, path = storage.split_uri(uri)
     if storage.is_local(uri):
         yield Path(path)
@@ -323,7 +299,6 @@ def local_copy(uri: str) -> Iterator[Path]:
 
 
 def list_folders(uri: str) -> list[str]:
-    """The folders directly inside `uri`, sorted."""
     filesystem, path = storage.split_uri(uri)
     filesystem.invalidate_cache()
     if not filesystem.isdir(path):
@@ -353,7 +328,7 @@ def _generator_states() -> dict[str, torch.Tensor]:
 
 
 def _set_generator_states(file: Path, state: TrainState) -> None:
-    """Restores this rank's generators; a rank that the saving run did not have gets its own seed."""
+    """Restores this rank's generators, or seeds those of a new rank."""
     if not file.exists():
         torch.manual_seed(state.global_step * 100_003 + dist.get_rank())
         return
@@ -378,7 +353,6 @@ def _check_same_groups(saved: list[dict[str, Any]], groups: Sequence[ParameterGr
 
 
 def _sizes(uri: str) -> dict[str, int]:
-    """Size of every file directly in `uri`, except COMMIT."""
     filesystem, path = storage.split_uri(uri)
     filesystem.invalidate_cache()
     found = filesystem.ls(path, detail=True)

@@ -13,20 +13,15 @@ from timeviper_platform.training.checkpoint.state import TrainState
 logger = logging.getLogger(__name__)
 
 OnCheckpoint = Callable[[str, dict[str, Any]], None]
-"""Called on every rank after a commit, with the checkpoint's URI and the metrics row of its step. The call comes when
-the next checkpoint is due or the phase ends, where all ranks are at the same point."""
+"""Called on every rank with a committed URI and its step's metrics row, when the next save is due or the phase ends."""
 
 
 class Checkpointer:
     """The checkpoints of one phase; every method is collective.
 
     Args:
-        checkpoints: Of the run.
-        config: How many failed saves to tolerate.
-        snapshot: Copies this rank's state.
-        log: Receives the row of a saved step, complete with the time it cost.
-        before_commit: Called on rank 0 for whatever must be stored before a checkpoint counts.
-        on_checkpoint: See OnCheckpoint.
+        log: Receives the row of a saved step.
+        before_commit: Called on rank 0.
     """
 
     def __init__(
@@ -49,16 +44,12 @@ class Checkpointer:
         self._newest: str | None = None
         self._failures_in_a_row = 0
         self.num_failed = 0
-        """Failed saves of this attempt at the phase."""
 
     def save(self, state: TrainState, row: dict[str, Any]) -> None:
-        """Snapshots `state` and writes it behind the next steps; adds `checkpoint_stall_s` to the step's row.
-
-        The steps wait until the previous checkpoint is finished and this one is in memory; if one more failure would
-        end the run, until it is committed.
+        """Snapshots `state`, adds the time it cost to the step's row, and writes in the background.
 
         Raises:
-            SaveFailedError: if more saves in a row failed than allowed; earlier checkpoints are untouched.
+            SaveFailedError: if more saves in a row failed than allowed.
         """
         started = time.perf_counter()
         self._settle()
@@ -71,11 +62,7 @@ class Checkpointer:
             self._settle()
 
     def finish(self) -> str | None:
-        """Waits for the newest checkpoint and repeats it while it fails; None if this attempt has saved none.
-
-        Raises:
-            SaveFailedError: see `save`.
-        """
+        """Waits for the newest checkpoint, repeating it while it fails; None if nothing was saved."""
         self._settle()
         while self._failures_in_a_row and self._last is not None:
             time.sleep(self._config.retry_wait_s * 2 ** (self._failures_in_a_row - 1))
@@ -84,7 +71,7 @@ class Checkpointer:
         return self._newest
 
     def _settle(self) -> None:
-        """Waits for the checkpoint that is being written, and reports it once it is committed."""
+        """Waits for the checkpoint being written, and reports it."""
         try:
             uri = self._checkpoints.wait()
         except SaveFailedError as error:
@@ -93,7 +80,7 @@ class Checkpointer:
             if self._failures_in_a_row > self._config.max_failed_saves:
                 raise
             logger.warning(
-                "%s; training goes on: %d of %d saves in a row may fail (checkpoint.max_failed_saves)",
+                "%s; training continues: %d of %d saves in a row may fail (checkpoint.max_failed_saves)",
                 *(error, self._failures_in_a_row, self._config.max_failed_saves),
             )
             return

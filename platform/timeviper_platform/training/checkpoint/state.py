@@ -1,4 +1,4 @@
-"""The state.json of a checkpoint: how far a run is, and the settings that its phase cannot change half-way."""
+"""The state.json of a checkpoint: progress, and settings that a phase cannot change half-way."""
 
 from __future__ import annotations
 
@@ -14,32 +14,28 @@ STATE_VERSION = 3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepPlan:
-    """A phase's packs per step, length and learning rate schedule, fixed from its first step to its last.
-
-    Resuming with other values would skip samples, repeat them or jump in the learning rate.
-    """
+    """Settings of a phase without which resuming would skip samples, repeat them or jump in the learning rate."""
 
     packs_per_step: int
     num_steps: int
     num_epochs: int | None
-    """None if the configuration counts steps."""
     schedule: ScheduleConfig
 
     def differences(self, now: StepPlan) -> list[str]:
-        """Every field that differs, as `name before -> now`."""
+        """As `name before -> now`."""
         before, after = _flat(self), _flat(now)
         return [f"{name} {before[name]} -> {after[name]}" for name in before if before[name] != after[name]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainState:
-    """Progress of a run after a step."""
+    """Progress after a step."""
 
     phase: str
     step: int
     """Finished steps of the phase."""
     global_step: int
-    """Finished steps of all phases."""
+    """Of all phases."""
     position: PackPosition
     plan_hash: str
     step_plan: StepPlan
@@ -47,10 +43,9 @@ class TrainState:
     zero_stage: int
     dtype: Dtype
     num_damaged: int = 0
-    """Samples that the phase has left out because their features could not be read."""
+    """Samples left out because their features could not be read."""
 
     def after_step(self, end: PackPosition, num_damaged: int) -> TrainState:
-        """The state one step later, at position `end` of the pack plan."""
         return replace(
             self,
             step=self.step + 1,
@@ -60,16 +55,11 @@ class TrainState:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, with the format version."""
         return {"version": STATE_VERSION, **asdict(self), "position": self.position._asdict()}
 
     @classmethod
     def from_json(cls, values: dict[str, Any], *, source: str) -> TrainState:
-        """The inverse of `to_json`.
-
-        Raises:
-            ValueError: if it was written in another format version.
-        """
+        """Raises ValueError for another format version."""
         values = dict(values)
         if (version := values.pop("version", None)) != STATE_VERSION:
             raise ValueError(
@@ -81,11 +71,7 @@ class TrainState:
         return cls(**{**values, "position": PackPosition(**values["position"]), "step_plan": step_plan})
 
     def check_resumable(self, now: TrainState, *, source: str) -> None:
-        """Compares this saved state with the initial state `now` of the configuration.
-
-        Raises:
-            ValueError: if the phase would continue with other packs, steps or learning rates.
-        """
+        """Raises ValueError if the phase would continue with other packs, steps or learning rates than `now`."""
         if self.plan_hash != now.plan_hash:
             raise ValueError(
                 f"{source} was training phase {self.phase} on another pack plan ({self.plan_hash[:12]}, now"

@@ -1,8 +1,6 @@
-"""Validation outside the training ranks, one checkpoint after another, while the ranks keep training.
+"""Validates checkpoints outside the ranks, one after another, while training continues.
 
-    step 500 -> checkpoint 500, committed -> evaluation starts ... step 537 -> its metrics join the row of step 500
-
-A failed evaluation costs its metrics and a warning, never a step.
+step 500 -> checkpoint 500, committed -> evaluation starts ... step 537 -> its metrics join the row of step 500
 """
 
 from __future__ import annotations
@@ -23,7 +21,6 @@ class EvalTask(NamedTuple):
     config: TrainConfig
     phase: str
     checkpoint: str
-    """URI; committed by the time the evaluation starts."""
     step: int
     """Of the phase."""
     global_step: int
@@ -33,7 +30,7 @@ class EvalHandle(Protocol):
     """A running evaluation."""
 
     def metrics(self) -> dict[str, float] | None:
-        """Its result; None while it runs. Raises if it failed."""
+        """None while it runs; raises if it failed."""
 
     def close(self) -> None:
         """Ends it in any state."""
@@ -43,12 +40,7 @@ StartEval = Callable[[EvalTask], EvalHandle]
 
 
 class AsyncEvaluator:
-    """The evaluations of one phase, on rank 0.
-
-    Args:
-        start: Starts one.
-        write: Receives the metrics row of each that succeeds.
-    """
+    """The evaluations of one phase, on rank 0. A failure costs a warning."""
 
     def __init__(self, start: StartEval, write: Callable[[dict[str, Any]], None]) -> None:
         self._start = start
@@ -57,14 +49,13 @@ class AsyncEvaluator:
         self._current: tuple[EvalTask, EvalHandle] | None = None
 
     def submit(self, task: EvalTask) -> None:
-        """Queues an evaluation; it starts when its checkpoint is committed and the earlier ones have ended."""
+        """Starts after the earlier evaluations, once its checkpoint is committed."""
         self._waiting.append(task)
 
     def poll(self, committed: int) -> bool:
         """Collects and starts what it can without waiting; True while evaluations are left.
 
-        Args:
-            committed: Global step of the newest committed checkpoint.
+        `committed` is the global step of the newest committed checkpoint.
         """
         if self._current is not None and self._has_ended(*self._current):
             self._current = None
@@ -72,14 +63,14 @@ class AsyncEvaluator:
             task = self._waiting.popleft()
             try:
                 self._current = task, self._start(task)
-            except Exception as error:  # noqa: BLE001 - training goes on without its metrics
+            except Exception as error:  # noqa: BLE001 - training continues without its metrics
                 _warn(task, error)
         return self._current is not None or bool(self._waiting)
 
     def _has_ended(self, task: EvalTask, handle: EvalHandle) -> bool:
         try:
             metrics = handle.metrics()
-        except Exception as error:  # noqa: BLE001 - training goes on without its metrics
+        except Exception as error:  # noqa: BLE001 - training continues without its metrics
             handle.close()
             _warn(task, error)
             return True
@@ -90,7 +81,6 @@ class AsyncEvaluator:
         return True
 
     def close(self) -> None:
-        """Ends the running evaluation and logs the ones that are left."""
         left = [*([self._current[0]] if self._current else []), *self._waiting]
         if self._current is not None:
             self._current[1].close()

@@ -1,7 +1,4 @@
-"""The share of samples whose first answer greedy generation reproduces token by token.
-
-Draws no random numbers and does not change the model, so that training stays bit-identical.
-"""
+"""The share of samples whose first answer greedy generation reproduces; draws no random numbers."""
 
 from __future__ import annotations
 
@@ -19,8 +16,6 @@ from timeviper_platform.training.distributed import sum_over_ranks
 
 
 class AnswerTask(NamedTuple):
-    """A conversation up to its first answer, and the expected answer."""
-
     prompt: Sample
     features: Tensor
     """(num_vision_tokens of the prompt, dim)"""
@@ -29,11 +24,9 @@ class AnswerTask(NamedTuple):
 
 
 def answer_task(sample: Sample, features: Tensor) -> AnswerTask:
-    """The sample's first answer and everything before it; later turns are dropped.
+    """The sample's first answer and everything before it.
 
-    Args:
-        sample: With at least one answer.
-        features: (num_vision_tokens, dim) of the sample.
+    `features` is (num_vision_tokens, dim).
     """
     start = sample.token_kind.index(TokenKind.RESPONSE)
     after = (index for index in range(start, len(sample)) if sample.token_kind[index] != TokenKind.RESPONSE)
@@ -51,13 +44,9 @@ def answer_task(sample: Sample, features: Tensor) -> AnswerTask:
 def exact_match_share(
     model: TimeViper, tasks: Iterable[AnswerTask], *, device: torch.device, dtype: torch.dtype
 ) -> float:
-    """Exact answers / tasks over all ranks, 0 without tasks; one collective.
+    """Exact answers / tasks over all ranks; one collective.
 
-    Args:
-        model: With whole parameters on this rank; its training mode is restored.
-        tasks: This rank's share, of any number.
-        device: Of the model.
-        dtype: Of its activations.
+    The model needs whole parameters on this rank; its training mode is restored.
     """
     was_training = model.training
     model.eval()
@@ -75,7 +64,6 @@ def exact_match_share(
 def _reproduces_answer(
     model: TimeViper, task: AnswerTask, cache: HybridCache, *, device: torch.device, dtype: torch.dtype
 ) -> bool:
-    """Generates until the answer is complete or a token differs."""
     prompt = pack_samples([task.prompt], [task.features]).to(device, dtype)
     tokens = stream_ids(model, [prompt], cache=cache)
     return all(expected == token[0] for expected, token in zip(task.answer, tokens, strict=False))

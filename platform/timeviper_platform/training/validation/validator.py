@@ -1,4 +1,4 @@
-"""Validation: the loss on held-out samples, and the share of them that the model answers exactly."""
+"""Validation on held-out samples: loss and exact answers."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ LOSS = "validation_loss"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Validator:
-    """The held-out samples of a phase, as one rank reads them."""
+    """One rank's share of a phase's held-out samples."""
 
     loader: BatchLoader
     """One epoch."""
     num_steps: int
     answer_entries: list[int]
-    """Entries that this rank answers."""
+    """Entries this rank answers."""
     num_answer_rounds: int
-    """Entries of the rank that has the most."""
+    """Entries of the rank with the most."""
 
     def validate(
         self,
@@ -44,14 +44,13 @@ class Validator:
         *,
         before_batch: Callable[[], None] = lambda: None,
     ) -> dict[str, float]:
-        """Metrics by their names in a row; collective where torch.distributed is initialized.
+        """Metrics by name; collective.
 
         Args:
-            forward: The ds_engine, left as it was; or a bare model.
+            forward: The ds_engine, or a bare model.
             model: With whole parameters on this rank, if answers are generated.
             context: As in training.
-            before_batch: Called before every batch and answer, equally often on every rank; may hold a collective
-                and may raise.
+            before_batch: Called before every batch and answer, equally often on every rank; may raise.
         """
         started = time.perf_counter()
         metrics = {LOSS: validation_loss(forward, self._steps(before_batch), context)}
@@ -69,7 +68,7 @@ class Validator:
             before_batch()
 
     def _answer_tasks(self, before_batch: Callable[[], None]) -> Iterator[AnswerTask]:
-        """This rank's tasks; a rank with fewer tasks than others still calls `before_batch` as often."""
+        """Calls `before_batch` as often as the other ranks."""
         for number in range(self.num_answer_rounds):
             before_batch()
             for sample, features in self.loader.samples(self.answer_entries[number : number + 1]):
@@ -79,7 +78,6 @@ class Validator:
 def build_validator(
     phase: PhaseConfig, builder: SampleBuilder, shape: BatchShape, measure: Measure, *, rank: int, world_size: int
 ) -> Validator | None:
-    """The phase's validator; None if the phase configures no validation."""
     if phase.validation is None:
         return None
     rows = SampleRows.read(phase.validation.samples)

@@ -66,7 +66,7 @@ def test_a_failed_save_is_logged_and_counted_and_training_continues(
     train_local(config)
     assert steps_of(config) == [1, 3, 4]
     assert [row["num_failed_saves"] for row in read_metrics(RunFolder.of(config).uri)] == [0, 0, 1, 1]
-    assert "step-00000002: no space left; training goes on: 1 of 3 saves in a row" in caplog.text
+    assert "step-00000002: no space left; training continues: 1 of 3 saves in a row" in caplog.text
     assert not Path(RunFolder.of(config).checkpoints, "step-00000002").exists()  # the next commit removes its remains
 
 

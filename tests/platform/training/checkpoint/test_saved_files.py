@@ -89,10 +89,10 @@ def finished(values: dict[str, Any], group_of_one: None) -> TrainConfig:
 
 
 def before_its_last_step(finished: TrainConfig, name: str) -> Path:
-    """Copies the run without its last checkpoint and weights; returns the newest checkpoint of the copy."""
+    """Copies the run by hard links, without its last checkpoint and weights; returns the copy's newest checkpoint."""
     run = Path(RunFolder.of(finished).uri)
     target = run.parent / name
-    shutil.copytree(run, target)
+    shutil.copytree(run, target, copy_function=os.link)
     shutil.rmtree(target / "weights")
     *_, newest, last = sorted((target / "checkpoints").glob("step-*"))
     shutil.rmtree(last)
@@ -103,8 +103,11 @@ def poison(checkpoint: Path, pattern: str, mark: Path) -> None:
     """Makes the files of that pattern run code and updates COMMIT to match."""
     commit = json.loads((checkpoint / COMMIT_FILE).read_text())
     for file in checkpoint.glob(pattern):
-        torch.save(torch.load(file, weights_only=False) | {"epoch": Touch(mark)}, file)
+        content = torch.load(file, weights_only=False)
+        file.unlink()  # a hard link
+        torch.save(content | {"epoch": Touch(mark)}, file)
         commit["files"][file.name] = file.stat().st_size
+    (checkpoint / COMMIT_FILE).unlink()
     (checkpoint / COMMIT_FILE).write_text(json.dumps(commit))
 
 
