@@ -99,12 +99,12 @@ def test_questions_about_stored_and_uploaded_videos_are_answered_plain_and_strea
     inline = f"data:video/mp4;base64,{base64.b64encode(endpoint.video.read_bytes()).decode()}"
     answers = {}
     for name, url, frames in (("stored", "feature://film", 24), ("file", uploaded.id, 6), ("inline", inline, 6)):
-        asked: Any = {"model": MODEL, "messages": question("What?", url), "max_tokens": 12}
-        plain = client.chat.completions.create(**asked)
+        options: Any = {"model": MODEL, "messages": question("What?", url), "max_tokens": 12}
+        plain = client.chat.completions.create(**options)
         answers[name] = plain.choices[0].message.content
         details = plain.usage.prompt_tokens_details.model_dump()
         assert (details["vision_tokens"], details["vision_tokens_after_transv"]) == (frames * 4, frames)
-        chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+        chunks = list(client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}))
         streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
         assert streamed == answers[name]
         usage, before = chunks[-1].usage.model_dump(), plain.usage.model_dump()

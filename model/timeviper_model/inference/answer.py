@@ -30,7 +30,7 @@ class SamplingParams:
     seed: int = 0
     """Seed of the answer's own random generator; unused when greedy."""
     stop: tuple[str | int, ...] = ()
-    """Texts or token ids that end the answer and are left out of its text. The template's end token always ends it."""
+    """Texts or token ids that end the answer and are left out of it, besides the template's end token."""
     num_logprobs: int | None = None
     """Number of alternatives to report with each token's log-probability; None = report no log-probabilities."""
 

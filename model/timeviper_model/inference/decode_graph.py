@@ -1,7 +1,7 @@
 """Greedy decode steps of neighbouring slots as one CUDA graph: no kernel launch from Python, no host synchronization.
 
-What changes from step to step (ids, positions) lies in tensors on the device, so that a captured step stays valid. The
-cache has room for all steps before the first. On a CPU the same operations run one by one.
+Ids and positions lie in tensors on the device, and the cache has room for all steps, so a captured step stays valid.
+On a CPU the same operations run one by one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Continuous batching of many requests through one model, one step at a time, without threads.
 
-A request waits in a queue, takes a slot of the cache and is prefilled in chunks. A step prefills a bounded number of
-tokens and then decodes one token for every slot, so no running answer waits for a long prompt.
+A step prefills a bounded number of tokens and then decodes one token for every slot, so no answer waits for a long
+prompt.
 
     engine.submit(request) -> id;   while engine.has_work: for event in engine.step(): ...
 
@@ -88,10 +88,9 @@ class InferenceEngine:
         """Allocates the cache.
 
         Args:
-            model: in eval mode, on its device and in its dtype.
-            config: defaults to EngineConfig().
-            tokenizer: for the events' text and for stop strings. Without one, answers are ids alone and end at the
-                configuration's eos_token_id.
+            model: in eval mode.
+            config: limits.
+            tokenizer: for text and stop strings. Without one, answers are ids and end at eos_token_id.
         """
         self.config = config or EngineConfig()
         if self.config.pack_weights:

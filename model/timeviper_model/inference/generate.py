@@ -28,8 +28,8 @@ def generate(model: TimeViper, tokenizer: Any, prompt: str, features: Tensor | N
         model: in eval mode.
         tokenizer: of the weights.
         prompt: the user's text.
-        features: (num_vision_tokens, dim); None asks without a medium.
-        sampling: fields of SamplingParams, but for `stop` and `num_logprobs`; greedy by default.
+        features: (num_vision_tokens, dim); None for a text-only prompt.
+        sampling: fields of SamplingParams, except `stop` and `num_logprobs`; greedy by default.
     """
     template, weight = TEMPLATES[model.config.chat_template], model.lm_head.weight
     rows = torch.zeros(0, model.config.vision.row_size) if features is None else features
@@ -53,8 +53,8 @@ def generate_ids(
     Args:
         model: in eval mode.
         prompts: one segment each, on the model's device and in its dtype.
-        end_id: the token that ends an answer.
-        params: of every answer; greedy by default.
+        end_id: ends an answer.
+        params: greedy by default.
     """
     params = params or SamplingParams()
     answers: list[list[int]] = [[] for _ in prompts]

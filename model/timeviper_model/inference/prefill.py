@@ -92,7 +92,7 @@ class Prefill:
 
         Args:
             model: in eval mode.
-            input_ids: (T,) int64 on the model's device, any id at vision positions.
+            input_ids: (T,) int64 on the model's device; ids of vision tokens are ignored.
             token_kind: (T,) int8 of TokenKind.
             features: returns the vision rows in blocks (rows, dim) of any size. Called once, at the first vision token,
                 and not at all with `prefix`. An empty block means 'not yet' and ends the call of `advance`.

@@ -1,1 +1,1 @@
-"""From requests to tokens, one engine a replica."""
+"""Requests to tokens, with one engine per replica."""

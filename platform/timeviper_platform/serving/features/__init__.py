@@ -1,1 +1,1 @@
-"""From uploaded or stored media to features."""
+"""Uploaded or stored media to features."""

@@ -1,1 +1,1 @@
-"""From HTTP to requests, and from tokens to responses."""
+"""HTTP to requests, and tokens to responses."""

@@ -74,8 +74,8 @@ def run(weights: Path, scenario: Scenario, **config: Any) -> Any:
     return asyncio.run(main())
 
 
-async def collect(service: EngineService, asked: GenerateRequest) -> list[AnswerDelta | Refusal]:
-    return [item async for item in service.generate(asked)]
+async def collect(service: EngineService, submitted: GenerateRequest) -> list[AnswerDelta | Refusal]:
+    return [item async for item in service.generate(submitted)]
 
 
 def text_of(items: list[AnswerDelta | Refusal], index: int = 0) -> str:
@@ -92,8 +92,8 @@ def test_answers_of_many_callers_equal_plain_generation(weights: Path) -> None:
     sizes = [0, 3, 6, 2]
 
     async def scenario(service: EngineService) -> list[str]:
-        asked = [request(f"Question {size}", media=(video(size),) if size else ()) for size in sizes]
-        return [text_of(items) for items in await asyncio.gather(*(collect(service, one) for one in asked))]
+        submitted = [request(f"Question {size}", media=(video(size),) if size else ()) for size in sizes]
+        return [text_of(items) for items in await asyncio.gather(*(collect(service, one) for one in submitted))]
 
     answers = run(weights, scenario, engine=EngineConfig(num_slots=2))
     model = from_pretrained(weights)
@@ -107,8 +107,8 @@ def test_answers_of_many_callers_equal_plain_generation(weights: Path) -> None:
 
 
 def test_deltas_have_index_reason_usage_and_log_probabilities(weights: Path) -> None:
-    asked = request(media=(video(6),), n=2, temperature=1.0, seed=5, num_logprobs=2)
-    items = run(weights, lambda service: collect(service, asked))
+    submitted = request(media=(video(6),), n=2, temperature=1.0, seed=5, num_logprobs=2)
+    items = run(weights, lambda service: collect(service, submitted))
     last = {item.index: item for item in items if isinstance(item, AnswerDelta) and item.finish_reason}
     assert set(last) == {0, 1}
     assert last[0].usage is not None
@@ -117,7 +117,7 @@ def test_deltas_have_index_reason_usage_and_log_probabilities(weights: Path) -> 
     assert len(logprobs) == last[0].usage.completion_tokens
     assert all(len(entry.top) == 2 for entry in logprobs)
     alone = run(
-        weights, lambda service: collect(service, replace(asked, n=1, sampling=replace(asked.sampling, seed=6)))
+        weights, lambda service: collect(service, replace(submitted, n=1, sampling=replace(submitted.sampling, seed=6)))
     )
     assert text_of(alone) == text_of(items, index=1)
 
@@ -134,10 +134,10 @@ def test_a_second_question_prefills_only_its_own_text_and_gets_the_same_answer(w
         questions[0],
         turns=(*questions[0].turns, ChatTurn(role="assistant", text="A"), ChatTurn(role="user", text="Why?")),
     )
-    asked = [*questions, follow_up]
+    submitted = [*questions, follow_up]
 
     async def scenario(service: EngineService) -> list[list[AnswerDelta | Refusal]]:
-        return [await collect(service, one) for one in asked]
+        return [await collect(service, one) for one in submitted]
 
     engine = EngineConfig(prefix_cache_bytes=2**24)
     cached, plain = run(weights, scenario, engine=engine), run(weights, scenario)
@@ -164,8 +164,8 @@ def test_no_prefix_is_shared_across_tenants_videos_or_system_texts(weights: Path
 
 def test_many_first_questions_at_once_compute_a_prefix_once(weights: Path) -> None:
     async def scenario(service: EngineService) -> tuple[int, int, list[str]]:
-        asked = [request(f"Question {number}", media=(video(),)) for number in range(4)]
-        answers = await asyncio.gather(*(collect(service, one) for one in [*asked, replace(asked[0], n=2)]))
+        submitted = [request(f"Question {number}", media=(video(),)) for number in range(4)]
+        answers = await asyncio.gather(*(collect(service, one) for one in [*submitted, replace(submitted[0], n=2)]))
         stats = await service.stats()
         return stats.prefix_misses, stats.prefix_hits, [text_of(answers[0]), *map(text_of, (answers[-1],))]
 
@@ -175,8 +175,8 @@ def test_many_first_questions_at_once_compute_a_prefix_once(weights: Path) -> No
 
 
 def test_the_first_token_is_sent_at_once_and_the_rest_is_gathered(weights: Path) -> None:
-    asked = request(max_new_tokens=64, temperature=1.0, num_logprobs=0)
-    items = run(weights, lambda service: collect(service, asked), coalesce_ms=100.0)
+    submitted = request(max_new_tokens=64, temperature=1.0, num_logprobs=0)
+    items = run(weights, lambda service: collect(service, submitted), coalesce_ms=100.0)
     sizes = [len(item.logprobs) for item in items if isinstance(item, AnswerDelta)]
     assert sizes[0] <= 3
     assert len(sizes) < sum(sizes) / 2
@@ -214,13 +214,13 @@ def test_impossible_requests_are_refused(weights: Path) -> None:
 
     async def scenario(service: EngineService) -> list[Refusal]:
         two_users = (ChatTurn(role="user", text="a"), ChatTurn(role="user", text="b"))
-        asked = [
+        submitted = [
             request("x" * 200),
             request("a <media> b"),
             request(turns=two_users),
             request(media=(lost,)),
         ]
-        return [refusal_of(await collect(service, one)) for one in asked]
+        return [refusal_of(await collect(service, one)) for one in submitted]
 
     refusals = run(weights, scenario, engine=EngineConfig(max_prompt_tokens=100))
     assert [(refusal.status, refusal.code) for refusal in refusals] == [

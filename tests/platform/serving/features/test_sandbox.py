@@ -64,7 +64,7 @@ def test_a_file_and_its_bytes_decode_alike_and_thinned(tmp_path: Path) -> None:
 
 def test_media_that_cannot_be_decoded_are_a_422_with_the_reason(tmp_path: Path) -> None:
     good = write_video(tmp_path / "a.mp4").read_bytes()
-    files = {"cut": good[: len(good) // 3], "text": b"this is no video\n" * 50, "empty": b""}
+    files = {"cut": good[: len(good) // 3], "text": b"this is not a video\n" * 50, "empty": b""}
     codes = {}
 
     async def scenario(sandbox: DecodeSandbox) -> None:

@@ -42,13 +42,13 @@ VISION = CONFIG_WITH_TRANSV.vision
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> ServingFolders:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> ServingFolders:
     return make_serving_folders(tmp_path_factory.mktemp("features"))
 
 
-def service_of(made: ServingFolders, **config: Any) -> FeatureService:
-    values = {"feature_store": made.store, "encoder": made.encoder, **config}
-    return FeatureService(made.weights, FeatureServiceConfig(**values), lambda array: array)
+def service_of(folders: ServingFolders, **config: Any) -> FeatureService:
+    values = {"feature_store": folders.store, "encoder": folders.encoder, **config}
+    return FeatureService(folders.weights, FeatureServiceConfig(**values), lambda array: array)
 
 
 def run(service: FeatureService, scenario: Callable[[FeatureService], Awaitable[Any]]) -> Any:
@@ -73,28 +73,28 @@ def upload(data: bytes) -> MediaBytes:
     return MediaBytes(data=data, sha256=hashlib.sha256(data).hexdigest(), modality="video")
 
 
-def test_stored_features_are_thinned_to_the_lower_of_both_limits(made: ServingFolders) -> None:
+def test_stored_features_are_thinned_to_the_lower_of_both_limits(folders: ServingFolders) -> None:
     async def scenario(service: FeatureService) -> list[int]:
         limits = [{}, {"max_frames": 3}, {"max_frames": 1000}, {"fps": 0.25}, {"fps": 30.0}]
         return [(await service.features(stored(), **values)).num_frames for values in limits]  # type: ignore[arg-type,union-attr]
 
-    assert run(service_of(made, max_frames=24), scenario) == [24, 3, 24, 10, 24]
+    assert run(service_of(folders, max_frames=24), scenario) == [24, 3, 24, 10, 24]
 
 
-def test_stored_features_are_returned_bit_for_bit(made: ServingFolders) -> None:
-    reference = run(service_of(made), lambda service: service.features(stored()))
-    expected = FeatureStore.open(made.store).read("film")
+def test_stored_features_are_returned_bit_for_bit(folders: ServingFolders) -> None:
+    reference = run(service_of(folders), lambda service: service.features(stored()))
+    expected = FeatureStore.open(folders.store).read("film")
     assert np.array_equal(reference.ref, expected.features.view(torch.int16).numpy())
     assert (reference.num_tokens_per_frame, reference.duration_seconds, reference.modality) == (4, 40.0, "video")
 
 
-def test_an_unknown_id_is_a_404(made: ServingFolders) -> None:
+def test_an_unknown_id_is_a_404(folders: ServingFolders) -> None:
     for config in ({}, {"feature_store": None}):
-        refusal = run(service_of(made, **config), lambda service: service.features(stored("nothing")))
+        refusal = run(service_of(folders, **config), lambda service: service.features(stored("nothing")))
         assert (refusal.status, refusal.code) == (404, "media_not_found")
 
 
-def test_an_upload_has_the_features_of_preprocessing(made: ServingFolders, tmp_path: Path) -> None:
+def test_an_upload_has_the_features_of_preprocessing(folders: ServingFolders, tmp_path: Path) -> None:
     data = video_bytes(tmp_path)
     (tmp_path / "b.media").write_bytes(data)
     file = MediaFile(uri=str(tmp_path / "b.media"), sha256="other", modality="video")
@@ -105,16 +105,18 @@ def test_an_upload_has_the_features_of_preprocessing(made: ServingFolders, tmp_p
             await service.features(file, max_frames=4),
         ]
 
-    inline, stored_file = run(service_of(made), scenario)
+    inline, stored_file = run(service_of(folders), scenario)
     frames = read_frames(data, IMAGE_SIZE, fps=Fraction(1), max_frames=4).frames
-    expected = FrameEncoder(made.encoder).encode(frames).view(torch.int16).numpy()
+    expected = FrameEncoder(folders.encoder).encode(frames).view(torch.int16).numpy()
     assert np.array_equal(inline.ref, expected)
     assert np.array_equal(stored_file.ref, expected)
     assert inline.duration_seconds == pytest.approx(6.0)
 
 
-def test_an_upload_that_the_store_knows_is_not_decoded(made: ServingFolders, monkeypatch: pytest.MonkeyPatch) -> None:
-    service = service_of(made, encoder=None)
+def test_an_upload_that_the_store_knows_is_not_decoded(
+    folders: ServingFolders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = service_of(folders, encoder=None)
     known_hash = hashlib.sha256(b"known").hexdigest()
     monkeypatch.setattr(FeatureStore, "find", lambda store, sha256: {known_hash: "film"}.get(sha256))
     known = run(service, lambda service: service.features(upload(b"known"), max_frames=2))
@@ -123,11 +125,11 @@ def test_an_upload_that_the_store_knows_is_not_decoded(made: ServingFolders, mon
     assert (unknown.status, unknown.code) == (400, "uploads_disabled")
 
 
-def test_features_are_computed_once_for_concurrent_requests_and_cached(made: ServingFolders, tmp_path: Path) -> None:
+def test_features_are_computed_once_for_concurrent_requests_and_cached(folders: ServingFolders, tmp_path: Path) -> None:
     data = video_bytes(tmp_path)
     puts = []
-    config = FeatureServiceConfig(feature_store=made.store, encoder=made.encoder)
-    service = FeatureService(made.weights, config, lambda array: puts.append(array) or array)
+    config = FeatureServiceConfig(feature_store=folders.store, encoder=folders.encoder)
+    service = FeatureService(folders.weights, config, lambda array: puts.append(array) or array)
 
     async def scenario(service: FeatureService) -> list[Any]:
         first = asyncio.create_task(service.features(upload(data)))
@@ -141,11 +143,11 @@ def test_features_are_computed_once_for_concurrent_requests_and_cached(made: Ser
     assert all(answer is answers[0] for answer in answers)
 
 
-def test_cached_features_are_evicted_least_recently_used_first(made: ServingFolders) -> None:
+def test_cached_features_are_evicted_least_recently_used_first(folders: ServingFolders) -> None:
     frame_bytes = 4 * VISION.hidden_size * 2
     puts: list[int] = []
-    config = FeatureServiceConfig(feature_store=made.store, cache_bytes=5 * frame_bytes)
-    service = FeatureService(made.weights, config, lambda array: puts.append(len(array)))
+    config = FeatureServiceConfig(feature_store=folders.store, cache_bytes=5 * frame_bytes)
+    service = FeatureService(folders.weights, config, lambda array: puts.append(len(array)))
 
     async def scenario(service: FeatureService) -> None:
         for max_frames in (2, 3, 2, 1, 2, 3):  # 1 pushes out 3, used longest ago
@@ -155,7 +157,7 @@ def test_cached_features_are_evicted_least_recently_used_first(made: ServingFold
     assert puts == [2, 3, 1, 3]
 
 
-def test_a_bad_upload_is_refused_and_not_cached(made: ServingFolders, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bad_upload_is_refused_and_not_cached(folders: ServingFolders, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = []
     decode = DecodeSandbox.decode
 
@@ -164,19 +166,19 @@ def test_a_bad_upload_is_refused_and_not_cached(made: ServingFolders, monkeypatc
         return await decode(*arguments, **options)
 
     async def scenario(service: FeatureService) -> Any:
-        return [await service.features(upload(b"this is no video" * 10)) for _ in range(2)]
+        return [await service.features(upload(b"this is not a video" * 10)) for _ in range(2)]
 
     monkeypatch.setattr(DecodeSandbox, "decode", counted)
-    for refusal in run(service_of(made), scenario):
+    for refusal in run(service_of(folders), scenario):
         assert (refusal.status, refusal.code) == (422, "unknown_format")
     assert len(decoded) == 2
 
 
-def test_a_failing_store_is_a_503(made: ServingFolders, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_store_is_a_503(folders: ServingFolders, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(store: FeatureStore, media_id: str, frames: Any) -> Any:
         raise RuntimeError("the disk is away")
 
-    service = service_of(made)
+    service = service_of(folders)
     monkeypatch.setattr(FeatureStore, "read", broken)
     refusal = run(service, lambda service: service.features(stored()))
     assert (refusal.status, refusal.code) == (503, "features_failed")
@@ -190,31 +192,31 @@ def test_a_lower_rate_takes_the_first_frame_of_each_interval() -> None:
     assert thin_to_fps([], 1.0) == []
 
 
-def test_an_encoder_that_differs_from_the_stores_is_refused(made: ServingFolders) -> None:
-    other = replace(made.encoder, encode_batch_frames=8)
+def test_an_encoder_that_differs_from_the_stores_is_refused(folders: ServingFolders) -> None:
+    other = replace(folders.encoder, encode_batch_frames=8)
     with pytest.raises(ValueError, match="encode_batch_frames: 8 and 4") as caught:
-        service_of(made, encoder=other)
-    assert made.store in str(caught.value)
-    assert made.encoder.model in str(caught.value)
+        service_of(folders, encoder=other)
+    assert folders.store in str(caught.value)
+    assert folders.encoder.model in str(caught.value)
     with pytest.raises(ValueError, match="compiled: True and False"):
-        service_of(made, encoder=replace(made.encoder, compile=True))
+        service_of(folders, encoder=replace(folders.encoder, compile=True))
 
 
-def test_a_store_of_another_release_is_refused_with_a_fix(made: ServingFolders, tmp_path: Path) -> None:
-    store = Path(shutil.copytree(made.store, tmp_path / "store"))
+def test_a_store_of_another_release_is_refused_with_a_fix(folders: ServingFolders, tmp_path: Path) -> None:
+    store = Path(shutil.copytree(folders.store, tmp_path / "store"))
     header = json.loads((store / "store.json").read_text())
     header["recipe"]["recipe_version"] -= 1
     (store / "store.json").write_text(json.dumps(header))
     with pytest.raises(ValueError, match=r"recipe_version: \d and \d\n.*preprocess into a new folder"):
-        service_of(made, feature_store=str(store))
+        service_of(folders, feature_store=str(store))
 
 
-def test_weights_for_other_features_are_refused(made: ServingFolders, tmp_path: Path) -> None:
-    config = json.loads((Path(made.weights) / "config.json").read_text())
+def test_weights_for_other_features_are_refused(folders: ServingFolders, tmp_path: Path) -> None:
+    config = json.loads((Path(folders.weights) / "config.json").read_text())
     config["vision_config"]["num_tokens_per_frame"] = 16
     config["timeviper_metadata"] = {"recipe_hash": "0" * 64}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    wrong = replace(made, weights=str(tmp_path))
+    wrong = replace(folders, weights=str(tmp_path))
     for settings in ({"encoder": None}, {"feature_store": None}):
         with pytest.raises(ValueError, match="num_tokens_per_frame: 16 and 4") as caught:
             service_of(wrong, **settings)
@@ -231,7 +233,7 @@ def test_a_configuration_without_features_is_refused(values: dict[str, Any]) -> 
         FeatureServiceConfig(**values)
 
 
-def test_a_key_covers_content_recipe_and_frames(made: ServingFolders, tmp_path: Path) -> None:
+def test_a_key_covers_content_recipe_and_frames(folders: ServingFolders, tmp_path: Path) -> None:
     data = video_bytes(tmp_path)
 
     async def scenario(service: FeatureService) -> list[str]:
@@ -246,11 +248,11 @@ def test_a_key_covers_content_recipe_and_frames(made: ServingFolders, tmp_path: 
         ]
         return [(await service.features(source, **limits)).key for source, limits in requests]  # type: ignore[union-attr]
 
-    service = service_of(made)
+    service = service_of(folders)
     stored_key, same, *others = run(service, scenario)
     assert stored_key == same
     assert len({stored_key, *others}) == 6
-    other_recipe = service_of(made)
+    other_recipe = service_of(folders)
     assert other_recipe.store is not None
     other_recipe.store.recipe_hash = "another"
     other_recipe.recipe = "another"
