@@ -44,13 +44,13 @@ class TowerConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VisionTowerConfig(TowerConfig):
-    """The vision tower that encodes every frame, optionally a second one, and how they run."""
+    """The vision tower that encodes every frame, an optional second one, and how they run."""
 
     model: str = "google/siglip-so400m-patch14-384"
     dtype: Dtype = "float32"
-    """Dtype in which the towers compute. Features are stored in bfloat16."""
+    """Dtype of the towers. Features are stored in bfloat16."""
     encode_batch_frames: int = 32
-    """Frames per batch, padded if necessary. Part of the recipe."""
+    """Frames per batch. Part of the recipe."""
     device: str = "cpu"
     compile: bool = False
     """torch.compile: fewer kernels, a minute or more per worker start. Rounds differently, so part of the recipe."""
@@ -64,11 +64,11 @@ class VisionTowerConfig(TowerConfig):
 
     @property
     def towers(self) -> tuple[TowerConfig, ...]:
-        """The first tower, and the second if there is one."""
+        """One or two towers."""
         return (self,) if self.second is None else (self, self.second)
 
     def with_names(self, rename: Callable[[str], str]) -> VisionTowerConfig:
-        """A copy with each tower's `model` renamed, such as to an absolute path."""
+        """Renames each tower's `model`, such as to an absolute path."""
         second = self.second and replace(self.second, model=rename(self.second.model))
         return replace(self, model=rename(self.model), second=second)
 
@@ -78,11 +78,11 @@ class EncoderDescription:
     """The recipe and the sizes of an encoder."""
 
     recipe: dict[str, Any]
-    """Everything about the encoder that determines the features' values."""
+    """Everything that determines the features' values."""
     image_size: int
-    """Side of the frames that the encoder takes."""
+    """Side of the input frames."""
     dim: int
-    """Width of the features."""
+    """Width of a token."""
     num_tokens_per_frame: int
 
     @classmethod
@@ -100,7 +100,7 @@ class EncoderDescription:
         }
         if config.compile:
             recipe["compiled"] = True
-        for second in others:  # a recipe of one tower has neither key: its hash stays as it was before second towers
+        for second in others:  # one tower has neither key, so its hash is older than second towers
             recipe["hidden_size"] = towers[0].hidden_size
             recipe["second"] = {**second, "hidden_size": towers[1].hidden_size}
         return cls(
@@ -137,7 +137,6 @@ class FrameEncoder:
         description = EncoderDescription.of(config, [TowerDescription.of(tower.vision) for tower in self.towers])
         self.recipe = description.recipe
         self.image_size = description.image_size
-        """Side of the frames that `encode` takes."""
         self.dim = description.dim
         self.num_tokens_per_frame = description.num_tokens_per_frame
 

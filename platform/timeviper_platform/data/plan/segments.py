@@ -30,7 +30,7 @@ SEGMENT_FRAMES = 64
 """28 MB of frames at 384 x 384: what a worker holds at once, however long the video."""
 
 MAX_TABLE_ROWS = 65_536
-"""Rows of one PLAN table. A page of films would have millions."""
+"""Rows of one PLAN table: a page of films has millions."""
 
 READ_THREADS = 16
 """File versions and hashes wait for disks and object stores."""

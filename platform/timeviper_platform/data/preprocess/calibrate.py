@@ -53,7 +53,6 @@ class Calibration:
         Args:
             decode_slots: decoding processes, in mode split.
             encode_slots: encoding processes; a fused one also writes, while its child process decodes ahead.
-            is_fused: all stages run in the same worker.
             num_cores: shared by all processes.
             has_gpu: encoding uses no CPU cores.
 
@@ -98,7 +97,7 @@ class SegmentSample:
 
 
 def sample_of(segments: Iterable[Segment], size: int = MAX_SEGMENTS) -> list[Segment]:
-    """The sample that `SegmentSample` draws from these segments."""
+    """The sample that `SegmentSample` draws."""
     return heapq.nsmallest(size, segments, key=lambda segment: segment.segment_id)
 
 
@@ -196,7 +195,7 @@ def _start_slot(spec: WorkerSpec, barrier: Barrier) -> None:
 
 
 def _keep_busy(task: WriteTask, seconds: float) -> list[TaskResult]:
-    """Processes the task repeatedly, starting when every slot is ready."""
+    """Repeats the task, starting when every slot is ready."""
     worker, barrier = _slot
     worker.process(replace(task, segments=task.segments[:1]))  # loading libraries is not a frame's cost
     barrier.wait(timeout=300)

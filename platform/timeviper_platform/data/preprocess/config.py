@@ -19,18 +19,18 @@ class ExecutionConfig:
     """How the work is spread over processes."""
 
     mode: Literal["fused", "split", "auto"] = "fused"
-    """fused = each worker decodes and encodes; split = decoding has workers of its own, for GPU encoders that would
-    wait for it; auto = measures a few segments in a worker and picks the faster mode."""
+    """fused = each worker decodes and encodes; split = decoding has its own workers, for GPU encoders that would wait;
+    auto = measures a few segments and picks the faster mode."""
     num_workers: int | None = None
     """Maximum encoding processes; null = one per CPU, or one per GPU if gpus_per_worker > 0."""
     min_workers: int | None = None
-    """Minimum encoding processes; more start while tasks wait. null = initial_workers, or num_workers."""
+    """Minimum encoding processes; null = initial_workers, or num_workers."""
     initial_workers: int | None = None
     """Encoding processes at the start; null = min_workers."""
     num_decode_workers: int | None = None
     """Decoding processes in mode split; null = one per CPU."""
     cpus_per_worker: float = 0.75
-    """CPUs reserved per worker. Below 1, so that Ray's own small tasks are not starved on small machines."""
+    """CPUs reserved per worker. Below 1, so that Ray's own tasks find room on small machines."""
     gpus_per_worker: float = 0.0
     """GPUs reserved per encoding worker."""
     num_threads: int = 1
@@ -38,7 +38,7 @@ class ExecutionConfig:
     frames_per_file: int = 2048
     """Approximate frames per data file; 8192 frames of 16 x 1152 are 302 MB."""
     row_group_bytes: int = ROW_GROUP_BYTES
-    """Minimum feature bytes per row group, and so per read. Does not change the features."""
+    """Minimum feature bytes per row group, and so per read."""
     progress_seconds: float = 5.0
     """Seconds between progress lines in the log; terminals show a bar."""
     max_consecutive_failures: int | None = 100
@@ -77,8 +77,7 @@ class PreprocessConfig:
     hash: Literal["none", "sha256"] = "none"
     """sha256 reads every file once more; required for stores in which serving looks up uploads."""
     retry_errors: tuple[str, ...] | Literal["all"] = ()
-    """Error types of committed segments to try again, such as after raising a limit. Transient errors (RETRYABLE) are
-    tried again by every run."""
+    """Error types of committed segments to try again. Every run tries transient errors (RETRYABLE) again."""
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.errors_to_retry) - set(ErrorType)):
@@ -87,7 +86,7 @@ class PreprocessConfig:
             )
         if self.sampling.frame_selection == "keyframes" and self.decode.backend != "pyav":
             raise ValueError(
-                f"{self.sampling.frame_selection = } requires decode.backend pyav, not {self.decode.backend!r}"
+                f"{self.sampling.frame_selection = } needs decode.backend pyav, not {self.decode.backend!r}"
             )
         mode, device = self.execution.mode, self.encoder.device
         if self.decode.backend == "nvdec" and (mode != "fused" or device != "cuda"):
@@ -102,7 +101,7 @@ class PreprocessConfig:
         return tuple(ErrorType) if self.retry_errors == "all" else self.retry_errors
 
     def with_absolute_paths(self) -> PreprocessConfig:
-        """Resolves local paths, so that they mean the same in every worker's working directory."""
+        """Resolves local paths, which must not depend on a worker's working directory."""
 
         def resolve(uri: str) -> str:
             return storage.split_uri(uri)[1] if storage.is_local(uri) else uri

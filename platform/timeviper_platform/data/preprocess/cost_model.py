@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from timeviper_platform.common.storage import READ_AHEAD_BYTES
 from timeviper_platform.data.plan.segments import MAX_TABLE_ROWS, SEGMENT_FRAMES
 
-BYTES_A_VALUE = 2
+BYTES_PER_VALUE = 2
 """bf16"""
 
 
@@ -45,16 +45,16 @@ class ScaleConfig:
     dim: int = 1152
     frames_per_file: int = 512
     video_megabytes: float = 50.0
-    """Size of one source file, all of which is read from storage."""
+    """Size of one source file, which is read completely."""
     num_gpus: int = 8
     encode_frames_per_second: float = 0.0
     """Measured rate of one GPU; 0 = gpu_peak_tflops * mfu / FLOPs per frame."""
     gpu_peak_tflops: float = 989.0
-    """Dense bf16 peak according to the vendor: 989 for an H100 SXM."""
+    """Dense bf16 peak: 989 for an H100 SXM."""
     mfu: float = 0.4
     """Share of the peak that the encoder reaches; an assumption."""
     second_num_tokens_per_frame: int = 0
-    """Tokens per frame of a second tower, as in `encoder.second`; 0 = no second tower."""
+    """As in `encoder.second`; 0 = no second tower."""
     second_dim: int = 0
     """Its width. Rows have the width of the wider tower."""
     second_teraflops_per_frame: float = 0.0
@@ -62,8 +62,7 @@ class ScaleConfig:
     second_encode_frames_per_second: float = 0.0
     """Its measured rate; 0 = computed."""
     decode_milliseconds: float = 17.6
-    """One core's time to decode and scale a sampled frame, as printed by `jobs/preprocess.py --dry-run`. The default is
-    that of Big Buck Bunny (H.264, 1280 x 720, 24 fps)."""
+    """Of one core for a sampled frame, as `jobs/preprocess.py --dry-run` prints it. Default: Big Buck Bunny (720p)."""
     price_gpu_hour: float = 0.0
     price_core_hour: float = 0.0
     price_gigabyte_month: float = 0.0
@@ -95,13 +94,13 @@ class Scale:
     frames: int
     segments: int
     files: int
-    """Upper bound: a file holds frames_per_file // 64 full segments, but more short ones."""
+    """Upper bound: files may hold more short segments."""
     feature_bytes: int
     encode_frames_per_second: float
-    """Rate of one GPU that runs all towers one after the other."""
+    """Of one GPU that runs all towers."""
     gpu_hours: float
     hours: float
-    """Wall time with all GPUs busy."""
+    """Wall time."""
     core_hours: float
     cores_per_gpu: float
     puts: int
@@ -119,12 +118,12 @@ def compute_scale(config: ScaleConfig, tower: TowerSizes | None = None) -> Scale
     segments = config.num_videos * -(-frames_per_video // SEGMENT_FRAMES)
     files = -(-segments // max(1, config.frames_per_file // SEGMENT_FRAMES))
     num_tokens = config.num_tokens_per_frame + config.second_num_tokens_per_frame
-    feature_bytes = frames * num_tokens * max(config.dim, config.second_dim) * BYTES_A_VALUE
+    feature_bytes = frames * num_tokens * max(config.dim, config.second_dim) * BYTES_PER_VALUE
     rate = _encode_rate(config, tower or TowerSizes())
     gpu_hours, core_hours = frames / rate / 3600, frames * config.decode_milliseconds / 1e3 / 3600
     # data files and their commit records; plan files; index, rejects, report and store.json
     puts = 2 * files + -(-segments // MAX_TABLE_ROWS) + 4
-    # per video its size and read-ahead blocks; per data file a check for its record, and the record at the end
+    # per video its size and read-ahead blocks; per data file a check, and the record at the end
     gets = config.num_videos * (1 + -(-int(config.video_megabytes * 1e6) // READ_AHEAD_BYTES)) + 2 * files
     compute_cost = gpu_hours * config.price_gpu_hour + core_hours * config.price_core_hour
     request_cost = (puts * config.price_thousand_puts + gets * config.price_thousand_gets) / 1000
@@ -146,7 +145,7 @@ def compute_scale(config: ScaleConfig, tower: TowerSizes | None = None) -> Scale
 
 
 def _encode_rate(config: ScaleConfig, tower: TowerSizes) -> float:
-    """Frames per second of one GPU that runs the towers one after the other."""
+    """Frames per second of one GPU that runs all towers."""
     flops_per_second = config.gpu_peak_tflops * 1e12 * config.mfu
     first = config.encode_frames_per_second or flops_per_second / tower.flops()
     if not config.has_second:

@@ -7,6 +7,7 @@ split   tasks -> [decode] -> [encode, write, commit]          the encoder has a 
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import os
 import pickle
@@ -15,6 +16,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
+import numpy as np
 import pyarrow as pa
 import torch
 
@@ -46,7 +48,7 @@ MAX_BLOCK_BYTES = 512 << 20
 
 
 def plan_on_ray(pages: Iterable[list[Medium]], spec: PlanSpec) -> Iterator[pa.Table]:
-    """Does the same as `plan_here` with a Ray task per page, a few at a time; results keep their order."""
+    """`plan_here` with a Ray task per page, a few at a time, in order."""
     import ray
 
     with connect():
@@ -62,7 +64,7 @@ def plan_on_ray(pages: Iterable[list[Medium]], spec: PlanSpec) -> Iterator[pa.Ta
 
 
 def plan_remotely(page: list[Medium], spec: PlanSpec) -> tuple[list[pa.Table], int]:
-    """PLAN tables of a page, and the storage retries that they took in this process."""
+    """PLAN tables of a page, and their storage retries in this process."""
     before = storage.num_retries()
     return list(plan_page(page, spec)), storage.num_retries() - before
 
@@ -97,7 +99,7 @@ def run_on_ray(missing: Collection[Segment], spec: WorkerSpec, config: Execution
 
 
 def settle_mode(config: ExecutionConfig, missing: Iterable[Segment], spec: WorkerSpec) -> ExecutionConfig:
-    """Replaces mode auto by fused or split, whichever a calibration in a worker predicts to be faster."""
+    """Replaces mode auto by the mode that a calibration in a worker predicts to be faster."""
     import ray
 
     if config.mode != "auto":
@@ -168,7 +170,7 @@ def _steps(spec: WorkerSpec, config: ExecutionConfig, num_tasks: int) -> list[di
 
 
 def worker_slots(config: ExecutionConfig) -> tuple[int, int]:
-    """Number of decoding and encoding processes, on the connected cluster or else on this machine."""
+    """Decoding and encoding processes, on the connected cluster or this machine."""
     if has_cluster():
         import ray
 
@@ -181,7 +183,7 @@ def worker_slots(config: ExecutionConfig) -> tuple[int, int]:
 
 
 def num_cpus() -> int:
-    """CPUs of the connected cluster, or else of this machine."""
+    """CPUs of the connected cluster, or of this machine."""
     if not has_cluster():
         return os.cpu_count() or 1
     import ray
@@ -223,7 +225,7 @@ class EncodeStep(_Step):
 
 
 def to_block(values: Sequence[WriteTask | TaskResult]) -> pa.Table:
-    """Values as Arrow rows: their pickle, and the arrays in them as buffers that are read without a copy."""
+    """Values as Arrow rows: pickles, and their arrays as buffers that are read without a copy."""
     rows = []
     for value in values:
         arrays: list[pickle.PickleBuffer] = []
@@ -233,11 +235,20 @@ def to_block(values: Sequence[WriteTask | TaskResult]) -> pa.Table:
 
 
 def from_block(block: pa.Table) -> list[Any]:
-    """The values of `to_block`; their arrays are read-only views of the block."""
+    """The values of `to_block`; their arrays are views of the block."""
     return [
-        pickle.loads(pickled.as_buffer(), buffers=[array.as_buffer() for array in arrays.values])
+        pickle.loads(pickled.as_py(), buffers=_buffers(arrays.values))
         for pickled, arrays in zip(block["pickled"], block["arrays"], strict=True)
     ]
+
+
+def _buffers(values: pa.LargeBinaryArray) -> list[pa.Buffer]:
+    """Slices of the array's memory. Scalars would be copies."""
+    _, offsets, data = values.buffers()
+    if not len(values):
+        return []
+    bounds = np.frombuffer(offsets, np.int64)[values.offset : values.offset + len(values) + 1].tolist()
+    return [data.slice(start, end - start) for start, end in itertools.pairwise(bounds)]
 
 
 BLOCK = pa.schema([("pickled", pa.large_binary()), ("arrays", pa.large_list(pa.large_binary()))])

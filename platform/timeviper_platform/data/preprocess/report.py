@@ -32,7 +32,7 @@ class PreprocessReport:
     errors_by_stage: dict[str, dict[str, int]]
     """Media by stage and error type."""
     frames_per_second: float
-    """Steady-state rate (middle 60 %) of the last run that encoded frames."""
+    """`steady_rate` of the last run that encoded frames."""
     bytes: int
     """Of features stored for this input."""
     seconds: dict[str, float]
@@ -40,16 +40,16 @@ class PreprocessReport:
     stage_seconds: dict[str, float]
     """Seconds summed over workers: decode, encode, write."""
     workers: dict[str, int]
-    """Processes per stage; a fused worker counts in every stage."""
+    """Processes by stage; a fused worker counts in each."""
     utilisation: dict[str, float]
-    """Busy share of each stage's workers, from the first task's start to the last one's end."""
+    """Busy share of each stage's workers."""
     ideal_frames_per_second: float
     """See `measure_speed`. At the CPU seconds (GPU: busy seconds) of this run, so that waits lower the share of it."""
     share_of_ideal: float
     cores_per_encoder: float
-    """CPU cores that decode and write as fast as one encoder encodes."""
+    """Cores that decode and write as fast as one encoder encodes."""
     retries: int
-    """Storage requests of this run that failed for a transient reason and were repeated."""
+    """Storage requests repeated in this run."""
     audit: dict[str, int]
     """planned = ok + partial + error, and missing = duplicate = 0."""
 
@@ -78,7 +78,7 @@ class PreprocessReport:
         ]
 
     def _retry_lines(self) -> list[str]:
-        """How to retry errors that no run retries automatically. Headers are read again by every run."""
+        """How to retry errors that runs do not retry. Headers are read again by every run."""
         decoding = (kinds for stage, kinds in self.errors_by_stage.items() if stage.startswith("decode"))
         final = sorted({kind for kinds in decoding for kind in kinds} - RETRYABLE)
         if not self.segments_error or not final:

@@ -42,7 +42,7 @@ def run_preprocess(config: PreprocessConfig, *, run: Runner = run_on_ray) -> Pre
 
     Args:
         config: of the run.
-        run: processes the missing segments; not called when there are none.
+        run: not called when nothing is missing.
 
     Raises:
         ValueError: for a missing input or encoder, or a store with another recipe.

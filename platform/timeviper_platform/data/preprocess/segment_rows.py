@@ -63,7 +63,7 @@ class SegmentDecoder:
         source = IsolatedFrames if config.isolation == "process" else LocalFrames
         self._source: FrameSource = source(image_size, limits, config, 1 / fps if keyframes_only else None)
         self.cpu_seconds = 0.0
-        """CPU seconds of all decoding so far, here and in a child process."""
+        """CPU seconds of decoding so far, here and in a child process."""
 
     def decode(self, segments: Sequence[Segment]) -> Iterator[DecodeResult]:
         """Yields the frames of each segment, or its error, in order. A child process decodes ahead of the caller."""
@@ -114,7 +114,7 @@ class SegmentEncoder:
         self._encoder = encoder
         self._fps = fps
         self.cpu_seconds = 0.0
-        """CPU seconds spent on rows so far; for an encoder on a GPU, the seconds it was busy."""
+        """CPU seconds so far; for an encoder on a GPU, the seconds it was busy."""
 
     def rows(self, segments: Sequence[Segment], decoded: Iterable[DecodeResult]) -> Iterator[Row]:
         """Yields one row per segment, in order."""

@@ -67,7 +67,7 @@ class TaskResult:
     media: list[str]
     """Every medium of the task, in order."""
     reasons: list[str]
-    """For each medium, stage/type of its first segment in error; "" without one."""
+    """For each medium, stage/type of its first error, or ""."""
     last_error: str
     """Message of the last segment in error."""
     feature_bytes: int
@@ -80,10 +80,10 @@ class TaskResult:
     retries: int
     """Storage requests that were repeated after a transient failure."""
     decoder: str
-    """Host and process that decoded; equal to `encoder` in mode fused."""
+    """Host and process; equal to `encoder` in mode fused."""
     encoder: str
     worker: str
-    """Host and process that wrote the file."""
+    """Writer of the file."""
     decode_cpu_seconds: float = 0.0
     """CPU seconds of all decoding processes, without waits."""
     encode_cpu_seconds: float = 0.0
@@ -122,5 +122,5 @@ def _task(segments: Sequence[Segment]) -> WriteTask:
 
 
 def process_name() -> str:
-    """Host and process id, as task results name their workers."""
+    """Host and process id."""
     return f"{socket.gethostname()}/{os.getpid()}"

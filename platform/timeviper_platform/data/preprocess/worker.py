@@ -41,7 +41,7 @@ class WorkerSpec:
 
 
 class RetryCounter:
-    """Counts each storage retry of this process once, whichever of the concurrent tasks reads it first."""
+    """Counts each storage retry of this process for one of its concurrent tasks."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -69,7 +69,7 @@ class FusedWorker:
         self._retries = RetryCounter()
 
     def process(self, task: WriteTask) -> TaskResult:
-        """Writes and commits the task's file. Holds one row group per thread and the frames of a few segments."""
+        """Writes and commits the file. Holds one row group per thread and the frames of a few segments."""
         with ExitStack() as turn:
             turn.enter_context(self._encoding)
             start = TaskStart.now()
@@ -87,7 +87,7 @@ class FusedWorker:
 
 
 class DecodeWorker:
-    """Adds decoded frames to tasks. Of two concurrent tasks, one is decoded while the other is handed over."""
+    """Decodes tasks. Of two concurrent tasks, one is decoded while the other is handed over."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         self._decoder = spec.new_decoder()

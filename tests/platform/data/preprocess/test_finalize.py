@@ -24,19 +24,24 @@ from timeviper_platform.data.store.writer import create_store, write_file
 STATUSES = ("ok", "ok", "ok", "partial", "error")
 
 
-def synthetic_row(media_id: str, place: int, segments: int, version: str, status: str) -> dict[str, Any]:
-    name = {"segment_id": f"{media_id}-{version}-{place}", "source_version": version, "segment_index": place}
+def synthetic_row(media_id: str, segment_index: int, segments: int, version: str, status: str) -> dict[str, Any]:
+    name = {
+        "segment_id": f"{media_id}-{version}-{segment_index}",
+        "source_version": version,
+        "segment_index": segment_index,
+    }
     if status == "error":
         return error_row(media_id, "corrupt_file", num_segments=segments, **name)
     changes = {"status": status, "frames_missing": 1, "error_stage": "decode_video", "error_type": "corrupt_frame"}
-    row = segment_row(media_id, place, segments, torch.ones(2 + place, 2, 4), **name)
+    row = segment_row(media_id, segment_index, segments, torch.ones(2 + segment_index, 2, 4), **name)
     return row if status == "ok" else row | changes
 
 
 def planned_rows(media_id: str, segments: int, version: str) -> list[dict[str, Any]]:
     medium = {"media_id": media_id, "source_version": version, "status": "planned", "uri": f"/{media_id}.mp4"}
     return [
-        {**medium, "segment_id": f"{media_id}-{version}-{place}", "segment_index": place} for place in range(segments)
+        {**medium, "segment_id": f"{media_id}-{version}-{segment_index}", "segment_index": segment_index}
+        for segment_index in range(segments)
     ]
 
 
@@ -52,10 +57,11 @@ def write_synthetic_store(uri: str, seed: int) -> tuple[list[pa.Table], dict[str
     for number in random_.sample(range(50), 50):
         media_id, segments = f"m{number:02d}", random_.randint(1, 4)
         for version in random_.choice([["v1"], ["v2"], ["v1", "v2"], ["v2", "v1"]]):
-            for place in range(segments):
+            for segment_index in range(segments):
                 times = random_.choice([0, 1, 1, 1, 1, 1, 2])  # missing, once, duplicated
                 rows += [
-                    synthetic_row(media_id, place, segments, version, random_.choice(STATUSES)) for _ in range(times)
+                    synthetic_row(media_id, segment_index, segments, version, random_.choice(STATUSES))
+                    for _ in range(times)
                 ]
         if random_.random() < 0.4:
             older[media_id] = random_.choice(["v1", "v2"])
@@ -134,7 +140,9 @@ def test_an_empty_plan_of_an_empty_store_gives_an_empty_index(tmp_path: Path) ->
 def test_verification_compares_a_store_with_its_stored_plan(tmp_path: Path) -> None:
     uri = str(tmp_path)
     digest = create_store(uri, RECIPE)
-    write_file(uri, "a", [synthetic_row("m", place, 3, "v1", "ok") for place in range(2)], recipe_digest=digest)
+    write_file(
+        uri, "a", [synthetic_row("m", segment_index, 3, "v1", "ok") for segment_index in range(2)], recipe_digest=digest
+    )
     (tmp_path / "plan").mkdir()
     rows = [{**row, "num_segments": 3} for row in planned_rows("m", 3, "v1")]
     pq.write_table(pa.Table.from_pylist(rows, schema=PLAN), tmp_path / "plan" / "part-000000.parquet")

@@ -74,6 +74,7 @@ def test_failing_and_slow_requests_lose_nothing_and_are_counted(
     assert not [request for request in server.requests if request[0] == "POST" and "uploads" in request[2]]
 
 
+@pytest.mark.slow
 def test_runs_killed_while_storage_fails_and_is_slow_end_with_the_same_bytes(
     bucket: s3fs.S3FileSystem, server: Faults, tmp_path: Path
 ) -> None:
