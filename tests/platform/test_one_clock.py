@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from reference.made_store import segment_row, write_files
 from reference.synthetic_media import make_video
+from reference.synthetic_store import segment_row, write_files
 from reference.tiny_serving import IMAGE_SIZE, byte_tokenizer, make_serving_folders
 from reference.training_corpus import sample_row
 from timeviper_platform.data.encode.frame_encoder import FrameEncoder

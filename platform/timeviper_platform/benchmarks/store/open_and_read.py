@@ -17,9 +17,8 @@ import torch
 from timeviper_platform.benchmarks.measure import Comparison, Row, compare, cost_elsewhere
 from timeviper_platform.common import schemas
 from timeviper_platform.data.store.index import ROW_GROUP_ROWS, StoreIndex
-from timeviper_platform.data.store.index_writer import write_index
 from timeviper_platform.data.store.reader import FeatureStore
-from timeviper_platform.data.store.writer import create_store, features_bytes, write_file
+from timeviper_platform.data.store.writer import StoreWriter, features_bytes
 
 COMMAND = "python jobs/benchmark.py store"
 NUM_SEGMENTS = 1_000_000
@@ -123,8 +122,9 @@ def write_made_store(uri: str, num_media: int) -> None:
     features = features_bytes(torch.randn(FRAMES_PER_SEGMENT, 16, 1152))
     names = [f"m{number:06d}" for number in range(num_media)]
     rows = (_row(media_id, place, features) for media_id in names for place in range(SEGMENTS_PER_MEDIUM))
-    write_file(uri, "made", rows, recipe_digest=create_store(uri, {"made": True}))
-    write_index(uri)
+    store = StoreWriter.create(uri, {"made": True})
+    store.write_file("made", rows)
+    store.write_index()
 
 
 def compare_reads(uri: str, seconds: float | None) -> Comparison:

@@ -29,11 +29,10 @@ from timeviper_platform.data.preprocess.config import PreprocessConfig
 from timeviper_platform.data.preprocess.estimate import estimate
 from timeviper_platform.data.preprocess.finalize import finalize_store
 from timeviper_platform.data.store.compact import compact
-from timeviper_platform.data.store.index_writer import write_index
 from timeviper_platform.data.store.inspect import inspect_store
-from timeviper_platform.data.store.layout import read_part
+from timeviper_platform.data.store.layout import read_plan_file
 from timeviper_platform.data.store.verify import verify_store
-from timeviper_platform.data.store.writer import create_store, write_file
+from timeviper_platform.data.store.writer import StoreWriter
 from timeviper_platform.data.synthetic.encoder import save_encoder
 
 NUM_SEGMENTS = 1_000_000
@@ -100,7 +99,7 @@ def dry_run_rows(num_media: int = NUM_MEDIA) -> list[Row]:
 
 def write_made_run(store: str, num_segments: int) -> None:
     """Writes commit records and a plan in different orders, with empty data files."""
-    create_store(store, {"made": True})
+    StoreWriter.create(store, {"made": True})
     for name in ("commits", "data", "plan"):
         Path(store, name).mkdir()
     order = np.random.default_rng(1)
@@ -132,19 +131,19 @@ def finalize_made_run(store: str, num_segments: int) -> None:
 
 
 def _plan_tables(store: str) -> Iterator[pa.Table]:
-    return (read_part(str(part)) for part in sorted(Path(store, "plan").iterdir()))
+    return (read_plan_file(str(part)) for part in sorted(Path(store, "plan").iterdir()))
 
 
 def write_small_store(store: str, num_segments: int) -> None:
     """Writes full segments with one feature value per frame, eight segments a file."""
-    digest = create_store(store, {"made": True})
+    writer = StoreWriter.create(store, {"made": True})
     for table in made_index_tables(num_segments):
         for start in range(0, len(table), SEGMENTS_PER_SMALL_FILE):
             rows = table.slice(start, SEGMENTS_PER_SMALL_FILE).to_pylist()
             sizes = {"num_tokens_per_frame": 1, "dim": 1, "features": bytes(2 * FRAMES_PER_SEGMENT)}
             rows = [{**row, **sizes, "features_xxh64": None} for row in rows]
-            write_file(store, rows[0]["segment_id"], rows, recipe_digest=digest)
-    write_index(store)
+            writer.write_file(rows[0]["segment_id"], rows)
+    writer.write_index()
 
 
 def compact_small_files(store: str) -> None:

@@ -19,8 +19,8 @@ from timeviper_platform.common.hash_table import HashTable
 from timeviper_platform.data.media.container import RETRYABLE
 from timeviper_platform.data.media.medium import Medium
 from timeviper_platform.data.plan.segments import PlanSpec, Segment, plan_page, segments_of
-from timeviper_platform.data.store.commits import iter_commits, lost_records, write_table
-from timeviper_platform.data.store.layout import PLAN_FOLDER, read_part
+from timeviper_platform.data.store.commits import CommitLog, write_table
+from timeviper_platform.data.store.layout import PLAN_FOLDER, read_plan_file
 
 
 @dataclass(slots=True)
@@ -61,7 +61,7 @@ class StoredSegments(Sequence[Segment]):
 
     def __iter__(self) -> Iterator[Segment]:
         for plan_file in self._plan_files:
-            table = read_part(plan_file)
+            table = read_plan_file(plan_file)
             if self._finished is not None:
                 table = table.filter(pa.array(missing_rows(table, self._finished)))
             yield from segments_of(table)
@@ -96,7 +96,7 @@ class Plan:
 
     def tables(self) -> Iterator[pa.Table]:
         """All PLAN rows, one file at a time."""
-        return (read_part(plan_file) for plan_file in self.plan_files)
+        return (read_plan_file(plan_file) for plan_file in self.plan_files)
 
 
 def write_plan(feature_store: str, tables: Iterable[pa.Table], finished: HashTable) -> Plan:
@@ -120,9 +120,10 @@ def plan_here(pages: Iterable[list[Medium]], spec: PlanSpec) -> Iterator[pa.Tabl
 
 def finished_segments(feature_store: str, retry_errors: Iterable[str] = ()) -> HashTable:
     """Committed segments, without those whose error type is RETRYABLE or in `retry_errors`."""
-    finished, lost = HashTable(), set(lost_records(feature_store))
+    commits, finished = CommitLog(feature_store), HashTable()
+    lost = set(commits.lost())
     retried_types = pa.array(sorted({*RETRYABLE, *retry_errors}), pa.string())
-    for name, table in iter_commits(feature_store, ["segment_id", "status", "error_type"]):
+    for name, table in commits.records(["segment_id", "status", "error_type"]):
         if name in lost:
             continue
         is_retried = pc.and_(pc.equal(table["status"], "error"), pc.is_in(table["error_type"], retried_types))

@@ -18,9 +18,9 @@ from timeviper_platform.common import storage
 from timeviper_platform.common.schemas import REJECTS
 from timeviper_platform.data.store.audit import AUDIT_KEYS, audit, count_rejects
 from timeviper_platform.data.store.commits import num_feature_bytes
+from timeviper_platform.data.store.index import ROW_GROUP_ROWS
 from timeviper_platform.data.store.index_writer import MediaRows, merge_index
-
-REJECTS_FILE = "rejects.parquet"
+from timeviper_platform.data.store.layout import REJECTS_FILE
 
 
 @dataclass(slots=True)
@@ -60,7 +60,7 @@ class Totals:
         return {stage: dict(sorted(kinds.items())) for stage, kinds in sorted(self.rejects.items())}
 
 
-def finalize_store(uri: str, planned: Iterable[pa.Table]) -> Totals:
+def finalize_store(uri: str, planned: Iterable[pa.Table], *, row_group_rows: int = ROW_GROUP_ROWS) -> Totals:
     """Writes index.parquet and rejects.parquet of the store at `uri`.
 
     Args:
@@ -76,7 +76,7 @@ def finalize_store(uri: str, planned: Iterable[pa.Table]) -> Totals:
                 if rejects.num_rows:
                     writer.write_table(rejects)
 
-            merge_index(uri, planned, visit)
+            merge_index(uri, planned, visit, row_group_rows=row_group_rows)
         with local_file.open("rb") as source:
             storage.write_atomic(storage.join_uri(uri, REJECTS_FILE), lambda file: shutil.copyfileobj(source, file))
     return totals

@@ -27,7 +27,7 @@ from timeviper_platform.data.preprocess.ray_graph import num_cpus, plan_on_ray, 
 from timeviper_platform.data.preprocess.report import PreprocessReport, measure_speed, steady_rate
 from timeviper_platform.data.preprocess.tasks import TaskResult, cut_tasks, process_name
 from timeviper_platform.data.preprocess.worker import WorkerSpec, run_here
-from timeviper_platform.data.store.writer import create_store, remove_uncommitted
+from timeviper_platform.data.store.writer import StoreWriter
 
 logger = logging.getLogger(__name__)
 
@@ -55,12 +55,13 @@ def run_preprocess(config: PreprocessConfig, *, run: Runner = run_on_ray) -> Pre
     if config.decode.backend != "pyav":  # the decoding child processes have no log
         logger.info("decode.backend %s takes the local files it supports; pyav the rest", config.decode.backend)
     encoder = describe_encoder(config.encoder)
-    recipe_hash = create_store(config.feature_store, make_recipe(encoder, config))
-    if num_removed := remove_uncommitted(config.feature_store):
+    store = StoreWriter.create(config.feature_store, make_recipe(encoder, config))
+    if num_removed := store.remove_uncommitted():
         logger.info("removed %d files that an earlier run had not committed", num_removed)
-    plan = _plan(config, recipe_hash)
+    plan = _plan(config, store.recipe_hash)
     stopwatch.lap("plan")
-    results = _process(plan, worker_spec(config, encoder, recipe_hash), config.execution, run) if plan.missing else []
+    spec = worker_spec(config, encoder, store.recipe_hash)
+    results = _process(plan, spec, config.execution, run) if plan.missing else []
     if results:
         stopwatch.lap("start_up", until=min(result.started for result in results))
         stopwatch.lap("run", until=max(result.ended for result in results))

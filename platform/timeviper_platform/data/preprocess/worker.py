@@ -16,7 +16,7 @@ from timeviper_platform.data.encode.frame_encoder import FrameEncoder, VisionTow
 from timeviper_platform.data.media.container import MediaLimits
 from timeviper_platform.data.preprocess.segment_rows import SegmentDecoder, SegmentEncoder, TimedIterator
 from timeviper_platform.data.preprocess.tasks import TaskResult, TaskStart, WriteTask, process_name
-from timeviper_platform.data.store.writer import ROW_GROUP_BYTES, Row, write_file
+from timeviper_platform.data.store.writer import ROW_GROUP_BYTES, Row, StoreWriter
 from timeviper_platform.data.video_worker.frame_source import DecodeConfig
 
 
@@ -138,9 +138,8 @@ def write_task(spec: WorkerSpec, name: str, rows: Iterable[Row], start: TaskStar
     """
     source = TimedIterator(rows)
     started, cpu_started = time.perf_counter(), time.thread_time()
-    written = write_file(
-        spec.feature_store, name, source, recipe_digest=spec.recipe_hash, row_group_bytes=spec.row_group_bytes
-    )
+    store = StoreWriter(spec.feature_store, spec.recipe_hash, row_group_bytes=spec.row_group_bytes)
+    written = store.write_file(name, source)
     write_seconds = time.perf_counter() - started - source.seconds
     write_cpu_seconds = time.thread_time() - cpu_started - source.cpu_seconds
     statuses = [row["status"] for row in written]

@@ -1,9 +1,4 @@
-"""The commit records of a feature store: which data files count, and the INDEX rows of each.
-
-Knows where records lie, that each has a data file, that one may name others that it replaces, and which of several
-rows of a segment counts. Reads many at a time, for on an object store each is a request. Does not know what is in data
-files, nor the index.
-"""
+"""Commit records: which data files of a store count, and the INDEX rows of each."""
 
 from __future__ import annotations
 
@@ -23,75 +18,88 @@ from timeviper_platform.data.store.layout import COMMITS_FOLDER, DATA_FOLDER
 
 logger = logging.getLogger(__name__)
 
-READERS = 16
-"""Requests at a time; they wait, they do not work."""
+NUM_READERS = 16
+"""Concurrent requests; they mostly wait for the storage."""
 
-READ_AHEAD = 128
-"""Records in memory at a time; one of 32 full segments is 40 KB."""
-
-RANK = {"ok": 0, "partial": 1, "error": 2}
-"""Of a row's status: the lowest of a segment counts."""
+STATUS_RANK = {"ok": 0, "partial": 1, "error": 2}
+"""The lowest rank among the rows of a segment counts."""
 
 _REPLACES = b"timeviper.replaces"
-"""In a commit record's metadata: a JSON list of the data files whose rows it holds now."""
+"""Metadata key of a commit record: JSON list of the data files whose rows it took over."""
 
 
-def iter_commits(uri: str, columns: Sequence[str] | None = None) -> Iterator[tuple[str, pa.Table]]:
-    """Every commit record by the name of its data file, in sorted order, those that others replace among them."""
-    with ThreadPoolExecutor(READERS) as pool:
-        for page in pages(committed_files(uri), READ_AHEAD):
-            yield from zip(page, pool.map(lambda name: read_commit(uri, name, columns), page), strict=True)
+class CommitLog:
+    """The commit records of the store at `uri`. Holds no state: every call reads the storage."""
 
+    read_ahead = 128
+    """Records in memory at a time; one of 32 full segments takes 40 KB."""
 
-def lost_records(uri: str) -> Iterator[str]:
-    """Names of commit records whose data file is not there: their segments are not done.
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
 
-    A worker that outlives its run leaves one when the next run has cleared away its file in the moment before.
-    """
-    for name in _only_in_first(committed_files(uri), data_files(uri)):
-        if not has_data_file(uri, name):  # it may have come while the folders were listed
-            yield name
+    def names(self) -> Iterator[str]:
+        """Names of committed data files, sorted."""
+        return self._names(COMMITS_FOLDER)
 
+    def data_files(self) -> Iterator[str]:
+        """Names of existing data files, committed or not, sorted."""
+        return self._names(DATA_FOLDER)
 
-def remove_lost(uri: str) -> int:
-    """Removes commit records without a data file, so that their segments are done again; returns how many."""
-    lost = list(lost_records(uri))
-    for name in lost:
-        logger.warning("%s: %s is committed but has no data file; its segments count as not done", uri, name)
-        storage.remove(storage.join_uri(uri, COMMITS_FOLDER, name))
-    return len(lost)
+    def read(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """INDEX rows of the data file `name`, with the record's own metadata."""
+        data = storage.read_bytes(storage.join_uri(self.uri, COMMITS_FOLDER, name))
+        return pq.ParquetFile(pa.BufferReader(data)).read(columns=columns, use_threads=False)
 
+    def records(self, columns: Sequence[str] | None = None) -> Iterator[tuple[str, pa.Table]]:
+        """(name, record) of every commit, sorted by name, including those that others replace."""
+        with ThreadPoolExecutor(NUM_READERS) as pool:
+            for page in pages(self.names(), self.read_ahead):
+                yield from zip(page, pool.map(lambda name: self.read(name, columns), page), strict=True)
 
-def uncommitted_files(uri: str) -> Iterator[str]:
-    """Names of data files without a commit record."""
-    for name in _only_in_first(data_files(uri), committed_files(uri)):
-        if not storage.exists(storage.join_uri(uri, COMMITS_FOLDER, name)):
-            yield name
+    def current_records(self, columns: Sequence[str] | None = None) -> Iterator[tuple[str, pa.Table]]:
+        """`records` without the replaced ones. Reads every record twice: the last may replace the first."""
+        replaced = {name for _, record in self.records(columns=[]) for name in replaced_files(record)}
+        return ((name, record) for name, record in self.records(columns) if name not in replaced)
 
+    def write(self, name: str, rows: pa.Table, replaces: Sequence[str] = ()) -> None:
+        """Commits the data file `name` and, in the same write, retires the data files in `replaces`."""
+        metadata = schemas.INDEX.metadata | ({_REPLACES: json.dumps(list(replaces)).encode()} if replaces else {})
+        write_table(storage.join_uri(self.uri, COMMITS_FOLDER, name), rows.replace_schema_metadata(metadata))
 
-def has_data_file(uri: str, name: str) -> bool:
-    """True when what the commit record of this name says can be there."""
-    return storage.exists(storage.join_uri(uri, DATA_FOLDER, name))
+    def has_data_file(self, name: str) -> bool:
+        """True if the data file `name` exists."""
+        return storage.exists(storage.join_uri(self.uri, DATA_FOLDER, name))
 
+    def lost(self) -> Iterator[str]:
+        """Names of commit records without a data file; their segments are not done.
 
-def committed_files(uri: str) -> Iterator[str]:
-    """Names of data files with a commit record, in sorted order."""
-    return _names(uri, COMMITS_FOLDER)
+        A worker that outlives its run leaves one if the next run removed its uncommitted file just before.
+        """
+        for name in _only_in_first(self.names(), self.data_files()):
+            if not self.has_data_file(name):  # it may have been written during the listing
+                yield name
 
+    def remove_lost(self) -> int:
+        """Removes `lost` records so that their segments are done again; returns how many."""
+        lost = list(self.lost())
+        for name in lost:
+            logger.warning("%s: %s is committed but has no data file; its segments count as not done", self.uri, name)
+            storage.remove(storage.join_uri(self.uri, COMMITS_FOLDER, name))
+        return len(lost)
 
-def data_files(uri: str) -> Iterator[str]:
-    """Names of data files that are there, in sorted order."""
-    return _names(uri, DATA_FOLDER)
+    def uncommitted(self) -> Iterator[str]:
+        """Names of data files without a commit record."""
+        for name in _only_in_first(self.data_files(), self.names()):
+            if not storage.exists(storage.join_uri(self.uri, COMMITS_FOLDER, name)):
+                yield name
 
-
-def _names(uri: str, folder: str) -> Iterator[str]:
-    """Whole files' names in a folder of the store, in sorted order."""
-    names = names_in(storage.join_uri(uri, folder))
-    return (name for name in names if name.endswith(".parquet") and not name.startswith("."))
+    def _names(self, folder: str) -> Iterator[str]:
+        names = names_in(storage.join_uri(self.uri, folder))
+        return (name for name in names if name.endswith(".parquet") and not name.startswith("."))
 
 
 def _only_in_first(first: Iterator[str], second: Iterator[str]) -> Iterator[str]:
-    """Of two sorted sequences; neither is held."""
+    """Difference of two sorted iterators, without holding either."""
     other = next(second, None)
     for name in first:
         while other is not None and other < name:
@@ -100,52 +108,34 @@ def _only_in_first(first: Iterator[str], second: Iterator[str]) -> Iterator[str]
             yield name
 
 
-def read_commit(uri: str, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """The commit record of the data file `name`, its own metadata included."""
-    data = storage.read_bytes(storage.join_uri(uri, COMMITS_FOLDER, name))
-    return pq.ParquetFile(pa.BufferReader(data)).read(columns=columns, use_threads=False)
-
-
-def replaced_by(record: pa.Table) -> list[str]:
-    """The data files whose rows a commit record holds now."""
+def replaced_files(record: pa.Table) -> list[str]:
+    """The data files whose rows a commit record took over."""
     return list(json.loads((record.schema.metadata or {}).get(_REPLACES, "[]")))
 
 
-def iter_counted(uri: str, columns: Sequence[str] | None = None) -> Iterator[tuple[str, pa.Table]]:
-    """`iter_commits` without those that others replace; reads every record twice: the last may replace the first."""
-    replaced = {name for _, record in iter_commits(uri, columns=[]) for name in replaced_by(record)}
-    return ((name, record) for name, record in iter_commits(uri, columns) if name not in replaced)
-
-
-def write_commit(uri: str, file_name: str, rows: pa.Table, replaces: Sequence[str] = ()) -> None:
-    """Makes a data file count, and those that it replaces stop to, in one write."""
-    metadata = schemas.INDEX.metadata | ({_REPLACES: json.dumps(list(replaces)).encode()} if replaces else {})
-    write_table(storage.join_uri(uri, COMMITS_FOLDER, file_name), rows.replace_schema_metadata(metadata))
-
-
 def write_table(uri: str, table: pa.Table) -> None:
-    """Writes a small table, all or nothing."""
+    """Writes a small table atomically."""
     storage.write_atomic(uri, lambda file: pq.write_table(table, file, compression="zstd", write_page_checksum=True))
 
 
 def best_rows(committed: pa.Table) -> pa.Table:
-    """One row a segment_id: ok before partial before error, so that a repaired segment replaces its error."""
+    """One row per segment_id, by STATUS_RANK: a repaired segment replaces its error."""
     best: dict[str, tuple[int, int]] = {}
     pairs = zip(committed["segment_id"].to_pylist(), committed["status"].to_pylist(), strict=True)
-    for number, (segment_id, status) in enumerate(pairs):
-        if segment_id not in best or RANK[status] < best[segment_id][0]:
-            best[segment_id] = (RANK[status], number)
+    for row, (segment_id, status) in enumerate(pairs):
+        if segment_id not in best or STATUS_RANK[status] < best[segment_id][0]:
+            best[segment_id] = (STATUS_RANK[status], row)
     if len(best) == committed.num_rows:
         return committed
-    return committed.take(pa.array(sorted(number for _, number in best.values()), pa.int64()))
+    return committed.take(pa.array(sorted(row for _, row in best.values()), pa.int64()))
 
 
-def indexed_digest(names: Iterable[str]) -> bytes:
-    """Stands for the data files whose rows an index was made from."""
+def files_digest(names: Iterable[str]) -> bytes:
+    """Hash of the set of data files that an index was built from."""
     return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest().encode()
 
 
 def num_feature_bytes(rows: pa.Table) -> int:
-    """Bytes of the features of INDEX rows."""
+    """Total size of the features of INDEX rows."""
     frames, tokens, dim = (rows[name].cast(pa.int64()) for name in ("num_frames", "num_tokens_per_frame", "dim"))
     return 2 * (pc.sum(pc.multiply(pc.multiply(frames, tokens), dim)).as_py() or 0)

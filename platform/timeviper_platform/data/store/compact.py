@@ -22,18 +22,13 @@ import pyarrow.compute as pc
 
 from timeviper_platform.common import storage
 from timeviper_platform.common.schemas import INDEX
-from timeviper_platform.data.store.commits import (
-    best_rows,
-    committed_files,
-    indexed_digest,
-    iter_commits,
-    num_feature_bytes,
-)
-from timeviper_platform.data.store.index_writer import index_tables, read_indexed_digest
-from timeviper_platform.data.store.layout import DATA_FOLDER, read_header
+from timeviper_platform.data.store.commits import CommitLog, best_rows, files_digest, num_feature_bytes
+from timeviper_platform.data.store.index import ROW_GROUP_ROWS
+from timeviper_platform.data.store.index_writer import index_tables, read_files_digest
+from timeviper_platform.data.store.layout import DATA_FOLDER
 from timeviper_platform.data.store.row_groups import open_data_file
 from timeviper_platform.data.store.sorted_runs import SortedRuns, merge_runs
-from timeviper_platform.data.store.writer import ROW_GROUP_BYTES, Row, features_fault, settle, write_file
+from timeviper_platform.data.store.writer import ROW_GROUP_BYTES, Row, StoreWriter, features_fault
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +79,13 @@ class _Source:
         return self.num_rows - self.num_live
 
 
-def compact(uri: str, *, file_bytes: int = DEFAULT_FILE_BYTES, row_group_bytes: int = ROW_GROUP_BYTES) -> CompactReport:
+def compact(
+    uri: str,
+    *,
+    file_bytes: int = DEFAULT_FILE_BYTES,
+    row_group_bytes: int = ROW_GROUP_BYTES,
+    index_row_group_rows: int = ROW_GROUP_ROWS,
+) -> CompactReport:
     """Merges data files with less than half of `file_bytes` of features into files of up to `file_bytes`.
 
     Raises:
@@ -93,25 +94,22 @@ def compact(uri: str, *, file_bytes: int = DEFAULT_FILE_BYTES, row_group_bytes: 
     """
     if file_bytes < 1 or row_group_bytes < 1:
         raise ValueError(f"{file_bytes = } and {row_group_bytes = } must be at least 1")
-    header = read_header(uri)
-    if header is None:
-        raise ValueError(f"no feature store at {uri!r}; run jobs/preprocess.py with output: {uri}")
-    settle(uri)
+    store = StoreWriter.open(uri, row_group_bytes=row_group_bytes, index_row_group_rows=index_row_group_rows)
+    store.settle()
     with tempfile.TemporaryDirectory(prefix="timeviper-compact-") as folder:
-        sources = _sources(uri, Path(folder))
+        sources = _sources(store.commits, Path(folder))
     groups = _groups(sources, file_bytes)
     for number, group in enumerate(groups, start=1):
         names = [source.name for source in group]
         name = hashlib.sha256("\n".join(["compact", *names]).encode()).hexdigest()[:32]
         rows = (row for source in group for row in _rows(uri, source))
-        digest = header["recipe_hash"]
-        write_file(uri, name, rows, recipe_digest=digest, replaces=names, row_group_bytes=row_group_bytes)
+        store.write_file(name, rows, replaces=names)
         logger.info("merged %d data files into %s (%d of %d)", len(names), name, number, len(groups))
-    settle(uri)
+    store.settle()
     merged = [source for group in groups for source in group]
     return CompactReport(
         files_before=len(sources),
-        files_after=sum(1 for _ in committed_files(uri)),
+        files_after=sum(1 for _ in store.commits.names()),
         files_written=len(groups),
         rows_copied=sum(source.num_live for source in merged),
         rows_dropped=sum(source.num_dropped for source in merged),
@@ -119,13 +117,13 @@ def compact(uri: str, *, file_bytes: int = DEFAULT_FILE_BYTES, row_group_bytes: 
     )
 
 
-def _sources(uri: str, folder: Path) -> list[_Source]:
+def _sources(commits: CommitLog, folder: Path) -> list[_Source]:
     """Every data file of a settled store, by its first medium; `folder` holds rows while they are sorted."""
     files = []
-    for name, record in iter_commits(uri, ["media_id"]):  # in the order of their names, as `live` will be
+    for name, record in commits.records(["media_id"]):  # in the order of their names, as `live` will be
         files.append((name, pc.min(record["media_id"]).as_py() or "", record.num_rows))
     live = SortedRuns(folder / "live", _LIVE, "file")
-    for table in _live_rows(uri, [name for name, _, num_rows in files if num_rows], folder):
+    for table in _live_rows(commits, [name for name, _, num_rows in files if num_rows], folder):
         live.add(table)
     of_files = _by_file(live)
     name, rows = next(of_files, ("", live.empty))
@@ -140,16 +138,16 @@ def _sources(uri: str, folder: Path) -> list[_Source]:
     return sorted(sources, key=lambda source: (source.first_media_id, source.name))
 
 
-def _live_rows(uri: str, with_rows: Sequence[str], folder: Path) -> Iterator[pa.Table]:
+def _live_rows(commits: CommitLog, with_rows: Sequence[str], folder: Path) -> Iterator[pa.Table]:
     """The committed rows that count: the index's, or the best of each segment while commits are younger than it.
 
     Rows of another source_version can be told from rows not yet indexed only by an index of these very files.
     """
-    if read_indexed_digest(uri) == indexed_digest(with_rows):
-        yield from index_tables(uri, _LIVE.names)
+    if read_files_digest(commits.uri) == files_digest(with_rows):
+        yield from index_tables(commits.uri, _LIVE.names)
         return
     committed = SortedRuns(folder / "committed", _COMMITTED, "media_id")
-    for _, record in iter_commits(uri):
+    for _, record in commits.records():
         committed.add(record)
     for (rows,) in merge_runs([committed], "media_id"):
         yield best_rows(rows)

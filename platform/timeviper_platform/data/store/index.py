@@ -77,8 +77,9 @@ class SortedStrings(Sequence[str]):
 class StoreIndex:
     """INDEX rows in order of (media_id, segment_index), without those of status error. Safe between threads."""
 
-    def __init__(self, file: Any) -> None:
+    def __init__(self, file: Any, details_cache_bytes: int = DETAILS_CACHE_BYTES) -> None:
         self._file = file
+        self._details_cache_max = details_cache_bytes
         self._lock = threading.Lock()
         self._details_cache: OrderedDict[int, pa.Table] = OrderedDict()
         self._details_bytes = 0
@@ -98,7 +99,7 @@ class StoreIndex:
         pa.default_memory_pool().release_unused()  # what decoding needed: as much again as what stays
 
     @classmethod
-    def open(cls, uri: str) -> StoreIndex:
+    def open(cls, uri: str, *, details_cache_bytes: int = DETAILS_CACHE_BYTES) -> StoreIndex:
         """The index at `uri` as it is now: a later one does not change what was opened.
 
         Raises:
@@ -107,7 +108,7 @@ class StoreIndex:
         """
         file = _open_snapshot(uri)
         schemas.check_version(file.schema_arrow, schemas.INDEX, source=uri)
-        return cls(file)
+        return cls(file, details_cache_bytes)
 
     def __contains__(self, media_id: object) -> bool:
         return isinstance(media_id, str) and self._place_of(media_id) is not None
@@ -194,7 +195,7 @@ class StoreIndex:
                 table = self._file.read_row_group(group, columns=_DETAILS, use_threads=False)
                 self._details_cache[group] = table
                 self._details_bytes += table.nbytes
-                while self._details_bytes > DETAILS_CACHE_BYTES and len(self._details_cache) > 1:
+                while self._details_bytes > self._details_cache_max and len(self._details_cache) > 1:
                     self._details_bytes -= self._details_cache.popitem(last=False)[1].nbytes
             self._details_cache.move_to_end(group)
             return self._details_cache[group], place

@@ -8,23 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import xxhash
 
 from timeviper_platform.common import storage
 from timeviper_platform.common.hash_table import HashTable
 from timeviper_platform.common.listing import sizes_in
 from timeviper_platform.data.store.audit import count_rejects
-from timeviper_platform.data.store.commits import (
-    indexed_digest,
-    iter_counted,
-    num_feature_bytes,
-)
-from timeviper_platform.data.store.index_writer import index_tables, read_indexed_digest
-from timeviper_platform.data.store.layout import (
-    DATA_FOLDER,
-)
-from timeviper_platform.data.store.verify import _header, _read_table
+from timeviper_platform.data.store.commits import CommitLog, files_digest, num_feature_bytes
+from timeviper_platform.data.store.index_writer import index_tables, read_files_digest
+from timeviper_platform.data.store.layout import DATA_FOLDER, REJECTS_FILE, read_header
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,9 +65,9 @@ def inspect_store(uri: str) -> StoreSummary:
     Raises:
         ValueError: when there is none.
     """
-    header = _header(uri)
+    header = read_header(uri)
     segments, files, with_rows = HashTable(), set(), []
-    for name, record in iter_counted(uri, ["segment_id"]):
+    for name, record in CommitLog(uri).current_records(["segment_id"]):
         files.add(name)
         if record.num_rows:
             with_rows.append(name)
@@ -89,8 +84,7 @@ def inspect_store(uri: str) -> StoreSummary:
         for media_id in pc.unique(rows.filter(pc.not_equal(rows["status"], "error"))["media_id"]).to_pylist():
             media += media_id != last
             last = media_id
-    digest = read_indexed_digest(uri)
-    rejects = storage.join_uri(uri, "rejects.parquet")
+    digest = read_files_digest(uri)
     return StoreSummary(
         media=media,
         segments=dict(sorted(statuses.items())),
@@ -99,8 +93,15 @@ def inspect_store(uri: str) -> StoreSummary:
         bytes=num_bytes,
         file_bytes=sum(size for name, size in sizes_in(storage.join_uri(uri, DATA_FOLDER)) if name in files),
         files=len(files),
-        is_indexed=digest == indexed_digest(with_rows),
+        is_indexed=digest == files_digest(with_rows),
         recipe_hash=header["recipe_hash"],
         recipe=header["recipe"],
-        rejects=count_rejects(_read_table(rejects)) if storage.exists(rejects) else {},
+        rejects=_read_rejects(uri),
     )
+
+
+def _read_rejects(uri: str) -> dict[str, dict[str, int]]:
+    path = storage.join_uri(uri, REJECTS_FILE)
+    if not storage.exists(path):
+        return {}
+    return count_rejects(pq.ParquetFile(pa.BufferReader(storage.read_bytes(path))).read())

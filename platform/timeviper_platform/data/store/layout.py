@@ -1,38 +1,35 @@
-"""."""
+"""Names of a feature store's files, and its header.
+
+store.json         schema version, recipe, recipe_hash
+index.parquet      INDEX rows, sorted by media_id, segment_index
+data/*.parquet     FEATURES rows
+commits/*.parquet  the INDEX rows of each data file
+plan/*.parquet     PLAN rows of the last run
+rejects.parquet    REJECTS rows of the last run
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from timeviper_platform.common import schemas, storage
 
-if TYPE_CHECKING:
-    pass
-
-import pyarrow.parquet as pq
-
-from timeviper_platform.common.schemas import PLAN
-from timeviper_platform.common.storage import open_file
-
 STORE_FILE = "store.json"
-
-
 INDEX_FILE = "index.parquet"
-
-
+REJECTS_FILE = "rejects.parquet"
 DATA_FOLDER = "data"
-
-
 COMMITS_FOLDER = "commits"
+PLAN_FOLDER = "plan"
 
 
-def read_header(uri: str) -> dict[str, Any] | None:
-    """`store.json` of the store at `uri`, or None when there is none.
+def find_header(uri: str) -> dict[str, Any] | None:
+    """Content of `store.json`, or None if there is no store at `uri`.
 
     Raises:
-        ValueError: when the store was written under another schema version.
+        ValueError: if the store has another schema version.
     """
     path = storage.join_uri(uri, STORE_FILE)
     if not storage.exists(path):
@@ -47,10 +44,19 @@ def read_header(uri: str) -> dict[str, Any] | None:
     return header
 
 
-PLAN_FOLDER = "plan"
+def read_header(uri: str) -> dict[str, Any]:
+    """Content of `store.json`.
+
+    Raises:
+        ValueError: if there is no store at `uri`, or it has another schema version.
+    """
+    header = find_header(uri)
+    if header is None:
+        raise ValueError(f"no feature store at {uri!r}; run jobs/preprocess.py with feature_store: {uri}")
+    return header
 
 
-def read_part(uri: str) -> pa.Table:
+def read_plan_file(uri: str) -> pa.Table:
     """PLAN rows of one file of a plan."""
-    with open_file(uri) as file:
-        return pq.ParquetFile(file).read().cast(PLAN)
+    with storage.open_file(uri) as file:
+        return pq.ParquetFile(file).read().cast(schemas.PLAN)

@@ -26,7 +26,7 @@ from timeviper_platform.data.store.row_groups import RowGroups, value_buffer
 
 if TYPE_CHECKING:
     from torch import Tensor
-from timeviper_platform.data.store.layout import DATA_FOLDER, INDEX_FILE, read_header
+from timeviper_platform.data.store.layout import DATA_FOLDER, INDEX_FILE, find_header
 from timeviper_platform.data.video.sampling import select_frames, thin_to_fps
 
 READ_TOGETHER_BYTES = 16 << 20
@@ -129,10 +129,10 @@ class FeatureStore:
         Raises:
             ValueError: when there is none, or it has another schema version.
         """
-        header = read_header(uri)
+        header = find_header(uri)
         if header is None or not storage.exists(storage.join_uri(uri, INDEX_FILE)):
             found = "a store without an index (its job has not finished)" if header else "no feature store"
-            raise ValueError(f"{found} at {uri!r}; run jobs/preprocess.py with output: {uri}")
+            raise ValueError(f"{found} at {uri!r}; run jobs/preprocess.py with feature_store: {uri}")
         return cls(uri, header, StoreIndex.open(storage.join_uri(uri, INDEX_FILE)), cache_bytes=cache_bytes)
 
     def __reduce__(self) -> tuple[Any, ...]:

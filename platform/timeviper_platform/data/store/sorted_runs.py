@@ -15,12 +15,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-RUN_BYTES = 64 << 20
-"""Sorting copies a run twice. Ten million full index rows, 1.3 KB each, are 200 runs."""
-
-BATCH_ROWS = 1024
-"""Rows of a run that are read together: 1.3 MB of full index rows."""
-
 
 class SortedRuns:
     """Rows added in any order; those with equal keys stay in the order in which they came.
@@ -30,6 +24,11 @@ class SortedRuns:
         schema: of the rows.
         key: the column to sort by, a string that is never null.
     """
+
+    run_bytes = 64 << 20
+    """Size of a run; sorting copies it twice. Ten million full index rows, 1.3 KB each, are 200 runs."""
+    batch_rows = 1024
+    """Rows of a run that are read together: 1.3 MB of full index rows."""
 
     def __init__(self, folder: Path, schema: pa.Schema, key: str) -> None:
         folder.mkdir(parents=True)
@@ -43,7 +42,7 @@ class SortedRuns:
         if table.num_rows:
             self._pending.append(table.select(self._schema.names).cast(self._schema))
             self._pending_bytes += table.nbytes
-        if self._pending_bytes >= RUN_BYTES:
+        if self._pending_bytes >= self.run_bytes:
             self._spill()
 
     def runs(self) -> list[Iterator[pa.Table]]:
@@ -65,7 +64,7 @@ class SortedRuns:
         self._paths.append(self._folder / f"{len(self._paths):06d}.arrow")
         options = pa.ipc.IpcWriteOptions(compression="lz4")
         with pa.OSFile(str(self._paths[-1]), "wb") as file, pa.ipc.new_stream(file, run.schema, options=options) as out:
-            out.write_table(run, max_chunksize=BATCH_ROWS)
+            out.write_table(run, max_chunksize=self.batch_rows)
 
 
 def merge_runs(kinds: Sequence[SortedRuns], key: str) -> Iterator[tuple[pa.Table, ...]]:

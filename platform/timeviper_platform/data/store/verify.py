@@ -17,28 +17,21 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from timeviper_platform.common import storage
 from timeviper_platform.common.listing import pages
 from timeviper_platform.common.schemas import FEATURES, INDEX, PLAN
 from timeviper_platform.data.encode.recipe import recipe_hash
 from timeviper_platform.data.store.audit import AUDIT_KEYS, audit
-from timeviper_platform.data.store.commits import (
-    data_files,
-    indexed_digest,
-    iter_counted,
-    lost_records,
-    num_feature_bytes,
-)
-from timeviper_platform.data.store.index_writer import index_tables, read_indexed_digest
+from timeviper_platform.data.store.commits import CommitLog, files_digest, num_feature_bytes
+from timeviper_platform.data.store.index_writer import index_tables, read_files_digest
 from timeviper_platform.data.store.layout import (
     COMMITS_FOLDER,
     DATA_FOLDER,
     INDEX_FILE,
     PLAN_FOLDER,
     read_header,
-    read_part,
+    read_plan_file,
 )
 from timeviper_platform.data.store.row_groups import open_data_file, value_buffer
 from timeviper_platform.data.store.sorted_runs import SortedRuns, merge_runs
@@ -110,23 +103,23 @@ class VerifyReport:
         ]
 
 
-def verify_store(uri: str) -> VerifyReport:
+def verify_store(uri: str, *, max_problems: int = MAX_PROBLEMS, num_threads: int = VERIFY_THREADS) -> VerifyReport:
     """Reads all of the store at `uri` and holds it against its promises.
 
     Raises:
         ValueError: when there is none.
     """
-    header = _header(uri)
-    problems = _Problems()
+    header, commits = read_header(uri), CommitLog(uri)
+    problems = _Problems(max_problems)
     if recipe_hash(header["recipe"]) != header["recipe_hash"]:
         problems.add([Problem(file="store.json", what="recipe_hash is not the recipe's")])
-    lost = pa.array(lost_records(uri), pa.string())
+    lost = pa.array(commits.lost(), pa.string())
     files, with_rows = set(), []
     num_rows = num_bytes = 0
     with tempfile.TemporaryDirectory(prefix="timeviper-verify-") as folder:
         committed = SortedRuns(Path(folder, "committed"), _COMMITTED, "media_id")
-        with ThreadPoolExecutor(VERIFY_THREADS) as pool:
-            for page in pages(iter_counted(uri), 4 * VERIFY_THREADS):
+        with ThreadPoolExecutor(num_threads) as pool:
+            for page in pages(commits.current_records(), 4 * num_threads):
                 for name, record in page:
                     files.add(name)
                     with_rows += [name] if record.num_rows else []
@@ -145,7 +138,7 @@ def verify_store(uri: str) -> VerifyReport:
         planned = SortedRuns(Path(folder, "planned"), _PLANNED, "media_id")
         parts = storage.files_in(storage.join_uri(uri, PLAN_FOLDER), ".parquet")
         for part in parts:
-            plan = read_part(part)
+            plan = read_plan_file(part)
             planned.add(plan.filter(pc.equal(plan["status"], "planned")))
         counts = dict.fromkeys(AUDIT_KEYS, 0)
         for of_plan, of_commits, of_index in merge_runs([planned, committed, indexed], "media_id"):
@@ -161,7 +154,7 @@ def verify_store(uri: str) -> VerifyReport:
         rows=num_rows,
         bytes=num_bytes,
         audit=counts if parts else None,
-        leftovers=sum(name not in files for name in data_files(uri)),
+        leftovers=sum(name not in files for name in commits.data_files()),
         problems=problems.first,
         num_problems=problems.count,
     )
@@ -170,14 +163,15 @@ def verify_store(uri: str) -> VerifyReport:
 class _Problems:
     """Counts all and keeps the first: a store whose data are gone has one a row."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_problems: int) -> None:
+        self._max_problems = max_problems
         self.first: list[Problem] = []
         self.count = 0
 
     def add(self, found: Iterable[Problem]) -> None:
         for problem in found:
             self.count += 1
-            if len(self.first) < MAX_PROBLEMS:
+            if len(self.first) < self._max_problems:
                 self.first.append(problem)
 
 
@@ -222,10 +216,10 @@ def _check_rows(path: str, wanted: pa.Table, found: pa.Table) -> Iterator[Proble
 
 def _index_fault(uri: str, with_rows: list[str]) -> str | None:
     """Why there is no use in looking at the index's rows; None when it was made of the files `with_rows`."""
-    digest = read_indexed_digest(uri)
+    digest = read_files_digest(uri)
     if digest is None:
         return "there is none: the job has not finished; run it again"
-    if digest != indexed_digest(with_rows):
+    if digest != files_digest(with_rows):
         return "it was made from other data files than are committed; run the job again"
     return None
 
@@ -263,14 +257,3 @@ def _row_problem(path: str, row: dict[str, Any], what: str) -> Problem:
         segment_id=row["segment_id"],
         media_id=row["media_id"],
     )
-
-
-def _header(uri: str) -> dict[str, Any]:
-    header = read_header(uri)
-    if header is None:
-        raise ValueError(f"no feature store at {uri!r}; run jobs/preprocess.py with output: {uri}")
-    return header
-
-
-def _read_table(uri: str) -> pa.Table:
-    return pq.ParquetFile(pa.BufferReader(storage.read_bytes(uri))).read()

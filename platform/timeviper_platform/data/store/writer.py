@@ -1,10 +1,8 @@
-"""The feature store, write side: rows with features to data files and commit records.
+"""Write side of the feature store: rows with features to data files and commit records.
 
-Knows what 'committed' means: the data file is written, then its commit record (the INDEX rows of that file), both
-whole or not at all, both under a name that the caller derives from the content. Whatever lies there without a commit
-record is ignored by readers and removed by the next run. A commit record may name others that it replaces: writing
-it is the one moment in which those stop to count (`settle` then clears them away, at leisure and again if killed).
-One job writes to a store at a time. Does not know where rows come from.
+A data file counts from the moment its commit record (the INDEX rows of that file) is written. Both appear atomically,
+under a name derived from the content. Readers ignore data files without a record; the next run removes them. A record
+may replace other data files in the same write; `StoreWriter.settle` removes those later and can be repeated.
 """
 
 from __future__ import annotations
@@ -24,191 +22,214 @@ from torch import Tensor
 from timeviper_platform.common import schemas, storage
 from timeviper_platform.common.listing import names_in
 from timeviper_platform.data.encode.recipe import differences, recipe_hash
-from timeviper_platform.data.store.commits import (
-    RANK,
-    has_data_file,
-    iter_commits,
-    read_commit,
-    remove_lost,
-    replaced_by,
-    uncommitted_files,
-    write_commit,
-)
+from timeviper_platform.data.store.commits import STATUS_RANK, CommitLog, replaced_files
+from timeviper_platform.data.store.index import ROW_GROUP_ROWS
 from timeviper_platform.data.store.index_writer import write_index
-from timeviper_platform.data.store.layout import COMMITS_FOLDER, DATA_FOLDER, INDEX_FILE, STORE_FILE, read_header
+from timeviper_platform.data.store.layout import (
+    COMMITS_FOLDER,
+    DATA_FOLDER,
+    INDEX_FILE,
+    STORE_FILE,
+    find_header,
+    read_header,
+)
 
 ROW_GROUP_BYTES = 512 << 10
-"""What is used where nobody says another. A row group ends with the row that fills it: a full segment (64 frames x 16
-tokens x 1152: 2.4 MB) or a clip of 24 s is one by itself, so that whoever reads a stretch of a film reads nothing
-beside it. Small items share one, so that the footer, 3 KB a row group, stays below 1 %. Readers fetch neighbouring row
-groups together."""
+"""Default size of a row group, which ends with the row that fills it: a full segment (64 frames x 16 tokens x 1152 =
+2.4 MB) or a clip of 24 s has its own, so that reading a clip of a film reads nothing else. Small items share one, so
+that the footer (3 KB per row group) stays below 1 %. Readers fetch neighbouring row groups together."""
 
 Row = dict[str, Any]
-"""One FEATURES row as a dict; `features` holds bytes, or None for an error row."""
+"""One FEATURES row; `features` holds bytes, or None for an error row."""
 
 
-def create_store(uri: str, recipe: Mapping[str, Any]) -> str:
-    """Makes the store at `uri` or finds it there; returns the recipe's hash.
+class StoreWriter:
+    """A feature store open for writing. Only one job may write to a store at a time, from any number of workers.
 
-    Raises:
-        ValueError: when the store there was made by another recipe, with what differs.
-        RuntimeError: when the folder cannot be written.
-    """
-    digest = recipe_hash(recipe)
-    header = read_header(uri)
-    if header is None:
-        storage.ensure_writable(uri)
-        content = {
-            "schema_version": schemas.STORE_VERSION,
-            "recipe_hash": digest,
-            "recipe": dict(recipe),
-            "written_by": f"timeviper-platform {_code_version()}",
-        }
-        storage.write_json(storage.join_uri(uri, STORE_FILE), content)
-    elif header["recipe_hash"] != digest:
-        lines = "\n".join(f"  {line}" for line in differences(header["recipe"], dict(recipe)))
-        raise ValueError(
-            f"the store at {uri} was made by another recipe, and features of two recipes do not mix:\n{lines}\n"
-            "Write to another output folder, or remove that one."
-        )
-    else:
-        storage.ensure_writable(uri)
-    return digest
-
-
-def write_file(
-    uri: str,
-    name: str,
-    rows: Iterable[Row],
-    *,
-    recipe_digest: str,
-    replaces: Sequence[str] = (),
-    row_group_bytes: int = ROW_GROUP_BYTES,
-) -> list[Row]:
-    """Writes and commits the data file `name` of the store at `uri`; returns its INDEX rows.
-
-    A file that is committed under this name stays when no row would become better: a worker that outlived its run
-    takes nothing from a newer one, whose features of these segments are the same bytes.
+    The constructor reads nothing: workers build a writer from what `create` or `open` checked.
 
     Args:
-        uri: the store.
-        name: without suffix, derived from what the rows are.
-        rows: may be a generator: one row group is in memory at a time.
-        recipe_digest: the store's recipe_hash.
-        replaces: names of committed data files whose rows these are from now on; `settle` removes them.
-        row_group_bytes: of features; the row that reaches them is the last of its row group.
-
-    Raises:
-        RuntimeError: when the store cannot be written.
+        uri: the store's folder.
+        recipe_hash: hash of the recipe that all its features share.
+        row_group_bytes: features per row group; the row that reaches it ends the group.
+        index_row_group_rows: rows per row group of the index.
     """
-    file_name = f"{name}.parquet"
-    index_rows: list[Row] = []
-    schema = schemas.FEATURES.with_metadata({**schemas.FEATURES.metadata, b"timeviper.recipe_hash": recipe_digest})
 
-    def write(file: IO[bytes]) -> None:
-        with _parquet_writer(file, schema) as writer:
-            for number, group in enumerate(_row_groups(rows, row_group_bytes)):
-                writer.write_table(pa.Table.from_pylist(group, schema=schema), row_group_size=len(group))
-                for place, row in enumerate(group):
-                    location = {"file": file_name, "row_group": number, "row_in_group": place}
-                    index_rows.append({**{k: v for k, v in row.items() if k != "features"}, **location})
-        if found := _as_good(uri, file_name, index_rows):
-            raise _CommittedBefore(found)
+    def __init__(
+        self,
+        uri: str,
+        recipe_hash: str,
+        *,
+        row_group_bytes: int = ROW_GROUP_BYTES,
+        index_row_group_rows: int = ROW_GROUP_ROWS,
+    ) -> None:
+        self.uri = uri
+        self.recipe_hash = recipe_hash
+        self.commits = CommitLog(uri)
+        self._row_group_bytes = row_group_bytes
+        self._index_row_group_rows = index_row_group_rows
 
-    try:
-        storage.write_atomic(storage.join_uri(uri, DATA_FOLDER, file_name), write)
-    except _CommittedBefore as found:
-        return found.rows
-    write_commit(uri, file_name, pa.Table.from_pylist(index_rows, schema=schemas.INDEX), replaces)
-    return index_rows
+    @classmethod
+    def create(cls, uri: str, recipe: Mapping[str, Any]) -> StoreWriter:
+        """Creates the store at `uri`, or opens it if it exists.
+
+        Raises:
+            ValueError: if the existing store has another recipe, with the differences.
+            RuntimeError: if the folder is not writable.
+        """
+        writer = cls(uri, recipe_hash(recipe))
+        header = find_header(uri)
+        if header is not None and header["recipe_hash"] != writer.recipe_hash:
+            lines = "\n".join(f"  {line}" for line in differences(header["recipe"], dict(recipe)))
+            raise ValueError(
+                f"the store at {uri} has another recipe, and features of two recipes do not mix:\n{lines}\n"
+                "Write to another feature_store, or remove that one."
+            )
+        storage.ensure_writable(uri)
+        if header is None:
+            content = {
+                "schema_version": schemas.STORE_VERSION,
+                "recipe_hash": writer.recipe_hash,
+                "recipe": dict(recipe),
+                "written_by": f"timeviper-platform {_code_version()}",
+            }
+            storage.write_json(storage.join_uri(uri, STORE_FILE), content)
+        return writer
+
+    @classmethod
+    def open(
+        cls, uri: str, *, row_group_bytes: int = ROW_GROUP_BYTES, index_row_group_rows: int = ROW_GROUP_ROWS
+    ) -> StoreWriter:
+        """The existing store at `uri`.
+
+        Raises:
+            ValueError: if there is none, or it has another schema version.
+        """
+        recipe_hash = read_header(uri)["recipe_hash"]
+        return cls(uri, recipe_hash, row_group_bytes=row_group_bytes, index_row_group_rows=index_row_group_rows)
+
+    def write_file(self, name: str, rows: Iterable[Row], *, replaces: Sequence[str] = ()) -> list[Row]:
+        """Writes and commits the data file `name`; returns its INDEX rows.
+
+        An existing commit of the same segments stays unless a row improves: a worker that outlived its run must not
+        overwrite the file of a newer one.
+
+        Args:
+            name: without suffix, derived from the rows' content.
+            rows: may be a generator; one row group is in memory at a time.
+            replaces: committed data files that this one replaces; `settle` removes them.
+
+        Raises:
+            RuntimeError: if the store is not writable.
+        """
+        file_name = f"{name}.parquet"
+        index_rows: list[Row] = []
+        metadata = {**schemas.FEATURES.metadata, b"timeviper.recipe_hash": self.recipe_hash}
+        schema = schemas.FEATURES.with_metadata(metadata)
+
+        def write(file: IO[bytes]) -> None:
+            with _parquet_writer(file, schema) as writer:
+                for row_group, group in enumerate(_row_groups(rows, self._row_group_bytes)):
+                    writer.write_table(pa.Table.from_pylist(group, schema=schema), row_group_size=len(group))
+                    for row_in_group, row in enumerate(group):
+                        location = {"file": file_name, "row_group": row_group, "row_in_group": row_in_group}
+                        index_rows.append({**{k: v for k, v in row.items() if k != "features"}, **location})
+            if committed := self._commit_to_keep(file_name, index_rows):
+                raise _AlreadyCommittedError(committed)
+
+        try:
+            storage.write_atomic(storage.join_uri(self.uri, DATA_FOLDER, file_name), write)
+        except _AlreadyCommittedError as found:
+            return found.rows
+        self.commits.write(file_name, pa.Table.from_pylist(index_rows, schema=schemas.INDEX), replaces)
+        return index_rows
+
+    def write_index(self, current_versions: Mapping[str, str] | None = None) -> None:
+        """Indexes what is committed, see `index_writer.write_index`."""
+        write_index(self.uri, current_versions, row_group_rows=self._index_row_group_rows)
+
+    def settle(self) -> int:
+        """Removes what compactions replaced; returns the number of data files removed.
+
+        First the index points to the new files, then the old records and files go, last the new records drop their
+        `replaces` so that a replaced name can be used again. A killed call is completed by the next one.
+        """
+        records = self.commits.records(columns=[])
+        replaces = {name: others for name, record in records if (others := replaced_files(record))}
+        replaced = sorted({name for names in replaces.values() for name in names})
+        if not replaced:
+            return 0
+        if storage.exists(storage.join_uri(self.uri, INDEX_FILE)):
+            self.write_index()
+        for folder in (COMMITS_FOLDER, DATA_FOLDER):
+            for name in replaced:
+                storage.remove(storage.join_uri(self.uri, folder, name))
+        for name in sorted(replaces.keys() - set(replaced)):
+            rows = self.commits.read(name)
+            if rows.num_rows:
+                self.commits.write(name, rows)
+            else:  # all of its rows were superseded
+                storage.remove(storage.join_uri(self.uri, COMMITS_FOLDER, name))
+                storage.remove(storage.join_uri(self.uri, DATA_FOLDER, name))
+        return len(replaced)
+
+    def remove_uncommitted(self) -> int:
+        """Deletes half-written files, and data files and commit records that lack the other; returns how many.
+
+        Call only before the job's own workers start.
+        """
+        num_removed = self.commits.remove_lost()
+        self.settle()
+        leftovers = [storage.join_uri(DATA_FOLDER, name) for name in self.commits.uncommitted()]
+        for folder in (DATA_FOLDER, COMMITS_FOLDER):
+            names = names_in(storage.join_uri(self.uri, folder))
+            leftovers += [storage.join_uri(folder, name) for name in names if name.endswith(".tmp")]
+        for leftover in leftovers:
+            storage.remove(storage.join_uri(self.uri, leftover))
+        return num_removed + len(leftovers)
+
+    def _commit_to_keep(self, file_name: str, rows: Sequence[Row]) -> list[Row]:
+        """Committed INDEX rows of `file_name` if they cover the same segments and none of `rows` is better."""
+        try:
+            found: list[Row] = self.commits.read(file_name).to_pylist()
+        except FileNotFoundError:
+            return []
+        if [row["segment_id"] for row in found] != [row["segment_id"] for row in rows]:
+            return []
+        improves = any(
+            STATUS_RANK[new["status"]] < STATUS_RANK[old["status"]] for new, old in zip(rows, found, strict=True)
+        )
+        return found if not improves and self.commits.has_data_file(file_name) else []
 
 
-class _CommittedBefore(Exception):
-    """Ends a write whose outcome is there already."""
+class _AlreadyCommittedError(Exception):
+    """Aborts a write whose result is already committed."""
 
     def __init__(self, rows: list[Row]) -> None:
         super().__init__()
         self.rows = rows
 
 
-def _as_good(uri: str, file_name: str, rows: Sequence[Row]) -> list[Row]:
-    """The committed INDEX rows of a data file when they are of the same segments and none of `rows` is better."""
-    try:
-        found: list[Row] = read_commit(uri, file_name).to_pylist()
-    except FileNotFoundError:
-        return []
-    if [row["segment_id"] for row in found] != [row["segment_id"] for row in rows]:
-        return []
-    is_better = any(RANK[new["status"]] < RANK[old["status"]] for new, old in zip(rows, found, strict=True))
-    return found if not is_better and has_data_file(uri, file_name) else []
-
-
-def settle(uri: str) -> int:
-    """Clears away what a compaction replaced, however far it came; returns how many data files it removed.
-
-    The index points to the new files first; then the old records and files go; last, the new records forget them, so
-    that a file may be written again under an old name.
-    """
-    replaces = {name: others for name, record in iter_commits(uri, columns=[]) if (others := replaced_by(record))}
-    replaced = sorted({name for names in replaces.values() for name in names})
-    if not replaced:
-        return 0
-    if storage.exists(storage.join_uri(uri, INDEX_FILE)):
-        write_index(uri)
-    for folder in (COMMITS_FOLDER, DATA_FOLDER):
-        for name in replaced:
-            storage.remove(storage.join_uri(uri, folder, name))
-    for name in sorted(replaces.keys() - set(replaced)):
-        rows = read_commit(uri, name)
-        if rows.num_rows:
-            write_commit(uri, name, rows)
-        else:  # all that it held was superseded
-            storage.remove(storage.join_uri(uri, COMMITS_FOLDER, name))
-            storage.remove(storage.join_uri(uri, DATA_FOLDER, name))
-    return len(replaced)
-
-
-def remove_uncommitted(uri: str) -> int:
-    """Deletes data files and commit records that lack the other, and half-written files; returns how many.
-
-    Only for the one job that writes to the store, before it starts to.
-    """
-    num_removed = remove_lost(uri)
-    settle(uri)
-    leftovers = [storage.join_uri(DATA_FOLDER, name) for name in uncommitted_files(uri)]
-    for folder in (DATA_FOLDER, COMMITS_FOLDER):
-        names = names_in(storage.join_uri(uri, folder))
-        leftovers += [storage.join_uri(folder, name) for name in names if name.endswith(".tmp")]
-    for leftover in leftovers:
-        storage.remove(storage.join_uri(uri, leftover))
-    return num_removed + len(leftovers)
-
-
 def write_store(uri: str, media: Mapping[str, Tensor], *, recipe: Mapping[str, Any], fps: float = 1.0) -> None:
-    """A finished store from features at hand: media_id -> (F, N, dim), frame k at k / fps seconds.
+    """Writes a finished store from tensors: media_id -> (F, N, dim), frame k sampled at k / fps seconds.
 
     Raises:
-        ValueError: when a tensor has not three dimensions.
+        ValueError: if a tensor does not have three dimensions.
     """
-    digest = create_store(uri, recipe)
-    rows = [_row_of(media_id, features, digest, fps) for media_id, features in media.items()]
+    store = StoreWriter.create(uri, recipe)
+    rows = [_feature_row(media_id, features, store.recipe_hash, fps) for media_id, features in media.items()]
     name = hashlib.sha256("".join(row["segment_id"] for row in rows).encode()).hexdigest()[:32]
-    write_file(uri, name, rows, recipe_digest=digest)
-    write_index(uri, {row["media_id"]: row["source_version"] for row in rows})
+    store.write_file(name, rows)
+    store.write_index({row["media_id"]: row["source_version"] for row in rows})
 
 
 def features_bytes(features: Tensor) -> bytes:
-    """What a row's `features` holds: little-endian bf16 in C order."""
+    """The stored form of features: little-endian bf16 in C order."""
     return features.to(torch.bfloat16).contiguous().view(torch.int16).numpy().astype("<i2", copy=False).tobytes()
 
 
 def features_fault(row: Mapping[str, Any], features: Any) -> str | None:
-    """What is wrong with the features of a row, held against its INDEX columns; None when nothing is.
-
-    Args:
-        row: INDEX columns.
-        features: bytes or a buffer, or None.
-    """
+    """Why a row's features (bytes, a buffer or None) contradict its INDEX columns; None if they do not."""
     size = 0 if features is None else len(features)
     expected = 2 * row["num_frames"] * row["num_tokens_per_frame"] * row["dim"] if row["num_frames"] else 0
     if size != expected:
@@ -216,14 +237,14 @@ def features_fault(row: Mapping[str, Any], features: Any) -> str | None:
     if len(row["frame_times_seconds"] or ()) != len(row["frame_pts_seconds"] or ()) or (
         row["status"] != "error" and len(row["frame_pts_seconds"]) != row["num_frames"]
     ):
-        return "frame times and frames differ in number"
+        return "the number of frame times is not the number of frames"
     checksum = row["features_xxh64"]
     if checksum is not None and xxhash.xxh64_intdigest(features or b"") != checksum:
-        return "the features are not those that were written (xxh64)"
+        return "the xxh64 of the features is not the stored one"
     return None
 
 
-def _row_of(media_id: str, features: Tensor, digest: str, fps: float) -> Row:
+def _feature_row(media_id: str, features: Tensor, recipe_hash: str, fps: float) -> Row:
     if features.ndim != 3:
         raise ValueError(f"{media_id}: features must be (F, N, dim), not {tuple(features.shape)}")
     num_frames, num_tokens, dim = features.shape
@@ -231,7 +252,7 @@ def _row_of(media_id: str, features: Tensor, digest: str, fps: float) -> Row:
     times = (np.arange(num_frames) / fps).tolist()
     content = xxhash.xxh64(data)
     return {
-        "segment_id": hashlib.sha256(f"{media_id}/{content.hexdigest()}/{digest}/0".encode()).hexdigest()[:32],
+        "segment_id": hashlib.sha256(f"{media_id}/{content.hexdigest()}/{recipe_hash}/0".encode()).hexdigest()[:32],
         "media_id": media_id,
         "source_version": content.hexdigest(),
         "segment_index": 0,
@@ -281,5 +302,5 @@ def _parquet_writer(file: IO[bytes], schema: pa.Schema) -> Any:
 def _code_version() -> str:
     try:
         return version("timeviper-platform")
-    except PackageNotFoundError:  # run from a source folder that was never installed
+    except PackageNotFoundError:  # run from a source folder
         return "unreleased"

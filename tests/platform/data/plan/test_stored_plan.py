@@ -30,7 +30,7 @@ from timeviper_platform.data.preprocess import ray_graph as graph
 from timeviper_platform.data.preprocess.config import PreprocessConfig
 from timeviper_platform.data.preprocess.estimate import estimate
 from timeviper_platform.data.preprocess.tasks import cut_tasks
-from timeviper_platform.data.store.writer import write_file
+from timeviper_platform.data.store.writer import StoreWriter
 
 logger = logging.getLogger(__name__)
 
@@ -103,10 +103,10 @@ def test_committed_segments_are_not_missing_unless_their_error_is_retryable(tmp_
         }
         for segment, (status, kind) in zip(everything, results, strict=False)
     ]
-    write_file(store, "one", rows, recipe_digest="r")
+    StoreWriter(store, "r").write_file("one", rows)
     assert planned() == planned("frames_missing") == [segment.media_id for segment in everything[3:]]
     assert planned("corrupt_file") == [segment.media_id for segment in everything[2:]]
-    write_file(store, "two", [{**rows[3], "status": "ok", "error_type": None}], recipe_digest="r")
+    StoreWriter(store, "r").write_file("two", [{**rows[3], "status": "ok", "error_type": None}])
     assert planned() == [segment.media_id for segment in everything[4:]]
 
 

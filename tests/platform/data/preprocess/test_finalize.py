@@ -11,15 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from reference.made_store import RECIPE, error_row, read_committed, segment_row
+from reference.synthetic_store import RECIPE, error_row, read_committed, segment_row
 from timeviper_platform.common.schemas import PLAN
 from timeviper_platform.data.preprocess.finalize import finalize_store, reject_table
-from timeviper_platform.data.store import index_writer, sorted_runs
 from timeviper_platform.data.store.audit import audit, count_rejects
 from timeviper_platform.data.store.commits import best_rows, num_feature_bytes
-from timeviper_platform.data.store.index_writer import write_index
+from timeviper_platform.data.store.sorted_runs import SortedRuns
 from timeviper_platform.data.store.verify import verify_store
-from timeviper_platform.data.store.writer import create_store, write_file
+from timeviper_platform.data.store.writer import StoreWriter
 
 STATUSES = ("ok", "ok", "ok", "partial", "error")
 
@@ -72,9 +71,9 @@ def write_synthetic_store(uri: str, seed: int) -> tuple[list[pa.Table], dict[str
             failed = {"error_stage": "probe", "error_type": random_.choice(["not_found", "corrupt_file"])}
             planned += [{"media_id": media_id, "uri": "/x", "status": "error", "segment_id": "", **failed}]
     random_.shuffle(rows)
-    digest = create_store(uri, RECIPE)
+    writer = StoreWriter.create(uri, RECIPE)
     for start in range(0, len(rows), 25):
-        write_file(uri, f"{random_.random():.9f}", rows[start : start + 25], recipe_digest=digest)
+        writer.write_file(f"{random_.random():.9f}", rows[start : start + 25])
     names = [field.name for field in PLAN]
     table = pa.Table.from_pylist(
         [{"source_version": "", "error_message": "synthetic", **row} for row in planned], schema=PLAN.remove_metadata()
@@ -99,17 +98,16 @@ def reference_index(committed: pa.Table, plan: pa.Table, older: dict[str, str]) 
 def test_a_store_finalized_in_parts_equals_the_reference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    monkeypatch.setattr(sorted_runs, "RUN_BYTES", 4000)
-    monkeypatch.setattr(sorted_runs, "BATCH_ROWS", 3)
-    monkeypatch.setattr(index_writer, "ROW_GROUP_ROWS", 8)
+    monkeypatch.setattr(SortedRuns, "run_bytes", 4000)
+    monkeypatch.setattr(SortedRuns, "batch_rows", 3)
     uri = str(tmp_path)
     parts, older = write_synthetic_store(uri, seed)
-    write_index(uri, older)
+    StoreWriter.open(uri, index_row_group_rows=8).write_index(older)
     committed, plan = read_committed(uri), pa.concat_tables(parts)
     indexed = pq.read_table(tmp_path / "index.parquet")
     assert indexed.to_pylist() == reference_index(committed, plan.slice(0, 0), older).to_pylist()
     previous = dict(zip(indexed["media_id"].to_pylist(), indexed["source_version"].to_pylist(), strict=True))
-    totals = finalize_store(uri, parts)
+    totals = finalize_store(uri, parts, row_group_rows=8)
     expected = reference_index(committed, plan, previous)
     found = pq.read_table(tmp_path / "index.parquet")
     assert found.to_pylist() == expected.to_pylist()
@@ -129,7 +127,7 @@ def test_a_store_finalized_in_parts_equals_the_reference(
 
 
 def test_an_empty_plan_of_an_empty_store_gives_an_empty_index(tmp_path: Path) -> None:
-    create_store(str(tmp_path), RECIPE)
+    StoreWriter.create(str(tmp_path), RECIPE)
     totals = finalize_store(str(tmp_path), [])
     assert set(totals.counts().values()) == {0}
     assert (
@@ -139,14 +137,12 @@ def test_an_empty_plan_of_an_empty_store_gives_an_empty_index(tmp_path: Path) ->
 
 def test_verification_compares_a_store_with_its_stored_plan(tmp_path: Path) -> None:
     uri = str(tmp_path)
-    digest = create_store(uri, RECIPE)
-    write_file(
-        uri, "a", [synthetic_row("m", segment_index, 3, "v1", "ok") for segment_index in range(2)], recipe_digest=digest
-    )
+    writer = StoreWriter.create(uri, RECIPE)
+    writer.write_file("a", [synthetic_row("m", segment_index, 3, "v1", "ok") for segment_index in range(2)])
     (tmp_path / "plan").mkdir()
     rows = [{**row, "num_segments": 3} for row in planned_rows("m", 3, "v1")]
     pq.write_table(pa.Table.from_pylist(rows, schema=PLAN), tmp_path / "plan" / "part-000000.parquet")
-    write_index(uri)
+    writer.write_index()
     report = verify_store(uri)
     assert report.audit == {"planned": 3, "ok": 2, "partial": 0, "error": 0, "missing": 1, "duplicate": 0}
     assert any("planned is not ok + partial + error" in problem.what for problem in report.problems)

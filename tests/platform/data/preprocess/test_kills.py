@@ -18,9 +18,9 @@ import pytest
 import yaml
 
 from reference.killable import kill_after, start
-from reference.made_store import read_committed
 from reference.media_corpus import contents
 from reference.synthetic_media import make_encoder, make_video
+from reference.synthetic_store import read_committed
 from reference.two_nodes import TwoNodes, two_nodes
 from timeviper_platform.data.encode.frame_encoder import VisionTowerConfig
 from timeviper_platform.data.preprocess.config import ExecutionConfig, PreprocessConfig

@@ -15,8 +15,8 @@ import torch
 
 from reference.faulty_s3 import Faults
 from reference.killable import kill_after, start
-from reference.made_store import read_committed
 from reference.synthetic_media import make_encoder, make_video
+from reference.synthetic_store import read_committed
 from timeviper_platform.common import listing, storage
 from timeviper_platform.common.ray_cluster import free_port
 from timeviper_platform.data.encode.frame_encoder import VisionTowerConfig

@@ -5,22 +5,22 @@ from __future__ import annotations
 import errno
 import os
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 import torch
 
-from reference.made_store import RECIPE, error_row, read_committed, segment_row, write_files
+from reference.synthetic_store import RECIPE, error_row, read_committed, segment_row, write_files
 from timeviper_platform.common import storage
 from timeviper_platform.common.schemas import PLAN
 from timeviper_platform.data.plan.stored_plan import finished_segments
 from timeviper_platform.data.preprocess.finalize import finalize_store
-from timeviper_platform.data.store import writer as store_writer
-from timeviper_platform.data.store.commits import write_commit
+from timeviper_platform.data.store.commits import CommitLog
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.data.store.verify import verify_store
-from timeviper_platform.data.store.writer import create_store, remove_uncommitted, write_file
+from timeviper_platform.data.store.writer import StoreWriter
 
 
 @pytest.fixture(params=["local disk", "object store"])
@@ -41,19 +41,20 @@ def plan_of(*media: str) -> pa.Table:
 
 
 def test_a_worker_that_commits_after_the_next_run_has_begun_loses_no_rows(
-    uri: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    uri: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_files(uri, {"a": [made_row("a")]})
-    digest = create_store(uri, RECIPE)
+    writer = StoreWriter.create(uri, RECIPE)
     removed = []
 
-    def commit_late(*arguments) -> None:
-        removed.append(remove_uncommitted(uri))  # the next run begins
-        write_commit(*arguments)
+    class LateCommits(CommitLog):
+        def write(self, name: str, rows: pa.Table, replaces: Sequence[str] = ()) -> None:
+            removed.append(StoreWriter.open(uri).remove_uncommitted())  # the next run begins
+            super().write(name, rows, replaces)
 
-    monkeypatch.setattr(store_writer, "write_commit", commit_late)
-    write_file(uri, "b", [made_row("b")], recipe_digest=digest)
-    monkeypatch.undo()
+    late = StoreWriter.open(uri)
+    late.commits = LateCommits(uri)
+    late.write_file("b", [made_row("b")])
     assert removed == [1]
     assert read_committed(uri).num_rows == 2
     assert len(finished_segments(uri)) == 1
@@ -62,8 +63,8 @@ def test_a_worker_that_commits_after_the_next_run_has_begun_loses_no_rows(
     assert totals.counts() == {"planned": 2, "ok": 1, "partial": 0, "error": 0, "missing": 1, "duplicate": 0}
     assert "b.parquet is committed but has no data file" in caplog.text
     assert list(FeatureStore.open(uri).media_ids) == ["a"]
-    assert remove_uncommitted(uri) == 0
-    write_file(uri, "b", [made_row("b")], recipe_digest=digest)
+    assert writer.remove_uncommitted() == 0
+    writer.write_file("b", [made_row("b")])
     assert finalize_store(uri, [plan_of("a", "b")]).counts()["ok"] == 2
     assert FeatureStore.open(uri).read("b").features.sum() == 32
     assert verify_store(uri).problems == []
@@ -73,7 +74,7 @@ def test_a_run_begins_without_the_records_of_lost_files(uri: str) -> None:
     write_files(uri, {name: [made_row(name)] for name in "abcd"})
     for name in "bd":
         storage.remove(f"{uri}/data/{name}.parquet")
-    assert remove_uncommitted(uri) == 2
+    assert StoreWriter.open(uri).remove_uncommitted() == 2
     assert read_committed(uri)["media_id"].to_pylist() == ["a", "c"]
     assert len(finished_segments(uri)) == 2
 
@@ -81,21 +82,22 @@ def test_a_run_begins_without_the_records_of_lost_files(uri: str) -> None:
 def test_a_record_that_replaces_others_does_so_with_its_data_file_alone(uri: str) -> None:
     write_files(uri, {"a": [made_row("a")], "b": [made_row("b")]})
     rows = [made_row("a"), made_row("b")]
-    write_file(uri, "merged", rows, recipe_digest=create_store(uri, RECIPE), replaces=["a.parquet", "b.parquet"])
+    writer = StoreWriter.open(uri)
+    writer.write_file("merged", rows, replaces=["a.parquet", "b.parquet"])
     storage.remove(f"{uri}/data/merged.parquet")
-    assert remove_uncommitted(uri) == 1
+    assert writer.remove_uncommitted() == 1
     assert read_committed(uri)["file"].to_pylist() == ["a.parquet", "b.parquet"]
 
 
 def test_a_late_worker_takes_nothing_from_a_newer_one_and_a_repair_replaces_an_error(uri: str) -> None:
-    digest = create_store(uri, RECIPE)
+    writer = StoreWriter.create(uri, RECIPE)
 
     def write(*statuses: str, value: float) -> list[str]:
         rows = [made_row(f"m{number}", status, value) for number, status in enumerate(statuses)]
-        return [row["status"] for row in write_file(uri, "unit", rows, recipe_digest=digest)]
+        return [row["status"] for row in writer.write_file("unit", rows)]
 
     def stored() -> list[float]:
-        store_writer.write_index(uri)
+        writer.write_index()
         store = FeatureStore.open(uri)
         return [store.read(media_id).features[0, 0, 0].item() for media_id in store.media_ids]
 
@@ -121,6 +123,6 @@ def test_files_that_cannot_be_listed_are_not_lost(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(os, "scandir", fail)
     with pytest.raises(OSError, match="input/output error"):
-        remove_uncommitted(uri)
+        StoreWriter.open(uri).remove_uncommitted()
     monkeypatch.undo()
     assert len(finished_segments(uri)) == 1

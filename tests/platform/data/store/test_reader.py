@@ -11,17 +11,18 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from reference.made_store import RECIPE, error_row, read_committed, segment_row, write_files
+from reference.synthetic_store import RECIPE, error_row, read_committed, segment_row, write_files
 from timeviper_platform.common import storage
 from timeviper_platform.common.schemas import FEATURES, INDEX, check_version
 from timeviper_platform.data.encode.recipe import recipe_hash
 from timeviper_platform.data.store import row_groups
 from timeviper_platform.data.store.commits import best_rows
 from timeviper_platform.data.store.compact import compact
-from timeviper_platform.data.store.index_writer import write_index
+from timeviper_platform.data.store.index import StoreIndex
+from timeviper_platform.data.store.layout import read_header
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.data.store.verify import verify_store
-from timeviper_platform.data.store.writer import create_store, remove_uncommitted, write_file, write_store
+from timeviper_platform.data.store.writer import StoreWriter, write_store
 from timeviper_platform.data.video.sampling import select_frames
 
 
@@ -51,13 +52,13 @@ def test_every_medium_reads_back_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_frames_are_picked_across_segments_and_neighbours_are_cached(tmp_path: Path) -> None:
-    digest = create_store(str(tmp_path), RECIPE)
+    writer = StoreWriter.create(str(tmp_path), RECIPE)
     pieces = [torch.randn(length, 3, 5).bfloat16() for length in (64, 64, 10)]
     rows = [segment_row("film", index, 3, piece) for index, piece in enumerate(pieces)]
     other = segment_row("other", 0, 1, torch.zeros(2, 3, 5).bfloat16())
-    write_file(str(tmp_path), "one", [rows[1], other, rows[0]], recipe_digest=digest)
-    write_file(str(tmp_path), "two", [rows[2]], recipe_digest=digest)
-    write_index(str(tmp_path))
+    writer.write_file("one", [rows[1], other, rows[0]])
+    writer.write_file("two", [rows[2]])
+    writer.write_index()
     store = FeatureStore.open(str(tmp_path))
     whole = torch.cat(pieces)
     frames = [0, 63, 64, 64, 127, 128, 137]
@@ -97,16 +98,16 @@ def test_a_segment_without_frames_is_empty(tmp_path: Path) -> None:
     assert store.read("film").features.shape == (0, 3, 5)
 
 
-def test_rows_in_error_between_others_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("timeviper_platform.data.store.index_writer.ROW_GROUP_ROWS", 2)  # lookups cross row groups
-    monkeypatch.setattr("timeviper_platform.data.store.index.DETAILS_CACHE_BYTES", 1)
+def test_rows_in_error_between_others_are_left_out(tmp_path: Path) -> None:
     pieces = {m: [torch.randn(3 + n, 2, 4).bfloat16() for n in range(4)] for m in ("a", "c", "\u00e9", "\U0001f600")}
     rows = [segment_row(media_id, n, 4, piece) for media_id, parts in pieces.items() for n, piece in enumerate(parts)]
     for media_id in pieces:
         rows.append(error_row(media_id, segment_index=4, segment_id=f"{media_id}-4"))
     rows += [error_row("b"), error_row("z")]
-    write_files(str(tmp_path), {"one": rows[::2], "two": rows[1::2]})
-    store = FeatureStore.open(str(tmp_path))
+    write_files(str(tmp_path), {"one": rows[::2], "two": rows[1::2]}, index=False)
+    StoreWriter.open(str(tmp_path), index_row_group_rows=2).write_index()  # lookups cross row groups
+    index = StoreIndex.open(str(tmp_path / "index.parquet"), details_cache_bytes=1)
+    store = FeatureStore(str(tmp_path), read_header(str(tmp_path)), index)
     assert list(store.media_ids) == sorted(pieces) == store.media_ids[:]
     assert store.media_ids[-1] == "\U0001f600"
     for media_id, parts in pieces.items():
@@ -171,9 +172,9 @@ def test_one_file_that_is_slow_to_open_holds_up_no_other(tmp_path: Path, monkeyp
 
 
 def test_features_are_stored_plain_last_and_with_checksums(tmp_path: Path) -> None:
-    digest = create_store(str(tmp_path), RECIPE)
+    writer = StoreWriter.create(str(tmp_path), RECIPE)
     rows = [segment_row("film", index, 20, torch.randn(64, 16, 128).bfloat16()) for index in range(20)]
-    write_file(str(tmp_path), "film", rows, recipe_digest=digest)
+    writer.write_file("film", rows)
     metadata = pq.read_metadata(tmp_path / "data" / "film.parquet")
     column = metadata.row_group(0).column(metadata.num_columns - 1)
     assert FEATURES.names[-1] == column.path_in_schema == "features"
@@ -189,19 +190,21 @@ def test_features_are_stored_plain_last_and_with_checksums(tmp_path: Path) -> No
 
 
 def test_a_row_group_ends_with_the_row_that_fills_it(tmp_path: Path) -> None:
-    digest = create_store(str(tmp_path), RECIPE)
+    StoreWriter.create(str(tmp_path), RECIPE)
+    writer = StoreWriter.open(str(tmp_path), row_group_bytes=600)
     sizes = [10, 10, 10, 30, 40, 5, 5]  # frames of 20 bytes
     rows = [segment_row("film", index, 7, torch.randn(size, 2, 5).bfloat16()) for index, size in enumerate(sizes)]
-    written = write_file(str(tmp_path), "film", rows, recipe_digest=digest, row_group_bytes=600)
+    written = writer.write_file("film", rows)
     assert [row["row_group"] for row in written] == [0, 0, 0, 1, 2, 3, 3]
 
 
 def test_neighbouring_row_groups_come_with_one_read(tmp_path: Path, monkeypatch) -> None:
-    digest = create_store(str(tmp_path), RECIPE)
+    StoreWriter.create(str(tmp_path), RECIPE)
+    writer = StoreWriter.open(str(tmp_path), row_group_bytes=1)
     parts = [torch.randn(64, 2, 5).bfloat16() for _ in range(5)]
     rows = [segment_row("film", index, 5, part) for index, part in enumerate(parts)]
-    write_file(str(tmp_path), "film", rows, recipe_digest=digest, row_group_bytes=1)
-    write_index(str(tmp_path))
+    writer.write_file("film", rows)
+    writer.write_index()
     features = torch.cat(parts)
     asked: list[list[int]] = []
     read = pq.ParquetFile.read_row_groups
@@ -228,67 +231,64 @@ def test_what_is_not_committed_is_ignored_and_removed(tmp_path: Path) -> None:
     (tmp_path / "data" / ".x.parquet.123.tmp").write_bytes(b"half")
     (tmp_path / "commits" / ".x.parquet.123.tmp").write_bytes(b"half")
     assert len(FeatureStore.open(str(tmp_path)).media_ids) == 4
-    assert remove_uncommitted(str(tmp_path)) == 3
+    assert StoreWriter.open(str(tmp_path)).remove_uncommitted() == 3
     assert len(list((tmp_path / "data").iterdir())) == 1
-    assert remove_uncommitted(str(tmp_path)) == 0
+    assert StoreWriter.open(str(tmp_path)).remove_uncommitted() == 0
 
 
 def test_a_writer_that_dies_leaves_no_data_file(tmp_path: Path) -> None:
-    digest = create_store(str(tmp_path), RECIPE)
+    writer = StoreWriter.create(str(tmp_path), RECIPE)
 
     def rows():
         yield segment_row("film", 0, 2, torch.randn(2, 2, 2).bfloat16())
         raise InterruptedError("killed")
 
     with pytest.raises((InterruptedError, RuntimeError)):
-        write_file(str(tmp_path), "film", rows(), recipe_digest=digest)
+        writer.write_file("film", rows())
     assert list((tmp_path / "data").iterdir()) == []
     assert read_committed(str(tmp_path)).num_rows == 0
 
 
 def test_the_index_holds_the_current_version_and_the_best_outcome(tmp_path: Path) -> None:
-    digest = create_store(str(tmp_path), RECIPE)
+    writer = StoreWriter.create(str(tmp_path), RECIPE)
     old, new = torch.zeros(1, 1, 2).bfloat16(), torch.ones(1, 1, 2).bfloat16()
     failed = {"status": "error", "features": None, "num_frames": 0}
-    write_file(
-        str(tmp_path),
+    writer.write_file(
         "a",
         [
             segment_row("a", 0, 1, old, segment_id="a1"),
             segment_row("b", 0, 1, old, segment_id="b1") | failed,
             segment_row("gone", 0, 1, old),
         ],
-        recipe_digest=digest,
     )
-    write_index(str(tmp_path))
+    writer.write_index()
     assert list(FeatureStore.open(str(tmp_path)).media_ids) == ["a", "gone"]
-    write_file(
-        str(tmp_path),
+    writer.write_file(
         "b",
         [
             segment_row("a", 0, 1, new, segment_id="a2", source_version="v2"),
             segment_row("b", 0, 1, new, segment_id="b1"),
         ],
-        recipe_digest=digest,
     )
     committed = read_committed(str(tmp_path))
-    write_index(str(tmp_path), {"a": "v2", "b": "v1"})
+    writer.write_index({"a": "v2", "b": "v1"})
     store = FeatureStore.open(str(tmp_path))
     assert [store.read(m).features.sum().item() for m in store.media_ids] == [2, 2, 0]
     assert best_rows(committed).num_rows == 4  # a1, a2, b1 once, gone
 
 
 def test_two_recipes_do_not_mix_and_the_error_says_what_differs(tmp_path: Path) -> None:
-    assert create_store(str(tmp_path), RECIPE) == create_store(str(tmp_path), dict(reversed(RECIPE.items())))
+    created = StoreWriter.create(str(tmp_path), RECIPE)
+    assert StoreWriter.create(str(tmp_path), dict(reversed(RECIPE.items()))).recipe_hash == created.recipe_hash
     changed = {"encoder": {"weights_hash": "abc", "layer": -1}, "sampling": {"fps": 1.0}, "more": 1}
     with pytest.raises(ValueError, match=r"encoder\.layer: the store has -2, this run -1\n  more:"):
-        create_store(str(tmp_path), changed)
+        StoreWriter.create(str(tmp_path), changed)
 
 
 def test_missing_unfinished_and_foreign_stores_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no feature store"):
         FeatureStore.open(str(tmp_path))
-    create_store(str(tmp_path), RECIPE)
+    StoreWriter.create(str(tmp_path), RECIPE)
     with pytest.raises(ValueError, match="without an index"):
         FeatureStore.open(str(tmp_path))
     write_store(str(tmp_path), made_media(2), recipe=RECIPE)
@@ -299,7 +299,7 @@ def test_a_store_of_another_version_is_refused_with_the_way_out(tmp_path: Path, 
     write_store(str(tmp_path), made_media(2), recipe=RECIPE)
     header = storage.read_json(str(tmp_path / "store.json"))
     storage.write_json(str(tmp_path / "store.json"), header | {"schema_version": version})
-    for use in (FeatureStore.open, lambda uri: create_store(uri, RECIPE), compact, verify_store):
+    for use in (FeatureStore.open, lambda uri: StoreWriter.create(uri, RECIPE), compact, verify_store):
         with pytest.raises(ValueError, match=f"schema_version = {version}.*preprocess the media again"):
             use(str(tmp_path))
 

@@ -6,19 +6,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pyarrow as pa
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from timeviper_platform.data.store import sorted_runs
 from timeviper_platform.data.store.sorted_runs import SortedRuns, merge_runs
 
 ROWS = pa.schema([pa.field("key", pa.string()), pa.field("number", pa.int64())])
 KEYS = st.lists(st.sampled_from(["", "a", "aa", "b", "é", "z", "\U0001f600"]), max_size=30)
 
 
-def made_runs(folder: Path, keys: list[str], table_rows: int = 3) -> SortedRuns:
+def sorted_runs(folder: Path, keys: list[str], *, run_bytes: int, batch_rows: int, table_rows: int = 3) -> SortedRuns:
     runs = SortedRuns(folder, ROWS, "key")
+    runs.run_bytes, runs.batch_rows = run_bytes, batch_rows
     for start in range(0, len(keys), table_rows):
         page = keys[start : start + table_rows]
         runs.add(pa.table({"key": page, "number": list(range(start, start + len(page)))}, schema=ROWS))
@@ -30,10 +29,11 @@ def made_runs(folder: Path, keys: list[str], table_rows: int = 3) -> SortedRuns:
 def test_blocks_are_the_sorted_rows_with_each_key_in_one_block(
     left: list[str], right: list[str], run_bytes: int, batch_rows: int
 ) -> None:
-    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sorted_runs, "RUN_BYTES", run_bytes)
-        patch.setattr(sorted_runs, "BATCH_ROWS", batch_rows)
-        kinds = [made_runs(Path(folder, name), keys) for name, keys in (("l", left), ("r", right))]
+    with TemporaryDirectory() as folder:
+        kinds = [
+            sorted_runs(Path(folder, name), keys, run_bytes=run_bytes, batch_rows=batch_rows)
+            for name, keys in (("l", left), ("r", right))
+        ]
         blocks = list(merge_runs(kinds, "key"))
     for place, keys in enumerate((left, right)):
         found = [(row["key"], row["number"]) for block in blocks for row in block[place].to_pylist()]
@@ -43,11 +43,9 @@ def test_blocks_are_the_sorted_rows_with_each_key_in_one_block(
     assert sum(len(keys) for keys in of_blocks) == len(set(left) | set(right))
 
 
-def test_a_block_is_a_small_part_of_many_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sorted_runs, "RUN_BYTES", 20_000)
-    monkeypatch.setattr(sorted_runs, "BATCH_ROWS", 16)
+def test_a_block_is_a_small_part_of_many_rows(tmp_path: Path) -> None:
     keys = [f"{number * 7919 % 5000:05d}" for number in range(5000)]
-    runs = made_runs(tmp_path / "runs", keys, table_rows=100)
+    runs = sorted_runs(tmp_path / "runs", keys, run_bytes=20_000, batch_rows=16, table_rows=100)
     sizes = [table.num_rows for (table,) in merge_runs([runs], "key")]
     assert len(list((tmp_path / "runs").iterdir())) > 3
     assert (sum(sizes), max(sizes) <= 200) == (5000, True)

@@ -10,9 +10,8 @@ import torch
 import xxhash
 
 from timeviper_platform.common.schemas import INDEX
-from timeviper_platform.data.store.commits import iter_counted
-from timeviper_platform.data.store.index_writer import write_index
-from timeviper_platform.data.store.writer import create_store, features_bytes, write_file
+from timeviper_platform.data.store.commits import CommitLog
+from timeviper_platform.data.store.writer import StoreWriter, features_bytes
 
 RECIPE = {"encoder": {"weights_hash": "abc", "layer": -2}, "sampling": {"fps": 1.0}}
 
@@ -69,14 +68,14 @@ def write_files(
     recipe: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes data files, name -> rows, and the index of all."""
-    digest = create_store(uri, RECIPE if recipe is None else recipe)
+    writer = StoreWriter.create(uri, RECIPE if recipe is None else recipe)
     for name, rows in files.items():
-        write_file(uri, name, rows, recipe_digest=digest)
+        writer.write_file(name, rows)
     if index:
-        write_index(uri, {row["media_id"]: row["source_version"] for f in files.values() for row in f})
+        writer.write_index({row["media_id"]: row["source_version"] for f in files.values() for row in f})
 
 
 def read_committed(uri: str) -> pa.Table:
     """INDEX rows of every commit record that counts, in order of file name; all in memory."""
-    tables = [record.replace_schema_metadata(INDEX.metadata) for _, record in iter_counted(uri)]
+    tables = [record.replace_schema_metadata(INDEX.metadata) for _, record in CommitLog(uri).current_records()]
     return pa.concat_tables([INDEX.empty_table(), *tables])
