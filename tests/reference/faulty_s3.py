@@ -1,4 +1,4 @@
-"""An S3 server on loopback (moto) that fails and dawdles on purpose, and notes every request."""
+"""A moto S3 server on loopback that injects errors and delays, and records requests."""
 
 from __future__ import annotations
 
@@ -21,43 +21,43 @@ SLOW_DOWN = (
 
 @dataclass
 class Faults:
-    """What goes wrong from now on, and what happened so far."""
+    """Faults to inject, and what happened so far."""
 
     is_down: bool = False
-    """every request is answered with 503"""
+    """answer every request with 503"""
     fail_first_of: int | None = None
-    """of the methods and paths seen from now on, every n-th is answered with 503 the first time"""
+    """answer the first request of every n-th new (method, path) with 503"""
     slow_rate: float = 0.0
     slow_seconds: float = 0.2
     answers: dict[str, str] = field(default_factory=dict)
-    """last part of a path -> status that requests for it always get, such as 403 Forbidden"""
+    """last part of a path -> status that it always gets, e.g. 403 Forbidden"""
     drops: Callable[[str, str, IO[bytes]], bool] | None = None
-    """sees method, path and body of every request first; where it says True, nothing is stored"""
+    """(method, path, body) -> True to drop a request without storing anything"""
     num_errors: int = 0
     num_slow: int = 0
     requests: list[tuple[str, str, str]] = field(default_factory=list)
-    """method, path, query of those that were answered in earnest"""
+    """(method, path, query) of the requests without an injected 503"""
     num_open: int = 0
-    """requests being answered now; a client that is killed leaves its last one behind"""
+    """requests in progress; a killed client leaves its last one"""
     _seen: set[tuple[str, str]] = field(default_factory=set)
     _random: random.Random = field(default_factory=lambda: random.Random(0))
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def wrap(self, application: Callable[..., Iterable[bytes]]) -> Callable[..., Iterable[bytes]]:
-        """The application with faults in front of it."""
+        """The application behind the faults."""
 
         def faulty(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
             with self._lock:
                 self.num_open += 1
                 fails = self.is_down or self._fails_at_first((environ["REQUEST_METHOD"], environ["PATH_INFO"]))
-                dawdles = self._random.random() < self.slow_rate
+                is_slow = self._random.random() < self.slow_rate
                 self.num_errors += fails
-                self.num_slow += dawdles
+                self.num_slow += is_slow
                 if not fails:
                     request = (environ["REQUEST_METHOD"], environ["PATH_INFO"], environ.get("QUERY_STRING", ""))
                     self.requests.append(request)
             try:
-                if dawdles:
+                if is_slow:
                     time.sleep(self.slow_seconds)
                 return self._answer(application, environ, start_response, fails)
             finally:
@@ -67,11 +67,11 @@ class Faults:
         return faulty
 
     def wait_until_idle(self) -> None:
-        """Returns when no request has been answered for a while: nothing of a killed client's arrives any more."""
-        num_looks = 0
-        while num_looks < 5:
+        """Returns when no request has been open for 0.1 s."""
+        num_idle = 0
+        while num_idle < 5:
             time.sleep(0.02)
-            num_looks = 0 if self.num_open else num_looks + 1
+            num_idle = 0 if self.num_open else num_idle + 1
 
     def _answer(
         self,
@@ -101,7 +101,7 @@ class Faults:
 
 @contextmanager
 def s3_server() -> Iterator[tuple[str, Faults]]:
-    """URL of a running server, and its faults."""
+    """Yields the URL of a running server, and its faults."""
     faults = Faults()
     server = make_server("127.0.0.1", 0, faults.wrap(DomainDispatcherApplication(create_backend_app)), threaded=True)
     thread = threading.Thread(target=server.serve_forever, daemon=True)

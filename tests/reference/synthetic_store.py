@@ -1,4 +1,4 @@
-"""Feature stores MADE for tests: rows and files at hand, without a job."""
+"""Synthetic feature stores, written without a job."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def segment_row(media_id: str, index: int, num_segments: int, features: torch.Te
 
 
 def error_row(media_id: str, error_type: str = "not_found", **changes: Any) -> dict[str, Any]:
-    """A row of a medium that could not be decoded."""
+    """A FEATURES row in error."""
     failed = {
         "status": "error",
         "error_stage": "decode_video",
         "error_type": error_type,
-        "error_message": "made",
+        "error_message": "synthetic",
         "features_xxh64": None,
         "features": None,
         "num_frames": 0,
@@ -67,7 +67,7 @@ def write_files(
     index: bool = True,
     recipe: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes data files, name -> rows, and the index of all."""
+    """Writes data files (name -> rows) and the index."""
     writer = StoreWriter.create(uri, RECIPE if recipe is None else recipe)
     for name, rows in files.items():
         writer.write_file(name, rows)
@@ -76,6 +76,6 @@ def write_files(
 
 
 def read_committed(uri: str) -> pa.Table:
-    """INDEX rows of every commit record that counts, in order of file name; all in memory."""
+    """INDEX rows of the current commit records, sorted by file name."""
     tables = [record.replace_schema_metadata(INDEX.metadata) for _, record in CommitLog(uri).current_records()]
     return pa.concat_tables([INDEX.empty_table(), *tables])

@@ -1,7 +1,6 @@
-"""Millions of ids in little memory: a table from 64-bit keys to 64-bit values, 16 bytes an entry.
+"""A table from 64-bit keys to 64-bit values in sorted NumPy runs, 16 bytes per entry.
 
-Knows sorted NumPy runs that merge as they grow. Does not know what is an id of what; callers hash, and a table of
-n random keys holds two equal ones with probability n * n / 2**65 (3e-6 for ten million).
+n random keys collide with probability n * n / 2**65 (3e-6 for ten million).
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import numpy as np
 
 
 class HashTable:
-    """Entries are added and found by arrays; the first value of a key stays."""
+    """Inserts and finds arrays of keys; the first value of a key stays."""
 
     def __init__(self) -> None:
         self._runs: list[tuple[np.ndarray, np.ndarray]] = []  # each sorted by key, each more than twice the next
@@ -19,12 +18,12 @@ class HashTable:
         return sum(len(keys) for keys, _ in self._runs)
 
     def add(self, keys: np.ndarray, values: np.ndarray) -> None:
-        """Takes in (n,) uint64 keys and their (n,) uint64 values."""
-        keys, places = np.unique(keys, return_index=True)  # sorted, and the first of equals
+        """Adds (n,) uint64 keys with their (n,) uint64 values."""
+        keys, first = np.unique(keys, return_index=True)
         is_new = ~self.find(keys)[0]
         if not is_new.any():
             return
-        self._runs.append((keys[is_new], values[places[is_new]]))
+        self._runs.append((keys[is_new], values[first[is_new]]))
         while len(self._runs) > 1 and len(self._runs[-2][0]) <= 2 * len(self._runs[-1][0]):
             last, before = self._runs.pop(), self._runs.pop()
             merged = np.concatenate([before[0], last[0]])
@@ -32,12 +31,12 @@ class HashTable:
             self._runs.append((merged[order], np.concatenate([before[1], last[1]])[order]))
 
     def find(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For (n,) keys: (n,) bool whether each is there, and (n,) uint64 its value (0 where it is not)."""
+        """(n,) bool, which of the (n,) keys exist, and (n,) uint64, their values (0 for the others)."""
         found = np.zeros(len(keys), dtype=bool)
         values = np.zeros(len(keys), dtype=np.uint64)
         for run_keys, run_values in self._runs:
-            places = np.minimum(np.searchsorted(run_keys, keys), len(run_keys) - 1)
-            here = run_keys[places] == keys
+            positions = np.minimum(np.searchsorted(run_keys, keys), len(run_keys) - 1)
+            here = run_keys[positions] == keys
             found |= here
-            values[here] = run_values[places[here]]
+            values[here] = run_values[positions[here]]
         return found, values

@@ -1,8 +1,4 @@
-"""The contracts between jobs as versioned pyarrow schemas: manifest, plan, features, index, rejects, samples.
-
-Knows column names, types and versions. Does not know who writes or reads them; every part of the platform meets
-the others here. Each schema carries its name and version in its metadata, so that a file says what it is.
-"""
+"""The tables that jobs exchange, as pyarrow schemas with name and version in their metadata."""
 
 from __future__ import annotations
 
@@ -11,10 +7,10 @@ from typing import Any
 import pyarrow as pa
 
 STORE_VERSION = 2
-"""Version of the feature store: its folders, FEATURES and INDEX together."""
+"""Version of the feature store: folders, FEATURES and INDEX."""
 
 CLIP_MARK = "#t="
-"""In the source_version of a medium that is a clip of a file, as media fragments write it: #t=START,END."""
+"""Part of a clip's source_version, as in media fragments: #t=START,END."""
 
 NAME_KEY = b"timeviper.schema"
 VERSION_KEY = b"timeviper.schema_version"
@@ -36,7 +32,7 @@ MANIFEST = _schema(
         pa.field("media_id", pa.string()),
         pa.field("start_seconds", pa.float64()),
         pa.field("end_seconds", pa.float64()),
-        # what is known of the file: a row with size and either duration_seconds or modality image is not opened to plan
+        # a row with size and either duration_seconds or modality image is planned without opening the file
         pa.field("size", pa.int64()),  # bytes
         pa.field("etag", pa.string()),
         pa.field("sha256", pa.string()),
@@ -46,23 +42,23 @@ MANIFEST = _schema(
         pa.field("width", pa.int32()),
         pa.field("height", pa.int32()),
         pa.field("codec", pa.string()),
-        # img2dataset's: rows with failed_to_download or failed_to_resize are rejected with their message
+        # img2dataset's; failed_to_download and failed_to_resize are rejected with their message
         pa.field("status", pa.string()),
         pa.field("error_message", pa.string()),
     ],
 )
-"""What to preprocess: one row a medium; all but `uri` may be missing, extra columns are left out."""
+"""Input of preprocessing: one row per medium. Only `uri` is required; extra columns are ignored."""
 
 _MEDIUM = [
-    pa.field("uri", pa.string()),  # but for what a plan is to fetch: without a URL's query, user and password
+    pa.field("uri", pa.string()),  # without a URL's query, user and password, except in plans
     pa.field("size", pa.int64()),  # bytes
     pa.field("etag", pa.string()),
-    pa.field("sha256", pa.string()),  # of the file's bytes, when the job was told to hash
+    pa.field("sha256", pa.string()),  # of the file's bytes, if hashed
     pa.field("modality", pa.string()),  # video | image
 ]
 _STREAM = [
-    pa.field("duration_seconds", pa.float64()),  # the end of the last frame on the source's clock; 0 for an image
-    pa.field("source_fps", pa.float64()),  # average; for information, never for sampling
+    pa.field("duration_seconds", pa.float64()),  # end of the last frame on the source's clock; 0 for an image
+    pa.field("source_fps", pa.float64()),  # average, never used for sampling
     pa.field("width", pa.int32()),
     pa.field("height", pa.int32()),
     pa.field("codec", pa.string()),
@@ -88,23 +84,23 @@ PLAN = _schema(
         *_IDENTITY,
         *_MEDIUM,
         *_STREAM,
-        pa.field("grid_start_seconds", pa.float64()),  # sample k is taken at grid_start_seconds + k / fps
+        pa.field("grid_start_seconds", pa.float64()),  # frame k is sampled at grid_start_seconds + k / fps
         pa.field("first_frame", pa.int32()),
         pa.field("num_frames", pa.int32()),
         *_OUTCOME,
     ],
 )
-"""One row a segment: at most 64 sampled frames of one medium; an image is one segment of one frame. A medium whose
-headers cannot be read has one row with status error and no segment_id."""
+"""One row per segment: at most 64 sampled frames of one medium; an image is a segment of one frame. A medium in error
+has one row without segment_id."""
 
 _SEGMENT = [
     *_IDENTITY,
     *_MEDIUM,
-    pa.field("start_seconds", pa.float64()),  # the first sample's time and one step past the last one's
+    pa.field("start_seconds", pa.float64()),  # from the first sampling time to one step after the last
     pa.field("end_seconds", pa.float64()),
     *_STREAM,
-    pa.field("frame_times_seconds", pa.list_(pa.float64())),  # the sampled t of every stored frame
-    pa.field("frame_pts_seconds", pa.list_(pa.float64())),  # the PTS on screen at that t
+    pa.field("frame_times_seconds", pa.list_(pa.float64())),  # sampling times t of the stored frames
+    pa.field("frame_pts_seconds", pa.list_(pa.float64())),  # PTS of the frame on screen at t
     pa.field("num_frames", pa.int32()),
     pa.field("num_tokens_per_frame", pa.int32()),
     pa.field("dim", pa.int32()),
@@ -117,8 +113,8 @@ _SEGMENT = [
 ]
 
 FEATURES = _schema("features", STORE_VERSION, [*_SEGMENT, pa.field("features", pa.large_binary())])
-"""One row a segment; `features` last: little-endian bf16 (num_frames, num_tokens_per_frame, dim) in C order.
-Binary because Parquet has no 16-bit integer: a uint16 column doubles the bytes and reads 24 times slower."""
+"""One row per segment. `features`: little-endian bf16 (num_frames, num_tokens_per_frame, dim), C order; binary, since
+Parquet has no 16-bit integer: a uint16 column has twice the bytes and reads 24 times slower."""
 
 INDEX = _schema(
     "index",
@@ -130,7 +126,7 @@ INDEX = _schema(
         _required("row_in_group", pa.int32()),
     ],
 )
-"""FEATURES without the features, and where they lie. A commit record is the INDEX rows of one data file."""
+"""FEATURES rows with a location instead of the features. A commit record holds the INDEX rows of one data file."""
 
 REJECTS = _schema(
     "rejects",
@@ -139,11 +135,11 @@ REJECTS = _schema(
         _required("media_id", pa.string()),
         _required("uri", pa.string()),
         *_OUTCOME,
-        _required("num_segments", pa.int32()),  # how many segments this row stands for
+        _required("num_segments", pa.int32()),  # segments that this row stands for
         _required("frames_missing", pa.int32()),
     ],
 )
-"""What was not preprocessed, or in part: one row for each medium, stage and type of error."""
+"""Media not or only partly preprocessed: one row per medium, error stage and error type."""
 
 SAMPLES = _schema(
     "samples",
@@ -170,7 +166,7 @@ SAMPLES = _schema(
         pa.field("weight", pa.float64()),
     ],
 )
-"""What training reads; joins features by media_id."""
+"""Training samples; joined with features by media_id."""
 
 QUESTIONS = _schema(
     "questions",
@@ -180,21 +176,17 @@ QUESTIONS = _schema(
         SAMPLES.field("media"),
         _required("question", pa.string()),
         _required("answer", pa.string()),
-        pa.field("choices", pa.list_(pa.string())),  # the answers to choose from; empty for a free answer
-        pa.field("start_seconds", pa.float64()),  # temporal grounding: the right interval, on the source's clock
+        pa.field("choices", pa.list_(pa.string())),  # empty for a free answer
+        pa.field("start_seconds", pa.float64()),  # temporal grounding: the expected interval on the source's clock
         pa.field("end_seconds", pa.float64()),
         pa.field("source", pa.string()),
     ],
 )
-"""What evaluation asks: held-out questions with their right answers."""
+"""Evaluation questions with their answers."""
 
 
 def check_version(schema: pa.Schema, expected: pa.Schema, *, source: str) -> None:
-    """Passes when `schema` says that it is `expected`.
-
-    Raises:
-        ValueError: when it is another schema or another version, with both and `source`.
-    """
+    """Raises ValueError, naming `source`, unless name and version of `schema` are those of `expected`."""
     found = schema.metadata or {}
     for key, what in ((NAME_KEY, "schema"), (VERSION_KEY, "schema version")):
         if found.get(key) != expected.metadata[key]:

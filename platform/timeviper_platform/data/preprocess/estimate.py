@@ -13,7 +13,7 @@ from timeviper_platform.data.preprocess.calibrate import Calibration, SegmentSam
 from timeviper_platform.data.preprocess.config import PreprocessConfig
 from timeviper_platform.data.preprocess.ray_graph import num_cpus, worker_slots
 from timeviper_platform.data.preprocess.run import last_rate, make_recipe, plan_tables, worker_spec
-from timeviper_platform.data.store.layout import read_header
+from timeviper_platform.data.store.layout import find_header
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +45,7 @@ def estimate(config: PreprocessConfig) -> Estimate:
     config = config.with_absolute_paths()
     encoder = describe_encoder(config.encoder)
     recipe = make_recipe(encoder, config)
-    header = read_header(config.feature_store)
+    header = find_header(config.feature_store)
     if header is not None and header["recipe"] != recipe:
         raise ValueError("\n".join(["the feature store has another recipe:", *differences(header["recipe"], recipe)]))
     digest = recipe_hash(recipe)

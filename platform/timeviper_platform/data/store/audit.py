@@ -1,4 +1,4 @@
-"""."""
+"""Counts of a plan's segments by outcome, and of rejected media by reason."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ AUDIT_KEYS = ("planned", "ok", "partial", "error", "missing", "duplicate")
 
 
 def audit(planned: Iterable[str], committed: pa.Table) -> dict[str, int]:
-    """Counts of planned segments by what became of them; `missing` and `duplicate` must be 0. Keys: AUDIT_KEYS.
+    """AUDIT_KEYS -> number of planned segments; `missing` and `duplicate` must be 0.
 
     Args:
-        planned: segment_id of every segment of this input.
+        planned: segment_ids of the input.
         committed: INDEX rows of all commit records.
     """
-    wanted = set(planned)
+    planned = set(planned)
     status: dict[str, str] = {}
     num_duplicates = 0
     pairs = zip(committed["segment_id"].to_pylist(), committed["status"].to_pylist(), strict=True)
     for segment_id, outcome in pairs:
-        if segment_id in wanted:
+        if segment_id in planned:
             before = status.get(segment_id, "error")
             num_duplicates += before != "error" and outcome != "error"
             status[segment_id] = outcome if before == "error" else before
     counts = Counter(status.values())
     return {
-        "planned": len(wanted),
+        "planned": len(planned),
         "ok": counts["ok"],
         "partial": counts["partial"],
         "error": counts["error"],
-        "missing": len(wanted) - len(status),
+        "missing": len(planned) - len(status),
         "duplicate": num_duplicates,
     }
 
 
 def count_rejects(rejects: pa.Table) -> dict[str, dict[str, int]]:
-    """Stage -> type -> number of media."""
+    """Error stage -> error type -> number of media."""
     media = {
         (row["error_stage"], row["error_type"], row["media_id"])
         for row in rejects.select(["error_stage", "error_type", "media_id"]).to_pylist()

@@ -19,17 +19,17 @@ from timeviper_platform.data.store.layout import COMMITS_FOLDER, DATA_FOLDER
 logger = logging.getLogger(__name__)
 
 NUM_READERS = 16
-"""Concurrent requests; they mostly wait for the storage."""
+"""Concurrent requests."""
 
 STATUS_RANK = {"ok": 0, "partial": 1, "error": 2}
 """The lowest rank among the rows of a segment counts."""
 
 _REPLACES = b"timeviper.replaces"
-"""Metadata key of a commit record: JSON list of the data files whose rows it took over."""
+"""Metadata key of a commit record: JSON list of the data files it replaces."""
 
 
 class CommitLog:
-    """The commit records of the store at `uri`. Holds no state: every call reads the storage."""
+    """Commit records of the store at `uri`; every call reads the storage."""
 
     read_ahead = 128
     """Records in memory at a time; one of 32 full segments takes 40 KB."""
@@ -38,49 +38,46 @@ class CommitLog:
         self.uri = uri
 
     def names(self) -> Iterator[str]:
-        """Names of committed data files, sorted."""
+        """Sorted names of committed data files."""
         return self._names(COMMITS_FOLDER)
 
     def data_files(self) -> Iterator[str]:
-        """Names of existing data files, committed or not, sorted."""
+        """Sorted names of all data files."""
         return self._names(DATA_FOLDER)
 
     def read(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """INDEX rows of the data file `name`, with the record's own metadata."""
+        """Record of the data file `name`."""
         data = storage.read_bytes(storage.join_uri(self.uri, COMMITS_FOLDER, name))
         return pq.ParquetFile(pa.BufferReader(data)).read(columns=columns, use_threads=False)
 
     def records(self, columns: Sequence[str] | None = None) -> Iterator[tuple[str, pa.Table]]:
-        """(name, record) of every commit, sorted by name, including those that others replace."""
+        """(name, record) of every commit, sorted by name."""
         with ThreadPoolExecutor(NUM_READERS) as pool:
             for page in pages(self.names(), self.read_ahead):
                 yield from zip(page, pool.map(lambda name: self.read(name, columns), page), strict=True)
 
     def current_records(self, columns: Sequence[str] | None = None) -> Iterator[tuple[str, pa.Table]]:
-        """`records` without the replaced ones. Reads every record twice: the last may replace the first."""
+        """`records` that no other replaces. Reads all twice, since the last may replace the first."""
         replaced = {name for _, record in self.records(columns=[]) for name in replaced_files(record)}
         return ((name, record) for name, record in self.records(columns) if name not in replaced)
 
     def write(self, name: str, rows: pa.Table, replaces: Sequence[str] = ()) -> None:
-        """Commits the data file `name` and, in the same write, retires the data files in `replaces`."""
+        """Commits the data file `name`, which replaces the data files `replaces`, in one write."""
         metadata = schemas.INDEX.metadata | ({_REPLACES: json.dumps(list(replaces)).encode()} if replaces else {})
         write_table(storage.join_uri(self.uri, COMMITS_FOLDER, name), rows.replace_schema_metadata(metadata))
 
     def has_data_file(self, name: str) -> bool:
-        """True if the data file `name` exists."""
+        """Whether the data file `name` exists."""
         return storage.exists(storage.join_uri(self.uri, DATA_FOLDER, name))
 
     def lost(self) -> Iterator[str]:
-        """Names of commit records without a data file; their segments are not done.
-
-        A worker that outlives its run leaves one if the next run removed its uncommitted file just before.
-        """
+        """Names of records without a data file, as when a late worker commits a file that the next run removed."""
         for name in _only_in_first(self.names(), self.data_files()):
-            if not self.has_data_file(name):  # it may have been written during the listing
+            if not self.has_data_file(name):  # unless written during the listing
                 yield name
 
     def remove_lost(self) -> int:
-        """Removes `lost` records so that their segments are done again; returns how many."""
+        """Removes `lost` records; returns how many."""
         lost = list(self.lost())
         for name in lost:
             logger.warning("%s: %s is committed but has no data file; its segments count as not done", self.uri, name)
@@ -88,7 +85,7 @@ class CommitLog:
         return len(lost)
 
     def uncommitted(self) -> Iterator[str]:
-        """Names of data files without a commit record."""
+        """Names of data files without a record."""
         for name in _only_in_first(self.data_files(), self.names()):
             if not storage.exists(storage.join_uri(self.uri, COMMITS_FOLDER, name)):
                 yield name
@@ -99,7 +96,7 @@ class CommitLog:
 
 
 def _only_in_first(first: Iterator[str], second: Iterator[str]) -> Iterator[str]:
-    """Difference of two sorted iterators, without holding either."""
+    """Difference of two sorted iterators."""
     other = next(second, None)
     for name in first:
         while other is not None and other < name:
@@ -109,7 +106,7 @@ def _only_in_first(first: Iterator[str], second: Iterator[str]) -> Iterator[str]
 
 
 def replaced_files(record: pa.Table) -> list[str]:
-    """The data files whose rows a commit record took over."""
+    """Data files that a commit record replaces."""
     return list(json.loads((record.schema.metadata or {}).get(_REPLACES, "[]")))
 
 
@@ -131,11 +128,11 @@ def best_rows(committed: pa.Table) -> pa.Table:
 
 
 def files_digest(names: Iterable[str]) -> bytes:
-    """Hash of the set of data files that an index was built from."""
+    """Identifies the set of data files of an index."""
     return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest().encode()
 
 
 def num_feature_bytes(rows: pa.Table) -> int:
-    """Total size of the features of INDEX rows."""
+    """Size of the features of INDEX rows."""
     frames, tokens, dim = (rows[name].cast(pa.int64()) for name in ("num_frames", "num_tokens_per_frame", "dim"))
     return 2 * (pc.sum(pc.multiply(pc.multiply(frames, tokens), dim)).as_py() or 0)

@@ -1,10 +1,7 @@
-"""Many small data files of a feature store to few of the configured size, while others read.
+"""Merges many small data files of a store into few, while others read but no job writes.
 
-Knows which rows still count and copies them, checked, a row group at a time. One atomic write (a commit record that
-names what it replaces) makes a merged file count and its sources stop to; `settle` does the rest. Killed at any moment,
-the store holds every row once, and the next compaction or run of the job goes on. Readers that opened the store before
-find moved rows by themselves. Not for use while a job writes to the store. Needs room for a second copy of the merged
-files until it ends. Memory grows with the number of files, and by 8 bytes a row of those files that hold rows to drop.
+Each merged file replaces its sources in one commit, so a killed compaction loses nothing. Needs disk space for
+the copy.
 """
 
 from __future__ import annotations
@@ -41,19 +38,19 @@ _COMMITTED = pa.schema([INDEX.field(name) for name in ("media_id", "segment_id",
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CompactReport:
-    """What a compaction did."""
+    """Counts of a compaction."""
 
     files_before: int
     files_after: int
     files_written: int
     rows_copied: int
     rows_dropped: int
-    """superseded versions of media, and errors that a later run mended"""
+    """superseded versions of media, and errors that a later run repaired"""
     bytes_copied: int
-    """of features"""
+    """features only"""
 
     def lines(self) -> list[str]:
-        """For people."""
+        """The report as text."""
         return [
             f"files      {self.files_before} before, {self.files_after} after; written: {self.files_written}",
             f"rows       {self.rows_copied} copied ({self.bytes_copied / 1e6:.1f} MB), {self.rows_dropped} superseded",
@@ -62,20 +59,20 @@ class CompactReport:
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """A data file and the rows of it that count."""
+    """A data file and its rows that count."""
 
     name: str
     first_media_id: str
     num_rows: int
     num_live: int
     num_bytes: int
-    """of the features of rows that count"""
+    """features of the rows that count"""
     live: np.ndarray | None
-    """(num_live, 2) row_group and row_in_group, ascending; None = all rows"""
+    """(num_live, 2) ascending row_group and row_in_group; None = all rows"""
 
     @property
     def num_dropped(self) -> int:
-        """Rows that do not count."""
+        """Rows to leave out."""
         return self.num_rows - self.num_live
 
 
@@ -89,8 +86,8 @@ def compact(
     """Merges data files with less than half of `file_bytes` of features into files of up to `file_bytes`.
 
     Raises:
-        ValueError: when there is no store at `uri`, or `file_bytes` or `row_group_bytes` is not positive.
-        RuntimeError: when a row to be copied is damaged, with its ids; what was merged before stays merged.
+        ValueError: if there is no store at `uri`, or a size is not positive.
+        RuntimeError: if a row is damaged, with its ids; files merged before stay merged.
     """
     if file_bytes < 1 or row_group_bytes < 1:
         raise ValueError(f"{file_bytes = } and {row_group_bytes = } must be at least 1")
@@ -118,9 +115,9 @@ def compact(
 
 
 def _sources(commits: CommitLog, folder: Path) -> list[_Source]:
-    """Every data file of a settled store, by its first medium; `folder` holds rows while they are sorted."""
+    """All data files of a settled store, sorted by first medium; `folder` holds temporary files."""
     files = []
-    for name, record in commits.records(["media_id"]):  # in the order of their names, as `live` will be
+    for name, record in commits.records(["media_id"]):  # sorted by name, as `of_files`
         files.append((name, pc.min(record["media_id"]).as_py() or "", record.num_rows))
     live = SortedRuns(folder / "live", _LIVE, "file")
     for table in _live_rows(commits, [name for name, _, num_rows in files if num_rows], folder):
@@ -129,20 +126,17 @@ def _sources(commits: CommitLog, folder: Path) -> list[_Source]:
     name, rows = next(of_files, ("", live.empty))
     sources = []
     for file, first, num_rows in files:
-        mine = live.empty
+        own = live.empty
         if name == file:
-            mine = rows
+            own = rows
             name, rows = next(of_files, ("", live.empty))
-        places = None if mine.num_rows == num_rows else _places(mine)
-        sources.append(_Source(file, first, num_rows, mine.num_rows, num_feature_bytes(mine), places))
+        locations = None if own.num_rows == num_rows else _locations(own)
+        sources.append(_Source(file, first, num_rows, own.num_rows, num_feature_bytes(own), locations))
     return sorted(sources, key=lambda source: (source.first_media_id, source.name))
 
 
 def _live_rows(commits: CommitLog, with_rows: Sequence[str], folder: Path) -> Iterator[pa.Table]:
-    """The committed rows that count: the index's, or the best of each segment while commits are younger than it.
-
-    Rows of another source_version can be told from rows not yet indexed only by an index of these very files.
-    """
+    """Rows that count: those of the index or, if it is outdated, the best of each segment, superseded or not."""
     if read_files_digest(commits.uri) == files_digest(with_rows):
         yield from index_tables(commits.uri, _LIVE.names)
         return
@@ -154,21 +148,21 @@ def _live_rows(commits: CommitLog, with_rows: Sequence[str], folder: Path) -> It
 
 
 def _by_file(live: SortedRuns) -> Iterator[tuple[str, pa.Table]]:
-    """The rows of each data file that has any, in order of name."""
+    """Rows per data file, sorted by file name."""
     for (rows,) in merge_runs([live], "file"):
         start = 0
-        for entry in pc.value_counts(rows["file"]).to_pylist():  # in the order in which they come
+        for entry in pc.value_counts(rows["file"]).to_pylist():  # in order of appearance
             yield entry["values"], rows.slice(start, entry["counts"])
             start += entry["counts"]
 
 
-def _places(rows: pa.Table) -> np.ndarray:
+def _locations(rows: pa.Table) -> np.ndarray:
     rows = rows.sort_by([("row_group", "ascending"), ("row_in_group", "ascending")])
     return np.stack([rows["row_group"].to_numpy(), rows["row_in_group"].to_numpy()], axis=1)
 
 
 def _groups(sources: Sequence[_Source], file_bytes: int) -> list[list[_Source]]:
-    """Small files in order, cut where a merged file is full; single files only when they hold rows to drop."""
+    """Groups of small files to merge, and single files with rows to drop."""
     groups: list[list[_Source]] = [[]]
     num_bytes = 0
     for source in sources:
@@ -184,18 +178,18 @@ def _groups(sources: Sequence[_Source], file_bytes: int) -> list[list[_Source]]:
 
 def _rows(uri: str, source: _Source) -> Iterator[Row]:
     path = storage.join_uri(uri, DATA_FOLDER, source.name)
-    advice = "`jobs/store.py verify` lists every bad row and says what to do"
+    advice = "run `jobs/store.py verify` to list every bad row"
     try:
         opened = open_data_file(path)
     except (OSError, pa.ArrowInvalid) as error:
         raise RuntimeError(f"{path} cannot be opened: {error}; {advice}") from error
     with opened as file:
         for number in range(file.metadata.num_row_groups):
-            places = None if source.live is None else source.live[source.live[:, 0] == number, 1]
-            if places is not None and not len(places):
+            kept = None if source.live is None else source.live[source.live[:, 0] == number, 1]
+            if kept is not None and not len(kept):
                 continue
             rows = file.read_row_group(number, use_threads=False)
-            for row in (rows if places is None else rows.take(pa.array(places))).to_pylist():
+            for row in (rows if kept is None else rows.take(pa.array(kept))).to_pylist():
                 fault = features_fault(row, row["features"])
                 if fault is not None:
                     raise RuntimeError(

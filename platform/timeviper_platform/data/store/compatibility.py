@@ -1,4 +1,4 @@
-"""."""
+"""Compares a store's features with what a model's weights expect."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from timeviper_platform.data.store.reader import FeatureStore
 
 
 def store_facts(store: FeatureStore) -> Facts:
-    """What a store's recipe and index state."""
+    """Facts from a store's recipe and index."""
     facts = recipe_facts(store.recipe)
     if store.media_ids:
         facts["row_size"] = store.info(store.media_ids[0]).dim
@@ -16,11 +16,7 @@ def store_facts(store: FeatureStore) -> Facts:
 
 
 def check_same_towers(vision: VisionConfig, store: FeatureStore, weights: str) -> None:
-    """Passes when the features are of the towers that the weights were made for.
-
-    Raises:
-        ValueError: naming both sides and every difference.
-    """
+    """Raises ValueError with every difference unless the features come from the vision towers of the weights."""
     wrong = different_facts(vision_facts(vision), store_facts(store))
     if wrong:
         raise ValueError(

@@ -1,8 +1,7 @@
-"""The feature store's index for readers: media_id to rows, and of a row where it lies and which frames it holds.
+"""The store's index for readers: media_id to rows, and a row's location and frames.
 
-Knows `index.parquet`. What every lookup needs (ids, counts, places) is in memory as numpy and Arrow columns; what only
-a medium at hand needs (frame times, URI, sha256: 1 KB a full segment, 1 GB for a million) is decoded a row group at a
-time and kept in a small LRU. No Python object stands for a row. Does not know features or data files' contents.
+Ids, counts and locations are in memory as columns; frame times, URI and sha256 (1 KB per full segment) are decoded by
+row group into an LRU cache.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ import pyarrow.parquet as pq
 from timeviper_platform.common import schemas, storage
 
 ROW_GROUP_ROWS = 2048
-"""Rows of the index that are decoded together: 2 MB of frame times for full segments, about 3 ms."""
+"""Rows of the index that are decoded together: 2 MB of frame times of full segments, 3 ms."""
 
 DETAILS_CACHE_BYTES = 64 << 20
 
-MAX_PLACES = 4096
-"""media whose place is remembered: a reader asks several times for the one it is at"""
+MAX_LOOKUPS = 4096
+"""Media whose position is cached."""
 
 Modality = Literal["video", "image"]
 
@@ -37,8 +36,8 @@ _WORDS = ["file", "modality", "status"]
 _DETAILS = ["segment_id", "uri", "sha256", "frame_times_seconds", "frame_pts_seconds"]
 
 
-class RowPlace(NamedTuple):
-    """Where the features of a segment lie."""
+class RowLocation(NamedTuple):
+    """Location of a segment's features."""
 
     file: str
     row_group: int
@@ -46,7 +45,7 @@ class RowPlace(NamedTuple):
 
 
 class SortedStrings(Sequence[str]):
-    """An ascending Arrow column of strings as a sequence; `in` and `place_of` are binary searches."""
+    """A sorted Arrow column of strings with binary search."""
 
     def __init__(self, values: pa.Array) -> None:
         self._values = values
@@ -55,27 +54,27 @@ class SortedStrings(Sequence[str]):
         return len(self._values)
 
     @overload
-    def __getitem__(self, place: int) -> str: ...
+    def __getitem__(self, index: int) -> str: ...
     @overload
-    def __getitem__(self, place: slice) -> Sequence[str]: ...
-    def __getitem__(self, place: int | slice) -> str | Sequence[str]:
-        if isinstance(place, slice):
-            return [str(value) for value in self._values[place].to_pylist()]
-        if not -len(self) <= place < len(self):
-            raise IndexError(place)
-        return str(self._values[place % len(self)].as_py())
+    def __getitem__(self, index: slice) -> Sequence[str]: ...
+    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
+        if isinstance(index, slice):
+            return [str(value) for value in self._values[index].to_pylist()]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return str(self._values[index % len(self)].as_py())
 
     def __contains__(self, value: object) -> bool:
-        return isinstance(value, str) and self.place_of(value) is not None
+        return isinstance(value, str) and self.position(value) is not None
 
-    def place_of(self, value: str) -> int | None:
-        """Position of `value`, or None. Arrow sorts by UTF-8 bytes and Python by code points: the same order."""
-        place = bisect_left(self, value)
-        return place if place < len(self) and self[place] == value else None
+    def position(self, value: str) -> int | None:
+        """Position of `value`, or None. Arrow sorts UTF-8 bytes, which is Python's order."""
+        position = bisect_left(self, value)
+        return position if position < len(self) and self[position] == value else None
 
 
 class StoreIndex:
-    """INDEX rows in order of (media_id, segment_index), without those of status error. Safe between threads."""
+    """INDEX rows sorted by (media_id, segment_index), without those of status error. Thread-safe."""
 
     def __init__(self, file: Any, details_cache_bytes: int = DETAILS_CACHE_BYTES) -> None:
         self._file = file
@@ -86,48 +85,48 @@ class StoreIndex:
         self._by_sha256: tuple[SortedStrings, np.ndarray] | None = None
         usable = pc.not_equal(_column(file, "status"), "error")
         self._numbers = np.flatnonzero(usable).astype(np.int32)
-        """the file's row number of each of our rows"""
+        """row in the file of each of our rows"""
         self._counts = {name: _column(file, name).filter(usable).to_numpy() for name in _COUNTS}
         self._words = {name: _column(file, name).filter(usable) for name in ("file", "modality")}
         ids = _column(file, "media_id").filter(usable)
         starts = _first_rows(ids)
         self.media_ids = SortedStrings(ids.take(pa.array(starts)))
-        self._place_of = lru_cache(maxsize=MAX_PLACES)(self.media_ids.place_of)
+        self._position = lru_cache(maxsize=MAX_LOOKUPS)(self.media_ids.position)
         self._starts = np.append(starts, len(ids))
         sizes = [file.metadata.row_group(number).num_rows for number in range(file.metadata.num_row_groups)]
         self._group_ends = np.cumsum(sizes)
-        pa.default_memory_pool().release_unused()  # what decoding needed: as much again as what stays
+        pa.default_memory_pool().release_unused()  # as much as the columns take
 
     @classmethod
     def open(cls, uri: str, *, details_cache_bytes: int = DETAILS_CACHE_BYTES) -> StoreIndex:
-        """The index at `uri` as it is now: a later one does not change what was opened.
+        """A snapshot of the index at `uri`.
 
         Raises:
-            FileNotFoundError: when there is none.
-            ValueError: when it has another schema version.
+            FileNotFoundError: if there is none.
+            ValueError: if it has another schema version.
         """
         file = _open_snapshot(uri)
         schemas.check_version(file.schema_arrow, schemas.INDEX, source=uri)
         return cls(file, details_cache_bytes)
 
     def __contains__(self, media_id: object) -> bool:
-        return isinstance(media_id, str) and self._place_of(media_id) is not None
+        return isinstance(media_id, str) and self._position(media_id) is not None
 
     def rows_of(self, media_id: str) -> range:
-        """The rows of a medium.
+        """Rows of a medium.
 
         Raises:
-            KeyError: when there are none.
+            KeyError: if there are none.
         """
-        place = self._place_of(media_id)
-        if place is None:
+        position = self._position(media_id)
+        if position is None:
             raise KeyError(media_id)
-        return range(int(self._starts[place]), int(self._starts[place + 1]))
+        return range(int(self._starts[position]), int(self._starts[position + 1]))
 
     def find(self, sha256: str) -> str | None:
-        """The media_id of the whole medium with these bytes, all of whose segments are here.
+        """media_id of the medium with these bytes, unless it is a clip or lacks segments.
 
-        Reads and sorts the hashes at its first call.
+        The first call reads and sorts all hashes.
         """
         with self._lock:
             if self._by_sha256 is None:
@@ -135,11 +134,11 @@ class StoreIndex:
                 order = pc.sort_indices(of_media).to_numpy()[: len(of_media) - of_media.null_count]  # nulls come last
                 self._by_sha256 = (SortedStrings(of_media.take(pa.array(order))), order)
         values, order = self._by_sha256
-        place = values.place_of(sha256)
-        return None if place is None else self.media_ids[int(order[place])]
+        position = values.position(sha256)
+        return None if position is None else self.media_ids[int(order[position])]
 
     def _hashes(self) -> pa.Array:
-        """sha256 of each medium; null for a stretch of a file, whose hash is the file's, and for one with gaps."""
+        """sha256 of each medium; null for clips, whose hash is the file's, and for media with gaps."""
         first = pa.array(self._numbers[self._starts[:-1]])
         hashes, versions, segments = (
             _column(self._file, name).take(first) for name in ("sha256", "source_version", "num_segments")
@@ -148,10 +147,10 @@ class StoreIndex:
         has_all = pc.equal(segments, pa.array(np.diff(self._starts)))
         return pc.if_else(pc.and_(is_whole, has_all), hashes, None)
 
-    def place(self, row: int) -> RowPlace:
-        """Where the features of a row lie."""
+    def location(self, row: int) -> RowLocation:
+        """Location of a row's features."""
         file = str(self._words["file"][row].as_py())
-        return RowPlace(file, int(self._counts["row_group"][row]), int(self._counts["row_in_group"][row]))
+        return RowLocation(file, int(self._counts["row_group"][row]), int(self._counts["row_in_group"][row]))
 
     def shape(self, row: int) -> tuple[int, int, int]:
         """(F, N, dim) of a row's features."""
@@ -163,33 +162,33 @@ class StoreIndex:
         return self._counts["num_frames"][rows.start : rows.stop]
 
     def modality(self, row: int) -> Modality:
-        """What the row's medium is."""
+        """Modality of the row's medium."""
         return "image" if self._words["modality"][row].as_py() == "image" else "video"
 
     def duration_seconds(self, row: int) -> float:
-        """Of the whole medium."""
+        """Duration of the whole medium."""
         return float(self._counts["duration_seconds"][row])
 
     def text(self, name: str, row: int) -> str | None:
         """segment_id, uri or sha256 of a row."""
-        table, place = self._details(row)
-        value = table[name][place].as_py()
+        table, index = self._details(row)
+        value = table[name][index].as_py()
         return None if value is None else str(value)
 
     def seconds(self, name: str, rows: range) -> np.ndarray:
         """frame_times_seconds or frame_pts_seconds of all frames of consecutive rows, (F,) float64."""
-        pieces = [np.empty(0)]
+        parts = [np.empty(0)]
         for row in rows:
-            table, place = self._details(row)
-            scalar = table[name][place]
-            pieces += [scalar.values.to_numpy()] if scalar.is_valid else []
-        return np.concatenate(pieces)
+            table, index = self._details(row)
+            scalar = table[name][index]
+            parts += [scalar.values.to_numpy()] if scalar.is_valid else []
+        return np.concatenate(parts)
 
     def _details(self, row: int) -> tuple[pa.Table, int]:
-        """The decoded row group that holds a row, and the row's place in it."""
+        """The decoded row group of a row, and the row's index in it."""
         number = int(self._numbers[row])
         group = int(np.searchsorted(self._group_ends, number, side="right"))
-        place = number - (int(self._group_ends[group - 1]) if group else 0)
+        index = number - (int(self._group_ends[group - 1]) if group else 0)
         with self._lock:  # a ParquetFile serves one read at a time
             if group not in self._details_cache:
                 table = self._file.read_row_group(group, columns=_DETAILS, use_threads=False)
@@ -198,12 +197,13 @@ class StoreIndex:
                 while self._details_bytes > self._details_cache_max and len(self._details_cache) > 1:
                     self._details_bytes -= self._details_cache.popitem(last=False)[1].nbytes
             self._details_cache.move_to_end(group)
-            return self._details_cache[group], place
+            return self._details_cache[group], index
 
 
 def _open_snapshot(uri: str) -> Any:
-    """The opened file, which a new one under its name does not touch; a remote one is first copied to a local file
-    without a name. Not memory-mapped: the kernel maps 64 KB around each of the many small pieces that are read."""
+    """The opened file, or an unlinked local copy of a remote one, unaffected by later replacements.
+
+    Not memory-mapped: the kernel would map 64 KB around each of many small reads."""
     filesystem, path = storage.split_uri(uri)
     if storage.is_local(uri):
         return pq.ParquetFile(pa.OSFile(path), read_dictionary=_WORDS)
@@ -219,7 +219,7 @@ def _column(file: Any, name: str) -> pa.Array:
 
 
 def _first_rows(ids: pa.Array) -> np.ndarray:
-    """Rows where another value begins than the row before has."""
+    """Rows whose value differs from the previous row's."""
     if len(ids) == 0:
         return np.empty(0, np.int64)
     changes = pc.not_equal(ids.slice(1), ids.slice(0, len(ids) - 1)).to_numpy(zero_copy_only=False)

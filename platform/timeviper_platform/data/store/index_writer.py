@@ -1,7 +1,6 @@
 """Builds the index from commit records, a plan and the previous index, a few media at a time.
 
-All three are sorted by media_id on local disk and merged, so memory does not grow with the store. Needs about 0.5 KB
-of temporary disk space per segment of 64 frames.
+Sorts all three on local disk, so memory does not grow with the store. Needs 0.5 KB of temporary disk per segment.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from timeviper_platform.data.store.layout import INDEX_FILE
 from timeviper_platform.data.store.sorted_runs import SortedRuns, merge_runs
 
 FILES_KEY = b"timeviper.indexed"
-"""Metadata key of the index: `files_digest` of the data files it was built from."""
+"""Metadata key of the index: `files_digest` of its data files."""
 
 _PLANNED_NAMES = (
     "media_id", "source_version", "segment_id", "uri", "status", "error_stage", "error_type", "error_message",
@@ -39,7 +38,7 @@ class MediaRows(NamedTuple):
     index: pa.Table
     """current INDEX rows, sorted by (media_id, segment_index)"""
     committed: pa.Table
-    """INDEX rows of all commit records that are not replaced"""
+    """INDEX rows of all records that are not replaced"""
     planned: pa.Table
     """PLAN rows, some columns only"""
 
@@ -68,14 +67,12 @@ def merge_index(
     *,
     row_group_rows: int = ROW_GROUP_ROWS,
 ) -> None:
-    """Writes the index and passes all rows to `visit` on the way.
-
-    The current source_version of a medium is the plan's last one, else the previous index's, else the first committed.
+    """Writes the index: of each medium the source_version of the plan, else of the old index, else the first committed.
 
     Args:
         uri: the store.
         planned: PLAN rows in the order of the plan.
-        visit: called with some media at a time, in order of media_id.
+        visit: called with all rows, some media at a time, in order of media_id.
         row_group_rows: rows per row group of the index.
     """
     with tempfile.TemporaryDirectory(prefix="timeviper-index-") as folder:
@@ -106,7 +103,7 @@ def merge_index(
 
 
 def _sort_commits(commits: CommitLog, runs: SortedRuns) -> tuple[set[str], set[str]]:
-    """Adds all commit records with a data file to `runs`; returns the files with rows, and the replaced files."""
+    """Adds all records to `runs`; returns the files with rows, and the replaced files."""
     commits.remove_lost()
     files, replaced = set(), set()
     for name, record in commits.records():
@@ -118,7 +115,7 @@ def _sort_commits(commits: CommitLog, runs: SortedRuns) -> tuple[set[str], set[s
 
 
 def index_tables(uri: str, columns: Sequence[str]) -> Iterator[pa.Table]:
-    """Columns of the existing index, in order, some rows at a time; nothing without an index."""
+    """Yields columns of the existing index, if any, some rows at a time."""
     path = storage.join_uri(uri, INDEX_FILE)
     if not storage.exists(path):
         return
@@ -128,7 +125,7 @@ def index_tables(uri: str, columns: Sequence[str]) -> Iterator[pa.Table]:
 
 
 def read_files_digest(uri: str) -> bytes | None:
-    """`files_digest` of the data files that the existing index was built from; None without an index."""
+    """`files_digest` of the existing index, if any."""
     path = storage.join_uri(uri, INDEX_FILE)
     if not storage.exists(path):
         return None
@@ -157,6 +154,6 @@ def _write(file: IO[bytes], tables: Iterable[pa.Table], schema: pa.Schema, row_g
             rest = pa.concat_tables([rest, table.cast(schema)])
             if full := rest.num_rows - rest.num_rows % row_group_rows:
                 writer.write_table(rest.slice(0, full), row_group_size=row_group_rows)
-                rest = rest.slice(full).combine_chunks()  # releases what was written
+                rest = rest.slice(full).combine_chunks()  # frees the written rows
         if rest.num_rows:
             writer.write_table(rest, row_group_size=row_group_rows)

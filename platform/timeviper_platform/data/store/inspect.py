@@ -1,4 +1,4 @@
-"""."""
+"""Summarises a store from its commit records and index, without reading features."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ from timeviper_platform.data.store.layout import DATA_FOLDER, REJECTS_FILE, read
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoreSummary:
-    """What a store holds."""
+    """Contents of a store."""
 
     media: int
     segments: dict[str, int]
-    """by status, of the current versions"""
+    """status -> segments, of the current versions"""
     segments_superseded: int
     frames: int
     bytes: int
-    """of features that count"""
+    """features of the current versions"""
     file_bytes: int
-    """of all data files"""
+    """size of all data files"""
     files: int
     is_indexed: bool
-    """False while commits are younger than the index: a run was killed, or one works"""
+    """False if the index is outdated: a run was killed or is at work"""
     recipe_hash: str
     recipe: dict[str, Any]
     rejects: dict[str, dict[str, int]]
-    """stage -> type -> media, of the last run"""
+    """error stage -> error type -> media, of the last run"""
 
     def lines(self) -> list[str]:
-        """For people."""
+        """The summary as text."""
         rejected = [f"{n} {kind} ({stage})" for stage, kinds in self.rejects.items() for kind, n in kinds.items()]
         statuses = ", ".join(f"{n} {status}" for status, n in self.segments.items()) or "none"
         return [
@@ -52,7 +52,7 @@ class StoreSummary:
             f"segments   {statuses}; superseded: {self.segments_superseded}",
             f"frames     {self.frames}, {self.bytes / 1e6:.1f} MB of features",
             f"files      {self.files}, {self.file_bytes / 1e6:.1f} MB"
-            + ("" if self.is_indexed else "; the index is older than they are: run the job again"),
+            + ("" if self.is_indexed else "; the index is outdated: run the job again"),
             f"rejected   {', '.join(rejected) or 'none'}",
             f"recipe     {self.recipe_hash}",
             *(f"  {line}" for line in json.dumps(self.recipe, indent=2).splitlines()),
@@ -60,10 +60,10 @@ class StoreSummary:
 
 
 def inspect_store(uri: str) -> StoreSummary:
-    """What the store at `uri` holds, from its records alone.
+    """Summarises the store at `uri`.
 
     Raises:
-        ValueError: when there is none.
+        ValueError: if there is none.
     """
     header = read_header(uri)
     segments, files, with_rows = HashTable(), set(), []

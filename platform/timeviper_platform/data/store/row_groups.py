@@ -1,8 +1,4 @@
-"""A store's data files: features of row groups by file name and number, from memory where they were read lately.
-
-Knows Parquet files and an LRU of handles and one of row groups, both bounded. Does not know media, segments or the
-index: who asks says which rows are whose (features.py).
-"""
+"""Reads features by data file and row group, with bounded LRU caches of open files and row groups."""
 
 from __future__ import annotations
 
@@ -19,23 +15,23 @@ import pyarrow.parquet as pq
 from timeviper_platform.common import storage
 
 MAX_OPEN_FILES = 128
-"""A footer is about 0.1-1 MB and costs a millisecond (two requests on an object store) to read again."""
+"""A footer takes 0.1-1 MB, and a millisecond (two requests on an object store) to read again."""
 
 
 @dataclass(slots=True)
 class _DataFile:
-    """A file that is opened by the first who reads it; a ParquetFile serves one read at a time."""
+    """A lazily opened file; a ParquetFile serves one read at a time."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     handle: Any = None
 
 
 class RowGroups:
-    """The features of row groups, read at most once while they are in memory. Safe to share between threads.
+    """Cached features of row groups. Thread-safe.
 
     Args:
-        folder: of the data files.
-        cache_bytes: of row groups kept in memory; the last one read is kept whatever its size.
+        folder: folder of the data files.
+        cache_bytes: size of the cache; the last row group read always stays.
     """
 
     def __init__(self, folder: str, cache_bytes: int) -> None:
@@ -47,14 +43,14 @@ class RowGroups:
         self._lock = threading.Lock()
 
     def read(self, name: str, number: int, stop: int) -> Any:
-        """The features of a row group of the file `name`, a large_binary array.
+        """Features of a row group of the file `name`, a large_binary array.
 
-        What is not in memory of the row groups behind it, before `stop`, comes with the same read.
+        Following row groups before `stop` that are not cached come with the same read.
 
         Raises:
-            FileNotFoundError: when the file is not there.
-            RuntimeError: when it is damaged.
-            StorageUnavailableError: when storage fails for a reason that should have passed: nothing is damaged.
+            FileNotFoundError: if the file does not exist.
+            RuntimeError: if it is damaged.
+            StorageUnavailableError: if the storage keeps failing.
         """
         with self._lock:
             if (name, number) in self._row_groups:
@@ -62,7 +58,7 @@ class RowGroups:
                 return self._row_groups[name, number]
             missing = list(itertools.takewhile(lambda n: (name, n) not in self._row_groups, range(number, stop)))
         file = self._file(name)
-        with file.lock:  # of this file alone: on an object store other files are opened and read meanwhile
+        with file.lock:  # per file, so that files are read concurrently
             try:
                 if file.handle is None:
                     uri = storage.join_uri(self._folder, name)
@@ -71,13 +67,13 @@ class RowGroups:
                     lambda: file.handle.read_row_groups(missing, columns=["features"], use_threads=False)["features"],
                     f"row group {number} of {name} in {self._folder}",
                 )
-            except FileNotFoundError:  # never there, or an object that was open and is gone
+            except FileNotFoundError:
                 with self._lock:
                     self._files.pop(name, None)
                 raise
             except storage.StorageUnavailableError:
                 raise
-            except OSError as error:  # pyarrow's errors of input and output, and of damaged pages
+            except OSError as error:  # also pyarrow's for damaged pages
                 raise RuntimeError(f"cannot read row group {number} of {name} in {self._folder}: {error}") from error
         first, parts = 0, []
         for group in missing:
@@ -90,7 +86,7 @@ class RowGroups:
         return parts[0]
 
     def _keep(self, key: tuple[str, int], values: Any) -> None:
-        """Into memory, where those used last stay; the lock is held."""
+        """Caches a row group; the caller holds the lock."""
         if key not in self._row_groups:
             self._row_groups[key] = values
             self._cached_bytes += values.nbytes
@@ -110,17 +106,17 @@ def open_data_file(uri: str) -> Any:
     """A ParquetFile for reading single row groups.
 
     Raises:
-        FileNotFoundError: when it is not there.
+        FileNotFoundError: if it does not exist.
     """
     filesystem, path = storage.split_uri(uri)
     if storage.is_local(uri):
         return pq.ParquetFile(path, memory_map=True)
-    # one row group is one range read, so a cache between would only copy it
+    # a row group is one range read; a cache would only copy it
     return pq.ParquetFile(filesystem.open(path, "rb", cache_type="none"), pre_buffer=True)
 
 
-def value_buffer(values: Any, place: int) -> Any:
-    """The bytes of one value of a large_binary array, without a copy (its scalars' `as_buffer` makes one)."""
+def value_buffer(values: Any, index: int) -> Any:
+    """Bytes of one value of a large_binary array, without the copy that `as_buffer` of a scalar makes."""
     _, offsets, data = values.buffers()
-    begin, end = np.frombuffer(offsets, np.int64)[values.offset + place : values.offset + place + 2]
+    begin, end = np.frombuffer(offsets, np.int64)[values.offset + index : values.offset + index + 2]
     return data.slice(int(begin), int(end - begin)) if end > begin else pa.py_buffer(b"")

@@ -1,10 +1,10 @@
-"""Tables larger than memory, sorted by a column of text and read again side by side, a range of its values at a time.
+"""External sort: tables larger than memory, sorted by a string column and merged a key range at a time.
 
-    for left, right in merge_runs([left_runs, right_runs], "media_id"):     # ever later ranges of media_id
-        ...                                                                 # all rows of a value are in one pair
+    for left, right in merge_runs([left_runs, right_runs], "media_id"):
+        ...  # ascending ranges of media_id; all rows of a media_id are in one pair
 
-Rows are sorted in memory a run at a time and spilled to a local folder; reading merges the runs. Memory is one run
-while rows are added, and one batch of each run while they are read. Knows nothing of what the rows are.
+Memory holds one run while rows are added, then one batch per run. DuckDB takes half the CPU time but 1.4 GB instead of
+0.3 GB for a million index rows, and reads commit records without our retries.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import pyarrow.compute as pc
 
 
 class SortedRuns:
-    """Rows added in any order; those with equal keys stay in the order in which they came.
+    """Rows added in any order; the sort is stable.
 
     Args:
-        folder: made here; the caller removes it.
-        schema: of the rows.
-        key: the column to sort by, a string that is never null.
+        folder: created here, removed by the caller.
+        schema: the columns to keep.
+        key: the string column to sort by, without nulls.
     """
 
     run_bytes = 64 << 20
-    """Size of a run; sorting copies it twice. Ten million full index rows, 1.3 KB each, are 200 runs."""
+    """Sorting copies a run twice. Ten million full index rows, 1.3 KB each, are 200 runs."""
     batch_rows = 1024
     """Rows of a run that are read together: 1.3 MB of full index rows."""
 
@@ -38,7 +38,7 @@ class SortedRuns:
         self._paths: list[Path] = []
 
     def add(self, table: pa.Table) -> None:
-        """Takes in rows; columns that the schema does not name are left out."""
+        """Adds rows."""
         if table.num_rows:
             self._pending.append(table.select(self._schema.names).cast(self._schema))
             self._pending_bytes += table.nbytes
@@ -46,13 +46,13 @@ class SortedRuns:
             self._spill()
 
     def runs(self) -> list[Iterator[pa.Table]]:
-        """Each run from its start, a batch at a time."""
+        """An iterator of batches per run."""
         self._spill()
         return [_batches(path) for path in self._paths]
 
     @property
     def empty(self) -> pa.Table:
-        """No rows."""
+        """An empty table."""
         return self._schema.empty_table()
 
     def _spill(self) -> None:
@@ -68,9 +68,9 @@ class SortedRuns:
 
 
 def merge_runs(kinds: Sequence[SortedRuns], key: str) -> Iterator[tuple[pa.Table, ...]]:
-    """The rows of all kinds, a table each, for ever later ranges of the key; within a table sorted by it.
+    """Yields one sorted table per input for ascending ranges of the key.
 
-    Rows of one key come together, however many runs they lie in, so a key's rows of all kinds must fit in memory.
+    All rows of a key come together, so those of one key must fit in memory.
     """
     cursors = [[_Cursor(run, key) for run in kind.runs()] for kind in kinds]
     every = [cursor for of_kind in cursors for cursor in of_kind]
@@ -79,7 +79,7 @@ def merge_runs(kinds: Sequence[SortedRuns], key: str) -> Iterator[tuple[pa.Table
             if not cursor.num_rows:
                 cursor.load()
         unfinished = [cursor.last for cursor in every if not cursor.is_done]
-        bound = min(unfinished) if unfinished else None  # what lies below is all there
+        bound = min(unfinished) if unfinished else None  # all rows below it are loaded
         block = tuple(
             _sorted([cursor.take_below(bound) for cursor in of_kind if cursor.num_rows], key) or kind.empty
             for kind, of_kind in zip(kinds, cursors, strict=True)
@@ -109,7 +109,7 @@ def _sorted(tables: Sequence[pa.Table], key: str) -> pa.Table | None:
 
 
 class _Cursor:
-    """What of a run is loaded and not yet taken."""
+    """The loaded and not yet taken rows of a run."""
 
     def __init__(self, batches: Iterator[pa.Table], key: str) -> None:
         self._batches, self._key = batches, key
@@ -117,12 +117,12 @@ class _Cursor:
         self._first = ""
         self.num_rows = 0
         self.last = ""
-        """the greatest key loaded"""
+        """greatest loaded key"""
         self.is_done = False
-        """everything is loaded"""
+        """the run is fully loaded"""
 
     def load(self) -> None:
-        """One batch more."""
+        """Loads one more batch."""
         batch = next(self._batches, None)
         if batch is None:
             self.is_done = True
@@ -130,7 +130,7 @@ class _Cursor:
         self._hold(batch if self._loaded is None else pa.concat_tables([self._loaded, batch]))
 
     def take_below(self, bound: str | None) -> pa.Table:
-        """The rows whose key is less; all for None."""
+        """Removes and returns the rows below `bound`; None = all."""
         assert self._loaded is not None
         if bound is None:
             count = self.num_rows

@@ -1,8 +1,6 @@
-"""A feature store held against itself: what it says it holds (`inspect_store`), and whether it does (`verify_store`).
+"""Checks every byte of a store: data files against commit records and checksums, records against index and plan.
 
-Knows every promise of the store: a commit record for each data file, equal rows in both, checksums, an index of just
-these rows, and planned = ok + partial + error. Reads every byte to verify, one row group at a time; rows of records,
-index and plan meet sorted by medium, on local disk (about 0.2 KB a segment). Writes nothing to the store.
+Writes nothing to the store. Needs about 0.2 KB of temporary disk space per segment.
 """
 
 from __future__ import annotations
@@ -38,23 +36,23 @@ from timeviper_platform.data.store.sorted_runs import SortedRuns, merge_runs
 from timeviper_platform.data.store.writer import features_fault
 
 VERIFY_THREADS = 4
-"""Files verified at a time; each holds one row group, 20 MB."""
+"""Files verified concurrently; each holds one row group, up to 20 MB."""
 
 MAX_PROBLEMS = 1000
-"""that a report lists; all are counted"""
+"""Problems listed in a report; all are counted."""
 
-_PLACE = ("file", "row_group", "row_in_group")
-_COMMITTED = pa.schema([INDEX.field(name) for name in ("segment_id", "media_id", "status", *_PLACE)])
+_LOCATION = ("file", "row_group", "row_in_group")
+_COMMITTED = pa.schema([INDEX.field(name) for name in ("segment_id", "media_id", "status", *_LOCATION)])
 _INDEXED = _COMMITTED.append(INDEX.field("num_segments"))
 _PLANNED = pa.schema([PLAN.field(name) for name in ("segment_id", "media_id")])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
-    """One thing that is wrong, and where."""
+    """A fault and its location."""
 
     file: str
-    """within the store's folder"""
+    """relative to the store"""
     what: str
     row_group: int | None = None
     row_in_group: int | None = None
@@ -69,22 +67,22 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VerifyReport:
-    """What a verification read and found."""
+    """Result of a verification."""
 
     files: int
     rows: int
     bytes: int
-    """of features, all of them read"""
+    """features read"""
     audit: dict[str, int] | None
-    """of the last run's plan; None without one (a store that no job made)"""
+    """AUDIT_KEYS of the last run's plan; None without a plan"""
     leftovers: int
-    """data files that a killed run did not commit; readers ignore them and the next run removes them"""
+    """uncommitted data files of a killed run; the next run removes them"""
     problems: list[Problem]
-    """the first MAX_PROBLEMS"""
+    """the first `max_problems`"""
     num_problems: int
 
     def lines(self) -> list[str]:
-        """For people."""
+        """The report as text."""
         counts = "no plan" if self.audit is None else ", ".join(f"{n} {name}" for name, n in self.audit.items())
         lines = [
             f"verified   {self.files} data files, {self.rows} rows, {self.bytes / 1e6:.1f} MB of features",
@@ -98,21 +96,26 @@ class VerifyReport:
             return [*lines, "result     nothing wrong"]
         return [
             *lines,
-            f"result     {self.num_problems} problems. To have bad rows made again, remove the files of their names"
-            f" from {COMMITS_FOLDER}/ and run jobs/preprocess.py with the same configuration",
+            f"result     {self.num_problems} problems. To redo the bad rows, remove the files of the same names from"
+            f" {COMMITS_FOLDER}/ and run jobs/preprocess.py with the same configuration",
         ]
 
 
 def verify_store(uri: str, *, max_problems: int = MAX_PROBLEMS, num_threads: int = VERIFY_THREADS) -> VerifyReport:
-    """Reads all of the store at `uri` and holds it against its promises.
+    """Verifies the store at `uri`.
+
+    Args:
+        uri: the store.
+        max_problems: problems to list.
+        num_threads: data files checked concurrently.
 
     Raises:
-        ValueError: when there is none.
+        ValueError: if there is no store.
     """
     header, commits = read_header(uri), CommitLog(uri)
     problems = _Problems(max_problems)
     if recipe_hash(header["recipe"]) != header["recipe_hash"]:
-        problems.add([Problem(file="store.json", what="recipe_hash is not the recipe's")])
+        problems.add([Problem(file="store.json", what="recipe_hash does not match the recipe")])
     lost = pa.array(commits.lost(), pa.string())
     files, with_rows = set(), []
     num_rows = num_bytes = 0
@@ -161,7 +164,7 @@ def verify_store(uri: str, *, max_problems: int = MAX_PROBLEMS, num_threads: int
 
 
 class _Problems:
-    """Counts all and keeps the first: a store whose data are gone has one a row."""
+    """Counts all problems and keeps the first: a store without data has one per row."""
 
     def __init__(self, max_problems: int) -> None:
         self._max_problems = max_problems
@@ -176,7 +179,7 @@ class _Problems:
 
 
 def _check_file(uri: str, name: str, record: pa.Table) -> Iterator[Problem]:
-    """What is wrong with a data file, row by row."""
+    """Problems of a data file."""
     path = f"{DATA_FOLDER}/{name}"
     try:
         file = open_data_file(storage.join_uri(uri, path))
@@ -188,60 +191,60 @@ def _check_file(uri: str, name: str, record: pa.Table) -> Iterator[Problem]:
             yield Problem(file=path, what=f"{file.metadata.num_rows} rows, its commit record has {record.num_rows}")
             return
         for number in range(file.metadata.num_row_groups):
-            wanted = record.filter(pc.equal(record["row_group"], number)).sort_by("row_in_group")
+            expected = record.filter(pc.equal(record["row_group"], number)).sort_by("row_in_group")
             try:
                 found = file.read_row_group(number, use_threads=False)
             except (OSError, pa.ArrowInvalid) as error:
-                yield from _each_row(path, wanted, f"the row group cannot be read: {error}")
+                yield from _each_row(path, expected, f"the row group cannot be read: {error}")
                 continue
-            yield from _check_rows(path, wanted, found)
+            yield from _check_rows(path, expected, found)
 
 
-def _check_rows(path: str, wanted: pa.Table, found: pa.Table) -> Iterator[Problem]:
-    if found.num_rows != wanted.num_rows:
-        yield from _each_row(path, wanted, f"its row group has {found.num_rows} rows instead of {wanted.num_rows}")
+def _check_rows(path: str, expected: pa.Table, found: pa.Table) -> Iterator[Problem]:
+    if found.num_rows != expected.num_rows:
+        yield from _each_row(path, expected, f"its row group has {found.num_rows} rows instead of {expected.num_rows}")
         return
     names = [name for name in FEATURES.names if name != "features"]
     features = found["features"].combine_chunks()
     valid = features.is_valid().to_pylist()
-    pairs = zip(wanted.to_pylist(), found.select(names).to_pylist(), strict=True)
-    for place, (record, row) in enumerate(pairs):
+    pairs = zip(expected.to_pylist(), found.select(names).to_pylist(), strict=True)
+    for index, (record, row) in enumerate(pairs):
         differing = [name for name in names if row[name] != record[name]]
         fault = f"{', '.join(differing)} differ from the commit record" if differing else None
-        value = memoryview(value_buffer(features, place)) if valid[place] else None
+        value = memoryview(value_buffer(features, index)) if valid[index] else None
         fault = fault or features_fault(record, value)
         if fault is not None:
             yield _row_problem(path, record, fault)
 
 
 def _index_fault(uri: str, with_rows: list[str]) -> str | None:
-    """Why there is no use in looking at the index's rows; None when it was made of the files `with_rows`."""
+    """Why the index's rows need no check; None if it was built from the files `with_rows`."""
     digest = read_files_digest(uri)
     if digest is None:
-        return "there is none: the job has not finished; run it again"
+        return "missing: the job has not finished; run it again"
     if digest != files_digest(with_rows):
-        return "it was made from other data files than are committed; run the job again"
+        return "built from other data files than are committed; run the job again"
     return None
 
 
 def _check_media(committed: pa.Table, indexed: pa.Table) -> Iterator[Problem]:
-    """Every index row must be a committed one, once, and a medium's rows must be all of its segments."""
-    names = ["segment_id", "media_id", "status", *_PLACE]
-    places = {tuple(row[name] for name in names) for row in committed.select(names).to_pylist()}
+    """Each index row must be committed and unique, and each medium must have all its segments."""
+    names = ["segment_id", "media_id", "status", *_LOCATION]
+    committed_rows = {tuple(row[name] for name in names) for row in committed.select(names).to_pylist()}
     seen: set[str] = set()
     segments: Counter[tuple[str, int]] = Counter()
     for row in indexed.to_pylist():
         if row["segment_id"] in seen:
-            yield _row_problem(INDEX_FILE, row, "the segment is there twice")
-        elif tuple(row[name] for name in names) not in places:
-            yield _row_problem(INDEX_FILE, row, f"no commit record says so of {row['file']}")
+            yield _row_problem(INDEX_FILE, row, "duplicate segment")
+        elif tuple(row[name] for name in names) not in committed_rows:
+            yield _row_problem(INDEX_FILE, row, f"not in the commit record of {row['file']}")
         seen.add(row["segment_id"])
         segments[(row["media_id"], row["num_segments"])] += 1
     for (media_id, num_segments), count in segments.items():
         if count != num_segments:
             yield Problem(file=INDEX_FILE, what=f"medium {media_id} has {count} of {num_segments} segments")
     for media_id in sorted(set(committed["media_id"].to_pylist()) - {media_id for media_id, _ in segments}):
-        yield Problem(file=INDEX_FILE, what=f"medium {media_id} is committed but not there")
+        yield Problem(file=INDEX_FILE, what=f"medium {media_id} is committed but not indexed")
 
 
 def _each_row(path: str, record: pa.Table, what: str) -> Iterator[Problem]:

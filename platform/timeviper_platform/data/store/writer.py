@@ -1,8 +1,7 @@
 """Write side of the feature store: rows with features to data files and commit records.
 
-A data file counts from the moment its commit record (the INDEX rows of that file) is written. Both appear atomically,
-under a name derived from the content. Readers ignore data files without a record; the next run removes them. A record
-may replace other data files in the same write; `StoreWriter.settle` removes those later and can be repeated.
+A data file counts once its commit record (its INDEX rows) is written; both are written atomically. Readers ignore data
+files without a record. A record can replace other data files in the same write; `StoreWriter.settle` removes those.
 """
 
 from __future__ import annotations
@@ -35,23 +34,22 @@ from timeviper_platform.data.store.layout import (
 )
 
 ROW_GROUP_BYTES = 512 << 10
-"""Default size of a row group, which ends with the row that fills it: a full segment (64 frames x 16 tokens x 1152 =
-2.4 MB) or a clip of 24 s has its own, so that reading a clip of a film reads nothing else. Small items share one, so
-that the footer (3 KB per row group) stays below 1 %. Readers fetch neighbouring row groups together."""
+"""A row group ends with the row that fills it: full segments (64 x 16 x 1152 in bf16: 2.4 MB) have their own, so that
+reading a clip reads little else; small items share one, so that the footer (3 KB per row group) stays below 1 %."""
 
 Row = dict[str, Any]
 """One FEATURES row; `features` holds bytes, or None for an error row."""
 
 
 class StoreWriter:
-    """A feature store open for writing. Only one job may write to a store at a time, from any number of workers.
+    """A feature store open for writing by one job at a time.
 
-    The constructor reads nothing: workers build a writer from what `create` or `open` checked.
+    The constructor reads nothing: workers use the values that `create` or `open` checked.
 
     Args:
         uri: the store's folder.
-        recipe_hash: hash of the recipe that all its features share.
-        row_group_bytes: features per row group; the row that reaches it ends the group.
+        recipe_hash: of the one recipe of all its features.
+        row_group_bytes: features per row group of data files.
         index_row_group_rows: rows per row group of the index.
     """
 
@@ -71,7 +69,7 @@ class StoreWriter:
 
     @classmethod
     def create(cls, uri: str, recipe: Mapping[str, Any]) -> StoreWriter:
-        """Creates the store at `uri`, or opens it if it exists.
+        """Creates or opens the store at `uri`.
 
         Raises:
             ValueError: if the existing store has another recipe, with the differences.
@@ -111,12 +109,12 @@ class StoreWriter:
     def write_file(self, name: str, rows: Iterable[Row], *, replaces: Sequence[str] = ()) -> list[Row]:
         """Writes and commits the data file `name`; returns its INDEX rows.
 
-        An existing commit of the same segments stays unless a row improves: a worker that outlived its run must not
-        overwrite the file of a newer one.
+        Keeps an existing commit of the same segments unless a row improves, so that a worker that outlived its run
+        does not overwrite newer work.
 
         Args:
             name: without suffix, derived from the rows' content.
-            rows: may be a generator; one row group is in memory at a time.
+            rows: may be a generator; memory holds one row group.
             replaces: committed data files that this one replaces; `settle` removes them.
 
         Raises:
@@ -149,10 +147,9 @@ class StoreWriter:
         write_index(self.uri, current_versions, row_group_rows=self._index_row_group_rows)
 
     def settle(self) -> int:
-        """Removes what compactions replaced; returns the number of data files removed.
+        """Removes replaced data files and their records; returns how many. A killed call is completed by the next.
 
-        First the index points to the new files, then the old records and files go, last the new records drop their
-        `replaces` so that a replaced name can be used again. A killed call is completed by the next one.
+        Order: index, old records, old files; last, new records drop their `replaces`, so that names can be reused.
         """
         records = self.commits.records(columns=[])
         replaces = {name: others for name, record in records if (others := replaced_files(record))}
@@ -174,9 +171,9 @@ class StoreWriter:
         return len(replaced)
 
     def remove_uncommitted(self) -> int:
-        """Deletes half-written files, and data files and commit records that lack the other; returns how many.
+        """Deletes incomplete files, and data files and records without the other; returns how many.
 
-        Call only before the job's own workers start.
+        Call before the job's workers start.
         """
         num_removed = self.commits.remove_lost()
         self.settle()
@@ -189,7 +186,7 @@ class StoreWriter:
         return num_removed + len(leftovers)
 
     def _commit_to_keep(self, file_name: str, rows: Sequence[Row]) -> list[Row]:
-        """Committed INDEX rows of `file_name` if they cover the same segments and none of `rows` is better."""
+        """Committed rows of `file_name` if they are of the same segments and none of `rows` is better."""
         try:
             found: list[Row] = self.commits.read(file_name).to_pylist()
         except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Commit records: a record without its data file counts as nothing, and late workers take nothing away."""
+"""Commit records: lost files, late workers and repairs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(tmp_path / "store") if request.param == "local disk" else f"memory://{uuid.uuid4().hex}/store"
 
 
-def made_row(media_id: str, status: str = "ok", value: float = 1.0) -> dict:
+def synthetic_row(media_id: str, status: str = "ok", value: float = 1.0) -> dict:
     name = {"segment_id": uuid.uuid5(uuid.NAMESPACE_URL, media_id).hex}
     if status == "error":
         return error_row(media_id, "read_failed", **name)
@@ -36,14 +36,14 @@ def made_row(media_id: str, status: str = "ok", value: float = 1.0) -> dict:
 
 
 def plan_of(*media: str) -> pa.Table:
-    rows = [{**made_row(media_id), "status": "planned"} for media_id in media]
+    rows = [{**synthetic_row(media_id), "status": "planned"} for media_id in media]
     return pa.Table.from_pylist([{name: row.get(name) for name in PLAN.names} for row in rows], schema=PLAN)
 
 
 def test_a_worker_that_commits_after_the_next_run_has_begun_loses_no_rows(
     uri: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_files(uri, {"a": [made_row("a")]})
+    write_files(uri, {"a": [synthetic_row("a")]})
     writer = StoreWriter.create(uri, RECIPE)
     removed = []
 
@@ -54,7 +54,7 @@ def test_a_worker_that_commits_after_the_next_run_has_begun_loses_no_rows(
 
     late = StoreWriter.open(uri)
     late.commits = LateCommits(uri)
-    late.write_file("b", [made_row("b")])
+    late.write_file("b", [synthetic_row("b")])
     assert removed == [1]
     assert read_committed(uri).num_rows == 2
     assert len(finished_segments(uri)) == 1
@@ -64,14 +64,14 @@ def test_a_worker_that_commits_after_the_next_run_has_begun_loses_no_rows(
     assert "b.parquet is committed but has no data file" in caplog.text
     assert list(FeatureStore.open(uri).media_ids) == ["a"]
     assert writer.remove_uncommitted() == 0
-    writer.write_file("b", [made_row("b")])
+    writer.write_file("b", [synthetic_row("b")])
     assert finalize_store(uri, [plan_of("a", "b")]).counts()["ok"] == 2
     assert FeatureStore.open(uri).read("b").features.sum() == 32
     assert verify_store(uri).problems == []
 
 
 def test_a_run_begins_without_the_records_of_lost_files(uri: str) -> None:
-    write_files(uri, {name: [made_row(name)] for name in "abcd"})
+    write_files(uri, {name: [synthetic_row(name)] for name in "abcd"})
     for name in "bd":
         storage.remove(f"{uri}/data/{name}.parquet")
     assert StoreWriter.open(uri).remove_uncommitted() == 2
@@ -80,8 +80,8 @@ def test_a_run_begins_without_the_records_of_lost_files(uri: str) -> None:
 
 
 def test_a_record_that_replaces_others_does_so_with_its_data_file_alone(uri: str) -> None:
-    write_files(uri, {"a": [made_row("a")], "b": [made_row("b")]})
-    rows = [made_row("a"), made_row("b")]
+    write_files(uri, {"a": [synthetic_row("a")], "b": [synthetic_row("b")]})
+    rows = [synthetic_row("a"), synthetic_row("b")]
     writer = StoreWriter.open(uri)
     writer.write_file("merged", rows, replaces=["a.parquet", "b.parquet"])
     storage.remove(f"{uri}/data/merged.parquet")
@@ -93,7 +93,7 @@ def test_a_late_worker_takes_nothing_from_a_newer_one_and_a_repair_replaces_an_e
     writer = StoreWriter.create(uri, RECIPE)
 
     def write(*statuses: str, value: float) -> list[str]:
-        rows = [made_row(f"m{number}", status, value) for number, status in enumerate(statuses)]
+        rows = [synthetic_row(f"m{number}", status, value) for number, status in enumerate(statuses)]
         return [row["status"] for row in writer.write_file("unit", rows)]
 
     def stored() -> list[float]:
@@ -113,7 +113,7 @@ def test_a_late_worker_takes_nothing_from_a_newer_one_and_a_repair_replaces_an_e
 
 def test_files_that_cannot_be_listed_are_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = str(tmp_path / "store")
-    write_files(uri, {"a": [made_row("a")]})
+    write_files(uri, {"a": [synthetic_row("a")]})
     scandir = os.scandir
 
     def fail(path: str) -> object:

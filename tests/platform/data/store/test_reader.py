@@ -1,4 +1,4 @@
-"""The store's reader and writer: what goes in comes out, one row group a read, and nothing half-written counts."""
+"""Writing a store and reading it back."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from timeviper_platform.data.store.writer import StoreWriter, write_store
 from timeviper_platform.data.video.sampling import select_frames
 
 
-def made_media(count: int = 30) -> dict[str, torch.Tensor]:
+def synthetic_media(count: int = 30) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {
         f"m{number:03d}": torch.randn(1 + number % 7, 2, 4, generator=generator).bfloat16() for number in range(count)
@@ -34,7 +34,7 @@ def made_media(count: int = 30) -> dict[str, torch.Tensor]:
 
 
 def test_every_medium_reads_back_bit_for_bit(tmp_path: Path) -> None:
-    media = made_media()
+    media = synthetic_media()
     write_store(str(tmp_path), media, recipe=RECIPE)
     store = FeatureStore.open(str(tmp_path), cache_bytes=1)
     assert list(store.media_ids) == sorted(media)
@@ -51,16 +51,16 @@ def test_every_medium_reads_back_bit_for_bit(tmp_path: Path) -> None:
     assert "nobody" not in store
 
 
-def test_frames_are_picked_across_segments_and_neighbours_are_cached(tmp_path: Path) -> None:
+def test_frames_are_read_across_segments(tmp_path: Path) -> None:
     writer = StoreWriter.create(str(tmp_path), RECIPE)
-    pieces = [torch.randn(length, 3, 5).bfloat16() for length in (64, 64, 10)]
-    rows = [segment_row("film", index, 3, piece) for index, piece in enumerate(pieces)]
+    parts = [torch.randn(length, 3, 5).bfloat16() for length in (64, 64, 10)]
+    rows = [segment_row("film", index, 3, part) for index, part in enumerate(parts)]
     other = segment_row("other", 0, 1, torch.zeros(2, 3, 5).bfloat16())
     writer.write_file("one", [rows[1], other, rows[0]])
     writer.write_file("two", [rows[2]])
     writer.write_index()
     store = FeatureStore.open(str(tmp_path))
-    whole = torch.cat(pieces)
+    whole = torch.cat(parts)
     frames = [0, 63, 64, 64, 127, 128, 137]
     got = store.read("film", frames)
     assert torch.equal(got.features, whole[frames])
@@ -69,7 +69,7 @@ def test_frames_are_picked_across_segments_and_neighbours_are_cached(tmp_path: P
     assert torch.equal(store.read("film").features, whole)
     assert store.find("sha-film") == "film"
     assert store.find("sha-nobody") is None
-    got.features.zero_()  # the caller's own: the store's copy stays
+    got.features.zero_()  # a copy: the cache stays intact
     assert torch.equal(store.read("film", frames).features, whole[frames])
     assert store.read("film", []).features.shape == (0, 3, 5)
     for bad in ([138], [-1], [5, 4]):
@@ -80,12 +80,12 @@ def test_frames_are_picked_across_segments_and_neighbours_are_cached(tmp_path: P
 
 
 def test_a_clip_reads_the_frames_sampled_in_it(tmp_path: Path) -> None:
-    pieces = [torch.randn(length, 3, 5).bfloat16() for length in (64, 64, 10)]
-    write_files(str(tmp_path), {"film": [segment_row("film", n, 3, piece) for n, piece in enumerate(pieces)]})
+    parts = [torch.randn(length, 3, 5).bfloat16() for length in (64, 64, 10)]
+    write_files(str(tmp_path), {"film": [segment_row("film", n, 3, part) for n, part in enumerate(parts)]})
     store = FeatureStore.open(str(tmp_path))
     info = store.info("film")
     got = store.read("film", info.select(start_seconds=63.0, end_seconds=65.5))
-    assert torch.equal(got.features, torch.cat(pieces)[[63, 64, 65]])
+    assert torch.equal(got.features, torch.cat(parts)[[63, 64, 65]])
     assert got.pts_seconds.tolist() == [62.99, 63.99, 64.99]
     assert info.select(end_seconds=2.0) == [0, 1]
     assert info.select(start_seconds=137.0) == [137]
@@ -99,18 +99,18 @@ def test_a_segment_without_frames_is_empty(tmp_path: Path) -> None:
 
 
 def test_rows_in_error_between_others_are_left_out(tmp_path: Path) -> None:
-    pieces = {m: [torch.randn(3 + n, 2, 4).bfloat16() for n in range(4)] for m in ("a", "c", "\u00e9", "\U0001f600")}
-    rows = [segment_row(media_id, n, 4, piece) for media_id, parts in pieces.items() for n, piece in enumerate(parts)]
-    for media_id in pieces:
+    media = {m: [torch.randn(3 + n, 2, 4).bfloat16() for n in range(4)] for m in ("a", "c", "\u00e9", "\U0001f600")}
+    rows = [segment_row(media_id, n, 4, part) for media_id, parts in media.items() for n, part in enumerate(parts)]
+    for media_id in media:
         rows.append(error_row(media_id, segment_index=4, segment_id=f"{media_id}-4"))
     rows += [error_row("b"), error_row("z")]
     write_files(str(tmp_path), {"one": rows[::2], "two": rows[1::2]}, index=False)
     StoreWriter.open(str(tmp_path), index_row_group_rows=2).write_index()  # lookups cross row groups
     index = StoreIndex.open(str(tmp_path / "index.parquet"), details_cache_bytes=1)
     store = FeatureStore(str(tmp_path), read_header(str(tmp_path)), index)
-    assert list(store.media_ids) == sorted(pieces) == store.media_ids[:]
+    assert list(store.media_ids) == sorted(media) == store.media_ids[:]
     assert store.media_ids[-1] == "\U0001f600"
-    for media_id, parts in pieces.items():
+    for media_id, parts in media.items():
         got = store.read(media_id)
         assert torch.equal(got.features, torch.cat(parts))
         assert got.info.times_seconds.tolist() == [64.0 * n + k for n in range(len(parts)) for k in range(3 + n)]
@@ -124,13 +124,13 @@ def test_rows_in_error_between_others_are_left_out(tmp_path: Path) -> None:
         store.media_ids[4]
 
 
-def test_only_a_whole_medium_answers_for_the_bytes_of_its_file(tmp_path: Path) -> None:
+def test_clips_and_media_with_gaps_are_not_found_by_sha256(tmp_path: Path) -> None:
     film = torch.randn(2, 4, 2, 2).bfloat16()
     whole = [segment_row("whole", index, 2, features, sha256="sha-file") for index, features in enumerate(film)]
-    stretch = segment_row("a-stretch", 0, 1, film[0], sha256="sha-file", source_version="sha-file#t=3.0,7.0")
-    other = segment_row("other-stretch", 0, 1, film[0], sha256="sha-other", source_version="sha-other#t=None,7.0")
+    clip = segment_row("a-clip", 0, 1, film[0], sha256="sha-file", source_version="sha-file#t=3.0,7.0")
+    other = segment_row("other-clip", 0, 1, film[0], sha256="sha-other", source_version="sha-other#t=None,7.0")
     gap = segment_row("gap", 1, 2, film[0])
-    write_files(str(tmp_path), {"a": [stretch, *whole, other, gap]})
+    write_files(str(tmp_path), {"a": [clip, *whole, other, gap]})
     store = FeatureStore.open(str(tmp_path))
     assert store.find("sha-file") == "whole"
     assert store.find("sha-other") is None
@@ -138,7 +138,7 @@ def test_only_a_whole_medium_answers_for_the_bytes_of_its_file(tmp_path: Path) -
 
 
 def test_threads_share_a_store(tmp_path: Path) -> None:
-    media = made_media(60)
+    media = synthetic_media(60)
     write_store(str(tmp_path), media, recipe=RECIPE)
     store = FeatureStore.open(str(tmp_path), cache_bytes=1)
     wrong: list[str] = []
@@ -214,7 +214,7 @@ def test_neighbouring_row_groups_come_with_one_read(tmp_path: Path, monkeypatch)
     store = FeatureStore.open(str(tmp_path))
     assert torch.equal(store.read("film", [70, 319]).features, features[[70, 319]])
     assert torch.equal(store.read("film").features, features)
-    assert asked == [[1], [4], [0], [2, 3]]  # what is in memory is not read again
+    assert asked == [[1], [4], [0], [2, 3]]  # cached row groups are not read again
     asked.clear()
     small = FeatureStore.open(str(tmp_path), cache_bytes=8 * 64 * 2 * 5)  # two row groups ahead are half of it
     assert torch.equal(small.read("film").features, features)
@@ -225,8 +225,8 @@ def test_neighbouring_row_groups_come_with_one_read(tmp_path: Path, monkeypatch)
     assert asked == [[0], [1], [2], [3], [4]]
 
 
-def test_what_is_not_committed_is_ignored_and_removed(tmp_path: Path) -> None:
-    write_store(str(tmp_path), made_media(4), recipe=RECIPE)
+def test_uncommitted_files_are_ignored_and_removed(tmp_path: Path) -> None:
+    write_store(str(tmp_path), synthetic_media(4), recipe=RECIPE)
     (tmp_path / "data" / "orphan.parquet").write_bytes(b"half")
     (tmp_path / "data" / ".x.parquet.123.tmp").write_bytes(b"half")
     (tmp_path / "commits" / ".x.parquet.123.tmp").write_bytes(b"half")
@@ -277,7 +277,7 @@ def test_the_index_holds_the_current_version_and_the_best_outcome(tmp_path: Path
     assert best_rows(committed).num_rows == 4  # a1, a2, b1 once, gone
 
 
-def test_two_recipes_do_not_mix_and_the_error_says_what_differs(tmp_path: Path) -> None:
+def test_two_recipes_do_not_mix_and_the_error_lists_the_differences(tmp_path: Path) -> None:
     created = StoreWriter.create(str(tmp_path), RECIPE)
     assert StoreWriter.create(str(tmp_path), dict(reversed(RECIPE.items()))).recipe_hash == created.recipe_hash
     changed = {"encoder": {"weights_hash": "abc", "layer": -1}, "sampling": {"fps": 1.0}, "more": 1}
@@ -291,12 +291,12 @@ def test_missing_unfinished_and_foreign_stores_are_named(tmp_path: Path) -> None
     StoreWriter.create(str(tmp_path), RECIPE)
     with pytest.raises(ValueError, match="without an index"):
         FeatureStore.open(str(tmp_path))
-    write_store(str(tmp_path), made_media(2), recipe=RECIPE)
+    write_store(str(tmp_path), synthetic_media(2), recipe=RECIPE)
 
 
 @pytest.mark.parametrize("version", [1, 99])
-def test_a_store_of_another_version_is_refused_with_the_way_out(tmp_path: Path, version: int) -> None:
-    write_store(str(tmp_path), made_media(2), recipe=RECIPE)
+def test_a_store_of_another_version_is_refused_with_advice(tmp_path: Path, version: int) -> None:
+    write_store(str(tmp_path), synthetic_media(2), recipe=RECIPE)
     header = storage.read_json(str(tmp_path / "store.json"))
     storage.write_json(str(tmp_path / "store.json"), header | {"schema_version": version})
     for use in (FeatureStore.open, lambda uri: StoreWriter.create(uri, RECIPE), compact, verify_store):
@@ -305,7 +305,7 @@ def test_a_store_of_another_version_is_refused_with_the_way_out(tmp_path: Path, 
 
 
 def test_a_lost_or_damaged_data_file_is_named(tmp_path: Path) -> None:
-    write_store(str(tmp_path), made_media(2), recipe=RECIPE)
+    write_store(str(tmp_path), synthetic_media(2), recipe=RECIPE)
     store = FeatureStore.open(str(tmp_path))
     (path,) = (tmp_path / "data").iterdir()
     path.unlink()

@@ -1,4 +1,4 @@
-"""Compaction, verification and inspection of a store: nothing lost at any moment, every bad row named."""
+"""Compacting, verifying and inspecting a store."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[4]
 FILE_BYTES = 4096
 
 
-def made_rows(media_id: str, num_segments: int = 1, **changes: Any) -> list[dict[str, Any]]:
+def synthetic_rows(media_id: str, num_segments: int = 1, **changes: Any) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(sum(media_id.encode()))
     features = torch.randn(num_segments, 16, 2, 8, generator=generator).bfloat16()  # 512 bytes a segment
     return [segment_row(media_id, index, num_segments, piece, **changes) for index, piece in enumerate(features)]
@@ -42,10 +42,10 @@ def store(tmp_path: Path) -> str:
 
 
 def make_store(uri: str, num_small: int) -> str:
-    """Small files, one large file, and one of a medium's older version; a medium with an error."""
-    old = [row | {"segment_id": "old", "source_version": "v0"} for row in made_rows("m00")]
-    files = {"old": old, "large": made_rows("large", 6), "failed": [error_row("bad")]}
-    files |= {f"f{number:02d}": made_rows(f"m{number:02d}", 1 + number % 2) for number in range(num_small)}
+    """A store of small files, a large file, a superseded row and an error."""
+    old = [row | {"segment_id": "old", "source_version": "v0"} for row in synthetic_rows("m00")]
+    files = {"old": old, "large": synthetic_rows("large", 6), "failed": [error_row("bad")]}
+    files |= {f"f{number:02d}": synthetic_rows(f"m{number:02d}", 1 + number % 2) for number in range(num_small)}
     write_files(uri, files)
     return uri
 
@@ -114,7 +114,7 @@ def test_a_compaction_killed_at_any_write_or_removal_loses_nothing(
         assert len(committed) == len(set(committed))
         assert set(committed) - {"old"} == {segment_id for segment_id, _ in rows}
         if moment % 2:
-            StoreWriter.open(copy).remove_uncommitted()  # the next thing may be a run of the job, or a compaction
+            StoreWriter.open(copy).remove_uncommitted()  # as the next run does
         else:
             compact(copy, file_bytes=FILE_BYTES)
         assert contents(copy) == expected
@@ -124,7 +124,7 @@ def test_a_compaction_killed_at_any_write_or_removal_loses_nothing(
         assert len(list(Path(copy, "data").iterdir())) == len(list(Path(copy, "commits").iterdir())) <= 3
         if not killed:
             break
-    assert moment == 2 + 1 + 2 * 5 + 1  # data and commit, index, removals, the record that forgets
+    assert moment == 2 + 1 + 2 * 5 + 1  # data and commit, index, removals, the last record
 
 
 def test_a_reader_that_opened_the_store_before_reads_on(store: str) -> None:
@@ -137,40 +137,40 @@ def test_a_reader_that_opened_the_store_before_reads_on(store: str) -> None:
     assert torch.equal(opened.read("m03", [20]).features, half.features)
 
 
-def test_a_reader_is_told_when_its_version_is_gone(store: str) -> None:
+def test_a_reader_whose_version_is_gone_gets_an_error(store: str) -> None:
     opened = FeatureStore.open(store, cache_bytes=1)
-    new = [row | {"segment_id": "new", "source_version": "v2"} for row in made_rows("m02")]
+    new = [row | {"segment_id": "new", "source_version": "v2"} for row in synthetic_rows("m02")]
     writer = StoreWriter.open(store)
     writer.write_file("new", new)
     writer.write_index({"m02": "v2"})
     assert compact(store, file_bytes=FILE_BYTES).rows_dropped == 2
-    with pytest.raises(RuntimeError, match=r"m02: the store at .* holds another version by now; open it again"):
+    with pytest.raises(RuntimeError, match=r"m02: the store at .* now holds another version; open it again"):
         opened.read("m02")
     assert opened.read("m04").features.shape[0] == 16
 
 
 def test_rows_that_are_not_indexed_yet_survive_and_names_can_be_used_again(store: str) -> None:
-    repaired = made_rows("bad")[0] | {"segment_id": "bad-0"}
+    repaired = synthetic_rows("bad")[0] | {"segment_id": "bad-0"}
     writer = StoreWriter.open(store)
-    writer.write_file("later", [repaired, *made_rows("next")])
+    writer.write_file("later", [repaired, *synthetic_rows("next")])
     compact(store, file_bytes=FILE_BYTES)  # the job was killed before it wrote the index
     committed = read_committed(store)
     assert {"old", "next-0", "bad-0"} <= set(committed["segment_id"].to_pylist())
-    writer.write_file("f00", made_rows("again"))  # a name that was replaced
+    writer.write_file("f00", synthetic_rows("again"))  # a name that was replaced
     writer.write_index()
     assert {"again", "bad", "next"} <= set(FeatureStore.open(store).media_ids)
 
 
-def test_a_store_of_nothing_but_superseded_rows_becomes_empty_files_of_none(tmp_path: Path) -> None:
+def test_files_with_nothing_but_superseded_rows_disappear(tmp_path: Path) -> None:
     uri = str(tmp_path)
-    write_files(uri, {"a": made_rows("m"), "b": made_rows("m", source_version="v2", segment_id="m-new")})
+    write_files(uri, {"a": synthetic_rows("m"), "b": synthetic_rows("m", source_version="v2", segment_id="m-new")})
     report = compact(uri, file_bytes=600)  # the new row's file is large enough, the old one's holds nothing
     assert (report.rows_dropped, report.files_after) == (1, 1)
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["b.parquet"]
     assert verify_store(uri).problems == []
 
 
-def test_row_groups_of_merged_files_are_as_large_as_asked_for(store: str) -> None:
+def test_row_groups_of_merged_files_are_as_large_as_configured(store: str) -> None:
     before = contents(store)
     compact(store, row_group_bytes=1024)
     (path,) = Path(store, "data").iterdir()
@@ -196,7 +196,7 @@ def test_damage_is_not_copied(store: str) -> None:
 
 
 def corrupt(path: Path, row: int) -> None:
-    """Turns one bit in the features of a row of a data file."""
+    """Flips one bit in the features of a row."""
     features = pq.ParquetFile(path).read()["features"][row].as_py()
     data = bytearray(path.read_bytes())
     data[bytes(data).index(features) + 100] ^= 1
@@ -210,13 +210,13 @@ def test_every_bad_row_is_named(store: str) -> None:
     Path(store, "data", "f10.parquet").write_bytes(b"nothing")
     Path(store, "data", "left.parquet").write_bytes(b"half")
     writer = StoreWriter.create(store, RECIPE)
-    longer = [row | {"duration_seconds": 1.0} for row in made_rows("m12")]
+    longer = [row | {"duration_seconds": 1.0} for row in synthetic_rows("m12")]
     record = Path(store, "commits", "f12.parquet").read_bytes()
     for name in ("f12", "f14"):
         Path(store, "commits", f"{name}.parquet").unlink()
     writer.write_file("f12", longer)
     Path(store, "commits", "f12.parquet").write_bytes(record)
-    writer.write_file("f14", [row | {"features": b"short"} for row in made_rows("m14")])
+    writer.write_file("f14", [row | {"features": b"short"} for row in synthetic_rows("m14")])
     report = verify_store(store)
     found = {(problem.file, problem.segment_id): problem.what for problem in report.problems}
     assert len(report.problems) == len(found) == 5
@@ -240,14 +240,14 @@ def test_more_problems_than_a_report_lists_are_counted(store: str) -> None:
     assert report.lines()[-1].startswith(f"result     {whole.num_problems} problems.")
 
 
-def test_an_index_that_says_what_no_commit_does_is_found(store: str) -> None:
+def test_index_rows_without_a_commit_are_found(store: str) -> None:
     index = pq.ParquetFile(f"{store}/index.parquet").read()
     doubled = index.take([0, 0, *range(2, index.num_rows)])
     pq.write_table(doubled.replace_schema_metadata(index.schema.metadata), f"{store}/index.parquet")
     problems = "\n".join(str(problem) for problem in verify_store(store).problems)
-    assert "the segment is there twice" in problems
+    assert "duplicate segment" in problems
     Path(store, "commits", "f02.parquet").unlink()
-    assert "made from other data files" in str(verify_store(store).problems[0])
+    assert "built from other data files" in str(verify_store(store).problems[0])
     Path(store, "index.parquet").unlink()
     assert "the job has not finished" in str(verify_store(store).problems[0])
 
@@ -255,22 +255,22 @@ def test_an_index_that_says_what_no_commit_does_is_found(store: str) -> None:
 def test_an_index_that_lacks_a_segment_is_found(store: str) -> None:
     index = pq.ParquetFile(f"{store}/index.parquet").read()
     pq.write_table(index.slice(1), f"{store}/index.parquet")
-    assert [str(p) for p in verify_store(store).problems] == ["index.parquet: medium bad is committed but not there"]
+    assert [str(p) for p in verify_store(store).problems] == ["index.parquet: medium bad is committed but not indexed"]
     pq.write_table(index.slice(2), f"{store}/index.parquet")
     assert [str(p) for p in verify_store(store).problems] == [
         "index.parquet: medium large has 5 of 6 segments",
-        "index.parquet: medium bad is committed but not there",
+        "index.parquet: medium bad is committed but not indexed",
     ]
 
 
-def test_a_store_says_what_it_holds(store: str) -> None:
+def test_inspect_counts_media_segments_frames_and_bytes(store: str) -> None:
     summary = inspect_store(store)
     assert (summary.media, summary.segments, summary.segments_superseded) == (21, {"error": 1, "ok": 36}, 1)
     assert (summary.frames, summary.bytes, summary.files) == (36 * 16, 36 * 512, 23)
     assert summary.file_bytes == sum(path.stat().st_size for path in Path(store, "data").iterdir())
     assert summary.is_indexed
     assert summary.recipe == RECIPE
-    StoreWriter.open(store).write_file("new", made_rows("new"))
+    StoreWriter.open(store).write_file("new", synthetic_rows("new"))
     assert not inspect_store(store).is_indexed
     assert "run the job again" in "\n".join(inspect_store(store).lines())
 
@@ -295,8 +295,8 @@ def test_three_times_the_files_take_no_more_memory(
     peaks = []
     for num_files in (7, 8, 24):  # the first: what only a first time takes
         uri = str(tmp_path / str(num_files))
-        message = {"error_message": "long " * 2000}  # rows that would be seen if they were held: 10 KB
-        write_files(uri, {f"f{n:03d}": made_rows(f"m{n:03d}", 8, **message) for n in range(num_files)})
+        message = {"error_message": "long " * 2000}  # 10 KB per row
+        write_files(uri, {f"f{n:03d}": synthetic_rows(f"m{n:03d}", 8, **message) for n in range(num_files)})
         pool = pa.proxy_memory_pool(pa.system_memory_pool())  # counts from here
         before = pa.default_memory_pool()
         pa.set_memory_pool(pool)
@@ -308,7 +308,7 @@ def test_three_times_the_files_take_no_more_memory(
     assert peaks[2] < 1.5 * peaks[1] + 100_000  # 1.9 MB of rows are in the larger one
 
 
-def test_the_job_prints_a_report_and_fails_when_verification_finds_anything(
+def test_the_job_prints_a_report_and_fails_if_verification_finds_a_problem(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main = runpy.run_path(str(ROOT / "jobs" / "store.py"))["main"]
