@@ -2,6 +2,7 @@
 
 python jobs/export.py --checkpoint outputs/runs/tiny/checkpoints/step-00000400 --output outputs/weights/tiny
 python jobs/export.py --config ray_configs/tiny/train.yaml --output outputs/weights/tiny    # the run's newest
+python jobs/export.py --public-checkpoint timeviper.bin --preset 9b --tokenizer FOLDER --output outputs/weights/9b
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from timeviper_model.config import PRESETS
 from timeviper_platform.common.config import load_config
 from timeviper_platform.common.job import USAGE_EXIT_CODE, JobError, JobParser, JobResult, run_job
-from timeviper_platform.training.checkpoint.export import export_weights
+from timeviper_platform.training.checkpoint.export import convert_public_checkpoint, export_weights
 from timeviper_platform.training.checkpoint.manager import Checkpoints
 from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.run import RunFolder
@@ -27,14 +29,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config_required=False,
     )
     parser.add_argument("--checkpoint", help="URI of a committed checkpoint, instead of --config")
+    parser.add_argument("--public-checkpoint", help="file or folder saved by TimeViper's public code, instead")
+    parser.add_argument("--preset", choices=sorted(PRESETS), help="model of --public-checkpoint")
+    parser.add_argument("--tokenizer", help="tokenizer of --public-checkpoint: folder or Hugging Face name")
     parser.add_argument("--output", required=True, help="URI of the weights folder; replaced if it exists")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     return run_job(parser, export, arguments)
 
 
 def export(options: argparse.Namespace) -> JobResult:
-    if (options.checkpoint is None) == (options.config is None):
-        raise JobError("pass either --checkpoint or --config", exit_code=USAGE_EXIT_CODE)
+    if [options.checkpoint, options.config, options.public_checkpoint].count(None) != 2:
+        raise JobError("pass one of --checkpoint, --config and --public-checkpoint", exit_code=USAGE_EXIT_CODE)
+    if (options.public_checkpoint is None) != (options.preset is None) or (options.preset is None) != (
+        options.tokenizer is None
+    ):
+        raise JobError("--public-checkpoint, --preset and --tokenizer go together", exit_code=USAGE_EXIT_CODE)
+    if options.public_checkpoint is not None:
+        convert_public_checkpoint(
+            options.public_checkpoint,
+            options.output,
+            config=PRESETS[options.preset],
+            tokenizer=options.tokenizer,
+            dtype=options.dtype,
+        )
+        return JobResult([f"{options.public_checkpoint} -> {options.output}"])
     checkpoint = options.checkpoint or newest_checkpoint(load_config(TrainConfig, options.config, options.overrides))
     export_weights(checkpoint, options.output, dtype=options.dtype)
     return JobResult([f"{checkpoint} -> {options.output}"])

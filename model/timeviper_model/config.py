@@ -20,7 +20,7 @@ class HybridConfig:
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    """Of the MLP blocks (relu squared, no gate)."""
+    """Width of the MLP blocks (relu squared, no gate)."""
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
@@ -38,7 +38,7 @@ class HybridConfig:
     time_step_min: float = 0.001
     time_step_max: float = 0.1
     time_step_floor: float = 1e-4
-    """`time_step_*` draw the initial dt_bias only."""
+    """The `time_step_min`, `_max` and `_floor` of the initial dt_bias."""
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 131072
@@ -88,16 +88,16 @@ class Qwen2Config:
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    """Of the gated MLP."""
+    """Width of the gated MLP."""
     num_hidden_layers: int
-    """A TransV site's `layer` counts these."""
+    """Decoder layers; a TransV site's `layer` counts these."""
     num_attention_heads: int
     num_key_value_heads: int
     rope_theta: float = 1_000_000.0
     """Base of the rotary wavelengths."""
     rms_norm_eps: float = 1e-6
     use_sliding_window: bool = False
-    """Must be False."""
+    """Must be False: every layer attends to the whole sequence."""
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 32768
@@ -135,7 +135,7 @@ class TransVSite:
     """Drops vision tokens before block `layer` (paper section 3.3)."""
 
     layer: int
-    """0-based."""
+    """0-based index of the first block that sees fewer tokens."""
     select: Literal["uniform", "attention"]
     keep: float
     """Fraction of the sample's ORIGINAL number of vision tokens."""
@@ -191,7 +191,7 @@ class VisionConfig:
     """Index into hidden_states; -2 is the output of the second-to-last block."""
     num_tokens_per_frame: int = 16
     merge_heads: int = 16
-    """Heads of the features for ToMe's similarity."""
+    """Heads into which ToMe splits features for similarity."""
     hidden_size: int = 1152
     second: VisionConfig | None = None
     """Second tower over the same frames."""

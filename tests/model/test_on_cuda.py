@@ -1,4 +1,4 @@
-"""The model on a simulated CUDA device: no operand, generator or kernel of the CPU, and the CPU's own values."""
+"""On a simulated CUDA device the model has no CPU operand, generator or kernel, and computes the CPU's values."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from timeviper_model.timeviper import TimeViper
 from timeviper_model.weights.weights_folder import from_pretrained, save_pretrained
 
 LAYOUTS = ("ssvvvvvvvviiirriir", "siirr", "vviivvvvirr")
-BATCH = pack([make_sample(layout, seed=number) for number, layout in enumerate(LAYOUTS)], pad_to=40)
+BATCH = pack([make_sample(layout, seed=index) for index, layout in enumerate(LAYOUTS)], pad_to=40)
 TWO_TOWERS = replace(
     SMALL.vision,
     num_tokens_per_frame=2,
@@ -47,10 +47,10 @@ def device() -> Iterator[Device]:
         yield device
 
 
-def loss_and_gradients(model: TimeViper, place: str, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    output = model(BATCH.to(place, dtype))
+def loss_and_gradients(model: TimeViper, device: str, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    output = model(BATCH.to(device, dtype))
     assert (
-        output.loss_sum.device.type == output.num_targets.device.type == output.num_vision_tokens.device.type == place
+        output.loss_sum.device.type == output.num_targets.device.type == output.num_vision_tokens.device.type == device
     )
     output.loss_sum.backward()
     gradients = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
@@ -88,14 +88,14 @@ def test_loss_in_chunks_and_target_log_probs() -> None:
     assert segment_ids.device.type == "cuda"
 
 
-def prompt_logits(model: TimeViper, place: str, max_chunk_tokens: int, dtype: torch.dtype) -> Tensor:
-    """Of two prompts behind their last tokens, and of a token more in each, in a cache with a free slot between."""
-    cache = model.new_cache(3, device=place, dtype=dtype)
+def prompt_logits(model: TimeViper, device: str, max_chunk_tokens: int, dtype: torch.dtype) -> Tensor:
+    """Logits after two prompts and after one more token of each, with a free slot between."""
+    cache = model.new_cache(3, device=device, dtype=dtype)
     rows = []
     for slot, layout in ((0, "ssvvvvvvvviiii"), (2, "svvvvii")):
-        batch = pack([make_sample(layout, seed=slot)]).to(place, dtype)
+        batch = pack([make_sample(layout, seed=slot)]).to(device, dtype)
         rows.append(prefill(model, batch, cache, slot, max_chunk_tokens=max_chunk_tokens))
-    ids, slots = torch.tensor([3, 5], device=place), torch.tensor([2, 0], device=place)
+    ids, slots = torch.tensor([3, 5], device=device), torch.tensor([2, 0], device=device)
     return torch.cat([torch.stack(rows), model.decode_step(ids, cache, slots)]).cpu()
 
 
@@ -119,7 +119,7 @@ def request(question: str, *, seed: int, **values: object) -> Request:
 
 
 def answers(model: TimeViper) -> list[list[Token]]:
-    """Greedy, sampled and with a prefix of another's, one of them cancelled on the way."""
+    """Greedy, sampled and prefix-sharing requests, one of them cancelled."""
     sampling = SamplingParams(max_new_tokens=5, seed=2, temperature=1.0, top_p=0.9, top_k=20, num_logprobs=3)
     engine = InferenceEngine(model, EngineConfig(num_slots=2, max_prefill_tokens=5, prefix_cache_bytes=1 << 20))
     ids = [
@@ -146,8 +146,8 @@ def test_the_engine_gives_the_same_answers(name: str) -> None:
         assert [len(token.top_logprobs) for token in own] == [len(token.top_logprobs) for token in other]
 
 
-def measurements(model: TimeViper, place: str) -> list[Tensor]:
-    batch = BATCH.to(place)
+def measurements(model: TimeViper, device: str) -> list[Tensor]:
+    batch = BATCH.to(device)
     measured = observe(
         model,
         batch,

@@ -1,4 +1,4 @@
-"""What the stand-in for CUDA refuses and counts; without that, the tests on it would prove nothing."""
+"""The simulated device refuses and counts as expected, so that the tests relying on it prove something."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def test_prefill_and_decode_equal_teacher_forcing(layout: str, config: TimeViper
     model = make_model(config, dtype=torch.float32)
     features = make_features(sample, dtype=torch.float32)
     prompt_features = features[: prompt.num_vision_tokens]
-    # labels on every answer token, whichever turn it is in; the prompt's media end before the first answer
+    # every answer token is labelled; the media end before the first answer
     only_first = first_tokens(sample, prompt_length + layout[prompt_length:].split("i")[0].count("r"))
     expected, _ = model.target_log_probs(pack_samples([only_first], [prompt_features]))
     cache = model.new_cache(2, device="cpu", dtype=torch.float32)
@@ -102,10 +102,10 @@ def test_slots_decoded_together_equal_slots_decoded_alone() -> None:
         for n, layout in enumerate(["s" + "v" * 200 + "ii", "svvvvii", "ii", "s" + "v" * 30 + "iii"])
     ]
     alone = []
-    for number, prompt in enumerate(prompts):
+    for index, prompt in enumerate(prompts):
         cache = model.new_cache(1, device="cpu", dtype=torch.float64)
         prefill(model, pack([prompt]), cache, 0)
-        logits = [model.decode_step(torch.tensor([token + number]), cache, torch.tensor([0]))[0] for token in (3, 5, 7)]
+        logits = [model.decode_step(torch.tensor([token + index]), cache, torch.tensor([0]))[0] for token in (3, 5, 7)]
         alone.append(logits)
     cache = model.new_cache(6, device="cpu", dtype=torch.float64)
     slots = [4, 0, 1, 3]
@@ -122,7 +122,7 @@ def test_packed_samples_equal_separate_ones_in_loss_and_every_gradient(dtype: to
     samples = [make_sample(layout, seed=n) for n, layout in enumerate(LAYOUTS)]
     loss, grads = gradients(model, pack(samples, dtype=dtype, pad_to=140))
     separate = [gradients(model, pack([sample], dtype=dtype)) for sample in samples]
-    assert loss == pytest.approx(sum(part for part, _ in separate), rel=tolerance)
+    assert loss == pytest.approx(sum(loss for loss, _ in separate), rel=tolerance)
     assert set(grads) == {name for name, _ in model.named_parameters()}
     for name, grad in grads.items():
         total = torch.stack([part[name] for _, part in separate]).sum(0)
@@ -141,7 +141,7 @@ def test_any_pack_equals_its_samples_in_loss_and_every_gradient(
     samples = [make_sample(layout, seed=n) for n, layout in enumerate(layouts)]
     loss, grads = gradients(model, pack(samples, pad_to=sum(map(len, layouts)) + padding))
     separate = [gradients(model, pack([sample])) for sample in samples]
-    assert loss == pytest.approx(sum(part for part, _ in separate))
+    assert loss == pytest.approx(sum(loss for loss, _ in separate))
     for name, grad in grads.items():
         total = torch.stack([part[name] for _, part in separate]).sum(0)
         torch.testing.assert_close(grad, total, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
@@ -162,8 +162,8 @@ def test_neighbours_and_their_order_change_nothing() -> None:
     scores, ids = model.target_log_probs(pack(samples, dtype=torch.float32))
     order = [3, 0, 4, 2, 1]
     swapped, swapped_ids = model.target_log_probs(pack([samples[n] for n in order], dtype=torch.float32))
-    for place, number in enumerate(order):
-        torch.testing.assert_close(swapped[swapped_ids == place], scores[ids == number], rtol=1e-5, atol=1e-5)
+    for index, original in enumerate(order):
+        torch.testing.assert_close(swapped[swapped_ids == index], scores[ids == original], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("layouts", [["ssiirr"], ["svvvviirr"], ["vvvviirr", "ssss"], ["ssss"], ["vvvv"], ["v"]])
@@ -189,7 +189,7 @@ def test_a_pack_that_loses_every_token_runs_without_gradients(config: TimeViperC
     with torch.no_grad():
         output = model(batch)
     assert (float(output.loss_sum), int(output.num_targets)) == (0.0, 0)
-    assert [len(part) for part in model.target_log_probs(batch)] == [0, 0]
+    assert [len(tensor) for tensor in model.target_log_probs(batch)] == [0, 0]
 
 
 def test_frozen_modules_stay_out_of_the_graph_and_the_projector_still_learns() -> None:
@@ -213,7 +213,7 @@ def test_activation_checkpointing_changes_no_gradient(layouts: list[str], use_tr
 
 
 def saved_bytes(model: TimeViper, batch: PackedBatch) -> int:
-    """Bytes that the graph of a loss keeps for its backward pass, parameters left out."""
+    """Bytes that the graph of a loss keeps for its backward pass, without parameters."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -224,7 +224,7 @@ def saved_bytes(model: TimeViper, batch: PackedBatch) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda tensor: tensor):
         loss = model(batch).loss_sum
-    assert loss.requires_grad  # the graph, and so what it keeps, lives until here
+    assert loss.requires_grad  # keeps the graph alive until here
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
@@ -235,7 +235,7 @@ def test_checkpointed_blocks_and_sites_keep_little_but_hidden_states() -> None:
     model.gradient_checkpointing = True
     checkpointed = saved_bytes(model, batch)
     assert checkpointed < everything / 5
-    # a site adds the states before it, and the places of its tokens; never its queries, keys and values
+    # a site adds the states before it and indices, but no queries, keys or values
     states = (426 + 226) * SMALL.text.hidden_size * 4
     assert checkpointed - saved_bytes(with_plan(model, PLAIN), batch) < states * 1.2
 
@@ -314,7 +314,7 @@ def test_nine_billion_parameters_of_the_paper() -> None:
 
 
 def test_a_bf16_model_stays_near_its_fp32_twin() -> None:
-    evenly = tuple(replace(site, select="uniform") for site in SMALL.transv)  # what is selected must not hang on bits
+    evenly = tuple(replace(site, select="uniform") for site in SMALL.transv)  # selection must not depend on rounding
     model = make_model(replace(SMALL, transv=evenly), dtype=torch.float32)
     batch = pack([make_sample(layout, seed=n) for n, layout in enumerate(LAYOUTS)], dtype=torch.float32)
     full = model(batch)

@@ -37,11 +37,11 @@ class Blocking:
     flow: Literal["v2i", "v2r"]
     """Vision to instruction, or vision to response."""
     scope: Literal["layer", "window", "from_layer"]
-    """`window` blocks are centred on `layer`."""
+    """`layer` cuts that block alone, `window` also its neighbours, `from_layer` every later one too."""
     layer: int
-    """0-based."""
+    """0-based block index."""
     window: int = 1
-    """Odd; for scope `window` only."""
+    """Number of blocks, odd; for scope `window` only."""
     kind: Literal["attention", "mamba", "both"] = "both"
     """Block types that are cut."""
 

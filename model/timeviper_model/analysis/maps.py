@@ -24,7 +24,7 @@ from timeviper_model.ops.precision import widen
 from timeviper_model.timeviper import TimeViper
 
 ROW_ELEMENTS = 2**22
-"""Weights held at a time: 16 MiB in fp32."""
+"""Weights computed at a time: 16 MiB in fp32."""
 
 Measured = TypeVar("Measured")
 

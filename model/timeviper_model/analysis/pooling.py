@@ -16,7 +16,7 @@ class PooledMap(NamedTuple):
     """Sums over the queries of group A and the tokens of group B that they may read."""
 
     sum_HAB: Tensor
-    """float64."""
+    """Sum of weights, float64."""
     num_queries_A: Tensor
     num_pairs_AB: Tensor
     """Pairs of a query and a token it may read."""
@@ -36,11 +36,11 @@ class HeadStatistics(NamedTuple):
     """Averages over queries of rows normalised to distributions."""
 
     sink_share_H: Tensor
-    """On the first tokens of the segment (attention sink, arXiv 2309.17453)."""
+    """Share on the first tokens of the segment (attention sink, arXiv 2309.17453)."""
     entropy_H: Tensor
-    """Nats."""
+    """Entropy in nats."""
     distance_H: Tensor
-    """Tokens back to what is read."""
+    """Mean distance in tokens."""
 
 
 def pool_map(

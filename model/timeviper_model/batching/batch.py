@@ -80,15 +80,15 @@ class PackedBatch:
     """
 
     input_ids: Tensor
-    """The pad id at vision positions."""
+    """Token ids; the pad id at vision positions."""
     vision_index: Tensor
     """Row of `vision_features`, -1 = text."""
     vision_features: Tensor
     """(V, dim) floating."""
     segment_ids: Tensor
-    """Sample index from 0, PADDING_SEGMENT at the end."""
+    """Sample index from 0; PADDING_SEGMENT at the end."""
     position_ids: Tensor
-    """From 0 in every sample."""
+    """Index within each sample."""
     labels: Tensor
     """IGNORE_INDEX where there is no target."""
     token_kind: Tensor

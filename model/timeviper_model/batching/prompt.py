@@ -23,7 +23,7 @@ _ENCODING = Lock()
 special tokens."""
 
 MEDIA_MARKER = "<media>"
-"""Without markers, media come first in the first user turn."""
+"""Marks a medium in a user's text; without markers, media come first in the first user turn."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,9 +42,9 @@ class ChatTemplate:
     """Opening of an answer (instruction) and its end (response; the last token is the end token)."""
     after_system_text: str = ""
     after_answer: str = ""
-    """Added when another turn follows."""
+    """Text added when another turn follows."""
     default_system: str = ""
-    """Used without a system turn."""
+    """System text of a conversation without a system turn."""
 
 
 NEMOTRON = ChatTemplate(
@@ -127,13 +127,13 @@ def build_sample(
     writer.text(f"{system}{template.after_system_text}" if system else "")
     writer.template(template.system[1])
     media = iter(media_num_tokens)
-    for number, (turn, text) in enumerate(zip(turns, texts, strict=True)):
+    for index, (turn, text) in enumerate(zip(turns, texts, strict=True)):
         if text is None:
             writer.template(template.assistant[0])
             writer.text(turn.text, response=True)
             writer.template(template.assistant[1], response=True)
             continue
-        writer.template((template.after_answer if number else "") + template.user[0])
+        writer.template((template.after_answer if index else "") + template.user[0])
         first, *others = text.split(MEDIA_MARKER)
         writer.text(first)
         for text_after in others:
@@ -197,7 +197,7 @@ def encode_text(tokenizer: Any, text: str, *, split_special_tokens: bool) -> lis
 
 
 def _check_turns(turns: Sequence[Turn], add_generation_prompt: bool) -> None:
-    expected = ["user" if number % 2 == 0 else "assistant" for number in range(len(turns))]
+    expected = ["user" if index % 2 == 0 else "assistant" for index in range(len(turns))]
     roles = [turn.role for turn in turns]
     if roles != expected:
         raise ValueError(f"turns must alternate user, assistant, ... after an optional system turn, not {roles}")
@@ -208,7 +208,7 @@ def _check_turns(turns: Sequence[Turn], add_generation_prompt: bool) -> None:
 def _place_markers(texts: list[str | None], num_media: int) -> list[str | None]:
     num_markers = sum(text.count(MEDIA_MARKER) for text in texts if text is not None)
     if num_markers == 0 and num_media:
-        first = next((number for number, text in enumerate(texts) if text is not None), None)
+        first = next((index for index, text in enumerate(texts) if text is not None), None)
         if first is None:
             raise ValueError(f"{num_media} media but no user turn to hold them")
         texts[first] = MEDIA_MARKER * num_media + (texts[first] or "")

@@ -25,13 +25,13 @@ class RowBucket:
     """Segments padded to one length: R rows of L cells."""
 
     token_index: Tensor
-    """(M,) in the flat pack."""
+    """(M,) token indices in the flat pack."""
     cell_index: Tensor
-    """(M,) among the R * L cells."""
+    """(M,) cell of each token among R * L."""
     segment_index: Tensor
-    """(R,)"""
+    """(R,) segment of each row."""
     row_lengths: Tensor
-    """(R,)"""
+    """(R,) tokens in each row."""
     num_rows: int
     length: int
     is_dense: bool
@@ -85,12 +85,12 @@ class Segments:
 
     @cached_property
     def positions_T(self) -> Tensor:
-        """Index in the segment."""
+        """(T,) index in the segment."""
         return torch.arange(len(self.ids), device=self.ids.device) - self.starts_S[self.ids]
 
     @property
     def original_positions_T(self) -> Tensor:
-        """Index in the sample before dropping, used by RoPE."""
+        """(T,) index in the sample before dropping, used by RoPE."""
         return self.positions_T if self._original_positions_T is None else self._original_positions_T
 
     @cached_property

@@ -21,14 +21,14 @@ from timeviper_model.ops.ssd import ssd_scan
 logger = logging.getLogger(__name__)
 
 Backend = Literal["auto", "torch", "kernels"]
-"""`auto`: kernels where available; `kernels`: an error otherwise."""
+"""`auto` uses kernels where available, `kernels` raises otherwise."""
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 """Flash Attention supports no others, and mamba-ssm rounds fp32 to TF32."""
 
 
 FLASH_CAPABILITY = (8, 0)
-"""Of CUDA devices: Ampere."""
+"""Minimum CUDA compute capability of Flash Attention (Ampere)."""
 
 
 class Operations(NamedTuple):

@@ -20,10 +20,10 @@ from timeviper_model.layers.mamba2 import Mamba2State
 from timeviper_model.ops.precision import wide_dtype
 
 MIN_CAPACITY = 128
-"""Initial tokens per slot; grows by half."""
+"""Initial capacity of a slot, in tokens. Grows by half when full."""
 
 KEPT_BYTES = 16 << 20
-"""Per layer, kept while all slots are empty, because new pages are slow on a CPU."""
+"""Bytes per layer that stay allocated while all slots are empty; new pages are slow on a CPU."""
 
 MAX_LENGTH_WASTE = 1.5
 """Maximum padded length / real length of slots read by one masked product."""
@@ -48,7 +48,7 @@ class AttentionCache:
         self.kept_bytes = kept_bytes
 
     def reset(self, slot: int) -> None:
-        """Once all slots are empty, memory above `kept_bytes` is freed."""
+        """Empties the slot. Once all slots are empty, memory above `kept_bytes` is freed."""
         self.clear(slot)
         if self.num_bytes > self.kept_bytes and not any(self.lengths):
             self.keys, self.values = self.keys[:, :, :0].clone(), self.values[:, :, :0].clone()
@@ -85,7 +85,7 @@ class SavedSlot:
     """Immutable state of one sequence in its first blocks, by layer."""
 
     mamba: dict[int, Mamba2State]
-    """B = 1."""
+    """States with B = 1."""
     attention: dict[int, tuple[Tensor, Tensor]]
     """Keys and values (Hkv, L, E)."""
 
@@ -100,7 +100,7 @@ class SavedSlot:
 
 
 class HybridCache:
-    """Slots for sequences."""
+    """Mamba states, keys and values of sequences in slots."""
 
     def __init__(
         self,
@@ -190,7 +190,7 @@ class HybridCache:
 
 
 class SlotView:
-    """Call `write_back` after a pass that changed the state."""
+    """State of some slots, by layer; call `write_back` after a pass that changed it."""
 
     def __init__(self, cache: HybridCache, slots: Sequence[int]) -> None:
         self.slots = list(slots)
@@ -203,7 +203,7 @@ class SlotView:
         self._index: Tensor | None = None
 
     def layer(self, layer: int) -> Mamba2State | SlotStore | None:
-        """None for an MLP."""
+        """State of block `layer`; None for an MLP."""
         if layer in self.cache.attention:
             return SlotStore(self.cache.attention[layer], self.slots, self.runs)
         if layer not in self.cache.mamba:
@@ -216,7 +216,7 @@ class SlotView:
         return Mamba2State(window_BKD=state.window_BKD[index], ssm_BHPN=state.ssm_BHPN[index])
 
     def write_back(self, layer: int, changed: object) -> None:
-        """Needed where `layer()` copied a Mamba state."""
+        """Stores a Mamba state that `layer()` had to copy."""
         if len(self.runs) == 1 or not isinstance(changed, Mamba2State):
             return
         state = self.cache.mamba[layer]

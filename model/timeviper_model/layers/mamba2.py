@@ -19,8 +19,8 @@ from timeviper_model.ops.precision import wide_dtype, widen
 from timeviper_model.ops.ssd import ssd_scan, ssd_step
 
 MAX_PROJECTION_ELEMENTS = 2**21
-"""Of one pass over a long sequence on a CPU: 8 MiB in fp32. glibc returns buffers over 32 MiB to the system, and fresh
-pages cost as much as the work in them."""
+"""Elements of the input projection in one pass over a long sequence on a CPU: 8 MiB in fp32. glibc returns buffers over
+32 MiB to the system, and fresh pages cost as much as the work in them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +30,7 @@ class Mamba2State:
     window_BKD: Tensor
     """The last K - 1 inputs of the convolution, oldest first."""
     ssm_BHPN: Tensor
-    """fp32."""
+    """SSM state in fp32."""
 
 
 class Mamba2Mixer(nn.Module):
@@ -42,7 +42,7 @@ class Mamba2Mixer(nn.Module):
         self.chunk_size = config.chunk_size
         self.time_step_limit = config.time_step_limit
         self.is_unlimited = config.time_step_limit == (0.0, math.inf)
-        """Softplus is never below 0."""
+        """True if dt needs no clamping: softplus is never below 0."""
         self.conv_dim = config.conv_dim
         self.in_proj = Linear(config.hidden_size, self.intermediate_size + self.conv_dim + self.num_heads, bias=False)
         self.conv1d = nn.Conv1d(
@@ -104,7 +104,7 @@ class Mamba2Mixer(nn.Module):
         return self.out_proj(self.norm(y.flatten(1), gate))
 
     def _tokens_per_pass(self, h_TD: Tensor) -> int:
-        """All if gradients are kept or on a device."""
+        """All tokens if gradients are kept or on a device."""
         if h_TD.device.type != "cpu" or torch.is_grad_enabled():
             return len(h_TD)
         num_chunks = self.max_projection_elements // (self.in_proj.out_features * self.chunk_size)

@@ -16,11 +16,11 @@ from timeviper_model.ops.linear import Linear
 from timeviper_model.ops.norm import RMSNorm
 
 LayerState = Mamba2State | KeyValueStore | None
-"""None for an MLP, or when nothing is cached."""
+"""State of a block; None for an MLP, or when nothing is cached."""
 
 
 class MLP(nn.Module):
-    """Relu squared; no gate, no bias."""
+    """Linear maps with relu squared between them; no gate, no bias."""
 
     def __init__(self, config: HybridConfig) -> None:
         super().__init__()

@@ -57,7 +57,7 @@ def make_projector(vision: VisionConfig, hidden_size: int) -> Projector | TwoTow
 
 
 def combine_towers(first_FND: Tensor, second_FND: Tensor) -> Tensor:
-    """(F, N1 + N2, max(D1, D2)) rows of each frame."""
+    """(F, N1 + N2, max(D1, D2)): tokens of two towers as rows of each frame."""
     width = max(first_FND.shape[2], second_FND.shape[2])
     both = [F.pad(tokens, (0, width - tokens.shape[2])) for tokens in (first_FND, second_FND)]
     order = torch.tensor(tower_order(first_FND.shape[1], second_FND.shape[1]), device=first_FND.device)
@@ -65,7 +65,7 @@ def combine_towers(first_FND: Tensor, second_FND: Tensor) -> Tensor:
 
 
 def tower_order(num_first: int, num_second: int) -> list[int]:
-    """[0, 1, 0, 1, ...] for equal counts, else [0, 0, ..., 1, 1, ...]."""
+    """Tower of each token of a frame: [0, 1, 0, 1, ...] for equal counts, else [0, 0, ..., 1, 1, ...]."""
     if num_first == num_second:
         return [0, 1] * num_first
     return [0] * num_first + [1] * num_second

@@ -53,9 +53,7 @@ class TokenStream:
 
 
 class TransVLayer(nn.Module):
-    """Gated cross-attention without positions or norm (equation 6), with biases where the backbone's attention has
-    them.
-    """
+    """Gated cross-attention without positions or norm (equation 6), with the biases of the backbone's attention."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -77,7 +75,7 @@ class TransVLayer(nn.Module):
         return self._gated(put_rows(mixed, order, len(receivers_QD)))
 
     def source_keys_values(self, sources_KD: Tensor) -> tuple[Tensor, Tensor]:
-        """(K, Hkv, E) each."""
+        """(K, Hkv, E) keys and values."""
         keys, values = (proj(sources_KD).unflatten(-1, (self.num_kv_heads, -1)) for proj in (self.k_proj, self.v_proj))
         return keys, values
 
@@ -119,7 +117,7 @@ class TransferRows:
 
     receivers: RowBucket
     sources: RowBucket
-    """Rows of the same segments."""
+    """Source tokens in rows of the same segments."""
     visible_R1QK: Tensor
     """bool: the source is not padding and precedes the receiver."""
 
@@ -158,7 +156,7 @@ def apply_site(
 
 
 def num_kept(original: int, present: int, keep: float) -> int:
-    """Fraction of the original count, rounded half up, at most `present`."""
+    """Vision tokens that stay: a fraction of the original count, rounded half up, at most `present`."""
     return min(present, math.floor(keep * original + 0.5))
 
 
@@ -180,7 +178,7 @@ def _select(stream: TokenStream, site: TransVSite, block: DecoderBlock | None, v
 
 
 def _select_uniform(vision_T: Tensor, present: list[int], stay: list[int]) -> Tensor:
-    """Index j is j * (n - 1) // (k - 1), in integers; k = 1 takes the first."""
+    """Evenly spaced: index j is j * (n - 1) // (k - 1), in integers; k = 1 takes the first."""
     device = vision_T.device
     n_S1, k_S1 = (torch.tensor(counts, device=device)[:, None] for counts in (present, stay))
     j_1K = torch.arange(max(stay), device=device)[None]
@@ -197,7 +195,7 @@ def _select_uniform(vision_T: Tensor, present: list[int], stay: list[int]) -> Te
 def _select_by_attention(
     stream: TokenStream, block: DecoderBlock, vision_T: Tensor, present: list[int], stay: list[int]
 ) -> Tensor:
-    """Top vision tokens by the attention of the score token; ties go to the lower index."""
+    """Selects by the attention of the score token; ties go to the lower index."""
     segments = stream.segments
     kept_T = vision_T.clone()
     queries_SHE, keys_TGE = _score_inputs(stream, block, any_drop=stay != present)
@@ -284,7 +282,7 @@ def _transfer_rows(segments: Segments, receiver_index: Tensor, source_index: Ten
     rows = []
     for alike in group_by_length(num_sources):
         for group in group_by_length([receivers.lengths[member] for member in alike]):
-            members = [alike[number] for number in group]
+            members = [alike[index] for index in group]
             receiver_rows, source_rows = receivers.rows(members), sources.rows(members)
             index_RQ = receiver_rows.pad(receiver_index)
             index_RK = source_rows.pad(source_index)

@@ -21,7 +21,7 @@ PREPROCESSOR_FILE = "preprocessor_config.json"
 
 Resample = Literal["bilinear", "bicubic"]
 RESAMPLES: dict[int, Resample] = {2: "bilinear", 3: "bicubic"}
-"""Pillow's constants."""
+"""Resampling by Pillow's constants."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,14 +56,14 @@ class Preprocessing:
         missing = [name for name in ("image_mean", "image_std") if name not in values]
         if missing:
             raise ValueError(f"{where}: {PREPROCESSOR_FILE} lacks {' and '.join(missing)}")
-        number = values.get("resample", 3)
-        if number not in RESAMPLES:
+        resample = values.get("resample", 3)
+        if resample not in RESAMPLES:
             raise ValueError(
-                f"{where}: resample = {number} is not supported; Pillow's 2 (bilinear) and 3 (bicubic) are"
+                f"{where}: resample = {resample} is not supported; Pillow's 2 (bilinear) and 3 (bicubic) are"
             )
         return cls(
             image_size=_side(values, where) or image_size,
-            resample=RESAMPLES[number],
+            resample=RESAMPLES[resample],
             mean=tuple(values["image_mean"]),
             std=tuple(values["image_std"]),
             white=1.0 / factor,
@@ -165,7 +165,7 @@ class VisionTransformer(nn.Module):
 
 
 def _side(values: Mapping[str, Any], where: str) -> int | None:
-    """The crop's if the processor crops, else the size's."""
+    """Side of the square: the crop's if the processor crops, else the size's."""
     size = values.get("crop_size" if values.get("do_center_crop") else "size")
     if size is None or isinstance(size, int):
         return size
@@ -195,7 +195,7 @@ def _local_file(name_or_folder: str, file: str) -> Path:
 
 
 def _hash_weights(name_or_folder: str, tower: Any) -> str:
-    """Independent of how files are sharded."""
+    """sha256 over configuration and tensors, independent of how files are sharded."""
     digest = hashlib.sha256(_local_file(name_or_folder, "config.json").read_bytes())
     digest.update(_local_file(name_or_folder, PREPROCESSOR_FILE).read_bytes())
     for name, tensor in sorted(tower.state_dict().items()):

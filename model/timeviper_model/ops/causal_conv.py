@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from timeviper_model.ops.precision import widen
 
 BLOCK_ELEMENTS = 2**17
-"""Half a MiB in fp32."""
+"""Elements of a block: half a MiB in fp32."""
 DEVICE_BLOCK_ELEMENTS = 2**26
-"""256 MiB, because launches dominate on a device."""
+"""Elements of a block on a device: 256 MiB, because launches dominate."""
 
 
 def causal_conv_silu(

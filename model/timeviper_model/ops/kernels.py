@@ -21,7 +21,7 @@ from timeviper_model.ops.ssd import ssd_scan
 MAX_OFFSET = 2**31 - 1
 
 CONV_ALIGNMENT = 8
-"""Elements at whose multiples rows must start."""
+"""Rows must start at multiples of this many elements."""
 
 
 class Scan(Protocol):
@@ -191,9 +191,7 @@ def kernel_conv_silu(
 def conv_in_chunks(
     convolve: Convolve, x_TD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, *, positions_T: Tensor, max_tokens: int
 ) -> Tensor:
-    """Calls `convolve` for at most `max_tokens` tokens at a time; a chunk starts K - 1 tokens early, without those
-    outputs.
-    """
+    """Calls `convolve` for at most `max_tokens` tokens at a time; a chunk starts K - 1 tokens early."""
     ahead = weight_DK.shape[1] - 1
     outputs = []
     for start in range(0, len(x_TD), max_tokens - ahead):

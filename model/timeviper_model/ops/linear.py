@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 MIN_PRODUCTS = 2**20
-"""Below this, oneDNN's call overhead dominates."""
+"""Minimum multiplications for oneDNN; below this, its call overhead dominates."""
 
 
 def _find_onednn() -> Any | None:
-    """It has no public name; None in a build without oneDNN."""
+    """oneDNN's linear map, which has no public name; None in a build without it."""
     is_built_in = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None) if is_built_in else None
 
@@ -51,7 +51,7 @@ def _identity(weight: Tensor) -> tuple[int, int]:
 
 
 def pack_linears(model: nn.Module) -> None:
-    """For a model whose weights are final."""
+    """Packs every Linear of a model whose weights are final."""
     for module in model.modules():
         if isinstance(module, Linear):
             module.pack()

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from timeviper_model.ops.precision import widen
 
 BLOCK_ELEMENTS = 2**17
-"""Half a MiB in fp32."""
+"""Elements of a block: half a MiB in fp32."""
 
 
 class RMSNorm(nn.Module):

@@ -21,7 +21,7 @@ from torch import Tensor
 from timeviper_model.config import TimeViperConfig
 from timeviper_model.timeviper import TimeViper
 from timeviper_model.weights.families import own_name
-from timeviper_model.weights.weights_folder import copy_tensors, iter_tensors, named_tensors
+from timeviper_model.weights.weights_folder import assign_tensors, iter_tensors
 
 LLM = "llm_backbone.llm."
 PROJECTOR = {"projector.projector.0.": "projector.fc1.", "projector.projector.2.": "projector.fc2."}
@@ -29,11 +29,14 @@ MERGE_MODULE = re.compile(r"(?:backbone|model)\.merge_modules\.(\d+)\.(.+)")
 ALPHA = re.compile(r"(?:backbone|model)\.alpha")
 
 
-def load_public_checkpoint(model: TimeViper, path: str | Path) -> None:
-    """Loads every weight of `model`, in place.
+def load_public_checkpoint(
+    path: str | Path, config: TimeViperConfig, *, dtype: torch.dtype = torch.float32
+) -> TimeViper:
+    """A model in evaluation mode with the weights of a public checkpoint.
 
     Args:
         path: a `.bin` or `.pt` file with the state dict, or a folder of safetensors files with the same names.
+        config: of that model, with as many TransV sites.
 
     Raises:
         ValueError: when tensors are missing, unexpected or misshaped.
@@ -43,7 +46,10 @@ def load_public_checkpoint(model: TimeViper, path: str | Path) -> None:
         tensors: Iterable[tuple[str, Tensor]] = iter_tensors(path)
     else:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True).items()
-    copy_tensors(named_tensors(model), rename_public(tensors, model.config), where=str(path))
+    with torch.device("meta"):
+        model = TimeViper(config)
+    assign_tensors(model, rename_public(tensors, config), where=str(path), dtype=dtype, device="cpu")
+    return model.eval()
 
 
 def rename_public(tensors: Iterable[tuple[str, Tensor]], config: TimeViperConfig) -> Iterator[tuple[str, Tensor]]:

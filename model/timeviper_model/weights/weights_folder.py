@@ -93,7 +93,7 @@ def from_pretrained(folder: str | Path, *, dtype: torch.dtype = torch.float32, d
     with torch.device("meta"):
         model = TimeViper(load_config(folder))
     tensors = ((own_name(name, model.config.text), tensor) for name, tensor in iter_tensors(folder))
-    _assign(model, tensors, where=str(folder), dtype=dtype, device=device)
+    assign_tensors(model, tensors, where=str(folder), dtype=dtype, device=device)
     return model.eval()
 
 
@@ -281,9 +281,14 @@ def _replace(temporary: Path, folder: Path) -> None:
         temporary.replace(folder)
 
 
-def _assign(
+def assign_tensors(
     model: TimeViper, tensors: Iterator[tuple[str, Tensor]], *, where: str, dtype: torch.dtype, device: str
 ) -> None:
+    """Replaces every tensor of a model on the meta device, by name.
+
+    Raises:
+        ValueError: listing all tensors that are missing, unexpected or misshaped.
+    """
     expected = named_tensors(model)
     problems = _Problems(expected)
     for name, tensor in tensors:

@@ -14,9 +14,9 @@ from timeviper_model.batching.batch import IGNORE_INDEX, PackedBatch, TokenKind
 from timeviper_model.timeviper import TimeViper
 
 LAYOUTS = ["ssvvvvvviiiirrr", "vviivvvirriirr", "siirr"]
-SAMPLES = [make_sample(layout, seed=number) for number, layout in enumerate(LAYOUTS)]
+SAMPLES = [make_sample(layout, seed=index) for index, layout in enumerate(LAYOUTS)]
 MODEL = make_model()
-"""M-*M*-: mixers of tokens at 0 and 3 (Mamba-2), 2 and 4 (attention); TransV before 1 and 4"""
+"""M-*M*-: Mamba-2 at 0 and 3, attention at 2 and 4; TransV before 1 and 4."""
 
 
 @torch.no_grad()
@@ -31,7 +31,7 @@ def blocked_log_probs(model: TimeViper, batch: PackedBatch, blocking: Blocking) 
 
 @torch.no_grad()
 def slow_blocked_logits(blocking: Blocking, model: TimeViper = MODEL) -> Tensor:
-    """Labelled logits of SAMPLES one by one, each mixer given the explicit matrix of who may read whom."""
+    """Labelled logits of SAMPLES one by one, with an explicit matrix of who may read whom."""
     receiver = TokenKind.INSTRUCTION if blocking.flow == "v2i" else TokenKind.RESPONSE
 
     def may_read(layer: int, kinds: list[int]) -> Tensor | None:
@@ -98,7 +98,7 @@ def test_blocking_does_not_change_a_sample_without_vision() -> None:
 
 
 def test_with_every_path_cut_the_answer_does_not_depend_on_the_video() -> None:
-    # no token before the vision: what vision does to the decay, which stays, has nothing to act on
+    # no token before the vision, on which vision's decay could act
     layout = "vvvvvviiiii"
     sample = replace(make_sample(layout), labels=[IGNORE_INDEX] * 6 + [1, 2, 3, 4, 5])
     model, batch = make_model(replace(SMALL, transv=())), pack([sample])

@@ -25,7 +25,7 @@ from timeviper_model.batching.prompt import (
 def tokenizer() -> Any:
     specials = ["<pad>", "<SPECIAL_10>", "<SPECIAL_11>", "<SPECIAL_12>", "<|im_start|>", "<|im_end|>"]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate([*specials, *letters])}
+    vocabulary = {token: index for index, token in enumerate([*specials, *letters])}
     made = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
@@ -82,8 +82,8 @@ def test_labels_are_the_answers_and_their_ends_shifted_by_one(tokenizer: Any) ->
     )
     targets = [label for label in sample.labels if label != IGNORE_INDEX]
     assert tokenizer.decode(targets) == "A cat\n<SPECIAL_12>Yes\n<SPECIAL_12>"
-    for place, label in enumerate(sample.labels):
-        assert label in (IGNORE_INDEX, [*sample.input_ids, None][place + 1])
+    for index, label in enumerate(sample.labels):
+        assert label in (IGNORE_INDEX, [*sample.input_ids, None][index + 1])
 
 
 def test_typed_special_tokens_stay_text(tokenizer: Any) -> None:
@@ -95,9 +95,9 @@ def test_typed_special_tokens_stay_text(tokenizer: Any) -> None:
 
 def test_media_go_where_the_markers_are(tokenizer: Any) -> None:
     sample = build_sample(tokenizer, [Turn(role="user", text="a<media>b<media>c")], [1, 2], add_generation_prompt=True)
-    places = [i for i, v in enumerate(sample.vision_index) if v >= 0]
-    assert [sample.vision_index[i] for i in places] == [0, 1, 2]
-    assert tokenizer.decode(sample.input_ids[places[0] + 1 : places[1]]) == "b"
+    indices = [i for i, v in enumerate(sample.vision_index) if v >= 0]
+    assert [sample.vision_index[i] for i in indices] == [0, 1, 2]
+    assert tokenizer.decode(sample.input_ids[indices[0] + 1 : indices[1]]) == "b"
 
 
 def test_a_conversation_without_media_has_no_instruction_tokens(tokenizer: Any) -> None:
@@ -135,7 +135,7 @@ def test_time_text_has_the_papers_wording() -> None:
 def test_a_tokenizer_of_another_model_is_refused_with_the_tokens_it_lacks(tokenizer: Any) -> None:
     check_tokenizer(tokenizer, CHATML)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bare = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(letters)}, merges=[]))
+    bare = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[]))
     bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     other = PreTrainedTokenizerFast(tokenizer_object=bare)
     with pytest.raises(ValueError, match=r"does not know <\|im_start\|>, <\|im_end\|> of the model's chat template"):
@@ -149,7 +149,7 @@ def test_threads_share_a_tokenizer_and_user_text_stays_text(tokenizer: Any) -> N
     sys.setswitchinterval(1e-6)
     try:
         with ThreadPoolExecutor(4) as pool:
-            is_split = [bool(number % 2) for number in range(4000)]
+            is_split = [bool(index % 2) for index in range(4000)]
             found = list(pool.map(lambda split: encode_text(tokenizer, name, split_special_tokens=split), is_split))
     finally:
         sys.setswitchinterval(interval)

@@ -10,7 +10,7 @@ from timeviper_model.batching.shapes import put_rows, take_rows
 
 
 def make_segments(lengths: list[int]) -> Segments:
-    ids = torch.tensor([number for number, length in enumerate(lengths) for _ in range(length)], dtype=torch.int32)
+    ids = torch.tensor([index for index, length in enumerate(lengths) for _ in range(length)], dtype=torch.int32)
     return Segments(ids, len(lengths))
 
 

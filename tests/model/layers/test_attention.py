@@ -21,11 +21,11 @@ from timeviper_model.layers.attention import (
 def test_segments_of_any_length_attend_to_themselves_alone() -> None:
     generator = torch.Generator().manual_seed(0)
     lengths = [3, 1, 20, 2, 3]
-    ids = torch.tensor([number for number, length in enumerate(lengths) for _ in range(length)])
+    ids = torch.tensor([index for index, length in enumerate(lengths) for _ in range(length)])
     q, k, v = (torch.randn(29, heads, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2))
     mixed = segment_causal_attention(q, k, v, Segments(ids, 5))
-    for number in range(5):
-        own = ids == number
+    for index in range(5):
+        own = ids == index
         alone = F.scaled_dot_product_attention(
             q[own].transpose(0, 1),
             k[own].transpose(0, 1).repeat_interleave(2, 0),
@@ -88,6 +88,6 @@ def test_last_queries_see_all_before_them(num_queries: int, requires_grad: bool)
 def test_scores_far_apart_before_and_within_a_chunk_stay_finite() -> None:
     q, v = torch.full((4, 1, 8), 30.0), torch.arange(24.0).view(24, 1, 1).expand(24, 1, 8)
     k = torch.full((24, 1, 8), -30.0)
-    k[5] = 30.0  # one key before the piece takes it all: scores of 2546 against -2546
+    k[5] = 30.0  # one key before the chunk dominates: scores of 2546 against -2546
     mixed = continued_attention(q, k.transpose(0, 1), v.transpose(0, 1))
     torch.testing.assert_close(mixed, torch.full_like(mixed, 5.0))

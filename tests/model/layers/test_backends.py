@@ -26,7 +26,7 @@ def varlen(query: Any, window_size: Any = None, enable_gqa: bool = False) -> Non
 
 @pytest.fixture
 def all_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every package in its place and a new device, as far as the choice looks at them."""
+    """Every package is installed and the device is new."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     scan = SimpleNamespace(mamba_chunk_scan_combined=chunk_scan)
     monkeypatch.setitem(sys.modules, "mamba_ssm.ops.triton.ssd_combined", scan)  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ def make_cache(num_slots: int = 3) -> HybridCache:
 
 
 def test_empty_cache_holds_states_of_fixed_size_and_no_keys() -> None:
-    per_mamba_layer = 3 * (24 + 2 * 2 * 5) + 4 * 6 * 5  # the convolution's window and the state
+    per_mamba_layer = 3 * (24 + 2 * 2 * 5) + 4 * 6 * 5  # convolution window and state
     assert make_cache(3).num_bytes == 3 * 2 * per_mamba_layer * 4
     assert set(make_cache().mamba) == {0, 3}
     assert set(make_cache().attention) == {2, 4}
@@ -129,6 +129,6 @@ def test_chunks_that_continue_a_slot_equal_the_whole(num_tokens: int, cuts: set[
     cache = model.new_cache(3, device="cpu", dtype=dtype)
     with torch.no_grad():
         whole = through_blocks(model, hidden, None)
-        pieces = [through_blocks(model, hidden[start:stop], cache) for start, stop in pairwise(edges)]
-    torch.testing.assert_close(torch.cat(pieces), whole, rtol=tolerance, atol=tolerance)
+        chunks = [through_blocks(model, hidden[start:stop], cache) for start, stop in pairwise(edges)]
+    torch.testing.assert_close(torch.cat(chunks), whole, rtol=tolerance, atol=tolerance)
     assert cache.attention[2].lengths == [0, num_tokens, 0]

@@ -11,7 +11,6 @@ LAYOUTS = ("ssvvvvvviiirr", "sviirrr")
 
 
 def adapted(config: LoraConfig) -> TimeViper:
-    """A model whose adapters do something."""
     model = make_model()
     generator = torch.Generator().manual_seed(2)
     add_lora(model, config, generator)
@@ -40,7 +39,7 @@ def test_merged_weights_give_the_same_answers() -> None:
     config = LoraConfig(rank=3, alpha=5.0)
     model = adapted(config)
     plain = make_model(seed=9)
-    plain.load_state_dict(merge_lora(model.state_dict(), config.scale))  # strict: names are those of a plain model
+    plain.load_state_dict(merge_lora(model.state_dict(), config.scale))  # strict: names of a plain model
     expected, merged = model.target_log_probs(batch)[0], plain.target_log_probs(batch)[0]
     torch.testing.assert_close(merged, expected, rtol=1e-9, atol=1e-9)
     assert not torch.allclose(merged, make_model().target_log_probs(batch)[0], atol=1e-3)

@@ -1,5 +1,3 @@
-"""mamba2: a long sequence read part by part is mixed as in one pass, and leaves the same state."""
-
 from __future__ import annotations
 
 import pytest
@@ -13,7 +11,6 @@ from timeviper_model.layers.mamba2 import Mamba2Mixer, Mamba2State
 
 @pytest.fixture
 def mixer() -> Mamba2Mixer:
-    """fp64."""
     modules = make_model(SMALL).modules()
     return next(module for module in modules if isinstance(module, Mamba2Mixer))
 
@@ -34,7 +31,7 @@ def rows_projected(mixer: Mamba2Mixer) -> list[int]:
 
 
 def new_state(mixer: Mamba2Mixer) -> Mamba2State:
-    """Of a sequence that has begun."""
+    """State of a sequence that has begun."""
     generator = torch.Generator().manual_seed(0)
     shapes = (1, 3, mixer.conv_dim), (1, mixer.num_heads, mixer.head_dim, mixer.state_size)
     window, ssm = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)

@@ -1,4 +1,4 @@
-"""Identity 5: our backbone equals transformers' NemotronH on the same weights, from a folder in NVIDIA's layout."""
+"""Our backbone equals transformers' NemotronH on the same weights, from a folder in NVIDIA's layout."""
 
 from __future__ import annotations
 
@@ -56,15 +56,15 @@ def test_logits_equal_those_of_transformers(length: int, ours: TimeViper, oracle
         expected = oracle(input_ids=torch.tensor([sample.input_ids])).logits[0]
     assert expected.std() > 0.3, "a model that says nothing would pass any comparison"
     cache = ours.new_cache(1, device="cpu", dtype=torch.float32)
-    for place in {0, length // 2, length - 1}:
-        logits = prefill(ours, pack_samples([first_tokens(sample, place + 1)], [torch.zeros(0, 12)]), cache, 0)
-        torch.testing.assert_close(logits, expected[place], rtol=1e-4, atol=1e-4)
+    for index in {0, length // 2, length - 1}:
+        logits = prefill(ours, pack_samples([first_tokens(sample, index + 1)], [torch.zeros(0, 12)]), cache, 0)
+        torch.testing.assert_close(logits, expected[index], rtol=1e-4, atol=1e-4)
 
 
 def test_generation_with_caches_equals_transformers(ours: TimeViper, oracle: Any) -> None:
     sample = make_sample("i" * 19)
     ids = torch.tensor([sample.input_ids])
-    with torch.no_grad():  # the mask is spelled out: guessed from ids it hides every token that is the pad id
+    with torch.no_grad():  # explicit mask: one derived from ids would hide tokens equal to the pad id
         expected = oracle.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=None
         )

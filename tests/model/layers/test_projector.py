@@ -44,7 +44,7 @@ def test_each_towers_tokens_go_through_its_own_projector(num_second: int, second
     none = torch.zeros(0, dtype=torch.long)
     expected = combine_towers(projector.first(first, none), projector.second(second, none)).flatten(0, 1)
     torch.testing.assert_close(projector(rows, torch.arange(len(rows))), expected)
-    some = torch.tensor([3, 9, 4, 20])  # tokens come in any selection, each with its row
+    some = torch.tensor([3, 9, 4, 20])  # any selection of tokens, each with its row
     torch.testing.assert_close(projector(rows[some], some), expected[some])
 
 

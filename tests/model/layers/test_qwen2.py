@@ -1,5 +1,3 @@
-"""Qwen2: identity 5 against transformers, then packing, TransV and decoding with original positions."""
-
 from __future__ import annotations
 
 import json
@@ -45,7 +43,7 @@ def llm_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         eos_token_id=[7, 8],
     )
     model = transformers.Qwen2ForCausalLM(config)
-    for name, parameter in model.named_parameters():  # biases start at 0 and norms at 1, which would hide a missing one
+    for name, parameter in model.named_parameters():  # initial biases of 0 and norms of 1 would hide a missing one
         if parameter.ndim == 1:
             torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.3)
     folder = tmp_path_factory.mktemp("qwen2")
@@ -81,10 +79,10 @@ def test_logits_equal_those_of_transformers(length: int, ours: TimeViper, oracle
         expected = oracle(input_ids=ids).logits[0]
     assert expected.std() > 0.3, "a model that says nothing would pass any comparison"
     cache = ours.new_cache(1, device="cpu", dtype=torch.float32)
-    for place in {0, length // 2, length - 1}:
-        prompt = first_tokens(make_sample("i" * length, seed=length), place + 1)
+    for index in {0, length // 2, length - 1}:
+        prompt = first_tokens(make_sample("i" * length, seed=length), index + 1)
         logits = prefill(ours, pack_samples([prompt], [NO_VISION]), cache, 0)
-        torch.testing.assert_close(logits, expected[place], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits, expected[index], rtol=1e-4, atol=1e-4)
 
 
 def test_every_gradient_equals_that_of_transformers(ours: TimeViper, oracle: Any) -> None:
@@ -179,12 +177,12 @@ def test_packed_samples_with_transv_equal_the_formulas_written_out(layout: str) 
 def test_tokens_that_differ_only_in_position_are_selected_by_original_position(seed: int) -> None:
     model = make_model(SMALL_QWEN)
     generator = torch.Generator().manual_seed(seed)
-    places = torch.randperm(60, generator=generator)[:22].sort().values
+    indices = torch.randperm(60, generator=generator)[:22].sort().values
     kinds = [TokenKind.SYSTEM, *[TokenKind.VISION] * 20, TokenKind.INSTRUCTION]
     hidden = torch.randn(1, 24, generator=generator, dtype=torch.float64).repeat(22, 1)
     stream = TokenStream(
         hidden_TD=hidden,
-        segments=Segments(torch.zeros(22, dtype=torch.long), 1, places),
+        segments=Segments(torch.zeros(22, dtype=torch.long), 1, indices),
         token_kind_T=torch.tensor(kinds, dtype=torch.int8),
         labels_T=torch.arange(22),
         original_counts=(20,),
@@ -193,8 +191,8 @@ def test_tokens_that_differ_only_in_position_are_selected_by_original_position(s
     kept = apply_site(stream, site, None, model.backbone.block(2)).labels_T.tolist()
     prefix = "backbone.layers.2."
     block = {n.removeprefix(prefix): p for n, p in model.named_parameters() if n.startswith(prefix)}
-    scores = slow_scores(hidden, places.tolist(), list(kinds), block, model.config.text)
-    ranked = sorted(range(1, 21), key=lambda place: (-scores[place], place))
+    scores = slow_scores(hidden, indices.tolist(), list(kinds), block, model.config.text)
+    ranked = sorted(range(1, 21), key=lambda index: (-scores[index], index))
     assert kept == [0, *sorted(ranked[:8]), 21]
 
 
@@ -221,7 +219,7 @@ def test_prefill_and_decode_equal_teacher_forcing_with_transv(layout: str) -> No
     length = layout.index("r")
     slow, _ = slow_logits(model, sample, features)
     cache = model.new_cache(3, device="cpu", dtype=torch.float64)
-    prefill(model, pack([make_sample("svvvvvvii", seed=1)]), cache, 0)  # a neighbour that is at another position
+    prefill(model, pack([make_sample("svvvvvvii", seed=1)]), cache, 0)  # a neighbour at another position
     logits = prefill(model, pack_samples([first_tokens(sample, length)], [features]), cache, 2)
     answer = sample.input_ids[length:]
     for step, token in enumerate(answer):

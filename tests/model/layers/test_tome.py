@@ -27,7 +27,7 @@ def test_bf16_features_are_summed_in_fp32() -> None:
     merged = merge_tokens(features, 2, num_heads=1)
     expected = torch.tensor(merge_tokens_by_loops(features[0].double().tolist(), 2, 1))
     assert merged.dtype == torch.bfloat16
-    # half a unit of bf16's eight bits: only the result is rounded
+    # half a unit of bf16: only the result is rounded
     torch.testing.assert_close(merged[0].double(), expected.double(), rtol=2**-8, atol=1e-6)
 
 

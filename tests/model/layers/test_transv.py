@@ -37,13 +37,13 @@ def vision_stream(num_vision: int, hidden: Tensor | None = None) -> TokenStream:
 
 
 @pytest.mark.parametrize(
-    ("keep", "places"),
+    ("keep", "indices"),
     [(1.0, list(range(9))), (0.5, [0, 2, 4, 6, 8]), (0.3, [0, 4, 8]), (0.1, [0]), (0.0, [])],
 )
-def test_uniform_keeps_evenly_spaced_tokens_with_first_and_last(keep: float, places: list[int]) -> None:
+def test_uniform_keeps_evenly_spaced_tokens_with_first_and_last(keep: float, indices: list[int]) -> None:
     site = TransVSite(layer=1, select="uniform", keep=keep, transfer="none")
     left = apply_site(vision_stream(9), site, None, None)
-    assert left.hidden_TD[:, 0].tolist() == [0.0, *(place + 1.0 for place in places), 10.0]
+    assert left.hidden_TD[:, 0].tolist() == [0.0, *(index + 1.0 for index in indices), 10.0]
 
 
 def test_rounding_is_half_up_and_at_most_the_tokens_present() -> None:
@@ -92,7 +92,7 @@ def test_any_mix_of_kinds_equals_the_formulas_written_out(
     model = with_sites(
         TransVSite(layer=2, select=first, keep=keeps[0]), TransVSite(layer=4, select="attention", keep=keeps[1])
     )
-    samples = [make_sample(layout, seed=number) for number, layout in enumerate(layouts)]
+    samples = [make_sample(layout, seed=index) for index, layout in enumerate(layouts)]
     expected = sum(slow_loss_sum(model, sample, features_of(sample)).item() for sample in samples)
     assert model(pack(samples)).loss_sum.item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
 

@@ -28,7 +28,7 @@ IMAGE: dict[str, Any] = {"image_size": 32, "patch_size": 8}
 
 
 def _save(model: Any, folder: Path) -> Any:
-    for parameter in model.parameters():  # norms and biases start at 1 and 0, which would hide a norm too many
+    for parameter in model.parameters():  # initial norms of 1 and biases of 0 would hide an extra norm
         torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(folder)
     values = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.25, 0.2]}
@@ -124,7 +124,7 @@ def test_image_size_is_the_processors_crop(tmp_path: Path) -> None:
     ).save_pretrained(tmp_path)
     encoder = VisionTransformer.from_pretrained(str(tmp_path))
     assert (encoder.image_size, encoder.num_patches, encoder.preprocessing.resample) == (24, 9, "bicubic")
-    pixels = torch.randn(1, 3, 24, 24)  # the tower bends its position embeddings to the smaller grid itself
+    pixels = torch.randn(1, 3, 24, 24)  # the tower interpolates its position embeddings
     expected = tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
     assert torch.equal(encoder(pixels), expected)
 
@@ -141,7 +141,7 @@ def test_pixels_equal_those_of_transformers_processor(tmp_path: Path, shape: tup
     images = [Image.fromarray(frame.numpy()) for frame in frames]
     expected = processor(images, return_tensors="pt")["pixel_values"]
     found = VisionTransformer.from_pretrained(str(tmp_path)).preprocess(frames)
-    one_level = 1.0 / 255.0 / 0.2  # Pillow rounds between its two passes and may end at the next byte
+    one_level = 1.0 / 255.0 / 0.2  # Pillow rounds between its two passes
     assert (found - expected).abs().max() <= one_level * 1.01
     assert (found - expected).abs().mean() <= one_level / 5
 

@@ -53,7 +53,7 @@ def test_bf16_is_summed_in_fp32() -> None:
     inputs = [tensor.requires_grad_() for tensor in (x, weight, bias)]
     wide = [tensor.detach().float().requires_grad_() for tensor in inputs]
     positions = torch.arange(50) % 20
-    half, full = (causal_conv_silu(*given, positions_T=positions) for given in (inputs, wide))
+    half, full = (causal_conv_silu(*tensors, positions_T=positions) for tensors in (inputs, wide))
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), full, rtol=1e-2, atol=1e-2)
     grads = torch.autograd.grad(half.sum(), inputs)

@@ -36,7 +36,7 @@ class ScanInput(NamedTuple):
 
 
 def scan_input(num_tokens: int, *, device: str = "cpu", dtype: torch.dtype = torch.float64) -> ScanInput:
-    """Operands of Nemotron-like proportions: 8 heads of 64, 2 groups, state 32; dt and A in fp32 beside bf16 values."""
+    """Nemotron-like proportions: 8 heads of 64, 2 groups, state 32; dt and A are fp32 with bf16 values."""
     generator = torch.Generator().manual_seed(num_tokens)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -64,7 +64,7 @@ def scan_input(num_tokens: int, *, device: str = "cpu", dtype: torch.dtype = tor
 def scan_with_gradients(
     scan: Callable[..., tuple[Tensor, Tensor]], values: ScanInput, seq_idx: Tensor | None, **options: Any
 ) -> dict[str, Tensor]:
-    """What the scan gives, and every gradient of a sum in which each output has its own weight."""
+    """Outputs, and every gradient of a sum in which each output has its own weight."""
     *operands, D_H, initial = values
     y, last = scan(*operands, D_H=D_H, chunk_size=16, initial_state_HPN=initial, seq_idx_T=seq_idx, **options)
     generator = torch.Generator().manual_seed(1)
@@ -110,7 +110,7 @@ def test_a_convolution_in_chunks_equals_one_convolution(max_tokens: int) -> None
 def test_chunks_of_the_9b_stay_below_32_bits() -> None:
     convolved = torch.empty(256, 10240 + 2 * 1024, device="meta")
     x = convolved[:, :10240].view(256, 128, 80)
-    B, C = (part.view(256, 8, 128) for part in convolved[:, 10240:].split(1024, 1))
+    B, C = (half.view(256, 8, 128) for half in convolved[:, 10240:].split(1024, 1))
     tokens = max_scan_tokens(x, torch.empty(256, 128, device="meta"), B, C, 128)
     assert tokens == 2**31 // (128 * 128) - 128  # the gradient of B, a row of 128 heads x 128 states, is the widest
     projected = torch.empty(256, 22656, device="meta")[:, :10240].view(256, 128, 80)
@@ -120,7 +120,7 @@ def test_chunks_of_the_9b_stay_below_32_bits() -> None:
 
 @pytest.fixture
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Functions that keep the kernels' contracts on a CPU, where the kernels are imported from."""
+    """Replaces the kernels' modules by functions with the same contracts on a CPU."""
     for name in ("mamba_ssm.ops.triton.ssd_combined", "causal_conv1d", "torch.nn.attention.varlen"):
         monkeypatch.setitem(sys.modules, name, kernel_contracts)
 
@@ -148,7 +148,7 @@ def test_the_convolution_keeps_the_contract_of_its_kernel(
     generator = torch.Generator().manual_seed(0)
     shapes = (40, 68), (64, 4), (64,), (3, 64)
     wide, weight, bias, window = (torch.randn(shape, generator=generator) for shape in shapes)
-    x = wide[:, first : first + 64]  # rows that do not begin at multiples of eight
+    x = wide[:, first : first + 64]  # rows that do not start at multiples of eight
     positions = torch.arange(40) if with_window else torch.cat([torch.arange(n) for n in (1, 8, 2, 29)])
     options = {"positions_T": positions, "initial_KD": window if with_window else None}
     found = kernel_conv_silu(x, weight, bias, **options, max_tokens=max_tokens)
@@ -190,10 +190,10 @@ def test_a_single_unaligned_row_is_copied(stand_ins: None) -> None:
     torch.testing.assert_close(found, expected)
 
 
-# What follows holds the kernels themselves against the functions they replace: `pytest -m gpu` on a CUDA device.
+# The kernels themselves against the functions they replace: `pytest -m gpu` on a CUDA device.
 
 TOLERANCE = {"rtol": 2e-2, "atol": 2e-2}
-"""relative to the largest value of each tensor; bf16 has eight bits"""
+"""Relative to the largest value of each tensor; bf16 has eight bits."""
 
 
 def expect_near(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -229,12 +229,12 @@ def test_a_scan_longer_than_32_bits_equals_its_chunks() -> None:
         A, D = -torch.linspace(1, 16, 128, device="cuda"), torch.ones(128, device="cuda")
         y, last = kernel_scan(x, dt, A, B, C, D_H=D, chunk_size=128)
         state = None
-        for part in torch.arange(num_tokens).split(20_000):
-            places = slice(int(part[0]), int(part[-1]) + 1)
+        for index in torch.arange(num_tokens).split(20_000):
+            chunk = slice(int(index[0]), int(index[-1]) + 1)
             expected, state = ssd_scan(
-                x[places], dt[places], A, B[places], C[places], D_H=D, chunk_size=128, initial_state_HPN=state
+                x[chunk], dt[chunk], A, B[chunk], C[chunk], D_H=D, chunk_size=128, initial_state_HPN=state
             )
-            expect_near({"y": y[places]}, {"y": expected})
+            expect_near({"y": y[chunk]}, {"y": expected})
         assert state is not None
         expect_near({"last": last}, {"last": state})
 

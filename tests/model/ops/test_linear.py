@@ -1,5 +1,3 @@
-"""linear: oneDNN's product where no gradient is kept and there is enough to multiply, else PyTorch's own."""
-
 from __future__ import annotations
 
 import copy

@@ -1,5 +1,3 @@
-"""families: what a config.json may say, and what it may not, since it would be another function."""
-
 from __future__ import annotations
 
 from typing import Any

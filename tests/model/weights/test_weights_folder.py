@@ -148,7 +148,7 @@ def test_equal_weights_have_equal_hashes(tmp_path: Path) -> None:
 
 
 NVIDIA_VALUES = {"eos_token_id": [12, 11], "time_step_limit": [0.0, float("inf")]}
-"""lists and Infinity, as real configurations have them"""
+"""Lists and Infinity, as in real configurations."""
 
 
 def write_backbone(folder: Path, prefix: str, extra: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
@@ -243,7 +243,7 @@ from timeviper_model.weights.weights_folder import from_pretrained, load_config
 def status(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
 with torch.device("meta"):
-    TimeViper(load_config(sys.argv[1]))  # what is imported and set up once is no part of the measurement
+    TimeViper(load_config(sys.argv[1]))  # imports and one-time set-up are not measured
 before = status("VmRSS")
 model = from_pretrained(sys.argv[1], dtype=torch.bfloat16)
 print(status("VmHWM") - before, sum(p.nbytes for p in model.parameters()))
@@ -258,7 +258,7 @@ def test_loading_holds_the_weights_and_one_shard_at_a_time(tmp_path: Path) -> No
     assert len(list((tmp_path / "weights").glob("*.safetensors"))) >= 6
     command = [sys.executable, "-c", LOAD_AND_MEASURE, str(tmp_path / "weights")]
     held, weights_bytes = map(int, subprocess.run(command, capture_output=True, check=True).stdout.split())
-    assert weights_bytes > 2 * (shard_bytes + slack_bytes)  # or reading all files at once would pass as well
+    assert weights_bytes > 2 * (shard_bytes + slack_bytes)  # otherwise reading all files at once would pass too
     assert held <= weights_bytes + shard_bytes + slack_bytes
 
 

@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 
+from timeviper_model.batching.prompt import TEMPLATES, check_tokenizer
+from timeviper_model.config import TimeViperConfig
 from timeviper_model.layers.lora import merge_lora
 from timeviper_model.timeviper import TimeViper
+from timeviper_model.weights.public_checkpoint import load_public_checkpoint
 from timeviper_model.weights.weights_folder import config_from_dict, load_tokenizer, save_pretrained
 from timeviper_platform.common import storage
 from timeviper_platform.common.devices import Dtype, torch_dtype
@@ -30,6 +33,31 @@ def export_weights(checkpoint: str, output: str, *, dtype: Dtype = "float32") ->
     model = model.to(torch_dtype(dtype))
     metadata = {**description["metadata"], "phase": state.phase, "step": str(state.step)}
     tokenizer = load_tokenizer(description["tokenizer"])
+    _write_weights(model, output, tokenizer=tokenizer, metadata=metadata)
+    logger.info("weights of %s at step %d of %s are in %s", state.phase, state.step, checkpoint, output)
+
+
+def convert_public_checkpoint(
+    checkpoint: str, output: str, *, config: TimeViperConfig, tokenizer: str, dtype: Dtype = "float32"
+) -> None:
+    """Writes a checkpoint of TimeViper's public code as a weights folder at `output`.
+
+    Args:
+        checkpoint: local file or folder (see `load_public_checkpoint`).
+        output: URI of the folder; replaced if it exists.
+        config: of that model.
+        tokenizer: local folder or Hugging Face name.
+
+    Raises:
+        ValueError: when the tensors do not fit `config`, or the tokenizer its chat template.
+    """
+    loaded_tokenizer = load_tokenizer(tokenizer)
+    check_tokenizer(loaded_tokenizer, TEMPLATES[config.chat_template])
+    model = load_public_checkpoint(checkpoint, config, dtype=torch_dtype(dtype))
+    _write_weights(model, output, tokenizer=loaded_tokenizer, metadata={"public_checkpoint": checkpoint})
+
+
+def _write_weights(model: TimeViper, output: str, *, tokenizer: Any, metadata: dict[str, str]) -> None:
     if storage.is_local(output):
         save_pretrained(model, storage.split_uri(output)[1], tokenizer=tokenizer, metadata=metadata)
     else:
@@ -38,7 +66,6 @@ def export_weights(checkpoint: str, output: str, *, dtype: Dtype = "float32") ->
             filesystem, path = storage.split_uri(output)
             storage.remove(output)
             filesystem.put(str(Path(scratch) / "weights") + "/", path.rstrip("/") + "/", recursive=True)
-    logger.info("weights of %s at step %d of %s are in %s", state.phase, state.step, checkpoint, output)
 
 
 def checkpoint_model(checkpoint: str) -> tuple[TrainState, dict[str, Any], TimeViper]:
