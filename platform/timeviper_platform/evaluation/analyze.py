@@ -15,9 +15,9 @@ import torch
 from timeviper_model.timeviper import TimeViper
 from timeviper_model.weights.weights_folder import load_tokenizer
 from timeviper_platform.common import storage
+from timeviper_platform.common.charts import Panel, heat_map, line_chart
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.evaluation.answering import Answerer, Prompt
-from timeviper_platform.evaluation.charts import heat_map, line_chart
 from timeviper_platform.evaluation.evaluator import AnsweringConfig, Question, load_model, read_media
 from timeviper_platform.evaluation.figures import (
     Answered,
@@ -140,7 +140,8 @@ def _write_maps(
     for row in rows:
         if row["from"] != "system":
             lines.setdefault(f"{row['from']} to {row['to']}", []).append((row["layer"], row["share"]))
-    pictures["groups.svg"] = line_chart(lines, title="Figures 5 and 6: share of a query's weights", x_label="block")
+    title = "Figures 5 and 6: share of a query's weights"
+    pictures["groups.svg"] = line_chart([Panel(lines)], title=title, x_label="block", markers=True)
     return [
         _write_json(config.output, "maps.json", values),
         _write_csv(config.output, "groups.csv", rows),
@@ -178,7 +179,8 @@ def _write_sweep(
     for row in measured:
         series = " ".join(str(row[key]) for key in keys)
         lines.setdefault(series, []).append((row["layer"], row["log_prob"]))
-    picture = line_chart(lines, title=f"{title}: log-probability of the right answer, a token", x_label="block")
+    panel = Panel(lines, "log-probability of the right answer per token")
+    picture = line_chart([panel], title=title, x_label="block", markers=True)
     return [
         _write_json(folder, f"{name}.json", rows),
         _write_csv(folder, f"{name}.csv", rows),
@@ -202,7 +204,7 @@ def _write_csv(folder: str, name: str, rows: Sequence[dict[str, Any]]) -> str:
     writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    return _write(folder, name, file.getvalue())
+    return _write(folder, name, file.getvalue().encode())
 
 
 def _write_json(folder: str, name: str, value: Any) -> str:
@@ -211,7 +213,7 @@ def _write_json(folder: str, name: str, value: Any) -> str:
     return uri
 
 
-def _write(folder: str, name: str, text: str) -> str:
+def _write(folder: str, name: str, content: bytes) -> str:
     uri = storage.join_uri(folder, name)
-    storage.write_bytes(uri, text.encode())
+    storage.write_bytes(uri, content)
     return uri

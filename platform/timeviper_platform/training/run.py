@@ -191,4 +191,4 @@ class _Run:
         report[name] = {**phase_report(rows), "rejects": counts}
         storage.write_json(self._folder.report, report)
         picture = draw_curves(all_rows, self._config.name)
-        storage.write_bytes(storage.join_uri(self._folder.uri, CURVES_FILE), picture.encode())
+        storage.write_bytes(storage.join_uri(self._folder.uri, CURVES_FILE), picture)

@@ -20,7 +20,6 @@ from timeviper_model.weights.weights_folder import load_tokenizer
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.evaluation.analyze import AnalyzeConfig, make_answered, run_analysis
 from timeviper_platform.evaluation.answering import Answerer, Prompt
-from timeviper_platform.evaluation.charts import heat_map, line_chart
 from timeviper_platform.evaluation.evaluator import AnsweringConfig, load_model, read_media
 from timeviper_platform.evaluation.figures import (
     BlockingSweep,
@@ -158,11 +157,3 @@ def test_questions_without_media_are_skipped_and_none_left_is_an_error(known: Kn
         run_analysis(config_of(known, tmp_path / "out", questions=str(tmp_path)))
     with pytest.raises(ValueError, match="at least one"):
         config_of(known, tmp_path, figures=())
-
-
-def test_pictures_place_extremes_at_the_edges() -> None:
-    chart = line_chart({"a & b": [(0, 0.0), (10, 2.0)]}, title="t", x_label="x")
-    assert 'points="60.0,300.0 840.0,40.0"' in chart
-    assert "a &amp; b" in chart
-    cells = heat_map([[1.0, 0.0], [0.0001, 0.01]], title="t")
-    assert [part.split('"')[0] for part in cells.split('fill-opacity="')[1:]] == ["1.00", "0.00", "0.50"]

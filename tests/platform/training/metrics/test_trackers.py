@@ -1,4 +1,4 @@
-"""Who is told of the steps: only what is configured, never imported otherwise; the picture; the held-out loss."""
+"""Trackers are opened only when configured; validation loss in the metrics of a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.training.batches.packing import PackPosition
 from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.local import train_local
-from timeviper_platform.training.metrics.charts import draw_curves
 from timeviper_platform.training.metrics.trackers import MlflowConfig, WandbConfig, open_trackers
 from timeviper_platform.training.metrics.writer import MetricsWriter, read_metrics
 from timeviper_platform.training.phase import prepare_phase
@@ -34,7 +33,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 
 class Recorder(types.ModuleType):
-    """A library that notes what it is called with."""
+    """A stand-in library that records its calls."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -56,15 +55,15 @@ def test_nothing_is_opened_or_imported_unless_configured() -> None:
     assert shown == "set()\n"
 
 
-def test_a_library_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(ValueError, match=r"metrics.mlflow is configured but mlflow is not installed; pip install"):
         open_trackers(MlflowConfig(tracking_uri="file:///nowhere"), None, "run")
 
 
 @pytest.mark.usefixtures("group_of_one")
-@pytest.mark.parametrize("run", [train_local, train_on_ray])  # the driver looks before it asks Ray for anything
-def test_a_library_that_is_not_there_is_named_before_the_run_starts(
+@pytest.mark.parametrize("run", [train_local, train_on_ray])  # the driver checks before it connects to Ray
+def test_a_missing_library_is_an_error_before_the_run_starts(
     corpus: Corpus, monkeypatch: pytest.MonkeyPatch, run: Callable[[TrainConfig], Any]
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
@@ -89,7 +88,7 @@ def test_every_step_reaches_the_configured_trackers(tmp_path: Path, monkeypatch:
     assert [mlflow.calls[-1][0], wandb.calls[-1][0]] == ["end_run", "finish"]
 
 
-def test_another_attempt_goes_on_in_mlflows_run_of_the_same_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_attempt_continues_the_mlflow_run_of_the_same_name(monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = Recorder("mlflow")
     monkeypatch.setitem(sys.modules, "mlflow", mlflow)
     for found in ([], [types.SimpleNamespace(info=types.SimpleNamespace(run_id="the first"))]):
@@ -99,34 +98,17 @@ def test_another_attempt_goes_on_in_mlflows_run_of_the_same_name(monkeypatch: py
     assert started == [{"run_name": "run"}, {"run_id": "the first"}]
 
 
-def test_curves_show_every_phase_and_the_held_out_loss() -> None:
-    rows = [
-        {"phase": phase, "global_step": step, "loss": 10.0 / step, "tokens_per_second": 100.0 * step}
-        for step, phase in enumerate(["align"] * 3 + ["in<struct"] * 3, start=1)
-    ]
-    rows[5]["validation_loss"] = 3.0
-    root = ET.fromstring(draw_curves(rows, "run & more"))
-    kinds = [element.tag.rpartition("}")[2] for element in root.iter()]
-    assert kinds.count("polyline") == 4  # two charts of two phases
-    assert kinds.count("circle") == 1
-    first = root.find(".//{*}polyline")
-    assert first is not None
-    heights = [float(point.split(",")[1]) for point in first.attrib["points"].split()]
-    assert heights == sorted(heights)  # a falling loss goes down the picture
-    assert draw_curves([], "nothing").startswith("<svg")
-
-
 @pytest.mark.usefixtures("group_of_one")
-def test_the_held_out_loss_is_the_models_on_samples_that_it_never_trains_on(corpus: Corpus) -> None:
-    values = train_values(corpus, name="held-out")
-    held_out = {"samples": [{"uri": write_validation_samples(corpus)}], "every_steps": 4, "where": "ranks"}
-    values["phases"]["instruct"]["validation"] = held_out
+def test_the_validation_loss_is_the_loss_of_the_model_on_validation_samples(corpus: Corpus) -> None:
+    values = train_values(corpus, name="validation")
+    validation = {"samples": [{"uri": write_validation_samples(corpus)}], "every_steps": 4, "where": "ranks"}
+    values["phases"]["instruct"]["validation"] = validation
     config = parse_config(TrainConfig, values)
     report = train_local(config)
     folder = RunFolder.of(config)
-    told = {row["step"]: row["validation_loss"] for row in read_metrics(folder.uri) if "validation_loss" in row}
-    assert list(told) == [4, 6]
-    assert report["instruct"]["validation_loss"] == told[6]
+    losses = {row["step"]: row["validation_loss"] for row in read_metrics(folder.uri) if "validation_loss" in row}
+    assert list(losses) == [4, 6]
+    assert report["instruct"]["validation_loss"] == losses[6]
     ET.fromstring(Path(folder.uri, "curves.svg").read_text())
 
     model, store = from_pretrained(folder.weights("instruct")), FeatureStore.open(corpus.features)
@@ -141,4 +123,4 @@ def test_the_held_out_loss_is_the_models_on_samples_that_it_never_trains_on(corp
         ]
     expected = sum(output.loss_sum for output in outputs) / sum(output.num_targets for output in outputs)
     assert sum(int(output.num_targets) for output in outputs) > 0
-    assert told[6] == pytest.approx(float(expected), rel=1e-5)
+    assert losses[6] == pytest.approx(float(expected), rel=1e-5)
