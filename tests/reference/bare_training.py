@@ -1,4 +1,4 @@
-"""A training loop as one would write it first: one process, plain torch, no DeepSpeed, no prefetch, no checkpoints."""
+"""A minimal training loop in one process: plain torch without DeepSpeed, prefetching or checkpoints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from timeviper_platform.training.phase import Phase
 
 
 def train_bare(phase: Phase, zero: ZeroConfig) -> list[float]:
-    """Trains the phase's model; the mean loss of each step's global batch."""
+    """Trains the phase's model; returns the mean loss of each step."""
     freeze_others(phase.model, phase.groups)
     parameters = dict(phase.model.named_parameters())
     optimizer = torch.optim.AdamW(

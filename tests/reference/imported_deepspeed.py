@@ -1,4 +1,4 @@
-"""DeepSpeed, imported at once: for the server from which training ranks are forked, where seconds are saved a rank."""
+"""Imports DeepSpeed once in the fork server of training ranks."""
 
 from __future__ import annotations
 

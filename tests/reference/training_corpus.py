@@ -1,4 +1,4 @@
-"""A small corpus for training tests: samples, a feature store with random features and a tokenizer, all made here."""
+"""A synthetic corpus for training tests: samples, a feature store with random features and a tokenizer."""
 
 from __future__ import annotations
 
@@ -25,46 +25,46 @@ ANSWERS = ("red circle (B)", "from 3 to 5 seconds", "a blue square before the mo
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Where the parts lie."""
+    """Paths of its files."""
 
     folder: Path
 
     @property
     def samples(self) -> str:
-        """Mixed samples."""
+        """SAMPLES file."""
         return str(self.folder / "samples.parquet")
 
     @property
     def features(self) -> str:
-        """The feature store."""
+        """Feature store."""
         return str(self.folder / "features")
 
     @property
     def tokenizer(self) -> str:
-        """Folder of the tokenizer."""
+        """Tokenizer folder."""
         return str(self.folder / "tokenizer")
 
 
 def sample_row(
-    number: int, media: list[tuple[str, float | None, float | None]], turns: list[tuple[str, str]]
+    index: int, media: list[tuple[str, float | None, float | None]], turns: list[tuple[str, str]]
 ) -> dict[str, Any]:
     """One SAMPLES row."""
     return {
-        "sample_id": f"sample-{number:04d}",
+        "sample_id": f"sample-{index:04d}",
         "media": [{"media_id": m, "start_seconds": start, "end_seconds": end} for m, start, end in media],
         "conversation": [{"role": role, "text": text} for role, text in turns],
-        "source": "made",
+        "source": "synthetic",
         "weight": 1.0,
     }
 
 
 def write_samples(path: str | Path, rows: list[dict[str, Any]]) -> None:
-    """A SAMPLES file."""
+    """Writes a SAMPLES file."""
     pq.write_table(pa.Table.from_pylist(rows, schema=SAMPLES), path)
 
 
 def make_corpus(folder: Path, *, num_samples: int = 24, num_videos: int = 6) -> Corpus:
-    """Videos of 3 to 8 frames; every fourth sample is text alone, every fifth has two turns."""
+    """Videos of 3 to 8 frames. Every fourth sample is text alone, every fifth has two turns."""
     corpus = Corpus(folder=folder)
     generator = torch.Generator().manual_seed(5)
     media = {
@@ -72,20 +72,18 @@ def make_corpus(folder: Path, *, num_samples: int = 24, num_videos: int = 6) -> 
     }
     write_store(corpus.features, media, recipe=RECIPE)
     rows = []
-    for number in range(num_samples):
-        turns = [("user", QUESTIONS[number % 3]), ("assistant", ANSWERS[number % 3])]
-        if number % 5 == 4:
-            turns += [("user", QUESTIONS[(number + 1) % 3]), ("assistant", ANSWERS[(number + 1) % 3])]
-        rows.append(
-            sample_row(number, [] if number % 4 == 3 else [(f"video-{number % num_videos}", None, None)], turns)
-        )
+    for index in range(num_samples):
+        turns = [("user", QUESTIONS[index % 3]), ("assistant", ANSWERS[index % 3])]
+        if index % 5 == 4:
+            turns += [("user", QUESTIONS[(index + 1) % 3]), ("assistant", ANSWERS[(index + 1) % 3])]
+        rows.append(sample_row(index, [] if index % 4 == 3 else [(f"video-{index % num_videos}", None, None)], turns))
     write_samples(corpus.samples, rows)
     save_tokenizer([*QUESTIONS, *ANSWERS], 280, folder / "tokenizer")
     return corpus
 
 
 def write_validation_samples(corpus: Corpus) -> str:
-    """Five short samples beside those that are trained on; their file."""
+    """Writes five short samples that are not trained on; returns their file."""
     turns = [("user", "What is this?"), ("assistant", "a blue square")]
     path = corpus.folder / "held-out.parquet"
     write_samples(path, [sample_row(n, [(f"video-{n}", None, None)], turns) for n in range(5)])
@@ -93,7 +91,7 @@ def write_validation_samples(corpus: Corpus) -> str:
 
 
 def train_values(corpus: Corpus, **changes: Any) -> dict[str, Any]:
-    """A configuration as YAML holds it: `align` 3 steps, `instruct` 6 steps; changes by top-level key."""
+    """Configuration values: `align` 3 steps, `instruct` 6 steps; `changes` replace top-level keys."""
     packing = {"max_tokens": 160}
     return {
         "name": "run",

@@ -1,8 +1,6 @@
-"""What a run would do, without doing it: plan, parameter groups and memory of every phase, and what is not there yet.
+"""Reports plan, parameter groups, cost and memory of every phase without training, and lists missing inputs.
 
-Knows how to measure a phase on a model that holds no values (the meta device), so that the 9b is looked at on a laptop.
-Starts no process and writes no file. What is missing is a line of the report, not the end of it: a recipe can be read
-before its data has arrived.
+Models are on the meta device, so the 9b fits a laptop. Starts no process and writes no file.
 """
 
 from __future__ import annotations
@@ -32,72 +30,78 @@ from timeviper_platform.training.cost.memory import (
     state_bytes,
     tokens_by_layer,
 )
-from timeviper_platform.training.cost.mixture import ASSUMED_FILL, Expected, SourceShare, expected_epoch, source_shares
+from timeviper_platform.training.cost.mixture import (
+    ASSUMED_FILL,
+    ExpectedEpoch,
+    SourceShare,
+    expected_epoch,
+    source_shares,
+)
 from timeviper_platform.training.optim.parameter_groups import ParameterGroup, any_block_trained, describe_groups
 from timeviper_platform.training.phase import adapt, first_model_config, phase_groups, prepare_phase
 from timeviper_platform.training.run import RunFolder
 
 ZERO_STAGES = (0, 1, 2, 3)
 STEPS_WITHOUT_PLAN = 1000
-"""steps of full packs whose GPU-hours are told where neither data nor the configuration tell of the samples"""
+"""Steps whose GPU-hours are reported when the number of samples is unknown."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanFacts:
-    """The first epoch of a phase's pack plan."""
+    """First epoch of a phase's pack plan."""
 
     num_samples: int
     rejects: dict[str, int]
     num_packs: int
     num_steps: int
     fill: float
-    """tokens / token budget"""
+    """Tokens / token budget."""
     text_tokens: int
     vision_tokens: tuple[int, ...]
-    """entering the language model, and left after every TransV site"""
+    """Before the language model and after each TransV site."""
     num_dummies_per_step: int
-    """micro-steps of a full step in which a rank has nothing to do"""
+    """Micro-steps of a full step that are dummies, over all ranks."""
     largest_pack: Pack
     mean_pack_flops: float
-    """operations that a pack's forward and backward pass need"""
+    """Operations of a pack's forward and backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PhaseFacts:
-    """One phase."""
+    """Report on one phase."""
 
     name: str
     groups: list[ParameterGroup]
     sizes: ModelSizes
     plan: PlanFacts | None
-    """None where the data are not there to plan with"""
+    """None when samples, feature store or tokenizer are missing."""
     states: dict[int, StateBytes]
-    """by ZeRO stage, of one rank"""
+    """Bytes of one rank by ZeRO stage."""
     activations: int
-    """of the pack that costs most; without data, of a full pack of text"""
+    """Bytes for the costliest pack; without data, for a full pack of text."""
     num_steps: int
-    """of the phase; STEPS_WITHOUT_PLAN where nothing tells"""
+    """Steps of the phase; STEPS_WITHOUT_PLAN when unknown."""
     flops: float
-    """operations of these steps; where nothing tells of the samples, on full packs of text"""
+    """Operations of these steps; on full packs of text when the samples are unknown."""
     sources: list[SourceShare]
-    expected: Expected | None
-    """of an epoch of the sources that cannot be planned with; None without any, or where nothing tells of them"""
+    expected: ExpectedEpoch | None
+    """Epoch of the sources that are not planned; None without any or when unknown."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DryRun:
-    """The whole run."""
+    """Report on a run."""
 
     phases: list[PhaseFacts]
     problems: list[str]
-    """what must be there before the run can start; empty when it could start now"""
+    """Missing inputs; empty when the run could start."""
 
 
 def dry_run(config: TrainConfig) -> DryRun:
-    """Looks at every phase of `config` as its ranks would.
+    """Prepares every phase of `config` as its ranks would.
 
     Raises:
-        ValueError: when the parts that are there do not fit together.
+        ValueError: when the inputs that exist do not fit together.
     """
     problems: list[str] = []
     store = _open_store(config, problems)
@@ -128,7 +132,7 @@ def describe_dry_run(config: TrainConfig, result: DryRun) -> str:
             *_memory_lines(phase, config),
         ]
     if result.problems:
-        lines += ["", "not there yet:", *(f"  {problem}" for problem in result.problems)]
+        lines += ["", "missing:", *(f"  {problem}" for problem in result.problems)]
     return "\n".join(lines)
 
 
@@ -155,7 +159,7 @@ def _model_config(
     before: TimeViperConfig | None,
     problems: list[str],
 ) -> TimeViperConfig | None:
-    """The sizes of the phase's model; None where only absent weights would tell them."""
+    """Sizes of the phase's model; None when only missing weights have them."""
     init = phase.init
     if init is None:
         return before
@@ -167,7 +171,7 @@ def _model_config(
                 raise
             problems.append(str(error))
     elif init.weights is not None:
-        problems.append(f"the weights {init.weights} cannot be looked at without the feature store")
+        problems.append(f"the weights {init.weights} cannot be checked without the feature store")
     return before if init.preset is None else init.model_config()
 
 
@@ -227,8 +231,8 @@ def _phase_facts(
     )
 
 
-def _expected_steps(phase: PhaseConfig, plan: PlanFacts | None, expected: Expected) -> tuple[int, float]:
-    """Steps of the whole mixture and operations of its mean pack: what is planned, and what is expected beside it."""
+def _expected_steps(phase: PhaseConfig, plan: PlanFacts | None, expected: ExpectedEpoch) -> tuple[int, float]:
+    """Steps of the whole mixture, planned and expected, and operations of its mean pack."""
     num_packs = expected.num_packs(phase.packing.max_tokens) + (plan.num_packs if plan else 0)
     flops = expected.flops + (plan.num_packs * plan.mean_pack_flops if plan else 0.0)
     num_steps = phase.steps or math.ceil(num_packs * (phase.epochs or 1) / phase.packs_per_step)
@@ -267,22 +271,22 @@ def _full_text_pack(phase: PhaseConfig) -> Pack:
 
 
 def _vision_tokens(config: TimeViperConfig, packs: Sequence[Pack], *, use_transv: bool) -> tuple[int, ...]:
-    """Over all packs: at the entrance and behind each site."""
-    at_entrance = sum(pack.num_vision_tokens for pack in packs)
-    num_text = sum(pack.num_tokens for pack in packs) - at_entrance
+    """Sums over all packs: before the language model and after each TransV site."""
+    before = sum(pack.num_vision_tokens for pack in packs)
+    num_text = sum(pack.num_tokens for pack in packs) - before
     by_layer = np.sum([tokens_by_layer(config, pack, use_transv=use_transv) for pack in packs], axis=0) - num_text
-    return (at_entrance, *(int(by_layer[site.layer]) for site in config.transv))
+    return (before, *(int(by_layer[site.layer]) for site in config.transv))
 
 
 def _plan_lines(phase: PhaseFacts, config: TrainConfig) -> list[str]:
     plan, own = phase.plan, config.phases[phase.name]
     lines = [_source_line(source) for source in phase.sources]
     if plan is None:
-        return ["  no plan: its samples, the feature store or the tokenizer are not there yet", *lines]
+        return ["  no plan: samples, feature store or tokenizer are missing", *lines]
     vision = " -> ".join(f"{count:,}" for count in plan.vision_tokens)
     return [
         f"  samples: {plan.num_samples:,} usable, rejects {plan.rejects or 'none'}"
-        + (", of the sources that are there" if any(source.is_absent for source in phase.sources) else ""),
+        + (", of the sources that exist" if any(source.is_absent for source in phase.sources) else ""),
         *lines,
         f"  plan: {plan.num_packs:,} packs an epoch, fill {plan.fill:.2%} of {own.packing.max_tokens:,} tokens,"
         f" {plan.num_steps:,} steps of {own.packs_per_step} packs,"
@@ -298,29 +302,29 @@ def _source_line(source: SourceShare) -> str:
 
 
 def _compute_line(phase: PhaseFacts) -> str:
-    what = ""
+    scope = ""
     if phase.expected is not None:
-        what = (
-            f" of the whole mixture, {phase.expected.num_samples:,.0f} samples of it as `expected` says"
+        scope = (
+            f" of the whole mixture, {phase.expected.num_samples:,.0f} samples as configured in `expected`"
             f" ({phase.expected.num_tokens / phase.expected.num_samples:,.0f} tokens each, fill {ASSUMED_FILL:.0%})"
         )
     elif phase.plan is None:
-        what = " of full packs of text"
+        scope = " of full packs of text"
     return (
-        f"  compute: {phase.flops:.3g} FLOPs in {phase.num_steps:,} steps{what},"
+        f"  compute: {phase.flops:.3g} FLOPs in {phase.num_steps:,} steps{scope},"
         f" {gpu_hours(phase.flops):,.1f} GPU-hours at {ASSUMED_MFU:.0%} of an H100's"
         f" {PEAK_FLOPS[ASSUMED_DEVICE] / 1e12:.0f} TFLOP/s"
     )
 
 
 def _memory_lines(phase: PhaseFacts, config: TrainConfig) -> list[str]:
-    source = "the pack that costs most" if phase.plan is not None else "a full pack of text"
+    source = "the costliest pack" if phase.plan is not None else "a full pack of text"
     lines = [
-        f"  memory of a rank in GB (activations are those of {source}; DeepSpeed's buckets are not counted):",
+        f"  memory of a rank in GB (activations of {source}; without DeepSpeed's buckets):",
         f"    {'stage':<8}{'parameters':>12}{'gradients':>12}{'optimizer':>12}{'activations':>13}{'sum':>10}",
     ]
     if config.zero.offload_optimizer:
-        lines.insert(1, "    the optimizer is in the host's memory and not in the sum")
+        lines.insert(1, "    the optimizer is in host memory and not in the sum")
     for stage, states in phase.states.items():
         mark = " <-" if stage == config.zero.stage else ""
         figures = f"{states.parameters / 1e9:>12.3f}{states.gradients / 1e9:>12.3f}{states.optimizer / 1e9:>12.3f}"

@@ -20,7 +20,7 @@ from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.distributed import from_rank_0
 from timeviper_platform.training.hooks import RunHooks
 from timeviper_platform.training.interrupts import FatalTrainingError, Interrupt, StoppedError
-from timeviper_platform.training.metrics.step_log import Progress, step_row
+from timeviper_platform.training.metrics.step_log import StepLogger, step_row
 from timeviper_platform.training.metrics.writer import MetricsWriter
 from timeviper_platform.training.optim.deepspeed_engine import build_ds_engine, set_groups
 from timeviper_platform.training.optim.lr_schedule import learning_rate_factor
@@ -109,7 +109,7 @@ class PhaseTrainer:
         return state.global_step, saved
 
     def _train(self, prefetched: Prefetcher[StepBatches], state: TrainState) -> TrainState:
-        progress = Progress(self._phase.name, self._phase.num_steps, self._config.metrics.log_every_steps, state.step)
+        log = StepLogger(self._phase.name, self._phase.num_steps, self._config.metrics.log_every_steps, state.step)
         while state.step < self._phase.num_steps:
             started = time.perf_counter()
             self._watchdog.mark(state.step + 1, "reading")
@@ -132,7 +132,7 @@ class PhaseTrainer:
             else:
                 self._row |= {"checkpoint_stall_s": 0.0, "num_failed_saves": self._checkpointer.num_failed}
                 self._log(self._row)
-            progress.show(self._row)
+            log.log(self._row)
             if self._validation_due(state.step) == "ranks":
                 self._validate(state)
             if self._evaluator is not None:

@@ -1,4 +1,4 @@
-"""The dry run against the run: same plan, same groups, and memory estimates against what is really kept."""
+"""A dry run reports the plan and groups of the run; memory estimates equal measured memory."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def plan_of(config: TrainConfig, phase: str) -> PlanFacts:
     return facts
 
 
-def test_the_plan_is_the_one_that_the_loader_follows(corpus: Corpus) -> None:
+def test_the_reported_plan_is_the_plan_of_the_loader(corpus: Corpus) -> None:
     values = train_values(corpus, workers={"num_workers": 2})
     del values["phases"]["instruct"]["steps"]
     values["phases"]["instruct"]["epochs"] = 1
@@ -66,7 +66,7 @@ def test_the_plan_is_the_one_that_the_loader_follows(corpus: Corpus) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("use_transv", [True, False])
-def test_activation_estimates_are_what_autograd_keeps(corpus: Corpus, dtype: Dtype, use_transv: bool) -> None:
+def test_activation_estimates_equal_the_bytes_autograd_keeps(corpus: Corpus, dtype: Dtype, use_transv: bool) -> None:
     config = train_config(corpus)
     store = FeatureStore.open(corpus.features)
     init = config.phases["align"].init
@@ -101,7 +101,7 @@ def test_activation_estimates_are_what_autograd_keeps(corpus: Corpus, dtype: Dty
 @pytest.mark.parametrize(
     ("stage", "dtype"), [(0, "float32"), (0, "bfloat16"), (1, "bfloat16"), (2, "float32"), (3, "bfloat16")]
 )
-def test_state_estimates_are_what_deepspeed_holds(corpus: Corpus, stage: int, dtype: Dtype) -> None:
+def test_state_estimates_equal_the_bytes_that_deepspeed_keeps(corpus: Corpus, stage: int, dtype: Dtype) -> None:
     config = train_config(corpus, zero={"stage": stage}, dtype=dtype)
     store = FeatureStore.open(corpus.features)
     init = config.phases["align"].init
@@ -126,13 +126,13 @@ def fp32_masters(ds_engine: Any, stage: int, dtype: Dtype) -> list[torch.Tensor]
     return [] if dtype == "float32" else [tensor for group in ds_engine.optimizer.fp32_groups for tensor in group]
 
 
-def test_what_a_stage_partitions_is_divided_by_the_ranks() -> None:
+def test_partitioned_states_are_divided_by_the_ranks() -> None:
     sizes = ModelSizes(num_parameters=1000, num_trained=100)
     rows = [state_bytes(sizes, zero_stage=stage, world_size=4, dtype="bfloat16") for stage in range(4)]
     assert [tuple(row) for row in rows] == [(2000, 200, 1200), (2000, 200, 300), (2000, 50, 300), (500, 50, 300)]
 
 
-def test_the_job_prints_it_and_names_what_is_absent(corpus: Corpus, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_job_prints_the_report_and_missing_inputs(corpus: Corpus, capsys: pytest.CaptureFixture[str]) -> None:
     values = train_values(corpus, workers={"num_workers": 2})
     values["phases"]["instruct"]["samples"].append({"uri": "/nowhere/videos", "weight": 2.0})
     path = corpus.folder / "train.yaml"
@@ -150,7 +150,7 @@ def test_the_job_prints_it_and_names_what_is_absent(corpus: Corpus, capsys: pyte
     assert job(["--config", str(path), "--dry-run", override]) == 0
 
 
-def test_groups_and_memory_are_told_without_any_data(corpus: Corpus) -> None:
+def test_groups_and_memory_are_reported_without_data(corpus: Corpus) -> None:
     config = train_config(corpus, feature_store="/nowhere/features", tokenizer="/nowhere/tokenizer")
     result = dry_run(config)
     assert [phase.plan for phase in result.phases] == [None, None]

@@ -1,4 +1,4 @@
-"""A phase that trains adapters: what moves, what a checkpoint holds, and what is left of them in the weights."""
+"""LoRA adapters: trained, resumed and merged into the weights."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_only_the_adapted_projections_differ_after_the_phase(corpus: Corpus, sta
     assert rank == 4
 
 
-def test_an_interrupted_adapter_phase_goes_on_bit_for_bit(corpus: Corpus) -> None:
+def test_an_interrupted_adapter_phase_resumes_bit_identically(corpus: Corpus) -> None:
     config = parse_config(TrainConfig, lora_values(corpus, "lora-2b"))
     train_local(config)
     folder = RunFolder.of(config)
@@ -65,7 +65,7 @@ def test_an_interrupted_adapter_phase_goes_on_bit_for_bit(corpus: Corpus) -> Non
     assert rows[-1]["attempt"] == 2
 
 
-def test_adapters_that_no_rule_trains_are_an_error(corpus: Corpus) -> None:
+def test_adapters_without_a_rule_are_an_error(corpus: Corpus) -> None:
     values = lora_values(corpus, "idle")
     values["phases"]["instruct"]["trainable"] = [{"match": r"projector\..*", "lr": 1e-3}]
     config = parse_config(TrainConfig, values)

@@ -1,4 +1,4 @@
-"""The training configurations that are shipped: they load, name their data, and their tiny twins run."""
+"""The shipped training configurations load, list their data, and their tiny twins run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SOURCES = {
     "activitynet coin vitt hirest youcook2",  # 26 K dense captions
     "didemo ht-step vtg-llm et-bench howto100m timechat timesuite internvid vid2seq time-r1 queryd",  # 250 K grounding
 }
-"""what the paper names (arXiv 2511.16595)"""
+"""Sources named in the paper (arXiv 2511.16595)."""
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def tiny_weights(corpus: Corpus) -> Path:
     return weights
 
 
-def test_weights_have_the_sizes_of_the_preset_beside_them(corpus: Corpus) -> None:
+def test_weights_must_have_the_sizes_of_a_named_preset(corpus: Corpus) -> None:
     store, weights = FeatureStore.open(corpus.features), str(tiny_weights(corpus))
     assert first_model_config(InitConfig(weights=weights, preset="tiny"), store, None).text == PRESETS["tiny"].text
     with pytest.raises(ValueError, match="have other sizes than the preset '9b'"):
@@ -56,7 +56,7 @@ def test_weights_have_the_sizes_of_the_preset_beside_them(corpus: Corpus) -> Non
 
 
 @pytest.mark.parametrize("name", ["train.yaml", "tiny/train.yaml"])
-def test_the_whole_chain_loads(name: str) -> None:
+def test_configurations_of_all_phases_load(name: str) -> None:
     config = load_config(TrainConfig, CONFIGS / name)
     assert list(config.phases)[-2:] == ["align", "instruct"]
     assert not config.phases["align"].use_transv
@@ -64,7 +64,7 @@ def test_the_whole_chain_loads(name: str) -> None:
 
 
 @pytest.mark.parametrize(("whole", "alone"), [("align", "align.yaml"), ("instruct", "instruct.yaml")])
-def test_a_phase_alone_has_the_numbers_of_the_chain(whole: str, alone: str) -> None:
+def test_a_configuration_of_one_phase_equals_that_phase_of_the_chain(whole: str, alone: str) -> None:
     chain = load_config(TrainConfig, CONFIGS / "train.yaml")
     config = load_config(TrainConfig, CONFIGS / alone)
     for field in ("trainable", "packing", "packs_per_step", "epochs", "use_transv", "frames", "schedule"):
@@ -72,8 +72,8 @@ def test_a_phase_alone_has_the_numbers_of_the_chain(whole: str, alone: str) -> N
     assert (config.dtype, config.zero) == (chain.dtype, chain.zero)
 
 
-def test_a_dry_run_names_every_source_that_is_not_there() -> None:
-    # another size alone: the 9b's memory is probed on real blocks, for many seconds
+def test_a_dry_run_lists_every_missing_source() -> None:
+    # the tiny preset, because probing the memory of 9b blocks is slow
     config = load_config(TrainConfig, CONFIGS / "instruct.yaml", ["phases.instruct.init.preset=tiny"])
     result = dry_run(config)
     named = [problem for problem in result.problems if "no files at" in problem]
@@ -84,11 +84,11 @@ def test_a_dry_run_names_every_source_that_is_not_there() -> None:
         "     57.42%  /mnt/cluster/timeviper/samples/instruct/llava-onevision-single-image (absent, 2,800,000" in text
     )
     assert "      0.47%  /mnt/cluster/timeviper/samples/instruct/queryd (absent, 22,727 samples)" in text
-    assert " steps of the whole mixture, 4,875,998 samples of it as `expected` says" in text
+    assert " steps of the whole mixture, 4,875,998 samples as configured in `expected`" in text
     assert "GPU-hours at 40%" in text
 
 
-def test_gpu_hours_of_what_is_not_there_are_those_of_its_samples() -> None:
+def test_gpu_hours_of_missing_sources_are_those_of_their_expected_samples() -> None:
     config = load_config(TrainConfig, CONFIGS / "instruct.yaml", ["phases.instruct.init.preset=tiny"])
     phase, tiny = config.phases["instruct"], PRESETS["tiny"]
     (facts,) = dry_run(config).phases
@@ -123,14 +123,14 @@ def test_instruct_lists_every_source_of_the_paper() -> None:
     assert named == {name for group in SOURCES for name in group.split()}
 
 
-def test_the_baseline_differs_from_the_hybrid_in_its_model_alone() -> None:
+def test_the_baseline_differs_from_the_hybrid_only_in_its_model() -> None:
     baseline = load_config(TrainConfig, CONFIGS / "qwen.yaml")
     for name in ("align", "instruct"):
         hybrid = load_config(TrainConfig, CONFIGS / f"{name}.yaml").phases[name]
         own = baseline.phases[name]
         for field in ("samples", "packing", "packs_per_step", "epochs", "frames", "schedule"):
             assert getattr(own, field) == getattr(hybrid, field)
-        assert own.trainable[0] == hybrid.trainable[0]  # the others are TransV's
+        assert own.trainable[0] == hybrid.trainable[0]  # the others train TransV
         assert not own.use_transv
     init = baseline.phases["align"].init
     assert init is not None
@@ -138,7 +138,7 @@ def test_the_baseline_differs_from_the_hybrid_in_its_model_alone() -> None:
 
 
 @pytest.mark.usefixtures("group_of_one")
-def test_the_tiny_baseline_goes_through_its_phases(corpus: Corpus) -> None:
+def test_the_tiny_baseline_trains_all_phases(corpus: Corpus) -> None:
     overrides = [
         f"runs={corpus.folder}/runs",
         f"feature_store={corpus.features}",

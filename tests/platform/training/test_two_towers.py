@@ -1,4 +1,4 @@
-"""Two vision towers from media to an answer: one store, a projector each, and what does not fit is refused. No Ray."""
+"""Two vision towers from media to an answer, without Ray: one store, a projector per tower, mismatches are errors."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ pytestmark = pytest.mark.usefixtures("group_of_one")
 
 
 @dataclass(frozen=True)
-class Made:
-    """Media, two towers, the store that the job made of both, and weights trained on it."""
+class Setup:
+    """Media, two towers, their feature store and weights trained on it."""
 
     folder: Path
     preprocess: PreprocessConfig
@@ -76,7 +76,7 @@ class Made:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, group_of_one: None) -> Made:
+def setup(tmp_path_factory: pytest.TempPathFactory, group_of_one: None) -> Setup:
     folder = tmp_path_factory.mktemp("two-towers")
     for name in ("media", "first", "second"):
         (folder / name).mkdir()
@@ -104,7 +104,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, group_of_one: None) -> Made:
     save_tokenizer([*QUESTIONS, *ANSWERS], 280, folder / "tokenizer")
     train = parse_config(TrainConfig, train_values(folder))
     train_local(train)
-    return Made(folder, preprocess, train)
+    return Setup(folder, preprocess, train)
 
 
 def train_values(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -129,72 +129,72 @@ def train_values(folder: Path, **changes: Any) -> dict[str, Any]:
     }
 
 
-def test_one_run_stores_both_towers_of_frames_decoded_once(made: Made) -> None:
-    encoder, store = FrameEncoder(made.preprocess.encoder), made.store
+def test_frames_are_decoded_once_for_both_towers(setup: Setup) -> None:
+    encoder, store = FrameEncoder(setup.preprocess.encoder), setup.store
     for name, num_frames in NUM_FRAMES.items():
         info = store.info(name)
         assert (info.num_frames, info.num_tokens_per_frame, info.dim) == (num_frames, 4 + 3, 64)
-        frames = read_frames(str(made.folder / "media" / name), 48).frames
+        frames = read_frames(str(setup.folder / "media" / name), 48).frames
         features = store.read(name).features
         assert torch.equal(features.view(torch.int16), encoder.encode(frames).view(torch.int16))
-        assert not features[:, 4:, 24:].any()  # the second tower's width
+        assert not features[:, 4:, 24:].any()  # padding up to the first tower's width
         assert features[:, 4:, :24].any()
-    assert verify_store(made.preprocess.feature_store).problems == []
-    report = json.loads((made.folder / "store" / "report.json").read_text())
+    assert verify_store(setup.preprocess.feature_store).problems == []
+    report = json.loads((setup.folder / "store" / "report.json").read_text())
     assert report["frames_encoded"] == 8
-    plan = estimate(replace(made.preprocess, feature_store=str(made.folder / "nowhere")))
+    plan = estimate(replace(setup.preprocess, feature_store=str(setup.folder / "nowhere")))
     assert plan.feature_bytes == 8 * 7 * 64 * 2
 
 
-def test_workers_are_told_both_towers_and_the_larger_size(
-    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_workers_get_both_towers_and_the_larger_image_size(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[WorkerSpec] = []
+    specs: list[WorkerSpec] = []
 
     def run(missing: Collection[Segment], spec: WorkerSpec, execution: ExecutionConfig) -> Iterator[TaskResult]:
-        told.append(spec)
+        specs.append(spec)
         return run_in_process(missing, spec, execution)
 
-    monkeypatch.chdir(made.folder)
-    encoder = made.preprocess.encoder.with_names(lambda folder: Path(folder).name)
+    monkeypatch.chdir(setup.folder)
+    encoder = setup.preprocess.encoder.with_names(lambda folder: Path(folder).name)
     assert [tower.model for tower in encoder.towers] == ["first", "second"]
-    run_preprocess(replace(made.preprocess, feature_store=str(tmp_path / "store"), encoder=encoder), run=run)
-    (spec,) = told
-    assert spec.encoder == made.preprocess.encoder  # with both folders written out
+    run_preprocess(replace(setup.preprocess, feature_store=str(tmp_path / "store"), encoder=encoder), run=run)
+    (spec,) = specs
+    assert spec.encoder == setup.preprocess.encoder  # with absolute folders
     assert spec.image_size == 48
 
 
-def test_stores_of_one_and_of_two_towers_refuse_each_others_recipe(made: Made, tmp_path: Path) -> None:
-    one = made.with_one_tower(made.preprocess.feature_store)
+def test_a_store_of_one_tower_cannot_be_continued_with_two_or_the_reverse(setup: Setup, tmp_path: Path) -> None:
+    one = setup.with_one_tower(setup.preprocess.feature_store)
     with pytest.raises(ValueError, match=r"second: the store has \{.*\}, this run None"):
         run_preprocess(one, run=run_in_process)
     run_preprocess(replace(one, feature_store=str(tmp_path / "one")), run=run_in_process)
     with pytest.raises(ValueError, match=r"second: the store has None, this run \{.*'hidden_size': 24"):
-        estimate(replace(made.preprocess, feature_store=str(tmp_path / "one")))
-    second = replace(made.preprocess.encoder.second, num_tokens_per_frame=4)
-    other = replace(made.preprocess, encoder=replace(made.preprocess.encoder, second=second))
+        estimate(replace(setup.preprocess, feature_store=str(tmp_path / "one")))
+    second = replace(setup.preprocess.encoder.second, num_tokens_per_frame=4)
+    other = replace(setup.preprocess, encoder=replace(setup.preprocess.encoder, second=second))
     with pytest.raises(ValueError, match=r"second\.merge\.num_tokens_per_frame: the store has 3, this run 4"):
         run_preprocess(other, run=run_in_process)
 
 
-def test_a_step_trains_a_projector_for_each_tower_of_the_store(made: Made) -> None:
-    trained = from_pretrained(made.weights)
+def test_training_updates_a_projector_per_tower(setup: Setup) -> None:
+    trained = from_pretrained(setup.weights)
     expected = VisionConfig(encoder="the/second", layer=-1, num_tokens_per_frame=3, merge_heads=8, hidden_size=24)
     assert trained.config.vision.second == expected
     assert (trained.config.vision.encoder, trained.config.vision.hidden_size) == ("the/first", 64)
     assert isinstance(trained.projector, TwoTowerProjector)
-    init = made.train.phases["align"].init
+    init = setup.train.phases["align"].init
     assert init is not None
-    before = first_model(init, made.store, None).state_dict()
+    before = first_model(init, setup.store, None).state_dict()
     after = trained.state_dict()
     for name in ("projector.first.fc1.weight", "projector.second.fc1.weight"):
         assert not torch.equal(before[name], after[name])
 
 
-def test_an_upload_is_answered_from_both_towers(made: Made) -> None:
-    config = FeatureServiceConfig(encoder=made.preprocess.encoder)
-    service = FeatureService(made.weights, config, lambda array: array)
-    file = MediaFile(uri=str(made.folder / "media" / "clip1.mp4"), sha256="unknown", modality="video")
+def test_an_upload_is_encoded_by_both_towers(setup: Setup) -> None:
+    config = FeatureServiceConfig(encoder=setup.preprocess.encoder)
+    service = FeatureService(setup.weights, config, lambda array: array)
+    file = MediaFile(uri=str(setup.folder / "media" / "clip1.mp4"), sha256="unknown", modality="video")
 
     async def scenario() -> tuple[FeatureReference, str]:
         try:
@@ -202,13 +202,13 @@ def test_an_upload_is_answered_from_both_towers(made: Made) -> None:
         finally:
             await service.close()
         assert isinstance(reference, FeatureReference)
-        return reference, await answer(made.weights, reference)
+        return reference, await answer(setup.weights, reference)
 
     reference, text = asyncio.run(scenario())
-    stored = made.store.read("clip1.mp4").features
+    stored = setup.store.read("clip1.mp4").features
     assert np.array_equal(reference.ref, stored.view(torch.int16).numpy())
     assert reference.num_tokens_per_frame == 7
-    model, tokenizer = from_pretrained(made.weights), load_tokenizer(made.weights)
+    model, tokenizer = from_pretrained(setup.weights), load_tokenizer(setup.weights)
     sample, end_id = prompt(tokenizer, "What?", 5 * 7), tokenizer.convert_tokens_to_ids("<SPECIAL_12>")
     rows = stored.flatten(0, 1).float()
     ids = generate_alone(model, sample, rows, num_tokens=8, end_ids=frozenset({end_id}))
@@ -222,78 +222,78 @@ async def answer(weights: str, video: FeatureReference) -> str:
         return array
 
     service = EngineService(weights, EngineServiceConfig(), fetch)
-    asked = GenerateRequest(
+    request = GenerateRequest(
         tenant="a",
         turns=(ChatTurn(role="user", text="What?", media=(video,)),),
         sampling=SamplingParams(max_new_tokens=8),
     )
     try:
-        return "".join([part.text async for part in service.generate(asked) if isinstance(part, AnswerDelta)])
+        return "".join([part.text async for part in service.generate(request) if isinstance(part, AnswerDelta)])
     finally:
         service.stop()
 
 
-def serving(made: Made, weights: str, **changes: Any) -> None:
-    values = {"feature_store": made.preprocess.feature_store, "encoder": made.preprocess.encoder, **changes}
+def serving(setup: Setup, weights: str, **changes: Any) -> None:
+    values = {"feature_store": setup.preprocess.feature_store, "encoder": setup.preprocess.encoder, **changes}
     FeatureService(weights, FeatureServiceConfig(**values), lambda array: array)
 
 
-def training(made: Made, weights: str, store: str) -> None:
+def training(setup: Setup, weights: str, store: str) -> None:
     first_model_config(InitConfig(weights=weights), FeatureStore.open(store), None)
 
 
-def test_one_tower_where_the_others_have_two_is_refused_naming_both(made: Made, tmp_path: Path) -> None:
-    one = made.with_one_tower(str(tmp_path / "one"))
+def test_one_tower_instead_of_two_is_an_error_that_names_both(setup: Setup, tmp_path: Path) -> None:
+    one = setup.with_one_tower(str(tmp_path / "one"))
     run_preprocess(one, run=run_in_process)
     refused: list[tuple[Callable[[], object], str, str]] = [
-        (lambda: training(made, made.weights, one.feature_store), "num_towers: 2 and 1", one.feature_store),
-        (lambda: check_inputs(made.weights, one.feature_store), "num_towers: 2 and 1", one.feature_store),
+        (lambda: training(setup, setup.weights, one.feature_store), "num_towers: 2 and 1", one.feature_store),
+        (lambda: check_inputs(setup.weights, one.feature_store), "num_towers: 2 and 1", one.feature_store),
         (
-            lambda: serving(made, made.weights, feature_store=one.feature_store, encoder=None),
+            lambda: serving(setup, setup.weights, feature_store=one.feature_store, encoder=None),
             "num_towers: 2 and 1",
             one.feature_store,
         ),
         (
-            lambda: serving(made, made.weights, feature_store=None, encoder=one.encoder),
+            lambda: serving(setup, setup.weights, feature_store=None, encoder=one.encoder),
             "num_towers: 2 and 1",
-            made.weights,
+            setup.weights,
         ),
         (
-            lambda: serving(made, made.weights, encoder=one.encoder),
+            lambda: serving(setup, setup.weights, encoder=one.encoder),
             "num_towers: 1 and 2",
-            made.preprocess.feature_store,
+            setup.preprocess.feature_store,
         ),
     ]
     for act, difference, name in refused:
         with pytest.raises(ValueError, match=difference) as caught:
             act()
         assert name in str(caught.value)
-    serving(made, made.weights)
-    check_inputs(made.weights, made.preprocess.feature_store)
-    training(made, made.weights, made.preprocess.feature_store)
+    serving(setup, setup.weights)
+    check_inputs(setup.weights, setup.preprocess.feature_store)
+    training(setup, setup.weights, setup.preprocess.feature_store)
 
 
 @pytest.mark.parametrize(("fact", "value", "stored"), [("num_tokens_per_frame", 8, 3), ("hidden_size", 16, 24)])
-def test_another_second_tower_is_refused_with_both_values(
-    made: Made, tmp_path: Path, fact: str, value: int, stored: int
+def test_another_second_tower_is_an_error_with_both_values(
+    setup: Setup, tmp_path: Path, fact: str, value: int, stored: int
 ) -> None:
-    config = json.loads((Path(made.weights) / "config.json").read_text())
+    config = json.loads((Path(setup.weights) / "config.json").read_text())
     wrong = copy.deepcopy(config)
     wrong["vision_config"]["second"][fact] = value
     (tmp_path / "config.json").write_text(json.dumps(wrong))
     message = rf"second\.{fact}: {value} and {stored}"
     for act in (
-        lambda: training(made, str(tmp_path), made.preprocess.feature_store),
-        lambda: check_inputs(str(tmp_path), made.preprocess.feature_store),
-        lambda: serving(made, str(tmp_path), encoder=None),
-        lambda: serving(made, str(tmp_path), feature_store=None),
+        lambda: training(setup, str(tmp_path), setup.preprocess.feature_store),
+        lambda: check_inputs(str(tmp_path), setup.preprocess.feature_store),
+        lambda: serving(setup, str(tmp_path), encoder=None),
+        lambda: serving(setup, str(tmp_path), feature_store=None),
     ):
         with pytest.raises(ValueError, match=message):
             act()
 
 
-def test_a_first_tower_of_another_width_than_the_presets_is_refused(made: Made, tmp_path: Path) -> None:
-    recipe = {**made.store.recipe, "hidden_size": 16}
+def test_a_first_tower_of_another_width_than_the_preset_is_an_error(setup: Setup, tmp_path: Path) -> None:
+    recipe = {**setup.store.recipe, "hidden_size": 16}
     write_store(str(tmp_path / "narrow"), {"a": torch.zeros(2, 7, 24)}, recipe=recipe)
     with pytest.raises(ValueError, match="have width 16, the model's projector takes 64"):
         first_model_config(InitConfig(preset="tiny"), FeatureStore.open(str(tmp_path / "narrow")), None)

@@ -1,1 +1,1 @@
-"""From samples to micro-batches."""
+"""Turns samples into packed micro-batches."""

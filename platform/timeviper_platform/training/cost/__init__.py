@@ -1,1 +1,1 @@
-"""FLOPs, memory and data mixture before a run starts."""
+"""Estimates FLOPs, memory and data mixture before a run starts."""

@@ -1,7 +1,6 @@
-"""What a training run computes, before it starts: floating-point operations of packs, and GPU-hours of a phase.
+"""Counts the floating-point operations of packs, by the MFU convention: recomputation is not counted.
 
-Knows sizes and packs. Counts what the model needs (the field's MFU convention): the second forward pass of activation
-checkpointing is no gain and not in it. Left out are norms, the projector and TransV's own small layers.
+Norms, the projector and TransV's small layers are left out.
 """
 
 from __future__ import annotations
@@ -13,19 +12,16 @@ from timeviper_platform.training.cost.memory import vision_by_layer
 
 ASSUMED_DEVICE = "NVIDIA H100"
 ASSUMED_MFU = 0.4
-"""share of the peak that training reaches: published figures for models of this size lie between 0.33 and 0.43"""
+"""Share of the peak that training reaches; published figures for this model size: 0.33 to 0.43."""
 
 
 def training_flops(config: TimeViperConfig, pack: Pack, *, use_transv: bool, trains_blocks: bool) -> float:
-    """Operations of a pack's forward and backward pass.
-
-    Backward costs twice the forward pass, once for activations and once for weights; frozen blocks save the latter.
-    """
+    """Operations of a pack's forward and backward pass. Backward costs two forward passes, one if blocks are frozen."""
     return forward_flops(config, pack, use_transv=use_transv) * (3 if trains_blocks else 2)
 
 
 def forward_flops(config: TimeViperConfig, pack: Pack, *, use_transv: bool) -> float:
-    """Operations of a pack's forward pass; its text counts as shared evenly among the samples."""
+    """Operations of a pack's forward pass, with text split evenly among the samples."""
     text = config.text
     counts = pack.vision_counts or (0,)
     text_per_sample = (pack.num_tokens - pack.num_vision_tokens) / len(counts)
@@ -36,12 +32,12 @@ def forward_flops(config: TimeViperConfig, pack: Pack, *, use_transv: bool) -> f
 
 
 def gpu_hours(flops: float) -> float:
-    """Hours of one GPU at the assumed share of its peak."""
+    """Hours of one ASSUMED_DEVICE at ASSUMED_MFU."""
     return flops / (PEAK_FLOPS[ASSUMED_DEVICE] * ASSUMED_MFU) / 3600
 
 
 def _block_flops(text: TextConfig, layer: int, lengths: list[float]) -> float:
-    """A weight is a multiplication and an addition a token; causal attention counts the half that is not masked."""
+    """Two operations per weight and token; causal attention counts the unmasked half."""
     tokens, pairs = sum(lengths), sum(length * length for length in lengths)
     query_size = text.num_attention_heads * text.head_dim
     attention_weights = 2 * text.hidden_size * text.head_dim * (text.num_attention_heads + text.num_key_value_heads)
@@ -55,5 +51,5 @@ def _block_flops(text: TextConfig, layer: int, lengths: list[float]) -> float:
         return tokens * 4 * text.hidden_size * text.intermediate_size
     inner, state = text.mamba_intermediate_size, text.ssm_state_size
     weights = text.hidden_size * (inner + text.conv_dim + text.mamba_num_heads) + inner * text.hidden_size
-    # the scan (arXiv 2405.21060, section 6): a triangle within each chunk, and its state written and read once
+    # scan (arXiv 2405.21060, section 6): a triangle per chunk; the state is written and read once
     return tokens * (2 * weights + text.chunk_size * (text.n_groups * state + inner) + 4 * inner * state)

@@ -1,8 +1,7 @@
-"""What a training run needs in memory, before it starts: bytes of a rank for each ZeRO stage.
+"""Estimates a rank's memory for each ZeRO stage.
 
-Knows the model's sizes, which parameters are trained, dtype and packs; runs one block of each kind to see what
-autograd keeps of a token, because a formula would be wrong the day that a kernel changes. Knows no data and no ranks
-but their number. DeepSpeed's buckets, the allocator's waste and what NCCL holds are not counted.
+Activations are measured on one block of each kind, because a formula would go stale with the kernels. DeepSpeed's
+buckets, allocator fragmentation and NCCL buffers are not counted.
 """
 
 from __future__ import annotations
@@ -22,26 +21,26 @@ from timeviper_platform.common.devices import Dtype, torch_dtype
 from timeviper_platform.training.batches.packing import Pack
 
 PROBE_CHUNKS = 2
-"""chunks of the scan that a block is probed with: one alone would show no state that passes between two"""
+"""Scan chunks in the probed sequence; two, so that the state between chunks is included."""
 PROBE_CHUNK_SIZE = 128
-"""tokens of a chunk for a family without a scan"""
+"""Tokens per chunk for a family without a scan."""
 FP32_BYTES = 4
 
 
 class ModelSizes(NamedTuple):
-    """Parameters of a model."""
+    """Parameter counts of a model."""
 
     num_parameters: int
     num_trained: int
 
 
 class StateBytes(NamedTuple):
-    """What one rank holds between steps."""
+    """Bytes that one rank holds between steps."""
 
     parameters: int
     gradients: int
     optimizer: int
-    """fp32 masters and AdamW's two moments"""
+    """fp32 master weights and AdamW's two moments."""
 
     @property
     def total(self) -> int:
@@ -50,9 +49,9 @@ class StateBytes(NamedTuple):
 
 
 def state_bytes(sizes: ModelSizes, *, zero_stage: int, world_size: int, dtype: Dtype) -> StateBytes:
-    """Bytes of one rank (Rajbhandari et al., arXiv 1910.02054, section 5): what a stage partitions is divided evenly.
+    """Bytes of one rank (Rajbhandari et al., arXiv 1910.02054, section 5).
 
-    Stage 0 in fp32 steps on the parameters themselves; DeepSpeed keeps fp32 masters beside them everywhere else.
+    Stage 0 in fp32 updates the parameters directly; all others keep fp32 master weights.
     """
     width = torch_dtype(dtype).itemsize
     has_masters = zero_stage > 0 or dtype != "float32"
@@ -65,13 +64,13 @@ def state_bytes(sizes: ModelSizes, *, zero_stage: int, world_size: int, dtype: D
 
 
 def tokens_by_layer(config: TimeViperConfig, pack: Pack, *, use_transv: bool) -> list[int]:
-    """Tokens that each block sees of a pack."""
+    """Tokens of a pack in each block."""
     num_text = pack.num_tokens - pack.num_vision_tokens
     return [num_text + sum(present) for present in vision_by_layer(config, pack, use_transv=use_transv)]
 
 
 def vision_by_layer(config: TimeViperConfig, pack: Pack, *, use_transv: bool) -> list[list[int]]:
-    """Vision tokens of each sample that each block sees."""
+    """Vision tokens of each sample in each block."""
     sites = {site.layer: site for site in config.transv} if use_transv else {}
     present, by_layer = list(pack.vision_counts), []
     for layer in range(config.text.num_hidden_layers):
@@ -91,10 +90,10 @@ def activation_bytes(
     activation_checkpointing: bool,
     trains_blocks: bool = True,
 ) -> int:
-    """Bytes that autograd keeps of one pack between forward and backward, on the rank that runs it.
+    """Bytes that autograd keeps of one pack between forward and backward.
 
-    With activation_checkpointing a block keeps its input alone, and one block at a time is run again in full. Where
-    the blocks' own parameters are frozen (`trains_blocks` False), their linear maps keep no input.
+    With activation_checkpointing, blocks keep their input and one block at a time is recomputed. Linear maps of frozen
+    blocks (`trains_blocks` False) keep no input.
     """
     kinds = sorted(set(config.text.block_types))
     own = {kind: saved_bytes_per_token(config.text, kind, torch_dtype(dtype), trained=trains_blocks) for kind in kinds}
@@ -107,7 +106,7 @@ def activation_bytes(
 
 
 def saved_bytes_per_token(config: TextConfig, kind: BlockType, dtype: torch.dtype, *, trained: bool = True) -> float:
-    """What autograd keeps of one token in a block of this kind, seen on a block that is run on the CPU."""
+    """Bytes that autograd keeps per token in a block of this kind, measured on the CPU."""
     num_tokens = PROBE_CHUNKS * (config.chunk_size if isinstance(config, HybridConfig) else PROBE_CHUNK_SIZE)
     block = make_block(config, kind).to(dtype).requires_grad_(trained)
     for parameter in block.parameters():
@@ -118,10 +117,10 @@ def saved_bytes_per_token(config: TextConfig, kind: BlockType, dtype: torch.dtyp
 
 
 def saved_bytes(run: Callable[[], object], parameters: list[Tensor]) -> int:
-    """Bytes that autograd keeps for the backward pass of `run()`, each storage once, parameters left out."""
+    """Bytes that autograd keeps for the backward pass of `run()`: each storage once, without parameters."""
     own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     sizes: dict[int, int] = {}
-    kept: list[Tensor] = []  # alive until the end: a freed storage's address would be given out again
+    kept: list[Tensor] = []  # alive until the end, because addresses of freed storages are reused
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -137,7 +136,7 @@ def saved_bytes(run: Callable[[], object], parameters: list[Tensor]) -> int:
 
 
 def _logits_bytes(config: TimeViperConfig, pack: Pack, dtype: torch.dtype) -> int:
-    """Logits in the model's dtype, their fp32 copy and log-softmax, of as many targets as are computed at one time."""
+    """Logits in the model's dtype, their fp32 copy and log-softmax, for the targets computed together."""
     rows = min(pack.num_targets, max(1, LOGITS_ELEMENTS // config.text.vocab_size))
     width = FP32_BYTES + (0 if dtype == torch.float32 else dtype.itemsize + FP32_BYTES)
     return rows * config.text.vocab_size * width

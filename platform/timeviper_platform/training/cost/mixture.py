@@ -1,8 +1,4 @@
-"""A mixture before it is there: each source's share of an epoch, and what the absent ones will take to train on.
-
-Knows what the configuration expects of sources (see ExpectedSamples) and the rows of those that are there. Plans no
-pack: an expected sample costs what it would alone, as a packed one does.
-"""
+"""Estimates a mixture whose sources are partly missing: shares of an epoch, and the cost of the expected samples."""
 
 from __future__ import annotations
 
@@ -16,7 +12,7 @@ from timeviper_platform.training.config import PhaseConfig
 from timeviper_platform.training.cost.flops import training_flops
 
 ASSUMED_FILL = 0.98
-"""of packs that are not planned yet"""
+"""Fill of packs that are not planned yet."""
 
 
 class SourceShare(NamedTuple):
@@ -24,19 +20,19 @@ class SourceShare(NamedTuple):
 
     uri: str
     num_samples: float | None
-    """that an epoch shows; None where neither files nor the configuration tell"""
+    """Samples per epoch; None when unknown."""
     share: float | None
-    """of all samples of an epoch; None where those of some source are not known"""
+    """Share of all samples of an epoch; None when any source is unknown."""
     is_absent: bool
 
 
-class Expected(NamedTuple):
-    """An epoch of sources that are not there."""
+class ExpectedEpoch(NamedTuple):
+    """One epoch of the missing sources."""
 
     num_samples: float
     num_tokens: float
     flops: float
-    """of the forward and backward passes"""
+    """Operations of the forward and backward passes."""
 
     def num_packs(self, max_tokens: int) -> float:
         """Packs at the assumed fill."""
@@ -44,7 +40,7 @@ class Expected(NamedTuple):
 
 
 def source_shares(sources: Sequence[SourceConfig], absent: Collection[str]) -> list[SourceShare]:
-    """Every source of the mixture, those without files by what is expected of them."""
+    """Every source of the mixture; missing ones count their expected samples."""
     counts = [_num_samples(source, is_absent=source.uri in absent) for source in sources]
     known = [count for count in counts if count is not None]
     total = sum(known) if len(known) == len(counts) else 0.0
@@ -56,8 +52,8 @@ def source_shares(sources: Sequence[SourceConfig], absent: Collection[str]) -> l
 
 def expected_epoch(
     config: TimeViperConfig, phase: PhaseConfig, unplanned: Collection[str], *, trains_blocks: bool
-) -> Expected | None:
-    """What an epoch of these sources takes; None without any, or where the configuration does not tell it of each."""
+) -> ExpectedEpoch | None:
+    """One epoch of these sources, each sample at its unpacked cost; None without sources or without `expected`."""
     num_samples, num_tokens, flops = 0.0, 0.0, 0.0
     for source in (source for source in phase.samples if source.uri in unplanned):
         if not source.expected:
@@ -74,7 +70,7 @@ def expected_epoch(
             num_samples += shown
             num_tokens += shown * pack.num_tokens
             flops += shown * training_flops(config, pack, use_transv=phase.use_transv, trains_blocks=trains_blocks)
-    return Expected(num_samples, num_tokens, flops) if num_tokens else None
+    return ExpectedEpoch(num_samples, num_tokens, flops) if num_tokens else None
 
 
 def _num_samples(source: SourceConfig, *, is_absent: bool) -> float | None:

@@ -1,1 +1,1 @@
-"""A step's numbers: files, charts, trackers and log lines."""
+"""Records the metrics of each step: files, charts, trackers and log lines."""

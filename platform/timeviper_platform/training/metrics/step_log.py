@@ -1,7 +1,4 @@
-"""What a finished step is called: its row of metrics, and now and then a line in the log.
-
-Knows the figures of a step; does not know where rows go.
-"""
+"""Builds a step's row of metrics and logs it."""
 
 from __future__ import annotations
 
@@ -19,8 +16,15 @@ from timeviper_platform.training.step import StepResult
 logger = logging.getLogger(__name__)
 
 
-class Progress:
-    """Lines in the log: what is done, how it goes, how long it will take."""
+class StepLogger:
+    """Logs loss, throughput and remaining time every few steps.
+
+    Args:
+        phase: name of the phase.
+        num_steps: steps of the phase.
+        every: steps between two lines.
+        first_step: last step that an earlier attempt finished.
+    """
 
     def __init__(self, phase: str, num_steps: int, every: int, first_step: int) -> None:
         self._phase, self._num_steps = phase, num_steps
@@ -28,8 +32,8 @@ class Progress:
         self._first_step = first_step
         self._started = time.perf_counter()
 
-    def show(self, row: dict[str, Any]) -> None:
-        """Logs the row when it is due."""
+    def log(self, row: dict[str, Any]) -> None:
+        """Logs the row if it is due."""
         step, num_steps = row["step"], self._num_steps
         if step % self._every and step not in (self._first_step + 1, num_steps):
             return
@@ -54,7 +58,7 @@ def step_row(
     num_damaged: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """The row of a step; times and memory are those of this rank. `mfu` only for a device whose peak is known."""
+    """Metrics of a step. Times and memory are those of this rank; `mfu` needs a device with known peak."""
     computed = counts.num_tokens + counts.num_padding_tokens
     flops_per_second = counts.flops / seconds
     peak = peak_flops(device_name(device))
@@ -62,7 +66,7 @@ def step_row(
         "phase": phase,
         "step": counts.step,
         "global_step": global_step,
-        "epoch": counts.end.epoch - (counts.end.next_pack == 0),  # of the step's last pack
+        "epoch": counts.end.epoch - (counts.end.next_pack == 0),  # epoch of the last pack
         "loss": result.loss,
         "lr": rates,
         "grad_norm": result.grad_norm,

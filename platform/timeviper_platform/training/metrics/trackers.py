@@ -1,7 +1,6 @@
-"""Services that keep the curves of many runs: MLflow and Weights & Biases, each only where it is configured.
+"""Sends metrics to MLflow and Weights & Biases, which are imported only when configured.
 
-Knows how to open a run there and hand it numbers; neither library is imported, or needed, unless its section is in the
-configuration. A resumed run goes on under the same name.
+A resumed run continues the tracker's run of the same name.
 """
 
 from __future__ import annotations
@@ -14,17 +13,17 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 STEP = "global_step"
-"""W&B's axis of all charts"""
+"""x axis of all W&B charts."""
 
 
 class Tracker(Protocol):
-    """Who is told of every step; used by rank 0 alone."""
+    """Receives the metrics of every step, on rank 0."""
 
     def log(self, scalars: Mapping[str, float], global_step: int) -> None:
-        """The numbers of a step, by `phase/name`."""
+        """Records a step's metrics, keyed by `phase/name`."""
 
     def close(self) -> None:
-        """No more steps come from this attempt."""
+        """Ends this attempt."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,11 +36,11 @@ class MlflowConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WandbConfig:
-    """A project of Weights & Biases; its key is in WANDB_API_KEY, never in a file."""
+    """A Weights & Biases project. The key is read from WANDB_API_KEY."""
 
     project: str
     mode: str = "online"
-    """offline writes a folder to be sent later"""
+    """W&B's mode; `offline` writes a folder to upload later."""
 
 
 class MlflowTracker:
@@ -51,8 +50,8 @@ class MlflowTracker:
         self._mlflow: Any = importlib.import_module("mlflow")
         self._mlflow.set_tracking_uri(config.tracking_uri)
         experiment = self._mlflow.set_experiment(config.experiment)
-        named = f"attributes.run_name = '{run_name}'"
-        found = self._mlflow.search_runs([experiment.experiment_id], named, output_format="list", max_results=1)
+        query = f"attributes.run_name = '{run_name}'"
+        found = self._mlflow.search_runs([experiment.experiment_id], query, output_format="list", max_results=1)
         resumed = {"run_id": found[0].info.run_id} if found else {"run_name": run_name}
         self._mlflow.start_run(**resumed)
 
@@ -75,8 +74,7 @@ class WandbTracker:
         self._run.define_metric("*", step_metric=STEP)
 
     def log(self, scalars: Mapping[str, float], global_step: int) -> None:
-        """See Tracker. W&B drops what comes for an earlier step than its last, as a look at held-out samples does, but
-        not where the step is one of the numbers."""
+        """See Tracker. The step is a metric because W&B drops values for steps before its last, as validation gives."""
         self._run.log({**scalars, STEP: global_step})
 
     def close(self) -> None:
@@ -85,7 +83,7 @@ class WandbTracker:
 
 
 def check_trackers(mlflow: MlflowConfig | None, wandb: WandbConfig | None) -> None:
-    """Looks for the libraries of the configured ones without importing them; rank 0 alone opens them, later.
+    """Checks that the configured libraries are installed, without importing them.
 
     Raises:
         ValueError: when one is not installed.
@@ -96,7 +94,7 @@ def check_trackers(mlflow: MlflowConfig | None, wandb: WandbConfig | None) -> No
 
 
 def open_trackers(mlflow: MlflowConfig | None, wandb: WandbConfig | None, run_name: str) -> list[Tracker]:
-    """The configured ones.
+    """Opens the configured trackers.
 
     Raises:
         ValueError: see `check_trackers`.
@@ -111,5 +109,5 @@ def open_trackers(mlflow: MlflowConfig | None, wandb: WandbConfig | None, run_na
 
 
 def _mlflow_name(name: str) -> str:
-    """MLflow takes letters, digits, _ - . space and / alone; groups are named by regular expressions."""
-    return "".join(letter if letter.isalnum() or letter in "_-. /" else "_" for letter in name)
+    """MLflow allows only letters, digits, _ - . space and /; group names are regular expressions."""
+    return "".join(char if char.isalnum() or char in "_-. /" else "_" for char in name)

@@ -1,10 +1,9 @@
-"""Step metrics: one JSON line a step and attempt, TensorBoard beside it, and the curve that all attempts join to.
+"""Writes step metrics as JSON lines and TensorBoard events, and joins the curves of all attempts.
 
-    runs/tiny/metrics/attempt-0001.jsonl      rows of one attempt, appended as they happen
-    runs/tiny/tensorboard/attempt-0001/       the same numbers
+    runs/tiny/metrics/attempt-0001.jsonl      rows of one attempt
+    runs/tiny/tensorboard/attempt-0001/       the same values
 
-Knows rows and files; does not know what the numbers mean. After a failure the next attempt writes the steps since the
-last checkpoint again; the joined curve takes the last attempt's row of each step.
+An attempt repeats the steps after the checkpoint it resumes from; the joined curve has the last attempt's row of each.
 """
 
 from __future__ import annotations
@@ -28,17 +27,17 @@ logger = logging.getLogger(__name__)
 METRICS_FOLDER = "metrics"
 TENSORBOARD_FOLDER = "tensorboard"
 REPORT_WINDOW = 5
-"""most steps over which a report's first and last loss are averaged, as one step's loss is a lottery; a quarter of a
-short phase"""
+"""Maximum steps that a report averages the first and last loss over; at most a quarter of the phase."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MetricsConfig:
-    """What is shown and written while a run goes on."""
+    """Logging and metrics of a run."""
 
     log_every_steps: int = 20
-    """steps between lines of progress in the log; every step is a row in the file"""
+    """Steps between progress lines in the log; the metrics file has every step."""
     tensorboard: bool = True
+    """Write TensorBoard event files."""
     mlflow: MlflowConfig | None = None
     wandb: WandbConfig | None = None
 
@@ -48,13 +47,13 @@ class MetricsConfig:
 
 
 class MetricsWriter:
-    """Writes one attempt's rows; used by rank 0 alone.
+    """Writes one attempt's rows, on rank 0.
 
     Args:
-        run_uri: the run's folder; anything but a local disk gets a copy at every `flush`.
-        attempt: from `next_attempt`.
+        run_uri: the run's folder; a remote one is updated at every `flush`.
+        attempt: see `next_attempt`.
         tensorboard: also write event files.
-        trackers: who else is told of every row.
+        trackers: also receive every row.
     """
 
     def __init__(self, run_uri: str, attempt: int, *, tensorboard: bool, trackers: Sequence[Tracker] = ()) -> None:
@@ -72,12 +71,12 @@ class MetricsWriter:
         self._file = path.open("a", encoding="utf-8")
         self._tensorboard: Any = None
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # a second to import
+            from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
             self._tensorboard = SummaryWriter(str(self._root / TENSORBOARD_FOLDER / _attempt_name(attempt)))
 
     def write(self, row: dict[str, Any]) -> None:
-        """Adds a row with at least `phase`, `step` and `global_step`; one without `loss` adds to the step's row."""
+        """Adds a row with at least `phase`, `step` and `global_step`; one without `loss` extends the step's row."""
         self._file.write(json.dumps({"attempt": self._attempt, **row}) + "\n")
         self._file.flush()
         scalars = {f"{row['phase']}/{name}": value for name, value in _scalars(row)}
@@ -88,11 +87,11 @@ class MetricsWriter:
             tracker.log(scalars, row["global_step"])
 
     def lacks(self, name: str, global_step: int) -> bool:
-        """True when the step has a row, of whichever attempt, without this figure."""
+        """True when the step has a row, of any attempt, without this metric."""
         return any(row["global_step"] == global_step and name not in row for row in read_metrics(self._run_uri))
 
     def flush(self) -> None:
-        """Everything written so far is in the run's folder afterwards."""
+        """Makes everything written so far visible in the run's folder."""
         if self._tensorboard is not None:
             self._tensorboard.flush()
         if self._scratch is None:
@@ -124,28 +123,28 @@ class MetricsWriter:
 
 
 def next_attempt(run_uri: str) -> int:
-    """The number of the attempt that starts now: one more than the last in the run's folder."""
+    """One more than the last attempt in the run's folder."""
     names = [PurePosixPath(uri).name for uri in _attempt_files(run_uri)]
     return max((int(re.sub(r"\D", "", name)) for name in names), default=0) + 1
 
 
 def read_metrics(run_uri: str) -> list[dict[str, Any]]:
-    """The run's curve: of each step the last attempt's row, in order of steps."""
+    """The last attempt's row of each step, in order of steps."""
     rows: dict[int, dict[str, Any]] = {}
     for uri in _attempt_files(run_uri):
         lines = storage.read_bytes(uri).decode().split("\n")
-        for line in lines[:-1]:  # what has no newline was cut off by a kill
+        for line in lines[:-1]:  # a kill may cut off the last line
             row = json.loads(line)
             step = row["global_step"]
             if "loss" in row:
                 rows[step] = row
-            elif step in rows:  # what was found out after the step
+            elif step in rows:  # validation after the step
                 rows[step] |= row | {"attempt": rows[step]["attempt"]}
     return [rows[step] for step in sorted(rows)]
 
 
 def phase_report(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Steps, first and last loss (means, see REPORT_WINDOW), seconds and samples of one phase's rows."""
+    """Summary of one phase's rows; first and last loss are means (see REPORT_WINDOW)."""
     rows = list(rows)
     losses = [row["loss"] for row in rows]
     window = max(1, min(REPORT_WINDOW, len(losses) // 4))
@@ -169,7 +168,7 @@ def _last(rows: list[dict[str, Any]], name: str) -> float | None:
 
 
 def _stall_share(rows: list[dict[str, Any]]) -> float | None:
-    """Time that steps waited for checkpoints / all time; what is written after the last step is not in it."""
+    """Share of time that training waited for checkpoints, without the write after the last step."""
     stall_s = sum(row["checkpoint_stall_s"] for row in rows)
     seconds = sum(row["seconds"] for row in rows) + stall_s
     return stall_s / seconds if seconds else None
@@ -185,7 +184,7 @@ def _scalars(row: dict[str, Any]) -> list[tuple[str, float]]:
         if isinstance(value, dict):
             pairs += [(f"{name}/{key}", float(item)) for key, item in value.items()]
         elif isinstance(value, list):
-            pairs += [(f"{name}/{number}", float(item)) for number, item in enumerate(value)]
+            pairs += [(f"{name}/{index}", float(item)) for index, item in enumerate(value)]
         elif isinstance(value, int | float) and name not in ("step", "global_step"):
             pairs.append((name, float(value)))
     return pairs

@@ -1,8 +1,4 @@
-"""Which parameters a phase trains, at which learning rate and decay: regular expressions to optimizer groups.
-
-Knows parameter names alone. Every rule must match something, and no parameter two rules; what no rule matches
-stays frozen.
-"""
+"""Resolves regular expressions on parameter names to optimizer groups. Unmatched parameters stay frozen."""
 
 from __future__ import annotations
 
@@ -15,20 +11,20 @@ from torch import nn
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParameterRule:
-    """One line of a phase's `trainable`."""
+    """One entry of a phase's `trainable`."""
 
     match: str
-    """regular expression for the whole parameter name, such as `projector\\..*`"""
+    """Regular expression for the whole parameter name, such as `projector\\..*`."""
     lr: float
-    """peak learning rate"""
+    """Peak learning rate."""
     weight_decay: float = 0.01
-    """for matrices; norms, biases, A_log, D, dt_bias and alpha (fewer than two dimensions) never decay"""
+    """Weight decay of matrices; parameters with fewer than two dimensions (norms, biases, A_log) never decay."""
 
     def __post_init__(self) -> None:
         try:
             re.compile(self.match)
         except re.error as error:
-            raise ValueError(f"match: {self.match!r} is no regular expression: {error}") from error
+            raise ValueError(f"match: {self.match!r} is not a regular expression: {error}") from error
         if self.lr < 0 or self.weight_decay < 0:
             raise ValueError(f"{self.match}: {self.lr = } and {self.weight_decay = } must be at least 0")
 
@@ -45,10 +41,10 @@ class ParameterGroup:
 
 
 def resolve_groups(model: nn.Module, rules: Sequence[ParameterRule]) -> list[ParameterGroup]:
-    """The optimizer groups of `rules`, each split into parameters that decay and those that never do.
+    """The optimizer groups of `rules`, each split into parameters with and without weight decay.
 
     Raises:
-        ValueError: when a rule matches nothing (with the kinds of names there are) or a parameter matches two.
+        ValueError: when a rule matches no parameter, or a parameter matches two rules.
     """
     shapes = dict(model.named_parameters())
     owners: dict[str, ParameterRule] = {}
@@ -78,19 +74,19 @@ def resolve_groups(model: nn.Module, rules: Sequence[ParameterRule]) -> list[Par
 
 
 def freeze_others(model: nn.Module, groups: Sequence[ParameterGroup]) -> None:
-    """Only the parameters of `groups` get gradients."""
+    """Enables gradients for the parameters of `groups` alone."""
     trained = {name for group in groups for name in group.parameter_names}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
 
 
 def any_block_trained(groups: Sequence[ParameterGroup]) -> bool:
-    """True when gradients of weights are taken inside the language model's blocks."""
+    """True when a weight inside the language model's blocks is trained."""
     return any("backbone.layers." in name for group in groups for name in group.parameter_names)
 
 
 def describe_groups(groups: Sequence[ParameterGroup], num_parameters: int) -> str:
-    """The resolved groups as the lines that a run logs and a dry run prints."""
+    """The groups as text, one per line."""
     trained = sum(group.num_parameters for group in groups)
     return "\n".join(
         [
@@ -105,5 +101,5 @@ def describe_groups(groups: Sequence[ParameterGroup], num_parameters: int) -> st
 
 
 def _kinds(names: Sequence[str]) -> str:
-    """`backbone.layers.*.mixer.A_log, ...`: the names with their numbers starred, each once."""
+    """Distinct names with layer numbers replaced: `backbone.layers.*.mixer.A_log, ...`."""
     return ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names}))

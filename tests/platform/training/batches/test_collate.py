@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from reference.training_corpus import DIM, Corpus, make_corpus
+from reference.training_corpus import DIM, Corpus
 from timeviper_model.batching.batch import IGNORE_INDEX, PackedBatch
 from timeviper_model.config import PRESETS
 from timeviper_model.timeviper import TimeViper
@@ -18,11 +18,6 @@ from timeviper_platform.training.batches.rows import SampleRows, SourceConfig
 from timeviper_platform.training.batches.samples import FramesConfig, SampleBuilder
 from timeviper_platform.training.batches.sizes import measure_samples
 from timeviper_platform.training.batches.step_batches import BatchShape, PackTask
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")

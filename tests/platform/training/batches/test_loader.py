@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from reference.training_corpus import DIM, Corpus, make_corpus
+from reference.training_corpus import DIM, Corpus
 from timeviper_model.weights.weights_folder import load_tokenizer
 from timeviper_platform.common.ray_cluster import connect
 from timeviper_platform.data.store.reader import FeatureStore
@@ -21,11 +21,6 @@ from timeviper_platform.training.batches.rows import SampleRows, SourceConfig
 from timeviper_platform.training.batches.samples import FramesConfig, SampleBuilder
 from timeviper_platform.training.batches.sizes import SampleTable, measure_samples
 from timeviper_platform.training.batches.step_batches import BatchShape, StepBatches
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def builder_of(corpus: Corpus) -> SampleBuilder:

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from reference.training_corpus import NUM_TOKENS_PER_FRAME, Corpus, make_corpus, sample_row, write_samples
+from reference.training_corpus import NUM_TOKENS_PER_FRAME, Corpus, sample_row, write_samples
 from timeviper_model.batching.batch import IGNORE_INDEX
 from timeviper_model.weights.weights_folder import load_tokenizer
 from timeviper_platform.data.store.reader import FeatureStore
@@ -15,11 +15,6 @@ from timeviper_platform.training.batches.samples import FramesConfig, SampleBuil
 from timeviper_platform.training.batches.sizes import count_rejects, measure_samples
 
 ANSWERED = [("user", "Which picture appears?"), ("assistant", "red circle (B)")]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def builder_of(corpus: Corpus, frames: FramesConfig | None = None) -> SampleBuilder:
@@ -73,7 +68,7 @@ def test_unusable_rows_are_counted_with_their_reason(
     assert table.row_indices.tolist() == [1]
 
 
-def test_measured_sizes_are_those_of_the_built_samples(corpus: Corpus) -> None:
+def test_measured_sizes_equal_those_of_the_tokenized_samples(corpus: Corpus) -> None:
     builder = builder_of(corpus)
     rows = SampleRows.read([SourceConfig(uri=corpus.samples, weight=0.5)])
     table = measure_samples(rows, builder, max_tokens=1000, max_frames=None)
@@ -97,7 +92,7 @@ def test_fingerprint_changes_with_weights_and_frames(corpus: Corpus) -> None:
     assert len({fingerprint(1.0, 4), fingerprint(2.0, 4), fingerprint(1.0, 3)}) == 3
 
 
-def test_missing_or_foreign_sample_files_are_named(tmp_path: Path) -> None:
+def test_missing_or_invalid_sample_files_are_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"there are no samples at '/nowhere/samples.parquet'"):
         SampleRows.read([SourceConfig(uri="/nowhere/samples.parquet")])
     with pytest.raises(ValueError, match="there are no samples at"):

@@ -11,10 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from timeviper_model.batching.batch import IGNORE_INDEX, Sample, TokenKind, pack_samples
 from timeviper_model.config import PRESETS
 from timeviper_model.timeviper import TimeViper
+from timeviper_platform.common.devices import PEAK_FLOPS
 from timeviper_platform.training.batches.packing import Pack, PackPosition
 from timeviper_platform.training.batches.step_batches import StepCounts
 from timeviper_platform.training.cost.flops import forward_flops, gpu_hours, training_flops
-from timeviper_platform.training.metrics import step_log as progress
+from timeviper_platform.training.metrics.step_log import step_row
 from timeviper_platform.training.phase import Phase, mean_kept_share
 from timeviper_platform.training.step import StepResult
 
@@ -29,17 +30,17 @@ def text_sample(num_tokens: int) -> Sample:
 
 
 @pytest.mark.parametrize("preset", ["tiny", "tiny-qwen"])
-def test_the_count_is_what_torch_counts(preset: str) -> None:
+def test_the_count_equals_torchs_count(preset: str) -> None:
     config = PRESETS[preset]
     model = TimeViper(config)
     model.init_weights(torch.Generator().manual_seed(0))
     samples = [text_sample(64)] * 3
     batch = pack_samples(samples, [torch.empty(0, config.vision.row_size)] * 3, pad_token_id=0)
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False), counter:  # whose products torch does not count
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False), counter:  # torch does not count oneDNN products
         model(batch.to("cpu", torch.float32), use_transv=False)
     shape = Pack(num_tokens=192, vision_counts=(0, 0, 0), num_targets=189)
-    # torch counts the masked half of attention and scan as well, and has its own share of each chunk's edges
+    # torch also counts the masked half of attention and scan
     assert forward_flops(config, shape, use_transv=False) == pytest.approx(counter.get_total_flops(), rel=0.06)
 
 
@@ -52,11 +53,11 @@ def test_a_token_of_the_9b_costs_two_operations_a_weight() -> None:
     assert forward_flops(config, shape, use_transv=True) == pytest.approx(2 * weights * 1000, rel=0.03)
 
 
-def test_transv_saves_and_frozen_blocks_save_a_third() -> None:
+def test_transv_reduces_the_count_and_frozen_blocks_reduce_it_by_a_third() -> None:
     config = PRESETS["9b"]
     shape = Pack(num_tokens=4196, vision_counts=(4096,), num_targets=20)
-    with_plan, without = (forward_flops(config, shape, use_transv=use) for use in (True, False))
-    assert with_plan / without == pytest.approx(mean_kept_share(config), rel=0.05)
+    with_transv, without = (forward_flops(config, shape, use_transv=use) for use in (True, False))
+    assert with_transv / without == pytest.approx(mean_kept_share(config), rel=0.05)
     trained = training_flops(config, shape, use_transv=True, trains_blocks=True)
     assert training_flops(config, shape, use_transv=True, trains_blocks=False) == pytest.approx(trained * 2 / 3)
 
@@ -70,15 +71,15 @@ def test_samples_of_a_pack_do_not_attend_to_each_other() -> None:
     )
 
 
-def test_an_hour_is_an_hour() -> None:
+def test_an_hour_at_the_assumed_mfu_is_one_gpu_hour() -> None:
     assert math.isclose(gpu_hours(989e12 * 0.4 * 3600), 1.0)
 
 
-def test_mfu_is_what_all_devices_computed_over_what_they_could(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mfu_is_computed_flops_over_the_peak_of_all_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     zeros = dict.fromkeys(("num_targets", "num_vision_tokens", "num_samples", "num_padding_tokens"), 0)
     step = StepCounts(step=1, num_tokens=10, fill=1.0, flops=8e12, end=PackPosition(0, 1), **zeros)
     phase = cast(Phase, SimpleNamespace(name="align"))
-    monkeypatch.setattr(progress, "peak_flops", lambda name: 16e12)
+    monkeypatch.setitem(PEAK_FLOPS, "CPU", 16e12)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    row = progress.step_row(phase.name, step, StepResult(1.0, 1.0, (0,)), {}, 1, 0.5, 0.1, 0, torch.device("cpu"))
+    row = step_row(phase.name, step, StepResult(1.0, 1.0, (0,)), {}, 1, 0.5, 0.1, 0, torch.device("cpu"))
     assert (row["tflops_per_second"], row["mfu"]) == (16.0, 0.5)  # 8 TFLOP in half a second on two devices

@@ -44,7 +44,7 @@ def test_the_joined_curve_takes_the_last_attempts_row_of_each_step(tmp_path: Pat
     ]
 
 
-def test_a_line_cut_off_by_a_kill_is_passed_over(tmp_path: Path) -> None:
+def test_a_line_cut_off_by_a_kill_is_ignored(tmp_path: Path) -> None:
     write_attempt(str(tmp_path), [row(1, 5.0)])
     with (tmp_path / "metrics" / "attempt-0001.jsonl").open("a") as file:
         file.write('{"global_step": 2, "lo')
@@ -62,7 +62,7 @@ def test_rows_of_a_remote_run_arrive_with_each_flush() -> None:
     fsspec.filesystem("memory").rm("/runs", recursive=True)
 
 
-def test_tensorboard_gets_the_numbers(tmp_path: Path) -> None:
+def test_tensorboard_has_the_metrics(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     write_attempt(str(tmp_path), [row(1, 5.0), row(2, 4.0)], tensorboard=True)
@@ -72,7 +72,7 @@ def test_tensorboard_gets_the_numbers(tmp_path: Path) -> None:
     assert {"align/lr/projector", "align/num_vision_tokens/1"} <= set(events.Tags()["scalars"])
 
 
-def test_a_phase_is_reported_by_means_over_its_ends() -> None:
+def test_a_phase_report_averages_the_first_and_last_losses() -> None:
     report = phase_report([row(step, float(10 - step)) for step in range(1, 9)])
     assert report["steps"] == 8
     assert (report["loss_first"], report["loss_last"]) == (8.5, 2.5)

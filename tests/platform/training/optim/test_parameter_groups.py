@@ -39,7 +39,7 @@ def test_rules_become_groups_and_only_matrices_decay(model: TimeViper) -> None:
     assert "projector\\..* decay: 2 tensors, 24,576 parameters, lr 0.001, weight decay 0.01" in shown
 
 
-def test_a_rule_that_matches_nothing_is_an_error_with_the_names_there_are(model: TimeViper) -> None:
+def test_a_rule_without_a_match_is_an_error_that_lists_the_names(model: TimeViper) -> None:
     with pytest.raises(
         ValueError, match=r"'projektor.*matches no parameter; there are .*backbone\.layers\.\*\.mixer"
     ) as e:
@@ -53,8 +53,8 @@ def test_a_parameter_under_two_rules_is_an_error(model: TimeViper) -> None:
         resolve_groups(model, rules)
 
 
-def test_a_rule_with_a_broken_expression_is_an_error() -> None:
-    with pytest.raises(ValueError, match="is no regular expression"):
+def test_a_rule_with_an_invalid_expression_is_an_error() -> None:
+    with pytest.raises(ValueError, match="is not a regular expression"):
         ParameterRule(match="(", lr=1e-3)
 
 
