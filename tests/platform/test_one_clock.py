@@ -58,7 +58,7 @@ def trained(ntsc: Ntsc, start: float | None, end: float | None, max_frames: int 
     builder = SampleBuilder(ntsc.store, byte_tokenizer(), "nemotron", FramesConfig(max_frames=max_frames))
     built = builder.build(sample_row(0, [("ntsc", start, end)], [("user", "When?"), ("assistant", "Now")]))
     assert isinstance(built, TokenizedSample)
-    return built.media[0].frames
+    return built.frames[0]
 
 
 def evaluated(ntsc: Ntsc, start: float | None, end: float | None, max_frames: int | None) -> torch.Tensor:
