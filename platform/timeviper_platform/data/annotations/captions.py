@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from timeviper_platform.common import storage
 from timeviper_platform.common.listing import list_files
 from timeviper_platform.common.storage import open_file
-from timeviper_platform.data.annotations.rows import Labels, Reject, Row, read_lines
+from timeviper_platform.data.annotations.rows import BadRow, Labels, Row, read_lines
 from timeviper_platform.data.inputs.manifest import text_rows
 from timeviper_platform.data.media.container import MEDIA_SUFFIXES
 
@@ -28,17 +28,17 @@ DENSE_INSTRUCTION = "Describe the image in detail."
 _CAPTION_SUFFIXES = (".txt", ".json")
 
 
-def convert_cc12m(uri: str, labels: Labels) -> Iterator[Row | Reject]:
+def convert_cc12m(uri: str, labels: Labels) -> Iterator[Row | BadRow]:
     """Yields one sample per line; the medium is the URL, as in a manifest with the column url."""
     for index, line in enumerate(read_lines(uri)):
         url, tab, caption = line.partition("\t")
         if not tab or "://" not in url:
-            yield Reject(index, "bad_row", f"not a URL, tab and caption: {line!r:.80}")
+            yield BadRow(index, "bad_row", f"not a URL, tab and caption: {line!r:.80}")
         else:
             yield _captioned(index, "", url, caption, INSTRUCTION, labels)
 
 
-def convert_pixelprose(uri: str, labels: Labels) -> Iterator[Row | Reject]:
+def convert_pixelprose(uri: str, labels: Labels) -> Iterator[Row | BadRow]:
     """Yields one sample per row of a Parquet file, or of all files of a glob; the medium is the URL."""
     index = 0
     columns = ["uid", "url", "status", "vlm_caption"]
@@ -50,7 +50,7 @@ def convert_pixelprose(uri: str, labels: Labels) -> Iterator[Row | Reject]:
                     index += 1
 
 
-def convert_webdataset(uri: str, labels: Labels) -> Iterator[Row | Reject]:
+def convert_webdataset(uri: str, labels: Labels) -> Iterator[Row | BadRow]:
     """Yields one sample per medium of a tar, or of all tars of a folder or glob; the medium is TAR/MEMBER."""
     root, files = list_files(uri)
     index = 0
@@ -65,19 +65,19 @@ def convert_webdataset(uri: str, labels: Labels) -> Iterator[Row | Reject]:
                 index += 1
 
 
-def _convert_pixelprose(index: int, row: dict[str, Any], labels: Labels) -> Row | Reject:
+def _convert_pixelprose(index: int, row: dict[str, Any], labels: Labels) -> Row | BadRow:
     if row["status"] != "success":
-        return Reject(index, "not_captioned", f"the captioning model's status is {row['status']!r}")
+        return BadRow(index, "not_captioned", f"the captioning model's status is {row['status']!r}")
     if not row["url"]:
-        return Reject(index, "no_media", "no url")
+        return BadRow(index, "no_media", "no url")
     # published captions start with a blank: " This image displays: ..."
     return _captioned(index, row["uid"] or "", row["url"], row["vlm_caption"], DENSE_INSTRUCTION, labels)
 
 
-def _captioned(index: int, key: str, name: str, caption: str | None, instruction: str, labels: Labels) -> Row | Reject:
+def _captioned(index: int, key: str, name: str, caption: str | None, instruction: str, labels: Labels) -> Row | BadRow:
     text = (caption or "").strip()
     if not text:
-        return Reject(index, "no_caption", f"{key or storage.shown_uri(name)} has no caption")
+        return BadRow(index, "no_caption", f"{key or storage.shown_uri(name)} has no caption")
     return labels.sample(index, key, [labels.medium(name)], [("user", instruction), ("assistant", text)])
 
 

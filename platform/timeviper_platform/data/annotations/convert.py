@@ -19,7 +19,7 @@ from timeviper_platform.data.annotations.captions import convert_cc12m, convert_
 from timeviper_platform.data.annotations.dense_captions import convert_activitynet, convert_youcook2
 from timeviper_platform.data.annotations.grounding import convert_charades_sta, convert_didemo, convert_qvhighlights
 from timeviper_platform.data.annotations.llava import convert_llava
-from timeviper_platform.data.annotations.rows import Labels, Reject, Row
+from timeviper_platform.data.annotations.rows import BadRow, Labels, Row
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ Format = Literal[
     "llava", "cc12m", "pixelprose", "webdataset", "activitynet", "youcook2", "charades_sta", "didemo", "qvhighlights"
 ]
 
-CONVERTERS: dict[str, Callable[[str, Labels], Iterator[Row | Reject]]] = {
+CONVERTERS: dict[str, Callable[[str, Labels], Iterator[Row | BadRow]]] = {
     "llava": convert_llava,
     "cc12m": convert_cc12m,
     "pixelprose": convert_pixelprose,
@@ -100,9 +100,9 @@ def convert(config: ConvertConfig) -> ConvertReport:
         nonlocal num_samples
         with pq.ParquetWriter(file, SAMPLES, compression="zstd", write_page_checksum=True) as writer:
             for page in pages(_entries(config, labels), PAGE_ROWS):
-                rows = [entry for entry in page if not isinstance(entry, Reject)]
+                rows = [entry for entry in page if not isinstance(entry, BadRow)]
                 for entry in page:
-                    if isinstance(entry, Reject):
+                    if isinstance(entry, BadRow):
                         _count(entry, rejects)
                 writer.write_table(pa.Table.from_pylist(rows, schema=SAMPLES))
                 num_samples += len(rows)
@@ -111,7 +111,7 @@ def convert(config: ConvertConfig) -> ConvertReport:
     return ConvertReport(num_samples, dict(rejects))
 
 
-def _entries(config: ConvertConfig, labels: Labels) -> Iterator[Row | Reject]:
+def _entries(config: ConvertConfig, labels: Labels) -> Iterator[Row | BadRow]:
     """Yields samples and rejects; only a file that cannot be read as a whole is an exception.
 
     Raises:
@@ -130,7 +130,7 @@ def _entries(config: ConvertConfig, labels: Labels) -> Iterator[Row | Reject]:
         raise ValueError(f"{config.input} has no rows of format {config.format}; fix `input` or `format`")
 
 
-def _count(reject: Reject, rejects: Counter[str]) -> None:
+def _count(reject: BadRow, rejects: Counter[str]) -> None:
     rejects[reject.reason] += 1
     if rejects[reject.reason] <= LOGGED_REJECTS:
         detail = reject.detail.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from timeviper_platform.data.annotations.rows import (
+    BadRow,
     Labels,
-    Reject,
     Row,
     check_span,
     read_lines,
@@ -28,7 +28,7 @@ DIDEMO_INTERVAL_SECONDS = 5
 """Annotators chose among intervals of this length (Hendricks et al. 2017, section 3)."""
 
 
-def convert_charades_sta(uri: str, labels: Labels) -> Iterator[Row | Reject]:
+def convert_charades_sta(uri: str, labels: Labels) -> Iterator[Row | BadRow]:
     """Yields one sample per line."""
     for index, line in enumerate(read_lines(uri)):
         head, marks, sentence = line.partition("##")
@@ -36,12 +36,12 @@ def convert_charades_sta(uri: str, labels: Labels) -> Iterator[Row | Reject]:
             name, start, end = head.split()
             span = (float(start), float(end))
         except ValueError:
-            yield Reject(index, "bad_row", f"not 'ID START END##sentence': {line!r:.80}")
+            yield BadRow(index, "bad_row", f"not 'ID START END##sentence': {line!r:.80}")
             continue
         yield _convert(index, name, f"{name}.mp4", sentence if marks else None, [span], None, labels)
 
 
-def convert_didemo(uri: str, labels: Labels) -> Iterator[Row | Reject]:
+def convert_didemo(uri: str, labels: Labels) -> Iterator[Row | BadRow]:
     """Yields one sample per description, with the interval that most annotators chose, at least two."""
     for index, entry in enumerate(read_objects(uri)):
         try:
@@ -49,22 +49,22 @@ def convert_didemo(uri: str, labels: Labels) -> Iterator[Row | Reject]:
             (first, last), votes = Counter(tuple(pair) for pair in entry["times"]).most_common(1)[0]
             span = (first * DIDEMO_INTERVAL_SECONDS, (last + 1) * DIDEMO_INTERVAL_SECONDS)
         except (KeyError, TypeError, ValueError, IndexError) as error:
-            yield Reject(index, "bad_row", f"{error!r}")
+            yield BadRow(index, "bad_row", f"{error!r}")
             continue
         if votes < 2:
-            yield Reject(index, "no_segment", f"{name}: no two annotators agree")
+            yield BadRow(index, "no_segment", f"{name}: no two annotators agree")
             continue
         yield _convert(index, str(entry.get("annotation_id", "")), name, sentence, [span], None, labels)
 
 
-def convert_qvhighlights(uri: str, labels: Labels) -> Iterator[Row | Reject]:
+def convert_qvhighlights(uri: str, labels: Labels) -> Iterator[Row | BadRow]:
     """Yields one sample per query; the test split has no windows."""
     for index, entry in enumerate(read_objects(uri)):
         try:
             name, sentence, duration = entry["vid"], entry["query"], entry["duration"]
             windows = [tuple(window) for window in entry.get("relevant_windows", [])]
         except (AttributeError, KeyError, TypeError) as error:
-            yield Reject(index, "bad_row", f"{error!r}")
+            yield BadRow(index, "bad_row", f"{error!r}")
             continue
         yield _convert(index, str(entry.get("qid", "")), f"{name}.mp4", sentence, windows, duration, labels)
 
@@ -77,16 +77,16 @@ def _convert(
     spans: Sequence[tuple[Any, ...]],
     duration: Any,
     labels: Labels,
-) -> Row | Reject:
+) -> Row | BadRow:
     if not isinstance(sentence, str) or not sentence.strip():
-        return Reject(index, "no_caption", f"{name}: no sentence")
+        return BadRow(index, "no_caption", f"{name}: no sentence")
     if not isinstance(name, str):
-        return Reject(index, "no_media", f"{name!r:.80} is not a name")
+        return BadRow(index, "no_media", f"{name!r:.80} is not a name")
     if not spans:
-        return Reject(index, "no_segment", f"{name}: no interval")
+        return BadRow(index, "no_segment", f"{name}: no interval")
     for span in spans:
         if fault := check_span(span, duration):
-            return Reject(index, "bad_times", f"{name}: {fault}")
+            return BadRow(index, "bad_times", f"{name}: {fault}")
     text = ", ".join(span_text(*span) for span in sorted(spans))
     turns = [("user", QUESTION.format(sentence.strip())), ("assistant", f"{text[0].upper()}{text[1:]}.")]
     return labels.sample(index, key, [labels.medium(name)], turns)

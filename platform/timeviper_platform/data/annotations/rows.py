@@ -34,7 +34,7 @@ Row = dict[str, Any]
 JSON_CHUNK_CHARS = 1 << 20
 
 
-class Reject(NamedTuple):
+class BadRow(NamedTuple):
     """A row of the input that did not become a sample."""
 
     row: int
@@ -57,10 +57,10 @@ class Labels:
         media_id = media_id_of(name if is_url else storage.join_uri(self.media_prefix, name).lstrip("/"), "")
         return {"media_id": media_id, "start_seconds": start_seconds, "end_seconds": end_seconds}
 
-    def sample(self, row: int, name: str, media: Sequence[Row], turns: Sequence[tuple[str, str]]) -> Row | Reject:
+    def sample(self, row: int, name: str, media: Sequence[Row], turns: Sequence[tuple[str, str]]) -> Row | BadRow:
         """A SAMPLES row; the row's index keeps its id unique even if the input's ids are not."""
         if not is_utf8(name, *(text for _, text in turns)):
-            return Reject(row, "bad_text", f"{name} has text that is not UTF-8")
+            return BadRow(row, "bad_text", f"{name} has text that is not UTF-8")
         return {
             "sample_id": f"{self.source}/{row}/{name}",
             "media": list(media),

@@ -50,8 +50,8 @@ def write_index(
 
     Args:
         uri: the store.
-        current_versions: media_id -> source_version; other media keep the version of the previous index.
-        row_group_rows: rows per row group of the index.
+        current_versions: media_id -> source_version; other media keep the previous index's.
+        row_group_rows: of the index.
     """
     media = current_versions or {}
     names = {"media_id": list(media), "source_version": list(media.values()), "status": ["planned"] * len(media)}
@@ -73,7 +73,7 @@ def merge_index(
         uri: the store.
         planned: PLAN rows in the order of the plan.
         visit: called with all rows, some media at a time, in order of media_id.
-        row_group_rows: rows per row group of the index.
+        row_group_rows: of the index.
     """
     with tempfile.TemporaryDirectory(prefix="timeviper-index-") as folder:
         runs = {

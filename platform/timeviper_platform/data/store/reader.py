@@ -14,12 +14,12 @@ import pyarrow as pa
 
 from timeviper_platform.common import storage
 from timeviper_platform.data.store.index import Modality, StoreIndex
+from timeviper_platform.data.store.layout import DATA_FOLDER, INDEX_FILE, find_header
 from timeviper_platform.data.store.row_groups import RowGroups, value_buffer
+from timeviper_platform.data.video.sampling import select_frames, thin_to_fps
 
 if TYPE_CHECKING:
     from torch import Tensor
-from timeviper_platform.data.store.layout import DATA_FOLDER, INDEX_FILE, find_header
-from timeviper_platform.data.video.sampling import select_frames, thin_to_fps
 
 READ_TOGETHER_BYTES = 16 << 20
 """Limit for reading adjacent row groups together."""
@@ -100,7 +100,7 @@ class FeatureStore:
     Args:
         uri: the store's folder.
         header: content of `store.json`.
-        index: content of `index.parquet`.
+        index: the opened index.
         cache_bytes: size of the cache of row groups.
     """
 

@@ -102,12 +102,7 @@ class VerifyReport:
 
 
 def verify_store(uri: str, *, max_problems: int = MAX_PROBLEMS, num_threads: int = VERIFY_THREADS) -> VerifyReport:
-    """Verifies the store at `uri`.
-
-    Args:
-        uri: the store.
-        max_problems: problems to list.
-        num_threads: data files checked concurrently.
+    """Verifies the store at `uri`; lists up to `max_problems`.
 
     Raises:
         ValueError: if there is no store.

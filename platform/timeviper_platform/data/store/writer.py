@@ -42,16 +42,7 @@ Row = dict[str, Any]
 
 
 class StoreWriter:
-    """A feature store open for writing by one job at a time.
-
-    The constructor reads nothing: workers use the values that `create` or `open` checked.
-
-    Args:
-        uri: the store's folder.
-        recipe_hash: of the one recipe of all its features.
-        row_group_bytes: features per row group of data files.
-        index_row_group_rows: rows per row group of the index.
-    """
+    """A store open for writing by one job. The constructor reads nothing: workers pass what `create` checked."""
 
     def __init__(
         self,
