@@ -31,7 +31,7 @@ def test_frames_are_encoded_by_two_towers(tmp_path: Path, dtype: Any) -> None:
     for folder in folders:
         folder.mkdir()
     first, second = (str(make_encoder(folder, seed=seed)) for seed, folder in enumerate(folders))
-    options = {"encoder": first, "dtype": dtype, "merge_heads": 4, "encode_batch_frames": 4}
+    options = {"model": first, "dtype": dtype, "merge_heads": 4, "encode_batch_frames": 4}
     other = TowerConfig(model=second, num_tokens_per_frame=4, merge_heads=4)
     encoder = FrameEncoder(VisionTowerConfig(second=other, **options))
     frames = torch.randint(0, 256, (6, encoder.image_size, encoder.image_size, 3), dtype=torch.uint8).numpy()

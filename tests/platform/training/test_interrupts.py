@@ -209,7 +209,6 @@ def flaky_features(monkeypatch: pytest.MonkeyPatch, num_timeouts: int) -> None:
             return getattr(self._file, name)
 
     monkeypatch.setattr(row_groups, "open_data_file", lambda uri: Flaky(opened(uri)))
-    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.0)
 
 
 def test_a_short_storage_outage_costs_no_sample(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
