@@ -73,7 +73,7 @@ def local_cluster(
     ports = {name: free_port() for name in PORTS}
     ray_program = ray_program or Path(sys.executable).parent / "ray"
     variables = {
-        "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token") if "ray" in sys.modules else "token",
+        "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token_file),
         "RAY_ADDRESS": f"127.0.0.1:{ports['port']}",
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports['dashboard-port']}",
@@ -154,6 +154,11 @@ def connect(*, log_to_driver: bool = False, **options: Any) -> Iterator[None]:
     """
     if has_cluster():
         with _connection(log_to_driver=log_to_driver, **options):
+            yield
+        return
+    if "ray" in sys.modules and os.environ.get("RAY_AUTH_MODE") != "token":
+        # too late for a token: Ray reads the authentication mode when it is imported
+        with _connection(address="local", log_to_driver=log_to_driver, **options):
             yield
         return
     num_cpus = os.cpu_count() or 2
