@@ -28,7 +28,7 @@ from ray import serve
 
 from timeviper_platform.common.config import load_config
 from timeviper_platform.common.job import JobParser, JobResult, run_job
-from timeviper_platform.serving.app import ServeConfig, build_application, with_absolute_paths
+from timeviper_platform.serving.app import ServeConfig, build_application, resolve_paths
 
 logger = logging.getLogger("serve")
 
@@ -140,7 +140,7 @@ def _serve(file: ServeFile, entry: ApplicationEntry, port: int, stop: threading.
         },
     )
     try:
-        application = build_application(with_absolute_paths(entry.args, Path.cwd()))
+        application = build_application(resolve_paths(entry.args, Path.cwd()))
         try:
             serve.run(application, name=entry.name, route_prefix=entry.route_prefix)
         except RuntimeError as error:  # Serve names the failed deployments; the causes are in their status

@@ -85,7 +85,7 @@ def _map_value(node: Any, path: Sequence[str], change: Callable[[str], str]) -> 
 def _absolute(path: str, *, root: Path, if_exists: bool) -> str:
     if not is_local(path):
         return path
-    absolute = root / path.removeprefix("file://")
+    absolute = root / Path(path.removeprefix("file://")).expanduser()
     return str(absolute) if absolute.exists() or not if_exists else path
 
 

@@ -18,7 +18,7 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve import metrics as serve_metrics
 
-from timeviper_platform.common.config import parse_config
+from timeviper_platform.common.config import parse_config, with_absolute_paths
 from timeviper_platform.common.logs import setup_logging
 from timeviper_platform.common.metrics import RayMetrics
 from timeviper_platform.serving.deployment import DeploymentSettings
@@ -137,30 +137,11 @@ def build_application(config: ServeConfig) -> Any:
     )
 
 
-def with_absolute_paths(config: ServeConfig, root: Path) -> ServeConfig:
-    """Makes paths below `root` absolute, because replicas start in another folder.
-
-    Leaves URIs, and names of no existing path: an encoder may be a Hugging Face name.
-    """
-    features = config.features
-    if features.encoder is not None:
-        encoder = features.encoder.with_names(lambda name: _absolute(name, root))
-        features = dataclasses.replace(features, encoder=encoder)
-    if features.feature_store is not None:
-        features = dataclasses.replace(features, feature_store=_absolute(features.feature_store, root))
-    media_root = config.gateway.media_root
-    if "://" not in media_root:
-        media_root = str(root / media_root)  # the first upload creates it
-    return dataclasses.replace(
-        config,
-        weights=_absolute(config.weights, root),
-        features=features,
-        gateway=dataclasses.replace(config.gateway, media_root=media_root),
-    )
-
-
-def _absolute(path: str, root: Path) -> str:
-    return str(root / path) if "://" not in path and (root / path).exists() else path
+def resolve_paths(config: ServeConfig, root: Path) -> ServeConfig:
+    """`config` with paths below `root` made absolute; an encoder that is not a folder is a name on the hub."""
+    config = with_absolute_paths(config, ("gateway.media_root",), root=root)
+    keys = ("weights", "features.feature_store", "features.encoder.model", "features.encoder.second.model")
+    return with_absolute_paths(config, keys, root=root, if_exists=True)
 
 
 async def _fetch(reference: FeatureReference) -> np.ndarray:

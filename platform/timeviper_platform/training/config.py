@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Literal
 
 from timeviper_model.config import PRESETS, TimeViperConfig, TransVSite
 from timeviper_model.layers.backends import Backend
 from timeviper_model.layers.lora import LoraConfig
-from timeviper_platform.common import storage
+from timeviper_platform.common.config import with_absolute_paths
 from timeviper_platform.common.devices import Dtype
 from timeviper_platform.training.batches.loader import LoaderConfig
 from timeviper_platform.training.batches.packing import PackingConfig
@@ -191,40 +190,16 @@ class TrainConfig:
             )
 
 
-def with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    """Makes local paths absolute, for processes in other folders. Hub names stay as they are."""
-    phases = {
-        name: replace(
-            phase,
-            samples=_absolute_sources(phase.samples),
-            validation=phase.validation
-            and replace(phase.validation, samples=_absolute_sources(phase.validation.samples)),
-            init=None
-            if phase.init is None
-            else replace(
-                phase.init,
-                weights=phase.init.weights and _absolute(phase.init.weights),
-                backbone=phase.init.backbone and _absolute_if_exists(phase.init.backbone),
-            ),
-        )
-        for name, phase in config.phases.items()
-    }
-    return replace(
+def resolve_paths(config: TrainConfig) -> TrainConfig:
+    """`config` with absolute paths; a tokenizer or backbone without a local folder is a name on the hub."""
+    config = with_absolute_paths(
         config,
-        phases=phases,
-        runs=_absolute(config.runs),
-        feature_store=_absolute(config.feature_store),
-        tokenizer=_absolute_if_exists(config.tokenizer),
+        (
+            "runs",
+            "feature_store",
+            "phases.*.samples.*.uri",
+            "phases.*.validation.samples.*.uri",
+            "phases.*.init.weights",
+        ),
     )
-
-
-def _absolute_sources(sources: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
-    return tuple(replace(source, uri=_absolute(source.uri)) for source in sources)
-
-
-def _absolute(uri: str) -> str:
-    return storage.split_uri(uri)[1] if storage.is_local(uri) else uri
-
-
-def _absolute_if_exists(name: str) -> str:
-    return str(Path(name).absolute()) if Path(name).is_dir() else name
+    return with_absolute_paths(config, ("tokenizer", "phases.*.init.backbone"), if_exists=True)

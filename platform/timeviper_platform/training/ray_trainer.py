@@ -23,7 +23,7 @@ from timeviper_platform.common.logs import setup_logging
 from timeviper_platform.training.batches.loader import prefetch_in_thread
 from timeviper_platform.training.batches.ray_loader import prefetch_on_ray
 from timeviper_platform.training.checkpoint.manager import resolve_resume
-from timeviper_platform.training.config import TrainConfig, with_absolute_paths
+from timeviper_platform.training.config import TrainConfig, resolve_paths
 from timeviper_platform.training.distributed import all_ranks_end, from_rank_0
 from timeviper_platform.training.eval_worker import evaluate_checkpoint
 from timeviper_platform.training.hooks import RunHooks
@@ -57,7 +57,7 @@ def train_on_ray(config: TrainConfig, *, resume: str = "auto") -> dict[str, Any]
         RuntimeError: if the run fails for good, with the cause.
     """
     check_trackers(config.metrics.mlflow, config.metrics.wandb)
-    config = with_absolute_paths(config)
+    config = resolve_paths(config)
     folder = RunFolder.of(config)
     start = resolve_resume(folder.checkpoints, resume)
     workers = config.workers

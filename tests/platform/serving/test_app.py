@@ -18,7 +18,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from timeviper_platform.common.config import parse_config
 from timeviper_platform.data.encode.frame_encoder import TowerConfig, VisionTowerConfig
-from timeviper_platform.serving.app import ServeConfig, build, with_absolute_paths
+from timeviper_platform.serving.app import ServeConfig, build, resolve_paths
 from timeviper_platform.serving.deployment import AutoscalingSettings, DeploymentSettings
 from timeviper_platform.serving.gateway_replica import ServiceHandle
 from timeviper_platform.serving.messages import AnswerDelta, Refusal
@@ -104,7 +104,7 @@ def test_paths_become_absolute_but_names_and_uris_stay(tmp_path: Path) -> None:
         "features": {"feature_store": "s3://bucket/store", "encoder": towers},
         "gateway": {"media_root": "uploads"},
     }
-    config = with_absolute_paths(parse_config(ServeConfig, args), tmp_path)
+    config = resolve_paths(parse_config(ServeConfig, args), tmp_path)
     assert config.weights == str(tmp_path / "weights")
     assert config.gateway.media_root == str(tmp_path / "uploads")
     assert config.features.feature_store == "s3://bucket/store"

@@ -29,7 +29,7 @@ from timeviper_platform.training.batches.packing import PackPosition
 from timeviper_platform.training.checkpoint.deepspeed_files import take_snapshot
 from timeviper_platform.training.checkpoint.export import export_weights
 from timeviper_platform.training.checkpoint.manager import Checkpoints
-from timeviper_platform.training.config import TrainConfig, with_absolute_paths
+from timeviper_platform.training.config import TrainConfig, resolve_paths
 from timeviper_platform.training.local import main, train_local
 from timeviper_platform.training.metrics.writer import read_metrics
 from timeviper_platform.training.optim.deepspeed_engine import build_ds_engine
@@ -443,10 +443,10 @@ def test_features_of_another_width_are_rejected(corpus: Corpus, tmp_path: Path) 
 
 def test_local_paths_become_absolute_and_hub_names_stay(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(corpus.folder)
-    config = with_absolute_paths(
+    config = resolve_paths(
         train_config(corpus, feature_store="features", tokenizer="nvidia/NVIDIA-Nemotron-Nano-9B-v2", runs="s3://a/b")
     )
     assert config.feature_store == corpus.features
     assert config.tokenizer == "nvidia/NVIDIA-Nemotron-Nano-9B-v2"
     assert config.runs == "s3://a/b"
-    assert with_absolute_paths(train_config(corpus, tokenizer="tokenizer")).tokenizer == corpus.tokenizer
+    assert resolve_paths(train_config(corpus, tokenizer="tokenizer")).tokenizer == corpus.tokenizer

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Literal
 
-from timeviper_platform.common import storage
+from timeviper_platform.common.config import with_absolute_paths
 from timeviper_platform.data.encode.frame_encoder import VisionTowerConfig
 from timeviper_platform.data.media.container import ErrorType, MediaLimits
 from timeviper_platform.data.plan.segments import SamplingConfig
@@ -100,11 +99,7 @@ class PreprocessConfig:
         """`retry_errors` as a tuple of error types."""
         return tuple(ErrorType) if self.retry_errors == "all" else self.retry_errors
 
-    def with_absolute_paths(self) -> PreprocessConfig:
-        """Resolves local paths, which must not depend on a worker's working directory."""
-
-        def resolve(uri: str) -> str:
-            return storage.split_uri(uri)[1] if storage.is_local(uri) else uri
-
-        encoder = self.encoder.with_names(lambda name: str(Path(name).resolve()) if Path(name).is_dir() else name)
-        return replace(self, input=resolve(self.input), feature_store=resolve(self.feature_store), encoder=encoder)
+    def resolve_paths(self) -> PreprocessConfig:
+        """Resolves local paths, so that they mean the same in every worker's working directory."""
+        config = with_absolute_paths(self, ("input", "feature_store"))
+        return with_absolute_paths(config, ("encoder.model", "encoder.second.model"), if_exists=True)

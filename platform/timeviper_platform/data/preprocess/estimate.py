@@ -42,7 +42,7 @@ def estimate(config: PreprocessConfig) -> Estimate:
     Raises:
         ValueError: as `run_preprocess`.
     """
-    config = config.with_absolute_paths()
+    config = config.resolve_paths()
     encoder = describe_encoder(config.encoder)
     recipe = make_recipe(encoder, config)
     header = find_header(config.feature_store)

@@ -50,7 +50,7 @@ def run_preprocess(config: PreprocessConfig, *, run: Runner = run_on_ray) -> Pre
     """
     stopwatch = _Stopwatch()
     retries_before = storage.num_retries()
-    config = config.with_absolute_paths()
+    config = config.resolve_paths()
     storage.ensure_writable(config.feature_store)
     if config.decode.backend != "pyav":  # the decoding child processes have no log
         logger.info("decode.backend %s takes the local files it supports; pyav the rest", config.decode.backend)
