@@ -25,7 +25,7 @@ from timeviper_platform.data.preprocess.run import run_preprocess
 from timeviper_platform.data.preprocess.segment_rows import SegmentDecoder
 from timeviper_platform.data.preprocess.tasks import TaskResult, WriteTask, cut_tasks
 from timeviper_platform.data.preprocess.worker import WorkerSpec
-from timeviper_platform.data.store import writer as store_writer
+from timeviper_platform.data.store.commits import CommitLog
 from timeviper_platform.data.video.frames import FrameBatch
 from timeviper_platform.data.video_worker.frame_source import DecodeResult
 
@@ -128,7 +128,7 @@ def test_arrays_in_a_block_are_read_without_a_copy() -> None:
 def test_a_fused_worker_decodes_the_next_task_while_a_commit_waits(
     corpus: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decode, commit = SegmentDecoder.decode, store_writer.write_commit
+    decode, commit = SegmentDecoder.decode, CommitLog.write
     started: list[str] = []
     results: list[TaskResult] = []
     overlaps: list[bool] = []
@@ -155,7 +155,7 @@ def test_a_fused_worker_decodes_the_next_task_while_a_commit_waits(
         yield from results
 
     monkeypatch.setattr(SegmentDecoder, "decode", recorded_decode)
-    monkeypatch.setattr(store_writer, "write_commit", slow_commit)
+    monkeypatch.setattr(CommitLog, "write", slow_commit)
     config = make_config(corpus, tmp_path / "store")
     report = run_preprocess(config, run=run_fused)
     assert num_tasks > 2
