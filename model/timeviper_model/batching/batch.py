@@ -1,11 +1,11 @@
-"""PackedBatch: several samples in one flat sequence, the input shared by training, evaluation and inference.
+"""Several samples packed into one flat sequence of T tokens.
 
-input_ids     S S . . . . I I R R | S . . I R | pad
-segment_ids   0 0 0 0 0 0 0 0 0 0 | 1 1 1 1 1 | -1
-vision_index -1-1 0 1 2 3-1-1-1-1 |-1 4 5-1-1 | -1      row of vision_features, -1 = text
-position_ids  0 1 2 3 4 5 6 7 8 9 | 0 1 2 3 4 | 0
-token_kind    0 0 1 1 1 1 2 2 3 3 | 0 1 1 2 3 | 0
-labels        . . . . . . . R R . | . . . R . | .       already shifted: labels[t] is the id after t
+input_ids     SSvvvvIIRR|SvvIR|p    S system, I instruction, R response; v and p hold the pad id
+segment_ids   0000000000|11111|-    - is -1
+vision_index  --0123----|-45--|-    row of vision_features
+position_ids  0123456789|01234|0
+token_kind    0011112233|01123|0
+labels        .......RR.|...R.|.    id of the next token if it is a response, else IGNORE_INDEX
 """
 
 from __future__ import annotations
@@ -35,26 +35,25 @@ DTYPES = {
 
 
 class TokenKind(IntEnum):
-    """Only INSTRUCTION tokens receive from dropped vision tokens."""
+    """Part of the conversation a token belongs to; TransV transfers to INSTRUCTION tokens only."""
 
     SYSTEM = 0
-    """Before the first vision token."""
+    """Everything before the first vision token."""
     VISION = 1
     INSTRUCTION = 2
-    """Every non-response token after the first vision token."""
+    """Non-response tokens after the first vision token."""
     RESPONSE = 3
-    """An answer and its end token."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """One tokenised conversation: lists of equal length."""
+    """One tokenised conversation; the lists have equal length."""
 
     input_ids: list[int]
     vision_index: list[int]
     token_kind: list[int]
     labels: list[int]
-    """labels[i] is input_ids[i + 1] if that is a response token, else IGNORE_INDEX."""
+    """Ids already shifted, as in PackedBatch."""
 
     def __post_init__(self) -> None:
         lengths = {len(self.input_ids), len(self.vision_index), len(self.token_kind), len(self.labels)}
@@ -71,26 +70,21 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedBatch:
-    """A flat batch of whole samples, checked at construction.
+    """Whole samples in one flat sequence, checked at construction.
 
-    Values are checked only on the CPU; on a device the check would make the host wait.
+    Values are checked only on the CPU: on a device the host would have to wait.
 
     Raises:
-        ValueError: when shapes, dtypes, segments, padding, positions or vision rows are inconsistent.
+        ValueError: for inconsistent shapes, dtypes, segments, padding, positions or vision rows.
     """
 
     input_ids: Tensor
-    """Token ids; the pad id at vision positions."""
     vision_index: Tensor
-    """Row of `vision_features`, -1 = text."""
     vision_features: Tensor
     """(V, dim) floating."""
     segment_ids: Tensor
-    """Sample index from 0; PADDING_SEGMENT at the end."""
     position_ids: Tensor
-    """Index within each sample."""
     labels: Tensor
-    """IGNORE_INDEX where there is no target."""
     token_kind: Tensor
 
     def __post_init__(self) -> None:
@@ -140,8 +134,8 @@ class PackedBatch:
         return int(self.segment_ids.max()) + 1 if self.segment_ids.numel() else 0
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> PackedBatch:
-        """Moved to `device`; `dtype` applies to the vision features only."""
-        # a copy to the host must be complete before it is checked
+        """Copies to `device`; `dtype` applies to the vision features only."""
+        # validation on the CPU must see the complete copy
         is_to_device = torch.device(device).type != "cpu"
         moved = {name: getattr(self, name).to(device, non_blocking=is_to_device) for name in self.__slots__}
         if dtype is not None:
@@ -152,14 +146,14 @@ class PackedBatch:
 def pack_samples(
     samples: Sequence[Sample], features: Sequence[Tensor], *, pad_to: int | None = None, pad_token_id: int = 0
 ) -> PackedBatch:
-    """Packs `samples`, in order.
+    """Packs `samples` in order.
 
     Args:
-        features: vision rows (num_vision_tokens, dim) of each sample; (0, dim) for text only.
-        pad_to: length of the result; default is the sum of lengths.
+        features: (num_vision_tokens, dim) of each sample; (0, dim) for text only.
+        pad_to: length of the pack; default is the sum of lengths.
 
     Raises:
-        ValueError: when vision tokens and feature rows differ in number, or the samples do not fit.
+        ValueError: when the feature rows do not match the vision tokens, or the samples do not fit.
     """
     if not samples or len(samples) != len(features):
         raise ValueError(f"need at least one sample and as many feature tensors: {len(samples)}, {len(features)}")
@@ -190,5 +184,5 @@ def pack_samples(
 
 
 def _joined(lists: Sequence[list[int]]) -> Tensor:
-    """NumPy converts Python numbers in a third of torch.tensor's time."""
+    """NumPy takes a third of torch.tensor's time."""
     return torch.from_numpy(np.fromiter(chain.from_iterable(lists), np.int64, sum(map(len, lists))))

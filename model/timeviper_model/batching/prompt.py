@@ -1,8 +1,8 @@
-"""Conversations about media to token ids with kinds and labels, by chat template.
+"""Chat templates: conversations about media to token ids, kinds and labels.
 
-Nemotron's prompt, with vision tokens (v) in place of the media:
+Nemotron's prompt with the kind of each part, v = vision token:
 
-    <SPECIAL_10>System\\n{system}<SPECIAL_12>\\n<SPECIAL_11>User\\n     system (everything before vision)
+    <SPECIAL_10>System\\n{system}<SPECIAL_12>\\n<SPECIAL_11>User\\n     system
     vvvvvvvv                                                         vision
     {question}\\n<SPECIAL_12><SPECIAL_11>Assistant\\n                instruction
     {answer}\\n<SPECIAL_12>                                          response
@@ -19,11 +19,12 @@ from typing import Any, Literal
 from timeviper_model.batching.batch import IGNORE_INDEX, Sample, TokenKind
 
 _ENCODING = Lock()
-"""A tokenizer stores `split_special_tokens` on itself before encoding, so concurrent calls could turn user text into
-special tokens."""
+"""Guards encoding: a tokenizer stores `split_special_tokens` on itself, so a concurrent call could turn user text into
+special tokens.
+"""
 
 MEDIA_MARKER = "<media>"
-"""Marks a medium in a user's text; without markers, media come first in the first user turn."""
+"""Place of a medium in a user's text. Without markers, media precede the first user turn's text."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,17 +35,17 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChatTemplate:
-    """Text around each turn; special tokens are written as their names."""
+    """Text around each turn, with special tokens by name."""
 
     system: tuple[str, str]
     user: tuple[str, str]
     assistant: tuple[str, str]
-    """Opening of an answer (instruction) and its end (response; the last token is the end token)."""
+    """Opening (instruction) and end (response) of an answer; the end's last token stops generation."""
     after_system_text: str = ""
     after_answer: str = ""
-    """Text added when another turn follows."""
+    """Text between an answer and the next turn."""
     default_system: str = ""
-    """System text of a conversation without a system turn."""
+    """System text of conversations without a system turn."""
 
 
 NEMOTRON = ChatTemplate(
@@ -53,7 +54,6 @@ NEMOTRON = ChatTemplate(
     assistant=("<SPECIAL_11>Assistant\n", "\n<SPECIAL_12>"),
     after_system_text="\n",
 )
-"""As in TimeViper's public code."""
 
 CHATML = ChatTemplate(
     system=("<|im_start|>system\n", "<|im_end|>\n"),
@@ -62,23 +62,23 @@ CHATML = ChatTemplate(
     after_answer="\n",
     default_system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
 )
-"""Qwen2.5's own chat template."""
+"""Qwen2.5's template."""
 
 TEMPLATES: dict[str, ChatTemplate] = {"nemotron": NEMOTRON, "chatml": CHATML}
 
 
 def time_text(duration_seconds: float, num_frames: int) -> str:
-    """Sentence of the paper's grounding data that states the video's length."""
+    """Returns the sentence that states the video's length in the paper's grounding data."""
     return (
         f"The video lasts for {duration_seconds:.2f} seconds, and {num_frames} frames are uniformly sampled from it.\n"
     )
 
 
 def check_tokenizer(tokenizer: Any, template: ChatTemplate) -> None:
-    """Checks that every special token of the template is one token of the tokenizer.
+    """Checks that each special token of the template is a single token.
 
     Raises:
-        ValueError: with the tokens that it would split.
+        ValueError: with the names that the tokenizer would split.
     """
     text = "".join((*template.system, *template.user, *template.assistant))
     special = dict.fromkeys(re.findall(r"<[^<>\s]+>", text))
@@ -91,10 +91,10 @@ def check_tokenizer(tokenizer: Any, template: ChatTemplate) -> None:
 
 
 def end_token_id(tokenizer: Any, template: ChatTemplate) -> int:
-    """The id at which generation stops: the last token of the answer's end.
+    """Returns the id that stops generation.
 
     Raises:
-        ValueError: when the tokenizer does not fit this template.
+        ValueError: when the tokenizer does not fit the template.
     """
     check_tokenizer(tokenizer, template)
     return int(encode_text(tokenizer, template.assistant[1], split_special_tokens=False)[-1])
@@ -111,12 +111,12 @@ def build_sample(
     """Tokenises a conversation about media.
 
     Args:
-        conversation: an optional system turn, then alternating user and assistant turns.
-        media_num_tokens: vision tokens of each `<media>` marker in the user texts.
-        add_generation_prompt: end with the opening of an assistant turn.
+        conversation: optional system turn, then alternating user and assistant turns.
+        media_num_tokens: vision tokens of each medium.
+        add_generation_prompt: whether to open an assistant turn at the end.
 
     Raises:
-        ValueError: for turns out of order, or a different number of markers and media.
+        ValueError: for turns out of order, or when the numbers of markers and media differ.
     """
     turns = list(conversation)
     system = turns.pop(0).text if turns and turns[0].role == "system" else template.default_system
@@ -159,7 +159,7 @@ class _Writer:
         self._extend(encode_text(self._tokenizer, text, split_special_tokens=False), response)
 
     def text(self, text: str, *, response: bool = False) -> None:
-        # <SPECIAL_11> typed by a user stays text and does not open an assistant turn
+        # a typed <SPECIAL_11> stays text and cannot open a turn
         self._extend(encode_text(self._tokenizer, text, split_special_tokens=True) if text else [], response)
 
     def vision(self, num_tokens: int) -> None:
@@ -186,11 +186,10 @@ class _Writer:
 
 
 def encode_text(tokenizer: Any, text: str, *, split_special_tokens: bool) -> list[int]:
-    """Token ids of a text, with nothing added. Thread-safe.
+    """Encodes non-empty text and adds nothing. Thread-safe.
 
     Args:
-        text: not empty.
-        split_special_tokens: encode the names of special tokens as ordinary text.
+        split_special_tokens: whether names of special tokens are ordinary text.
     """
     with _ENCODING:
         return list(tokenizer(text, add_special_tokens=False, split_special_tokens=split_special_tokens)["input_ids"])

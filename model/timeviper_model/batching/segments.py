@@ -1,9 +1,9 @@
-"""Segments: where the samples of a flat pack are, and the padded rows for operations across tokens.
+"""Positions of samples in a flat pack, and padded rows for operations across tokens.
 
-    segment_ids   0 0 0 1 1 2 2 2 2 2 2 2        rows of bucket 0   0 0 0      bucket 1   2 2 2 2 2 2 2
-    positions     0 1 2 0 1 0 1 2 3 4 5 6                           1 1 .
+    segment_ids   000112222222    rows of bucket 0   000    bucket 1   2222222
+    positions     012010123456                       11.
 
-Segments of similar length share a bucket, so padding never doubles the work.
+Segments of similar length share a bucket.
 """
 
 from __future__ import annotations
@@ -17,54 +17,54 @@ from torch import Tensor
 from timeviper_model.batching.shapes import put_rows, take_rows
 
 MAX_ROW_WASTE = 1.35
-"""Maximum padded cells / real tokens of a bucket; lower values launch more, smaller kernels."""
+"""Maximum ratio of padded cells to tokens in a bucket; lower values launch more, smaller kernels."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowBucket:
-    """Segments padded to one length: R rows of L cells."""
+    """R segments padded to L cells each."""
 
     token_index: Tensor
-    """(M,) token indices in the flat pack."""
+    """(M,) indices of the bucket's tokens in the flat pack."""
     cell_index: Tensor
-    """(M,) cell of each token among R * L."""
+    """(M,) indices of the same tokens among the R * L cells."""
     segment_index: Tensor
-    """(R,) segment of each row."""
+    """(R,) segments."""
     row_lengths: Tensor
-    """(R,) tokens in each row."""
+    """(R,) lengths."""
     num_rows: int
     length: int
     is_dense: bool
-    """No padding and tokens in flat order: padding and unpadding are views."""
+    """True without padding and in flat order: pad and unpad return views."""
 
     def pad(self, x: Tensor) -> Tensor:
         """(T, ...) -> (R, L, ...), zeros in the padding."""
         return self.put(x if len(x) == len(self.token_index) else take_rows(x, self.token_index))
 
     def put(self, x: Tensor) -> Tensor:
-        """(M, ...), in the order of `token_index`, -> (R, L, ...), zeros in the padding."""
+        """(M, ...) -> (R, L, ...), zeros in the padding."""
         if self.is_dense:
             return x.view(self.num_rows, self.length, *x.shape[1:])
         rows = put_rows(x, self.cell_index, self.num_rows * self.length)
         return rows.view(self.num_rows, self.length, *x.shape[1:])
 
     def unpad(self, x: Tensor) -> Tensor:
-        """(R, L, ...) -> (M, ...), in the order of `token_index`."""
+        """(R, L, ...) -> (M, ...)."""
         flat = x.reshape(self.num_rows * self.length, *x.shape[2:])
         return flat if self.is_dense else take_rows(flat, self.cell_index)
 
 
 class Segments:
-    """Lengths and positions of S contiguous segments, some possibly empty, in a flat pack of T tokens.
+    """Lengths and positions of S contiguous, possibly empty segments in a flat pack of T tokens.
 
-        ids                    0 0 0 0 0 1 1 1        keep([0, 3, 4, 5, 7])   0 0 0 1 1
-        positions_T            0 1 2 3 4 0 1 2                                0 1 2 0 1    among the remaining tokens
-        original_positions_T   0 1 2 3 4 0 1 2                                0 3 4 0 2    in the whole sample
+        ids                    00000111    after keep([0, 3, 4, 5, 7]):   00011
+        positions_T            01234012                                   01201
+        original_positions_T   01234012                                   03402
 
     Args:
-        ids: (T,) ascending, no padding.
-        num_segments: counts segments that have lost all their tokens.
-        original_positions_T: None = nothing was dropped.
+        ids: (T,) ascending, without padding.
+        num_segments: number of segments, empty ones included.
+        original_positions_T: indices before dropping; default `positions_T`.
     """
 
     def __init__(self, ids: Tensor, num_segments: int, original_positions_T: Tensor | None = None) -> None:
@@ -85,37 +85,37 @@ class Segments:
 
     @cached_property
     def positions_T(self) -> Tensor:
-        """(T,) index in the segment."""
+        """Index among the remaining tokens."""
         return torch.arange(len(self.ids), device=self.ids.device) - self.starts_S[self.ids]
 
     @property
     def original_positions_T(self) -> Tensor:
-        """(T,) index in the sample before dropping, used by RoPE."""
+        """Index in the whole sample, used by RoPE."""
         return self.positions_T if self._original_positions_T is None else self._original_positions_T
 
     @cached_property
     def seq_idx_T(self) -> Tensor | None:
-        """int32 for kernels that reset at boundaries; None without a boundary."""
+        """int32 ids for kernels; None for a single segment."""
         return self.ids.int() if sum(length > 0 for length in self.lengths) > 1 else None
 
     @cached_property
     def buckets(self) -> tuple[RowBucket, ...]:
-        """Every non-empty segment once, longest first."""
+        """Non-empty segments, longest first."""
         return tuple(self.rows(members) for members in group_by_length(self.lengths))
 
     def join(self, outputs: list[Tensor]) -> Tensor:
-        """(T, ...) from each bucket's `unpad`, in the order of `buckets`."""
+        """Concatenates unpadded outputs of all buckets to (T, ...), in flat order."""
         if len(outputs) == 1:
             return outputs[0]
         return put_rows(torch.cat(outputs), torch.cat([b.token_index for b in self.buckets]), len(self.ids))
 
     def keep(self, index: Tensor) -> Segments:
-        """The segments of the tokens `index` (K,), ascending."""
+        """Returns the segments of the remaining tokens `index` (K,), ascending."""
         ids, positions = (of_T.index_select(0, index) for of_T in (self.ids, self.original_positions_T))
         return Segments(ids, self.num_segments, positions)
 
     def rows(self, members: list[int]) -> RowBucket:
-        """The segments `members`, in that order, padded to the longest."""
+        """Pads the segments `members` to the longest of them."""
         device = self.ids.device
         lengths = [self.lengths[member] for member in members]
         length = max(lengths)
@@ -136,7 +136,7 @@ class Segments:
 
 
 def group_by_length(lengths: list[int]) -> list[list[int]]:
-    """Indices of the lengths > 0, longest first, in groups within MAX_ROW_WASTE."""
+    """Groups the indices of lengths > 0 within MAX_ROW_WASTE, longest first."""
     groups: list[list[int]] = []
     num_real = 0
     for index in sorted((i for i, length in enumerate(lengths) if length > 0), key=lambda i: (-lengths[i], i)):

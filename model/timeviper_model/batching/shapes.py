@@ -1,13 +1,13 @@
-"""The letters that stand for tensor dimensions, and moves of rows between layouts of a batch.
+"""Letters for tensor dimensions, used in names (`x_TD`) and comments (`# (T, D)`), and moves of rows.
 
-A suffix in a name (`x_TD`) or a trailing comment `# (T, D)` uses these letters and no others:
-
-    T  tokens of a flat pack               L  tokens of a padded row or of one segment
-    S  segments (samples) in a pack        R  padded rows
-    D  hidden_size                         V  rows of vision features; the vocabulary in `logits_BV`
-    H  Mamba heads / attention heads       P  Mamba head_dim          K  taps of the convolution
-    G  groups that share B and C           N  ssm_state_size          Z  chunks of the scan
-    C  tokens of a chunk                   E  attention head_dim      B  slots decoded together
+T  tokens of a pack           L  tokens of a row or segment
+S  segments                   R  padded rows
+D  hidden_size                V  rows of vision features; vocabulary in `logits_BV`
+H  heads                      P  Mamba head_dim
+G  groups sharing B and C     N  ssm_state_size
+C  tokens of a chunk          Z  chunks of a scan
+E  attention head_dim         K  convolution taps
+B  slots decoded together
 """
 
 from __future__ import annotations
@@ -19,18 +19,13 @@ from torch import Tensor
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """`x[index]` for DISTINCT indices, with a backward that copies instead of accumulating.
-
-    Args:
-        x: (M, ...).
-        index: (K,) int64, without repeats.
-    """
+    """Returns `x[index]` for DISTINCT indices (K,); its backward copies instead of accumulating."""
     taken: Tensor = _TakeRows.apply(x, index)  # type: ignore[no-untyped-call]
     return taken
 
 
 def put_rows(x: Tensor, index: Tensor, num_rows: int) -> Tensor:
-    """(num_rows, ...) of zeros with `x` (K, ...) at the DISTINCT rows `index` (K,): the inverse of `take_rows`."""
+    """Returns zeros (num_rows, ...) with `x` (K, ...) at the DISTINCT rows `index` (K,)."""
     put: Tensor = _PutRows.apply(x, index, num_rows)  # type: ignore[no-untyped-call]
     return put
 

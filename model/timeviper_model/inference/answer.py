@@ -1,4 +1,4 @@
-"""How one answer is generated and what it cost. Does not import torch, so that an HTTP gateway can use these values."""
+"""Options and token counts of one answer. Does not import torch, for HTTP gateways."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 MAX_LOGPROBS = 20
-"""OpenAI's limit for `top_logprobs`."""
+"""OpenAI's limit of `top_logprobs`."""
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -16,23 +16,23 @@ class SamplingParams:
     """Options of one answer.
 
     Raises:
-        ValueError: for a value outside its range.
+        ValueError: for a value out of range.
     """
 
     max_new_tokens: int = 128
     """Maximum tokens of the answer, its end token included."""
     temperature: float = 0.0
-    """Softmax temperature, from 0 (greedy) to 2."""
+    """Softmax temperature in [0, 2]; 0 = greedy."""
     top_p: float = 1.0
-    """Probability mass to draw from, most likely tokens first; 1 = all tokens."""
+    """Probability mass of the tokens to draw from, most likely first."""
     top_k: int = 0
-    """Number of most likely tokens to draw from; 0 = all tokens."""
+    """Number of most likely tokens to draw from; 0 = all."""
     seed: int = 0
-    """Seed of the answer's own random generator; unused when greedy."""
+    """Seed of this answer's random generator."""
     stop: tuple[str | int, ...] = ()
-    """Texts or token ids that end the answer and are left out of it, besides the template's end token."""
+    """Texts or token ids that end the answer and are left out of it."""
     num_logprobs: int | None = None
-    """Number of alternatives to report with each token's log-probability; None = report no log-probabilities."""
+    """Alternatives reported with each token's log-probability; None = no log-probabilities."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -53,15 +53,12 @@ class SamplingParams:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Usage:
-    """Token counts of one answer."""
-
     prompt_tokens: int = 0
     """Text and vision tokens of the prompt."""
     completion_tokens: int = 0
     """Generated tokens, the end token included."""
     vision_tokens: int = 0
-    """Vision tokens of the prompt."""
     vision_tokens_kept: int = 0
     """Vision tokens left after the last TransV site."""
     cached_tokens: int = 0
-    """Prompt tokens taken from the video-prefix cache."""
+    """Prompt tokens read from the video-prefix cache."""

@@ -1,10 +1,10 @@
-"""TransV for a prompt that comes in chunks: the same tokens dropped and transferred as in one pass. Inference only.
+"""TransV for prompts in chunks, with the same selection and transfer as in one pass. Inference only.
 
-Chunks cross a site that selects uniformly as they come, because counts alone determine which tokens it keeps. At a site
-that selects by attention all tokens wait for the instruction.
+A uniform site's selection depends on counts alone, so chunks cross it at once. A site that selects by attention holds
+all tokens until the instruction comes.
 
-    chunk 1   S S v v v        uniform site    S S v . v        keys and values of the dropped tokens stay in the site's
-    chunk 2   v v v i i   ->   keep half   ->  . v . i i        TransferSources, for the instruction in a later chunk
+    chunk 1   SSvvv     uniform site    SSv.v     keys and values of dropped tokens stay in TransferSources
+    chunk 2   vvvii  ->  keep half  ->  .v.ii     and are read by the instruction of a later chunk
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ class SitePlan(NamedTuple):
 
     site: TransVSite
     num_present: int
-    """Vision tokens that reach the site."""
+    """Vision tokens before the site."""
     num_kept: int
 
     @property
     def waits(self) -> bool:
-        """True when the choice needs the instruction; keeping all or none does not."""
+        """Whether selection must wait for the instruction."""
         return self.site.select == "attention" and 0 < self.num_kept < self.num_present
 
     @property
     def num_sources(self) -> int:
-        """Vision tokens that the instruction reads at the site."""
+        """Vision tokens that instruction tokens read."""
         if self.site.transfer == "none":
             return 0
         return self.num_kept if self.site.transfer_from == "kept" else self.num_present - self.num_kept
 
 
 def plan_sites(config: TimeViperConfig, num_vision_tokens: int) -> dict[int, SitePlan]:
-    """The plan of every TransV site, by layer."""
+    """Returns the plan of each TransV site by its layer."""
     plans = {}
     present = num_vision_tokens
     for site in config.transv:
@@ -58,38 +58,35 @@ def plan_sites(config: TimeViperConfig, num_vision_tokens: int) -> dict[int, Sit
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenChunk:
-    """Some tokens of one prompt between two blocks, in order."""
+    """Consecutive tokens of one prompt between two blocks."""
 
     hidden_TD: Tensor
     token_kind_T: Tensor
     position_T: Tensor
-    """(T,) int64: index in the prompt."""
+    """(T,) int64 indices in the prompt."""
 
     def __len__(self) -> int:
         return len(self.position_T)
 
     @property
     def is_vision_T(self) -> Tensor:
-        """(T,) bool."""
         return self.token_kind_T == TokenKind.VISION
 
     def segments(self) -> Segments:
-        """The tokens as one segment."""
         return Segments(torch.zeros_like(self.position_T), 1, self.position_T)
 
     def with_hidden(self, hidden_TD: Tensor) -> TokenChunk:
-        """The same tokens with other hidden states."""
         return TokenChunk(hidden_TD=hidden_TD, token_kind_T=self.token_kind_T, position_T=self.position_T)
 
     def keep(self, index: Tensor) -> TokenChunk:
-        """The tokens at `index`: (K,) int64, ascending, or (T,) bool."""
+        """Selects tokens by (K,) ascending int64 or (T,) bool."""
         return TokenChunk(
             hidden_TD=self.hidden_TD[index], token_kind_T=self.token_kind_T[index], position_T=self.position_T[index]
         )
 
 
 class TransferSources:
-    """Keys and values (Hkv, K, E) of a site's K source tokens, in order, filled chunk by chunk."""
+    """Keys and values (Hkv, K, E) of a site's K source tokens, filled chunk by chunk."""
 
     def __init__(self, num_sources: int, layer: TransVLayer) -> None:
         weight = layer.k_proj.weight
@@ -114,7 +111,7 @@ class TransferSources:
 
 
 class Crossing:
-    """A site whose kept tokens are known in advance, crossed chunk by chunk."""
+    """A site with selection known in advance."""
 
     def __init__(self, plan: SitePlan, layer: TransVLayer | None, device: torch.device) -> None:
         self._layer = layer
@@ -124,7 +121,7 @@ class Crossing:
         self.sources = None if layer is None else TransferSources(plan.num_sources, layer)
 
     def resume(self, sources: TransferSources | None) -> None:
-        """Continues after the last vision token, with the sources of a cached prefix."""
+        """Continues after the last vision token of a cached prefix."""
         self._num_passed = len(self._kept_N)
         self.sources = sources
 
@@ -143,7 +140,7 @@ class Crossing:
 
 
 class WaitingTokens:
-    """Tokens before a site that selects by attention, with their score keys and transfer keys and values."""
+    """Tokens before a site that selects by attention, with their score and transfer keys."""
 
     def __init__(self, num_tokens: int, num_vision: int, block: DecoderBlock, layer: TransVLayer | None) -> None:
         weight, attention = block.attention_norm.weight, block.attention
@@ -152,7 +149,7 @@ class WaitingTokens:
         self.position_T = torch.empty(num_tokens, dtype=torch.int64, device=weight.device)
         self.score_keys = weight.new_empty(attention.num_kv_heads, num_tokens, attention.head_dim)
         self.sources = None if layer is None else TransferSources(num_vision, layer)
-        """Of every vision token, because the choice is still open."""
+        """Covers every vision token, because selection is open."""
         self.count = 0
 
     def __len__(self) -> int:
@@ -160,7 +157,6 @@ class WaitingTokens:
 
     @property
     def is_full(self) -> bool:
-        """True when no room is left."""
         return self.count == len(self)
 
     @property
@@ -193,15 +189,13 @@ def release_waiting(
     first_response: int,
     max_tokens: int,
 ) -> Iterator[TokenChunk]:
-    """Yields the tokens that a site which selects by attention keeps, in chunks of at most `max_tokens`.
+    """Yields the tokens kept by a site that selects by attention, in chunks of at most `max_tokens`.
 
     Args:
         waiting: all tokens before the site, in order; not changed.
-        plan: of the site.
-        block: at the site; its queries and keys select.
-        layer: the cross-attention; None for `transfer: none`.
-        first_response: index in the prompt of its first response token, or its length.
-        max_tokens: of a chunk.
+        block: block after the site, whose queries and keys select.
+        layer: None for `transfer: none`.
+        first_response: index of the first response token, or the prompt's length.
     """
     is_vision_T = torch.cat([tokens.token_kind_T for tokens in waiting]) == TokenKind.VISION
     kept_N = _select(waiting, is_vision_T, plan.num_kept, block, first_response)
@@ -223,7 +217,7 @@ def release_waiting(
 def _select(
     waiting: Sequence[WaitingTokens], is_vision_T: Tensor, num_kept: int, block: DecoderBlock, first_response: int
 ) -> Tensor:
-    """(N,) bool: the vision tokens with most attention from the last token before the response; ties to the lower."""
+    """Selects by attention of the last token before the response; ties go to the lower index."""
     position_T = torch.cat([tokens.position_T for tokens in waiting])
     last = max(0, int((position_T < first_response).sum()) - 1)
     row = _gather(waiting, torch.tensor([last], device=position_T.device))
@@ -238,7 +232,6 @@ def _select(
 
 
 def _gather(waiting: Sequence[WaitingTokens], index: Tensor) -> TokenChunk:
-    """The tokens at `index` (K,), ascending, counted through all of `waiting`."""
     first, chunks = 0, []
     for tokens in waiting:
         own = index[(index >= first) & (index < first + len(tokens))] - first
@@ -258,7 +251,7 @@ def _gather(waiting: Sequence[WaitingTokens], index: Tensor) -> TokenChunk:
 
 
 def _take(sources: list[Tensor], chosen_N: Tensor) -> Tensor | None:
-    """(Hkv, K, E): the chosen ones of all sources (Hkv, N, E); None without sources."""
+    """(Hkv, N, E) -> (Hkv, K, E)."""
     index, first, taken = chosen_N.nonzero().squeeze(1), 0, []
     for source in sources:
         stop = first + source.shape[1]
@@ -268,7 +261,6 @@ def _take(sources: list[Tensor], chosen_N: Tensor) -> Tensor | None:
 
 
 def _receive(chunk: TokenChunk, layer: TransVLayer, keys: Tensor, values: Tensor, num_visible_T: Tensor) -> TokenChunk:
-    """Adds to each instruction token its cross-attention to the sources before it."""
     index = (chunk.token_kind_T == TokenKind.INSTRUCTION).nonzero().squeeze(1)
     num_visible: list[int] = num_visible_T[index].tolist()
     if not any(num_visible):

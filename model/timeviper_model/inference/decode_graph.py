@@ -1,6 +1,5 @@
-"""Greedy decode steps of neighbouring slots as one CUDA graph: no kernel launch from Python, no host synchronization.
+"""Greedy decode steps of neighbouring slots as one CUDA graph, without kernel launches from Python or synchronization.
 
-Ids and positions lie in tensors on the device, and the cache has room for all steps, so a captured step stays valid.
 On a CPU the same operations run one by one.
 """
 
@@ -17,13 +16,13 @@ from timeviper_model.layers.nemotron_h import LayerState
 from timeviper_model.timeviper import TimeViper
 
 NUM_WARM_UP_STEPS = 3
-"""Steps before the capture, in which libraries choose their kernels and allocate workspaces."""
+"""Steps before capture, in which libraries choose kernels and allocate workspaces."""
 
 
 class DecodeGraph:
-    """The next `max_steps` greedy tokens of some slots.
+    """Up to `max_steps` greedy tokens of some slots.
 
-    Between construction and `finish` nothing else may use these slots or resize the cache.
+    Nothing else may use these slots or resize the cache before `finish`.
     """
 
     def __init__(
@@ -33,13 +32,11 @@ class DecodeGraph:
 
         Args:
             model: in eval mode.
-            cache: of the model; the slots hold prompts.
-            slots: neighbours, ascending.
-            ids: each slot's last token, the input of the first step.
-            max_steps: maximum calls of `step`.
+            slots: ascending neighbours that hold prompts.
+            ids: last token of each slot.
 
         Raises:
-            ValueError: for slots that are not neighbours or hold no prompt.
+            ValueError: for other slots.
         """
         view = cache.view(slots)
         empty = [slot for slot in view.slots if not cache.num_tokens[slot]]
@@ -50,9 +47,9 @@ class DecodeGraph:
         self._num_steps = 0
         self._ids_B = torch.tensor(ids, device=device)
         self.logprobs_B = torch.zeros(len(ids), dtype=torch.float32, device=device)
-        """Log-probabilities of the last step's tokens."""
+        """Log-probabilities of the last tokens."""
         self.is_finite_B = torch.ones(len(ids), dtype=torch.bool, device=device)
-        """False for slots whose last logits were not finite."""
+        """Whether the last logits of each slot were finite."""
         self._positions_B = torch.tensor([cache.num_tokens[slot] for slot in view.slots], device=device)
         self._num_new = torch.zeros((), dtype=torch.long, device=device)
         for attention in cache.attention.values():
@@ -70,12 +67,11 @@ class DecodeGraph:
 
     @property
     def num_steps_left(self) -> int:
-        """Calls of `step` that remain."""
         return self._max_steps - self._num_steps
 
     @torch.inference_mode()
     def step(self) -> Tensor:
-        """(B,) int64: each slot's next token, in a tensor that the next call overwrites.
+        """Returns the next tokens (B,) int64, which the next call overwrites.
 
         Raises:
             RuntimeError: after `max_steps` calls.
@@ -90,7 +86,7 @@ class DecodeGraph:
         return self._ids_B
 
     def finish(self) -> None:
-        """Records in the cache how many tokens the slots gained. No step may follow."""
+        """Records the slots' new lengths in the cache; ends the graph's use."""
         for slot in self._slots:
             self._cache.num_tokens[slot] += self._num_steps
             for attention in self._cache.attention.values():
@@ -111,7 +107,7 @@ class DecodeGraph:
 
     @torch.inference_mode()
     def _capture(self) -> torch.cuda.CUDAGraph:
-        """The graph of one step, after warm-up steps that are undone; keys and values they wrote are overwritten."""
+        """Captures one step; the warm-up's writes are overwritten later."""
         changed = [self._ids_B, self._positions_B, self._num_new]
         for state in self._cache.mamba.values():
             chunk = slice(self._slots[0], self._slots[-1] + 1)
@@ -133,15 +129,11 @@ class DecodeGraph:
 
 
 class FixedStore:
-    """A KeyValueStore of neighbouring slots whose operations have the same shapes at every step.
-
-    Reads all reserved room of one attention layer under a mask.
-    """
+    """KeyValueStore of neighbouring slots with the same shapes at every step: a mask over all reserved room."""
 
     def __init__(self, cache: AttentionCache, slots: Sequence[int], num_new: Tensor) -> None:
-        """Takes slots of a cache with room for every step.
-
-        `num_new`, an int64 scalar on the device, counts the tokens that each slot has gained since.
+        """Args:
+        num_new: int64 scalar on the device, tokens gained per slot.
         """
         rows = slice(slots[0], slots[-1] + 1)
         with torch.inference_mode():
@@ -154,11 +146,9 @@ class FixedStore:
         self._num_new = num_new
 
     def extend(self, q_THE: Tensor, k_THE: Tensor, v_THE: Tensor) -> Tensor:
-        """Not supported."""
         raise NotImplementedError("a decode graph reads no prompts; prefill them first")
 
     def attend(self, q_BHE: Tensor, k_BHE: Tensor, v_BHE: Tensor) -> Tensor:
-        """Appends one token to each slot, then attends: (B, H, E)."""
         index_B = self._lengths_B + self._num_new
         self._keys_BGLE[self._rows_B, :, index_B] = k_BHE.to(self._keys_BGLE.dtype)
         self._values_BGLE[self._rows_B, :, index_B] = v_BHE.to(self._values_BGLE.dtype)

@@ -1,7 +1,7 @@
-"""Incremental detokenization: token ids to text that no later token can change.
+"""Token ids to text that no later token can change.
 
-Holds text back while it may still become part of a character, a stop string or the template's closing text (`\\n`
-before Nemotron's end token).
+Holds back what may become part of a character, a stop string or the template's closing text (`\\n` before Nemotron's
+end token).
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 REPLACEMENT = "\ufffd"
-"""Output of tokenizers for an incomplete UTF-8 character."""
+"""Output for incomplete UTF-8 characters."""
 
 
 class TextStream:
-    """The text of one growing answer. `stopped` becomes True at a stop string, which is left out with all after it."""
+    """Text of one growing answer, ended (`stopped`) before the first stop string."""
 
     def __init__(self, tokenizer: Any, *, stop: Sequence[str] = (), closing: str = "") -> None:
         if any(not text for text in stop):
@@ -29,13 +29,13 @@ class TextStream:
         self.stopped = False
 
     def push(self, token_id: int) -> str:
-        """Appends a token; returns the text that became certain."""
+        """Appends a token and returns the text that became certain."""
         self._ids.append(token_id)
         self._held += self._new_text(final=False)
         return self._release()
 
     def finish(self, *, closed: bool) -> str:
-        """Returns the held-back text, without the template's closing text if the model ended the answer (`closed`)."""
+        """Returns the held-back text, without closing text if the model ended the answer (`closed`)."""
         self._held += self._new_text(final=True)
         text = self._release()
         rest, self._held = self._held, ""
@@ -44,7 +44,7 @@ class TextStream:
         return text + (rest.removesuffix(self._closing) if closed else rest)
 
     def _new_text(self, *, final: bool) -> str:
-        """Detokenizes from just before the new ids, because a token's text can depend on the previous one."""
+        """Decodes the previous ids too, because they can affect a token's text."""
         known = self._decode(self._ids[self._first : self._next])
         text = self._decode(self._ids[self._first :])
         if not final and (text.endswith(REPLACEMENT) or len(text) <= len(known)):
@@ -53,7 +53,6 @@ class TextStream:
         return text[len(known) :]
 
     def _release(self) -> str:
-        """Cuts the held-back text at the first stop string, else before the longest tail that may become one."""
         if self.stopped:
             return ""
         starts = [start for text in self._stop if (start := self._held.find(text)) >= 0]
@@ -72,6 +71,6 @@ class TextStream:
 
 
 def _overlap(text: str, target: str, *, whole: bool = False) -> int:
-    """Length of the longest tail of `text` that starts `target`; `whole` allows all of `target`."""
+    """Length of the longest suffix of `text` that is a prefix of `target`; `whole` includes `target` itself."""
     longest = len(target) if whole else len(target) - 1
     return next((n for n in range(min(longest, len(text)), 0, -1) if text.endswith(target[:n])), 0)

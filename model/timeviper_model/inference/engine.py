@@ -1,11 +1,8 @@
-"""Continuous batching of many requests through one model, one step at a time, without threads.
+"""Continuous batching of requests through one model, without threads.
 
-A step prefills a bounded number of tokens and then decodes one token for every slot, so no answer waits for a long
-prompt.
+    engine.submit(request);   while engine.has_work: for event in engine.step(): ...
 
-    engine.submit(request) -> id;   while engine.has_work: for event in engine.step(): ...
-
-Tokens depend on the weights, the prompt, the sampling parameters and the seed, never on other requests.
+A step prefills a bounded number of tokens, then decodes one token per slot. Other requests never change an answer.
 """
 
 from __future__ import annotations
@@ -47,24 +44,20 @@ from timeviper_model.timeviper import TimeViper
 logger = logging.getLogger(__name__)
 
 MIN_GRAPH_STEPS = 32
-"""Fewest decode steps worth a CUDA graph, whose capture costs as much as about five steps."""
+"""Minimum decode steps for a CUDA graph; its capture costs about five steps."""
 STEPS_BEFORE_GRAPH = 8
-"""Decode steps of the same slots before a capture: under frequent arrivals a graph would not live long enough."""
+"""Decode steps with unchanged slots before a capture."""
 
 
 class RequestState(enum.Enum):
-    """Progress of a request."""
-
     WAITING = "waiting"
-    """Has no slot."""
+    """No slot yet."""
     PREFILLING = "prefilling"
     DECODING = "decoding"
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class ActiveRequest:
-    """A request between `submit` and its last event."""
-
     id: RequestId
     request: Request
     input_ids: Tensor
@@ -82,15 +75,12 @@ class ActiveRequest:
 
 
 class InferenceEngine:
-    """Continuous batching over the slots of one cache. Not thread-safe: one thread calls every method."""
+    """Continuous batching over the slots of one cache. Not thread-safe."""
 
     def __init__(self, model: TimeViper, config: EngineConfig | None = None, *, tokenizer: Any | None = None) -> None:
-        """Allocates the cache.
-
-        Args:
-            model: in eval mode.
-            config: limits.
-            tokenizer: for text and stop strings. Without one, answers are ids and end at eos_token_id.
+        """Args:
+        model: in eval mode.
+        tokenizer: None = answers are ids, end at eos_token_id and allow no stop strings.
         """
         self.config = config or EngineConfig()
         if self.config.pack_weights:
@@ -107,9 +97,8 @@ class InferenceEngine:
             kept_bytes=self.config.kept_cache_bytes,
         )
         self.end_token_ids = frozenset({model.config.text.eos_token_id})
-        """Ids that end every answer."""
         self.feature_size = model.config.vision.row_size
-        """Width of a row of vision features."""
+        """Width of vision feature rows."""
         self._closing = ""
         if tokenizer is not None:
             template = TEMPLATES[model.config.chat_template]
@@ -128,10 +117,10 @@ class InferenceEngine:
         self._num_same_slots = 0
 
     def submit(self, request: Request) -> RequestId:
-        """Queues `request`; `step` returns its events.
+        """Queues `request`, whose events `step` returns.
 
         Raises:
-            QueueFull: when every slot is taken and `max_queued_requests` wait.
+            QueueFull: when all slots are taken and `max_queued_requests` wait.
             ValueError: when this engine can never serve the request.
         """
         input_ids, token_kind = check_request(
@@ -160,13 +149,13 @@ class InferenceEngine:
         return active.id
 
     def step(self) -> list[Event]:
-        """Admits requests, prefills chunks of their prompts, then decodes one token for every slot."""
+        """Admits requests, prefills chunks of prompts and decodes one token per slot."""
         kept = [event for events in self._undelivered.values() for event in events]
         self._undelivered.clear()
         return kept + self._advance()
 
     def stream(self, request_id: RequestId) -> Iterator[Event]:
-        """Yields one request's events, stepping the engine as needed. Other requests' events are kept for them."""
+        """Yields one request's events. Other requests' events are kept."""
         while True:
             for event in self._undelivered.pop(request_id, []):
                 yield event
@@ -178,7 +167,7 @@ class InferenceEngine:
                 self._undelivered.setdefault(event.request_id, []).append(event)
 
     def cancel(self, request_id: RequestId) -> bool:
-        """Ends a request and frees its slot at once; the next step returns its Finished event.
+        """Ends a request and frees its slot; the next step returns its Finished event.
 
         Returns:
             False when the request is unknown or has ended.
@@ -193,11 +182,10 @@ class InferenceEngine:
 
     @property
     def has_work(self) -> bool:
-        """True while `step` has something to do or to deliver."""
+        """True while `step` has work to do or events to deliver."""
         return bool(self._requests or self._undelivered)
 
     def stats(self) -> EngineStats:
-        """Current counts, and totals since the start."""
         num_waiting = len(self._in_state(RequestState.WAITING))
         return EngineStats(
             num_slots=self.config.num_slots,
@@ -221,7 +209,7 @@ class InferenceEngine:
         return [*self._admit(), *self._prefill_chunks(), *self._decode()]
 
     def _admit(self) -> list[Event]:
-        """Gives free slots to waiting requests, in order, but for those whose prefix another request is computing."""
+        """Assigns free slots in order, except to requests whose prefix is being computed."""
         events: list[Event] = []
         taken = {active.slot for active in self._requests.values()}
         free = [slot for slot in range(self.config.num_slots) if slot not in taken]
@@ -256,14 +244,13 @@ class InferenceEngine:
             self._cache,
             active.slot,
             max_chunk_tokens=self.config.max_prefill_tokens,
-            # also when nothing is kept: equal chunks give equal bits with and without the prefix cache
+            # even without caching: equal chunks give equal bits
             boundary=active.prefix_length,
             prefix=None if lease is None else lease.entry,
             on_prefix=None if lease is None or lease.entry is not None else lease.publish,
         )
 
     def _prefix_key(self, request: Request, length: int) -> Hashable | None:
-        """The key of the prompt's prefix in the cache; None without a prefix or when its entry would not fit."""
         if not length or not self._prefixes.max_bytes:
             return None
         num_vision = request.prompt.num_vision_tokens
@@ -274,10 +261,9 @@ class InferenceEngine:
         return request.prefix_key, tuple(request.prompt.input_ids[:num_system]), num_vision
 
     def _prefill_chunks(self) -> list[Event]:
-        """Prefills up to `max_prefill_tokens`, the prompts taking turns.
+        """Prefills up to `max_prefill_tokens`, prompts in turn.
 
-        A prompt whose next chunk exceeds the step's budget comes first in the next step; one whose features are late
-        passes its turn on.
+        A chunk over the budget comes first in the next step; a prompt without features yet is skipped.
         """
         events: list[Event] = []
         budget = self.config.max_prefill_tokens
@@ -326,7 +312,7 @@ class InferenceEngine:
         return self._choose(self._model.decode_step(ids_B, self._cache, torch.tensor(slots, device=self._device)), rows)
 
     def _decode_graph(self, rows: Sequence[ActiveRequest]) -> DecodeGraph | None:
-        """The CUDA graph of these requests' next steps; None where a plain step serves better."""
+        """Returns None where plain steps are faster."""
         if self._graph is not None and self._graph.num_steps_left:
             return self._graph
         self._end_graph()
@@ -402,7 +388,7 @@ class InferenceEngine:
         return [event, Finished(request_id=active.id, reason=reason, text=rest, usage=self._usage(active))]
 
     def _release(self, active: ActiveRequest) -> None:
-        """Forgets the request and frees its slot. Safe to call again."""
+        """Frees the slot. Idempotent."""
         if self._requests.pop(active.id, None) is None:
             return
         if active.lease is not None:
@@ -424,10 +410,10 @@ class InferenceEngine:
 
 
 def _failed(request_id: RequestId, error: Exception) -> Failed:
-    """The last event of a request whose own work raised `error`.
+    """Turns a request's own error into its last event.
 
     Raises:
-        torch.AcceleratorError: when `error` is one, because the device then fails for every request.
+        torch.AcceleratorError: when `error` is one, because the device then fails for all requests.
     """
     if isinstance(error, torch.AcceleratorError):
         raise error

@@ -1,4 +1,4 @@
-"""A prompt and vision features to an answer, without an engine: the shortest way to use a model.
+"""Answers without an engine.
 
 text = generate(model, tokenizer, "What happens?", features, max_new_tokens=64)
 """
@@ -22,14 +22,12 @@ from timeviper_model.timeviper import TimeViper
 
 
 def generate(model: TimeViper, tokenizer: Any, prompt: str, features: Tensor | None = None, **sampling: Any) -> str:
-    """The answer to a prompt about one medium.
+    """Answers a prompt about one medium.
 
     Args:
         model: in eval mode.
-        tokenizer: of the weights.
-        prompt: the user's text.
-        features: (num_vision_tokens, dim); None for a text-only prompt.
-        sampling: fields of SamplingParams, except `stop` and `num_logprobs`; greedy by default.
+        features: (num_vision_tokens, dim); None for text only.
+        sampling: fields of SamplingParams, except `stop` and `num_logprobs`.
     """
     template, weight = TEMPLATES[model.config.chat_template], model.lm_head.weight
     rows = torch.zeros(0, model.config.vision.row_size) if features is None else features
@@ -48,12 +46,11 @@ def generate(model: TimeViper, tokenizer: Any, prompt: str, features: Tensor | N
 def generate_ids(
     model: TimeViper, prompts: Sequence[PackedBatch], *, end_id: int, params: SamplingParams | None = None
 ) -> list[list[int]]:
-    """One answer per prompt, all decoded together; the end token is left out.
+    """Returns one answer per prompt, without end tokens.
 
     Args:
         model: in eval mode.
-        prompts: one segment each, on the model's device and in its dtype.
-        end_id: ends an answer.
+        prompts: one segment each, on the model's device.
         params: greedy by default.
     """
     params = params or SamplingParams()
@@ -73,9 +70,9 @@ def stream_ids(
     params: SamplingParams | None = None,
     cache: HybridCache | None = None,
 ) -> Iterator[dict[int, int]]:
-    """Yields the next token of each unfinished prompt, by the prompt's index, without end.
+    """Yields each unfinished prompt's next token by index, endlessly and lazily.
 
-    A token is computed when it is requested. `cache` needs one slot per prompt; None allocates one.
+    `cache` needs one slot per prompt; default is a new one.
     """
     if not prompts:
         return

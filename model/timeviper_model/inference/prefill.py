@@ -1,8 +1,7 @@
-"""Prefill of one prompt into one slot of the cache, in chunks of bounded size.
+"""Prefill of one prompt into a cache slot, in chunks of bounded size.
 
-The blocks form spans that end before each TransV site that selects by attention. Chunks go through the first span as
-they are read and wait at its end for the instruction; the tokens that the site keeps go through the next span in
-chunks. Peak memory: one chunk's activations, the waiting tokens, and the cache.
+Spans of blocks end before each TransV site that selects by attention. There the tokens wait for the instruction; the
+kept ones go through the next span in chunks. Memory: one chunk's activations, waiting tokens and the cache.
 """
 
 from __future__ import annotations
@@ -29,18 +28,18 @@ from timeviper_model.timeviper import TimeViper
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrefixEntry:
-    """The model's state after a prompt's system and vision tokens, the same for every question. Read-only.
+    """Read-only state after a prompt's system and vision tokens, valid for every question.
 
-    Covers the blocks before the first site that selects by attention, or all blocks.
+    Covers the blocks before the first site that selects by attention, or all.
     """
 
     num_tokens: int
-    """Number of system and vision tokens."""
+    """System and vision tokens."""
     slot: SavedSlot
     sources: dict[int, TransferSources]
-    """Keys and values that the instruction reads at TransV sites, by layer."""
+    """Keys and values for the instruction, by TransV layer."""
     waiting: WaitingTokens | None
-    """Tokens before the site that selects by attention."""
+    """Tokens before the first site that selects by attention."""
 
     @property
     def num_bytes(self) -> int:
@@ -49,16 +48,15 @@ class PrefixEntry:
 
     @property
     def is_finite(self) -> bool:
-        """False when a value is infinite or NaN, which would spoil every later answer."""
         tensors = [*self.slot.tensors, *(tensor for source in self.sources.values() for tensor in source.tensors)]
         tensors += [] if self.waiting is None else self.waiting.tensors
         return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def prefix_length(token_kind: Tensor) -> int:
-    """Number of leading tokens that no question changes: system, then all vision. 0 with text in between.
+    """Number of leading tokens that no question changes, or 0.
 
-    `s s v v v i i` -> 5, `s v i v i` -> 0 (the second medium's tokens have read a question), `s i` -> 0.
+    ssvvvii  5      svivi  0 (the second medium read a question)      si  0
     """
     vision = (token_kind == TokenKind.VISION).nonzero().squeeze(1)
     if not len(vision):
@@ -69,10 +67,7 @@ def prefix_length(token_kind: Tensor) -> int:
 
 
 class Prefill:
-    """A prompt being read into a slot: call `advance` until it returns logits.
-
-    Other chunk sizes change the result by rounding alone.
-    """
+    """A prompt read into a slot by calls of `advance`. Chunk sizes affect rounding only."""
 
     def __init__(
         self,
@@ -92,16 +87,15 @@ class Prefill:
 
         Args:
             model: in eval mode.
-            input_ids: (T,) int64 on the model's device; ids of vision tokens are ignored.
-            token_kind: (T,) int8 of TokenKind.
-            features: returns the vision rows in blocks (rows, dim) of any size. Called once, at the first vision token,
-                and not at all with `prefix`. An empty block means 'not yet' and ends the call of `advance`.
-            cache: of the model.
-            slot: of the cache.
-            max_chunk_tokens: tokens that go through the blocks together.
-            boundary: index of the prompt where a chunk must end, see `prefix_length`; 0 = none.
-            prefix: entry computed at this boundary for the same system and vision tokens.
-            on_prefix: called with this prompt's entry at the boundary.
+            input_ids: (T,) int64 on the model's device; vision ids are ignored.
+            token_kind: (T,) int8.
+            features: returns vision rows in blocks (rows, dim) of any size; an empty block means 'not yet' and ends
+            `advance`.
+                Called once, at the first vision token; not called with `prefix`.
+            max_chunk_tokens: maximum tokens that go through a block together.
+            boundary: prompt index where a chunk must end (`prefix_length`); 0 = none.
+            prefix: entry with the same boundary, system and vision tokens.
+            on_prefix: receives this prompt's entry at the boundary.
 
         Raises:
             ValueError: for an empty prompt or a chunk size below 1.
@@ -127,9 +121,9 @@ class Prefill:
         self._rows = _FeatureRows(features, num_vision)
         self._last_1D: Tensor | None = None
         self.num_read = 0
-        """Tokens taken through their spans so far."""
+        """Tokens read, counted once per span."""
         self.is_waiting = False
-        """True when the last `advance` ended for want of features."""
+        """True when the last `advance` lacked features."""
         self._view = cache.view([slot])
         cache.reset(slot)
         self._reserve()
@@ -141,7 +135,7 @@ class Prefill:
         self._next_size: int | None = 0
 
     def _reserve(self) -> None:
-        """Reserves the prompt's final size in the cache, which would otherwise be copied as it grows."""
+        """Prevents copies as the cache grows."""
         present = self._rows.num_rows
         for layer in range(self._model.config.text.num_hidden_layers):
             present = self._plans[layer].num_kept if layer in self._plans else present
@@ -149,14 +143,13 @@ class Prefill:
                 self._cache.attention[layer].reserve(self._num_text + present + MIN_CAPACITY)  # and for a first answer
 
     def advance(self, max_tokens: int | None = None) -> Tensor | None:
-        """Takes chunks through their span; returns the next token's (V,) logits when done.
+        """Runs chunks; returns the next token's (V,) logits when done.
 
         Args:
-            max_tokens: maximum tokens of this call's chunks, `max_chunk_tokens` when None. Does not change where chunks
-                end, so no chunk may fit.
+            max_tokens: maximum tokens of this call, default `max_chunk_tokens`. Chunks are never split to fit.
 
         Raises:
-            ValueError: when the features do not match the prompt's vision tokens.
+            ValueError: when features do not match the vision tokens.
         """
         left = self._max_tokens if max_tokens is None else max_tokens
         while self._next_size is not None and self._next_size <= left:
@@ -174,7 +167,7 @@ class Prefill:
         return self._model.logits(self._last_1D)[0]
 
     def _run(self) -> Iterator[int]:
-        """Yields each chunk's size before taking it through its span, repeatedly while its features are missing."""
+        """Yields each chunk's size before running it, and again while its features are missing."""
         for chunk in self._chunks():
             yield chunk.stop - chunk.start
             while not self._rows.has(int((self._token_kind[chunk] == TokenKind.VISION).sum())):
@@ -201,7 +194,6 @@ class Prefill:
                 self._run_span(tokens, layer, stop)
 
     def _chunks(self) -> Iterator[slice]:
-        """The chunks of the prompt that remain to be read; one ends at the boundary."""
         stop = self._num_resumed
         while stop < len(self._input_ids):
             start, limit = stop, self._boundary if stop < self._boundary else len(self._input_ids)
@@ -209,7 +201,6 @@ class Prefill:
             yield slice(start, stop)
 
     def _embed(self, chunk: slice) -> TokenChunk:
-        """The chunk before the first block."""
         kinds = self._token_kind[chunk]
         is_vision = kinds == TokenKind.VISION
         hidden = self._model.backbone.embeddings(self._input_ids[chunk])
@@ -222,7 +213,7 @@ class Prefill:
         return TokenChunk(hidden_TD=hidden, token_kind_T=kinds, position_T=positions)
 
     def _run_span(self, chunk: TokenChunk, first: int, stop: int) -> None:
-        """Takes a chunk through the blocks [first, stop), to where its tokens wait or to the end."""
+        """Runs blocks [first, stop), then stores the chunk as waiting or last."""
         segments = chunk.segments()
         for layer in range(first, stop):
             if layer in self._crossings:
@@ -238,7 +229,7 @@ class Prefill:
             self._last_1D = chunk.hidden_TD[-1:]
 
     def _waiting_at(self, layer: int, boundary: int) -> list[WaitingTokens]:
-        """Empty buffers for the tokens that will wait before block `layer`: up to the boundary, and after it."""
+        """Allocates the tokens that wait before block `layer`, split at the boundary."""
         num_vision = self._plans[layer].num_present
         total = self._num_text + num_vision
         before = boundary - self._rows.num_rows + num_vision if boundary else total
@@ -271,7 +262,7 @@ class Prefill:
 
 
 class _FeatureRows:
-    """Vision rows from blocks of any size, in the sizes that chunks need. Holds no more blocks than necessary."""
+    """Vision rows regrouped to the sizes of chunks."""
 
     def __init__(self, blocks: Callable[[], Iterable[Tensor]], num_rows: int) -> None:
         self.num_rows = num_rows
@@ -281,7 +272,7 @@ class _FeatureRows:
         self._num_taken = 0
 
     def has(self, count: int) -> bool:
-        """True when `count` more rows have come; False when the next block is late."""
+        """False when `count` rows have not come yet."""
         while sum(len(block) for block in self._held) < count:
             if self._blocks is None:
                 self._blocks = iter(self._open())
@@ -295,7 +286,7 @@ class _FeatureRows:
         return True
 
     def take(self, count: int) -> tuple[Tensor, Tensor]:
-        """The next rows' indices (count,) and the rows (count, dim). Call `has` first."""
+        """Returns indices (count,) and rows (count, dim); `has` comes first."""
         rows = torch.cat(self._held) if len(self._held) > 1 else self._held[0]
         self._held = [rows[count:]] if len(rows) > count else []
         indices = torch.arange(self._num_taken, self._num_taken + count)
@@ -303,7 +294,7 @@ class _FeatureRows:
         return indices, rows[:count]
 
     def finish(self) -> None:
-        """Raises ValueError when rows are left over."""
+        """Raises ValueError for surplus rows."""
         more = None if self._blocks is None else next(self._blocks, None)
         if self._held or (more is not None and len(more)):
             raise ValueError(f"vision features have more rows than the {self.num_rows} vision tokens")
@@ -313,17 +304,14 @@ class _FeatureRows:
 def prefill(
     model: TimeViper, batch: PackedBatch, cache: HybridCache, slot: int, *, max_chunk_tokens: int = DEFAULT_CHUNK_TOKENS
 ) -> Tensor:
-    """Reads one prompt into a slot, which is emptied first; (V,) fp32 logits of the token after it.
+    """Empties a slot and reads one prompt into it; returns the next token's (V,) fp32 logits.
 
     Args:
         model: in eval mode.
         batch: one segment.
-        cache: of this model.
-        slot: of the cache.
-        max_chunk_tokens: tokens that go through the blocks together; bounds memory.
 
     Raises:
-        ValueError: when the batch does not hold exactly one segment.
+        ValueError: for another number of segments.
     """
     if batch.num_segments != 1:
         raise ValueError(f"prefill takes one prompt, not {batch.num_segments}; call it once for each slot")

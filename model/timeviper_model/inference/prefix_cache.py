@@ -1,8 +1,8 @@
-"""The video-prefix cache: the model's state after a video and before any question, kept for the next question.
+"""Video-prefix cache: model states after a video, before any question.
 
-Evicts the least recently used entries by bytes, but none in use. While one request computes an entry, others with its
-key wait. Equal keys must mean equal system text, media, frame selection, encoder and merge, and the same tenant;
-weights, dtype and TransV plan are those of the one engine that owns the cache.
+Evicts the least recently used entries that are not in use. While one request computes an entry, others with its key
+wait. A key must identify tenant, system text, media, frame selection, encoder and merge; weights, dtype and TransV plan
+are the engine's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from timeviper_model.inference.prefill import PrefixEntry
 
 
 def prefix_entry_bytes(config: TimeViperConfig, num_system: int, num_vision: int, *, dtype: torch.dtype) -> int:
-    """Bytes of one entry; 2.63 GB for the 9B with the paper's plan at 10,000 frames of 16 tokens in bfloat16."""
+    """Bytes of an entry: 2.63 GB for the 9B, the paper's plan, 10,000 frames of 16 tokens and bfloat16."""
     text, size = config.text, dtype.itemsize
     kv_bytes = 2 * text.num_key_value_heads * text.head_dim * size
     state_size = 8 if dtype == torch.float64 else 4
@@ -46,7 +46,7 @@ def prefix_entry_bytes(config: TimeViperConfig, num_system: int, num_vision: int
 
 
 class PrefixCache:
-    """PrefixEntry objects by key, up to `max_bytes`."""
+    """PrefixEntry objects of up to `max_bytes`."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -60,11 +60,11 @@ class PrefixCache:
         return len(self._entries)
 
     def is_computing(self, key: Hashable) -> bool:
-        """True while a lease that missed may still publish the entry."""
+        """True while a lease may still publish this key."""
         return key in self._computing
 
     def lease(self, key: Hashable) -> PrefixLease:
-        """Pins the entry until the lease is released or, on a miss, reserves the key for computing it.
+        """Pins the entry until release; on a miss, reserves the key.
 
         Raises:
             RuntimeError: while another lease computes it.
@@ -82,7 +82,7 @@ class PrefixCache:
         return PrefixLease(self, key, entry)
 
     def _put(self, key: Hashable, entry: PrefixEntry) -> bool:
-        """Stores and pins the entry; False when the pinned entries leave no room for it."""
+        """Returns False when pinned entries leave no room."""
         idle = [other for other in self._entries if not self._pins.get(other)]
         in_use = self.num_bytes - sum(self._entries[other].num_bytes for other in idle)
         if in_use + entry.num_bytes > self.max_bytes:
@@ -104,23 +104,23 @@ class PrefixCache:
 
 
 class PrefixLease:
-    """One request's hold on an entry that it found or is computing."""
+    """A request's hold on an entry that it found or computes."""
 
     def __init__(self, cache: PrefixCache, key: Hashable, entry: PrefixEntry | None) -> None:
         self._cache, self._key = cache, key
         self.entry = entry
-        """The entry found; None on a miss."""
+        """None on a miss."""
         self._is_computing = entry is None
         self._is_pinned = entry is not None
 
     def publish(self, entry: PrefixEntry) -> None:
-        """Stores the entry computed after a miss if it is finite and fits, and lets waiting requests go on."""
+        """Stores the computed entry if it is finite and fits, and ends the reservation."""
         self._cache._computing.discard(self._key)
         self._is_computing = False
         self._is_pinned = entry.is_finite and self._cache._put(self._key, entry)
 
     def release(self) -> None:
-        """Unpins the entry, or leaves the computation to another request. Safe to call again."""
+        """Unpins the entry or drops the reservation. Idempotent."""
         if self._is_computing:
             self._cache._computing.discard(self._key)
         if self._is_pinned:

@@ -1,4 +1,4 @@
-"""The engine's input and output: requests, events, statistics and limits."""
+"""Input and output of the engine."""
 
 from __future__ import annotations
 
@@ -23,20 +23,17 @@ RequestId = NewType("RequestId", int)
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Request:
-    """One answer to generate."""
-
     prompt: Sample
-    """Token ids with kinds, ending with the opening of the assistant's turn (see build_sample)."""
+    """Prompt that ends with an open assistant turn (see build_sample)."""
     vision_features: Tensor | Callable[[], Iterable[Tensor]]
-    """(num_vision_tokens, dim), or a function that yields them in blocks (see Prefill). An iterator must yield an empty
-    block instead of blocking, which would hold up every slot."""
+    """(num_vision_tokens, dim), or a function that yields them in blocks. It must yield an empty block instead of
+    blocking.
+    """
     sampling: SamplingParams = field(default_factory=SamplingParams)
-    """Options of the answer."""
     prefix_key: str | None = None
-    """Key of the system and vision tokens in the video-prefix cache; None = do not cache.
-
-    Equal keys must mean equal features, and tenants that may share them. The engine adds the system ids and the number
-    of vision tokens. No effect on a prompt with text between media."""
+    """Video-prefix cache key of features and tenant; None = not cached. The engine adds system ids and vision token
+    count.
+    """
 
     def __post_init__(self) -> None:
         if not len(self.prompt):
@@ -52,23 +49,23 @@ class Token:
     logprob: float
     top_logprobs: tuple[tuple[int, float], ...]
     text: str
-    """Text that became certain with this token; "" while part of a character or of a stop string is held back."""
+    """Text that became certain with this token, possibly ""."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finished:
-    """The last event of a request that completed or was cancelled."""
+    """Last event of a completed or cancelled request."""
 
     request_id: RequestId
     reason: FinishReason
     text: str
-    """Held-back text that belongs to the answer after all."""
+    """Rest of the answer's text."""
     usage: Usage
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Failed:
-    """The last event of a request that raised an error; other requests are unaffected."""
+    """Last event of a request that raised an error."""
 
     request_id: RequestId
     error: str
@@ -79,27 +76,25 @@ Event = Token | Finished | Failed
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineStats:
-    """Current counts, and totals since the start, for metrics and autoscaling."""
+    """Current counts, and totals since the start."""
 
     num_slots: int
     active_slots: int
     queued_requests: int
     cache_bytes: int
     prompt_tokens: int
-    """Total of prefilled tokens, without those of cached prefixes."""
+    """Total prefilled tokens, without cached prefixes."""
     completion_tokens: int
-    """Total of generated tokens."""
+    """Total generated tokens."""
     prefix_hits: int
-    """Total hits in the video-prefix cache."""
     prefix_misses: int
     prefix_evictions: int
     prefix_entries: int
-    """Entries now in the video-prefix cache."""
     prefix_bytes: int
 
 
 class QueueFull(RuntimeError):
-    """All slots are taken and the queue is at its limit; try again later."""
+    """The queue is full; try again later."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,22 +104,22 @@ class EngineConfig:
     num_slots: int = 8
     """Requests decoded together; the cache is allocated for this many."""
     max_queued_requests: int = 32
-    """Maximum requests waiting for a slot; further ones are refused with QueueFull."""
+    """Maximum requests waiting for a slot; more are refused with QueueFull."""
     max_prompt_tokens: int = 16384
     """Maximum text and vision tokens of one prompt."""
     max_prefill_tokens: int = DEFAULT_CHUNK_TOKENS
-    """Maximum prompt tokens prefilled in one step, and the size of a prefill chunk."""
+    """Maximum prompt tokens per step and per prefill chunk."""
     max_new_tokens: int = 1024
     """Maximum tokens of one answer."""
     prefix_cache_bytes: int = 0
     """Maximum bytes of the video-prefix cache; 0 = no cache."""
     kept_cache_bytes: int = KEPT_BYTES
-    """Maximum bytes of keys and values per attention layer that stay allocated while no request runs."""
+    """Maximum bytes of keys and values per attention layer that stay allocated while idle."""
     pack_weights: bool = True
-    """Whether to keep a second copy of the weights in the layout of the CPU's float32 kernels, which cuts the time of
-    small batches by a third. Only on a CPU in float32."""
+    """Whether to keep a second copy of the weights for the CPU's float32 kernels: a third less time for small batches.
+    """
     max_graph_steps: int = 256
-    """Maximum greedy decode steps per CUDA graph; 0 = no graphs. Only on CUDA."""
+    """Maximum greedy decode steps per CUDA graph; 0 = no graphs."""
 
     def __post_init__(self) -> None:
         for name in ("num_slots", "max_prompt_tokens", "max_prefill_tokens", "max_new_tokens"):
@@ -141,10 +136,10 @@ class EngineConfig:
 def check_request(
     request: Request, limits: EngineConfig, model: TimeViperConfig, *, has_tokenizer: bool
 ) -> tuple[Tensor, Tensor]:
-    """The prompt's ids (T,) int64 and token kinds (T,) int8, on the CPU.
+    """Returns ids (T,) int64 and token kinds (T,) int8 on the CPU.
 
     Raises:
-        ValueError: when an engine with these limits can never serve the request with this model.
+        ValueError: when no engine with these limits can serve the request.
     """
     prompt, sampling = request.prompt, request.sampling
     if len(prompt) > limits.max_prompt_tokens:
@@ -164,7 +159,7 @@ def check_request(
 
 
 def _prompt_tensors(prompt: Sample, vocab_size: int) -> tuple[Tensor, Tensor]:
-    # through numpy: 5 times as fast as a tensor from a list
+    # 5 times as fast as torch.tensor
     ids = np.array(prompt.input_ids, dtype=np.int64)
     if ids.min() < 0 or ids.max() >= vocab_size:
         wrong = int(ids.min() if ids.min() < 0 else ids.max())

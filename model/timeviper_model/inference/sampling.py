@@ -1,8 +1,4 @@
-"""Logits to the next token: greedy, temperature, top-k, top-p.
-
-A row's token depends only on its logits, parameters and generator, so a request gets the same tokens alone and in a
-batch.
-"""
+"""Logits to the next token. Tokens do not depend on other rows of the batch."""
 
 from __future__ import annotations
 
@@ -21,18 +17,17 @@ class SampledToken(NamedTuple):
     id: int
     logprob: float
     top_logprobs: tuple[tuple[int, float], ...]
-    """The `num_logprobs` most likely (id, log-probability) pairs, best first."""
+    """The most likely (id, log-probability) pairs, best first."""
 
 
 def sample_tokens(
     logits_BV: Tensor, params: Sequence[SamplingParams], generators: Sequence[torch.Generator]
 ) -> list[SampledToken]:
-    """One token per row.
+    """Chooses one token per row.
 
     Args:
-        logits_BV: (B, V) float32 or float64.
-        params: one per row.
-        generators: one per row, on the CPU; a greedy row does not advance its generator.
+        logits_BV: float32 or float64.
+        generators: on the CPU; greedy rows do not advance theirs.
     """
     logprobs_BV = torch.log_softmax(logits_BV, dim=-1)
     ids = torch.argmax(logits_BV, dim=-1).tolist()
@@ -47,7 +42,7 @@ def sample_tokens(
 
 
 def _draw(logits_V: Tensor, params: SamplingParams, generator: torch.Generator) -> int:
-    """Draws by inverse CDF over the tokens in descending order, which takes one uniform number per token."""
+    """Draws by inverse CDF: one uniform number per token."""
     scaled_V, order_V = torch.sort(logits_V.double() / params.temperature, descending=True, stable=True)
     if params.top_k:
         scaled_V = scaled_V[: params.top_k]

@@ -15,26 +15,23 @@ from timeviper_model.ops.linear import Linear
 from timeviper_model.ops.precision import wide_dtype, widen
 
 NUM_CHUNKS, MIN_CHUNK_TOKENS = 8, 64
-"""A CPU sums the values of a long context in chunks of at least this many tokens."""
+"""Maximum chunks, and minimum tokens per chunk, of a CPU's sum over a long context."""
 
 
 class KeyValueStore(Protocol):
-    """One attention layer's keys and values for some slots."""
+    """Keys and values of one attention layer for some slots."""
 
     def extend(self, q_THE: Tensor, k_THE: Tensor, v_THE: Tensor) -> Tensor:
-        """Appends T tokens to the only slot; (T, H, E), causal."""
+        """Appends T tokens to the only slot; returns causal attention (T, H, E)."""
         ...
 
     def attend(self, q_BHE: Tensor, k_BHE: Tensor, v_BHE: Tensor) -> Tensor:
-        """Appends one token to each slot; (B, H, E)."""
+        """Appends one token to each slot; returns (B, H, E)."""
         ...
 
 
 class Rotary:
-    """RoPE (arXiv 2104.09864) in the half-split form of Llama and Qwen2.
-
-    Dimensions j and j + E/2 form a plane, rotated by position * theta ** (-2j / E).
-    """
+    """RoPE (arXiv 2104.09864), half-split: dimensions j and j + E/2 rotate by position * theta ** (-2j / E)."""
 
     def __init__(self, head_dim: int, theta: float) -> None:
         self.head_dim, self.theta = head_dim, theta
@@ -49,7 +46,7 @@ class Rotary:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention, scale 1 / sqrt(head_dim). Nemotron-H has neither bias nor positions, Qwen2 has both."""
+    """Grouped-query attention, scaled by 1 / sqrt(head_dim). Nemotron-H has no biases and no positions, Qwen2 both."""
 
     def __init__(self, config: TextConfig, *, rotary: Rotary | None = None) -> None:
         super().__init__()
@@ -64,14 +61,14 @@ class Attention(nn.Module):
         self.attend: Callable[[Tensor, Tensor, Tensor, Segments], Tensor] = segment_causal_attention
 
     def forward(self, h_TD: Tensor, segments: Segments, store: KeyValueStore | None = None) -> Tensor:
-        """(T, D), causal within each segment; `store` may hold earlier tokens."""
+        """(T, D), causal within each segment and after the tokens of `store`."""
         positions_T = segments.original_positions_T
         q, k, v = self.queries(h_TD, positions_T), self.keys(h_TD, positions_T), self.values(h_TD)
         mixed = self.attend(q, k, v, segments) if store is None else store.extend(q, k, v)
         return self.o_proj(mixed.flatten(1))
 
     def step(self, h_BD: Tensor, store: KeyValueStore, positions_B: Tensor) -> Tensor:
-        """(B, D): the next token of B slots."""
+        """(B, D): next token of B slots."""
         q, k, v = self.queries(h_BD, positions_B), self.keys(h_BD, positions_B), self.values(h_BD)
         return self.o_proj(store.attend(q, k, v).flatten(1))
 
@@ -93,7 +90,7 @@ class Attention(nn.Module):
 def segment_causal_attention(q_THE: Tensor, k_THE: Tensor, v_THE: Tensor, segments: Segments) -> Tensor:
     """(T, H, E): causal attention inside each segment, over padded rows.
 
-    Padding comes last, where the causal mask hides it. A long segment is a row of its own; no T x T matrix is built.
+    The causal mask hides the padding at the end.
     """
     if not segments.buckets:
         return q_THE + 0.0 * (k_THE.sum() + v_THE.sum())  # keeps every parameter in the graph
@@ -106,16 +103,16 @@ def segment_causal_attention(q_THE: Tensor, k_THE: Tensor, v_THE: Tensor, segmen
 
 
 def continued_attention(q_THE: Tensor, k_GLE: Tensor, v_GLE: Tensor) -> Tensor:
-    """(T, H, E): causal attention of the last T of L tokens, without a T x L mask.
+    """(T, H, E): causal attention of the last T of L tokens.
 
-    PyTorch's CPU kernel aligns the causal mask to the first query, and an explicit mask takes twice as long. So
-    `before` and the chunk are computed separately and weighted by their sums of exponentials (arXiv 2205.14135,
-    3.1).
+    PyTorch's CPU kernel aligns its causal mask to the first query, and explicit masks double the time. So `before` and
+    the
+    chunk are computed separately and weighted by their sums of exponentials (arXiv 2205.14135, 3.1).
 
-        before     chunk
-        x x x x | x . .
-        x x x x | x x .
-        x x x x | x x x
+        before  chunk
+        xxxx    x..
+        xxxx    xx.
+        xxxx    xxx
     """
     num_queries, num_before = len(q_THE), k_GLE.shape[1] - len(q_THE)
     if not num_before:
@@ -136,10 +133,7 @@ def continued_attention(q_THE: Tensor, k_GLE: Tensor, v_GLE: Tensor) -> Tensor:
 
 
 def full_attention(q_THE: Tensor, k_GLE: Tensor, v_GLE: Tensor) -> Tensor:
-    """(T, H, E): every query over all L keys.
-
-    The heads of a group become one head with more queries: fewer, larger products.
-    """
+    """(T, H, E): attention to all L keys. A group's heads are merged for larger products."""
     q, _, _ = _by_group(q_THE, k_GLE, v_GLE)
     mixed = F.scaled_dot_product_attention(q.flatten(1, 2)[:, None], k_GLE[:, None], v_GLE[:, None])
     return _from_groups(mixed.view(q.shape))
@@ -153,7 +147,7 @@ def _read(
 
 
 def _by_group(q_THE: Tensor, k_GLE: Tensor, v_GLE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Views (Hkv, H / Hkv, T or L, E), so that the heads of a group share its keys."""
+    """Views (Hkv, H / Hkv, T or L, E)."""
     q = q_THE.view(len(q_THE), len(k_GLE), -1, q_THE.shape[-1]).permute(1, 2, 0, 3)
     k, v = (x[:, None].expand(-1, q.shape[1], -1, -1) for x in (k_GLE, v_GLE))
     return q, k, v
@@ -164,10 +158,7 @@ def _from_groups(mixed_GrTE: Tensor) -> Tensor:
 
 
 def grouped_attention(q_BHE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, visible_BL: Tensor | None = None) -> Tensor:
-    """(B, H, E): one query per head, and one pass over the keys and values of a group.
-
-    `visible_BL` None = all; every query must see something.
-    """
+    """(B, H, E): one query per head; `visible_BL` None = all, and no row may be empty."""
     scores = grouped_scores(q_BHE, k_BHLE)
     if visible_BL is not None:
         scores = scores.masked_fill(~visible_BL[:, None, None], -torch.inf)
@@ -195,6 +186,6 @@ def grouped_scores(q_BHE: Tensor, k_BHLE: Tensor) -> Tensor:
 
 
 def repeat_kv(k: Tensor, v: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-    """Keys and values (B, Hkv, L, E) repeated for each query head."""
+    """Repeats keys and values (B, Hkv, L, E) for each query head."""
     repeats = num_heads // k.shape[1]
     return (k, v) if repeats == 1 else (k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1))

@@ -1,4 +1,4 @@
-"""The language model without its output matrix; both families share the outer parameter names."""
+"""Language model without its output matrix, with the same outer parameter names for both families."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def make_block(config: TextConfig, block_type: BlockType) -> DecoderBlock:
 
 @torch.no_grad()
 def init_backbone(backbone: Backbone, config: TextConfig, generator: torch.Generator) -> None:
-    """Draws weights as transformers does: matrices normal(0, initializer_range), biases 0, norms 1; Mamba by
+    """Initialises as transformers does: matrices normal(0, initializer_range), biases 0, norms 1; Mamba by
     `init_mamba`.
     """
     backbone.embeddings.weight.normal_(0.0, config.initializer_range, generator=generator)

@@ -1,4 +1,4 @@
-"""Selects the implementation of scans, convolutions and attention: PyTorch everywhere, or CUDA kernels."""
+"""Choice between PyTorch and CUDA kernels for scans, convolutions and attention."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from timeviper_model.ops.ssd import ssd_scan
 logger = logging.getLogger(__name__)
 
 Backend = Literal["auto", "torch", "kernels"]
-"""`auto` uses kernels where available, `kernels` raises otherwise."""
+"""`auto` uses available kernels, `kernels` requires them."""
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)
-"""Flash Attention supports no others, and mamba-ssm rounds fp32 to TF32."""
+"""Flash Attention accepts no others, and mamba-ssm rounds fp32 to TF32."""
 
 
 FLASH_CAPABILITY = (8, 0)
-"""Minimum CUDA compute capability of Flash Attention (Ampere)."""
+"""Minimum CUDA compute capability for Flash Attention (Ampere)."""
 
 
 class Operations(NamedTuple):
@@ -42,7 +42,7 @@ KERNELS = Operations(kernel_scan, kernel_conv_silu, varlen_attention)
 
 
 def set_backend(model: nn.Module, backend: Backend, *, device: torch.device | str, dtype: torch.dtype) -> Operations:
-    """Sets the operations of every mixer of `model`, and logs the choice.
+    """Sets and logs the operations of every mixer.
 
     Raises:
         RuntimeError: when `backend` is `kernels` and one is unavailable.
@@ -61,10 +61,8 @@ def use_operations(model: nn.Module, operations: Operations) -> None:
 
 
 def choose_operations(backend: Backend, *, device: torch.device, dtype: torch.dtype) -> Operations:
-    """The operations for `backend` on `device` in `dtype`.
-
-    Raises:
-        RuntimeError: when `backend` is `kernels` and one is unavailable.
+    """Raises:
+    RuntimeError: when `backend` is `kernels` and one is unavailable.
     """
     obstacles = (
         dict.fromkeys(Operations._fields, "backend is torch") if backend == "torch" else _obstacles(device, dtype)
@@ -87,7 +85,7 @@ def choose_operations(backend: Backend, *, device: torch.device, dtype: torch.dt
 
 
 def _obstacles(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """Why kernels are unavailable, by operation."""
+    """Reasons why kernels are unavailable, by operation."""
     if device.type != "cuda":
         return dict.fromkeys(Operations._fields, f"the kernels need CUDA, not {device.type}")
     if dtype not in KERNEL_DTYPES:
@@ -104,7 +102,7 @@ def _obstacles(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
 
 
 def _too_old(device: torch.device) -> str | None:
-    """PyTorch reports a missing Flash Attention only at the first call."""
+    """PyTorch fails only at the first call."""
     capability = torch.cuda.get_device_capability(device)
     if capability >= FLASH_CAPABILITY:
         return None
@@ -113,7 +111,6 @@ def _too_old(device: torch.device) -> str | None:
 
 
 def _missing(module: str, function: str, parameters: set[str]) -> str | None:
-    """Why `function` cannot be called with `parameters`."""
     try:
         found = getattr(importlib.import_module(module), function)
     except (

@@ -1,9 +1,7 @@
-"""HybridCache: per-slot state of each sequence, from prefill through decoding.
+"""HybridCache: Mamba states of fixed size, and keys and values (k) of the tokens that TransV left at each layer.
 
-Mamba layers keep a state of fixed size; attention layers keep the keys and values of the tokens that TransV left there.
-
-    slot 0   mamba: window, state     attention layer 3: k k k k k k k k     attention layer 8: k k k
-    slot 1   mamba: window, state     attention layer 3: k k k               attention layer 8: k k
+slot 0   mamba: window, state     layer 3: kkkkkkkk     layer 8: kkk
+slot 1   mamba: window, state     layer 3: kkk          layer 8: kk
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from timeviper_model.layers.mamba2 import Mamba2State
 from timeviper_model.ops.precision import wide_dtype
 
 MIN_CAPACITY = 128
-"""Initial capacity of a slot, in tokens. Grows by half when full."""
+"""Initial tokens per slot; grows by half."""
 
 KEPT_BYTES = 16 << 20
 """Bytes per layer that stay allocated while all slots are empty; new pages are slow on a CPU."""
@@ -55,7 +53,7 @@ class AttentionCache:
 
     @torch.inference_mode()  # the engine's tensors are inference tensors, and it cancels outside of that mode
     def clear(self, slot: int) -> None:
-        """Empties the slot but keeps its capacity. NaN left there would be read by the next sequence."""
+        """Keeps capacity. NaN left there would reach the next sequence."""
         self.values[slot, :, : self.lengths[slot]] = 0
         self.lengths[slot] = 0
 
@@ -100,8 +98,6 @@ class SavedSlot:
 
 
 class HybridCache:
-    """Mamba states, keys and values of sequences in slots."""
-
     def __init__(
         self,
         config: TextConfig,
@@ -115,7 +111,7 @@ class HybridCache:
             raise ValueError(f"{num_slots = } must be at least 1")
         self.num_slots = num_slots
         self.num_tokens = [0] * num_slots
-        """Tokens each slot has seen, dropped ones included."""
+        """Tokens read by each slot, dropped ones included."""
         device = torch.device(device)
         state_dtype = wide_dtype(dtype)
         self.mamba: dict[int, Mamba2State] = {}
@@ -161,7 +157,7 @@ class HybridCache:
         )
 
     def load(self, slot: int, saved: SavedSlot) -> None:
-        """Copies `saved` into the slot; capacity is kept."""
+        """Copies `saved` into the slot."""
         self.num_tokens[slot] = 0
         for layer, state in self.mamba.items():
             if layer not in saved.mamba:
@@ -181,16 +177,16 @@ class HybridCache:
         return states + sum(attention.num_bytes for attention in self.attention.values())
 
     def view(self, slots: Sequence[int]) -> SlotView:
-        """State for one pass of the model.
+        """Returns the state for one pass of the model.
 
         Raises:
-            ValueError: when slots are out of range, repeated or not ascending.
+            ValueError: for slots out of range, repeated or not ascending.
         """
         return SlotView(self, slots)
 
 
 class SlotView:
-    """State of some slots, by layer; call `write_back` after a pass that changed it."""
+    """State of some slots by layer; `write_back` must follow changes."""
 
     def __init__(self, cache: HybridCache, slots: Sequence[int]) -> None:
         self.slots = list(slots)
@@ -203,7 +199,7 @@ class SlotView:
         self._index: Tensor | None = None
 
     def layer(self, layer: int) -> Mamba2State | SlotStore | None:
-        """State of block `layer`; None for an MLP."""
+        """Returns the state of block `layer`; None for an MLP."""
         if layer in self.cache.attention:
             return SlotStore(self.cache.attention[layer], self.slots, self.runs)
         if layer not in self.cache.mamba:
@@ -256,7 +252,7 @@ class SlotStore:
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
     def _even_runs(self) -> list[tuple[int, int]]:
-        """Neighbouring slots for one padded product; slots of very unequal length are read one by one."""
+        """Neighbouring slots of similar length, each run for one padded product."""
         even = []
         for first, stop in self._runs:
             lengths = self._cache.lengths[first:stop]

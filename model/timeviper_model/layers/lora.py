@@ -1,4 +1,4 @@
-"""Low-rank adapters (Hu et al., arXiv 2106.09685, section 4.1)."""
+"""Low-rank adapters (arXiv 2106.09685, section 4.1)."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ LORA_A, LORA_B = "lora_A", "lora_B"
 class LoraConfig:
     rank: int = 16
     alpha: float = 32.0
-    """The adapter's product is multiplied by alpha / rank."""
+    """Numerator of the adapter's scale, alpha / rank."""
     targets: str = r"backbone\.layers\.\d+\.mixer\.(in_proj|out_proj|q_proj|k_proj|v_proj|o_proj)"
-    """Regular expression matching whole module names."""
+    """Regular expression for whole module names."""
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.alpha <= 0:
@@ -57,9 +57,9 @@ class LoraLinear(Linear):
 
 
 def add_lora(model: nn.Module, config: LoraConfig, generator: torch.Generator) -> list[str]:
-    """Adapts the modules matching `config.targets` in place; returns their names.
+    """Adapts matching modules in place and returns their names.
 
-    A is uniform with Kaiming's bound for a = sqrt(5), as in the authors' code, and B is zero: outputs do not change.
+    A is uniform with Kaiming's bound for a = sqrt(5), as in the authors' code; B is zero.
 
     Raises:
         ValueError: when no linear module matches.
@@ -83,7 +83,7 @@ def add_lora(model: nn.Module, config: LoraConfig, generator: torch.Generator) -
 
 
 def merge_lora(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """Tensors of the plain model, `W + scale * B A`."""
+    """Returns the plain model's tensors, `W + scale * B A`."""
     merged = {name: tensor for name, tensor in tensors.items() if not name.endswith((f".{LORA_A}", f".{LORA_B}"))}
     for name, a in tensors.items():
         if name.endswith(f".{LORA_A}"):

@@ -1,4 +1,4 @@
-"""The Mamba-2 mixer of Nemotron-H: projection, short convolution, scan, gated norm, projection."""
+"""Mamba-2 mixer of Nemotron-H: projection, short convolution, scan, gated norm, projection."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ from timeviper_model.ops.precision import wide_dtype, widen
 from timeviper_model.ops.ssd import ssd_scan, ssd_step
 
 MAX_PROJECTION_ELEMENTS = 2**21
-"""Elements of the input projection in one pass over a long sequence on a CPU: 8 MiB in fp32. glibc returns buffers over
-32 MiB to the system, and fresh pages cost as much as the work in them."""
+"""Elements projected per pass on a CPU: 8 MiB in fp32. glibc returns buffers over 32 MiB to the system, and fresh pages
+are slow.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mamba2State:
-    """State of B sequences. Views into a cache, updated in place."""
+    """State of B sequences, updated in place."""
 
     window_BKD: Tensor
-    """The last K - 1 inputs of the convolution, oldest first."""
+    """Last K - 1 inputs of the convolution, oldest first."""
     ssm_BHPN: Tensor
-    """SSM state in fp32."""
+    """State in fp32."""
 
 
 class Mamba2Mixer(nn.Module):
@@ -42,7 +43,7 @@ class Mamba2Mixer(nn.Module):
         self.chunk_size = config.chunk_size
         self.time_step_limit = config.time_step_limit
         self.is_unlimited = config.time_step_limit == (0.0, math.inf)
-        """True if dt needs no clamping: softplus is never below 0."""
+        """True without clamping, as softplus is never below 0."""
         self.conv_dim = config.conv_dim
         self.in_proj = Linear(config.hidden_size, self.intermediate_size + self.conv_dim + self.num_heads, bias=False)
         self.conv1d = nn.Conv1d(
@@ -58,7 +59,7 @@ class Mamba2Mixer(nn.Module):
         self.scan: Scan = ssd_scan
 
     def forward(self, h_TD: Tensor, segments: Segments, state: Mamba2State | None = None) -> Tensor:
-        """(T, D); continues `state` (one segment, B = 1) and advances it in place."""
+        """(T, D); continues and updates `state` (one segment, B = 1)."""
         length = self._tokens_per_pass(h_TD)
         if len(h_TD) <= length or segments.seq_idx_T is not None:
             return self._mix(h_TD, segments, state)
@@ -96,7 +97,7 @@ class Mamba2Mixer(nn.Module):
         return self.out_proj(self.norm(y.flatten(1), gate))
 
     def step(self, h_BD: Tensor, state: Mamba2State) -> Tensor:
-        """(B, D): the next token of B sequences; advances `state` in place."""
+        """(B, D): next token of B sequences; updates `state`."""
         gate, channels, dt = self.project(h_BD)
         convolved = causal_conv_silu_step(channels, self.conv1d.weight.squeeze(1), self.conv1d.bias, state.window_BKD)
         x, B, C = self.split(convolved)
@@ -104,7 +105,7 @@ class Mamba2Mixer(nn.Module):
         return self.out_proj(self.norm(y.flatten(1), gate))
 
     def _tokens_per_pass(self, h_TD: Tensor) -> int:
-        """All tokens if gradients are kept or on a device."""
+        """All tokens with gradients or on a device."""
         if h_TD.device.type != "cpu" or torch.is_grad_enabled():
             return len(h_TD)
         num_chunks = self.max_projection_elements // (self.in_proj.out_features * self.chunk_size)

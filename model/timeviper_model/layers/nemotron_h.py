@@ -1,4 +1,4 @@
-"""Nemotron-H's blocks: a norm, one mixer, and the residual. `HybridConfig.block_types` IS the architecture."""
+"""Nemotron-H's blocks: norm, mixer, residual."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from timeviper_model.ops.linear import Linear
 from timeviper_model.ops.norm import RMSNorm
 
 LayerState = Mamba2State | KeyValueStore | None
-"""State of a block; None for an MLP, or when nothing is cached."""
+"""State of a block; None for an MLP or without a cache."""
 
 
 class MLP(nn.Module):
-    """Linear maps with relu squared between them; no gate, no bias."""
+    """`down(relu(up(x))^2)`, no bias."""
 
     def __init__(self, config: HybridConfig) -> None:
         super().__init__()
@@ -76,11 +76,13 @@ class Block(nn.Module):
 
 @torch.no_grad()
 def init_mamba(mixer: Mamba2Mixer, config: HybridConfig, generator: torch.Generator) -> None:
-    """Draws the parameters specific to Mamba, in place.
+    """Initialises the parameters specific to Mamba.
 
-    A = 1..H, D = 1, dt log-uniform in [time_step_min, time_step_max] (arXiv 2405.21060, reference code), the output
-    projection scaled by 1 / sqrt(number of blocks). Convolution: uniform in +-1/sqrt(taps) as in Mamba's code;
-    transformers' normal(0, 0.02) would nearly close it.
+    A = 1..H, D = 1, dt log-uniform in [time_step_min, time_step_max] (arXiv 2405.21060, reference code), output
+    projection
+    scaled by 1 / sqrt(number of blocks). Convolution uniform in +-1/sqrt(taps) as in Mamba's code: transformers'
+    normal(0,
+    0.02) would nearly close it.
     """
     bound = config.conv_kernel**-0.5
     mixer.conv1d.weight.uniform_(-bound, bound, generator=generator)

@@ -1,8 +1,8 @@
-"""Projector from vision features to the language model's width (the paper's section 3.2).
+"""Projection of vision features to the language model's width (paper section 3.2).
 
-Two towers have a projector each. A frame's tokens are ordered as follows, narrower ones padded with zeros:
+Tokens of two towers a and b are ordered within a frame, narrower ones zero-padded:
 
-    equal counts     a b a b a b a b        otherwise     a a a a b b
+    equal counts  abababab      otherwise  aaaabb
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from timeviper_model.ops.linear import Linear
 
 
 class Projector(nn.Module):
-    """Linear, GELU, Linear, with biases; no norm on its input."""
+    """Linear, GELU, Linear, with biases; no norm."""
 
     def __init__(self, vision_size: int, hidden_size: int) -> None:
         super().__init__()
@@ -30,8 +30,6 @@ class Projector(nn.Module):
 
 
 class TwoTowerProjector(nn.Module):
-    """A token's row determines its tower."""
-
     def __init__(self, vision: VisionConfig, hidden_size: int) -> None:
         super().__init__()
         assert vision.second is not None
@@ -40,7 +38,7 @@ class TwoTowerProjector(nn.Module):
         self.order = tower_order(vision.num_tokens_per_frame, vision.second.num_tokens_per_frame)
 
     def forward(self, features_VD: Tensor, rows_V: Tensor) -> Tensor:
-        """(V, hidden_size); `rows_V` are rows of the pack's features, and a pack holds whole frames."""
+        """(V, hidden_size); `rows_V` index the pack's features, which hold whole frames."""
         tower_V = torch.tensor(self.order, device=rows_V.device)[rows_V % len(self.order)]
         projected = torch.zeros((), device=features_VD.device, dtype=features_VD.dtype)
         for tower, (projector, size) in enumerate(zip((self.first, self.second), self.sizes, strict=True)):
@@ -57,7 +55,7 @@ def make_projector(vision: VisionConfig, hidden_size: int) -> Projector | TwoTow
 
 
 def combine_towers(first_FND: Tensor, second_FND: Tensor) -> Tensor:
-    """(F, N1 + N2, max(D1, D2)): tokens of two towers as rows of each frame."""
+    """(F, N1 + N2, max(D1, D2)): rows of two towers."""
     width = max(first_FND.shape[2], second_FND.shape[2])
     both = [F.pad(tokens, (0, width - tokens.shape[2])) for tokens in (first_FND, second_FND)]
     order = torch.tensor(tower_order(first_FND.shape[1], second_FND.shape[1]), device=first_FND.device)
@@ -65,7 +63,7 @@ def combine_towers(first_FND: Tensor, second_FND: Tensor) -> Tensor:
 
 
 def tower_order(num_first: int, num_second: int) -> list[int]:
-    """Tower of each token of a frame: [0, 1, 0, 1, ...] for equal counts, else [0, 0, ..., 1, 1, ...]."""
+    """Tower (0 or 1) of each token of a frame."""
     if num_first == num_second:
         return [0, 1] * num_first
     return [0] * num_first + [1] * num_second

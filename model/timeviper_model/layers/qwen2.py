@@ -1,4 +1,4 @@
-"""Qwen2's decoder layer (attention with RoPE, then a gated MLP), with the interface of Nemotron-H's `Block`."""
+"""Qwen2's decoder layer, with the interface of Nemotron-H's `Block`."""
 
 from __future__ import annotations
 

@@ -22,14 +22,14 @@ def merge_rounds(num_patches: int, num_tokens: int) -> list[int]:
 
 @torch.no_grad()
 def merge_tokens(x_BPD: Tensor, num_tokens: int, *, num_heads: int = 16) -> Tensor:
-    """Merges each frame's tokens to exactly `num_tokens`; fewer are returned unchanged.
+    """Merges each frame's tokens to `num_tokens`, unless there are fewer.
 
-    In each round, even-indexed tokens are sources and odd-indexed ones destinations. Each source's best destination
-    has the highest cosine of head-averaged features; the best sources are merged by a mean weighted with token
-    sizes.
+    Each even-indexed token's destination is the odd-indexed one with the highest cosine of head-averaged features. The
+    most
+    similar pairs merge to means weighted by token sizes, in several rounds.
 
     Returns:
-        (B, num_tokens, D): unmerged sources by descending similarity, then destinations.
+        (B, num_tokens, D): unmerged tokens by descending similarity, then destinations.
 
     Raises:
         ValueError: when `num_heads` does not divide D or `num_tokens` is below 1.
@@ -38,7 +38,7 @@ def merge_tokens(x_BPD: Tensor, num_tokens: int, *, num_heads: int = 16) -> Tens
         raise ValueError(f"{num_tokens = } must be at least 1")
     if x_BPD.shape[-1] % num_heads:
         raise ValueError(f"{num_heads = } must divide the features' width {x_BPD.shape[-1]}")
-    # sums over 729 tokens need fp32: 256 is the last integer that bf16 counts exactly
+    # bf16 counts exactly only up to 256
     merged = x_BPD.float()
     sizes = merged.new_ones(*merged.shape[:2], 1)
     for num_merged in merge_rounds(x_BPD.shape[1], num_tokens):

@@ -1,10 +1,7 @@
-"""TransV: between two blocks, drop some vision tokens and transfer their information to the instruction.
+"""TransV: drop vision tokens and transfer their information to the instruction (paper section 3.3, equations 4-6).
 
-Paper section 3.3, equations 4-6:
-
-    before   S S v v v v v v i i i R R        k = min(present, floor(keep * N + 1/2)) vision tokens stay, where N is
-    after    S S v . v . . v i i i R R        the sample's number of vision tokens at the model's input
-                   \\____\\_\\____/ instruction tokens attend to the dropped ones, x += tanh(alpha) * attention
+before   SSvvvvvviiiRR    k = min(present, floor(keep * N + 1/2)) vision tokens stay, N = vision tokens at the
+after    SSv.v..viiiRR    model's input; instruction tokens attend to the dropped ones: x += tanh(alpha) * attention
 """
 
 from __future__ import annotations
@@ -42,7 +39,7 @@ class TokenStream:
         return replace(self, hidden_TD=hidden_TD)
 
     def keep(self, index: Tensor) -> TokenStream:
-        """The tokens `index` (K,) int64, ascending."""
+        """Keeps the tokens `index` (K,) int64, ascending."""
         return TokenStream(
             hidden_TD=take_rows(self.hidden_TD, index),
             segments=self.segments.keep(index),
@@ -53,7 +50,7 @@ class TokenStream:
 
 
 class TransVLayer(nn.Module):
-    """Gated cross-attention without positions or norm (equation 6), with the biases of the backbone's attention."""
+    """Gated cross-attention without positions or norm (equation 6)."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -67,7 +64,7 @@ class TransVLayer(nn.Module):
         self.alpha = nn.Parameter(torch.zeros(1))
 
     def forward(self, receivers_QD: Tensor, sources_KD: Tensor, rows: list[TransferRows]) -> Tensor:
-        """(Q, D) updates of the receivers, tanh(alpha) included."""
+        """(Q, D): updates of the receivers."""
         q = self.q_proj(receivers_QD).unflatten(-1, (self.num_heads, self.head_dim))
         k, v = self.source_keys_values(sources_KD)
         mixed = torch.cat([group.attend(q, k, v) for group in rows])
@@ -75,7 +72,7 @@ class TransVLayer(nn.Module):
         return self._gated(put_rows(mixed, order, len(receivers_QD)))
 
     def source_keys_values(self, sources_KD: Tensor) -> tuple[Tensor, Tensor]:
-        """(K, Hkv, E) keys and values."""
+        """(K, Hkv, E) each."""
         keys, values = (proj(sources_KD).unflatten(-1, (self.num_kv_heads, -1)) for proj in (self.k_proj, self.v_proj))
         return keys, values
 
@@ -96,7 +93,7 @@ class TransVLayer(nn.Module):
         return gated
 
     def idle(self, hidden_TD: Tensor) -> Tensor:
-        """(1, D) of zeros through every parameter: a rank that skips a trained module breaks ZeRO."""
+        """Returns zeros (1, D) through every parameter: under ZeRO every rank must use the module."""
         token = _one_token(hidden_TD)  # zero gradient, but it must pass for ZeRO-3
         one = Segments(torch.zeros(1, dtype=torch.long, device=token.device), 1).rows([0])
         visible = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=token.device)
@@ -105,7 +102,7 @@ class TransVLayer(nn.Module):
 
     @torch.no_grad()
     def copy_from(self, attention: Attention) -> None:
-        """Copies an attention block's projections; the gate is unchanged."""
+        """Copies projections, but not the gate."""
         own = dict(self.named_parameters())
         for name, parameter in attention.named_parameters():
             own[name].copy_(parameter)
@@ -113,16 +110,15 @@ class TransVLayer(nn.Module):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TransferRows:
-    """Segments whose receivers and sources are padded to one shape."""
+    """Segments with receivers and sources padded to one shape."""
 
     receivers: RowBucket
     sources: RowBucket
-    """Source tokens in rows of the same segments."""
     visible_R1QK: Tensor
-    """bool: the source is not padding and precedes the receiver."""
+    """True for real sources before the receiver."""
 
     def attend(self, q_QHE: Tensor, k_KHE: Tensor, v_KHE: Tensor) -> Tensor:
-        """(M, H, E); zeros for a receiver without visible sources."""
+        """(M, H, E); zeros without visible sources."""
         q = self.receivers.pad(q_QHE).transpose(1, 2)
         k, v = (self.sources.pad(tensor).transpose(1, 2) for tensor in (k_KHE, v_KHE))
         sees_any = self.visible_R1QK.any(-1, keepdim=True)
@@ -138,11 +134,11 @@ def apply_site(
     *,
     checkpointing: bool = False,
 ) -> TokenStream:
-    """The stream after a site: fewer vision tokens, updated instruction tokens.
+    """Drops vision tokens and updates instruction tokens.
 
     Args:
         layer: None for `transfer: none`.
-        block: block `site.layer`, needed for `select: attention`.
+        block: block `site.layer`, for `select: attention`.
         checkpointing: recompute the cross-attention, but not the selection, in the backward pass.
     """
     vision_T = stream.token_kind_T == TokenKind.VISION
@@ -156,18 +152,18 @@ def apply_site(
 
 
 def num_kept(original: int, present: int, keep: float) -> int:
-    """Vision tokens that stay: a fraction of the original count, rounded half up, at most `present`."""
+    """Vision tokens that stay: `keep` of the original count, rounded half up, at most `present`."""
     return min(present, math.floor(keep * original + 0.5))
 
 
 def evenly_spaced(num_present: int, num_kept: int, device: torch.device) -> Tensor:
-    """(N,) bool: the vision tokens that stay at a uniform site."""
+    """(N,) bool: vision tokens that stay at a uniform site."""
     every = torch.ones(num_present, dtype=torch.bool, device=device)
     return every if num_kept == num_present else _select_uniform(every, [num_present], [num_kept])
 
 
 def _select(stream: TokenStream, site: TransVSite, block: DecoderBlock | None, vision_T: Tensor) -> Tensor:
-    """(T,) bool: the vision tokens that stay."""
+    """(T,) bool: vision tokens that stay."""
     segments = stream.segments
     present = torch.bincount(segments.ids[vision_T], minlength=segments.num_segments).tolist()
     stay = [num_kept(n, here, site.keep) for n, here in zip(stream.original_counts, present, strict=True)]
@@ -178,7 +174,7 @@ def _select(stream: TokenStream, site: TransVSite, block: DecoderBlock | None, v
 
 
 def _select_uniform(vision_T: Tensor, present: list[int], stay: list[int]) -> Tensor:
-    """Evenly spaced: index j is j * (n - 1) // (k - 1), in integers; k = 1 takes the first."""
+    """Keeps indices j * (n - 1) // (k - 1), or the first for k = 1."""
     device = vision_T.device
     n_S1, k_S1 = (torch.tensor(counts, device=device)[:, None] for counts in (present, stay))
     j_1K = torch.arange(max(stay), device=device)[None]
@@ -195,7 +191,7 @@ def _select_uniform(vision_T: Tensor, present: list[int], stay: list[int]) -> Te
 def _select_by_attention(
     stream: TokenStream, block: DecoderBlock, vision_T: Tensor, present: list[int], stay: list[int]
 ) -> Tensor:
-    """Selects by the attention of the score token; ties go to the lower index."""
+    """Selects by attention of the score token; ties go to the lower index."""
     segments = stream.segments
     kept_T = vision_T.clone()
     queries_SHE, keys_TGE = _score_inputs(stream, block, any_drop=stay != present)
@@ -213,10 +209,9 @@ def _select_by_attention(
 
 
 def _score_inputs(stream: TokenStream, block: DecoderBlock, *, any_drop: bool) -> tuple[Tensor, Tensor]:
-    """Queries (S, H, E) of the score tokens and keys (T, G, E) of all tokens, as in the block.
+    """Queries (S, H, E) of the score tokens and keys (T, G, E) of all tokens.
 
-    Each projection runs exactly once, even if nothing is dropped: under ZeRO-3 a call is a collective, and packs
-    differ.
+    Each projection runs exactly once even without drops: under ZeRO-3 it is a collective.
     """
     positions = stream.segments.original_positions_T
     hidden = stream.hidden_TD
@@ -228,7 +223,6 @@ def _score_inputs(stream: TokenStream, block: DecoderBlock, *, any_drop: bool) -
 
 
 def _one_token(hidden_TD: Tensor) -> Tensor:
-    """(1, D): the first token, or zeros if none is left."""
     return hidden_TD[:1] if len(hidden_TD) else hidden_TD.new_zeros(1, hidden_TD.shape[1])
 
 
@@ -241,7 +235,7 @@ def _score_row(stream: TokenStream, rows: RowBucket, queries_RHE: Tensor, keys_R
 
 
 def _score_tokens(stream: TokenStream) -> Tensor:
-    """(S,) flat index of the last token before each first response, or of the last token."""
+    """(S,) flat index of the last token before the first response, or of the last token."""
     segments = stream.segments
     ends_S = segments.starts_S + segments.lengths_S
     response = (stream.token_kind_T == TokenKind.RESPONSE).nonzero().squeeze(1)
@@ -250,7 +244,6 @@ def _score_tokens(stream: TokenStream) -> Tensor:
 
 
 def _transfer(stream: TokenStream, layer: TransVLayer, source_T: Tensor, checkpointing: bool) -> TokenStream:
-    """Updates each instruction token from the sources before it in its segment."""
     receiver_index = (stream.token_kind_T == TokenKind.INSTRUCTION).nonzero().squeeze(1)
     source_index = source_T.nonzero().squeeze(1)
     rows = _transfer_rows(stream.segments, receiver_index, source_index)
@@ -265,10 +258,10 @@ def _transfer(stream: TokenStream, layer: TransVLayer, source_T: Tensor, checkpo
 def _update(
     hidden_TD: Tensor, layer: TransVLayer, receiver_index: Tensor, source_index: Tensor, rows: list[TransferRows]
 ) -> Tensor:
-    """(Q, D); zeros (1, D) without receivers.
+    """(Q, D) of the receivers; zeros (1, D) without any.
 
-    Always ends with a call of `layer`, which is a collective under ZeRO-3: checkpointed work is recomputed when
-    backward first needs a saved tensor, and that must be the same call on ranks with different packs.
+    Ends with a call of `layer`, a collective under ZeRO-3: checkpointing recomputes when backward first needs a saved
+    tensor, and that call must be the same on every rank.
     """
     if not rows:
         return layer.idle(hidden_TD)
@@ -276,7 +269,6 @@ def _update(
 
 
 def _transfer_rows(segments: Segments, receiver_index: Tensor, source_index: Tensor) -> list[TransferRows]:
-    """Segments with both, grouped so that neither side is padded much."""
     receivers, sources = segments.keep(receiver_index), segments.keep(source_index)
     num_sources = [k if q else 0 for q, k in zip(receivers.lengths, sources.lengths, strict=True)]
     rows = []

@@ -1,4 +1,4 @@
-"""Frames to patch tokens by a frozen Hugging Face vision tower: SigLIP, SigLIP 2 of fixed resolution, DINOv2, ...
+"""Frames to patch tokens by a frozen Hugging Face vision tower (SigLIP, SigLIP 2, DINOv2, ...).
 
 Shapes: B frames, S image side, P patch tokens, D width.
 """
@@ -26,22 +26,20 @@ RESAMPLES: dict[int, Resample] = {2: "bilinear", 3: "bicubic"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preprocessing:
-    """Pixel preprocessing of a vision tower."""
-
     image_size: int
-    """Frames are resized to a square regardless of aspect ratio, as in the paper."""
+    """Side of the square that frames are resized to, regardless of aspect ratio, as in the paper."""
     resample: Resample
     mean: tuple[float, ...]
     std: tuple[float, ...]
     white: float = 255.0
-    """Byte value that rescaling maps to 1."""
+    """Byte value that becomes 1."""
 
     @classmethod
     def from_processor(cls, values: Mapping[str, Any], *, image_size: int, where: str) -> Preprocessing:
         """Parses a `preprocessor_config.json`.
 
         Raises:
-            ValueError: when mean or std is missing, or the size, resampling or a step is not supported.
+            ValueError: when mean or std is missing, or a step is not supported.
         """
         if not values.get("do_resize", True):
             raise ValueError(
@@ -71,14 +69,10 @@ class Preprocessing:
 
 
 class VisionTransformer(nn.Module):
-    """A vision tower cut after the block whose output is used; frozen and in eval mode.
-
-    The default `layer=-2` is the output of the second-to-last block, without the final norm (TimeViper, arXiv
-    2511.16595).
-    """
+    """Frozen vision tower in eval mode, cut after block `layer`. -2 skips the last block and norm (paper)."""
 
     def __init__(self, tower: Any, *, layer: int, preprocessing: Preprocessing, weights_hash: str) -> None:
-        """Takes over `tower` (a transformers vision model)."""
+        """Takes over `tower`, a transformers vision model."""
         super().__init__()
         config = tower.config
         num_blocks = config.num_hidden_layers
@@ -100,16 +94,16 @@ class VisionTransformer(nn.Module):
         self.weights_hash = weights_hash
         self._tower = tower
         self._mean_std = torch.tensor([preprocessing.mean, preprocessing.std]).view(2, 1, 3, 1, 1)
-        """Not a buffer: a tower in bf16 would round it."""
+        """Not a buffer: bf16 would round it."""
         self.requires_grad_(False)
         self.eval()
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str, *, layer: int = -2) -> VisionTransformer:
-        """From a local folder or a Hugging Face name, in fp32 on the CPU.
+        """Loads a local folder or Hugging Face name, in fp32 on the CPU.
 
         Raises:
-            ValueError: when there is no vision model in safetensors form, or `layer` does not exist.
+            ValueError: without a vision model in safetensors form, or without `layer`.
         """
         from transformers import AutoConfig, AutoModel, SiglipVisionModel  # slow import
 
@@ -159,13 +153,13 @@ class VisionTransformer(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Patch tokens (B, P, D), without class and register tokens."""
+        """(B, P, D) without class and register tokens."""
         hidden = self._tower(pixel_values=pixel_values, output_hidden_states=True).hidden_states[-1]
         return hidden[:, hidden.shape[1] - self.num_patches :]
 
 
 def _side(values: Mapping[str, Any], where: str) -> int | None:
-    """Side of the square: the crop's if the processor crops, else the size's."""
+    """Side of the crop, or of the resize without one."""
     size = values.get("crop_size" if values.get("do_center_crop") else "size")
     if size is None or isinstance(size, int):
         return size
@@ -195,7 +189,7 @@ def _local_file(name_or_folder: str, file: str) -> Path:
 
 
 def _hash_weights(name_or_folder: str, tower: Any) -> str:
-    """sha256 over configuration and tensors, independent of how files are sharded."""
+    """sha256 over configuration and tensors, independent of sharding."""
     digest = hashlib.sha256(_local_file(name_or_folder, "config.json").read_bytes())
     digest.update(_local_file(name_or_folder, PREPROCESSOR_FILE).read_bytes())
     for name, tensor in sorted(tower.state_dict().items()):

@@ -1,9 +1,8 @@
-"""The causal convolution of a Mamba-2 mixer, one filter per channel, with SiLU.
+"""Causal convolution of a Mamba-2 mixer, one filter per channel, with SiLU.
 
-    y_t = silu(bias + w_0 x_(t-3) + w_1 x_(t-2) + w_2 x_(t-1) + w_3 x_t)          (K = 4; zeros before the segment)
+    y_t = silu(bias + w_0 x_(t-3) + w_1 x_(t-2) + w_2 x_(t-1) + w_3 x_t)      (K = 4; zeros before the segment)
 
-Shifted multiply-adds over cache-sized blocks are several times as fast on a CPU as `conv1d`, which needs channels
-first.
+On a CPU, multiply-adds over cache-sized blocks are several times as fast as `conv1d`, which needs channels first.
 """
 
 from __future__ import annotations
@@ -19,18 +18,18 @@ from timeviper_model.ops.precision import widen
 BLOCK_ELEMENTS = 2**17
 """Elements of a block: half a MiB in fp32."""
 DEVICE_BLOCK_ELEMENTS = 2**26
-"""Elements of a block on a device: 256 MiB, because launches dominate."""
+"""On a device: 256 MiB, because launches dominate."""
 
 
 def causal_conv_silu(
     x_TD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, *, positions_T: Tensor, initial_KD: Tensor | None = None
 ) -> Tensor:
-    """(T, D): the convolved and activated channels.
+    """(T, D)
 
     Args:
         weight_DK: taps, oldest first.
         positions_T: index of each token in its segment.
-        initial_KD: K - 1 inputs before the pack, oldest first; only for a pack of one segment.
+        initial_KD: previous K - 1 inputs, oldest first; for a single segment only.
     """
     bias = weight_DK.new_zeros(len(weight_DK)) if bias_D is None else bias_D
     if initial_KD is not None and initial_KD.shape[0]:
@@ -45,7 +44,7 @@ def causal_conv_silu(
 
 
 def causal_conv_silu_step(x_BD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, window_BKD: Tensor) -> Tensor:
-    """One token per sequence; shifts it into `window_BKD` (B, K - 1, D), oldest first."""
+    """(B, D): one token per sequence, shifted into `window_BKD` (B, K - 1, D)."""
     taps = torch.cat([window_BKD, x_BD[:, None].to(window_BKD.dtype)], dim=1)
     window_BKD.copy_(taps[:, 1:])
     y_BD = (taps.to(x_BD.dtype) * weight_DK.t().contiguous()).sum(1)  # 6 times as fast as a strided product
@@ -108,7 +107,7 @@ def _convolved(x_TD: Tensor, weight_DK: Tensor, bias_D: Tensor) -> Tensor:
 def _take_back_crossings(
     dx_TD: Tensor, dtaps_KD: Tensor, x_TD: Tensor, dy_TD: Tensor, taps_KD: Tensor, positions_T: Tensor
 ) -> None:
-    """Removes from both gradients the flow across segment boundaries."""
+    """Removes the flow across segments from both gradients."""
     num_taps = len(taps_KD)
     rows = (positions_T < num_taps - 1).nonzero().squeeze(1)
     last = torch.unique(torch.cat([rows - back for back in range(1, num_taps)]))

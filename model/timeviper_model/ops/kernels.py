@@ -1,10 +1,10 @@
-"""CUDA kernels of other packages with the signatures of the PyTorch implementations.
+"""CUDA kernels with the signatures of the PyTorch implementations.
 
     kernel_scan       mamba-ssm's mamba_chunk_scan_combined     for ssd_scan
     kernel_conv_silu  causal-conv1d's causal_conv1d_fn          for causal_conv_silu
     varlen_attention  torch's varlen_attn (Flash Attention)     for segment_causal_attention
 
-The first two are silently wrong beyond 32-bit offsets (mamba issue 1015), so a long pack is processed in chunks.
+The first two are silently wrong beyond 32-bit offsets (mamba issue 1015), so long packs are split.
 """
 
 from __future__ import annotations
@@ -21,12 +21,10 @@ from timeviper_model.ops.ssd import ssd_scan
 MAX_OFFSET = 2**31 - 1
 
 CONV_ALIGNMENT = 8
-"""Rows must start at multiples of this many elements."""
+"""Divisor of row addresses, in elements."""
 
 
 class Scan(Protocol):
-    """Signature of `ssd_scan`."""
-
     def __call__(
         self,
         x_THP: Tensor,
@@ -43,8 +41,6 @@ class Scan(Protocol):
 
 
 class Convolve(Protocol):
-    """Signature of `causal_conv_silu`."""
-
     def __call__(
         self,
         x_TD: Tensor,
@@ -69,7 +65,7 @@ def kernel_scan(
     seq_idx_T: Tensor | None = None,
     max_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`ssd_scan` by mamba-ssm; y is fp32 too, but rounded to the dtype of `x_THP` on the way."""
+    """`ssd_scan` by mamba-ssm; y is fp32, but rounded to the dtype of `x_THP`."""
     operands = x_THP, dt_TH, A_H, B_TGN, C_TGN
     options: dict[str, Any] = {"initial_state_HPN": initial_state_HPN, "seq_idx_T": seq_idx_T}
     if not len(x_THP):  # a kernel cannot be launched for no token
@@ -117,8 +113,7 @@ def scan_in_chunks(
 def max_scan_tokens(x_THP: Tensor, dt_TH: Tensor, B_TGN: Tensor, C_TGN: Tensor, chunk_size: int) -> int:
     """Tokens that the kernels can address, a multiple of `chunk_size`.
 
-    The widest row decides, of the operands as laid out in memory or of the kernels' own allocations (gradients head by
-    head, chunk states, the products C . B).
+    The widest row decides, among operands and the kernels' allocations (gradients per head, chunk states, C . B).
     """
     (_, num_heads, head_dim), (_, num_groups, state_size) = x_THP.shape, B_TGN.shape
     return max_tokens_below_limit(
@@ -151,7 +146,7 @@ def _mamba_ssm_scan(
 ) -> tuple[Tensor, Tensor]:
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
-    # the kernel gives the initial state to segment 0, so the first segment must have that number
+    # the kernel gives the initial state to segment 0
     seq_idx = None if seq_idx_T is None else (seq_idx_T - seq_idx_T[0]).int()[None].contiguous()
     y, last = mamba_chunk_scan_combined(
         x_THP[None],
@@ -191,7 +186,7 @@ def kernel_conv_silu(
 def conv_in_chunks(
     convolve: Convolve, x_TD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, *, positions_T: Tensor, max_tokens: int
 ) -> Tensor:
-    """Calls `convolve` for at most `max_tokens` tokens at a time; a chunk starts K - 1 tokens early."""
+    """Calls `convolve` for at most `max_tokens` tokens, starting K - 1 tokens early."""
     ahead = weight_DK.shape[1] - 1
     outputs = []
     for start in range(0, len(x_TD), max_tokens - ahead):
@@ -217,7 +212,7 @@ def _causal_conv1d(
 
 
 def varlen_attention(q_THE: Tensor, k_THE: Tensor, v_THE: Tensor, segments: Segments) -> Tensor:
-    """No padded rows, and no T x T mask."""
+    """`segment_causal_attention` without padded rows."""
     from torch.nn.attention.varlen import varlen_attn
 
     if not len(q_THE):

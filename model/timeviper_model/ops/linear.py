@@ -1,7 +1,7 @@
-"""Linear maps that use oneDNN on a CPU when no gradient is kept, and PyTorch's own otherwise.
+"""Linear maps by oneDNN for CPU inference, else by PyTorch.
 
-MKL does not use AVX-512 on AMD. On one core of an EPYC, oneDNN was 2.1 times as fast for 512 tokens, 1.1 to 2.2 times
-for 8 to 32, and 1.2 for one. A packed weight takes 0.6 to 0.7 of that time for 8 to 32 tokens, and doubles its memory.
+MKL lacks AVX-512 on AMD. On one EPYC core oneDNN was 2.1 times as fast for 512 tokens and 1.1 to 2.2 times for 8 to 32;
+packed weights take 0.6 to 0.7 of that time for 8 to 32 tokens.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 MIN_PRODUCTS = 2**20
-"""Minimum multiplications for oneDNN; below this, its call overhead dominates."""
+"""Minimum multiplications for oneDNN; below this its call overhead dominates."""
 
 
 def _find_onednn() -> Any | None:
-    """oneDNN's linear map, which has no public name; None in a build without it."""
+    """oneDNN's linear map has no public name; returns None in builds without it."""
     is_built_in = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None) if is_built_in else None
 
@@ -27,7 +27,7 @@ _onednn = _find_onednn()
 
 class Linear(nn.Linear):
     _packed: tuple[Tensor, int, int] | None = None
-    """The weight in oneDNN's layout, and the identity of the weight it was made from."""
+    """Weight in oneDNN's layout, and identity of its source."""
 
     def forward(self, x: Tensor) -> Tensor:
         packed = self._packed
@@ -36,7 +36,7 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias, packed=packed[0])
 
     def pack(self) -> None:
-        """Keeps the weight in oneDNN's layout too. A weight changed later is used unpacked."""
+        """Keeps a second copy in oneDNN's layout, unused once the weight changes."""
         weight = self.weight.detach()
         if _onednn is not None and weight.device.type == "cpu" and weight.dtype == torch.float32:
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight), *_identity(weight)
@@ -51,14 +51,14 @@ def _identity(weight: Tensor) -> tuple[int, int]:
 
 
 def pack_linears(model: nn.Module) -> None:
-    """Packs every Linear of a model whose weights are final."""
+    """Packs every Linear of a model with final weights."""
     for module in model.modules():
         if isinstance(module, Linear):
             module.pack()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, packed: Tensor | None = None) -> Tensor:
-    """`F.linear`, by oneDNN where that is faster."""
+    """`F.linear`, by oneDNN where faster."""
     if _onednn is None or not _is_for_onednn(x, weight):
         return F.linear(x, weight, bias)
     product: Tensor = _onednn(x, weight if packed is None else packed, bias, "none", [], "")

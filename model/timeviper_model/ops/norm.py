@@ -1,6 +1,6 @@
-"""Root-mean-square norms of hidden states, and of groups of gated channels in Mamba-2.
+"""Root-mean-square norms.
 
-On a CPU the explicit gradient runs in cache-sized blocks; autograd's took twice as long as the following product.
+On a CPU the gradient runs in cache-sized blocks; autograd's took twice as long as the following product.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class GatedRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x_TD: Tensor, gate_TD: Tensor) -> Tensor:
-        """In the gate's dtype, computed in that of `x_TD`."""
+        """Computes in the dtype of `x_TD`; returns the gate's."""
         gated = x_TD * F.silu(gate_TD.to(x_TD.dtype))
         grouped = gated.view(len(gated), self.num_groups, gated.shape[1] // self.num_groups)
         weight = self.weight.view(self.num_groups, -1).to(x_TD.dtype)
@@ -95,7 +95,7 @@ def _normed(x: Tensor, weight_GD: Tensor, eps: float) -> Tensor:
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
-    # few operations; a Python number would be converted to a tensor in each call
+    # a Python number would become a tensor in each call
     squares = torch.linalg.vecdot(x, x).unsqueeze(-1)
     return torch.add(_constant(eps, x.dtype), squares, alpha=1 / x.shape[-1]).rsqrt_()
 

@@ -7,10 +7,8 @@ from torch import Tensor
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def widen(x: Tensor) -> Tensor:
-    """`x` in its `wide_dtype`, without a copy if it already is."""
     return x.to(wide_dtype(x.dtype))

@@ -1,10 +1,8 @@
-"""The Mamba-2 recurrence (state space duality, arXiv 2405.21060): a chunked scan, and one step for decoding.
+"""Mamba-2 recurrence (state space duality, arXiv 2405.21060): chunked scan, and one step for decoding.
 
     h_t = exp(dt_t A) h_(t-1) + dt_t B_t x_t          y_t = C_t h_t + D x_t          (per head; h is P x N)
 
-Only the state is carried between chunks, so time and memory are linear in length. Everything runs in at least fp32, and
-no exponent is positive. The backward pass recomputes the C x C matrices, and gets the gradient of the decays from inner
-products of size T x H (see `_decay_gradient`).
+Runs in at least fp32, and no exponent is positive. The backward pass recomputes the C x C matrices.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from torch import Tensor
 from timeviper_model.ops.precision import wide_dtype
 
 MATRIX_ELEMENTS = 2**18
-"""Elements of the C x C matrices computed at a time on a CPU: 1 MiB in fp32, for a core's cache."""
+"""Elements of C x C matrices computed at once on a CPU: 1 MiB in fp32, for a core's cache."""
 
 DEVICE_MATRIX_ELEMENTS = 2**26
 """On a device: 256 MiB, because launches dominate."""
@@ -39,18 +37,17 @@ def ssd_scan(
     seq_idx_T: Tensor | None = None,
     matrix_elements: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Outputs and last state over T tokens (arXiv 2405.21060, section 6, listing 1).
+    """Chunked scan of T tokens (arXiv 2405.21060, section 6, listing 1).
 
     Args:
-        x_THP: inputs.
         dt_TH: step sizes >= 0, after softplus and clamping.
         A_H: negative decay rates.
         B_TGN: input projections; head h uses group h // (H / G).
         C_TGN: output projections.
         D_H: skip connection.
-        chunk_size: maximum tokens per matrix product; affects speed only, like `matrix_elements`.
+        chunk_size: tokens per matrix product; affects speed only, like `matrix_elements`.
         initial_state_HPN: state before the first segment; default zeros.
-        seq_idx_T: the state is reset where these integers change; None = one segment.
+        seq_idx_T: the state is reset where this changes; None = one segment.
 
     Returns:
         y (T, H, P) and the last state (H, P, N), at least fp32.
@@ -70,8 +67,9 @@ def ssd_scan(
 def chunk_length(chunk_size: int, state_size: int, device: torch.device) -> int:
     """Tokens per chunk: `chunk_size` on a device, at most the state size within 32 to 64 on a CPU.
 
-    A token costs (C x C part) 2 C (N + P) and (states) 4 N P operations per head, but the C x C part also needs
-    exponentials. On one core, chunks of 128 took 1.2 to 2.1 times as long (N = 32 to 128), backward 1.3 to 1.7 times.
+    Operations per token and head: 2 C (N + P) within chunks, plus exponentials, and 4 N P for states. On one core,
+    chunks
+    of 128 took 1.2 to 2.1 times as long (N = 32 to 128).
     """
     if device.type != "cpu":
         return chunk_size
@@ -81,7 +79,7 @@ def chunk_length(chunk_size: int, state_size: int, device: torch.device) -> int:
 def ssd_step(
     x_BHP: Tensor, dt_BH: Tensor, A_H: Tensor, B_BGN: Tensor, C_BGN: Tensor, *, D_H: Tensor, state_BHPN: Tensor
 ) -> Tensor:
-    """y (B, H, P) of one token per sequence; updates `state_BHPN` (fp32) in place."""
+    """(B, H, P): one token per sequence; updates `state_BHPN` (fp32)."""
     dtype = state_BHPN.dtype
     x, dt = x_BHP.to(dtype), dt_BH.to(dtype)
     heads_per_group = x.shape[1] // B_BGN.shape[1]
@@ -98,7 +96,7 @@ def ssd_step(
 def _scan_one_chunk(
     x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TGN: Tensor, C_TGN: Tensor, D_H: Tensor, state_HPN: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Inference-only path for short inputs (one chunk): fewer kernel launches, no autograd."""
+    """Inference-only path for one chunk: fewer kernel launches, no autograd."""
     (T, H, P), (G, N) = x_THP.shape, B_TGN.shape[1:]
     log_HT = (dt_TH * A_H).t().cumsum(1)
     enter_HT = log_HT.clamp(min=MIN_EXPONENT).exp_()
@@ -119,16 +117,16 @@ def _scan_one_chunk(
 
 
 class _Decays(NamedTuple):
-    """Products of decays, all <= 1; zero across a segment boundary."""
+    """Products of decays <= 1; zero across segments."""
 
     within_HZCC: Tensor
-    """From token s (last axis) to l >= s of the same chunk; meaningless for l < s, where `keep` is false."""
+    """Token s (last axis) to l of the same chunk; valid where `keep`."""
     enter_ZCH: Tensor
-    """From before the chunk to token l."""
+    """Chunk start to token l."""
     leave_ZCH: Tensor
-    """From token s to after the chunk."""
+    """Token s to chunk end."""
     through_ZH: Tensor
-    """From before to after the chunk."""
+    """Chunk start to end."""
     keep_ZCC: Tensor
     """bool (Z or 1, C, C): l >= s in the same segment."""
 
@@ -152,10 +150,9 @@ def _decays(dt_ZCH: Tensor, A_H: Tensor, seq_idx: Tensor | None) -> _Decays:
 
 
 class _Chunks:
-    """Neighbouring chunks computed together: operands, and the matrices that both passes need.
+    """Neighbouring chunks computed together, with states (G, Z + 1, N, r * P) for r heads per group.
 
-    Batched products accept strided inputs, but need contiguous results to run as one call. States are (G, Z + 1, N,
-    r * P), with the heads of a group adjacent.
+    Batched products need contiguous results to run as one call.
     """
 
     def __init__(self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, seq_idx: Tensor | None) -> None:
@@ -173,7 +170,7 @@ class _Chunks:
         """(C_l . B_s) times the decay from s to l."""
 
     def group(self, x_ZCHP: Tensor, g: int) -> Tensor:
-        """(Z, C, r * P): a view of a group's heads."""
+        """(Z, C, r * P): view of a group's heads."""
         return x_ZCHP[:, :, g * self.r : (g + 1) * self.r].flatten(2)
 
     def into_states(self, projection_ZCGN: Tensor, values_ZCHP: Tensor, out_GZNQ: Tensor) -> None:
@@ -308,9 +305,10 @@ def _projection_gradients(
 def _decay_gradient(chunks: _Chunks, balance_ZCH: Tensor, dafter_GZNQ: Tensor, after_GZNQ: Tensor) -> Tensor:
     """(Z, C, H): gradient of the log decay dt_t A.
 
-    That decay scales every path from a token s < t to a token l >= t. Paths ending in a token contribute <dy, y>,
-    those starting in it <d(dt x), dt x>; `balance` is the difference. Its sum from t to the chunk's end, plus what
-    leaves through the state after the chunk, counts exactly the paths across t.
+    That decay scales every path from s < t to l >= t. Paths ending in a token contribute <dy, y>, those starting in it
+    <d(dt x), dt x>; `balance` is the difference. Its sum from t to the chunk's end, plus the flow out through the
+    state,
+    counts exactly the paths across t.
     """
     leaving_GZQ = (dafter_GZNQ * after_GZNQ).sum(2)
     leaving_GZr = leaving_GZQ.view(chunks.G, chunks.Z, chunks.r, chunks.P).sum(-1)
@@ -334,5 +332,5 @@ def _from_heads(state_HPN: Tensor, num_groups: int) -> Tensor:
 
 
 def _to_heads(state_GNQ: Tensor, num_heads: int) -> Tensor:
-    """Inverse of `_from_heads`."""
+    """(G, N, r * P) -> (H, P, N)"""
     return state_GNQ.transpose(1, 2).reshape(num_heads, -1, state_GNQ.shape[1])
