@@ -1,7 +1,4 @@
-"""The endpoint as a Ray Serve application: a gateway that calls the feature service and the engine service.
-
-`serve run FILE`, `serve deploy FILE` and the serve job all call `build` with the `args` of a Serve configuration file.
-"""
+"""The endpoint as a Ray Serve application: a gateway in front of a feature service and an engine service."""
 
 from __future__ import annotations
 
@@ -31,39 +28,31 @@ from timeviper_platform.serving.messages import (
 )
 
 MAX_GATEWAY_REQUESTS = 512
-"""Concurrent requests of a gateway replica; they mostly wait for the services."""
+"""Concurrent requests per replica; most wait for the services."""
 STATS_TIMEOUT_S = 2.0
-"""Time to wait for statistics, which the engine returns between two steps."""
+"""The engine reports statistics only between two steps."""
 FEATURE_QUEUE = 64
-"""Concurrent requests of a feature replica; most are short lookups in the store."""
+"""Concurrent requests per replica; most are lookups in the store."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Deployments:
-    """Resources and number of replicas of the three deployments."""
-
     gateway: DeploymentSettings = field(default_factory=DeploymentSettings)
-    """Settings of the gateway. Needs at least one replica."""
+    """Gateway. Needs at least one replica."""
     features: DeploymentSettings = field(default_factory=DeploymentSettings)
-    """Settings of the feature service."""
     engine: DeploymentSettings = field(default_factory=DeploymentSettings)
-    """Settings of the engine service."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServeConfig:
-    """`applications[0].args` of the Serve configuration file."""
+    """The `args` of the application in a Serve configuration file."""
 
     weights: str
-    """Folder with weights from the export job."""
+    """Folder written by the export job."""
     features: FeatureServiceConfig
-    """Options of the feature service."""
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
-    """Options of the gateway."""
     engine: EngineServiceConfig = field(default_factory=EngineServiceConfig)
-    """Options of the engine service."""
     deployments: Deployments = field(default_factory=Deployments)
-    """Resources and number of replicas."""
 
     def __post_init__(self) -> None:
         if self.deployments.gateway.autoscaling.min_replicas < 1:
@@ -75,7 +64,7 @@ class ServeConfig:
 
 
 class FeatureReplica(FeatureService):
-    """The feature service as a Ray Serve replica: arrays go to Ray's object store."""
+    """Ray Serve replica that puts arrays into Ray's object store."""
 
     async def __init__(self, weights: str, config: FeatureServiceConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         setup_logging()
@@ -88,7 +77,7 @@ class FeatureReplica(FeatureService):
 
 
 class EngineReplica(EngineService):
-    """The engine service as a Ray Serve replica: arrays come from Ray's object store, statistics go to Prometheus."""
+    """Ray Serve replica that reports statistics to Prometheus."""
 
     def __init__(self, weights: str, config: EngineServiceConfig) -> None:
         setup_logging()
@@ -96,7 +85,7 @@ class EngineReplica(EngineService):
         self._metrics = RayMetrics("timeviper_engine_", module=serve_metrics)
 
     async def check_health(self) -> None:  # type: ignore[override]  # Serve takes both kinds
-        """Raises when the engine has failed. Ray Serve calls this every few seconds, so metrics are sent here too."""
+        """Also sends metrics, because Ray Serve calls this every few seconds."""
         super().check_health()
         with contextlib.suppress(TimeoutError):  # a long step is running
             self._metrics.report(dataclasses.asdict(await asyncio.wait_for(self.stats(), STATS_TIMEOUT_S)))
@@ -107,7 +96,7 @@ class EngineReplica(EngineService):
 
 
 def build(args: dict[str, Any]) -> Any:
-    """The bound application for the `args` of a Serve configuration file, checked as a ServeConfig.
+    """Builds the application from the `args` of a Serve configuration file.
 
     Raises:
         ValueError: for an unknown or invalid key, with its dotted path.
@@ -116,7 +105,6 @@ def build(args: dict[str, Any]) -> Any:
 
 
 def build_application(config: ServeConfig) -> Any:
-    """The bound application."""
     deployments, engine = config.deployments, config.engine.engine
     feature_options = deployments.features.options(
         capacity=FEATURE_QUEUE, served_at_once=config.features.sandbox.num_workers
@@ -138,7 +126,7 @@ def build_application(config: ServeConfig) -> Any:
 
 
 def resolve_paths(config: ServeConfig, root: Path) -> ServeConfig:
-    """`config` with paths below `root` made absolute; an encoder that is not a folder is a name on the hub."""
+    """Makes paths absolute, below `root`. An encoder that is not a folder stays a hub name."""
     config = with_absolute_paths(config, ("gateway.media_root",), root=root)
     keys = ("weights", "features.feature_store", "features.encoder.model", "features.encoder.second.model")
     return with_absolute_paths(config, keys, root=root, if_exists=True)

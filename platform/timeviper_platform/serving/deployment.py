@@ -1,4 +1,4 @@
-"""Typed settings of a deployment's replicas, and Ray Serve's options for them."""
+"""Settings of deployments, and the Ray Serve options that follow from them."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AutoscalingSettings:
-    """Options of Ray Serve's autoscaler, under its own names."""
+    """Options of Ray Serve's autoscaler."""
 
     min_replicas: int = 1
-    """Minimum number of replicas."""
     max_replicas: int = 1
-    """Maximum number of replicas."""
     target_ongoing_requests: float | None = None
-    """Target number of requests per replica; None = 0.65 of its concurrent requests, to leave slots for a burst."""
+    """Target requests per replica; None = 0.65 of its concurrent requests, which leaves room for bursts."""
     metrics_interval_s: float = 2.0
-    """Seconds between two reports of a replica's load."""
+    """Seconds between a replica's load reports."""
     look_back_period_s: float = 10.0
-    """Seconds over which load is averaged. Must be > metrics_interval_s."""
+    """Seconds of load to average. Must be > metrics_interval_s."""
     upscale_delay_s: float = 5.0
     """Seconds of high load before replicas are added."""
     downscale_delay_s: float = 120.0
@@ -34,27 +32,24 @@ class AutoscalingSettings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeploymentSettings:
-    """Resources and limits of one deployment."""
-
     num_cpus: float = 1.0
-    """CPU cores reserved per replica; fractions let several replicas share a core."""
+    """CPU cores per replica; may be a fraction."""
     num_gpus: float = 0.0
-    """GPUs reserved per replica."""
+    """GPUs per replica."""
     max_ongoing_requests: int | None = None
-    """Maximum concurrent requests of a replica; None = the capacity of its service."""
+    """Maximum concurrent requests per replica; None = the service's capacity."""
     max_queued_requests: int = 256
-    """Maximum requests waiting for a replica, per caller; further ones are answered with 429."""
+    """Maximum waiting requests per caller; more are answered with 429."""
     graceful_shutdown_timeout_s: float = 60.0
-    """Seconds that a stopping replica may spend on running requests. Must exceed the longest answer."""
+    """Seconds for running requests when a replica stops. Must exceed the longest answer."""
     autoscaling: AutoscalingSettings = field(default_factory=AutoscalingSettings)
-    """Number of replicas."""
 
     def options(self, *, capacity: int, served_at_once: int) -> dict[str, Any]:
-        """Keyword arguments for `serve.deployment`.
+        """Returns keyword arguments for `serve.deployment`.
 
         Args:
-            capacity: running and waiting requests of a replica, the default of max_ongoing_requests.
-            served_at_once: running requests of a replica, from which the default target follows.
+            capacity: running and waiting requests per replica.
+            served_at_once: running requests per replica.
         """
         scaling = self.autoscaling
         target = scaling.target_ongoing_requests or max(1.0, 0.65 * served_at_once)

@@ -1,7 +1,4 @@
-"""The gateway as a Ray Serve ingress, with clients of the two services that turn Ray's errors into refusals.
-
-Separate from the application, so that a gateway's process does not import torch.
-"""
+"""The gateway as a Ray Serve ingress. Its process does not import torch."""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ READY_TIMEOUT_S = 5.0
 
 
 class ServiceHandle:
-    """FeatureClient and EngineClient over the deployment handle of either service."""
+    """Calls a service by its deployment handle and turns Ray's errors into refusals."""
 
     def __init__(self, name: str, handle: Any) -> None:
         self._name = name
@@ -36,7 +33,6 @@ class ServiceHandle:
     async def features(
         self, source: MediaSource, *, fps: float | None = None, max_frames: int | None = None
     ) -> FeatureReference | Refusal:
-        """See FeatureClient."""
         try:
             answer: FeatureReference | Refusal = await self._handle.features.remote(
                 source, fps=fps, max_frames=max_frames
@@ -46,7 +42,6 @@ class ServiceHandle:
         return answer
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[AnswerDelta | Refusal]:
-        """See EngineClient."""
         response = self._stream_handle.generate.remote(request)
         is_done = False
         try:
@@ -61,7 +56,6 @@ class ServiceHandle:
                 response.cancel()
 
     async def is_ready(self) -> bool:
-        """True when a replica answers."""
         try:
             return bool(await asyncio.wait_for(self._handle.is_ready.remote(), READY_TIMEOUT_S))
         except (RayError, RayServeException, TimeoutError):
@@ -77,15 +71,11 @@ class ServiceHandle:
 
 @serve.ingress()
 class GatewayReplica:
-    """One replica of the gateway."""
-
     def __init__(self, config: GatewayConfig, features: Any, engine: Any) -> None:
-        """Takes the deployment handles of the two services."""
         setup_logging()
         self._app = create_app(
             config, ServiceHandle("feature service", features), ServiceHandle("engine service", engine)
         )
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        """The ASGI application, for Ray Serve."""
         return self._app

@@ -1,7 +1,6 @@
-"""Messages between the gateway, the feature service and the engine service: frozen values, without torch.
+"""Messages between the gateway and its two services, without torch.
 
-A refusal is a message, not an exception: an exception would cross processes with a traceback, which may hold a user's
-text.
+A refusal is a message, because an exception's traceback may contain a user's text.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ Modality = Literal["video", "image"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Refusal:
-    """Why a request is not served, with its HTTP status."""
+    """Reason for not serving a request, with its HTTP status."""
 
     status: int
     message: str
@@ -28,14 +27,12 @@ class Refusal:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredFeatures:
-    """A medium in the feature store."""
-
     media_id: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MediaFile:
-    """An uploaded file, under the server's name for it."""
+    """An uploaded file."""
 
     uri: str
     sha256: str
@@ -59,12 +56,10 @@ MediaSource = StoredFeatures | MediaFile | MediaBytes
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeatureReference:
-    """Vision features of one medium, by reference."""
-
     key: str
-    """Hash of content, encoder recipe and frames: equal keys mean equal features."""
+    """Hash of content, encoder recipe and frames."""
     ref: Any
-    """Ray object reference to int16 bits of bfloat16, (num_frames, num_tokens_per_frame, dim); an array in tests."""
+    """Ray object reference to bfloat16 as int16 bits, (num_frames, num_tokens_per_frame, dim). Tests pass an array."""
     num_frames: int
     num_tokens_per_frame: int
     modality: Modality
@@ -73,7 +68,7 @@ class FeatureReference:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChatTurn:
-    """One message of a conversation. Its media come before its text, as in training."""
+    """A message of a conversation. Its media precede its text."""
 
     role: Literal["system", "user", "assistant"]
     text: str
@@ -85,20 +80,18 @@ class ChatTurn:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateRequest:
-    """`n` answers to one conversation."""
-
     tenant: str
-    """Owner of the request. Tenants share no cached prefixes, whose timing would reveal another's videos."""
+    """Tenants share no cached prefixes, because timing would reveal another tenant's videos."""
     turns: tuple[ChatTurn, ...]
     sampling: SamplingParams
-    """Options of the first answer; the seeds of the others count up from its seed."""
+    """Options of the first answer. Each further answer adds 1 to the seed."""
     n: int = 1
     """Number of answers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenLogprob:
-    """A token's text and log-probability, with alternatives."""
+    """A token and its alternatives."""
 
     token: str
     logprob: float
@@ -107,7 +100,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AnswerDelta:
-    """The continuation of one of the answers; the last one has a finish reason and the usage."""
+    """The next text of an answer. The last delta has the finish reason and the usage."""
 
     index: int
     text: str
@@ -120,22 +113,18 @@ class AnswerDelta:
 
 
 class FeatureClient(Protocol):
-    """Interface of the feature service."""
-
     async def features(
         self, source: MediaSource, *, fps: float | None = None, max_frames: int | None = None
     ) -> FeatureReference | Refusal:
-        """The medium's features. `fps` and `max_frames` can lower the server's limits, not raise them."""
+        """Returns features. `fps` and `max_frames` can only lower the server's limits."""
 
     async def is_ready(self) -> bool:
-        """True when a replica answers."""
+        """Returns whether a replica answers."""
 
 
 class EngineClient(Protocol):
-    """Interface of the engine service."""
-
     def generate(self, request: GenerateRequest) -> AsyncIterator[AnswerDelta | Refusal]:
-        """Yields deltas as they come; a Refusal is always last. Closing the iterator cancels the answers."""
+        """Yields deltas; a Refusal is last. Closing the iterator cancels the answers."""
 
     async def is_ready(self) -> bool:
-        """True when a replica answers."""
+        """Returns whether a replica answers."""

@@ -1,1 +1,1 @@
-"""Requests to tokens, with one engine per replica."""
+"""The engine service."""

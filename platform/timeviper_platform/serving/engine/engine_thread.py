@@ -18,22 +18,19 @@ T = TypeVar("T")
 
 
 class EngineThread:
-    """Runs `engine.step()` while there is work, and sleeps while there is none."""
+    """Steps the engine while it has work."""
 
     def __init__(self, engine: InferenceEngine) -> None:
         self._engine = engine
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._listeners: dict[RequestId, Callable[[Event], None]] = {}
         self.error: str | None = None
-        """Why the engine failed; None while it runs."""
+        """The engine's failure; None while it runs."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     async def submit(self, requests: Sequence[Request]) -> tuple[list[RequestId], asyncio.Queue[Event]]:
-        """Submits all of `requests` or none.
-
-        Returns:
-            Their ids, and the queue of their events.
+        """Submits all requests or none; returns their ids and a queue of their events.
 
         Raises:
             QueueFull, ValueError: as InferenceEngine.submit.
@@ -66,7 +63,7 @@ class EngineThread:
             raise
 
     def cancel(self, request_ids: Sequence[RequestId]) -> None:
-        """Ends those requests that still run, before the next step."""
+        """Cancels requests before the next step."""
 
         def cancel_all() -> None:
             for request_id in request_ids:
@@ -76,7 +73,7 @@ class EngineThread:
         self._commands.put(cancel_all)
 
     async def stats(self) -> EngineStats:
-        """The engine's statistics, read between two steps."""
+        """Reads the statistics between two steps."""
         return await asyncio.wrap_future(self._call(self._engine.stats))
 
     def stop(self) -> None:
@@ -85,7 +82,6 @@ class EngineThread:
         self._thread.join(timeout=10.0)
 
     def _call(self, function: Callable[[], T]) -> Future[T]:
-        """Runs `function` on the engine's thread."""
         future: Future[T] = Future()
 
         def run() -> None:

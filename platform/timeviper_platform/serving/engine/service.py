@@ -1,4 +1,4 @@
-"""The engine service: conversations with feature references in, deltas of answers out. Does not import Ray."""
+"""The engine service: answers conversations with feature references. Does not import Ray."""
 
 from __future__ import annotations
 
@@ -48,41 +48,29 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineServiceConfig:
-    """Options of one replica of the engine."""
-
     device: str = "cpu"
-    """PyTorch device of the model."""
+    """PyTorch device."""
     dtype: Dtype = "float32"
-    """Data type of weights and activations."""
+    """Type of weights and activations."""
     backend: Backend = "auto"
-    """Implementation of scans, convolutions and attention: torch, kernels (an error where CUDA kernels cannot run), or
-    auto (kernels where they can)."""
+    """Implementation of scans, convolutions and attention. `kernels` needs CUDA; `auto` uses kernels where they run."""
     num_threads: int = 0
-    """PyTorch's threads on the CPU; 0 = its default."""
+    """PyTorch's CPU threads; 0 = its default."""
     engine: EngineConfig = field(default_factory=EngineConfig)
-    """Limits of the engine."""
     time_text: bool = False
-    """Whether the prompt states each video's length and number of frames. Must match the weights' training."""
+    """Whether prompts state each video's length and frame count. Must match the training of the weights."""
     coalesce_ms: float = 30.0
-    """Time in which tokens are gathered into one delta; the first token is sent at once."""
+    """Milliseconds of tokens per delta; the first token is sent at once."""
 
 
 class EngineService:
-    """Weights, tokenizer, engine and the engine's thread."""
-
     def __init__(
         self,
         weights: str,
         config: EngineServiceConfig,
         fetch: Callable[[FeatureReference], Awaitable[np.ndarray]],
     ) -> None:
-        """Loads the weights and starts the engine.
-
-        Args:
-            weights: folder with exported weights.
-            config: options of the replica.
-            fetch: returns the array of a reference; raises RuntimeError when it is lost.
-        """
+        """Loads the weights. `fetch` returns a reference's array, or raises RuntimeError when it is lost."""
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         self._config = config
@@ -91,7 +79,7 @@ class EngineService:
         model = from_pretrained(weights, dtype=dtype, device=config.device).eval()
         set_backend(model, config.backend, device=config.device, dtype=dtype)
         self._template = TEMPLATES[model.config.chat_template]
-        # two tokenizers, because a fast tokenizer must not be called from two threads at once
+        # two tokenizers: a fast tokenizer must not be called from two threads at once
         self._tokenizer = load_tokenizer(weights)
         self._engine = InferenceEngine(model, config.engine, tokenizer=load_tokenizer(weights))
         self._thread = EngineThread(self._engine)
@@ -100,7 +88,7 @@ class EngineService:
         logger.info("serving %s with %d slots", weights, config.engine.num_slots)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[AnswerDelta | Refusal]:
-        """Yields deltas as they come; a Refusal is always last. Closing the generator frees the slots."""
+        """Yields deltas; a Refusal is last. Closing the generator frees the slots."""
         limits = self._config.engine
         if self._ongoing + request.n > limits.num_slots + limits.max_queued_requests:
             yield _busy()
@@ -119,11 +107,9 @@ class EngineService:
             self._ongoing -= request.n
 
     async def is_ready(self) -> bool:
-        """True while the engine runs."""
         return self._thread.error is None
 
     async def stats(self) -> EngineStats:
-        """The engine's statistics."""
         return await self._thread.stats()
 
     def check_health(self) -> None:
@@ -132,12 +118,10 @@ class EngineService:
             raise RuntimeError(self._thread.error)
 
     def stop(self) -> None:
-        """Ends the engine's thread."""
         self._thread.stop()
         self._prompts.shutdown(wait=False, cancel_futures=True)
 
     async def _requests(self, request: GenerateRequest) -> list[Request] | Refusal:
-        """One engine request per answer."""
         media = [reference for turn in request.turns for reference in turn.media]
         try:
             arrays = await asyncio.gather(*(self._fetch(reference) for reference in media))
@@ -188,7 +172,7 @@ class EngineService:
     async def _deltas(
         self, ids: Sequence[RequestId], events: asyncio.Queue[Event], *, with_logprobs: bool
     ) -> AsyncGenerator[AnswerDelta | Refusal]:
-        """Gathers events into deltas: the first token at once, then all within `coalesce_ms`."""
+        """Gathers the events of each `coalesce_ms` into deltas; the first token is sent at once."""
         loop = asyncio.get_running_loop()
         unfinished = len(ids)
         next_send = loop.time()
@@ -236,10 +220,10 @@ class EngineService:
 def build_prompt(
     tokenizer: Any, turns: Sequence[ChatTurn], template: ChatTemplate, *, with_time_text: bool = False
 ) -> Sample:
-    """The prompt of a conversation up to the assistant's turn. A turn's media come before its text, as in training.
+    """Builds the prompt up to the assistant's turn.
 
     Raises:
-        ValueError: for turns out of order, or a text that contains the marker for media.
+        ValueError: for turns out of order, or text that contains the media marker.
     """
     conversation = []
     for turn in turns:
@@ -255,9 +239,9 @@ def build_prompt(
 
 
 def prefix_key(tenant: str, media: Sequence[FeatureReference]) -> str | None:
-    """The key of a conversation's media in the engine's video-prefix cache; None without media.
+    """Returns the key of the media in the video-prefix cache; None without media.
 
-    A reference's key covers content, encoder recipe and frames; the engine adds the tokens before the media.
+    The engine adds the tokens before the media.
     """
     if not media:
         return None
@@ -269,10 +253,10 @@ def _time_text(medium: FeatureReference) -> str:
 
 
 def _rows(arrays: Sequence[np.ndarray]) -> Tensor | None:
-    """(V, dim) bfloat16 rows of all media; None without media."""
+    """Returns (V, dim) bfloat16 rows of all media; None without media."""
     if not arrays:
         return None
-    # a copy: arrays from the object store are read-only, and PyTorch has no read-only tensors
+    # copied: the object store returns read-only arrays, which PyTorch does not support
     return torch.cat([torch.from_numpy(array.copy()).view(torch.bfloat16).flatten(0, 1) for array in arrays])
 
 

@@ -1,1 +1,1 @@
-"""Uploaded or stored media to features."""
+"""The feature service."""

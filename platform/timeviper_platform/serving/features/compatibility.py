@@ -1,4 +1,4 @@
-"""Checks at a replica's start that weights, feature store and encoder belong together, by their recipes alone."""
+"""Checks by recipe that weights, feature store and encoder fit together."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ VERSION_KEY = "recipe_version"
 """Key in a recipe: version of frame selection and rotation."""
 
 RECIPE_HASH_KEY = "recipe_hash"
-"""Key in the weights' metadata: recipe hash of the feature store they were trained on."""
+"""Key in the weights' metadata: recipe hash of their feature store."""
 
 
 def check_features_fit(weights: str, *, store: FeatureStore | None, encoder: FrameEncoder | None) -> None:
-    """Passes when the features of store and encoder are those that the weights were trained on.
+    """Checks that store and encoder give the features that the weights were trained on.
 
     Raises:
         ValueError: with every difference.
@@ -51,7 +51,7 @@ def _expected_by(weights: str) -> Facts:
 
 
 def _whole(recipe: dict[str, Any]) -> Facts:
-    """A recipe by dotted names, with defaults for optional keys."""
+    """Flattens a recipe to dotted names and adds defaults of optional keys."""
     return {"num_towers": recipe_facts(recipe)["num_towers"], "compiled": False, **_flat(recipe)}
 
 

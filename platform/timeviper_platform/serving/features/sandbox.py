@@ -1,6 +1,6 @@
-"""Decoding of untrusted media: a fresh process per medium, with limits and a deadline.
+"""Decodes untrusted media, each in a fresh process with limits and a deadline.
 
-One spare process is started in advance, because loading the decoder takes longer than decoding most videos.
+A spare process is ready in advance, because starting one takes longer than decoding most videos.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from timeviper_platform.serving.messages import MediaBytes, MediaFile, Refusal
 
 MAX_OPEN_FILES = 64
 MAX_WRITTEN_BYTES = 4 * 2**20
-"""Of any file; decoded frames go through memory."""
+"""Per file; decoded frames go through memory."""
 
 PASSED_ON = ("PATH", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "AWS_", "FSSPEC_", "COVERAGE_")
-"""Prefixes of the environment variables that a child gets, without the cluster's keys and tokens."""
+"""Prefixes of the environment variables passed to a child."""
 
 REASONS = {
     "empty_file": "the file is empty",
@@ -41,34 +41,30 @@ REASONS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SandboxConfig:
-    """Limits of decoding one medium."""
-
     deadline_s: float = 60.0
-    """Maximum wall-clock seconds of decoding one medium; a slower one is answered with 408."""
+    """Maximum seconds to decode a medium; a slower one is answered with 408."""
     max_memory_bytes: int = 2 * 2**30
-    """Maximum memory of a decode process."""
+    """Maximum memory per decode process."""
     max_pixels: int = 36_000_000
-    """Maximum width x height, read from the header before decoding. 8K UHD passes."""
+    """Maximum width x height. 8K UHD passes."""
     max_frames: int = 36_000
     """Maximum frames at the server's fps. Ten hours at 1 fps pass."""
     num_workers: int = 2
-    """Media that one replica decodes at the same time, each on one core."""
+    """Media decoded at once per replica, one core each."""
 
 
 @dataclass(frozen=True, slots=True)
 class DecodedMedium:
-    """Frames of one upload."""
-
     frames: np.ndarray
     """(F, S, S, 3) uint8."""
     pts_seconds: np.ndarray
     """(F,) float64."""
     end_seconds: float
-    """Duration by the video's own timestamps; 0 for a picture."""
+    """Duration by the video's timestamps; 0 for a picture."""
 
 
 class DecodeSandbox:
-    """Decode processes that end after one medium each."""
+    """Decode processes, each for one medium."""
 
     def __init__(self, config: SandboxConfig, image_size: int) -> None:
         self._config = config
@@ -77,7 +73,7 @@ class DecodeSandbox:
         self._spare: asyncio.Task[DecodeChild] | None = None
 
     async def decode(self, source: MediaFile | MediaBytes, *, fps: float, max_frames: int) -> DecodedMedium | Refusal:
-        """The medium's frames at `fps`, thinned to `max_frames`."""
+        """Returns frames at `fps`, thinned to `max_frames`."""
         data = source.data if isinstance(source, MediaBytes) else b""
         limits = MediaLimits(max_pixels=self._config.max_pixels, max_frames=self._config.max_frames)
         job = {
@@ -105,13 +101,11 @@ class DecodeSandbox:
                 await asyncio.to_thread(child.kill)
 
     async def start(self) -> None:
-        """Starts the spare process."""
         if self._spare is None:
             self._spare = asyncio.create_task(self._start_child())
         await asyncio.shield(self._spare)
 
     async def close(self) -> None:
-        """Ends the spare process."""
         if self._spare is not None:
             await asyncio.to_thread((await self._spare).kill)
             self._spare = None

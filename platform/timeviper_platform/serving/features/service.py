@@ -1,7 +1,6 @@
-"""The feature service: a stored medium or an upload in, a reference to vision features out. Does not import Ray.
+"""The feature service: turns a medium into a reference to its vision features. Does not import Ray.
 
-A medium in the feature store (by id, or by its content's SHA-256) is read there. Any other is decoded in a sandbox and
-encoded with the encoder of the preprocessing job, which gives the same features.
+Media in the feature store, by id or SHA-256, are read. Others are decoded in a sandbox and encoded as in preprocessing.
 """
 
 from __future__ import annotations
@@ -40,24 +39,21 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeatureServiceConfig:
-    """Options of one replica of the feature service."""
-
     feature_store: str | None = None
-    """Feature store of the preprocessing job; None = no feature:// ids."""
+    """Feature store; None = no feature:// ids."""
     encoder: VisionTowerConfig | None = None
     """Encoder with the feature store's recipe; None = no uploads."""
     fps: float = 1.0
-    """Sampling rate of uploads, and the highest rate that a request can choose."""
+    """Sampling rate of uploads. Requests can only lower it."""
     max_frames: int = 256
-    """Maximum frames of a medium, which a request can lower."""
+    """Maximum frames per medium. Requests can only lower it."""
     frame_selection: FrameSelection = "uniform"
-    """Which frames of a longer medium are kept."""
+    """Frames to keep of a longer medium."""
     cache_bytes: int = 512 * 2**20
-    """Maximum bytes of features that a replica keeps for further questions."""
+    """Maximum bytes of cached features per replica."""
     num_threads: int = 0
-    """PyTorch's threads on the CPU; 0 = its default."""
+    """PyTorch's CPU threads; 0 = its default."""
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
-    """Limits of decoding uploads."""
 
     def __post_init__(self) -> None:
         if self.feature_store is None and self.encoder is None:
@@ -67,29 +63,21 @@ class FeatureServiceConfig:
 
 
 class FeatureService:
-    """Store, encoder, sandbox, and a cache of references."""
-
     def __init__(self, weights: str, config: FeatureServiceConfig, put: Callable[[np.ndarray], Any]) -> None:
-        """Opens the store and loads the encoder.
-
-        Args:
-            weights: folder of the model that reads the features; only its configuration is read.
-            config: options of the replica.
-            put: stores an array and returns a reference to it.
+        """Opens the store and the encoder. `put` stores an array and returns a reference to it.
 
         Raises:
-            ValueError: when the store's or the encoder's features do not fit the weights.
+            ValueError: when the features do not fit the weights.
         """
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         self._config = config
         self._put = put
         self.store = None if config.feature_store is None else FeatureStore.open(config.feature_store)
-        """The configured feature store."""
         self._encoder = None if config.encoder is None else FrameEncoder(config.encoder)
         check_features_fit(weights, store=self.store, encoder=self._encoder)
         self.recipe = None if self._encoder is None else json.dumps(self._encoder.recipe, sort_keys=True)
-        """The encoder\'s recipe as JSON."""
+        """The encoder's recipe as JSON."""
         self._sandbox = None if self._encoder is None else DecodeSandbox(config.sandbox, self._encoder.image_size)
         self._encode_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
         self._kept: OrderedDict[str, tuple[FeatureReference, int]] = OrderedDict()
@@ -99,14 +87,13 @@ class FeatureService:
         logger.info("features of %d stored media, uploads %s", num_stored, "on" if self._encoder else "off")
 
     async def start(self) -> None:
-        """Starts a decode process for the first upload."""
         if self._sandbox is not None:
             await self._sandbox.start()
 
     async def features(
         self, source: MediaSource, *, fps: float | None = None, max_frames: int | None = None
     ) -> FeatureReference | Refusal:
-        """The medium's features. `fps` and `max_frames` can lower the configured limits, not raise them."""
+        """Returns features. `fps` and `max_frames` can only lower the configured limits."""
         fps = min(fps or self._config.fps, self._config.fps)
         max_frames = min(max_frames or self._config.max_frames, self._config.max_frames)
         if isinstance(source, StoredFeatures):
@@ -131,18 +118,16 @@ class FeatureService:
         return await self._once(key, lambda: self._read(info, key, frames))
 
     async def is_ready(self) -> bool:
-        """True once constructed."""
         return True
 
     async def close(self) -> None:
-        """Ends the spare decode process."""
         if self._sandbox is not None:
             await self._sandbox.close()
 
     async def _once(
         self, key: str, make: Callable[[], Awaitable[FeatureReference | Refusal]]
     ) -> FeatureReference | Refusal:
-        """The cached reference, else the result of `make`, called once for all concurrent requests."""
+        """Returns the cached reference, or calls `make` once for all concurrent requests."""
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key][0]
@@ -172,7 +157,7 @@ class FeatureService:
         return await self._keep(key, features, source.modality, decoded.end_seconds)
 
     async def _keep(self, key: str, features: Tensor, modality: Modality, duration_seconds: float) -> FeatureReference:
-        """Stores (F, N, dim) bfloat16 features and caches the reference, evicting the least recently used."""
+        """Stores (F, N, dim) bfloat16 features; evicts the least recently used."""
         bits = features.cpu().contiguous().view(torch.int16).numpy()
         reference = FeatureReference(
             key=key,

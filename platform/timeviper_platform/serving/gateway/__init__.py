@@ -1,1 +1,1 @@
-"""HTTP to requests, and tokens to responses."""
+"""The HTTP gateway."""

@@ -1,7 +1,4 @@
-"""A chat request from HTTP to the engine's request: checks limits and replaces media by features.
-
-A medium is a data: URI, an uploaded file or a stored medium. Remote addresses are never fetched.
-"""
+"""Converts chat requests: checks limits and replaces media by features. Never fetches remote addresses."""
 
 from __future__ import annotations
 
@@ -36,19 +33,16 @@ FEATURE_SCHEME = "feature://"
 
 
 class ChatPreparation:
-    """Converts chat requests of one gateway."""
-
     def __init__(self, config: GatewayConfig, features: FeatureClient, store: MediaStore) -> None:
-        """`store` holds the uploads."""
         self._config = config
         self._features = features
         self._store = store
 
     async def prepare(self, chat: ChatCompletionRequest, tenant: str) -> GenerateRequest:
-        """The engine's request, with the features of all media, which are computed concurrently.
+        """Returns the engine's request, with all features computed concurrently.
 
         Raises:
-            ApiError: for a request that exceeds the limits or names unknown media, or a feature service's refusal.
+            ApiError: for exceeded limits, unknown media, or a refusal by the feature service.
         """
         max_new_tokens = self._check_limits(chat)
         media = [
@@ -81,7 +75,7 @@ class ChatPreparation:
         )
 
     def _check_limits(self, chat: ChatCompletionRequest) -> int:
-        """The maximum number of new tokens."""
+        """Returns the maximum number of new tokens."""
         max_new_tokens = chat.max_completion_tokens or chat.max_tokens or self._config.default_max_tokens
         if max_new_tokens > (limit := self._config.max_tokens):
             message = f"max_tokens is {max_new_tokens}, the limit is {limit}"
@@ -134,7 +128,7 @@ def _text(message: ChatMessage) -> str:
 
 
 def _media_parts(index: int, message: ChatMessage) -> list[tuple[MediaPart, str]]:
-    """The message's media parts, each with its dotted path in the request."""
+    """Returns the media parts, each with its dotted path in the request."""
     if isinstance(message.content, str):
         return []
     return [

@@ -1,4 +1,4 @@
-"""Options of the gateway: API keys and limits of requests."""
+"""API keys and request limits of the gateway."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ApiKey:
-    """One API key."""
-
     tenant: str
-    """Owner of the key, its files and its caches. Several keys may share a tenant."""
+    """Owner of files and caches. Several keys may share a tenant."""
     sha256: str
     """SHA-256 of the key in hex. Generate both: `openssl rand -hex 32 | tee key | tr -d '\\n' | sha256sum`."""
 
@@ -24,30 +22,28 @@ class ApiKey:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GatewayConfig:
-    """Options of the gateway."""
-
     model_name: str = "timeviper"
-    """Value of `model` in requests."""
+    """Model name in requests."""
     media_root: str = "outputs/serving/media"
-    """Folder or URI of uploads. Every replica of the gateway and of the feature service must reach it."""
+    """Folder or URI of uploads, reachable by all replicas of the gateway and the feature service."""
     api_keys: tuple[ApiKey, ...] = ()
     """Accepted API keys; empty = requests need no key."""
     max_request_bytes: int = 16 * 2**20
-    """Maximum bytes of a chat request's body, data: URIs included."""
+    """Maximum bytes of a chat request, data: URIs included."""
     max_upload_bytes: int = 512 * 2**20
-    """Maximum bytes of an upload's body."""
+    """Maximum bytes of an upload."""
     max_media_per_request: int = 8
-    """Maximum videos and pictures of one request."""
+    """Maximum videos and pictures per request."""
     max_text_characters: int = 100_000
-    """Maximum characters of all messages of a request."""
+    """Maximum characters per request, over all messages."""
     default_max_tokens: int = 256
-    """Maximum tokens of an answer where the request sets none."""
+    """Maximum tokens per answer where a request sets none."""
     max_tokens: int = 1024
     """Maximum tokens per answer. Must be <= engine.max_new_tokens."""
     default_temperature: float = 1.0
-    """Temperature where a request sets none. OpenAI's is 1."""
+    """Temperature where a request sets none; OpenAI's is 1."""
     request_timeout_s: float = 300.0
-    """Maximum seconds from the last byte of a request to the last byte of its answer."""
+    """Maximum seconds from a request's last byte to its answer's last byte."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.default_max_tokens <= self.max_tokens:

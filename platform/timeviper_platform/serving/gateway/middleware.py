@@ -1,6 +1,6 @@
-"""ASGI middleware for every route: API keys, body limits, metrics and one log line per request.
+"""ASGI middleware for all routes: API keys, body limits, metrics, and logs without bodies, keys or queries.
 
-Handlers find the tenant in `request.state.tenant`. Logs and metrics contain no bodies, keys or queries.
+Sets `request.state.tenant`.
 """
 
 from __future__ import annotations
@@ -25,39 +25,34 @@ from timeviper_platform.serving.gateway.openai_protocol import ApiError
 logger = logging.getLogger(__name__)
 
 OPEN_PATHS = ("/health/live", "/health/ready")
-"""Paths of the cluster's probes, which send no key."""
+"""Cluster probes, which send no key."""
 PUBLIC_TENANT = "public"
 
 
 class GatewayMetrics:
-    """Requests and tokens of this replica since its start."""
-
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         self._metrics = prometheus_metrics("timeviper_gateway_", self._registry)
 
     def start_request(self) -> None:
-        """Counts a request in progress."""
         self._metrics["ongoing_requests"].inc()
 
     def end_request(self, route: str, status: int) -> None:
-        """Counts the request's end."""
         self._metrics["ongoing_requests"].dec()
         self._metrics["requests"].labels(route=route, status=str(status)).inc()
 
     def add_usage(self, usage: Mapping[str, Any]) -> None:
-        """Counts the tokens of a usage object in OpenAI's format."""
+        """Counts the tokens of OpenAI's usage object."""
         self._metrics["prompt_tokens"].inc(usage["prompt_tokens"])
         self._metrics["cached_prompt_tokens"].inc(usage["prompt_tokens_details"]["cached_tokens"])
         self._metrics["completion_tokens"].inc(usage["completion_tokens"])
 
     def render(self) -> bytes:
-        """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
 
 class RequestGuard:
-    """Authenticates, limits, counts and logs every request, and answers 500 to an unexpected error."""
+    """Authenticates, limits, counts and logs requests; answers 500 to unexpected errors."""
 
     def __init__(self, app: ASGIApp, *, config: GatewayConfig, metrics: GatewayMetrics) -> None:
         self._app = app
@@ -81,7 +76,7 @@ class RequestGuard:
         try:
             await self._guarded(scope, receive, send_noting_status)
         except Exception as error:  # noqa: BLE001 - a bug becomes a 500 in OpenAI's format
-            # without the message, which may quote the request
+            # the message is not logged, because it may quote the request
             frames = "".join(traceback.format_tb(error.__traceback__))
             logger.error("%s failed: %s at\n%s", _route(scope), type(error).__name__, frames)
             if status == 0:
@@ -121,7 +116,7 @@ class RequestGuard:
             return PUBLIC_TENANT
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         digest = hashlib.sha256(key.strip().encode()).hexdigest()
-        # compares every key, each in constant time, so that timing reveals nothing
+        # compares every key in constant time, so that timing reveals nothing
         matches = [entry.tenant for entry in self._config.api_keys if hmac.compare_digest(entry.sha256, digest)]
         if scheme.lower() != "bearer" or not matches:
             raise ApiError(401, "a valid API key is required: Authorization: Bearer KEY", code="invalid_api_key")
@@ -135,5 +130,5 @@ def _too_large(max_bytes: int) -> ApiError:
 
 
 def _route(scope: Scope) -> str:
-    """The route's pattern, which keeps clients' input in paths out of logs and metrics."""
+    """Returns the route's pattern, because a raw path would put client input into logs."""
     return str(getattr(scope.get("route"), "path", "unmatched"))

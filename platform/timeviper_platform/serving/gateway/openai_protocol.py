@@ -1,4 +1,4 @@
-"""OpenAI's chat-completions format: requests, answers, streamed chunks and errors. Without HTTP and media."""
+"""OpenAI's chat-completions format: requests, answers, streamed chunks and errors."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ ERROR_TYPES: dict[int, str] = {
     500: "server_error",
     503: "server_error",
 }
-"""OpenAI's `type` of an error by status; all others are invalid_request_error."""
+"""OpenAI's `type` of an error; all other statuses are invalid_request_error."""
 
 
 class ApiError(Exception):
-    """An error response in OpenAI's format. `message` is for the client and must not quote its content."""
+    """An error response in OpenAI's format. `message` must not quote the client's content."""
 
     def __init__(
         self, status: int, message: str, *, code: str, param: str | None = None, retry_after_s: float | None = None
@@ -39,7 +39,7 @@ class ApiError(Exception):
 
     @classmethod
     def from_refusal(cls, refusal: Refusal, *, param: str | None = None) -> ApiError:
-        """The error response to a service's refusal; `param` is the default for the request's field at fault."""
+        """Converts a service's refusal. `param` is the field at fault where the refusal names none."""
         return cls(
             refusal.status,
             refusal.message,
@@ -49,12 +49,10 @@ class ApiError(Exception):
         )
 
     def body(self) -> dict[str, Any]:
-        """{"error": {message, type, param, code}}."""
         kind = ERROR_TYPES.get(self.status, "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:
-        """Retry-After in whole seconds, if waiting helps."""
         return {} if self.retry_after_s is None else {"Retry-After": str(max(1, round(self.retry_after_s)))}
 
 
@@ -68,28 +66,22 @@ class _Url(_Strict):
 
 
 class TextPart(_Strict):
-    """Text."""
-
     type: Literal["text", "input_text"]
     text: str
 
 
 class ImagePart(_Strict):
-    """A picture by data: URI or id."""
-
     type: Literal["image_url"]
     image_url: _Url | str
 
 
 class VideoPart(_Strict):
-    """A video by data: URI or id."""
-
     type: Literal["video_url"]
     video_url: _Url | str
 
 
 class InputVideoPart(_Strict):
-    """An alias of `video_url` in other servers."""
+    """Other servers' name for `video_url`."""
 
     type: Literal["input_video"]
     input_video: _Url | str
@@ -100,22 +92,18 @@ ContentPart = Annotated[TextPart | MediaPart, Field(discriminator="type")]
 
 
 class ChatMessage(_Strict):
-    """One message of the conversation."""
-
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[ContentPart]
     name: str | None = None
 
 
 class StreamOptions(_Strict):
-    """Options of a streamed answer."""
-
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
 class MediaLimits(_Strict):
-    """Frame sampling of one request. Values above the server's limits have no effect."""
+    """Frame sampling. Values above the server's limits have no effect."""
 
     fps: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     max_frames: int | None = Field(default=None, ge=1)
@@ -153,11 +141,6 @@ class ChatCompletionRequest(_Strict):
     store: Literal[False] | None = None
 
     def stop_texts(self) -> tuple[str, ...]:
-        """The stop strings as a tuple.
-
-        Raises:
-            ApiError: for an empty string, or more than OpenAI's four.
-        """
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         if len(stop) > 4 or "" in stop:
             raise ApiError(400, "stop takes up to 4 non-empty strings", code="invalid_value", param="stop")
@@ -168,7 +151,7 @@ def parse_chat_request(body: bytes) -> ChatCompletionRequest:
     """Parses and checks a request.
 
     Raises:
-        ApiError: 400 for invalid JSON or an invalid field, with the field's name.
+        ApiError: 400 with the name of the invalid field.
     """
     values = _parse_object(body)
     try:
@@ -203,7 +186,7 @@ def _error_code(kind: str) -> str:
 
 
 class Completion:
-    """The answers to one request as JSON values."""
+    """JSON of the answers to one request, whole or in chunks."""
 
     def __init__(self, model: str, *, num_choices: int, with_logprobs: bool) -> None:
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
@@ -213,11 +196,10 @@ class Completion:
         self._deltas: list[list[AnswerDelta]] = [[] for _ in range(num_choices)]
 
     def add(self, delta: AnswerDelta) -> None:
-        """Records a delta for `response` and `usage`."""
         self._deltas[delta.index].append(delta)
 
     def response(self) -> dict[str, Any]:
-        """The whole answer, a chat.completion."""
+        """Returns a chat.completion."""
         choices = []
         for index, deltas in enumerate(self._deltas):
             logprobs = [entry for delta in deltas for entry in delta.logprobs]
@@ -236,11 +218,11 @@ class Completion:
         return {**self._head("chat.completion"), "choices": choices, "usage": self.usage()}
 
     def opening(self, index: int) -> dict[str, Any]:
-        """The first chunk of a choice, with its role."""
+        """Returns the first chunk of a choice."""
         return self._chunk({"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None})
 
     def chunks(self, delta: AnswerDelta) -> list[dict[str, Any]]:
-        """A chunk for the text, if any, and one for the end of the answer."""
+        """Returns a chunk for the text, if any, and one for the end of the answer."""
         chunks = []
         if delta.text or delta.logprobs:
             choice: dict[str, Any] = {"index": delta.index, "delta": {"content": delta.text}, "finish_reason": None}
@@ -252,11 +234,11 @@ class Completion:
         return chunks
 
     def usage_chunk(self) -> dict[str, Any]:
-        """The last chunk with `include_usage`."""
+        """Returns the last chunk of a stream with `include_usage`."""
         return {**self._head("chat.completion.chunk"), "choices": [], "usage": self.usage()}
 
     def usage(self) -> dict[str, Any]:
-        """Token counts of all answers. The prompt counts once, as in OpenAI's API."""
+        """Counts the prompt once for all answers, as in OpenAI's API."""
         usages = [delta.usage for deltas in self._deltas for delta in deltas if delta.usage is not None]
         first = usages[0] if usages else Usage()
         completion_tokens = sum(usage.completion_tokens for usage in usages)
@@ -290,6 +272,6 @@ def _logprob_json(token: str, logprob: float) -> dict[str, Any]:
 
 
 def sse(value: dict[str, Any] | str) -> bytes:
-    """One server-sent event on one `data:` line: JSON contains no raw line break."""
+    """Formats a server-sent event; JSON contains no raw line break."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     return f"data: {text}\n\n".encode()

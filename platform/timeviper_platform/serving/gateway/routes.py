@@ -1,7 +1,4 @@
-"""The gateway: an ASGI application with OpenAI's routes over a feature client and an engine client.
-
-Imports neither torch nor Ray, and decodes no media.
-"""
+"""An ASGI application with OpenAI's routes. Imports neither torch nor Ray."""
 
 from __future__ import annotations
 
@@ -29,7 +26,6 @@ _CONTENT_TYPE = "text/event-stream; charset=utf-8"
 
 
 def create_app(config: GatewayConfig, features: FeatureClient, engine: EngineClient) -> ASGIApp:
-    """The ASGI application."""
     metrics = GatewayMetrics()
     gateway = _Gateway(config, features, engine, metrics)
     api = FastAPI(title="TimeViper", docs_url=None, redoc_url=None)  # their pages load scripts from a CDN
@@ -55,7 +51,7 @@ async def _answer_api_error(request: Request, error: Exception) -> Response:
 
 
 async def _answer_http_exception(request: Request, error: Exception) -> Response:
-    """Errors of the framework: unknown route, method not allowed."""
+    """Answers the framework's errors, such as an unknown route."""
     assert isinstance(error, HTTPException)
     code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
     api_error = ApiError(error.status_code, str(error.detail), code=code)
@@ -63,8 +59,6 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
 
 
 class _Gateway:
-    """The handlers of the routes."""
-
     def __init__(
         self, config: GatewayConfig, features: FeatureClient, engine: EngineClient, metrics: GatewayMetrics
     ) -> None:
@@ -77,21 +71,18 @@ class _Gateway:
         self._created = int(time.time())
 
     async def live(self) -> dict[str, str]:
-        """200 while this process runs."""
         return {"status": "live"}
 
     async def ready(self) -> Response:
-        """200 when both services are ready, else 503."""
+        """Returns 503 until both services are ready."""
         features, engine = await asyncio.gather(self._features.is_ready(), self._engine.is_ready())
         body = {"status": "ready" if features and engine else "not ready", "features": features, "engine": engine}
         return JSONResponse(body, 200 if features and engine else 503)
 
     async def list_models(self) -> dict[str, Any]:
-        """The served model."""
         return {"object": "list", "data": [self._model()]}
 
     async def get_model(self, model: str) -> dict[str, Any]:
-        """The served model, by name."""
         self._check_model(model)
         return self._model()
 
@@ -118,19 +109,16 @@ class _Gateway:
         return record.to_json()
 
     async def list_files(self, request: Request) -> dict[str, object]:
-        """The tenant's uploads."""
         records = await asyncio.to_thread(self._store.list, request.state.tenant)
         return {"object": "list", "data": [record.to_json() for record in records], "has_more": False}
 
     async def get_file(self, request: Request, file_id: str) -> dict[str, object]:
-        """One upload."""
         record = await asyncio.to_thread(self._store.get, request.state.tenant, file_id)
         if record is None:
             raise no_such_file("file_id")
         return record.to_json()
 
     async def delete_file(self, request: Request, file_id: str) -> dict[str, object]:
-        """Removes an upload."""
         if not await asyncio.to_thread(self._store.delete, request.state.tenant, file_id):
             raise no_such_file("file_id")
         return {"id": file_id, "object": "file", "deleted": True}
@@ -165,7 +153,7 @@ class _Gateway:
         deadline: float,
         include_usage: bool,
     ) -> AsyncIterator[bytes]:
-        """Server-sent events. Closing this generator, when the client disconnects, frees the engine's slots."""
+        """Yields server-sent events. Closing it, as on a disconnect, frees the slots."""
         opened: set[int] = set()
         async with contextlib.aclosing(deltas):
             try:
@@ -203,7 +191,7 @@ class _Gateway:
 
 
 async def _checked(items: AsyncIterator[AnswerDelta | Refusal]) -> AsyncGenerator[AnswerDelta]:
-    """The deltas; raises ApiError for a refusal."""
+    """Yields deltas; raises ApiError for a refusal."""
     try:
         async for item in items:
             if isinstance(item, Refusal):
@@ -216,7 +204,7 @@ async def _checked(items: AsyncIterator[AnswerDelta | Refusal]) -> AsyncGenerato
 
 
 async def _collect(completion: Completion, first: AnswerDelta, deltas: AsyncGenerator[AnswerDelta]) -> dict[str, Any]:
-    """The whole answer. Closes `deltas` even when cancelled."""
+    """Returns the whole answer; closes `deltas` even when cancelled."""
     async with contextlib.aclosing(deltas):
         completion.add(first)
         async for delta in deltas:

@@ -1,7 +1,4 @@
-"""Uploads and data: URIs: media types by signature, and a content-addressed store per tenant. Decodes nothing.
-
-A file is stored under its hash in its tenant's folder; the client's name is for display only.
-"""
+"""Uploads and data: URIs: media types by signature, and a content-addressed store per tenant. Decodes nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ from timeviper_platform.serving.gateway.openai_protocol import ApiError
 from timeviper_platform.serving.messages import MediaBytes, Modality
 
 HEADER_BYTES = 512
-"""Covers all signatures; a transport stream's second sync byte is at 188."""
+"""Enough for every signature; MPEG-TS needs byte 188."""
 FILE_ID = re.compile(r"file-[0-9a-f]{32}")
 DATA_URI = re.compile(r"data:(?P<mime>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[^;,]*)*;base64,", re.ASCII)
 _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
@@ -27,10 +24,9 @@ _CHUNK_BYTES = 1 << 20
 
 
 def sniff_modality(header: bytes) -> Modality | None:
-    """The modality by a file's first bytes; None for an unsupported type.
+    """Returns the modality by signature: ISO base media, EBML (matroska, webm), AVI, MPEG-TS; PNG, JPEG, WEBP.
 
-    Signatures: ISO base media (mp4, mov) box types, EBML (matroska, webm), RIFF AVI, MPEG-TS sync bytes every 188;
-    PNG, JPEG and RIFF WEBP. Playlists (m3u8, concat scripts) are text and match none.
+    Playlists (m3u8, concat scripts) are text and match none.
     """
     if header[4:8] in _MP4_BOXES or header.startswith(b"\x1aE\xdf\xa3"):
         return "video"
@@ -45,10 +41,10 @@ def sniff_modality(header: bytes) -> Modality | None:
 
 
 def require_media(header: bytes, *, expected: Modality | None = None, param: str) -> Modality:
-    """The modality by a file's first bytes.
+    """Returns the modality by signature.
 
     Raises:
-        ApiError: 415 for an unsupported type, or another modality than `expected`.
+        ApiError: 415 for an unsupported or unexpected type.
     """
     modality = sniff_modality(header)
     if modality is None or expected not in (None, modality):
@@ -64,10 +60,10 @@ def require_media(header: bytes, *, expected: Modality | None = None, param: str
 
 
 def parse_data_uri(uri: str, *, expected: Modality, param: str) -> MediaBytes:
-    """The medium inside a base64 data: URI.
+    """Decodes a base64 data: URI.
 
     Raises:
-        ApiError: 400 for invalid base64, 415 for another type than expected.
+        ApiError: 400 for invalid base64, 415 for an unsupported or unexpected type.
     """
     match = DATA_URI.match(uri)
     if match is None:
@@ -84,21 +80,19 @@ def parse_data_uri(uri: str, *, expected: Modality, param: str) -> MediaBytes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileRecord:
-    """One upload of one tenant."""
-
     id: str
     """`file-` and the first half of the content's SHA-256."""
     sha256: str
     num_bytes: int
     modality: Modality
     filename: str
-    """The client's name for the file, for display only."""
+    """The client's name, for display only."""
     purpose: str
     created_at: int
-    """Unix time in seconds."""
+    """Unix seconds."""
 
     def to_json(self) -> dict[str, object]:
-        """OpenAI's file object."""
+        """Returns OpenAI's file object."""
         return {
             "id": self.id,
             "object": "file",
@@ -111,13 +105,13 @@ class FileRecord:
 
 
 class MediaStore:
-    """Uploads under `root`, any fsspec URI, by tenant and SHA-256. A file exists once its record is written."""
+    """Uploads under a URI, by tenant and SHA-256. A file exists once its record is written."""
 
     def __init__(self, root: str) -> None:
         self._root = root
 
     def put(self, tenant: str, file: IO[bytes], *, filename: str, purpose: str) -> FileRecord:
-        """Stores a seekable file; the same content again is the same file.
+        """Stores a seekable file. Known content keeps its first record.
 
         Raises:
             ApiError: 415 for an unsupported type.
@@ -148,18 +142,17 @@ class MediaStore:
         return record
 
     def get(self, tenant: str, file_id: str) -> FileRecord | None:
-        """The tenant's file with that id."""
         if FILE_ID.fullmatch(file_id) is None or not exists(self._record_uri(tenant, file_id)):
             return None
         return FileRecord(**read_json(self._record_uri(tenant, file_id)))
 
     def list(self, tenant: str) -> list[FileRecord]:
-        """The tenant's files, newest first."""
+        """Returns the newest first."""
         records = [FileRecord(**read_json(uri)) for uri in files_in(join_uri(self._root, tenant), ".json")]
         return sorted(records, key=lambda record: (-record.created_at, record.id))
 
     def delete(self, tenant: str, file_id: str) -> bool:
-        """Removes the tenant's file; False when there is none."""
+        """Returns False for an unknown file."""
         record = self.get(tenant, file_id)
         if record is None:
             return False
@@ -168,7 +161,6 @@ class MediaStore:
         return True
 
     def uri(self, tenant: str, record: FileRecord) -> str:
-        """URI of the content."""
         return join_uri(self._root, tenant, f"{record.sha256}.media")
 
     def _record_uri(self, tenant: str, file_id: str) -> str:
@@ -176,7 +168,7 @@ class MediaStore:
 
 
 def no_such_file(param: str) -> ApiError:
-    """The error for an unknown file id; `param` is the request's field with the id."""
+    """`param` is the request's field with the id."""
     return ApiError(404, "no such file; upload it to /v1/files", code="file_not_found", param=param)
 
 
