@@ -116,7 +116,7 @@ def run_demo(options: argparse.Namespace) -> JobResult:
         for name in ("features", "runs", "weights"):
             shutil.rmtree(demo.path(name), ignore_errors=True)
     if demo.film is not None:
-        _write_manifest_with_film(demo, demo.film)
+        write_manifest_with_film(demo, demo.film)
     report: dict[str, Any] = {}
     if steps[1:]:
         with local_cluster(num_cpus=NUM_LOGICAL_CPUS) as cluster:
@@ -168,7 +168,7 @@ def _run_jobs(demo: Demo, steps: Sequence[str], environment: dict[str, str]) -> 
     return report
 
 
-def _write_manifest_with_film(demo: Demo, film: Path) -> None:
+def write_manifest_with_film(demo: Demo, film: Path) -> None:
     """Adds the film to the corpus's manifest."""
     table = pq.read_table(demo.path("corpus", "manifest.parquet"))
     row = dict.fromkeys(table.schema.names) | {"uri": str(film), "media_id": film.stem}

@@ -1,4 +1,4 @@
-"""`jobs/ablation.py` without its long steps: the plans, a few steps of every row, the table, and what is not redone."""
+"""The ablation without its long steps: plans, first losses, table and finished rows."""
 
 from __future__ import annotations
 
@@ -41,22 +41,22 @@ main = runpy.run_path(str(ROOT / "jobs" / "ablation.py"))["main"]
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    """A toy corpus where the demo's would lie, and weights of random values where the shared run's would."""
+    """A toy corpus in the layout of the demo, with random weights in the folder of the shared run."""
     folder = tmp_path_factory.mktemp("ablation")
-    made = make_corpus(folder)
+    toy = make_corpus(folder)
     model = TimeViper(TINY)
     model.init_weights(torch.Generator().manual_seed(0))
     weights = folder / "runs" / SHARED_RUN / "weights" / "align"
     weights.parent.mkdir(parents=True)
-    save_pretrained(model, weights, tokenizer=load_tokenizer(made.tokenizer))
-    return made
+    save_pretrained(model, weights, tokenizer=load_tokenizer(toy.tokenizer))
+    return toy
 
 
 @pytest.mark.parametrize(
     ("plan", "num_left"),
     [(DEMO_PLAN, {3: 48, 8: 24}), ("uni_1_0.5-attn_8_0.9", {1: 48, 8: 10})],
 )
-def test_all_rows_but_one_leave_as_many_tokens(plan: str, num_left: dict[int, int]) -> None:
+def test_all_rows_but_two_keep_as_many_tokens(plan: str, num_left: dict[int, int]) -> None:
     found = {}
     for row in ROWS:
         config = replace(TINY, transv=sites_of(row, plan))
@@ -68,18 +68,18 @@ def test_all_rows_but_one_leave_as_many_tokens(plan: str, num_left: dict[int, in
     assert without_transfer == ["td", "pdrop"]
 
 
-def test_the_demos_plan_is_the_presets_and_its_pyramid_is_pyramid_drop() -> None:
+def test_the_default_plan_is_that_of_the_tiny_preset() -> None:
     assert sites_of("attention", DEMO_PLAN) == TINY.transv
     assert sites_of("pdrop", DEMO_PLAN) == pyramid_drop(TINY.text)
 
 
-def test_rows_of_another_plan_have_runs_of_their_own_but_for_none(tmp_path: Path) -> None:
+def test_another_plan_has_its_own_runs_except_for_none(tmp_path: Path) -> None:
     demo, other = (Ablation(folder=tmp_path, plan=plan) for plan in (DEMO_PLAN, "uni_1_0.5"))
     assert [demo.run_name(row) == other.run_name(row) for row in ROWS] == [row == "none" for row in ROWS]
     assert demo.row_training("none") == other.row_training("none")
 
 
-def test_every_row_begins_with_its_own_sites_and_the_shared_weights(corpus: Corpus) -> None:
+def test_each_row_starts_from_the_shared_weights_with_its_own_sites(corpus: Corpus) -> None:
     ablation = Ablation(folder=corpus.folder, quick=True)
     store, tokenizer = FeatureStore.open(corpus.features), load_tokenizer(corpus.tokenizer)
     first_losses = {}
@@ -99,12 +99,12 @@ def test_every_row_begins_with_its_own_sites_and_the_shared_weights(corpus: Corp
         assert len(left) == len(sites_of(row, DEMO_PLAN))
         assert all(number < present for number in left)
         first_losses[row] = output.loss_sum.item()
-    # closed gates add nothing yet: a row without transfer begins where the same row with it does
+    # gates start closed: transfer changes nothing before training
     assert first_losses["attention"] == first_losses["td"]
     assert len(set(first_losses.values())) == 4
 
 
-def test_prompts_are_counted_with_what_the_sites_leave(corpus: Corpus, tmp_path: Path) -> None:
+def test_prompt_tokens_count_what_the_sites_keep(corpus: Corpus, tmp_path: Path) -> None:
     row = dict.fromkeys(QUESTIONS.names) | {"sample_id": "a", "question": "What is this?", "answer": "x", "choices": []}
     media = [{"media_id": "video-5", "start_seconds": None, "end_seconds": None}]
     pq.write_table(pa.Table.from_pylist([row | {"media": media}], schema=QUESTIONS), tmp_path / "grounding.parquet")
@@ -134,7 +134,7 @@ SCORES = {
 }
 
 
-def test_the_table_has_a_line_and_a_command_a_row() -> None:
+def test_the_table_has_one_line_with_its_command_per_row() -> None:
     tokens = {"first": 130.4, "last": 58.4}
     table = format_table({"td": {"scores": SCORES, "tokens": tokens}})
     head, rule, line = table.splitlines()
@@ -150,7 +150,7 @@ def test_the_table_has_a_line_and_a_command_a_row() -> None:
     assert describe_sites(()) == "-"
 
 
-def test_a_row_that_is_done_is_shown_and_not_run_again_and_one_of_another_recipe_is_refused(
+def test_a_finished_row_is_not_run_again_and_another_recipe_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ablation = Ablation(folder=tmp_path, quick=False)
@@ -168,7 +168,7 @@ def test_a_row_that_is_done_is_shown_and_not_run_again_and_one_of_another_recipe
     assert re.search(r"outcome.json is of another recipe; remove .*ablation-none", capsys.readouterr().err)
 
 
-def test_unknown_rows_and_plans_that_do_not_fit_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_rows_and_unusable_plans_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--plan", "attn_7_0.5"]) == 2
     assert "attention blocks are at [3, 8]" in capsys.readouterr().err
     assert main(["--rows", "none,all"]) == 2
@@ -177,9 +177,7 @@ def test_unknown_rows_and_plans_that_do_not_fit_are_named(capsys: pytest.Capture
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_the_whole_job_makes_the_table_of_two_rows_and_stops_where_it_is_done(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_job_runs_missing_rows_and_writes_the_table(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ["--quick", "--folder", str(tmp_path), "--rows"]
     assert main([*arguments, "td"]) == 0
     assert main([*arguments, "td,none"]) == 0

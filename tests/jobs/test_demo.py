@@ -1,4 +1,4 @@
-"""`jobs/demo.py` without its long steps: what it puts together before the jobs run."""
+"""The demo without its long steps."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from timeviper_platform.data.inputs.readers import read_pages
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_a_film_is_one_more_medium_beside_those_of_the_corpus(tmp_path: Path) -> None:
+def test_a_film_is_added_to_the_media_of_the_corpus(tmp_path: Path) -> None:
     corpus = tmp_path / "demo" / "corpus"
     corpus.mkdir(parents=True)
     film = tmp_path / "films" / "night.mp4"
     film.parent.mkdir()
-    film.touch()  # no medium is opened here
+    film.touch()  # never opened
     row = dict.fromkeys(MANIFEST.names) | {"uri": "videos/a.mp4", "media_id": "a"}
     pq.write_table(pa.Table.from_pylist([row], schema=MANIFEST), corpus / "manifest.parquet")
 
     demo = runpy.run_path(str(ROOT / "jobs" / "demo.py"))
-    made = demo["Demo"](folder=tmp_path / "demo", film=film, quick=True)
-    demo["_write_manifest_with_film"](made, film)
-    (override,) = [value for value in made.overrides("preprocess") if value.startswith("input=")]
+    configured = demo["Demo"](folder=tmp_path / "demo", film=film, quick=True)
+    demo["write_manifest_with_film"](configured, film)
+    (override,) = [value for value in configured.overrides("preprocess") if value.startswith("input=")]
     (media,) = read_pages(override.removeprefix("input="))
     assert [(item.media_id, item.uri) for item in media] == [
         ("a", str(corpus / "videos" / "a.mp4")),
@@ -35,7 +35,7 @@ def test_a_film_is_one_more_medium_beside_those_of_the_corpus(tmp_path: Path) ->
     ]
 
 
-def test_a_film_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_film_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main = runpy.run_path(str(ROOT / "jobs" / "demo.py"))["main"]
     assert main(["--film", str(tmp_path / "nowhere.mp4")]) == 2
     assert "nowhere.mp4" in capsys.readouterr().err
@@ -52,6 +52,6 @@ def test_a_film_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.Captur
         ("red circle", "From 4 to 10 seconds.", False),
     ],
 )
-def test_an_answer_is_right_that_says_the_same_or_half_of_the_time(answer: str, expected: str, right: bool) -> None:
+def test_an_answer_is_right_if_equal_or_overlapping_half_the_interval(answer: str, expected: str, right: bool) -> None:
     is_right = runpy.run_path(str(ROOT / "jobs" / "demo.py"))["is_right"]
     assert is_right(answer, expected) is right

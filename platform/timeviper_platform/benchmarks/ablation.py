@@ -56,7 +56,7 @@ ROWS = {
 def sites_of(row: str, plan: str) -> tuple[TransVSite, ...]:
     """TransV sites of a row. All rows but `none` keep the shares of the plan; `pdrop` uses attention blocks."""
     sites = parse_transv_plan(plan)
-    places = [layer for layer, kind in enumerate(TINY.text.block_types) if kind == "attention"]
+    layers = [layer for layer, kind in enumerate(TINY.text.block_types) if kind == "attention"]
     match row:
         case "none":
             return ()
@@ -67,9 +67,12 @@ def sites_of(row: str, plan: str) -> tuple[TransVSite, ...]:
         case "pdrop":
             return tuple(
                 TransVSite(
-                    layer=min(p for p in places if p >= s.layer), select="attention", keep=s.keep, transfer="none"
+                    layer=min(layer for layer in layers if layer >= site.layer),
+                    select="attention",
+                    keep=site.keep,
+                    transfer="none",
                 )
-                for s in sites
+                for site in sites
             )
         case _:
             return sites

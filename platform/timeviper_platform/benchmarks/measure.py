@@ -1,7 +1,8 @@
-"""Benchmark rows, and comparisons of two things that run in turn."""
+"""Rows of a benchmark, and comparisons of alternating runs."""
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import statistics
 import time
@@ -33,7 +34,6 @@ class Row:
         return comparisons[relation]
 
     def as_dict(self) -> dict[str, Any]:
-        """The row with its verdict."""
         values = asdict(self)
         return {key: values[key] for key in ("name", "value", "unit", "bar")} | {
             "holds": self.holds,
@@ -43,8 +43,6 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """Seconds of two things that ran in turn."""
-
     ours_seconds: tuple[float, ...]
     control_seconds: tuple[float, ...]
 
@@ -75,19 +73,23 @@ def compare(ours: Callable[[], object], control: Callable[[], object], *, repeat
 
 
 class StolenTime:
-    """Share of this machine's cores that its host gave to other machines since construction. 0 outside Linux."""
+    """Share of this machine's cores that its host gave to other machines since construction.
 
-    def __init__(self) -> None:
-        self._before = _cpu_ticks()
+    Args:
+        stat: file of CPU ticks; the share is 0 where it does not exist.
+    """
+
+    def __init__(self, stat: Path = Path("/proc/stat")) -> None:
+        self._stat = stat
+        self._before = _cpu_ticks(stat)
 
     def share(self) -> float:
-        total, stolen = (now - before for now, before in zip(_cpu_ticks(), self._before, strict=True))
+        total, stolen = (now - before for now, before in zip(_cpu_ticks(self._stat), self._before, strict=True))
         return stolen / total if total else 0.0
 
 
-def _cpu_ticks() -> tuple[int, int]:
+def _cpu_ticks(path: Path) -> tuple[int, int]:
     """Ticks of all cores since boot: total, stolen (proc(5), /proc/stat)."""
-    path = Path("/proc/stat")
     if not path.exists():
         return 0, 0
     ticks = [int(value) for value in path.read_text().split("\n", 1)[0].split()[1:9]]
@@ -95,28 +97,44 @@ def _cpu_ticks() -> tuple[int, int]:
 
 
 class Cost(NamedTuple):
-    """Time and memory of an action."""
-
     seconds: float
     cpu_seconds: float
     peak_bytes: int
     """Growth of the process's peak memory."""
 
 
+Measure = Callable[..., Cost]
+"""(action, *arguments) -> Cost."""
+
+
 def cost_elsewhere(action: Callable[..., object], *arguments: object) -> Cost:
-    """Cost of a module function in a new process, without its imports. Linux only."""
+    """Cost of a module-level function in a new process, without its imports. Linux only."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(cost_here, (action, *arguments))
 
 
 def cost_here(action: Callable[..., object], *arguments: object) -> Cost:
-    """Cost of a call in this process."""
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = _status_bytes("VmRSS")
+    reset_peak()
+    before = resident_bytes()
     started, cpu_started = time.perf_counter(), time.process_time()
     action(*arguments)
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
-    return Cost(seconds, cpu_seconds, _status_bytes("VmHWM") - before)
+    return Cost(seconds, cpu_seconds, peak_resident_bytes() - before)
+
+
+def reset_peak() -> None:
+    """Returns freed memory to the system and resets this process's peak. Linux only."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (man 5 proc)
+
+
+def resident_bytes() -> int:
+    return _status_bytes("VmRSS")
+
+
+def peak_resident_bytes() -> int:
+    """Peak since `reset_peak`."""
+    return _status_bytes("VmHWM")
 
 
 def _status_bytes(name: str) -> int:
@@ -125,7 +143,7 @@ def _status_bytes(name: str) -> int:
 
 
 def format_rows(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table."""
+    """A Markdown table."""
     lines = ["| figure | value | bar | holds | command |", "| --- | --- | --- | --- | --- |"]
     for row in rows:
         verdict = {None: "", True: "yes", False: "NO"}[row.holds]

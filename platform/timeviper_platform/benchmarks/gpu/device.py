@@ -47,7 +47,7 @@ def measure(
         run: function to measure.
         device: device it uses.
         repeats: maximum number of passes.
-        budget_seconds: no new pass starts after this total; there is at least one.
+        budget_seconds: no further pass starts after this total.
         warm_up: run one unmeasured pass first.
     """
     if warm_up:
@@ -74,7 +74,7 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def free_memory(device: torch.device) -> None:
-    """Returns unused memory to the device and resets the peak."""
+    """Frees unused memory and resets the peak."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -82,7 +82,7 @@ def free_memory(device: torch.device) -> None:
 
 
 def make_model(config: TimeViperConfig, device: torch.device, *, dtype: torch.dtype = DTYPE) -> tuple[TimeViper, str]:
-    """A model with random weights on the device, and a description of its backend."""
+    """A model with random weights, and a description of its kernels."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -107,7 +107,7 @@ def iter_features(config: TimeViperConfig, num_frames: int, device: torch.device
 
 
 def make_row(group: str, name: str, value: float, unit: str, bar: str | None = None) -> Row:
-    """Makes a row and logs it at once, because the next one may fail."""
+    """Logs the row at once, because the next one may fail."""
     row = Row(name=name, value=value, unit=unit, bar=bar, command=f"python jobs/benchmark.py gpu --only {group}")
     logger.info("%s: %.4g %s", name, value, unit)
     return row

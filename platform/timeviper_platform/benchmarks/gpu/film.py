@@ -1,7 +1,6 @@
 """Row group `film`: a film from its file to merged tokens on one GPU, with each decoder.
 
-Decoder threads each read a part of the film (FFmpeg releases the GIL) and hand batches to one encoder with random
-weights.
+Each decoder thread reads a shard of the film (FFmpeg releases the GIL); one encoder has random weights.
 """
 
 from __future__ import annotations
@@ -44,20 +43,18 @@ FPS = Fraction(1)
 BATCHES_AHEAD = 4
 """Batches queued for the encoder; 113 MB at 64 frames of 384 x 384."""
 
-MADE_CLIP = ClipSpec(width=1280, height=720)
+SYNTHETIC_CLIP = ClipSpec(width=1280, height=720)
 
 Encode = Callable[[np.ndarray], object]
 
 
 class FilmPass(NamedTuple):
-    """One pass over a film."""
-
     seconds: float
     num_frames: int
-    encoder_waits: float
+    encoder_stalls: float
     """Share of the time in which the encoder has no batch."""
-    decoders_wait: float
-    """Share of their time in which decoders wait for room in the queue."""
+    decoder_stalls: float
+    """Share of the decoders' time spent waiting for room in the queue."""
 
 
 def film_rows(
@@ -68,7 +65,7 @@ def film_rows(
     backends: Sequence[Backend] = ("pyav", "nvdec"),
     num_decoders: int | None = None,
     batch_frames: int = 64,
-    clip: ClipSpec = MADE_CLIP,
+    clip: ClipSpec = SYNTHETIC_CLIP,
     repetitions: int = 20,
     peak: float | None = None,
     repeats: int = 3,
@@ -77,15 +74,15 @@ def film_rows(
 
     Args:
         device: CUDA, or a CPU at toy sizes.
-        film: file to read; None = a synthetic clip repeated `repetitions` times.
+        film: file to read; None = `clip` repeated `repetitions` times.
         size: size of the vision tower.
         backends: decoders to compare.
         num_decoders: threads; None = one per CPU.
         batch_frames: frames sampled and encoded together.
         clip: synthetic clip.
-        repetitions: of the clip.
+        repetitions: repetitions of the clip.
         peak: peak FLOP/s; None = that of the device. An unknown device has no MFU row.
-        repeats: measured passes, of which the median counts.
+        repeats: measured passes.
     """
     size = size or TowerSize()
     encode = _encoder(size, device, batch_frames)
@@ -93,7 +90,7 @@ def film_rows(
     peak = peak_flops(device_name(device)) if peak is None else peak
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        path = _made(Path(folder), clip, repetitions) if film is None else film
+        path = _synthetic_film(Path(folder), clip, repetitions) if film is None else film
         for backend in backends:
             try:
                 check_backend(backend)
@@ -118,16 +115,16 @@ def encode_film(
     times = sample_times(Fraction(0), FPS, 0, count_frames(Fraction(0), probe_media(str(film)).duration_seconds, FPS))
     batches = [times[start : start + batch_frames] for start in range(0, len(times), batch_frames)]
     share = -(-len(batches) // num_decoders)
-    stretches = [batches[start : start + share] for start in range(0, len(batches), share)]
+    shards = [batches[start : start + share] for start in range(0, len(batches), share)]
     done: queue.SimpleQueue[np.ndarray | None] = queue.SimpleQueue()
     room = threading.Semaphore(BATCHES_AHEAD)
 
-    def decode(stretch: Sequence[Sequence[Fraction]]) -> float:
+    def decode(shard: Sequence[Sequence[Fraction]]) -> float:
         """Returns the seconds spent waiting for room."""
         waited = 0.0
         try:
             reader = open_video(str(film), image_size, backend=backend)
-            for batch in stretch:
+            for batch in shard:
                 frames = reader.sample(batch).frames
                 began = time.perf_counter()
                 room.acquire()
@@ -140,13 +137,13 @@ def encode_film(
 
     num_frames, num_ended, waited = 0, 0, 0.0
     began = time.perf_counter()
-    with ThreadPoolExecutor(len(stretches)) as pool:
-        decoders = [pool.submit(decode, stretch) for stretch in stretches]
+    with ThreadPoolExecutor(len(shards)) as pool:
+        decoders = [pool.submit(decode, shard) for shard in shards]
         try:
-            while num_ended < len(stretches):
-                asked = time.perf_counter()
+            while num_ended < len(shards):
+                began_waiting = time.perf_counter()
                 frames = done.get()
-                waited += time.perf_counter() - asked
+                waited += time.perf_counter() - began_waiting
                 if frames is None:
                     num_ended += 1
                     continue
@@ -154,14 +151,14 @@ def encode_film(
                 encode(frames)
                 num_frames += len(frames)
         finally:
-            room.release(len(batches))  # the encoder failed: decoders must not wait for it
+            room.release(len(batches))  # the encoder failed: decoders must not block
     seconds = time.perf_counter() - began
     without_room = sum(decoder.result() for decoder in decoders)
-    return FilmPass(seconds, num_frames, waited / seconds, without_room / (seconds * len(stretches)))
+    return FilmPass(seconds, num_frames, waited / seconds, without_room / (seconds * len(shards)))
 
 
-def _made(folder: Path, clip: ClipSpec, repetitions: int) -> Path:
-    short, film = folder / "short.mp4", folder / f"made clip of {clip.seconds * repetitions} s.mp4"
+def _synthetic_film(folder: Path, clip: ClipSpec, repetitions: int) -> Path:
+    short, film = folder / "short.mp4", folder / f"synthetic clip of {clip.seconds * repetitions} s.mp4"
     make_clip(short, clip)
     repeat_clip(short, film, repetitions)
     return film
@@ -189,7 +186,7 @@ def _rows(
     label = f"{name}, {found.num_frames} frames at 1 fps, {backend} in {num_decoders} threads"
     rows = [
         make_row("film", f"{label}: decode and encode", rate, "frames/s"),
-        make_row("film", f"{label}: share of the time in which the encoder waits", found.encoder_waits, ""),
-        make_row("film", f"{label}: share of the time in which decoders wait", found.decoders_wait, ""),
+        make_row("film", f"{label}: share of the time in which the encoder waits", found.encoder_stalls, ""),
+        make_row("film", f"{label}: share of the time in which decoders wait", found.decoder_stalls, ""),
     ]
     return rows if peak is None else [*rows, make_row("film", f"{label}: MFU", mfu(rate, size, peak), "")]

@@ -1,11 +1,12 @@
 """Row group `prefill`: seconds and memory of long videos in the shape of the 9B, with and without TransV.
 
-Each prompt is read with logits of its last position, as the engine does, and with logits of all positions.
+Each prompt is read with logits of its last position, as in the engine, and of all positions.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,8 +38,10 @@ def prefill_rows(
     config: TimeViperConfig = PRESETS["9b"],
     frames: tuple[int, ...] = (256, 1024, 10000),
     repeats: int = 3,
+    read: Callable[..., object] | None = None,
 ) -> list[Row]:
-    """Seconds and peak memory by frames, plan and logits."""
+    """Seconds and peak memory by frames, plan and logits. `read` replaces `read_prompt`."""
+    read = read or read_prompt
     model, words = make_model(config, device)
     models = {"the paper's plan": model, "no TransV": with_plan(model, ())}
     rows: list[Row] = []
@@ -54,6 +57,7 @@ def prefill_rows(
                     all_logits=logits != "the last position",
                     repeats=repeats,
                     warm_up=not number,
+                    read=read,
                 )
                 rows += _rows(name, taken)
                 if isinstance(taken, Measurement) and logits == "the last position":
@@ -72,9 +76,9 @@ def read_prompt(
     cache = model.new_cache(1, device=device, dtype=model.lm_head.weight.dtype)
     ids = torch.tensor(prompt.input_ids, device=device)
     kinds = torch.tensor(prompt.token_kind, dtype=torch.int8, device=device)
-    pieces: list[Tensor] = []
+    chunks: list[Tensor] = []
     last: Any = model.backbone.block(model.config.text.num_hidden_layers - 1)
-    handle = last.register_forward_hook(lambda _, __, hidden_TD: pieces.append(hidden_TD)) if all_logits else None
+    handle = last.register_forward_hook(lambda _, __, hidden_TD: chunks.append(hidden_TD)) if all_logits else None
     try:
         reading = Prefill(model, ids, kinds, lambda: iter_features(model.config, num_frames, device), cache, 0)
         while (logits := reading.advance()) is None:
@@ -82,18 +86,25 @@ def read_prompt(
     finally:
         if handle is not None:
             handle.remove()
-    return model.logits(torch.cat(pieces)) if all_logits else logits
+    return model.logits(torch.cat(chunks)) if all_logits else logits
 
 
 def _measured(
-    model: TimeViper, num_frames: int, device: torch.device, *, all_logits: bool, repeats: int, warm_up: bool
+    model: TimeViper,
+    num_frames: int,
+    device: torch.device,
+    *,
+    all_logits: bool,
+    repeats: int,
+    warm_up: bool,
+    read: Callable[..., object],
 ) -> Measurement | int:
     """Measurement of a prefill, or the bytes in use when memory ran out."""
     prompt = video_question(num_frames)
     free_memory(device)
     try:
         return measure(
-            lambda: read_prompt(model, prompt, num_frames, device, all_logits=all_logits),
+            lambda: read(model, prompt, num_frames, device, all_logits=all_logits),
             device,
             repeats=repeats,
             warm_up=warm_up,

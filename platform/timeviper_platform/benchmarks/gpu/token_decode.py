@@ -1,8 +1,7 @@
 """Row group `decode`: tokens per second at 32k in, 1k out, batch 32, against a Transformer of Qwen3-8B's shape.
 
-Both sides share prefill, cache and decode steps, captured as a CUDA graph; steps called from Python are reported too.
-One prefill and some steps from the middle of the answer are timed: a batch takes `batch * prefill + new tokens *
-step`. If the cache does not fit, fewer sequences are decoded and the rows give their number.
+Both run the same code. One prefill and some steps from the middle of the answer are timed: a batch takes
+`batch * prefill + new tokens * step`. If the cache does not fit, fewer sequences are decoded.
 """
 
 from __future__ import annotations
@@ -39,8 +38,6 @@ MEMORY_SHARE = 0.85
 
 
 class Side(NamedTuple):
-    """Results of one model."""
-
     tokens_per_second: float
     """Decoding only."""
     whole_tokens_per_second: float
@@ -58,17 +55,17 @@ def decode_rows(
     num_steps: int = 64,
     repeats: int = 3,
 ) -> list[Row]:
-    """Rows of three models in turn, and ratios of the first two to the third.
+    """Rows of three models, and ratios of the first two to the third.
 
     Args:
         device: CUDA, or a CPU at toy sizes.
         ours: hybrid with its TransV plan; also measured without.
-        transformer: language model of the other side, with the same vision tokens.
-        num_frames: frames per prompt; 2,048 frames are 32,768 tokens.
+        transformer: language model of the other side.
+        num_frames: frames per prompt, 16 tokens each.
         num_new: tokens per answer.
         batch: sequences decoded together.
         num_steps: steps per measured pass.
-        repeats: passes.
+        repeats: measured passes.
     """
     plain = TimeViperConfig(text=ours.text, vision=ours.vision)
     configs = {
@@ -94,15 +91,12 @@ def decode_rows(
 
 
 def fitting_batch(config: TimeViperConfig, num_vision: int, num_text: int, free_bytes: float) -> int:
-    """Number of sequences of this length whose cache fits into `num_bytes`."""
+    """Number of sequences whose cache fits into `free_bytes`."""
     return int(free_bytes // slot_bytes(config, num_vision, num_text))
 
 
 def slot_bytes(config: TimeViperConfig, num_vision: int, num_text: int) -> int:
-    """Cache bytes of one sequence: keys and values that the plan leaves in each layer, and Mamba states.
-
-    The 9b at 32,768 vision and 1,056 text tokens: 0.32 GB with the plan of the paper, 0.70 without.
-    """
+    """Cache bytes of one sequence: the keys and values that the plan keeps in each layer, and Mamba states."""
     text, plans, present, total = config.text, plan_sites(config, num_vision), num_vision, 0
     for layer, kind in enumerate(text.block_types):
         present = plans[layer].num_kept if layer in plans else present
@@ -146,15 +140,14 @@ def decode_side(
     *,
     group: str = "decode",
 ) -> tuple[list[Row], Side]:
-    """Rows and rates of one model."""
     model, words = make_model(config, device)
     prompt = video_question(num_frames)
     reading = measure(lambda: read_prompt(model, prompt, num_frames, device), device, repeats=repeats)
     free_memory(device)
     num_vision, num_text = num_frames * TOKENS_PER_FRAME, NUM_SYSTEM + NUM_QUESTION
     if device.type == "cuda":
-        room = torch.cuda.mem_get_info(device)[0] * MEMORY_SHARE
-        batch = min(batch, fitting_batch(config, num_vision, num_text + num_new, room))
+        free_bytes = torch.cuda.mem_get_info(device)[0] * MEMORY_SHARE
+        batch = min(batch, fitting_batch(config, num_vision, num_text + num_new, free_bytes))
     in_graph, eager = _step_seconds(model, device, num_vision, num_text + num_new // 2, batch, num_steps, repeats)
     decoding = batch / in_graph
     whole = batch * num_new / (batch * reading.seconds + num_new * in_graph)
@@ -175,7 +168,7 @@ def _step_seconds(
 ) -> tuple[float, float]:
     """Seconds per step as a CUDA graph, and called from Python."""
     cache = model.new_cache(batch, device=device, dtype=DTYPE)
-    # a warm-up pass and the measured ones; then the same from Python, which allocates its own room
+    # one warm-up pass and the measured ones, in the graph and then from Python
     total = num_steps * (repeats + 1)
     fill_cache(cache, model.config, num_vision, num_text, 2 * total)
     slots = list(range(batch))
@@ -183,6 +176,8 @@ def _step_seconds(
     in_graph = measure(lambda: [graph.step() for _ in range(num_steps)], device, repeats=repeats)
     graph.finish()
     synchronize(device)
-    ids, places = torch.zeros(batch, dtype=torch.long, device=device), torch.tensor(slots, device=device)
-    eager = measure(lambda: [model.decode_step(ids, cache, places) for _ in range(num_steps)], device, repeats=repeats)
+    ids, slot_ids = torch.zeros(batch, dtype=torch.long, device=device), torch.tensor(slots, device=device)
+    eager = measure(
+        lambda: [model.decode_step(ids, cache, slot_ids) for _ in range(num_steps)], device, repeats=repeats
+    )
     return in_graph.seconds / num_steps, eager.seconds / num_steps

@@ -1,7 +1,6 @@
 """Row group `training`: forward and backward of a 3 B hybrid on packed and on padded samples.
 
-Compares loss and gradients with separate samples, operations with the peak of the device, and memory with the
-estimate of the dry run.
+Loss and gradients are compared with those of separate samples, memory with the estimate of the dry run.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ HYBRID_3B = replace(
 )
 """Blocks of the 9B at 4/7 of its width: 3.1 B weights, which leave most of a device to activations."""
 SHARES = (2, 4, 8, 16, 16)
-"""Samples are a half, a quarter, ... of a pack; padded to the longest they are 2.5 times as many tokens."""
+"""Samples are 1/2, 1/4 ... of a pack; padding to the longest makes 2.5 times as many tokens."""
 
 
 def training_rows(
@@ -70,13 +69,13 @@ def training_rows(
     return rows
 
 
-def made_samples(num_tokens: int) -> list[Sample]:
+def synthetic_samples(num_tokens: int) -> list[Sample]:
     """Samples that fill a pack of a multiple of 256 tokens, three quarters of each vision."""
     return [_sample(num_tokens // share, number) for number, share in enumerate(SHARES)]
 
 
 def padded(samples: Sequence[Sample]) -> list[Sample]:
-    """Pads every sample to the length of the longest."""
+    """Pads to the longest sample."""
     longest = max(map(len, samples))
     return [_padded(sample, longest - len(sample)) for sample in samples]
 
@@ -120,7 +119,7 @@ def _batches(
 
 
 def _step(model: TimeViper, batches: Sequence[PackedBatch]) -> float:
-    """Forward and backward over all batches; returns the loss and leaves gradients in the model."""
+    """Forward and backward over all batches; returns the loss."""
     model.zero_grad(set_to_none=True)
     losses = []
     for batch in batches:
@@ -131,7 +130,7 @@ def _step(model: TimeViper, batches: Sequence[PackedBatch]) -> float:
 
 
 def _error_rows(model: TimeViper, num_tokens: int, device: torch.device, words: str) -> list[Row]:
-    samples = made_samples(num_tokens)
+    samples = synthetic_samples(num_tokens)
     alone_loss = _step(model, _batches(samples, model.config, device, together=False))
     alone = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     loss = _step(model, _batches(samples, model.config, device, together=True))
@@ -141,18 +140,18 @@ def _error_rows(model: TimeViper, num_tokens: int, device: torch.device, words: 
             difference += (parameter.grad.float() - alone[name].float()).square().sum()
             size += alone[name].float().square().sum()
     model.zero_grad(set_to_none=True)
-    what = f"{len(samples)} samples packed against one by one, {num_tokens} tokens in bf16 ({words})"
+    label = f"{len(samples)} samples packed against one by one, {num_tokens} tokens in bf16 ({words})"
     # bf16 rounds by up to 0.4 %, and blocks may chunk their tokens differently
     return [
-        make_row("training", f"loss of {what}: relative error", abs(loss / alone_loss - 1), "", "<= 0.01"),
-        make_row("training", f"gradients of {what}: relative error", float((difference / size).sqrt()), "", "<= 0.05"),
+        make_row("training", f"loss of {label}: relative error", abs(loss / alone_loss - 1), "", "<= 0.01"),
+        make_row("training", f"gradients of {label}: relative error", float((difference / size).sqrt()), "", "<= 0.05"),
     ]
 
 
 def _rows(
     model: TimeViper, num_tokens: int, device: torch.device, words: str, *, repeats: int, peak: float | None
 ) -> list[Row]:
-    samples, config = made_samples(num_tokens), model.config
+    samples, config = synthetic_samples(num_tokens), model.config
     name = f"training on {num_tokens} tokens, {len(samples)} samples {{}} ({words})"
     pack = Pack(
         num_tokens=num_tokens,
@@ -162,18 +161,18 @@ def _rows(
     flops = training_flops(config, pack, use_transv=True, trains_blocks=True)
     rows: list[Row] = []
     seconds: list[float] = []
-    for way, chosen in (("packed", samples), ("padded to the longest", padded(samples))):
+    for layout, chosen in (("packed", samples), ("padded to the longest", padded(samples))):
         taken = _measured(model, _batches(chosen, config, device, together=True), device, repeats=repeats)
-        own = name.format(way)
+        own = name.format(layout)
         if not isinstance(taken, Measurement):
             rows.append(make_row("training", f"{own}: OUT OF MEMORY, most that was held", taken / 1e9, "GB"))
             continue
         seconds.append(taken.seconds)
         rows.append(make_row("training", f"{own}: median of {taken.num_passes}", taken.seconds, "s"))
         if peak is not None:
-            bar = f">= {ASSUMED_MFU}" if way == "packed" else None
+            bar = f">= {ASSUMED_MFU}" if layout == "packed" else None
             rows.append(make_row("training", f"{own}: MFU", flops / taken.seconds / peak, "", bar))
-        if way == "packed" and taken.peak_bytes:
+        if layout == "packed" and taken.peak_bytes:
             ratio = taken.peak_bytes / _estimated_bytes(model, pack)
             rows.append(make_row("training", f"{own}: peak memory over the dry run's", ratio, "x", "<= 1.2"))
     if len(seconds) == 2:

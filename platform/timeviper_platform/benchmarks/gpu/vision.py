@@ -55,7 +55,7 @@ def vision_rows(
         size: size of the tower.
         batch_frames: frames per batch.
         num_batches: batches per measured pass.
-        peak: peak FLOP/s; None = PEAK_FLOPS of the device. An unknown device has no MFU row.
+        peak: peak FLOP/s; None = that of the device. An unknown device has no MFU row.
         repeats: measured passes.
     """
     size = size or TowerSize()
@@ -94,7 +94,7 @@ def vision_rows(
 
 
 def make_tower(size: TowerSize, device: torch.device) -> VisionTransformer:
-    """The preprocessing encoder with random weights, on the device in bf16."""
+    """An encoder with random bf16 weights."""
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
     config: Any = SiglipVisionConfig(
@@ -119,8 +119,7 @@ def make_tower(size: TowerSize, device: torch.device) -> VisionTransformer:
 def tower_flops(size: TowerSize) -> float:
     """FLOPs of the blocks that run, per frame; so400m: 0.642e12.
 
-    A weight counts as a multiplication and an addition per token; attention is not causal. Norms and ToMe are not
-    counted.
+    Counts two operations per weight and token, and full attention, but no norms or ToMe.
     """
     patches, width = size.num_patches, size.hidden_size
     weights = 4 * width**2 + 2 * width * size.intermediate_size

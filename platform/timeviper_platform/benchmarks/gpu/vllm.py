@@ -1,7 +1,6 @@
 """Row group `vllm`: the 9b without TransV against Nemotron-H in vLLM, both with random weights.
 
-vLLM runs in its own process from a config.json of the same sizes (`load_format="dummy"`). Both sides read and write the
-same numbers of tokens.
+vLLM runs in its own process with the same sizes (`load_format="dummy"`) and numbers of tokens.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ def vllm_rows(
     Args:
         device: CUDA, or a CPU at toy sizes.
         ours: model; its TransV plan is ignored.
-        num_frames: frames of our prompt; vLLM reads as many text tokens.
+        num_frames: frames of our prompt; vLLM reads equally many text tokens.
         num_new: tokens per answer.
         batch: sequences decoded together.
         num_steps: our steps per measured pass.

@@ -1,21 +1,18 @@
 """Row group `prefill`: memory and time of long videos, savings of TransV, and speed-up over an all-attention model.
 
-Long prefills run in their own process. Their peak is the high-water mark of resident memory beyond the model and a
-first short prefill.
+Long prefills run in their own process. The peak is that of resident memory beyond the model and a short prefill.
 """
 
 from __future__ import annotations
 
-import ctypes
 import math
 import multiprocessing
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +22,7 @@ from timeviper_model.inference.chunked_transv import plan_sites
 from timeviper_model.inference.prefill import Prefill
 from timeviper_model.ops.ssd import chunk_length
 from timeviper_model.timeviper import TimeViper
-from timeviper_platform.benchmarks.measure import Row
+from timeviper_platform.benchmarks.measure import Row, peak_resident_bytes, reset_peak, resident_bytes
 from timeviper_platform.benchmarks.model.models import (
     NUM_QUESTION,
     NUM_SYSTEM,
@@ -41,7 +38,7 @@ from timeviper_platform.benchmarks.model.models import (
 
 COMMAND = "python jobs/benchmark.py model --only prefill"
 WARM_UP_FRAMES = 200
-"""More than one chunk of each span, so that all chunk buffers exist before the peak is watched."""
+"""More than one chunk per layer range, so that all chunk buffers exist before the peak is reset."""
 
 
 class PrefillRun(NamedTuple):
@@ -58,22 +55,28 @@ class PrefillRun(NamedTuple):
 
 
 def prefill_rows(
-    *, width: int = 128, frames: tuple[int, int] = (1000, 10000), transv_frames: int = 500, repeats: int = 5
+    *,
+    width: int = 128,
+    frames: tuple[int, int] = (1000, 10000),
+    transv_frames: int = 500,
+    repeats: int = 5,
+    run: Callable[[TimeViperConfig, int], PrefillRun] | None = None,
 ) -> list[Row]:
-    """Long against short in their own processes, the control once, and TransV in this process.
+    """Long against short prefills and one control by `run` (a process each), and TransV in this process.
 
     The control takes minutes for the long video, nearly all in attention.
     """
+    run = run or run_apart
     label = f"width {width}, 56 blocks, the paper's plan"
     config = narrow_config(width)
     short, long = frames
-    runs = [[run_apart(config, count) for count in frames] for _ in range(3)]
+    runs = [[run(config, count) for count in frames] for _ in range(3)]
     by_side = list(zip(*runs, strict=True))
     peaks, linear, seconds = (
-        [statistics.median(getattr(run, name) for run in side) for side in by_side]
+        [statistics.median(getattr(one, name) for one in side) for side in by_side]
         for name in ("peak_bytes", "linear_seconds", "seconds")
     )
-    attention = [statistics.median(run.block_seconds["attention"] for run in side) for side in by_side]
+    attention = [statistics.median(one.block_seconds["attention"] for one in side) for side in by_side]
     growth = math.log(long / short)
     return [
         _row(f"prefill of {long} frames ({label})", seconds[1], "s", None),
@@ -91,7 +94,7 @@ def prefill_rows(
         ),
         _row(f"attention blocks' share of the time at {long} frames ({label})", attention[1] / seconds[1], "", None),
         _row(f"attention blocks' share of the time at {short} frames ({label})", attention[0] / seconds[0], "", None),
-        *_control_rows(config, long, seconds[1]),
+        *_control_rows(config, long, seconds[1], run),
         *_transv_rows(width, transv_frames, repeats),
     ]
 
@@ -104,18 +107,18 @@ def run_apart(config: TimeViperConfig, num_frames: int) -> PrefillRun:
 
 
 def run_prefill(model: TimeViper, num_frames: int) -> PrefillRun:
-    """One prefill in this process; its peak is counted from the last reset."""
+    """One prefill in this process."""
     prompt = video_question(num_frames)
     ids, kinds = torch.tensor(prompt.input_ids), torch.tensor(prompt.token_kind)
     with torch.inference_mode(), timed_blocks(model) as block_seconds:
         cache = model.new_cache(1, device="cpu", dtype=torch.float32)
-        _forget_peak()
-        before, start = _status_bytes("VmRSS"), time.perf_counter()
+        reset_peak()
+        before, start = resident_bytes(), time.perf_counter()
         reading = Prefill(model, ids, kinds, lambda: iter_features(num_frames), cache, 0)
         while reading.advance() is None:
             pass
         seconds = time.perf_counter() - start
-        return PrefillRun(_status_bytes("VmHWM") - before, seconds, dict(block_seconds))
+        return PrefillRun(peak_resident_bytes() - before, seconds, dict(block_seconds))
 
 
 @contextmanager
@@ -143,8 +146,8 @@ def timed_blocks(model: TimeViper) -> Iterator[dict[str, float]]:
 def count_flops(config: TimeViperConfig, num_frames: int) -> float:
     """FLOPs of the blocks in the prefill of a question about a video, by formula.
 
-    A weight counts as a multiplication and an addition per token. Causal attention and the quadratic form within scan
-    chunks count the unmasked half; scan states (arXiv 2405.21060, section 6) are written and read once.
+    Counts two operations per weight and token, and the unmasked half of causal attention and of the quadratic form
+    within scan chunks; scan states (arXiv 2405.21060, section 6) are written and read once.
     """
     text, present = config.text, num_frames * TOKENS_PER_FRAME
     assert isinstance(text, HybridConfig)
@@ -170,7 +173,6 @@ def count_flops(config: TimeViperConfig, num_frames: int) -> float:
 
 
 def _transv_rows(width: int, num_frames: int, repeats: int) -> list[Row]:
-    """Savings of the plan of the paper in the blocks of linear cost."""
     with_plan, without = make_model(narrow_config(width)), make_model(narrow_config(width, plan=()))
     run_prefill(with_plan, num_frames)
     pairs = [[run_prefill(model, num_frames).linear_seconds for model in (with_plan, without)] for _ in range(repeats)]
@@ -179,10 +181,12 @@ def _transv_rows(width: int, num_frames: int, repeats: int) -> list[Row]:
     return [_row(name, control / ours, "x", ">= 2.04")]
 
 
-def _control_rows(config: TimeViperConfig, num_frames: int, seconds: float) -> list[Row]:
-    """Share of the speed-up that FLOPs promise over attention everywhere, under the same plan."""
+def _control_rows(
+    config: TimeViperConfig, num_frames: int, seconds: float, run: Callable[[TimeViperConfig, int], PrefillRun]
+) -> list[Row]:
+    """Measured and counted speed-up over attention everywhere, under the same plan."""
     control = all_attention(config)
-    measured = run_apart(control, num_frames).seconds / seconds
+    measured = run(control, num_frames).seconds / seconds
     promised = count_flops(control, num_frames) / count_flops(config, num_frames)
     name = f"width {config.text.hidden_size}, {num_frames} frames, the paper's plan in both; one pass of the control"
     return [
@@ -197,16 +201,6 @@ def _run_in_process(config: TimeViperConfig, num_frames: int, num_threads: int) 
     model = make_model(config)
     run_prefill(model, min(WARM_UP_FRAMES, num_frames))
     return run_prefill(model, num_frames)
-
-
-def _forget_peak() -> None:
-    ctypes.CDLL(None).malloc_trim(0)  # returns memory freed by earlier prefills
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (man 5 proc)
-
-
-def _status_bytes(name: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
-    return int(line.split()[1]) * 1024
 
 
 def _row(name: str, value: float, unit: str, bar: str | None) -> Row:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -31,9 +32,9 @@ COMMAND = "python jobs/benchmark.py model --only prefix"
 NUM_ANSWER = 8
 """Answer tokens to compare."""
 NUM_SECONDS = 5
-"""Second questions per first one: they take a hundredth of the time and vary more."""
+"""Second questions per first one; they are 100 times faster and vary more."""
 WIDTH = 512
-"""Wide enough that Python overhead does not dominate a second question."""
+"""Wide enough that Python overhead does not dominate."""
 PLANS = (
     ("the paper's plan", "uni_7_0.5-attn_39_0.9", ">= 12.3"),
     ("its uniform site alone", "uni_7_0.5", ">= 100"),
@@ -42,8 +43,6 @@ PLANS = (
 
 
 class Answer(NamedTuple):
-    """Outcome of one request, alone in its engine."""
-
     first_token_seconds: float
     ids: list[int]
 
@@ -53,11 +52,11 @@ def prefix_rows(*, width: int = WIDTH, num_frames: int = 1024, repeats: int = 5)
     rows = []
     for name, plan, bar in PLANS:
         model = make_model(narrow_config(width, plan=parse_transv_plan(plan)))
-        rows += _plan_rows(model, f"width {width}, {num_frames} frames, {name}", bar, num_frames, repeats)
+        rows += plan_rows(model, f"width {width}, {num_frames} frames, {name}", bar, num_frames, repeats)
     return rows
 
 
-def ask(engine: InferenceEngine, num_frames: int, *, video: str, question: int) -> Answer:
+def answer_question(engine: InferenceEngine, num_frames: int, *, video: str, question: int) -> Answer:
     """Answers a question about a video; all videos have the same frames."""
     request = Request(
         prompt=video_question(num_frames, seed=question),
@@ -83,15 +82,28 @@ def make_engine(model: TimeViper, *, prefix_cache_bytes: int) -> InferenceEngine
     return engine
 
 
-def _plan_rows(model: TimeViper, name: str, bar: str, num_frames: int, repeats: int) -> list[Row]:
+def plan_rows(
+    model: TimeViper,
+    name: str,
+    bar: str,
+    num_frames: int,
+    repeats: int,
+    *,
+    answer: Callable[..., Answer] = answer_question,
+) -> list[Row]:
+    """Rows of one plan; `answer` answers a question about a video.
+
+    Raises:
+        RuntimeError: if an answer from the cache differs from an uncached one.
+    """
     engine = make_engine(model, prefix_cache_bytes=2**34)
-    uncached = ask(make_engine(model, prefix_cache_bytes=0), num_frames, video="0", question=2)
+    uncached = answer(make_engine(model, prefix_cache_bytes=0), num_frames, video="0", question=2)
     ratios = []
     for number in range(repeats):
-        first = ask(engine, num_frames, video=f"{number}", question=1).first_token_seconds
+        first = answer(engine, num_frames, video=f"{number}", question=1).first_token_seconds
         seconds = []
         for _ in range(NUM_SECONDS):
-            second = ask(engine, num_frames, video=f"{number}", question=2)
+            second = answer(engine, num_frames, video=f"{number}", question=2)
             if second.ids != uncached.ids:
                 raise RuntimeError(f"{name}: with the prefix cache the tokens are {second.ids}, without {uncached.ids}")
             seconds.append(second.first_token_seconds)

@@ -18,8 +18,7 @@ from timeviper_platform.benchmarks.model.token_decode import decode_rows
 def on_one_thread(rows: Callable[[], list[Row]]) -> Callable[[], list[Row]]:
     """Runs a group of small steps on one torch thread.
 
-    With two threads, each small product waits for both; on a busy machine products of eight rows took 10 to 50 times
-    as long.
+    With two threads on a busy machine, products of eight rows took 10 to 50 times as long.
     """
 
     def measured() -> list[Row]:

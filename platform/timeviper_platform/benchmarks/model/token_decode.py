@@ -1,7 +1,6 @@
 """Row group `decode`: tokens per second with a long context against a short one, and many sequences against one.
 
-A step's time depends on the number of keys and values, not on their content: slots are filled with random ones, as
-many as prefill leaves (a test compares them).
+Slots hold random keys and values, as many as prefill would leave: the time of a step depends on their number alone.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from timeviper_platform.benchmarks.model.models import (
 )
 
 COMMAND = "python jobs/benchmark.py model --only decode"
-BATCH = 32
 
 
 def decode_rows(
@@ -32,11 +30,12 @@ def decode_rows(
     width: int = 1024,
     contexts: tuple[int, int] = (1024, 32768),
     num_steps: int = 5,
+    batch: int = 32,
     batch_width: int = 256,
     context_repeats: int = 25,
     repeats: int = 5,
 ) -> list[Row]:
-    """Long against short under the plan of the paper, without it and in the control; then 32 sequences against one.
+    """Long against short contexts: the paper's plan, no TransV, the control. Then `batch` sequences against one.
 
     The first three differ by hundredths while turns vary by a quarter, so they run more turns.
     """
@@ -48,7 +47,7 @@ def decode_rows(
         ("all-attention control, no TransV", all_attention(no_plan), None),
     ]
     rows = [_context_row(name, config, bar, contexts, num_steps, context_repeats) for name, config, bar in kinds]
-    return [*rows, _batch_row(narrow_config(batch_width, plan=()), num_steps, repeats)]
+    return [*rows, _batch_row(narrow_config(batch_width, plan=()), batch, num_steps, repeats)]
 
 
 def fill_slot(cache: HybridCache, slot: int, config: TimeViperConfig, num_text: int, num_vision: int) -> None:
@@ -84,14 +83,14 @@ def _context_row(
 
 
 @torch.inference_mode()
-def _batch_row(config: TimeViperConfig, num_steps: int, repeats: int) -> Row:
+def _batch_row(config: TimeViperConfig, batch: int, num_steps: int, repeats: int) -> Row:
     model = make_model(config)
-    one, many = (_decoding(model, 512, batch, num_steps) for batch in (1, BATCH))
+    one, many = (_decoding(model, 512, count, num_steps) for count in (1, batch))
     result = compare(many, one, repeats=repeats)
     return Row(
-        name=f"decoding {BATCH} sequences over one, width {config.text.hidden_size}, context 512"
+        name=f"decoding {batch} sequences over one, width {config.text.hidden_size}, context 512"
         f" (noise {result.noise:.0%})",
-        value=BATCH * result.speedup,
+        value=batch * result.speedup,
         unit="x tokens/s",
         bar=">= 6",
         command=COMMAND,
@@ -99,7 +98,7 @@ def _batch_row(config: TimeViperConfig, num_steps: int, repeats: int) -> Row:
 
 
 def _decoding(model: TimeViper, context: int, batch: int, num_steps: int) -> Callable[[], None]:
-    """Decodes a number of tokens in every slot of its own cache."""
+    """Decodes `num_steps` tokens in every slot of a new cache."""
     cache = model.new_cache(batch, device="cpu", dtype=torch.float32)
     num_text = NUM_SYSTEM + NUM_QUESTION
     for slot in range(batch):

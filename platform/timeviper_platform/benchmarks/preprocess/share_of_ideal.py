@@ -1,9 +1,8 @@
 """Compares the rate of preprocessing, fused and split, with what its costs allow.
 
-Media are 24 s clips, one long film, or images. The CPU cost of a frame is calibrated between runs, without Ray, with as
-many processes as cores, because the speed of a shared machine changes by a tenth within minutes. A run's ideal is the
-mean of its two neighbouring calibrations on the cores that the host did not take away. The report's own share uses the
-costs of the run's frames instead: independent of the machine before and after, but blind to overheads per frame.
+The CPU cost of a frame is calibrated between runs, without Ray, on all cores, because the speed of a shared machine
+changes by a tenth within minutes. A run's ideal is the mean of its two neighbouring calibrations, without stolen time.
+The run's own share uses the costs of its frames instead: independent of other runs, but blind to overheads per frame.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ from timeviper_platform.data.preprocess.calibrate import BusySlots, Calibration
 from timeviper_platform.data.preprocess.config import ExecutionConfig, PreprocessConfig
 from timeviper_platform.data.preprocess.ray_graph import run_on_ray
 from timeviper_platform.data.preprocess.run import Runner, make_recipe, plan_tables, run_preprocess, worker_spec
+from timeviper_platform.data.preprocess.worker import WorkerSpec
 from timeviper_platform.data.synthetic.encoder import IMAGE_SIZE, save_encoder, train_encoder
 
 logger = logging.getLogger(__name__)
@@ -46,14 +46,10 @@ NUM_CLIPS_TRIED, NUM_IMAGES_TRIED = 32, 1024
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IdealSizes:
-    """Durations of the measurement."""
-
     run_seconds: float = 30.0
     """Length of a run at the ideal rate; 60 % of it is the steady state."""
     calibration_seconds: float = 15.0
-    """Length of a calibration. A frame varies by a tenth within seconds on a shared machine."""
     repeats: int = 5
-    """Runs per mode."""
     clip_seconds: int = CLIP_SECONDS
     film_seconds: int = FILM_SECONDS
     num_clips_tried: int = NUM_CLIPS_TRIED
@@ -62,13 +58,10 @@ class IdealSizes:
 
 @dataclass(frozen=True, slots=True)
 class Media:
-    """Media of one kind, as many as needed."""
-
     name: str
     grow: Callable[[Path, int], None]
     """Creates that many media in a folder."""
     num_tried: int
-    """Number of media to calibrate on."""
     unit: str = "frames/s"
 
 
@@ -84,12 +77,12 @@ def ideal_rows(film: Path | None = None, sizes: IdealSizes | None = None) -> lis
 
 
 def make_media(root: Path, film: Path | None, sizes: IdealSizes) -> list[Media]:
-    clip, image, made_film = root / "clip.mp4", root / "image.jpg", root / "film.mp4"
+    clip, image, synthetic_film = root / "clip.mp4", root / "image.jpg", root / "film.mp4"
     make_clip(clip, ClipSpec(seconds=sizes.clip_seconds))
     save_first_frame(clip, image)
     if film is None:
-        repeat_film(clip, made_film, max(1, sizes.film_seconds // sizes.clip_seconds))
-    base = film or made_film
+        repeat_film(clip, synthetic_film, max(1, sizes.film_seconds // sizes.clip_seconds))
+    base = film or synthetic_film
 
     def lengthen(folder: Path, times: int) -> None:
         repeat_film(base, folder / "film.mp4", times)
@@ -108,10 +101,12 @@ def media_rows(
     sizes: IdealSizes,
     *,
     run: Runner = run_on_ray,
+    slots: Callable[[WorkerSpec, int], BusySlots] = BusySlots,
+    num_cores: int | None = None,
     command: str = COMMAND,
 ) -> list[Row]:
-    """Runs each mode in turn, with calibrations between runs."""
-    num_cores = os.cpu_count() or 1
+    """Runs each mode in turn, with calibrations between runs; `num_cores` defaults to the machine's."""
+    num_cores = num_cores or os.cpu_count() or 1
     tried = root / f"{media.name}, tried"
     tried.mkdir()
     media.grow(tried, media.num_tried)
@@ -119,8 +114,8 @@ def media_rows(
     description = describe_encoder(encoder)
     segments = planned(config, description)
     rates: dict[str, list[RunRate]] = {name: [] for name in executions(num_cores)}
-    with BusySlots(worker_spec(config, description, ""), num_cores) as slots:
-        costs = [slots.measure(segments, sizes.calibration_seconds)]
+    with slots(worker_spec(config, description, ""), num_cores) as calibration:
+        costs = [calibration.measure(segments, sizes.calibration_seconds)]
         whole = root / media.name
         whole.mkdir()
         rate = costs[0].ideal_frames_per_second(num_cores, num_cores, is_fused=True, num_cores=num_cores)
@@ -129,12 +124,12 @@ def media_rows(
         for _ in range(sizes.repeats):
             for name, execution in executions(num_cores).items():
                 rates[name].append(media_rate(root, whole, encoder, execution, run))
-                costs.append(slots.measure(segments, sizes.calibration_seconds))
+                costs.append(calibration.measure(segments, sizes.calibration_seconds))
     return speed_rows(media, rates, costs, num_cores=num_cores, command=command)
 
 
 def executions(num_cores: int) -> dict[str, ExecutionConfig]:
-    """The two modes. Split decoders get the cores that the far cheaper encoder leaves."""
+    """Both modes. In split mode nearly all cores decode; the encoder is far cheaper."""
     share = 0.9 / (1 + 1 / num_cores)  # CPUs per decoder, so that all of them fit
     return {
         "fused": ExecutionConfig(mode="fused", num_workers=num_cores),
@@ -157,17 +152,17 @@ def speed_rows(
     Args:
         media: description of the input.
         rates: runs by mode.
-        costs: calibrated before the first run and after each.
-        num_cores: number of decoders or fused workers; the split encoder is one more process.
+        costs: calibrations before the first run and after each.
+        num_cores: decoders or fused workers; the split encoder is one more process.
         command: command of the rows.
     """
     rows = []
-    for place, (mode, runs) in enumerate(rates.items()):
+    for index, (mode, runs) in enumerate(rates.items()):
         slots = (num_cores, num_cores if mode == "fused" else 1)
         ideals = [
             found.ideal_frames_per_second(*slots, is_fused=mode == "fused", num_cores=num_cores) for found in costs
         ]
-        around = [ideals[number : number + 2] for number in range(place, len(costs) - 1, len(rates))]
+        around = [ideals[number : number + 2] for number in range(index, len(costs) - 1, len(rates))]
         shares = [
             run.frames_per_second / (statistics.mean(pair) * (1.0 - run.stolen))
             for run, pair in zip(runs, around, strict=True)
@@ -184,7 +179,9 @@ def speed_rows(
         rows.append(Row(name=text, value=rate, unit=media.unit, command=command))
     decode = sum(found.decode_seconds for found in costs)
     share = decode / (decode + sum(found.encode_seconds + found.write_seconds for found in costs))
-    rows.append(Row(name=f"what decoding takes of a frame's cost, {media.name}", value=share, unit="", command=command))
+    rows.append(
+        Row(name=f"share of decoding in the cost of a frame, {media.name}", value=share, unit="", command=command)
+    )
     for row in rows:
         logger.info("%s: %.4g %s", row.name, row.value, row.unit)
     return rows
@@ -197,15 +194,13 @@ def planned(config: PreprocessConfig, encoder: EncoderDescription) -> list[Segme
 
 class RunRate(NamedTuple):
     frames_per_second: float
-    """Steady-state rate."""
     stolen: float
     """Share of core time that the host took away."""
     own_share: float
-    """Share of the ideal by the costs of the run's own frames; stolen time counts as lost."""
+    """Share of the ideal by the costs of its own frames, stolen time included."""
 
 
 def media_rate(root: Path, media: Path, encoder: VisionTowerConfig, execution: ExecutionConfig, run: Runner) -> RunRate:
-    """Runs preprocessing into a new store."""
     stolen = StolenTime()
     store = root / f"{media.name}, {execution.mode}"
     report = run_preprocess(
@@ -220,7 +215,7 @@ def media_rate(root: Path, media: Path, encoder: VisionTowerConfig, execution: E
     return RunRate(report.frames_per_second, stolen.share(), report.share_of_ideal)
 
 
-# -- what is measured on -----------------------------------------------------------------------------------------
+# -- inputs ------------------------------------------------------------------------------------------------------
 
 
 def make_tiny_encoder(folder: Path) -> VisionTowerConfig:
@@ -231,7 +226,7 @@ def make_tiny_encoder(folder: Path) -> VisionTowerConfig:
 
 
 def link(source: Path, folder: Path, count: int) -> None:
-    """`count` hard links to one file: as many media without their bytes."""
+    """Creates `count` hard links to one file."""
     for number in range(count):
         (folder / f"{number:06d}{source.suffix}").hardlink_to(source)
 
@@ -242,7 +237,7 @@ def save_first_frame(film: Path, image: Path) -> None:
 
 
 def repeat_film(source: Path, target: Path, times: int) -> None:
-    """The stream of `source` repeated `times` times, by stream copy."""
+    """Repeats the stream of `source` by stream copy."""
     with av.open(str(target), "w") as output:
         copied, offset = None, 0
         for _ in range(times):

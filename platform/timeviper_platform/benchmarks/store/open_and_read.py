@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from timeviper_platform.benchmarks.measure import Comparison, Row, compare, cost_elsewhere
+from timeviper_platform.benchmarks.measure import Comparison, Measure, Row, compare, cost_elsewhere
 from timeviper_platform.common import schemas
 from timeviper_platform.data.store.index import ROW_GROUP_ROWS, StoreIndex
 from timeviper_platform.data.store.reader import FeatureStore
@@ -24,17 +24,16 @@ COMMAND = "python jobs/benchmark.py store"
 NUM_SEGMENTS = 1_000_000
 SEGMENTS_PER_MEDIUM = 5
 FRAMES_PER_SEGMENT = 64
-STRETCH_SECONDS = 64.0
+CLIP_SECONDS = 64.0
 CACHE_BYTES = 128 << 20
 REPEATS = 7
 
 
-def opening_rows(num_segments: int = NUM_SEGMENTS) -> list[Row]:
-    """Cost of opening a store of `num_segments`."""
+def opening_rows(num_segments: int = NUM_SEGMENTS, measure: Measure = cost_elsewhere) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         index = Path(folder) / "index.parquet"
-        write_made_index(index, num_segments)
-        costs = [cost_elsewhere(open_and_find, str(index)) for _ in range(REPEATS)]
+        write_synthetic_index(index, num_segments)
+        costs = [measure(open_and_find, str(index)) for _ in range(REPEATS)]
     command = f"{COMMAND} --only opening"
     seconds, cpu_seconds = (statistics.median(values) for values in list(zip(*costs, strict=True))[:2])
     peak = max(cost.peak_bytes for cost in costs) / 1e6
@@ -51,15 +50,15 @@ def reading_rows(num_media: int = 40) -> list[Row]:
     command = f"{COMMAND} --only reading"
     with tempfile.TemporaryDirectory() as folder:
         uri = f"{folder}/store"
-        write_made_store(uri, num_media)
+        write_synthetic_store(uri, num_media)
         os.sync()  # otherwise the kernel writes half a gigabyte back while reads are timed
         stored = sum(path.stat().st_size for path in Path(uri).rglob("*.parquet"))
         films = compare_reads(uri, seconds=None)
-        stretches = compare_reads(uri, seconds=STRETCH_SECONDS)
+        clips = compare_reads(uri, seconds=CLIP_SECONDS)
     ideal = num_media * SEGMENTS_PER_MEDIUM * FRAMES_PER_SEGMENT * 16 * 1152 * 2
     texts = (
         (films, "random reads against sequential ones, whole films of 5 minutes"),
-        (stretches, f"random reads against sequential ones, stretches of {STRETCH_SECONDS} s in films of 5 minutes"),
+        (clips, f"random reads against sequential ones, clips of {CLIP_SECONDS} s in films of 5 minutes"),
     )
     return [
         *(
@@ -72,23 +71,23 @@ def reading_rows(num_media: int = 40) -> list[Row]:
     ]
 
 
-def write_made_index(path: Path, num_segments: int) -> None:
+def write_synthetic_index(path: Path, num_segments: int) -> None:
     """Writes an index of full segments, five per medium, with the frame times of a 25 fps film."""
     with pq.ParquetWriter(path, schemas.INDEX, compression="zstd", write_page_checksum=True) as writer:
-        for table in made_index_tables(num_segments):
+        for table in synthetic_index_tables(num_segments):
             writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
 
 
-def made_index_tables(num_segments: int) -> Iterator[pa.Table]:
-    """Rows of that index, 65536 at a time."""
+def synthetic_index_tables(num_segments: int) -> Iterator[pa.Table]:
+    """Index rows, 65536 at a time."""
     random = np.random.default_rng(0)
     for start in range(0, num_segments, 32 * ROW_GROUP_ROWS):
-        yield _made_rows(np.arange(start, min(num_segments, start + 32 * ROW_GROUP_ROWS)), random)
+        yield _synthetic_rows(np.arange(start, min(num_segments, start + 32 * ROW_GROUP_ROWS)), random)
 
 
-def _made_rows(numbers: np.ndarray, random: np.random.Generator) -> pa.Table:
-    places = numbers % SEGMENTS_PER_MEDIUM
-    times = (places[:, None] * FRAMES_PER_SEGMENT + np.arange(FRAMES_PER_SEGMENT)).astype(np.float64)
+def _synthetic_rows(numbers: np.ndarray, random: np.random.Generator) -> pa.Table:
+    indices = numbers % SEGMENTS_PER_MEDIUM
+    times = (indices[:, None] * FRAMES_PER_SEGMENT + np.arange(FRAMES_PER_SEGMENT)).astype(np.float64)
     offsets = pa.array(np.arange(len(numbers) + 1, dtype=np.int32) * FRAMES_PER_SEGMENT)
     media = [f"{number:032x}" for number in numbers // SEGMENTS_PER_MEDIUM]
     columns = {
@@ -100,7 +99,7 @@ def _made_rows(numbers: np.ndarray, random: np.random.Generator) -> pa.Table:
         "file": pa.array([f"{number // 400:032x}.parquet" for number in numbers]),
         "status": pa.array(["ok"] * len(numbers)),
         "modality": pa.array(["video"] * len(numbers)),
-        "segment_index": pa.array(places.astype(np.int32)),
+        "segment_index": pa.array(indices.astype(np.int32)),
         "frame_times_seconds": pa.ListArray.from_arrays(offsets, pa.array(times.ravel())),
         "frame_pts_seconds": pa.ListArray.from_arrays(offsets, pa.array((times - random.random() * 0.04).ravel())),
     }
@@ -117,13 +116,13 @@ def open_and_find(index: str) -> None:
     opened.rows_of(opened.media_ids[len(opened.media_ids) // 2])
 
 
-def write_made_store(uri: str, num_media: int) -> None:
+def write_synthetic_store(uri: str, num_media: int) -> None:
     """Writes films of five full segments with equal features into one file."""
     features = features_bytes(torch.randn(FRAMES_PER_SEGMENT, 16, 1152))
     names = [f"m{number:06d}" for number in range(num_media)]
-    rows = (_row(media_id, place, features) for media_id in names for place in range(SEGMENTS_PER_MEDIUM))
-    store = StoreWriter.create(uri, {"made": True})
-    store.write_file("made", rows)
+    rows = (_row(media_id, index, features) for media_id in names for index in range(SEGMENTS_PER_MEDIUM))
+    store = StoreWriter.create(uri, {"synthetic": True})
+    store.write_file("synthetic", rows)
     store.write_index()
 
 
@@ -138,8 +137,8 @@ def compare_reads(uri: str, seconds: float | None) -> Comparison:
             with_bounds.append((media_id, None, None))
         else:
             count = int(SEGMENTS_PER_MEDIUM * FRAMES_PER_SEGMENT // seconds)
-            with_bounds += [(media_id, place * seconds, (place + 1) * seconds) for place in range(count)]
-    shuffled = [with_bounds[place] for place in np.random.default_rng(0).permutation(len(with_bounds))]
+            with_bounds += [(media_id, index * seconds, (index + 1) * seconds) for index in range(count)]
+    shuffled = [with_bounds[index] for index in np.random.default_rng(0).permutation(len(with_bounds))]
 
     def read(order: list[tuple[str, float | None, float | None]]) -> None:
         store = FeatureStore.open(uri, cache_bytes=CACHE_BYTES)
@@ -149,13 +148,13 @@ def compare_reads(uri: str, seconds: float | None) -> Comparison:
     return compare(lambda: read(shuffled), lambda: read(with_bounds), repeats=REPEATS)
 
 
-def _row(media_id: str, place: int, features: bytes) -> dict[str, Any]:
-    times = [float(place * FRAMES_PER_SEGMENT + frame) for frame in range(FRAMES_PER_SEGMENT)]
+def _row(media_id: str, index: int, features: bytes) -> dict[str, Any]:
+    times = [float(index * FRAMES_PER_SEGMENT + frame) for frame in range(FRAMES_PER_SEGMENT)]
     return {
-        "segment_id": f"{media_id}-{place}",
+        "segment_id": f"{media_id}-{index}",
         "media_id": media_id,
-        "source_version": "made",
-        "segment_index": place,
+        "source_version": "synthetic",
+        "segment_index": index,
         "num_segments": SEGMENTS_PER_MEDIUM,
         "modality": "video",
         "duration_seconds": float(SEGMENTS_PER_MEDIUM * FRAMES_PER_SEGMENT),

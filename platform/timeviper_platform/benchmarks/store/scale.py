@@ -1,7 +1,7 @@
 """Costs of the driver for very many media: finalizing a run, a dry run, and upkeep of a store.
 
-Commit records, plans and manifests are generated without media; segments are full, five per medium. Each action runs in
-its own process at two sizes, whose difference shows how it grows.
+Commit records, plans and manifests are synthetic, with five full segments per medium. Each action runs in its own
+process at two sizes, to show its growth.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import pyarrow.parquet as pq
 import torch
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from timeviper_platform.benchmarks.measure import Row, cost_elsewhere
+from timeviper_platform.benchmarks.measure import Measure, Row, cost_elsewhere
 from timeviper_platform.benchmarks.store.open_and_read import (
     COMMAND,
     FRAMES_PER_SEGMENT,
     SEGMENTS_PER_MEDIUM,
-    made_index_tables,
+    synthetic_index_tables,
 )
 from timeviper_platform.common.schemas import INDEX, MANIFEST, PLAN
 from timeviper_platform.data.encode.frame_encoder import VisionTowerConfig
@@ -43,14 +43,14 @@ SEGMENTS_PER_FILE = 128
 """8192 frames: a data file of 302 MB at 16 x 1152."""
 
 
-def finalize_rows(num_segments: int = NUM_SEGMENTS) -> list[Row]:
+def finalize_rows(num_segments: int = NUM_SEGMENTS, measure: Measure = cost_elsewhere) -> list[Row]:
     """Cost of finalizing a quarter of `num_segments`, and all."""
     command = f"{COMMAND} --only finalize"
     costs = []
     for count in (num_segments // 4, num_segments):
         with tempfile.TemporaryDirectory() as folder:
-            write_made_run(folder, count)
-            costs.append(cost_elsewhere(finalize_made_run, folder, count))
+            write_synthetic_run(folder, count)
+            costs.append(measure(finalize_synthetic_run, folder, count))
     name = f"index, rejects and audit of {num_segments} segments"
     small, large = costs
     per_segment = max(0, large.peak_bytes - small.peak_bytes) / (num_segments - num_segments // 4)
@@ -64,7 +64,7 @@ def finalize_rows(num_segments: int = NUM_SEGMENTS) -> list[Row]:
     ]
 
 
-def upkeep_rows(num_segments: int = NUM_UPKEEP_SEGMENTS) -> list[Row]:
+def upkeep_rows(num_segments: int = NUM_UPKEEP_SEGMENTS, measure: Measure = cost_elsewhere) -> list[Row]:
     """Cost of inspect, verify and compact for a quarter of `num_segments`, and all."""
     command = f"{COMMAND} --only upkeep"
     rows = []
@@ -73,7 +73,7 @@ def upkeep_rows(num_segments: int = NUM_UPKEEP_SEGMENTS) -> list[Row]:
         for count, store in stores.items():
             write_small_store(store, count)
         for action in (inspect_store, verify_store, compact_small_files):
-            small, large = (cost_elsewhere(action, store) for store in stores.values())
+            small, large = (measure(action, store) for store in stores.values())
             name = f"{action.__name__} of a store of {num_segments} segments"
             rows += [
                 Row(name=name, value=large.seconds, unit="s", command=command),
@@ -83,13 +83,13 @@ def upkeep_rows(num_segments: int = NUM_UPKEEP_SEGMENTS) -> list[Row]:
     return rows
 
 
-def dry_run_rows(num_media: int = NUM_MEDIA) -> list[Row]:
-    """Cost of a dry run over a manifest that already has what headers would add."""
+def dry_run_rows(num_media: int = NUM_MEDIA, measure: Measure = cost_elsewhere) -> list[Row]:
+    """Cost of a dry run over a manifest that needs no headers."""
     command = f"{COMMAND} --only dryrun"
     with tempfile.TemporaryDirectory() as folder:
-        write_made_manifest(Path(folder, "manifest.parquet"), num_media)
+        write_synthetic_manifest(Path(folder, "manifest.parquet"), num_media)
         write_small_encoder(Path(folder, "encoder"))
-        cost = cost_elsewhere(dry_run, folder, num_media)
+        cost = measure(dry_run, folder, num_media)
     name = f"dry run of a manifest of {num_media} films of 5 minutes"
     return [
         Row(name=name, value=cost.seconds, unit="s", bar="<= 600", command=command),
@@ -97,13 +97,13 @@ def dry_run_rows(num_media: int = NUM_MEDIA) -> list[Row]:
     ]
 
 
-def write_made_run(store: str, num_segments: int) -> None:
+def write_synthetic_run(store: str, num_segments: int) -> None:
     """Writes commit records and a plan in different orders, with empty data files."""
-    StoreWriter.create(store, {"made": True})
+    StoreWriter.create(store, {"synthetic": True})
     for name in ("commits", "data", "plan"):
         Path(store, name).mkdir()
     order = np.random.default_rng(1)
-    for number, table in enumerate(made_index_tables(num_segments)):
+    for number, table in enumerate(synthetic_index_tables(num_segments)):
         planned = [table[name] if name in table.column_names else pa.nulls(len(table), PLAN.field(name).type)
                    for name in PLAN.names]  # fmt: skip
         plan = pa.table(planned, names=PLAN.names)
@@ -118,8 +118,8 @@ def write_made_run(store: str, num_segments: int) -> None:
             Path(store, "data", name).touch()
 
 
-def finalize_made_run(store: str, num_segments: int) -> None:
-    """Finalizes the generated run.
+def finalize_synthetic_run(store: str, num_segments: int) -> None:
+    """Finalizes the synthetic run.
 
     Raises:
         RuntimeError: if the counts are wrong.
@@ -127,7 +127,7 @@ def finalize_made_run(store: str, num_segments: int) -> None:
     totals = finalize_store(store, _plan_tables(store))
     counts = totals.counts()
     if counts["planned"] != num_segments or counts["ok"] != num_segments:
-        raise RuntimeError(f"{num_segments} segments were made, the audit found {counts}")
+        raise RuntimeError(f"{num_segments} segments were written, the audit found {counts}")
 
 
 def _plan_tables(store: str) -> Iterator[pa.Table]:
@@ -136,8 +136,8 @@ def _plan_tables(store: str) -> Iterator[pa.Table]:
 
 def write_small_store(store: str, num_segments: int) -> None:
     """Writes full segments with one feature value per frame, eight segments a file."""
-    writer = StoreWriter.create(store, {"made": True})
-    for table in made_index_tables(num_segments):
+    writer = StoreWriter.create(store, {"synthetic": True})
+    for table in synthetic_index_tables(num_segments):
         for start in range(0, len(table), SEGMENTS_PER_SMALL_FILE):
             rows = table.slice(start, SEGMENTS_PER_SMALL_FILE).to_pylist()
             sizes = {"num_tokens_per_frame": 1, "dim": 1, "features": bytes(2 * FRAMES_PER_SEGMENT)}
@@ -147,12 +147,10 @@ def write_small_store(store: str, num_segments: int) -> None:
 
 
 def compact_small_files(store: str) -> None:
-    """Compacts into files of as many segments as 256 MB hold at 16 x 1152."""
     compact(store, file_bytes=SEGMENTS_PER_FILE * 2 * FRAMES_PER_SEGMENT)
 
 
-def write_made_manifest(path: Path, num_media: int) -> None:
-    """Writes a manifest of films of five full segments."""
+def write_synthetic_manifest(path: Path, num_media: int) -> None:
     names = (
         "uri",
         "media_id",
@@ -165,7 +163,7 @@ def write_made_manifest(path: Path, num_media: int) -> None:
         "height",
         "codec",
     )
-    values = (50_000_000, "made", "video", 64.0 * SEGMENTS_PER_MEDIUM, 25.0, 1280, 720, "h264")
+    values = (50_000_000, "synthetic", "video", 64.0 * SEGMENTS_PER_MEDIUM, 25.0, 1280, 720, "h264")
     with pq.ParquetWriter(path, pa.schema([MANIFEST.field(name) for name in names])) as writer:
         for start in range(0, num_media, 100_000):
             numbers = range(start, min(num_media, start + 100_000))
@@ -176,7 +174,7 @@ def write_made_manifest(path: Path, num_media: int) -> None:
 
 
 def dry_run(folder: str, num_media: int) -> None:
-    """Dry run of that manifest, in this process.
+    """Dry run of the synthetic manifest.
 
     Raises:
         RuntimeError: if the counts are wrong.
@@ -185,11 +183,11 @@ def dry_run(folder: str, num_media: int) -> None:
     config = PreprocessConfig(input=f"{folder}/manifest.parquet", feature_store=f"{folder}/store", encoder=encoder)
     found = estimate(config)
     if (found.media, found.segments_missing) != (num_media, num_media * SEGMENTS_PER_MEDIUM):
-        raise RuntimeError(f"{num_media} media were made, the dry run found {found}")
+        raise RuntimeError(f"{num_media} media were written, the dry run found {found}")
 
 
 def write_small_encoder(folder: Path) -> None:
-    """An encoder for the recipe; nothing is encoded."""
+    """Saves an encoder for the recipe."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     save_encoder(SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=64, patch_size=16)), folder)

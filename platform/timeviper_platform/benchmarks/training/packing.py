@@ -30,9 +30,9 @@ def packing_rows(config: CorpusConfig = DEMO, packing: PackingConfig | None = No
     fill = sum(pack.num_tokens for pack in packs) / (len(packs) * packing.max_tokens)
     lengths = table.num_tokens[epoch_order(table.weights, 0, 0)]
     batch_size = max(1, round(len(table) / len(packs)))
-    what = f"{len(table)} samples of {lengths.min()} to {lengths.max()} tokens"
+    label = f"{len(table)} samples of {lengths.min()} to {lengths.max()} tokens"
     values = [
-        (f"fill of packs of {packing.max_tokens} tokens, {what}", fill, ">= 98"),
+        (f"fill of packs of {packing.max_tokens} tokens, {label}", fill, ">= 98"),
         (f"fill of padded batches of {batch_size}", padded_fill(lengths, batch_size), None),
         (f"fill of length-grouped batches of {batch_size}", grouped_fill(lengths, batch_size), None),
     ]
@@ -55,8 +55,8 @@ def padded_fill(lengths: np.ndarray, batch_size: int) -> float:
     return float(lengths.sum() / sum(len(batch) * batch.max() for batch in batches))
 
 
-def grouped_fill(lengths: np.ndarray, batch_size: int) -> float:
-    """`padded_fill` after sorting within every MEGABATCH of batches."""
-    size = MEGABATCH * batch_size
+def grouped_fill(lengths: np.ndarray, batch_size: int, *, megabatch: int = MEGABATCH) -> float:
+    """`padded_fill` after sorting within every `megabatch` batches."""
+    size = megabatch * batch_size
     chunks = [np.sort(lengths[start : start + size])[::-1] for start in range(0, len(lengths), size)]
     return padded_fill(np.concatenate(chunks), batch_size)

@@ -1,7 +1,7 @@
 """Row group `recovery`: from the SIGKILL of a training job to its next finished step, and to its next new step.
 
-Acts as a supervisor: starts training without Ray in a process, kills it, and starts the same command again. The time
-includes Python's start, imports, the plan, the newest checkpoint and a step.
+Starts training without Ray, kills it, and starts the same command again. The time includes the start of Python,
+imports, the plan, the newest checkpoint and a step.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ class Recovery(NamedTuple):
 
 
 def kill_and_measure(command: Sequence[str], run_uri: str, steps_before_kill: Sequence[int]) -> list[Recovery]:
-    """Kills and restarts a run; the process has ended afterwards.
+    """Kills and restarts a run that resumes from its newest checkpoint.
 
     Args:
-        command: a run that resumes from its newest checkpoint.
-        run_uri: its folder.
-        steps_before_kill: steps that each attempt finishes before its kill.
+        command: starts the run.
+        run_uri: folder of the run.
+        steps_before_kill: steps finished before each kill.
 
     Raises:
         RuntimeError: if the run ends or makes no progress.
@@ -95,13 +95,13 @@ def kill_and_measure(command: Sequence[str], run_uri: str, steps_before_kill: Se
 
 
 def newest_step(run_uri: str) -> int:
-    """Last step with a row of metrics; 0 before the first."""
+    """0 before the first step."""
     rows = read_metrics(run_uri)
     return int(rows[-1]["global_step"]) if rows else 0
 
 
 def newest_attempt(run_uri: str) -> int:
-    """Last attempt with a row of metrics; 0 before the first."""
+    """0 before the first step."""
     return max((int(row["attempt"]) for row in read_metrics(run_uri)), default=0)
 
 
@@ -109,9 +109,9 @@ def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def _wait(is_there: Callable[[], bool], process: subprocess.Popen[bytes], run_uri: str) -> None:
+def _wait(is_reached: Callable[[], bool], process: subprocess.Popen[bytes], run_uri: str) -> None:
     deadline = time.monotonic() + TIMEOUT_S
-    while not is_there():
+    while not is_reached():
         if process.poll() is not None:
             raise RuntimeError(f"the run {run_uri} ended with {process.returncode} before its next step")
         if time.monotonic() > deadline:

@@ -10,7 +10,7 @@ import os
 import statistics
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from timeviper_platform.benchmarks.measure import Row
 from timeviper_platform.benchmarks.training.s3_server import BUCKET, s3_server
 from timeviper_platform.benchmarks.training.synthetic_corpus import (
     DEMO,
-    MadeCorpus,
+    SyntheticCorpus,
     make_films,
     make_mixture,
     run_values,
@@ -61,14 +61,19 @@ def checkpoint_rows(
     with tempfile.TemporaryDirectory(prefix="timeviper-benchmark-") as folder:
         corpus = make_mixture(Path(folder), config)
         values = run_values(corpus, {"steps": every * num_saves}, checkpoint={"every_steps": every, "keep": 2})
-        rows = run_and_read(corpus, values, run)
+        metrics = run_and_read(corpus, values, run)
+    return checkpoint_stall_rows(metrics, every)
+
+
+def checkpoint_stall_rows(metrics: Sequence[Mapping[str, Any]], every: int) -> list[Row]:
+    """Median share and seconds of saving, over whole intervals of `every` steps."""
     shares, stalls = [], []
-    for start in range(0, len(rows), every):
-        interval = rows[start : start + every]
+    for start in range(0, len(metrics), every):
+        interval = metrics[start : start + every]
         stall_s = sum(row["checkpoint_stall_s"] for row in interval)
         stalls.append(stall_s)
         shares.append(stall_s / (stall_s + sum(row["seconds"] for row in interval)))
-    step_ms = 1000 * statistics.median(row["seconds"] for row in rows)
+    step_ms = 1000 * statistics.median(row["seconds"] for row in metrics)
     name = f"training stands still for checkpoints, saving every {every} steps of {step_ms:.0f} ms"
     return [
         Row(name=name, value=100 * statistics.median(shares), unit="%", bar="<= 2", command=CHECKPOINT_COMMAND),
@@ -96,15 +101,15 @@ def data_rows(
             upload(corpus.store, uri, environment)
             values = run_values(corpus, phase, name="s3", loader=loader, feature_store=uri)
             remote = run_and_read(corpus, values, run, environment)
-    what = f"{film_bytes / 1e6:.1f} MB of features a step of"
+    label = f"{film_bytes / 1e6:.1f} MB of features a step of"
     return [
-        *_wait_rows(local, f"from the local disk, {what}", "<= 2"),
-        *_wait_rows(remote, f"from S3 on loopback, {what}", "<= 5"),
+        *data_stall_rows(local, f"from the local disk, {label}", "<= 2"),
+        *data_stall_rows(remote, f"from S3 on loopback, {label}", "<= 5"),
     ]
 
 
 def run_and_read(
-    corpus: MadeCorpus, values: dict[str, Any], run: RunJob, environment: Mapping[str, str] | None = None
+    corpus: SyntheticCorpus, values: dict[str, Any], run: RunJob, environment: Mapping[str, str] | None = None
 ) -> list[dict[str, Any]]:
     config = parse_config(TrainConfig, values)
     file = corpus.folder / f"{config.name}.yaml"
@@ -126,9 +131,9 @@ def upload(folder: str, uri: str, environment: Mapping[str, str]) -> None:
     filesystem.put(f"{folder}/", storage.split_uri(uri)[1] + "/", recursive=True)
 
 
-def _wait_rows(rows: list[dict[str, Any]], name: str, bar: str) -> list[Row]:
+def data_stall_rows(metrics: Sequence[Mapping[str, Any]], name: str, bar: str) -> list[Row]:
     """Excludes the first step, which waits for the first read."""
-    first, *others = rows
+    first, *others = metrics
     waited_s = sum(row["data_wait_share"] * row["seconds"] for row in others)
     share = waited_s / sum(row["seconds"] for row in others)
     step_ms = 1000 * statistics.median(row["seconds"] for row in others)

@@ -1,8 +1,8 @@
 """Row group `step`: the platform's training steps against a bare loop on the same packs, in turn, in several processes.
 
-The bare loop holds its packs in memory and does forward, backward, clipping and torch's AdamW. The ratio is what the
-platform adds: reading and packing, DeepSpeed, agreement between ranks, metrics. Memory layout shifts the ratio of a
-process by several percent, hence the median over processes.
+The bare loop holds its packs in memory: forward, backward, clipping and torch's AdamW. The platform adds reading,
+packing, DeepSpeed, agreement between ranks and metrics. Memory layout shifts the ratio of a process by several percent,
+hence the median over processes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,8 +47,10 @@ def step_rows(
     num_blocks: int = 5,
     steps_per_block: int = 1,
     zero_stage: int = 2,
+    run: Callable[[dict[str, Any], int], Pairs] | None = None,
 ) -> list[Row]:
     """Ratio of the platform to the bare loop, and the time of a bare step."""
+    run = run or run_apart
     with tempfile.TemporaryDirectory(prefix="timeviper-benchmark-") as folder:
         corpus = make_mixture(Path(folder), config)
         # one step ahead: a longer queue would be filled during the bare steps
@@ -58,15 +60,15 @@ def step_rows(
             loader={"prefetch_bytes": 1},
             zero={"stage": zero_stage, "bucket_size": 2_000_000},
         )
-        runs = [run_apart({**values, "name": f"run-{run}"}, steps_per_block) for run in range(num_processes)]
-    wall = [run.wall_ratio for run in runs]
-    bare_s = statistics.median(block.wall_s for run in runs for block in run.bare) / steps_per_block
+        pairs = [run({**values, "name": f"run-{index}"}, steps_per_block) for index in range(num_processes)]
+    wall = [one.wall_ratio for one in pairs]
+    bare_s = statistics.median(block.wall_s for one in pairs for block in one.bare) / steps_per_block
     about = (
         f"two packs of {PACK_TOKENS} tokens, ZeRO-{zero_stage}, {num_processes} processes of {min(wall):.3f} to"
         f" {max(wall):.3f}"
     )
     name = f"the platform's step over a bare loop's, same packs ({about})"
-    cpu = statistics.median(run.cpu_ratio for run in runs)
+    cpu = statistics.median(one.cpu_ratio for one in pairs)
     return [
         Row(name=name, value=statistics.median(wall), unit="x", bar="<= 1.03", command=COMMAND),
         Row(name="the same in CPU time", value=cpu, unit="x", command=COMMAND),
@@ -75,7 +77,7 @@ def step_rows(
 
 
 def run_apart(values: dict[str, Any], steps_per_block: int) -> Pairs:
-    """The pairs of one run in its own process."""
+    """Pairs of one run in its own process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_run, (values, steps_per_block))
 
@@ -96,7 +98,6 @@ def run_in_turn(config: TrainConfig, steps_per_block: int) -> InTurn:
 
 
 def prepare(config: TrainConfig) -> Phase:
-    """Prepares the only phase of the run on one rank."""
     (name, phase), *_ = config.phases.items()
     assert phase.init is not None
     store = FeatureStore.open(config.feature_store)
@@ -105,12 +106,7 @@ def prepare(config: TrainConfig) -> Phase:
 
 
 class BareLoop:
-    """Plain torch in fp32 on packs in memory.
-
-    Args:
-        phase: model, packs, parameter groups and schedule.
-        zero: constants of the optimizer.
-    """
+    """Plain torch in fp32 on packs in memory."""
 
     def __init__(self, phase: Phase, zero: ZeroConfig) -> None:
         self._phase = phase
@@ -165,34 +161,26 @@ def read_clock() -> Clock:
 
 
 class Pairs(NamedTuple):
-    """Neighbouring blocks of the two loops, with the same packs and the same load of the machine."""
+    """Times of neighbouring blocks of the two loops, on the same packs."""
 
     own: Sequence[Clock]
     bare: Sequence[Clock]
 
     @property
     def wall_ratio(self) -> float:
-        """Median over pairs."""
         return statistics.median(own.wall_s / bare.wall_s for own, bare in zip(self.own, self.bare, strict=True))
 
     @property
     def cpu_ratio(self) -> float:
-        """Median over pairs of CPU time."""
         return statistics.median(own.cpu_s / bare.cpu_s for own, bare in zip(self.own, self.bare, strict=True))
 
 
 class InTurn:
-    """A tracker that runs a block of bare steps after each block of platform steps; the first pair is not timed.
-
-    Args:
-        bare: the bare loop.
-        steps_per_block: steps per block of either.
-    """
+    """A tracker that runs a block of bare steps after each block of platform steps; the first pair is not timed."""
 
     def __init__(self, bare: BareLoop, steps_per_block: int) -> None:
         self.bare = bare
         self.losses: list[float] = []
-        """Losses of the platform."""
         self._steps_per_block = steps_per_block
         self.own_blocks: list[Clock] = []
         self.bare_blocks: list[Clock] = []
@@ -211,7 +199,7 @@ class InTurn:
         self._started = ended
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Does nothing."""
 
 
 def _as_fp32(step: StepBatches) -> Any:

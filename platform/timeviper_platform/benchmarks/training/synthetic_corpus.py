@@ -31,7 +31,7 @@ TOY = CorpusConfig(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MadeCorpus:
+class SyntheticCorpus:
     """Inputs of a run, in one folder."""
 
     folder: Path
@@ -51,9 +51,9 @@ class MadeCorpus:
         return str(self.folder / "tokenizer")
 
 
-def make_mixture(folder: Path, config: CorpusConfig) -> MadeCorpus:
+def make_mixture(folder: Path, config: CorpusConfig) -> SyntheticCorpus:
     """The demo's texts, images and videos as one mixture with random features."""
-    corpus = MadeCorpus(folder=folder, init={"preset": "tiny"})
+    corpus = SyntheticCorpus(folder=folder, init={"preset": "tiny"})
     scenes = list(
         draw_scenes("train", config.train.by_kind(), duration_seconds=config.duration_seconds, seed=config.seed)
     )
@@ -67,9 +67,9 @@ def make_mixture(folder: Path, config: CorpusConfig) -> MadeCorpus:
     return corpus
 
 
-def make_films(folder: Path, *, num_films: int = 24, num_frames: int = 256, dim: int = 1152) -> MadeCorpus:
+def make_films(folder: Path, *, num_films: int = 24, num_frames: int = 256, dim: int = 1152) -> SyntheticCorpus:
     """Films with 16 tokens a frame and 256 frames a sample, 9 MB each, and a tiny model of that width."""
-    corpus = MadeCorpus(folder=folder, init={"weights": str(folder / "weights")})
+    corpus = SyntheticCorpus(folder=folder, init={"weights": str(folder / "weights")})
     vision = replace(TINY.vision, num_tokens_per_frame=16, hidden_size=dim)
     names = [f"film-{number:04d}" for number in range(num_films)]
     _write_features(corpus.store, dict.fromkeys(names, num_frames), vision)
@@ -83,7 +83,7 @@ def make_films(folder: Path, *, num_films: int = 24, num_frames: int = 256, dim:
     return corpus
 
 
-def run_values(corpus: MadeCorpus, phase: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
+def run_values(corpus: SyntheticCorpus, phase: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
     """Configuration of a run as YAML values: one phase named `train`; changes by top-level key."""
     return {
         "name": "benchmark",
@@ -118,11 +118,11 @@ def _write_features(uri: str, num_frames: Mapping[str, int], vision: VisionConfi
     write_store(uri, media, recipe={"encoder": {"layer": vision.layer}, "merge": merge})
 
 
-def _write_samples(corpus: MadeCorpus, name: str, rows: list[dict[str, Any]]) -> None:
+def _write_samples(corpus: SyntheticCorpus, name: str, rows: list[dict[str, Any]]) -> None:
     table = pa.Table.from_pylist(rows, schema=schemas.SAMPLES)
     write_table(str(Path(corpus.samples) / f"{name}.parquet"), table)
 
 
-def _write_tokenizer(corpus: MadeCorpus, rows: list[dict[str, Any]], vocab_size: int) -> None:
+def _write_tokenizer(corpus: SyntheticCorpus, rows: list[dict[str, Any]], vocab_size: int) -> None:
     texts = [turn["text"] for row in rows for turn in row["conversation"]]
     save_tokenizer(texts, vocab_size, Path(corpus.tokenizer))

@@ -1,6 +1,6 @@
-"""Ways to read the frames on screen at given times, each as a user of its library would write it.
+"""Strategies to read the frames on screen at given times, each on one thread.
 
-Each opens the file, samples and scales on one thread. All but decord, and keyframes alone, give the same bits.
+All but decord and keyframes alone give the same bits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from timeviper_platform.data.video.reader import Backend, open_video
 
 FRAMES_PER_CALL = 64
 
-Way = Callable[[Path, Sequence[Fraction], int], Iterator[np.ndarray]]
+Strategy = Callable[[Path, Sequence[Fraction], int], Iterator[np.ndarray]]
 """(file, times, image size) -> batches (F, S, S, 3) uint8."""
 
 
@@ -62,13 +62,13 @@ def sample_by_seeking(path: Path, times: Sequence[Fraction], image_size: int) ->
             yield from _pick(container.decode(stream), deque([t]), time_base, image_size)
 
 
-WAYS: dict[str, Way] = {
+STRATEGIES: dict[str, Strategy] = {
     "every frame": sample_sequentially,
     "references alone": sample_selectively,
     "seeks": sample_by_seeking,
     "decord": sample_with_decord,
 }
-"""Strategies that ours is compared with."""
+"""Compared with ours."""
 
 
 class _Walker(PyAVReader):

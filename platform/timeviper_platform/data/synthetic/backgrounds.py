@@ -1,7 +1,4 @@
-"""Moving backgrounds: generated patterns, or segments cut from a film.
-
-Every background segment belongs to one split, training or held-out.
-"""
+"""Moving backgrounds: generated patterns or film segments, each used by one split only."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ Split = Literal["train", "held_out"]
 FILM_SEGMENT_SECONDS = 6
 HELD_OUT_EVERY = 4
 MAX_FILM_SECONDS = 900
-"""Only the first 15 minutes of a film are used: 150 segments, decoded in half a minute."""
+"""150 segments, decoded in half a minute."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +47,7 @@ def film_segments(num_film_frames: int, fps: int, split: Split) -> list[int]:
 
 
 def film_frames(film_FHWC: np.ndarray, segments: tuple[int, ...], num_frames: int, fps: int) -> Iterator[np.ndarray]:
-    """The first `num_frames` frames of the given segments, repeated if they are too short."""
+    """`num_frames` frames of the given segments, repeated if too short."""
     segment_frames = FILM_SEGMENT_SECONDS * fps
     for number in range(num_frames):
         segment, offset = divmod(number, segment_frames)
@@ -115,7 +112,7 @@ def _bands(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _muted(canvas: np.ndarray) -> np.ndarray:
-    """Desaturates by half, so that pictures stand out by colour."""
+    """Desaturates by half, so that pictures stand out."""
     grey = canvas.mean(-1, keepdims=True)
     return np.clip((canvas + grey) / 2, 0, 255).astype(np.uint8)
 

@@ -46,7 +46,7 @@ FILM_FILE = ".film.npy"
 MEDIA_CHUNK = 32
 """Media per pool task: about half a second of work."""
 LANGUAGE_SEED, IMAGE_SEED, QUESTION_SEED, ENCODER_SEED = 1, 2, 3, 4
-"""Separate the random streams of one corpus seed."""
+"""Separate random streams of one corpus seed."""
 
 MAX_ENCODER_FRAMES = 16384
 """200 MB at the tower's size. With half as many frames the tiny tower overfitted."""
@@ -74,7 +74,7 @@ TRUTH = pa.schema(
         ),
     ]
 )
-"""What every video shows, for people and tests; no job reads it."""
+"""Ground truth of every video, for people and tests; no job reads it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -305,7 +305,7 @@ def _write_tables(
     samples = training_samples(config, scenes["train"])
     for name, rows in samples.items():
         _write_rows(root / "samples" / f"{name}.parquet", rows, schemas.SAMPLES)
-    # nothing is trained on these, the tokenizer included
+    # not even the tokenizer trains on these
     held_out = _video_samples(config, scenes["held_out"])
     step = max(1, -(-len(held_out) // MAX_HELD_OUT_SAMPLES))
     _write_rows(root / "samples" / "held_out.parquet", held_out[::step], schemas.SAMPLES)
@@ -342,7 +342,7 @@ def _video_samples(config: CorpusConfig, scenes: Sequence[Scene]) -> list[dict[s
 
 
 def _language_samples(config: CorpusConfig) -> list[dict[str, Any]]:
-    """Questions about videos described in words, one entry a second, in place of vision tokens."""
+    """Questions about videos described in words, one entry per second, instead of vision tokens."""
     share = config.num_language_samples // 4
     counts: dict[SceneKind, int] = {"needle": share, "order": share, "count": share}
     scenes = draw_scenes(

@@ -1,7 +1,7 @@
 """Trains a tiny SigLIP-shaped vision tower on the 32 pictures and saves it as a Hugging Face folder.
 
-It takes the place of google/siglip-so400m-patch14-384. Every patch token of hidden_states[-2] learns to identify the
-picture in the frame. The features are centred with mean square 1, since the projector has no input norm.
+Stands in for google/siglip-so400m-patch14-384. Every patch token of hidden_states[-2] learns to identify the picture in
+the frame. Features are centred with mean square 1, since the projector has no input norm.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ BATCH_SIZE = 64
 
 
 def train_encoder(frames_FHWC: np.ndarray, labels_F: np.ndarray, *, steps: int, seed: int) -> SiglipVisionModel:
-    """Trains the vision tower.
+    """Trains the vision tower on batches of BATCH_SIZE frames.
 
     Args:
-        frames_FHWC: uint8 (F, IMAGE_SIZE, IMAGE_SIZE, 3).
+        frames_FHWC: uint8, IMAGE_SIZE square.
         labels_F: indices into ALL_PICTURES, or NOTHING.
-        steps: optimizer steps of BATCH_SIZE frames.
-        seed: seed of weights and batches.
+        steps: optimizer steps.
+        seed: for weights and batches.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = SiglipVisionModel(_encoder_config())
         for embedding in (model.embeddings.patch_embedding.weight, model.embeddings.position_embedding.weight):
             nn.init.trunc_normal_(embedding, std=0.05)
-        # A fixed orthogonal head keeps shape as visible in the features as colour. With a learned head, a language
-        # model was at chance among shapes after 450 steps.
+        # A fixed orthogonal head makes shape as visible in the features as colour. With a learned head, a language
+        # model guessed shapes at chance after 450 steps.
         directions = nn.init.orthogonal_(torch.empty(1 + len(COLORS) + len(SHAPES), HIDDEN_SIZE))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=max(2, steps + 1), pct_start=0.1)
@@ -101,7 +101,7 @@ def _encoder_config() -> SiglipVisionConfig:
 
 
 def _loss(logits: Tensor, features: Tensor, labels: Tensor) -> Tensor:
-    """Presence, colour and shape from every patch token, plus a penalty for channels of unequal scale."""
+    """Presence, colour and shape at every patch, plus a penalty for channels of unequal scale."""
     shown = labels != NOTHING
     present, color, shape = torch.split(logits, [1, len(COLORS), len(SHAPES)], dim=-1)
     num_patches = logits.shape[1]

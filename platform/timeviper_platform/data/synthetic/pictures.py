@@ -21,7 +21,7 @@ SHAPES = ("circle", "square", "triangle", "cross")
 
 OUTLINE = (15, 15, 15)
 OUTLINE_SHARE = 0.14
-"""Outline width as a share of half the side: 2-4 pixels, enough to survive 4:2:0 and scaling."""
+"""Outline width as a share of half the side: 2-4 pixels survive 4:2:0 and scaling."""
 OVERSAMPLING = 4
 """Sub-pixels along each side, for soft edges."""
 

@@ -1,8 +1,7 @@
 """Questions about scenes with their right answers, as training samples and held-out questions.
 
-Answers are content ('red circle'), not letters: a small model learns to name what it saw long before it learns to look
-up an option. The options of a 'which' question are two colours times two shapes, so that neither colour, shape nor the
-options alone reveal the answer.
+Answers are content ('red circle'), not letters: a small model learns to name a picture long before it learns to look up
+an option. 'Which' options are two colours times two shapes, so that they reveal nothing.
 """
 
 from __future__ import annotations
@@ -22,8 +21,6 @@ HOW_OFTEN = ("once", "twice", "three times", "four times")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """One question about one medium."""
-
     task: str
     text: str
     answer: str
@@ -92,7 +89,7 @@ def image_question(picture: Picture) -> Question:
 
 
 def listing(scene: Scene) -> str:
-    """The video in words, one entry a second, for training on text alone."""
+    """The video in words, one entry per second."""
     shown = (scene.appearance_at(second) for second in range(scene.duration_seconds))
     return " ".join("nothing" if appearance is None else str(appearance.picture) for appearance in shown)
 

@@ -78,7 +78,7 @@ def draw_scenes(
 
 
 def draw_placement(rng: np.random.Generator) -> Placement:
-    """A large picture at a random position; at half the frame's side the tiny encoder confused 25 % of the shapes."""
+    """A large picture at a random position. At half the side the tiny encoder confused 25 % of the shapes."""
     side = float(rng.uniform(0.6, 0.7))
     left, top = rng.uniform(0, 1 - side, size=2)
     return Placement(left=float(left), top=float(top), side=side)
@@ -117,7 +117,7 @@ def _draw_pictures(rng: np.random.Generator, count: int) -> list[Picture]:
 
 
 def _draw_starts(rng: np.random.Generator, lengths: Sequence[int], duration_seconds: int) -> list[int]:
-    """Draws integer start times, uniformly over all arrangements with an empty second between intervals."""
+    """Integer start times, uniform over all arrangements with an empty second between intervals."""
     # stars and bars: choose which of the free seconds are followed by an interval
     free = duration_seconds - sum(lengths) - (len(lengths) - 1)
     gaps = np.sort(rng.choice(free + len(lengths), size=len(lengths), replace=False))

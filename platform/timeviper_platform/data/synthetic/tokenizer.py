@@ -1,7 +1,4 @@
-"""Trains a byte-level BPE tokenizer on the corpus and saves it as a Hugging Face folder.
-
-Special tokens have Nemotron's names and ids: <SPECIAL_n> has id n.
-"""
+"""Trains a byte-level BPE tokenizer with Nemotron's special tokens: <SPECIAL_n> has id n."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", *(f"<SPECIAL_{n}>" for n in range(3, 13)))
-"""Indexed by id; <SPECIAL_12> ends a turn in Nemotron's prompt."""
+"""Indexed by id; <SPECIAL_12> ends a turn."""
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -1,4 +1,4 @@
-"""The gpu suite's groups at toy sizes on a simulated CUDA device: what a first run on a GPU would stumble over."""
+"""The groups of the gpu suite at toy sizes on a simulated CUDA device."""
 
 from __future__ import annotations
 
@@ -36,18 +36,19 @@ PACKAGES = ("mamba_ssm.ops.triton.ssd_combined", "causal_conv1d")
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    """With stand-ins for PyTorch's own kernel, and for no package's."""
+    """A simulated device with PyTorch's own kernel but no kernel packages."""
     for name in PACKAGES:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", kernel_contracts)
-    monkeypatch.setattr(gc, "collect", lambda: 0)  # between measurements, half a second each in a process of tests
+    gc.freeze()  # collections between measurements would take half a second each
     with simulated_cuda():
         yield require_cuda()
+    gc.unfreeze()
 
 
 @pytest.fixture
 def packages(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With stand-ins for theirs too."""
+    """Adds stand-ins for the kernel packages."""
     for name in PACKAGES:
         monkeypatch.setitem(sys.modules, name, kernel_contracts)
 
@@ -59,12 +60,14 @@ def test_kernels(packages: None, device: torch.device) -> None:
     assert [row.holds for row in rows if row.bar is not None] == [True] * 3
 
 
+@pytest.mark.slow
 def test_prefill_by_kernels(packages: None, device: torch.device) -> None:
     rows = prefill.prefill_rows(device, config=OURS, frames=(1,), repeats=1)
     assert len(rows) == 2 * 2 * 2 + 1
     assert "(kernels)" in rows[0].name
 
 
+@pytest.mark.slow
 def test_training(device: torch.device) -> None:
     rows = training.training_rows(device, config=OURS, num_tokens=(256,), repeats=1, peak=1e12)
     assert [row.holds for row in rows[:2]] == [True] * 2

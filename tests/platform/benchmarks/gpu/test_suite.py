@@ -1,4 +1,4 @@
-"""The gpu suite at toy sizes on the CPU: the code that a GPU runs, and the formulas behind its rows."""
+"""The gpu suite at toy sizes on the CPU, and the formulas of its rows."""
 
 from __future__ import annotations
 
@@ -58,11 +58,11 @@ def toy_text() -> HybridConfig:
     return text
 
 
-def test_every_group_has_its_key() -> None:
+def test_the_suite_lists_its_groups() -> None:
     assert list(gpu_groups(CPU)) == ["kernels", "vision", "prefill", "decode", "training", "vllm", "film"]
 
 
-def test_kernels_that_keep_their_contracts_have_small_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_correct_kernels_have_small_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("mamba_ssm.ops.triton.ssd_combined", "causal_conv1d", "torch.nn.attention.varlen"):
         monkeypatch.setitem(sys.modules, name, kernel_contracts)
     rows = kernels.kernel_rows(CPU, text=toy_text(), num_tokens=16, repeats=1)
@@ -79,13 +79,14 @@ def test_a_wrong_kernel_has_a_large_error() -> None:
         assert kernels.largest_error(wrong) == pytest.approx(0.5, rel=0.1)
 
 
-def test_a_kernel_that_fails_is_a_row_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_kernel_gives_a_row_with_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: object, **options: object) -> None:
         raise RuntimeError("no kernel image is available\nfor execution")
 
     for name in ("mamba_ssm.ops.triton.ssd_combined", "causal_conv1d", "torch.nn.attention.varlen"):
         monkeypatch.setitem(sys.modules, name, kernel_contracts)
-    monkeypatch.setattr(kernel_contracts, "mamba_chunk_scan_combined", broken)
+    broken_scan = SimpleNamespace(mamba_chunk_scan_combined=broken)
+    monkeypatch.setitem(sys.modules, "mamba_ssm.ops.triton.ssd_combined", broken_scan)
     rows = kernels.kernel_rows(CPU, text=toy_text(), num_tokens=16, repeats=1)
     check(rows, "kernels")
     (failed,) = (row for row in rows if not row.holds and row.bar is not None)
@@ -93,7 +94,7 @@ def test_a_kernel_that_fails_is_a_row_that_says_so(monkeypatch: pytest.MonkeyPat
     assert [row.name.split(" (")[0] for row in rows if row.bar is not None] == ["scan", "convolution", "attention"]
 
 
-def test_a_kernel_that_is_not_installed_has_no_row_and_the_log_says_so(
+def test_a_missing_kernel_is_logged_and_has_no_row(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in ("mamba_ssm.ops.triton.ssd_combined", "causal_conv1d", "torch.nn.attention.varlen"):
@@ -107,7 +108,7 @@ def test_a_kernel_that_is_not_installed_has_no_row_and_the_log_says_so(
     ]
 
 
-def test_the_vision_group_gives_its_rows() -> None:
+def test_the_vision_group_returns_its_rows() -> None:
     rows = vision.vision_rows(CPU, size=TINY_TOWER, batch_frames=2, num_batches=1, peak=1e12, repeats=1)
     check(rows, "vision")
     rate, _, operations, _, utilisation = rows
@@ -116,35 +117,36 @@ def test_the_vision_group_gives_its_rows() -> None:
     assert utilisation.bar == ">= 0.45"
 
 
-def test_no_share_of_a_peak_that_nobody_has_written_down() -> None:
+def test_a_device_of_unknown_peak_has_no_mfu_row() -> None:
     rows = vision.vision_rows(CPU, size=TINY_TOWER, batch_frames=1, num_batches=1, repeats=1)
     assert not any(row.name.endswith("MFU") for row in rows)
     assert peak_flops("NVIDIA H100 PCIe") == 756e12
     assert peak_flops("NVIDIA H100 80GB HBM3") == peak_flops("NVIDIA H200") == 989e12
 
 
-def test_counted_operations_of_the_tower_are_those_that_torch_counts() -> None:
+def test_counted_tower_flops_equal_those_of_torch() -> None:
     encoder = vision.make_tower(TINY_TOWER, CPU)
-    plain = sdpa_kernel(SDPBackend.MATH)  # the counter does not know the CPU's fused attention
+    plain = sdpa_kernel(SDPBackend.MATH)  # the counter lacks the fused attention of the CPU
     with plain, FlopCounterMode(display=False) as counter, torch.no_grad():
         encoder(encoder.preprocess(torch.zeros(1, 70, 70, 3, dtype=torch.uint8)))
     assert vision.tower_flops(TINY_TOWER) == counter.get_total_flops()
 
 
-def test_45_percent_of_an_h200_are_about_690_frames_a_second() -> None:
+def test_45_percent_mfu_on_an_h200_is_about_690_frames_per_second() -> None:
     so400m = vision.TowerSize()
     assert so400m.num_patches == 729
     assert vision.tower_flops(so400m) == pytest.approx(0.642e12, rel=1e-3)
     assert vision.mfu(693, so400m, 989e12) == pytest.approx(0.45, rel=1e-3)
 
 
-def test_prefill_has_seconds_and_memory_for_every_plan_and_kind_of_logits() -> None:
+@pytest.mark.slow
+def test_prefill_has_seconds_and_memory_by_plan_and_logits() -> None:
     rows = prefill.prefill_rows(CPU, config=narrow_config(16), frames=(2, 4), repeats=1)
     check(rows, "prefill")
     assert len(rows) == 2 * (2 * 2 * 2 + 1)
 
 
-def test_all_logits_end_with_those_of_the_last_position() -> None:
+def test_the_last_of_all_logits_equals_the_single_one() -> None:
     model, _ = device.make_model(narrow_config(16), CPU, dtype=torch.float32)
     prompt = video_question(3)
     last = prefill.read_prompt(model, prompt, 3, CPU)
@@ -153,19 +155,19 @@ def test_all_logits_end_with_those_of_the_last_position() -> None:
     torch.testing.assert_close(every[-1], last)
 
 
-def test_a_prefill_without_memory_is_a_row_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prefill_that_runs_out_of_memory_gives_a_row() -> None:
     def read(*_: object, all_logits: bool) -> None:
         if all_logits:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(prefill, "read_prompt", read)
-    rows = prefill.prefill_rows(CPU, config=narrow_config(16), frames=(2,), repeats=1)
+    rows = prefill.prefill_rows(CPU, config=narrow_config(16), frames=(2,), repeats=1, read=read)
     check(rows, "prefill")
     assert sum("OUT OF MEMORY" in row.name for row in rows) == 2
     assert sum("times faster" in row.name for row in rows) == 1
 
 
-def test_the_decode_group_gives_its_rows() -> None:
+@pytest.mark.slow
+def test_the_decode_group_returns_its_rows() -> None:
     transformer = Qwen2Config(
         vocab_size=1024,
         hidden_size=32,
@@ -184,7 +186,7 @@ def test_the_decode_group_gives_its_rows() -> None:
 TOY_TRAINED = narrow_config(16, plan=(TransVSite(layer=1, select="uniform", keep=0.5),), pattern="MM*-")
 
 
-def test_the_training_group_gives_its_rows_and_packing_changes_nothing() -> None:
+def test_the_training_group_returns_its_rows_and_packing_changes_nothing() -> None:
     rows = training.training_rows(CPU, config=TOY_TRAINED, num_tokens=(256, 512), repeats=1, peak=1e9)
     check(rows, "training")
     assert len(rows) == 2 + 2 * 5  # no memory on a CPU
@@ -192,8 +194,8 @@ def test_the_training_group_gives_its_rows_and_packing_changes_nothing() -> None
     assert [row.bar for row in rows if "packed" in row.name and row.name.endswith("MFU")] == [">= 0.4"] * 2
 
 
-def test_samples_fill_their_pack_and_padded_ones_do_not() -> None:
-    samples = training.made_samples(4096)
+def test_synthetic_samples_fill_their_pack() -> None:
+    samples = training.synthetic_samples(4096)
     assert sum(map(len, samples)) == 4096
     assert {len(sample) for sample in training.padded(samples)} == {2048}
     weights = sum(parameter.numel() for parameter in meta_model(training.HYBRID_3B).parameters())
@@ -205,43 +207,43 @@ def meta_model(config: TimeViperConfig) -> TimeViper:
         return TimeViper(config)
 
 
-def test_without_vllm_there_are_no_rows_and_the_log_says_so(
+def test_a_missing_vllm_is_logged_and_has_no_rows(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(vllm.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "vllm", None)
     with caplog.at_level(logging.WARNING):
         assert vllm.vllm_rows(CPU, ours=narrow_config(16)) == []
     assert "not installed" in caplog.text
 
 
-def test_vllm_is_asked_for_as_many_tokens_of_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[int, int, int]] = []
+def test_vllm_generates_equally_many_tokens_for_as_many_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    requests: list[tuple[int, int, int]] = []
 
     class LLM:
         def __init__(self, *, model: str, load_format: str, max_model_len: int, **_: object) -> None:
             values = json.loads(Path(model, "config.json").read_text())
             assert (load_format, values["architectures"]) == ("dummy", ["NemotronHForCausalLM"])
-            self.room = max_model_len
+            self.max_tokens = max_model_len
 
         def generate(self, prompts: list[dict[str, list[int]]], sampling: SimpleNamespace) -> None:
             assert sampling.ignore_eos
             (length,) = {len(prompt["prompt_token_ids"]) for prompt in prompts}
-            assert length + sampling.max_tokens <= self.room
-            asked.append((len(prompts), length, sampling.max_tokens))
+            assert length + sampling.max_tokens <= self.max_tokens
+            requests.append((len(prompts), length, sampling.max_tokens))
 
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM, SamplingParams=SimpleNamespace))
     rows = vllm.vllm_rows(
         CPU, ours=narrow_config(16), num_frames=2, num_new=4, batch=2, num_steps=2, repeats=1, other=vllm.run_vllm
     )
     check(rows, "vllm")
-    assert asked == [(2, 64, 2), (2, 64, 4)]
+    assert requests == [(2, 64, 2), (2, 64, 4)]
     assert rows[-1].bar == ">= 0.9"
 
 
 TINY_CLIP = ClipSpec(seconds=3, fps=10, width=64, height=48)
 
 
-def test_the_film_group_gives_its_rows_and_says_which_backend_it_lacks(
+def test_the_film_group_returns_its_rows_and_logs_a_missing_backend(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
@@ -250,15 +252,15 @@ def test_the_film_group_gives_its_rows_and_says_which_backend_it_lacks(
             CPU, size=TINY_TOWER, num_decoders=2, batch_frames=4, clip=TINY_CLIP, repetitions=3, peak=1e12, repeats=1
         )
     check(rows, "film")
-    rate, encoder_waits, decoders_wait, utilisation = rows
-    assert "made clip of 9 s.mp4, 9 frames at 1 fps, pyav in 2 threads" in rate.name
-    assert 0 <= encoder_waits.value <= 1
-    assert 0 <= decoders_wait.value <= 1
+    rate, encoder_stalls, decoder_stalls, utilisation = rows
+    assert "synthetic clip of 9 s.mp4, 9 frames at 1 fps, pyav in 2 threads" in rate.name
+    assert 0 <= encoder_stalls.value <= 1
+    assert 0 <= decoder_stalls.value <= 1
     assert utilisation.value == pytest.approx(vision.mfu(rate.value, TINY_TOWER, 1e12))
     assert [record.message.split(":")[0] for record in caplog.records] == ["no rows with nvdec"]
 
 
-def test_a_film_is_encoded_once_whatever_the_number_of_decoders(tmp_path: Path) -> None:
+def test_each_frame_is_encoded_once_with_any_number_of_decoders(tmp_path: Path) -> None:
     path = tmp_path / "film.mp4"
     make_clip(path, replace(TINY_CLIP, seconds=11))
     expected = read_frames(str(path), 32).frames
@@ -270,18 +272,18 @@ def test_a_film_is_encoded_once_whatever_the_number_of_decoders(tmp_path: Path) 
         assert sorted(map(bytes, frames)) == sorted(map(bytes, expected))
 
 
-def test_a_film_tells_which_side_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stalls_name_the_slower_side(tmp_path: Path) -> None:
     path = tmp_path / "film.mp4"
     make_clip(path, replace(TINY_CLIP, seconds=24))
     slow = film.encode_film(path, lambda frames: time.sleep(0.1), "pyav", 32, 2, 1)
-    assert slow.decoders_wait > 0.3
-    assert slow.encoder_waits < 0.3
+    assert slow.decoder_stalls > 0.3
+    assert slow.encoder_stalls < 0.3
     quick = film.encode_film(path, lambda frames: None, "pyav", 32, 2, 1)
-    assert quick.encoder_waits > 0.5
-    assert quick.decoders_wait < 0.3
+    assert quick.encoder_stalls > 0.5
+    assert quick.decoder_stalls < 0.3
 
 
-def test_an_encoder_or_a_decoder_that_fails_ends_the_film(tmp_path: Path) -> None:
+def test_a_failing_encoder_or_decoder_ends_the_pass(tmp_path: Path) -> None:
     def fail(_: np.ndarray) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -292,7 +294,7 @@ def test_an_encoder_or_a_decoder_that_fails_ends_the_film(tmp_path: Path) -> Non
         film.encode_film(tmp_path / "none.mp4", fail, "pyav", 32, 2, 2)
 
 
-def test_without_a_video_decoder_there_are_no_rows_of_films(
+def test_a_missing_video_decoder_is_logged_and_has_no_film_rows(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.delitem(sys.modules, "timeviper_platform.benchmarks.gpu.film")
@@ -302,7 +304,7 @@ def test_without_a_video_decoder_there_are_no_rows_of_films(
     assert "not installed" in caplog.text
 
 
-def test_bytes_of_a_slot_are_those_of_a_filled_cache() -> None:
+def test_slot_bytes_equal_those_of_a_filled_cache() -> None:
     for plan in (PAPER_PLAN, ()):
         config = narrow_config(16, plan=plan)
         cache = device.make_model(config, CPU)[0].new_cache(2, device=CPU, dtype=torch.bfloat16)
@@ -311,19 +313,19 @@ def test_bytes_of_a_slot_are_those_of_a_filled_cache() -> None:
         assert set(cache.num_tokens) == {1304}
 
 
-def test_the_9b_decodes_32_at_32k_on_an_h200_and_the_transformer_fewer() -> None:
-    room = (141e9 - 17.9e9) * decode.MEMORY_SHARE
+def test_an_h200_fits_32_sequences_of_32k_of_the_9b_and_fewer_of_the_transformer() -> None:
+    free_bytes = (141e9 - 17.9e9) * decode.MEMORY_SHARE
     ours, vision_config = PRESETS["9b"], PRESETS["9b"].vision
     assert isinstance(ours.text, HybridConfig)
     plain = replace(ours, transv=())
     assert decode.slot_bytes(ours, 32768, 1056) == pytest.approx(0.376e9, rel=0.01)
     assert decode.slot_bytes(plain, 32768, 1056) == pytest.approx(0.698e9, rel=0.01)
-    assert decode.fitting_batch(plain, 32768, 1056, room) >= 32
+    assert decode.fitting_batch(plain, 32768, 1056, free_bytes) >= 32
     transformer = TimeViperConfig(text=decode.QWEN3_8B_SHAPE, vision=vision_config)
-    assert 16 <= decode.fitting_batch(transformer, 32768, 1056, room) < 32
+    assert 16 <= decode.fitting_batch(transformer, 32768, 1056, free_bytes) < 32
 
 
-def test_models_are_made_in_bf16_with_open_gates_nowhere_else() -> None:
+def test_models_are_bf16_without_changing_the_default_dtype() -> None:
     model, words = device.make_model(narrow_config(16), CPU)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
@@ -333,15 +335,13 @@ def test_models_are_made_in_bf16_with_open_gates_nowhere_else() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
-def test_without_cuda_the_command_says_so_and_exits_1(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_cuda_the_command_fails_with_one_error(capsys: pytest.CaptureFixture[str]) -> None:
     main = runpy.run_path(str(ROOT / "jobs" / "benchmark.py"))["main"]
     assert main(["gpu", "--only", "kernels"]) == 1
     assert "needs a CUDA device" in capsys.readouterr().err
 
 
-def test_the_script_needs_neither_ray_nor_decoders() -> None:
+def test_the_gpu_suite_imports_neither_ray_nor_decoders() -> None:
     script = (
         "import sys, runpy\n"
         "for name in ('ray', 'av', 'decord', 'deepspeed', 'fastapi', 'pydantic', 's3fs'): sys.modules[name] = None\n"

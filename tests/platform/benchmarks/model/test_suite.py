@@ -1,4 +1,4 @@
-"""The model suite at toy sizes: both sides of each ratio do the same work, and every group gives its rows."""
+"""The model suite at toy sizes: both sides of a ratio do the same work, and each group returns its rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from timeviper_model.config import TimeViperConfig, TransVSite, parse_transv_plan
 from timeviper_model.inference.prefill import Prefill
-from timeviper_platform.benchmarks.measure import Row
+from timeviper_platform.benchmarks.measure import Row, peak_resident_bytes, reset_peak, resident_bytes
 from timeviper_platform.benchmarks.model import generate, prefill, prefix, scan
 from timeviper_platform.benchmarks.model import token_decode as decode
 from timeviper_platform.benchmarks.model.models import (
@@ -26,24 +26,22 @@ def check(rows: list[Row], group: str, bars: list[str | None]) -> None:
     assert [row.bar for row in rows] == bars
     assert {row.command for row in rows} == {f"python jobs/benchmark.py model --only {group}"}
     assert len({row.name for row in rows}) == len(rows)
-    assert all(
-        math.isfinite(row.value) for row in rows
-    )  # at toy sizes times are noise, and an exponent may be negative
+    assert all(math.isfinite(row.value) for row in rows)  # at toy sizes times are noise; exponents may be negative
 
 
-def test_every_group_has_its_key() -> None:
+def test_the_suite_lists_its_groups() -> None:
     assert list(MODEL_GROUPS) == ["scan", "prefill", "prefix", "decode", "generate"]
 
 
 @torch.inference_mode()
-def test_both_mixers_compute_the_same() -> None:
+def test_our_mixer_equals_that_of_transformers() -> None:
     ours, theirs = scan.make_mixers(16)
     hidden = torch.randn(300, 16, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(scan.run_ours(ours, hidden), theirs(hidden[None])[0], rtol=1e-4, atol=1e-5)
     check(scan.scan_rows(width=16, num_tokens=64, repeats=3), "scan", [">= 2", "<= 9"])
 
 
-def test_the_engine_and_transformers_give_the_same_answers() -> None:
+def test_the_engine_and_transformers_generate_the_same_tokens() -> None:
     ours, theirs = generate.make_pair(16)
     prompts = torch.tensor([[3, 1, 4, 1, 5, 9], [2, 7, 1, 8, 2, 8]])
     expected = generate.answer_with_transformers(theirs, prompts, 4)
@@ -52,7 +50,7 @@ def test_the_engine_and_transformers_give_the_same_answers() -> None:
 
 
 @torch.inference_mode()
-def test_a_filled_slot_holds_as_much_as_a_prefilled_one() -> None:
+def test_a_randomly_filled_slot_is_as_long_as_a_prefilled_one() -> None:
     model = make_model(narrow_config(16))
     prompt = video_question(8)
     cache = model.new_cache(2, device="cpu", dtype=torch.float32)
@@ -68,54 +66,54 @@ def test_a_filled_slot_holds_as_much_as_a_prefilled_one() -> None:
         assert state.ssm_BHPN[1].std() > 0
 
 
-def test_decoding_has_a_bar_for_the_plan_and_none_for_the_controls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "BATCH", 2)
-    rows = decode.decode_rows(width=16, contexts=(64, 128), num_steps=1, batch_width=16, repeats=3)
+def test_decode_rows_have_bars_for_the_plan_and_for_batching() -> None:
+    rows = decode.decode_rows(
+        width=16, contexts=(64, 128), num_steps=1, batch=2, batch_width=16, context_repeats=3, repeats=3
+    )
     check(rows, "decode", [">= 0.9", None, None, ">= 6"])
 
 
-def test_the_second_question_finds_its_prefix_and_equals_an_uncached_one() -> None:
+@pytest.mark.slow
+def test_a_second_question_hits_the_prefix_cache() -> None:
     rows = prefix.prefix_rows(width=16, num_frames=4, repeats=3)
     check(rows, "prefix", [">= 12.3", "<= 5", ">= 100", "<= 5"])
     assert [row.value for row in rows[1::2]] == [0, 0]
 
 
-def test_a_wrong_answer_from_the_prefix_cache_gives_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_answer_from_the_prefix_cache_is_an_error() -> None:
     model = make_model(narrow_config(16, plan=parse_transv_plan("uni_7_0.5")))
     ids = iter([[1], [2], [3]])
-    monkeypatch.setattr(prefix, "ask", lambda *_, **__: prefix.Answer(1.0, next(ids)))
     with pytest.raises(RuntimeError, match=r"the tokens are \[3\], without \[1\]"):
-        prefix._plan_rows(model, "toy", ">= 1", 4, 3)
+        prefix.plan_rows(model, "toy", ">= 1", 4, 3, answer=lambda *_, **__: prefix.Answer(1.0, next(ids)))
 
 
-def test_prefill_has_a_row_for_memory_time_transv_and_control(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefill_has_rows_for_memory_time_transv_and_control() -> None:
     def run_here(config: TimeViperConfig, num_frames: int) -> prefill.PrefillRun:
         run = prefill.run_prefill(make_model(config), num_frames)
-        return run._replace(peak_bytes=1000 * num_frames)  # so short a video needs no page more
+        return run._replace(peak_bytes=1000 * num_frames)  # too short a video to need another page
 
-    monkeypatch.setattr(prefill, "run_apart", run_here)
-    rows = prefill.prefill_rows(width=16, frames=(2, 4), transv_frames=2, repeats=3)
+    rows = prefill.prefill_rows(width=16, frames=(2, 4), transv_frames=2, repeats=3, run=run_here)
     assert rows[1].value == 1.0
     check(rows, "prefill", [None, "<= 1.15", "<= 1.05", None, None, None, None, ">= 0.7", ">= 2.04"])
 
 
-def test_the_peak_is_what_was_resident_for_a_moment_and_begins_anew() -> None:
-    prefill._forget_peak()
-    before = prefill._status_bytes("VmRSS")
+def test_peak_memory_covers_freed_tensors_until_it_is_reset() -> None:
+    reset_peak()
+    before = resident_bytes()
     torch.ones(2**24).sum()
-    assert prefill._status_bytes("VmHWM") - before > 2**25
-    prefill._forget_peak()
-    assert prefill._status_bytes("VmHWM") - before < 2**25
+    assert peak_resident_bytes() - before > 2**25
+    reset_peak()
+    assert peak_resident_bytes() - before < 2**25
 
 
-def test_blocks_are_timed_by_kind_and_within_the_whole() -> None:
+def test_block_seconds_by_kind_add_up_to_less_than_the_total() -> None:
     run = prefill.run_prefill(make_model(narrow_config(16)), 4)
     assert all(seconds > 0 for seconds in run.block_seconds.values())
     assert run.linear_seconds + run.block_seconds["attention"] == pytest.approx(sum(run.block_seconds.values()))
     assert sum(run.block_seconds.values()) < run.seconds
 
 
-def test_the_control_has_as_many_weights_and_attention_everywhere() -> None:
+def test_the_control_has_equally_many_weights_and_only_attention() -> None:
     config = narrow_config(64, plan=())
     control = all_attention(config)
     sizes = [sum(p.numel() for p in make_model(c).backbone.parameters()) for c in (config, control)]
@@ -123,7 +121,7 @@ def test_the_control_has_as_many_weights_and_attention_everywhere() -> None:
     assert set(control.text.block_types) == {"attention", "mlp"}
 
 
-def test_counted_operations_are_those_of_one_block_by_hand() -> None:
+def test_counted_flops_equal_a_calculation_by_hand() -> None:
     tokens = 2 * 16 + 32
     mlp = narrow_config(16, plan=(), pattern="-")
     assert prefill.count_flops(mlp, 2) == tokens * 2 * (2 * 16 * 56)
@@ -134,7 +132,7 @@ def test_counted_operations_are_those_of_one_block_by_hand() -> None:
     assert prefill.count_flops(halved, 2) == (tokens + tokens - 16) * 2 * (2 * 16 * 56)
 
 
-def test_a_group_of_small_steps_runs_on_one_thread_and_says_so() -> None:
+def test_a_group_on_one_thread_names_it_in_its_rows() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

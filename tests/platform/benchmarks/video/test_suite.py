@@ -1,4 +1,4 @@
-"""The decode suite in small: every way gives the frames of every other, files are made as said, rows are finite."""
+"""The decode suite at toy sizes: all strategies give the same frames, files match their specs, rows are finite."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from timeviper_platform.benchmarks.video import suite
 from timeviper_platform.benchmarks.video.clips import ClipSpec, make_clip, repeat_clip
-from timeviper_platform.benchmarks.video.strategies import WAYS, sample_keyframes, sample_ours
+from timeviper_platform.benchmarks.video.strategies import STRATEGIES, sample_keyframes, sample_ours
 from timeviper_platform.data.video.reader import read_frames
 
 TINY = ClipSpec(seconds=4, fps=10, width=64, height=64)
@@ -23,20 +23,20 @@ SPECS = {
 
 
 @pytest.mark.parametrize("kind", list(SPECS))
-def test_every_way_gives_the_same_frames(tmp_path: Path, kind: str) -> None:
+def test_all_strategies_give_the_same_frames(tmp_path: Path, kind: str) -> None:
     make_clip(tmp_path / "clip.mp4", SPECS[kind])
     repeat_clip(tmp_path / "clip.mp4", tmp_path / "long.mp4", 3)
     times = [Fraction(k, 2) for k in range(20)]
     ours = np.concatenate(list(sample_ours(tmp_path / "long.mp4", times, 64)))
-    for name, way in WAYS.items():
-        theirs = np.concatenate(list(way(tmp_path / "long.mp4", times, 64)))
+    for name, strategy in STRATEGIES.items():
+        theirs = np.concatenate(list(strategy(tmp_path / "long.mp4", times, 64)))
         if name == "decord":
             assert np.abs(ours.astype(int) - theirs.astype(int)).mean() < 4
         else:
             assert np.array_equal(ours, theirs), name
 
 
-def test_a_repeated_clip_shows_the_clip_again_and_again(tmp_path: Path) -> None:
+def test_a_repeated_clip_shows_the_same_frames_each_time(tmp_path: Path) -> None:
     make_clip(tmp_path / "clip.mp4", TINY)
     repeat_clip(tmp_path / "clip.mp4", tmp_path / "long.mp4", 3)
     once, thrice = (read_frames(str(tmp_path / name), 32) for name in ("clip.mp4", "long.mp4"))
@@ -44,7 +44,7 @@ def test_a_repeated_clip_shows_the_clip_again_and_again(tmp_path: Path) -> None:
     assert np.array_equal(thrice.frames, np.concatenate([once.frames] * 3))
 
 
-def test_keyframes_alone_are_the_frames_at_their_own_times(tmp_path: Path) -> None:
+def test_keyframes_alone_equal_the_frames_sampled_at_their_times(tmp_path: Path) -> None:
     make_clip(tmp_path / "clip.mp4", ClipSpec(seconds=9, fps=10, width=64, height=64, gop=30))
     times = [Fraction(k) for k in range(9)]
     alone = np.concatenate(list(sample_keyframes(tmp_path / "clip.mp4", times, 64)))
@@ -52,27 +52,25 @@ def test_keyframes_alone_are_the_frames_at_their_own_times(tmp_path: Path) -> No
     assert np.array_equal(alone, at_keyframes)
 
 
-def test_the_row_of_keyframes_says_how_many_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suite, "REPEATS", 3)
-    monkeypatch.setattr(suite, "IMAGE_SIZE", 64)
-    monkeypatch.setattr(suite, "ClipSpec", lambda **_: ClipSpec(seconds=20, fps=10, width=64, height=64, gop=100))
-    (row,) = suite.keyframe_rows(None, clip_seconds=20, repetitions=3)
+def test_the_keyframe_row_names_the_number_of_frames() -> None:
+    clip = ClipSpec(seconds=20, fps=10, width=64, height=64, gop=100)
+    (row,) = suite.keyframe_rows(None, suite.DecodeSizes(clip=clip, repetitions=3, image_size=64, repeats=3))
     assert "6 frames in place of 60" in row.name
     assert 0 < row.value < 1
 
 
-def test_frames_far_apart_are_those_of_asking_for_all(tmp_path: Path) -> None:
+def test_sparse_samples_equal_those_of_a_dense_pass(tmp_path: Path) -> None:
     make_clip(tmp_path / "clip.mp4", ClipSpec(seconds=20, width=64, height=64))
     repeat_clip(tmp_path / "clip.mp4", tmp_path / "long.mp4", 6)
     times = [Fraction(k, 30) for k in range(3600)]
     whole = np.concatenate(list(sample_ours(tmp_path / "long.mp4", times, 32)))
     for step in (61, 113, 217, 400, 999):
-        numbers = list(range(step // 3, 3500, step))
-        got = np.concatenate(list(sample_ours(tmp_path / "long.mp4", [times[k] for k in numbers], 32)))
-        assert np.array_equal(got, whole[numbers])
+        indices = list(range(step // 3, 3500, step))
+        got = np.concatenate(list(sample_ours(tmp_path / "long.mp4", [times[k] for k in indices], 32)))
+        assert np.array_equal(got, whole[indices])
 
 
-def test_clips_have_the_keyframes_and_times_that_they_promise(tmp_path: Path) -> None:
+def test_clips_have_the_keyframes_and_times_of_their_spec(tmp_path: Path) -> None:
     def facts(spec: ClipSpec) -> tuple[int, set[int]]:
         make_clip(tmp_path / "clip.mp4", spec)
         with av.open(str(tmp_path / "clip.mp4")) as container:
@@ -86,20 +84,27 @@ def test_clips_have_the_keyframes_and_times_that_they_promise(tmp_path: Path) ->
     assert facts(SPECS["variable"])[1] >= {1, 9}
 
 
-def test_rows_of_small_files_are_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"REPEATS": 3, "IMAGE_SIZE": 64, "LONG_IMAGE_SIZE": 64}.items():
-        monkeypatch.setattr(suite, name, value)
-    monkeypatch.setattr(suite, "LONG_REPEATS", 1)
-    monkeypatch.setattr(suite, "ClipSpec", lambda **_: TINY)
+def test_every_group_returns_rows_for_small_files(tmp_path: Path) -> None:
+    sizes = suite.DecodeSizes(
+        clip=TINY,
+        repetitions=2,
+        image_size=64,
+        repeats=3,
+        close_repeats=3,
+        long_clip=TINY,
+        long_repetitions=15,
+        long_image_size=64,
+        long_repeats=1,
+    )
     make_clip(tmp_path / "film.mp4", TINY)
     small = [
-        suite.Strategy(name="dense", clip=TINY),
-        suite.Strategy(name="last", clip=TINY, repetitions=3, last_seconds=2, ways=("seeks",)),
-        suite.Strategy(name="few", clip=TINY, repetitions=3, num_frames=3, ways=("seeks", "decord")),
+        suite.Case(name="dense", clip=TINY),
+        suite.Case(name="last", clip=TINY, repetitions=3, last_seconds=2, strategies=("seeks",)),
+        suite.Case(name="few", clip=TINY, repetitions=3, num_frames=3, strategies=("seeks", "decord")),
     ]
-    rows = suite.sampling_rows(tmp_path / "film.mp4", clip_seconds=4, repetitions=2)
-    rows += suite.cost_rows(tmp_path / "film.mp4", clip_seconds=4, repetitions=2)
-    rows += suite.keyframe_rows(tmp_path / "film.mp4", clip_seconds=4, repetitions=2)
-    rows += suite.strategy_rows(None, small) + suite.long_rows(None, hours=1)
+    rows = suite.sampling_rows(tmp_path / "film.mp4", sizes)
+    rows += suite.cost_rows(tmp_path / "film.mp4", sizes)
+    rows += suite.keyframe_rows(tmp_path / "film.mp4", sizes)
+    rows += suite.strategy_rows(None, small, sizes) + suite.long_rows(None, sizes)
     assert len(rows) == 3 + 2 + 2 + 3 + 3
     assert all(row.value > 0 and row.command.startswith("python jobs/benchmark.py decode --only ") for row in rows)

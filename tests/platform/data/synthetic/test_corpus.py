@@ -34,7 +34,7 @@ SMALL = CorpusConfig(
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CorpusReport]:
-    folder = tmp_path_factory.mktemp("made") / "corpus"
+    folder = tmp_path_factory.mktemp("synthetic") / "corpus"
     return folder, make_corpus(replace(SMALL, output=str(folder)))
 
 
@@ -54,7 +54,7 @@ def _digests(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def test_decoded_frames_show_the_truth(corpus: tuple[Path, CorpusReport]) -> None:
+def test_decoded_frames_match_the_truth_table(corpus: tuple[Path, CorpusReport]) -> None:
     folder, _ = corpus
     for video in pq.read_table(folder / "truth.parquet").to_pylist():
         frames = _frames(folder / "videos" / f"{video['media_id']}.mp4")
@@ -64,11 +64,11 @@ def test_decoded_frames_show_the_truth(corpus: tuple[Path, CorpusReport]) -> Non
             for edge, on in ((appearance["start_seconds"], 1), (appearance["end_seconds"], -1)):
                 before = [frame for pts, frame in frames if pts == edge - 0.25]
                 at = [frame for pts, frame in frames if pts == edge]
-                if before and at:  # a picture may start with the video or end with it
+                if before and at:  # a picture may touch the start or end of the video
                     assert on * (_near(at[0], color) - _near(before[0], color)) > 0.04, (video["media_id"], appearance)
 
 
-def test_tables_have_the_agreed_schemas_and_name_media_that_exist(corpus: tuple[Path, CorpusReport]) -> None:
+def test_tables_have_their_schemas_and_existing_media(corpus: tuple[Path, CorpusReport]) -> None:
     folder, report = corpus
     manifest = pq.read_table(folder / "manifest.parquet")
     schemas.check_version(manifest.schema, schemas.MANIFEST, source="manifest")
@@ -99,7 +99,7 @@ def test_tables_have_the_agreed_schemas_and_name_media_that_exist(corpus: tuple[
         assert all((row["answer"] in row["choices"]) == (name != "grounding") for row in rows)
 
 
-def test_a_finished_corpus_is_reused_and_a_half_made_one_made_again(corpus: tuple[Path, CorpusReport]) -> None:
+def test_a_finished_corpus_is_reused_and_an_unfinished_one_is_regenerated(corpus: tuple[Path, CorpusReport]) -> None:
     folder, first = corpus
     config = replace(SMALL, output=str(folder))
     before = _digests(folder)
@@ -112,14 +112,14 @@ def test_a_finished_corpus_is_reused_and_a_half_made_one_made_again(corpus: tupl
     assert _digests(folder) == before  # the same seed gives the same bytes: videos, tables, tokenizer, encoder
 
 
-def test_another_seed_makes_another_corpus(corpus: tuple[Path, CorpusReport], tmp_path: Path) -> None:
+def test_another_seed_gives_another_corpus(corpus: tuple[Path, CorpusReport], tmp_path: Path) -> None:
     folder, _ = corpus
     make_corpus(replace(SMALL, output=str(tmp_path / "other"), seed=1, num_workers=2))
     name = "videos/train-needle-00000.mp4"
     assert (tmp_path / "other" / name).read_bytes() != (folder / name).read_bytes()
 
 
-def test_encoder_loads_and_its_features_are_centred_at_unit_scale(corpus: tuple[Path, CorpusReport]) -> None:
+def test_features_of_the_saved_encoder_are_centred_with_unit_scale(corpus: tuple[Path, CorpusReport]) -> None:
     folder, _ = corpus
     encoder = VisionTransformer.from_pretrained(str(folder / "encoder"))
     frames = [
@@ -134,27 +134,27 @@ def test_encoder_loads_and_its_features_are_centred_at_unit_scale(corpus: tuple[
     assert merge_tokens(features, 4, num_heads=4).shape == (len(frames), 4, 64)
 
 
-def test_film_backgrounds_come_from_pieces_of_their_own(tmp_path: Path) -> None:
-    # every piece of 6 s has a brightness of its own, 20 apart
+def test_film_backgrounds_of_the_splits_share_no_segment(tmp_path: Path) -> None:
+    # every 6 s segment has its own brightness, 20 apart
     film = tmp_path / "film.mp4"
     write_video(film, (np.full((64, 64, 3), 30 + 20 * (n // 24), np.uint8) for n in range(48 * 4)), side=64, fps=4)
     config = replace(SMALL, output=str(tmp_path / "corpus"), film=str(film), film_share=1.0)
     make_corpus(config)
-    pieces: dict[str, set[int]] = {"train": set(), "held_out": set()}
+    segments: dict[str, set[int]] = {"train": set(), "held_out": set()}
     for video in pq.read_table(tmp_path / "corpus" / "truth.parquet").to_pylist():
         assert all(name.startswith("film:") for name in video["background_segments"])
         shown = video["appearances"]
         for pts, frame in _frames(tmp_path / "corpus" / "videos" / f"{video['media_id']}.mp4"):
             if not any(a["start_seconds"] <= pts < a["end_seconds"] for a in shown):
-                pieces[video["split"]].add(round((float(frame.mean()) - 30) / 20))
-    assert pieces["held_out"] == {3, 7}
-    assert pieces["train"] <= {0, 1, 2, 4, 5, 6}
-    assert len(pieces["train"]) >= 3
+                segments[video["split"]].add(round((float(frame.mean()) - 30) / 20))
+    assert segments["held_out"] == {3, 7}
+    assert segments["train"] <= {0, 1, 2, 4, 5, 6}
+    assert len(segments["train"]) >= 3
 
 
-def test_unusable_films_and_folders_are_named(tmp_path: Path) -> None:
+def test_unusable_films_and_folders_are_refused(tmp_path: Path) -> None:
     config = replace(SMALL, output=str(tmp_path / "corpus"))
-    with pytest.raises(ValueError, match="there is no film at"):
+    with pytest.raises(ValueError, match=r"none\.mp4.* does not exist"):
         make_corpus(replace(config, film=str(tmp_path / "none.mp4")))
     (tmp_path / "text.mp4").write_text("no video")
     with pytest.raises(ValueError, match="cannot cut backgrounds from"):
@@ -170,7 +170,7 @@ def test_unusable_films_and_folders_are_named(tmp_path: Path) -> None:
     ("field", "value"),
     [("which_per_video", -1), ("duration_seconds", 12), ("side", 33), ("fps", 0), ("film_share", 1.5)],
 )
-def test_sizes_that_cannot_be_drawn_are_refused(field: str, value: float) -> None:
+def test_impossible_sizes_are_refused(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=field):
         replace(SMALL, **{field: value})
 

@@ -19,7 +19,7 @@ from timeviper_platform.data.synthetic.scenes import draw_placement
 
 
 def _frames(number: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Red pictures of every shape on grey, and where they are."""
+    """Red pictures of every shape on grey, and their labels."""
     rng = np.random.default_rng(seed)
     frames = np.full((number, IMAGE_SIZE, IMAGE_SIZE, 3), 120, dtype=np.uint8)
     labels = np.arange(number) % len(SHAPES)
@@ -28,7 +28,7 @@ def _frames(number: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return frames, labels
 
 
-def test_features_are_centred_in_every_channel_with_mean_square_one() -> None:
+def test_features_are_centred_with_mean_square_one() -> None:
     frames, labels = _frames(32)
     features = used_features(train_encoder(frames, labels, steps=0, seed=3), frames).detach()
     assert features.mean((0, 1)).abs().max() < 1e-3
@@ -44,7 +44,7 @@ def test_the_saved_folder_gives_the_same_features(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded, used_features(model, frames).detach(), atol=1e-5, rtol=1e-5)
 
 
-def test_the_same_seed_gives_the_same_weights_and_leaves_torchs_generator_alone() -> None:
+def test_the_same_seed_gives_the_same_weights_without_touching_the_global_generator() -> None:
     frames, labels = _frames(8)
     torch.manual_seed(5)
     first = train_encoder(frames, labels, steps=2, seed=0).state_dict()
@@ -55,18 +55,18 @@ def test_the_same_seed_gives_the_same_weights_and_leaves_torchs_generator_alone(
     assert torch.equal(torch.rand(1), after)
 
 
-def test_shapes_stand_apart_in_every_token_after_some_teaching() -> None:
+def test_shapes_are_separable_after_short_training() -> None:
     frames, labels = _frames(256)
     fresh, fresh_labels = _frames(64, seed=1)
     model = train_encoder(frames, labels, steps=150, seed=0)
     with torch.no_grad():
-        known, asked = used_features(model, frames).mean(1), used_features(model, fresh).mean(1)
+        known, queried = used_features(model, frames).mean(1), used_features(model, fresh).mean(1)
     centres = torch.stack([known[labels == n].mean(0) for n in range(len(SHAPES))])
-    named = torch.cdist(asked, centres).argmin(1).numpy()
-    assert (named == fresh_labels).mean() > 0.6  # chance is 0.25
+    nearest = torch.cdist(queried, centres).argmin(1).numpy()
+    assert (nearest == fresh_labels).mean() > 0.6  # chance is 0.25
 
 
-def test_labels_count_pictures_and_nothing() -> None:
+def test_every_picture_has_a_label_and_so_does_no_picture() -> None:
     assert [picture_label(picture) for picture in ALL_PICTURES] == list(range(32))
     assert picture_label(None) == NOTHING == 32
     frame = np.zeros((64, 64, 3), dtype=np.uint8)

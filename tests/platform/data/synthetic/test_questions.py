@@ -24,15 +24,15 @@ def _scene(kind: str) -> Scene:
     return scene
 
 
-def test_the_right_option_stands_anywhere() -> None:
+def test_the_right_option_is_at_a_random_index() -> None:
     rng = np.random.default_rng(0)
     questions = [which_question(ALL_PICTURES[n % 32], rng) for n in range(2000)]
-    places = Counter(question.choices.index(question.answer) for question in questions)
-    assert set(places) == {0, 1, 2, 3}
-    assert max(places.values()) < 600
+    positions = Counter(question.choices.index(question.answer) for question in questions)
+    assert set(positions) == {0, 1, 2, 3}
+    assert max(positions.values()) < 600
 
 
-def test_which_options_are_two_colours_times_two_shapes_so_that_they_give_nothing_away() -> None:
+def test_which_options_are_two_colours_times_two_shapes() -> None:
     rng = np.random.default_rng(1)
     for picture in ALL_PICTURES:
         question = which_question(picture, rng)
@@ -44,7 +44,7 @@ def test_which_options_are_two_colours_times_two_shapes_so_that_they_give_nothin
         assert question.text.endswith(f"Options: {', '.join(question.choices)}.")
 
 
-def test_answers_are_the_scenes_truth() -> None:
+def test_answers_match_the_scene() -> None:
     rng = np.random.default_rng(2)
     needle, order, count = (_scene(kind) for kind in ("needle", "order", "count"))
     only = needle.appearances[0]
@@ -64,7 +64,7 @@ def test_answers_are_the_scenes_truth() -> None:
     assert described.answer == f"A {count.appearances[0].picture} appears {how_often.answer}."
 
 
-def test_order_and_count_choices_hold_the_answer_once() -> None:
+def test_order_and_count_choices_contain_the_answer_once() -> None:
     rng = np.random.default_rng(3)
     shown = list(ALL_PICTURES[4:8])
     order = order_question("last", shown[3], shown, rng)
@@ -75,7 +75,7 @@ def test_order_and_count_choices_hold_the_answer_once() -> None:
     assert count.answer == "three times"
 
 
-def test_listing_says_what_each_second_shows() -> None:
+def test_a_listing_names_the_picture_of_each_second() -> None:
     scene = _scene("needle")
     only = scene.appearances[0]
     words = listing(scene).replace(str(only.picture), "X").split()
@@ -84,7 +84,7 @@ def test_listing_says_what_each_second_shows() -> None:
     assert shown == list(range(only.start_seconds, only.end_seconds))
 
 
-def test_tokenizer_gives_back_any_text_and_has_nemotrons_special_ids() -> None:
+def test_the_tokenizer_round_trips_any_text_and_has_the_special_ids_of_nemotron() -> None:
     texts = [f"Which picture appears in the video? Options: {picture}" for picture in ALL_PICTURES] * 3
     tokenizer = train_tokenizer(texts, 320)
     for text in (*texts[:3], "Größe 12.5 °C\n\t日本 🙂  two  spaces", "<SPECIAL_11>User"):
@@ -96,7 +96,7 @@ def test_tokenizer_gives_back_any_text_and_has_nemotrons_special_ids() -> None:
     assert len(SPECIAL_TOKENS) == 13
 
 
-def test_prompt_ends_with_the_end_token() -> None:
+def test_a_prompt_ends_with_the_end_token() -> None:
     tokenizer = train_tokenizer(["Which picture appears?", "red circle"], 280)
     sample = build_sample(tokenizer, [Turn(role="user", text="Which?"), Turn(role="assistant", text="red")], [4])
     assert end_token_id(tokenizer, NEMOTRON) == 12

@@ -17,12 +17,12 @@ def _scenes(split: str = "train", **changes: object) -> list[Scene]:
     return list(draw_scenes(split, COUNTS, **values))  # type: ignore[arg-type]
 
 
-def test_the_same_seed_draws_the_same_scenes_and_another_seed_others() -> None:
+def test_a_seed_determines_the_scenes() -> None:
     assert _scenes() == _scenes()
     assert _scenes() != _scenes(seed=8)
 
 
-def test_scenes_hold_what_their_kind_promises() -> None:
+def test_scenes_match_their_kind() -> None:
     for scene in _scenes():
         pictures = [appearance.picture for appearance in scene.appearances]
         if scene.kind == "needle":
@@ -34,7 +34,7 @@ def test_scenes_hold_what_their_kind_promises() -> None:
             assert 1 <= len(pictures) <= 4
 
 
-def test_a_second_without_a_picture_lies_between_two_appearances() -> None:
+def test_at_least_a_second_separates_two_appearances() -> None:
     for scene in _scenes():
         for before, after in itertools.pairwise(scene.appearances):
             assert after.start_seconds > before.end_seconds
@@ -42,14 +42,14 @@ def test_a_second_without_a_picture_lies_between_two_appearances() -> None:
         assert scene.appearances[-1].end_seconds <= 24
 
 
-def test_needles_lie_everywhere_in_the_video() -> None:
+def test_needles_start_anywhere_in_the_video() -> None:
     starts = {scene.appearances[0].start_seconds for scene in _scenes()[:60]}
     assert min(starts) <= 1
     assert max(starts) >= 16
     assert len(starts) >= 15
 
 
-def test_overlapping_appearances_cannot_be_built() -> None:
+def test_overlapping_appearances_are_refused() -> None:
     placement = Placement(left=0, top=0, side=0.6)
     touching = [
         Appearance(picture=ALL_PICTURES[0], placement=placement, start_seconds=a, end_seconds=b)
@@ -78,13 +78,13 @@ def test_train_and_held_out_share_no_background_segment() -> None:
     assert {scene.media_id for scene in _scenes()}.isdisjoint(scene.media_id for scene in _scenes("held_out"))
 
 
-def test_generated_backgrounds_of_the_splits_cannot_collide() -> None:
+def test_generated_backgrounds_of_the_splits_differ() -> None:
     seeds = {split: {scene.background.segments[0] % 2 for scene in _scenes(split)} for split in ("train", "held_out")}
     assert seeds == {"train": {0}, "held_out": {1}}
 
 
 @pytest.mark.parametrize("picture", ALL_PICTURES, ids=str)
-def test_a_picture_shows_its_colour_and_its_outline_alone(picture: Picture) -> None:
+def test_a_picture_changes_only_its_own_pixels(picture: Picture) -> None:
     frame = np.full((96, 96, 3), 128, dtype=np.uint8)
     draw_picture(frame, picture, Placement(left=0.2, top=0.2, side=0.6))
     assert tuple(frame[50, 48]) == COLORS[picture.color]
