@@ -1,4 +1,4 @@
-"""Model sizes as frozen dataclasses under Hugging Face's names, and the presets."""
+"""Model sizes under Hugging Face's names, and presets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PATTERN_LETTERS: dict[str, BlockType] = {"M": "mamba", "*": "attention", "-": "m
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HybridConfig:
-    """Nemotron-H; field names are those of NVIDIA's `config.json`."""
+    """Nemotron-H; field names as in NVIDIA's `config.json`."""
 
     hybrid_override_pattern: str
     """One letter per block: M = Mamba-2, * = attention, - = MLP."""
@@ -38,7 +38,7 @@ class HybridConfig:
     time_step_min: float = 0.001
     time_step_max: float = 0.1
     time_step_floor: float = 1e-4
-    """The `time_step_min`, `_max` and `_floor` of the initial dt_bias."""
+    """Minimum initial dt."""
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 131072
@@ -83,14 +83,14 @@ class HybridConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Qwen2Config:
-    """Qwen2.5; field names are those of its `config.json`."""
+    """Qwen2.5; field names as in its `config.json`."""
 
     vocab_size: int
     hidden_size: int
     intermediate_size: int
     """Width of the gated MLP."""
     num_hidden_layers: int
-    """Decoder layers; a TransV site's `layer` counts these."""
+    """Decoder layers, as counted by a TransV site's `layer`."""
     num_attention_heads: int
     num_key_value_heads: int
     rope_theta: float = 1_000_000.0
@@ -123,7 +123,6 @@ class Qwen2Config:
 
     @property
     def block_types(self) -> tuple[BlockType, ...]:
-        """Every decoder layer counts as an attention block."""
         return tuple([PATTERN_LETTERS["*"]] * self.num_hidden_layers)
 
 
@@ -132,10 +131,10 @@ TextConfig = HybridConfig | Qwen2Config
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TransVSite:
-    """Drops vision tokens before block `layer` (paper section 3.3)."""
+    """Site that drops vision tokens (paper section 3.3)."""
 
     layer: int
-    """0-based index of the first block that sees fewer tokens."""
+    """0-based index of the first block with fewer tokens."""
     select: Literal["uniform", "attention"]
     keep: float
     """Fraction of the sample's ORIGINAL number of vision tokens."""
@@ -151,10 +150,10 @@ class TransVSite:
 
 
 def parse_transv_plan(text: str) -> tuple[TransVSite, ...]:
-    """Parses the paper's notation, `uni_7_0.5-attn_39_0.9`, whose numbers are layers and DROP rates.
+    """Parses the paper's layers and DROP rates, `uni_7_0.5-attn_39_0.9`.
 
     Raises:
-        ValueError: when the text is not in that form.
+        ValueError: for another form.
     """
     sites = []
     for site in filter(None, text.split("-")):
@@ -170,9 +169,9 @@ def parse_transv_plan(text: str) -> tuple[TransVSite, ...]:
 
 
 def pyramid_drop(text: TextConfig) -> tuple[TransVSite, ...]:
-    """PyramidDrop (arXiv 2410.17247): every attention block keeps half of the vision tokens it receives.
+    """PyramidDrop (arXiv 2410.17247): every attention block keeps half of its vision tokens, without transfer.
 
-    Dropped tokens are not transferred. `M-M*-M-M*-` keeps 0.5 at block 3 and 0.25 at block 8.
+    `M-M*-M-M*-` keeps 0.5 at block 3 and 0.25 at block 8.
     """
     layers = [layer for layer, kind in enumerate(text.block_types) if kind == "attention"]
     return tuple(
@@ -208,8 +207,6 @@ class VisionConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TimeViperConfig:
-    """The model, from stored features to logits."""
-
     text: TextConfig
     vision: VisionConfig = field(default_factory=VisionConfig)
     transv: tuple[TransVSite, ...] = ()
@@ -255,7 +252,6 @@ QWEN2_5_7B = Qwen2Config(
     num_attention_heads=28,
     num_key_value_heads=4,
 )
-"""Qwen2.5-7B-Instruct."""
 
 PAPER_PLAN = parse_transv_plan("uni_7_0.5-attn_39_0.9")
 
@@ -273,8 +269,8 @@ TINY = TimeViperConfig(
         ssm_state_size=32,
         n_groups=2,
         chunk_size=32,
-        # above the 9B's 0.02, with which narrow residual branches contribute little and text is learned too slowly for
-        # the projector to align, and below 1 / sqrt(hidden_size), with which varying time steps blur seconds
+        # above the 9B's 0.02, with which text is learned too slowly for the projector to align; below
+        # 1 / sqrt(hidden_size), with which varying time steps blur seconds
         initializer_range=0.045,
     ),
     vision=VisionConfig(encoder="tiny", num_tokens_per_frame=4, merge_heads=4, hidden_size=64),
@@ -314,4 +310,4 @@ PRESETS: dict[str, TimeViperConfig] = {
     "tiny-pdrop": replace(TINY, transv=pyramid_drop(TINY.text)),
     "9b-pdrop": TimeViperConfig(text=NEMOTRON_NANO_9B_V2, transv=pyramid_drop(NEMOTRON_NANO_9B_V2)),
 }
-"""`qwen` is the paper's pure Transformer backbone; `pdrop` is PyramidDrop instead of TransV."""
+"""Presets by name: `qwen` is the paper's Transformer backbone, `pdrop` uses PyramidDrop instead of TransV."""

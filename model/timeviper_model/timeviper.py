@@ -1,7 +1,4 @@
-"""TimeViper: token ids and vision features to the next token.
-
-Logits are computed only at labelled positions in training, and at the last one in prefill.
-"""
+"""TimeViper: token ids and vision features to logits of labelled positions or the next token."""
 
 from __future__ import annotations
 
@@ -26,24 +23,24 @@ from timeviper_model.ops.linear import Linear
 from timeviper_model.ops.precision import widen
 
 LOGITS_ELEMENTS = 2**26
-"""Logits computed at one time: 256 MiB in fp32, 512 positions of a vocabulary of 131072."""
+"""Logits computed at once: 256 MiB in fp32."""
 
 RunBlock = Callable[[int, DecoderBlock, TokenStream], Tensor]
 """(layer, block, stream before it) -> hidden states (T, D) after it."""
 
 
 class TimeViperOutput(NamedTuple):
-    """Sums over a pack, so that packs can be added."""
+    """Sums over a pack."""
 
     loss_sum: Tensor
     """fp32 cross entropy over labelled positions."""
     num_targets: Tensor
     num_vision_tokens: Tensor
-    """(num_sites + 1,): vision tokens at the input and after each site."""
+    """(num_sites + 1,): counts at the input and after each site."""
 
 
 class TimeViper(nn.Module):
-    """The model after the vision tower; weights are uninitialised until `init_weights` or loading."""
+    """The model after the vision tower, uninitialised."""
 
     def __init__(self, config: TimeViperConfig) -> None:
         super().__init__()
@@ -66,7 +63,7 @@ class TimeViper(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
-        """Draws every weight in place; TransV starts as a copy of attention."""
+        """Initialises every weight; TransV starts as a copy of attention."""
         text = self.config.text
         init_backbone(self.backbone, text, generator)
         if not text.tie_word_embeddings:
@@ -81,7 +78,7 @@ class TimeViper(nn.Module):
         self.init_transv_from_attention()
 
     def init_transv_from_attention(self) -> None:
-        """Copies into each site the nearest attention block at or after it, else the last one."""
+        """Copies the nearest attention block at or after each site, else the last one."""
         layers = [layer for layer, kind in enumerate(self.config.text.block_types) if kind == "attention"]
         for name, module in self.transv.items():
             nearest = min((layer for layer in layers if layer >= int(name)), default=layers[-1])
@@ -90,10 +87,10 @@ class TimeViper(nn.Module):
 
     @torch.no_grad()
     def with_transv(self, sites: tuple[TransVSite, ...]) -> TimeViper:
-        """A model sharing these tensors with other TransV sites, which start as copies with a closed gate.
+        """Returns a model that shares these tensors, with other TransV sites as gated-off copies of attention.
 
         Raises:
-            ValueError: when a site does not fit the backbone's pattern.
+            ValueError: when a site does not fit the backbone.
         """
         with torch.device("meta"):
             other = TimeViper(replace(self.config, transv=sites))
@@ -127,7 +124,7 @@ class TimeViper(nn.Module):
     def target_log_probs(
         self, batch: PackedBatch, *, use_transv: bool = True, run_block: RunBlock | None = None
     ) -> tuple[Tensor, Tensor]:
-        """fp32 log-probability (K,) of each target and its segment (K,)."""
+        """fp32 log-probability (K,) and segment (K,) of each target."""
         stream, _ = self.run_blocks(self.embed(batch), use_transv=use_transv, run_block=run_block)
         hidden, targets, segment_ids = self.labelled(stream)
         losses = [
@@ -137,15 +134,15 @@ class TimeViper(nn.Module):
         return -torch.cat(losses), segment_ids
 
     def new_cache(self, num_slots: int, *, device: torch.device | str, dtype: torch.dtype) -> HybridCache:
-        """Empty cache for this model; `dtype` is that of keys and values."""
+        """Returns an empty cache; `dtype` is that of keys and values."""
         return HybridCache(self.config.text, num_slots, device=device, dtype=dtype)
 
     @torch.no_grad()
     def decode_step(self, input_ids: Tensor, cache: HybridCache, slots: Tensor) -> Tensor:
-        """Feeds one token to each of B distinct slots; (B, V) fp32 logits.
+        """Reads one token in each of B slots; returns (B, V) fp32 logits.
 
         Raises:
-            ValueError: when a slot holds no prompt, or is repeated.
+            ValueError: when a slot is empty or repeated.
         """
         order = slots.argsort()
         view = cache.view(slots[order].tolist())
@@ -163,7 +160,6 @@ class TimeViper(nn.Module):
         return self.logits(hidden[order.argsort()])
 
     def embed(self, batch: PackedBatch) -> TokenStream:
-        """The stream entering the first block."""
         real = (batch.segment_ids != PADDING_SEGMENT).nonzero().squeeze(1)
         num_segments = batch.num_segments
         segments = Segments(batch.segment_ids[real], num_segments)
@@ -190,9 +186,9 @@ class TimeViper(nn.Module):
     def run_blocks(
         self, stream: TokenStream, *, use_transv: bool = True, run_block: RunBlock | None = None
     ) -> tuple[TokenStream, list[int]]:
-        """The stream after the last block, and the vision tokens at the input and after each site.
+        """Runs all blocks and TransV sites; also returns vision tokens at the input and after each site.
 
-        `run_block` replaces the plain call of a block; TransV sites are applied before it.
+        `run_block` replaces the call of a block.
         """
         run_block = run_block or self._run_block
         num_vision_tokens = [sum(stream.original_counts)]
@@ -222,7 +218,7 @@ class TimeViper(nn.Module):
         return stream
 
     def transv_layer(self, layer: int) -> TransVLayer | None:
-        """Cross-attention before block `layer`, or None."""
+        """Cross-attention before block `layer`."""
         if str(layer) not in self.transv:
             return None
         module = self.transv[str(layer)]
@@ -230,7 +226,7 @@ class TimeViper(nn.Module):
         return module
 
     def labelled(self, stream: TokenStream) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states (K, D), targets (K,) and segments (K,)."""
+        """Hidden states (K, D), targets (K,) and segments (K,) of labelled positions."""
         index = (stream.labels_T != IGNORE_INDEX).nonzero().squeeze(1)
         return take_rows(stream.hidden_TD, index), stream.labels_T[index], stream.segments.ids[index]
 

@@ -1,10 +1,7 @@
-"""Information blocking: the model without the flow from vision to instruction or response (the paper's Figure 3).
+"""Information blocking: the model without the flow from vision to instruction or response (Figure 3).
 
-    attention   softmax over the tokens the receiver may read
-    Mamba-2     convolution: a receiver's taps on sources are zero
-                scan: y_i = sum over j of M[i, j] x_j without the sources: their dt * x is zero, their decay stays
-
-Cost stays linear in length: the scan runs twice, and attention once more over the non-vision tokens.
+Blocked attention is a softmax over the remaining tokens. A blocked Mamba-2 block zeroes a receiver's convolution taps
+on sources; in its scan, y_i sums M[i, j] x_j without sources, whose dt * x is zero and whose decay stays.
 """
 
 from __future__ import annotations
@@ -28,22 +25,21 @@ from timeviper_model.timeviper import RunBlock, TimeViper
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Blocking:
-    """Cuts a flow in some blocks.
+    """Flow to cut in some blocks.
 
-    The first token of an answer is predicted at the last INSTRUCTION token, so `v2r` affects an answer from its second
-    token on.
+    The last INSTRUCTION token predicts an answer's first token, so `v2r` affects only later ones.
     """
 
     flow: Literal["v2i", "v2r"]
     """Vision to instruction, or vision to response."""
     scope: Literal["layer", "window", "from_layer"]
-    """`layer` cuts that block alone, `window` also its neighbours, `from_layer` every later one too."""
+    """`layer` cuts one block, `window` also its neighbours, `from_layer` also all later ones."""
     layer: int
-    """0-based block index."""
+    """0-based block."""
     window: int = 1
-    """Number of blocks, odd; for scope `window` only."""
+    """Number of blocks for `window`, odd."""
     kind: Literal["attention", "mamba", "both"] = "both"
-    """Block types that are cut."""
+    """Block types to cut."""
 
     def __post_init__(self) -> None:
         if self.window < 1 or self.window % 2 == 0:
@@ -60,10 +56,10 @@ class Blocking:
 
 
 def cut_flow(model: TimeViper, blocking: Blocking) -> RunBlock:
-    """A `run_block` for `TimeViper.run_blocks`.
+    """Returns a `run_block` for `TimeViper.run_blocks`.
 
     Raises:
-        ValueError: when the model has no block `blocking.layer`.
+        ValueError: when there is no block `blocking.layer`.
     """
     types = model.config.text.block_types
     if not 0 <= blocking.layer < len(types):
@@ -83,8 +79,8 @@ def blocked_block(block: DecoderBlock, stream: TokenStream, receiver_T: Tensor, 
     """(T, D) after an attention or Mamba-2 block in which no receiver reads from a source.
 
     Args:
-        receiver_T: bool (T,).
-        source_T: bool (T,), disjoint from receivers.
+        receiver_T: bool.
+        source_T: bool, disjoint from receivers.
     """
     where = stream.segments, receiver_T, source_T
     if isinstance(block, Block) and isinstance(block.mixer, Mamba2Mixer):

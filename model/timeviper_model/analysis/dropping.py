@@ -1,4 +1,4 @@
-"""Other drop plans for a trained model, without training or copying weights (the paper's Figure 4)."""
+"""Other drop plans for a trained model (Figure 4)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,10 @@ from timeviper_model.timeviper import TimeViper
 
 
 def with_plan(model: TimeViper, sites: Sequence[TransVSite]) -> TimeViper:
-    """A model with the plan `sites` that shares `model`'s parameters.
-
-    A site with cross-attention needs one at that layer of `model`; use `transfer="none"` elsewhere.
+    """Returns a model with the plan `sites` that shares `model`'s parameters.
 
     Raises:
-        ValueError: when a site does not fit the backbone, or needs a missing cross-attention.
+        ValueError: when a site does not fit the backbone, or `model` lacks its cross-attention.
     """
     config = replace(model.config, transv=tuple(sites))
     missing = [s.layer for s in sites if s.transfer == "cross_attention" and str(s.layer) not in model.transv]

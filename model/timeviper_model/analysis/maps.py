@@ -1,4 +1,4 @@
-"""Rows of attention, and of the matrix equivalent to a Mamba-2 scan (Figures 5 and 6).
+"""Rows of attention, and of the matrix M equivalent to a Mamba-2 scan (Figures 5 and 6).
 
 attention   softmax(q_i . k_j / sqrt(E)) over j <= i
 Mamba-2     M[i, j] = (C_i . B_j) exp(sum over k = j+1..i of dt_k A) dt_j for j <= i, so that y = M x + D x
@@ -24,19 +24,19 @@ from timeviper_model.ops.precision import widen
 from timeviper_model.timeviper import TimeViper
 
 ROW_ELEMENTS = 2**22
-"""Weights computed at a time: 16 MiB in fp32."""
+"""Weights computed at once: 16 MiB in fp32."""
 
 Measured = TypeVar("Measured")
 
 
 class TokenMap(Protocol):
-    """Token mixing of one block over the tokens present there."""
+    """Token mixing of one block."""
 
     segments: Segments
     num_heads: int
 
     def rows(self, index_Q: Tensor) -> Tensor:
-        """(H, Q, T) weights of the queries at flat indices, at least fp32; zero where they may not read."""
+        """(H, Q, T) weights of queries at flat indices, at least fp32; zero where unreadable."""
         ...
 
 
@@ -47,7 +47,6 @@ class AttentionMap:
         self._q_THE, self._k_TGE = mixer.queries(normed_TD, positions_T), mixer.keys(normed_TD, positions_T)
 
     def rows(self, index_Q: Tensor) -> Tensor:
-        """(H, Q, T): each row sums to one."""
         num_groups = self._k_TGE.shape[1]
         q_GrQE = self._q_THE[index_Q].view(len(index_Q), num_groups, -1, self._q_THE.shape[-1]).permute(1, 2, 0, 3)
         scores = widen(q_GrQE @ self._k_TGE.permute(1, 2, 0)[:, None]) * q_GrQE.shape[-1] ** -0.5
@@ -55,8 +54,6 @@ class AttentionMap:
 
 
 class HiddenAttentionMap:
-    """The matrix M of a Mamba-2 block."""
-
     def __init__(self, mixer: Mamba2Mixer, normed_TD: Tensor, segments: Segments) -> None:
         self.segments, self.num_heads = segments, mixer.num_heads
         _, channels, dt = mixer.project(normed_TD)
@@ -68,7 +65,6 @@ class HiddenAttentionMap:
         self._log_TH = (dt.double() * mixer.decay_rates()).cumsum(0)  # fp32 would lose the differences of a long input
 
     def rows(self, index_Q: Tensor) -> Tensor:
-        """(H, Q, T): signed, of any sum."""
         may_read = readable(self.segments, index_Q)
         exponent = (self._log_TH[index_Q].t()[..., None] - self._log_TH.t()[:, None]).masked_fill(~may_read, -torch.inf)
         weight = exponent.to(self._dt_TH.dtype).exp_().mul_(self._dt_TH.t()[:, None])
@@ -77,10 +73,8 @@ class HiddenAttentionMap:
 
 
 def token_map(block: DecoderBlock, stream: TokenStream) -> TokenMap:
-    """The map of an attention or Mamba-2 block.
-
-    Raises:
-        ValueError: for an MLP block.
+    """Raises:
+    ValueError: for an MLP block.
     """
     if isinstance(block, Block) and isinstance(block.mixer, Mamba2Mixer):
         return HiddenAttentionMap(block.mixer, block.norm(stream.hidden_TD), stream.segments)
@@ -93,7 +87,7 @@ def token_map(block: DecoderBlock, stream: TokenStream) -> TokenMap:
 def observe(
     model: TimeViper, batch: PackedBatch, layers: Collection[int], measure: Callable[[TokenMap, TokenStream], Measured]
 ) -> dict[int, Measured]:
-    """Results of `measure` for `layers` during one run, holding one map at a time.
+    """Runs `measure` on the maps of `layers`, holding one map at a time.
 
     Raises:
         ValueError: when a layer is not an attention or Mamba-2 block.
@@ -119,7 +113,7 @@ def observe(
 def row_blocks(
     tokens: TokenMap, queries: Tensor | None = None, *, max_elements: int = ROW_ELEMENTS
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(index (Q,), rows (H, Q, T)) for `queries`, default all."""
+    """Yields (index (Q,), rows (H, Q, T)) for `queries`, default all."""
     num_tokens = len(tokens.segments.ids)
     every = torch.arange(num_tokens, device=tokens.segments.ids.device) if queries is None else queries
     for index in torch.split(every, max(1, max_elements // max(1, tokens.num_heads * num_tokens))):

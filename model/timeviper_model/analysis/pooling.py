@@ -1,4 +1,4 @@
-"""Averages of a block's map between groups of tokens, and statistics of each head (the paper's Figures 5 and 6)."""
+"""Averages of a block's map between groups of tokens, and statistics of each head (Figures 5 and 6)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class PooledMap(NamedTuple):
     """Sums over the queries of group A and the tokens of group B that they may read."""
 
     sum_HAB: Tensor
-    """Sum of weights, float64."""
+    """Weights, float64."""
     num_queries_A: Tensor
     num_pairs_AB: Tensor
-    """Pairs of a query and a token it may read."""
+    """Pairs of query and token."""
 
     @property
     def share_HAB(self) -> Tensor:
@@ -33,12 +33,12 @@ class PooledMap(NamedTuple):
 
 
 class HeadStatistics(NamedTuple):
-    """Averages over queries of rows normalised to distributions."""
+    """Averages over queries with normalised rows."""
 
     sink_share_H: Tensor
-    """Share on the first tokens of the segment (attention sink, arXiv 2309.17453)."""
+    """Share on the segment's first tokens (attention sink, arXiv 2309.17453)."""
     entropy_H: Tensor
-    """Entropy in nats."""
+    """Nats."""
     distance_H: Tensor
     """Mean distance in tokens."""
 
@@ -52,11 +52,11 @@ def pool_map(
     queries: Tensor | None = None,
     max_elements: int = ROW_ELEMENTS,
 ) -> PooledMap:
-    """Sums of a map between groups of tokens.
+    """Sums a map between groups of tokens.
 
     Args:
-        labels_T: (T,) integers from 0: each token's group.
-        normalise: divide each row by its L1 norm, as Figure 6 does for Mamba-2.
+        labels_T: each token's group, from 0.
+        normalise: divide rows by their L1 norm, as Figure 6 does for Mamba-2.
         queries: flat indices; default all.
     """
     labels = labels_T.long()
@@ -78,7 +78,7 @@ def head_statistics(
     queries: Tensor | None = None,
     max_elements: int = ROW_ELEMENTS,
 ) -> HeadStatistics:
-    """Sink share, entropy and distance over `queries` (flat indices; default all)."""
+    """Statistics over `queries` (flat indices; default all)."""
     positions = tokens.segments.positions_T
     is_sink_T = (positions < num_sink_tokens).double()
     totals = torch.zeros(3, tokens.num_heads, dtype=torch.float64, device=positions.device)
@@ -93,7 +93,7 @@ def head_statistics(
 
 
 def equal_bins(segments: Segments, num_bins: int) -> Tensor:
-    """(T,) labels for `pool_map`: each segment divided into equal ranges."""
+    """(T,) labels that divide each segment into equal ranges."""
     lengths_T = segments.lengths_S[segments.ids]
     return segments.positions_T * num_bins // lengths_T
 

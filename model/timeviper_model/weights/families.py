@@ -1,6 +1,6 @@
-"""Language model families on disk: each one's config.json keys and tensor names, to ours and back.
+"""Keys of config.json and tensor names of each model family.
 
-ours (in memory)         Nemotron-H, NVIDIA      Nemotron-H, transformers    Qwen2
+ours                     Nemotron-H, NVIDIA      Nemotron-H, transformers    Qwen2
 backbone.embeddings      backbone.embeddings     model.embeddings            model.embed_tokens
 backbone.layers.0.*      backbone.layers.0.*     model.layers.0.*            model.layers.0.*
 backbone.norm_f          backbone.norm_f         model.norm_f                model.norm
@@ -25,7 +25,7 @@ LAYER_LETTERS = {
     "mlp": "-",
     "moe": "E",
 }
-"""transformers writes `layers_block_type` where NVIDIA writes `hybrid_override_pattern`."""
+"""transformers' `layers_block_type` to NVIDIA's `hybrid_override_pattern`."""
 
 ACTIVATIONS = {"mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "hidden_act": "silu"}
 
@@ -50,10 +50,10 @@ def text_config_to_dict(config: TextConfig) -> dict[str, Any]:
 
 
 def text_config_from_dict(raw: Mapping[str, Any], *, where: str) -> TextConfig:
-    """Sizes from a `config.json`; keys that do not affect the computation are ignored.
+    """Parses sizes from `config.json`, ignoring keys that do not affect the computation.
 
     Raises:
-        ValueError: for another family, a missing or invalid field, or an unsupported variant.
+        ValueError: for another family, invalid fields or an unsupported variant.
     """
     model_type = raw.get("model_type")
     if model_type == "nemotron_h":
@@ -71,17 +71,17 @@ def file_name(name: str, config: TextConfig) -> str:
 
 
 def own_name(name: str, config: TextConfig) -> str:
-    """Our name of a tensor in either layout of Nemotron-H, or of Qwen2; unknown names are unchanged."""
+    """Our name of a tensor of any family; unknown names are unchanged."""
     if isinstance(config, HybridConfig):
         return _swap_prefix(name, (("model.", "backbone."),))
     return _swap_prefix(name, tuple((theirs, ours) for ours, theirs in QWEN2_NAMES))
 
 
 def validated(adapter: TypeAdapter[Any], values: Any, where: str) -> Any:
-    """`values` as the adapter's type.
+    """Converts `values` to the adapter's type.
 
     Raises:
-        ValueError: with `where` and each wrong field by its dotted name.
+        ValueError: with `where` and each wrong field.
     """
     try:
         return adapter.validate_python(values)
@@ -115,19 +115,19 @@ def _nemotron_pattern(raw: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _nemotron_head_dim(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """NVIDIA's first configurations call it `attention_head_dim`."""
+    """NVIDIA's first configurations use `attention_head_dim`."""
     return {} if raw.get("head_dim") is not None else {"head_dim": raw.get("attention_head_dim")}
 
 
 def _nemotron_time_step_limit(raw: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """transformers writes infinity as {"__float__": "Infinity"}, because JSON has none."""
+    """transformers writes infinity as {"__float__": "Infinity"}."""
     limit = raw.get("time_step_limit") or ()
     values = [value["__float__"] if isinstance(value, dict) else value for value in limit]
     return {"time_step_limit": values} if values else {}
 
 
 def _qwen2_rope(raw: Mapping[str, Any], where: str) -> dict[str, float]:
-    """`rope_theta` itself, or inside `rope_parameters` as written by transformers 5."""
+    """transformers 5 writes `rope_theta` inside `rope_parameters`."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":

@@ -1,12 +1,10 @@
-"""Loads checkpoints of TimeViper's public code (github.com/xiaomi-research/timeviper, November 2025).
+"""Checkpoints of TimeViper's public code (github.com/xiaomi-research/timeviper, November 2025; no weights were public).
 
-    vision_backbone.*                                        skipped: features come from the encoder's own folder
-    projector.projector.{0,2}.{weight,bias}                  projector.fc1, projector.fc2
-    llm_backbone.llm.{backbone,model}.*, .lm_head.weight     backbone.*, lm_head.weight
-    llm_backbone.llm.{backbone,model}.merge_modules.K.*      transv.<layer of the K-th site>.*
-    llm_backbone.llm.{backbone,model}.alpha                  alpha of all sites, in order
-
-No weights were public at the time of writing: the names are those of the code.
+vision_backbone.*                                        skipped
+projector.projector.{0,2}.{weight,bias}                  projector.fc1, projector.fc2
+llm_backbone.llm.{backbone,model}.*, .lm_head.weight     backbone.*, lm_head.weight
+llm_backbone.llm.{backbone,model}.merge_modules.K.*      transv.<layer of the K-th site>.*
+llm_backbone.llm.{backbone,model}.alpha                  alpha of all sites, in order
 """
 
 from __future__ import annotations
@@ -32,11 +30,11 @@ ALPHA = re.compile(r"(?:backbone|model)\.alpha")
 def load_public_checkpoint(
     path: str | Path, config: TimeViperConfig, *, dtype: torch.dtype = torch.float32
 ) -> TimeViper:
-    """A model in evaluation mode with the weights of a public checkpoint.
+    """Loads a public checkpoint in evaluation mode.
 
     Args:
-        path: a `.bin` or `.pt` file with the state dict, or a folder of safetensors files with the same names.
-        config: of that model, with as many TransV sites.
+        path: a `.bin` or `.pt` state dict, or a folder of safetensors files.
+        config: with as many TransV sites.
 
     Raises:
         ValueError: when tensors are missing, unexpected or misshaped.
@@ -53,7 +51,7 @@ def load_public_checkpoint(
 
 
 def rename_public(tensors: Iterable[tuple[str, Tensor]], config: TimeViperConfig) -> Iterator[tuple[str, Tensor]]:
-    """Unknown names are unchanged."""
+    """Renames to our names; unknown names are unchanged."""
     layers = [site.layer for site in config.transv]
     for name, tensor in tensors:
         if name.startswith("vision_backbone."):

@@ -1,10 +1,10 @@
-"""Weights folders in Hugging Face layout: config.json, safetensors shards with an index, tokenizer files.
+"""Weights folders in Hugging Face layout.
 
     config.json                         text_config in the language model's own keys, vision_config, transv
     model-00001-of-00002.safetensors    ...
-    model.safetensors.index.json        which tensor is in which shard
+    model.safetensors.index.json        each tensor's shard
 
-Shards are read one at a time into a model on the meta device, so loading needs the memory of the weights and one shard.
+Loading needs the memory of the weights and one shard.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from timeviper_model.weights.families import file_name, own_name, text_config_fr
 MODEL_TYPE = "timeviper"
 INDEX_NAME = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 4 * 2**30
-"""Hugging Face's tools split at 5 GB; loading holds one shard in addition to the model."""
+"""Hugging Face's tools split at 5 GB."""
 
 IGNORED_BACKBONE_PREFIXES = ("mtp.",)
-"""Multi-token-prediction heads in some Nemotron checkpoints; the model has none."""
+"""Prefixes of multi-token-prediction heads, which the model lacks."""
 
 COMPUTING_FIELDS = (
     "hybrid_override_pattern",
@@ -48,7 +48,7 @@ COMPUTING_FIELDS = (
     "time_step_limit",
     "rope_theta",
 )
-"""Fields of a text configuration that change the computation without changing tensor shapes."""
+"""Fields that change the computation without changing tensor shapes."""
 
 
 def save_pretrained(
@@ -62,9 +62,8 @@ def save_pretrained(
     """Writes a weights folder atomically, replacing an existing one.
 
     Args:
-        model: with real (not meta) parameters.
         metadata: `timeviper_metadata` in config.json, such as steps and data of the run.
-        max_shard_bytes: a larger tensor has a shard of its own.
+        max_shard_bytes: larger tensors have their own shards.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -84,10 +83,10 @@ def save_pretrained(
 
 
 def from_pretrained(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> TimeViper:
-    """Loads a weights folder, in evaluation mode.
+    """Loads a weights folder in evaluation mode.
 
     Raises:
-        ValueError: when config.json is missing or wrong, or tensors are missing, unexpected or misshaped (by name).
+        ValueError: when config.json is invalid, or tensors are missing, unexpected or misshaped.
     """
     folder = Path(folder)
     with torch.device("meta"):
@@ -98,7 +97,7 @@ def from_pretrained(folder: str | Path, *, dtype: torch.dtype = torch.float32, d
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """The fast tokenizer of a local folder or a Hugging Face name."""
+    """Loads the fast tokenizer of a local folder or Hugging Face name."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # slow import
 
     if (Path(folder) / "tokenizer.json").is_file():  # AutoTokenizer does not know our model type
@@ -109,12 +108,10 @@ def load_tokenizer(folder: str | Path) -> Any:
 def load_backbone(model: TimeViper, folder: str | Path) -> None:
     """Loads language model weights from a folder or Hugging Face name, in place; TransV becomes copies of attention.
 
-    Accepts Nemotron-H in NVIDIA's (`backbone.*`) or transformers' layout (`model.*`), or Qwen2. The projector is
-    unchanged.
+    The projector is unchanged.
 
     Raises:
-        ValueError: when the folder's tensors (by name) or its config.json do not match; the model is then
-            unchanged.
+        ValueError: when tensors or config.json do not match; the model is then unchanged.
     """
     source = _local_folder(folder)
     if (source / "config.json").is_file():
@@ -145,10 +142,8 @@ def _check_computed_alike(own: TextConfig, found: TextConfig, *, where: str) -> 
 
 
 def load_config(folder: str | Path) -> TimeViperConfig:
-    """The configuration of a weights folder.
-
-    Raises:
-        ValueError: when there is no config.json, it is not a TimeViper one, or a field is wrong.
+    """Raises:
+    ValueError: when config.json is missing, invalid or not TimeViper's.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -157,13 +152,12 @@ def load_config(folder: str | Path) -> TimeViperConfig:
 
 
 def load_text_config(folder: str | Path) -> TextConfig:
-    """Language model sizes from the `config.json` of a folder or Hugging Face name."""
+    """Reads language model sizes from a folder or Hugging Face name."""
     path = _local_folder(folder) / "config.json"
     return text_config_from_dict(json.loads(path.read_text()), where=str(path))
 
 
 def config_to_dict(config: TimeViperConfig) -> dict[str, Any]:
-    """config.json in plain values."""
     return {
         "model_type": MODEL_TYPE,
         "architectures": ["TimeViper"],
@@ -175,10 +169,10 @@ def config_to_dict(config: TimeViperConfig) -> dict[str, Any]:
 
 
 def config_from_dict(raw: Mapping[str, Any], *, where: str = "config") -> TimeViperConfig:
-    """Inverse of `config_to_dict`; keys added by Hugging Face's tools are ignored.
+    """Parses `config_to_dict` output, ignoring keys of Hugging Face's tools.
 
     Raises:
-        ValueError: for another model type, or a missing or invalid field.
+        ValueError: for another model type, or missing or invalid fields.
     """
     if raw.get("model_type") != MODEL_TYPE:
         raise ValueError(
@@ -206,7 +200,7 @@ def weights_hash(folder: str | Path) -> str:
 
 
 def iter_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of everything in a folder's safetensors files.
+    """Yields all tensors of a folder's safetensors files with their names.
 
     Raises:
         ValueError: when there are none, or a shard is missing.
@@ -218,7 +212,7 @@ def iter_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _iter_shapes(folder: Path) -> Iterator[tuple[str, list[int]]]:
-    """Name and shape of every tensor, from the headers only."""
+    """Reads headers only."""
     for shard in _shards(folder):
         with safe_open(shard, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
@@ -271,7 +265,7 @@ def _write_shards(tensors: Mapping[str, Tensor], folder: Path, max_shard_bytes: 
 
 
 def _replace(temporary: Path, folder: Path) -> None:
-    """Moves an existing folder aside first, because a rename cannot replace a non-empty folder."""
+    """Moves an existing folder aside first: a rename cannot replace a non-empty folder."""
     if folder.exists():
         aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
         folder.replace(aside / "old")
@@ -284,16 +278,16 @@ def _replace(temporary: Path, folder: Path) -> None:
 def assign_tensors(
     model: TimeViper, tensors: Iterator[tuple[str, Tensor]], *, where: str, dtype: torch.dtype, device: str
 ) -> None:
-    """Replaces every tensor of a model on the meta device, by name.
+    """Assigns every tensor of a model on the meta device, by name.
 
     Raises:
-        ValueError: listing all tensors that are missing, unexpected or misshaped.
+        ValueError: with all missing, unexpected or misshaped tensors.
     """
     expected = named_tensors(model)
     problems = _Problems(expected)
     for name, tensor in tensors:
         if problems.accept(name, tensor.shape):
-            # always copied: the file's tensors are unaligned, and sums over them may differ in the last bit
+            # the file's tensors are unaligned, and sums over them may differ in the last bit
             model.load_state_dict({name: tensor.to(device, dtype, copy=True)}, strict=False, assign=True)
     problems.check(where)
     model.tie_weights()
@@ -304,7 +298,7 @@ def copy_tensors(expected: Mapping[str, Tensor], tensors: Iterable[tuple[str, Te
     """Fills `expected` in place, by name.
 
     Raises:
-        ValueError: listing all tensors that are missing, unexpected or misshaped.
+        ValueError: with all missing, unexpected or misshaped tensors.
     """
     problems = _Problems(expected)
     for name, tensor in tensors:
