@@ -1,11 +1,11 @@
-"""Several samples packed into one flat sequence of T tokens.
+"""Samples packed into one flat sequence of T tokens.
 
 input_ids     SSvvvvIIRR|SvvIR|p    S system, I instruction, R response; v and p hold the pad id
 segment_ids   0000000000|11111|-    - is -1
 vision_index  --0123----|-45--|-    row of vision_features
 position_ids  0123456789|01234|0
 token_kind    0011112233|01123|0
-labels        .......RR.|...R.|.    id of the next token if it is a response, else IGNORE_INDEX
+labels        .......RR.|...R.|.    id of the next token if a response, else IGNORE_INDEX
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ DTYPES = {
 
 
 class TokenKind(IntEnum):
-    """Part of the conversation a token belongs to; TransV transfers to INSTRUCTION tokens only."""
+    """Part of the conversation; TransV transfers to INSTRUCTION tokens only."""
 
     SYSTEM = 0
-    """Everything before the first vision token."""
+    """Tokens before the first vision token."""
     VISION = 1
     INSTRUCTION = 2
     """Non-response tokens after the first vision token."""
@@ -47,13 +47,12 @@ class TokenKind(IntEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """One tokenised conversation; the lists have equal length."""
+    """One tokenised conversation in lists of equal length."""
 
     input_ids: list[int]
     vision_index: list[int]
     token_kind: list[int]
     labels: list[int]
-    """Ids already shifted, as in PackedBatch."""
 
     def __post_init__(self) -> None:
         lengths = {len(self.input_ids), len(self.vision_index), len(self.token_kind), len(self.labels)}
@@ -70,18 +69,15 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedBatch:
-    """Whole samples in one flat sequence, checked at construction.
+    """Whole samples in one flat sequence.
 
-    Values are checked only on the CPU: on a device the host would have to wait.
-
-    Raises:
-        ValueError: for inconsistent shapes, dtypes, segments, padding, positions or vision rows.
+    Construction checks shapes and dtypes, and on a CPU also values: elsewhere the host would wait.
     """
 
     input_ids: Tensor
     vision_index: Tensor
     vision_features: Tensor
-    """(V, dim) floating."""
+    """(V, dim)"""
     segment_ids: Tensor
     position_ids: Tensor
     labels: Tensor
@@ -134,8 +130,8 @@ class PackedBatch:
         return int(self.segment_ids.max()) + 1 if self.segment_ids.numel() else 0
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> PackedBatch:
-        """Copies to `device`; `dtype` applies to the vision features only."""
-        # validation on the CPU must see the complete copy
+        """Copies to `device`, and vision features to `dtype`."""
+        # validation needs the complete copy
         is_to_device = torch.device(device).type != "cpu"
         moved = {name: getattr(self, name).to(device, non_blocking=is_to_device) for name in self.__slots__}
         if dtype is not None:
@@ -151,9 +147,6 @@ def pack_samples(
     Args:
         features: (num_vision_tokens, dim) of each sample; (0, dim) for text only.
         pad_to: length of the pack; default is the sum of lengths.
-
-    Raises:
-        ValueError: when the feature rows do not match the vision tokens, or the samples do not fit.
     """
     if not samples or len(samples) != len(features):
         raise ValueError(f"need at least one sample and as many feature tensors: {len(samples)}, {len(features)}")
@@ -184,5 +177,5 @@ def pack_samples(
 
 
 def _joined(lists: Sequence[list[int]]) -> Tensor:
-    """NumPy takes a third of torch.tensor's time."""
+    """Takes a third of torch.tensor's time."""
     return torch.from_numpy(np.fromiter(chain.from_iterable(lists), np.int64, sum(map(len, lists))))

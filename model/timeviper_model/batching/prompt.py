@@ -1,4 +1,4 @@
-"""Chat templates: conversations about media to token ids, kinds and labels.
+"""Chat templates: conversations about media to samples.
 
 Nemotron's prompt with the kind of each part, v = vision token:
 
@@ -19,12 +19,10 @@ from typing import Any, Literal
 from timeviper_model.batching.batch import IGNORE_INDEX, Sample, TokenKind
 
 _ENCODING = Lock()
-"""Guards encoding: a tokenizer stores `split_special_tokens` on itself, so a concurrent call could turn user text into
-special tokens.
-"""
+"""Prevents concurrent encoding: a tokenizer stores `split_special_tokens` on itself."""
 
 MEDIA_MARKER = "<media>"
-"""Place of a medium in a user's text. Without markers, media precede the first user turn's text."""
+"""Place of a medium in a user's text. Without markers, media come first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,12 +38,11 @@ class ChatTemplate:
     system: tuple[str, str]
     user: tuple[str, str]
     assistant: tuple[str, str]
-    """Opening (instruction) and end (response) of an answer; the end's last token stops generation."""
+    """Opening and end of an answer; the end's last token stops generation."""
     after_system_text: str = ""
     after_answer: str = ""
     """Text between an answer and the next turn."""
     default_system: str = ""
-    """System text of conversations without a system turn."""
 
 
 NEMOTRON = ChatTemplate(
@@ -62,24 +59,19 @@ CHATML = ChatTemplate(
     after_answer="\n",
     default_system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
 )
-"""Qwen2.5's template."""
 
 TEMPLATES: dict[str, ChatTemplate] = {"nemotron": NEMOTRON, "chatml": CHATML}
 
 
 def time_text(duration_seconds: float, num_frames: int) -> str:
-    """Returns the sentence that states the video's length in the paper's grounding data."""
+    """Returns the sentence about the video's length in the paper's grounding data."""
     return (
         f"The video lasts for {duration_seconds:.2f} seconds, and {num_frames} frames are uniformly sampled from it.\n"
     )
 
 
 def check_tokenizer(tokenizer: Any, template: ChatTemplate) -> None:
-    """Checks that each special token of the template is a single token.
-
-    Raises:
-        ValueError: with the names that the tokenizer would split.
-    """
+    """Raises ValueError with special tokens that the tokenizer would split."""
     text = "".join((*template.system, *template.user, *template.assistant))
     special = dict.fromkeys(re.findall(r"<[^<>\s]+>", text))
     cut = [name for name in special if len(encode_text(tokenizer, name, split_special_tokens=False)) != 1]
@@ -91,11 +83,7 @@ def check_tokenizer(tokenizer: Any, template: ChatTemplate) -> None:
 
 
 def end_token_id(tokenizer: Any, template: ChatTemplate) -> int:
-    """Returns the id that stops generation.
-
-    Raises:
-        ValueError: when the tokenizer does not fit the template.
-    """
+    """Returns the token that stops generation."""
     check_tokenizer(tokenizer, template)
     return int(encode_text(tokenizer, template.assistant[1], split_special_tokens=False)[-1])
 
@@ -108,7 +96,7 @@ def build_sample(
     template: ChatTemplate = NEMOTRON,
     add_generation_prompt: bool = False,
 ) -> Sample:
-    """Tokenises a conversation about media.
+    """Tokenises a conversation.
 
     Args:
         conversation: optional system turn, then alternating user and assistant turns.
@@ -116,7 +104,7 @@ def build_sample(
         add_generation_prompt: whether to open an assistant turn at the end.
 
     Raises:
-        ValueError: for turns out of order, or when the numbers of markers and media differ.
+        ValueError: for turns out of order, or more or fewer markers than media.
     """
     turns = list(conversation)
     system = turns.pop(0).text if turns and turns[0].role == "system" else template.default_system
@@ -186,11 +174,7 @@ class _Writer:
 
 
 def encode_text(tokenizer: Any, text: str, *, split_special_tokens: bool) -> list[int]:
-    """Encodes non-empty text and adds nothing. Thread-safe.
-
-    Args:
-        split_special_tokens: whether names of special tokens are ordinary text.
-    """
+    """Encodes non-empty text; `split_special_tokens` makes their names ordinary text."""
     with _ENCODING:
         return list(tokenizer(text, add_special_tokens=False, split_special_tokens=split_special_tokens)["input_ids"])
 

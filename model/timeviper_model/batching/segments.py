@@ -1,9 +1,7 @@
 """Positions of samples in a flat pack, and padded rows for operations across tokens.
 
-    segment_ids   000112222222    rows of bucket 0   000    bucket 1   2222222
-    positions     012010123456                       11.
-
-Segments of similar length share a bucket.
+segment_ids   000112222222    bucket 0   000    bucket 1   2222222
+positions     012010123456               11.
 """
 
 from __future__ import annotations
@@ -17,54 +15,49 @@ from torch import Tensor
 from timeviper_model.batching.shapes import put_rows, take_rows
 
 MAX_ROW_WASTE = 1.35
-"""Maximum ratio of padded cells to tokens in a bucket; lower values launch more, smaller kernels."""
+"""Maximum padded cells per token of a bucket; lower values launch more, smaller kernels."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowBucket:
-    """R segments padded to L cells each."""
+    """R segments of similar length, padded to L cells each; M real tokens."""
 
     token_index: Tensor
-    """(M,) indices of the bucket's tokens in the flat pack."""
+    """(M,) indices in the flat pack."""
     cell_index: Tensor
-    """(M,) indices of the same tokens among the R * L cells."""
+    """(M,) indices among the R * L cells."""
     segment_index: Tensor
-    """(R,) segments."""
+    """(R,)"""
     row_lengths: Tensor
-    """(R,) lengths."""
+    """(R,)"""
     num_rows: int
     length: int
     is_dense: bool
-    """True without padding and in flat order: pad and unpad return views."""
+    """True when pad and unpad are views."""
 
     def pad(self, x: Tensor) -> Tensor:
-        """(T, ...) -> (R, L, ...), zeros in the padding."""
+        """(T, ...) -> (R, L, ...)"""
         return self.put(x if len(x) == len(self.token_index) else take_rows(x, self.token_index))
 
     def put(self, x: Tensor) -> Tensor:
-        """(M, ...) -> (R, L, ...), zeros in the padding."""
+        """(M, ...) -> (R, L, ...)"""
         if self.is_dense:
             return x.view(self.num_rows, self.length, *x.shape[1:])
         rows = put_rows(x, self.cell_index, self.num_rows * self.length)
         return rows.view(self.num_rows, self.length, *x.shape[1:])
 
     def unpad(self, x: Tensor) -> Tensor:
-        """(R, L, ...) -> (M, ...)."""
+        """(R, L, ...) -> (M, ...)"""
         flat = x.reshape(self.num_rows * self.length, *x.shape[2:])
         return flat if self.is_dense else take_rows(flat, self.cell_index)
 
 
 class Segments:
-    """Lengths and positions of S contiguous, possibly empty segments in a flat pack of T tokens.
+    """Lengths and positions of S contiguous, possibly empty segments of T tokens.
 
-        ids                    00000111    after keep([0, 3, 4, 5, 7]):   00011
-        positions_T            01234012                                   01201
-        original_positions_T   01234012                                   03402
-
-    Args:
-        ids: (T,) ascending, without padding.
-        num_segments: number of segments, empty ones included.
-        original_positions_T: indices before dropping; default `positions_T`.
+    ids                    00000111    keep([0, 3, 4, 5, 7]):   00011
+    positions_T            01234012                             01201
+    original_positions_T   01234012                             03402
     """
 
     def __init__(self, ids: Tensor, num_segments: int, original_positions_T: Tensor | None = None) -> None:
@@ -80,7 +73,6 @@ class Segments:
 
     @cached_property
     def starts_S(self) -> Tensor:
-        """Flat index of each segment's first token."""
         return self.lengths_S.cumsum(0) - self.lengths_S
 
     @cached_property
@@ -90,7 +82,7 @@ class Segments:
 
     @property
     def original_positions_T(self) -> Tensor:
-        """Index in the whole sample, used by RoPE."""
+        """Index in the whole sample, for RoPE."""
         return self.positions_T if self._original_positions_T is None else self._original_positions_T
 
     @cached_property
@@ -104,18 +96,17 @@ class Segments:
         return tuple(self.rows(members) for members in group_by_length(self.lengths))
 
     def join(self, outputs: list[Tensor]) -> Tensor:
-        """Concatenates unpadded outputs of all buckets to (T, ...), in flat order."""
+        """Restores flat order of all buckets' unpadded outputs."""
         if len(outputs) == 1:
             return outputs[0]
         return put_rows(torch.cat(outputs), torch.cat([b.token_index for b in self.buckets]), len(self.ids))
 
     def keep(self, index: Tensor) -> Segments:
-        """Returns the segments of the remaining tokens `index` (K,), ascending."""
+        """Returns the segments of the tokens `index` (K,), ascending."""
         ids, positions = (of_T.index_select(0, index) for of_T in (self.ids, self.original_positions_T))
         return Segments(ids, self.num_segments, positions)
 
     def rows(self, members: list[int]) -> RowBucket:
-        """Pads the segments `members` to the longest of them."""
         device = self.ids.device
         lengths = [self.lengths[member] for member in members]
         length = max(lengths)
@@ -136,7 +127,7 @@ class Segments:
 
 
 def group_by_length(lengths: list[int]) -> list[list[int]]:
-    """Groups the indices of lengths > 0 within MAX_ROW_WASTE, longest first."""
+    """Groups the indices of non-zero lengths within MAX_ROW_WASTE, longest first."""
     groups: list[list[int]] = []
     num_real = 0
     for index in sorted((i for i, length in enumerate(lengths) if length > 0), key=lambda i: (-lengths[i], i)):

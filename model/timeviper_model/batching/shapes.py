@@ -1,8 +1,8 @@
-"""Letters for tensor dimensions, used in names (`x_TD`) and comments (`# (T, D)`), and moves of rows.
+"""Letters for tensor dimensions in names (`x_TD`) and comments, and moves of rows.
 
 T  tokens of a pack           L  tokens of a row or segment
 S  segments                   R  padded rows
-D  hidden_size                V  rows of vision features; vocabulary in `logits_BV`
+D  hidden_size                V  vision rows, or vocabulary in `logits_BV`
 H  heads                      P  Mamba head_dim
 G  groups sharing B and C     N  ssm_state_size
 C  tokens of a chunk          Z  chunks of a scan
@@ -25,7 +25,7 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
 
 
 def put_rows(x: Tensor, index: Tensor, num_rows: int) -> Tensor:
-    """Returns zeros (num_rows, ...) with `x` (K, ...) at the DISTINCT rows `index` (K,)."""
+    """Puts `x` (K, ...) at DISTINCT rows of zeros (num_rows, ...)."""
     put: Tensor = _PutRows.apply(x, index, num_rows)  # type: ignore[no-untyped-call]
     return put
 

@@ -1,4 +1,4 @@
-"""Options and token counts of one answer. Does not import torch, for HTTP gateways."""
+"""Options and token counts of an answer. Does not import torch, for HTTP gateways."""
 
 from __future__ import annotations
 
@@ -13,12 +13,6 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
-    """Options of one answer.
-
-    Raises:
-        ValueError: for a value out of range.
-    """
-
     max_new_tokens: int = 128
     """Maximum tokens of the answer, its end token included."""
     temperature: float = 0.0
@@ -54,11 +48,11 @@ class SamplingParams:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Usage:
     prompt_tokens: int = 0
-    """Text and vision tokens of the prompt."""
+    """Text and vision tokens."""
     completion_tokens: int = 0
     """Generated tokens, the end token included."""
     vision_tokens: int = 0
     vision_tokens_kept: int = 0
     """Vision tokens left after the last TransV site."""
     cached_tokens: int = 0
-    """Prompt tokens read from the video-prefix cache."""
+    """Tokens read from the video-prefix cache."""

@@ -1,10 +1,10 @@
-"""TransV for prompts in chunks, with the same selection and transfer as in one pass. Inference only.
+"""TransV for prompts in chunks, with the same result as in one pass. Inference only.
 
-A uniform site's selection depends on counts alone, so chunks cross it at once. A site that selects by attention holds
-all tokens until the instruction comes.
+A uniform site's selection depends on counts alone; a site that selects by attention holds all tokens until the
+instruction comes.
 
     chunk 1   SSvvv     uniform site    SSv.v     keys and values of dropped tokens stay in TransferSources
-    chunk 2   vvvii  ->  keep half  ->  .v.ii     and are read by the instruction of a later chunk
+    chunk 2   vvvii  ->  keep half  ->  .v.ii     for the instruction of a later chunk
 """
 
 from __future__ import annotations
@@ -25,28 +25,27 @@ from timeviper_model.layers.transv import TransVLayer, evenly_spaced, num_kept
 
 
 class SitePlan(NamedTuple):
-    """A TransV site for a given number of vision tokens."""
+    """A TransV site for a known number of vision tokens."""
 
     site: TransVSite
     num_present: int
-    """Vision tokens before the site."""
     num_kept: int
 
     @property
     def waits(self) -> bool:
-        """Whether selection must wait for the instruction."""
+        """Whether selection needs the instruction."""
         return self.site.select == "attention" and 0 < self.num_kept < self.num_present
 
     @property
     def num_sources(self) -> int:
-        """Vision tokens that instruction tokens read."""
+        """Vision tokens that the instruction reads."""
         if self.site.transfer == "none":
             return 0
         return self.num_kept if self.site.transfer_from == "kept" else self.num_present - self.num_kept
 
 
 def plan_sites(config: TimeViperConfig, num_vision_tokens: int) -> dict[int, SitePlan]:
-    """Returns the plan of each TransV site by its layer."""
+    """Returns plans by layer."""
     plans = {}
     present = num_vision_tokens
     for site in config.transv:
@@ -58,12 +57,12 @@ def plan_sites(config: TimeViperConfig, num_vision_tokens: int) -> dict[int, Sit
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenChunk:
-    """Consecutive tokens of one prompt between two blocks."""
+    """Tokens of one prompt between two blocks, in order."""
 
     hidden_TD: Tensor
     token_kind_T: Tensor
     position_T: Tensor
-    """(T,) int64 indices in the prompt."""
+    """int64 indices in the prompt."""
 
     def __len__(self) -> int:
         return len(self.position_T)
@@ -79,7 +78,6 @@ class TokenChunk:
         return TokenChunk(hidden_TD=hidden_TD, token_kind_T=self.token_kind_T, position_T=self.position_T)
 
     def keep(self, index: Tensor) -> TokenChunk:
-        """Selects tokens by (K,) ascending int64 or (T,) bool."""
         return TokenChunk(
             hidden_TD=self.hidden_TD[index], token_kind_T=self.token_kind_T[index], position_T=self.position_T[index]
         )
@@ -121,7 +119,7 @@ class Crossing:
         self.sources = None if layer is None else TransferSources(plan.num_sources, layer)
 
     def resume(self, sources: TransferSources | None) -> None:
-        """Continues after the last vision token of a cached prefix."""
+        """Continues after a cached prefix."""
         self._num_passed = len(self._kept_N)
         self.sources = sources
 
@@ -140,7 +138,7 @@ class Crossing:
 
 
 class WaitingTokens:
-    """Tokens before a site that selects by attention, with their score and transfer keys."""
+    """Tokens before a site that selects by attention."""
 
     def __init__(self, num_tokens: int, num_vision: int, block: DecoderBlock, layer: TransVLayer | None) -> None:
         weight, attention = block.attention_norm.weight, block.attention
@@ -189,12 +187,11 @@ def release_waiting(
     first_response: int,
     max_tokens: int,
 ) -> Iterator[TokenChunk]:
-    """Yields the tokens kept by a site that selects by attention, in chunks of at most `max_tokens`.
+    """Yields the tokens kept by a site that selects by attention.
 
     Args:
-        waiting: all tokens before the site, in order; not changed.
+        waiting: all tokens before the site; not changed.
         block: block after the site, whose queries and keys select.
-        layer: None for `transfer: none`.
         first_response: index of the first response token, or the prompt's length.
     """
     is_vision_T = torch.cat([tokens.token_kind_T for tokens in waiting]) == TokenKind.VISION
@@ -251,7 +248,6 @@ def _gather(waiting: Sequence[WaitingTokens], index: Tensor) -> TokenChunk:
 
 
 def _take(sources: list[Tensor], chosen_N: Tensor) -> Tensor | None:
-    """(Hkv, N, E) -> (Hkv, K, E)."""
     index, first, taken = chosen_N.nonzero().squeeze(1), 0, []
     for source in sources:
         stop = first + source.shape[1]

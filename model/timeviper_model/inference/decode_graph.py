@@ -1,7 +1,4 @@
-"""Greedy decode steps of neighbouring slots as one CUDA graph, without kernel launches from Python or synchronization.
-
-On a CPU the same operations run one by one.
-"""
+"""Greedy decode steps of neighbouring slots as one CUDA graph. A CPU runs the same operations one by one."""
 
 from __future__ import annotations
 
@@ -16,14 +13,11 @@ from timeviper_model.layers.nemotron_h import LayerState
 from timeviper_model.timeviper import TimeViper
 
 NUM_WARM_UP_STEPS = 3
-"""Steps before capture, in which libraries choose kernels and allocate workspaces."""
+"""Steps in which libraries choose kernels and allocate workspaces."""
 
 
 class DecodeGraph:
-    """Up to `max_steps` greedy tokens of some slots.
-
-    Nothing else may use these slots or resize the cache before `finish`.
-    """
+    """Up to `max_steps` greedy tokens. Nothing else may use the slots or resize the cache before `finish`."""
 
     def __init__(
         self, model: TimeViper, cache: HybridCache, slots: Sequence[int], ids: Sequence[int], *, max_steps: int
@@ -31,12 +25,8 @@ class DecodeGraph:
         """Reserves room in the cache and captures a step.
 
         Args:
-            model: in eval mode.
             slots: ascending neighbours that hold prompts.
             ids: last token of each slot.
-
-        Raises:
-            ValueError: for other slots.
         """
         view = cache.view(slots)
         empty = [slot for slot in view.slots if not cache.num_tokens[slot]]
@@ -47,9 +37,8 @@ class DecodeGraph:
         self._num_steps = 0
         self._ids_B = torch.tensor(ids, device=device)
         self.logprobs_B = torch.zeros(len(ids), dtype=torch.float32, device=device)
-        """Log-probabilities of the last tokens."""
         self.is_finite_B = torch.ones(len(ids), dtype=torch.bool, device=device)
-        """Whether the last logits of each slot were finite."""
+        """False for slots with infinite or NaN logits."""
         self._positions_B = torch.tensor([cache.num_tokens[slot] for slot in view.slots], device=device)
         self._num_new = torch.zeros((), dtype=torch.long, device=device)
         for attention in cache.attention.values():
@@ -71,11 +60,7 @@ class DecodeGraph:
 
     @torch.inference_mode()
     def step(self) -> Tensor:
-        """Returns the next tokens (B,) int64, which the next call overwrites.
-
-        Raises:
-            RuntimeError: after `max_steps` calls.
-        """
+        """Returns the next tokens (B,) int64, which the next call overwrites."""
         if not self.num_steps_left:
             raise RuntimeError(f"all {self._max_steps = } steps are done; make another DecodeGraph for more")
         self._num_steps += 1
@@ -86,7 +71,7 @@ class DecodeGraph:
         return self._ids_B
 
     def finish(self) -> None:
-        """Records the slots' new lengths in the cache; ends the graph's use."""
+        """Records the slots' lengths in the cache."""
         for slot in self._slots:
             self._cache.num_tokens[slot] += self._num_steps
             for attention in self._cache.attention.values():
@@ -107,7 +92,7 @@ class DecodeGraph:
 
     @torch.inference_mode()
     def _capture(self) -> torch.cuda.CUDAGraph:
-        """Captures one step; the warm-up's writes are overwritten later."""
+        """Later steps overwrite what the warm-up writes."""
         changed = [self._ids_B, self._positions_B, self._num_new]
         for state in self._cache.mamba.values():
             chunk = slice(self._slots[0], self._slots[-1] + 1)
@@ -129,7 +114,7 @@ class DecodeGraph:
 
 
 class FixedStore:
-    """KeyValueStore of neighbouring slots with the same shapes at every step: a mask over all reserved room."""
+    """KeyValueStore with the same shapes at every step: a mask over all reserved room."""
 
     def __init__(self, cache: AttentionCache, slots: Sequence[int], num_new: Tensor) -> None:
         """Args:

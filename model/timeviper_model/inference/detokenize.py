@@ -14,7 +14,7 @@ REPLACEMENT = "\ufffd"
 
 
 class TextStream:
-    """Text of one growing answer, ended (`stopped`) before the first stop string."""
+    """Text of one growing answer. Sets `stopped` at the first stop string and drops all that follows."""
 
     def __init__(self, tokenizer: Any, *, stop: Sequence[str] = (), closing: str = "") -> None:
         if any(not text for text in stop):
@@ -29,13 +29,13 @@ class TextStream:
         self.stopped = False
 
     def push(self, token_id: int) -> str:
-        """Appends a token and returns the text that became certain."""
+        """Returns the text that became certain."""
         self._ids.append(token_id)
         self._held += self._new_text(final=False)
         return self._release()
 
     def finish(self, *, closed: bool) -> str:
-        """Returns the held-back text, without closing text if the model ended the answer (`closed`)."""
+        """Returns the held-back text; `closed` drops the template's closing text."""
         self._held += self._new_text(final=True)
         text = self._release()
         rest, self._held = self._held, ""
@@ -44,7 +44,7 @@ class TextStream:
         return text + (rest.removesuffix(self._closing) if closed else rest)
 
     def _new_text(self, *, final: bool) -> str:
-        """Decodes the previous ids too, because they can affect a token's text."""
+        """Decodes the previous ids too, because they affect a token's text."""
         known = self._decode(self._ids[self._first : self._next])
         text = self._decode(self._ids[self._first :])
         if not final and (text.endswith(REPLACEMENT) or len(text) <= len(known)):
@@ -71,6 +71,6 @@ class TextStream:
 
 
 def _overlap(text: str, target: str, *, whole: bool = False) -> int:
-    """Length of the longest suffix of `text` that is a prefix of `target`; `whole` includes `target` itself."""
+    """Length of the longest suffix of `text` that begins `target`; `whole` includes `target` itself."""
     longest = len(target) if whole else len(target) - 1
     return next((n for n in range(min(longest, len(text)), 0, -1) if text.endswith(target[:n])), 0)

@@ -2,7 +2,7 @@
 
     engine.submit(request);   while engine.has_work: for event in engine.step(): ...
 
-A step prefills a bounded number of tokens, then decodes one token per slot. Other requests never change an answer.
+Other requests never change an answer.
 """
 
 from __future__ import annotations
@@ -44,14 +44,13 @@ from timeviper_model.timeviper import TimeViper
 logger = logging.getLogger(__name__)
 
 MIN_GRAPH_STEPS = 32
-"""Minimum decode steps for a CUDA graph; its capture costs about five steps."""
+"""Minimum decode steps for a CUDA graph; its capture costs about five."""
 STEPS_BEFORE_GRAPH = 8
 """Decode steps with unchanged slots before a capture."""
 
 
 class RequestState(enum.Enum):
     WAITING = "waiting"
-    """No slot yet."""
     PREFILLING = "prefilling"
     DECODING = "decoding"
 
@@ -78,9 +77,8 @@ class InferenceEngine:
     """Continuous batching over the slots of one cache. Not thread-safe."""
 
     def __init__(self, model: TimeViper, config: EngineConfig | None = None, *, tokenizer: Any | None = None) -> None:
-        """Args:
-        model: in eval mode.
-        tokenizer: None = answers are ids, end at eos_token_id and allow no stop strings.
+        """Allocates the cache. Without `tokenizer`, answers are ids that end at eos_token_id, and stop strings are
+        rejected.
         """
         self.config = config or EngineConfig()
         if self.config.pack_weights:
@@ -98,7 +96,6 @@ class InferenceEngine:
         )
         self.end_token_ids = frozenset({model.config.text.eos_token_id})
         self.feature_size = model.config.vision.row_size
-        """Width of vision feature rows."""
         self._closing = ""
         if tokenizer is not None:
             template = TEMPLATES[model.config.chat_template]
@@ -149,13 +146,13 @@ class InferenceEngine:
         return active.id
 
     def step(self) -> list[Event]:
-        """Admits requests, prefills chunks of prompts and decodes one token per slot."""
+        """Prefills a bounded number of prompt tokens, then decodes one token per slot."""
         kept = [event for events in self._undelivered.values() for event in events]
         self._undelivered.clear()
         return kept + self._advance()
 
     def stream(self, request_id: RequestId) -> Iterator[Event]:
-        """Yields one request's events. Other requests' events are kept."""
+        """Yields one request's events; other events are kept."""
         while True:
             for event in self._undelivered.pop(request_id, []):
                 yield event
@@ -167,11 +164,7 @@ class InferenceEngine:
                 self._undelivered.setdefault(event.request_id, []).append(event)
 
     def cancel(self, request_id: RequestId) -> bool:
-        """Ends a request and frees its slot; the next step returns its Finished event.
-
-        Returns:
-            False when the request is unknown or has ended.
-        """
+        """Ends a request; the next step returns its Finished event. Returns False for ended or unknown requests."""
         active = self._requests.get(request_id)
         if active is None:
             return False
@@ -209,7 +202,7 @@ class InferenceEngine:
         return [*self._admit(), *self._prefill_chunks(), *self._decode()]
 
     def _admit(self) -> list[Event]:
-        """Assigns free slots in order, except to requests whose prefix is being computed."""
+        """Skips requests whose prefix is being computed."""
         events: list[Event] = []
         taken = {active.slot for active in self._requests.values()}
         free = [slot for slot in range(self.config.num_slots) if slot not in taken]
@@ -388,7 +381,7 @@ class InferenceEngine:
         return [event, Finished(request_id=active.id, reason=reason, text=rest, usage=self._usage(active))]
 
     def _release(self, active: ActiveRequest) -> None:
-        """Frees the slot. Idempotent."""
+        """Idempotent."""
         if self._requests.pop(active.id, None) is None:
             return
         if active.lease is not None:
@@ -410,11 +403,7 @@ class InferenceEngine:
 
 
 def _failed(request_id: RequestId, error: Exception) -> Failed:
-    """Turns a request's own error into its last event.
-
-    Raises:
-        torch.AcceleratorError: when `error` is one, because the device then fails for all requests.
-    """
+    """Raises `error` itself if it is torch.AcceleratorError, because the device then fails for all requests."""
     if isinstance(error, torch.AcceleratorError):
         raise error
     return Failed(request_id=request_id, error=f"{type(error).__name__}: {error}")

@@ -46,13 +46,7 @@ def generate(model: TimeViper, tokenizer: Any, prompt: str, features: Tensor | N
 def generate_ids(
     model: TimeViper, prompts: Sequence[PackedBatch], *, end_id: int, params: SamplingParams | None = None
 ) -> list[list[int]]:
-    """Returns one answer per prompt, without end tokens.
-
-    Args:
-        model: in eval mode.
-        prompts: one segment each, on the model's device.
-        params: greedy by default.
-    """
+    """Returns one answer per prompt (one segment each), without end tokens."""
     params = params or SamplingParams()
     answers: list[list[int]] = [[] for _ in prompts]
     for tokens in islice(stream_ids(model, prompts, end_id=end_id, params=params), params.max_new_tokens):
@@ -70,10 +64,7 @@ def stream_ids(
     params: SamplingParams | None = None,
     cache: HybridCache | None = None,
 ) -> Iterator[dict[int, int]]:
-    """Yields each unfinished prompt's next token by index, endlessly and lazily.
-
-    `cache` needs one slot per prompt; default is a new one.
-    """
+    """Yields each unfinished prompt's next token by index, endlessly and lazily."""
     if not prompts:
         return
     params = params or SamplingParams()

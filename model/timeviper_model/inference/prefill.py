@@ -1,7 +1,7 @@
 """Prefill of one prompt into a cache slot, in chunks of bounded size.
 
-Spans of blocks end before each TransV site that selects by attention. There the tokens wait for the instruction; the
-kept ones go through the next span in chunks. Memory: one chunk's activations, waiting tokens and the cache.
+Spans of blocks end before each TransV site that selects by attention. There tokens wait for the instruction; the kept
+ones go through the next span.
 """
 
 from __future__ import annotations
@@ -28,18 +28,16 @@ from timeviper_model.timeviper import TimeViper
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrefixEntry:
-    """Read-only state after a prompt's system and vision tokens, valid for every question.
+    """Read-only state after a prompt's system and vision tokens.
 
     Covers the blocks before the first site that selects by attention, or all.
     """
 
     num_tokens: int
-    """System and vision tokens."""
     slot: SavedSlot
     sources: dict[int, TransferSources]
     """Keys and values for the instruction, by TransV layer."""
     waiting: WaitingTokens | None
-    """Tokens before the first site that selects by attention."""
 
     @property
     def num_bytes(self) -> int:
@@ -86,19 +84,12 @@ class Prefill:
         """Empties the slot.
 
         Args:
-            model: in eval mode.
             input_ids: (T,) int64 on the model's device; vision ids are ignored.
-            token_kind: (T,) int8.
-            features: returns vision rows in blocks (rows, dim) of any size; an empty block means 'not yet' and ends
-            `advance`.
+            features: returns vision rows in blocks (rows, dim); an empty block means 'not yet' and ends `advance`.
                 Called once, at the first vision token; not called with `prefix`.
-            max_chunk_tokens: maximum tokens that go through a block together.
             boundary: prompt index where a chunk must end (`prefix_length`); 0 = none.
             prefix: entry with the same boundary, system and vision tokens.
             on_prefix: receives this prompt's entry at the boundary.
-
-        Raises:
-            ValueError: for an empty prompt or a chunk size below 1.
         """
         if not len(input_ids) or max_chunk_tokens < 1:
             raise ValueError(f"a prompt of {len(input_ids)} tokens in chunks of {max_chunk_tokens}: both must be >= 1")
@@ -145,11 +136,7 @@ class Prefill:
     def advance(self, max_tokens: int | None = None) -> Tensor | None:
         """Runs chunks; returns the next token's (V,) logits when done.
 
-        Args:
-            max_tokens: maximum tokens of this call, default `max_chunk_tokens`. Chunks are never split to fit.
-
-        Raises:
-            ValueError: when features do not match the vision tokens.
+        `max_tokens` never splits a chunk. Raises ValueError when features do not match the vision tokens.
         """
         left = self._max_tokens if max_tokens is None else max_tokens
         while self._next_size is not None and self._next_size <= left:
@@ -213,7 +200,6 @@ class Prefill:
         return TokenChunk(hidden_TD=hidden, token_kind_T=kinds, position_T=positions)
 
     def _run_span(self, chunk: TokenChunk, first: int, stop: int) -> None:
-        """Runs blocks [first, stop), then stores the chunk as waiting or last."""
         segments = chunk.segments()
         for layer in range(first, stop):
             if layer in self._crossings:
@@ -229,7 +215,6 @@ class Prefill:
             self._last_1D = chunk.hidden_TD[-1:]
 
     def _waiting_at(self, layer: int, boundary: int) -> list[WaitingTokens]:
-        """Allocates the tokens that wait before block `layer`, split at the boundary."""
         num_vision = self._plans[layer].num_present
         total = self._num_text + num_vision
         before = boundary - self._rows.num_rows + num_vision if boundary else total
@@ -286,7 +271,7 @@ class _FeatureRows:
         return True
 
     def take(self, count: int) -> tuple[Tensor, Tensor]:
-        """Returns indices (count,) and rows (count, dim); `has` comes first."""
+        """Returns indices (count,) and rows (count, dim)."""
         rows = torch.cat(self._held) if len(self._held) > 1 else self._held[0]
         self._held = [rows[count:]] if len(rows) > count else []
         indices = torch.arange(self._num_taken, self._num_taken + count)
@@ -304,15 +289,7 @@ class _FeatureRows:
 def prefill(
     model: TimeViper, batch: PackedBatch, cache: HybridCache, slot: int, *, max_chunk_tokens: int = DEFAULT_CHUNK_TOKENS
 ) -> Tensor:
-    """Empties a slot and reads one prompt into it; returns the next token's (V,) fp32 logits.
-
-    Args:
-        model: in eval mode.
-        batch: one segment.
-
-    Raises:
-        ValueError: for another number of segments.
-    """
+    """Reads one prompt (one segment) into an emptied slot; returns the next token's (V,) fp32 logits."""
     if batch.num_segments != 1:
         raise ValueError(f"prefill takes one prompt, not {batch.num_segments}; call it once for each slot")
     real = (batch.segment_ids != PADDING_SEGMENT).nonzero().squeeze(1)

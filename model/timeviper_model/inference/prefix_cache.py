@@ -1,8 +1,7 @@
 """Video-prefix cache: model states after a video, before any question.
 
-Evicts the least recently used entries that are not in use. While one request computes an entry, others with its key
-wait. A key must identify tenant, system text, media, frame selection, encoder and merge; weights, dtype and TransV plan
-are the engine's.
+Evicts the least recently used entries. While one request computes an entry, others with its key wait. A key must
+identify tenant, system text, media, frame selection, encoder and merge.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from timeviper_model.inference.prefill import PrefixEntry
 
 
 def prefix_entry_bytes(config: TimeViperConfig, num_system: int, num_vision: int, *, dtype: torch.dtype) -> int:
-    """Bytes of an entry: 2.63 GB for the 9B, the paper's plan, 10,000 frames of 16 tokens and bfloat16."""
+    """Bytes of an entry; 2.63 GB for the 9B, the paper's plan, 10,000 frames of 16 tokens and bfloat16."""
     text, size = config.text, dtype.itemsize
     kv_bytes = 2 * text.num_key_value_heads * text.head_dim * size
     state_size = 8 if dtype == torch.float64 else 4
@@ -46,8 +45,6 @@ def prefix_entry_bytes(config: TimeViperConfig, num_system: int, num_vision: int
 
 
 class PrefixCache:
-    """PrefixEntry objects of up to `max_bytes`."""
-
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.num_bytes = 0
@@ -60,15 +57,10 @@ class PrefixCache:
         return len(self._entries)
 
     def is_computing(self, key: Hashable) -> bool:
-        """True while a lease may still publish this key."""
         return key in self._computing
 
     def lease(self, key: Hashable) -> PrefixLease:
-        """Pins the entry until release; on a miss, reserves the key.
-
-        Raises:
-            RuntimeError: while another lease computes it.
-        """
+        """Pins the entry; on a miss, reserves the key."""
         if key in self._computing:
             raise RuntimeError("another request is computing this prefix; check is_computing() first")
         entry = self._entries.get(key)
@@ -114,13 +106,13 @@ class PrefixLease:
         self._is_pinned = entry is not None
 
     def publish(self, entry: PrefixEntry) -> None:
-        """Stores the computed entry if it is finite and fits, and ends the reservation."""
+        """Stores the computed entry if it is finite and fits."""
         self._cache._computing.discard(self._key)
         self._is_computing = False
         self._is_pinned = entry.is_finite and self._cache._put(self._key, entry)
 
     def release(self) -> None:
-        """Unpins the entry or drops the reservation. Idempotent."""
+        """Idempotent."""
         if self._is_computing:
             self._cache._computing.discard(self._key)
         if self._is_pinned:

@@ -24,16 +24,12 @@ RequestId = NewType("RequestId", int)
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Request:
     prompt: Sample
-    """Prompt that ends with an open assistant turn (see build_sample)."""
+    """Ends with an open assistant turn (see build_sample)."""
     vision_features: Tensor | Callable[[], Iterable[Tensor]]
-    """(num_vision_tokens, dim), or a function that yields them in blocks. It must yield an empty block instead of
-    blocking.
-    """
+    """(num_vision_tokens, dim), or a function that yields such blocks, and an empty one instead of blocking."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
     prefix_key: str | None = None
-    """Video-prefix cache key of features and tenant; None = not cached. The engine adds system ids and vision token
-    count.
-    """
+    """Video-prefix cache key of features and tenant; None = not cached."""
 
     def __post_init__(self) -> None:
         if not len(self.prompt):
@@ -42,8 +38,6 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Token:
-    """One more token of an answer."""
-
     request_id: RequestId
     id: int
     logprob: float
@@ -54,19 +48,15 @@ class Token:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finished:
-    """Last event of a completed or cancelled request."""
-
     request_id: RequestId
     reason: FinishReason
     text: str
-    """Rest of the answer's text."""
+    """Rest of the text."""
     usage: Usage
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Failed:
-    """Last event of a request that raised an error."""
-
     request_id: RequestId
     error: str
 
@@ -83,9 +73,8 @@ class EngineStats:
     queued_requests: int
     cache_bytes: int
     prompt_tokens: int
-    """Total prefilled tokens, without cached prefixes."""
+    """Total without cached prefixes."""
     completion_tokens: int
-    """Total generated tokens."""
     prefix_hits: int
     prefix_misses: int
     prefix_evictions: int
@@ -99,12 +88,10 @@ class QueueFull(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
-    """Limits of the engine."""
-
     num_slots: int = 8
     """Requests decoded together; the cache is allocated for this many."""
     max_queued_requests: int = 32
-    """Maximum requests waiting for a slot; more are refused with QueueFull."""
+    """Maximum requests waiting for a slot; more are refused."""
     max_prompt_tokens: int = 16384
     """Maximum text and vision tokens of one prompt."""
     max_prefill_tokens: int = DEFAULT_CHUNK_TOKENS
@@ -116,7 +103,7 @@ class EngineConfig:
     kept_cache_bytes: int = KEPT_BYTES
     """Maximum bytes of keys and values per attention layer that stay allocated while idle."""
     pack_weights: bool = True
-    """Whether to keep a second copy of the weights for the CPU's float32 kernels: a third less time for small batches.
+    """Whether to keep a second copy of the weights for the CPU's float32 kernels; small batches take a third less time.
     """
     max_graph_steps: int = 256
     """Maximum greedy decode steps per CUDA graph; 0 = no graphs."""

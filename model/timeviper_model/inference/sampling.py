@@ -1,4 +1,4 @@
-"""Logits to the next token. Tokens do not depend on other rows of the batch."""
+"""Logits to the next token, independent of other rows."""
 
 from __future__ import annotations
 
@@ -12,22 +12,20 @@ from timeviper_model.inference.answer import SamplingParams
 
 
 class SampledToken(NamedTuple):
-    """A chosen token, with log-probabilities before temperature, top-k and top-p."""
+    """A token with log-probabilities before temperature, top-k and top-p."""
 
     id: int
     logprob: float
     top_logprobs: tuple[tuple[int, float], ...]
-    """The most likely (id, log-probability) pairs, best first."""
+    """Most likely (id, log-probability) pairs."""
 
 
 def sample_tokens(
     logits_BV: Tensor, params: Sequence[SamplingParams], generators: Sequence[torch.Generator]
 ) -> list[SampledToken]:
-    """Chooses one token per row.
+    """Chooses one token per row of float32 or float64 logits.
 
-    Args:
-        logits_BV: float32 or float64.
-        generators: on the CPU; greedy rows do not advance theirs.
+    `generators` are on the CPU; greedy rows do not advance theirs.
     """
     logprobs_BV = torch.log_softmax(logits_BV, dim=-1)
     ids = torch.argmax(logits_BV, dim=-1).tolist()
