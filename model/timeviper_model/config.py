@@ -1,5 +1,3 @@
-"""Model sizes under Hugging Face's names, and presets."""
-
 from __future__ import annotations
 
 import math
@@ -20,7 +18,7 @@ class HybridConfig:
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    """Width of the MLP blocks (relu squared, no gate)."""
+    """Width of the MLP blocks."""
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
@@ -77,7 +75,6 @@ class HybridConfig:
 
     @property
     def conv_dim(self) -> int:
-        """Channels of x, B and C."""
         return self.mamba_intermediate_size + 2 * self.n_groups * self.ssm_state_size
 
 
@@ -88,13 +85,11 @@ class Qwen2Config:
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    """Width of the gated MLP."""
     num_hidden_layers: int
     """Decoder layers, as counted by a TransV site's `layer`."""
     num_attention_heads: int
     num_key_value_heads: int
     rope_theta: float = 1_000_000.0
-    """Base of the rotary wavelengths."""
     rms_norm_eps: float = 1e-6
     use_sliding_window: bool = False
     """Must be False: every layer attends to the whole sequence."""
@@ -131,13 +126,13 @@ TextConfig = HybridConfig | Qwen2Config
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TransVSite:
-    """Site that drops vision tokens (paper section 3.3)."""
+    """A site that drops vision tokens (paper section 3.3)."""
 
     layer: int
     """0-based index of the first block with fewer tokens."""
     select: Literal["uniform", "attention"]
     keep: float
-    """Fraction of the sample's ORIGINAL number of vision tokens."""
+    """Fraction of the ORIGINAL number of vision tokens."""
     transfer: Literal["cross_attention", "none"] = "cross_attention"
     """`none` is plain token dropping (the paper's TD)."""
     transfer_from: Literal["dropped", "kept"] = "dropped"
@@ -150,11 +145,7 @@ class TransVSite:
 
 
 def parse_transv_plan(text: str) -> tuple[TransVSite, ...]:
-    """Parses the paper's layers and DROP rates, `uni_7_0.5-attn_39_0.9`.
-
-    Raises:
-        ValueError: for another form.
-    """
+    """Parses the paper's layers and DROP rates, `uni_7_0.5-attn_39_0.9`."""
     sites = []
     for site in filter(None, text.split("-")):
         match = re.fullmatch(r"(uni|attn)_(\d+)_(0(?:\.\d+)?|1(?:\.0+)?)", site)
@@ -169,10 +160,7 @@ def parse_transv_plan(text: str) -> tuple[TransVSite, ...]:
 
 
 def pyramid_drop(text: TextConfig) -> tuple[TransVSite, ...]:
-    """PyramidDrop (arXiv 2410.17247): every attention block keeps half of its vision tokens, without transfer.
-
-    `M-M*-M-M*-` keeps 0.5 at block 3 and 0.25 at block 8.
-    """
+    """PyramidDrop (arXiv 2410.17247): every attention block keeps half of its vision tokens, without transfer."""
     layers = [layer for layer, kind in enumerate(text.block_types) if kind == "attention"]
     return tuple(
         TransVSite(layer=layer, select="attention", keep=0.5**count, transfer="none")
@@ -187,7 +175,7 @@ class VisionConfig:
     encoder: str = "google/siglip-so400m-patch14-384"
     """Hugging Face name or local folder."""
     layer: int = -2
-    """Index into hidden_states; -2 is the output of the second-to-last block."""
+    """Index into hidden_states; -2 is the second-to-last block's output."""
     num_tokens_per_frame: int = 16
     merge_heads: int = 16
     """Heads into which ToMe splits features for similarity."""
@@ -201,7 +189,7 @@ class VisionConfig:
 
     @property
     def row_size(self) -> int:
-        """Width of a row of features: the wider tower's."""
+        """Width of feature rows: the wider tower's."""
         return self.hidden_size if self.second is None else max(self.hidden_size, self.second.hidden_size)
 
 
@@ -269,8 +257,7 @@ TINY = TimeViperConfig(
         ssm_state_size=32,
         n_groups=2,
         chunk_size=32,
-        # above the 9B's 0.02, with which text is learned too slowly for the projector to align; below
-        # 1 / sqrt(hidden_size), with which varying time steps blur seconds
+        # above the 9B's 0.02, too small for the projector to align; below 1 / sqrt(hidden_size), too large for seconds
         initializer_range=0.045,
     ),
     vision=VisionConfig(encoder="tiny", num_tokens_per_frame=4, merge_heads=4, hidden_size=64),
@@ -310,4 +297,4 @@ PRESETS: dict[str, TimeViperConfig] = {
     "tiny-pdrop": replace(TINY, transv=pyramid_drop(TINY.text)),
     "9b-pdrop": TimeViperConfig(text=NEMOTRON_NANO_9B_V2, transv=pyramid_drop(NEMOTRON_NANO_9B_V2)),
 }
-"""Presets by name: `qwen` is the paper's Transformer backbone, `pdrop` uses PyramidDrop instead of TransV."""
+"""`qwen` is the paper's Transformer backbone, `pdrop` uses PyramidDrop instead of TransV."""

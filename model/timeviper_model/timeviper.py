@@ -1,4 +1,4 @@
-"""TimeViper: token ids and vision features to logits of labelled positions or the next token."""
+"""TimeViper: token ids and vision features to logits."""
 
 from __future__ import annotations
 
@@ -40,14 +40,12 @@ class TimeViperOutput(NamedTuple):
 
 
 class TimeViper(nn.Module):
-    """The model after the vision tower, uninitialised."""
-
     def __init__(self, config: TimeViperConfig) -> None:
         super().__init__()
         self.config = config
         self.logits_elements = LOGITS_ELEMENTS
         self.gradient_checkpointing = False
-        """Keep only the hidden states between blocks and sites for the backward pass."""
+        """Whether the backward pass recomputes blocks and sites."""
         self.backbone = Backbone(config.text)
         self.lm_head = Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
         self.projector = make_projector(config.vision, config.text.hidden_size)
@@ -87,11 +85,7 @@ class TimeViper(nn.Module):
 
     @torch.no_grad()
     def with_transv(self, sites: tuple[TransVSite, ...]) -> TimeViper:
-        """Returns a model that shares these tensors, with other TransV sites as gated-off copies of attention.
-
-        Raises:
-            ValueError: when a site does not fit the backbone.
-        """
+        """Returns a model with other TransV sites, with closed gates, that shares these tensors."""
         with torch.device("meta"):
             other = TimeViper(replace(self.config, transv=sites))
         shared = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("transv.")}
@@ -105,7 +99,7 @@ class TimeViper(nn.Module):
         return other.train(self.training)
 
     def forward(self, batch: PackedBatch, *, use_transv: bool = True) -> TimeViperOutput:
-        """Loss over the pack's labels. With gradients enabled, every trainable parameter takes part."""
+        """Sums the loss; with gradients, every trainable parameter takes part."""
         stream, num_vision_tokens = self.run_blocks(self.embed(batch), use_transv=use_transv)
         hidden, targets, _ = self.labelled(stream)
         loss_sum = torch.zeros((), device=hidden.device)
@@ -134,16 +128,11 @@ class TimeViper(nn.Module):
         return -torch.cat(losses), segment_ids
 
     def new_cache(self, num_slots: int, *, device: torch.device | str, dtype: torch.dtype) -> HybridCache:
-        """Returns an empty cache; `dtype` is that of keys and values."""
         return HybridCache(self.config.text, num_slots, device=device, dtype=dtype)
 
     @torch.no_grad()
     def decode_step(self, input_ids: Tensor, cache: HybridCache, slots: Tensor) -> Tensor:
-        """Reads one token in each of B slots; returns (B, V) fp32 logits.
-
-        Raises:
-            ValueError: when a slot is empty or repeated.
-        """
+        """Reads one token in each of B slots; returns (B, V) fp32 logits."""
         order = slots.argsort()
         view = cache.view(slots[order].tolist())
         empty = [slot for slot in view.slots if not cache.num_tokens[slot]]
@@ -186,7 +175,7 @@ class TimeViper(nn.Module):
     def run_blocks(
         self, stream: TokenStream, *, use_transv: bool = True, run_block: RunBlock | None = None
     ) -> tuple[TokenStream, list[int]]:
-        """Runs all blocks and TransV sites; also returns vision tokens at the input and after each site.
+        """Runs blocks and TransV sites; also counts vision tokens at the input and after each site.
 
         `run_block` replaces the call of a block.
         """
@@ -218,7 +207,6 @@ class TimeViper(nn.Module):
         return stream
 
     def transv_layer(self, layer: int) -> TransVLayer | None:
-        """Cross-attention before block `layer`."""
         if str(layer) not in self.transv:
             return None
         module = self.transv[str(layer)]
@@ -226,7 +214,7 @@ class TimeViper(nn.Module):
         return module
 
     def labelled(self, stream: TokenStream) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states (K, D), targets (K,) and segments (K,) of labelled positions."""
+        """Hidden states (K, D), targets (K,) and segments (K,)."""
         index = (stream.labels_T != IGNORE_INDEX).nonzero().squeeze(1)
         return take_rows(stream.hidden_TD, index), stream.labels_T[index], stream.segments.ids[index]
 

@@ -1,7 +1,7 @@
-"""Information blocking: the model without the flow from vision to instruction or response (Figure 3).
+"""Information blocking (Figure 3): the model without the flow from vision to instruction or response.
 
-Blocked attention is a softmax over the remaining tokens. A blocked Mamba-2 block zeroes a receiver's convolution taps
-on sources; in its scan, y_i sums M[i, j] x_j without sources, whose dt * x is zero and whose decay stays.
+Attention is a softmax over the other tokens. Mamba-2 zeroes a receiver's convolution taps on sources, and their dt * x
+in the scan; their decay stays.
 """
 
 from __future__ import annotations
@@ -25,13 +25,11 @@ from timeviper_model.timeviper import RunBlock, TimeViper
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Blocking:
-    """Flow to cut in some blocks.
-
-    The last INSTRUCTION token predicts an answer's first token, so `v2r` affects only later ones.
+    """Flow to cut: vision to instruction (`v2i`), or to response (`v2r`, which leaves an answer's first token
+    unchanged).
     """
 
     flow: Literal["v2i", "v2r"]
-    """Vision to instruction, or vision to response."""
     scope: Literal["layer", "window", "from_layer"]
     """`layer` cuts one block, `window` also its neighbours, `from_layer` also all later ones."""
     layer: int
@@ -56,11 +54,7 @@ class Blocking:
 
 
 def cut_flow(model: TimeViper, blocking: Blocking) -> RunBlock:
-    """Returns a `run_block` for `TimeViper.run_blocks`.
-
-    Raises:
-        ValueError: when there is no block `blocking.layer`.
-    """
+    """Returns a `run_block` for `TimeViper.run_blocks`."""
     types = model.config.text.block_types
     if not 0 <= blocking.layer < len(types):
         raise ValueError(f"{blocking.layer = } is not one of the model's {len(types)} blocks, 0 to {len(types) - 1}")
@@ -76,12 +70,7 @@ def cut_flow(model: TimeViper, blocking: Blocking) -> RunBlock:
 
 
 def blocked_block(block: DecoderBlock, stream: TokenStream, receiver_T: Tensor, source_T: Tensor) -> Tensor:
-    """(T, D) after an attention or Mamba-2 block in which no receiver reads from a source.
-
-    Args:
-        receiver_T: bool.
-        source_T: bool, disjoint from receivers.
-    """
+    """(T, D) after a block in which no receiver reads from a source."""
     where = stream.segments, receiver_T, source_T
     if isinstance(block, Block) and isinstance(block.mixer, Mamba2Mixer):
         return stream.hidden_TD + _blocked_mamba(block.mixer, block.norm(stream.hidden_TD), *where)

@@ -13,11 +13,7 @@ from timeviper_model.timeviper import TimeViper
 
 
 def with_plan(model: TimeViper, sites: Sequence[TransVSite]) -> TimeViper:
-    """Returns a model with the plan `sites` that shares `model`'s parameters.
-
-    Raises:
-        ValueError: when a site does not fit the backbone, or `model` lacks its cross-attention.
-    """
+    """Returns a model that shares `model`'s parameters and cross-attentions."""
     config = replace(model.config, transv=tuple(sites))
     missing = [s.layer for s in sites if s.transfer == "cross_attention" and str(s.layer) not in model.transv]
     if missing:

@@ -36,7 +36,7 @@ class TokenMap(Protocol):
     num_heads: int
 
     def rows(self, index_Q: Tensor) -> Tensor:
-        """(H, Q, T) weights of queries at flat indices, at least fp32; zero where unreadable."""
+        """(H, Q, T) weights of queries at flat indices, at least fp32."""
         ...
 
 
@@ -73,9 +73,7 @@ class HiddenAttentionMap:
 
 
 def token_map(block: DecoderBlock, stream: TokenStream) -> TokenMap:
-    """Raises:
-    ValueError: for an MLP block.
-    """
+    """Raises ValueError for an MLP block."""
     if isinstance(block, Block) and isinstance(block.mixer, Mamba2Mixer):
         return HiddenAttentionMap(block.mixer, block.norm(stream.hidden_TD), stream.segments)
     if not isinstance(block, Block) or isinstance(block.mixer, Attention):
@@ -87,11 +85,7 @@ def token_map(block: DecoderBlock, stream: TokenStream) -> TokenMap:
 def observe(
     model: TimeViper, batch: PackedBatch, layers: Collection[int], measure: Callable[[TokenMap, TokenStream], Measured]
 ) -> dict[int, Measured]:
-    """Runs `measure` on the maps of `layers`, holding one map at a time.
-
-    Raises:
-        ValueError: when a layer is not an attention or Mamba-2 block.
-    """
+    """Runs `measure` on the maps of `layers`, one at a time."""
     types = model.config.text.block_types
     wrong = [layer for layer in layers if not 0 <= layer < len(types) or types[layer] == "mlp"]
     if wrong:
@@ -121,6 +115,6 @@ def row_blocks(
 
 
 def readable(segments: Segments, index_Q: Tensor) -> Tensor:
-    """(Q, T) bool: the tokens of a query's segment up to itself."""
+    """(Q, T) bool: tokens that each query reads."""
     flat_T = torch.arange(len(segments.ids), device=segments.ids.device)
     return (flat_T <= index_Q[:, None]) & (segments.ids == segments.ids[index_Q][:, None])

@@ -1,4 +1,4 @@
-"""Averages of a block's map between groups of tokens, and statistics of each head (Figures 5 and 6)."""
+"""Averages of maps, and statistics of heads (Figures 5 and 6)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,8 @@ class PooledMap(NamedTuple):
     """Sums over the queries of group A and the tokens of group B that they may read."""
 
     sum_HAB: Tensor
-    """Weights, float64."""
     num_queries_A: Tensor
     num_pairs_AB: Tensor
-    """Pairs of query and token."""
 
     @property
     def share_HAB(self) -> Tensor:
@@ -38,7 +36,6 @@ class HeadStatistics(NamedTuple):
     sink_share_H: Tensor
     """Share on the segment's first tokens (attention sink, arXiv 2309.17453)."""
     entropy_H: Tensor
-    """Nats."""
     distance_H: Tensor
     """Mean distance in tokens."""
 
@@ -57,7 +54,6 @@ def pool_map(
     Args:
         labels_T: each token's group, from 0.
         normalise: divide rows by their L1 norm, as Figure 6 does for Mamba-2.
-        queries: flat indices; default all.
     """
     labels = labels_T.long()
     member_TB = F.one_hot(labels, num_labels).double()
@@ -78,7 +74,6 @@ def head_statistics(
     queries: Tensor | None = None,
     max_elements: int = ROW_ELEMENTS,
 ) -> HeadStatistics:
-    """Statistics over `queries` (flat indices; default all)."""
     positions = tokens.segments.positions_T
     is_sink_T = (positions < num_sink_tokens).double()
     totals = torch.zeros(3, tokens.num_heads, dtype=torch.float64, device=positions.device)
@@ -93,11 +88,10 @@ def head_statistics(
 
 
 def equal_bins(segments: Segments, num_bins: int) -> Tensor:
-    """(T,) labels that divide each segment into equal ranges."""
+    """(T,) labels of equal ranges of each segment."""
     lengths_T = segments.lengths_S[segments.ids]
     return segments.positions_T * num_bins // lengths_T
 
 
 def _over_l1(rows_HQT: Tensor) -> Tensor:
-    """Zero rows stay zero."""
     return F.normalize(rows_HQT, p=1.0, dim=-1)

@@ -47,8 +47,6 @@ class TokenKind(IntEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """One tokenised conversation in lists of equal length."""
-
     input_ids: list[int]
     vision_index: list[int]
     token_kind: list[int]
@@ -146,7 +144,7 @@ def pack_samples(
 
     Args:
         features: (num_vision_tokens, dim) of each sample; (0, dim) for text only.
-        pad_to: length of the pack; default is the sum of lengths.
+        pad_to: length of the pack.
     """
     if not samples or len(samples) != len(features):
         raise ValueError(f"need at least one sample and as many feature tensors: {len(samples)}, {len(features)}")

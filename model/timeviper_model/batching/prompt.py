@@ -1,11 +1,9 @@
-"""Chat templates: conversations about media to samples.
+"""Chat templates. Nemotron's prompt with the kind of each part, v = vision token:
 
-Nemotron's prompt with the kind of each part, v = vision token:
-
-    <SPECIAL_10>System\\n{system}<SPECIAL_12>\\n<SPECIAL_11>User\\n     system
-    vvvvvvvv                                                         vision
-    {question}\\n<SPECIAL_12><SPECIAL_11>Assistant\\n                instruction
-    {answer}\\n<SPECIAL_12>                                          response
+<SPECIAL_10>System\\n{system}<SPECIAL_12>\\n<SPECIAL_11>User\\n     system
+vvvvvvvv                                                         vision
+{question}\\n<SPECIAL_12><SPECIAL_11>Assistant\\n                instruction
+{answer}\\n<SPECIAL_12>                                          response
 """
 
 from __future__ import annotations
@@ -41,7 +39,6 @@ class ChatTemplate:
     """Opening and end of an answer; the end's last token stops generation."""
     after_system_text: str = ""
     after_answer: str = ""
-    """Text between an answer and the next turn."""
     default_system: str = ""
 
 
@@ -96,10 +93,9 @@ def build_sample(
     template: ChatTemplate = NEMOTRON,
     add_generation_prompt: bool = False,
 ) -> Sample:
-    """Tokenises a conversation.
+    """Tokenises a conversation: an optional system turn, then alternating user and assistant turns.
 
     Args:
-        conversation: optional system turn, then alternating user and assistant turns.
         media_num_tokens: vision tokens of each medium.
         add_generation_prompt: whether to open an assistant turn at the end.
 

@@ -1,4 +1,4 @@
-"""Positions of samples in a flat pack, and padded rows for operations across tokens.
+"""Positions of samples in a flat pack, and padded rows.
 
 segment_ids   000112222222    bucket 0   000    bucket 1   2222222
 positions     012010123456               11.
@@ -27,9 +27,7 @@ class RowBucket:
     cell_index: Tensor
     """(M,) indices among the R * L cells."""
     segment_index: Tensor
-    """(R,)"""
     row_lengths: Tensor
-    """(R,)"""
     num_rows: int
     length: int
     is_dense: bool
@@ -53,7 +51,7 @@ class RowBucket:
 
 
 class Segments:
-    """Lengths and positions of S contiguous, possibly empty segments of T tokens.
+    """Lengths and positions of S contiguous, possibly empty segments.
 
     ids                    00000111    keep([0, 3, 4, 5, 7]):   00011
     positions_T            01234012                             01201
@@ -102,7 +100,6 @@ class Segments:
         return put_rows(torch.cat(outputs), torch.cat([b.token_index for b in self.buckets]), len(self.ids))
 
     def keep(self, index: Tensor) -> Segments:
-        """Returns the segments of the tokens `index` (K,), ascending."""
         ids, positions = (of_T.index_select(0, index) for of_T in (self.ids, self.original_positions_T))
         return Segments(ids, self.num_segments, positions)
 

@@ -22,7 +22,6 @@ class SamplingParams:
     top_k: int = 0
     """Number of most likely tokens to draw from; 0 = all."""
     seed: int = 0
-    """Seed of this answer's random generator."""
     stop: tuple[str | int, ...] = ()
     """Texts or token ids that end the answer and are left out of it."""
     num_logprobs: int | None = None
@@ -48,7 +47,6 @@ class SamplingParams:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Usage:
     prompt_tokens: int = 0
-    """Text and vision tokens."""
     completion_tokens: int = 0
     """Generated tokens, the end token included."""
     vision_tokens: int = 0

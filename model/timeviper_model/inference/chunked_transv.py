@@ -1,7 +1,6 @@
 """TransV for prompts in chunks, with the same result as in one pass. Inference only.
 
-A uniform site's selection depends on counts alone; a site that selects by attention holds all tokens until the
-instruction comes.
+A uniform site's selection depends on counts alone; a site that selects by attention waits for the instruction.
 
     chunk 1   SSvvv     uniform site    SSv.v     keys and values of dropped tokens stay in TransferSources
     chunk 2   vvvii  ->  keep half  ->  .v.ii     for the instruction of a later chunk
@@ -45,7 +44,6 @@ class SitePlan(NamedTuple):
 
 
 def plan_sites(config: TimeViperConfig, num_vision_tokens: int) -> dict[int, SitePlan]:
-    """Returns plans by layer."""
     plans = {}
     present = num_vision_tokens
     for site in config.transv:
@@ -62,7 +60,6 @@ class TokenChunk:
     hidden_TD: Tensor
     token_kind_T: Tensor
     position_T: Tensor
-    """int64 indices in the prompt."""
 
     def __len__(self) -> int:
         return len(self.position_T)

@@ -71,7 +71,6 @@ class DecodeGraph:
         return self._ids_B
 
     def finish(self) -> None:
-        """Records the slots' lengths in the cache."""
         for slot in self._slots:
             self._cache.num_tokens[slot] += self._num_steps
             for attention in self._cache.attention.values():
@@ -117,9 +116,7 @@ class FixedStore:
     """KeyValueStore with the same shapes at every step: a mask over all reserved room."""
 
     def __init__(self, cache: AttentionCache, slots: Sequence[int], num_new: Tensor) -> None:
-        """Args:
-        num_new: int64 scalar on the device, tokens gained per slot.
-        """
+        """`num_new` is an int64 scalar on the device: tokens gained per slot."""
         rows = slice(slots[0], slots[-1] + 1)
         with torch.inference_mode():
             for slot in slots:

@@ -1,7 +1,6 @@
 """Token ids to text that no later token can change.
 
-Holds back what may become part of a character, a stop string or the template's closing text (`\\n` before Nemotron's
-end token).
+Holds back what may become part of a character, a stop string or the template's closing text.
 """
 
 from __future__ import annotations

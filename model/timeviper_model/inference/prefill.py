@@ -1,7 +1,6 @@
 """Prefill of one prompt into a cache slot, in chunks of bounded size.
 
-Spans of blocks end before each TransV site that selects by attention. There tokens wait for the instruction; the kept
-ones go through the next span.
+Spans of blocks end before each TransV site that selects by attention. There tokens wait for the instruction.
 """
 
 from __future__ import annotations
@@ -28,15 +27,12 @@ from timeviper_model.timeviper import TimeViper
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrefixEntry:
-    """Read-only state after a prompt's system and vision tokens.
-
-    Covers the blocks before the first site that selects by attention, or all.
-    """
+    """Read-only state after a prompt's system and vision tokens, before the first site that selects by attention."""
 
     num_tokens: int
     slot: SavedSlot
     sources: dict[int, TransferSources]
-    """Keys and values for the instruction, by TransV layer."""
+    """Keys and values for the instruction, by layer."""
     waiting: WaitingTokens | None
 
     @property
@@ -52,7 +48,7 @@ class PrefixEntry:
 
 
 def prefix_length(token_kind: Tensor) -> int:
-    """Number of leading tokens that no question changes, or 0.
+    """Number of leading tokens that no question changes.
 
     ssvvvii  5      svivi  0 (the second medium read a question)      si  0
     """
@@ -86,8 +82,8 @@ class Prefill:
         Args:
             input_ids: (T,) int64 on the model's device; vision ids are ignored.
             features: returns vision rows in blocks (rows, dim); an empty block means 'not yet' and ends `advance`.
-                Called once, at the first vision token; not called with `prefix`.
-            boundary: prompt index where a chunk must end (`prefix_length`); 0 = none.
+                Called once, at the first vision token, unless there is a `prefix`.
+            boundary: prompt index where a chunk must end (`prefix_length`).
             prefix: entry with the same boundary, system and vision tokens.
             on_prefix: receives this prompt's entry at the boundary.
         """
@@ -126,7 +122,6 @@ class Prefill:
         self._next_size: int | None = 0
 
     def _reserve(self) -> None:
-        """Prevents copies as the cache grows."""
         present = self._rows.num_rows
         for layer in range(self._model.config.text.num_hidden_layers):
             present = self._plans[layer].num_kept if layer in self._plans else present
@@ -271,7 +266,6 @@ class _FeatureRows:
         return True
 
     def take(self, count: int) -> tuple[Tensor, Tensor]:
-        """Returns indices (count,) and rows (count, dim)."""
         rows = torch.cat(self._held) if len(self._held) > 1 else self._held[0]
         self._held = [rows[count:]] if len(rows) > count else []
         indices = torch.arange(self._num_taken, self._num_taken + count)
@@ -279,7 +273,6 @@ class _FeatureRows:
         return indices, rows[:count]
 
     def finish(self) -> None:
-        """Raises ValueError for surplus rows."""
         more = None if self._blocks is None else next(self._blocks, None)
         if self._held or (more is not None and len(more)):
             raise ValueError(f"vision features have more rows than the {self.num_rows} vision tokens")

@@ -24,7 +24,7 @@ RequestId = NewType("RequestId", int)
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Request:
     prompt: Sample
-    """Ends with an open assistant turn (see build_sample)."""
+    """Prompt with an open assistant turn at its end (see build_sample)."""
     vision_features: Tensor | Callable[[], Iterable[Tensor]]
     """(num_vision_tokens, dim), or a function that yields such blocks, and an empty one instead of blocking."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
@@ -43,7 +43,7 @@ class Token:
     logprob: float
     top_logprobs: tuple[tuple[int, float], ...]
     text: str
-    """Text that became certain with this token, possibly ""."""
+    """Text that became certain with this token."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +51,6 @@ class Finished:
     request_id: RequestId
     reason: FinishReason
     text: str
-    """Rest of the text."""
     usage: Usage
 
 
@@ -89,13 +88,13 @@ class QueueFull(RuntimeError):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
     num_slots: int = 8
-    """Requests decoded together; the cache is allocated for this many."""
+    """Requests decoded together."""
     max_queued_requests: int = 32
-    """Maximum requests waiting for a slot; more are refused."""
+    """Maximum requests waiting for a slot."""
     max_prompt_tokens: int = 16384
     """Maximum text and vision tokens of one prompt."""
     max_prefill_tokens: int = DEFAULT_CHUNK_TOKENS
-    """Maximum prompt tokens per step and per prefill chunk."""
+    """Maximum prompt tokens per step."""
     max_new_tokens: int = 1024
     """Maximum tokens of one answer."""
     prefix_cache_bytes: int = 0
@@ -103,8 +102,7 @@ class EngineConfig:
     kept_cache_bytes: int = KEPT_BYTES
     """Maximum bytes of keys and values per attention layer that stay allocated while idle."""
     pack_weights: bool = True
-    """Whether to keep a second copy of the weights for the CPU's float32 kernels; small batches take a third less time.
-    """
+    """Whether to copy the weights for the CPU's float32 kernels; small batches take a third less time."""
     max_graph_steps: int = 256
     """Maximum greedy decode steps per CUDA graph; 0 = no graphs."""
 
@@ -123,7 +121,7 @@ class EngineConfig:
 def check_request(
     request: Request, limits: EngineConfig, model: TimeViperConfig, *, has_tokenizer: bool
 ) -> tuple[Tensor, Tensor]:
-    """Returns ids (T,) int64 and token kinds (T,) int8 on the CPU.
+    """Returns ids (T,) int64 and token kinds (T,) int8.
 
     Raises:
         ValueError: when no engine with these limits can serve the request.

@@ -1,4 +1,4 @@
-"""Causal grouped-query attention over a flat pack, a continued slot, or one token per slot."""
+"""Causal grouped-query attention."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from timeviper_model.ops.linear import Linear
 from timeviper_model.ops.precision import wide_dtype, widen
 
 NUM_CHUNKS, MIN_CHUNK_TOKENS = 8, 64
-"""Maximum chunks, and minimum tokens per chunk, of a CPU's sum over a long context."""
+"""Maximum chunks and minimum tokens per chunk, for long sums on a CPU."""
 
 
 class KeyValueStore(Protocol):
-    """Keys and values of one attention layer for some slots."""
+    """Keys and values of one layer."""
 
     def extend(self, q_THE: Tensor, k_THE: Tensor, v_THE: Tensor) -> Tensor:
-        """Appends T tokens to the only slot; returns causal attention (T, H, E)."""
+        """Appends T tokens to the only slot; returns (T, H, E)."""
         ...
 
     def attend(self, q_BHE: Tensor, k_BHE: Tensor, v_BHE: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ class KeyValueStore(Protocol):
 
 
 class Rotary:
-    """RoPE (arXiv 2104.09864), half-split: dimensions j and j + E/2 rotate by position * theta ** (-2j / E)."""
+    """RoPE (arXiv 2104.09864): dimensions j and j + E/2 rotate by position * theta ** (-2j / E)."""
 
     def __init__(self, head_dim: int, theta: float) -> None:
         self.head_dim, self.theta = head_dim, theta
@@ -46,7 +46,7 @@ class Rotary:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention, scaled by 1 / sqrt(head_dim). Nemotron-H has no biases and no positions, Qwen2 both."""
+    """Grouped-query attention, scaled by 1 / sqrt(head_dim). Nemotron-H lacks biases and positions."""
 
     def __init__(self, config: TextConfig, *, rotary: Rotary | None = None) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Attention(nn.Module):
         return self.o_proj(mixed.flatten(1))
 
     def step(self, h_BD: Tensor, store: KeyValueStore, positions_B: Tensor) -> Tensor:
-        """(B, D): next token of B slots."""
+        """(B, D)"""
         q, k, v = self.queries(h_BD, positions_B), self.keys(h_BD, positions_B), self.values(h_BD)
         return self.o_proj(store.attend(q, k, v).flatten(1))
 
@@ -88,10 +88,7 @@ class Attention(nn.Module):
 
 
 def segment_causal_attention(q_THE: Tensor, k_THE: Tensor, v_THE: Tensor, segments: Segments) -> Tensor:
-    """(T, H, E): causal attention inside each segment, over padded rows.
-
-    The causal mask hides the padding at the end.
-    """
+    """(T, H, E); the causal mask hides the padding."""
     if not segments.buckets:
         return q_THE + 0.0 * (k_THE.sum() + v_THE.sum())  # keeps every parameter in the graph
     outputs = []
@@ -105,9 +102,8 @@ def segment_causal_attention(q_THE: Tensor, k_THE: Tensor, v_THE: Tensor, segmen
 def continued_attention(q_THE: Tensor, k_GLE: Tensor, v_GLE: Tensor) -> Tensor:
     """(T, H, E): causal attention of the last T of L tokens.
 
-    PyTorch's CPU kernel aligns its causal mask to the first query, and explicit masks double the time. So `before` and
-    the
-    chunk are computed separately and weighted by their sums of exponentials (arXiv 2205.14135, 3.1).
+    PyTorch's CPU kernel aligns its mask to the first query, and explicit masks double the time. So `before` and
+    `chunk` are computed separately and weighted by their sums of exponentials (arXiv 2205.14135, 3.1).
 
         before  chunk
         xxxx    x..
@@ -133,7 +129,7 @@ def continued_attention(q_THE: Tensor, k_GLE: Tensor, v_GLE: Tensor) -> Tensor:
 
 
 def full_attention(q_THE: Tensor, k_GLE: Tensor, v_GLE: Tensor) -> Tensor:
-    """(T, H, E): attention to all L keys. A group's heads are merged for larger products."""
+    """(T, H, E) over all keys. Heads of a group are merged for larger products."""
     q, _, _ = _by_group(q_THE, k_GLE, v_GLE)
     mixed = F.scaled_dot_product_attention(q.flatten(1, 2)[:, None], k_GLE[:, None], v_GLE[:, None])
     return _from_groups(mixed.view(q.shape))
@@ -158,7 +154,7 @@ def _from_groups(mixed_GrTE: Tensor) -> Tensor:
 
 
 def grouped_attention(q_BHE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, visible_BL: Tensor | None = None) -> Tensor:
-    """(B, H, E): one query per head; `visible_BL` None = all, and no row may be empty."""
+    """(B, H, E); every row of `visible_BL` needs a key."""
     scores = grouped_scores(q_BHE, k_BHLE)
     if visible_BL is not None:
         scores = scores.masked_fill(~visible_BL[:, None, None], -torch.inf)
@@ -166,7 +162,7 @@ def grouped_attention(q_BHE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, visible_BL:
 
 
 def _weighted_sum(weights_BHrL: Tensor, v_BHLE: Tensor) -> Tensor:
-    """(B, Hkv, H / Hkv, E). CPU threads share only a batch, so a single group is split into chunks."""
+    """Splits a single group into chunks: CPU threads share only a batch."""
     num_groups, length = weights_BHrL.shape[0] * weights_BHrL.shape[1], weights_BHrL.shape[-1]
     if v_BHLE.device.type != "cpu" or num_groups > 1 or length < NUM_CHUNKS * MIN_CHUNK_TOKENS:
         return weights_BHrL @ v_BHLE
@@ -179,13 +175,12 @@ def _weighted_sum(weights_BHrL: Tensor, v_BHLE: Tensor) -> Tensor:
 
 
 def grouped_scores(q_BHE: Tensor, k_BHLE: Tensor) -> Tensor:
-    """(B, Hkv, H / Hkv, L): scaled scores before softmax, at least fp32."""
+    """(B, Hkv, H / Hkv, L) before softmax, at least fp32."""
     q = q_BHE.view(len(q_BHE), k_BHLE.shape[1], -1, q_BHE.shape[-1])
     scores = (k_BHLE @ q.transpose(-1, -2)).transpose(-1, -2)  # q @ k^T is 2-4 times as slow on a CPU
     return widen(scores) * q.shape[-1] ** -0.5
 
 
 def repeat_kv(k: Tensor, v: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-    """Repeats keys and values (B, Hkv, L, E) for each query head."""
     repeats = num_heads // k.shape[1]
     return (k, v) if repeats == 1 else (k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1))

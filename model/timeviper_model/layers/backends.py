@@ -1,4 +1,4 @@
-"""Choice between PyTorch and CUDA kernels for scans, convolutions and attention."""
+"""Choice between PyTorch and CUDA kernels."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 
 
 FLASH_CAPABILITY = (8, 0)
-"""Minimum CUDA compute capability for Flash Attention (Ampere)."""
+"""Minimum CUDA compute capability (Ampere)."""
 
 
 class Operations(NamedTuple):
@@ -42,11 +42,7 @@ KERNELS = Operations(kernel_scan, kernel_conv_silu, varlen_attention)
 
 
 def set_backend(model: nn.Module, backend: Backend, *, device: torch.device | str, dtype: torch.dtype) -> Operations:
-    """Sets and logs the operations of every mixer.
-
-    Raises:
-        RuntimeError: when `backend` is `kernels` and one is unavailable.
-    """
+    """Sets and logs the operations of every mixer."""
     operations = choose_operations(backend, device=torch.device(device), dtype=dtype)
     use_operations(model, operations)
     return operations
@@ -61,9 +57,7 @@ def use_operations(model: nn.Module, operations: Operations) -> None:
 
 
 def choose_operations(backend: Backend, *, device: torch.device, dtype: torch.dtype) -> Operations:
-    """Raises:
-    RuntimeError: when `backend` is `kernels` and one is unavailable.
-    """
+    """Raises RuntimeError when `backend` is `kernels` and one is unavailable."""
     obstacles = (
         dict.fromkeys(Operations._fields, "backend is torch") if backend == "torch" else _obstacles(device, dtype)
     )
@@ -85,7 +79,7 @@ def choose_operations(backend: Backend, *, device: torch.device, dtype: torch.dt
 
 
 def _obstacles(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """Reasons why kernels are unavailable, by operation."""
+    """Reasons why kernels are unavailable."""
     if device.type != "cuda":
         return dict.fromkeys(Operations._fields, f"the kernels need CUDA, not {device.type}")
     if dtype not in KERNEL_DTYPES:

@@ -1,4 +1,4 @@
-"""HybridCache: Mamba states of fixed size, and keys and values (k) of the tokens that TransV left at each layer.
+"""Mamba states of fixed size, and keys and values (k) of the tokens that TransV left at each layer.
 
 slot 0   mamba: window, state     layer 3: kkkkkkkk     layer 8: kkk
 slot 1   mamba: window, state     layer 3: kkk          layer 8: kk
@@ -21,14 +21,14 @@ MIN_CAPACITY = 128
 """Initial tokens per slot; grows by half."""
 
 KEPT_BYTES = 16 << 20
-"""Bytes per layer that stay allocated while all slots are empty; new pages are slow on a CPU."""
+"""Bytes per layer that stay allocated while all slots are empty; new pages are slow."""
 
 MAX_LENGTH_WASTE = 1.5
-"""Maximum padded length / real length of slots read by one masked product."""
+"""Maximum padded / real length of slots read by one product."""
 
 
 class AttentionCache:
-    """Keys and values of one layer, (num_slots, Hkv, capacity, E) each."""
+    """(num_slots, Hkv, capacity, E) keys and values of one layer."""
 
     def __init__(
         self,
@@ -46,19 +46,19 @@ class AttentionCache:
         self.kept_bytes = kept_bytes
 
     def reset(self, slot: int) -> None:
-        """Empties the slot. Once all slots are empty, memory above `kept_bytes` is freed."""
+        """Empties the slot; frees memory above `kept_bytes` once all are empty."""
         self.clear(slot)
         if self.num_bytes > self.kept_bytes and not any(self.lengths):
             self.keys, self.values = self.keys[:, :, :0].clone(), self.values[:, :, :0].clone()
 
     @torch.inference_mode()  # the engine's tensors are inference tensors, and it cancels outside of that mode
     def clear(self, slot: int) -> None:
-        """Keeps capacity. NaN left there would reach the next sequence."""
+        """Removes NaN, which would reach the next sequence."""
         self.values[slot, :, : self.lengths[slot]] = 0
         self.lengths[slot] = 0
 
     def put(self, slot: int, k_GLE: Tensor, v_GLE: Tensor) -> None:
-        """Appends keys and values (Hkv, L, E)."""
+        """Appends (Hkv, L, E)."""
         start = self.lengths[slot]
         stop = start + k_GLE.shape[1]
         self.reserve(stop)
@@ -80,12 +80,12 @@ class AttentionCache:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SavedSlot:
-    """Immutable state of one sequence in its first blocks, by layer."""
+    """Immutable state of one sequence, by layer."""
 
     mamba: dict[int, Mamba2State]
     """States with B = 1."""
     attention: dict[int, tuple[Tensor, Tensor]]
-    """Keys and values (Hkv, L, E)."""
+    """(Hkv, L, E) each."""
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -139,7 +139,6 @@ class HybridCache:
             attention.reset(slot)
 
     def save(self, slot: int, num_layers: int) -> SavedSlot:
-        """Copies the slot's state in the first `num_layers` blocks."""
         return SavedSlot(
             mamba={
                 layer: Mamba2State(
@@ -157,7 +156,6 @@ class HybridCache:
         )
 
     def load(self, slot: int, saved: SavedSlot) -> None:
-        """Copies `saved` into the slot."""
         self.num_tokens[slot] = 0
         for layer, state in self.mamba.items():
             if layer not in saved.mamba:
@@ -177,11 +175,7 @@ class HybridCache:
         return states + sum(attention.num_bytes for attention in self.attention.values())
 
     def view(self, slots: Sequence[int]) -> SlotView:
-        """Returns the state for one pass of the model.
-
-        Raises:
-            ValueError: for slots out of range, repeated or not ascending.
-        """
+        """Returns the state for one pass; `slots` must ascend."""
         return SlotView(self, slots)
 
 
@@ -199,7 +193,6 @@ class SlotView:
         self._index: Tensor | None = None
 
     def layer(self, layer: int) -> Mamba2State | SlotStore | None:
-        """Returns the state of block `layer`; None for an MLP."""
         if layer in self.cache.attention:
             return SlotStore(self.cache.attention[layer], self.slots, self.runs)
         if layer not in self.cache.mamba:
@@ -252,7 +245,7 @@ class SlotStore:
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
     def _even_runs(self) -> list[tuple[int, int]]:
-        """Neighbouring slots of similar length, each run for one padded product."""
+        """Neighbouring slots of similar length."""
         even = []
         for first, stop in self._runs:
             lengths = self._cache.lengths[first:stop]

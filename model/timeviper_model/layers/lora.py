@@ -57,12 +57,9 @@ class LoraLinear(Linear):
 
 
 def add_lora(model: nn.Module, config: LoraConfig, generator: torch.Generator) -> list[str]:
-    """Adapts matching modules in place and returns their names.
+    """Adapts matching modules and returns their names.
 
     A is uniform with Kaiming's bound for a = sqrt(5), as in the authors' code; B is zero.
-
-    Raises:
-        ValueError: when no linear module matches.
     """
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and re.fullmatch(config.targets, n)]
     if not names:
@@ -83,7 +80,7 @@ def add_lora(model: nn.Module, config: LoraConfig, generator: torch.Generator) -
 
 
 def merge_lora(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """Returns the plain model's tensors, `W + scale * B A`."""
+    """Returns the plain model's `W + scale * B A`."""
     merged = {name: tensor for name, tensor in tensors.items() if not name.endswith((f".{LORA_A}", f".{LORA_B}"))}
     for name, a in tensors.items():
         if name.endswith(f".{LORA_A}"):

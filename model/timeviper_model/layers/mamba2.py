@@ -19,9 +19,7 @@ from timeviper_model.ops.precision import wide_dtype, widen
 from timeviper_model.ops.ssd import ssd_scan, ssd_step
 
 MAX_PROJECTION_ELEMENTS = 2**21
-"""Elements projected per pass on a CPU: 8 MiB in fp32. glibc returns buffers over 32 MiB to the system, and fresh pages
-are slow.
-"""
+"""Elements projected per pass on a CPU: 8 MiB; glibc returns buffers over 32 MiB to the system."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,7 +95,7 @@ class Mamba2Mixer(nn.Module):
         return self.out_proj(self.norm(y.flatten(1), gate))
 
     def step(self, h_BD: Tensor, state: Mamba2State) -> Tensor:
-        """(B, D): next token of B sequences; updates `state`."""
+        """(B, D); updates `state`."""
         gate, channels, dt = self.project(h_BD)
         convolved = causal_conv_silu_step(channels, self.conv1d.weight.squeeze(1), self.conv1d.bias, state.window_BKD)
         x, B, C = self.split(convolved)

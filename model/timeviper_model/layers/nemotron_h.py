@@ -16,7 +16,6 @@ from timeviper_model.ops.linear import Linear
 from timeviper_model.ops.norm import RMSNorm
 
 LayerState = Mamba2State | KeyValueStore | None
-"""State of a block; None for an MLP or without a cache."""
 
 
 class MLP(nn.Module):
@@ -53,7 +52,7 @@ class Block(nn.Module):
         return h_TD + mixed
 
     def step(self, h_BD: Tensor, state: LayerState, positions_B: Tensor) -> Tensor:
-        """(B, D): one token of B sequences."""
+        """(B, D)"""
         normed = self.norm(h_BD)
         if isinstance(self.mixer, MLP):
             return h_BD + self.mixer(normed)
@@ -76,13 +75,11 @@ class Block(nn.Module):
 
 @torch.no_grad()
 def init_mamba(mixer: Mamba2Mixer, config: HybridConfig, generator: torch.Generator) -> None:
-    """Initialises the parameters specific to Mamba.
+    """Initialises Mamba's own parameters.
 
     A = 1..H, D = 1, dt log-uniform in [time_step_min, time_step_max] (arXiv 2405.21060, reference code), output
-    projection
-    scaled by 1 / sqrt(number of blocks). Convolution uniform in +-1/sqrt(taps) as in Mamba's code: transformers'
-    normal(0,
-    0.02) would nearly close it.
+    projection scaled by 1 / sqrt(number of blocks). Convolution uniform in +-1/sqrt(taps) as in Mamba's code;
+    normal(0, 0.02) would nearly close it.
     """
     bound = config.conv_kernel**-0.5
     mixer.conv1d.weight.uniform_(-bound, bound, generator=generator)

@@ -1,6 +1,6 @@
 """Projection of vision features to the language model's width (paper section 3.2).
 
-Tokens of two towers a and b are ordered within a frame, narrower ones zero-padded:
+Order of two towers' tokens within a frame, narrower ones zero-padded:
 
     equal counts  abababab      otherwise  aaaabb
 """
@@ -55,7 +55,7 @@ def make_projector(vision: VisionConfig, hidden_size: int) -> Projector | TwoTow
 
 
 def combine_towers(first_FND: Tensor, second_FND: Tensor) -> Tensor:
-    """(F, N1 + N2, max(D1, D2)): rows of two towers."""
+    """(F, N1 + N2, max(D1, D2))"""
     width = max(first_FND.shape[2], second_FND.shape[2])
     both = [F.pad(tokens, (0, width - tokens.shape[2])) for tokens in (first_FND, second_FND)]
     order = torch.tensor(tower_order(first_FND.shape[1], second_FND.shape[1]), device=first_FND.device)
@@ -63,7 +63,7 @@ def combine_towers(first_FND: Tensor, second_FND: Tensor) -> Tensor:
 
 
 def tower_order(num_first: int, num_second: int) -> list[int]:
-    """Tower (0 or 1) of each token of a frame."""
+    """Tower of each token of a frame."""
     if num_first == num_second:
         return [0, 1] * num_first
     return [0] * num_first + [1] * num_second

@@ -44,7 +44,7 @@ class Qwen2Block(nn.Module):
         return h_TD + self.mlp(self.post_attention_layernorm(h_TD))
 
     def step(self, h_BD: Tensor, state: LayerState, positions_B: Tensor) -> Tensor:
-        """(B, D): one token of B sequences."""
+        """(B, D)"""
         assert state is not None
         assert not isinstance(state, Mamba2State)
         h_BD = h_BD + self.self_attn.step(self.input_layernorm(h_BD), state, positions_B)

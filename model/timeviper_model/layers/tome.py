@@ -8,9 +8,7 @@ from torch import Tensor
 
 
 def merge_rounds(num_patches: int, num_tokens: int) -> list[int]:
-    """Tokens merged in each round.
-
-    >>> merge_rounds(729, 16)
+    """>>> merge_rounds(729, 16)
     [364, 182, 91, 46, 23, 7]
     """
     rounds = []
@@ -24,15 +22,11 @@ def merge_rounds(num_patches: int, num_tokens: int) -> list[int]:
 def merge_tokens(x_BPD: Tensor, num_tokens: int, *, num_heads: int = 16) -> Tensor:
     """Merges each frame's tokens to `num_tokens`, unless there are fewer.
 
-    Each even-indexed token's destination is the odd-indexed one with the highest cosine of head-averaged features. The
-    most
-    similar pairs merge to means weighted by token sizes, in several rounds.
+    In each round even-indexed tokens pair with the odd-indexed one of highest cosine (features averaged over heads).
+    The best pairs merge to means weighted by token sizes.
 
     Returns:
         (B, num_tokens, D): unmerged tokens by descending similarity, then destinations.
-
-    Raises:
-        ValueError: when `num_heads` does not divide D or `num_tokens` is below 1.
     """
     if num_tokens < 1:
         raise ValueError(f"{num_tokens = } must be at least 1")

@@ -1,7 +1,7 @@
 """TransV: drop vision tokens and transfer their information to the instruction (paper section 3.3, equations 4-6).
 
-before   SSvvvvvviiiRR    k = min(present, floor(keep * N + 1/2)) vision tokens stay, N = vision tokens at the
-after    SSv.v..viiiRR    model's input; instruction tokens attend to the dropped ones: x += tanh(alpha) * attention
+before   SSvvvvvviiiRR    k = min(present, floor(keep * N + 1/2)) of originally N vision tokens stay;
+after    SSv.v..viiiRR    instruction tokens attend to the dropped ones: x += tanh(alpha) * attention
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ from timeviper_model.ops.linear import Linear
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenStream:
-    """Tokens between two blocks."""
-
     hidden_TD: Tensor
     segments: Segments
     token_kind_T: Tensor
@@ -39,7 +37,6 @@ class TokenStream:
         return replace(self, hidden_TD=hidden_TD)
 
     def keep(self, index: Tensor) -> TokenStream:
-        """Keeps the tokens `index` (K,) int64, ascending."""
         return TokenStream(
             hidden_TD=take_rows(self.hidden_TD, index),
             segments=self.segments.keep(index),
@@ -64,7 +61,7 @@ class TransVLayer(nn.Module):
         self.alpha = nn.Parameter(torch.zeros(1))
 
     def forward(self, receivers_QD: Tensor, sources_KD: Tensor, rows: list[TransferRows]) -> Tensor:
-        """(Q, D): updates of the receivers."""
+        """(Q, D)"""
         q = self.q_proj(receivers_QD).unflatten(-1, (self.num_heads, self.head_dim))
         k, v = self.source_keys_values(sources_KD)
         mixed = torch.cat([group.attend(q, k, v) for group in rows])
@@ -72,12 +69,12 @@ class TransVLayer(nn.Module):
         return self._gated(put_rows(mixed, order, len(receivers_QD)))
 
     def source_keys_values(self, sources_KD: Tensor) -> tuple[Tensor, Tensor]:
-        """(K, Hkv, E) each."""
+        """(K, Hkv, E)"""
         keys, values = (proj(sources_KD).unflatten(-1, (self.num_kv_heads, -1)) for proj in (self.k_proj, self.v_proj))
         return keys, values
 
     def read(self, receivers_QD: Tensor, k_GKE: Tensor, v_GKE: Tensor, num_visible: list[int]) -> Tensor:
-        """(Q, D): receiver q sees the first `num_visible[q]` sources, an ascending number."""
+        """(Q, D): receiver q sees the first `num_visible[q]` sources, ascending."""
         q = self.q_proj(receivers_QD).unflatten(-1, (self.num_heads, self.head_dim))
         mixed_QHE = torch.zeros_like(q)
         start = 0
@@ -93,7 +90,7 @@ class TransVLayer(nn.Module):
         return gated
 
     def idle(self, hidden_TD: Tensor) -> Tensor:
-        """Returns zeros (1, D) through every parameter: under ZeRO every rank must use the module."""
+        """Returns zeros (1, D) through every parameter, as ZeRO needs."""
         token = _one_token(hidden_TD)  # zero gradient, but it must pass for ZeRO-3
         one = Segments(torch.zeros(1, dtype=torch.long, device=token.device), 1).rows([0])
         visible = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=token.device)
@@ -102,7 +99,7 @@ class TransVLayer(nn.Module):
 
     @torch.no_grad()
     def copy_from(self, attention: Attention) -> None:
-        """Copies projections, but not the gate."""
+        """Copies all but the gate."""
         own = dict(self.named_parameters())
         for name, parameter in attention.named_parameters():
             own[name].copy_(parameter)
@@ -139,7 +136,7 @@ def apply_site(
     Args:
         layer: None for `transfer: none`.
         block: block `site.layer`, for `select: attention`.
-        checkpointing: recompute the cross-attention, but not the selection, in the backward pass.
+        checkpointing: recompute the cross-attention in the backward pass.
     """
     vision_T = stream.token_kind_T == TokenKind.VISION
     kept_T = ~vision_T | _select(stream, site, block, vision_T)
@@ -152,18 +149,16 @@ def apply_site(
 
 
 def num_kept(original: int, present: int, keep: float) -> int:
-    """Vision tokens that stay: `keep` of the original count, rounded half up, at most `present`."""
     return min(present, math.floor(keep * original + 0.5))
 
 
 def evenly_spaced(num_present: int, num_kept: int, device: torch.device) -> Tensor:
-    """(N,) bool: vision tokens that stay at a uniform site."""
+    """(N,) bool: vision tokens that stay."""
     every = torch.ones(num_present, dtype=torch.bool, device=device)
     return every if num_kept == num_present else _select_uniform(every, [num_present], [num_kept])
 
 
 def _select(stream: TokenStream, site: TransVSite, block: DecoderBlock | None, vision_T: Tensor) -> Tensor:
-    """(T,) bool: vision tokens that stay."""
     segments = stream.segments
     present = torch.bincount(segments.ids[vision_T], minlength=segments.num_segments).tolist()
     stay = [num_kept(n, here, site.keep) for n, here in zip(stream.original_counts, present, strict=True)]
@@ -191,7 +186,7 @@ def _select_uniform(vision_T: Tensor, present: list[int], stay: list[int]) -> Te
 def _select_by_attention(
     stream: TokenStream, block: DecoderBlock, vision_T: Tensor, present: list[int], stay: list[int]
 ) -> Tensor:
-    """Selects by attention of the score token; ties go to the lower index."""
+    """Breaks ties by the lower index."""
     segments = stream.segments
     kept_T = vision_T.clone()
     queries_SHE, keys_TGE = _score_inputs(stream, block, any_drop=stay != present)
@@ -211,7 +206,7 @@ def _select_by_attention(
 def _score_inputs(stream: TokenStream, block: DecoderBlock, *, any_drop: bool) -> tuple[Tensor, Tensor]:
     """Queries (S, H, E) of the score tokens and keys (T, G, E) of all tokens.
 
-    Each projection runs exactly once even without drops: under ZeRO-3 it is a collective.
+    Each projection runs exactly once, even without drops: it is a collective under ZeRO-3.
     """
     positions = stream.segments.original_positions_T
     hidden = stream.hidden_TD
@@ -227,7 +222,6 @@ def _one_token(hidden_TD: Tensor) -> Tensor:
 
 
 def _score_row(stream: TokenStream, rows: RowBucket, queries_RHE: Tensor, keys_RLGE: Tensor) -> Tensor:
-    """(R, L): the score token's causal softmax, averaged over heads."""
     scores = grouped_scores(queries_RHE, keys_RLGE.transpose(1, 2))
     last_R = _score_tokens(stream)[rows.segment_index] - stream.segments.starts_S[rows.segment_index]
     visible_RL = torch.arange(rows.length, device=scores.device) <= last_R[:, None]
@@ -235,7 +229,7 @@ def _score_row(stream: TokenStream, rows: RowBucket, queries_RHE: Tensor, keys_R
 
 
 def _score_tokens(stream: TokenStream) -> Tensor:
-    """(S,) flat index of the last token before the first response, or of the last token."""
+    """(S,) last token before the first response, or of the segment."""
     segments = stream.segments
     ends_S = segments.starts_S + segments.lengths_S
     response = (stream.token_kind_T == TokenKind.RESPONSE).nonzero().squeeze(1)
@@ -260,8 +254,7 @@ def _update(
 ) -> Tensor:
     """(Q, D) of the receivers; zeros (1, D) without any.
 
-    Ends with a call of `layer`, a collective under ZeRO-3: checkpointing recomputes when backward first needs a saved
-    tensor, and that call must be the same on every rank.
+    Ends with a call of `layer`: under ZeRO-3 it is a collective, which backward recomputes first on every rank.
     """
     if not rows:
         return layer.idle(hidden_TD)

@@ -1,7 +1,4 @@
-"""Frames to patch tokens by a frozen Hugging Face vision tower (SigLIP, SigLIP 2, DINOv2, ...).
-
-Shapes: B frames, S image side, P patch tokens, D width.
-"""
+"""Frozen Hugging Face vision towers. Shapes: B frames, S image side, P patch tokens, D width."""
 
 from __future__ import annotations
 
@@ -21,13 +18,13 @@ PREPROCESSOR_FILE = "preprocessor_config.json"
 
 Resample = Literal["bilinear", "bicubic"]
 RESAMPLES: dict[int, Resample] = {2: "bilinear", 3: "bicubic"}
-"""Resampling by Pillow's constants."""
+"""Pillow's constants."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preprocessing:
     image_size: int
-    """Side of the square that frames are resized to, regardless of aspect ratio, as in the paper."""
+    """Side of the square that frames are resized to, regardless of aspect ratio (paper)."""
     resample: Resample
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -36,11 +33,7 @@ class Preprocessing:
 
     @classmethod
     def from_processor(cls, values: Mapping[str, Any], *, image_size: int, where: str) -> Preprocessing:
-        """Parses a `preprocessor_config.json`.
-
-        Raises:
-            ValueError: when mean or std is missing, or a step is not supported.
-        """
+        """Parses a `preprocessor_config.json`; raises ValueError for unsupported steps."""
         if not values.get("do_resize", True):
             raise ValueError(
                 f"{where}: do_resize = {values['do_resize']} in {PREPROCESSOR_FILE} is not supported: frames of any"
@@ -69,7 +62,7 @@ class Preprocessing:
 
 
 class VisionTransformer(nn.Module):
-    """Frozen vision tower in eval mode, cut after block `layer`. -2 skips the last block and norm (paper)."""
+    """Frozen vision tower, cut after block `layer`. -2 skips the last block and norm (paper)."""
 
     def __init__(self, tower: Any, *, layer: int, preprocessing: Preprocessing, weights_hash: str) -> None:
         """Takes over `tower`, a transformers vision model."""
@@ -135,11 +128,7 @@ class VisionTransformer(nn.Module):
         )
 
     def preprocess(self, frames: Tensor) -> Tensor:
-        """uint8 frames (B, height, width, 3) to normalised pixels (B, 3, S, S).
-
-        Raises:
-            ValueError: for another shape or dtype.
-        """
+        """uint8 frames (B, height, width, 3) to normalised pixels (B, 3, S, S)."""
         if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
             raise ValueError(f"frames must be uint8 (B, height, width, 3), not {frames.dtype} {tuple(frames.shape)}")
         pixels = frames.permute(0, 3, 1, 2).float()

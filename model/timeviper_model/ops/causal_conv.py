@@ -1,8 +1,8 @@
 """Causal convolution of a Mamba-2 mixer, one filter per channel, with SiLU.
 
-    y_t = silu(bias + w_0 x_(t-3) + w_1 x_(t-2) + w_2 x_(t-1) + w_3 x_t)      (K = 4; zeros before the segment)
+    y_t = silu(bias + w_0 x_(t-3) + w_1 x_(t-2) + w_2 x_(t-1) + w_3 x_t)      (K = 4)
 
-On a CPU, multiply-adds over cache-sized blocks are several times as fast as `conv1d`, which needs channels first.
+On a CPU, multiply-adds over cache-sized blocks are several times as fast as `conv1d`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from timeviper_model.ops.precision import widen
 
 BLOCK_ELEMENTS = 2**17
-"""Elements of a block: half a MiB in fp32."""
+"""Half a MiB in fp32."""
 DEVICE_BLOCK_ELEMENTS = 2**26
-"""On a device: 256 MiB, because launches dominate."""
+"""256 MiB, because launches dominate."""
 
 
 def causal_conv_silu(
@@ -28,7 +28,6 @@ def causal_conv_silu(
 
     Args:
         weight_DK: taps, oldest first.
-        positions_T: index of each token in its segment.
         initial_KD: previous K - 1 inputs, oldest first; for a single segment only.
     """
     bias = weight_DK.new_zeros(len(weight_DK)) if bias_D is None else bias_D
@@ -44,7 +43,7 @@ def causal_conv_silu(
 
 
 def causal_conv_silu_step(x_BD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, window_BKD: Tensor) -> Tensor:
-    """(B, D): one token per sequence, shifted into `window_BKD` (B, K - 1, D)."""
+    """(B, D); shifts `window_BKD`, K - 1 previous inputs."""
     taps = torch.cat([window_BKD, x_BD[:, None].to(window_BKD.dtype)], dim=1)
     window_BKD.copy_(taps[:, 1:])
     y_BD = (taps.to(x_BD.dtype) * weight_DK.t().contiguous()).sum(1)  # 6 times as fast as a strided product
@@ -89,7 +88,7 @@ class _CausalConv(torch.autograd.Function):
 
 
 def _convolved(x_TD: Tensor, weight_DK: Tensor, bias_D: Tensor) -> Tensor:
-    """(T, D): as if the pack were one segment."""
+    """Ignores segments."""
     num_taps = weight_DK.shape[1]
     y = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
     taps, bias = widen(weight_DK.t().contiguous()), widen(bias_D)

@@ -65,7 +65,7 @@ def kernel_scan(
     seq_idx_T: Tensor | None = None,
     max_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`ssd_scan` by mamba-ssm; y is fp32, but rounded to the dtype of `x_THP`."""
+    """`ssd_scan` by mamba-ssm; y is rounded to the dtype of `x_THP`."""
     operands = x_THP, dt_TH, A_H, B_TGN, C_TGN
     options: dict[str, Any] = {"initial_state_HPN": initial_state_HPN, "seq_idx_T": seq_idx_T}
     if not len(x_THP):  # a kernel cannot be launched for no token
@@ -88,7 +88,7 @@ def scan_in_chunks(
     seq_idx_T: Tensor | None = None,
     max_tokens: int,
 ) -> tuple[Tensor, Tensor]:
-    """Calls `scan` for at most `max_tokens` tokens at a time, carrying the state."""
+    """Carries the state between calls of `scan` for at most `max_tokens` tokens."""
     state, outputs = initial_state_HPN, []
     for start in range(0, len(x_THP), max_tokens):
         chunk = slice(start, start + max_tokens)
@@ -113,7 +113,7 @@ def scan_in_chunks(
 def max_scan_tokens(x_THP: Tensor, dt_TH: Tensor, B_TGN: Tensor, C_TGN: Tensor, chunk_size: int) -> int:
     """Tokens that the kernels can address, a multiple of `chunk_size`.
 
-    The widest row decides, among operands and the kernels' allocations (gradients per head, chunk states, C . B).
+    The widest row decides, among operands and allocations (gradients per head, chunk states, C . B).
     """
     (_, num_heads, head_dim), (_, num_groups, state_size) = x_THP.shape, B_TGN.shape
     return max_tokens_below_limit(
@@ -186,7 +186,7 @@ def kernel_conv_silu(
 def conv_in_chunks(
     convolve: Convolve, x_TD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, *, positions_T: Tensor, max_tokens: int
 ) -> Tensor:
-    """Calls `convolve` for at most `max_tokens` tokens, starting K - 1 tokens early."""
+    """Starts each call K - 1 tokens early."""
     ahead = weight_DK.shape[1] - 1
     outputs = []
     for start in range(0, len(x_TD), max_tokens - ahead):

@@ -1,7 +1,4 @@
-"""Root-mean-square norms.
-
-On a CPU the gradient runs in cache-sized blocks; autograd's took twice as long as the following product.
-"""
+"""Root-mean-square norms. On a CPU the gradient runs in cache-sized blocks; autograd's took far longer."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from torch.nn import functional as F
 from timeviper_model.ops.precision import widen
 
 BLOCK_ELEMENTS = 2**17
-"""Elements of a block: half a MiB in fp32."""
+"""Half a MiB in fp32."""
 
 
 class RMSNorm(nn.Module):
@@ -46,7 +43,7 @@ class GatedRMSNorm(nn.Module):
 
 
 def rms_norm(x: Tensor, weight_GD: Tensor, eps: float) -> Tensor:
-    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension of (..., G, D)."""
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension."""
     if x.device.type == "cpu":
         if not torch.is_grad_enabled():
             return _normed(x, weight_GD, eps)  # without the autograd function, which doubles the time for one token

@@ -1,8 +1,8 @@
-"""Mamba-2 recurrence (state space duality, arXiv 2405.21060): chunked scan, and one step for decoding.
+"""Mamba-2 recurrence (state space duality, arXiv 2405.21060).
 
-    h_t = exp(dt_t A) h_(t-1) + dt_t B_t x_t          y_t = C_t h_t + D x_t          (per head; h is P x N)
+    h_t = exp(dt_t A) h_(t-1) + dt_t B_t x_t      y_t = C_t h_t + D x_t      (per head; h is P x N)
 
-Runs in at least fp32, and no exponent is positive. The backward pass recomputes the C x C matrices.
+Runs in at least fp32 without positive exponents. The backward pass recomputes the C x C matrices.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor
 from timeviper_model.ops.precision import wide_dtype
 
 MATRIX_ELEMENTS = 2**18
-"""Elements of C x C matrices computed at once on a CPU: 1 MiB in fp32, for a core's cache."""
+"""Elements of C x C matrices at once on a CPU: 1 MiB."""
 
 DEVICE_MATRIX_ELEMENTS = 2**26
 """On a device: 256 MiB, because launches dominate."""
 
 MIN_EXPONENT = -80.0
-"""exp(-80) = 2e-35 is negligible; below exp(-87) fp32 is denormal and a CPU 20 times as slow."""
+"""exp(-80) = 2e-35 is negligible; below exp(-87) fp32 is denormal and slow."""
 
 
 def ssd_scan(
@@ -37,17 +37,15 @@ def ssd_scan(
     seq_idx_T: Tensor | None = None,
     matrix_elements: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Chunked scan of T tokens (arXiv 2405.21060, section 6, listing 1).
+    """Chunked scan (arXiv 2405.21060, section 6, listing 1).
 
     Args:
         dt_TH: step sizes >= 0, after softplus and clamping.
         A_H: negative decay rates.
         B_TGN: input projections; head h uses group h // (H / G).
-        C_TGN: output projections.
-        D_H: skip connection.
-        chunk_size: tokens per matrix product; affects speed only, like `matrix_elements`.
-        initial_state_HPN: state before the first segment; default zeros.
-        seq_idx_T: the state is reset where this changes; None = one segment.
+        chunk_size: affects speed only, like `matrix_elements`.
+        initial_state_HPN: default zeros.
+        seq_idx_T: segment numbers; None = one segment.
 
     Returns:
         y (T, H, P) and the last state (H, P, N), at least fp32.
@@ -67,9 +65,7 @@ def ssd_scan(
 def chunk_length(chunk_size: int, state_size: int, device: torch.device) -> int:
     """Tokens per chunk: `chunk_size` on a device, at most the state size within 32 to 64 on a CPU.
 
-    Operations per token and head: 2 C (N + P) within chunks, plus exponentials, and 4 N P for states. On one core,
-    chunks
-    of 128 took 1.2 to 2.1 times as long (N = 32 to 128).
+    Operations per token and head: 2 C (N + P) plus exponentials, and 4 N P for states.
     """
     if device.type != "cpu":
         return chunk_size
@@ -79,7 +75,7 @@ def chunk_length(chunk_size: int, state_size: int, device: torch.device) -> int:
 def ssd_step(
     x_BHP: Tensor, dt_BH: Tensor, A_H: Tensor, B_BGN: Tensor, C_BGN: Tensor, *, D_H: Tensor, state_BHPN: Tensor
 ) -> Tensor:
-    """(B, H, P): one token per sequence; updates `state_BHPN` (fp32)."""
+    """(B, H, P); updates `state_BHPN` (fp32)."""
     dtype = state_BHPN.dtype
     x, dt = x_BHP.to(dtype), dt_BH.to(dtype)
     heads_per_group = x.shape[1] // B_BGN.shape[1]
@@ -96,7 +92,7 @@ def ssd_step(
 def _scan_one_chunk(
     x_THP: Tensor, dt_TH: Tensor, A_H: Tensor, B_TGN: Tensor, C_TGN: Tensor, D_H: Tensor, state_HPN: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Inference-only path for one chunk: fewer kernel launches, no autograd."""
+    """Inference-only path for one chunk: no autograd."""
     (T, H, P), (G, N) = x_THP.shape, B_TGN.shape[1:]
     log_HT = (dt_TH * A_H).t().cumsum(1)
     enter_HT = log_HT.clamp(min=MIN_EXPONENT).exp_()
@@ -120,15 +116,12 @@ class _Decays(NamedTuple):
     """Products of decays <= 1; zero across segments."""
 
     within_HZCC: Tensor
-    """Token s (last axis) to l of the same chunk; valid where `keep`."""
+    """Token s (last axis) to l; valid where `keep`."""
     enter_ZCH: Tensor
-    """Chunk start to token l."""
     leave_ZCH: Tensor
-    """Token s to chunk end."""
     through_ZH: Tensor
-    """Chunk start to end."""
     keep_ZCC: Tensor
-    """bool (Z or 1, C, C): l >= s in the same segment."""
+    """(Z or 1, C, C): l >= s in the same segment."""
 
 
 def _decays(dt_ZCH: Tensor, A_H: Tensor, seq_idx: Tensor | None) -> _Decays:
@@ -150,10 +143,7 @@ def _decays(dt_ZCH: Tensor, A_H: Tensor, seq_idx: Tensor | None) -> _Decays:
 
 
 class _Chunks:
-    """Neighbouring chunks computed together, with states (G, Z + 1, N, r * P) for r heads per group.
-
-    Batched products need contiguous results to run as one call.
-    """
+    """Neighbouring chunks; states (G, Z + 1, N, r * P) for r heads per group."""
 
     def __init__(self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, seq_idx: Tensor | None) -> None:
         self.x_ZCHP, self.dt_ZCH, self.B_ZCGN, self.C_ZCGN = x, dt, B, C
@@ -170,7 +160,7 @@ class _Chunks:
         """(C_l . B_s) times the decay from s to l."""
 
     def group(self, x_ZCHP: Tensor, g: int) -> Tensor:
-        """(Z, C, r * P): view of a group's heads."""
+        """(Z, C, r * P)"""
         return x_ZCHP[:, :, g * self.r : (g + 1) * self.r].flatten(2)
 
     def into_states(self, projection_ZCGN: Tensor, values_ZCHP: Tensor, out_GZNQ: Tensor) -> None:
@@ -186,7 +176,6 @@ class _Chunks:
             torch.mul(read_ZCrP, weight_ZCH[:, :, heads, None], out=out_ZCHP[:, :, heads])
 
     def add_mixed(self, values_ZCHP: Tensor, out_ZCHP: Tensor, *, transposed: bool = False) -> None:
-        """Adds `mix @ values`, or its transpose for gradients."""
         mixed_HZCP = values_ZCHP.new_empty(self.H, self.Z, self.C, self.P)
         for h in range(self.H):
             mix = self.mix_HZCC[h].transpose(1, 2) if transposed else self.mix_HZCC[h]
@@ -202,7 +191,7 @@ class _Chunks:
 
 
 def chunk_runs(x_THP: Tensor, chunk_size: int, matrix_elements: int | None = None) -> list[tuple[int, int, int]]:
-    """(start, stop, tokens per chunk) of chunks computed together; a last partial chunk is separate."""
+    """(start, stop, tokens per chunk) of chunks computed together."""
     num_tokens, num_heads = x_THP.shape[:2]
     full = num_tokens - num_tokens % chunk_size
     elements = matrix_elements or (MATRIX_ELEMENTS if x_THP.device.type == "cpu" else DEVICE_MATRIX_ELEMENTS)
@@ -303,12 +292,10 @@ def _projection_gradients(
 
 
 def _decay_gradient(chunks: _Chunks, balance_ZCH: Tensor, dafter_GZNQ: Tensor, after_GZNQ: Tensor) -> Tensor:
-    """(Z, C, H): gradient of the log decay dt_t A.
+    """(Z, C, H): gradient of the log decay dt_t A, which scales every path from s < t to l >= t.
 
-    That decay scales every path from s < t to l >= t. Paths ending in a token contribute <dy, y>, those starting in it
-    <d(dt x), dt x>; `balance` is the difference. Its sum from t to the chunk's end, plus the flow out through the
-    state,
-    counts exactly the paths across t.
+    Paths ending in a token contribute <dy, y>, those starting in it <d(dt x), dt x>; `balance` is the difference. Its
+    sum from t to the chunk's end, plus the flow out through the state, counts exactly the paths across t.
     """
     leaving_GZQ = (dafter_GZNQ * after_GZNQ).sum(2)
     leaving_GZr = leaving_GZQ.view(chunks.G, chunks.Z, chunks.r, chunks.P).sum(-1)
@@ -321,7 +308,6 @@ def _dot(a_ZCHP: Tensor, b_ZCHP: Tensor) -> Tensor:
 
 
 def _split(x_T: Tensor, chunk: int) -> Tensor:
-    """(T, ...) -> (Z, C, ...), a view."""
     return x_T.view(len(x_T) // chunk, chunk, *x_T.shape[1:])
 
 
@@ -332,5 +318,4 @@ def _from_heads(state_HPN: Tensor, num_groups: int) -> Tensor:
 
 
 def _to_heads(state_GNQ: Tensor, num_heads: int) -> Tensor:
-    """(G, N, r * P) -> (H, P, N)"""
     return state_GNQ.transpose(1, 2).reshape(num_heads, -1, state_GNQ.shape[1])

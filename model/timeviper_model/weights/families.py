@@ -50,11 +50,7 @@ def text_config_to_dict(config: TextConfig) -> dict[str, Any]:
 
 
 def text_config_from_dict(raw: Mapping[str, Any], *, where: str) -> TextConfig:
-    """Parses sizes from `config.json`, ignoring keys that do not affect the computation.
-
-    Raises:
-        ValueError: for another family, invalid fields or an unsupported variant.
-    """
+    """Parses a `config.json`, ignoring keys that do not affect the computation."""
     model_type = raw.get("model_type")
     if model_type == "nemotron_h":
         own = {**_nemotron_pattern(raw), **_nemotron_time_step_limit(raw), **_nemotron_head_dim(raw)}
@@ -71,18 +67,14 @@ def file_name(name: str, config: TextConfig) -> str:
 
 
 def own_name(name: str, config: TextConfig) -> str:
-    """Our name of a tensor of any family; unknown names are unchanged."""
+    """Renames a tensor of any family; unknown names are unchanged."""
     if isinstance(config, HybridConfig):
         return _swap_prefix(name, (("model.", "backbone."),))
     return _swap_prefix(name, tuple((theirs, ours) for ours, theirs in QWEN2_NAMES))
 
 
 def validated(adapter: TypeAdapter[Any], values: Any, where: str) -> Any:
-    """Converts `values` to the adapter's type.
-
-    Raises:
-        ValueError: with `where` and each wrong field.
-    """
+    """Raises ValueError with `where` and each wrong field."""
     try:
         return adapter.validate_python(values)
     except ValidationError as error:

@@ -30,14 +30,9 @@ ALPHA = re.compile(r"(?:backbone|model)\.alpha")
 def load_public_checkpoint(
     path: str | Path, config: TimeViperConfig, *, dtype: torch.dtype = torch.float32
 ) -> TimeViper:
-    """Loads a public checkpoint in evaluation mode.
+    """Loads a `.bin` or `.pt` state dict, or a folder of safetensors files, in evaluation mode.
 
-    Args:
-        path: a `.bin` or `.pt` state dict, or a folder of safetensors files.
-        config: with as many TransV sites.
-
-    Raises:
-        ValueError: when tensors are missing, unexpected or misshaped.
+    `config` must have as many TransV sites.
     """
     path = Path(path)
     if path.is_dir():
@@ -51,7 +46,6 @@ def load_public_checkpoint(
 
 
 def rename_public(tensors: Iterable[tuple[str, Tensor]], config: TimeViperConfig) -> Iterator[tuple[str, Tensor]]:
-    """Renames to our names; unknown names are unchanged."""
     layers = [site.layer for site in config.transv]
     for name, tensor in tensors:
         if name.startswith("vision_backbone."):

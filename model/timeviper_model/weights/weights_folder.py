@@ -1,10 +1,8 @@
 """Weights folders in Hugging Face layout.
 
-    config.json                         text_config in the language model's own keys, vision_config, transv
-    model-00001-of-00002.safetensors    ...
-    model.safetensors.index.json        each tensor's shard
-
-Loading needs the memory of the weights and one shard.
+config.json                         text_config in the language model's own keys, vision_config, transv
+model-00001-of-00002.safetensors    ...
+model.safetensors.index.json        each tensor's shard
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ MAX_SHARD_BYTES = 4 * 2**30
 """Hugging Face's tools split at 5 GB."""
 
 IGNORED_BACKBONE_PREFIXES = ("mtp.",)
-"""Prefixes of multi-token-prediction heads, which the model lacks."""
+"""Multi-token-prediction heads, which the model lacks."""
 
 COMPUTING_FIELDS = (
     "hybrid_override_pattern",
@@ -48,7 +46,7 @@ COMPUTING_FIELDS = (
     "time_step_limit",
     "rope_theta",
 )
-"""Fields that change the computation without changing tensor shapes."""
+"""Fields that change the computation but no tensor shape."""
 
 
 def save_pretrained(
@@ -61,9 +59,7 @@ def save_pretrained(
 ) -> None:
     """Writes a weights folder atomically, replacing an existing one.
 
-    Args:
-        metadata: `timeviper_metadata` in config.json, such as steps and data of the run.
-        max_shard_bytes: larger tensors have their own shards.
+    `metadata` goes to `timeviper_metadata` in config.json.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +79,7 @@ def save_pretrained(
 
 
 def from_pretrained(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> TimeViper:
-    """Loads a weights folder in evaluation mode.
+    """Loads a weights folder in evaluation mode, one shard at a time.
 
     Raises:
         ValueError: when config.json is invalid, or tensors are missing, unexpected or misshaped.
@@ -97,7 +93,6 @@ def from_pretrained(folder: str | Path, *, dtype: torch.dtype = torch.float32, d
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """Loads the fast tokenizer of a local folder or Hugging Face name."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # slow import
 
     if (Path(folder) / "tokenizer.json").is_file():  # AutoTokenizer does not know our model type
@@ -106,9 +101,7 @@ def load_tokenizer(folder: str | Path) -> Any:
 
 
 def load_backbone(model: TimeViper, folder: str | Path) -> None:
-    """Loads language model weights from a folder or Hugging Face name, in place; TransV becomes copies of attention.
-
-    The projector is unchanged.
+    """Loads language model weights; TransV becomes copies of attention.
 
     Raises:
         ValueError: when tensors or config.json do not match; the model is then unchanged.
@@ -142,9 +135,6 @@ def _check_computed_alike(own: TextConfig, found: TextConfig, *, where: str) -> 
 
 
 def load_config(folder: str | Path) -> TimeViperConfig:
-    """Raises:
-    ValueError: when config.json is missing, invalid or not TimeViper's.
-    """
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{path} does not exist; pass a weights folder written by save_pretrained or jobs/export.py")
@@ -152,7 +142,6 @@ def load_config(folder: str | Path) -> TimeViperConfig:
 
 
 def load_text_config(folder: str | Path) -> TextConfig:
-    """Reads language model sizes from a folder or Hugging Face name."""
     path = _local_folder(folder) / "config.json"
     return text_config_from_dict(json.loads(path.read_text()), where=str(path))
 
@@ -169,11 +158,7 @@ def config_to_dict(config: TimeViperConfig) -> dict[str, Any]:
 
 
 def config_from_dict(raw: Mapping[str, Any], *, where: str = "config") -> TimeViperConfig:
-    """Parses `config_to_dict` output, ignoring keys of Hugging Face's tools.
-
-    Raises:
-        ValueError: for another model type, or missing or invalid fields.
-    """
+    """Ignores keys of Hugging Face's tools."""
     if raw.get("model_type") != MODEL_TYPE:
         raise ValueError(
             f"{where}: model_type is {raw.get('model_type')!r}, not {MODEL_TYPE!r};"
@@ -200,11 +185,6 @@ def weights_hash(folder: str | Path) -> str:
 
 
 def iter_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """Yields all tensors of a folder's safetensors files with their names.
-
-    Raises:
-        ValueError: when there are none, or a shard is missing.
-    """
     for shard in _shards(Path(folder)):
         with safe_open(shard, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
@@ -234,7 +214,7 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def named_tensors(model: TimeViper) -> dict[str, Tensor]:
-    """Tensors that a folder must hold; a tied output matrix is stored once."""
+    """Tensors of a folder, a tied output matrix once."""
     tensors = dict(model.state_dict())
     if model.config.text.tie_word_embeddings:
         del tensors["lm_head.weight"]
@@ -278,16 +258,12 @@ def _replace(temporary: Path, folder: Path) -> None:
 def assign_tensors(
     model: TimeViper, tensors: Iterator[tuple[str, Tensor]], *, where: str, dtype: torch.dtype, device: str
 ) -> None:
-    """Assigns every tensor of a model on the meta device, by name.
-
-    Raises:
-        ValueError: with all missing, unexpected or misshaped tensors.
-    """
+    """Assigns every tensor of a model on the meta device."""
     expected = named_tensors(model)
     problems = _Problems(expected)
     for name, tensor in tensors:
         if problems.accept(name, tensor.shape):
-            # the file's tensors are unaligned, and sums over them may differ in the last bit
+            # sums over the file's unaligned tensors may differ in the last bit
             model.load_state_dict({name: tensor.to(device, dtype, copy=True)}, strict=False, assign=True)
     problems.check(where)
     model.tie_weights()
@@ -295,11 +271,6 @@ def assign_tensors(
 
 @torch.no_grad()
 def copy_tensors(expected: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]], *, where: str) -> None:
-    """Fills `expected` in place, by name.
-
-    Raises:
-        ValueError: with all missing, unexpected or misshaped tensors.
-    """
     problems = _Problems(expected)
     for name, tensor in tensors:
         if problems.accept(name, tensor.shape):
@@ -308,8 +279,6 @@ def copy_tensors(expected: Mapping[str, Tensor], tensors: Iterable[tuple[str, Te
 
 
 class _Problems:
-    """Collects mismatches for one error."""
-
     def __init__(self, expected: Mapping[str, Tensor]) -> None:
         self._shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
         self._missing = dict.fromkeys(expected)
