@@ -33,9 +33,9 @@ class Blocking:
     scope: Literal["layer", "window", "from_layer"]
     """`layer` cuts one block, `window` also its neighbours, `from_layer` also all later ones."""
     layer: int
-    """0-based block."""
+    """0-based block index."""
     window: int = 1
-    """Number of blocks for `window`, odd."""
+    """Odd number of blocks for scope `window`."""
     kind: Literal["attention", "mamba", "both"] = "both"
     """Block types to cut."""
 

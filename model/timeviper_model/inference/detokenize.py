@@ -34,7 +34,7 @@ class TextStream:
         return self._release()
 
     def finish(self, *, closed: bool) -> str:
-        """Returns the held-back text; `closed` drops the template's closing text."""
+        """Returns the held-back text; `closed` removes the template's closing text."""
         self._held += self._new_text(final=True)
         text = self._release()
         rest, self._held = self._held, ""

@@ -90,11 +90,11 @@ class EngineConfig:
     num_slots: int = 8
     """Requests decoded together."""
     max_queued_requests: int = 32
-    """Maximum requests waiting for a slot."""
+    """Maximum requests waiting for a slot; more are refused."""
     max_prompt_tokens: int = 16384
     """Maximum text and vision tokens of one prompt."""
     max_prefill_tokens: int = DEFAULT_CHUNK_TOKENS
-    """Maximum prompt tokens per step."""
+    """Maximum prompt tokens per step and prefill chunk."""
     max_new_tokens: int = 1024
     """Maximum tokens of one answer."""
     prefix_cache_bytes: int = 0
@@ -102,7 +102,7 @@ class EngineConfig:
     kept_cache_bytes: int = KEPT_BYTES
     """Maximum bytes of keys and values per attention layer that stay allocated while idle."""
     pack_weights: bool = True
-    """Whether to copy the weights for the CPU's float32 kernels; small batches take a third less time."""
+    """Whether to keep a second copy of the weights, for float32 on a CPU: small batches take a third less time."""
     max_graph_steps: int = 256
     """Maximum greedy decode steps per CUDA graph; 0 = no graphs."""
 

@@ -19,7 +19,7 @@ from timeviper_model.ops.precision import wide_dtype, widen
 from timeviper_model.ops.ssd import ssd_scan, ssd_step
 
 MAX_PROJECTION_ELEMENTS = 2**21
-"""Elements projected per pass on a CPU: 8 MiB; glibc returns buffers over 32 MiB to the system."""
+"""Elements projected per pass on a CPU: 8 MiB in fp32; glibc returns buffers over 32 MiB to the system."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

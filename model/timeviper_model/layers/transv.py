@@ -229,7 +229,7 @@ def _score_row(stream: TokenStream, rows: RowBucket, queries_RHE: Tensor, keys_R
 
 
 def _score_tokens(stream: TokenStream) -> Tensor:
-    """(S,) last token before the first response, or of the segment."""
+    """(S,) flat index of the last token before the first response, or in the segment."""
     segments = stream.segments
     ends_S = segments.starts_S + segments.lengths_S
     response = (stream.token_kind_T == TokenKind.RESPONSE).nonzero().squeeze(1)

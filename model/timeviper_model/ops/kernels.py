@@ -21,7 +21,7 @@ from timeviper_model.ops.ssd import ssd_scan
 MAX_OFFSET = 2**31 - 1
 
 CONV_ALIGNMENT = 8
-"""Divisor of row addresses, in elements."""
+"""Row addresses must be multiples of this many elements."""
 
 
 class Scan(Protocol):
