@@ -1,3 +1,5 @@
+"""Model sizes and presets."""
+
 from __future__ import annotations
 
 import math
@@ -132,7 +134,7 @@ class TransVSite:
     """0-based index of the first block with fewer tokens."""
     select: Literal["uniform", "attention"]
     keep: float
-    """Fraction of the ORIGINAL number of vision tokens."""
+    """Fraction of the ORIGINAL vision tokens to keep."""
     transfer: Literal["cross_attention", "none"] = "cross_attention"
     """`none` is plain token dropping (the paper's TD)."""
     transfer_from: Literal["dropped", "kept"] = "dropped"

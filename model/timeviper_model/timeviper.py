@@ -85,7 +85,7 @@ class TimeViper(nn.Module):
 
     @torch.no_grad()
     def with_transv(self, sites: tuple[TransVSite, ...]) -> TimeViper:
-        """Returns a model with other TransV sites, with closed gates, that shares these tensors."""
+        """Returns a model that shares these tensors but has other TransV sites, with closed gates."""
         with torch.device("meta"):
             other = TimeViper(replace(self.config, transv=sites))
         shared = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("transv.")}

@@ -187,7 +187,6 @@ def release_waiting(
     """Yields the tokens kept by a site that selects by attention.
 
     Args:
-        waiting: all tokens before the site; not changed.
         block: block after the site, whose queries and keys select.
         first_response: index of the first response token, or the prompt's length.
     """

@@ -24,9 +24,7 @@ class DecodeGraph:
     ) -> None:
         """Reserves room in the cache and captures a step.
 
-        Args:
-            slots: ascending neighbours that hold prompts.
-            ids: last token of each slot.
+        `slots` are ascending neighbours that hold prompts, `ids` their last tokens.
         """
         view = cache.view(slots)
         empty = [slot for slot in view.slots if not cache.num_tokens[slot]]

@@ -254,10 +254,7 @@ class InferenceEngine:
         return request.prefix_key, tuple(request.prompt.input_ids[:num_system]), num_vision
 
     def _prefill_chunks(self) -> list[Event]:
-        """Prefills up to `max_prefill_tokens`, prompts in turn.
-
-        A chunk over the budget comes first in the next step; a prompt without features yet is skipped.
-        """
+        """Prefills prompts in turn; a chunk over the budget comes first in the next step."""
         events: list[Event] = []
         budget = self.config.max_prefill_tokens
         for active in self._in_state(RequestState.PREFILLING):
@@ -381,7 +378,7 @@ class InferenceEngine:
         return [event, Finished(request_id=active.id, reason=reason, text=rest, usage=self._usage(active))]
 
     def _release(self, active: ActiveRequest) -> None:
-        """Idempotent."""
+        """Frees the slot. Safe to repeat."""
         if self._requests.pop(active.id, None) is None:
             return
         if active.lease is not None:

@@ -60,7 +60,7 @@ class PrefixCache:
         return key in self._computing
 
     def lease(self, key: Hashable) -> PrefixLease:
-        """Pins the entry; on a miss, reserves the key."""
+        """Pins the entry; on a miss, reserves the key. Raises RuntimeError while the key is reserved."""
         if key in self._computing:
             raise RuntimeError("another request is computing this prefix; check is_computing() first")
         entry = self._entries.get(key)
@@ -101,7 +101,7 @@ class PrefixLease:
     def __init__(self, cache: PrefixCache, key: Hashable, entry: PrefixEntry | None) -> None:
         self._cache, self._key = cache, key
         self.entry = entry
-        """None on a miss."""
+        """Entry found, or None on a miss."""
         self._is_computing = entry is None
         self._is_pinned = entry is not None
 
@@ -112,7 +112,7 @@ class PrefixLease:
         self._is_pinned = entry.is_finite and self._cache._put(self._key, entry)
 
     def release(self) -> None:
-        """Idempotent."""
+        """Unpins the entry or the key. Safe to repeat."""
         if self._is_computing:
             self._cache._computing.discard(self._key)
         if self._is_pinned:

@@ -26,10 +26,10 @@ class Request:
     prompt: Sample
     """Prompt with an open assistant turn at its end (see build_sample)."""
     vision_features: Tensor | Callable[[], Iterable[Tensor]]
-    """(num_vision_tokens, dim), or a function that yields such blocks, and an empty one instead of blocking."""
+    """(num_vision_tokens, dim), or a function that yields blocks of rows; an empty block means 'not yet'."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
     prefix_key: str | None = None
-    """Video-prefix cache key of features and tenant; None = not cached."""
+    """Key in the video-prefix cache, unique per tenant and features; None = not cached."""
 
     def __post_init__(self) -> None:
         if not len(self.prompt):
@@ -72,7 +72,7 @@ class EngineStats:
     queued_requests: int
     cache_bytes: int
     prompt_tokens: int
-    """Total without cached prefixes."""
+    """Total prefilled tokens, without cached prefixes."""
     completion_tokens: int
     prefix_hits: int
     prefix_misses: int

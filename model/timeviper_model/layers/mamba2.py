@@ -41,7 +41,7 @@ class Mamba2Mixer(nn.Module):
         self.chunk_size = config.chunk_size
         self.time_step_limit = config.time_step_limit
         self.is_unlimited = config.time_step_limit == (0.0, math.inf)
-        """True without clamping, as softplus is never below 0."""
+        """True if dt needs no clamping: softplus is never negative."""
         self.conv_dim = config.conv_dim
         self.in_proj = Linear(config.hidden_size, self.intermediate_size + self.conv_dim + self.num_heads, bias=False)
         self.conv1d = nn.Conv1d(
@@ -103,7 +103,7 @@ class Mamba2Mixer(nn.Module):
         return self.out_proj(self.norm(y.flatten(1), gate))
 
     def _tokens_per_pass(self, h_TD: Tensor) -> int:
-        """All tokens with gradients or on a device."""
+        """Splits long inputs in CPU inference only."""
         if h_TD.device.type != "cpu" or torch.is_grad_enabled():
             return len(h_TD)
         num_chunks = self.max_projection_elements // (self.in_proj.out_features * self.chunk_size)

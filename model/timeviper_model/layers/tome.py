@@ -8,7 +8,9 @@ from torch import Tensor
 
 
 def merge_rounds(num_patches: int, num_tokens: int) -> list[int]:
-    """>>> merge_rounds(729, 16)
+    """Tokens merged in each round.
+
+    >>> merge_rounds(729, 16)
     [364, 182, 91, 46, 23, 7]
     """
     rounds = []

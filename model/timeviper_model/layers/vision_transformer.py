@@ -93,11 +93,7 @@ class VisionTransformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str, *, layer: int = -2) -> VisionTransformer:
-        """Loads a local folder or Hugging Face name, in fp32 on the CPU.
-
-        Raises:
-            ValueError: without a vision model in safetensors form, or without `layer`.
-        """
+        """Loads a local folder or Hugging Face name (safetensors only), in fp32 on the CPU."""
         from transformers import AutoConfig, AutoModel, SiglipVisionModel  # slow import
 
         try:

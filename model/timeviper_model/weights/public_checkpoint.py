@@ -32,7 +32,7 @@ def load_public_checkpoint(
 ) -> TimeViper:
     """Loads a `.bin` or `.pt` state dict, or a folder of safetensors files, in evaluation mode.
 
-    `config` must have as many TransV sites.
+    `config` must have the same number of TransV sites.
     """
     path = Path(path)
     if path.is_dir():
