@@ -1,1 +1,1 @@
-"""Manifests, folders, globs and archives to pages of media."""
+"""Reads manifests, folders, globs and archives as pages of media."""

@@ -1,6 +1,6 @@
-"""Lists the media inside WebDataset tars and Parquet files without unpacking them.
+"""Lists media inside WebDataset tars and Parquet files, without unpacking them.
 
-Reads img2dataset's output too: failed rows are in NAME.parquet next to NAME.tar, or in the Parquet file itself.
+img2dataset lists failed downloads in NAME.parquet next to NAME.tar, or in the Parquet file itself.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _STATUS_COLUMNS = ["key", "status", "error_message"]
 
 
 def tar_media(uri: str, root: str, version: FileVersion | None = None) -> Iterator[Medium]:
-    """The media of a tar, with ids of TAR/MEMBER relative to `root`; a damaged tar ends with a medium in error."""
+    """Yields the media of a tar, with ids of TAR/MEMBER relative to `root`. A damaged tar ends with an error."""
     yield from _failed_downloads(uri, root)
     try:
         version = version or file_version(uri)
@@ -43,7 +43,7 @@ def tar_media(uri: str, root: str, version: FileVersion | None = None) -> Iterat
 
 
 def bytes_column(schema: pa.Schema) -> str | None:
-    """The one binary column, or NAME.bytes for a struct with the field `bytes`; None without either."""
+    """Returns the one binary column, or NAME.bytes of a struct; None without either."""
     found = []
     for field in schema:
         if pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type):
@@ -56,9 +56,9 @@ def bytes_column(schema: pa.Schema) -> str | None:
 
 
 def cell_media(uri: str, root: str, column: str, version: FileVersion | None = None) -> Iterator[Medium]:
-    """The media of a bytes column; ids are `media_id`, or those of FILE/KEY or FILE/ROW.
+    """Yields the media of a bytes column; ids are `media_id`, or those of FILE/KEY or FILE/ROW.
 
-    Rows that img2dataset failed to download are media in error.
+    Failed downloads are media in error.
     """
     version = version or file_version(uri)
     with open_file(uri) as file:
@@ -72,7 +72,7 @@ def cell_media(uri: str, root: str, column: str, version: FileVersion | None = N
                 address = CellLocation(uri, column, group, index).address()
                 media_id = row.get("media_id") or media_id_of(f"{uri}/{row.get('key') or row_index}", root)
                 failure = download_failure(row.get("status"), row.get("error_message"))
-                # the size is the file's: a cell's is unknown until it is read
+                # with the file's size: a cell's is unknown until read
                 text = f"{version.text}/{column}-{group}-{index}"
                 yield Medium(address, media_id, version=version._replace(text=text), error=failure)
                 row_index += 1
@@ -89,7 +89,7 @@ def _tar_medium(uri: str, root: str, version: FileVersion, member: tarfile.TarIn
 
 
 def _failed_downloads(tar_uri: str, root: str) -> Iterator[Medium]:
-    """Rows of img2dataset's table next to a tar that have no member in it."""
+    """Yields failed rows of img2dataset's table next to a tar."""
     table_uri = str(tar_uri.removesuffix(PurePosixPath(tar_uri).suffix)) + ".parquet"
     if not storage.exists(table_uri):
         return

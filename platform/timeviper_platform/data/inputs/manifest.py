@@ -1,4 +1,4 @@
-"""Reads media from Parquet, JSONL and CSV manifests, a page at a time; rows are those of the MANIFEST schema."""
+"""Reads Parquet, JSONL and CSV manifests of the MANIFEST schema in pages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from timeviper_platform.data.media.medium import Medium, media_id_of
 
 
 def text_rows(table: Any) -> list[dict[str, Any]]:
-    """The rows of a table or batch as dicts; invalid UTF-8 becomes surrogates, which `is_utf8` detects."""
+    """Returns rows as dicts. Invalid UTF-8 becomes surrogates, which `is_utf8` detects."""
     try:
         return list(table.to_pylist())
     except UnicodeDecodeError:
@@ -34,7 +34,6 @@ def text_rows(table: Any) -> list[dict[str, Any]]:
 
 
 def is_utf8(*values: str) -> bool:
-    """True when all values can be encoded as UTF-8."""
     return all(value.isascii() or _is_encodable(value) for value in values)
 
 
@@ -56,7 +55,7 @@ def _is_encodable(value: str) -> bool:
 MANIFEST_SUFFIXES = (".parquet", ".jsonl", ".csv")
 
 URL_COLUMN = "url"
-"""Alternative name of the column `uri`, used by CC12M, PixelProse and img2dataset."""
+"""Alternative to `uri` in CC12M, PixelProse and img2dataset."""
 
 _COLUMNS = [*MANIFEST.names, URL_COLUMN]
 _TYPES = {**{field.name: field.type for field in MANIFEST}, URL_COLUMN: pa.string()}
@@ -64,7 +63,7 @@ _ROW = pa.schema([(name, _TYPES[name]) for name in _COLUMNS])
 _NUMBERS = [field.name for field in MANIFEST if not pa.types.is_string(field.type)]
 
 FAULT = "fault"
-"""Key of the reason in rows that cannot be read."""
+"""Key of the reason in unreadable rows."""
 
 DOWNLOAD_FAILURES = {"failed_to_download": ErrorType.READ_FAILED, "failed_to_resize": ErrorType.CORRUPT_FILE}
 """img2dataset's `status` of rows without an image."""
@@ -83,10 +82,10 @@ _DOWNLOAD_MESSAGES = (
 
 
 def read_manifest(uri: str, page_rows: int) -> Iterator[list[Medium]]:
-    """The media of a manifest in order, at most `page_rows` at a time; invalid rows are media in error.
+    """Yields the media in order, in pages of at most `page_rows`. Invalid rows are media in error.
 
     Raises:
-        ValueError: when there is no manifest, or a column has the wrong type.
+        ValueError: without a manifest, or for a column of the wrong type.
     """
     root = absolute(uri).rpartition("/")[0]
     num_rows = 0
@@ -96,12 +95,12 @@ def read_manifest(uri: str, page_rows: int) -> Iterator[list[Medium]]:
 
 
 def absolute(uri: str) -> str:
-    """Local paths made absolute; other URIs unchanged."""
+    """Makes local paths absolute; other URIs stay unchanged."""
     return storage.split_uri(uri)[1] if storage.is_local(uri) else uri
 
 
 def download_failure(status: str | None, message: str | None) -> DecodeError | None:
-    """The error of a row that img2dataset failed to download; None for others."""
+    """Returns the error of an img2dataset row without an image; None for other rows."""
     if status not in DOWNLOAD_FAILURES:
         return None
     text = message or status
@@ -110,7 +109,7 @@ def download_failure(status: str | None, message: str | None) -> DecodeError | N
 
 
 def _row_pages(uri: str, page_rows: int) -> Iterator[list[dict[str, Any]]]:
-    """Rows as dicts of the known columns that the manifest has; rows that cannot be read have the key FAULT."""
+    """Yields rows as dicts of known columns. Unreadable rows have the key FAULT."""
     if not storage.exists(uri):
         raise ValueError(f"no manifest at {uri!r}; fix `input`, or write the file first")
     suffix = uri.rpartition(".")[2].lower()
@@ -158,7 +157,7 @@ def _typed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _cast(table: pa.Table, schema: pa.Schema, uri: str) -> list[dict[str, Any]]:
-    """The rows of a table, cast to `schema`; a ValueError for a column of the wrong type."""
+    """Raises ValueError for a column of the wrong type, _BadValueError for a value."""
     columns = {}
     for field in schema:
         try:
@@ -176,7 +175,7 @@ class _BadValueError(ValueError):
 
 
 def _bisected(rows: Any, typed: Callable[[Any], list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """`typed(rows)`, bisected when it fails so that only the bad rows are faults."""
+    """Returns `typed(rows)`. Bisects on failure, so that only bad rows become faults."""
     try:
         return typed(rows)
     except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError, _BadValueError) as error:
@@ -214,7 +213,7 @@ def _read_csv(uri: str, page_rows: int) -> Iterator[list[dict[str, Any]]]:
 
 
 def _numbers_stripped(table: pa.Table, null_values: Sequence[str]) -> pa.Table:
-    """Number columns without blanks around, and with Arrow's null values as null."""
+    """Strips blanks from number columns, and turns Arrow's null texts into nulls."""
     for index, name in enumerate(table.column_names):
         if name in _NUMBERS:
             text = pc.ascii_trim_whitespace(table[name])
@@ -229,7 +228,7 @@ def _pages(rows: list[dict[str, Any]], page_rows: int) -> Iterator[list[dict[str
 
 
 def _merged(rows: list[dict[str, Any]], ragged: deque[tuple[int, dict[str, Any]]], number: int) -> list[dict[str, Any]]:
-    """Inserts ragged rows by their numbers, removing them from `ragged`; `number` is that of the first row."""
+    """Moves ragged rows into `rows` by their numbers; `number` is the first row's."""
     if not ragged:
         return rows
     merged = list[dict[str, Any]]()
@@ -267,7 +266,6 @@ def _medium(number: int, root: str, row: dict[str, Any], *, source: str) -> Medi
 
 
 def _fault(uri: str, row: dict[str, Any]) -> str | None:
-    """Why a row is invalid; None for valid rows."""
     if not uri:
         return "it has no uri"
     if not is_utf8(*(value for value in row.values() if isinstance(value, str))):
@@ -290,7 +288,7 @@ def _version(row: dict[str, Any]) -> FileVersion | None:
 
 
 def _headers(row: dict[str, Any]) -> dict[str, Any]:
-    """Header fields of the `Medium` in the row; empty when the file must be probed."""
+    """Returns the row's header fields; empty when the file must be probed."""
     duration = row.get("duration_seconds")
     is_image = row.get("modality") == "image"
     if row.get("size") is None or not (is_image or duration):

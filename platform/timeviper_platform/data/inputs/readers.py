@@ -1,6 +1,6 @@
 """Reads any input as pages of distinct media.
 
-manifest.parquet | .jsonl | .csv   its rows; for Parquet without uri or url but with a bytes column, its cells
+manifest.parquet | .jsonl | .csv   its rows; for Parquet with a bytes column instead of uri, its cells
 folder, prefix                     all images, videos and tars below it
 glob                               matching media, tars, and Parquet files as above
 a file                             itself
@@ -33,7 +33,7 @@ TAR_SUFFIX = ".tar"
 
 
 def read_pages(source: str, page_rows: int = PAGE_ROWS) -> Iterator[list[Medium]]:
-    """The distinct media of `source`, at most `page_rows` at a time; a ValueError when there are none."""
+    """Yields distinct media in pages of at most `page_rows`. Raises ValueError when there are none."""
     distinct = _DistinctMedia()
     num_media = 0
     for page in _pages(source, page_rows):
@@ -92,18 +92,18 @@ def _is_table(uri: str) -> bool:
 
 
 class _DistinctMedia:
-    """Drops repeated media over all pages, with 16 bytes per medium."""
+    """Drops repeated media, at 16 bytes per medium."""
 
     def __init__(self) -> None:
         self._seen = HashTable()  # hash of media_id -> hash of `_text`
 
     def of(self, page: Sequence[Medium]) -> list[Medium]:
-        """The new media of a page; all but the first medium of a media_id are errors."""
+        """Returns the new media of a page, in error if their media_id belongs to another medium."""
         fresh, clashes = self._split(page)
         return fresh + self._split([_clashing(medium) for medium in clashes])[0]
 
     def _split(self, page: Sequence[Medium]) -> tuple[list[Medium], list[Medium]]:
-        """New media, and those whose media_id is another medium's."""
+        """Returns new media, and those whose media_id belongs to another medium."""
         by_id: dict[str, Medium] = {}
         clashes = [
             medium
@@ -123,7 +123,7 @@ class _DistinctMedia:
 
 
 def _clashing(medium: Medium) -> Medium:
-    """The medium as an error under an id of its own, as its media_id belongs to the first medium."""
+    """Returns the medium in error with a new id, as its media_id belongs to another."""
     message = f"media_id {medium.media_id!r} names more than one medium: {source_name(medium.uri)} is not the first"
     own_id = media_id_of(f"{medium.media_id}={_text(medium)}", "")
     return replace(medium, media_id=own_id, error=medium.error or DecodeError("list", ErrorType.BAD_ROW, message))

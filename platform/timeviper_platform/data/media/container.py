@@ -1,4 +1,4 @@
-"""Opens media of any source with PyAV under fixed limits, and names their errors."""
+"""Opens media with PyAV under fixed limits, and maps errors to `ErrorType`."""
 
 from __future__ import annotations
 
@@ -29,21 +29,19 @@ Modality = Literal["video", "image"]
 Stage = Literal["download", "list", "probe", "decode_video", "decode_image"]
 
 FORMAT_WHITELIST = ("mov", "mp4", "m4a", "3gp", "3g2", "mj2", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "ogg")
-"""Demuxers of single files. Playlists (hls, dash, concat) are left out: they name other files and hosts."""
+"""Demuxers without playlists (hls, dash, concat), which refer to other files and hosts."""
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
-"""The Pillow formats that `sniff_modality` recognizes."""
+"""Pillow formats that `sniff_modality` recognizes."""
 
 MEDIA_SUFFIXES = (
     *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".mpeg", ".flv", ".3gp", ".ogv"),
     *(".jpg", ".jpeg", ".png", ".webp", ".bmp"),
 )
-"""Files taken from folders and tars; globs and manifests may name any file."""
+"""Files selected in folders and tars. Globs and manifests may name any file."""
 
 
 class ErrorType(StrEnum):
-    """Why a medium or a segment was not preprocessed."""
-
     NOT_FOUND = "not_found"
     PERMISSION_DENIED = "permission_denied"
     READ_FAILED = "read_failed"
@@ -74,11 +72,11 @@ RETRYABLE = frozenset(
         *(ErrorType.TIMED_OUT, ErrorType.UNKNOWN_HOST, ErrorType.DOMAIN_NOT_ALLOWED),
     }
 )
-"""Errors of the environment, retried by every run. Others are retried if `retry_errors` names them."""
+"""Errors of the environment, which every run retries."""
 
 
 class DecodeError(Exception):
-    """A medium that cannot be read: a counted outcome that does not end the job."""
+    """The error of one medium. It does not end the job."""
 
     def __init__(self, stage: Stage, error_type: ErrorType, message: str) -> None:
         super().__init__(stage, error_type, message)  # all three, for pickling
@@ -92,20 +90,20 @@ class DecodeError(Exception):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MediaLimits:
-    """Limits of one medium, and the hosts it may be fetched from."""
+    """Limits of one medium, and the allowed hosts."""
 
     max_pixels: int = 36_000_000
-    """Maximum width x height of a frame. The default admits 8K UHD (7680 x 4320) but not 8192 x 8192."""
+    """Maximum width x height of a frame. The default admits 8K UHD (7680 x 4320)."""
     max_frames: int = 200_000
     """Maximum sampled frames of one medium. The default is 55 hours at 1 fps."""
     allowed_domains: tuple[str, ...] = ()
-    """Hosts, including their subdomains, from which https URLs are fetched. Empty = none."""
+    """Hosts that https URLs may name, including subdomains. Empty = none."""
     max_download_bytes: int = 4 << 30
-    """Maximum size of a medium on a web server without range support, which is downloaded whole."""
+    """Maximum size of a medium on a web server without range support."""
     https_attempts: int = 4
-    """Maximum attempts of one https request."""
+    """Maximum attempts per https request."""
     https_backoff_seconds: float = 0.5
-    """Wait before the second attempt; doubles each time, with up to as much again at random."""
+    """Wait before the second attempt. Doubles for each further one, plus up to 100 % at random."""
 
     def __post_init__(self) -> None:
         if self.max_pixels < 1 or self.max_frames < 1:
@@ -117,7 +115,7 @@ class MediaLimits:
 
 
 def sniff_modality(head: bytes) -> Modality:
-    """The modality by a file's first bytes; all but known images are left to FFmpeg."""
+    """Returns the modality by a file's first bytes: "video" unless they are a known image's."""
     is_image = head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM")) or (
         head[:4] == b"RIFF" and head[8:12] == b"WEBP"
     )
@@ -125,7 +123,6 @@ def sniff_modality(head: bytes) -> Modality:
 
 
 def looks_like_video(head: bytes) -> bool:
-    """True for the first bytes of a known container."""
     return (
         head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip")
         or head.startswith((b"\x1aE\xdf\xa3", b"FLV", b"OggS", b"\x00\x00\x01\xba"))
@@ -136,7 +133,7 @@ def looks_like_video(head: bytes) -> bool:
 
 @contextmanager
 def decode_errors(stage: Stage, source: str | bytes, limits: MediaLimits | None = None) -> Iterator[None]:
-    """Converts errors of file systems, web servers, FFmpeg and Pillow into a DecodeError of `stage`."""
+    """Converts errors of storage, FFmpeg and Pillow into a DecodeError."""
     name = source_name(source)
     try:
         yield
@@ -171,7 +168,7 @@ def decode_errors(stage: Stage, source: str | bytes, limits: MediaLimits | None 
 
 
 def open_binary(source: str | bytes, limits: MediaLimits | None = None) -> Any:
-    """A seekable file object; remote files are read ahead, not copied."""
+    """Opens a seekable file. Remote files are read ahead, not copied."""
     if isinstance(source, bytes):
         return io.BytesIO(source)
     if is_web(source):
@@ -183,28 +180,24 @@ def open_binary(source: str | bytes, limits: MediaLimits | None = None) -> Any:
 
 
 def is_local_file(uri: str) -> bool:
-    """True for a whole file on a local disk."""
+    """Returns True for a whole file on a local disk."""
     return not is_web(uri) and parse_location(uri) is None and storage.is_local(uri)
 
 
 def source_name(source: str | bytes) -> str:
-    """The name used in errors: the URI without parts that may be secret."""
+    """Returns the name for errors: the URI without possible secrets."""
     if isinstance(source, bytes):
         return f"{len(source)} bytes"
     return storage.shown_uri(source)
 
 
 def read_head(source: str | bytes, limits: MediaLimits | None = None) -> bytes:
-    """The first 16 bytes."""
     with open_binary(source, limits) as file:
         return bytes(file.read(16))
 
 
 def open_container(source: str | bytes, limits: MediaLimits | None = None) -> Any:
-    """A PyAV container restricted to FORMAT_WHITELIST.
-
-    A local path is opened as `file:/absolute/path`, so that no name can select another protocol.
-    """
+    """Opens a container of FORMAT_WHITELIST. The prefix `file:` keeps local names from selecting a protocol."""
     options = {"format_whitelist": ",".join(FORMAT_WHITELIST), "protocol_whitelist": "file"}
     if isinstance(source, str) and is_local_file(source):
         return av.open("file:" + storage.split_uri(source)[1], options=options)
@@ -212,7 +205,7 @@ def open_container(source: str | bytes, limits: MediaLimits | None = None) -> An
 
 
 def video_stream(container: Any, stage: Stage, name: str) -> Any:
-    """The first video stream that is not a cover picture, with all others discarded; a DecodeError without one."""
+    """Returns the first video stream except cover pictures, and discards the others. Raises DecodeError without one."""
     videos = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
     if not videos:
         kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "no streams"
@@ -224,7 +217,7 @@ def video_stream(container: Any, stage: Stage, name: str) -> Any:
 
 
 def clock_origin(container: Any, stream: Any) -> int:
-    """The PTS in ticks at 0 s of the medium's clock: 0, or the first PTS for MPEG-TS and MPEG-PS."""
+    """Returns the tick at 0 s of the medium's clock: 0, or the first PTS for MPEG-TS and MPEG-PS."""
     if container.format.flags & av.format.Flags.ts_discont.value:
         return int(stream.start_time or 0)
     return 0

@@ -1,6 +1,6 @@
-"""Reads https URLs by ranges, as seekable files, from configured hosts only; plain http from loopback only.
+"""Reads https URLs of allowed hosts as seekable files, by ranges. Plain http is for loopback only.
 
-On urllib, as httpx would save no code: the domain check, URL quoting and error mapping would remain.
+Not on httpx: domain check, URL quoting and error mapping would remain.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ TIMEOUT_SECONDS = 20.0
 """Maximum wait for the next byte."""
 
 FIRST_BYTES = 64 << 10
-"""First range: enough for the headers of an image and of most videos."""
+"""First range: the headers of an image and of most videos."""
 
 TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _KEPT = "%/:=&?~#+!$,;'@()*[]|"
-"""Not quoted in paths and queries; a percent sign belongs to an existing encoding."""
+"""Characters that stay unquoted. Percent signs belong to existing encodings."""
 
 _TOTAL = re.compile(r"bytes (?:\d+-\d+|\*)/(\d+)")
 
 
 class DomainNotAllowedError(PermissionError):
-    """A URL or its redirect leads to a host outside `allowed_domains`."""
+    """A URL or redirect to a host outside `allowed_domains`."""
 
 
 class BadUrlError(OSError):
@@ -46,16 +46,15 @@ class BadUrlError(OSError):
 
 
 class TooManyBytesError(OSError):
-    """A server without range support sends more than the limit."""
+    """A download without range support over its limit."""
 
 
 def is_web(uri: str) -> bool:
-    """True for http and https URLs."""
     return uri[:8].lower().startswith(("https://", "http://"))
 
 
 def check_allowed(url: str, allowed_domains: Sequence[str]) -> None:
-    """Raises a DomainNotAllowedError or BadUrlError unless it is an https URL on an allowed domain or subdomain."""
+    """Raises DomainNotAllowedError or BadUrlError unless `url` is https on an allowed domain or subdomain."""
     parts = urlsplit(ascii_url(url))
     host = parts.hostname or ""
     domains = [_ascii_host(domain) for domain in allowed_domains]
@@ -66,7 +65,7 @@ def check_allowed(url: str, allowed_domains: Sequence[str]) -> None:
 
 
 def ascii_url(url: str) -> str:
-    """The URL as browsers send it (percent-encoded, IDNA, no fragment); raises a BadUrlError if malformed."""
+    """Returns the URL as browsers send it (percent-encoded, IDNA, no fragment). Raises BadUrlError if malformed."""
     try:
         parts = urlsplit(url)
         host, port = _ascii_host(parts.hostname or ""), parts.port
@@ -85,7 +84,6 @@ def _ascii_host(host: str) -> str:
 
 
 def is_host(name: str) -> bool:
-    """True for a bare host name."""
     try:
         return bool(_ascii_host(name)) and not set(name) & set("/:*@")
     except UnicodeError:
@@ -95,17 +93,17 @@ def is_host(name: str) -> bool:
 def open_web(
     url: str, allowed_domains: Sequence[str], max_bytes: int, attempts: int, backoff_seconds: float
 ) -> io.BufferedReader:
-    """A seekable file object over a URL; `max_bytes` limits servers without range support.
+    """Opens a URL as a seekable file. `max_bytes` limits downloads without range support.
 
     Raises:
-        OSError: as file systems do; also socket.gaierror and the errors above.
+        OSError: with a file system's errno, as socket.gaierror, or as an error of this module.
     """
     file = WebFile(url, allowed_domains, max_bytes, attempts, backoff_seconds)
     return io.BufferedReader(file, buffer_size=READ_AHEAD_BYTES)
 
 
 class WebFile(io.RawIOBase):
-    """Reads ranges of one URL; see `open_web`."""
+    """Raw file over one URL."""
 
     def __init__(
         self, url: str, allowed_domains: Sequence[str], max_bytes: int, attempts: int, backoff_seconds: float
@@ -205,8 +203,6 @@ class WebFile(io.RawIOBase):
 
 
 class _CheckedRedirects(urllib.request.HTTPRedirectHandler):
-    """Applies `check_allowed` to every redirect."""
-
     def __init__(self, allowed_domains: Sequence[str]) -> None:
         self._allowed_domains = allowed_domains
 
@@ -224,11 +220,11 @@ def _is_transient(error: Exception) -> bool:
 
 
 def _raise_plain(error: Exception, url: str) -> NoReturn:
-    """Raises it as file systems would, without the URL's query, which may hold a secret."""
+    """Raises `error` as file systems would, without the URL's query, which may be secret."""
     name = storage.shown_uri(url)
     if isinstance(error, urllib.error.HTTPError):
         number = {404: errno.ENOENT, 410: errno.ENOENT, 401: errno.EACCES, 403: errno.EACCES}.get(error.code, errno.EIO)
-        # standard reason phrases: those of a server, and of urllib's redirects, may repeat the URL
+        # standard phrases: those of servers and of urllib's redirects may repeat the URL
         raise OSError(number, f"HTTP {error.code} {responses.get(error.code, '')}".rstrip(), name) from error
     if isinstance(error, ValueError):
         raise BadUrlError("it redirects to a URL that cannot be fetched") from error

@@ -1,4 +1,4 @@
-"""Locations of media inside other files: their addresses, and file objects over them.
+"""Addresses of media inside other files, and file objects over them.
 
 shard.tar#offset=1536&size=20480            a member of a tar
 shard.parquet#column=jpg&row_group=0&row=5  a cell of a binary column, or of a struct's field (image.bytes)
@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from timeviper_platform.common.storage import open_file
 
 CACHED_ROW_GROUPS = 2
-"""A cell is read with its whole row group, which its neighbours need next."""
+"""Cached row groups: neighbours of a cell are read next."""
 
 _RANGE = re.compile(r"^(?P<uri>.+)#offset=(?P<offset>\d+)&size=(?P<size>\d+)$")
 _CELL = re.compile(r"^(?P<uri>.+)#column=(?P<column>[^&#]+)&row_group=(?P<row_group>\d+)&row=(?P<row>\d+)$")
@@ -34,13 +34,10 @@ class RangeLocation(NamedTuple):
     size: int
 
     def address(self) -> str:
-        """The URI stored in a plan."""
         return f"{self.uri}#offset={self.offset}&size={self.size}"
 
 
 class CellLocation(NamedTuple):
-    """One cell of a Parquet file."""
-
     uri: str
     column: str
     row_group: int
@@ -48,12 +45,11 @@ class CellLocation(NamedTuple):
     """Row within the row group."""
 
     def address(self) -> str:
-        """The URI stored in a plan."""
         return f"{self.uri}#column={quote(self.column)}&row_group={self.row_group}&row={self.row}"
 
 
 def parse_location(uri: str) -> RangeLocation | CellLocation | None:
-    """The location that `uri` addresses; None for a whole file."""
+    """Returns None for a whole file."""
     if found := _RANGE.match(uri):
         return RangeLocation(found["uri"], int(found["offset"]), int(found["size"]))
     if found := _CELL.match(uri):
@@ -62,7 +58,7 @@ def parse_location(uri: str) -> RangeLocation | CellLocation | None:
 
 
 def open_location(location: RangeLocation | CellLocation) -> Any:
-    """A seekable file object over `location`; an OSError when the file lacks it."""
+    """Opens a seekable file over `location`. Raises OSError when the file lacks it."""
     if isinstance(location, RangeLocation):
         return io.BufferedReader(_RangeFile(open_file(location.uri), location.offset, location.size))
     try:
@@ -74,8 +70,6 @@ def open_location(location: RangeLocation | CellLocation) -> Any:
 
 
 class _RangeFile(io.RawIOBase):
-    """A range of a file object, which it closes."""
-
     def __init__(self, file: Any, offset: int, size: int) -> None:
         self._file, self._offset, self._size, self._position = file, offset, size, 0
 

@@ -1,4 +1,4 @@
-"""The value shared by inputs, probing and planning."""
+"""A medium, as inputs, probing and planning share it."""
 
 from __future__ import annotations
 
@@ -10,45 +10,44 @@ from timeviper_platform.common.listing import FileVersion
 from timeviper_platform.data.media.container import DecodeError, Modality
 
 HEADER_FIELDS = ("modality", "duration_seconds", "source_fps", "width", "height", "codec")
-"""Fields of a `Medium` that probing fills in."""
+"""Fields that probing fills in."""
 
 
 @dataclass(frozen=True, slots=True)
 class Medium:
-    """A video, clip or image, with its headers once probed, or its error."""
+    """A video, clip or image; its headers once probed, or its error."""
 
     uri: str
-    """Absolute URI; may address a location inside a file."""
+    """Absolute URI, possibly of a location inside a file."""
     media_id: str = ""
     start_seconds: float | None = None
     """Start of the clip; None = the beginning."""
     end_seconds: float | None = None
     """Exclusive end of the clip; None = the end."""
     version: FileVersion | None = None
-    """Version stated by a listing or the manifest; None = read it from the file."""
+    """Version in the listing or manifest; None = read it from the file."""
     sha256: str | None = None
     modality: Modality | None = None
-    """None = not probed yet."""
+    """None until probed."""
     duration_seconds: Fraction = Fraction(0)
-    """Exclusive end of the whole medium on its own clock; 0 for an image."""
+    """End of the whole medium on its own clock; 0 for an image."""
     source_fps: float = 0.0
     width: int = 0
     height: int = 0
     codec: str = ""
     error: DecodeError | None = None
-    """Why the medium cannot be preprocessed."""
 
     @property
     def is_probed(self) -> bool:
         return self.modality is not None
 
     def with_headers(self, probed: Medium) -> Medium:
-        """Copies the header fields or the error of `probed`."""
+        """Returns a copy with the headers or error of `probed`."""
         return replace(self, error=probed.error, **{name: getattr(probed, name) for name in HEADER_FIELDS})
 
 
 def media_id_of(uri: str, root: str, start_seconds: float | None = None, end_seconds: float | None = None) -> str:
-    """The default id: the first 32 hex digits of sha256(URI relative to the input root, plus a clip's bounds)."""
+    """Returns the default id: 32 hex digits of sha256(URI relative to `root`, plus a clip's bounds)."""
     text = uri[len(root) :].lstrip("/") if uri.startswith(root.rstrip("/") + "/") else uri
     if start_seconds is not None or end_seconds is not None:
         text += f"#t={start_seconds or 0},{'' if end_seconds is None else end_seconds}"

@@ -1,4 +1,4 @@
-"""Reads modality, duration, size and codec from a medium's headers, and the version and hash of its file."""
+"""Reads a medium's headers, and the version and hash of its file."""
 
 from __future__ import annotations
 
@@ -33,20 +33,18 @@ from timeviper_platform.data.media.locations import RangeLocation, parse_locatio
 from timeviper_platform.data.media.medium import Medium
 
 AV_TIME_BASE = 1_000_000
-"""Container durations of FFmpeg are in microseconds."""
+"""Ticks per second of FFmpeg's container durations."""
 
 STEADY_RATE_TOLERANCE = Fraction(1, 100)
-"""Relative distance between average and base rate from which a frame rate counts as variable."""
+"""Relative difference of average and base rate above which a frame rate is variable."""
 
 PROBE_THREADS = 16
 """Probing mostly waits for disks and object stores."""
 
 
 class ProbeSource(Protocol):
-    """Reads the headers of media."""
-
     def probe(self, media: Sequence[Medium]) -> list[Medium]:
-        """The media in order, each with its header fields or its error filled in."""
+        """Returns the media in order, each with its header fields or error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +65,7 @@ class LocalProbes:
 
 
 def probe_media(source: str | bytes, limits: MediaLimits | None = None) -> Medium:
-    """The medium at `source`, a URI or a file's bytes, with its header fields; a DecodeError without any."""
+    """Returns the medium at `source` (URI or bytes) with its header fields. Raises DecodeError."""
     limits = limits or MediaLimits()
     with decode_errors("probe", source, limits):
         head = read_head(source, limits)
@@ -85,7 +83,7 @@ def probe_media(source: str | bytes, limits: MediaLimits | None = None) -> Mediu
 
 
 def file_version(uri: str, limits: MediaLimits | None = None) -> FileVersion:
-    """The version of a file, location or URL; a DecodeError when it is missing."""
+    """Returns the version of a file, location or URL. Raises DecodeError when it is missing."""
     location = parse_location(uri)
     if location is not None:
         whole = file_version(location.uri)
@@ -107,7 +105,6 @@ def file_version(uri: str, limits: MediaLimits | None = None) -> FileVersion:
 
 
 def sha256_of(uri: str, limits: MediaLimits | None = None) -> str:
-    """sha256 of a file's bytes, as hex digits."""
     with decode_errors("probe", uri, limits), open_binary(uri, limits) as file:
         digest = hashlib.sha256()
         while chunk := file.read(1 << 20):
@@ -156,9 +153,9 @@ def _probe_video(source: str | bytes, limits: MediaLimits) -> Medium:
 
 
 def _stream_end(container: Any, stream: Any) -> Fraction:
-    """End of the stream by its header, or by its last packets for a variable frame rate.
+    """Returns the end by the header, or by the last packets for a variable frame rate.
 
-    MP4 durations count DTS: with B-frames and a variable rate they may end seconds before the last PTS.
+    MP4 durations count DTS: with B-frames they may end seconds before the last PTS.
     """
     origin = clock_origin(container, stream)
     end = (stream.start_time or 0) + stream.duration
