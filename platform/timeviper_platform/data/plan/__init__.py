@@ -1,1 +1,1 @@
-"""From media to segments of 64 frames, stored and compared with what is committed."""
+"""Plans media as segments of 64 frames, and stores the plan."""

@@ -1,6 +1,6 @@
-"""Media to PLAN rows: reads headers and cuts each medium into segments of at most 64 sampled frames.
+"""Cuts media into segments of at most 64 sampled frames, the PLAN rows.
 
-Equal input gives equal segment ids whatever ran before, which makes the job resumable. Does not import Ray.
+Equal inputs give equal segment ids, so that a job can resume. Does not import Ray.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from timeviper_platform.data.video_worker.frame_source import DecodeConfig
 from timeviper_platform.data.video_worker.isolated import IsolatedProbes
 
 SEGMENT_FRAMES = 64
-"""28 MB of frames at 384 x 384: what a worker holds at once, however long the video."""
+"""A worker holds one segment: 28 MB at 384 x 384."""
 
 MAX_TABLE_ROWS = 65_536
-"""Rows of one PLAN table: a page of films has millions."""
+"""Maximum rows of one PLAN table. A page of films has millions."""
 
 READ_THREADS = 16
 """File versions and hashes wait for disks and object stores."""
@@ -38,7 +38,7 @@ READ_THREADS = 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Segment:
-    """A PLAN row with status planned: up to 64 consecutive sampled frames of one medium."""
+    """Up to 64 consecutive sampled frames of one medium: a PLAN row with status planned."""
 
     segment_id: str
     media_id: str
@@ -61,22 +61,19 @@ class Segment:
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Segment:
-        """The segment of a PLAN row."""
         return cls(**{field.name: row[field.name] for field in fields(cls)})
 
     def times(self, fps: Fraction) -> list[Fraction]:
-        """Sampling time of every frame, in seconds."""
+        """Returns all sampling times, in seconds."""
         return sample_times(exact(self.grid_start_seconds), fps, self.first_frame, self.num_frames)
 
     def time(self, index: int, fps: Fraction) -> Fraction:
-        """Sampling time of frame `index` of the segment; index `num_frames` gives the segment's end."""
+        """Returns the sampling time of frame `index`; `num_frames` gives the segment's end."""
         return exact(self.grid_start_seconds) + (self.first_frame + index) / fps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanSpec:
-    """Everything needed to turn media into segments."""
-
     fps: Fraction
     recipe_hash: str
     limits: MediaLimits = field(default_factory=MediaLimits)
@@ -86,7 +83,7 @@ class PlanSpec:
     max_table_rows: int = MAX_TABLE_ROWS
 
     def probe_source(self) -> ProbeSource:
-        """A new reader of headers; reuse it for many pages."""
+        """Returns a new reader of headers. Reuse it for many pages."""
         if self.decode.isolation == "process":
             return IsolatedProbes(self.limits, self.decode)
         return LocalProbes(self.limits)
@@ -99,8 +96,9 @@ class SamplingConfig:
     fps: float = 1.0
     """Sampled frames per second. Frame k is the one on screen at start + k / fps."""
     frame_selection: Literal["all", "keyframes"] = "all"
-    """all = the frame on screen at every sampling time; keyframes = the last keyframe of each interval, if any: a
-    fraction of the decoding cost."""
+    """all = the frame on screen at every sampling time; keyframes = the last keyframe of each interval, if any, at a
+    fraction of the decoding cost.
+    """
 
     def __post_init__(self) -> None:
         if not 0 < self.fps <= 240:
@@ -109,19 +107,14 @@ class SamplingConfig:
 
 @functools.lru_cache(maxsize=1024)  # parsing a decimal would dominate the planning of an image; most are 0
 def exact(seconds: float) -> Fraction:
-    """The decimal number that the float prints as: 0.1 becomes 1/10."""
+    """Returns the decimal number that the float prints as: 0.1 becomes 1/10."""
     return Fraction(repr(float(seconds)))
 
 
 def plan_page(media: Sequence[Medium], spec: PlanSpec, probes: ProbeSource | None = None) -> Iterator[pa.Table]:
-    """Yields PLAN tables of about `spec.max_table_rows`, in the order of `media`.
+    """Yields PLAN tables of about `spec.max_table_rows`: a row per segment or error, in the order of `media`.
 
-    A medium gives a row for each segment, or one error row. Opens no file for which the manifest has everything.
-
-    Args:
-        media: one page of the input.
-        spec: how to plan them.
-        probes: reader of headers; None = a new one.
+    Opens no file for which the manifest has everything. `probes` None = a new reader of headers.
     """
     if all(_needs_no_file(medium, spec) for medium in media):
         planned = [_plan_medium(medium, spec) for medium in media]
@@ -143,17 +136,17 @@ def plan_page(media: Sequence[Medium], spec: PlanSpec, probes: ProbeSource | Non
 
 
 def segment_id(media_id: str, source_version: str, recipe_hash: str, segment_index: int) -> str:
-    """32 hex digits that identify a segment of one version of a medium under one recipe."""
+    """Returns 32 hex digits for a segment of one version of a medium under one recipe."""
     return hashlib.sha256(f"{media_id}/{source_version}/{recipe_hash}/{segment_index}".encode()).hexdigest()[:32]
 
 
 def segments_of(table: pa.Table) -> list[Segment]:
-    """The segments in PLAN rows, without media in error."""
+    """Returns the segments in PLAN rows, without media in error."""
     return [Segment.from_row(row) for row in table.filter(pc.field("status") == "planned").to_pylist()]
 
 
 def _plan_medium(medium: Medium, spec: PlanSpec) -> dict[str, Any]:
-    """PLAN values shared by all rows of a medium; `num_frames` is their total, 0 for a medium in error."""
+    """Returns PLAN values shared by a medium's rows; `num_frames` is their total, 0 in error."""
     try:
         if medium.error is not None:
             raise medium.error
@@ -172,11 +165,6 @@ def _plan_medium(medium: Medium, spec: PlanSpec) -> dict[str, Any]:
 
 
 def _sampled(medium: Medium, spec: PlanSpec) -> dict[str, Any]:
-    """See `_plan_medium`.
-
-    Raises:
-        DecodeError: when the medium exceeds a limit, has no frame in its clip, or cannot be hashed.
-    """
     file = medium.version
     assert file is not None
     assert medium.modality is not None
@@ -221,7 +209,7 @@ def _check_num_frames(medium: Medium, num_frames: int, limits: MediaLimits) -> N
 
 
 def _table(media: Sequence[dict[str, Any]], recipe_hash: str) -> pa.Table:
-    """PLAN rows of media, built by column: five times as fast as by row."""
+    """Builds PLAN rows by column, five times as fast as by row."""
     totals = np.array([medium["num_frames"] for medium in media], dtype=np.int64)
     num_segments = -(-totals // SEGMENT_FRAMES)
     num_rows = np.maximum(1, num_segments)  # a medium in error has one row

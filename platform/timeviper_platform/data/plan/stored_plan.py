@@ -1,6 +1,6 @@
-"""The plan of a whole input in plan/*.parquet, compared with what the store has committed.
+"""The plan of a whole input in plan/*.parquet, compared with the store's commits.
 
-Memory does not grow with the input, except for 16 bytes per medium and per committed segment.
+Memory grows only by 16 bytes per medium and per committed segment.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from timeviper_platform.data.store.layout import PLAN_FOLDER, read_plan_file
 
 @dataclass(slots=True)
 class PlanCounts:
-    """Totals of a plan, and of what is not committed yet."""
+    """Totals of a plan, and of its uncommitted segments."""
 
     media: int = 0
     segments: int = 0
@@ -33,7 +33,7 @@ class PlanCounts:
     segments_missing: int = 0
     frames_missing: int = 0
     errors: Counter[str] = field(default_factory=Counter)
-    """Media in error, by error type."""
+    """Media in error by type."""
 
     def add(self, table: pa.Table, is_missing: np.ndarray) -> None:
         """Adds PLAN rows; `is_missing` (rows,) marks uncommitted segments."""
@@ -49,7 +49,7 @@ class PlanCounts:
 
 
 class StoredSegments(Sequence[Segment]):
-    """Segments of a stored plan, read lazily: iterating holds one plan file in memory."""
+    """Segments of a stored plan, read lazily: one plan file at a time."""
 
     def __init__(self, plan_files: Sequence[str], count: int, finished: HashTable | None = None) -> None:
         self._plan_files = plan_files
@@ -76,17 +76,14 @@ class StoredSegments(Sequence[Segment]):
 
 @dataclass(frozen=True)
 class Plan:
-    """A stored plan."""
-
     plan_files: list[str]
-    """Its Parquet files, in order."""
+    """Parquet files in order."""
     counts: PlanCounts
     finished: HashTable
     """See `finished_segments`."""
 
     @property
     def segments(self) -> StoredSegments:
-        """All segments."""
         return StoredSegments(self.plan_files, self.counts.segments)
 
     @property
@@ -95,12 +92,12 @@ class Plan:
         return StoredSegments(self.plan_files, self.counts.segments_missing, self.finished)
 
     def tables(self) -> Iterator[pa.Table]:
-        """All PLAN rows, one file at a time."""
+        """Returns all PLAN rows, one file at a time."""
         return (read_plan_file(plan_file) for plan_file in self.plan_files)
 
 
 def write_plan(feature_store: str, tables: Iterable[pa.Table], finished: HashTable) -> Plan:
-    """Writes plan/part-*.parquet in the store, replacing an earlier plan."""
+    """Writes plan/part-*.parquet, replacing an earlier plan."""
     folder = storage.join_uri(feature_store, PLAN_FOLDER)
     storage.remove(folder)
     counts, plan_files = PlanCounts(), []
@@ -112,14 +109,14 @@ def write_plan(feature_store: str, tables: Iterable[pa.Table], finished: HashTab
 
 
 def plan_here(pages: Iterable[list[Medium]], spec: PlanSpec) -> Iterator[pa.Table]:
-    """Yields PLAN tables of pages of media, planned in this process."""
+    """Yields PLAN tables, planned in this process."""
     probes = spec.probe_source()
     for page in pages:
         yield from plan_page(page, spec, probes)
 
 
 def finished_segments(feature_store: str, retry_errors: Iterable[str] = ()) -> HashTable:
-    """Committed segments, without those whose error type is RETRYABLE or in `retry_errors`."""
+    """Returns committed segments, except errors that are RETRYABLE or in `retry_errors`."""
     commits, finished = CommitLog(feature_store), HashTable()
     lost = set(commits.lost())
     retried_types = pa.array(sorted({*RETRYABLE, *retry_errors}), pa.string())
@@ -132,7 +129,7 @@ def finished_segments(feature_store: str, retry_errors: Iterable[str] = ()) -> H
 
 
 def missing_rows(table: pa.Table, finished: HashTable) -> np.ndarray:
-    """(rows,) bool: PLAN rows that are segments and not committed."""
+    """Returns (rows,) bool: uncommitted segments among PLAN rows."""
     planned = np.asarray(pc.equal(table["status"], "planned"))
     keys, values = _keys_and_values(table["segment_id"].filter(pa.array(planned)))
     found, stored_values = finished.find(keys)
@@ -141,6 +138,6 @@ def missing_rows(table: pa.Table, finished: HashTable) -> np.ndarray:
 
 
 def _keys_and_values(segment_ids: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Both halves of 32-digit hex ids as uint64: key, and the value that tells equal keys apart."""
+    """Splits 32-digit hex ids into uint64 keys, and values that distinguish equal keys."""
     pairs = np.frombuffer(bytes.fromhex("".join(segment_ids.to_pylist())), dtype=">u8").reshape(-1, 2)
     return pairs[:, 0].astype(np.uint64), pairs[:, 1].astype(np.uint64)

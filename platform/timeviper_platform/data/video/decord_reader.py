@@ -1,7 +1,4 @@
-"""Samples with decord, for whole local files whose timestamps it reads correctly.
-
-Optional. It copies other sources many times over, and has had no release since 2021.
-"""
+"""Samples with decord (optional), from whole local files whose timestamps it reads correctly."""
 
 from __future__ import annotations
 
@@ -19,15 +16,11 @@ from timeviper_platform.data.video.orientation import UPRIGHT
 from timeviper_platform.data.video.stream_info import StreamInfo, read_stream_info
 
 ROUNDING_SECONDS = 1e-5
-"""decord rounds PTS to float32 seconds, which are 6e-5 apart at ten minutes."""
+"""Tolerance for decord's PTS, which are float32 seconds."""
 
 
 def load_decord() -> Any:
-    """Imports decord.
-
-    Raises:
-        RuntimeError: when it is not installed or does not load.
-    """
+    """Imports decord. Raises RuntimeError when it does not load."""
     try:
         import decord
     except (ImportError, OSError, RuntimeError) as error:
@@ -38,7 +31,7 @@ def load_decord() -> Any:
 
 
 class DecordReader:
-    """VideoReader over decord; raises a BackendUnfitError for files that it would misread."""
+    """VideoReader over decord. Raises BackendUnfitError for files that it would misread."""
 
     def __init__(self, source: str | bytes, image_size: int, *, limits: MediaLimits | None = None) -> None:
         decord = load_decord()
@@ -80,7 +73,6 @@ class DecordReader:
 
 
 def _check_fit(info: StreamInfo) -> None:
-    """Raises BackendUnfitError for streams that decord is known to misread."""
     if info.starts_anywhere:
         raise BackendUnfitError("decord cannot seek in formats whose clock does not start at 0")
     if info.num_video_streams > 1:
@@ -92,7 +84,6 @@ def _check_fit(info: StreamInfo) -> None:
 
 
 def _check_times(seconds: np.ndarray, info: StreamInfo) -> None:
-    """Raises BackendUnfitError when decord's timestamps differ from those of the packets."""
     expected = info.ticks * float(info.time_base)
     tolerance = np.maximum(ROUNDING_SECONDS, expected * np.finfo(np.float32).eps)
     if len(seconds) != len(expected) or bool((np.abs(seconds - expected) > tolerance).any()):

@@ -1,4 +1,4 @@
-"""Decoded frames, and the protocol of the readers that decode them."""
+"""Decoded frames, and the protocol of video readers."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from timeviper_platform.data.media.container import (
 )
 
 MAX_TAIL_SECONDS = 1
-"""Times this far past the last frame do not count as missing: sound is often longer."""
+"""Times up to this far past the last frame are not missing: sound often lasts longer."""
 
 
 class BackendUnfitError(Exception):
-    """A backend would return other frames of a file than PyAV."""
+    """The backend would return other frames than PyAV."""
 
 
 @dataclass(frozen=True, slots=True)
 class FrameBatch:
-    """Decoded frames of one medium, ascending in time."""
+    """Frames of one medium, ascending in time."""
 
     frames: np.ndarray
     """(F, H, W, 3) uint8, RGB"""
     pts_seconds: np.ndarray
     """(F,) float64"""
     times_seconds: np.ndarray
-    """(F,) float64: sampling time t of each frame"""
+    """(F,) float64 sampling times"""
     num_missing: int = 0
     """Frames that could not be decoded."""
 
@@ -51,7 +51,7 @@ class VideoReader(Protocol):
     """An open video; sampling is cheapest in ascending order."""
 
     def sample(self, times: Sequence[Fraction]) -> FrameBatch:
-        """The frames on screen at `times` (ascending). Those that do not decode count as missing.
+        """Returns the frames on screen at `times` (ascending).
 
         Raises:
             DecodeError: when the file can no longer be read.
@@ -62,7 +62,7 @@ class VideoReader(Protocol):
 
 
 def check_size(width: int, height: int, limits: MediaLimits, stage: Stage, name: str) -> None:
-    """Raises a DecodeError for frames over `max_pixels`."""
+    """Raises DecodeError over `max_pixels`."""
     if width * height > limits.max_pixels:
         message = f"{name}: {width} x {height} is over {limits.max_pixels = }"
         raise DecodeError(stage, ErrorType.TOO_MANY_PIXELS, message)

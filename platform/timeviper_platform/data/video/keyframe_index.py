@@ -1,8 +1,8 @@
-"""Decides by a container's index whether a seek to a keyframe is cheaper than reading on.
+"""Decides whether seeking to a keyframe is cheaper than reading on.
 
 MP4 and AVI index every frame, Matroska its keyframes (after the first seek), transport streams nothing.
 
-    P ------ K --------------- t    Both ways decode the packets from keyframe K to t; a seek skips reading P..K.
+    P ------ K --------------- t    A seek skips reading P..K; both ways decode K..t.
 """
 
 from __future__ import annotations
@@ -11,18 +11,16 @@ from fractions import Fraction
 from typing import Any
 
 SEEK_PACKETS = 40
-"""Cost of a seek in a local file (0.3 ms)."""
+"""Cost of a local seek (0.3 ms), in packets."""
 
 REMOTE_SEEK_BYTES = 4 << 20
-"""Cost of a seek in a remote file, which drops its read-ahead."""
+"""Cost of a remote seek, which drops the read-ahead."""
 
 BLIND_SEEK_SECONDS = 20
-"""Without an index, seek beyond this distance: keyframes are seldom further apart."""
+"""Minimum distance of a seek without an index."""
 
 
 class KeyframeIndex:
-    """The index of an open stream, which may grow while the stream is read."""
-
     def __init__(self, stream: Any, time_base: Fraction, *, is_local: bool) -> None:
         self._entries = stream.index_entries
         self._time_base = time_base
@@ -30,11 +28,11 @@ class KeyframeIndex:
         self._is_local = is_local
 
     def seek_target(self, position: int, tick: int, reorder: int) -> int | None:
-        """The timestamp to seek to on the way from `position` to `tick`; None when reading on is cheaper.
+        """Returns the timestamp to seek to; None when reading on is cheaper.
 
         Args:
             position: DTS of the last packet read.
-            tick: PTS to reach, after `position`.
+            tick: PTS to reach.
             reorder: PTS - DTS; indices are in DTS.
         """
         entry = self._entries.search_timestamp(tick - reorder) if len(self._entries) else -1

@@ -1,7 +1,6 @@
-"""Samples the last keyframe of each step of the sampling grid, and decodes no other frame.
+"""Samples keyframes only: for time t the last one with t - step < PTS <= t.
 
-The frame of time t is the last keyframe with t - step < PTS <= t. A step without a keyframe has no frame, which does
-not count as missing.
+A step without a keyframe has no frame, which does not count as missing.
 """
 
 from __future__ import annotations
@@ -50,7 +49,6 @@ class KeyframeReader:
             self._open()
 
     def sample(self, times: Sequence[Fraction]) -> FrameBatch:
-        """See `VideoReader.sample`; leaves out times without a keyframe."""
         ticks = [self._tick(t) for t in times]
         if ticks != sorted(ticks):
             raise ValueError("sampling times must ascend")
@@ -93,7 +91,6 @@ class KeyframeReader:
                 yield packet
 
     def _next_packet(self) -> Any:
-        """The next packet with a timestamp; None at the end."""
         packet, self._held = self._held, None
         while packet is None or (packet.pts is None and packet.dts is None):
             try:
@@ -124,7 +121,6 @@ class KeyframeReader:
         self._open()
 
     def _decode(self, packet: Any) -> np.ndarray | None:
-        """The keyframe's pixels, or None when it does not decode."""
         context = self._stream.codec_context
         context.flush_buffers()
         try:

@@ -1,4 +1,4 @@
-"""Turns frames upright by their display matrix, rounded to quarter turns and mirrors."""
+"""Turns frames upright by their display matrix, in quarter turns and mirrors."""
 
 from __future__ import annotations
 
@@ -26,10 +26,9 @@ UPRIGHT = Orientation()
 
 
 def orientation_of(frame: Any) -> Orientation:
-    """The orientation by a decoded frame's display matrix; upright without one.
+    """Returns the orientation by a frame's display matrix.
 
-    The matrix (libavutil/display.h, ISO/IEC 14496-12) moves the pixel at column p, row q to column a p + c q,
-    row b p + d q; its first rows are (a, b, u) and (c, d, v).
+    Its rows (a, b, u) and (c, d, v) move column p, row q to column a p + c q, row b p + d q (ISO/IEC 14496-12).
     """
     matrix = next((bytes(data) for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), b"")
     if len(matrix) != 9 * 4:
@@ -41,6 +40,6 @@ def orientation_of(frame: Any) -> Orientation:
 
 
 def turn_upright(pixels: np.ndarray, orientation: Orientation) -> np.ndarray:
-    """A view of (H, W, 3) pixels, upright."""
+    """Returns an upright view of (H, W, 3) pixels."""
     turned = pixels.swapaxes(0, 1) if orientation.swaps_axes else pixels
     return turned[:: -1 if orientation.reverses_rows else 1, :: -1 if orientation.reverses_columns else 1]

@@ -1,10 +1,10 @@
-"""Finds the packets that hold the frames of given ticks, a few packets ahead of the decoder.
+"""Finds the packets of the frames at given ticks, ahead of the decoder.
 
-DTS never decreases and no PTS is below its DTS, so the last DTS (the front) is a lower bound of all later PTS.
+DTS ascend and no PTS is below its DTS, so later PTS are at least the last DTS (the front).
 
     packets (PTS/DTS)  0/-2  4/-1  2/0  1/1  3/2  8/3     wanted: tick 1
-    after 2/0          front = 0: a PTS in 0..1 may still come, so tick 1 is open
-    after 3/2          front = 2: nothing below 2 will come; the greatest PTS <= 1 is 1
+    after 2/0          front = 0: PTS 1 may still come, tick 1 is open
+    after 3/2          front = 2: the greatest PTS <= 1 is 1
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class LookAhead:
         """Values of `pts_of`."""
 
     def want(self, ticks: Sequence[int]) -> None:
-        """Sets new ticks, ascending and not before the last ones."""
+        """Sets ticks, ascending and not before the previous ones."""
         kept = bisect_right(self._seen, self._last_tick) - 1  # the last tick's frame may be wanted again
         del self._seen[: max(0, kept)]
         self._open = deque(dict.fromkeys(ticks))
@@ -45,7 +45,7 @@ class LookAhead:
         """Adds the next packet.
 
         Raises:
-            ValueError: when its PTS is below an earlier DTS, which invalidates earlier results.
+            ValueError: when its PTS is below an earlier DTS.
         """
         if pts < self._front:
             raise ValueError(f"PTS {pts} follows DTS {self._front}")
@@ -55,30 +55,28 @@ class LookAhead:
         self._resolve()
 
     def finish(self, end: int | None) -> None:
-        """Marks the end of the stream; ticks from `end` on have no frame."""
+        """Marks the end of the stream. Ticks from `end` on have no frame."""
         self._front = _NO_PACKET_LEFT
         self._end = end
         self._resolve()
 
     def restart(self) -> None:
-        """Continues after a seek to a keyframe at or before the first open tick."""
+        """Continues from a keyframe at or before the first open tick."""
         self._seen = []
         self._front = _NO_PACKET_YET
 
     @property
     def next_open(self) -> int | None:
-        """The first unresolved tick."""
         return self._open[0] if self._open else None
 
     @property
     def is_resolved(self) -> bool:
-        """True when every tick's frame is known, or known to be absent."""
         return not self._open
 
     def needed(self, pts: int) -> bool | None:
-        """Whether the frame with this PTS must be output; None = unknown until more packets are read.
+        """Returns whether the decoder must output this frame; None = unknown until more packets are read.
 
-        Frames past the last tick are needed, as the next ticks are not known yet.
+        Frames past the last tick are needed, as the next ticks are unknown.
         """
         if pts > self._last_tick or pts in self.wanted:
             return True
@@ -93,7 +91,7 @@ class LookAhead:
         return False if after < len(self._seen) and self._seen[after] <= tick else None
 
     def may_want(self, pts: int) -> bool:
-        """True while current or later ticks may still want the frame with this PTS."""
+        """Returns True while current or later ticks may want this frame."""
         return pts >= self.pts_of.get(self._last_tick, self._last_tick + 1) or self.needed(pts) is None
 
     def _resolve(self) -> None:

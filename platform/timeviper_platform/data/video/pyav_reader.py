@@ -1,11 +1,11 @@
 """Samples exactly with PyAV, and decodes only wanted frames and their references.
 
-Packets are held back until `LookAhead` finds a wanted one, and dropped if a keyframe comes first. All but the wanted
-packets are decoded with `skip_frame = NONREF`, which drops frames that no other frame refers to (most B-frames) and
-changes no pixel of the rest. Streams without usable PTS (H.264 in AVI) are decoded frame by frame.
+Packets are held until `LookAhead` finds a wanted one, and dropped if a keyframe comes first. `skip_frame = NONREF`
+leaves out unwanted frames that no other frame refers to (most B-frames). Streams without usable PTS (H.264 in AVI)
+are decoded frame by frame.
 
-    decode order   P8   b7   I0   P4   B2   b1   b3   P8 ...    t = 1 wants b1: I0, P4 and B2 are references and
-    sent with       -    -   skip skip skip ALL  skip skip      decoded anyway, b1 because it is wanted, b3 is dropped
+    decode order   P8   b7   I0   P4   B2   b1   b3   P8 ...    t = 1 wants b1: its references I0, P4 and B2
+    sent with       -    -   skip skip skip ALL  skip skip      are decoded, b3 is not
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ logger = logging.getLogger(__name__)
 
 MAX_HELD_PACKETS = 400
 MAX_HELD_BYTES = 32 << 20
-"""Limits of the packets held back."""
+"""Limits of held packets."""
 
 STEP_BACK_SECONDS = 2
-"""Containers seek by DTS or byte and may land past the wanted PTS: step back, doubling each time."""
+"""First step back when a seek lands past the wanted PTS. Doubles each time."""
 
 MAX_REORDER = 16
-"""Frames that H.264 and HEVC decoders may reorder: one overtaken by more will not come."""
+"""Reordering limit of H.264 and HEVC: a frame overtaken by more will not come."""
 
 
 class _NoTimestamps(Exception):
@@ -55,11 +55,10 @@ class _NoTimestamps(Exception):
 
 @dataclass(slots=True)
 class _Walk:
-    """State of a reader between two seeks."""
+    """State between two seeks. `every_frame`, `shown` and `next_frame` serve full decoding."""
 
     packets: Iterator[Any]
     every_frame: Iterator[tuple[int, Any]]
-    """For full decoding only."""
     end_tick: int
     """End of the last frame read."""
     ahead: LookAhead
@@ -68,31 +67,29 @@ class _Walk:
     reorder: int = 0
     """PTS - DTS of the last keyframe."""
     pending: deque[Any] = field(default_factory=deque)
-    """Packets read but not decoded, in decode order."""
+    """Undecoded packets in decode order."""
     held: set[int] = field(default_factory=set)
     """PTS of the pending packets."""
     held_bytes: int = 0
     is_cut: bool = False
-    """True when packets before the first pending one were dropped."""
+    """True when packets before the pending ones were dropped."""
     considered: int | None = None
-    """The last tick for which a seek was considered."""
+    """Last tick for which a seek was considered."""
     recent: dict[int, Any] = field(default_factory=dict)
     """Decoded frames by PTS that may be wanted again."""
     emitted: deque[int] = field(default_factory=lambda: deque(maxlen=4 * MAX_REORDER))
     position: int | None = None
-    """The last requested tick."""
+    """Last requested tick."""
     at_end: bool = False
     is_flushed: bool = False
     shown: tuple[int, Any] | None = None
-    """For full decoding only."""
     next_frame: tuple[int, Any] | None = None
-    """For full decoding only."""
 
 
 def scale_frame(
     frame: Any, image_size: int, reformatter: VideoReformatter, *, limits: MediaLimits, name: str
 ) -> np.ndarray:
-    """A decoded frame as (image_size, image_size, 3) uint8 RGB, upright."""
+    """Returns (image_size, image_size, 3) uint8 RGB, upright."""
     check_size(frame.width, frame.height, limits, "decode_video", name)
     # one thread: slices would make pixels depend on the number of cores
     scaled = reformatter.reformat(
@@ -135,7 +132,6 @@ class PyAVReader:
         self._container.close()
 
     def _find(self, ticks: Sequence[int]) -> dict[int, tuple[int, np.ndarray]]:
-        """PTS and pixels of every tick whose frame decodes."""
         if self._has_timestamps:
             try:
                 return self._find_selectively(ticks)
@@ -146,7 +142,6 @@ class PyAVReader:
         return self._find_fully(ticks)
 
     def _is_tail(self, tick: int) -> bool:
-        """True for times after the last frame, within MAX_TAIL_SECONDS."""
         return (
             self._walk.at_end and self._walk.end_tick <= tick < self._walk.end_tick + MAX_TAIL_SECONDS / self._time_base
         )
@@ -170,14 +165,12 @@ class PyAVReader:
         return {tick: (pts, self._pixels[pts]) for tick, pts in self._walk.ahead.pts_of.items() if pts in self._pixels}
 
     def _is_complete(self) -> bool:
-        """True when every wanted frame is decoded, or overtaken by MAX_REORDER later ones."""
         return self._walk.ahead.is_resolved and all(
             sum(later > pts for later in self._walk.emitted) > MAX_REORDER
             for pts in self._walk.ahead.wanted - self._pixels.keys()
         )
 
     def _collect(self) -> None:
-        """Scales wanted frames; keeps those that may be wanted again."""
         for pts in self._walk.recent.keys() & self._walk.ahead.wanted - self._pixels.keys():
             self._pixels[pts] = self._scale(self._walk.recent[pts])
         self._walk.recent = {pts: frame for pts, frame in self._walk.recent.items() if self._walk.ahead.may_want(pts)}
@@ -202,7 +195,6 @@ class PyAVReader:
             self._take(self._next_packet())
 
     def _is_due(self) -> bool:
-        """True when pending packets must be decoded."""
         walk = self._walk
         return (
             walk.ahead.is_resolved
@@ -245,7 +237,6 @@ class PyAVReader:
             raise _NoTimestamps(str(error)) from error
 
     def _flush_after_cut(self) -> None:
-        """Drains and flushes the decoder when packets were dropped."""
         if self._walk.is_cut:
             self._walk.is_cut = False
             self._decode(None, True)
@@ -262,7 +253,7 @@ class PyAVReader:
                 self._walk.recent[frame.pts] = frame
 
     def _jump(self) -> bool:
-        """Seeks to the next wanted frame if that is cheaper than reading on; considered once per tick."""
+        """Seeks if that is cheaper than reading on, at most once per tick."""
         tick = self._walk.ahead.next_open
         if tick is None or tick == self._walk.considered or self._holds_wanted():
             return False
@@ -278,7 +269,7 @@ class PyAVReader:
         return True
 
     def _seek(self, target: int, tick: int) -> None:
-        """Continues from a keyframe at or before `tick`: that at `target`, an earlier one, or the start."""
+        """Continues from the keyframe at `target`, or an earlier one at or before `tick`."""
         step = int(STEP_BACK_SECONDS / self._time_base)
         ahead = self._walk.ahead
         while target > self._origin:
@@ -320,7 +311,7 @@ class PyAVReader:
         return found
 
     def _frames(self) -> Iterator[tuple[int, Any]]:
-        """Every frame with its PTS: in display order the n-th frame has the n-th smallest timestamp."""
+        """Yields frames with PTS: in display order, the n-th frame has the n-th smallest timestamp."""
         self._context.skip_frame = "DEFAULT"
         stamps: list[int] = []
         while not self._walk.at_end:
@@ -359,7 +350,6 @@ class PyAVReader:
         self._walk = _Walk(self._container.demux(self._stream), self._frames(), self._origin, ahead)
 
     def _next_packet(self) -> Any:
-        """The next packet with data; None at the end."""
         try:
             packet = next(self._walk.packets, None)
         except av.error.FFmpegError as error:
@@ -371,7 +361,7 @@ class PyAVReader:
         self._walk.end_tick = max(self._walk.end_tick, pts + (duration or self._frame_ticks))
 
     def _send(self, packet: Any) -> list[Any]:
-        """Decodes a packet (None = drain the decoder); damaged packets yield nothing."""
+        """Decodes a packet; None drains the decoder."""
         try:
             return list(self._context.decode(packet))
         except av.error.FFmpegError as error:

@@ -1,6 +1,6 @@
-"""Decodes images, and the frames of a video at sampling times, as uint8 at the encoder's size.
+"""Decodes images, and videos at sampling times, as uint8 at the encoder's size.
 
-The frame of time t is the last one with PTS <= t (or the first frame), compared as integers in the stream's time base.
+The frame of time t is the last one with PTS <= t, or the first frame. PTS are compared as integer ticks.
 """
 
 from __future__ import annotations
@@ -41,17 +41,14 @@ def open_video(
     backend: Backend = "pyav",
     keyframe_step: Fraction | None = None,
 ) -> VideoReader:
-    """Opens a video whose frames are scaled to image_size x image_size, bicubic.
+    """Opens a video with frames scaled to image_size x image_size, bicubic.
 
     Args:
-        source: path, URI or bytes.
-        image_size: side of the frames in pixels.
-        limits: None = defaults.
-        backend: PyAV replaces it for keyframes, and for files that BackendUnfitError rules out.
+        backend: PyAV replaces it for keyframes, and on BackendUnfitError.
         keyframe_step: see `KeyframeReader`; None = all frames.
 
     Raises:
-        DecodeError: when it cannot be opened.
+        DecodeError: when the video cannot be opened.
     """
     if keyframe_step is not None:
         from timeviper_platform.data.video.keyframe_reader import KeyframeReader
@@ -74,7 +71,7 @@ def open_video(
 
 
 def check_backend(backend: Backend) -> None:
-    """Raises a RuntimeError when the backend's library does not load or its device is missing."""
+    """Raises RuntimeError when the backend's library or device is missing."""
     if backend == "decord":
         from timeviper_platform.data.video.decord_reader import load_decord
 
@@ -86,7 +83,7 @@ def check_backend(backend: Backend) -> None:
 
 
 def read_image(source: str | bytes, image_size: int, *, limits: MediaLimits | None = None) -> FrameBatch:
-    """The image as one frame at time 0, upright by its EXIF data, with white for transparency."""
+    """Returns one frame at time 0, upright by EXIF, with white for transparency."""
     limits = limits or MediaLimits()
     with (
         decode_errors("decode_image", source, limits),
@@ -109,7 +106,7 @@ def read_image(source: str | bytes, image_size: int, *, limits: MediaLimits | No
 
 
 def _with_8_bits(image: Image.Image) -> Image.Image:
-    """The high byte of every pixel, as Pillow converts 16-bit colours; it clips greys at 255 instead."""
+    """Returns the high bytes: Pillow would clip 16-bit greys at 255."""
     values = np.array(image)
     if "transparency" in image.info:
         values[values == image.info["transparency"]] = 0xFFFF
@@ -126,10 +123,10 @@ def read_frames(
     limits: MediaLimits | None = None,
     backend: Backend = "pyav",
 ) -> FrameBatch:
-    """A whole medium, sampled and thinned to `max_frames`, in one batch.
+    """Returns a whole medium as one batch, thinned to `max_frames`.
 
     Raises:
-        DecodeError: when it is not a medium, is over a limit, or no frame decodes.
+        DecodeError: when it is not a medium, exceeds a limit, or no frame decodes.
     """
     batches = list(
         iter_frames(
@@ -161,7 +158,7 @@ def iter_frames(
     backend: Backend = "pyav",
     frames_per_batch: int = 64,
 ) -> Iterator[FrameBatch]:
-    """`read_frames` in batches of at most `frames_per_batch` frames."""
+    """Yields `read_frames` in batches of at most `frames_per_batch`."""
     limits = limits or MediaLimits()
     probe = probe_media(source, limits)
     if probe.modality == "image":
@@ -189,7 +186,7 @@ def iter_frames(
 
 
 class DecoderPool:
-    """LRU pool of open videos: opening a ten-hour film takes seconds, so its segments share one decoder."""
+    """LRU pool of open videos. The segments of a film share a decoder, which may take seconds to open."""
 
     def __init__(
         self,
@@ -222,6 +219,5 @@ class DecoderPool:
             raise
 
     def close(self) -> None:
-        """Closes every video."""
         while self._readers:
             self._readers.popitem()[1].close()

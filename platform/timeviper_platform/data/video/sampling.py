@@ -20,20 +20,12 @@ def select_frames(
     start_seconds: float | None = None,
     end_seconds: float | None = None,
 ) -> list[int]:
-    """Indices of the frames with start <= t < end, ascending, thinned to `max_frames`.
+    """Returns indices of frames with start <= t < end, ascending, thinned to `max_frames` (None = all).
 
-    `uniform` spreads them evenly from first to last (the paper's training, at most 256); `first` keeps the first ones
-    (the paper's evaluation).
+    `uniform` spreads them from first to last (the paper's training); `first` keeps the first (its evaluation).
 
         select_frames([0, 1, 2, 3, 4], max_frames=3)                    -> [0, 2, 4]
         select_frames([0, 1, 2, 3, 4], max_frames=2, start_seconds=1)   -> [1, 4]
-
-    Args:
-        pts_seconds: (F,) ascending PTS, or sampling times.
-        max_frames: None keeps all.
-        frame_selection: how to thin.
-        start_seconds: None = 0.
-        end_seconds: None = the end.
 
     Raises:
         ValueError: when `max_frames` is below 1 or end is not after start.
@@ -63,7 +55,7 @@ def select_frames(
 
 
 def thin_to_fps(times_seconds: Sequence[float] | np.ndarray, fps: float) -> list[int]:
-    """Indices of the first frame in each step of 1 / fps: thin_to_fps([0, 1, 2, 3, 4], 0.5) -> [0, 2, 4]."""
+    """Returns the first index in each step of 1 / fps: thin_to_fps([0, 1, 2, 3, 4], 0.5) -> [0, 2, 4]."""
     chosen: list[int] = []
     last_step = -1
     for index, seconds in enumerate(times_seconds):
@@ -75,10 +67,10 @@ def thin_to_fps(times_seconds: Sequence[float] | np.ndarray, fps: float) -> list
 
 
 def sample_times(start_seconds: Fraction, fps: Fraction, first_frame: int, num_frames: int) -> list[Fraction]:
-    """t = start + k / fps of the frames k = first_frame, first_frame + 1, ..."""
+    """Returns t = start + k / fps for k = first_frame, first_frame + 1, ..."""
     return [start_seconds + k / fps for k in range(first_frame, first_frame + num_frames)]
 
 
 def count_frames(start_seconds: Fraction, end_seconds: Fraction, fps: Fraction) -> int:
-    """Number of k >= 0 with start + k / fps < end: 597 for 596.46 s at 1 fps."""
+    """Returns the number of k >= 0 with start + k / fps < end: 597 for 596.46 s at 1 fps."""
     return max(0, math.ceil((end_seconds - start_seconds) * fps))

@@ -1,4 +1,4 @@
-"""Reads a stream's timestamps and orientation with PyAV, to check whether other backends handle the file."""
+"""Reads timestamps and orientation with PyAV, to check other backends."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from timeviper_platform.data.video.orientation import UPRIGHT, Orientation, orie
 
 @dataclass(frozen=True, slots=True)
 class StreamInfo:
-    """Timestamps and orientation of the first video stream that is not a cover picture."""
+    """Facts of the stream that `video_stream` selects."""
 
     index: int
     num_video_streams: int
-    """Cover pictures included."""
+    """Number of video streams, including cover pictures."""
     time_base: Fraction
     origin: int
     """Tick at 0 s of the medium's clock."""
@@ -81,7 +81,7 @@ def read_stream_info(source: str | bytes, limits: MediaLimits) -> StreamInfo:
 
 
 def _packets(container: Any, stream: Any) -> Any:
-    """Packets with data, up to the end or the first damage."""
+    """Yields packets up to the end or the first damage."""
     packets = container.demux(stream)
     while True:
         try:
@@ -94,7 +94,6 @@ def _packets(container: Any, stream: Any) -> Any:
 
 
 def _orientation(context: Any, packet: Any) -> Orientation | None:
-    """The orientation of the first frame that the decoder outputs; None = no output yet."""
     try:
         frames = context.decode(packet)
     except av.error.FFmpegError:

@@ -1,6 +1,6 @@
-"""Samples with torchcodec on the CPU or NVDEC; optional (extras `torchcodec` and `nvdec`, FFmpeg's libraries).
+"""Samples with torchcodec on the CPU or NVDEC (optional extras).
 
-torchcodec rotates but does not mirror. Its full-size frames are fetched one at a time and scaled on the CPU.
+Full-size frames are fetched one at a time and scaled on the CPU.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from timeviper_platform.data.video.stream_info import read_stream_info
 logger = logging.getLogger(__name__)
 
 TorchcodecBackend = Literal["torchcodec", "nvdec"]
-"""On the CPU or a GPU; each is also an extra of this package."""
+"""Also the names of extras of this package."""
 
 
 def load_torchcodec(backend: TorchcodecBackend = "torchcodec") -> Any:
-    """Imports torchcodec.decoders.VideoDecoder; a RuntimeError when it or the device is missing."""
+    """Imports VideoDecoder. Raises RuntimeError when torchcodec or the device is missing."""
     try:
         from torchcodec.decoders import VideoDecoder
     except ModuleNotFoundError as error:

@@ -1,1 +1,1 @@
-"""Probing and decoding in a child process that may be killed."""
+"""Probes and decodes in a child process that can be killed."""

@@ -1,12 +1,9 @@
 """Main program of the decode child: `python -m timeviper_platform.data.video_worker.child_main SOCKET LIMITS`.
 
-Limits itself, signals that it is ready, then runs jobs in order until the parent closes the socket or kills it.
+    job    12 bytes (length of JSON and data) with a file descriptor; JSON; data
+    reply  4 bytes (length); JSON. Frames follow each other in the descriptor's memory.
 
-    job    12 bytes (length of the JSON and of the data) with a file descriptor; JSON; data
-    reply  4 bytes (length); JSON. The frames of a job's replies follow each other in the memory of its descriptor.
-
-A job of kind `segments` has one reply per request, in order; `probes` one per medium, as they finish; `medium` one.
-The parent may send jobs ahead.
+Jobs of kind `segments` get a reply per request, in order; `probes` one per medium, as they finish; `medium` one.
 """
 
 from __future__ import annotations
@@ -40,7 +37,7 @@ from timeviper_platform.data.video_worker.frame_source import DecodeConfig, Deco
 JOB = struct.Struct("<IQ")
 REPLY = struct.Struct("<I")
 GRACE_SECONDS = 5
-"""A child without a parent ends this long after its deadline."""
+"""Time from the deadline until an orphaned child ends."""
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Constants of malloc.h."""
@@ -51,7 +48,7 @@ _Reply = tuple[dict[str, Any], np.ndarray]
 
 
 def limit_resources(limits: dict[str, int | None]) -> None:
-    """Sets the limits of `ChildLimits` on this process."""
+    """Applies `ChildLimits` to this process."""
     # DATA, not AS: libraries map far more address space than they use
     kinds = {
         "max_memory_bytes": resource.RLIMIT_DATA,
@@ -69,7 +66,7 @@ def limit_resources(limits: dict[str, int | None]) -> None:
 
 
 class JobRunner:
-    """Runs jobs; videos of segments stay open between jobs."""
+    """Runs jobs; keeps videos of segments open between them."""
 
     def __init__(self) -> None:
         self._source: LocalFrames | None = None
@@ -77,7 +74,7 @@ class JobRunner:
         """Process time at the last reply for a segment."""
 
     def replies(self, job: dict[str, Any], data: bytes) -> Iterator[_Reply]:
-        """Replies of one job: a description and frames, or an error."""
+        """Yields the replies of one job: a description and frames, or an error."""
         kinds: dict[str, Callable[[dict[str, Any]], Iterator[_Reply]]] = {
             "segments": self._segments,
             "probes": _probes,
@@ -131,7 +128,6 @@ def _probe(uri: str, limits: MediaLimits) -> _Reply:
 
 
 def _reply_or_error(work: Callable[[], _Reply], stage: Stage, source: str | bytes) -> _Reply:
-    """The reply of `work`, or an error reply."""
     try:
         return work()
     except DecodeError as error:
@@ -205,7 +201,7 @@ def _receive(connection: socket.socket, num_bytes: int) -> bytes:
 
 
 def keep_freed_memory() -> None:
-    """Makes malloc reuse freed frames: on a virtual machine new pages cost as much as decoding a small JPEG."""
+    """Makes malloc reuse freed frames: on virtual machines, new pages cost as much as decoding a small JPEG."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # glibc only
         mallopt(M_MMAP_THRESHOLD, 32 << 20)

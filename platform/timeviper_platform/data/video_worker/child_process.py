@@ -1,7 +1,6 @@
-"""Starts, limits and kills the decode child, and exchanges jobs and replies with it.
+"""Starts and kills the decode child, and exchanges jobs and replies with it.
 
-Not on pebble: jobs are sent ahead, each reply of a job has its own deadline, and the child has resource limits and an
-environment of its own.
+Not on pebble, which lacks queued jobs, deadlines per reply and resource limits.
 """
 
 from __future__ import annotations
@@ -25,22 +24,22 @@ import numpy as np
 from timeviper_platform.data.video_worker.child_main import JOB, REPLY
 
 START_SECONDS = 120.0
-"""Maximum time to load the child's libraries; normally a second or two."""
+"""Maximum time to load the child's libraries."""
 
 RECEIVED_BYTES = 1 << 16
-"""Maximum bytes of one recv, so that one call gets many short replies."""
+"""Maximum bytes per recv. One call gets many short replies."""
 
 MAX_REPLY_BYTES = 1 << 26
-"""Guards against a compromised child; a real reply has two floats per frame."""
+"""Maximum reply, against a compromised child. Real replies have two floats per frame."""
 
 
 class ChildDiedError(RuntimeError):
-    """The child ended before its reply: its file crashed it, or something killed it."""
+    """The child crashed or was killed before its reply."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChildLimits:
-    """Resource limits of a child's whole life; None = no limit."""
+    """Resource limits of a child; None = no limit."""
 
     max_memory_bytes: int | None
     cpu_seconds: int | None = None
@@ -79,7 +78,7 @@ class DecodeChild:
         return self._process.pid
 
     def wait_until_ready(self) -> None:
-        """Waits until its libraries are loaded; a RuntimeError when it ends or exceeds START_SECONDS."""
+        """Waits for the child's libraries to load. Raises RuntimeError when they do not."""
         if self.is_ready:
             return
         try:
@@ -92,20 +91,20 @@ class DecodeChild:
     def run(
         self, job: dict[str, Any], data: bytes = b"", *, num_frames: int, deadline_seconds: float
     ) -> tuple[dict[str, Any], np.ndarray]:
-        """`send` and `reply` for a job with one reply; returns the reply and the memory of its frames."""
+        """Runs a job with one reply. Returns the reply and the memory of its frames."""
         memory = self.send(job, data, num_frames=num_frames, deadline_seconds=deadline_seconds)
         return self.reply(deadline_seconds), memory
 
     def send(
         self, job: dict[str, Any], data: bytes = b"", *, num_frames: int = 0, deadline_seconds: float
     ) -> np.ndarray:
-        """Queues a job; returns the memory (bytes, uint8) for its frames.
+        """Queues a job. Returns the memory (bytes,) uint8 for its frames.
 
         Args:
             job: see `child_main`.
-            data: bytes of the medium, for a job without a URI.
+            data: bytes of a medium without a URI.
             num_frames: maximum frames of all replies.
-            deadline_seconds: maximum time to each reply.
+            deadline_seconds: maximum time per reply.
 
         Raises:
             ChildDiedError: when the child has ended.
@@ -130,7 +129,7 @@ class DecodeChild:
 
         Args:
             deadline_seconds: maximum wait.
-            idle: called before blocking when no reply has arrived; a short sleep lets short replies accumulate.
+            idle: called before blocking. A short sleep lets short replies accumulate.
 
         Raises:
             ChildDiedError: when the child ends first.
@@ -170,7 +169,7 @@ def _end(process: subprocess.Popen[bytes], connection: socket.socket) -> None:
 
 
 def _shared_memory(num_bytes: int) -> tuple[mmap.mmap, int]:
-    """Anonymous memory and its descriptor, sealed so that the child cannot resize it."""
+    """Returns anonymous memory, sealed against resizing by the child, and its descriptor."""
     descriptor = os.memfd_create("frames", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(descriptor, num_bytes)
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)

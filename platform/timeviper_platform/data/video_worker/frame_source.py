@@ -1,4 +1,4 @@
-"""Requests for frames, their results, and a source that decodes in this process."""
+"""Requests for frames, and a source that decodes in this process."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ class DecodeConfig:
     """Backend and isolation of decoding."""
 
     backend: Backend = "pyav"
-    """Decoder library. All but pyav need whole local files, and fall back to pyav where their frames would differ.
-    nvdec uses the encoder's GPU: it needs execution.mode fused, rounds differently and ignores max_memory_bytes."""
+    """Decoder library. All but pyav read only whole local files; pyav replaces them where their frames would differ.
+    nvdec uses the encoder's GPU: it needs execution.mode fused, rounds differently and ignores max_memory_bytes.
+    """
     max_open_videos: int = 4
-    """Videos that a worker keeps open; 4 take about 250 MB at 720p."""
+    """Open videos per worker; 4 take about 250 MB at 720p."""
     isolation: Literal["process", "none"] = "process"
-    """process = media are probed and decoded in a child process, so that a crash or hang is one error row."""
+    """process = a child process probes and decodes, so that a crash or hang is one error row."""
     deadline_seconds: float = 600.0
-    """Maximum time for a segment of 64 frames, with isolation process."""
+    """Maximum time for a segment of 64 frames in the child process."""
     probe_deadline_seconds: float = 120.0
-    """Maximum time for the headers of one medium, with isolation process."""
+    """Maximum time to probe one medium in the child process."""
     max_memory_bytes: int = 4 << 30
     """Memory limit of the child process."""
 
@@ -45,30 +46,24 @@ class DecodeConfig:
 
 @dataclass(frozen=True, slots=True)
 class DecodeRequest:
-    """A request for frames of one medium."""
-
     uri: str
     modality: Modality
     times: Sequence[Fraction]
-    """Sampling times, ascending; an image has one frame, whatever its time."""
+    """Ascending sampling times. An image has one frame, whatever its time."""
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeResult:
-    """Frames or the error of a request, and their cost."""
-
     frames: FrameBatch | DecodeError
     seconds: float
-    """Wall-clock time of decoding."""
+    """Wall-clock decoding time."""
     cpu_seconds: float = 0.0
-    """CPU time in a child process."""
+    """CPU time of a child process."""
 
 
 class FrameSource(Protocol):
-    """Decodes frames."""
-
     def decode(self, requests: Iterable[DecodeRequest]) -> Iterator[DecodeResult]:
-        """One result per request, in order; errors are results."""
+        """Yields one result per request, in order. Errors are results."""
 
 
 @dataclass(slots=True)
@@ -101,11 +96,7 @@ class LocalFrames:
             yield DecodeResult(frames, time.perf_counter() - started)
 
     def frames(self, request: DecodeRequest) -> FrameBatch:
-        """The frames of one request.
-
-        Raises:
-            DecodeError: when the medium cannot be decoded.
-        """
+        """Returns the frames of one request. Raises DecodeError."""
         if is_web(request.uri):  # `open_web` retries
             return self._read(request)
         try:
@@ -120,5 +111,4 @@ class LocalFrames:
 
 
 def decode_stage(modality: Modality) -> Stage:
-    """The stage named in decoding errors."""
     return "decode_image" if modality == "image" else "decode_video"

@@ -1,4 +1,4 @@
-"""Probes and decodes in a child process; finds the medium at fault when the child crashes, hangs or lacks memory."""
+"""Probes and decodes in a child process, and finds the medium at fault when it fails."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ MAX_FRAMES_PER_JOB = 64
 """One long segment, or many images."""
 
 JOBS_AHEAD = 2
-"""Jobs queued in the child: it decodes one while this process handles the other's frames."""
+"""Jobs queued in the child: one decodes while this process handles the other's frames."""
 
 IDLE_SECONDS = 0.01
-"""The decoding time of a few images."""
+"""Decoding time of a few images."""
 
 
 def _idle() -> None:
@@ -40,14 +40,12 @@ def _idle() -> None:
 
 @dataclass(slots=True)
 class _Job:
-    """A job of the child."""
-
     requests: deque[DecodeRequest]
     """Requests without a reply."""
     memory: np.ndarray | None = None
-    """(bytes,) uint8: the frames of all requests, one after the other; None if the job could not be sent."""
+    """(bytes,) uint8: frames of all requests in order; None if the job could not be sent."""
     num_bytes: int = 0
-    """Bytes of `memory` filled by earlier replies."""
+    """Bytes filled by earlier replies."""
 
 
 @dataclass(slots=True)
@@ -65,9 +63,9 @@ class IsolatedFrames:
     idle: Callable[[], None] = _idle
     """See `DecodeChild.reply`."""
     child: DecodeChild | None = field(init=False)
-    """The current process; None after it ended."""
+    """Current process; None after it ended."""
     _timed_out: dict[str, DecodeError] = field(default_factory=dict, init=False)
-    """Errors of media that passed the deadline, whose further segments would cost as much."""
+    """Errors of media that passed the deadline. Their further segments fail at once."""
 
     def __post_init__(self) -> None:
         self.child = self._start()
@@ -90,7 +88,7 @@ class IsolatedFrames:
                 self._end_child()
 
     def _next(self, jobs: deque[_Job]) -> DecodeResult:
-        """The first request's result; retries once when the child dies."""
+        """Returns the first request's result. Retries once when the child dies."""
         request = jobs[0].requests[0]
         stage, name = decode_stage(request.modality), source_name(request.uri)
         try:
@@ -112,7 +110,6 @@ class IsolatedFrames:
             )
 
     def _received(self, jobs: deque[_Job]) -> DecodeResult:
-        """The first request's result from the child's next reply."""
         job = jobs[0]
         if self.child is None or job.memory is None:
             raise ChildDiedError("the decoding process ended before the request")
@@ -129,14 +126,13 @@ class IsolatedFrames:
         return DecodeResult(FrameBatch(pixels, pts, times, reply["num_missing"]), *costs)
 
     def _failed(self, jobs: deque[_Job], error: DecodeError, *, is_sent: bool = False) -> DecodeResult:
-        """An error as the first request's result; `is_sent` resends the others to a new child."""
+        """Fails the first request; `is_sent` resends the others to a new child."""
         jobs[0].requests.popleft()
         if is_sent:
             self._resend(jobs)
         return DecodeResult(error, 0.0)
 
     def _resend(self, jobs: Iterable[_Job]) -> None:
-        """Sends all requests without a reply to a new child."""
         self._end_child()
         for job in jobs:
             self._send(job)
@@ -174,7 +170,6 @@ class IsolatedFrames:
 
 
 def _groups(requests: Iterable[DecodeRequest]) -> Iterator[list[DecodeRequest]]:
-    """Requests in order, in groups of at most MAX_FRAMES_PER_JOB frames."""
     group: list[DecodeRequest] = []
     num_frames = 0
     for request in requests:
@@ -189,16 +184,15 @@ def _groups(requests: Iterable[DecodeRequest]) -> Iterator[list[DecodeRequest]]:
 
 @dataclass(slots=True)
 class IsolatedProbes:
-    """ProbeSource in a child process, started by the first medium.
+    """ProbeSource in a child process.
 
-    The child probes many media at once. If it ends, hangs or lacks memory, the media that it had started are probed
-    one by one, and the others together.
+    The child probes many media at once. When it fails, started media are probed one by one, the others together.
     """
 
     limits: MediaLimits
     config: DecodeConfig
     child: DecodeChild | None = field(default=None, init=False)
-    """The current process; None before the first medium and after it ended."""
+    """None before the first medium and after the process ended."""
 
     def probe(self, media: Sequence[Medium]) -> list[Medium]:
         found: dict[str, Medium] = {}
@@ -212,7 +206,7 @@ class IsolatedProbes:
         return [medium.with_headers(found[medium.uri]) for medium in media]
 
     def _probe_many(self, uris: Sequence[str]) -> dict[str, Medium]:
-        """Media probed until the child ends, without those that ran out of memory."""
+        """Returns media probed before the child ended, without those out of memory."""
         found: dict[str, Medium] = {}
         try:
             for medium in self._probed(uris):
@@ -229,7 +223,7 @@ class IsolatedProbes:
         return finished
 
     def _probe_one(self, uri: str) -> Medium:
-        """Probes one medium; retries once when the child dies, perhaps killed from outside."""
+        """Probes one medium. Retries once when the child dies."""
         name = source_name(uri)
         try:
             return self._probe_once(uri)
@@ -253,7 +247,7 @@ class IsolatedProbes:
         return medium
 
     def _probed(self, uris: Sequence[str]) -> Iterator[Medium]:
-        """Probed media in the order of their replies."""
+        """Yields media in the order of their replies."""
         if self.child is None:
             self.child = DecodeChild(ChildLimits(max_memory_bytes=self.config.max_memory_bytes))
         job = {"kind": "probes", "uris": list(uris), "limits": asdict(self.limits)}
