@@ -1,4 +1,4 @@
-"""Writes the paper's Figures 3 to 6 for a weights folder and questions, as JSON, CSV and SVG."""
+"""Writes the paper's Figures 3 to 6 as JSON, CSV and SVG."""
 
 from __future__ import annotations
 
@@ -38,22 +38,20 @@ Figure = Literal["blocking", "dropping", "maps"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AnalyzeConfig:
-    """One analysis."""
-
     weights: str
-    """Folder of the weights."""
+    """Weights folder."""
     feature_store: str
     """URI of the feature store."""
     questions: str
-    """Folder with one QUESTIONS file per task."""
+    """Folder with a QUESTIONS file per task."""
     output: str
     """Folder for the figures; existing files are replaced."""
     tasks: tuple[str, ...] = ("choice",)
-    """Names of the files in `questions`, without .parquet."""
+    """File names in `questions`, without .parquet."""
     max_questions: int | None = 64
-    """Maximum questions per task, the first ones; null = all."""
+    """Maximum questions per task; null = all."""
     figures: tuple[Figure, ...] = ("blocking", "dropping", "maps")
-    """Figures to write: 3 (blocking), 4 (dropping), 5 and 6 (maps)."""
+    """Figure 3 (blocking), 4 (dropping), 5 and 6 (maps)."""
     answering: AnsweringConfig = field(default_factory=AnsweringConfig)
     blocking: BlockingSweep = field(default_factory=BlockingSweep)
     dropping: DroppingSweep = field(default_factory=DroppingSweep)
@@ -65,10 +63,10 @@ class AnalyzeConfig:
 
 
 def run_analysis(config: AnalyzeConfig) -> list[str]:
-    """Writes the configured figures, each as soon as it is computed; returns the files' URIs.
+    """Writes each figure as soon as it is computed; returns the files' URIs.
 
     Raises:
-        ValueError: for wrong questions, weights or features, or when no question has its media.
+        ValueError: for invalid inputs, or when no question has its media.
     """
     rows = read_questions(config.questions, config.tasks, config.max_questions)
     check_inputs(config.weights, config.feature_store)
@@ -98,7 +96,7 @@ def _with_media(rows: Sequence[Question], config: AnalyzeConfig, *, dim: int) ->
 
 
 def make_answered(answerer: Answerer, prompts: Sequence[_QuestionPrompt]) -> Answered:
-    """Packs every question with each of its options, or with its right answer when it has no choices."""
+    """Packs each question with its options, or with its right answer when it has no choices."""
     options = [row["choices"] if row["answer"] in (row["choices"] or []) else [row["answer"]] for row, _ in prompts]
     pairs = [(prompt, text) for (_, prompt), texts in zip(prompts, options, strict=True) for text in texts]
     return Answered(
@@ -153,7 +151,6 @@ _WRITERS = {"blocking": _write_blocking, "dropping": _write_dropping, "maps": _w
 
 
 def _map_values(layer_map: LayerMap) -> dict[str, Any]:
-    """A block's maps as plain values, also per head."""
     shares = layer_map.groups.share_HAB
     return {
         "layer": layer_map.layer,
@@ -168,7 +165,7 @@ def _map_values(layer_map: LayerMap) -> dict[str, Any]:
 def _write_sweep(
     folder: str, name: str, rows: Sequence[dict[str, Any]], keys: tuple[str, ...], title: str
 ) -> list[str]:
-    """Writes the rows as JSON and CSV, and a chart of log-probability over layers with a line per value of `keys`."""
+    """Writes JSON, CSV, and a chart of log-probability over layers with a line per value of `keys`."""
     baseline, *measured = rows
     layers = [row["layer"] for row in measured]
     lines: dict[str, list[tuple[float, float]]] = {
@@ -195,7 +192,7 @@ def _logged(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any
 
 
 def _plain(value: float) -> float | None:
-    """None for NaN, which JSON lacks: nothing was averaged."""
+    """Replaces NaN, which JSON lacks, by None."""
     return None if math.isnan(value) else value
 
 

@@ -1,4 +1,4 @@
-"""Answers held-out questions with their video and without it, and scores both answers. Does not import Ray."""
+"""Answers questions with and without their video, and scores both. Does not import Ray."""
 
 from __future__ import annotations
 
@@ -20,54 +20,48 @@ from timeviper_platform.evaluation.metrics import Span, parse_span, temporal_iou
 Question = dict[str, Any]
 """A row of the QUESTIONS schema."""
 _Entry = tuple[int, Question, tuple[Tensor, ...]]
-"""A question's index, the question, and the rows of its media."""
+"""Index, question, and the rows of its media."""
 Status = Literal["ok", "no_features", "no_answer_format"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AnsweringConfig:
-    """How the model answers questions."""
-
     max_frames: int | None = 256
-    """Maximum frames of a video, as in the paper's evaluation; null = all."""
+    """Maximum frames per video, 256 as in the paper; null = all."""
     frame_selection: Literal["uniform", "first"] = "uniform"
-    """Frames to keep of a longer video. The paper's evaluation takes the first."""
+    """Frames to keep of a longer video. The paper takes the first."""
     max_new_tokens: int = 32
     """Maximum tokens of a free answer."""
     max_pack_tokens: int = DEFAULT_MAX_PACK_TOKENS
-    """Maximum tokens of (question, option) pairs that run together; bounds memory."""
+    """Maximum tokens per pack of (question, option) pairs. Bounds memory."""
     dtype: Dtype = "float32"
-    """Type of the weights and the features."""
+    """Type of weights and features."""
     device: str = "cpu"
-    """Device that holds the model, such as cuda."""
+    """PyTorch device."""
     backend: Backend = "auto"
-    """Scans, convolutions and attention: torch, kernels (an error where they cannot run), or auto."""
+    """Implementation of scans, convolutions and attention; `auto` uses kernels where they run."""
     num_threads: int = 1
-    """Torch threads of each worker."""
+    """PyTorch threads per worker."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """The answers to one question, and their scores."""
-
     sample_id: str
     task: str
     status: Status
-    """no_features: a medium is not in the store; no_answer_format: neither choices nor a clip to compare with"""
+    """no_features: a medium is not stored; no_answer_format: neither choices nor a clip."""
     expected: str
     answer: str
-    """with the video: the likeliest option, or the generated text"""
+    """The likeliest option, or the generated text."""
     answer_without_video: str
     score: float
-    """choices: 1 for the right option, else 0; grounding: temporal IoU"""
+    """1 or 0 for choices; temporal IoU for grounding."""
     score_without_video: float
     chance: float | None
-    """choices: one over their number"""
+    """1 / number of choices."""
 
 
 class Evaluator:
-    """Holds one model and one feature store, and answers batches of questions."""
-
     def __init__(self, *, weights_folder: str, feature_store: str, config: AnsweringConfig) -> None:
         torch.set_num_threads(config.num_threads)
         self._config = config
@@ -77,10 +71,10 @@ class Evaluator:
         self._answerer = Answerer(model, weights.load_tokenizer(weights_folder), max_pack_tokens=config.max_pack_tokens)
 
     def evaluate(self, questions: Sequence[Question]) -> list[Outcome]:
-        """One outcome per question, in order.
+        """Returns one outcome per question, in order.
 
         Raises:
-            ValueError: when a medium's features are not as wide as the weights need.
+            ValueError: when features do not have the weights' width.
         """
         outcomes: dict[int, Outcome] = {}
         with_choices: list[_Entry] = []
@@ -111,10 +105,10 @@ class Evaluator:
 def read_media(
     store: FeatureStore, question: Question, config: AnsweringConfig, *, dim: int
 ) -> tuple[Tensor, ...] | None:
-    """The vision rows of each of the question's media; None when the store lacks one.
+    """Returns vision rows per medium; None when the store lacks one.
 
     Raises:
-        ValueError: when a medium's features are not `dim` wide.
+        ValueError: when features are not `dim` wide.
     """
     media = []
     for medium in question["media"] or []:
@@ -146,7 +140,7 @@ def load_model(weights_folder: str, config: AnsweringConfig) -> TimeViper:
 def _answer(
     entries: Sequence[_Entry], answer: Callable[[Sequence[Question], Sequence[Prompt]], list[str]]
 ) -> dict[int, Outcome]:
-    """Outcomes by the question's index; `answer` runs once with the videos and once without."""
+    """Returns outcomes by question index; `answer` runs with the videos and without."""
     if not entries:
         return {}
     questions = [question for _, question, _ in entries]

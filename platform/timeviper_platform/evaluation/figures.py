@@ -1,4 +1,4 @@
-"""Computes the numbers of the paper's Figures 3 to 6 from a model and packs of answered questions."""
+"""Computes the numbers of the paper's Figures 3 to 6."""
 
 from __future__ import annotations
 
@@ -27,44 +27,44 @@ KINDS = [kind.name.lower() for kind in TokenKind]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockingSweep:
-    """Figure 3: one flow of information blocked per measurement."""
+    """Figure 3: blocks one information flow per measurement."""
 
     flows: tuple[Literal["v2i", "v2r"], ...] = ("v2i", "v2r")
-    """Flows to block: vision to instruction (v2i), vision to response (v2r)."""
+    """Vision to instruction (v2i), vision to response (v2r)."""
     scopes: tuple[Literal["layer", "window", "from_layer"], ...] = ("from_layer",)
-    """Blocks in which a flow is blocked: one, `window` of them, or all from one on."""
+    """Where to block: one block, `window` blocks, or all blocks from one on."""
     window: int = 5
-    """Number of blocks of scope `window`."""
+    """Number of blocks in scope `window`."""
     kinds: tuple[Literal["attention", "mamba", "both"], ...] = ("both",)
-    """Kinds of blocks in which a flow is blocked."""
+    """Kinds of blocks in which the flow is blocked."""
     layers: tuple[int, ...] | None = None
-    """Blocks to measure at; null = every block that mixes tokens."""
+    """Blocks to measure at; null = all that mix tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DroppingSweep:
-    """Figure 4: vision tokens dropped before one block per measurement."""
+    """Figure 4: drops vision tokens before one block per measurement."""
 
     selections: tuple[Literal["uniform", "attention"], ...] = ("uniform", "attention")
-    """Ways to choose the tokens to keep."""
+    """How to choose the tokens to keep."""
     keep_ratios: tuple[float, ...] = (0.5, 0.1)
-    """Shares of the vision tokens to keep."""
+    """Shares of vision tokens to keep."""
     layers: tuple[int, ...] | None = None
-    """Blocks to measure at; null = every block that mixes tokens. Selection by attention needs an attention block."""
+    """Blocks to measure at; null = all that mix tokens. Selection by attention needs an attention block."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MapsConfig:
-    """Figures 5 and 6: pooled maps of attention, and of Mamba's hidden attention."""
+    """Figures 5 and 6: pooled maps of attention and of Mamba's hidden attention."""
 
     num_questions: int = 8
-    """Number of questions, the first ones, each with its right answer."""
+    """Number of questions, each with its right answer."""
     num_bins: int = 48
-    """Rows and columns of a picture."""
+    """Rows and columns of a map."""
     max_queries: int = 1024
-    """Maximum queries per question, evenly spaced up to the last token; bounds the time of long inputs."""
+    """Maximum queries per question, evenly spaced. Bounds the time of long inputs."""
     layers: tuple[int, ...] | None = None
-    """Blocks to map; null = every block that mixes tokens."""
+    """Blocks to map; null = all that mix tokens."""
 
     def __post_init__(self) -> None:
         if min(self.num_questions, self.num_bins, self.max_queries) < 1:
@@ -73,21 +73,19 @@ class MapsConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answered:
-    """Packs of questions with all their options, to score any variant of the model."""
+    """Packed questions with all their options, for scoring variants of the model."""
 
     batches: tuple[PackedBatch, ...]
-    """one segment per (question, option), in order"""
+    """One segment per (question, option), in order."""
     num_options: tuple[int, ...]
-    """per question; 1 without choices"""
+    """Per question; 1 without choices."""
     right: tuple[int, ...]
-    """index of each question's right option"""
+    """Index of each question's right option."""
 
     def score(self, target_log_probs: Callable[[PackedBatch], tuple[Tensor, Tensor]]) -> dict[str, float | None]:
-        """Scores one variant of the model.
+        """Returns the right answers' mean log-probability per token, and accuracy.
 
-        Returns:
-            `log_prob`: mean over questions of the right answer's log-probability per token. `accuracy`: share of the
-            questions with choices whose most probable option is the right one; None without any.
+        Accuracy counts questions with choices; None without any.
         """
         sums, counts = [], []
         for batch in self.batches:
@@ -115,7 +113,7 @@ def mixing_layers(model: TimeViper, layers: tuple[int, ...] | None) -> list[int]
 
 
 def blocking_rows(model: TimeViper, answered: Answered, sweep: BlockingSweep) -> Iterator[dict[str, Any]]:
-    """Yields the score with nothing blocked (`flow` "none"), then with each flow, scope, kind and layer."""
+    """Yields an unblocked score (`flow` "none"), then one per flow, scope, kind and layer."""
     start = answered.score(model.target_log_probs)
     yield {"flow": "none", "scope": "", "kind": "", "layer": None, **start}
     for flow in sweep.flows:
@@ -129,7 +127,7 @@ def blocking_rows(model: TimeViper, answered: Answered, sweep: BlockingSweep) ->
 
 
 def dropping_rows(model: TimeViper, answered: Answered, sweep: DroppingSweep) -> Iterator[dict[str, Any]]:
-    """Yields the score with nothing dropped (`select` "none"), then with each selection, ratio and layer."""
+    """Yields a score with all tokens (`select` "none"), then one per selection, ratio and layer."""
 
     def score(sites: Sequence[TransVSite]) -> dict[str, float | None]:
         return answered.score(with_plan(model, sites).target_log_probs)
@@ -146,19 +144,19 @@ def dropping_rows(model: TimeViper, answered: Answered, sweep: DroppingSweep) ->
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerMap:
-    """The maps of one block over all questions."""
+    """Maps of one block over all questions."""
 
     layer: int
     block_type: str
     groups: PooledMap
-    """between token kinds; Mamba's rows divided by their L1 norm, as in Figure 6"""
+    """Between token kinds; Mamba's rows are divided by their L1 norm, as in Figure 6."""
     picture_BB: Tensor
-    """absolute weights between bins of equal length, averaged over questions and heads"""
+    """Absolute weights between bins, averaged over questions and heads."""
     heads: HeadStatistics
-    """averages over questions"""
+    """Averages over questions."""
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Yields the share that a query of one kind gives to all tokens of another, averaged over heads."""
+        """Yields the share of a query kind's weights on each token kind, averaged over heads."""
         shares = self.groups.share_HAB.mean(0)
         for a, query in enumerate(KINDS):
             for b, source in enumerate(KINDS):
@@ -174,7 +172,7 @@ class LayerMap:
 
 
 def layer_maps(model: TimeViper, batches: Sequence[PackedBatch], config: MapsConfig) -> list[LayerMap]:
-    """The maps of every chosen block, over batches of one question each."""
+    """Maps every chosen block. Each batch holds one question."""
     types = model.config.text.block_types
     layers = mixing_layers(model, config.layers)
     maps: dict[int, list[tuple[PooledMap, PooledMap, HeadStatistics]]] = {layer: [] for layer in layers}
@@ -207,7 +205,7 @@ def layer_maps(model: TimeViper, batches: Sequence[PackedBatch], config: MapsCon
 
 
 def spread(num_tokens: int, max_queries: int, device: torch.device) -> Tensor:
-    """At most `max_queries` indices, evenly spaced and with the last one: spread(9, 3) -> 2, 5, 8."""
+    """Returns evenly spaced indices with the last one: spread(9, 3) -> 2, 5, 8."""
     count = min(num_tokens, max_queries)
     return (torch.arange(1, count + 1, device=device) * num_tokens) // count - 1
 

@@ -1,4 +1,4 @@
-"""Computes temporal IoU and 95 % intervals of scores."""
+"""Temporal IoU and 95 % intervals of scores."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ _INTERVAL = re.compile(r"from\s+(\d+(?:\.\d+)?)\s*(?:s|seconds?)?\s+to\s+(\d+(?:
 
 
 class Span(NamedTuple):
-    """A time interval of a video."""
-
     start_seconds: float
     end_seconds: float
 
 
 def parse_span(text: str) -> Span | None:
-    """The first 'From A to B seconds' of an answer; None without one, or when it ends before it starts."""
+    """Parses the first 'From A to B seconds'; returns None without one, or when A > B."""
     match = _INTERVAL.search(text)
     if match is None:
         return None
@@ -30,22 +28,14 @@ def parse_span(text: str) -> Span | None:
 
 
 def temporal_iou(first: Span, second: Span) -> float:
-    """Intersection over union of two intervals, 0 to 1.
-
-    >>> temporal_iou(Span(0, 4), Span(2, 6))
-    0.3333333333333333
-    """
+    """Returns intersection over union, 0 to 1."""
     shared = min(first.end_seconds, second.end_seconds) - max(first.start_seconds, second.start_seconds)
     covered = max(first.end_seconds, second.end_seconds) - min(first.start_seconds, second.start_seconds)
     return max(0.0, shared) / covered if covered > 0 else 0.0
 
 
 def wilson_interval(num_right: int, num_questions: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927, JASA 22:209); stays inside 0..1.
-
-    Raises:
-        ValueError: when `num_questions` is 0.
-    """
+    """Returns the 95 % interval of a share (Wilson 1927, JASA 22:209)."""
     if num_questions < 1:
         raise ValueError("no interval without a question")
     share = num_right / num_questions
@@ -56,11 +46,7 @@ def wilson_interval(num_right: int, num_questions: int) -> tuple[float, float]:
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of a mean, by the normal approximation.
-
-    Raises:
-        ValueError: when `values` is empty.
-    """
+    """Returns the 95 % interval of a mean, by the normal approximation."""
     if not values:
         raise ValueError("no interval without a value")
     mean = math.fsum(values) / len(values)

@@ -1,4 +1,4 @@
-"""Summarises outcomes by task: the score with its 95 % interval, chance, and the score without the video."""
+"""Summarises outcomes by task."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from timeviper_platform.evaluation.metrics import mean_interval, wilson_interval
 
 
 def summarise(outcomes: Iterable[Outcome]) -> dict[str, Any]:
-    """One entry per task, in order of first appearance; numbers are rounded to four places.
+    """Returns one entry per task, in order of first appearance.
 
     Choices:   {accuracy, interval_95, chance, above_chance, accuracy_without_video, interval_95_without_video,
                 num_questions, num_skipped}
-    grounding: {miou, interval_95, miou_without_video, interval_95_without_video, num_questions, num_skipped}
+    Grounding: {miou, interval_95, miou_without_video, interval_95_without_video, num_questions, num_skipped}
 
-    `above_chance` is true when the whole interval lies above chance. Skipped questions are counted and not scored.
+    `above_chance`: the whole interval lies above chance. Skipped questions are not scored.
     """
     by_task: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
@@ -25,7 +25,7 @@ def summarise(outcomes: Iterable[Outcome]) -> dict[str, Any]:
 
 
 def report_lines(report: dict[str, Any]) -> list[str]:
-    """The report as a plain table."""
+    """Formats the report as a table."""
     lines = [f"{'task':<12}{'score':>8}{'95 % interval':>18}{'chance':>9}{'without video':>15}{'questions':>11}"]
     for task, row in report.items():
         score = row.get("accuracy", row.get("miou"))

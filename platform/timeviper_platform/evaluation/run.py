@@ -1,4 +1,4 @@
-"""Evaluates weights on question files with Ray Data: each block is a batch of questions for a free worker."""
+"""Evaluates weights on question files with Ray Data."""
 
 from __future__ import annotations
 
@@ -38,21 +38,19 @@ OUTCOMES = pa.schema(
 
 
 PATHS = ("weights", "feature_store", "questions", "output")
-"""Keys that hold paths; workers run in another folder."""
+"""Keys made absolute, because workers run in another folder."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalWorkersConfig:
-    """The processes that answer questions."""
-
     num_workers: int = 1
-    """Number of processes, each with its own copy of the weights."""
+    """Number of processes, each with a copy of the weights."""
     cpus_per_worker: float = 0.75
-    """CPUs that Ray reserves per worker; below 1, so that Ray's own tasks fit on a small machine."""
+    """CPUs per worker. Below 1, so that Ray's own tasks fit on a small machine."""
     gpus_per_worker: float = 0.0
-    """GPUs that Ray reserves per worker."""
+    """GPUs per worker."""
     batch_size: int = 16
-    """Questions per batch; free answers of a batch are decoded together."""
+    """Questions per batch. Free answers of a batch are decoded together."""
 
     def __post_init__(self) -> None:
         if self.num_workers < 1 or self.batch_size < 1:
@@ -61,20 +59,18 @@ class EvalWorkersConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig:
-    """One evaluation."""
-
     weights: str
-    """Folder of the weights, readable by every worker."""
+    """Weights folder, readable by every worker."""
     feature_store: str
     """URI of the feature store."""
     questions: str
-    """Folder with one QUESTIONS file per task."""
+    """Folder with a QUESTIONS file per task."""
     output: str
-    """JSON file of the report. Every question's outcome goes to the same name with .outcomes.parquet."""
+    """JSON report. Outcomes of all questions go to the same name with .outcomes.parquet."""
     tasks: tuple[str, ...] = ("choice", "order", "count", "grounding")
-    """Names of the files in `questions`, without .parquet."""
+    """File names in `questions`, without .parquet."""
     max_questions: int | None = None
-    """Maximum questions per task, the first ones; null = all."""
+    """Maximum questions per task; null = all."""
     answering: AnsweringConfig = field(default_factory=AnsweringConfig)
     workers: EvalWorkersConfig = field(default_factory=EvalWorkersConfig)
 
@@ -84,10 +80,10 @@ class EvaluateConfig:
 
 
 def read_questions(folder: str, tasks: Sequence[str], max_questions: int | None) -> list[dict[str, Any]]:
-    """The first `max_questions` rows of each task, in order.
+    """Returns the first `max_questions` rows of each task.
 
     Raises:
-        ValueError: when a task has no file, or the file has another schema.
+        ValueError: when a task has no file, or a file has another schema.
     """
     rows: list[dict[str, Any]] = []
     for task in tasks:
@@ -104,7 +100,7 @@ def read_questions(folder: str, tasks: Sequence[str], max_questions: int | None)
 
 
 def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
-    """Answers every question on the connected cluster; writes the report and returns it."""
+    """Answers all questions on the connected cluster; writes and returns the report."""
     config = with_absolute_paths(config, PATHS)
     questions = read_questions(config.questions, config.tasks, config.max_questions)
     check_inputs(config.weights, config.feature_store)
@@ -123,10 +119,10 @@ def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def check_inputs(weights: str, feature_store: str) -> None:
-    """Checks in the driver what a worker would fail on.
+    """Fails in the driver instead of in a worker.
 
     Raises:
-        ValueError: when weights or store are missing, or were made for different vision towers.
+        ValueError: when weights or store are missing, or their vision towers differ.
     """
     file = storage.join_uri(weights, "config.json")
     if not storage.exists(file):
@@ -136,14 +132,14 @@ def check_inputs(weights: str, feature_store: str) -> None:
 
 
 def answer_on_ray(questions: Sequence[dict[str, Any]], config: EvaluateConfig) -> Iterator[Outcome]:
-    """Yields the outcomes as batches finish, in any order."""
+    """Yields outcomes as batches finish, in any order."""
     import ray
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     workers = config.workers
     size = workers.batch_size
-    # blocks from the driver: a read task would need a whole CPU, which a small machine has no room for
+    # a read task would need a whole CPU, more than a small machine can spare
     blocks = [_questions_table(questions[first : first + size]) for first in range(0, len(questions), size)]
     dataset = ray.data.from_arrow(blocks).map_batches(
         AnswerQuestions,
@@ -175,10 +171,10 @@ class AnswerQuestions:
 def write_report(
     config: EvaluateConfig, questions: Sequence[dict[str, Any]], outcomes: Sequence[Outcome]
 ) -> dict[str, Any]:
-    """Writes the report and the outcomes, in the order of the questions; returns the report.
+    """Writes the report, and the outcomes in the order of the questions.
 
     Raises:
-        RuntimeError: when a question does not have exactly one outcome.
+        RuntimeError: unless every question has exactly one outcome.
     """
     by_question = {(outcome.task, outcome.sample_id): outcome for outcome in outcomes}
     keys = [(question["source"], question["sample_id"]) for question in questions]

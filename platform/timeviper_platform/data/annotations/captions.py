@@ -1,7 +1,7 @@
-"""Captioned images: CC12M's table, PixelProse's Parquet, and WebDataset tars (also img2dataset's).
+"""Captioned images: CC12M, PixelProse and WebDataset tars (also img2dataset's).
 
-CC12M is `url TAB caption` without a header. PixelProse has the columns uid, url, status (of the captioning model) and
-vlm_caption. In a tar, KEY.txt or the `caption` of KEY.json is the caption of KEY.jpg.
+CC12M has lines of `url TAB caption`. PixelProse has the columns uid, url, status (of the captioning model) and
+vlm_caption. In a tar, KEY.txt or `caption` in KEY.json belongs to KEY.jpg.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _CAPTION_SUFFIXES = (".txt", ".json")
 
 
 def convert_cc12m(uri: str, labels: Labels) -> Iterator[Row | BadRow]:
-    """Yields one sample per line; the medium is the URL, as in a manifest with the column url."""
+    """Yields one sample per line, with the URL as medium."""
     for index, line in enumerate(read_lines(uri)):
         url, tab, caption = line.partition("\t")
         if not tab or "://" not in url:
@@ -39,7 +39,7 @@ def convert_cc12m(uri: str, labels: Labels) -> Iterator[Row | BadRow]:
 
 
 def convert_pixelprose(uri: str, labels: Labels) -> Iterator[Row | BadRow]:
-    """Yields one sample per row of a Parquet file, or of all files of a glob; the medium is the URL."""
+    """Yields one sample per row of all files, with the URL as medium."""
     index = 0
     columns = ["uid", "url", "status", "vlm_caption"]
     for found in list_files(uri).files:
@@ -51,7 +51,7 @@ def convert_pixelprose(uri: str, labels: Labels) -> Iterator[Row | BadRow]:
 
 
 def convert_webdataset(uri: str, labels: Labels) -> Iterator[Row | BadRow]:
-    """Yields one sample per medium of a tar, or of all tars of a folder or glob; the medium is TAR/MEMBER."""
+    """Yields one sample per medium of all tars, named TAR/MEMBER."""
     root, files = list_files(uri)
     index = 0
     for found in files:
@@ -70,7 +70,7 @@ def _convert_pixelprose(index: int, row: dict[str, Any], labels: Labels) -> Row 
         return BadRow(index, "not_captioned", f"the captioning model's status is {row['status']!r}")
     if not row["url"]:
         return BadRow(index, "no_media", "no url")
-    # published captions start with a blank: " This image displays: ..."
+    # published captions start with a blank
     return _captioned(index, row["uid"] or "", row["url"], row["vlm_caption"], DENSE_INSTRUCTION, labels)
 
 
@@ -82,7 +82,7 @@ def _captioned(index: int, key: str, name: str, caption: str | None, instruction
 
 
 def _groups(uri: str) -> Iterator[tuple[str, dict[str, str], list[str]]]:
-    """Yields the key, texts by suffix and names of media of each group of consecutive members with one key."""
+    """Yields key, texts by suffix, and media names of consecutive members with one key."""
     with open_file(uri) as file, tarfile.open(fileobj=file, mode="r:") as tar:
         for key, members in groupby(_members(tar), key=lambda member: _key(member.name)):
             texts, media = {}, []
@@ -104,7 +104,7 @@ def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 
 def _key(name: str) -> str:
-    """WebDataset's key: the name up to the first dot of its last part."""
+    """Returns the name up to the first dot of its last part."""
     folder, slash, last = name.rpartition("/")
     return folder + slash + last.partition(".")[0]
 

@@ -1,4 +1,4 @@
-"""Converts an annotation file into a file of SAMPLES rows, and counts every row; holds a page of rows in memory."""
+"""Converts an annotation file into SAMPLES rows, with one page in memory at a time."""
 
 from __future__ import annotations
 
@@ -41,25 +41,23 @@ CONVERTERS: dict[str, Callable[[str, Labels], Iterator[Row | BadRow]]] = {
 
 PAGE_ROWS = 8192
 LOGGED_REJECTS = 3
-"""Maximum logged rejects per reason."""
+"""Maximum per reason."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConvertConfig:
-    """One conversion."""
-
     format: Format
-    """Format of the annotations."""
+    """Annotation format."""
     input: str
     """URI of the annotation file; for pixelprose and webdataset also a glob."""
     output: str
-    """URI of the Parquet file of samples that training reads."""
+    """URI of the Parquet file for training."""
     source: str
-    """Name of these samples in their ids and in reports."""
+    """Name of these samples in ids and reports."""
     media_prefix: str = ""
-    """Path from the preprocessed folder to the names in the annotations, such as videos/."""
+    """Path from the preprocessed folder to the media, such as videos/."""
     weight: float = 1.0
-    """Times that an epoch shows each sample."""
+    """Occurrences of each sample per epoch."""
 
     def __post_init__(self) -> None:
         if self.weight < 0:
@@ -68,14 +66,12 @@ class ConvertConfig:
 
 @dataclass(frozen=True, slots=True)
 class ConvertReport:
-    """Counts of rows."""
-
     samples: int
     rejects: dict[str, int] = field(default_factory=dict)
-    """rows by reason"""
+    """Number of rows by reason."""
 
     def lines(self) -> list[str]:
-        """The report as a plain table."""
+        """Formats the report as a table."""
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.rejects.items()))
         num_rejects = sum(self.rejects.values())
         return [
@@ -89,7 +85,7 @@ def convert(config: ConvertConfig) -> ConvertReport:
     """Writes `config.output` atomically.
 
     Raises:
-        ValueError: when the input is missing, or has another format.
+        ValueError: when the input is missing or has another format.
         RuntimeError: when the output cannot be written.
     """
     labels = Labels(source=config.source, media_prefix=config.media_prefix, weight=config.weight)
@@ -112,7 +108,7 @@ def convert(config: ConvertConfig) -> ConvertReport:
 
 
 def _entries(config: ConvertConfig, labels: Labels) -> Iterator[Row | BadRow]:
-    """Yields samples and rejects; only a file that cannot be read as a whole is an exception.
+    """Yields samples and rejects.
 
     Raises:
         ValueError: when the file cannot be read or has another format.

@@ -1,9 +1,9 @@
-"""Dense captions, a sentence for each event of a video: ActivityNet Captions and YouCook2.
+"""Dense captions, a sentence per event of a video: ActivityNet Captions and YouCook2.
 
     ActivityNet   {"v_ID": {"duration": s, "timestamps": [[s, s], ...], "sentences": [...]}, ...}
     YouCook2      {"database": {"ID": {"duration": s, "annotations": [{"segment": [s, s], "sentence": ...}, ...]}}}
 
-A sample lists the events of a video in order of time. The video's file is ID.mp4.
+A sample lists the events of ID.mp4 in order of time.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Temporal grounding, the times of a sentence in a video: Charades-STA, DiDeMo and QVHighlights.
+"""Temporal grounding: Charades-STA, DiDeMo and QVHighlights.
 
 Charades-STA   AO8RW 0.0 6.9##a person is putting a book on a shelf.        a line; the file is AO8RW.mp4
 DiDeMo         [{"annotation_id", "video": "NAME.mov", "description", "num_segments": 6, "times": [[2, 2], ...]}]
-               times: first and last interval of five seconds, per annotator
+               times: first and last interval, per annotator
 QVHighlights   {"qid", "vid", "query", "duration": s, "relevant_windows": [[s, s], ...]}   a line; VID.mp4
 """
 
@@ -25,7 +25,7 @@ from timeviper_platform.data.annotations.rows import (
 QUESTION = "When does this happen in the video: {}"
 
 DIDEMO_INTERVAL_SECONDS = 5
-"""Annotators chose among intervals of this length (Hendricks et al. 2017, section 3)."""
+"""Length of the intervals that annotators chose from (Hendricks et al. 2017, section 3)."""
 
 
 def convert_charades_sta(uri: str, labels: Labels) -> Iterator[Row | BadRow]:

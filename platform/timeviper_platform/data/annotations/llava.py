@@ -1,6 +1,6 @@
 """LLaVA-style instruction data (LLaVA-Video, LLaVA-OneVision): {id, image | video, conversations: [{from, value}]}.
 
-`<image>` or `<video>` marks a medium in the text; without markers the media come first. Rows may have no media.
+`<image>` or `<video>` marks a medium; without markers the media come first. Rows may have no media.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Helpers of all converters: SAMPLES rows, rejects, time spans, and text files read as streams."""
+"""Shared helpers of the converters."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ RejectReason = Literal[
     "bad_times",
     "no_segment",
 ]
-"""Why a row did not become a sample."""
 
 Row = dict[str, Any]
 """A SAMPLES row."""
@@ -35,7 +34,7 @@ JSON_CHUNK_CHARS = 1 << 20
 
 
 class BadRow(NamedTuple):
-    """A row of the input that did not become a sample."""
+    """An input row that did not become a sample."""
 
     row: int
     reason: RejectReason
@@ -44,21 +43,21 @@ class BadRow(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Labels:
-    """Values that all samples of a conversion share."""
+    """Values shared by all samples of a conversion."""
 
     source: str
     media_prefix: str = ""
-    """path from the preprocessed folder to the names in the annotations, such as videos/"""
+    """Path from the preprocessed folder to the media, such as videos/."""
     weight: float = 1.0
 
     def medium(self, name: str, start_seconds: float | None = None, end_seconds: float | None = None) -> Row:
-        """A medium of a sample, by its URL or its name relative to the preprocessed folder."""
+        """Returns a medium. `name` is a URL or a path below `media_prefix`."""
         is_url = "://" in name
         media_id = media_id_of(name if is_url else storage.join_uri(self.media_prefix, name).lstrip("/"), "")
         return {"media_id": media_id, "start_seconds": start_seconds, "end_seconds": end_seconds}
 
     def sample(self, row: int, name: str, media: Sequence[Row], turns: Sequence[tuple[str, str]]) -> Row | BadRow:
-        """A SAMPLES row; the row's index keeps its id unique even if the input's ids are not."""
+        """Returns a SAMPLES row. Its id contains `row`, because the input's ids may repeat."""
         if not is_utf8(name, *(text for _, text in turns)):
             return BadRow(row, "bad_text", f"{name} has text that is not UTF-8")
         return {
@@ -71,12 +70,12 @@ class Labels:
 
 
 def span_text(start_seconds: float, end_seconds: float) -> str:
-    """`from 0 to 6.9 seconds`, as evaluation parses it; rounded to a tenth of a second."""
+    """Formats a clip as evaluation parses it: `from 0 to 6.9 seconds`."""
     return f"from {round(start_seconds, 1):g} to {round(end_seconds, 1):g} seconds"
 
 
 def check_span(span: Any, duration: Any = None) -> str | None:
-    """The fault of [start, end] in seconds, or None. One second past the duration counts as rounding."""
+    """Returns the fault of [start, end] in seconds. One second past the duration counts as rounding."""
     if not isinstance(span, list | tuple) or len(span) != 2:
         return f"{span!r} is not a pair"
     start, end = span
@@ -96,7 +95,7 @@ def _is_seconds(value: Any) -> bool:
 
 
 def read_lines(uri: str) -> Iterator[str]:
-    """Yields the lines that are not blank; bytes that are not UTF-8 become surrogates, which samples reject."""
+    """Yields non-blank lines. Invalid UTF-8 becomes surrogates, which samples reject."""
     with open_file(uri) as file:
         for line in file:
             if (text := line.decode("utf-8", "surrogateescape").rstrip("\r\n")).strip():
@@ -104,7 +103,7 @@ def read_lines(uri: str) -> Iterator[str]:
 
 
 def read_value(uri: str) -> Any:
-    """The value of a JSON file, decoded as in `read_lines`."""
+    """Returns a JSON file's value, decoded as in `read_lines`."""
     return json.loads(storage.read_bytes(uri).decode("utf-8", "surrogateescape").removeprefix("\ufeff"))
 
 
