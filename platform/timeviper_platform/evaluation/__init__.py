@@ -1,1 +1,1 @@
-"""From weights and questions to scores and figures."""
+"""Scores and figures for weights."""

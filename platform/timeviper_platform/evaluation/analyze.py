@@ -41,7 +41,7 @@ class AnalyzeConfig:
     weights: str
     """Weights folder."""
     feature_store: str
-    """URI of the feature store."""
+    """Feature store URI."""
     questions: str
     """Folder with a QUESTIONS file per task."""
     output: str
@@ -96,7 +96,7 @@ def _with_media(rows: Sequence[Question], config: AnalyzeConfig, *, dim: int) ->
 
 
 def make_answered(answerer: Answerer, prompts: Sequence[_QuestionPrompt]) -> Answered:
-    """Packs each question with its options, or with its right answer when it has no choices."""
+    """Packs each question with its choices, or with its answer without choices."""
     options = [row["choices"] if row["answer"] in (row["choices"] or []) else [row["answer"]] for row, _ in prompts]
     pairs = [(prompt, text) for (_, prompt), texts in zip(prompts, options, strict=True) for text in texts]
     return Answered(
@@ -165,7 +165,7 @@ def _map_values(layer_map: LayerMap) -> dict[str, Any]:
 def _write_sweep(
     folder: str, name: str, rows: Sequence[dict[str, Any]], keys: tuple[str, ...], title: str
 ) -> list[str]:
-    """Writes JSON, CSV, and a chart of log-probability over layers with a line per value of `keys`."""
+    """Writes JSON, CSV, and a chart with a line per value of `keys`."""
     baseline, *measured = rows
     layers = [row["layer"] for row in measured]
     lines: dict[str, list[tuple[float, float]]] = {

@@ -1,4 +1,4 @@
-"""Answers prompts with one model: log-likelihoods of options, and greedy text."""
+"""Scores options and generates text with one model."""
 
 from __future__ import annotations
 
@@ -16,19 +16,17 @@ from timeviper_model.inference.generate import generate_ids
 from timeviper_model.timeviper import TimeViper
 
 DEFAULT_MAX_PACK_TOKENS = 8192
-"""About 8 pairs with a minute of video each, at 16 tokens per second."""
+"""About 8 minutes of video at 16 tokens per second."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
     text: str
     media: tuple[Tensor, ...] = ()
-    """(tokens, dim) vision rows per medium; empty = without the video."""
+    """(tokens, dim) vision rows per medium."""
 
 
 class Answerer:
-    """Deterministic answers of one model."""
-
     def __init__(self, model: TimeViper, tokenizer: Any, *, max_pack_tokens: int = DEFAULT_MAX_PACK_TOKENS) -> None:
         self._model = model.eval()
         self._tokenizer = tokenizer
@@ -38,7 +36,7 @@ class Answerer:
         self._device, self._dtype = parameter.device, parameter.dtype
 
     def score_options(self, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) -> list[list[float]]:
-        """Returns per prompt the log-probability of each option, end token included."""
+        """Returns log-probabilities per prompt and option, end token included."""
         pairs = [(prompt, option) for prompt, texts in zip(prompts, options, strict=True) for option in texts]
         scores: list[float] = []
         for batch in self.pack_answers(pairs):
@@ -50,7 +48,7 @@ class Answerer:
         return [[next(rest) for _ in texts] for texts in options]
 
     def pack_answers(self, pairs: Sequence[tuple[Prompt, str]]) -> Iterator[PackedBatch]:
-        """Yields packs of at most `max_pack_tokens` on the model's device, in order."""
+        """Yields packs of at most `max_pack_tokens`, in order."""
         samples = [self._sample(prompt, answer) for prompt, answer in pairs]
         for members in _group([len(sample) for sample in samples], self._max_pack_tokens):
             batch = pack_samples([samples[n] for n in members], [self._rows(pairs[n][0]) for n in members])
@@ -58,7 +56,7 @@ class Answerer:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[str]:
-        """Decodes greedy answers to all prompts together."""
+        """Decodes greedy answers together."""
         batches = [pack_samples([self._sample(prompt, None)], [self._rows(prompt)]) for prompt in prompts]
         answers = generate_ids(
             self._model,
@@ -87,7 +85,7 @@ class Answerer:
 
 
 def _group(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Yields indices of consecutive samples that fit into `max_tokens`; a longer sample is alone."""
+    """Groups indices of samples that fit into `max_tokens`; a longer sample is alone."""
     members: list[int] = []
     total = 0
     for index, length in enumerate(lengths):

@@ -18,28 +18,28 @@ from timeviper_platform.evaluation.answering import DEFAULT_MAX_PACK_TOKENS, Ans
 from timeviper_platform.evaluation.metrics import Span, parse_span, temporal_iou
 
 Question = dict[str, Any]
-"""A row of the QUESTIONS schema."""
+"""A QUESTIONS row."""
 _Entry = tuple[int, Question, tuple[Tensor, ...]]
-"""Index, question, and the rows of its media."""
+"""Index, question and media rows."""
 Status = Literal["ok", "no_features", "no_answer_format"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AnsweringConfig:
     max_frames: int | None = 256
-    """Maximum frames per video, 256 as in the paper; null = all."""
+    """Maximum frames per video; null = all. The paper uses 256."""
     frame_selection: Literal["uniform", "first"] = "uniform"
     """Frames to keep of a longer video. The paper takes the first."""
     max_new_tokens: int = 32
-    """Maximum tokens of a free answer."""
+    """Maximum tokens per free answer."""
     max_pack_tokens: int = DEFAULT_MAX_PACK_TOKENS
-    """Maximum tokens per pack of (question, option) pairs. Bounds memory."""
+    """Maximum tokens per pack of (question, option) pairs."""
     dtype: Dtype = "float32"
     """Type of weights and features."""
     device: str = "cpu"
     """PyTorch device."""
     backend: Backend = "auto"
-    """Implementation of scans, convolutions and attention; `auto` uses kernels where they run."""
+    """Implementation of scans, convolutions and attention."""
     num_threads: int = 1
     """PyTorch threads per worker."""
 
@@ -49,10 +49,10 @@ class Outcome:
     sample_id: str
     task: str
     status: Status
-    """no_features: a medium is not stored; no_answer_format: neither choices nor a clip."""
+    """no_features: unknown medium; no_answer_format: neither choices nor a clip."""
     expected: str
     answer: str
-    """The likeliest option, or the generated text."""
+    """Likeliest option, or generated text."""
     answer_without_video: str
     score: float
     """1 or 0 for choices; temporal IoU for grounding."""
@@ -74,7 +74,7 @@ class Evaluator:
         """Returns one outcome per question, in order.
 
         Raises:
-            ValueError: when features do not have the weights' width.
+            ValueError: for features of another width than the weights'.
         """
         outcomes: dict[int, Outcome] = {}
         with_choices: list[_Entry] = []
@@ -105,10 +105,10 @@ class Evaluator:
 def read_media(
     store: FeatureStore, question: Question, config: AnsweringConfig, *, dim: int
 ) -> tuple[Tensor, ...] | None:
-    """Returns vision rows per medium; None when the store lacks one.
+    """Returns (tokens, dim) rows per medium; None when the store lacks one.
 
     Raises:
-        ValueError: when features are not `dim` wide.
+        ValueError: for features of another width.
     """
     media = []
     for medium in question["media"] or []:
@@ -140,7 +140,7 @@ def load_model(weights_folder: str, config: AnsweringConfig) -> TimeViper:
 def _answer(
     entries: Sequence[_Entry], answer: Callable[[Sequence[Question], Sequence[Prompt]], list[str]]
 ) -> dict[int, Outcome]:
-    """Returns outcomes by question index; `answer` runs with the videos and without."""
+    """Returns outcomes by question index."""
     if not entries:
         return {}
     questions = [question for _, question, _ in entries]

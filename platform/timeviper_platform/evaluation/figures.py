@@ -27,44 +27,44 @@ KINDS = [kind.name.lower() for kind in TokenKind]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockingSweep:
-    """Figure 3: blocks one information flow per measurement."""
+    """Blocks one flow of information per measurement (Figure 3)."""
 
     flows: tuple[Literal["v2i", "v2r"], ...] = ("v2i", "v2r")
     """Vision to instruction (v2i), vision to response (v2r)."""
     scopes: tuple[Literal["layer", "window", "from_layer"], ...] = ("from_layer",)
-    """Where to block: one block, `window` blocks, or all blocks from one on."""
+    """One block, `window` blocks, or all blocks from one on."""
     window: int = 5
-    """Number of blocks in scope `window`."""
+    """Blocks in scope `window`."""
     kinds: tuple[Literal["attention", "mamba", "both"], ...] = ("both",)
-    """Kinds of blocks in which the flow is blocked."""
+    """Kinds of affected blocks."""
     layers: tuple[int, ...] | None = None
-    """Blocks to measure at; null = all that mix tokens."""
+    """Measured blocks; null = all that mix tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DroppingSweep:
-    """Figure 4: drops vision tokens before one block per measurement."""
+    """Drops vision tokens before one block per measurement (Figure 4)."""
 
     selections: tuple[Literal["uniform", "attention"], ...] = ("uniform", "attention")
-    """How to choose the tokens to keep."""
+    """Choice of the kept tokens."""
     keep_ratios: tuple[float, ...] = (0.5, 0.1)
-    """Shares of vision tokens to keep."""
+    """Shares of kept vision tokens."""
     layers: tuple[int, ...] | None = None
-    """Blocks to measure at; null = all that mix tokens. Selection by attention needs an attention block."""
+    """Measured blocks; null = all that mix tokens. `attention` needs an attention block."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MapsConfig:
-    """Figures 5 and 6: pooled maps of attention and of Mamba's hidden attention."""
+    """Pooled maps of attention and Mamba's hidden attention (Figures 5 and 6)."""
 
     num_questions: int = 8
-    """Number of questions, each with its right answer."""
+    """Questions, each with its right answer."""
     num_bins: int = 48
     """Rows and columns of a map."""
     max_queries: int = 1024
-    """Maximum queries per question, evenly spaced. Bounds the time of long inputs."""
+    """Maximum queries per question, evenly spaced."""
     layers: tuple[int, ...] | None = None
-    """Blocks to map; null = all that mix tokens."""
+    """Mapped blocks; null = all that mix tokens."""
 
     def __post_init__(self) -> None:
         if min(self.num_questions, self.num_bins, self.max_queries) < 1:
@@ -73,20 +73,17 @@ class MapsConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answered:
-    """Packed questions with all their options, for scoring variants of the model."""
+    """Packed questions with all options."""
 
     batches: tuple[PackedBatch, ...]
     """One segment per (question, option), in order."""
     num_options: tuple[int, ...]
     """Per question; 1 without choices."""
     right: tuple[int, ...]
-    """Index of each question's right option."""
+    """Index of the right option."""
 
     def score(self, target_log_probs: Callable[[PackedBatch], tuple[Tensor, Tensor]]) -> dict[str, float | None]:
-        """Returns the right answers' mean log-probability per token, and accuracy.
-
-        Accuracy counts questions with choices; None without any.
-        """
+        """Returns the right answers' `log_prob` per token and the `accuracy` of choices."""
         sums, counts = [], []
         for batch in self.batches:
             log_probs_K, segment_ids_K = target_log_probs(batch)
@@ -113,7 +110,7 @@ def mixing_layers(model: TimeViper, layers: tuple[int, ...] | None) -> list[int]
 
 
 def blocking_rows(model: TimeViper, answered: Answered, sweep: BlockingSweep) -> Iterator[dict[str, Any]]:
-    """Yields an unblocked score (`flow` "none"), then one per flow, scope, kind and layer."""
+    """Yields a baseline (`flow` "none"), then one score per flow, scope, kind and layer."""
     start = answered.score(model.target_log_probs)
     yield {"flow": "none", "scope": "", "kind": "", "layer": None, **start}
     for flow in sweep.flows:
@@ -127,7 +124,7 @@ def blocking_rows(model: TimeViper, answered: Answered, sweep: BlockingSweep) ->
 
 
 def dropping_rows(model: TimeViper, answered: Answered, sweep: DroppingSweep) -> Iterator[dict[str, Any]]:
-    """Yields a score with all tokens (`select` "none"), then one per selection, ratio and layer."""
+    """Yields a baseline (`select` "none"), then one score per selection, ratio and layer."""
 
     def score(sites: Sequence[TransVSite]) -> dict[str, float | None]:
         return answered.score(with_plan(model, sites).target_log_probs)
@@ -144,19 +141,17 @@ def dropping_rows(model: TimeViper, answered: Answered, sweep: DroppingSweep) ->
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerMap:
-    """Maps of one block over all questions."""
-
     layer: int
     block_type: str
     groups: PooledMap
-    """Between token kinds; Mamba's rows are divided by their L1 norm, as in Figure 6."""
+    """Between token kinds; Mamba's rows are divided by their L1 norm (Figure 6)."""
     picture_BB: Tensor
-    """Absolute weights between bins, averaged over questions and heads."""
+    """Absolute weights between bins, averaged."""
     heads: HeadStatistics
     """Averages over questions."""
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Yields the share of a query kind's weights on each token kind, averaged over heads."""
+        """Yields the shares of a query kind's weights by token kind, averaged over heads."""
         shares = self.groups.share_HAB.mean(0)
         for a, query in enumerate(KINDS):
             for b, source in enumerate(KINDS):
@@ -172,7 +167,7 @@ class LayerMap:
 
 
 def layer_maps(model: TimeViper, batches: Sequence[PackedBatch], config: MapsConfig) -> list[LayerMap]:
-    """Maps every chosen block. Each batch holds one question."""
+    """Each batch holds one question."""
     types = model.config.text.block_types
     layers = mixing_layers(model, config.layers)
     maps: dict[int, list[tuple[PooledMap, PooledMap, HeadStatistics]]] = {layer: [] for layer in layers}
@@ -205,7 +200,7 @@ def layer_maps(model: TimeViper, batches: Sequence[PackedBatch], config: MapsCon
 
 
 def spread(num_tokens: int, max_queries: int, device: torch.device) -> Tensor:
-    """Returns evenly spaced indices with the last one: spread(9, 3) -> 2, 5, 8."""
+    """Returns evenly spaced indices: spread(9, 3) -> 2, 5, 8."""
     count = min(num_tokens, max_queries)
     return (torch.arange(1, count + 1, device=device) * num_tokens) // count - 1
 

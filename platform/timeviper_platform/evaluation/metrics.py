@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 Z_95 = 1.959964
-"""Two-sided 95 % quantile of the normal distribution."""
+"""Two-sided 95 % normal quantile."""
 
 _INTERVAL = re.compile(r"from\s+(\d+(?:\.\d+)?)\s*(?:s|seconds?)?\s+to\s+(\d+(?:\.\d+)?)", re.IGNORECASE)
 
@@ -19,7 +19,7 @@ class Span(NamedTuple):
 
 
 def parse_span(text: str) -> Span | None:
-    """Parses the first 'From A to B seconds'; returns None without one, or when A > B."""
+    """Parses the first 'From A to B seconds'; returns None when A > B."""
     match = _INTERVAL.search(text)
     if match is None:
         return None
@@ -28,14 +28,13 @@ def parse_span(text: str) -> Span | None:
 
 
 def temporal_iou(first: Span, second: Span) -> float:
-    """Returns intersection over union, 0 to 1."""
     shared = min(first.end_seconds, second.end_seconds) - max(first.start_seconds, second.start_seconds)
     covered = max(first.end_seconds, second.end_seconds) - min(first.start_seconds, second.start_seconds)
     return max(0.0, shared) / covered if covered > 0 else 0.0
 
 
 def wilson_interval(num_right: int, num_questions: int) -> tuple[float, float]:
-    """Returns the 95 % interval of a share (Wilson 1927, JASA 22:209)."""
+    """Wilson 1927, JASA 22:209."""
     if num_questions < 1:
         raise ValueError("no interval without a question")
     share = num_right / num_questions
@@ -46,7 +45,7 @@ def wilson_interval(num_right: int, num_questions: int) -> tuple[float, float]:
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Returns the 95 % interval of a mean, by the normal approximation."""
+    """Uses the normal approximation."""
     if not values:
         raise ValueError("no interval without a value")
     mean = math.fsum(values) / len(values)

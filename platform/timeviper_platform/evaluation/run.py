@@ -34,23 +34,22 @@ OUTCOMES = pa.schema(
         pa.field("chance", pa.float64()),
     ]
 )
-"""One row per question."""
 
 
 PATHS = ("weights", "feature_store", "questions", "output")
-"""Keys made absolute, because workers run in another folder."""
+"""Keys made absolute for workers, which run in another folder."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalWorkersConfig:
     num_workers: int = 1
-    """Number of processes, each with a copy of the weights."""
+    """Processes, each with a copy of the weights."""
     cpus_per_worker: float = 0.75
-    """CPUs per worker. Below 1, so that Ray's own tasks fit on a small machine."""
+    """CPUs per worker. Below 1 leaves room for Ray's own tasks."""
     gpus_per_worker: float = 0.0
     """GPUs per worker."""
     batch_size: int = 16
-    """Questions per batch. Free answers of a batch are decoded together."""
+    """Questions per batch."""
 
     def __post_init__(self) -> None:
         if self.num_workers < 1 or self.batch_size < 1:
@@ -62,11 +61,11 @@ class EvaluateConfig:
     weights: str
     """Weights folder, readable by every worker."""
     feature_store: str
-    """URI of the feature store."""
+    """Feature store URI."""
     questions: str
     """Folder with a QUESTIONS file per task."""
     output: str
-    """JSON report. Outcomes of all questions go to the same name with .outcomes.parquet."""
+    """JSON report. Outcomes go to the same name with .outcomes.parquet."""
     tasks: tuple[str, ...] = ("choice", "order", "count", "grounding")
     """File names in `questions`, without .parquet."""
     max_questions: int | None = None
@@ -83,7 +82,7 @@ def read_questions(folder: str, tasks: Sequence[str], max_questions: int | None)
     """Returns the first `max_questions` rows of each task.
 
     Raises:
-        ValueError: when a task has no file, or a file has another schema.
+        ValueError: when a file is missing or has another schema.
     """
     rows: list[dict[str, Any]] = []
     for task in tasks:
@@ -100,7 +99,7 @@ def read_questions(folder: str, tasks: Sequence[str], max_questions: int | None)
 
 
 def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
-    """Answers all questions on the connected cluster; writes and returns the report."""
+    """Writes and returns the report, using the connected cluster."""
     config = with_absolute_paths(config, PATHS)
     questions = read_questions(config.questions, config.tasks, config.max_questions)
     check_inputs(config.weights, config.feature_store)
@@ -119,11 +118,7 @@ def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def check_inputs(weights: str, feature_store: str) -> None:
-    """Fails in the driver instead of in a worker.
-
-    Raises:
-        ValueError: when weights or store are missing, or their vision towers differ.
-    """
+    """Raises ValueError, before workers start, for missing inputs or different vision towers."""
     file = storage.join_uri(weights, "config.json")
     if not storage.exists(file):
         raise ValueError(f"no weights folder at {weights!r}; run jobs/export.py with output: {weights}")
@@ -132,14 +127,14 @@ def check_inputs(weights: str, feature_store: str) -> None:
 
 
 def answer_on_ray(questions: Sequence[dict[str, Any]], config: EvaluateConfig) -> Iterator[Outcome]:
-    """Yields outcomes as batches finish, in any order."""
+    """Yields outcomes in any order."""
     import ray
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     workers = config.workers
     size = workers.batch_size
-    # a read task would need a whole CPU, more than a small machine can spare
+    # a read task would need a whole CPU
     blocks = [_questions_table(questions[first : first + size]) for first in range(0, len(questions), size)]
     dataset = ray.data.from_arrow(blocks).map_batches(
         AnswerQuestions,
@@ -171,7 +166,7 @@ class AnswerQuestions:
 def write_report(
     config: EvaluateConfig, questions: Sequence[dict[str, Any]], outcomes: Sequence[Outcome]
 ) -> dict[str, Any]:
-    """Writes the report, and the outcomes in the order of the questions.
+    """Writes the report, and the outcomes in order.
 
     Raises:
         RuntimeError: unless every question has exactly one outcome.

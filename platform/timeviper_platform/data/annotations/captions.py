@@ -1,7 +1,7 @@
 """Captioned images: CC12M, PixelProse and WebDataset tars (also img2dataset's).
 
-CC12M has lines of `url TAB caption`. PixelProse has the columns uid, url, status (of the captioning model) and
-vlm_caption. In a tar, KEY.txt or `caption` in KEY.json belongs to KEY.jpg.
+CC12M has lines of `url TAB caption`. PixelProse has columns uid, url, status (of the captioning model), vlm_caption. In
+a tar, KEY.txt or `caption` in KEY.json belongs to KEY.jpg.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _CAPTION_SUFFIXES = (".txt", ".json")
 
 
 def convert_cc12m(uri: str, labels: Labels) -> Iterator[Row | BadRow]:
-    """Yields one sample per line, with the URL as medium."""
+    """The URL is the medium."""
     for index, line in enumerate(read_lines(uri)):
         url, tab, caption = line.partition("\t")
         if not tab or "://" not in url:
@@ -39,7 +39,7 @@ def convert_cc12m(uri: str, labels: Labels) -> Iterator[Row | BadRow]:
 
 
 def convert_pixelprose(uri: str, labels: Labels) -> Iterator[Row | BadRow]:
-    """Yields one sample per row of all files, with the URL as medium."""
+    """The URL is the medium."""
     index = 0
     columns = ["uid", "url", "status", "vlm_caption"]
     for found in list_files(uri).files:
@@ -51,7 +51,7 @@ def convert_pixelprose(uri: str, labels: Labels) -> Iterator[Row | BadRow]:
 
 
 def convert_webdataset(uri: str, labels: Labels) -> Iterator[Row | BadRow]:
-    """Yields one sample per medium of all tars, named TAR/MEMBER."""
+    """Yields one sample per medium, named TAR/MEMBER."""
     root, files = list_files(uri)
     index = 0
     for found in files:
@@ -82,7 +82,7 @@ def _captioned(index: int, key: str, name: str, caption: str | None, instruction
 
 
 def _groups(uri: str) -> Iterator[tuple[str, dict[str, str], list[str]]]:
-    """Yields key, texts by suffix, and media names of consecutive members with one key."""
+    """Yields key, texts by suffix, and media names of members with one key."""
     with open_file(uri) as file, tarfile.open(fileobj=file, mode="r:") as tar:
         for key, members in groupby(_members(tar), key=lambda member: _key(member.name)):
             texts, media = {}, []

@@ -1,4 +1,4 @@
-"""Converts an annotation file into SAMPLES rows, with one page in memory at a time."""
+"""Converts annotations into SAMPLES rows, one page in memory at a time."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class ConvertConfig:
     input: str
     """URI of the annotation file; for pixelprose and webdataset also a glob."""
     output: str
-    """URI of the Parquet file for training."""
+    """URI of the samples, a Parquet file."""
     source: str
     """Name of these samples in ids and reports."""
     media_prefix: str = ""
@@ -68,10 +68,9 @@ class ConvertConfig:
 class ConvertReport:
     samples: int
     rejects: dict[str, int] = field(default_factory=dict)
-    """Number of rows by reason."""
+    """Rows by reason."""
 
     def lines(self) -> list[str]:
-        """Formats the report as a table."""
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.rejects.items()))
         num_rejects = sum(self.rejects.values())
         return [
@@ -111,7 +110,7 @@ def _entries(config: ConvertConfig, labels: Labels) -> Iterator[Row | BadRow]:
     """Yields samples and rejects.
 
     Raises:
-        ValueError: when the file cannot be read or has another format.
+        ValueError: for an unreadable file or another format.
     """
     num_entries = 0
     try:

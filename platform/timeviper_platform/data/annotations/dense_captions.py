@@ -17,7 +17,6 @@ INSTRUCTION = "What happens in the video? Give the start and the end of each eve
 
 
 def convert_activitynet(uri: str, labels: Labels) -> Iterator[Row | BadRow]:
-    """Yields one sample per video."""
     for index, (name, entry) in enumerate(read_value(uri).items()):
         try:
             events = list(zip(entry["timestamps"], entry["sentences"], strict=True))
@@ -29,7 +28,7 @@ def convert_activitynet(uri: str, labels: Labels) -> Iterator[Row | BadRow]:
 
 
 def convert_youcook2(uri: str, labels: Labels) -> Iterator[Row | BadRow]:
-    """Yields one sample per video; the test subset has no annotations."""
+    """The test subset has no annotations."""
     for index, (name, entry) in enumerate(read_value(uri)["database"].items()):
         try:
             events = [(event["segment"], event["sentence"]) for event in entry.get("annotations", [])]

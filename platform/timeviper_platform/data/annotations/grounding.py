@@ -25,11 +25,10 @@ from timeviper_platform.data.annotations.rows import (
 QUESTION = "When does this happen in the video: {}"
 
 DIDEMO_INTERVAL_SECONDS = 5
-"""Length of the intervals that annotators chose from (Hendricks et al. 2017, section 3)."""
+"""Length of annotated intervals (Hendricks et al. 2017, section 3)."""
 
 
 def convert_charades_sta(uri: str, labels: Labels) -> Iterator[Row | BadRow]:
-    """Yields one sample per line."""
     for index, line in enumerate(read_lines(uri)):
         head, marks, sentence = line.partition("##")
         try:
@@ -42,7 +41,7 @@ def convert_charades_sta(uri: str, labels: Labels) -> Iterator[Row | BadRow]:
 
 
 def convert_didemo(uri: str, labels: Labels) -> Iterator[Row | BadRow]:
-    """Yields one sample per description, with the interval that most annotators chose, at least two."""
+    """Takes the interval that most annotators chose, at least two."""
     for index, entry in enumerate(read_objects(uri)):
         try:
             name, sentence = entry["video"], entry["description"]
@@ -58,7 +57,7 @@ def convert_didemo(uri: str, labels: Labels) -> Iterator[Row | BadRow]:
 
 
 def convert_qvhighlights(uri: str, labels: Labels) -> Iterator[Row | BadRow]:
-    """Yields one sample per query; the test split has no windows."""
+    """The test split has no windows."""
     for index, entry in enumerate(read_objects(uri)):
         try:
             name, sentence, duration = entry["vid"], entry["query"], entry["duration"]

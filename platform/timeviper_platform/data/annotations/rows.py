@@ -34,8 +34,6 @@ JSON_CHUNK_CHARS = 1 << 20
 
 
 class BadRow(NamedTuple):
-    """An input row that did not become a sample."""
-
     row: int
     reason: RejectReason
     detail: str
@@ -43,21 +41,19 @@ class BadRow(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Labels:
-    """Values shared by all samples of a conversion."""
-
     source: str
     media_prefix: str = ""
-    """Path from the preprocessed folder to the media, such as videos/."""
+    """Path from the preprocessed folder to the media."""
     weight: float = 1.0
 
     def medium(self, name: str, start_seconds: float | None = None, end_seconds: float | None = None) -> Row:
-        """Returns a medium. `name` is a URL or a path below `media_prefix`."""
+        """`name` is a URL or a path below `media_prefix`."""
         is_url = "://" in name
         media_id = media_id_of(name if is_url else storage.join_uri(self.media_prefix, name).lstrip("/"), "")
         return {"media_id": media_id, "start_seconds": start_seconds, "end_seconds": end_seconds}
 
     def sample(self, row: int, name: str, media: Sequence[Row], turns: Sequence[tuple[str, str]]) -> Row | BadRow:
-        """Returns a SAMPLES row. Its id contains `row`, because the input's ids may repeat."""
+        """The id contains `row`, because the input's ids may repeat."""
         if not is_utf8(name, *(text for _, text in turns)):
             return BadRow(row, "bad_text", f"{name} has text that is not UTF-8")
         return {
@@ -70,12 +66,12 @@ class Labels:
 
 
 def span_text(start_seconds: float, end_seconds: float) -> str:
-    """Formats a clip as evaluation parses it: `from 0 to 6.9 seconds`."""
+    """Formats a clip as evaluation parses it."""
     return f"from {round(start_seconds, 1):g} to {round(end_seconds, 1):g} seconds"
 
 
 def check_span(span: Any, duration: Any = None) -> str | None:
-    """Returns the fault of [start, end] in seconds. One second past the duration counts as rounding."""
+    """Returns the fault of [start, end]. One second past the duration counts as rounding."""
     if not isinstance(span, list | tuple) or len(span) != 2:
         return f"{span!r} is not a pair"
     start, end = span
@@ -103,7 +99,7 @@ def read_lines(uri: str) -> Iterator[str]:
 
 
 def read_value(uri: str) -> Any:
-    """Returns a JSON file's value, decoded as in `read_lines`."""
+    """Decodes JSON as in `read_lines`."""
     return json.loads(storage.read_bytes(uri).decode("utf-8", "surrogateescape").removeprefix("\ufeff"))
 
 
