@@ -1,1 +1,1 @@
-"""What every part stands on: configuration and command line, files at any URI, schemas, a Ray, devices."""
+"""Configuration, storage, schemas, Ray clusters and devices."""

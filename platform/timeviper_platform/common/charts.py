@@ -1,4 +1,4 @@
-"""Draws lines and matrices with matplotlib as SVG or PNG. Equal inputs give equal bytes."""
+"""Draws SVG or PNG with matplotlib. Equal inputs give equal bytes."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ FileFormat = Literal["svg", "png"]
 Point = tuple[float, float]
 
 HEAT_MAP_DECADES = 4
-"""Orders of magnitude that the colours of a heat map span."""
+"""Orders of magnitude in a heat map's colours."""
 
 
 class Panel(NamedTuple):
     """One pair of axes."""
 
     lines: Mapping[str, Sequence[Point]]
-    """Points of each line, by its name in the legend."""
+    """Points by line name."""
     y_label: str = ""
     dots: Mapping[str, Sequence[Point]] = {}
-    """Single points, in the colour of the line of the same name."""
+    """Single points by line name, in the line's colour."""
 
 
 def line_chart(
     panels: Sequence[Panel], *, title: str, x_label: str, markers: bool = False, file_format: FileFormat = "svg"
 ) -> bytes:
-    """Panels below each other on one x axis. `markers` draws a dot at every point."""
+    """Draws panels below each other. `markers` draws a dot at every point."""
     figure = _figure(9, 1 + 3 * len(panels))
     figure.suptitle(title)
     for panel, axes in zip(panels, figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0], strict=True):
@@ -48,7 +48,7 @@ def line_chart(
 
 
 def heat_map(matrix: Sequence[Sequence[float]], *, title: str, file_format: FileFormat = "svg") -> bytes:
-    """Darker is more, on a logarithmic scale; cells that are not positive stay white."""
+    """Draws larger values darker, on a logarithmic scale; non-positive cells stay white."""
     from matplotlib.colors import LogNorm
 
     values = np.ma.masked_less_equal(np.asarray(matrix, dtype=float), 0.0)

@@ -1,4 +1,4 @@
-"""Loads one YAML file into one frozen dataclass: `load_config(TrainConfig, path, overrides)`."""
+"""Loads a YAML file into a frozen dataclass."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ T = TypeVar("T")
 
 
 def load_config(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
-    """Reads `path` as a `cls`; `overrides` such as `["phases.align.steps=10"]` win over the file.
+    """Reads a YAML file. Overrides have the form `phases.align.steps=10`.
 
     Raises:
-        ValueError: for a missing file, invalid YAML, an unknown or missing key, or a value of the wrong type.
+        ValueError: for a missing file, invalid YAML, or wrong keys or values.
     """
     file = Path(path)
     if not file.is_file():
@@ -40,12 +40,12 @@ def load_config(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -
 
 
 def parse_config(cls: type[T], values: dict[str, Any], *, source: str = "the configuration") -> T:
-    """Validates `values` as a `cls`. An error lists every wrong key with its dotted path.
+    """Validates `values`.
 
     Raises:
-        ValueError: see `load_config`.
+        ValueError: with the dotted path of every wrong key.
     """
-    # pydantic accepts a config for a list, and not for a standard dataclass; the dataclasses inside inherit it
+    # pydantic accepts a config for a list, but not for a standard dataclass
     adapter = TypeAdapter(list[cls], config=ConfigDict(extra="forbid"))  # type: ignore[valid-type]
     try:
         (config,) = adapter.validate_python([values])
@@ -56,13 +56,13 @@ def parse_config(cls: type[T], values: dict[str, Any], *, source: str = "the con
 
 
 def with_absolute_paths(config: T, keys: Iterable[str], *, root: Path | None = None, if_exists: bool = False) -> T:
-    """`config` with absolute paths instead of relative ones, for processes that run in another folder.
+    """Makes paths absolute, for processes that run in another folder.
 
     Args:
-        config: a dataclass; URIs, nulls and absolute paths in it stay.
+        config: a dataclass. URIs and nulls stay.
         keys: dotted paths; `*` stands for every entry of a mapping or tuple.
-        root: folder that relative paths start from; None = the current one.
-        if_exists: leave a value that does not exist below `root`, such as the name of a model on a hub.
+        root: None = the current folder.
+        if_exists: keep values that do not exist, such as names on a hub.
     """
     for key in keys:
         config = _map_value(config, key.split("."), partial(_absolute, root=root or Path.cwd(), if_exists=if_exists))

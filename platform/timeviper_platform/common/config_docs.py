@@ -1,4 +1,4 @@
-"""Documents configuration dataclasses: their keys with type, default and the text under each field."""
+"""Documents configuration dataclasses by the text under each field."""
 
 from __future__ import annotations
 
@@ -15,15 +15,13 @@ REQUIRED = "required"
 
 
 class ConfigKey(NamedTuple):
-    """One key of a configuration file."""
-
     path: tuple[str, ...]
-    """`*` stands for any key of a mapping or index of a list"""
+    """`*` stands for any key or index."""
     type: str
     default: str
     doc: str
     is_section: bool
-    """True when it holds further keys"""
+    """True when it holds further keys."""
 
     @property
     def dotted(self) -> str:
@@ -32,7 +30,7 @@ class ConfigKey(NamedTuple):
 
 
 def config_keys(config_class: type, path: tuple[str, ...] = ()) -> Iterator[ConfigKey]:
-    """Yields the keys of a dataclass depth first, each section before its own keys."""
+    """Yields keys depth first, each section before its own."""
     hints = get_type_hints(config_class)
     docs = field_docs(config_class)
     for field in fields(config_class):
@@ -45,13 +43,12 @@ def config_keys(config_class: type, path: tuple[str, ...] = ()) -> Iterator[Conf
 
 
 def help_lines(config_class: type) -> list[str]:
-    """One line a key: dotted path, default and the first sentence of its doc."""
+    """Returns a line per key: path, default and the doc's first sentence."""
     keys = [key for key in config_keys(config_class) if not key.is_section or key.doc]
     return [f"  {key.dotted} ({key.default}): {_first_sentence(key.doc)}".rstrip(" :") for key in keys]
 
 
 def markdown_table(config_class: type) -> str:
-    """All keys of a configuration as a Markdown table."""
     lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for key in config_keys(config_class):
         cells = (f"`{key.dotted}`", f"`{key.type}`", f"`{key.default}`" if key.default else "", key.doc)
@@ -61,7 +58,7 @@ def markdown_table(config_class: type) -> str:
 
 @functools.cache
 def field_docs(config_class: type) -> dict[str, str]:
-    """The string literal under each field of a dataclass, on one line; inherited fields included."""
+    """Returns the string literal under each field, on one line; includes inherited fields."""
     docs: dict[str, str] = {}
     for base in reversed(config_class.__mro__):
         if is_dataclass(base):
@@ -86,7 +83,7 @@ def _own_field_docs(config_class: type) -> dict[str, str]:
 
 
 def _sections(annotation: Any, path: tuple[str, ...]) -> Iterator[tuple[type, tuple[str, ...]]]:
-    """The dataclasses that a field's value may hold, with the path of their keys."""
+    """Yields the dataclasses that a value may hold, with the path of their keys."""
     if is_dataclass(annotation):
         assert isinstance(annotation, type)
         yield annotation, path
@@ -129,7 +126,7 @@ def _default(field: Field[Any], *, is_section: bool) -> str:
 
 
 def _plain(value: Any) -> str:
-    """A value as YAML writes it."""
+    """Formats a value as YAML."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, tuple | list):

@@ -1,4 +1,4 @@
-"""Devices and dtypes by name, and the peak performance of accelerators."""
+"""Devices, dtypes, and peak performance of accelerators."""
 
 from __future__ import annotations
 
@@ -17,21 +17,20 @@ PEAK_FLOPS: dict[str, float] = {
     "NVIDIA A100": 312e12,
     "NVIDIA L40S": 362e12,
 }
-"""Dense bf16 operations per second by prefix of the device's name, longer prefixes first (NVIDIA's data sheets)."""
+"""Dense bf16 FLOP/s by prefix of the device's name, longer prefixes first (NVIDIA's data sheets)."""
 
 
 def torch_dtype(name: Dtype) -> torch.dtype:
-    """The torch dtype of that name."""
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 
 
 def torch_device(name: str) -> torch.device:
-    """The device of that name.
+    """Returns the device.
 
     Raises:
-        ValueError: when torch does not know the name.
-        RuntimeError: for a CUDA device on a machine without one.
+        ValueError: for an unknown name.
+        RuntimeError: when the machine has no such CUDA device.
     """
     try:
         device = torch.device(name)
@@ -43,17 +42,16 @@ def torch_device(name: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """The name that the driver gives, or CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def peak_flops(name: str) -> float | None:
-    """The device's dense bf16 operations per second; None for an unknown device."""
+    """Returns dense bf16 FLOP/s; None for an unknown device."""
     return next((peak for start, peak in PEAK_FLOPS.items() if name.startswith(start)), None)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory of this process: torch's on a GPU, the resident set on a CPU."""
+    """Returns torch's peak on a GPU, the process's on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

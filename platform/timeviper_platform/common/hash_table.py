@@ -1,4 +1,4 @@
-"""A table from 64-bit keys to 64-bit values in sorted NumPy runs, 16 bytes per entry.
+"""A table of 64-bit keys and values in sorted NumPy runs, 16 bytes per entry.
 
 n random keys collide with probability n * n / 2**65 (3e-6 for ten million).
 """
@@ -9,7 +9,7 @@ import numpy as np
 
 
 class HashTable:
-    """Inserts and finds arrays of keys; the first value of a key stays."""
+    """The first value of a key stays."""
 
     def __init__(self) -> None:
         self._runs: list[tuple[np.ndarray, np.ndarray]] = []  # each sorted by key, each more than twice the next
@@ -18,7 +18,7 @@ class HashTable:
         return sum(len(keys) for keys, _ in self._runs)
 
     def add(self, keys: np.ndarray, values: np.ndarray) -> None:
-        """Adds (n,) uint64 keys with their (n,) uint64 values."""
+        """Adds (n,) uint64 keys and values."""
         keys, first = np.unique(keys, return_index=True)
         is_new = ~self.find(keys)[0]
         if not is_new.any():
@@ -31,7 +31,7 @@ class HashTable:
             self._runs.append((merged[order], np.concatenate([before[1], last[1]])[order]))
 
     def find(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(n,) bool, which of the (n,) keys exist, and (n,) uint64, their values (0 for the others)."""
+        """Returns (n,) bool, which keys exist, and (n,) uint64 values, 0 for missing keys."""
         found = np.zeros(len(keys), dtype=bool)
         values = np.zeros(len(keys), dtype=np.uint64)
         for run_keys, run_values in self._runs:

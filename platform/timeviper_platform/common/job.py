@@ -1,4 +1,4 @@
-"""Runs a job from the command line, and turns user errors into one line."""
+"""Runs a job from the command line and turns user errors into one line."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ USAGE_EXIT_CODE = 2
 
 
 class JobResult(NamedTuple):
-    """Lines for standard output, and the exit code."""
-
     lines: Iterable[str] = ()
     exit_code: int = 0
 
@@ -31,11 +29,11 @@ class JobError(RuntimeError):
 
 
 class JobParser(argparse.ArgumentParser):
-    """Command line of a job; `--help` lists every key of its configuration.
+    """Command line of a job; `--help` lists its configuration keys.
 
     Args:
         description: the job's docstring.
-        config_class: adds `--config FILE` and `key=value ...`; None = a job without a configuration file.
+        config_class: adds `--config FILE` and `key=value ...`.
         config_file: example for the help.
         override: example for the help.
         config_required: False makes `--config` optional.
@@ -76,9 +74,9 @@ def run_job(
     work: Callable[[argparse.Namespace], JobResult],
     arguments: Sequence[str] | None = None,
 ) -> int:
-    """Parses `arguments`, runs `work`, prints its lines; returns the exit code.
+    """Runs `work`, prints its lines and returns the exit code.
 
-    A user error becomes one line `error: ...` on standard error; any other exception is a bug and keeps its traceback.
+    A user error becomes one line on standard error; other exceptions keep their traceback.
     """
     options = parser.parse_args(arguments)
     setup_logging(logging.DEBUG if options.debug else logging.INFO)
@@ -99,9 +97,9 @@ def run_job(
 
 
 def user_error(error: BaseException) -> str | None:
-    """The message of an error that the user can fix; None for a bug.
+    """Returns the message of an error that the user can fix; None for a bug.
 
-    By the convention of these packages, ValueError is the caller's mistake and RuntimeError the environment's.
+    By convention, ValueError is the caller's mistake and RuntimeError the environment's.
     """
     if _package(error) == "ray":
         cause = getattr(error, "cause", None) or error.__cause__

@@ -1,4 +1,4 @@
-"""Lists the files of a folder, prefix or glob page by page, so that a bucket of millions fits in memory."""
+"""Lists files page by page, so that millions fit in memory."""
 
 from __future__ import annotations
 
@@ -23,24 +23,20 @@ _WILDCARDS = re.compile(r"[*?\[]")
 
 
 class FileEntry(NamedTuple):
-    """One file of a listing."""
-
     uri: str
     version: FileVersion | None
-    """None where the listing does not report it"""
+    """None where the listing does not report it."""
 
 
 class Listing(NamedTuple):
-    """Files below a root."""
-
     root: str
     files: Iterator[FileEntry]
 
 
 def list_files(source: str) -> Listing:
-    """The files of a folder, glob or file, sorted (on local disks, within each folder).
+    """Lists a folder, glob or file, sorted (on local disks, within each folder).
 
-    Folders that cannot be listed are skipped with a warning.
+    Skips unreadable folders with a warning.
 
     Raises:
         ValueError: when `source` does not exist.
@@ -67,7 +63,7 @@ def list_files(source: str) -> Listing:
 
 
 def names_in(folder: str) -> Iterator[str]:
-    """Sorted names of the files in `folder`, bypassing caches; none when the folder is missing.
+    """Yields sorted file names, bypassing caches; none when the folder is missing.
 
     Raises:
         OSError: when it cannot be listed completely.
@@ -76,7 +72,7 @@ def names_in(folder: str) -> Iterator[str]:
 
 
 def sizes_in(folder: str) -> Iterator[tuple[str, int]]:
-    """Like `names_in`, with each file's size in bytes."""
+    """Like `names_in`, with sizes in bytes."""
     filesystem, _ = storage.split_uri(folder)
     for path, version in _walk_now(folder):
         yield path.rpartition("/")[2], int(filesystem.size(path)) if version is None else version.size
@@ -90,12 +86,12 @@ def _walk_now(folder: str) -> Iterator[tuple[str, FileVersion | None]]:
 
 
 def is_glob(source: str) -> bool:
-    """True for a pattern, unless a file or folder of exactly that name exists."""
+    """Returns False when a file or folder has exactly that name."""
     return _WILDCARDS.search(source) is not None and not storage.exists(source)
 
 
 def pages(values: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Splits `values` into lists of `size`; the last one may be shorter."""
+    """Yields lists of at most `size`."""
     iterator = iter(values)
     while page := list(islice(iterator, size)):
         yield page
@@ -117,7 +113,7 @@ def _protocols(filesystem: Any) -> tuple[str, ...]:
 
 
 def _walk_local(folder: str, above: Sequence[os.stat_result] = (), *, is_strict: bool = False) -> Iterator[str]:
-    """Depth first; holds the names of one folder per level in memory."""
+    """Walks depth first, with one folder per level in memory."""
     try:
         here = os.stat(folder or "/")  # noqa: PTH116 - names are strings
         if any(os.path.samestat(here, other) for other in above):
@@ -145,7 +141,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _walk_s3(filesystem: Any, root: str) -> Iterator[tuple[str, FileVersion | None]]:
-    """In key order; s3fs's own `find` would hold the whole listing in memory."""
+    """Yields in key order; s3fs's `find` would hold the whole listing in memory."""
     bucket, _, prefix = root.partition("/")
     request = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else "", "MaxKeys": S3_PAGE_KEYS}
     while True:
@@ -166,9 +162,9 @@ def _walk_any(filesystem: Any, root: str) -> Iterator[str]:
 
 
 class FileVersion(NamedTuple):
-    """Identifies a file's content, to notice later changes."""
+    """Identifies a file's content, to notice changes."""
 
     size: int
     etag: str | None
     text: str
-    """the etag, or size and modification time"""
+    """Etag, or size and modification time."""

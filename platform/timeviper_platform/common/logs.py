@@ -1,4 +1,4 @@
-"""Sets up logging for a process: a job, or a worker of one."""
+"""Logging of a job or worker process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 
 def setup_logging(level: int | str = logging.INFO) -> None:
-    """Logs to standard error at `level` and above. Replaces handlers that are there, so it may be called again."""
+    """Logs to standard error; replaces existing handlers."""
     logging.basicConfig(
         level=level,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",

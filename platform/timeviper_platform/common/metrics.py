@@ -1,4 +1,4 @@
-"""The metrics that the platform exports to Prometheus, by name, and their Ray and prometheus_client objects."""
+"""The Prometheus metrics of the platform, as Ray and prometheus_client objects."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ if TYPE_CHECKING:
 
 
 class Metric(NamedTuple):
-    """One exported metric."""
-
     name: str
-    """Name without Prometheus' suffix `_total`; Ray exports it with the prefix `ray_`."""
+    """Without Prometheus' suffix `_total` and Ray's prefix `ray_`."""
     kind: Literal["counter", "gauge"]
     description: str
     tags: tuple[str, ...] = ()
@@ -48,20 +46,15 @@ METRICS: tuple[Metric, ...] = (
 
 
 def metrics_of(prefix: str) -> dict[str, Metric]:
-    """The metrics whose names begin with `prefix`, by the rest of their names."""
+    """Returns the metrics with this prefix, by the rest of their names."""
     return {metric.name.removeprefix(prefix): metric for metric in METRICS if metric.name.startswith(prefix)}
 
 
 class RayMetrics:
-    """The metrics of one prefix, exported by every Ray node."""
+    """Metrics of one prefix, exported by every Ray node."""
 
     def __init__(self, prefix: str, *, module: Any = None) -> None:
-        """Creates the metrics.
-
-        Args:
-            prefix: such as "timeviper_engine_".
-            module: `ray.util.metrics` by default, or `ray.serve.metrics`, which adds deployment and replica as tags.
-        """
+        """`module` is `ray.util.metrics` or `ray.serve.metrics`, which adds deployment and replica as tags."""
         module = module or importlib.import_module("ray.util.metrics")
         kinds = {"counter": module.Counter, "gauge": module.Gauge}
         self._metrics = {
@@ -77,7 +70,7 @@ class RayMetrics:
             self._metrics[name].inc(amount, tags=tags)
 
     def report(self, values: Mapping[str, int]) -> None:
-        """Sets gauges to these values and raises counters to these totals."""
+        """Sets gauges to values and raises counters to totals."""
         for name, value in values.items():
             if self._kinds[name] == "gauge":
                 self._metrics[name].set(value)
@@ -87,7 +80,7 @@ class RayMetrics:
 
 
 def prometheus_metrics(prefix: str, registry: CollectorRegistry) -> dict[str, Any]:
-    """prometheus_client's Counter or Gauge for every metric of `prefix`, by the rest of its name."""
+    """Returns prometheus_client objects by the rest of their names."""
     import prometheus_client
 
     kinds = {"counter": prometheus_client.Counter, "gauge": prometheus_client.Gauge}

@@ -1,7 +1,4 @@
-"""Connects to a Ray cluster, or starts a private one on this machine with its own ports, folder and token.
-
-Other Rays on the machine are never touched.
-"""
+"""Connects to a Ray cluster, or starts a private one with its own ports, folder and token."""
 
 from __future__ import annotations
 
@@ -25,7 +22,7 @@ from typing import Any
 PORTS = ("port", "dashboard-port", "ray-client-server-port", "dashboard-agent-grpc-port", "dashboard-agent-listen-port")
 
 START_SECONDS = 120.0
-"""Timeout for a start, which takes a few seconds on an idle machine."""
+"""An idle machine needs a few seconds."""
 
 STARTED = "Ray runtime started."
 """Printed by `ray start` once its node is registered."""
@@ -54,20 +51,20 @@ def local_cluster(
     environment: Mapping[str, str] | None = None,
     ray_program: Path | None = None,
 ) -> Iterator[dict[str, str]]:
-    """Runs a cluster; yields the environment variables that let a child process connect to it.
+    """Runs a cluster; yields the environment variables by which child processes connect.
 
     Args:
         num_cpus: logical CPUs that tasks may claim.
         object_store_bytes: size of the shared-memory store.
-        with_dashboard: needed by `ray job submit`, and to forward workers' output to drivers.
+        with_dashboard: needed by `ray job submit`, and for workers' output in drivers.
         token_file: None = a new token.
-        environment: more variables for Ray's own processes.
+        environment: more variables for Ray.
         ray_program: None = `ray` of this Python environment.
 
     Raises:
         RuntimeError: when Ray does not start, with the end of its log.
     """
-    # in /tmp: Unix sockets limit a path to 107 bytes, of which Ray takes about 70
+    # Unix sockets limit a path to 107 bytes; Ray takes about 70
     folder = Path(tempfile.mkdtemp(prefix="tv-ray-", dir="/tmp"))
     token_file = token_file or make_token(folder)
     ports = {name: free_port() for name in PORTS}
@@ -78,14 +75,13 @@ def local_cluster(
         "RAY_ADDRESS": f"127.0.0.1:{ports['port']}",
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports['dashboard-port']}",
         "RAY_USAGE_STATS_ENABLED": "0",
-        # timing of Ray's own event loops: a tenth of the CPU time of its idle processes
+        # timing event loops takes a tenth of Ray's idle CPU time
         "RAY_event_stats": "0",
-        # keep large blocks: glibc would return them and fault their pages in again at every training step
+        # glibc would return large blocks and fault their pages in again every step
         "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
         "MALLOC_TRIM_THRESHOLD_": str(8 * 2**30),
-        # no requests are left to drain at the end
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
-        # on a busy machine the proxy's imports alone exceed the default
+        # a busy machine's imports exceed the default
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
         "PATH": f"{ray_program.parent}{os.pathsep}{os.environ['PATH']}",
     }
@@ -137,7 +133,7 @@ def _listens(port: int) -> bool:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Sends SIGTERM, on which `ray start --block` ends its children; then kills the rest of its session."""
+    """Ends `ray start` and its children with SIGTERM, then kills the rest of the session."""
     process.send_signal(signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout=20)
@@ -148,16 +144,16 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 @contextmanager
 def connect(*, log_to_driver: bool = False, **options: Any) -> Iterator[None]:
-    """Connects to the Ray of RAY_ADDRESS (set by `ray job submit`), else to a private one that ends with the context.
+    """Connects to the Ray of RAY_ADDRESS, else to a private one that ends with the context.
 
-    Uses an existing connection and leaves it open. `options` are further arguments of `ray.init`.
+    Keeps an existing connection open. `options` go to `ray.init`.
     """
     if has_cluster():
         with _connection(log_to_driver=log_to_driver, **options):
             yield
         return
     if "ray" in sys.modules and os.environ.get("RAY_AUTH_MODE") != "token":
-        # too late for a token: Ray reads the authentication mode when it is imported
+        # too late for a token: Ray reads the authentication mode at import
         with _connection(address="local", log_to_driver=log_to_driver, **options):
             yield
         return
@@ -175,7 +171,7 @@ def connect(*, log_to_driver: bool = False, **options: Any) -> Iterator[None]:
 
 @functools.cache
 def _token_file() -> Path:
-    """One token for every Ray that this process starts, because Ray reads it once per process."""
+    """One token per process, because Ray reads it once."""
     folder = Path(tempfile.mkdtemp(prefix="tv-token-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return make_token(folder)
@@ -196,5 +192,5 @@ def _connection(**options: Any) -> Iterator[None]:
 
 
 def has_cluster() -> bool:
-    """True when this process is connected to a Ray, or RAY_ADDRESS names one."""
+    """Returns whether a Ray is connected or named by RAY_ADDRESS."""
     return bool(os.environ.get("RAY_ADDRESS")) or ("ray" in sys.modules and sys.modules["ray"].is_initialized())

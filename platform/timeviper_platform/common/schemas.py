@@ -1,4 +1,4 @@
-"""The tables that jobs exchange, as pyarrow schemas with name and version in their metadata."""
+"""The tables that jobs exchange, with name and version in their metadata."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ STORE_VERSION = 2
 """Version of the feature store: folders, FEATURES and INDEX."""
 
 CLIP_MARK = "#t="
-"""Part of a clip's source_version, as in media fragments: #t=START,END."""
+"""Part of a clip's source_version: #t=START,END."""
 
 NAME_KEY = b"timeviper.schema"
 VERSION_KEY = b"timeviper.schema_version"
@@ -32,7 +32,7 @@ MANIFEST = _schema(
         pa.field("media_id", pa.string()),
         pa.field("start_seconds", pa.float64()),
         pa.field("end_seconds", pa.float64()),
-        # a row with size and either duration_seconds or modality image is planned without opening the file
+        # rows with size, and duration_seconds or modality image, are planned without opening the file
         pa.field("size", pa.int64()),  # bytes
         pa.field("etag", pa.string()),
         pa.field("sha256", pa.string()),
@@ -42,12 +42,12 @@ MANIFEST = _schema(
         pa.field("width", pa.int32()),
         pa.field("height", pa.int32()),
         pa.field("codec", pa.string()),
-        # img2dataset's; failed_to_download and failed_to_resize are rejected with their message
+        # img2dataset's; failed_to_download and failed_to_resize are rejected
         pa.field("status", pa.string()),
         pa.field("error_message", pa.string()),
     ],
 )
-"""Input of preprocessing: one row per medium. Only `uri` is required; extra columns are ignored."""
+"""One row per medium to preprocess. Only `uri` is required; extra columns are ignored."""
 
 _MEDIUM = [
     pa.field("uri", pa.string()),  # without a URL's query, user and password, except in plans
@@ -90,8 +90,7 @@ PLAN = _schema(
         *_OUTCOME,
     ],
 )
-"""One row per segment: at most 64 sampled frames of one medium; an image is a segment of one frame. A medium in error
-has one row without segment_id."""
+"""One row per segment of at most 64 frames; an image has one. A medium in error has one row without segment_id."""
 
 _SEGMENT = [
     *_IDENTITY,
@@ -113,8 +112,10 @@ _SEGMENT = [
 ]
 
 FEATURES = _schema("features", STORE_VERSION, [*_SEGMENT, pa.field("features", pa.large_binary())])
-"""One row per segment. `features`: little-endian bf16 (num_frames, num_tokens_per_frame, dim), C order; binary, since
-Parquet has no 16-bit integer: a uint16 column has twice the bytes and reads 24 times slower."""
+"""One row per segment. `features`: little-endian bf16 (num_frames, num_tokens_per_frame, dim), C order.
+
+A uint16 column would have twice the bytes and read 24 times slower.
+"""
 
 INDEX = _schema(
     "index",
@@ -126,7 +127,7 @@ INDEX = _schema(
         _required("row_in_group", pa.int32()),
     ],
 )
-"""FEATURES rows with a location instead of the features. A commit record holds the INDEX rows of one data file."""
+"""FEATURES rows with a location instead of features. A commit record holds those of one data file."""
 
 REJECTS = _schema(
     "rejects",
@@ -139,7 +140,7 @@ REJECTS = _schema(
         _required("frames_missing", pa.int32()),
     ],
 )
-"""Media not or only partly preprocessed: one row per medium, error stage and error type."""
+"""Media with errors: one row per medium, stage and type."""
 
 SAMPLES = _schema(
     "samples",
@@ -166,7 +167,7 @@ SAMPLES = _schema(
         pa.field("weight", pa.float64()),
     ],
 )
-"""Training samples; joined with features by media_id."""
+"""Training samples, joined with features by media_id."""
 
 QUESTIONS = _schema(
     "questions",
@@ -182,11 +183,11 @@ QUESTIONS = _schema(
         pa.field("source", pa.string()),
     ],
 )
-"""Evaluation questions with their answers."""
+"""Evaluation questions with answers."""
 
 
 def check_version(schema: pa.Schema, expected: pa.Schema, *, source: str) -> None:
-    """Raises ValueError, naming `source`, unless name and version of `schema` are those of `expected`."""
+    """Raises ValueError unless name and version are those of `expected`."""
     found = schema.metadata or {}
     for key, what in ((NAME_KEY, "schema"), (VERSION_KEY, "schema version")):
         if found.get(key) != expected.metadata[key]:

@@ -1,7 +1,4 @@
-"""Reads, lists and atomically writes files at any fsspec URI (a local path, file://, s3://, memory://).
-
-Transient errors are retried with growing waits, and counted.
-"""
+"""Reads, lists and atomically writes files at any fsspec URI. Retries transient errors and counts the retries."""
 
 from __future__ import annotations
 
@@ -30,12 +27,12 @@ T = TypeVar("T")
 
 MAX_ATTEMPTS = 4
 FIRST_WAIT_S = 0.5
-"""Doubled after every attempt. Each attempt includes the client's own retries: five of botocore."""
+"""Doubles after every attempt. Each attempt includes five of botocore."""
 
 _TRANSIENT_ERRNOS = frozenset(
     {errno.EBUSY, errno.EREMOTEIO, errno.EIO, errno.ETIMEDOUT, errno.EAGAIN, errno.ENETUNREACH, errno.EHOSTUNREACH}
 )
-"""s3fs maps 503 and SlowDown to EBUSY, 500 to EREMOTEIO, and codes that it does not know (502, 504) to EIO."""
+"""s3fs maps 503 and SlowDown to EBUSY, 500 to EREMOTEIO, and unknown codes (502, 504) to EIO."""
 
 
 class StorageUnavailableError(OSError):
@@ -57,7 +54,7 @@ _counted_clients: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def shown_uri(uri: str) -> str:
-    """The URI for messages: without credentials and query, which may hold secrets; undecodable bytes are escaped."""
+    """Returns the URI for messages: without credentials and query, with undecodable bytes escaped."""
     uri = uri.encode("utf-8", "backslashreplace").decode("utf-8")
     scheme = _scheme(uri)
     if not scheme:
@@ -70,18 +67,18 @@ def shown_uri(uri: str) -> str:
 
 
 def num_retries() -> int:
-    """Number of requests to storage that this process has retried."""
+    """Returns how often this process has retried a storage request."""
     return _retries.value
 
 
 def add_retries(count: int) -> None:
-    """Adds retries of a child process or of another client to this process's count."""
+    """Counts retries of a child process or another client."""
     for _ in range(count):
         _retries.add()
 
 
 def is_transient(error: BaseException | None) -> bool:
-    """True for timeouts, connection resets, 5xx and 429 responses, and errors raised from one of them."""
+    """Returns True for timeouts, connection resets, 5xx and 429 responses, and errors raised from one."""
     if error is None or isinstance(error, FileNotFoundError | PermissionError | StorageUnavailableError):
         return False  # permanent, or already retried
     if isinstance(error, TimeoutError | ConnectionError) or getattr(error, "errno", None) in _TRANSIENT_ERRNOS:
@@ -92,10 +89,10 @@ def is_transient(error: BaseException | None) -> bool:
 
 
 def retrying(action: Callable[[], T], uri: str, *, first_wait_s: float | None = None) -> T:
-    """The result of `action`, which is repeated while it fails with a transient error.
+    """Repeats `action` while it fails with a transient error.
 
     Raises:
-        StorageUnavailableError: when the last attempt failed as well.
+        StorageUnavailableError: when the last attempt fails.
     """
     uri, first_wait_s = shown_uri(uri), FIRST_WAIT_S if first_wait_s is None else first_wait_s
     for attempt in range(MAX_ATTEMPTS):
@@ -116,7 +113,7 @@ def retrying(action: Callable[[], T], uri: str, *, first_wait_s: float | None = 
 
 
 def split_uri(uri: str) -> tuple[Any, str]:
-    """The fsspec file system of a URI, and the path on it; local paths become absolute."""
+    """Returns the fsspec file system and the path on it; local paths become absolute."""
     if is_local(uri):  # url_to_fs would read a::b.mp4 as b.mp4 inside a
         filesystem = fsspec.filesystem("file")
         return filesystem, str(filesystem._strip_protocol(uri))
@@ -127,9 +124,9 @@ def split_uri(uri: str) -> tuple[Any, str]:
 
 
 def _count_failures_of(client: Any) -> None:
-    """Counts the requests that a botocore client retries silently."""
+    """Counts requests that botocore retries silently."""
     if client not in _counted_clients:
-        # first: at the last attempt the client's own handler raises, and later handlers do not run
+        # first, because at the last attempt the client's own handler raises
         client.meta.events.register_first("needs-retry.s3", _count_response)
         _counted_clients.add(client)
 
@@ -151,7 +148,7 @@ def has_known_scheme(uri: str) -> bool:
 
 
 def _scheme(uri: str) -> str:
-    """The part before ://, chained schemes included; '' for a path."""
+    """Returns the part before ://; '' for a path."""
     scheme, mark, _ = uri.partition("://")
     return scheme if mark and "/" not in scheme else ""
 
@@ -162,12 +159,12 @@ def _is_known(scheme: str) -> bool:
 
 
 def join_uri(root: str, *parts: str) -> str:
-    """`root/part/part`, for local paths and URIs alike."""
+    """Returns `root/part/part`."""
     return "/".join([root.rstrip("/") or "/", *(part.strip("/") for part in parts)])
 
 
 def is_local(uri: str) -> bool:
-    """True when `uri` is a path on this machine; decided by its text."""
+    """Decides by the text alone."""
     return _scheme(uri) in ("", "file", "local")
 
 
@@ -177,7 +174,7 @@ def exists(uri: str) -> bool:
 
 
 def files_in(uri: str, suffix: str = "") -> list[str]:
-    """URIs of the files directly inside a folder, sorted, without hidden ones; none when the folder is missing."""
+    """Returns sorted URIs of visible files directly inside a folder; none when it is missing."""
     filesystem, path = split_uri(uri)
 
     def list_folder() -> list[dict[str, Any]]:
@@ -198,7 +195,7 @@ def read_json(uri: str) -> Any:
 
 
 def write_atomic(uri: str, write: Callable[[IO[bytes]], None]) -> None:
-    """Calls `write` with a binary file; afterwards `uri` holds all of it or, after an error, its old content.
+    """Calls `write` with a binary file. After an error, `uri` keeps its old content.
 
     Raises:
         RuntimeError: when `uri` cannot be written.
@@ -234,10 +231,10 @@ def remove(uri: str) -> None:
 
 
 def ensure_writable(uri: str) -> None:
-    """Writes and removes a probe file, so that a job fails before hours of work.
+    """Writes a probe file, so that a job fails before hours of work.
 
     Raises:
-        RuntimeError: when the folder `uri` cannot be written.
+        RuntimeError: when the folder cannot be written.
     """
     probe = join_uri(uri, f".write-probe-{uuid.uuid4().hex}")
     write_bytes(probe, b"")
@@ -261,7 +258,7 @@ def _write_then_rename(path: str, write: Callable[[IO[bytes]], None]) -> None:
 
 
 def _write_then_upload(filesystem: Any, path: str, write: Callable[[IO[bytes]], None], uri: str) -> None:
-    """Uploads a finished local copy: closing a partly written remote file would publish the part."""
+    """Uploads a local copy, because closing a partly written remote file would publish it."""
     with tempfile.NamedTemporaryFile(prefix="timeviper-upload-") as local:
         write(local)
         local.flush()
@@ -273,11 +270,11 @@ def _write_all(file: IO[bytes], data: bytes) -> None:
 
 
 READ_AHEAD_BYTES = 4 << 20
-"""Block of a remote file: memory per open decoder against number of requests."""
+"""Block size of remote files. Larger blocks need more memory and fewer requests."""
 
 
 def open_file(uri: str) -> Any:
-    """A seekable binary file; remote files are read block by block."""
+    """Opens a seekable binary file; reads remote files by block."""
     filesystem, path = split_uri(uri)
     if is_local(uri):
         return filesystem.open(path, "rb")
