@@ -19,8 +19,6 @@ HEAT_MAP_DECADES = 4
 
 
 class Panel(NamedTuple):
-    """One pair of axes."""
-
     lines: Mapping[str, Sequence[Point]]
     """Points by line name."""
     y_label: str = ""

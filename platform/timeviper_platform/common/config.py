@@ -22,7 +22,7 @@ def load_config(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -
     """Reads a YAML file. Overrides have the form `phases.align.steps=10`.
 
     Raises:
-        ValueError: for a missing file, invalid YAML, or wrong keys or values.
+        ValueError: for a missing file, invalid YAML, or invalid keys or values.
     """
     file = Path(path)
     if not file.is_file():

@@ -83,7 +83,6 @@ def _own_field_docs(config_class: type) -> dict[str, str]:
 
 
 def _sections(annotation: Any, path: tuple[str, ...]) -> Iterator[tuple[type, tuple[str, ...]]]:
-    """Yields the dataclasses that a value may hold, with the path of their keys."""
     if is_dataclass(annotation):
         assert isinstance(annotation, type)
         yield annotation, path
@@ -126,7 +125,6 @@ def _default(field: Field[Any], *, is_section: bool) -> str:
 
 
 def _plain(value: Any) -> str:
-    """Formats a value as YAML."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, tuple | list):

@@ -26,12 +26,7 @@ def torch_dtype(name: Dtype) -> torch.dtype:
 
 
 def torch_device(name: str) -> torch.device:
-    """Returns the device.
-
-    Raises:
-        ValueError: for an unknown name.
-        RuntimeError: when the machine has no such CUDA device.
-    """
+    """Raises ValueError for an unknown name, and RuntimeError for a missing CUDA device."""
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -46,7 +41,7 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_flops(name: str) -> float | None:
-    """Returns dense bf16 FLOP/s; None for an unknown device."""
+    """Returns None for an unknown device."""
     return next((peak for start, peak in PEAK_FLOPS.items() if name.startswith(start)), None)
 
 

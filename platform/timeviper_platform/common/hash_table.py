@@ -1,6 +1,6 @@
 """A table of 64-bit keys and values in sorted NumPy runs, 16 bytes per entry.
 
-n random keys collide with probability n * n / 2**65 (3e-6 for ten million).
+n random keys collide with probability n * n / 2**65.
 """
 
 from __future__ import annotations

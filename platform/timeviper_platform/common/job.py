@@ -21,8 +21,6 @@ class JobResult(NamedTuple):
 
 
 class JobError(RuntimeError):
-    """A user error with its own exit code."""
-
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)
         self.exit_code = exit_code
@@ -32,12 +30,9 @@ class JobParser(argparse.ArgumentParser):
     """Command line of a job; `--help` lists its configuration keys.
 
     Args:
-        description: the job's docstring.
         config_class: adds `--config FILE` and `key=value ...`.
         config_file: example for the help.
         override: example for the help.
-        config_required: False makes `--config` optional.
-        prog: set by argparse for a subcommand.
     """
 
     def __init__(

@@ -63,7 +63,7 @@ def list_files(source: str) -> Listing:
 
 
 def names_in(folder: str) -> Iterator[str]:
-    """Yields sorted file names, bypassing caches; none when the folder is missing.
+    """Yields sorted file names without caches; none when the folder is missing.
 
     Raises:
         OSError: when it cannot be listed completely.
@@ -113,7 +113,7 @@ def _protocols(filesystem: Any) -> tuple[str, ...]:
 
 
 def _walk_local(folder: str, above: Sequence[os.stat_result] = (), *, is_strict: bool = False) -> Iterator[str]:
-    """Walks depth first, with one folder per level in memory."""
+    """Holds one folder per level in memory."""
     try:
         here = os.stat(folder or "/")  # noqa: PTH116 - names are strings
         if any(os.path.samestat(here, other) for other in above):
@@ -141,7 +141,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _walk_s3(filesystem: Any, root: str) -> Iterator[tuple[str, FileVersion | None]]:
-    """Yields in key order; s3fs's `find` would hold the whole listing in memory."""
+    """s3fs's `find` would hold the whole listing in memory."""
     bucket, _, prefix = root.partition("/")
     request = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else "", "MaxKeys": S3_PAGE_KEYS}
     while True:
@@ -162,7 +162,7 @@ def _walk_any(filesystem: Any, root: str) -> Iterator[str]:
 
 
 class FileVersion(NamedTuple):
-    """Identifies a file's content, to notice changes."""
+    """Identifies a file's content."""
 
     size: int
     etag: str | None

@@ -1,4 +1,4 @@
-"""The Prometheus metrics of the platform, as Ray and prometheus_client objects."""
+"""Prometheus metrics of the platform."""
 
 from __future__ import annotations
 
@@ -51,8 +51,6 @@ def metrics_of(prefix: str) -> dict[str, Metric]:
 
 
 class RayMetrics:
-    """Metrics of one prefix, exported by every Ray node."""
-
     def __init__(self, prefix: str, *, module: Any = None) -> None:
         """`module` is `ray.util.metrics` or `ray.serve.metrics`, which adds deployment and replica as tags."""
         module = module or importlib.import_module("ray.util.metrics")

@@ -22,7 +22,6 @@ from typing import Any
 PORTS = ("port", "dashboard-port", "ray-client-server-port", "dashboard-agent-grpc-port", "dashboard-agent-listen-port")
 
 START_SECONDS = 120.0
-"""An idle machine needs a few seconds."""
 
 STARTED = "Ray runtime started."
 """Printed by `ray start` once its node is registered."""
@@ -54,11 +53,8 @@ def local_cluster(
     """Runs a cluster; yields the environment variables by which child processes connect.
 
     Args:
-        num_cpus: logical CPUs that tasks may claim.
-        object_store_bytes: size of the shared-memory store.
         with_dashboard: needed by `ray job submit`, and for workers' output in drivers.
         token_file: None = a new token.
-        environment: more variables for Ray.
         ray_program: None = `ray` of this Python environment.
 
     Raises:
@@ -133,7 +129,7 @@ def _listens(port: int) -> bool:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends `ray start` and its children with SIGTERM, then kills the rest of the session."""
+    """`ray start` ends its children on SIGTERM."""
     process.send_signal(signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout=20)
@@ -146,7 +142,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def connect(*, log_to_driver: bool = False, **options: Any) -> Iterator[None]:
     """Connects to the Ray of RAY_ADDRESS, else to a private one that ends with the context.
 
-    Keeps an existing connection open. `options` go to `ray.init`.
+    Leaves an existing connection open. `options` go to `ray.init`.
     """
     if has_cluster():
         with _connection(log_to_driver=log_to_driver, **options):

@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 MAX_ATTEMPTS = 4
 FIRST_WAIT_S = 0.5
-"""Doubles after every attempt. Each attempt includes five of botocore."""
+"""Doubles after every attempt."""
 
 _TRANSIENT_ERRNOS = frozenset(
     {errno.EBUSY, errno.EREMOTEIO, errno.EIO, errno.ETIMEDOUT, errno.EAGAIN, errno.ENETUNREACH, errno.EHOSTUNREACH}
@@ -54,7 +54,7 @@ _counted_clients: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def shown_uri(uri: str) -> str:
-    """Returns the URI for messages: without credentials and query, with undecodable bytes escaped."""
+    """Removes credentials and query, which may hold secrets; escapes undecodable bytes."""
     uri = uri.encode("utf-8", "backslashreplace").decode("utf-8")
     scheme = _scheme(uri)
     if not scheme:
@@ -67,7 +67,6 @@ def shown_uri(uri: str) -> str:
 
 
 def num_retries() -> int:
-    """Returns how often this process has retried a storage request."""
     return _retries.value
 
 
@@ -78,7 +77,7 @@ def add_retries(count: int) -> None:
 
 
 def is_transient(error: BaseException | None) -> bool:
-    """Returns True for timeouts, connection resets, 5xx and 429 responses, and errors raised from one."""
+    """Recognises timeouts, connection resets, 5xx and 429 responses, also as causes."""
     if error is None or isinstance(error, FileNotFoundError | PermissionError | StorageUnavailableError):
         return False  # permanent, or already retried
     if isinstance(error, TimeoutError | ConnectionError) or getattr(error, "errno", None) in _TRANSIENT_ERRNOS:
@@ -89,11 +88,7 @@ def is_transient(error: BaseException | None) -> bool:
 
 
 def retrying(action: Callable[[], T], uri: str, *, first_wait_s: float | None = None) -> T:
-    """Repeats `action` while it fails with a transient error.
-
-    Raises:
-        StorageUnavailableError: when the last attempt fails.
-    """
+    """Repeats `action` on transient errors; raises StorageUnavailableError after the last attempt."""
     uri, first_wait_s = shown_uri(uri), FIRST_WAIT_S if first_wait_s is None else first_wait_s
     for attempt in range(MAX_ATTEMPTS):
         try:
@@ -113,7 +108,7 @@ def retrying(action: Callable[[], T], uri: str, *, first_wait_s: float | None = 
 
 
 def split_uri(uri: str) -> tuple[Any, str]:
-    """Returns the fsspec file system and the path on it; local paths become absolute."""
+    """Returns the fsspec file system and the path; local paths become absolute."""
     if is_local(uri):  # url_to_fs would read a::b.mp4 as b.mp4 inside a
         filesystem = fsspec.filesystem("file")
         return filesystem, str(filesystem._strip_protocol(uri))
@@ -124,7 +119,6 @@ def split_uri(uri: str) -> tuple[Any, str]:
 
 
 def _count_failures_of(client: Any) -> None:
-    """Counts requests that botocore retries silently."""
     if client not in _counted_clients:
         # first, because at the last attempt the client's own handler raises
         client.meta.events.register_first("needs-retry.s3", _count_response)
@@ -148,7 +142,6 @@ def has_known_scheme(uri: str) -> bool:
 
 
 def _scheme(uri: str) -> str:
-    """Returns the part before ://; '' for a path."""
     scheme, mark, _ = uri.partition("://")
     return scheme if mark and "/" not in scheme else ""
 
@@ -174,7 +167,7 @@ def exists(uri: str) -> bool:
 
 
 def files_in(uri: str, suffix: str = "") -> list[str]:
-    """Returns sorted URIs of visible files directly inside a folder; none when it is missing."""
+    """Returns sorted URIs of visible files; none when the folder is missing."""
     filesystem, path = split_uri(uri)
 
     def list_folder() -> list[dict[str, Any]]:
@@ -231,7 +224,7 @@ def remove(uri: str) -> None:
 
 
 def ensure_writable(uri: str) -> None:
-    """Writes a probe file, so that a job fails before hours of work.
+    """Writes a probe file, so that a job fails early.
 
     Raises:
         RuntimeError: when the folder cannot be written.
@@ -270,11 +263,11 @@ def _write_all(file: IO[bytes], data: bytes) -> None:
 
 
 READ_AHEAD_BYTES = 4 << 20
-"""Block size of remote files. Larger blocks need more memory and fewer requests."""
+"""Larger blocks need more memory and fewer requests."""
 
 
 def open_file(uri: str) -> Any:
-    """Opens a seekable binary file; reads remote files by block."""
+    """Opens a seekable binary file."""
     filesystem, path = split_uri(uri)
     if is_local(uri):
         return filesystem.open(path, "rb")

@@ -25,7 +25,6 @@ def summarise(outcomes: Iterable[Outcome]) -> dict[str, Any]:
 
 
 def report_lines(report: dict[str, Any]) -> list[str]:
-    """Formats the report as a table."""
     lines = [f"{'task':<12}{'score':>8}{'95 % interval':>18}{'chance':>9}{'without video':>15}{'questions':>11}"]
     for task, row in report.items():
         score = row.get("accuracy", row.get("miou"))
