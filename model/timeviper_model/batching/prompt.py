@@ -96,7 +96,6 @@ def build_sample(
     """Tokenises a conversation: an optional system turn, then alternating user and assistant turns.
 
     Args:
-        media_num_tokens: vision tokens of each medium.
         add_generation_prompt: whether to open an assistant turn at the end.
 
     Raises:

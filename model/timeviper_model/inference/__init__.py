@@ -1,1 +1,1 @@
-"""Prompts to answers: the engine, and generate() for one prompt."""
+"""Prompts to answers."""

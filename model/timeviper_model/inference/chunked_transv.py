@@ -144,7 +144,7 @@ class WaitingTokens:
         self.position_T = torch.empty(num_tokens, dtype=torch.int64, device=weight.device)
         self.score_keys = weight.new_empty(attention.num_kv_heads, num_tokens, attention.head_dim)
         self.sources = None if layer is None else TransferSources(num_vision, layer)
-        """Covers every vision token, because selection is open."""
+        """Every vision token may be a source."""
         self.count = 0
 
     def __len__(self) -> int:

@@ -70,6 +70,6 @@ class TextStream:
 
 
 def _overlap(text: str, target: str, *, whole: bool = False) -> int:
-    """Length of the longest suffix of `text` that begins `target`; `whole` includes `target` itself."""
+    """Length of the longest suffix of `text` that begins `target`."""
     longest = len(target) if whole else len(target) - 1
     return next((n for n in range(min(longest, len(text)), 0, -1) if text.endswith(target[:n])), 0)

@@ -44,7 +44,7 @@ from timeviper_model.timeviper import TimeViper
 logger = logging.getLogger(__name__)
 
 MIN_GRAPH_STEPS = 32
-"""Minimum decode steps for a CUDA graph; its capture costs about five."""
+"""Minimum decode steps for a CUDA graph; its capture costs about five steps."""
 STEPS_BEFORE_GRAPH = 8
 """Decode steps with unchanged slots before a capture."""
 
@@ -175,7 +175,6 @@ class InferenceEngine:
 
     @property
     def has_work(self) -> bool:
-        """True while `step` has work to do or events to deliver."""
         return bool(self._requests or self._undelivered)
 
     def stats(self) -> EngineStats:
@@ -202,7 +201,6 @@ class InferenceEngine:
         return [*self._admit(), *self._prefill_chunks(), *self._decode()]
 
     def _admit(self) -> list[Event]:
-        """Skips requests whose prefix is being computed."""
         events: list[Event] = []
         taken = {active.slot for active in self._requests.values()}
         free = [slot for slot in range(self.config.num_slots) if slot not in taken]

@@ -25,7 +25,6 @@ def generate(model: TimeViper, tokenizer: Any, prompt: str, features: Tensor | N
     """Answers a prompt about one medium.
 
     Args:
-        model: in eval mode.
         features: (num_vision_tokens, dim); None for text only.
         sampling: fields of SamplingParams, except `stop` and `num_logprobs`.
     """

@@ -121,11 +121,7 @@ class EngineConfig:
 def check_request(
     request: Request, limits: EngineConfig, model: TimeViperConfig, *, has_tokenizer: bool
 ) -> tuple[Tensor, Tensor]:
-    """Returns ids (T,) int64 and token kinds (T,) int8.
-
-    Raises:
-        ValueError: when no engine with these limits can serve the request.
-    """
+    """Returns ids (T,) int64 and token kinds (T,) int8, or raises ValueError."""
     prompt, sampling = request.prompt, request.sampling
     if len(prompt) > limits.max_prompt_tokens:
         raise ValueError(

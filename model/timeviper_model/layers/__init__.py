@@ -1,1 +1,1 @@
-"""The blocks of the model, with their caches."""
+"""Blocks of the model and their caches."""

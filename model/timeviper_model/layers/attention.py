@@ -15,7 +15,7 @@ from timeviper_model.ops.linear import Linear
 from timeviper_model.ops.precision import wide_dtype, widen
 
 NUM_CHUNKS, MIN_CHUNK_TOKENS = 8, 64
-"""Maximum chunks and minimum tokens per chunk, for long sums on a CPU."""
+"""Limits for splitting long sums on a CPU."""
 
 
 class KeyValueStore(Protocol):

@@ -96,7 +96,6 @@ def _obstacles(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
 
 
 def _too_old(device: torch.device) -> str | None:
-    """PyTorch fails only at the first call."""
     capability = torch.cuda.get_device_capability(device)
     if capability >= FLASH_CAPABILITY:
         return None

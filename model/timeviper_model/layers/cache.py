@@ -245,7 +245,6 @@ class SlotStore:
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
     def _even_runs(self) -> list[tuple[int, int]]:
-        """Neighbouring slots of similar length."""
         even = []
         for first, stop in self._runs:
             lengths = self._cache.lengths[first:stop]

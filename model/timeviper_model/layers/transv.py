@@ -90,7 +90,7 @@ class TransVLayer(nn.Module):
         return gated
 
     def idle(self, hidden_TD: Tensor) -> Tensor:
-        """Returns zeros (1, D) through every parameter, as ZeRO needs."""
+        """Returns zeros (1, D) through every parameter: ZeRO needs them on every rank."""
         token = _one_token(hidden_TD)  # zero gradient, but it must pass for ZeRO-3
         one = Segments(torch.zeros(1, dtype=torch.long, device=token.device), 1).rows([0])
         visible = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=token.device)

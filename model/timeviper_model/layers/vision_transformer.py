@@ -144,7 +144,6 @@ class VisionTransformer(nn.Module):
 
 
 def _side(values: Mapping[str, Any], where: str) -> int | None:
-    """Side of the crop, or of the resize without one."""
     size = values.get("crop_size" if values.get("do_center_crop") else "size")
     if size is None or isinstance(size, int):
         return size

@@ -1,4 +1,4 @@
-"""Root-mean-square norms. On a CPU the gradient runs in cache-sized blocks; autograd's took far longer."""
+"""Root-mean-square norms. On a CPU the gradient runs in cache-sized blocks; autograd's takes longer."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Weight folders in the Hugging Face layout, and each model family in it."""
+"""Weights folders in Hugging Face layout."""

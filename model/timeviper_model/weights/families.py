@@ -67,7 +67,7 @@ def file_name(name: str, config: TextConfig) -> str:
 
 
 def own_name(name: str, config: TextConfig) -> str:
-    """Renames a tensor of any family; unknown names are unchanged."""
+    """Returns our name of a tensor; unknown names are unchanged."""
     if isinstance(config, HybridConfig):
         return _swap_prefix(name, (("model.", "backbone."),))
     return _swap_prefix(name, tuple((theirs, ours) for ours, theirs in QWEN2_NAMES))

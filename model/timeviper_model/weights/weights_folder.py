@@ -79,11 +79,7 @@ def save_pretrained(
 
 
 def from_pretrained(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> TimeViper:
-    """Loads a weights folder in evaluation mode, one shard at a time.
-
-    Raises:
-        ValueError: when config.json is invalid, or tensors are missing, unexpected or misshaped.
-    """
+    """Loads a weights folder in evaluation mode, one shard at a time. Raises ValueError for wrong files."""
     folder = Path(folder)
     with torch.device("meta"):
         model = TimeViper(load_config(folder))
