@@ -1,1 +1,1 @@
-"""From features and samples to trained weights: a run, its phases and its steps."""
+"""Trains models: runs, phases and steps."""

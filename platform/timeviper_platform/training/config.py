@@ -1,4 +1,4 @@
-"""The YAML of a training run: a chain of phases, each with its own data, trained parameters and optimizer."""
+"""Configuration of a training run: a chain of phases, each with its own data, trained parameters and optimizer."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class InitConfig:
     weights: str | None = None
     """Weights folder written by save_pretrained or jobs/export.py. Excludes `backbone`."""
     preset: Literal["tiny", "9b", "tiny-qwen", "qwen2.5-7b", "tiny-pdrop", "9b-pdrop"] | None = None
-    """Model sizes. With `weights`: the sizes they must have, so that a dry run needs no weights."""
+    """Model sizes. With `weights`, both must match; a dry run then needs no weights."""
     seed: int = 0
-    """Seed of the random initial values."""
+    """Seed of random initial values."""
     backbone: str | None = None
     """Hugging Face name or folder of a language model that replaces the preset's random backbone."""
     transv: tuple[TransVSite, ...] | None = None
-    """TransV sites instead of those of the preset or the weights, initialized from attention."""
+    """TransV sites that replace those of the preset or weights, initialized from attention."""
 
     def __post_init__(self) -> None:
         if self.weights is None and self.preset is None:
@@ -57,15 +57,14 @@ class ValidationConfig:
     every_steps: int = 500
     """Steps between validations. The phase's last step is always validated."""
     where: Literal["task", "ranks"] = "task"
-    """task: in a process that reads a checkpoint saved at that step, while the ranks train on (the last step is
-    validated by the ranks). ranks: by the ranks, between two steps.
-    """
+    """task: in a process that reads a checkpoint, while training continues; the ranks validate the last step. ranks:
+    between two steps."""
     resources: dict[str, float] = field(default_factory=lambda: {"CPU": 1.0})
-    """Ray resources of the task. It uses a GPU if one is listed; without Ray it runs on rank 0's machine."""
+    """Ray resources of the task, which uses a GPU if one is listed."""
     max_wait_s: float = 600.0
     """Maximum seconds to wait for unfinished tasks after the last step."""
     num_answers: int = 0
-    """Samples whose first answer is generated greedily for `validation_exact_match`. Must be 0 with zero.stage 3."""
+    """Samples answered greedily for `validation_exact_match`. Must be 0 with zero.stage 3."""
 
     def __post_init__(self) -> None:
         if self.every_steps < 1 or not self.samples:
@@ -84,16 +83,16 @@ class ValidationConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PhaseConfig:
     samples: tuple[SourceConfig, ...]
-    """The mixture."""
+    """Sources of the mixture."""
     trainable: tuple[ParameterRule, ...]
-    """Trained parameters; all others are frozen."""
+    """Rules for trained parameters; all others are frozen."""
     packing: PackingConfig
     packs_per_step: int
-    """Packs of the global batch, for any number of ranks."""
+    """Packs per step, over all ranks."""
     steps: int | None = None
-    """Length in steps. Exactly one of `steps` and `epochs` is required."""
+    """Number of steps. Exactly one of `steps` and `epochs` is required."""
     epochs: int | None = None
-    """Length in epochs."""
+    """Number of epochs."""
     use_transv: bool = True
     frames: FramesConfig = field(default_factory=FramesConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -101,7 +100,7 @@ class PhaseConfig:
     """Initial weights; None continues from the previous phase."""
     validation: ValidationConfig | None = None
     lora: LoraConfig | None = None
-    """Adapters on linear layers, trained by a rule such as `.*\\.lora_[AB]` and merged at the phase's end."""
+    """LoRA adapters, trained by a rule such as `.*\\.lora_[AB]` and merged at the phase's end."""
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
@@ -122,18 +121,18 @@ class WorkersConfig:
     """Worker processes under Ray."""
 
     num_workers: int | tuple[int, int] = 1
-    """Number of workers, or [minimum, maximum] for elastic training. The global batch does not depend on it."""
+    """Number of workers, or [minimum, maximum] for elastic training."""
     use_gpu: bool = False
     """One GPU per worker, with NCCL."""
     resources_per_worker: dict[str, float] = field(default_factory=lambda: {"CPU": 1.0})
     max_failures: int = 3
-    """Restarts from the newest committed checkpoint before the run fails."""
+    """Maximum restarts from the newest committed checkpoint."""
     preemption_grace_s: float = 60.0
     """Seconds that workers may run past a node's announced removal."""
     hang_timeout_s: float = 1800.0
     """Seconds without progress after which a worker ends and logs the rank it waited for."""
     threads_per_worker: int = 1
-    """torch threads. Losses are bit-identical only at an equal number."""
+    """torch threads per worker. Losses are bit-identical only for equal numbers."""
 
     def __post_init__(self) -> None:
         least, most = self.num_workers if isinstance(self.num_workers, tuple) else (self.num_workers, self.num_workers)
@@ -163,11 +162,11 @@ class TrainConfig:
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     backend: Backend = "auto"
-    """torch, CUDA kernels where available (auto), or kernels or an error (kernels)."""
+    """torch, auto (CUDA kernels if available) or kernels (required)."""
     encoder: str | None = None
     """Vision encoder of the features (Hugging Face name or folder), recorded in the weights for serving."""
     second_encoder: str | None = None
-    """The second tower's encoder, if there are two."""
+    """Encoder of the second vision tower, if any."""
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -191,7 +190,7 @@ class TrainConfig:
 
 
 def resolve_paths(config: TrainConfig) -> TrainConfig:
-    """`config` with absolute paths; a tokenizer or backbone without a local folder is a name on the hub."""
+    """Returns `config` with absolute paths, except Hugging Face names."""
     config = with_absolute_paths(
         config,
         (

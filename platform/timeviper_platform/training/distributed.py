@@ -38,18 +38,18 @@ def from_rank_0(act: Callable[[], T]) -> T:
 
 
 def sum_over_ranks(values: Tensor) -> None:
-    """In place; does nothing without torch.distributed."""
+    """Sums in place; does nothing without torch.distributed."""
     if dist.is_initialized():
         dist.all_reduce(values)
 
 
 def shared_store(prefix: str) -> Any:
-    """The key-value store that torch.distributed was initialized with; torch has no public name for it."""
+    """Returns torch.distributed's key-value store; torch has no public name for it."""
     return PrefixStore(prefix, _get_default_store())
 
 
 def all_ranks_end(timeout_s: float, *, world_size: int | None = None) -> bool:
-    """True if every rank calls this in time, so that none waits in a collective."""
+    """Returns whether every rank calls this in time, so that none waits in a collective."""
     store = shared_store("timeviper-end")
     store.set(str(dist.get_rank()), "")
     ranks = range(dist.get_world_size() if world_size is None else world_size)

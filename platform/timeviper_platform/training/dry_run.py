@@ -1,6 +1,6 @@
-"""Reports plan, parameter groups, cost and memory of every phase without training, and lists missing inputs.
+"""Reports plan, parameter groups, cost and memory of every phase, and lists missing inputs.
 
-Models are on the meta device, so the 9b fits a laptop. Starts no process and writes no file.
+Models are on the meta device, so the 9b fits a laptop. Writes no file.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from timeviper_platform.training.run import RunFolder
 
 ZERO_STAGES = (0, 1, 2, 3)
 STEPS_WITHOUT_PLAN = 1000
-"""Steps whose GPU-hours are reported when the number of samples is unknown."""
+"""Assumed steps when the number of samples is unknown."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,15 +55,14 @@ class PlanFacts:
     num_packs: int
     num_steps: int
     fill: float
-    """Tokens / token budget."""
     text_tokens: int
     vision_tokens: tuple[int, ...]
-    """Before the language model and after each TransV site."""
+    """Vision tokens before the language model and after each TransV site."""
     num_dummies_per_step: int
-    """Micro-steps of a full step that are dummies, over all ranks."""
+    """Dummy micro-steps of a full step, over all ranks."""
     largest_pack: Pack
     mean_pack_flops: float
-    """Operations of a pack's forward and backward pass."""
+    """Forward and backward operations."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,24 +73,22 @@ class PhaseFacts:
     groups: list[ParameterGroup]
     sizes: ModelSizes
     plan: PlanFacts | None
-    """None when samples, feature store or tokenizer are missing."""
+    """Pack plan; None when samples, feature store or tokenizer are missing."""
     states: dict[int, StateBytes]
-    """Bytes of one rank by ZeRO stage."""
+    """Bytes of one rank, by ZeRO stage."""
     activations: int
-    """Bytes for the costliest pack; without data, for a full pack of text."""
+    """Bytes of the costliest pack, or of a full pack of text."""
     num_steps: int
     """Steps of the phase; STEPS_WITHOUT_PLAN when unknown."""
     flops: float
-    """Operations of these steps; on full packs of text when the samples are unknown."""
+    """Operations of these steps; assumes full packs of text when samples are unknown."""
     sources: list[SourceShare]
     expected: ExpectedEpoch | None
-    """Epoch of the sources that are not planned; None without any or when unknown."""
+    """Epoch of the unplanned sources; None without any or when unknown."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DryRun:
-    """Report on a run."""
-
     phases: list[PhaseFacts]
     problems: list[str]
     """Missing inputs; empty when the run could start."""
@@ -118,7 +115,6 @@ def dry_run(config: TrainConfig) -> DryRun:
 
 
 def describe_dry_run(config: TrainConfig, result: DryRun) -> str:
-    """The report as text."""
     workers = f"{config.workers.max_workers} ranks, {config.dtype}, ZeRO-{config.zero.stage}"
     lines = [f"run {RunFolder.of(config).uri}: {workers}"]
     for phase in result.phases:
@@ -159,7 +155,7 @@ def _model_config(
     before: TimeViperConfig | None,
     problems: list[str],
 ) -> TimeViperConfig | None:
-    """Sizes of the phase's model; None when only missing weights have them."""
+    """Returns None when only missing weights define the sizes."""
     init = phase.init
     if init is None:
         return before
@@ -232,7 +228,7 @@ def _phase_facts(
 
 
 def _expected_steps(phase: PhaseConfig, plan: PlanFacts | None, expected: ExpectedEpoch) -> tuple[int, float]:
-    """Steps of the whole mixture, planned and expected, and operations of its mean pack."""
+    """Returns the steps of the whole mixture and the operations of its mean pack."""
     num_packs = expected.num_packs(phase.packing.max_tokens) + (plan.num_packs if plan else 0)
     flops = expected.flops + (plan.num_packs * plan.mean_pack_flops if plan else 0.0)
     num_steps = phase.steps or math.ceil(num_packs * (phase.epochs or 1) / phase.packs_per_step)

@@ -30,7 +30,7 @@ NICENESS = 10
 
 
 def evaluate_checkpoint(task: EvalTask) -> dict[str, float]:
-    """The metrics of `task.checkpoint`, as the ranks would compute them.
+    """Returns the metrics of `task.checkpoint`.
 
     Raises:
         ValueError: if the checkpoint is gone or incomplete.

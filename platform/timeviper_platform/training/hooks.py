@@ -19,6 +19,6 @@ class RunHooks:
     interrupts: InterruptSource = no_interrupts
     on_checkpoint: OnCheckpoint | None = None
     trackers: tuple[Tracker, ...] = ()
-    """Receive every step's metrics on rank 0."""
+    """Trackers that receive every step's metrics on rank 0."""
     prefetch: PrefetchSteps = prefetch_in_thread
     start_eval: StartEval = EvalProcess

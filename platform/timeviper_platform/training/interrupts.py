@@ -13,29 +13,29 @@ import torch
 
 
 class FatalTrainingError(RuntimeError):
-    """Raised on every rank alike; a retry would fail again."""
+    """A failure that a retry would repeat; raised on every rank."""
 
 
 class StoppedError(RuntimeError):
-    """Stopped on request, with a committed checkpoint."""
+    """Training stopped on request, with a committed checkpoint."""
 
 
 class Interrupt(IntEnum):
-    """A request from outside the training loop (signal, preemption). The strongest request of any rank wins."""
+    """A request from outside the training loop. The strongest of any rank wins."""
 
     NONE = 0
     SAVE = 1
-    """Save and continue: a node will be taken away."""
+    """Save and continue, because a node will be removed."""
     STOP = 2
     """Save and end."""
 
 
 InterruptSource = Callable[[], Interrupt]
-"""Called by every rank before every step and validation batch; may hold a collective."""
+"""Called by every rank before every step and validation batch; may be collective."""
 
 
 def no_interrupts() -> Interrupt:
-    """Default source: never requests anything."""
+    """Never requests anything."""
     return Interrupt.NONE
 
 
@@ -56,7 +56,7 @@ def sigterm_interrupts() -> Iterator[InterruptSource]:
 
 @contextlib.contextmanager
 def out_of_memory_advice(*, rank: int, step: int, largest_pack: int) -> Iterator[None]:
-    """Turns an out-of-memory error into one that lists the settings to change."""
+    """Adds the settings to change to an out-of-memory error."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError; so is the CPU's

@@ -39,7 +39,7 @@ from timeviper_platform.training.validation.validator import Validator, build_va
 logger = logging.getLogger(__name__)
 
 UNNAMED = "unnamed"
-"""The second tower's encoder, if the run names none."""
+"""Name of a second encoder that the run does not name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,14 +68,13 @@ def prepare_phase(
     world_size: int,
     measure: Measure = measure_samples,
 ) -> Phase:
-    """The phase `name` of `config`.
+    """Prepares the phase `name`.
 
     Args:
-        model: With the phase's adapters; its weights may be loaded later.
-        measure: Determines the sizes of the samples.
+        model: model with the phase's adapters; weights may be loaded later.
 
     Raises:
-        ValueError: if samples, feature store, tokenizer, model and configuration do not fit together.
+        ValueError: if data, model and configuration do not fit together.
     """
     phase = config.phases[name]
     _check_tokenizer(tokenizer, model.config)
@@ -127,7 +126,7 @@ def prepare_phase(
 def build_standalone_validator(
     phase: PhaseConfig, model: TimeViperConfig, store: FeatureStore, tokenizer: Any
 ) -> Validator:
-    """For a single process, without ranks."""
+    """Builds a validator for a single process."""
     builder = SampleBuilder(store, tokenizer, model.chat_template, phase.frames)
     shape = _batch_shape(phase, model, tokenizer)
     validator = build_validator(phase, builder, shape, measure_samples, rank=0, world_size=1)
@@ -136,7 +135,7 @@ def build_standalone_validator(
 
 
 def adapt(model: TimeViper, phase: PhaseConfig, seed: int) -> TimeViper:
-    """Adds the phase's adapters in place, equal on every rank."""
+    """Adds the phase's adapters in place, equally on every rank."""
     if phase.lora is not None:
         add_lora(model, phase.lora, torch.Generator().manual_seed(seed))
     return model
@@ -157,7 +156,7 @@ def phase_groups(model: TimeViper, phase: PhaseConfig) -> list[ParameterGroup]:
 def first_model(
     init: InitConfig, store: FeatureStore, encoder: str | None, second_encoder: str | None = None
 ) -> TimeViper:
-    """The model with a phase's initial weights.
+    """Builds the model with a phase's initial weights.
 
     Raises:
         ValueError: if the store's features do not fit it, or the weights cannot be loaded.
@@ -176,7 +175,7 @@ def first_model(
 def first_model_config(
     init: InitConfig, store: FeatureStore, encoder: str | None, second_encoder: str | None = None
 ) -> TimeViperConfig:
-    """The config of `first_model`, without reading weights."""
+    """Returns the config of `first_model` without reading weights."""
     if init.weights is None:
         config = init.model_config()
         return replace(config, vision=vision_of(store, config.vision, encoder, second_encoder))
@@ -193,7 +192,7 @@ def first_model_config(
 
 
 def load_weights(uri: str) -> TimeViper:
-    """The model of a weights folder on any file system, in float32."""
+    """Loads a weights folder from any file system, in float32."""
     filesystem, path = storage.split_uri(uri)
     if storage.is_local(uri):
         return from_pretrained(path)
@@ -206,7 +205,7 @@ def load_weights(uri: str) -> TimeViper:
 def vision_of(
     store: FeatureStore, default: VisionConfig, encoder: str | None, second_encoder: str | None = None
 ) -> VisionConfig:
-    """The store's vision towers; `default` where its recipe and index do not describe the first.
+    """Returns the store's vision towers; `default` where the store does not describe the first.
 
     Raises:
         ValueError: if the features have another width than the projector.
@@ -226,7 +225,7 @@ def vision_of(
 
 
 def mean_kept_share(config: TimeViperConfig) -> float:
-    """Share of the vision tokens that reach a block, averaged over blocks."""
+    """Returns the share of vision tokens in a block, averaged over blocks."""
     keep, shares = 1.0, []
     sites = {site.layer: site.keep for site in config.transv}
     for layer in range(config.text.num_hidden_layers):
@@ -248,7 +247,7 @@ def _batch_shape(phase: PhaseConfig, model: TimeViperConfig, tokenizer: Any) -> 
 
 
 def _metadata(config: TrainConfig, phase: PhaseConfig, store: FeatureStore) -> dict[str, str]:
-    """From which serving and evaluation reproduce the inputs of training."""
+    """Returns metadata for serving and evaluation to reproduce the training inputs."""
     return {
         "run": config.name,
         "dtype": config.dtype,

@@ -65,10 +65,10 @@ class PhaseTrainer:
         self._evaluator = None if writer is None else AsyncEvaluator(hooks.start_eval, self._log_validation)
         self._saved_step = 0
         self._row: dict[str, Any] = {}
-        """Of the last finished step."""
+        """Metrics row of the last finished step."""
 
     def run(self, checkpoint: str | None, global_step: int) -> tuple[int, str]:
-        """Runs the steps that are left, from `checkpoint` if given.
+        """Runs the remaining steps, from `checkpoint` if given.
 
         Returns:
             Finished steps of all phases, and the phase's last checkpoint.
@@ -140,7 +140,7 @@ class PhaseTrainer:
         return state
 
     def _step(self, batches: StepBatches) -> tuple[StepResult, dict[str, float]]:
-        """One update; also returns the learning rate of each group."""
+        """Runs one update; also returns the learning rate of each group."""
         phase = self._phase
         factor = learning_rate_factor(batches.counts.step, phase.num_steps, phase.config.schedule)
         set_groups(self._ds_engine, phase.groups, factor)
@@ -209,7 +209,7 @@ class PhaseTrainer:
         self._log(row)
 
     def _lacks_validation(self, state: TrainState) -> bool:
-        """True if the run ended between this state's checkpoint and its validation."""
+        """Returns whether the run ended before validating this state."""
         writer = self._writer
         return self._validation_due(state.step) == "ranks" and from_rank_0(
             lambda: writer is not None and writer.lacks(LOSS, state.global_step)
@@ -232,7 +232,7 @@ class PhaseTrainer:
             self._checkpoints.newest_written = max(self._checkpoints.newest_written, saved.global_step)
 
     def _await_evaluations(self, state: TrainState) -> None:
-        """All ranks wait, and handle interrupts, until rank 0 has no evaluation left."""
+        """Waits on all ranks, handling interrupts, until rank 0 has no evaluation left."""
         validation, evaluator = self._phase.config.validation, self._evaluator
         if validation is None:
             return
@@ -271,7 +271,7 @@ class PhaseTrainer:
         )
 
     def _resumed_state(self, checkpoint: str) -> TrainState:
-        """The checkpoint's progress in this run's world size, ZeRO stage and dtype."""
+        """Returns the checkpoint's progress with this run's world size, ZeRO stage and dtype."""
         saved = read_state(checkpoint)
         self._saved_step = saved.step
         initial = self._initial_state(saved.global_step)

@@ -17,18 +17,18 @@ from timeviper_platform.training.interrupts import Interrupt, sigterm_interrupts
 logger = logging.getLogger(__name__)
 
 LAST_SAVE_S = 120.0
-"""Seconds before a node's removal at which to save once more."""
+"""Seconds before a node's removal at which to save again."""
 SIGNAL_POLL_S = 0.2
 
 
 class StopFile:
-    """A stop request from the driver to the workers, as a file on shared storage."""
+    """Stop request from the driver to the workers: a file on shared storage."""
 
     def __init__(self, uri: str) -> None:
         self._uri = uri
 
     def exists(self) -> bool:
-        """False while the storage does not answer."""
+        """Returns False while the storage does not answer."""
         try:
             return storage.exists(self._uri)
         except storage.StorageUnavailableError as error:  # checked again in seconds
@@ -37,7 +37,7 @@ class StopFile:
 
     @contextlib.contextmanager
     def created_on_sigterm(self) -> Iterator[None]:
-        """Creates the file if this process receives SIGTERM inside the block."""
+        """Creates the file on SIGTERM inside the block."""
         if threading.current_thread() is not threading.main_thread():  # signals arrive in the main thread only
             yield
             return
@@ -61,15 +61,13 @@ class StopFile:
 
 
 class PreemptionWatch:
-    """An InterruptSource: SAVE when Ray announces a node's removal and again shortly before it, STOP on request.
+    """Requests SAVE when Ray announces a node's removal and again shortly before it, and STOP on request.
 
-    Ray's query is a barrier, so rank 0 decides for all ranks after how many steps the next one comes.
+    Ray's query is a barrier, so rank 0 schedules the next one for all ranks.
 
     Args:
-        stop_requested: Called on rank 0 with every query.
-        query: Ray's.
-        clock: Seconds since the epoch.
-        interval_s: Seconds between queries. The shortest announcements come half a minute ahead.
+        stop_requested: called on rank 0 with every query.
+        interval_s: seconds between queries; node removals are announced 30 s ahead or more.
     """
 
     def __init__(
@@ -104,7 +102,7 @@ class PreemptionWatch:
         return Interrupt.SAVE if info is not None and self._is_news(info, now) else Interrupt.NONE
 
     def _is_news(self, info: train.PreemptionInfo, now: float) -> bool:
-        """True for the first announcement of a node, and the first close to its removal."""
+        """Returns True for the first announcement of a node, and the first close to its removal."""
         left_s = None if info.deadline_ms is None else info.deadline_ms / 1000 - now
         nodes = set(info.preempted_node_ids)
         is_news = not nodes <= self._announced

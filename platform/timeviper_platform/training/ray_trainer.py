@@ -1,4 +1,4 @@
-"""A run under Ray Train, with our own committed checkpoints: one reported to Ray is not always stored."""
+"""Trains under Ray Train with separate checkpoints, because Ray does not always store reported ones."""
 
 from __future__ import annotations
 
@@ -36,25 +36,24 @@ from timeviper_platform.training.validation.async_eval import EvalTask
 logger = logging.getLogger(__name__)
 
 RAY_FOLDER = "ray"
-"""Ray Train's files, inside the run's folder."""
 STOP_FILE = "STOP"
 POINTER_FILE = "checkpoint.json"
-"""Holds the URI of our checkpoint; the only file Ray stores of it."""
+"""Holds the URI of the checkpoint; the only checkpoint file that Ray stores."""
 ALL_FAIL_TIMEOUT_S = 60.0
-"""Seconds within which all ranks find the same mistake."""
+"""Seconds within which all ranks report the same mistake."""
 
 
 def train_on_ray(config: TrainConfig, *, resume: str = "auto") -> dict[str, Any]:
     """Runs `config` on the connected cluster; returns the report by phase.
 
     Args:
-        config: Its local paths must be the same folders on every node.
+        config: its local paths must be the same folders on every node.
         resume: auto, never, or a checkpoint's URI. Restarts after failures always resume.
 
     Raises:
-        ValueError: if the configuration does not fit what it refers to, or the run would get two histories.
-        StoppedError: after SIGTERM to this process; the workers have saved.
-        RuntimeError: if the run fails for good, with the cause.
+        ValueError: if the configuration is wrong, or the run would get two histories.
+        StoppedError: after SIGTERM, once the workers have saved.
+        RuntimeError: if the run fails for good.
     """
     check_trackers(config.metrics.mlflow, config.metrics.wandb)
     config = resolve_paths(config)
@@ -96,11 +95,11 @@ class _EarlyEnd(NamedTuple):
 
     message: str
     is_stopped: bool
-    """By request; else the configuration is wrong."""
+    """True after a stop request, False for a wrong configuration."""
 
 
 def _worker(arguments: dict[str, Any]) -> dict[str, Any] | _EarlyEnd:
-    """One rank; runs again in a new process after a failure."""
+    """Runs one rank, again in a new process after a failure."""
     config: TrainConfig = arguments["config"]
     stop_file: StopFile = arguments["stop_file"]
     setup_logging(logging.WARNING)  # Ray and DeepSpeed log a page per checkpoint
@@ -164,11 +163,11 @@ class _Gauges:
             self._gauges[gauge].set(value, tags={"run": self._run, "phase": phase})
 
     def close(self) -> None:
-        """Ray removes the gauges with the worker."""
+        """Does nothing: Ray removes the gauges with the worker."""
 
 
 def _report(uri: str, row: dict[str, Any]) -> None:
-    """Reports a committed checkpoint to Ray, as a file that points to ours; takes up to 2 s."""
+    """Reports a committed checkpoint to Ray; takes up to 2 s."""
     metrics = {name: row[name] for name in ("phase", "step", "global_step", "loss")}
     if train.get_context().get_world_rank() != 0:
         train.report(metrics)  # a barrier: every rank must call it
@@ -179,7 +178,7 @@ def _report(uri: str, row: dict[str, Any]) -> None:
 
 
 def _cause(error: BaseException) -> str:
-    """The last line of the innermost failure."""
+    """Returns the last line of the innermost failure."""
     failures = getattr(error, "worker_failures", None) or {}
     innermost = next(iter(failures.values()), error)
     lines = [line for line in str(innermost).splitlines() if line.strip()]

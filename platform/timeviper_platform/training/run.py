@@ -40,7 +40,7 @@ REJECTS_FOLDER = "rejects"
 WEIGHTS_FOLDER = "weights"
 CHECKPOINTS_FOLDER = "checkpoints"
 TABLES_FOLDER = "sample-tables"
-"""Shared by all runs."""
+"""Cached sample sizes, shared by all runs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,11 +59,11 @@ class RunFolder:
 
     @property
     def report(self) -> str:
-        """One entry per finished phase."""
+        """Report with one entry per finished phase."""
         return storage.join_uri(self.uri, REPORT_FILE)
 
     def weights(self, phase: str) -> str:
-        """At the end of a phase."""
+        """Weights at the end of a phase."""
         return storage.join_uri(self.uri, WEIGHTS_FOLDER, phase)
 
     def rejects(self, phase: str) -> str:
@@ -77,11 +77,11 @@ def run_training(
     """Runs every unfinished phase; returns the report by phase, equal on all ranks.
 
     Args:
-        resume_from: A committed checkpoint, or None for the first phase's initial weights.
-        device: Of this rank. torch.distributed must be initialized.
+        resume_from: a committed checkpoint, or None for the first phase's initial weights.
+        device: this rank's device. torch.distributed must be initialized.
 
     Raises:
-        ValueError: if the configuration does not fit what it refers to.
+        ValueError: if the inputs do not fit together.
         FatalTrainingError, StoppedError, RuntimeError: see PhaseTrainer.run.
     """
     return _Run(config, device, hooks or RunHooks()).run(resume_from)
@@ -123,7 +123,7 @@ class _Run:
         return report
 
     def _open_metrics(self) -> MetricsWriter | None:
-        """Opened on rank 0; every rank fails if that fails."""
+        """Opens the metrics on rank 0; raises a failure on every rank."""
         opened: list[MetricsWriter] = []
 
         def open_writer() -> None:
@@ -163,7 +163,7 @@ class _Run:
         return phase
 
     def _model(self, name: str, checkpoint: str | None) -> TimeViper:
-        """The initial weights; when resuming, only the sizes, as DeepSpeed loads the values."""
+        """Returns the initial model; when resuming, without weights, which DeepSpeed loads."""
         if checkpoint is not None:
             description = storage.read_json(storage.join_uri(checkpoint, MODEL_FILE))
             return TimeViper(config_from_dict(description["config"], where=checkpoint)).train()

@@ -18,11 +18,11 @@ from timeviper_platform.training.optim.deepspeed_engine import loss_scale
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainContext:
-    """Where and how one rank computes."""
+    """Device settings of one rank."""
 
     device: torch.device
     dtype: torch.dtype
-    """Of activations."""
+    """Dtype of activations."""
     use_transv: bool
     rank: int = 0
     world_size: int = 1
@@ -34,21 +34,21 @@ class StepResult(NamedTuple):
     loss: float
     """Mean over the labelled positions of the global batch."""
     grad_norm: float
-    """Before clipping."""
+    """Gradient norm before clipping."""
     num_vision_tokens: tuple[int, ...]
-    """At the language model's input, then after every TransV site."""
+    """Vision tokens at the language model's input, then after every TransV site."""
 
 
 class Agreement(NamedTuple):
     batches: StepBatches
-    """Damaged samples no longer counted."""
+    """Batches whose counts exclude damaged samples."""
     num_damaged: int
-    """Over all ranks."""
+    """Damaged samples over all ranks."""
     interrupt: Interrupt
 
 
 def agree(batches: StepBatches, interrupt: Interrupt, *, device: torch.device) -> Agreement:
-    """Subtracts damaged samples from the counts and picks the strongest interrupt; one small collective."""
+    """Subtracts damaged samples from the counts and picks the strongest interrupt; collective."""
     lost = [len(batches.damaged), sum(item.num_tokens for item in batches.damaged)]
     lost += [sum(item.num_targets for item in batches.damaged)]
     interrupts = [int(interrupt is Interrupt.SAVE), int(interrupt is Interrupt.STOP)]
@@ -65,7 +65,7 @@ def agree(batches: StepBatches, interrupt: Interrupt, *, device: torch.device) -
 
 
 def strongest_interrupt(interrupt: Interrupt, *, device: torch.device) -> Interrupt:
-    """Over all ranks; one small collective."""
+    """Returns the strongest interrupt of any rank; collective."""
     strongest = torch.tensor(int(interrupt), device=device)
     dist.all_reduce(strongest, op=dist.ReduceOp.MAX)
     return Interrupt(int(strongest))
@@ -93,7 +93,7 @@ def train_step(ds_engine: Any, batches: StepBatches, context: TrainContext) -> S
 def _run_micro_batches(
     ds_engine: Any, batches: StepBatches, context: TrainContext
 ) -> tuple[torch.Tensor, torch.Tensor, float | None]:
-    """(loss sum and vision token counts, losses, gradient norm if DeepSpeed keeps none)."""
+    """Returns (loss sum and vision token counts, losses, gradient norm if DeepSpeed keeps none)."""
     scale = loss_scale(max(1, batches.counts.num_targets), context.world_size)
     norm: float | None = None
     sums: torch.Tensor | None = None
@@ -114,7 +114,7 @@ def _run_micro_batches(
 
 @torch.no_grad()
 def validation_loss(forward: Any, steps: Iterable[StepBatches], context: TrainContext) -> float:
-    """Mean over the labelled positions of all ranks' batches; collective.
+    """Returns the mean over the labelled positions of all ranks; collective.
 
     `forward` is the ds_engine or a bare model.
     """
@@ -129,7 +129,7 @@ def validation_loss(forward: Any, steps: Iterable[StepBatches], context: TrainCo
 
 
 def describe_non_finite(batches: StepBatches, loss: float, grad_norm: float, losses: torch.Tensor) -> str:
-    """Names the packs with a non-finite loss, or all if only gradients overflowed; collective."""
+    """Names packs with a non-finite loss, or all packs if only gradients overflowed; collective."""
     own = [
         (f"pack {item.pack_index} (samples {', '.join(item.sample_ids)})", finite)
         for item, finite in zip(batches.micro_batches, losses.isfinite().tolist(), strict=True)
@@ -145,7 +145,7 @@ def describe_non_finite(batches: StepBatches, loss: float, grad_norm: float, los
 
 
 def _unpartitioned_norm(ds_engine: Any) -> float | None:
-    """Stage 0 in float32 only, where no DeepSpeed optimizer keeps the norm."""
+    """Returns the norm at stage 0 in float32, where no DeepSpeed optimizer keeps it."""
     if ds_engine.zero_optimization() or ds_engine.bfloat16_enabled():
         return None
     norms = [p.grad.norm() for p in ds_engine.module.parameters() if p.grad is not None]

@@ -1,7 +1,6 @@
 """Ends a rank that makes no progress, and names the rank that the others wait for.
 
-An exception cannot interrupt a collective. Each rank writes its step and activity to torch.distributed's store; when
-one has not moved for the timeout, its watchdog thread reads the marks of all ranks.
+An exception cannot interrupt a collective, so a thread reads the marks of all ranks from torch.distributed's store.
 
     rank 0   step 8, computing      waits for rank 1
     rank 1   step 7, reading        is named in the log
@@ -26,13 +25,13 @@ from timeviper_platform.training.distributed import shared_store
 logger = logging.getLogger(__name__)
 
 HANG_EXIT_CODE = 70
-"""EX_SOFTWARE of sysexits.h; launchers restart the group after any code but 0."""
+"""EX_SOFTWARE of sysexits.h; launchers restart the group after any nonzero code."""
 ACTIVITIES = ("reading", "computing", "saving", "evaluating")
 """Activities of a step, in order."""
 BEATS = 8
 """Signs of life per timeout."""
 STORE_TIMEOUT_S = 10.0
-"""A store that takes longer is on a machine that hangs."""
+"""Maximum seconds for an answer of the store."""
 
 
 class Mark(NamedTuple):
@@ -41,15 +40,15 @@ class Mark(NamedTuple):
     step: int
     activity: str
     beat: int
-    """Number of times its watchdog woke up; constant in a stopped process."""
+    """Number of times the watchdog woke up; constant in a stopped process."""
 
 
 class Watchdog:
     """Watches a `with` block whose main thread calls `mark`.
 
     Args:
-        timeout_s: maximum time between two marks.
-        end: called with the report when it is exceeded; default ends the process.
+        timeout_s: maximum seconds between two marks.
+        end: called with the report; by default ends the process.
     """
 
     def __init__(self, timeout_s: float, end: Callable[[str], None] | None = None) -> None:
@@ -87,7 +86,7 @@ class Watchdog:
                 return
 
     def _wait_and_beat(self) -> bool:
-        """Waits, then publishes a sign of life; False when the block was left."""
+        """Waits, then publishes a sign of life; returns False after the block."""
         if self._closed.wait(self._timeout_s / BEATS):
             return False
         self._mark = self._mark._replace(beat=self._mark.beat + 1)
@@ -98,7 +97,7 @@ class Watchdog:
         self._store.set(str(self._rank), json.dumps(self._mark))
 
     def _agreed_report(self) -> str | None:
-        """The first rank's report: it saw all ranks before any ended."""
+        """Returns the first rank's report: it saw all ranks before any ended."""
         report = self._report()
         first = [report]
 
@@ -134,7 +133,7 @@ class Watchdog:
 
 
 def _completes_within(timeout_s: float, act: Callable[[], None]) -> bool:
-    """Runs `act` in a thread; False when it failed or did not finish in time."""
+    """Runs `act` in a thread; returns False if it fails or is late."""
     succeeded = threading.Event()
 
     def run() -> None:

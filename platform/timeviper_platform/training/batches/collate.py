@@ -13,15 +13,14 @@ from timeviper_platform.training.batches.samples import Reject, SampleBuilder, T
 from timeviper_platform.training.batches.step_batches import BatchShape, DamagedSample, MicroBatch, PackTask
 
 DUMMY_LENGTH = 2
-"""Tokens of a dummy: the shortest sequence in which one token precedes another."""
+"""Tokens of a dummy: the shortest sequence with a next token to predict."""
 
 
 class PackReader:
-    """Turns planned packs into micro-batches. Can be sent to another process.
+    """Turns planned packs into micro-batches. Can be pickled.
 
     Args:
-        builder: must be equal to the builder that the plan was measured with.
-        shape: sizes of the batches.
+        builder: must equal the builder that measured the plan.
     """
 
     def __init__(self, builder: SampleBuilder, shape: BatchShape) -> None:
@@ -30,20 +29,19 @@ class PackReader:
         self.dummy = dummy_batch(shape.dim, pad_token_id=shape.pad_token_id)
 
     def read(self, packs: Sequence[PackTask]) -> list[MicroBatch]:
-        """One micro-batch per pack. A sample with damaged features is left out; nothing replaces it.
+        """Returns one micro-batch per pack, without samples whose features are damaged.
 
         Raises:
             RuntimeError: when a sample differs from its plan.
-            StorageUnavailableError: when the store cannot be reached. Leaving the sample out would change the loss
-                curve of the next attempt.
+            StorageUnavailableError: when the store cannot be reached.
         """
         return [self._read_pack(pack) for pack in packs]
 
     def tokenize(self, row: dict[str, Any], sizes: tuple[int, ...]) -> TokenizedSample:
-        """The row's sample, checked against its planned sizes.
+        """Returns the row's sample.
 
         Raises:
-            RuntimeError: when they differ.
+            RuntimeError: when its sizes differ from the plan.
         """
         item = self.builder.build(row)
         if isinstance(item, Reject):
@@ -60,10 +58,10 @@ class PackReader:
         return item
 
     def read_features(self, sample: TokenizedSample) -> Tensor:
-        """Vision rows (num_vision_tokens, dim) in bf16; (0, dim) for text alone.
+        """Returns vision rows (num_vision_tokens, dim) in bf16.
 
         Raises:
-            RuntimeError: when a data file of the store is missing or damaged, or a row is not finite.
+            RuntimeError: when features are missing, damaged or not finite.
             StorageUnavailableError: when the store cannot be reached.
         """
         store, dim = self.builder.store, self.shape.dim
@@ -77,7 +75,7 @@ class PackReader:
 
     def _read_pack(self, pack: PackTask) -> MicroBatch:
         samples, features, sample_ids, damaged = [], [], [], []
-        # every sample is checked before a feature is read
+        # check every sample before reading features
         tokenized = [self.tokenize(row, sizes) for row, sizes in zip(pack.rows, pack.sizes, strict=True)]
         for row, item in zip(pack.rows, tokenized, strict=True):
             try:
@@ -94,7 +92,7 @@ class PackReader:
 
 
 def dummy_batch(dim: int, *, pad_token_id: int) -> PackedBatch:
-    """A text-only batch without targets, for a rank that has fewer packs than others."""
+    """Returns a text-only batch without targets, for a rank with fewer packs than others."""
     sample = Sample(
         input_ids=[pad_token_id] * DUMMY_LENGTH,
         vision_index=[-1] * DUMMY_LENGTH,

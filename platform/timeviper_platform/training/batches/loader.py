@@ -1,7 +1,7 @@
-"""A rank's micro-batches of every step of the global plan, read ahead in a thread.
+"""Plans and reads a rank's micro-batches.
 
-Every rank gets ceil(G / world_size) micro-batches per step, because unequal numbers would deadlock ZeRO; missing ones
-are dummies of weight 0.
+Every rank runs ceil(packs_per_step / world_size) micro-batches per step, because unequal numbers would deadlock
+ZeRO. Missing ones are dummies of weight 0.
 """
 
 from __future__ import annotations
@@ -30,12 +30,7 @@ T = TypeVar("T")
 class Prefetcher(Generic[T]):
     """Iterates `source` in a thread, at most `max_bytes` and at least one item ahead.
 
-    An exception of the source is raised by the consumer's `next()`. `close` ends the thread early.
-
-    Args:
-        source: iterator to run ahead of the consumer.
-        num_bytes: returns the size of an item.
-        max_bytes: maximum size of the queue.
+    Errors of the source are raised by `next()`.
     """
 
     def __init__(self, source: Iterator[T], *, num_bytes: Callable[[T], int], max_bytes: int) -> None:
@@ -67,7 +62,6 @@ class Prefetcher(Generic[T]):
             raise StopIteration
 
     def close(self) -> None:
-        """Ends the thread and drops queued items."""
         with self._changed:
             self._closed = True
             self._queue.clear()
@@ -99,21 +93,20 @@ class Prefetcher(Generic[T]):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoaderConfig:
-    """Who reads a rank's batches, and how far ahead."""
+    """Where a rank's batches are read, and how far ahead."""
 
     reader: Literal["thread", "ray_data"] = "thread"
-    """A thread of the rank, or Ray Data processes on any node, which leave the rank's cores free. Both give the same
-    batches."""
+    """thread: in a thread of the rank. ray_data: in Ray Data processes on any node. Both give the same batches."""
     num_readers: int = 2
     """Reader processes per rank (ray_data only)."""
     cpus_per_reader: float = 0.5
-    """CPUs reserved per reader process (ray_data only)."""
+    """CPUs reserved per reader (ray_data only)."""
     prefetch_bytes: int = 256 << 20
     """Maximum bytes of batches read ahead."""
     cache_bytes: int = 256 << 20
-    """Row groups of the feature store cached in memory, per reading process."""
+    """Bytes of feature-store row groups cached in each reading process."""
     max_damaged_samples: int = 100
-    """Samples with unreadable features that a run may leave out; it fails when it meets more."""
+    """Maximum samples left out because their features cannot be read. The run fails above it."""
 
     def __post_init__(self) -> None:
         if self.num_readers < 1 or self.cpus_per_reader <= 0:
@@ -121,16 +114,12 @@ class LoaderConfig:
 
 
 class BatchLoader:
-    """Steps of a phase, in order.
+    """One rank's batches for the steps of a phase.
 
     Args:
-        plan: the global plan.
-        rows: the rows that the plan's table was measured on.
-        builder: the builder that it was measured with.
-        shape: sizes of the batches.
-        rank: rank that the micro-batches are for.
-        world_size: number of ranks that share a step.
-        pack_flops: operations of a pack's forward and backward pass; None counts 0.
+        rows: rows that the plan's table was measured on.
+        builder: builder that measured them.
+        pack_flops: operations of a pack's forward and backward pass.
     """
 
     def __init__(
@@ -154,18 +143,18 @@ class BatchLoader:
 
     @property
     def num_micro_steps(self) -> int:
-        """Micro-batches of every rank in every step."""
+        """Micro-batches per rank and step."""
         return -(-self._shape.packs_per_step // self._world_size)
 
     def steps(self, start: PackPosition, first_step: int, last_step: int) -> Iterator[StepBatches]:
-        """Steps first_step + 1 .. last_step, whose packs begin at `start`."""
+        """Yields steps first_step + 1 .. last_step, whose packs begin at `start`."""
         for counts, packs in self.tasks(start, first_step, last_step):
             yield self.batches(counts, self.reader.read(packs))
 
     def tasks(
         self, start: PackPosition, first_step: int, last_step: int
     ) -> Iterator[tuple[StepCounts, list[PackTask]]]:
-        """Counts and this rank's packs of the same steps, before any feature is read."""
+        """Yields the counts and this rank's packs of these steps, without reading features."""
         position = start
         for step in range(first_step + 1, last_step + 1):
             packs, position = self._plan.take(position, self._shape.packs_per_step, num_epochs=self._shape.num_epochs)
@@ -176,13 +165,12 @@ class BatchLoader:
             yield self._counts(step, packs, position), tasks
 
     def batches(self, counts: StepCounts, micro_batches: list[MicroBatch]) -> StepBatches:
-        """The step, with dummies up to `num_micro_steps`."""
+        """Adds dummies up to `num_micro_steps`."""
         dummy = MicroBatch(self.reader.dummy, is_dummy=True)
         return StepBatches(counts, micro_batches + [dummy] * (self.num_micro_steps - len(micro_batches)))
 
     def samples(self, indices: Sequence[int]) -> Iterator[tuple[Sample, Tensor]]:
-        """Samples of the plan's table with their vision rows (num_vision_tokens, dim). Unreadable ones are logged and
-        left out."""
+        """Yields samples and vision rows (num_vision_tokens, dim). Logs and skips unreadable ones."""
         for index in indices:
             ((row,), (sizes,)) = self._planned([index])
             item = self.reader.tokenize(row, sizes)
@@ -211,20 +199,19 @@ class BatchLoader:
         )
 
     def _planned(self, indices: Sequence[int]) -> tuple[list[dict[str, Any]], list[tuple[int, ...]]]:
-        """Rows and sizes of samples of the plan's table."""
         table = self._plan.table
         rows = [self._rows[int(table.row_indices[index])] for index in indices]
         return rows, [table.sizes(index) for index in indices]
 
 
 PrefetchSteps = Callable[[BatchLoader, PackPosition, int, int, LoaderConfig], Prefetcher[StepBatches]]
-"""(loader, start, first_step, last_step, config) -> `loader.steps(start, first_step, last_step)`, read ahead."""
+"""(loader, start, first_step, last_step, config) -> `loader.steps(...)`, read ahead."""
 
 
 def prefetch_in_thread(
     loader: BatchLoader, start: PackPosition, first_step: int, last_step: int, config: LoaderConfig
 ) -> Prefetcher[StepBatches]:
-    """Reads steps in a thread of this process; see PrefetchSteps.
+    """Reads steps in a thread of this process.
 
     Raises:
         ValueError: when the configuration selects Ray Data.

@@ -1,8 +1,8 @@
-"""Groups samples into packs: a pure function of sizes, weights, caps, seed and epoch.
+"""Groups samples into packs, as a pure function of sizes, weights, caps, seed and epoch.
 
-The world size is not an input: a run that continues on another number of ranks sees the same packs in the same order.
+Packs do not depend on the world size, so a run may continue on another number of ranks.
 
-    seeded order of an epoch  ->  best fit from a sorted buffer of 64, whole samples  ->  packs 0, 1, 2, ...
+    seeded order of an epoch  ->  best fit from a sorted buffer, whole samples  ->  packs 0, 1, 2, ...
     packs continue from epoch to epoch; step s takes packs [s * G, (s + 1) * G)
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 from timeviper_platform.training.batches.sizes import SampleTable
 
 PLAN_VERSION = 1
-"""Increase it when the same inputs give other packs: a resumed run then fails instead of mixing two orders."""
+"""Increase it when the same inputs give other packs; resuming an older run then fails."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,11 +30,11 @@ class PackingConfig:
     max_tokens: int
     """Maximum text and vision tokens per pack; longer samples are rejected."""
     max_frames: int | None = None
-    """Maximum frames per pack, for mixtures whose memory is limited by frames rather than tokens."""
+    """Maximum frames per pack, where frames rather than tokens limit memory."""
     buffer_size: int = 64
     """Samples searched for the best fit."""
     pad_to_max_tokens: bool = False
-    """Pad every pack to max_tokens, for kernels that are compiled per shape."""
+    """Pad every pack to max_tokens, for kernels compiled per shape."""
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "buffer_size"):
@@ -43,7 +43,7 @@ class PackingConfig:
 
 
 class Pack(NamedTuple):
-    """Samples that share one flat sequence, in order, and the sizes that decide its cost."""
+    """Samples that share one flat sequence."""
 
     num_tokens: int
     vision_counts: tuple[int, ...]
@@ -54,12 +54,11 @@ class Pack(NamedTuple):
 
     @property
     def num_vision_tokens(self) -> int:
-        """Vision tokens of all samples."""
         return sum(self.vision_counts)
 
 
 class PackPosition(NamedTuple):
-    """Next pack of a run."""
+    """Position of a run's next pack."""
 
     epoch: int
     next_pack: int
@@ -67,13 +66,7 @@ class PackPosition(NamedTuple):
 
 
 class PackPlan:
-    """Packs of every epoch, computed on first use.
-
-    Args:
-        table: sizes of the usable samples.
-        config: caps of one pack.
-        seed: seeds the order of each epoch.
-    """
+    """Packs of every epoch, computed on first use."""
 
     def __init__(self, table: SampleTable, config: PackingConfig, seed: int) -> None:
         self.table = table
@@ -84,23 +77,22 @@ class PackPlan:
         self.hash = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
     def epoch(self, epoch: int) -> list[Pack]:
-        """Packs of an epoch.
+        """Returns the packs of an epoch.
 
         Raises:
-            ValueError: when the weights leave the epoch without samples.
+            ValueError: when the weights leave the epoch empty.
         """
         return [self._pack(indices) for indices in self._groups(epoch)]
 
     def num_packs(self, epoch: int) -> int:
-        """Number of packs in an epoch."""
         return len(self._groups(epoch))
 
     def num_steps(self, packs_per_step: int, num_epochs: int) -> int:
-        """Steps of `num_epochs` epochs; the last one may have fewer packs."""
+        """Returns the steps of `num_epochs` epochs; the last may have fewer packs."""
         return -(-sum(map(self.num_packs, range(num_epochs))) // packs_per_step)
 
     def take(self, position: PackPosition, count: int, *, num_epochs: int | None) -> tuple[list[Pack], PackPosition]:
-        """The next `count` packs, fewer where `num_epochs` end, and the position after them."""
+        """Returns the next `count` packs, or fewer at the end of `num_epochs`, and the position after them."""
         packs: list[Pack] = []
         epoch, start = position
         while len(packs) < count and (num_epochs is None or epoch < num_epochs):
@@ -113,7 +105,6 @@ class PackPlan:
         return packs, PackPosition(epoch, start)
 
     def _groups(self, epoch: int) -> list[list[int]]:
-        """Sample indices of each pack. The last two epochs are cached."""
         if epoch not in self._epochs:
             order = epoch_order(self.table.weights, self._seed, epoch)
             if not len(order):
@@ -135,7 +126,7 @@ class PackPlan:
 
 
 def epoch_order(weights: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """Sample indices in an epoch's order, each `weight` times; the fraction of a weight is drawn with the seed."""
+    """Returns sample indices in the epoch's order, each `weight` times; fractions of a weight are drawn."""
     generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
     times = np.floor(weights).astype(np.int64) + (generator.random(len(weights)) < weights % 1.0)
     return generator.permutation(np.repeat(np.arange(len(weights)), times))
@@ -144,9 +135,9 @@ def epoch_order(weights: np.ndarray, seed: int, epoch: int) -> np.ndarray:
 def pack_best_fit(
     order: Sequence[int] | np.ndarray, num_tokens: np.ndarray, num_frames: np.ndarray, config: PackingConfig
 ) -> list[list[int]]:
-    """Sample indices of each pack: it opens with the sample that has waited longest, then takes the longest that fits.
+    """Returns the sample indices of each pack.
 
-    The first rule prevents starvation, the second fills the pack.
+    A pack opens with the sample that has waited longest, then takes the longest samples that fit.
     """
     # an item is (tokens, arrival, index): sorted by tokens it is the buffer, by arrival the queue
     items = [(int(num_tokens[index]), arrival, int(index)) for arrival, index in enumerate(order)]
@@ -183,8 +174,9 @@ def _longest_that_fits(
 
 
 def assign_packs(costs: Sequence[float], world_size: int) -> list[list[int]]:
-    """Pack indices of each rank: costliest first, to the rank with the least cost, at most ceil(G / world_size) each.
+    """Returns the pack indices of each rank.
 
+    Costly packs go first, each to the rank with the least cost; a rank gets at most ceil(G / world_size).
     assign_packs([5, 1, 4, 2], 2) -> [[0, 1], [2, 3]]
     """
     limit = -(-len(costs) // world_size)

@@ -1,7 +1,6 @@
-"""Reads a rank's steps with Ray Data, on any node and in the plan's order.
+"""Reads a rank's steps with Ray Data, on any node.
 
-The plan, not Ray Data, decides the rows of a step, so a run resumes in the middle of an epoch. Tasks and batches travel
-as pickles inside one cluster, as Ray's own arguments do.
+The plan decides the rows of each step, so a run can resume within an epoch.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from timeviper_platform.training.batches.packing import PackPosition
 from timeviper_platform.training.batches.step_batches import PackTask, StepBatches, StepCounts
 
 STEPS_PER_GRAPH = 512
-"""Bounds the tasks in the rank's memory. The next graph's readers start while prefetched steps are used up."""
+"""Maximum steps per Ray Data graph; limits the tasks in the rank's memory."""
 
 COLUMN = "item"
 
@@ -36,7 +35,7 @@ def prefetch_on_ray(
     *,
     steps_per_graph: int = STEPS_PER_GRAPH,
 ) -> Prefetcher[StepBatches]:
-    """Reads steps on the connected cluster; see PrefetchSteps."""
+    """Reads steps on the connected cluster."""
     steps = _steps(loader, loader.tasks(start, first_step, last_step), config, steps_per_graph)
     return Prefetcher(steps, num_bytes=lambda step: step.num_bytes, max_bytes=config.prefetch_bytes)
 
@@ -67,7 +66,7 @@ def _steps(
 
 
 class _Read:
-    """Actor that turns a table of one step's packs into a table of its micro-batches."""
+    """Actor that turns one step's packs into micro-batches."""
 
     def __init__(self, reader: PackReader) -> None:
         torch.set_num_threads(1)

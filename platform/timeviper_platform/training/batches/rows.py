@@ -1,4 +1,4 @@
-"""Reads the SAMPLES rows of a mixture: small ones into memory, large ones from one file that a machine's ranks map."""
+"""Reads the SAMPLES rows of a mixture into memory, or maps them from a file if they are large."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ import pyarrow.parquet as pq
 from timeviper_platform.common import schemas, storage
 
 MAX_IN_MEMORY_BYTES = 64 << 20
-"""Parquet bytes that each process reads into memory; their rows take several times as much."""
+"""Maximum Parquet bytes that each process reads into memory."""
 
 ROWS_PER_BATCH = 1 << 16
 
 MAX_UNUSED_SECONDS = 7 * 24 * 3600.0
-"""A mapped file that no run has opened for so long is deleted."""
+"""Seconds after which an unused mapped file is deleted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpectedSamples:
-    """Samples of one kind that a missing source will hold; used by dry runs alone."""
+    """Samples of one kind that a missing source will hold, for dry runs."""
 
     num_samples: int
     num_frames: int = 0
@@ -49,14 +49,14 @@ class ExpectedSamples:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceConfig:
-    """One part of a mixture."""
+    """One source of a mixture."""
 
     uri: str
-    """Parquet file of SAMPLES rows, or a folder of them."""
+    """Parquet file of SAMPLES rows, or a folder of such files."""
     weight: float = 1.0
-    """Times an epoch shows each row, multiplied by the row's own weight: 2 = twice, 0.25 = a seeded quarter."""
+    """Repeats per epoch, multiplied by each row's own weight; 0.25 draws a seeded quarter of the rows."""
     expected: tuple[ExpectedSamples, ...] = ()
-    """Contents by kind, for dry runs before the files exist."""
+    """Expected contents, for dry runs before the files exist."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.weight < math.inf:
@@ -67,8 +67,7 @@ class SampleRows:
     """Rows of a mixture, in the order of its sources.
 
     Args:
-        table: SAMPLES rows; may be mapped from a file.
-        weights: (num_rows,) times an epoch shows each row.
+        weights: (num_rows,) repeats of each row per epoch.
         digest: hash of the source files and weights.
     """
 
@@ -79,13 +78,12 @@ class SampleRows:
 
     @classmethod
     def read(cls, sources: Sequence[SourceConfig], *, max_in_memory_bytes: int = MAX_IN_MEMORY_BYTES) -> SampleRows:
-        """The rows of every source.
+        """Reads the rows of every source.
 
-        Files of more than `max_in_memory_bytes` together are written to one uncompressed file, which all processes of
-        this machine map: the text of millions of samples is in memory at most once.
+        Above `max_in_memory_bytes`, all processes of this machine map one uncompressed file.
 
         Raises:
-            ValueError: when a file is missing or is not a SAMPLES file, or there are no rows.
+            ValueError: when a file is missing or invalid, or there are no rows.
             RuntimeError: when a file changes while it is read.
         """
         files = [_SourceFile(uri, source.weight) for source in sources for uri in _source_files(source.uri)]
@@ -102,19 +100,19 @@ class SampleRows:
         return self.block(index, 1)[0]
 
     def block(self, start: int, count: int) -> list[dict[str, Any]]:
-        """Up to `count` rows from `start` on."""
+        """Returns up to `count` rows from `start` on."""
         values: list[dict[str, Any]] = self._table.slice(start, count).to_pylist()
         return values
 
     def sample_ids(self, indices: np.ndarray) -> list[str]:
-        """Ids of the rows at `indices`, which ascend and should be close together: the range between is read."""
+        """Returns the ids at ascending `indices`. Reads all rows between the first and the last."""
         first = int(indices[0])
         ids = self._table["sample_id"].slice(first, int(indices[-1]) - first + 1).to_pylist()
         return [ids[index - first] for index in indices.tolist()]
 
 
 def missing_sources(sources: Sequence[SourceConfig]) -> list[str]:
-    """URIs of the sources that have no files."""
+    """Returns the URIs of sources without files."""
     return [source.uri for source in sources if not _existing_files(source.uri)]
 
 
@@ -134,11 +132,10 @@ def _existing_files(uri: str) -> list[str]:
 class _SourceFile(NamedTuple):
     uri: str
     weight: float
-    """The source's weight."""
 
 
 def _read_all(files: Sequence[_SourceFile], max_bytes: int) -> tuple[list[bytes] | None, str]:
-    """Contents of the files, None when they exceed `max_bytes`; and the hash of contents and weights."""
+    """Returns the contents of the files, or None above `max_bytes`; and the hash of contents and weights."""
     contents: list[bytes] | None = []
     num_bytes, digest = 0, hashlib.sha256()
     for file in files:
@@ -157,7 +154,6 @@ def _add(digest: Any, file: _SourceFile, data: bytes) -> None:
 
 
 def _rows(file: _SourceFile, data: bytes) -> pa.Table:
-    """Rows of one file; each weight is multiplied by the source's."""
     try:
         table = pq.read_table(pa.BufferReader(data))
     except pa.ArrowInvalid as error:
@@ -169,7 +165,7 @@ def _rows(file: _SourceFile, data: bytes) -> pa.Table:
 
 
 def _mapped(files: Sequence[_SourceFile], digest: str) -> pa.Table:
-    """All rows, mapped from one file, which the machine's first process writes."""
+    """Maps all rows from one file; the machine's first process writes it."""
     folder = Path(tempfile.gettempdir(), f"timeviper-samples-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
@@ -200,7 +196,7 @@ def _write_mapped(files: Sequence[_SourceFile], digest: str, target: Path) -> No
 
 
 def _remove_old(folder: Path) -> None:
-    """Deletes unused mapped files; a process that still maps one keeps its contents."""
+    """Deletes unused mapped files; existing maps stay valid."""
     for path in folder.glob("*.arrow"):
         if time.time() - path.stat().st_mtime > MAX_UNUSED_SECONDS:
             path.unlink()

@@ -1,6 +1,6 @@
-"""Turns SAMPLES rows into tokenized samples and the stored frames they take, or into rejects with a reason.
+"""Turns SAMPLES rows into tokenized samples with frame indices, or into rejects.
 
-Reads the feature store's index but no features.
+Reads only the index of the feature store.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from timeviper_model.batching.prompt import TEMPLATES, Turn, build_sample, time_
 from timeviper_platform.data.store.reader import FeatureStore
 
 MAX_CACHED_TEXTS = 65_536
-"""Texts whose ids are cached; templates and stock questions repeat in every sample."""
+"""Maximum cached texts; templates and stock questions repeat."""
 
 RejectReason = Literal[
     "bad_weight",
@@ -33,19 +33,17 @@ RejectReason = Literal[
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FramesConfig:
-    """Which of a medium's stored frames a sample takes."""
+    """Frames that a sample takes from each medium."""
 
     max_frames: int | None = None
     """Maximum frames per medium; None keeps all."""
     frame_selection: Literal["uniform", "first"] = "uniform"
-    """Which frames to keep. The paper trains with `uniform`."""
+    """Frames to keep. The paper trains with `uniform`."""
     time_text: bool = False
-    """Start a sample that has exactly one video with a sentence about its duration and number of frames."""
+    """Begin each single-video sample with a sentence that states its duration and number of frames."""
 
 
 class TokenizedSample(NamedTuple):
-    """One usable row."""
-
     sample: Sample
     media_ids: list[str]
     frames: list[list[int]]
@@ -53,7 +51,6 @@ class TokenizedSample(NamedTuple):
 
     @property
     def num_frames(self) -> int:
-        """Frames over all media."""
         return sum(map(len, self.frames))
 
     @property
@@ -76,13 +73,11 @@ class Reject(NamedTuple):
 
 
 class SampleBuilder:
-    """Builds the same sample from the same row, for the plan (its sizes) and for the loader (its tokens).
+    """Builds equal samples for the plan (sizes) and the loader (tokens).
 
     Args:
-        store: feature store of the rows' media.
         tokenizer: a transformers fast tokenizer.
-        chat_template: key of timeviper_model.batching.prompt.TEMPLATES.
-        frames: which frames a sample takes.
+        chat_template: a key of TEMPLATES.
     """
 
     def __init__(self, store: FeatureStore, tokenizer: Any, chat_template: str, frames: FramesConfig) -> None:
@@ -92,7 +87,7 @@ class SampleBuilder:
         self._frames = frames
 
     def build(self, row: dict[str, Any]) -> TokenizedSample | Reject:
-        """The row's tokens and frames, or the reason to leave it out."""
+        """Returns the row's tokens and frames, or the reason to leave it out."""
         media_ids, frames, num_tokens = [], [], []
         for item in row["media"] or []:
             chosen = self._select_frames(item)
@@ -113,7 +108,7 @@ class SampleBuilder:
         return tokenized
 
     def digest(self) -> str:
-        """Hash of everything except the row that a sample's sizes depend on."""
+        """Returns a hash of everything but the row that determines a sample's sizes."""
         parts = {
             "tokenizer": self._tokenizer.digest(),
             "template": asdict(self._template),
@@ -151,7 +146,7 @@ class SampleBuilder:
 
 
 class _CachingTokenizer:
-    """Caches the ids of repeated texts; has the part of a tokenizer's interface that `build_sample` uses."""
+    """Caches the ids of repeated texts."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.pad_token_id = tokenizer.pad_token_id
@@ -173,5 +168,4 @@ class _CachingTokenizer:
         return {"input_ids": self._encode(text, split_special_tokens)}
 
     def digest(self) -> str:
-        """Hash of the tokenizer's rules and vocabulary."""
         return hashlib.sha256(self._tokenizer.backend_tokenizer.to_str().encode()).hexdigest()

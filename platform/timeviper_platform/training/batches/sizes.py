@@ -1,10 +1,10 @@
-"""Measures a mixture: the sizes of its usable rows and the reasons to leave out the others.
+"""Measures the usable rows of a mixture and rejects the others.
 
-Tokenizing millions of conversations is slow, so the ranks share it and cache the result:
+The ranks share the tokenization and cache the result:
 
     rank r builds every world_size-th block of rows  ->  all sizes on all ranks  ->  one file for later attempts
 
-The table does not depend on the number of ranks or on the cache.
+The table does not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -31,21 +31,20 @@ from timeviper_platform.training.batches.samples import Reject, SampleBuilder, T
 logger = logging.getLogger(__name__)
 
 TABLE_VERSION = 1
-"""Increase it when the same rows give other sizes: cached tables are then measured again."""
+"""Increase it when the same rows give other sizes; cached tables are then measured again."""
 
 BLOCK_ROWS = 1024
-"""Rows that a rank measures together; large enough to make reading them from Arrow cheap."""
+"""Rows per block; amortizes reading from Arrow."""
 
 PROGRESS_S = 30.0
-"""Seconds between progress lines in the log."""
 
 Block = tuple[np.ndarray, list[Reject]]
-"""One block of rows: (n, 5) row index, tokens, vision tokens, frames, targets of usable rows; and the rejects."""
+"""(n, 5) row index, tokens, vision tokens, frames and targets of the usable rows; and the rejects."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleTable:
-    """Sizes of the usable rows: the input of a pack plan. Arrays have one element per usable row."""
+    """Sizes of the usable rows. Arrays have one element per row."""
 
     row_indices: np.ndarray
     """Indices into SampleRows."""
@@ -59,19 +58,18 @@ class SampleTable:
     fingerprint: str
     """Hash of every usable row's id, weight and sizes."""
     rejects: Sequence[Reject] = ()
-    """Rows that are left out, in their order."""
 
     def __len__(self) -> int:
         return len(self.row_indices)
 
     def sizes(self, index: int) -> tuple[int, ...]:
-        """`TokenizedSample.sizes` of a sample."""
+        """Returns the `TokenizedSample.sizes` of a sample."""
         columns = (self.num_tokens, self.num_vision_tokens, self.num_frames, self.num_targets)
         return tuple(int(column[index]) for column in columns)
 
 
 class Measure(Protocol):
-    """Measures a mixture: `measure_samples` or `MeasureOnAllRanks`."""
+    """Interface of `measure_samples` and `MeasureOnAllRanks`."""
 
     def __call__(
         self, rows: SampleRows, builder: SampleBuilder, *, max_tokens: int, max_frames: int | None
@@ -82,7 +80,7 @@ class Measure(Protocol):
 def measure_samples(
     rows: SampleRows, builder: SampleBuilder, *, max_tokens: int, max_frames: int | None
 ) -> SampleTable:
-    """Sizes of the rows that fit the caps of one pack, and the rejects.
+    """Measures the rows that fit one pack, and lists the rejects.
 
     Raises:
         ValueError: when no row is usable, with the counts by reason.
@@ -91,10 +89,10 @@ def measure_samples(
 
 
 class MeasureOnAllRanks:
-    """`measure_samples` shared by all ranks and cached. Collective.
+    """`measure_samples` shared by all ranks and cached; collective.
 
     Args:
-        folder: URI of the cache, shared by all runs; files are named by the hash of their inputs.
+        folder: URI of the cache, shared by all runs.
     """
 
     def __init__(self, folder: str) -> None:
@@ -103,7 +101,6 @@ class MeasureOnAllRanks:
     def __call__(
         self, rows: SampleRows, builder: SampleBuilder, *, max_tokens: int, max_frames: int | None
     ) -> SampleTable:
-        """See `measure_samples`."""
         rank, world_size = dist.get_rank(), dist.get_world_size()
         file = ""
         cached: list[SampleTable | None] = [None]
@@ -123,7 +120,6 @@ class MeasureOnAllRanks:
 
 
 def count_rejects(rejects: Sequence[Reject]) -> dict[str, int]:
-    """Number of rejects by reason."""
     return dict(sorted(Counter(reject.reason for reject in rejects).items()))
 
 
@@ -137,7 +133,7 @@ def measure_blocks(
     world_size: int,
     block_rows: int = BLOCK_ROWS,
 ) -> list[Block]:
-    """Every `world_size`-th block of rows, from block `rank` on."""
+    """Measures every `world_size`-th block of rows, from block `rank` on."""
     blocks = []
     logged = time.monotonic()
     for start in range(rank * block_rows, len(rows), world_size * block_rows):
@@ -177,7 +173,7 @@ def _within_caps(
 
 
 def join_blocks(rows: SampleRows, shards: Sequence[list[Block]]) -> SampleTable:
-    """The blocks of all ranks in the order of the rows.
+    """Joins the blocks of all ranks in row order.
 
     Raises:
         ValueError: when no row is usable.
@@ -216,7 +212,6 @@ def _fingerprint(rows: SampleRows, usable: np.ndarray) -> str:
 
 
 def _key(rows: SampleRows, builder: SampleBuilder, max_tokens: int, max_frames: int | None) -> str:
-    """Hash of everything that the sizes depend on."""
     parts = [TABLE_VERSION, rows.digest, builder.digest(), max_tokens, max_frames]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
@@ -237,7 +232,7 @@ def _write(file: str, table: SampleTable) -> None:
 
 
 def _read(file: str, rows: SampleRows) -> SampleTable | None:
-    """The cached table; None when there is none or it is damaged."""
+    """Returns None when no valid table is cached."""
     if not storage.exists(file):
         return None
     filesystem, path = storage.split_uri(file)

@@ -1,4 +1,4 @@
-"""Values of one training step: its planned counts, the packs that a rank reads, and their micro-batches."""
+"""Counts and batches of one training step."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class BatchShape:
     pad_token_id: int
     num_epochs: int | None
     vision_cost: float
-    """Cost of a vision token relative to a text token: the share that TransV keeps, averaged over blocks."""
+    """Cost of a vision token relative to text: the share that TransV keeps, averaged over blocks."""
 
     def cost(self, pack: Pack) -> float:
-        """Relative cost of a pack, for balancing ranks."""
+        """Relative cost, for balancing ranks."""
         return pack.num_tokens - pack.num_vision_tokens * (1.0 - self.vision_cost)
 
 
@@ -39,28 +39,27 @@ class StepCounts(NamedTuple):
     num_vision_tokens: int
     num_samples: int
     num_padding_tokens: int
-    """Padding inside packs and dummies, over all ranks."""
+    """Padding of packs and dummies, over all ranks."""
     fill: float
-    """Tokens / token budget of the step's packs."""
+    """Tokens / token budget."""
     flops: float
-    """Operations of the model's forward and backward passes."""
+    """Forward and backward operations."""
     end: PackPosition
-    """Position in the plan after this step."""
+    """Plan position after this step."""
 
 
 class PackTask(NamedTuple):
-    """A pack to read. Can be sent to another process."""
+    """A pack to read. Can be pickled."""
 
     pack_index: int
     """Index within the step."""
     rows: list[dict[str, Any]]
-    """SAMPLES rows in the pack's order."""
     sizes: list[tuple[int, ...]]
     """Planned `TokenizedSample.sizes` of each sample."""
 
 
 class DamagedSample(NamedTuple):
-    """A sample left out of its pack because its features cannot be read."""
+    """A sample left out because its features cannot be read."""
 
     sample_id: str
     detail: str
@@ -73,15 +72,13 @@ class MicroBatch(NamedTuple):
 
     batch: PackedBatch
     is_dummy: bool = False
-    """True for a batch that only keeps the ranks in step; its loss has weight 0."""
+    """True for a batch of loss weight 0 that keeps the ranks in step."""
     pack_index: int = -1
-    """Index within the step."""
     sample_ids: tuple[str, ...] = ()
     damaged: tuple[DamagedSample, ...] = ()
 
     @property
     def num_bytes(self) -> int:
-        """Memory of its tensors."""
         return sum(getattr(self.batch, name).nbytes for name in self.batch.__slots__)
 
 
@@ -89,15 +86,14 @@ class StepBatches(NamedTuple):
     """One rank's part of a step."""
 
     counts: StepCounts
-    """As planned, damaged samples included."""
+    """Planned counts, including damaged samples."""
     micro_batches: list[MicroBatch]
 
     @property
     def damaged(self) -> list[DamagedSample]:
-        """Samples that THIS rank cannot read."""
+        """Samples that this rank cannot read."""
         return [sample for item in self.micro_batches for sample in item.damaged]
 
     @property
     def num_bytes(self) -> int:
-        """Memory of its tensors."""
         return sum(item.num_bytes for item in self.micro_batches)

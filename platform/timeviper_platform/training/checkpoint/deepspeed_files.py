@@ -1,6 +1,6 @@
-"""The DeepSpeed internals that checkpoints use: its files in memory, and where they and its engine keep each parameter.
+"""Handles DeepSpeed's checkpoint files in memory, and its layout of parameters.
 
-Its public save and load write to disk while training waits, and unpickle any file.
+DeepSpeed's public save and load block training and unpickle any file.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MASTER = "fp32"
 
 
 def take_snapshot(ds_engine: Any) -> dict[str, Any]:
-    """The files this rank would write, by name, copied to the CPU; collective."""
+    """Returns CPU copies of the files that this rank would write, by name; collective."""
     own = ds_engine.checkpoint_engine
     capture = _Capture(own)
     ds_engine.checkpoint_engine = capture
@@ -59,7 +59,7 @@ class _Capture:
 
 
 def _copied(value: Any) -> Any:
-    """Copies every tensor in dicts, lists and tuples to the CPU, without the rest of its storage."""
+    """Copies tensors in dicts, lists and tuples to the CPU, without the rest of their storage."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     if type(value) in (dict, OrderedDict):
@@ -70,10 +70,10 @@ def _copied(value: Any) -> Any:
 
 
 def load_saved(file: Path, *, mmap: bool) -> dict[str, Any]:
-    """The content of a file that DeepSpeed saved, on the CPU.
+    """Reads a file of DeepSpeed onto the CPU.
 
     Raises:
-        RuntimeError: if the file refers to a class or function that no checkpoint needs.
+        RuntimeError: if the file refers to other classes or functions than checkpoints need.
     """
     try:
         with torch.serialization.safe_globals(_classes()):
@@ -112,7 +112,6 @@ class _Reader:
 
 
 def _classes() -> list[Any]:
-    """The classes in DeepSpeed's files, besides tensors."""
     import_deepspeed()
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -145,7 +144,7 @@ class Fragment(NamedTuple):
     """The part of a parameter that this rank updates."""
 
     flat: Tensor
-    """The optimizer's tensor."""
+    """Optimizer tensor that holds the fragment."""
     start: int
     """Offset in `flat`."""
     first: int
@@ -172,7 +171,6 @@ def own_fragments(ds_engine: Any, parameter: Any, group: int, index: int) -> Ite
 
 
 def optimizer_states(ds_engine: Any) -> Any:
-    """AdamW's state by tensor."""
     return ds_engine.optimizer.state if _steps_on_parameters(ds_engine) else ds_engine.optimizer.optimizer.state
 
 

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def export_weights(checkpoint: str, output: str, *, dtype: Dtype = "float32") -> None:
-    """Writes the checkpoint's model, tokenizer and metadata as a weights folder at `output`, replacing it.
+    """Writes a committed checkpoint as a weights folder at `output`, replacing it.
 
     Raises:
         ValueError: if there is no committed checkpoint, or it lacks parts of the model.
@@ -40,16 +40,14 @@ def export_weights(checkpoint: str, output: str, *, dtype: Dtype = "float32") ->
 def convert_public_checkpoint(
     checkpoint: str, output: str, *, config: TimeViperConfig, tokenizer: str, dtype: Dtype = "float32"
 ) -> None:
-    """Writes a checkpoint of TimeViper's public code as a weights folder at `output`.
+    """Writes a checkpoint of TimeViper's public code as a weights folder at `output`, replacing it.
 
     Args:
-        checkpoint: local file or folder (see `load_public_checkpoint`).
-        output: URI of the folder; replaced if it exists.
-        config: of that model.
+        checkpoint: local file or folder.
         tokenizer: local folder or Hugging Face name.
 
     Raises:
-        ValueError: when the tensors do not fit `config`, or the tokenizer its chat template.
+        ValueError: when tensors do not fit `config`, or the tokenizer its chat template.
     """
     loaded_tokenizer = load_tokenizer(tokenizer)
     check_tokenizer(loaded_tokenizer, TEMPLATES[config.chat_template])
@@ -69,7 +67,7 @@ def _write_weights(model: TimeViper, output: str, *, tokenizer: Any, metadata: d
 
 
 def checkpoint_model(checkpoint: str) -> tuple[TrainState, dict[str, Any], TimeViper]:
-    """State, model.json and whole model of a committed checkpoint, in float32 with merged adapters."""
+    """Returns state, model.json and the float32 model with merged adapters."""
     state = read_state(checkpoint)
     description = storage.read_json(storage.join_uri(checkpoint, MODEL_FILE))
     saved_groups = storage.read_json(storage.join_uri(checkpoint, GROUPS_FILE))

@@ -46,9 +46,9 @@ class CheckpointConfig:
     every_steps: int = 500
     """Steps between checkpoints; 0 saves only at the end of each phase."""
     keep: int = 2
-    """Newest committed checkpoints to keep."""
+    """Number of newest checkpoints to keep."""
     max_failed_saves: int = 3
-    """Tolerated failed saves in a row. The next one is waited for and ends the run if it fails; 0 tolerates none."""
+    """Tolerated failed saves in a row. Training waits for the next save and ends if it fails too."""
     retry_wait_s: float = 5.0
     """Seconds before a phase's failed last save is repeated; doubled each time."""
 
@@ -60,7 +60,7 @@ class CheckpointConfig:
 
 
 class SaveFailedError(RuntimeError):
-    """Raised on every rank alike."""
+    """A save failed; raised on every rank."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,13 +70,13 @@ class Snapshot:
     tag: str
     global_step: int
     files: dict[str, Any]
-    """For torch.save, by file name."""
+    """Contents for torch.save, by file name."""
     documents: dict[str, Any]
-    """For JSON, by file name; written by rank 0."""
+    """Contents for JSON, by file name; written by rank 0."""
 
 
 class Checkpoints:
-    """The checkpoints of one run; snapshot, write and wait are collective."""
+    """Checkpoints of one run. Snapshot, write and wait are collective."""
 
     def __init__(self, uri: str, *, keep: int = 2) -> None:
         self.uri = uri
@@ -85,13 +85,13 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._outcome: str | BaseException | None = None
         self.newest_written = 0
-        """Global step of the newest checkpoint known to be committed."""
+        """Newest global step known to be committed."""
 
     def newest(self) -> str | None:
         return next((uri for uri in reversed(list_folders(self.uri)) if is_committed(uri)), None)
 
     def committed(self) -> list[str]:
-        """Oldest first."""
+        """Returns the committed checkpoints, oldest first."""
         return [uri for uri in list_folders(self.uri) if is_committed(uri)]
 
     def uri_of(self, state: TrainState) -> str:
@@ -119,7 +119,7 @@ class Checkpoints:
         """
         assert self._thread is None  # two at a time would hold two copies of the state
         if self._group is None:
-            # the threads need their own group: training uses the default one; gloo needs no GPU
+            # the threads need their own group: training uses the default one
             self._group = dist.new_group(backend="gloo")
         self._thread = threading.Thread(
             target=self._run, args=(snapshot, before_commit), name="checkpoint", daemon=False
@@ -144,7 +144,7 @@ class Checkpoints:
         return outcome
 
     def wait_quietly(self) -> str | None:
-        """`wait` that logs errors, for a run that is failing already."""
+        """Waits and logs errors, for a run that is already failing."""
         try:
             return self.wait()
         except RuntimeError as error:
@@ -188,7 +188,7 @@ class Checkpoints:
         storage.write_json(storage.join_uri(target, COMMIT_FILE), {"files": _sizes(target)})
 
     def _prune(self) -> None:
-        """Removes surplus checkpoints and the remains of failed saves, as far as storage allows."""
+        """Removes surplus checkpoints and the remains of failed saves."""
         try:
             committed = self.committed()
             for uri in list_folders(self.uri):
@@ -202,9 +202,9 @@ class Checkpoints:
 
 
 def resolve_resume(uri: str, resume: Literal["auto", "never"] | str) -> str | None:
-    """The checkpoint to start from; None for the initial weights.
+    """Returns the checkpoint to start from; None for the initial weights.
 
-    `auto` is the newest committed one, `never` requires that there is none; a URI may name another run's checkpoint.
+    `auto` is the newest committed one; `never` requires that there is none; a URI may name another run's checkpoint.
 
     Raises:
         ValueError: if the run would get two histories.
@@ -231,9 +231,10 @@ def restore_checkpoint(
     zero_stage: int,
     dtype: Dtype,
 ) -> Any:
-    """`build()`'s ds_engine, restored to the checkpoint at `uri`.
+    """Restores `build()`'s ds_engine to the checkpoint at `uri`.
 
-    At the same world size, ZeRO stage and dtype DeepSpeed loads its files bit for bit; else parameters are resharded.
+    At equal world size, ZeRO stage and dtype, DeepSpeed loads its files bit for bit; otherwise parameters are
+    resharded.
 
     Raises:
         ValueError: if the checkpoint trained other parameters.
@@ -259,7 +260,7 @@ def restore_checkpoint(
 
 
 def is_committed(uri: str) -> bool:
-    """True if COMMIT exists and every file it lists has its size."""
+    """Returns whether COMMIT exists and every file it lists has its size."""
     mark = storage.join_uri(uri, COMMIT_FILE)
     if not storage.exists(mark):
         return False
@@ -272,7 +273,7 @@ def is_committed(uri: str) -> bool:
 
 
 def read_state(uri: str) -> TrainState:
-    """Raises ValueError if nothing is committed at `uri`, or in another format version."""
+    """Reads the state; raises ValueError without a commit or for another format version."""
     if not is_committed(uri):
         raise ValueError(
             f"there is no committed checkpoint at {uri!r}; name a folder step-* that holds a {COMMIT_FILE}"
@@ -287,7 +288,7 @@ def open_shards(folder: Path, state: TrainState, saved_groups: list[dict[str, An
 
 @contextlib.contextmanager
 def local_copy(uri: str) -> Iterator[Path]:
-    """The checkpoint's folder if local, else a download for the duration of the block."""
+    """Yields the checkpoint's folder if local, else a temporary download."""
     filesystem, path = storage.split_uri(uri)
     if storage.is_local(uri):
         yield Path(path)

@@ -30,12 +30,12 @@ from timeviper_platform.training.optim.parameter_groups import ParameterGroup
 
 
 class SavedShards:
-    """Every parameter of a checkpoint, whole and in float32.
+    """Parameters of a checkpoint, whole and in float32.
 
     Args:
-        folder: Local, with DeepSpeed's files.
-        zero_stage: Of the run that saved them.
-        trained: Names in the order of the optimizer's groups.
+        folder: local folder with DeepSpeed's files.
+        zero_stage: stage of the run that saved them.
+        trained: names in the optimizer's order.
     """
 
     def __init__(self, folder: Path, *, zero_stage: int, trained: Sequence[str]) -> None:
@@ -58,7 +58,7 @@ class SavedShards:
             self._ranks = [sharded_by_parameter(saved, self._shapes, len(optimizers)) for saved in optimizers]
 
     def parameter(self, name: str, kind: str = MASTER) -> Tensor:
-        """A trained parameter's value, or one of its MOMENTS, in its shape."""
+        """Returns a trained parameter, or one of its MOMENTS, in its shape."""
         fragments = []
         for rank in self._ranks:
             index = rank.slices.get(name)
@@ -71,12 +71,12 @@ class SavedShards:
         return next(rank.steps[rank.slices[name].flat] for rank in self._ranks if name in rank.slices)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every parameter by name, including frozen ones."""
+        """Yields every parameter by name, including frozen ones."""
         tensors = {name: tensor.float() for name, tensor in self._frozen().items()}
         return tensors | {name: self.parameter(name) for name in self._shapes}
 
     def _frozen(self) -> dict[str, Tensor]:
-        """The saved module; under ZeRO-3, the assembled frozen parameters."""
+        """Returns the saved module; under ZeRO-3, the assembled frozen parameters."""
         first = self._models[0]
         if self._zero_stage < 3:
             return dict(first["module"])
@@ -90,7 +90,7 @@ class SavedShards:
 
 @torch.no_grad()
 def load_weights_from(shards: SavedShards, model: nn.Module) -> None:
-    """Call before building the engine."""
+    """Loads weights before the engine is built."""
     tensors = shards.tensors()
     for name, parameter in model.named_parameters():
         parameter.copy_(tensors[name])
@@ -98,7 +98,7 @@ def load_weights_from(shards: SavedShards, model: nn.Module) -> None:
 
 @torch.no_grad()
 def load_optimizer_from(shards: SavedShards, ds_engine: Any, groups: Sequence[ParameterGroup]) -> None:
-    """Loads masters, moments and step counts after `load_weights_from`, creating AdamW's state where it lacks."""
+    """Loads masters, moments and step counts, after `load_weights_from`."""
     parameters = dict(ds_engine.module.named_parameters())
     states = optimizer_states(ds_engine)
     for number, group in enumerate(groups):

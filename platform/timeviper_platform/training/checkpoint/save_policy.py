@@ -13,15 +13,15 @@ from timeviper_platform.training.checkpoint.state import TrainState
 logger = logging.getLogger(__name__)
 
 OnCheckpoint = Callable[[str, dict[str, Any]], None]
-"""Called on every rank with a committed URI and its step's metrics row, when the next save is due or the phase ends."""
+"""Called on every rank with a committed URI and its metrics row, when the next save is due or the phase ends."""
 
 
 class Checkpointer:
-    """The checkpoints of one phase; every method is collective.
+    """Checkpoints of one phase; every method is collective.
 
     Args:
-        log: Receives the row of a saved step.
-        before_commit: Called on rank 0.
+        log: receives the row of a saved step.
+        before_commit: called on rank 0.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Checkpointer:
         self.num_failed = 0
 
     def save(self, state: TrainState, row: dict[str, Any]) -> None:
-        """Snapshots `state`, adds the time it cost to the step's row, and writes in the background.
+        """Saves `state` in the background, and adds the snapshot's time to the step's row.
 
         Raises:
             SaveFailedError: if more saves in a row failed than allowed.
@@ -62,7 +62,7 @@ class Checkpointer:
             self._settle()
 
     def finish(self) -> str | None:
-        """Waits for the newest checkpoint, repeating it while it fails; None if nothing was saved."""
+        """Waits for the newest checkpoint, repeating failed saves; None if nothing was saved."""
         self._settle()
         while self._failures_in_a_row and self._last is not None:
             time.sleep(self._config.retry_wait_s * 2 ** (self._failures_in_a_row - 1))
@@ -71,7 +71,7 @@ class Checkpointer:
         return self._newest
 
     def _settle(self) -> None:
-        """Waits for the checkpoint being written, and reports it."""
+        """Waits for the running save, and reports it."""
         try:
             uri = self._checkpoints.wait()
         except SaveFailedError as error:

@@ -1,4 +1,4 @@
-"""The state.json of a checkpoint: progress, and settings that a phase cannot change half-way."""
+"""Progress and fixed settings in a checkpoint's state.json."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STATE_VERSION = 3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepPlan:
-    """Settings of a phase without which resuming would skip samples, repeat them or jump in the learning rate."""
+    """Settings that must not change within a phase: resuming would skip or repeat samples, or change learning rates."""
 
     packs_per_step: int
     num_steps: int
@@ -22,7 +22,7 @@ class StepPlan:
     schedule: ScheduleConfig
 
     def differences(self, now: StepPlan) -> list[str]:
-        """As `name before -> now`."""
+        """Returns `name before -> now` for each changed setting."""
         before, after = _flat(self), _flat(now)
         return [f"{name} {before[name]} -> {after[name]}" for name in before if before[name] != after[name]]
 
@@ -35,7 +35,7 @@ class TrainState:
     step: int
     """Finished steps of the phase."""
     global_step: int
-    """Of all phases."""
+    """Finished steps of all phases."""
     position: PackPosition
     plan_hash: str
     step_plan: StepPlan
@@ -71,7 +71,7 @@ class TrainState:
         return cls(**{**values, "position": PackPosition(**values["position"]), "step_plan": step_plan})
 
     def check_resumable(self, now: TrainState, *, source: str) -> None:
-        """Raises ValueError if the phase would continue with other packs, steps or learning rates than `now`."""
+        """Raises ValueError if resuming would change packs, steps or learning rates."""
         if self.plan_hash != now.plan_hash:
             raise ValueError(
                 f"{source} was training phase {self.phase} on another pack plan ({self.plan_hash[:12]}, now"

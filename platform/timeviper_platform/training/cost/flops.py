@@ -1,4 +1,4 @@
-"""Counts the floating-point operations of packs, by the MFU convention: recomputation is not counted.
+"""Counts floating-point operations by the MFU convention, without recomputation.
 
 Norms, the projector and TransV's small layers are left out.
 """
@@ -12,16 +12,16 @@ from timeviper_platform.training.cost.memory import vision_by_layer
 
 ASSUMED_DEVICE = "NVIDIA H100"
 ASSUMED_MFU = 0.4
-"""Share of the peak that training reaches; published figures for this model size: 0.33 to 0.43."""
+"""Assumed share of the peak; published figures for this model size: 0.33 to 0.43."""
 
 
 def training_flops(config: TimeViperConfig, pack: Pack, *, use_transv: bool, trains_blocks: bool) -> float:
-    """Operations of a pack's forward and backward pass. Backward costs two forward passes, one if blocks are frozen."""
+    """Returns forward and backward operations. Backward costs two forward passes, or one if blocks are frozen."""
     return forward_flops(config, pack, use_transv=use_transv) * (3 if trains_blocks else 2)
 
 
 def forward_flops(config: TimeViperConfig, pack: Pack, *, use_transv: bool) -> float:
-    """Operations of a pack's forward pass, with text split evenly among the samples."""
+    """Returns forward operations, with text split evenly among the samples."""
     text = config.text
     counts = pack.vision_counts or (0,)
     text_per_sample = (pack.num_tokens - pack.num_vision_tokens) / len(counts)
@@ -32,12 +32,12 @@ def forward_flops(config: TimeViperConfig, pack: Pack, *, use_transv: bool) -> f
 
 
 def gpu_hours(flops: float) -> float:
-    """Hours of one ASSUMED_DEVICE at ASSUMED_MFU."""
+    """Returns the hours of one ASSUMED_DEVICE at ASSUMED_MFU."""
     return flops / (PEAK_FLOPS[ASSUMED_DEVICE] * ASSUMED_MFU) / 3600
 
 
 def _block_flops(text: TextConfig, layer: int, lengths: list[float]) -> float:
-    """Two operations per weight and token; causal attention counts the unmasked half."""
+    """Counts two operations per weight and token, and the unmasked half of attention."""
     tokens, pairs = sum(lengths), sum(length * length for length in lengths)
     query_size = text.num_attention_heads * text.head_dim
     attention_weights = 2 * text.hidden_size * text.head_dim * (text.num_attention_heads + text.num_key_value_heads)

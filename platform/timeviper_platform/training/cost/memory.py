@@ -1,7 +1,6 @@
 """Estimates a rank's memory for each ZeRO stage.
 
-Activations are measured on one block of each kind, because a formula would go stale with the kernels. DeepSpeed's
-buckets, allocator fragmentation and NCCL buffers are not counted.
+Activations are measured on real blocks. DeepSpeed's buckets, fragmentation and NCCL buffers are not counted.
 """
 
 from __future__ import annotations
@@ -21,15 +20,13 @@ from timeviper_platform.common.devices import Dtype, torch_dtype
 from timeviper_platform.training.batches.packing import Pack
 
 PROBE_CHUNKS = 2
-"""Scan chunks in the probed sequence; two, so that the state between chunks is included."""
+"""Scan chunks in the probed sequence; two, to include the state between chunks."""
 PROBE_CHUNK_SIZE = 128
-"""Tokens per chunk for a family without a scan."""
+"""Tokens per chunk for models without a scan."""
 FP32_BYTES = 4
 
 
 class ModelSizes(NamedTuple):
-    """Parameter counts of a model."""
-
     num_parameters: int
     num_trained: int
 
@@ -44,14 +41,13 @@ class StateBytes(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All three."""
         return sum(self)
 
 
 def state_bytes(sizes: ModelSizes, *, zero_stage: int, world_size: int, dtype: Dtype) -> StateBytes:
-    """Bytes of one rank (Rajbhandari et al., arXiv 1910.02054, section 5).
+    """Returns the bytes of one rank (arXiv 1910.02054, section 5).
 
-    Stage 0 in fp32 updates the parameters directly; all others keep fp32 master weights.
+    Stage 0 in fp32 has no separate master weights.
     """
     width = torch_dtype(dtype).itemsize
     has_masters = zero_stage > 0 or dtype != "float32"
@@ -64,13 +60,12 @@ def state_bytes(sizes: ModelSizes, *, zero_stage: int, world_size: int, dtype: D
 
 
 def tokens_by_layer(config: TimeViperConfig, pack: Pack, *, use_transv: bool) -> list[int]:
-    """Tokens of a pack in each block."""
     num_text = pack.num_tokens - pack.num_vision_tokens
     return [num_text + sum(present) for present in vision_by_layer(config, pack, use_transv=use_transv)]
 
 
 def vision_by_layer(config: TimeViperConfig, pack: Pack, *, use_transv: bool) -> list[list[int]]:
-    """Vision tokens of each sample in each block."""
+    """Returns the vision tokens of each sample in each block."""
     sites = {site.layer: site for site in config.transv} if use_transv else {}
     present, by_layer = list(pack.vision_counts), []
     for layer in range(config.text.num_hidden_layers):
@@ -90,10 +85,10 @@ def activation_bytes(
     activation_checkpointing: bool,
     trains_blocks: bool = True,
 ) -> int:
-    """Bytes that autograd keeps of one pack between forward and backward.
+    """Returns the bytes of one pack that autograd keeps between forward and backward.
 
-    With activation_checkpointing, blocks keep their input and one block at a time is recomputed. Linear maps of frozen
-    blocks (`trains_blocks` False) keep no input.
+    With activation_checkpointing, blocks keep their input and are recomputed one at a time. Linear maps of frozen
+    blocks keep no input.
     """
     kinds = sorted(set(config.text.block_types))
     own = {kind: saved_bytes_per_token(config.text, kind, torch_dtype(dtype), trained=trains_blocks) for kind in kinds}
@@ -106,7 +101,7 @@ def activation_bytes(
 
 
 def saved_bytes_per_token(config: TextConfig, kind: BlockType, dtype: torch.dtype, *, trained: bool = True) -> float:
-    """Bytes that autograd keeps per token in a block of this kind, measured on the CPU."""
+    """Measures, on the CPU, the bytes per token that autograd keeps in a block."""
     num_tokens = PROBE_CHUNKS * (config.chunk_size if isinstance(config, HybridConfig) else PROBE_CHUNK_SIZE)
     block = make_block(config, kind).to(dtype).requires_grad_(trained)
     for parameter in block.parameters():
@@ -117,7 +112,7 @@ def saved_bytes_per_token(config: TextConfig, kind: BlockType, dtype: torch.dtyp
 
 
 def saved_bytes(run: Callable[[], object], parameters: list[Tensor]) -> int:
-    """Bytes that autograd keeps for the backward pass of `run()`: each storage once, without parameters."""
+    """Returns the bytes that autograd keeps for the backward pass of `run()`, without parameters."""
     own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     sizes: dict[int, int] = {}
     kept: list[Tensor] = []  # alive until the end, because addresses of freed storages are reused
@@ -136,7 +131,7 @@ def saved_bytes(run: Callable[[], object], parameters: list[Tensor]) -> int:
 
 
 def _logits_bytes(config: TimeViperConfig, pack: Pack, dtype: torch.dtype) -> int:
-    """Logits in the model's dtype, their fp32 copy and log-softmax, for the targets computed together."""
+    """Counts logits, their fp32 copy and log-softmax, for the targets computed together."""
     rows = min(pack.num_targets, max(1, LOGITS_ELEMENTS // config.text.vocab_size))
     width = FP32_BYTES + (0 if dtype == torch.float32 else dtype.itemsize + FP32_BYTES)
     return rows * config.text.vocab_size * width

@@ -1,4 +1,4 @@
-"""Estimates a mixture whose sources are partly missing: shares of an epoch, and the cost of the expected samples."""
+"""Estimates the epoch of a mixture whose sources are partly missing."""
 
 from __future__ import annotations
 
@@ -12,17 +12,15 @@ from timeviper_platform.training.config import PhaseConfig
 from timeviper_platform.training.cost.flops import training_flops
 
 ASSUMED_FILL = 0.98
-"""Fill of packs that are not planned yet."""
+"""Assumed fill of unplanned packs."""
 
 
 class SourceShare(NamedTuple):
-    """One source of a mixture."""
-
     uri: str
     num_samples: float | None
     """Samples per epoch; None when unknown."""
     share: float | None
-    """Share of all samples of an epoch; None when any source is unknown."""
+    """Share of an epoch's samples; None when any source is unknown."""
     is_absent: bool
 
 
@@ -32,15 +30,15 @@ class ExpectedEpoch(NamedTuple):
     num_samples: float
     num_tokens: float
     flops: float
-    """Operations of the forward and backward passes."""
+    """Forward and backward operations."""
 
     def num_packs(self, max_tokens: int) -> float:
-        """Packs at the assumed fill."""
+        """Returns the number of packs at ASSUMED_FILL."""
         return self.num_tokens / (max_tokens * ASSUMED_FILL)
 
 
 def source_shares(sources: Sequence[SourceConfig], absent: Collection[str]) -> list[SourceShare]:
-    """Every source of the mixture; missing ones count their expected samples."""
+    """Returns all sources; missing ones count their expected samples."""
     counts = [_num_samples(source, is_absent=source.uri in absent) for source in sources]
     known = [count for count in counts if count is not None]
     total = sum(known) if len(known) == len(counts) else 0.0
@@ -53,7 +51,7 @@ def source_shares(sources: Sequence[SourceConfig], absent: Collection[str]) -> l
 def expected_epoch(
     config: TimeViperConfig, phase: PhaseConfig, unplanned: Collection[str], *, trains_blocks: bool
 ) -> ExpectedEpoch | None:
-    """One epoch of these sources, each sample at its unpacked cost; None without sources or without `expected`."""
+    """Estimates one epoch of `unplanned` at the cost of unpacked samples. None if it is empty or lacks `expected`."""
     num_samples, num_tokens, flops = 0.0, 0.0, 0.0
     for source in (source for source in phase.samples if source.uri in unplanned):
         if not source.expected:

@@ -8,11 +8,11 @@ from typing import Any
 from timeviper_platform.common.charts import FileFormat, Panel, Point, line_chart
 
 MAX_POINTS = 2000
-"""Maximum points per line; a longer curve is thinned."""
+"""Maximum points per line; longer curves are thinned."""
 
 
 def draw_curves(rows: Sequence[dict[str, Any]], title: str, *, file_format: FileFormat = "svg") -> bytes:
-    """Loss with validation loss as dots, and tokens per second below; one colour per phase."""
+    """Draws loss with validation dots, and tokens per second below; one colour per phase."""
     panels = [
         Panel(_thinned(_points(rows, "loss")), "loss (dots: validation)", dots=_points(rows, "validation_loss")),
         Panel(_thinned(_points(rows, "tokens_per_second")), "tokens/s"),
@@ -21,7 +21,7 @@ def draw_curves(rows: Sequence[dict[str, Any]], title: str, *, file_format: File
 
 
 def _points(rows: Sequence[dict[str, Any]], name: str) -> dict[str, list[Point]]:
-    """(step, value) of the rows that have the metric, by phase."""
+    """Returns (step, value) by phase."""
     points: dict[str, list[Point]] = {}
     for row in rows:
         if name in row:

@@ -20,9 +20,6 @@ class StepLogger:
     """Logs loss, throughput and remaining time every few steps.
 
     Args:
-        phase: name of the phase.
-        num_steps: steps of the phase.
-        every: steps between two lines.
         first_step: last step that an earlier attempt finished.
     """
 
@@ -58,7 +55,7 @@ def step_row(
     num_damaged: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Metrics of a step. Times and memory are those of this rank; `mfu` needs a device with known peak."""
+    """Returns a step's metrics, with this rank's times and memory; `mfu` needs a device of known peak."""
     computed = counts.num_tokens + counts.num_padding_tokens
     flops_per_second = counts.flops / seconds
     peak = peak_flops(device_name(device))

@@ -1,6 +1,6 @@
-"""Sends metrics to MLflow and Weights & Biases, which are imported only when configured.
+"""Sends metrics to MLflow and Weights & Biases, imported only when configured.
 
-A resumed run continues the tracker's run of the same name.
+A resumed run continues the tracker's run of its name.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Tracker(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MlflowConfig:
-    """An MLflow server or folder."""
+    """MLflow server or folder."""
 
     tracking_uri: str
     experiment: str = "timeviper"
@@ -36,7 +36,7 @@ class MlflowConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WandbConfig:
-    """A Weights & Biases project. The key is read from WANDB_API_KEY."""
+    """Weights & Biases project. The key is read from WANDB_API_KEY."""
 
     project: str
     mode: str = "online"
@@ -44,8 +44,6 @@ class WandbConfig:
 
 
 class MlflowTracker:
-    """See Tracker."""
-
     def __init__(self, config: MlflowConfig, run_name: str) -> None:
         self._mlflow: Any = importlib.import_module("mlflow")
         self._mlflow.set_tracking_uri(config.tracking_uri)
@@ -56,17 +54,13 @@ class MlflowTracker:
         self._mlflow.start_run(**resumed)
 
     def log(self, scalars: Mapping[str, float], global_step: int) -> None:
-        """See Tracker."""
         self._mlflow.log_metrics({_mlflow_name(name): value for name, value in scalars.items()}, step=global_step)
 
     def close(self) -> None:
-        """See Tracker."""
         self._mlflow.end_run()
 
 
 class WandbTracker:
-    """See Tracker."""
-
     def __init__(self, config: WandbConfig, run_name: str) -> None:
         library: Any = importlib.import_module("wandb")
         self._run = library.init(project=config.project, name=run_name, id=run_name, resume="allow", mode=config.mode)
@@ -74,31 +68,22 @@ class WandbTracker:
         self._run.define_metric("*", step_metric=STEP)
 
     def log(self, scalars: Mapping[str, float], global_step: int) -> None:
-        """See Tracker. The step is a metric because W&B drops values for steps before its last, as validation gives."""
+        """Sends the step as a metric, because W&B drops late values of earlier steps."""
         self._run.log({**scalars, STEP: global_step})
 
     def close(self) -> None:
-        """See Tracker."""
         self._run.finish()
 
 
 def check_trackers(mlflow: MlflowConfig | None, wandb: WandbConfig | None) -> None:
-    """Checks that the configured libraries are installed, without importing them.
-
-    Raises:
-        ValueError: when one is not installed.
-    """
+    """Raises ValueError when a configured library is not installed. Imports none."""
     for name, config in (("mlflow", mlflow), ("wandb", wandb)):
         if config is not None and not sys.modules.get(name) and importlib.util.find_spec(name) is None:
             raise ValueError(f"metrics.{name} is configured but {name} is not installed; pip install {name}")
 
 
 def open_trackers(mlflow: MlflowConfig | None, wandb: WandbConfig | None, run_name: str) -> list[Tracker]:
-    """Opens the configured trackers.
-
-    Raises:
-        ValueError: see `check_trackers`.
-    """
+    """Opens the configured trackers; raises like `check_trackers`."""
     check_trackers(mlflow, wandb)
     trackers: list[Tracker] = []
     if mlflow is not None:
@@ -109,5 +94,5 @@ def open_trackers(mlflow: MlflowConfig | None, wandb: WandbConfig | None, run_na
 
 
 def _mlflow_name(name: str) -> str:
-    """MLflow allows only letters, digits, _ - . space and /; group names are regular expressions."""
+    """Replaces characters that MLflow forbids in names."""
     return "".join(char if char.isalnum() or char in "_-. /" else "_" for char in name)

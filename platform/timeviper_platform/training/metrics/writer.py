@@ -1,9 +1,9 @@
-"""Writes step metrics as JSON lines and TensorBoard events, and joins the curves of all attempts.
+"""Writes step metrics as JSON lines and TensorBoard events.
 
     runs/tiny/metrics/attempt-0001.jsonl      rows of one attempt
     runs/tiny/tensorboard/attempt-0001/       the same values
 
-An attempt repeats the steps after the checkpoint it resumes from; the joined curve has the last attempt's row of each.
+An attempt repeats the steps after its checkpoint; `read_metrics` keeps the last attempt's rows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 METRICS_FOLDER = "metrics"
 TENSORBOARD_FOLDER = "tensorboard"
 REPORT_WINDOW = 5
-"""Maximum steps that a report averages the first and last loss over; at most a quarter of the phase."""
+"""Maximum steps averaged for the first and last loss; at most a quarter of the phase."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +35,7 @@ class MetricsConfig:
     """Logging and metrics of a run."""
 
     log_every_steps: int = 20
-    """Steps between progress lines in the log; the metrics file has every step."""
+    """Steps between progress lines in the log."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
     mlflow: MlflowConfig | None = None
@@ -51,9 +51,6 @@ class MetricsWriter:
 
     Args:
         run_uri: the run's folder; a remote one is updated at every `flush`.
-        attempt: see `next_attempt`.
-        tensorboard: also write event files.
-        trackers: also receive every row.
     """
 
     def __init__(self, run_uri: str, attempt: int, *, tensorboard: bool, trackers: Sequence[Tracker] = ()) -> None:
@@ -76,7 +73,7 @@ class MetricsWriter:
             self._tensorboard = SummaryWriter(str(self._root / TENSORBOARD_FOLDER / _attempt_name(attempt)))
 
     def write(self, row: dict[str, Any]) -> None:
-        """Adds a row with at least `phase`, `step` and `global_step`; one without `loss` extends the step's row."""
+        """Writes a row with at least `phase`, `step` and `global_step`; without `loss` it extends the step's row."""
         self._file.write(json.dumps({"attempt": self._attempt, **row}) + "\n")
         self._file.flush()
         scalars = {f"{row['phase']}/{name}": value for name, value in _scalars(row)}
@@ -87,11 +84,11 @@ class MetricsWriter:
             tracker.log(scalars, row["global_step"])
 
     def lacks(self, name: str, global_step: int) -> bool:
-        """True when the step has a row, of any attempt, without this metric."""
+        """Returns whether a row of the step lacks this metric."""
         return any(row["global_step"] == global_step and name not in row for row in read_metrics(self._run_uri))
 
     def flush(self) -> None:
-        """Makes everything written so far visible in the run's folder."""
+        """Makes all rows visible in the run's folder."""
         if self._tensorboard is not None:
             self._tensorboard.flush()
         if self._scratch is None:
@@ -103,7 +100,6 @@ class MetricsWriter:
                 storage.retrying(partial(filesystem.put_file, str(file), path), path)
 
     def close(self) -> None:
-        """Flushes and closes the files and the trackers."""
         self.flush()
         for tracker in self._trackers:
             tracker.close()
@@ -123,13 +119,13 @@ class MetricsWriter:
 
 
 def next_attempt(run_uri: str) -> int:
-    """One more than the last attempt in the run's folder."""
+    """Returns one more than the last attempt."""
     names = [PurePosixPath(uri).name for uri in _attempt_files(run_uri)]
     return max((int(re.sub(r"\D", "", name)) for name in names), default=0) + 1
 
 
 def read_metrics(run_uri: str) -> list[dict[str, Any]]:
-    """The last attempt's row of each step, in order of steps."""
+    """Returns the last attempt's row of each step, in order."""
     rows: dict[int, dict[str, Any]] = {}
     for uri in _attempt_files(run_uri):
         lines = storage.read_bytes(uri).decode().split("\n")
@@ -144,7 +140,7 @@ def read_metrics(run_uri: str) -> list[dict[str, Any]]:
 
 
 def phase_report(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Summary of one phase's rows; first and last loss are means (see REPORT_WINDOW)."""
+    """Summarizes one phase; first and last loss are means (see REPORT_WINDOW)."""
     rows = list(rows)
     losses = [row["loss"] for row in rows]
     window = max(1, min(REPORT_WINDOW, len(losses) // 4))
@@ -168,7 +164,6 @@ def _last(rows: list[dict[str, Any]], name: str) -> float | None:
 
 
 def _stall_share(rows: list[dict[str, Any]]) -> float | None:
-    """Share of time that training waited for checkpoints, without the write after the last step."""
     stall_s = sum(row["checkpoint_stall_s"] for row in rows)
     seconds = sum(row["seconds"] for row in rows) + stall_s
     return stall_s / seconds if seconds else None

@@ -20,18 +20,18 @@ SUPPORTED_VERSION = "0.19."
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ZeroConfig:
-    """Partitioning over ranks (ZeRO) and the constants of AdamW."""
+    """ZeRO partitioning and the constants of AdamW."""
 
     stage: Literal[0, 1, 2, 3] = 2
-    """What is partitioned: 0 nothing, 1 optimizer states, 2 also gradients, 3 also parameters."""
+    """Partitioned state: 0 none, 1 optimizer, 2 also gradients, 3 also parameters."""
     bucket_size: int = 50_000_000
     """Elements reduced or gathered together."""
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     max_grad_norm: float = 1.0
-    """Global norm that gradients are clipped to; 0 disables clipping."""
+    """Maximum global gradient norm; 0 disables clipping."""
     offload_optimizer: bool = False
-    """Keep master weights and moments in host memory and step there: saves 12 bytes per trained parameter, slower."""
+    """Keep and step the optimizer in host memory: slower, saves 12 bytes per trained parameter."""
 
     def __post_init__(self) -> None:
         if self.offload_optimizer and self.stage == 0:
@@ -41,7 +41,7 @@ class ZeroConfig:
 
 
 def deepspeed_config(config: ZeroConfig, *, dtype: Dtype, world_size: int, num_micro_steps: int) -> dict[str, Any]:
-    """DeepSpeed's JSON configuration; a micro-batch is one pack."""
+    """Returns DeepSpeed's JSON configuration; a micro-batch is one pack."""
     offload = {"offload_optimizer": {"device": "cpu"}} if config.offload_optimizer else {}
     return {
         "train_micro_batch_size_per_gpu": 1,
@@ -58,7 +58,7 @@ def deepspeed_config(config: ZeroConfig, *, dtype: Dtype, world_size: int, num_m
             "contiguous_gradients": True,
             **offload,
         },
-        # torch's AdamW everywhere: compiling DeepSpeed's CPU optimizer takes minutes
+        # torch's AdamW: compiling DeepSpeed's CPU optimizer takes minutes
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1_000_000_000,
@@ -74,10 +74,7 @@ def build_ds_engine(
     dtype: Dtype,
     num_micro_steps: int,
 ) -> Any:
-    """A DeepSpeed engine that trains only `groups` of `model`; torch.distributed must be initialized.
-
-    The optimizer's groups have the order of `groups`.
-    """
+    """Builds an engine that trains only `groups`, in their order. Needs torch.distributed."""
     deepspeed = import_deepspeed()
     freeze_others(model, groups)
     parameters = dict(model.named_parameters())
@@ -108,7 +105,7 @@ def build_ds_engine(
 
 
 def import_deepspeed() -> Any:
-    """Imports DeepSpeed with its device set: CPU over gloo or without CUDA.
+    """Imports DeepSpeed with its device set.
 
     Raises:
         RuntimeError: when the version is not supported.
@@ -123,7 +120,7 @@ def import_deepspeed() -> Any:
             f"deepspeed {deepspeed.__version__} is installed, but this release uses internals of {SUPPORTED_VERSION}x;"
             f" pip install deepspeed=={SUPPORTED_VERSION}*"
         )
-    # without this, it compiles shared-memory kernels at first use wherever there is a compiler
+    # else DeepSpeed compiles shared-memory kernels at first use
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
@@ -131,15 +128,15 @@ def import_deepspeed() -> Any:
 
 
 def loss_scale(num_targets: int, world_size: int) -> float:
-    """Factor on a micro-batch's loss sum that makes the step's gradient that of the mean over ALL labelled positions.
+    """Returns the factor that turns a micro-batch's loss sum into its part of the mean over ALL labelled positions.
 
-    DeepSpeed averages gradients over ranks; this undoes it.
+    Undoes DeepSpeed's average over ranks.
     """
     return world_size / num_targets
 
 
 def set_groups(ds_engine: Any, groups: Sequence[ParameterGroup], lr_factor: float) -> None:
-    """Sets learning rate and decay of every optimizer group, replacing those of a checkpoint."""
+    """Sets learning rate and decay of every optimizer group."""
     for target, group in zip(ds_engine.optimizer.param_groups, groups, strict=True):
         target["lr"] = group.lr * lr_factor
         target["weight_decay"] = group.weight_decay

@@ -11,9 +11,9 @@ class ScheduleConfig:
     """Learning rate over a phase, relative to each group's peak."""
 
     warmup_ratio: float = 0.03
-    """Share of the steps with linear warm-up (the paper's value)."""
+    """Share of the steps with linear warm-up. The paper uses 0.03."""
     final_ratio: float = 0.0
-    """Share of the peak at the end of the cosine."""
+    """Final share of the peak."""
 
     def __post_init__(self) -> None:
         for name in ("warmup_ratio", "final_ratio"):
@@ -22,7 +22,7 @@ class ScheduleConfig:
 
 
 def learning_rate_factor(step: int, num_steps: int, config: ScheduleConfig) -> float:
-    """Factor on the peak at step 1 .. num_steps. 100 steps, 0.1 warm-up: 0.1, 0.2, ..., 1.0 at step 10, then cosine."""
+    """Returns the factor on the peak. 100 steps, 0.1 warm-up: 0.1, 0.2, ..., 1.0 at step 10, then cosine."""
     warmup = math.ceil(config.warmup_ratio * num_steps)
     if step <= warmup:
         return step / warmup

@@ -1,4 +1,4 @@
-"""Resolves regular expressions on parameter names to optimizer groups. Unmatched parameters stay frozen."""
+"""Resolves regular expressions on parameter names to optimizer groups."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import nn
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParameterRule:
-    """One entry of a phase's `trainable`."""
+    """One rule of a phase's `trainable`."""
 
     match: str
     """Regular expression for the whole parameter name, such as `projector\\..*`."""
     lr: float
     """Peak learning rate."""
     weight_decay: float = 0.01
-    """Weight decay of matrices; parameters with fewer than two dimensions (norms, biases, A_log) never decay."""
+    """Weight decay of matrices. Norms, biases and A_log never decay."""
 
     def __post_init__(self) -> None:
         try:
@@ -31,8 +31,6 @@ class ParameterRule:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParameterGroup:
-    """One optimizer group."""
-
     name: str
     lr: float
     weight_decay: float
@@ -41,7 +39,7 @@ class ParameterGroup:
 
 
 def resolve_groups(model: nn.Module, rules: Sequence[ParameterRule]) -> list[ParameterGroup]:
-    """The optimizer groups of `rules`, each split into parameters with and without weight decay.
+    """Resolves `rules`, splitting each into parameters with and without weight decay.
 
     Raises:
         ValueError: when a rule matches no parameter, or a parameter matches two rules.
@@ -74,19 +72,18 @@ def resolve_groups(model: nn.Module, rules: Sequence[ParameterRule]) -> list[Par
 
 
 def freeze_others(model: nn.Module, groups: Sequence[ParameterGroup]) -> None:
-    """Enables gradients for the parameters of `groups` alone."""
+    """Enables gradients for `groups` alone."""
     trained = {name for group in groups for name in group.parameter_names}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
 
 
 def any_block_trained(groups: Sequence[ParameterGroup]) -> bool:
-    """True when a weight inside the language model's blocks is trained."""
+    """Returns whether a weight inside the language model's blocks is trained."""
     return any("backbone.layers." in name for group in groups for name in group.parameter_names)
 
 
 def describe_groups(groups: Sequence[ParameterGroup], num_parameters: int) -> str:
-    """The groups as text, one per line."""
     trained = sum(group.num_parameters for group in groups)
     return "\n".join(
         [
@@ -101,5 +98,5 @@ def describe_groups(groups: Sequence[ParameterGroup], num_parameters: int) -> st
 
 
 def _kinds(names: Sequence[str]) -> str:
-    """Distinct names with layer numbers replaced: `backbone.layers.*.mixer.A_log, ...`."""
+    """Replaces layer numbers: `backbone.layers.*.mixer.A_log, ...`."""
     return ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names}))

@@ -1,6 +1,6 @@
-"""Validates checkpoints outside the ranks, one after another, while training continues.
+"""Validates checkpoints in other processes, one at a time, while training continues.
 
-step 500 -> checkpoint 500, committed -> evaluation starts ... step 537 -> its metrics join the row of step 500
+step 500 -> checkpoint committed -> evaluation -> its metrics join the row of step 500
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class EvalTask(NamedTuple):
     phase: str
     checkpoint: str
     step: int
-    """Of the phase."""
+    """Step of the phase."""
     global_step: int
 
 
@@ -30,17 +30,17 @@ class EvalHandle(Protocol):
     """A running evaluation."""
 
     def metrics(self) -> dict[str, float] | None:
-        """None while it runs; raises if it failed."""
+        """Returns None while it runs; raises if it failed."""
 
     def close(self) -> None:
-        """Ends it in any state."""
+        """Ends the evaluation in any state."""
 
 
 StartEval = Callable[[EvalTask], EvalHandle]
 
 
 class AsyncEvaluator:
-    """The evaluations of one phase, on rank 0. A failure costs a warning."""
+    """Evaluations of one phase, on rank 0. Failures are logged as warnings."""
 
     def __init__(self, start: StartEval, write: Callable[[dict[str, Any]], None]) -> None:
         self._start = start
@@ -49,13 +49,13 @@ class AsyncEvaluator:
         self._current: tuple[EvalTask, EvalHandle] | None = None
 
     def submit(self, task: EvalTask) -> None:
-        """Starts after the earlier evaluations, once its checkpoint is committed."""
+        """Queues a task until earlier ones end and its checkpoint is committed."""
         self._waiting.append(task)
 
     def poll(self, committed: int) -> bool:
-        """Collects and starts what it can without waiting; True while evaluations are left.
+        """Collects and starts evaluations without waiting; returns whether any are left.
 
-        `committed` is the global step of the newest committed checkpoint.
+        `committed` is the newest committed global step.
         """
         if self._current is not None and self._has_ended(*self._current):
             self._current = None

@@ -1,4 +1,4 @@
-"""The share of samples whose first answer greedy generation reproduces; draws no random numbers."""
+"""Share of samples whose first answer greedy generation reproduces."""
 
 from __future__ import annotations
 
@@ -18,16 +18,13 @@ from timeviper_platform.training.distributed import sum_over_ranks
 class AnswerTask(NamedTuple):
     prompt: Sample
     features: Tensor
-    """(num_vision_tokens of the prompt, dim)"""
+    """Shape (num_vision_tokens of the prompt, dim)."""
     answer: list[int]
     """Token ids, including the end token."""
 
 
 def answer_task(sample: Sample, features: Tensor) -> AnswerTask:
-    """The sample's first answer and everything before it.
-
-    `features` is (num_vision_tokens, dim).
-    """
+    """Returns the sample's first answer and its prompt. `features` is (num_vision_tokens, dim)."""
     start = sample.token_kind.index(TokenKind.RESPONSE)
     after = (index for index in range(start, len(sample)) if sample.token_kind[index] != TokenKind.RESPONSE)
     stop = next(after, len(sample))
@@ -44,10 +41,7 @@ def answer_task(sample: Sample, features: Tensor) -> AnswerTask:
 def exact_match_share(
     model: TimeViper, tasks: Iterable[AnswerTask], *, device: torch.device, dtype: torch.dtype
 ) -> float:
-    """Exact answers / tasks over all ranks; one collective.
-
-    The model needs whole parameters on this rank; its training mode is restored.
-    """
+    """Returns exact answers / tasks over all ranks; collective. Every rank needs whole parameters."""
     was_training = model.training
     model.eval()
     try:

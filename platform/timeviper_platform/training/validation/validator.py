@@ -29,12 +29,12 @@ class Validator:
     """One rank's share of a phase's held-out samples."""
 
     loader: BatchLoader
-    """One epoch."""
+    """Loader of one epoch."""
     num_steps: int
     answer_entries: list[int]
-    """Entries this rank answers."""
+    """Indices of the samples that this rank answers."""
     num_answer_rounds: int
-    """Entries of the rank with the most."""
+    """Largest number of answers of any rank."""
 
     def validate(
         self,
@@ -44,13 +44,12 @@ class Validator:
         *,
         before_batch: Callable[[], None] = lambda: None,
     ) -> dict[str, float]:
-        """Metrics by name; collective.
+        """Returns metrics by name; collective.
 
         Args:
-            forward: The ds_engine, or a bare model.
-            model: With whole parameters on this rank, if answers are generated.
-            context: As in training.
-            before_batch: Called before every batch and answer, equally often on every rank; may raise.
+            forward: the ds_engine, or a bare model.
+            model: model with whole parameters, if answers are generated.
+            before_batch: called equally often on every rank; may raise.
         """
         started = time.perf_counter()
         metrics = {LOSS: validation_loss(forward, self._steps(before_batch), context)}
@@ -68,7 +67,7 @@ class Validator:
             before_batch()
 
     def _answer_tasks(self, before_batch: Callable[[], None]) -> Iterator[AnswerTask]:
-        """Calls `before_batch` as often as the other ranks."""
+        """Calls `before_batch` equally often on every rank."""
         for number in range(self.num_answer_rounds):
             before_batch()
             for sample, features in self.loader.samples(self.answer_entries[number : number + 1]):
