@@ -58,6 +58,15 @@ def curve(config: TrainConfig) -> list[tuple[int, float, float]]:
     return [(row["global_step"], row["loss"], row["grad_norm"]) for row in read_metrics(RunFolder.of(config).uri)]
 
 
+def test_a_run_that_starts_at_the_end_of_another_reports_no_losses(finished: TrainConfig, corpus: Corpus) -> None:
+    newest = Checkpoints(RunFolder.of(finished).checkpoints).newest()
+    assert newest is not None
+    report = train_local(train_config(corpus, name="second"), resume=newest)
+    assert [(phase["steps"], phase["loss_first"], phase["loss_last"]) for phase in report.values()] == [
+        (0, None, None)
+    ] * len(report)
+
+
 def interrupted_after(finished: TrainConfig, corpus: Corpus, name: str, step: int) -> TrainConfig:
     """A hard-linked copy of the finished run, as if killed after its checkpoint at `step`."""
     config = train_config(corpus, name=name)
