@@ -1,6 +1,6 @@
 """The TransV ablation on the synthetic corpus, as one table in FOLDER/ablation.md.
 
-python jobs/ablation.py                                 all rows on the demo's corpus
+python jobs/ablation.py                                 all rows
 python jobs/ablation.py --rows attention                one row, with what all rows share
 python jobs/ablation.py --plan uni_1_0.5-attn_8_0.9     another plan than the demo's, in the paper's drop rates
 """
@@ -22,9 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--plan", default=DEMO_PLAN, help="in the paper's notation: drop rates (default: the demo's own)"
     )
-    parser.add_argument(
-        "--folder", type=Path, help="where everything goes (default: the demo's, whose corpus it shares)"
-    )
+    parser.add_argument("--folder", type=Path, help="where everything goes (default: outputs/ablation)")
     parser.add_argument("--quick", action="store_true", help="a small corpus and few steps: the path, nothing learned")
     return run_job(parser, run_ablation, arguments)
 

@@ -71,6 +71,7 @@ class Demo:
     folder: Path
     film: Path | None
     quick: bool
+    corpus: tuple[str, ...] = ()
 
     def path(self, *parts: str) -> str:
         return str(self.folder.joinpath(*parts))
@@ -87,6 +88,8 @@ class Demo:
 
     def overrides(self, name: str) -> list[str]:
         values = list(QUICK.get(name, [])) if self.quick else []
+        if name == "corpus":
+            values += self.corpus
         if name == "corpus" and self.film is not None:
             values.append(f"film={self.film}")
         if name == "preprocess" and self.film is not None:
@@ -101,6 +104,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--until", choices=STEPS, default=STEPS[-1], help="the last step to do")
     parser.add_argument(
         "--folder", type=Path, help=f"where the files go (default {DEFAULT_FOLDER}, with -quick, -film)"
+    )
+    parser.add_argument(
+        "--corpus", action="append", default=[], metavar="KEY=VALUE", help="a key of ray_configs/tiny/corpus.yaml"
     )
     return run_job(parser, run_demo, arguments)
 
@@ -133,7 +139,12 @@ def _plan(options: argparse.Namespace) -> tuple[Demo, tuple[str, ...]]:
         raise JobError(f"there is no film at {str(options.film)!r}", exit_code=USAGE_EXIT_CODE)
     suffix = ("-film" if options.film else "") + ("-quick" if options.quick else "")
     folder = options.folder or ROOT / (DEFAULT_FOLDER + suffix)
-    demo = Demo(folder=folder.resolve(), film=options.film and options.film.resolve(), quick=options.quick)
+    demo = Demo(
+        folder=folder.resolve(),
+        film=options.film and options.film.resolve(),
+        quick=options.quick,
+        corpus=tuple(options.corpus),
+    )
     return demo, STEPS[: STEPS.index(options.until) + 1]
 
 

@@ -37,7 +37,11 @@ DEMO_FOLDER = "outputs/demo"
 """Folder named in ray_configs/tiny."""
 NUM_LOGICAL_CPUS = 4
 SHARED_RUN = "ablation-shared"
+STEPS = {"language": 400, "align": 100, "instruct": 600}
+"""More than the demo's, so that rows differ by their sites and not by how far they came."""
 QUICK_STEPS = {"language": 20, "align": 10, "instruct": 30}
+CORPUS = "which_per_video=1"
+DEFAULT_FOLDER = "outputs/ablation"
 TASKS = {"choice": "which", "order": "order", "count": "count", "grounding": "grounding mIoU"}
 """Held-out files and their column titles."""
 
@@ -100,8 +104,8 @@ class Ablation:
         """One of the demo's configurations as YAML values, naming this folder."""
         text = (CONFIGS / f"{name}.yaml").read_text().replace(DEMO_FOLDER, str(self.folder))
         values: dict[str, Any] = yaml.safe_load(text)
-        if name == "train" and self.quick:
-            for phase, steps in QUICK_STEPS.items():
+        if name == "train":
+            for phase, steps in (QUICK_STEPS if self.quick else STEPS).items():
                 values["phases"][phase]["steps"] = steps
         return values
 
@@ -136,7 +140,17 @@ def run_ablation(options: argparse.Namespace) -> JobResult:
     if missing:
         _announce("corpus and features, as the demo's")
         quick = ["--quick"] if ablation.quick else []
-        _job("demo", dict(os.environ), "--until", "preprocess", "--folder", str(ablation.folder), *quick)
+        _job(
+            "demo",
+            dict(os.environ),
+            "--until",
+            "preprocess",
+            "--folder",
+            str(ablation.folder),
+            "--corpus",
+            CORPUS,
+            *quick,
+        )
         with local_cluster(num_cpus=NUM_LOGICAL_CPUS) as cluster:
             environment = {**os.environ, **cluster}
             _announce("shared phases: " + ", ".join(ablation.shared_training()["phases"]))
@@ -158,7 +172,7 @@ def _plan(options: argparse.Namespace) -> tuple[Ablation, list[str]]:
         replace(TINY, transv=sites_of("attention", options.plan))
     except ValueError as error:
         raise JobError(f"--plan: {error}", exit_code=USAGE_EXIT_CODE) from error
-    folder = options.folder or ROOT / (DEMO_FOLDER + ("-quick" if options.quick else ""))
+    folder = options.folder or ROOT / (DEFAULT_FOLDER + ("-quick" if options.quick else ""))
     return Ablation(folder=folder.resolve(), quick=options.quick, plan=options.plan), rows
 
 
