@@ -11,12 +11,7 @@ AUDIT_KEYS = ("planned", "ok", "partial", "error", "missing", "duplicate")
 
 
 def audit(planned: Iterable[str], committed: pa.Table) -> dict[str, int]:
-    """AUDIT_KEYS -> number of planned segments; `missing` and `duplicate` must be 0.
-
-    Args:
-        planned: segment_ids of the input.
-        committed: INDEX rows of all commit records.
-    """
+    """Counts planned segments by AUDIT_KEYS. `missing` and `duplicate` must be 0."""
     planned = set(planned)
     status: dict[str, str] = {}
     num_duplicates = 0

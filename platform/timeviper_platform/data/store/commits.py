@@ -1,4 +1,4 @@
-"""Commit records: which data files of a store count, and the INDEX rows of each."""
+"""Commit records: the INDEX rows of committed data files."""
 
 from __future__ import annotations
 
@@ -19,20 +19,19 @@ from timeviper_platform.data.store.layout import COMMITS_FOLDER, DATA_FOLDER
 logger = logging.getLogger(__name__)
 
 NUM_READERS = 16
-"""Concurrent requests."""
 
 STATUS_RANK = {"ok": 0, "partial": 1, "error": 2}
-"""The lowest rank among the rows of a segment counts."""
+"""The lowest rank wins."""
 
 _REPLACES = b"timeviper.replaces"
-"""Metadata key of a commit record: JSON list of the data files it replaces."""
+"""JSON list of data files."""
 
 
 class CommitLog:
-    """Commit records of the store at `uri`; every call reads the storage."""
+    """Commit records of the store at `uri`. Every call reads the storage."""
 
     read_ahead = 128
-    """Records in memory at a time; one of 32 full segments takes 40 KB."""
+    """Records in memory; one of 32 full segments takes 40 KB."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
@@ -46,38 +45,35 @@ class CommitLog:
         return self._names(DATA_FOLDER)
 
     def read(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """Record of the data file `name`."""
         data = storage.read_bytes(storage.join_uri(self.uri, COMMITS_FOLDER, name))
         return pq.ParquetFile(pa.BufferReader(data)).read(columns=columns, use_threads=False)
 
     def records(self, columns: Sequence[str] | None = None) -> Iterator[tuple[str, pa.Table]]:
-        """(name, record) of every commit, sorted by name."""
+        """Yields (name, record), sorted by name."""
         with ThreadPoolExecutor(NUM_READERS) as pool:
             for page in pages(self.names(), self.read_ahead):
                 yield from zip(page, pool.map(lambda name: self.read(name, columns), page), strict=True)
 
     def current_records(self, columns: Sequence[str] | None = None) -> Iterator[tuple[str, pa.Table]]:
-        """`records` that no other replaces. Reads all twice, since the last may replace the first."""
+        """Yields records that no other record replaces. Reads all twice."""
         replaced = {name for _, record in self.records(columns=[]) for name in replaced_files(record)}
         return ((name, record) for name, record in self.records(columns) if name not in replaced)
 
     def write(self, name: str, rows: pa.Table, replaces: Sequence[str] = ()) -> None:
-        """Commits the data file `name`, which replaces the data files `replaces`, in one write."""
+        """Commits the data file `name` and replaces others in the same write."""
         metadata = schemas.INDEX.metadata | ({_REPLACES: json.dumps(list(replaces)).encode()} if replaces else {})
         write_table(storage.join_uri(self.uri, COMMITS_FOLDER, name), rows.replace_schema_metadata(metadata))
 
     def has_data_file(self, name: str) -> bool:
-        """Whether the data file `name` exists."""
         return storage.exists(storage.join_uri(self.uri, DATA_FOLDER, name))
 
     def lost(self) -> Iterator[str]:
-        """Names of records without a data file, as when a late worker commits a file that the next run removed."""
+        """Names of records whose data file a later run removed."""
         for name in _only_in_first(self.names(), self.data_files()):
-            if not self.has_data_file(name):  # unless written during the listing
+            if not self.has_data_file(name):  # written during the listing
                 yield name
 
     def remove_lost(self) -> int:
-        """Removes `lost` records; returns how many."""
         lost = list(self.lost())
         for name in lost:
             logger.warning("%s: %s is committed but has no data file; its segments count as not done", self.uri, name)
@@ -96,7 +92,6 @@ class CommitLog:
 
 
 def _only_in_first(first: Iterator[str], second: Iterator[str]) -> Iterator[str]:
-    """Difference of two sorted iterators."""
     other = next(second, None)
     for name in first:
         while other is not None and other < name:
@@ -106,17 +101,15 @@ def _only_in_first(first: Iterator[str], second: Iterator[str]) -> Iterator[str]
 
 
 def replaced_files(record: pa.Table) -> list[str]:
-    """Data files that a commit record replaces."""
     return list(json.loads((record.schema.metadata or {}).get(_REPLACES, "[]")))
 
 
 def write_table(uri: str, table: pa.Table) -> None:
-    """Writes a small table atomically."""
     storage.write_atomic(uri, lambda file: pq.write_table(table, file, compression="zstd", write_page_checksum=True))
 
 
 def best_rows(committed: pa.Table) -> pa.Table:
-    """One row per segment_id, by STATUS_RANK: a repaired segment replaces its error."""
+    """Returns one row per segment_id: a repaired segment replaces its error."""
     best: dict[str, tuple[int, int]] = {}
     pairs = zip(committed["segment_id"].to_pylist(), committed["status"].to_pylist(), strict=True)
     for row, (segment_id, status) in enumerate(pairs):
@@ -128,11 +121,9 @@ def best_rows(committed: pa.Table) -> pa.Table:
 
 
 def files_digest(names: Iterable[str]) -> bytes:
-    """Identifies the set of data files of an index."""
     return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest().encode()
 
 
 def num_feature_bytes(rows: pa.Table) -> int:
-    """Size of the features of INDEX rows."""
     frames, tokens, dim = (rows[name].cast(pa.int64()) for name in ("num_frames", "num_tokens_per_frame", "dim"))
     return 2 * (pc.sum(pc.multiply(pc.multiply(frames, tokens), dim)).as_py() or 0)

@@ -1,7 +1,6 @@
-"""Merges many small data files of a store into few, while others read but no job writes.
+"""Merges small data files of a store while readers continue; no job may write.
 
-Each merged file replaces its sources in one commit, so a killed compaction loses nothing. Needs disk space for
-the copy.
+One commit replaces all sources of a merged file, so a killed compaction loses nothing.
 """
 
 from __future__ import annotations
@@ -38,19 +37,16 @@ _COMMITTED = pa.schema([INDEX.field(name) for name in ("media_id", "segment_id",
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CompactReport:
-    """Counts of a compaction."""
-
     files_before: int
     files_after: int
     files_written: int
     rows_copied: int
     rows_dropped: int
-    """superseded versions of media, and errors that a later run repaired"""
+    """superseded versions, and errors that a later run repaired"""
     bytes_copied: int
     """features only"""
 
     def lines(self) -> list[str]:
-        """The report as text."""
         return [
             f"files      {self.files_before} before, {self.files_after} after; written: {self.files_written}",
             f"rows       {self.rows_copied} copied ({self.bytes_copied / 1e6:.1f} MB), {self.rows_dropped} superseded",
@@ -59,20 +55,17 @@ class CompactReport:
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """A data file and its rows that count."""
-
     name: str
     first_media_id: str
     num_rows: int
     num_live: int
     num_bytes: int
-    """features of the rows that count"""
+    """features of the live rows"""
     live: np.ndarray | None
-    """(num_live, 2) ascending row_group and row_in_group; None = all rows"""
+    """(num_live, 2) ascending row_group, row_in_group; None = all rows"""
 
     @property
     def num_dropped(self) -> int:
-        """Rows to leave out."""
         return self.num_rows - self.num_live
 
 
@@ -86,8 +79,8 @@ def compact(
     """Merges data files with less than half of `file_bytes` of features into files of up to `file_bytes`.
 
     Raises:
-        ValueError: if there is no store at `uri`, or a size is not positive.
-        RuntimeError: if a row is damaged, with its ids; files merged before stay merged.
+        ValueError: if there is no store at `uri`.
+        RuntimeError: if a row is damaged; files merged earlier stay merged.
     """
     if file_bytes < 1 or row_group_bytes < 1:
         raise ValueError(f"{file_bytes = } and {row_group_bytes = } must be at least 1")
@@ -115,9 +108,8 @@ def compact(
 
 
 def _sources(commits: CommitLog, folder: Path) -> list[_Source]:
-    """All data files of a settled store, sorted by first medium; `folder` holds temporary files."""
     files = []
-    for name, record in commits.records(["media_id"]):  # sorted by name, as `of_files`
+    for name, record in commits.records(["media_id"]):
         files.append((name, pc.min(record["media_id"]).as_py() or "", record.num_rows))
     live = SortedRuns(folder / "live", _LIVE, "file")
     for table in _live_rows(commits, [name for name, _, num_rows in files if num_rows], folder):
@@ -136,7 +128,7 @@ def _sources(commits: CommitLog, folder: Path) -> list[_Source]:
 
 
 def _live_rows(commits: CommitLog, with_rows: Sequence[str], folder: Path) -> Iterator[pa.Table]:
-    """Rows that count: those of the index or, if it is outdated, the best of each segment, superseded or not."""
+    """Returns the index's rows or, if it is outdated, the best row of each segment."""
     if read_files_digest(commits.uri) == files_digest(with_rows):
         yield from index_tables(commits.uri, _LIVE.names)
         return
@@ -148,10 +140,9 @@ def _live_rows(commits: CommitLog, with_rows: Sequence[str], folder: Path) -> It
 
 
 def _by_file(live: SortedRuns) -> Iterator[tuple[str, pa.Table]]:
-    """Rows per data file, sorted by file name."""
     for (rows,) in merge_runs([live], "file"):
         start = 0
-        for entry in pc.value_counts(rows["file"]).to_pylist():  # in order of appearance
+        for entry in pc.value_counts(rows["file"]).to_pylist():
             yield entry["values"], rows.slice(start, entry["counts"])
             start += entry["counts"]
 
@@ -162,7 +153,7 @@ def _locations(rows: pa.Table) -> np.ndarray:
 
 
 def _groups(sources: Sequence[_Source], file_bytes: int) -> list[list[_Source]]:
-    """Groups of small files to merge, and single files with rows to drop."""
+    """Yields groups of small files to merge, and single files with rows to drop."""
     groups: list[list[_Source]] = [[]]
     num_bytes = 0
     for source in sources:

@@ -1,5 +1,3 @@
-"""Compares a store's features with what a model's weights expect."""
-
 from __future__ import annotations
 
 from timeviper_model.config import VisionConfig
@@ -8,7 +6,6 @@ from timeviper_platform.data.store.reader import FeatureStore
 
 
 def store_facts(store: FeatureStore) -> Facts:
-    """Facts from a store's recipe and index."""
     facts = recipe_facts(store.recipe)
     if store.media_ids:
         facts["row_size"] = store.info(store.media_ids[0]).dim
@@ -16,7 +13,7 @@ def store_facts(store: FeatureStore) -> Facts:
 
 
 def check_same_towers(vision: VisionConfig, store: FeatureStore, weights: str) -> None:
-    """Raises ValueError with every difference unless the features come from the vision towers of the weights."""
+    """Raises ValueError with all differences between the vision towers of the store and of the weights."""
     wrong = different_facts(vision_facts(vision), store_facts(store))
     if wrong:
         raise ValueError(

@@ -1,7 +1,6 @@
-"""The store's index for readers: media_id to rows, and a row's location and frames.
+"""Reads the index.
 
-Ids, counts and locations are in memory as columns; frame times, URI and sha256 (1 KB per full segment) are decoded by
-row group into an LRU cache.
+Ids, counts and locations stay in memory; frame times, URIs and hashes (1 KB per segment) are decoded on demand.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ import pyarrow.parquet as pq
 from timeviper_platform.common import schemas, storage
 
 ROW_GROUP_ROWS = 2048
-"""Rows of the index that are decoded together: 2 MB of frame times of full segments, 3 ms."""
+"""Rows decoded together: 2 MB of frame times, 3 ms."""
 
 DETAILS_CACHE_BYTES = 64 << 20
 
 MAX_LOOKUPS = 4096
-"""Media whose position is cached."""
+"""Maximum cached positions of media."""
 
 Modality = Literal["video", "image"]
 
@@ -37,16 +36,12 @@ _DETAILS = ["segment_id", "uri", "sha256", "frame_times_seconds", "frame_pts_sec
 
 
 class RowLocation(NamedTuple):
-    """Location of a segment's features."""
-
     file: str
     row_group: int
     row_in_group: int
 
 
 class SortedStrings(Sequence[str]):
-    """A sorted Arrow column of strings with binary search."""
-
     def __init__(self, values: pa.Array) -> None:
         self._values = values
 
@@ -68,13 +63,13 @@ class SortedStrings(Sequence[str]):
         return isinstance(value, str) and self.position(value) is not None
 
     def position(self, value: str) -> int | None:
-        """Position of `value`, or None. Arrow sorts UTF-8 bytes, which is Python's order."""
+        """Position of `value`, or None."""
         position = bisect_left(self, value)
         return position if position < len(self) and self[position] == value else None
 
 
 class StoreIndex:
-    """INDEX rows sorted by (media_id, segment_index), without those of status error. Thread-safe."""
+    """INDEX rows sorted by (media_id, segment_index), without errors. Thread-safe."""
 
     def __init__(self, file: Any, details_cache_bytes: int = DETAILS_CACHE_BYTES) -> None:
         self._file = file
@@ -85,7 +80,7 @@ class StoreIndex:
         self._by_sha256: tuple[SortedStrings, np.ndarray] | None = None
         usable = pc.not_equal(_column(file, "status"), "error")
         self._numbers = np.flatnonzero(usable).astype(np.int32)
-        """row in the file of each of our rows"""
+        """file row of each usable row"""
         self._counts = {name: _column(file, name).filter(usable).to_numpy() for name in _COUNTS}
         self._words = {name: _column(file, name).filter(usable) for name in ("file", "modality")}
         ids = _column(file, "media_id").filter(usable)
@@ -95,14 +90,14 @@ class StoreIndex:
         self._starts = np.append(starts, len(ids))
         sizes = [file.metadata.row_group(number).num_rows for number in range(file.metadata.num_row_groups)]
         self._group_ends = np.cumsum(sizes)
-        pa.default_memory_pool().release_unused()  # as much as the columns take
+        pa.default_memory_pool().release_unused()  # reading leaves as much memory unused as the columns take
 
     @classmethod
     def open(cls, uri: str, *, details_cache_bytes: int = DETAILS_CACHE_BYTES) -> StoreIndex:
-        """A snapshot of the index at `uri`.
+        """Opens a snapshot of the index at `uri`.
 
         Raises:
-            FileNotFoundError: if there is none.
+            FileNotFoundError: if there is no index.
             ValueError: if it has another schema version.
         """
         file = _open_snapshot(uri)
@@ -113,21 +108,14 @@ class StoreIndex:
         return isinstance(media_id, str) and self._position(media_id) is not None
 
     def rows_of(self, media_id: str) -> range:
-        """Rows of a medium.
-
-        Raises:
-            KeyError: if there are none.
-        """
+        """Raises KeyError if the medium has no rows."""
         position = self._position(media_id)
         if position is None:
             raise KeyError(media_id)
         return range(int(self._starts[position]), int(self._starts[position + 1]))
 
     def find(self, sha256: str) -> str | None:
-        """media_id of the medium with these bytes, unless it is a clip or lacks segments.
-
-        The first call reads and sorts all hashes.
-        """
+        """Finds the whole medium with these bytes, unless it lacks segments."""
         with self._lock:
             if self._by_sha256 is None:
                 of_media = self._hashes()
@@ -138,7 +126,7 @@ class StoreIndex:
         return None if position is None else self.media_ids[int(order[position])]
 
     def _hashes(self) -> pa.Array:
-        """sha256 of each medium; null for clips, whose hash is the file's, and for media with gaps."""
+        """sha256 of each medium; null for clips (their hash is the file's) and media with gaps."""
         first = pa.array(self._numbers[self._starts[:-1]])
         hashes, versions, segments = (
             _column(self._file, name).take(first) for name in ("sha256", "source_version", "num_segments")
@@ -148,25 +136,22 @@ class StoreIndex:
         return pc.if_else(pc.and_(is_whole, has_all), hashes, None)
 
     def location(self, row: int) -> RowLocation:
-        """Location of a row's features."""
         file = str(self._words["file"][row].as_py())
         return RowLocation(file, int(self._counts["row_group"][row]), int(self._counts["row_in_group"][row]))
 
     def shape(self, row: int) -> tuple[int, int, int]:
-        """(F, N, dim) of a row's features."""
+        """(F, N, dim) of a row."""
         frames, tokens, dim = (self._counts[name][row] for name in ("num_frames", "num_tokens_per_frame", "dim"))
         return int(frames), int(tokens), int(dim)
 
     def num_frames(self, rows: range) -> np.ndarray:
-        """Frames of each row."""
+        """Number of frames of each row."""
         return self._counts["num_frames"][rows.start : rows.stop]
 
     def modality(self, row: int) -> Modality:
-        """Modality of the row's medium."""
         return "image" if self._words["modality"][row].as_py() == "image" else "video"
 
     def duration_seconds(self, row: int) -> float:
-        """Duration of the whole medium."""
         return float(self._counts["duration_seconds"][row])
 
     def text(self, name: str, row: int) -> str | None:
@@ -176,7 +161,7 @@ class StoreIndex:
         return None if value is None else str(value)
 
     def seconds(self, name: str, rows: range) -> np.ndarray:
-        """frame_times_seconds or frame_pts_seconds of all frames of consecutive rows, (F,) float64."""
+        """frame_times_seconds or frame_pts_seconds of consecutive rows, (F,) float64."""
         parts = [np.empty(0)]
         for row in rows:
             table, index = self._details(row)
@@ -185,11 +170,11 @@ class StoreIndex:
         return np.concatenate(parts)
 
     def _details(self, row: int) -> tuple[pa.Table, int]:
-        """The decoded row group of a row, and the row's index in it."""
+        """The decoded row group of a row, and the row's position in it."""
         number = int(self._numbers[row])
         group = int(np.searchsorted(self._group_ends, number, side="right"))
         index = number - (int(self._group_ends[group - 1]) if group else 0)
-        with self._lock:  # a ParquetFile serves one read at a time
+        with self._lock:  # a ParquetFile is not thread-safe
             if group not in self._details_cache:
                 table = self._file.read_row_group(group, columns=_DETAILS, use_threads=False)
                 self._details_cache[group] = table
@@ -201,9 +186,7 @@ class StoreIndex:
 
 
 def _open_snapshot(uri: str) -> Any:
-    """The opened file, or an unlinked local copy of a remote one, unaffected by later replacements.
-
-    Not memory-mapped: the kernel would map 64 KB around each of many small reads."""
+    """Not memory-mapped: the kernel would map 64 KB around each of many small reads."""
     filesystem, path = storage.split_uri(uri)
     if storage.is_local(uri):
         return pq.ParquetFile(pa.OSFile(path), read_dictionary=_WORDS)
@@ -213,13 +196,11 @@ def _open_snapshot(uri: str) -> Any:
 
 
 def _column(file: Any, name: str) -> pa.Array:
-    """A whole column as one array."""
     column = file.read(columns=[name])[name]
     return column.combine_chunks() if column.num_chunks else pa.array([], column.type)
 
 
 def _first_rows(ids: pa.Array) -> np.ndarray:
-    """Rows whose value differs from the previous row's."""
     if len(ids) == 0:
         return np.empty(0, np.int64)
     changes = pc.not_equal(ids.slice(1), ids.slice(0, len(ids) - 1)).to_numpy(zero_copy_only=False)

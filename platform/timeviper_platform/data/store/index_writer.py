@@ -1,6 +1,6 @@
-"""Builds the index from commit records, a plan and the previous index, a few media at a time.
+"""Builds the index from commit records, a plan and the previous index.
 
-Sorts all three on local disk, so memory does not grow with the store. Needs 0.5 KB of temporary disk per segment.
+Sorts them on local disk (0.5 KB per segment), so memory does not grow with the store.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from timeviper_platform.data.store.layout import INDEX_FILE
 from timeviper_platform.data.store.sorted_runs import SortedRuns, merge_runs
 
 FILES_KEY = b"timeviper.indexed"
-"""Metadata key of the index: `files_digest` of its data files."""
+"""`files_digest` of the indexed data files."""
 
 _PLANNED_NAMES = (
     "media_id", "source_version", "segment_id", "uri", "status", "error_stage", "error_type", "error_message",
@@ -40,19 +40,13 @@ class MediaRows(NamedTuple):
     committed: pa.Table
     """INDEX rows of all records that are not replaced"""
     planned: pa.Table
-    """PLAN rows, some columns only"""
+    """some columns of the PLAN rows"""
 
 
 def write_index(
     uri: str, current_versions: Mapping[str, str] | None = None, *, row_group_rows: int = ROW_GROUP_ROWS
 ) -> None:
-    """Indexes the committed rows of one source_version per medium.
-
-    Args:
-        uri: the store.
-        current_versions: media_id -> source_version; other media keep the previous index's.
-        row_group_rows: of the index.
-    """
+    """Indexes one source_version per medium: that of `current_versions`, else that of the previous index."""
     media = current_versions or {}
     names = {"media_id": list(media), "source_version": list(media.values()), "status": ["planned"] * len(media)}
     missing = {name: [""] * len(media) for name in _PLANNED.names if name not in names}
@@ -67,13 +61,11 @@ def merge_index(
     *,
     row_group_rows: int = ROW_GROUP_ROWS,
 ) -> None:
-    """Writes the index: of each medium the source_version of the plan, else of the old index, else the first committed.
+    """Writes the index with one source_version per medium: the planned, else the indexed, else the first committed.
 
     Args:
-        uri: the store.
-        planned: PLAN rows in the order of the plan.
-        visit: called with all rows, some media at a time, in order of media_id.
-        row_group_rows: of the index.
+        planned: PLAN rows in order.
+        visit: called with all rows of a few media at a time, sorted by media_id.
     """
     with tempfile.TemporaryDirectory(prefix="timeviper-index-") as folder:
         runs = {
@@ -103,7 +95,7 @@ def merge_index(
 
 
 def _sort_commits(commits: CommitLog, runs: SortedRuns) -> tuple[set[str], set[str]]:
-    """Adds all records to `runs`; returns the files with rows, and the replaced files."""
+    """Returns the files with rows, and the replaced files."""
     commits.remove_lost()
     files, replaced = set(), set()
     for name, record in commits.records():
@@ -115,7 +107,7 @@ def _sort_commits(commits: CommitLog, runs: SortedRuns) -> tuple[set[str], set[s
 
 
 def index_tables(uri: str, columns: Sequence[str]) -> Iterator[pa.Table]:
-    """Yields columns of the existing index, if any, some rows at a time."""
+    """Yields columns of the existing index in batches."""
     path = storage.join_uri(uri, INDEX_FILE)
     if not storage.exists(path):
         return
@@ -125,7 +117,6 @@ def index_tables(uri: str, columns: Sequence[str]) -> Iterator[pa.Table]:
 
 
 def read_files_digest(uri: str) -> bytes | None:
-    """`files_digest` of the existing index, if any."""
     path = storage.join_uri(uri, INDEX_FILE)
     if not storage.exists(path):
         return None
@@ -147,7 +138,6 @@ def _versions(table: pa.Table) -> Iterator[tuple[str, str]]:
 
 
 def _write(file: IO[bytes], tables: Iterable[pa.Table], schema: pa.Schema, row_group_rows: int) -> None:
-    """Writes tables of any size as row groups of `row_group_rows`."""
     with pq.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True) as writer:
         rest = schema.empty_table()
         for table in tables:

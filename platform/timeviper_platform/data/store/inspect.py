@@ -1,4 +1,4 @@
-"""Summarises a store from its commit records and index, without reading features."""
+"""Summarises a store without reading features."""
 
 from __future__ import annotations
 
@@ -24,27 +24,24 @@ from timeviper_platform.data.store.layout import DATA_FOLDER, REJECTS_FILE, read
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoreSummary:
-    """Contents of a store."""
-
     media: int
     segments: dict[str, int]
-    """status -> segments, of the current versions"""
+    """status -> segments of the current versions"""
     segments_superseded: int
     frames: int
     bytes: int
     """features of the current versions"""
     file_bytes: int
-    """size of all data files"""
+    """all data files"""
     files: int
     is_indexed: bool
-    """False if the index is outdated: a run was killed or is at work"""
+    """False if a run was killed or is active"""
     recipe_hash: str
     recipe: dict[str, Any]
     rejects: dict[str, dict[str, int]]
-    """error stage -> error type -> media, of the last run"""
+    """error stage -> error type -> media of the last run"""
 
     def lines(self) -> list[str]:
-        """The summary as text."""
         rejected = [f"{n} {kind} ({stage})" for stage, kinds in self.rejects.items() for kind, n in kinds.items()]
         statuses = ", ".join(f"{n} {status}" for status, n in self.segments.items()) or "none"
         return [
@@ -60,11 +57,7 @@ class StoreSummary:
 
 
 def inspect_store(uri: str) -> StoreSummary:
-    """Summarises the store at `uri`.
-
-    Raises:
-        ValueError: if there is none.
-    """
+    """Raises ValueError if there is no store at `uri`."""
     header = read_header(uri)
     segments, files, with_rows = HashTable(), set(), []
     for name, record in CommitLog(uri).current_records(["segment_id"]):

@@ -26,11 +26,7 @@ PLAN_FOLDER = "plan"
 
 
 def find_header(uri: str) -> dict[str, Any] | None:
-    """Content of `store.json`, or None if there is no store at `uri`.
-
-    Raises:
-        ValueError: if the store has another schema version.
-    """
+    """Reads `store.json`; None if there is no store. Raises ValueError for another schema version."""
     path = storage.join_uri(uri, STORE_FILE)
     if not storage.exists(path):
         return None
@@ -45,11 +41,7 @@ def find_header(uri: str) -> dict[str, Any] | None:
 
 
 def read_header(uri: str) -> dict[str, Any]:
-    """Content of `store.json`.
-
-    Raises:
-        ValueError: if there is no store at `uri`, or it has another schema version.
-    """
+    """As `find_header`, but raises ValueError if there is no store."""
     header = find_header(uri)
     if header is None:
         raise ValueError(f"no feature store at {uri!r}; run jobs/preprocess.py with feature_store: {uri}")
@@ -57,6 +49,5 @@ def read_header(uri: str) -> dict[str, Any]:
 
 
 def read_plan_file(uri: str) -> pa.Table:
-    """PLAN rows of one file of a plan."""
     with storage.open_file(uri) as file:
         return pq.ParquetFile(file).read().cast(schemas.PLAN)

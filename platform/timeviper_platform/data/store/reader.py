@@ -1,5 +1,3 @@
-"""Read side of the feature store: media_id and frame indices to bf16 tensors, and the selection of frames."""
-
 from __future__ import annotations
 
 import hashlib
@@ -22,16 +20,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 READ_TOGETHER_BYTES = 16 << 20
-"""Limit for reading adjacent row groups together."""
+"""Maximum bytes per read."""
 
 MAX_INFOS = 4096
-"""Media whose frame times are cached; an hour takes 58 kB."""
+"""Media with cached frame times; an hour takes 58 kB."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MediaInfo:
-    """One medium of a store, without its features."""
-
     media_id: str
     modality: Modality
     num_frames: int
@@ -55,16 +51,14 @@ class MediaInfo:
         end_seconds: float | None = None,
         fps: float | None = None,
     ) -> list[int]:
-        """Ascending indices of the frames whose sampling time t lies in [start_seconds, end_seconds), thinned.
-
-        Used by training, evaluation and serving. `fps` thins first, then `max_frames`.
+        """Returns ascending indices of the frames with sampling times in [start_seconds, end_seconds), thinned.
 
         Args:
             max_frames: None = all.
-            frame_selection: how `max_frames` thins, see `select_frames`.
+            frame_selection: see `select_frames`.
             start_seconds: None = the beginning.
             end_seconds: None = the end.
-            fps: maximum frame rate; None = the stored one.
+            fps: maximum frame rate, applied first; None = the stored rate.
 
         Raises:
             ValueError: if `max_frames` is below 1 or the clip ends before it starts.
@@ -79,8 +73,6 @@ class MediaInfo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MediaFeatures:
-    """Features of some frames of one medium."""
-
     info: MediaInfo
     features: Tensor
     """(F', N, dim) bfloat16, owned by the caller"""
@@ -93,15 +85,9 @@ class MediaFeatures:
 
 
 class FeatureStore:
-    """Random access to a finished store. Thread-safe; unpickling opens it again.
+    """A finished store. Thread-safe; unpickling opens it again.
 
-    Stays readable during a compaction: a missing data file makes it read the index again, once.
-
-    Args:
-        uri: the store's folder.
-        header: content of `store.json`.
-        index: the opened index.
-        cache_bytes: size of the cache of row groups.
+    When a compaction has removed a data file, the index is read again, once.
     """
 
     def __init__(self, uri: str, header: dict[str, Any], index: StoreIndex, *, cache_bytes: int = 128 << 20) -> None:
@@ -114,11 +100,7 @@ class FeatureStore:
 
     @classmethod
     def open(cls, uri: str, *, cache_bytes: int = 128 << 20) -> FeatureStore:
-        """The finished store at `uri`.
-
-        Raises:
-            ValueError: if there is none, or it has another schema version.
-        """
+        """Opens a finished store; raises ValueError if there is none."""
         header = find_header(uri)
         if header is None or not storage.exists(storage.join_uri(uri, INDEX_FILE)):
             found = "a store without an index (its job has not finished)" if header else "no feature store"
@@ -137,43 +119,39 @@ class FeatureStore:
         return media_id in self._index
 
     def find(self, sha256: str) -> str | None:
-        """media_id of the whole medium with these bytes; None if absent or the media were not hashed."""
+        """Finds the whole medium with these bytes; None if absent or not hashed."""
         return self._index.find(sha256)
 
     def index_digest(self) -> str:
-        """Hash of `index.parquet`: equal digests mean equal media and frames."""
+        """Equal digests mean equal media and frames."""
         filesystem, path = storage.split_uri(storage.join_uri(self.uri, INDEX_FILE))
         with filesystem.open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def info(self, media_id: str) -> MediaInfo:
-        """The stored medium.
-
-        Raises:
-            KeyError: if the store does not hold it.
-        """
+        """Raises KeyError if the store does not have the medium."""
         return self._infos(media_id)
 
     def read(self, media_id: str, frames: Sequence[int] | None = None) -> MediaFeatures:
-        """Features of the frames `frames`, or of all.
+        """Reads the features of some or all frames.
 
         Args:
             media_id: one of `media_ids`.
             frames: ascending indices within the medium; may repeat.
 
         Raises:
-            KeyError: if the store does not hold the medium.
-            ValueError: if the indices are out of order or out of range.
+            KeyError: if the store does not have the medium.
+            ValueError: if the indices are invalid.
             RuntimeError: if a data file is missing or damaged.
         """
-        import torch  # processes that read the index alone stay without torch
+        import torch  # not needed to read the index
 
         info = self.info(media_id)
         indices = np.arange(info.num_frames) if frames is None else np.asarray(frames, dtype=np.int64)
         if indices.size and (indices[0] < 0 or indices[-1] >= info.num_frames or bool((np.diff(indices) < 0).any())):
             raise ValueError(f"{media_id}: frames must ascend within 0..{info.num_frames - 1}, not {frames}")
         features = torch.empty(len(indices), info.num_tokens_per_frame, info.dim, dtype=torch.bfloat16)
-        # as int16: numpy has no bf16
+        # int16 because numpy has no bfloat16
         target = features.view(torch.int16).numpy()
         index = self._index  # another thread may replace it
         stops = np.cumsum(index.num_frames(index.rows_of(media_id)))
@@ -186,7 +164,7 @@ class FeatureStore:
         return MediaFeatures(info=info, features=features, pts_seconds=info.pts_seconds[indices])
 
     def _segment(self, media_id: str, number: int, ahead: Sequence[int] = ()) -> Tensor:
-        """(F, N, dim) int16 view of a segment; adjacent segments among `ahead` come with the same read."""
+        """(F, N, dim) int16 view of a segment; adjacent segments of `ahead` come with the same read."""
         index = self._index
         rows = index.rows_of(media_id)
         row = rows[number]
@@ -220,7 +198,7 @@ class FeatureStore:
             groups.add(following.row_group)
         values = self._row_groups.read(location.file, location.row_group, max(groups) + 1)
         buffer = value_buffer(values, location.row_in_group)
-        # DLPack, since torch.frombuffer warns about read-only memory
+        # torch.frombuffer would warn about read-only memory
         bits = pa.Array.from_buffers(pa.int16(), buffer.size // 2, [None, buffer])
         return from_dlpack(bits).reshape(index.shape(row))
 

@@ -1,5 +1,3 @@
-"""Reads features by data file and row group, with bounded LRU caches of open files and row groups."""
-
 from __future__ import annotations
 
 import itertools
@@ -15,24 +13,17 @@ import pyarrow.parquet as pq
 from timeviper_platform.common import storage
 
 MAX_OPEN_FILES = 128
-"""A footer takes 0.1-1 MB, and a millisecond (two requests on an object store) to read again."""
+"""A footer takes 0.1-1 MB, and two requests to an object store to read again."""
 
 
 @dataclass(slots=True)
 class _DataFile:
-    """A lazily opened file; a ParquetFile serves one read at a time."""
-
     lock: threading.Lock = field(default_factory=threading.Lock)
     handle: Any = None
 
 
 class RowGroups:
-    """Cached features of row groups. Thread-safe.
-
-    Args:
-        folder: folder of the data files.
-        cache_bytes: size of the cache; the last row group read always stays.
-    """
+    """Bounded LRU caches of row groups and open data files. Thread-safe."""
 
     def __init__(self, folder: str, cache_bytes: int) -> None:
         self.cache_bytes = cache_bytes
@@ -43,9 +34,9 @@ class RowGroups:
         self._lock = threading.Lock()
 
     def read(self, name: str, number: int, stop: int) -> Any:
-        """Features of a row group of the file `name`, a large_binary array.
+        """Returns the features of a row group as a large_binary array.
 
-        Following row groups before `stop` that are not cached come with the same read.
+        The same read fetches following row groups below `stop`, up to a cached one.
 
         Raises:
             FileNotFoundError: if the file does not exist.
@@ -58,7 +49,7 @@ class RowGroups:
                 return self._row_groups[name, number]
             missing = list(itertools.takewhile(lambda n: (name, n) not in self._row_groups, range(number, stop)))
         file = self._file(name)
-        with file.lock:  # per file, so that files are read concurrently
+        with file.lock:  # other files are read concurrently
             try:
                 if file.handle is None:
                     uri = storage.join_uri(self._folder, name)
@@ -73,7 +64,7 @@ class RowGroups:
                 raise
             except storage.StorageUnavailableError:
                 raise
-            except OSError as error:  # also pyarrow's for damaged pages
+            except OSError as error:  # pyarrow raises it for damaged pages, too
                 raise RuntimeError(f"cannot read row group {number} of {name} in {self._folder}: {error}") from error
         first, parts = 0, []
         for group in missing:
@@ -86,7 +77,7 @@ class RowGroups:
         return parts[0]
 
     def _keep(self, key: tuple[str, int], values: Any) -> None:
-        """Caches a row group; the caller holds the lock."""
+        """The caller holds the lock."""
         if key not in self._row_groups:
             self._row_groups[key] = values
             self._cached_bytes += values.nbytes
@@ -103,20 +94,15 @@ class RowGroups:
 
 
 def open_data_file(uri: str) -> Any:
-    """A ParquetFile for reading single row groups.
-
-    Raises:
-        FileNotFoundError: if it does not exist.
-    """
     filesystem, path = storage.split_uri(uri)
     if storage.is_local(uri):
         return pq.ParquetFile(path, memory_map=True)
-    # a row group is one range read; a cache would only copy it
+    # a cache would only copy the one range read per row group
     return pq.ParquetFile(filesystem.open(path, "rb", cache_type="none"), pre_buffer=True)
 
 
 def value_buffer(values: Any, index: int) -> Any:
-    """Bytes of one value of a large_binary array, without the copy that `as_buffer` of a scalar makes."""
+    """Returns one value without a copy, unlike `as_buffer` of a scalar."""
     _, offsets, data = values.buffers()
     begin, end = np.frombuffer(offsets, np.int64)[values.offset + index : values.offset + index + 2]
     return data.slice(int(begin), int(end - begin)) if end > begin else pa.py_buffer(b"")

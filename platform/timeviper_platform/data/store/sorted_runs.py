@@ -1,10 +1,9 @@
-"""External sort: tables larger than memory, sorted by a string column and merged a key range at a time.
+"""External merge sort of tables by a string column.
 
     for left, right in merge_runs([left_runs, right_runs], "media_id"):
         ...  # ascending ranges of media_id; all rows of a media_id are in one pair
 
-Memory holds one run while rows are added, then one batch per run. DuckDB takes half the CPU time but 1.4 GB instead of
-0.3 GB for a million index rows, and reads commit records without our retries.
+For a million index rows, DuckDB takes half the CPU time but 1.4 GB instead of 0.3 GB.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ class SortedRuns:
     Args:
         folder: created here, removed by the caller.
         schema: the columns to keep.
-        key: the string column to sort by, without nulls.
+        key: the column to sort by, without nulls.
     """
 
     run_bytes = 64 << 20
-    """Sorting copies a run twice. Ten million full index rows, 1.3 KB each, are 200 runs."""
+    """Sorting copies a run twice."""
     batch_rows = 1024
-    """Rows of a run that are read together: 1.3 MB of full index rows."""
+    """Full index rows take 1.3 MB."""
 
     def __init__(self, folder: Path, schema: pa.Schema, key: str) -> None:
         folder.mkdir(parents=True)
@@ -38,7 +37,6 @@ class SortedRuns:
         self._paths: list[Path] = []
 
     def add(self, table: pa.Table) -> None:
-        """Adds rows."""
         if table.num_rows:
             self._pending.append(table.select(self._schema.names).cast(self._schema))
             self._pending_bytes += table.nbytes
@@ -46,13 +44,12 @@ class SortedRuns:
             self._spill()
 
     def runs(self) -> list[Iterator[pa.Table]]:
-        """An iterator of batches per run."""
+        """Returns an iterator of batches per run."""
         self._spill()
         return [_batches(path) for path in self._paths]
 
     @property
     def empty(self) -> pa.Table:
-        """An empty table."""
         return self._schema.empty_table()
 
     def _spill(self) -> None:
@@ -60,7 +57,7 @@ class SortedRuns:
             return
         run = pa.concat_tables(self._pending).combine_chunks()
         self._pending, self._pending_bytes = [], 0
-        run = run.take(pc.sort_indices(run, [(self._key, "ascending")]))  # stable
+        run = run.take(pc.sort_indices(run, [(self._key, "ascending")]))
         self._paths.append(self._folder / f"{len(self._paths):06d}.arrow")
         options = pa.ipc.IpcWriteOptions(compression="lz4")
         with pa.OSFile(str(self._paths[-1]), "wb") as file, pa.ipc.new_stream(file, run.schema, options=options) as out:
@@ -70,7 +67,7 @@ class SortedRuns:
 def merge_runs(kinds: Sequence[SortedRuns], key: str) -> Iterator[tuple[pa.Table, ...]]:
     """Yields one sorted table per input for ascending ranges of the key.
 
-    All rows of a key come together, so those of one key must fit in memory.
+    All rows of one key must fit in memory.
     """
     cursors = [[_Cursor(run, key) for run in kind.runs()] for kind in kinds]
     every = [cursor for of_kind in cursors for cursor in of_kind]
@@ -109,8 +106,6 @@ def _sorted(tables: Sequence[pa.Table], key: str) -> pa.Table | None:
 
 
 class _Cursor:
-    """The loaded and not yet taken rows of a run."""
-
     def __init__(self, batches: Iterator[pa.Table], key: str) -> None:
         self._batches, self._key = batches, key
         self._loaded: pa.Table | None = None
@@ -119,10 +114,9 @@ class _Cursor:
         self.last = ""
         """greatest loaded key"""
         self.is_done = False
-        """the run is fully loaded"""
+        """True when the whole run is loaded"""
 
     def load(self) -> None:
-        """Loads one more batch."""
         batch = next(self._batches, None)
         if batch is None:
             self.is_done = True

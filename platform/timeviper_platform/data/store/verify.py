@@ -1,7 +1,4 @@
-"""Checks every byte of a store: data files against commit records and checksums, records against index and plan.
-
-Writes nothing to the store. Needs about 0.2 KB of temporary disk space per segment.
-"""
+"""Checks every byte of a store: data files against commit records and checksums, records against index and plan."""
 
 from __future__ import annotations
 
@@ -36,10 +33,10 @@ from timeviper_platform.data.store.sorted_runs import SortedRuns, merge_runs
 from timeviper_platform.data.store.writer import features_fault
 
 VERIFY_THREADS = 4
-"""Files verified concurrently; each holds one row group, up to 20 MB."""
+"""Each holds one row group, up to 20 MB."""
 
 MAX_PROBLEMS = 1000
-"""Problems listed in a report; all are counted."""
+"""Maximum listed problems; all are counted."""
 
 _LOCATION = ("file", "row_group", "row_in_group")
 _COMMITTED = pa.schema([INDEX.field(name) for name in ("segment_id", "media_id", "status", *_LOCATION)])
@@ -49,10 +46,8 @@ _PLANNED = pa.schema([PLAN.field(name) for name in ("segment_id", "media_id")])
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
-    """A fault and its location."""
-
     file: str
-    """relative to the store"""
+    """path within the store"""
     what: str
     row_group: int | None = None
     row_in_group: int | None = None
@@ -67,8 +62,6 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VerifyReport:
-    """Result of a verification."""
-
     files: int
     rows: int
     bytes: int
@@ -76,13 +69,12 @@ class VerifyReport:
     audit: dict[str, int] | None
     """AUDIT_KEYS of the last run's plan; None without a plan"""
     leftovers: int
-    """uncommitted data files of a killed run; the next run removes them"""
+    """uncommitted data files, removed by the next run"""
     problems: list[Problem]
     """the first `max_problems`"""
     num_problems: int
 
     def lines(self) -> list[str]:
-        """The report as text."""
         counts = "no plan" if self.audit is None else ", ".join(f"{n} {name}" for name, n in self.audit.items())
         lines = [
             f"verified   {self.files} data files, {self.rows} rows, {self.bytes / 1e6:.1f} MB of features",
@@ -102,11 +94,7 @@ class VerifyReport:
 
 
 def verify_store(uri: str, *, max_problems: int = MAX_PROBLEMS, num_threads: int = VERIFY_THREADS) -> VerifyReport:
-    """Verifies the store at `uri`; lists up to `max_problems`.
-
-    Raises:
-        ValueError: if there is no store.
-    """
+    """Raises ValueError if there is no store at `uri`."""
     header, commits = read_header(uri), CommitLog(uri)
     problems = _Problems(max_problems)
     if recipe_hash(header["recipe"]) != header["recipe_hash"]:
@@ -159,8 +147,6 @@ def verify_store(uri: str, *, max_problems: int = MAX_PROBLEMS, num_threads: int
 
 
 class _Problems:
-    """Counts all problems and keeps the first: a store without data has one per row."""
-
     def __init__(self, max_problems: int) -> None:
         self._max_problems = max_problems
         self.first: list[Problem] = []
@@ -174,7 +160,6 @@ class _Problems:
 
 
 def _check_file(uri: str, name: str, record: pa.Table) -> Iterator[Problem]:
-    """Problems of a data file."""
     path = f"{DATA_FOLDER}/{name}"
     try:
         file = open_data_file(storage.join_uri(uri, path))
@@ -213,7 +198,7 @@ def _check_rows(path: str, expected: pa.Table, found: pa.Table) -> Iterator[Prob
 
 
 def _index_fault(uri: str, with_rows: list[str]) -> str | None:
-    """Why the index's rows need no check; None if it was built from the files `with_rows`."""
+    """Returns why the index rows need no check, or None."""
     digest = read_files_digest(uri)
     if digest is None:
         return "missing: the job has not finished; run it again"
@@ -223,7 +208,6 @@ def _index_fault(uri: str, with_rows: list[str]) -> str | None:
 
 
 def _check_media(committed: pa.Table, indexed: pa.Table) -> Iterator[Problem]:
-    """Each index row must be committed and unique, and each medium must have all its segments."""
     names = ["segment_id", "media_id", "status", *_LOCATION]
     committed_rows = {tuple(row[name] for name in names) for row in committed.select(names).to_pylist()}
     seen: set[str] = set()

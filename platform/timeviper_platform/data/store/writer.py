@@ -1,7 +1,6 @@
-"""Write side of the feature store: rows with features to data files and commit records.
+"""Writes data files and their commit records.
 
-A data file counts once its commit record (its INDEX rows) is written; both are written atomically. Readers ignore data
-files without a record. A record can replace other data files in the same write; `StoreWriter.settle` removes those.
+Both are written atomically, and readers ignore data files without a record.
 """
 
 from __future__ import annotations
@@ -34,15 +33,18 @@ from timeviper_platform.data.store.layout import (
 )
 
 ROW_GROUP_BYTES = 512 << 10
-"""A row group ends with the row that fills it: full segments (64 x 16 x 1152 in bf16: 2.4 MB) have their own, so that
-reading a clip reads little else; small items share one, so that the footer (3 KB per row group) stays below 1 %."""
+"""Size at which a row group is complete.
+
+A full segment (2.4 MB) has its own, so that reading a clip reads little else. Small items share one, so that footers
+(3 KB per row group) stay below 1 %.
+"""
 
 Row = dict[str, Any]
-"""One FEATURES row; `features` holds bytes, or None for an error row."""
+"""A FEATURES row; `features` holds bytes, or None for an error row."""
 
 
 class StoreWriter:
-    """A store open for writing by one job. The constructor reads nothing: workers pass what `create` checked."""
+    """The store of one writing job. The constructor reads nothing."""
 
     def __init__(
         self,
@@ -63,7 +65,7 @@ class StoreWriter:
         """Creates or opens the store at `uri`.
 
         Raises:
-            ValueError: if the existing store has another recipe, with the differences.
+            ValueError: if the existing store has another recipe.
             RuntimeError: if the folder is not writable.
         """
         writer = cls(uri, recipe_hash(recipe))
@@ -89,27 +91,19 @@ class StoreWriter:
     def open(
         cls, uri: str, *, row_group_bytes: int = ROW_GROUP_BYTES, index_row_group_rows: int = ROW_GROUP_ROWS
     ) -> StoreWriter:
-        """The existing store at `uri`.
-
-        Raises:
-            ValueError: if there is none, or it has another schema version.
-        """
+        """Opens an existing store; raises ValueError if there is none."""
         recipe_hash = read_header(uri)["recipe_hash"]
         return cls(uri, recipe_hash, row_group_bytes=row_group_bytes, index_row_group_rows=index_row_group_rows)
 
     def write_file(self, name: str, rows: Iterable[Row], *, replaces: Sequence[str] = ()) -> list[Row]:
         """Writes and commits the data file `name`; returns its INDEX rows.
 
-        Keeps an existing commit of the same segments unless a row improves, so that a worker that outlived its run
-        does not overwrite newer work.
+        Keeps an existing commit of the same segments unless a row improves: a late worker must not undo newer work.
 
         Args:
-            name: without suffix, derived from the rows' content.
+            name: without suffix, derived from the content of the rows.
             rows: may be a generator; memory holds one row group.
-            replaces: committed data files that this one replaces; `settle` removes them.
-
-        Raises:
-            RuntimeError: if the store is not writable.
+            replaces: committed data files; `settle` removes them.
         """
         file_name = f"{name}.parquet"
         index_rows: list[Row] = []
@@ -134,13 +128,12 @@ class StoreWriter:
         return index_rows
 
     def write_index(self, current_versions: Mapping[str, str] | None = None) -> None:
-        """Indexes what is committed, see `index_writer.write_index`."""
         write_index(self.uri, current_versions, row_group_rows=self._index_row_group_rows)
 
     def settle(self) -> int:
-        """Removes replaced data files and their records; returns how many. A killed call is completed by the next.
+        """Removes replaced data files and their records; returns their number.
 
-        Order: index, old records, old files; last, new records drop their `replaces`, so that names can be reused.
+        The next call completes a killed one. Order: index, old records, old files, `replaces` of new records.
         """
         records = self.commits.records(columns=[])
         replaces = {name: others for name, record in records if (others := replaced_files(record))}
@@ -162,7 +155,7 @@ class StoreWriter:
         return len(replaced)
 
     def remove_uncommitted(self) -> int:
-        """Deletes incomplete files, and data files and records without the other; returns how many.
+        """Deletes leftovers of killed jobs; returns their number.
 
         Call before the job's workers start.
         """
@@ -177,7 +170,7 @@ class StoreWriter:
         return num_removed + len(leftovers)
 
     def _commit_to_keep(self, file_name: str, rows: Sequence[Row]) -> list[Row]:
-        """Committed rows of `file_name` if they are of the same segments and none of `rows` is better."""
+        """Returns the committed rows if they have the same segments and no row improves."""
         try:
             found: list[Row] = self.commits.read(file_name).to_pylist()
         except FileNotFoundError:
@@ -191,19 +184,13 @@ class StoreWriter:
 
 
 class _AlreadyCommittedError(Exception):
-    """Aborts a write whose result is already committed."""
-
     def __init__(self, rows: list[Row]) -> None:
         super().__init__()
         self.rows = rows
 
 
 def write_store(uri: str, media: Mapping[str, Tensor], *, recipe: Mapping[str, Any], fps: float = 1.0) -> None:
-    """Writes a finished store from tensors: media_id -> (F, N, dim), frame k sampled at k / fps seconds.
-
-    Raises:
-        ValueError: if a tensor does not have three dimensions.
-    """
+    """Writes a finished store from media_id -> (F, N, dim), with frame k sampled at k / fps seconds."""
     store = StoreWriter.create(uri, recipe)
     rows = [_feature_row(media_id, features, store.recipe_hash, fps) for media_id, features in media.items()]
     name = hashlib.sha256("".join(row["segment_id"] for row in rows).encode()).hexdigest()[:32]
@@ -212,12 +199,12 @@ def write_store(uri: str, media: Mapping[str, Tensor], *, recipe: Mapping[str, A
 
 
 def features_bytes(features: Tensor) -> bytes:
-    """The stored form of features: little-endian bf16 in C order."""
+    """Returns little-endian bf16 in C order."""
     return features.to(torch.bfloat16).contiguous().view(torch.int16).numpy().astype("<i2", copy=False).tobytes()
 
 
 def features_fault(row: Mapping[str, Any], features: Any) -> str | None:
-    """Why a row's features (bytes, a buffer or None) contradict its INDEX columns; None if they do not."""
+    """Returns why a row's features contradict its INDEX columns, or None."""
     size = 0 if features is None else len(features)
     expected = 2 * row["num_frames"] * row["num_tokens_per_frame"] * row["dim"] if row["num_frames"] else 0
     if size != expected:
@@ -290,5 +277,5 @@ def _parquet_writer(file: IO[bytes], schema: pa.Schema) -> Any:
 def _code_version() -> str:
     try:
         return version("timeviper-platform")
-    except PackageNotFoundError:  # run from a source folder
+    except PackageNotFoundError:
         return "unreleased"
