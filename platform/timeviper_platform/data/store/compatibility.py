@@ -1,3 +1,5 @@
+"""Compares a store's towers with a model's."""
+
 from __future__ import annotations
 
 from timeviper_model.config import VisionConfig

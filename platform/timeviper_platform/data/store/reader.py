@@ -1,3 +1,5 @@
+"""Reads features."""
+
 from __future__ import annotations
 
 import hashlib

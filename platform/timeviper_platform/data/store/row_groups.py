@@ -1,3 +1,5 @@
+"""Reads row groups."""
+
 from __future__ import annotations
 
 import itertools
