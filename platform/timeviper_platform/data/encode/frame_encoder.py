@@ -1,7 +1,6 @@
-"""Frames to merged bf16 tokens in ONE fixed batch shape: one or two vision towers, then ToMe.
+"""Encodes frames as merged bf16 tokens: one or two vision towers, then ToMe.
 
-Preprocessing and serving share this class, so that both compute the same tokens. A vision transformer's result depends
-on the shape of its batch (1e-6 at width 1152 in fp32), so the last batch is padded, even for a single frame.
+A vision transformer's result depends on the batch shape (1e-6 at width 1152 in fp32), so all batches have the same.
 """
 
 from __future__ import annotations
@@ -22,19 +21,17 @@ from timeviper_platform.common.devices import Dtype, torch_dtype
 from timeviper_platform.data.encode.tower_weights import TowerDescription, describe_tower
 
 RECIPE_VERSION = 2
-"""Increased when the same configuration would give other features. 2: videos are rotated upright, like images."""
+"""Increased when the same configuration gives other features. 2: videos are rotated upright."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TowerConfig:
-    """Model, layer and merging of one tower."""
-
     model: str
     """Hugging Face name or local folder."""
     layer: int = -2
     """Index into hidden_states."""
     num_tokens_per_frame: int = 16
-    """After merging."""
+    """Tokens per frame after merging."""
     merge_heads: int = 16
 
     def __post_init__(self) -> None:
@@ -44,8 +41,6 @@ class TowerConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VisionTowerConfig(TowerConfig):
-    """The vision tower that encodes every frame, an optional second one, and how they run."""
-
     model: str = "google/siglip-so400m-patch14-384"
     dtype: Dtype = "float32"
     """Dtype of the towers. Features are stored in bfloat16."""
@@ -53,9 +48,9 @@ class VisionTowerConfig(TowerConfig):
     """Frames per batch. Part of the recipe."""
     device: str = "cpu"
     compile: bool = False
-    """torch.compile: fewer kernels, a minute or more per worker start. Rounds differently, so part of the recipe."""
+    """torch.compile: fewer kernels, a minute or more per worker start. Part of the recipe, since rounding differs."""
     second: TowerConfig | None = None
-    """Second tower for the same frames, decoded once at the larger image size."""
+    """Second tower for the same frames, decoded at the larger image size."""
 
     def __post_init__(self) -> None:
         TowerConfig.__post_init__(self)
@@ -64,30 +59,24 @@ class VisionTowerConfig(TowerConfig):
 
     @property
     def towers(self) -> tuple[TowerConfig, ...]:
-        """One or two towers."""
         return (self,) if self.second is None else (self, self.second)
 
     def with_names(self, rename: Callable[[str], str]) -> VisionTowerConfig:
-        """Renames each tower's `model`, such as to an absolute path."""
         second = self.second and replace(self.second, model=rename(self.second.model))
         return replace(self, model=rename(self.model), second=second)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncoderDescription:
-    """The recipe and the sizes of an encoder."""
-
     recipe: dict[str, Any]
-    """Everything that determines the features' values."""
     image_size: int
-    """Side of the input frames."""
+    """side of the input frames"""
     dim: int
-    """Width of a token."""
+    """width of a token"""
     num_tokens_per_frame: int
 
     @classmethod
     def of(cls, config: VisionTowerConfig, towers: Sequence[TowerDescription]) -> EncoderDescription:
-        """Combines the descriptions of the towers."""
         num_tokens = [
             min(part.num_tokens_per_frame, tower.num_patches) for part, tower in zip(config.towers, towers, strict=True)
         ]
@@ -100,7 +89,7 @@ class EncoderDescription:
         }
         if config.compile:
             recipe["compiled"] = True
-        for second in others:  # one tower has neither key, so its hash is older than second towers
+        for second in others:  # recipes of one tower keep the hash they had before second towers
             recipe["hidden_size"] = towers[0].hidden_size
             recipe["second"] = {**second, "hidden_size": towers[1].hidden_size}
         return cls(
@@ -112,7 +101,7 @@ class EncoderDescription:
 
 
 def describe_encoder(config: VisionTowerConfig) -> EncoderDescription:
-    """The description of `FrameEncoder(config)`, without building its towers. Raises the same errors."""
+    """Describes `FrameEncoder(config)` without building it. Raises the same errors."""
     return EncoderDescription.of(config, [describe_tower(tower.model, tower.layer) for tower in config.towers])
 
 
@@ -125,10 +114,10 @@ def _tower_recipe(config: TowerConfig, tower: TowerDescription, num_tokens_per_f
 
 
 class FrameEncoder:
-    """uint8 frames to (F, N, dim) bf16 tokens; the tokens of two towers are joined by `combine_towers`.
+    """Encodes uint8 frames; `combine_towers` joins the tokens of two towers.
 
     Raises:
-        ValueError: when a tower cannot be loaded.
+        ValueError: if a tower cannot be loaded.
     """
 
     def __init__(self, config: VisionTowerConfig) -> None:
@@ -142,13 +131,13 @@ class FrameEncoder:
 
     @torch.inference_mode()
     def encode(self, frames: Tensor | np.ndarray) -> Tensor:
-        """Merged tokens of frames.
+        """Encodes frames independently of each other.
 
         Args:
-            frames: (F, S, S, 3) uint8 with S = `image_size`; any F.
+            frames: (F, S, S, 3) uint8 with S = `image_size`.
 
         Returns:
-            (F, N, dim) bfloat16 on the CPU. A frame's values do not depend on the other frames.
+            (F, N, dim) bfloat16 on the CPU.
         """
         pixels = torch.as_tensor(frames)
         size = self.config.encode_batch_frames
@@ -165,8 +154,6 @@ class FrameEncoder:
 
 
 class MergingTower:
-    """One vision tower on its device, followed by ToMe."""
-
     def __init__(self, config: TowerConfig, encoder: VisionTowerConfig) -> None:
         self.vision = VisionTransformer.from_pretrained(config.model, layer=config.layer)
         self.vision.to(device=encoder.device, dtype=torch_dtype(encoder.dtype))
@@ -177,13 +164,13 @@ class MergingTower:
         self._merge_heads = config.merge_heads
 
     def tokens(self, frames: Tensor) -> Tensor:
-        """Merged tokens (B, N, D) of uint8 frames (B, S, S, 3), S at least the tower's image size."""
+        """(B, S, S, 3) uint8 -> (B, N, D)."""
         patches = self._patches(self.vision.preprocess(resize_frames(frames, self.vision.image_size)))
         return merge_tokens(patches, self._num_tokens_per_frame, num_heads=self._merge_heads)
 
 
 def resize_frames(frames: Tensor, image_size: int) -> Tensor:
-    """Resizes uint8 frames (B, S, S, 3) to another side, bicubic as in decoding, on their device."""
+    """Resizes uint8 frames (B, S, S, 3), bicubic as in decoding."""
     if frames.shape[1] == image_size:
         return frames
     pixels = frames.permute(0, 3, 1, 2).float()

@@ -1,9 +1,4 @@
-"""Recipes: their hash, and the facts that recipes, stores and model configurations share, in comparable form.
-
-The recipe of one tower has no width. That of two towers:
-
-    {encoder, preprocessing, merge, hidden_size, second: {encoder, preprocessing, merge, hidden_size}, ...}
-"""
+"""Compares recipes, stores and model configurations."""
 
 from __future__ import annotations
 
@@ -19,7 +14,7 @@ Facts = dict[str, Any]
 
 
 def tower_facts(recipe: Mapping[str, Any]) -> Facts:
-    """The vision tower's fields in a recipe, or in its `second`."""
+    """Fields of one tower in a recipe or its `second`."""
     encoder, merge = recipe.get("encoder", {}), recipe.get("merge", {})
     facts = {
         "hidden_size": recipe.get("hidden_size"),
@@ -31,7 +26,6 @@ def tower_facts(recipe: Mapping[str, Any]) -> Facts:
 
 
 def recipe_facts(recipe: Mapping[str, Any]) -> Facts:
-    """All facts of a recipe."""
     if "second" not in recipe:
         return {"num_towers": 1, **tower_facts(recipe)}
     second = {f"second.{name}": value for name, value in tower_facts(recipe["second"]).items()}
@@ -39,7 +33,6 @@ def recipe_facts(recipe: Mapping[str, Any]) -> Facts:
 
 
 def vision_facts(vision: VisionConfig) -> Facts:
-    """The same facts of a model configuration."""
     facts: Facts = {"num_towers": 1 if vision.second is None else 2, "row_size": vision.row_size}
     for prefix, tower in (("", vision), ("second.", vision.second)):
         if tower is not None:
@@ -49,7 +42,6 @@ def vision_facts(vision: VisionConfig) -> Facts:
 
 
 def different_facts(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """One line for each fact that both have and that differs."""
     return [f"{key}: {one[key]!r} and {other[key]!r}" for key in one if key in other and one[key] != other[key]]
 
 
@@ -60,7 +52,6 @@ def recipe_hash(recipe: Mapping[str, Any]) -> str:
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """One line for each dotted path at which the store's recipe (`old`) differs from this run's (`new`)."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(old.keys() | new.keys())
         return [line for k in keys for line in differences(old.get(k), new.get(k), f"{path}.{k}" if path else k)]

@@ -1,4 +1,4 @@
-"""What a recipe states about a tower, read from its configuration and weight files without building it."""
+"""Describes a tower from its configuration and weight files without building it."""
 
 from __future__ import annotations
 
@@ -18,17 +18,14 @@ SIGLIP_TYPES = {"siglip", "siglip_vision_model"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TowerDescription:
-    """Sizes and identity of a vision tower."""
-
     weights_hash: str
-    """sha256 of configuration and weights, as `VisionTransformer` computes it."""
+    """sha256 of configuration and weights, as `VisionTransformer` computes it"""
     image_size: int
     hidden_size: int
     num_patches: int
 
     @classmethod
     def of(cls, tower: VisionTransformer) -> TowerDescription:
-        """The description of a tower that is built."""
         return cls(
             weights_hash=tower.weights_hash,
             image_size=tower.image_size,
@@ -38,7 +35,7 @@ class TowerDescription:
 
 
 def describe_tower(name_or_folder: str, layer: int) -> TowerDescription:
-    """Equals the description of the built tower, with one tensor at a time in memory.
+    """Returns the description of the built tower, with one tensor at a time in memory.
 
     Builds the tower if its weight files use other names than the model, or if there is an error to report.
 
@@ -95,7 +92,6 @@ def _from_files(name_or_folder: str, layer: int) -> TowerDescription | None:
 
 
 def _weights_files(local: Any) -> dict[str, Path]:
-    """The safetensors file of every stored tensor."""
     from safetensors import safe_open
 
     try:
@@ -109,7 +105,6 @@ def _weights_files(local: Any) -> dict[str, Path]:
 
 
 def _read(files: dict[str, Path], names: list[str]) -> Tensor | None:
-    """The first of these tensors that is stored."""
     from safetensors import safe_open
 
     name = next((name for name in names if name in files), None)

@@ -1,7 +1,6 @@
-"""Measures what a frame costs on this machine.
+"""Measures the cost of a frame on this machine.
 
-`calibrate` measures wall seconds in one process. `BusySlots` measures CPU seconds in all processes of a run together:
-their shared memory bandwidth counts, other load does not.
+`calibrate` measures wall seconds in one process, `BusySlots` CPU seconds in processes that share memory bandwidth.
 """
 
 from __future__ import annotations
@@ -27,36 +26,31 @@ from timeviper_platform.data.preprocess.worker import FusedWorker, WorkerSpec
 
 MAX_SEGMENTS = 6
 MAX_SECONDS = 20.0
-"""No further segment is started after this time."""
+"""No segment starts later."""
 
 SPLIT_GAIN = 1.05
-"""Frames that cross the object store cost about 5 %."""
+"""Frames in the object store cost about 5 %."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Calibration:
-    """Measured seconds of one process."""
-
     segments: int
-    """Without those in error."""
+    """segments without error"""
     frames: int
     decode_seconds: float
     encode_seconds: float
     write_seconds: float = 0.0
-    """0 if nothing was written."""
 
     def ideal_frames_per_second(
         self, decode_slots: int, encode_slots: int, *, is_fused: bool, num_cores: int, has_gpu: bool = False
     ) -> float:
-        """1 / max(seconds per frame / slots) over the stages, at most what `num_cores` can do of their sum.
-
-        Args:
-            decode_slots: decoding processes, in mode split.
-            encode_slots: encoding processes; a fused one also writes, while its child process decodes ahead.
-            num_cores: shared by all processes.
-            has_gpu: encoding uses no CPU cores.
+        """1 / max(seconds per frame / slots) over the stages, limited by the cores.
 
         Example: 9 ms of decoding and 1 ms of encoding with 2 decoders and 1 encoder on 2 cores give 200, not 222.
+
+        Args:
+            encode_slots: processes; a fused one also writes.
+            has_gpu: encoding uses no CPU cores.
         """
         on_cores = self.decode_seconds + self.write_seconds + (0.0 if has_gpu else self.encode_seconds)
         cores = self.frames * num_cores / max(1e-9, on_cores)
@@ -67,7 +61,6 @@ class Calibration:
     def best_mode(
         self, decode_slots: int, encode_slots: int, *, num_cores: int, has_gpu: bool
     ) -> Literal["fused", "split"]:
-        """split if its ideal rate exceeds that of fused by SPLIT_GAIN, else fused."""
         fused, split = (
             self.ideal_frames_per_second(
                 decode_slots, encode_slots, is_fused=is_fused, num_cores=num_cores, has_gpu=has_gpu
@@ -78,33 +71,30 @@ class Calibration:
 
 
 class SegmentSample:
-    """A random sample of a stream of segments: the smallest ids, which are hashes."""
+    """A random sample of a stream: the segments with the smallest ids, which are hashes."""
 
     def __init__(self, size: int = MAX_SEGMENTS) -> None:
         self._size = size
         self._rows: pa.Table | None = None
 
     def add(self, segments: pa.Table) -> None:
-        """Adds PLAN rows with status planned."""
         smallest = segments.take(pc.select_k_unstable(segments, self._size, [("segment_id", "ascending")]))
         rows = smallest if self._rows is None else pa.concat_tables([self._rows, smallest])
         self._rows = rows.sort_by("segment_id").slice(0, self._size)
 
     @property
     def segments(self) -> list[Segment]:
-        """At most `size`."""
         return [] if self._rows is None else segments_of(self._rows)
 
 
 def sample_of(segments: Iterable[Segment], size: int = MAX_SEGMENTS) -> list[Segment]:
-    """The sample that `SegmentSample` draws."""
     return heapq.nsmallest(size, segments, key=lambda segment: segment.segment_id)
 
 
 def calibrate(segments: Sequence[Segment], spec: WorkerSpec, encoder: FrameEncoder) -> Calibration | None:
-    """Costs of segments processed one after the other; None if no frame can be decoded.
+    """Measures segments one after the other; None if no frame can be decoded.
 
-    The first is processed twice and counted once, so that loading libraries is not counted.
+    Processes the first one twice: loading libraries does not count.
     """
     decoder, segment_encoder = spec.new_decoder(), SegmentEncoder(encoder, spec.fps)
     num_segments = num_frames = 0
@@ -127,12 +117,12 @@ def calibrate(segments: Sequence[Segment], spec: WorkerSpec, encoder: FrameEncod
 
 
 class BusySlots:
-    """One process per core, kept for several measurements; each processes whole tasks as a worker does."""
+    """One process per core; each processes whole tasks as a worker does."""
 
     def __init__(self, spec: WorkerSpec, num_slots: int) -> None:
         context = multiprocessing.get_context("spawn")
         self._num_slots = num_slots
-        self._folder = tempfile.TemporaryDirectory()  # of the files that the slots write
+        self._folder = tempfile.TemporaryDirectory()  # for the files that the slots write
         self._pool = ProcessPoolExecutor(
             num_slots,
             mp_context=context,
@@ -148,14 +138,10 @@ class BusySlots:
         self._folder.cleanup()
 
     def measure(self, segments: Sequence[Segment], seconds: float) -> Calibration:
-        """CPU seconds by stage while all slots work.
+        """Measures CPU seconds by stage while all slots work on consecutive segments.
 
         Args:
-            segments: each slot gets consecutive ones, so that a film is decoded in order.
             seconds: minimum duration.
-
-        Raises:
-            RuntimeError: if no frame can be decoded.
         """
         share = -(-len(segments) // self._num_slots)
         tasks = [WriteTask(f"slot{n}", tuple(segments[n * share : (n + 1) * share])) for n in range(self._num_slots)]
@@ -174,7 +160,7 @@ class BusySlots:
 
 
 def cost_of(results: Iterable[TaskResult]) -> Calibration:
-    """CPU seconds of tasks by stage; for an encoder on a GPU, the seconds it was busy."""
+    """CPU seconds by stage; for an encoder on a GPU, its busy seconds."""
     done = list(results)
     return Calibration(
         segments=sum(result.num_ok + result.num_partial for result in done),
@@ -186,7 +172,6 @@ def cost_of(results: Iterable[TaskResult]) -> Calibration:
 
 
 _slot: tuple[FusedWorker, Barrier]
-"""Of this process, if it is a slot."""
 
 
 def _start_slot(spec: WorkerSpec, barrier: Barrier) -> None:
@@ -195,9 +180,8 @@ def _start_slot(spec: WorkerSpec, barrier: Barrier) -> None:
 
 
 def _keep_busy(task: WriteTask, seconds: float) -> list[TaskResult]:
-    """Repeats the task, starting when every slot is ready."""
     worker, barrier = _slot
-    worker.process(replace(task, segments=task.segments[:1]))  # loading libraries is not a frame's cost
+    worker.process(replace(task, segments=task.segments[:1]))  # loads libraries before the measurement
     barrier.wait(timeout=300)
     started = time.perf_counter()
     results = [worker.process(task)]

@@ -1,4 +1,4 @@
-"""The configuration of the preprocessing job."""
+"""Configuration of the preprocessing job."""
 
 from __future__ import annotations
 
@@ -15,13 +15,11 @@ from timeviper_platform.data.video_worker.frame_source import DecodeConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExecutionConfig:
-    """How the work is spread over processes."""
-
     mode: Literal["fused", "split", "auto"] = "fused"
-    """fused = each worker decodes and encodes; split = decoding has its own workers, for GPU encoders that would wait;
-    auto = measures a few segments and picks the faster mode."""
+    """fused = workers decode and encode; split = decoding has its own workers, so that GPU encoders never wait;
+    auto = the faster of both, measured."""
     num_workers: int | None = None
-    """Maximum encoding processes; null = one per CPU, or one per GPU if gpus_per_worker > 0."""
+    """Maximum encoding processes; null = one per GPU if gpus_per_worker > 0, else per CPU."""
     min_workers: int | None = None
     """Minimum encoding processes; null = initial_workers, or num_workers."""
     initial_workers: int | None = None
@@ -29,7 +27,7 @@ class ExecutionConfig:
     num_decode_workers: int | None = None
     """Decoding processes in mode split; null = one per CPU."""
     cpus_per_worker: float = 0.75
-    """CPUs reserved per worker. Below 1, so that Ray's own tasks find room on small machines."""
+    """CPUs reserved per worker. Below 1, so that Ray's own tasks fit on small machines."""
     gpus_per_worker: float = 0.0
     """GPUs reserved per encoding worker."""
     num_threads: int = 1
@@ -39,9 +37,9 @@ class ExecutionConfig:
     row_group_bytes: int = ROW_GROUP_BYTES
     """Minimum feature bytes per row group, and so per read."""
     progress_seconds: float = 5.0
-    """Seconds between progress lines in the log; terminals show a bar."""
+    """Seconds between progress lines in the log."""
     max_consecutive_failures: int | None = 100
-    """Consecutive media that may fail for the same reason before the job stops; null = never stop."""
+    """Media in a row that may fail for the same reason before the job stops; null = never stop."""
 
     def __post_init__(self) -> None:
         if self.max_consecutive_failures is not None and self.max_consecutive_failures < 1:
@@ -62,21 +60,19 @@ class ExecutionConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreprocessConfig:
-    """One preprocessing run."""
-
     input: str
-    """Manifest (.parquet, .jsonl, .csv), glob, folder, or single file; a local path or any fsspec URI."""
+    """Manifest (.parquet, .jsonl, .csv), glob, folder, or single file; local path or fsspec URI."""
     feature_store: str
-    """URI of the feature store: created if missing, extended if it has the same recipe."""
+    """URI of the feature store: created, or extended if it has the same recipe."""
     encoder: VisionTowerConfig = field(default_factory=VisionTowerConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     limits: MediaLimits = field(default_factory=MediaLimits)
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
     hash: Literal["none", "sha256"] = "none"
-    """sha256 reads every file once more; required for stores in which serving looks up uploads."""
+    """sha256 reads every file once more. Serving needs it to recognise uploads."""
     retry_errors: tuple[str, ...] | Literal["all"] = ()
-    """Error types of committed segments to try again. Every run tries transient errors (RETRYABLE) again."""
+    """Error types of segments to retry. Transient errors (RETRYABLE) are always retried."""
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.errors_to_retry) - set(ErrorType)):
@@ -96,10 +92,8 @@ class PreprocessConfig:
 
     @property
     def errors_to_retry(self) -> tuple[str, ...]:
-        """`retry_errors` as a tuple of error types."""
         return tuple(ErrorType) if self.retry_errors == "all" else self.retry_errors
 
     def resolve_paths(self) -> PreprocessConfig:
-        """Resolves local paths, so that they mean the same in every worker's working directory."""
         config = with_absolute_paths(self, ("input", "feature_store"))
         return with_absolute_paths(config, ("encoder.model", "encoder.second.model"), if_exists=True)

@@ -1,7 +1,4 @@
-"""Unit costs to the totals of a large run: frames, bytes, requests, GPU and core hours, money.
-
-Measures nothing: every cost is a field. docs/scale.md has the tables that `python jobs/store.py scale` prints.
-"""
+"""Computes the totals of a large run from unit costs, see docs/scale.md."""
 
 from __future__ import annotations
 
@@ -12,32 +9,26 @@ from timeviper_platform.common.storage import READ_AHEAD_BYTES
 from timeviper_platform.data.plan.segments import MAX_TABLE_ROWS, SEGMENT_FRAMES
 
 BYTES_PER_VALUE = 2
-"""bf16"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TowerSizes:
-    """Sizes of a ViT. The defaults are those of google/siglip-so400m-patch14-384 with layer -2."""
+    """A ViT, by default google/siglip-so400m-patch14-384 with layer -2."""
 
     num_patches: int = 729
     width: int = 1152
     mlp_width: int = 4304
     num_blocks: int = 26
-    """Blocks that run: 26 of 27 for hidden_states[-2]."""
+    """26 of 27 for hidden_states[-2]"""
 
     def flops(self) -> float:
-        """FLOPs per frame (multiply and add count as two): projections, MLP and attention products of every block.
-
-        Leaves out the patch embedding (0.2 %) and token merging.
-        """
+        """FLOPs per frame without patch embedding (0.2 %) and token merging; multiply and add count as two."""
         per_token = 4 * self.width**2 + 2 * self.width * self.mlp_width + 2 * self.num_patches * self.width
         return 2.0 * self.num_patches * self.num_blocks * per_token
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScaleConfig:
-    """A hypothetical run and its unit costs."""
-
     num_videos: int = 1_000_000
     seconds_per_video: float = 300.0
     fps: float = 1.0
@@ -45,24 +36,24 @@ class ScaleConfig:
     dim: int = 1152
     frames_per_file: int = 512
     video_megabytes: float = 50.0
-    """Size of one source file, which is read completely."""
+    """Size of a source file."""
     num_gpus: int = 8
     encode_frames_per_second: float = 0.0
     """Measured rate of one GPU; 0 = gpu_peak_tflops * mfu / FLOPs per frame."""
     gpu_peak_tflops: float = 989.0
     """Dense bf16 peak: 989 for an H100 SXM."""
     mfu: float = 0.4
-    """Share of the peak that the encoder reaches; an assumption."""
+    """Assumed share of the peak."""
     second_num_tokens_per_frame: int = 0
-    """As in `encoder.second`; 0 = no second tower."""
+    """0 = no second tower."""
     second_dim: int = 0
-    """Its width. Rows have the width of the wider tower."""
+    """Width of the second tower. Rows have the larger width."""
     second_teraflops_per_frame: float = 0.0
-    """Its cost, at the same peak and mfu."""
+    """Cost of the second tower."""
     second_encode_frames_per_second: float = 0.0
-    """Its measured rate; 0 = computed."""
+    """Measured rate of the second tower; 0 = computed."""
     decode_milliseconds: float = 17.6
-    """Of one core for a sampled frame, as `jobs/preprocess.py --dry-run` prints it. Default: Big Buck Bunny (720p)."""
+    """Core time per sampled frame, by default that of Big Buck Bunny (720p)."""
     price_gpu_hour: float = 0.0
     price_core_hour: float = 0.0
     price_gigabyte_month: float = 0.0
@@ -83,36 +74,31 @@ class ScaleConfig:
 
     @property
     def has_second(self) -> bool:
-        """True for two towers."""
         return self.second_num_tokens_per_frame > 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scale:
-    """Totals of a run."""
-
     frames: int
     segments: int
     files: int
-    """Upper bound: files may hold more short segments."""
+    """upper bound: files may hold more short segments"""
     feature_bytes: int
     encode_frames_per_second: float
-    """Of one GPU that runs all towers."""
+    """of one GPU that runs all towers"""
     gpu_hours: float
     hours: float
-    """Wall time."""
     core_hours: float
     cores_per_gpu: float
     puts: int
     gets: int
     money: float
-    """One-time cost of GPUs, cores and requests."""
+    """one-time cost"""
     money_a_month: float
-    """Storage cost per month."""
+    """storage cost"""
 
 
 def compute_scale(config: ScaleConfig, tower: TowerSizes | None = None) -> Scale:
-    """Totals by the formulas of docs/scale.md."""
     frames_per_video = -(-int(config.seconds_per_video * config.fps * 1000) // 1000)
     frames = config.num_videos * frames_per_video
     segments = config.num_videos * -(-frames_per_video // SEGMENT_FRAMES)
@@ -145,7 +131,6 @@ def compute_scale(config: ScaleConfig, tower: TowerSizes | None = None) -> Scale
 
 
 def _encode_rate(config: ScaleConfig, tower: TowerSizes) -> float:
-    """Frames per second of one GPU that runs all towers."""
     flops_per_second = config.gpu_peak_tflops * 1e12 * config.mfu
     first = config.encode_frames_per_second or flops_per_second / tower.flops()
     if not config.has_second:
@@ -156,7 +141,6 @@ def _encode_rate(config: ScaleConfig, tower: TowerSizes) -> float:
 
 
 def _rate_source(config: ScaleConfig) -> str:
-    """How the rate of a GPU was obtained."""
     measured = [config.encode_frames_per_second > 0]
     if config.has_second:
         measured.append(config.second_encode_frames_per_second > 0)
@@ -168,7 +152,6 @@ def _rate_source(config: ScaleConfig) -> str:
 
 
 def scale_table(configs: Sequence[ScaleConfig]) -> str:
-    """The totals as a Markdown table, one column per run."""
     scales = [compute_scale(config) for config in configs]
     rows: list[tuple[str, list[str]]] = [
         ("videos", [f"{config.num_videos:,}" for config in configs]),

@@ -1,4 +1,4 @@
-"""Dry run: what a run would do, and how long that takes at measured costs."""
+"""Dry run: predicts the work and the time of a run."""
 
 from __future__ import annotations
 
@@ -18,21 +18,19 @@ from timeviper_platform.data.store.layout import find_header
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
-    """What a run would do."""
-
     media: int
     errors: int
-    """Media rejected by their headers."""
+    """media rejected by their headers"""
     errors_by_type: dict[str, int]
-    """Media by error type."""
+    """media by error type"""
     segments: int
     segments_missing: int
     frames_missing: int
     feature_bytes: int
     seconds: float | None
-    """By the calibration; None when nothing is missing or no sample can be decoded."""
+    """predicted by the calibration; None if nothing is missing or no sample can be decoded"""
     seconds_at_last_rate: float | None
-    """By the store's last report; None before the first run."""
+    """predicted by the store's last report; None before the first run"""
     calibration: Calibration | None
 
 
@@ -73,7 +71,6 @@ def estimate(config: PreprocessConfig) -> Estimate:
 
 
 def _ideal(calibration: Calibration, config: PreprocessConfig) -> float:
-    """Frames per second that the configured workers can reach at these costs."""
     slots, cores = worker_slots(config.execution), num_cpus()
     has_gpu, mode = config.encoder.device != "cpu", config.execution.mode
     if mode == "auto":

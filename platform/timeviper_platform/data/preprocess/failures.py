@@ -1,4 +1,4 @@
-"""Stops a job in which many media in a row fail for the same reason, which is rarely the media's fault."""
+"""Stops a job when many media in a row fail for the same reason."""
 
 from __future__ import annotations
 
@@ -21,20 +21,14 @@ ADVICE: dict[str, str] = {
 
 @dataclass(slots=True)
 class ConsecutiveFailureLimit:
-    """Counts media in a row that fail for the same reason."""
-
     limit: int | None
-    """None = never stop."""
+    """None = never stop"""
     _reason: str = ""
     _num_media: int = 0
     _last_media_id: str = ""
 
     def add(self, media: Iterable[str], reasons: Iterable[str], *, message: str = "") -> None:
-        """Counts media in the order of work; the reason "" means success.
-
-        Raises:
-            RuntimeError: when the limit is reached.
-        """
+        """Raises RuntimeError at the limit. The reason "" means success."""
         for media_id, reason in zip(media, reasons, strict=True):
             if not reason or reason != self._reason:
                 self._reason, self._num_media, self._last_media_id = reason, 0, ""
@@ -44,10 +38,7 @@ class ConsecutiveFailureLimit:
                 raise RuntimeError(self._text(message))
 
     def check(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-        """Passes PLAN tables through and counts their media.
-
-        Media that a downloader could not fetch are not counted: their list says nothing about this run.
-        """
+        """Passes PLAN tables through and counts their media, except those that a downloader could not fetch."""
         for table in tables:
             columns = (table[name].to_pylist() for name in ("media_id", "status", "error_stage", "error_type"))
             tried = [row for row in zip(*columns, strict=True) if row[2] != "download"]

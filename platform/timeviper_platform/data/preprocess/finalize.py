@@ -1,4 +1,4 @@
-"""The end of a run: index, rejects and audit of everything planned, in memory that does not grow with it."""
+"""Writes index, rejects and audit of a run in bounded memory."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class Totals:
     """Sums over the media of a plan."""
 
     audit: Counter[str] = field(default_factory=Counter)
-    """Segments by AUDIT_KEYS."""
+    """segments by AUDIT_KEYS"""
     frames: int = 0
-    """Stored."""
+    """stored frames"""
     bytes: int = 0
-    """Of stored features."""
+    """stored feature bytes"""
     rejected_media: int = 0
     rejects: dict[str, Counter[str]] = field(default_factory=dict)
-    """Media by stage and error type."""
+    """media by stage and error type"""
 
     def add(self, media: MediaRows) -> pa.Table:
         """Adds all rows of a few media; returns their REJECTS rows."""
@@ -56,16 +56,11 @@ class Totals:
         return {name: self.audit[name] for name in AUDIT_KEYS}
 
     def errors_by_stage(self) -> dict[str, dict[str, int]]:
-        """`rejects` in alphabetical order."""
         return {stage: dict(sorted(kinds.items())) for stage, kinds in sorted(self.rejects.items())}
 
 
 def finalize_store(uri: str, planned: Iterable[pa.Table], *, row_group_rows: int = ROW_GROUP_ROWS) -> Totals:
-    """Writes index.parquet and rejects.parquet of the store at `uri`.
-
-    Args:
-        planned: PLAN tables of the whole input, in order.
-    """
+    """Writes the index and the rejects of the store at `uri`."""
     totals = Totals()
     with tempfile.TemporaryDirectory(prefix="timeviper-rejects-") as folder:
         local_file = Path(folder, REJECTS_FILE)
@@ -83,11 +78,11 @@ def finalize_store(uri: str, planned: Iterable[pa.Table], *, row_group_rows: int
 
 
 def reject_table(planned: pa.Table, index: pa.Table) -> pa.Table:
-    """REJECTS rows, one for each medium, status, stage and type.
+    """Returns one REJECTS row for each medium, status, stage and type.
 
     Args:
         planned: PLAN rows; only media in error become rejects.
-        index: INDEX rows of the planned segments; those with status ok are left out.
+        index: INDEX rows of the planned segments; status ok is left out.
     """
     rows: dict[tuple[str, ...], dict[str, Any]] = {}
     for error in planned.filter(pc.field("status") == "error").select(_REJECT_FIELDS).to_pylist():

@@ -1,4 +1,4 @@
-"""Progress of a run: a bar on a terminal, otherwise a log line every few seconds, and Ray metrics."""
+"""Shows progress: a bar on a terminal, otherwise log lines; and Ray metrics."""
 
 from __future__ import annotations
 
@@ -23,14 +23,12 @@ BAR_FORMAT = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} segments{postfix}"
 
 @dataclass(slots=True)
 class Progress:
-    """Collects task results and shows progress, as a context manager."""
-
     num_segments: int
     num_frames: int
     every_seconds: float
-    """Seconds between log lines; a bar is redrawn after every task."""
+    """seconds between log lines"""
     results: list[TaskResult] = field(default_factory=list)
-    """Without their per-medium lists: a plan of ten million segments has 300 000 tasks."""
+    """results without per-medium lists: ten million segments have 300 000 tasks"""
     _last_logged: float = field(default_factory=time.monotonic)
     _segments: int = 0
     _frames: int = 0
@@ -39,7 +37,7 @@ class Progress:
     _ended: float = -math.inf
     _bar: Any = None
     _log_redirection: Any = None
-    """Keeps log records and the bar on separate lines."""
+    """keeps log records and the bar on separate lines"""
 
     def __enter__(self) -> Progress:
         if sys.stderr.isatty():
@@ -54,7 +52,6 @@ class Progress:
             self._log_redirection.__exit__(*error)
 
     def add(self, result: TaskResult) -> None:
-        """Counts a finished task."""
         self.results.append(replace(result, media=[], reasons=[], error_types=[], last_error=""))
         self._segments += result.num_segments
         self._frames += result.num_frames
@@ -71,7 +68,6 @@ class Progress:
             logger.info("%s", self.line())
 
     def line(self) -> str:
-        """Finished and total segments, frames per second, rejects by reason, remaining time."""
         share = self._segments / max(1, self.num_segments)
         return f"{self._segments}/{self.num_segments} segments ({share:.0%}), {self._rates()}"
 
@@ -83,13 +79,10 @@ class Progress:
 
 
 class RunMetrics:
-    """The exported metrics of a run."""
-
     def __init__(self) -> None:
         self._metrics = RayMetrics("timeviper_preprocess_")
 
     def add(self, result: TaskResult) -> None:
-        """Counts a finished task."""
         self._metrics.add("frames", result.num_frames)
         self._metrics.add("feature_bytes", result.feature_bytes)
         self._metrics.add("retries", result.retries)

@@ -1,7 +1,7 @@
-"""The job on Ray: plan pages as tasks, then one Ray Data graph of actors over write tasks.
+"""The job on Ray: a task per plan page, then a graph of actors over write tasks.
 
-fused   tasks -> [decode, encode, write, commit]              decoder and encoder share cores
-split   tasks -> [decode] -> [encode, write, commit]          the encoder has a GPU
+fused   tasks -> [decode, encode, write, commit]
+split   tasks -> [decode] -> [encode, write, commit]
 """
 
 from __future__ import annotations
@@ -35,16 +35,15 @@ from timeviper_platform.data.preprocess.worker import DecodeWorker, EncodeWorker
 logger = logging.getLogger(__name__)
 
 PLAN_CPUS = 0.25
-"""Probing waits for disks and object stores."""
 
 TASKS_PER_ACTOR = 2
-"""While one task is handed over or written, the actor decodes or encodes the next."""
+"""One is decoded or encoded while the other is handed over or written."""
 
 TASKS_PER_GRAPH = 4096
-"""The driver holds a graph's tasks in memory."""
+"""Maximum tasks in the driver's memory."""
 
 MAX_BLOCK_BYTES = 512 << 20
-"""Frames of one task in Ray's object store, in mode split."""
+"""Maximum size of a task's frames in Ray's object store."""
 
 
 def plan_on_ray(pages: Iterable[list[Medium]], spec: PlanSpec) -> Iterator[pa.Table]:
@@ -64,23 +63,22 @@ def plan_on_ray(pages: Iterable[list[Medium]], spec: PlanSpec) -> Iterator[pa.Ta
 
 
 def plan_remotely(page: list[Medium], spec: PlanSpec) -> tuple[list[pa.Table], int]:
-    """PLAN tables of a page, and their storage retries in this process."""
+    """PLAN tables of a page, and this process's storage retries."""
     before = storage.num_retries()
     return list(plan_page(page, spec)), storage.num_retries() - before
 
 
 def tables_of(result: tuple[list[pa.Table], int]) -> list[pa.Table]:
-    """The tables of `plan_remotely`; adds its retries to those of this process."""
     tables, retries = result
     storage.add_retries(retries)
     return tables
 
 
 def run_on_ray(missing: Collection[Segment], spec: WorkerSpec, config: ExecutionConfig) -> Iterator[TaskResult]:
-    """Yields the results of the missing segments' tasks, as they finish.
+    """Yields the results of the missing segments' tasks as they finish.
 
     Raises:
-        ValueError: when the frames of one file are too many for a block of the object store, in modes split and auto.
+        ValueError: if one file's frames exceed a block of the object store.
     """
     frame_bytes = spec.image_size**2 * 3
     block_bytes = config.frames_per_file * frame_bytes
@@ -99,7 +97,7 @@ def run_on_ray(missing: Collection[Segment], spec: WorkerSpec, config: Execution
 
 
 def settle_mode(config: ExecutionConfig, missing: Iterable[Segment], spec: WorkerSpec) -> ExecutionConfig:
-    """Replaces mode auto by the mode that a calibration in a worker predicts to be faster."""
+    """Replaces auto by the mode that a calibration in a worker predicts to be faster."""
     import ray
 
     if config.mode != "auto":
@@ -130,8 +128,7 @@ def _run_graph(tasks: Sequence[WriteTask], spec: WorkerSpec, config: ExecutionCo
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = False
-    # One block per task from the driver. Read tasks need a whole CPU, which a small machine never has free next to the
-    # actors: the graph would wait forever.
+    # One block per task from the driver: read tasks need a whole CPU, and a small machine has none left.
     dataset = ray.data.from_arrow([to_block([task]) for task in tasks])
     for step in _steps(spec, config, len(tasks)):
         dataset = dataset.map_batches(batch_size=1, batch_format="pyarrow", zero_copy_batch=True, **step)
@@ -143,7 +140,6 @@ def _run_graph(tasks: Sequence[WriteTask], spec: WorkerSpec, config: ExecutionCo
 
 
 def _steps(spec: WorkerSpec, config: ExecutionConfig, num_tasks: int) -> list[dict[str, Any]]:
-    """Arguments of `map_batches` for each step."""
     import ray
 
     def actors(step: type[_Step], in_flight: int, num_gpus: float | None = None, **pool: Any) -> dict[str, Any]:
@@ -183,7 +179,6 @@ def worker_slots(config: ExecutionConfig) -> tuple[int, int]:
 
 
 def num_cpus() -> int:
-    """CPUs of the connected cluster, or of this machine."""
     if not has_cluster():
         return os.cpu_count() or 1
     import ray
@@ -193,8 +188,6 @@ def num_cpus() -> int:
 
 
 class _Step:
-    """A worker as Ray Data calls it: a block of tasks in, a block of tasks or results out."""
-
     worker: ClassVar[type[FusedWorker] | type[DecodeWorker] | type[EncodeWorker]]
 
     def __init__(self, spec: WorkerSpec) -> None:
@@ -207,25 +200,19 @@ class _Step:
 
 
 class FusedStep(_Step):
-    """Tasks to results."""
-
     worker = FusedWorker
 
 
 class DecodeStep(_Step):
-    """Tasks to decoded tasks."""
-
     worker = DecodeWorker
 
 
 class EncodeStep(_Step):
-    """Decoded tasks to results."""
-
     worker = EncodeWorker
 
 
 def to_block(values: Sequence[WriteTask | TaskResult]) -> pa.Table:
-    """Values as Arrow rows: pickles, and their arrays as buffers that are read without a copy."""
+    """Pickles values into Arrow rows whose arrays are read without a copy."""
     rows = []
     for value in values:
         arrays: list[pickle.PickleBuffer] = []
@@ -235,7 +222,7 @@ def to_block(values: Sequence[WriteTask | TaskResult]) -> pa.Table:
 
 
 def from_block(block: pa.Table) -> list[Any]:
-    """The values of `to_block`; their arrays are views of the block."""
+    """Unpickles the values; their arrays are views of the block."""
     return [
         pickle.loads(pickled.as_py(), buffers=_buffers(arrays.values))
         for pickled, arrays in zip(block["pickled"], block["arrays"], strict=True)
@@ -243,7 +230,7 @@ def from_block(block: pa.Table) -> list[Any]:
 
 
 def _buffers(values: pa.LargeBinaryArray) -> list[pa.Buffer]:
-    """Slices of the array's memory. Scalars would be copies."""
+    """Slices of the array's memory, where scalars would be copies."""
     _, offsets, data = values.buffers()
     if not len(values):
         return []

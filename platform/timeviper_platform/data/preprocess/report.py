@@ -1,4 +1,4 @@
-"""The report of a run: what happened to the media, and how fast compared with the costs of the work."""
+"""The report of a run."""
 
 from __future__ import annotations
 
@@ -13,52 +13,50 @@ from timeviper_platform.data.preprocess.tasks import TaskResult
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreprocessReport:
-    """One run, as in the store's report.json."""
+    """Content of the store's report.json."""
 
     media: int
     segments: int
     segments_done: int
-    """With status ok."""
+    """segments with status ok"""
     segments_partial: int
     segments_error: int
     segments_encoded: int
-    """In this run."""
+    """segments encoded in this run"""
     frames: int
-    """Stored for this input."""
+    """stored frames of this input"""
     frames_encoded: int
-    """In this run."""
+    """frames encoded in this run"""
     errors: int
-    """Media rejected as a whole or in part."""
+    """media rejected as a whole or in part"""
     errors_by_stage: dict[str, dict[str, int]]
-    """Media by stage and error type."""
+    """media by stage and error type"""
     frames_per_second: float
-    """`steady_rate` of the last run that encoded frames."""
+    """`steady_rate` of the last run that encoded frames"""
     bytes: int
-    """Of features stored for this input."""
+    """stored feature bytes of this input"""
     seconds: dict[str, float]
-    """Wall seconds: plan, start_up (Ray and workers), run, finalize (with Ray's shutdown), total."""
+    """wall seconds: plan, start_up (Ray and workers), run, finalize (with Ray's shutdown), total"""
     stage_seconds: dict[str, float]
-    """Seconds summed over workers: decode, encode, write."""
+    """seconds summed over workers: decode, encode, write"""
     workers: dict[str, int]
-    """Processes by stage; a fused worker counts in each."""
+    """processes by stage; a fused worker counts in each"""
     utilisation: dict[str, float]
-    """Busy share of each stage's workers."""
+    """busy share of each stage's workers"""
     ideal_frames_per_second: float
-    """See `measure_speed`. At the CPU seconds (GPU: busy seconds) of this run, so that waits lower the share of it."""
+    """rate without waits, see `measure_speed`"""
     share_of_ideal: float
     cores_per_encoder: float
-    """Cores that decode and write as fast as one encoder encodes."""
+    """cores that decode and write as fast as one encoder encodes"""
     retries: int
-    """Storage requests repeated in this run."""
+    """repeated storage requests"""
     audit: dict[str, int]
-    """planned = ok + partial + error, and missing = duplicate = 0."""
+    """planned = ok + partial + error; missing = duplicate = 0"""
 
     def to_json(self) -> dict[str, Any]:
-        """The content of report.json."""
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """The report as the job prints it."""
         reasons = ", ".join(
             f"{count} {kind} ({stage})"
             for stage, kinds in self.errors_by_stage.items()
@@ -78,7 +76,6 @@ class PreprocessReport:
         ]
 
     def _retry_lines(self) -> list[str]:
-        """How to retry errors that runs do not retry. Headers are read again by every run."""
         decoding = (kinds for stage, kinds in self.errors_by_stage.items() if stage.startswith("decode"))
         final = sorted({kind for kinds in decoding for kind in kinds} - RETRYABLE)
         if not self.segments_error or not final:
@@ -95,16 +92,15 @@ class PreprocessReport:
 
 
 def steady_rate(results: Sequence[TaskResult]) -> float:
-    """Frames per second in the middle 60 % of a run, not before the first finished task.
+    """Frames per second in the middle 60 % of a run, since workers start and end one after the other.
 
-    Workers start and end one after the other, so neither end shows the speed. A task's frames are spread evenly over
-    its time.
+    Spreads a task's frames evenly over its time.
     """
     if not results:
         return 0.0
     begin, end = min(r.started for r in results), max(r.ended for r in results)
     low, high = begin + 0.2 * (end - begin), end - 0.2 * (end - begin)
-    low = min(max(low, min(r.ended for r in results)), (low + high) / 2)  # with few long tasks, at least half of it
+    low = min(max(low, min(r.ended for r in results)), (low + high) / 2)  # at least half of a run with few long tasks
     frames = sum(
         r.num_frames * max(0.0, min(high, r.ended) - max(low, r.started)) / max(1e-9, r.ended - r.started)
         for r in results
@@ -114,8 +110,6 @@ def steady_rate(results: Sequence[TaskResult]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """The speed fields of `PreprocessReport`."""
-
     workers: dict[str, int]
     utilisation: dict[str, float]
     ideal_frames_per_second: float
@@ -124,13 +118,7 @@ class Speed:
 
 
 def measure_speed(results: Sequence[TaskResult], *, num_cores: int, has_gpu: bool = False) -> Speed:
-    """Compares a run's speed with 1 / max(seconds per frame / workers) over its stages.
-
-    Args:
-        results: of the run's tasks.
-        num_cores: CPU cores of all machines.
-        has_gpu: encoding uses no CPU cores.
-    """
+    """Compares a run's speed with 1 / max(CPU seconds per frame / workers) over its stages."""
     frames = sum(r.num_frames for r in results)
     if not frames:
         return Speed({}, {}, 0.0, 0.0, 0.0)

@@ -1,7 +1,4 @@
-"""The whole job: media -> plan -> decode, encode, write -> index, audit, rejects, report.
-
-A run can be repeated: what is committed is never done again.
-"""
+"""The whole job: media -> plan -> decode, encode, write -> index, audit, rejects, report."""
 
 from __future__ import annotations
 
@@ -34,19 +31,18 @@ logger = logging.getLogger(__name__)
 REPORT_FILE = "report.json"
 
 Runner = Callable[[Collection[Segment], WorkerSpec, ExecutionConfig], Iterator[TaskResult]]
-"""Processes the missing segments: `run_on_ray`, or `run_in_process`."""
+"""`run_on_ray` or `run_in_process`."""
 
 
 def run_preprocess(config: PreprocessConfig, *, run: Runner = run_on_ray) -> PreprocessReport:
-    """Adds what is missing of `config.input` to the feature store.
+    """Adds the missing segments of `config.input` to the feature store.
 
     Args:
-        config: of the run.
         run: not called when nothing is missing.
 
     Raises:
         ValueError: for a missing input or encoder, or a store with another recipe.
-        RuntimeError: when the store cannot be written, or the audit finds a gap.
+        RuntimeError: if the store cannot be written, or the audit finds a gap.
     """
     stopwatch = _Stopwatch()
     retries_before = storage.num_retries()
@@ -69,7 +65,7 @@ def run_preprocess(config: PreprocessConfig, *, run: Runner = run_on_ray) -> Pre
 
 
 def make_recipe(encoder: EncoderDescription, config: PreprocessConfig) -> dict[str, Any]:
-    """Everything that determines the features' values, as JSON."""
+    """Everything that determines the features' values."""
     is_whole = config.sampling.frame_selection == "all"
     rule = "last frame with PTS <= t" if is_whole else "last keyframe with t - 1 / fps < PTS <= t, if any"
     sampling = {"fps": config.sampling.fps, "rule": rule, "backend": config.decode.backend}
@@ -77,7 +73,7 @@ def make_recipe(encoder: EncoderDescription, config: PreprocessConfig) -> dict[s
 
 
 def plan_tables(config: PreprocessConfig, recipe_hash: str) -> Iterator[pa.Table]:
-    """Yields PLAN tables of the whole input, planned on the connected cluster or else in this process."""
+    """Plans the whole input, on the connected cluster or else in this process."""
     spec = PlanSpec(
         fps=exact(config.sampling.fps),
         recipe_hash=recipe_hash,
@@ -89,7 +85,6 @@ def plan_tables(config: PreprocessConfig, recipe_hash: str) -> Iterator[pa.Table
 
 
 def worker_spec(config: PreprocessConfig, encoder: EncoderDescription, recipe_hash: str) -> WorkerSpec:
-    """Everything the workers of this run need."""
     return WorkerSpec(
         feature_store=config.feature_store,
         recipe_hash=recipe_hash,
@@ -110,7 +105,7 @@ def run_in_process(missing: Collection[Segment], spec: WorkerSpec, execution: Ex
 
 
 def last_rate(feature_store: str) -> float:
-    """Frames per second of the last run that encoded frames; 0 before the first run."""
+    """Frames per second of the last run that encoded frames, or 0."""
     uri = storage.join_uri(feature_store, REPORT_FILE)
     return float(storage.read_json(uri)["frames_per_second"]) if storage.exists(uri) else 0.0
 
@@ -138,7 +133,6 @@ def _process(plan: Plan, spec: WorkerSpec, execution: ExecutionConfig, run: Runn
 def _finalize(
     config: PreprocessConfig, plan: Plan, results: Sequence[TaskResult], stopwatch: _Stopwatch, retries_before: int
 ) -> PreprocessReport:
-    """Writes index, rejects and report, and checks the audit."""
     totals = finalize_store(config.feature_store, plan.tables())
     counts = totals.counts()
     stopwatch.lap("finalize")
@@ -186,5 +180,4 @@ class _Stopwatch:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """The laps and their total."""
         return {**self._seconds, "total": round(self._last - self._begin, 2)}

@@ -32,12 +32,12 @@ Item = TypeVar("Item")
 
 
 class TimedIterator(Iterator[Item]):
-    """Counts the time that an iterator takes to yield its items."""
+    """Measures the time in which an iterator computes its items."""
 
     def __init__(self, items: Iterable[Item]) -> None:
         self._items = iter(items)
         self.seconds = self.cpu_seconds = 0.0
-        """Wall seconds, and CPU seconds of the calling thread."""
+        """wall seconds, and CPU seconds of the calling thread"""
 
     def __next__(self) -> Item:
         started, cpu_started = time.perf_counter(), time.thread_time()
@@ -49,10 +49,10 @@ class TimedIterator(Iterator[Item]):
 
 
 class SegmentDecoder:
-    """Segments to frames; keeps videos open between segments.
+    """Decodes segments; keeps videos open between segments.
 
     Raises:
-        RuntimeError: when the configured backend is not available.
+        RuntimeError: if the configured backend is not available.
     """
 
     def __init__(
@@ -63,10 +63,10 @@ class SegmentDecoder:
         source = IsolatedFrames if config.isolation == "process" else LocalFrames
         self._source: FrameSource = source(image_size, limits, config, 1 / fps if keyframes_only else None)
         self.cpu_seconds = 0.0
-        """CPU seconds of decoding so far, here and in a child process."""
+        """CPU seconds of decoding, here and in a child process"""
 
     def decode(self, segments: Sequence[Segment]) -> Iterator[DecodeResult]:
-        """Yields the frames of each segment, or its error, in order. A child process decodes ahead of the caller."""
+        """Yields the frames or error of each segment, in order. A child process decodes ahead."""
         requests = (DecodeRequest(s.uri, s.modality, s.times(self._fps)) for s in segments)
         results = TimedIterator(self._source.decode(requests))
         for segment in segments:
@@ -77,7 +77,6 @@ class SegmentDecoder:
 
 
 def _checked(segment: Segment, frames: FrameBatch | DecodeError) -> FrameBatch | DecodeError:
-    """The frames, or an error when a segment that must have frames has none."""
     if isinstance(frames, DecodeError) or len(frames.frames) or not (frames.num_missing or segment.segment_index == 0):
         return frames
     message = f"{source_name(segment.uri)}: none of the {segment.num_frames} sampled frames could be decoded"
@@ -86,7 +85,7 @@ def _checked(segment: Segment, frames: FrameBatch | DecodeError) -> FrameBatch |
 
 @dataclass(slots=True)
 class _PendingSegment:
-    """A decoded segment, some of whose frames are not encoded yet."""
+    """A decoded segment with frames to encode."""
 
     segment: Segment
     result: DecodeResult
@@ -96,7 +95,7 @@ class _PendingSegment:
 
     @property
     def frames(self) -> np.ndarray | None:
-        """(F, S, S, 3) uint8; None for an error."""
+        """(F, S, S, 3) uint8; None for an error"""
         return None if isinstance(self.result.frames, DecodeError) else self.result.frames.frames
 
     @property
@@ -105,16 +104,13 @@ class _PendingSegment:
 
 
 class SegmentEncoder:
-    """Decoded segments to FEATURES rows.
-
-    Short segments share batches. A frame's features do not depend on the other frames of its batch.
-    """
+    """Encodes decoded segments as FEATURES rows; short segments share batches."""
 
     def __init__(self, encoder: FrameEncoder, fps: Fraction) -> None:
         self._encoder = encoder
         self._fps = fps
         self.cpu_seconds = 0.0
-        """CPU seconds so far; for an encoder on a GPU, the seconds it was busy."""
+        """CPU seconds; for an encoder on a GPU, its busy seconds"""
 
     def rows(self, segments: Sequence[Segment], decoded: Iterable[DecodeResult]) -> Iterator[Row]:
         """Yields one row per segment, in order."""
@@ -140,7 +136,7 @@ class SegmentEncoder:
             yield self._row(pending.popleft())
 
     def _encode(self, pending: Iterable[_PendingSegment], num_frames: int) -> int:
-        """Encodes the first `num_frames` pending frames; returns how many were encoded."""
+        """Encodes the first pending frames; returns how many."""
         chosen: list[tuple[_PendingSegment, np.ndarray]] = []
         left = num_frames
         for entry in pending:
@@ -211,4 +207,4 @@ def _cpu_of_other_threads() -> float:
 _PLAN_FIELDS = tuple(
     field.name for field in fields(Segment) if field.name not in ("grid_start_seconds", "first_frame", "num_frames")
 )
-"""Fields of a PLAN row that a FEATURES row repeats. `asdict` would copy every value: slow for images."""
+"""`asdict` would copy every value: slow for images."""

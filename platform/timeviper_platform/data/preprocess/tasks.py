@@ -1,4 +1,4 @@
-"""The two values that cross Ray: a `WriteTask` goes to a worker, its `TaskResult` comes back to the driver."""
+"""The two values that cross Ray: a `WriteTask` goes to a worker, a `TaskResult` returns."""
 
 from __future__ import annotations
 
@@ -13,25 +13,24 @@ from timeviper_platform.data.plan.segments import SEGMENT_FRAMES, Segment
 from timeviper_platform.data.video_worker.frame_source import DecodeResult
 
 TASKS_PER_WORKER = 8
-"""A small input is cut into at least this many tasks per worker."""
+"""Minimum for small inputs."""
 
 MAX_TASK_SEGMENTS = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class TaskStart:
-    """When and where work on a task began, and what decoding cost in mode split."""
+    """Start of the work on a task, and the decoding cost in mode split."""
 
     started: float
-    """Seconds since the epoch."""
+    """seconds since the epoch"""
     decoder: str
-    """Host and process that decodes."""
+    """host and process"""
     retries: int = 0
     decode_cpu_seconds: float = 0.0
 
     @classmethod
     def now(cls) -> TaskStart:
-        """A start in this process."""
         return cls(time.time(), process_name())
 
 
@@ -40,66 +39,62 @@ class WriteTask:
     """Consecutive segments that become one data file."""
 
     name: str
-    """Derived from the segment ids: the same segments have the same file."""
+    """hash of the segment ids"""
     segments: tuple[Segment, ...]
     decoded: tuple[DecodeResult, ...] = ()
-    """Frames of each segment, on the way from decoder to encoder in mode split."""
+    """frames of each segment, from decoder to encoder in mode split"""
     start: TaskStart | None = None
-    """Set together with `decoded`."""
+    """set together with `decoded`"""
 
     @property
     def num_frames(self) -> int:
-        """Sampled frames."""
         return sum(segment.num_frames for segment in self.segments)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskResult:
-    """Counts and costs of a committed task."""
-
     task: str
     num_frames: int
     num_ok: int
     num_partial: int
     num_error: int
     error_types: list[str]
-    """Error type of each segment with status partial or error."""
+    """error type of each segment with status partial or error"""
     media: list[str]
-    """Every medium of the task, in order."""
+    """media of the task, in order"""
     reasons: list[str]
-    """For each medium, stage/type of its first error, or ""."""
+    """stage/type of each medium's first error, or """ ""
     last_error: str
-    """Message of the last segment in error."""
+    """message of the last segment in error"""
     feature_bytes: int
     decode_seconds: float
     encode_seconds: float
     write_seconds: float
     started: float
-    """Seconds since the epoch."""
+    """seconds since the epoch"""
     ended: float
     retries: int
-    """Storage requests that were repeated after a transient failure."""
+    """repeated storage requests"""
     decoder: str
-    """Host and process; equal to `encoder` in mode fused."""
+    """host and process; equal to `encoder` in mode fused"""
     encoder: str
     worker: str
-    """Writer of the file."""
+    """writer of the file"""
     decode_cpu_seconds: float = 0.0
-    """CPU seconds of all decoding processes, without waits."""
+    """CPU seconds of all decoding processes, without waits"""
     encode_cpu_seconds: float = 0.0
-    """CPU seconds of the encoder; on a GPU, the seconds it was busy."""
+    """CPU seconds of the encoder; on a GPU, its busy seconds"""
     write_cpu_seconds: float = 0.0
 
     @property
     def num_segments(self) -> int:
-        """Segments with any status."""
         return self.num_ok + self.num_partial + self.num_error
 
 
 def cut_tasks(segments: Collection[Segment], frames_per_file: int, num_workers: int) -> Iterator[WriteTask]:
-    """Cuts segments, in order, into tasks of at most `frames_per_file` frames and at least one segment.
+    """Cuts segments into tasks of at most `frames_per_file` frames and at least one segment, in order.
 
-    A small input is cut finer, so that every worker has work until near the end. Reads the segments twice.
+    Small inputs are cut finer, so that every worker has work until near the end. Reads the segments twice.
     """
     total = sum(segment.num_frames for segment in segments)
     share = -(-total // (TASKS_PER_WORKER * num_workers))
@@ -122,5 +117,4 @@ def _task(segments: Sequence[Segment]) -> WriteTask:
 
 
 def process_name() -> str:
-    """Host and process id."""
     return f"{socket.gethostname()}/{os.getpid()}"

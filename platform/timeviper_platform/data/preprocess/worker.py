@@ -1,4 +1,4 @@
-"""A worker's whole share of the job as plain classes, without Ray: tasks to committed files and their results."""
+"""Workers without Ray: tasks to committed files and their results."""
 
 from __future__ import annotations
 
@@ -36,12 +36,11 @@ class WorkerSpec:
     row_group_bytes: int = ROW_GROUP_BYTES
 
     def new_decoder(self) -> SegmentDecoder:
-        """A decoder with this configuration."""
         return SegmentDecoder(self.image_size, self.fps, self.limits, self.decode, keyframes_only=self.keyframes_only)
 
 
 class RetryCounter:
-    """Counts each storage retry of this process for one of its concurrent tasks."""
+    """Assigns this process's storage retries to its concurrent tasks."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -55,10 +54,7 @@ class RetryCounter:
 
 
 class FusedWorker:
-    """Decodes, encodes, writes and commits whole tasks in one process.
-
-    Of two concurrent tasks, one is decoded and encoded while the other is committed, which waits for storage.
-    """
+    """Decodes and encodes one task while another is committed."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         torch.set_num_threads(spec.num_threads)
@@ -69,7 +65,7 @@ class FusedWorker:
         self._retries = RetryCounter()
 
     def process(self, task: WriteTask) -> TaskResult:
-        """Writes and commits the file. Holds one row group per thread and the frames of a few segments."""
+        """Holds one row group per thread and the frames of a few segments."""
         with ExitStack() as turn:
             turn.enter_context(self._encoding)
             start = TaskStart.now()
@@ -87,7 +83,7 @@ class FusedWorker:
 
 
 class DecodeWorker:
-    """Decodes tasks. Of two concurrent tasks, one is decoded while the other is handed over."""
+    """Decodes one task while another is handed over."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         self._decoder = spec.new_decoder()
@@ -95,7 +91,6 @@ class DecodeWorker:
         self._retries = RetryCounter()
 
     def process(self, task: WriteTask) -> WriteTask:
-        """The task with `decoded` and `start`."""
         with self._decoding:
             start, before = TaskStart.now(), self._decoder.cpu_seconds
             decoded = tuple(self._decoder.decode(task.segments))
@@ -105,7 +100,7 @@ class DecodeWorker:
 
 
 class EncodeWorker:
-    """Encodes, writes and commits decoded tasks. Of two concurrent tasks, one is encoded while the other is written."""
+    """Encodes one decoded task while another is written."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         torch.set_num_threads(spec.num_threads)
@@ -115,7 +110,6 @@ class EncodeWorker:
         self._retries = RetryCounter()
 
     def process(self, task: WriteTask) -> TaskResult:
-        """Writes and commits the file of a decoded task."""
         assert task.start is not None
         with self._encoding:
             before = self._encoder.cpu_seconds
@@ -127,15 +121,7 @@ class EncodeWorker:
 
 
 def write_task(spec: WorkerSpec, name: str, rows: Iterable[Row], start: TaskStart, retries: RetryCounter) -> TaskResult:
-    """Writes and commits `rows` as the data file of task `name`.
-
-    Args:
-        spec: of the worker.
-        name: of the task.
-        rows: FEATURES rows; a generator's own time is not counted as writing.
-        start: of the task.
-        retries: of this process.
-    """
+    """Writes and commits a task's file. The time of a generator of `rows` does not count as writing."""
     source = TimedIterator(rows)
     started, cpu_started = time.perf_counter(), time.thread_time()
     store = StoreWriter(spec.feature_store, spec.recipe_hash, row_group_bytes=spec.row_group_bytes)
@@ -172,7 +158,6 @@ def write_task(spec: WorkerSpec, name: str, rows: Iterable[Row], start: TaskStar
 
 
 def run_here(tasks: Iterable[WriteTask], spec: WorkerSpec) -> Iterator[TaskResult]:
-    """Processes tasks one after the other in this process, without Ray."""
     worker = FusedWorker(spec)
     for task in tasks:
         yield worker.process(task)
