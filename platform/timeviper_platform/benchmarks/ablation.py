@@ -275,8 +275,8 @@ def _job(name: str, environment: Mapping[str, str], *arguments: str) -> None:
     subprocess.run(command, env=environment, cwd=ROOT, check=True)
 
 
-def _announce(what: str) -> None:
-    logger.info("=== %s", what)
+def _announce(step: str) -> None:
+    logger.info("=== %s", step)
 
 
 def _read_json(file: Path) -> Any:

@@ -48,8 +48,8 @@ def kernel_rows(
             continue
         except RuntimeError as failure:  # one failing kernel does not stop the others
             logger.exception("%s failed", pair.name)
-            what = f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
-            rows.append(make_row("kernels", f"{name}: {what}", 0.0, "kernels that ran", ">= 1"))
+            reason = f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
+            rows.append(make_row("kernels", f"{name}: {reason}", 0.0, "kernels that ran", ">= 1"))
             continue
         with torch.no_grad():
             ours = measure(partial(pair.kernel, *pair.operands), device, repeats=repeats)

@@ -116,7 +116,7 @@ def _measured(
 
 def _rows(name: str, taken: Measurement | int) -> list[Row]:
     if not isinstance(taken, Measurement):
-        return [make_row("prefill", f"{name}: OUT OF MEMORY, most that was held", taken / 1e9, "GB")]
+        return [make_row("prefill", f"{name}: OUT OF MEMORY, peak memory", taken / 1e9, "GB")]
     return [
         make_row("prefill", f"{name}: median of {taken.num_passes}", taken.seconds, "s"),
         make_row("prefill", f"{name}: peak memory, weights included", taken.peak_bytes / 1e9, "GB"),

@@ -165,7 +165,7 @@ def _rows(
         taken = _measured(model, _batches(chosen, config, device, together=True), device, repeats=repeats)
         own = name.format(layout)
         if not isinstance(taken, Measurement):
-            rows.append(make_row("training", f"{own}: OUT OF MEMORY, most that was held", taken / 1e9, "GB"))
+            rows.append(make_row("training", f"{own}: OUT OF MEMORY, peak memory", taken / 1e9, "GB"))
             continue
         seconds.append(taken.seconds)
         rows.append(make_row("training", f"{own}: median of {taken.num_passes}", taken.seconds, "s"))

@@ -114,7 +114,7 @@ def plan_rows(
     planned = prefix_entry_bytes(model.config, NUM_SYSTEM, num_vision, dtype=torch.float32)
     return [
         Row(
-            name=f"second question's first token, times sooner than the first's ({name}; {repeats} videos of"
+            name=f"second question's first token, times faster than the first's ({name}; {repeats} videos of"
             f" {min(ratios):.4g} to {max(ratios):.4g})",
             value=statistics.median(ratios),
             unit="x",
@@ -122,7 +122,7 @@ def plan_rows(
             command=COMMAND,
         ),
         Row(
-            name=f"prefix entry, bytes off the plan ({name})",
+            name=f"prefix entry, deviation from the planned bytes ({name})",
             value=100 * abs(stats.prefix_bytes / repeats / planned - 1),
             unit="%",
             bar="<= 5",

@@ -96,7 +96,7 @@ def pipeline_speed_rows(
         text = f"preprocessing, times faster than {name} ({media}; median of {len(rates[name])}, noise {noise:.0%})"
         rows.append(Row(name=text, value=speedup, unit="x", bar=None if is_synthetic else bar, command=command))
     share = statistics.median(one.decode_share or 0.0 for one in passes["ours"])
-    text = f"preprocessing, what decoding takes of the workers' time ({media})"
+    text = f"preprocessing, share of decoding in the workers' time ({media})"
     return [*rows, Row(name=text, value=share, unit="", bar=None if is_synthetic else ">= 0.7", command=command)]
 
 

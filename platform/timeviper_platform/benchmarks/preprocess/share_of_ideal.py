@@ -1,4 +1,4 @@
-"""Compares the rate of preprocessing, fused and split, with what its costs allow.
+"""Compares the rate of preprocessing, fused and split, with the ideal rate of its costs.
 
 The CPU cost of a frame is calibrated between runs, without Ray, on all cores, because the speed of a shared machine
 changes by a tenth within minutes. A run's ideal is the mean of its two neighbouring calibrations, without stolen time.

@@ -41,7 +41,7 @@ def opening_rows(num_segments: int = NUM_SEGMENTS, measure: Measure = cost_elsew
     return [
         Row(name=name, value=seconds, unit="s", bar="<= 1", command=command),
         Row(name=f"{name}: CPU time", value=cpu_seconds, unit="s", command=command),
-        Row(name=f"{name}: memory, at most", value=peak, unit="MB", bar="<= 300", command=command),
+        Row(name=f"{name}: peak memory", value=peak, unit="MB", bar="<= 300", command=command),
     ]
 
 
@@ -129,7 +129,7 @@ def write_synthetic_store(uri: str, num_media: int) -> None:
 def compare_reads(uri: str, seconds: float | None) -> Comparison:
     """Reads every clip of `seconds` of every medium (None: whole media) in random, then in stored order, in turn.
 
-    Each pass opens a new reader, whose cache is smaller than what a pass reads.
+    Each pass opens a new reader, whose cache is smaller than the data of a pass.
     """
     with_bounds: list[tuple[str, float | None, float | None]] = []
     for media_id in FeatureStore.open(uri).media_ids:

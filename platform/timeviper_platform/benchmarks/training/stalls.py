@@ -74,7 +74,7 @@ def checkpoint_stall_rows(metrics: Sequence[Mapping[str, Any]], every: int) -> l
         stalls.append(stall_s)
         shares.append(stall_s / (stall_s + sum(row["seconds"] for row in interval)))
     step_ms = 1000 * statistics.median(row["seconds"] for row in metrics)
-    name = f"training stands still for checkpoints, saving every {every} steps of {step_ms:.0f} ms"
+    name = f"share of time lost to checkpoints, saving every {every} steps of {step_ms:.0f} ms"
     return [
         Row(name=name, value=100 * statistics.median(shares), unit="%", bar="<= 2", command=CHECKPOINT_COMMAND),
         Row(name="one save", value=statistics.median(stalls), unit="s", command=CHECKPOINT_COMMAND),

@@ -196,23 +196,23 @@ def _make(config: CorpusConfig, root: Path) -> CorpusReport:
     started = time.monotonic()
     for name in ("videos", "images", "samples", "held_out"):
         (root / name).mkdir(parents=True)
-    film, film_lengths = _prepare_film(config, root)
-    scenes = {split: list(_scenes(config, split, film_lengths)) for split in ("train", "held_out")}
-    everything = [*scenes["train"], *scenes["held_out"]]
+    film, film_segments_by_split = _prepare_film(config, root)
+    scenes = {split: list(_scenes(config, split, film_segments_by_split)) for split in ("train", "held_out")}
+    all_scenes = [*scenes["train"], *scenes["held_out"]]
     pictures = [("png" if n % 2 else "jpg", n) for n in range(config.num_images)]
     with ProcessPoolExecutor(config.num_workers or os.cpu_count(), mp_context=get_context("spawn")) as pool:
         tasks = [
-            *(pool.submit(_write_videos, chunk, root / "videos", config, film) for chunk in _chunks(everything)),
+            *(pool.submit(_write_videos, chunk, root / "videos", config, film) for chunk in _chunks(all_scenes)),
             *(pool.submit(_write_images, chunk, root / "images", config) for chunk in _chunks(pictures)),
         ]
         num_samples, num_questions, texts = _write_tables(config, root, scenes)
         _make_tokenizer(config, root, texts)
         _make_encoder(config, root, scenes["train"], film)
-        num_bytes = _gather(tasks, len(everything) + len(pictures))
+        num_bytes = _gather(tasks, len(all_scenes) + len(pictures))
     if film:
         Path(film).unlink()
     report = CorpusReport(
-        num_videos=len(everything),
+        num_videos=len(all_scenes),
         num_images=len(pictures),
         num_samples=num_samples,
         num_questions=num_questions,
@@ -220,7 +220,7 @@ def _make(config: CorpusConfig, root: Path) -> CorpusReport:
         seconds=round(time.monotonic() - started, 1),
         reused=False,
     )
-    logger.info("corpus %s: %d videos, %d images, %.1f s", root, len(everything), len(pictures), report.seconds)
+    logger.info("corpus %s: %d videos, %d images, %.1f s", root, len(all_scenes), len(pictures), report.seconds)
     return report
 
 
@@ -230,21 +230,20 @@ def _prepare_film(config: CorpusConfig, root: Path) -> tuple[str, dict[Split, li
         return "", {"train": [], "held_out": []}
     frames = read_film(Path(config.film), config.fps, config.side)
     np.save(root / FILM_FILE, frames)
-    lengths: dict[Split, list[int]] = {
+    return str(root / FILM_FILE), {
         "train": film_segments(len(frames), config.fps, "train"),
         "held_out": film_segments(len(frames), config.fps, "held_out"),
     }
-    return str(root / FILM_FILE), lengths
 
 
-def _scenes(config: CorpusConfig, split: Split, film_lengths: dict[Split, list[int]]) -> Iterator[Scene]:
+def _scenes(config: CorpusConfig, split: Split, film_segments_by_split: dict[Split, list[int]]) -> Iterator[Scene]:
     counts = config.train if split == "train" else config.held_out
     return draw_scenes(
         split,
         counts.by_kind(),
         duration_seconds=config.duration_seconds,
         seed=config.seed,
-        film_segments=film_lengths[split],
+        film_segments=film_segments_by_split[split],
         film_share=config.film_share,
     )
 
@@ -294,14 +293,14 @@ def _write_tables(
     config: CorpusConfig, root: Path, scenes: dict[str, list[Scene]]
 ) -> tuple[dict[str, int], dict[str, int], list[str]]:
     """Writes manifest, truth, samples and questions; returns their numbers and all text for the tokenizer."""
-    everything = [*scenes["train"], *scenes["held_out"]]
-    manifest = [{"uri": f"videos/{scene.media_id}.mp4", "media_id": scene.media_id} for scene in everything]
+    all_scenes = [*scenes["train"], *scenes["held_out"]]
+    manifest = [{"uri": f"videos/{scene.media_id}.mp4", "media_id": scene.media_id} for scene in all_scenes]
     manifest += [
         {"uri": f"images/{image_id(n)}.{'png' if n % 2 else 'jpg'}", "media_id": image_id(n)}
         for n in range(config.num_images)
     ]
     _write_rows(root / "manifest.parquet", manifest, schemas.MANIFEST)
-    _write_rows(root / "truth.parquet", [_truth(scene) for scene in everything], TRUTH)
+    _write_rows(root / "truth.parquet", [_truth(scene) for scene in all_scenes], TRUTH)
     samples = training_samples(config, scenes["train"])
     for name, rows in samples.items():
         _write_rows(root / "samples" / f"{name}.parquet", rows, schemas.SAMPLES)

@@ -74,6 +74,7 @@ def test_training(device: torch.device) -> None:
     assert sum(row.name.endswith("MFU") for row in rows) == 2
 
 
+@pytest.mark.slow
 def test_decode_and_vllm(device: torch.device) -> None:
     sizes = {"num_frames": 1, "num_new": 2, "batch": 2, "num_steps": 1, "repeats": 1}
     rows = decode.decode_rows(device, ours=OURS, transformer=TRANSFORMER, **sizes)

@@ -186,6 +186,7 @@ def test_the_decode_group_returns_its_rows() -> None:
 TOY_TRAINED = narrow_config(16, plan=(TransVSite(layer=1, select="uniform", keep=0.5),), pattern="MM*-")
 
 
+@pytest.mark.slow
 def test_the_training_group_returns_its_rows_and_packing_changes_nothing() -> None:
     rows = training.training_rows(CPU, config=TOY_TRAINED, num_tokens=(256, 512), repeats=1, peak=1e9)
     check(rows, "training")

@@ -58,7 +58,7 @@ def test_the_same_seed_gives_the_same_weights_without_touching_the_global_genera
 def test_shapes_are_separable_after_short_training() -> None:
     frames, labels = _frames(256)
     fresh, fresh_labels = _frames(64, seed=1)
-    model = train_encoder(frames, labels, steps=150, seed=0)
+    model = train_encoder(frames, labels, steps=60, seed=0)
     with torch.no_grad():
         known, queried = used_features(model, frames).mean(1), used_features(model, fresh).mean(1)
     centres = torch.stack([known[labels == n].mean(0) for n in range(len(SHAPES))])
