@@ -1,4 +1,4 @@
-"""Lists media inside WebDataset tars and Parquet files, without unpacking them.
+"""Lists media in WebDataset tars and Parquet files, without unpacking them.
 
 img2dataset lists failed downloads in NAME.parquet next to NAME.tar, or in the Parquet file itself.
 """
@@ -26,7 +26,7 @@ _STATUS_COLUMNS = ["key", "status", "error_message"]
 
 
 def tar_media(uri: str, root: str, version: FileVersion | None = None) -> Iterator[Medium]:
-    """Yields the media of a tar, with ids of TAR/MEMBER relative to `root`. A damaged tar ends with an error."""
+    """Yields a tar's media, with ids of TAR/MEMBER relative to `root`. A damaged tar ends with an error."""
     yield from _failed_downloads(uri, root)
     try:
         version = version or file_version(uri)
@@ -43,7 +43,7 @@ def tar_media(uri: str, root: str, version: FileVersion | None = None) -> Iterat
 
 
 def bytes_column(schema: pa.Schema) -> str | None:
-    """Returns the one binary column, or NAME.bytes of a struct; None without either."""
+    """Returns the one binary column, or NAME.bytes of a struct, if any."""
     found = []
     for field in schema:
         if pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type):
@@ -56,10 +56,7 @@ def bytes_column(schema: pa.Schema) -> str | None:
 
 
 def cell_media(uri: str, root: str, column: str, version: FileVersion | None = None) -> Iterator[Medium]:
-    """Yields the media of a bytes column; ids are `media_id`, or those of FILE/KEY or FILE/ROW.
-
-    Failed downloads are media in error.
-    """
+    """Yields the media of a bytes column; ids are `media_id`, or those of FILE/KEY or FILE/ROW."""
     version = version or file_version(uri)
     with open_file(uri) as file:
         parquet = pq.ParquetFile(file)
@@ -89,7 +86,6 @@ def _tar_medium(uri: str, root: str, version: FileVersion, member: tarfile.TarIn
 
 
 def _failed_downloads(tar_uri: str, root: str) -> Iterator[Medium]:
-    """Yields failed rows of img2dataset's table next to a tar."""
     table_uri = str(tar_uri.removesuffix(PurePosixPath(tar_uri).suffix)) + ".parquet"
     if not storage.exists(table_uri):
         return

@@ -82,7 +82,7 @@ _DOWNLOAD_MESSAGES = (
 
 
 def read_manifest(uri: str, page_rows: int) -> Iterator[list[Medium]]:
-    """Yields the media in order, in pages of at most `page_rows`. Invalid rows are media in error.
+    """Yields pages of at most `page_rows` media, in order. Invalid rows are media in error.
 
     Raises:
         ValueError: without a manifest, or for a column of the wrong type.
@@ -95,12 +95,11 @@ def read_manifest(uri: str, page_rows: int) -> Iterator[list[Medium]]:
 
 
 def absolute(uri: str) -> str:
-    """Makes local paths absolute; other URIs stay unchanged."""
     return storage.split_uri(uri)[1] if storage.is_local(uri) else uri
 
 
 def download_failure(status: str | None, message: str | None) -> DecodeError | None:
-    """Returns the error of an img2dataset row without an image; None for other rows."""
+    """Returns the error of an img2dataset row without an image."""
     if status not in DOWNLOAD_FAILURES:
         return None
     text = message or status
@@ -213,7 +212,6 @@ def _read_csv(uri: str, page_rows: int) -> Iterator[list[dict[str, Any]]]:
 
 
 def _numbers_stripped(table: pa.Table, null_values: Sequence[str]) -> pa.Table:
-    """Strips blanks from number columns, and turns Arrow's null texts into nulls."""
     for index, name in enumerate(table.column_names):
         if name in _NUMBERS:
             text = pc.ascii_trim_whitespace(table[name])
@@ -288,7 +286,7 @@ def _version(row: dict[str, Any]) -> FileVersion | None:
 
 
 def _headers(row: dict[str, Any]) -> dict[str, Any]:
-    """Returns the row's header fields; empty when the file must be probed."""
+    """Returns the header fields; empty when the file must be probed."""
     duration = row.get("duration_seconds")
     is_image = row.get("modality") == "image"
     if row.get("size") is None or not (is_image or duration):

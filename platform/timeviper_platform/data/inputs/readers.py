@@ -2,7 +2,7 @@
 
 manifest.parquet | .jsonl | .csv   its rows; for Parquet with a bytes column instead of uri, its cells
 folder, prefix                     all images, videos and tars below it
-glob                               matching media, tars, and Parquet files as above
+glob                               matching media, tars and Parquet files
 a file                             itself
 """
 
@@ -27,13 +27,13 @@ from timeviper_platform.data.media.container import MEDIA_SUFFIXES, DecodeError,
 from timeviper_platform.data.media.medium import Medium, media_id_of
 
 PAGE_ROWS = 8192
-"""A few MB of media; also one probing task on a cluster."""
+"""A few MB of media; one probing task on a cluster."""
 
 TAR_SUFFIX = ".tar"
 
 
 def read_pages(source: str, page_rows: int = PAGE_ROWS) -> Iterator[list[Medium]]:
-    """Yields distinct media in pages of at most `page_rows`. Raises ValueError when there are none."""
+    """Yields pages of at most `page_rows` distinct media. Raises ValueError when there are none."""
     distinct = _DistinctMedia()
     num_media = 0
     for page in _pages(source, page_rows):
@@ -98,12 +98,12 @@ class _DistinctMedia:
         self._seen = HashTable()  # hash of media_id -> hash of `_text`
 
     def of(self, page: Sequence[Medium]) -> list[Medium]:
-        """Returns the new media of a page, in error if their media_id belongs to another medium."""
+        """Returns the new media of a page, in error if their media_id belongs to another."""
         fresh, clashes = self._split(page)
         return fresh + self._split([_clashing(medium) for medium in clashes])[0]
 
     def _split(self, page: Sequence[Medium]) -> tuple[list[Medium], list[Medium]]:
-        """Returns new media, and those whose media_id belongs to another medium."""
+        """Returns new media, and those with the media_id of another."""
         by_id: dict[str, Medium] = {}
         clashes = [
             medium
@@ -123,7 +123,7 @@ class _DistinctMedia:
 
 
 def _clashing(medium: Medium) -> Medium:
-    """Returns the medium in error with a new id, as its media_id belongs to another."""
+    """Returns the medium in error, with a new id."""
     message = f"media_id {medium.media_id!r} names more than one medium: {source_name(medium.uri)} is not the first"
     own_id = media_id_of(f"{medium.media_id}={_text(medium)}", "")
     return replace(medium, media_id=own_id, error=medium.error or DecodeError("list", ErrorType.BAD_ROW, message))

@@ -1,1 +1,1 @@
-"""Where the bytes of a medium are, and what its headers say."""
+"""Opens media and reads their headers."""

@@ -1,4 +1,4 @@
-"""Opens media with PyAV under fixed limits, and maps errors to `ErrorType`."""
+"""Opens media with PyAV, and maps errors to `ErrorType`."""
 
 from __future__ import annotations
 
@@ -29,16 +29,15 @@ Modality = Literal["video", "image"]
 Stage = Literal["download", "list", "probe", "decode_video", "decode_image"]
 
 FORMAT_WHITELIST = ("mov", "mp4", "m4a", "3gp", "3g2", "mj2", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "ogg")
-"""Demuxers without playlists (hls, dash, concat), which refer to other files and hosts."""
+"""Demuxers without playlists, which refer to other files and hosts."""
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
-"""Pillow formats that `sniff_modality` recognizes."""
 
 MEDIA_SUFFIXES = (
     *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".mpeg", ".flv", ".3gp", ".ogv"),
     *(".jpg", ".jpeg", ".png", ".webp", ".bmp"),
 )
-"""Files selected in folders and tars. Globs and manifests may name any file."""
+"""Files selected in folders and tars. Globs and manifests may name others."""
 
 
 class ErrorType(StrEnum):
@@ -76,7 +75,7 @@ RETRYABLE = frozenset(
 
 
 class DecodeError(Exception):
-    """The error of one medium. It does not end the job."""
+    """An error of one medium, which does not end the job."""
 
     def __init__(self, stage: Stage, error_type: ErrorType, message: str) -> None:
         super().__init__(stage, error_type, message)  # all three, for pickling
@@ -90,20 +89,20 @@ class DecodeError(Exception):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MediaLimits:
-    """Limits of one medium, and the allowed hosts."""
+    """Limits of one medium."""
 
     max_pixels: int = 36_000_000
     """Maximum width x height of a frame. The default admits 8K UHD (7680 x 4320)."""
     max_frames: int = 200_000
     """Maximum sampled frames of one medium. The default is 55 hours at 1 fps."""
     allowed_domains: tuple[str, ...] = ()
-    """Hosts that https URLs may name, including subdomains. Empty = none."""
+    """Hosts of https URLs, including subdomains. Empty = none."""
     max_download_bytes: int = 4 << 30
-    """Maximum size of a medium on a web server without range support."""
+    """Maximum download from a web server without range support."""
     https_attempts: int = 4
     """Maximum attempts per https request."""
     https_backoff_seconds: float = 0.5
-    """Wait before the second attempt. Doubles for each further one, plus up to 100 % at random."""
+    """Wait before the second attempt. Later waits double; random jitter adds up to 100 %."""
 
     def __post_init__(self) -> None:
         if self.max_pixels < 1 or self.max_frames < 1:
@@ -115,7 +114,7 @@ class MediaLimits:
 
 
 def sniff_modality(head: bytes) -> Modality:
-    """Returns the modality by a file's first bytes: "video" unless they are a known image's."""
+    """Returns "image" for the first bytes of a known image, else "video"."""
     is_image = head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM")) or (
         head[:4] == b"RIFF" and head[8:12] == b"WEBP"
     )
@@ -180,12 +179,12 @@ def open_binary(source: str | bytes, limits: MediaLimits | None = None) -> Any:
 
 
 def is_local_file(uri: str) -> bool:
-    """Returns True for a whole file on a local disk."""
+    """Returns True for a whole local file."""
     return not is_web(uri) and parse_location(uri) is None and storage.is_local(uri)
 
 
 def source_name(source: str | bytes) -> str:
-    """Returns the name for errors: the URI without possible secrets."""
+    """Returns the URI without possible secrets, for errors."""
     if isinstance(source, bytes):
         return f"{len(source)} bytes"
     return storage.shown_uri(source)
@@ -197,7 +196,7 @@ def read_head(source: str | bytes, limits: MediaLimits | None = None) -> bytes:
 
 
 def open_container(source: str | bytes, limits: MediaLimits | None = None) -> Any:
-    """Opens a container of FORMAT_WHITELIST. The prefix `file:` keeps local names from selecting a protocol."""
+    """Opens a container. The prefix `file:` keeps local names from selecting a protocol."""
     options = {"format_whitelist": ",".join(FORMAT_WHITELIST), "protocol_whitelist": "file"}
     if isinstance(source, str) and is_local_file(source):
         return av.open("file:" + storage.split_uri(source)[1], options=options)
@@ -205,7 +204,7 @@ def open_container(source: str | bytes, limits: MediaLimits | None = None) -> An
 
 
 def video_stream(container: Any, stage: Stage, name: str) -> Any:
-    """Returns the first video stream except cover pictures, and discards the others. Raises DecodeError without one."""
+    """Returns the first video stream except cover pictures, and discards all others. Raises DecodeError."""
     videos = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
     if not videos:
         kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "no streams"
@@ -217,7 +216,7 @@ def video_stream(container: Any, stage: Stage, name: str) -> Any:
 
 
 def clock_origin(container: Any, stream: Any) -> int:
-    """Returns the tick at 0 s of the medium's clock: 0, or the first PTS for MPEG-TS and MPEG-PS."""
+    """Returns the tick at 0 s: 0, or the first PTS of MPEG-TS and MPEG-PS."""
     if container.format.flags & av.format.Flags.ts_discont.value:
         return int(stream.start_time or 0)
     return 0

@@ -1,4 +1,4 @@
-"""Reads https URLs of allowed hosts as seekable files, by ranges. Plain http is for loopback only.
+"""Reads https URLs of allowed hosts by ranges; plain http from loopback only.
 
 Not on httpx: domain check, URL quoting and error mapping would remain.
 """
@@ -26,7 +26,7 @@ TIMEOUT_SECONDS = 20.0
 """Maximum wait for the next byte."""
 
 FIRST_BYTES = 64 << 10
-"""First range: the headers of an image and of most videos."""
+"""First range: the headers of most media."""
 
 TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
 
@@ -65,7 +65,7 @@ def check_allowed(url: str, allowed_domains: Sequence[str]) -> None:
 
 
 def ascii_url(url: str) -> str:
-    """Returns the URL as browsers send it (percent-encoded, IDNA, no fragment). Raises BadUrlError if malformed."""
+    """Returns the URL percent-encoded, in IDNA, without fragment. Raises BadUrlError if malformed."""
     try:
         parts = urlsplit(url)
         host, port = _ascii_host(parts.hostname or ""), parts.port
@@ -103,8 +103,6 @@ def open_web(
 
 
 class WebFile(io.RawIOBase):
-    """Raw file over one URL."""
-
     def __init__(
         self, url: str, allowed_domains: Sequence[str], max_bytes: int, attempts: int, backoff_seconds: float
     ) -> None:
@@ -220,7 +218,7 @@ def _is_transient(error: Exception) -> bool:
 
 
 def _raise_plain(error: Exception, url: str) -> NoReturn:
-    """Raises `error` as file systems would, without the URL's query, which may be secret."""
+    """Raises a file system's error, without the URL's query, which may be secret."""
     name = storage.shown_uri(url)
     if isinstance(error, urllib.error.HTTPError):
         number = {404: errno.ENOENT, 410: errno.ENOENT, 401: errno.EACCES, 403: errno.EACCES}.get(error.code, errno.EIO)

@@ -1,4 +1,4 @@
-"""Addresses of media inside other files, and file objects over them.
+"""Addresses of media inside other files.
 
 shard.tar#offset=1536&size=20480            a member of a tar
 shard.parquet#column=jpg&row_group=0&row=5  a cell of a binary column, or of a struct's field (image.bytes)
@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from timeviper_platform.common.storage import open_file
 
 CACHED_ROW_GROUPS = 2
-"""Cached row groups: neighbours of a cell are read next."""
+"""Neighbours of a cell are read next."""
 
 _RANGE = re.compile(r"^(?P<uri>.+)#offset=(?P<offset>\d+)&size=(?P<size>\d+)$")
 _CELL = re.compile(r"^(?P<uri>.+)#column=(?P<column>[^&#]+)&row_group=(?P<row_group>\d+)&row=(?P<row>\d+)$")

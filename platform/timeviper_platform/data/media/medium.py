@@ -1,4 +1,4 @@
-"""A medium, as inputs, probing and planning share it."""
+"""The value shared by inputs, probing and planning."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from timeviper_platform.common.listing import FileVersion
 from timeviper_platform.data.media.container import DecodeError, Modality
 
 HEADER_FIELDS = ("modality", "duration_seconds", "source_fps", "width", "height", "codec")
-"""Fields that probing fills in."""
+"""Fields that probing sets."""
 
 
 @dataclass(frozen=True, slots=True)
 class Medium:
-    """A video, clip or image; its headers once probed, or its error."""
+    """A video, clip or image, with headers once probed, or in error."""
 
     uri: str
     """Absolute URI, possibly of a location inside a file."""
     media_id: str = ""
     start_seconds: float | None = None
-    """Start of the clip; None = the beginning."""
+    """Start of the clip; None = 0."""
     end_seconds: float | None = None
     """Exclusive end of the clip; None = the end."""
     version: FileVersion | None = None
-    """Version in the listing or manifest; None = read it from the file."""
+    """Version in the listing or manifest; None = unknown."""
     sha256: str | None = None
     modality: Modality | None = None
     """None until probed."""
     duration_seconds: Fraction = Fraction(0)
-    """End of the whole medium on its own clock; 0 for an image."""
+    """End of the whole medium; 0 for an image."""
     source_fps: float = 0.0
     width: int = 0
     height: int = 0
@@ -42,12 +42,11 @@ class Medium:
         return self.modality is not None
 
     def with_headers(self, probed: Medium) -> Medium:
-        """Returns a copy with the headers or error of `probed`."""
         return replace(self, error=probed.error, **{name: getattr(probed, name) for name in HEADER_FIELDS})
 
 
 def media_id_of(uri: str, root: str, start_seconds: float | None = None, end_seconds: float | None = None) -> str:
-    """Returns the default id: 32 hex digits of sha256(URI relative to `root`, plus a clip's bounds)."""
+    """Returns 32 hex digits of sha256(URI relative to `root`, plus a clip's bounds)."""
     text = uri[len(root) :].lstrip("/") if uri.startswith(root.rstrip("/") + "/") else uri
     if start_seconds is not None or end_seconds is not None:
         text += f"#t={start_seconds or 0},{'' if end_seconds is None else end_seconds}"

@@ -33,7 +33,6 @@ from timeviper_platform.data.media.locations import RangeLocation, parse_locatio
 from timeviper_platform.data.media.medium import Medium
 
 AV_TIME_BASE = 1_000_000
-"""Ticks per second of FFmpeg's container durations."""
 
 STEADY_RATE_TOLERANCE = Fraction(1, 100)
 """Relative difference of average and base rate above which a frame rate is variable."""

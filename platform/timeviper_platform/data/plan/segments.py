@@ -1,6 +1,6 @@
 """Cuts media into segments of at most 64 sampled frames, the PLAN rows.
 
-Equal inputs give equal segment ids, so that a job can resume. Does not import Ray.
+Equal inputs give equal segment ids, so that jobs can resume. Does not import Ray.
 """
 
 from __future__ import annotations
@@ -27,18 +27,17 @@ from timeviper_platform.data.video_worker.frame_source import DecodeConfig
 from timeviper_platform.data.video_worker.isolated import IsolatedProbes
 
 SEGMENT_FRAMES = 64
-"""A worker holds one segment: 28 MB at 384 x 384."""
+"""28 MB at 384 x 384, held at once by a worker."""
 
 MAX_TABLE_ROWS = 65_536
 """Maximum rows of one PLAN table. A page of films has millions."""
 
 READ_THREADS = 16
-"""File versions and hashes wait for disks and object stores."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Segment:
-    """Up to 64 consecutive sampled frames of one medium: a PLAN row with status planned."""
+    """Up to 64 consecutive sampled frames of one medium: a planned PLAN row."""
 
     segment_id: str
     media_id: str
@@ -64,7 +63,6 @@ class Segment:
         return cls(**{field.name: row[field.name] for field in fields(cls)})
 
     def times(self, fps: Fraction) -> list[Fraction]:
-        """Returns all sampling times, in seconds."""
         return sample_times(exact(self.grid_start_seconds), fps, self.first_frame, self.num_frames)
 
     def time(self, index: int, fps: Fraction) -> Fraction:
@@ -79,11 +77,10 @@ class PlanSpec:
     limits: MediaLimits = field(default_factory=MediaLimits)
     hash_mode: Literal["none", "sha256"] = "none"
     decode: DecodeConfig = field(default_factory=DecodeConfig)
-    """Process, deadline and memory for reading headers."""
     max_table_rows: int = MAX_TABLE_ROWS
 
     def probe_source(self) -> ProbeSource:
-        """Returns a new reader of headers. Reuse it for many pages."""
+        """Returns a new reader of headers, for many pages."""
         if self.decode.isolation == "process":
             return IsolatedProbes(self.limits, self.decode)
         return LocalProbes(self.limits)
@@ -91,8 +88,6 @@ class PlanSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingConfig:
-    """Which frames are sampled."""
-
     fps: float = 1.0
     """Sampled frames per second. Frame k is the one on screen at start + k / fps."""
     frame_selection: Literal["all", "keyframes"] = "all"
@@ -107,14 +102,14 @@ class SamplingConfig:
 
 @functools.lru_cache(maxsize=1024)  # parsing a decimal would dominate the planning of an image; most are 0
 def exact(seconds: float) -> Fraction:
-    """Returns the decimal number that the float prints as: 0.1 becomes 1/10."""
+    """Returns the decimal that the float prints as: 0.1 becomes 1/10."""
     return Fraction(repr(float(seconds)))
 
 
 def plan_page(media: Sequence[Medium], spec: PlanSpec, probes: ProbeSource | None = None) -> Iterator[pa.Table]:
-    """Yields PLAN tables of about `spec.max_table_rows`: a row per segment or error, in the order of `media`.
+    """Yields PLAN tables of about `spec.max_table_rows`, in the order of `media`.
 
-    Opens no file for which the manifest has everything. `probes` None = a new reader of headers.
+    Opens no file for which the manifest has everything. `probes` None = a new reader.
     """
     if all(_needs_no_file(medium, spec) for medium in media):
         planned = [_plan_medium(medium, spec) for medium in media]
@@ -141,12 +136,12 @@ def segment_id(media_id: str, source_version: str, recipe_hash: str, segment_ind
 
 
 def segments_of(table: pa.Table) -> list[Segment]:
-    """Returns the segments in PLAN rows, without media in error."""
+    """Returns the segments in PLAN rows."""
     return [Segment.from_row(row) for row in table.filter(pc.field("status") == "planned").to_pylist()]
 
 
 def _plan_medium(medium: Medium, spec: PlanSpec) -> dict[str, Any]:
-    """Returns PLAN values shared by a medium's rows; `num_frames` is their total, 0 in error."""
+    """Returns PLAN values of all rows of a medium; `num_frames` is the total, 0 in error."""
     try:
         if medium.error is not None:
             raise medium.error

@@ -1,4 +1,4 @@
-"""The plan of a whole input in plan/*.parquet, compared with the store's commits.
+"""The stored plan of a whole input, compared with the store's commits.
 
 Memory grows only by 16 bytes per medium and per committed segment.
 """
@@ -49,7 +49,7 @@ class PlanCounts:
 
 
 class StoredSegments(Sequence[Segment]):
-    """Segments of a stored plan, read lazily: one plan file at a time."""
+    """Segments of a stored plan, read lazily, one file at a time."""
 
     def __init__(self, plan_files: Sequence[str], count: int, finished: HashTable | None = None) -> None:
         self._plan_files = plan_files
@@ -77,7 +77,6 @@ class StoredSegments(Sequence[Segment]):
 @dataclass(frozen=True)
 class Plan:
     plan_files: list[str]
-    """Parquet files in order."""
     counts: PlanCounts
     finished: HashTable
     """See `finished_segments`."""
@@ -109,7 +108,6 @@ def write_plan(feature_store: str, tables: Iterable[pa.Table], finished: HashTab
 
 
 def plan_here(pages: Iterable[list[Medium]], spec: PlanSpec) -> Iterator[pa.Table]:
-    """Yields PLAN tables, planned in this process."""
     probes = spec.probe_source()
     for page in pages:
         yield from plan_page(page, spec, probes)

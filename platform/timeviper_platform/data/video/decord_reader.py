@@ -1,4 +1,4 @@
-"""Samples with decord (optional), from whole local files whose timestamps it reads correctly."""
+"""Samples with decord (optional), from local files whose timestamps it reads correctly."""
 
 from __future__ import annotations
 

@@ -17,11 +17,11 @@ from timeviper_platform.data.media.container import (
 )
 
 MAX_TAIL_SECONDS = 1
-"""Times up to this far past the last frame are not missing: sound often lasts longer."""
+"""Times this close after the last frame are not missing: sound often lasts longer."""
 
 
 class BackendUnfitError(Exception):
-    """The backend would return other frames than PyAV."""
+    """The backend's frames would differ from PyAV's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class FrameBatch:
     times_seconds: np.ndarray
     """(F,) float64 sampling times"""
     num_missing: int = 0
-    """Frames that could not be decoded."""
+    """Frames that do not decode."""
 
     def __post_init__(self) -> None:
         count = len(self.frames)
@@ -54,11 +54,11 @@ class VideoReader(Protocol):
         """Returns the frames on screen at `times` (ascending).
 
         Raises:
-            DecodeError: when the file can no longer be read.
+            DecodeError: when reading fails.
         """
 
     def close(self) -> None:
-        """Closes file and decoder."""
+        """Closes the file."""
 
 
 def check_size(width: int, height: int, limits: MediaLimits, stage: Stage, name: str) -> None:

@@ -1,8 +1,8 @@
-"""Decides whether seeking to a keyframe is cheaper than reading on.
+"""Decides whether a seek is cheaper than reading on.
 
-MP4 and AVI index every frame, Matroska its keyframes (after the first seek), transport streams nothing.
+MP4 and AVI index every frame, Matroska keyframes (after the first seek), transport streams nothing.
 
-    P ------ K --------------- t    A seek skips reading P..K; both ways decode K..t.
+    P ------ K --------------- t    A seek skips P..K; both ways decode K..t.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ class KeyframeIndex:
         self._is_local = is_local
 
     def seek_target(self, position: int, tick: int, reorder: int) -> int | None:
-        """Returns the timestamp to seek to; None when reading on is cheaper.
+        """Returns the timestamp to seek to; None = read on.
 
         Args:
-            position: DTS of the last packet read.
+            position: DTS of the last packet.
             tick: PTS to reach.
             reorder: PTS - DTS; indices are in DTS.
         """

@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Orientation(NamedTuple):
-    """Stored to upright pixels: swap the axes, then reverse rows or columns."""
+    """Stored to upright pixels: swap axes, then reverse rows or columns."""
 
     swaps_axes: bool = False
     reverses_rows: bool = False
@@ -26,9 +26,9 @@ UPRIGHT = Orientation()
 
 
 def orientation_of(frame: Any) -> Orientation:
-    """Returns the orientation by a frame's display matrix.
+    """Returns the orientation by the display matrix (ISO/IEC 14496-12).
 
-    Its rows (a, b, u) and (c, d, v) move column p, row q to column a p + c q, row b p + d q (ISO/IEC 14496-12).
+    Its rows (a, b, u) and (c, d, v) move column p, row q to column a p + c q, row b p + d q.
     """
     matrix = next((bytes(data) for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), b"")
     if len(matrix) != 9 * 4:
@@ -40,6 +40,6 @@ def orientation_of(frame: Any) -> Orientation:
 
 
 def turn_upright(pixels: np.ndarray, orientation: Orientation) -> np.ndarray:
-    """Returns an upright view of (H, W, 3) pixels."""
+    """Returns a view of (H, W, 3) pixels."""
     turned = pixels.swapaxes(0, 1) if orientation.swaps_axes else pixels
     return turned[:: -1 if orientation.reverses_rows else 1, :: -1 if orientation.reverses_columns else 1]

@@ -3,7 +3,7 @@
 DTS ascend and no PTS is below its DTS, so later PTS are at least the last DTS (the front).
 
     packets (PTS/DTS)  0/-2  4/-1  2/0  1/1  3/2  8/3     wanted: tick 1
-    after 2/0          front = 0: PTS 1 may still come, tick 1 is open
+    after 2/0          front = 0: PTS 1 may still come
     after 3/2          front = 2: the greatest PTS <= 1 is 1
 """
 
@@ -18,7 +18,7 @@ _NO_PACKET_LEFT = 1 << 62
 
 
 class LookAhead:
-    """State of one pass through a stream, from its start or a keyframe."""
+    """State of one pass through a stream."""
 
     def __init__(self) -> None:
         self._seen: list[int] = []
@@ -55,13 +55,13 @@ class LookAhead:
         self._resolve()
 
     def finish(self, end: int | None) -> None:
-        """Marks the end of the stream. Ticks from `end` on have no frame."""
+        """Ends the stream. Ticks from `end` on have no frame."""
         self._front = _NO_PACKET_LEFT
         self._end = end
         self._resolve()
 
     def restart(self) -> None:
-        """Continues from a keyframe at or before the first open tick."""
+        """Continues after a seek."""
         self._seen = []
         self._front = _NO_PACKET_YET
 
@@ -74,9 +74,9 @@ class LookAhead:
         return not self._open
 
     def needed(self, pts: int) -> bool | None:
-        """Returns whether the decoder must output this frame; None = unknown until more packets are read.
+        """Returns whether the decoder must output this frame; None = unknown yet.
 
-        Frames past the last tick are needed, as the next ticks are unknown.
+        Frames past the last tick are needed: the next ticks are unknown.
         """
         if pts > self._last_tick or pts in self.wanted:
             return True

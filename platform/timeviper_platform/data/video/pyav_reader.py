@@ -1,8 +1,7 @@
 """Samples exactly with PyAV, and decodes only wanted frames and their references.
 
 Packets are held until `LookAhead` finds a wanted one, and dropped if a keyframe comes first. `skip_frame = NONREF`
-leaves out unwanted frames that no other frame refers to (most B-frames). Streams without usable PTS (H.264 in AVI)
-are decoded frame by frame.
+leaves out unwanted frames that no other refers to (most B-frames). Streams without usable PTS are decoded in full.
 
     decode order   P8   b7   I0   P4   B2   b1   b3   P8 ...    t = 1 wants b1: its references I0, P4 and B2
     sent with       -    -   skip skip skip ALL  skip skip      are decoded, b3 is not
@@ -46,7 +45,7 @@ STEP_BACK_SECONDS = 2
 """First step back when a seek lands past the wanted PTS. Doubles each time."""
 
 MAX_REORDER = 16
-"""Reordering limit of H.264 and HEVC: a frame overtaken by more will not come."""
+"""Reordering limit of H.264 and HEVC: a frame overtaken by more is lost."""
 
 
 class _NoTimestamps(Exception):
@@ -79,7 +78,6 @@ class _Walk:
     """Decoded frames by PTS that may be wanted again."""
     emitted: deque[int] = field(default_factory=lambda: deque(maxlen=4 * MAX_REORDER))
     position: int | None = None
-    """Last requested tick."""
     at_end: bool = False
     is_flushed: bool = False
     shown: tuple[int, Any] | None = None
@@ -149,7 +147,7 @@ class PyAVReader:
     def _scale(self, frame: Any) -> np.ndarray:
         return scale_frame(frame, self._image_size, self._reformatter, limits=self._limits, name=self._name)
 
-    # -- selective decoding: wanted frames and their references -----------------------------------------------------
+    # -- selective decoding ------------------------------------------------------------------------------------------
 
     def _find_selectively(self, ticks: Sequence[int]) -> dict[int, tuple[int, np.ndarray]]:
         if self._walk.position is not None and ticks[0] < self._walk.position:
@@ -176,7 +174,7 @@ class PyAVReader:
         self._walk.recent = {pts: frame for pts, frame in self._walk.recent.items() if self._walk.ahead.may_want(pts)}
 
     def _step(self) -> None:
-        """Decodes the oldest packet if it is due; else seeks or reads one more."""
+        """Decodes the oldest packet if due; else seeks or reads one more."""
         walk = self._walk
         if walk.pending and self._is_due():
             packet = walk.pending[0]
@@ -208,7 +206,7 @@ class PyAVReader:
         return not self._walk.held.isdisjoint(self._walk.ahead.wanted)
 
     def _take(self, packet: Any) -> None:
-        """Adds a packet; a keyframe at or before the next tick drops the held ones."""
+        """Adds a packet. A keyframe at or before the next tick drops held ones."""
         walk = self._walk
         if packet is None:
             walk.at_end = True
@@ -253,7 +251,7 @@ class PyAVReader:
                 self._walk.recent[frame.pts] = frame
 
     def _jump(self) -> bool:
-        """Seeks if that is cheaper than reading on, at most once per tick."""
+        """Seeks if that is cheaper, at most once per tick."""
         tick = self._walk.ahead.next_open
         if tick is None or tick == self._walk.considered or self._holds_wanted():
             return False
@@ -269,7 +267,7 @@ class PyAVReader:
         return True
 
     def _seek(self, target: int, tick: int) -> None:
-        """Continues from the keyframe at `target`, or an earlier one at or before `tick`."""
+        """Continues from a keyframe at or before `tick`."""
         step = int(STEP_BACK_SECONDS / self._time_base)
         ahead = self._walk.ahead
         while target > self._origin:
@@ -311,7 +309,7 @@ class PyAVReader:
         return found
 
     def _frames(self) -> Iterator[tuple[int, Any]]:
-        """Yields frames with PTS: in display order, the n-th frame has the n-th smallest timestamp."""
+        """Yields frames with PTS: in display order, the n-th has the n-th smallest timestamp."""
         self._context.skip_frame = "DEFAULT"
         stamps: list[int] = []
         while not self._walk.at_end:
@@ -345,7 +343,6 @@ class PyAVReader:
         self._open()
 
     def _restart(self, ahead: LookAhead) -> None:
-        """Starts a new walk at the demuxer's position; `ahead` keeps its ticks."""
         ahead.restart()
         self._walk = _Walk(self._container.demux(self._stream), self._frames(), self._origin, ahead)
 

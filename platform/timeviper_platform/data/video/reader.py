@@ -1,6 +1,6 @@
 """Decodes images, and videos at sampling times, as uint8 at the encoder's size.
 
-The frame of time t is the last one with PTS <= t, or the first frame. PTS are compared as integer ticks.
+The frame of time t is the last with PTS <= t, or the first. PTS are compared as integer ticks.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def open_video(
     """Opens a video with frames scaled to image_size x image_size, bicubic.
 
     Args:
-        backend: PyAV replaces it for keyframes, and on BackendUnfitError.
+        backend: PyAV replaces it for keyframes and on BackendUnfitError.
         keyframe_step: see `KeyframeReader`; None = all frames.
 
     Raises:
@@ -186,7 +186,7 @@ def iter_frames(
 
 
 class DecoderPool:
-    """LRU pool of open videos. The segments of a film share a decoder, which may take seconds to open."""
+    """LRU pool of open videos: opening a film may take seconds."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The sampling grid, and the thinning of its frames."""
+"""The sampling grid and the thinning of frames."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def select_frames(
     start_seconds: float | None = None,
     end_seconds: float | None = None,
 ) -> list[int]:
-    """Returns indices of frames with start <= t < end, ascending, thinned to `max_frames` (None = all).
+    """Returns indices of frames with start <= t < end, thinned to `max_frames` (None = all).
 
     `uniform` spreads them from first to last (the paper's training); `first` keeps the first (its evaluation).
 
@@ -67,7 +67,7 @@ def thin_to_fps(times_seconds: Sequence[float] | np.ndarray, fps: float) -> list
 
 
 def sample_times(start_seconds: Fraction, fps: Fraction, first_frame: int, num_frames: int) -> list[Fraction]:
-    """Returns t = start + k / fps for k = first_frame, first_frame + 1, ..."""
+    """Returns t = start + k / fps for k from first_frame."""
     return [start_seconds + k / fps for k in range(first_frame, first_frame + num_frames)]
 
 

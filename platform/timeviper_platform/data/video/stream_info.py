@@ -23,14 +23,14 @@ from timeviper_platform.data.video.orientation import UPRIGHT, Orientation, orie
 
 @dataclass(frozen=True, slots=True)
 class StreamInfo:
-    """Facts of the stream that `video_stream` selects."""
+    """Timing of the stream that `video_stream` selects."""
 
     index: int
     num_video_streams: int
-    """Number of video streams, including cover pictures."""
+    """Cover pictures included."""
     time_base: Fraction
     origin: int
-    """Tick at 0 s of the medium's clock."""
+    """Tick at 0 s."""
     starts_anywhere: bool
     """True for formats whose clock does not start at 0."""
     ticks: np.ndarray

@@ -74,7 +74,7 @@ class JobRunner:
         """Process time at the last reply for a segment."""
 
     def replies(self, job: dict[str, Any], data: bytes) -> Iterator[_Reply]:
-        """Yields the replies of one job: a description and frames, or an error."""
+        """Yields replies: a description and frames, or an error."""
         kinds: dict[str, Callable[[dict[str, Any]], Iterator[_Reply]]] = {
             "segments": self._segments,
             "probes": _probes,

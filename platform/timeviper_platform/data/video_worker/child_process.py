@@ -24,13 +24,12 @@ import numpy as np
 from timeviper_platform.data.video_worker.child_main import JOB, REPLY
 
 START_SECONDS = 120.0
-"""Maximum time to load the child's libraries."""
 
 RECEIVED_BYTES = 1 << 16
-"""Maximum bytes per recv. One call gets many short replies."""
+"""Maximum bytes per recv."""
 
 MAX_REPLY_BYTES = 1 << 26
-"""Maximum reply, against a compromised child. Real replies have two floats per frame."""
+"""Guard against a compromised child. Real replies have two floats per frame."""
 
 
 class ChildDiedError(RuntimeError):
@@ -45,14 +44,14 @@ class ChildLimits:
     cpu_seconds: int | None = None
     max_open_files: int | None = None
     max_written_bytes: int | None = None
-    """Maximum size of any file it writes."""
+    """Maximum size of a file."""
 
 
 class DecodeChild:
     """A decoding process, killed when this object is collected."""
 
     def __init__(self, limits: ChildLimits, environment: Mapping[str, str] | None = None) -> None:
-        """Starts the process without waiting; `environment` None = this process's."""
+        """Does not wait for the process. `environment` None = inherited."""
         self._socket, theirs = socket.socketpair()
         command = [sys.executable, "-m", "timeviper_platform.data.video_worker.child_main", str(theirs.fileno())]
         variables = {**(os.environ if environment is None else environment), "OMP_NUM_THREADS": "1"}
@@ -71,14 +70,13 @@ class DecodeChild:
         self._arrived = select.poll()
         self._arrived.register(self._socket, select.POLLIN)
         self.kill = weakref.finalize(self, _end, self._process, self._socket)
-        """Kills the process."""
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
     def wait_until_ready(self) -> None:
-        """Waits for the child's libraries to load. Raises RuntimeError when they do not."""
+        """Raises RuntimeError when the child does not start."""
         if self.is_ready:
             return
         try:
@@ -91,7 +89,7 @@ class DecodeChild:
     def run(
         self, job: dict[str, Any], data: bytes = b"", *, num_frames: int, deadline_seconds: float
     ) -> tuple[dict[str, Any], np.ndarray]:
-        """Runs a job with one reply. Returns the reply and the memory of its frames."""
+        """Returns the one reply to a job and the memory of its frames."""
         memory = self.send(job, data, num_frames=num_frames, deadline_seconds=deadline_seconds)
         return self.reply(deadline_seconds), memory
 
@@ -129,11 +127,11 @@ class DecodeChild:
 
         Args:
             deadline_seconds: maximum wait.
-            idle: called before blocking. A short sleep lets short replies accumulate.
+            idle: called before blocking. A short sleep lets replies accumulate.
 
         Raises:
             ChildDiedError: when the child ends first.
-            TimeoutError: when the deadline passes; kill the child then.
+            TimeoutError: after the deadline; kill the child then.
         """
         until = time.monotonic() + deadline_seconds
         try:
@@ -169,7 +167,7 @@ def _end(process: subprocess.Popen[bytes], connection: socket.socket) -> None:
 
 
 def _shared_memory(num_bytes: int) -> tuple[mmap.mmap, int]:
-    """Returns anonymous memory, sealed against resizing by the child, and its descriptor."""
+    """Returns memory, sealed against resizing by the child, and its descriptor."""
     descriptor = os.memfd_create("frames", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(descriptor, num_bytes)
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)

@@ -1,4 +1,4 @@
-"""Requests for frames, and a source that decodes in this process."""
+"""Requests for frames, and a source in this process."""
 
 from __future__ import annotations
 
@@ -17,10 +17,8 @@ from timeviper_platform.data.video.reader import Backend, DecoderPool, read_imag
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeConfig:
-    """Backend and isolation of decoding."""
-
     backend: Backend = "pyav"
-    """Decoder library. All but pyav read only whole local files; pyav replaces them where their frames would differ.
+    """Decoder library. pyav replaces the others where they would misread a file.
     nvdec uses the encoder's GPU: it needs execution.mode fused, rounds differently and ignores max_memory_bytes.
     """
     max_open_videos: int = 4
@@ -49,7 +47,7 @@ class DecodeRequest:
     uri: str
     modality: Modality
     times: Sequence[Fraction]
-    """Ascending sampling times. An image has one frame, whatever its time."""
+    """Ascending sampling times; an image has one frame."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ MAX_FRAMES_PER_JOB = 64
 """One long segment, or many images."""
 
 JOBS_AHEAD = 2
-"""Jobs queued in the child: one decodes while this process handles the other's frames."""
+"""Jobs queued in the child."""
 
 IDLE_SECONDS = 0.01
 """Decoding time of a few images."""
@@ -43,7 +43,7 @@ class _Job:
     requests: deque[DecodeRequest]
     """Requests without a reply."""
     memory: np.ndarray | None = None
-    """(bytes,) uint8: frames of all requests in order; None if the job could not be sent."""
+    """(bytes,) uint8: frames of all requests; None if the job could not be sent."""
     num_bytes: int = 0
     """Bytes filled by earlier replies."""
 
@@ -192,7 +192,6 @@ class IsolatedProbes:
     limits: MediaLimits
     config: DecodeConfig
     child: DecodeChild | None = field(default=None, init=False)
-    """None before the first medium and after the process ended."""
 
     def probe(self, media: Sequence[Medium]) -> list[Medium]:
         found: dict[str, Medium] = {}
@@ -206,7 +205,7 @@ class IsolatedProbes:
         return [medium.with_headers(found[medium.uri]) for medium in media]
 
     def _probe_many(self, uris: Sequence[str]) -> dict[str, Medium]:
-        """Returns media probed before the child ended, without those out of memory."""
+        """Returns media probed before the child failed."""
         found: dict[str, Medium] = {}
         try:
             for medium in self._probed(uris):
@@ -247,7 +246,7 @@ class IsolatedProbes:
         return medium
 
     def _probed(self, uris: Sequence[str]) -> Iterator[Medium]:
-        """Yields media in the order of their replies."""
+        """Yields media in the order of replies."""
         if self.child is None:
             self.child = DecodeChild(ChildLimits(max_memory_bytes=self.config.max_memory_bytes))
         job = {"kind": "probes", "uris": list(uris), "limits": asdict(self.limits)}
