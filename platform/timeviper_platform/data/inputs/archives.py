@@ -1,6 +1,6 @@
 """Lists media in WebDataset tars and Parquet files, without unpacking them.
 
-img2dataset lists failed downloads in NAME.parquet next to NAME.tar, or in the Parquet file itself.
+img2dataset lists failures in NAME.parquet next to NAME.tar, or in the Parquet file itself.
 """
 
 from __future__ import annotations

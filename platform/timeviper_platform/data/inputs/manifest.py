@@ -226,7 +226,7 @@ def _pages(rows: list[dict[str, Any]], page_rows: int) -> Iterator[list[dict[str
 
 
 def _merged(rows: list[dict[str, Any]], ragged: deque[tuple[int, dict[str, Any]]], number: int) -> list[dict[str, Any]]:
-    """Moves ragged rows into `rows` by their numbers; `number` is the first row's."""
+    """Moves ragged rows into `rows`; `number` is the first row's."""
     if not ragged:
         return rows
     merged = list[dict[str, Any]]()
@@ -286,7 +286,6 @@ def _version(row: dict[str, Any]) -> FileVersion | None:
 
 
 def _headers(row: dict[str, Any]) -> dict[str, Any]:
-    """Returns the header fields; empty when the file must be probed."""
     duration = row.get("duration_seconds")
     is_image = row.get("modality") == "image"
     if row.get("size") is None or not (is_image or duration):

@@ -123,7 +123,7 @@ class _DistinctMedia:
 
 
 def _clashing(medium: Medium) -> Medium:
-    """Returns the medium in error, with a new id."""
+    """Returns the medium in error under a new id."""
     message = f"media_id {medium.media_id!r} names more than one medium: {source_name(medium.uri)} is not the first"
     own_id = media_id_of(f"{medium.media_id}={_text(medium)}", "")
     return replace(medium, media_id=own_id, error=medium.error or DecodeError("list", ErrorType.BAD_ROW, message))

@@ -71,7 +71,7 @@ RETRYABLE = frozenset(
         *(ErrorType.TIMED_OUT, ErrorType.UNKNOWN_HOST, ErrorType.DOMAIN_NOT_ALLOWED),
     }
 )
-"""Errors of the environment, which every run retries."""
+"""Errors of the environment, retried by every run."""
 
 
 class DecodeError(Exception):
@@ -89,8 +89,6 @@ class DecodeError(Exception):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MediaLimits:
-    """Limits of one medium."""
-
     max_pixels: int = 36_000_000
     """Maximum width x height of a frame. The default admits 8K UHD (7680 x 4320)."""
     max_frames: int = 200_000
@@ -102,7 +100,7 @@ class MediaLimits:
     https_attempts: int = 4
     """Maximum attempts per https request."""
     https_backoff_seconds: float = 0.5
-    """Wait before the second attempt. Later waits double; random jitter adds up to 100 %."""
+    """Wait before the second attempt. Later waits double; jitter adds up to 100 %."""
 
     def __post_init__(self) -> None:
         if self.max_pixels < 1 or self.max_frames < 1:
@@ -179,7 +177,6 @@ def open_binary(source: str | bytes, limits: MediaLimits | None = None) -> Any:
 
 
 def is_local_file(uri: str) -> bool:
-    """Returns True for a whole local file."""
     return not is_web(uri) and parse_location(uri) is None and storage.is_local(uri)
 
 

@@ -116,7 +116,6 @@ class WebFile(io.RawIOBase):
         self.size = 0
         self.etag: str | None = None
         self.modified: str | None = None
-        """Last-Modified header."""
         self._first = self._fetch(0, FIRST_BYTES)
 
     def readable(self) -> bool:
@@ -218,7 +217,7 @@ def _is_transient(error: Exception) -> bool:
 
 
 def _raise_plain(error: Exception, url: str) -> NoReturn:
-    """Raises a file system's error, without the URL's query, which may be secret."""
+    """Raises an OSError without the URL's query, which may be secret."""
     name = storage.shown_uri(url)
     if isinstance(error, urllib.error.HTTPError):
         number = {404: errno.ENOENT, 410: errno.ENOENT, 401: errno.EACCES, 403: errno.EACCES}.get(error.code, errno.EIO)

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from timeviper_platform.common.storage import open_file
 
 CACHED_ROW_GROUPS = 2
-"""Neighbours of a cell are read next."""
+"""Row groups kept for neighbouring cells."""
 
 _RANGE = re.compile(r"^(?P<uri>.+)#offset=(?P<offset>\d+)&size=(?P<size>\d+)$")
 _CELL = re.compile(r"^(?P<uri>.+)#column=(?P<column>[^&#]+)&row_group=(?P<row_group>\d+)&row=(?P<row>\d+)$")

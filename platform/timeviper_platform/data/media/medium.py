@@ -15,7 +15,7 @@ HEADER_FIELDS = ("modality", "duration_seconds", "source_fps", "width", "height"
 
 @dataclass(frozen=True, slots=True)
 class Medium:
-    """A video, clip or image, with headers once probed, or in error."""
+    """A video, clip or image, with its headers or error."""
 
     uri: str
     """Absolute URI, possibly of a location inside a file."""

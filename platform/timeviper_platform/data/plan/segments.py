@@ -27,7 +27,7 @@ from timeviper_platform.data.video_worker.frame_source import DecodeConfig
 from timeviper_platform.data.video_worker.isolated import IsolatedProbes
 
 SEGMENT_FRAMES = 64
-"""28 MB at 384 x 384, held at once by a worker."""
+"""A worker holds one segment: 28 MB at 384 x 384."""
 
 MAX_TABLE_ROWS = 65_536
 """Maximum rows of one PLAN table. A page of films has millions."""
@@ -92,7 +92,7 @@ class SamplingConfig:
     """Sampled frames per second. Frame k is the one on screen at start + k / fps."""
     frame_selection: Literal["all", "keyframes"] = "all"
     """all = the frame on screen at every sampling time; keyframes = the last keyframe of each interval, if any, at a
-    fraction of the decoding cost.
+    fraction of the cost.
     """
 
     def __post_init__(self) -> None:
@@ -136,7 +136,6 @@ def segment_id(media_id: str, source_version: str, recipe_hash: str, segment_ind
 
 
 def segments_of(table: pa.Table) -> list[Segment]:
-    """Returns the segments in PLAN rows."""
     return [Segment.from_row(row) for row in table.filter(pc.field("status") == "planned").to_pylist()]
 
 
@@ -204,7 +203,7 @@ def _check_num_frames(medium: Medium, num_frames: int, limits: MediaLimits) -> N
 
 
 def _table(media: Sequence[dict[str, Any]], recipe_hash: str) -> pa.Table:
-    """Builds PLAN rows by column, five times as fast as by row."""
+    """Builds rows by column, five times as fast as by row."""
     totals = np.array([medium["num_frames"] for medium in media], dtype=np.int64)
     num_segments = -(-totals // SEGMENT_FRAMES)
     num_rows = np.maximum(1, num_segments)  # a medium in error has one row

@@ -91,12 +91,12 @@ class Plan:
         return StoredSegments(self.plan_files, self.counts.segments_missing, self.finished)
 
     def tables(self) -> Iterator[pa.Table]:
-        """Returns all PLAN rows, one file at a time."""
+        """All PLAN rows, a file at a time."""
         return (read_plan_file(plan_file) for plan_file in self.plan_files)
 
 
 def write_plan(feature_store: str, tables: Iterable[pa.Table], finished: HashTable) -> Plan:
-    """Writes plan/part-*.parquet, replacing an earlier plan."""
+    """Writes plan/part-*.parquet, replacing earlier ones."""
     folder = storage.join_uri(feature_store, PLAN_FOLDER)
     storage.remove(folder)
     counts, plan_files = PlanCounts(), []

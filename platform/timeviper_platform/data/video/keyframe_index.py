@@ -33,7 +33,7 @@ class KeyframeIndex:
         Args:
             position: DTS of the last packet.
             tick: PTS to reach.
-            reorder: PTS - DTS; indices are in DTS.
+            reorder: PTS - DTS, as indices are in DTS.
         """
         entry = self._entries.search_timestamp(tick - reorder) if len(self._entries) else -1
         gap_seconds = float((tick - position) * self._time_base)

@@ -1,6 +1,6 @@
-"""Samples keyframes only: for time t the last one with t - step < PTS <= t.
+"""Samples only keyframes: for time t the last one with t - step < PTS <= t.
 
-A step without a keyframe has no frame, which does not count as missing.
+A step without a keyframe has no frame, and counts none as missing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ JUMP_SECONDS = 10
 
 
 class KeyframeReader:
-    """VideoReader of a video's keyframes, on one thread."""
+    """VideoReader of keyframes, on one thread."""
 
     def __init__(
         self, source: str | bytes, image_size: int, *, step: Fraction, limits: MediaLimits | None = None
@@ -77,7 +77,7 @@ class KeyframeReader:
         return self._origin + int(t // self._time_base)
 
     def _keyframes(self, after: int, until: int) -> Iterator[Any]:
-        """Keyframe packets with after < PTS <= until, ascending."""
+        """Yields packets with after < PTS <= until, ascending."""
         if after < self._position or after - self._position > JUMP_SECONDS / self._time_base:
             self._seek(after)
         self._position = until
@@ -103,7 +103,6 @@ class KeyframeReader:
         return packet
 
     def _seek(self, tick: int) -> None:
-        """Seeks to a keyframe at or before `tick`, or to the start."""
         target, back = tick, max(1, round(2 / self._time_base))
         while target > self._origin:
             try:

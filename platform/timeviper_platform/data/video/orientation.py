@@ -26,9 +26,9 @@ UPRIGHT = Orientation()
 
 
 def orientation_of(frame: Any) -> Orientation:
-    """Returns the orientation by the display matrix (ISO/IEC 14496-12).
+    """Reads the display matrix (ISO/IEC 14496-12).
 
-    Its rows (a, b, u) and (c, d, v) move column p, row q to column a p + c q, row b p + d q.
+    Rows (a, b, u) and (c, d, v) move column p, row q to column a p + c q, row b p + d q.
     """
     matrix = next((bytes(data) for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), b"")
     if len(matrix) != 9 * 4:
@@ -40,6 +40,5 @@ def orientation_of(frame: Any) -> Orientation:
 
 
 def turn_upright(pixels: np.ndarray, orientation: Orientation) -> np.ndarray:
-    """Returns a view of (H, W, 3) pixels."""
     turned = pixels.swapaxes(0, 1) if orientation.swaps_axes else pixels
     return turned[:: -1 if orientation.reverses_rows else 1, :: -1 if orientation.reverses_columns else 1]

@@ -42,11 +42,7 @@ class LookAhead:
         self._resolve()
 
     def add(self, pts: int, dts: int | None) -> None:
-        """Adds the next packet.
-
-        Raises:
-            ValueError: when its PTS is below an earlier DTS.
-        """
+        """Adds the next packet. Raises ValueError when its PTS is below an earlier DTS."""
         if pts < self._front:
             raise ValueError(f"PTS {pts} follows DTS {self._front}")
         insort(self._seen, pts)
@@ -61,7 +57,6 @@ class LookAhead:
         self._resolve()
 
     def restart(self) -> None:
-        """Continues after a seek."""
         self._seen = []
         self._front = _NO_PACKET_YET
 
@@ -91,7 +86,7 @@ class LookAhead:
         return False if after < len(self._seen) and self._seen[after] <= tick else None
 
     def may_want(self, pts: int) -> bool:
-        """Returns True while current or later ticks may want this frame."""
+        """Returns True while a current or later tick may want this frame."""
         return pts >= self.pts_of.get(self._last_tick, self._last_tick + 1) or self.needed(pts) is None
 
     def _resolve(self) -> None:

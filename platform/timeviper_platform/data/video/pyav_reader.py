@@ -39,7 +39,6 @@ logger = logging.getLogger(__name__)
 
 MAX_HELD_PACKETS = 400
 MAX_HELD_BYTES = 32 << 20
-"""Limits of held packets."""
 
 STEP_BACK_SECONDS = 2
 """First step back when a seek lands past the wanted PTS. Doubles each time."""
@@ -59,16 +58,16 @@ class _Walk:
     packets: Iterator[Any]
     every_frame: Iterator[tuple[int, Any]]
     end_tick: int
-    """End of the last frame read."""
+    """End of the last frame."""
     ahead: LookAhead
     read_until: int | None = None
-    """DTS of the last packet read."""
+    """DTS of the last packet."""
     reorder: int = 0
     """PTS - DTS of the last keyframe."""
     pending: deque[Any] = field(default_factory=deque)
-    """Undecoded packets in decode order."""
+    """Undecoded packets."""
     held: set[int] = field(default_factory=set)
-    """PTS of the pending packets."""
+    """PTS of pending packets."""
     held_bytes: int = 0
     is_cut: bool = False
     """True when packets before the pending ones were dropped."""
@@ -108,7 +107,7 @@ class PyAVReader:
         self._pixels: dict[int, np.ndarray] = {}  # of the wanted frames, by PTS
         with decode_errors("decode_video", source, self._limits):
             self._open()
-        # AVI has no PTS: with B-frames, FFmpeg's are in decode order
+        # AVI has no PTS; FFmpeg's are in decode order
         self._has_timestamps = self._container.format.name != "avi" or not self._context.has_b_frames
 
     def sample(self, times: Sequence[Fraction]) -> FrameBatch:
@@ -174,7 +173,6 @@ class PyAVReader:
         self._walk.recent = {pts: frame for pts, frame in self._walk.recent.items() if self._walk.ahead.may_want(pts)}
 
     def _step(self) -> None:
-        """Decodes the oldest packet if due; else seeks or reads one more."""
         walk = self._walk
         if walk.pending and self._is_due():
             packet = walk.pending[0]
@@ -251,7 +249,6 @@ class PyAVReader:
                 self._walk.recent[frame.pts] = frame
 
     def _jump(self) -> bool:
-        """Seeks if that is cheaper, at most once per tick."""
         tick = self._walk.ahead.next_open
         if tick is None or tick == self._walk.considered or self._holds_wanted():
             return False
@@ -309,7 +306,7 @@ class PyAVReader:
         return found
 
     def _frames(self) -> Iterator[tuple[int, Any]]:
-        """Yields frames with PTS: in display order, the n-th has the n-th smallest timestamp."""
+        """In display order, the n-th frame has the n-th smallest timestamp."""
         self._context.skip_frame = "DEFAULT"
         stamps: list[int] = []
         while not self._walk.at_end:

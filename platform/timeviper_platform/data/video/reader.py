@@ -106,7 +106,7 @@ def read_image(source: str | bytes, image_size: int, *, limits: MediaLimits | No
 
 
 def _with_8_bits(image: Image.Image) -> Image.Image:
-    """Returns the high bytes: Pillow would clip 16-bit greys at 255."""
+    """Pillow would clip 16-bit greys at 255."""
     values = np.array(image)
     if "transparency" in image.info:
         values[values == image.info["transparency"]] = 0xFFFF
@@ -206,7 +206,6 @@ class DecoderPool:
         self._readers: OrderedDict[str, VideoReader] = OrderedDict()
 
     def sample(self, uri: str, times: Sequence[Fraction]) -> FrameBatch:
-        """See `VideoReader.sample`; closes a video that fails."""
         if uri not in self._readers:
             while len(self._readers) >= self._max_open:
                 self._readers.popitem(last=False)[1].close()

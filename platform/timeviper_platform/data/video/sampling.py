@@ -55,7 +55,7 @@ def select_frames(
 
 
 def thin_to_fps(times_seconds: Sequence[float] | np.ndarray, fps: float) -> list[int]:
-    """Returns the first index in each step of 1 / fps: thin_to_fps([0, 1, 2, 3, 4], 0.5) -> [0, 2, 4]."""
+    """Returns the first index per step of 1 / fps: thin_to_fps([0, 1, 2, 3, 4], 0.5) -> [0, 2, 4]."""
     chosen: list[int] = []
     last_step = -1
     for index, seconds in enumerate(times_seconds):
@@ -72,5 +72,5 @@ def sample_times(start_seconds: Fraction, fps: Fraction, first_frame: int, num_f
 
 
 def count_frames(start_seconds: Fraction, end_seconds: Fraction, fps: Fraction) -> int:
-    """Returns the number of k >= 0 with start + k / fps < end: 597 for 596.46 s at 1 fps."""
+    """Returns the number of k >= 0 with start + k / fps < end."""
     return max(0, math.ceil((end_seconds - start_seconds) * fps))

@@ -23,16 +23,16 @@ from timeviper_platform.data.video.orientation import UPRIGHT, Orientation, orie
 
 @dataclass(frozen=True, slots=True)
 class StreamInfo:
-    """Timing of the stream that `video_stream` selects."""
+    """Timing and orientation of the `video_stream`."""
 
     index: int
     num_video_streams: int
-    """Cover pictures included."""
+    """Video streams, including cover pictures."""
     time_base: Fraction
     origin: int
     """Tick at 0 s."""
     starts_anywhere: bool
-    """True for formats whose clock does not start at 0."""
+    """True when the clock may not start at 0."""
     ticks: np.ndarray
     """(F,) int64: PTS of the shown frames, ascending."""
     end_tick: int
@@ -54,7 +54,7 @@ def read_stream_info(source: str | bytes, limits: MediaLimits) -> StreamInfo:
         time_base = Fraction(stream.time_base)
         frame_ticks = max(1, round(1 / (stream.average_rate * time_base))) if stream.average_rate else 1
         stamps, end_tick = [], 0
-        # AVI has no PTS: with B-frames, FFmpeg's are in decode order
+        # AVI has no PTS; FFmpeg's are in decode order
         is_timed = container.format.name != "avi" or not context.has_b_frames
         orientation = None
         for packet in _packets(container, stream):
@@ -81,7 +81,6 @@ def read_stream_info(source: str | bytes, limits: MediaLimits) -> StreamInfo:
 
 
 def _packets(container: Any, stream: Any) -> Any:
-    """Yields packets up to the end or the first damage."""
     packets = container.demux(stream)
     while True:
         try:

@@ -23,7 +23,6 @@ from timeviper_platform.data.video.stream_info import read_stream_info
 logger = logging.getLogger(__name__)
 
 TorchcodecBackend = Literal["torchcodec", "nvdec"]
-"""Also the names of extras of this package."""
 
 
 def load_torchcodec(backend: TorchcodecBackend = "torchcodec") -> Any:

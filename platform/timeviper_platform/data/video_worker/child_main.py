@@ -66,15 +66,14 @@ def limit_resources(limits: dict[str, int | None]) -> None:
 
 
 class JobRunner:
-    """Runs jobs; keeps videos of segments open between them."""
+    """Runs jobs; keeps videos open between them."""
 
     def __init__(self) -> None:
         self._source: LocalFrames | None = None
         self._cpu_seconds = time.process_time()
-        """Process time at the last reply for a segment."""
+        """Process time at the last segment's reply."""
 
     def replies(self, job: dict[str, Any], data: bytes) -> Iterator[_Reply]:
-        """Yields replies: a description and frames, or an error."""
         kinds: dict[str, Callable[[dict[str, Any]], Iterator[_Reply]]] = {
             "segments": self._segments,
             "probes": _probes,
@@ -167,7 +166,6 @@ def _error(stage: Stage, error_type: ErrorType, message: str) -> _Reply:
 
 
 def main(connection: socket.socket) -> None:
-    """Runs jobs until the parent closes the socket."""
     runner = JobRunner()
     connection.sendall(REPLY.pack(0))  # ready
     while True:

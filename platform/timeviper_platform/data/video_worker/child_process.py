@@ -26,7 +26,6 @@ from timeviper_platform.data.video_worker.child_main import JOB, REPLY
 START_SECONDS = 120.0
 
 RECEIVED_BYTES = 1 << 16
-"""Maximum bytes per recv."""
 
 MAX_REPLY_BYTES = 1 << 26
 """Guard against a compromised child. Real replies have two floats per frame."""
@@ -38,13 +37,13 @@ class ChildDiedError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChildLimits:
-    """Resource limits of a child; None = no limit."""
+    """Resource limits of a child; None = unlimited."""
 
     max_memory_bytes: int | None
     cpu_seconds: int | None = None
     max_open_files: int | None = None
     max_written_bytes: int | None = None
-    """Maximum size of a file."""
+    """Maximum size of a written file."""
 
 
 class DecodeChild:
@@ -89,7 +88,7 @@ class DecodeChild:
     def run(
         self, job: dict[str, Any], data: bytes = b"", *, num_frames: int, deadline_seconds: float
     ) -> tuple[dict[str, Any], np.ndarray]:
-        """Returns the one reply to a job and the memory of its frames."""
+        """Returns a job's one reply and the memory of its frames."""
         memory = self.send(job, data, num_frames=num_frames, deadline_seconds=deadline_seconds)
         return self.reply(deadline_seconds), memory
 
@@ -127,7 +126,7 @@ class DecodeChild:
 
         Args:
             deadline_seconds: maximum wait.
-            idle: called before blocking. A short sleep lets replies accumulate.
+            idle: called before blocking, so that short replies accumulate.
 
         Raises:
             ChildDiedError: when the child ends first.

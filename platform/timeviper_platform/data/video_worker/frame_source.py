@@ -61,7 +61,7 @@ class DecodeResult:
 
 class FrameSource(Protocol):
     def decode(self, requests: Iterable[DecodeRequest]) -> Iterator[DecodeResult]:
-        """Yields one result per request, in order. Errors are results."""
+        """Yields a result per request, in order. Errors are results."""
 
 
 @dataclass(slots=True)
@@ -94,7 +94,7 @@ class LocalFrames:
             yield DecodeResult(frames, time.perf_counter() - started)
 
     def frames(self, request: DecodeRequest) -> FrameBatch:
-        """Returns the frames of one request. Raises DecodeError."""
+        """Raises DecodeError when the medium cannot be read."""
         if is_web(request.uri):  # `open_web` retries
             return self._read(request)
         try:

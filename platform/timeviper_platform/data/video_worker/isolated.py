@@ -63,9 +63,8 @@ class IsolatedFrames:
     idle: Callable[[], None] = _idle
     """See `DecodeChild.reply`."""
     child: DecodeChild | None = field(init=False)
-    """Current process; None after it ended."""
     _timed_out: dict[str, DecodeError] = field(default_factory=dict, init=False)
-    """Errors of media that passed the deadline. Their further segments fail at once."""
+    """Errors of media past the deadline. Their further segments fail at once."""
 
     def __post_init__(self) -> None:
         self.child = self._start()
@@ -138,7 +137,7 @@ class IsolatedFrames:
             self._send(job)
 
     def _send(self, job: _Job) -> None:
-        """Sends a job, without the media that timed out."""
+        """Sends a job, without media that timed out."""
         if self.child is None:
             self.child = self._start()
         requests = [request for request in job.requests if request.uri not in self._timed_out]
@@ -222,7 +221,6 @@ class IsolatedProbes:
         return finished
 
     def _probe_one(self, uri: str) -> Medium:
-        """Probes one medium. Retries once when the child dies."""
         name = source_name(uri)
         try:
             return self._probe_once(uri)
