@@ -30,7 +30,6 @@ class InitConfig:
     preset: Literal["tiny", "9b", "tiny-qwen", "qwen2.5-7b", "tiny-pdrop", "9b-pdrop"] | None = None
     """Model sizes. With `weights`, both must match; a dry run then needs no weights."""
     seed: int = 0
-    """Seed of random initial values."""
     backbone: str | None = None
     """Hugging Face name or folder of a language model that replaces the preset's random backbone."""
     transv: tuple[TransVSite, ...] | None = None
@@ -51,8 +50,6 @@ class InitConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ValidationConfig:
-    """Loss and exact answers on held-out samples."""
-
     samples: tuple[SourceConfig, ...]
     every_steps: int = 500
     """Steps between validations. The phase's last step is always validated."""
@@ -62,7 +59,7 @@ class ValidationConfig:
     resources: dict[str, float] = field(default_factory=lambda: {"CPU": 1.0})
     """Ray resources of the task, which uses a GPU if one is listed."""
     max_wait_s: float = 600.0
-    """Maximum seconds to wait for unfinished tasks after the last step."""
+    """Maximum seconds to wait for tasks after the last step."""
     num_answers: int = 0
     """Samples answered greedily for `validation_exact_match`. Must be 0 with zero.stage 3."""
 
@@ -83,16 +80,14 @@ class ValidationConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PhaseConfig:
     samples: tuple[SourceConfig, ...]
-    """Sources of the mixture."""
     trainable: tuple[ParameterRule, ...]
     """Rules for trained parameters; all others are frozen."""
     packing: PackingConfig
     packs_per_step: int
     """Packs per step, over all ranks."""
     steps: int | None = None
-    """Number of steps. Exactly one of `steps` and `epochs` is required."""
+    """Number of steps. Exclusive with `epochs`."""
     epochs: int | None = None
-    """Number of epochs."""
     use_transv: bool = True
     frames: FramesConfig = field(default_factory=FramesConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -164,9 +159,9 @@ class TrainConfig:
     backend: Backend = "auto"
     """torch, auto (CUDA kernels if available) or kernels (required)."""
     encoder: str | None = None
-    """Vision encoder of the features (Hugging Face name or folder), recorded in the weights for serving."""
+    """Vision encoder of the features (Hugging Face name or folder), recorded for serving."""
     second_encoder: str | None = None
-    """Encoder of the second vision tower, if any."""
+    """Encoder of the second vision tower."""
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -190,7 +185,6 @@ class TrainConfig:
 
 
 def resolve_paths(config: TrainConfig) -> TrainConfig:
-    """Returns `config` with absolute paths, except Hugging Face names."""
     config = with_absolute_paths(
         config,
         (

@@ -17,11 +17,7 @@ DUMMY_LENGTH = 2
 
 
 class PackReader:
-    """Turns planned packs into micro-batches. Can be pickled.
-
-    Args:
-        builder: must equal the builder that measured the plan.
-    """
+    """Turns planned packs into micro-batches. Can be pickled."""
 
     def __init__(self, builder: SampleBuilder, shape: BatchShape) -> None:
         self.builder = builder
@@ -38,11 +34,7 @@ class PackReader:
         return [self._read_pack(pack) for pack in packs]
 
     def tokenize(self, row: dict[str, Any], sizes: tuple[int, ...]) -> TokenizedSample:
-        """Returns the row's sample.
-
-        Raises:
-            RuntimeError: when its sizes differ from the plan.
-        """
+        """Raises RuntimeError when the sample's sizes differ from the plan."""
         item = self.builder.build(row)
         if isinstance(item, Reject):
             raise RuntimeError(
@@ -62,7 +54,6 @@ class PackReader:
 
         Raises:
             RuntimeError: when features are missing, damaged or not finite.
-            StorageUnavailableError: when the store cannot be reached.
         """
         store, dim = self.builder.store, self.shape.dim
         chunks = []
@@ -75,7 +66,6 @@ class PackReader:
 
     def _read_pack(self, pack: PackTask) -> MicroBatch:
         samples, features, sample_ids, damaged = [], [], [], []
-        # check every sample before reading features
         tokenized = [self.tokenize(row, sizes) for row, sizes in zip(pack.rows, pack.sizes, strict=True)]
         for row, item in zip(pack.rows, tokenized, strict=True):
             try:
@@ -92,7 +82,7 @@ class PackReader:
 
 
 def dummy_batch(dim: int, *, pad_token_id: int) -> PackedBatch:
-    """Returns a text-only batch without targets, for a rank with fewer packs than others."""
+    """Returns a batch without targets, for a rank with fewer packs than others."""
     sample = Sample(
         input_ids=[pad_token_id] * DUMMY_LENGTH,
         vision_index=[-1] * DUMMY_LENGTH,

@@ -1,7 +1,7 @@
 """Plans and reads a rank's micro-batches.
 
-Every rank runs ceil(packs_per_step / world_size) micro-batches per step, because unequal numbers would deadlock
-ZeRO. Missing ones are dummies of weight 0.
+Every rank runs ceil(packs_per_step / world_size) of them per step, because unequal numbers would deadlock ZeRO.
+Missing ones are dummies of weight 0.
 """
 
 from __future__ import annotations
@@ -28,10 +28,7 @@ T = TypeVar("T")
 
 
 class Prefetcher(Generic[T]):
-    """Iterates `source` in a thread, at most `max_bytes` and at least one item ahead.
-
-    Errors of the source are raised by `next()`.
-    """
+    """Iterates `source` in a thread, at most `max_bytes` and at least one item ahead."""
 
     def __init__(self, source: Iterator[T], *, num_bytes: Callable[[T], int], max_bytes: int) -> None:
         self._source = source
@@ -106,7 +103,7 @@ class LoaderConfig:
     cache_bytes: int = 256 << 20
     """Bytes of feature-store row groups cached in each reading process."""
     max_damaged_samples: int = 100
-    """Maximum samples left out because their features cannot be read. The run fails above it."""
+    """Maximum samples left out because their features cannot be read; above it, the run fails."""
 
     def __post_init__(self) -> None:
         if self.num_readers < 1 or self.cpus_per_reader <= 0:
@@ -117,8 +114,6 @@ class BatchLoader:
     """One rank's batches for the steps of a phase.
 
     Args:
-        rows: rows that the plan's table was measured on.
-        builder: builder that measured them.
         pack_flops: operations of a pack's forward and backward pass.
     """
 
@@ -154,7 +149,7 @@ class BatchLoader:
     def tasks(
         self, start: PackPosition, first_step: int, last_step: int
     ) -> Iterator[tuple[StepCounts, list[PackTask]]]:
-        """Yields the counts and this rank's packs of these steps, without reading features."""
+        """Yields the counts and this rank's packs of these steps."""
         position = start
         for step in range(first_step + 1, last_step + 1):
             packs, position = self._plan.take(position, self._shape.packs_per_step, num_epochs=self._shape.num_epochs)
@@ -211,11 +206,7 @@ PrefetchSteps = Callable[[BatchLoader, PackPosition, int, int, LoaderConfig], Pr
 def prefetch_in_thread(
     loader: BatchLoader, start: PackPosition, first_step: int, last_step: int, config: LoaderConfig
 ) -> Prefetcher[StepBatches]:
-    """Reads steps in a thread of this process.
-
-    Raises:
-        ValueError: when the configuration selects Ray Data.
-    """
+    """Raises ValueError when the configuration selects Ray Data."""
     if config.reader != "thread":
         raise ValueError(f"{config.reader = } needs Ray: submit jobs/train.py, or set loader.reader: thread")
     steps = loader.steps(start, first_step, last_step)

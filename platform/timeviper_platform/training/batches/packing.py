@@ -1,9 +1,7 @@
-"""Groups samples into packs, as a pure function of sizes, weights, caps, seed and epoch.
+"""Groups samples into packs that do not depend on the world size.
 
-Packs do not depend on the world size, so a run may continue on another number of ranks.
-
-    seeded order of an epoch  ->  best fit from a sorted buffer, whole samples  ->  packs 0, 1, 2, ...
-    packs continue from epoch to epoch; step s takes packs [s * G, (s + 1) * G)
+seeded order of an epoch  ->  best fit from a sorted buffer, whole samples  ->  packs 0, 1, 2, ...
+packs continue from epoch to epoch; step s takes packs [s * G, (s + 1) * G)
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ class PackingConfig:
     max_tokens: int
     """Maximum text and vision tokens per pack; longer samples are rejected."""
     max_frames: int | None = None
-    """Maximum frames per pack, where frames rather than tokens limit memory."""
+    """Maximum frames per pack, where frames limit memory."""
     buffer_size: int = 64
     """Samples searched for the best fit."""
     pad_to_max_tokens: bool = False
@@ -43,8 +41,6 @@ class PackingConfig:
 
 
 class Pack(NamedTuple):
-    """Samples that share one flat sequence."""
-
     num_tokens: int
     vision_counts: tuple[int, ...]
     """Vision tokens of each sample."""
@@ -58,8 +54,6 @@ class Pack(NamedTuple):
 
 
 class PackPosition(NamedTuple):
-    """Position of a run's next pack."""
-
     epoch: int
     next_pack: int
     """Index within the epoch."""
@@ -77,22 +71,17 @@ class PackPlan:
         self.hash = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
     def epoch(self, epoch: int) -> list[Pack]:
-        """Returns the packs of an epoch.
-
-        Raises:
-            ValueError: when the weights leave the epoch empty.
-        """
+        """Raises ValueError when the weights leave the epoch empty."""
         return [self._pack(indices) for indices in self._groups(epoch)]
 
     def num_packs(self, epoch: int) -> int:
         return len(self._groups(epoch))
 
     def num_steps(self, packs_per_step: int, num_epochs: int) -> int:
-        """Returns the steps of `num_epochs` epochs; the last may have fewer packs."""
         return -(-sum(map(self.num_packs, range(num_epochs))) // packs_per_step)
 
     def take(self, position: PackPosition, count: int, *, num_epochs: int | None) -> tuple[list[Pack], PackPosition]:
-        """Returns the next `count` packs, or fewer at the end of `num_epochs`, and the position after them."""
+        """Returns the next `count` packs, or fewer at the end, and the position after them."""
         packs: list[Pack] = []
         epoch, start = position
         while len(packs) < count and (num_epochs is None or epoch < num_epochs):
@@ -126,7 +115,7 @@ class PackPlan:
 
 
 def epoch_order(weights: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """Returns sample indices in the epoch's order, each `weight` times; fractions of a weight are drawn."""
+    """Returns sample indices, each `weight` times; fractions of a weight are drawn."""
     generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
     times = np.floor(weights).astype(np.int64) + (generator.random(len(weights)) < weights % 1.0)
     return generator.permutation(np.repeat(np.arange(len(weights)), times))
@@ -137,9 +126,9 @@ def pack_best_fit(
 ) -> list[list[int]]:
     """Returns the sample indices of each pack.
 
-    A pack opens with the sample that has waited longest, then takes the longest samples that fit.
+    A pack opens with the sample that waited longest, then takes the longest that fit.
     """
-    # an item is (tokens, arrival, index): sorted by tokens it is the buffer, by arrival the queue
+    # items are (tokens, arrival, index); the buffer is sorted by tokens, the queue by arrival
     items = [(int(num_tokens[index]), arrival, int(index)) for arrival, index in enumerate(order)]
     arrivals = {item[1]: item for item in items[: config.buffer_size]}  # insertion order = longest wait first
     buffer = sorted(arrivals.values())
@@ -174,9 +163,8 @@ def _longest_that_fits(
 
 
 def assign_packs(costs: Sequence[float], world_size: int) -> list[list[int]]:
-    """Returns the pack indices of each rank.
+    """Gives costly packs first, each to the least loaded rank; at most ceil(G / world_size) per rank.
 
-    Costly packs go first, each to the rank with the least cost; a rank gets at most ceil(G / world_size).
     assign_packs([5, 1, 4, 2], 2) -> [[0, 1], [2, 3]]
     """
     limit = -(-len(costs) // world_size)

@@ -21,7 +21,7 @@ from timeviper_platform.training.batches.packing import PackPosition
 from timeviper_platform.training.batches.step_batches import PackTask, StepBatches, StepCounts
 
 STEPS_PER_GRAPH = 512
-"""Maximum steps per Ray Data graph; limits the tasks in the rank's memory."""
+"""Maximum steps per Ray Data graph; limits the tasks in memory."""
 
 COLUMN = "item"
 
@@ -35,7 +35,6 @@ def prefetch_on_ray(
     *,
     steps_per_graph: int = STEPS_PER_GRAPH,
 ) -> Prefetcher[StepBatches]:
-    """Reads steps on the connected cluster."""
     steps = _steps(loader, loader.tasks(start, first_step, last_step), config, steps_per_graph)
     return Prefetcher(steps, num_bytes=lambda step: step.num_bytes, max_bytes=config.prefetch_bytes)
 

@@ -1,4 +1,4 @@
-"""Reads the SAMPLES rows of a mixture into memory, or maps them from a file if they are large."""
+"""Reads the SAMPLES rows of a mixture into memory, or maps large ones from a file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MAX_UNUSED_SECONDS = 7 * 24 * 3600.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpectedSamples:
-    """Samples of one kind that a missing source will hold, for dry runs."""
+    """Expected samples of one kind in a missing source, for dry runs."""
 
     num_samples: int
     num_frames: int = 0
@@ -80,7 +80,7 @@ class SampleRows:
     def read(cls, sources: Sequence[SourceConfig], *, max_in_memory_bytes: int = MAX_IN_MEMORY_BYTES) -> SampleRows:
         """Reads the rows of every source.
 
-        Above `max_in_memory_bytes`, all processes of this machine map one uncompressed file.
+        Above `max_in_memory_bytes`, all processes of this machine map one file.
 
         Raises:
             ValueError: when a file is missing or invalid, or there are no rows.
@@ -100,19 +100,17 @@ class SampleRows:
         return self.block(index, 1)[0]
 
     def block(self, start: int, count: int) -> list[dict[str, Any]]:
-        """Returns up to `count` rows from `start` on."""
         values: list[dict[str, Any]] = self._table.slice(start, count).to_pylist()
         return values
 
     def sample_ids(self, indices: np.ndarray) -> list[str]:
-        """Returns the ids at ascending `indices`. Reads all rows between the first and the last."""
+        """Returns the ids at ascending `indices`, reading all rows in between."""
         first = int(indices[0])
         ids = self._table["sample_id"].slice(first, int(indices[-1]) - first + 1).to_pylist()
         return [ids[index - first] for index in indices.tolist()]
 
 
 def missing_sources(sources: Sequence[SourceConfig]) -> list[str]:
-    """Returns the URIs of sources without files."""
     return [source.uri for source in sources if not _existing_files(source.uri)]
 
 
@@ -135,7 +133,7 @@ class _SourceFile(NamedTuple):
 
 
 def _read_all(files: Sequence[_SourceFile], max_bytes: int) -> tuple[list[bytes] | None, str]:
-    """Returns the contents of the files, or None above `max_bytes`; and the hash of contents and weights."""
+    """Returns the files' contents, or None above `max_bytes`; and the hash of contents and weights."""
     contents: list[bytes] | None = []
     num_bytes, digest = 0, hashlib.sha256()
     for file in files:
@@ -165,7 +163,6 @@ def _rows(file: _SourceFile, data: bytes) -> pa.Table:
 
 
 def _mapped(files: Sequence[_SourceFile], digest: str) -> pa.Table:
-    """Maps all rows from one file; the machine's first process writes it."""
     folder = Path(tempfile.gettempdir(), f"timeviper-samples-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
@@ -196,7 +193,6 @@ def _write_mapped(files: Sequence[_SourceFile], digest: str, target: Path) -> No
 
 
 def _remove_old(folder: Path) -> None:
-    """Deletes unused mapped files; existing maps stay valid."""
     for path in folder.glob("*.arrow"):
         if time.time() - path.stat().st_mtime > MAX_UNUSED_SECONDS:
             path.unlink()

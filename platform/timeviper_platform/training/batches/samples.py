@@ -1,7 +1,4 @@
-"""Turns SAMPLES rows into tokenized samples with frame indices, or into rejects.
-
-Reads only the index of the feature store.
-"""
+"""Turns SAMPLES rows into tokenized samples with frame indices, or into rejects."""
 
 from __future__ import annotations
 
@@ -65,15 +62,13 @@ class TokenizedSample(NamedTuple):
 
 
 class Reject(NamedTuple):
-    """A row that is left out."""
-
     sample_id: str
     reason: RejectReason
     detail: str
 
 
 class SampleBuilder:
-    """Builds equal samples for the plan (sizes) and the loader (tokens).
+    """Builds equal samples for the plan and the loader.
 
     Args:
         tokenizer: a transformers fast tokenizer.
@@ -87,7 +82,6 @@ class SampleBuilder:
         self._frames = frames
 
     def build(self, row: dict[str, Any]) -> TokenizedSample | Reject:
-        """Returns the row's tokens and frames, or the reason to leave it out."""
         media_ids, frames, num_tokens = [], [], []
         for item in row["media"] or []:
             chosen = self._select_frames(item)
@@ -108,7 +102,7 @@ class SampleBuilder:
         return tokenized
 
     def digest(self) -> str:
-        """Returns a hash of everything but the row that determines a sample's sizes."""
+        """Returns a hash of everything but the row that determines sizes."""
         parts = {
             "tokenizer": self._tokenizer.digest(),
             "template": asdict(self._template),

@@ -1,8 +1,6 @@
 """Measures the usable rows of a mixture and rejects the others.
 
-The ranks share the tokenization and cache the result:
-
-    rank r builds every world_size-th block of rows  ->  all sizes on all ranks  ->  one file for later attempts
+    rank r builds every world_size-th block of rows  ->  all sizes on all ranks  ->  one cached file
 
 The table does not depend on the number of ranks.
 """
@@ -31,7 +29,7 @@ from timeviper_platform.training.batches.samples import Reject, SampleBuilder, T
 logger = logging.getLogger(__name__)
 
 TABLE_VERSION = 1
-"""Increase it when the same rows give other sizes; cached tables are then measured again."""
+"""Increase it when the same rows give other sizes, to invalidate cached tables."""
 
 BLOCK_ROWS = 1024
 """Rows per block; amortizes reading from Arrow."""
@@ -63,14 +61,12 @@ class SampleTable:
         return len(self.row_indices)
 
     def sizes(self, index: int) -> tuple[int, ...]:
-        """Returns the `TokenizedSample.sizes` of a sample."""
+        """Returns a sample's `TokenizedSample.sizes`."""
         columns = (self.num_tokens, self.num_vision_tokens, self.num_frames, self.num_targets)
         return tuple(int(column[index]) for column in columns)
 
 
 class Measure(Protocol):
-    """Interface of `measure_samples` and `MeasureOnAllRanks`."""
-
     def __call__(
         self, rows: SampleRows, builder: SampleBuilder, *, max_tokens: int, max_frames: int | None
     ) -> SampleTable:
@@ -83,17 +79,13 @@ def measure_samples(
     """Measures the rows that fit one pack, and lists the rejects.
 
     Raises:
-        ValueError: when no row is usable, with the counts by reason.
+        ValueError: when no row is usable.
     """
     return join_blocks(rows, [measure_blocks(rows, builder, max_tokens, max_frames, rank=0, world_size=1)])
 
 
 class MeasureOnAllRanks:
-    """`measure_samples` shared by all ranks and cached; collective.
-
-    Args:
-        folder: URI of the cache, shared by all runs.
-    """
+    """`measure_samples` shared by all ranks and cached in `folder`, a URI; collective."""
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
@@ -173,11 +165,7 @@ def _within_caps(
 
 
 def join_blocks(rows: SampleRows, shards: Sequence[list[Block]]) -> SampleTable:
-    """Joins the blocks of all ranks in row order.
-
-    Raises:
-        ValueError: when no row is usable.
-    """
+    """Joins the blocks of all ranks in row order; raises ValueError when no row is usable."""
     num_blocks = sum(map(len, shards))
     blocks = [shards[block % len(shards)][block // len(shards)] for block in range(num_blocks)]
     usable = np.concatenate([sizes for sizes, _ in blocks])
@@ -232,7 +220,6 @@ def _write(file: str, table: SampleTable) -> None:
 
 
 def _read(file: str, rows: SampleRows) -> SampleTable | None:
-    """Returns None when no valid table is cached."""
     if not storage.exists(file):
         return None
     filesystem, path = storage.split_uri(file)

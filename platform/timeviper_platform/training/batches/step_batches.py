@@ -11,13 +11,11 @@ from timeviper_platform.training.batches.packing import Pack, PackPosition
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchShape:
-    """Sizes of a phase's batches."""
-
     packs_per_step: int
     max_tokens: int
     """Token budget of one pack."""
     pad_to: int | None
-    """Padded length of every pack; None leaves packs unpadded."""
+    """Padded length of every pack."""
     dim: int
     """Width of a vision row."""
     pad_token_id: int
@@ -39,7 +37,7 @@ class StepCounts(NamedTuple):
     num_vision_tokens: int
     num_samples: int
     num_padding_tokens: int
-    """Padding of packs and dummies, over all ranks."""
+    """Padding of packs and dummies."""
     fill: float
     """Tokens / token budget."""
     flops: float
@@ -55,12 +53,10 @@ class PackTask(NamedTuple):
     """Index within the step."""
     rows: list[dict[str, Any]]
     sizes: list[tuple[int, ...]]
-    """Planned `TokenizedSample.sizes` of each sample."""
+    """Planned `TokenizedSample.sizes`."""
 
 
 class DamagedSample(NamedTuple):
-    """A sample left out because its features cannot be read."""
-
     sample_id: str
     detail: str
     num_tokens: int
@@ -68,8 +64,6 @@ class DamagedSample(NamedTuple):
 
 
 class MicroBatch(NamedTuple):
-    """Input of one forward and backward pass."""
-
     batch: PackedBatch
     is_dummy: bool = False
     """True for a batch of loss weight 0 that keeps the ranks in step."""
@@ -91,7 +85,6 @@ class StepBatches(NamedTuple):
 
     @property
     def damaged(self) -> list[DamagedSample]:
-        """Samples that this rank cannot read."""
         return [sample for item in self.micro_batches for sample in item.damaged]
 
     @property

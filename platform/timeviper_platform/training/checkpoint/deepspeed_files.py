@@ -59,7 +59,6 @@ class _Capture:
 
 
 def _copied(value: Any) -> Any:
-    """Copies tensors in dicts, lists and tuples to the CPU, without the rest of their storage."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     if type(value) in (dict, OrderedDict):
@@ -90,7 +89,6 @@ def load_saved(file: Path, *, mmap: bool) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def reading_as_data(ds_engine: Any) -> Iterator[None]:
-    """Makes `ds_engine.load_checkpoint` use `load_saved`."""
     own = ds_engine.checkpoint_engine
     ds_engine.checkpoint_engine = _Reader(own)
     try:
@@ -118,7 +116,7 @@ def _classes() -> list[Any]:
     from deepspeed.utils.tensor_fragment import fragment_address
 
     def stage(of: Any, name: str) -> Any:
-        """How Python 3.11.0 to 3.11.3 pickles an enum member, and nothing else."""
+        """Rebuilds an enum member pickled by Python 3.11.0 to 3.11.3; allows no other getattr."""
         if of is not ZeroStageEnum or name not in ZeroStageEnum.__members__:
             raise pickle.UnpicklingError(f"GLOBAL getattr of {of!r}, {name!r}")
         return ZeroStageEnum[name]
@@ -127,8 +125,6 @@ def _classes() -> list[Any]:
 
 
 class Slice(NamedTuple):
-    """A fragment of a parameter in a rank's flat tensors."""
-
     flat: int
     start: int
     numel: int
@@ -146,7 +142,6 @@ class Fragment(NamedTuple):
     flat: Tensor
     """Optimizer tensor that holds the fragment."""
     start: int
-    """Offset in `flat`."""
     first: int
     """Offset in the flattened parameter."""
     numel: int
@@ -175,7 +170,7 @@ def optimizer_states(ds_engine: Any) -> Any:
 
 
 def _steps_on_parameters(ds_engine: Any) -> bool:
-    """True at stage 0 in float32, where DeepSpeed does not wrap torch's optimizer."""
+    """True at stage 0 in float32, where torch's optimizer is not wrapped."""
     return not ds_engine.zero_optimization() and not ds_engine.bfloat16_enabled()
 
 
@@ -191,7 +186,7 @@ def unsharded(model: Mapping[str, Any], trained: Sequence[str]) -> RankShard:
 
 
 def sharded_by_group(saved: Mapping[str, Any]) -> RankShard:
-    """Stages 1 and 2: a group's parameters are concatenated, then divided among the ranks."""
+    """Stages 1 and 2: a group's parameters, concatenated, then divided among the ranks."""
     slices = {
         name: Slice(number, int(address.start), int(address.numel))
         for number, group in enumerate(saved["param_slice_mappings"])
@@ -201,7 +196,7 @@ def sharded_by_group(saved: Mapping[str, Any]) -> RankShard:
 
 
 def sharded_by_parameter(saved: Mapping[str, Any], shapes: Mapping[str, torch.Size], num_ranks: int) -> RankShard:
-    """Stage 3: each parameter is divided into equal fragments, the last one padded."""
+    """Stage 3: each parameter, divided into equal fragments, the last one padded."""
     flats = saved["fp32_flat_groups"]
     slices, number, start = {}, 0, 0
     for name, shape in shapes.items():

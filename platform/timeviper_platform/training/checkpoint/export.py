@@ -1,4 +1,4 @@
-"""Exports a committed checkpoint as a model, or as a weights folder for evaluation and serving."""
+"""Exports a committed checkpoint as a model or a weights folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def export_weights(checkpoint: str, output: str, *, dtype: Dtype = "float32") -> None:
-    """Writes a committed checkpoint as a weights folder at `output`, replacing it.
+    """Writes a committed checkpoint as a weights folder, replacing `output`.
 
     Raises:
         ValueError: if there is no committed checkpoint, or it lacks parts of the model.
@@ -40,11 +40,7 @@ def export_weights(checkpoint: str, output: str, *, dtype: Dtype = "float32") ->
 def convert_public_checkpoint(
     checkpoint: str, output: str, *, config: TimeViperConfig, tokenizer: str, dtype: Dtype = "float32"
 ) -> None:
-    """Writes a checkpoint of TimeViper's public code as a weights folder at `output`, replacing it.
-
-    Args:
-        checkpoint: local file or folder.
-        tokenizer: local folder or Hugging Face name.
+    """Writes a checkpoint of TimeViper's public code as a weights folder, replacing `output`.
 
     Raises:
         ValueError: when tensors do not fit `config`, or the tokenizer its chat template.

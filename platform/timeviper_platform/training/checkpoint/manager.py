@@ -44,7 +44,7 @@ TAG = re.compile(r"/step-\d{8,}$")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
     every_steps: int = 500
-    """Steps between checkpoints; 0 saves only at the end of each phase."""
+    """Steps between checkpoints; 0 saves only at each phase's end."""
     keep: int = 2
     """Number of newest checkpoints to keep."""
     max_failed_saves: int = 3
@@ -65,14 +65,14 @@ class SaveFailedError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Snapshot:
-    """One rank's share of a checkpoint, in memory."""
+    """One rank's share of a checkpoint."""
 
     tag: str
     global_step: int
     files: dict[str, Any]
     """Contents for torch.save, by file name."""
     documents: dict[str, Any]
-    """Contents for JSON, by file name; written by rank 0."""
+    """JSON contents of rank 0, by file name."""
 
 
 class Checkpoints:
@@ -85,13 +85,12 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._outcome: str | BaseException | None = None
         self.newest_written = 0
-        """Newest global step known to be committed."""
 
     def newest(self) -> str | None:
         return next((uri for uri in reversed(list_folders(self.uri)) if is_committed(uri)), None)
 
     def committed(self) -> list[str]:
-        """Returns the committed checkpoints, oldest first."""
+        """Returns URIs, oldest first."""
         return [uri for uri in list_folders(self.uri) if is_committed(uri)]
 
     def uri_of(self, state: TrainState) -> str:
@@ -100,7 +99,7 @@ class Checkpoints:
     def snapshot(
         self, ds_engine: Any, state: TrainState, groups: Sequence[ParameterGroup], model: dict[str, Any]
     ) -> Snapshot:
-        """Copies this rank's state; training may continue afterwards."""
+        """Copies this rank's state."""
         return Snapshot(
             tag=_tag(state.global_step),
             global_step=state.global_step,
@@ -113,10 +112,7 @@ class Checkpoints:
         )
 
     def write(self, snapshot: Snapshot, before_commit: Callable[[], None] | None = None) -> None:
-        """Writes the snapshot in a thread; call `wait` before the next one.
-
-        `before_commit` is called on rank 0.
-        """
+        """Writes the snapshot in a thread; call `wait` before the next one. Rank 0 calls `before_commit`."""
         assert self._thread is None  # two at a time would hold two copies of the state
         if self._group is None:
             # the threads need their own group: training uses the default one
@@ -127,7 +123,7 @@ class Checkpoints:
         self._thread.start()
 
     def wait(self) -> str | None:
-        """The URI of the checkpoint being written, once committed; None if there is none.
+        """Returns the URI of the checkpoint being written, once committed.
 
         Raises:
             SaveFailedError: if a rank could not write its share.
@@ -171,7 +167,6 @@ class Checkpoints:
             self._outcome = error
 
     def _on_all_ranks(self, act: Callable[[], None]) -> None:
-        """Runs `act`; raises on every rank if it failed on any."""
         failure = None
         try:
             act()
@@ -188,7 +183,6 @@ class Checkpoints:
         storage.write_json(storage.join_uri(target, COMMIT_FILE), {"files": _sizes(target)})
 
     def _prune(self) -> None:
-        """Removes surplus checkpoints and the remains of failed saves."""
         try:
             committed = self.committed()
             for uri in list_folders(self.uri):
@@ -204,7 +198,7 @@ class Checkpoints:
 def resolve_resume(uri: str, resume: Literal["auto", "never"] | str) -> str | None:
     """Returns the checkpoint to start from; None for the initial weights.
 
-    `auto` is the newest committed one; `never` requires that there is none; a URI may name another run's checkpoint.
+    `auto` is the newest committed one; `never` requires that there is none; a URI may name another run's.
 
     Raises:
         ValueError: if the run would get two histories.
@@ -233,7 +227,7 @@ def restore_checkpoint(
 ) -> Any:
     """Restores `build()`'s ds_engine to the checkpoint at `uri`.
 
-    At equal world size, ZeRO stage and dtype, DeepSpeed loads its files bit for bit; otherwise parameters are
+    At equal world size, ZeRO stage and dtype the restored state is bit-identical; otherwise parameters are
     resharded.
 
     Raises:
@@ -260,7 +254,7 @@ def restore_checkpoint(
 
 
 def is_committed(uri: str) -> bool:
-    """Returns whether COMMIT exists and every file it lists has its size."""
+    """Returns whether COMMIT exists and all files have their sizes."""
     mark = storage.join_uri(uri, COMMIT_FILE)
     if not storage.exists(mark):
         return False
@@ -273,7 +267,7 @@ def is_committed(uri: str) -> bool:
 
 
 def read_state(uri: str) -> TrainState:
-    """Reads the state; raises ValueError without a commit or for another format version."""
+    """Raises ValueError without a commit or for another format version."""
     if not is_committed(uri):
         raise ValueError(
             f"there is no committed checkpoint at {uri!r}; name a folder step-* that holds a {COMMIT_FILE}"
@@ -288,7 +282,7 @@ def open_shards(folder: Path, state: TrainState, saved_groups: list[dict[str, An
 
 @contextlib.contextmanager
 def local_copy(uri: str) -> Iterator[Path]:
-    """Yields the checkpoint's folder if local, else a temporary download."""
+    """Yields the checkpoint's folder, downloaded if it is remote."""
     filesystem, path = storage.split_uri(uri)
     if storage.is_local(uri):
         yield Path(path)
@@ -329,7 +323,6 @@ def _generator_states() -> dict[str, torch.Tensor]:
 
 
 def _set_generator_states(file: Path, state: TrainState) -> None:
-    """Restores this rank's generators, or seeds those of a new rank."""
     if not file.exists():
         torch.manual_seed(state.global_step * 100_003 + dist.get_rank())
         return

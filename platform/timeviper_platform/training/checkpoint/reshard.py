@@ -1,4 +1,4 @@
-"""Loads DeepSpeed's shards into an engine of any world size and ZeRO stage, one parameter in memory at a time.
+"""Loads DeepSpeed's shards at any world size and ZeRO stage, one parameter in memory at a time.
 
     zero_pp_rank_0...   [ w1 w1 w1 w2 | ...]        the same for exp_avg and exp_avg_sq
     zero_pp_rank_1...   [ w2 w2 w3 .. | ...]
@@ -33,7 +33,6 @@ class SavedShards:
     """Parameters of a checkpoint, whole and in float32.
 
     Args:
-        folder: local folder with DeepSpeed's files.
         zero_stage: stage of the run that saved them.
         trained: names in the optimizer's order.
     """
@@ -58,7 +57,7 @@ class SavedShards:
             self._ranks = [sharded_by_parameter(saved, self._shapes, len(optimizers)) for saved in optimizers]
 
     def parameter(self, name: str, kind: str = MASTER) -> Tensor:
-        """Returns a trained parameter, or one of its MOMENTS, in its shape."""
+        """Returns a trained parameter, or one of its MOMENTS."""
         fragments = []
         for rank in self._ranks:
             index = rank.slices.get(name)
@@ -71,12 +70,11 @@ class SavedShards:
         return next(rank.steps[rank.slices[name].flat] for rank in self._ranks if name in rank.slices)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Yields every parameter by name, including frozen ones."""
+        """Yields all parameters by name."""
         tensors = {name: tensor.float() for name, tensor in self._frozen().items()}
         return tensors | {name: self.parameter(name) for name in self._shapes}
 
     def _frozen(self) -> dict[str, Tensor]:
-        """Returns the saved module; under ZeRO-3, the assembled frozen parameters."""
         first = self._models[0]
         if self._zero_stage < 3:
             return dict(first["module"])
@@ -98,7 +96,7 @@ def load_weights_from(shards: SavedShards, model: nn.Module) -> None:
 
 @torch.no_grad()
 def load_optimizer_from(shards: SavedShards, ds_engine: Any, groups: Sequence[ParameterGroup]) -> None:
-    """Loads masters, moments and step counts, after `load_weights_from`."""
+    """Loads masters, moments and step counts."""
     parameters = dict(ds_engine.module.named_parameters())
     states = optimizer_states(ds_engine)
     for number, group in enumerate(groups):

@@ -1,4 +1,4 @@
-"""Saves the checkpoints of a phase while it trains, and tolerates saves that fail."""
+"""Saves checkpoints during a phase, and tolerates failed saves."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from timeviper_platform.training.checkpoint.state import TrainState
 logger = logging.getLogger(__name__)
 
 OnCheckpoint = Callable[[str, dict[str, Any]], None]
-"""Called on every rank with a committed URI and its metrics row, when the next save is due or the phase ends."""
+"""Called on every rank with a committed URI and its metrics row."""
 
 
 class Checkpointer:
@@ -46,7 +46,7 @@ class Checkpointer:
         self.num_failed = 0
 
     def save(self, state: TrainState, row: dict[str, Any]) -> None:
-        """Saves `state` in the background, and adds the snapshot's time to the step's row.
+        """Saves `state` in the background, and adds the snapshot's time to the row.
 
         Raises:
             SaveFailedError: if more saves in a row failed than allowed.
@@ -62,7 +62,7 @@ class Checkpointer:
             self._settle()
 
     def finish(self) -> str | None:
-        """Waits for the newest checkpoint, repeating failed saves; None if nothing was saved."""
+        """Waits for the newest checkpoint, repeating failed saves."""
         self._settle()
         while self._failures_in_a_row and self._last is not None:
             time.sleep(self._config.retry_wait_s * 2 ** (self._failures_in_a_row - 1))
@@ -71,7 +71,6 @@ class Checkpointer:
         return self._newest
 
     def _settle(self) -> None:
-        """Waits for the running save, and reports it."""
         try:
             uri = self._checkpoints.wait()
         except SaveFailedError as error:

@@ -14,7 +14,7 @@ STATE_VERSION = 3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepPlan:
-    """Settings that must not change within a phase: resuming would skip or repeat samples, or change learning rates."""
+    """Settings that must not change within a phase: resuming would skip or repeat samples."""
 
     packs_per_step: int
     num_steps: int
@@ -43,7 +43,7 @@ class TrainState:
     zero_stage: int
     dtype: Dtype
     num_damaged: int = 0
-    """Samples left out because their features could not be read."""
+    """Samples left out because of unreadable features."""
 
     def after_step(self, end: PackPosition, num_damaged: int) -> TrainState:
         return replace(

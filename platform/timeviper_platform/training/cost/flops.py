@@ -1,7 +1,4 @@
-"""Counts floating-point operations by the MFU convention, without recomputation.
-
-Norms, the projector and TransV's small layers are left out.
-"""
+"""Counts floating-point operations without recomputation (MFU), norms, projector and TransV layers."""
 
 from __future__ import annotations
 
@@ -32,7 +29,6 @@ def forward_flops(config: TimeViperConfig, pack: Pack, *, use_transv: bool) -> f
 
 
 def gpu_hours(flops: float) -> float:
-    """Returns the hours of one ASSUMED_DEVICE at ASSUMED_MFU."""
     return flops / (PEAK_FLOPS[ASSUMED_DEVICE] * ASSUMED_MFU) / 3600
 
 

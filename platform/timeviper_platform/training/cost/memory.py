@@ -1,7 +1,4 @@
-"""Estimates a rank's memory for each ZeRO stage.
-
-Activations are measured on real blocks. DeepSpeed's buckets, fragmentation and NCCL buffers are not counted.
-"""
+"""Estimates a rank's memory for each ZeRO stage, without DeepSpeed's buckets, fragmentation and NCCL buffers."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ from timeviper_platform.common.devices import Dtype, torch_dtype
 from timeviper_platform.training.batches.packing import Pack
 
 PROBE_CHUNKS = 2
-"""Scan chunks in the probed sequence; two, to include the state between chunks."""
+"""Chunks in the probed sequence; two, to include the state between chunks."""
 PROBE_CHUNK_SIZE = 128
 """Tokens per chunk for models without a scan."""
 FP32_BYTES = 4
@@ -45,10 +42,7 @@ class StateBytes(NamedTuple):
 
 
 def state_bytes(sizes: ModelSizes, *, zero_stage: int, world_size: int, dtype: Dtype) -> StateBytes:
-    """Returns the bytes of one rank (arXiv 1910.02054, section 5).
-
-    Stage 0 in fp32 has no separate master weights.
-    """
+    """Returns the bytes of one rank (arXiv 1910.02054, section 5)."""
     width = torch_dtype(dtype).itemsize
     has_masters = zero_stage > 0 or dtype != "float32"
     optimizer = sizes.num_trained * FP32_BYTES * (3 if has_masters else 2)
@@ -65,7 +59,6 @@ def tokens_by_layer(config: TimeViperConfig, pack: Pack, *, use_transv: bool) ->
 
 
 def vision_by_layer(config: TimeViperConfig, pack: Pack, *, use_transv: bool) -> list[list[int]]:
-    """Returns the vision tokens of each sample in each block."""
     sites = {site.layer: site for site in config.transv} if use_transv else {}
     present, by_layer = list(pack.vision_counts), []
     for layer in range(config.text.num_hidden_layers):
@@ -101,7 +94,7 @@ def activation_bytes(
 
 
 def saved_bytes_per_token(config: TextConfig, kind: BlockType, dtype: torch.dtype, *, trained: bool = True) -> float:
-    """Measures, on the CPU, the bytes per token that autograd keeps in a block."""
+    """Measures the bytes per token that autograd keeps in a block."""
     num_tokens = PROBE_CHUNKS * (config.chunk_size if isinstance(config, HybridConfig) else PROBE_CHUNK_SIZE)
     block = make_block(config, kind).to(dtype).requires_grad_(trained)
     for parameter in block.parameters():
@@ -112,7 +105,7 @@ def saved_bytes_per_token(config: TextConfig, kind: BlockType, dtype: torch.dtyp
 
 
 def saved_bytes(run: Callable[[], object], parameters: list[Tensor]) -> int:
-    """Returns the bytes that autograd keeps for the backward pass of `run()`, without parameters."""
+    """Returns the bytes that autograd keeps for the backward pass of `run()`."""
     own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     sizes: dict[int, int] = {}
     kept: list[Tensor] = []  # alive until the end, because addresses of freed storages are reused
@@ -131,7 +124,7 @@ def saved_bytes(run: Callable[[], object], parameters: list[Tensor]) -> int:
 
 
 def _logits_bytes(config: TimeViperConfig, pack: Pack, dtype: torch.dtype) -> int:
-    """Counts logits, their fp32 copy and log-softmax, for the targets computed together."""
+    """Counts logits, their fp32 copy and log-softmax."""
     rows = min(pack.num_targets, max(1, LOGITS_ELEMENTS // config.text.vocab_size))
     width = FP32_BYTES + (0 if dtype == torch.float32 else dtype.itemsize + FP32_BYTES)
     return rows * config.text.vocab_size * width

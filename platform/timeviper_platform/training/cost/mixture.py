@@ -25,15 +25,12 @@ class SourceShare(NamedTuple):
 
 
 class ExpectedEpoch(NamedTuple):
-    """One epoch of the missing sources."""
-
     num_samples: float
     num_tokens: float
     flops: float
     """Forward and backward operations."""
 
     def num_packs(self, max_tokens: int) -> float:
-        """Returns the number of packs at ASSUMED_FILL."""
         return self.num_tokens / (max_tokens * ASSUMED_FILL)
 
 
@@ -51,7 +48,7 @@ def source_shares(sources: Sequence[SourceConfig], absent: Collection[str]) -> l
 def expected_epoch(
     config: TimeViperConfig, phase: PhaseConfig, unplanned: Collection[str], *, trains_blocks: bool
 ) -> ExpectedEpoch | None:
-    """Estimates one epoch of `unplanned` at the cost of unpacked samples. None if it is empty or lacks `expected`."""
+    """Estimates one epoch of `unplanned`, unpacked. None if it is empty or lacks `expected`."""
     num_samples, num_tokens, flops = 0.0, 0.0, 0.0
     for source in (source for source in phase.samples if source.uri in unplanned):
         if not source.expected:

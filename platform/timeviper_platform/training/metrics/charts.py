@@ -8,7 +8,7 @@ from typing import Any
 from timeviper_platform.common.charts import FileFormat, Panel, Point, line_chart
 
 MAX_POINTS = 2000
-"""Maximum points per line; longer curves are thinned."""
+"""Maximum points per line."""
 
 
 def draw_curves(rows: Sequence[dict[str, Any]], title: str, *, file_format: FileFormat = "svg") -> bytes:
@@ -21,7 +21,6 @@ def draw_curves(rows: Sequence[dict[str, Any]], title: str, *, file_format: File
 
 
 def _points(rows: Sequence[dict[str, Any]], name: str) -> dict[str, list[Point]]:
-    """Returns (step, value) by phase."""
     points: dict[str, list[Point]] = {}
     for row in rows:
         if name in row:

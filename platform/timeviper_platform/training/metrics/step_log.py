@@ -30,7 +30,6 @@ class StepLogger:
         self._started = time.perf_counter()
 
     def log(self, row: dict[str, Any]) -> None:
-        """Logs the row if it is due."""
         step, num_steps = row["step"], self._num_steps
         if step % self._every and step not in (self._first_step + 1, num_steps):
             return
@@ -55,7 +54,7 @@ def step_row(
     num_damaged: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Returns a step's metrics, with this rank's times and memory; `mfu` needs a device of known peak."""
+    """Returns a step's metrics, with this rank's times and memory."""
     computed = counts.num_tokens + counts.num_padding_tokens
     flops_per_second = counts.flops / seconds
     peak = peak_flops(device_name(device))

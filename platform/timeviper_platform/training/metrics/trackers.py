@@ -1,7 +1,4 @@
-"""Sends metrics to MLflow and Weights & Biases, imported only when configured.
-
-A resumed run continues the tracker's run of its name.
-"""
+"""Sends metrics to MLflow and Weights & Biases, imported only when configured."""
 
 from __future__ import annotations
 
@@ -17,8 +14,6 @@ STEP = "global_step"
 
 
 class Tracker(Protocol):
-    """Receives the metrics of every step, on rank 0."""
-
     def log(self, scalars: Mapping[str, float], global_step: int) -> None:
         """Records a step's metrics, keyed by `phase/name`."""
 
@@ -83,7 +78,6 @@ def check_trackers(mlflow: MlflowConfig | None, wandb: WandbConfig | None) -> No
 
 
 def open_trackers(mlflow: MlflowConfig | None, wandb: WandbConfig | None, run_name: str) -> list[Tracker]:
-    """Opens the configured trackers; raises like `check_trackers`."""
     check_trackers(mlflow, wandb)
     trackers: list[Tracker] = []
     if mlflow is not None:
@@ -94,5 +88,4 @@ def open_trackers(mlflow: MlflowConfig | None, wandb: WandbConfig | None, run_na
 
 
 def _mlflow_name(name: str) -> str:
-    """Replaces characters that MLflow forbids in names."""
     return "".join(char if char.isalnum() or char in "_-. /" else "_" for char in name)

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 METRICS_FOLDER = "metrics"
 TENSORBOARD_FOLDER = "tensorboard"
 REPORT_WINDOW = 5
-"""Maximum steps averaged for the first and last loss; at most a quarter of the phase."""
+"""Maximum steps averaged for the first and last loss."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,11 +47,7 @@ class MetricsConfig:
 
 
 class MetricsWriter:
-    """Writes one attempt's rows, on rank 0.
-
-    Args:
-        run_uri: the run's folder; a remote one is updated at every `flush`.
-    """
+    """Writes one attempt's rows, on rank 0. A remote run folder is updated at every `flush`."""
 
     def __init__(self, run_uri: str, attempt: int, *, tensorboard: bool, trackers: Sequence[Tracker] = ()) -> None:
         self._trackers = list(trackers)
@@ -119,7 +115,6 @@ class MetricsWriter:
 
 
 def next_attempt(run_uri: str) -> int:
-    """Returns one more than the last attempt."""
     names = [PurePosixPath(uri).name for uri in _attempt_files(run_uri)]
     return max((int(re.sub(r"\D", "", name)) for name in names), default=0) + 1
 

@@ -1,4 +1,4 @@
-"""Builds a DeepSpeed engine for a model and its parameter groups."""
+"""Builds the DeepSpeed engine."""
 
 from __future__ import annotations
 
@@ -41,7 +41,6 @@ class ZeroConfig:
 
 
 def deepspeed_config(config: ZeroConfig, *, dtype: Dtype, world_size: int, num_micro_steps: int) -> dict[str, Any]:
-    """Returns DeepSpeed's JSON configuration; a micro-batch is one pack."""
     offload = {"offload_optimizer": {"device": "cpu"}} if config.offload_optimizer else {}
     return {
         "train_micro_batch_size_per_gpu": 1,
@@ -105,11 +104,7 @@ def build_ds_engine(
 
 
 def import_deepspeed() -> Any:
-    """Imports DeepSpeed with its device set.
-
-    Raises:
-        RuntimeError: when the version is not supported.
-    """
+    """Raises RuntimeError when the version is not supported."""
     is_over_gloo = torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo"
     if is_over_gloo or not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -136,7 +131,6 @@ def loss_scale(num_targets: int, world_size: int) -> float:
 
 
 def set_groups(ds_engine: Any, groups: Sequence[ParameterGroup], lr_factor: float) -> None:
-    """Sets learning rate and decay of every optimizer group."""
     for target, group in zip(ds_engine.optimizer.param_groups, groups, strict=True):
         target["lr"] = group.lr * lr_factor
         target["weight_decay"] = group.weight_decay

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScheduleConfig:
-    """Learning rate over a phase, relative to each group's peak."""
+    """Learning rate relative to each group's peak."""
 
     warmup_ratio: float = 0.03
     """Share of the steps with linear warm-up. The paper uses 0.03."""

@@ -72,7 +72,6 @@ def resolve_groups(model: nn.Module, rules: Sequence[ParameterRule]) -> list[Par
 
 
 def freeze_others(model: nn.Module, groups: Sequence[ParameterGroup]) -> None:
-    """Enables gradients for `groups` alone."""
     trained = {name for group in groups for name in group.parameter_names}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
