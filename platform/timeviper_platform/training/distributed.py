@@ -49,7 +49,7 @@ def shared_store(prefix: str) -> Any:
 
 
 def all_ranks_end(timeout_s: float, *, world_size: int | None = None) -> bool:
-    """Returns whether every rank calls this in time, so that none waits in a collective."""
+    """Returns whether every rank calls this in time."""
     store = shared_store("timeviper-end")
     store.set(str(dist.get_rank()), "")
     ranks = range(dist.get_world_size() if world_size is None else world_size)

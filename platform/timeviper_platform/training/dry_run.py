@@ -1,6 +1,6 @@
 """Reports plan, parameter groups, cost and memory of every phase, and lists missing inputs.
 
-Models are on the meta device, so the 9b fits a laptop. Writes no file.
+Models are on the meta device, so the 9b fits a laptop.
 """
 
 from __future__ import annotations
@@ -67,13 +67,11 @@ class PlanFacts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PhaseFacts:
-    """Report on one phase."""
-
     name: str
     groups: list[ParameterGroup]
     sizes: ModelSizes
     plan: PlanFacts | None
-    """Pack plan; None when samples, feature store or tokenizer are missing."""
+    """None when samples, feature store or tokenizer are missing."""
     states: dict[int, StateBytes]
     """Bytes of one rank, by ZeRO stage."""
     activations: int
@@ -81,7 +79,7 @@ class PhaseFacts:
     num_steps: int
     """Steps of the phase; STEPS_WITHOUT_PLAN when unknown."""
     flops: float
-    """Operations of these steps; assumes full packs of text when samples are unknown."""
+    """Operations of these steps; full packs of text when samples are unknown."""
     sources: list[SourceShare]
     expected: ExpectedEpoch | None
     """Epoch of the unplanned sources; None without any or when unknown."""
@@ -95,11 +93,7 @@ class DryRun:
 
 
 def dry_run(config: TrainConfig) -> DryRun:
-    """Prepares every phase of `config` as its ranks would.
-
-    Raises:
-        ValueError: when the inputs that exist do not fit together.
-    """
+    """Raises ValueError when the inputs that exist do not fit together."""
     problems: list[str] = []
     store = _open_store(config, problems)
     tokenizer = _load_tokenizer(config, problems)
@@ -155,7 +149,6 @@ def _model_config(
     before: TimeViperConfig | None,
     problems: list[str],
 ) -> TimeViperConfig | None:
-    """Returns None when only missing weights define the sizes."""
     init = phase.init
     if init is None:
         return before
@@ -228,7 +221,6 @@ def _phase_facts(
 
 
 def _expected_steps(phase: PhaseConfig, plan: PlanFacts | None, expected: ExpectedEpoch) -> tuple[int, float]:
-    """Returns the steps of the whole mixture and the operations of its mean pack."""
     num_packs = expected.num_packs(phase.packing.max_tokens) + (plan.num_packs if plan else 0)
     flops = expected.flops + (plan.num_packs * plan.mean_pack_flops if plan else 0.0)
     num_steps = phase.steps or math.ceil(num_packs * (phase.epochs or 1) / phase.packs_per_step)
@@ -267,7 +259,6 @@ def _full_text_pack(phase: PhaseConfig) -> Pack:
 
 
 def _vision_tokens(config: TimeViperConfig, packs: Sequence[Pack], *, use_transv: bool) -> tuple[int, ...]:
-    """Sums over all packs: before the language model and after each TransV site."""
     before = sum(pack.num_vision_tokens for pack in packs)
     num_text = sum(pack.num_tokens for pack in packs) - before
     by_layer = np.sum([tokens_by_layer(config, pack, use_transv=use_transv) for pack in packs], axis=0) - num_text

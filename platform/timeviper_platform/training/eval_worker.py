@@ -30,12 +30,7 @@ NICENESS = 10
 
 
 def evaluate_checkpoint(task: EvalTask) -> dict[str, float]:
-    """Returns the metrics of `task.checkpoint`.
-
-    Raises:
-        ValueError: if the checkpoint is gone or incomplete.
-        RuntimeError: if files cannot be read.
-    """
+    """Raises ValueError if the checkpoint is gone or incomplete, RuntimeError if files cannot be read."""
     config, phase = task.config, task.config.phases[task.phase]
     assert phase.validation is not None
     if not is_committed(task.checkpoint):
@@ -59,8 +54,6 @@ def evaluate_checkpoint(task: EvalTask) -> dict[str, float]:
 
 
 class EvalProcess:
-    """An EvalHandle of a process on this machine."""
-
     def __init__(self, task: EvalTask) -> None:
         # not a rank of the launcher's group; LOCAL_RANK selects rank 0's GPU
         environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}

@@ -1,4 +1,4 @@
-"""Early ends of a run: stop and save requests, fatal errors, exhausted memory."""
+"""Early ends of a run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ class Interrupt(IntEnum):
     SAVE = 1
     """Save and continue, because a node will be removed."""
     STOP = 2
-    """Save and end."""
 
 
 InterruptSource = Callable[[], Interrupt]
@@ -35,7 +34,6 @@ InterruptSource = Callable[[], Interrupt]
 
 
 def no_interrupts() -> Interrupt:
-    """Never requests anything."""
     return Interrupt.NONE
 
 

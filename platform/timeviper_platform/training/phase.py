@@ -1,4 +1,4 @@
-"""Prepares a phase: model, pack plan, loader, parameter groups and validator, and checks that they fit together."""
+"""Prepares a phase: model, pack plan, loader, parameter groups and validator."""
 
 from __future__ import annotations
 
@@ -68,10 +68,7 @@ def prepare_phase(
     world_size: int,
     measure: Measure = measure_samples,
 ) -> Phase:
-    """Prepares the phase `name`.
-
-    Args:
-        model: model with the phase's adapters; weights may be loaded later.
+    """Prepares the phase `name`; weights of `model` may be loaded later.
 
     Raises:
         ValueError: if data, model and configuration do not fit together.
@@ -126,7 +123,6 @@ def prepare_phase(
 def build_standalone_validator(
     phase: PhaseConfig, model: TimeViperConfig, store: FeatureStore, tokenizer: Any
 ) -> Validator:
-    """Builds a validator for a single process."""
     builder = SampleBuilder(store, tokenizer, model.chat_template, phase.frames)
     shape = _batch_shape(phase, model, tokenizer)
     validator = build_validator(phase, builder, shape, measure_samples, rank=0, world_size=1)
@@ -175,7 +171,6 @@ def first_model(
 def first_model_config(
     init: InitConfig, store: FeatureStore, encoder: str | None, second_encoder: str | None = None
 ) -> TimeViperConfig:
-    """Returns the config of `first_model` without reading weights."""
     if init.weights is None:
         config = init.model_config()
         return replace(config, vision=vision_of(store, config.vision, encoder, second_encoder))
@@ -192,7 +187,7 @@ def first_model_config(
 
 
 def load_weights(uri: str) -> TimeViper:
-    """Loads a weights folder from any file system, in float32."""
+    """Loads a weights folder in float32."""
     filesystem, path = storage.split_uri(uri)
     if storage.is_local(uri):
         return from_pretrained(path)
@@ -247,7 +242,7 @@ def _batch_shape(phase: PhaseConfig, model: TimeViperConfig, tokenizer: Any) -> 
 
 
 def _metadata(config: TrainConfig, phase: PhaseConfig, store: FeatureStore) -> dict[str, str]:
-    """Returns metadata for serving and evaluation to reproduce the training inputs."""
+    """Metadata for serving and evaluation to reproduce the training inputs."""
     return {
         "run": config.name,
         "dtype": config.dtype,

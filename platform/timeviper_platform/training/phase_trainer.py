@@ -1,6 +1,6 @@
 """The training loop of one phase.
 
-prefetched batches -> agree -> train_step -> log -> save (written in the background) -> validate -> ...
+prefetched batches -> agree -> train_step -> log -> save in the background -> validate -> ...
 """
 
 from __future__ import annotations
@@ -68,10 +68,7 @@ class PhaseTrainer:
         """Metrics row of the last finished step."""
 
     def run(self, checkpoint: str | None, global_step: int) -> tuple[int, str]:
-        """Runs the remaining steps, from `checkpoint` if given.
-
-        Returns:
-            Finished steps of all phases, and the phase's last checkpoint.
+        """Runs the remaining steps; returns all finished steps and the phase's last checkpoint.
 
         Raises:
             ValueError: if the checkpoint has another plan, other steps or other trained parameters.
@@ -140,7 +137,6 @@ class PhaseTrainer:
         return state
 
     def _step(self, batches: StepBatches) -> tuple[StepResult, dict[str, float]]:
-        """Runs one update; also returns the learning rate of each group."""
         phase = self._phase
         factor = learning_rate_factor(batches.counts.step, phase.num_steps, phase.config.schedule)
         set_groups(self._ds_engine, phase.groups, factor)
@@ -190,8 +186,6 @@ class PhaseTrainer:
         return self._phase.config.validation_due(step, self._phase.num_steps)
 
     def _validate(self, state: TrainState) -> None:
-        """Validates on the ranks; interrupts are handled between batches."""
-
         def before_batch() -> None:
             self._watchdog.mark(state.step, "evaluating")
             self._handle(strongest_interrupt(self._hooks.interrupts(), device=self._context.device), state)
@@ -209,7 +203,7 @@ class PhaseTrainer:
         self._log(row)
 
     def _lacks_validation(self, state: TrainState) -> bool:
-        """Returns whether the run ended before validating this state."""
+        """True if the run ended before validating this state."""
         writer = self._writer
         return self._validation_due(state.step) == "ranks" and from_rank_0(
             lambda: writer is not None and writer.lacks(LOSS, state.global_step)
@@ -232,7 +226,7 @@ class PhaseTrainer:
             self._checkpoints.newest_written = max(self._checkpoints.newest_written, saved.global_step)
 
     def _await_evaluations(self, state: TrainState) -> None:
-        """Waits on all ranks, handling interrupts, until rank 0 has no evaluation left."""
+        """Waits on all ranks until rank 0 has no evaluation left."""
         validation, evaluator = self._phase.config.validation, self._evaluator
         if validation is None:
             return
@@ -271,7 +265,6 @@ class PhaseTrainer:
         )
 
     def _resumed_state(self, checkpoint: str) -> TrainState:
-        """Returns the checkpoint's progress with this run's world size, ZeRO stage and dtype."""
         saved = read_state(checkpoint)
         self._saved_step = saved.step
         initial = self._initial_state(saved.global_step)

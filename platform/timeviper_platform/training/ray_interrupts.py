@@ -1,4 +1,4 @@
-"""Interrupts under Ray Train: node removals, and stop requests of the driver."""
+"""Interrupts under Ray Train: node removals and stop requests."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ class PreemptionWatch:
     Ray's query is a barrier, so rank 0 schedules the next one for all ranks.
 
     Args:
-        stop_requested: called on rank 0 with every query.
-        interval_s: seconds between queries; node removals are announced 30 s ahead or more.
+        stop_requested: called on rank 0.
+        interval_s: seconds between queries; removals are announced 30 s ahead or more.
     """
 
     def __init__(
@@ -102,7 +102,6 @@ class PreemptionWatch:
         return Interrupt.SAVE if info is not None and self._is_news(info, now) else Interrupt.NONE
 
     def _is_news(self, info: train.PreemptionInfo, now: float) -> bool:
-        """Returns True for the first announcement of a node, and the first close to its removal."""
         left_s = None if info.deadline_ms is None else info.deadline_ms / 1000 - now
         nodes = set(info.preempted_node_ids)
         is_news = not nodes <= self._announced

@@ -1,4 +1,4 @@
-"""Trains under Ray Train with separate checkpoints, because Ray does not always store reported ones."""
+"""Trains under Ray Train with own checkpoints, because Ray does not always store reported ones."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 RAY_FOLDER = "ray"
 STOP_FILE = "STOP"
 POINTER_FILE = "checkpoint.json"
-"""Holds the URI of the checkpoint; the only checkpoint file that Ray stores."""
+"""File that Ray stores: the URI of a committed checkpoint."""
 ALL_FAIL_TIMEOUT_S = 60.0
 """Seconds within which all ranks report the same mistake."""
 
@@ -48,7 +48,7 @@ def train_on_ray(config: TrainConfig, *, resume: str = "auto") -> dict[str, Any]
 
     Args:
         config: its local paths must be the same folders on every node.
-        resume: auto, never, or a checkpoint's URI. Restarts after failures always resume.
+        resume: auto, never, or a checkpoint's URI. Restarts always resume.
 
     Raises:
         ValueError: if the configuration is wrong, or the run would get two histories.
@@ -125,8 +125,6 @@ def _worker(arguments: dict[str, Any]) -> dict[str, Any] | _EarlyEnd:
 
 
 class _RayEval:
-    """An EvalHandle of a Ray task."""
-
     def __init__(self, task: EvalTask) -> None:
         validation = task.config.phases[task.phase].validation
         assert validation is not None
@@ -148,7 +146,7 @@ class _RayEval:
 
 
 class _Gauges:
-    """A Tracker that exports the last step's metrics to Prometheus."""
+    """Exports the last step's metrics to Prometheus."""
 
     def __init__(self, run: str) -> None:
         self._run = run
@@ -167,7 +165,6 @@ class _Gauges:
 
 
 def _report(uri: str, row: dict[str, Any]) -> None:
-    """Reports a committed checkpoint to Ray; takes up to 2 s."""
     metrics = {name: row[name] for name in ("phase", "step", "global_step", "loss")}
     if train.get_context().get_world_rank() != 0:
         train.report(metrics)  # a barrier: every rank must call it
@@ -178,7 +175,6 @@ def _report(uri: str, row: dict[str, Any]) -> None:
 
 
 def _cause(error: BaseException) -> str:
-    """Returns the last line of the innermost failure."""
     failures = getattr(error, "worker_failures", None) or {}
     innermost = next(iter(failures.values()), error)
     lines = [line for line in str(innermost).splitlines() if line.strip()]

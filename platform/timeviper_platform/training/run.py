@@ -45,8 +45,6 @@ TABLES_FOLDER = "sample-tables"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunFolder:
-    """Layout of a run's folder."""
-
     uri: str
 
     @classmethod
@@ -59,7 +57,6 @@ class RunFolder:
 
     @property
     def report(self) -> str:
-        """Report with one entry per finished phase."""
         return storage.join_uri(self.uri, REPORT_FILE)
 
     def weights(self, phase: str) -> str:
@@ -123,7 +120,6 @@ class _Run:
         return report
 
     def _open_metrics(self) -> MetricsWriter | None:
-        """Opens the metrics on rank 0; raises a failure on every rank."""
         opened: list[MetricsWriter] = []
 
         def open_writer() -> None:
@@ -163,7 +159,7 @@ class _Run:
         return phase
 
     def _model(self, name: str, checkpoint: str | None) -> TimeViper:
-        """Returns the initial model; when resuming, without weights, which DeepSpeed loads."""
+        """Omits weights when resuming, as DeepSpeed loads them."""
         if checkpoint is not None:
             description = storage.read_json(storage.join_uri(checkpoint, MODEL_FILE))
             return TimeViper(config_from_dict(description["config"], where=checkpoint)).train()

@@ -18,8 +18,6 @@ from timeviper_platform.training.optim.deepspeed_engine import loss_scale
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainContext:
-    """Device settings of one rank."""
-
     device: torch.device
     dtype: torch.dtype
     """Dtype of activations."""
@@ -48,7 +46,7 @@ class Agreement(NamedTuple):
 
 
 def agree(batches: StepBatches, interrupt: Interrupt, *, device: torch.device) -> Agreement:
-    """Subtracts damaged samples from the counts and picks the strongest interrupt; collective."""
+    """Subtracts damaged samples and picks the strongest interrupt; collective."""
     lost = [len(batches.damaged), sum(item.num_tokens for item in batches.damaged)]
     lost += [sum(item.num_targets for item in batches.damaged)]
     interrupts = [int(interrupt is Interrupt.SAVE), int(interrupt is Interrupt.STOP)]
@@ -65,7 +63,6 @@ def agree(batches: StepBatches, interrupt: Interrupt, *, device: torch.device) -
 
 
 def strongest_interrupt(interrupt: Interrupt, *, device: torch.device) -> Interrupt:
-    """Returns the strongest interrupt of any rank; collective."""
     strongest = torch.tensor(int(interrupt), device=device)
     dist.all_reduce(strongest, op=dist.ReduceOp.MAX)
     return Interrupt(int(strongest))
@@ -114,10 +111,7 @@ def _run_micro_batches(
 
 @torch.no_grad()
 def validation_loss(forward: Any, steps: Iterable[StepBatches], context: TrainContext) -> float:
-    """Returns the mean over the labelled positions of all ranks; collective.
-
-    `forward` is the ds_engine or a bare model.
-    """
+    """Returns the mean over the labelled positions of all ranks; collective."""
     sums = torch.zeros(2, dtype=torch.float64, device=context.device)
     for item in (item for step in steps for item in step.micro_batches):
         output = forward(item.batch.to(context.device, context.dtype), use_transv=context.use_transv)
@@ -145,7 +139,7 @@ def describe_non_finite(batches: StepBatches, loss: float, grad_norm: float, los
 
 
 def _unpartitioned_norm(ds_engine: Any) -> float | None:
-    """Returns the norm at stage 0 in float32, where no DeepSpeed optimizer keeps it."""
+    """Returns the norm at stage 0 in float32, where DeepSpeed keeps none."""
     if ds_engine.zero_optimization() or ds_engine.bfloat16_enabled():
         return None
     norms = [p.grad.norm() for p in ds_engine.module.parameters() if p.grad is not None]

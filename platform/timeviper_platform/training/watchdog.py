@@ -1,6 +1,6 @@
 """Ends a rank that makes no progress, and names the rank that the others wait for.
 
-An exception cannot interrupt a collective, so a thread reads the marks of all ranks from torch.distributed's store.
+A thread reads the marks of all ranks from torch.distributed's store:
 
     rank 0   step 8, computing      waits for rank 1
     rank 1   step 7, reading        is named in the log
@@ -25,9 +25,8 @@ from timeviper_platform.training.distributed import shared_store
 logger = logging.getLogger(__name__)
 
 HANG_EXIT_CODE = 70
-"""EX_SOFTWARE of sysexits.h; launchers restart the group after any nonzero code."""
+"""EX_SOFTWARE of sysexits.h; launchers restart the group."""
 ACTIVITIES = ("reading", "computing", "saving", "evaluating")
-"""Activities of a step, in order."""
 BEATS = 8
 """Signs of life per timeout."""
 STORE_TIMEOUT_S = 10.0
@@ -35,8 +34,6 @@ STORE_TIMEOUT_S = 10.0
 
 
 class Mark(NamedTuple):
-    """A rank's progress."""
-
     step: int
     activity: str
     beat: int
@@ -72,7 +69,6 @@ class Watchdog:
         self._closed.set()
 
     def mark(self, step: int, activity: str) -> None:
-        """Records that this rank starts an activity of a step."""
         self._mark = Mark(step, activity, self._mark.beat)
         self._moved = time.monotonic()
 
@@ -86,7 +82,7 @@ class Watchdog:
                 return
 
     def _wait_and_beat(self) -> bool:
-        """Waits, then publishes a sign of life; returns False after the block."""
+        """Waits and publishes a sign of life; returns False after the block."""
         if self._closed.wait(self._timeout_s / BEATS):
             return False
         self._mark = self._mark._replace(beat=self._mark.beat + 1)
@@ -133,7 +129,7 @@ class Watchdog:
 
 
 def _completes_within(timeout_s: float, act: Callable[[], None]) -> bool:
-    """Runs `act` in a thread; returns False if it fails or is late."""
+    """Returns False if `act` fails or is late."""
     succeeded = threading.Event()
 
     def run() -> None:

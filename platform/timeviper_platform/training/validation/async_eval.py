@@ -16,8 +16,6 @@ logger = logging.getLogger(__name__)
 
 
 class EvalTask(NamedTuple):
-    """Everything an evaluation process needs to run."""
-
     config: TrainConfig
     phase: str
     checkpoint: str
@@ -27,8 +25,6 @@ class EvalTask(NamedTuple):
 
 
 class EvalHandle(Protocol):
-    """A running evaluation."""
-
     def metrics(self) -> dict[str, float] | None:
         """Returns None while it runs; raises if it failed."""
 
@@ -40,7 +36,7 @@ StartEval = Callable[[EvalTask], EvalHandle]
 
 
 class AsyncEvaluator:
-    """Evaluations of one phase, on rank 0. Failures are logged as warnings."""
+    """Evaluations of one phase, on rank 0. Failures are logged."""
 
     def __init__(self, start: StartEval, write: Callable[[dict[str, Any]], None]) -> None:
         self._start = start
@@ -49,11 +45,11 @@ class AsyncEvaluator:
         self._current: tuple[EvalTask, EvalHandle] | None = None
 
     def submit(self, task: EvalTask) -> None:
-        """Queues a task until earlier ones end and its checkpoint is committed."""
+        """Queues a task until its checkpoint is committed."""
         self._waiting.append(task)
 
     def poll(self, committed: int) -> bool:
-        """Collects and starts evaluations without waiting; returns whether any are left.
+        """Starts and collects evaluations; returns whether any are left.
 
         `committed` is the newest committed global step.
         """

@@ -26,8 +26,6 @@ LOSS = "validation_loss"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Validator:
-    """One rank's share of a phase's held-out samples."""
-
     loader: BatchLoader
     """Loader of one epoch."""
     num_steps: int
@@ -49,7 +47,7 @@ class Validator:
         Args:
             forward: the ds_engine, or a bare model.
             model: model with whole parameters, if answers are generated.
-            before_batch: called equally often on every rank; may raise.
+            before_batch: called equally often on every rank.
         """
         started = time.perf_counter()
         metrics = {LOSS: validation_loss(forward, self._steps(before_batch), context)}
@@ -67,7 +65,6 @@ class Validator:
             before_batch()
 
     def _answer_tasks(self, before_batch: Callable[[], None]) -> Iterator[AnswerTask]:
-        """Calls `before_batch` equally often on every rank."""
         for number in range(self.num_answer_rounds):
             before_batch()
             for sample, features in self.loader.samples(self.answer_entries[number : number + 1]):
