@@ -91,7 +91,6 @@ def is_glob(source: str) -> bool:
 
 
 def pages(values: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Yields lists of at most `size`."""
     iterator = iter(values)
     while page := list(islice(iterator, size)):
         yield page

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 class Metric(NamedTuple):
     name: str
-    """Without Prometheus' suffix `_total` and Ray's prefix `ray_`."""
+    """Name without Prometheus' suffix `_total` and Ray's prefix `ray_`."""
     kind: Literal["counter", "gauge"]
     description: str
     tags: tuple[str, ...] = ()
@@ -78,7 +78,7 @@ class RayMetrics:
 
 
 def prometheus_metrics(prefix: str, registry: CollectorRegistry) -> dict[str, Any]:
-    """Returns prometheus_client objects by the rest of their names."""
+    """Returns prometheus_client objects, as in `metrics_of`."""
     import prometheus_client
 
     kinds = {"counter": prometheus_client.Counter, "gauge": prometheus_client.Gauge}

@@ -76,6 +76,7 @@ def local_cluster(
         # glibc would return large blocks and fault their pages in again every step
         "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
         "MALLOC_TRIM_THRESHOLD_": str(8 * 2**30),
+        # no requests are left to drain
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         # a busy machine's imports exceed the default
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",

@@ -90,7 +90,7 @@ PLAN = _schema(
         *_OUTCOME,
     ],
 )
-"""One row per segment of at most 64 frames; an image has one. A medium in error has one row without segment_id."""
+"""One row per segment of at most 64 frames; an image is one frame. A medium in error has one row without segment_id."""
 
 _SEGMENT = [
     *_IDENTITY,

@@ -77,7 +77,7 @@ def add_retries(count: int) -> None:
 
 
 def is_transient(error: BaseException | None) -> bool:
-    """Recognises timeouts, connection resets, 5xx and 429 responses, also as causes."""
+    """Recognises timeouts, connection resets, 5xx and 429 responses, even as causes."""
     if error is None or isinstance(error, FileNotFoundError | PermissionError | StorageUnavailableError):
         return False  # permanent, or already retried
     if isinstance(error, TimeoutError | ConnectionError) or getattr(error, "errno", None) in _TRANSIENT_ERRNOS:

@@ -43,7 +43,7 @@ class AnalyzeConfig:
     feature_store: str
     """Feature store URI."""
     questions: str
-    """Folder with a QUESTIONS file per task."""
+    """Folder of the QUESTIONS files."""
     output: str
     """Folder for the figures; existing files are replaced."""
     tasks: tuple[str, ...] = ("choice",)
@@ -96,7 +96,7 @@ def _with_media(rows: Sequence[Question], config: AnalyzeConfig, *, dim: int) ->
 
 
 def make_answered(answerer: Answerer, prompts: Sequence[_QuestionPrompt]) -> Answered:
-    """Packs each question with its choices, or with its answer without choices."""
+    """Packs each question with its choices or, without choices, its answer."""
     options = [row["choices"] if row["answer"] in (row["choices"] or []) else [row["answer"]] for row, _ in prompts]
     pairs = [(prompt, text) for (_, prompt), texts in zip(prompts, options, strict=True) for text in texts]
     return Answered(

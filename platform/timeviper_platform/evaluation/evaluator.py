@@ -1,4 +1,4 @@
-"""Answers questions with and without their video, and scores both. Does not import Ray."""
+"""Scores answers to questions with and without their video. Does not import Ray."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Evaluator:
         """Returns one outcome per question, in order.
 
         Raises:
-            ValueError: for features of another width than the weights'.
+            ValueError: for features of the wrong width.
         """
         outcomes: dict[int, Outcome] = {}
         with_choices: list[_Entry] = []
@@ -108,7 +108,7 @@ def read_media(
     """Returns (tokens, dim) rows per medium; None when the store lacks one.
 
     Raises:
-        ValueError: for features of another width.
+        ValueError: for features of the wrong width.
     """
     media = []
     for medium in question["media"] or []:
@@ -140,7 +140,6 @@ def load_model(weights_folder: str, config: AnsweringConfig) -> TimeViper:
 def _answer(
     entries: Sequence[_Entry], answer: Callable[[Sequence[Question], Sequence[Prompt]], list[str]]
 ) -> dict[int, Outcome]:
-    """Returns outcomes by question index."""
     if not entries:
         return {}
     questions = [question for _, question, _ in entries]

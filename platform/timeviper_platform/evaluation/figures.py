@@ -32,9 +32,9 @@ class BlockingSweep:
     flows: tuple[Literal["v2i", "v2r"], ...] = ("v2i", "v2r")
     """Vision to instruction (v2i), vision to response (v2r)."""
     scopes: tuple[Literal["layer", "window", "from_layer"], ...] = ("from_layer",)
-    """One block, `window` blocks, or all blocks from one on."""
+    """Extent of blocking: one block, `window` blocks, or all from one on."""
     window: int = 5
-    """Blocks in scope `window`."""
+    """Number of blocks in scope `window`."""
     kinds: tuple[Literal["attention", "mamba", "both"], ...] = ("both",)
     """Kinds of affected blocks."""
     layers: tuple[int, ...] | None = None
@@ -46,7 +46,7 @@ class DroppingSweep:
     """Drops vision tokens before one block per measurement (Figure 4)."""
 
     selections: tuple[Literal["uniform", "attention"], ...] = ("uniform", "attention")
-    """Choice of the kept tokens."""
+    """Criteria for keeping tokens."""
     keep_ratios: tuple[float, ...] = (0.5, 0.1)
     """Shares of kept vision tokens."""
     layers: tuple[int, ...] | None = None
@@ -58,7 +58,7 @@ class MapsConfig:
     """Pooled maps of attention and Mamba's hidden attention (Figures 5 and 6)."""
 
     num_questions: int = 8
-    """Questions, each with its right answer."""
+    """Number of questions to map."""
     num_bins: int = 48
     """Rows and columns of a map."""
     max_queries: int = 1024
@@ -78,9 +78,9 @@ class Answered:
     batches: tuple[PackedBatch, ...]
     """One segment per (question, option), in order."""
     num_options: tuple[int, ...]
-    """Per question; 1 without choices."""
+    """Number of options per question; 1 without choices."""
     right: tuple[int, ...]
-    """Index of the right option."""
+    """Index of each right option."""
 
     def score(self, target_log_probs: Callable[[PackedBatch], tuple[Tensor, Tensor]]) -> dict[str, float | None]:
         """Returns the right answers' `log_prob` per token and the `accuracy` of choices."""

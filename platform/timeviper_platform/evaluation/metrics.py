@@ -19,7 +19,7 @@ class Span(NamedTuple):
 
 
 def parse_span(text: str) -> Span | None:
-    """Parses the first 'From A to B seconds'; returns None when A > B."""
+    """Parses the first 'From A to B seconds'; returns None without one, or when A > B."""
     match = _INTERVAL.search(text)
     if match is None:
         return None
@@ -34,7 +34,7 @@ def temporal_iou(first: Span, second: Span) -> float:
 
 
 def wilson_interval(num_right: int, num_questions: int) -> tuple[float, float]:
-    """Wilson 1927, JASA 22:209."""
+    """Returns Wilson's interval (1927, JASA 22:209)."""
     if num_questions < 1:
         raise ValueError("no interval without a question")
     share = num_right / num_questions

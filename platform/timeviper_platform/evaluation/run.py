@@ -63,7 +63,7 @@ class EvaluateConfig:
     feature_store: str
     """Feature store URI."""
     questions: str
-    """Folder with a QUESTIONS file per task."""
+    """Folder of the QUESTIONS files."""
     output: str
     """JSON report. Outcomes go to the same name with .outcomes.parquet."""
     tasks: tuple[str, ...] = ("choice", "order", "count", "grounding")
@@ -166,7 +166,7 @@ class AnswerQuestions:
 def write_report(
     config: EvaluateConfig, questions: Sequence[dict[str, Any]], outcomes: Sequence[Outcome]
 ) -> dict[str, Any]:
-    """Writes the report, and the outcomes in order.
+    """Writes the report, and the outcomes in question order.
 
     Raises:
         RuntimeError: unless every question has exactly one outcome.

@@ -38,7 +38,7 @@ FEATURE_QUEUE = 64
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Deployments:
     gateway: DeploymentSettings = field(default_factory=DeploymentSettings)
-    """Gateway. Needs at least one replica."""
+    """Gateway replicas; at least one."""
     features: DeploymentSettings = field(default_factory=DeploymentSettings)
     engine: DeploymentSettings = field(default_factory=DeploymentSettings)
 
@@ -48,7 +48,7 @@ class ServeConfig:
     """The `args` of the application in a Serve configuration file."""
 
     weights: str
-    """Folder written by the export job."""
+    """Weights folder written by the export job."""
     features: FeatureServiceConfig
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
     engine: EngineServiceConfig = field(default_factory=EngineServiceConfig)

@@ -11,7 +11,9 @@ class AutoscalingSettings:
     """Options of Ray Serve's autoscaler."""
 
     min_replicas: int = 1
+    """Minimum number of replicas."""
     max_replicas: int = 1
+    """Maximum number of replicas."""
     target_ongoing_requests: float | None = None
     """Target requests per replica; None = 0.65 of its concurrent requests, which leaves room for bursts."""
     metrics_interval_s: float = 2.0

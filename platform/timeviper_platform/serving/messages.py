@@ -81,7 +81,7 @@ class ChatTurn:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateRequest:
     tenant: str
-    """Tenants share no cached prefixes, because timing would reveal another tenant's videos."""
+    """Owner of the request. Tenants share no cached prefixes, because timing would reveal another tenant's videos."""
     turns: tuple[ChatTurn, ...]
     sampling: SamplingParams
     """Options of the first answer. Each further answer adds 1 to the seed."""

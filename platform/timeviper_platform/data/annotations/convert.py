@@ -41,7 +41,7 @@ CONVERTERS: dict[str, Callable[[str, Labels], Iterator[Row | BadRow]]] = {
 
 PAGE_ROWS = 8192
 LOGGED_REJECTS = 3
-"""Maximum per reason."""
+"""Maximum log lines per reason."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeatureServiceConfig:
     feature_store: str | None = None
-    """Feature store; None = no feature:// ids."""
+    """URI of the feature store; None = no feature:// ids."""
     encoder: VisionTowerConfig | None = None
     """Encoder with the feature store's recipe; None = no uploads."""
     fps: float = 1.0

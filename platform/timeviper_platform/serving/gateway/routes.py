@@ -153,7 +153,7 @@ class _Gateway:
         deadline: float,
         include_usage: bool,
     ) -> AsyncIterator[bytes]:
-        """Yields server-sent events. Closing it, as on a disconnect, frees the slots."""
+        """Yields server-sent events. Closing the generator, as on a disconnect, frees the slots."""
         opened: set[int] = set()
         async with contextlib.aclosing(deltas):
             try:
