@@ -43,7 +43,7 @@ def tar_media(uri: str, root: str, version: FileVersion | None = None) -> Iterat
 
 
 def bytes_column(schema: pa.Schema) -> str | None:
-    """Returns the one binary column, or NAME.bytes of a struct, if any."""
+    """Returns the binary column, or NAME.bytes of a struct, if any. Raises ValueError for several."""
     found = []
     for field in schema:
         if pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type):

@@ -226,7 +226,7 @@ def _pages(rows: list[dict[str, Any]], page_rows: int) -> Iterator[list[dict[str
 
 
 def _merged(rows: list[dict[str, Any]], ragged: deque[tuple[int, dict[str, Any]]], number: int) -> list[dict[str, Any]]:
-    """Moves ragged rows into `rows`; `number` is the first row's."""
+    """Inserts ragged rows by number; `number` is that of the first row."""
     if not ragged:
         return rows
     merged = list[dict[str, Any]]()

@@ -103,7 +103,7 @@ class _DistinctMedia:
         return fresh + self._split([_clashing(medium) for medium in clashes])[0]
 
     def _split(self, page: Sequence[Medium]) -> tuple[list[Medium], list[Medium]]:
-        """Returns new media, and those with the media_id of another."""
+        """Returns new media, and those with another medium's media_id."""
         by_id: dict[str, Medium] = {}
         clashes = [
             medium
@@ -123,7 +123,6 @@ class _DistinctMedia:
 
 
 def _clashing(medium: Medium) -> Medium:
-    """Returns the medium in error under a new id."""
     message = f"media_id {medium.media_id!r} names more than one medium: {source_name(medium.uri)} is not the first"
     own_id = media_id_of(f"{medium.media_id}={_text(medium)}", "")
     return replace(medium, media_id=own_id, error=medium.error or DecodeError("list", ErrorType.BAD_ROW, message))

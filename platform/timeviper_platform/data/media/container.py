@@ -29,7 +29,7 @@ Modality = Literal["video", "image"]
 Stage = Literal["download", "list", "probe", "decode_video", "decode_image"]
 
 FORMAT_WHITELIST = ("mov", "mp4", "m4a", "3gp", "3g2", "mj2", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "ogg")
-"""Demuxers without playlists, which refer to other files and hosts."""
+"""Demuxers of single files: playlists would refer to other files and hosts."""
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 
@@ -94,7 +94,7 @@ class MediaLimits:
     max_frames: int = 200_000
     """Maximum sampled frames of one medium. The default is 55 hours at 1 fps."""
     allowed_domains: tuple[str, ...] = ()
-    """Hosts of https URLs, including subdomains. Empty = none."""
+    """Allowed hosts of https URLs, with their subdomains. Empty = none."""
     max_download_bytes: int = 4 << 30
     """Maximum download from a web server without range support."""
     https_attempts: int = 4
@@ -181,7 +181,7 @@ def is_local_file(uri: str) -> bool:
 
 
 def source_name(source: str | bytes) -> str:
-    """Returns the URI without possible secrets, for errors."""
+    """Returns the URI for error messages, without possible secrets."""
     if isinstance(source, bytes):
         return f"{len(source)} bytes"
     return storage.shown_uri(source)

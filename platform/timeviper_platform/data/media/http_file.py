@@ -26,7 +26,7 @@ TIMEOUT_SECONDS = 20.0
 """Maximum wait for the next byte."""
 
 FIRST_BYTES = 64 << 10
-"""First range: the headers of most media."""
+"""Size of the first range, which holds the headers of most media."""
 
 TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
 

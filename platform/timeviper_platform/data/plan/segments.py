@@ -109,7 +109,7 @@ def exact(seconds: float) -> Fraction:
 def plan_page(media: Sequence[Medium], spec: PlanSpec, probes: ProbeSource | None = None) -> Iterator[pa.Table]:
     """Yields PLAN tables of about `spec.max_table_rows`, in the order of `media`.
 
-    Opens no file for which the manifest has everything. `probes` None = a new reader.
+    Opens no file that the manifest describes in full. `probes` None = a new reader.
     """
     if all(_needs_no_file(medium, spec) for medium in media):
         planned = [_plan_medium(medium, spec) for medium in media]
@@ -140,7 +140,7 @@ def segments_of(table: pa.Table) -> list[Segment]:
 
 
 def _plan_medium(medium: Medium, spec: PlanSpec) -> dict[str, Any]:
-    """Returns PLAN values of all rows of a medium; `num_frames` is the total, 0 in error."""
+    """Returns values shared by a medium's PLAN rows; `num_frames` is the total, 0 in error."""
     try:
         if medium.error is not None:
             raise medium.error

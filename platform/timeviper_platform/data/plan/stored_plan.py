@@ -91,7 +91,7 @@ class Plan:
         return StoredSegments(self.plan_files, self.counts.segments_missing, self.finished)
 
     def tables(self) -> Iterator[pa.Table]:
-        """All PLAN rows, a file at a time."""
+        """Yields PLAN rows, one table per file."""
         return (read_plan_file(plan_file) for plan_file in self.plan_files)
 
 

@@ -21,7 +21,7 @@ MAX_TAIL_SECONDS = 1
 
 
 class BackendUnfitError(Exception):
-    """The backend's frames would differ from PyAV's."""
+    """Raised when a backend's frames would differ from PyAV's."""
 
 
 @dataclass(frozen=True, slots=True)

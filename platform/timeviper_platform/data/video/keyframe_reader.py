@@ -1,6 +1,6 @@
 """Samples only keyframes: for time t the last one with t - step < PTS <= t.
 
-A step without a keyframe has no frame, and counts none as missing.
+Steps without a keyframe have no frame, and do not count as missing.
 """
 
 from __future__ import annotations

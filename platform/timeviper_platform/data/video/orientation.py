@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Orientation(NamedTuple):
-    """Stored to upright pixels: swap axes, then reverse rows or columns."""
+    """Steps from stored to upright pixels: swap axes, then reverse rows or columns."""
 
     swaps_axes: bool = False
     reverses_rows: bool = False

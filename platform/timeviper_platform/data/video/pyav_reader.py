@@ -58,14 +58,11 @@ class _Walk:
     packets: Iterator[Any]
     every_frame: Iterator[tuple[int, Any]]
     end_tick: int
-    """End of the last frame."""
     ahead: LookAhead
     read_until: int | None = None
-    """DTS of the last packet."""
     reorder: int = 0
     """PTS - DTS of the last keyframe."""
     pending: deque[Any] = field(default_factory=deque)
-    """Undecoded packets."""
     held: set[int] = field(default_factory=set)
     """PTS of pending packets."""
     held_bytes: int = 0

@@ -106,7 +106,7 @@ def read_image(source: str | bytes, image_size: int, *, limits: MediaLimits | No
 
 
 def _with_8_bits(image: Image.Image) -> Image.Image:
-    """Pillow would clip 16-bit greys at 255."""
+    """Keeps the high bytes: Pillow would clip 16-bit greys at 255."""
     values = np.array(image)
     if "transparency" in image.info:
         values[values == image.info["transparency"]] = 0xFFFF

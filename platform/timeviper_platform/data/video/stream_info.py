@@ -32,11 +32,10 @@ class StreamInfo:
     origin: int
     """Tick at 0 s."""
     starts_anywhere: bool
-    """True when the clock may not start at 0."""
+    """True when the clock need not start at 0."""
     ticks: np.ndarray
     """(F,) int64: PTS of the shown frames, ascending."""
     end_tick: int
-    """End of the last frame."""
     is_timed: bool
     """False when packets lack reliable PTS."""
     orientation: Orientation

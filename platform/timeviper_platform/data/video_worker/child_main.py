@@ -37,14 +37,12 @@ from timeviper_platform.data.video_worker.frame_source import DecodeConfig, Deco
 JOB = struct.Struct("<IQ")
 REPLY = struct.Struct("<I")
 GRACE_SECONDS = 5
-"""Time from the deadline until an orphaned child ends."""
+"""Delay between the deadline and the end of an orphaned child."""
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Constants of malloc.h."""
 
 _NO_FRAMES = np.empty(0, np.uint8)
 _Reply = tuple[dict[str, Any], np.ndarray]
-"""JSON object and frames"""
 
 
 def limit_resources(limits: dict[str, int | None]) -> None:

@@ -88,7 +88,7 @@ class DecodeChild:
     def run(
         self, job: dict[str, Any], data: bytes = b"", *, num_frames: int, deadline_seconds: float
     ) -> tuple[dict[str, Any], np.ndarray]:
-        """Returns a job's one reply and the memory of its frames."""
+        """Runs a job with one reply; returns it and the memory of its frames."""
         memory = self.send(job, data, num_frames=num_frames, deadline_seconds=deadline_seconds)
         return self.reply(deadline_seconds), memory
 

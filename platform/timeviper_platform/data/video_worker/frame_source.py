@@ -18,7 +18,7 @@ from timeviper_platform.data.video.reader import Backend, DecoderPool, read_imag
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeConfig:
     backend: Backend = "pyav"
-    """Decoder library. pyav replaces the others where they would misread a file.
+    """Decoder library. pyav replaces the others for remote files, and where they would misread a file.
     nvdec uses the encoder's GPU: it needs execution.mode fused, rounds differently and ignores max_memory_bytes.
     """
     max_open_videos: int = 4
@@ -26,7 +26,7 @@ class DecodeConfig:
     isolation: Literal["process", "none"] = "process"
     """process = a child process probes and decodes, so that a crash or hang is one error row."""
     deadline_seconds: float = 600.0
-    """Maximum time for a segment of 64 frames in the child process."""
+    """Maximum time to decode a segment (64 frames) in the child process."""
     probe_deadline_seconds: float = 120.0
     """Maximum time to probe one medium in the child process."""
     max_memory_bytes: int = 4 << 30
@@ -94,7 +94,7 @@ class LocalFrames:
             yield DecodeResult(frames, time.perf_counter() - started)
 
     def frames(self, request: DecodeRequest) -> FrameBatch:
-        """Raises DecodeError when the medium cannot be read."""
+        """Raises DecodeError when the medium cannot be decoded."""
         if is_web(request.uri):  # `open_web` retries
             return self._read(request)
         try:

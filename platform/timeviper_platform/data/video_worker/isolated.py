@@ -28,7 +28,6 @@ MAX_FRAMES_PER_JOB = 64
 """One long segment, or many images."""
 
 JOBS_AHEAD = 2
-"""Jobs queued in the child."""
 
 IDLE_SECONDS = 0.01
 """Decoding time of a few images."""
@@ -137,7 +136,6 @@ class IsolatedFrames:
             self._send(job)
 
     def _send(self, job: _Job) -> None:
-        """Sends a job, without media that timed out."""
         if self.child is None:
             self.child = self._start()
         requests = [request for request in job.requests if request.uri not in self._timed_out]
@@ -185,7 +183,7 @@ def _groups(requests: Iterable[DecodeRequest]) -> Iterator[list[DecodeRequest]]:
 class IsolatedProbes:
     """ProbeSource in a child process.
 
-    The child probes many media at once. When it fails, started media are probed one by one, the others together.
+    The child probes many media at once. When it fails, those it had started are probed one by one, the others together.
     """
 
     limits: MediaLimits
@@ -204,7 +202,7 @@ class IsolatedProbes:
         return [medium.with_headers(found[medium.uri]) for medium in media]
 
     def _probe_many(self, uris: Sequence[str]) -> dict[str, Medium]:
-        """Returns media probed before the child failed."""
+        """Returns media probed before the child failed, except those out of memory."""
         found: dict[str, Medium] = {}
         try:
             for medium in self._probed(uris):
@@ -244,7 +242,6 @@ class IsolatedProbes:
         return medium
 
     def _probed(self, uris: Sequence[str]) -> Iterator[Medium]:
-        """Yields media in the order of replies."""
         if self.child is None:
             self.child = DecodeChild(ChildLimits(max_memory_bytes=self.config.max_memory_bytes))
         job = {"kind": "probes", "uris": list(uris), "limits": asdict(self.limits)}
