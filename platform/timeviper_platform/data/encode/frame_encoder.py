@@ -1,6 +1,6 @@
-"""Encodes frames as merged bf16 tokens: one or two vision towers, then ToMe.
+"""Encodes frames as merged bf16 tokens: vision towers, then ToMe.
 
-A vision transformer's result depends on the batch shape (1e-6 at width 1152 in fp32), so all batches have the same.
+Results depend on the batch shape (1e-6 at width 1152 in fp32), so all batches have the same shape.
 """
 
 from __future__ import annotations
@@ -114,11 +114,7 @@ def _tower_recipe(config: TowerConfig, tower: TowerDescription, num_tokens_per_f
 
 
 class FrameEncoder:
-    """Encodes uint8 frames; `combine_towers` joins the tokens of two towers.
-
-    Raises:
-        ValueError: if a tower cannot be loaded.
-    """
+    """Joins the tokens of two towers by `combine_towers`. Raises ValueError if a tower cannot be loaded."""
 
     def __init__(self, config: VisionTowerConfig) -> None:
         self.config = config
@@ -131,13 +127,9 @@ class FrameEncoder:
 
     @torch.inference_mode()
     def encode(self, frames: Tensor | np.ndarray) -> Tensor:
-        """Encodes frames independently of each other.
+        """Encodes (F, S, S, 3) uint8 frames, S = `image_size`, as (F, N, dim) bfloat16 on the CPU.
 
-        Args:
-            frames: (F, S, S, 3) uint8 with S = `image_size`.
-
-        Returns:
-            (F, N, dim) bfloat16 on the CPU.
+        A frame's tokens do not depend on the other frames.
         """
         pixels = torch.as_tensor(frames)
         size = self.config.encode_batch_frames

@@ -10,7 +10,7 @@ from typing import Any
 from timeviper_model.config import VisionConfig
 
 Facts = dict[str, Any]
-"""Fields of VisionConfig by dotted name, the number of towers, and the width of a row."""
+"""Fields of VisionConfig by dotted name, number of towers, width of a row."""
 
 
 def tower_facts(recipe: Mapping[str, Any]) -> Facts:

@@ -1,4 +1,4 @@
-"""Describes a tower from its configuration and weight files without building it."""
+"""Describes a tower from its files."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class TowerDescription:
 
 
 def describe_tower(name_or_folder: str, layer: int) -> TowerDescription:
-    """Returns the description of the built tower, with one tensor at a time in memory.
+    """Describes the tower without building it, with one tensor at a time in memory.
 
-    Builds the tower if its weight files use other names than the model, or if there is an error to report.
+    Builds it if the weight files use other names than the model, or to report an error.
 
     Raises:
         ValueError: as `VisionTransformer.from_pretrained`.

@@ -1,7 +1,4 @@
-"""Measures the cost of a frame on this machine.
-
-`calibrate` measures wall seconds in one process, `BusySlots` CPU seconds in processes that share memory bandwidth.
-"""
+"""Measures the cost of a frame."""
 
 from __future__ import annotations
 
@@ -49,7 +46,6 @@ class Calibration:
         Example: 9 ms of decoding and 1 ms of encoding with 2 decoders and 1 encoder on 2 cores give 200, not 222.
 
         Args:
-            encode_slots: processes; a fused one also writes.
             has_gpu: encoding uses no CPU cores.
         """
         on_cores = self.decode_seconds + self.write_seconds + (0.0 if has_gpu else self.encode_seconds)
@@ -71,7 +67,7 @@ class Calibration:
 
 
 class SegmentSample:
-    """A random sample of a stream: the segments with the smallest ids, which are hashes."""
+    """A random sample of a stream: the smallest ids, which are hashes."""
 
     def __init__(self, size: int = MAX_SEGMENTS) -> None:
         self._size = size
@@ -92,9 +88,9 @@ def sample_of(segments: Iterable[Segment], size: int = MAX_SEGMENTS) -> list[Seg
 
 
 def calibrate(segments: Sequence[Segment], spec: WorkerSpec, encoder: FrameEncoder) -> Calibration | None:
-    """Measures segments one after the other; None if no frame can be decoded.
+    """Measures wall seconds in this process; None if no frame can be decoded.
 
-    Processes the first one twice: loading libraries does not count.
+    Processes the first segment twice: loading libraries does not count.
     """
     decoder, segment_encoder = spec.new_decoder(), SegmentEncoder(encoder, spec.fps)
     num_segments = num_frames = 0
@@ -117,7 +113,7 @@ def calibrate(segments: Sequence[Segment], spec: WorkerSpec, encoder: FrameEncod
 
 
 class BusySlots:
-    """One process per core; each processes whole tasks as a worker does."""
+    """One process per core. They share memory bandwidth, as the workers of a run do."""
 
     def __init__(self, spec: WorkerSpec, num_slots: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -138,11 +134,7 @@ class BusySlots:
         self._folder.cleanup()
 
     def measure(self, segments: Sequence[Segment], seconds: float) -> Calibration:
-        """Measures CPU seconds by stage while all slots work on consecutive segments.
-
-        Args:
-            seconds: minimum duration.
-        """
+        """Measures CPU seconds by stage for at least `seconds`, while all slots work."""
         share = -(-len(segments) // self._num_slots)
         tasks = [WriteTask(f"slot{n}", tuple(segments[n * share : (n + 1) * share])) for n in range(self._num_slots)]
         if not all(task.segments for task in tasks):

@@ -22,7 +22,7 @@ class TowerSizes:
     """26 of 27 for hidden_states[-2]"""
 
     def flops(self) -> float:
-        """FLOPs per frame without patch embedding (0.2 %) and token merging; multiply and add count as two."""
+        """FLOPs per frame without patch embedding (0.2 %) and merging; multiply and add count as two."""
         per_token = 4 * self.width**2 + 2 * self.width * self.mlp_width + 2 * self.num_patches * self.width
         return 2.0 * self.num_patches * self.num_blocks * per_token
 
@@ -45,11 +45,11 @@ class ScaleConfig:
     mfu: float = 0.4
     """Assumed share of the peak."""
     second_num_tokens_per_frame: int = 0
-    """0 = no second tower."""
+    """Tokens of a second tower; 0 = none."""
     second_dim: int = 0
-    """Width of the second tower. Rows have the larger width."""
+    """Width of the second tower."""
     second_teraflops_per_frame: float = 0.0
-    """Cost of the second tower."""
+    """Computed cost of the second tower."""
     second_encode_frames_per_second: float = 0.0
     """Measured rate of the second tower; 0 = computed."""
     decode_milliseconds: float = 17.6
@@ -82,10 +82,10 @@ class Scale:
     frames: int
     segments: int
     files: int
-    """upper bound: files may hold more short segments"""
+    """maximum number of data files"""
     feature_bytes: int
     encode_frames_per_second: float
-    """of one GPU that runs all towers"""
+    """rate of one GPU"""
     gpu_hours: float
     hours: float
     core_hours: float
@@ -93,9 +93,7 @@ class Scale:
     puts: int
     gets: int
     money: float
-    """one-time cost"""
     money_a_month: float
-    """storage cost"""
 
 
 def compute_scale(config: ScaleConfig, tower: TowerSizes | None = None) -> Scale:
@@ -152,6 +150,7 @@ def _rate_source(config: ScaleConfig) -> str:
 
 
 def scale_table(configs: Sequence[ScaleConfig]) -> str:
+    """The totals as a Markdown table, one column per run."""
     scales = [compute_scale(config) for config in configs]
     rows: list[tuple[str, list[str]]] = [
         ("videos", [f"{config.num_videos:,}" for config in configs]),

@@ -1,4 +1,4 @@
-"""Dry run: predicts the work and the time of a run."""
+"""Predicts the work and the time of a run."""
 
 from __future__ import annotations
 
@@ -28,18 +28,14 @@ class Estimate:
     frames_missing: int
     feature_bytes: int
     seconds: float | None
-    """predicted by the calibration; None if nothing is missing or no sample can be decoded"""
+    """estimate by the calibration; None if nothing is missing or decodable"""
     seconds_at_last_rate: float | None
-    """predicted by the store's last report; None before the first run"""
+    """estimate by the last report; None before the first run"""
     calibration: Calibration | None
 
 
 def estimate(config: PreprocessConfig) -> Estimate:
-    """Plans the input and measures a few segments; writes nothing.
-
-    Raises:
-        ValueError: as `run_preprocess`.
-    """
+    """Writes nothing. Raises ValueError as `run_preprocess` does."""
     config = config.resolve_paths()
     encoder = describe_encoder(config.encoder)
     recipe = make_recipe(encoder, config)

@@ -38,7 +38,7 @@ class ConsecutiveFailureLimit:
                 raise RuntimeError(self._text(message))
 
     def check(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-        """Passes PLAN tables through and counts their media, except those that a downloader could not fetch."""
+        """Counts the media of PLAN tables, except those that a downloader could not fetch."""
         for table in tables:
             columns = (table[name].to_pylist() for name in ("media_id", "status", "error_stage", "error_type"))
             tried = [row for row in zip(*columns, strict=True) if row[2] != "download"]

@@ -28,14 +28,12 @@ class Totals:
     """Sums over the media of a plan."""
 
     audit: Counter[str] = field(default_factory=Counter)
-    """segments by AUDIT_KEYS"""
     frames: int = 0
-    """stored frames"""
     bytes: int = 0
     """stored feature bytes"""
     rejected_media: int = 0
     rejects: dict[str, Counter[str]] = field(default_factory=dict)
-    """media by stage and error type"""
+    """stage -> error type -> media"""
 
     def add(self, media: MediaRows) -> pa.Table:
         """Adds all rows of a few media; returns their REJECTS rows."""
@@ -60,7 +58,6 @@ class Totals:
 
 
 def finalize_store(uri: str, planned: Iterable[pa.Table], *, row_group_rows: int = ROW_GROUP_ROWS) -> Totals:
-    """Writes the index and the rejects of the store at `uri`."""
     totals = Totals()
     with tempfile.TemporaryDirectory(prefix="timeviper-rejects-") as folder:
         local_file = Path(folder, REJECTS_FILE)
@@ -81,8 +78,8 @@ def reject_table(planned: pa.Table, index: pa.Table) -> pa.Table:
     """Returns one REJECTS row for each medium, status, stage and type.
 
     Args:
-        planned: PLAN rows; only media in error become rejects.
-        index: INDEX rows of the planned segments; status ok is left out.
+        planned: PLAN rows; only media in error count.
+        index: INDEX rows; only those not ok count.
     """
     rows: dict[tuple[str, ...], dict[str, Any]] = {}
     for error in planned.filter(pc.field("status") == "error").select(_REJECT_FIELDS).to_pylist():

@@ -1,4 +1,4 @@
-"""Shows progress: a bar on a terminal, otherwise log lines; and Ray metrics."""
+"""Shows progress: a bar on a terminal, else log lines; and Ray metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The job on Ray: a task per plan page, then a graph of actors over write tasks.
+"""A Ray task per plan page, then a graph of actors over write tasks.
 
 fused   tasks -> [decode, encode, write, commit]
 split   tasks -> [decode] -> [encode, write, commit]
@@ -37,17 +37,17 @@ logger = logging.getLogger(__name__)
 PLAN_CPUS = 0.25
 
 TASKS_PER_ACTOR = 2
-"""One is decoded or encoded while the other is handed over or written."""
+"""An actor decodes or encodes one and writes the other."""
 
 TASKS_PER_GRAPH = 4096
 """Maximum tasks in the driver's memory."""
 
 MAX_BLOCK_BYTES = 512 << 20
-"""Maximum size of a task's frames in Ray's object store."""
+"""Maximum size of a task's frames in the object store."""
 
 
 def plan_on_ray(pages: Iterable[list[Medium]], spec: PlanSpec) -> Iterator[pa.Table]:
-    """`plan_here` with a Ray task per page, a few at a time, in order."""
+    """Plans with a Ray task per page."""
     import ray
 
     with connect():
@@ -63,7 +63,7 @@ def plan_on_ray(pages: Iterable[list[Medium]], spec: PlanSpec) -> Iterator[pa.Ta
 
 
 def plan_remotely(page: list[Medium], spec: PlanSpec) -> tuple[list[pa.Table], int]:
-    """PLAN tables of a page, and this process's storage retries."""
+    """Returns the PLAN tables of a page and the number of storage retries."""
     before = storage.num_retries()
     return list(plan_page(page, spec)), storage.num_retries() - before
 
@@ -75,7 +75,7 @@ def tables_of(result: tuple[list[pa.Table], int]) -> list[pa.Table]:
 
 
 def run_on_ray(missing: Collection[Segment], spec: WorkerSpec, config: ExecutionConfig) -> Iterator[TaskResult]:
-    """Yields the results of the missing segments' tasks as they finish.
+    """Yields task results as they finish.
 
     Raises:
         ValueError: if one file's frames exceed a block of the object store.
@@ -97,7 +97,7 @@ def run_on_ray(missing: Collection[Segment], spec: WorkerSpec, config: Execution
 
 
 def settle_mode(config: ExecutionConfig, missing: Iterable[Segment], spec: WorkerSpec) -> ExecutionConfig:
-    """Replaces auto by the mode that a calibration in a worker predicts to be faster."""
+    """Replaces mode auto by the faster mode, measured in a worker."""
     import ray
 
     if config.mode != "auto":
@@ -222,7 +222,7 @@ def to_block(values: Sequence[WriteTask | TaskResult]) -> pa.Table:
 
 
 def from_block(block: pa.Table) -> list[Any]:
-    """Unpickles the values; their arrays are views of the block."""
+    """Returns the values; their arrays are views of the block."""
     return [
         pickle.loads(pickled.as_py(), buffers=_buffers(arrays.values))
         for pickled, arrays in zip(block["pickled"], block["arrays"], strict=True)

@@ -18,33 +18,32 @@ class PreprocessReport:
     media: int
     segments: int
     segments_done: int
-    """segments with status ok"""
     segments_partial: int
     segments_error: int
     segments_encoded: int
-    """segments encoded in this run"""
+    """newly encoded segments"""
     frames: int
-    """stored frames of this input"""
+    """all stored frames"""
     frames_encoded: int
-    """frames encoded in this run"""
+    """newly encoded frames"""
     errors: int
     """media rejected as a whole or in part"""
     errors_by_stage: dict[str, dict[str, int]]
-    """media by stage and error type"""
+    """stage -> error type -> media"""
     frames_per_second: float
     """`steady_rate` of the last run that encoded frames"""
     bytes: int
-    """stored feature bytes of this input"""
+    """all stored feature bytes"""
     seconds: dict[str, float]
     """wall seconds: plan, start_up (Ray and workers), run, finalize (with Ray's shutdown), total"""
     stage_seconds: dict[str, float]
-    """seconds summed over workers: decode, encode, write"""
+    """sums over workers: decode, encode, write"""
     workers: dict[str, int]
     """processes by stage; a fused worker counts in each"""
     utilisation: dict[str, float]
-    """busy share of each stage's workers"""
+    """busy share by stage"""
     ideal_frames_per_second: float
-    """rate without waits, see `measure_speed`"""
+    """rate without waits"""
     share_of_ideal: float
     cores_per_encoder: float
     """cores that decode and write as fast as one encoder encodes"""
@@ -118,7 +117,7 @@ class Speed:
 
 
 def measure_speed(results: Sequence[TaskResult], *, num_cores: int, has_gpu: bool = False) -> Speed:
-    """Compares a run's speed with 1 / max(CPU seconds per frame / workers) over its stages."""
+    """Compares the speed with 1 / max(CPU seconds per frame / workers) over the stages."""
     frames = sum(r.num_frames for r in results)
     if not frames:
         return Speed({}, {}, 0.0, 0.0, 0.0)

@@ -31,14 +31,11 @@ logger = logging.getLogger(__name__)
 REPORT_FILE = "report.json"
 
 Runner = Callable[[Collection[Segment], WorkerSpec, ExecutionConfig], Iterator[TaskResult]]
-"""`run_on_ray` or `run_in_process`."""
+"""`run_on_ray` or `run_in_process`"""
 
 
 def run_preprocess(config: PreprocessConfig, *, run: Runner = run_on_ray) -> PreprocessReport:
-    """Adds the missing segments of `config.input` to the feature store.
-
-    Args:
-        run: not called when nothing is missing.
+    """Adds the missing segments of `config.input` to the feature store; calls `run` if there are any.
 
     Raises:
         ValueError: for a missing input or encoder, or a store with another recipe.
@@ -73,7 +70,7 @@ def make_recipe(encoder: EncoderDescription, config: PreprocessConfig) -> dict[s
 
 
 def plan_tables(config: PreprocessConfig, recipe_hash: str) -> Iterator[pa.Table]:
-    """Plans the whole input, on the connected cluster or else in this process."""
+    """Plans the input on the connected cluster or else in this process."""
     spec = PlanSpec(
         fps=exact(config.sampling.fps),
         recipe_hash=recipe_hash,
@@ -166,7 +163,7 @@ def _finalize(
 
 
 class _Stopwatch:
-    """Wall seconds of consecutive, named laps."""
+    """Wall seconds of named laps."""
 
     def __init__(self) -> None:
         self._begin = self._last = time.time()

@@ -1,4 +1,4 @@
-"""Segments to frames, and frames to FEATURES rows. An error becomes a row, never an exception."""
+"""Decodes segments and encodes them as FEATURES rows. An error becomes a row, never an exception."""
 
 from __future__ import annotations
 
@@ -49,11 +49,7 @@ class TimedIterator(Iterator[Item]):
 
 
 class SegmentDecoder:
-    """Decodes segments; keeps videos open between segments.
-
-    Raises:
-        RuntimeError: if the configured backend is not available.
-    """
+    """Keeps videos open between segments. Raises RuntimeError if the backend is not available."""
 
     def __init__(
         self, image_size: int, fps: Fraction, limits: MediaLimits, config: DecodeConfig, *, keyframes_only: bool = False
@@ -66,7 +62,7 @@ class SegmentDecoder:
         """CPU seconds of decoding, here and in a child process"""
 
     def decode(self, segments: Sequence[Segment]) -> Iterator[DecodeResult]:
-        """Yields the frames or error of each segment, in order. A child process decodes ahead."""
+        """Yields the frames or error of each segment. A child process decodes ahead."""
         requests = (DecodeRequest(s.uri, s.modality, s.times(self._fps)) for s in segments)
         results = TimedIterator(self._source.decode(requests))
         for segment in segments:
@@ -85,8 +81,6 @@ def _checked(segment: Segment, frames: FrameBatch | DecodeError) -> FrameBatch |
 
 @dataclass(slots=True)
 class _PendingSegment:
-    """A decoded segment with frames to encode."""
-
     segment: Segment
     result: DecodeResult
     tokens: list[torch.Tensor] = field(default_factory=list)
@@ -136,7 +130,6 @@ class SegmentEncoder:
             yield self._row(pending.popleft())
 
     def _encode(self, pending: Iterable[_PendingSegment], num_frames: int) -> int:
-        """Encodes the first pending frames; returns how many."""
         chosen: list[tuple[_PendingSegment, np.ndarray]] = []
         left = num_frames
         for entry in pending:

@@ -1,4 +1,4 @@
-"""The two values that cross Ray: a `WriteTask` goes to a worker, a `TaskResult` returns."""
+"""The two values that cross Ray."""
 
 from __future__ import annotations
 
@@ -13,15 +13,13 @@ from timeviper_platform.data.plan.segments import SEGMENT_FRAMES, Segment
 from timeviper_platform.data.video_worker.frame_source import DecodeResult
 
 TASKS_PER_WORKER = 8
-"""Minimum for small inputs."""
+"""minimum for small inputs"""
 
 MAX_TASK_SEGMENTS = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class TaskStart:
-    """Start of the work on a task, and the decoding cost in mode split."""
-
     started: float
     """seconds since the epoch"""
     decoder: str
@@ -36,7 +34,7 @@ class TaskStart:
 
 @dataclass(frozen=True, slots=True)
 class WriteTask:
-    """Consecutive segments that become one data file."""
+    """Segments that become one data file."""
 
     name: str
     """hash of the segment ids"""
@@ -59,13 +57,11 @@ class TaskResult:
     num_partial: int
     num_error: int
     error_types: list[str]
-    """error type of each segment with status partial or error"""
+    """error types of segments with status partial or error"""
     media: list[str]
-    """media of the task, in order"""
     reasons: list[str]
     """stage/type of each medium's first error, or """ ""
     last_error: str
-    """message of the last segment in error"""
     feature_bytes: int
     decode_seconds: float
     encode_seconds: float
@@ -92,7 +88,7 @@ class TaskResult:
 
 
 def cut_tasks(segments: Collection[Segment], frames_per_file: int, num_workers: int) -> Iterator[WriteTask]:
-    """Cuts segments into tasks of at most `frames_per_file` frames and at least one segment, in order.
+    """Cuts segments into tasks of at most `frames_per_file` frames, in order.
 
     Small inputs are cut finer, so that every worker has work until near the end. Reads the segments twice.
     """

@@ -1,4 +1,4 @@
-"""Workers without Ray: tasks to committed files and their results."""
+"""Workers without Ray."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class WorkerSpec:
 
 
 class RetryCounter:
-    """Assigns this process's storage retries to its concurrent tasks."""
+    """Assigns storage retries of this process to its concurrent tasks."""
 
     def __init__(self) -> None:
         self._lock = Lock()

@@ -1,7 +1,4 @@
-"""Merges small data files of a store while readers continue; no job may write.
-
-One commit replaces all sources of a merged file, so a killed compaction loses nothing.
-"""
+"""Merges small data files of a store while readers continue; no job may write."""
 
 from __future__ import annotations
 
@@ -78,9 +75,11 @@ def compact(
 ) -> CompactReport:
     """Merges data files with less than half of `file_bytes` of features into files of up to `file_bytes`.
 
+    Can be killed and repeated: one commit replaces all sources of a merged file.
+
     Raises:
         ValueError: if there is no store at `uri`.
-        RuntimeError: if a row is damaged; files merged earlier stay merged.
+        RuntimeError: if a row is damaged.
     """
     if file_bytes < 1 or row_group_bytes < 1:
         raise ValueError(f"{file_bytes = } and {row_group_bytes = } must be at least 1")

@@ -1,7 +1,4 @@
-"""Reads the index.
-
-Ids, counts and locations stay in memory; frame times, URIs and hashes (1 KB per segment) are decoded on demand.
-"""
+"""Reads the index. Ids, counts and locations stay in memory, the rest (1 KB per segment) is decoded on demand."""
 
 from __future__ import annotations
 
@@ -94,11 +91,9 @@ class StoreIndex:
 
     @classmethod
     def open(cls, uri: str, *, details_cache_bytes: int = DETAILS_CACHE_BYTES) -> StoreIndex:
-        """Opens a snapshot of the index at `uri`.
-
-        Raises:
-            FileNotFoundError: if there is no index.
-            ValueError: if it has another schema version.
+        """Raises:
+        FileNotFoundError: if there is no index at `uri`.
+        ValueError: if it has another schema version.
         """
         file = _open_snapshot(uri)
         schemas.check_version(file.schema_arrow, schemas.INDEX, source=uri)

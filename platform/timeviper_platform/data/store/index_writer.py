@@ -1,6 +1,6 @@
 """Builds the index from commit records, a plan and the previous index.
 
-Sorts them on local disk (0.5 KB per segment), so memory does not grow with the store.
+Sorts on local disk (0.5 KB per segment), so memory does not grow with the store.
 """
 
 from __future__ import annotations

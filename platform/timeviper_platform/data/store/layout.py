@@ -1,9 +1,9 @@
-"""Names of a feature store's files, and its header.
+"""Files of a feature store.
 
 store.json         schema version, recipe, recipe_hash
 index.parquet      INDEX rows, sorted by media_id, segment_index
 data/*.parquet     FEATURES rows
-commits/*.parquet  the INDEX rows of each data file
+commits/*.parquet  INDEX rows of each data file
 plan/*.parquet     PLAN rows of the last run
 rejects.parquet    REJECTS rows of the last run
 """

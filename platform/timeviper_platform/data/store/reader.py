@@ -60,7 +60,7 @@ class MediaInfo:
             frame_selection: see `select_frames`.
             start_seconds: None = the beginning.
             end_seconds: None = the end.
-            fps: maximum frame rate, applied first; None = the stored rate.
+            fps: maximum frame rate, applied first.
 
         Raises:
             ValueError: if `max_frames` is below 1 or the clip ends before it starts.
@@ -89,7 +89,7 @@ class MediaFeatures:
 class FeatureStore:
     """A finished store. Thread-safe; unpickling opens it again.
 
-    When a compaction has removed a data file, the index is read again, once.
+    Reads the index again when a compaction has removed a data file.
     """
 
     def __init__(self, uri: str, header: dict[str, Any], index: StoreIndex, *, cache_bytes: int = 128 << 20) -> None:
@@ -139,7 +139,7 @@ class FeatureStore:
 
         Args:
             media_id: one of `media_ids`.
-            frames: ascending indices within the medium; may repeat.
+            frames: ascending indices; may repeat.
 
         Raises:
             KeyError: if the store does not have the medium.
@@ -166,7 +166,7 @@ class FeatureStore:
         return MediaFeatures(info=info, features=features, pts_seconds=info.pts_seconds[indices])
 
     def _segment(self, media_id: str, number: int, ahead: Sequence[int] = ()) -> Tensor:
-        """(F, N, dim) int16 view of a segment; adjacent segments of `ahead` come with the same read."""
+        """(F, N, dim) int16 view. The same read fetches adjacent segments of `ahead`."""
         index = self._index
         rows = index.rows_of(media_id)
         row = rows[number]

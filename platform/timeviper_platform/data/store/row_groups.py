@@ -36,7 +36,7 @@ class RowGroups:
         self._lock = threading.Lock()
 
     def read(self, name: str, number: int, stop: int) -> Any:
-        """Returns the features of a row group as a large_binary array.
+        """Returns features as a large_binary array.
 
         The same read fetches following row groups below `stop`, up to a cached one.
 

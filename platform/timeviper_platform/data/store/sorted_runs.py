@@ -1,9 +1,7 @@
-"""External merge sort of tables by a string column.
+"""External merge sort. DuckDB takes half the CPU time but 1.4 GB instead of 0.3 GB for a million index rows.
 
-    for left, right in merge_runs([left_runs, right_runs], "media_id"):
-        ...  # ascending ranges of media_id; all rows of a media_id are in one pair
-
-For a million index rows, DuckDB takes half the CPU time but 1.4 GB instead of 0.3 GB.
+for left, right in merge_runs([left_runs, right_runs], "media_id"):
+    ...  # ascending ranges of media_id; all rows of a media_id are in one pair
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ class SortedRuns:
     Args:
         folder: created here, removed by the caller.
         schema: the columns to keep.
-        key: the column to sort by, without nulls.
+        key: a string column without nulls.
     """
 
     run_bytes = 64 << 20

@@ -1,4 +1,4 @@
-"""Checks every byte of a store: data files against commit records and checksums, records against index and plan."""
+"""Checks every byte of a store against checksums, commit records, index and plan."""
 
 from __future__ import annotations
 

@@ -35,8 +35,8 @@ from timeviper_platform.data.store.layout import (
 ROW_GROUP_BYTES = 512 << 10
 """Size at which a row group is complete.
 
-A full segment (2.4 MB) has its own, so that reading a clip reads little else. Small items share one, so that footers
-(3 KB per row group) stay below 1 %.
+A full segment (2.4 MB) has its own, so that reading a clip reads little else. Small items share one, as each adds
+3 KB to the footer.
 """
 
 Row = dict[str, Any]
@@ -65,7 +65,7 @@ class StoreWriter:
         """Creates or opens the store at `uri`.
 
         Raises:
-            ValueError: if the existing store has another recipe.
+            ValueError: if an existing store has another recipe.
             RuntimeError: if the folder is not writable.
         """
         writer = cls(uri, recipe_hash(recipe))
