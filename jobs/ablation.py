@@ -16,7 +16,6 @@ from timeviper_platform.common.job import JobParser, run_job
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the job; returns the exit code."""
     parser = JobParser(__doc__)
     parser.add_argument("--rows", default=",".join(ROWS), help="with commas between them (default: all)")
     parser.add_argument(

@@ -1,7 +1,7 @@
 """Measures every figure of the documents: `python jobs/benchmark.py SUITE [--only GROUP,...] [--json PATH]`.
 
-Both sides of a ratio run in turn in one process. A row is the median of at least five turns, or of three where a turn
-takes over a minute.
+Both sides of a ratio run in turn in one process. A row is the median of five or more turns, or of three if a turn takes
+over a minute.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from timeviper_platform.common.job import USAGE_EXIT_CODE, JobError, JobParser, 
 ROOT = Path(__file__).resolve().parent.parent
 
 Groups = dict[str, Callable[[Path | None], list[Row]]]
-"""Groups of rows by key, each called with the film, which few use."""
+"""Groups of rows by key; few of them use the film."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def benchmark(options: argparse.Namespace) -> JobResult:
-    """Runs a suite and reports its table; exit code 1 if a bar does not hold.
+    """Runs a suite and reports its table; returns 1 if a row misses its bar.
 
     Raises:
         JobError: for an unknown film or group, or a machine that lacks what the suite needs.
@@ -58,7 +58,6 @@ def benchmark(options: argparse.Namespace) -> JobResult:
 
 
 def demo_suite(film: Path | None) -> list[Row]:
-    """The demo from an empty folder."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "jobs" / "demo.py"), "--folder", folder]
         command += ["--film", str(film)] if film else []

@@ -46,7 +46,6 @@ def write_document(options: argparse.Namespace) -> JobResult:
 
 
 def document() -> str:
-    """All tables, a section per job."""
     sections = [f"## {name}\n\n{files}\n\n{markdown_table(config)}\n" for name, (files, config) in CONFIGS.items()]
     return "\n".join([INTRODUCTION, *sections])
 

@@ -1,7 +1,7 @@
 """Converts annotations to samples: `python jobs/convert.py --config ray_configs/convert.yaml [key=value ...]`.
 
-Reads LLaVA-style JSON, captions, dense captions and temporal grounding, and writes the table that training reads, with
-the media ids of preprocessing. Rows that cannot be used are counted by reason.
+Reads LLaVA-style JSON, captions, dense captions and temporal grounding; writes the table that training reads. Counts
+unusable rows by reason.
 """
 
 from __future__ import annotations

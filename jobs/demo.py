@@ -1,12 +1,12 @@
-"""The whole platform on one machine and a synthetic corpus, from videos to answers over HTTP.
+"""Runs the whole platform on one machine, from synthetic videos to answers over HTTP.
 
     python jobs/demo.py                         everything
-    python jobs/demo.py --quick                 a small corpus and few steps: the same path, too short to learn
-    python jobs/demo.py --film path/to/film.mp4 half of the backgrounds cut from a film, which is preprocessed too
+    python jobs/demo.py --quick                 a small corpus and too few steps to learn
+    python jobs/demo.py --film path/to/film.mp4 half of the backgrounds from a film, which is preprocessed too
     python jobs/demo.py --until preprocess      stop after that step
 
-Every step is a job that a cluster would run, with its configuration in ray_configs/tiny, on a private local Ray. A
-finished corpus and its features are reused.
+Every step is a job with its configuration in ray_configs/tiny, on a private local Ray. A finished corpus and its
+features are reused.
 """
 
 from __future__ import annotations
@@ -44,9 +44,8 @@ DEFAULT_FOLDER = "outputs/demo"
 """Folder named in ray_configs/tiny; for another one those files are copied and changed."""
 STEPS = ("corpus", "preprocess", "train", "export", "evaluate", "serve")
 MANIFEST_WITH_FILM = ("corpus", "manifest-with-film.parquet")
-"""Manifest in the corpus folder: the corpus and the film."""
 NUM_LOGICAL_CPUS = 4
-"""Two training workers and the small actors of Ray Data and Serve; the machine may have only two cores."""
+"""Two training workers and small actors; the machine may have only two cores."""
 MODEL_NAME = "timeviper-tiny"
 QUICK = {
     "corpus": [
@@ -59,15 +58,13 @@ QUICK = {
     "train": ["phases.language.steps=20", "phases.align.steps=10", "phases.instruct.steps=30"],
 }
 NUM_ASKED = {"choice": 4, "order": 2, "count": 2, "grounding": 4}
-"""Questions over HTTP, by task."""
+"""Questions over HTTP by task."""
 RIGHT_IOU = 0.5
-"""Intersection over union from which an interval counts as right."""
+"""Minimum intersection over union of a right interval."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Demo:
-    """Folder and scale of the demo."""
-
     folder: Path
     film: Path | None
     quick: bool
@@ -77,7 +74,6 @@ class Demo:
         return str(self.folder.joinpath(*parts))
 
     def config(self, name: str) -> Path:
-        """Configuration of a job, naming this demo's folder."""
         original = CONFIGS / f"{name}.yaml"
         if self.folder == ROOT / DEFAULT_FOLDER:
             return original
@@ -231,7 +227,6 @@ def _wait_until_ready(url: str, process: subprocess.Popen[bytes], timeout_s: flo
 
 
 def _ask(demo: Demo, url: str) -> list[dict[str, Any]]:
-    """Asks held-out questions, and one about the film, through the `openai` client."""
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="unused")
     answers = []
     for name, number in NUM_ASKED.items():
@@ -248,7 +243,7 @@ def _ask(demo: Demo, url: str) -> list[dict[str, Any]]:
 
 
 def is_right(answer: str, expected: str) -> bool:
-    """Whether a free-text answer is the expected one; intervals by RIGHT_IOU."""
+    """Compares a free-text answer with the expected one."""
     span = parse_span(expected)
     if span is None:
         return answer.strip() == expected

@@ -1,6 +1,6 @@
 """Scores weights on questions: `python jobs/evaluate.py --config ray_configs/tiny/evaluate.yaml [key=value ...]`.
 
-Answers held-out questions with their video and without it; writes the report and every question's outcome.
+Answers validation questions with and without their video; writes the report and every outcome.
 """
 
 from __future__ import annotations

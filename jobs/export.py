@@ -59,11 +59,7 @@ def export(options: argparse.Namespace) -> JobResult:
 
 
 def newest_checkpoint(config: TrainConfig) -> str:
-    """The newest committed checkpoint of the configured run.
-
-    Raises:
-        ValueError: when there is none.
-    """
+    """Returns the newest committed checkpoint of the run; raises ValueError if there is none."""
     folder = RunFolder.of(config).checkpoints
     newest = Checkpoints(folder).newest()
     if newest is None:

@@ -1,7 +1,6 @@
-"""Media to features: `python jobs/preprocess.py --config ray_configs/tiny/preprocess.yaml [key=value ...]`.
+"""Writes features of media: `python jobs/preprocess.py --config ray_configs/tiny/preprocess.yaml [key=value ...]`.
 
-Plans which frames to sample, decodes and encodes those that the feature store does not have, and reports the outcome.
-Broken media are counted, not fatal: the exit code is 0. Run it again to add what is missing.
+Adds only what the feature store lacks. Broken media are counted, not fatal: the exit code is 0.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from timeviper_platform.data.preprocess.run import run_preprocess
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the job; returns the exit code."""
     parser = JobParser(
         __doc__,
         config_class=PreprocessConfig,

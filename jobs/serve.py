@@ -1,9 +1,9 @@
-"""Serves weights over HTTP: runs the application of a Serve configuration file until SIGINT or SIGTERM.
+"""Serves weights over HTTP until SIGINT or SIGTERM.
 
     python jobs/serve.py --config ray_configs/tiny/serve.yaml [--port 8000] [weights=outputs/demo/weights ...]
 
-The same file works with `serve run` and `serve deploy`. Joins the cluster at RAY_ADDRESS, else starts a local Ray; at
-the end it removes its application and stops all that it started.
+The Serve configuration file also works with `serve run` and `serve deploy`. Joins the cluster at RAY_ADDRESS, else
+starts a local Ray. On exit it removes its application and stops everything it started.
 """
 
 from __future__ import annotations
@@ -39,8 +39,6 @@ CONTROLLER = "SERVE_CONTROLLER_ACTOR"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HttpOptions:
-    """HTTP options of Ray Serve's proxies."""
-
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: int = 8000
@@ -53,8 +51,6 @@ class HttpOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ApplicationEntry:
-    """One entry of `applications`."""
-
     args: ServeConfig
     """Configuration of the application."""
     import_path: Literal["timeviper_platform.serving.app:build"]
@@ -69,7 +65,7 @@ class ApplicationEntry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServeFile:
-    """The options of Ray Serve's file format that this job supports; others need `serve deploy`."""
+    """Supported options of Ray Serve's file format; others need `serve deploy`."""
 
     applications: list[ApplicationEntry]
     """Exactly one application."""
@@ -84,7 +80,6 @@ class ServeFile:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the job; returns the exit code."""
     parser = JobParser(
         __doc__,
         config_class=ServeConfig,
@@ -96,7 +91,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def serve_until_stopped(options: argparse.Namespace) -> JobResult:
-    """Deploys, waits for a signal, then removes the application."""
     stop = threading.Event()
     _watch_signals(stop)
     try:
@@ -112,7 +106,6 @@ def serve_until_stopped(options: argparse.Namespace) -> JobResult:
 
 
 def _load(path: str, overrides: Sequence[str]) -> ServeFile:
-    """The file, with overrides of its application's args."""
     return load_config(ServeFile, path, [f"applications.0.args.{override}" for override in overrides])
 
 
@@ -158,7 +151,7 @@ def _serve(file: ServeFile, entry: ApplicationEntry, port: int, stop: threading.
 
 
 def failure_causes(status: Any, application: str) -> str:
-    """The message of each failed deployment of the application, without its traceback."""
+    """Returns the message of each failed deployment, without its traceback."""
     found = status.applications.get(application)
     deployments = {} if found is None else found.deployments
     return "".join(

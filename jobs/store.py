@@ -1,8 +1,7 @@
 """Maintains a feature store: `python jobs/store.py inspect|verify|compact URI`, and estimates a large one: `scale`.
 
-`inspect` prints the contents. `verify` checks all rows against checksums, records and plan, and names every bad one;
-the exit code is 1 if there are any. `compact` merges small data files; readers may continue, writers may not. `scale`
-computes frames, bytes, requests, hours and money from unit costs (docs/scale.md).
+`inspect` prints the contents. `verify` checks every row and exits with 1 if any is bad. `compact` merges small data
+files; readers may continue, writers may not. `scale` computes totals from unit costs (docs/scale.md).
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from timeviper_platform.data.store.writer import ROW_GROUP_BYTES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the job; returns the exit code."""
     parser = JobParser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
@@ -50,7 +48,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_command(options: argparse.Namespace) -> JobResult:
-    """Runs the chosen subcommand."""
     match options.command:
         case "scale":
             values = {item.name: getattr(options, item.name) for item in fields(ScaleConfig)}

@@ -4,8 +4,8 @@
     python jobs/train.py --config ray_configs/train.yaml --resume never phases.align.steps=10
     python jobs/train.py --config ray_configs/train.yaml --dry-run      # plan, groups and memory; starts nothing
 
-On SIGTERM a run saves a checkpoint and stops; started again, it resumes from its newest committed checkpoint. Weights
-are written to runs/name/weights/<phase>, the report to runs/name/report.json.
+On SIGTERM a run saves a checkpoint and stops; started again, it resumes. Weights are written to
+runs/name/weights/<phase>, the report to runs/name/report.json.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from timeviper_platform.training.ray_trainer import train_on_ray
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the job; returns the exit code."""
     parser = JobParser(
         __doc__,
         config_class=TrainConfig,
@@ -39,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(options: argparse.Namespace) -> JobResult:
-    """Trains, or describes a run; the exit code after SIGTERM is a shell's."""
+    """Trains, or describes a run. After SIGTERM the exit code is 143, as in a shell."""
     config = load_config(TrainConfig, options.config, options.overrides)
     if options.dry_run:
         result = dry_run(config)
@@ -52,7 +51,6 @@ def train(options: argparse.Namespace) -> JobResult:
 
 
 def report_lines(report: dict[str, Any]) -> list[str]:
-    """One line a phase, below a heading."""
     lines = [f"{'phase':<12}{'steps':>8}{'first loss':>12}{'last loss':>12}{'samples':>10}{'rejects':>9}{'seconds':>9}"]
     for name, phase in report.items():
         lines.append(
@@ -63,7 +61,7 @@ def report_lines(report: dict[str, Any]) -> list[str]:
 
 
 def _loss(value: float | None) -> str:
-    """None where this run has no step of the phase: it went on from another run's last checkpoint of it."""
+    """None if the phase ran no step because it continued from its last checkpoint of another run."""
     return "-" if value is None else f"{value:.4f}"
 
 
