@@ -1,4 +1,4 @@
-"""Configuration of a training run: a chain of phases, each with its own data, trained parameters and optimizer."""
+"""Configuration of a training run: a chain of phases."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class InitConfig:
     weights: str | None = None
     """Weights folder written by save_pretrained or jobs/export.py. Excludes `backbone`."""
     preset: Literal["tiny", "9b", "tiny-qwen", "qwen2.5-7b", "tiny-pdrop", "9b-pdrop"] | None = None
-    """Model sizes. With `weights`, both must match; a dry run then needs no weights."""
+    """Model sizes. If `weights` are given too, both must match; a dry run then needs no weights."""
     seed: int = 0
     backbone: str | None = None
     """Hugging Face name or folder of a language model that replaces the preset's random backbone."""
@@ -54,8 +54,7 @@ class ValidationConfig:
     every_steps: int = 500
     """Steps between validations. The phase's last step is always validated."""
     where: Literal["task", "ranks"] = "task"
-    """task: in a process that reads a checkpoint, while training continues; the ranks validate the last step. ranks:
-    between two steps."""
+    """task: in another process, from a checkpoint. ranks: between two steps, as always after the last step."""
     resources: dict[str, float] = field(default_factory=lambda: {"CPU": 1.0})
     """Ray resources of the task, which uses a GPU if one is listed."""
     max_wait_s: float = 600.0
@@ -125,7 +124,7 @@ class WorkersConfig:
     preemption_grace_s: float = 60.0
     """Seconds that workers may run past a node's announced removal."""
     hang_timeout_s: float = 1800.0
-    """Seconds without progress after which a worker ends and logs the rank it waited for."""
+    """Seconds without progress after which a worker ends."""
     threads_per_worker: int = 1
     """torch threads per worker. Losses are bit-identical only for equal numbers."""
 
@@ -157,7 +156,7 @@ class TrainConfig:
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     backend: Backend = "auto"
-    """torch, auto (CUDA kernels if available) or kernels (required)."""
+    """Kernels: torch, auto (CUDA kernels if available) or kernels (CUDA kernels required)."""
     encoder: str | None = None
     """Vision encoder of the features (Hugging Face name or folder), recorded for serving."""
     second_encoder: str | None = None

@@ -93,7 +93,7 @@ class DryRun:
 
 
 def dry_run(config: TrainConfig) -> DryRun:
-    """Raises ValueError when the inputs that exist do not fit together."""
+    """Prepares every phase; raises ValueError when existing inputs do not fit together."""
     problems: list[str] = []
     store = _open_store(config, problems)
     tokenizer = _load_tokenizer(config, problems)

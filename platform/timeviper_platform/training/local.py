@@ -43,7 +43,7 @@ def train_local(config: TrainConfig, *, resume: str = "auto") -> dict[str, Any]:
 
 @contextlib.contextmanager
 def process_group(*, use_gpu: bool) -> Iterator[torch.device]:
-    """Provides torch.distributed: an existing group, the launcher's, or a group of one."""
+    """Uses an existing group, the launcher's, or a group of one."""
     backend = "nccl" if use_gpu else "gloo"
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_gpu else torch.device("cpu")
     if use_gpu:

@@ -39,7 +39,7 @@ from timeviper_platform.training.validation.validator import Validator, build_va
 logger = logging.getLogger(__name__)
 
 UNNAMED = "unnamed"
-"""Name of a second encoder that the run does not name."""
+"""Default name of the second encoder."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -220,7 +220,7 @@ def vision_of(
 
 
 def mean_kept_share(config: TimeViperConfig) -> float:
-    """Returns the share of vision tokens in a block, averaged over blocks."""
+    """Returns the mean share of vision tokens that reach a block."""
     keep, shares = 1.0, []
     sites = {site.layer: site.keep for site in config.transv}
     for layer in range(config.text.num_hidden_layers):

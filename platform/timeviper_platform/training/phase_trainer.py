@@ -203,7 +203,6 @@ class PhaseTrainer:
         self._log(row)
 
     def _lacks_validation(self, state: TrainState) -> bool:
-        """True if the run ended before validating this state."""
         writer = self._writer
         return self._validation_due(state.step) == "ranks" and from_rank_0(
             lambda: writer is not None and writer.lacks(LOSS, state.global_step)

@@ -66,7 +66,6 @@ class PreemptionWatch:
     Ray's query is a barrier, so rank 0 schedules the next one for all ranks.
 
     Args:
-        stop_requested: called on rank 0.
         interval_s: seconds between queries; removals are announced 30 s ahead or more.
     """
 

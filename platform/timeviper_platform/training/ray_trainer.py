@@ -1,4 +1,4 @@
-"""Trains under Ray Train with own checkpoints, because Ray does not always store reported ones."""
+"""Trains under Ray Train with its own checkpoints, because Ray does not always store reported ones."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 RAY_FOLDER = "ray"
 STOP_FILE = "STOP"
 POINTER_FILE = "checkpoint.json"
-"""File that Ray stores: the URI of a committed checkpoint."""
+"""File that Ray stores; holds the URI of a committed checkpoint."""
 ALL_FAIL_TIMEOUT_S = 60.0
 """Seconds within which all ranks report the same mistake."""
 
@@ -107,7 +107,7 @@ def _worker(arguments: dict[str, Any]) -> dict[str, Any] | _EarlyEnd:
         logging.getLogger("timeviper_platform").setLevel(logging.INFO)
     torch.set_num_threads(config.workers.threads_per_worker)
     checkpoints = RunFolder.of(config).checkpoints
-    # what this run has committed takes precedence over where it started
+    # this run's own checkpoints take precedence
     resume_from = from_rank_0(lambda: resolve_resume(checkpoints, "auto")) or arguments["start"]
     hooks = RunHooks(
         interrupts=PreemptionWatch(stop_file.exists),

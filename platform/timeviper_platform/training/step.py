@@ -72,8 +72,7 @@ def train_step(ds_engine: Any, batches: StepBatches, context: TrainContext) -> S
     """Runs the micro-batches forward and backward, and updates once.
 
     Raises:
-        FatalTrainingError: if loss or gradient norm are not finite.
-        RuntimeError: if out of memory.
+        FatalTrainingError: if the loss or gradient norm is not finite.
     """
     largest_pack = max(len(item.batch.input_ids) for item in batches.micro_batches)
     with out_of_memory_advice(rank=context.rank, step=batches.counts.step, largest_pack=largest_pack):
@@ -90,7 +89,6 @@ def train_step(ds_engine: Any, batches: StepBatches, context: TrainContext) -> S
 def _run_micro_batches(
     ds_engine: Any, batches: StepBatches, context: TrainContext
 ) -> tuple[torch.Tensor, torch.Tensor, float | None]:
-    """Returns (loss sum and vision token counts, losses, gradient norm if DeepSpeed keeps none)."""
     scale = loss_scale(max(1, batches.counts.num_targets), context.world_size)
     norm: float | None = None
     sums: torch.Tensor | None = None
@@ -139,7 +137,7 @@ def describe_non_finite(batches: StepBatches, loss: float, grad_norm: float, los
 
 
 def _unpartitioned_norm(ds_engine: Any) -> float | None:
-    """Returns the norm at stage 0 in float32, where DeepSpeed keeps none."""
+    """Computes the norm at stage 0 in float32, where DeepSpeed keeps none."""
     if ds_engine.zero_optimization() or ds_engine.bfloat16_enabled():
         return None
     norms = [p.grad.norm() for p in ds_engine.module.parameters() if p.grad is not None]

@@ -1,4 +1,4 @@
-"""Reads a pack's samples and features into tensors."""
+"""Reads planned packs into tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from timeviper_platform.training.batches.samples import Reject, SampleBuilder, T
 from timeviper_platform.training.batches.step_batches import BatchShape, DamagedSample, MicroBatch, PackTask
 
 DUMMY_LENGTH = 2
-"""Tokens of a dummy: the shortest sequence with a next token to predict."""
+"""Shortest length with a token to predict."""
 
 
 class PackReader:

@@ -111,11 +111,7 @@ class LoaderConfig:
 
 
 class BatchLoader:
-    """One rank's batches for the steps of a phase.
-
-    Args:
-        pack_flops: operations of a pack's forward and backward pass.
-    """
+    """One rank's batches for the steps of a phase."""
 
     def __init__(
         self,

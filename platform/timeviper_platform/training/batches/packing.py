@@ -81,7 +81,7 @@ class PackPlan:
         return -(-sum(map(self.num_packs, range(num_epochs))) // packs_per_step)
 
     def take(self, position: PackPosition, count: int, *, num_epochs: int | None) -> tuple[list[Pack], PackPosition]:
-        """Returns the next `count` packs, or fewer at the end, and the position after them."""
+        """Returns the next `count` packs, or fewer at the end of the plan, and the position after them."""
         packs: list[Pack] = []
         epoch, start = position
         while len(packs) < count and (num_epochs is None or epoch < num_epochs):
@@ -163,7 +163,7 @@ def _longest_that_fits(
 
 
 def assign_packs(costs: Sequence[float], world_size: int) -> list[list[int]]:
-    """Gives costly packs first, each to the least loaded rank; at most ceil(G / world_size) per rank.
+    """Assigns costly packs first, each to the least loaded rank. A rank gets at most ceil(G / world_size).
 
     assign_packs([5, 1, 4, 2], 2) -> [[0, 1], [2, 3]]
     """

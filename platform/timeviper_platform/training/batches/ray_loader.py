@@ -48,7 +48,7 @@ def _steps(
     compute = ray.data.ActorPoolStrategy(size=config.num_readers, max_tasks_in_flight_per_actor=2)
     left = iter(tasks)
     while page := list(islice(left, steps_per_graph)):
-        # one block per task, written by the rank: the order is then the plan's
+        # one block per task keeps the plan's order
         dataset = ray.data.from_arrow([_table(packs) for _, packs in page]).map_batches(
             _Read,
             fn_constructor_args=(loader.reader,),

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from timeviper_platform.common import schemas, storage
 
 MAX_IN_MEMORY_BYTES = 64 << 20
-"""Maximum Parquet bytes that each process reads into memory."""
+"""Maximum Parquet bytes read into memory per process."""
 
 ROWS_PER_BATCH = 1 << 16
 
@@ -68,7 +68,6 @@ class SampleRows:
 
     Args:
         weights: (num_rows,) repeats of each row per epoch.
-        digest: hash of the source files and weights.
     """
 
     def __init__(self, table: pa.Table, weights: np.ndarray, digest: str) -> None:
@@ -133,7 +132,6 @@ class _SourceFile(NamedTuple):
 
 
 def _read_all(files: Sequence[_SourceFile], max_bytes: int) -> tuple[list[bytes] | None, str]:
-    """Returns the files' contents, or None above `max_bytes`; and the hash of contents and weights."""
     contents: list[bytes] | None = []
     num_bytes, digest = 0, hashlib.sha256()
     for file in files:

@@ -68,12 +68,7 @@ class Reject(NamedTuple):
 
 
 class SampleBuilder:
-    """Builds equal samples for the plan and the loader.
-
-    Args:
-        tokenizer: a transformers fast tokenizer.
-        chat_template: a key of TEMPLATES.
-    """
+    """Builds equal samples for the plan and the loader. `chat_template` is a key of TEMPLATES."""
 
     def __init__(self, store: FeatureStore, tokenizer: Any, chat_template: str, frames: FramesConfig) -> None:
         self.store = store
@@ -140,8 +135,6 @@ class SampleBuilder:
 
 
 class _CachingTokenizer:
-    """Caches the ids of repeated texts."""
-
     def __init__(self, tokenizer: Any) -> None:
         self.pad_token_id = tokenizer.pad_token_id
         self._tokenizer = tokenizer

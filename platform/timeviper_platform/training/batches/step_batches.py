@@ -15,7 +15,6 @@ class BatchShape:
     max_tokens: int
     """Token budget of one pack."""
     pad_to: int | None
-    """Padded length of every pack."""
     dim: int
     """Width of a vision row."""
     pad_token_id: int
@@ -50,7 +49,6 @@ class PackTask(NamedTuple):
     """A pack to read. Can be pickled."""
 
     pack_index: int
-    """Index within the step."""
     rows: list[dict[str, Any]]
     sizes: list[tuple[int, ...]]
     """Planned `TokenizedSample.sizes`."""
@@ -77,8 +75,6 @@ class MicroBatch(NamedTuple):
 
 
 class StepBatches(NamedTuple):
-    """One rank's part of a step."""
-
     counts: StepCounts
     """Planned counts, including damaged samples."""
     micro_batches: list[MicroBatch]

@@ -72,7 +72,7 @@ def load_saved(file: Path, *, mmap: bool) -> dict[str, Any]:
     """Reads a file of DeepSpeed onto the CPU.
 
     Raises:
-        RuntimeError: if the file refers to other classes or functions than checkpoints need.
+        RuntimeError: if the file refers to an unexpected class or function.
     """
     try:
         with torch.serialization.safe_globals(_classes()):

@@ -50,7 +50,7 @@ class CheckpointConfig:
     max_failed_saves: int = 3
     """Tolerated failed saves in a row. Training waits for the next save and ends if it fails too."""
     retry_wait_s: float = 5.0
-    """Seconds before a phase's failed last save is repeated; doubled each time."""
+    """Seconds before a phase's last save is retried; doubled each time."""
 
     def __post_init__(self) -> None:
         if self.every_steps < 0 or self.keep < 1:
@@ -90,7 +90,7 @@ class Checkpoints:
         return next((uri for uri in reversed(list_folders(self.uri)) if is_committed(uri)), None)
 
     def committed(self) -> list[str]:
-        """Returns URIs, oldest first."""
+        """Returns the URIs, oldest first."""
         return [uri for uri in list_folders(self.uri) if is_committed(uri)]
 
     def uri_of(self, state: TrainState) -> str:

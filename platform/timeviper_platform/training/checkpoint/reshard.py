@@ -3,7 +3,7 @@
     zero_pp_rank_0...   [ w1 w1 w1 w2 | ...]        the same for exp_avg and exp_avg_sq
     zero_pp_rank_1...   [ w2 w2 w3 .. | ...]
 
-DeepSpeed's universal checkpoints (0.19.8) give every ZeRO-3 group the first group's learning rate and decay.
+DeepSpeed's universal checkpoints (0.19.8) give all ZeRO-3 groups the first one's learning rate.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ class SavedShards:
     """Parameters of a checkpoint, whole and in float32.
 
     Args:
-        zero_stage: stage of the run that saved them.
         trained: names in the optimizer's order.
     """
 

@@ -21,7 +21,6 @@ class Checkpointer:
 
     Args:
         log: receives the row of a saved step.
-        before_commit: called on rank 0.
     """
 
     def __init__(

@@ -14,7 +14,7 @@ STATE_VERSION = 3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepPlan:
-    """Settings that must not change within a phase: resuming would skip or repeat samples."""
+    """Settings that must stay equal within a phase; otherwise resuming skips or repeats samples."""
 
     packs_per_step: int
     num_steps: int

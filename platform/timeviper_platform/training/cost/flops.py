@@ -13,12 +13,12 @@ ASSUMED_MFU = 0.4
 
 
 def training_flops(config: TimeViperConfig, pack: Pack, *, use_transv: bool, trains_blocks: bool) -> float:
-    """Returns forward and backward operations. Backward costs two forward passes, or one if blocks are frozen."""
+    """Counts a forward and backward pass. Backward costs two forward passes, or one if blocks are frozen."""
     return forward_flops(config, pack, use_transv=use_transv) * (3 if trains_blocks else 2)
 
 
 def forward_flops(config: TimeViperConfig, pack: Pack, *, use_transv: bool) -> float:
-    """Returns forward operations, with text split evenly among the samples."""
+    """Counts a forward pass, with text split evenly among the samples."""
     text = config.text
     counts = pack.vision_counts or (0,)
     text_per_sample = (pack.num_tokens - pack.num_vision_tokens) / len(counts)

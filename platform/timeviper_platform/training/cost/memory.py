@@ -124,7 +124,6 @@ def saved_bytes(run: Callable[[], object], parameters: list[Tensor]) -> int:
 
 
 def _logits_bytes(config: TimeViperConfig, pack: Pack, dtype: torch.dtype) -> int:
-    """Counts logits, their fp32 copy and log-softmax."""
     rows = min(pack.num_targets, max(1, LOGITS_ELEMENTS // config.text.vocab_size))
     width = FP32_BYTES + (0 if dtype == torch.float32 else dtype.itemsize + FP32_BYTES)
     return rows * config.text.vocab_size * width

@@ -17,11 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class StepLogger:
-    """Logs loss, throughput and remaining time every few steps.
-
-    Args:
-        first_step: last step that an earlier attempt finished.
-    """
+    """Logs loss, throughput and remaining time every few steps."""
 
     def __init__(self, phase: str, num_steps: int, every: int, first_step: int) -> None:
         self._phase, self._num_steps = phase, num_steps

@@ -135,7 +135,7 @@ def read_metrics(run_uri: str) -> list[dict[str, Any]]:
 
 
 def phase_report(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Summarizes one phase; first and last loss are means (see REPORT_WINDOW)."""
+    """Summarizes one phase; first and last loss are means."""
     rows = list(rows)
     losses = [row["loss"] for row in rows]
     window = max(1, min(REPORT_WINDOW, len(losses) // 4))

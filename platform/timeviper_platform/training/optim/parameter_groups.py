@@ -78,7 +78,7 @@ def freeze_others(model: nn.Module, groups: Sequence[ParameterGroup]) -> None:
 
 
 def any_block_trained(groups: Sequence[ParameterGroup]) -> bool:
-    """Returns whether a weight inside the language model's blocks is trained."""
+    """Returns whether any weight of the language model's blocks is trained."""
     return any("backbone.layers." in name for group in groups for name in group.parameter_names)
 
 
@@ -97,5 +97,4 @@ def describe_groups(groups: Sequence[ParameterGroup], num_parameters: int) -> st
 
 
 def _kinds(names: Sequence[str]) -> str:
-    """Replaces layer numbers: `backbone.layers.*.mixer.A_log, ...`."""
     return ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names}))

@@ -45,7 +45,7 @@ class AsyncEvaluator:
         self._current: tuple[EvalTask, EvalHandle] | None = None
 
     def submit(self, task: EvalTask) -> None:
-        """Queues a task until its checkpoint is committed."""
+        """Queues an evaluation until its checkpoint is committed."""
         self._waiting.append(task)
 
     def poll(self, committed: int) -> bool:
