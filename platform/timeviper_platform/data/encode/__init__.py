@@ -1,1 +1,1 @@
-"""From frames to features, and the recipe that names them."""
+"""Frames to features."""

@@ -114,7 +114,7 @@ def _tower_recipe(config: TowerConfig, tower: TowerDescription, num_tokens_per_f
 
 
 class FrameEncoder:
-    """Joins the tokens of two towers by `combine_towers`. Raises ValueError if a tower cannot be loaded."""
+    """Raises ValueError if a tower cannot be loaded. `combine_towers` joins the tokens of two towers."""
 
     def __init__(self, config: VisionTowerConfig) -> None:
         self.config = config

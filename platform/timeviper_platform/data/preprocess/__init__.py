@@ -1,1 +1,1 @@
-"""The preprocessing job: plan, decode, encode, write, report; with Ray or without."""
+"""The preprocessing job."""

@@ -23,10 +23,10 @@ from timeviper_platform.data.preprocess.worker import FusedWorker, WorkerSpec
 
 MAX_SEGMENTS = 6
 MAX_SECONDS = 20.0
-"""No segment starts later."""
+"""Time limit for starting a segment."""
 
 SPLIT_GAIN = 1.05
-"""Frames in the object store cost about 5 %."""
+"""Minimum gain: passing frames through the object store costs about 5 %."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,7 +19,7 @@ class TowerSizes:
     width: int = 1152
     mlp_width: int = 4304
     num_blocks: int = 26
-    """26 of 27 for hidden_states[-2]"""
+    """number of blocks up to hidden_states[-2]"""
 
     def flops(self) -> float:
         """FLOPs per frame without patch embedding (0.2 %) and merging; multiply and add count as two."""

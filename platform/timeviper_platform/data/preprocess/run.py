@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 REPORT_FILE = "report.json"
 
 Runner = Callable[[Collection[Segment], WorkerSpec, ExecutionConfig], Iterator[TaskResult]]
-"""`run_on_ray` or `run_in_process`"""
+"""Type of `run_on_ray` and `run_in_process`."""
 
 
 def run_preprocess(config: PreprocessConfig, *, run: Runner = run_on_ray) -> PreprocessReport:
@@ -170,7 +170,6 @@ class _Stopwatch:
         self._seconds: dict[str, float] = {}
 
     def lap(self, name: str, *, until: float | None = None) -> None:
-        """Ends a lap now, or at an earlier moment."""
         now = time.time() if until is None else until
         self._seconds[name] = round(max(0.0, now - self._last), 2)
         self._last = now

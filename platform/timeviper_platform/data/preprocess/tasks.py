@@ -13,7 +13,7 @@ from timeviper_platform.data.plan.segments import SEGMENT_FRAMES, Segment
 from timeviper_platform.data.video_worker.frame_source import DecodeResult
 
 TASKS_PER_WORKER = 8
-"""minimum for small inputs"""
+"""Minimum tasks per worker for small inputs."""
 
 MAX_TASK_SEGMENTS = 4096
 
@@ -60,7 +60,7 @@ class TaskResult:
     """error types of segments with status partial or error"""
     media: list[str]
     reasons: list[str]
-    """stage/type of each medium's first error, or """ ""
+    """stage/type of the first error of each medium; empty if there is none"""
     last_error: str
     feature_bytes: int
     decode_seconds: float

@@ -1,1 +1,1 @@
-"""Features on disk: layout, reading, writing, committing, verifying."""
+"""The feature store."""

@@ -41,7 +41,7 @@ class CompactReport:
     rows_dropped: int
     """superseded versions, and errors that a later run repaired"""
     bytes_copied: int
-    """features only"""
+    """bytes of copied features"""
 
     def lines(self) -> list[str]:
         return [
@@ -57,7 +57,7 @@ class _Source:
     num_rows: int
     num_live: int
     num_bytes: int
-    """features of the live rows"""
+    """bytes of live features"""
     live: np.ndarray | None
     """(num_live, 2) ascending row_group, row_in_group; None = all rows"""
 

@@ -77,7 +77,7 @@ class StoreIndex:
         self._by_sha256: tuple[SortedStrings, np.ndarray] | None = None
         usable = pc.not_equal(_column(file, "status"), "error")
         self._numbers = np.flatnonzero(usable).astype(np.int32)
-        """file row of each usable row"""
+        """file position of each usable row"""
         self._counts = {name: _column(file, name).filter(usable).to_numpy() for name in _COUNTS}
         self._words = {name: _column(file, name).filter(usable) for name in ("file", "modality")}
         ids = _column(file, "media_id").filter(usable)
@@ -91,10 +91,7 @@ class StoreIndex:
 
     @classmethod
     def open(cls, uri: str, *, details_cache_bytes: int = DETAILS_CACHE_BYTES) -> StoreIndex:
-        """Raises:
-        FileNotFoundError: if there is no index at `uri`.
-        ValueError: if it has another schema version.
-        """
+        """Opens a snapshot; raises FileNotFoundError if there is no index."""
         file = _open_snapshot(uri)
         schemas.check_version(file.schema_arrow, schemas.INDEX, source=uri)
         return cls(file, details_cache_bytes)

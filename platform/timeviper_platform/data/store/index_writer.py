@@ -64,7 +64,7 @@ def merge_index(
     """Writes the index with one source_version per medium: the planned, else the indexed, else the first committed.
 
     Args:
-        planned: PLAN rows in order.
+        planned: PLAN rows in the order of the plan.
         visit: called with all rows of a few media at a time, sorted by media_id.
     """
     with tempfile.TemporaryDirectory(prefix="timeviper-index-") as folder:
@@ -95,7 +95,6 @@ def merge_index(
 
 
 def _sort_commits(commits: CommitLog, runs: SortedRuns) -> tuple[set[str], set[str]]:
-    """Returns the files with rows, and the replaced files."""
     commits.remove_lost()
     files, replaced = set(), set()
     for name, record in commits.records():

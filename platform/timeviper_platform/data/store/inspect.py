@@ -30,9 +30,9 @@ class StoreSummary:
     segments_superseded: int
     frames: int
     bytes: int
-    """features of the current versions"""
+    """feature bytes of the current versions"""
     file_bytes: int
-    """all data files"""
+    """size of all data files"""
     files: int
     is_indexed: bool
     """False if a run was killed or is active"""
@@ -57,7 +57,7 @@ class StoreSummary:
 
 
 def inspect_store(uri: str) -> StoreSummary:
-    """Raises ValueError if there is no store at `uri`."""
+    """Summarises the store at `uri`; raises ValueError if there is none."""
     header = read_header(uri)
     segments, files, with_rows = HashTable(), set(), []
     for name, record in CommitLog(uri).current_records(["segment_id"]):

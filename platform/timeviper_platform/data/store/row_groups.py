@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from timeviper_platform.common import storage
 
 MAX_OPEN_FILES = 128
-"""A footer takes 0.1-1 MB, and two requests to an object store to read again."""
+"""A footer takes 0.1-1 MB of memory, and two requests to an object store."""
 
 
 @dataclass(slots=True)

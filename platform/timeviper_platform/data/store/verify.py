@@ -33,7 +33,7 @@ from timeviper_platform.data.store.sorted_runs import SortedRuns, merge_runs
 from timeviper_platform.data.store.writer import features_fault
 
 VERIFY_THREADS = 4
-"""Each holds one row group, up to 20 MB."""
+"""Files verified at once; each holds one row group, up to 20 MB."""
 
 MAX_PROBLEMS = 1000
 """Maximum listed problems; all are counted."""
@@ -65,7 +65,7 @@ class VerifyReport:
     files: int
     rows: int
     bytes: int
-    """features read"""
+    """bytes of features read"""
     audit: dict[str, int] | None
     """AUDIT_KEYS of the last run's plan; None without a plan"""
     leftovers: int
@@ -94,7 +94,7 @@ class VerifyReport:
 
 
 def verify_store(uri: str, *, max_problems: int = MAX_PROBLEMS, num_threads: int = VERIFY_THREADS) -> VerifyReport:
-    """Raises ValueError if there is no store at `uri`."""
+    """Verifies the store at `uri`; raises ValueError if there is none."""
     header, commits = read_header(uri), CommitLog(uri)
     problems = _Problems(max_problems)
     if recipe_hash(header["recipe"]) != header["recipe_hash"]:
