@@ -95,10 +95,10 @@ def test_a_failing_job_fails_at_the_submitter(ray_cluster: dict[str, str], tmp_p
         ray_cluster,
         "jobs/preprocess.py",
         "--config=ray_configs/tiny/preprocess.yaml",
-        f"input={tmp_path / 'nowhere.parquet'}",
+        f"encoder.model={tmp_path / 'nowhere'}",
     )
     assert failed.returncode != 0
-    assert re.search(r"^error: .*nowhere.parquet", failed.stdout, re.MULTILINE), failed.stdout
+    assert re.search(r"^error: no vision encoder at .*nowhere", failed.stdout, re.MULTILINE), failed.stdout
 
 
 def _manifest_with_a_broken_file(corpus: Path, folder: Path) -> Path:

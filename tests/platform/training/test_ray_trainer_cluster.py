@@ -131,5 +131,5 @@ def test_a_misconfigured_run_fails_once_with_its_cause(
     train = runpy.run_path(str(ROOT / "jobs" / "train.py"))["main"]
     assert train(["--config", str(tmp_path / "train.yaml")]) == 1
     assert capsys.readouterr().err.endswith(
-        "error: no feature store at '/nowhere/features'; run jobs/preprocess.py with output: /nowhere/features\n"
+        "error: no feature store at '/nowhere/features'; run jobs/preprocess.py with feature_store: /nowhere/features\n"
     )
