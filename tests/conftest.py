@@ -21,8 +21,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-# the processes of pytest -n share the cores
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+if "PYTEST_XDIST_WORKER" in os.environ:  # overrides the controller's: threads that spin for a shared core are slow
+    os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "2")
 # before any test module imports Ray, which reads the mode at import and the token at its first connection
 _TOKEN_FOLDER = tempfile.TemporaryDirectory(prefix="tv-token-")
 _TOKEN_FILE = make_token(Path(_TOKEN_FOLDER.name))
