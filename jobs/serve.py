@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import logging
-import os
 import signal
 import sys
 import threading
@@ -26,6 +25,7 @@ from typing import Any, Literal
 import ray
 from ray import serve
 
+from timeviper_platform.common import ray_cluster
 from timeviper_platform.common.config import load_config
 from timeviper_platform.common.job import JobParser, JobResult, run_job
 from timeviper_platform.serving.app import ServeConfig, build_application, resolve_paths
@@ -93,15 +93,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def serve_until_stopped(options: argparse.Namespace) -> JobResult:
     stop = threading.Event()
     _watch_signals(stop)
-    try:
-        file = _load(options.config, options.overrides)
-        (entry,) = file.applications
-        port = options.port or file.http_options.port
-        _connect(entry.runtime_env)
+    file = _load(options.config, options.overrides)
+    (entry,) = file.applications
+    if not ray_cluster.has_cluster():
+        logger.info("RAY_ADDRESS is not set: starting a local Ray")
+    ray_options = {"runtime_env": entry.runtime_env or None, "namespace": "serve", "logging_level": logging.WARNING}
+    with ray_cluster.connect(**ray_options):
         _watch_signals(stop)  # ray.init has replaced them
-        _serve(file, entry, port, stop)
-    finally:
-        ray.shutdown()
+        _serve(file, entry, options.port or file.http_options.port, stop)
     return JobResult()
 
 
@@ -112,12 +111,6 @@ def _load(path: str, overrides: Sequence[str]) -> ServeFile:
 def _watch_signals(stop: threading.Event) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-
-
-def _connect(runtime_env: dict[str, Any]) -> None:
-    if "RAY_ADDRESS" not in os.environ:
-        logger.info("RAY_ADDRESS is not set: starting a local Ray")
-    ray.init(runtime_env=runtime_env or None, namespace="serve", log_to_driver=False, logging_level=logging.WARNING)
 
 
 def _serve(file: ServeFile, entry: ApplicationEntry, port: int, stop: threading.Event) -> None:

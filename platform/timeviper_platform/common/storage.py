@@ -28,6 +28,8 @@ T = TypeVar("T")
 MAX_ATTEMPTS = 4
 FIRST_WAIT_S = 0.5
 """Doubles after every attempt."""
+FIRST_WAIT_VARIABLE = "TIMEVIPER_RETRY_SECONDS"
+"""Environment variable with another first wait, in seconds."""
 
 _TRANSIENT_ERRNOS = frozenset(
     {errno.EBUSY, errno.EREMOTEIO, errno.EIO, errno.ETIMEDOUT, errno.EAGAIN, errno.ENETUNREACH, errno.EHOSTUNREACH}
@@ -89,7 +91,9 @@ def is_transient(error: BaseException | None) -> bool:
 
 def retrying(action: Callable[[], T], uri: str, *, first_wait_s: float | None = None) -> T:
     """Repeats `action` on transient errors; raises StorageUnavailableError after the last attempt."""
-    uri, first_wait_s = shown_uri(uri), FIRST_WAIT_S if first_wait_s is None else first_wait_s
+    uri = shown_uri(uri)
+    if first_wait_s is None:
+        first_wait_s = float(os.environ.get(FIRST_WAIT_VARIABLE, FIRST_WAIT_S))
     for attempt in range(MAX_ATTEMPTS):
         try:
             return action()

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from timeviper_platform.common.ray_cluster import STARTED, local_cluster
+from timeviper_platform.common.ray_cluster import STARTED, connect, local_cluster
 
 
 def ray_stub(folder: Path, script: str) -> Path:
@@ -29,3 +32,22 @@ def test_the_log_of_a_ray_that_fails_to_start_is_in_the_error(tmp_path: Path) ->
         local_cluster(num_cpus=1, with_dashboard=False, ray_program=program),
     ):
         pass
+
+
+@pytest.mark.parametrize(("address", "expected"), [(None, {"address": "local"}), ("127.0.0.1:1", {})])
+def test_ray_imported_without_a_token_still_gets_a_cluster_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, address: str | None, expected: dict[str, str]
+) -> None:
+    calls: list[Any] = []
+    stub = SimpleNamespace(
+        is_initialized=lambda: False, init=lambda **options: calls.append(options), shutdown=lambda: calls.append("end")
+    )
+    monkeypatch.setitem(sys.modules, "ray", stub)
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    if address is None:
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    else:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    with connect(namespace="serve"):
+        assert calls == [{**expected, "log_to_driver": False, "namespace": "serve"}]
+    assert calls[1:] == ["end"]

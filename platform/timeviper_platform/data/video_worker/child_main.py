@@ -139,8 +139,8 @@ def _medium(job: dict[str, Any], data: bytes) -> _Reply:
     source: str | bytes = job["uri"] if job["uri"] is not None else data
     limits = _limits(job)
     end_seconds = float(probe_media(source, limits).duration_seconds)
-    fps, max_frames = Fraction(job["fps"]), job["max_frames"]
-    batch = read_frames(source, job["image_size"], fps=fps, max_frames=max_frames, limits=limits)
+    choice = {"max_frames": job["max_frames"], "frame_selection": job["frame_selection"]}
+    batch = read_frames(source, job["image_size"], fps=Fraction(job["fps"]), limits=limits, **choice)
     reply, frames = _reply(batch)
     return reply | {"end_seconds": end_seconds}, frames
 

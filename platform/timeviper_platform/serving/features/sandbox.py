@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from timeviper_platform.data.media.container import MediaLimits
+from timeviper_platform.data.video.sampling import FrameSelection
 from timeviper_platform.data.video_worker.child_process import ChildDiedError, ChildLimits, DecodeChild
 from timeviper_platform.serving.messages import MediaBytes, MediaFile, Refusal
 
@@ -72,7 +73,14 @@ class DecodeSandbox:
         self._slots = asyncio.Semaphore(config.num_workers)
         self._spare: asyncio.Task[DecodeChild] | None = None
 
-    async def decode(self, source: MediaFile | MediaBytes, *, fps: float, max_frames: int) -> DecodedMedium | Refusal:
+    async def decode(
+        self,
+        source: MediaFile | MediaBytes,
+        *,
+        fps: float,
+        max_frames: int,
+        frame_selection: FrameSelection = "uniform",
+    ) -> DecodedMedium | Refusal:
         """Returns frames at `fps`, thinned to `max_frames`."""
         data = source.data if isinstance(source, MediaBytes) else b""
         limits = MediaLimits(max_pixels=self._config.max_pixels, max_frames=self._config.max_frames)
@@ -82,6 +90,7 @@ class DecodeSandbox:
             "image_size": self._image_size,
             "fps": str(fps),
             "max_frames": max_frames,
+            "frame_selection": frame_selection,
             "limits": asdict(limits),
         }
         deadline_s = self._config.deadline_s

@@ -149,7 +149,9 @@ class FeatureService:
         if self._sandbox is None or self._encoder is None:
             message = "this server accepts no uploads; use a stored medium, feature://ID"
             return Refusal(status=400, message=message, code="uploads_disabled")
-        decoded = await self._sandbox.decode(source, fps=fps, max_frames=max_frames)
+        decoded = await self._sandbox.decode(
+            source, fps=fps, max_frames=max_frames, frame_selection=self._config.frame_selection
+        )
         if isinstance(decoded, Refusal):
             return decoded
         loop = asyncio.get_running_loop()

@@ -46,7 +46,7 @@ def contents(uri: str) -> dict[str, bytes]:
 def test_failing_and_slow_requests_lose_nothing_and_are_counted(
     bucket: s3fs.S3FileSystem, server: Faults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setenv(storage.FIRST_WAIT_VARIABLE, "0.01")
     make_encoder(tmp_path / "encoder")
     (tmp_path / "media").mkdir()
     for number in range(3):
@@ -118,7 +118,7 @@ def test_runs_killed_while_storage_fails_and_is_slow_end_with_the_same_bytes(
 def test_unavailable_storage_is_an_error_with_its_reason(
     bucket: s3fs.S3FileSystem, server: Faults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setenv(storage.FIRST_WAIT_VARIABLE, "0.01")
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     storage.write_bytes("s3://bucket/name", b"old")
     server.is_down = True
@@ -131,7 +131,7 @@ def test_unavailable_storage_is_an_error_with_its_reason(
 
 
 def test_refused_connections_are_retried_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setenv(storage.FIRST_WAIT_VARIABLE, "0.01")
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     for name, value in (("ACCESS_KEY_ID", "test"), ("SECRET_ACCESS_KEY", "test"), ("MAX_ATTEMPTS", "1")):
         monkeypatch.setenv(f"AWS_{name}", value)

@@ -71,7 +71,7 @@ def make_poison(folder: Path) -> None:
 def test_bad_inputs_are_one_row_each_and_good_ones_are_complete(
     bucket: s3fs.S3FileSystem, server: Faults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_good: int
 ) -> None:
-    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setenv(storage.FIRST_WAIT_VARIABLE, "0.01")
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 2)
     make_encoder(tmp_path / "encoder")
     media = tmp_path / "media"

@@ -26,7 +26,7 @@ from reference.tiny_serving import (
 from timeviper_platform.data.encode.frame_encoder import FrameEncoder
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.data.video.reader import read_frames
-from timeviper_platform.data.video.sampling import thin_to_fps
+from timeviper_platform.data.video.sampling import FrameSelection, thin_to_fps
 from timeviper_platform.serving.features.sandbox import DecodeSandbox
 from timeviper_platform.serving.features.service import FeatureService, FeatureServiceConfig
 from timeviper_platform.serving.messages import (
@@ -94,7 +94,10 @@ def test_an_unknown_id_is_a_404(folders: ServingFolders) -> None:
         assert (refusal.status, refusal.code) == (404, "media_not_found")
 
 
-def test_an_upload_has_the_features_of_preprocessing(folders: ServingFolders, tmp_path: Path) -> None:
+@pytest.mark.parametrize("frame_selection", ["uniform", "first"])
+def test_an_upload_has_the_features_of_preprocessing(
+    folders: ServingFolders, tmp_path: Path, frame_selection: FrameSelection
+) -> None:
     data = video_bytes(tmp_path)
     (tmp_path / "b.media").write_bytes(data)
     file = MediaFile(uri=str(tmp_path / "b.media"), sha256="other", modality="video")
@@ -105,8 +108,8 @@ def test_an_upload_has_the_features_of_preprocessing(folders: ServingFolders, tm
             await service.features(file, max_frames=4),
         ]
 
-    inline, stored_file = run(service_of(folders), scenario)
-    frames = read_frames(data, IMAGE_SIZE, fps=Fraction(1), max_frames=4).frames
+    inline, stored_file = run(service_of(folders, frame_selection=frame_selection), scenario)
+    frames = read_frames(data, IMAGE_SIZE, fps=Fraction(1), max_frames=4, frame_selection=frame_selection).frames
     expected = FrameEncoder(folders.encoder).encode(frames).view(torch.int16).numpy()
     assert np.array_equal(inline.ref, expected)
     assert np.array_equal(stored_file.ref, expected)
