@@ -55,6 +55,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_submitted_jobs_write_features_and_weights(ray_cluster: dict[str, str], corpus: Path, tmp_path: Path) -> None:
     features, runs = tmp_path / "features", tmp_path / "runs"
     preprocess = submit(

@@ -118,6 +118,7 @@ def expect_kills_leave_no_trace(
     assert curve("s3://bucket/runs/killed") == expected
 
 
+@pytest.mark.slow
 def test_kills_while_a_checkpoint_is_written_leave_no_trace_in_the_curve(
     corpus: Corpus, tmp_path: Path, store: Faults
 ) -> None:
