@@ -22,7 +22,7 @@ BAD = {
     "nowhere.mp4": ("probe", "not_found"),
     "sound.mp4": ("probe", "no_video_stream"),
     "text.mp4": ("probe", "unknown_format"),
-    "half.jpg": ("decode_image", "corrupt_file"),
+    "headers.jpg": ("decode_image", "corrupt_file"),
 }
 
 
@@ -39,7 +39,8 @@ def make_corpus(folder: Path) -> None:
     (media / "text.mp4").write_text("text")
     make_sound(media / "sound.mp4")
     (media / "cut.mp4").write_bytes((media / "film.mp4").read_bytes()[:3000])
-    (media / "half.jpg").write_bytes((media / "image0.jpg").read_bytes()[:700])
+    whole = (media / "image0.jpg").read_bytes()
+    (media / "headers.jpg").write_bytes(whole[: whole.index(b"\xff\xda") + 14])  # up to the first coefficient
     names = sorted({path.name for path in media.iterdir()} | {"nowhere.mp4"})
     manifest = pa.table({"uri": [f"media/{name}" for name in names], "media_id": names})
     pq.write_table(manifest, folder / "manifest.parquet")

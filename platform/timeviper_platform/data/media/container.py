@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import socket
+import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal
@@ -23,21 +24,29 @@ from timeviper_platform.data.media.http_file import (
     is_web,
     open_web,
 )
-from timeviper_platform.data.media.locations import open_location, parse_location
+from timeviper_platform.data.media.locations import CellLocation, RangeLocation, open_location, parse_location
+from timeviper_platform.data.media.signatures import HEAD_BYTES, sniff_modality
 
 Modality = Literal["video", "image"]
 Stage = Literal["download", "list", "probe", "decode_video", "decode_image"]
 
-FORMAT_WHITELIST = ("mov", "mp4", "m4a", "3gp", "3g2", "mj2", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "ogg")
+FORMAT_WHITELIST = (
+    *("mov", "mp4", "m4a", "3gp", "3g2", "mj2", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "ogg"),
+    *("asf", "mxf", "ivf", "mpegvideo", "h264", "hevc"),
+)
 """Demuxers of single files: playlists would refer to other files and hosts."""
 
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM")
+"""Pillow's readers of untrusted files."""
 
 MEDIA_SUFFIXES = (
-    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".mpeg", ".flv", ".3gp", ".ogv"),
-    *(".jpg", ".jpeg", ".png", ".webp", ".bmp"),
+    *(".mp4", ".m4v", ".mov", ".qt", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".vob"),
+    *(".flv", ".f4v", ".3gp", ".3g2", ".ogv", ".wmv", ".asf", ".mxf", ".ivf"),
+    *(".m1v", ".m2v", ".h264", ".264", ".hevc", ".h265", ".265"),
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif"),
+    *(".heic", ".heif", ".jp2", ".j2k", ".ppm", ".pgm", ".pnm"),
 )
-"""Files selected in folders and tars. Globs and manifests may name others."""
+"""Files selected in folders and tars. Globs and manifests may name others. The content decides what a file is."""
 
 
 class ErrorType(StrEnum):
@@ -58,8 +67,10 @@ class ErrorType(StrEnum):
     NO_DECODER = "no_decoder"
     EMPTY_RANGE = "empty_range"
     TOO_MANY_PIXELS = "too_many_pixels"
+    TOO_NARROW = "too_narrow"
     TOO_MANY_FRAMES = "too_many_frames"
     FRAMES_MISSING = "frames_missing"
+    FRAMES_DAMAGED = "frames_damaged"
     OUT_OF_MEMORY = "out_of_memory"
     DECODER_CRASHED = "decoder_crashed"
     DECODER_TIMEOUT = "decoder_timeout"
@@ -91,6 +102,8 @@ class DecodeError(Exception):
 class MediaLimits:
     max_pixels: int = 36_000_000
     """Maximum width x height of a frame. The default admits 8K UHD (7680 x 4320)."""
+    max_aspect_ratio: int = 200
+    """Maximum ratio of a frame's longer side to the shorter. The default is that of Qwen2-VL's preprocessing."""
     max_frames: int = 200_000
     """Maximum sampled frames of one medium. The default is 55 hours at 1 fps."""
     allowed_domains: tuple[str, ...] = ()
@@ -105,27 +118,22 @@ class MediaLimits:
     def __post_init__(self) -> None:
         if self.max_pixels < 1 or self.max_frames < 1:
             raise ValueError(f"{self.max_pixels = } and {self.max_frames = } must be at least 1")
+        if self.max_aspect_ratio < 1:
+            raise ValueError(f"{self.max_aspect_ratio = } must be at least 1")
         if self.https_attempts < 1 or self.https_backoff_seconds < 0:
             raise ValueError(f"{self.https_attempts = } must be at least 1, {self.https_backoff_seconds = } at least 0")
         if wrong := [domain for domain in self.allowed_domains if not is_host(domain)]:
             raise ValueError(f"allowed_domains: {wrong} must be bare host names such as images.example.org")
 
 
-def sniff_modality(head: bytes) -> Modality:
-    """Returns "image" for the first bytes of a known image, else "video"."""
-    is_image = head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM")) or (
-        head[:4] == b"RIFF" and head[8:12] == b"WEBP"
-    )
-    return "image" if is_image else "video"
-
-
-def looks_like_video(head: bytes) -> bool:
-    return (
-        head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip")
-        or head.startswith((b"\x1aE\xdf\xa3", b"FLV", b"OggS", b"\x00\x00\x01\xba"))
-        or (head.startswith(b"\x47") and not head.startswith(b"GIF8"))
-        or (head[:4] == b"RIFF" and head[8:11] == b"AVI")
-    )
+def check_size(width: int, height: int, limits: MediaLimits, stage: Stage, name: str) -> None:
+    """Raises DecodeError over `max_pixels` or `max_aspect_ratio`."""
+    if width * height > limits.max_pixels:
+        message = f"{name}: {width} x {height} is over {limits.max_pixels = }; raise it if there is enough memory"
+        raise DecodeError(stage, ErrorType.TOO_MANY_PIXELS, message)
+    if 0 < limits.max_aspect_ratio * min(width, height) < max(width, height):  # 0 = unknown
+        message = f"{name}: {width} x {height} is over {limits.max_aspect_ratio = }; crop it, or raise the limit"
+        raise DecodeError(stage, ErrorType.TOO_NARROW, message)
 
 
 @contextmanager
@@ -134,6 +142,8 @@ def decode_errors(stage: Stage, source: str | bytes, limits: MediaLimits | None 
     name = source_name(source)
     try:
         yield
+    except DecodeError:
+        raise
     except FileNotFoundError as error:
         raise DecodeError(stage, ErrorType.NOT_FOUND, f"{name}: no such file") from error
     except DomainNotAllowedError as error:
@@ -154,14 +164,16 @@ def decode_errors(stage: Stage, source: str | bytes, limits: MediaLimits | None 
         raise DecodeError(stage, ErrorType.OUT_OF_MEMORY, f"{name}: reading it exceeds the memory limit") from error
     except Image.DecompressionBombError as error:
         raise DecodeError(stage, ErrorType.TOO_MANY_PIXELS, f"{name}: {error}") from error
-    except (av.error.FFmpegError, UnidentifiedImageError, SyntaxError) as error:
-        # Pillow raises SyntaxError for some broken PNG chunks
+    except (av.error.FFmpegError, UnidentifiedImageError) as error:
         kind = ErrorType.CORRUPT_FILE if _known_head(source, limits) else ErrorType.UNKNOWN_FORMAT
         raise DecodeError(stage, kind, f"{name}: {error}") from error
     except OSError as error:
         # Pillow raises OSError without an errno for truncated images
         kind = ErrorType.READ_FAILED if error.errno else ErrorType.CORRUPT_FILE
         raise DecodeError(stage, kind, f"{name}: {error}") from error
+    except (ValueError, ArithmeticError, LookupError, EOFError, struct.error) as error:
+        # parsers' ways to say that a field makes no sense
+        raise DecodeError(stage, ErrorType.CORRUPT_FILE, f"{name}: {type(error).__name__}: {error}") from error
 
 
 def open_binary(source: str | bytes, limits: MediaLimits | None = None) -> Any:
@@ -188,8 +200,17 @@ def source_name(source: str | bytes) -> str:
 
 
 def read_head(source: str | bytes, limits: MediaLimits | None = None) -> bytes:
+    """Returns the first HEAD_BYTES. Of a remote file no more is read, though opening it would read ahead."""
+    if isinstance(source, str) and not is_web(source):
+        location = parse_location(source)
+        uri, start = (location.uri, location.offset) if isinstance(location, RangeLocation) else (source, 0)
+        num_bytes = min(HEAD_BYTES, location.size) if isinstance(location, RangeLocation) else HEAD_BYTES
+        if not isinstance(location, CellLocation) and not storage.is_local(uri):
+            filesystem, path = storage.split_uri(uri)
+            with suppress(OSError):  # an empty file has no ranges; other errors come again
+                return bytes(filesystem.cat_file(path, start, start + num_bytes))
     with open_binary(source, limits) as file:
-        return bytes(file.read(16))
+        return bytes(file.read(HEAD_BYTES))
 
 
 def open_container(source: str | bytes, limits: MediaLimits | None = None) -> Any:
@@ -224,4 +245,4 @@ def _known_head(source: str | bytes, limits: MediaLimits | None) -> bool:
         head = read_head(source, limits)
     except OSError:
         return False
-    return looks_like_video(head) or sniff_modality(head) == "image"
+    return sniff_modality(head) is not None

@@ -10,27 +10,27 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol
 
-from PIL import Image
-
 from timeviper_platform.common import storage
 from timeviper_platform.common.listing import FileVersion
+from timeviper_platform.data.media.animations import scan_animation
 from timeviper_platform.data.media.container import (
-    IMAGE_FORMATS,
     DecodeError,
     ErrorType,
     MediaLimits,
+    check_size,
     clock_origin,
     decode_errors,
     open_binary,
     open_container,
     read_head,
-    sniff_modality,
     source_name,
     video_stream,
 )
 from timeviper_platform.data.media.http_file import is_web
 from timeviper_platform.data.media.locations import RangeLocation, parse_location
 from timeviper_platform.data.media.medium import Medium
+from timeviper_platform.data.media.pictures import PictureError, read_header
+from timeviper_platform.data.media.signatures import sniff_modality
 
 AV_TIME_BASE = 1_000_000
 
@@ -70,14 +70,9 @@ def probe_media(source: str | bytes, limits: MediaLimits | None = None) -> Mediu
         head = read_head(source, limits)
         if not head:
             raise DecodeError("probe", ErrorType.EMPTY_FILE, f"{source_name(source)}: the file has 0 bytes")
-        probe = _probe_image(source, limits) if sniff_modality(head) == "image" else _probe_video(source, limits)
-    if probe.width * probe.height > limits.max_pixels:
-        raise DecodeError(
-            "probe",
-            ErrorType.TOO_MANY_PIXELS,
-            f"{source_name(source)}: {probe.width} x {probe.height} is past {limits.max_pixels = };"
-            " raise it if there is enough memory",
-        )
+        is_picture = sniff_modality(head) == "image"
+        probe = _probe_picture(source, head, limits) if is_picture else _probe_video(source, limits)
+    check_size(probe.width, probe.height, limits, "probe", source_name(source))
     return probe
 
 
@@ -111,17 +106,26 @@ def sha256_of(uri: str, limits: MediaLimits | None = None) -> str:
         return digest.hexdigest()
 
 
-def _probe_image(source: str | bytes, limits: MediaLimits) -> Medium:
-    with open_binary(source, limits) as file, Image.open(file, formats=IMAGE_FORMATS) as image:  # reads the header only
-        width, height = image.size
-        codec = (image.format or "").lower()
-    return Medium(
-        source if isinstance(source, str) else source_name(source),
-        modality="image",
-        width=width,
-        height=height,
-        codec=codec,
-    )
+def _probe_picture(source: str | bytes, head: bytes, limits: MediaLimits) -> Medium:
+    """An animation is a video."""
+    uri = source if isinstance(source, str) else source_name(source)
+    with open_binary(source, limits) as file:
+        animation = scan_animation(file, head)
+        if animation is not None:
+            return Medium(
+                uri,
+                modality="video",
+                duration_seconds=animation.duration_seconds,
+                source_fps=float(len(animation.frames) / animation.duration_seconds),
+                width=animation.width,
+                height=animation.height,
+                codec=animation.format,
+            )
+        try:
+            header = read_header(file)
+        except PictureError as error:
+            raise DecodeError("probe", ErrorType.CORRUPT_FILE, f"{source_name(source)}: {error}") from error
+        return Medium(uri, modality="image", width=header.width, height=header.height, codec=header.codec)
 
 
 def _probe_video(source: str | bytes, limits: MediaLimits) -> Medium:

@@ -18,10 +18,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from timeviper_platform.common.schemas import CLIP_MARK, PLAN
-from timeviper_platform.data.media.container import DecodeError, ErrorType, MediaLimits, Modality, source_name
+from timeviper_platform.data.media.container import (
+    DecodeError,
+    ErrorType,
+    MediaLimits,
+    Modality,
+    check_size,
+    source_name,
+)
 from timeviper_platform.data.media.medium import Medium
 from timeviper_platform.data.media.probe import LocalProbes, ProbeSource, file_version, sha256_of
-from timeviper_platform.data.video.frames import check_size
 from timeviper_platform.data.video.sampling import count_frames, sample_times
 from timeviper_platform.data.video_worker.frame_source import DecodeConfig
 from timeviper_platform.data.video_worker.isolated import IsolatedProbes

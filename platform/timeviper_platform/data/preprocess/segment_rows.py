@@ -25,6 +25,7 @@ from timeviper_platform.data.video_worker.frame_source import (
     DecodeResult,
     FrameSource,
     LocalFrames,
+    decode_stage,
 )
 from timeviper_platform.data.video_worker.isolated import IsolatedFrames
 
@@ -177,20 +178,32 @@ class SegmentEncoder:
                 "features": None,
             }
         data = features_bytes(torch.cat(entry.tokens)) if entry.tokens else b""
-        partial = {
-            "error_stage": "decode_video",
-            "error_type": ErrorType.FRAMES_MISSING.value,
-            "error_message": f"{frames.num_missing} of {segment.num_frames} sampled frames could not be decoded",
-        }
         return row | {
-            "status": "partial" if frames.num_missing else "ok",
-            **(partial if frames.num_missing else {}),
+            "status": "ok",
+            **_fault(segment, frames),
             "frames_missing": frames.num_missing,
             "frame_times_seconds": frames.times_seconds.tolist(),
             "frame_pts_seconds": frames.pts_seconds.tolist(),
             "features_xxh64": xxhash.xxh64_intdigest(data),
             "features": data,
         }
+
+
+def _fault(segment: Segment, frames: FrameBatch) -> Row:
+    """Returns status and error of a partial segment, else nothing."""
+    faults = (
+        (ErrorType.FRAMES_MISSING, frames.num_missing, "could not be decoded"),
+        (ErrorType.FRAMES_DAMAGED, frames.num_damaged, "are damaged, for instance cut off, and stored as they decode"),
+    )
+    for error_type, count, text in faults:
+        if count:
+            return {
+                "status": "partial",
+                "error_stage": decode_stage(segment.modality),
+                "error_type": error_type.value,
+                "error_message": f"{count} of {segment.num_frames} sampled frames {text}",
+            }
+    return {}
 
 
 def _cpu_of_other_threads() -> float:

@@ -9,13 +9,6 @@ from typing import Protocol
 
 import numpy as np
 
-from timeviper_platform.data.media.container import (
-    DecodeError,
-    ErrorType,
-    MediaLimits,
-    Stage,
-)
-
 MAX_TAIL_SECONDS = 1
 """Times this close after the last frame are not missing: sound often lasts longer."""
 
@@ -36,6 +29,8 @@ class FrameBatch:
     """(F,) float64 sampling times"""
     num_missing: int = 0
     """Frames that do not decode."""
+    num_damaged: int = 0
+    """Frames that decode in part, such as a cut picture. They are among `frames`."""
 
     def __post_init__(self) -> None:
         count = len(self.frames)
@@ -43,6 +38,8 @@ class FrameBatch:
             raise ValueError(f"frames must be (F, H, W, 3) uint8, not {self.frames.shape} {self.frames.dtype}")
         if self.pts_seconds.shape != (count,) or self.times_seconds.shape != (count,):
             raise ValueError(f"{count} frames need as many PTS and times: {self.pts_seconds.shape}")
+        if self.num_damaged > count:
+            raise ValueError(f"{self.num_damaged = } frames cannot be among {count}")
         if count > 1 and bool((np.diff(self.times_seconds) < 0).any()):
             raise ValueError("frames must ascend in time")
 
@@ -59,10 +56,3 @@ class VideoReader(Protocol):
 
     def close(self) -> None:
         """Closes the file."""
-
-
-def check_size(width: int, height: int, limits: MediaLimits, stage: Stage, name: str) -> None:
-    """Raises DecodeError over `max_pixels`."""
-    if width * height > limits.max_pixels:
-        message = f"{name}: {width} x {height} is over {limits.max_pixels = }"
-        raise DecodeError(stage, ErrorType.TOO_MANY_PIXELS, message)

@@ -23,6 +23,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 
 from timeviper_platform.data.media.container import (
     MediaLimits,
+    check_size,
     clock_origin,
     decode_errors,
     is_local_file,
@@ -30,7 +31,7 @@ from timeviper_platform.data.media.container import (
     source_name,
     video_stream,
 )
-from timeviper_platform.data.video.frames import MAX_TAIL_SECONDS, FrameBatch, check_size
+from timeviper_platform.data.video.frames import MAX_TAIL_SECONDS, FrameBatch
 from timeviper_platform.data.video.keyframe_index import KeyframeIndex
 from timeviper_platform.data.video.orientation import orientation_of, turn_upright
 from timeviper_platform.data.video.packet_lookahead import LookAhead

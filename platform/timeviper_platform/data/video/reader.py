@@ -1,4 +1,4 @@
-"""Decodes images, and videos at sampling times, as uint8 at the encoder's size.
+"""Opens videos and animations, and reads whole media, as uint8 frames at the encoder's size.
 
 The frame of time t is the last with PTS <= t, or the first. PTS are compared as integer ticks.
 """
@@ -13,19 +13,19 @@ from functools import partial
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from timeviper_platform.data.media.container import (
-    IMAGE_FORMATS,
     DecodeError,
     ErrorType,
     MediaLimits,
     decode_errors,
-    open_binary,
+    read_head,
     source_name,
 )
 from timeviper_platform.data.media.probe import probe_media
+from timeviper_platform.data.media.signatures import sniff_modality
 from timeviper_platform.data.video.frames import BackendUnfitError, FrameBatch, VideoReader
+from timeviper_platform.data.video.pictures import read_image
 from timeviper_platform.data.video.sampling import FrameSelection, count_frames, sample_times, select_frames
 
 logger = logging.getLogger(__name__)
@@ -44,12 +44,18 @@ def open_video(
     """Opens a video with frames scaled to image_size x image_size, bicubic.
 
     Args:
-        backend: PyAV replaces it for keyframes and on BackendUnfitError.
-        keyframe_step: see `KeyframeReader`; None = all frames.
+        backend: PyAV replaces it for keyframes and on BackendUnfitError, Pillow for animations.
+        keyframe_step: see `KeyframeReader`; None = all frames, as for animations always.
 
     Raises:
         DecodeError: when the video cannot be opened.
     """
+    with decode_errors("decode_video", source, limits):
+        is_picture = sniff_modality(read_head(source, limits)) == "image"
+    if is_picture:
+        from timeviper_platform.data.video.animation_reader import AnimationReader
+
+        return AnimationReader(source, image_size, limits=limits)
     if keyframe_step is not None:
         from timeviper_platform.data.video.keyframe_reader import KeyframeReader
 
@@ -80,37 +86,6 @@ def check_backend(backend: Backend) -> None:
         from timeviper_platform.data.video.torchcodec_reader import load_torchcodec
 
         load_torchcodec(backend)
-
-
-def read_image(source: str | bytes, image_size: int, *, limits: MediaLimits | None = None) -> FrameBatch:
-    """Returns one frame at time 0, upright by EXIF, with white for transparency."""
-    limits = limits or MediaLimits()
-    with (
-        decode_errors("decode_image", source, limits),
-        open_binary(source, limits) as file,
-        Image.open(file, formats=IMAGE_FORMATS) as image,
-    ):
-        if image.width * image.height > limits.max_pixels:
-            message = f"{image.width} x {image.height} is over {limits.max_pixels = }"
-            raise DecodeError("decode_image", ErrorType.TOO_MANY_PIXELS, message)
-        ImageOps.exif_transpose(image, in_place=True)
-        shown: Image.Image = image
-        if image.mode in ("I;16", "I"):  # 16-bit grey
-            shown = _with_8_bits(image)
-        elif image.has_transparency_data:
-            shown = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        if shown.mode != "RGB":  # convert() always copies
-            shown = shown.convert("RGB")
-        pixels = np.array(shown.resize((image_size, image_size), Image.Resampling.BICUBIC))
-    return FrameBatch(pixels[None], np.zeros(1), np.zeros(1))
-
-
-def _with_8_bits(image: Image.Image) -> Image.Image:
-    """Keeps the high bytes: Pillow would clip 16-bit greys at 255."""
-    values = np.array(image)
-    if "transparency" in image.info:
-        values[values == image.info["transparency"]] = 0xFFFF
-    return Image.fromarray((values >> 8).astype(np.uint8))
 
 
 def read_frames(
@@ -144,6 +119,7 @@ def read_frames(
         np.concatenate([batch.pts_seconds for batch in batches]),
         np.concatenate([batch.times_seconds for batch in batches]),
         sum(batch.num_missing for batch in batches),
+        sum(batch.num_damaged for batch in batches),
     )
 
 

@@ -11,13 +11,13 @@ import numpy as np
 
 from timeviper_platform.data.media.container import (
     MediaLimits,
+    check_size,
     clock_origin,
     decode_errors,
     open_container,
     source_name,
     video_stream,
 )
-from timeviper_platform.data.video.frames import check_size
 from timeviper_platform.data.video.orientation import UPRIGHT, Orientation, orientation_of
 
 

@@ -138,11 +138,11 @@ def _reply_or_error(work: Callable[[], _Reply], stage: Stage, source: str | byte
 def _medium(job: dict[str, Any], data: bytes) -> _Reply:
     source: str | bytes = job["uri"] if job["uri"] is not None else data
     limits = _limits(job)
-    end_seconds = float(probe_media(source, limits).duration_seconds)
+    medium = probe_media(source, limits)
     choice = {"max_frames": job["max_frames"], "frame_selection": job["frame_selection"]}
     batch = read_frames(source, job["image_size"], fps=Fraction(job["fps"]), limits=limits, **choice)
     reply, frames = _reply(batch)
-    return reply | {"end_seconds": end_seconds}, frames
+    return reply | {"end_seconds": float(medium.duration_seconds), "modality": medium.modality}, frames
 
 
 def _limits(job: dict[str, Any]) -> MediaLimits:
@@ -155,6 +155,7 @@ def _reply(batch: FrameBatch) -> _Reply:
         "pts_seconds": batch.pts_seconds.tolist(),
         "times_seconds": batch.times_seconds.tolist(),
         "num_missing": batch.num_missing,
+        "num_damaged": batch.num_damaged,
     }
     return reply, batch.frames
 

@@ -12,7 +12,8 @@ from timeviper_platform.common import storage
 from timeviper_platform.data.media.container import DecodeError, ErrorType, MediaLimits, Modality, Stage
 from timeviper_platform.data.media.http_file import is_web
 from timeviper_platform.data.video.frames import FrameBatch
-from timeviper_platform.data.video.reader import Backend, DecoderPool, read_image
+from timeviper_platform.data.video.pictures import read_image
+from timeviper_platform.data.video.reader import Backend, DecoderPool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -121,7 +121,8 @@ class IsolatedFrames:
         start, job.num_bytes = job.num_bytes, job.num_bytes + math.prod(shape)
         pts, times = np.array(reply["pts_seconds"], float), np.array(reply["times_seconds"], float)
         pixels = job.memory[start : job.num_bytes].reshape(shape)
-        return DecodeResult(FrameBatch(pixels, pts, times, reply["num_missing"]), *costs)
+        batch = FrameBatch(pixels, pts, times, reply["num_missing"], reply["num_damaged"])
+        return DecodeResult(batch, *costs)
 
     def _failed(self, jobs: deque[_Job], error: DecodeError, *, is_sent: bool = False) -> DecodeResult:
         """Fails the first request; `is_sent` resends the others to a new child."""

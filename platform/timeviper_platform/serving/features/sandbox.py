@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from timeviper_platform.data.media.container import MediaLimits
+from timeviper_platform.data.media.container import MediaLimits, Modality
 from timeviper_platform.data.video.sampling import FrameSelection
 from timeviper_platform.data.video_worker.child_process import ChildDiedError, ChildLimits, DecodeChild
 from timeviper_platform.serving.messages import MediaBytes, MediaFile, Refusal
@@ -33,6 +33,7 @@ REASONS = {
     "no_duration": "the file states no duration; remux it",
     "no_decoder": "the server has no decoder for the file's codec",
     "too_many_pixels": "the picture has more pixels than the server allows",
+    "too_narrow": "the picture is far longer than wide, or wider than long",
     "too_many_frames": "the video is longer than the server allows; request a lower fps",
     "frames_missing": "no frame of the video can be decoded",
     "out_of_memory": "decoding the file takes more memory than the server allows",
@@ -62,6 +63,8 @@ class DecodedMedium:
     """(F,) float64."""
     end_seconds: float
     """Duration by the video's timestamps; 0 for a picture."""
+    modality: Modality
+    """By the content: an animation is a video."""
 
 
 class DecodeSandbox:
@@ -140,7 +143,9 @@ class DecodeSandbox:
             return _refusal(answer["error"][1])
         shape = (int(answer["num_frames"]), self._image_size, self._image_size, 3)
         frames = memory[: math.prod(shape)].reshape(shape)  # writable, as PyTorch requires
-        return DecodedMedium(frames, np.asarray(answer["pts_seconds"], np.float64), float(answer["end_seconds"]))
+        pts_seconds = np.asarray(answer["pts_seconds"], np.float64)
+        modality: Modality = "image" if answer["modality"] == "image" else "video"
+        return DecodedMedium(frames, pts_seconds, float(answer["end_seconds"]), modality)
 
 
 def _refusal(error_type: str) -> Refusal:

@@ -156,7 +156,7 @@ class FeatureService:
             return decoded
         loop = asyncio.get_running_loop()
         features = await loop.run_in_executor(self._encode_thread, self._encoder.encode, decoded.frames)
-        return await self._keep(key, features, source.modality, decoded.end_seconds)
+        return await self._keep(key, features, decoded.modality, decoded.end_seconds)
 
     async def _keep(self, key: str, features: Tensor, modality: Modality, duration_seconds: float) -> FeatureReference:
         """Stores (F, N, dim) bfloat16 features; evicts the least recently used."""

@@ -102,7 +102,7 @@ class ChatPreparation:
             record = await asyncio.to_thread(self._store.get, tenant, url)
             if record is None:
                 raise no_such_file(param)
-            if record.modality != modality:
+            if record.modality != modality and not record.may_be_animation:
                 message = f"the file is a {record.modality}, not a {modality}"
                 raise ApiError(415, message, code="unsupported_media_type", param=param)
             return MediaFile(uri=self._store.uri(tenant, record), sha256=record.sha256, modality=modality)

@@ -12,47 +12,30 @@ from dataclasses import asdict, dataclass
 from typing import IO
 
 from timeviper_platform.common.storage import exists, files_in, join_uri, read_json, remove, write_atomic, write_json
+from timeviper_platform.data.media.signatures import HEAD_BYTES, may_be_animation, sniff_modality
 from timeviper_platform.serving.gateway.openai_protocol import ApiError
 from timeviper_platform.serving.messages import MediaBytes, Modality
 
-HEADER_BYTES = 512
-"""Enough for every signature; MPEG-TS needs byte 188."""
 FILE_ID = re.compile(r"file-[0-9a-f]{32}")
 DATA_URI = re.compile(r"data:(?P<mime>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[^;,]*)*;base64,", re.ASCII)
-_MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
 _CHUNK_BYTES = 1 << 20
 
 
-def sniff_modality(header: bytes) -> Modality | None:
-    """Returns the modality by signature: ISO base media, EBML (matroska, webm), AVI, MPEG-TS; PNG, JPEG, WEBP.
-
-    Playlists (m3u8, concat scripts) are text and match none.
-    """
-    if header[4:8] in _MP4_BOXES or header.startswith(b"\x1aE\xdf\xa3"):
-        return "video"
-    if header.startswith(b"RIFF"):
-        kinds: dict[bytes, Modality] = {b"AVI ": "video", b"WEBP": "image"}
-        return kinds.get(header[8:12])
-    if header[:1] == b"G" and header[188:189] == b"G":
-        return "video"
-    if header.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")):
-        return "image"
-    return None
-
-
-def require_media(header: bytes, *, expected: Modality | None = None, param: str) -> Modality:
-    """Returns the modality by signature.
+def require_media(head: bytes, *, expected: Modality | None = None, param: str) -> Modality:
+    """Returns the modality by signature. What may be an animation passes as either.
 
     Raises:
         ApiError: 415 for an unsupported or unexpected type.
     """
-    modality = sniff_modality(header)
+    modality = sniff_modality(head)
+    if expected is not None and may_be_animation(head):
+        return expected
     if modality is None or expected not in (None, modality):
         found = "neither a video nor a picture" if modality is None else f"a {modality.replace('image', 'picture')}"
         raise ApiError(
             415,
             f"the content is {found}; send a video as mp4, mov, matroska, webm, avi or mpegts,"
-            " a picture as png, jpeg or webp",
+            " a picture as png, jpeg or webp, an animation as gif, webp or apng",
             code="unsupported_media_type",
             param=param,
         )
@@ -74,7 +57,7 @@ def parse_data_uri(uri: str, *, expected: Modality, param: str) -> MediaBytes:
         data = base64.b64decode(uri[match.end() :], validate=True)
     except (binascii.Error, ValueError):
         raise ApiError(400, "the data: URI is not valid base64", code="invalid_data_uri", param=param) from None
-    modality = require_media(data[:HEADER_BYTES], expected=expected, param=param)
+    modality = require_media(data[:HEAD_BYTES], expected=expected, param=param)
     return MediaBytes(data=data, sha256=hashlib.sha256(data).hexdigest(), modality=modality)
 
 
@@ -90,6 +73,8 @@ class FileRecord:
     purpose: str
     created_at: int
     """Unix seconds."""
+    may_be_animation: bool = False
+    """True for pictures that requests may also call videos."""
 
     def to_json(self) -> dict[str, object]:
         """Returns OpenAI's file object."""
@@ -117,7 +102,8 @@ class MediaStore:
             ApiError: 415 for an unsupported type.
         """
         file.seek(0)
-        modality = require_media(file.read(HEADER_BYTES), param="file")
+        head = file.read(HEAD_BYTES)
+        modality = require_media(head, param="file")
         file.seek(0)
         digest = hashlib.sha256()
         num_bytes = 0
@@ -130,6 +116,7 @@ class MediaStore:
             sha256=sha256,
             num_bytes=num_bytes,
             modality=modality,
+            may_be_animation=may_be_animation(head),
             filename=_display_name(filename),
             purpose=purpose,
             created_at=int(time.time()),

@@ -18,6 +18,7 @@ from timeviper_platform.serving.features.sandbox import DecodedMedium, DecodeSan
 from timeviper_platform.serving.messages import MediaBytes, MediaFile, Refusal
 
 SIZE = 32
+CASES = Path(__file__).parents[3] / "reference" / "cases"
 
 
 def bytes_of(path: Path) -> MediaBytes:
@@ -123,6 +124,21 @@ def test_decode_processes_get_no_secrets_from_the_environment(tmp_path: Path, mo
     environment = in_sandbox(scenario)
     assert b"SECRET_TOKEN" not in environment
     assert b"PYTHONPATH" in environment
+
+
+def test_the_content_decides_what_a_medium_is(tmp_path: Path) -> None:
+    gif = (CASES / "media" / "anim.gif").read_bytes()
+    jpeg = (CASES / "pictures" / "tail_cut_eoi.jpg").read_bytes()
+
+    async def scenario(sandbox: DecodeSandbox) -> list[DecodedMedium | Refusal]:
+        called = [(gif, "image"), (jpeg, "video"), (jpeg[:-200], "image")]
+        media = [MediaBytes(data=data, sha256="", modality=modality) for data, modality in called]  # type: ignore[arg-type]
+        return [await sandbox.decode(medium, fps=1.0, max_frames=8) for medium in media]
+
+    animation, whole, cut = in_sandbox(scenario)
+    assert (animation.modality, len(animation.frames), animation.end_seconds) == ("video", 5, 5.0)
+    assert (whole.modality, len(whole.frames), whole.end_seconds) == ("image", 1, 0.0)
+    assert len(cut.frames) == 1  # what decodes of a cut picture is answered
 
 
 def test_a_picture_is_one_frame_within_its_limit(tmp_path: Path) -> None:

@@ -71,5 +71,13 @@ def test_a_picture_file_is_not_a_video(server: Server) -> None:
     assert server.chat([{"type": "image_url", "image_url": {"url": file_id}}]).status_code == 200
 
 
+@pytest.mark.parametrize("part", ["image_url", "video_url"])
+@pytest.mark.parametrize("as_file", [False, True])
+def test_an_animation_may_be_called_a_picture_or_a_video(server: Server, part: str, as_file: bool) -> None:
+    gif = b"GIF89a" + bytes(50)
+    url = server.upload(gif).json()["id"] if as_file else "data:image/gif;base64," + base64.b64encode(gif).decode()
+    assert server.chat([{"type": part, part: {"url": url}}]).status_code == 200
+
+
 def test_texts_above_the_limit_are_refused(tmp_path: Path) -> None:
     check_error(Server(tmp_path, max_text_characters=10).chat("x" * 11), 413, "too_large")

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from timeviper_platform.data.media.signatures import sniff_modality
 from timeviper_platform.serving.gateway.openai_protocol import ApiError
-from timeviper_platform.serving.gateway.uploads import MediaStore, parse_data_uri, sniff_modality
+from timeviper_platform.serving.gateway.uploads import MediaStore, parse_data_uri
 
 MP4 = b"\x00\x00\x00\x20ftypisom" + bytes(100)
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(50)
@@ -25,6 +26,7 @@ PNG = b"\x89PNG\r\n\x1a\n" + bytes(50)
         (PNG, "image"),
         (b"\xff\xd8\xff\xe0" + bytes(10), "image"),
         (b"RIFF\x00\x00\x00\x00WEBPVP8 ", "image"),
+        (b"GIF89a" + bytes(20), "image"),
         (b"RIFF\x00\x00\x00\x00WAVEfmt ", None),
         (b"#EXTM3U\nhttp://127.0.0.1/secret", None),
         (b"ffconcat version 1.0\nfile /etc/passwd", None),
