@@ -151,7 +151,10 @@ def _run_jobs(demo: Demo, steps: Sequence[str], environment: dict[str, str]) -> 
         _job(demo, "preprocess", environment)
         summary = _read_json(demo.path("features", "report.json"))
         report["preprocess"] = {
-            key: summary[key] for key in ("media", "frames", "segments", "errors", "frames_per_second")
+            "media": summary["media"]["planned"],
+            "media rejected": summary["media"]["rejected"],
+            "segments": summary["segments"]["planned"],
+            **{key: summary[key] for key in ("frames", "frames_per_second")},
         }
     if "train" in steps:
         _announce("train", "language, align, instruct (TransV on)")

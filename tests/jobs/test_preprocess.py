@@ -47,7 +47,10 @@ def test_a_dry_run_prints_the_plan(corpus: Path, capsys: pytest.CaptureFixture[s
 def test_an_input_of_broken_files_succeeds_and_counts_them(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (corpus / "text.mp4").write_text("text")
     assert run_job(*tiny(corpus, f"input={corpus / 'text.mp4'}")) == 0  # nothing to encode, so Ray is not started
-    assert "media      1, of which rejected: 1 = 1 unknown_format (probe)" in capsys.readouterr().out
+    assert (
+        "media      1 planned = 0 ok + 0 partial + 1 rejected; reasons: 1 unknown_format (probe)"
+        in capsys.readouterr().out
+    )
     assert list(FeatureStore.open(str(corpus / "features")).media_ids) == []
 
 

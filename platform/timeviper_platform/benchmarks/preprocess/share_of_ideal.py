@@ -207,10 +207,8 @@ def media_rate(root: Path, media: Path, encoder: VisionTowerConfig, execution: E
         PreprocessConfig(input=str(media), feature_store=str(store), encoder=encoder, execution=execution), run=run
     )
     logger.info("\n".join([f"{media.name}, {execution.mode}", *report.lines()]))
-    if report.errors:
-        raise RuntimeError(
-            f"{report.errors} of the {report.media} {media.name} were rejected: {report.errors_by_stage}"
-        )
+    if report.media.ok < report.media.planned:
+        raise RuntimeError(f"{media.name}: {report.media}: {report.errors_by_stage}")
     shutil.rmtree(store)  # the next run starts from an empty store
     return RunRate(report.frames_per_second, stolen.share(), report.share_of_ideal)
 

@@ -138,8 +138,8 @@ def finalize_synthetic_run(store: str, num_segments: int) -> None:
         RuntimeError: if the counts are wrong.
     """
     totals = finalize_store(store, _plan_tables(store))
-    counts = totals.counts()
-    if counts["planned"] != num_segments or counts["ok"] != num_segments:
+    counts = totals.audit.segments
+    if counts.planned != num_segments or counts.ok != num_segments:
         raise RuntimeError(f"{num_segments} segments were written, the audit found {counts}")
 
 

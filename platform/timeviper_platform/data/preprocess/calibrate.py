@@ -155,7 +155,7 @@ def cost_of(results: Iterable[TaskResult]) -> Calibration:
     """CPU seconds by stage; for an encoder on a GPU, its busy seconds."""
     done = list(results)
     return Calibration(
-        segments=sum(result.num_ok + result.num_partial for result in done),
+        segments=sum(result.segments.ok + result.segments.partial for result in done),
         frames=sum(result.num_frames for result in done),
         decode_seconds=sum(result.decode_cpu_seconds for result in done),
         encode_seconds=sum(result.encode_cpu_seconds for result in done),

@@ -38,12 +38,16 @@ class ExecutionConfig:
     """Minimum feature bytes per row group, and so per read."""
     progress_seconds: float = 5.0
     """Seconds between progress lines in the log."""
+    warn_repeated_share: float = 0.3
+    """Share of stored frames that repeat the one before, above which the job warns and the report names media."""
     max_consecutive_failures: int | None = 100
     """Media in a row that may fail for the same reason before the job stops; null = never stop."""
 
     def __post_init__(self) -> None:
         if self.max_consecutive_failures is not None and self.max_consecutive_failures < 1:
             raise ValueError(f"{self.max_consecutive_failures = } must be at least 1, or null")
+        if not 0 <= self.warn_repeated_share <= 1:
+            raise ValueError(f"{self.warn_repeated_share = } must be within 0 and 1; 1 = never warn")
         for name in ("frames_per_file", "row_group_bytes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"execution.{name} = {getattr(self, name)} must be at least 1")

@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 
 from timeviper_platform.common import storage
 from timeviper_platform.common.schemas import REJECTS
-from timeviper_platform.data.store.audit import AUDIT_KEYS, audit, count_rejects
+from timeviper_platform.data.preprocess.repeats import Repeats
+from timeviper_platform.data.store.audit import Audit, audit, count_reasons
 from timeviper_platform.data.store.commits import num_feature_bytes
 from timeviper_platform.data.store.index import ROW_GROUP_ROWS
 from timeviper_platform.data.store.index_writer import MediaRows, merge_index
@@ -27,38 +28,44 @@ from timeviper_platform.data.store.layout import REJECTS_FILE
 class Totals:
     """Sums over the media of a plan."""
 
-    audit: Counter[str] = field(default_factory=Counter)
+    audit: Audit = field(default_factory=Audit)
     frames: int = 0
+    """stored frames"""
+    frames_missing: int = 0
+    """sampled frames that are not stored"""
+    repeats: Repeats = field(default_factory=Repeats)
     bytes: int = 0
     """stored feature bytes"""
-    rejected_media: int = 0
-    rejects: dict[str, Counter[str]] = field(default_factory=dict)
-    """stage -> error type -> media"""
+    reasons: dict[str, Counter[str]] = field(default_factory=dict)
+    """stage -> error type -> media that are partial or rejected"""
 
     def add(self, media: MediaRows) -> pa.Table:
         """Adds all rows of a few media; returns their REJECTS rows."""
         planned = media.planned.filter(pc.equal(media.planned["status"], "planned"))
-        segment_ids = planned["segment_id"]
-        self.audit.update(audit(segment_ids.to_pylist(), media.committed))
-        index = media.index.filter(pc.is_in(media.index["segment_id"], segment_ids.combine_chunks()))
+        self.audit += audit(media.planned, media.committed)
+        index = media.index.filter(pc.is_in(media.index["segment_id"], planned["segment_id"].combine_chunks()))
         rejects = reject_table(media.planned, index)
         self.frames += pc.sum(index["num_frames"]).as_py() or 0
+        self.frames_missing += pc.sum(index["frames_missing"]).as_py() or 0
+        self.repeats.add(index)
         self.bytes += num_feature_bytes(index)
-        self.rejected_media += len(pc.unique(rejects["media_id"]))
-        for stage, kinds in count_rejects(rejects).items():
-            self.rejects.setdefault(stage, Counter()).update(kinds)
+        for stage, kinds in count_reasons(rejects).items():
+            self.reasons.setdefault(stage, Counter()).update(kinds)
         return rejects
 
-    def counts(self) -> dict[str, int]:
-        """The audit, including zeros."""
-        return {name: self.audit[name] for name in AUDIT_KEYS}
-
     def errors_by_stage(self) -> dict[str, dict[str, int]]:
-        return {stage: dict(sorted(kinds.items())) for stage, kinds in sorted(self.rejects.items())}
+        return {stage: dict(sorted(kinds.items())) for stage, kinds in sorted(self.reasons.items())}
 
 
-def finalize_store(uri: str, planned: Iterable[pa.Table], *, row_group_rows: int = ROW_GROUP_ROWS) -> Totals:
-    totals = Totals()
+def finalize_store(
+    uri: str,
+    planned: Iterable[pa.Table],
+    *,
+    max_repeated_share: float = 1.0,
+    row_group_rows: int = ROW_GROUP_ROWS,
+) -> Totals:
+    """`max_repeated_share`: see `Repeats`."""
+    totals = Totals(repeats=Repeats(max_repeated_share))
     with tempfile.TemporaryDirectory(prefix="timeviper-rejects-") as folder:
         local_file = Path(folder, REJECTS_FILE)
         with pq.ParquetWriter(local_file, REJECTS, compression="zstd", write_page_checksum=True) as writer:

@@ -15,6 +15,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from timeviper_platform.common.metrics import RayMetrics
 from timeviper_platform.data.preprocess.tasks import TaskResult
+from timeviper_platform.data.store.audit import Outcomes
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ class Progress:
     results: list[TaskResult] = field(default_factory=list)
     """results without per-medium lists: ten million segments have 300 000 tasks"""
     _last_logged: float = field(default_factory=time.monotonic)
-    _segments: int = 0
+    _segments: Outcomes = field(default_factory=Outcomes)
     _frames: int = 0
     _reasons: Counter[str] = field(default_factory=Counter)
     _started: float = math.inf
@@ -53,29 +54,30 @@ class Progress:
 
     def add(self, result: TaskResult) -> None:
         self.results.append(replace(result, media=[], reasons=[], error_types=[], last_error=""))
-        self._segments += result.num_segments
+        self._segments += result.segments
         self._frames += result.num_frames
         self._reasons.update(result.error_types)
         self._started, self._ended = min(self._started, result.started), max(self._ended, result.ended)
         if self._bar is not None:
             self._bar.set_postfix_str(self._rates(), refresh=False)
-            self._bar.update(result.num_segments)
+            self._bar.update(result.segments.planned)
             return
         now = time.monotonic()
-        is_last = self._segments == self.num_segments
+        is_last = self._segments.planned == self.num_segments
         if is_last or now - self._last_logged >= self.every_seconds:
             self._last_logged = now
             logger.info("%s", self.line())
 
     def line(self) -> str:
-        share = self._segments / max(1, self.num_segments)
-        return f"{self._segments}/{self.num_segments} segments ({share:.0%}), {self._rates()}"
+        count = self._segments.planned
+        return f"{count}/{self.num_segments} segments ({count / max(1, self.num_segments):.0%}): {self._rates()}"
 
     def _rates(self) -> str:
         rate = self._frames / max(1e-9, self._ended - self._started)
         left = max(0, self.num_frames - self._frames) / rate if rate else math.inf
-        rejects = ", ".join(f"{count} {kind}" for kind, count in sorted(self._reasons.items())) or "none"
-        return f"{rate:.1f} frames/s, rejected: {rejects}, {left:.0f} s left"
+        reasons = ", ".join(f"{count} {kind}" for kind, count in sorted(self._reasons.items()))
+        counts = self._segments.parts() + (f" ({reasons})" if reasons else "")
+        return f"{counts}; {rate:.1f} frames/s, {left:.0f} s left"
 
 
 class RunMetrics:
@@ -86,8 +88,8 @@ class RunMetrics:
         self._metrics.add("frames", result.num_frames)
         self._metrics.add("feature_bytes", result.feature_bytes)
         self._metrics.add("retries", result.retries)
-        for status in ("ok", "partial", "error"):
-            self._metrics.add("segments", getattr(result, f"num_{status}"), status=status)
+        for status in ("ok", "partial", "rejected"):
+            self._metrics.add("segments", getattr(result.segments, status), status=status)
         for kind in result.error_types:
             self._metrics.add("errors", 1, type=kind)
         for stage in ("decode", "encode", "write"):

@@ -8,28 +8,35 @@ from typing import Any
 
 from timeviper_platform.data.media.container import RETRYABLE
 from timeviper_platform.data.preprocess.calibrate import cost_of
+from timeviper_platform.data.preprocess.repeats import RepeatingMedium
 from timeviper_platform.data.preprocess.tasks import TaskResult
+from timeviper_platform.data.store.audit import Outcomes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreprocessReport:
     """Content of the store's report.json."""
 
-    media: int
-    segments: int
-    segments_done: int
-    segments_partial: int
-    segments_error: int
+    media: Outcomes
+    """planned = ok + partial + rejected"""
+    segments: Outcomes
+    """planned = ok + partial + rejected; missing = duplicate = 0"""
     segments_encoded: int
-    """newly encoded segments"""
+    """segments tried in this run"""
     frames: int
     """all stored frames"""
     frames_encoded: int
     """newly encoded frames"""
-    errors: int
-    """media rejected as a whole or in part"""
+    frames_missing: int
+    """sampled frames of planned segments that are not stored"""
+    frames_repeated: int
+    """stored frames that repeat the one before"""
+    media_repeating: int
+    """media above `execution.warn_repeated_share`"""
+    most_repeating: list[RepeatingMedium]
+    """a few of them"""
     errors_by_stage: dict[str, dict[str, int]]
-    """stage -> error type -> media"""
+    """stage -> error type -> media that are partial or rejected; a medium may have several reasons"""
     frames_per_second: float
     """`steady_rate` of the last run that encoded frames"""
     bytes: int
@@ -49,8 +56,6 @@ class PreprocessReport:
     """cores that decode and write as fast as one encoder encodes"""
     retries: int
     """repeated storage requests"""
-    audit: dict[str, int]
-    """planned = ok + partial + error; missing = duplicate = 0"""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -62,12 +67,12 @@ class PreprocessReport:
             for kind, count in kinds.items()
         )
         return [
-            f"media      {self.media}, of which rejected: {self.errors}" + (f" = {reasons}" if reasons else ""),
-            f"segments   {self.segments} planned = {self.segments_done} ok + {self.segments_partial} partial"
-            f" + {self.segments_error} error; encoded in this run: {self.segments_encoded}",
+            f"media      {self.media}" + (f"; reasons: {reasons}" if reasons else ""),
+            f"segments   {self.segments}; tried in this run: {self.segments_encoded}",
             *self._retry_lines(),
-            f"frames     {self.frames} stored, {self.bytes / 1e6:.1f} MB; encoded in this run: {self.frames_encoded}"
-            f" at {self.frames_per_second:.1f} per second",
+            f"frames     {self.frames} stored, {self.frames_missing} missing, {self.bytes / 1e6:.1f} MB; encoded in"
+            f" this run: {self.frames_encoded} at {self.frames_per_second:.1f} per second",
+            *self._repeat_lines(),
             "seconds    " + ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items()),
             "stages     " + ", ".join(f"{name} {value:.1f} s" for name, value in self.stage_seconds.items()),
             *(self._speed_lines() if self.workers else []),
@@ -77,9 +82,17 @@ class PreprocessReport:
     def _retry_lines(self) -> list[str]:
         decoding = (kinds for stage, kinds in self.errors_by_stage.items() if stage.startswith("decode"))
         final = sorted({kind for kinds in decoding for kind in kinds} - RETRYABLE)
-        if not self.segments_error or not final:
+        if not self.segments.rejected or not final:
             return []
         return [f"errors     are kept; to try them again after a fix, add 'retry_errors=[{', '.join(final)}]'"]
+
+    def _repeat_lines(self) -> list[str]:
+        if not self.frames_repeated:
+            return []
+        share = self.frames_repeated / self.frames
+        named = ", ".join(f"{medium.uri} ({medium.repeated / medium.frames:.0%})" for medium in self.most_repeating)
+        text = f"repeats    {self.frames_repeated} frames ({share:.0%}) repeat the one before"
+        return [text + (f"; {self.media_repeating} media repeat most, such as {named}" if named else "")]
 
     def _speed_lines(self) -> list[str]:
         busy = ", ".join(f"{n} {name} ({self.utilisation[name]:.0%} busy)" for name, n in self.workers.items())

@@ -130,20 +130,21 @@ def _process(plan: Plan, spec: WorkerSpec, execution: ExecutionConfig, run: Runn
 def _finalize(
     config: PreprocessConfig, plan: Plan, results: Sequence[TaskResult], stopwatch: _Stopwatch, retries_before: int
 ) -> PreprocessReport:
-    totals = finalize_store(config.feature_store, plan.tables())
-    counts = totals.counts()
+    max_repeated_share = config.execution.warn_repeated_share
+    totals = finalize_store(config.feature_store, plan.tables(), max_repeated_share=max_repeated_share)
+    media, segments, repeats = totals.audit.media, totals.audit.segments, totals.repeats
     stopwatch.lap("finalize")
     retries_elsewhere = sum(result.retries for result in results if result.worker != process_name())
     report = PreprocessReport(
-        media=plan.counts.media,
-        segments=len(plan.segments),
-        segments_done=counts["ok"],
-        segments_partial=counts["partial"],
-        segments_error=counts["error"],
-        segments_encoded=sum(result.num_segments for result in results),
+        media=media,
+        segments=segments,
+        segments_encoded=sum(result.segments.planned for result in results),
         frames=totals.frames,
         frames_encoded=sum(result.num_frames for result in results),
-        errors=totals.rejected_media,
+        frames_missing=totals.frames_missing,
+        frames_repeated=repeats.frames,
+        media_repeating=repeats.media,
+        most_repeating=repeats.worst,
         errors_by_stage=totals.errors_by_stage(),
         frames_per_second=round(steady_rate(results), 2) if results else last_rate(config.feature_store),
         bytes=totals.bytes,
@@ -154,11 +155,18 @@ def _finalize(
         },
         **asdict(measure_speed(results, num_cores=num_cpus(), has_gpu=config.encoder.device != "cpu")),
         retries=storage.num_retries() - retries_before + retries_elsewhere,
-        audit=counts,
     )
     storage.write_json(storage.join_uri(config.feature_store, REPORT_FILE), report.to_json())
-    if counts["missing"] or counts["duplicate"]:
-        raise RuntimeError(f"{config.feature_store}: the audit found {counts}; run the job again and report this bug")
+    if repeats.frames > max_repeated_share * totals.frames:
+        logger.warning(
+            "%d of %d stored frames repeat the one before: their media show less than sampling.fps = %g pictures per"
+            " second, or their clock is broken; report.json names the worst of %d media",
+            *(repeats.frames, totals.frames, config.sampling.fps, repeats.media),
+        )
+    if segments.missing or segments.duplicate:
+        raise RuntimeError(
+            f"{config.feature_store}: the audit found {segments} segments; run the job again and report this bug"
+        )
     return report
 
 

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from timeviper_platform.data.plan.segments import SEGMENT_FRAMES, Segment
+from timeviper_platform.data.store.audit import Outcomes
 from timeviper_platform.data.video_worker.frame_source import DecodeResult
 
 TASKS_PER_WORKER = 8
@@ -53,11 +54,9 @@ class WriteTask:
 class TaskResult:
     task: str
     num_frames: int
-    num_ok: int
-    num_partial: int
-    num_error: int
+    segments: Outcomes
     error_types: list[str]
-    """error types of segments with status partial or error"""
+    """of partial and rejected segments"""
     media: list[str]
     reasons: list[str]
     """stage/type of the first error of each medium; empty if there is none"""
@@ -81,10 +80,6 @@ class TaskResult:
     encode_cpu_seconds: float = 0.0
     """CPU seconds of the encoder; on a GPU, its busy seconds"""
     write_cpu_seconds: float = 0.0
-
-    @property
-    def num_segments(self) -> int:
-        return self.num_ok + self.num_partial + self.num_error
 
 
 def cut_tasks(segments: Collection[Segment], frames_per_file: int, num_workers: int) -> Iterator[WriteTask]:

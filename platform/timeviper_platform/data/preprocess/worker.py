@@ -16,6 +16,7 @@ from timeviper_platform.data.encode.frame_encoder import FrameEncoder, VisionTow
 from timeviper_platform.data.media.container import MediaLimits
 from timeviper_platform.data.preprocess.segment_rows import SegmentDecoder, SegmentEncoder, TimedIterator
 from timeviper_platform.data.preprocess.tasks import TaskResult, TaskStart, WriteTask, process_name
+from timeviper_platform.data.store.audit import Outcomes
 from timeviper_platform.data.store.writer import ROW_GROUP_BYTES, Row, StoreWriter
 from timeviper_platform.data.video_worker.frame_source import DecodeConfig
 
@@ -128,7 +129,6 @@ def write_task(spec: WorkerSpec, name: str, rows: Iterable[Row], start: TaskStar
     written = store.write_file(name, source)
     write_seconds = time.perf_counter() - started - source.seconds
     write_cpu_seconds = time.thread_time() - cpu_started - source.cpu_seconds
-    statuses = [row["status"] for row in written]
     reasons: dict[str, str] = {}
     for row in written:
         reason = f"{row['error_stage']}/{row['error_type']}" if row["status"] == "error" else ""
@@ -136,9 +136,7 @@ def write_task(spec: WorkerSpec, name: str, rows: Iterable[Row], start: TaskStar
     return TaskResult(
         task=name,
         num_frames=sum(row["num_frames"] for row in written),
-        num_ok=statuses.count("ok"),
-        num_partial=statuses.count("partial"),
-        num_error=statuses.count("error"),
+        segments=Outcomes.of(row["status"] for row in written),
         error_types=[row["error_type"] for row in written if row["status"] != "ok"],
         media=list(reasons),
         reasons=list(reasons.values()),

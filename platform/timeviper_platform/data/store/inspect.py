@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ import xxhash
 from timeviper_platform.common import storage
 from timeviper_platform.common.hash_table import HashTable
 from timeviper_platform.common.listing import sizes_in
-from timeviper_platform.data.store.audit import count_rejects
+from timeviper_platform.data.store.audit import Outcomes, count_reasons, medium_status
 from timeviper_platform.data.store.commits import CommitLog, files_digest, num_feature_bytes
 from timeviper_platform.data.store.index_writer import index_tables, read_files_digest
 from timeviper_platform.data.store.layout import DATA_FOLDER, REJECTS_FILE, read_header
@@ -24,9 +26,10 @@ from timeviper_platform.data.store.layout import DATA_FOLDER, REJECTS_FILE, read
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoreSummary:
-    media: int
-    segments: dict[str, int]
-    """status -> segments of the current versions"""
+    media: Outcomes
+    """media that were decoded"""
+    segments: Outcomes
+    """segments of the current versions"""
     segments_superseded: int
     frames: int
     bytes: int
@@ -38,19 +41,18 @@ class StoreSummary:
     """False if a run was killed or is active"""
     recipe_hash: str
     recipe: dict[str, Any]
-    rejects: dict[str, dict[str, int]]
-    """error stage -> error type -> media of the last run"""
+    reasons: dict[str, dict[str, int]]
+    """error stage -> error type -> media of the last run that are partial or rejected"""
 
     def lines(self) -> list[str]:
-        rejected = [f"{n} {kind} ({stage})" for stage, kinds in self.rejects.items() for kind, n in kinds.items()]
-        statuses = ", ".join(f"{n} {status}" for status, n in self.segments.items()) or "none"
+        reasons = [f"{n} {kind} ({stage})" for stage, kinds in self.reasons.items() for kind, n in kinds.items()]
         return [
-            f"media      {self.media}",
-            f"segments   {statuses}; superseded: {self.segments_superseded}",
+            f"media      {self.media.parts()}",
+            f"segments   {self.segments.parts()}; superseded: {self.segments_superseded}",
             f"frames     {self.frames}, {self.bytes / 1e6:.1f} MB of features",
             f"files      {self.files}, {self.file_bytes / 1e6:.1f} MB"
             + ("" if self.is_indexed else "; the index is outdated: run the job again"),
-            f"rejected   {', '.join(rejected) or 'none'}",
+            f"reasons    {', '.join(reasons) or 'none'}",
             f"recipe     {self.recipe_hash}",
             *(f"  {line}" for line in json.dumps(self.recipe, indent=2).splitlines()),
         ]
@@ -67,21 +69,25 @@ def inspect_store(uri: str) -> StoreSummary:
             ids = record["segment_id"].to_pylist()
             keys = np.array([xxhash.xxh64_intdigest(segment_id.encode()) for segment_id in ids], np.uint64)
             segments.add(keys, keys)
-    statuses: Counter[str] = Counter()
-    media = frames = num_bytes = 0
-    last = None
-    for rows in index_tables(uri, ["media_id", "status", "num_frames", "num_tokens_per_frame", "dim"]):
-        statuses.update(rows["status"].to_pylist())
-        frames += pc.sum(rows["num_frames"]).as_py() or 0
-        num_bytes += num_feature_bytes(rows)
-        for media_id in pc.unique(rows.filter(pc.not_equal(rows["status"], "error"))["media_id"]).to_pylist():
-            media += media_id != last
-            last = media_id
+    outcomes = Outcomes()
+    frames = num_bytes = 0
+
+    def rows() -> Iterator[tuple[str, str]]:
+        nonlocal outcomes, frames, num_bytes
+        for table in index_tables(uri, ["media_id", "status", "num_frames", "num_tokens_per_frame", "dim"]):
+            frames += pc.sum(table["num_frames"]).as_py() or 0
+            num_bytes += num_feature_bytes(table)
+            statuses = table["status"].to_pylist()
+            outcomes += Outcomes.of(statuses)
+            yield from zip(table["media_id"].to_pylist(), statuses, strict=True)
+
+    groups = groupby(rows(), key=itemgetter(0))
+    media = Outcomes.of(medium_status({status for _, status in group}) for _, group in groups)
     digest = read_files_digest(uri)
     return StoreSummary(
         media=media,
-        segments=dict(sorted(statuses.items())),
-        segments_superseded=len(segments) - statuses.total() if digest is not None else 0,
+        segments=outcomes,
+        segments_superseded=len(segments) - outcomes.planned if digest is not None else 0,
         frames=frames,
         bytes=num_bytes,
         file_bytes=sum(size for name, size in sizes_in(storage.join_uri(uri, DATA_FOLDER)) if name in files),
@@ -89,12 +95,12 @@ def inspect_store(uri: str) -> StoreSummary:
         is_indexed=digest == files_digest(with_rows),
         recipe_hash=header["recipe_hash"],
         recipe=header["recipe"],
-        rejects=_read_rejects(uri),
+        reasons=_read_reasons(uri),
     )
 
 
-def _read_rejects(uri: str) -> dict[str, dict[str, int]]:
+def _read_reasons(uri: str) -> dict[str, dict[str, int]]:
     path = storage.join_uri(uri, REJECTS_FILE)
     if not storage.exists(path):
         return {}
-    return count_rejects(pq.ParquetFile(pa.BufferReader(storage.read_bytes(path))).read())
+    return count_reasons(pq.ParquetFile(pa.BufferReader(storage.read_bytes(path))).read())

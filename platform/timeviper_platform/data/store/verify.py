@@ -17,7 +17,7 @@ from timeviper_platform.common import storage
 from timeviper_platform.common.listing import pages
 from timeviper_platform.common.schemas import FEATURES, INDEX, PLAN
 from timeviper_platform.data.encode.recipe import recipe_hash
-from timeviper_platform.data.store.audit import AUDIT_KEYS, audit
+from timeviper_platform.data.store.audit import Audit, audit
 from timeviper_platform.data.store.commits import CommitLog, files_digest, num_feature_bytes
 from timeviper_platform.data.store.index_writer import index_tables, read_files_digest
 from timeviper_platform.data.store.layout import (
@@ -41,7 +41,7 @@ MAX_PROBLEMS = 1000
 _LOCATION = ("file", "row_group", "row_in_group")
 _COMMITTED = pa.schema([INDEX.field(name) for name in ("segment_id", "media_id", "status", *_LOCATION)])
 _INDEXED = _COMMITTED.append(INDEX.field("num_segments"))
-_PLANNED = pa.schema([PLAN.field(name) for name in ("segment_id", "media_id")])
+_PLANNED = pa.schema([PLAN.field(name) for name in ("segment_id", "media_id", "status")])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,8 +66,8 @@ class VerifyReport:
     rows: int
     bytes: int
     """bytes of features read"""
-    audit: dict[str, int] | None
-    """AUDIT_KEYS of the last run's plan; None without a plan"""
+    audit: Audit | None
+    """counts of the last run's plan; None without a plan"""
     leftovers: int
     """uncommitted data files, removed by the next run"""
     problems: list[Problem]
@@ -75,10 +75,10 @@ class VerifyReport:
     num_problems: int
 
     def lines(self) -> list[str]:
-        counts = "no plan" if self.audit is None else ", ".join(f"{n} {name}" for name, n in self.audit.items())
         lines = [
             f"verified   {self.files} data files, {self.rows} rows, {self.bytes / 1e6:.1f} MB of features",
-            f"audit      {counts}",
+            f"media      {self.audit.media if self.audit else 'no plan'}",
+            f"segments   {self.audit.segments if self.audit else 'no plan'}",
             f"leftovers  {self.leftovers} data files without a commit record",
             *(f"BAD        {problem}" for problem in self.problems),
         ]
@@ -124,17 +124,16 @@ def verify_store(uri: str, *, max_problems: int = MAX_PROBLEMS, num_threads: int
         planned = SortedRuns(Path(folder, "planned"), _PLANNED, "media_id")
         parts = storage.files_in(storage.join_uri(uri, PLAN_FOLDER), ".parquet")
         for part in parts:
-            plan = read_plan_file(part)
-            planned.add(plan.filter(pc.equal(plan["status"], "planned")))
-        counts = dict.fromkeys(AUDIT_KEYS, 0)
+            planned.add(read_plan_file(part))
+        counts = Audit()
         for of_plan, of_commits, of_index in merge_runs([planned, committed, indexed], "media_id"):
             if fault is None:
                 problems.add(_check_media(of_commits, of_index))
             there = of_commits.filter(pc.invert(pc.is_in(of_commits["file"], lost)))
-            for key, count in audit(of_plan["segment_id"].to_pylist(), there).items():
-                counts[key] += count
-    if parts and (counts["missing"] or counts["duplicate"]):
-        problems.add([Problem(file=PLAN_FOLDER, what=f"planned is not ok + partial + error: {counts}")])
+            counts += audit(of_plan, there)
+    if parts and (counts.segments.missing or counts.segments.duplicate):
+        what = f"planned is not ok + partial + rejected: {counts.segments} segments"
+        problems.add([Problem(file=PLAN_FOLDER, what=what)])
     return VerifyReport(
         files=len(files),
         rows=num_rows,

@@ -89,7 +89,7 @@ def test_a_folder_of_media_and_tars_becomes_features(tmp_path: Path, media: dict
     encoder = VisionTowerConfig(model=str(make_encoder(tmp_path / "encoder")), num_tokens_per_frame=4, merge_heads=4)
     config = PreprocessConfig(input=str(tmp_path / "in"), feature_store=str(tmp_path / "out"), encoder=encoder)
     report = run_preprocess(config, run=run_in_process)
-    assert (report.segments_done, report.frames, report.errors) == (4, 8, 0)
+    assert (report.segments.ok, report.frames, report.media.rejected) == (4, 8, 0)
     store = FeatureStore.open(config.feature_store)
     whole, member = (media_id_of(name, "") for name in ("clip.mp4", "a.tar/clip.mp4"))
     assert torch.equal(store.read(whole).features, store.read(member).features)

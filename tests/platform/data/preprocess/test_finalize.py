@@ -14,7 +14,7 @@ import torch
 from reference.synthetic_store import RECIPE, error_row, read_committed, segment_row
 from timeviper_platform.common.schemas import PLAN
 from timeviper_platform.data.preprocess.finalize import finalize_store, reject_table
-from timeviper_platform.data.store.audit import audit, count_rejects
+from timeviper_platform.data.store.audit import Audit, audit, count_reasons
 from timeviper_platform.data.store.commits import best_rows, num_feature_bytes
 from timeviper_platform.data.store.sorted_runs import SortedRuns
 from timeviper_platform.data.store.verify import verify_store
@@ -114,14 +114,18 @@ def test_a_store_finalized_in_parts_equals_the_reference(
     groups = pq.ParquetFile(tmp_path / "index.parquet").metadata
     assert {groups.row_group(number).num_rows for number in range(groups.num_row_groups - 1)} == {8}
     planned_ids = [row["segment_id"] for row in plan.to_pylist() if row["status"] == "planned"]
-    counts = audit(planned_ids, committed)
-    assert totals.counts() == counts
-    assert min(counts[name] for name in ("ok", "partial", "error", "missing", "duplicate")) > 0
+    counts = audit(plan, committed)
+    assert totals.audit == counts
+    assert counts.segments.planned == len(set(planned_ids))
+    assert counts.media.planned == len(set(plan["media_id"].to_pylist()))
+    for of in (counts.media, counts.segments):
+        assert of.planned == of.ok + of.partial + of.rejected + of.missing
+        assert min(of.ok, of.partial, of.rejected, of.missing) > 0
+    assert counts.segments.duplicate > 0
     mine = expected.filter(pa.array([name in set(planned_ids) for name in expected["segment_id"].to_pylist()]))
     rejects = reject_table(plan, mine)
     assert (totals.frames, totals.bytes) == (sum(mine["num_frames"].to_pylist()), num_feature_bytes(mine))
-    assert totals.rejected_media == len(set(rejects["media_id"].to_pylist()))
-    assert totals.errors_by_stage() == count_rejects(rejects)
+    assert totals.errors_by_stage() == count_reasons(rejects)
     order = [(name, "ascending") for name in ("media_id", "status", "error_stage", "error_type")]
     assert pq.read_table(tmp_path / "rejects.parquet").sort_by(order).equals(rejects.sort_by(order))
 
@@ -129,7 +133,7 @@ def test_a_store_finalized_in_parts_equals_the_reference(
 def test_an_empty_plan_of_an_empty_store_gives_an_empty_index(tmp_path: Path) -> None:
     StoreWriter.create(str(tmp_path), RECIPE)
     totals = finalize_store(str(tmp_path), [])
-    assert set(totals.counts().values()) == {0}
+    assert totals.audit == Audit()
     assert (
         pq.read_table(tmp_path / "index.parquet").num_rows == pq.read_table(tmp_path / "rejects.parquet").num_rows == 0
     )
@@ -144,5 +148,7 @@ def test_verification_compares_a_store_with_its_stored_plan(tmp_path: Path) -> N
     pq.write_table(pa.Table.from_pylist(rows, schema=PLAN), tmp_path / "plan" / "part-000000.parquet")
     writer.write_index()
     report = verify_store(uri)
-    assert report.audit == {"planned": 3, "ok": 2, "partial": 0, "error": 0, "missing": 1, "duplicate": 0}
-    assert any("planned is not ok + partial + error" in problem.what for problem in report.problems)
+    assert report.audit is not None
+    assert str(report.audit.segments) == "3 planned = 2 ok + 0 partial + 0 rejected + 1 missing"
+    assert str(report.audit.media) == "1 planned = 0 ok + 0 partial + 0 rejected + 1 missing"
+    assert any("planned is not ok + partial + rejected" in problem.what for problem in report.problems)

@@ -60,7 +60,7 @@ def test_failing_and_slow_requests_lose_nothing_and_are_counted(
     before, counted_before = server.num_errors, storage.num_retries()
     report = run_preprocess(config, run=run_in_process)
     injected, counted = server.num_errors - before, storage.num_retries() - counted_before
-    assert (report.segments_done, report.errors, report.audit["missing"], report.audit["duplicate"]) == (3, 0, 0, 0)
+    assert str(report.segments) == "3 planned = 3 ok + 0 partial + 0 rejected"
     assert contents(config.feature_store) == contents(expected.feature_store)
     assert verify_store(config.feature_store).problems == []
     assert compact(config.feature_store).files_after == 1
@@ -165,7 +165,7 @@ def test_media_and_features_on_an_object_store(bucket: s3fs.S3FileSystem, tmp_pa
     bucket.pipe("bucket/manifest.csv", b"uri\nvideos/a.mp4\nvideos/b.mp4\nvideos/text.mp4\nvideos/none.mp4\n")
     config = make_config(tmp_path, "s3://bucket/manifest.csv", "s3://bucket/features")
     report = run_preprocess(config, run=run_in_process)
-    assert (report.segments_done, report.errors, report.audit["missing"]) == (2, 2, 0)
+    assert (report.segments.ok, report.media.rejected, report.segments.missing) == (2, 2, 0)
     assert report.errors_by_stage == {"probe": {"not_found": 1, "unknown_format": 1}}
     store = FeatureStore.open(config.feature_store)
     first, second = (store.read(media_id) for media_id in store.media_ids)
@@ -178,7 +178,7 @@ def test_media_and_features_on_an_object_store(bucket: s3fs.S3FileSystem, tmp_pa
     from_glob = PreprocessConfig(
         input="s3://bucket/videos/*.mp4", feature_store=str(tmp_path / "store"), encoder=config.encoder
     )
-    assert run_preprocess(from_glob, run=run_in_process).segments_done == 2
+    assert run_preprocess(from_glob, run=run_in_process).segments.ok == 2
 
 
 def test_a_listing_is_paged_and_has_the_versions_of_its_objects(

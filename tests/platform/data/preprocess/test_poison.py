@@ -25,6 +25,7 @@ from timeviper_platform.data.preprocess.config import ExecutionConfig, Preproces
 from timeviper_platform.data.preprocess.run import run_preprocess
 from timeviper_platform.data.preprocess.tasks import TaskResult, WriteTask
 from timeviper_platform.data.preprocess.worker import WorkerSpec, run_here
+from timeviper_platform.data.store.audit import Audit, Outcomes
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.data.store.verify import verify_store
 
@@ -107,17 +108,17 @@ def test_bad_inputs_are_one_row_each_and_good_ones_are_complete(
     report = run_preprocess(config, run=while_one_vanishes)
     rejects = pq.read_table(tmp_path / "store" / "rejects.parquet").to_pylist()
     assert {row["media_id"]: (row["status"], row["error_stage"], row["error_type"]) for row in rejects} == POISON
-    assert len(rejects) == len(POISON) == report.errors
-    assert report.media == num_good + len(POISON)
-    planned = num_good + 2  # planning accepts vanished.mp4 and lying.mkv
-    audit = {"planned": planned, "ok": num_good, "partial": 1, "error": 1, "missing": 0, "duplicate": 0}
-    assert report.audit == audit
+    assert len(rejects) == len(POISON)
+    assert report.media == Outcomes(planned=num_good + len(POISON), ok=num_good, partial=1, rejected=len(POISON) - 1)
+    # planning accepts vanished.mp4 and lying.mkv
+    assert report.segments == Outcomes(planned=num_good + 2, ok=num_good, partial=1, rejected=1)
     assert report.retries > 0
     num_counted = sum(number for kinds in report.errors_by_stage.values() for number in kinds.values())
     assert num_counted == len(POISON)
     stored = set(FeatureStore.open(config.feature_store).media_ids)
     assert stored == {n for n in names if n not in POISON} | {"lying.mkv"}
-    assert verify_store(config.feature_store).problems == []
+    checked = verify_store(config.feature_store)
+    assert (checked.problems, checked.audit) == ([], Audit(report.media, report.segments))
     for name in names:
         began = time.process_time()
         with contextlib.suppress(DecodeError):

@@ -10,10 +10,17 @@ import pytest
 from reference.synthetic_result import synthetic_result
 from timeviper_platform.common.logs import setup_logging
 from timeviper_platform.data.preprocess.progress import Progress
+from timeviper_platform.data.store.audit import Outcomes
 
-HALF = synthetic_result(num_frames=128, num_ok=1, num_error=1, error_types=["corrupt_file"], started=0.0, ended=10.0)
+HALF = synthetic_result(
+    num_frames=128,
+    segments=Outcomes.of(["ok", "error"]),
+    error_types=["corrupt_file"],
+    started=0.0,
+    ended=10.0,
+)
 REST = synthetic_result(num_frames=128, started=10.0, ended=20.0)
-FIGURES = "12.8 frames/s, rejected: 1 corrupt_file, 10 s left"
+FIGURES = "1 ok + 0 partial + 1 rejected (1 corrupt_file); 12.8 frames/s, 10 s left"
 
 
 class Terminal(io.StringIO):
@@ -25,7 +32,7 @@ def test_a_log_has_progress_lines(caplog: pytest.LogCaptureFixture, capsys: pyte
     caplog.set_level(logging.INFO)
     with Progress(num_segments=4, num_frames=256, every_seconds=0.0) as progress:
         progress.add(HALF)
-    assert f"2/4 segments (50%), {FIGURES}" in caplog.text
+    assert f"2/4 segments (50%): {FIGURES}" in caplog.text
     assert "\r" not in capsys.readouterr().err
 
 
@@ -53,6 +60,6 @@ def test_a_terminal_has_a_bar_that_log_lines_do_not_break(monkeypatch: pytest.Mo
     assert "segments (" not in drawn  # no line per task
     bars = [part.strip() for part in drawn.replace("\n", "\r").split("\r") if "|" in part]
     assert bars[-1].startswith("100%|")
-    assert "4/4 segments, 12.8 frames/s, rejected: 1 corrupt_file, 0 s left" in bars[-1]
+    assert "4/4 segments, 3 ok + 0 partial + 1 rejected (1 corrupt_file); 12.8 frames/s, 0 s left" in bars[-1]
     (line,) = [line for line in drawn.split("\n") if "a file is damaged" in line]
     assert "|" not in line.rpartition("\r")[2]

@@ -55,8 +55,8 @@ def test_a_run_on_ray_gives_the_same_bytes_and_a_second_run_does_nothing(
     assert report.workers["decode"] in (1, 2)  # so few tasks may be done before the second worker has started
     port = ray.nodes()[0]["MetricsExportPort"]
     assert exported(port, "ray_timeviper_preprocess_frames", report.frames_encoded) == report.frames_encoded
-    assert (report.segments_done, report.segments_error, report.errors) == (14, 1, len(BAD))
-    assert report.audit["missing"] == report.audit["duplicate"] == 0
+    assert (report.segments.ok, report.segments.rejected, report.media.rejected) == (14, 1, len(BAD))
+    assert report.segments.missing == report.segments.duplicate == 0
     assert contents(config.feature_store) == contents(str(finished))
     assert run_preprocess(config, run=no_runner).segments_encoded == 0
 
@@ -68,7 +68,7 @@ def test_split_steps_on_ray_give_the_same_bytes(
     corpus: Path, finished: Path, tmp_path: Path, ray_address: str, mode: str
 ) -> None:
     config = make_config(corpus, tmp_path / "store", mode=mode, num_workers=1, num_decode_workers=1)
-    assert run_preprocess(config).segments_done == 14
+    assert run_preprocess(config).segments.ok == 14
     assert contents(config.feature_store) == contents(str(finished))
 
 
@@ -109,7 +109,7 @@ def test_split_steps_hand_over_frames_errors_and_rows_unchanged(corpus: Path, fi
 
     config = make_config(corpus, tmp_path / "store")
     report = run_preprocess(config, run=run_split)
-    assert (report.segments_done, report.segments_error, report.errors) == (14, 1, len(BAD))
+    assert (report.segments.ok, report.segments.rejected, report.media.rejected) == (14, 1, len(BAD))
     assert contents(config.feature_store) == contents(str(finished))
 
 
@@ -161,7 +161,7 @@ def test_a_fused_worker_decodes_the_next_task_while_a_commit_waits(
     assert num_tasks > 2
     assert all(overlaps)
     assert len(overlaps) == num_tasks
-    assert (report.segments_done, report.segments_error, report.errors) == (14, 1, len(BAD))
+    assert (report.segments.ok, report.segments.rejected, report.media.rejected) == (14, 1, len(BAD))
     assert contents(config.feature_store) == contents(str(finished))
     assert sum(result.retries for result in results) == 3 * num_tasks
     assert all(result.decode_cpu_seconds > 0 and result.encode_cpu_seconds > 0 for result in results)

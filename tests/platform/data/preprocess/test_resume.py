@@ -29,7 +29,7 @@ from timeviper_platform.data.store.verify import verify_store
 def test_a_second_run_does_nothing_and_changes_nothing(corpus: Path, finished: Path) -> None:
     before = contents(str(finished))
     report = run_preprocess(make_config(corpus, finished), run=no_runner)
-    assert (report.segments_encoded, report.frames_encoded, report.segments_done) == (0, 0, 14)
+    assert (report.segments_encoded, report.frames_encoded, report.segments.ok) == (0, 0, 14)
     assert report.frames_per_second > 0  # of the previous run
     assert contents(str(finished)) == before
     assert "encoded in this run: 0" in "\n".join(report.lines())
@@ -63,7 +63,7 @@ def test_a_run_after_a_crash_ends_with_the_same_bytes(corpus: Path, finished: Pa
     (output / "data" / ".next.parquet.0.tmp").write_bytes(b"half a file")
     report = run_preprocess(make_config(corpus, output), run=run_in_process)
     assert 0 < report.segments_encoded < 15
-    assert (report.audit["missing"], report.audit["duplicate"]) == (0, 0)
+    assert (report.segments.missing, report.segments.duplicate) == (0, 0)
     assert contents(str(output)) == contents(str(finished))
     assert len(list((output / "data").iterdir())) == len(list((output / "commits").iterdir()))
 
@@ -78,7 +78,7 @@ def test_only_new_and_changed_media_are_processed(corpus: Path, finished: Path, 
     make_video(moved / "media" / "nowhere.mp4", range(8))
     report = run_preprocess(config, run=run_in_process)
     assert report.segments_encoded == 2
-    assert report.errors == first.errors - 1
+    assert report.media.rejected == first.media.rejected - 1
     store = FeatureStore.open(config.feature_store)
     assert (store.info("clip0.mp4").num_frames, store.info("nowhere.mp4").num_frames) == (4, 1)
 
@@ -93,7 +93,7 @@ def test_a_changed_medium_supersedes_its_old_version_and_inputs_can_be_added(cor
     make_video(tmp_path / "media" / "clip0.mp4", range(40, 72))
     report = run_preprocess(every, run=run_in_process)
     assert report.segments_encoded == 6  # one changed, five added
-    assert (report.segments, report.audit["missing"], report.audit["duplicate"]) == (10, 0, 0)
+    assert (report.segments.planned, report.segments.missing, report.segments.duplicate) == (10, 0, 0)
     new = contents(config.feature_store)
     assert len(new) == 10
     assert sum(new[media_id] != before for media_id, before in old.items()) == 1
@@ -123,7 +123,7 @@ def test_a_run_with_other_workers_and_file_sizes_ends_with_the_same_bytes(
     assert 0 < report.segments_encoded < 15
     written = [pq.read_metadata(path) for path in set((tmp_path / "store" / "data").iterdir()) - before]
     assert max(file.num_row_groups for file in written) > 1  # of a few KB each
-    assert (report.audit["missing"], report.audit["duplicate"]) == (0, 0)
+    assert (report.segments.missing, report.segments.duplicate) == (0, 0)
     assert contents(config.feature_store) == contents(str(finished))
 
 
@@ -140,8 +140,8 @@ def test_a_file_that_was_missing_during_a_run_is_tried_again(corpus: Path, tmp_p
     first = run_preprocess(config, run=while_away)
     assert first.errors_by_stage == {"decode_video": {"not_found": 1}}
     second = run_preprocess(config, run=run_in_process)
-    assert (second.segments_encoded, second.errors, second.segments_done) == (1, 0, 10)
-    assert second.audit["duplicate"] == 0
+    assert (second.segments_encoded, second.media.rejected, second.segments.ok) == (1, 0, 10)
+    assert second.segments.duplicate == 0
 
 
 def test_named_error_types_are_tried_again_after_a_limit_was_raised(corpus: Path, tmp_path: Path) -> None:
@@ -162,15 +162,15 @@ def test_named_error_types_are_tried_again_after_a_limit_was_raised(corpus: Path
     assert first.errors_by_stage == {"decode_video": {"too_many_pixels": 3}}
     assert any("retry_errors=[too_many_pixels]" in line for line in first.lines())
     raised = dataclasses.replace(config, limits=MediaLimits())
-    assert run_preprocess(raised, run=no_runner).segments_error == 3
+    assert run_preprocess(raised, run=no_runner).segments.rejected == 3
     for kinds in (("decoder_timeout",), ("too_many_pixels",), "all"):
         again = dataclasses.replace(raised, retry_errors=kinds)
         expected = 3 if kinds == ("too_many_pixels",) else 0
         assert estimate(again).segments_missing == expected
         report = run_preprocess(again, run=run_in_process if expected else no_runner)
         assert report.segments_encoded == expected
-    assert (report.segments_done, report.segments_error, report.errors) == (3, 0, 0)
-    assert report.audit == {"planned": 3, "ok": 3, "partial": 0, "error": 0, "missing": 0, "duplicate": 0}
+    assert (report.segments.ok, report.segments.rejected, report.media.rejected) == (3, 0, 0)
+    assert str(report.segments) == "3 planned = 3 ok + 0 partial + 0 rejected"
     assert not any("retry_errors" in line for line in report.lines())
     assert len(FeatureStore.open(config.feature_store).media_ids) == 3
     assert pq.read_table(tmp_path / "store" / "rejects.parquet").num_rows == 0

@@ -29,10 +29,11 @@ def test_every_medium_is_stored_or_rejected_with_stage_and_type(finished: Path) 
     report = storage.read_json(str(finished / "report.json"))
     rejects = pq.read_table(finished / "rejects.parquet").to_pylist()
     assert {row["media_id"]: (row["error_stage"], row["error_type"]) for row in rejects} == BAD
-    assert len(rejects) == report["errors"] == len(BAD)
+    assert len(rejects) == report["media"]["rejected"] == len(BAD)
     assert report["errors_by_stage"]["probe"]["empty_file"] == 1
-    assert report["media"] == 19
-    assert report["audit"] == {"planned": 15, "ok": 14, "partial": 0, "error": 1, "missing": 0, "duplicate": 0}
+    none = {"partial": 0, "missing": 0, "duplicate": 0}
+    assert report["media"] == {"planned": 19, "ok": 13, "rejected": 6, **none}
+    assert report["segments"] == {"planned": 15, "ok": 14, "rejected": 1, **none}
     assert report["frames"] == 66 + (1 + 2 + 3) * 3 + 1 + 2
     store = FeatureStore.open(str(finished))
     assert set(store.media_ids) == {"film.mp4", "image0.jpg", "image1.jpg", *(f"clip{n}.mp4" for n in range(10))}
@@ -70,7 +71,7 @@ def test_the_job_stops_when_all_media_fail_for_one_reason_and_keeps_finished_wor
     (tmp_path / "away").rename(tmp_path / "media")
     report = run_preprocess(config, run=run_in_process)
     assert 0 < report.segments_encoded < 10
-    assert (report.segments_done, report.errors) == (10, 0)
+    assert (report.segments.ok, report.media.rejected) == (10, 0)
 
 
 def test_a_plan_of_errors_stops_the_job(tmp_path: Path, corpus: Path) -> None:
@@ -82,7 +83,7 @@ def test_a_plan_of_errors_stops_the_job(tmp_path: Path, corpus: Path) -> None:
     with pytest.raises(RuntimeError, match="5 media in a row failed for one reason, probe/not_found"):
         run_preprocess(config, run=no_runner)
     unlimited = dataclasses.replace(config, execution=ExecutionConfig(max_consecutive_failures=None))
-    assert run_preprocess(unlimited, run=no_runner).errors == 5
+    assert run_preprocess(unlimited, run=no_runner).media.rejected == 5
 
 
 def test_failed_downloads_are_counted_and_do_not_stop_the_job(tmp_path: Path, corpus: Path) -> None:

@@ -115,7 +115,7 @@ def test_a_store_of_keyframes_refuses_other_sampling(film: Path, tmp_path: Path)
     )
     report = run_preprocess(config, run=run_in_process)
     keyframes = expected(film, sample_times(Fraction(0), STEP, 0, 100), STEP)
-    assert (report.errors, report.frames) == (0, len(keyframes))
+    assert (report.media.rejected, report.frames) == (0, len(keyframes))
     store = FeatureStore.open(config.feature_store)
     stored = store.read(store.media_ids[0])
     assert stored.pts_seconds.tolist() == [pts for _, pts in keyframes]
