@@ -27,6 +27,8 @@ def make_media(folder: Path) -> None:
         shutil.copy(CASES / "pictures" / name, folder)
     shutil.copy(CASES / "media" / "anim.gif", folder / "animation.jpg")  # the content decides
     shutil.copy(CASES / "media" / "anim_webp.webp", folder / "animation.mp4")
+    frames = [Image.fromarray(painted(number, 64, 64)) for number in range(130)]
+    frames[0].save(folder / "long.gif", save_all=True, append_images=frames[1:], duration=1000)  # three segments
     Image.fromarray(painted(8)).save(folder / "cut.jpg")
     whole = (folder / "cut.jpg").read_bytes()
     (folder / "cut.jpg").write_bytes(whole[: len(whole) * 2 // 3])
@@ -51,6 +53,7 @@ def test_pictures_and_animations_are_stored_or_counted(corpus: Path, tmp_path: P
     assert shown == {
         **dict.fromkeys(pictures, ("image", 1, 0.0)),
         **dict.fromkeys(("animation.jpg", "animation.mp4"), ("video", 5, 5.0)),
+        "long.gif": ("video", 130, 130.0),
     }
     assert found["animation.jpg"].pts_seconds.tolist() == [0, 1, 2, 3, 4]
     encoder = FrameEncoder(config.encoder)

@@ -8,6 +8,7 @@ import random
 import resource
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -191,3 +192,17 @@ def test_a_pool_reads_animations_and_pictures_by_content(tmp_path: Path) -> None
     for k, name in ((1, "a.jpg"), (0, "b.mp4"), (0, "a.jpg"), (1, "b.mp4")):
         assert read_number(pool.sample(str(tmp_path / name), [Fraction(k, 10)]).frames[0]) == k
     pool.close()
+
+
+@pytest.mark.parametrize("options", [{"backend": "decord"}, {"backend": "torchcodec"}, {"keyframe_step": Fraction(1)}])
+def test_every_backend_leaves_animations_to_pillow(options: dict[str, Any]) -> None:
+    reader = open_video(numbered("GIF", [1000, 1000]), SIZE, **options)
+    assert [read_number(frame) for frame in reader.sample([Fraction(0), Fraction(1)]).frames] == [0, 1]
+
+
+def test_the_default_image_of_an_apng_is_not_a_frame() -> None:
+    frames = [Image.fromarray(painted(number, SIZE, SIZE)) for number in range(4)]
+    content = io.BytesIO()
+    frames[0].save(content, "PNG", save_all=True, append_images=frames[1:], default_image=True, duration=500)
+    batch = read_frames(content.getvalue(), SIZE, fps=Fraction(2))
+    assert [read_number(frame) for frame in batch.frames] == [1, 2, 3]

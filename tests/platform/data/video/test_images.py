@@ -18,6 +18,7 @@ from PIL import Image, ImageCms, ImageFile, PngImagePlugin
 from reference.awkward_videos import SIZE
 from reference.heic_files import write_heic
 from reference.painted_numbers import painted, read_number
+from reference.synthetic_media import make_video
 from timeviper_platform.data.media.container import DecodeError, MediaLimits
 from timeviper_platform.data.media.probe import probe_media
 from timeviper_platform.data.video.pictures import read_image
@@ -235,11 +236,14 @@ def test_limits_against_bombs_stay() -> None:
     assert PngImagePlugin.MAX_TEXT_CHUNK == ImageFile.SAFEBLOCK
 
 
-def test_a_picture_of_one_row_is_rejected() -> None:
+def test_a_picture_or_film_of_few_rows_is_rejected(tmp_path: Path) -> None:
     line = saved(Image.new("1", (36_000_000, 1)), "PNG")
     for read in (probe_media, lambda content: read_image(content, 64)):
         with pytest.raises(DecodeError, match=r"too_narrow.*36000000 x 1"):
             read(line)
+    make_video(tmp_path / "line.mp4", range(2), size=(4000, 16))
+    with pytest.raises(DecodeError, match="too_narrow"):
+        probe_media(str(tmp_path / "line.mp4"))
     strip = saved(Image.new("RGB", (20, 4000)), "PNG")
     assert probe_media(strip).height == 4000
     with pytest.raises(DecodeError, match="too_narrow"):
