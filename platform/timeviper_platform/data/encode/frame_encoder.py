@@ -18,10 +18,8 @@ from timeviper_model.layers.projector import combine_towers
 from timeviper_model.layers.tome import merge_tokens
 from timeviper_model.layers.vision_transformer import VisionTransformer
 from timeviper_platform.common.devices import Dtype, torch_dtype
+from timeviper_platform.data.encode.recipe import RECIPE_VERSION
 from timeviper_platform.data.encode.tower_weights import TowerDescription, describe_tower
-
-RECIPE_VERSION = 2
-"""Increased when the same configuration gives other features. 2: videos are rotated upright."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

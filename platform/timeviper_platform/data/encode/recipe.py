@@ -12,6 +12,14 @@ from timeviper_model.config import VisionConfig
 Facts = dict[str, Any]
 """Fields of VisionConfig by dotted name, number of towers, width of a row."""
 
+RECIPE_CHANGES = {
+    2: "videos are turned upright",
+    3: "frames follow the medium's clock (late starts, joined recordings, exact ends) and the stream that players take",
+}
+"""Version -> what it changed: the same configuration gives other features for some media."""
+
+RECIPE_VERSION = max(RECIPE_CHANGES)
+
 
 def tower_facts(recipe: Mapping[str, Any]) -> Facts:
     """Fields of one tower in a recipe or its `second`."""
@@ -49,6 +57,18 @@ def recipe_hash(recipe: Mapping[str, Any]) -> str:
     """sha256 of the recipe as canonical JSON (sorted keys, no spaces)."""
     text = json.dumps(recipe, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def older_recipe(recipe: Mapping[str, Any]) -> str | None:
+    """Returns what a store of an earlier release lacks, and the fix; None for the current version."""
+    version = recipe.get("recipe_version", 1)
+    if version >= RECIPE_VERSION:
+        return None
+    changes = "; ".join(f"{number}: {text}" for number, text in RECIPE_CHANGES.items() if number > version)
+    return (
+        f"recipe_version {version} is older than this release's {RECIPE_VERSION} ({changes}): the store stays readable;"
+        " to add media or get these frames, preprocess into a new feature_store"
+    )
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

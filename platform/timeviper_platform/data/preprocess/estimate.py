@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from timeviper_platform.data.encode.frame_encoder import FrameEncoder, describe_encoder
-from timeviper_platform.data.encode.recipe import differences, recipe_hash
+from timeviper_platform.data.encode.recipe import differences, older_recipe, recipe_hash
 from timeviper_platform.data.plan.stored_plan import PlanCounts, finished_segments, missing_rows
 from timeviper_platform.data.preprocess.calibrate import Calibration, SegmentSample, calibrate
 from timeviper_platform.data.preprocess.config import PreprocessConfig
@@ -41,7 +41,8 @@ def estimate(config: PreprocessConfig) -> Estimate:
     recipe = make_recipe(encoder, config)
     header = find_header(config.feature_store)
     if header is not None and header["recipe"] != recipe:
-        raise ValueError("\n".join(["the feature store has another recipe:", *differences(header["recipe"], recipe)]))
+        lines = [*differences(header["recipe"], recipe), *filter(None, [older_recipe(header["recipe"])])]
+        raise ValueError("\n".join(["the feature store has another recipe:", *lines]))
     digest = recipe_hash(recipe)
     counts, sample = PlanCounts(), SegmentSample()
     finished = finished_segments(config.feature_store, config.errors_to_retry)

@@ -18,6 +18,7 @@ import xxhash
 from timeviper_platform.common import storage
 from timeviper_platform.common.hash_table import HashTable
 from timeviper_platform.common.listing import sizes_in
+from timeviper_platform.data.encode.recipe import older_recipe
 from timeviper_platform.data.store.audit import Outcomes, count_reasons, medium_status
 from timeviper_platform.data.store.commits import CommitLog, files_digest, num_feature_bytes
 from timeviper_platform.data.store.index_writer import index_tables, read_files_digest
@@ -54,6 +55,7 @@ class StoreSummary:
             + ("" if self.is_indexed else "; the index is outdated: run the job again"),
             f"reasons    {', '.join(reasons) or 'none'}",
             f"recipe     {self.recipe_hash}",
+            *([f"older      {note}"] if (note := older_recipe(self.recipe)) else []),
             *(f"  {line}" for line in json.dumps(self.recipe, indent=2).splitlines()),
         ]
 

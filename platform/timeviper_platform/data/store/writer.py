@@ -19,7 +19,7 @@ from torch import Tensor
 
 from timeviper_platform.common import schemas, storage
 from timeviper_platform.common.listing import names_in
-from timeviper_platform.data.encode.recipe import differences, recipe_hash
+from timeviper_platform.data.encode.recipe import differences, older_recipe, recipe_hash
 from timeviper_platform.data.store.commits import STATUS_RANK, CommitLog, replaced_files
 from timeviper_platform.data.store.index import ROW_GROUP_ROWS
 from timeviper_platform.data.store.index_writer import write_index
@@ -72,9 +72,9 @@ class StoreWriter:
         header = find_header(uri)
         if header is not None and header["recipe_hash"] != writer.recipe_hash:
             lines = "\n".join(f"  {line}" for line in differences(header["recipe"], dict(recipe)))
+            fix = older_recipe(header["recipe"]) or "Write to another feature_store, or remove that one."
             raise ValueError(
-                f"the store at {uri} has another recipe, and features of two recipes do not mix:\n{lines}\n"
-                "Write to another feature_store, or remove that one."
+                f"the store at {uri} has another recipe, and features of two recipes do not mix:\n{lines}\n{fix}"
             )
         storage.ensure_writable(uri)
         if header is None:

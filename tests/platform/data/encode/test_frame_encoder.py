@@ -140,7 +140,7 @@ def test_a_recipe_has_extra_keys_only_for_two_towers(towers: VisionTowerConfig) 
     one, two = FrameEncoder(replace(towers, second=None)), FrameEncoder(towers)
     hashes = [tower.vision.weights_hash for tower in two.towers]
     expected = {
-        "recipe_version": 2,
+        "recipe_version": 3,
         "encoder": {"weights_hash": hashes[0], "layer": -2},
         "preprocessing": {"image_size": 32, "resize": "bicubic", "aspect": "squeezed"},
         "merge": {"method": "tome", "num_tokens_per_frame": 4, "heads": 4},
