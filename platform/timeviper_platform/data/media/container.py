@@ -222,22 +222,21 @@ def open_container(source: str | bytes, limits: MediaLimits | None = None) -> An
 
 
 def video_stream(container: Any, stage: Stage, name: str) -> Any:
-    """Returns the first video stream except cover pictures, and discards all others. Raises DecodeError."""
-    videos = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
-    if not videos:
+    """Returns the video stream that players take (av_find_best_stream), and discards all others. Raises DecodeError."""
+    videos = container.streams.video
+    for stream in videos:
+        if stream.disposition & av.stream.Disposition.attached_pic:  # a cover: the last choice
+            stream.disposition = av.stream.Disposition.attached_pic | av.stream.Disposition.visual_impaired
+    best = container.streams.best("video")
+    if best is None or best.disposition & av.stream.Disposition.attached_pic:
         kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "no streams"
         raise DecodeError(stage, ErrorType.NO_VIDEO_STREAM, f"{name}: no video stream, only {kinds}")
+    if best.codec_context is None:
+        raise DecodeError(stage, ErrorType.NO_DECODER, f"{name}: this FFmpeg has no decoder for its video stream")
     for stream in container.streams:
-        if stream.index != videos[0].index:
+        if stream.index != best.index:
             stream.discard = av.stream.Discard.all
-    return videos[0]
-
-
-def clock_origin(container: Any, stream: Any) -> int:
-    """Returns the tick at 0 s: 0, or the first PTS of MPEG-TS and MPEG-PS."""
-    if container.format.flags & av.format.Flags.ts_discont.value:
-        return int(stream.start_time or 0)
-    return 0
+    return best
 
 
 def _known_head(source: str | bytes, limits: MediaLimits | None) -> bool:

@@ -9,7 +9,7 @@ from fractions import Fraction
 from timeviper_platform.common.listing import FileVersion
 from timeviper_platform.data.media.container import DecodeError, Modality
 
-HEADER_FIELDS = ("modality", "duration_seconds", "source_fps", "width", "height", "codec")
+HEADER_FIELDS = ("modality", "duration_seconds", "source_fps", "width", "height", "codec", "joined_parts")
 """Fields that probing sets."""
 
 
@@ -35,6 +35,8 @@ class Medium:
     width: int = 0
     height: int = 0
     codec: str = ""
+    joined_parts: int | None = None
+    """Recordings that were joined in a video, each with its own clock; None = unknown, or an image."""
     error: DecodeError | None = None
 
     @property

@@ -6,19 +6,18 @@ import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from timeviper_platform.common import storage
 from timeviper_platform.common.listing import FileVersion
 from timeviper_platform.data.media.animations import scan_animation
+from timeviper_platform.data.media.clock import StreamClock
 from timeviper_platform.data.media.container import (
     DecodeError,
     ErrorType,
     MediaLimits,
     check_size,
-    clock_origin,
     decode_errors,
     open_binary,
     open_container,
@@ -31,11 +30,7 @@ from timeviper_platform.data.media.locations import RangeLocation, parse_locatio
 from timeviper_platform.data.media.medium import Medium
 from timeviper_platform.data.media.pictures import PictureError, read_header
 from timeviper_platform.data.media.signatures import sniff_modality
-
-AV_TIME_BASE = 1_000_000
-
-STEADY_RATE_TOLERANCE = Fraction(1, 100)
-"""Relative difference of average and base rate above which a frame rate is variable."""
+from timeviper_platform.data.media.stream_end import header_end_tick, is_cut_short, read_to_end
 
 PROBE_THREADS = 16
 """Probing mostly waits for disks and object stores."""
@@ -71,7 +66,7 @@ def probe_media(source: str | bytes, limits: MediaLimits | None = None) -> Mediu
         if not head:
             raise DecodeError("probe", ErrorType.EMPTY_FILE, f"{source_name(source)}: the file has 0 bytes")
         is_picture = sniff_modality(head) == "image"
-        probe = _probe_picture(source, head, limits) if is_picture else _probe_video(source, limits)
+        probe = _probe_picture(source, head, limits) if is_picture else _probe_video(source, head, limits)
     check_size(probe.width, probe.height, limits, "probe", source_name(source))
     return probe
 
@@ -128,43 +123,29 @@ def _probe_picture(source: str | bytes, head: bytes, limits: MediaLimits) -> Med
         return Medium(uri, modality="image", width=header.width, height=header.height, codec=header.codec)
 
 
-def _probe_video(source: str | bytes, limits: MediaLimits) -> Medium:
+def _probe_video(source: str | bytes, head: bytes, limits: MediaLimits) -> Medium:
+    name = source_name(source)
     with open_container(source, limits) as container:
-        stream = video_stream(container, "probe", source_name(source))
-        if stream.duration:
-            end = _stream_end(container, stream)
-        elif container.duration:
-            end = Fraction(container.duration, AV_TIME_BASE)
-        else:
-            raise DecodeError(
-                "probe", ErrorType.NO_DURATION, f"{source_name(source)}: no header has a duration; remux the file"
-            )
+        stream = video_stream(container, "probe", name)
         context = stream.codec_context
         if not context.width or not context.height:
-            raise DecodeError(
-                "probe", ErrorType.CORRUPT_FILE, f"{source_name(source)}: the video stream has no frame size"
-            )
+            raise DecodeError("probe", ErrorType.CORRUPT_FILE, f"{name}: the video stream has no frame size")
+        clock = StreamClock(container, stream)
+        is_cut = is_cut_short(head, container, stream)
+        packets = None if is_cut and stream.duration else read_to_end(container, stream, clock, name=name)
+        ends = [] if packets is None or not packets.num_shown else [packets.end_tick]
+        if is_cut:  # the frames that are gone count as missing
+            ends.append(header_end_tick(container, stream, clock))
+        if not ends:
+            message = f"{name}: its video stream has no packet with a timestamp; remux the file"
+            raise DecodeError("probe", ErrorType.NO_DURATION, message)
         return Medium(
-            source if isinstance(source, str) else source_name(source),
+            source if isinstance(source, str) else name,
             modality="video",
-            duration_seconds=end,
+            duration_seconds=clock.seconds(max(ends)),
             source_fps=float(stream.average_rate or 0),
             width=context.width,
             height=context.height,
             codec=context.name,
+            joined_parts=1 if packets is None else packets.num_parts,
         )
-
-
-def _stream_end(container: Any, stream: Any) -> Fraction:
-    """Returns the end by the header, or by the last packets for a variable frame rate.
-
-    MP4 durations count DTS: with B-frames they may end seconds before the last PTS.
-    """
-    origin = clock_origin(container, stream)
-    end = (stream.start_time or 0) + stream.duration
-    average, base = stream.average_rate, stream.base_rate
-    if average and base and abs(average / base - 1) > STEADY_RATE_TOLERANCE:
-        container.seek(end, stream=stream)  # to the last keyframe
-        last = [packet.pts + (packet.duration or 0) for packet in container.demux(stream) if packet.pts is not None]
-        end = max([end, *last])
-    return (end - origin) * Fraction(stream.time_base)

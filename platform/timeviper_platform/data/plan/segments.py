@@ -60,6 +60,7 @@ class Segment:
     width: int
     height: int
     codec: str
+    joined_parts: int | None
     grid_start_seconds: float
     first_frame: int
     num_frames: int
@@ -192,6 +193,7 @@ def _sampled(medium: Medium, spec: PlanSpec) -> dict[str, Any]:
         "width": medium.width,
         "height": medium.height,
         "codec": medium.codec,
+        "joined_parts": medium.joined_parts,
         "grid_start_seconds": float(start),
         "num_frames": num_frames,
     }

@@ -34,6 +34,10 @@ class PlanCounts:
     frames_missing: int = 0
     errors: Counter[str] = field(default_factory=Counter)
     """Media in error by type."""
+    joined_media: int = 0
+    """Videos of several recordings, each with its own clock."""
+    joined_parts: int = 0
+    """Recordings in them."""
 
     def add(self, table: pa.Table, is_missing: np.ndarray) -> None:
         """Adds PLAN rows; `is_missing` (rows,) marks uncommitted segments."""
@@ -41,6 +45,9 @@ class PlanCounts:
         num_frames = table["num_frames"].fill_null(0).to_numpy()
         is_first = table["segment_index"].fill_null(0).to_numpy() == 0
         self.media += int(is_first.sum())
+        parts = table["joined_parts"].fill_null(1).to_numpy()[is_first]
+        self.joined_media += int((parts > 1).sum())
+        self.joined_parts += int(parts[parts > 1].sum())
         self.segments += int((~is_error).sum())
         self.frames += int(num_frames.sum())
         self.segments_missing += int(is_missing.sum())

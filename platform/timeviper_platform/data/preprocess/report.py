@@ -37,6 +37,10 @@ class PreprocessReport:
     """a few of them"""
     errors_by_stage: dict[str, dict[str, int]]
     """stage -> error type -> media that are partial or rejected; a medium may have several reasons"""
+    joined_media: int
+    """videos of several recordings whose clocks restart or jump"""
+    joined_parts: int
+    """recordings in them"""
     frames_per_second: float
     """`steady_rate` of the last run that encoded frames"""
     bytes: int
@@ -68,6 +72,7 @@ class PreprocessReport:
         )
         return [
             f"media      {self.media}" + (f"; reasons: {reasons}" if reasons else ""),
+            *self._joined_lines(),
             f"segments   {self.segments}; tried in this run: {self.segments_encoded}",
             *self._retry_lines(),
             f"frames     {self.frames} stored, {self.frames_missing} missing, {self.bytes / 1e6:.1f} MB; encoded in"
@@ -78,6 +83,11 @@ class PreprocessReport:
             *(self._speed_lines() if self.workers else []),
             f"retries    {self.retries}",
         ]
+
+    def _joined_lines(self) -> list[str]:
+        if not self.joined_media:
+            return []
+        return [f"joined     {self.joined_media} videos hold {self.joined_parts} recordings, read one after the other"]
 
     def _retry_lines(self) -> list[str]:
         decoding = (kinds for stage, kinds in self.errors_by_stage.items() if stage.startswith("decode"))

@@ -146,6 +146,8 @@ def _finalize(
         media_repeating=repeats.media,
         most_repeating=repeats.worst,
         errors_by_stage=totals.errors_by_stage(),
+        joined_media=plan.counts.joined_media,
+        joined_parts=plan.counts.joined_parts,
         frames_per_second=round(steady_rate(results), 2) if results else last_rate(config.feature_store),
         bytes=totals.bytes,
         seconds=stopwatch.seconds,

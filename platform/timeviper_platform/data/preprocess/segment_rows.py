@@ -64,7 +64,7 @@ class SegmentDecoder:
 
     def decode(self, segments: Sequence[Segment]) -> Iterator[DecodeResult]:
         """Yields the frames or error of each segment. A child process decodes ahead."""
-        requests = (DecodeRequest(s.uri, s.modality, s.times(self._fps)) for s in segments)
+        requests = (DecodeRequest(s.uri, s.modality, s.times(self._fps), s.joined_parts) for s in segments)
         results = TimedIterator(self._source.decode(requests))
         for segment in segments:
             before = results.cpu_seconds
@@ -211,6 +211,8 @@ def _cpu_of_other_threads() -> float:
 
 
 _PLAN_FIELDS = tuple(
-    field.name for field in fields(Segment) if field.name not in ("grid_start_seconds", "first_frame", "num_frames")
+    field.name
+    for field in fields(Segment)
+    if field.name not in ("grid_start_seconds", "first_frame", "num_frames", "joined_parts")
 )
 """`asdict` would copy every value: slow for images."""

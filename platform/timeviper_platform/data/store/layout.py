@@ -50,4 +50,8 @@ def read_header(uri: str) -> dict[str, Any]:
 
 def read_plan_file(uri: str) -> pa.Table:
     with storage.open_file(uri) as file:
-        return pq.ParquetFile(file).read().cast(schemas.PLAN)
+        table = pq.ParquetFile(file).read()
+    for field in schemas.PLAN:
+        if field.name not in table.column_names:  # a plan of an earlier release
+            table = table.append_column(field, pa.nulls(len(table), field.type))
+    return table.select(schemas.PLAN.names).cast(schemas.PLAN)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
@@ -51,7 +50,7 @@ class DecordReader:
 
     def sample(self, times: Sequence[Fraction]) -> FrameBatch:
         info = self._info
-        ticks = np.array([int(t // info.time_base) for t in times], np.int64)
+        ticks = np.array([info.clock.tick(t) for t in times], np.int64)
         kept = ticks < info.end_tick
         indices = np.maximum(0, np.searchsorted(info.ticks, ticks[kept], side="right") - 1)
         try:
@@ -60,9 +59,9 @@ class DecordReader:
             raise DecodeError("decode_video", ErrorType.CORRUPT_FILE, f"{self._name}: {error}") from error
         return FrameBatch(
             frames,
-            np.array([float(int(tick) * info.time_base) for tick in info.ticks[indices]]),
+            np.array([float(info.clock.seconds(int(tick))) for tick in info.ticks[indices]]),
             np.array([float(t) for t, is_kept in zip(times, kept, strict=True) if is_kept]),
-            int((ticks >= info.end_tick + math.ceil(MAX_TAIL_SECONDS / info.time_base)).sum()),
+            int((ticks >= info.end_tick + info.clock.ticks_in(MAX_TAIL_SECONDS)).sum()) if info.is_cut_short else 0,
         )
 
     def close(self) -> None:
@@ -73,18 +72,18 @@ class DecordReader:
 
 
 def _check_fit(info: StreamInfo) -> None:
-    if info.starts_anywhere:
+    if info.clock.may_jump:
         raise BackendUnfitError("decord cannot seek in formats whose clock does not start at 0")
     if info.num_video_streams > 1:
         raise BackendUnfitError("decord may select another video stream")
-    if not info.is_timed or not len(info.ticks):
-        raise BackendUnfitError("its packets lack reliable PTS")
+    if not len(info.ticks):
+        raise BackendUnfitError("it has no packets")
     if info.orientation != UPRIGHT:
         raise BackendUnfitError("decord rotates few formats and mirrors none")
 
 
 def _check_times(seconds: np.ndarray, info: StreamInfo) -> None:
-    expected = info.ticks * float(info.time_base)
+    expected = info.ticks * float(info.clock.time_base)
     tolerance = np.maximum(ROUNDING_SECONDS, expected * np.finfo(np.float32).eps)
     if len(seconds) != len(expected) or bool((np.abs(seconds - expected) > tolerance).any()):
         raise BackendUnfitError("decord's timestamps differ from those of the packets")

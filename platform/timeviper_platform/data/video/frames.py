@@ -28,9 +28,11 @@ class FrameBatch:
     times_seconds: np.ndarray
     """(F,) float64 sampling times"""
     num_missing: int = 0
-    """Frames that do not decode."""
+    """Frames that do not decode, or that the decoder flags as corrupt."""
     num_damaged: int = 0
-    """Frames that decode in part, such as a cut picture. They are among `frames`."""
+    """Frames with visible damage, among `frames`: of a cut picture, or after damage that the decoder reported, up to
+    the next keyframe.
+    """
 
     def __post_init__(self) -> None:
         count = len(self.frames)

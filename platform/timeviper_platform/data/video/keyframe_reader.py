@@ -15,9 +15,9 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
+from timeviper_platform.data.media.clock import StreamClock, VideoPackets
 from timeviper_platform.data.media.container import (
     MediaLimits,
-    clock_origin,
     decode_errors,
     open_container,
     source_name,
@@ -36,49 +36,63 @@ class KeyframeReader:
     """VideoReader of keyframes, on one thread."""
 
     def __init__(
-        self, source: str | bytes, image_size: int, *, step: Fraction, limits: MediaLimits | None = None
+        self,
+        source: str | bytes,
+        image_size: int,
+        *,
+        step: Fraction,
+        limits: MediaLimits | None = None,
+        joined_parts: int | None = None,
     ) -> None:
         self._source, self._name = source, source_name(source)
         self._image_size, self._step = image_size, step
         self._limits = limits or MediaLimits()
+        self._joined_parts = joined_parts  # 1 = a transport stream may be seeked by time
         self._reformatter = VideoReformatter()
-        self._packets: Iterator[Any]
+        self._packets: VideoPackets
         self._held: Any = None  # a packet past the last requested time
         self._position: int  # keyframes are read up to here
         with decode_errors("decode_video", source, self._limits):
             self._open()
 
     def sample(self, times: Sequence[Fraction]) -> FrameBatch:
-        ticks = [self._tick(t) for t in times]
+        ticks = [self._clock.tick(t) for t in times]
         if ticks != sorted(ticks):
             raise ValueError("sampling times must ascend")
         packets: dict[int, Any] = {}  # by index in `times`
         kept: list[tuple[Fraction, int, np.ndarray]] = []
+        num_missing = 0
         with decode_errors("decode_video", self._source, self._limits):
             if ticks:
-                for packet in self._keyframes(self._tick(times[0] - self._step), ticks[-1]):
+                for packet in self._keyframes(self._clock.tick(times[0] - self._step), ticks[-1]):
                     packets[bisect.bisect_left(ticks, _stamp(packet))] = packet  # the last of a step wins
             for index, packet in packets.items():
-                pixels = self._decode(packet)
-                if pixels is not None:
-                    kept.append((times[index], _stamp(packet), pixels))
+                try:
+                    frame = self._decode(packet)
+                except av.error.FFmpegError as error:
+                    logger.debug("%s: a keyframe does not decode: %s", self._name, error)
+                    num_missing += 1
+                    continue
+                if frame is None:  # it needs earlier frames, as with intra refresh
+                    continue
+                if frame.is_corrupt:
+                    num_missing += 1
+                else:
+                    kept.append((times[index], _stamp(packet), self._scale(frame)))
         size = self._image_size
         return FrameBatch(
             np.stack([pixels for _, _, pixels in kept]) if kept else np.empty((0, size, size, 3), np.uint8),
-            np.array([float((pts - self._origin) * self._time_base) for _, pts, _ in kept]),
+            np.array([float(self._clock.seconds(pts)) for _, pts, _ in kept]),
             np.array([float(t) for t, _, _ in kept]),
-            len(packets) - len(kept),
+            num_missing,
         )
 
     def close(self) -> None:
         self._container.close()
 
-    def _tick(self, t: Fraction) -> int:
-        return self._origin + int(t // self._time_base)
-
     def _keyframes(self, after: int, until: int) -> Iterator[Any]:
         """Yields packets with after < PTS <= until, ascending."""
-        if after < self._position or after - self._position > JUMP_SECONDS / self._time_base:
+        if after < self._position or after - self._position > self._clock.ticks_in(JUMP_SECONDS):
             self._seek(after)
         self._position = until
         while (packet := self._next_packet()) is not None:
@@ -91,26 +105,21 @@ class KeyframeReader:
                 yield packet
 
     def _next_packet(self) -> Any:
-        packet, self._held = self._held, None
-        while packet is None or (packet.pts is None and packet.dts is None):
-            try:
-                packet = next(self._packets, None)
-            except av.error.FFmpegError as error:
-                logger.info("%s: reading ends early: %s", self._name, error)
-                return None
-            if packet is None or packet.size == 0:
-                return None
+        packet, self._held = self._held or self._packets.next(), None
+        while packet is not None and (packet.size == 0 or (packet.pts is None and packet.dts is None)):
+            packet = self._packets.next()
         return packet
 
     def _seek(self, tick: int) -> None:
-        target, back = tick, max(1, round(2 / self._time_base))
-        while target > self._origin:
+        target, back = tick, max(1, self._clock.ticks_in(2))
+        may_seek = self._clock.has_stamps and (not self._clock.may_jump or self._joined_parts == 1)
+        while may_seek and target > self._clock.tick(Fraction(0)):
             try:
                 self._container.seek(target, stream=self._stream)
             except av.error.FFmpegError as error:
                 logger.info("%s: cannot seek (%s); reading from its start", self._name, error)
                 break
-            self._packets, self._held = self._container.demux(self._stream), None
+            self._packets, self._held = self._all_packets(), None
             packet = self._next_packet()
             if packet is not None and packet.is_keyframe and _stamp(packet) <= tick:
                 self._held = packet
@@ -119,28 +128,25 @@ class KeyframeReader:
         self._container.close()
         self._open()
 
-    def _decode(self, packet: Any) -> np.ndarray | None:
+    def _decode(self, packet: Any) -> Any:
         context = self._stream.codec_context
         context.flush_buffers()
-        try:
-            frames = [*context.decode(packet), *context.decode(None)]
-        except av.error.FFmpegError as error:
-            logger.debug("%s: a keyframe does not decode: %s", self._name, error)
-            return None
-        frame = next((frame for frame in frames if not frame.is_corrupt), None)
-        if frame is None:
-            return None
+        return next(iter([*context.decode(packet), *context.decode(None)]), None)
+
+    def _scale(self, frame: Any) -> np.ndarray:
         return scale_frame(frame, self._image_size, self._reformatter, limits=self._limits, name=self._name)
 
     def _open(self) -> None:
         self._container = open_container(self._source, self._limits)
         self._stream = video_stream(self._container, "decode_video", self._name)
         self._stream.codec_context.thread_type = "NONE"
-        self._time_base = Fraction(self._stream.time_base)
-        self._origin = clock_origin(self._container, self._stream)
-        self._packets = self._container.demux(self._stream)
+        self._clock = StreamClock(self._container, self._stream)
+        self._packets = self._all_packets()
         self._held = None
-        self._position = self._tick(-self._step)
+        self._position = self._clock.tick(-self._step)
+
+    def _all_packets(self) -> VideoPackets:
+        return VideoPackets(self._container, self._stream, self._clock, name=self._name)
 
 
 def _stamp(packet: Any) -> int:

@@ -40,12 +40,14 @@ def open_video(
     limits: MediaLimits | None = None,
     backend: Backend = "pyav",
     keyframe_step: Fraction | None = None,
+    joined_parts: int | None = None,
 ) -> VideoReader:
     """Opens a video with frames scaled to image_size x image_size, bicubic.
 
     Args:
         backend: PyAV replaces it for keyframes and on BackendUnfitError, Pillow for animations.
         keyframe_step: see `KeyframeReader`; None = all frames, as for animations always.
+        joined_parts: see `Medium`; 1 lets a transport stream be seeked.
 
     Raises:
         DecodeError: when the video cannot be opened.
@@ -59,7 +61,7 @@ def open_video(
     if keyframe_step is not None:
         from timeviper_platform.data.video.keyframe_reader import KeyframeReader
 
-        return KeyframeReader(source, image_size, step=keyframe_step, limits=limits)
+        return KeyframeReader(source, image_size, step=keyframe_step, limits=limits, joined_parts=joined_parts)
     try:
         if backend == "decord":
             from timeviper_platform.data.video.decord_reader import DecordReader
@@ -73,7 +75,7 @@ def open_video(
         logger.info("%s: falling back from %s to PyAV: %s", source_name(source), backend, reason)
     from timeviper_platform.data.video.pyav_reader import PyAVReader
 
-    return PyAVReader(source, image_size, limits=limits)
+    return PyAVReader(source, image_size, limits=limits, joined_parts=joined_parts)
 
 
 def check_backend(backend: Backend) -> None:
@@ -148,7 +150,7 @@ def iter_frames(
     times = [
         grid[k] for k in select_frames([float(t) for t in grid], max_frames=max_frames, frame_selection=frame_selection)
     ]
-    reader = open_video(source, image_size, limits=limits, backend=backend)
+    reader = open_video(source, image_size, limits=limits, backend=backend, joined_parts=probe.joined_parts)
     num_frames = 0
     try:
         for start in range(0, len(times), frames_per_batch):
@@ -181,11 +183,11 @@ class DecoderPool:
         self._max_open = max_open
         self._readers: OrderedDict[str, VideoReader] = OrderedDict()
 
-    def sample(self, uri: str, times: Sequence[Fraction]) -> FrameBatch:
+    def sample(self, uri: str, times: Sequence[Fraction], joined_parts: int | None = None) -> FrameBatch:
         if uri not in self._readers:
             while len(self._readers) >= self._max_open:
                 self._readers.popitem(last=False)[1].close()
-            self._readers[uri] = self._open(uri)
+            self._readers[uri] = self._open(uri, joined_parts=joined_parts)
         self._readers.move_to_end(uri)
         try:
             return self._readers[uri].sample(times)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import av
 import numpy as np
 
+from timeviper_platform.data.media.clock import StreamClock, VideoPackets
 from timeviper_platform.data.media.container import (
     MediaLimits,
     check_size,
-    clock_origin,
     decode_errors,
     open_container,
+    read_head,
     source_name,
     video_stream,
 )
+from timeviper_platform.data.media.stream_end import is_cut_short
+from timeviper_platform.data.video.frames import BackendUnfitError
 from timeviper_platform.data.video.orientation import UPRIGHT, Orientation, orientation_of
 
 
@@ -28,21 +30,22 @@ class StreamInfo:
     index: int
     num_video_streams: int
     """Video streams, including cover pictures."""
-    time_base: Fraction
-    origin: int
-    """Tick at 0 s."""
-    starts_anywhere: bool
-    """True when the clock need not start at 0."""
+    clock: StreamClock
     ticks: np.ndarray
     """(F,) int64: PTS of the shown frames, ascending."""
     end_tick: int
-    is_timed: bool
-    """False when packets lack reliable PTS."""
+    is_cut_short: bool
+    """True when the header states more bytes than the file has."""
     orientation: Orientation
 
 
 def read_stream_info(source: str | bytes, limits: MediaLimits) -> StreamInfo:
-    """Reads all packets and decodes one frame."""
+    """Reads all packets and decodes one frame.
+
+    Raises:
+        DecodeError: when the file cannot be read.
+        BackendUnfitError: for streams that only PyAVReader reads exactly.
+    """
     name = source_name(source)
     with decode_errors("decode_video", source, limits), open_container(source, limits) as container:
         num_video_streams = len(container.streams.video)
@@ -50,45 +53,36 @@ def read_stream_info(source: str | bytes, limits: MediaLimits) -> StreamInfo:
         context = stream.codec_context
         context.thread_type = "NONE"
         check_size(context.width, context.height, limits, "decode_video", name)
-        time_base = Fraction(stream.time_base)
-        frame_ticks = max(1, round(1 / (stream.average_rate * time_base))) if stream.average_rate else 1
-        stamps, end_tick = [], 0
-        # AVI has no PTS; FFmpeg's are in decode order
-        is_timed = container.format.name != "avi" or not context.has_b_frames
-        orientation = None
-        for packet in _packets(container, stream):
+        clock = StreamClock(container, stream)
+        if not clock.has_pts:
+            raise BackendUnfitError("its packets lack reliable PTS")
+        packets = VideoPackets(container, stream, clock, name=name)
+        stamps, num_keyframes, orientation = [], 0, None
+        for packet in packets:
+            if packet.pts is None:
+                raise BackendUnfitError("its packets lack reliable PTS")
+            if packet.size == 0:
+                raise BackendUnfitError("empty packets repeat frames")
+            if not (num_keyframes or packet.is_keyframe):
+                raise BackendUnfitError("it begins inside a group of pictures")
+            num_keyframes += packet.is_keyframe
             if orientation is None:
                 orientation = _orientation(context, packet)
-            if packet.is_discard:
-                continue
-            if packet.pts is None:
-                is_timed = False
-                continue
-            stamps.append(packet.pts)
-            end_tick = max(end_tick, packet.pts + (packet.duration or frame_ticks))
+            elif packet.is_keyframe and num_keyframes == 2:
+                _check_keyframe(context, packet)
+            if not packet.is_discard:
+                stamps.append(packet.pts)
+        if packets.num_parts > 1:
+            raise BackendUnfitError("its clock jumps")
         return StreamInfo(
             index=stream.index,
             num_video_streams=num_video_streams,
-            time_base=time_base,
-            origin=clock_origin(container, stream),
-            starts_anywhere=bool(container.format.flags & av.format.Flags.ts_discont.value),
+            clock=clock,
             ticks=np.sort(np.array(stamps, np.int64)),
-            end_tick=end_tick,
-            is_timed=is_timed,
+            end_tick=packets.end_tick,
+            is_cut_short=is_cut_short(read_head(source, limits), container, stream),
             orientation=orientation or UPRIGHT,
         )
-
-
-def _packets(container: Any, stream: Any) -> Any:
-    packets = container.demux(stream)
-    while True:
-        try:
-            packet = next(packets, None)
-        except av.error.FFmpegError:
-            return
-        if packet is None or packet.size == 0:
-            return
-        yield packet
 
 
 def _orientation(context: Any, packet: Any) -> Orientation | None:
@@ -97,3 +91,13 @@ def _orientation(context: Any, packet: Any) -> Orientation | None:
     except av.error.FFmpegError:
         return None
     return orientation_of(frames[0]) if frames else None
+
+
+def _check_keyframe(context: Any, packet: Any) -> None:
+    try:
+        context.flush_buffers()
+        is_clean = bool([*context.decode(packet), *context.decode(None)])
+    except av.error.FFmpegError:  # damage
+        return
+    if not is_clean:
+        raise BackendUnfitError("its keyframes need earlier frames")

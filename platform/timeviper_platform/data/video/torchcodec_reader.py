@@ -67,10 +67,9 @@ class TorchcodecReader:
             raise BackendUnfitError(f"{backend} reads only whole local files and bytes")
         self._name, self._size = source_name(source), image_size
         info = read_stream_info(source, limits or MediaLimits())
-        if not info.is_timed:
-            raise BackendUnfitError("its packets lack reliable PTS")
-        self._origin = float(info.origin * info.time_base)
-        self._tail_start = float((info.end_tick - info.origin) * info.time_base)
+        self._origin = float(info.clock.start_seconds)
+        self._end = info.clock.seconds(info.end_tick)
+        self._is_cut_short = info.is_cut_short
         content = source if isinstance(source, bytes) else storage.split_uri(source)[1]
         self._decoder = self._open(content, "cuda" if backend == "nvdec" else "cpu", info.index)
         rotation = round(self._decoder.metadata.rotation or 0) % 360
@@ -89,7 +88,7 @@ class TorchcodecReader:
                 raise DecodeError("decode_video", ErrorType.OUT_OF_MEMORY, f"{self._name}: {error}") from error
             except (RuntimeError, IndexError) as error:
                 logger.info("%s: no frame at %s s: %s", self._name, t, error)
-                num_missing += not self._tail_start <= t < self._tail_start + MAX_TAIL_SECONDS
+                num_missing += t < self._end or (self._is_cut_short and t >= self._end + MAX_TAIL_SECONDS)
                 continue
             frames.append(self._scale(frame.data[0].cpu().numpy()))
             pts_seconds.append(float(frame.pts_seconds[0]) - self._origin)

@@ -88,10 +88,9 @@ class JobRunner:
             config = DecodeConfig(backend=job["backend"], max_open_videos=job["max_open_videos"], isolation="none")
             step = job["keyframe_step"] and Fraction(*job["keyframe_step"])
             self._source = LocalFrames(job["image_size"], _limits(job), config, step)
-        for uri, modality, times in job["requests"]:
-            request = DecodeRequest(
-                uri, modality, [Fraction(numerator, denominator) for numerator, denominator in times]
-            )
+        for uri, modality, times, joined_parts in job["requests"]:
+            exact_times = [Fraction(numerator, denominator) for numerator, denominator in times]
+            request = DecodeRequest(uri, modality, exact_times, joined_parts)
             began, cpu_seconds = time.perf_counter(), self._cpu_seconds
             reply, frames = _reply_or_error(partial(_frames, self._source, request), decode_stage(modality), uri)
             seconds, self._cpu_seconds = time.perf_counter() - began, time.process_time()

@@ -49,6 +49,8 @@ class DecodeRequest:
     modality: Modality
     times: Sequence[Fraction]
     """Ascending sampling times; an image has one frame."""
+    joined_parts: int | None = None
+    """See `Medium`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +108,7 @@ class LocalFrames:
     def _read(self, request: DecodeRequest) -> FrameBatch:
         if request.modality == "image":
             return read_image(request.uri, self.image_size, limits=self.limits)
-        return self._pool.sample(request.uri, request.times)
+        return self._pool.sample(request.uri, request.times, request.joined_parts)
 
 
 def decode_stage(modality: Modality) -> Stage:

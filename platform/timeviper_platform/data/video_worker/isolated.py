@@ -143,7 +143,8 @@ class IsolatedFrames:
         content = {
             "kind": "segments",
             "requests": [
-                (request.uri, request.modality, [t.as_integer_ratio() for t in request.times]) for request in requests
+                (request.uri, request.modality, [t.as_integer_ratio() for t in request.times], request.joined_parts)
+                for request in requests
             ],
             "keyframe_step": self.keyframe_step and self.keyframe_step.as_integer_ratio(),
             "image_size": self.image_size,

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+import av
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from reference.media_corpus import BAD, make_config, no_runner
+from reference.numbered_videos import CASES, expected_cases, numbered_video
 from timeviper_platform.common import storage
-from timeviper_platform.data.encode.frame_encoder import FrameEncoder
+from timeviper_platform.data.encode.frame_encoder import FrameEncoder, describe_encoder
 from timeviper_platform.data.preprocess.config import ExecutionConfig, PreprocessConfig
 from timeviper_platform.data.preprocess.estimate import estimate
-from timeviper_platform.data.preprocess.run import run_in_process, run_preprocess
+from timeviper_platform.data.preprocess.run import make_recipe, run_in_process, run_preprocess
 from timeviper_platform.data.preprocess.tasks import TaskResult
+from timeviper_platform.data.store.inspect import inspect_store
 from timeviper_platform.data.store.reader import FeatureStore
+from timeviper_platform.data.store.writer import StoreWriter
 from timeviper_platform.data.video.reader import read_frames
 from timeviper_platform.data.video_worker.frame_source import DecodeConfig
 
@@ -152,3 +157,47 @@ def test_a_store_for_serving_hashes_its_media(corpus: Path, tmp_path: Path) -> N
         digest = store.info(media_id).sha256
         assert digest is not None
         assert store.find(digest) is not None
+
+
+def test_joined_recordings_are_counted_and_read_one_after_the_other(corpus: Path, tmp_path: Path) -> None:
+    media = tmp_path / "media"
+    media.mkdir()
+    for name in ("ts_concat2.ts", "ts_midgop_capture.ts"):
+        shutil.copy(CASES / name, media)
+    config = dataclasses.replace(make_config(corpus, tmp_path / "store"), input=str(media))
+    report = run_preprocess(config, run=run_in_process)
+    assert (report.joined_media, report.joined_parts, report.errors_by_stage) == (1, 2, {})
+    assert "joined     1 videos hold 2 recordings, read one after the other" in report.lines()
+    store = FeatureStore.open(config.feature_store)
+    pts = {round(float(store.info(media_id).pts_seconds[-1]), 3) for media_id in store.media_ids}
+    assert pts == {expected_cases()[name][-1][1] for name in ("ts_concat2.ts", "ts_midgop_capture.ts")}
+
+
+def test_reported_damage_makes_a_segment_partial_with_its_frames(corpus: Path, tmp_path: Path) -> None:
+    film = bytearray(numbered_video(range(200), format="mp4", gop=50, options={"bf": "0"}))
+    with av.open(io.BytesIO(bytes(film))) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    start = packets[60].pos + 8
+    film[start : start + 24] = bytes(24)
+    (tmp_path / "film.mp4").write_bytes(film)
+    config = dataclasses.replace(make_config(corpus, tmp_path / "store"), input=str(tmp_path / "film.mp4"))
+    report = run_preprocess(config, run=run_in_process)
+    assert report.segments.partial == 1
+    rejects = pq.read_table(tmp_path / "store/rejects.parquet").to_pylist()
+    assert [(row["status"], row["error_type"], row["frames_missing"]) for row in rejects] == [
+        ("partial", "frames_damaged", 0)
+    ]
+    assert report.frames == 8
+
+
+def test_a_store_of_an_older_recipe_says_what_changed_and_the_way_out(corpus: Path, tmp_path: Path) -> None:
+    config = make_config(corpus, tmp_path / "store")
+    recipe = make_recipe(describe_encoder(config.encoder), config)
+    StoreWriter.create(config.feature_store, {**recipe, "recipe_version": 2})
+    message = r"recipe_version 2 is older than this release's 3 \(3: .*medium's clock.*into a new feature_store"
+    for refused in (run_preprocess, estimate):
+        with pytest.raises(ValueError, match=message):
+            refused(config)
+    assert "recipe_version 2 is older" in "\n".join(inspect_store(config.feature_store).lines())
+    StoreWriter.create(str(tmp_path / "now"), recipe)
+    assert "older" not in "\n".join(inspect_store(str(tmp_path / "now")).lines())

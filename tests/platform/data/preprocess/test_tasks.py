@@ -10,7 +10,7 @@ def make_segment(index: int, num_frames: int) -> Segment:
     return Segment(
         segment_id=f"{index:032d}", media_id="m", source_version="v", segment_index=index, num_segments=1, uri="u",
         size=0, etag=None, sha256=None, modality="video", duration_seconds=1.0, source_fps=1.0, width=1, height=1,
-        codec="c", grid_start_seconds=0.0, first_frame=0, num_frames=num_frames,
+        codec="c", joined_parts=1, grid_start_seconds=0.0, first_frame=0, num_frames=num_frames,
     )  # fmt: skip
 
 
