@@ -214,11 +214,12 @@ def read_head(source: str | bytes, limits: MediaLimits | None = None) -> bytes:
 
 
 def open_container(source: str | bytes, limits: MediaLimits | None = None) -> Any:
-    """Opens a container. The prefix `file:` keeps local names from selecting a protocol."""
+    """Opens a container. The prefix `file:` keeps local names from selecting a protocol. Tags need not be UTF-8."""
     options = {"format_whitelist": ",".join(FORMAT_WHITELIST), "protocol_whitelist": "file"}
     if isinstance(source, str) and is_local_file(source):
-        return av.open("file:" + storage.split_uri(source)[1], options=options)
-    return av.open(open_binary(source, limits), options=options, buffer_size=1 << 20)
+        return av.open("file:" + storage.split_uri(source)[1], options=options, metadata_errors="replace")
+    file = open_binary(source, limits)
+    return av.open(file, options=options, buffer_size=1 << 20, metadata_errors="replace")
 
 
 def video_stream(container: Any, stage: Stage, name: str) -> Any:

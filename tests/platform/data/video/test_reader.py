@@ -252,3 +252,15 @@ def test_an_error_survives_pickling() -> None:
 
     error = pickle.loads(pickle.dumps(DecodeError("probe", ErrorType.EMPTY_FILE, "x: 0 bytes")))
     assert str(error) == "probe: empty_file: x: 0 bytes"
+
+
+@pytest.mark.parametrize("is_local", [True, False])
+def test_tags_in_another_encoding_than_utf8_are_no_error(tmp_path: Path, is_local: bool) -> None:
+    path = tmp_path / "film.mkv"
+    make_video(path, range(24))
+    expected = read_frames(str(path), SIZE)
+    content = path.read_bytes()
+    assert b"Lavf" in content  # the writer's name
+    path.write_bytes(content.replace(b"Lavf", "Lavé".encode("latin-1")))
+    found = read_frames(str(path) if is_local else path.read_bytes(), SIZE)
+    assert np.array_equal(found.frames, expected.frames)
