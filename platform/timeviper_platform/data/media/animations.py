@@ -14,7 +14,7 @@ import io
 import struct
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import accumulate
 from typing import Any, Literal
@@ -233,16 +233,25 @@ def _apng_frame(control: bytes, offset: int, end: int, size: int, *, is_first: b
 
 def _webp_frames(file: Any) -> Iterator[AnimationFrame]:
     size = file.seek(0, io.SEEK_END)
+    file.seek(4)
+    end_of_chunks = 8 + int.from_bytes(file.read(4), "little")
     offset = 12
+    last: AnimationFrame | None = None
     while offset + 8 <= size:
         file.seek(offset)
         kind, length = struct.unpack("<4sI", file.read(8))
+        is_chunk = kind.replace(b" ", b"").isalnum() or offset >= end_of_chunks
+        if last is not None:  # what follows a frame tells whether its length is right
+            yield last if is_chunk else replace(last, is_cut=True)
+            last = None
+        if not is_chunk:
+            return
         end = offset + 8 + length + length % 2
         if kind == b"ANMF" and len(frame := file.read(16)) == 16:
             x, y, width, height, milliseconds = (
                 int.from_bytes(frame[at : at + 3], "little") for at in (0, 3, 6, 9, 12)
             )  # half of x and y, and width and height less 1
-            yield AnimationFrame(
+            last = AnimationFrame(
                 seconds=_played(Fraction(milliseconds, 1000)),
                 box=(2 * x, 2 * y, 2 * x + width + 1, 2 * y + height + 1),
                 disposal="clear" if frame[15] & 1 else "keep",
@@ -252,6 +261,8 @@ def _webp_frames(file: Any) -> Iterator[AnimationFrame]:
                 is_cut=end > size + 1,  # the last padding byte may be missing
             )
         offset = end
+    if last is not None:
+        yield last
 
 
 def _avif(file: Any) -> _Canvas | None:

@@ -206,3 +206,19 @@ def test_the_default_image_of_an_apng_is_not_a_frame() -> None:
     frames[0].save(content, "PNG", save_all=True, append_images=frames[1:], default_image=True, duration=500)
     batch = read_frames(content.getvalue(), SIZE, fps=Fraction(2))
     assert [read_number(frame) for frame in batch.frames] == [1, 2, 3]
+
+
+def test_a_webp_frame_that_chunks_do_not_follow_is_cut() -> None:
+    content = numbered("WEBP", [1000] * 4)
+    whole = scan_animation(io.BytesIO(content), content)
+    assert whole is not None
+    middle = (whole.frames[1].offset + whole.frames[1].end) // 2
+    broken = content[:middle] + bytes(64) + content[middle:]  # the third frame cannot be found
+    found = scan_animation(io.BytesIO(broken), broken)
+    assert found is not None
+    assert [frame.is_cut for frame in found.frames] == [False, True]
+    assert read_frames(broken, SIZE).num_damaged == 1
+    trailing = content + bytes(64)  # behind the last chunk anything may follow
+    found = scan_animation(io.BytesIO(trailing), trailing)
+    assert found is not None
+    assert [frame.is_cut for frame in found.frames] == [False] * 4
