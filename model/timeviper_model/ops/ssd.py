@@ -2,7 +2,8 @@
 
     h_t = exp(dt_t A) h_(t-1) + dt_t B_t x_t      y_t = C_t h_t + D x_t      (per head; h is P x N)
 
-Runs in at least fp32 without positive exponents. The backward pass recomputes the C x C matrices.
+Runs in at least fp32 without positive exponents; sums of log decays, whose differences count, are fp64. The backward
+pass recomputes the C x C matrices.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from timeviper_model.ops.precision import wide_dtype
 
@@ -94,10 +96,10 @@ def _scan_one_chunk(
 ) -> tuple[Tensor, Tensor]:
     """Inference-only path for one chunk: no autograd."""
     (T, H, P), (G, N) = x_THP.shape, B_TGN.shape[1:]
-    log_HT = (dt_TH * A_H).t().cumsum(1)
-    enter_HT = log_HT.clamp(min=MIN_EXPONENT).exp_()
-    leave_HT = (log_HT[:, -1:] - log_HT).clamp_(min=MIN_EXPONENT).exp_()
-    within_HTT = (log_HT[:, :, None] - log_HT[:, None]).clamp_(MIN_EXPONENT, 0.0).exp_()
+    log_HT = (dt_TH.double() * A_H.double()).t().cumsum(1)
+    enter_HT = _decay(log_HT, x_THP.dtype)
+    leave_HT = _decay(log_HT[:, -1:] - log_HT, x_THP.dtype)
+    within_HTT = _decay(log_HT[:, :, None] - log_HT[:, None], x_THP.dtype)
     B_GTN, C_GTN = B_TGN.transpose(0, 1), C_TGN.transpose(0, 1)
     products_GTT = torch.bmm(C_GTN, B_GTN.transpose(1, 2)).tril_()
     mix_HTT = within_HTT.view(G, H // G, T, T).mul_(products_GTT[:, None]).view(H, T, T)
@@ -126,11 +128,11 @@ class _Decays(NamedTuple):
 
 def _decays(dt_ZCH: Tensor, A_H: Tensor, seq_idx: Tensor | None) -> _Decays:
     num_chunks, chunk, _ = dt_ZCH.shape
-    log_ZCH = (dt_ZCH * A_H).cumsum(1)
+    log_ZCH = (dt_ZCH.double() * A_H.double()).cumsum(1)
     log_HZC = log_ZCH.permute(2, 0, 1).contiguous()
-    within = (log_HZC[..., :, None] - log_HZC[..., None, :]).clamp_(MIN_EXPONENT, 0.0).exp_()
-    enter = log_ZCH.clamp(min=MIN_EXPONENT).exp_()
-    leave = (log_ZCH[:, -1:] - log_ZCH).clamp_(min=MIN_EXPONENT).exp_()
+    within = _decay(log_HZC[..., :, None] - log_HZC[..., None, :], dt_ZCH.dtype)
+    enter = _decay(log_ZCH, dt_ZCH.dtype)
+    leave = _decay(log_ZCH[:, -1:] - log_ZCH, dt_ZCH.dtype)
     keep = torch.ones(1, chunk, chunk, dtype=torch.bool, device=dt_ZCH.device).tril_()
     if seq_idx is None:
         return _Decays(within, enter, leave, enter[:, -1], keep)
@@ -140,6 +142,11 @@ def _decays(dt_ZCH: Tensor, A_H: Tensor, seq_idx: Tensor | None) -> _Decays:
     enter.mul_((seq_ZC == before_Z1)[..., None])
     leave.mul_((seq_ZC == seq_ZC[:, -1:])[..., None])
     return _Decays(within, enter, leave, enter[:, -1], keep)
+
+
+def _decay(log: Tensor, dtype: torch.dtype) -> Tensor:
+    """exp(log) for log <= 0; positive ones belong to masked pairs."""
+    return log.to(dtype).clamp_(MIN_EXPONENT, 0.0).exp_() if log.dtype != dtype else log.clamp(MIN_EXPONENT, 0.0).exp_()
 
 
 class _Chunks:
@@ -231,36 +238,39 @@ class _Scan(torch.autograd.Function):
             last = states[:, -1]
             if any(ctx.needs_input_grad):
                 kept.append(states)
-        ctx.save_for_backward(x_THP, dt_TH, A_H, B_TGN, C_TGN, D_H, y, *kept)
+        ctx.save_for_backward(x_THP, dt_TH, A_H, B_TGN, C_TGN, D_H, *kept)
         return y, _to_heads(last, x_THP.shape[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, dt, A, B, C, D, y, *kept = ctx.saved_tensors
+        x, dt, A, B, C, D, *kept = ctx.saved_tensors
         dy = grads[0].contiguous()
         dx, ddt, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, B, C))
-        dA, dD = torch.zeros_like(A), torch.zeros_like(D)
+        dA, dD = torch.zeros_like(A, dtype=torch.float64), torch.zeros_like(D)
         dlast = _from_heads(grads[1], B.shape[1])
         for (start, stop, chunk), states in zip(reversed(ctx.runs), reversed(kept), strict=True):
             chunks = _take_chunks((x, dt, B, C), A, ctx.seq_idx, start, stop, chunk)
-            dy_p, y_p, dx_p, ddt_p, dB_p, dC_p = (_split(t[start:stop], chunk) for t in (dy, y, dx, ddt, dB, dC))
+            dy_p, dx_p, ddt_p, dB_p, dC_p = (_split(t[start:stop], chunk) for t in (dy, dx, ddt, dB, dC))
             dstates = torch.empty_like(states)
             dstates[:, -1] = dlast
             dy_enter = dy_p * chunks.decays.enter_ZCH[..., None]
             chunks.into_states(chunks.C_ZCGN, dy_enter, dstates[:, :-1])
             chunks.carry(dstates, backwards=True)
             dlast = dstates[:, 0]
-            _projection_gradients(chunks, dy_p, dy_enter, states, dstates, dB_p, dC_p)
+            within_ZCH = _projection_gradients(chunks, dy_p, dy_enter, states, dstates, dB_p, dC_p)
+            chunks.from_states(chunks.C_ZCGN, states[:, :-1], chunks.decays.enter_ZCH, dx_p)
+            entered_ZCH = _dot(dy_p, dx_p)
             chunks.from_states(chunks.B_ZCGN, dstates[:, 1:], chunks.decays.leave_ZCH, dx_p)
+            left_ZCH = _dot(chunks.xdt_ZCHP, dx_p)
             chunks.add_mixed(dy_p, dx_p, transposed=True)  # dx holds the gradient of dt * x until the end of the loop
             dy_x, dxdt_x = _dot(dy_p, chunks.x_ZCHP), _dot(dx_p, chunks.x_ZCHP)
-            dy_y = _dot(dy_p, y_p) - D * dy_x
-            dlog = _decay_gradient(chunks, dy_y - chunks.dt_ZCH * dxdt_x, dstates[:, 1:], states[:, 1:])
+            passed_ZH = _passed(chunks, dstates[:, 1:], states[:, :-1])
+            dlog = _decay_gradient(within_ZCH, entered_ZCH, left_ZCH, passed_ZH)
             torch.addcmul(dxdt_x, dlog, A, out=ddt_p)
-            dA += (dlog * chunks.dt_ZCH).sum((0, 1))
+            dA += (dlog.double() * chunks.dt_ZCH).sum((0, 1))
             dD += dy_x.sum((0, 1))
             dx_p.mul_(chunks.dt_ZCH[..., None]).addcmul_(dy_p, D[:, None])
-        return dx, ddt, dA, dB, dC, dD, _to_heads(dlast, x.shape[1]), None, None
+        return dx, ddt, dA.to(A.dtype), dB, dC, dD, _to_heads(dlast, x.shape[1]), None, None
 
 
 def _take_chunks(
@@ -277,10 +287,12 @@ def _take_chunks(
 
 def _projection_gradients(
     chunks: _Chunks, dy: Tensor, dy_enter: Tensor, states: Tensor, dstates: Tensor, dB_ZCGN: Tensor, dC_ZCGN: Tensor
-) -> None:
+) -> Tensor:
+    """Also returns (Z, C, H): for each token t, the gradient through the paths from s < t to l >= t of its chunk."""
     dmix = torch.empty_like(chunks.mix_HZCC)
     for h in range(chunks.H):
         torch.bmm(dy[:, :, h], chunks.xdt_ZCHP[:, :, h].transpose(1, 2), out=dmix[h])
+    across_ZCH = _across(dmix * chunks.mix_HZCC)
     dmix.mul_(chunks.decays.within_HZCC)
     dproducts_GZCC = dmix.view(chunks.G, chunks.r, chunks.Z, chunks.C, chunks.C).sum(1).mul_(chunks.decays.keep_ZCC)
     xdt_leave = chunks.xdt_ZCHP * chunks.decays.leave_ZCH[..., None]
@@ -289,18 +301,30 @@ def _projection_gradients(
         dC_ZCGN[:, :, g] = dC.baddbmm_(chunks.group(dy_enter, g), states[g, :-1].transpose(1, 2))
         dB = dproducts_GZCC[g].transpose(1, 2) @ chunks.C_ZCGN[:, :, g]
         dB_ZCGN[:, :, g] = dB.baddbmm_(chunks.group(xdt_leave, g), dstates[g, 1:].transpose(1, 2))
+    return across_ZCH
 
 
-def _decay_gradient(chunks: _Chunks, balance_ZCH: Tensor, dafter_GZNQ: Tensor, after_GZNQ: Tensor) -> Tensor:
+def _across(paths_HZCC: Tensor) -> Tensor:
+    """(Z, C, H): sums over l >= t and s < t of paths from s (last axis) to l, without differences of larger sums."""
+    size = paths_HZCC.shape[-1]
+    before_CC = torch.ones(size, size, dtype=paths_HZCC.dtype, device=paths_HZCC.device).triu_(1)  # [s, t]: s < t
+    return (paths_HZCC @ before_CC).tril_().sum(2).permute(1, 2, 0)
+
+
+def _passed(chunks: _Chunks, dafter_GZNQ: Tensor, before_GZNQ: Tensor) -> Tensor:
+    """(Z, H): gradient through the paths that cross a whole chunk."""
+    passed_GZr = (dafter_GZNQ * before_GZNQ).sum(2).view(chunks.G, chunks.Z, chunks.r, chunks.P).sum(-1)
+    return passed_GZr.transpose(0, 1).reshape(chunks.Z, chunks.H) * chunks.decays.through_ZH
+
+
+def _decay_gradient(within_ZCH: Tensor, entered_ZCH: Tensor, left_ZCH: Tensor, passed_ZH: Tensor) -> Tensor:
     """(Z, C, H): gradient of the log decay dt_t A, which scales every path from s < t to l >= t.
 
-    Paths ending in a token contribute <dy, y>, those starting in it <d(dt x), dt x>; `balance` is the difference. Its
-    sum from t to the chunk's end, plus the flow out through the state, counts exactly the paths across t.
+    Sums paths by where they start and end, before, in and after the chunk, without differences of large sums.
     """
-    leaving_GZQ = (dafter_GZNQ * after_GZNQ).sum(2)
-    leaving_GZr = leaving_GZQ.view(chunks.G, chunks.Z, chunks.r, chunks.P).sum(-1)
-    leaving_ZH = leaving_GZr.transpose(0, 1).reshape(chunks.Z, chunks.H)
-    return balance_ZCH.flip(1).cumsum(1).flip(1) + leaving_ZH[:, None]
+    to_later = entered_ZCH.flip(1).cumsum(1).flip(1)
+    from_earlier = F.pad(left_ZCH[:, :-1], (0, 0, 1, 0)).cumsum(1)
+    return within_ZCH + to_later + from_earlier + passed_ZH[:, None]
 
 
 def _dot(a_ZCHP: Tensor, b_ZCHP: Tensor) -> Tensor:

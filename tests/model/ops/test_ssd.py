@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -73,6 +75,40 @@ def test_scan_in_fp32_stays_near_the_float64_recurrence() -> None:
     assert y.dtype == last.dtype == torch.float32
     torch.testing.assert_close(y.double(), slow_y, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(last.double(), slow_last, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_gradient_of_a_single_heads_decay_is_exact_to_six_digits(seed: int) -> None:
+    """Differences of <dy, y> and <d(dt x), dt x> would leave four digits of this sum without cancellation."""
+    generator = torch.Generator().manual_seed(seed)
+    num_tokens, heads, head_dim, groups, state = 600, 16, 16, 2, 32
+    shapes = (num_tokens, heads, head_dim), (num_tokens, groups, state), (num_tokens, groups, state)
+    x, B, C = (torch.randn(shape, generator=generator) for shape in shapes)
+    dt = torch.empty(num_tokens, heads).uniform_(math.log(1e-3), math.log(1e-1), generator=generator).exp()
+    A, D = -torch.arange(1.0, 128.0, 8.0), torch.ones(heads)  # Mamba-2's initial values
+    with torch.no_grad():
+        weights, _ = ssd_scan(x, dt, A, B, C, D_H=torch.zeros(heads), chunk_size=128)
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        operands = [tensor.to(dtype).requires_grad_() for tensor in (x, dt, A, B, C)]
+        y, _ = ssd_scan(*operands, D_H=D.to(dtype), chunk_size=128)
+        gradients.append(torch.autograd.grad((y * weights).sum(), operands[2])[0].double())
+    found, exact = gradients
+    assert float(((found - exact) / exact).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_slow_decay_after_fast_decay_in_one_chunk_keeps_its_digits(with_gradients: bool) -> None:
+    """In fp32, log decays summed to -2,000 have only four digits behind the point."""
+    generator = torch.Generator().manual_seed(0)
+    x, B, C = (torch.randn(48, each, 8, generator=generator) for each in (1, 1, 1))
+    dt, A, D = torch.full((48, 1), 0.01), torch.tensor([-1.0]), torch.zeros(1)
+    dt[:24] = 80.0
+    with torch.set_grad_enabled(with_gradients):
+        y, last = ssd_scan(x.requires_grad_(with_gradients), dt, A, B, C, D_H=D, chunk_size=64)
+    slow_y, slow_last = slow_scan(*(tensor.detach().double() for tensor in (x, dt, A, B, C, D)))
+    assert float((y.detach() - slow_y)[24:].abs().max() / slow_y[24:].abs().max()) < 1e-6
+    assert float((last.detach() - slow_last).abs().max() / slow_last.abs().max()) < 1e-6
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 7, 8, 9])
