@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 
 from reference.slow_scan import slow_scan
-from timeviper_model.ops.kernels import kernel_scan, scan_in_chunks
+from timeviper_model.ops.kernels import kernel_scan, kernel_scan_step, scan_in_chunks
 from timeviper_model.ops.ssd import ssd_scan, ssd_step
 
 CHUNK_SIZE = 16
@@ -116,24 +116,13 @@ def packed_scan_differences() -> dict[str, float]:
 
 
 def step_differences() -> dict[str, float]:
-    """`selective_state_update` and `ssd_step`, three tokens of two sequences."""
-    from mamba_ssm.ops.triton.selective_state_update import selective_state_update
-
+    """`kernel_scan_step` and `ssd_step`, three tokens of two sequences."""
     x, dt, A, B, C, D, initial = (value.detach() for value in operands())
     state = torch.stack([initial, 2 * initial])
     expected_state, worst = state.clone(), 0.0
     for token in range(0, 6, 2):
         two = slice(token, token + 2)
-        y = selective_state_update(
-            state,
-            x[two].contiguous(),
-            dt[two, :, None].expand(-1, -1, HEAD_DIM),
-            A[:, None, None].expand(-1, HEAD_DIM, STATE_SIZE),
-            B[two].contiguous(),
-            C[two].contiguous(),
-            D=D[:, None].expand(-1, HEAD_DIM),
-            dt_bias=torch.zeros(NUM_HEADS, 1).expand(-1, HEAD_DIM),  # the kernel for tied heads requires one
-        )
+        y = kernel_scan_step(x[two], dt[two], A, B[two], C[two], D_H=D, state_BHPN=state)
         expected = ssd_step(x[two], dt[two], A, B[two], C[two], D_H=D, state_BHPN=expected_state)
         worst = max(worst, difference(y, expected))
     return {"step y": worst, "step state": difference(state, expected_state)}

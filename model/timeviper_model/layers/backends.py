@@ -14,9 +14,19 @@ from torch import Tensor, nn
 from timeviper_model.batching.segments import Segments
 from timeviper_model.layers.attention import Attention, segment_causal_attention
 from timeviper_model.layers.mamba2 import Mamba2Mixer
-from timeviper_model.ops.causal_conv import causal_conv_silu
-from timeviper_model.ops.kernels import Convolve, Scan, kernel_conv_silu, kernel_scan, varlen_attention
-from timeviper_model.ops.ssd import ssd_scan
+from timeviper_model.ops.causal_conv import causal_conv_silu, causal_conv_silu_step
+from timeviper_model.ops.kernels import (
+    Convolve,
+    ConvolveStep,
+    Scan,
+    ScanStep,
+    kernel_conv_silu,
+    kernel_conv_step,
+    kernel_scan,
+    kernel_scan_step,
+    varlen_attention,
+)
+from timeviper_model.ops.ssd import ssd_scan, ssd_step
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +45,12 @@ class Operations(NamedTuple):
     scan: Scan
     convolution: Convolve
     attention: Callable[[Tensor, Tensor, Tensor, Segments], Tensor]
+    scan_step: ScanStep
+    convolution_step: ConvolveStep
 
 
-TORCH = Operations(ssd_scan, causal_conv_silu, segment_causal_attention)
-KERNELS = Operations(kernel_scan, kernel_conv_silu, varlen_attention)
+TORCH = Operations(ssd_scan, causal_conv_silu, segment_causal_attention, ssd_step, causal_conv_silu_step)
+KERNELS = Operations(kernel_scan, kernel_conv_silu, varlen_attention, kernel_scan_step, kernel_conv_step)
 
 
 def set_backend(model: nn.Module, backend: Backend, *, device: torch.device | str, dtype: torch.dtype) -> Operations:
@@ -52,6 +64,7 @@ def use_operations(model: nn.Module, operations: Operations) -> None:
     for module in model.modules():
         if isinstance(module, Mamba2Mixer):
             module.scan, module.convolve = operations.scan, operations.convolution
+            module.scan_step, module.convolve_step = operations.scan_step, operations.convolution_step
         elif isinstance(module, Attention):
             module.attend = operations.attention
 
@@ -91,6 +104,9 @@ def _obstacles(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
         "convolution": _missing("causal_conv1d", "causal_conv1d_fn", {"seq_idx"}),
         "attention": _too_old(device)
         or _missing("torch.nn.attention.varlen", "varlen_attn", {"window_size", "enable_gqa"}),
+        "scan_step": _missing("mamba_ssm.ops.triton.selective_state_update", "selective_state_update", {"dt_bias"}),
+        # without cache_seqlens, the state has one input too many
+        "convolution_step": _missing("causal_conv1d", "causal_conv1d_update", {"cache_seqlens"}),
     }
     return {name: reason for name, reason in reasons.items() if reason is not None}
 

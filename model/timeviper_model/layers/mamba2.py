@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from timeviper_model.batching.segments import Segments
 from timeviper_model.config import HybridConfig
 from timeviper_model.ops.causal_conv import causal_conv_silu, causal_conv_silu_step
-from timeviper_model.ops.kernels import Convolve, Scan
+from timeviper_model.ops.kernels import Convolve, ConvolveStep, Scan, ScanStep
 from timeviper_model.ops.linear import Linear
 from timeviper_model.ops.norm import GatedRMSNorm
 from timeviper_model.ops.precision import wide_dtype, widen
@@ -55,6 +55,8 @@ class Mamba2Mixer(nn.Module):
         self.max_projection_elements = MAX_PROJECTION_ELEMENTS
         self.convolve: Convolve = causal_conv_silu
         self.scan: Scan = ssd_scan
+        self.convolve_step: ConvolveStep = causal_conv_silu_step
+        self.scan_step: ScanStep = ssd_step
 
     def forward(self, h_TD: Tensor, segments: Segments, state: Mamba2State | None = None) -> Tensor:
         """(T, D); continues and updates `state` (one segment, B = 1)."""
@@ -97,9 +99,9 @@ class Mamba2Mixer(nn.Module):
     def step(self, h_BD: Tensor, state: Mamba2State) -> Tensor:
         """(B, D); updates `state`."""
         gate, channels, dt = self.project(h_BD)
-        convolved = causal_conv_silu_step(channels, self.conv1d.weight.squeeze(1), self.conv1d.bias, state.window_BKD)
+        convolved = self.convolve_step(channels, self.conv1d.weight.squeeze(1), self.conv1d.bias, state.window_BKD)
         x, B, C = self.split(convolved)
-        y = ssd_step(x, dt, self.decay_rates(), B, C, D_H=self.D, state_BHPN=state.ssm_BHPN)
+        y = self.scan_step(x, dt, self.decay_rates(), B, C, D_H=self.D, state_BHPN=state.ssm_BHPN)
         return self.out_proj(self.norm(y.flatten(1), gate))
 
     def _tokens_per_pass(self, h_TD: Tensor) -> int:

@@ -3,8 +3,11 @@
     kernel_scan       mamba-ssm's mamba_chunk_scan_combined     for ssd_scan
     kernel_conv_silu  causal-conv1d's causal_conv1d_fn          for causal_conv_silu
     varlen_attention  torch's varlen_attn (Flash Attention)     for segment_causal_attention
+    kernel_scan_step  mamba-ssm's selective_state_update        for ssd_step
+    kernel_conv_step  causal-conv1d's causal_conv1d_update      for causal_conv_silu_step
 
-The first two are silently wrong beyond 32-bit offsets (mamba issue 1015), so long packs are split.
+The first two are silently wrong beyond 32-bit offsets (mamba issue 1015), so long packs are split. States pass in fp32
+from call to call and, inside mamba-ssm, from chunk to chunk; the copy that a product reads has the dtype of C.
 """
 
 from __future__ import annotations
@@ -50,6 +53,24 @@ class Convolve(Protocol):
         positions_T: Tensor,
         initial_KD: Tensor | None = None,
     ) -> Tensor: ...
+
+
+class ScanStep(Protocol):
+    def __call__(
+        self,
+        x_BHP: Tensor,
+        dt_BH: Tensor,
+        A_H: Tensor,
+        B_BGN: Tensor,
+        C_BGN: Tensor,
+        *,
+        D_H: Tensor,
+        state_BHPN: Tensor,
+    ) -> Tensor: ...
+
+
+class ConvolveStep(Protocol):
+    def __call__(self, x_BD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, window_BKD: Tensor) -> Tensor: ...
 
 
 def kernel_scan(
@@ -209,6 +230,33 @@ def _causal_conv1d(
     seq_idx = (positions_T == 0).cumsum(0, dtype=torch.int32)[None].contiguous()
     y_1DT: Tensor = causal_conv1d_fn(x_1DT, weight_DK, bias_D, seq_idx=seq_idx, activation="silu")
     return y_1DT.transpose(1, 2)[0]
+
+
+def kernel_scan_step(
+    x_BHP: Tensor, dt_BH: Tensor, A_H: Tensor, B_BGN: Tensor, C_BGN: Tensor, *, D_H: Tensor, state_BHPN: Tensor
+) -> Tensor:
+    """`ssd_step` by mamba-ssm; y is rounded to the dtype of `x_BHP`."""
+    from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+
+    (num_heads, head_dim), state_size = x_BHP.shape[1:], state_BHPN.shape[-1]
+    y: Tensor = selective_state_update(
+        state_BHPN,
+        x_BHP,
+        dt_BH[..., None].expand(-1, -1, head_dim),
+        A_H[:, None, None].expand(-1, head_dim, state_size),
+        B_BGN,
+        C_BGN,
+        D=D_H[:, None].expand(-1, head_dim),
+        dt_bias=dt_BH.new_zeros(1, 1).expand(num_heads, head_dim),  # required by the kernel for tied heads
+    )
+    return y.float()
+
+
+def kernel_conv_step(x_BD: Tensor, weight_DK: Tensor, bias_D: Tensor | None, window_BKD: Tensor) -> Tensor:
+    from causal_conv1d import causal_conv1d_update
+
+    y_BD: Tensor = causal_conv1d_update(x_BD, window_BKD.transpose(1, 2), weight_DK, bias_D, activation="silu")
+    return y_BD
 
 
 def varlen_attention(q_THE: Tensor, k_THE: Tensor, v_THE: Tensor, segments: Segments) -> Tensor:

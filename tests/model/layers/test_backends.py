@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from reference.small_models import make_model, make_sample, pack
+from timeviper_model.inference.prefill import prefill
 from timeviper_model.layers.backends import KERNELS, TORCH, Operations, choose_operations, set_backend, use_operations
 from timeviper_model.layers.mamba2 import Mamba2Mixer
 
@@ -21,6 +22,12 @@ def chunk_scan(x: Any, initial_states: Any = None, seq_idx: Any = None) -> None:
 def conv1d(x: Any, seq_idx: Any = None) -> None: ...
 
 
+def state_update(state: Any, dt_bias: Any = None) -> None: ...
+
+
+def conv1d_update(x: Any, cache_seqlens: Any = None) -> None: ...
+
+
 def varlen(query: Any, window_size: Any = None, enable_gqa: bool = False) -> None: ...
 
 
@@ -30,7 +37,10 @@ def all_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     scan = SimpleNamespace(mamba_chunk_scan_combined=chunk_scan)
     monkeypatch.setitem(sys.modules, "mamba_ssm.ops.triton.ssd_combined", scan)  # type: ignore[arg-type]
-    monkeypatch.setitem(sys.modules, "causal_conv1d", SimpleNamespace(causal_conv1d_fn=conv1d))  # type: ignore[arg-type]
+    step = SimpleNamespace(selective_state_update=state_update)
+    monkeypatch.setitem(sys.modules, "mamba_ssm.ops.triton.selective_state_update", step)  # type: ignore[arg-type]
+    convolutions = SimpleNamespace(causal_conv1d_fn=conv1d, causal_conv1d_update=conv1d_update)
+    monkeypatch.setitem(sys.modules, "causal_conv1d", convolutions)  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", SimpleNamespace(varlen_attn=varlen))  # type: ignore[arg-type]
 
 
@@ -58,11 +68,12 @@ def test_without_kernels_auto_is_torch_and_kernels_is_an_error(
         choose_operations("kernels", device=device, dtype=dtype)
 
 
-def test_a_missing_package_disables_only_its_kernel(all_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_disables_only_its_kernels(all_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "causal_conv1d", None)  # type: ignore[arg-type]
     chosen = choose_operations("auto", device=CUDA, dtype=torch.bfloat16)
-    assert chosen == KERNELS._replace(convolution=TORCH.convolution)
-    with pytest.raises(RuntimeError, match=r"\(convolution: causal_conv1d.*install the extra \[cuda\]\)"):
+    missing = {"convolution": TORCH.convolution, "convolution_step": TORCH.convolution_step}
+    assert chosen == KERNELS._replace(**missing)
+    with pytest.raises(RuntimeError, match=r"\(convolution: causal_conv1d.*install the extra \[cuda\]"):
         choose_operations("kernels", device=CUDA, dtype=torch.bfloat16)
 
 
@@ -105,6 +116,12 @@ def test_every_mixer_of_the_model_runs_what_was_chosen(all_kernels: None) -> Non
     use_operations(model, Operations(*(spy(name) for name in Operations._fields)))  # M-*M*-
     assert torch.equal(model(batch).loss_sum, expected)
     assert calls == ["convolution", "scan", "attention", "convolution", "scan", "attention"]
+    calls.clear()
+    cache = model.new_cache(1, device="cpu", dtype=torch.float64)
+    prefill(model, pack([make_sample("i")]), cache, 0)
+    calls.clear()
+    model.decode_step(torch.tensor([1]), cache, torch.tensor([0]))
+    assert calls == ["convolution_step", "scan_step", "convolution_step", "scan_step"]
     set_backend(model, "auto", device="cuda", dtype=torch.bfloat16)
     assert all(module.scan is KERNELS.scan for module in model.modules() if isinstance(module, Mamba2Mixer))
     set_backend(model, "torch", device="cuda", dtype=torch.bfloat16)

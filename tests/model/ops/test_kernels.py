@@ -12,17 +12,19 @@ from torch import Tensor
 from reference import kernel_contracts
 from timeviper_model.batching.segments import Segments
 from timeviper_model.layers.attention import segment_causal_attention
-from timeviper_model.ops.causal_conv import causal_conv_silu
+from timeviper_model.ops.causal_conv import causal_conv_silu, causal_conv_silu_step
 from timeviper_model.ops.kernels import (
     conv_in_chunks,
     kernel_conv_silu,
+    kernel_conv_step,
     kernel_scan,
+    kernel_scan_step,
     max_scan_tokens,
     max_tokens_below_limit,
     scan_in_chunks,
     varlen_attention,
 )
-from timeviper_model.ops.ssd import ssd_scan
+from timeviper_model.ops.ssd import ssd_scan, ssd_step
 
 
 class ScanInput(NamedTuple):
@@ -121,7 +123,8 @@ def test_chunks_of_the_9b_stay_below_32_bits() -> None:
 @pytest.fixture
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replaces the kernels' modules by functions with the same contracts on a CPU."""
-    for name in ("mamba_ssm.ops.triton.ssd_combined", "causal_conv1d", "torch.nn.attention.varlen"):
+    names = "mamba_ssm.ops.triton.ssd_combined", "mamba_ssm.ops.triton.selective_state_update", "causal_conv1d"
+    for name in (*names, "torch.nn.attention.varlen"):
         monkeypatch.setitem(sys.modules, name, kernel_contracts)
 
 
@@ -139,6 +142,18 @@ def test_the_scan_keeps_the_contract_of_its_kernel(stand_ins: None, lengths: lis
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_between_kernel_calls_the_state_of_a_bf16_scan_stays_fp32(stand_ins: None) -> None:
+    """A bf16 state would have two to three digits."""
+    values = scan_input(96, dtype=torch.bfloat16)
+    with torch.no_grad():
+        (_, found), (_, expected) = (
+            kernel_scan(*values[:5], D_H=values.D_H, chunk_size=16, initial_state_HPN=values[6], max_tokens=max_tokens)
+            for max_tokens in (16, 96)
+        )
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("first", [0, 4])
 @pytest.mark.parametrize("with_window", [False, True])
 @pytest.mark.parametrize("max_tokens", [None, 10])
@@ -153,6 +168,49 @@ def test_the_convolution_keeps_the_contract_of_its_kernel(
     options = {"positions_T": positions, "initial_KD": window if with_window else None}
     found = kernel_conv_silu(x, weight, bias, **options, max_tokens=max_tokens)
     torch.testing.assert_close(found, causal_conv_silu(x, weight, bias, **options))
+
+
+def step_inputs(device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
+    """x, dt, A, B, C, D and states of three sequences; x, B and C are views, as the convolution leaves them."""
+    values = scan_input(3, device=device, dtype=dtype)
+    row = torch.cat([each.flatten(1) for each in (values.x_THP, values.B_TGN, values.C_TGN)], dim=1).detach()
+    x, B, C = row.split([8 * 64, 2 * 32, 2 * 32], dim=1)
+    states = torch.stack([values.initial_state_HPN.detach() * scale for scale in (1.0, 2.0, -1.0)])
+    operands = (x.view(3, 8, 64), values.dt_TH, values.A_H, B.view(3, 2, 32), C.view(3, 2, 32), values.D_H, states)
+    return tuple(each.detach() for each in operands)
+
+
+def run_step(step: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    *operands, D, states = inputs
+    state = states.clone()
+    outputs = [step(*operands, D_H=D, state_BHPN=state) for _ in range(2)]
+    return {"first": outputs[0], "second": outputs[1], "state": state}
+
+
+def run_conv_step(step: Callable[..., Tensor], device: str = "cpu") -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = (2, 3, 72), (64, 4), (64,), (5, 3, 64)
+    wide, weight, bias, windows = (
+        torch.randn(shape, generator=generator).to(device, torch.bfloat16) for shape in shapes
+    )
+    window = windows[1:4]  # running slots of a cache
+    outputs = [step(x_BD, weight, bias, window) for x_BD in wide[:, :, 8:]]
+    return {"first": outputs[0], "second": outputs[1], "window": windows}
+
+
+def test_steps_keep_the_contracts_of_their_kernels(stand_ins: None) -> None:
+    inputs = step_inputs()
+    expect_near(run_step(kernel_scan_step, inputs), run_step(ssd_step, inputs))
+    expect_near(run_conv_step(kernel_conv_step), run_conv_step(causal_conv_silu_step))
+
+
+@pytest.mark.gpu
+def test_step_kernels_equal_the_torch_steps() -> None:
+    pytest.importorskip("mamba_ssm.ops.triton.selective_state_update")
+    pytest.importorskip("causal_conv1d")
+    inputs = step_inputs("cuda")
+    expect_near(run_step(kernel_scan_step, inputs), run_step(ssd_step, inputs))
+    expect_near(run_conv_step(kernel_conv_step, "cuda"), run_conv_step(causal_conv_silu_step, "cuda"))
 
 
 @pytest.mark.parametrize("lengths", [[9], [3, 0, 1, 6], [0]])
