@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 import torch
 
+from reference.simulated_cuda import simulated_cuda
 from timeviper_model.inference.answer import SamplingParams
 from timeviper_model.inference.sampling import SampledToken, sample_tokens
 
@@ -42,6 +43,73 @@ def test_top_k_and_top_p_leave_the_smallest_sets() -> None:
     assert set(draw(SamplingParams(temperature=1.0, top_p=0.65))) == {1, 2}
     assert set(draw(SamplingParams(temperature=1.0, top_p=0.71))) == {1, 2, 3}
     assert set(draw(SamplingParams(temperature=1.0, top_p=1e-6))) == {1}
+
+
+def plain_draw(logits: torch.Tensor, params: SamplingParams, seed: int) -> int:
+    """One row by a stable sort and the definitions."""
+    order = sorted(range(len(logits)), key=lambda token: -float(logits[token]))
+    scaled = [float(logits[token]) / params.temperature for token in order][: params.top_k or len(order)]
+    masses = [math.exp(value - scaled[0]) for value in scaled]
+    total, kept, before = math.fsum(masses), [], 0.0
+    for mass in masses:
+        if kept and before >= params.top_p * total:
+            break
+        kept.append(mass)
+        before += mass
+    generator = torch.Generator().manual_seed(seed)
+    target, passed = float(torch.rand((), generator=generator, dtype=torch.float64)) * math.fsum(kept), 0.0
+    for token, mass in zip(order, kept, strict=False):
+        passed += mass
+        if target < passed:
+            return token
+    return order[len(kept) - 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_row_is_drawn_as_by_the_definitions(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(60, 700, generator=generator, dtype=dtype)
+    logits[20:40] = logits[20:40].round()  # many equal logits
+    logits[40] = 0.0
+    params = [
+        SamplingParams(
+            temperature=(0.3, 0.7, 1.0, 2.0)[row % 4], top_p=(1.0, 0.9, 0.5, 1e-3)[row // 4 % 4], top_k=(0, 5)[row % 2]
+        )
+        for row in range(60)
+    ]
+    generators = [torch.Generator().manual_seed(row) for row in range(60)]
+    found = [token.id for token in sample_tokens(logits, params, generators)]
+    assert found == [plain_draw(logits[row], params[row], row) for row in range(60)]
+
+
+def test_a_step_waits_for_the_device_once() -> None:
+    params = [
+        SamplingParams(),
+        SamplingParams(temperature=1.0, top_p=0.9),
+        SamplingParams(temperature=0.5, top_k=3, num_logprobs=4),
+    ]
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    expected = sample_tokens(logits, params, [torch.Generator().manual_seed(seed) for seed in range(3)])
+    generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
+    with simulated_cuda() as device:
+        on_device = logits.cuda()
+        device.syncs.clear()
+        found = sample_tokens(on_device, params, generators)
+        assert sum(device.syncs.values()) == 1
+    assert [token.id for token in found] == [token.id for token in expected]
+    assert found[2].top_logprobs == expected[2].top_logprobs
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_that_is_not_finite_says_so_and_leaves_the_others(bad: float, temperature: float) -> None:
+    rows = torch.randn(3, 50, generator=torch.Generator().manual_seed(1))
+    params = [SamplingParams(temperature=temperature, top_p=0.9, num_logprobs=2)] * 3
+    expected = sample_tokens(rows, params, [torch.Generator().manual_seed(seed) for seed in range(3)])
+    rows[1, 7] = bad
+    found = sample_tokens(rows, params, [torch.Generator().manual_seed(seed) for seed in range(3)])
+    assert [token.is_finite for token in found] == [True, False, True]
+    assert [found[0], found[2]] == [expected[0], expected[2]]
 
 
 def test_a_row_draws_the_same_alone_and_among_others() -> None:
