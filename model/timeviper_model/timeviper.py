@@ -132,21 +132,27 @@ class TimeViper(nn.Module):
 
     @torch.no_grad()
     def decode_step(self, input_ids: Tensor, cache: HybridCache, slots: Tensor) -> Tensor:
-        """Reads one token in each of B slots; returns (B, V) fp32 logits."""
-        order = slots.argsort()
-        view = cache.view(slots[order].tolist())
+        """Reads one token in each of B slots; returns (B, V) fp32 logits.
+
+        Neighbouring ascending slots save a copy of their states; `slots` on the CPU saves waiting for the device.
+        """
+        listed: list[int] = slots.tolist()
+        order = sorted(range(len(listed)), key=listed.__getitem__)
+        is_sorted = order == list(range(len(order)))
+        view = cache.view(sorted(listed))
         empty = [slot for slot in view.slots if not cache.num_tokens[slot]]
         if empty:
             raise ValueError(f"slots {empty} have no prompt; prefill them before decode_step")
-        hidden = self.backbone.embeddings(input_ids[order])
-        positions = torch.tensor([cache.num_tokens[slot] for slot in view.slots], device=hidden.device)
+        device = input_ids.device
+        hidden = self.backbone.embeddings(input_ids if is_sorted else input_ids[torch.tensor(order, device=device)])
+        positions = torch.tensor([cache.num_tokens[slot] for slot in view.slots], device=device)
         for layer in range(self.config.text.num_hidden_layers):
             state = view.layer(layer)
             hidden = self.backbone.block(layer).step(hidden, state, positions)
             view.write_back(layer, state)
         for slot in view.slots:
             cache.num_tokens[slot] += 1
-        return self.logits(hidden[order.argsort()])
+        return self.logits(hidden if is_sorted else hidden[torch.tensor(order, device=device).argsort()])
 
     def embed(self, batch: PackedBatch) -> TokenStream:
         real = (batch.segment_ids != PADDING_SEGMENT).nonzero().squeeze(1)

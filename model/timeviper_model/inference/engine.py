@@ -2,7 +2,8 @@
 
     engine.submit(request);   while engine.has_work: for event in engine.step(): ...
 
-Other requests never change an answer.
+Other requests change an answer by rounding alone: a product's sums depend on its number of rows. In float32 the tokens
+are those of the request alone; in bfloat16, tokens of nearly equal probability may change places.
 """
 
 from __future__ import annotations
@@ -17,13 +18,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from timeviper_model.batching.batch import TokenKind
 from timeviper_model.batching.prompt import TEMPLATES, encode_text, end_token_id
 from timeviper_model.inference.answer import FinishReason, Usage
 from timeviper_model.inference.chunked_transv import plan_sites
 from timeviper_model.inference.decode_graph import DecodeGraph
 from timeviper_model.inference.detokenize import TextStream
-from timeviper_model.inference.prefill import Prefill, prefix_length
-from timeviper_model.inference.prefix_cache import PrefixCache, PrefixLease, prefix_entry_bytes
+from timeviper_model.inference.memory import (
+    RequestMemory,
+    check_limits,
+    is_out_of_memory,
+    prefix_entry_bytes,
+    request_memory,
+)
+from timeviper_model.inference.prefill import Prefill, PrefixEntry, prefix_length
+from timeviper_model.inference.prefix_cache import PrefixCache, PrefixLease
 from timeviper_model.inference.requests import (
     EngineConfig,
     EngineStats,
@@ -46,7 +55,7 @@ logger = logging.getLogger(__name__)
 MIN_GRAPH_STEPS = 32
 """Minimum decode steps for a CUDA graph; its capture costs about five steps."""
 STEPS_BEFORE_GRAPH = 8
-"""Decode steps with unchanged slots before a capture."""
+"""Decode steps of the same requests before a capture."""
 
 
 class RequestState(enum.Enum):
@@ -66,7 +75,10 @@ class ActiveRequest:
     generator: torch.Generator
     text: TextStream | None
     state: RequestState = RequestState.WAITING
+    memory: RequestMemory
     slot: int = -1
+    working_bytes: int = 0
+    """Bytes that TransV keeps of the prompt now."""
     prefill: Prefill | None = None
     lease: PrefixLease | None = None
     cached_tokens: int = 0
@@ -94,6 +106,7 @@ class InferenceEngine:
             dtype=self._dtype,
             kept_bytes=self.config.kept_cache_bytes,
         )
+        check_limits(model.config, self.config, self._cache, dtype=self._dtype)
         self.end_token_ids = frozenset({model.config.text.eos_token_id})
         self.feature_size = model.config.vision.row_size
         self._closing = ""
@@ -110,8 +123,8 @@ class InferenceEngine:
         self._num_completion_tokens = 0
         self._graph: DecodeGraph | None = None
         self._use_graphs = self._device.type == "cuda" and self.config.max_graph_steps >= MIN_GRAPH_STEPS
-        self._decoded_slots: list[int] = []
-        self._num_same_slots = 0
+        self._decoded_ids: list[RequestId] = []
+        self._num_same_steps = 0
 
     def submit(self, request: Request) -> RequestId:
         """Queues `request`, whose events `step` returns.
@@ -130,6 +143,14 @@ class InferenceEngine:
                 f"{num_active} requests run and {num_waiting} wait"
                 f" (limits {self.config.num_slots} and {self.config.max_queued_requests}); try again later"
             )
+        num_vision, num_new = request.prompt.num_vision_tokens, request.sampling.max_new_tokens
+        memory = request_memory(self._model.config, len(input_ids) - num_vision, num_vision, num_new, dtype=self._dtype)
+        needed = self._cache.room_bytes(memory.tokens) + memory.working_bytes
+        if 0 < self.config.kv_cache_bytes < needed:
+            raise ValueError(
+                f"the prompt of {len(input_ids)} tokens with an answer of {num_new} takes {needed} bytes of keys and"
+                f" values, more than {self.config.kv_cache_bytes = }; use fewer frames or a shorter answer"
+            )
         length = 0 if request.prefix_key is None else prefix_length(token_kind)
         stop_texts = [stop for stop in request.sampling.stop if isinstance(stop, str)]
         active = ActiveRequest(
@@ -141,6 +162,7 @@ class InferenceEngine:
             prefix_key=self._prefix_key(request, length),
             generator=torch.Generator().manual_seed(request.sampling.seed),
             text=TextStream(self._tokenizer, stop=stop_texts, closing=self._closing) if self._tokenizer else None,
+            memory=memory,
         )
         self._requests[active.id] = active
         return active.id
@@ -184,6 +206,8 @@ class InferenceEngine:
             active_slots=len(self._requests) - num_waiting,
             queued_requests=num_waiting,
             cache_bytes=self._cache.num_bytes,
+            kv_bytes=self._cache.kv_bytes,
+            reserved_kv_bytes=sum(self._cache.slot_bytes(slot) for slot in range(self.config.num_slots)),
             prompt_tokens=self._num_prompt_tokens,
             completion_tokens=self._num_completion_tokens,
             prefix_hits=self._prefixes.num_hits,
@@ -201,6 +225,7 @@ class InferenceEngine:
         return [*self._admit(), *self._prefill_chunks(), *self._decode()]
 
     def _admit(self) -> list[Event]:
+        """Gives slots in order of arrival: a long prompt waits for space, and no later one overtakes it."""
         events: list[Event] = []
         taken = {active.slot for active in self._requests.values()}
         free = [slot for slot in range(self.config.num_slots) if slot not in taken]
@@ -209,36 +234,57 @@ class InferenceEngine:
                 break
             if active.prefix_key is not None and self._prefixes.is_computing(active.prefix_key):
                 continue
-            active.slot = free[0]
+            entry = None if active.prefix_key is None else self._prefixes.peek(active.prefix_key)
+            active.working_bytes = max(0, active.memory.working_bytes - (0 if entry is None else entry.working_bytes))
+            max_bytes = self._max_kv_bytes()
+            if max_bytes is not None and not self._cache.has_space(active.memory.tokens, max_bytes):
+                active.working_bytes = 0
+                break
+            active.slot = free[-1]  # the highest: running slots come first
             if active.prefix_key is not None:
                 active.lease = self._prefixes.lease(active.prefix_key)
             try:
-                active.prefill = self._new_prefill(active)
+                active.prefill = self._new_prefill(active, entry, max_bytes)
             except Exception as error:  # noqa: BLE001 - no memory for so long a prompt: only this request fails
+                if is_out_of_memory(error) and self._in_slots(but=active):
+                    self._wait_again(active)  # until others end
+                    break
                 events.append(_failed(active.id, error))
                 self._release(active)
                 continue
-            if active.lease is not None and active.lease.entry is not None:
-                active.cached_tokens = active.lease.entry.num_tokens
+            if entry is not None and not active.tokens:
+                active.cached_tokens = entry.num_tokens
             active.state = RequestState.PREFILLING
-            free.pop(0)
+            free.pop()
         return events
 
-    def _new_prefill(self, active: ActiveRequest) -> Prefill:
-        self._end_graph()  # the prompt's room in the cache may move the tensors that a graph reads
-        features, lease = active.request.vision_features, active.lease
+    def _max_kv_bytes(self) -> int | None:
+        """Bytes for keys and values beside what TransV keeps of prompts; None = no limit."""
+        if not self.config.kv_cache_bytes:
+            return None
+        return self.config.kv_cache_bytes - sum(active.working_bytes for active in self._requests.values())
+
+    def _in_slots(self, *, but: ActiveRequest | None = None) -> list[ActiveRequest]:
+        return [active for active in self._requests.values() if active.slot >= 0 and active is not but]
+
+    def _new_prefill(self, active: ActiveRequest, prefix: PrefixEntry | None, max_bytes: int | None) -> Prefill:
+        features = active.request.vision_features
+        answer = torch.tensor(active.tokens, dtype=torch.long)  # not empty when the prompt is read again
+        kinds = torch.full(answer.shape, TokenKind.RESPONSE, dtype=active.token_kind.dtype)
         return Prefill(
             self._model,
-            active.input_ids.to(self._device),
-            active.token_kind.to(self._device),
+            torch.cat([active.input_ids, answer]).to(self._device),
+            torch.cat([active.token_kind, kinds]).to(self._device),
             (lambda: [features]) if isinstance(features, Tensor) else features,
             self._cache,
             active.slot,
             max_chunk_tokens=self.config.max_prefill_tokens,
             # even without caching: equal chunks give equal bits
             boundary=active.prefix_length,
-            prefix=None if lease is None else lease.entry,
-            on_prefix=None if lease is None or lease.entry is not None else lease.publish,
+            prefix=prefix,
+            on_prefix=None if active.lease is None or prefix is not None else active.lease.publish,
+            max_new_tokens=active.request.sampling.max_new_tokens - len(active.tokens),
+            max_bytes=max_bytes,
         )
 
     def _prefix_key(self, request: Request, length: int) -> Hashable | None:
@@ -264,6 +310,8 @@ class InferenceEngine:
                 if logits_V is not None:
                     events += self._start_answer(active, logits_V)
             except Exception as error:  # noqa: BLE001 - its features, its length: only this request fails
+                if is_out_of_memory(error):
+                    return events + self._end_longest([active])
                 events.append(_failed(active.id, error))
                 self._release(active)
                 continue
@@ -279,25 +327,74 @@ class InferenceEngine:
     def _start_answer(self, active: ActiveRequest, logits_V: Tensor) -> list[Event]:
         if active.lease is not None:
             active.lease.release()
-        active.prefill = None
+        assert active.prefill is not None
+        self._num_prompt_tokens += active.prefill.num_tokens - active.prefill.num_resumed
+        active.prefill, active.working_bytes = None, 0
+        self._end_graph()
+        self._move(active, len(self._in_state(RequestState.DECODING)))
         active.state = RequestState.DECODING
-        self._num_prompt_tokens += len(active.request.prompt) - active.cached_tokens
         return self._choose(logits_V[None], [active])
+
+    def _move(self, active: ActiveRequest, slot: int) -> None:
+        """Keeps the running slots neighbours, from 0: others cost a copy of their states in every step."""
+        if active.slot == slot:
+            return
+        self._end_graph()
+        self._cache.swap(active.slot, slot)
+        for other in self._in_slots(but=active):
+            if other.slot == slot:
+                other.slot = active.slot
+                if other.prefill is not None:
+                    other.prefill.move(other.slot)
+        active.slot = slot
 
     def _decode(self) -> list[Event]:
         rows = sorted(self._in_state(RequestState.DECODING), key=lambda active: active.slot)
         if not rows:
             return []
-        slots = [active.slot for active in rows]
-        self._num_same_slots = self._num_same_slots + 1 if slots == self._decoded_slots else 0
-        self._decoded_slots = slots
+        try:
+            return self._decode_step(rows)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return self._end_longest(rows)
+
+    def _end_longest(self, changed: Sequence[ActiveRequest]) -> list[Event]:
+        """Ends one request after the device ran out of memory.
+
+        The failed pass may have altered the states of `changed`: these requests are read again, answers included.
+        """
+        self._prefixes.drop_idle()
+        active = self._in_slots()
+        longest = max(active, key=lambda request: (self._cache.slot_bytes(request.slot), request.id))
+        logger.warning("out of memory: ending the longest of %d requests, reading %d again", len(active), len(changed))
+        self._release(longest)
+        for request in reversed(changed):
+            if request is not longest:
+                self._wait_again(request)
+        num_tokens = len(longest.input_ids) + len(longest.tokens)
+        error = f"out of memory: this request of {num_tokens} tokens was the longest of {len(active)}; use fewer frames"
+        return [Failed(request_id=longest.id, error=error, is_out_of_memory=True)]
+
+    def _wait_again(self, active: ActiveRequest) -> None:
+        """Puts a request first in the queue."""
+        self._vacate(active)
+        active.prefill, active.lease, active.working_bytes = None, None, 0
+        active.state = RequestState.WAITING
+        others = {key: other for key, other in self._requests.items() if other is not active}
+        self._requests = {active.id: active, **others}
+
+    def _decode_step(self, rows: Sequence[ActiveRequest]) -> list[Event]:
+        ids = [active.id for active in rows]
+        self._num_same_steps = self._num_same_steps + 1 if ids == self._decoded_ids else 0
+        self._decoded_ids = ids
         graph = self._decode_graph(rows)
         if graph is not None:
-            ids, logprobs = graph.step().tolist(), graph.logprobs_B.tolist()
-            sampled = [SampledToken(*pair, ()) for pair in zip(ids, logprobs, strict=True)]
-            return self._accept_all(rows, sampled, graph.is_finite_B.tolist())
+            graph.step()
+            return self._accept_all(rows, graph.sampled())
         ids_B = torch.tensor([active.tokens[-1] for active in rows], device=self._device)
-        return self._choose(self._model.decode_step(ids_B, self._cache, torch.tensor(slots, device=self._device)), rows)
+        slots_B = torch.tensor([active.slot for active in rows])
+        return self._choose(self._model.decode_step(ids_B, self._cache, slots_B), rows)
 
     def _decode_graph(self, rows: Sequence[ActiveRequest]) -> DecodeGraph | None:
         """Returns None where plain steps are faster."""
@@ -308,11 +405,9 @@ class InferenceEngine:
         left = min(sampling.max_new_tokens - len(active.tokens) for sampling, active in zip(params, rows, strict=True))
         if (
             not self._use_graphs
-            or self._num_same_slots < STEPS_BEFORE_GRAPH
+            or self._num_same_steps < STEPS_BEFORE_GRAPH
             or left < MIN_GRAPH_STEPS
             or any(sampling.temperature > 0 or sampling.num_logprobs for sampling in params)
-            or self._in_state(RequestState.PREFILLING)
-            or rows[-1].slot - rows[0].slot != len(rows) - 1
         ):
             return None
         try:
@@ -334,18 +429,13 @@ class InferenceEngine:
             self._graph = None
 
     def _choose(self, logits_BV: Tensor, rows: Sequence[ActiveRequest]) -> list[Event]:
-        finite = torch.isfinite(logits_BV).all(dim=-1).tolist()
-        sampled = sample_tokens(
-            logits_BV.nan_to_num(), [row.request.sampling for row in rows], [row.generator for row in rows]
-        )
-        return self._accept_all(rows, sampled, finite)
+        sampled = sample_tokens(logits_BV, [row.request.sampling for row in rows], [row.generator for row in rows])
+        return self._accept_all(rows, sampled)
 
-    def _accept_all(
-        self, rows: Sequence[ActiveRequest], sampled: Sequence[SampledToken], finite: Sequence[bool]
-    ) -> list[Event]:
+    def _accept_all(self, rows: Sequence[ActiveRequest], sampled: Sequence[SampledToken]) -> list[Event]:
         events: list[Event] = []
-        for active, token, is_finite in zip(rows, sampled, finite, strict=True):
-            if not is_finite:
+        for active, token in zip(rows, sampled, strict=True):
+            if not token.is_finite:
                 self._release(active)
                 events.append(Failed(request_id=active.id, error="the model's logits are not finite"))
                 continue
@@ -379,11 +469,20 @@ class InferenceEngine:
         """Frees the slot. Safe to repeat."""
         if self._requests.pop(active.id, None) is None:
             return
+        self._vacate(active)
+
+    def _vacate(self, active: ActiveRequest) -> None:
         if active.lease is not None:
             active.lease.release()
-        if active.slot >= 0:
-            self._end_graph()
-            self._cache.reset(active.slot)
+        if active.slot < 0:
+            return
+        self._end_graph()
+        self._cache.reset(active.slot)
+        if active.state is RequestState.DECODING:
+            last = max(self._in_state(RequestState.DECODING), key=lambda other: other.slot, default=active)
+            if last.slot > active.slot:
+                self._move(last, active.slot)
+        active.slot = -1
 
     def _usage(self, active: ActiveRequest) -> Usage:
         vision_tokens = active.request.prompt.num_vision_tokens

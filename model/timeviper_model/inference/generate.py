@@ -70,13 +70,20 @@ def stream_ids(
     weight = model.lm_head.weight
     cache = cache or model.new_cache(len(prompts), device=weight.device, dtype=weight.dtype)
     generators = [torch.Generator().manual_seed(params.seed) for _ in prompts]
-    active = list(range(len(prompts)))
-    logits_BV = torch.stack([prefill(model, prompt, cache, slot) for slot, prompt in enumerate(prompts)])
+    active = list(range(len(prompts)))  # the prompt in each running slot
+    num_new = params.max_new_tokens
+    logits_BV = torch.stack(
+        [prefill(model, prompt, cache, slot, max_new_tokens=num_new) for slot, prompt in enumerate(prompts)]
+    )
     while active:
-        sampled = sample_tokens(logits_BV, [params] * len(active), [generators[slot] for slot in active])
-        tokens = {slot: token.id for slot, token in zip(active, sampled, strict=True)}
-        yield tokens
-        active = [slot for slot in active if tokens[slot] != end_id]
+        sampled = sample_tokens(logits_BV, [params] * len(active), [generators[index] for index in active])
+        tokens = {index: token.id for index, token in zip(active, sampled, strict=True)}
+        yield dict(sorted(tokens.items()))
+        for slot in reversed(range(len(active))):
+            if tokens[active[slot]] == end_id:
+                cache.swap(slot, len(active) - 1)
+                active[slot] = active[-1]
+                active.pop()
         if active:
-            ids = torch.tensor([tokens[slot] for slot in active], device=weight.device)
-            logits_BV = model.decode_step(ids, cache, torch.tensor(active, device=weight.device))
+            ids = torch.tensor([tokens[index] for index in active], device=weight.device)
+            logits_BV = model.decode_step(ids, cache, torch.arange(len(active)))

@@ -20,6 +20,7 @@ from timeviper_model.inference.chunked_transv import (
     plan_sites,
     release_waiting,
 )
+from timeviper_model.inference.memory import tokens_by_layer
 from timeviper_model.inference.requests import DEFAULT_CHUNK_TOKENS
 from timeviper_model.layers.cache import MIN_CAPACITY, HybridCache, SavedSlot
 from timeviper_model.timeviper import TimeViper
@@ -39,6 +40,11 @@ class PrefixEntry:
     def num_bytes(self) -> int:
         sources = sum(source.num_bytes for source in self.sources.values())
         return self.slot.num_bytes + sources + (0 if self.waiting is None else self.waiting.num_bytes)
+
+    @property
+    def working_bytes(self) -> int:
+        """Bytes that a prompt shares with this entry while it is read."""
+        return self.num_bytes - self.slot.num_bytes
 
     @property
     def is_finite(self) -> bool:
@@ -76,8 +82,10 @@ class Prefill:
         boundary: int = 0,
         prefix: PrefixEntry | None = None,
         on_prefix: Callable[[PrefixEntry], None] | None = None,
+        max_new_tokens: int = MIN_CAPACITY,
+        max_bytes: int | None = None,
     ) -> None:
-        """Empties the slot.
+        """Empties the slot and reserves space for the prompt and its answer.
 
         Args:
             input_ids: (T,) int64 on the model's device; vision ids are ignored.
@@ -86,6 +94,8 @@ class Prefill:
             boundary: prompt index where a chunk must end (`prefix_length`).
             prefix: entry with the same boundary, system and vision tokens.
             on_prefix: receives this prompt's entry at the boundary.
+            max_new_tokens: reserved tokens of the answer; a longer answer is copied into a larger room.
+            max_bytes: bytes that all slots' keys and values may take, as checked by `HybridCache.has_space`.
         """
         if not len(input_ids) or max_chunk_tokens < 1:
             raise ValueError(f"a prompt of {len(input_ids)} tokens in chunks of {max_chunk_tokens}: both must be >= 1")
@@ -113,20 +123,23 @@ class Prefill:
         """True when the last `advance` lacked features."""
         self._view = cache.view([slot])
         cache.reset(slot)
-        self._reserve()
+        kept = tokens_by_layer(model.config, self._num_text, num_vision)
+        cache.reserve(slot, {layer: count + max_new_tokens for layer, count in kept.items()}, max_bytes=max_bytes)
         self._waiting = self._waiting_at(stops[0], boundary) if stops else []
-        self._num_resumed = 0
+        self.num_resumed = 0
+        """Tokens that came with the prefix."""
         if prefix is not None:
             self._resume(prefix)
         self._steps = self._run()
         self._next_size: int | None = 0
 
-    def _reserve(self) -> None:
-        present = self._rows.num_rows
-        for layer in range(self._model.config.text.num_hidden_layers):
-            present = self._plans[layer].num_kept if layer in self._plans else present
-            if layer in self._cache.attention:
-                self._cache.attention[layer].reserve(self._num_text + present + MIN_CAPACITY)  # and for a first answer
+    @property
+    def num_tokens(self) -> int:
+        return len(self._input_ids)
+
+    def move(self, slot: int) -> None:
+        """Goes on in `slot`, to which the cache has moved the state."""
+        self._slot, self._view = slot, self._cache.view([slot])
 
     def advance(self, max_tokens: int | None = None) -> Tensor | None:
         """Runs chunks; returns the next token's (V,) logits when done.
@@ -176,7 +189,7 @@ class Prefill:
                 self._run_span(tokens, layer, stop)
 
     def _chunks(self) -> Iterator[slice]:
-        stop = self._num_resumed
+        stop = self.num_resumed
         while stop < len(self._input_ids):
             start, limit = stop, self._boundary if stop < self._boundary else len(self._input_ids)
             stop = min(start + self._max_tokens, limit)
@@ -238,7 +251,7 @@ class Prefill:
                 crossing.resume(prefix.sources.get(layer))
         if prefix.waiting is not None:
             self._waiting[0] = prefix.waiting
-        self._num_resumed = prefix.num_tokens
+        self.num_resumed = prefix.num_tokens
 
 
 class _FeatureRows:
@@ -280,7 +293,13 @@ class _FeatureRows:
 
 @torch.no_grad()
 def prefill(
-    model: TimeViper, batch: PackedBatch, cache: HybridCache, slot: int, *, max_chunk_tokens: int = DEFAULT_CHUNK_TOKENS
+    model: TimeViper,
+    batch: PackedBatch,
+    cache: HybridCache,
+    slot: int,
+    *,
+    max_chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+    max_new_tokens: int = MIN_CAPACITY,
 ) -> Tensor:
     """Reads one prompt (one segment) into an emptied slot; returns the next token's (V,) fp32 logits."""
     if batch.num_segments != 1:
@@ -296,6 +315,7 @@ def prefill(
         cache,
         slot,
         max_chunk_tokens=max_chunk_tokens,
+        max_new_tokens=max_new_tokens,
     )
     while (logits_V := reading.advance()) is None:
         pass

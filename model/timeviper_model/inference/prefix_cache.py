@@ -9,39 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable
 
-import torch
-
-from timeviper_model.config import HybridConfig, TimeViperConfig
-from timeviper_model.inference.chunked_transv import plan_sites
 from timeviper_model.inference.prefill import PrefixEntry
-
-
-def prefix_entry_bytes(config: TimeViperConfig, num_system: int, num_vision: int, *, dtype: torch.dtype) -> int:
-    """Bytes of an entry; 2.63 GB for the 9B, the paper's plan, 10,000 frames of 16 tokens and bfloat16."""
-    text, size = config.text, dtype.itemsize
-    kv_bytes = 2 * text.num_key_value_heads * text.head_dim * size
-    state_size = 8 if dtype == torch.float64 else 4
-    mamba_bytes = 0
-    if isinstance(text, HybridConfig):
-        window, state = (text.conv_kernel - 1) * text.conv_dim, text.mamba_intermediate_size * text.ssm_state_size
-        mamba_bytes = window * size + state * state_size
-    plans = plan_sites(config, num_vision)
-    total, present = 0, num_vision
-    for layer, block_type in enumerate(text.block_types):
-        plan = plans.get(layer)
-        transfers = plan is not None and plan.site.transfer == "cross_attention"
-        if plan is not None and plan.waits:
-            waiting = num_system + plan.num_present
-            total += waiting * (text.hidden_size * size + kv_bytes // 2 + 8 + 1)  # state, score key, position, kind
-            return total + plan.num_present * kv_bytes * transfers
-        if plan is not None:
-            total += plan.num_sources * kv_bytes
-            present = plan.num_kept
-        if block_type == "attention":
-            total += (num_system + present) * kv_bytes
-        elif block_type == "mamba":
-            total += mamba_bytes
-    return total
 
 
 class PrefixCache:
@@ -59,6 +27,9 @@ class PrefixCache:
     def is_computing(self, key: Hashable) -> bool:
         return key in self._computing
 
+    def peek(self, key: Hashable) -> PrefixEntry | None:
+        return self._entries.get(key)
+
     def lease(self, key: Hashable) -> PrefixLease:
         """Pins the entry; on a miss, reserves the key. Raises RuntimeError while the key is reserved."""
         if key in self._computing:
@@ -72,6 +43,12 @@ class PrefixCache:
             self._entries.move_to_end(key)
             self._pins[key] = self._pins.get(key, 0) + 1
         return PrefixLease(self, key, entry)
+
+    def drop_idle(self) -> None:
+        """Evicts every entry that no request uses."""
+        for key in [key for key in self._entries if not self._pins.get(key)]:
+            self.num_bytes -= self._entries.pop(key).num_bytes
+            self.num_evictions += 1
 
     def _put(self, key: Hashable, entry: PrefixEntry) -> bool:
         """Returns False when pinned entries leave no room."""

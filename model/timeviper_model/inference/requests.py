@@ -26,7 +26,9 @@ class Request:
     prompt: Sample
     """Prompt with an open assistant turn at its end (see build_sample)."""
     vision_features: Tensor | Callable[[], Iterable[Tensor]]
-    """(num_vision_tokens, dim), or a function that yields blocks of rows; an empty block means 'not yet'."""
+    """(num_vision_tokens, dim), or a function that yields blocks of rows; an empty block means 'not yet'.
+
+    The engine calls the function again if it has to read the prompt a second time."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
     prefix_key: str | None = None
     """Key in the video-prefix cache, unique per tenant and features; None = not cached."""
@@ -58,6 +60,7 @@ class Finished:
 class Failed:
     request_id: RequestId
     error: str
+    is_out_of_memory: bool = False
 
 
 Event = Token | Finished | Failed
@@ -71,6 +74,11 @@ class EngineStats:
     active_slots: int
     queued_requests: int
     cache_bytes: int
+    """Keys, values and Mamba states."""
+    kv_bytes: int
+    """Allocated keys and values."""
+    reserved_kv_bytes: int
+    """Keys and values of active requests, their whole answers included."""
     prompt_tokens: int
     """Total prefilled tokens, without cached prefixes."""
     completion_tokens: int
@@ -99,6 +107,9 @@ class EngineConfig:
     """Maximum tokens of one answer."""
     prefix_cache_bytes: int = 0
     """Maximum bytes of the video-prefix cache; 0 = no cache."""
+    kv_cache_bytes: int = 0
+    """Maximum bytes of keys and values, and of what TransV keeps of prompts being read; 0 = no limit. Requests wait for
+    space for their prompt and whole answer."""
     kept_cache_bytes: int = KEPT_BYTES
     """Maximum bytes of keys and values per attention layer that stay allocated while idle."""
     pack_weights: bool = True
@@ -114,6 +125,8 @@ class EngineConfig:
             raise ValueError(f"{self.max_queued_requests = } must be at least 0 (0 = only free slots)")
         if self.prefix_cache_bytes < 0:
             raise ValueError(f"{self.prefix_cache_bytes = } must be at least 0 (0 = no cache)")
+        if self.kv_cache_bytes < 0:
+            raise ValueError(f"{self.kv_cache_bytes = } must be at least 0 (0 = no limit)")
         if self.max_graph_steps < 0:
             raise ValueError(f"{self.max_graph_steps = } must be at least 0 (0 = no graphs)")
 

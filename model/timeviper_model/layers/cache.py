@@ -1,13 +1,17 @@
 """Mamba states of fixed size, and keys and values (k) of the tokens that TransV left at each layer.
 
-slot 0   mamba: window, state     layer 3: kkkkkkkk     layer 8: kkk
-slot 1   mamba: window, state     layer 3: kkk          layer 8: kk
+slot 0   mamba: window, state     layer 3: kkkkkkkk__     layer 8: kkk__
+slot 1   mamba: window, state     layer 3: kkk__          layer 8: kk__
+
+A slot has a room of its own length at each layer, with space (_) for its answer. Rooms of one capacity share a bank, so
+that one product reads them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,17 +22,49 @@ from timeviper_model.layers.mamba2 import Mamba2State
 from timeviper_model.ops.precision import wide_dtype
 
 MIN_CAPACITY = 128
-"""Initial tokens per slot; grows by half."""
+"""Tokens of an unreserved room; it grows by half."""
+
+CAPACITY_STEP = 64
+"""Capacities are multiples of this many tokens."""
+
+BANK_BYTES = 32 << 20
+"""Maximum bytes of a bank with several rooms; reading longer rooms one by one costs no time."""
 
 KEPT_BYTES = 16 << 20
-"""Bytes per layer that stay allocated while all slots are empty; new pages are slow."""
+"""Bytes per layer that stay allocated while empty; new pages are slow."""
 
 MAX_LENGTH_WASTE = 1.5
 """Maximum padded / real length of slots read by one product."""
 
 
+class Bank:
+    """(num_rooms, Hkv, capacity, E) keys and values. Unwritten values are 0: they are read with weight 0."""
+
+    def __init__(self, shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype) -> None:
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.is_taken = [False] * shape[0]
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[2]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+
+class Room(NamedTuple):
+    bank: Bank
+    row: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.bank.num_bytes // len(self.bank.is_taken)
+
+
 class AttentionCache:
-    """(num_slots, Hkv, capacity, E) keys and values of one layer."""
+    """Keys and values of one layer."""
 
     def __init__(
         self,
@@ -40,42 +76,112 @@ class AttentionCache:
         *,
         kept_bytes: int = KEPT_BYTES,
     ) -> None:
-        self.keys = torch.empty(num_slots, num_kv_heads, 0, head_dim, device=device, dtype=dtype)
-        self.values = torch.empty_like(self.keys)
+        self.num_kv_heads, self.head_dim, self.device, self.dtype = num_kv_heads, head_dim, device, dtype
         self.lengths = [0] * num_slots
+        self.rooms: list[Room | None] = [None] * num_slots
         self.kept_bytes = kept_bytes
+        self._banks: list[Bank] = []
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(bank.num_bytes for bank in self._banks)
+
+    @property
+    def bytes_per_token(self) -> int:
+        return 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+    def capacity(self, num_tokens: int) -> int:
+        """Capacity of a room for `num_tokens`: at most an eighth larger if it can share a bank."""
+        step = CAPACITY_STEP
+        if 2 * num_tokens * self.bytes_per_token <= BANK_BYTES:
+            step = max(step, 2 ** (num_tokens.bit_length() - 4))
+        return -(-max(1, num_tokens) // step) * step
+
+    def room_bytes(self, num_tokens: int) -> int:
+        return self.capacity(num_tokens) * self.bytes_per_token
+
+    def missing_bytes(self, num_tokens: int) -> int:
+        """Bytes to allocate for a room; 0 if one is free."""
+        return 0 if self._free_room(self.capacity(num_tokens)) else self.room_bytes(num_tokens)
+
+    def reserve(self, slot: int, num_tokens: int, *, spare_bytes: int | None = None) -> None:
+        """Gives the slot a room for `num_tokens`, with its content; `spare_bytes` limit further rooms of a new bank."""
+        old, capacity = self.rooms[slot], self.capacity(num_tokens)
+        if old is not None and old.bank.capacity >= num_tokens:
+            return
+        room = self._free_room(capacity) or self._new_room(capacity, spare_bytes)
+        room.bank.is_taken[room.row] = True
+        if old is not None:
+            length = self.lengths[slot]
+            room.bank.keys[room.row, :, :length] = old.bank.keys[old.row, :, :length]
+            room.bank.values[room.row, :, :length] = old.bank.values[old.row, :, :length]
+            self._give_back(old, length)
+        self.rooms[slot] = room
 
     def reset(self, slot: int) -> None:
-        """Empties the slot; frees memory above `kept_bytes` once all are empty."""
-        self.clear(slot)
-        if self.num_bytes > self.kept_bytes and not any(self.lengths):
-            self.keys, self.values = self.keys[:, :, :0].clone(), self.values[:, :, :0].clone()
+        """Empties the slot and gives its room back."""
+        room = self.rooms[slot]
+        if room is not None:
+            self._give_back(room, self.lengths[slot])
+        self.rooms[slot], self.lengths[slot] = None, 0
 
-    @torch.inference_mode()  # the engine's tensors are inference tensors, and it cancels outside of that mode
-    def clear(self, slot: int) -> None:
-        """Removes NaN, which would reach the next sequence."""
-        self.values[slot, :, : self.lengths[slot]] = 0
-        self.lengths[slot] = 0
+    def free_idle(self) -> None:
+        """Frees banks without a taken room."""
+        self._banks = [bank for bank in self._banks if any(bank.is_taken)]
+
+    def swap(self, first: int, second: int) -> None:
+        self.lengths[first], self.lengths[second] = self.lengths[second], self.lengths[first]
+        self.rooms[first], self.rooms[second] = self.rooms[second], self.rooms[first]
+
+    def content(self, slot: int) -> tuple[Tensor, Tensor]:
+        """Views (Hkv, L, E)."""
+        room, length = self.rooms[slot], self.lengths[slot]
+        if room is None:
+            empty = torch.empty(self.num_kv_heads, 0, self.head_dim, device=self.device, dtype=self.dtype)
+            return empty, empty
+        return room.bank.keys[room.row, :, :length], room.bank.values[room.row, :, :length]
 
     def put(self, slot: int, k_GLE: Tensor, v_GLE: Tensor) -> None:
         """Appends (Hkv, L, E)."""
         start = self.lengths[slot]
         stop = start + k_GLE.shape[1]
-        self.reserve(stop)
-        self.keys[slot, :, start:stop] = k_GLE
-        self.values[slot, :, start:stop] = v_GLE
+        room = self.grown_room(slot, stop)
+        room.bank.keys[room.row, :, start:stop] = k_GLE
+        room.bank.values[room.row, :, start:stop] = v_GLE
         self.lengths[slot] = stop
 
-    def reserve(self, length: int) -> None:
-        capacity = self.keys.shape[2]
-        if length <= capacity:
-            return
-        grown = max(length, MIN_CAPACITY, capacity + capacity // 2)
-        self.keys, self.values = (_grow(old, grown, max(self.lengths)) for old in (self.keys, self.values))
+    def grown_room(self, slot: int, length: int) -> Room:
+        """The slot's room, copied into a larger one if it is too small."""
+        room = self.rooms[slot]
+        if room is None or room.bank.capacity < length:
+            capacity = 0 if room is None else room.bank.capacity
+            self.reserve(slot, max(length, MIN_CAPACITY, capacity + capacity // 2))
+            room = self.rooms[slot]
+        assert room is not None
+        return room
 
-    @property
-    def num_bytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
+    def _free_room(self, capacity: int) -> Room | None:
+        banks = (bank for bank in self._banks if bank.capacity == capacity and not all(bank.is_taken))
+        return next((Room(bank, bank.is_taken.index(False)) for bank in banks), None)
+
+    def _new_room(self, capacity: int, spare_bytes: int | None) -> Room:
+        """Doubles the rooms of this capacity up to BANK_BYTES: few products for many equal slots, little idle space."""
+        room_bytes = capacity * self.bytes_per_token
+        num_equal = sum(len(bank.is_taken) for bank in self._banks if bank.capacity == capacity)
+        num_rooms = min(num_equal, BANK_BYTES // room_bytes, len(self.rooms) - num_equal)
+        if spare_bytes is not None:
+            num_rooms = min(num_rooms, 1 + max(0, spare_bytes) // room_bytes)
+        bank = Bank((max(1, num_rooms), self.num_kv_heads, capacity, self.head_dim), self.device, self.dtype)
+        self._banks.append(bank)
+        return Room(bank, 0)
+
+    @torch.inference_mode()  # the engine's tensors are inference tensors, and it cancels outside of that mode
+    def _give_back(self, room: Room, length: int) -> None:
+        room.bank.is_taken[room.row] = False
+        if not any(room.bank.is_taken) and self.num_bytes > self.kept_bytes:
+            self._banks.remove(room.bank)
+        else:
+            room.bank.values[room.row, :, :length] = 0  # 0 times NaN would reach the next sequence
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +218,7 @@ class HybridCache:
         self.num_slots = num_slots
         self.num_tokens = [0] * num_slots
         """Tokens read by each slot, dropped ones included."""
-        device = torch.device(device)
+        self.device = device = torch.device(device)
         state_dtype = wide_dtype(dtype)
         self.mamba: dict[int, Mamba2State] = {}
         self.attention: dict[int, AttentionCache] = {}
@@ -130,6 +236,39 @@ class HybridCache:
                     num_slots, config.num_key_value_heads, config.head_dim, device, dtype, kept_bytes=kept_bytes
                 )
 
+    def has_space(self, num_tokens: Mapping[int, int], max_bytes: int) -> bool:
+        """Whether rooms for `num_tokens` by attention layer keep all keys and values within `max_bytes`.
+
+        Frees idle banks if that is needed.
+        """
+        if self._spare_bytes(num_tokens, max_bytes) < 0:
+            for attention in self.attention.values():
+                attention.free_idle()
+        return self._spare_bytes(num_tokens, max_bytes) >= 0
+
+    def reserve(self, slot: int, num_tokens: Mapping[int, int], *, max_bytes: int | None = None) -> None:
+        """Gives an empty slot rooms for `num_tokens` by attention layer; `max_bytes` limits idle space in new banks."""
+        spare = None if max_bytes is None else self._spare_bytes(num_tokens, max_bytes)
+        for layer, count in num_tokens.items():
+            attention = self.attention[layer]
+            expected = attention.num_bytes + attention.missing_bytes(count)
+            attention.reserve(slot, count, spare_bytes=spare)
+            if spare is not None:
+                spare -= attention.num_bytes - expected
+
+    def _spare_bytes(self, num_tokens: Mapping[int, int], max_bytes: int) -> int:
+        missing = sum(self.attention[layer].missing_bytes(count) for layer, count in num_tokens.items())
+        return max_bytes - self.kv_bytes - missing
+
+    def room_bytes(self, num_tokens: Mapping[int, int]) -> int:
+        """Bytes of rooms for `num_tokens` by attention layer."""
+        return sum(self.attention[layer].room_bytes(count) for layer, count in num_tokens.items())
+
+    def slot_bytes(self, slot: int) -> int:
+        """Bytes of the slot's keys and values, reserved space included."""
+        rooms = (attention.rooms[slot] for attention in self.attention.values())
+        return sum(room.num_bytes for room in rooms if room is not None)
+
     def reset(self, slot: int) -> None:
         self.num_tokens[slot] = 0
         for state in self.mamba.values():
@@ -138,7 +277,20 @@ class HybridCache:
         for attention in self.attention.values():
             attention.reset(slot)
 
+    @torch.inference_mode()
+    def swap(self, first: int, second: int) -> None:
+        """Exchanges two slots; keys and values stay where they are."""
+        self.num_tokens[first], self.num_tokens[second] = self.num_tokens[second], self.num_tokens[first]
+        for state in self.mamba.values():
+            for tensor in (state.window_BKD, state.ssm_BHPN):
+                kept = tensor[first].clone()
+                tensor[first] = tensor[second]
+                tensor[second] = kept
+        for attention in self.attention.values():
+            attention.swap(first, second)
+
     def save(self, slot: int, num_layers: int) -> SavedSlot:
+        contents = {layer: kv.content(slot) for layer, kv in self.attention.items() if layer < num_layers}
         return SavedSlot(
             mamba={
                 layer: Mamba2State(
@@ -148,21 +300,11 @@ class HybridCache:
                 for layer, state in self.mamba.items()
                 if layer < num_layers
             },
-            attention={
-                layer: (kv.keys[slot, :, : kv.lengths[slot]].clone(), kv.values[slot, :, : kv.lengths[slot]].clone())
-                for layer, kv in self.attention.items()
-                if layer < num_layers
-            },
+            attention={layer: (keys.clone(), values.clone()) for layer, (keys, values) in contents.items()},
         )
 
     def load(self, slot: int, saved: SavedSlot) -> None:
-        self.num_tokens[slot] = 0
-        for layer, state in self.mamba.items():
-            if layer not in saved.mamba:
-                state.window_BKD[slot].zero_()
-                state.ssm_BHPN[slot].zero_()
-        for attention in self.attention.values():
-            attention.clear(slot)
+        """Fills an empty slot."""
         for layer, state in saved.mamba.items():
             self.mamba[layer].window_BKD[slot] = state.window_BKD[0]
             self.mamba[layer].ssm_BHPN[slot] = state.ssm_BHPN[0]
@@ -170,9 +312,12 @@ class HybridCache:
             self.attention[layer].put(slot, keys, values)
 
     @property
+    def kv_bytes(self) -> int:
+        return sum(attention.num_bytes for attention in self.attention.values())
+
+    @property
     def num_bytes(self) -> int:
-        states = sum(state.window_BKD.nbytes + state.ssm_BHPN.nbytes for state in self.mamba.values())
-        return states + sum(attention.num_bytes for attention in self.attention.values())
+        return self.kv_bytes + sum(state.window_BKD.nbytes + state.ssm_BHPN.nbytes for state in self.mamba.values())
 
     def view(self, slots: Sequence[int]) -> SlotView:
         """Returns the state for one pass; `slots` must ascend."""
@@ -189,16 +334,16 @@ class SlotView:
         if self.slots[-1] >= cache.num_slots:
             raise ValueError(f"slot {self.slots[-1]} of a cache with {cache.num_slots} slots")
         self.cache = cache
-        self.runs = _runs(self.slots)
+        self.are_neighbours = self.slots[-1] - self.slots[0] == len(self.slots) - 1
         self._index: Tensor | None = None
 
     def layer(self, layer: int) -> Mamba2State | SlotStore | None:
         if layer in self.cache.attention:
-            return SlotStore(self.cache.attention[layer], self.slots, self.runs)
+            return SlotStore(self.cache.attention[layer], self.slots)
         if layer not in self.cache.mamba:
             return None
         state = self.cache.mamba[layer]
-        if len(self.runs) == 1:
+        if self.are_neighbours:
             run = slice(self.slots[0], self.slots[-1] + 1)
             return Mamba2State(window_BKD=state.window_BKD[run], ssm_BHPN=state.ssm_BHPN[run])
         index = self._index_on(state.ssm_BHPN.device)
@@ -206,7 +351,7 @@ class SlotView:
 
     def write_back(self, layer: int, changed: object) -> None:
         """Stores a Mamba state that `layer()` had to copy."""
-        if len(self.runs) == 1 or not isinstance(changed, Mamba2State):
+        if self.are_neighbours or not isinstance(changed, Mamba2State):
             return
         state = self.cache.mamba[layer]
         index = self._index_on(state.ssm_BHPN.device)
@@ -220,64 +365,91 @@ class SlotView:
 
 
 class SlotStore:
-    def __init__(self, cache: AttentionCache, slots: list[int], runs: list[tuple[int, int]]) -> None:
-        self._cache, self._slots, self._runs = cache, slots, runs
+    def __init__(self, cache: AttentionCache, slots: list[int]) -> None:
+        self._cache, self._slots = cache, slots
 
     def extend(self, q_THE: Tensor, k_THE: Tensor, v_THE: Tensor) -> Tensor:
         (slot,) = self._slots
         self._cache.put(slot, k_THE.transpose(0, 1), v_THE.transpose(0, 1))
-        stop = self._cache.lengths[slot]
-        return continued_attention(q_THE, self._cache.keys[slot, :, :stop], self._cache.values[slot, :, :stop])
+        return continued_attention(q_THE, *self._cache.content(slot))
 
     def attend(self, q_BHE: Tensor, k_BHE: Tensor, v_BHE: Tensor) -> Tensor:
         cache, device = self._cache, q_BHE.device
-        cache.reserve(max(cache.lengths[slot] for slot in self._slots) + 1)
-        index = torch.tensor([cache.lengths[slot] for slot in self._slots], device=device)
-        slots = torch.tensor(self._slots, device=device)
-        cache.keys[slots, :, index] = k_BHE.to(cache.keys.dtype)
-        cache.values[slots, :, index] = v_BHE.to(cache.values.dtype)
+        outputs, order = [], []
+        for group in group_by_bank(cache, self._slots, num_new=1):
+            rows, ends = (torch.tensor(each, device=device) for each in (group.rows, group.lengths))
+            group.bank.keys[rows, :, ends] = group.take(k_BHE).to(cache.dtype)
+            group.bank.values[rows, :, ends] = group.take(v_BHE).to(cache.dtype)
+            q = group.take(q_BHE)
+            outputs += [_read(q[run], group, run) for run in _even_runs(group)]
+            order += group.batch
         for slot in self._slots:
             cache.lengths[slot] += 1
-        outputs, row = [], 0
-        for first, stop in self._even_runs():
-            outputs.append(self._read(q_BHE[row : row + stop - first], first, stop))
-            row += stop - first
-        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-
-    def _even_runs(self) -> list[tuple[int, int]]:
-        even = []
-        for first, stop in self._runs:
-            lengths = self._cache.lengths[first:stop]
-            if max(lengths) * len(lengths) <= MAX_LENGTH_WASTE * sum(lengths):
-                even.append((first, stop))
-            else:
-                even += [(slot, slot + 1) for slot in range(first, stop)]
-        return even
-
-    def _read(self, q_BHE: Tensor, first: int, stop: int) -> Tensor:
-        lengths = self._cache.lengths[first:stop]
-        keys, values = (kv[first:stop, :, : max(lengths)] for kv in (self._cache.keys, self._cache.values))
-        visible = None
-        if min(lengths) < max(lengths):
-            ends = torch.tensor(lengths, device=q_BHE.device)
-            visible = torch.arange(max(lengths), device=q_BHE.device) < ends[:, None]
-        return grouped_attention(q_BHE, keys, values, visible)
+        return in_batch_order(outputs, order)
 
 
-def _grow(old: Tensor, capacity: int, used: int) -> Tensor:
-    grown = old.new_empty(old.shape[0], old.shape[1], capacity, old.shape[3])
-    grown[:, :, :used] = old[:, :, :used]
-    if len(old) > 1:
-        grown[:, :, used:] = 0  # shorter slots are read up to the longest length, and 0 * NaN is NaN
-    return grown
+class BankGroup(NamedTuple):
+    """Slots of a batch whose rooms lie in one bank, by ascending row."""
+
+    bank: Bank
+    rows: list[int]
+    batch: list[int]
+    """Indices in the batch."""
+    lengths: list[int]
+
+    def take(self, x_B: Tensor) -> Tensor:
+        """Rows of a batch."""
+        if self.batch == list(range(len(x_B))):
+            return x_B
+        return x_B.index_select(0, torch.tensor(self.batch, device=x_B.device))
 
 
-def _runs(slots: list[int]) -> list[tuple[int, int]]:
-    """[0, 1, 2, 5, 7, 8] -> [(0, 3), (5, 6), (7, 9)]"""
-    runs: list[tuple[int, int]] = []
-    for slot in slots:
-        if runs and runs[-1][1] == slot:
-            runs[-1] = (runs[-1][0], slot + 1)
+def group_by_bank(cache: AttentionCache, slots: Sequence[int], *, num_new: int) -> list[BankGroup]:
+    """Groups slots by bank, with space for `num_new` more tokens in each room."""
+    members: dict[int, list[tuple[int, int, int, Bank]]] = {}
+    for index, slot in enumerate(slots):
+        room = cache.grown_room(slot, cache.lengths[slot] + num_new)
+        members.setdefault(id(room.bank), []).append((room.row, index, cache.lengths[slot], room.bank))
+    groups = []
+    for rooms in members.values():
+        rooms.sort(key=lambda room: room[0])
+        rows, batch, lengths, banks = map(list, zip(*rooms, strict=True))
+        groups.append(BankGroup(banks[0], rows, batch, lengths))
+    return groups
+
+
+def in_batch_order(outputs: Sequence[Tensor], order: Sequence[int]) -> Tensor:
+    """Joins outputs whose rows have the batch indices `order`."""
+    joined = torch.cat(list(outputs)) if len(outputs) > 1 else outputs[0]
+    if list(order) == sorted(order):
+        return joined
+    index = sorted(range(len(order)), key=order.__getitem__)
+    return joined.index_select(0, torch.tensor(index, device=joined.device))
+
+
+def runs_of(rows: Sequence[int]) -> list[slice]:
+    """[0, 1, 2, 5, 7, 8] -> slices [0:3], [3:4], [4:6] of consecutive rows."""
+    cuts = [index for index in range(1, len(rows)) if rows[index] != rows[index - 1] + 1]
+    return [slice(start, stop) for start, stop in zip([0, *cuts], [*cuts, len(rows)], strict=True)]
+
+
+def _even_runs(group: BankGroup) -> list[slice]:
+    even: list[slice] = []
+    for run in runs_of(group.rows):
+        lengths = [length + 1 for length in group.lengths[run]]
+        if max(lengths) * len(lengths) <= MAX_LENGTH_WASTE * sum(lengths):
+            even.append(run)
         else:
-            runs.append((slot, slot + 1))
-    return runs
+            even += [slice(index, index + 1) for index in range(run.start, run.stop)]
+    return even
+
+
+def _read(q_BHE: Tensor, group: BankGroup, run: slice) -> Tensor:
+    lengths = [length + 1 for length in group.lengths[run]]
+    rows = slice(group.rows[run.start], group.rows[run.start] + len(lengths))
+    keys, values = (kv[rows, :, : max(lengths)] for kv in (group.bank.keys, group.bank.values))
+    visible = None
+    if min(lengths) < max(lengths):
+        ends = torch.tensor(lengths, device=q_BHE.device)
+        visible = torch.arange(max(lengths), device=q_BHE.device) < ends[:, None]
+    return grouped_attention(q_BHE, keys, values, visible)

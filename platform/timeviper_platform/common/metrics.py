@@ -29,6 +29,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("timeviper_engine_active_slots", "gauge", "Requests being prefilled or decoded"),
     Metric("timeviper_engine_queued_requests", "gauge", "Requests waiting for a slot"),
     Metric("timeviper_engine_cache_bytes", "gauge", "Bytes of the cache of states, keys and values"),
+    Metric("timeviper_engine_kv_bytes", "gauge", "Bytes of keys and values, idle ones included"),
+    Metric("timeviper_engine_reserved_kv_bytes", "gauge", "Bytes of keys and values reserved by requests"),
     Metric("timeviper_engine_prompt_tokens", "counter", "Prompt tokens prefilled, without those of cached prefixes"),
     Metric("timeviper_engine_completion_tokens", "counter", "Tokens generated"),
     Metric("timeviper_engine_prefix_hits", "counter", "Hits in the video-prefix cache"),

@@ -32,7 +32,7 @@ def filled_cache(model: TimeViper, device: str = "cpu") -> tuple[HybridCache, li
 
 
 def cache_dtype(cache: HybridCache) -> torch.dtype:
-    return next(iter(cache.attention.values())).keys.dtype
+    return next(iter(cache.attention.values())).dtype
 
 
 def decoded_by_steps(model: TimeViper, num_steps: int, device: str = "cpu") -> tuple[list[list[int]], HybridCache]:
@@ -66,8 +66,9 @@ def test_unwritten_room_is_not_read() -> None:
     expected, _ = decoded_by_steps(model, 3)
     cache, ids = filled_cache(model)
     for attention in cache.attention.values():
-        for slot, length in enumerate(attention.lengths):
-            attention.values[slot, :, length:] = torch.nan
+        for room, length in zip(attention.rooms[1:], attention.lengths[1:], strict=True):
+            assert room is not None
+            room.bank.values[room.row, :, length:] = torch.nan
     decoding = DecodeGraph(model, cache, [1, 2, 3], ids, max_steps=3)
     assert [decoding.step().tolist() for _ in range(3)] == expected
 
@@ -144,3 +145,43 @@ def test_captured_steps_equal_decode_step(config: TimeViperConfig) -> None:
     cache, ids = filled_cache(model, "cuda")
     decoding = DecodeGraph(model, cache, [1, 2, 3], ids, max_steps=6)
     assert [decoding.step().tolist() for _ in range(6)] == expected
+
+
+def test_slots_in_rooms_of_several_sizes_and_any_order_are_read() -> None:
+    model, results = make_model(), []
+    for in_graph in (False, True):
+        cache = model.new_cache(6, device="cpu", dtype=torch.float64)
+        for slot, num_new in ((5, 8), (0, 8), (3, 300), (4, 8), (1, 8), (2, 8)):
+            sample = pack([make_sample("s" + "v" * (5 + slot) + "ii", seed=slot)])
+            prefill(model, sample, cache, slot, max_new_tokens=num_new)
+        later, earlier = (cache.attention[2].rooms[slot] for slot in (1, 4))
+        assert later is not None
+        assert earlier is not None
+        assert later.bank is earlier.bank
+        assert (earlier.row, later.row) == (0, 1)
+        if in_graph:
+            decoding = DecodeGraph(model, cache, range(6), [1, 2, 3, 4, 5, 6], max_steps=3)
+            results.append([decoding.step().tolist() for _ in range(3)])
+        else:
+            ids, steps = torch.tensor([1, 2, 3, 4, 5, 6]), []
+            for _ in range(3):
+                ids = model.decode_step(ids, cache, torch.arange(6)).argmax(-1)
+                steps.append(ids.tolist())
+            results.append(steps)
+    assert results[0] == results[1]
+
+
+def test_steps_after_a_graph_that_ended_early_do_not_read_its_warm_up() -> None:
+    """The warm-up of a slot with NaN writes NaN after its tokens, which later owners of the room must not read."""
+    with simulated_cuda():
+        model = make_model().cuda()
+        cache, ids = filled_cache(model, "cuda")
+        for state in cache.mamba.values():
+            state.ssm_BHPN[1] = torch.nan
+        decoding = DecodeGraph(model, cache, [1, 2, 3], ids, max_steps=6)
+        decoding.step()
+        decoding.finish()
+        for attention in cache.attention.values():
+            room, length = attention.rooms[1], attention.lengths[1]
+            assert room is not None
+            assert bool(room.bank.values[room.row, :, length:].isfinite().all())

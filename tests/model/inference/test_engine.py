@@ -31,7 +31,9 @@ def model() -> TimeViper:
     return random_model()
 
 
-def test_batched_greedy_tokens_equal_one_by_one(model: TimeViper) -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_batched_greedy_tokens_equal_one_by_one(dtype: torch.dtype) -> None:
+    model = random_model(dtype=dtype)
     engine = engine_of(model, num_slots=3)
     ids = [engine.submit(ask(q, n, max_new_tokens=12 + n % 5)) for q, n in QUESTIONS]
     events = run(engine)
@@ -39,7 +41,7 @@ def test_batched_greedy_tokens_equal_one_by_one(model: TimeViper) -> None:
         expected = generate_alone(
             model,
             prompt(TOKENIZER, question, num_vision),
-            vision(num_vision),
+            vision(num_vision).to(dtype),
             num_tokens=12 + num_vision % 5,
             end_ids=engine.end_token_ids,
         )
@@ -47,7 +49,9 @@ def test_batched_greedy_tokens_equal_one_by_one(model: TimeViper) -> None:
         assert len(set(expected)) > 2  # a constant answer would prove nothing
 
 
-def test_sampled_tokens_depend_on_the_seed_and_not_on_the_neighbours(model: TimeViper) -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_sampled_tokens_depend_on_the_seed_and_not_on_the_neighbours(dtype: torch.dtype) -> None:
+    model = random_model(dtype=dtype)
     sampling = SamplingParams(temperature=1.0, top_p=0.95)
 
     def tokens(seeds: list[int], num_slots: int) -> dict[int, list[int]]:

@@ -127,3 +127,32 @@ def test_without_memory_for_a_graph_decoding_goes_on(
     monkeypatch.setattr(graphs, "__init__", out_of_memory)
     with simulated_cuda():
         assert answers(endless_model().cuda(), requests) == expected
+
+
+def test_a_decode_step_waits_for_the_device_once() -> None:
+    requests = [request(LAYOUTS[0]), request(LAYOUTS[1], temperature=1.0, seed=3)]
+    with simulated_cuda() as device:
+        engine = InferenceEngine(endless_model().cuda(), EngineConfig(num_slots=2, max_new_tokens=NEW_TOKENS))
+        for each in requests:
+            engine.submit(each)
+        engine.step()
+        device.syncs.clear()
+        engine.step()
+        assert sum(device.syncs.values()) == 1
+
+
+def test_graphs_go_on_while_another_prompt_is_read(graphs: type[CountedGraph]) -> None:
+    expected = answers(endless_model(), [request(LAYOUTS[0])])
+    with simulated_cuda():
+        config = EngineConfig(num_slots=2, max_new_tokens=NEW_TOKENS, max_prefill_tokens=16)
+        engine = InferenceEngine(endless_model().cuda(), config)
+        first = engine.submit(request(LAYOUTS[0]))
+        events = [event for _ in range(STEPS_BEFORE_GRAPH + 5) for event in engine.step()]
+        engine.submit(request("ss" + "v" * 200 + "iii", max_new_tokens=2))
+        before = graphs.num_replays
+        events += [event for _ in range(10) for event in engine.step()]
+        assert graphs.num_replays == before + 10
+        assert len(graphs.sizes) == 1
+        while engine.has_work:
+            events += engine.step()
+    assert [event.id for event in events if isinstance(event, Token) and event.request_id == first] == expected[0]

@@ -17,8 +17,8 @@ from reference.engine_requests import (
 from reference.tiny_serving import CONFIG_WITH_TRANSV, random_model
 from timeviper_model.batching.prompt import Turn, build_sample
 from timeviper_model.config import TransVSite
+from timeviper_model.inference.memory import prefix_entry_bytes
 from timeviper_model.inference.prefill import prefix_length
-from timeviper_model.inference.prefix_cache import prefix_entry_bytes
 from timeviper_model.timeviper import TimeViper
 
 
@@ -46,6 +46,21 @@ def test_answers_are_the_same_with_the_prefix_cache_and_without(plan: tuple[Tran
     expected_bytes = prefix_entry_bytes(model.config, prefix_tokens - 60, 60, dtype=torch.float64)
     assert stats.prefix_bytes == expected_bytes
     assert stats.prompt_tokens == sum(len(r.prompt) for r in requests) - 2 * prefix_tokens
+
+
+@pytest.mark.parametrize("plan", [CONFIG_WITH_TRANSV.transv, CONFIG_WITH_TRANSV.transv[:1], ()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_answer_from_the_cache_equals_one_without_to_the_last_bit(
+    dtype: torch.dtype, plan: tuple[TransVSite, ...]
+) -> None:
+    model = random_model(replace(CONFIG_WITH_TRANSV, transv=plan), dtype=dtype)
+    requests = [ask(question, 60, prefix_key="film", max_new_tokens=8) for question in ("What?", "When?", "What?")]
+    limits = {"num_slots": 1, "max_prefill_tokens": 24}  # equal batches: others change the rounding
+    plain, _, _ = answers(model, requests, **limits)
+    kept, cached, _ = answers(model, requests, **limits, prefix_cache_bytes=2**30)
+    assert cached[0] == 0 < cached[1] == cached[2]
+    pairs = [[[(token.id, token.logprob) for token in answer] for answer in found] for found in (kept, plain)]
+    assert pairs[0] == pairs[1]
 
 
 def test_one_key_never_serves_another_number_of_tokens_or_system_text(model: TimeViper) -> None:

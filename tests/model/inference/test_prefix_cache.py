@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from timeviper_model.config import PRESETS, parse_transv_plan
+from timeviper_model.inference.memory import prefix_entry_bytes
 from timeviper_model.inference.prefill import PrefixEntry
-from timeviper_model.inference.prefix_cache import PrefixCache, prefix_entry_bytes
+from timeviper_model.inference.prefix_cache import PrefixCache
 from timeviper_model.layers.cache import SavedSlot
 
 

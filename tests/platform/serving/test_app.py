@@ -16,7 +16,11 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.schema import ServeDeploySchema
 
+from timeviper_model.config import PRESETS
+from timeviper_model.inference.memory import check_limits, request_memory
+from timeviper_model.layers.cache import HybridCache
 from timeviper_platform.common.config import parse_config
+from timeviper_platform.common.devices import torch_dtype
 from timeviper_platform.data.encode.frame_encoder import TowerConfig, VisionTowerConfig
 from timeviper_platform.serving.app import ServeConfig, build, resolve_paths
 from timeviper_platform.serving.deployment import AutoscalingSettings, DeploymentSettings
@@ -43,6 +47,28 @@ def test_the_twins_have_the_same_keys() -> None:
     full, tiny = (args_of(path) for path in FILES)
     assert set(full) == set(tiny)
     assert set(full["deployments"]) == set(tiny["deployments"]) == {"gateway", "features", "engine"}
+
+
+def test_the_9b_is_served_with_10000_frames_within_80_gb() -> None:
+    config = parse_config(ServeConfig, args_of(FILES[0]))
+    model, limits, dtype = PRESETS["9b"], config.engine.engine, torch_dtype(config.engine.dtype)
+    cache = HybridCache(model.text, limits.num_slots, device="meta", dtype=dtype)
+    weights = 9_023_568_130 * dtype.itemsize
+    total = weights + cache.num_bytes + limits.kv_cache_bytes + limits.prefix_cache_bytes
+    assert total == pytest.approx(65.6e9, rel=0.001)  # docs/serve.md; of 80e9
+    check_limits(model, limits, cache, dtype=dtype)
+    assert limits.max_prompt_tokens >= 160_080
+    assert config.features.max_frames >= 10_000
+    film, short = (
+        request_memory(model, 80, 16 * frames, limits.max_new_tokens, dtype=dtype) for frames in (10_000, 256)
+    )
+    rooms = cache.room_bytes(film.tokens)
+    assert rooms == pytest.approx(1.12e9, rel=0.01)
+    assert film.working_bytes == pytest.approx(1.54e9, rel=0.01)
+    assert short.working_bytes == pytest.approx(0.04e9, rel=0.01)
+    for gib, reading, answering in ((24, 9, 23), (72, 29, 69)):
+        assert gib * 2**30 // (rooms + film.working_bytes) == reading
+        assert gib * 2**30 // rooms == answering
 
 
 @pytest.mark.parametrize("path", FILES, ids=["full", "tiny"])

@@ -14,6 +14,7 @@ import torch
 from timeviper_model.config import PRESETS, HybridConfig, Qwen2Config, TimeViperConfig
 from timeviper_model.inference.chunked_transv import plan_sites
 from timeviper_model.inference.decode_graph import DecodeGraph
+from timeviper_model.inference.memory import tokens_by_layer
 from timeviper_model.layers.cache import HybridCache
 from timeviper_model.timeviper import TimeViper
 from timeviper_platform.benchmarks.gpu.device import DTYPE, free_memory, make_model, make_row, measure, synchronize
@@ -112,19 +113,17 @@ def slot_bytes(config: TimeViperConfig, num_vision: int, num_text: int) -> int:
 @torch.inference_mode()
 def fill_cache(cache: HybridCache, config: TimeViperConfig, num_vision: int, num_text: int, num_new: int) -> None:
     """Fills every slot with random states, keys and values of the lengths that prefill would leave."""
-    plans, present = plan_sites(config, num_vision), num_vision
     slots = range(cache.num_slots)
-    for layer in range(config.text.num_hidden_layers):
-        present = plans[layer].num_kept if layer in plans else present
-        if layer in cache.attention:
-            attention = cache.attention[layer]
-            attention.reserve(present + num_text + num_new)
-            attention.keys.normal_()
-            attention.values.normal_()
-            attention.lengths = [present + num_text for _ in slots]
-        elif layer in cache.mamba:
-            cache.mamba[layer].window_BKD.normal_(0.0, 0.1)
-            cache.mamba[layer].ssm_BHPN.normal_(0.0, 0.1)
+    for layer, length in tokens_by_layer(config, num_text, num_vision).items():
+        attention = cache.attention[layer]
+        for slot in slots:
+            attention.reserve(slot, length + num_new)
+            attention.lengths[slot] = length
+            for tensor in attention.content(slot):
+                tensor.normal_()
+    for state in cache.mamba.values():
+        state.window_BKD.normal_(0.0, 0.1)
+        state.ssm_BHPN.normal_(0.0, 0.1)
     cache.num_tokens = [num_vision + num_text for _ in slots]
 
 

@@ -15,7 +15,7 @@ import torch
 from timeviper_model.config import parse_transv_plan
 from timeviper_model.inference.answer import SamplingParams
 from timeviper_model.inference.engine import InferenceEngine
-from timeviper_model.inference.prefix_cache import prefix_entry_bytes
+from timeviper_model.inference.memory import prefix_entry_bytes
 from timeviper_model.inference.requests import EngineConfig, Request, Token
 from timeviper_model.timeviper import TimeViper
 from timeviper_platform.benchmarks.measure import Row

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from timeviper_platform.benchmarks.measure import Row
+from timeviper_platform.benchmarks.model.engine import engine_rows
 from timeviper_platform.benchmarks.model.generate import generate_rows
 from timeviper_platform.benchmarks.model.prefill import prefill_rows
 from timeviper_platform.benchmarks.model.prefix import prefix_rows
@@ -38,4 +39,5 @@ MODEL_GROUPS: dict[str, Callable[[], list[Row]]] = {
     "prefix": on_one_thread(prefix_rows),
     "decode": on_one_thread(decode_rows),
     "generate": on_one_thread(generate_rows),
+    "engine": on_one_thread(engine_rows),
 }

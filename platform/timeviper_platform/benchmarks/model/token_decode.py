@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from timeviper_model.config import TimeViperConfig
-from timeviper_model.inference.chunked_transv import plan_sites
+from timeviper_model.inference.memory import tokens_by_layer
 from timeviper_model.layers.cache import HybridCache
 from timeviper_model.timeviper import TimeViper
 from timeviper_platform.benchmarks.measure import Row, compare
@@ -52,16 +52,13 @@ def decode_rows(
 
 def fill_slot(cache: HybridCache, slot: int, config: TimeViperConfig, num_text: int, num_vision: int) -> None:
     """Fills a slot with random states, keys and values of the lengths that prefill would leave."""
-    plans, present = plan_sites(config, num_vision), num_vision
-    for layer in range(config.text.num_hidden_layers):
-        present = plans[layer].num_kept if layer in plans else present
-        if layer in cache.attention:
-            shape = cache.attention[layer].keys.shape
-            keys, values = torch.randn(2, shape[1], num_text + present, shape[3]).unbind()
-            cache.attention[layer].put(slot, keys, values)
-        elif layer in cache.mamba:
-            cache.mamba[layer].window_BKD[slot].normal_(0.0, 0.1)
-            cache.mamba[layer].ssm_BHPN[slot].normal_(0.0, 0.1)
+    for layer, length in tokens_by_layer(config, num_text, num_vision).items():
+        attention = cache.attention[layer]
+        keys, values = torch.randn(2, attention.num_kv_heads, length, attention.head_dim).unbind()
+        attention.put(slot, keys, values)
+    for state in cache.mamba.values():
+        state.window_BKD[slot].normal_(0.0, 0.1)
+        state.ssm_BHPN[slot].normal_(0.0, 0.1)
     cache.num_tokens[slot] = num_text + num_vision
 
 

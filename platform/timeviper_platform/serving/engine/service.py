@@ -188,7 +188,10 @@ class EngineService:
                     continue
                 if isinstance(own[-1], Failed):
                     logger.error("request %d failed: %s", own[-1].request_id, own[-1].error)
-                    yield Refusal(status=503, message="the model failed on this request", code="generation_failed")
+                    message, code = "the model failed on this request", "generation_failed"
+                    if own[-1].is_out_of_memory:
+                        message, code = own[-1].error, "out_of_memory"
+                    yield Refusal(status=503, message=message, code=code)
                     return
                 delta = self._delta(index, own, with_logprobs=with_logprobs)
                 unfinished -= delta.finish_reason is not None

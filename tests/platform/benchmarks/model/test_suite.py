@@ -10,7 +10,7 @@ import torch
 from timeviper_model.config import TimeViperConfig, TransVSite, parse_transv_plan
 from timeviper_model.inference.prefill import Prefill
 from timeviper_platform.benchmarks.measure import Row, peak_resident_bytes, reset_peak, resident_bytes
-from timeviper_platform.benchmarks.model import generate, prefill, prefix, scan
+from timeviper_platform.benchmarks.model import engine, generate, prefill, prefix, scan
 from timeviper_platform.benchmarks.model import token_decode as decode
 from timeviper_platform.benchmarks.model.models import (
     all_attention,
@@ -30,7 +30,7 @@ def check(rows: list[Row], group: str, bars: list[str | None]) -> None:
 
 
 def test_the_suite_lists_its_groups() -> None:
-    assert list(MODEL_GROUPS) == ["scan", "prefill", "prefix", "decode", "generate"]
+    assert list(MODEL_GROUPS) == ["scan", "prefill", "prefix", "decode", "generate", "engine"]
 
 
 @torch.inference_mode()
@@ -71,6 +71,12 @@ def test_decode_rows_have_bars_for_the_plan_and_for_batching() -> None:
         width=16, contexts=(64, 128), num_steps=1, batch=2, batch_width=16, context_repeats=3, repeats=3
     )
     check(rows, "decode", [">= 0.9", None, None, ">= 6"])
+
+
+def test_engine_rows_have_bars_and_the_memory_row_holds() -> None:
+    rows = engine.engine_rows(width=16, batch=4, num_steps=1, num_words=256, repeats=3)
+    check(rows, "engine", ["<= 1.2", "<= 1.05", "<= 3"])
+    assert 1 < rows[0].value <= 1.2
 
 
 @pytest.mark.slow

@@ -1,0 +1,117 @@
+"""Bytes that requests take in the caches."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from timeviper_model.config import HybridConfig, TimeViperConfig
+from timeviper_model.inference.chunked_transv import plan_sites
+from timeviper_model.inference.requests import EngineConfig
+from timeviper_model.layers.cache import HybridCache
+
+
+class RequestMemory(NamedTuple):
+    """What a request needs from its admission to its end."""
+
+    tokens: dict[int, int]
+    """Tokens of prompt and whole answer, by attention layer."""
+    working_bytes: int
+    """Bytes that TransV keeps of the prompt while it is read."""
+
+
+def request_memory(
+    config: TimeViperConfig, num_text: int, num_vision: int, num_new: int, *, dtype: torch.dtype
+) -> RequestMemory:
+    tokens = tokens_by_layer(config, num_text + num_new, num_vision)
+    return RequestMemory(tokens, working_bytes(config, num_text, num_vision, dtype=dtype))
+
+
+def check_limits(config: TimeViperConfig, limits: EngineConfig, cache: HybridCache, *, dtype: torch.dtype) -> None:
+    """Raises ValueError if the longest request that `limits` allow, or all caches together, cannot fit."""
+    if not limits.kv_cache_bytes:
+        return
+    lengths = limits.max_prompt_tokens, limits.max_new_tokens
+    for num_text, num_vision in ((lengths[0], 0), (0, lengths[0])):
+        memory = request_memory(config, num_text, num_vision, lengths[1], dtype=dtype)
+        needed = cache.room_bytes(memory.tokens) + memory.working_bytes
+        if needed > limits.kv_cache_bytes:
+            raise ValueError(
+                f"{limits.kv_cache_bytes = } cannot hold a prompt of max_prompt_tokens = {lengths[0]} with an answer of"
+                f" max_new_tokens = {lengths[1]}, which takes {needed} bytes; raise the first or lower the others"
+            )
+    device = cache.device
+    if device.type == "cuda":
+        caches, free = limits.kv_cache_bytes + limits.prefix_cache_bytes, torch.cuda.mem_get_info(device)[0]
+        if caches > free:
+            raise ValueError(
+                f"kv_cache_bytes and prefix_cache_bytes may take {caches} bytes, but {device} has {free} left beside"
+                " the weights and Mamba states; lower them or num_slots"
+            )
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """True on a CPU too, where PyTorch raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def tokens_by_layer(config: TimeViperConfig, num_text: int, num_vision: int) -> dict[int, int]:
+    """Tokens of a prompt whose keys and values each attention layer keeps."""
+    plans, present, tokens = plan_sites(config, num_vision), num_vision, {}
+    for layer, block_type in enumerate(config.text.block_types):
+        present = plans[layer].num_kept if layer in plans else present
+        if block_type == "attention":
+            tokens[layer] = num_text + present
+    return tokens
+
+
+def working_bytes(config: TimeViperConfig, num_text: int, num_vision: int, *, dtype: torch.dtype) -> int:
+    """Bytes that TransV sites keep of a prompt while it is read: sources, and tokens that wait for the instruction."""
+    total = 0
+    for plan in plan_sites(config, num_vision).values():
+        transfers = plan.site.transfer == "cross_attention"
+        if plan.waits:
+            total += _waiting_bytes(config, num_text, plan.num_present, dtype=dtype, transfers=transfers)
+        else:
+            total += plan.num_sources * _kv_bytes(config, dtype)
+    return total
+
+
+def _waiting_bytes(
+    config: TimeViperConfig, num_text: int, num_vision: int, *, dtype: torch.dtype, transfers: bool
+) -> int:
+    """Bytes of tokens before a site that selects by attention: state, score key, position and kind, and sources."""
+    kv_bytes = _kv_bytes(config, dtype)
+    token_bytes = config.text.hidden_size * dtype.itemsize + kv_bytes // 2 + 8 + 1
+    return (num_text + num_vision) * token_bytes + num_vision * kv_bytes * transfers
+
+
+def _kv_bytes(config: TimeViperConfig, dtype: torch.dtype) -> int:
+    return 2 * config.text.num_key_value_heads * config.text.head_dim * dtype.itemsize
+
+
+def prefix_entry_bytes(config: TimeViperConfig, num_system: int, num_vision: int, *, dtype: torch.dtype) -> int:
+    """Bytes of an entry; 2.63 GB for the 9B, the paper's plan, 10,000 frames of 16 tokens and bfloat16."""
+    text, size = config.text, dtype.itemsize
+    kv_bytes = _kv_bytes(config, dtype)
+    state_size = 8 if dtype == torch.float64 else 4
+    mamba_bytes = 0
+    if isinstance(text, HybridConfig):
+        window, state = (text.conv_kernel - 1) * text.conv_dim, text.mamba_intermediate_size * text.ssm_state_size
+        mamba_bytes = window * size + state * state_size
+    plans = plan_sites(config, num_vision)
+    total, present = 0, num_vision
+    for layer, block_type in enumerate(text.block_types):
+        plan = plans.get(layer)
+        transfers = plan is not None and plan.site.transfer == "cross_attention"
+        if plan is not None and plan.waits:
+            return total + _waiting_bytes(config, num_system, plan.num_present, dtype=dtype, transfers=transfers)
+        if plan is not None:
+            total += plan.num_sources * kv_bytes
+            present = plan.num_kept
+        if block_type == "attention":
+            total += (num_system + present) * kv_bytes
+        elif block_type == "mamba":
+            total += mamba_bytes
+    return total
