@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from timeviper_platform.common.config import load_config
 from timeviper_platform.common.job import JobParser, JobResult, run_job
+from timeviper_platform.data.inputs.readers import count_text
 from timeviper_platform.data.preprocess.config import PreprocessConfig
 from timeviper_platform.data.preprocess.estimate import estimate
 from timeviper_platform.data.preprocess.run import run_preprocess
@@ -53,6 +54,7 @@ def _estimate_lines(config: PreprocessConfig) -> list[str]:
     return [
         f"media      {plan.media}, of which rejected by their headers: {plan.errors}"
         + (f" = {reasons}" if reasons else ""),
+        *([f"left out   {count_text(plan.files_left_out)}, by their names"] if plan.files_left_out else []),
         f"segments   {plan.segments} planned, {plan.segments_missing} to do",
         f"frames     {plan.frames_missing} to do, {plan.feature_bytes / 1e6:.1f} MB of features",
         f"time       {', '.join(times) or 'unknown: no sample could be decoded'}",

@@ -14,7 +14,7 @@ from timeviper_platform.data.media.container import RETRYABLE, ErrorType, Stage
 ROOT = Path(__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "errors.md"
 JOB = ROOT / "jobs" / "preprocess.py"
-FATAL = ("ValueError", "RuntimeError", "JobError", "StorageUnavailableError")
+FATAL = ("ValueError", "TableError", "DamagedTableError", "RuntimeError", "JobError", "StorageUnavailableError")
 OTHER_JOBS = ("timeviper_model.config", "timeviper_platform.data.preprocess.calibrate")
 """Imported by the job, which does not call what raises there: a model's configuration, and a benchmark."""
 MISUSE = (
@@ -32,6 +32,13 @@ MISUSE = (
     "a box ends early",
     "a grid of … x … has … tiles",
     "an item of type … is not HEVC",
+    "a number may continue in the next chunk",
+    "a …, not text",
+    "… is not a number",
+    "… is not a whole number of at most …",
+    "the columns … all hold bytes; choose one with bytes_column=…",
+    "bytes_column=… is not a column of bytes; it has …",
+    "…: failures of a download cannot be read: …",
 )
 """Mistakes of a caller in Python, or caught and turned into a reject: no user meets them."""
 

@@ -8,12 +8,15 @@ import logging
 import os
 import random
 import re
+import socket
 import tempfile
+import textwrap
 import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import IO, Any, TypeVar
@@ -41,6 +44,29 @@ class StorageUnavailableError(OSError):
     """A transient error outlasted all retries."""
 
 
+class StorageError(OSError):
+    """An error of a storage library, as (errno, message without credentials)."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+MAX_MESSAGE_CHARS = 400
+
+_STORAGE_PACKAGES = frozenset(
+    {
+        *("botocore", "aiobotocore", "s3fs", "gcsfs", "google", "adlfs", "azure", "ossfs", "oss2", "paramiko"),
+        *("huggingface_hub", "requests", "urllib3", "httpx", "httpx2", "httpcore", "httpcore2", "aiohttp", "fsspec"),
+    }
+)
+_URL = re.compile(r"[\w+.:-]+://[^\s'\"<>()]+")
+_USER = re.compile(r"[^\s'\"/@]+:[^\s'\"/@]+@")
+_SECRET = re.compile(r"(?i)\b([\w-]*(?:key|secret|token|password|signature|credential|sig)\w*\s*=\s*)[^\s&;,'\"]+")
+
+_NO_CREDENTIALS = re.compile(r"(?i)credential|not logged in|authenticat")
+_NO_HOST = re.compile(r"(?i)name or service not known|name resolution|getaddrinfo|nodename nor|name does not resolve")
+
+
 class _Counter:
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -66,6 +92,48 @@ def shown_uri(uri: str) -> str:
         rest = re.split("[?#]", rest, maxsplit=1)[0]
     host, slash, path = rest.partition("/")
     return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+
+
+def shown_text(text: str) -> str:
+    """Removes credentials and URL queries from an error message; joins and shortens its lines."""
+    text = _USER.sub("", _URL.sub(lambda url: shown_uri(url[0]), " ".join(text.split())))
+    return textwrap.shorten(_SECRET.sub(r"\1***", text), MAX_MESSAGE_CHARS, placeholder=" ...")
+
+
+@contextmanager
+def plain_errors(*, of_any_library: bool = False) -> Iterator[None]:
+    """Converts errors of storage libraries into OSErrors, without credentials.
+
+    `of_any_library` is for code that only opens or lists files: whatever it raises is the storage's.
+    """
+    try:
+        yield
+    except Exception as error:
+        is_known = isinstance(error, ImportError) or _package(error) in _STORAGE_PACKAGES
+        if not is_known and (isinstance(error, OSError | MemoryError) or not of_any_library):
+            raise
+        raise _plain_error(error) from error
+
+
+def _package(error: BaseException) -> str:
+    return type(error).__module__.partition(".")[0]
+
+
+def _plain_error(error: Exception) -> OSError:
+    text, name = shown_text(str(error)) or type(error).__name__, type(error).__name__
+    status = getattr(getattr(error, "response", None), "status_code", getattr(error, "status", None))
+    if isinstance(error, ImportError):
+        return StorageError(errno.ENOPKG, f"{text}; install the package where the job and its workers run")
+    if _NO_HOST.search(text):
+        return socket.gaierror(socket.EAI_NONAME, text)
+    if isinstance(error, TimeoutError) or "Timeout" in name:
+        return TimeoutError(text)
+    if isinstance(error, FileNotFoundError) and "Local" not in name:  # not Hugging Face's "not in the local cache"
+        return FileNotFoundError(errno.ENOENT, text)
+    if status in (401, 403) or isinstance(error, PermissionError) or _NO_CREDENTIALS.search(name + text):
+        advice = "give the job and its workers credentials that may read it, by environment, profile or role"
+        return PermissionError(f"{text}; {advice}")
+    return StorageError(errno.EIO, text)
 
 
 def num_retries() -> int:
@@ -166,8 +234,9 @@ def is_local(uri: str) -> bool:
 
 
 def exists(uri: str) -> bool:
-    filesystem, path = split_uri(uri)
-    return retrying(lambda: bool(filesystem.exists(path)), uri)
+    with plain_errors(of_any_library=True):
+        filesystem, path = split_uri(uri)
+        return retrying(lambda: bool(filesystem.exists(path)), uri)
 
 
 def files_in(uri: str, suffix: str = "") -> list[str]:
@@ -271,8 +340,9 @@ READ_AHEAD_BYTES = 4 << 20
 
 
 def open_file(uri: str) -> Any:
-    """Opens a seekable binary file."""
-    filesystem, path = split_uri(uri)
-    if is_local(uri):
-        return filesystem.open(path, "rb")
-    return filesystem.open(path, "rb", block_size=READ_AHEAD_BYTES, cache_type="readahead")
+    """Opens a seekable binary file. Raises OSError."""
+    with plain_errors(of_any_library=True):
+        filesystem, path = split_uri(uri)
+        if is_local(uri):
+            return filesystem.open(path, "rb")
+        return filesystem.open(path, "rb", block_size=READ_AHEAD_BYTES, cache_type="readahead")

@@ -19,7 +19,8 @@ from timeviper_platform.common import storage
 from timeviper_platform.common.listing import list_files
 from timeviper_platform.common.storage import open_file
 from timeviper_platform.data.annotations.rows import BadRow, Labels, Row, read_lines
-from timeviper_platform.data.inputs.manifest import text_rows
+from timeviper_platform.data.inputs.tables import text_rows
+from timeviper_platform.data.inputs.tar_scan import TarBreak, scan_tar
 from timeviper_platform.data.media.container import MEDIA_SUFFIXES
 
 INSTRUCTION = "Describe the image."
@@ -57,7 +58,12 @@ def convert_webdataset(uri: str, labels: Labels) -> Iterator[Row | BadRow]:
     for found in files:
         if not found.uri.lower().endswith(".tar"):
             continue
-        for key, texts, members in _groups(found.uri):
+        for group in _groups(found.uri):
+            if isinstance(group, TarBreak):
+                yield BadRow(index, "bad_row", f"{storage.shown_uri(found.uri)}: {group}")
+                index += 1
+                continue
+            key, texts, members = group
             caption = texts.get(".txt") or _json_caption(texts.get(".json"))
             for member in members:
                 name = f"{found.uri[len(root) :].lstrip('/')}/{member}"
@@ -81,26 +87,26 @@ def _captioned(index: int, key: str, name: str, caption: str | None, instruction
     return labels.sample(index, key, [labels.medium(name)], [("user", instruction), ("assistant", text)])
 
 
-def _groups(uri: str) -> Iterator[tuple[str, dict[str, str], list[str]]]:
-    """Yields key, texts by suffix, and media names of members with one key."""
-    with open_file(uri) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-        for key, members in groupby(_members(tar), key=lambda member: _key(member.name)):
+def _groups(uri: str) -> Iterator[tuple[str, dict[str, str], list[str]] | TarBreak]:
+    """Yields key, texts by suffix, and media names of members with one key; and where the tar is damaged."""
+    with open_file(uri) as file:
+        members = (member for member in scan_tar(file) if isinstance(member, TarBreak) or member.isreg())
+        for key, group in groupby(members, key=lambda found: None if isinstance(found, TarBreak) else _key(found.name)):
             texts, media = {}, []
-            for member in members:
+            for member in group:
+                if isinstance(member, TarBreak):
+                    if not member.start and member.is_last:
+                        raise tarfile.ReadError(str(member))
+                    yield member
+                    continue
                 suffix = PurePosixPath(member.name).suffix.lower()
                 if suffix in _CAPTION_SUFFIXES:
-                    content = tar.extractfile(member)
-                    texts[suffix] = content.read().decode("utf-8", "surrogateescape") if content is not None else ""
+                    file.seek(member.offset_data)
+                    texts[suffix] = file.read(member.size).decode("utf-8", "surrogateescape")
                 elif suffix in MEDIA_SUFFIXES:
                     media.append(member.name)
-            yield key, texts, media
-
-
-def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    while (member := tar.next()) is not None:
-        tar.members = []  # type: ignore[attr-defined]  # would collect every header; not in typeshed
-        if member.isreg():
-            yield member
+            if key is not None:
+                yield key, texts, media
 
 
 def _key(name: str) -> str:

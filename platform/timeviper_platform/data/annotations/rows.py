@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 from timeviper_platform.common import storage
 from timeviper_platform.common.storage import open_file
 from timeviper_platform.data.inputs.manifest import is_utf8
+from timeviper_platform.data.inputs.tables import JSON_CHUNK_CHARS, json_values, open_text
 from timeviper_platform.data.media.medium import media_id_of
 
 RejectReason = Literal[
@@ -29,8 +29,6 @@ RejectReason = Literal[
 
 Row = dict[str, Any]
 """A SAMPLES row."""
-
-JSON_CHUNK_CHARS = 1 << 20
 
 
 class BadRow(NamedTuple):
@@ -109,28 +107,8 @@ def read_objects(uri: str, *, chunk_chars: int = JSON_CHUNK_CHARS) -> Iterator[A
     Raises:
         ValueError: when the text is not JSON.
     """
-    decoder = json.JSONDecoder()
-    with io.TextIOWrapper(open_file(uri), encoding="utf-8", errors="surrogateescape") as file:
-        text = file.read(chunk_chars).lstrip()
-        is_array = text.startswith("[")
-        separators = " \t\r\n," if is_array else " \t\r\n"
-        index, is_end = int(is_array), False
-        while True:
-            while index < len(text) and text[index] in separators:
-                index += 1
-            if is_array and text.startswith("]", index):
-                return
-            try:
-                value, stop = decoder.raw_decode(text, index)
-                if stop == len(text) and not is_end:
-                    raise ValueError("a number may continue in the next chunk")
-            except ValueError as error:
-                if is_end and index == len(text) and not is_array:
-                    return
-                if is_end:
-                    raise ValueError(f"{uri} is neither a JSON array nor JSON lines: {error}") from error
-                chunk = file.read(chunk_chars)
-                text, index, is_end = text[index:] + chunk, 0, not chunk
-            else:
-                yield value
-                index = stop
+    with open_text(uri) as file:
+        try:
+            yield from json_values(file.read, chunk_chars=chunk_chars)
+        except ValueError as error:
+            raise ValueError(f"{uri} is neither a JSON array nor JSON lines: {error}") from error

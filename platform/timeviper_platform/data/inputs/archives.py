@@ -1,11 +1,12 @@
-"""Lists media in WebDataset tars and Parquet files, without unpacking them.
+"""Lists media in WebDataset tars, without unpacking them.
 
-img2dataset lists failures in NAME.parquet next to NAME.tar, or in the Parquet file itself.
+img2dataset lists failures in NAME.parquet next to NAME.tar.
 """
 
 from __future__ import annotations
 
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
@@ -16,87 +17,91 @@ import pyarrow.parquet as pq
 from timeviper_platform.common import storage
 from timeviper_platform.common.listing import FileVersion
 from timeviper_platform.common.storage import open_file
-from timeviper_platform.data.inputs.manifest import download_failure
-from timeviper_platform.data.media.container import MEDIA_SUFFIXES, DecodeError, ErrorType
-from timeviper_platform.data.media.locations import CellLocation, RangeLocation
+from timeviper_platform.data.inputs.manifest import download_failure, text_of
+from timeviper_platform.data.inputs.tables import DamagedTableError, text_rows
+from timeviper_platform.data.inputs.tar_scan import TAR_MAGIC, TarBreak, scan_tar
+from timeviper_platform.data.media.container import MEDIA_SUFFIXES, DecodeError, ErrorType, source_name
+from timeviper_platform.data.media.content import describe_content
+from timeviper_platform.data.media.locations import RangeLocation
 from timeviper_platform.data.media.medium import Medium, media_id_of
 from timeviper_platform.data.media.probe import file_version
 
 _STATUS_COLUMNS = ["key", "status", "error_message"]
 
-
-def tar_media(uri: str, root: str, version: FileVersion | None = None) -> Iterator[Medium]:
-    """Yields a tar's media, with ids of TAR/MEMBER relative to `root`. A damaged tar ends with an error."""
-    yield from _failed_downloads(uri, root)
-    try:
-        version = version or file_version(uri)
-        with open_file(uri) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # not in typeshed; it would keep every header
-                if member.isreg() and member.name.lower().endswith(MEDIA_SUFFIXES):
-                    yield _tar_medium(uri, root, version, member)
-    except DecodeError as error:
-        yield Medium(uri, media_id_of(uri, root), error=DecodeError("list", error.error_type, error.message))
-    except (tarfile.TarError, OSError) as error:
-        text = f"{uri}: {error}; only uncompressed, complete tars can be read in place (unpack .tar.gz first)"
-        yield Medium(uri, media_id_of(uri, root), error=DecodeError("list", ErrorType.CORRUPT_FILE, text))
+MAX_SUFFIX_CHARS = 8
+MAX_SUFFIXES = 50
+"""Kinds of suffixes to count apart; data in names would have millions."""
 
 
-def bytes_column(schema: pa.Schema) -> str | None:
-    """Returns the binary column, or NAME.bytes of a struct, if any. Raises ValueError for several."""
-    found = []
-    for field in schema:
-        if pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type):
-            found.append(field.name)
-        elif pa.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0:
-            found.append(f"{field.name}.bytes")
-    if len(found) > 1:
-        raise ValueError(f"the columns {', '.join(found)} all hold bytes; keep one of them")
-    return found[0] if found else None
+def leave_out(left_out: Counter[str], name: str) -> None:
+    """Counts a file that is not taken because of its name."""
+    suffix = PurePosixPath(name).suffix.lower() or "without a suffix"
+    is_odd = len(suffix) > MAX_SUFFIX_CHARS + 1 and suffix.startswith(".")
+    left_out["others" if is_odd or (suffix not in left_out and len(left_out) >= MAX_SUFFIXES) else suffix] += 1
 
 
-def cell_media(uri: str, root: str, column: str, version: FileVersion | None = None) -> Iterator[Medium]:
-    """Yields the media of a bytes column; ids are `media_id`, or those of FILE/KEY or FILE/ROW."""
+def tar_media(uri: str, root: str, version: FileVersion | None, left_out: Counter[str]) -> Iterator[Medium]:
+    """Yields a tar's media, with ids of TAR/MEMBER relative to `root`. Each damaged place is one error."""
     version = version or file_version(uri)
     with open_file(uri) as file:
-        parquet = pq.ParquetFile(file)
-        names = [name for name in ("media_id", *_STATUS_COLUMNS) if name in parquet.schema_arrow.names]
-        row_index = 0
-        for group in range(parquet.num_row_groups):
-            num_rows = parquet.metadata.row_group(group).num_rows
-            rows = parquet.read_row_group(group, columns=names).to_pylist() if names else [{}] * num_rows
-            for index, row in enumerate(rows):
-                address = CellLocation(uri, column, group, index).address()
-                media_id = row.get("media_id") or media_id_of(f"{uri}/{row.get('key') or row_index}", root)
-                failure = download_failure(row.get("status"), row.get("error_message"))
-                # with the file's size: a cell's is unknown until read
-                text = f"{version.text}/{column}-{group}-{index}"
-                yield Medium(address, media_id, version=version._replace(text=text), error=failure)
-                row_index += 1
+        if other := _other_content(file):
+            text = f"{source_name(uri)}: not a tar but {other}; only uncompressed, complete tars can be read in place"
+            yield Medium(uri, media_id_of(uri, root), error=DecodeError("list", ErrorType.CORRUPT_FILE, text))
+            return
+        for found in scan_tar(file):
+            if isinstance(found, TarBreak):
+                yield _break(uri, root, found)
+            elif not found.isreg():
+                if not found.isdir():
+                    left_out["links in tars"] += 1
+            elif not found.name.lower().endswith(MEDIA_SUFFIXES):
+                leave_out(left_out, found.name)
+            else:
+                yield _tar_medium(uri, root, version, found)
 
 
-def _tar_medium(uri: str, root: str, version: FileVersion, member: tarfile.TarInfo) -> Medium:
-    address = RangeLocation(uri, member.offset_data, member.size).address()
-    text = f"{version.text}/{member.offset_data}-{member.size}"
-    return Medium(
-        address,
-        media_id_of(storage.join_uri(uri, member.name), root),
-        version=FileVersion(member.size, version.etag, text),
-    )
-
-
-def _failed_downloads(tar_uri: str, root: str) -> Iterator[Medium]:
+def failed_downloads(tar_uri: str, root: str) -> Iterator[Medium]:
+    """Yields the media that img2dataset could not fetch into a tar."""
     table_uri = str(tar_uri.removesuffix(PurePosixPath(tar_uri).suffix)) + ".parquet"
     if not storage.exists(table_uri):
         return
-    with open_file(table_uri) as file:
-        parquet: Any = pq.ParquetFile(file)
-        if not {"key", "status"} <= set(parquet.schema_arrow.names):
-            return
-        names = [name for name in _STATUS_COLUMNS if name in parquet.schema_arrow.names]
-        for batch in parquet.iter_batches(columns=names):
-            for row in batch.to_pylist():
-                failure = download_failure(row["status"], row.get("error_message"))
-                if failure:
-                    name = storage.join_uri(tar_uri, str(row["key"]))
-                    yield Medium(name, media_id_of(name, root), error=failure)
+    try:
+        with open_file(table_uri) as file:
+            parquet: Any = pq.ParquetFile(file)
+            if not {"key", "status"} <= set(parquet.schema_arrow.names):
+                return
+            names = [name for name in _STATUS_COLUMNS if name in parquet.schema_arrow.names]
+            for batch in parquet.iter_batches(columns=names):
+                for row in text_rows(batch):
+                    failure = download_failure(text_of(row["status"]), text_of(row.get("error_message")))
+                    if failure:
+                        name = storage.join_uri(tar_uri, str(row["key"]))
+                        yield Medium(name, media_id_of(name, root), error=failure)
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise  # of the storage
+        raise DamagedTableError(f"{source_name(table_uri)}: failures of a download cannot be read: {error}") from error
+
+
+def _tar_medium(uri: str, root: str, version: FileVersion, member: tarfile.TarInfo) -> Medium:
+    location = RangeLocation(uri, member.offset_data, member.size)
+    media_id = media_id_of(storage.join_uri(uri, member.name), root)
+    error = None
+    if member.issparse():
+        text = f"{source_name(uri)}: {member.name!r} is stored as a sparse file; write the tar without --sparse"
+        error = DecodeError("list", ErrorType.CORRUPT_FILE, text)
+    text = f"{version.text}/{location.version_text()}"
+    return Medium(location.address(), media_id, version=FileVersion(member.size, version.etag, text), error=error)
+
+
+def _other_content(file: Any) -> str | None:
+    """Returns what the file is if it is certainly no tar, so that it is not searched for members."""
+    head = file.read(tarfile.BLOCKSIZE)
+    file.seek(0)
+    return None if TAR_MAGIC in head or not head.strip(b"\0") else describe_content(file)
+
+
+def _break(uri: str, root: str, found: TarBreak) -> Medium:
+    text = f"{source_name(uri)}: {found}"
+    own_id = media_id_of(f"{uri}#byte={found.start}", root)
+    return Medium(uri, own_id, error=DecodeError("list", ErrorType.CORRUPT_FILE, text))

@@ -1,69 +1,33 @@
-"""Reads Parquet, JSONL and CSV manifests of the MANIFEST schema in pages."""
+"""Turns the rows of a table with the MANIFEST schema into media.
+
+The same values give the same media in every format: numbers may be text, ids numbers; NaN and null mean none.
+"""
 
 from __future__ import annotations
 
-import json
 import math
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from decimal import Decimal
 from fractions import Fraction
-from itertools import islice
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.parquet as pq
 
 from timeviper_platform.common import storage
 from timeviper_platform.common.listing import FileVersion
 from timeviper_platform.common.schemas import MANIFEST
-from timeviper_platform.common.storage import open_file
+from timeviper_platform.data.inputs.tables import Fault, NumberedRow, read_rows
 from timeviper_platform.data.media.container import DecodeError, ErrorType
 from timeviper_platform.data.media.http_file import is_web
 from timeviper_platform.data.media.medium import Medium, media_id_of
 
-
-def text_rows(table: Any) -> list[dict[str, Any]]:
-    """Returns rows as dicts. Invalid UTF-8 becomes surrogates, which `is_utf8` detects."""
-    try:
-        return list(table.to_pylist())
-    except UnicodeDecodeError:
-        columns = {field.name: _values(table[field.name]) for field in table.schema}
-        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-
-
-def is_utf8(*values: str) -> bool:
-    return all(value.isascii() or _is_encodable(value) for value in values)
-
-
-def _values(column: Any) -> list[Any]:
-    if not pa.types.is_string(column.type):
-        return list(column.to_pylist())
-    values = column.cast(pa.binary()).to_pylist()
-    return [None if value is None else value.decode("utf-8", "surrogateescape") for value in values]
-
-
-def _is_encodable(value: str) -> bool:
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-MANIFEST_SUFFIXES = (".parquet", ".jsonl", ".csv")
-
 URL_COLUMN = "url"
 """Alternative to `uri` in CC12M, PixelProse and img2dataset."""
 
-_COLUMNS = [*MANIFEST.names, URL_COLUMN]
-_TYPES = {**{field.name: field.type for field in MANIFEST}, URL_COLUMN: pa.string()}
-_ROW = pa.schema([(name, _TYPES[name]) for name in _COLUMNS])
-_NUMBERS = [field.name for field in MANIFEST if not pa.types.is_string(field.type)]
+COLUMNS = (*MANIFEST.names, URL_COLUMN)
 
-FAULT = "fault"
-"""Key of the reason in unreadable rows."""
+NO_NUMBER = frozenset({"", "nan", "null", "none", "na", "n/a", "#n/a", "#na", "<na>", "-nan"})
+"""Texts of missing numbers, in lower case, as pandas and Arrow read them."""
 
 DOWNLOAD_FAILURES = {"failed_to_download": ErrorType.READ_FAILED, "failed_to_resize": ErrorType.CORRUPT_FILE}
 """img2dataset's `status` of rows without an image."""
@@ -85,13 +49,24 @@ def read_manifest(uri: str, page_rows: int) -> Iterator[list[Medium]]:
     """Yields pages of at most `page_rows` media, in order. Invalid rows are media in error.
 
     Raises:
-        ValueError: without a manifest, or for a column of the wrong type.
+        ValueError: for a file that cannot be read, or has no column `uri` or `url`.
     """
     root = absolute(uri).rpartition("/")[0]
-    num_rows = 0
-    for rows in _row_pages(uri, page_rows):
-        yield [_medium(num_rows + index, root, row, source=uri) for index, row in enumerate(rows, start=1)]
-        num_rows += len(rows)
+    name = storage.shown_uri(uri)
+    for rows in read_rows(uri, COLUMNS, ("uri", URL_COLUMN), page_rows):
+        yield [medium_of(row, root, source=uri, name=name) for row in rows]
+
+
+def is_utf8(*values: str) -> bool:
+    return all(value.isascii() or _is_encodable(value) for value in values)
+
+
+def _is_encodable(value: str) -> bool:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def absolute(uri: str) -> str:
@@ -107,170 +82,107 @@ def download_failure(status: str | None, message: str | None) -> DecodeError | N
     return DecodeError("download", next(kinds, DOWNLOAD_FAILURES[status]), f"{status}: {text}")
 
 
-def _row_pages(uri: str, page_rows: int) -> Iterator[list[dict[str, Any]]]:
-    """Yields rows as dicts of known columns. Unreadable rows have the key FAULT."""
-    if not storage.exists(uri):
-        raise ValueError(f"no manifest at {uri!r}; fix `input`, or write the file first")
-    suffix = uri.rpartition(".")[2].lower()
-    read = {"parquet": _read_parquet, "jsonl": _read_jsonl, "csv": _read_csv}[suffix]
+def text_of(value: Any) -> str | None:
+    """Returns the value as JSON and CSV write it, without surrounding blanks. Raises ValueError for lists and dicts."""
+    if isinstance(value, str):
+        return value.strip() or None
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "surrogateescape").strip() or None
+    if isinstance(value, bool):
+        return str(value).lower()
+    if value is None or value != value:
+        return None
+    if isinstance(value, int | float | Decimal):
+        return str(value)
+    raise ValueError(f"a {type(value).__name__}, not text")
+
+
+def _real(value: Any) -> float | None:
+    if type(value) is float:
+        return value if value == value else None
+    if isinstance(value, str) and value.strip().lower() in NO_NUMBER:
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal) or "_" in str(value):
+        raise ValueError(f"{value!r:.80} is not a number")
     try:
-        yield from read(uri, page_rows)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{uri} is not a readable manifest: {error}") from error
+        number = float(value)
+    except (ValueError, OverflowError):
+        raise ValueError(f"{value!r:.80} is not a number") from None
+    return None if number != number else number
 
 
-def _read_parquet(uri: str, page_rows: int) -> Iterator[list[dict[str, Any]]]:
-    with open_file(uri) as file:
-        parquet = pq.ParquetFile(file)
-        columns = _known_columns(parquet.schema_arrow.names, uri)
-        schema = pa.schema([(name, _TYPES[name]) for name in columns])
-        for batch in parquet.iter_batches(batch_size=page_rows, columns=columns):
-            yield _bisected(pa.Table.from_batches([batch]).select(columns), lambda table: _cast(table, schema, uri))
+def _whole(maximum: int) -> Callable[[Any], int | None]:
+    def convert(value: Any) -> int | None:
+        if type(value) is int and 0 <= value <= maximum:
+            return value
+        number = _real(value)
+        if number is None:
+            return None
+        if not number.is_integer() or abs(number) > maximum:
+            raise ValueError(f"{value!r:.80} is not a whole number of at most {maximum}")
+        return int(value) if isinstance(value, str) and value.strip().isdecimal() else int(number)
+
+    return convert
 
 
-def _read_jsonl(uri: str, page_rows: int) -> Iterator[list[dict[str, Any]]]:
-    with open_file(uri) as file:
-        lines = (line for line in file if line.strip())
-        columns: list[str] = []
-        while page := list(islice(lines, page_rows)):
-            rows = [_json_row(line) for line in page]
-            if not columns and (names := {name for row in rows for name in row if name != FAULT}):
-                columns = _known_columns(sorted(names), uri)
-            if not columns:
-                raise ValueError(f"{uri} is not a readable manifest: {rows[0][FAULT]}")
-            yield _bisected(rows, _typed)
+def _converter(data_type: pa.DataType) -> Callable[[Any], Any]:
+    if pa.types.is_integer(data_type):
+        return _whole(2 ** (data_type.bit_width - 1) - 1)
+    return _real if pa.types.is_floating(data_type) else text_of
 
 
-def _json_row(line: bytes) -> dict[str, Any]:
+_CONVERTERS = {**{field.name: _converter(field.type) for field in MANIFEST}, URL_COLUMN: text_of}
+
+
+def _typed(row: dict[str, Any]) -> dict[str, Any] | Fault:
+    """Returns the values that are there, in the types of MANIFEST."""
+    typed, name = {}, ""
     try:
-        row = json.loads(line.decode("utf-8", "surrogateescape"))
+        for name, value in row.items():
+            if value is not None and (converted := _CONVERTERS[name](value)) is not None:
+                typed[name] = converted
     except ValueError as error:
-        return {FAULT: f"not JSON: {error}"}
-    return row if isinstance(row, dict) else {FAULT: f"a {type(row).__name__}, not a JSON object"}
+        return Fault(f"{name}: {error}")
+    return typed
 
 
-def _typed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    known = [row for row in rows if FAULT not in row]
-    typed = iter(pa.Table.from_pylist(known, schema=_ROW).to_pylist())
-    return [row if FAULT in row else next(typed) for row in rows]
-
-
-def _cast(table: pa.Table, schema: pa.Schema, uri: str) -> list[dict[str, Any]]:
-    """Raises ValueError for a column of the wrong type, _BadValueError for a value."""
-    columns = {}
-    for field in schema:
-        try:
-            columns[field.name] = table[field.name].cast(field.type)
-        except pa.ArrowNotImplementedError as error:
-            types = MANIFEST.to_string(show_schema_metadata=False)
-            raise ValueError(f"{uri}: columns must have the types {types}: {error}") from error
-        except pa.ArrowInvalid as error:
-            raise _BadValueError(f"{field.name}: {error}") from error
-    return text_rows(pa.table(columns))
-
-
-class _BadValueError(ValueError):
-    """A value that cannot be cast to its column's type."""
-
-
-def _bisected(rows: Any, typed: Callable[[Any], list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Returns `typed(rows)`. Bisects on failure, so that only bad rows become faults."""
-    try:
-        return typed(rows)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeEncodeError, _BadValueError) as error:
-        half = len(rows) // 2
-        return _bisected(rows[:half], typed) + _bisected(rows[half:], typed) if half else [{FAULT: str(error)}]
-
-
-def _read_csv(uri: str, page_rows: int) -> Iterator[list[dict[str, Any]]]:
-    ragged: deque[tuple[int, dict[str, Any]]] = deque()
-
-    def note_ragged(row: pa.csv.InvalidRow) -> str:
-        fault = f"it has {row.actual_columns} values for {row.expected_columns} columns"
-        ragged.append((row.number, {FAULT: fault}))
-        return "skip"
-
-    parse = pa.csv.ParseOptions(newlines_in_values=True, invalid_row_handler=note_ragged)
-    read = pa.csv.ReadOptions(use_threads=False)  # threads drop the numbers of skipped rows
-    with open_file(uri) as file, pa.csv.open_csv(file, read, parse) as reader:
-        columns = _known_columns(reader.schema.names, uri)
-    ragged.clear()
-    # as text: Arrow would stop at the first value that is not a number
-    convert = pa.csv.ConvertOptions(
-        include_columns=columns, column_types=dict.fromkeys(columns, pa.string()), check_utf8=False
-    )
-    schema = pa.schema([(name, _TYPES[name]) for name in columns])
-    number = 2  # of the first row after the header, as Arrow counts
-    with open_file(uri) as file, pa.csv.open_csv(file, read, parse, convert) as reader:
-        for batch in reader:
-            for start in range(0, batch.num_rows, page_rows):
-                texts = _numbers_stripped(pa.Table.from_batches([batch.slice(start, page_rows)]), convert.null_values)
-                merged = _merged(_bisected(texts, lambda table: _cast(table, schema, uri)), ragged, number)
-                number += len(merged)
-                yield from _pages(merged, page_rows)
-    yield from _pages([row for _, row in ragged], page_rows)
-
-
-def _numbers_stripped(table: pa.Table, null_values: Sequence[str]) -> pa.Table:
-    for index, name in enumerate(table.column_names):
-        if name in _NUMBERS:
-            text = pc.ascii_trim_whitespace(table[name])
-            is_null = pc.is_in(text, pa.array(null_values, pa.string()))
-            table = table.set_column(index, name, pc.if_else(is_null, None, text))
-    return table
-
-
-def _pages(rows: list[dict[str, Any]], page_rows: int) -> Iterator[list[dict[str, Any]]]:
-    for start in range(0, len(rows), page_rows):
-        yield rows[start : start + page_rows]
-
-
-def _merged(rows: list[dict[str, Any]], ragged: deque[tuple[int, dict[str, Any]]], number: int) -> list[dict[str, Any]]:
-    """Inserts ragged rows by number; `number` is that of the first row."""
-    if not ragged:
-        return rows
-    merged = list[dict[str, Any]]()
-    for row in rows:
-        while ragged and ragged[0][0] <= number + len(merged):
-            merged.append(ragged.popleft()[1])
-        merged.append(row)
-    return merged
-
-
-def _known_columns(names: Sequence[str], uri: str) -> list[str]:
-    if "uri" not in names and URL_COLUMN not in names:
-        raise ValueError(f"{uri}: a manifest needs the column 'uri'; it has {', '.join(names) or 'none'}")
-    return [name for name in names if name in MANIFEST.names or (name == URL_COLUMN and "uri" not in names)]
-
-
-def _medium(number: int, root: str, row: dict[str, Any], *, source: str) -> Medium:
-    uri = row.get("uri") or row.get(URL_COLUMN) or ""
-    full = uri if not uri or "://" in uri or uri.startswith("/") else storage.join_uri(root, uri)
-    if fault := row.get(FAULT) or _fault(uri, row):
-        message = f"{storage.shown_uri(source)}: row {number}: {fault}"
+def medium_of(row: NumberedRow, root: str, *, source: str, name: str) -> Medium:
+    """Returns the medium of a row of the table `source`, shown as `name`; relative URIs are below `root`."""
+    number, values = row
+    if not isinstance(values, Fault):
+        values = _typed(values)
+    origin = f"{name}: row {number}"
+    full = ""
+    if not isinstance(values, Fault):
+        uri = values.get("uri") or values.get(URL_COLUMN) or ""
+        full = uri if not uri or "://" in uri or uri.startswith("/") else storage.join_uri(root, uri)
+        if (fault := _fault(uri, values)) is not None:
+            values = Fault(fault)
+    if isinstance(values, Fault):
         own_id = media_id_of(f"{source}#row={number}", root)
-        return Medium(full, own_id, error=DecodeError("list", ErrorType.BAD_ROW, message))
-    start_seconds, end_seconds = row.get("start_seconds"), row.get("end_seconds")
+        return Medium(full, own_id, error=DecodeError("list", ErrorType.BAD_ROW, f"{origin}: {values.reason}"))
+    start_seconds, end_seconds = values.get("start_seconds"), values.get("end_seconds")
     return Medium(
         full,
-        row.get("media_id") or media_id_of(full, root, start_seconds, end_seconds),
+        values.get("media_id") or media_id_of(full, root, start_seconds, end_seconds),
         start_seconds,
         end_seconds,
-        version=_version(row),
-        sha256=row.get("sha256") or None,
-        **_headers(row),
-        error=download_failure(row.get("status"), row.get("error_message")),
+        version=_version(values),
+        sha256=values.get("sha256"),
+        **_headers(values),
+        error=download_failure(values.get("status"), values.get("error_message")),
+        origin=origin,
     )
 
 
 def _fault(uri: str, row: dict[str, Any]) -> str | None:
     if not uri:
         return "it has no uri"
-    if not is_utf8(*(value for value in row.values() if isinstance(value, str))):
-        return f"it is not UTF-8: {storage.shown_uri(uri)!r}"
-    for name in _NUMBERS:
-        value = row.get(name)
-        if value is not None and not (math.isfinite(value) and value >= 0):
+    for name, value in row.items():
+        if type(value) is str:
+            if not value.isascii() and not _is_encodable(value):
+                return f"it is not UTF-8: {storage.shown_uri(uri)!r}"
+        elif not 0 <= value < math.inf:
             return f"{name} = {value} must be a number of at least 0"
     start_seconds, end_seconds = row.get("start_seconds") or 0.0, row.get("end_seconds")
     if end_seconds is not None and end_seconds <= start_seconds:
@@ -286,9 +198,9 @@ def _version(row: dict[str, Any]) -> FileVersion | None:
 
 
 def _headers(row: dict[str, Any]) -> dict[str, Any]:
-    duration = row.get("duration_seconds")
-    is_image = row.get("modality") == "image"
-    if row.get("size") is None or not (is_image or duration):
+    duration, modality = row.get("duration_seconds"), (row.get("modality") or "video").lower()
+    is_image = modality == "image"
+    if row.get("size") is None or not (is_image or (duration and modality == "video")):
         return {}
     return {
         "modality": "image" if is_image else "video",

@@ -1,15 +1,18 @@
 """Reads any input as pages of distinct media.
 
-manifest.parquet | .jsonl | .csv   its rows; for Parquet with a bytes column instead of uri, its cells
-folder, prefix                     all images, videos and tars below it
-glob                               matching media, tars and Parquet files
-a file                             itself
+manifest.parquet | .jsonl | .ndjson | .json | .csv | .tsv, text also .gz
+                   its rows; for Parquet with a bytes column instead of uri, its cells
+folder, prefix     all images, videos and tars below it
+glob               matching media, tars and tables
+a file             itself
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain
 
 import numpy as np
@@ -21,10 +24,14 @@ from timeviper_platform.common import storage
 from timeviper_platform.common.hash_table import HashTable
 from timeviper_platform.common.listing import FileEntry, is_glob, list_files, pages
 from timeviper_platform.common.storage import open_file
-from timeviper_platform.data.inputs.archives import bytes_column, cell_media, tar_media
-from timeviper_platform.data.inputs.manifest import MANIFEST_SUFFIXES, absolute, is_utf8, read_manifest
-from timeviper_platform.data.media.container import MEDIA_SUFFIXES, DecodeError, ErrorType, source_name
+from timeviper_platform.data.inputs.archives import failed_downloads, leave_out, tar_media
+from timeviper_platform.data.inputs.cells import cell_media, find_bytes_column
+from timeviper_platform.data.inputs.manifest import absolute, is_utf8, read_manifest
+from timeviper_platform.data.inputs.tables import DamagedTableError, TableError, is_table
+from timeviper_platform.data.media.container import MEDIA_SUFFIXES, DecodeError, ErrorType, decode_errors, source_name
 from timeviper_platform.data.media.medium import Medium, media_id_of
+
+logger = logging.getLogger(__name__)
 
 PAGE_ROWS = 8192
 """A few MB of media; one probing task on a cluster."""
@@ -32,63 +39,132 @@ PAGE_ROWS = 8192
 TAR_SUFFIX = ".tar"
 
 
-def read_pages(source: str, page_rows: int = PAGE_ROWS) -> Iterator[list[Medium]]:
-    """Yields pages of at most `page_rows` distinct media. Raises ValueError when there are none."""
+def read_pages(
+    source: str, page_rows: int = PAGE_ROWS, *, bytes_column: str | None = None, left_out: Counter[str] | None = None
+) -> Iterator[list[Medium]]:
+    """Yields pages of at most `page_rows` distinct media.
+
+    A file or row that cannot be read is a medium in error. `left_out` counts by suffix the files that folders and tars
+    have besides media.
+
+    Raises:
+        ValueError: without any medium, or for a manifest as `source` that is missing, unreadable or has no uri.
+    """
     distinct = _DistinctMedia()
     num_media = 0
-    for page in _pages(source, page_rows):
+    scan = _Scan(bytes_column, Counter() if left_out is None else left_out)
+    for page in pages(scan.media(source), page_rows):
         num_media += len(page)
         if fresh := distinct.of(page):
             yield fresh
+    if scan.left_out:
+        logger.info("files left out because of their names: %s", count_text(scan.left_out))
     if not num_media:
         name = storage.shown_uri(source)
-        if _is_table(source) and not is_glob(source):
+        if is_table(source) and not is_glob(source):
             raise ValueError(f"{name}: the manifest has no rows")
         searched = ", ".join((*MEDIA_SUFFIXES, TAR_SUFFIX))
-        raise ValueError(f"no medium matches {name!r}; folders are searched for {searched}, globs match any name")
-
-
-def _pages(source: str, page_rows: int) -> Iterator[list[Medium]]:
-    is_pattern = is_glob(source)
-    filesystem, path = storage.split_uri(source)
-    is_folder = not is_pattern and filesystem.isdir(path)
-    if _is_table(source) and not is_pattern and not is_folder:
-        return _table_pages(FileEntry(absolute(source), None), absolute(source).rpartition("/")[0], page_rows)
-    root, files = list_files(source)
-    if is_folder:
-        files = (file for file in files if file.uri.lower().endswith((*MEDIA_SUFFIXES, TAR_SUFFIX)))
-    media = (_of_file(file, root, page_rows) for file in files)
-    return pages(chain.from_iterable(media), page_rows)
-
-
-def _of_file(file: FileEntry, root: str, page_rows: int) -> Iterator[Medium]:
-    if not is_utf8(file.uri):
-        message = f"{source_name(file.uri)}: the name is not UTF-8; rename the file"
-        return iter(
-            [Medium(file.uri, media_id_of(file.uri, root), error=DecodeError("list", ErrorType.BAD_URI, message))]
+        found = f" (found: {count_text(scan.left_out)})" if scan.left_out else ""
+        raise ValueError(
+            f"no medium matches {name!r}{found}; folders are searched for {searched}, globs match any name"
         )
-    if file.uri.lower().endswith(TAR_SUFFIX):
-        return tar_media(file.uri, root, file.version)
-    if _is_table(file.uri):
-        return chain.from_iterable(_table_pages(file, root, page_rows))
-    return iter([Medium(file.uri, media_id_of(file.uri, root), version=file.version)])
 
 
-def _table_pages(file: FileEntry, root: str, page_rows: int) -> Iterator[list[Medium]]:
-    if file.uri.lower().endswith(".parquet") and storage.exists(file.uri):
+def origin_of(media_id: str, source: str, bytes_column: str | None = None) -> str:
+    """Returns manifest and row of a medium; "" unless `source` is a table."""
+    if not is_table(source) or is_glob(source):
+        return ""
+    media = chain.from_iterable(read_pages(source, bytes_column=bytes_column))
+    return next((medium.origin for medium in media if medium.media_id == media_id), "")
+
+
+def count_text(left_out: Mapping[str, int]) -> str:
+    counts = sorted((-count, suffix) for suffix, count in left_out.items())
+    return ", ".join(f"{-count} {suffix}" for count, suffix in counts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Scan:
+    bytes_column: str | None
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def media(self, source: str) -> Iterator[Medium]:
+        is_pattern = is_glob(source)
+        filesystem, path = storage.split_uri(source)
+        is_folder = not is_pattern and filesystem.isdir(path)
+        if is_table(source) and not is_pattern and not is_folder:
+            uri = absolute(source)
+            return self._of_source(FileEntry(uri, None), uri.rpartition("/")[0])
+        root, files = list_files(source)
+        if is_folder:
+            files = (file for file in files if self._is_taken(file.uri))
+        return chain.from_iterable(self._of_file(file, root) for file in files)
+
+    def _of_source(self, file: FileEntry, root: str) -> Iterator[Medium]:
         try:
+            yield from self._of_table(file, root)
+        except FileNotFoundError as error:
+            name = storage.shown_uri(file.uri)
+            raise ValueError(f"no manifest at {name!r}; fix `input`, or write the file first") from error
+
+    def _is_taken(self, uri: str) -> bool:
+        is_taken = uri.lower().endswith((*MEDIA_SUFFIXES, TAR_SUFFIX))
+        if not is_taken:
+            leave_out(self.left_out, uri)
+        return is_taken
+
+    def _of_file(self, file: FileEntry, root: str) -> Iterator[Medium]:
+        own_id = media_id_of(file.uri, root)
+        if not is_utf8(file.uri):
+            message = f"{source_name(file.uri)}: the name is not UTF-8; rename the file"
+            yield Medium(file.uri, own_id, error=DecodeError("list", ErrorType.BAD_URI, message))
+        elif file.uri.lower().endswith(TAR_SUFFIX):
+            yield from _up_to_error(
+                failed_downloads(file.uri, root), file.uri, media_id_of(f"{file.uri}#failures", root)
+            )
+            yield from _up_to_error(tar_media(file.uri, root, file.version, self.left_out), file.uri, own_id)
+        elif is_table(file.uri):
+            yield from _up_to_error(self._of_table(file, root), file.uri, own_id)
+        else:
+            yield Medium(file.uri, own_id, version=file.version)
+
+    def _of_table(self, file: FileEntry, root: str) -> Iterator[Medium]:
+        if file.uri.lower().endswith(".parquet"):
             with open_file(file.uri) as opened:
-                schema = pq.ParquetFile(opened).schema_arrow
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{file.uri} is not a readable manifest: {error}") from error
-        column = bytes_column(schema) if "uri" not in schema.names else None
-        if column is not None:
-            return pages(cell_media(file.uri, root, column, file.version), page_rows)
-    return read_manifest(file.uri, page_rows)
+                schema = _schema(opened, file.uri)
+            try:
+                column = find_bytes_column(schema, self.bytes_column)
+            except ValueError as error:
+                message = f"{storage.shown_uri(file.uri)}: {error}"
+                bad = DecodeError("list", ErrorType.BAD_ROW, message)
+                yield Medium(file.uri, media_id_of(file.uri, root), error=bad)
+                return
+            if column is not None:
+                yield from cell_media(file.uri, root, column, file.version)
+                return
+        yield from chain.from_iterable(read_manifest(file.uri, PAGE_ROWS))
 
 
-def _is_table(uri: str) -> bool:
-    return uri.lower().endswith(MANIFEST_SUFFIXES)
+def _schema(opened: object, uri: str) -> pa.Schema:
+    try:
+        return pq.ParquetFile(opened).schema_arrow
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise  # of the storage
+        raise DamagedTableError(f"{storage.shown_uri(uri)} is not a readable manifest: {error}") from error
+
+
+def _up_to_error(media: Iterator[Medium], uri: str, own_id: str) -> Iterator[Medium]:
+    """Ends with a medium in error where the file cannot be read on."""
+    try:
+        with decode_errors("list", uri):
+            try:
+                yield from media
+            except TableError as error:
+                kind = ErrorType.CORRUPT_FILE if isinstance(error, DamagedTableError) else ErrorType.BAD_ROW
+                raise DecodeError("list", kind, str(error)) from error
+    except DecodeError as error:
+        yield Medium(uri, own_id, error=DecodeError("list", error.error_type, error.message))
 
 
 class _DistinctMedia:

@@ -15,7 +15,8 @@ import av
 from PIL import Image, UnidentifiedImageError
 
 from timeviper_platform.common import storage
-from timeviper_platform.common.storage import open_file
+from timeviper_platform.common.storage import open_file, plain_errors
+from timeviper_platform.data.media.content import describe_content
 from timeviper_platform.data.media.http_file import (
     BadUrlError,
     DomainNotAllowedError,
@@ -141,7 +142,8 @@ def decode_errors(stage: Stage, source: str | bytes, limits: MediaLimits | None 
     """Converts errors of storage, FFmpeg and Pillow into a DecodeError."""
     name = source_name(source)
     try:
-        yield
+        with plain_errors():
+            yield
     except DecodeError:
         raise
     except FileNotFoundError as error:
@@ -165,8 +167,8 @@ def decode_errors(stage: Stage, source: str | bytes, limits: MediaLimits | None 
     except Image.DecompressionBombError as error:
         raise DecodeError(stage, ErrorType.TOO_MANY_PIXELS, f"{name}: {error}") from error
     except (av.error.FFmpegError, UnidentifiedImageError) as error:
-        kind = ErrorType.CORRUPT_FILE if _known_head(source, limits) else ErrorType.UNKNOWN_FORMAT
-        raise DecodeError(stage, kind, f"{name}: {error}") from error
+        kind, fact = unreadable(source, limits)
+        raise DecodeError(stage, kind, f"{name}: {fact or error}") from error
     except OSError as error:
         # Pillow raises OSError without an errno for truncated images
         kind = ErrorType.READ_FAILED if error.errno else ErrorType.CORRUPT_FILE
@@ -240,9 +242,13 @@ def video_stream(container: Any, stage: Stage, name: str) -> Any:
     return best
 
 
-def _known_head(source: str | bytes, limits: MediaLimits | None) -> bool:
+def unreadable(source: str | bytes, limits: MediaLimits | None) -> tuple[ErrorType, str | None]:
+    """Returns the type of a file that no decoder reads, and what it is if any rule knows it."""
     try:
-        head = read_head(source, limits)
+        with open_binary(source, limits) as file:
+            head = file.read(HEAD_BYTES)
+            file.seek(0)
+            fact = describe_content(file)
     except OSError:
-        return False
-    return sniff_modality(head) is not None
+        return ErrorType.UNKNOWN_FORMAT, None
+    return ErrorType.UNKNOWN_FORMAT if sniff_modality(head) is None else ErrorType.CORRUPT_FILE, fact

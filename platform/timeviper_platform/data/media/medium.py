@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from timeviper_platform.common.listing import FileVersion
@@ -38,6 +38,8 @@ class Medium:
     joined_parts: int | None = None
     """Recordings that were joined in a video, each with its own clock; None = unknown, or an image."""
     error: DecodeError | None = None
+    origin: str = field(default="", compare=False)
+    """Manifest and row, for messages."""
 
     @property
     def is_probed(self) -> bool:

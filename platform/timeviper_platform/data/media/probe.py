@@ -23,6 +23,7 @@ from timeviper_platform.data.media.container import (
     open_container,
     read_head,
     source_name,
+    unreadable,
     video_stream,
 )
 from timeviper_platform.data.media.http_file import is_web
@@ -77,8 +78,8 @@ def file_version(uri: str, limits: MediaLimits | None = None) -> FileVersion:
     if location is not None:
         whole = file_version(location.uri)
         size = location.size if isinstance(location, RangeLocation) else whole.size
-        return FileVersion(size, whole.etag, f"{whole.text}/{'-'.join(str(value) for value in location[1:])}")
-    with decode_errors("probe", uri, limits):
+        return FileVersion(size, whole.etag, f"{whole.text}/{location.version_text()}")
+    with decode_errors("probe", uri, limits), storage.plain_errors(of_any_library=not is_web(uri)):
         if is_web(uri):
             with open_binary(uri, limits) as file:
                 web = file.raw
@@ -126,6 +127,9 @@ def _probe_picture(source: str | bytes, head: bytes, limits: MediaLimits) -> Med
 def _probe_video(source: str | bytes, head: bytes, limits: MediaLimits) -> Medium:
     name = source_name(source)
     with open_container(source, limits) as container:
+        if not len(container.streams):
+            kind, fact = unreadable(source, limits)
+            raise DecodeError("probe", kind, f"{name}: {fact or 'it has no streams'}")
         stream = video_stream(container, "probe", name)
         context = stream.codec_context
         if not context.width or not context.height:

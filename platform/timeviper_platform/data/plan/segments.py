@@ -161,7 +161,7 @@ def _plan_medium(medium: Medium, spec: PlanSpec) -> dict[str, Any]:
             "num_frames": 0,
             "error_stage": error.stage,
             "error_type": error.error_type,
-            "error_message": error.message,
+            "error_message": f"{error.message} ({medium.origin})" if medium.origin else error.message,
         }
 
 

@@ -146,7 +146,7 @@ class BusySlots:
         if not any(result.num_frames for result in results):
             raise RuntimeError(
                 f"no frame of {len(segments)} segments, such as {segments[0].uri}, can be decoded:"
-                f" {results[0].last_error}"
+                f" {next(filter(None, reversed(results[0].messages)), '')}"
             )
         return cost_of(results)
 

@@ -65,7 +65,7 @@ class ExecutionConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreprocessConfig:
     input: str
-    """Manifest (.parquet, .jsonl, .csv), glob, folder, or single file; local path or fsspec URI."""
+    """Manifest (.parquet, .jsonl, .json, .csv, .tsv), glob, folder, or single file; local path or fsspec URI."""
     feature_store: str
     """URI of the feature store: created, or extended if it has the same recipe."""
     encoder: VisionTowerConfig = field(default_factory=VisionTowerConfig)
@@ -73,6 +73,8 @@ class PreprocessConfig:
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     limits: MediaLimits = field(default_factory=MediaLimits)
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
+    bytes_column: str | None = None
+    """Column of Parquet files that holds the media, such as jpg or image; null = the only column of bytes."""
     hash: Literal["none", "sha256"] = "none"
     """sha256 reads every file once more. Serving needs it to recognise uploads."""
     retry_errors: tuple[str, ...] | Literal["all"] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -19,6 +20,8 @@ from timeviper_platform.data.store.layout import find_header
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
     media: int
+    files_left_out: dict[str, int]
+    """See `PreprocessReport`."""
     errors: int
     """media rejected by their headers"""
     errors_by_type: dict[str, int]
@@ -46,7 +49,8 @@ def estimate(config: PreprocessConfig) -> Estimate:
     digest = recipe_hash(recipe)
     counts, sample = PlanCounts(), SegmentSample()
     finished = finished_segments(config.feature_store, config.errors_to_retry)
-    for table in plan_tables(config, digest):
+    left_out = Counter[str]()
+    for table in plan_tables(config, digest, left_out):
         is_missing = missing_rows(table, finished)
         counts.add(table, is_missing)
         sample.add(table.filter(pa.array(is_missing)))
@@ -55,6 +59,7 @@ def estimate(config: PreprocessConfig) -> Estimate:
     frames, rate = counts.frames_missing, last_rate(config.feature_store)
     return Estimate(
         media=counts.media,
+        files_left_out=dict(left_out.most_common()),
         errors=counts.errors.total(),
         errors_by_type=dict(counts.errors),
         segments=counts.segments,

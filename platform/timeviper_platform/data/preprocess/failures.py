@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -15,21 +15,29 @@ ADVICE: dict[str, str] = {
     ErrorType.READ_FAILED: "check that the storage is up and within its rate limits",
     ErrorType.BAD_URI: "correct the addresses",
     ErrorType.BAD_ROW: "correct the manifest",
+    ErrorType.CORRUPT_FILE: "check that the files were copied whole",
+    ErrorType.UNKNOWN_FORMAT: "check that the input names media",
+    ErrorType.UNKNOWN_HOST: "check the network and the hosts' names",
     ErrorType.NO_DECODER: "check that this FFmpeg has the codec",
 }
+
+
+_ERROR_COLUMNS = ("error_stage", "error_type", "error_message")
 
 
 @dataclass(slots=True)
 class ConsecutiveFailureLimit:
     limit: int | None
     """None = never stop"""
+    origin_of: Callable[[str], str] = lambda media_id: ""
+    """Returns manifest and row of a medium whose message does not name them."""
     _reason: str = ""
     _num_media: int = 0
     _last_media_id: str = ""
 
-    def add(self, media: Iterable[str], reasons: Iterable[str], *, message: str = "") -> None:
-        """Raises RuntimeError at the limit. The reason "" means success."""
-        for media_id, reason in zip(media, reasons, strict=True):
+    def add(self, media: Iterable[str], reasons: Iterable[str], messages: Iterable[str]) -> None:
+        """Raises RuntimeError at the limit. The reason "" means success; messages name file and row."""
+        for media_id, reason, message in zip(media, reasons, messages, strict=True):
             if not reason or reason != self._reason:
                 self._reason, self._num_media, self._last_media_id = reason, 0, ""
             if reason and media_id != self._last_media_id:  # a long film's segments are one medium
@@ -40,16 +48,18 @@ class ConsecutiveFailureLimit:
     def check(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         """Counts the media of PLAN tables, except those that a downloader could not fetch."""
         for table in tables:
-            columns = (table[name].to_pylist() for name in ("media_id", "status", "error_stage", "error_type"))
+            columns = (table[name].to_pylist() for name in ("media_id", "status", *_ERROR_COLUMNS))
             tried = [row for row in zip(*columns, strict=True) if row[2] != "download"]
-            reasons = [f"{stage}/{kind}" if status == "error" else "" for _, status, stage, kind in tried]
-            self.add([media_id for media_id, *_ in tried], reasons)
+            reasons = [f"{stage}/{kind}" if status == "error" else "" for _, status, stage, kind, _ in tried]
+            self.add([row[0] for row in tried], reasons, [row[-1] or "" for row in tried])
             yield table
 
     def _text(self, message: str) -> str:
         advice = ADVICE.get(self._reason.partition("/")[2], "inspect one of them with ffprobe")
+        row = "" if " row " in message else self.origin_of(self._last_media_id)
+        cause = "; ".join(filter(None, (message, row)))
         return (
             f"{self._num_media} media in a row failed for one reason, {self._reason}: {advice}. The last was"
-            f" {self._last_media_id}" + (f" ({message})" if message else "") + ". Finished work is kept: run the job"
+            f" {self._last_media_id}" + (f" ({cause})" if cause else "") + ". Finished work is kept: run the job"
             " again, or raise execution.max_consecutive_failures (null = never stop) if the media are at fault"
         )

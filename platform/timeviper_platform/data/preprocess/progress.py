@@ -53,7 +53,7 @@ class Progress:
             self._log_redirection.__exit__(*error)
 
     def add(self, result: TaskResult) -> None:
-        self.results.append(replace(result, media=[], reasons=[], error_types=[], last_error=""))
+        self.results.append(replace(result, media=[], reasons=[], error_types=[], messages=[]))
         self._segments += result.segments
         self._frames += result.num_frames
         self._reasons.update(result.error_types)

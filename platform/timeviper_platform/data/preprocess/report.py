@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from timeviper_platform.data.inputs.readers import count_text
 from timeviper_platform.data.media.container import RETRYABLE
 from timeviper_platform.data.preprocess.calibrate import cost_of
 from timeviper_platform.data.preprocess.repeats import RepeatingMedium
@@ -21,6 +22,8 @@ class PreprocessReport:
     """planned = ok + partial + rejected"""
     segments: Outcomes
     """planned = ok + partial + rejected; missing = duplicate = 0"""
+    files_left_out: dict[str, int]
+    """files of scanned folders and tars without the name of a medium, by suffix"""
     segments_encoded: int
     """segments tried in this run"""
     frames: int
@@ -73,6 +76,7 @@ class PreprocessReport:
         return [
             f"media      {self.media}" + (f"; reasons: {reasons}" if reasons else ""),
             *self._joined_lines(),
+            *([f"left out   {count_text(self.files_left_out)}, by their names"] if self.files_left_out else []),
             f"segments   {self.segments}; tried in this run: {self.segments_encoded}",
             *self._retry_lines(),
             f"frames     {self.frames} stored, {self.frames_missing} missing, {self.bytes / 1e6:.1f} MB; encoded in"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -13,7 +14,7 @@ import pyarrow as pa
 from timeviper_platform.common import storage
 from timeviper_platform.common.ray_cluster import has_cluster
 from timeviper_platform.data.encode.frame_encoder import EncoderDescription, describe_encoder
-from timeviper_platform.data.inputs.readers import read_pages
+from timeviper_platform.data.inputs.readers import origin_of, read_pages
 from timeviper_platform.data.plan.segments import PlanSpec, Segment, exact
 from timeviper_platform.data.plan.stored_plan import Plan, finished_segments, plan_here, write_plan
 from timeviper_platform.data.preprocess.config import ExecutionConfig, PreprocessConfig
@@ -51,14 +52,15 @@ def run_preprocess(config: PreprocessConfig, *, run: Runner = run_on_ray) -> Pre
     store = StoreWriter.create(config.feature_store, make_recipe(encoder, config))
     if num_removed := store.remove_uncommitted():
         logger.info("removed %d files that an earlier run had not committed", num_removed)
-    plan = _plan(config, store.recipe_hash)
+    left_out = Counter[str]()
+    plan = _plan(config, store.recipe_hash, left_out)
     stopwatch.lap("plan")
     spec = worker_spec(config, encoder, store.recipe_hash)
-    results = _process(plan, spec, config.execution, run) if plan.missing else []
+    results = _process(plan, spec, config, run) if plan.missing else []
     if results:
         stopwatch.lap("start_up", until=min(result.started for result in results))
         stopwatch.lap("run", until=max(result.ended for result in results))
-    return _finalize(config, plan, results, stopwatch, retries_before)
+    return _finalize(config, plan, results, stopwatch, retries_before, left_out)
 
 
 def make_recipe(encoder: EncoderDescription, config: PreprocessConfig) -> dict[str, Any]:
@@ -69,8 +71,8 @@ def make_recipe(encoder: EncoderDescription, config: PreprocessConfig) -> dict[s
     return {**encoder.recipe, "sampling": sampling}
 
 
-def plan_tables(config: PreprocessConfig, recipe_hash: str) -> Iterator[pa.Table]:
-    """Plans the input on the connected cluster or else in this process."""
+def plan_tables(config: PreprocessConfig, recipe_hash: str, left_out: Counter[str] | None = None) -> Iterator[pa.Table]:
+    """Plans the input on the connected cluster or else in this process. See `read_pages` for `left_out`."""
     spec = PlanSpec(
         fps=exact(config.sampling.fps),
         recipe_hash=recipe_hash,
@@ -78,7 +80,8 @@ def plan_tables(config: PreprocessConfig, recipe_hash: str) -> Iterator[pa.Table
         hash_mode=config.hash,
         decode=config.decode,
     )
-    return (plan_on_ray if has_cluster() else plan_here)(read_pages(config.input), spec)
+    media = read_pages(config.input, bytes_column=config.bytes_column, left_out=left_out)
+    return (plan_on_ray if has_cluster() else plan_here)(media, spec)
 
 
 def worker_spec(config: PreprocessConfig, encoder: EncoderDescription, recipe_hash: str) -> WorkerSpec:
@@ -107,10 +110,10 @@ def last_rate(feature_store: str) -> float:
     return float(storage.read_json(uri)["frames_per_second"]) if storage.exists(uri) else 0.0
 
 
-def _plan(config: PreprocessConfig, recipe_hash: str) -> Plan:
+def _plan(config: PreprocessConfig, recipe_hash: str, left_out: Counter[str]) -> Plan:
     failures = ConsecutiveFailureLimit(config.execution.max_consecutive_failures)
     finished = finished_segments(config.feature_store, config.errors_to_retry)
-    plan = write_plan(config.feature_store, failures.check(plan_tables(config, recipe_hash)), finished)
+    plan = write_plan(config.feature_store, failures.check(plan_tables(config, recipe_hash, left_out)), finished)
     logger.info(
         "%d media: %d segments planned, %d missing, %d media rejected by their headers",
         *(plan.counts.media, len(plan.segments), len(plan.missing), plan.counts.errors.total()),
@@ -118,17 +121,26 @@ def _plan(config: PreprocessConfig, recipe_hash: str) -> Plan:
     return plan
 
 
-def _process(plan: Plan, spec: WorkerSpec, execution: ExecutionConfig, run: Runner) -> list[TaskResult]:
-    failures = ConsecutiveFailureLimit(execution.max_consecutive_failures)
+def _process(plan: Plan, spec: WorkerSpec, config: PreprocessConfig, run: Runner) -> list[TaskResult]:
+    execution = config.execution
+    failures = ConsecutiveFailureLimit(
+        execution.max_consecutive_failures,
+        origin_of=lambda media_id: origin_of(media_id, config.input, config.bytes_column),
+    )
     with Progress(len(plan.missing), plan.counts.frames_missing, execution.progress_seconds) as progress:
         for result in run(plan.missing, spec, execution):
             progress.add(result)
-            failures.add(result.media, result.reasons, message=result.last_error)
+            failures.add(result.media, result.reasons, result.messages)
     return progress.results
 
 
 def _finalize(
-    config: PreprocessConfig, plan: Plan, results: Sequence[TaskResult], stopwatch: _Stopwatch, retries_before: int
+    config: PreprocessConfig,
+    plan: Plan,
+    results: Sequence[TaskResult],
+    stopwatch: _Stopwatch,
+    retries_before: int,
+    left_out: Counter[str],
 ) -> PreprocessReport:
     max_repeated_share = config.execution.warn_repeated_share
     totals = finalize_store(config.feature_store, plan.tables(), max_repeated_share=max_repeated_share)
@@ -139,6 +151,7 @@ def _finalize(
         media=media,
         segments=segments,
         segments_encoded=sum(result.segments.planned for result in results),
+        files_left_out=dict(left_out.most_common()),
         frames=totals.frames,
         frames_encoded=sum(result.num_frames for result in results),
         frames_missing=totals.frames_missing,

@@ -60,7 +60,8 @@ class TaskResult:
     media: list[str]
     reasons: list[str]
     """stage/type of the first error of each medium; empty if there is none"""
-    last_error: str
+    messages: list[str]
+    """error message of each medium; empty if there is none"""
     feature_bytes: int
     decode_seconds: float
     encode_seconds: float

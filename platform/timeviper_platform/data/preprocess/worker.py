@@ -129,18 +129,21 @@ def write_task(spec: WorkerSpec, name: str, rows: Iterable[Row], start: TaskStar
     written = store.write_file(name, source)
     write_seconds = time.perf_counter() - started - source.seconds
     write_cpu_seconds = time.thread_time() - cpu_started - source.cpu_seconds
-    reasons: dict[str, str] = {}
+    errors: dict[str, tuple[str, str]] = {}
     for row in written:
-        reason = f"{row['error_stage']}/{row['error_type']}" if row["status"] == "error" else ""
-        reasons[row["media_id"]] = reasons.get(row["media_id"]) or reason
+        is_error = row["status"] == "error"
+        error = (f"{row['error_stage']}/{row['error_type']}", row["error_message"]) if is_error else ("", "")
+        first = errors.setdefault(row["media_id"], error)
+        if not first[0]:
+            errors[row["media_id"]] = error
     return TaskResult(
         task=name,
         num_frames=sum(row["num_frames"] for row in written),
         segments=Outcomes.of(row["status"] for row in written),
         error_types=[row["error_type"] for row in written if row["status"] != "ok"],
-        media=list(reasons),
-        reasons=list(reasons.values()),
-        last_error=next((row["error_message"] for row in reversed(written) if row["status"] == "error"), ""),
+        media=list(errors),
+        reasons=[reason for reason, _ in errors.values()],
+        messages=[message for _, message in errors.values()],
         feature_bytes=sum(row["num_frames"] * row["num_tokens_per_frame"] * row["dim"] * 2 for row in written),
         decode_seconds=sum(row["decode_ms"] for row in written) / 1e3,
         encode_seconds=sum(row["encode_ms"] for row in written) / 1e3,

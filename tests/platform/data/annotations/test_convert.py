@@ -121,6 +121,20 @@ def test_media_ids_of_captions_in_tars_equal_those_of_preprocessing(tmp_path: Pa
     assert [media_ids(sample)[0] for sample in samples] == [item.media_id for item in items[:2]]
 
 
+def test_captions_behind_a_damaged_header_are_kept(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("0.jpg", "0.txt", "1.jpg", "1.txt", "2.jpg", "2.txt"):
+            member = tarfile.TarInfo(name)
+            member.size = 3
+            tar.addfile(member, io.BytesIO(b"cat"))
+    data = bytearray((tmp_path / "a.tar").read_bytes())
+    data[2 * 1024] ^= 0xFF  # the header of 1.jpg
+    (tmp_path / "a.tar").write_bytes(data)
+    samples, rejects = run(tmp_path, "webdataset", tmp_path / "a.tar")
+    assert rejects == {"bad_row": 1}
+    assert [sample["sample_id"] for sample in samples] == ["webdataset/0/0", "webdataset/2/2"]
+
+
 def test_activitynet_captions(tmp_path: Path) -> None:
     sentences = ["A man sits down.", " He plays the piano."]
     annotations = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import s3fs
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -82,14 +84,22 @@ def test_members_of_a_tar_are_read_in_place(tmp_path: Path, media: dict[str, byt
     assert np.array_equal(frames.frames, read_frames(media["clip.mp4"], 32).frames)
 
 
-def test_a_folder_of_media_and_tars_becomes_features(tmp_path: Path, media: dict[str, bytes]) -> None:
+def test_a_folder_of_media_and_tars_becomes_features(
+    tmp_path: Path, media: dict[str, bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     (tmp_path / "in").mkdir()
-    write_tar(tmp_path / "in" / "a.tar", media)
+    for name in ("a.txt", "b.TXT", ".hidden", "c.x-very-long-suffix"):
+        (tmp_path / "in" / name).touch()
+    write_tar(tmp_path / "in" / "a.tar", {**media, "clip.json": b"{}"})
     (tmp_path / "in" / "clip.mp4").write_bytes(media["clip.mp4"])
     encoder = VisionTowerConfig(model=str(make_encoder(tmp_path / "encoder")), num_tokens_per_frame=4, merge_heads=4)
     config = PreprocessConfig(input=str(tmp_path / "in"), feature_store=str(tmp_path / "out"), encoder=encoder)
     report = run_preprocess(config, run=run_in_process)
     assert (report.segments.ok, report.frames, report.media.rejected) == (4, 8, 0)
+    assert report.files_left_out == {".txt": 2, "without a suffix": 1, "others": 1, ".json": 1}
+    assert "left out   2 .txt, 1 .json, 1 others, 1 without a suffix, by their names" in report.lines()
+    assert caplog.text.count("files left out because of their names: 2 .txt, ") == 1
     store = FeatureStore.open(config.feature_store)
     whole, member = (media_id_of(name, "") for name in ("clip.mp4", "a.tar/clip.mp4"))
     assert torch.equal(store.read(whole).features, store.read(member).features)
@@ -104,9 +114,10 @@ def test_a_truncated_tar_keeps_its_complete_members_and_one_error(tmp_path: Path
     (tmp_path / "b.tar").write_bytes(b"\x1f\x8b\x08" + b"x" * 5000)
     rows = plan_of(items_of(tmp_path))
     found = [(row["error_stage"], row["error_type"]) for row in rows]
-    assert found[:2] == [(None, None)] * 2
-    assert found[-2:] == [("list", ErrorType.CORRUPT_FILE)] * 2
-    assert "uncompressed, complete tars" in str(rows[-1]["error_message"])
+    assert found == [(None, None)] * 2 + [("list", ErrorType.CORRUPT_FILE)] * 2
+    assert "a.tar: broken at byte " in str(rows[2]["error_message"])
+    assert "'image1.jpg' would end at byte" in str(rows[2]["error_message"])
+    assert "b.tar: not a tar but a gzip archive; unpack it; only uncompressed" in str(rows[3]["error_message"])
 
 
 def test_cells_of_a_parquet_file_are_read_in_place(tmp_path: Path, media: dict[str, bytes]) -> None:
@@ -123,10 +134,6 @@ def test_cells_of_a_parquet_file_are_read_in_place(tmp_path: Path, media: dict[s
             assert item.version.text == file_version(item.uri).text
         assert [row["num_frames"] for row in plan_of(items)] == [3, 1, 1]
     assert [item.media_id for item in items_of(tmp_path / "flat.parquet")] == list(media)
-    two = flat.append_column("other", flat["data"])
-    pq.write_table(two, tmp_path / "two.parquet")
-    with pytest.raises(ValueError, match="data, other all hold bytes"):
-        items_of(tmp_path / "two.parquet")
 
 
 def test_a_location_in_a_changed_file_is_an_error_row(tmp_path: Path, media: dict[str, bytes]) -> None:
@@ -240,3 +247,54 @@ def test_the_hash_table_is_a_dict(batches: list[list[tuple[int, int]]]) -> None:
     found, values = table.find(np.arange(41, dtype=np.uint64))
     assert {int(key): int(values[key]) for key in np.flatnonzero(found)} == expected
     assert len(table) == len(expected)
+
+
+def test_a_damaged_tar_is_read_on_from_disk_and_from_s3(
+    bucket: s3fs.S3FileSystem, tmp_path: Path, media: dict[str, bytes]
+) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in (*media, "gone.jpg", *(f"more-{name}" for name in media)):
+            member = tarfile.TarInfo(name)
+            member.size = len(media.get(name.removeprefix("more-"), b"gone"))
+            tar.addfile(member, io.BytesIO(media.get(name.removeprefix("more-"), b"gone")))
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        start = tar.getmember("gone.jpg").offset
+    data = bytearray((tmp_path / "a.tar").read_bytes())
+    data[start + 148 : start + 156] = b"checksum"
+    (tmp_path / "a.tar").write_bytes(data)
+    bucket.pipe("bucket/in/a.tar", bytes(data))
+    for source in (str(tmp_path), "s3://bucket/in"):
+        items = items_of(source)
+        (broken,) = (item for item in items if item.error)
+        assert broken.error is not None
+        assert f"a.tar: broken at byte {start}: it is not a tar header; members go on at byte {start + 1024}" in str(
+            broken.error
+        )
+        assert broken.media_id == media_id_of(f"/r/a.tar#byte={start}", "/r")
+        found = [item for item in items if not item.error]
+        assert [item.media_id for item in found] == [
+            media_id_of(f"/r/a.tar/{name}", "/r") for name in (*media, *(f"more-{name}" for name in media))
+        ]
+        with open_binary(found[-1].uri) as file:
+            assert file.read() == list(media.values())[-1]
+
+
+def test_links_and_sparse_members_of_a_tar_are_counted(tmp_path: Path, media: dict[str, bytes]) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        member = tarfile.TarInfo("clip.mp4")
+        member.size = len(media["clip.mp4"])
+        tar.addfile(member, io.BytesIO(media["clip.mp4"]))
+        link = tarfile.TarInfo("again.mp4")
+        link.type, link.linkname = tarfile.LNKTYPE, "clip.mp4"
+        tar.addfile(link)
+        folder = tarfile.TarInfo("folder.mp4")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        sparse = tarfile.TarInfo("holes.mp4")
+        sparse.type = tarfile.GNUTYPE_SPARSE
+        tar.addfile(sparse)
+    left_out = Counter[str]()
+    items = [item for page in read_pages(str(tmp_path), left_out=left_out) for item in page]
+    assert [item.error is None for item in items] == [True, False]
+    assert "'holes.mp4' is stored as a sparse file" in str(items[1].error)
+    assert left_out == {"links in tars": 1}

@@ -52,11 +52,11 @@ def test_a_run_without_frames_has_no_speed() -> None:
 
 def test_too_many_failures_in_a_row_for_one_reason_are_an_error() -> None:
     limit = ConsecutiveFailureLimit(3)
-    limit.add("abcd", ["x/not_found", "x/not_found", "", "x/not_found"])
-    limit.add("ef", ["x/not_found", "x/corrupt_file"])  # another reason starts a new count
-    limit.add("ggggg", ["x/corrupt_file"] * 5)  # a film's segments are one medium
+    limit.add("abcd", ["x/not_found", "x/not_found", "", "x/not_found"], [""] * 4)
+    limit.add("ef", ["x/not_found", "x/corrupt_file"], [""] * 2)  # another reason starts a new count
+    limit.add("ggggg", ["x/corrupt_file"] * 5, [""] * 5)  # a film's segments are one medium
     with pytest.raises(RuntimeError) as raised:
-        limit.add("h", ["x/corrupt_file"], message="bad header")
+        limit.add("hij", ["x/corrupt_file", "", ""], ["bad header", "", "of another"])
     text = str(raised.value)
     assert text.startswith("3 media in a row failed for one reason, x/corrupt_file: ")
     assert "The last was h (bad header)" in text
@@ -64,7 +64,7 @@ def test_too_many_failures_in_a_row_for_one_reason_are_an_error() -> None:
 
 
 def test_without_a_limit_nothing_is_an_error() -> None:
-    ConsecutiveFailureLimit(None).add((str(n) for n in range(1000)), ["x/not_found"] * 1000)
+    ConsecutiveFailureLimit(None).add((str(n) for n in range(1000)), ["x/not_found"] * 1000, [""] * 1000)
 
 
 def test_the_steady_rate_excludes_both_ends() -> None:
