@@ -22,10 +22,10 @@ from timeviper_platform.data.media.medium import Medium, media_id_of
 from timeviper_platform.data.media.probe import file_version
 
 LABEL_COLUMNS = ("media_id", "key", "status", "error_message")
-"""Known columns beside the bytes: the job's, and img2dataset's."""
+"""The job's, and img2dataset's."""
 
 BATCH_ROWS_WITH_BYTES = 8
-"""Rows read at once where only the bytes tell which of them are null."""
+"""Rows read at once where no statistics tell which bytes are null."""
 
 BATCH_ROWS = 4096
 
@@ -134,10 +134,7 @@ def _bad_row(location: CellLocation, root: str, message: str) -> Medium:
 
 
 def _entries(parquet: Any, group: int, column: BytesColumn) -> Iterator[list[_Entry]]:
-    """Yields the media of every row of a row group.
-
-    Statistics say whether bytes are null in all or no places; only between them are bytes read.
-    """
+    """Yields the media of every row. Reads bytes only where statistics do not tell which are null."""
     metadata = parquet.metadata.row_group(group)
     if column.field is None and not column.is_list:
         yield from ([_Entry(None, True, None)] for _ in range(metadata.num_rows))
@@ -160,7 +157,7 @@ def _entries(parquet: Any, group: int, column: BytesColumn) -> Iterator[list[_En
 
 
 def _has_bytes(parquet: Any, group: int, leaf: Any, path_path: str | None) -> bool | None:
-    """Returns None where some places have bytes, or no statistics tell."""
+    """Returns None for some, or without statistics."""
     if not leaf.is_stats_set or not leaf.statistics.has_null_count:
         return None
     num_null = leaf.statistics.null_count

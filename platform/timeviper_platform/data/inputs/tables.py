@@ -29,11 +29,10 @@ HEAD_ROWS = 1000
 """Rows whose names are the columns of a JSON file."""
 
 MAX_FIELD_CHARS = 1 << 24
-"""Maximum text of a CSV field. Python's default, 131,072, is less than some captions."""
+"""Maximum CSV field. Python's default, 131,072, is less than some captions."""
 
 _BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 _DAMAGE = (OSError, EOFError, zlib.error, UnicodeError, csv.Error, pa.ArrowException)
-"""Errors of a damaged or cut file; OSError also of its storage."""
 
 
 class Fault(NamedTuple):
@@ -43,7 +42,7 @@ class Fault(NamedTuple):
 
 
 NumberedRow = tuple[int, dict[str, Any] | Fault]
-"""Number from 1, without the header, of the first row for a fault of many; and values."""
+"""Number from 1, without the header; values."""
 
 
 class TableError(ValueError):
@@ -61,7 +60,7 @@ def is_table(uri: str) -> bool:
 def read_rows(uri: str, columns: Sequence[str], needed: Sequence[str], page_rows: int) -> Iterator[list[NumberedRow]]:
     """Yields pages of rows with those of `columns` that the file has, in its own types.
 
-    Column names are compared without case and surrounding blanks. A row or the rest of a damaged file is one Fault.
+    Case and blanks of column names do not count. A bad row, or the rest of a damaged file, is one Fault.
 
     Raises:
         TableError: for a file without rows that can be read, or without any of the columns `needed`.
@@ -131,7 +130,7 @@ def open_text(uri: str, newline: str | None = None) -> Iterator[TextIO]:
 
 
 def _up_to_damage(rows: Iterator[NumberedRow], uri: str) -> Iterator[NumberedRow]:
-    """Ends with a Fault where the file is damaged behind its first rows."""
+    """Ends with a Fault at damage behind the first rows."""
     number = 0
     try:
         with storage.plain_errors():
@@ -199,7 +198,7 @@ def _array_values(text: TextIO, first: str) -> Iterator[Any]:
 
 
 def _read_up_to_damage(text: TextIO, size: int) -> str:
-    """Raises the error of a damaged file only where nothing before it is left to read."""
+    """Raises the error of a damaged file only when nothing is left before it."""
     parts: list[str] = []
     try:
         while size > 0 and (part := text.read(min(size, io.DEFAULT_BUFFER_SIZE))):

@@ -14,7 +14,7 @@ END_MARK = 2 * BLOCK
 """Zero bytes that end an archive. Most writers pad them to a record."""
 
 RECORD_SIZES = (tarfile.RECORDSIZE, *(BLOCK << power for power in range(1, 12)))
-"""GNU tar's and Python's default, and blocking factors up to 2048."""
+"""The default, and blocking factors up to 2048."""
 
 MAX_EXTENDED_HEADER = 1 << 20
 """A damaged size would read the whole file as a name."""
@@ -58,7 +58,7 @@ class _Header(tarfile.TarInfo):
 
 
 def scan_tar(file: Any) -> Iterator[tarfile.TarInfo | TarBreak]:
-    """Yields every complete member of a seekable file in order, and a break for bytes that belong to none."""
+    """Yields the complete members in order, and breaks between them."""
     size = file.seek(0, io.SEEK_END)
     archive = offset = 0
     while True:
@@ -79,7 +79,7 @@ def scan_tar(file: Any) -> Iterator[tarfile.TarInfo | TarBreak]:
 
 
 def _members(file: Any, offset: int, size: int) -> Generator[tarfile.TarInfo, None, tuple[int, str]]:
-    """Yields members from `offset` on. Returns where they end, and the fault if any is known."""
+    """Yields members from `offset` on. Returns where they end, and the fault if known."""
     file.seek(offset)
     try:
         with tarfile.TarFile(fileobj=file, tarinfo=_Header, errors="surrogateescape") as tar:
