@@ -98,21 +98,24 @@ def text_of(value: Any) -> str | None:
 
 
 def _real(value: Any) -> float | None:
-    if type(value) is float:
-        return value if value == value else None
-    if isinstance(value, str) and value.strip().lower() in NO_NUMBER:
-        return None
-    if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal) or "_" in str(value):
-        raise ValueError(f"{value!r:.80} is not a number")
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        raise ValueError(f"{value!r:.80} is not a number") from None
-    return None if number != number else number
+    if type(value) is not float:
+        if isinstance(value, str) and value.strip().lower() in NO_NUMBER:
+            return None
+        if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal) or "_" in str(value):
+            raise ValueError(f"{value!r:.80} is not a number")
+        try:
+            value = float(value)
+        except (ValueError, OverflowError):
+            raise ValueError(f"{value!r:.80} is not a number") from None
+    return value if value == value else None
 
 
 def _whole(maximum: int) -> Callable[[Any], int | None]:
+    num_digits = len(str(maximum))
+
     def convert(value: Any) -> int | None:
+        if type(value) is str and value.isdecimal() and len(value) < num_digits:
+            return int(value)
         if type(value) is int and 0 <= value <= maximum:
             return value
         number = _real(value)
