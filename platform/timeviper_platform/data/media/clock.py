@@ -91,6 +91,8 @@ class VideoPackets:
             except av.error.FFmpegError as error:
                 logger.info("%s: reading ends early: %s", self._name, error)
                 return None
+            except IndexError:  # PyAV's at the end, when streams appeared meanwhile
+                return None
             if packet is None:
                 return None
             if not self._clock.has_stamps and packet.size:

@@ -218,6 +218,7 @@ def read_head(source: str | bytes, limits: MediaLimits | None = None) -> bytes:
 def open_container(source: str | bytes, limits: MediaLimits | None = None) -> Any:
     """Opens a container. The prefix `file:` keeps local names from selecting a protocol. Tags need not be UTF-8."""
     options = {"format_whitelist": ",".join(FORMAT_WHITELIST), "protocol_whitelist": "file"}
+    options["merge_pmt_versions"] = "1"  # MPEG-TS: a later recording may use other PIDs
     if isinstance(source, str) and is_local_file(source):
         return av.open("file:" + storage.split_uri(source)[1], options=options, metadata_errors="replace")
     file = open_binary(source, limits)

@@ -56,6 +56,25 @@ def test_joined_recordings_follow_each_other(format: str, codec: str, starts: tu
     check_every_path(b"".join(parts), on_screen(range(240)), parts=3)
 
 
+def test_a_later_part_may_use_other_pids() -> None:
+    """FFmpeg loses the first part's last frame, number 79."""
+    pids = ({}, {"mpegts_start_pid": "600"})
+    parts = [
+        numbered_video(range(80), format="mpegts", first_number=80 * number, container_options=options)
+        for number, options in enumerate(pids)
+    ]
+    expected = [(t, pts, number + (number >= 79)) for t, pts, number in on_screen(range(159))]
+    check_every_path(b"".join(parts), expected, parts=2)
+
+
+def test_streams_that_appear_later_do_not_end_the_film_early() -> None:
+    """PyAV's demux() raises an IndexError at the end of such files."""
+    service = {"mpegts_service_id": "5", "mpegts_pmt_start_pid": "700", "mpegts_start_pid": "600"}
+    film = numbered_video(range(80), format="mpegts")
+    other = numbered_video(range(80), format="mpegts", container_options=service)
+    check_every_path(film + other, on_screen(range(80)))
+
+
 def test_a_gap_below_the_limit_stays_a_gap() -> None:
     parts = [numbered_video(range(50 + n, 100 + n), format="mpegts", first_number=n // 5) for n in (0, 250)]
     check_every_path(b"".join(parts), on_screen([*range(50), *range(250, 300)]))

@@ -7,7 +7,7 @@ from fractions import Fraction
 import fsspec
 import pytest
 
-from reference.numbered_videos import CASES, SIZE, Shown, check_every_path, expected_cases, shown
+from reference.numbered_videos import CASES, SIZE, check_every_path, expected_cases, shown
 from timeviper_platform.data.media.probe import probe_media
 from timeviper_platform.data.video.decord_reader import DecordReader
 from timeviper_platform.data.video.keyframe_reader import KeyframeReader
@@ -60,11 +60,3 @@ def test_keyframes_are_on_the_same_clock(case: str) -> None:
     reader = KeyframeReader(path, SIZE, step=Fraction(1), joined_parts=probe_media(path).joined_parts)
     order = [*range(3, len(rows)), *range(3)]
     assert sorted(row for k in order for row in shown(reader.sample(times[k : k + 1]))) == shown(whole)
-
-
-def test_the_expected_frames_are_real() -> None:
-    """A number is its PTS in 1/25 s, counted from the first frame of its file."""
-    for name, rows in EXPECTED.items():
-        first: Shown = rows[:1]
-        assert len(rows) > 3
-        assert all(number >= first[0][2] for _, _, number in rows), name

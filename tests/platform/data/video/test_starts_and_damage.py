@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from reference.numbered_videos import SIZE, check_every_path, numbered_video, on_screen, read_number, remux, shown
-from timeviper_platform.data.media.probe import probe_media
 from timeviper_platform.data.video.decord_reader import DecordReader
 from timeviper_platform.data.video.keyframe_reader import KeyframeReader
 from timeviper_platform.data.video.reader import open_video, read_frames
@@ -127,10 +126,6 @@ def test_a_damaged_beginning_is_missing() -> None:
     batch = read_frames(bytes(film), SIZE)
     assert batch.times_seconds.tolist() == [2, 3]
     assert batch.num_missing == 2
-
-
-def test_probing_counts_no_more_parts_than_there_are() -> None:
-    assert probe_media(numbered_video(range(50), format="mp4")).joined_parts == 1
 
 
 @pytest.mark.parametrize("codec", OPEN_GOPS)
