@@ -6,7 +6,7 @@ import io
 import socket
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from timeviper_platform.data.media.http_file import (
     is_web,
     open_web,
 )
-from timeviper_platform.data.media.locations import CellLocation, RangeLocation, open_location, parse_location
+from timeviper_platform.data.media.locations import open_location, parse_location
 from timeviper_platform.data.media.signatures import HEAD_BYTES, sniff_modality
 
 Modality = Literal["video", "image"]
@@ -202,15 +202,6 @@ def source_name(source: str | bytes) -> str:
 
 
 def read_head(source: str | bytes, limits: MediaLimits | None = None) -> bytes:
-    """Returns the first HEAD_BYTES. Of a remote file no more is read, though opening it would read ahead."""
-    if isinstance(source, str) and not is_web(source):
-        location = parse_location(source)
-        uri, start = (location.uri, location.offset) if isinstance(location, RangeLocation) else (source, 0)
-        num_bytes = min(HEAD_BYTES, location.size) if isinstance(location, RangeLocation) else HEAD_BYTES
-        if not isinstance(location, CellLocation) and not storage.is_local(uri):
-            filesystem, path = storage.split_uri(uri)
-            with suppress(OSError):  # an empty file has no ranges; other errors come again
-                return bytes(filesystem.cat_file(path, start, start + num_bytes))
     with open_binary(source, limits) as file:
         return bytes(file.read(HEAD_BYTES))
 
