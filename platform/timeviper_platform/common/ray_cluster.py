@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,11 @@ START_SECONDS = 120.0
 
 STARTED = "Ray runtime started."
 """Printed by `ray start` once its node is registered."""
+
+TIMED_OUT = "timed out during startup"
+"""Printed by `ray start` after 30 s."""
+
+START_ATTEMPTS = 2
 
 
 def free_port() -> int:
@@ -87,23 +92,32 @@ def local_cluster(
     command += [f"--include-dashboard={with_dashboard}", f"--include-log-monitor={with_dashboard}"]
     command += [f"--num-cpus={num_cpus}", f"--object-store-memory={object_store_bytes}", f"--temp-dir={folder}/ray"]
     log = folder / "start.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            env={**os.environ, **(environment or {}), **variables},
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
+    process: subprocess.Popen[bytes] | None = None
     try:
-        _wait_until(lambda: STARTED in log.read_text(errors="replace"), "has not started its node", process, log)
+        process = _start(command, {**os.environ, **(environment or {}), **variables}, log)
         if with_dashboard:
             port = ports["dashboard-port"]
             _wait_until(lambda: _listens(port), f"does not listen on port {port}", process, log)
         yield variables
     finally:
-        _end(process)
+        if process is not None:
+            _end(process)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start(command: Sequence[str], environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """Starts a node, a second time if Ray's fixed 30 s were too short for a busy machine."""
+    for attempt in range(START_ATTEMPTS):
+        with log.open("wb") as output:
+            process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+        try:
+            _wait_until(lambda: STARTED in log.read_text(errors="replace"), "has not started its node", process, log)
+            return process
+        except BaseException:
+            _end(process)
+            if attempt + 1 == START_ATTEMPTS or TIMED_OUT not in log.read_text(errors="replace"):
+                raise
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _wait_until(

@@ -34,6 +34,14 @@ def test_the_log_of_a_ray_that_fails_to_start_is_in_the_error(tmp_path: Path) ->
         pass
 
 
+def test_a_node_that_times_out_on_a_busy_machine_is_started_again(tmp_path: Path) -> None:
+    tried = tmp_path / "tried"
+    first = f"[ -e {tried} ] || {{ touch {tried}; echo 'The current node timed out during startup.'; exit 1; }}"
+    program = ray_stub(tmp_path, f"{first}; echo '{STARTED}'; exec sleep 60")
+    with local_cluster(num_cpus=1, with_dashboard=False, ray_program=program):
+        assert tried.exists()
+
+
 @pytest.mark.parametrize(("address", "expected"), [(None, {"address": "local"}), ("127.0.0.1:1", {})])
 def test_ray_imported_without_a_token_still_gets_a_cluster_of_its_own(
     monkeypatch: pytest.MonkeyPatch, address: str | None, expected: dict[str, str]
