@@ -12,6 +12,7 @@ from pathlib import Path
 import av
 import numpy as np
 
+from reference.painted_numbers import painted, read_number
 from timeviper_platform.data.media.probe import probe_media
 from timeviper_platform.data.video.frames import FrameBatch
 from timeviper_platform.data.video.reader import open_video
@@ -29,20 +30,6 @@ def expected_cases() -> dict[str, Shown]:
     """What is right for each video of `cases/media`."""
     cases = json.loads((CASES / "expected.json").read_text())
     return {name: [(t, pts, number) for t, pts, number in rows] for name, rows in cases.items()}
-
-
-def paint(number: int) -> np.ndarray:
-    """(SIZE, SIZE, 3) uint8: 4 x 4 cells, white, black, then 14 bits, lowest first."""
-    cells = np.array([1, 0, *(number >> bit & 1 for bit in range(14))], np.uint8).reshape(4, 4) * 255
-    return np.repeat(np.kron(cells, np.ones((SIZE // 4, SIZE // 4), np.uint8))[:, :, None], 3, axis=2)
-
-
-def read_number(pixels: np.ndarray) -> int:
-    """Returns the number of a (S, S, 3) frame; -1 when the first two cells are wrong."""
-    side = pixels.shape[0] // 4
-    cells = pixels.mean(axis=2).reshape(4, side, 4, side)[:, side // 4 : -side // 4, :, side // 4 : -side // 4]
-    bits = cells.mean(axis=(1, 3)).ravel() > 128
-    return sum(1 << bit for bit in range(14) if bits[bit + 2]) if bits[0] and not bits[1] else -1
 
 
 def shown(batch: FrameBatch) -> Shown:
@@ -110,7 +97,7 @@ def numbered_video(
         for index in range(len(stamps)):
             for stream, number, own in streams:
                 if index < len(own):
-                    frame = av.VideoFrame.from_ndarray(paint(number + index), format="rgb24")
+                    frame = av.VideoFrame.from_ndarray(painted(number + index, SIZE, SIZE), format="rgb24")
                     frame.pts, frame.time_base = own[index], time_base
                     container.mux(stream.encode(frame))
         for stream, _, _ in streams:

@@ -10,7 +10,8 @@ import av
 import numpy as np
 import pytest
 
-from reference.numbered_videos import SIZE, check_every_path, numbered_video, on_screen, read_number, remux, shown
+from reference.numbered_videos import SIZE, check_every_path, numbered_video, on_screen, remux, shown
+from reference.painted_numbers import read_number
 from timeviper_platform.data.video.decord_reader import DecordReader
 from timeviper_platform.data.video.keyframe_reader import KeyframeReader
 from timeviper_platform.data.video.reader import open_video, read_frames
