@@ -31,7 +31,7 @@ def test_a_public_checkpoint_becomes_a_weights_folder(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, own[name]) for name, tensor in model.state_dict().items())
     assert load_tokenizer(output)("red")["input_ids"]
     metadata = json.loads((output / "config.json").read_text())["timeviper_metadata"]
-    assert metadata == {"public_checkpoint": str(checkpoint)}
+    assert metadata == {"public_checkpoint": str(checkpoint), "time_text": "temporal"}
 
 
 def test_a_public_checkpoint_needs_a_preset_and_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

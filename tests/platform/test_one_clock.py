@@ -14,12 +14,17 @@ from reference.synthetic_media import make_video
 from reference.synthetic_store import segment_row, write_files
 from reference.tiny_serving import IMAGE_SIZE, byte_tokenizer, make_serving_folders
 from reference.training_corpus import sample_row
+from timeviper_model.batching.batch import TokenKind
+from timeviper_model.batching.prompt import NEMOTRON
+from timeviper_model.weights.weights_folder import from_pretrained
 from timeviper_platform.data.encode.frame_encoder import FrameEncoder
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.data.video.reader import read_frames
-from timeviper_platform.evaluation.evaluator import AnsweringConfig, read_media
+from timeviper_platform.evaluation.answering import Answerer
+from timeviper_platform.evaluation.evaluator import AnsweringConfig, read_media, read_prompt
+from timeviper_platform.serving.engine.service import build_prompt
 from timeviper_platform.serving.features.service import FeatureService, FeatureServiceConfig
-from timeviper_platform.serving.messages import FeatureReference, StoredFeatures
+from timeviper_platform.serving.messages import ChatTurn, FeatureReference, StoredFeatures
 from timeviper_platform.training.batches.samples import FramesConfig, SampleBuilder, TokenizedSample
 
 NTSC = Fraction(30000, 1001)
@@ -94,6 +99,43 @@ def test_a_whole_29_97_fps_video_is_thinned_to_the_same_frames_everywhere(ntsc: 
     expected = ntsc.store.read("ntsc", chosen).features
     assert torch.equal(evaluated(ntsc, None, None, 7), expected.flatten(0, 1))
     assert np.array_equal(served(ntsc, 7), expected.view(torch.int16).numpy())
+
+
+@pytest.mark.parametrize("clip", [(None, None), (10.0, 22.5)])
+def test_a_question_about_times_is_the_same_prompt_in_training_evaluation_and_serving(
+    ntsc: Ntsc, clip: tuple[float | None, float | None]
+) -> None:
+    tokenizer, question = byte_tokenizer(), "When does it happen?"
+    row = {**sample_row(0, [("ntsc", *clip)], [("user", question), ("assistant", "Now")]), "kind": "temporal"}
+    built = SampleBuilder(ntsc.store, tokenizer, "nemotron", FramesConfig(max_frames=7)).build(row)
+    assert isinstance(built, TokenizedSample)
+    length = built.sample.token_kind.index(TokenKind.RESPONSE)
+    trained_ids = built.sample.input_ids[:length]
+    seconds = ntsc.store.info("ntsc").duration_seconds if clip[0] is None else 12.5
+    sentence = f"The video lasts for {seconds:.2f} seconds, and 7 frames are uniformly sampled from it.\nWhen"
+    assert sentence in tokenizer.decode(trained_ids)
+
+    asked = {"media": row["media"], "question": question, "start_seconds": 1.0, "end_seconds": 2.0}
+    config = AnsweringConfig(max_frames=7, frame_selection="uniform")
+    model = from_pretrained(ntsc.weights)
+    prompt = read_prompt(ntsc.store, asked, config, dim=model.config.vision.row_size, trained="temporal")
+    assert prompt is not None
+    assert Answerer(model, tokenizer).sample(prompt, None).input_ids == trained_ids
+    asked["start_seconds"] = None
+    plain = read_prompt(ntsc.store, asked, config, dim=model.config.vision.row_size, trained="temporal")
+    assert plain is not None
+    assert plain.time_texts == ()
+
+    reference = FeatureReference(
+        key="",
+        ref=None,
+        num_frames=7,
+        num_tokens_per_frame=len(prompt.media[0]) // 7,
+        modality="video",
+        duration_seconds=seconds,
+    )
+    turns = [ChatTurn(role="user", text=question, media=(reference,))]
+    assert build_prompt(tokenizer, turns, NEMOTRON, with_time_text=True).input_ids == trained_ids
 
 
 def test_a_clip_is_thinned_to_a_lower_rate_before_it_is_thinned_to_a_number(ntsc: Ntsc) -> None:

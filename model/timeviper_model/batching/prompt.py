@@ -60,11 +60,35 @@ CHATML = ChatTemplate(
 TEMPLATES: dict[str, ChatTemplate] = {"nemotron": NEMOTRON, "chatml": CHATML}
 
 
+TimeText = Literal["never", "temporal", "always"]
+"""Prompts that state how long a video is: none, those about times (as in the paper's data), or all."""
+
+
 def time_text(duration_seconds: float, num_frames: int) -> str:
-    """Returns the sentence about the video's length in the paper's grounding data."""
+    """Returns the sentence about the length of a video, or of its clip, in the paper's grounding data."""
     return (
         f"The video lasts for {duration_seconds:.2f} seconds, and {num_frames} frames are uniformly sampled from it.\n"
     )
+
+
+def add_time_texts(turns: Sequence[Turn], time_texts: Sequence[str]) -> list[Turn]:
+    """Puts each medium's sentence ("" = none) directly after its place, and on a line of its own.
+
+    Raises:
+        ValueError: for more or fewer markers than media.
+    """
+    texts = _place_markers([turn.text if turn.role == "user" else None for turn in turns], len(time_texts))
+    remaining, result = iter(time_texts), []
+    for turn, text in zip(turns, texts, strict=True):
+        if text is None:
+            result.append(turn)
+            continue
+        first, *others = text.split(MEDIA_MARKER)
+        for after in others:
+            sentence = next(remaining)
+            first += MEDIA_MARKER + sentence + (after.removeprefix("\n") if sentence else after)
+        result.append(Turn(role=turn.role, text=first))
+    return result
 
 
 def check_tokenizer(tokenizer: Any, template: ChatTemplate) -> None:

@@ -166,6 +166,7 @@ SAMPLES = _schema(
         ),
         pa.field("source", pa.string()),
         pa.field("weight", pa.float64()),
+        pa.field("kind", pa.string()),  # "temporal" if the sample is about times; files of old releases lack it
     ],
 )
 """Training samples, joined with features by media_id."""

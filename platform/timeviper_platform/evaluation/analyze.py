@@ -13,12 +13,13 @@ from typing import Any, Literal
 import torch
 
 from timeviper_model.timeviper import TimeViper
+from timeviper_model.weights.metadata import trained_time_text
 from timeviper_model.weights.weights_folder import load_tokenizer
 from timeviper_platform.common import storage
 from timeviper_platform.common.charts import Panel, heat_map, line_chart
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.evaluation.answering import Answerer, Prompt
-from timeviper_platform.evaluation.evaluator import AnsweringConfig, Question, load_model, read_media
+from timeviper_platform.evaluation.evaluator import AnsweringConfig, Question, load_model, read_prompt
 from timeviper_platform.evaluation.figures import (
     Answered,
     BlockingSweep,
@@ -88,11 +89,11 @@ _QuestionPrompt = tuple[Question, Prompt]
 
 
 def _with_media(rows: Sequence[Question], config: AnalyzeConfig, *, dim: int) -> Iterator[_QuestionPrompt]:
-    store = FeatureStore.open(config.feature_store)
+    store, trained = FeatureStore.open(config.feature_store), trained_time_text(config.weights)
     for row in rows:
-        media = read_media(store, row, config.answering, dim=dim)
-        if media is not None:
-            yield row, Prompt(text=row["question"], media=media)
+        prompt = read_prompt(store, row, config.answering, dim=dim, trained=trained)
+        if prompt is not None:
+            yield row, prompt
 
 
 def make_answered(answerer: Answerer, prompts: Sequence[_QuestionPrompt]) -> Answered:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from timeviper_model.batching.batch import PackedBatch, Sample, pack_samples
-from timeviper_model.batching.prompt import TEMPLATES, Turn, build_sample, end_token_id
+from timeviper_model.batching.prompt import TEMPLATES, Turn, add_time_texts, build_sample, end_token_id
 from timeviper_model.inference.answer import SamplingParams
 from timeviper_model.inference.generate import generate_ids
 from timeviper_model.timeviper import TimeViper
@@ -24,6 +24,8 @@ class Prompt:
     text: str
     media: tuple[Tensor, ...] = ()
     """(tokens, dim) vision rows per medium."""
+    time_texts: tuple[str, ...] = ()
+    """Sentence after each medium, see `add_time_texts`; () = none."""
 
 
 class Answerer:
@@ -49,7 +51,7 @@ class Answerer:
 
     def pack_answers(self, pairs: Sequence[tuple[Prompt, str]]) -> Iterator[PackedBatch]:
         """Yields packs of at most `max_pack_tokens`, in order."""
-        samples = [self._sample(prompt, answer) for prompt, answer in pairs]
+        samples = [self.sample(prompt, answer) for prompt, answer in pairs]
         for members in _group([len(sample) for sample in samples], self._max_pack_tokens):
             batch = pack_samples([samples[n] for n in members], [self._rows(pairs[n][0]) for n in members])
             yield batch.to(self._device, self._dtype)
@@ -57,7 +59,7 @@ class Answerer:
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[str]:
         """Decodes greedy answers together."""
-        batches = [pack_samples([self._sample(prompt, None)], [self._rows(prompt)]) for prompt in prompts]
+        batches = [pack_samples([self.sample(prompt, None)], [self._rows(prompt)]) for prompt in prompts]
         answers = generate_ids(
             self._model,
             [batch.to(self._device, self._dtype) for batch in batches],
@@ -66,8 +68,11 @@ class Answerer:
         )
         return [self._tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
 
-    def _sample(self, prompt: Prompt, answer: str | None) -> Sample:
+    def sample(self, prompt: Prompt, answer: str | None) -> Sample:
+        """Builds the prompt, and the answer unless it is None."""
         conversation = [Turn(role="user", text=prompt.text)]
+        if prompt.time_texts:
+            conversation = add_time_texts(conversation, prompt.time_texts)
         if answer is not None:
             conversation.append(Turn(role="assistant", text=answer))
         return build_sample(

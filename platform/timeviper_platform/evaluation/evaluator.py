@@ -9,9 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from timeviper_model.batching.prompt import TimeText, time_text
 from timeviper_model.layers.backends import Backend, set_backend
 from timeviper_model.timeviper import TimeViper
 from timeviper_model.weights import weights_folder as weights
+from timeviper_model.weights.metadata import trained_time_text
 from timeviper_platform.common.devices import Dtype, torch_device, torch_dtype
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.evaluation.answering import DEFAULT_MAX_PACK_TOKENS, Answerer, Prompt
@@ -19,8 +21,7 @@ from timeviper_platform.evaluation.metrics import Span, parse_span, temporal_iou
 
 Question = dict[str, Any]
 """A QUESTIONS row."""
-_Entry = tuple[int, Question, tuple[Tensor, ...]]
-"""Index, question and media rows."""
+_Entry = tuple[int, Question, Prompt]
 Status = Literal["ok", "no_features", "no_answer_format"]
 
 
@@ -65,6 +66,7 @@ class Evaluator:
     def __init__(self, *, weights_folder: str, feature_store: str, config: AnsweringConfig) -> None:
         torch.set_num_threads(config.num_threads)
         self._config = config
+        self._time_text = trained_time_text(weights_folder)
         self._store = FeatureStore.open(feature_store)
         model = load_model(weights_folder, config)
         self._dim = model.config.vision.row_size
@@ -80,13 +82,13 @@ class Evaluator:
         with_choices: list[_Entry] = []
         with_spans: list[_Entry] = []
         for index, question in enumerate(questions):
-            media = read_media(self._store, question, self._config, dim=self._dim)
-            if media is None:
+            prompt = read_prompt(self._store, question, self._config, dim=self._dim, trained=self._time_text)
+            if prompt is None:
                 outcomes[index] = _outcome(question, "no_features")
             elif question["choices"]:
-                with_choices.append((index, question, media))
+                with_choices.append((index, question, prompt))
             elif question["start_seconds"] is not None and question["end_seconds"] is not None:
-                with_spans.append((index, question, media))
+                with_spans.append((index, question, prompt))
             else:
                 outcomes[index] = _outcome(question, "no_answer_format")
         outcomes |= _answer(with_choices, self._choose)
@@ -100,6 +102,31 @@ class Evaluator:
 
     def _generate(self, questions: Sequence[Question], prompts: Sequence[Prompt]) -> list[str]:
         return self._answerer.generate(prompts, max_new_tokens=self._config.max_new_tokens)
+
+
+def read_prompt(
+    store: FeatureStore, question: Question, config: AnsweringConfig, *, dim: int, trained: TimeText
+) -> Prompt | None:
+    """Returns the prompt as in training; None when the store lacks a medium.
+
+    Args:
+        trained: prompts of the training that state the length of their video. Questions with an interval for an answer
+            are the temporal ones.
+
+    Raises:
+        ValueError: for features of the wrong width.
+    """
+    media = read_media(store, question, config, dim=dim)
+    if media is None:
+        return None
+    time_texts: list[str] = []
+    if trained == "always" or (trained == "temporal" and question["start_seconds"] is not None):
+        for medium, rows in zip(question["media"] or [], media, strict=True):
+            info = store.info(medium["media_id"])
+            seconds = info.clip_seconds(medium["start_seconds"], medium["end_seconds"])
+            is_video, num_frames = info.modality == "video", len(rows) // info.num_tokens_per_frame
+            time_texts.append(time_text(seconds, num_frames) if is_video else "")
+    return Prompt(text=question["question"], media=media, time_texts=tuple(time_texts))
 
 
 def read_media(
@@ -143,7 +170,7 @@ def _answer(
     if not entries:
         return {}
     questions = [question for _, question, _ in entries]
-    answers = answer(questions, [Prompt(text=question["question"], media=media) for _, question, media in entries])
+    answers = answer(questions, [prompt for _, _, prompt in entries])
     answers_without_video = answer(questions, [Prompt(text=question["question"]) for question in questions])
     return {
         index: _outcome(question, "ok", text, text_without_video)

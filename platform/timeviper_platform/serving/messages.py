@@ -87,6 +87,8 @@ class GenerateRequest:
     """Options of the first answer. Each further answer adds 1 to the seed."""
     n: int = 1
     """Number of answers."""
+    time_text: bool | None = None
+    """Whether the prompt states each video's length; None = as all prompts of the weights' training."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

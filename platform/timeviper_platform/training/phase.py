@@ -114,7 +114,7 @@ def prepare_phase(
         description={
             "config": config_to_dict(model.config),
             "tokenizer": config.tokenizer,
-            "metadata": _metadata(config, phase, store),
+            "metadata": _metadata(config, phase, store, has_temporal=rows.has_kind("temporal")),
             "lora_scale": None if phase.lora is None else phase.lora.scale,
         },
     )
@@ -241,8 +241,9 @@ def _batch_shape(phase: PhaseConfig, model: TimeViperConfig, tokenizer: Any) -> 
     )
 
 
-def _metadata(config: TrainConfig, phase: PhaseConfig, store: FeatureStore) -> dict[str, str]:
+def _metadata(config: TrainConfig, phase: PhaseConfig, store: FeatureStore, *, has_temporal: bool) -> dict[str, str]:
     """Metadata for serving and evaluation to reproduce the training inputs."""
+    states_length = phase.frames.time_text != "temporal" or has_temporal
     return {
         "run": config.name,
         "dtype": config.dtype,
@@ -250,6 +251,7 @@ def _metadata(config: TrainConfig, phase: PhaseConfig, store: FeatureStore) -> d
         "recipe_hash": store.recipe_hash,
         "use_transv": str(phase.use_transv).lower(),
         **{name: str(value) for name, value in asdict(phase.frames).items()},
+        "time_text": phase.frames.time_text if states_length else "never",
     }
 
 

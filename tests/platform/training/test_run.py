@@ -350,6 +350,7 @@ def test_exported_weights_record_their_origin(finished: TrainConfig, tmp_path: P
     assert len(metadata["recipe_hash"]) == 64
     assert metadata["max_frames"] == "6"
     assert metadata["use_transv"] == "true"
+    assert metadata["time_text"] == "never"  # no sample is about times
     assert described["torch_dtype"] == "bfloat16"
     text = QUESTIONS[0]
     tokenizer = load_tokenizer(tmp_path / "weights")

@@ -51,4 +51,4 @@ def _convert(index: int, name: str, duration: Any, events: list[tuple[Any, Any]]
         lines.append((span[0], span[1], sentence.strip()))
     text = "\n".join(f"{span_text(start, end).capitalize()}: {sentence}" for start, end, sentence in sorted(lines))
     turns = [("user", INSTRUCTION), ("assistant", text)]
-    return labels.sample(index, name, [labels.medium(f"{name}.mp4")], turns)
+    return labels.sample(index, name, [labels.medium(f"{name}.mp4")], turns, kind="temporal")

@@ -88,4 +88,4 @@ def _convert(
             return BadRow(index, "bad_times", f"{name}: {fault}")
     text = ", ".join(span_text(*span) for span in sorted(spans))
     turns = [("user", QUESTION.format(sentence.strip())), ("assistant", f"{text[0].upper()}{text[1:]}.")]
-    return labels.sample(index, key, [labels.medium(name)], turns)
+    return labels.sample(index, key, [labels.medium(name)], turns, kind="temporal")

@@ -50,7 +50,15 @@ class Labels:
         media_id = media_id_of(name if is_url else storage.join_uri(self.media_prefix, name).lstrip("/"), "")
         return {"media_id": media_id, "start_seconds": start_seconds, "end_seconds": end_seconds}
 
-    def sample(self, row: int, name: str, media: Sequence[Row], turns: Sequence[tuple[str, str]]) -> Row | BadRow:
+    def sample(
+        self,
+        row: int,
+        name: str,
+        media: Sequence[Row],
+        turns: Sequence[tuple[str, str]],
+        *,
+        kind: Literal["temporal"] | None = None,
+    ) -> Row | BadRow:
         """The id contains `row`, because the input's ids may repeat."""
         if not is_utf8(name, *(text for _, text in turns)):
             return BadRow(row, "bad_text", f"{name} has text that is not UTF-8")
@@ -60,6 +68,7 @@ class Labels:
             "conversation": [{"role": role, "text": text} for role, text in turns],
             "source": self.source,
             "weight": self.weight,
+            "kind": kind,
         }
 
 

@@ -72,6 +72,11 @@ class MediaInfo:
         chosen = select_frames(times[clip], max_frames=max_frames, frame_selection=frame_selection)
         return [clip[index] for index in chosen]
 
+    def clip_seconds(self, start_seconds: float | None = None, end_seconds: float | None = None) -> float:
+        """Returns the length of a clip, cut at the medium's ends."""
+        stop = self.duration_seconds if end_seconds is None else min(end_seconds, self.duration_seconds)
+        return max(0.0, stop - max(0.0, start_seconds or 0.0))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MediaFeatures:

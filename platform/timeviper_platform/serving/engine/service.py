@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 
 from timeviper_model.batching.batch import Sample
-from timeviper_model.batching.prompt import MEDIA_MARKER, TEMPLATES, ChatTemplate, Turn, build_sample, time_text
+from timeviper_model.batching.prompt import (
+    MEDIA_MARKER,
+    TEMPLATES,
+    ChatTemplate,
+    Turn,
+    add_time_texts,
+    build_sample,
+    time_text,
+)
 from timeviper_model.inference.engine import InferenceEngine
 from timeviper_model.inference.requests import (
     EngineConfig,
@@ -31,6 +39,7 @@ from timeviper_model.inference.requests import (
     Token,
 )
 from timeviper_model.layers.backends import Backend, set_backend
+from timeviper_model.weights.metadata import trained_time_text
 from timeviper_model.weights.weights_folder import from_pretrained, load_tokenizer
 from timeviper_platform.common.devices import Dtype, torch_dtype
 from timeviper_platform.serving.engine.engine_thread import EngineThread
@@ -57,8 +66,6 @@ class EngineServiceConfig:
     num_threads: int = 0
     """PyTorch's CPU threads; 0 = its default."""
     engine: EngineConfig = field(default_factory=EngineConfig)
-    time_text: bool = False
-    """Whether prompts state each video's length and frame count. Must match the training of the weights."""
     coalesce_ms: float = 30.0
     """Milliseconds of tokens per delta; the first token is sent at once."""
 
@@ -79,6 +86,7 @@ class EngineService:
         model = from_pretrained(weights, dtype=dtype, device=config.device).eval()
         set_backend(model, config.backend, device=config.device, dtype=dtype)
         self._template = TEMPLATES[model.config.chat_template]
+        self._states_length = trained_time_text(weights) == "always"
         # two tokenizers: a fast tokenizer must not be called from two threads at once
         self._tokenizer = load_tokenizer(weights)
         self._engine = InferenceEngine(model, config.engine, tokenizer=load_tokenizer(weights))
@@ -130,7 +138,7 @@ class EngineService:
             return Refusal(status=503, message="the video's features were lost, try again", code="features_lost")
         loop = asyncio.get_running_loop()
         try:
-            sample = await loop.run_in_executor(self._prompts, self._prompt, request.turns)
+            sample = await loop.run_in_executor(self._prompts, self._prompt, request)
         except ValueError as error:
             return Refusal(status=400, message=str(error), code="invalid_value", param="messages")
         features = _rows(arrays)
@@ -146,8 +154,9 @@ class EngineService:
             for number in range(request.n)
         ]
 
-    def _prompt(self, turns: Sequence[ChatTurn]) -> Sample:
-        return build_prompt(self._tokenizer, turns, self._template, with_time_text=self._config.time_text)
+    def _prompt(self, request: GenerateRequest) -> Sample:
+        states_length = self._states_length if request.time_text is None else request.time_text
+        return build_prompt(self._tokenizer, request.turns, self._template, with_time_text=states_length)
 
     async def _answers(self, requests: list[Request], *, with_logprobs: bool) -> AsyncGenerator[AnswerDelta | Refusal]:
         try:
@@ -234,9 +243,10 @@ def build_prompt(
             raise ValueError(f"a text must not contain {MEDIA_MARKER}, the server's internal marker for media")
         text = turn.text
         if turn.role == "user":
-            media = [MEDIA_MARKER + (_time_text(medium) if with_time_text else "") for medium in turn.media]
-            text = "".join(media) + text
+            text = MEDIA_MARKER * len(turn.media) + text
         conversation.append(Turn(role=turn.role, text=text))
+    if with_time_text:
+        conversation = add_time_texts(conversation, [_time_text(medium) for turn in turns for medium in turn.media])
     num_tokens = [medium.num_frames * medium.num_tokens_per_frame for turn in turns for medium in turn.media]
     return build_sample(tokenizer, conversation, num_tokens, template=template, add_generation_prompt=True)
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
+from timeviper_model.weights.metadata import load_metadata
 from timeviper_model.weights.weights_folder import load_config
 from timeviper_platform.data.encode.frame_encoder import FrameEncoder
 from timeviper_platform.data.encode.recipe import Facts, different_facts, recipe_facts, vision_facts
@@ -45,7 +44,7 @@ def check_features_fit(weights: str, *, store: FeatureStore | None, encoder: Fra
 
 
 def _expected_by(weights: str) -> Facts:
-    metadata = json.loads((Path(weights) / "config.json").read_text()).get("timeviper_metadata", {})
+    metadata = load_metadata(weights)
     known = {RECIPE_HASH_KEY: metadata[RECIPE_HASH_KEY]} if RECIPE_HASH_KEY in metadata else {}
     return {**vision_facts(load_config(weights).vision), **known}
 

@@ -72,6 +72,7 @@ class ChatPreparation:
                 num_logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
             ),
             n=chat.n or 1,
+            time_text=limits.time_text,
         )
 
     def _check_limits(self, chat: ChatCompletionRequest) -> int:

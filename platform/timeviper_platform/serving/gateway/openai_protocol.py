@@ -103,10 +103,12 @@ class StreamOptions(_Strict):
 
 
 class MediaLimits(_Strict):
-    """Frame sampling. Values above the server's limits have no effect."""
+    """Frame sampling, and how prompts name videos. Values above the server's limits have no effect."""
 
     fps: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     max_frames: int | None = Field(default=None, ge=1)
+    time_text: bool | None = None
+    """Whether to state each video's length, as training does for questions about times; None = as trained."""
 
 
 class ResponseFormat(_Strict):

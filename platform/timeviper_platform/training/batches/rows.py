@@ -102,6 +102,9 @@ class SampleRows:
         values: list[dict[str, Any]] = self._table.slice(start, count).to_pylist()
         return values
 
+    def has_kind(self, kind: str) -> bool:
+        return pc.any(pc.equal(self._table["kind"], kind)).as_py() or False
+
     def sample_ids(self, indices: np.ndarray) -> list[str]:
         """Returns the ids at ascending `indices`, reading all rows in between."""
         first = int(indices[0])
@@ -155,6 +158,8 @@ def _rows(file: _SourceFile, data: bytes) -> pa.Table:
     except pa.ArrowInvalid as error:
         raise ValueError(f"{file.uri} is not a Parquet file: {error}") from error
     schemas.check_version(table.schema, schemas.SAMPLES, source=file.uri)
+    if "kind" not in table.column_names:
+        table = table.append_column("kind", pa.nulls(len(table), pa.string()))
     table = table.select(schemas.SAMPLES.names).cast(schemas.SAMPLES)
     weights = pc.multiply(table["weight"].fill_null(1.0), file.weight)
     return table.set_column(table.schema.get_field_index("weight"), schemas.SAMPLES.field("weight"), weights)

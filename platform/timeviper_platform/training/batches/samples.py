@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 from timeviper_model.batching.batch import IGNORE_INDEX, Sample
-from timeviper_model.batching.prompt import TEMPLATES, Turn, build_sample, time_text
+from timeviper_model.batching.prompt import TEMPLATES, TimeText, Turn, add_time_texts, build_sample, time_text
 from timeviper_platform.data.store.reader import FeatureStore
 
 MAX_CACHED_TEXTS = 65_536
@@ -36,8 +36,9 @@ class FramesConfig:
     """Maximum frames per medium; None keeps all."""
     frame_selection: Literal["uniform", "first"] = "uniform"
     """Frames to keep. The paper trains with `uniform`."""
-    time_text: bool = False
-    """Begin each single-video sample with a sentence that states its duration and number of frames."""
+    time_text: TimeText = "temporal"
+    """Samples that state, after each video, the length of its clip and the number of frames. The paper's grounding and
+    dense captions do (`temporal`: samples of that kind)."""
 
 
 class TokenizedSample(NamedTuple):
@@ -87,7 +88,9 @@ class SampleBuilder:
             num_tokens.append(len(chosen) * self.store.info(item["media_id"]).num_tokens_per_frame)
         try:
             turns = [Turn(role=turn["role"], text=turn["text"] or "") for turn in row["conversation"] or []]
-            turns = self._with_time_text(turns, media_ids, frames)
+            if turns and (self._frames.time_text == "always" or self._frames.time_text == row.get("kind")):
+                media = zip(row["media"] or [], frames, strict=True)
+                turns = add_time_texts(turns, [self._time_text(*each) for each in media])
             sample = build_sample(self._tokenizer, turns, num_tokens, template=self._template)
         except ValueError as error:
             return Reject(row["sample_id"], "bad_conversation", str(error))
@@ -123,15 +126,11 @@ class SampleBuilder:
             return "no_frames", f"medium {media_id!r} has no frame in {start}..{end} s"
         return frames
 
-    def _with_time_text(self, turns: list[Turn], media_ids: list[str], frames: list[list[int]]) -> list[Turn]:
-        first = next((index for index, turn in enumerate(turns) if turn.role == "user"), None)
-        if not self._frames.time_text or len(media_ids) != 1 or first is None:
-            return turns
-        info = self.store.info(media_ids[0])
+    def _time_text(self, item: dict[str, Any], frames: list[int]) -> str:
+        info = self.store.info(item["media_id"])
         if info.modality != "video":
-            return turns
-        sentence = time_text(info.duration_seconds, len(frames[0]))
-        return [*turns[:first], Turn(role="user", text=sentence + turns[first].text), *turns[first + 1 :]]
+            return ""
+        return time_text(info.clip_seconds(item["start_seconds"], item["end_seconds"]), len(frames))
 
 
 class _CachingTokenizer:

@@ -48,7 +48,8 @@ def convert_public_checkpoint(
     loaded_tokenizer = load_tokenizer(tokenizer)
     check_tokenizer(loaded_tokenizer, TEMPLATES[config.chat_template])
     model = load_public_checkpoint(checkpoint, config, dtype=torch_dtype(dtype))
-    _write_weights(model, output, tokenizer=loaded_tokenizer, metadata={"public_checkpoint": checkpoint})
+    metadata = {"public_checkpoint": checkpoint, "time_text": "temporal"}
+    _write_weights(model, output, tokenizer=loaded_tokenizer, metadata=metadata)
 
 
 def _write_weights(model: TimeViper, output: str, *, tokenizer: Any, metadata: dict[str, str]) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -8,7 +9,9 @@ import pytest
 
 from reference.training_corpus import NUM_TOKENS_PER_FRAME, Corpus, sample_row, write_samples
 from timeviper_model.batching.batch import IGNORE_INDEX
+from timeviper_model.batching.prompt import TimeText
 from timeviper_model.weights.weights_folder import load_tokenizer
+from timeviper_platform.common.schemas import SAMPLES
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.training.batches.rows import SampleRows, SourceConfig
 from timeviper_platform.training.batches.samples import FramesConfig, SampleBuilder, TokenizedSample
@@ -32,12 +35,33 @@ def test_a_sample_takes_at_most_max_frames_of_its_clip(corpus: Corpus) -> None:
     assert built.num_frames == 3
 
 
-def test_time_text_starts_the_question_about_one_video(corpus: Corpus) -> None:
-    row = sample_row(0, [("video-1", None, None)], ANSWERED)
-    built = builder_of(corpus, FramesConfig(max_frames=2, time_text=True)).build(row)
+def text_of(corpus: Corpus, row: dict[str, Any], time_text: TimeText) -> str:
+    built = builder_of(corpus, FramesConfig(max_frames=2, time_text=time_text)).build(row)
     assert isinstance(built, TokenizedSample)
-    text = load_tokenizer(corpus.tokenizer).decode(built.sample.input_ids)
-    assert "The video lasts for 4.00 seconds, and 2 frames are uniformly sampled from it.\nWhich picture" in text
+    return str(load_tokenizer(corpus.tokenizer).decode(built.sample.input_ids))
+
+
+def test_the_length_of_the_clip_is_stated_after_each_video_of_the_chosen_kind(corpus: Corpus) -> None:
+    sentence = "The video lasts for {} seconds, and 2 frames are uniformly sampled from it.\n"
+    row = sample_row(0, [("video-1", None, None)], ANSWERED)
+    assert sentence.format("4.00") + "Which picture" in text_of(corpus, row, "always")
+    assert "lasts" not in text_of(corpus, row, "temporal")
+    row["kind"] = "temporal"
+    assert "lasts" not in text_of(corpus, row, "never")
+    assert sentence.format("4.00") + "Which picture" in text_of(corpus, row, "temporal")
+    media = [("video-5", 1.0, 3.5), ("video-1", 2.0, 99.0)]
+    clips = sample_row(0, media, [("user", "<media>\nOr <media>?"), ANSWERED[1]])
+    assert f"{sentence.format('2.50')}Or " in text_of(corpus, clips, "always")
+    assert f"{sentence.format('2.00')}?" in text_of(corpus, clips, "always")
+
+
+def test_files_without_the_column_kind_are_read(corpus: Corpus, tmp_path: Path) -> None:
+    rows = [sample_row(0, [], ANSWERED), {**sample_row(1, [], ANSWERED), "kind": "temporal"}]
+    pq.write_table(pa.Table.from_pylist(rows[:1], schema=SAMPLES).drop_columns("kind"), tmp_path / "old.parquet")
+    write_samples(tmp_path / "new.parquet", rows)
+    old, new = (SampleRows.read([SourceConfig(uri=str(tmp_path / name))]) for name in ("old.parquet", "new.parquet"))
+    assert old[0]["kind"] is None
+    assert (old.has_kind("temporal"), new.has_kind("temporal")) == (False, True)
 
 
 @pytest.mark.parametrize(
