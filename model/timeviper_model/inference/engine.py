@@ -246,7 +246,7 @@ class InferenceEngine:
             try:
                 active.prefill = self._new_prefill(active, entry, max_bytes)
             except Exception as error:  # noqa: BLE001 - no memory for so long a prompt: only this request fails
-                if is_out_of_memory(error) and self._in_slots(but=active):
+                if is_out_of_memory(error) and (self._prefixes.drop_idle() or self._in_slots(but=active)):
                     self._wait_again(active)  # until others end
                     break
                 events.append(_failed(active.id, error))

@@ -44,11 +44,13 @@ class PrefixCache:
             self._pins[key] = self._pins.get(key, 0) + 1
         return PrefixLease(self, key, entry)
 
-    def drop_idle(self) -> None:
-        """Evicts every entry that no request uses."""
-        for key in [key for key in self._entries if not self._pins.get(key)]:
+    def drop_idle(self) -> int:
+        """Evicts every entry that no request uses; returns their number."""
+        idle = [key for key in self._entries if not self._pins.get(key)]
+        for key in idle:
             self.num_bytes -= self._entries.pop(key).num_bytes
-            self.num_evictions += 1
+        self.num_evictions += len(idle)
+        return len(idle)
 
     def _put(self, key: Hashable, entry: PrefixEntry) -> bool:
         """Returns False when pinned entries leave no room."""

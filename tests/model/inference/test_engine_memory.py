@@ -188,6 +188,25 @@ def test_without_memory_for_its_room_a_request_waits_for_others_to_end(
     assert [ids_of(events[request_id]) for request_id in ids] == [ids_of(answer) for answer in expected]
 
 
+def test_idle_prefixes_make_way_for_the_room_of_a_request(model: TimeViper, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of(model, prefix_cache_bytes=2**30)
+    run_one = ask(num_vision=40, prefix_key="film", max_new_tokens=2)
+    engine.submit(run_one)
+    run(engine)
+    assert engine.stats().prefix_entries == 1
+    reserve = HybridCache.reserve
+
+    def limited(cache: HybridCache, slot: int, *args: Any, **options: Any) -> None:
+        if engine.stats().prefix_entries:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        reserve(cache, slot, *args, **options)
+
+    monkeypatch.setattr(HybridCache, "reserve", limited)
+    request_id = engine.submit(ask(max_new_tokens=3))
+    assert len(ids_of(run(engine)[request_id])) == 3
+    assert engine.stats().prefix_evictions == 1
+
+
 def test_features_from_a_function_are_taken_again_when_the_prompt_is_read_again(
     model: TimeViper, monkeypatch: pytest.MonkeyPatch
 ) -> None:

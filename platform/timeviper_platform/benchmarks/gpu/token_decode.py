@@ -175,7 +175,7 @@ def _step_seconds(
     in_graph = measure(lambda: [graph.step() for _ in range(num_steps)], device, repeats=repeats)
     graph.finish()
     synchronize(device)
-    ids, slot_ids = torch.zeros(batch, dtype=torch.long, device=device), torch.tensor(slots, device=device)
+    ids, slot_ids = torch.zeros(batch, dtype=torch.long, device=device), torch.tensor(slots)
     eager = measure(
         lambda: [model.decode_step(ids, cache, slot_ids) for _ in range(num_steps)], device, repeats=repeats
     )

@@ -158,11 +158,14 @@ def _rows(file: _SourceFile, data: bytes) -> pa.Table:
     except pa.ArrowInvalid as error:
         raise ValueError(f"{file.uri} is not a Parquet file: {error}") from error
     schemas.check_version(table.schema, schemas.SAMPLES, source=file.uri)
-    if "kind" not in table.column_names:
-        table = table.append_column("kind", pa.nulls(len(table), pa.string()))
-    table = table.select(schemas.SAMPLES.names).cast(schemas.SAMPLES)
+    table = _with_kind(table).select(schemas.SAMPLES.names).cast(schemas.SAMPLES)
     weights = pc.multiply(table["weight"].fill_null(1.0), file.weight)
     return table.set_column(table.schema.get_field_index("weight"), schemas.SAMPLES.field("weight"), weights)
+
+
+def _with_kind(table: pa.Table) -> pa.Table:
+    """Adds the column that files of earlier releases lack."""
+    return table if "kind" in table.column_names else table.append_column("kind", pa.nulls(len(table), pa.string()))
 
 
 def _mapped(files: Sequence[_SourceFile], digest: str) -> pa.Table:
@@ -180,7 +183,7 @@ def _mapped(files: Sequence[_SourceFile], digest: str) -> pa.Table:
             partial.replace(target)
         os.utime(target)
     with pa.memory_map(str(target)) as source:
-        return pa.ipc.open_file(source).read_all()
+        return _with_kind(pa.ipc.open_file(source).read_all())
 
 
 def _write_mapped(files: Sequence[_SourceFile], digest: str, target: Path) -> None:
