@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from timeviper_model.layers.backbone import Backbone, DecoderBlock, init_backbon
 from timeviper_model.layers.cache import HybridCache
 from timeviper_model.layers.projector import make_projector
 from timeviper_model.layers.transv import TokenStream, TransVLayer, apply_site
-from timeviper_model.ops.linear import Linear
+from timeviper_model.ops.output_layer import OutputLayer, chunks
 from timeviper_model.ops.precision import widen
 
 LOGITS_ELEMENTS = 2**26
@@ -47,7 +47,7 @@ class TimeViper(nn.Module):
         self.gradient_checkpointing = False
         """Whether the backward pass recomputes blocks and sites."""
         self.backbone = Backbone(config.text)
-        self.lm_head = Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
+        self.lm_head = OutputLayer(config.text.hidden_size, config.text.vocab_size, bias=False)
         self.projector = make_projector(config.vision, config.text.hidden_size)
         self.transv = nn.ModuleDict(
             {str(site.layer): TransVLayer(config.text) for site in config.transv if site.transfer == "cross_attention"}
@@ -102,14 +102,8 @@ class TimeViper(nn.Module):
         """Sums the loss; with gradients, every trainable parameter takes part."""
         stream, num_vision_tokens = self.run_blocks(self.embed(batch), use_transv=use_transv)
         hidden, targets, _ = self.labelled(stream)
-        loss_sum = torch.zeros((), device=hidden.device)
-        for chunk in self._chunks(hidden, targets):
-            if len(chunk[1]) < len(targets) and torch.is_grad_enabled():
-                loss_sum = loss_sum + checkpoint(self._loss_sum, *chunk, use_reentrant=False)
-            else:
-                loss_sum = loss_sum + self._loss_sum(*chunk)
         return TimeViperOutput(
-            loss_sum=loss_sum,
+            loss_sum=self.lm_head.loss_sum(self.backbone.norm_f(hidden), targets, self._chunk_length),
             num_targets=torch.tensor(len(targets), device=hidden.device),
             num_vision_tokens=torch.tensor(num_vision_tokens, device=hidden.device),
         )
@@ -123,7 +117,7 @@ class TimeViper(nn.Module):
         hidden, targets, segment_ids = self.labelled(stream)
         losses = [
             F.cross_entropy(self.logits(hidden_KD), targets_K, reduction="none")
-            for hidden_KD, targets_K in self._chunks(hidden, targets)
+            for hidden_KD, targets_K in chunks(hidden, targets, self._chunk_length)
         ]
         return -torch.cat(losses), segment_ids
 
@@ -167,7 +161,8 @@ class TimeViper(nn.Module):
             features = batch.vision_features[rows].to(next(self.projector.parameters()).dtype)
             joined = torch.cat([hidden, self.projector(features, rows).to(hidden.dtype)])
             hidden = take_rows(joined, torch.cat([text, vision]).argsort())
-        elif torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.projector.parameters()):
+        elif self.training or torch.is_grad_enabled():
+            # under ZeRO-3 a call is a collective, even with frozen parameters: every rank must make it
             zero_row = hidden.new_zeros(1, self.config.vision.row_size)
             hidden = hidden + 0.0 * self.projector(zero_row, vision)
         return TokenStream(
@@ -224,15 +219,10 @@ class TimeViper(nn.Module):
         index = (stream.labels_T != IGNORE_INDEX).nonzero().squeeze(1)
         return take_rows(stream.hidden_TD, index), stream.labels_T[index], stream.segments.ids[index]
 
-    def _chunks(self, hidden_KD: Tensor, targets_K: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields one empty chunk if nothing is labelled."""
-        length = max(1, self.logits_elements // self.config.text.vocab_size)
-        for start in range(0, max(1, len(targets_K)), length):
-            yield hidden_KD[start : start + length], targets_K[start : start + length]
+    @property
+    def _chunk_length(self) -> int:
+        return max(1, self.logits_elements // self.config.text.vocab_size)
 
     def logits(self, hidden_KD: Tensor) -> Tensor:
         """(K, V), at least fp32."""
         return widen(self.lm_head(self.backbone.norm_f(hidden_KD)))
-
-    def _loss_sum(self, hidden_KD: Tensor, targets_K: Tensor) -> Tensor:
-        return F.cross_entropy(self.logits(hidden_KD), targets_K, reduction="sum")

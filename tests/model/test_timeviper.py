@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -250,6 +251,26 @@ def test_logits_in_chunks_give_the_same_loss_and_gradients() -> None:
     assert in_chunks == pytest.approx(whole)
     torch.testing.assert_close(chunk_grads, grads)
     torch.testing.assert_close(model.target_log_probs(batch)[0], scores)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_every_pack_calls_every_module_equally_often_in_training(grad: bool) -> None:
+    """Under ZeRO-3 a call is a collective. Before, `lm_head` ran once per chunk of labels, and a projector or TransV
+    layer without work was skipped when frozen or in validation."""
+    calls: list[str] = []
+    model = make_model().train()
+    model.projector.requires_grad_(False)
+    model.logits_elements = 2 * SMALL.text.vocab_size
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda module, args, output, name=name: calls.append(name))
+    counts = []
+    for layout in ("s" + "v" * 24 + "iiii" + "r" * 9, "siir", "siii", "vvr"):
+        calls.clear()
+        with torch.set_grad_enabled(grad):
+            model(pack([make_sample(layout)]))
+        counts.append(Counter(name for name in calls if list(model.get_submodule(name).parameters(recurse=False))))
+    assert counts[0]["lm_head"] == counts[0]["backbone.norm_f"] == 1
+    assert counts.count(counts[0]) == len(counts)
 
 
 def test_target_log_probs_are_the_loss_sample_by_sample() -> None:

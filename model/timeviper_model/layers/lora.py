@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timeviper_model.ops.linear import Linear
+from timeviper_model.ops.output_layer import OutputLayer
 
 LORA_A, LORA_B = "lora_A", "lora_B"
 
@@ -56,6 +57,10 @@ class LoraLinear(Linear):
         return super().forward(x) + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
 
 
+class LoraOutputLayer(OutputLayer, LoraLinear):
+    """An adapted output matrix."""
+
+
 def add_lora(model: nn.Module, config: LoraConfig, generator: torch.Generator) -> list[str]:
     """Adapts matching modules and returns their names.
 
@@ -69,7 +74,7 @@ def add_lora(model: nn.Module, config: LoraConfig, generator: torch.Generator) -
         parent, _, child = name.rpartition(".")
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        adapted = LoraLinear(linear, config)
+        adapted = (LoraOutputLayer if isinstance(linear, OutputLayer) else LoraLinear)(linear, config)
         if not adapted.lora_A.is_meta:
             bound = 1.0 / math.sqrt(adapted.in_features)
             with torch.no_grad():

@@ -242,8 +242,8 @@ def _transfer(stream: TokenStream, layer: TransVLayer, source_T: Tensor, checkpo
     source_index = source_T.nonzero().squeeze(1)
     rows = _transfer_rows(stream.segments, receiver_index, source_index)
     hidden = stream.hidden_TD
-    if not rows and not torch.is_grad_enabled():  # reading layer.alpha would be a collective under ZeRO-3
-        return stream
+    if not rows and not layer.training and not torch.is_grad_enabled():
+        return stream  # training ranks, even in validation, call the layer alike: under ZeRO-3 it is a collective
     operands = hidden, layer, receiver_index, source_index, rows
     update = checkpoint(_update, *operands, use_reentrant=False) if checkpointing else _update(*operands)
     return stream.with_hidden(hidden + (put_rows(update, receiver_index, len(hidden)) if rows else update))
