@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from timeviper_platform.common import storage
+from timeviper_platform.common.lease import hold_lease
 from timeviper_platform.common.ray_cluster import has_cluster
 from timeviper_platform.data.encode.frame_encoder import EncoderDescription, describe_encoder
 from timeviper_platform.data.inputs.readers import origin_of, read_pages
@@ -40,12 +41,18 @@ def run_preprocess(config: PreprocessConfig, *, run: Runner = run_on_ray) -> Pre
 
     Raises:
         ValueError: for a missing input or encoder, or a store with another recipe.
+        LeaseHeldError: if another job writes to the store.
         RuntimeError: if the store cannot be written, or the audit finds a gap.
     """
-    stopwatch = _Stopwatch()
-    retries_before = storage.num_retries()
     config = config.resolve_paths()
     storage.ensure_writable(config.feature_store)
+    with hold_lease(config.feature_store, "jobs/preprocess.py"):
+        return _run(config, run)
+
+
+def _run(config: PreprocessConfig, run: Runner) -> PreprocessReport:
+    stopwatch = _Stopwatch()
+    retries_before = storage.num_retries()
     if config.decode.backend != "pyav":  # the decoding child processes have no log
         logger.info("decode.backend %s takes the local files it supports; pyav the rest", config.decode.backend)
     encoder = describe_encoder(config.encoder)

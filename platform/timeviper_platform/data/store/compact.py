@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from timeviper_platform.common import storage
+from timeviper_platform.common.lease import hold_lease
 from timeviper_platform.common.schemas import INDEX
 from timeviper_platform.data.store.commits import CommitLog, best_rows, files_digest, num_feature_bytes
 from timeviper_platform.data.store.index import ROW_GROUP_ROWS
@@ -79,11 +80,17 @@ def compact(
 
     Raises:
         ValueError: if there is no store at `uri`.
+        LeaseHeldError: if a job writes to the store.
         RuntimeError: if a row is damaged.
     """
     if file_bytes < 1 or row_group_bytes < 1:
         raise ValueError(f"{file_bytes = } and {row_group_bytes = } must be at least 1")
     store = StoreWriter.open(uri, row_group_bytes=row_group_bytes, index_row_group_rows=index_row_group_rows)
+    with hold_lease(uri, "jobs/store.py compact"):
+        return _compact(store, uri, file_bytes)
+
+
+def _compact(store: StoreWriter, uri: str, file_bytes: int) -> CompactReport:
     store.settle()
     with tempfile.TemporaryDirectory(prefix="timeviper-compact-") as folder:
         sources = _sources(store.commits, Path(folder))

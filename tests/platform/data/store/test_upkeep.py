@@ -124,7 +124,8 @@ def test_a_compaction_killed_at_any_write_or_removal_loses_nothing(
         assert len(list(Path(copy, "data").iterdir())) == len(list(Path(copy, "commits").iterdir())) <= 3
         if not killed:
             break
-    assert moment == 2 + 1 + 2 * 5 + 1  # data and commit, index, removals, the last record
+    # the lease, data and commit, index, removals, the last record, the lease's removal
+    assert moment == 1 + 2 + 1 + 2 * 5 + 1 + 1
 
 
 def test_a_reader_that_opened_the_store_before_reads_on(store: str) -> None:
