@@ -6,16 +6,23 @@ packs continue from epoch to epoch; step s takes packs [s * G, (s + 1) * G)
 
 from __future__ import annotations
 
-import bisect
 import hashlib
 import json
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from timeviper_platform.common.machine_cache import machine_file
 from timeviper_platform.training.batches.sizes import SampleTable
+
+MIN_SHARED_SAMPLES = 200_000
+"""Samples from which the processes of a machine share a plan; smaller ones take less than a second."""
+ARRIVAL_BITS = 40
+ARRIVAL_MASK = (1 << ARRIVAL_BITS) - 1
 
 PLAN_VERSION = 1
 """Increase it when the same inputs give other packs; resuming an older run then fails."""
@@ -59,23 +66,41 @@ class PackPosition(NamedTuple):
     """Index within the epoch."""
 
 
+class PackedOrder(NamedTuple):
+    """Sample indices of an epoch, pack after pack."""
+
+    indices: np.ndarray
+    """(num_samples,)"""
+    offsets: np.ndarray
+    """(num_packs + 1,): pack p holds indices[offsets[p] : offsets[p + 1]]."""
+
+    @property
+    def num_packs(self) -> int:
+        return len(self.offsets) - 1
+
+    def pack(self, number: int) -> list[int]:
+        pack: list[int] = self.indices[self.offsets[number] : self.offsets[number + 1]].tolist()
+        return pack
+
+
 class PackPlan:
-    """Packs of every epoch, computed on first use."""
+    """Packs of every epoch, computed on first use; large epochs once per machine."""
 
     def __init__(self, table: SampleTable, config: PackingConfig, seed: int) -> None:
         self.table = table
         self._config = config
         self._seed = seed
-        self._epochs: dict[int, list[list[int]]] = {}
+        self._epochs: dict[int, PackedOrder] = {}
         description = {"version": PLAN_VERSION, "seed": seed, "samples": table.fingerprint, **asdict(config)}
         self.hash = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
     def epoch(self, epoch: int) -> list[Pack]:
         """Raises ValueError when the weights leave the epoch empty."""
-        return [self._pack(indices) for indices in self._groups(epoch)]
+        order = self._order(epoch)
+        return [self._pack(order.pack(number)) for number in range(order.num_packs)]
 
     def num_packs(self, epoch: int) -> int:
-        return len(self._groups(epoch))
+        return self._order(epoch).num_packs
 
     def num_steps(self, packs_per_step: int, num_epochs: int) -> int:
         return -(-sum(map(self.num_packs, range(num_epochs))) // packs_per_step)
@@ -85,24 +110,37 @@ class PackPlan:
         packs: list[Pack] = []
         epoch, start = position
         while len(packs) < count and (num_epochs is None or epoch < num_epochs):
-            groups = self._groups(epoch)
-            taken = groups[start : start + count - len(packs)]
-            packs += map(self._pack, taken)
-            start += len(taken)
-            if start >= len(groups):
+            order = self._order(epoch)
+            stop = min(order.num_packs, start + count - len(packs))
+            packs += [self._pack(order.pack(number)) for number in range(start, stop)]
+            start = stop
+            if start >= order.num_packs:
                 epoch, start = epoch + 1, 0
         return packs, PackPosition(epoch, start)
 
-    def _groups(self, epoch: int) -> list[list[int]]:
+    def _order(self, epoch: int) -> PackedOrder:
         if epoch not in self._epochs:
-            order = epoch_order(self.table.weights, self._seed, epoch)
-            if not len(order):
-                raise ValueError(f"epoch {epoch} has no samples: the weights sum to {self.table.weights.sum():.3g}")
-            groups = pack_best_fit(order, self.table.num_tokens, self.table.num_frames, self._config)
+            packed = self._computed(epoch) if len(self.table) < MIN_SHARED_SAMPLES else self._shared(epoch)
             while len(self._epochs) > 1:
                 del self._epochs[min(self._epochs)]
-            self._epochs[epoch] = groups
+            self._epochs[epoch] = packed
         return self._epochs[epoch]
+
+    def _computed(self, epoch: int) -> PackedOrder:
+        order = epoch_order(self.table.weights, self._seed, epoch)
+        if not len(order):
+            raise ValueError(f"epoch {epoch} has no samples: the weights sum to {self.table.weights.sum():.3g}")
+        return pack_best_fit(order, self.table.num_tokens, self.table.num_frames, self._config)
+
+    def _shared(self, epoch: int) -> PackedOrder:
+        def write(path: Path) -> None:
+            packed = self._computed(epoch)
+            with path.open("wb") as file:
+                np.save(file, np.concatenate([[packed.num_packs], packed.offsets, packed.indices]))
+
+        values = np.load(machine_file("packs", f"{self.hash}-{epoch}.npy", write), mmap_mode="r")
+        first = int(values[0]) + 2
+        return PackedOrder(values[first:], values[1:first])
 
     def _pack(self, indices: Sequence[int]) -> Pack:
         chosen = np.asarray(indices)
@@ -123,43 +161,39 @@ def epoch_order(weights: np.ndarray, seed: int, epoch: int) -> np.ndarray:
 
 def pack_best_fit(
     order: Sequence[int] | np.ndarray, num_tokens: np.ndarray, num_frames: np.ndarray, config: PackingConfig
-) -> list[list[int]]:
-    """Returns the sample indices of each pack.
+) -> PackedOrder:
+    """Packs the samples `order`.
 
     A pack opens with the sample that waited longest, then takes the longest that fit.
     """
-    # items are (tokens, arrival, index); the buffer is sorted by tokens, the queue by arrival
-    items = [(int(num_tokens[index]), arrival, int(index)) for arrival, index in enumerate(order)]
-    arrivals = {item[1]: item for item in items[: config.buffer_size]}  # insertion order = longest wait first
-    buffer = sorted(arrivals.values())
-    upcoming = iter(items[config.buffer_size :])
-    packs = []
+    order = np.asarray(order, np.int64)
+    arrivals = np.arange(len(order))
+    # one integer per sample, sorted by tokens, then arrival: comparing tuples takes most of the time
+    keys: list[int] = ((num_tokens[order].astype(np.int64) << ARRIVAL_BITS) | arrivals).tolist()
+    frames = None if config.max_frames is None else num_frames[order].tolist()
+    buffer, upcoming = sorted(keys[: config.buffer_size]), keys[: config.buffer_size - 1 : -1]
+    is_packed = bytearray(len(keys))
+    packed, offsets, oldest = [], [0], 0
     while buffer:
-        indices: list[int] = []
-        tokens, frames = config.max_tokens, config.max_frames
-        item: tuple[int, int, int] | None = next(iter(arrivals.values()))
-        while item is not None:
-            buffer.remove(item)
-            del arrivals[item[1]]
-            indices.append(item[2])
-            tokens -= item[0]
-            frames = None if frames is None else frames - int(num_frames[item[2]])
-            refill = next(upcoming, None)
-            if refill is not None:
-                bisect.insort(buffer, refill)
-                arrivals[refill[1]] = refill
-            item = _longest_that_fits(buffer, num_frames, tokens, frames)
-        packs.append(indices)
-    return packs
-
-
-def _longest_that_fits(
-    buffer: list[tuple[int, int, int]], num_frames: np.ndarray, tokens: int, frames: int | None
-) -> tuple[int, int, int] | None:
-    for item in reversed(buffer[: bisect.bisect_right(buffer, tokens, key=lambda item: item[0])]):
-        if frames is None or int(num_frames[item[2]]) <= frames:
-            return item
-    return None
+        while is_packed[oldest]:
+            oldest += 1
+        index = bisect_left(buffer, keys[oldest])
+        tokens_left, frames_left = config.max_tokens, config.max_frames
+        while index >= 0:
+            key = buffer.pop(index)
+            arrival = key & ARRIVAL_MASK
+            is_packed[arrival] = True
+            packed.append(arrival)
+            tokens_left -= key >> ARRIVAL_BITS
+            if upcoming:
+                insort(buffer, upcoming.pop())
+            index = bisect_left(buffer, (tokens_left + 1) << ARRIVAL_BITS) - 1
+            if frames is not None and frames_left is not None:
+                frames_left -= frames[arrival]
+                while index >= 0 and frames[buffer[index] & ARRIVAL_MASK] > frames_left:
+                    index -= 1
+        offsets.append(len(packed))
+    return PackedOrder(order[packed], np.array(offsets))
 
 
 def assign_packs(costs: Sequence[float], world_size: int) -> list[list[int]]:

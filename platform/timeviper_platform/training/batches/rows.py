@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import math
-import os
-import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +15,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from timeviper_platform.common import schemas, storage
+from timeviper_platform.common.machine_cache import machine_file
 
 MAX_IN_MEMORY_BYTES = 64 << 20
 """Maximum Parquet bytes read into memory per process."""
 
 ROWS_PER_BATCH = 1 << 16
-
-MAX_UNUSED_SECONDS = 7 * 24 * 3600.0
-"""Seconds after which an unused mapped file is deleted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,7 +79,7 @@ class SampleRows:
             ValueError: when a file is missing or invalid, or there are no rows.
             RuntimeError: when a file changes while it is read.
         """
-        files = [_SourceFile(uri, source.weight) for source in sources for uri in _source_files(source.uri)]
+        files = [_SourceFile(uri, source.weight) for source in sources for uri in source_files(source.uri)]
         contents, digest = _read_all(files, max_in_memory_bytes)
         table = _mapped(files, digest) if contents is None else pa.concat_tables(map(_rows, files, contents))
         if not table.num_rows:
@@ -116,7 +110,7 @@ def missing_sources(sources: Sequence[SourceConfig]) -> list[str]:
     return [source.uri for source in sources if not _existing_files(source.uri)]
 
 
-def _source_files(uri: str) -> list[str]:
+def source_files(uri: str) -> list[str]:
     files = _existing_files(uri)
     if not files:
         raise ValueError(f"there are no samples at {uri!r}; set a Parquet file of SAMPLES rows or a folder of them")
@@ -169,19 +163,7 @@ def _with_kind(table: pa.Table) -> pa.Table:
 
 
 def _mapped(files: Sequence[_SourceFile], digest: str) -> pa.Table:
-    folder = Path(tempfile.gettempdir(), f"timeviper-samples-{os.getuid()}")
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
-        raise RuntimeError(f"{folder} belongs to another user; set TMPDIR to a folder of your own")
-    target = folder / f"{digest}.arrow"
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.exists():
-            _remove_old(folder)
-            partial = target.with_suffix(".partial")
-            _write_mapped(files, digest, partial)
-            partial.replace(target)
-        os.utime(target)
+    target = machine_file("samples", f"{digest}.arrow", lambda path: _write_mapped(files, digest, path))
     with pa.memory_map(str(target)) as source:
         return _with_kind(pa.ipc.open_file(source).read_all())
 
@@ -196,9 +178,3 @@ def _write_mapped(files: Sequence[_SourceFile], digest: str, target: Path) -> No
     if written.hexdigest() != digest:
         target.unlink()
         raise RuntimeError(f"one of {[file.uri for file in files]} changed while it was read; start the run again")
-
-
-def _remove_old(folder: Path) -> None:
-    for path in folder.glob("*.arrow"):
-        if time.time() - path.stat().st_mtime > MAX_UNUSED_SECONDS:
-            path.unlink()

@@ -25,10 +25,11 @@ import torch.distributed as dist
 from timeviper_platform.common import storage
 from timeviper_platform.training.batches.rows import SampleRows
 from timeviper_platform.training.batches.samples import Reject, SampleBuilder, TokenizedSample
+from timeviper_platform.training.distributed import from_rank_0
 
 logger = logging.getLogger(__name__)
 
-TABLE_VERSION = 1
+TABLE_VERSION = 2
 """Increase it when the same rows give other sizes, to invalidate cached tables."""
 
 BLOCK_ROWS = 1024
@@ -105,7 +106,9 @@ class MeasureOnAllRanks:
         shard = measure_blocks(rows, builder, max_tokens, max_frames, rank=rank, world_size=world_size)
         shards = [shard] * world_size
         dist.all_gather_object(shards, shard)
-        table = join_blocks(rows, shards)
+        usable, rejects = _joined(rows, shards)
+        fingerprint = from_rank_0(lambda: _fingerprint(rows, usable))  # takes seconds for millions of rows
+        table = _table(rows, usable, fingerprint, rejects)
         if rank == 0:
             _write(file, table)
         return table
@@ -136,7 +139,7 @@ def measure_blocks(
                 continue
             item = _checked_weight(row["sample_id"], float(rows.weights[index])) or builder.build(row)
             if isinstance(item, TokenizedSample):
-                item = _within_caps(row["sample_id"], item, max_tokens, max_frames)
+                item = within_caps(row["sample_id"], item, max_tokens, max_frames)
             if isinstance(item, Reject):
                 rejects.append(item)
             else:
@@ -154,7 +157,7 @@ def _checked_weight(sample_id: str, weight: float) -> Reject | None:
     return Reject(sample_id, "bad_weight", f"{weight = } must be finite and at least 0")
 
 
-def _within_caps(
+def within_caps(
     sample_id: str, item: TokenizedSample, max_tokens: int, max_frames: int | None
 ) -> TokenizedSample | Reject:
     if len(item.sample) > max_tokens:
@@ -166,13 +169,18 @@ def _within_caps(
 
 def join_blocks(rows: SampleRows, shards: Sequence[list[Block]]) -> SampleTable:
     """Joins the blocks of all ranks in row order; raises ValueError when no row is usable."""
+    usable, rejects = _joined(rows, shards)
+    return _table(rows, usable, _fingerprint(rows, usable), rejects)
+
+
+def _joined(rows: SampleRows, shards: Sequence[list[Block]]) -> tuple[np.ndarray, list[Reject]]:
     num_blocks = sum(map(len, shards))
     blocks = [shards[block % len(shards)][block // len(shards)] for block in range(num_blocks)]
     usable = np.concatenate([sizes for sizes, _ in blocks])
     rejects = [reject for _, own in blocks for reject in own]
     if not len(usable):
         raise ValueError(f"none of {len(rows)} samples can be used: {count_rejects(rejects) or 'every weight is 0'}")
-    return _table(rows, usable, _fingerprint(rows, usable), rejects)
+    return usable, rejects
 
 
 def _table(rows: SampleRows, usable: np.ndarray, fingerprint: str, rejects: list[Reject]) -> SampleTable:

@@ -12,7 +12,8 @@ import pytest
 
 from reference.training_corpus import sample_row, write_samples
 from timeviper_platform.common import storage
-from timeviper_platform.training.batches.rows import MAX_UNUSED_SECONDS, SampleRows, SourceConfig
+from timeviper_platform.common.machine_cache import MAX_UNUSED_SECONDS
+from timeviper_platform.training.batches.rows import SampleRows, SourceConfig
 
 
 @pytest.fixture
