@@ -12,7 +12,7 @@ import json
 import logging
 import re
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -123,15 +123,27 @@ def read_metrics(run_uri: str) -> list[dict[str, Any]]:
     """Returns the last attempt's row of each step, in order."""
     rows: dict[int, dict[str, Any]] = {}
     for uri in _attempt_files(run_uri):
-        lines = storage.read_bytes(uri).decode().split("\n")
-        for line in lines[:-1]:  # a kill may cut off the last line
-            row = json.loads(line)
+        for row in _parsed(uri):
             step = row["global_step"]
             if "loss" in row:
                 rows[step] = row
             elif step in rows:  # validation after the step
                 rows[step] |= row | {"attempt": rows[step]["attempt"]}
     return [rows[step] for step in sorted(rows)]
+
+
+def _parsed(uri: str) -> Iterator[dict[str, Any]]:
+    """Yields the whole rows of a file; a kill or a full disk may cut off any line."""
+    *lines, _ = storage.read_bytes(uri).decode(errors="replace").split("\n")
+    num_cut = 0
+    for line in lines:
+        try:
+            row = json.loads(line)
+            yield row | {"global_step": int(row["global_step"])}
+        except (ValueError, KeyError, TypeError):
+            num_cut += 1
+    if num_cut:
+        logger.warning("%s: passing over %d damaged lines", uri, num_cut)
 
 
 def phase_report(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:

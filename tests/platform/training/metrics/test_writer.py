@@ -51,6 +51,18 @@ def test_a_line_cut_off_by_a_kill_is_ignored(tmp_path: Path) -> None:
     assert [item["step"] for item in read_metrics(str(tmp_path))] == [1]
 
 
+def test_cut_lines_anywhere_and_damaged_bytes_are_passed_over_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_attempt(str(tmp_path), [row(1, 5.0), row(2, 4.0)])
+    file = tmp_path / "metrics" / "attempt-0001.jsonl"
+    whole = file.read_bytes()
+    file.write_bytes(b'{"global_step": 1, "lo\n' + whole[:20] + b"\xff\n[1]\n" + whole)  # a full disk cut lines off
+    write_attempt(str(tmp_path), [row(3, 3.0)])
+    assert [(item["step"], item["loss"]) for item in read_metrics(str(tmp_path))] == [(1, 5.0), (2, 4.0), (3, 3.0)]
+    assert "attempt-0001.jsonl: passing over 3 damaged lines" in caplog.text
+
+
 def test_rows_of_a_remote_run_arrive_with_each_flush() -> None:
     uri = "memory://runs/metrics-test"
     writer = MetricsWriter(uri, next_attempt(uri), tensorboard=False)
