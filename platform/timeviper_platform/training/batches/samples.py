@@ -22,6 +22,7 @@ RejectReason = Literal[
     "no_frames",
     "bad_media",
     "bad_conversation",
+    "empty_answer",
     "no_targets",
     "too_long",
     "too_many_frames",
@@ -88,6 +89,8 @@ class SampleBuilder:
             num_tokens.append(len(chosen) * self.store.info(item["media_id"]).num_tokens_per_frame)
         try:
             turns = [Turn(role=turn["role"], text=turn["text"] or "") for turn in row["conversation"] or []]
+            if empty := [n for n, turn in enumerate(turns, 1) if turn.role == "assistant" and not turn.text.strip()]:
+                return Reject(row["sample_id"], "empty_answer", f"turn {empty[0]} of {len(turns)} is an empty answer")
             if turns and (self._frames.time_text == "always" or self._frames.time_text == row.get("kind")):
                 media = zip(row["media"] or [], frames, strict=True)
                 turns = add_time_texts(turns, [self._time_text(*each) for each in media])

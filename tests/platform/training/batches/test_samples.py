@@ -72,6 +72,8 @@ def test_files_without_the_column_kind_are_read(corpus: Corpus, tmp_path: Path) 
         ([("video-1", 3.0, 1.0)], ANSWERED, "bad_media"),
         ([("video-1", None, None)], [("assistant", "first")], "bad_conversation"),
         ([("video-1", None, None)], [("user", "no answer")], "no_targets"),
+        ([("video-1", None, None)], [("user", "a"), ("assistant", " \n")], "empty_answer"),
+        ([], [*ANSWERED, ("user", "a"), ("assistant", "")], "empty_answer"),
         ([("video-1", None, None)], [("user", "a" * 500), ("assistant", "b")], "too_long"),
         ([("video-5", None, None)] * 2, ANSWERED, "too_many_frames"),
     ],
