@@ -37,7 +37,12 @@ from timeviper_platform.training.cost.mixture import (
     expected_epoch,
     source_shares,
 )
-from timeviper_platform.training.optim.parameter_groups import ParameterGroup, any_block_trained, describe_groups
+from timeviper_platform.training.optim.parameter_groups import (
+    ParameterGroup,
+    any_block_trained,
+    describe_groups,
+    trained_share,
+)
 from timeviper_platform.training.phase import adapt, first_model_config, phase_groups, prepare_phase
 from timeviper_platform.training.run import RunFolder
 
@@ -180,14 +185,14 @@ def _phase_facts(
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         num_trained=sum(group.num_parameters for group in groups),
     )
-    trains_blocks = any_block_trained(groups)
+    trains_blocks, share = any_block_trained(groups), trained_share(model, groups)
     plan = None
     present = tuple(source for source in phase.samples if source.uri not in missing)
     if store is not None and tokenizer is not None and present:
         own = replace(config, phases={**config.phases, name: replace(phase, samples=present)})
-        plan = _plan_facts(own, name, model, store, tokenizer, trains_blocks=trains_blocks)
+        plan = _plan_facts(own, name, model, store, tokenizer, trained_share=share)
     unplanned = missing if plan is not None else [source.uri for source in phase.samples]
-    expected = expected_epoch(model_config, phase, unplanned, trains_blocks=trains_blocks)
+    expected = expected_epoch(model_config, phase, unplanned, trained_share=share)
     pack = plan.largest_pack if plan is not None else _full_text_pack(phase)
     if expected is not None:
         num_steps, pack_flops = _expected_steps(phase, plan, expected)
@@ -195,7 +200,7 @@ def _phase_facts(
         num_steps, pack_flops = plan.num_steps, plan.mean_pack_flops
     else:
         num_steps = phase.steps or STEPS_WITHOUT_PLAN
-        pack_flops = training_flops(model_config, pack, use_transv=phase.use_transv, trains_blocks=trains_blocks)
+        pack_flops = training_flops(model_config, pack, use_transv=phase.use_transv, trained_share=share)
     return PhaseFacts(
         name=name,
         groups=groups,
@@ -228,14 +233,14 @@ def _expected_steps(phase: PhaseConfig, plan: PlanFacts | None, expected: Expect
 
 
 def _plan_facts(
-    config: TrainConfig, name: str, model: TimeViper, store: FeatureStore, tokenizer: object, *, trains_blocks: bool
+    config: TrainConfig, name: str, model: TimeViper, store: FeatureStore, tokenizer: object, *, trained_share: float
 ) -> PlanFacts:
     prepared = prepare_phase(config, name, model, store, tokenizer, rank=0, world_size=config.workers.max_workers)
     phase, table = prepared.config, prepared.plan.table
     packs = prepared.plan.epoch(0)
     costs = [sum(tokens_by_layer(model.config, pack, use_transv=phase.use_transv)) for pack in packs]
     flops = [
-        training_flops(model.config, pack, use_transv=phase.use_transv, trains_blocks=trains_blocks) for pack in packs
+        training_flops(model.config, pack, use_transv=phase.use_transv, trained_share=trained_share) for pack in packs
     ]
     num_tokens = sum(pack.num_tokens for pack in packs)
     num_ranks = config.workers.max_workers

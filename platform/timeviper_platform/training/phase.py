@@ -30,9 +30,9 @@ from timeviper_platform.training.config import InitConfig, PhaseConfig, TrainCon
 from timeviper_platform.training.cost.flops import training_flops
 from timeviper_platform.training.optim.parameter_groups import (
     ParameterGroup,
-    any_block_trained,
     describe_groups,
     resolve_groups,
+    trained_share,
 )
 from timeviper_platform.training.validation.validator import Validator, build_validator
 
@@ -90,7 +90,7 @@ def prepare_phase(
         rank=rank,
         world_size=world_size,
         pack_flops=partial(
-            training_flops, model.config, use_transv=phase.use_transv, trains_blocks=any_block_trained(groups)
+            training_flops, model.config, use_transv=phase.use_transv, trained_share=trained_share(model, groups)
         ),
     )
     _check_can_answer(name, phase, model.config)

@@ -102,7 +102,7 @@ def test_gpu_hours_of_missing_sources_are_those_of_their_expected_samples() -> N
                 num_targets=kind.num_text_tokens,
             ),
             use_transv=True,
-            trains_blocks=True,
+            trained_share=1.0,
         )
         for kind in kinds
     }

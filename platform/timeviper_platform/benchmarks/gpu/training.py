@@ -158,7 +158,7 @@ def _rows(
         vision_counts=tuple(sample.num_vision_tokens for sample in samples),
         num_targets=sum(label != IGNORE_INDEX for sample in samples for label in sample.labels),
     )
-    flops = training_flops(config, pack, use_transv=True, trains_blocks=True)
+    flops = training_flops(config, pack, use_transv=True, trained_share=1.0)
     rows: list[Row] = []
     seconds: list[float] = []
     for layout, chosen in (("packed", samples), ("padded to the longest", padded(samples))):

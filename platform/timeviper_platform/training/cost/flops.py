@@ -12,9 +12,15 @@ ASSUMED_MFU = 0.4
 """Assumed share of the peak; published figures for this model size: 0.33 to 0.43."""
 
 
-def training_flops(config: TimeViperConfig, pack: Pack, *, use_transv: bool, trains_blocks: bool) -> float:
-    """Counts a forward and backward pass. Backward costs two forward passes, or one if blocks are frozen."""
-    return forward_flops(config, pack, use_transv=use_transv) * (3 if trains_blocks else 2)
+def training_flops(config: TimeViperConfig, pack: Pack, *, use_transv: bool, trained_share: float) -> float:
+    """Counts a forward and backward pass.
+
+    Backward costs a forward pass for the gradients of activations, and another for those of weights.
+
+    Args:
+        trained_share: `parameter_groups.trained_share`; frozen weights need no gradient.
+    """
+    return forward_flops(config, pack, use_transv=use_transv) * (2 + trained_share)
 
 
 def forward_flops(config: TimeViperConfig, pack: Pack, *, use_transv: bool) -> float:

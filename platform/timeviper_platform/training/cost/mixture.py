@@ -46,7 +46,7 @@ def source_shares(sources: Sequence[SourceConfig], absent: Collection[str]) -> l
 
 
 def expected_epoch(
-    config: TimeViperConfig, phase: PhaseConfig, unplanned: Collection[str], *, trains_blocks: bool
+    config: TimeViperConfig, phase: PhaseConfig, unplanned: Collection[str], *, trained_share: float
 ) -> ExpectedEpoch | None:
     """Estimates one epoch of `unplanned`, unpacked. None if it is empty or lacks `expected`."""
     num_samples, num_tokens, flops = 0.0, 0.0, 0.0
@@ -64,7 +64,7 @@ def expected_epoch(
             shown = source.weight * kind.num_samples
             num_samples += shown
             num_tokens += shown * pack.num_tokens
-            flops += shown * training_flops(config, pack, use_transv=phase.use_transv, trains_blocks=trains_blocks)
+            flops += shown * training_flops(config, pack, use_transv=phase.use_transv, trained_share=trained_share)
     return ExpectedEpoch(num_samples, num_tokens, flops) if num_tokens else None
 
 

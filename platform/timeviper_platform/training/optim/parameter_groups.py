@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from timeviper_model.layers.lora import LORA_A, LORA_B
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParameterRule:
@@ -80,6 +82,19 @@ def freeze_others(model: nn.Module, groups: Sequence[ParameterGroup]) -> None:
 def any_block_trained(groups: Sequence[ParameterGroup]) -> bool:
     """Returns whether any weight of the language model's blocks is trained."""
     return any("backbone.layers." in name for group in groups for name in group.parameter_names)
+
+
+def trained_share(model: nn.Module, groups: Sequence[ParameterGroup]) -> float:
+    """Returns the trained elements of the blocks' and output matrices, adapters included, over all but adapters."""
+    trained = {name for group in groups for name in group.parameter_names}
+    matrices = {
+        name: parameter.numel()
+        for name, parameter in model.named_parameters()
+        if parameter.ndim >= 2 and ("backbone.layers." in name or name.startswith("lm_head."))
+    }
+    adapters = {name for name in matrices if name.endswith((LORA_A, LORA_B))}
+    whole = sum(count for name, count in matrices.items() if name not in adapters)
+    return sum(count for name, count in matrices.items() if name in trained) / whole
 
 
 def describe_groups(groups: Sequence[ParameterGroup], num_parameters: int) -> str:

@@ -10,12 +10,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from timeviper_model.batching.batch import IGNORE_INDEX, Sample, TokenKind, pack_samples
 from timeviper_model.config import PRESETS
+from timeviper_model.layers.lora import LoraConfig, add_lora
 from timeviper_model.timeviper import TimeViper
 from timeviper_platform.common.devices import PEAK_FLOPS
 from timeviper_platform.training.batches.packing import Pack, PackPosition
 from timeviper_platform.training.batches.step_batches import StepCounts
 from timeviper_platform.training.cost.flops import forward_flops, gpu_hours, training_flops
 from timeviper_platform.training.metrics.step_log import step_row
+from timeviper_platform.training.optim.parameter_groups import ParameterRule, resolve_groups, trained_share
 from timeviper_platform.training.phase import Phase, mean_kept_share
 from timeviper_platform.training.step import StepResult
 
@@ -53,13 +55,35 @@ def test_a_token_of_the_9b_costs_two_operations_a_weight() -> None:
     assert forward_flops(config, shape, use_transv=True) == pytest.approx(2 * weights * 1000, rel=0.03)
 
 
-def test_transv_reduces_the_count_and_frozen_blocks_reduce_it_by_a_third() -> None:
+def test_transv_and_frozen_weights_reduce_the_count() -> None:
     config = PRESETS["9b"]
     shape = Pack(num_tokens=4196, vision_counts=(4096,), num_targets=20)
     with_transv, without = (forward_flops(config, shape, use_transv=use) for use in (True, False))
     assert with_transv / without == pytest.approx(mean_kept_share(config), rel=0.05)
-    trained = training_flops(config, shape, use_transv=True, trains_blocks=True)
-    assert training_flops(config, shape, use_transv=True, trains_blocks=False) == pytest.approx(trained * 2 / 3)
+    trained = training_flops(config, shape, use_transv=True, trained_share=1.0)
+    assert training_flops(config, shape, use_transv=True, trained_share=0.0) == pytest.approx(trained * 2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("rule", "lora", "least", "most"),
+    [
+        (".*", None, 1.0, 1.0),
+        (r"projector\..*", None, 0.0, 0.0),
+        (r"backbone\.layers\.\d*[02468]\..*", None, 0.3, 0.7),
+        (r".*\.lora_[AB]", LoraConfig(rank=16), 0.001, 0.01),
+    ],
+)
+def test_only_trained_weights_need_gradients(rule: str, lora: LoraConfig | None, least: float, most: float) -> None:
+    """Adapters were counted as if all blocks were trained: 1.5 times the operations."""
+    with torch.device("meta"):
+        model = TimeViper(PRESETS["9b"])
+        if lora is not None:
+            add_lora(model, lora, torch.Generator())
+    share = trained_share(model, resolve_groups(model, [ParameterRule(match=rule, lr=1.0)]))
+    assert least <= share <= most
+    shape = Pack(num_tokens=4196, vision_counts=(4096,), num_targets=20)
+    forward = forward_flops(PRESETS["9b"], shape, use_transv=True)
+    assert training_flops(PRESETS["9b"], shape, use_transv=True, trained_share=share) == forward * (2 + share)
 
 
 def test_samples_of_a_pack_do_not_attend_to_each_other() -> None:
