@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from timeviper_platform.training.batches.loader import PrefetchSteps, prefetch_in_thread
 from timeviper_platform.training.checkpoint.save_policy import OnCheckpoint
@@ -22,3 +23,5 @@ class RunHooks:
     """Trackers that receive every step's metrics on rank 0."""
     prefetch: PrefetchSteps = prefetch_in_thread
     start_eval: StartEval = EvalProcess
+    environment: dict[str, Any] | None = None
+    """Description of the launcher (attempt_record); None describes this process."""

@@ -17,12 +17,16 @@ logger = logging.getLogger(__name__)
 
 
 class StepLogger:
-    """Logs loss, throughput and remaining time every few steps."""
+    """Logs loss, learning rates, step time, throughput, memory and remaining time every few steps."""
 
-    def __init__(self, phase: str, num_steps: int, every: int, first_step: int) -> None:
+    def __init__(
+        self, phase: str, num_steps: int, every: int, first_step: int, *, steps_after: float | None = 0.0
+    ) -> None:
+        """`steps_after` is the work of later phases in steps of this one; None if it is unknown."""
         self._phase, self._num_steps = phase, num_steps
         self._every = every
         self._first_step = first_step
+        self._steps_after = steps_after
         self._started = time.perf_counter()
 
     def log(self, row: dict[str, Any]) -> None:
@@ -30,13 +34,32 @@ class StepLogger:
         if step % self._every and step not in (self._first_step + 1, num_steps):
             return
         elapsed = time.perf_counter() - self._started
-        left = elapsed / (step - self._first_step) * (num_steps - step)
+        left = elapsed / (step - self._first_step) * (num_steps - step + (self._steps_after or 0.0))
         logger.info(
-            "%s step %d/%d loss %.4f lr %.2e grad norm %.2f %.0f tokens/s%s data wait %.1f %% %.0f s left",
-            *(self._phase, step, num_steps, row["loss"], max(row["lr"].values()), row["grad_norm"]),
-            *(row["tokens_per_second"], f" MFU {row['mfu']:.1%}" if "mfu" in row else ""),
-            *(100 * row["data_wait_share"], left),
+            "%s step %d/%d loss %.4f grad norm %.2f lr %s %.2f s/step %.0f tokens/s%s data wait %.1f %% memory %.1f GB,"
+            " %s left%s",
+            *(self._phase, step, num_steps, row["loss"], row["grad_norm"], shown_rates(row["lr"])),
+            *(row["seconds"], row["tokens_per_second"], f" MFU {row['mfu']:.1%}" if "mfu" in row else ""),
+            *(100 * row["data_wait_share"], row["peak_memory_bytes"] / 1e9, shown_time(left)),
+            " in this phase" if self._steps_after is None else "",
         )
+
+
+def shown_rates(rates: dict[str, float]) -> str:
+    """Returns `1.00e-03`, or `projector 1.00e-03, transv 4.00e-03` when rules differ."""
+    by_rule = {name.removesuffix(" no decay").removesuffix(" decay"): rate for name, rate in rates.items()}
+    if len(set(by_rule.values())) == 1:
+        return f"{next(iter(by_rule.values())):.2e}"
+    return ", ".join(f"{rule} {rate:.2e}" for rule, rate in by_rule.items())
+
+
+def shown_time(seconds: float) -> str:
+    """Returns `2 d 03:05` (days, hours and minutes), or seconds below a minute."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    days, hours = divmod(minutes // 60, 24)
+    return f"{f'{days} d ' if days else ''}{hours:02d}:{minutes % 60:02d}"
 
 
 def step_row(
