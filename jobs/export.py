@@ -14,8 +14,7 @@ from collections.abc import Sequence
 from timeviper_model.config import PRESETS
 from timeviper_platform.common.config import load_config
 from timeviper_platform.common.job import USAGE_EXIT_CODE, JobError, JobParser, JobResult, run_job
-from timeviper_platform.training.checkpoint.export import convert_public_checkpoint, export_weights
-from timeviper_platform.training.checkpoint.manager import Checkpoints
+from timeviper_platform.training.checkpoint.export import convert_public_checkpoint, export_newest, export_weights
 from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.run import RunFolder
 
@@ -53,18 +52,12 @@ def export(options: argparse.Namespace) -> JobResult:
             dtype=options.dtype,
         )
         return JobResult([f"{options.public_checkpoint} -> {options.output}"])
-    checkpoint = options.checkpoint or newest_checkpoint(load_config(TrainConfig, options.config, options.overrides))
-    export_weights(checkpoint, options.output, dtype=options.dtype)
+    if options.checkpoint is not None:
+        export_weights(options.checkpoint, options.output, dtype=options.dtype)
+        return JobResult([f"{options.checkpoint} -> {options.output}"])
+    config = load_config(TrainConfig, options.config, options.overrides)
+    checkpoint = export_newest(RunFolder.of(config).checkpoints, options.output, dtype=options.dtype)
     return JobResult([f"{checkpoint} -> {options.output}"])
-
-
-def newest_checkpoint(config: TrainConfig) -> str:
-    """Returns the newest committed checkpoint of the run; raises ValueError if there is none."""
-    folder = RunFolder.of(config).checkpoints
-    newest = Checkpoints(folder).newest()
-    if newest is None:
-        raise ValueError(f"no committed checkpoint in {folder}; run jobs/train.py first")
-    return newest
 
 
 if __name__ == "__main__":

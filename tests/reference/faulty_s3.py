@@ -37,6 +37,8 @@ class Faults:
     num_slow: int = 0
     requests: list[tuple[str, str, str]] = field(default_factory=list)
     """(method, path, query) of the requests without an injected 503"""
+    bytes_read: dict[str, int] = field(default_factory=dict)
+    """path -> bytes of its GET answers"""
     num_open: int = 0
     """requests in progress; a killed client leaves its last one"""
     _seen: set[tuple[str, str]] = field(default_factory=set)
@@ -90,7 +92,12 @@ class Faults:
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             start_response(status, [("Content-Type", "application/xml")])
             return [SLOW_DOWN] if status.startswith("503") and environ["REQUEST_METHOD"] != "HEAD" else []
-        return application(environ, start_response)
+        if environ["REQUEST_METHOD"] != "GET":
+            return application(environ, start_response)
+        body = b"".join(application(environ, start_response))
+        with self._lock:
+            self.bytes_read[environ["PATH_INFO"]] = self.bytes_read.get(environ["PATH_INFO"], 0) + len(body)
+        return [body]
 
     def _fails_at_first(self, request: tuple[str, str]) -> bool:
         if self.fail_first_of is None or request in self._seen:

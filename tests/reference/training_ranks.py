@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from timeviper_model import timeviper
+from timeviper_model.config import PRESETS
 from timeviper_platform.common.ray_cluster import free_port
 from timeviper_platform.training import local
 
@@ -60,9 +62,20 @@ class Ranks:
 
 
 def start_ranks(
-    values: dict[str, Any], folder: Path, *, world_size: int = 2, environment: Mapping[str, str] | None = None
+    values: dict[str, Any],
+    folder: Path,
+    *,
+    world_size: int = 2,
+    environment: Mapping[str, str] | None = None,
+    homes: Sequence[Path] | None = None,
+    logit_rows: int | None = None,
 ) -> Ranks:
-    """Starts `world_size` processes that train `values` and write their output to a log in `folder`."""
+    """Starts `world_size` processes that train `values` and write their output to a log in `folder`.
+
+    Args:
+        homes: the home folder of each rank, so that `~` is a path that only one of them sees.
+        logit_rows: rows of logits at once, as many as a large vocabulary would leave.
+    """
     path, log = folder / f"{values['name']}.yaml", folder / f"{values['name']}.log"
     path.write_text(yaml.safe_dump(values, sort_keys=False))
     context = multiprocessing.get_context("forkserver")
@@ -77,16 +90,19 @@ def start_ranks(
             "WORLD_SIZE": str(world_size),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
+            **({} if homes is None else {"HOME": str(homes[rank])}),
         }
-        process = context.Process(target=_run, args=(str(path), str(log), variables))
+        process = context.Process(target=_run, args=(str(path), str(log), variables, logit_rows))
         process.start()
         processes.append(process)
     return Ranks(processes, log)
 
 
-def _run(config: str, log: str, variables: dict[str, str]) -> None:
+def _run(config: str, log: str, variables: dict[str, str], logit_rows: int | None) -> None:
     os.environ.update(variables)
     output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    if logit_rows is not None:
+        timeviper.LOGITS_ELEMENTS = logit_rows * PRESETS["tiny"].text.vocab_size
     sys.exit(local.main(["--config", config]))

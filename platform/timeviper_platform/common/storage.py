@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import IO, Any, TypeVar
 
 import fsspec
@@ -258,6 +258,19 @@ def read_bytes(uri: str) -> bytes:
 
 def read_json(uri: str) -> Any:
     return json.loads(read_bytes(uri))
+
+
+def download(uri: str, local: Path) -> None:
+    """Copies a file to a local path."""
+    filesystem, path = split_uri(uri)
+    retrying(lambda: filesystem.get_file(path, str(local)), uri)
+
+
+def upload(local: Path, uri: str) -> None:
+    """Copies a local file to `uri`, replacing it."""
+    filesystem, path = split_uri(uri)
+    filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
+    retrying(lambda: filesystem.put_file(str(local), path), uri)
 
 
 def write_atomic(uri: str, write: Callable[[IO[bytes]], None]) -> None:

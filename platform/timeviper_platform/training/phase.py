@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +13,7 @@ from timeviper_model.batching.prompt import TEMPLATES, check_tokenizer
 from timeviper_model.config import TimeViperConfig, VisionConfig
 from timeviper_model.layers.lora import LORA_A, LORA_B, add_lora
 from timeviper_model.timeviper import TimeViper
-from timeviper_model.weights.weights_folder import config_from_dict, config_to_dict, from_pretrained, load_backbone
+from timeviper_model.weights.weights_folder import config_from_dict, config_to_dict
 from timeviper_platform.common import storage
 from timeviper_platform.data.encode.recipe import tower_facts
 from timeviper_platform.data.store.compatibility import check_same_towers
@@ -26,6 +24,7 @@ from timeviper_platform.training.batches.rows import SampleRows
 from timeviper_platform.training.batches.samples import Reject, SampleBuilder
 from timeviper_platform.training.batches.sizes import Measure, count_rejects, measure_samples
 from timeviper_platform.training.batches.step_batches import BatchShape
+from timeviper_platform.training.checkpoint.initial_weights import InitialWeights
 from timeviper_platform.training.config import InitConfig, PhaseConfig, TrainConfig
 from timeviper_platform.training.cost.flops import training_flops
 from timeviper_platform.training.optim.parameter_groups import (
@@ -67,14 +66,18 @@ def prepare_phase(
     rank: int,
     world_size: int,
     measure: Measure = measure_samples,
+    initial: InitialWeights | None = None,
 ) -> Phase:
     """Prepares the phase `name`; weights of `model` may be loaded later.
+
+    Args:
+        initial: weights that the phase starts from, for model.json.
 
     Raises:
         ValueError: if data, model and configuration do not fit together.
     """
     phase = config.phases[name]
-    _check_tokenizer(tokenizer, model.config)
+    check_phase(name, phase, model.config, tokenizer)
     builder = SampleBuilder(store, tokenizer, model.config.chat_template, phase.frames)
     rows = SampleRows.read(phase.samples)
     table = measure(rows, builder, max_tokens=phase.packing.max_tokens, max_frames=phase.packing.max_frames)
@@ -93,7 +96,6 @@ def prepare_phase(
             training_flops, model.config, use_transv=phase.use_transv, trained_share=trained_share(model, groups)
         ),
     )
-    _check_can_answer(name, phase, model.config)
     validator = build_validator(phase, builder, shape, measure, rank=rank, world_size=world_size)
     logger.info(
         "phase %s: %d samples, %d rejects %s, %d packs in the first epoch, %d steps of %d packs",
@@ -116,8 +118,15 @@ def prepare_phase(
             "tokenizer": config.tokenizer,
             "metadata": _metadata(config, phase, store, has_temporal=rows.has_kind("temporal")),
             "lora_scale": None if phase.lora is None else phase.lora.scale,
+            "initial": None if initial is None else initial._asdict(),
         },
     )
+
+
+def check_phase(name: str, phase: PhaseConfig, model: TimeViperConfig, tokenizer: Any) -> None:
+    """Raises ValueError if tokenizer, model and validation do not fit together."""
+    _check_tokenizer(tokenizer, model)
+    _check_can_answer(name, phase, model)
 
 
 def build_standalone_validator(
@@ -157,15 +166,11 @@ def first_model(
     Raises:
         ValueError: if the store's features do not fit it, or the weights cannot be loaded.
     """
-    config = first_model_config(init, store, encoder, second_encoder)
-    if init.weights is not None:
-        model = load_weights(init.weights).train()
-        return model if init.transv is None else model.with_transv(config.transv)
-    model = TimeViper(config)
-    model.init_weights(torch.Generator().manual_seed(init.seed))
-    if init.backbone is not None:
-        load_backbone(model, init.backbone)
-    return model.train()
+    return initial_weights(init).build(first_model_config(init, store, encoder, second_encoder))
+
+
+def initial_weights(init: InitConfig) -> InitialWeights:
+    return InitialWeights(init.weights, init.transv is not None, init.seed, init.backbone)
 
 
 def first_model_config(
@@ -184,17 +189,6 @@ def first_model_config(
         )
     check_same_towers(config.vision, store, init.weights)
     return config if init.transv is None else replace(config, transv=init.transv)
-
-
-def load_weights(uri: str) -> TimeViper:
-    """Loads a weights folder in float32."""
-    filesystem, path = storage.split_uri(uri)
-    if storage.is_local(uri):
-        return from_pretrained(path)
-    with tempfile.TemporaryDirectory(prefix="timeviper-weights-") as scratch:
-        folder = Path(scratch) / "weights"
-        filesystem.get(path.rstrip("/") + "/", str(folder) + "/", recursive=True)
-        return from_pretrained(folder)
 
 
 def vision_of(

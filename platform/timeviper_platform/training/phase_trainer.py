@@ -13,7 +13,10 @@ from typing import Any
 from timeviper_platform.training.batches.loader import Prefetcher
 from timeviper_platform.training.batches.packing import PackPosition
 from timeviper_platform.training.batches.step_batches import StepBatches
+from timeviper_platform.training.checkpoint.commit import DamagedCheckpointError
+from timeviper_platform.training.checkpoint.local_files import OpenCheckpoint
 from timeviper_platform.training.checkpoint.manager import Checkpoints, read_state, restore_checkpoint
+from timeviper_platform.training.checkpoint.reshard import set_masters
 from timeviper_platform.training.checkpoint.save_policy import Checkpointer
 from timeviper_platform.training.checkpoint.state import StepPlan, TrainState
 from timeviper_platform.training.config import TrainConfig
@@ -64,10 +67,11 @@ class PhaseTrainer:
         )
         self._evaluator = None if writer is None else AsyncEvaluator(hooks.start_eval, self._log_validation)
         self._saved_step = 0
+        self._saved_at = time.monotonic()
         self._row: dict[str, Any] = {}
         """Metrics row of the last finished step."""
 
-    def run(self, checkpoint: str | None, global_step: int) -> tuple[int, str]:
+    def run(self, checkpoint: OpenCheckpoint | None, global_step: int) -> tuple[int, str]:
         """Runs the remaining steps; returns all finished steps and the phase's last checkpoint.
 
         Raises:
@@ -79,7 +83,8 @@ class PhaseTrainer:
         state = self._initial_state(global_step) if checkpoint is None else self._resumed_state(checkpoint)
         lacks_validation = checkpoint is not None and self._lacks_validation(state)
         if checkpoint is not None and state.step >= self._phase.num_steps and not lacks_validation:
-            return global_step, checkpoint
+            checkpoint.close()
+            return global_step, checkpoint.uri
         self._resubmit_evaluations()
         self._ds_engine: Any = self._build_ds_engine(checkpoint)
         prefetched = self._hooks.prefetch(
@@ -90,7 +95,7 @@ class PhaseTrainer:
                 if lacks_validation:
                     self._validate(state)
                 state = self._train(prefetched, state)
-            saved = self._checkpointer.finish() or checkpoint
+            saved = self._checkpointer.finish() or (None if checkpoint is None else checkpoint.uri)
             self._await_evaluations(state)
         except BaseException:
             # no collective here: the other ranks may be anywhere
@@ -106,7 +111,8 @@ class PhaseTrainer:
         return state.global_step, saved
 
     def _train(self, prefetched: Prefetcher[StepBatches], state: TrainState) -> TrainState:
-        log = StepLogger(self._phase.name, self._phase.num_steps, self._config.metrics.log_every_steps, state.step)
+        every = self._config.metrics.log_every_steps
+        log = StepLogger(self._phase.name, self._phase.num_steps, every, state.step, steps_after=self._steps_after())
         while state.step < self._phase.num_steps:
             started = time.perf_counter()
             self._watchdog.mark(state.step + 1, "reading")
@@ -114,7 +120,7 @@ class PhaseTrainer:
             waited_s = time.perf_counter() - started
 
             self._watchdog.mark(state.step + 1, "computing")
-            agreed = agree(batches, self._hooks.interrupts(), device=self._context.device)
+            agreed = agree(batches, self._interrupt(), device=self._context.device)
             self._handle(agreed.interrupt, state)
             self._check_damaged(batches, state.num_damaged + agreed.num_damaged)
             result, lrs = self._step(agreed.batches)
@@ -136,12 +142,29 @@ class PhaseTrainer:
                 self._evaluator.poll(self._checkpoints.newest_written)
         return state
 
+    def _steps_after(self) -> float | None:
+        """Returns the later phases' work in steps of this one, by token budgets; None if it depends on epochs."""
+        own = self._phase.config
+        names = list(self._config.phases)
+        later = [self._config.phases[name] for name in names[names.index(self._phase.name) + 1 :]]
+        if any(phase.steps is None for phase in later):
+            return None
+        budget = own.packs_per_step * own.packing.max_tokens
+        work = sum((phase.steps or 0) * phase.packs_per_step * phase.packing.max_tokens for phase in later)
+        return work / budget
+
     def _step(self, batches: StepBatches) -> tuple[StepResult, dict[str, float]]:
         phase = self._phase
         factor = learning_rate_factor(batches.counts.step, phase.num_steps, phase.config.schedule)
         set_groups(self._ds_engine, phase.groups, factor)
         result = train_step(self._ds_engine, batches, self._context)
         return result, {group.name: group.lr * factor for group in phase.groups}
+
+    def _interrupt(self) -> Interrupt:
+        """Returns the request from outside, or SAVE once checkpoint.interval_minutes have passed."""
+        interval_s = 60.0 * self._config.checkpoint.interval_minutes
+        is_due = interval_s > 0 and time.monotonic() - self._saved_at >= interval_s
+        return max(self._hooks.interrupts(), Interrupt.SAVE if is_due else Interrupt.NONE)
 
     def _handle(self, interrupt: Interrupt, state: TrainState) -> None:
         """Saves or stops; all ranks must agree on the interrupt."""
@@ -174,7 +197,7 @@ class PhaseTrainer:
 
     def _save(self, state: TrainState) -> None:
         self._checkpointer.save(state, self._row)
-        self._saved_step = state.step
+        self._saved_step, self._saved_at = state.step, time.monotonic()
         if self._validation_due(state.step) == "task":
             self._submit_evaluation(state)
 
@@ -218,7 +241,11 @@ class PhaseTrainer:
         if self._writer is None or self._phase.config.validation is None:
             return
         for uri in self._checkpoints.committed():
-            saved = read_state(uri)
+            try:
+                saved = read_state(uri)
+            except DamagedCheckpointError as error:
+                logger.warning("not validated: %s", error)
+                continue
             is_due = saved.phase == self._phase.name and self._validation_due(saved.step) == "task"
             if is_due and self._writer.lacks(LOSS, saved.global_step):
                 self._submit_evaluation(saved)
@@ -263,15 +290,15 @@ class PhaseTrainer:
             dtype=self._config.dtype,
         )
 
-    def _resumed_state(self, checkpoint: str) -> TrainState:
-        saved = read_state(checkpoint)
+    def _resumed_state(self, checkpoint: OpenCheckpoint) -> TrainState:
+        saved = checkpoint.state
         self._saved_step = saved.step
         initial = self._initial_state(saved.global_step)
-        saved.check_resumable(initial, source=checkpoint)
-        logger.info("phase %s resumes after step %d, from %s", saved.phase, saved.step, checkpoint)
+        saved.check_resumable(initial, source=checkpoint.uri)
+        logger.info("phase %s resumes after step %d, from %s", saved.phase, saved.step, checkpoint.uri)
         return replace(initial, step=saved.step, position=saved.position, num_damaged=saved.num_damaged)
 
-    def _build_ds_engine(self, checkpoint: str | None) -> Any:
+    def _build_ds_engine(self, checkpoint: OpenCheckpoint | None) -> Any:
         config, phase = self._config, self._phase
 
         def build() -> Any:
@@ -284,7 +311,15 @@ class PhaseTrainer:
             )
 
         if checkpoint is None:
-            return build()
-        return restore_checkpoint(
+            if config.dtype == "float32":
+                return build()
+            initial = dict(phase.model.named_parameters())  # the engine gives parameters other, rounded tensors
+            masters = {name: initial[name].detach() for group in phase.groups for name in group.parameter_names}
+            ds_engine = build()
+            set_masters(ds_engine, phase.groups, masters)
+            return ds_engine
+        ds_engine = restore_checkpoint(
             checkpoint, phase.model, phase.groups, build, zero_stage=config.zero.stage, dtype=config.dtype
         )
+        checkpoint.close()
+        return ds_engine

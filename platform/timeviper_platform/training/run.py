@@ -16,19 +16,22 @@ from timeviper_model.layers.backends import set_backend
 from timeviper_model.timeviper import TimeViper
 from timeviper_model.weights.weights_folder import config_from_dict, load_tokenizer
 from timeviper_platform.common import storage
-from timeviper_platform.common.devices import torch_dtype
+from timeviper_platform.common.devices import device_name, torch_dtype
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.training.batches.samples import Reject
 from timeviper_platform.training.batches.sizes import MeasureOnAllRanks, count_rejects
 from timeviper_platform.training.checkpoint.export import export_weights
-from timeviper_platform.training.checkpoint.manager import MODEL_FILE, Checkpoints, read_state
+from timeviper_platform.training.checkpoint.initial_weights import InitialWeights, load_weights
+from timeviper_platform.training.checkpoint.local_files import OpenCheckpoint, open_for_resume
+from timeviper_platform.training.checkpoint.manager import Checkpoints, candidates
 from timeviper_platform.training.config import TrainConfig
-from timeviper_platform.training.distributed import from_rank_0
+from timeviper_platform.training.distributed import check_shared_folder, from_rank_0
 from timeviper_platform.training.hooks import RunHooks
+from timeviper_platform.training.metrics.attempt_record import describe_environment, write_attempt
 from timeviper_platform.training.metrics.charts import draw_curves
 from timeviper_platform.training.metrics.trackers import check_trackers, open_trackers
 from timeviper_platform.training.metrics.writer import MetricsWriter, next_attempt, phase_report, read_metrics
-from timeviper_platform.training.phase import Phase, adapt, first_model, load_weights, prepare_phase
+from timeviper_platform.training.phase import Phase, adapt, first_model, initial_weights, prepare_phase
 from timeviper_platform.training.phase_trainer import PhaseTrainer
 from timeviper_platform.training.step import TrainContext
 
@@ -97,15 +100,33 @@ class _Run:
         self._checkpoints = Checkpoints(self._folder.checkpoints, keep=config.checkpoint.keep)
 
     def run(self, resume_from: str | None) -> dict[str, Any]:
-        resumed = None if resume_from is None else read_state(resume_from)
+        check_shared_folder(self._folder.checkpoints)
+        saved = None if resume_from is None else self._open(resume_from)
+        try:
+            return self._run_phases(saved)
+        finally:
+            if saved is not None:
+                saved.close()
+
+    def _open(self, uri: str) -> OpenCheckpoint:
+        config = self._config
+        saved = open_for_resume(
+            lambda: candidates(self._checkpoints, uri), zero_stage=config.zero.stage, dtype=config.dtype
+        )
+        if saved.state.phase not in config.phases:
+            saved.close()
+            raise ValueError(
+                f"{saved.uri} is in phase {saved.state.phase!r}; this configuration has {list(config.phases)}"
+            )
+        return saved
+
+    def _run_phases(self, saved: OpenCheckpoint | None) -> dict[str, Any]:
         names = list(self._config.phases)
-        if resumed is not None and resumed.phase not in names:
-            raise ValueError(f"{resume_from} is in phase {resumed.phase!r}; this configuration has {names}")
-        global_step = 0 if resumed is None else resumed.global_step
+        global_step = 0 if saved is None else saved.state.global_step
         writer = self._open_metrics()
         try:
-            for name in names if resumed is None else names[names.index(resumed.phase) :]:
-                checkpoint = resume_from if resumed is not None and resumed.phase == name else None
+            for name in names if saved is None else names[names.index(saved.state.phase) :]:
+                checkpoint = saved if saved is not None and saved.state.phase == name else None
                 phase = self._prepare(name, checkpoint)
                 context = self._context(phase)
                 trainer = PhaseTrainer(
@@ -126,6 +147,9 @@ class _Run:
             attempt = next_attempt(self._folder.uri)
             logger.info("run %s, attempt %d, %d ranks", self._folder.uri, attempt, dist.get_world_size())
             own = self._config.metrics
+            environment = self._hooks.environment or describe_environment()
+            ranks = {"num_ranks": dist.get_world_size(), "device": device_name(self._device)}
+            write_attempt(self._folder.uri, attempt, self._config, environment | ranks)
             trackers = [*open_trackers(own.mlflow, own.wandb, self._config.name), *self._hooks.trackers]
             opened.append(MetricsWriter(self._folder.uri, attempt, tensorboard=own.tensorboard, trackers=trackers))
 
@@ -141,7 +165,7 @@ class _Run:
             world_size=dist.get_world_size(),
         )
 
-    def _prepare(self, name: str, checkpoint: str | None) -> Phase:
+    def _prepare(self, name: str, checkpoint: OpenCheckpoint | None) -> Phase:
         phase = prepare_phase(
             self._config,
             name,
@@ -151,6 +175,7 @@ class _Run:
             rank=dist.get_rank(),
             world_size=dist.get_world_size(),
             measure=MeasureOnAllRanks(storage.join_uri(self._config.runs, TABLES_FOLDER)),
+            initial=self._initial(name),
         )
         phase.model.gradient_checkpointing = self._config.activation_checkpointing
         set_backend(phase.model, self._config.backend, device=self._device, dtype=self._dtype)
@@ -158,16 +183,22 @@ class _Run:
         from_rank_0(lambda: storage.write_json(self._folder.rejects(name), rejects))
         return phase
 
-    def _model(self, name: str, checkpoint: str | None) -> TimeViper:
+    def _model(self, name: str, checkpoint: OpenCheckpoint | None) -> TimeViper:
         """Omits weights when resuming, as DeepSpeed loads them."""
         if checkpoint is not None:
-            description = storage.read_json(storage.join_uri(checkpoint, MODEL_FILE))
-            return TimeViper(config_from_dict(description["config"], where=checkpoint)).train()
+            return TimeViper(config_from_dict(checkpoint.model["config"], where=checkpoint.uri)).train()
         init = self._config.phases[name].init
         if init is not None:
             return first_model(init, self._store, self._config.encoder, self._config.second_encoder)
+        return load_weights(self._weights_before(name)).train()
+
+    def _initial(self, name: str) -> InitialWeights:
+        init = self._config.phases[name].init
+        return InitialWeights(self._weights_before(name)) if init is None else initial_weights(init)
+
+    def _weights_before(self, name: str) -> str:
         names = list(self._config.phases)
-        return load_weights(self._folder.weights(names[names.index(name) - 1])).train()
+        return self._folder.weights(names[names.index(name) - 1])
 
     def _finish(self, phase: Phase, checkpoint: str) -> None:
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,21 @@ def test_a_run_of_two_ranks_resumes_on_one(corpus: Corpus, tmp_path: Path, group
     expect_same(curve(run), whole, rel=1e-5)
 
 
+def test_a_folder_that_only_one_rank_sees_is_refused_before_the_first_step(corpus: Corpus, tmp_path: Path) -> None:
+    """Before, such a run trained up to its first save and committed one rank's files."""
+    values = one_phase(corpus, "private", steps=3) | {"runs": "~/runs"}
+    homes = [tmp_path / "home-0", tmp_path / "home-1"]
+    for home in homes:
+        home.mkdir()
+    ranks = start_ranks(values, tmp_path, homes=homes)
+    assert ranks.wait() == [1, 1]
+    message = (
+        r"rank 1 on \S+ cannot see the files that rank 0 on \S+ writes into ~/runs/private/checkpoints.*set `runs`"
+    )
+    assert re.search(message, ranks.log.read_text())
+    assert read_metrics(str(homes[0] / "runs" / "private")) == []
+
+
 def test_all_ranks_fail_if_rank_0_cannot_open_its_files(corpus: Corpus, tmp_path: Path) -> None:
     values = one_phase(corpus, "no-metrics", steps=3)
     folder = Path(values["runs"]) / "no-metrics"
@@ -119,6 +135,23 @@ def test_sixty_steps_on_two_then_one_then_three_ranks_equal_those_of_one_rank(
     train_local(alone)
     assert samples_of(run) == samples_of(RunFolder.of(alone).uri)
     expect_same(curve(run), curve(RunFolder.of(alone).uri), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_ranks_with_unequal_numbers_of_labels_have_the_curve_of_one_rank(
+    corpus: Corpus, tmp_path: Path, group_of_one: None, stage: int, world_size: int, dtype: str
+) -> None:
+    """Ranks need other numbers of chunks of logits: 2 rows at a time, as a vocabulary of 131,072 has 512."""
+    values = one_phase(corpus, f"labels-{stage}-{world_size}-{dtype}", steps=3, stage=stage) | {"dtype": dtype}
+    ranks = start_ranks(values, tmp_path, world_size=world_size, logit_rows=2)
+    ranks.finish()
+    alone = parse_config(TrainConfig, values | {"name": f"alone-{values['name']}"})
+    train_local(alone)
+    own, expected = curve(str(Path(values["runs"]) / values["name"])), curve(RunFolder.of(alone).uri)
+    expect_same(own, expected, rel=1e-6 if dtype == "float32" else 2e-2)
 
 
 @pytest.mark.slow

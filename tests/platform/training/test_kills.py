@@ -134,3 +134,39 @@ def test_kills_leave_no_trace_under_every_zero_stage_and_precision(
 ) -> None:
     kills: dict[Moment, int] = {"upload": 4, "before_commit": 6, "after_commit": 8}
     expect_kills_leave_no_trace(corpus, tmp_path, store, kills, zero={"stage": stage}, dtype=dtype)
+
+
+def expect_each_file_is_read_once(
+    corpus: Corpus, folder: Path, store: Faults, *, world_size: int, **changes: Any
+) -> None:
+    """Two ranks save; `world_size` resume, whose reads are counted."""
+    environment = {name: os.environ[name] for name in environment_of("")}
+    values = one_phase(corpus, name=f"bytes-{world_size}", runs="s3://bucket/runs", **changes)
+    start_ranks(values, folder, environment=environment).finish()
+    s3 = s3fs.S3FileSystem()
+    *_, before, last = sorted(s3.ls(f"bucket/runs/{values['name']}/checkpoints"))
+    s3.rm(last, recursive=True)
+    s3.invalidate_cache()
+    sizes = {f"/{file}": s3.size(file) for file in s3.ls(before)}
+    store.bytes_read.clear()
+    store.fail_first_of = 5  # every fifth new request fails once
+    start_ranks(values, folder, world_size=world_size, environment=environment).finish()
+    store.fail_first_of = None
+    read = {path: store.bytes_read.get(path, 0) for path in sizes}
+    assert sum(read.values()) <= 1.2 * sum(sizes.values()), (read, sizes)
+    assert all(read[path] == sizes[path] for path in sizes if path.endswith("_states.pt")), (read, sizes)
+
+
+def test_two_ranks_of_a_machine_read_each_file_of_a_checkpoint_once(
+    corpus: Corpus, tmp_path: Path, store: Faults
+) -> None:
+    """Before, each rank copied every file: 2.0 times the checkpoint for two ranks, 8 times for eight."""
+    expect_each_file_is_read_once(corpus, tmp_path, store, world_size=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "world_size"), [(3, 2), (2, 3), (3, 1)])
+def test_resuming_on_another_number_of_ranks_reads_each_file_once_too(
+    corpus: Corpus, tmp_path: Path, store: Faults, stage: int, world_size: int
+) -> None:
+    expect_each_file_is_read_once(corpus, tmp_path, store, world_size=world_size, zero={"stage": stage})

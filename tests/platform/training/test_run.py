@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import logging
 import os
+import re
 import runpy
 import shutil
 from collections.abc import Callable
@@ -22,18 +24,20 @@ from reference.training_corpus import DIM, QUESTIONS, RECIPE, Corpus, make_corpu
 from timeviper_model.config import PRESETS, Qwen2Config, TransVSite
 from timeviper_model.weights.weights_folder import from_pretrained, load_tokenizer
 from timeviper_platform.common import storage
-from timeviper_platform.common.config import parse_config
+from timeviper_platform.common.config import load_config, parse_config
+from timeviper_platform.common.lease import LeaseHeldError, hold_lease
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.data.store.writer import write_store
 from timeviper_platform.training.batches.packing import PackPosition
 from timeviper_platform.training.checkpoint.deepspeed_files import take_snapshot
 from timeviper_platform.training.checkpoint.export import export_weights
+from timeviper_platform.training.checkpoint.initial_weights import load_weights
 from timeviper_platform.training.checkpoint.manager import Checkpoints
 from timeviper_platform.training.config import TrainConfig, resolve_paths
 from timeviper_platform.training.local import main, train_local
 from timeviper_platform.training.metrics.writer import read_metrics
 from timeviper_platform.training.optim.deepspeed_engine import build_ds_engine
-from timeviper_platform.training.phase import first_model, load_weights, prepare_phase
+from timeviper_platform.training.phase import first_model, prepare_phase
 from timeviper_platform.training.run import RunFolder
 from timeviper_platform.training.step import TrainContext, train_step
 
@@ -265,6 +269,43 @@ def test_bfloat16_learns_and_exports_its_float32_masters(corpus: Corpus, finishe
     assert not torch.equal(weight, weight.bfloat16().float())
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bfloat16_masters_start_from_float32_and_frozen_tensors_are_exported_as_they_came(
+    corpus: Corpus, stage: int
+) -> None:
+    """Before, both were rounded to bfloat16 once."""
+    values = train_values(corpus, name=f"exact-{stage}", dtype="bfloat16", zero={"stage": stage})
+    del values["phases"]["instruct"]
+    values["phases"]["align"]["trainable"] = [{"match": r"(projector|backbone\.layers\.1)\..*", "lr": 0.0}]
+    config = parse_config(TrainConfig, values)
+    train_local(config)
+    store, init = FeatureStore.open(corpus.features), config.phases["align"].init
+    assert init is not None
+    expected = first_model(init, store, None).state_dict()
+    exported = from_pretrained(RunFolder.of(config).weights("align")).state_dict()
+    assert all(torch.equal(exported[name], expected[name]) for name in expected)
+    assert not torch.equal(expected["lm_head.weight"], expected["lm_head.weight"].bfloat16().float())
+
+
+def test_frozen_tensors_whose_source_is_gone_are_exported_rounded_with_a_warning(
+    corpus: Corpus, finished: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    values = train_values(corpus, name="source-gone", dtype="bfloat16")
+    weights = tmp_path / "weights"
+    shutil.copytree(RunFolder.of(finished).weights("align"), weights)
+    del values["phases"]["instruct"]
+    values["phases"]["align"]["init"] = {"weights": str(weights)}
+    config = parse_config(TrainConfig, values)
+    train_local(config)
+    newest = Checkpoints(RunFolder.of(config).checkpoints).newest()
+    assert newest is not None
+    shutil.rmtree(weights)
+    export_weights(newest, str(tmp_path / "again"))
+    assert "frozen tensors are exported as rounded to bfloat16, because their source is gone" in caplog.text
+    head = from_pretrained(tmp_path / "again").lm_head.weight
+    assert torch.equal(head, head.bfloat16().float())
+
+
 def test_unusable_kernels_end_a_run_before_its_first_step(corpus: Corpus) -> None:
     config = train_config(corpus, name="kernels", backend="kernels")
     with pytest.raises(RuntimeError, match=r"backend = kernels cannot be used .*need CUDA, not cpu"):
@@ -380,7 +421,7 @@ def test_resuming_with_another_plan_is_rejected(finished: TrainConfig, corpus: C
     ("changes", "difference"),
     [
         ({"packs_per_step": 1}, r"packs_per_step 3 -> 1\)"),
-        ({"steps": 60}, r"num_steps 6 -> 60\)"),
+        ({"steps": 5}, r"num_steps 6 -> 5\)"),
         ({"steps": None, "epochs": 1}, r"num_epochs None -> 1\)"),
         ({"schedule": {"warmup_ratio": 0.5}}, r"schedule.warmup_ratio 0.03 -> 0.5\)"),
     ],
@@ -391,9 +432,51 @@ def test_resuming_with_other_steps_is_rejected(
     config = interrupted_after(finished, corpus, "other-steps", 5)
     values = train_values(corpus, name=config.name)
     values["phases"]["instruct"] |= changes
-    with pytest.raises(ValueError, match=rf"phase instruct with other steps \({difference}: a phase cannot change"):
+    with pytest.raises(ValueError, match=rf"phase instruct with other steps \({difference}: a phase may be lengthened"):
         train_local(parse_config(TrainConfig, values))
     shutil.rmtree(RunFolder.of(config).uri)
+
+
+def test_a_finished_phase_may_be_lengthened(
+    finished: TrainConfig, corpus: Corpus, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = interrupted_after(finished, corpus, "longer", 9)
+    values = train_values(corpus, name=config.name)
+    values["phases"]["instruct"]["steps"] = 10
+    with caplog.at_level(logging.INFO):
+        report = train_local(parse_config(TrainConfig, values))
+    assert "phase instruct is lengthened from 6 to 10 steps" in caplog.text
+    rows = read_metrics(RunFolder.of(config).uri)
+    assert [row["attempt"] == 1 for row in rows] == [True] * 9 + [False] * 4
+    assert report["instruct"]["steps"] == 10
+    assert rows[9]["lr"] != rows[8]["lr"]
+    whole = parse_config(TrainConfig, values | {"name": "longer-from-the-start"})
+    train_local(whole)
+    expected = read_metrics(RunFolder.of(whole).uri)
+    names = ("lr", "num_samples", "num_tokens", "num_targets")
+    assert [[row[name] for name in names] for row in rows[9:]] == [
+        [row[name] for name in names] for row in expected[9:]
+    ]
+
+
+def test_each_attempt_records_configuration_versions_and_commit(finished: TrainConfig) -> None:
+    folder = Path(RunFolder.of(finished).uri, "attempts", "attempt-0001")
+    assert load_config(TrainConfig, folder / "config.yaml") == finished
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__
+    assert environment["num_ranks"] == 1
+    assert re.fullmatch(r"[0-9a-f]{40}(\+changes)?", environment["commit"] or "0" * 40)
+
+
+def test_a_second_run_in_the_same_folder_is_refused(corpus: Corpus) -> None:
+    """Before, both trained and removed each other's checkpoints."""
+    config = train_config(corpus, name="leased")
+    with hold_lease(RunFolder.of(config).uri, "training run leased"):
+        with pytest.raises(
+            LeaseHeldError, match=r"runs/leased is in use by training run leased of .*process \d+, since"
+        ):
+            train_local(config)
+    assert curve(config) == []
 
 
 def test_resuming_with_other_trained_parameters_is_rejected(finished: TrainConfig, corpus: Corpus) -> None:

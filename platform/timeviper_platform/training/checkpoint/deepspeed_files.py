@@ -68,6 +68,15 @@ def _copied(value: Any) -> Any:
     return value
 
 
+def num_tensor_bytes(value: Any) -> int:
+    """Returns the bytes of all tensors in nested containers."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    if isinstance(value, dict):
+        return sum(map(num_tensor_bytes, value.values()))
+    return sum(map(num_tensor_bytes, value)) if isinstance(value, list | tuple) else 0
+
+
 def load_saved(file: Path, *, mmap: bool) -> dict[str, Any]:
     """Reads a file of DeepSpeed onto the CPU.
 

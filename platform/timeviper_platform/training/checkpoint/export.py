@@ -17,7 +17,10 @@ from timeviper_model.weights.public_checkpoint import load_public_checkpoint
 from timeviper_model.weights.weights_folder import config_from_dict, load_tokenizer, save_pretrained
 from timeviper_platform.common import storage
 from timeviper_platform.common.devices import Dtype, torch_dtype
-from timeviper_platform.training.checkpoint.manager import GROUPS_FILE, MODEL_FILE, local_copy, open_shards, read_state
+from timeviper_platform.training.checkpoint.commit import DamagedCheckpointError
+from timeviper_platform.training.checkpoint.initial_weights import InitialWeights
+from timeviper_platform.training.checkpoint.local_files import open_checkpoint
+from timeviper_platform.training.checkpoint.manager import Checkpoints
 from timeviper_platform.training.checkpoint.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -28,13 +31,36 @@ def export_weights(checkpoint: str, output: str, *, dtype: Dtype = "float32") ->
 
     Raises:
         ValueError: if there is no committed checkpoint, or it lacks parts of the model.
+        DamagedCheckpointError: if its files differ from their checksums.
     """
-    state, description, model = checkpoint_model(checkpoint)
+    state, description, model = checkpoint_model(checkpoint, unrounded=True)
     model = model.to(torch_dtype(dtype))
     metadata = {**description["metadata"], "phase": state.phase, "step": str(state.step)}
     tokenizer = load_tokenizer(description["tokenizer"])
     _write_weights(model, output, tokenizer=tokenizer, metadata=metadata)
     logger.info("weights of %s at step %d of %s are in %s", state.phase, state.step, checkpoint, output)
+
+
+def export_newest(checkpoints: str, output: str, *, dtype: Dtype = "float32") -> str:
+    """Exports the newest intact checkpoint in the folder `checkpoints`; returns its URI.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    faults = []
+    for uri in reversed(Checkpoints(checkpoints).committed()):
+        try:
+            export_weights(uri, output, dtype=dtype)
+        except DamagedCheckpointError as error:
+            logger.warning("damaged checkpoint: %s; trying the next older one", error)
+            faults.append(str(error))
+        else:
+            return uri
+    if faults:
+        raise ValueError(
+            f"every checkpoint in {checkpoints} is damaged: {'; '.join(faults)}; restore files from a copy"
+        )
+    raise ValueError(f"no committed checkpoint in {checkpoints}; run jobs/train.py first")
 
 
 def convert_public_checkpoint(
@@ -58,18 +84,24 @@ def _write_weights(model: TimeViper, output: str, *, tokenizer: Any, metadata: d
     else:
         with tempfile.TemporaryDirectory(prefix="timeviper-weights-") as scratch:
             save_pretrained(model, Path(scratch) / "weights", tokenizer=tokenizer, metadata=metadata)
-            filesystem, path = storage.split_uri(output)
             storage.remove(output)
-            filesystem.put(str(Path(scratch) / "weights") + "/", path.rstrip("/") + "/", recursive=True)
+            for file in sorted((Path(scratch) / "weights").iterdir()):
+                storage.upload(file, storage.join_uri(output, file.name))
 
 
-def checkpoint_model(checkpoint: str) -> tuple[TrainState, dict[str, Any], TimeViper]:
-    """Returns state, model.json and the float32 model with merged adapters."""
-    state = read_state(checkpoint)
-    description = storage.read_json(storage.join_uri(checkpoint, MODEL_FILE))
-    saved_groups = storage.read_json(storage.join_uri(checkpoint, GROUPS_FILE))
-    with local_copy(checkpoint) as folder:
-        tensors = open_shards(folder, state, saved_groups).tensors()
+def checkpoint_model(checkpoint: str, *, unrounded: bool = False) -> tuple[TrainState, dict[str, Any], TimeViper]:
+    """Returns state, model.json and the float32 model with merged adapters.
+
+    Args:
+        unrounded: take tensors that were frozen in bfloat16 from where the phase started, as they came.
+    """
+    with open_checkpoint(checkpoint) as saved:
+        state, description, tensors = saved.state, saved.model, saved.shards().tensors()
+        trained = {name for group in saved.groups for name in group["parameter_names"]}
+    frozen = tensors.keys() - trained
+    if unrounded and frozen and state.dtype == "bfloat16" and description["initial"] is not None:
+        config = config_from_dict(description["config"], where=checkpoint)
+        tensors = InitialWeights(**description["initial"]).unrounded(tensors, frozen, config)
     if description["lora_scale"] is not None:
         tensors = merge_lora(tensors, description["lora_scale"])
     return state, description, _model_of(description, tensors, source=checkpoint)

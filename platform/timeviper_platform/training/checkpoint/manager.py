@@ -6,20 +6,23 @@ checkpoints/step-00000120/
     state.json          TrainState
     groups.json         optimizer groups
     model.json          config and metadata of the model
-    COMMIT              sizes of all of the above, written last
+    COMMIT              sizes and checksums of all of the above, written last
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import re
+import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,24 +30,38 @@ from torch import nn
 
 from timeviper_platform.common import storage
 from timeviper_platform.common.devices import Dtype
-from timeviper_platform.training.checkpoint.deepspeed_files import reading_as_data, take_snapshot
-from timeviper_platform.training.checkpoint.reshard import SavedShards, load_optimizer_from, load_weights_from
+from timeviper_platform.training.checkpoint.commit import (
+    COMMIT_FILE,
+    DamagedCheckpointError,
+    FileFacts,
+    check_sizes,
+    is_marked,
+    read_document,
+    set_aside,
+    write_commit,
+    write_hashed,
+)
+from timeviper_platform.training.checkpoint.deepspeed_files import num_tensor_bytes, reading_as_data, take_snapshot
+from timeviper_platform.training.checkpoint.local_files import GROUPS_FILE, MODEL_FILE, STATE_FILE, OpenCheckpoint
+from timeviper_platform.training.checkpoint.reshard import load_optimizer_from, load_weights_from
 from timeviper_platform.training.checkpoint.state import TrainState
 from timeviper_platform.training.optim.parameter_groups import ParameterGroup
 
 logger = logging.getLogger(__name__)
 
-COMMIT_FILE = "COMMIT"
-STATE_FILE = "state.json"
-GROUPS_FILE = "groups.json"
-MODEL_FILE = "model.json"
+T = TypeVar("T")
+
 TAG = re.compile(r"/step-\d{8,}$")
+FREE_SPACE_MARGIN = 1.02
+"""Bytes needed for a save, over the bytes of its tensors."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
     every_steps: int = 500
     """Steps between checkpoints; 0 saves only at each phase's end."""
+    interval_minutes: float = 0.0
+    """Maximum minutes between checkpoints, beside `every_steps`; 0 counts steps alone."""
     keep: int = 2
     """Number of newest checkpoints to keep."""
     max_failed_saves: int = 3
@@ -55,8 +72,9 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         if self.every_steps < 0 or self.keep < 1:
             raise ValueError(f"{self.every_steps = } must be at least 0 and {self.keep = } at least 1")
-        if self.max_failed_saves < 0 or self.retry_wait_s < 0:
-            raise ValueError(f"{self.max_failed_saves = } and {self.retry_wait_s = } must be at least 0")
+        for name in ("interval_minutes", "max_failed_saves", "retry_wait_s"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 0")
 
 
 class SaveFailedError(RuntimeError):
@@ -148,39 +166,36 @@ class Checkpoints:
             return None
 
     def _run(self, snapshot: Snapshot, before_commit: Callable[[], None] | None) -> None:
+        target = storage.join_uri(self.uri, snapshot.tag)
+        is_first = dist.get_rank() == 0
         try:
-            target = storage.join_uri(self.uri, snapshot.tag)
-            rank = dist.get_rank()
-            if rank == 0:
-                self._on_all_ranks(lambda: storage.remove(target))  # left by a killed attempt
-                self._on_all_ranks(lambda: _write_files(target, snapshot.files, snapshot.documents))
-                self._on_all_ranks(lambda: self._commit(target, before_commit))
-            else:
-                self._on_all_ranks(lambda: None)
-                self._on_all_ranks(lambda: _write_files(target, snapshot.files, {}))
-                self._on_all_ranks(lambda: None)
+            num_bytes = self._on_all_ranks(lambda: _checked_upload_space(target, snapshot.files))
+            self._on_all_ranks(lambda: _prepare(target, sum(num_bytes)) if is_first else None)
+            documents = snapshot.documents if is_first else {}
+            written = self._on_all_ranks(lambda: _write_files(target, snapshot.files, documents))
+            files = {name: facts for of_rank in written for name, facts in of_rank.items()}
+            self._on_all_ranks(lambda: _commit(target, files, before_commit) if is_first else None)
             self._outcome = target
             self.newest_written = snapshot.global_step
-            if rank == 0:
+            if is_first:
                 self._prune()
         except Exception as error:  # noqa: BLE001 - handed to `wait`, which raises it
             self._outcome = error
+            if is_first and isinstance(error, SaveFailedError):  # no rank is writing any more
+                _remove_quietly(target)
 
-    def _on_all_ranks(self, act: Callable[[], None]) -> None:
-        failure = None
+    def _on_all_ranks(self, act: Callable[[], T]) -> list[T]:
+        """Returns the result of every rank, in order."""
+        outcome: tuple[T | None, str | None] = (None, None)
         try:
-            act()
+            outcome = act(), None
         except Exception as error:  # noqa: BLE001 - gathered, and raised on every rank
-            failure = f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
-        failures: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(failures, failure, group=self._group)
-        if any(failures):
-            raise SaveFailedError("; ".join(text for text in failures if text))
-
-    def _commit(self, target: str, before_commit: Callable[[], None] | None) -> None:
-        if before_commit is not None:
-            before_commit()
-        storage.write_json(storage.join_uri(target, COMMIT_FILE), {"files": _sizes(target)})
+            outcome = None, f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
+        outcomes: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(outcomes, outcome, group=self._group)
+        if failures := [failure for _, failure in outcomes if failure is not None]:
+            raise SaveFailedError("; ".join(failures))
+        return [result for result, _ in outcomes]
 
     def _prune(self) -> None:
         try:
@@ -198,26 +213,46 @@ class Checkpoints:
 def resolve_resume(uri: str, resume: Literal["auto", "never"] | str) -> str | None:
     """Returns the checkpoint to start from; None for the initial weights.
 
-    `auto` is the newest committed one; `never` requires that there is none; a URI may name another run's.
+    `auto` is the newest committed one; `never` requires that there is none; a URI may name another run's, or an older
+    one of this run, whose newer ones are then set aside.
 
     Raises:
-        ValueError: if the run would get two histories.
+        ValueError: if the run would get two histories, or none of its checkpoints can be used.
     """
-    newest = Checkpoints(uri).newest()
+    checkpoints = Checkpoints(uri)
+    committed = checkpoints.committed()
+    newest = committed[-1] if committed else None
     if resume == "auto":
+        if newest is None and (marked := [folder for folder in list_folders(uri) if is_marked(folder)]):
+            raise ValueError(
+                f"every checkpoint in {uri} is damaged ({', '.join(marked)}); restore their files, or choose another"
+                " name to start again"
+            )
         return newest
     if resume == "never":
         if newest is not None:
             raise ValueError(f"--resume never, but {newest} is committed; choose another name, or remove {uri}")
         return None
     read_state(resume)
-    if newest is not None and storage.split_uri(newest)[1] != storage.split_uri(resume)[1]:
+    own = {_path(folder): folder for folder in committed}
+    if newest is not None and _path(resume) not in own:
         raise ValueError(f"--resume {resume}, but this run's newest checkpoint is {newest}; choose another name")
+    if newest is not None:
+        chosen = own[_path(resume)]
+        set_aside([folder for folder in committed if folder > chosen], "superseded")
     return resume
 
 
+def candidates(checkpoints: Checkpoints, uri: str) -> list[str]:
+    """Returns `uri` and, if it is one of these checkpoints, the older ones, newest first."""
+    committed = {_path(folder): folder for folder in checkpoints.committed()}
+    if _path(uri) not in committed:
+        return [uri]
+    return [folder for folder in reversed(committed.values()) if folder <= committed[_path(uri)]]
+
+
 def restore_checkpoint(
-    uri: str,
+    saved: OpenCheckpoint,
     model: nn.Module,
     groups: Sequence[ParameterGroup],
     build: Callable[[], Any],
@@ -225,7 +260,7 @@ def restore_checkpoint(
     zero_stage: int,
     dtype: Dtype,
 ) -> Any:
-    """Restores `build()`'s ds_engine to the checkpoint at `uri`.
+    """Restores `build()`'s ds_engine to the checkpoint; collective.
 
     At equal world size, ZeRO stage and dtype the restored state is bit-identical; otherwise parameters are
     resharded.
@@ -234,63 +269,46 @@ def restore_checkpoint(
         ValueError: if the checkpoint trained other parameters.
         RuntimeError: if files cannot be read, or hold more than data.
     """
-    state = read_state(uri)
-    saved_groups = storage.read_json(storage.join_uri(uri, GROUPS_FILE))
-    _check_same_groups(saved_groups, groups, uri)
+    _check_same_groups(saved.groups, groups, saved.uri)
     layout = (dist.get_world_size(), zero_stage, dtype)
-    saved_layout = (state.world_size, state.zero_stage, state.dtype)
-    with local_copy(uri) as folder:
-        if layout == saved_layout:
-            ds_engine = build()
-            _load_natively(ds_engine, folder, uri)
-        else:
-            logger.info("%s: (ranks, ZeRO stage, dtype) %s -> %s", uri, saved_layout, layout)
-            shards = open_shards(folder, state, saved_groups)
-            load_weights_from(shards, model)
-            ds_engine = build()
-            load_optimizer_from(shards, ds_engine, groups)
-        _set_generator_states(folder / f"rng-{dist.get_rank():05d}.pt", state)
+    if saved.state.layout == layout:
+        ds_engine = build()
+        _load_natively(ds_engine, saved.folder, saved.uri)
+    else:
+        logger.info(
+            "%s: (ranks, ZeRO stage, dtype) %s -> %s",
+            *(saved.uri, saved.state.layout, layout),
+        )
+        shards = saved.shards()
+        load_weights_from(shards, model)
+        ds_engine = build()
+        load_optimizer_from(shards, ds_engine, groups)
+    _set_generator_states(saved.folder / f"rng-{dist.get_rank():05d}.pt", saved.state)
+    dist.barrier()  # other ranks may read the same folder, which `close` removes
     return ds_engine
 
 
 def is_committed(uri: str) -> bool:
-    """Returns whether COMMIT exists and all files have their sizes."""
-    mark = storage.join_uri(uri, COMMIT_FILE)
-    if not storage.exists(mark):
+    """Returns whether COMMIT exists and all files have their sizes; logs what is wrong."""
+    if not is_marked(uri):
         return False
-    expected = storage.read_json(mark)["files"]
-    found = _sizes(uri)
-    wrong = [name for name, size in expected.items() if found.get(name) != size]
-    if wrong:
-        logger.warning("skipping %s: committed, but damaged in %s", uri, ", ".join(sorted(wrong)[:5]))
-    return not wrong
+    try:
+        check_sizes(uri)
+    except DamagedCheckpointError as error:
+        logger.warning("skipping a damaged checkpoint: %s", error)
+        return False
+    return True
 
 
 def read_state(uri: str) -> TrainState:
-    """Raises ValueError without a commit or for another format version."""
-    if not is_committed(uri):
-        raise ValueError(
-            f"there is no committed checkpoint at {uri!r}; name a folder step-* that holds a {COMMIT_FILE}"
-        )
-    return TrainState.from_json(storage.read_json(storage.join_uri(uri, STATE_FILE)), source=uri)
+    """Reads the progress of a checkpoint.
 
-
-def open_shards(folder: Path, state: TrainState, saved_groups: list[dict[str, Any]]) -> SavedShards:
-    trained = [name for group in saved_groups for name in group["parameter_names"]]
-    return SavedShards(folder, zero_stage=state.zero_stage, trained=trained)
-
-
-@contextlib.contextmanager
-def local_copy(uri: str) -> Iterator[Path]:
-    """Yields the checkpoint's folder, downloaded if it is remote."""
-    filesystem, path = storage.split_uri(uri)
-    if storage.is_local(uri):
-        yield Path(path)
-        return
-    with tempfile.TemporaryDirectory(prefix="timeviper-checkpoint-") as scratch:
-        folder = Path(scratch) / PurePosixPath(path).name
-        filesystem.get(path.rstrip("/") + "/", f"{folder}/", recursive=True)
-        yield folder
+    Raises:
+        ValueError: without a commit, or for another format version.
+        DamagedCheckpointError: if a file is missing or state.json is damaged.
+    """
+    files = check_sizes(uri)
+    return TrainState.from_json(read_document(uri, STATE_FILE, files[STATE_FILE]), source=uri)
 
 
 def list_folders(uri: str) -> list[str]:
@@ -346,18 +364,48 @@ def _check_same_groups(saved: list[dict[str, Any]], groups: Sequence[ParameterGr
             )
 
 
-def _sizes(uri: str) -> dict[str, int]:
-    filesystem, path = storage.split_uri(uri)
-    filesystem.invalidate_cache()
-    found = filesystem.ls(path, detail=True)
-    sizes = {PurePosixPath(item["name"]).name: int(item["size"]) for item in found if item["type"] == "file"}
-    sizes.pop(COMMIT_FILE, None)
-    return sizes
+def _path(uri: str) -> str:
+    return str(storage.split_uri(uri)[1]).rstrip("/")
 
 
-def _write_files(target: str, files: dict[str, Any], documents: dict[str, Any]) -> None:
-    for name, content in files.items():
-        uri = storage.join_uri(target, name)
-        storage.write_atomic(uri, lambda file, content=content: torch.save(content, file))  # type: ignore[misc]
+def _checked_upload_space(target: str, files: dict[str, Any]) -> int:
+    """Returns the bytes that this rank will write; a remote target needs local space for the largest file."""
+    sizes = [num_tensor_bytes(content) for content in files.values()]
+    if not storage.is_local(target):
+        _check_space(tempfile.gettempdir(), max(sizes), "uploads pass through TMPDIR: free space there")
+    return sum(sizes)
+
+
+def _prepare(target: str, num_bytes: int) -> None:
+    storage.remove(target)  # left by a killed attempt
+    if storage.is_local(target):
+        _check_space(storage.split_uri(target)[1], num_bytes, "free space, or lower checkpoint.keep")
+
+
+def _check_space(path: str, num_bytes: int, advice: str) -> None:
+    folder = next(folder for folder in [Path(path), *Path(path).parents] if folder.exists())
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes * FREE_SPACE_MARGIN:
+        raise RuntimeError(f"the save needs {num_bytes / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB; {advice}")
+
+
+def _write_files(target: str, files: dict[str, Any], documents: dict[str, Any]) -> dict[str, FileFacts]:
+    written = {
+        name: write_hashed(storage.join_uri(target, name), partial(torch.save, content))
+        for name, content in files.items()
+    }
     for name, content in documents.items():
-        storage.write_json(storage.join_uri(target, name), content)
+        data = (json.dumps(content, indent=2) + "\n").encode()
+        written[name] = write_hashed(storage.join_uri(target, name), lambda file, data=data: file.write(data))  # type: ignore[misc]
+    return written
+
+
+def _commit(target: str, files: dict[str, FileFacts], before_commit: Callable[[], None] | None) -> None:
+    if before_commit is not None:
+        before_commit()
+    write_commit(target, files)
+
+
+def _remove_quietly(target: str) -> None:
+    with contextlib.suppress(Exception):  # the next save removes it
+        storage.remove(target)

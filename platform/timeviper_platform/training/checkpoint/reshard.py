@@ -9,7 +9,7 @@ DeepSpeed's universal checkpoints (0.19.8) give all ZeRO-3 groups the first one'
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,16 @@ def load_optimizer_from(shards: SavedShards, ds_engine: Any, groups: Sequence[Pa
                 for kind, target in targets.items():
                     whole = shards.parameter(name, kind).flatten()
                     target.data.view(-1).narrow(0, start, numel).copy_(whole.narrow(0, first, numel))
+
+
+@torch.no_grad()
+def set_masters(ds_engine: Any, groups: Sequence[ParameterGroup], values: Mapping[str, Tensor]) -> None:
+    """Replaces master weights, which DeepSpeed takes from the rounded parameters."""
+    parameters = dict(ds_engine.module.named_parameters())
+    for number, group in enumerate(groups):
+        for index, name in enumerate(group.parameter_names):
+            for flat, start, first, numel in own_fragments(ds_engine, parameters[name], number, index):
+                flat.data.view(-1).narrow(0, start, numel).copy_(values[name].flatten().narrow(0, first, numel))
 
 
 def _by_rank(folder: Path, pattern: str) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -9,12 +10,14 @@ from timeviper_platform.common.devices import Dtype
 from timeviper_platform.training.batches.packing import PackPosition
 from timeviper_platform.training.optim.lr_schedule import ScheduleConfig
 
+logger = logging.getLogger(__name__)
+
 STATE_VERSION = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepPlan:
-    """Settings that must stay equal within a phase; otherwise resuming skips or repeats samples."""
+    """Settings that must stay equal within a phase, except that it may be lengthened."""
 
     packs_per_step: int
     num_steps: int
@@ -22,9 +25,10 @@ class StepPlan:
     schedule: ScheduleConfig
 
     def differences(self, now: StepPlan) -> list[str]:
-        """Returns `name before -> now` for each changed setting."""
+        """Returns `name before -> now` for each changed setting but a longer phase."""
         before, after = _flat(self), _flat(now)
-        return [f"{name} {before[name]} -> {after[name]}" for name in before if before[name] != after[name]]
+        changed = [name for name in before if before[name] != after[name]]
+        return [f"{name} {before[name]} -> {after[name]}" for name in changed if not _is_longer(before, after, name)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +58,11 @@ class TrainState:
             num_damaged=self.num_damaged + num_damaged,
         )
 
+    @property
+    def layout(self) -> tuple[int, int, Dtype]:
+        """(ranks, ZeRO stage, dtype): at equal layouts, DeepSpeed loads its own files."""
+        return self.world_size, self.zero_stage, self.dtype
+
     def to_json(self) -> dict[str, Any]:
         return {"version": STATE_VERSION, **asdict(self), "position": self.position._asdict()}
 
@@ -80,9 +89,19 @@ class TrainState:
             )
         if differences := self.step_plan.differences(now.step_plan):
             raise ValueError(
-                f"{source} was training phase {self.phase} with other steps ({', '.join(differences)}): a phase cannot"
-                " change them half-way; restore them, or start a new run from exported weights"
+                f"{source} was training phase {self.phase} with other steps ({', '.join(differences)}): a phase may be"
+                " lengthened, but not change otherwise; restore them, or start a new run from exported weights"
             )
+        if now.step_plan.num_steps > self.step_plan.num_steps:
+            logger.info(
+                "phase %s is lengthened from %d to %d steps; learning rates follow the longer schedule from here on",
+                *(self.phase, self.step_plan.num_steps, now.step_plan.num_steps),
+            )
+
+
+def _is_longer(before: dict[str, Any], after: dict[str, Any], name: str) -> bool:
+    lengths = before[name], after[name]
+    return name in ("num_steps", "num_epochs") and None not in lengths and lengths[1] > lengths[0]
 
 
 def _flat(plan: StepPlan) -> dict[str, Any]:

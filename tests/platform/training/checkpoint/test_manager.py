@@ -1,19 +1,21 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from timeviper_platform.common import storage
 from timeviper_platform.training.batches.packing import PackPosition
-from timeviper_platform.training.checkpoint.manager import (
+from timeviper_platform.training.checkpoint.commit import (
     COMMIT_FILE,
-    Checkpoints,
-    is_committed,
-    local_copy,
-    read_state,
-    resolve_resume,
+    DamagedCheckpointError,
+    write_commit,
+    write_hashed,
 )
+from timeviper_platform.training.checkpoint.local_files import open_checkpoint
+from timeviper_platform.training.checkpoint.manager import Checkpoints, is_committed, read_state, resolve_resume
 from timeviper_platform.training.checkpoint.state import StepPlan, TrainState
 from timeviper_platform.training.optim.lr_schedule import ScheduleConfig
 
@@ -34,11 +36,14 @@ def state_of(step: int) -> TrainState:
 
 def make_checkpoint(root: str, step: int, *, commit: bool = True) -> str:
     uri = storage.join_uri(root, f"step-{step:08d}")
-    storage.write_bytes(storage.join_uri(uri, "shard.pt"), b"12345")
-    storage.write_json(storage.join_uri(uri, "state.json"), state_of(step).to_json())
+    documents: dict[str, Any] = {"state.json": state_of(step).to_json(), "groups.json": [], "model.json": {}}
+    contents = {"rank_states.pt": b"12345"} | {name: json.dumps(value).encode() for name, value in documents.items()}
+    files = {
+        name: write_hashed(storage.join_uri(uri, name), lambda file, data=data: file.write(data))
+        for name, data in contents.items()
+    }
     if commit:
-        size = len(storage.read_bytes(storage.join_uri(uri, "state.json")))
-        storage.write_json(storage.join_uri(uri, COMMIT_FILE), {"files": {"shard.pt": 5, "state.json": size}})
+        write_commit(uri, files)
     return uri
 
 
@@ -52,25 +57,47 @@ def test_the_newest_committed_checkpoint_counts(tmp_path: Path, remote: bool) ->
     assert Checkpoints(root).newest() == newest
     assert resolve_resume(root, "auto") == newest
     assert read_state(newest) == state_of(10)
-    with local_copy(newest) as folder:
-        assert (folder / "shard.pt").read_bytes() == b"12345"
+    with open_checkpoint(newest) as opened:
+        assert (opened.folder / "rank_states.pt").read_bytes() == b"12345"
+        assert opened.state == state_of(10)
 
 
 def test_a_checkpoint_with_a_short_or_missing_file_is_skipped(tmp_path: Path) -> None:
     good = make_checkpoint(str(tmp_path), 2)
     short, missing = make_checkpoint(str(tmp_path), 4), make_checkpoint(str(tmp_path), 6)
-    Path(short, "shard.pt").write_bytes(b"123")
-    Path(missing, "shard.pt").unlink()
+    Path(short, "rank_states.pt").write_bytes(b"123")
+    Path(missing, "rank_states.pt").unlink()
     assert not is_committed(short)
     assert Checkpoints(str(tmp_path)).newest() == good
-    with pytest.raises(ValueError, match=r"no committed checkpoint at .*step-00000006"):
+    with pytest.raises(DamagedCheckpointError, match=r"step-00000006: rank_states.pt \(missing\)"):
         read_state(missing)
 
 
-def test_a_checkpoint_of_another_version_is_refused_with_advice(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["rank_states.pt", "state.json", "groups.json", "model.json", COMMIT_FILE])
+def test_any_flipped_bit_is_found_and_its_file_named(tmp_path: Path, name: str) -> None:
+    uri = make_checkpoint(str(tmp_path), 4)
+    whole = Path(uri, name).read_bytes()
+    for bit in range(0, 8 * len(whole), 7):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        Path(uri, name).write_bytes(flipped)
+        with pytest.raises(DamagedCheckpointError, match=rf"step-00000004: {name} \(its checksum|{name} is damaged"):
+            with open_checkpoint(uri):
+                pass
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_again_from_scratch(tmp_path: Path) -> None:
+    Path(make_checkpoint(str(tmp_path), 2), COMMIT_FILE).write_text("{")
+    with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged .*step-00000002.*choose another name"):
+        resolve_resume(str(tmp_path), "auto")
+
+
+def test_a_checkpoint_of_another_version_is_refused_with_advice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("timeviper_platform.training.checkpoint.state.STATE_VERSION", 2)
     uri = make_checkpoint(str(tmp_path), 2)
-    path = Path(uri, "state.json")
-    path.write_text(path.read_text().replace('"version": 3', '"version": 2'))
+    monkeypatch.undo()
     with pytest.raises(ValueError, match=r"step-00000002: state version 2, this release reads 3; .* exported weights"):
         read_state(uri)
 
@@ -88,3 +115,15 @@ def test_resuming_never_leaves_a_run_with_two_histories(tmp_path: Path) -> None:
         resolve_resume(own, elsewhere)
     with pytest.raises(ValueError, match="no committed checkpoint at '/nowhere'"):
         resolve_resume(own, "/nowhere")
+
+
+def test_resuming_an_older_checkpoint_sets_the_newer_ones_aside(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else a restart would continue from the newer ones."""
+    older, newer = make_checkpoint(str(tmp_path), 2), make_checkpoint(str(tmp_path), 4)
+    assert resolve_resume(str(tmp_path), older) == older
+    assert resolve_resume(str(tmp_path), "auto") == older
+    assert f"{newer} is set aside; to use it again, rename {newer}/COMMIT.superseded to COMMIT" in caplog.text
+    Path(newer, "COMMIT.superseded").rename(Path(newer, COMMIT_FILE))
+    assert resolve_resume(str(tmp_path), "auto") == newer

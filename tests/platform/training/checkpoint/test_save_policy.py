@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ import pytest
 from reference.training_corpus import Corpus, make_corpus, train_values
 from timeviper_platform.common import storage
 from timeviper_platform.common.config import parse_config
-from timeviper_platform.training.checkpoint.manager import COMMIT_FILE, Checkpoints
+from timeviper_platform.training.checkpoint import manager
+from timeviper_platform.training.checkpoint.commit import COMMIT_FILE
+from timeviper_platform.training.checkpoint.manager import Checkpoints
 from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.local import train_local
 from timeviper_platform.training.metrics.writer import read_metrics
@@ -28,7 +31,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
-def every_step(corpus: Corpus, name: str, **checkpoints: int) -> TrainConfig:
+def every_step(corpus: Corpus, name: str, **checkpoints: float) -> TrainConfig:
     """A run of NUM_STEPS steps with a checkpoint after each."""
     values = train_values(
         corpus, name=name, checkpoint={"every_steps": 1, "keep": 9, "retry_wait_s": 0.0, **checkpoints}
@@ -67,7 +70,7 @@ def test_a_failed_save_is_logged_and_counted_and_training_continues(
     assert steps_of(config) == [1, 3, 4]
     assert [row["num_failed_saves"] for row in read_metrics(RunFolder.of(config).uri)] == [0, 0, 1, 1]
     assert "step-00000002: no space left; training continues: 1 of 3 saves in a row" in caplog.text
-    assert not Path(RunFolder.of(config).checkpoints, "step-00000002").exists()  # the next commit removes its remains
+    assert not Path(RunFolder.of(config).checkpoints, "step-00000002").exists()
 
 
 def test_a_phases_last_checkpoint_is_repeated_until_it_succeeds(
@@ -112,3 +115,26 @@ def test_old_checkpoints_are_removed_once_storage_allows_it(
     assert len(refused) == 2
     assert "cannot be removed and stay for now" in caplog.text
     assert steps_of(config) == [4]
+
+
+def test_a_save_that_cannot_fit_fails_before_it_writes_and_leaves_nothing(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = every_step(corpus, "no-space", max_failed_saves=0)
+    folder = Path(RunFolder.of(config).checkpoints)
+    written: list[str] = []
+    write = storage.write_atomic
+    monkeypatch.setattr(storage, "write_atomic", lambda uri, content: (written.append(uri), write(uri, content)))
+    monkeypatch.setattr(manager.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(
+        RuntimeError, match=r"the save needs 0\.\d GB, and .* has 0\.0 GB; free space, or lower checkpoint"
+    ):
+        train_local(config)
+    assert not [uri for uri in written if "step-" in uri]
+    assert not list(folder.glob("step-*"))
+
+
+def test_checkpoints_are_saved_by_the_clock_too(corpus: Corpus) -> None:
+    config = every_step(corpus, "by-time", every_steps=0, interval_minutes=1e-9)
+    train_local(config)
+    assert steps_of(config) == [1, 2, 3, 4]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,15 @@ import torch
 
 from reference.training_corpus import make_corpus, train_values
 from timeviper_platform.common.config import parse_config
+from timeviper_platform.training.checkpoint.commit import (
+    DamagedCheckpointError,
+    read_commit,
+    write_commit,
+    write_hashed,
+)
 from timeviper_platform.training.checkpoint.deepspeed_files import load_saved
-from timeviper_platform.training.checkpoint.export import export_weights
-from timeviper_platform.training.checkpoint.manager import COMMIT_FILE, is_committed
+from timeviper_platform.training.checkpoint.export import export_newest, export_weights
+from timeviper_platform.training.checkpoint.manager import is_committed
 from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.local import train_local
 from timeviper_platform.training.metrics.writer import read_metrics
@@ -101,14 +107,11 @@ def before_its_last_step(finished: TrainConfig, name: str) -> Path:
 
 def poison(checkpoint: Path, pattern: str, mark: Path) -> None:
     """Makes the files of that pattern run code and updates COMMIT to match."""
-    commit = json.loads((checkpoint / COMMIT_FILE).read_text())
+    files = read_commit(str(checkpoint))
     for file in checkpoint.glob(pattern):
         content = torch.load(file, weights_only=False)
-        file.unlink()  # a hard link
-        torch.save(content | {"epoch": Touch(mark)}, file)
-        commit["files"][file.name] = file.stat().st_size
-    (checkpoint / COMMIT_FILE).unlink()
-    (checkpoint / COMMIT_FILE).write_text(json.dumps(commit))
+        files[file.name] = write_hashed(str(file), partial(torch.save, content | {"epoch": Touch(mark)}))
+    write_commit(str(checkpoint), files)
 
 
 @pytest.mark.parametrize("pattern", ["*model_states.pt", "*optim_states.pt"])
@@ -141,3 +144,46 @@ def test_every_stage_and_dtype_saves_plain_data(
     rows, expected = (read_metrics(RunFolder.of(config).uri) for config in (resumed, whole))
     assert [row["attempt"] for row in rows] == [1, 1, 2]
     assert [row["loss"] for row in rows] == [row["loss"] for row in expected]
+
+
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_one_flipped_bit_in_any_file_resumes_from_an_older_checkpoint_and_names_the_file(
+    values: dict[str, Any], finished: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture, stage: int
+) -> None:
+    """Today's readers load a changed weight without a word."""
+    changes = {"zero": {"stage": stage}}
+    whole = finished if stage == 2 else trained(values, "whole-3", **changes)
+    expected = [row["loss"] for row in read_metrics(RunFolder.of(whole).uri)]
+    names = sorted(file.name for file in before_its_last_step(whole, f"files-{stage}").iterdir())
+    assert len(names) == 7
+    for number, name in enumerate(names):
+        run = f"flipped-{stage}-{number}"
+        newest = before_its_last_step(whole, run)
+        file = newest / name
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.unlink()  # a hard link
+        file.write_bytes(content)
+        caplog.clear()
+        config = trained(values, run, **changes)
+        rows = read_metrics(RunFolder.of(config).uri)
+        assert [row["attempt"] for row in rows] == [1, 2, 2], name
+        assert [row["loss"] for row in rows] == expected, name
+        assert f"{newest}: {name}" in caplog.text
+        assert not (newest / "COMMIT.damaged").exists()  # written again by the resumed run
+
+
+def test_export_takes_the_newest_intact_checkpoint(
+    values: dict[str, Any], finished: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    newest = before_its_last_step(finished, "export-damaged")
+    file = next(newest.glob("*optim_states.pt"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.unlink()
+    file.write_bytes(content)
+    exported = export_newest(str(newest.parent), str(tmp_path / "weights"))
+    assert exported.endswith("step-00000001")
+    assert f"{newest}: {file.name} (its checksum differs)" in caplog.text
+    with pytest.raises(DamagedCheckpointError, match=file.name):
+        export_weights(str(newest), str(tmp_path / "other"))
