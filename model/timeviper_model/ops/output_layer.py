@@ -14,13 +14,10 @@ from timeviper_model.ops.precision import widen
 
 
 class OutputLayer(Linear):
-    """Hidden states (K, D) to logits (K, V), or to the summed cross entropy of targets (K,)."""
-
     def loss_sum(self, hidden_KD: Tensor, targets_K: Tensor, chunk_length: int) -> Tensor:
-        """Returns the fp32 cross entropy, from `chunk_length` rows of logits at a time.
+        """fp32 cross entropy, from `chunk_length` rows of logits at a time.
 
-        ONE call of the module for any number of chunks: under ZeRO-3 a call is a collective, and ranks have unequal
-        numbers of targets.
+        One call of the module, which is a collective under ZeRO-3, however many targets this rank has.
         """
         loss_sum: Tensor = self(hidden_KD, targets_K, chunk_length)
         return loss_sum
@@ -41,6 +38,6 @@ class OutputLayer(Linear):
 
 
 def chunks(hidden_KD: Tensor, targets_K: Tensor, length: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields rows and their targets; one empty chunk if nothing is labelled."""
+    """Yields one empty chunk if nothing is labelled."""
     for start in range(0, max(1, len(targets_K)), length):
         yield hidden_KD[start : start + length], targets_K[start : start + length]

@@ -14,14 +14,9 @@ MAX_UNUSED_SECONDS = 7 * 24 * 3600.0
 
 
 def machine_file(kind: str, name: str, write: Callable[[Path], object]) -> Path:
-    """Returns a file in TMPDIR whose content `name` determines; the first process to need it writes it.
+    """Returns a file in TMPDIR, written by the first process that needs it; `name` determines its content.
 
-    Args:
-        kind: a folder of files of one suffix.
-        write: writes the content to a path.
-
-    Raises:
-        RuntimeError: if the folder belongs to another user.
+    Raises RuntimeError if the folder of this `kind` belongs to another user.
     """
     folder = Path(tempfile.gettempdir(), f"timeviper-{kind}-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)

@@ -205,3 +205,9 @@ def _connection(**options: Any) -> Iterator[None]:
 def has_cluster() -> bool:
     """Returns whether a Ray is connected or named by RAY_ADDRESS."""
     return bool(os.environ.get("RAY_ADDRESS")) or ("ray" in sys.modules and sys.modules["ray"].is_initialized())
+
+
+def has_autoscaler() -> bool:
+    """Returns whether nodes may be added on demand: by KubeRay, Anyscale or `ray up`. Ray itself does not tell."""
+    managed = ("KUBERAY_CRD_VER", "KUBERAY_GEN_RAY_START_CMD", "ANYSCALE_CLUSTER_ID")
+    return any(name in os.environ for name in managed) or Path("~/ray_bootstrap_config.yaml").expanduser().exists()

@@ -136,6 +136,10 @@ class WorkersConfig:
             raise ValueError(f"workers: {self.preemption_grace_s = } must be at least 0")
 
     @property
+    def min_workers(self) -> int:
+        return self.num_workers[0] if isinstance(self.num_workers, tuple) else self.num_workers
+
+    @property
     def max_workers(self) -> int:
         return self.num_workers[1] if isinstance(self.num_workers, tuple) else self.num_workers
 

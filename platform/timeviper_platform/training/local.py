@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 
 from timeviper_platform.common.config import load_config
+from timeviper_platform.common.devices import torch_device
+from timeviper_platform.common.lease import hold_lease
 from timeviper_platform.common.logs import setup_logging
 from timeviper_platform.common.storage import StorageUnavailableError
 from timeviper_platform.training.checkpoint.manager import resolve_resume
@@ -25,6 +27,7 @@ from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.distributed import from_rank_0
 from timeviper_platform.training.hooks import RunHooks
 from timeviper_platform.training.interrupts import StoppedError, sigterm_interrupts
+from timeviper_platform.training.metrics.trackers import check_trackers
 from timeviper_platform.training.run import RunFolder, run_training
 
 logger = logging.getLogger(__name__)
@@ -34,11 +37,26 @@ def train_local(config: TrainConfig, *, resume: str = "auto") -> dict[str, Any]:
     """Runs `config` as one rank of the launcher's group; returns the report by phase.
 
     `resume` is auto, never, or a checkpoint's URI.
+
+    Raises:
+        LeaseHeldError: if another job trains in the same run folder.
     """
+    check_trackers(config.metrics.mlflow, config.metrics.wandb)
     torch.set_num_threads(config.workers.threads_per_worker)
-    with process_group(use_gpu=config.workers.use_gpu) as device, sigterm_interrupts() as interrupts:
+    with (
+        process_group(use_gpu=config.workers.use_gpu) as device,
+        _lease_of_rank_0(config),
+        sigterm_interrupts() as interrupts,
+    ):
         resume_from = from_rank_0(lambda: resolve_resume(RunFolder.of(config).checkpoints, resume))
         return run_training(config, resume_from=resume_from, device=device, hooks=RunHooks(interrupts=interrupts))
+
+
+@contextlib.contextmanager
+def _lease_of_rank_0(config: TrainConfig) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        from_rank_0(lambda: stack.enter_context(hold_lease(RunFolder.of(config).uri, f"training run {config.name}")))
+        yield
 
 
 @contextlib.contextmanager
@@ -47,7 +65,7 @@ def process_group(*, use_gpu: bool) -> Iterator[torch.device]:
     backend = "nccl" if use_gpu else "gloo"
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_gpu else torch.device("cpu")
     if use_gpu:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(torch_device(str(device)))
     if dist.is_initialized():
         yield device
         return

@@ -4,21 +4,51 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import FrameType
 
 from ray import train
+from ray.experimental import internal_kv
 
 from timeviper_platform.common import storage
 from timeviper_platform.training.distributed import from_rank_0
-from timeviper_platform.training.interrupts import Interrupt, sigterm_interrupts
+from timeviper_platform.training.interrupts import Interrupt, StoppedError
 
 logger = logging.getLogger(__name__)
 
 LAST_SAVE_S = 120.0
 """Seconds before a node's removal at which to save again."""
 SIGNAL_POLL_S = 0.2
+PULSE_S = 1.0
+NO_PULSE_S = 5.0
+"""No worker runs after this time without a pulse."""
+PULSE_NAMESPACE = b"timeviper-pulse"
+
+
+class Pulse:
+    """Signs of life of a run's workers in the cluster's key-value store, which has no public name."""
+
+    def __init__(self, run: str) -> None:
+        self._key = run.encode()
+
+    def start(self) -> None:
+        threading.Thread(target=self._send, name="pulse", daemon=True).start()
+
+    def _send(self) -> None:
+        number = 0
+        while True:
+            with contextlib.suppress(Exception):  # the cluster's store restarts; the next one arrives
+                internal_kv._internal_kv_put(self._key, f"{os.getpid()} {number}".encode(), namespace=PULSE_NAMESPACE)
+            number += 1
+            time.sleep(PULSE_S)
+
+    def last(self) -> bytes | None:
+        value: bytes | None = internal_kv._internal_kv_get(self._key, namespace=PULSE_NAMESPACE)
+        return value
 
 
 class StopFile:
@@ -36,28 +66,52 @@ class StopFile:
             return False
 
     @contextlib.contextmanager
-    def created_on_sigterm(self) -> Iterator[None]:
-        """Creates the file on SIGTERM inside the block."""
+    def created_on_sigterm(self, last_pulse: Callable[[], object] | None = None) -> Iterator[None]:
+        """Creates the file on SIGTERM inside the block.
+
+        Args:
+            last_pulse: the workers' last sign of life.
+
+        Raises:
+            StoppedError: after SIGTERM, if no worker shows a sign of life: none runs that could stop.
+        """
         if threading.current_thread() is not threading.main_thread():  # signals arrive in the main thread only
             yield
             return
-        ended = threading.Event()
-        with sigterm_interrupts() as interrupts:
+        main = threading.get_ident()
+        received, no_worker, ended = threading.Event(), threading.Event(), threading.Event()
 
-            def watch() -> None:
-                while not ended.wait(SIGNAL_POLL_S):
-                    if interrupts() is Interrupt.STOP:
-                        logger.warning("SIGTERM: the workers save and stop")
-                        storage.write_bytes(self._uri, b"")
-                        return
+        def note(number: int, frame: FrameType | None) -> None:
+            received.set()
+            if no_worker.is_set() and not ended.is_set():
+                raise KeyboardInterrupt  # ray.get passes on no other exception
 
-            thread = threading.Thread(target=watch, name="sigterm", daemon=True)
-            thread.start()
-            try:
-                yield
-            finally:
-                ended.set()
-                thread.join()
+        def watch() -> None:
+            while not received.wait(SIGNAL_POLL_S):
+                if ended.is_set():
+                    return
+            logger.warning("SIGTERM: the workers save and stop")
+            storage.write_bytes(self._uri, b"")
+            while last_pulse is not None and not ended.is_set():
+                before = last_pulse()
+                if not ended.wait(NO_PULSE_S) and last_pulse() == before:
+                    no_worker.set()
+                    signal.pthread_kill(main, signal.SIGTERM)  # wakes the main thread
+                    return
+
+        before = signal.signal(signal.SIGTERM, note)
+        thread = threading.Thread(target=watch, name="sigterm", daemon=True)
+        thread.start()
+        try:
+            yield
+        except KeyboardInterrupt:
+            if not no_worker.is_set():
+                raise
+            raise StoppedError("stopped on request while no worker was running; start it again to go on") from None
+        finally:
+            ended.set()
+            thread.join()
+            signal.signal(signal.SIGTERM, before)
 
 
 class PreemptionWatch:

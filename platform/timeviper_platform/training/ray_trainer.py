@@ -19,7 +19,9 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.util.metrics import Gauge
 
 from timeviper_platform.common import storage
+from timeviper_platform.common.lease import hold_lease
 from timeviper_platform.common.logs import setup_logging
+from timeviper_platform.common.ray_cluster import has_autoscaler
 from timeviper_platform.training.batches.loader import prefetch_in_thread
 from timeviper_platform.training.batches.ray_loader import prefetch_on_ray
 from timeviper_platform.training.checkpoint.manager import resolve_resume
@@ -28,8 +30,10 @@ from timeviper_platform.training.distributed import all_ranks_end, from_rank_0
 from timeviper_platform.training.eval_worker import evaluate_checkpoint
 from timeviper_platform.training.hooks import RunHooks
 from timeviper_platform.training.interrupts import FatalTrainingError, StoppedError
+from timeviper_platform.training.metrics.attempt_record import describe_environment
 from timeviper_platform.training.metrics.trackers import check_trackers
-from timeviper_platform.training.ray_interrupts import PreemptionWatch, StopFile
+from timeviper_platform.training.preflight import check_inputs, check_resources
+from timeviper_platform.training.ray_interrupts import PreemptionWatch, Pulse, StopFile
 from timeviper_platform.training.run import RunFolder, run_training
 from timeviper_platform.training.validation.async_eval import EvalTask
 
@@ -52,19 +56,33 @@ def train_on_ray(config: TrainConfig, *, resume: str = "auto") -> dict[str, Any]
 
     Raises:
         ValueError: if the configuration is wrong, or the run would get two histories.
+        LeaseHeldError: if another job trains in the same run folder.
         StoppedError: after SIGTERM, once the workers have saved.
         RuntimeError: if the run fails for good.
     """
     check_trackers(config.metrics.mlflow, config.metrics.wandb)
     config = resolve_paths(config)
+    check_resources(config, ray.cluster_resources(), can_grow=has_autoscaler())
     folder = RunFolder.of(config)
-    start = resolve_resume(folder.checkpoints, resume)
+    with hold_lease(folder.uri, f"training run {config.name}"):
+        start = resolve_resume(folder.checkpoints, resume)
+        check_inputs(config, start)
+        return _fit(config, folder, start)
+
+
+def _fit(config: TrainConfig, folder: RunFolder, start: str | None) -> dict[str, Any]:
     workers = config.workers
     name = f"{config.name}-{os.urandom(4).hex()}"  # Ray silently resumes an old run of a known name
     stop_file = StopFile(storage.join_uri(folder.uri, RAY_FOLDER, name, STOP_FILE))
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"config": config, "start": start, "stop_file": stop_file},
+        train_loop_config={
+            "config": config,
+            "start": start,
+            "stop_file": stop_file,
+            "pulse": Pulse(name),
+            "environment": describe_environment(),
+        },
         torch_config=TorchConfig(backend="nccl" if workers.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers,
@@ -80,7 +98,7 @@ def train_on_ray(config: TrainConfig, *, resume: str = "auto") -> dict[str, Any]
         ),
     )
     try:
-        with stop_file.created_on_sigterm():
+        with stop_file.created_on_sigterm(Pulse(name).last):
             outcome = trainer.fit().return_value
     except train.TrainingFailedError as error:
         raise RuntimeError(f"run {folder.uri} failed: {_cause(error)}") from error
@@ -104,19 +122,21 @@ def _worker(arguments: dict[str, Any]) -> dict[str, Any] | _EarlyEnd:
     stop_file: StopFile = arguments["stop_file"]
     setup_logging(logging.WARNING)  # Ray and DeepSpeed log a page per checkpoint
     if train.get_context().get_world_rank() == 0:
+        arguments["pulse"].start()
         logging.getLogger("timeviper_platform").setLevel(logging.INFO)
     torch.set_num_threads(config.workers.threads_per_worker)
     checkpoints = RunFolder.of(config).checkpoints
-    # this run's own checkpoints take precedence
-    resume_from = from_rank_0(lambda: resolve_resume(checkpoints, "auto")) or arguments["start"]
     hooks = RunHooks(
         interrupts=PreemptionWatch(stop_file.exists),
         on_checkpoint=_report,
         trackers=(_Gauges(config.name),),
         prefetch=prefetch_on_ray if config.loader.reader == "ray_data" else prefetch_in_thread,
         start_eval=_RayEval,
+        environment=arguments["environment"],
     )
     try:
+        # this run's own checkpoints take precedence
+        resume_from = from_rank_0(lambda: resolve_resume(checkpoints, "auto")) or arguments["start"]
         return run_training(config, resume_from=resume_from, device=get_device(), hooks=hooks)
     except (ValueError, FatalTrainingError, StoppedError) as error:
         if not all_ranks_end(ALL_FAIL_TIMEOUT_S):

@@ -17,11 +17,12 @@ from ray.train import PreemptionInfo
 
 from reference.training_corpus import make_corpus, train_values
 from timeviper_platform.common.config import parse_config
+from timeviper_platform.training import ray_interrupts
 from timeviper_platform.training.checkpoint.manager import Checkpoints
 from timeviper_platform.training.config import TrainConfig, WorkersConfig
 from timeviper_platform.training.distributed import all_ranks_end
 from timeviper_platform.training.hooks import RunHooks
-from timeviper_platform.training.interrupts import Interrupt
+from timeviper_platform.training.interrupts import Interrupt, StoppedError
 from timeviper_platform.training.ray_interrupts import PreemptionWatch, StopFile
 from timeviper_platform.training.run import RunFolder, run_training
 
@@ -116,6 +117,19 @@ def test_sigterm_to_the_driver_stops_the_workers(tmp_path: Path) -> None:
             time.sleep(0.01)
         assert watch() is Interrupt.STOP
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_sigterm_ends_a_run_that_still_waits_for_its_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, the driver waited for workers that could not be started to read the stop request."""
+    monkeypatch.setattr(ray_interrupts, "NO_PULSE_S", 0.1)
+    stop_file = StopFile(str(tmp_path / "STOP"))
+    beats = itertools.chain(range(5), itertools.repeat(5))  # a worker runs, and is then lost
+    stopped = pytest.raises(StoppedError, match="while no worker was running; start it again")
+    with stopped, stop_file.created_on_sigterm(lambda: next(beats)):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+    assert next(beats) == 5
+    assert (tmp_path / "STOP").exists()
 
 
 def test_an_end_is_shared_only_if_every_rank_reaches_it() -> None:

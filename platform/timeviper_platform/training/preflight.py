@@ -1,0 +1,143 @@
+"""Finds mistakes of a configuration on the driver, before resources are waited for."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+
+from timeviper_model.config import TimeViperConfig
+from timeviper_model.timeviper import TimeViper
+from timeviper_model.weights.weights_folder import config_from_dict, load_tokenizer
+from timeviper_platform.common import schemas, storage
+from timeviper_platform.data.store.reader import FeatureStore
+from timeviper_platform.training.batches.rows import source_files
+from timeviper_platform.training.batches.samples import Reject, SampleBuilder
+from timeviper_platform.training.batches.sizes import count_rejects, within_caps
+from timeviper_platform.training.checkpoint.commit import check_sizes, read_document
+from timeviper_platform.training.checkpoint.local_files import MODEL_FILE
+from timeviper_platform.training.checkpoint.manager import read_state
+from timeviper_platform.training.config import PhaseConfig, TrainConfig
+from timeviper_platform.training.phase import adapt, check_phase, first_model_config, phase_groups
+
+logger = logging.getLogger(__name__)
+
+MAX_SEARCH_S = 20.0
+"""Seconds to look for a usable sample."""
+BATCH_ROWS = 256
+
+
+def check_inputs(config: TrainConfig, start: str | None) -> None:
+    """Checks store, tokenizer, samples, sizes and parameter groups of all phases that will run.
+
+    Reads samples until one is usable, and no weights.
+
+    Args:
+        start: checkpoint that the run will resume from.
+
+    Raises:
+        ValueError: for a mistake that every attempt would repeat.
+    """
+    if config.backend == "kernels" and not config.workers.use_gpu:
+        raise ValueError("backend: kernels needs workers.use_gpu: true; set backend: auto for the CPU")
+    store = FeatureStore.open(config.feature_store)
+    tokenizer = load_tokenizer_or_fail(config.tokenizer)
+    names, model = list(config.phases), None
+    if start is not None:
+        phase = read_state(start).phase
+        names = names[names.index(phase) :] if phase in names else []
+        model = config_from_dict(
+            read_document(start, MODEL_FILE, check_sizes(start)[MODEL_FILE])["config"], where=start
+        )
+    for number, name in enumerate(names):
+        phase_config = config.phases[name]
+        is_resumed = start is not None and number == 0
+        if phase_config.init is not None and not is_resumed:
+            model = first_model_config(phase_config.init, store, config.encoder, config.second_encoder)
+        assert model is not None  # TrainConfig: the first phase has an init
+        check_phase(name, phase_config, model, tokenizer)
+        with torch.device("meta"):
+            phase_groups(adapt(TimeViper(model), phase_config, config.seed), phase_config)
+        _check_samples(name, phase_config, model, store, tokenizer)
+
+
+def load_tokenizer_or_fail(name: str) -> Any:
+    """Raises ValueError if it cannot be loaded."""
+    try:
+        return load_tokenizer(name)
+    except (OSError, ValueError) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(
+            f"tokenizer: {name!r} cannot be loaded; set a folder or a Hugging Face name ({first})"
+        ) from error
+
+
+def check_resources(config: TrainConfig, total: Mapping[str, float], *, can_grow: bool) -> None:
+    """Compares the smallest worker group with a cluster's resources.
+
+    Args:
+        can_grow: whether an autoscaler may add nodes.
+
+    Raises:
+        ValueError: if GPUs are needed, there is none, and none can be added.
+    """
+    workers = config.workers
+    needed = {"CPU": 1.0, **workers.resources_per_worker, **({"GPU": 1.0} if workers.use_gpu else {})}
+    lacking = {
+        name: f"{total.get(name, 0.0):g} of {amount * workers.min_workers:g} {name}"
+        for name, amount in needed.items()
+        if total.get(name, 0.0) < amount * workers.min_workers
+    }
+    if "GPU" in lacking and not total.get("GPU") and not can_grow:
+        raise ValueError(
+            "workers.use_gpu: this Ray has no GPU and no autoscaler; set workers.use_gpu: false, or start Ray on a"
+            " machine with a GPU"
+        )
+    if lacking:
+        logger.warning("the cluster has %s; the run waits until nodes are added", ", ".join(lacking.values()))
+
+
+def _check_samples(name: str, phase: PhaseConfig, model: TimeViperConfig, store: FeatureStore, tokenizer: Any) -> None:
+    """Looks for one usable sample."""
+    builder = SampleBuilder(store, tokenizer, model.chat_template, phase.frames)
+    validation = () if phase.validation is None else phase.validation.samples
+    for key, sources in (("samples", phase.samples), ("validation.samples", validation)):
+        rejects: list[Reject] = []
+        deadline = time.monotonic() + MAX_SEARCH_S
+        files = [file for source in sources for file in source_files(source.uri)]
+        for row in (row for file in files for row in _rows(file)):
+            item = builder.build(row)
+            if not isinstance(item, Reject):
+                item = within_caps(row["sample_id"], item, phase.packing.max_tokens, phase.packing.max_frames)
+            if not isinstance(item, Reject):
+                break
+            rejects.append(item)
+            if time.monotonic() > deadline:
+                raise ValueError(_none_usable(name, key, rejects, "the first "))
+        else:
+            if files:
+                raise ValueError(_none_usable(name, key, rejects, ""))
+
+
+def _none_usable(phase: str, key: str, rejects: Sequence[Reject], first: str) -> str:
+    if not rejects:
+        return f"phases.{phase}.{key}: the samples hold no rows"
+    return (
+        f"phases.{phase}.{key}: none of {first}{len(rejects)} samples can be used: {count_rejects(rejects)};"
+        f" for example {rejects[0].sample_id}: {rejects[0].detail}"
+    )
+
+
+def _rows(uri: str) -> Iterator[dict[str, Any]]:
+    with storage.open_file(uri) as file:
+        try:
+            parquet = pq.ParquetFile(file)
+        except ValueError as error:
+            raise ValueError(f"{uri} is not a Parquet file: {error}") from error
+        schemas.check_version(parquet.schema_arrow, schemas.SAMPLES, source=uri)
+        for batch in parquet.iter_batches(BATCH_ROWS, columns=schemas.SAMPLES.names):
+            yield from batch.to_pylist()
