@@ -14,7 +14,15 @@ from timeviper_platform.data.media.container import RETRYABLE, ErrorType, Stage
 ROOT = Path(__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "errors.md"
 JOB = ROOT / "jobs" / "preprocess.py"
-FATAL = ("ValueError", "TableError", "DamagedTableError", "RuntimeError", "JobError", "StorageUnavailableError")
+FATAL = (
+    "ValueError",
+    "TableError",
+    "DamagedTableError",
+    "RuntimeError",
+    "JobError",
+    "LeaseHeldError",
+    "StorageUnavailableError",
+)
 OTHER_JOBS = ("timeviper_model.config", "timeviper_platform.data.preprocess.calibrate")
 """Imported by the job, which does not call what raises there: a model's configuration, and a benchmark."""
 MISUSE = (

@@ -84,12 +84,12 @@ class _Lease:
     def acquire(self) -> None:
         found = self._read()
         if found is not None and not self._is_free(found):
-            raise self._held(found)
+            raise LeaseHeldError(self._held(found))
         self._write()
         time.sleep(LOCAL_SETTLE_S if storage.is_local(self._uri) else SETTLE_S)
         winner = self._read()
         if winner is not None and winner["id"] != self._owner["id"]:
-            raise self._held(winner)
+            raise LeaseHeldError(self._held(winner))
         _held_here.add(self._owner["id"])
         self._thread.start()
 
@@ -143,8 +143,8 @@ class _Lease:
         self._num_beats += 1
         storage.write_json(self._uri, {**self._owner, "beat": self._num_beats, "renewed": _now()})
 
-    def _held(self, found: dict[str, Any]) -> LeaseHeldError:
-        return LeaseHeldError(
+    def _held(self, found: dict[str, Any]) -> str:
+        return (
             f"{self._folder} is in use by {_shown(found)}; wait for that job, end it, or write to another folder"
             f" (if it is gone for certain, remove {self._uri})"
         )
