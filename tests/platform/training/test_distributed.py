@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,27 @@ def test_two_ranks_killed_and_restarted_have_the_curve_of_one_rank(
     alone = train_config(corpus, **{**values, "name": "alone"})
     train_local(alone)
     expect_same(curve(run), curve(RunFolder.of(alone).uri), rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)  # 21 starts of two processes
+@pytest.mark.parametrize("stage", [2, 3])
+def test_twenty_kills_at_random_moments_leave_no_trace_in_the_curve(corpus: Corpus, tmp_path: Path, stage: int) -> None:
+    changes = {"dtype": "bfloat16", "checkpoint": {"every_steps": 2, "keep": 2}}
+    values = one_phase(corpus, f"killed-{stage}", steps=200, stage=stage) | changes
+    run, moments = str(Path(values["runs"]) / values["name"]), random.Random(stage)
+    for _ in range(20):
+        ranks, done = start_ranks(values, tmp_path), len(read_metrics(run))
+        more = moments.randint(1, 5)
+        ranks.wait_until(lambda done=done, more=more: len(read_metrics(run)) >= done + more)  # type: ignore[misc]
+        time.sleep(moments.uniform(0.0, 0.3))
+        ranks.kill()
+        ranks.wait()
+    start_ranks(values, tmp_path).finish()
+    whole = values | {"name": f"whole-{stage}"}
+    start_ranks(whole, tmp_path).finish()
+    assert curve(run) == curve(str(Path(whole["runs"]) / whole["name"]))
+    assert len({row["attempt"] for row in read_metrics(run)}) > 10
 
 
 def keep_up_to(run: str, step: int) -> None:
