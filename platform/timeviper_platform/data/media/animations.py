@@ -262,7 +262,7 @@ def _webp_frames(file: Any) -> Iterator[AnimationFrame]:
             )
         offset = end
     if last is not None:
-        yield last
+        yield replace(last, is_cut=last.is_cut or offset + 8 <= end_of_chunks)
 
 
 def _avif(file: Any) -> _Canvas | None:

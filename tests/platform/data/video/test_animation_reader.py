@@ -218,6 +218,10 @@ def test_a_webp_frame_that_chunks_do_not_follow_is_cut() -> None:
     assert found is not None
     assert [frame.is_cut for frame in found.frames] == [False, True]
     assert read_frames(broken, SIZE).num_damaged == 1
+    cut = content[: whole.frames[1].end]  # the header promises more
+    found = scan_animation(io.BytesIO(cut), cut)
+    assert found is not None
+    assert [frame.is_cut for frame in found.frames] == [False, True]
     trailing = content + bytes(64)  # behind the last chunk anything may follow
     found = scan_animation(io.BytesIO(trailing), trailing)
     assert found is not None
