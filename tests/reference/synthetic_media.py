@@ -36,13 +36,14 @@ def make_video(
     format: str | None = None,
     options: dict[str, str] | None = None,
     turned: tuple[int, bool, bool] | None = None,
+    container_options: dict[str, str] | None = None,
 ) -> None:
     """Writes a video whose frame i is picture(i) at pts[i] (ticks of `time_base`).
 
     `turned` sets the display matrix: degrees counterclockwise, horizontal flip, vertical flip.
     """
     name = str(target) if isinstance(target, Path) else target
-    with av.open(name, "w", format=format) as container:
+    with av.open(name, "w", format=format, options=container_options or {}) as container:
         stream = container.add_stream(codec, rate=round(1 / time_base))
         stream.width, stream.height = size
         stream.pix_fmt = "yuv420p"
