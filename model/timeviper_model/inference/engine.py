@@ -88,10 +88,19 @@ class ActiveRequest:
 class InferenceEngine:
     """Continuous batching over the slots of one cache. Not thread-safe."""
 
-    def __init__(self, model: TimeViper, config: EngineConfig | None = None, *, tokenizer: Any | None = None) -> None:
+    def __init__(
+        self,
+        model: TimeViper,
+        config: EngineConfig | None = None,
+        *,
+        tokenizer: Any | None = None,
+        min_graph_steps: int = MIN_GRAPH_STEPS,
+        steps_before_graph: int = STEPS_BEFORE_GRAPH,
+    ) -> None:
         """Allocates the cache. Without `tokenizer`, answers are ids that end at eos_token_id, and stop strings are
         rejected.
         """
+        self._min_graph_steps, self._steps_before_graph = min_graph_steps, steps_before_graph
         self.config = config or EngineConfig()
         if self.config.pack_weights:
             pack_linears(model)
@@ -122,7 +131,7 @@ class InferenceEngine:
         self._num_prompt_tokens = 0
         self._num_completion_tokens = 0
         self._graph: DecodeGraph | None = None
-        self._use_graphs = self._device.type == "cuda" and self.config.max_graph_steps >= MIN_GRAPH_STEPS
+        self._use_graphs = self._device.type == "cuda" and self.config.max_graph_steps >= min_graph_steps
         self._decoded_ids: list[RequestId] = []
         self._num_same_steps = 0
 
@@ -405,8 +414,8 @@ class InferenceEngine:
         left = min(sampling.max_new_tokens - len(active.tokens) for sampling, active in zip(params, rows, strict=True))
         if (
             not self._use_graphs
-            or self._num_same_steps < STEPS_BEFORE_GRAPH
-            or left < MIN_GRAPH_STEPS
+            or self._num_same_steps < self._steps_before_graph
+            or left < self._min_graph_steps
             or any(sampling.temperature > 0 or sampling.num_logprobs for sampling in params)
         ):
             return None

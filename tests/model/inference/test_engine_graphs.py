@@ -12,11 +12,12 @@ from reference.small_models import make_features, make_model, make_sample
 from timeviper_model.inference import engine as engine_module
 from timeviper_model.inference.answer import SamplingParams
 from timeviper_model.inference.decode_graph import DecodeGraph
-from timeviper_model.inference.engine import MIN_GRAPH_STEPS, STEPS_BEFORE_GRAPH, InferenceEngine
+from timeviper_model.inference.engine import InferenceEngine
 from timeviper_model.inference.requests import EngineConfig, Request, Token
 from timeviper_model.timeviper import TimeViper
 
 LAYOUTS = ["ss" + "v" * 12 + "iii", "svvvvii", "iii"]
+MIN_GRAPH_STEPS, STEPS_BEFORE_GRAPH = 6, 2
 NEW_TOKENS = 2 * MIN_GRAPH_STEPS + STEPS_BEFORE_GRAPH
 
 
@@ -51,9 +52,18 @@ def request(layout: str, max_new_tokens: int = NEW_TOKENS, **sampling: Any) -> R
     )
 
 
+def new_engine(model: TimeViper, **config: int) -> InferenceEngine:
+    return InferenceEngine(
+        model,
+        EngineConfig(max_new_tokens=NEW_TOKENS, **config),
+        min_graph_steps=MIN_GRAPH_STEPS,
+        steps_before_graph=STEPS_BEFORE_GRAPH,
+    )
+
+
 def answers(model: TimeViper, requests: list[Request], **config: int) -> list[list[int]]:
     """Token ids of each answer; a request enters at a time, one step after the one before."""
-    engine = InferenceEngine(model, EngineConfig(num_slots=len(requests), max_new_tokens=NEW_TOKENS, **config))
+    engine = new_engine(model, num_slots=len(requests), **config)
     ids, tokens = [], {}
     for each in requests:
         ids.append(engine.submit(each))
@@ -79,7 +89,7 @@ def endless_model() -> TimeViper:
 
 
 def test_greedy_answers_are_the_same_with_graphs_and_without(graphs: type[CountedGraph]) -> None:
-    requests = [request(layout, NEW_TOKENS - 10 * index) for index, layout in enumerate(LAYOUTS)]
+    requests = [request(layout, NEW_TOKENS - 2 * index) for index, layout in enumerate(LAYOUTS)]
     expected = answers(endless_model(), requests)
     assert not graphs.sizes  # a CPU has none
     with simulated_cuda():
@@ -96,9 +106,9 @@ def test_greedy_answers_are_the_same_with_graphs_and_without(graphs: type[Counte
 def test_a_cancelled_request_ends_the_graph_of_its_neighbours(graphs: type[CountedGraph]) -> None:
     expected = answers(endless_model(), [request(LAYOUTS[0])])
     with simulated_cuda():
-        engine = InferenceEngine(endless_model().cuda(), EngineConfig(num_slots=2, max_new_tokens=NEW_TOKENS))
+        engine = new_engine(endless_model().cuda(), num_slots=2)
         first, second = engine.submit(request(LAYOUTS[0])), engine.submit(request(LAYOUTS[1]))
-        events = [event for _ in range(STEPS_BEFORE_GRAPH + 5) for event in engine.step()]
+        events = [event for _ in range(STEPS_BEFORE_GRAPH + 4) for event in engine.step()]
         assert graphs.sizes == [2]
         assert engine.cancel(second)
         while engine.has_work:
@@ -132,7 +142,7 @@ def test_without_memory_for_a_graph_decoding_goes_on(
 def test_a_decode_step_waits_for_the_device_once() -> None:
     requests = [request(LAYOUTS[0]), request(LAYOUTS[1], temperature=1.0, seed=3)]
     with simulated_cuda() as device:
-        engine = InferenceEngine(endless_model().cuda(), EngineConfig(num_slots=2, max_new_tokens=NEW_TOKENS))
+        engine = new_engine(endless_model().cuda(), num_slots=2)
         for each in requests:
             engine.submit(each)
         engine.step()
@@ -144,14 +154,13 @@ def test_a_decode_step_waits_for_the_device_once() -> None:
 def test_graphs_go_on_while_another_prompt_is_read(graphs: type[CountedGraph]) -> None:
     expected = answers(endless_model(), [request(LAYOUTS[0])])
     with simulated_cuda():
-        config = EngineConfig(num_slots=2, max_new_tokens=NEW_TOKENS, max_prefill_tokens=16)
-        engine = InferenceEngine(endless_model().cuda(), config)
+        engine = new_engine(endless_model().cuda(), num_slots=2, max_prefill_tokens=16)
         first = engine.submit(request(LAYOUTS[0]))
-        events = [event for _ in range(STEPS_BEFORE_GRAPH + 5) for event in engine.step()]
+        events = [event for _ in range(STEPS_BEFORE_GRAPH + 4) for event in engine.step()]
         engine.submit(request("ss" + "v" * 200 + "iii", max_new_tokens=2))
         before = graphs.num_replays
-        events += [event for _ in range(10) for event in engine.step()]
-        assert graphs.num_replays == before + 10
+        events += [event for _ in range(4) for event in engine.step()]
+        assert graphs.num_replays == before + 4
         assert len(graphs.sizes) == 1
         while engine.has_work:
             events += engine.step()
