@@ -74,7 +74,7 @@ def test_decode_rows_have_bars_for_the_plan_and_for_batching() -> None:
 
 
 def test_engine_rows_have_bars_and_the_memory_row_holds() -> None:
-    rows = engine.engine_rows(width=16, batch=4, num_steps=1, num_words=256, repeats=3)
+    rows = engine.engine_rows(width=16, batch=4, num_steps=1, step_repeats=3, num_words=256, repeats=3)
     check(rows, "engine", ["<= 1.2", "<= 1.05", "<= 3"])
     assert 1 < rows[0].value <= 1.2
 
