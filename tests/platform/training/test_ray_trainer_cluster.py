@@ -133,3 +133,29 @@ def test_a_misconfigured_run_fails_once_with_its_cause(
     assert capsys.readouterr().err.endswith(
         "error: no feature store at '/nowhere/features'; run jobs/preprocess.py with feature_store: /nowhere/features\n"
     )
+
+
+@pytest.mark.cluster
+def test_a_run_that_waits_for_resources_ends_within_ten_seconds_of_sigterm(
+    tmp_path: Path, ray_address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before, it waited until it was killed."""
+    values = train_values(make_corpus(tmp_path))
+    values["workers"] = {"num_workers": 1, "resources_per_worker": {"CPU": 99}}
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    sent = [0.0]
+
+    def stop() -> None:
+        while not list((tmp_path / "runs" / "run" / "ray").glob("*")):
+            time.sleep(0.05)
+        time.sleep(2.0)
+        sent[0] = time.monotonic()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    train = runpy.run_path(str(ROOT / "jobs" / "train.py"))["main"]
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(stop)
+        assert train(["--config", str(tmp_path / "train.yaml")]) == 128 + signal.SIGTERM
+    assert time.monotonic() - sent[0] < 10
+    assert "error: stopped on request while no worker was running" in capsys.readouterr().err
+    assert not (tmp_path / "runs" / "run" / "LEASE").exists()
