@@ -23,7 +23,7 @@ class SampledToken(NamedTuple):
     top_logprobs: tuple[tuple[int, float], ...]
     """Most likely (id, log-probability) pairs."""
     is_finite: bool = True
-    """False for rows with infinite or NaN logits, whose token means nothing."""
+    """False for rows with infinite or NaN logits."""
 
 
 def sample_tokens(
@@ -81,10 +81,7 @@ def _draw(logits_RV: Tensor, params: Sequence[SamplingParams], uniforms: Sequenc
 
 
 def _draw_on_cpu(logits_V: Tensor, params: SamplingParams, uniform: float, buffer_V: Tensor) -> Tensor:
-    """(1,) token id. Sorts only tokens that top-p may keep, by NumPy, ten times as fast as PyTorch.
-
-    `buffer_V` is overwritten: new memory in every row would take longer than the arithmetic.
-    """
+    """(1,) token id. NumPy sorts ten times as fast as PyTorch; overwrites `buffer_V`, as new memory is slow."""
     highest, candidates, tail = logits_V.max(), None, 0.0
     if not highest.isfinite():
         return torch.zeros(1, dtype=torch.long)
@@ -103,8 +100,7 @@ def _draw_on_cpu(logits_V: Tensor, params: SamplingParams, uniform: float, buffe
 def _likely(probs_V: np.ndarray, top_p: float) -> tuple[Tensor, float]:
     """Ascending indices that include the smallest set with `top_p` of the sum, and the sum of all others.
 
-    Overwrites `probs_V`.
-    Tokens below `floor` hold less than 1 - top_p together; most often those below 32 times as much do too.
+    Tokens below `floor` hold less than 1 - top_p, often those below 32 times as much too. Overwrites `probs_V`.
     """
     total = float(probs_V.sum())
     floor = (1 - top_p) * total / len(probs_V) * (1 - ROUNDING)
@@ -119,7 +115,7 @@ def _likely(probs_V: np.ndarray, top_p: float) -> tuple[Tensor, float]:
 def _take(
     logits_RV: Tensor, sorted_RK: Tensor, cumulative_RK: Tensor, top_p: Tensor | float, uniform: Tensor | float
 ) -> Tensor:
-    """(R,) indices in `logits_RV`, by the K highest logits in descending order and their cumulative probabilities."""
+    """(R,) indices in `logits_RV`, by its K highest logits, descending, and their cumulative probabilities."""
     # a token stays while those before it have less than top_p
     last_R1 = torch.searchsorted(cumulative_RK, top_p * cumulative_RK[:, -1:])
     last_R1.clamp_(max=cumulative_RK.shape[1] - 1)

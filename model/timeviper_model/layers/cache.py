@@ -3,8 +3,7 @@
 slot 0   mamba: window, state     layer 3: kkkkkkkk__     layer 8: kkk__
 slot 1   mamba: window, state     layer 3: kkk__          layer 8: kk__
 
-A slot has a room of its own length at each layer, with space (_) for its answer. Rooms of one capacity share a bank, so
-that one product reads them.
+Each slot has a room at each layer, with space (_) for its answer. One product reads the rooms of a bank.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ CAPACITY_STEP = 64
 """Capacities are multiples of this many tokens."""
 
 BANK_BYTES = 32 << 20
-"""Maximum bytes of a bank with several rooms; reading longer rooms one by one costs no time."""
+"""Maximum bytes of a bank with several rooms; long rooms may be read one by one."""
 
 KEPT_BYTES = 16 << 20
 """Bytes per layer that stay allocated while empty; new pages are slow."""
@@ -165,7 +164,7 @@ class AttentionCache:
         return next((Room(bank, bank.is_taken.index(False)) for bank in banks), None)
 
     def _new_room(self, capacity: int, spare_bytes: int | None) -> Room:
-        """Doubles the rooms of this capacity up to BANK_BYTES: few products for many equal slots, little idle space."""
+        """Doubles the rooms of this capacity, up to BANK_BYTES: few banks with little idle space."""
         room_bytes = capacity * self.bytes_per_token
         num_equal = sum(len(bank.is_taken) for bank in self._banks if bank.capacity == capacity)
         num_rooms = min(num_equal, BANK_BYTES // room_bytes, len(self.rooms) - num_equal)

@@ -288,7 +288,7 @@ def _take_chunks(
 def _projection_gradients(
     chunks: _Chunks, dy: Tensor, dy_enter: Tensor, states: Tensor, dstates: Tensor, dB_ZCGN: Tensor, dC_ZCGN: Tensor
 ) -> Tensor:
-    """Also returns (Z, C, H): for each token t, the gradient through the paths from s < t to l >= t of its chunk."""
+    """Also returns (Z, C, H): the gradient through paths of the chunk across each token."""
     dmix = torch.empty_like(chunks.mix_HZCC)
     for h in range(chunks.H):
         torch.bmm(dy[:, :, h], chunks.xdt_ZCHP[:, :, h].transpose(1, 2), out=dmix[h])
@@ -305,7 +305,7 @@ def _projection_gradients(
 
 
 def _across(paths_HZCC: Tensor) -> Tensor:
-    """(Z, C, H): sums over l >= t and s < t of paths from s (last axis) to l, without differences of larger sums."""
+    """(Z, C, H): sums over l >= t and s < t of paths from s (last axis) to l."""
     size = paths_HZCC.shape[-1]
     before_CC = torch.ones(size, size, dtype=paths_HZCC.dtype, device=paths_HZCC.device).triu_(1)  # [s, t]: s < t
     return (paths_HZCC @ before_CC).tril_().sum(2).permute(1, 2, 0)
@@ -320,7 +320,7 @@ def _passed(chunks: _Chunks, dafter_GZNQ: Tensor, before_GZNQ: Tensor) -> Tensor
 def _decay_gradient(within_ZCH: Tensor, entered_ZCH: Tensor, left_ZCH: Tensor, passed_ZH: Tensor) -> Tensor:
     """(Z, C, H): gradient of the log decay dt_t A, which scales every path from s < t to l >= t.
 
-    Sums paths by where they start and end, before, in and after the chunk, without differences of large sums.
+    Paths lie within the chunk, enter, leave or pass it; no large sums are subtracted.
     """
     to_later = entered_ZCH.flip(1).cumsum(1).flip(1)
     from_earlier = F.pad(left_ZCH[:, :-1], (0, 0, 1, 0)).cumsum(1)
