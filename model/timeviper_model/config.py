@@ -43,7 +43,7 @@ class HybridConfig:
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 131072
     bos_token_id: int = 1
-    eos_token_id: int = 12
+    eos_token_id: int | tuple[int, ...] = 12
     pad_token_id: int = 0
 
     def __post_init__(self) -> None:
@@ -81,6 +81,25 @@ class HybridConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class YarnScaling:
+    """RoPE for contexts longer than pretraining's (YaRN, arXiv 2309.00071); field names as in `rope_scaling`."""
+
+    factor: float
+    """Longest context, in lengths of pretraining."""
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    """Dimensions with more turns than this in the original context keep their frequency."""
+    beta_slow: float = 1.0
+    """Dimensions with fewer turns are slowed by `factor`."""
+    attention_factor: float | None = None
+    """Factor of cos and sin; None = 0.1 ln(factor) + 1."""
+
+    def __post_init__(self) -> None:
+        if self.factor < 1.0 or self.original_max_position_embeddings < 1:
+            raise ValueError(f"{self.factor = } and {self.original_max_position_embeddings = } must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Qwen2Config:
     """Qwen2.5; field names as in its `config.json`."""
 
@@ -92,6 +111,7 @@ class Qwen2Config:
     num_attention_heads: int
     num_key_value_heads: int
     rope_theta: float = 1_000_000.0
+    rope_scaling: YarnScaling | None = None
     rms_norm_eps: float = 1e-6
     use_sliding_window: bool = False
     """Must be False: every layer attends to the whole sequence."""
@@ -99,7 +119,7 @@ class Qwen2Config:
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 32768
     bos_token_id: int = 151643
-    eos_token_id: int = 151645
+    eos_token_id: int | tuple[int, ...] = 151645
     pad_token_id: int = 151643
 
     def __post_init__(self) -> None:
@@ -124,6 +144,11 @@ class Qwen2Config:
 
 
 TextConfig = HybridConfig | Qwen2Config
+
+
+def eos_token_ids(config: TextConfig) -> frozenset[int]:
+    ids = config.eos_token_id
+    return frozenset({ids} if isinstance(ids, int) else ids)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -195,12 +220,16 @@ class VisionConfig:
         return self.hidden_size if self.second is None else max(self.hidden_size, self.second.hidden_size)
 
 
+ChatTemplateName = Literal["nemotron", "chatml", "tokenizer"]
+"""The paper's templates, or the tokenizer's own."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TimeViperConfig:
     text: TextConfig
     vision: VisionConfig = field(default_factory=VisionConfig)
     transv: tuple[TransVSite, ...] = ()
-    chat_template: Literal["nemotron", "chatml"] = "nemotron"
+    chat_template: ChatTemplateName = "nemotron"
 
     def __post_init__(self) -> None:
         layers = [site.layer for site in self.transv]
@@ -218,6 +247,19 @@ class TimeViperConfig:
                 )
             if site.transfer == "cross_attention" and "attention" not in blocks:
                 raise ValueError("TransV starts as a copy of an attention block, but this pattern has none")
+
+
+def with_text(text: TextConfig, base: TimeViperConfig | None = None) -> TimeViperConfig:
+    """Returns `base` with another language model; without a base, the default tower and no TransV site.
+
+    Raises:
+        ValueError: if the TransV sites of `base` do not fit.
+    """
+    template: ChatTemplateName = "nemotron" if isinstance(text, HybridConfig) else "chatml"
+    if base is None:
+        return TimeViperConfig(text=text, chat_template=template)
+    same_family = type(base.text) is type(text)
+    return replace(base, text=text, chat_template=base.chat_template if same_family else template)
 
 
 NEMOTRON_NANO_9B_V2 = HybridConfig(

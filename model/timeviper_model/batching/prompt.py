@@ -8,19 +8,27 @@ vvvvvvvv                                                         vision
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from threading import Lock
 from typing import Any, Literal
 
 from timeviper_model.batching.batch import IGNORE_INDEX, Sample, TokenKind
+from timeviper_model.config import TextConfig, eos_token_ids
 
 _ENCODING = Lock()
 """Prevents concurrent encoding: a tokenizer stores `split_special_tokens` on itself."""
 
+PROMPT_VERSION = 2
+"""Increased when the same conversation gives other tokens. 2: text is tokenised with the template around it."""
+
 MEDIA_MARKER = "<media>"
 """Place of a medium in a user's text. Without markers, media come first."""
+
+
+SPECIAL_TOKEN = re.compile(r"(<[^<>\s]+>)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +48,10 @@ class ChatTemplate:
     after_system_text: str = ""
     after_answer: str = ""
     default_system: str = ""
+    other_ends: tuple[str, ...] = ()
+    """Further tokens that stop generation, where the tokenizer has them."""
+    directives: tuple[str, ...] = ()
+    """Words that are left out of user and system texts."""
 
 
 NEMOTRON = ChatTemplate(
@@ -47,6 +59,7 @@ NEMOTRON = ChatTemplate(
     user=("<SPECIAL_11>User\n", "\n<SPECIAL_12>"),
     assistant=("<SPECIAL_11>Assistant\n", "\n<SPECIAL_12>"),
     after_system_text="\n",
+    other_ends=("</s>",),
 )
 
 CHATML = ChatTemplate(
@@ -62,6 +75,33 @@ TEMPLATES: dict[str, ChatTemplate] = {"nemotron": NEMOTRON, "chatml": CHATML}
 
 TimeText = Literal["never", "temporal", "always"]
 """Prompts that state how long a video is: none, those about times (as in the paper's data), or all."""
+
+
+def jinja_template(template: ChatTemplate) -> str:
+    """Returns the template for `tokenizer.apply_chat_template`; a medium becomes MEDIA_MARKER."""
+    texts = {name: json.dumps(value) for name, value in asdict(template).items() if isinstance(value, str)}
+    (system, system_end), (user, user_end), (answer, answer_end) = (
+        map(json.dumps, part) for part in (template.system, template.user, template.assistant)
+    )
+    return "".join(
+        [
+            "{%- macro text(content) -%}{%- if content is string -%}{{ content }}{%- else -%}",
+            "{%- for part in content -%}",
+            f"{{%- if part.type == 'text' -%}}{{{{ part.text }}}}{{%- else -%}}{MEDIA_MARKER}{{%- endif -%}}",
+            "{%- endfor -%}{%- endif -%}{%- endmacro -%}",
+            "{%- if messages and messages[0].role == 'system' -%}",
+            "{%- set system = text(messages[0].content) -%}{%- set turns = messages[1:] -%}{%- else -%}",
+            f"{{%- set system = {texts['default_system']} -%}}{{%- set turns = messages -%}}{{%- endif -%}}",
+            f"{{{{- {system} -}}}}",
+            f"{{%- if system -%}}{{{{- system ~ {texts['after_system_text']} -}}}}{{%- endif -%}}",
+            f"{{{{- {system_end} -}}}}",
+            "{%- for turn in turns -%}{%- if turn.role == 'user' -%}",
+            f"{{%- if not loop.first -%}}{{{{- {texts['after_answer']} -}}}}{{%- endif -%}}",
+            f"{{{{- {user} ~ text(turn.content) ~ {user_end} -}}}}{{%- else -%}}",
+            f"{{{{- {answer} ~ text(turn.content) ~ {answer_end} -}}}}{{%- endif -%}}{{%- endfor -%}}",
+            f"{{%- if add_generation_prompt -%}}{{{{- {answer} -}}}}{{%- endif -%}}",
+        ]
+    )
 
 
 def time_text(duration_seconds: float, num_frames: int) -> str:
@@ -94,8 +134,10 @@ def add_time_texts(turns: Sequence[Turn], time_texts: Sequence[str]) -> list[Tur
 def check_tokenizer(tokenizer: Any, template: ChatTemplate) -> None:
     """Raises ValueError with special tokens that the tokenizer would split."""
     text = "".join((*template.system, *template.user, *template.assistant))
-    special = dict.fromkeys(re.findall(r"<[^<>\s]+>", text))
-    cut = [name for name in special if len(encode_text(tokenizer, name, split_special_tokens=False)) != 1]
+    special = dict.fromkeys(SPECIAL_TOKEN.findall(text))
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    ids = {name: encode_text(tokenizer, name, split_special_tokens=False) for name in special}
+    cut = [name for name, found in ids.items() if len(found) != 1 or found[0] == unknown]
     if cut:
         raise ValueError(
             f"the tokenizer does not know {', '.join(cut)} of the model's chat template; use the tokenizer that came"
@@ -104,9 +146,18 @@ def check_tokenizer(tokenizer: Any, template: ChatTemplate) -> None:
 
 
 def end_token_id(tokenizer: Any, template: ChatTemplate) -> int:
-    """Returns the token that stops generation."""
+    """Returns the token that ends an answer."""
     check_tokenizer(tokenizer, template)
     return int(encode_text(tokenizer, template.assistant[1], split_special_tokens=False)[-1])
+
+
+def end_token_ids(tokenizer: Any, template: ChatTemplate, config: TextConfig) -> frozenset[int]:
+    """Returns the tokens that stop generation: the answer's end and those of tokenizer and language model (as in the
+    public code)."""
+    vocabulary = tokenizer.get_vocab()
+    others = [vocabulary[name] for name in template.other_ends if name in vocabulary]
+    own = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    return eos_token_ids(config).union([end_token_id(tokenizer, template)], own, others)
 
 
 def build_sample(
@@ -125,7 +176,7 @@ def build_sample(
     Raises:
         ValueError: for turns out of order, or more or fewer markers than media.
     """
-    turns = list(conversation)
+    turns = [_without(turn, template.directives) for turn in conversation]
     system = turns.pop(0).text if turns and turns[0].role == "system" else template.default_system
     _check_turns(turns, add_generation_prompt)
     texts = _place_markers([turn.text if turn.role == "user" else None for turn in turns], len(media_num_tokens))
@@ -153,6 +204,8 @@ def build_sample(
 
 
 class _Writer:
+    """Tokenises text between special tokens, media and answers in one piece, as the whole string would be."""
+
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._pad_id = int(tokenizer.pad_token_id or 0)
@@ -161,15 +214,24 @@ class _Writer:
         self._token_kind: list[int] = []
         self._targets: list[int] = []
         self._num_vision = 0
+        self._pending = ""
+        self._is_response = False
 
     def template(self, text: str, *, response: bool = False) -> None:
-        self._extend(encode_text(self._tokenizer, text, split_special_tokens=False), response)
+        for index, piece in enumerate(SPECIAL_TOKEN.split(text)):
+            if index % 2:
+                self._begin(response)
+                self._flush()
+                self._extend(encode_text(self._tokenizer, piece, split_special_tokens=False))
+            else:
+                self.text(piece, response=response)
 
     def text(self, text: str, *, response: bool = False) -> None:
-        # a typed <SPECIAL_11> stays text and cannot open a turn
-        self._extend(encode_text(self._tokenizer, text, split_special_tokens=True) if text else [], response)
+        self._begin(response)
+        self._pending += text
 
     def vision(self, num_tokens: int) -> None:
+        self._flush()
         self._input_ids += [self._pad_id] * num_tokens
         self._vision_index += range(self._num_vision, self._num_vision + num_tokens)
         self._token_kind += [int(TokenKind.VISION)] * num_tokens
@@ -177,6 +239,7 @@ class _Writer:
         self._num_vision += num_tokens
 
     def sample(self) -> Sample:
+        self._flush()
         return Sample(
             input_ids=self._input_ids,
             vision_index=self._vision_index,
@@ -184,18 +247,38 @@ class _Writer:
             labels=[*self._targets[1:], IGNORE_INDEX],
         )
 
-    def _extend(self, ids: Sequence[int], response: bool) -> None:
+    def _begin(self, response: bool) -> None:
+        """An answer is tokenised apart from its header, which ends the prompt of a generation."""
+        if response != self._is_response:
+            self._flush()
+            self._is_response = response
+
+    def _flush(self) -> None:
+        text, self._pending = self._pending, ""
+        if text:  # a typed <SPECIAL_11> stays text and cannot open a turn
+            self._extend(encode_text(self._tokenizer, text, split_special_tokens=True))
+
+    def _extend(self, ids: Sequence[int]) -> None:
         question = TokenKind.INSTRUCTION if self._num_vision else TokenKind.SYSTEM
         self._input_ids += ids
         self._vision_index += [-1] * len(ids)
-        self._token_kind += [int(TokenKind.RESPONSE if response else question)] * len(ids)
-        self._targets += ids if response else [IGNORE_INDEX] * len(ids)
+        self._token_kind += [int(TokenKind.RESPONSE if self._is_response else question)] * len(ids)
+        self._targets += ids if self._is_response else [IGNORE_INDEX] * len(ids)
 
 
 def encode_text(tokenizer: Any, text: str, *, split_special_tokens: bool) -> list[int]:
     """Encodes non-empty text; `split_special_tokens` makes their names ordinary text."""
     with _ENCODING:
         return list(tokenizer(text, add_special_tokens=False, split_special_tokens=split_special_tokens)["input_ids"])
+
+
+def _without(turn: Turn, directives: Sequence[str]) -> Turn:
+    if turn.role == "assistant" or not any(word in turn.text for word in directives):
+        return turn
+    text = turn.text
+    for word in directives:
+        text = text.replace(word, "")
+    return Turn(role=turn.role, text=text.strip())
 
 
 def _check_turns(turns: Sequence[Turn], add_generation_prompt: bool) -> None:

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from timeviper_model.batching.batch import TokenKind
-from timeviper_model.batching.prompt import TEMPLATES, encode_text, end_token_id
+from timeviper_model.batching.prompt import encode_text, end_token_ids
+from timeviper_model.batching.tokenizer_template import chat_template
+from timeviper_model.config import eos_token_ids
 from timeviper_model.inference.answer import FinishReason, Usage
 from timeviper_model.inference.chunked_transv import plan_sites
 from timeviper_model.inference.decode_graph import DecodeGraph
@@ -116,12 +118,12 @@ class InferenceEngine:
             kept_bytes=self.config.kept_cache_bytes,
         )
         check_limits(model.config, self.config, self._cache, dtype=self._dtype)
-        self.end_token_ids = frozenset({model.config.text.eos_token_id})
+        self.end_token_ids = eos_token_ids(model.config.text)
         self.feature_size = model.config.vision.row_size
         self._closing = ""
         if tokenizer is not None:
-            template = TEMPLATES[model.config.chat_template]
-            self.end_token_ids = frozenset({end_token_id(tokenizer, template)})
+            template = chat_template(model.config.chat_template, tokenizer)
+            self.end_token_ids = end_token_ids(tokenizer, template, model.config.text)
             ids = encode_text(tokenizer, template.assistant[1], split_special_tokens=False)
             self._closing = str(tokenizer.decode(ids, skip_special_tokens=True))
         self._ids = itertools.count()

@@ -5,7 +5,7 @@ text = generate(model, tokenizer, "What happens?", features, max_new_tokens=64)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from timeviper_model.batching.batch import PackedBatch, pack_samples
-from timeviper_model.batching.prompt import TEMPLATES, Turn, build_sample, end_token_id
+from timeviper_model.batching.prompt import Turn, build_sample, end_token_ids
+from timeviper_model.batching.tokenizer_template import chat_template
 from timeviper_model.inference.answer import SamplingParams
 from timeviper_model.inference.prefill import prefill
 from timeviper_model.inference.sampling import sample_tokens
@@ -28,7 +29,7 @@ def generate(model: TimeViper, tokenizer: Any, prompt: str, features: Tensor | N
         features: (num_vision_tokens, dim); None for text only.
         sampling: fields of SamplingParams, except `stop` and `num_logprobs`.
     """
-    template, weight = TEMPLATES[model.config.chat_template], model.lm_head.weight
+    template, weight = chat_template(model.config.chat_template, tokenizer), model.lm_head.weight
     rows = torch.zeros(0, model.config.vision.row_size) if features is None else features
     sample = build_sample(
         tokenizer,
@@ -38,19 +39,20 @@ def generate(model: TimeViper, tokenizer: Any, prompt: str, features: Tensor | N
         add_generation_prompt=True,
     )
     batch = pack_samples([sample], [rows.to(weight.dtype)]).to(weight.device, weight.dtype)
-    (ids,) = generate_ids(model, [batch], end_id=end_token_id(tokenizer, template), params=SamplingParams(**sampling))
+    end_ids = end_token_ids(tokenizer, template, model.config.text)
+    (ids,) = generate_ids(model, [batch], end_ids=end_ids, params=SamplingParams(**sampling))
     return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
 def generate_ids(
-    model: TimeViper, prompts: Sequence[PackedBatch], *, end_id: int, params: SamplingParams | None = None
+    model: TimeViper, prompts: Sequence[PackedBatch], *, end_ids: Collection[int], params: SamplingParams | None = None
 ) -> list[list[int]]:
     """Returns one answer per prompt (one segment each), without end tokens."""
     params = params or SamplingParams()
     answers: list[list[int]] = [[] for _ in prompts]
-    for tokens in islice(stream_ids(model, prompts, end_id=end_id, params=params), params.max_new_tokens):
+    for tokens in islice(stream_ids(model, prompts, end_ids=end_ids, params=params), params.max_new_tokens):
         for index, token in tokens.items():
-            if token != end_id:
+            if token not in end_ids:
                 answers[index].append(token)
     return answers
 
@@ -59,7 +61,7 @@ def stream_ids(
     model: TimeViper,
     prompts: Sequence[PackedBatch],
     *,
-    end_id: int | None = None,
+    end_ids: Collection[int] = (),
     params: SamplingParams | None = None,
     cache: HybridCache | None = None,
 ) -> Iterator[dict[int, int]]:
@@ -80,7 +82,7 @@ def stream_ids(
         tokens = {index: token.id for index, token in zip(active, sampled, strict=True)}
         yield dict(sorted(tokens.items()))
         for slot in reversed(range(len(active))):
-            if tokens[active[slot]] == end_id:
+            if tokens[active[slot]] in end_ids:
                 cache.swap(slot, len(active) - 1)
                 active[slot] = active[-1]
                 active.pop()

@@ -21,7 +21,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 
-from timeviper_model.batching.prompt import TEMPLATES, Turn, build_sample
+from timeviper_model.batching.prompt import Turn, build_sample
+from timeviper_model.batching.tokenizer_template import chat_template
 from timeviper_model.config import TINY, TransVSite, parse_transv_plan
 from timeviper_model.inference.chunked_transv import plan_sites
 from timeviper_model.weights.weights_folder import load_config, load_tokenizer
@@ -223,7 +224,7 @@ def prompt_tokens(evaluation: Mapping[str, Any], task: str) -> dict[str, float]:
         frames = [min(info.num_frames, evaluation["answering"]["max_frames"]) for info in infos]
         media = [number * info.num_tokens_per_frame for number, info in zip(frames, infos, strict=True)]
         turns = [Turn(role="user", text=question["question"])]
-        template = TEMPLATES[config.chat_template]
+        template = chat_template(config.chat_template, tokenizer)
         prompt = build_sample(tokenizer, turns, media, template=template, add_generation_prompt=True)
         sites = plan_sites(config, sum(media))
         num_left = list(sites.values())[-1].num_kept if sites else sum(media)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from timeviper_model.batching.batch import PackedBatch, Sample, pack_samples
-from timeviper_model.batching.prompt import TEMPLATES, Turn, add_time_texts, build_sample, end_token_id
+from timeviper_model.batching.prompt import Turn, add_time_texts, build_sample, end_token_ids
+from timeviper_model.batching.tokenizer_template import chat_template
 from timeviper_model.inference.answer import SamplingParams
 from timeviper_model.inference.generate import generate_ids
 from timeviper_model.timeviper import TimeViper
@@ -32,7 +33,7 @@ class Answerer:
     def __init__(self, model: TimeViper, tokenizer: Any, *, max_pack_tokens: int = DEFAULT_MAX_PACK_TOKENS) -> None:
         self._model = model.eval()
         self._tokenizer = tokenizer
-        self._template = TEMPLATES[model.config.chat_template]
+        self._template = chat_template(model.config.chat_template, tokenizer)
         self._max_pack_tokens = max_pack_tokens
         parameter = model.lm_head.weight
         self._device, self._dtype = parameter.device, parameter.dtype
@@ -63,7 +64,7 @@ class Answerer:
         answers = generate_ids(
             self._model,
             [batch.to(self._device, self._dtype) for batch in batches],
-            end_id=end_token_id(self._tokenizer, self._template),
+            end_ids=end_token_ids(self._tokenizer, self._template, self._model.config.text),
             params=SamplingParams(max_new_tokens=max_new_tokens),
         )
         return [self._tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from reference.small_models import SMALL
 from timeviper_model.batching.batch import IGNORE_INDEX, TokenKind
 from timeviper_model.batching.prompt import (
     CHATML,
@@ -17,6 +19,7 @@ from timeviper_model.batching.prompt import (
     check_tokenizer,
     encode_text,
     end_token_id,
+    end_token_ids,
     time_text,
 )
 
@@ -91,6 +94,54 @@ def test_typed_special_tokens_stay_text(tokenizer: Any) -> None:
     sample = build_sample(tokenizer, [Turn(role="user", text=attack)], add_generation_prompt=True)
     assert sample.input_ids.count(tokenizer.convert_tokens_to_ids("<SPECIAL_11>")) == 2  # user and assistant headers
     assert attack in tokenizer.decode(sample.input_ids)
+
+
+@pytest.fixture(scope="module")
+def merging_tokenizer() -> Any:
+    """Takes '?' and a newline, and a newline with what follows it, as one token, as Nemotron's and Qwen's do."""
+    specials = ["<pad>", "<SPECIAL_10>", "<SPECIAL_11>", "<SPECIAL_12>", "<|im_start|>", "<|im_end|>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("?", "Ċ"), ("Ċ", "Ċ"), ("Ċ", "B"), (".", "Ċ")]
+    vocabulary = {token: index for index, token in enumerate([*specials, *letters, *map("".join, merges)])}
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens(specials)
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>")
+
+
+@pytest.mark.parametrize("template", [NEMOTRON, CHATML], ids=["nemotron", "chatml"])
+def test_a_prompt_is_tokenised_as_its_whole_string(merging_tokenizer: Any, template: Any) -> None:
+    turns = [
+        Turn(role="system", text="Be brief."),
+        Turn(role="user", text="Brown? What?"),
+        Turn(role="assistant", text="Bees."),
+        Turn(role="user", text="\nSure?"),
+    ]
+    sample = build_sample(merging_tokenizer, turns, template=template, add_generation_prompt=True)
+    whole = merging_tokenizer.decode(sample.input_ids)
+    # an answer is apart from its header, which ends the prompt of a generation
+    first, second = whole.split("Bees.")
+    parts = [first, "Bees." + second]
+    assert sample.input_ids == [i for part in parts for i in merging_tokenizer(part)["input_ids"]]
+    assert "?Ċ" in merging_tokenizer.convert_ids_to_tokens(sample.input_ids) or template is CHATML
+
+
+def test_a_generations_prompt_begins_the_trained_sample(merging_tokenizer: Any) -> None:
+    question, answer = Turn(role="user", text="What?"), Turn(role="assistant", text="\nB")
+    prompt = build_sample(merging_tokenizer, [question], [3], add_generation_prompt=True)
+    trained = build_sample(merging_tokenizer, [question, answer], [3])
+    assert trained.input_ids[: len(prompt)] == prompt.input_ids
+    assert set(trained.token_kind[len(prompt) :]) == {TokenKind.RESPONSE}
+
+
+def test_generation_stops_at_the_ends_of_template_tokenizer_and_model(tokenizer: Any) -> None:
+    names = {name: tokenizer.convert_tokens_to_ids(name) for name in ("<SPECIAL_12>", "<|im_end|>")}
+    config = replace(SMALL.text, eos_token_id=(2, 11))
+    assert end_token_ids(tokenizer, NEMOTRON, config) == {2, 11, names["<SPECIAL_12>"]}
+    assert end_token_ids(tokenizer, CHATML, replace(config, eos_token_id=7)) == {7, names["<|im_end|>"]}
+    tokenizer.add_special_tokens({"eos_token": "</s>"})
+    assert len(tokenizer) - 1 in end_token_ids(tokenizer, NEMOTRON, config)
 
 
 def test_media_go_where_the_markers_are(tokenizer: Any) -> None:

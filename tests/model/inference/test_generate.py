@@ -32,7 +32,7 @@ def test_sampled_ids_are_those_of_the_engine(model: TimeViper) -> None:
     request = ask(num_vision=24, temperature=1.0, top_p=0.9, seed=3, max_new_tokens=10)
     ((expected,), _, _) = answers(model, [request])
     batch = pack_samples([request.prompt], [vision(24)])
-    (ids,) = generate_ids(model, [batch], end_id=END_ID, params=request.sampling)
+    (ids,) = generate_ids(model, [batch], end_ids={END_ID}, params=request.sampling)
     assert ids == [token for token in ids_of(expected) if token != END_ID]
 
 
@@ -40,7 +40,7 @@ def test_a_finished_answer_leaves_the_others_running(model: TimeViper) -> None:
     batches = [pack_samples([prompt(TOKENIZER, text, 8)], [vision(8)]) for text in ("What?", "When is it?")]
     alone = [[tokens[0] for tokens, _ in zip(stream_ids(model, [batch]), range(9), strict=False)] for batch in batches]
     end_id = next(token for token in alone[0] if token not in alone[1])
-    first, second = generate_ids(model, batches, end_id=end_id)
+    first, second = generate_ids(model, batches, end_ids={end_id})
     assert first == alone[0][: alone[0].index(end_id)]
     assert second[:9] == alone[1]
 

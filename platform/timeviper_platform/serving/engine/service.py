@@ -17,15 +17,8 @@ import torch
 from torch import Tensor
 
 from timeviper_model.batching.batch import Sample
-from timeviper_model.batching.prompt import (
-    MEDIA_MARKER,
-    TEMPLATES,
-    ChatTemplate,
-    Turn,
-    add_time_texts,
-    build_sample,
-    time_text,
-)
+from timeviper_model.batching.prompt import MEDIA_MARKER, ChatTemplate, Turn, add_time_texts, build_sample, time_text
+from timeviper_model.batching.tokenizer_template import chat_template
 from timeviper_model.inference.engine import InferenceEngine
 from timeviper_model.inference.requests import (
     EngineConfig,
@@ -85,10 +78,10 @@ class EngineService:
         dtype = torch_dtype(config.dtype)
         model = from_pretrained(weights, dtype=dtype, device=config.device).eval()
         set_backend(model, config.backend, device=config.device, dtype=dtype)
-        self._template = TEMPLATES[model.config.chat_template]
         self._states_length = trained_time_text(weights) == "always"
         # two tokenizers: a fast tokenizer must not be called from two threads at once
         self._tokenizer = load_tokenizer(weights)
+        self._template = chat_template(model.config.chat_template, self._tokenizer)
         self._engine = InferenceEngine(model, config.engine, tokenizer=load_tokenizer(weights))
         self._thread = EngineThread(self._engine)
         self._prompts = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prompt")

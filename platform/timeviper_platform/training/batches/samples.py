@@ -10,7 +10,8 @@ from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 from timeviper_model.batching.batch import IGNORE_INDEX, Sample
-from timeviper_model.batching.prompt import TEMPLATES, TimeText, Turn, add_time_texts, build_sample, time_text
+from timeviper_model.batching.prompt import PROMPT_VERSION, TimeText, Turn, add_time_texts, build_sample, time_text
+from timeviper_model.batching.tokenizer_template import chat_template
 from timeviper_platform.data.store.reader import FeatureStore
 
 MAX_CACHED_TEXTS = 65_536
@@ -70,12 +71,12 @@ class Reject(NamedTuple):
 
 
 class SampleBuilder:
-    """Builds equal samples for the plan and the loader. `chat_template` is a key of TEMPLATES."""
+    """Builds equal samples for the plan and the loader. `template` is the model configuration's `chat_template`."""
 
-    def __init__(self, store: FeatureStore, tokenizer: Any, chat_template: str, frames: FramesConfig) -> None:
+    def __init__(self, store: FeatureStore, tokenizer: Any, template: str, frames: FramesConfig) -> None:
         self.store = store
         self._tokenizer = _CachingTokenizer(tokenizer)
-        self._template = TEMPLATES[chat_template]
+        self._template = chat_template(template, tokenizer)
         self._frames = frames
 
     def build(self, row: dict[str, Any]) -> TokenizedSample | Reject:
@@ -107,6 +108,7 @@ class SampleBuilder:
         parts = {
             "tokenizer": self._tokenizer.digest(),
             "template": asdict(self._template),
+            "prompt_version": PROMPT_VERSION,
             "frames": asdict(self._frames),
             "store": [self.store.recipe_hash, self.store.index_digest()],
         }
