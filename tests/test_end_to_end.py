@@ -99,7 +99,7 @@ def test_a_failing_job_fails_at_the_submitter(ray_cluster: dict[str, str], tmp_p
         f"encoder.model={tmp_path / 'nowhere'}",
     )
     assert failed.returncode != 0
-    assert re.search(r"^error: no vision encoder at .*nowhere", failed.stdout, re.MULTILINE), failed.stdout
+    assert re.search(r"^error: there is no folder .*nowhere", failed.stdout, re.MULTILINE), failed.stdout
 
 
 def _manifest_with_a_broken_file(corpus: Path, folder: Path) -> Path:

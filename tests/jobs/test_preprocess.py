@@ -63,7 +63,7 @@ def test_an_input_of_broken_files_succeeds_and_counts_them(corpus: Path, capsys:
         ),
         ("input=/nowhere/manifest.parquet", "no manifest at '/nowhere/manifest.parquet'"),
         ("feature_store=/proc/version/features", "cannot write /proc/version/features"),
-        ("encoder.model=/nowhere/encoder", "no vision encoder at '/nowhere/encoder'"),
+        ("encoder.model=/nowhere/encoder", "there is no folder '/nowhere/encoder'"),
         ("sampling.fps=0", "fps = 0"),
         ("execution.mode=sideways", "execution.mode"),
     ],

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -33,7 +30,14 @@ class Preprocessing:
 
     @classmethod
     def from_processor(cls, values: Mapping[str, Any], *, image_size: int, where: str) -> Preprocessing:
-        """Parses a `preprocessor_config.json`; raises ValueError for unsupported steps."""
+        """Parses a `preprocessor_config.json` or transformers 5's `processor_config.json`.
+
+        A null is an absent key, and a number for `image_mean` or `image_std` is for all channels.
+
+        Raises:
+            ValueError: for unsupported steps.
+        """
+        values = {name: value for name, value in values.get("image_processor", values).items() if value is not None}
         if not values.get("do_resize", True):
             raise ValueError(
                 f"{where}: do_resize = {values['do_resize']} in {PREPROCESSOR_FILE} is not supported: frames of any"
@@ -43,7 +47,7 @@ class Preprocessing:
         if not factor > 0.0:
             raise ValueError(f"{where}: rescale_factor = {factor} in {PREPROCESSOR_FILE} must be above 0")
         if not values.get("do_normalize", True):
-            values = {**values, "image_mean": (0.0,) * 3, "image_std": (1.0,) * 3}
+            values |= {"image_mean": 0.0, "image_std": 1.0}
         missing = [name for name in ("image_mean", "image_std") if name not in values]
         if missing:
             raise ValueError(f"{where}: {PREPROCESSOR_FILE} lacks {' and '.join(missing)}")
@@ -55,8 +59,8 @@ class Preprocessing:
         return cls(
             image_size=_side(values, where) or image_size,
             resample=RESAMPLES[resample],
-            mean=tuple(values["image_mean"]),
-            std=tuple(values["image_std"]),
+            mean=_channels(values["image_mean"], "image_mean", where),
+            std=_channels(values["image_std"], "image_std", where),
             white=1.0 / factor,
         )
 
@@ -69,14 +73,8 @@ class VisionTransformer(nn.Module):
         super().__init__()
         config = tower.config
         num_blocks = config.num_hidden_layers
-        num_used = layer if layer >= 0 else num_blocks + 1 + layer
-        if not 1 <= num_used <= num_blocks:
-            raise ValueError(
-                f"{layer = } is not the output of one of this tower's {num_blocks} blocks; "
-                f"use 1 to {num_blocks}, or -{num_blocks} to -1"
-            )
-        blocks = _find_blocks(tower, num_blocks)
-        del blocks[num_used:]
+        _, blocks = find_blocks(tower, num_blocks)
+        del blocks[num_used_blocks(layer, num_blocks) :]
         if getattr(tower, "use_head", False):  # SigLIP
             tower.use_head = False  # unused pooling: 15 of 428 million parameters
             del tower.head
@@ -90,38 +88,6 @@ class VisionTransformer(nn.Module):
         """Not a buffer: bf16 would round it."""
         self.requires_grad_(False)
         self.eval()
-
-    @classmethod
-    def from_pretrained(cls, name_or_folder: str, *, layer: int = -2) -> VisionTransformer:
-        """Loads a local folder or Hugging Face name (safetensors only), in fp32 on the CPU."""
-        from transformers import AutoConfig, AutoModel, SiglipVisionModel  # slow import
-
-        try:
-            config = AutoConfig.from_pretrained(name_or_folder)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"no vision encoder at {name_or_folder!r}: pass a folder with config.json and model.safetensors,"
-                f" or a Hugging Face name that this machine can fetch ({error})"
-            ) from error
-        if config.model_type in {"siglip2", "siglip2_vision_model"}:
-            raise ValueError(
-                f"{name_or_folder!r} is SigLIP 2 of variable resolution (NaFlex), whose input is patches;"
-                " use a SigLIP 2 checkpoint of fixed resolution, such as google/siglip2-so400m-patch14-384"
-            )
-        if config.model_type in {"siglip", "siglip_vision_model"}:
-            tower = SiglipVisionModel.from_pretrained(name_or_folder, dtype=torch.float32)
-        else:
-            tower = AutoModel.from_pretrained(name_or_folder, dtype=torch.float32)
-            tower = getattr(tower, "vision_model", tower)
-        processor = json.loads(_local_file(name_or_folder, PREPROCESSOR_FILE).read_text(encoding="utf-8"))
-        return cls(
-            tower,
-            layer=layer,
-            preprocessing=Preprocessing.from_processor(
-                processor, image_size=int(tower.config.image_size), where=name_or_folder
-            ),
-            weights_hash=_hash_weights(name_or_folder, tower),
-        )
 
     def preprocess(self, frames: Tensor) -> Tensor:
         """uint8 frames (B, height, width, 3) to normalised pixels (B, 3, S, S)."""
@@ -143,40 +109,42 @@ class VisionTransformer(nn.Module):
         return hidden[:, hidden.shape[1] - self.num_patches :]
 
 
+def num_used_blocks(layer: int, num_blocks: int) -> int:
+    """Raises ValueError if `layer` is not the output of a block."""
+    num_used = layer if layer >= 0 else num_blocks + 1 + layer
+    if not 1 <= num_used <= num_blocks:
+        raise ValueError(
+            f"{layer = } is not the output of one of this tower's {num_blocks} blocks; "
+            f"use 1 to {num_blocks}, or -{num_blocks} to -1"
+        )
+    return num_used
+
+
+def find_blocks(tower: nn.Module, num_blocks: int) -> tuple[str, nn.ModuleList]:
+    """Returns name and list of the tower's blocks."""
+    for name, module in tower.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_blocks:
+            return name, module
+    raise ValueError(f"{type(tower).__name__} has no list of {num_blocks} blocks; is it a vision transformer?")
+
+
 def _side(values: Mapping[str, Any], where: str) -> int | None:
+    """The side of the square; an int is one, or the shorter edge of a frame that is squeezed to a square."""
     size = values.get("crop_size" if values.get("do_center_crop") else "size")
     if size is None or isinstance(size, int):
         return size
-    sides = {size[name] for name in ("height", "width", "shortest_edge") if name in size}
+    if isinstance(size, Mapping):
+        sides = {size[name] for name in ("height", "width", "shortest_edge") if size.get(name)}
+    else:
+        sides = set(size)
     if len(sides) != 1:
-        raise ValueError(f"{where}: {size = } in {PREPROCESSOR_FILE} must be square")
+        raise ValueError(f"{where}: {size = } in the processor's file must be square")
     return int(sides.pop())
 
 
-def _find_blocks(tower: Any, num_blocks: int) -> nn.ModuleList:
-    lists = [m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) == num_blocks]
-    if not lists:
-        raise ValueError(f"{type(tower).__name__} has no list of {num_blocks} blocks; is it a vision transformer?")
-    return lists[0]
-
-
-def _local_file(name_or_folder: str, file: str) -> Path:
-    from transformers.utils import cached_file
-
-    try:
-        found = cached_file(name_or_folder, file)
-    except OSError as error:
-        raise ValueError(
-            f"{name_or_folder!r} has no {file}, which must give mean and std of the pixels: {error}"
-        ) from error
-    return Path(str(found))
-
-
-def _hash_weights(name_or_folder: str, tower: Any) -> str:
-    """sha256 over configuration and tensors, independent of sharding."""
-    digest = hashlib.sha256(_local_file(name_or_folder, "config.json").read_bytes())
-    digest.update(_local_file(name_or_folder, PREPROCESSOR_FILE).read_bytes())
-    for name, tensor in sorted(tower.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def _channels(value: Any, name: str, where: str) -> tuple[float, ...]:
+    """Three channels' values; a number is for all."""
+    values = (float(value),) * 3 if isinstance(value, int | float) else tuple(float(each) for each in value)
+    if len(values) != 3:
+        raise ValueError(f"{where}: {name} = {value} must hold three values, for red, green and blue")
+    return values

@@ -5,7 +5,7 @@ Results depend on the batch shape (1e-6 at width 1152 in fp32), so all batches h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,16 +16,18 @@ from torch.nn import functional as F
 
 from timeviper_model.layers.projector import combine_towers
 from timeviper_model.layers.tome import merge_tokens
-from timeviper_model.layers.vision_transformer import VisionTransformer
+from timeviper_model.layers.vision_transformer import Resample
+from timeviper_model.weights.vision_tower import TowerDescription, describe_vision_tower, load_vision_tower
 from timeviper_platform.common.devices import Dtype, torch_dtype
-from timeviper_platform.data.encode.recipe import RECIPE_VERSION
-from timeviper_platform.data.encode.tower_weights import TowerDescription, describe_tower
+from timeviper_platform.data.encode.recipe import RECIPE_VERSION, differences
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TowerConfig:
     model: str
     """Hugging Face name or local folder."""
+    revision: str | None = None
+    """Commit, tag or branch of a Hugging Face name; None = its main branch."""
     layer: int = -2
     """Index into hidden_states."""
     num_tokens_per_frame: int = 16
@@ -69,6 +71,8 @@ class EncoderDescription:
     recipe: dict[str, Any]
     image_size: int
     """side of the input frames"""
+    resample: Resample
+    """interpolation of the input frames, the larger tower's"""
     dim: int
     """width of a token"""
     num_tokens_per_frame: int
@@ -93,6 +97,7 @@ class EncoderDescription:
         return cls(
             recipe=recipe,
             image_size=max(tower.image_size for tower in towers),
+            resample=max(towers, key=lambda tower: tower.image_size).resample,
             dim=max(tower.hidden_size for tower in towers),
             num_tokens_per_frame=sum(num_tokens),
         )
@@ -100,13 +105,17 @@ class EncoderDescription:
 
 def describe_encoder(config: VisionTowerConfig) -> EncoderDescription:
     """Describes `FrameEncoder(config)` without building it. Raises the same errors."""
-    return EncoderDescription.of(config, [describe_tower(tower.model, tower.layer) for tower in config.towers])
+    return EncoderDescription.of(config, [_describe(tower) for tower in config.towers])
+
+
+def _describe(tower: TowerConfig) -> TowerDescription:
+    return describe_vision_tower(tower.model, layer=tower.layer, revision=tower.revision)
 
 
 def _tower_recipe(config: TowerConfig, tower: TowerDescription, num_tokens_per_frame: int) -> dict[str, Any]:
     return {
         "encoder": {"weights_hash": tower.weights_hash, "layer": config.layer},
-        "preprocessing": {"image_size": tower.image_size, "resize": "bicubic", "aspect": "squeezed"},
+        "preprocessing": {"image_size": tower.image_size, "resize": tower.resample, "aspect": "squeezed"},
         "merge": {"method": "tome", "num_tokens_per_frame": num_tokens_per_frame, "heads": config.merge_heads},
     }
 
@@ -120,8 +129,21 @@ class FrameEncoder:
         description = EncoderDescription.of(config, [TowerDescription.of(tower.vision) for tower in self.towers])
         self.recipe = description.recipe
         self.image_size = description.image_size
+        self.resample = description.resample
         self.dim = description.dim
         self.num_tokens_per_frame = description.num_tokens_per_frame
+
+    def check_recipe(self, expected: Mapping[str, Any]) -> None:
+        """Raises RuntimeError if this process built another encoder than `expected` describes, for example from another
+        node's copy of the weights.
+        """
+        own = {key: expected.get(key) for key in self.recipe}
+        if lines := differences(own, self.recipe):
+            names = " and ".join(repr(tower.model) for tower in self.config.towers)
+            raise RuntimeError(
+                f"the vision tower {names} loaded here is not the one of the recipe ({'; '.join(lines)});"
+                " pin encoder.revision, or give every node the same folder"
+            )
 
     @torch.inference_mode()
     def encode(self, frames: Tensor | np.ndarray) -> Tensor:
@@ -145,7 +167,7 @@ class FrameEncoder:
 
 class MergingTower:
     def __init__(self, config: TowerConfig, encoder: VisionTowerConfig) -> None:
-        self.vision = VisionTransformer.from_pretrained(config.model, layer=config.layer)
+        self.vision = load_vision_tower(config.model, layer=config.layer, revision=config.revision)
         self.vision.to(device=encoder.device, dtype=torch_dtype(encoder.dtype))
         self._patches: Callable[[Tensor], Tensor] = (
             torch.compile(self.vision, dynamic=False) if encoder.compile else self.vision
@@ -155,14 +177,16 @@ class MergingTower:
 
     def tokens(self, frames: Tensor) -> Tensor:
         """(B, S, S, 3) uint8 -> (B, N, D)."""
-        patches = self._patches(self.vision.preprocess(resize_frames(frames, self.vision.image_size)))
+        patches = self._patches(
+            self.vision.preprocess(resize_frames(frames, self.vision.image_size, self.vision.preprocessing.resample))
+        )
         return merge_tokens(patches, self._num_tokens_per_frame, num_heads=self._merge_heads)
 
 
-def resize_frames(frames: Tensor, image_size: int) -> Tensor:
-    """Resizes uint8 frames (B, S, S, 3), bicubic as in decoding."""
+def resize_frames(frames: Tensor, image_size: int, resample: Resample = "bicubic") -> Tensor:
+    """Resizes uint8 frames (B, S, S, 3) as Pillow does."""
     if frames.shape[1] == image_size:
         return frames
     pixels = frames.permute(0, 3, 1, 2).float()
-    resized = F.interpolate(pixels, (image_size, image_size), mode="bicubic", antialias=True)
+    resized = F.interpolate(pixels, (image_size, image_size), mode=resample, antialias=True)
     return resized.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)

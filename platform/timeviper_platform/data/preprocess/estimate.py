@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from timeviper_platform.data.encode.frame_encoder import FrameEncoder, describe_encoder
+from timeviper_platform.data.encode.frame_encoder import describe_encoder
 from timeviper_platform.data.encode.recipe import differences, older_recipe, recipe_hash
 from timeviper_platform.data.plan.stored_plan import PlanCounts, finished_segments, missing_rows
 from timeviper_platform.data.preprocess.calibrate import Calibration, SegmentSample, calibrate
@@ -55,7 +55,7 @@ def estimate(config: PreprocessConfig) -> Estimate:
         counts.add(table, is_missing)
         sample.add(table.filter(pa.array(is_missing)))
     segments, spec = sample.segments, worker_spec(config, encoder, digest)
-    calibration = calibrate(segments, spec, FrameEncoder(config.encoder)) if segments else None
+    calibration = calibrate(segments, spec, spec.new_encoder()) if segments else None
     frames, rate = counts.frames_missing, last_rate(config.feature_store)
     return Estimate(
         media=counts.media,

@@ -23,7 +23,6 @@ import torch
 from timeviper_platform.common import storage
 from timeviper_platform.common.listing import pages
 from timeviper_platform.common.ray_cluster import connect, has_cluster
-from timeviper_platform.data.encode.frame_encoder import FrameEncoder
 from timeviper_platform.data.media.medium import Medium
 from timeviper_platform.data.plan.segments import PlanSpec, Segment, plan_page
 from timeviper_platform.data.preprocess.calibrate import Calibration, calibrate, sample_of
@@ -119,7 +118,7 @@ def settle_mode(config: ExecutionConfig, missing: Iterable[Segment], spec: Worke
 
 def _calibrate(segments: list[Segment], spec: WorkerSpec) -> Calibration | None:
     torch.set_num_threads(spec.num_threads)
-    return calibrate(segments, spec, FrameEncoder(spec.encoder))
+    return calibrate(segments, spec, spec.new_encoder())
 
 
 def _run_graph(tasks: Sequence[WriteTask], spec: WorkerSpec, config: ExecutionConfig) -> Iterator[TaskResult]:

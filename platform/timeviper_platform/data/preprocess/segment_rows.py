@@ -17,7 +17,7 @@ from timeviper_platform.data.encode.frame_encoder import FrameEncoder
 from timeviper_platform.data.media.container import DecodeError, ErrorType, MediaLimits, source_name
 from timeviper_platform.data.plan.segments import Segment
 from timeviper_platform.data.store.writer import Row, features_bytes
-from timeviper_platform.data.video.frames import FrameBatch
+from timeviper_platform.data.video.frames import FrameBatch, Resample
 from timeviper_platform.data.video.reader import check_backend
 from timeviper_platform.data.video_worker.frame_source import (
     DecodeConfig,
@@ -53,12 +53,20 @@ class SegmentDecoder:
     """Keeps videos open between segments. Raises RuntimeError if the backend is not available."""
 
     def __init__(
-        self, image_size: int, fps: Fraction, limits: MediaLimits, config: DecodeConfig, *, keyframes_only: bool = False
+        self,
+        image_size: int,
+        fps: Fraction,
+        limits: MediaLimits,
+        config: DecodeConfig,
+        *,
+        keyframes_only: bool = False,
+        resample: Resample = "bicubic",
     ) -> None:
         check_backend(config.backend)
         self._fps = fps
         source = IsolatedFrames if config.isolation == "process" else LocalFrames
-        self._source: FrameSource = source(image_size, limits, config, 1 / fps if keyframes_only else None)
+        step = 1 / fps if keyframes_only else None
+        self._source: FrameSource = source(image_size, limits, config, step, resample)
         self.cpu_seconds = 0.0
         """CPU seconds of decoding, here and in a child process"""
 

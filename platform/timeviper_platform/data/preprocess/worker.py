@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from threading import Lock
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ from timeviper_platform.data.preprocess.segment_rows import SegmentDecoder, Segm
 from timeviper_platform.data.preprocess.tasks import TaskResult, TaskStart, WriteTask, process_name
 from timeviper_platform.data.store.audit import Outcomes
 from timeviper_platform.data.store.writer import ROW_GROUP_BYTES, Row, StoreWriter
+from timeviper_platform.data.video.frames import Resample
 from timeviper_platform.data.video_worker.frame_source import DecodeConfig
 
 
@@ -28,6 +30,8 @@ class WorkerSpec:
     feature_store: str
     recipe_hash: str
     encoder: VisionTowerConfig
+    encoder_recipe: Mapping[str, Any]
+    """Recipe of the encoder that the driver described."""
     image_size: int
     fps: Fraction
     decode: DecodeConfig
@@ -35,9 +39,23 @@ class WorkerSpec:
     num_threads: int
     keyframes_only: bool = False
     row_group_bytes: int = ROW_GROUP_BYTES
+    resample: Resample = "bicubic"
 
     def new_decoder(self) -> SegmentDecoder:
-        return SegmentDecoder(self.image_size, self.fps, self.limits, self.decode, keyframes_only=self.keyframes_only)
+        return SegmentDecoder(
+            self.image_size,
+            self.fps,
+            self.limits,
+            self.decode,
+            keyframes_only=self.keyframes_only,
+            resample=self.resample,
+        )
+
+    def new_encoder(self) -> FrameEncoder:
+        """Raises RuntimeError if the weights found here are not those of the recipe."""
+        encoder = FrameEncoder(self.encoder)
+        encoder.check_recipe(self.encoder_recipe)
+        return encoder
 
 
 class RetryCounter:
@@ -61,7 +79,7 @@ class FusedWorker:
         torch.set_num_threads(spec.num_threads)
         self._spec = spec
         self._decoder = spec.new_decoder()
-        self._encoder = SegmentEncoder(FrameEncoder(spec.encoder), spec.fps)
+        self._encoder = SegmentEncoder(spec.new_encoder(), spec.fps)
         self._encoding = Lock()
         self._retries = RetryCounter()
 
@@ -106,7 +124,7 @@ class EncodeWorker:
     def __init__(self, spec: WorkerSpec) -> None:
         torch.set_num_threads(spec.num_threads)
         self._spec = spec
-        self._encoder = SegmentEncoder(FrameEncoder(spec.encoder), spec.fps)
+        self._encoder = SegmentEncoder(spec.new_encoder(), spec.fps)
         self._encoding, self._writing = Lock(), Lock()
         self._retries = RetryCounter()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,14 @@ from PIL import Image
 
 from reference.synthetic_media import make_encoder
 from timeviper_model.layers.projector import combine_towers
-from timeviper_platform.data.encode.frame_encoder import FrameEncoder, TowerConfig, VisionTowerConfig, resize_frames
+from timeviper_model.layers.vision_transformer import Resample
+from timeviper_platform.data.encode.frame_encoder import (
+    FrameEncoder,
+    TowerConfig,
+    VisionTowerConfig,
+    describe_encoder,
+    resize_frames,
+)
 from timeviper_platform.data.encode.recipe import recipe_hash
 
 
@@ -63,6 +71,16 @@ def test_the_recipe_has_everything_that_determines_the_values(tmp_path: Path) ->
         assert FrameEncoder(changed).recipe != recipe
     with pytest.raises(ValueError, match="at least 1"):
         VisionTowerConfig(encode_batch_frames=0)
+
+
+def test_an_encoder_of_other_weights_than_the_recipes_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    config = VisionTowerConfig(model=str(make_encoder(tmp_path / "a", seed=0)))
+    recipe = {**describe_encoder(config).recipe, "sampling": {"fps": 1.0}}
+    FrameEncoder(config).check_recipe(recipe)
+    make_encoder(tmp_path / "a", seed=1)  # another node's copy of the folder
+    with pytest.raises(RuntimeError, match=r"is not the one of the recipe \(encoder\.weights_hash: .*pin encoder\.rev"):
+        FrameEncoder(config).check_recipe(recipe)
 
 
 @pytest.fixture(scope="module")
@@ -126,13 +144,23 @@ def test_a_single_frame_of_two_towers_has_the_same_bytes_as_in_a_full_batch(
     assert shapes == [(4, 3, 32, 32), (4, 3, 48, 48)] * 3
 
 
-def test_frames_are_resized_for_the_other_tower_as_by_pillow() -> None:
+@pytest.mark.parametrize("resample", ["bilinear", "bicubic"])
+def test_frames_are_resized_for_the_other_tower_as_by_pillow(resample: Resample) -> None:
     frames = synthetic_frames(2, 48) // 2 + 64  # no overshoot, which Pillow clips after each of its two passes
-    resized = resize_frames(frames, 32)
+    resized = resize_frames(frames, 32, resample)
     assert resized.dtype == torch.uint8
     for frame, small in zip(frames.numpy(), resized.numpy(), strict=True):
-        expected = np.asarray(Image.fromarray(frame).resize((32, 32), Image.Resampling.BICUBIC), int)
+        expected = np.asarray(Image.fromarray(frame).resize((32, 32), Image.Resampling[resample.upper()]), int)
         assert abs(small - expected).max() <= 1
+
+
+def test_the_recipe_names_the_processors_interpolation(tmp_path: Path) -> None:
+    folder = make_encoder(tmp_path)
+    processor = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor | {"resample": 2}))
+    encoder = FrameEncoder(VisionTowerConfig(model=str(folder)))
+    assert encoder.resample == describe_encoder(encoder.config).resample == "bilinear"
+    assert encoder.recipe["preprocessing"]["resize"] == "bilinear"
 
 
 def test_a_recipe_has_extra_keys_only_for_two_towers(towers: VisionTowerConfig) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from reference.synthetic_media import make_encoder, make_video
 from reference.synthetic_result import synthetic_result
-from timeviper_platform.data.encode.frame_encoder import FrameEncoder, VisionTowerConfig
+from timeviper_platform.data.encode.frame_encoder import FrameEncoder, VisionTowerConfig, describe_encoder
 from timeviper_platform.data.media.container import MediaLimits
 from timeviper_platform.data.media.medium import Medium
 from timeviper_platform.data.plan.segments import PlanSpec, plan_page, segments_of
@@ -108,6 +108,7 @@ def worker_spec(encoder: VisionTowerConfig, *, image_size: int, feature_store: s
         feature_store=feature_store,
         recipe_hash="r",
         encoder=encoder,
+        encoder_recipe=describe_encoder(encoder).recipe,
         image_size=image_size,
         fps=Fraction(1),
         decode=DecodeConfig(),

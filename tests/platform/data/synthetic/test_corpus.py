@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from timeviper_model.layers.tome import merge_tokens
-from timeviper_model.layers.vision_transformer import VisionTransformer
+from timeviper_model.weights.vision_tower import load_vision_tower
 from timeviper_platform.common import schemas
 from timeviper_platform.common.config import load_config
 from timeviper_platform.data.synthetic.backgrounds import read_film
@@ -121,7 +121,7 @@ def test_another_seed_gives_another_corpus(corpus: tuple[Path, CorpusReport], tm
 
 def test_features_of_the_saved_encoder_are_centred_with_unit_scale(corpus: tuple[Path, CorpusReport]) -> None:
     folder, _ = corpus
-    encoder = VisionTransformer.from_pretrained(str(folder / "encoder"))
+    encoder = load_vision_tower(str(folder / "encoder"))
     frames = [
         np.asarray(Image.fromarray(frame).resize((64, 64), Image.Resampling.BICUBIC))
         for path in sorted((folder / "videos").glob("train-*"))

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from timeviper_model.layers.vision_transformer import VisionTransformer
+from timeviper_model.weights.vision_tower import load_vision_tower
 from timeviper_platform.data.synthetic.encoder import (
     IMAGE_SIZE,
     NOTHING,
@@ -39,7 +39,7 @@ def test_the_saved_folder_gives_the_same_features(tmp_path: Path) -> None:
     frames, labels = _frames(8)
     model = train_encoder(frames, labels, steps=2, seed=0)
     save_encoder(model, tmp_path)
-    encoder = VisionTransformer.from_pretrained(str(tmp_path))
+    encoder = load_vision_tower(str(tmp_path))
     loaded = encoder(encoder.preprocess(torch.from_numpy(frames)))
     torch.testing.assert_close(loaded, used_features(model, frames).detach(), atol=1e-5, rtol=1e-5)
 
