@@ -36,17 +36,24 @@ from timeviper_platform.data.media.pictures import (
     png_chunks,
 )
 from timeviper_platform.data.media.signatures import HEAD_BYTES
-from timeviper_platform.data.video.frames import FrameBatch
+from timeviper_platform.data.video.frames import FrameBatch, Resample
 from timeviper_platform.data.video.pictures import on_white, scaled, with_8_bits
 
 
 class AnimationReader:
     """VideoReader of an animation. Seeks back to the last frame that covers all before it."""
 
-    def __init__(self, source: str | bytes, image_size: int, *, limits: MediaLimits | None = None) -> None:
+    def __init__(
+        self,
+        source: str | bytes,
+        image_size: int,
+        *,
+        limits: MediaLimits | None = None,
+        resample: Resample = "bicubic",
+    ) -> None:
         """Raises DecodeError when the file holds no animation."""
         limits = limits or MediaLimits()
-        self._source, self._limits, self._image_size = source, limits, image_size
+        self._source, self._limits, self._image_size, self._resample = source, limits, image_size, resample
         self._shown: tuple[int, np.ndarray] | None = None
         name = source_name(source)
         check = partial(check_size, limits=limits, stage="decode_video", name=name)
@@ -91,7 +98,7 @@ class AnimationReader:
             image = self._canvas.show(index)
             if image is None:
                 return None
-            self._shown = index, scaled(on_white(image), self._image_size)
+            self._shown = index, scaled(on_white(image), self._image_size, self._resample)
         return self._shown[1]
 
 

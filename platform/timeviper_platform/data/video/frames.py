@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
 MAX_TAIL_SECONDS = 1
 """Times this close after the last frame are not missing: sound often lasts longer."""
+
+
+Resample = Literal["bilinear", "bicubic"]
+"""Interpolation to the encoder's size, as its processor asks."""
 
 
 class BackendUnfitError(Exception):

@@ -23,7 +23,7 @@ from timeviper_platform.data.media.container import (
     source_name,
     video_stream,
 )
-from timeviper_platform.data.video.frames import FrameBatch
+from timeviper_platform.data.video.frames import FrameBatch, Resample
 from timeviper_platform.data.video.pyav_reader import scale_frame
 
 logger = logging.getLogger(__name__)
@@ -43,12 +43,14 @@ class KeyframeReader:
         step: Fraction,
         limits: MediaLimits | None = None,
         joined_parts: int | None = None,
+        resample: Resample = "bicubic",
     ) -> None:
         self._source, self._name = source, source_name(source)
         self._image_size, self._step = image_size, step
         self._limits = limits or MediaLimits()
         self._joined_parts = joined_parts  # 1 = a transport stream may be seeked by time
         self._reformatter = VideoReformatter()
+        self._resample = resample
         self._packets: VideoPackets
         self._held: Any = None  # a packet past the last requested time
         self._position: int  # keyframes are read up to here
@@ -134,7 +136,9 @@ class KeyframeReader:
         return next(iter([*context.decode(packet), *context.decode(None)]), None)
 
     def _scale(self, frame: Any) -> np.ndarray:
-        return scale_frame(frame, self._image_size, self._reformatter, limits=self._limits, name=self._name)
+        return scale_frame(
+            frame, self._image_size, self._reformatter, limits=self._limits, name=self._name, resample=self._resample
+        )
 
     def _open(self) -> None:
         self._container = open_container(self._source, self._limits)

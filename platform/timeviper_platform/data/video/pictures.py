@@ -18,7 +18,7 @@ from timeviper_platform.data.media.container import (
     source_name,
 )
 from timeviper_platform.data.media.pictures import PictureError, load_picture, picture_errors
-from timeviper_platform.data.video.frames import FrameBatch
+from timeviper_platform.data.video.frames import FrameBatch, Resample
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -31,13 +31,17 @@ _UPRIGHT = {
 }
 """Transposition by EXIF orientation (EXIF 2.3, tag 0x0112)."""
 
+_RESAMPLES = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
 _LAB_TO_RGB = (ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"))
 
 _STRAIGHT = {"RGBa": "RGBA", "La": "LA"}
 """Modes with premultiplied alpha, and without."""
 
 
-def read_image(source: str | bytes, image_size: int, *, limits: MediaLimits | None = None) -> FrameBatch:
+def read_image(
+    source: str | bytes, image_size: int, *, limits: MediaLimits | None = None, resample: Resample = "bicubic"
+) -> FrameBatch:
     """Returns one frame at time 0, upright by EXIF, with white for transparency. A cut picture is a damaged frame."""
     limits = limits or MediaLimits()
     name = source_name(source)
@@ -46,7 +50,7 @@ def read_image(source: str | bytes, image_size: int, *, limits: MediaLimits | No
         try:
             image, is_damaged = load_picture(file, check)
             with picture_errors():
-                frame = scaled(on_white(_upright(image)), image_size)
+                frame = scaled(on_white(_upright(image)), image_size, resample)
         except PictureError as error:
             raise DecodeError("decode_image", ErrorType.CORRUPT_FILE, f"{name}: {error}") from error
     return FrameBatch(frame[None], np.zeros(1), np.zeros(1), num_damaged=int(is_damaged))
@@ -80,9 +84,9 @@ def with_8_bits(image: Image.Image) -> Image.Image:
     return grey
 
 
-def scaled(image: Image.Image, image_size: int) -> np.ndarray:
-    """Returns (image_size, image_size, 3) uint8, bicubic."""
-    return np.array(image.resize((image_size, image_size), Image.Resampling.BICUBIC))
+def scaled(image: Image.Image, image_size: int, resample: Resample = "bicubic") -> np.ndarray:
+    """Returns (image_size, image_size, 3) uint8."""
+    return np.array(image.resize((image_size, image_size), _RESAMPLES[resample]))
 
 
 def _upright(image: Image.Image) -> Image.Image:

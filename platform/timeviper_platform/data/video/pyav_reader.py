@@ -33,7 +33,7 @@ from timeviper_platform.data.media.container import (
     video_stream,
 )
 from timeviper_platform.data.media.stream_end import is_cut_short
-from timeviper_platform.data.video.frames import MAX_TAIL_SECONDS, FrameBatch
+from timeviper_platform.data.video.frames import MAX_TAIL_SECONDS, FrameBatch, Resample
 from timeviper_platform.data.video.keyframe_index import KeyframeIndex
 from timeviper_platform.data.video.orientation import orientation_of, turn_upright
 from timeviper_platform.data.video.packet_lookahead import LookAhead
@@ -97,14 +97,23 @@ class _Walk:
     next_frame: tuple[int, Any] | None = None
 
 
+INTERPOLATIONS = {"bilinear": Interpolation.BILINEAR, "bicubic": Interpolation.BICUBIC}
+
+
 def scale_frame(
-    frame: Any, image_size: int, reformatter: VideoReformatter, *, limits: MediaLimits, name: str
+    frame: Any,
+    image_size: int,
+    reformatter: VideoReformatter,
+    *,
+    limits: MediaLimits,
+    name: str,
+    resample: Resample = "bicubic",
 ) -> np.ndarray:
     """Returns (image_size, image_size, 3) uint8 RGB, upright."""
     check_size(frame.width, frame.height, limits, "decode_video", name)
     # one thread: slices would make pixels depend on the number of cores
     scaled = reformatter.reformat(
-        frame, image_size, image_size, "rgb24", interpolation=Interpolation.BICUBIC, threads=1
+        frame, image_size, image_size, "rgb24", interpolation=INTERPOLATIONS[resample], threads=1
     )
     return turn_upright(np.asarray(scaled.to_ndarray()), orientation_of(frame))
 
@@ -122,12 +131,14 @@ class PyAVReader:
         *,
         limits: MediaLimits | None = None,
         joined_parts: int | None = None,
+        resample: Resample = "bicubic",
     ) -> None:
         self._source = source
         self._name = source_name(source)
         self._image_size = image_size
         self._limits = limits or MediaLimits()
         self._reformatter = VideoReformatter()
+        self._resample = resample
         self._pixels: dict[int, np.ndarray] = {}  # of the wanted frames, by PTS
         self._joined_parts = joined_parts
         self._has_clean_keyframes = True
@@ -182,7 +193,9 @@ class PyAVReader:
         return tick < end + self._clock.ticks_in(MAX_TAIL_SECONDS) or not self._is_cut_short
 
     def _scale(self, frame: Any) -> np.ndarray:
-        return scale_frame(frame, self._image_size, self._reformatter, limits=self._limits, name=self._name)
+        return scale_frame(
+            frame, self._image_size, self._reformatter, limits=self._limits, name=self._name, resample=self._resample
+        )
 
     # -- selective decoding ------------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from timeviper_platform.data.media.container import (
 )
 from timeviper_platform.data.media.probe import probe_media
 from timeviper_platform.data.media.signatures import sniff_modality
-from timeviper_platform.data.video.frames import BackendUnfitError, FrameBatch, VideoReader
+from timeviper_platform.data.video.frames import BackendUnfitError, FrameBatch, Resample, VideoReader
 from timeviper_platform.data.video.pictures import read_image
 from timeviper_platform.data.video.sampling import FrameSelection, count_frames, sample_times, select_frames
 
@@ -41,13 +41,15 @@ def open_video(
     backend: Backend = "pyav",
     keyframe_step: Fraction | None = None,
     joined_parts: int | None = None,
+    resample: Resample = "bicubic",
 ) -> VideoReader:
-    """Opens a video with frames scaled to image_size x image_size, bicubic.
+    """Opens a video with frames scaled to image_size x image_size.
 
     Args:
         backend: PyAV replaces it for keyframes and on BackendUnfitError, Pillow for animations.
         keyframe_step: see `KeyframeReader`; None = all frames, as for animations always.
         joined_parts: see `Medium`; 1 lets a transport stream be seeked.
+        resample: decord always scales bilinear.
 
     Raises:
         DecodeError: when the video cannot be opened.
@@ -57,11 +59,13 @@ def open_video(
     if is_picture:
         from timeviper_platform.data.video.animation_reader import AnimationReader
 
-        return AnimationReader(source, image_size, limits=limits)
+        return AnimationReader(source, image_size, limits=limits, resample=resample)
     if keyframe_step is not None:
         from timeviper_platform.data.video.keyframe_reader import KeyframeReader
 
-        return KeyframeReader(source, image_size, step=keyframe_step, limits=limits, joined_parts=joined_parts)
+        return KeyframeReader(
+            source, image_size, step=keyframe_step, limits=limits, joined_parts=joined_parts, resample=resample
+        )
     try:
         if backend == "decord":
             from timeviper_platform.data.video.decord_reader import DecordReader
@@ -70,12 +74,12 @@ def open_video(
         if backend == "torchcodec" or backend == "nvdec":
             from timeviper_platform.data.video.torchcodec_reader import TorchcodecReader
 
-            return TorchcodecReader(source, image_size, limits=limits, backend=backend)
+            return TorchcodecReader(source, image_size, limits=limits, backend=backend, resample=resample)
     except BackendUnfitError as reason:
         logger.info("%s: falling back from %s to PyAV: %s", source_name(source), backend, reason)
     from timeviper_platform.data.video.pyav_reader import PyAVReader
 
-    return PyAVReader(source, image_size, limits=limits, joined_parts=joined_parts)
+    return PyAVReader(source, image_size, limits=limits, joined_parts=joined_parts, resample=resample)
 
 
 def check_backend(backend: Backend) -> None:
@@ -99,6 +103,7 @@ def read_frames(
     frame_selection: FrameSelection = "uniform",
     limits: MediaLimits | None = None,
     backend: Backend = "pyav",
+    resample: Resample = "bicubic",
 ) -> FrameBatch:
     """Returns a whole medium as one batch, thinned to `max_frames`.
 
@@ -114,6 +119,7 @@ def read_frames(
             frame_selection=frame_selection,
             limits=limits,
             backend=backend,
+            resample=resample,
         )
     )
     return FrameBatch(
@@ -134,13 +140,14 @@ def iter_frames(
     frame_selection: FrameSelection = "uniform",
     limits: MediaLimits | None = None,
     backend: Backend = "pyav",
+    resample: Resample = "bicubic",
     frames_per_batch: int = 64,
 ) -> Iterator[FrameBatch]:
     """Yields `read_frames` in batches of at most `frames_per_batch`."""
     limits = limits or MediaLimits()
     probe = probe_media(source, limits)
     if probe.modality == "image":
-        yield read_image(source, image_size, limits=limits)
+        yield read_image(source, image_size, limits=limits, resample=resample)
         return
     count = count_frames(Fraction(0), probe.duration_seconds, fps)
     if count > limits.max_frames:
@@ -150,7 +157,9 @@ def iter_frames(
     times = [
         grid[k] for k in select_frames([float(t) for t in grid], max_frames=max_frames, frame_selection=frame_selection)
     ]
-    reader = open_video(source, image_size, limits=limits, backend=backend, joined_parts=probe.joined_parts)
+    reader = open_video(
+        source, image_size, limits=limits, backend=backend, joined_parts=probe.joined_parts, resample=resample
+    )
     num_frames = 0
     try:
         for start in range(0, len(times), frames_per_batch):
@@ -174,11 +183,17 @@ class DecoderPool:
         backend: Backend = "pyav",
         max_open: int = 4,
         keyframe_step: Fraction | None = None,
+        resample: Resample = "bicubic",
     ) -> None:
         if max_open < 1:
             raise ValueError(f"{max_open = } must be at least 1")
         self._open = partial(
-            open_video, image_size=image_size, limits=limits, backend=backend, keyframe_step=keyframe_step
+            open_video,
+            image_size=image_size,
+            limits=limits,
+            backend=backend,
+            keyframe_step=keyframe_step,
+            resample=resample,
         )
         self._max_open = max_open
         self._readers: OrderedDict[str, VideoReader] = OrderedDict()

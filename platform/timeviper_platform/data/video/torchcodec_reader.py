@@ -13,11 +13,12 @@ from typing import Any, Literal
 import av
 import numpy as np
 import torch
-from av.video.reformatter import Interpolation, VideoReformatter
+from av.video.reformatter import VideoReformatter
 
 from timeviper_platform.common import storage
 from timeviper_platform.data.media.container import DecodeError, ErrorType, MediaLimits, is_local_file, source_name
-from timeviper_platform.data.video.frames import MAX_TAIL_SECONDS, BackendUnfitError, FrameBatch
+from timeviper_platform.data.video.frames import MAX_TAIL_SECONDS, BackendUnfitError, FrameBatch, Resample
+from timeviper_platform.data.video.pyav_reader import INTERPOLATIONS
 from timeviper_platform.data.video.stream_info import read_stream_info
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,9 @@ class TorchcodecReader:
         *,
         limits: MediaLimits | None = None,
         backend: TorchcodecBackend = "torchcodec",
+        resample: Resample = "bicubic",
     ) -> None:
+        self._interpolation = INTERPOLATIONS[resample]
         self._decoder_type = load_torchcodec(backend)
         if not isinstance(source, bytes) and not is_local_file(source):
             raise BackendUnfitError(f"{backend} reads only whole local files and bytes")
@@ -122,5 +125,5 @@ class TorchcodecReader:
     def _scale(self, pixels: np.ndarray) -> np.ndarray:
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
         size = self._size
-        scaled = self._scaler.reformat(frame, size, size, "rgb24", interpolation=Interpolation.BICUBIC, threads=1)
+        scaled = self._scaler.reformat(frame, size, size, "rgb24", interpolation=self._interpolation, threads=1)
         return np.asarray(scaled.to_ndarray())

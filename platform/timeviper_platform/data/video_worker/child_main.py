@@ -87,7 +87,7 @@ class JobRunner:
         if self._source is None:
             config = DecodeConfig(backend=job["backend"], max_open_videos=job["max_open_videos"], isolation="none")
             step = job["keyframe_step"] and Fraction(*job["keyframe_step"])
-            self._source = LocalFrames(job["image_size"], _limits(job), config, step)
+            self._source = LocalFrames(job["image_size"], _limits(job), config, step, job["resample"])
         for uri, modality, times, joined_parts in job["requests"]:
             exact_times = [Fraction(numerator, denominator) for numerator, denominator in times]
             request = DecodeRequest(uri, modality, exact_times, joined_parts)
@@ -138,7 +138,7 @@ def _medium(job: dict[str, Any], data: bytes) -> _Reply:
     source: str | bytes = job["uri"] if job["uri"] is not None else data
     limits = _limits(job)
     medium = probe_media(source, limits)
-    choice = {"max_frames": job["max_frames"], "frame_selection": job["frame_selection"]}
+    choice = {name: job[name] for name in ("max_frames", "frame_selection", "resample")}
     batch = read_frames(source, job["image_size"], fps=Fraction(job["fps"]), limits=limits, **choice)
     reply, frames = _reply(batch)
     return reply | {"end_seconds": float(medium.duration_seconds), "modality": medium.modality}, frames

@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 from timeviper_platform.common import storage
 from timeviper_platform.data.media.container import DecodeError, ErrorType, MediaLimits, Modality, Stage
 from timeviper_platform.data.media.http_file import is_web
-from timeviper_platform.data.video.frames import FrameBatch
+from timeviper_platform.data.video.frames import FrameBatch, Resample
 from timeviper_platform.data.video.pictures import read_image
 from timeviper_platform.data.video.reader import Backend, DecoderPool
 
@@ -19,7 +19,8 @@ from timeviper_platform.data.video.reader import Backend, DecoderPool
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeConfig:
     backend: Backend = "pyav"
-    """Decoder library. pyav replaces the others for remote files, and where they would misread a file.
+    """Decoder library. pyav replaces the others for remote files, and where they would misread a file. decord always
+    scales bilinear, the others as the encoder's processor says.
     nvdec uses the encoder's GPU: it needs execution.mode fused, rounds differently and ignores max_memory_bytes.
     """
     max_open_videos: int = 4
@@ -76,6 +77,7 @@ class LocalFrames:
     config: DecodeConfig
     keyframe_step: Fraction | None = None
     """See `open_video`."""
+    resample: Resample = "bicubic"
     _pool: DecoderPool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -85,6 +87,7 @@ class LocalFrames:
             backend=self.config.backend,
             max_open=self.config.max_open_videos,
             keyframe_step=self.keyframe_step,
+            resample=self.resample,
         )
 
     def decode(self, requests: Iterable[DecodeRequest]) -> Iterator[DecodeResult]:
@@ -107,7 +110,7 @@ class LocalFrames:
 
     def _read(self, request: DecodeRequest) -> FrameBatch:
         if request.modality == "image":
-            return read_image(request.uri, self.image_size, limits=self.limits)
+            return read_image(request.uri, self.image_size, limits=self.limits, resample=self.resample)
         return self._pool.sample(request.uri, request.times, request.joined_parts)
 
 

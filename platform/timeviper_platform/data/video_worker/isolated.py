@@ -18,7 +18,7 @@ from timeviper_platform.common import storage
 from timeviper_platform.data.media.container import DecodeError, ErrorType, MediaLimits, source_name
 from timeviper_platform.data.media.medium import Medium
 from timeviper_platform.data.media.probe import PROBE_THREADS
-from timeviper_platform.data.video.frames import FrameBatch
+from timeviper_platform.data.video.frames import FrameBatch, Resample
 from timeviper_platform.data.video_worker.child_process import ChildDiedError, ChildLimits, DecodeChild
 from timeviper_platform.data.video_worker.frame_source import DecodeConfig, DecodeRequest, DecodeResult, decode_stage
 
@@ -59,6 +59,7 @@ class IsolatedFrames:
     config: DecodeConfig
     keyframe_step: Fraction | None = None
     """See `open_video`."""
+    resample: Resample = "bicubic"
     idle: Callable[[], None] = _idle
     """See `DecodeChild.reply`."""
     child: DecodeChild | None = field(init=False)
@@ -148,6 +149,7 @@ class IsolatedFrames:
             ],
             "keyframe_step": self.keyframe_step and self.keyframe_step.as_integer_ratio(),
             "image_size": self.image_size,
+            "resample": self.resample,
             "limits": asdict(self.limits),
             "backend": self.config.backend,
             "max_open_videos": self.config.max_open_videos,

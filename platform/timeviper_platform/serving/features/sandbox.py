@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from timeviper_platform.data.media.container import MediaLimits, Modality
+from timeviper_platform.data.video.frames import Resample
 from timeviper_platform.data.video.sampling import FrameSelection
 from timeviper_platform.data.video_worker.child_process import ChildDiedError, ChildLimits, DecodeChild
 from timeviper_platform.serving.messages import MediaBytes, MediaFile, Refusal
@@ -70,9 +71,9 @@ class DecodedMedium:
 class DecodeSandbox:
     """Decode processes, each for one medium."""
 
-    def __init__(self, config: SandboxConfig, image_size: int) -> None:
+    def __init__(self, config: SandboxConfig, image_size: int, resample: Resample = "bicubic") -> None:
         self._config = config
-        self._image_size = image_size
+        self._image_size, self._resample = image_size, resample
         self._slots = asyncio.Semaphore(config.num_workers)
         self._spare: asyncio.Task[DecodeChild] | None = None
 
@@ -91,6 +92,7 @@ class DecodeSandbox:
             "kind": "medium",
             "uri": source.uri if isinstance(source, MediaFile) else None,
             "image_size": self._image_size,
+            "resample": self._resample,
             "fps": str(fps),
             "max_frames": max_frames,
             "frame_selection": frame_selection,

@@ -78,7 +78,9 @@ class FeatureService:
         check_features_fit(weights, store=self.store, encoder=self._encoder)
         self.recipe = None if self._encoder is None else json.dumps(self._encoder.recipe, sort_keys=True)
         """The encoder's recipe as JSON."""
-        self._sandbox = None if self._encoder is None else DecodeSandbox(config.sandbox, self._encoder.image_size)
+        self._sandbox = None
+        if self._encoder is not None:
+            self._sandbox = DecodeSandbox(config.sandbox, self._encoder.image_size, self._encoder.resample)
         self._encode_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
         self._kept: OrderedDict[str, tuple[FeatureReference, int]] = OrderedDict()
         self._kept_bytes = 0
