@@ -2,7 +2,7 @@
 
 python jobs/export.py --checkpoint outputs/runs/tiny/checkpoints/step-00000400 --output outputs/weights/tiny
 python jobs/export.py --config ray_configs/tiny/train.yaml --output outputs/weights/tiny    # the run's newest
-python jobs/export.py --public-checkpoint timeviper.bin --preset 9b --tokenizer FOLDER --output outputs/weights/9b
+python jobs/export.py --from-public checkpoint-final --preset 9b --output outputs/weights/9b  # TimeViper's own code
 """
 
 from __future__ import annotations
@@ -28,30 +28,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config_required=False,
     )
     parser.add_argument("--checkpoint", help="URI of a committed checkpoint, instead of --config")
-    parser.add_argument("--public-checkpoint", help="file or folder saved by TimeViper's public code, instead")
-    parser.add_argument("--preset", choices=sorted(PRESETS), help="model of --public-checkpoint")
-    parser.add_argument("--tokenizer", help="tokenizer of --public-checkpoint: folder or Hugging Face name")
+    parser.add_argument("--from-public", help="file or folder saved by TimeViper's public code, instead")
+    parser.add_argument("--preset", choices=sorted(PRESETS), help="vision, TransV and sizes of --from-public")
+    parser.add_argument("--tokenizer", help="tokenizer of --from-public: folder or name, by default its folder")
     parser.add_argument("--output", required=True, help="URI of the weights folder; replaced if it exists")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     return run_job(parser, export, arguments)
 
 
 def export(options: argparse.Namespace) -> JobResult:
-    if [options.checkpoint, options.config, options.public_checkpoint].count(None) != 2:
-        raise JobError("pass one of --checkpoint, --config and --public-checkpoint", exit_code=USAGE_EXIT_CODE)
-    if (options.public_checkpoint is None) != (options.preset is None) or (options.preset is None) != (
-        options.tokenizer is None
-    ):
-        raise JobError("--public-checkpoint, --preset and --tokenizer go together", exit_code=USAGE_EXIT_CODE)
-    if options.public_checkpoint is not None:
+    if [options.checkpoint, options.config, options.from_public].count(None) != 2:
+        raise JobError("pass one of --checkpoint, --config and --from-public", exit_code=USAGE_EXIT_CODE)
+    if (options.from_public is None) != (options.preset is None) or (options.tokenizer and not options.from_public):
+        raise JobError("--from-public needs --preset; these and --tokenizer go together", exit_code=USAGE_EXIT_CODE)
+    if options.from_public is not None:
         convert_public_checkpoint(
-            options.public_checkpoint,
+            options.from_public,
             options.output,
-            config=PRESETS[options.preset],
+            preset=PRESETS[options.preset],
             tokenizer=options.tokenizer,
             dtype=options.dtype,
         )
-        return JobResult([f"{options.public_checkpoint} -> {options.output}"])
+        return JobResult([f"{options.from_public} -> {options.output}"])
     if options.checkpoint is not None:
         export_weights(options.checkpoint, options.output, dtype=options.dtype)
         return JobResult([f"{options.checkpoint} -> {options.output}"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timeviper_model.batching.segments import Segments
-from timeviper_model.config import TextConfig
+from timeviper_model.config import TextConfig, YarnScaling
 from timeviper_model.ops.linear import Linear
 from timeviper_model.ops.precision import wide_dtype, widen
 
@@ -33,16 +34,38 @@ class KeyValueStore(Protocol):
 class Rotary:
     """RoPE (arXiv 2104.09864): dimensions j and j + E/2 rotate by position * theta ** (-2j / E)."""
 
-    def __init__(self, head_dim: int, theta: float) -> None:
-        self.head_dim, self.theta = head_dim, theta
+    def __init__(self, head_dim: int, theta: float, scaling: YarnScaling | None = None) -> None:
+        self.head_dim, self.theta, self.scaling = head_dim, theta, scaling
 
     def __call__(self, x_THE: Tensor, positions_T: Tensor) -> Tensor:
         dtype = wide_dtype(x_THE.dtype)
         exponents = torch.arange(0, self.head_dim, 2, device=x_THE.device, dtype=dtype) / self.head_dim
-        angles_T1F = (positions_T[:, None] * self.theta**-exponents)[:, None]
+        frequencies_F = self.theta**-exponents
+        if self.scaling is not None:
+            frequencies_F = self._slowed(frequencies_F, self.scaling)
+        angles_T1F = (positions_T[:, None] * frequencies_F)[:, None]
         cos, sin = angles_T1F.cos(), angles_T1F.sin()
+        if self.scaling is not None:
+            factor = self.scaling.attention_factor or 0.1 * math.log(self.scaling.factor) + 1.0
+            cos, sin = cos * factor, sin * factor
         first, second = x_THE.to(dtype).chunk(2, dim=-1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_THE.dtype)
+
+    def _slowed(self, frequencies_F: Tensor, scaling: YarnScaling) -> Tensor:
+        """YaRN's equation 12: a ramp from whole to divided frequencies.
+
+        It lies between the dimensions that turn `beta_fast` and `beta_slow` times within the original context.
+        """
+
+        def dimension(num_turns: float) -> float:
+            turns = scaling.original_max_position_embeddings / (2.0 * math.pi * num_turns)
+            return self.head_dim * math.log(turns) / (2.0 * math.log(self.theta))
+
+        low = max(math.floor(dimension(scaling.beta_fast)), 0)
+        high = min(math.ceil(dimension(scaling.beta_slow)), self.head_dim - 1)
+        indices_F = torch.arange(len(frequencies_F), device=frequencies_F.device, dtype=frequencies_F.dtype)
+        ramp_F = ((indices_F - low) / max(high - low, 0.001)).clamp(0.0, 1.0)
+        return frequencies_F * (1.0 - ramp_F + ramp_F / scaling.factor)
 
 
 class Attention(nn.Module):

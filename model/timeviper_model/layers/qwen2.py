@@ -33,7 +33,7 @@ class Qwen2Block(nn.Module):
     def __init__(self, config: Qwen2Config) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, rotary=Rotary(config.head_dim, config.rope_theta))
+        self.self_attn = Attention(config, rotary=Rotary(config.head_dim, config.rope_theta, config.rope_scaling))
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
 

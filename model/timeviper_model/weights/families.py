@@ -9,13 +9,15 @@ backbone.norm_f          backbone.norm_f         model.norm_f                mod
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from timeviper_model.config import HybridConfig, Qwen2Config, TextConfig
+from timeviper_model.config import HybridConfig, Qwen2Config, TextConfig, YarnScaling
+from timeviper_model.weights.hub_folder import check_not_quantised
 
 LAYER_LETTERS = {
     "mamba": "M",
@@ -28,6 +30,18 @@ LAYER_LETTERS = {
 """transformers' `layers_block_type` to NVIDIA's `hybrid_override_pattern`."""
 
 ACTIVATIONS = {"mlp_hidden_act": "relu2", "mamba_hidden_act": "silu", "hidden_act": "silu"}
+
+FIXED_KEYS: dict[type, dict[str, Any]] = {
+    HybridConfig: dict.fromkeys(
+        ("residual_in_fp32", "attention_bias", "mlp_bias", "use_bias", "mamba_proj_bias"), False
+    )
+    | {"sliding_window": None},
+    Qwen2Config: {"use_mrope": False},
+}
+"""Keys of which this model computes one value."""
+
+UNUSED_TENSORS = re.compile(r"mtp\..*|.*\.rotary_emb\.inv_freq")
+"""Multi-token-prediction heads, which the model lacks, and buffers that transformers once stored."""
 
 QWEN2_NAMES = (
     ("backbone.embeddings.", "model.embed_tokens."),
@@ -45,12 +59,15 @@ def text_config_to_dict(config: TextConfig) -> dict[str, Any]:
         text |= {"model_type": "nemotron_h", "num_hidden_layers": config.num_hidden_layers}
         text |= {name: ACTIVATIONS[name] for name in ("mlp_hidden_act", "mamba_hidden_act")}
         return text | {"architectures": ["NemotronHForCausalLM"]}
+    if config.rope_scaling is not None:
+        text["rope_scaling"]["rope_type"] = "yarn"
     text |= {"model_type": "qwen2", "hidden_act": ACTIVATIONS["hidden_act"], "architectures": ["Qwen2ForCausalLM"]}
     return text
 
 
 def text_config_from_dict(raw: Mapping[str, Any], *, where: str) -> TextConfig:
     """Parses a `config.json`, ignoring keys that do not affect the computation."""
+    check_not_quantised(raw, where)
     model_type = raw.get("model_type")
     if model_type == "nemotron_h":
         own = {**_nemotron_pattern(raw), **_nemotron_time_step_limit(raw), **_nemotron_head_dim(raw)}
@@ -85,11 +102,9 @@ def validated(adapter: TypeAdapter[Any], values: Any, where: str) -> Any:
 def _known_fields(kind: type[HybridConfig] | type[Qwen2Config], raw: Mapping[str, Any], where: str) -> TextConfig:
     known = {field.name for field in fields(kind)}
     values = {name: value for name, value in raw.items() if name in known and value is not None}
-    if isinstance(values.get("eos_token_id"), list):
-        values["eos_token_id"] = values["eos_token_id"][0]
     config: TextConfig = validated(TypeAdapter(kind), values, where)
     fixed = {**ACTIVATIONS, "num_hidden_layers": config.num_hidden_layers}
-    fixed |= dict.fromkeys(("head_dim", "attention_head_dim"), config.head_dim)
+    fixed |= dict.fromkeys(("head_dim", "attention_head_dim"), config.head_dim) | FIXED_KEYS[type(config)]
     for name, own in fixed.items():
         if raw.get(name) not in (None, own):
             raise ValueError(
@@ -118,17 +133,32 @@ def _nemotron_time_step_limit(raw: Mapping[str, Any]) -> dict[str, list[Any]]:
     return {"time_step_limit": values} if values else {}
 
 
-def _qwen2_rope(raw: Mapping[str, Any], where: str) -> dict[str, float]:
-    """transformers 5 writes `rope_theta` inside `rope_parameters`."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"{where}: RoPE of type {kind!r} is not supported; only 'default', without scaling")
-    return {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+def _qwen2_rope(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """transformers 5 writes `rope_theta` and the scaling inside `rope_parameters`."""
+    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    kinds = {rope.pop(key, None) for key in ("rope_type", "type")} - {None}
+    theta = {"rope_theta": rope.pop("rope_theta")} if "rope_theta" in rope else {}
+    kind = kinds.pop() if kinds else "default"
+    if kind == "default":
+        return {**theta, "rope_scaling": None}
+    if kind != "yarn":
+        raise ValueError(f"{where}: RoPE of type {kind!r} is not supported; 'default' and 'yarn' are")
+    rope.setdefault("original_max_position_embeddings", raw.get("max_position_embeddings"))
+    known = {field.name for field in fields(YarnScaling)}
+    other = sorted(key for key, value in rope.items() if key not in known and value is not None)
+    if other:
+        raise ValueError(f"{where}: rope_scaling has {', '.join(other)}, which this model does not compute")
+    scaling = {key: value for key, value in rope.items() if value is not None}
+    return {**theta, "rope_scaling": validated(TypeAdapter(YarnScaling), scaling, where)}
 
 
 def _qwen2_window(raw: Mapping[str, Any]) -> dict[str, bool]:
-    return {"use_sliding_window": True} if "sliding_attention" in (raw.get("layer_types") or ()) else {}
+    """A window that no layer uses is none, as in transformers."""
+    if raw.get("layer_types"):
+        return {"use_sliding_window": "sliding_attention" in raw["layer_types"]}
+    num_layers = raw.get("num_hidden_layers", 0)
+    is_used = raw.get("sliding_window", 4096) is not None and raw.get("max_window_layers", 28) < num_layers
+    return {"use_sliding_window": bool(raw.get("use_sliding_window")) and is_used}
 
 
 def _swap_prefix(name: str, prefixes: tuple[tuple[str, str], ...]) -> str:

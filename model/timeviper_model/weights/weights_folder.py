@@ -12,27 +12,53 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import TypeAdapter
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from timeviper_model.config import TextConfig, TimeViperConfig
 from timeviper_model.timeviper import TimeViper
-from timeviper_model.weights.families import file_name, own_name, text_config_from_dict, text_config_to_dict, validated
+from timeviper_model.weights.export_files import (
+    public_metadata,
+    public_vision,
+    write_card,
+    write_processors,
+    write_tokenizer,
+)
+from timeviper_model.weights.families import (
+    UNUSED_TENSORS,
+    file_name,
+    own_name,
+    text_config_from_dict,
+    text_config_to_dict,
+    validated,
+)
+from timeviper_model.weights.hub_folder import (
+    CONFIG_FILE,
+    DOWNLOAD_AGAIN,
+    INDEX_NAME,
+    StoredTensor,
+    check_complete,
+    listed_names,
+    load_json,
+    local_folder,
+    read_json,
+    stored_tensors,
+    weight_files,
+)
 
 MODEL_TYPE = "timeviper"
-INDEX_NAME = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 4 * 2**30
 """Hugging Face's tools split at 5 GB."""
 
-IGNORED_BACKBONE_PREFIXES = ("mtp.",)
-"""Multi-token-prediction heads, which the model lacks."""
+TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+
+OUTPUT_MATRIX = "lm_head.weight"
 
 COMPUTING_FIELDS = (
     "hybrid_override_pattern",
@@ -45,6 +71,7 @@ COMPUTING_FIELDS = (
     "rms_norm_eps",
     "time_step_limit",
     "rope_theta",
+    "rope_scaling",
 )
 """Fields that change the computation but no tensor shape."""
 
@@ -65,59 +92,96 @@ def save_pretrained(
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        config = config_to_dict(model.config) | {"timeviper_metadata": metadata or {}}
+        public = replace(model.config, vision=public_vision(model.config.vision))
+        config = config_to_dict(public) | {"timeviper_metadata": public_metadata(metadata or {})}
         config["torch_dtype"] = str(model.lm_head.weight.dtype).removeprefix("torch.")
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         tensors = {file_name(name, model.config.text): tensor for name, tensor in named_tensors(model).items()}
         _write_shards(tensors, temporary, max_shard_bytes)
         if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+            write_tokenizer(temporary, tokenizer, model.config)
+        write_processors(temporary, model.config.vision)
+        write_card(temporary, model.config, metadata or {})
         temporary.chmod(0o755)  # mkdtemp creates 0o700
+        for path in temporary.iterdir():  # safetensors creates 0o600
+            path.chmod(0o644)
         _replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def from_pretrained(folder: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> TimeViper:
+def from_pretrained(
+    name_or_folder: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    revision: str | None = None,
+) -> TimeViper:
     """Loads a weights folder in evaluation mode, one shard at a time. Raises ValueError for wrong files."""
-    folder = Path(folder)
+    folder = local_folder(name_or_folder, revision=revision)
     with torch.device("meta"):
         model = TimeViper(load_config(folder))
-    tensors = ((own_name(name, model.config.text), tensor) for name, tensor in iter_tensors(folder))
+    tensors = ((own_name(tensor.name, model.config.text), tensor.read()) for tensor in stored_tensors(folder))
     assign_tensors(model, tensors, where=str(folder), dtype=dtype, device=device)
     return model.eval()
 
 
-def load_tokenizer(folder: str | Path) -> Any:
+def load_tokenizer(name_or_folder: str | Path, *, revision: str | None = None) -> Any:
+    """Loads a tokenizer without code of its own. Raises ValueError for a missing or damaged one."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # slow import
 
-    if (Path(folder) / "tokenizer.json").is_file():  # AutoTokenizer does not know our model type
-        return PreTrainedTokenizerFast.from_pretrained(str(folder))
-    return AutoTokenizer.from_pretrained(str(folder))
+    folder = local_folder(name_or_folder, revision=revision, patterns=TOKENIZER_FILES)
+    present = [path for name in ("tokenizer.json", "tokenizer_config.json") if (path := folder / name).is_file()]
+    for path in present:
+        check_complete(path)
+    # AutoTokenizer does not know our model type
+    kind = PreTrainedTokenizerFast if folder / "tokenizer.json" in present else AutoTokenizer
+    try:
+        return kind.from_pretrained(str(folder))
+    except Exception as error:  # the tokenizers library raises plain Exceptions
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{folder} holds no tokenizer that transformers reads ({reason}); {DOWNLOAD_AGAIN}") from error
 
 
-def load_backbone(model: TimeViper, folder: str | Path) -> None:
+def load_backbone(model: TimeViper, name_or_folder: str | Path, *, revision: str | None = None) -> None:
     """Loads language model weights; TransV becomes copies of attention.
 
     Raises:
         ValueError: when tensors or config.json do not match; the model is then unchanged.
     """
-    source = _local_folder(folder)
-    if (source / "config.json").is_file():
-        _check_computed_alike(model.config.text, load_text_config(source), where=str(source / "config.json"))
+    source, where = local_folder(name_or_folder, revision=revision), str(name_or_folder)
+    text = text_config_from_dict(read_json(source / CONFIG_FILE), where=str(source / CONFIG_FILE))
+    _check_computed_alike(model.config.text, text, where=str(source / CONFIG_FILE))
     expected = {name: tensor for name, tensor in named_tensors(model).items() if _is_backbone(name)}
+    tensors = _language_model_tensors(source, model.config.text)
     problems = _Problems(expected)
-    for name, shape in _iter_shapes(source):
-        if not name.startswith(IGNORED_BACKBONE_PREFIXES):
-            problems.accept(own_name(name, model.config.text), shape)
-    problems.check(str(folder))
-    renamed = (
-        (own_name(name, model.config.text), tensor)
-        for name, tensor in iter_tensors(source)
-        if not name.startswith(IGNORED_BACKBONE_PREFIXES)
-    )
-    copy_tensors(expected, renamed, where=str(folder))
+    for tensor in tensors:
+        problems.accept(tensor.name, tensor.shape)
+    problems.check(where)
+    copy_tensors(expected, ((tensor.name, tensor.read()) for tensor in tensors), where=where)
     model.init_transv_from_attention()
+
+
+def _language_model_tensors(folder: Path, text: TextConfig) -> list[StoredTensor]:
+    """Returns the tensors under our names, without those that this model computes or lacks.
+
+    Raises:
+        ValueError: if a tied output matrix is stored with other values.
+    """
+    tensors = {
+        own_name(tensor.name, text): tensor
+        for tensor in stored_tensors(folder)
+        if not UNUSED_TENSORS.fullmatch(tensor.name)
+    }
+    head, embeddings = tensors.get(OUTPUT_MATRIX), tensors.get("backbone.embeddings.weight")
+    if text.tie_word_embeddings and head is not None and embeddings is not None:
+        if not torch.equal(head.read(), embeddings.read()):
+            raise ValueError(
+                f"{folder}: config.json has tie_word_embeddings = true, but {OUTPUT_MATRIX} differs from the"
+                " embeddings; set tie_word_embeddings to false"
+            )
+        del tensors[OUTPUT_MATRIX]
+    return [replace(tensor, name=name) for name, tensor in tensors.items()]
 
 
 def _check_computed_alike(own: TextConfig, found: TextConfig, *, where: str) -> None:
@@ -131,15 +195,16 @@ def _check_computed_alike(own: TextConfig, found: TextConfig, *, where: str) -> 
 
 
 def load_config(folder: str | Path) -> TimeViperConfig:
-    path = Path(folder) / "config.json"
+    path = local_folder(folder) / CONFIG_FILE
     if not path.is_file():
         raise ValueError(f"{path} does not exist; pass a weights folder written by save_pretrained or jobs/export.py")
-    return config_from_dict(json.loads(path.read_text()), where=str(path))
+    return config_from_dict(read_json(path), where=str(path))
 
 
-def load_text_config(folder: str | Path) -> TextConfig:
-    path = _local_folder(folder) / "config.json"
-    return text_config_from_dict(json.loads(path.read_text()), where=str(path))
+def load_text_config(name_or_folder: str | Path, *, revision: str | None = None) -> TextConfig:
+    """Reads a language model's sizes, without downloading its weights."""
+    raw = load_json(name_or_folder, CONFIG_FILE, revision=revision)
+    return text_config_from_dict(raw, where=f"{name_or_folder}/{CONFIG_FILE}")
 
 
 def config_to_dict(config: TimeViperConfig) -> dict[str, Any]:
@@ -173,40 +238,11 @@ def config_from_dict(raw: Mapping[str, Any], *, where: str = "config") -> TimeVi
 def weights_hash(folder: str | Path) -> str:
     """sha256 over config.json and every shard, names included."""
     digest = hashlib.sha256()
-    for path in [Path(folder) / "config.json", *_shards(Path(folder))]:
+    for path in [Path(folder) / CONFIG_FILE, *weight_files(Path(folder))]:
         digest.update(path.name.encode() + b"\0")
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
-
-
-def iter_tensors(folder: str | Path) -> Iterator[tuple[str, Tensor]]:
-    for shard in _shards(Path(folder)):
-        with safe_open(shard, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
-                yield name, file.get_tensor(name)
-
-
-def _iter_shapes(folder: Path) -> Iterator[tuple[str, list[int]]]:
-    """Reads headers only."""
-    for shard in _shards(folder):
-        with safe_open(shard, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
-                yield name, file.get_slice(name).get_shape()
-
-
-def _shards(folder: Path) -> list[Path]:
-    index = folder / INDEX_NAME
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise ValueError(f"{folder}: shards in the index are missing: {', '.join(missing)}")
-        return [folder / name for name in names]
-    shards = sorted(folder.glob("*.safetensors"))
-    if not shards:
-        raise ValueError(f"{folder} has no .safetensors file")
-    return shards
 
 
 def named_tensors(model: TimeViper) -> dict[str, Tensor]:
@@ -293,16 +329,8 @@ class _Problems:
 
     def check(self, where: str) -> None:
         kinds = (("missing", [*self._missing]), ("unexpected", self._unexpected), ("misshaped", self._misshaped))
-        found = [f"{kind}: {', '.join(names)}" for kind, names in kinds if names]
+        found = [f"{kind}: {listed_names(names)}" for kind, names in kinds if names]
         if any(".experts." in name for name in self._unexpected):
             raise ValueError(f"{where} has expert layers, which are not supported; use a dense model of this family")
         if found:
             raise ValueError(f"{where} does not fit the model; " + "; ".join(found))
-
-
-def _local_folder(name_or_folder: str | Path) -> Path:
-    if Path(name_or_folder).is_dir():
-        return Path(name_or_folder)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(str(name_or_folder), allow_patterns=["*.json", "*.safetensors"]))

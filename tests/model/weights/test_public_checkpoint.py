@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from safetensors.torch import save_file
 from reference.public_checkpoints import public_state_dict
 from reference.small_models import SMALL, SMALL_QWEN
 from timeviper_model.config import TimeViperConfig
-from timeviper_model.weights.public_checkpoint import load_public_checkpoint
+from timeviper_model.weights.families import text_config_to_dict
+from timeviper_model.weights.public_checkpoint import load_public_checkpoint, public_config
 
 TIED_QWEN = replace(SMALL_QWEN, text=replace(SMALL_QWEN.text, tie_word_embeddings=True))
 
@@ -43,3 +45,22 @@ def test_all_mismatches_are_in_one_error(tmp_path: Path) -> None:
     assert "missing: backbone.norm_f.weight" in message
     assert "backbone.merge_modules.2.q_proj.weight" in message
     assert "projector.projector.4.weight" in message
+
+
+def test_a_folder_as_the_public_training_leaves_it_is_read(tmp_path: Path) -> None:
+    """The language model alone is saved beside the whole model, and its index is the folder's."""
+    own, public = public_state_dict(SMALL, seed=4)
+    torch.save(public, tmp_path / "pytorch_model.bin")
+    inner = {name.removeprefix("llm_backbone.llm."): value for name, value in public.items() if "llm_backbone" in name}
+    save_file(inner, tmp_path / "model-00001-of-00001.safetensors")
+    index = {"weight_map": dict.fromkeys(inner, "model-00001-of-00001.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "config.json").write_text(json.dumps(text_config_to_dict(SMALL.text)))
+    preset = replace(SMALL, text=replace(SMALL.text, hidden_size=48))
+    config = public_config(tmp_path, preset)
+    assert config == SMALL
+    model = load_public_checkpoint(tmp_path, config)
+    assert all(torch.equal(tensor, own[name]) for name, tensor in model.state_dict().items())
+    (tmp_path / "pytorch_model.bin").unlink()
+    with pytest.raises(ValueError, match=r"no file has tensors of llm_backbone\.llm\.\*"):
+        load_public_checkpoint(tmp_path, config)

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
+from reference.engine_requests import TOKENIZER
 from reference.small_models import SMALL, make_model, make_sample, pack
 from timeviper_model.config import PRESETS
 from timeviper_model.timeviper import TimeViper
@@ -175,7 +178,7 @@ def test_backbone_is_read_in_either_layout_and_transv_becomes_its_copy(tmp_path:
     assert all(torch.equal(loaded[name], expected[name]) for name in names)
     assert torch.equal(loaded["transv.1.q_proj.weight"], expected["backbone.layers.2.mixer.q_proj.weight"])
     assert torch.equal(model.projector.fc1.weight, projector)
-    assert load_text_config(tmp_path / "llm") == SMALL.text
+    assert load_text_config(tmp_path / "llm") == replace(SMALL.text, eos_token_id=(12, 11))
 
 
 def test_backbone_of_other_sizes_is_refused_by_name(tmp_path: Path) -> None:
@@ -214,7 +217,7 @@ def test_a_folder_that_transformers_saved_is_read(tmp_path: Path) -> None:
 
     expected = write_backbone(tmp_path / "llm", "backbone.")
     NemotronHForCausalLM.from_pretrained(tmp_path / "llm").save_pretrained(tmp_path / "native")
-    assert load_text_config(tmp_path / "native") == SMALL.text
+    assert load_text_config(tmp_path / "native") == replace(SMALL.text, eos_token_id=(12, 11))
     model = make_model(seed=1, dtype=torch.float32)
     load_backbone(model, tmp_path / "native")
     names = [name for name in expected if name.startswith(("backbone.", "lm_head"))]
@@ -263,11 +266,32 @@ def test_loading_holds_the_weights_and_one_shard_at_a_time(tmp_path: Path) -> No
 
 
 def test_tokenizer_is_saved_with_the_weights(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    save_pretrained(make_model(), tmp_path / "weights", tokenizer=TOKENIZER)
+    assert load_tokenizer(tmp_path / "weights")("b a")["input_ids"] == TOKENIZER("b a")["input_ids"]
 
-    raw = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", pad_token="<unk>")
-    save_pretrained(make_model(), tmp_path / "weights", tokenizer=tokenizer)
-    assert load_tokenizer(tmp_path / "weights")("b a")["input_ids"] == [2, 1]
+
+def test_a_tokenizer_without_the_templates_tokens_is_not_exported(tmp_path: Path) -> None:
+    bare = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, unk_token="<unk>")
+    with pytest.raises(ValueError, match="the tokenizer does not know <SPECIAL_10>"):
+        save_pretrained(make_model(), tmp_path / "weights", tokenizer=tokenizer)
+    assert not (tmp_path / "weights").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "holds no tokenizer that transformers reads"),
+        (b"", r"tokenizer\.json is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\n", r"tokenizer\.json is a Git LFS pointer"),
+        (b"{}", "holds no tokenizer that transformers reads"),
+    ],
+)
+def test_a_folder_without_a_tokenizer_is_refused_in_one_line(
+    tmp_path: Path, content: bytes | None, message: str
+) -> None:
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)

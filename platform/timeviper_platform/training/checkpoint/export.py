@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from timeviper_model.batching.prompt import TEMPLATES, check_tokenizer
+from timeviper_model.batching.prompt import check_tokenizer
+from timeviper_model.batching.tokenizer_template import chat_template
 from timeviper_model.config import TimeViperConfig
 from timeviper_model.layers.lora import merge_lora
 from timeviper_model.timeviper import TimeViper
-from timeviper_model.weights.public_checkpoint import load_public_checkpoint
+from timeviper_model.weights.public_checkpoint import load_public_checkpoint, public_config
 from timeviper_model.weights.weights_folder import config_from_dict, load_tokenizer, save_pretrained
 from timeviper_platform.common import storage
 from timeviper_platform.common.devices import Dtype, torch_dtype
@@ -64,17 +65,23 @@ def export_newest(checkpoints: str, output: str, *, dtype: Dtype = "float32") ->
 
 
 def convert_public_checkpoint(
-    checkpoint: str, output: str, *, config: TimeViperConfig, tokenizer: str, dtype: Dtype = "float32"
+    checkpoint: str, output: str, *, preset: TimeViperConfig, tokenizer: str | None = None, dtype: Dtype = "float32"
 ) -> None:
     """Writes a checkpoint of TimeViper's public code as a weights folder, replacing `output`.
 
+    Args:
+        checkpoint: file or folder; a folder's config.json replaces the sizes of `preset`.
+        tokenizer: folder or Hugging Face name; None = the checkpoint's folder.
+
     Raises:
-        ValueError: when tensors do not fit `config`, or the tokenizer its chat template.
+        ValueError: when tensors do not fit the model, or the tokenizer its chat template.
     """
-    loaded_tokenizer = load_tokenizer(tokenizer)
-    check_tokenizer(loaded_tokenizer, TEMPLATES[config.chat_template])
+    folder = Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).parent
+    config = public_config(checkpoint, preset)
+    loaded_tokenizer = load_tokenizer(tokenizer or str(folder))
+    check_tokenizer(loaded_tokenizer, chat_template(config.chat_template, loaded_tokenizer))
     model = load_public_checkpoint(checkpoint, config, dtype=torch_dtype(dtype))
-    metadata = {"public_checkpoint": checkpoint, "time_text": "temporal"}
+    metadata = {"public_checkpoint": Path(checkpoint).name, "time_text": "temporal"}
     _write_weights(model, output, tokenizer=loaded_tokenizer, metadata=metadata)
 
 
