@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from timeviper_model.config import PRESETS, TimeViperConfig, TransVSite
+from timeviper_model.config import PRESETS, TimeViperConfig, TransVSite, with_text
 from timeviper_model.layers.backends import Backend
 from timeviper_model.layers.lora import LoraConfig
+from timeviper_model.weights.weights_folder import load_text_config
 from timeviper_platform.common.config import with_absolute_paths
 from timeviper_platform.common.devices import Dtype
 from timeviper_platform.training.batches.loader import LoaderConfig
@@ -31,21 +32,54 @@ class InitConfig:
     """Model sizes. If `weights` are given too, both must match; a dry run then needs no weights."""
     seed: int = 0
     backbone: str | None = None
-    """Hugging Face name or folder of a language model that replaces the preset's random backbone."""
+    """Hugging Face name or folder of a Nemotron-H or Qwen2 language model. Its config.json gives the sizes; a preset
+    then adds vision and TransV alone."""
+    revision: str | None = None
+    """Commit, tag or branch of the `backbone`'s Hugging Face name; None = its main branch."""
+    chat_template: Literal["paper", "tokenizer"] | None = None
+    """Prompt format: the paper's, or the tokenizer's own template without reasoning; None = that of the weights, or the
+    paper's."""
     transv: tuple[TransVSite, ...] | None = None
     """TransV sites that replace those of the preset or weights, initialized from attention."""
 
     def __post_init__(self) -> None:
-        if self.weights is None and self.preset is None:
-            raise ValueError("init needs weights or a preset; neither is given")
+        if self.weights is None and self.preset is None and self.backbone is None:
+            raise ValueError("init needs weights, a preset or a backbone; none is given")
         if self.weights is not None and self.backbone is not None:
             raise ValueError("init.weights brings its own backbone; remove init.backbone")
+        if self.revision is not None and self.backbone is None:
+            raise ValueError(f"{self.revision = } is of init.backbone, which is not given")
 
     def model_config(self) -> TimeViperConfig:
-        if self.preset is None:
+        """Reads the backbone's config.json if there is one.
+
+        Raises:
+            ValueError: if it cannot be read, or the TransV sites do not fit its blocks.
+        """
+        preset = None if self.preset is None else PRESETS[self.preset]
+        if preset is not None and self.transv is not None:
+            preset = replace(preset, transv=())
+        if self.backbone is not None:
+            text = load_text_config(self.backbone, revision=self.revision)
+            try:
+                preset = with_text(text, preset)
+            except ValueError as error:
+                raise ValueError(
+                    f"init.preset {self.preset!r} does not fit the backbone {self.backbone!r}: {error}; name its sites"
+                    " in init.transv"
+                ) from error
+        if preset is None:
             raise ValueError(f"init.preset is not set; the sizes of {self.weights} are in its config.json")
-        preset = PRESETS[self.preset]
-        return preset if self.transv is None else replace(preset, transv=self.transv)
+        return self.changed(preset)
+
+    def changed(self, config: TimeViperConfig) -> TimeViperConfig:
+        """Returns `config` with the sites and the chat template of this configuration."""
+        if self.transv is not None:
+            config = replace(config, transv=self.transv)
+        if self.chat_template is None:
+            return config
+        template = "tokenizer" if self.chat_template == "tokenizer" else with_text(config.text).chat_template
+        return replace(config, chat_template=template)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

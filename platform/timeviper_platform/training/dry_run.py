@@ -21,7 +21,7 @@ from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.training.batches.packing import Pack
 from timeviper_platform.training.batches.rows import missing_sources
 from timeviper_platform.training.batches.sizes import count_rejects
-from timeviper_platform.training.config import PhaseConfig, TrainConfig
+from timeviper_platform.training.config import InitConfig, PhaseConfig, TrainConfig
 from timeviper_platform.training.cost.flops import ASSUMED_DEVICE, ASSUMED_MFU, gpu_hours, training_flops
 from timeviper_platform.training.cost.memory import (
     ModelSizes,
@@ -105,7 +105,8 @@ def dry_run(config: TrainConfig) -> DryRun:
     phases: list[PhaseFacts] = []
     model_config: TimeViperConfig | None = None
     for name, phase in config.phases.items():
-        model_config = _model_config(config, phase, store, model_config, problems)
+        init = _known_init(name, phase.init, problems)
+        model_config = _model_config(config, init, store, model_config, problems)
         missing = missing_sources(phase.samples)
         problems += [f"phases.{name}.samples: no files at {uri}" for uri in missing]
         if model_config is not None:
@@ -147,14 +148,25 @@ def _load_tokenizer(config: TrainConfig, problems: list[str]) -> object | None:
         return None
 
 
+def _known_init(name: str, init: InitConfig | None, problems: list[str]) -> InitConfig | None:
+    """Replaces a backbone that cannot be read by its preset, whose sizes then stand in."""
+    if init is None or init.backbone is None or init.preset is None:
+        return init
+    try:
+        init.model_config()
+    except ValueError as error:
+        problems.append(f"phases.{name}.init: {error}")
+        return replace(init, backbone=None, revision=None)
+    return init
+
+
 def _model_config(
     config: TrainConfig,
-    phase: PhaseConfig,
+    init: InitConfig | None,
     store: FeatureStore | None,
     before: TimeViperConfig | None,
     problems: list[str],
 ) -> TimeViperConfig | None:
-    init = phase.init
     if init is None:
         return before
     if store is not None:
@@ -166,7 +178,7 @@ def _model_config(
             problems.append(str(error))
     elif init.weights is not None:
         problems.append(f"the weights {init.weights} cannot be checked without the feature store")
-    return before if init.preset is None else init.model_config()
+    return before if init.preset is None and init.backbone is None else init.model_config()
 
 
 def _phase_facts(

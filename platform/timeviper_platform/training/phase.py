@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
-from timeviper_model.batching.prompt import TEMPLATES, check_tokenizer
+from timeviper_model.batching.prompt import check_tokenizer
+from timeviper_model.batching.tokenizer_template import chat_template
 from timeviper_model.config import TimeViperConfig, VisionConfig
 from timeviper_model.layers.lora import LORA_A, LORA_B, add_lora
 from timeviper_model.timeviper import TimeViper
+from timeviper_model.weights.export_files import BASE_MODEL_KEY, public_name
 from timeviper_model.weights.weights_folder import config_from_dict, config_to_dict
 from timeviper_platform.common import storage
 from timeviper_platform.data.encode.recipe import tower_facts
@@ -116,7 +118,7 @@ def prepare_phase(
         description={
             "config": config_to_dict(model.config),
             "tokenizer": config.tokenizer,
-            "metadata": _metadata(config, phase, store, has_temporal=rows.has_kind("temporal")),
+            "metadata": _metadata(config, name, store, has_temporal=rows.has_kind("temporal")),
             "lora_scale": None if phase.lora is None else phase.lora.scale,
             "initial": None if initial is None else initial._asdict(),
         },
@@ -170,7 +172,7 @@ def first_model(
 
 
 def initial_weights(init: InitConfig) -> InitialWeights:
-    return InitialWeights(init.weights, init.transv is not None, init.seed, init.backbone)
+    return InitialWeights(init.weights, init.transv is not None, init.seed, init.backbone, init.revision)
 
 
 def first_model_config(
@@ -188,7 +190,7 @@ def first_model_config(
             f"the weights {init.weights} have other sizes than the preset {init.preset!r}; remove init.preset"
         )
     check_same_towers(config.vision, store, init.weights)
-    return config if init.transv is None else replace(config, transv=init.transv)
+    return init.changed(config)
 
 
 def vision_of(
@@ -235,18 +237,31 @@ def _batch_shape(phase: PhaseConfig, model: TimeViperConfig, tokenizer: Any) -> 
     )
 
 
-def _metadata(config: TrainConfig, phase: PhaseConfig, store: FeatureStore, *, has_temporal: bool) -> dict[str, str]:
-    """Metadata for serving and evaluation to reproduce the training inputs."""
+def _metadata(config: TrainConfig, name: str, store: FeatureStore, *, has_temporal: bool) -> dict[str, str]:
+    """Metadata for serving and evaluation to reproduce the training inputs, and the origin of the weights."""
+    phase, base = config.phases[name], _base_model(config, name)
     states_length = phase.frames.time_text != "temporal" or has_temporal
     return {
+        **({} if base is None else {BASE_MODEL_KEY: base}),
         "run": config.name,
         "dtype": config.dtype,
-        "feature_store": config.feature_store,
         "recipe_hash": store.recipe_hash,
         "use_transv": str(phase.use_transv).lower(),
         **{name: str(value) for name, value in asdict(phase.frames).items()},
         "time_text": phase.frames.time_text if states_length else "never",
     }
+
+
+def _base_model(config: TrainConfig, name: str) -> str | None:
+    """Returns the language model that the weights before `name` started from."""
+    names = list(config.phases)
+    inits = [config.phases[each].init for each in names[: names.index(name) + 1]]
+    init = next(each for each in reversed(inits) if each is not None)
+    if init.weights is None:
+        return None if init.backbone is None else public_name(init.backbone)
+    file = storage.join_uri(init.weights, "config.json")
+    metadata = storage.read_json(file).get("timeviper_metadata", {}) if storage.exists(file) else {}
+    return str(metadata[BASE_MODEL_KEY]) if BASE_MODEL_KEY in metadata else None
 
 
 def _check_tokenizer(tokenizer: Any, config: TimeViperConfig) -> None:
@@ -255,7 +270,7 @@ def _check_tokenizer(tokenizer: Any, config: TimeViperConfig) -> None:
             f"the tokenizer has {len(tokenizer)} ids, the model {config.text.vocab_size} embeddings;"
             " they belong to different models"
         )
-    check_tokenizer(tokenizer, TEMPLATES[config.chat_template])
+    check_tokenizer(tokenizer, chat_template(config.chat_template, tokenizer))
 
 
 def _check_can_answer(name: str, phase: PhaseConfig, model: TimeViperConfig) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,10 @@ import torch
 import yaml
 
 from reference.training_corpus import Corpus, make_corpus, train_config, train_values
+from timeviper_model.config import PRESETS
+from timeviper_model.weights.families import text_config_to_dict
 from timeviper_model.weights.weights_folder import load_tokenizer
+from timeviper_platform.common.config import parse_config
 from timeviper_platform.common.devices import Dtype, torch_dtype
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.training.batches.packing import Pack, PackPosition
@@ -62,6 +67,21 @@ def test_the_reported_plan_is_the_plan_of_the_loader(corpus: Corpus) -> None:
     assert facts.text_tokens == sum(step.counts.num_tokens - step.counts.num_vision_tokens for step in steps)
     assert facts.fill == pytest.approx(sum(len(batch.input_ids) for batch in batches) / (len(batches) * 160))
     assert facts.num_dummies_per_step == 1  # three packs on two ranks
+
+
+def test_a_backbone_is_read_before_the_run(corpus: Corpus, tmp_path: Path) -> None:
+    values = train_values(corpus)
+    values["phases"]["align"]["init"]["backbone"] = str(tmp_path)
+    config = parse_config(TrainConfig, values)
+    result = dry_run(config)
+    assert [problem for problem in result.problems if "has no config.json" in problem]
+    small = result.phases[0].sizes.num_parameters
+    text = replace(PRESETS["tiny"].text, vocab_size=700)
+    (tmp_path / "config.json").write_text(json.dumps(text_config_to_dict(text)))
+    result = dry_run(config)
+    assert result.problems == []
+    added = 2 * (700 - 512) * text.hidden_size
+    assert result.phases[0].sizes.num_parameters == small + added
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -27,16 +28,20 @@ class InitialWeights(NamedTuple):
     seed: int = 0
     backbone: str | None = None
     """Language model that replaces the random one."""
+    revision: str | None = None
+    """Revision of the backbone."""
 
     def build(self, config: TimeViperConfig) -> TimeViper:
         """Raises ValueError if the weights cannot be loaded."""
         if self.weights is not None:
             model = load_weights(self.weights).train()
-            return model.with_transv(config.transv) if self.replaces_sites else model
+            model = model.with_transv(config.transv) if self.replaces_sites else model
+            model.config = replace(model.config, chat_template=config.chat_template)
+            return model
         model = TimeViper(config)
         model.init_weights(torch.Generator().manual_seed(self.seed))
         if self.backbone is not None:
-            load_backbone(model, self.backbone)
+            load_backbone(model, self.backbone, revision=self.revision)
         return model.train()
 
     def unrounded(
