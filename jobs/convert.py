@@ -1,7 +1,7 @@
 """Converts annotations to samples: `python jobs/convert.py --config ray_configs/convert.yaml [key=value ...]`.
 
-Reads LLaVA-style JSON, captions, dense captions and temporal grounding; writes the table that training reads. Counts
-unusable rows by reason.
+Reads LLaVA rows, messages, captions, dense captions and temporal grounding; writes the table that training reads.
+Unusable rows are counted by reason and written beside it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from timeviper_platform.common.config import load_config
 from timeviper_platform.common.job import JobParser, JobResult, run_job
-from timeviper_platform.data.annotations.convert import ConvertConfig, convert
+from timeviper_platform.data.annotations.convert import ConvertConfig, convert, rejects_uri
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,8 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def convert_annotations(options: argparse.Namespace) -> JobResult:
     config = load_config(ConvertConfig, options.config, options.overrides)
-    counts = convert(config)
-    return JobResult([f"written    {config.output}", *counts.lines()])
+    report = convert(config)
+    rejects = [f"rejects    {rejects_uri(config.output)}"] if report.rejects else []
+    return JobResult([f"written    {config.output}", *report.lines(), *rejects])
 
 
 if __name__ == "__main__":

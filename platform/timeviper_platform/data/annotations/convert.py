@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import tarfile
 from collections import Counter
@@ -16,19 +17,29 @@ from timeviper_platform.common import storage
 from timeviper_platform.common.listing import pages
 from timeviper_platform.common.schemas import SAMPLES
 from timeviper_platform.data.annotations.captions import convert_cc12m, convert_pixelprose, convert_webdataset
+from timeviper_platform.data.annotations.chat import convert_llava, convert_messages
 from timeviper_platform.data.annotations.dense_captions import convert_activitynet, convert_youcook2
 from timeviper_platform.data.annotations.grounding import convert_charades_sta, convert_didemo, convert_qvhighlights
-from timeviper_platform.data.annotations.llava import convert_llava
 from timeviper_platform.data.annotations.rows import BadRow, Labels, Row
 
 logger = logging.getLogger(__name__)
 
 Format = Literal[
-    "llava", "cc12m", "pixelprose", "webdataset", "activitynet", "youcook2", "charades_sta", "didemo", "qvhighlights"
+    "llava",
+    "messages",
+    "cc12m",
+    "pixelprose",
+    "webdataset",
+    "activitynet",
+    "youcook2",
+    "charades_sta",
+    "didemo",
+    "qvhighlights",
 ]
 
 CONVERTERS: dict[str, Callable[[str, Labels], Iterator[Row | BadRow]]] = {
     "llava": convert_llava,
+    "messages": convert_messages,
     "cc12m": convert_cc12m,
     "pixelprose": convert_pixelprose,
     "webdataset": convert_webdataset,
@@ -51,7 +62,7 @@ class ConvertConfig:
     input: str
     """URI of the annotation file; for pixelprose and webdataset also a glob."""
     output: str
-    """URI of the samples, a Parquet file."""
+    """URI of the samples, a Parquet file. Rejects go to the same name with .rejects.jsonl."""
     source: str
     """Name of these samples in ids and reports."""
     media_prefix: str = ""
@@ -69,19 +80,27 @@ class ConvertReport:
     samples: int
     rejects: dict[str, int] = field(default_factory=dict)
     """Rows by reason."""
+    ignored_fields: dict[str, int] = field(default_factory=dict)
+    """Objects by field that no converter reads; a turn's field is named `conversations.weight`."""
 
     def lines(self) -> list[str]:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.rejects.items()))
         num_rejects = sum(self.rejects.values())
-        return [
+        counted = f" = {_counts(self.rejects)}" if num_rejects else ""
+        lines = [
             f"rows       {self.samples + num_rejects}",
             f"samples    {self.samples}",
-            f"rejected   {num_rejects}" + (f" = {reasons}" if reasons else ""),
+            f"rejected   {num_rejects}{counted}",
         ]
+        return [*lines, f"ignored    {_counts(self.ignored_fields)}"] if self.ignored_fields else lines
+
+
+def rejects_uri(output: str) -> str:
+    """URI of the JSON lines {row, reason, detail}; `row` counts from 0."""
+    return f"{output.removesuffix('.parquet')}.rejects.jsonl"
 
 
 def convert(config: ConvertConfig) -> ConvertReport:
-    """Writes `config.output` atomically.
+    """Writes `config.output` and its rejects, each atomically.
 
     Raises:
         ValueError: when the input is missing or has another format.
@@ -91,19 +110,23 @@ def convert(config: ConvertConfig) -> ConvertReport:
     rejects: Counter[str] = Counter()
     num_samples = 0
 
-    def write(file: IO[bytes]) -> None:
+    def write_samples(file: IO[bytes], rejects_file: IO[bytes]) -> None:
         nonlocal num_samples
         with pq.ParquetWriter(file, SAMPLES, compression="zstd", write_page_checksum=True) as writer:
             for page in pages(_entries(config, labels), PAGE_ROWS):
                 rows = [entry for entry in page if not isinstance(entry, BadRow)]
                 for entry in page:
                     if isinstance(entry, BadRow):
-                        _count(entry, rejects)
+                        rejects[entry.reason] += 1
+                        rejects_file.write(_reject_line(entry, is_logged=rejects[entry.reason] <= LOGGED_REJECTS))
                 writer.write_table(pa.Table.from_pylist(rows, schema=SAMPLES))
                 num_samples += len(rows)
 
-    storage.write_atomic(config.output, write)
-    return ConvertReport(num_samples, dict(rejects))
+    storage.write_atomic(
+        rejects_uri(config.output),
+        lambda rejects_file: storage.write_atomic(config.output, lambda file: write_samples(file, rejects_file)),
+    )
+    return ConvertReport(num_samples, dict(rejects), dict(labels.ignored_fields))
 
 
 def _entries(config: ConvertConfig, labels: Labels) -> Iterator[Row | BadRow]:
@@ -125,8 +148,12 @@ def _entries(config: ConvertConfig, labels: Labels) -> Iterator[Row | BadRow]:
         raise ValueError(f"{config.input} has no rows of format {config.format}; fix `input` or `format`")
 
 
-def _count(reject: BadRow, rejects: Counter[str]) -> None:
-    rejects[reject.reason] += 1
-    if rejects[reject.reason] <= LOGGED_REJECTS:
-        detail = reject.detail.encode("utf-8", "backslashreplace").decode("utf-8")
+def _reject_line(reject: BadRow, *, is_logged: bool) -> bytes:
+    detail = reject.detail.encode("utf-8", "backslashreplace").decode("utf-8")
+    if is_logged:
         logger.info("row %d: %s: %s", reject.row, reject.reason, detail)
+    return (json.dumps({"row": reject.row, "reason": reject.reason, "detail": detail}) + "\n").encode()
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))

@@ -24,6 +24,7 @@ def convert_activitynet(uri: str, labels: Labels) -> Iterator[Row | BadRow]:
         except (KeyError, TypeError, ValueError) as error:
             yield BadRow(index, "bad_row", f"{name}: {error!r}")
             continue
+        labels.ignore_fields(entry, {"duration", "timestamps", "sentences"})
         yield _convert(index, name, duration, events, labels)
 
 
@@ -36,6 +37,9 @@ def convert_youcook2(uri: str, labels: Labels) -> Iterator[Row | BadRow]:
         except (AttributeError, KeyError, TypeError) as error:
             yield BadRow(index, "bad_row", f"{name}: {error!r}")
             continue
+        labels.ignore_fields(entry, {"duration", "annotations"})
+        for event in entry.get("annotations", []):
+            labels.ignore_fields(event, {"segment", "sentence"}, where="annotations.")
         yield _convert(index, name, duration, events, labels)
 
 

@@ -50,6 +50,7 @@ def convert_didemo(uri: str, labels: Labels) -> Iterator[Row | BadRow]:
         except (KeyError, TypeError, ValueError, IndexError) as error:
             yield BadRow(index, "bad_row", f"{error!r}")
             continue
+        labels.ignore_fields(entry, {"annotation_id", "video", "description", "times"})
         if votes < 2:
             yield BadRow(index, "no_segment", f"{name}: no two annotators agree")
             continue
@@ -65,6 +66,7 @@ def convert_qvhighlights(uri: str, labels: Labels) -> Iterator[Row | BadRow]:
         except (AttributeError, KeyError, TypeError) as error:
             yield BadRow(index, "bad_row", f"{error!r}")
             continue
+        labels.ignore_fields(entry, {"qid", "vid", "query", "duration", "relevant_windows"})
         yield _convert(index, str(entry.get("qid", "")), f"{name}.mp4", sentence, windows, duration, labels)
 
 

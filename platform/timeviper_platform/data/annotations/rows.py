@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from timeviper_platform.common import storage
@@ -43,6 +44,12 @@ class Labels:
     media_prefix: str = ""
     """Path from the preprocessed folder to the media."""
     weight: float = 1.0
+    ignored_fields: Counter[str] = field(default_factory=Counter)
+    """Number of objects by field that no converter reads."""
+
+    def ignore_fields(self, entry: dict[str, Any], known: Collection[str], *, where: str = "") -> None:
+        """Counts fields outside `known`; `where` precedes their names."""
+        self.ignored_fields.update(f"{where}{name}" for name in entry if name not in known)
 
     def medium(self, name: str, start_seconds: float | None = None, end_seconds: float | None = None) -> Row:
         """`name` is a URL or a path below `media_prefix`."""
@@ -91,6 +98,14 @@ def check_span(span: Any, duration: Any = None) -> str | None:
     if duration is not None and end > duration + 1:
         return f"{start}..{end} s is past the duration of {duration} s"
     return None
+
+
+def check_clip(start: Any, end: Any) -> str | None:
+    """Returns the fault of a clip whose bounds may be None."""
+    if not all(bound is None or _is_seconds(bound) for bound in (start, end)):
+        return f"{start!r}..{end!r} are not seconds"
+    first = 0 if start is None else start
+    return None if first >= 0 and (end is None or end > first) else f"{start}..{end} s is not an interval"
 
 
 def _is_seconds(value: Any) -> bool:

@@ -78,6 +78,141 @@ def test_llava_rows(tmp_path: Path) -> None:
         assert {(sample["source"], sample["weight"]) for sample in samples} == {("llava", 2.0)}
 
 
+def converted(tmp_path: Path, format: str, *rows: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return run(tmp_path, format, tmp_path / "rows.jsonl")
+
+
+def llava(question: str, *, turns: tuple[dict[str, str], ...] = (), **fields: Any) -> dict[str, Any]:
+    return {**fields, "conversations": [*turns, {"from": "human", "value": question}, {"from": "gpt", "value": "yes"}]}
+
+
+def messages(content: Any, **fields: Any) -> dict[str, Any]:
+    return {**fields, "messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "yes"}]}
+
+
+def named(*names: str) -> list[str]:
+    return [media_id_of(name, "") for name in names]
+
+
+@pytest.mark.parametrize("make", [llava, messages])
+def test_each_marker_takes_the_next_medium_of_its_kind(tmp_path: Path, make: Any) -> None:
+    rows = [
+        make("<video> then <image>, <image>", images=["1.jpg", "2.jpg"], videos=["v.mp4"]),
+        make("No markers.", image="1.jpg", video="v.mp4"),
+        make("<image> a video, as LLaVA-Video marks it, <image>", videos=["v.mp4", "w.mp4"]),
+        make("<image><image>", image="1.jpg", video="v.mp4"),
+        make("<image>", images=["1.jpg"], videos=["v.mp4"]),
+        make("a literal <media> and <image>", image="1.jpg"),
+    ]
+    samples, rejects = converted(tmp_path, "llava" if make is llava else "messages", *rows)
+    assert [media_ids(sample) for sample in samples] == [
+        named("v.mp4", "1.jpg", "2.jpg"),
+        named("1.jpg", "v.mp4"),
+        named("v.mp4", "w.mp4"),
+    ]
+    assert texts(samples[0])[0] == f"{MEDIA_MARKER} then {MEDIA_MARKER}, {MEDIA_MARKER}"
+    assert rejects == {"marker_mismatch": 3}
+
+
+def test_times_of_a_row_make_clips_of_its_videos(tmp_path: Path) -> None:
+    rows = [
+        llava("?", video="v.mp4", start=1.5, end=4),
+        llava("?", video="v.mp4", video_start=2, start=None),
+        llava("?", image="i.jpg", videos=["v.mp4", "w.mp4"], video_start=[0, 7], video_end=[5, None]),
+        llava("?", videos=[{"video": "v.mp4", "video_start": 1, "video_end": 2}]),
+        llava("?", video="v.mp4", start=None, end=None),
+        llava("?", videos=["v.mp4", "w.mp4"], start=1, end=2),
+        llava("?", image="i.jpg", start=1, end=2),
+        llava("?", video="v.mp4", start=3, end=3),
+        llava("?", video="v.mp4", start="0:03"),
+        llava("?", video="v.mp4", start=float("nan")),
+        llava("?", video="v.mp4", start=1, video_start=2),
+    ]
+    samples, rejects = converted(tmp_path, "llava", *rows)
+    clips = [[(item["start_seconds"], item["end_seconds"]) for item in sample["media"]] for sample in samples]
+    assert clips == [
+        [(1.5, 4.0)],
+        [(2.0, None)],
+        [(None, None), (0.0, 5.0), (7.0, None)],
+        [(1.0, 2.0)],
+        [(None, None)],
+    ]
+    assert rejects == {"bad_times": 6}
+
+
+def test_the_system_text_of_a_row_is_its_first_turn(tmp_path: Path) -> None:
+    brief = {"from": "system", "value": "Be brief."}
+    rows = [
+        llava("?", system="Be brief."),
+        llava("?", system="Be brief.", turns=(brief,)),
+        llava("?", system=None),
+        llava("?", system="Be long.", turns=(brief,)),
+        llava("?", system=["Be brief."]),
+    ]
+    samples, rejects = converted(tmp_path, "llava", *rows)
+    assert [texts(sample) for sample in samples] == [["Be brief.", "?", "yes"]] * 2 + [["?", "yes"]]
+    assert samples[0]["conversation"][0]["role"] == "system"
+    assert rejects == {"bad_turns": 2}
+
+
+def test_messages_of_openai_parts(tmp_path: Path) -> None:
+    def text(value: str) -> dict[str, str]:
+        return {"type": "text", "text": value}
+
+    url = "https://a.invalid/1.jpg"
+    rows = [
+        messages([{"type": "image_url", "image_url": {"url": url, "detail": "low"}}, text("What?"), text("Why?")]),
+        messages([text("a <image> tag"), {"type": "video", "video": "v.mp4", "video_start": 1, "video_end": 9}]),
+        messages([{"type": "image"}, text("first"), {"type": "image"}], images=["1.jpg", {"path": "2.jpg"}]),
+        messages([{"type": "input_image", "image_url": url}, {"type": "input_text", "text": "?"}], id=7),
+        messages([{"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}]),
+        messages([{"type": "input_audio", "input_audio": {}}]),
+        messages([{"type": "image"}]),
+        {"messages": [{"role": "developer", "content": "Be brief."}, *messages("Hi.")["messages"]]},
+        {"messages": [{"role": "tool", "content": "x"}, *messages("Hi.")["messages"]]},
+    ]
+    samples, rejects = converted(tmp_path, "messages", *rows)
+    assert [texts(sample)[0] for sample in samples] == [
+        f"{MEDIA_MARKER}What?\nWhy?",
+        f"a <image> tag{MEDIA_MARKER}",
+        f"{MEDIA_MARKER}first{MEDIA_MARKER}",
+        f"{MEDIA_MARKER}?",
+        "Be brief.",
+    ]
+    assert media_ids(samples[0]) == named(url)
+    assert samples[1]["media"] == [{"media_id": named("v.mp4")[0], "start_seconds": 1.0, "end_seconds": 9.0}]
+    assert media_ids(samples[2]) == named("1.jpg", "2.jpg")
+    assert rejects == {"no_media": 1, "bad_turns": 2, "marker_mismatch": 1}
+
+
+def test_fields_that_no_converter_reads_are_counted_by_name(tmp_path: Path) -> None:
+    rows: dict[str, list[Any]] = {
+        "llava": [llava("?", data_source="academic"), llava("?", data_source="youtube", objects={})],
+        "messages": [messages([{"type": "text", "text": "?", "cache_control": {}}], audios=["a.wav"])],
+        "qvhighlights": [
+            {"vid": "v", "query": "x", "duration": 9, "relevant_windows": [[0, 2]], "saliency_scores": []}
+        ],
+    }
+    rows["messages"][0]["messages"][1]["weight"] = 0
+    expected = {
+        "llava": {"data_source": 2, "objects": 1},
+        "messages": {"messages.content.cache_control": 1, "audios": 1, "messages.weight": 1},
+        "qvhighlights": {"saliency_scores": 1},
+    }
+    for format, entries in rows.items():
+        (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(entry) for entry in entries))
+        config = ConvertConfig(
+            format=format,  # type: ignore[arg-type]
+            input=str(tmp_path / "rows.jsonl"),
+            output=str(tmp_path / "samples.parquet"),
+            source="s",
+        )
+        report = convert(config)
+        assert report.ignored_fields == expected[format]
+    assert report.lines()[-1] == "ignored    1 saliency_scores"
+
+
 def test_cc12m_media_ids_equal_those_of_a_manifest_of_the_same_urls(tmp_path: Path) -> None:
     url = "https://images.invalid/cat.jpg?size=2"
     (tmp_path / "cc12m.tsv").write_text(f"{url}\ta cat on a mat <PERSON>\nno tab\nhttps://images.invalid/b.jpg\t \n")
@@ -275,7 +410,7 @@ def test_a_file_of_another_format_is_refused_and_nothing_is_written(tmp_path: Pa
     ):
         with pytest.raises(ValueError, match=message):
             run(tmp_path, format, tmp_path / name)
-        assert not (tmp_path / "samples.parquet").exists()
+        assert not [path for path in tmp_path.iterdir() if path.name.startswith(("samples", ".samples"))]
 
 
 def test_the_job_reports_every_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -283,6 +418,9 @@ def test_the_job_reports_every_row(tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "a.txt").write_text("AO8RW 0.0 6.9##a person sits.\nAO8RW 7.0 6.9##a person stands.\n")
     config = ["--config", str(ROOT / "ray_configs" / "tiny" / "convert.yaml"), f"output={tmp_path}/s.parquet"]
     assert main([*config, "format=charades_sta", f"input={tmp_path}/a.txt"]) == 0
-    assert "samples    1\nrejected   1 = 1 bad_times" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"samples    1\nrejected   1 = 1 bad_times\nrejects    {tmp_path}/s.rejects.jsonl" in out
+    (line,) = (tmp_path / "s.rejects.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"row": 1, "reason": "bad_times", "detail": "AO8RW.mp4: 7.0..6.9 s is not an interval"}
     assert main([*config, f"input={tmp_path}/none.json"]) == 1
     assert "cannot read" in capsys.readouterr().err
