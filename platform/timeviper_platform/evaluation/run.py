@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,30 +14,36 @@ import pyarrow.parquet as pq
 from timeviper_model.weights.weights_folder import config_from_dict
 from timeviper_platform.common import schemas, storage
 from timeviper_platform.common.config import with_absolute_paths
+from timeviper_platform.common.job import JobError
+from timeviper_platform.common.listing import list_files
 from timeviper_platform.data.store.compatibility import check_same_towers
 from timeviper_platform.data.store.reader import FeatureStore
-from timeviper_platform.evaluation.evaluator import AnsweringConfig, Evaluator, Outcome
+from timeviper_platform.evaluation.evaluator import AnsweringConfig, Evaluator
+from timeviper_platform.evaluation.outcomes import (
+    SCORED,
+    Outcome,
+    OutcomeLog,
+    Question,
+    hash_of,
+    outcomes_of,
+    outcomes_table,
+    question_hash,
+)
 from timeviper_platform.evaluation.report import summarise
 
 logger = logging.getLogger(__name__)
 
-OUTCOMES = pa.schema(
-    [
-        pa.field("sample_id", pa.string()),
-        pa.field("task", pa.string()),
-        pa.field("status", pa.string()),
-        pa.field("expected", pa.string()),
-        pa.field("answer", pa.string()),
-        pa.field("answer_without_video", pa.string()),
-        pa.field("score", pa.float64()),
-        pa.field("score_without_video", pa.float64()),
-        pa.field("chance", pa.float64()),
-    ]
-)
-
-
 PATHS = ("weights", "feature_store", "questions", "output")
 """Keys made absolute for workers, which run in another folder."""
+
+SPEED_OPTIONS = ("num_threads", "max_pack_tokens", "prefix_cache_bytes")
+"""Keys of `answering` that change no answer beyond rounding."""
+
+MAX_FAILED_SHARE = 0.01
+"""Share of failed questions above which an evaluation ends with an error."""
+
+AnswerQuestionsOf = Callable[[Sequence[Question], "EvaluateConfig"], Iterator[list[Outcome]]]
+"""Yields batches of outcomes in any order."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +71,7 @@ class EvaluateConfig:
     questions: str
     """Folder of the QUESTIONS files."""
     output: str
-    """JSON report. Outcomes go to the same name with .outcomes.parquet."""
+    """JSON report. Outcomes go to the same name with .outcomes.parquet, those of an unfinished run to .partial."""
     tasks: tuple[str, ...] = ("choice", "order", "count", "grounding")
     """File names in `questions`, without .parquet."""
     max_questions: int | None = None
@@ -98,23 +104,63 @@ def read_questions(folder: str, tasks: Sequence[str], max_questions: int | None)
     return rows
 
 
-def run_evaluation(config: EvaluateConfig) -> dict[str, Any]:
-    """Writes and returns the report, using the connected cluster."""
+def run_evaluation(config: EvaluateConfig, answer: AnswerQuestionsOf | None = None) -> dict[str, Any]:
+    """Writes and returns the report, using the connected cluster.
+
+    Outcomes are written as they come; after a kill, the same configuration goes on with the questions that are left.
+
+    Args:
+        answer: default `answer_on_ray`.
+
+    Raises:
+        JobError: after the report, when no question was scored, or too many failed.
+    """
     config = with_absolute_paths(config, PATHS)
     questions = read_questions(config.questions, config.tasks, config.max_questions)
+    if not questions:
+        raise ValueError(f"tasks {', '.join(config.tasks)} have no questions in {config.questions!r}; fix `questions`")
     check_inputs(config.weights, config.feature_store)
-    folder = config.output.rpartition("/")[0]
-    storage.ensure_writable(folder)
-    outcomes: list[Outcome] = []
+    storage.ensure_writable(config.output.rpartition("/")[0])
+    log = OutcomeLog(config.output, run_hash(config))
+    outcomes = log.read()
+    left = [question for question in questions if question_hash(question) not in outcomes]
+    if len(left) < len(questions):
+        logger.info("evaluate: an earlier run answered %d of %d questions", len(questions) - len(left), len(questions))
     started = time.monotonic()
-    next_report = 0
-    for outcome in answer_on_ray(questions, config):
-        outcomes.append(outcome)
-        if len(outcomes) >= next_report:
-            seconds = time.monotonic() - started
-            logger.info("evaluate: %d of %d questions, %.0f s", len(outcomes), len(questions), seconds)
-            next_report = len(outcomes) + max(1, len(questions) // 10)
-    return write_report(config, questions, outcomes)
+    num_new, next_report = 0, 0
+    for batch in (answer or answer_on_ray)(left, config) if left else ():
+        log.append(batch)
+        outcomes |= {outcome.question_hash: outcome for outcome in batch}
+        num_new += len(batch)
+        if num_new >= next_report:
+            logger.info("evaluate: %d of %d questions, %.0f s", num_new, len(left), time.monotonic() - started)
+            next_report = num_new + max(1, len(left) // 10)
+    report = write_report(config, questions, outcomes)
+    check_outcomes([outcomes[question_hash(question)] for question in questions])
+    log.remove()
+    return report
+
+
+def run_hash(config: EvaluateConfig) -> str:
+    """Identifies what determines an outcome besides its question, without reading the weights."""
+    store = FeatureStore.open(config.feature_store)
+    files = [[entry.uri, *(entry.version or ())] for entry in list_files(config.weights).files]
+    answering = {name: value for name, value in asdict(config.answering).items() if name not in SPEED_OPTIONS}
+    return hash_of([files, store.recipe_hash, store.index_digest(), answering])
+
+
+def check_outcomes(outcomes: Sequence[Outcome]) -> None:
+    """Raises JobError when no question was scored, or too many failed."""
+    unscored = [outcome for outcome in outcomes if outcome.status not in SCORED]
+    if outcomes and len(unscored) == len(outcomes):
+        first = unscored[0]
+        raise JobError(f"none of {len(outcomes)} questions could be scored; {first.sample_id}: {first.detail}")
+    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
+    if len(failed) > MAX_FAILED_SHARE * len(outcomes):
+        raise JobError(
+            f"{len(failed)} of {len(outcomes)} questions failed, {failed[0].sample_id} by {failed[0].detail};"
+            " run the same command to ask them again"
+        )
 
 
 def check_inputs(weights: str, feature_store: str) -> None:
@@ -126,8 +172,8 @@ def check_inputs(weights: str, feature_store: str) -> None:
     check_same_towers(vision, FeatureStore.open(feature_store), weights)
 
 
-def answer_on_ray(questions: Sequence[dict[str, Any]], config: EvaluateConfig) -> Iterator[Outcome]:
-    """Yields outcomes in any order."""
+def answer_on_ray(questions: Sequence[Question], config: EvaluateConfig) -> Iterator[list[Outcome]]:
+    """Yields batches of outcomes in any order."""
     import ray
 
     context = ray.data.DataContext.get_current()
@@ -151,7 +197,7 @@ def answer_on_ray(questions: Sequence[dict[str, Any]], config: EvaluateConfig) -
         compute=ray.data.ActorPoolStrategy(size=min(workers.num_workers, len(blocks))),
     )
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        yield from (Outcome(**row) for row in batch.to_pylist())
+        yield outcomes_of(batch)
 
 
 class AnswerQuestions:
@@ -159,26 +205,26 @@ class AnswerQuestions:
         self._evaluator = Evaluator(weights_folder=weights_folder, feature_store=feature_store, config=config)
 
     def __call__(self, table: Any) -> Any:
-        outcomes = self._evaluator.evaluate(table.to_pylist())
-        return pa.Table.from_pylist([asdict(outcome) for outcome in outcomes], schema=OUTCOMES)
+        return outcomes_table(self._evaluator.evaluate(table.to_pylist()))
 
 
 def write_report(
-    config: EvaluateConfig, questions: Sequence[dict[str, Any]], outcomes: Sequence[Outcome]
+    config: EvaluateConfig, questions: Sequence[Question], outcomes: Mapping[str, Outcome]
 ) -> dict[str, Any]:
     """Writes the report, and the outcomes in question order.
 
+    Args:
+        outcomes: by question hash.
+
     Raises:
-        RuntimeError: unless every question has exactly one outcome.
+        RuntimeError: when a question has no outcome.
     """
-    by_question = {(outcome.task, outcome.sample_id): outcome for outcome in outcomes}
-    keys = [(question["source"], question["sample_id"]) for question in questions]
-    if len(outcomes) != len(keys) or set(keys) != set(by_question):
-        raise RuntimeError(f"{len(keys)} questions came back as {len(outcomes)} outcomes; are sample ids unique?")
-    ordered = [by_question[key] for key in keys]
-    table = pa.Table.from_pylist([asdict(outcome) for outcome in ordered], schema=OUTCOMES)
+    hashes = [question_hash(question) for question in questions]
+    if missing := sum(key not in outcomes for key in hashes):
+        raise RuntimeError(f"{missing} of {len(hashes)} questions have no outcome; run the same command to ask them")
+    ordered = [outcomes[key] for key in hashes]
     outcomes_uri = f"{config.output.removesuffix('.json')}.outcomes.parquet"
-    storage.write_atomic(outcomes_uri, lambda file: pq.write_table(table, file))
+    storage.write_atomic(outcomes_uri, lambda file: pq.write_table(outcomes_table(ordered), file))
     report = summarise(ordered)
     storage.write_json(config.output, report)
     return report

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,17 +23,22 @@ from timeviper_model.batching.prompt import Turn, build_sample
 from timeviper_model.weights import weights_folder as weights
 from timeviper_platform.common import storage
 from timeviper_platform.common.config import load_config, with_absolute_paths
+from timeviper_platform.common.job import JobError
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.data.store.writer import write_store
 from timeviper_platform.evaluation.answering import Answerer, Prompt
-from timeviper_platform.evaluation.evaluator import AnsweringConfig, Evaluator, Outcome, read_media
+from timeviper_platform.evaluation.evaluator import AnsweringConfig, Evaluator, read_media
+from timeviper_platform.evaluation.outcomes import Outcome, Question, question_hash
 from timeviper_platform.evaluation.report import report_lines, summarise
 from timeviper_platform.evaluation.run import (
     PATHS,
     EvaluateConfig,
     EvalWorkersConfig,
     check_inputs,
+    check_outcomes,
     read_questions,
+    run_evaluation,
+    run_hash,
     write_report,
 )
 
@@ -98,17 +104,84 @@ def test_answers_together_equal_answers_alone_and_stop_at_the_limit(known: Known
     assert all(text.startswith(cut) and len(cut) < len(text) for text, cut in zip(together, short, strict=True))
 
 
-def test_a_missing_medium_and_a_question_without_truth_are_counted_outcomes(evaluator: Evaluator) -> None:
-    gone = [{"media_id": "gone", "start_seconds": None, "end_seconds": None}]
-    outcomes = evaluator.evaluate(
-        [
-            choice_row(1),
-            choice_row(2, media=gone),
-            grounding_row(0, start_seconds=None, end_seconds=None),
-        ]
-    )
-    assert [outcome.status for outcome in outcomes] == ["ok", "no_features", "no_answer_format"]
-    assert outcomes[0].score == 1.0
+def _media(media_id: str = "video-1", start: float | None = None, end: float | None = None) -> list[dict[str, Any]]:
+    return [{"media_id": media_id, "start_seconds": start, "end_seconds": end}]
+
+
+@pytest.mark.parametrize(
+    ("question", "status"),
+    [
+        (choice_row(2, media=_media("gone")), "no_features"),
+        (choice_row(1, media=_media(start=90.0)), "no_frames"),
+        (choice_row(1, media=_media(start=3.0, end=1.0)), "bad_times"),
+        (choice_row(1, answer="purple (E)"), "answer_is_no_choice"),
+        (choice_row(1, choices=["red (A)", None]), "answer_is_no_choice"),
+        (grounding_row(0, start_seconds=None, end_seconds=None), "no_answer_format"),
+        (grounding_row(0, start_seconds=3.0, end_seconds=2.0), "bad_times"),
+        (grounding_row(0, start_seconds=90.0, end_seconds=95.0), "bad_times"),
+        (choice_row(1, question="<media><media>"), "failed"),
+        (grounding_row(1, question="<media><media>"), "failed"),
+    ],
+)
+def test_a_bad_question_is_one_counted_outcome(evaluator: Evaluator, question: Question, status: str) -> None:
+    good = grounding_row(2) if question["source"] == "grounding" else choice_row(2)
+    outcomes = evaluator.evaluate([good, question, good])
+    assert [outcome.status for outcome in outcomes] == ["ok", status, "ok"]
+    assert [outcome.score for outcome in outcomes] == [1.0, 0.0, 1.0]
+    assert outcomes[1].detail
+    assert summarise(outcomes)[question["source"]]["skipped"] == {status: 1}
+
+
+def test_a_question_may_place_its_video(evaluator: Evaluator) -> None:
+    (outcome,) = evaluator.evaluate([choice_row(1, question="<media>Which picture?")])
+    assert (outcome.status, outcome.answer) == ("ok", NAMES[1])
+
+
+def test_damaged_features_fail_the_questions_about_them(known: KnownAnswers, tmp_path: Path) -> None:
+    rows = {name: torch.full((4, 1, 8), value).bfloat16() for name, value in (("video-1", 1.0), ("nan", torch.nan))}
+    write_store(str(tmp_path / "store"), rows, recipe={"synthetic": "damaged"})
+    evaluator = Evaluator(weights_folder=known.weights, feature_store=str(tmp_path / "store"), config=AnsweringConfig())
+    outcomes = evaluator.evaluate([choice_row(1), choice_row(1, media=_media("nan"))])
+    assert [outcome.status for outcome in outcomes] == ["ok", "failed"]
+    assert "not finite" in outcomes[1].detail
+
+
+def test_an_answer_without_an_interval_is_scored_0_and_counted(known: KnownAnswers) -> None:
+    config = AnsweringConfig(max_new_tokens=1)
+    evaluator = Evaluator(weights_folder=known.weights, feature_store=known.feature_store, config=config)
+    (outcome,) = evaluator.evaluate([grounding_row(0)])
+    assert (outcome.status, outcome.score) == ("unparsable", 0.0)
+    report = summarise([outcome])
+    assert (report["grounding"]["num_questions"], report["grounding"]["num_unparsable"]) == (1, 1)
+    assert "1 unparsable (scored 0)" in "\n".join(report_lines(report))
+
+
+def test_a_video_is_read_once_for_all_options_and_questions(known: KnownAnswers) -> None:
+    model, tokenizer = weights.from_pretrained(known.weights), weights.load_tokenizer(known.weights)
+
+    def lengths(prompt: Prompt) -> tuple[int, int, list[int]]:
+        """Tokens up to the end of the video, of the whole prompt, and of each answer."""
+        video = [len(rows) for rows in prompt.media]
+        user = Turn(role="user", text=prompt.text)
+        opened = build_sample(tokenizer, [user], video, add_generation_prompt=True)
+        turns = [[user, Turn(role="assistant", text=name)] for name in NAMES]
+        answers = [len(build_sample(tokenizer, turn, video)) - len(opened) for turn in turns]
+        return opened.vision_index.index(3) + 1 if video else 0, len(opened), answers
+
+    rows = _rows(known, "video-1")
+    first = Prompt(text="What?", media=(rows,), media_key="video-1")
+    second = Prompt(text="Which one?", media=(rows,), media_key="video-1")
+    alone = Answerer(model, tokenizer)
+    expected = [alone.score_options([replace(prompt, media_key=None)], [NAMES])[0] for prompt in (first, second)]
+    answerer = Answerer(model, tokenizer)
+    scores = answerer.score_options([first, second], [NAMES, NAMES])
+    assert scores[0] == pytest.approx(expected[0], abs=1e-5)
+    assert scores[1] == pytest.approx(expected[1], abs=1e-5)
+    (video, one, answers), (_, two, _) = lengths(first), lengths(second)
+    assert answerer.num_scored_tokens == one + (two - video) + 2 * sum(count - 1 for count in answers)
+    blind = Answerer(model, tokenizer)
+    blind.score_options([Prompt(text="What?")], [NAMES])
+    assert blind.num_scored_tokens == 4 * (one - 4) + sum(answers)  # without the four vision tokens
 
 
 def test_a_questions_clip_selects_its_frames(known: KnownAnswers) -> None:
@@ -128,9 +201,11 @@ def test_features_of_another_encoder_are_refused(known: KnownAnswers, tmp_path: 
 
 def _outcome(number: int, *, score: float, blind: float = 0.0, **changes: object) -> Outcome:
     outcome = Outcome(
+        question_hash=str(number),
         sample_id=f"choice-{number}",
         task="choice",
         status="ok",
+        detail="",
         expected="",
         answer="",
         answer_without_video="",
@@ -162,6 +237,7 @@ def test_report_has_the_agreed_keys_and_counts() -> None:
         "interval_95_without_video": 0,
         "num_questions": 100,
         "num_skipped": 1,
+        "skipped": {"no_features": 1},
     }
     assert report["choice"]["interval_95"] == pytest.approx([0.8256, 0.9448], abs=1e-3)
     assert report["grounding"]["miou"] == 0.5
@@ -208,13 +284,78 @@ def test_missing_inputs_are_named_before_anything_starts(known: KnownAnswers, tm
 def test_report_and_outcomes_are_written_in_the_questions_order(known: KnownAnswers, tmp_path: Path) -> None:
     config = _config(known, tmp_path / "report.json", tasks=("choice",))
     questions = _read(config)
-    outcomes = [_outcome(n, score=float(n < 2)) for n in (3, 1, 0, 2)]
+    outcomes = {question_hash(choice_row(n)): _outcome(n, score=float(n < 2)) for n in (3, 1, 0, 2)}
     report = write_report(config, questions, outcomes)
     assert storage.read_json(config.output) == report
     rows = pq.read_table(tmp_path / "report.outcomes.parquet").to_pylist()
     assert [row["sample_id"] for row in rows] == [f"choice-{n}" for n in range(4)]
-    with pytest.raises(RuntimeError, match="4 questions came back as 3 outcomes"):
-        write_report(config, questions, outcomes[:3])
+    outcomes.popitem()
+    with pytest.raises(RuntimeError, match="1 of 4 questions have no outcome"):
+        write_report(config, questions, outcomes)
+
+
+class _Killed(BaseException):
+    """Ends a run as a signal does."""
+
+
+class _InProcess:
+    """Answers batches of three; may be killed before one of them."""
+
+    def __init__(self, evaluator: Evaluator, killed_before_batch: int | None = None) -> None:
+        self._evaluator, self._killed_before_batch = evaluator, killed_before_batch
+        self.asked: list[str] = []
+
+    def __call__(self, questions: Sequence[Question], config: EvaluateConfig) -> Iterator[list[Outcome]]:
+        for batch, first in enumerate(range(0, len(questions), 3)):
+            if batch == self._killed_before_batch:
+                raise _Killed
+            rows = list(questions[first : first + 3])
+            self.asked += [row["sample_id"] for row in rows]
+            yield self._evaluator.evaluate(rows)
+
+
+def test_a_killed_evaluation_goes_on_with_the_questions_that_are_left(
+    known: KnownAnswers, evaluator: Evaluator, tmp_path: Path
+) -> None:
+    config = _config(known, tmp_path / "report.json")
+    for asked in (3, 3):
+        killed = _InProcess(evaluator, killed_before_batch=1)
+        with pytest.raises(_Killed):
+            run_evaluation(config, killed)
+        assert len(killed.asked) == asked
+        assert not (tmp_path / "report.json").exists()
+    last = _InProcess(evaluator)
+    report = run_evaluation(config, last)
+    assert last.asked == ["grounding-2", "grounding-3"]
+    assert (report["choice"]["accuracy"], report["grounding"]["miou"]) == (1.0, 1.0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.outcomes.parquet"]
+
+
+def test_outcomes_of_other_options_are_not_taken_and_failed_questions_are_asked_again(
+    known: KnownAnswers, evaluator: Evaluator, tmp_path: Path
+) -> None:
+    write_questions(tmp_path / "choice.parquet", [choice_row(n) for n in range(3)])
+    bad = choice_row(3, question="<media><media>")
+    write_questions(tmp_path / "grounding.parquet", [bad, *(grounding_row(n) for n in range(3))])
+    config = _config(known, tmp_path / "report.json", questions=str(tmp_path))
+    with pytest.raises(JobError, match="1 of 7 questions failed, choice-3 by ValueError"):
+        run_evaluation(config, _InProcess(evaluator))
+    again = _InProcess(evaluator)
+    with pytest.raises(JobError, match="1 of 7 questions failed"):
+        run_evaluation(config, again)
+    assert again.asked == ["choice-3"]
+    assert storage.read_json(config.output)["grounding"]["skipped"] == {"failed": 1}
+    other = replace(config, answering=AnsweringConfig(max_frames=2))
+    assert run_hash(other) != run_hash(config) == run_hash(replace(config, answering=AnsweringConfig(num_threads=2)))
+
+
+def test_an_evaluation_without_a_scored_question_is_an_error(known: KnownAnswers, tmp_path: Path) -> None:
+    write_questions(tmp_path / "choice.parquet", [])
+    with pytest.raises(ValueError, match="tasks choice have no questions in"):
+        run_evaluation(_config(known, tmp_path / "r.json", questions=str(tmp_path), tasks=("choice",)))
+    check_outcomes([_outcome(0, score=0.0), _outcome(1, score=0.0, status="no_frames", detail="no frame")])
+    with pytest.raises(JobError, match="none of 1 questions could be scored; choice-0: no frame"):
+        check_outcomes([_outcome(0, score=0.0, status="no_frames", detail="no frame")])
 
 
 def test_wrong_settings_are_refused(known: KnownAnswers, tmp_path: Path) -> None:
