@@ -18,16 +18,12 @@ class PooledMap(NamedTuple):
     sum_HAB: Tensor
     num_queries_A: Tensor
     num_pairs_AB: Tensor
+    """Pairs of a query and a token that it may read."""
 
     @property
     def share_HAB(self) -> Tensor:
-        """Average weight of a query of A on all of B; NaN without queries."""
+        """(H, A, B) average weight of a query of A on all of B; NaN without queries. Normalised rows sum to 1."""
         return self.sum_HAB / self.num_queries_A[:, None]
-
-    @property
-    def mean_HAB(self) -> Tensor:
-        """Average weight of a pair; NaN without pairs."""
-        return self.sum_HAB / self.num_pairs_AB
 
 
 class HeadStatistics(NamedTuple):
@@ -53,14 +49,15 @@ def pool_map(
 
     Args:
         labels_T: each token's group, from 0.
-        normalise: divide rows by their L1 norm, as Figure 6 does for Mamba-2.
+        normalise: take absolute weights over their sum, as Figure 6 does for Mamba-2, whose weights have both signs:
+            sums over tokens or heads would cancel.
     """
     labels = labels_T.long()
     member_TB = F.one_hot(labels, num_labels).double()
     sums = torch.zeros(tokens.num_heads, num_labels, num_labels, dtype=torch.float64, device=labels.device)
     num_queries, pairs = (torch.zeros_like(sums[0, 0]), torch.zeros_like(sums[0]))
     for index, rows in row_blocks(tokens, queries, max_elements=max_elements):
-        weights = _over_l1(rows) if normalise else rows
+        weights = _shares(rows) if normalise else rows
         sums.index_add_(1, labels[index], (weights @ member_TB.to(weights.dtype)).double())
         pairs.index_add_(0, labels[index], readable(tokens.segments, index).double() @ member_TB)
         num_queries += member_TB[index].sum(0)
@@ -79,7 +76,7 @@ def head_statistics(
     totals = torch.zeros(3, tokens.num_heads, dtype=torch.float64, device=positions.device)
     num_queries = 0
     for index, rows in row_blocks(tokens, queries, max_elements=max_elements):
-        weights = _over_l1(rows.abs()).double()
+        weights = _shares(rows).double()
         totals[0] += (weights @ is_sink_T).sum(1)
         totals[1] -= torch.xlogy(weights, weights).sum((1, 2))
         totals[2] += (weights.sum(-1) * positions[index] - weights @ positions.double()).sum(1)
@@ -93,5 +90,5 @@ def equal_bins(segments: Segments, num_bins: int) -> Tensor:
     return segments.positions_T * num_bins // lengths_T
 
 
-def _over_l1(rows_HQT: Tensor) -> Tensor:
-    return F.normalize(rows_HQT, p=1.0, dim=-1)
+def _shares(rows_HQT: Tensor) -> Tensor:
+    return F.normalize(rows_HQT.abs(), p=1.0, dim=-1)

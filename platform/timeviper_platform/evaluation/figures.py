@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -144,11 +144,13 @@ class LayerMap:
     layer: int
     block_type: str
     groups: PooledMap
-    """Between token kinds; Mamba's rows are divided by their L1 norm (Figure 6)."""
+    """Absolute weights between token kinds, as shares of a query's row (Figure 6)."""
     picture_BB: Tensor
-    """Absolute weights between bins, averaged."""
+    """The same between bins, averaged over heads (Figure 5); a row sums to 1, or is NaN without queries."""
     heads: HeadStatistics
     """Averages over questions."""
+    kind_ends: tuple[float, ...]
+    """Where each kind of token ends in this block's input, as a share of it, averaged over questions."""
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Yields the shares of a query kind's weights by token kind, averaged over heads."""
@@ -166,19 +168,28 @@ class LayerMap:
                     }
 
 
+class _QuestionMap(NamedTuple):
+    groups: PooledMap
+    picture: PooledMap
+    heads: HeadStatistics
+    kind_ends_K: Tensor
+
+
 def layer_maps(model: TimeViper, batches: Sequence[PackedBatch], config: MapsConfig) -> list[LayerMap]:
     """Each batch holds one question."""
     types = model.config.text.block_types
     layers = mixing_layers(model, config.layers)
-    maps: dict[int, list[tuple[PooledMap, PooledMap, HeadStatistics]]] = {layer: [] for layer in layers}
+    maps: dict[int, list[_QuestionMap]] = {layer: [] for layer in layers}
 
-    def pool(tokens: TokenMap, stream: TokenStream) -> tuple[PooledMap, PooledMap, HeadStatistics]:
+    def pool(tokens: TokenMap, stream: TokenStream) -> _QuestionMap:
         queries = spread(len(tokens.segments.ids), config.max_queries, stream.hidden_TD.device)
         bins = equal_bins(tokens.segments, config.num_bins)
-        return (
-            pool_map(tokens, stream.token_kind_T, len(KINDS), normalise=True, queries=queries),
-            pool_map(tokens, bins, config.num_bins, normalise=True, queries=queries),
-            head_statistics(tokens, queries=queries),
+        counts = torch.bincount(stream.token_kind_T.long(), minlength=len(KINDS))
+        return _QuestionMap(
+            groups=pool_map(tokens, stream.token_kind_T, len(KINDS), normalise=True, queries=queries),
+            picture=pool_map(tokens, bins, config.num_bins, normalise=True, queries=queries),
+            heads=head_statistics(tokens, queries=queries),
+            kind_ends_K=counts.double().cumsum(0) / len(stream.token_kind_T),
         )
 
     for index, batch in enumerate(batches):
@@ -189,11 +200,12 @@ def layer_maps(model: TimeViper, batches: Sequence[PackedBatch], config: MapsCon
         LayerMap(
             layer=layer,
             block_type=types[layer],
-            groups=_sum([groups for groups, _, _ in pooled]),
-            picture_BB=_sum([picture for _, picture, _ in pooled]).mean_HAB.abs().mean(0),
+            groups=_sum([own.groups for own in pooled]),
+            picture_BB=_sum([own.picture for own in pooled]).share_HAB.mean(0),
             heads=HeadStatistics(
-                *(torch.stack(values).mean(0) for values in zip(*(heads for _, _, heads in pooled), strict=True))
+                *(torch.stack(values).mean(0) for values in zip(*(own.heads for own in pooled), strict=True))
             ),
+            kind_ends=tuple(torch.stack([own.kind_ends_K for own in pooled]).mean(0).tolist()),
         )
         for layer, pooled in maps.items()
     ]
