@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 FileFormat = Literal["svg", "png"]
@@ -17,46 +19,145 @@ Point = tuple[float, float]
 HEAT_MAP_DECADES = 4
 """Orders of magnitude in a heat map's colours."""
 
+LEGEND_CHARACTERS = 28
+"""Longer names continue on the next line."""
+
+MIN_LABELLED_SHARE = 0.03
+"""Narrower parts of a heat map get no name."""
+
 
 class Panel(NamedTuple):
     lines: Mapping[str, Sequence[Point]]
-    """Points by line name."""
+    """Points by line name. A name has one colour and one legend entry in all panels."""
     y_label: str = ""
     dots: Mapping[str, Sequence[Point]] = {}
     """Single points by line name, in the line's colour."""
+    dots_label: str = ""
+    """Meaning of the dots, for the legend."""
+    levels: Mapping[str, float] = {}
+    """Dashed horizontal lines by name."""
+    is_log: bool = False
+    """Whether y is logarithmic; points that are not positive are left out."""
+    y_range: tuple[float, float] | None = None
+
+
+class Part(NamedTuple):
+    """Part of a heat map's rows and columns."""
+
+    name: str
+    end: float
+    """End as a share of the map, from 0 to 1; the part begins where the previous one ends."""
 
 
 def line_chart(
-    panels: Sequence[Panel], *, title: str, x_label: str, markers: bool = False, file_format: FileFormat = "svg"
+    panels: Sequence[Panel],
+    *,
+    title: str,
+    x_label: str,
+    markers: bool = False,
+    integer_x: bool = True,
+    file_format: FileFormat = "svg",
 ) -> bytes:
-    """Draws panels below each other. `markers` draws a dot at every point."""
-    figure = _figure(9, 1 + 3 * len(panels))
+    """Draws panels below each other. `markers` draws a dot at every point, `integer_x` labels integers alone."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure = _figure(9, 1 + 2.4 * len(panels))
     figure.suptitle(title)
+    colours: dict[str, str] = {}
+    explained: set[str] = set()
     for panel, axes in zip(panels, figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0], strict=True):
-        for index, (name, points) in enumerate(panel.lines.items()):
-            colour = f"C{index}"
-            axes.plot(*_columns(points), marker="." if markers else "", color=colour, label=name, gid=name)
-            axes.plot(*_columns(panel.dots.get(name, ())), "o", mec="black", ms=5, color=colour, gid=f"{name} dots")
-        axes.set_ylabel(panel.y_label)
-        axes.grid(alpha=0.3)
-        if panel.lines:
-            axes.legend(fontsize="small")
+        _draw(panel, axes, colours, markers=markers)
+        new = {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+        new = {label: handle for label, handle in new.items() if label not in explained}
+        explained |= set(new)
+        if new:
+            names = [textwrap.fill(label, LEGEND_CHARACTERS) for label in new]
+            axes.legend(new.values(), names, fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.02))
     figure.axes[-1].set_xlabel(x_label)
+    if integer_x:
+        figure.axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     return _saved(figure, file_format)
 
 
-def heat_map(matrix: Sequence[Sequence[float]], *, title: str, file_format: FileFormat = "svg") -> bytes:
-    """Draws larger values darker, on a logarithmic scale; non-positive cells stay white."""
+def heat_map(
+    matrix: Sequence[Sequence[float]],
+    *,
+    title: str,
+    x_label: str = "",
+    y_label: str = "",
+    colour_label: str = "",
+    parts: Sequence[Part] = (),
+    file_format: FileFormat = "svg",
+) -> bytes:
+    """Draws larger values darker, on a logarithmic scale; cells that are not positive stay white.
+
+    Axes run from 0 to 100 % of the rows and columns; `parts` are separated by lines.
+    """
     from matplotlib.colors import LogNorm
 
     values = np.ma.masked_less_equal(np.asarray(matrix, dtype=float), 0.0)
     largest = float(values.max()) if values.count() else 1.0
-    figure = _figure(6, 5)
+    figure = _figure(6.4, 5.6)
     axes = figure.subplots()
-    image = axes.imshow(values, cmap="Blues", norm=LogNorm(largest / 10**HEAT_MAP_DECADES, largest, clip=True))
-    figure.colorbar(image)
-    axes.set_title(title)
+    image = axes.imshow(
+        values,
+        cmap="Blues",
+        norm=LogNorm(largest / 10**HEAT_MAP_DECADES, largest, clip=True),
+        extent=(0, 100, 100, 0),
+        interpolation="nearest",
+    )
+    figure.colorbar(image, label=colour_label, shrink=0.8)
+    axes.set(xlabel=x_label, ylabel=y_label)
+    figure.suptitle(title)
+    _draw_parts(axes, parts)
     return _saved(figure, file_format)
+
+
+def _draw(panel: Panel, axes: Axes, colours: dict[str, str], *, markers: bool) -> None:
+    for name, points in panel.lines.items():
+        colour = colours.setdefault(name, f"C{len(colours)}")
+        if panel.is_log:
+            points = [point for point in points if point[1] > 0]
+        axes.plot(*_columns(points), marker="." if markers else "", color=colour, label=name, gid=name)
+        axes.plot(*_columns(panel.dots.get(name, ())), "o", mec="black", ms=5, color=colour, gid=f"{name} dots")
+    if any(panel.dots.values()) and panel.dots_label:
+        axes.plot([], [], "o", mec="black", ms=5, color="white", label=panel.dots_label)
+    for name, value in panel.levels.items():
+        axes.axhline(value, color="black", linestyle="--", linewidth=1, label=name, gid=name)
+    axes.set_ylabel(panel.y_label)
+    axes.grid(alpha=0.3)
+    if panel.is_log:
+        _use_log_scale(axes, [y for points in panel.lines.values() for _, y in points if y > 0])
+    if panel.y_range is not None:
+        axes.set_ylim(*panel.y_range)
+
+
+def _use_log_scale(axes: Axes, values: Sequence[float]) -> None:
+    """Labels 1, 2 and 5 of each decade, or round numbers within less than one."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    axes.set_yscale("log")
+    is_wide = bool(values) and max(values) >= 10 * min(values)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if is_wide else MaxNLocator(5))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _draw_parts(axes: Axes, parts: Sequence[Part]) -> None:
+    if not parts:
+        return
+    starts = [0.0, *(part.end for part in parts[:-1])]
+    for start in starts[1:]:
+        axes.axvline(100 * start, color="tab:red", linewidth=0.8)
+        axes.axhline(100 * start, color="tab:red", linewidth=0.8)
+    named = [
+        (50 * (start + part.end), part.name)
+        for start, part in zip(starts, parts, strict=True)
+        if part.end - start >= MIN_LABELLED_SHARE
+    ]
+    above: Any = axes.secondary_xaxis("top")
+    above.set_xticks([middle for middle, _ in named], [name for _, name in named], rotation=30, ha="left")
+    above.tick_params(length=0, colors="tab:red", labelsize="small")
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -6,7 +6,7 @@ import csv
 import io
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,11 +16,12 @@ from timeviper_model.timeviper import TimeViper
 from timeviper_model.weights.metadata import trained_time_text
 from timeviper_model.weights.weights_folder import load_tokenizer
 from timeviper_platform.common import storage
-from timeviper_platform.common.charts import Panel, heat_map, line_chart
+from timeviper_platform.common.charts import Panel, Part, heat_map, line_chart
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.evaluation.answering import Answerer, Prompt
-from timeviper_platform.evaluation.evaluator import AnsweringConfig, Question, load_model, read_prompt
+from timeviper_platform.evaluation.evaluator import AnsweringConfig, QuestionFault, load_model, read_prompt
 from timeviper_platform.evaluation.figures import (
+    KINDS,
     Answered,
     BlockingSweep,
     DroppingSweep,
@@ -30,6 +31,7 @@ from timeviper_platform.evaluation.figures import (
     dropping_rows,
     layer_maps,
 )
+from timeviper_platform.evaluation.outcomes import Question
 from timeviper_platform.evaluation.run import check_inputs, read_questions
 
 logger = logging.getLogger(__name__)
@@ -91,8 +93,11 @@ _QuestionPrompt = tuple[Question, Prompt]
 def _with_media(rows: Sequence[Question], config: AnalyzeConfig, *, dim: int) -> Iterator[_QuestionPrompt]:
     store, trained = FeatureStore.open(config.feature_store), trained_time_text(config.weights)
     for row in rows:
-        prompt = read_prompt(store, row, config.answering, dim=dim, trained=trained)
-        if prompt is not None:
+        try:
+            prompt = read_prompt(store, row, config.answering, dim=dim, trained=trained)
+        except QuestionFault as fault:
+            logger.info("%s is left out: %s", row["sample_id"], fault.detail)
+        else:
             yield row, prompt
 
 
@@ -111,14 +116,14 @@ def _write_blocking(
     model: TimeViper, answerer: Answerer, prompts: Sequence[_QuestionPrompt], config: AnalyzeConfig
 ) -> list[str]:
     rows = list(_logged("blocking", blocking_rows(model, make_answered(answerer, prompts), config.blocking)))
-    return _write_sweep(config.output, "blocking", rows, ("flow", "scope", "kind"), "Figure 3: blocked from vision")
+    return _write_sweep(config.output, "blocking", rows, _blocking_series, "Figure 3: flows from vision cut")
 
 
 def _write_dropping(
     model: TimeViper, answerer: Answerer, prompts: Sequence[_QuestionPrompt], config: AnalyzeConfig
 ) -> list[str]:
     rows = list(_logged("dropping", dropping_rows(model, make_answered(answerer, prompts), config.dropping)))
-    return _write_sweep(config.output, "dropping", rows, ("select", "keep"), "Figure 4: vision tokens dropped")
+    return _write_sweep(config.output, "dropping", rows, _dropping_series, "Figure 4: vision tokens dropped")
 
 
 def _write_maps(
@@ -129,18 +134,8 @@ def _write_maps(
     maps = layer_maps(model, batches, config.maps)
     rows = [row for layer_map in maps for row in layer_map.rows()]
     values = [_map_values(layer_map) for layer_map in maps]
-    pictures = {
-        f"map-{layer_map.layer:02d}.svg": heat_map(
-            layer_map.picture_BB.nan_to_num().tolist(), title=f"block {layer_map.layer}, {layer_map.block_type}"
-        )
-        for layer_map in maps
-    }
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        if row["from"] != "system":
-            lines.setdefault(f"{row['from']} to {row['to']}", []).append((row["layer"], row["share"]))
-    title = "Figures 5 and 6: share of a query's weights"
-    pictures["groups.svg"] = line_chart([Panel(lines)], title=title, x_label="block", markers=True)
+    pictures = {f"map-{layer_map.layer:02d}.svg": _map_picture(layer_map) for layer_map in maps}
+    pictures["groups.svg"] = _groups_picture(rows)
     return [
         _write_json(config.output, "maps.json", values),
         _write_csv(config.output, "groups.csv", rows),
@@ -151,6 +146,35 @@ def _write_maps(
 _WRITERS = {"blocking": _write_blocking, "dropping": _write_dropping, "maps": _write_maps}
 
 
+def _map_picture(layer_map: LayerMap) -> bytes:
+    return heat_map(
+        layer_map.picture_BB.nan_to_num().tolist(),
+        title=f"Figure 5: block {layer_map.layer}, {layer_map.block_type}",
+        x_label="token read, position in the block's input (%)",
+        y_label="query, position in the block's input (%)",
+        colour_label="share of the query's absolute weights, mean over heads",
+        parts=[Part(name, end) for name, end in zip(KINDS, layer_map.kind_ends, strict=True)],
+    )
+
+
+def _groups_picture(rows: Sequence[dict[str, Any]]) -> bytes:
+    """Draws a panel per kind of query; a system token reads system tokens alone."""
+    panels = []
+    for query in KINDS[1:]:
+        lines: dict[str, list[tuple[float, float]]] = {}
+        attention: dict[str, list[tuple[float, float]]] = {}
+        for row in rows:
+            if row["from"] == query:
+                point, name = (row["layer"], row["share"]), f"reads {row['to']}"
+                lines.setdefault(name, []).append(point)
+                if row["block"] == "attention":
+                    attention.setdefault(name, []).append(point)
+        label = f"share of weights,\n{query} queries"
+        panels.append(Panel(lines, label, dots=attention, dots_label="attention block", y_range=(-0.03, 1.03)))
+    title = "Figure 6: what each kind of token reads"
+    return line_chart(panels, title=title, x_label="block (from 0)", markers=True)
+
+
 def _map_values(layer_map: LayerMap) -> dict[str, Any]:
     shares = layer_map.groups.share_HAB
     return {
@@ -159,31 +183,43 @@ def _map_values(layer_map: LayerMap) -> dict[str, Any]:
         "groups": list(layer_map.rows()),
         "groups_by_head": [[[_plain(value) for value in row] for row in head] for head in shares.tolist()],
         "picture": [[_plain(value) for value in row] for row in layer_map.picture_BB.tolist()],
+        "kind_ends": dict(zip(KINDS, layer_map.kind_ends, strict=True)),
         "heads": {name: values.tolist() for name, values in layer_map.heads._asdict().items()},
     }
 
 
 def _write_sweep(
-    folder: str, name: str, rows: Sequence[dict[str, Any]], keys: tuple[str, ...], title: str
+    folder: str, name: str, rows: Sequence[dict[str, Any]], series: Callable[[dict[str, Any]], str], title: str
 ) -> list[str]:
-    """Writes JSON, CSV, and a chart with a line per value of `keys`."""
+    """Writes JSON, CSV, and a chart with a line per name that `series` gives."""
     baseline, *measured = rows
-    layers = [row["layer"] for row in measured]
-    lines: dict[str, list[tuple[float, float]]] = {
-        "as trained" if name == "blocking" else "nothing dropped": [
-            (layer, baseline["log_prob"]) for layer in sorted({min(layers), max(layers)})
-        ]
-    }
-    for row in measured:
-        series = " ".join(str(row[key]) for key in keys)
-        lines.setdefault(series, []).append((row["layer"], row["log_prob"]))
-    panel = Panel(lines, "log-probability of the right answer per token")
-    picture = line_chart([panel], title=title, x_label="block", markers=True)
+    reference = "as trained" if name == "blocking" else "nothing dropped"
+    panels = []
+    labels = {"log_prob": "log-probability of the right\nanswer (nats per token)", "accuracy": "accuracy of choices"}
+    for value, y_label in labels.items():
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for row in measured:
+            if row[value] is not None:
+                lines.setdefault(series(row), []).append((row["layer"], row[value]))
+        if lines:
+            y_range = (-0.03, 1.03) if value == "accuracy" else None
+            panels.append(Panel(lines, y_label, levels={reference: baseline[value]}, y_range=y_range))
+    picture = line_chart(panels, title=title, x_label="block (from 0)", markers=True)
     return [
         _write_json(folder, f"{name}.json", rows),
         _write_csv(folder, f"{name}.csv", rows),
         _write(folder, f"{name}.svg", picture),
     ]
+
+
+def _blocking_series(row: dict[str, Any]) -> str:
+    flow = {"v2i": "vision to instruction", "v2r": "vision to response"}[row["flow"]]
+    scope = {"layer": "one block", "window": "window", "from_layer": "from the block on"}[row["scope"]]
+    return f"{flow}, {scope}" + ("" if row["kind"] == "both" else f", {row['kind']}")
+
+
+def _dropping_series(row: dict[str, Any]) -> str:
+    return f"{row['select']}, keep {row['keep']:.0%}"
 
 
 def _logged(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:

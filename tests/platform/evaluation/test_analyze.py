@@ -104,10 +104,14 @@ def test_maps_of_several_questions_are_their_average(loaded: tuple[Any, Answerer
     batches = [batch for pair in pairs for batch in answerer.pack_answers([pair])]
     mamba, attention = layer_maps(model, batches, MapsConfig(num_bins=4))
     assert (mamba.block_type, attention.block_type) == ("mamba", "attention")
-    shares = {(row["from"], row["to"]): row["share"] for row in attention.rows()}
-    for query in ("vision", "instruction", "response"):
-        total = sum(share for (start, _), share in shares.items() if start == query)
-        assert total == pytest.approx(1.0, abs=1e-5)
+    for layer_map in (mamba, attention):
+        shares = {(row["from"], row["to"]): row["share"] for row in layer_map.rows()}
+        for query in ("system", "vision", "instruction", "response"):
+            total = sum(share for (start, _), share in shares.items() if start == query)
+            assert total == pytest.approx(1.0, abs=1e-5)
+        assert layer_map.kind_ends[-1] == 1.0
+        assert list(layer_map.kind_ends) == sorted(layer_map.kind_ends)
+        assert layer_map.picture_BB.sum(1).tolist() == pytest.approx([1.0] * 4, abs=1e-5)
     singles = [
         observe(model, batch, [1], lambda tokens, stream: pool_map(tokens, stream.token_kind_T, 4))[1]
         for batch in batches
@@ -144,6 +148,9 @@ def test_the_job_writes_numbers_and_pictures_that_parse(known: KnownAnswers, tmp
     )
     for path in tmp_path.glob("*.svg"):
         assert ElementTree.parse(path).getroot().tag.endswith("svg")
+    for text in (">system<", ">vision<", "token read, position", "absolute weights"):
+        assert text in (tmp_path / "map-01.svg").read_text()
+    assert (tmp_path / "groups.svg").read_text().count(">reads vision<") == 1
     rows = json.loads((tmp_path / "blocking.json").read_text())
     with (tmp_path / "blocking.csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(rows) == 1 + 2 * 2 * 2
