@@ -509,7 +509,7 @@ def with_value(corpus: Corpus, path: str, value: Any) -> dict[str, Any]:
         ("phases.align.steps", None, "a phase needs either steps or epochs"),
         ("phases", {}, "phases: name at least one"),
         ("name", "a/b", "no slash"),
-        ("phases.align.init", {"seed": 1}, "init needs weights or a preset"),
+        ("phases.align.init", {"seed": 1}, "init needs weights, a preset or a backbone"),
         ("feature_store", "/nowhere/features", "no feature store at '/nowhere/features'"),
         ("phases.align.samples", [{"uri": "/nowhere.parquet"}], "there are no samples at '/nowhere.parquet'"),
         ("phases.align.trainable", [{"match": "nothing", "lr": 1e-3}], "'nothing' matches no parameter"),
