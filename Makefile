@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 KERNELS := .venv-kernels
 FILM ?=
 QUICK ?=
-TEST_FLAGS := --numprocesses 2 --no-loadscope-reorder --durations=15
+TEST_FLAGS := --numprocesses 3 --no-loadscope-reorder --durations=15
 export HF_HUB_OFFLINE ?= 1
 export RAY_USAGE_STATS_ENABLED := 0
 # Ray finds its own programs, and starts workers, through PATH

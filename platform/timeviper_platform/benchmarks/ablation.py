@@ -41,7 +41,8 @@ SHARED_RUN = "ablation-shared"
 STEPS = {"language": 400, "align": 100, "instruct": 600}
 """More than the demo's, so that rows differ by their sites and not by how far they came."""
 QUICK_STEPS = {"language": 20, "align": 10, "instruct": 30}
-CORPUS = "which_per_video=1"
+CORPUS = ("which_per_video=1", "fps=4")
+"""Differences from the demo's corpus."""
 DEFAULT_FOLDER = "outputs/ablation"
 TASKS = {"choice": "which", "order": "order", "count": "count", "grounding": "grounding mIoU"}
 """Held-out files and their column titles."""
@@ -148,8 +149,7 @@ def run_ablation(options: argparse.Namespace) -> JobResult:
             "preprocess",
             "--folder",
             str(ablation.folder),
-            "--corpus",
-            CORPUS,
+            *(f"--corpus={setting}" for setting in CORPUS),
             *quick,
         )
         with local_cluster(num_cpus=NUM_LOGICAL_CPUS) as cluster:

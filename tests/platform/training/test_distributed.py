@@ -102,6 +102,7 @@ def one_phase(corpus: Corpus, name: str, steps: int, stage: int = 2) -> dict[str
     return values
 
 
+@pytest.mark.slow
 def test_a_run_of_two_ranks_resumes_on_one(corpus: Corpus, tmp_path: Path, group_of_one: None) -> None:
     values = one_phase(corpus, "two-one", steps=9)
     run = str(Path(values["runs"]) / "two-one")

@@ -281,5 +281,5 @@ def test_weights_of_a_stopped_run_are_not_exported(corpus: Corpus) -> None:
     interrupts = iter([Interrupt.NONE, Interrupt.STOP])
     with pytest.raises(StoppedError):
         run_training(config, resume_from=None, device=CPU, hooks=RunHooks(interrupts=lambda: next(interrupts)))
-    with pytest.raises(ValueError, match="does not exist"):
+    with pytest.raises(ValueError, match="there is no folder"):
         from_pretrained(RunFolder.of(config).weights("instruct"))

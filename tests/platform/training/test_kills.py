@@ -157,6 +157,7 @@ def expect_each_file_is_read_once(
     assert all(read[path] == sizes[path] for path in sizes if path.endswith("_states.pt")), (read, sizes)
 
 
+@pytest.mark.slow
 def test_two_ranks_of_a_machine_read_each_file_of_a_checkpoint_once(
     corpus: Corpus, tmp_path: Path, store: Faults
 ) -> None:

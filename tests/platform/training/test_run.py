@@ -364,6 +364,7 @@ def test_a_run_resumes_under_another_zero_stage(
     expect_same_run(config, finished, first_step=5)
 
 
+@pytest.mark.slow
 def test_bfloat16_masters_survive_another_zero_stage_bit_for_bit(corpus: Corpus) -> None:
     values = train_values(corpus, name="masters", dtype="bfloat16")
     train_local(parse_config(TrainConfig, values))

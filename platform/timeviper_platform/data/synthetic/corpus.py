@@ -114,7 +114,7 @@ class CorpusConfig:
     which_per_video: int = 1
     """'Which' questions per training video, each with its own options."""
     duration_seconds: int = 24
-    fps: int = 4
+    fps: int = 2
     """Frame rate of the video files."""
     side: int = 96
     """Width and height in pixels."""

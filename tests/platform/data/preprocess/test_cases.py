@@ -90,6 +90,7 @@ def test_every_media_case_is_stored_frame_by_frame(
 
 
 @pytest.mark.cluster
+@pytest.mark.slow
 def test_every_media_case_is_stored_through_ray(encoder: Path, tmp_path: Path, ray_address: str) -> None:
     config = config_of(CASES / "media", encoder, tmp_path / "store")
     assert_expected_times(run_preprocess(config), stored_media(config))

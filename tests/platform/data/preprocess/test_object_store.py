@@ -43,6 +43,7 @@ def contents(uri: str) -> dict[str, bytes]:
     return {m: store.read(m).features.view(torch.int16).numpy().tobytes() for m in store.media_ids}
 
 
+@pytest.mark.slow
 def test_failing_and_slow_requests_lose_nothing_and_are_counted(
     bucket: s3fs.S3FileSystem, server: Faults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,15 +30,18 @@ from timeviper_platform.data.video.frames import FrameBatch
 from timeviper_platform.data.video_worker.frame_source import DecodeResult
 
 
-def exported(port: int, name: str, expected: float) -> float:
-    """Sum of a metric's samples, once it has the expected value: Ray exports every few seconds."""
+def exported(port: int, name: str) -> float:
+    """Sum of a metric's samples over all runs on this Ray."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    return sum(float(x.rpartition(" ")[2]) for x in lines if x.startswith((name + "{", name + "_total{")))
+
+
+def exported_once_it_is(expected: float, port: int, name: str) -> float:
+    """Waits, because Ray exports every few seconds."""
     deadline = time.monotonic() + 60
-    total = 0.0
-    while time.monotonic() < deadline and total != expected:
+    while (total := exported(port, name)) != expected and time.monotonic() < deadline:
         time.sleep(0.5)
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
-            lines = answer.read().decode().splitlines()
-        total = sum(float(x.rpartition(" ")[2]) for x in lines if x.startswith((name + "{", name + "_total{")))
     return total
 
 
@@ -49,12 +52,14 @@ def test_a_run_on_ray_gives_the_same_bytes_and_a_second_run_does_nothing(
     import ray
 
     ray.init(log_to_driver=False)  # a run keeps a connection that existed before
+    port, frames = ray.nodes()[0]["MetricsExportPort"], "ray_timeviper_preprocess_frames"
+    exported_before = exported(port, frames)
     config = make_config(corpus, tmp_path / "store", num_workers=2, min_workers=1)
     report = run_preprocess(config)
     assert report.share_of_ideal > 0
     assert report.workers["decode"] in (1, 2)  # so few tasks may be done before the second worker has started
-    port = ray.nodes()[0]["MetricsExportPort"]
-    assert exported(port, "ray_timeviper_preprocess_frames", report.frames_encoded) == report.frames_encoded
+    expected = exported_before + report.frames_encoded
+    assert exported_once_it_is(expected, port, frames) == expected
     assert (report.segments.ok, report.segments.rejected, report.media.rejected) == (14, 1, len(BAD))
     assert report.segments.missing == report.segments.duplicate == 0
     assert contents(config.feature_store) == contents(str(finished))

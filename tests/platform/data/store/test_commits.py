@@ -17,6 +17,7 @@ from timeviper_platform.common import storage
 from timeviper_platform.common.schemas import PLAN
 from timeviper_platform.data.plan.stored_plan import finished_segments
 from timeviper_platform.data.preprocess.finalize import finalize_store
+from timeviper_platform.data.store.audit import Outcomes
 from timeviper_platform.data.store.commits import CommitLog
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.data.store.verify import verify_store
@@ -60,12 +61,12 @@ def test_a_worker_that_commits_after_the_next_run_has_begun_loses_no_rows(
     assert len(finished_segments(uri)) == 1
     assert any("data/b.parquet" in str(problem) for problem in verify_store(uri).problems)
     totals = finalize_store(uri, [plan_of("a", "b")])
-    assert totals.counts() == {"planned": 2, "ok": 1, "partial": 0, "error": 0, "missing": 1, "duplicate": 0}
+    assert totals.audit.segments == Outcomes(planned=2, ok=1, missing=1)
     assert "b.parquet is committed but has no data file" in caplog.text
     assert list(FeatureStore.open(uri).media_ids) == ["a"]
     assert writer.remove_uncommitted() == 0
     writer.write_file("b", [synthetic_row("b")])
-    assert finalize_store(uri, [plan_of("a", "b")]).counts()["ok"] == 2
+    assert finalize_store(uri, [plan_of("a", "b")]).audit.segments == Outcomes(planned=2, ok=2)
     assert FeatureStore.open(uri).read("b").features.sum() == 32
     assert verify_store(uri).problems == []
 

@@ -113,6 +113,7 @@ def by_ranks(corpus: Corpus, group_of_one: None) -> TrainConfig:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_a_process_computes_the_same_metrics_as_the_ranks_and_leaves_the_losses_unchanged(
     corpus: Corpus, by_ranks: TrainConfig
 ) -> None:

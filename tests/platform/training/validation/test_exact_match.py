@@ -88,6 +88,7 @@ def test_a_learnt_sample_is_answered_and_an_unknown_one_is_not() -> None:
 
 
 @pytest.mark.usefixtures("group_of_one")
+@pytest.mark.slow
 def test_generating_answers_leaves_training_bit_identical(corpus: Corpus) -> None:
     curves, states = [], []
     for num_answers in (0, 3):
