@@ -67,7 +67,7 @@ S3_ERROR = b'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>NoSuchKey</Cod
         (json.dumps({"error": "quota"}).encode(), "JSON text"),
         (zip_file(), "a zip archive; unpack it"),
         (tar_file(), "a tar archive"),
-        (gzip.compress(b"x" * 100), "a gzip archive; unpack it"),
+        (gzip.compress(b"x" * 100, mtime=0), "a gzip archive; unpack it"),
         (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n1 0 obj", "a PDF document"),
         (parquet_file(), "a Parquet file"),
         (array_file(), "a NumPy array"),
