@@ -58,11 +58,11 @@ def test_decoded_frames_match_the_truth_table(corpus: tuple[Path, CorpusReport])
     folder, _ = corpus
     for video in pq.read_table(folder / "truth.parquet").to_pylist():
         frames = _frames(folder / "videos" / f"{video['media_id']}.mp4")
-        assert [pts for pts, _ in frames] == [n / 4 for n in range(96)]
+        assert [pts for pts, _ in frames] == [n / 2 for n in range(48)]
         for appearance in video["appearances"]:
             color = appearance["picture"].split()[0]
             for edge, on in ((appearance["start_seconds"], 1), (appearance["end_seconds"], -1)):
-                before = [frame for pts, frame in frames if pts == edge - 0.25]
+                before = [frame for pts, frame in frames if pts == edge - 0.5]
                 at = [frame for pts, frame in frames if pts == edge]
                 if before and at:  # a picture may touch the start or end of the video
                     assert on * (_near(at[0], color) - _near(before[0], color)) > 0.04, (video["media_id"], appearance)
