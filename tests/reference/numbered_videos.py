@@ -142,7 +142,7 @@ def check_every_path(source: str | bytes, expected: Shown, *, parts: int = 1) ->
 
 
 def _add_sound(container: av.container.OutputContainer) -> av.AudioStream:
-    codecs = {"webm": "libopus", "matroska": "pcm_s16le"}  # PCM starts where it is told, AAC earlier
+    codecs = {"webm": "libopus", "matroska": "pcm_s16le"}  # PCM starts at its PTS, AAC earlier
     stream = container.add_stream(codecs.get(container.format.name, "aac"), rate=48000)
     stream.layout = "mono"
     return stream

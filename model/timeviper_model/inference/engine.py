@@ -365,7 +365,7 @@ class InferenceEngine:
             return []
         try:
             return self._decode_step(rows)
-        except Exception as error:
+        except Exception as error:  # CUDA reports memory by several types
             if not is_out_of_memory(error):
                 raise
             return self._end_longest(rows)

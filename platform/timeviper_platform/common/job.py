@@ -79,7 +79,7 @@ def run_job(
         result = work(options)
         for line in result.lines:
             sys.stdout.write(f"{line}\n")
-    except Exception as error:
+    except Exception as error:  # user errors are one line, all others are raised again
         message = user_error(error)
         if message is None or options.debug:
             raise

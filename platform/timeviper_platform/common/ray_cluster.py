@@ -113,7 +113,7 @@ def _start(command: Sequence[str], environment: Mapping[str, str], log: Path) ->
         try:
             _wait_until(lambda: STARTED in log.read_text(errors="replace"), "has not started its node", process, log)
             return process
-        except BaseException:
+        except BaseException:  # the node must not outlive an interrupt
             _end(process)
             if attempt + 1 == START_ATTEMPTS or TIMED_OUT not in log.read_text(errors="replace"):
                 raise

@@ -108,7 +108,7 @@ def plain_errors(*, of_any_library: bool = False) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # storage libraries share no base class
         is_known = isinstance(error, ImportError) or _package(error) in _STORAGE_PACKAGES
         if not is_known and (isinstance(error, OSError | MemoryError) or not of_any_library):
             raise

@@ -81,7 +81,7 @@ def picture_errors() -> Iterator[None]:
         if error.errno:
             raise
         raise PictureError(str(error)) from error
-    except Exception as error:
+    except Exception as error:  # damaged files raise many types in Pillow
         raise PictureError(f"{type(error).__name__}: {error}") from error
 
 
@@ -177,7 +177,7 @@ def _load(image: Image.Image) -> Exception | None:
         image.load()
     except (DecodeError, MemoryError, Image.DecompressionBombError):
         raise
-    except Exception as error:
+    except Exception as error:  # as above
         if isinstance(error, OSError) and error.errno:
             raise
         return error

@@ -48,7 +48,7 @@ class EngineThread:
             try:
                 for request in requests:
                     ids.append(self._engine.submit(request))
-            except Exception:
+            except Exception:  # all or none: raised again below
                 for request_id in ids:
                     self._engine.cancel(request_id)
                 raise
@@ -112,7 +112,7 @@ class EngineThread:
     def _step(self) -> None:
         try:
             events = self._engine.step()
-        except Exception as error:
+        except Exception as error:  # reported to every listener; the replica ends
             logger.exception("the engine's step failed; this replica takes no more requests")
             self.error = f"the engine has failed: {type(error).__name__}"
             events = [Failed(request_id=request_id, error=self.error) for request_id in self._listeners]
