@@ -91,6 +91,7 @@ def test_submitted_jobs_write_features_and_weights(ray_cluster: dict[str, str], 
     assert all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_a_failing_job_fails_at_the_submitter(ray_cluster: dict[str, str], tmp_path: Path) -> None:
     failed = submit(
         ray_cluster,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from torch import Tensor
 
 from reference.simulated_cuda import Device, simulated_cuda
@@ -41,6 +42,10 @@ CONFIGS = {
 }
 
 
+def slow(*values: object) -> ParameterSet:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def device() -> Iterator[Device]:
     with simulated_cuda() as device:
@@ -57,7 +62,7 @@ def loss_and_gradients(model: TimeViper, device: str, dtype: torch.dtype = torch
     return {"loss": output.loss_sum.detach().cpu(), **gradients}
 
 
-@pytest.mark.parametrize(("name", "checkpointing"), [("hybrid", True), ("rope", False), ("kept", False)])
+@pytest.mark.parametrize(("name", "checkpointing"), [("hybrid", True), slow("rope", False), slow("kept", False)])
 def test_loss_and_gradients(name: str, checkpointing: bool) -> None:
     expected = loss_and_gradients(make_model(CONFIGS[name]), "cpu")
     model = make_model(CONFIGS[name]).cuda()
@@ -100,7 +105,8 @@ def prompt_logits(model: TimeViper, device: str, max_chunk_tokens: int, dtype: t
 
 
 @pytest.mark.parametrize(
-    ("name", "max_chunk_tokens"), [("hybrid", 3), ("rope", 3), ("kept", 2048), ("dropping", 3), ("two towers", 3)]
+    ("name", "max_chunk_tokens"),
+    [("hybrid", 3), slow("rope", 3), slow("kept", 2048), slow("dropping", 3), slow("two towers", 3)],
 )
 def test_prefill_and_decode_step(name: str, max_chunk_tokens: int) -> None:
     model = make_model(CONFIGS[name]).eval()
@@ -136,7 +142,7 @@ def answers(model: TimeViper) -> list[list[Token]]:
     return [[event for event in events if isinstance(event, Token) and event.request_id == own] for own in ids]
 
 
-@pytest.mark.parametrize("name", ["hybrid", "rope"])
+@pytest.mark.parametrize("name", ["hybrid", slow("rope")])
 def test_the_engine_gives_the_same_answers(name: str) -> None:
     model = make_model(CONFIGS[name]).eval()
     expected = answers(model)
@@ -163,6 +169,7 @@ def measurements(model: TimeViper, device: str) -> list[Tensor]:
     return [tensor.cpu() for layer in measured.values() for tensor in layer] + [blocked.cpu()]
 
 
+@pytest.mark.slow
 def test_maps_and_blocked_flows() -> None:
     model = make_model().eval()
     expected = measurements(model, "cpu")

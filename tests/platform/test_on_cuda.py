@@ -101,6 +101,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 def test_a_training_step(alone: None) -> None:
     found, expected = trained("cuda"), trained("cpu")
     assert found[0].loss == pytest.approx(expected[0].loss)

@@ -253,6 +253,7 @@ print(status("VmHWM") - before, sum(p.nbytes for p in model.parameters()))
 """
 
 
+@pytest.mark.slow
 def test_loading_holds_the_weights_and_one_shard_at_a_time(tmp_path: Path) -> None:
     text = replace(SMALL.text, hybrid_override_pattern="-" * 12, hidden_size=512, intermediate_size=2048)
     model = TimeViper(replace(SMALL, text=text, transv=()))

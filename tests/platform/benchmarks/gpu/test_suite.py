@@ -62,6 +62,7 @@ def test_the_suite_lists_its_groups() -> None:
     assert list(gpu_groups(CPU)) == ["kernels", "vision", "prefill", "decode", "training", "vllm", "film"]
 
 
+@pytest.mark.slow
 def test_correct_kernels_have_small_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("mamba_ssm.ops.triton.ssd_combined", "causal_conv1d", "torch.nn.attention.varlen"):
         monkeypatch.setitem(sys.modules, name, kernel_contracts)
@@ -79,6 +80,7 @@ def test_a_wrong_kernel_has_a_large_error() -> None:
         assert kernels.largest_error(wrong) == pytest.approx(0.5, rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_failing_kernel_gives_a_row_with_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: object, **options: object) -> None:
         raise RuntimeError("no kernel image is available\nfor execution")
@@ -117,6 +119,7 @@ def test_the_vision_group_returns_its_rows() -> None:
     assert utilisation.bar == ">= 0.45"
 
 
+@pytest.mark.slow
 def test_a_device_of_unknown_peak_has_no_mfu_row() -> None:
     rows = vision.vision_rows(CPU, size=TINY_TOWER, batch_frames=1, num_batches=1, repeats=1)
     assert not any(row.name.endswith("MFU") for row in rows)
@@ -146,6 +149,7 @@ def test_prefill_has_seconds_and_memory_by_plan_and_logits() -> None:
     assert len(rows) == 2 * (2 * 2 * 2 + 1)
 
 
+@pytest.mark.slow
 def test_the_last_of_all_logits_equals_the_single_one() -> None:
     model, _ = device.make_model(narrow_config(16), CPU, dtype=torch.float32)
     prompt = video_question(3)
@@ -155,6 +159,7 @@ def test_the_last_of_all_logits_equals_the_single_one() -> None:
     torch.testing.assert_close(every[-1], last)
 
 
+@pytest.mark.slow
 def test_a_prefill_that_runs_out_of_memory_gives_a_row() -> None:
     def read(*_: object, all_logits: bool) -> None:
         if all_logits:
@@ -217,6 +222,7 @@ def test_a_missing_vllm_is_logged_and_has_no_rows(
     assert "not installed" in caplog.text
 
 
+@pytest.mark.slow
 def test_vllm_generates_equally_many_tokens_for_as_many_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     requests: list[tuple[int, int, int]] = []
 
@@ -244,6 +250,7 @@ def test_vllm_generates_equally_many_tokens_for_as_many_prompts(monkeypatch: pyt
 TINY_CLIP = ClipSpec(seconds=3, fps=10, width=64, height=48)
 
 
+@pytest.mark.slow
 def test_the_film_group_returns_its_rows_and_logs_a_missing_backend(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -342,6 +349,7 @@ def test_without_cuda_the_command_fails_with_one_error(capsys: pytest.CaptureFix
     assert "needs a CUDA device" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_gpu_suite_imports_neither_ray_nor_decoders() -> None:
     script = (
         "import sys, runpy\n"

@@ -66,6 +66,7 @@ def test_a_randomly_filled_slot_is_as_long_as_a_prefilled_one() -> None:
         assert state.ssm_BHPN[1].std() > 0
 
 
+@pytest.mark.slow
 def test_decode_rows_have_bars_for_the_plan_and_for_batching() -> None:
     rows = decode.decode_rows(
         width=16, contexts=(64, 128), num_steps=1, batch=2, batch_width=16, context_repeats=3, repeats=3
@@ -93,6 +94,7 @@ def test_a_wrong_answer_from_the_prefix_cache_is_an_error() -> None:
         prefix.plan_rows(model, "toy", ">= 1", 4, 3, answer=lambda *_, **__: prefix.Answer(1.0, next(ids)))
 
 
+@pytest.mark.slow
 def test_prefill_has_rows_for_memory_time_transv_and_control() -> None:
     def run_here(config: TimeViperConfig, num_frames: int) -> prefill.PrefillRun:
         run = prefill.run_prefill(make_model(config), num_frames)

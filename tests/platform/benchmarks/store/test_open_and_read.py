@@ -5,6 +5,8 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable
 
+import pytest
+
 from timeviper_platform.benchmarks.measure import Cost, cost_here
 from timeviper_platform.benchmarks.store import open_and_read as store_benchmark
 from timeviper_platform.benchmarks.store import scale as scale_benchmark
@@ -23,6 +25,7 @@ def test_every_group_finds_the_segments_and_media_it_wrote() -> None:
     assert [row.holds for row in store_benchmark.opening_rows(3000, run)] == [True, None, True]
 
 
+@pytest.mark.slow
 def test_reading_has_rows_for_films_clips_and_bytes() -> None:
     films, clips, overhead = store_benchmark.reading_rows(2)
     assert films.value > 0 < clips.value

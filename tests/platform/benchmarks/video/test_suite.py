@@ -59,6 +59,7 @@ def test_the_keyframe_row_names_the_number_of_frames() -> None:
     assert 0 < row.value < 1
 
 
+@pytest.mark.slow
 def test_sparse_samples_equal_those_of_a_dense_pass(tmp_path: Path) -> None:
     make_clip(tmp_path / "clip.mp4", ClipSpec(seconds=20, width=64, height=64))
     repeat_clip(tmp_path / "clip.mp4", tmp_path / "long.mp4", 6)

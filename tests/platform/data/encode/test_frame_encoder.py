@@ -28,6 +28,7 @@ def synthetic_frames(count: int, size: int) -> torch.Tensor:
     return torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.slow
 def test_a_single_frame_has_the_same_bytes_as_in_a_full_batch_at_width_1152(tmp_path: Path) -> None:
     folder = make_encoder(tmp_path, hidden_size=1152)
     encoder = FrameEncoder(VisionTowerConfig(model=str(folder), num_tokens_per_frame=4, encode_batch_frames=8))

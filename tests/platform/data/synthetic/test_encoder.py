@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from timeviper_model.weights.vision_tower import load_vision_tower
@@ -55,6 +56,7 @@ def test_the_same_seed_gives_the_same_weights_without_touching_the_global_genera
     assert torch.equal(torch.rand(1), after)
 
 
+@pytest.mark.slow
 def test_shapes_are_separable_after_short_training() -> None:
     frames, labels = _frames(256)
     fresh, fresh_labels = _frames(64, seed=1)

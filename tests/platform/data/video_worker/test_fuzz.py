@@ -27,6 +27,7 @@ def test_damaged_files_are_errors_or_frames_that_they_hold(tmp_path: Path, num_f
     assert result.uncompared == 0
 
 
+@pytest.mark.slow
 def test_every_undamaged_format_is_read_whole(tmp_path: Path) -> None:
     fuzz = Fuzz(tmp_path, SEED)
     fuzz.damaged = lambda index: (f"{index}-{names[index]}", originals[names[index]])  # type: ignore[method-assign]

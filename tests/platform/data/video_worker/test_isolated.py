@@ -363,6 +363,7 @@ def test_each_medium_that_breaks_the_prober_is_one_error_row(tmp_path: Path, han
     }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("broken_readers")
 def test_media_whose_headers_fit_alone_but_not_together_are_planned(tmp_path: Path, film: str) -> None:
     paths = [tmp_path / f"large{number}.mp4" for number in range(6)]
