@@ -14,6 +14,9 @@ from typing import IO, Any
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
+EXPIRED = (
+    b"<?xml version='1.0'?><Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
+)
 SLOW_DOWN = (
     b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 )
@@ -31,6 +34,8 @@ class Faults:
     slow_seconds: float = 0.2
     answers: dict[str, str] = field(default_factory=dict)
     """last part of a path -> status that it always gets, e.g. 403 Forbidden"""
+    expired_keys: set[str] = field(default_factory=set)
+    """access keys that are answered with ExpiredToken"""
     drops: Callable[[str, str, IO[bytes]], bool] | None = None
     """(method, path, body) -> True to drop a request without storing anything"""
     num_errors: int = 0
@@ -92,6 +97,10 @@ class Faults:
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             start_response(status, [("Content-Type", "application/xml")])
             return [SLOW_DOWN] if status.startswith("503") and environ["REQUEST_METHOD"] != "HEAD" else []
+        if any(f"Credential={key}/" in environ.get("HTTP_AUTHORIZATION", "") for key in self.expired_keys):
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            start_response("400 Bad Request", [("Content-Type", "application/xml")])
+            return [] if environ["REQUEST_METHOD"] == "HEAD" else [EXPIRED]
         if environ["REQUEST_METHOD"] != "GET":
             return application(environ, start_response)
         body = b"".join(application(environ, start_response))

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import FrameType
 from typing import NamedTuple, NoReturn
 
 from timeviper_platform.common.config_docs import help_lines
 from timeviper_platform.common.logs import setup_logging
+from timeviper_platform.common.storage import is_storage_error, plain_error
 
 USAGE_EXIT_CODE = 2
 
@@ -24,6 +30,13 @@ class JobError(RuntimeError):
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class Terminated(SystemExit):
+    """SIGTERM arrived."""
+
+    def __init__(self) -> None:
+        super().__init__(128 + signal.SIGTERM)  # the shell's convention
 
 
 class JobParser(argparse.ArgumentParser):
@@ -71,14 +84,16 @@ def run_job(
 ) -> int:
     """Runs `work`, prints its lines and returns the exit code.
 
-    A user error becomes one line on standard error; other exceptions keep their traceback.
+    A user error becomes one line on standard error; other exceptions keep their traceback. SIGTERM ends `work` by the
+    exception `Terminated` in the main thread, so that what the job started ends, too; the exit code is 143.
     """
     options = parser.parse_args(arguments)
     setup_logging(logging.DEBUG if options.debug else logging.INFO)
     try:
-        result = work(options)
-        for line in result.lines:
-            sys.stdout.write(f"{line}\n")
+        with _sigterm_raises():
+            result = work(options)
+            for line in result.lines:
+                sys.stdout.write(f"{line}\n")
     except Exception as error:  # user errors are one line, all others are raised again
         message = user_error(error)
         if message is None or options.debug:
@@ -88,7 +103,30 @@ def run_job(
     except KeyboardInterrupt:
         sys.stderr.write("error: interrupted\n")
         return 130
+    except Terminated as ended:
+        sys.stderr.write("error: stopped by SIGTERM\n")
+        return int(ended.code or 0)
     return result.exit_code
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    process = os.getpid()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)  # a second SIGTERM ends the process at once
+        if os.getpid() != process:  # a forked child
+            os.kill(os.getpid(), number)
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def user_error(error: BaseException) -> str | None:
@@ -108,8 +146,8 @@ def user_error(error: BaseException) -> str | None:
         return str(error) or type(error).__name__
     if isinstance(error, AssertionError) and "CUDA" in str(error):  # raised by a build of torch without CUDA
         return f"{error}; set the device to cpu"
-    if _package(error) in ("aiohttp", "botocore", "httpx"):  # neither OSError nor RuntimeError
-        return f"{type(error).__name__}: {error}"
+    if isinstance(error, Exception) and is_storage_error(error):  # neither OSError nor RuntimeError
+        return str(plain_error(error))
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, TypeVar
+from typing import IO, Any, NoReturn, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -63,8 +64,18 @@ _URL = re.compile(r"[\w+.:-]+://[^\s'\"<>()]+")
 _USER = re.compile(r"[^\s'\"/@]+:[^\s'\"/@]+@")
 _SECRET = re.compile(r"(?i)\b([\w-]*(?:key|secret|token|password|signature|credential|sig)\w*\s*=\s*)[^\s&;,'\"]+")
 
-_NO_CREDENTIALS = re.compile(r"(?i)credential|not logged in|authenticat")
+_NO_CREDENTIALS = re.compile(
+    r"(?i)credential|not logged in|authenticat|signature|(token|request) .*expired|InvalidAccessKey"
+)
 _NO_HOST = re.compile(r"(?i)name or service not known|name resolution|getaddrinfo|nodename nor|name does not resolve")
+
+
+_CREDENTIALS_ADVICE = (
+    "give the job and its workers credentials that may use it and have not expired, by environment, profile or role"
+)
+
+REFRESH_S = 60.0
+"""Minimum seconds between two readings of credentials: a path that is forbidden stays so."""
 
 
 class _Counter:
@@ -79,6 +90,8 @@ class _Counter:
 
 _retries = _Counter()
 _counted_clients: weakref.WeakSet[Any] = weakref.WeakSet()
+_refreshed: weakref.WeakKeyDictionary[Any, float] = weakref.WeakKeyDictionary()
+"""s3fs file system (one a thread) -> when its credentials were read again"""
 
 
 def shown_uri(uri: str) -> str:
@@ -112,14 +125,20 @@ def plain_errors(*, of_any_library: bool = False) -> Iterator[None]:
         is_known = isinstance(error, ImportError) or _package(error) in _STORAGE_PACKAGES
         if not is_known and (isinstance(error, OSError | MemoryError) or not of_any_library):
             raise
-        raise _plain_error(error) from error
+        raise plain_error(error) from error
+
+
+def is_storage_error(error: BaseException) -> bool:
+    """Whether a storage library or its network client defines this exception."""
+    return _package(error) in _STORAGE_PACKAGES
 
 
 def _package(error: BaseException) -> str:
     return type(error).__module__.partition(".")[0]
 
 
-def _plain_error(error: Exception) -> OSError:
+def plain_error(error: Exception) -> OSError:
+    """Converts an error of a storage library; where credentials are missing or refused, says what to do."""
     text, name = shown_text(str(error)) or type(error).__name__, type(error).__name__
     status = getattr(getattr(error, "response", None), "status_code", getattr(error, "status", None))
     if isinstance(error, ImportError):
@@ -130,9 +149,8 @@ def _plain_error(error: Exception) -> OSError:
         return TimeoutError(text)
     if isinstance(error, FileNotFoundError) and "Local" not in name:  # not Hugging Face's "not in the local cache"
         return FileNotFoundError(errno.ENOENT, text)
-    if status in (401, 403) or isinstance(error, PermissionError) or _NO_CREDENTIALS.search(name + text):
-        advice = "give the job and its workers credentials that may read it, by environment, profile or role"
-        return PermissionError(f"{text}; {advice}")
+    if status in (401, 403) or _is_refused(error) or _NO_CREDENTIALS.search(name + text):
+        return PermissionError(f"{text}; {_CREDENTIALS_ADVICE}")
     return StorageError(errno.EIO, text)
 
 
@@ -158,25 +176,70 @@ def is_transient(error: BaseException | None) -> bool:
 
 
 def retrying(action: Callable[[], T], uri: str, *, first_wait_s: float | None = None) -> T:
-    """Repeats `action` on transient errors; raises StorageUnavailableError after the last attempt."""
-    uri = shown_uri(uri)
+    """Repeats `action` on transient errors, and once with credentials read again if the storage refuses them.
+
+    Raises:
+        StorageUnavailableError: after the last attempt.
+        PermissionError: for missing, refused or expired credentials, with the way out.
+    """
+    shown = shown_uri(uri)
     if first_wait_s is None:
         first_wait_s = float(os.environ.get(FIRST_WAIT_VARIABLE, FIRST_WAIT_S))
     for attempt in range(MAX_ATTEMPTS):
         try:
             return action()
         except Exception as error:
+            if _may_be_refused(error) and attempt + 1 < MAX_ATTEMPTS and _read_credentials_again(uri):
+                continue
             if not is_transient(error):
-                raise
+                _raise_with_advice(error, uri)
             if attempt + 1 == MAX_ATTEMPTS:
-                message = f"{uri}: {error} (tried {MAX_ATTEMPTS} times); is the storage up, and within its rate limits?"
+                message = (
+                    f"{shown}: {error} (tried {MAX_ATTEMPTS} times); is the storage up, and within its rate limits?"
+                )
                 raise StorageUnavailableError(errno.EBUSY, message) from error
             if not _is_counted(error):
                 _retries.add()
             wait = first_wait_s * 2**attempt * random.uniform(0.5, 1.0)  # so that workers do not retry in step
-            logger.info("%s: %s; trying again in %.1f s", uri, error, wait)
+            logger.info("%s: %s; trying again in %.1f s", shown, error, wait)
             time.sleep(wait)
     raise AssertionError("the last attempt returns or raises")
+
+
+def _may_be_refused(error: BaseException | None) -> bool:
+    return error is not None and (_is_refused(error) or _may_be_refused(error.__cause__))
+
+
+def _is_refused(error: BaseException) -> bool:
+    """S3 answers to HEAD have no text: 400 is an expired token."""
+    text = type(error).__name__ + str(error)
+    return (
+        isinstance(error, PermissionError)
+        or (isinstance(error, OSError) and error.errno == errno.EINVAL and "Bad Request" in text)
+        or (_package(error) in _STORAGE_PACKAGES and _NO_CREDENTIALS.search(text) is not None)
+    )
+
+
+def _read_credentials_again(uri: str) -> bool:
+    """Lets s3fs read profile, role and token files again. Returns False if it did so a moment ago."""
+    if is_local(uri) or _scheme(uri).lower() in ("http", "https"):
+        return False
+    filesystem, _ = split_uri(uri)
+    now = time.monotonic()
+    if "s3" not in filesystem.protocol or now - _refreshed.get(filesystem, -math.inf) < REFRESH_S:
+        return False
+    _refreshed[filesystem] = now
+    logger.info("%s: access refused; reading the credentials again", shown_uri(uri))
+    filesystem.connect(refresh=True)
+    return True
+
+
+def _raise_with_advice(error: Exception, uri: str) -> NoReturn:
+    """Raises `error`, or if credentials are its cause, a PermissionError with the way out."""
+    is_explained = _CREDENTIALS_ADVICE in str(error) or is_local(uri)
+    if is_explained or _scheme(uri).lower() in ("http", "https") or not _is_refused(error):
+        raise error
+    raise PermissionError(f"{shown_uri(uri)}: {shown_text(str(error))}; {_CREDENTIALS_ADVICE}") from error
 
 
 def split_uri(uri: str) -> tuple[Any, str]:
@@ -286,9 +349,9 @@ def write_atomic(uri: str, write: Callable[[IO[bytes]], None]) -> None:
         else:
             _write_then_upload(filesystem, path, write, uri)
     except OSError as error:
-        raise RuntimeError(
-            f"cannot write {shown_uri(uri)}: {error}; is the folder writable and the disk not full?"
-        ) from error
+        is_explained = _CREDENTIALS_ADVICE in str(error)
+        advice = "" if is_explained else "; is the folder writable and the disk not full?"
+        raise RuntimeError(f"cannot write {shown_uri(uri)}: {error}{advice}") from error
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -355,7 +418,16 @@ READ_AHEAD_BYTES = 4 << 20
 def open_file(uri: str) -> Any:
     """Opens a seekable binary file. Raises OSError."""
     with plain_errors(of_any_library=True):
-        filesystem, path = split_uri(uri)
-        if is_local(uri):
-            return filesystem.open(path, "rb")
-        return filesystem.open(path, "rb", block_size=READ_AHEAD_BYTES, cache_type="readahead")
+        try:
+            return _open(uri)
+        except Exception as error:  # noqa: BLE001 - raised again
+            if not (_may_be_refused(error) and _read_credentials_again(uri)):
+                _raise_with_advice(error, uri)
+            return _open(uri)
+
+
+def _open(uri: str) -> Any:
+    filesystem, path = split_uri(uri)
+    if is_local(uri):
+        return filesystem.open(path, "rb")
+    return filesystem.open(path, "rb", block_size=READ_AHEAD_BYTES, cache_type="readahead")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ def test_a_job_prints_its_lines_and_returns_its_exit_code(tmp_path: Path, capsys
         (PermissionError(errno.EACCES, "Permission denied", "/scores"), "[Errno 13] Permission denied: '/scores'"),
         (StorageUnavailableError(errno.EBUSY, "s3://b/x: 503"), "[Errno 16] s3://b/x: 503"),
         (ModuleNotFoundError("No module named 'wandb'", name="wandb"), "No module named 'wandb'; install the missing"),
-        (botocore.exceptions.NoCredentialsError(), "NoCredentialsError: Unable to locate credentials"),
+        (botocore.exceptions.NoCredentialsError(), "Unable to locate credentials; give the job and its workers cred"),
         (RayTaskError("f", "a traceback", ValueError("no weights at 'x'")), "no weights at 'x'"),
         (WorkerCrashedError(), "The worker died unexpectedly while executing this task."),
     ],
@@ -107,6 +108,24 @@ def test_an_interrupted_job_shows_no_traceback(tmp_path: Path, capsys: pytest.Ca
 
     assert run(tmp_path, interrupt) == 130
     assert capsys.readouterr().err == "error: interrupted\n"
+
+
+def test_sigterm_ends_a_job_with_one_line_and_lets_it_clean_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, cleaned = signal.getsignal(signal.SIGTERM), []
+
+    def wait(options: argparse.Namespace) -> JobResult:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+            return JobResult()
+        finally:
+            cleaned.append(True)
+
+    assert run(tmp_path, wait) == 143
+    assert capsys.readouterr().err == "error: stopped by SIGTERM\n"
+    assert cleaned
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_usage_error_exits_2_with_the_same_prefix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

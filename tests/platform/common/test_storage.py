@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import IO
 
 import pytest
+import s3fs
 
+from reference.faulty_s3 import Faults, s3_server
 from timeviper_platform.common import storage
 
 
@@ -96,3 +99,63 @@ def test_the_memory_filesystem_behaves_like_a_disk() -> None:
     assert not storage.is_local("memory://bucket/a")
     storage.remove("memory://bucket/a")
     assert not storage.exists("memory://bucket/a/x.json")
+
+
+@pytest.fixture
+def profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Faults, Path]]:
+    """An S3 server that takes the key `new` alone, and the credentials file of its clients, which holds `old`."""
+    with s3_server() as (url, faults):
+        file = tmp_path / "credentials"
+        file.write_text("[default]\naws_access_key_id = new\naws_secret_access_key = secret\n")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in (
+            ("AWS_ENDPOINT_URL", url),
+            ("AWS_SHARED_CREDENTIALS_FILE", str(file)),
+            ("AWS_DEFAULT_REGION", "us-east-1"),
+            ("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required"),
+            ("AWS_EC2_METADATA_DISABLED", "true"),
+        ):
+            monkeypatch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        s3fs.S3FileSystem().mkdir("bucket")
+        storage.write_bytes("s3://bucket/a", b"1")
+        s3fs.S3FileSystem.clear_instance_cache()
+        faults.expired_keys.add("old")
+        file.write_text(file.read_text().replace("new", "old"))
+        yield faults, file
+        s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda: storage.read_bytes("s3://bucket/a"),
+        lambda: storage.exists("s3://bucket/a"),
+        lambda: storage.write_bytes("s3://bucket/b", b"2"),
+        lambda: storage.open_file("s3://bucket/a").read(),
+    ],
+    ids=["read", "exists", "write", "open"],
+)
+def test_expired_credentials_are_read_again_from_their_file(
+    profile: tuple[Faults, Path], act: Callable[[], object]
+) -> None:
+    _, file = profile
+    with pytest.raises((OSError, RuntimeError), match="credentials that may use it and have not expired") as refused:
+        act()
+    assert "\n" not in str(refused.value)
+    assert "s3://bucket/" in str(refused.value)
+    file.write_text(file.read_text().replace("old", "new"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "REFRESH_S", 0.0)
+        assert act() in (b"1", True, None)
+
+
+def test_a_forbidden_path_reads_the_credentials_again_only_once(profile: tuple[Faults, Path]) -> None:
+    faults, file = profile
+    file.write_text(file.read_text().replace("old", "new"))
+    faults.answers["secret"] = "403 Forbidden"
+    for _ in range(3):
+        with pytest.raises(PermissionError, match=r"s3://bucket/secret: .*credentials that may use it"):
+            storage.read_bytes("s3://bucket/secret")
+    assert sum(path.endswith("/secret") for _, path, _ in faults.requests) == 4
