@@ -1,33 +1,8 @@
-"""Computes the paper's Figures 3 to 6: `python jobs/analyze.py --config ray_configs/tiny/analyze.yaml [key=value ...]`.
+"""`python jobs/analyze.py` is `timeviper analyze`: see timeviper_platform/cli/analyze.py."""
 
-Writes each figure as JSON, CSV and SVG. One process, no Ray.
-"""
-
-from __future__ import annotations
-
-import argparse
 import sys
-from collections.abc import Sequence
 
-from timeviper_platform.common.config import load_config
-from timeviper_platform.common.job import JobParser, JobResult, run_job
-from timeviper_platform.evaluation.analyze import AnalyzeConfig, run_analysis
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = JobParser(
-        __doc__,
-        config_class=AnalyzeConfig,
-        config_file="ray_configs/analyze.yaml",
-        override="figures=[maps] max_questions=8",
-    )
-    return run_job(parser, analyze, arguments)
-
-
-def analyze(options: argparse.Namespace) -> JobResult:
-    config = load_config(AnalyzeConfig, options.config, options.overrides)
-    return JobResult([f"written    {uri}" for uri in run_analysis(config)])
-
+from timeviper_platform.cli.analyze import main
 
 if __name__ == "__main__":
     sys.exit(main())

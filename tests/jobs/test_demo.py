@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import runpy
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from timeviper_platform.cli.demo import Demo, is_right, main, write_manifest_with_film
 from timeviper_platform.common.schemas import MANIFEST
 from timeviper_platform.data.inputs.readers import read_pages
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_film_is_added_to_the_media_of_the_corpus(tmp_path: Path) -> None:
@@ -24,9 +22,8 @@ def test_a_film_is_added_to_the_media_of_the_corpus(tmp_path: Path) -> None:
     row = dict.fromkeys(MANIFEST.names) | {"uri": "videos/a.mp4", "media_id": "a"}
     pq.write_table(pa.Table.from_pylist([row], schema=MANIFEST), corpus / "manifest.parquet")
 
-    demo = runpy.run_path(str(ROOT / "jobs" / "demo.py"))
-    configured = demo["Demo"](folder=tmp_path / "demo", film=film, quick=True)
-    demo["write_manifest_with_film"](configured, film)
+    configured = Demo(folder=tmp_path / "demo", film=film, quick=True)
+    write_manifest_with_film(configured, film)
     (override,) = [value for value in configured.overrides("preprocess") if value.startswith("input=")]
     (media,) = read_pages(override.removeprefix("input="))
     assert [(item.media_id, item.uri) for item in media] == [
@@ -36,7 +33,6 @@ def test_a_film_is_added_to_the_media_of_the_corpus(tmp_path: Path) -> None:
 
 
 def test_a_missing_film_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main = runpy.run_path(str(ROOT / "jobs" / "demo.py"))["main"]
     assert main(["--film", str(tmp_path / "nowhere.mp4")]) == 2
     assert "nowhere.mp4" in capsys.readouterr().err
 
@@ -53,5 +49,4 @@ def test_a_missing_film_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
     ],
 )
 def test_an_answer_is_right_if_equal_or_overlapping_half_the_interval(answer: str, expected: str, right: bool) -> None:
-    is_right = runpy.run_path(str(ROOT / "jobs" / "demo.py"))["is_right"]
     assert is_right(answer, expected) is right

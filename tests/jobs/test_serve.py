@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 import json
 import os
 import signal
@@ -22,6 +21,7 @@ import openai
 import pytest
 
 from reference.tiny_serving import make_serving_folders, write_video
+from timeviper_platform.cli import serve
 from timeviper_platform.common.ray_cluster import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -185,14 +185,8 @@ def test_health_and_metrics_are_served(endpoint: Endpoint) -> None:
 @pytest.fixture
 def job(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The job's module, without its signal handlers."""
-    specification = importlib.util.spec_from_file_location("serve_job", ROOT / "jobs" / "serve.py")
-    assert specification is not None
-    assert specification.loader is not None
-    job = importlib.util.module_from_spec(specification)
-    monkeypatch.setitem(sys.modules, "serve_job", job)
-    specification.loader.exec_module(job)
-    monkeypatch.setattr(job.signal, "signal", lambda *_: None)
-    return job
+    monkeypatch.setattr(serve.signal, "signal", lambda *_: None)
+    return serve
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,9 @@
 from __future__ import annotations
 
-import runpy
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[2]
+from timeviper_platform.cli.train import report_lines
 
 
 def test_a_phase_without_steps_in_this_run_is_reported_without_losses() -> None:
-    report_lines = runpy.run_path(str(ROOT / "jobs" / "train.py"))["report_lines"]
     done_before = {"steps": 0, "loss_first": None, "loss_last": None, "samples": 0, "rejects": {"a": 3}, "seconds": 0.0}
     trained = {"steps": 2, "loss_first": 2.5, "loss_last": 1.25, "samples": 8, "rejects": {}, "seconds": 1.04}
     heading, first, second = report_lines({"align": done_before, "instruct": trained})

@@ -72,7 +72,7 @@ def use_operations(model: nn.Module, operations: Operations) -> None:
 def choose_operations(backend: Backend, *, device: torch.device, dtype: torch.dtype) -> Operations:
     """Raises RuntimeError when `backend` is `kernels` and one is unavailable."""
     obstacles = (
-        dict.fromkeys(Operations._fields, "backend is torch") if backend == "torch" else _obstacles(device, dtype)
+        dict.fromkeys(Operations._fields, "backend is torch") if backend == "torch" else missing_kernels(device, dtype)
     )
     if backend == "kernels" and obstacles:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in obstacles.items())
@@ -91,7 +91,7 @@ def choose_operations(backend: Backend, *, device: torch.device, dtype: torch.dt
     return chosen
 
 
-def _obstacles(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+def missing_kernels(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """Reasons why kernels are unavailable."""
     if device.type != "cuda":
         return dict.fromkeys(Operations._fields, f"the kernels need CUDA, not {device.type}")

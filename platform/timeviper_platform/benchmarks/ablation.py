@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,14 +25,12 @@ from timeviper_model.batching.tokenizer_template import chat_template
 from timeviper_model.config import TINY, TransVSite, parse_transv_plan
 from timeviper_model.inference.chunked_transv import plan_sites
 from timeviper_model.weights.weights_folder import load_config, load_tokenizer
-from timeviper_platform.common.job import USAGE_EXIT_CODE, JobError, JobResult
+from timeviper_platform.common.job import USAGE_EXIT_CODE, JobError, JobResult, config_folder, job_command
 from timeviper_platform.common.ray_cluster import local_cluster
 from timeviper_platform.data.store.reader import FeatureStore
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parents[3]
-CONFIGS = ROOT / "ray_configs" / "tiny"
 DEMO_FOLDER = "outputs/demo"
 """Folder named in ray_configs/tiny."""
 NUM_LOGICAL_CPUS = 4
@@ -104,7 +101,7 @@ class Ablation:
 
     def values(self, name: str) -> dict[str, Any]:
         """One of the demo's configurations as YAML values, naming this folder."""
-        text = (CONFIGS / f"{name}.yaml").read_text().replace(DEMO_FOLDER, str(self.folder))
+        text = (config_folder() / "tiny" / f"{name}.yaml").read_text().replace(DEMO_FOLDER, str(self.folder))
         values: dict[str, Any] = yaml.safe_load(text)
         if name == "train":
             for phase, steps in (QUICK_STEPS if self.quick else STEPS).items():
@@ -173,7 +170,7 @@ def _plan(options: argparse.Namespace) -> tuple[Ablation, list[str]]:
         replace(TINY, transv=sites_of("attention", options.plan))
     except ValueError as error:
         raise JobError(f"--plan: {error}", exit_code=USAGE_EXIT_CODE) from error
-    folder = options.folder or ROOT / (DEFAULT_FOLDER + ("-quick" if options.quick else ""))
+    folder = options.folder or Path(DEFAULT_FOLDER + ("-quick" if options.quick else ""))
     return Ablation(folder=folder.resolve(), quick=options.quick, plan=options.plan), rows
 
 
@@ -272,8 +269,7 @@ def _run(job: str, ablation: Ablation, name: str, values: Mapping[str, Any], env
 
 
 def _job(name: str, environment: Mapping[str, str], *arguments: str) -> None:
-    command = [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *arguments]
-    subprocess.run(command, env=environment, cwd=ROOT, check=True)
+    subprocess.run(job_command(name, *arguments), env=environment, check=True)
 
 
 def _announce(step: str) -> None:

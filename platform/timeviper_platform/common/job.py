@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import NamedTuple, NoReturn
 
@@ -19,6 +20,8 @@ from timeviper_platform.common.logs import setup_logging
 from timeviper_platform.common.storage import is_storage_error, plain_error
 
 USAGE_EXIT_CODE = 2
+CONSOLE_PACKAGE = "timeviper_platform.cli"
+PACKAGE = Path(__file__).resolve().parents[1]
 
 
 class JobResult(NamedTuple):
@@ -58,12 +61,15 @@ class JobParser(argparse.ArgumentParser):
         config_required: bool = True,
         prog: str | None = None,
     ) -> None:
-        super().__init__(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(
+            prog=prog or _program(), description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
         self._config_class = config_class
         if prog is None:
             self.add_argument("--debug", action="store_true", help="log at level DEBUG; show tracebacks")
         if config_class is not None:
-            self.add_argument("--config", required=config_required, metavar="FILE", help=f"YAML, see {config_file}")
+            text = f"YAML, see {config_file}"
+            self.add_argument("--config", required=config_required, type=find_config, metavar="FILE", help=text)
             self.add_argument("overrides", nargs="*", metavar="key=value", help=f"for example {override}")
 
     def error(self, message: str) -> NoReturn:
@@ -75,6 +81,31 @@ class JobParser(argparse.ArgumentParser):
         if self._config_class is None:
             return text
         return "\n".join([text, "configuration keys (default): meaning", *help_lines(self._config_class), ""])
+
+
+def config_folder() -> Path:
+    """Returns the folder ray_configs: the source tree's, or its copy in the installed wheel."""
+    packaged = PACKAGE / "ray_configs"
+    return packaged if packaged.is_dir() else PACKAGE.parents[1] / "ray_configs"
+
+
+def find_config(path: str) -> str:
+    """Returns `path`; for `ray_configs/...` that does not exist here, the packaged file of that name."""
+    top, *rest = Path(path).parts or ("",)
+    packaged = config_folder().joinpath(*rest)
+    return str(packaged) if top == "ray_configs" and not Path(path).exists() and packaged.is_file() else path
+
+
+def job_command(name: str, *arguments: str) -> list[str]:
+    """Returns the command that runs a job in another process of this Python."""
+    return [sys.executable, "-m", CONSOLE_PACKAGE, name, *arguments]
+
+
+def _program() -> str:
+    """The name of the program in a usage line: `timeviper train`, or `train.py`."""
+    script = Path(sys.argv[0])
+    is_console = script.name == "timeviper" or script.match("timeviper_platform/cli/__main__.py")
+    return " ".join(["timeviper", *sys.argv[1:2]]) if is_console else script.name
 
 
 def run_job(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -13,18 +12,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
+from timeviper_platform.cli.store import main
 from timeviper_platform.data.preprocess.cost_model import ScaleConfig, TowerSizes, compute_scale, scale_table
 
 ROOT = Path(__file__).resolve().parents[4]
 
 
 def printed(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    spec = importlib.util.spec_from_file_location("store_job", ROOT / "jobs" / "store.py")
-    assert spec is not None
-    assert spec.loader is not None
-    job = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(job)
-    assert job.main(arguments) == 0
+    assert main(arguments) == 0
     return capsys.readouterr().out.strip()
 
 

@@ -1,0 +1,28 @@
+"""Computes the paper's Figures 3 to 6: `timeviper analyze --config ray_configs/tiny/analyze.yaml [key=value ...]`.
+
+Writes each figure as JSON, CSV and SVG. One process, no Ray.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from timeviper_platform.common.config import load_config
+from timeviper_platform.common.job import JobParser, JobResult, run_job
+from timeviper_platform.evaluation.analyze import AnalyzeConfig, run_analysis
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = JobParser(
+        __doc__,
+        config_class=AnalyzeConfig,
+        config_file="ray_configs/analyze.yaml",
+        override="figures=[maps] max_questions=8",
+    )
+    return run_job(parser, analyze, arguments)
+
+
+def analyze(options: argparse.Namespace) -> JobResult:
+    config = load_config(AnalyzeConfig, options.config, options.overrides)
+    return JobResult([f"written    {uri}" for uri in run_analysis(config)])

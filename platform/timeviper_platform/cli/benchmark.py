@@ -1,0 +1,140 @@
+"""Measures every figure of the documents: `timeviper benchmark SUITE [--only GROUP,...] [--json PATH]`.
+
+Both sides of a ratio run in turn in one process. A row is the median of five or more turns, or of three if a turn takes
+over a minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from timeviper_platform.benchmarks.measure import Row, StolenTime, format_rows
+from timeviper_platform.common.job import USAGE_EXIT_CODE, JobError, JobParser, JobResult, job_command, run_job
+
+Groups = dict[str, Callable[[Path | None], list[Row]]]
+"""Groups of rows by key; few of them use the film."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = JobParser(__doc__)
+    parser.add_argument("suite", choices=sorted(SUITES))
+    parser.add_argument("--only", help="these of the suite's groups of rows, with commas between them")
+    parser.add_argument("--json", type=Path, help="also write the rows there")
+    parser.add_argument("--film", type=Path, help="a film to measure on as well, such as Big Buck Bunny")
+    return run_job(parser, benchmark, arguments)
+
+
+def benchmark(options: argparse.Namespace) -> JobResult:
+    """Runs a suite and reports its table; returns 1 if a row misses its bar.
+
+    Raises:
+        JobError: for an unknown film or group, or a machine that lacks what the suite needs.
+    """
+    if options.film is not None and not options.film.is_file():
+        raise JobError(f"there is no film at {str(options.film)!r}", exit_code=USAGE_EXIT_CODE)
+    groups = SUITES[options.suite]()
+    chosen = options.only.split(",") if options.only else list(groups)
+    if unknown := sorted(set(chosen) - set(groups)):
+        message = f"the {options.suite} suite has no rows {', '.join(unknown)}; it has {', '.join(groups)}"
+        raise JobError(message, exit_code=USAGE_EXIT_CODE)
+    rows, stolen = [], StolenTime()
+    for key in chosen:
+        rows += groups[key](options.film)
+        gc.collect()  # frees the models of a group before the next one starts
+    if options.json is not None:
+        options.json.write_text(json.dumps([row.as_dict() for row in rows], indent=2) + "\n")
+    note = f"stolen from this machine's cores by others on its host meanwhile: {stolen.share():.0%}"
+    return JobResult([format_rows(rows), note], exit_code=1 if any(row.holds is False for row in rows) else 0)
+
+
+def demo_suite(film: Path | None) -> list[Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(job_command("demo", "--folder", folder, *(["--film", str(film)] if film else [])), check=True)
+        report = json.loads(Path(folder, "report.json").read_text())
+    return demo_rows(report, "python jobs/benchmark.py demo" + (" --film FILM" if film else ""))
+
+
+def demo_rows(report: dict[str, Any], command: str) -> list[Row]:
+    scores = report["evaluate"]
+    num_asked = sum(answer["right"] is not None for answer in report["serve"]["answers"])
+    values: list[tuple[str, float, str, str | None]] = [
+        ("held-out 'which' questions", scores["choice"]["num_questions"], "", ">= 400"),
+        ("'which' accuracy (chance 0.25)", scores["choice"]["accuracy"], "", ">= 0.90"),
+        ("'which' accuracy without the video", scores["choice"]["accuracy_without_video"], "", "<= 0.35"),
+        ("'order' accuracy (chance 0.25)", scores["order"]["accuracy"], "", None),
+        ("'count' accuracy (chance 0.25)", scores["count"]["accuracy"], "", None),
+        ("grounding mIoU", scores["grounding"]["miou"], "", ">= 0.5"),
+        (
+            "grounding mIoU above the model without video",
+            scores["grounding"]["miou"] - scores["grounding"]["miou_without_video"],
+            "",
+            ">= 0.25",
+        ),
+        (f"right answers over HTTP, of {num_asked}", report["serve"]["num_right"], "", None),
+        ("demo after installation", report["seconds"] / 60, "min", None),
+    ]
+    return [Row(name=name, value=value, unit=unit, bar=bar, command=command) for name, value, unit, bar in values]
+
+
+def _decode_groups() -> Groups:
+    from timeviper_platform.benchmarks.video.suite import DECODE_GROUPS
+
+    return dict(DECODE_GROUPS)
+
+
+def _gpu_groups() -> Groups:
+    from timeviper_platform.benchmarks.gpu.suite import gpu_groups, require_cuda
+
+    return gpu_groups(require_cuda())
+
+
+def _model_groups() -> Groups:
+    from timeviper_platform.benchmarks.model.suite import MODEL_GROUPS
+
+    return {key: lambda film, rows=rows: rows() for key, rows in MODEL_GROUPS.items()}  # type: ignore[misc]
+
+
+def _preprocess_groups() -> Groups:
+    from timeviper_platform.benchmarks.preprocess.other_pipelines import pipeline_rows
+    from timeviper_platform.benchmarks.preprocess.share_of_ideal import ideal_rows
+
+    return {"ideal": ideal_rows, "pipelines": pipeline_rows}
+
+
+def _store_groups() -> Groups:
+    from timeviper_platform.benchmarks.store.open_and_read import opening_rows, reading_rows
+    from timeviper_platform.benchmarks.store.scale import dry_run_rows, finalize_rows, upkeep_rows
+
+    groups = {
+        "opening": opening_rows,
+        "reading": reading_rows,
+        "finalize": finalize_rows,
+        "upkeep": upkeep_rows,
+        "dryrun": dry_run_rows,
+    }
+    return {key: lambda film, rows=rows: rows() for key, rows in groups.items()}  # type: ignore[misc]
+
+
+def _training_groups() -> Groups:
+    from timeviper_platform.benchmarks.training.suite import TRAINING_GROUPS
+
+    return {key: lambda film, rows=rows: rows() for key, rows in TRAINING_GROUPS.items()}  # type: ignore[misc]
+
+
+SUITES: dict[str, Callable[[], Groups]] = {
+    "decode": _decode_groups,
+    "demo": lambda: {"demo": demo_suite},
+    "gpu": _gpu_groups,
+    "model": _model_groups,
+    "preprocess": _preprocess_groups,
+    "store": _store_groups,
+    "training": _training_groups,
+}
+"""Suites import lazily: a GPU machine may have neither Ray nor video decoders."""

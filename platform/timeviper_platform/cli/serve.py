@@ -1,0 +1,180 @@
+"""Serves weights over HTTP until SIGINT or SIGTERM.
+
+    timeviper serve --config ray_configs/tiny/serve.yaml [--port 8000] [weights=outputs/demo/weights ...]
+
+The Serve configuration file also works with `serve run` and `serve deploy`. Joins the cluster at RAY_ADDRESS, else
+starts a local Ray. On exit it removes its application and stops everything it started.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import logging
+import signal
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import ray
+from ray import serve
+
+from timeviper_platform.common import ray_cluster
+from timeviper_platform.common.config import load_config
+from timeviper_platform.common.job import JobParser, JobResult, run_job
+from timeviper_platform.serving.app import ServeConfig, build_application, resolve_paths
+
+logger = logging.getLogger("serve")
+
+READY_TIMEOUT_S = 180.0
+CONTROLLER = "SERVE_CONTROLLER_ACTOR"
+"""Ray Serve's name for its controller."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HttpOptions:
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = 8000
+    """Port to listen on."""
+    request_timeout_s: float | None = None
+    """Maximum seconds of a request; None = no limit besides the gateway's own."""
+    keep_alive_timeout_s: int = 90
+    """Seconds for which idle connections stay open."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ApplicationEntry:
+    args: ServeConfig
+    """Configuration of the application."""
+    import_path: Literal["timeviper_platform.serving.app:build"]
+    """The application's builder."""
+    name: str = "timeviper"
+    """Name of the application."""
+    route_prefix: str = "/"
+    """URL path of the application."""
+    runtime_env: dict[str, Any] = field(default_factory=dict)
+    """Ray's runtime environment of the replicas."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeFile:
+    """Supported options of Ray Serve's file format; others need `serve deploy`."""
+
+    applications: list[ApplicationEntry]
+    """Exactly one application."""
+    proxy_location: Literal["HeadOnly", "EveryNode", "Disabled"] = "EveryNode"
+    """Nodes with an HTTP proxy."""
+    http_options: HttpOptions = field(default_factory=HttpOptions)
+    """Options of the proxies."""
+
+    def __post_init__(self) -> None:
+        if len(self.applications) != 1:
+            raise ValueError(f"the file has {len(self.applications)} applications, this job runs one; use serve deploy")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = JobParser(
+        __doc__,
+        config_class=ServeConfig,
+        config_file="ray_configs/serve.yaml (a Ray Serve file; the keys are those of its application's args)",
+        override="weights=FOLDER",
+    )
+    parser.add_argument("--port", type=int, help="instead of http_options.port")
+    return run_job(parser, serve_until_stopped, arguments)
+
+
+def serve_until_stopped(options: argparse.Namespace) -> JobResult:
+    stop = threading.Event()
+    _watch_signals(stop)
+    file = _load(options.config, options.overrides)
+    (entry,) = file.applications
+    if not ray_cluster.has_cluster():
+        logger.info("RAY_ADDRESS is not set: starting a local Ray")
+    ray_options = {"runtime_env": entry.runtime_env or None, "namespace": "serve", "logging_level": logging.WARNING}
+    with ray_cluster.connect(**ray_options):
+        _watch_signals(stop)  # ray.init has replaced them
+        _serve(file, entry, options.port or file.http_options.port, stop)
+    return JobResult()
+
+
+def _load(path: str, overrides: Sequence[str]) -> ServeFile:
+    return load_config(ServeFile, path, [f"applications.0.args.{override}" for override in overrides])
+
+
+def _watch_signals(stop: threading.Event) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+
+
+def _serve(file: ServeFile, entry: ApplicationEntry, port: int, stop: threading.Event) -> None:
+    was_running = _is_serve_running()
+    http = file.http_options
+    serve.start(
+        proxy_location=file.proxy_location,
+        http_options={
+            "host": http.host,
+            "port": port,
+            "request_timeout_s": http.request_timeout_s,
+            "keep_alive_timeout_s": http.keep_alive_timeout_s,
+        },
+    )
+    try:
+        application = build_application(resolve_paths(entry.args, Path.cwd()))
+        try:
+            serve.run(application, name=entry.name, route_prefix=entry.route_prefix)
+        except RuntimeError as error:  # Serve names the failed deployments; the causes are in their status
+            raise RuntimeError(f"{error}{failure_causes(serve.status(), entry.name)}") from error
+        host = "127.0.0.1" if http.host == "0.0.0.0" else http.host
+        url = f"http://{host}:{port}{entry.route_prefix.rstrip('/')}"
+        _wait_until_ready(url, stop)
+        if not stop.is_set():
+            print(f"ready: {url}/v1  model {entry.args.gateway.model_name}  (Ctrl-C ends it)", flush=True)
+        stop.wait()
+    finally:
+        serve.delete(entry.name)
+        if not was_running:
+            serve.shutdown()
+
+
+def failure_causes(status: Any, application: str) -> str:
+    """Returns the message of each failed deployment, without its traceback."""
+    found = status.applications.get(application)
+    deployments = {} if found is None else found.deployments
+    return "".join(
+        f"\n{name}: {_without_traceback(deployment.message)}"
+        for name, deployment in deployments.items()
+        if deployment.message and deployment.status not in ("HEALTHY", "UPDATING")
+    )
+
+
+def _without_traceback(message: str) -> str:
+    lines = message.strip().splitlines()
+    frames = [number for number, line in enumerate(lines) if line.startswith('  File "')]
+    message_lines = lines[frames[-1] + 1 :] if frames else lines
+    return "\n".join(itertools.dropwhile(lambda line: line.startswith("    "), message_lines))
+
+
+def _is_serve_running() -> bool:
+    try:
+        ray.get_actor(CONTROLLER, namespace="serve")
+    except ValueError:
+        return False
+    return True
+
+
+def _wait_until_ready(url: str, stop: threading.Event) -> None:
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    while time.monotonic() < deadline and not stop.is_set():
+        try:
+            with urllib.request.urlopen(f"{url}/health/ready", timeout=10):
+                return
+        except (urllib.error.URLError, OSError):
+            stop.wait(0.3)
+    if not stop.is_set():
+        raise RuntimeError(f"{url}/health/ready does not answer; check that no other Ray Serve uses this port")

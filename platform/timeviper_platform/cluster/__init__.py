@@ -1,0 +1,1 @@
+"""Deployment: checks of a machine, manifests for Kubernetes and the cloud launcher, and dashboards."""
