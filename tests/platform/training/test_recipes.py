@@ -72,18 +72,18 @@ def test_a_configuration_of_one_phase_equals_that_phase_of_the_chain(whole: str,
     assert (config.dtype, config.zero) == (chain.dtype, chain.zero)
 
 
-def test_a_dry_run_lists_every_missing_source() -> None:
+def test_a_dry_run_lists_every_missing_source(tmp_path: Path) -> None:
+    file = tmp_path / "instruct.yaml"  # with a folder in place of the bucket, which needs credentials
+    file.write_text((CONFIGS / "instruct.yaml").read_text().replace("s3://your-bucket", "/nowhere/bucket"))
     # the tiny preset, because probing the memory of 9b blocks is slow
-    config = load_config(TrainConfig, CONFIGS / "instruct.yaml", ["phases.instruct.init.preset=tiny"])
+    config = load_config(TrainConfig, file, ["phases.instruct.init.preset=tiny"])
     result = dry_run(config)
     named = [problem for problem in result.problems if "no files at" in problem]
     assert len(named) == len(config.phases["instruct"].samples) == 24
     text = describe_dry_run(config, result)
-    assert "no files at /mnt/cluster/timeviper/samples/instruct/queryd" in text
-    assert (
-        "     57.42%  /mnt/cluster/timeviper/samples/instruct/llava-onevision-single-image (absent, 2,800,000" in text
-    )
-    assert "      0.47%  /mnt/cluster/timeviper/samples/instruct/queryd (absent, 22,727 samples)" in text
+    assert "no files at /nowhere/bucket/samples/instruct/queryd" in text
+    assert "     57.42%  /nowhere/bucket/samples/instruct/llava-onevision-single-image (absent, 2,800,000" in text
+    assert "      0.47%  /nowhere/bucket/samples/instruct/queryd (absent, 22,727 samples)" in text
     assert " steps of the whole mixture, 4,875,998 samples as configured in `expected`" in text
     assert "GPU-hours at 40%" in text
 
