@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from timeviper_platform.cluster.values import ClusterValues
 from timeviper_platform.common.config_docs import markdown_table
 from timeviper_platform.common.job import JobParser, JobResult, run_job
 from timeviper_platform.data.annotations.convert import ConvertConfig
@@ -25,6 +26,7 @@ CONFIGS: dict[str, tuple[str, type]] = {
     "evaluate": ("`jobs/evaluate.py`, ray_configs/evaluate.yaml", EvaluateConfig),
     "analyze": ("`jobs/analyze.py`, ray_configs/analyze.yaml", AnalyzeConfig),
     "serve": ("`jobs/serve.py`, the `args` of the application in ray_configs/serve.yaml", ServeConfig),
+    "cluster": ("`timeviper render`, ray_configs/cluster/values.yaml", ClusterValues),
     "corpus": ("`jobs/demo.py`, ray_configs/tiny/corpus.yaml", CorpusConfig),
 }
 INTRODUCTION = """# Configuration keys

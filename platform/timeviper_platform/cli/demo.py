@@ -251,19 +251,9 @@ def is_right(answer: str, expected: str) -> bool:
 
 
 def _answer(client: openai.OpenAI, media_id: str, question: str) -> str:
-    completion = client.chat.completions.create(
-        model=MODEL_NAME,
-        temperature=0.0,
-        messages=[
-            {
-                "role": "user",
-                "content": [
-                    {"type": "video_url", "video_url": {"url": f"feature://{media_id}"}},  # type: ignore[list-item]
-                    {"type": "text", "text": question},
-                ],
-            }
-        ],
-    )
+    video = {"type": "video_url", "video_url": {"url": f"feature://{media_id}"}}  # not among OpenAI's types
+    messages: Any = [{"role": "user", "content": [video, {"type": "text", "text": question}]}]
+    completion = client.chat.completions.create(model=MODEL_NAME, temperature=0.0, messages=messages)
     return completion.choices[0].message.content or ""
 
 

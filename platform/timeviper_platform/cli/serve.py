@@ -96,7 +96,11 @@ def serve_until_stopped(options: argparse.Namespace) -> JobResult:
     (entry,) = file.applications
     if not ray_cluster.has_cluster():
         logger.info("RAY_ADDRESS is not set: starting a local Ray")
-    ray_options = {"runtime_env": entry.runtime_env or None, "namespace": "serve", "logging_level": logging.WARNING}
+    ray_options: dict[str, Any] = {
+        "runtime_env": entry.runtime_env or None,
+        "namespace": "serve",
+        "logging_level": logging.WARNING,
+    }
     with ray_cluster.connect(**ray_options):
         _watch_signals(stop)  # ray.init has replaced them
         _serve(file, entry, options.port or file.http_options.port, stop)

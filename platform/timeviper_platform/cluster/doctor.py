@@ -65,7 +65,7 @@ def examine(uris: Sequence[str] = (), *, need_gpu: bool = False) -> list[Finding
         "ports": _ports,
         "storage": lambda: _storage(uris),
     }
-    findings = []
+    findings: list[Finding] = []
     for name, check in checks.items():
         try:
             findings += check()

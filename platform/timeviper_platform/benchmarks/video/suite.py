@@ -8,7 +8,7 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -281,7 +281,7 @@ def _num_frames(strategy: Strategy, path: Path, times: Sequence[Fraction], image
     return sum(len(frames) for frames in strategy(path, times, image_size))
 
 
-DECODE_GROUPS = {
+DECODE_GROUPS: dict[str, Callable[[Path | None], list[Row]]] = {
     "sampling": sampling_rows,
     "cost": cost_rows,
     "keyframes": keyframe_rows,
