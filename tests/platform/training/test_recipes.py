@@ -39,6 +39,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
+def without_bucket(name: str, folder: Path) -> Path:
+    """A copy with a folder in place of the bucket, which needs credentials."""
+    file = folder / name
+    file.write_text((CONFIGS / name).read_text().replace("s3://your-bucket", "/nowhere/bucket"))
+    return file
+
+
 def tiny_weights(corpus: Corpus) -> Path:
     weights = corpus.folder / "weights"
     if not weights.exists():
@@ -73,8 +80,7 @@ def test_a_configuration_of_one_phase_equals_that_phase_of_the_chain(whole: str,
 
 
 def test_a_dry_run_lists_every_missing_source(tmp_path: Path) -> None:
-    file = tmp_path / "instruct.yaml"  # with a folder in place of the bucket, which needs credentials
-    file.write_text((CONFIGS / "instruct.yaml").read_text().replace("s3://your-bucket", "/nowhere/bucket"))
+    file = without_bucket("instruct.yaml", tmp_path)
     # the tiny preset, because probing the memory of 9b blocks is slow
     config = load_config(TrainConfig, file, ["phases.instruct.init.preset=tiny"])
     result = dry_run(config)
@@ -88,8 +94,8 @@ def test_a_dry_run_lists_every_missing_source(tmp_path: Path) -> None:
     assert "GPU-hours at 40%" in text
 
 
-def test_gpu_hours_of_missing_sources_are_those_of_their_expected_samples() -> None:
-    config = load_config(TrainConfig, CONFIGS / "instruct.yaml", ["phases.instruct.init.preset=tiny"])
+def test_gpu_hours_of_missing_sources_are_those_of_their_expected_samples(tmp_path: Path) -> None:
+    config = load_config(TrainConfig, without_bucket("instruct.yaml", tmp_path), ["phases.instruct.init.preset=tiny"])
     phase, tiny = config.phases["instruct"], PRESETS["tiny"]
     (facts,) = dry_run(config).phases
     kinds = [kind for source in phase.samples for kind in source.expected]
