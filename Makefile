@@ -10,6 +10,8 @@ QUICK ?=
 TEST_FLAGS := --numprocesses 3 --no-loadscope-reorder --durations=15
 export HF_HUB_OFFLINE ?= 1
 export RAY_USAGE_STATS_ENABLED := 0
+# set where images are built, it has every one of the many processes compile what it imports
+export PYTHONDONTWRITEBYTECODE :=
 # Ray finds its own programs, and starts workers, through PATH
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
