@@ -41,6 +41,7 @@ MISUSE = (
     "a grid of … x … has … tiles",
     "an item of type … is not HEVC",
     "a number may continue in the next chunk",
+    "something follows the array",
     "a …, not text",
     "… is not a number",
     "… is not a whole number of at most …",

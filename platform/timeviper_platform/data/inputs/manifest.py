@@ -135,15 +135,27 @@ def _converter(data_type: pa.DataType) -> Callable[[Any], Any]:
 
 
 _CONVERTERS = {**{field.name: _converter(field.type) for field in MANIFEST}, URL_COLUMN: text_of}
+_TEXTS = frozenset(name for name, converter in _CONVERTERS.items() if converter is text_of)
 
 
 def _typed(row: dict[str, Any]) -> dict[str, Any] | Fault:
-    """Returns the values that are there, in the types of MANIFEST."""
-    typed, name = {}, ""
+    """Returns the values that are there, in the types and ranges of MANIFEST."""
+    typed: dict[str, Any] = {}
+    name = ""
     try:
         for name, value in row.items():
-            if value is not None and (converted := _CONVERTERS[name](value)) is not None:
-                typed[name] = converted
+            if type(value) is str and name in _TEXTS:
+                value = value.strip() or None
+            elif value is not None:
+                value = _CONVERTERS[name](value)
+            if value is None:
+                continue
+            if type(value) is str:
+                if not value.isascii() and not _is_encodable(value):
+                    return Fault(f"it is not UTF-8: {storage.shown_uri(typed.get('uri') or value)!r}")
+            elif not 0 <= value < math.inf:
+                return Fault(f"{name} = {value} must be a number of at least 0")
+            typed[name] = value
     except ValueError as error:
         return Fault(f"{name}: {error}")
     return typed
@@ -151,16 +163,13 @@ def _typed(row: dict[str, Any]) -> dict[str, Any] | Fault:
 
 def medium_of(row: NumberedRow, root: str, *, source: str, name: str) -> Medium:
     """Returns the medium of a row of the table `source`, shown as `name`; relative URIs are below `root`."""
-    number, values = row
-    if not isinstance(values, Fault):
-        values = _typed(values)
+    number, given = row
+    values = given if isinstance(given, Fault) else _typed(given)
     origin = f"{name}: row {number}"
-    full = ""
-    if not isinstance(values, Fault):
-        uri = values.get("uri") or values.get(URL_COLUMN) or ""
-        full = uri if not uri or "://" in uri or uri.startswith("/") else storage.join_uri(root, uri)
-        if (fault := _fault(uri, values)) is not None:
-            values = Fault(fault)
+    uri = _uri(given if isinstance(values, Fault) else values)
+    full = uri if not uri or "://" in uri or uri.startswith("/") else storage.join_uri(root, uri)
+    if not isinstance(values, Fault) and (fault := _fault(uri, values)) is not None:
+        values = Fault(fault)
     if isinstance(values, Fault):
         own_id = media_id_of(f"{source}#row={number}", root)
         return Medium(full, own_id, error=DecodeError("list", ErrorType.BAD_ROW, f"{origin}: {values.reason}"))
@@ -178,15 +187,14 @@ def medium_of(row: NumberedRow, root: str, *, source: str, name: str) -> Medium:
     )
 
 
+def _uri(row: dict[str, Any] | Fault) -> str:
+    uri = "" if isinstance(row, Fault) else row.get("uri") or row.get(URL_COLUMN)
+    return uri if isinstance(uri, str) else ""
+
+
 def _fault(uri: str, row: dict[str, Any]) -> str | None:
     if not uri:
         return "it has no uri"
-    for name, value in row.items():
-        if type(value) is str:
-            if not value.isascii() and not _is_encodable(value):
-                return f"it is not UTF-8: {storage.shown_uri(uri)!r}"
-        elif not 0 <= value < math.inf:
-            return f"{name} = {value} must be a number of at least 0"
     start_seconds, end_seconds = row.get("start_seconds") or 0.0, row.get("end_seconds")
     if end_seconds is not None and end_seconds <= start_seconds:
         return f"{end_seconds = } must be after {start_seconds = }"

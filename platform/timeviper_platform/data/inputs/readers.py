@@ -27,7 +27,7 @@ from timeviper_platform.common.storage import open_file
 from timeviper_platform.data.inputs.archives import failed_downloads, leave_out, tar_media
 from timeviper_platform.data.inputs.cells import cell_media, find_bytes_column
 from timeviper_platform.data.inputs.manifest import absolute, is_utf8, read_manifest
-from timeviper_platform.data.inputs.tables import DamagedTableError, TableError, is_table
+from timeviper_platform.data.inputs.tables import DamagedTableError, TableError, is_table, raise_unreadable
 from timeviper_platform.data.media.container import MEDIA_SUFFIXES, DecodeError, ErrorType, decode_errors, source_name
 from timeviper_platform.data.media.medium import Medium, media_id_of
 
@@ -151,7 +151,7 @@ def _schema(opened: object, uri: str) -> pa.Schema:
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:
             raise  # of the storage
-        raise DamagedTableError(f"{storage.shown_uri(uri)} is not a readable manifest: {error}") from error
+        raise_unreadable(uri, str(error), error)
 
 
 def _up_to_error(media: Iterator[Medium], uri: str, own_id: str) -> Iterator[Medium]:

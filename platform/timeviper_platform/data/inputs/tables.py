@@ -9,16 +9,17 @@ import io
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain, islice
-from typing import Any, NamedTuple, TextIO
+from operator import itemgetter
+from typing import Any, NamedTuple, NoReturn, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from timeviper_platform.common import storage
-from timeviper_platform.common.listing import pages
 from timeviper_platform.common.storage import open_file
+from timeviper_platform.data.media.content import describe_manifest
 
 TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 TABLE_SUFFIXES = (".parquet", *TEXT_SUFFIXES, *(f"{suffix}.gz" for suffix in TEXT_SUFFIXES))
@@ -72,7 +73,7 @@ def read_rows(uri: str, columns: Sequence[str], needed: Sequence[str], page_rows
         rows = _csv_rows(uri, columns, needed, "\t" if kind == "tsv" else ",")
     else:
         rows = _json_rows(uri, columns, needed)
-    return pages(_up_to_damage(rows, uri), page_rows)
+    return _up_to_damage(rows, uri, page_rows)
 
 
 def text_rows(table: Any) -> list[dict[str, Any]]:
@@ -99,6 +100,8 @@ def json_values(read: Callable[[int], str], text: str = "", chunk_chars: int = J
         while index < len(text) and text[index] in separators:
             index += 1
         if is_array and text.startswith("]", index):
+            if text[index + 1 :].strip() or read(chunk_chars).strip():
+                raise ValueError("something follows the array")
             return
         try:
             value, stop = decoder.raw_decode(text, index)
@@ -129,21 +132,43 @@ def open_text(uri: str, newline: str | None = None) -> Iterator[TextIO]:
             yield text
 
 
-def _up_to_damage(rows: Iterator[NumberedRow], uri: str) -> Iterator[NumberedRow]:
+def _up_to_damage(rows: Iterator[NumberedRow], uri: str, page_rows: int) -> Iterator[list[NumberedRow]]:
     """Ends with a Fault at damage behind the first rows."""
+    page: list[NumberedRow] = []
     number = 0
     try:
         with storage.plain_errors():
             for row in rows:
-                number = row[0]
-                yield row
+                page.append(row)
+                if len(page) == page_rows:
+                    number = row[0]
+                    yield page
+                    page = []
     except _DAMAGE as error:
+        number = page[-1][0] if page else number
         if not number and isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile) and error.errno:
             raise  # of the storage
         text = storage.shown_text(str(error)) or type(error).__name__
         if not number:
-            raise DamagedTableError(f"{storage.shown_uri(uri)} is not a readable manifest: {text}") from error
-        yield (number + 1, Fault(f"the file is damaged or cut from here on: {text}"))
+            raise_unreadable(uri, text, error)
+        page.append((number + 1, Fault(f"the file is damaged or cut from here on: {text}")))
+    if page:
+        yield page
+
+
+def raise_unreadable(uri: str, reason: str, cause: Exception | None = None) -> NoReturn:
+    """Raises DamagedTableError: what the file is, if any rule knows it, else why it cannot be read."""
+    text = f"it is {known}" if (known := _known_content(uri)) else f"{reason}; write or fetch it again"
+    raise DamagedTableError(f"{storage.shown_uri(uri)} is not a readable manifest: {text}") from cause
+
+
+def _known_content(uri: str) -> str | None:
+    kind = uri.lower().rpartition(".")[2]
+    if kind == "gz":
+        return None
+    with suppress(OSError), open_file(uri) as file:
+        return describe_manifest(file, kind)
+    return None
 
 
 def _parquet_rows(uri: str, columns: Sequence[str], needed: Sequence[str], page_rows: int) -> Iterator[NumberedRow]:
@@ -187,7 +212,7 @@ def _check_names(head: Sequence[Any], columns: Sequence[str], needed: Sequence[s
     if names:
         known_columns(sorted(names), columns, needed, uri)
     elif head and all(isinstance(row, Fault) for row in head):
-        raise DamagedTableError(f"{storage.shown_uri(uri)} is not a readable manifest: {head[0].reason}")
+        raise_unreadable(uri, head[0].reason)
 
 
 def _array_values(text: TextIO, first: str) -> Iterator[Any]:
@@ -236,25 +261,29 @@ def _csv_rows(uri: str, columns: Sequence[str], needed: Sequence[str], delimiter
         reader = csv.reader(text, delimiter=delimiter, skipinitialspace=True)
         header = next((values for values in reader if values), [])
         known = known_columns(header, columns, needed, uri)
-        indices = [(header.index(name), column) for name, column in known.items()]
+        names, pick = list(known.values()), _picker([header.index(name) for name in known])
         number = 0
         while True:
             try:
-                values = next(reader)
-            except StopIteration:
+                for values in reader:
+                    if not values or (len(values) == 1 and not values[0].strip()):  # a blank line
+                        continue
+                    number += 1
+                    if len(values) == len(header):
+                        yield (number, dict(zip(names, pick(values), strict=True)))
+                    else:
+                        yield (number, Fault(f"it has {len(values)} values for {len(header)} columns"))
                 return
             except csv.Error as error:
                 number += 1
                 yield (number, Fault(f"not CSV: {error}"))
-                continue
-            if not values or (len(values) == 1 and not values[0].strip()):  # a blank line
-                continue
-            number += 1
-            if len(values) != len(header):
-                fault = f"it has {len(values)} values for {len(header)} columns"
-                yield (number, Fault(fault))
-            else:
-                yield (number, {column: values[index] for index, column in indices})
+
+
+def _picker(indices: Sequence[int]) -> Callable[[Sequence[str]], Sequence[str]]:
+    """Returns a function to the values at `indices`."""
+    if len(indices) == 1:
+        return lambda values: (values[indices[0]],)
+    return itemgetter(*indices) if indices else lambda _: ()
 
 
 def known_columns(names: Iterable[str], columns: Sequence[str], needed: Sequence[str], uri: str) -> dict[str, str]:
@@ -269,8 +298,10 @@ def known_columns(names: Iterable[str], columns: Sequence[str], needed: Sequence
         if (column := _folded(name)) in columns and column not in known.values():
             known[name] = column
     if needed and not set(needed) & set(known.values()):
+        if not uri.lower().endswith(".parquet") and _known_content(uri) is not None:
+            raise_unreadable(uri, "")
         found = ", ".join(names) or "none"
-        raise TableError(f"{storage.shown_uri(uri)}: a manifest needs the column {needed[0]!r}; it has {found}")
+        raise TableError(f"{storage.shown_uri(uri)}: a manifest needs the column {needed[0]!r}; it has {found:.500}")
     return known
 
 

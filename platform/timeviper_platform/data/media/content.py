@@ -69,6 +69,25 @@ def describe_content(file: IO[bytes]) -> str | None:
     return None if text is None else _describe_text(text)
 
 
+def describe_manifest(file: IO[bytes], suffix: str) -> str | None:
+    """Returns what a file *.`suffix` holds instead of a table, and the way out; None for contents without a rule."""
+    head = file.read(HEAD_BYTES)
+    file.seek(0)
+    if head.startswith(b"PAR1"):
+        cut = "a Parquet file without its end: it was cut; write or fetch it again"
+        return cut if suffix == "parquet" else "a Parquet file; name it *.parquet"
+    if head.startswith(b"\x1f\x8b"):
+        return f"a gzip archive; name it *.{suffix}.gz" if suffix != "parquet" else "a gzip archive; unpack it"
+    text = _text(head)
+    if text is None:
+        known = describe_content(file)
+        is_binary = suffix != "parquet" and any(byte < 32 and byte not in b"\t\n\f\r" for byte in head)
+        return "binary data; fetch it again, or name it after its format" if is_binary and known is None else known
+    if any(text.encode().startswith(prefix) for prefix, _ in _PREFIXES) or text.startswith("<"):
+        return _describe_text(text).removesuffix(", not a medium")
+    return "text; name it *.csv, *.tsv, *.json or *.jsonl" if suffix == "parquet" else None
+
+
 def _describe_text(text: str) -> str:
     for prefix, description in _PREFIXES:
         if text.encode().startswith(prefix):

@@ -22,6 +22,10 @@ from timeviper_platform.data.media.medium import Medium, media_id_of
 
 NAN = float("nan")
 
+LFS_POINTER = (
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32\nsize 12\n"
+)
+
 Row = dict[str, Any]
 
 
@@ -228,9 +232,24 @@ def test_a_damaged_row_group_costs_its_rows_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("m.parquet", b"PAR1 but no footer PAR1", "is not a readable manifest"),
-        ("m.jsonl.gz", b"no gzip at all", "is not a readable manifest"),
-        ("m.jsonl", b"<html>\n</html>", "is not a readable manifest: not JSON"),
+        (
+            "m.parquet",
+            b"PAR1 but no footer PAR1",
+            "it is a Parquet file without its end: it was cut",
+        ),
+        ("m.parquet", b"", "is 0 bytes; write or fetch it again"),
+        ("m.parquet", b"uri\na.mp4\n", r"it is text; name it \*.csv, \*.tsv, \*.json or \*.jsonl"),
+        ("m.parquet", LFS_POINTER, "it is a Git LFS pointer, not the file; run git lfs pull"),
+        ("m.csv", LFS_POINTER, "it is a Git LFS pointer, not the file; run git lfs pull"),
+        ("m.csv", b"<html>\n</html>", "it is an HTML page"),
+        ("m.csv", parquet([{"uri": "a.mp4"}]), r"it is a Parquet file; name it \*.parquet"),
+        ("m.csv", gzip.compress(b"uri\na.mp4\n"), r"it is a gzip archive; name it \*.csv.gz"),
+        ("m.csv", bytes(500), "it is zero bytes, as of a download that never finished"),
+        ("m.csv", b"\x01\x02 of no format", "it is binary data; fetch it again"),
+        ("m.csv", "größe,path\n1,a.mp4\n".encode("latin-1"), "needs the column 'uri'; it has"),
+        ("m.jsonl.gz", b"no gzip at all", "Not a gzipped file .*; write or fetch it again"),
+        ("m.jsonl", b"<html>\n</html>", "it is an HTML page"),
+        ("m.jsonl", b"hello world\n", "not JSON: .*; write or fetch it again"),
         ("m.json", b'{\n "data": [\n {"uri": "a.mp4"}]}', "needs the column 'uri'; it has data"),
         ("m.jsonl", b'{"path": "a.mp4"}\n{"file": "b.mp4"}\n', "needs the column 'uri'; it has file, path"),
         ("m.csv", b"", "needs the column 'uri'; it has none"),
@@ -248,6 +267,14 @@ def test_a_manifest_without_readable_rows_is_an_error_alone_and_a_reject_among_o
     assert bad.error is not None
     assert bad.error.message.startswith(f"{tmp_path}/{name}")
     assert good.error is None
+
+
+def test_what_follows_a_json_array_is_a_reject(tmp_path: Path) -> None:
+    (tmp_path / "m.json").write_text('[{"uri": "a.mp4"}]\n[{"uri": "b.mp4"}]\n')
+    (good, bad), *_ = read_pages(str(tmp_path / "m.json"))
+    assert good.error is None
+    assert bad.error is not None
+    assert "not JSON from here on: something follows the array" in bad.error.message
 
 
 def test_json_arrays_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
