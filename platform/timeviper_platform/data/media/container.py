@@ -201,19 +201,36 @@ def source_name(source: str | bytes) -> str:
     return storage.shown_uri(source)
 
 
-def read_head(source: str | bytes, limits: MediaLimits | None = None) -> bytes:
-    with open_binary(source, limits) as file:
-        return bytes(file.read(HEAD_BYTES))
+class MediaFile:
+    """A medium opened once for its first bytes and its first reader, because a remote file fetches them when opened."""
 
+    def __init__(self, source: str | bytes, limits: MediaLimits | None = None) -> None:
+        """Raises OSError."""
+        self._source, self._limits = source, limits
+        self._file = open_binary(source, limits)
+        self.head = bytes(self._file.read(HEAD_BYTES))
+        if isinstance(source, str) and is_local_file(source):
+            self.close()
 
-def open_container(source: str | bytes, limits: MediaLimits | None = None) -> Any:
-    """Opens a container. The prefix `file:` keeps local names from selecting a protocol. Tags need not be UTF-8."""
-    options = {"format_whitelist": ",".join(FORMAT_WHITELIST), "protocol_whitelist": "file"}
-    options["merge_pmt_versions"] = "1"  # MPEG-TS: a later recording may use other PIDs
-    if isinstance(source, str) and is_local_file(source):
-        return av.open("file:" + storage.split_uri(source)[1], options=options, metadata_errors="replace")
-    file = open_binary(source, limits)
-    return av.open(file, options=options, buffer_size=1 << 20, metadata_errors="replace")
+    def open(self) -> Any:
+        """Returns a seekable file at its start."""
+        file, self._file = self._file or open_binary(self._source, self._limits), None
+        file.seek(0)
+        return file
+
+    def open_container(self) -> Any:
+        """Opens a container. The prefix `file:` keeps local names from selecting a protocol. Tags need not be UTF-8."""
+        options = {"format_whitelist": ",".join(FORMAT_WHITELIST), "protocol_whitelist": "file"}
+        options["merge_pmt_versions"] = "1"  # MPEG-TS: a later recording may use other PIDs
+        if isinstance(self._source, str) and is_local_file(self._source):
+            path = "file:" + storage.split_uri(self._source)[1]
+            return av.open(path, options=options, metadata_errors="replace")
+        return av.open(self.open(), options=options, buffer_size=1 << 20, metadata_errors="replace")
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 def video_stream(container: Any, stage: Stage, name: str) -> Any:

@@ -16,12 +16,11 @@ from timeviper_platform.data.media.clock import StreamClock
 from timeviper_platform.data.media.container import (
     DecodeError,
     ErrorType,
+    MediaFile,
     MediaLimits,
     check_size,
     decode_errors,
     open_binary,
-    open_container,
-    read_head,
     source_name,
     unreadable,
     video_stream,
@@ -63,11 +62,11 @@ def probe_media(source: str | bytes, limits: MediaLimits | None = None) -> Mediu
     """Returns the medium at `source` (URI or bytes) with its header fields. Raises DecodeError."""
     limits = limits or MediaLimits()
     with decode_errors("probe", source, limits):
-        head = read_head(source, limits)
-        if not head:
+        file = MediaFile(source, limits)
+        if not file.head:
             raise DecodeError("probe", ErrorType.EMPTY_FILE, f"{source_name(source)}: the file has 0 bytes")
-        is_picture = sniff_modality(head) == "image"
-        probe = _probe_picture(source, head, limits) if is_picture else _probe_video(source, head, limits)
+        is_picture = sniff_modality(file.head) == "image"
+        probe = _probe_picture(source, file) if is_picture else _probe_video(source, file, limits)
     check_size(probe.width, probe.height, limits, "probe", source_name(source))
     return probe
 
@@ -102,11 +101,11 @@ def sha256_of(uri: str, limits: MediaLimits | None = None) -> str:
         return digest.hexdigest()
 
 
-def _probe_picture(source: str | bytes, head: bytes, limits: MediaLimits) -> Medium:
+def _probe_picture(source: str | bytes, opened: MediaFile) -> Medium:
     """An animation is a video."""
     uri = source if isinstance(source, str) else source_name(source)
-    with open_binary(source, limits) as file:
-        animation = scan_animation(file, head)
+    with opened.open() as file:
+        animation = scan_animation(file, opened.head)
         if animation is not None:
             return Medium(
                 uri,
@@ -124,9 +123,9 @@ def _probe_picture(source: str | bytes, head: bytes, limits: MediaLimits) -> Med
         return Medium(uri, modality="image", width=header.width, height=header.height, codec=header.codec)
 
 
-def _probe_video(source: str | bytes, head: bytes, limits: MediaLimits) -> Medium:
+def _probe_video(source: str | bytes, opened: MediaFile, limits: MediaLimits) -> Medium:
     name = source_name(source)
-    with open_container(source, limits) as container:
+    with opened.open_container() as container:
         if not len(container.streams):
             kind, fact = unreadable(source, limits)
             raise DecodeError("probe", kind, f"{name}: {fact or 'it has no streams'}")
@@ -135,7 +134,7 @@ def _probe_video(source: str | bytes, head: bytes, limits: MediaLimits) -> Mediu
         if not context.width or not context.height:
             raise DecodeError("probe", ErrorType.CORRUPT_FILE, f"{name}: the video stream has no frame size")
         clock = StreamClock(container, stream)
-        is_cut = is_cut_short(head, container, stream)
+        is_cut = is_cut_short(opened.head, container, stream)
         packets = None if is_cut and stream.duration else read_to_end(container, stream, clock, name=name)
         ends = [] if packets is None or not packets.num_shown else [packets.end_tick]
         if is_cut:  # the frames that are gone count as missing

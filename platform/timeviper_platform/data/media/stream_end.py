@@ -57,7 +57,7 @@ def is_cut_short(head: bytes, container: Any, stream: Any) -> bool:
     """Returns True when the index, or the size in the header, ends after the file.
 
     Args:
-        head: the file's first bytes, by `read_head`.
+        head: the file's first bytes.
     """
     entries = stream.index_entries if has_full_index(container) else ()
     last = entries[len(entries) - 1] if len(entries) else None

@@ -21,10 +21,10 @@ from timeviper_platform.data.media.animations import Animation, AnimationFrame, 
 from timeviper_platform.data.media.container import (
     DecodeError,
     ErrorType,
+    MediaFile,
     MediaLimits,
     check_size,
     decode_errors,
-    open_binary,
     source_name,
 )
 from timeviper_platform.data.media.pictures import (
@@ -35,7 +35,6 @@ from timeviper_platform.data.media.pictures import (
     picture_errors,
     png_chunks,
 )
-from timeviper_platform.data.media.signatures import HEAD_BYTES
 from timeviper_platform.data.video.frames import FrameBatch, Resample
 from timeviper_platform.data.video.pictures import on_white, scaled, with_8_bits
 
@@ -50,6 +49,7 @@ class AnimationReader:
         *,
         limits: MediaLimits | None = None,
         resample: Resample = "bicubic",
+        file: MediaFile | None = None,
     ) -> None:
         """Raises DecodeError when the file holds no animation."""
         limits = limits or MediaLimits()
@@ -58,8 +58,9 @@ class AnimationReader:
         name = source_name(source)
         check = partial(check_size, limits=limits, stage="decode_video", name=name)
         with decode_errors("decode_video", source, limits):
-            self._file = open_binary(source, limits)
-            animation = scan_animation(self._file, self._file.read(HEAD_BYTES))
+            file = file or MediaFile(source, limits)
+            self._file = file.open()
+            animation = scan_animation(self._file, file.head)
             if animation is None:
                 raise DecodeError("decode_video", ErrorType.NO_VIDEO_STREAM, f"{name}: a still picture, not a video")
             check(animation.width, animation.height)

@@ -17,9 +17,9 @@ from av.video.reformatter import VideoReformatter
 
 from timeviper_platform.data.media.clock import StreamClock, VideoPackets
 from timeviper_platform.data.media.container import (
+    MediaFile,
     MediaLimits,
     decode_errors,
-    open_container,
     source_name,
     video_stream,
 )
@@ -44,6 +44,7 @@ class KeyframeReader:
         limits: MediaLimits | None = None,
         joined_parts: int | None = None,
         resample: Resample = "bicubic",
+        file: MediaFile | None = None,
     ) -> None:
         self._source, self._name = source, source_name(source)
         self._image_size, self._step = image_size, step
@@ -55,6 +56,7 @@ class KeyframeReader:
         self._held: Any = None  # a packet past the last requested time
         self._position: int  # keyframes are read up to here
         with decode_errors("decode_video", source, self._limits):
+            self._file = file or MediaFile(source, self._limits)
             self._open()
 
     def sample(self, times: Sequence[Fraction]) -> FrameBatch:
@@ -141,7 +143,7 @@ class KeyframeReader:
         )
 
     def _open(self) -> None:
-        self._container = open_container(self._source, self._limits)
+        self._container = self._file.open_container()
         self._stream = video_stream(self._container, "decode_video", self._name)
         self._stream.codec_context.thread_type = "NONE"
         self._clock = StreamClock(self._container, self._stream)

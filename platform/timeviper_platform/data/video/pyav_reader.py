@@ -23,12 +23,11 @@ from av.video.reformatter import Interpolation, VideoReformatter
 
 from timeviper_platform.data.media.clock import StreamClock, VideoPackets
 from timeviper_platform.data.media.container import (
+    MediaFile,
     MediaLimits,
     check_size,
     decode_errors,
     is_local_file,
-    open_container,
-    read_head,
     source_name,
     video_stream,
 )
@@ -132,6 +131,7 @@ class PyAVReader:
         limits: MediaLimits | None = None,
         joined_parts: int | None = None,
         resample: Resample = "bicubic",
+        file: MediaFile | None = None,
     ) -> None:
         self._source = source
         self._name = source_name(source)
@@ -147,6 +147,7 @@ class PyAVReader:
         self._starts_damaged = False
         self._damaged: set[int] = set()  # PTS of frames after damage
         with decode_errors("decode_video", source, self._limits):
+            self._file = file or MediaFile(source, self._limits)
             self._open()
         self._has_timestamps = self._clock.has_pts
 
@@ -435,7 +436,7 @@ class PyAVReader:
     # -- container and decoder ---------------------------------------------------------------------------------------
 
     def _open(self, ahead: LookAhead | None = None) -> None:
-        self._container = open_container(self._source, self._limits)
+        self._container = self._file.open_container()
         self._stream = video_stream(self._container, "decode_video", self._name)
         self._clock = StreamClock(self._container, self._stream)
         self._may_seek = not self._clock.may_jump or self._joined_parts == 1
@@ -456,7 +457,7 @@ class PyAVReader:
 
     @property
     def _is_cut_short(self) -> bool:
-        return is_cut_short(read_head(self._source, self._limits), self._container, self._stream)
+        return is_cut_short(self._file.head, self._container, self._stream)
 
     def _send(self, packet: Any) -> list[Any]:
         """Decodes a packet; None drains the decoder."""

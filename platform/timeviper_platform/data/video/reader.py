@@ -17,9 +17,9 @@ import numpy as np
 from timeviper_platform.data.media.container import (
     DecodeError,
     ErrorType,
+    MediaFile,
     MediaLimits,
     decode_errors,
-    read_head,
     source_name,
 )
 from timeviper_platform.data.media.probe import probe_media
@@ -55,16 +55,22 @@ def open_video(
         DecodeError: when the video cannot be opened.
     """
     with decode_errors("decode_video", source, limits):
-        is_picture = sniff_modality(read_head(source, limits)) == "image"
-    if is_picture:
+        file = MediaFile(source, limits)
+    if sniff_modality(file.head) == "image":
         from timeviper_platform.data.video.animation_reader import AnimationReader
 
-        return AnimationReader(source, image_size, limits=limits, resample=resample)
+        return AnimationReader(source, image_size, limits=limits, resample=resample, file=file)
     if keyframe_step is not None:
         from timeviper_platform.data.video.keyframe_reader import KeyframeReader
 
         return KeyframeReader(
-            source, image_size, step=keyframe_step, limits=limits, joined_parts=joined_parts, resample=resample
+            source,
+            image_size,
+            step=keyframe_step,
+            limits=limits,
+            joined_parts=joined_parts,
+            resample=resample,
+            file=file,
         )
     try:
         if backend == "decord":
@@ -79,7 +85,7 @@ def open_video(
         logger.info("%s: falling back from %s to PyAV: %s", source_name(source), backend, reason)
     from timeviper_platform.data.video.pyav_reader import PyAVReader
 
-    return PyAVReader(source, image_size, limits=limits, joined_parts=joined_parts, resample=resample)
+    return PyAVReader(source, image_size, limits=limits, joined_parts=joined_parts, resample=resample, file=file)
 
 
 def check_backend(backend: Backend) -> None:

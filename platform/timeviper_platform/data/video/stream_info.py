@@ -10,11 +10,10 @@ import numpy as np
 
 from timeviper_platform.data.media.clock import StreamClock, VideoPackets
 from timeviper_platform.data.media.container import (
+    MediaFile,
     MediaLimits,
     check_size,
     decode_errors,
-    open_container,
-    read_head,
     source_name,
     video_stream,
 )
@@ -47,7 +46,13 @@ def read_stream_info(source: str | bytes, limits: MediaLimits) -> StreamInfo:
         BackendUnfitError: for streams that only PyAVReader reads exactly.
     """
     name = source_name(source)
-    with decode_errors("decode_video", source, limits), open_container(source, limits) as container:
+    with decode_errors("decode_video", source, limits):
+        file = MediaFile(source, limits)
+        return _stream_info(file, limits, name)
+
+
+def _stream_info(file: MediaFile, limits: MediaLimits, name: str) -> StreamInfo:
+    with file.open_container() as container:
         num_video_streams = len(container.streams.video)
         stream = video_stream(container, "decode_video", name)
         context = stream.codec_context
@@ -80,7 +85,7 @@ def read_stream_info(source: str | bytes, limits: MediaLimits) -> StreamInfo:
             clock=clock,
             ticks=np.sort(np.array(stamps, np.int64)),
             end_tick=packets.end_tick,
-            is_cut_short=is_cut_short(read_head(source, limits), container, stream),
+            is_cut_short=is_cut_short(file.head, container, stream),
             orientation=orientation or UPRIGHT,
         )
 

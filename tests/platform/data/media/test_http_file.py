@@ -19,9 +19,9 @@ from timeviper_platform.common import storage
 from timeviper_platform.data.media.container import DecodeError, ErrorType, MediaLimits, open_binary
 from timeviper_platform.data.media.http_file import DomainNotAllowedError, ascii_url, check_allowed
 from timeviper_platform.data.media.medium import Medium
-from timeviper_platform.data.media.probe import file_version
+from timeviper_platform.data.media.probe import file_version, probe_media
 from timeviper_platform.data.plan.segments import PlanSpec, plan_page
-from timeviper_platform.data.video.reader import read_frames
+from timeviper_platform.data.video.reader import open_video, read_frames
 from timeviper_platform.data.video_worker.frame_source import DecodeConfig, DecodeRequest, DecodeResult, LocalFrames
 
 HERE = DecodeConfig(isolation="none")
@@ -275,3 +275,19 @@ def test_a_refused_redirect_is_not_quoted(server: Server) -> None:
     assert isinstance(error, DecodeError)
     assert "HTTP 302 Found" in error.message
     assert "secret" not in error.message
+
+
+def test_a_video_is_opened_with_the_bytes_that_told_what_it_is(server: Server) -> None:
+    film, gif = io.BytesIO(), io.BytesIO()
+    make_video(film, range(16), format="mp4")
+    pictures = [Image.fromarray(picture(number)) for number in range(3)]
+    pictures[0].save(gif, "GIF", save_all=True, append_images=pictures[1:], duration=1000)
+    server.files = {"film.mp4": film.getvalue(), "film.gif": gif.getvalue()}
+    for name in server.files:
+        url = server.url(name)
+        reader = open_video(url, 32, limits=LIMITS)
+        assert len(reader.sample([Fraction(0), Fraction(1)]).frames) == 2
+        reader.close()
+        assert server.requests[name] == 1
+        assert probe_media(url, LIMITS).modality == "video"
+        assert server.requests[name] == 2
