@@ -9,6 +9,7 @@ import io
 import logging
 import re
 import struct
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -124,13 +125,14 @@ def load_picture(file: Any, check: Callable[[int, int], None]) -> LoadedPicture:
     if is_heic(file.read(HEAD_BYTES)):
         with picture_errors():
             return LoadedPicture(HeicPicture(file).load(check), False)
+    is_faulty = has_wrong_checksum(file)
     file.seek(0)
     image = open_picture(file)
     check(*image.size)
     with picture_errors():
         fault = _load(image)
         if fault is None:
-            return LoadedPicture(image, False)
+            return LoadedPicture(image, is_faulty)
         logger.debug("a picture does not decode whole: %s", fault)
         repaired = _without_text(file, image) or _with_end(file, image)
         if repaired is not None and not repaired.is_damaged:
@@ -154,6 +156,22 @@ def png_chunks(file: Any) -> Iterator[Chunk]:
         if kind == b"IEND":
             return
         file.seek(offset + length + 4)
+
+
+def has_wrong_checksum(file: Any) -> bool:
+    """Returns whether the data of a PNG's picture are damaged, which Pillow does not check. False for other formats."""
+    file.seek(0)
+    if file.read(len(PNG_SIGNATURE)) != PNG_SIGNATURE:
+        return False
+    for chunk in png_chunks(file):
+        if chunk.kind in (b"IDAT", b"fdAT"):
+            file.seek(chunk.offset)
+            checksum, left = zlib.crc32(chunk.kind), chunk.length
+            while left and (part := file.read(min(left, 1 << 20))):
+                checksum, left = zlib.crc32(part, checksum), left - len(part)
+            if file.read(4) != checksum.to_bytes(4, "big"):
+                return True
+    return False
 
 
 def without_text(file: Any) -> io.BytesIO | None:

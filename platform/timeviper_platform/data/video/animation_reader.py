@@ -30,6 +30,7 @@ from timeviper_platform.data.media.container import (
 from timeviper_platform.data.media.pictures import (
     PNG_SIGNATURE,
     PictureError,
+    has_wrong_checksum,
     load_picture,
     open_picture,
     picture_errors,
@@ -176,7 +177,15 @@ class _Canvas:
             self.is_damaged = True
             return
         self._is_empty = False
-        self.is_damaged |= loaded.is_damaged or frame.is_cut
+        self.is_damaged |= loaded.is_damaged or frame.is_cut or self._is_faulty(frame)
+
+    def _is_faulty(self, frame: AnimationFrame) -> bool:
+        """Returns whether a frame breaks its format: only GIF's may exceed the canvas."""
+        if self._animation.format == "gif":
+            return False
+        is_outside = _inside(frame.box, self._image.size) != frame.box
+        is_png = self._animation.format == "apng"
+        return is_outside or (is_png and has_wrong_checksum(io.BytesIO(PNG_SIGNATURE + self._read(frame))))
 
     def _read(self, frame: AnimationFrame) -> bytes:
         self._file.seek(frame.offset)

@@ -79,7 +79,7 @@ class KeyframeReader:
                     continue
                 if frame is None:  # it needs earlier frames, as with intra refresh
                     continue
-                if frame.is_corrupt:
+                if frame.is_corrupt or (packet.is_corrupt and not self._clock.may_jump):
                     num_missing += 1
                 else:
                     kept.append((times[index], _stamp(packet), self._scale(frame)))

@@ -464,6 +464,8 @@ class PyAVReader:
         if packet is not None and packet.is_keyframe:
             self._walk.has_keyframe = True
             self._walk.clean_from = packet.dts if packet.pts is None else packet.pts
+        if packet is not None and packet.is_corrupt and not self._clock.may_jump:
+            self._note_damage()  # cut; in transport streams also whole packets before a join
         try:
             return list(self._context.decode(packet))
         except av.error.FFmpegError as error:

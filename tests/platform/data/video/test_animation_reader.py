@@ -160,6 +160,16 @@ def test_a_broken_frame_is_damage_until_a_frame_covers_it() -> None:
     assert (batch.frames[3] == 160).all()
 
 
+def test_a_frame_that_breaks_its_format_is_damage() -> None:
+    patches = [Patch(pixels=np.full((CANVAS, CANVAS, 4), 255 - 50 * k, np.uint8), is_blended=False) for k in range(4)]
+    content = bytearray(write_apng(patches))
+    content[content.index(b"fcTL", content.index(b"IDAT")) - 5] ^= 1  # the checksum of the first
+    second = content.index(b"fcTL", content.index(b"fcTL") + 1)
+    content[second + 16 : second + 20] = (2).to_bytes(4, "big")  # its x: it exceeds the canvas
+    batch = AnimationReader(bytes(content), CANVAS).sample([Fraction(k, 10) for k in range(4)])
+    assert (len(batch.frames), batch.num_missing, batch.num_damaged) == (4, 0, 2)
+
+
 def test_many_frames_take_the_memory_of_one() -> None:
     content = bytearray(write_gif([Patch(pixels=np.zeros((CANVAS, CANVAS, 4), np.uint8))]))
     screen = (1024).to_bytes(2, "little") * 2

@@ -41,6 +41,13 @@ def test_an_image_is_one_upright_frame_on_white(tmp_path: Path) -> None:
     assert frame.frames[0, 2, 2, 2] > 200 > 60 > frame.frames[0, -3, 2, 2]  # blue above, red below
 
 
+def test_a_png_whose_data_have_another_checksum_is_partial() -> None:
+    content = bytearray(png16(0, [GREY]))
+    assert read_frames(bytes(content), SIZE).num_damaged == 0
+    content[content.index(b"IEND") - 5] ^= 1
+    assert read_frames(bytes(content), SIZE).num_damaged == 1
+
+
 GREY = np.linspace(0, 0xFFFF, SIZE * SIZE).astype(np.uint16).reshape(SIZE, SIZE)
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from reference.numbered_videos import SIZE, check_every_path, numbered_video, on_screen, remux, shown
 from reference.painted_numbers import read_number
+from reference.synthetic_media import make_video
 from timeviper_platform.data.video.decord_reader import DecordReader
 from timeviper_platform.data.video.keyframe_reader import KeyframeReader
 from timeviper_platform.data.video.reader import open_video, read_frames
@@ -138,3 +139,16 @@ def test_decoding_starts_at_ordinary_keyframes(codec: str, format: str, caplog: 
         for t in (2, 5, 11, 8, 3, 10):
             assert shown(reader.sample([Fraction(t)])) == on_screen(range(300))[t : t + 1]
     assert "without seeks" not in caplog.text
+
+
+def test_the_picture_of_a_cut_packet_is_damaged() -> None:
+    film = io.BytesIO()
+    make_video(film, range(16), codec="ffvhuff", format="avi", container_options={"fflags": "+bitexact"})
+    content = film.getvalue()
+    with av.open(io.BytesIO(content)) as container:
+        last = [packet for packet in container.demux(video=0) if packet.size][9]
+        cut = content[: last.pos + 8 + last.size // 2]
+    batch = open_video(cut, SIZE).sample([Fraction(k, 8) for k in range(10)])
+    assert (len(batch.frames), batch.num_missing, batch.num_damaged) == (10, 0, 1)
+    keyframes = open_video(cut, SIZE, keyframe_step=Fraction(1, 8)).sample([Fraction(k, 8) for k in range(10)])
+    assert (len(keyframes.frames), keyframes.num_missing) == (9, 1)
