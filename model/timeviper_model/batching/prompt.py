@@ -111,22 +111,31 @@ def time_text(duration_seconds: float, num_frames: int) -> str:
     )
 
 
-def add_time_texts(turns: Sequence[Turn], time_texts: Sequence[str]) -> list[Turn]:
+def unused_marker(texts: Sequence[str]) -> str:
+    """Returns a marker that no text contains, so that a typed "<media>" stays text."""
+    marker, number = MEDIA_MARKER, 0
+    while any(marker in text for text in texts):
+        number += 1
+        marker = f"<media {number}>"
+    return marker
+
+
+def add_time_texts(turns: Sequence[Turn], time_texts: Sequence[str], *, marker: str = MEDIA_MARKER) -> list[Turn]:
     """Puts each medium's sentence ("" = none) directly after its place, and on a line of its own.
 
     Raises:
         ValueError: for more or fewer markers than media.
     """
-    texts = _place_markers([turn.text if turn.role == "user" else None for turn in turns], len(time_texts))
+    texts = _place_markers([turn.text if turn.role == "user" else None for turn in turns], len(time_texts), marker)
     remaining, result = iter(time_texts), []
     for turn, text in zip(turns, texts, strict=True):
         if text is None:
             result.append(turn)
             continue
-        first, *others = text.split(MEDIA_MARKER)
+        first, *others = text.split(marker)
         for after in others:
             sentence = next(remaining)
-            first += MEDIA_MARKER + sentence + (after.removeprefix("\n") if sentence else after)
+            first += marker + sentence + (after.removeprefix("\n") if sentence else after)
         result.append(Turn(role=turn.role, text=first))
     return result
 
@@ -167,11 +176,13 @@ def build_sample(
     *,
     template: ChatTemplate = NEMOTRON,
     add_generation_prompt: bool = False,
+    marker: str = MEDIA_MARKER,
 ) -> Sample:
     """Tokenises a conversation: an optional system turn, then alternating user and assistant turns.
 
     Args:
         add_generation_prompt: whether to open an assistant turn at the end.
+        marker: the place of a medium in a user's text.
 
     Raises:
         ValueError: for turns out of order, or more or fewer markers than media.
@@ -179,7 +190,8 @@ def build_sample(
     turns = [_without(turn, template.directives) for turn in conversation]
     system = turns.pop(0).text if turns and turns[0].role == "system" else template.default_system
     _check_turns(turns, add_generation_prompt)
-    texts = _place_markers([turn.text if turn.role == "user" else None for turn in turns], len(media_num_tokens))
+    user_texts = [turn.text if turn.role == "user" else None for turn in turns]
+    texts = _place_markers(user_texts, len(media_num_tokens), marker)
     writer = _Writer(tokenizer)
     writer.template(template.system[0])
     writer.text(f"{system}{template.after_system_text}" if system else "")
@@ -192,7 +204,7 @@ def build_sample(
             writer.template(template.assistant[1], response=True)
             continue
         writer.template((template.after_answer if index else "") + template.user[0])
-        first, *others = text.split(MEDIA_MARKER)
+        first, *others = text.split(marker)
         writer.text(first)
         for text_after in others:
             writer.vision(next(media))
@@ -290,13 +302,13 @@ def _check_turns(turns: Sequence[Turn], add_generation_prompt: bool) -> None:
         raise ValueError("a prompt for generation must end with a user turn")
 
 
-def _place_markers(texts: list[str | None], num_media: int) -> list[str | None]:
-    num_markers = sum(text.count(MEDIA_MARKER) for text in texts if text is not None)
+def _place_markers(texts: list[str | None], num_media: int, marker: str) -> list[str | None]:
+    num_markers = sum(text.count(marker) for text in texts if text is not None)
     if num_markers == 0 and num_media:
         first = next((index for index, text in enumerate(texts) if text is not None), None)
         if first is None:
             raise ValueError(f"{num_media} media but no user turn to hold them")
-        texts[first] = MEDIA_MARKER * num_media + (texts[first] or "")
+        texts[first] = marker * num_media + (texts[first] or "")
     elif num_markers != num_media:
-        raise ValueError(f"{num_markers} {MEDIA_MARKER} markers in the text but {num_media} media")
+        raise ValueError(f"{num_markers} {marker} markers in the text but {num_media} media")
     return texts

@@ -5,7 +5,8 @@ A refusal is a message, because an exception's traceback may contain a user's te
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import hashlib
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -51,7 +52,20 @@ class MediaBytes:
         return f"MediaBytes({len(self.data)} bytes, {self.modality})"  # keeps a user's picture out of logs
 
 
-MediaSource = StoredFeatures | MediaFile | MediaBytes
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MediaFrames:
+    """Pictures that are the frames of one video, in order."""
+
+    frames: tuple[MediaFile | MediaBytes, ...]
+    sha256: str
+
+    @classmethod
+    def of(cls, frames: Sequence[MediaFile | MediaBytes]) -> MediaFrames:
+        joined = "frames " + " ".join(frame.sha256 for frame in frames)
+        return cls(frames=tuple(frames), sha256=hashlib.sha256(joined.encode()).hexdigest())
+
+
+MediaSource = StoredFeatures | MediaFile | MediaBytes | MediaFrames
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,11 +82,25 @@ class FeatureReference:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChatTurn:
-    """A message of a conversation. Its media precede its text."""
+    """A message of a conversation."""
 
     role: Literal["system", "user", "assistant"]
     text: str
     media: tuple[FeatureReference, ...] = ()
+    offsets: tuple[int, ...] | None = None
+    """Where each medium stands in `text`, in characters, ascending; None = all before it."""
+
+    def __post_init__(self) -> None:
+        if self.offsets is not None and len(self.offsets) != len(self.media):
+            raise ValueError(f"{len(self.media)} media need as many offsets, not {len(self.offsets)}")
+
+    def marked_text(self, marker: str) -> str:
+        """Returns the text with a marker for each medium."""
+        pieces, end = [], 0
+        for offset in self.offsets or (0,) * len(self.media):
+            pieces += [self.text[end:offset], marker]
+            end = offset
+        return "".join([*pieces, self.text[end:]])
 
     def __repr__(self) -> str:
         return f"ChatTurn({self.role}, {len(self.text)} characters, {len(self.media)} media)"

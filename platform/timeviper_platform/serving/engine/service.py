@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from timeviper_model.batching.batch import Sample
-from timeviper_model.batching.prompt import MEDIA_MARKER, ChatTemplate, Turn, add_time_texts, build_sample, time_text
+from timeviper_model.batching.prompt import ChatTemplate, Turn, add_time_texts, build_sample, time_text, unused_marker
 from timeviper_model.batching.tokenizer_template import chat_template
 from timeviper_model.inference.engine import InferenceEngine
 from timeviper_model.inference.requests import (
@@ -228,20 +228,17 @@ def build_prompt(
     """Builds the prompt up to the assistant's turn.
 
     Raises:
-        ValueError: for turns out of order, or text that contains the media marker.
+        ValueError: for turns out of order.
     """
-    conversation = []
-    for turn in turns:
-        if MEDIA_MARKER in turn.text:
-            raise ValueError(f"a text must not contain {MEDIA_MARKER}, the server's internal marker for media")
-        text = turn.text
-        if turn.role == "user":
-            text = MEDIA_MARKER * len(turn.media) + text
-        conversation.append(Turn(role=turn.role, text=text))
+    marker = unused_marker([turn.text for turn in turns])
+    conversation = [Turn(role=turn.role, text=turn.marked_text(marker)) for turn in turns]
     if with_time_text:
-        conversation = add_time_texts(conversation, [_time_text(medium) for turn in turns for medium in turn.media])
+        times = [_time_text(medium) for turn in turns for medium in turn.media]
+        conversation = add_time_texts(conversation, times, marker=marker)
     num_tokens = [medium.num_frames * medium.num_tokens_per_frame for turn in turns for medium in turn.media]
-    return build_sample(tokenizer, conversation, num_tokens, template=template, add_generation_prompt=True)
+    return build_sample(
+        tokenizer, conversation, num_tokens, template=template, add_generation_prompt=True, marker=marker
+    )
 
 
 def prefix_key(tenant: str, media: Sequence[FeatureReference]) -> str | None:

@@ -216,7 +216,6 @@ def test_impossible_requests_are_refused(weights: Path) -> None:
         two_users = (ChatTurn(role="user", text="a"), ChatTurn(role="user", text="b"))
         submitted = [
             request("x" * 200),
-            request("a <media> b"),
             request(turns=two_users),
             request(media=(lost,)),
         ]
@@ -225,7 +224,6 @@ def test_impossible_requests_are_refused(weights: Path) -> None:
     refusals = run(weights, scenario, engine=EngineConfig(max_prompt_tokens=100))
     assert [(refusal.status, refusal.code) for refusal in refusals] == [
         (400, "context_length_exceeded"),
-        (400, "invalid_value"),
         (400, "invalid_value"),
         (503, "features_lost"),
     ]
@@ -268,6 +266,21 @@ def test_a_turns_media_come_before_its_text() -> None:
     assert places == list(range(places[0], places[0] + 12))
     assert TOKENIZER.decode(sample.input_ids[places[-1] + 1 :]).startswith("First?\n<SPECIAL_12>")
     assert TOKENIZER.decode(sample.input_ids).endswith("<SPECIAL_11>Assistant\n")
+
+
+def test_media_stand_where_the_turn_has_them_and_a_typed_marker_is_text() -> None:
+    """Before, a text with <media> was refused."""
+    typed = "Is <media> or <media 1> a tag?"
+    turn = ChatTurn(role="user", text=f"A:B:{typed}", media=(video(1), video(2)), offsets=(2, 4))
+    sample = build_prompt(TOKENIZER, [turn], NEMOTRON, with_time_text=True)
+    shown = "".join(
+        "*" if row >= 0 else TOKENIZER.decode([token])
+        for token, row in zip(sample.input_ids, sample.vision_index, strict=True)
+    )
+    first, second = (f"{'*' * (4 * frames)}{time_text(frames, frames)}" for frames in (1, 2))
+    assert f"A:{first}B:{second}{typed}" in shown
+    with pytest.raises(ValueError, match="as many offsets"):
+        ChatTurn(role="user", text="", media=(video(1),), offsets=())
 
 
 def test_the_time_text_follows_each_video_when_it_is_on() -> None:
