@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -161,10 +163,9 @@ def test_bad_input_is_a_4xx_in_openais_shape_and_never_a_500(endpoint: Endpoint)
         "text file as video": (inline(b"this is a text file" * 10), 415),
         "empty video": (inline(b""), 415),
         "playlist": (inline(b"#EXTM3U\nfile:///etc/passwd\n"), 415),
-        "two user turns": (body(messages=[*question("a"), *question("b")]), 400),
-        "media marker in a text": (body(messages=question("<media>", "feature://film")), 400),
         "n too high": (body(n=9), 400),
-        "unknown field": (body(tools=[]), 400),
+        "unknown field": (body(max_token=3), 400),
+        "tools": (body(tools=[{"type": "function"}]), 400),
     }
     for name, (data, status) in cases.items():
         got, answer = post(endpoint, data)
@@ -172,6 +173,48 @@ def test_bad_input_is_a_4xx_in_openais_shape_and_never_a_500(endpoint: Endpoint)
         assert set(answer["error"]) == {"message", "type", "param", "code"}, name
     assert post(endpoint, b"x", "/v1/files")[0] == 415
     assert post(endpoint, b"{}", "/v1/nothing")[0] == 404
+
+
+@pytest.mark.cluster
+def test_the_openai_package_talks_files_models_and_second_turns(endpoint: Endpoint) -> None:
+    """A second turn with the first one's message object was refused before."""
+    client = endpoint.client
+    assert client.models.retrieve(MODEL).id == MODEL
+    uploaded = client.files.create(
+        file=endpoint.video, purpose="vision", expires_after={"anchor": "created_at", "seconds": 3600}
+    )
+    assert client.files.content(uploaded.id).read() == endpoint.video.read_bytes()
+    assert [file.id for file in client.files.list()] == [uploaded.id]
+    first: Any = [*question("<media>", uploaded.id), *question("What?")]
+    options: Any = {"model": MODEL, "max_tokens": 5000, "stop": None, "tools": openai.omit, "user": "me"}
+    one = client.chat.completions.create(messages=first, **{**options, "max_tokens": 8})
+    second = [*first, one.choices[0].message, *question("Why?")]
+    two = client.chat.completions.create(messages=second, **options, reasoning_effort="low", logit_bias={})
+    assert two.usage is not None
+    assert two.usage.completion_tokens <= 256
+    assert two.choices[0].finish_reason in ("stop", "length")
+    client.files.delete(uploaded.id)
+
+
+@pytest.mark.cluster
+def test_slow_clients_and_overrides_are_bounded_before_the_gateway(endpoint: Endpoint) -> None:
+    """Ray Serve's own server waits for ever, and lets clients switch off its timeouts."""
+    port = int(endpoint.url.rpartition(":")[2])
+    held = [socket.create_connection(("127.0.0.1", port)) for _ in range(700)]  # the limit is 512
+    try:
+        for connection in held:
+            connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n")
+        with urllib.request.urlopen(f"{endpoint.url}/health/live", timeout=10) as response:
+            assert response.status == 200
+        held[0].settimeout(10)
+        with contextlib.suppress(ConnectionResetError):
+            assert held[0].recv(10) == b""
+    finally:
+        for connection in held:
+            connection.close()
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(f"{endpoint.url}/nothing", timeout=10)
+    assert json.load(caught.value)["error"]["code"] == "unknown_url"
 
 
 @pytest.mark.cluster
@@ -187,6 +230,17 @@ def job(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The job's module, without its signal handlers."""
     monkeypatch.setattr(serve.signal, "signal", lambda *_: None)
     return serve
+
+
+def test_beyond_loopback_keys_are_required(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], job: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, anyone who reached the port was answered."""
+    config = tmp_path / "serve.yaml"
+    config.write_text((ROOT / "ray_configs/tiny/serve.yaml").read_text().replace("127.0.0.1", "0.0.0.0"))
+    monkeypatch.setattr(job.ray_cluster, "connect", lambda **_: pytest.fail("started"))
+    assert job.main(["--config", str(config)]) == 1
+    assert "listens on 0.0.0.0; set gateway.api_keys" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

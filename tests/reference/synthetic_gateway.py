@@ -98,7 +98,9 @@ class Server:
         self.features = Features()
         self.engine = Engine()
         app = create_app(GatewayConfig(media_root=str(folder / "media"), **config), self.features, self.engine)
-        self.http = TestClient(app, raise_server_exceptions=True)
+        self.http = TestClient(
+            app, base_url="http://localhost", client=("127.0.0.1", 50000), raise_server_exceptions=True
+        )
 
     def chat(self, content: Any = "hi", *, key: str | None = None, **values: Any) -> Any:
         body = {"model": "timeviper", "messages": [{"role": "user", "content": content}], **values}

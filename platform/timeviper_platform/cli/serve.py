@@ -28,10 +28,12 @@ from timeviper_platform.common import ray_cluster
 from timeviper_platform.common.config import load_config
 from timeviper_platform.common.job import JobParser, JobResult, run_job
 from timeviper_platform.serving.app import ServeConfig, build_application, resolve_paths
+from timeviper_platform.serving.gateway.connections import CALLBACK_VARIABLE, environment
 
 logger = logging.getLogger("serve")
 
 READY_TIMEOUT_S = 180.0
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 CONTROLLER = "SERVE_CONTROLLER_ACTOR"
 """Ray Serve's name for its controller."""
 
@@ -94,6 +96,8 @@ def serve_until_stopped(options: argparse.Namespace) -> JobResult:
     _watch_signals(stop)
     file = _load(options.config, options.overrides)
     (entry,) = file.applications
+    if file.http_options.host not in LOOPBACK:
+        entry.args.gateway.require_keys(f"but the server listens on {file.http_options.host}")
     if not ray_cluster.has_cluster():
         logger.info("RAY_ADDRESS is not set: starting a local Ray")
     ray_options: dict[str, Any] = {
@@ -119,6 +123,12 @@ def _watch_signals(stop: threading.Event) -> None:
 def _serve(file: ServeFile, entry: ApplicationEntry, port: int, stop: threading.Event) -> None:
     was_running = _is_serve_running()
     http = file.http_options
+    if was_running:
+        logger.warning(
+            "Ray Serve was running already: slow clients are bounded only if %s was set where it started; see"
+            " docs/serve.md",
+            CALLBACK_VARIABLE,
+        )
     serve.start(
         proxy_location=file.proxy_location,
         http_options={
@@ -127,6 +137,9 @@ def _serve(file: ServeFile, entry: ApplicationEntry, port: int, stop: threading.
             "request_timeout_s": http.request_timeout_s,
             "keep_alive_timeout_s": http.keep_alive_timeout_s,
         },
+        controller_options={
+            "runtime_env": {"env_vars": environment(entry.args.gateway.connections)}
+        },  # for its proxies
     )
     try:
         application = build_application(resolve_paths(entry.args, Path.cwd()))

@@ -27,8 +27,10 @@ from timeviper_platform.serving.messages import (
     FeatureReference,
 )
 
-MAX_GATEWAY_REQUESTS = 512
-"""Concurrent requests per replica; most wait for the services."""
+MAX_GATEWAY_REQUESTS = 8192
+"""Concurrent requests per replica. They cost little; with fewer, slow bodies would block health checks."""
+GATEWAY_TARGET = 256
+"""Requests per replica that are served well."""
 STATS_TIMEOUT_S = 2.0
 """The engine reports statistics only between two steps."""
 FEATURE_QUEUE = 64
@@ -112,9 +114,7 @@ def build_application(config: ServeConfig) -> Any:
     engine_options = deployments.engine.options(
         capacity=engine.num_slots + engine.max_queued_requests, served_at_once=engine.num_slots
     )
-    gateway_options = deployments.gateway.options(
-        capacity=MAX_GATEWAY_REQUESTS, served_at_once=MAX_GATEWAY_REQUESTS // 2
-    )
+    gateway_options = deployments.gateway.options(capacity=MAX_GATEWAY_REQUESTS, served_at_once=GATEWAY_TARGET)
     features = serve.deployment(name="features", **feature_options)(FeatureReplica)
     engines = serve.deployment(name="engine", **engine_options)(EngineReplica)
     gateway = serve.deployment(name="gateway", **gateway_options)(GatewayReplica)

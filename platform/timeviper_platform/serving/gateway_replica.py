@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -13,7 +14,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from starlette.types import ASGIApp
 
 from timeviper_platform.common.logs import setup_logging
-from timeviper_platform.serving.gateway.config import GatewayConfig
+from timeviper_platform.serving.gateway.config import HAPROXY_VARIABLE, GatewayConfig
 from timeviper_platform.serving.gateway.routes import create_app
 from timeviper_platform.serving.messages import AnswerDelta, FeatureReference, GenerateRequest, MediaSource, Refusal
 
@@ -73,6 +74,10 @@ class ServiceHandle:
 class GatewayReplica:
     def __init__(self, config: GatewayConfig, features: Any, engine: Any) -> None:
         setup_logging()
+        if os.environ.get(HAPROXY_VARIABLE) == "1":
+            config.require_keys(
+                f"behind HAProxy ({HAPROXY_VARIABLE}=1), which hides whether a client is on this machine"
+            )
         self._app = create_app(
             config, ServiceHandle("feature service", features), ServiceHandle("engine service", engine)
         )

@@ -3,7 +3,8 @@
     job    12 bytes (length of JSON and data) with a file descriptor; JSON; data
     reply  4 bytes (length); JSON. Frames follow each other in the descriptor's memory.
 
-Jobs of kind `segments` get a reply per request, in order; `probes` one per medium, as they finish; `medium` one.
+Jobs of kind `segments` get a reply per request, in order; `probes` one per medium, as they finish; `medium` one, and
+`pictures` one with all of them as frames.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from timeviper_platform.data.media.container import DecodeError, ErrorType, Medi
 from timeviper_platform.data.media.medium import HEADER_FIELDS
 from timeviper_platform.data.media.probe import PROBE_THREADS, probe_media
 from timeviper_platform.data.video.frames import FrameBatch
+from timeviper_platform.data.video.pictures import read_image
 from timeviper_platform.data.video.reader import read_frames
 from timeviper_platform.data.video_worker.frame_source import DecodeConfig, DecodeRequest, LocalFrames, decode_stage
 
@@ -76,6 +78,7 @@ class JobRunner:
             "segments": self._segments,
             "probes": _probes,
             "medium": partial(_media, data=data),
+            "pictures": partial(_pictures, data=data),
         }
         retries = storage.num_retries()
         for reply, frames in kinds[job["kind"]](job):
@@ -103,6 +106,22 @@ def _frames(source: LocalFrames, request: DecodeRequest) -> _Reply:
 
 def _media(job: dict[str, Any], data: bytes) -> Iterator[_Reply]:
     yield _reply_or_error(lambda: _medium(job, data), "decode_video", job["uri"] or data)
+
+
+def _pictures(job: dict[str, Any], data: bytes) -> Iterator[_Reply]:
+    yield _reply_or_error(lambda: _read_pictures(job, data), "decode_image", data)
+
+
+def _read_pictures(job: dict[str, Any], data: bytes) -> _Reply:
+    """Decodes pictures, each at a URI or the next bytes of `data`."""
+    limits, frames, start = _limits(job), [], 0
+    for uri, num_bytes in job["pictures"]:
+        source: str | bytes = uri if uri is not None else data[start : start + num_bytes]
+        start += num_bytes
+        frames.append(read_image(source, job["image_size"], limits=limits, resample=job["resample"]).frames)
+    numbers = np.arange(len(frames), dtype=float)
+    reply, pixels = _reply(FrameBatch(np.concatenate(frames), numbers, numbers))
+    return reply | {"end_seconds": 0.0, "modality": "image"}, pixels
 
 
 def _probes(job: dict[str, Any]) -> Iterator[_Reply]:

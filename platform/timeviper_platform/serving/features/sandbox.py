@@ -15,9 +15,9 @@ import numpy as np
 
 from timeviper_platform.data.media.container import MediaLimits, Modality
 from timeviper_platform.data.video.frames import Resample
-from timeviper_platform.data.video.sampling import FrameSelection
+from timeviper_platform.data.video.sampling import FrameSelection, select_frames
 from timeviper_platform.data.video_worker.child_process import ChildDiedError, ChildLimits, DecodeChild
-from timeviper_platform.serving.messages import MediaBytes, MediaFile, Refusal
+from timeviper_platform.serving.messages import MediaBytes, MediaFile, MediaFrames, Refusal
 
 MAX_OPEN_FILES = 64
 MAX_WRITTEN_BYTES = 4 * 2**20
@@ -79,31 +79,39 @@ class DecodeSandbox:
 
     async def decode(
         self,
-        source: MediaFile | MediaBytes,
+        source: MediaFile | MediaBytes | MediaFrames,
         *,
         fps: float,
         max_frames: int,
         frame_selection: FrameSelection = "uniform",
     ) -> DecodedMedium | Refusal:
-        """Returns frames at `fps`, thinned to `max_frames`."""
+        """Returns frames at `fps`, thinned to `max_frames`. Pictures have no times, only `max_frames` thins them."""
+        if isinstance(source, MediaFrames):
+            indices = range(len(source.frames))
+            chosen = select_frames(indices, max_frames=max_frames, frame_selection=frame_selection)
+            pictures = [source.frames[index] for index in chosen]
+            places = [_place(picture) for picture in pictures]
+            data = b"".join(picture.data for picture in pictures if isinstance(picture, MediaBytes))
+            return await self._run({"kind": "pictures", "pictures": places}, data, len(pictures))
         data = source.data if isinstance(source, MediaBytes) else b""
-        limits = MediaLimits(max_pixels=self._config.max_pixels, max_frames=self._config.max_frames)
         job = {
             "kind": "medium",
             "uri": source.uri if isinstance(source, MediaFile) else None,
-            "image_size": self._image_size,
-            "resample": self._resample,
             "fps": str(fps),
             "max_frames": max_frames,
             "frame_selection": frame_selection,
-            "limits": asdict(limits),
         }
+        return await self._run(job, data, max_frames)
+
+    async def _run(self, job: dict[str, Any], data: bytes, num_frames: int) -> DecodedMedium | Refusal:
+        limits = MediaLimits(max_pixels=self._config.max_pixels, max_frames=self._config.max_frames)
+        sizes = {"image_size": self._image_size, "resample": self._resample, "limits": asdict(limits)}
         deadline_s = self._config.deadline_s
         async with self._slots:
             child = await self._take_child()
             try:
                 answer, memory = await asyncio.to_thread(
-                    child.run, job, data, num_frames=max_frames, deadline_seconds=deadline_s
+                    child.run, job | sizes, data, num_frames=num_frames, deadline_seconds=deadline_s
                 )
                 return self._medium(answer, memory)
             except TimeoutError:
@@ -148,6 +156,11 @@ class DecodeSandbox:
         pts_seconds = np.asarray(answer["pts_seconds"], np.float64)
         modality: Modality = "image" if answer["modality"] == "image" else "video"
         return DecodedMedium(frames, pts_seconds, float(answer["end_seconds"]), modality)
+
+
+def _place(picture: MediaFile | MediaBytes) -> tuple[str | None, int]:
+    """Returns a URI, or the number of the job's next bytes."""
+    return (picture.uri, 0) if isinstance(picture, MediaFile) else (None, len(picture.data))
 
 
 def _refusal(error_type: str) -> Refusal:

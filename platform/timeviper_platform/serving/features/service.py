@@ -28,6 +28,7 @@ from timeviper_platform.serving.messages import (
     FeatureReference,
     MediaBytes,
     MediaFile,
+    MediaFrames,
     MediaSource,
     Modality,
     Refusal,
@@ -98,6 +99,13 @@ class FeatureService:
         """Returns features. `fps` and `max_frames` can only lower the configured limits."""
         fps = min(fps or self._config.fps, self._config.fps)
         max_frames = min(max_frames or self._config.max_frames, self._config.max_frames)
+        if isinstance(source, MediaFrames) and len(source.frames) > self._config.max_frames:
+            return Refusal(
+                status=400,
+                message=f"{len(source.frames)} pictures in a row are one video of more than the limit of"
+                f" {self._config.max_frames} frames; send fewer",
+                code="too_many_frames",
+            )
         if isinstance(source, StoredFeatures):
             media_id: str | None = source.media_id
         else:
@@ -146,7 +154,7 @@ class FeatureService:
         return await self._keep(key, medium.features, info.modality, info.duration_seconds)
 
     async def _encode(
-        self, source: MediaFile | MediaBytes, key: str, fps: float, max_frames: int
+        self, source: MediaFile | MediaBytes | MediaFrames, key: str, fps: float, max_frames: int
     ) -> FeatureReference | Refusal:
         if self._sandbox is None or self._encoder is None:
             message = "this server accepts no uploads; use a stored medium, feature://ID"

@@ -1,28 +1,38 @@
-"""Converts chat requests: checks limits and replaces media by features. Never fetches remote addresses."""
+"""Converts chat requests: checks limits and replaces media by features."""
 
 from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import groupby
 
 from timeviper_model.inference.answer import SamplingParams
-from timeviper_platform.serving.gateway.config import GatewayConfig
-from timeviper_platform.serving.gateway.openai_protocol import (
-    ApiError,
+from timeviper_platform.data.media.signatures import HEAD_BYTES, may_be_animation
+from timeviper_platform.serving.gateway.chat_request import (
     ChatCompletionRequest,
     ChatMessage,
+    FilePart,
     ImagePart,
     MediaLimits,
     MediaPart,
+    MediaUrl,
+    RefusalPart,
     TextPart,
 )
-from timeviper_platform.serving.gateway.uploads import MediaStore, no_such_file, parse_data_uri
+from timeviper_platform.serving.gateway.config import GatewayConfig
+from timeviper_platform.serving.gateway.openai_protocol import ApiError
+from timeviper_platform.serving.gateway.uploads import DATA_SCHEME, MediaStore, no_such_file, parse_data_uri
 from timeviper_platform.serving.messages import (
     ChatTurn,
     FeatureClient,
     FeatureReference,
     GenerateRequest,
+    MediaBytes,
     MediaFile,
+    MediaFrames,
     MediaSource,
     Modality,
     Refusal,
@@ -30,6 +40,31 @@ from timeviper_platform.serving.messages import (
 )
 
 FEATURE_SCHEME = "feature://"
+MIN_TOP_P = 1e-6
+"""Stands for 0, which clients send for the most likely token alone."""
+PARAGRAPH = "\n\n"
+"""Between messages of one role in a row, which the model's prompt has as one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Medium:
+    """A medium of a request and its place."""
+
+    source: MediaSource
+    offset: int
+    """Characters of the message's text before it."""
+    limits: MediaLimits
+    param: str
+    """Dotted path in the request."""
+
+
+@dataclass(slots=True)
+class _Message:
+    """Messages of one role in a row."""
+
+    role: str
+    text: str = ""
+    media: list[_Medium] = field(default_factory=list)
 
 
 class ChatPreparation:
@@ -44,29 +79,28 @@ class ChatPreparation:
         Raises:
             ApiError: for exceeded limits, unknown media, or a refusal by the feature service.
         """
-        max_new_tokens = self._check_limits(chat)
-        media = [
-            (await self._source(part, message.role, tenant, param), param)
-            for index, message in enumerate(chat.messages)
-            for part, param in _media_parts(index, message)
-        ]
-        limits = chat.mm_processor_kwargs or MediaLimits()
-        references = iter(await asyncio.gather(*(self._feature(source, param, limits) for source, param in media)))
+        messages = await self._messages(chat, tenant)
+        self._check_limits(messages)
+        limits = chat.media_limits()
+        media = [medium for message in messages for medium in message.media]
+        references = iter(await asyncio.gather(*(self._feature(medium, limits) for medium in media)))
+        wanted = chat.max_completion_tokens or chat.max_tokens or self._config.default_max_tokens
         return GenerateRequest(
             tenant=tenant,
             turns=tuple(
                 ChatTurn(
-                    role="system" if message.role == "developer" else message.role,
-                    text=_text(message),
-                    media=tuple(next(references) for _ in _media_parts(index, message)),
+                    role=message.role,  # type: ignore[arg-type]  # checked when the request was parsed
+                    text=message.text,
+                    media=tuple(next(references) for _ in message.media),
+                    offsets=tuple(medium.offset for medium in message.media),
                 )
-                for index, message in enumerate(chat.messages)
+                for message in messages
             ),
             sampling=SamplingParams(
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=min(wanted, self._config.max_tokens),
                 temperature=self._config.default_temperature if chat.temperature is None else chat.temperature,
-                top_p=1.0 if chat.top_p is None else chat.top_p,
-                top_k=chat.top_k or 0,
+                top_p=1.0 if chat.top_p is None else max(chat.top_p, MIN_TOP_P),
+                top_k=max(chat.top_k or 0, 0),
                 seed=secrets.randbits(32) if chat.seed is None else chat.seed % 2**63,
                 stop=chat.stop_texts(),
                 num_logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
@@ -75,38 +109,73 @@ class ChatPreparation:
             time_text=limits.time_text,
         )
 
-    def _check_limits(self, chat: ChatCompletionRequest) -> int:
-        """Returns the maximum number of new tokens."""
-        max_new_tokens = chat.max_completion_tokens or chat.max_tokens or self._config.default_max_tokens
-        if max_new_tokens > (limit := self._config.max_tokens):
-            message = f"max_tokens is {max_new_tokens}, the limit is {limit}"
-            raise ApiError(400, message, code="invalid_value", param="max_tokens")
-        if sum(len(_text(message)) for message in chat.messages) > (limit := self._config.max_text_characters):
+    def _check_limits(self, messages: Sequence[_Message]) -> None:
+        if sum(len(message.text) for message in messages) > (limit := self._config.max_text_characters):
             raise ApiError(413, f"the messages have more than {limit} characters", code="too_large", param="messages")
-        num_media = sum(len(_media_parts(index, message)) for index, message in enumerate(chat.messages))
+        num_media = sum(len(message.media) for message in messages)
         if num_media > (limit := self._config.max_media_per_request):
             message = f"the messages have {num_media} media, the limit is {limit}"
             raise ApiError(400, message, code="too_many_media", param="messages")
-        return max_new_tokens
 
-    async def _source(self, part: MediaPart, role: str, tenant: str, param: str) -> MediaSource:
-        if role != "user":
-            raise ApiError(400, f"a {role} message may contain only text", code="invalid_value", param=param)
-        modality: Modality = "image" if isinstance(part, ImagePart) else "video"
-        value = getattr(part, part.type)
-        url: str = value if isinstance(value, str) else value.url
-        if url.startswith(FEATURE_SCHEME):
-            return StoredFeatures(media_id=url.removeprefix(FEATURE_SCHEME))
-        if url.startswith("data:"):
-            return await asyncio.to_thread(parse_data_uri, url, expected=modality, param=param)
-        if url.startswith("file-"):
+    async def _messages(self, chat: ChatCompletionRequest, tenant: str) -> list[_Message]:
+        """Returns messages of alternating roles; those of one role in a row become one."""
+        messages: list[_Message] = []
+        for index, given in enumerate(chat.messages):
+            role = "system" if given.role == "developer" else given.role
+            own = await self._message(given, role, f"messages.{index}", tenant)
+            if not messages or messages[-1].role != role:
+                messages.append(own)
+                continue
+            start = len(messages[-1].text) + len(PARAGRAPH)
+            messages[-1].text += PARAGRAPH + own.text
+            messages[-1].media += [replace(medium, offset=start + medium.offset) for medium in own.media]
+        return messages
+
+    async def _message(self, message: ChatMessage, role: str, path: str, tenant: str) -> _Message:
+        if isinstance(message.content, str):
+            return _Message(role, message.content)
+        result = _Message(role)
+        run: list[_Medium] = []
+        after_text = False
+        for number, part in enumerate(message.content):
+            if isinstance(part, TextPart | RefusalPart):
+                result.media += _joined(run)
+                run = []
+                result.text += ("\n" if after_text else "") + part.text
+                after_text = True
+                continue
+            after_text = False
+            param = f"{path}.content.{number}"
+            if role != "user":
+                raise ApiError(400, f"a {role} message may contain only text", code="invalid_value", param=param)
+            source = await self._source(part, tenant, param)
+            run.append(_Medium(source=source, offset=len(result.text), limits=_own_limits(part), param=param))
+        result.media += _joined(run)
+        return result
+
+    async def _source(self, part: MediaPart, tenant: str, param: str) -> MediaSource:
+        modality: Modality | None = (
+            None if isinstance(part, FilePart) else "image" if isinstance(part, ImagePart) else "video"
+        )
+        url = part.value.url if isinstance(part.value, MediaUrl) else part.value
+        if url is None:
+            raise ApiError(400, "the part names no medium", code="missing_required_parameter", param=param)
+        scheme = url[: len(FEATURE_SCHEME)].lower()
+        if scheme == FEATURE_SCHEME:
+            return StoredFeatures(media_id=url[len(FEATURE_SCHEME) :])
+        if scheme.startswith(DATA_SCHEME):
+            parse = partial(parse_data_uri, max_frames=self._config.max_parts_per_request)
+            return await asyncio.to_thread(parse, url, expected=modality, param=param)
+        if scheme.startswith("file-"):
             record = await asyncio.to_thread(self._store.get, tenant, url)
             if record is None:
                 raise no_such_file(param)
-            if record.modality != modality and not record.may_be_animation:
+            if modality not in (None, record.modality) and not record.may_be_animation:
                 message = f"the file is a {record.modality}, not a {modality}"
                 raise ApiError(415, message, code="unsupported_media_type", param=param)
-            return MediaFile(uri=self._store.uri(tenant, record), sha256=record.sha256, modality=modality)
+            uri = self._store.uri(tenant, record)
+            is_animation = record.may_be_animation
+            return MediaFile(uri=uri, sha256=record.sha256, modality="video" if is_animation else record.modality)
         raise ApiError(
             400,
             "media must be a data: URI, a file id (file-...) or a stored medium (feature://ID); this server does not"
@@ -115,25 +184,32 @@ class ChatPreparation:
             param=param,
         )
 
-    async def _feature(self, source: MediaSource, param: str, limits: MediaLimits) -> FeatureReference:
-        answer = await self._features.features(source, fps=limits.fps, max_frames=limits.max_frames)
+    async def _feature(self, medium: _Medium, limits: MediaLimits) -> FeatureReference:
+        lowest = limits.lower_of(medium.limits)
+        answer = await self._features.features(medium.source, fps=lowest.fps, max_frames=lowest.max_frames)
         if isinstance(answer, Refusal):
-            raise ApiError.from_refusal(answer, param=param)
+            raise ApiError.from_refusal(answer, param=medium.param)
         return answer
 
 
-def _text(message: ChatMessage) -> str:
-    if isinstance(message.content, str):
-        return message.content
-    return "\n".join(part.text for part in message.content if isinstance(part, TextPart))
+def _own_limits(part: MediaPart) -> MediaLimits:
+    value = part.value
+    return MediaLimits(fps=value.fps, max_frames=value.max_frames) if isinstance(value, MediaUrl) else MediaLimits()
 
 
-def _media_parts(index: int, message: ChatMessage) -> list[tuple[MediaPart, str]]:
-    """Returns the media parts, each with its dotted path in the request."""
-    if isinstance(message.content, str):
-        return []
-    return [
-        (part, f"messages.{index}.content.{number}")
-        for number, part in enumerate(message.content)
-        if not isinstance(part, TextPart)
-    ]
+def _joined(run: Sequence[_Medium]) -> list[_Medium]:
+    """Makes pictures that follow each other the frames of one video."""
+    result: list[_Medium] = []
+    for are_frames, group in groupby(run, lambda medium: _is_still(medium.source)):
+        media = list(group)
+        if are_frames and len(media) > 1:
+            frames = [medium.source for medium in media if isinstance(medium.source, MediaFile | MediaBytes)]
+            media = [replace(media[0], source=MediaFrames.of(frames))]
+        result += media
+    return result
+
+
+def _is_still(source: MediaSource) -> bool:
+    if not isinstance(source, MediaFile | MediaBytes) or source.modality != "image":
+        return False
+    return isinstance(source, MediaFile) or not may_be_animation(source.data[:HEAD_BYTES])

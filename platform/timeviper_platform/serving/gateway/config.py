@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+HAPROXY_VARIABLE = "RAY_SERVE_ENABLE_HA_PROXY"
+"""Set to 1 where Ray Serve puts HAProxy before the gateways."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,19 +24,46 @@ class ApiKey:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ConnectionLimits:
+    """Limits of the HTTP servers of Ray Serve, before a request reaches a gateway. See `connections`."""
+
+    header_timeout_s: float = 10.0
+    """Seconds in which a request's headers must arrive."""
+    max_header_bytes: int = 64 * 2**10
+    """Maximum bytes of a request's headers."""
+    write_timeout_s: float = 60.0
+    """Seconds that a client may leave an answer unread."""
+    max_per_client: int = 512
+    """Maximum connections per client address; one more closes the client's oldest that waits for its request."""
+
+    def __post_init__(self) -> None:
+        for name in ("header_timeout_s", "max_header_bytes", "write_timeout_s", "max_per_client"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} = {getattr(self, name)} must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GatewayConfig:
     model_name: str = "timeviper"
     """Model name in requests."""
     media_root: str = "outputs/serving/media"
     """Folder or URI of uploads, reachable by all replicas of the gateway and the feature service."""
     api_keys: tuple[ApiKey, ...] = ()
-    """Accepted API keys; empty = requests need no key."""
+    """Accepted API keys. Without keys, only clients on this machine are answered."""
+    allow_anonymous: bool = False
+    """Answer clients on other machines without keys. Anyone who reaches the port can then use the model."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Further names of this server in `Host`, where there are no keys. Names of this machine always pass."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins of web pages that may call the API, such as https://app.example.com."""
     max_request_bytes: int = 16 * 2**20
     """Maximum bytes of a chat request, data: URIs included."""
     max_upload_bytes: int = 512 * 2**20
     """Maximum bytes of an upload."""
     max_media_per_request: int = 8
-    """Maximum videos and pictures per request."""
+    """Maximum videos and pictures per request. Consecutive pictures of a message are the frames of one video."""
+    max_parts_per_request: int = 2048
+    """Maximum content parts per request, over all messages."""
     max_text_characters: int = 100_000
     """Maximum characters per request, over all messages."""
     default_max_tokens: int = 256
@@ -44,9 +74,27 @@ class GatewayConfig:
     """Temperature where a request sets none; OpenAI's is 1."""
     request_timeout_s: float = 300.0
     """Maximum seconds from a request's last byte to its answer's last byte."""
+    body_grace_s: float = 10.0
+    """Seconds that any body may take to arrive."""
+    min_body_bytes_per_s: int = 16 * 2**10
+    """Minimum rate of a body after `body_grace_s`; slower ones are answered with 408."""
+    connections: ConnectionLimits = field(default_factory=ConnectionLimits)
 
     def __post_init__(self) -> None:
         if not 1 <= self.default_max_tokens <= self.max_tokens:
             raise ValueError(f"{self.default_max_tokens = } must be between 1 and {self.max_tokens = }")
-        if self.request_timeout_s <= 0:
-            raise ValueError(f"{self.request_timeout_s = } must be above 0")
+        for name in ("request_timeout_s", "body_grace_s", "min_body_bytes_per_s", "max_parts_per_request"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} = {getattr(self, name)} must be above 0")
+
+    @property
+    def requires_keys(self) -> bool:
+        return bool(self.api_keys)
+
+    def require_keys(self, where: str) -> None:
+        """Raises ValueError when the server would answer anyone `where` it listens."""
+        if not (self.requires_keys or self.allow_anonymous):
+            raise ValueError(
+                f"gateway: no API keys are configured {where}; set gateway.api_keys, or gateway.allow_anonymous: true"
+                " to answer anyone"
+            )

@@ -1,17 +1,20 @@
-"""ASGI middleware for all routes: API keys, body limits, metrics, and logs without bodies, keys or queries.
+"""ASGI middleware for all routes: keys, origins, body limits, metrics, and logs without bodies, keys or queries.
 
 Sets `request.state.tenant`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import logging
 import time
 import traceback
 from collections.abc import Mapping
+from ipaddress import ip_address
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
@@ -26,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 OPEN_PATHS = ("/health/live", "/health/ready")
 """Cluster probes, which send no key."""
+UPLOAD_PATHS = ("/v1/files",)
 PUBLIC_TENANT = "public"
 
 
@@ -65,11 +69,15 @@ class RequestGuard:
             return
         started = time.monotonic()
         status = 0
+        is_head = scope["method"] == "HEAD"
+        scope = _plain_scope(scope)
 
         async def send_noting_status(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+            elif is_head:
+                message = {**message, "body": b""}
             await send(message)
 
         self._metrics.start_request()
@@ -89,9 +97,11 @@ class RequestGuard:
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope)
-        is_upload = scope["path"].rstrip("/") == "/v1/files"
+        is_upload = _path(scope) in UPLOAD_PATHS
         max_bytes = self._config.max_upload_bytes if is_upload else self._config.max_request_bytes
         try:
+            if _path(scope) not in OPEN_PATHS:
+                self._check_origin(request)
             scope.setdefault("state", {})["tenant"] = self._tenant(request)
             declared = request.headers.get("content-length", "")
             if declared.isdigit() and int(declared[:20]) > max_bytes:
@@ -99,20 +109,60 @@ class RequestGuard:
         except ApiError as error:
             await JSONResponse(error.body(), error.status, error.headers())(scope, receive, send)
             return
-        num_bytes = 0
+        await self._app(scope, self._bounded(receive, max_bytes), send)
 
-        async def receive_limited() -> Message:
-            nonlocal num_bytes
-            message = await receive()
+    def _bounded(self, receive: Receive, max_bytes: int) -> Receive:
+        """Raises ApiError for a body that is too large, or arrives too slowly."""
+        num_bytes, is_whole = 0, False
+        began = time.monotonic()
+
+        async def receive_bounded() -> Message:
+            nonlocal num_bytes, is_whole
+            if is_whole:  # waits for a disconnect
+                return await receive()
+            allowed_s = self._config.body_grace_s + num_bytes / self._config.min_body_bytes_per_s
+            try:
+                async with asyncio.timeout(began + allowed_s - time.monotonic()):
+                    message = await receive()
+            except TimeoutError:
+                rate = self._config.min_body_bytes_per_s
+                text = f"the body arrives more slowly than {rate} bytes per second"
+                raise ApiError(408, text, code="body_timeout", closes=True) from None
             num_bytes += len(message.get("body", b""))
+            is_whole = not message.get("more_body", False)
             if num_bytes > max_bytes:
                 raise _too_large(max_bytes)
             return message
 
-        await self._app(scope, receive_limited, send)
+        return receive_bounded
+
+    def _check_origin(self, request: Request) -> None:
+        """Refuses other sites' pages, and without keys other machines and names that are not this server's.
+
+        A page of any site can send forms to a server on its visitor's machine (CSRF), or call it by a name of its own
+        that resolves to loopback (DNS rebinding).
+        """
+        host = request.headers.get("host", "").lower()
+        origin = request.headers.get("origin")
+        if origin is not None and origin not in self._config.cors_origins and urlsplit(origin).netloc.lower() != host:
+            text = "pages of other sites may not call this server; add the origin to gateway.cors_origins"
+            raise ApiError(403, text, code="origin_not_allowed")
+        if self._config.requires_keys or self._config.allow_anonymous:
+            return
+        client = request.client.host if request.client else ""
+        if not _is_loopback(client) or "x-forwarded-for" in request.headers or "forwarded" in request.headers:
+            text = (
+                "without API keys this server answers only its own machine; set gateway.api_keys, or"
+                " gateway.allow_anonymous: true"
+            )
+            raise ApiError(403, text, code="keys_required")
+        name = urlsplit(f"//{host}").hostname or ""
+        if not (_is_loopback(name) or name in self._config.allowed_hosts):
+            text = "the Host header does not name this machine; add the name to gateway.allowed_hosts"
+            raise ApiError(403, text, code="host_not_allowed")
 
     def _tenant(self, request: Request) -> str:
-        if not self._config.api_keys or request.url.path in OPEN_PATHS:
+        if not self._config.requires_keys or _path(request.scope) in OPEN_PATHS:
             return PUBLIC_TENANT
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         digest = hashlib.sha256(key.strip().encode()).hexdigest()
@@ -121,6 +171,28 @@ class RequestGuard:
         if scheme.lower() != "bearer" or not matches:
             raise ApiError(401, "a valid API key is required: Authorization: Bearer KEY", code="invalid_api_key")
         return matches[0]
+
+
+def _plain_scope(scope: Scope) -> Scope:
+    """Reads HEAD as GET without a body, and a path with a trailing slash as the one without."""
+    root, path = scope.get("root_path", ""), scope["path"]
+    if len(path) > len(root) + 1:
+        path = path.rstrip("/") or "/"
+    return {**scope, "path": path, "method": "GET" if scope["method"] == "HEAD" else scope["method"]}
+
+
+def _path(scope: Scope) -> str:
+    """Returns the path below the application's prefix."""
+    return str(scope["path"].removeprefix(scope.get("root_path", "")))
+
+
+def _is_loopback(name: str) -> bool:
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        return ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 def _too_large(max_bytes: int) -> ApiError:

@@ -6,41 +6,77 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
+from urllib.parse import quote
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from timeviper_platform.serving.gateway.chat import ChatPreparation
+from timeviper_platform.serving.gateway.chat_request import parse_chat_request
 from timeviper_platform.serving.gateway.config import GatewayConfig
 from timeviper_platform.serving.gateway.middleware import GatewayMetrics, RequestGuard
-from timeviper_platform.serving.gateway.openai_protocol import ApiError, Completion, parse_chat_request, sse
-from timeviper_platform.serving.gateway.uploads import MediaStore, no_such_file
+from timeviper_platform.serving.gateway.openai_protocol import ApiError, Completion, sse
+from timeviper_platform.serving.gateway.openapi import (
+    CHAT,
+    CONTENT,
+    DELETED,
+    FILE,
+    FILES,
+    LIVE,
+    METRICS,
+    MODEL,
+    MODELS,
+    READY,
+    UPLOAD,
+    RouteDocument,
+    document,
+)
+from timeviper_platform.serving.gateway.uploads import FileRecord, MediaStore, no_such_file, page_of
 from timeviper_platform.serving.messages import AnswerDelta, EngineClient, FeatureClient, Refusal
 
+EXPIRES_AFTER_S = 3600, 2_592_000
+"""OpenAI's shortest and longest age of a file: an hour, 30 days."""
 _CONTENT_TYPE = "text/event-stream; charset=utf-8"
 
 
 def create_app(config: GatewayConfig, features: FeatureClient, engine: EngineClient) -> ASGIApp:
     metrics = GatewayMetrics()
     gateway = _Gateway(config, features, engine, metrics)
-    api = FastAPI(title="TimeViper", docs_url=None, redoc_url=None)  # their pages load scripts from a CDN
-    api.add_api_route("/v1/chat/completions", gateway.chat_completions, methods=["POST"], response_model=None)
-    api.add_api_route("/v1/models", gateway.list_models, methods=["GET"])
-    api.add_api_route("/v1/models/{model:path}", gateway.get_model, methods=["GET"])
-    api.add_api_route("/v1/files", gateway.create_file, methods=["POST"])
-    api.add_api_route("/v1/files", gateway.list_files, methods=["GET"])
-    api.add_api_route("/v1/files/{file_id}", gateway.get_file, methods=["GET"])
-    api.add_api_route("/v1/files/{file_id}", gateway.delete_file, methods=["DELETE"])
-    api.add_api_route("/health/live", gateway.live, methods=["GET"])
-    api.add_api_route("/health/ready", gateway.ready, methods=["GET"])
-    api.add_api_route("/metrics", lambda: PlainTextResponse(metrics.render()), methods=["GET"])
+    # no pages of documentation: they load scripts from a CDN
+    api = FastAPI(title="TimeViper", docs_url=None, redoc_url=None, redirect_slashes=False)
+
+    def route(path: str, handler: Callable[..., Any], method: str, kinds: RouteDocument) -> None:
+        api.add_api_route(path, handler, methods=[method], response_model=None, **kinds.options())
+
+    route("/v1/chat/completions", gateway.chat_completions, "POST", CHAT)
+    route("/v1/models", gateway.list_models, "GET", MODELS)
+    route("/v1/models/{model:path}", gateway.get_model, "GET", MODEL)
+    route("/v1/files", gateway.create_file, "POST", UPLOAD)
+    route("/v1/files", gateway.list_files, "GET", FILES)
+    route("/v1/files/{file_id}", gateway.get_file, "GET", FILE)
+    route("/v1/files/{file_id}", gateway.delete_file, "DELETE", DELETED)
+    route("/v1/files/{file_id}/content", gateway.get_content, "GET", CONTENT)
+    route("/health/live", gateway.live, "GET", LIVE)
+    route("/health/ready", gateway.ready, "GET", READY)
+    route("/metrics", lambda: PlainTextResponse(metrics.render()), "GET", METRICS)
     api.add_exception_handler(ApiError, _answer_api_error)
     api.add_exception_handler(HTTPException, _answer_http_exception)
+    api.openapi = lambda: document(api)  # type: ignore[method-assign]  # as FastAPI's documentation extends it
+    if config.cors_origins:
+        api.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(config.cors_origins),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["Authorization", "Content-Type"],
+        )
     api.add_middleware(RequestGuard, config=config, metrics=metrics)
     return api
 
@@ -53,8 +89,12 @@ async def _answer_api_error(request: Request, error: Exception) -> Response:
 async def _answer_http_exception(request: Request, error: Exception) -> Response:
     """Answers the framework's errors, such as an unknown route."""
     assert isinstance(error, HTTPException)
-    code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
-    api_error = ApiError(error.status_code, str(error.detail), code=code)
+    known = {
+        404: ("unknown_url", "there is no such path; the API is below /v1"),
+        405: ("method_not_allowed", "the path does not take this method"),
+    }
+    code, message = known.get(error.status_code, ("invalid_request", str(error.detail)))
+    api_error = ApiError(error.status_code, message, code=code)
     return JSONResponse(api_error.body(), error.status_code, error.headers)
 
 
@@ -69,6 +109,8 @@ class _Gateway:
         self._store = MediaStore(config.media_root)
         self._preparation = ChatPreparation(config, features, self._store)
         self._created = int(time.time())
+        self._parser = ThreadPoolExecutor(max_workers=1, thread_name_prefix="parse")
+        """One, so that many large bodies are not in memory as Python objects at once."""
 
     async def live(self) -> dict[str, str]:
         return {"status": "live"}
@@ -87,7 +129,7 @@ class _Gateway:
         return self._model()
 
     async def create_file(self, request: Request) -> dict[str, object]:
-        """Stores an upload: multipart/form-data with `file` and optional `purpose`."""
+        """Stores a video or picture for the owner of the API key."""
         if not request.headers.get("content-type", "").startswith("multipart/form-data"):
             raise ApiError(415, "send the file as multipart/form-data", code="unsupported_media_type")
         try:
@@ -103,29 +145,49 @@ class _Gateway:
                     400, "the form has no file named 'file'", code="missing_required_parameter", param="file"
                 )
             name, kind = file.filename or "", str(purpose)[:64]
-            record = await asyncio.to_thread(
-                self._store.put, request.state.tenant, file.file, filename=name, purpose=kind
-            )
+            put = partial(self._store.put, filename=name, purpose=kind, expires_after_s=_expires_after(form))
+            record = await asyncio.to_thread(put, request.state.tenant, file.file)
         return record.to_json()
 
     async def list_files(self, request: Request) -> dict[str, object]:
+        """Lists uploads, the newest first; `purpose`, `order`, `limit` and `after` as in OpenAI's API."""
         records = await asyncio.to_thread(self._store.list, request.state.tenant)
-        return {"object": "list", "data": [record.to_json() for record in records], "has_more": False}
+        return page_of(records, request.query_params)
 
     async def get_file(self, request: Request, file_id: str) -> dict[str, object]:
-        record = await asyncio.to_thread(self._store.get, request.state.tenant, file_id)
-        if record is None:
-            raise no_such_file("file_id")
-        return record.to_json()
+        return (await self._record(request, file_id)).to_json()
+
+    async def get_content(self, request: Request, file_id: str) -> Response:
+        record = await self._record(request, file_id)
+        headers = {
+            "Content-Length": str(record.num_bytes),
+            "Content-Disposition": f"attachment; filename*=UTF-8''{quote(record.filename)}",
+            "X-Content-Type-Options": "nosniff",
+        }
+        chunks = self._store.read(request.state.tenant, record)
+        return StreamingResponse(chunks, media_type="application/octet-stream", headers=headers)
 
     async def delete_file(self, request: Request, file_id: str) -> dict[str, object]:
         if not await asyncio.to_thread(self._store.delete, request.state.tenant, file_id):
             raise no_such_file("file_id")
         return {"id": file_id, "object": "file", "deleted": True}
 
+    async def _record(self, request: Request, file_id: str) -> FileRecord:
+        record = await asyncio.to_thread(self._store.get, request.state.tenant, file_id)
+        if record is None:
+            raise no_such_file("file_id")
+        return record
+
     async def chat_completions(self, request: Request) -> Response:
         """Answers a conversation, whole or streamed."""
-        chat = parse_chat_request(await request.body())
+        require_json(request)
+        parse = partial(
+            parse_chat_request,
+            max_parts=self._config.max_parts_per_request,
+            max_text_characters=self._config.max_text_characters,
+        )
+        body = await request.body()
+        chat = await asyncio.get_running_loop().run_in_executor(self._parser, parse, body)
         self._check_model(chat.model)
         deadline = asyncio.get_running_loop().time() + self._config.request_timeout_s
         try:
@@ -188,6 +250,27 @@ class _Gateway:
 
     def _timeout(self) -> ApiError:
         return ApiError(408, f"not answered within {self._config.request_timeout_s:g} s", code="timeout")
+
+
+def require_json(request: Request) -> None:
+    """Raises ApiError 415 for other content types; browsers let any page send some of them."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        raise ApiError(415, "send JSON with Content-Type: application/json", code="unsupported_media_type")
+
+
+def _expires_after(form: FormData) -> int | None:
+    seconds, anchor = form.get("expires_after[seconds]"), form.get("expires_after[anchor]")
+    if seconds is None and anchor is None:
+        return None
+    shortest, longest = EXPIRES_AFTER_S
+    if anchor != "created_at" or not str(seconds).isascii() or not str(seconds).isdigit():
+        text = "expires_after needs anchor created_at and whole seconds"
+        raise ApiError(400, text, code="invalid_value", param="expires_after")
+    if not shortest <= (value := int(str(seconds)[:12])) <= longest:
+        text = f"expires_after[seconds] must be between {shortest} and {longest}"
+        raise ApiError(400, text, code="invalid_value", param="expires_after")
+    return value
 
 
 async def _checked(items: AsyncIterator[AnswerDelta | Refusal]) -> AsyncGenerator[AnswerDelta]:

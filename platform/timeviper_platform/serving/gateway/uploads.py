@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
-import base64
 import binascii
 import hashlib
 import re
 import shutil
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import IO
+from urllib.parse import unquote_to_bytes
 
-from timeviper_platform.common.storage import exists, files_in, join_uri, read_json, remove, write_atomic, write_json
+from timeviper_platform.common.storage import (
+    exists,
+    files_in,
+    join_uri,
+    open_file,
+    read_json,
+    remove,
+    write_atomic,
+    write_json,
+)
 from timeviper_platform.data.media.signatures import HEAD_BYTES, may_be_animation, sniff_modality
 from timeviper_platform.serving.gateway.openai_protocol import ApiError
-from timeviper_platform.serving.messages import MediaBytes, Modality
+from timeviper_platform.serving.messages import MediaBytes, MediaFrames, Modality
 
 FILE_ID = re.compile(r"file-[0-9a-f]{32}")
-DATA_URI = re.compile(r"data:(?P<mime>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[^;,]*)*;base64,", re.ASCII)
+DATA_SCHEME = "data:"
+MAX_HEADER = 256
+"""Characters of a data: URI before its comma."""
+JOINED_FRAMES = ("video/jpeg", "video/mjpeg")
+"""Types of comma-joined frames, as vLLM reads them."""
+_URL_SAFE = bytes.maketrans(b"-_", b"+/")
+Inline = MediaBytes | MediaFrames
 _CHUNK_BYTES = 1 << 20
+MAX_PAGE = 10_000
+"""Files per page, as in OpenAI's API."""
 
 
 def require_media(head: bytes, *, expected: Modality | None = None, param: str) -> Modality:
@@ -42,23 +60,44 @@ def require_media(head: bytes, *, expected: Modality | None = None, param: str) 
     return modality
 
 
-def parse_data_uri(uri: str, *, expected: Modality, param: str) -> MediaBytes:
-    """Decodes a base64 data: URI.
+def parse_data_uri(uri: str, *, expected: Modality | None, param: str, max_frames: int = 2048) -> Inline:
+    """Decodes a data: URI (RFC 2397): base64, also folded or URL-safe, or percent-encoded.
+
+    `data:video/jpeg;base64,FRAME,FRAME,...` is a video of JPEG frames. `expected` None = either modality.
 
     Raises:
-        ApiError: 400 for invalid base64, 415 for an unsupported or unexpected type.
+        ApiError: 400 for an invalid URI, 415 for an unsupported or unexpected type.
     """
-    match = DATA_URI.match(uri)
-    if match is None:
-        raise ApiError(
-            400, "a data: URI must have the form data:TYPE;base64,DATA", code="invalid_data_uri", param=param
-        )
-    try:
-        data = base64.b64decode(uri[match.end() :], validate=True)
-    except (binascii.Error, ValueError):
-        raise ApiError(400, "the data: URI is not valid base64", code="invalid_data_uri", param=param) from None
+    header, comma, payload = uri.partition(",")
+    kind, *options = header[len(DATA_SCHEME) : MAX_HEADER].lower().split(";")
+    if not comma or len(header) > MAX_HEADER:
+        raise _bad_data_uri("a data: URI must have the form data:TYPE;base64,DATA", param)
+    is_base64 = "base64" in (option.strip() for option in options)
+    if kind.strip() not in JOINED_FRAMES or not is_base64:
+        return _inline(_from_base64(payload, param) if is_base64 else unquote_to_bytes(payload), expected, param)
+    if (num_frames := payload.count(",") + 1) > max_frames:
+        raise ApiError(400, f"the video has {num_frames} frames, the limit is {max_frames}", code="too_many_frames")
+    if expected == "image":
+        raise ApiError(415, "the content is a video, not a picture", code="unsupported_media_type", param=param)
+    return MediaFrames.of([_inline(_from_base64(part, param), "image", param) for part in payload.split(",")])
+
+
+def _inline(data: bytes, expected: Modality | None, param: str) -> MediaBytes:
     modality = require_media(data[:HEAD_BYTES], expected=expected, param=param)
     return MediaBytes(data=data, sha256=hashlib.sha256(data).hexdigest(), modality=modality)
+
+
+def _from_base64(text: str, param: str) -> bytes:
+    try:
+        data = unquote_to_bytes(text) if "%" in text else text.encode("ascii")
+        plain = data.translate(_URL_SAFE, delete=b" \t\r\n").rstrip(b"=")
+        return binascii.a2b_base64(plain + b"=" * (-len(plain) % 4), strict_mode=True)
+    except (binascii.Error, ValueError):
+        raise _bad_data_uri("the data: URI is not valid base64", param) from None
+
+
+def _bad_data_uri(message: str, param: str) -> ApiError:
+    return ApiError(400, message, code="invalid_data_uri", param=param)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +114,11 @@ class FileRecord:
     """Unix seconds."""
     may_be_animation: bool = False
     """True for pictures that requests may also call videos."""
+    expires_at: int | None = None
+    """Unix seconds."""
+
+    def is_expired(self) -> bool:
+        return self.expires_at is not None and self.expires_at <= time.time()
 
     def to_json(self) -> dict[str, object]:
         """Returns OpenAI's file object."""
@@ -86,6 +130,7 @@ class FileRecord:
             "filename": self.filename,
             "purpose": self.purpose,
             "status": "processed",
+            "expires_at": self.expires_at,
         }
 
 
@@ -95,8 +140,10 @@ class MediaStore:
     def __init__(self, root: str) -> None:
         self._root = root
 
-    def put(self, tenant: str, file: IO[bytes], *, filename: str, purpose: str) -> FileRecord:
-        """Stores a seekable file. Known content keeps its first record.
+    def put(
+        self, tenant: str, file: IO[bytes], *, filename: str, purpose: str, expires_after_s: int | None = None
+    ) -> FileRecord:
+        """Stores a seekable file. Known content keeps its id and takes the new name, purpose and age.
 
         Raises:
             ApiError: 415 for an unsupported type.
@@ -111,6 +158,7 @@ class MediaStore:
             digest.update(chunk)
             num_bytes += len(chunk)
         sha256 = digest.hexdigest()
+        now = int(time.time())
         record = FileRecord(
             id=f"file-{sha256[:32]}",
             sha256=sha256,
@@ -119,24 +167,34 @@ class MediaStore:
             may_be_animation=may_be_animation(head),
             filename=_display_name(filename),
             purpose=purpose,
-            created_at=int(time.time()),
+            created_at=now,
+            expires_at=None if expires_after_s is None else now + expires_after_s,
         )
-        if (known := self.get(tenant, record.id)) is not None:
-            return known
-        file.seek(0)
-        write_atomic(self.uri(tenant, record), lambda target: shutil.copyfileobj(file, target, _CHUNK_BYTES))
+        if self.get(tenant, record.id) is None:
+            file.seek(0)
+            write_atomic(self.uri(tenant, record), lambda target: shutil.copyfileobj(file, target, _CHUNK_BYTES))
         write_json(self._record_uri(tenant, record.id), asdict(record))
         return record
 
     def get(self, tenant: str, file_id: str) -> FileRecord | None:
         if FILE_ID.fullmatch(file_id) is None or not exists(self._record_uri(tenant, file_id)):
             return None
-        return FileRecord(**read_json(self._record_uri(tenant, file_id)))
+        record = FileRecord(**read_json(self._record_uri(tenant, file_id)))
+        return None if record.is_expired() else record
 
     def list(self, tenant: str) -> list[FileRecord]:
         """Returns the newest first."""
-        records = [FileRecord(**read_json(uri)) for uri in files_in(join_uri(self._root, tenant), ".json")]
-        return sorted(records, key=lambda record: (-record.created_at, record.id))
+        records = (FileRecord(**read_json(uri)) for uri in files_in(join_uri(self._root, tenant), ".json"))
+        return sorted(
+            (record for record in records if not record.is_expired()),
+            key=lambda record: (-record.created_at, record.id),
+        )
+
+    def read(self, tenant: str, record: FileRecord) -> Iterator[bytes]:
+        """Yields the content in chunks."""
+        with open_file(self.uri(tenant, record)) as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                yield chunk
 
     def delete(self, tenant: str, file_id: str) -> bool:
         """Returns False for an unknown file."""
@@ -152,6 +210,33 @@ class MediaStore:
 
     def _record_uri(self, tenant: str, file_id: str) -> str:
         return join_uri(self._root, tenant, f"{file_id}.json")
+
+
+def page_of(records: Sequence[FileRecord], query: Mapping[str, str]) -> dict[str, object]:
+    """Returns a page of OpenAI's list of files; `records` are the newest first.
+
+    Raises:
+        ApiError: 400 for an invalid `limit` or `order`.
+    """
+    limit, order = query.get("limit", str(MAX_PAGE)), query.get("order", "desc")
+    if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= MAX_PAGE):
+        raise ApiError(400, f"limit must be between 1 and {MAX_PAGE}", code="invalid_value", param="limit")
+    if order not in ("asc", "desc"):
+        raise ApiError(400, "order must be asc or desc", code="invalid_value", param="order")
+    found = [record for record in records if query.get("purpose", record.purpose) == record.purpose]
+    if order == "asc":
+        found.reverse()
+    ids = [record.id for record in found]
+    if (after := query.get("after")) in ids:
+        found = found[ids.index(after) + 1 :]
+    shown = found[: int(limit[:9])]
+    return {
+        "object": "list",
+        "data": [record.to_json() for record in shown],
+        "first_id": shown[0].id if shown else None,
+        "last_id": shown[-1].id if shown else None,
+        "has_more": len(shown) < len(found),
+    }
 
 
 def no_such_file(param: str) -> ApiError:

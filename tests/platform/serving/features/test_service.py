@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from reference.tiny_serving import (
     CONFIG_WITH_TRANSV,
@@ -25,6 +26,7 @@ from reference.tiny_serving import (
 )
 from timeviper_platform.data.encode.frame_encoder import FrameEncoder
 from timeviper_platform.data.store.reader import FeatureStore
+from timeviper_platform.data.video.pictures import read_image
 from timeviper_platform.data.video.reader import read_frames
 from timeviper_platform.data.video.sampling import FrameSelection, thin_to_fps
 from timeviper_platform.serving.features.sandbox import DecodeSandbox
@@ -33,6 +35,7 @@ from timeviper_platform.serving.messages import (
     FeatureReference,
     MediaBytes,
     MediaFile,
+    MediaFrames,
     MediaSource,
     Refusal,
     StoredFeatures,
@@ -114,6 +117,35 @@ def test_an_upload_has_the_features_of_preprocessing(
     assert np.array_equal(inline.ref, expected)
     assert np.array_equal(stored_file.ref, expected)
     assert inline.duration_seconds == pytest.approx(6.0)
+
+
+def test_pictures_in_a_row_are_encoded_as_one_video(folders: ServingFolders, tmp_path: Path) -> None:
+    """One decode task and one encoder batch: each picture alone would fill its batch with padding."""
+    pictures = []
+    for number in range(6):
+        Image.new("RGB", (40 + number, 30), (40 * number, 0, 0)).save(tmp_path / f"{number}.png")
+        pictures.append(replace(upload((tmp_path / f"{number}.png").read_bytes()), modality="image"))
+    file = MediaFile(uri=str(tmp_path / "0.png"), sha256="file", modality="image")
+    service = service_of(folders, max_frames=6)
+    batches = []
+    encode = service._encoder.encode  # type: ignore[union-attr]
+    service._encoder.encode = lambda frames: batches.append(len(frames)) or encode(frames)  # type: ignore[union-attr,method-assign,func-returns-value]
+
+    async def scenario(service: FeatureService) -> list[Any]:
+        whole = await service.features(MediaFrames.of([file, *pictures[1:]]))
+        thinned = await service.features(MediaFrames.of(pictures), max_frames=3)
+        too_many = await service.features(MediaFrames.of([*pictures, file]))
+        damaged = await service.features(MediaFrames.of([pictures[0], upload(b"no picture")]))
+        return [whole, thinned, too_many, damaged]
+
+    whole, thinned, too_many, damaged = run(service, scenario)
+    assert batches == [6, 3]
+    frames = [read_image(picture.data, IMAGE_SIZE).frames for picture in pictures]
+    expected = FrameEncoder(folders.encoder).encode(np.concatenate(frames)).view(torch.int16).numpy()
+    assert np.array_equal(whole.ref, expected)
+    assert (whole.modality, whole.duration_seconds, thinned.num_frames) == ("image", 0.0, 3)
+    assert (too_many.status, too_many.code) == (400, "too_many_frames")
+    assert damaged.status == 422
 
 
 def test_an_upload_that_the_store_knows_is_not_decoded(

@@ -10,7 +10,7 @@ import pytest
 
 from reference.synthetic_gateway import MP4, PNG, Server, check_error, video
 from timeviper_model.inference.answer import SamplingParams
-from timeviper_platform.serving.messages import MediaBytes, MediaFile, StoredFeatures
+from timeviper_platform.serving.messages import MediaBytes, MediaFile, MediaFrames, StoredFeatures
 
 
 def test_parameters_reach_the_engine_and_defaults_come_from_the_configuration(tmp_path: Path) -> None:
@@ -77,6 +77,69 @@ def test_an_animation_may_be_called_a_picture_or_a_video(server: Server, part: s
     gif = b"GIF89a" + bytes(50)
     url = server.upload(gif).json()["id"] if as_file else "data:image/gif;base64," + base64.b64encode(gif).decode()
     assert server.chat([{"type": part, part: {"url": url}}]).status_code == 200
+
+
+def data_uri(data: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+def picture(number: int) -> dict[str, object]:
+    return {"type": "image_url", "image_url": {"url": data_uri(PNG + bytes([number])), "detail": "low"}}
+
+
+def text(words: str) -> dict[str, object]:
+    return {"type": "text", "text": words}
+
+
+def test_text_and_media_keep_their_order(server: Server) -> None:
+    """Before, all media moved before the text."""
+    assert server.chat([text("a"), picture(1), text("b"), text("c"), picture(2)]).status_code == 200
+    (turn,) = server.engine.requests[0].turns
+    assert turn.marked_text("*") == "a*b\nc*"
+    assert len(server.features.sources) == 2
+
+
+def test_messages_of_one_role_in_a_row_are_one(server: Server) -> None:
+    messages = [
+        {"role": "system", "content": "s"}, {"role": "developer", "content": "d"},
+        {"role": "user", "content": [text("a"), picture(1)]}, {"role": "user", "content": [picture(2), text("b")]},
+        {"role": "assistant", "content": None}, {"role": "user", "content": "c"},
+    ]  # fmt: skip
+    assert server.chat(messages=messages).status_code == 200
+    turns = server.engine.requests[0].turns
+    assert [turn.role for turn in turns] == ["system", "user", "assistant", "user"]
+    assert [turn.marked_text("*") for turn in turns] == ["s\n\nd", "a*\n\n*b", "", "c"]
+
+
+def test_pictures_in_a_row_are_the_frames_of_one_video(server: Server) -> None:
+    """Before, more than 8 frames were refused, and each was decoded and encoded alone."""
+    frames = [picture(number) for number in range(64)]
+    file_id = server.upload(PNG).json()["id"]
+    uploaded = {"type": "image_url", "image_url": file_id}
+    assert server.chat([*frames, uploaded, text("What?"), picture(99)], nframes=32).status_code == 200
+    joined, alone = server.features.sources
+    assert isinstance(joined, MediaFrames)
+    assert len(joined.frames) == 65
+    assert isinstance(joined.frames[-1], MediaFile)
+    assert isinstance(alone, MediaBytes)
+    assert server.features.limits == [(None, 32)] * 2
+    (turn,) = server.engine.requests[0].turns
+    assert turn.marked_text("*") == "*What?*"
+    check_error(server.chat([text(str(n)) if n % 2 else picture(n) for n in range(20)]), 400, "too_many_media")
+
+
+def test_a_file_part_is_whatever_the_file_is(server: Server) -> None:
+    for data in (MP4, PNG):
+        file_id = server.upload(data).json()["id"]
+        assert server.chat([{"type": "file", "file": {"file_id": file_id}}]).status_code == 200
+    check_error(server.chat([{"type": "file", "file": {}}]), 400, "missing_required_parameter")
+
+
+def test_more_tokens_than_the_limit_are_clamped(tmp_path: Path) -> None:
+    server = Server(tmp_path, max_tokens=9, default_max_tokens=5)
+    for wanted in ({"max_tokens": 10_000}, {"max_completion_tokens": 10}, {"max_tokens": 4}, {"top_p": 0}):
+        assert server.chat(**wanted).status_code == 200
+    assert [request.sampling.max_new_tokens for request in server.engine.requests] == [9, 9, 4, 5]
 
 
 def test_texts_above_the_limit_are_refused(tmp_path: Path) -> None:

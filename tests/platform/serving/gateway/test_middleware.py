@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from starlette.testclient import TestClient
 
 from reference.synthetic_gateway import MP4, USAGE, Server, check_error, keys, video
 
@@ -15,9 +19,81 @@ def test_bodies_above_the_limit_are_refused_with_and_without_content_length(tmp_
     server = Server(tmp_path, max_request_bytes=2000, max_upload_bytes=5000)
     check_error(server.chat("x" * 3000), 413, "too_large")
     blocks = (b"x" * 500 for _ in range(10))  # no Content-Length
-    check_error(server.http.post("/v1/chat/completions", content=blocks), 413, "too_large")
+    check_error(
+        server.http.post("/v1/chat/completions", content=blocks, headers={"content-type": "application/json"}),
+        413,
+        "too_large",
+    )
     assert server.upload(MP4 + bytes(3000)).status_code == 200
     check_error(server.upload(MP4 + bytes(6000)), 413, "too_large")
+
+
+def test_a_body_that_arrives_too_slowly_is_a_408_that_ends_the_connection(tmp_path: Path) -> None:
+    server = Server(tmp_path, body_grace_s=0.2, min_body_bytes_per_s=1000)
+    status, headers, seconds = asyncio.run(trickle(server, b"x", pause_s=0.05))
+    assert (status, headers[b"connection"]) == (408, b"close")
+    assert 0.2 <= seconds < 5
+    whole, _, _ = asyncio.run(trickle(server, b"x" * 100, pause_s=0.05, num_blocks=20))  # 2,000 bytes a second
+    assert whole == 400  # not JSON
+
+
+async def trickle(
+    server: Server, block: bytes, *, pause_s: float, num_blocks: int = 1000
+) -> tuple[int, dict[bytes, bytes], float]:
+    sent: list[Any] = []
+    blocks = iter([block] * num_blocks)
+
+    async def receive() -> Any:
+        await asyncio.sleep(pause_s)
+        body = next(blocks, None)
+        return {"type": "http.request", "body": body or b"", "more_body": body is not None}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers, "query_string": b"",
+        "client": ("127.0.0.1", 1),
+    }  # fmt: skip
+    began = time.monotonic()
+    await server.http.app(scope, receive, send)
+    return sent[0]["status"], dict(sent[0]["headers"]), time.monotonic() - began
+
+
+def test_without_keys_only_this_machine_is_answered(tmp_path: Path) -> None:
+    server = Server(tmp_path, allowed_hosts=("box.lan",))
+
+    def get(app: Any, host: str, client: str = "127.0.0.1", **headers: str) -> Any:
+        http = TestClient(app, base_url=f"http://{host}", client=(client, 5))
+        return http.get("/v1/models", headers=headers)
+
+    app = server.http.app
+    for host in ("localhost", "127.0.0.1:8000", "[::1]:8000", "box.lan"):
+        assert get(app, host).status_code == 200
+    check_error(get(app, "evil.example"), 403, "host_not_allowed")  # DNS rebinding
+    check_error(get(app, "localhost", "10.0.0.7"), 403, "keys_required")
+    check_error(get(app, "localhost", **{"x-forwarded-for": "10.0.0.7"}), 403, "keys_required")
+    assert TestClient(app, client=("10.0.0.7", 5)).get("/health/live").status_code == 200  # a cluster's probe
+    anonymous = Server(tmp_path, allow_anonymous=True)
+    assert get(anonymous.http.app, "box.lan", "10.0.0.7").status_code == 200
+    with_keys = Server(tmp_path, api_keys=keys("alice"))
+    assert get(with_keys.http.app, "any", "10.0.0.7", authorization="Bearer key-alice").status_code == 200
+
+
+def test_pages_of_other_sites_may_not_call_unless_configured(tmp_path: Path) -> None:
+    server = Server(tmp_path, cors_origins=("https://app.example",))
+    files = {"file": ("cat.mp4", MP4)}  # a form needs no preflight
+    foreign = {"Origin": "https://evil.example"}
+    check_error(server.http.post("/v1/files", files=files, headers=foreign), 403, "origin_not_allowed")
+    check_error(server.http.get("/v1/models", headers={"Origin": "null"}), 403, "origin_not_allowed")
+    assert server.http.get("/v1/models", headers={"Origin": "http://localhost"}).status_code == 200
+    allowed = {"Origin": "https://app.example"}
+    assert server.http.get("/v1/models", headers=allowed).headers["access-control-allow-origin"] == allowed["Origin"]
+    preflight = {**allowed, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    assert server.http.options("/v1/chat/completions", headers=preflight).status_code == 200
+    plain = Server(tmp_path).http.get("/v1/models", headers={"Origin": "http://localhost"})
+    assert "access-control-allow-origin" not in plain.headers
 
 
 def test_metrics_count_requests_by_route_pattern_and_status(server: Server) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from reference.synthetic_gateway import MP4, Engine, Features, Server, check_error, events, video
+from timeviper_platform.serving.gateway import uploads
 from timeviper_platform.serving.gateway.config import GatewayConfig
 from timeviper_platform.serving.gateway.routes import create_app
 from timeviper_platform.serving.messages import Refusal
@@ -54,11 +58,14 @@ def test_log_probabilities_are_returned_on_request(server: Server) -> None:
 
 def test_bad_requests_are_4xx_in_openais_format(server: Server) -> None:
     post = server.http.post
-    check_error(post("/v1/chat/completions", content=b"{"), 400, "invalid_json")
+    json_type = {"content-type": "application/json; charset=utf-8"}
+    check_error(post("/v1/chat/completions", content=b"{", headers=json_type), 400, "invalid_json")
+    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):  # what any web page may send
+        response = post("/v1/chat/completions", content=b"{}", headers={"content-type": kind})
+        check_error(response, 415, "unsupported_media_type")
     check_error(server.chat(model="gpt-4"), 404, "model_not_found")
     check_error(server.chat(messages=[]), 400, "invalid_value")
-    check_error(server.chat(max_tokens=10_000), 400, "invalid_value")
-    check_error(server.chat(video("feature://known") * 5 + video("feature://known") * 4), 400, "too_many_media")
+    check_error(server.chat(video("feature://known") * 9), 400, "too_many_media")
     system = {"role": "system", "content": [{"type": "image_url", "image_url": "feature://known"}]}
     check_error(server.chat(messages=[system]), 400, "invalid_value")
     check_error(server.http.get("/v1/nothing"), 404, "unknown_url")
@@ -86,6 +93,65 @@ def test_uploads_without_media_or_form_are_refused(server: Server) -> None:
     )
     broken = server.http.post("/v1/files", content=b"x", headers={"content-type": "multipart/form-data"})
     check_error(broken, 400, "invalid_form")
+
+
+def test_files_are_read_back_and_paged(server: Server) -> None:
+    first = server.upload(MP4).json()
+    content = server.http.get(f"/v1/files/{first['id']}/content")
+    assert content.content == MP4
+    assert content.headers["x-content-type-options"] == "nosniff"
+    assert "attachment" in content.headers["content-disposition"]
+    check_error(server.http.get(f"/v1/files/file-{'0' * 32}/content"), 404, "file_not_found")
+    second = server.upload(MP4 + b"more").json()
+    ids = {first["id"], second["id"]}
+    page = server.http.get("/v1/files?limit=1").json()
+    rest = server.http.get(f"/v1/files?limit=1&after={page['last_id']}").json()
+    assert {page["data"][0]["id"], rest["data"][0]["id"]} == ids
+    assert (page["has_more"], rest["has_more"]) == (True, False)
+    assert server.http.get("/v1/files?purpose=batch").json()["data"] == []
+    check_error(server.http.get("/v1/files?limit=0"), 400, "invalid_value")
+    check_error(server.http.get("/v1/files?order=x"), 400, "invalid_value")
+
+
+def test_a_file_may_expire(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def upload(**fields: str) -> Any:
+        return server.http.post("/v1/files", files={"file": ("cat.mp4", MP4)}, data=fields)
+
+    expiry = {"expires_after[anchor]": "created_at", "expires_after[seconds]": "3600"}
+    created = upload(purpose="vision", **expiry).json()
+    assert created["expires_at"] == created["created_at"] + 3600
+    for wrong in ({"expires_after[seconds]": "60"}, {"expires_after[seconds]": "x"}, {"expires_after[anchor]": "now"}):
+        check_error(upload(**{**expiry, **wrong}), 400, "invalid_value")
+    monkeypatch.setattr(uploads.time, "time", lambda: created["expires_at"] + 1)
+    check_error(server.http.get(f"/v1/files/{created['id']}"), 404, "file_not_found")
+    assert server.http.get("/v1/files").json()["data"] == []
+
+
+def test_head_and_a_trailing_slash_are_answered(server: Server) -> None:
+    for path in ("/v1/models", "/v1/files", "/health/live"):
+        response = server.http.head(path)
+        assert (response.status_code, response.content) == (200, b"")
+        assert int(response.headers["content-length"]) > 0
+        assert server.http.get(f"{path}/", follow_redirects=False).status_code == 200
+    body = {"model": "timeviper", "messages": [{"role": "user", "content": "hi"}]}
+    assert server.http.post("/v1/chat/completions/", json=body).status_code == 200
+
+
+def test_the_openapi_document_is_complete(server: Server) -> None:
+    document = server.http.get("/openapi.json").json()
+    chat = document["paths"]["/v1/chat/completions"]["post"]
+    schema = chat["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+    assert "messages" in document["components"]["schemas"][schema]["required"]
+    assert set(chat["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
+    assert document["security"] == [{"key": []}]
+    assert document["paths"]["/health/live"]["get"]["security"] == []
+    for path, methods in document["paths"].items():
+        for operation in methods.values():
+            assert {"413", "429", "500", "503"} <= set(operation["responses"]), path
+            assert all("content" in response for response in operation["responses"].values()), path
+    text = json.dumps(document)
+    names = set(re.findall(r"#/components/schemas/(\w+)", text))
+    assert names <= set(document["components"]["schemas"])
 
 
 def test_models_are_listed_and_found_by_name(server: Server) -> None:
@@ -131,7 +197,8 @@ def test_a_client_that_disconnects_closes_the_answer(tmp_path: Path) -> None:
         body = json.dumps({"model": "timeviper", "messages": [{"role": "user", "content": "x"}], "stream": True})
         scope = {
             "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "query_string": b"",
-            "path": "/v1/chat/completions", "raw_path": b"", "root_path": "", "scheme": "http", "headers": [],
+            "path": "/v1/chat/completions", "raw_path": b"", "root_path": "", "scheme": "http",
+            "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
             "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 2),
         }  # fmt: skip
         first_chunk = asyncio.Event()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import io
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
 from timeviper_platform.data.media.signatures import sniff_modality
 from timeviper_platform.serving.gateway.openai_protocol import ApiError
 from timeviper_platform.serving.gateway.uploads import MediaStore, parse_data_uri
+from timeviper_platform.serving.messages import MediaBytes, MediaFrames
 
 MP4 = b"\x00\x00\x00\x20ftypisom" + bytes(100)
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(50)
@@ -44,6 +46,7 @@ def uri_of(data: bytes, mime: str = "video/mp4") -> str:
 
 def test_a_data_uri_is_its_bytes() -> None:
     media = parse_data_uri(uri_of(MP4), expected="video", param="p")
+    assert isinstance(media, MediaBytes)
     assert (media.data, media.modality) == (MP4, "video")
     assert "ftyp" not in repr(media)
 
@@ -51,9 +54,12 @@ def test_a_data_uri_is_its_bytes() -> None:
 @pytest.mark.parametrize(
     ("uri", "status"),
     [
-        ("data:video/mp4,plain", 400),
+        ("data:video/mp4;base64", 400),
+        ("data:" + "x" * 300 + ";base64,", 400),
+        ("data:video/mp4,plain", 415),
         ("data:video/mp4;base64,@@@", 400),
-        ("data:video/mp4;base64,AAA", 400),
+        ("data:video/mp4;base64,AAAAA", 400),
+        ("data:video/mp4;base64,é", 400),
         (uri_of(b"a text file"), 415),
         (uri_of(PNG), 415),  # a picture instead of a video
     ],
@@ -62,6 +68,34 @@ def test_a_bad_data_uri_is_an_error_with_its_field(uri: str, status: int) -> Non
     with pytest.raises(ApiError) as caught:
         parse_data_uri(uri, expected="video", param="messages.0.content.1")
     assert (caught.value.status, caught.value.param) == (status, "messages.0.content.1")
+
+
+@pytest.mark.parametrize("data", [MP4, MP4 + b"\xfb\xff\xfe", MP4 + b"\xff"])
+def test_a_data_uri_may_be_written_in_every_way(data: bytes) -> None:
+    plain = base64.b64encode(data).decode()
+    forms = [
+        uri_of(data).replace("data:", "DATA:").replace("base64", "BASE64"),
+        "data:;base64," + plain,
+        "data:video/mp4;charset=utf-8;codecs=avc1;base64," + plain,
+        uri_of(data)[:60] + "\r\n " + uri_of(data)[60:],
+        "data:video/mp4;base64," + base64.urlsafe_b64encode(data).decode().rstrip("="),
+        "data:video/mp4;base64," + quote(plain, safe=""),
+        "data:video/mp4," + quote(data),
+    ]
+    for form in forms:
+        media = parse_data_uri(form, expected="video", param="p")
+        assert isinstance(media, MediaBytes)
+        assert media.data == data, form
+
+
+def test_joined_jpeg_frames_are_a_video() -> None:
+    jpegs = [b"\xff\xd8\xff\xe0" + bytes([number]) * 20 for number in range(3)]
+    uri = "data:video/jpeg;base64," + ",".join(base64.b64encode(jpeg).decode() for jpeg in jpegs)
+    media = parse_data_uri(uri, expected="video", param="p")
+    assert isinstance(media, MediaFrames)
+    assert [frame.data for frame in media.frames if isinstance(frame, MediaBytes)] == jpegs
+    with pytest.raises(ApiError, match="3 frames"):
+        parse_data_uri(uri, expected="video", param="p", max_frames=2)
 
 
 def test_a_file_is_stored_under_its_hash_and_visible_only_to_its_tenant(tmp_path: Path) -> None:
@@ -79,7 +113,9 @@ def test_a_file_is_stored_under_its_hash_and_visible_only_to_its_tenant(tmp_path
 def test_the_same_content_again_is_the_same_file(tmp_path: Path) -> None:
     store = MediaStore(str(tmp_path))
     first = store.put("alice", io.BytesIO(MP4), filename="a", purpose="vision")
-    assert store.put("alice", io.BytesIO(MP4), filename="b", purpose="vision") == first
+    again = store.put("alice", io.BytesIO(MP4), filename="b", purpose="user_data")
+    assert (again.id, again.filename, again.purpose) == (first.id, "b", "user_data")
+    assert store.get("alice", first.id) == again
     other = store.put("alice", io.BytesIO(PNG), filename="c", purpose="vision")
     assert {record.id for record in store.list("alice")} == {first.id, other.id}
 

@@ -1,0 +1,245 @@
+"""The OpenAPI document: bodies, answers, errors and keys of every route.
+
+FastAPI cannot know them, because the routes read their bodies only after checking lengths.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from timeviper_platform.serving.gateway.chat_request import ChatCompletionRequest
+
+FASTAPIS_422 = "Validation Error"
+"""Description of the answer that FastAPI documents for every route with a parameter."""
+_REF = "#/components/schemas/{model}"
+
+
+class ErrorContent(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorBody(BaseModel):
+    error: ErrorContent
+
+
+class Model(BaseModel):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class ModelList(BaseModel):
+    object: Literal["list"]
+    data: list[Model]
+
+
+class FileObject(BaseModel):
+    id: str
+    object: Literal["file"]
+    bytes: int
+    created_at: int
+    filename: str
+    purpose: str
+    status: Literal["processed"]
+    expires_at: int | None
+
+
+class FileList(BaseModel):
+    object: Literal["list"]
+    data: list[FileObject]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class DeletedFile(BaseModel):
+    id: str
+    object: Literal["file"]
+    deleted: bool
+
+
+class AnswerMessage(BaseModel):
+    role: Literal["assistant"]
+    content: str
+    refusal: str | None
+
+
+class Choice(BaseModel):
+    index: int
+    message: AnswerMessage
+    logprobs: dict[str, Any] | None
+    finish_reason: Literal["stop", "length"]
+
+
+class PromptTokens(BaseModel):
+    cached_tokens: int
+    vision_tokens: int
+    vision_tokens_after_transv: int
+
+
+class UsageObject(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokens
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: UsageObject
+
+
+class Live(BaseModel):
+    status: Literal["live"]
+
+
+class Ready(BaseModel):
+    status: Literal["ready", "not ready"]
+    features: bool
+    engine: bool
+
+
+_ERRORS = {
+    400: "Invalid request; `param` names the field.",
+    401: "No valid API key.",
+    403: "The client, page or name may not use this server.",
+    404: "Unknown model, file, stored medium or path.",
+    408: "The body arrived too slowly, or the answer took too long.",
+    413: "The body is too large.",
+    415: "Unsupported content type or medium.",
+    422: "The medium cannot be decoded.",
+    429: "The server, or the key's quota, is full; see Retry-After.",
+    500: "A fault of the server.",
+    503: "A service is not available; see Retry-After.",
+}
+_ALWAYS = (400, 401, 403, 408, 413, 429, 500, 503)
+_MODELS: tuple[type[BaseModel], ...] = (
+    ErrorBody,
+    ModelList,
+    FileList,
+    DeletedFile,
+    ChatCompletion,
+    Live,
+    Ready,
+    ChatCompletionRequest,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RouteDocument:
+    summary: str
+    answer: type[BaseModel] | None = None
+    """JSON of the answer; None = `media_type`."""
+    media_type: str = "application/json"
+    errors: tuple[int, ...] = ()
+    """Statuses besides those of every route."""
+    body: dict[str, Any] | None = None
+    """OpenAPI's requestBody."""
+    query: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Schema of each parameter of the query."""
+    is_open: bool = False
+    """Whether the route needs no key."""
+    also_streams: bool = False
+
+    def options(self) -> dict[str, Any]:
+        """Returns options of FastAPI's route."""
+        content: dict[str, Any] = {self.media_type: {"schema": _schema(self.answer)}}
+        if self.also_streams:
+            content["text/event-stream"] = {"schema": {"type": "string"}}
+        error = {"application/json": {"schema": _schema(ErrorBody)}}
+        statuses = sorted({*(_ALWAYS if not self.is_open else (408, 413, 429, 500, 503)), *self.errors})
+        responses: dict[int, Any] = {status: {"description": _ERRORS[status], "content": error} for status in statuses}
+        if self.answer is Ready:
+            responses[503] = {
+                "description": "A service is not ready.",
+                "content": {"application/json": {"schema": {"anyOf": [_schema(Ready), _schema(ErrorBody)]}}},
+            }
+        extra: dict[str, Any] = {"responses": {"200": {"description": "OK", "content": content}}}
+        if self.body is not None:
+            extra["requestBody"] = {"required": True, "content": self.body}
+        if self.query:
+            extra["parameters"] = [
+                {"name": name, "in": "query", "required": False, "schema": schema}
+                for name, schema in self.query.items()
+            ]
+        if self.is_open:
+            extra["security"] = []
+        return {"summary": self.summary, "responses": responses, "openapi_extra": extra}
+
+
+def _schema(model: type[BaseModel] | None) -> dict[str, Any]:
+    return {"type": "string"} if model is None else {"$ref": _REF.format(model=model.__name__)}
+
+
+def document(api: FastAPI) -> dict[str, Any]:
+    """Returns the document, computed once."""
+    if api.openapi_schema is None:
+        schema = get_openapi(title=api.title, version="1", routes=api.routes)
+        _, models = models_json_schema([(model, "validation") for model in _MODELS], ref_template=_REF)
+        components = schema.setdefault("components", {})
+        components["schemas"] = models["$defs"]
+        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        schema["security"] = [{"key": []}]
+        for methods in schema["paths"].values():
+            for operation in methods.values():
+                if operation["responses"].get("422", {}).get("description") == FASTAPIS_422:
+                    del operation["responses"]["422"]
+        api.openapi_schema = schema
+    return api.openapi_schema
+
+
+_UPLOAD_FORM = {
+    "type": "object",
+    "required": ["file"],
+    "properties": {
+        "file": {"type": "string", "format": "binary"},
+        "purpose": {"type": "string"},
+        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
+        "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": 2_592_000},
+    },
+}
+CHAT = RouteDocument(
+    summary="Answers a conversation, whole or streamed.",
+    answer=ChatCompletion,
+    errors=(404, 415, 422),
+    body={"application/json": {"schema": _schema(ChatCompletionRequest)}},
+    also_streams=True,
+)
+MODELS = RouteDocument(summary="Lists the model.", answer=ModelList)
+MODEL = RouteDocument(summary="Returns the model.", answer=Model, errors=(404,))
+UPLOAD = RouteDocument(
+    summary="Stores a video or picture.",
+    answer=FileObject,
+    errors=(415,),
+    body={"multipart/form-data": {"schema": _UPLOAD_FORM}},
+)
+FILES = RouteDocument(
+    summary="Lists uploads.",
+    answer=FileList,
+    query={
+        "purpose": {"type": "string"},
+        "after": {"type": "string"},
+        "limit": {"type": "integer", "minimum": 1, "maximum": 10_000},
+        "order": {"type": "string", "enum": ["asc", "desc"]},
+    },
+)
+FILE = RouteDocument(summary="Returns an upload's record.", answer=FileObject, errors=(404,))
+DELETED = RouteDocument(summary="Deletes an upload.", answer=DeletedFile, errors=(404,))
+CONTENT = RouteDocument(summary="Returns an upload's bytes.", media_type="application/octet-stream", errors=(404,))
+LIVE = RouteDocument(summary="Whether the gateway runs.", answer=Live, is_open=True)
+READY = RouteDocument(summary="Whether both services are ready.", answer=Ready, is_open=True)
+METRICS = RouteDocument(summary="Prometheus metrics of this gateway.", media_type="text/plain")
