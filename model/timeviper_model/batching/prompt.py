@@ -177,12 +177,14 @@ def build_sample(
     template: ChatTemplate = NEMOTRON,
     add_generation_prompt: bool = False,
     marker: str = MEDIA_MARKER,
+    answer_prefix: str = "",
 ) -> Sample:
     """Tokenises a conversation: an optional system turn, then alternating user and assistant turns.
 
     Args:
         add_generation_prompt: whether to open an assistant turn at the end.
         marker: the place of a medium in a user's text.
+        answer_prefix: start of the last answer, such as 'Best Option: (', that the model continues. Part of the prompt.
 
     Raises:
         ValueError: for turns out of order, or more or fewer markers than media.
@@ -200,6 +202,7 @@ def build_sample(
     for index, (turn, text) in enumerate(zip(turns, texts, strict=True)):
         if text is None:
             writer.template(template.assistant[0])
+            writer.text("" if add_generation_prompt or index < len(turns) - 1 else answer_prefix)
             writer.text(turn.text, response=True)
             writer.template(template.assistant[1], response=True)
             continue
@@ -212,6 +215,7 @@ def build_sample(
         writer.template(template.user[1])
     if add_generation_prompt:
         writer.template(template.assistant[0])
+        writer.text(answer_prefix)
     return writer.sample()
 
 

@@ -205,3 +205,28 @@ def test_threads_share_a_tokenizer_and_user_text_stays_text(tokenizer: Any) -> N
     finally:
         sys.setswitchinterval(interval)
     assert all((len(ids) > 1) == split for ids, split in zip(found, is_split, strict=True))
+
+
+@pytest.mark.parametrize("template", [NEMOTRON, CHATML], ids=["nemotron", "chatml"])
+def test_an_answers_prefix_belongs_to_the_instruction(merging_tokenizer: Any, template: Any) -> None:
+    """The paper's prompts for multiple choice end with it, and TransV scores tokens by the prompt's last."""
+    question, prefix = Turn(role="user", text="What?"), "Best Option: ("
+    prompt = build_sample(
+        merging_tokenizer, [question], [3], template=template, add_generation_prompt=True, answer_prefix=prefix
+    )
+    opened = template.assistant[0] + prefix
+    last = opened.rpartition(">")[2]  # tokenised in one piece with the header
+    ids = merging_tokenizer(last)["input_ids"]
+    assert prompt.input_ids[-len(ids) :] == ids
+    assert set(prompt.token_kind[-len(ids) :]) == {TokenKind.INSTRUCTION}
+    whole = build_sample(
+        merging_tokenizer,
+        [Turn(role="user", text="Hm?"), Turn(role="assistant", text="Bee"), question, Turn(role="assistant", text="B")],
+        [3],
+        template=template,
+        answer_prefix=prefix,
+    )
+    assert merging_tokenizer.decode(whole.input_ids).count(prefix) == 1
+    assert merging_tokenizer.decode(whole.input_ids).endswith(f"{opened}B{template.assistant[1]}")
+    answers = [i for i, kind in zip(whole.input_ids, whole.token_kind, strict=True) if kind == TokenKind.RESPONSE]
+    assert prefix not in merging_tokenizer.decode(answers)
