@@ -43,7 +43,7 @@ from timeviper_platform.common.job import (
 )
 from timeviper_platform.common.ray_cluster import free_port, local_cluster
 from timeviper_platform.data.synthetic.corpus import CorpusConfig, make_corpus
-from timeviper_platform.evaluation.metrics import parse_span, temporal_iou
+from timeviper_platform.evaluation.scoring.spans import parse_span, temporal_iou
 
 DEFAULT_FOLDER = "outputs/demo"
 """Folder named in ray_configs/tiny; for another one those files are copied and changed."""

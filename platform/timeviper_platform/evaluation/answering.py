@@ -13,11 +13,9 @@ from torch import Tensor
 from timeviper_model.batching.batch import IGNORE_INDEX, PackedBatch, Sample, TokenKind, pack_samples
 from timeviper_model.batching.prompt import Turn, add_time_texts, build_sample, end_token_ids
 from timeviper_model.batching.tokenizer_template import chat_template
-from timeviper_model.inference.answer import SamplingParams
-from timeviper_model.inference.generate import generate_ids
 from timeviper_model.inference.prefill import Prefill, prefix_length
 from timeviper_model.inference.prefix_cache import PrefixCache
-from timeviper_model.layers.cache import SavedSlot
+from timeviper_model.layers.cache import HybridCache, SavedSlot
 from timeviper_model.timeviper import TimeViper
 
 DEFAULT_MAX_PACK_TOKENS = 8192
@@ -36,6 +34,9 @@ class Prompt:
     """Sentence after each medium, see `add_time_texts`; () = none."""
     media_key: Hashable = None
     """Identifies `media`, so that further prompts reuse what the model has read; None = no reuse."""
+    system: str = ""
+    answer_prefix: str = ""
+    """Start of the answer, which the model continues and which the answer leaves out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,8 +44,20 @@ class _ReadPrompt:
     """State of a prompt that the model has read."""
 
     num_tokens: int
+    num_cached: int
+    """Tokens whose state came from the prefix cache."""
     slot: SavedSlot
     logits_V: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    text: str
+    option_log_probs: tuple[float, ...]
+    """Of each option as the whole answer, end token included."""
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    """Prompt tokens whose state came from an earlier prompt about the same media."""
 
 
 class Answerer:
@@ -68,6 +81,7 @@ class Answerer:
         self._template = chat_template(model.config.chat_template, tokenizer)
         self._max_pack_tokens = max_pack_tokens
         self._prefixes = PrefixCache(prefix_cache_bytes)
+        self._end_ids = end_token_ids(tokenizer, self._template, model.config.text)
         self.num_scored_tokens = 0
         """Tokens that the model has read to score options."""
         parameter = model.lm_head.weight
@@ -148,17 +162,23 @@ class Answerer:
                 lease.release()
         self.num_scored_tokens += len(sample) - (0 if entry is None else boundary)
         saved = cache.save(0, self._model.config.text.num_hidden_layers)
-        return _ReadPrompt(num_tokens=len(sample), slot=saved, logits_V=logits_V)
+        num_cached = 0 if entry is None else boundary
+        return _ReadPrompt(num_tokens=len(sample), num_cached=num_cached, slot=saved, logits_V=logits_V)
+
+    def _open(self, reads: Sequence[_ReadPrompt], num_new_tokens: Sequence[int]) -> HybridCache:
+        """Returns a cache with a prompt in each slot and room for its answer."""
+        cache = self._model.new_cache(len(reads), device=self._device, dtype=self._dtype)
+        for slot, (read, count) in enumerate(zip(reads, num_new_tokens, strict=True)):
+            cache.reserve(slot, {layer: keys.shape[1] + count for layer, (keys, _) in read.slot.attention.items()})
+            cache.load(slot, read.slot)
+            cache.num_tokens[slot] = read.num_tokens
+        return cache
 
     def _log_probs(self, answers: Sequence[tuple[_ReadPrompt, list[int]]]) -> list[float]:
         """Returns the log-probability of each answer after its prompt."""
         longest_first = sorted(range(len(answers)), key=lambda index: -len(answers[index][1]))
         ordered = [answers[index] for index in longest_first]
-        cache = self._model.new_cache(len(ordered), device=self._device, dtype=self._dtype)
-        for slot, (read, ids) in enumerate(ordered):
-            cache.reserve(slot, {layer: keys.shape[1] + len(ids) for layer, (keys, _) in read.slot.attention.items()})
-            cache.load(slot, read.slot)
-            cache.num_tokens[slot] = read.num_tokens
+        cache = self._open([read for read, _ in ordered], [len(ids) for _, ids in ordered])
         sums_B = torch.zeros(len(ordered), dtype=torch.float64, device=self._device)
         ids_B = self._ids(ordered, 0)
         sums_B += _log_probs_of(torch.stack([read.logits_V for read, _ in ordered]), ids_B)
@@ -184,16 +204,63 @@ class Answerer:
             batch = pack_samples([samples[n][0] for n in members], [self._rows(samples[n][1]) for n in members])
             yield batch.to(self._device, self._dtype)
 
-    @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int) -> list[str]:
         """Decodes greedy answers together."""
-        batches = [pack_samples([self.sample(prompt, None)], [self._rows(prompt)]) for prompt in prompts]
-        answers = generate_ids(
-            self._model,
-            [batch.to(self._device, self._dtype) for batch in batches],
-            end_ids=end_token_ids(self._tokenizer, self._template, self._model.config.text),
-            params=SamplingParams(max_new_tokens=max_new_tokens),
-        )
+        return [answer.text for answer in self.answer(prompts, [()] * len(prompts), max_new_tokens=max_new_tokens)]
+
+    @torch.no_grad()
+    def answer(
+        self, prompts: Sequence[Prompt], options: Sequence[Sequence[str]], *, max_new_tokens: int
+    ) -> list[Answer]:
+        """Returns a greedy answer per prompt, and the log-probabilities of its options (() = none).
+
+        Each prompt is read once; prompts about the same media in a row read it once for all.
+        """
+        answers: list[Answer] = []
+        waiting: list[tuple[_ReadPrompt, list[list[int]]]] = []
+        for prompt, texts in zip(prompts, options, strict=True):
+            continuations = [_split_answer(self.sample(prompt, text))[1] for text in texts]
+            waiting.append((self._read(self.sample(prompt, None), prompt), continuations))
+            if sum(read.slot.num_bytes for read, _ in waiting) > self._prefixes.max_bytes:
+                answers += self._answer_read(waiting, max_new_tokens)
+                waiting = []
+        return answers + (self._answer_read(waiting, max_new_tokens) if waiting else [])
+
+    def _answer_read(self, waiting: Sequence[tuple[_ReadPrompt, list[list[int]]]], max_new_tokens: int) -> list[Answer]:
+        reads = [read for read, _ in waiting]
+        texts = self._decode(reads, max_new_tokens)
+        scores = [self._log_probs([(read, ids) for ids in options]) if options else [] for read, options in waiting]
+        return [
+            Answer(
+                text=text,
+                option_log_probs=tuple(row),
+                num_prompt_tokens=read.num_tokens,
+                num_cached_tokens=read.num_cached,
+            )
+            for read, text, row in zip(reads, texts, scores, strict=True)
+        ]
+
+    def _decode(self, reads: Sequence[_ReadPrompt], max_new_tokens: int) -> list[str]:
+        cache = self._open(reads, [max_new_tokens] * len(reads))
+        answers: list[list[int]] = [[] for _ in reads]
+        active = list(range(len(reads)))  # the prompt in each running slot
+        logits_BV = torch.stack([read.logits_V for read in reads])
+        for _ in range(max_new_tokens):
+            if not bool(logits_BV.isfinite().all()):
+                raise RuntimeError("the logits of an answer are not finite; are weights or features damaged?")
+            next_ids = logits_BV.argmax(-1).tolist()
+            for slot in reversed(range(len(active))):
+                if next_ids[slot] in self._end_ids:
+                    cache.swap(slot, len(active) - 1)
+                    active[slot], next_ids[slot] = active[-1], next_ids[-1]
+                    active.pop()
+                    next_ids.pop()
+                else:
+                    answers[active[slot]].append(next_ids[slot])
+            if not active:
+                break
+            ids_B = torch.tensor(next_ids, device=self._device)
+            logits_BV = self._model.decode_step(ids_B, cache, torch.arange(len(active)))
         return [self._tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
 
     def sample(self, prompt: Prompt, answer: str | None) -> Sample:
@@ -201,6 +268,8 @@ class Answerer:
         conversation = [Turn(role="user", text=prompt.text)]
         if prompt.time_texts:
             conversation = add_time_texts(conversation, prompt.time_texts)
+        if prompt.system:
+            conversation.insert(0, Turn(role="system", text=prompt.system))
         if answer is not None:
             conversation.append(Turn(role="assistant", text=answer))
         return build_sample(
@@ -209,6 +278,7 @@ class Answerer:
             [rows.shape[0] for rows in prompt.media],
             template=self._template,
             add_generation_prompt=answer is None,
+            answer_prefix=prompt.answer_prefix,
         )
 
     def _rows(self, prompt: Prompt) -> Tensor:

@@ -24,8 +24,8 @@ from timeviper_platform.evaluation.answering import (
     Answerer,
     Prompt,
 )
-from timeviper_platform.evaluation.metrics import Span, parse_span, temporal_iou
 from timeviper_platform.evaluation.outcomes import Outcome, Question, Status, question_hash
+from timeviper_platform.evaluation.scoring.spans import Span, parse_span, temporal_iou
 
 logger = logging.getLogger(__name__)
 
@@ -235,6 +235,7 @@ def _outcome(
         question_hash=question_hash(question),
         sample_id=question["sample_id"],
         task=question["source"],
+        video=" ".join(medium["media_id"] for medium in question["media"] or []),
         status=status,
         detail=detail,
         expected=question["answer"],

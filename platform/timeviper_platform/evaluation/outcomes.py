@@ -9,9 +9,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from timeviper_platform.common import storage
+from timeviper_platform.evaluation.partial_log import PartialLog
 
 Question = dict[str, Any]
 """A QUESTIONS row."""
@@ -44,6 +43,8 @@ class Outcome:
     question_hash: str
     sample_id: str
     task: str
+    video: str
+    """Media ids; questions with the same are not independent."""
     status: Status
     detail: str
     """Cause, unless the question is scored."""
@@ -63,6 +64,7 @@ OUTCOMES = pa.schema(
         pa.field("question_hash", pa.string()),
         pa.field("sample_id", pa.string()),
         pa.field("task", pa.string()),
+        pa.field("video", pa.string()),
         pa.field("status", pa.string()),
         pa.field("detail", pa.string()),
         pa.field("expected", pa.string()),
@@ -94,34 +96,18 @@ def outcomes_of(table: Any) -> list[Outcome]:
 
 
 class OutcomeLog:
-    """Outcomes of an unfinished evaluation, a file per batch below OUTPUT.partial.
-
-    Args:
-        output: JSON report of the evaluation.
-        run_hash: identifies weights, features and options; outcomes of another run are not read.
-    """
+    """Outcomes of an unfinished evaluation, see `PartialLog`."""
 
     def __init__(self, output: str, run_hash: str) -> None:
-        self._root = f"{output.removesuffix('.json')}.partial"
-        self._folder = storage.join_uri(self._root, run_hash)
-        self._num_files = 0
+        self._log = PartialLog(output, run_hash, OUTCOMES)
 
     def read(self) -> dict[str, Outcome]:
         """Returns what earlier runs answered, by question hash. Failed questions are left out, to be asked again."""
-        files = storage.files_in(self._folder, ".parquet")
-        self._num_files = 1 + max((int(uri.rpartition("/")[2].split(".")[0]) for uri in files), default=-1)
-        outcomes = [outcome for uri in files for outcome in outcomes_of(_read_table(uri))]
+        outcomes = [Outcome(**row) for row in self._log.read()]
         return {outcome.question_hash: outcome for outcome in outcomes if outcome.status != "failed"}
 
     def append(self, outcomes: Sequence[Outcome]) -> None:
-        uri = storage.join_uri(self._folder, f"{self._num_files:06d}.parquet")
-        storage.write_atomic(uri, lambda file: pq.write_table(outcomes_table(outcomes), file))
-        self._num_files += 1
+        self._log.append([asdict(outcome) for outcome in outcomes])
 
     def remove(self) -> None:
-        storage.remove(self._root)
-
-
-def _read_table(uri: str) -> Any:
-    with storage.open_file(uri) as file:
-        return pq.read_table(file)
+        self._log.remove()

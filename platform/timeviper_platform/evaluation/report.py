@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from timeviper_platform.evaluation.metrics import mean_interval, wilson_interval
 from timeviper_platform.evaluation.outcomes import SCORED, Outcome
+from timeviper_platform.evaluation.scoring.intervals import interval_by_video, mean_of
 
 
 def summarise(outcomes: Iterable[Outcome]) -> dict[str, Any]:
-    """Returns one entry per task, in order of first appearance.
+    """Returns one entry per task, in order of first appearance. Intervals are by video.
 
     Choices:   {accuracy, interval_95, chance, above_chance, accuracy_without_video, interval_95_without_video,
                 num_questions, num_skipped, skipped}
@@ -58,34 +58,34 @@ def _summarise_task(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     counts = {"num_questions": len(scored), "num_skipped": skipped.total(), "skipped": dict(skipped)}
     if not scored:
         return counts
+    videos = [outcome.video or outcome.question_hash for outcome in scored]
+
+    def interval(values: Sequence[float]) -> list[float]:
+        return [round(bound, 4) for bound in interval_by_video(mean_of(values), videos)]
+
     scores = [outcome.score for outcome in scored]
     blind = [outcome.score_without_video for outcome in scored]
     chances = [outcome.chance for outcome in scored if outcome.chance is not None]
     if not chances:
         return {
             "miou": _mean(scores),
-            "interval_95": _rounded(mean_interval(scores)),
+            "interval_95": interval(scores),
             "miou_without_video": _mean(blind),
-            "interval_95_without_video": _rounded(mean_interval(blind)),
+            "interval_95_without_video": interval(blind),
             "num_unparsable": sum(outcome.status == "unparsable" for outcome in scored),
             **counts,
         }
-    interval = wilson_interval(int(sum(scores)), len(scores))
-    chance = _mean(chances)
+    chance, interval_95 = _mean(chances), interval(scores)
     return {
         "accuracy": _mean(scores),
-        "interval_95": _rounded(interval),
+        "interval_95": interval_95,
         "chance": chance,
-        "above_chance": interval[0] > chance,
+        "above_chance": interval_95[0] > chance,
         "accuracy_without_video": _mean(blind),
-        "interval_95_without_video": _rounded(wilson_interval(int(sum(blind)), len(blind))),
+        "interval_95_without_video": interval(blind),
         **counts,
     }
 
 
 def _mean(values: Sequence[float]) -> float:
     return round(sum(values) / len(values), 4)
-
-
-def _rounded(interval: tuple[float, float]) -> list[float]:
-    return [round(value, 4) for value in interval]

@@ -18,7 +18,7 @@ from timeviper_platform.data.annotations.convert import ConvertConfig, convert
 from timeviper_platform.data.annotations.rows import read_objects
 from timeviper_platform.data.inputs.readers import read_pages
 from timeviper_platform.data.media.medium import media_id_of
-from timeviper_platform.evaluation.metrics import parse_span
+from timeviper_platform.evaluation.scoring.spans import parse_span
 from timeviper_platform.training.batches.rows import SampleRows, SourceConfig
 
 ROOT = Path(__file__).resolve().parents[4]

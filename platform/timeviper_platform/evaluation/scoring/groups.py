@@ -1,0 +1,35 @@
+"""Scores of VideoMME-v2's groups of four questions about a video."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+
+_RELEVANCE = (0.0, 1 / 16, 4 / 16, 9 / 16, 1.0)
+_LOGIC: dict[str, tuple[tuple[float, ...], int]] = {
+    "[1, 2, 3, 4]": (_RELEVANCE, -1),
+    "[1, [2, 3], 4]": ((0.0, 1 / 12, 4 / 12, 7 / 12, 1.0), 1),
+    "[[1, 2], 3, 4]": ((0.0, 1 / 10, 2 / 10, 5 / 10, 1.0), 0),
+}
+"""Score by length of the right chain, and the length that the question after the first wrong one may extend."""
+
+
+def relevance_score(right: Sequence[bool]) -> float:
+    """The square of the share of right answers: 0, 1/16, 4/16, 9/16, 1."""
+    return _RELEVANCE[sum(right)]
+
+
+def logic_score(right: Sequence[bool], structure: str) -> float:
+    """Score of the chain of right answers from the first; in '[1, [2, 3], 4]', 3 stands in for a wrong 2.
+
+    Raises:
+        ValueError: for an unknown structure.
+    """
+    try:
+        scores, replaceable = _LOGIC[str(ast.literal_eval(structure))]
+    except (KeyError, ValueError, SyntaxError) as error:
+        raise ValueError(f"group_structure is {structure!r}, not one of {', '.join(_LOGIC)}") from error
+    length = next((index for index, is_right in enumerate(right) if not is_right), len(right))
+    if length == replaceable and right[length + 1]:
+        length += 1
+    return scores[length]
