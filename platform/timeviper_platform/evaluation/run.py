@@ -18,8 +18,10 @@ from timeviper_platform.common.job import JobError
 from timeviper_platform.common.listing import list_files
 from timeviper_platform.data.store.compatibility import check_same_towers
 from timeviper_platform.data.store.reader import FeatureStore
+from timeviper_platform.evaluation.benchmark_config import BenchmarkConfig
 from timeviper_platform.evaluation.evaluator import AnsweringConfig, Evaluator
 from timeviper_platform.evaluation.outcomes import (
+    OUTCOMES,
     SCORED,
     Outcome,
     OutcomeLog,
@@ -33,7 +35,7 @@ from timeviper_platform.evaluation.report import summarise
 
 logger = logging.getLogger(__name__)
 
-PATHS = ("weights", "feature_store", "questions", "output")
+PATHS = ("weights", "feature_store", "questions", "output", "benchmark.folder")
 """Keys made absolute for workers, which run in another folder."""
 
 SPEED_OPTIONS = ("num_threads", "max_pack_tokens", "prefix_cache_bytes")
@@ -68,18 +70,22 @@ class EvaluateConfig:
     """Weights folder, readable by every worker."""
     feature_store: str
     """Feature store URI."""
-    questions: str
-    """Folder of the QUESTIONS files."""
     output: str
     """JSON report. Outcomes go to the same name with .outcomes.parquet, those of an unfinished run to .partial."""
+    questions: str | None = None
+    """Folder of the QUESTIONS files. Either this or `benchmark`."""
+    benchmark: BenchmarkConfig | None = None
+    """A published benchmark. Its report is also written as .html, its answers as .answers.parquet."""
     tasks: tuple[str, ...] = ("choice", "order", "count", "grounding")
     """File names in `questions`, without .parquet."""
     max_questions: int | None = None
-    """Maximum questions per task; null = all."""
+    """Maximum questions per task, or of the benchmark; null = all."""
     answering: AnsweringConfig = field(default_factory=AnsweringConfig)
     workers: EvalWorkersConfig = field(default_factory=EvalWorkersConfig)
 
     def __post_init__(self) -> None:
+        if (self.questions is None) == (self.benchmark is None):
+            raise ValueError("set either `questions` or `benchmark`")
         if not self.tasks or len(set(self.tasks)) != len(self.tasks):
             raise ValueError(f"{self.tasks = } must name each task once, and at least one")
 
@@ -116,6 +122,7 @@ def run_evaluation(config: EvaluateConfig, answer: AnswerQuestionsOf | None = No
         JobError: after the report, when no question was scored, or too many failed.
     """
     config = with_absolute_paths(config, PATHS)
+    assert config.questions is not None
     questions = read_questions(config.questions, config.tasks, config.max_questions)
     if not questions:
         raise ValueError(f"tasks {', '.join(config.tasks)} have no questions in {config.questions!r}; fix `questions`")
@@ -146,7 +153,7 @@ def run_hash(config: EvaluateConfig) -> str:
     store = FeatureStore.open(config.feature_store)
     files = [[entry.uri, *(entry.version or ())] for entry in list_files(config.weights).files]
     answering = {name: value for name, value in asdict(config.answering).items() if name not in SPEED_OPTIONS}
-    return hash_of([files, store.recipe_hash, store.index_digest(), answering])
+    return hash_of([files, store.recipe_hash, store.index_digest(), answering, OUTCOMES.names])
 
 
 def check_outcomes(outcomes: Sequence[Outcome]) -> None:

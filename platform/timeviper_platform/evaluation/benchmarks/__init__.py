@@ -1,0 +1,1 @@
+"""Published benchmarks in their owners' layouts, to questions."""

@@ -1,0 +1,1 @@
+"""Answers to scores, tables and a report."""
