@@ -14,9 +14,10 @@ import torch
 
 from timeviper_model.config import TimeViperConfig
 from timeviper_model.timeviper import TimeViper
-from timeviper_model.weights.weights_folder import load_tokenizer
+from timeviper_model.weights.weights_folder import TOKENIZER_FILES, load_tokenizer
 from timeviper_platform.common import storage
 from timeviper_platform.common.devices import PEAK_FLOPS
+from timeviper_platform.common.machine_cache import local_copy
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.training.batches.packing import Pack
 from timeviper_platform.training.batches.rows import missing_sources
@@ -37,6 +38,7 @@ from timeviper_platform.training.cost.mixture import (
     expected_epoch,
     source_shares,
 )
+from timeviper_platform.training.cost.node import STORAGE_BYTES_PER_S, NodeNeeds, node_needs
 from timeviper_platform.training.optim.parameter_groups import (
     ParameterGroup,
     any_block_trained,
@@ -79,6 +81,7 @@ class PhaseFacts:
     """None when samples, feature store or tokenizer are missing."""
     states: dict[int, StateBytes]
     """Bytes of one rank, by ZeRO stage."""
+    node: NodeNeeds
     activations: int
     """Bytes of the costliest pack, or of a full pack of text."""
     num_steps: int
@@ -126,6 +129,7 @@ def describe_dry_run(config: TrainConfig, result: DryRun) -> str:
             _compute_line(phase),
             groups,
             *_memory_lines(phase, config),
+            *_node_lines(phase.node, config),
         ]
     if result.problems:
         lines += ["", "missing:", *(f"  {problem}" for problem in result.problems)]
@@ -142,7 +146,7 @@ def _open_store(config: TrainConfig, problems: list[str]) -> FeatureStore | None
 
 def _load_tokenizer(config: TrainConfig, problems: list[str]) -> object | None:
     try:
-        return load_tokenizer(config.tokenizer)
+        return load_tokenizer(local_copy(config.tokenizer, TOKENIZER_FILES))
     except (ValueError, OSError) as error:
         problems.append(f"tokenizer: {config.tokenizer!r} cannot be loaded: {str(error).splitlines()[0]}")
         return None
@@ -222,6 +226,16 @@ def _phase_facts(
             stage: state_bytes(sizes, zero_stage=stage, world_size=config.workers.max_workers, dtype=config.dtype)
             for stage in ZERO_STAGES
         },
+        node=node_needs(
+            sizes,
+            zero_stage=config.zero.stage,
+            world_size=config.workers.max_workers,
+            dtype=config.dtype,
+            use_gpu=config.workers.use_gpu,
+            offload_optimizer=config.zero.offload_optimizer,
+            cache_bytes=config.loader.cache_bytes + config.loader.prefetch_bytes,
+            remote=not storage.is_local(config.runs),
+        ),
         activations=activation_bytes(
             model_config,
             pack,
@@ -336,3 +350,18 @@ def _memory_lines(phase: PhaseFacts, config: TrainConfig) -> list[str]:
         total = (states.total - offloaded + phase.activations) / 1e9
         lines.append(f"    ZeRO-{stage:<3}{figures}{phase.activations / 1e9:>13.3f}{total:>10.3f}{mark}")
     return lines
+
+
+def _node_lines(node: NodeNeeds, config: TrainConfig) -> list[str]:
+    def gb(num_bytes: float) -> str:
+        return f"{num_bytes / 1e9:.3f}"
+
+    disk = f", {gb(node.disk)} of TMPDIR (weights, and a checkpoint on resuming)" if node.disk else ""
+    optimizer = f", optimizer {gb(node.host_optimizer)}" if node.host_optimizer else ""
+    num_kept = config.checkpoint.keep + 1
+    return [
+        f"  a node of {node.num_ranks} ranks in GB: host memory {gb(node.host)} (start {gb(node.host_start)}, save"
+        f" {gb(node.host_save)}, loader {gb(node.host_caches)}{optimizer}){disk}",
+        f"  a checkpoint: {gb(node.checkpoint)} GB, {gb(num_kept * node.checkpoint)} for keep + 1; a save or resume"
+        f" moves {gb(node.traffic)} GB a node, {node.seconds:.1f} s at {STORAGE_BYTES_PER_S / 1e9:g} GB/s",
+    ]

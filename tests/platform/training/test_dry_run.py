@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from timeviper_platform.training.cost.memory import (
     saved_bytes_per_token,
     state_bytes,
 )
+from timeviper_platform.training.cost.node import node_needs
 from timeviper_platform.training.dry_run import PlanFacts, describe_dry_run, dry_run
 from timeviper_platform.training.optim.deepspeed_engine import build_ds_engine
 from timeviper_platform.training.phase import first_model, prepare_phase
@@ -152,6 +155,22 @@ def test_partitioned_states_are_divided_by_the_ranks() -> None:
     assert [tuple(row) for row in rows] == [(2000, 200, 1200), (2000, 200, 300), (2000, 50, 300), (500, 50, 300)]
 
 
+def test_the_needs_of_a_node_follow_its_ranks() -> None:
+    """The 9B on two nodes of eight GPUs, with ZeRO-2 and in an object store."""
+    sizes = ModelSizes(num_parameters=9_000_000_000, num_trained=8_000_000_000)
+    stage = partial(node_needs, sizes, world_size=16, dtype="bfloat16", use_gpu=True, cache_bytes=10**9)
+    needs = stage(zero_stage=2, offload_optimizer=False, remote=True)
+    assert needs.num_ranks == 8
+    assert needs.checkpoint == 18e9 + 96e9
+    assert needs.traffic == needs.host_save == 18e9 + 48e9  # the parameters, and half of the shards
+    assert (needs.host_start, needs.host_caches, needs.host) == (8 * 36e9, 8e9, 8 * 36e9)
+    assert needs.disk == needs.traffic + 36e9
+    assert needs.seconds == 66.0
+    shards = stage(zero_stage=3, offload_optimizer=True, remote=False)
+    assert shards.checkpoint == 96e9 + 2e9  # trained parameters as masters alone
+    assert (shards.traffic, shards.host_optimizer, shards.disk) == (49e9, 48e9, 0)
+
+
 def test_the_job_prints_the_report_and_missing_inputs(corpus: Corpus, capsys: pytest.CaptureFixture[str]) -> None:
     values = train_values(corpus, workers={"num_workers": 2})
     values["phases"]["instruct"]["samples"].append({"uri": "/nowhere/videos", "weight": 2.0})
@@ -163,6 +182,8 @@ def test_the_job_prints_the_report_and_missing_inputs(corpus: Corpus, capsys: py
     assert "2 ranks, float32, ZeRO-2" in shown
     assert "projector\\..* decay: 2 tensors, 24,576 parameters, lr 0.001, weight decay 0.01" in shown
     assert "100.00%  " + corpus.samples in shown
+    assert "a node of 2 ranks in GB: host memory" in shown
+    assert re.search(r"a checkpoint: 0\.\d+ GB, 0\.\d+ for keep \+ 1; a save or resume moves .* at 1 GB/s", shown)
     assert "phases.instruct.samples: no files at /nowhere/videos" in shown
     assert not (corpus.folder / "runs").exists()
     assert job(["--config", str(path), "--dry-run", "phases.instruct.samples=[]"]) == 1

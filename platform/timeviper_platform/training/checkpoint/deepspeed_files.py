@@ -28,12 +28,14 @@ if not version("deepspeed").startswith("0.19."):
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "fp32"
+FROZEN = "frozen_param_fragments"
+"""Frozen parameters, which stage 3 does not save as part of the module."""
 
 
 def take_snapshot(ds_engine: Any) -> dict[str, Any]:
     """Returns CPU copies of the files that this rank would write, by name; collective."""
     own = ds_engine.checkpoint_engine
-    capture = _Capture(own)
+    capture = _Capture(own, is_whole=ds_engine.zero_optimization_stage() < 3)
     ds_engine.checkpoint_engine = capture
     try:  # DeepSpeed also writes a script, into the scratch folder
         with tempfile.TemporaryDirectory(prefix="timeviper-snapshot-") as scratch:
@@ -44,11 +46,13 @@ def take_snapshot(ds_engine: Any) -> dict[str, Any]:
 
 
 class _Capture:
-    def __init__(self, own: Any) -> None:
-        self._own = own
+    def __init__(self, own: Any, *, is_whole: bool) -> None:
+        self._own, self._is_whole = own, is_whole
         self.files: dict[str, Any] = {}
 
     def save(self, state_dict: Any, path: str) -> None:
+        if self._is_whole and FROZEN in state_dict:  # stage 2 repeats what `module` holds
+            state_dict = {**state_dict, FROZEN: None}
         self.files[Path(path).name] = _copied(state_dict)
 
     def preserves_storage_sharing(self) -> bool:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from timeviper_platform.training.checkpoint.deepspeed_files import (
+    FROZEN,
     MASTER,
     MOMENTS,
     load_saved,
@@ -78,9 +79,7 @@ class SavedShards:
         if self._zero_stage < 3:
             return dict(first["module"])
         return {
-            name: torch.cat([model["frozen_param_fragments"][name].flatten() for model in self._models])[
-                : shape.numel()
-            ].view(shape)
+            name: torch.cat([model[FROZEN][name].flatten() for model in self._models])[: shape.numel()].view(shape)
             for name, shape in (first["frozen_param_shapes"] or {}).items()
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from reference.training_corpus import make_corpus, train_values
+from timeviper_model.config import PRESETS
 from timeviper_platform.common.config import parse_config
 from timeviper_platform.training.checkpoint.commit import (
     DamagedCheckpointError,
@@ -20,10 +22,12 @@ from timeviper_platform.training.checkpoint.commit import (
     write_commit,
     write_hashed,
 )
-from timeviper_platform.training.checkpoint.deepspeed_files import load_saved
-from timeviper_platform.training.checkpoint.export import export_newest, export_weights
+from timeviper_platform.training.checkpoint.deepspeed_files import load_saved, num_tensor_bytes
+from timeviper_platform.training.checkpoint.export import export_newest, export_weights, num_parameters
 from timeviper_platform.training.checkpoint.manager import is_committed
 from timeviper_platform.training.config import TrainConfig
+from timeviper_platform.training.cost.memory import ModelSizes
+from timeviper_platform.training.cost.node import checkpoint_bytes
 from timeviper_platform.training.local import train_local
 from timeviper_platform.training.metrics.writer import read_metrics
 from timeviper_platform.training.optim.deepspeed_engine import import_deepspeed
@@ -139,7 +143,11 @@ def test_every_stage_and_dtype_saves_plain_data(
     changes = {"zero": {"stage": stage}, "dtype": dtype}
     whole = trained(values, f"{stage}-{dtype}", **changes)
     newest = before_its_last_step(whole, f"{stage}-{dtype}-again")
-    assert all(load_saved(file, mmap=True) for file in newest.glob("*_states.pt"))
+    saved = [load_saved(file, mmap=True) for file in newest.glob("*_states.pt")]
+    groups = json.loads((newest / "groups.json").read_text())
+    sizes = ModelSizes(num_parameters(PRESETS["tiny"]), sum(group["num_parameters"] for group in groups))
+    expected_bytes = checkpoint_bytes(sizes, zero_stage=stage, world_size=1, dtype=whole.dtype).of_node(1)
+    assert sum(map(num_tensor_bytes, saved)) == pytest.approx(expected_bytes, rel=0.01)
     resumed = trained(values, f"{stage}-{dtype}-again", **changes)
     rows, expected = (read_metrics(RunFolder.of(config).uri) for config in (resumed, whole))
     assert [row["attempt"] for row in rows] == [1, 1, 2]
