@@ -10,6 +10,11 @@ from timeviper_model.config import HybridConfig, TimeViperConfig
 from timeviper_model.inference.chunked_transv import plan_sites
 from timeviper_model.inference.requests import EngineConfig
 from timeviper_model.layers.cache import HybridCache
+from timeviper_model.ops.linear import Linear
+from timeviper_model.timeviper import TimeViper
+
+NUM_MIXTURES = 16
+"""Mixtures of text and vision for which the longest request is computed."""
 
 
 class RequestMemory(NamedTuple):
@@ -49,6 +54,68 @@ def check_limits(config: TimeViperConfig, limits: EngineConfig, cache: HybridCac
                 f"kv_cache_bytes and prefix_cache_bytes may take {caches} bytes, but {device} has {free} left beside"
                 " the weights and Mamba states; lower them or num_slots"
             )
+
+
+class ServingBytes(NamedTuple):
+    """Memory of an engine at its fullest."""
+
+    weights: int
+    mamba_states: int
+    keys_and_values: int
+    """With what TransV keeps of prompts being read."""
+    prefix_cache: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name.replace('_', ' ')} {value / 1e9:.2f}" for name, value in self._asdict().items())
+        return f"{self.total / 1e9:.2f} GB ({parts})"
+
+
+def serving_bytes(
+    config: TimeViperConfig, limits: EngineConfig, *, dtype: torch.dtype, device_type: str
+) -> ServingBytes:
+    """Computes the memory with every slot and cache full, without building the model.
+
+    Without `kv_cache_bytes`, every slot holds the longest prompt with the longest answer.
+    """
+    with torch.device("meta"):
+        model = TimeViper(config)
+    weights = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    if limits.pack_weights and device_type == "cpu" and dtype == torch.float32:
+        packed = {id(module.weight): module.weight for module in model.modules() if isinstance(module, Linear)}
+        weights += sum(weight.numel() for weight in packed.values()) * dtype.itemsize
+    cache = HybridCache(config.text, limits.num_slots, device="meta", dtype=dtype)
+    keys_and_values = limits.kv_cache_bytes or limits.num_slots * longest_request_bytes(config, limits, cache, dtype)
+    return ServingBytes(
+        weights=weights,
+        mamba_states=cache.num_bytes,
+        keys_and_values=keys_and_values,
+        prefix_cache=limits.prefix_cache_bytes,
+        activations=_activation_bytes(model, limits, dtype),
+    )
+
+
+def longest_request_bytes(config: TimeViperConfig, limits: EngineConfig, cache: HybridCache, dtype: torch.dtype) -> int:
+    """Returns the most that one request within `limits` takes, over mixtures of text and vision."""
+    num_prompt, needed = limits.max_prompt_tokens, 0
+    for num_vision in {num_prompt * share // NUM_MIXTURES for share in range(NUM_MIXTURES + 1)}:
+        memory = request_memory(config, num_prompt - num_vision, num_vision, limits.max_new_tokens, dtype=dtype)
+        needed = max(needed, cache.room_bytes(memory.tokens) + memory.working_bytes)
+    return needed
+
+
+def _activation_bytes(model: TimeViper, limits: EngineConfig, dtype: torch.dtype) -> int:
+    """A block's input, output and widest product of a chunk of a prompt, and the float32 logits of a step."""
+    text = model.config.text
+    tokens = min(limits.max_prompt_tokens, limits.max_prefill_tokens)
+    blocks = (module for name, module in model.named_modules() if name.startswith("backbone.layers"))
+    widest = max(module.out_features for module in blocks if isinstance(module, Linear))
+    logits = limits.num_slots * text.vocab_size * torch.float32.itemsize
+    return tokens * 2 * (text.hidden_size + widest) * dtype.itemsize + 2 * logits
 
 
 def is_out_of_memory(error: Exception) -> bool:

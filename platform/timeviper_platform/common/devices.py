@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
+from pathlib import Path
 from typing import Literal
 
+import psutil
 import torch
 
 Dtype = Literal["float32", "bfloat16"]
@@ -18,6 +21,10 @@ PEAK_FLOPS: dict[str, float] = {
     "NVIDIA L40S": 362e12,
 }
 """Dense bf16 FLOP/s by prefix of the device's name, longer prefixes first (NVIDIA's data sheets)."""
+
+
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+"""This process's group as a container sees it (cgroup v2)."""
 
 
 def torch_dtype(name: Dtype) -> torch.dtype:
@@ -43,6 +50,19 @@ def device_name(device: torch.device) -> str:
 def peak_flops(name: str) -> float | None:
     """Returns None for an unknown device."""
     return next((peak for start, peak in PEAK_FLOPS.items() if name.startswith(start)), None)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Returns the free memory of a GPU, or of this machine within the limits of its container."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = int(psutil.virtual_memory().available)
+    with contextlib.suppress(OSError, ValueError):  # no control group, or "max"
+        limit = int((CONTROL_GROUP / "memory.max").read_text())
+        stats = dict(line.split() for line in (CONTROL_GROUP / "memory.stat").read_text().splitlines())
+        used = int((CONTROL_GROUP / "memory.current").read_text()) - int(stats["inactive_file"])
+        free = min(free, limit - used)
+    return free
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,10 +13,11 @@ from torch import Tensor
 from reference.engine_requests import TOKENIZER, answers, ask, engine_of, ids_of, run, vision
 from reference.simulated_cuda import MEMORY_BYTES, simulated_cuda
 from reference.tiny_serving import prompt, random_model
+from timeviper_model.config import PRESETS
 from timeviper_model.inference.engine import InferenceEngine
-from timeviper_model.inference.memory import request_memory
+from timeviper_model.inference.memory import request_memory, serving_bytes
 from timeviper_model.inference.prefill import Prefill
-from timeviper_model.inference.requests import Event, Failed, Request
+from timeviper_model.inference.requests import EngineConfig, Event, Failed, Request
 from timeviper_model.layers.cache import HybridCache
 from timeviper_model.timeviper import TimeViper
 
@@ -105,6 +107,44 @@ def test_caches_beyond_the_devices_memory_are_refused_at_the_start() -> None:
         engine_of(model, kv_cache_bytes=MEMORY_BYTES, **limits)
         with pytest.raises(ValueError, match="left beside the weights"):
             engine_of(model, kv_cache_bytes=MEMORY_BYTES, prefix_cache_bytes=1, **limits)
+
+
+def test_the_memory_of_a_full_engine_is_known_before_it_is_built(model: TimeViper) -> None:
+    limits = {"num_slots": 6, "max_prompt_tokens": 600, "max_new_tokens": 8, "prefix_cache_bytes": 4_000_000}
+    known = serving_bytes(model.config, EngineConfig(**limits), dtype=torch.float64, device_type="cpu")
+    assert known.weights == sum(parameter.nbytes for parameter in model.parameters())
+    engine = engine_of(model, **limits)
+    assert known.mamba_states == engine.stats().cache_bytes
+    for number in range(8):
+        engine.submit(ask(num_vision=560, max_new_tokens=8, prefix_key=f"{number}"))
+    kv_bytes = prefix_bytes = 0
+    while engine.has_work:
+        engine.step()
+        stats = engine.stats()
+        kv_bytes, prefix_bytes = max(kv_bytes, stats.kv_bytes), max(prefix_bytes, stats.prefix_bytes)
+    assert kv_bytes <= known.keys_and_values
+    assert 0 < prefix_bytes <= known.prefix_cache
+    limited = EngineConfig(**limits, kv_cache_bytes=10**6)
+    assert serving_bytes(model.config, limited, dtype=torch.float64, device_type="cpu").keys_and_values == 10**6
+
+
+def test_the_9b_of_the_configuration_fits_80_gb() -> None:
+    """Weights, states and caches as docs/serve.md lists them."""
+    limits = EngineConfig(
+        num_slots=32,
+        max_prompt_tokens=163_840,
+        max_new_tokens=4096,
+        kv_cache_bytes=24 * 2**30,
+        prefix_cache_bytes=16 * 2**30,
+    )
+    known = serving_bytes(PRESETS["9b"], limits, dtype=torch.bfloat16, device_type="cuda")
+    rounded = [round(value / 1e9, 1) for value in known]
+    assert rounded[:4] == [18.0, 4.6, 25.8, 17.2]
+    assert known.total < 80e9
+    unlimited = serving_bytes(
+        PRESETS["9b"], replace(limits, kv_cache_bytes=0), dtype=torch.bfloat16, device_type="cuda"
+    )
+    assert 32 * 2.66e9 < unlimited.keys_and_values < 32 * 5e9  # 1.12 and 1.54 GB of a film; a text keeps every token
 
 
 class OutOfMemoryOnce:

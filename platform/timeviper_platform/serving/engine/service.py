@@ -19,7 +19,9 @@ from torch import Tensor
 from timeviper_model.batching.batch import Sample
 from timeviper_model.batching.prompt import ChatTemplate, Turn, add_time_texts, build_sample, time_text, unused_marker
 from timeviper_model.batching.tokenizer_template import chat_template
+from timeviper_model.config import TimeViperConfig
 from timeviper_model.inference.engine import InferenceEngine
+from timeviper_model.inference.memory import serving_bytes
 from timeviper_model.inference.requests import (
     EngineConfig,
     EngineStats,
@@ -33,8 +35,9 @@ from timeviper_model.inference.requests import (
 )
 from timeviper_model.layers.backends import Backend, set_backend
 from timeviper_model.weights.metadata import trained_time_text
-from timeviper_model.weights.weights_folder import from_pretrained, load_tokenizer
-from timeviper_platform.common.devices import Dtype, torch_dtype
+from timeviper_model.weights.weights_folder import from_pretrained, load_config, load_tokenizer
+from timeviper_platform.common.devices import Dtype, free_bytes, torch_device, torch_dtype
+from timeviper_platform.common.machine_cache import CONFIG_FILES, local_copy
 from timeviper_platform.serving.engine.engine_thread import EngineThread
 from timeviper_platform.serving.messages import (
     AnswerDelta,
@@ -63,6 +66,19 @@ class EngineServiceConfig:
     """Milliseconds of tokens per delta; the first token is sent at once."""
 
 
+def check_memory(model: TimeViperConfig, config: EngineServiceConfig) -> None:
+    """Raises ValueError if the engine, once full, does not fit into what its device has free now."""
+    device = torch_device(config.device)
+    needed = serving_bytes(model, config.engine, dtype=torch_dtype(config.dtype), device_type=device.type)
+    free = free_bytes(device)
+    logger.info("a full engine takes %s; %s has %.2f GB free", needed, device, free / 1e9)
+    if needed.total > free:
+        raise ValueError(
+            f"a full engine takes {needed}, but {device} has {free / 1e9:.2f} GB free; lower engine.kv_cache_bytes (0 ="
+            " every slot holds the longest prompt), num_slots, max_prompt_tokens or prefix_cache_bytes"
+        )
+
+
 class EngineService:
     def __init__(
         self,
@@ -70,12 +86,14 @@ class EngineService:
         config: EngineServiceConfig,
         fetch: Callable[[FeatureReference], Awaitable[np.ndarray]],
     ) -> None:
-        """Loads the weights. `fetch` returns a reference's array, or raises RuntimeError when it is lost."""
+        """Loads the weights of any URI. `fetch` returns a reference's array, or raises RuntimeError when it is lost."""
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         self._config = config
         self._fetch = fetch
         dtype = torch_dtype(config.dtype)
+        check_memory(load_config(local_copy(weights, CONFIG_FILES)), config)
+        weights = local_copy(weights)
         model = from_pretrained(weights, dtype=dtype, device=config.device).eval()
         set_backend(model, config.backend, device=config.device, dtype=dtype)
         self._states_length = trained_time_text(weights) == "always"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 
+from reference.counted_files import LOG_VARIABLE, reads
 from reference.tiny_serving import CONFIG_WITH_TRANSV, byte_tokenizer, generate_alone, prompt, random_model
 from timeviper_model.batching.prompt import NEMOTRON, TEMPLATES, time_text
 from timeviper_model.inference.answer import SamplingParams
 from timeviper_model.inference.engine import InferenceEngine
 from timeviper_model.inference.requests import EngineConfig
 from timeviper_model.weights.weights_folder import from_pretrained, save_pretrained
+from timeviper_platform.serving.engine import service as service_module
 from timeviper_platform.serving.engine.service import EngineService, EngineServiceConfig, build_prompt
 from timeviper_platform.serving.messages import AnswerDelta, ChatTurn, FeatureReference, GenerateRequest, Refusal
 
@@ -57,7 +60,7 @@ def request(text: str = "What?", *, media: tuple[FeatureReference, ...] = (), **
     return GenerateRequest(**{"tenant": "a", "turns": turns, "sampling": sampling, **values})
 
 
-def run(weights: Path, scenario: Scenario, **config: Any) -> Any:
+def run(weights: Path | str, scenario: Scenario, **config: Any) -> Any:
     async def fetch(reference: FeatureReference) -> np.ndarray:
         if reference.ref is None:
             raise RuntimeError("its owner has died")
@@ -104,6 +107,34 @@ def test_answers_of_many_callers_equal_plain_generation(weights: Path) -> None:
         ids = generate_alone(model, sample, rows, num_tokens=8, end_ids=end_ids)
         expected = TOKENIZER.decode([i for i in ids if i not in end_ids], skip_special_tokens=True)
         assert answer == expected
+
+
+def test_weights_may_be_remote(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(LOG_VARIABLE, str(tmp_path / "log"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    async def scenario(service: EngineService) -> str:
+        return text_of(await collect(service, request()))
+
+    assert run(f"counted://{weights}", scenario) == run(weights, scenario)
+    assert [path.endswith(".safetensors") for path, _ in reads(tmp_path / "log")].count(True) == 1
+
+
+def test_an_engine_that_could_not_fit_once_full_is_refused_before_its_weights_are_read(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, it ran out of memory under load."""
+    monkeypatch.setenv(LOG_VARIABLE, str(tmp_path / "log"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(service_module, "free_bytes", lambda device: 100_000_000)
+
+    async def scenario(service: EngineService) -> None:
+        """Not reached."""
+
+    engine = EngineConfig(num_slots=512, max_prompt_tokens=100_000)
+    with pytest.raises(ValueError, match=r"full engine takes \d+\.\d+ GB \(weights 0\.\d+, .* 0.10 GB free; lower"):
+        run(f"counted://{weights}", scenario, engine=engine)
+    assert [Path(path).name for path, _ in reads(tmp_path / "log")] == ["config.json"]
 
 
 def test_deltas_have_index_reason_usage_and_log_probabilities(weights: Path) -> None:
