@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from reference import counted_files  # noqa: F401 - registers counted://
 from timeviper_model import timeviper
 from timeviper_model.config import PRESETS
 from timeviper_platform.common.ray_cluster import free_port
@@ -100,6 +102,7 @@ def start_ranks(
 
 def _run(config: str, log: str, variables: dict[str, str], logit_rows: int | None) -> None:
     os.environ.update(variables)
+    tempfile.tempdir = variables.get("TMPDIR")
     output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(output, 1)
     os.dup2(output, 2)

@@ -1,6 +1,6 @@
 """Computes the paper's Figures 3 to 6: `timeviper analyze --config ray_configs/tiny/analyze.yaml [key=value ...]`.
 
-Writes each figure as JSON, CSV and SVG. One process, no Ray.
+Writes each figure as JSON, CSV and SVG. One process: a task of the cluster in RAY_ADDRESS, else this one.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from timeviper_platform.common.config import load_config
 from timeviper_platform.common.job import JobParser, JobResult, run_job
-from timeviper_platform.evaluation.analyze import AnalyzeConfig, run_analysis
+from timeviper_platform.evaluation.analyze import AnalyzeConfig, analyze
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,9 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config_file="ray_configs/analyze.yaml",
         override="figures=[maps] max_questions=8",
     )
-    return run_job(parser, analyze, arguments)
+    return run_job(parser, write_figures, arguments)
 
 
-def analyze(options: argparse.Namespace) -> JobResult:
+def write_figures(options: argparse.Namespace) -> JobResult:
     config = load_config(AnalyzeConfig, options.config, options.overrides)
-    return JobResult([f"written    {uri}" for uri in run_analysis(config)])
+    return JobResult([f"written    {uri}" for uri in analyze(config)])

@@ -69,6 +69,11 @@ def with_absolute_paths(config: T, keys: Iterable[str], *, root: Path | None = N
     return config
 
 
+def absolute_path(path: str, *, if_exists: bool = False) -> str:
+    """`with_absolute_paths` of one path."""
+    return _absolute(path, root=Path.cwd(), if_exists=if_exists)
+
+
 def _map_value(node: Any, path: Sequence[str], change: Callable[[str], str]) -> Any:
     if node is None:
         return None

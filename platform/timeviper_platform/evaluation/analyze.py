@@ -7,7 +7,7 @@ import io
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -17,6 +17,10 @@ from timeviper_model.weights.metadata import trained_time_text
 from timeviper_model.weights.weights_folder import load_tokenizer
 from timeviper_platform.common import storage
 from timeviper_platform.common.charts import Panel, Part, heat_map, line_chart
+from timeviper_platform.common.cluster_checks import refuse_lost_outputs
+from timeviper_platform.common.config import with_absolute_paths
+from timeviper_platform.common.machine_cache import local_copy
+from timeviper_platform.common.ray_task import run_as_task
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.evaluation.answering import Answerer, Prompt
 from timeviper_platform.evaluation.evaluator import AnsweringConfig, QuestionFault, load_model, read_prompt
@@ -32,7 +36,7 @@ from timeviper_platform.evaluation.figures import (
     layer_maps,
 )
 from timeviper_platform.evaluation.outcomes import Question
-from timeviper_platform.evaluation.run import check_inputs, read_questions
+from timeviper_platform.evaluation.run import PATHS, check_inputs, read_questions
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +46,7 @@ Figure = Literal["blocking", "dropping", "maps"]
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AnalyzeConfig:
     weights: str
-    """Weights folder."""
+    """URI of the weights folder."""
     feature_store: str
     """Feature store URI."""
     questions: str
@@ -55,6 +59,8 @@ class AnalyzeConfig:
     """Maximum questions per task; null = all."""
     figures: tuple[Figure, ...] = ("blocking", "dropping", "maps")
     """Figure 3 (blocking), 4 (dropping), 5 and 6 (maps)."""
+    resources: dict[str, float] = field(default_factory=lambda: {"CPU": 1.0})
+    """Ray resources of the task on a cluster, with at least one GPU if `answering.device` is one."""
     answering: AnsweringConfig = field(default_factory=AnsweringConfig)
     blocking: BlockingSweep = field(default_factory=BlockingSweep)
     dropping: DroppingSweep = field(default_factory=DroppingSweep)
@@ -63,6 +69,28 @@ class AnalyzeConfig:
     def __post_init__(self) -> None:
         if not self.tasks or not self.figures:
             raise ValueError(f"{self.tasks = } and {self.figures = } must each name at least one")
+
+
+def analyze(config: AnalyzeConfig) -> list[str]:
+    """Runs `run_analysis` as a task of the cluster in RAY_ADDRESS, else in this process.
+
+    Raises:
+        ValueError: for invalid inputs, or resources that no node can have.
+        RuntimeError: if the task's node has an output folder of its own.
+    """
+    refuse_lost_outputs({"output": config.output})
+    config = with_absolute_paths(config, PATHS)
+    check_inputs(config.weights, config.feature_store)
+    is_on_gpu = config.answering.device.startswith("cuda")
+    resources = ({"GPU": 1.0} if is_on_gpu else {}) | config.resources
+    return run_as_task(
+        run_analysis,
+        config,
+        resources=resources,
+        wanted_by="the analysis",
+        way_out="change `resources`",
+        folders={"output": config.output},
+    )
 
 
 def run_analysis(config: AnalyzeConfig) -> list[str]:
@@ -75,6 +103,7 @@ def run_analysis(config: AnalyzeConfig) -> list[str]:
     check_inputs(config.weights, config.feature_store)
     storage.ensure_writable(config.output)
     torch.set_num_threads(config.answering.num_threads)
+    config = replace(config, weights=local_copy(config.weights))
     model = load_model(config.weights, config.answering)
     answerer = Answerer(model, load_tokenizer(config.weights), max_pack_tokens=config.answering.max_pack_tokens)
     prompts = list(_with_media(rows, config, dim=model.config.vision.row_size))

@@ -17,6 +17,7 @@ from timeviper_model.timeviper import TimeViper
 from timeviper_model.weights import weights_folder as weights
 from timeviper_model.weights.metadata import trained_time_text
 from timeviper_platform.common.devices import Dtype, torch_device, torch_dtype
+from timeviper_platform.common.machine_cache import local_copy
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.evaluation.answering import (
     DEFAULT_MAX_PACK_TOKENS,
@@ -62,8 +63,10 @@ class AnsweringConfig:
 
 class Evaluator:
     def __init__(self, *, weights_folder: str, feature_store: str, config: AnsweringConfig) -> None:
+        """`weights_folder` may be any URI."""
         torch.set_num_threads(config.num_threads)
         self._config = config
+        weights_folder = local_copy(weights_folder)
         self._time_text = trained_time_text(weights_folder)
         self._store = FeatureStore.open(feature_store)
         model = load_model(weights_folder, config)

@@ -67,7 +67,7 @@ class EvalWorkersConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig:
     weights: str
-    """Weights folder, readable by every worker."""
+    """URI of the weights folder; each node downloads a remote one once."""
     feature_store: str
     """Feature store URI."""
     output: str

@@ -50,7 +50,7 @@ class ServeConfig:
     """The `args` of the application in a Serve configuration file."""
 
     weights: str
-    """Weights folder written by the export job."""
+    """URI of the weights folder that the export job wrote; each node downloads a remote one once."""
     features: FeatureServiceConfig
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
     engine: EngineServiceConfig = field(default_factory=EngineServiceConfig)

@@ -11,6 +11,7 @@ from timeviper_model.layers.lora import LoraConfig
 from timeviper_model.weights.weights_folder import load_text_config
 from timeviper_platform.common.config import with_absolute_paths
 from timeviper_platform.common.devices import Dtype
+from timeviper_platform.common.machine_cache import CONFIG_FILES, local_copy
 from timeviper_platform.training.batches.loader import LoaderConfig
 from timeviper_platform.training.batches.packing import PackingConfig
 from timeviper_platform.training.batches.rows import SourceConfig
@@ -27,12 +28,12 @@ class InitConfig:
     """Initial weights of a phase."""
 
     weights: str | None = None
-    """Weights folder written by save_pretrained or jobs/export.py. Excludes `backbone`."""
+    """URI of a weights folder written by save_pretrained or jobs/export.py. Excludes `backbone`."""
     preset: Literal["tiny", "9b", "tiny-qwen", "qwen2.5-7b", "tiny-pdrop", "9b-pdrop"] | None = None
     """Model sizes. If `weights` are given too, both must match; a dry run then needs no weights."""
     seed: int = 0
     backbone: str | None = None
-    """Hugging Face name or folder of a Nemotron-H or Qwen2 language model. Its config.json gives the sizes; a preset
+    """Hugging Face name or URI of a Nemotron-H or Qwen2 language model. Its config.json gives the sizes; a preset
     then adds vision and TransV alone."""
     revision: str | None = None
     """Commit, tag or branch of the `backbone`'s Hugging Face name; None = its main branch."""
@@ -60,7 +61,7 @@ class InitConfig:
         if preset is not None and self.transv is not None:
             preset = replace(preset, transv=())
         if self.backbone is not None:
-            text = load_text_config(self.backbone, revision=self.revision)
+            text = load_text_config(local_copy(self.backbone, CONFIG_FILES), revision=self.revision)
             try:
                 preset = with_text(text, preset)
             except ValueError as error:
@@ -184,7 +185,7 @@ class TrainConfig:
     """Name of the run's folder inside `runs`."""
     feature_store: str
     tokenizer: str
-    """Hugging Face name or folder."""
+    """Hugging Face name, or URI of a folder."""
     phases: dict[str, PhaseConfig]
     runs: str = "outputs/runs"
     seed: int = 0

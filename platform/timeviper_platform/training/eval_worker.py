@@ -16,9 +16,10 @@ import threading
 import torch
 
 from timeviper_model.layers.backends import set_backend
-from timeviper_model.weights.weights_folder import load_tokenizer
+from timeviper_model.weights.weights_folder import TOKENIZER_FILES, load_tokenizer
 from timeviper_platform.common.devices import torch_dtype
 from timeviper_platform.common.logs import setup_logging
+from timeviper_platform.common.machine_cache import local_copy
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.training.checkpoint.export import checkpoint_model
 from timeviper_platform.training.checkpoint.manager import is_committed
@@ -49,7 +50,9 @@ def evaluate_checkpoint(task: EvalTask) -> dict[str, float]:
     model = model.to(context.device, context.dtype).eval()
     set_backend(model, config.backend if use_gpu else "torch", device=context.device, dtype=context.dtype)
     store = FeatureStore.open(config.feature_store, cache_bytes=config.loader.cache_bytes)
-    validator = build_standalone_validator(phase, model.config, store, load_tokenizer(config.tokenizer))
+    validator = build_standalone_validator(
+        phase, model.config, store, load_tokenizer(local_copy(config.tokenizer, TOKENIZER_FILES))
+    )
     return validator.validate(model, model, context)
 
 

@@ -12,15 +12,14 @@ import torch
 
 from timeviper_model.config import TimeViperConfig
 from timeviper_model.timeviper import TimeViper
-from timeviper_model.weights.weights_folder import config_from_dict, load_tokenizer
+from timeviper_model.weights.weights_folder import TOKENIZER_FILES, config_from_dict, load_tokenizer
 from timeviper_platform.common import schemas, storage
+from timeviper_platform.common.machine_cache import local_copy
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.training.batches.rows import source_files
 from timeviper_platform.training.batches.samples import Reject, SampleBuilder
 from timeviper_platform.training.batches.sizes import count_rejects, within_caps
-from timeviper_platform.training.checkpoint.commit import check_sizes, read_document
-from timeviper_platform.training.checkpoint.local_files import MODEL_FILE
-from timeviper_platform.training.checkpoint.manager import read_state
+from timeviper_platform.training.checkpoint.manager import read_model, read_state
 from timeviper_platform.training.config import PhaseConfig, TrainConfig
 from timeviper_platform.training.phase import adapt, check_phase, first_model_config, phase_groups
 
@@ -50,9 +49,7 @@ def check_inputs(config: TrainConfig, start: str | None) -> None:
     if start is not None:
         phase = read_state(start).phase
         names = names[names.index(phase) :] if phase in names else []
-        model = config_from_dict(
-            read_document(start, MODEL_FILE, check_sizes(start)[MODEL_FILE])["config"], where=start
-        )
+        model = config_from_dict(read_model(start)["config"], where=start)
     for number, name in enumerate(names):
         phase_config = config.phases[name]
         is_resumed = start is not None and number == 0
@@ -68,7 +65,7 @@ def check_inputs(config: TrainConfig, start: str | None) -> None:
 def load_tokenizer_or_fail(name: str) -> Any:
     """Raises ValueError if it cannot be loaded."""
     try:
-        return load_tokenizer(name)
+        return load_tokenizer(local_copy(name, TOKENIZER_FILES))
     except (OSError, ValueError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(

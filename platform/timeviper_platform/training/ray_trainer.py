@@ -22,6 +22,7 @@ from timeviper_platform.common import storage
 from timeviper_platform.common.lease import hold_lease
 from timeviper_platform.common.logs import setup_logging
 from timeviper_platform.common.ray_cluster import has_autoscaler
+from timeviper_platform.common.ray_task import task_options
 from timeviper_platform.training.batches.loader import prefetch_in_thread
 from timeviper_platform.training.batches.ray_loader import prefetch_on_ray
 from timeviper_platform.training.checkpoint.manager import resolve_resume
@@ -148,11 +149,8 @@ class _RayEval:
     def __init__(self, task: EvalTask) -> None:
         validation = task.config.phases[task.phase].validation
         assert validation is not None
-        resources = dict(validation.resources)
         evaluate: Any = ray.remote(evaluate_checkpoint)
-        self._ref = evaluate.options(
-            num_cpus=resources.pop("CPU", 0), num_gpus=resources.pop("GPU", 0), resources=resources, max_retries=1
-        ).remote(task)
+        self._ref = evaluate.options(**task_options(validation.resources), max_retries=1).remote(task)
 
     def metrics(self) -> dict[str, float] | None:
         ended, _ = ray.wait([self._ref], timeout=0)

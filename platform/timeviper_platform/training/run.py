@@ -14,9 +14,10 @@ import torch.distributed as dist
 
 from timeviper_model.layers.backends import set_backend
 from timeviper_model.timeviper import TimeViper
-from timeviper_model.weights.weights_folder import config_from_dict, load_tokenizer
+from timeviper_model.weights.weights_folder import TOKENIZER_FILES, config_from_dict, load_tokenizer
 from timeviper_platform.common import storage
 from timeviper_platform.common.devices import device_name, torch_dtype
+from timeviper_platform.common.machine_cache import local_copy
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.training.batches.samples import Reject
 from timeviper_platform.training.batches.sizes import MeasureOnAllRanks, count_rejects
@@ -96,7 +97,7 @@ class _Run:
         self._dtype = torch_dtype(config.dtype)
         self._hooks = hooks
         self._store = FeatureStore.open(config.feature_store, cache_bytes=config.loader.cache_bytes)
-        self._tokenizer = load_tokenizer(config.tokenizer)
+        self._tokenizer = load_tokenizer(local_copy(config.tokenizer, TOKENIZER_FILES))
         self._checkpoints = Checkpoints(self._folder.checkpoints, keep=config.checkpoint.keep)
 
     def run(self, resume_from: str | None) -> dict[str, Any]:

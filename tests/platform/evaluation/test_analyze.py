@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import runpy
+import tempfile
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from functools import partial
@@ -12,13 +13,14 @@ from typing import Any
 import pytest
 import torch
 
+from reference.counted_files import LOG_VARIABLE
 from reference.known_answers import KnownAnswers, choice_row, grounding_row, write_questions
 from timeviper_model.analysis.blocking import Blocking, cut_flow
 from timeviper_model.analysis.maps import observe
 from timeviper_model.analysis.pooling import pool_map
 from timeviper_model.weights.weights_folder import load_tokenizer
 from timeviper_platform.data.store.reader import FeatureStore
-from timeviper_platform.evaluation.analyze import AnalyzeConfig, make_answered, run_analysis
+from timeviper_platform.evaluation.analyze import AnalyzeConfig, analyze, make_answered, run_analysis
 from timeviper_platform.evaluation.answering import Answerer, Prompt
 from timeviper_platform.evaluation.evaluator import AnsweringConfig, load_model, read_media
 from timeviper_platform.evaluation.figures import (
@@ -155,6 +157,14 @@ def test_the_job_writes_numbers_and_pictures_that_parse(known: KnownAnswers, tmp
     with (tmp_path / "blocking.csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(rows) == 1 + 2 * 2 * 2
     assert [entry["layer"] for entry in json.loads((tmp_path / "maps.json").read_text())] == [0, 1]
+
+
+def test_weights_may_be_remote(known: KnownAnswers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(LOG_VARIABLE, str(tmp_path / "log"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    config = replace(config_of(known, tmp_path / "out", figures=("maps",)), weights=f"counted://{known.weights}")
+    written = analyze(config)
+    assert json.loads(Path(written[0]).read_text())[0]["layer"] == 0
 
 
 def test_questions_without_media_are_skipped_and_none_left_is_an_error(known: KnownAnswers, tmp_path: Path) -> None:

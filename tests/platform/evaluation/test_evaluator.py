@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from reference.counted_files import LOG_VARIABLE, reads
 from reference.known_answers import (
     NAMES,
     WHEN,
@@ -68,6 +70,17 @@ def test_known_answers_are_found_with_the_video_and_one_in_four_without(evaluato
     assert len({outcome.answer_without_video for outcome in outcomes}) == 1
     assert sum(outcome.score_without_video for outcome in outcomes) == 1.0
     assert {outcome.chance for outcome in outcomes} == {0.25}
+
+
+def test_weights_may_be_remote(known: KnownAnswers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(LOG_VARIABLE, str(tmp_path / "log"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    uri = f"counted://{known.weights}"
+    check_inputs(uri, known.feature_store)
+    for _ in range(2):  # as two workers of a node
+        remote = Evaluator(weights_folder=uri, feature_store=known.feature_store, config=AnsweringConfig())
+    assert [outcome.answer for outcome in remote.evaluate([choice_row(n) for n in range(4)])] == list(NAMES)
+    assert [path.endswith(".safetensors") for path, _ in reads(tmp_path / "log")].count(True) == 1
 
 
 def test_known_intervals_are_written_with_the_video(evaluator: Evaluator) -> None:

@@ -19,13 +19,14 @@ from timeviper_model.layers.tome import merge_tokens
 from timeviper_model.layers.vision_transformer import Resample
 from timeviper_model.weights.vision_tower import TowerDescription, describe_vision_tower, load_vision_tower
 from timeviper_platform.common.devices import Dtype, torch_dtype
+from timeviper_platform.common.machine_cache import local_copy
 from timeviper_platform.data.encode.recipe import RECIPE_VERSION, differences
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TowerConfig:
     model: str
-    """Hugging Face name or local folder."""
+    """Hugging Face name, or URI of a folder."""
     revision: str | None = None
     """Commit, tag or branch of a Hugging Face name; None = its main branch."""
     layer: int = -2
@@ -109,7 +110,7 @@ def describe_encoder(config: VisionTowerConfig) -> EncoderDescription:
 
 
 def _describe(tower: TowerConfig) -> TowerDescription:
-    return describe_vision_tower(tower.model, layer=tower.layer, revision=tower.revision)
+    return describe_vision_tower(local_copy(tower.model), layer=tower.layer, revision=tower.revision)
 
 
 def _tower_recipe(config: TowerConfig, tower: TowerDescription, num_tokens_per_frame: int) -> dict[str, Any]:
@@ -167,7 +168,7 @@ class FrameEncoder:
 
 class MergingTower:
     def __init__(self, config: TowerConfig, encoder: VisionTowerConfig) -> None:
-        self.vision = load_vision_tower(config.model, layer=config.layer, revision=config.revision)
+        self.vision = load_vision_tower(local_copy(config.model), layer=config.layer, revision=config.revision)
         self.vision.to(device=encoder.device, dtype=torch_dtype(encoder.dtype))
         self._patches: Callable[[Tensor], Tensor] = (
             torch.compile(self.vision, dynamic=False) if encoder.compile else self.vision

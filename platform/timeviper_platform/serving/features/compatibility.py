@@ -6,6 +6,7 @@ from typing import Any
 
 from timeviper_model.weights.metadata import load_metadata
 from timeviper_model.weights.weights_folder import load_config
+from timeviper_platform.common.machine_cache import CONFIG_FILES, local_copy
 from timeviper_platform.data.encode.frame_encoder import FrameEncoder
 from timeviper_platform.data.encode.recipe import Facts, different_facts, recipe_facts, vision_facts
 from timeviper_platform.data.store.compatibility import store_facts
@@ -44,9 +45,10 @@ def check_features_fit(weights: str, *, store: FeatureStore | None, encoder: Fra
 
 
 def _expected_by(weights: str) -> Facts:
-    metadata = load_metadata(weights)
+    folder = local_copy(weights, CONFIG_FILES)
+    metadata = load_metadata(folder)
     known = {RECIPE_HASH_KEY: metadata[RECIPE_HASH_KEY]} if RECIPE_HASH_KEY in metadata else {}
-    return {**vision_facts(load_config(weights).vision), **known}
+    return {**vision_facts(load_config(folder).vision), **known}
 
 
 def _whole(recipe: dict[str, Any]) -> Facts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -15,20 +15,24 @@ from timeviper_model.config import TimeViperConfig
 from timeviper_model.layers.lora import merge_lora
 from timeviper_model.timeviper import TimeViper
 from timeviper_model.weights.public_checkpoint import load_public_checkpoint, public_config
-from timeviper_model.weights.weights_folder import config_from_dict, load_tokenizer, save_pretrained
+from timeviper_model.weights.weights_folder import TOKENIZER_FILES, config_from_dict, load_tokenizer, save_pretrained
 from timeviper_platform.common import storage
 from timeviper_platform.common.devices import Dtype, torch_dtype
+from timeviper_platform.common.machine_cache import local_copy
 from timeviper_platform.training.checkpoint.commit import DamagedCheckpointError
 from timeviper_platform.training.checkpoint.initial_weights import InitialWeights
 from timeviper_platform.training.checkpoint.local_files import open_checkpoint
-from timeviper_platform.training.checkpoint.manager import Checkpoints
+from timeviper_platform.training.checkpoint.manager import Checkpoints, read_model, read_state
 from timeviper_platform.training.checkpoint.state import TrainState
 
 logger = logging.getLogger(__name__)
 
 
-def export_weights(checkpoint: str, output: str, *, dtype: Dtype = "float32") -> None:
-    """Writes a committed checkpoint as a weights folder, replacing `output`.
+FLOAT32_BYTES = 4
+
+
+def export_weights(checkpoint: str, output: str, *, dtype: Dtype = "float32") -> str:
+    """Writes a committed checkpoint as a weights folder, replacing `output`; returns `checkpoint`.
 
     Raises:
         ValueError: if there is no committed checkpoint, or it lacks parts of the model.
@@ -37,9 +41,10 @@ def export_weights(checkpoint: str, output: str, *, dtype: Dtype = "float32") ->
     state, description, model = checkpoint_model(checkpoint, unrounded=True)
     model = model.to(torch_dtype(dtype))
     metadata = {**description["metadata"], "phase": state.phase, "step": str(state.step)}
-    tokenizer = load_tokenizer(description["tokenizer"])
+    tokenizer = load_tokenizer(local_copy(description["tokenizer"], TOKENIZER_FILES))
     _write_weights(model, output, tokenizer=tokenizer, metadata=metadata)
     logger.info("weights of %s at step %d of %s are in %s", state.phase, state.step, checkpoint, output)
+    return checkpoint
 
 
 def export_newest(checkpoints: str, output: str, *, dtype: Dtype = "float32") -> str:
@@ -51,12 +56,10 @@ def export_newest(checkpoints: str, output: str, *, dtype: Dtype = "float32") ->
     faults = []
     for uri in reversed(Checkpoints(checkpoints).committed()):
         try:
-            export_weights(uri, output, dtype=dtype)
+            return export_weights(uri, output, dtype=dtype)
         except DamagedCheckpointError as error:
             logger.warning("damaged checkpoint: %s; trying the next older one", error)
             faults.append(str(error))
-        else:
-            return uri
     if faults:
         raise ValueError(
             f"every checkpoint in {checkpoints} is damaged: {'; '.join(faults)}; restore files from a copy"
@@ -66,23 +69,52 @@ def export_newest(checkpoints: str, output: str, *, dtype: Dtype = "float32") ->
 
 def convert_public_checkpoint(
     checkpoint: str, output: str, *, preset: TimeViperConfig, tokenizer: str | None = None, dtype: Dtype = "float32"
-) -> None:
-    """Writes a checkpoint of TimeViper's public code as a weights folder, replacing `output`.
+) -> str:
+    """Writes a checkpoint of TimeViper's public code as a weights folder, replacing `output`; returns `checkpoint`.
 
     Args:
-        checkpoint: file or folder; a folder's config.json replaces the sizes of `preset`.
-        tokenizer: folder or Hugging Face name; None = the checkpoint's folder.
+        checkpoint: URI of a file or folder; a folder's config.json replaces the sizes of `preset`.
+        tokenizer: URI of a folder, or Hugging Face name; None = the checkpoint's folder.
 
     Raises:
         ValueError: when tensors do not fit the model, or the tokenizer its chat template.
     """
-    folder = Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).parent
-    config = public_config(checkpoint, preset)
-    loaded_tokenizer = load_tokenizer(tokenizer or str(folder))
+    path = _local_file_or_folder(checkpoint)
+    folder = path if path.is_dir() else path.parent
+    config = public_config(path, preset)
+    loaded_tokenizer = load_tokenizer(folder if tokenizer is None else local_copy(tokenizer, TOKENIZER_FILES))
     check_tokenizer(loaded_tokenizer, chat_template(config.chat_template, loaded_tokenizer))
-    model = load_public_checkpoint(checkpoint, config, dtype=torch_dtype(dtype))
-    metadata = {"public_checkpoint": Path(checkpoint).name, "time_text": "temporal"}
+    model = load_public_checkpoint(path, config, dtype=torch_dtype(dtype))
+    metadata = {"public_checkpoint": PurePosixPath(checkpoint).name, "time_text": "temporal"}
     _write_weights(model, output, tokenizer=loaded_tokenizer, metadata=metadata)
+    return checkpoint
+
+
+def export_bytes(checkpoint: str) -> int:
+    """Returns the bytes of the tensors that `export_weights` holds at once.
+
+    Raises:
+        ValueError: if there is no committed checkpoint.
+    """
+    state, description = read_state(checkpoint), read_model(checkpoint)
+    copies = 2 if state.dtype == "bfloat16" else 1  # beside its own, the tensors that the phase started from
+    return copies * FLOAT32_BYTES * num_parameters(config_from_dict(description["config"], where=checkpoint))
+
+
+def num_parameters(config: TimeViperConfig) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in TimeViper(config).parameters())
+
+
+def _local_file_or_folder(uri: str) -> Path:
+    """Downloads a remote file with the tokenizer and configuration beside it, or a folder."""
+    if storage.is_local(uri):
+        return Path(local_copy(uri))
+    filesystem, path = storage.split_uri(uri)
+    if not filesystem.isfile(path):
+        return Path(local_copy(uri))
+    folder, _, name = uri.rpartition("/")
+    return Path(local_copy(folder, (name, *TOKENIZER_FILES)), name)
 
 
 def _write_weights(model: TimeViper, output: str, *, tokenizer: Any, metadata: dict[str, str]) -> None:

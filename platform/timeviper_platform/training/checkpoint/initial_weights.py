@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Collection
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import torch
@@ -15,7 +13,7 @@ from torch import Tensor
 from timeviper_model.config import TimeViperConfig
 from timeviper_model.timeviper import TimeViper
 from timeviper_model.weights.weights_folder import from_pretrained, load_backbone
-from timeviper_platform.common import storage
+from timeviper_platform.common.machine_cache import local_copy
 
 logger = logging.getLogger(__name__)
 
@@ -71,9 +69,4 @@ class InitialWeights(NamedTuple):
 
 def load_weights(uri: str) -> TimeViper:
     """Loads a weights folder in float32."""
-    if storage.is_local(uri):
-        return from_pretrained(storage.split_uri(uri)[1])
-    with tempfile.TemporaryDirectory(prefix="timeviper-weights-") as scratch:
-        for file in storage.files_in(uri):
-            storage.download(file, Path(scratch) / PurePosixPath(file).name)
-        return from_pretrained(Path(scratch))
+    return from_pretrained(local_copy(uri))

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from timeviper_platform.common import storage
 from timeviper_platform.common.devices import Dtype
+from timeviper_platform.common.machine_cache import check_free_space
 from timeviper_platform.training.checkpoint.commit import (
     DamagedCheckpointError,
     FileFacts,
@@ -70,6 +71,7 @@ def open_checkpoint(uri: str) -> Iterator[OpenCheckpoint]:
     scratch = None if storage.is_local(uri) else Path(tempfile.mkdtemp(prefix="timeviper-checkpoint-"))
     try:
         folder = _folder(uri, scratch)
+        _check_space(uri, names, documents.files, folder)
         for name in names:
             _fetch(uri, name, documents.files[name], folder)
         yield documents.opened(folder, scratch)
@@ -152,7 +154,9 @@ def _open_on_all_ranks(uri: str, zero_stage: int, dtype: Dtype) -> OpenCheckpoin
     scratch = _shared_scratch(local) if not storage.is_local(uri) else None
     folder = _folder(uri, scratch)
     opened = documents.opened(folder, scratch if dist.get_rank() == local[0] else None)
+    of_machine = set().union(*wanted.values())
     try:
+        raise_on_all_ranks(lambda: _check_space(uri, of_machine, documents.files, folder))
         faults = raise_on_all_ranks(lambda: _fetch_all(uri, own, documents.files, folder))
     except RuntimeError:
         opened.close()
@@ -193,6 +197,13 @@ def _fetch_all(uri: str, names: Sequence[str], files: Mapping[str, FileFacts], f
     """Returns faults."""
     faults = (_or_fault(partial(_fetch, uri, name, files[name], folder)) for name in names)
     return [fault for fault in faults if fault is not None]
+
+
+def _check_space(uri: str, names: Collection[str], files: Mapping[str, FileFacts], folder: Path) -> None:
+    """Raises RuntimeError if the files of a remote checkpoint do not fit on this machine."""
+    if not storage.is_local(uri):
+        num_bytes = sum(files[name].num_bytes for name in names)
+        check_free_space(folder, num_bytes, f"this node's share of {uri}", "set TMPDIR to a larger disk")
 
 
 def _fetch(uri: str, name: str, facts: FileFacts, folder: Path) -> None:

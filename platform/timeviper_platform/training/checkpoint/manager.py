@@ -15,7 +15,6 @@ import contextlib
 import json
 import logging
 import re
-import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
@@ -30,6 +29,7 @@ from torch import nn
 
 from timeviper_platform.common import storage
 from timeviper_platform.common.devices import Dtype
+from timeviper_platform.common.machine_cache import check_free_space
 from timeviper_platform.training.checkpoint.commit import (
     COMMIT_FILE,
     DamagedCheckpointError,
@@ -52,8 +52,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 TAG = re.compile(r"/step-\d{8,}$")
-FREE_SPACE_MARGIN = 1.02
-"""Bytes needed for a save, over the bytes of its tensors."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -311,6 +309,12 @@ def read_state(uri: str) -> TrainState:
     return TrainState.from_json(read_document(uri, STATE_FILE, files[STATE_FILE]), source=uri)
 
 
+def read_model(uri: str) -> dict[str, Any]:
+    """Reads the model's configuration and metadata; raises as `read_state`."""
+    model: dict[str, Any] = read_document(uri, MODEL_FILE, check_sizes(uri)[MODEL_FILE])
+    return model
+
+
 def list_folders(uri: str) -> list[str]:
     filesystem, path = storage.split_uri(uri)
     filesystem.invalidate_cache()
@@ -372,21 +376,14 @@ def _checked_upload_space(target: str, files: dict[str, Any]) -> int:
     """Returns the bytes that this rank will write; a remote target needs local space for the largest file."""
     sizes = [num_tensor_bytes(content) for content in files.values()]
     if not storage.is_local(target):
-        _check_space(tempfile.gettempdir(), max(sizes), "uploads pass through TMPDIR: free space there")
+        check_free_space(tempfile.gettempdir(), max(sizes), "the save", "uploads pass through TMPDIR: free space there")
     return sum(sizes)
 
 
 def _prepare(target: str, num_bytes: int) -> None:
     storage.remove(target)  # left by a killed attempt
     if storage.is_local(target):
-        _check_space(storage.split_uri(target)[1], num_bytes, "free space, or lower checkpoint.keep")
-
-
-def _check_space(path: str, num_bytes: int, advice: str) -> None:
-    folder = next(folder for folder in [Path(path), *Path(path).parents] if folder.exists())
-    free = shutil.disk_usage(folder).free
-    if free < num_bytes * FREE_SPACE_MARGIN:
-        raise RuntimeError(f"the save needs {num_bytes / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB; {advice}")
+        check_free_space(storage.split_uri(target)[1], num_bytes, "the save", "free space, or lower checkpoint.keep")
 
 
 def _write_files(target: str, files: dict[str, Any], documents: dict[str, Any]) -> dict[str, FileFacts]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from reference.counted_files import LOG_VARIABLE, reads
 from reference.synthetic_media import make_encoder
 from timeviper_model.layers.projector import combine_towers
 from timeviper_model.layers.vision_transformer import Resample
@@ -72,6 +74,16 @@ def test_the_recipe_has_everything_that_determines_the_values(tmp_path: Path) ->
         assert FrameEncoder(changed).recipe != recipe
     with pytest.raises(ValueError, match="at least 1"):
         VisionTowerConfig(encode_batch_frames=0)
+
+
+def test_towers_may_be_remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(LOG_VARIABLE, str(tmp_path / "log"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "a").mkdir()
+    config = VisionTowerConfig(model=str(make_encoder(tmp_path / "a", seed=0)))
+    remote = replace(config, model=f"counted://{config.model}")
+    assert describe_encoder(remote).recipe == FrameEncoder(remote).recipe == describe_encoder(config).recipe
+    assert [path.endswith(".safetensors") for path, _ in reads(tmp_path / "log")].count(True) == 1
 
 
 def test_an_encoder_of_other_weights_than_the_recipes_is_refused(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def test_mapped_rows_equal_rows_in_memory(sources: list[SourceConfig], folder: P
     assert mapped[30] == loaded[30]
     assert mapped.digest == loaded.digest
     assert mapped.weights.tolist() == loaded.weights.tolist() == [0.5] * 24 + [2.0] * 24
-    assert [path.suffix for path in sorted(folder.iterdir())] == [".arrow", ""]
+    assert [path.suffix for path in sorted(folder.iterdir())] == [".arrow", ".lock", ""]
 
 
 def test_one_process_writes_and_the_others_map(sources: list[SourceConfig], folder: Path) -> None:
@@ -66,7 +66,7 @@ def test_leftovers_of_a_killed_writer_and_old_files_are_replaced(sources: list[S
     os.utime(old, (0, time.time() - MAX_UNUSED_SECONDS - 60))
     file.unlink()
     assert len(read_mapped(sources)) == 48
-    assert sorted(path.name for path in folder.iterdir()) == [file.name, "lock"]
+    assert sorted(path.name for path in folder.iterdir()) == [file.name, f"{file.name}.lock", "lock"]
 
 
 def test_a_file_that_changes_while_it_is_read_is_an_error(
@@ -83,6 +83,6 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(
     monkeypatch.setattr(storage, "read_bytes", changing)
     with pytest.raises(RuntimeError, match=r"samples\.parquet.*changed while it was read"):
         read_mapped(sources)
-    assert [path.name for path in folder.iterdir()] == ["lock"]
+    assert [path.name for path in folder.iterdir() if path.suffix != ".lock"] == ["lock"]
     num_reads = -99
     assert len(read_mapped(sources)) == 48

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 
 from reference.training_corpus import Corpus, make_corpus, train_values
-from timeviper_platform.common import storage
+from timeviper_platform.common import machine_cache, storage
 from timeviper_platform.common.config import parse_config
-from timeviper_platform.training.checkpoint import manager
 from timeviper_platform.training.checkpoint.commit import COMMIT_FILE
 from timeviper_platform.training.checkpoint.manager import Checkpoints
 from timeviper_platform.training.config import TrainConfig
@@ -125,7 +124,7 @@ def test_a_save_that_cannot_fit_fails_before_it_writes_and_leaves_nothing(
     written: list[str] = []
     write = storage.write_atomic
     monkeypatch.setattr(storage, "write_atomic", lambda uri, content: (written.append(uri), write(uri, content)))
-    monkeypatch.setattr(manager.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(machine_cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(
         RuntimeError, match=r"the save needs 0\.\d GB, and .* has 0\.0 GB; free space, or lower checkpoint"
     ):
