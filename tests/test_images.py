@@ -117,7 +117,7 @@ def test_pins_for_cuda_are_those_for_the_cpu_and_more() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 def test_the_install_lines_work_as_they_stand(tmp_path: Path) -> None:
     build, environment = tmp_path / "build", tmp_path / "python"
     build.mkdir()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import enum
 import itertools
 import logging
+import time
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,6 +86,8 @@ class ActiveRequest:
     lease: PrefixLease | None = None
     cached_tokens: int = 0
     tokens: list[int] = field(default_factory=list)
+    submitted: float
+    """time.monotonic() when it came."""
 
 
 class InferenceEngine:
@@ -132,6 +135,8 @@ class InferenceEngine:
         self._undelivered: dict[RequestId, list[Event]] = {}
         self._num_prompt_tokens = 0
         self._num_completion_tokens = 0
+        self._num_answers = 0
+        self._first_token_seconds = 0.0
         self._graph: DecodeGraph | None = None
         self._use_graphs = self._device.type == "cuda" and self.config.max_graph_steps >= min_graph_steps
         self._decoded_ids: list[RequestId] = []
@@ -165,6 +170,7 @@ class InferenceEngine:
         length = 0 if request.prefix_key is None else prefix_length(token_kind)
         stop_texts = [stop for stop in request.sampling.stop if isinstance(stop, str)]
         active = ActiveRequest(
+            submitted=time.monotonic(),
             id=RequestId(next(self._ids)),
             request=request,
             input_ids=input_ids,
@@ -221,6 +227,8 @@ class InferenceEngine:
             reserved_kv_bytes=sum(self._cache.slot_bytes(slot) for slot in range(self.config.num_slots)),
             prompt_tokens=self._num_prompt_tokens,
             completion_tokens=self._num_completion_tokens,
+            answers=self._num_answers,
+            first_token_seconds=self._first_token_seconds,
             prefix_hits=self._prefixes.num_hits,
             prefix_misses=self._prefixes.num_misses,
             prefix_evictions=self._prefixes.num_evictions,
@@ -461,6 +469,9 @@ class InferenceEngine:
         sampling, text = active.request.sampling, active.text
         active.tokens.append(token.id)
         self._num_completion_tokens += 1
+        if len(active.tokens) == 1:
+            self._num_answers += 1
+            self._first_token_seconds += time.monotonic() - active.submitted
         ended = token.id in self.end_token_ids
         stopped = ended or token.id in sampling.stop
         new_text = text.push(token.id) if text is not None and not stopped else ""

@@ -82,6 +82,10 @@ class EngineStats:
     prompt_tokens: int
     """Total prefilled tokens, without cached prefixes."""
     completion_tokens: int
+    answers: int
+    """Total answers whose first token is there."""
+    first_token_seconds: float
+    """Total seconds from the submission of those to their first tokens."""
     prefix_hits: int
     prefix_misses: int
     prefix_evictions: int

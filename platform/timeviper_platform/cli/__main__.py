@@ -23,7 +23,7 @@ COMMANDS = {
     "ablation": "measure what TransV is worth on the synthetic corpus",
     "demo": "run all of it on generated videos, on this machine",
     "doctor": "check this machine and what a run needs",
-    "render": "write files for Kubernetes and the cloud launcher from one file of values",
+    "render": "write manifests, dashboards and a launcher file from one file of values",
 }
 """Modules of this package by the name of their command."""
 

@@ -11,11 +11,13 @@ Every resource is checked against the fields of KubeRay's release; docs/operate.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
+from timeviper_platform.cluster.dashboards import DASHBOARDS, grafana_dashboard, pod_monitor, prometheus_config
 from timeviper_platform.cluster.kuberay import API_VERSION, kuberay_fields, problems
 from timeviper_platform.cluster.launcher import launcher_file
 from timeviper_platform.cluster.manifests import Deployment
@@ -50,6 +52,10 @@ def render(options: argparse.Namespace) -> JobResult:
         raise ValueError(f"{options.config}: KubeRay {kuberay_fields()['version']} would refuse {'; '.join(wrong)}")
     files = {f"{name}.yaml": _dump(items) for name, items in resources.items()}
     files["launcher.yaml"] = _dump([launcher_file(values)])
+    labels = {"app.kubernetes.io/part-of": values.name}
+    files["podmonitor.yaml"] = _dump([pod_monitor(values.name, values.namespace, labels)])
+    files["prometheus.yaml"] = _dump([prometheus_config(f"{values.name}-serve-svc.{values.namespace}:8000")])
+    files |= {f"dashboard-{name}.json": json.dumps(grafana_dashboard(name), indent=2) + "\n" for name in DASHBOARDS}
     options.output.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         (options.output / name).write_text(text, encoding="utf-8")

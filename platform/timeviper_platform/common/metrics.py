@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -33,6 +32,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("timeviper_engine_reserved_kv_bytes", "gauge", "Bytes of keys and values reserved by requests"),
     Metric("timeviper_engine_prompt_tokens", "counter", "Prompt tokens prefilled, without those of cached prefixes"),
     Metric("timeviper_engine_completion_tokens", "counter", "Tokens generated"),
+    Metric("timeviper_engine_answers", "counter", "Answers whose first token is there"),
+    Metric("timeviper_engine_first_token_seconds", "counter", "Seconds from requests to their first tokens"),
     Metric("timeviper_engine_prefix_hits", "counter", "Hits in the video-prefix cache"),
     Metric("timeviper_engine_prefix_misses", "counter", "Misses in the video-prefix cache"),
     Metric("timeviper_engine_prefix_evictions", "counter", "Entries evicted from the video-prefix cache"),
@@ -62,20 +63,20 @@ class RayMetrics:
             for name, metric in metrics_of(prefix).items()
         }
         self._kinds = {name: metric.kind for name, metric in metrics_of(prefix).items()}
-        self._totals: Counter[str] = Counter()
+        self._totals: dict[str, float] = {}
 
     def add(self, name: str, amount: float, **tags: str) -> None:
         """Increases a counter; 0 is allowed."""
         if amount > 0:  # Ray raises for 0
             self._metrics[name].inc(amount, tags=tags)
 
-    def report(self, values: Mapping[str, int]) -> None:
+    def report(self, values: Mapping[str, float]) -> None:
         """Sets gauges to values and raises counters to totals."""
         for name, value in values.items():
             if self._kinds[name] == "gauge":
                 self._metrics[name].set(value)
             else:
-                self.add(name, value - self._totals[name])
+                self.add(name, value - self._totals.get(name, 0))
                 self._totals[name] = value
 
 

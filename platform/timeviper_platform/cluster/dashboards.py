@@ -1,0 +1,213 @@
+"""Prometheus' scrape configuration and Grafana's dashboards."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from timeviper_platform.common.metrics import METRICS
+
+RAY_PREFIX = "ray_"
+"""Ray's exporter puts it before the names of all metrics."""
+GATEWAY_PREFIX = "timeviper_gateway_"
+"""These are on the endpoint's own page, /metrics, without Ray's prefix."""
+DISCOVERY_FILE = "/tmp/ray/prom_metrics_service_discovery.json"
+"""The head writes the addresses of all nodes there."""
+WINDOW = "5m"
+PANEL_WIDTH, PANEL_HEIGHT, COLUMNS = 12, 8, 24
+
+
+class Panel(NamedTuple):
+    title: str
+    queries: tuple[tuple[str, str], ...]
+    """PromQL and legend of each line."""
+    unit: str = "short"
+    """Grafana's name of the unit."""
+
+
+def _rate(metric: str, by: str = "") -> str:
+    return f"sum{f' by ({by})' if by else ''} (rate({metric}[{WINDOW}]))"
+
+
+_FRAMES = "ray_timeviper_preprocess_frames_total"
+_SECONDS = "ray_timeviper_preprocess_stage_seconds_total"
+_ENCODING = f'sum (rate({_SECONDS}{{stage="encode"}}[{WINDOW}]))'
+_TRAIN = "ray_timeviper_train_"
+_ENGINE = "ray_timeviper_engine_"
+
+DASHBOARDS: dict[str, tuple[Panel, ...]] = {
+    "preprocess": (
+        Panel("Frames a second", ((_rate(_FRAMES), "frames/s"),)),
+        Panel(
+            "Share of the ideal: GPUs that encode",
+            ((f'{_ENCODING} / clamp_min(sum (ray_resources{{Name="GPU", State="USED"}}), 1)', "share"),),
+            "percentunit",
+        ),
+        Panel(
+            "Busy seconds a frame, by stage",
+            ((f"{_rate(_SECONDS, 'stage')} / scalar({_rate(_FRAMES)})", "{{stage}}"),),
+            "s",
+        ),
+        Panel(
+            "Segments a second, by outcome",
+            ((_rate("ray_timeviper_preprocess_segments_total", "status"), "{{status}}"),),
+        ),
+        Panel("Rejects by reason", ((_rate("ray_timeviper_preprocess_errors_total", "type"), "{{type}}"),)),
+        Panel("Storage retries a second", ((_rate("ray_timeviper_preprocess_retries_total"), "retries/s"),)),
+        Panel("Features written", ((_rate("ray_timeviper_preprocess_feature_bytes_total"), "bytes/s"),), "Bps"),
+    ),
+    "training": (
+        Panel(
+            "Loss",
+            ((f"{_TRAIN}loss", "{{run}} {{phase}}"), (f"{_TRAIN}validation_loss", "{{run}} {{phase}} validation")),
+        ),
+        Panel("Tokens a second", ((f"{_TRAIN}tokens_per_second", "{{run}} {{phase}}"),)),
+        Panel("MFU", ((f"{_TRAIN}mfu", "{{run}} {{phase}}"),), "percentunit"),
+        Panel(
+            "Share of a step that waits for data", ((f"{_TRAIN}data_wait_share", "{{run}} {{phase}}"),), "percentunit"
+        ),
+        Panel(
+            "Stall by checkpoints, and failed saves",
+            ((f"{_TRAIN}checkpoint_stall_s", "stall"), (f"{_TRAIN}num_failed_saves", "failed saves")),
+            "s",
+        ),
+        Panel("Seconds a step", ((f"{_TRAIN}seconds", "{{run}} {{phase}}"),), "s"),
+        Panel("Restarts that lost steps, in 6 h", ((f"resets({_TRAIN}global_step[6h])", "{{run}}"),)),
+        Panel("Gradient norm", ((f"{_TRAIN}grad_norm", "{{run}} {{phase}}"),)),
+        Panel("Fill of packs", ((f"{_TRAIN}fill", "{{run}} {{phase}}"),), "percentunit"),
+        Panel("Peak memory of a rank", ((f"{_TRAIN}peak_memory_bytes", "{{run}} {{phase}}"),), "bytes"),
+    ),
+    "serving": (
+        Panel(
+            "Seconds to the first token, mean",
+            ((f"{_rate(_ENGINE + 'first_token_seconds_total')} / {_rate(_ENGINE + 'answers_total')}", "first token"),),
+            "s",
+        ),
+        Panel(
+            "Tokens a second",
+            (
+                (_rate(f"{_ENGINE}completion_tokens_total"), "generated"),
+                (_rate(f"{_ENGINE}prompt_tokens_total"), "prefilled"),
+                (_rate("timeviper_gateway_prompt_tokens_total"), "prompts, cached included"),
+            ),
+        ),
+        Panel(
+            "Slots",
+            (
+                (f"sum ({_ENGINE}num_slots)", "slots"),
+                (f"sum ({_ENGINE}active_slots)", "taken"),
+                (f"sum ({_ENGINE}queued_requests)", "waiting"),
+            ),
+        ),
+        Panel("Requests a second, by status", ((_rate("timeviper_gateway_requests_total", "status"), "{{status}}"),)),
+        Panel(
+            "Refused as full (429), a second",
+            ((f'sum (rate(timeviper_gateway_requests_total{{status="429"}}[{WINDOW}]))', "429"),),
+        ),
+        Panel("Requests in progress", (("sum (timeviper_gateway_ongoing_requests)", "requests"),)),
+        Panel(
+            "Video-prefix cache: share of hits",
+            (
+                (
+                    f"{_rate(_ENGINE + 'prefix_hits_total')} / ({_rate(_ENGINE + 'prefix_hits_total')}"
+                    f" + {_rate(_ENGINE + 'prefix_misses_total')})",
+                    "hits",
+                ),
+            ),
+            "percentunit",
+        ),
+        Panel(
+            "Memory of keys, values and cached prefixes",
+            (
+                (f"sum ({_ENGINE}reserved_kv_bytes)", "reserved by requests"),
+                (f"sum ({_ENGINE}kv_bytes)", "keys and values"),
+                (f"sum ({_ENGINE}cache_bytes)", "with Mamba states"),
+                (f"sum ({_ENGINE}prefix_bytes)", "cached prefixes"),
+            ),
+            "bytes",
+        ),
+        Panel(
+            "Cached prefixes",
+            (
+                (f"sum ({_ENGINE}prefix_entries)", "entries"),
+                (f"sum (increase({_ENGINE}prefix_evictions_total[{WINDOW}]))", "evicted in 5 min"),
+            ),
+        ),
+        Panel(
+            "Answered tokens a second at the gateway",
+            (
+                (_rate("timeviper_gateway_completion_tokens_total"), "generated"),
+                (_rate("timeviper_gateway_cached_prompt_tokens_total"), "cached prompt tokens"),
+            ),
+        ),
+    ),
+}
+
+
+def exported_names() -> set[str]:
+    """Returns the names in Prometheus of all metrics in METRICS."""
+    return {
+        ("" if metric.name.startswith(GATEWAY_PREFIX) else RAY_PREFIX)
+        + metric.name
+        + ("_total" if metric.kind == "counter" else "")
+        for metric in METRICS
+    }
+
+
+def grafana_dashboard(name: str) -> dict[str, Any]:
+    """Returns a dashboard in Grafana's JSON model; it asks for the data source when it is imported."""
+    source = {"type": "prometheus", "uid": "${datasource}"}
+    panels = []
+    for index, panel in enumerate(DASHBOARDS[name]):
+        row, column = divmod(index * PANEL_WIDTH, COLUMNS)
+        targets = [
+            {"refId": chr(ord("A") + number), "expr": expression, "legendFormat": legend, "datasource": source}
+            for number, (expression, legend) in enumerate(panel.queries)
+        ]
+        place = {"x": column, "y": row * PANEL_HEIGHT, "w": PANEL_WIDTH, "h": PANEL_HEIGHT}
+        panels.append(
+            {
+                "id": index + 1,
+                "type": "timeseries",
+                "title": panel.title,
+                "datasource": source,
+                "gridPos": place,
+                "fieldConfig": {"defaults": {"unit": panel.unit, "min": 0}, "overrides": []},
+                "targets": targets,
+            }
+        )
+    variable = {"name": "datasource", "type": "datasource", "query": "prometheus", "label": "Data source"}
+    return {
+        "uid": f"timeviper-{name}",
+        "title": f"TimeViper {name}",
+        "tags": ["timeviper"],
+        "schemaVersion": 39,
+        "editable": True,
+        "refresh": "30s",
+        "time": {"from": "now-3h", "to": "now"},
+        "templating": {"list": [variable]},
+        "panels": panels,
+    }
+
+
+def prometheus_config(gateway: str) -> dict[str, Any]:
+    """Returns a configuration for a Prometheus on the head; `gateway` is the host and port of the endpoint."""
+    return {
+        "global": {"scrape_interval": "15s"},
+        "scrape_configs": [
+            {"job_name": "ray", "file_sd_configs": [{"files": [DISCOVERY_FILE]}]},
+            {"job_name": "gateway", "metrics_path": "/metrics", "static_configs": [{"targets": [gateway]}]},
+        ],
+    }
+
+
+def pod_monitor(name: str, namespace: str, labels: dict[str, str]) -> dict[str, Any]:
+    """Returns a PodMonitor of Prometheus' operator for the pods of all clusters."""
+    return {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": "PodMonitor",
+        "metadata": {"name": name, "namespace": namespace},
+        "spec": {
+            "selector": {"matchLabels": labels},
+            "podMetricsEndpoints": [{"port": "metrics", "interval": "15s"}],
+        },
+    }
