@@ -41,6 +41,8 @@ REPLY = struct.Struct("<I")
 GRACE_SECONDS = 5
 """Delay between the deadline and the end of an orphaned child."""
 
+CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 _NO_FRAMES = np.empty(0, np.uint8)
@@ -182,9 +184,16 @@ def _error(stage: Stage, error_type: ErrorType, message: str) -> _Reply:
     return {"error": [stage, error_type.value, message]}, _NO_FRAMES
 
 
-def main(connection: socket.socket) -> None:
+def leave_network() -> bool:
+    """Moves this process to a network of its own, without interfaces; returns False where the kernel forbids that."""
+    unshare = getattr(ctypes.CDLL(None), "unshare", None)
+    # without privileges, a user namespace is needed, which administrators may switch off
+    return unshare is not None and (unshare(CLONE_NEWNET) == 0 or unshare(CLONE_NEWUSER | CLONE_NEWNET) == 0)
+
+
+def main(connection: socket.socket, *, has_network: bool = True) -> None:
     runner = JobRunner()
-    connection.sendall(REPLY.pack(0))  # ready
+    connection.sendall(REPLY.pack(has_network))  # ready
     while True:
         header, descriptors, _, _ = socket.recv_fds(connection, JOB.size, 1)
         if not header:
@@ -225,5 +234,9 @@ def keep_freed_memory() -> None:
 
 if __name__ == "__main__":
     keep_freed_memory()
-    limit_resources(json.loads(sys.argv[2]))
-    main(socket.socket(fileno=int(sys.argv[1])))
+    given_limits = json.loads(sys.argv[2])
+    limit_resources(given_limits)
+    main(
+        socket.socket(fileno=int(sys.argv[1])),
+        has_network=not (given_limits["no_network"] and leave_network()),
+    )

@@ -44,13 +44,17 @@ class ChildLimits:
     max_open_files: int | None = None
     max_written_bytes: int | None = None
     """Maximum size of a written file."""
+    no_network: bool = False
+    """Whether to leave the machine's network, where the kernel allows that; see `DecodeChild.has_network`."""
 
 
 class DecodeChild:
     """A decoding process, killed when this object is collected."""
 
-    def __init__(self, limits: ChildLimits, environment: Mapping[str, str] | None = None) -> None:
-        """Does not wait for the process. `environment` None = inherited."""
+    def __init__(
+        self, limits: ChildLimits, environment: Mapping[str, str] | None = None, *, folder: str | None = None
+    ) -> None:
+        """Does not wait for the process. `environment` None = inherited; `folder` None = this process's."""
         self._socket, theirs = socket.socketpair()
         command = [sys.executable, "-m", "timeviper_platform.data.video_worker.child_main", str(theirs.fileno())]
         variables = {**(os.environ if environment is None else environment), "OMP_NUM_THREADS": "1"}
@@ -59,12 +63,15 @@ class DecodeChild:
             self._process = subprocess.Popen(
                 [*command, json.dumps(asdict(limits))],
                 env=variables,
+                cwd=folder,
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,  # decoders quote their input
             )
         self.is_ready = False
+        self.has_network = True
+        """False once a child with `no_network` has left the network."""
         self._received = bytearray()
         self._arrived = select.poll()
         self._arrived.register(self._socket, select.POLLIN)
@@ -79,7 +86,7 @@ class DecodeChild:
         if self.is_ready:
             return
         try:
-            self._receive(REPLY.size, time.monotonic() + START_SECONDS)
+            (self.has_network,) = map(bool, REPLY.unpack(self._receive(REPLY.size, time.monotonic() + START_SECONDS)))
         except (TimeoutError, ChildDiedError) as error:
             self.kill()
             raise RuntimeError(f"the decode child did not start ({error}); run child_main to see why") from error

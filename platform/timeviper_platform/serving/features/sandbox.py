@@ -6,25 +6,32 @@ A spare process is ready in advance, because starting one takes longer than deco
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import os
+import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from timeviper_platform.common.storage import download, is_local
 from timeviper_platform.data.media.container import MediaLimits, Modality
 from timeviper_platform.data.video.frames import Resample
 from timeviper_platform.data.video.sampling import FrameSelection, select_frames
 from timeviper_platform.data.video_worker.child_process import ChildDiedError, ChildLimits, DecodeChild
 from timeviper_platform.serving.messages import MediaBytes, MediaFile, MediaFrames, Refusal
 
+logger = logging.getLogger(__name__)
+
 MAX_OPEN_FILES = 64
 MAX_WRITTEN_BYTES = 4 * 2**20
 """Per file; decoded frames go through memory."""
 
-PASSED_ON = ("PATH", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "AWS_", "FSSPEC_", "COVERAGE_")
-"""Prefixes of the environment variables passed to a child."""
+PASSED_ON = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "COVERAGE_")
+"""Prefixes of the environment variables passed to a child: no credentials, since this process fetches stored files."""
 
 REASONS = {
     "empty_file": "the file is empty",
@@ -68,6 +75,32 @@ class DecodedMedium:
     """By the content: an animation is a video."""
 
 
+class _Child:
+    """A decode process with a folder of its own, which ends with it."""
+
+    def __init__(self, limits: ChildLimits) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="decode-")
+        variables = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
+        variables["TMPDIR"] = self.folder = self._folder.name
+        self.process = DecodeChild(limits, variables, folder=self.folder)
+
+    def end(self) -> None:
+        self.process.kill()
+        self._folder.cleanup()
+
+    def local(self, file: MediaFile, number: int = 0) -> str:
+        """Returns a path of the file; one in an object store is copied to the folder.
+
+        Raises:
+            OSError: when it cannot be read.
+        """
+        if is_local(file.uri):
+            return file.uri
+        path = Path(self.folder, f"medium-{number}")
+        download(file.uri, path)
+        return str(path)
+
+
 class DecodeSandbox:
     """Decode processes, each for one medium."""
 
@@ -75,7 +108,8 @@ class DecodeSandbox:
         self._config = config
         self._image_size, self._resample = image_size, resample
         self._slots = asyncio.Semaphore(config.num_workers)
-        self._spare: asyncio.Task[DecodeChild] | None = None
+        self._spare: asyncio.Task[_Child] | None = None
+        self._has_warned = False
 
     async def decode(
         self,
@@ -90,37 +124,35 @@ class DecodeSandbox:
             indices = range(len(source.frames))
             chosen = select_frames(indices, max_frames=max_frames, frame_selection=frame_selection)
             pictures = [source.frames[index] for index in chosen]
-            places = [_place(picture) for picture in pictures]
-            data = b"".join(picture.data for picture in pictures if isinstance(picture, MediaBytes))
-            return await self._run({"kind": "pictures", "pictures": places}, data, len(pictures))
-        data = source.data if isinstance(source, MediaBytes) else b""
-        job = {
-            "kind": "medium",
-            "uri": source.uri if isinstance(source, MediaFile) else None,
-            "fps": str(fps),
-            "max_frames": max_frames,
-            "frame_selection": frame_selection,
-        }
-        return await self._run(job, data, max_frames)
+            return await self._run({"kind": "pictures"}, pictures, len(pictures))
+        job = {"kind": "medium", "fps": str(fps), "max_frames": max_frames, "frame_selection": frame_selection}
+        return await self._run(job, [source], max_frames)
 
-    async def _run(self, job: dict[str, Any], data: bytes, num_frames: int) -> DecodedMedium | Refusal:
+    async def _run(
+        self, job: dict[str, Any], media: Sequence[MediaFile | MediaBytes], num_frames: int
+    ) -> DecodedMedium | Refusal:
         limits = MediaLimits(max_pixels=self._config.max_pixels, max_frames=self._config.max_frames)
         sizes = {"image_size": self._image_size, "resample": self._resample, "limits": asdict(limits)}
+        data = b"".join(medium.data for medium in media if isinstance(medium, MediaBytes))
         deadline_s = self._config.deadline_s
         async with self._slots:
             child = await self._take_child()
             try:
+                places = await asyncio.to_thread(_places, media, child)
+                where = {"pictures": places} if job["kind"] == "pictures" else {"uri": places[0][0]}
                 answer, memory = await asyncio.to_thread(
-                    child.run, job | sizes, data, num_frames=num_frames, deadline_seconds=deadline_s
+                    child.process.run, job | sizes | where, data, num_frames=num_frames, deadline_seconds=deadline_s
                 )
                 return self._medium(answer, memory)
             except TimeoutError:
                 message = f"decoding took longer than {deadline_s:g} s; send a shorter or smaller video"
                 return Refusal(status=408, message=message, code="decode_timeout")
+            except OSError:
+                return _refusal("read_failed")
             except (ChildDiedError, KeyError, TypeError, ValueError):  # ended by a limit or the medium, or compromised
                 return _refusal("decode_failed")
             finally:
-                await asyncio.to_thread(child.kill)
+                await asyncio.to_thread(child.end)
 
     async def start(self) -> None:
         if self._spare is None:
@@ -129,23 +161,27 @@ class DecodeSandbox:
 
     async def close(self) -> None:
         if self._spare is not None:
-            await asyncio.to_thread((await self._spare).kill)
+            await asyncio.to_thread((await self._spare).end)
             self._spare = None
 
-    async def _take_child(self) -> DecodeChild:
+    async def _take_child(self) -> _Child:
         spare = self._spare or asyncio.create_task(self._start_child())
         self._spare = asyncio.create_task(self._start_child())
         return await spare
 
-    async def _start_child(self) -> DecodeChild:
+    async def _start_child(self) -> _Child:
         limits = ChildLimits(
             max_memory_bytes=self._config.max_memory_bytes,
             cpu_seconds=math.ceil(self._config.deadline_s) + 10,  # start-up included
             max_open_files=MAX_OPEN_FILES,
             max_written_bytes=MAX_WRITTEN_BYTES,
+            no_network=True,
         )
-        child = DecodeChild(limits, {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)})
-        await asyncio.to_thread(child.wait_until_ready)
+        child = _Child(limits)
+        await asyncio.to_thread(child.process.wait_until_ready)
+        if child.process.has_network and not self._has_warned:
+            self._has_warned = True
+            logger.warning("decode processes share this machine's network: the kernel allows no network namespaces")
         return child
 
     def _medium(self, answer: dict[str, Any], memory: np.ndarray) -> DecodedMedium | Refusal:
@@ -158,9 +194,12 @@ class DecodeSandbox:
         return DecodedMedium(frames, pts_seconds, float(answer["end_seconds"]), modality)
 
 
-def _place(picture: MediaFile | MediaBytes) -> tuple[str | None, int]:
-    """Returns a URI, or the number of the job's next bytes."""
-    return (picture.uri, 0) if isinstance(picture, MediaFile) else (None, len(picture.data))
+def _places(media: Sequence[MediaFile | MediaBytes], child: _Child) -> list[tuple[str | None, int]]:
+    """Returns each medium's path, or the number of the job's next bytes."""
+    return [
+        (child.local(medium, number), 0) if isinstance(medium, MediaFile) else (None, len(medium.data))
+        for number, medium in enumerate(media)
+    ]
 
 
 def _refusal(error_type: str) -> Refusal:

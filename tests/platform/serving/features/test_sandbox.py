@@ -115,15 +115,49 @@ def test_a_killed_decode_process_is_a_refusal_and_the_next_one_works(tmp_path: P
 
 
 def test_decode_processes_get_no_secrets_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SECRET_TOKEN", "x")
+    """Before, they inherited the credentials of the object store, and the network."""
+    for name in ("SECRET_TOKEN", "AWS_SECRET_ACCESS_KEY", "FSSPEC_S3_KEY"):
+        monkeypatch.setenv(name, "x")
 
-    async def scenario(sandbox: DecodeSandbox) -> bytes:
+    async def scenario(sandbox: DecodeSandbox) -> tuple[bytes, Path, str, bool]:
         await sandbox.start()
-        return Path(f"/proc/{decode_process().pid}/environ").read_bytes()
+        process = decode_process()
+        assert sandbox._spare is not None
+        has_network = (await sandbox._spare).process.has_network
+        interfaces = Path(f"/proc/{process.pid}/net/dev").read_text()
+        return Path(f"/proc/{process.pid}/environ").read_bytes(), Path(process.cwd()), interfaces, has_network
 
-    environment = in_sandbox(scenario)
-    assert b"SECRET_TOKEN" not in environment
+    environment, folder, interfaces, has_network = in_sandbox(scenario)
+    for secret in (b"SECRET_TOKEN", b"AWS_", b"FSSPEC_"):
+        assert secret not in environment
     assert b"PYTHONPATH" in environment
+    assert f"TMPDIR={folder}".encode() in environment
+    assert folder.name.startswith("decode-")
+    assert not folder.exists()
+    if not has_network:  # the kernel allows namespaces
+        assert {line.split(":")[0].strip() for line in interfaces.splitlines()[2:]} <= {
+            "lo",
+            "sit0",
+            "tunl0",
+            "ip6tnl0",
+        }
+
+
+def test_a_file_in_an_object_store_is_fetched_for_the_decode_process(tmp_path: Path) -> None:
+    """It has neither credentials nor a network; before, it read the store itself."""
+    import fsspec
+
+    data = write_video(tmp_path / "a.mp4").read_bytes()
+    fsspec.filesystem("memory").pipe("/bucket/a.media", data)
+
+    async def scenario(sandbox: DecodeSandbox) -> list[DecodedMedium | Refusal]:
+        names = ("a", "gone")
+        files = [MediaFile(uri=f"memory://bucket/{name}.media", sha256="", modality="video") for name in names]
+        return [await sandbox.decode(file, fps=1.0, max_frames=4) for file in files]
+
+    found, gone = in_sandbox(scenario)
+    assert len(found.frames) == 4
+    assert (gone.status, gone.code) == (503, "read_failed")
 
 
 def test_the_content_decides_what_a_medium_is(tmp_path: Path) -> None:
