@@ -75,6 +75,7 @@ class StoreIndex:
         self._details_cache: OrderedDict[int, pa.Table] = OrderedDict()
         self._details_bytes = 0
         self._by_sha256: tuple[SortedStrings, np.ndarray] | None = None
+        self._by_uri: tuple[SortedStrings, np.ndarray] | None = None
         usable = pc.not_equal(_column(file, "status"), "error")
         self._numbers = np.flatnonzero(usable).astype(np.int32)
         """file position of each usable row"""
@@ -110,22 +111,36 @@ class StoreIndex:
         """Finds the whole medium with these bytes, unless it lacks segments."""
         with self._lock:
             if self._by_sha256 is None:
-                of_media = self._hashes()
-                order = pc.sort_indices(of_media).to_numpy()[: len(of_media) - of_media.null_count]  # nulls come last
-                self._by_sha256 = (SortedStrings(of_media.take(pa.array(order))), order)
-        values, order = self._by_sha256
-        position = values.position(sha256)
+                self._by_sha256 = self._sorted_values("sha256")
+        return self._media_id(self._by_sha256, sha256)
+
+    def find_uri(self, uri: str) -> str | None:
+        """Finds the whole medium at this address, unless it lacks segments."""
+        with self._lock:
+            if self._by_uri is None:
+                self._by_uri = self._sorted_values("uri")
+        return self._media_id(self._by_uri, uri)
+
+    def _media_id(self, sorted_values: tuple[SortedStrings, np.ndarray], value: str) -> str | None:
+        values, order = sorted_values
+        position = values.position(value)
         return None if position is None else self.media_ids[int(order[position])]
 
-    def _hashes(self) -> pa.Array:
-        """sha256 of each medium; null for clips (their hash is the file's) and media with gaps."""
+    def _sorted_values(self, name: str) -> tuple[SortedStrings, np.ndarray]:
+        """Values of a column for whole media, and the media's positions."""
+        of_media = self._of_whole_media(name)
+        order = pc.sort_indices(of_media).to_numpy()[: len(of_media) - of_media.null_count]  # nulls come last
+        return SortedStrings(of_media.take(pa.array(order))), order
+
+    def _of_whole_media(self, name: str) -> pa.Array:
+        """A column's value for each medium; null for clips (their file is longer) and media with gaps."""
         first = pa.array(self._numbers[self._starts[:-1]])
-        hashes, versions, segments = (
-            _column(self._file, name).take(first) for name in ("sha256", "source_version", "num_segments")
+        values, versions, segments = (
+            _column(self._file, column).take(first) for column in (name, "source_version", "num_segments")
         )
         is_whole = pc.invert(pc.match_substring(versions, schemas.CLIP_MARK))
         has_all = pc.equal(segments, pa.array(np.diff(self._starts)))
-        return pc.if_else(pc.and_(is_whole, has_all), hashes, None)
+        return pc.if_else(pc.and_(is_whole, has_all), values, None)
 
     def location(self, row: int) -> RowLocation:
         file = str(self._words["file"][row].as_py())

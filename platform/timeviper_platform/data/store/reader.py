@@ -129,6 +129,10 @@ class FeatureStore:
         """Finds the whole medium with these bytes; None if absent or not hashed."""
         return self._index.find(sha256)
 
+    def find_uri(self, uri: str) -> str | None:
+        """Finds the whole medium at this address of its manifest; None if absent."""
+        return self._index.find_uri(uri)
+
     def index_digest(self) -> str:
         """Equal digests mean equal media and frames."""
         filesystem, path = storage.split_uri(storage.join_uri(self.uri, INDEX_FILE))

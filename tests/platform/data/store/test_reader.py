@@ -135,6 +135,9 @@ def test_clips_and_media_with_gaps_are_not_found_by_sha256(tmp_path: Path) -> No
     assert store.find("sha-file") == "whole"
     assert store.find("sha-other") is None
     assert store.find("sha-gap") is None
+    assert store.find_uri("/whole.mp4") == "whole"
+    for partial in ("/a-clip.mp4", "/gap.mp4", "/none.mp4", ""):
+        assert store.find_uri(partial) is None
 
 
 def test_threads_share_a_store(tmp_path: Path) -> None:
