@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from timeviper_platform.serving.messages import (
     AnswerDelta,
     FeatureReference,
     GenerateRequest,
+    MediaAddress,
     MediaSource,
     Refusal,
     StoredFeatures,
@@ -36,13 +37,15 @@ class Features:
         self.sources: list[MediaSource] = []
         self.limits: list[tuple[float | None, int | None]] = []
         self.ready = True
+        self.known_addresses: set[str] = set()
 
     async def features(
         self, source: MediaSource, *, fps: float | None = None, max_frames: int | None = None
     ) -> FeatureReference | Refusal:
         self.sources.append(source)
         self.limits.append((fps, max_frames))
-        if isinstance(source, StoredFeatures) and source.media_id != "known":
+        is_known = not isinstance(source, MediaAddress) or source.uri in self.known_addresses
+        if not is_known or (isinstance(source, StoredFeatures) and source.media_id != "known"):
             return Refusal(status=404, message="no such medium", code="media_not_found")
         return FeatureReference(
             key="k", ref=None, num_frames=2, num_tokens_per_frame=4, modality="video", duration_seconds=2.0
@@ -62,6 +65,8 @@ class Engine:
         self.refusal: Refusal | None = None
         self.refuse_at = 0
         self.bug = False
+        self.during: Callable[[], object] | None = None
+        """Called while a request runs."""
         self.usage = USAGE
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[AnswerDelta | Refusal]:
@@ -69,6 +74,8 @@ class Engine:
         try:
             if self.bug:
                 raise KeyError(request.turns[0].text)
+            if self.during is not None:
+                await asyncio.to_thread(self.during)
             logprobs = (TokenLogprob(token="hello", logprob=-0.1),) if request.sampling.num_logprobs is not None else ()
             for number, text in enumerate(("hello", " world")):
                 for index in range(request.n):

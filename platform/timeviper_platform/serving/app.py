@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from timeviper_platform.serving.gateway_replica import GatewayReplica
 from timeviper_platform.serving.messages import (
     FeatureReference,
 )
+
+logger = logging.getLogger(__name__)
 
 MAX_GATEWAY_REQUESTS = 8192
 """Concurrent requests per replica. They cost little; with fewer, slow bodies would block health checks."""
@@ -107,6 +110,8 @@ def build(args: dict[str, Any]) -> Any:
 
 
 def build_application(config: ServeConfig) -> Any:
+    for name in ("gateway", "features", "engine"):
+        logger.info("limits of %s: %s", name, limits_text(getattr(config, name)))
     deployments, engine = config.deployments, config.engine.engine
     feature_options = deployments.features.options(
         capacity=FEATURE_QUEUE, served_at_once=config.features.sandbox.num_workers
@@ -125,9 +130,25 @@ def build_application(config: ServeConfig) -> Any:
     )
 
 
+def limits_text(config: object) -> str:
+    """Returns all numbers of a configuration as `key = value, section.key = value`."""
+    texts = []
+    for entry in dataclasses.fields(config):  # type: ignore[arg-type]  # a dataclass
+        value = getattr(config, entry.name)
+        if dataclasses.is_dataclass(value):
+            texts += [f"{entry.name}.{text}" for text in limits_text(value).split(", ") if text]
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            texts.append(f"{entry.name} = {value}")
+        elif value is None and entry.name.startswith("max_"):
+            texts.append(f"{entry.name} = none")
+    return ", ".join(texts)
+
+
 def resolve_paths(config: ServeConfig, root: Path) -> ServeConfig:
     """Makes paths absolute, below `root`. An encoder that is not a folder stays a hub name."""
-    config = with_absolute_paths(config, ("gateway.media_root",), root=root)
+    config = with_absolute_paths(
+        config, ("gateway.media_root", "gateway.api_keys_file", "gateway.allowed_local_media.*"), root=root
+    )
     keys = ("weights", "features.feature_store", "features.encoder.model", "features.encoder.second.model")
     return with_absolute_paths(config, keys, root=root, if_exists=True)
 

@@ -32,8 +32,15 @@ class StoredFeatures:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MediaAddress:
+    """A medium of the feature store by the address that its manifest has."""
+
+    uri: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MediaFile:
-    """An uploaded file."""
+    """A file that the feature service can read: an upload, a download, or a local file."""
 
     uri: str
     sha256: str
@@ -65,7 +72,7 @@ class MediaFrames:
         return cls(frames=tuple(frames), sha256=hashlib.sha256(joined.encode()).hexdigest())
 
 
-MediaSource = StoredFeatures | MediaFile | MediaBytes | MediaFrames
+MediaSource = StoredFeatures | MediaAddress | MediaFile | MediaBytes | MediaFrames
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,6 +124,10 @@ class GenerateRequest:
     """Number of answers."""
     time_text: bool | None = None
     """Whether the prompt states each video's length; None = as all prompts of the weights' training."""
+
+    @property
+    def num_frames(self) -> int:
+        return sum(medium.num_frames for turn in self.turns for medium in turn.media)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,11 +9,12 @@ import asyncio
 import hashlib
 import json
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from timeviper_platform.serving.features.compatibility import check_features_fit
 from timeviper_platform.serving.features.sandbox import DecodeSandbox, SandboxConfig
 from timeviper_platform.serving.messages import (
     FeatureReference,
+    MediaAddress,
     MediaBytes,
     MediaFile,
     MediaFrames,
@@ -52,6 +54,8 @@ class FeatureServiceConfig:
     """Frames to keep of a longer medium."""
     cache_bytes: int = 512 * 2**20
     """Maximum bytes of cached features per replica."""
+    cache_max_age_s: float = 3600.0
+    """Seconds since their last use after which cached features are dropped."""
     num_threads: int = 0
     """PyTorch's CPU threads; 0 = its default."""
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
@@ -61,6 +65,12 @@ class FeatureServiceConfig:
             raise ValueError("a feature service needs a feature_store, an encoder, or both")
         if self.fps <= 0 or self.max_frames < 1:
             raise ValueError(f"{self.fps = } must be above 0 and {self.max_frames = } at least 1")
+
+
+class _Kept(NamedTuple):
+    reference: FeatureReference
+    num_bytes: int
+    used_at: float
 
 
 class FeatureService:
@@ -83,7 +93,8 @@ class FeatureService:
         if self._encoder is not None:
             self._sandbox = DecodeSandbox(config.sandbox, self._encoder.image_size, self._encoder.resample)
         self._encode_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
-        self._kept: OrderedDict[str, tuple[FeatureReference, int]] = OrderedDict()
+        self._kept: OrderedDict[str, _Kept] = OrderedDict()
+        """Least recently used first."""
         self._kept_bytes = 0
         self._ongoing: dict[str, asyncio.Task[FeatureReference | Refusal]] = {}
         num_stored = 0 if self.store is None else len(self.store.media_ids)
@@ -108,14 +119,15 @@ class FeatureService:
             )
         if isinstance(source, StoredFeatures):
             media_id: str | None = source.media_id
+        elif isinstance(source, MediaAddress):
+            media_id = None if self.store is None else self.store.find_uri(source.uri)
         else:
             media_id = None if self.store is None else self.store.find(source.sha256)
-        if media_id is None:
-            assert not isinstance(source, StoredFeatures)
+        if media_id is None and not isinstance(source, StoredFeatures | MediaAddress):
             # decoding is deterministic: content and limits determine the frames
             key = _key("upload", source.sha256, self.recipe, fps, max_frames, self._config.frame_selection)
             return await self._once(key, lambda: self._encode(source, key, fps, max_frames))
-        if self.store is None or media_id not in self.store:
+        if self.store is None or media_id is None or media_id not in self.store:
             return Refusal(
                 status=404,
                 message="the feature store has no such medium; GET /v1/files lists uploads",
@@ -138,9 +150,11 @@ class FeatureService:
         self, key: str, make: Callable[[], Awaitable[FeatureReference | Refusal]]
     ) -> FeatureReference | Refusal:
         """Returns the cached reference, or calls `make` once for all concurrent requests."""
+        self._drop_old()
         if key in self._kept:
             self._kept.move_to_end(key)
-            return self._kept[key][0]
+            kept = self._kept[key] = self._kept[key]._replace(used_at=time.monotonic())
+            return kept.reference
         task = self._ongoing.get(key)
         if task is None:
             task = asyncio.ensure_future(_guarded(make))
@@ -179,11 +193,19 @@ class FeatureService:
             modality=modality,
             duration_seconds=duration_seconds,
         )
-        self._kept[key] = reference, bits.nbytes
+        self._kept[key] = _Kept(reference, bits.nbytes, time.monotonic())
         self._kept_bytes += bits.nbytes
         while self._kept_bytes > self._config.cache_bytes:
-            self._kept_bytes -= self._kept.popitem(last=False)[1][1]
+            self._drop_oldest()
         return reference
+
+    def _drop_old(self) -> None:
+        before = time.monotonic() - self._config.cache_max_age_s
+        while self._kept and next(iter(self._kept.values())).used_at < before:
+            self._drop_oldest()
+
+    def _drop_oldest(self) -> None:
+        self._kept_bytes -= self._kept.popitem(last=False)[1].num_bytes
 
 
 async def _guarded(make: Callable[[], Awaitable[FeatureReference | Refusal]]) -> FeatureReference | Refusal:

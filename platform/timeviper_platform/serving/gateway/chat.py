@@ -24,12 +24,14 @@ from timeviper_platform.serving.gateway.chat_request import (
 )
 from timeviper_platform.serving.gateway.config import GatewayConfig
 from timeviper_platform.serving.gateway.openai_protocol import ApiError
+from timeviper_platform.serving.gateway.remote import FILE, HTTPS, Addresses
 from timeviper_platform.serving.gateway.uploads import DATA_SCHEME, MediaStore, no_such_file, parse_data_uri
 from timeviper_platform.serving.messages import (
     ChatTurn,
     FeatureClient,
     FeatureReference,
     GenerateRequest,
+    MediaAddress,
     MediaBytes,
     MediaFile,
     MediaFrames,
@@ -72,6 +74,7 @@ class ChatPreparation:
         self._config = config
         self._features = features
         self._store = store
+        self._addresses = Addresses(config, store)
 
     async def prepare(self, chat: ChatCompletionRequest, tenant: str) -> GenerateRequest:
         """Returns the engine's request, with all features computed concurrently.
@@ -176,17 +179,26 @@ class ChatPreparation:
             uri = self._store.uri(tenant, record)
             is_animation = record.may_be_animation
             return MediaFile(uri=uri, sha256=record.sha256, modality="video" if is_animation else record.modality)
+        if scheme.startswith((HTTPS, FILE)):
+            return await self._addresses.check(url, param)
         raise ApiError(
             400,
-            "media must be a data: URI, a file id (file-...) or a stored medium (feature://ID); this server does not"
-            " fetch remote addresses; upload the file to /v1/files",
-            code="remote_media_disabled",
+            "media must be a data: URI, a file id (file-...), a stored medium (feature://ID), or an https:// or file://"
+            " address that this server may read",
+            code="invalid_url",
             param=param,
         )
 
     async def _feature(self, medium: _Medium, limits: MediaLimits) -> FeatureReference:
         lowest = limits.lower_of(medium.limits)
-        answer = await self._features.features(medium.source, fps=lowest.fps, max_frames=lowest.max_frames)
+        get = partial(self._features.features, fps=lowest.fps, max_frames=lowest.max_frames)
+        answer = await get(medium.source)
+        if (
+            isinstance(medium.source, MediaAddress)
+            and isinstance(answer, Refusal)
+            and answer.code == "media_not_found"  # the store does not have the address, but perhaps the content
+        ):
+            answer = await get(await self._addresses.load(medium.source, medium.param))
         if isinstance(answer, Refusal):
             raise ApiError.from_refusal(answer, param=medium.param)
         return answer

@@ -6,9 +6,8 @@ Sets `request.state.tenant`.
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import logging
+import re
 import time
 import traceback
 from collections.abc import Mapping
@@ -22,14 +21,15 @@ from prometheus_client import CollectorRegistry, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from timeviper_platform.common.metrics import prometheus_metrics
-from timeviper_platform.serving.gateway.config import GatewayConfig
+from timeviper_platform.serving.gateway.config import ApiKey, GatewayConfig
+from timeviper_platform.serving.gateway.keys import KeyRing, Quotas
 from timeviper_platform.serving.gateway.openai_protocol import ApiError
 
 logger = logging.getLogger(__name__)
 
 OPEN_PATHS = ("/health/live", "/health/ready")
 """Cluster probes, which send no key."""
-UPLOAD_PATHS = ("/v1/files",)
+UPLOAD_PATHS = re.compile(r"/v1/files|/v1/uploads/[^/]+/parts")
 PUBLIC_TENANT = "public"
 
 
@@ -58,9 +58,13 @@ class GatewayMetrics:
 class RequestGuard:
     """Authenticates, limits, counts and logs requests; answers 500 to unexpected errors."""
 
-    def __init__(self, app: ASGIApp, *, config: GatewayConfig, metrics: GatewayMetrics) -> None:
+    def __init__(
+        self, app: ASGIApp, *, config: GatewayConfig, keys: KeyRing, quotas: Quotas, metrics: GatewayMetrics
+    ) -> None:
         self._app = app
         self._config = config
+        self._keys = keys
+        self._quotas = quotas
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -97,19 +101,22 @@ class RequestGuard:
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope)
-        is_upload = _path(scope) in UPLOAD_PATHS
+        is_upload = UPLOAD_PATHS.fullmatch(_path(scope)) is not None
         max_bytes = self._config.max_upload_bytes if is_upload else self._config.max_request_bytes
         try:
             if _path(scope) not in OPEN_PATHS:
                 self._check_origin(request)
-            scope.setdefault("state", {})["tenant"] = self._tenant(request)
+            await self._keys.refresh()
+            key = self._key(request)
+            state = scope.setdefault("state", {})
+            state["key"], state["tenant"] = key, PUBLIC_TENANT if key is None else key.tenant
             declared = request.headers.get("content-length", "")
             if declared.isdigit() and int(declared[:20]) > max_bytes:
                 raise _too_large(max_bytes)
+            with self._quotas.request(key):
+                await self._app(scope, self._bounded(receive, max_bytes), send)
         except ApiError as error:
             await JSONResponse(error.body(), error.status, error.headers())(scope, receive, send)
-            return
-        await self._app(scope, self._bounded(receive, max_bytes), send)
 
     def _bounded(self, receive: Receive, max_bytes: int) -> Receive:
         """Raises ApiError for a body that is too large, or arrives too slowly."""
@@ -161,16 +168,14 @@ class RequestGuard:
             text = "the Host header does not name this machine; add the name to gateway.allowed_hosts"
             raise ApiError(403, text, code="host_not_allowed")
 
-    def _tenant(self, request: Request) -> str:
+    def _key(self, request: Request) -> ApiKey | None:
         if not self._config.requires_keys or _path(request.scope) in OPEN_PATHS:
-            return PUBLIC_TENANT
+            return None
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        digest = hashlib.sha256(key.strip().encode()).hexdigest()
-        # compares every key in constant time, so that timing reveals nothing
-        matches = [entry.tenant for entry in self._config.api_keys if hmac.compare_digest(entry.sha256, digest)]
-        if scheme.lower() != "bearer" or not matches:
+        found = self._keys.find(key.strip())
+        if scheme.lower() != "bearer" or found is None:
             raise ApiError(401, "a valid API key is required: Authorization: Bearer KEY", code="invalid_api_key")
-        return matches[0]
+        return found
 
 
 def _plain_scope(scope: Scope) -> Scope:

@@ -140,6 +140,32 @@ class Completion:
         return {"id": self.id, "object": kind, "created": self._created, "model": self._model}
 
 
+class ChatStream:
+    """Server-sent events of a chat completion."""
+
+    def __init__(self, completion: Completion, *, include_usage: bool) -> None:
+        self._completion = completion
+        self._include_usage = include_usage
+        self._opened: set[int] = set()
+
+    def opening(self) -> bytes:
+        return b""
+
+    def delta(self, delta: AnswerDelta) -> bytes:
+        chunks = self._completion.chunks(delta)
+        if delta.index not in self._opened:
+            self._opened.add(delta.index)
+            chunks.insert(0, self._completion.opening(delta.index))
+        return b"".join(sse({**chunk, "usage": None} if self._include_usage else chunk) for chunk in chunks)
+
+    def end(self) -> bytes:
+        usage = sse(self._completion.usage_chunk()) if self._include_usage else b""
+        return usage + sse("[DONE]")
+
+    def error(self, error: ApiError) -> bytes:
+        return sse(error.body())
+
+
 def _logprobs_json(entries: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
     return [
         {**_logprob_json(entry.token, entry.logprob), "top_logprobs": [_logprob_json(*pair) for pair in entry.top]}

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from timeviper_platform.serving.gateway.chat_request import ChatCompletionRequest
+from timeviper_platform.serving.gateway.chunked_uploads import CompleteRequest, UploadRequest
 
 FASTAPIS_422 = "Validation Error"
 """Description of the answer that FastAPI documents for every route with a parameter."""
@@ -52,6 +53,25 @@ class FileObject(BaseModel):
     purpose: str
     status: Literal["processed"]
     expires_at: int | None
+
+
+class Upload(BaseModel):
+    id: str
+    object: Literal["upload"]
+    bytes: int
+    created_at: int
+    filename: str
+    purpose: str
+    status: Literal["pending", "completed", "cancelled"]
+    expires_at: int
+    file: FileObject | None
+
+
+class UploadPart(BaseModel):
+    id: str
+    object: Literal["upload.part"]
+    created_at: int
+    upload_id: str
 
 
 class FileList(BaseModel):
@@ -103,6 +123,28 @@ class ChatCompletion(BaseModel):
     usage: UsageObject
 
 
+class ResponseRequest(BaseModel):
+    """Other fields of OpenAI's Responses API are ignored or a 400 by name."""
+
+    model: str
+    input: str | list[dict[str, Any]]
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    stream: bool | None = None
+
+
+class ResponseObject(BaseModel):
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: Literal["completed", "incomplete"]
+    model: str
+    output: list[dict[str, Any]]
+    usage: dict[str, Any]
+
+
 class Live(BaseModel):
     status: Literal["live"]
 
@@ -131,8 +173,14 @@ _MODELS: tuple[type[BaseModel], ...] = (
     ErrorBody,
     ModelList,
     FileList,
+    Upload,
+    UploadPart,
+    UploadRequest,
+    CompleteRequest,
     DeletedFile,
     ChatCompletion,
+    ResponseRequest,
+    ResponseObject,
     Live,
     Ready,
     ChatCompletionRequest,
@@ -219,6 +267,13 @@ CHAT = RouteDocument(
     body={"application/json": {"schema": _schema(ChatCompletionRequest)}},
     also_streams=True,
 )
+RESPONSE = RouteDocument(
+    summary="Answers in the Responses API, whole or streamed.",
+    answer=ResponseObject,
+    errors=(404, 415, 422),
+    body={"application/json": {"schema": _schema(ResponseRequest)}},
+    also_streams=True,
+)
 MODELS = RouteDocument(summary="Lists the model.", answer=ModelList)
 MODEL = RouteDocument(summary="Returns the model.", answer=Model, errors=(404,))
 UPLOAD = RouteDocument(
@@ -227,6 +282,33 @@ UPLOAD = RouteDocument(
     errors=(415,),
     body={"multipart/form-data": {"schema": _UPLOAD_FORM}},
 )
+NEW_UPLOAD = RouteDocument(
+    summary="Begins an upload in parts.",
+    answer=Upload,
+    errors=(415,),
+    body={"application/json": {"schema": _schema(UploadRequest)}},
+)
+PART = RouteDocument(
+    summary="Adds a part to an upload.",
+    answer=UploadPart,
+    errors=(404, 415),
+    body={
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": ["data"],
+                "properties": {"data": {"type": "string", "format": "binary"}},
+            }
+        }
+    },
+)
+COMPLETED = RouteDocument(
+    summary="Joins the parts to a file.",
+    answer=Upload,
+    errors=(404, 415),
+    body={"application/json": {"schema": _schema(CompleteRequest)}},
+)
+CANCELLED = RouteDocument(summary="Ends an upload without a file.", answer=Upload, errors=(404,))
 FILES = RouteDocument(
     summary="Lists uploads.",
     answer=FileList,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
 from fastapi import FastAPI, Request
@@ -20,12 +20,24 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from timeviper_platform.serving.gateway.chat import ChatPreparation
-from timeviper_platform.serving.gateway.chat_request import parse_chat_request
-from timeviper_platform.serving.gateway.config import GatewayConfig
+from timeviper_platform.serving.gateway.chat_request import (
+    ChatCompletionRequest,
+    chat_request,
+    count_values,
+    parse_chat_request,
+    parse_object,
+    validated,
+)
+from timeviper_platform.serving.gateway.chunked_uploads import ChunkedUploads, CompleteRequest, UploadRequest
+from timeviper_platform.serving.gateway.config import ApiKey, GatewayConfig
+from timeviper_platform.serving.gateway.janitor import keep_clean
+from timeviper_platform.serving.gateway.keys import KeyRing, Quotas
 from timeviper_platform.serving.gateway.middleware import GatewayMetrics, RequestGuard
-from timeviper_platform.serving.gateway.openai_protocol import ApiError, Completion, sse
+from timeviper_platform.serving.gateway.openai_protocol import ApiError, ChatStream, Completion
 from timeviper_platform.serving.gateway.openapi import (
+    CANCELLED,
     CHAT,
+    COMPLETED,
     CONTENT,
     DELETED,
     FILE,
@@ -34,13 +46,19 @@ from timeviper_platform.serving.gateway.openapi import (
     METRICS,
     MODEL,
     MODELS,
+    NEW_UPLOAD,
+    PART,
     READY,
+    RESPONSE,
     UPLOAD,
     RouteDocument,
     document,
 )
+from timeviper_platform.serving.gateway.responses import ResponseAnswer, chat_values
 from timeviper_platform.serving.gateway.uploads import FileRecord, MediaStore, no_such_file, page_of
 from timeviper_platform.serving.messages import AnswerDelta, EngineClient, FeatureClient, Refusal
+
+T = TypeVar("T")
 
 EXPIRES_AFTER_S = 3600, 2_592_000
 """OpenAI's shortest and longest age of a file: an hour, 30 days."""
@@ -49,14 +67,23 @@ _CONTENT_TYPE = "text/event-stream; charset=utf-8"
 
 def create_app(config: GatewayConfig, features: FeatureClient, engine: EngineClient) -> ASGIApp:
     metrics = GatewayMetrics()
-    gateway = _Gateway(config, features, engine, metrics)
+    keys, quotas = KeyRing(config), Quotas()
+    gateway = _Gateway(config, features, engine, metrics, quotas)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        janitor = asyncio.create_task(keep_clean(gateway.store, config.retention))
+        yield
+        janitor.cancel()
+
     # no pages of documentation: they load scripts from a CDN
-    api = FastAPI(title="TimeViper", docs_url=None, redoc_url=None, redirect_slashes=False)
+    api = FastAPI(title="TimeViper", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
 
     def route(path: str, handler: Callable[..., Any], method: str, kinds: RouteDocument) -> None:
         api.add_api_route(path, handler, methods=[method], response_model=None, **kinds.options())
 
     route("/v1/chat/completions", gateway.chat_completions, "POST", CHAT)
+    route("/v1/responses", gateway.create_response, "POST", RESPONSE)
     route("/v1/models", gateway.list_models, "GET", MODELS)
     route("/v1/models/{model:path}", gateway.get_model, "GET", MODEL)
     route("/v1/files", gateway.create_file, "POST", UPLOAD)
@@ -64,6 +91,10 @@ def create_app(config: GatewayConfig, features: FeatureClient, engine: EngineCli
     route("/v1/files/{file_id}", gateway.get_file, "GET", FILE)
     route("/v1/files/{file_id}", gateway.delete_file, "DELETE", DELETED)
     route("/v1/files/{file_id}/content", gateway.get_content, "GET", CONTENT)
+    route("/v1/uploads", gateway.create_upload, "POST", NEW_UPLOAD)
+    route("/v1/uploads/{upload_id}/parts", gateway.add_upload_part, "POST", PART)
+    route("/v1/uploads/{upload_id}/complete", gateway.complete_upload, "POST", COMPLETED)
+    route("/v1/uploads/{upload_id}/cancel", gateway.cancel_upload, "POST", CANCELLED)
     route("/health/live", gateway.live, "GET", LIVE)
     route("/health/ready", gateway.ready, "GET", READY)
     route("/metrics", lambda: PlainTextResponse(metrics.render()), "GET", METRICS)
@@ -77,7 +108,7 @@ def create_app(config: GatewayConfig, features: FeatureClient, engine: EngineCli
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["Authorization", "Content-Type"],
         )
-    api.add_middleware(RequestGuard, config=config, metrics=metrics)
+    api.add_middleware(RequestGuard, config=config, keys=keys, quotas=quotas, metrics=metrics)
     return api
 
 
@@ -98,16 +129,32 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
     return JSONResponse(api_error.body(), error.status_code, error.headers)
 
 
+class _Running(NamedTuple):
+    """Answers of which the first text is there."""
+
+    completion: Completion
+    first: AnswerDelta
+    deltas: AsyncGenerator[AnswerDelta]
+    deadline: float
+
+
 class _Gateway:
     def __init__(
-        self, config: GatewayConfig, features: FeatureClient, engine: EngineClient, metrics: GatewayMetrics
+        self,
+        config: GatewayConfig,
+        features: FeatureClient,
+        engine: EngineClient,
+        metrics: GatewayMetrics,
+        quotas: Quotas,
     ) -> None:
         self._config = config
         self._metrics = metrics
+        self._quotas = quotas
         self._features = features
         self._engine = engine
-        self._store = MediaStore(config.media_root)
-        self._preparation = ChatPreparation(config, features, self._store)
+        self.store = MediaStore(config.media_root)
+        self._uploads = ChunkedUploads(config.media_root, self.store, config.max_upload_bytes)
+        self._preparation = ChatPreparation(config, features, self.store)
         self._created = int(time.time())
         self._parser = ThreadPoolExecutor(max_workers=1, thread_name_prefix="parse")
         """One, so that many large bodies are not in memory as Python objects at once."""
@@ -130,28 +177,39 @@ class _Gateway:
 
     async def create_file(self, request: Request) -> dict[str, object]:
         """Stores a video or picture for the owner of the API key."""
-        if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-            raise ApiError(415, "send the file as multipart/form-data", code="unsupported_media_type")
-        try:
-            form = await request.form(max_files=1, max_fields=8)
-        except (MultiPartException, HTTPException) as error:
-            detail = getattr(error, "detail", None) or getattr(error, "message", "")
-            raise ApiError(400, f"the form cannot be read: {detail}", code="invalid_form") from None
-        async with contextlib.AsyncExitStack() as stack:
-            stack.push_async_callback(form.close)
-            file, purpose = form.get("file"), form.get("purpose", "user_data")
-            if not isinstance(file, UploadFile):
-                raise ApiError(
-                    400, "the form has no file named 'file'", code="missing_required_parameter", param="file"
-                )
-            name, kind = file.filename or "", str(purpose)[:64]
-            put = partial(self._store.put, filename=name, purpose=kind, expires_after_s=_expires_after(form))
+        async with _form_file(request, "file") as (form, file):
+            put = partial(
+                self.store.put,
+                filename=file.filename or "",
+                purpose=str(form.get("purpose", "user_data"))[:64],
+                expires_after_s=_expires_after(form),
+                max_total_bytes=_max_stored_bytes(request),
+            )
             record = await asyncio.to_thread(put, request.state.tenant, file.file)
         return record.to_json()
 
+    async def create_upload(self, request: Request) -> dict[str, Any]:
+        """Begins an upload in parts."""
+        values = await self._parsed(request, parse_object)
+        upload = validated(UploadRequest, values)
+        return await asyncio.to_thread(self._uploads.create, request.state.tenant, upload)
+
+    async def add_upload_part(self, request: Request, upload_id: str) -> dict[str, Any]:
+        async with _form_file(request, "data") as (_, file):
+            return await asyncio.to_thread(self._uploads.add_part, request.state.tenant, upload_id, file.file)
+
+    async def complete_upload(self, request: Request, upload_id: str) -> dict[str, Any]:
+        """Joins the parts to a file."""
+        parts = validated(CompleteRequest, await self._parsed(request, parse_object)).part_ids
+        complete = partial(self._uploads.complete, max_total_bytes=_max_stored_bytes(request))
+        return await asyncio.to_thread(complete, request.state.tenant, upload_id, parts)
+
+    async def cancel_upload(self, request: Request, upload_id: str) -> dict[str, Any]:
+        return await asyncio.to_thread(self._uploads.cancel, request.state.tenant, upload_id)
+
     async def list_files(self, request: Request) -> dict[str, object]:
         """Lists uploads, the newest first; `purpose`, `order`, `limit` and `after` as in OpenAI's API."""
-        records = await asyncio.to_thread(self._store.list, request.state.tenant)
+        records = await asyncio.to_thread(self.store.list, request.state.tenant)
         return page_of(records, request.query_params)
 
     async def get_file(self, request: Request, file_id: str) -> dict[str, object]:
@@ -164,81 +222,102 @@ class _Gateway:
             "Content-Disposition": f"attachment; filename*=UTF-8''{quote(record.filename)}",
             "X-Content-Type-Options": "nosniff",
         }
-        chunks = self._store.read(request.state.tenant, record)
+        chunks = self.store.read(request.state.tenant, record)
         return StreamingResponse(chunks, media_type="application/octet-stream", headers=headers)
 
     async def delete_file(self, request: Request, file_id: str) -> dict[str, object]:
-        if not await asyncio.to_thread(self._store.delete, request.state.tenant, file_id):
+        if not await asyncio.to_thread(self.store.delete, request.state.tenant, file_id):
             raise no_such_file("file_id")
         return {"id": file_id, "object": "file", "deleted": True}
 
     async def _record(self, request: Request, file_id: str) -> FileRecord:
-        record = await asyncio.to_thread(self._store.get, request.state.tenant, file_id)
+        record = await asyncio.to_thread(self.store.get, request.state.tenant, file_id)
         if record is None:
             raise no_such_file("file_id")
         return record
 
     async def chat_completions(self, request: Request) -> Response:
         """Answers a conversation, whole or streamed."""
-        require_json(request)
-        parse = partial(
-            parse_chat_request,
-            max_parts=self._config.max_parts_per_request,
-            max_text_characters=self._config.max_text_characters,
-        )
-        body = await request.body()
-        chat = await asyncio.get_running_loop().run_in_executor(self._parser, parse, body)
+        parse = partial(parse_chat_request, max_parts=self._config.max_parts_per_request)
+        chat = await self._parsed(request, parse)
+        running = await self._start(chat, request)
+        if not chat.stream:
+            await self._collect(running)
+            return JSONResponse(running.completion.response())
+        include_usage = chat.stream_options is not None and chat.stream_options.include_usage
+        return self._streamed(running, ChatStream(running.completion, include_usage=include_usage))
+
+    async def create_response(self, request: Request) -> Response:
+        """Answers in the Responses API, whole or streamed. Nothing is stored."""
+
+        def parse(body: bytes) -> tuple[dict[str, Any], ChatCompletionRequest]:
+            values = parse_object(body)
+            return values, chat_request(chat_values(values), max_parts=self._config.max_parts_per_request)
+
+        values, chat = await self._parsed(request, parse)
+        running = await self._start(chat, request)
+        answer = ResponseAnswer(running.completion, values)
+        if not chat.stream:
+            await self._collect(running)
+            return JSONResponse(answer.response())
+        return self._streamed(running, answer)
+
+    async def _parsed(self, request: Request, parse: Callable[[bytes], T]) -> T:
+        body = await read_json(request, max_values=max_json_values(self._config))
+        return await asyncio.get_running_loop().run_in_executor(self._parser, parse, body)
+
+    async def _start(self, chat: ChatCompletionRequest, request: Request) -> _Running:
+        """Returns the answers once the first text is there, so that refusals have their own status."""
         self._check_model(chat.model)
         deadline = asyncio.get_running_loop().time() + self._config.request_timeout_s
-        try:
+        with self._timed():
             async with asyncio.timeout_at(deadline):
                 generate = await self._preparation.prepare(chat, request.state.tenant)
+                self._quotas.add_frames(request.state.key, generate.num_frames)
                 completion = Completion(chat.model, num_choices=generate.n, with_logprobs=bool(chat.logprobs))
                 deltas = _checked(self._engine.generate(generate))
-                first = await anext(deltas)
-                if not chat.stream:
-                    response = await _collect(completion, first, deltas)
-                    self._metrics.add_usage(completion.usage())
-                    return JSONResponse(response)
-        except TimeoutError:
-            raise self._timeout() from None
-        include_usage = chat.stream_options is not None and chat.stream_options.include_usage
-        events = self._events(completion, first, deltas, deadline=deadline, include_usage=include_usage)
-        return StreamingResponse(events, media_type=_CONTENT_TYPE, headers={"Cache-Control": "no-cache"})
+                completion.add(first := await anext(deltas))
+        return _Running(completion, first, deltas, deadline)
 
-    async def _events(
-        self,
-        completion: Completion,
-        first: AnswerDelta,
-        deltas: AsyncGenerator[AnswerDelta],
-        *,
-        deadline: float,
-        include_usage: bool,
-    ) -> AsyncIterator[bytes]:
+    async def _collect(self, running: _Running) -> None:
+        """Waits for the whole answers; closes them even when cancelled."""
+        with self._timed():
+            async with contextlib.aclosing(running.deltas), asyncio.timeout_at(running.deadline):
+                async for delta in running.deltas:
+                    running.completion.add(delta)
+        self._metrics.add_usage(running.completion.usage())
+
+    def _streamed(self, running: _Running, answer: ChatStream | ResponseAnswer) -> Response:
+        headers = {"Cache-Control": "no-cache"}
+        return StreamingResponse(self._events(running, answer), media_type=_CONTENT_TYPE, headers=headers)
+
+    async def _events(self, running: _Running, answer: ChatStream | ResponseAnswer) -> AsyncIterator[bytes]:
         """Yields server-sent events. Closing the generator, as on a disconnect, frees the slots."""
-        opened: set[int] = set()
-        async with contextlib.aclosing(deltas):
+        async with contextlib.aclosing(running.deltas):
             try:
-                delta: AnswerDelta | None = first
-                while delta is not None:
-                    completion.add(delta)
-                    chunks = completion.chunks(delta)
-                    if delta.index not in opened:
-                        opened.add(delta.index)
-                        chunks.insert(0, completion.opening(delta.index))
-                    yield b"".join(sse({**chunk, "usage": None} if include_usage else chunk) for chunk in chunks)
-                    async with asyncio.timeout_at(deadline):
-                        delta = await anext(deltas, None)
-            except TimeoutError:
-                yield sse(self._timeout().body())
-                return
+                yield answer.opening() + answer.delta(running.first)
+                while True:
+                    with self._timed():
+                        async with asyncio.timeout_at(running.deadline):
+                            delta = await anext(running.deltas, None)
+                    if delta is None:
+                        break
+                    running.completion.add(delta)
+                    yield answer.delta(delta)
             except ApiError as error:
-                yield sse(error.body())
+                yield answer.error(error)
                 return
-        self._metrics.add_usage(completion.usage())
-        if include_usage:
-            yield sse(completion.usage_chunk())
-        yield sse("[DONE]")
+        self._metrics.add_usage(running.completion.usage())
+        yield answer.end()
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Turns a timeout into a 408."""
+        try:
+            yield
+        except TimeoutError:
+            text = f"not answered within {self._config.request_timeout_s:g} s"
+            raise ApiError(408, text, code="timeout") from None
 
     def _check_model(self, model: str) -> None:
         if model != self._config.model_name:
@@ -248,15 +327,57 @@ class _Gateway:
     def _model(self) -> dict[str, Any]:
         return {"id": self._config.model_name, "object": "model", "created": self._created, "owned_by": "timeviper"}
 
-    def _timeout(self) -> ApiError:
-        return ApiError(408, f"not answered within {self._config.request_timeout_s:g} s", code="timeout")
+
+@contextlib.asynccontextmanager
+async def _form_file(request: Request, name: str) -> AsyncIterator[tuple[FormData, UploadFile]]:
+    """Yields a form and its file.
+
+    Raises:
+        ApiError: 415 for another content type, 400 for a form that cannot be read or has no such file.
+    """
+    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        raise ApiError(415, "send the file as multipart/form-data", code="unsupported_media_type")
+    try:
+        form = await request.form(max_files=1, max_fields=8)
+    except (MultiPartException, HTTPException) as error:
+        detail = getattr(error, "detail", None) or getattr(error, "message", "")
+        raise ApiError(400, f"the form cannot be read: {detail}", code="invalid_form") from None
+    try:
+        file = form.get(name)
+        if not isinstance(file, UploadFile):
+            text = f"the form has no file named '{name}'"
+            raise ApiError(400, text, code="missing_required_parameter", param=name)
+        yield form, file
+    finally:
+        await form.close()
 
 
-def require_json(request: Request) -> None:
-    """Raises ApiError 415 for other content types; browsers let any page send some of them."""
+def _max_stored_bytes(request: Request) -> int | None:
+    key: ApiKey | None = request.state.key
+    return None if key is None else key.quota.max_stored_bytes
+
+
+async def read_json(request: Request, *, max_values: int) -> bytes:
+    """Returns the body. Stops at too many values, so that it never holds what could not be parsed.
+
+    Raises:
+        ApiError: 415 for other content types, which browsers let any page send; 400 for too many values.
+    """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         raise ApiError(415, "send JSON with Content-Type: application/json", code="unsupported_media_type")
+    chunks, num_values = [], 0
+    async for chunk in request.stream():
+        num_values += count_values(chunk)
+        if num_values > max_values:
+            raise ApiError(400, f"the body holds more than {max_values} JSON values", code="too_many_values")
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def max_json_values(config: GatewayConfig) -> int:
+    """Commas and brackets of the largest useful body: each part has some, and a text may be all commas."""
+    return 16 * config.max_parts_per_request + config.max_text_characters
 
 
 def _expires_after(form: FormData) -> int | None:
@@ -284,12 +405,3 @@ async def _checked(items: AsyncIterator[AnswerDelta | Refusal]) -> AsyncGenerato
         close: Callable[[], Awaitable[None]] | None = getattr(items, "aclose", None)
         if close is not None:
             await close()
-
-
-async def _collect(completion: Completion, first: AnswerDelta, deltas: AsyncGenerator[AnswerDelta]) -> dict[str, Any]:
-    """Returns the whole answer; closes `deltas` even when cancelled."""
-    async with contextlib.aclosing(deltas):
-        completion.add(first)
-        async for delta in deltas:
-            completion.add(delta)
-    return completion.response()

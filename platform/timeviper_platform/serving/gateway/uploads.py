@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import binascii
+import contextlib
 import hashlib
 import re
 import shutil
@@ -19,6 +20,7 @@ from timeviper_platform.common.storage import (
     open_file,
     read_json,
     remove,
+    split_uri,
     write_atomic,
     write_json,
 )
@@ -141,12 +143,19 @@ class MediaStore:
         self._root = root
 
     def put(
-        self, tenant: str, file: IO[bytes], *, filename: str, purpose: str, expires_after_s: int | None = None
+        self,
+        tenant: str,
+        file: IO[bytes],
+        *,
+        filename: str,
+        purpose: str,
+        expires_after_s: int | None = None,
+        max_total_bytes: int | None = None,
     ) -> FileRecord:
         """Stores a seekable file. Known content keeps its id and takes the new name, purpose and age.
 
         Raises:
-            ApiError: 415 for an unsupported type.
+            ApiError: 415 for an unsupported type, 429 when all uploads would exceed `max_total_bytes`.
         """
         file.seek(0)
         head = file.read(HEAD_BYTES)
@@ -165,16 +174,24 @@ class MediaStore:
             num_bytes=num_bytes,
             modality=modality,
             may_be_animation=may_be_animation(head),
-            filename=_display_name(filename),
+            filename=display_name(filename),
             purpose=purpose,
             created_at=now,
             expires_at=None if expires_after_s is None else now + expires_after_s,
         )
         if self.get(tenant, record.id) is None:
+            if max_total_bytes is not None:
+                self._check_total(tenant, num_bytes, max_total_bytes)
             file.seek(0)
             write_atomic(self.uri(tenant, record), lambda target: shutil.copyfileobj(file, target, _CHUNK_BYTES))
         write_json(self._record_uri(tenant, record.id), asdict(record))
         return record
+
+    def _check_total(self, tenant: str, num_bytes: int, max_total_bytes: int) -> None:
+        stored = sum(record.num_bytes for record in self.list(tenant))
+        if stored + num_bytes > max_total_bytes:
+            text = f"the uploads have {stored} of {max_total_bytes} bytes, and this one {num_bytes}; delete some files"
+            raise ApiError(429, text, code="insufficient_quota", param="file")
 
     def get(self, tenant: str, file_id: str) -> FileRecord | None:
         if FILE_ID.fullmatch(file_id) is None or not exists(self._record_uri(tenant, file_id)):
@@ -184,11 +201,21 @@ class MediaStore:
 
     def list(self, tenant: str) -> list[FileRecord]:
         """Returns the newest first."""
-        records = (FileRecord(**read_json(uri)) for uri in files_in(join_uri(self._root, tenant), ".json"))
-        return sorted(
-            (record for record in records if not record.is_expired()),
-            key=lambda record: (-record.created_at, record.id),
-        )
+        current = (record for record in self.records(tenant) if not record.is_expired())
+        return sorted(current, key=lambda record: (-record.created_at, record.id))
+
+    def records(self, tenant: str) -> Iterator[FileRecord]:
+        """Yields all records, expired ones too."""
+        for uri in files_in(join_uri(self._root, tenant), ".json"):
+            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                yield FileRecord(**read_json(uri))
+
+    def tenants(self) -> Sequence[str]:
+        filesystem, path = split_uri(self._root)
+        if not filesystem.isdir(path):
+            return []
+        entries = filesystem.ls(path, detail=True)
+        return [str(entry["name"]).rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "directory"]
 
     def read(self, tenant: str, record: FileRecord) -> Iterator[bytes]:
         """Yields the content in chunks."""
@@ -199,11 +226,26 @@ class MediaStore:
     def delete(self, tenant: str, file_id: str) -> bool:
         """Returns False for an unknown file."""
         record = self.get(tenant, file_id)
-        if record is None:
-            return False
-        remove(self._record_uri(tenant, file_id))
-        remove(self.uri(tenant, record))
-        return True
+        if record is not None:
+            self.discard(tenant, record)
+        return record is not None
+
+    def discard(self, tenant: str, record: FileRecord) -> None:
+        """Deletes a file, if it is still there."""
+        for uri in (self._record_uri(tenant, record.id), self.uri(tenant, record)):
+            with contextlib.suppress(FileNotFoundError):
+                remove(uri)
+
+    def delete_unrecorded(self, tenant: str, *, before: float) -> None:
+        """Deletes contents without a record, and uploads in parts, that are older than Unix seconds."""
+        filesystem, path = split_uri(join_uri(self._root, tenant))
+        recorded = {split_uri(self.uri(tenant, record))[1] for record in self.records(tenant)}
+        for name in filesystem.find(path):
+            is_record = name.endswith(".json") and not name.endswith("/upload.json")
+            if is_record or name in recorded or filesystem.modified(name).timestamp() >= before:
+                continue
+            with contextlib.suppress(FileNotFoundError):
+                filesystem.rm_file(name)
 
     def uri(self, tenant: str, record: FileRecord) -> str:
         return join_uri(self._root, tenant, f"{record.sha256}.media")
@@ -244,6 +286,6 @@ def no_such_file(param: str) -> ApiError:
     return ApiError(404, "no such file; upload it to /v1/files", code="file_not_found", param=param)
 
 
-def _display_name(filename: str) -> str:
+def display_name(filename: str) -> str:
     name = filename.replace("\\", "/").rsplit("/", 1)[-1]
     return "".join(char for char in name if char.isprintable())[:255] or "upload"

@@ -33,6 +33,7 @@ from timeviper_platform.serving.features.sandbox import DecodeSandbox
 from timeviper_platform.serving.features.service import FeatureService, FeatureServiceConfig
 from timeviper_platform.serving.messages import (
     FeatureReference,
+    MediaAddress,
     MediaBytes,
     MediaFile,
     MediaFrames,
@@ -119,6 +120,19 @@ def test_an_upload_has_the_features_of_preprocessing(
     assert inline.duration_seconds == pytest.approx(6.0)
 
 
+def test_a_medium_is_found_by_its_manifests_address(folders: ServingFolders, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Benchmarks name videos by address; preprocessing has decoded them."""
+    monkeypatch.setattr(FeatureStore, "find_uri", lambda store, uri: {"/film.mp4": "film"}.get(uri))
+
+    async def scenario(service: FeatureService) -> list[Any]:
+        return [await service.features(MediaAddress(uri=name), max_frames=2) for name in ("/film.mp4", "/none.mp4")]
+
+    found, unknown = run(service_of(folders), scenario)
+    assert found.num_frames == 2
+    for refusal in (unknown, *run(service_of(folders, feature_store=None), scenario)):
+        assert (refusal.status, refusal.code) == (404, "media_not_found")
+
+
 def test_pictures_in_a_row_are_encoded_as_one_video(folders: ServingFolders, tmp_path: Path) -> None:
     """One decode task and one encoder batch: each picture alone would fill its batch with padding."""
     pictures = []
@@ -190,6 +204,22 @@ def test_cached_features_are_evicted_least_recently_used_first(folders: ServingF
 
     run(service, scenario)
     assert puts == [2, 3, 1, 3]
+
+
+def test_cached_features_end_with_their_age(folders: ServingFolders) -> None:
+    """Those of a deleted upload stayed until others needed the room."""
+    puts: list[int] = []
+    config = FeatureServiceConfig(feature_store=folders.store, cache_max_age_s=0.2)
+    service = FeatureService(folders.weights, config, lambda array: puts.append(len(array)))
+
+    async def scenario(service: FeatureService) -> None:
+        for pause_s in (0.0, 0.0, 0.3):
+            await asyncio.sleep(pause_s)
+            await service.features(stored(), max_frames=2)
+        assert service._kept_bytes == 2 * 4 * VISION.hidden_size * 2
+
+    run(service, scenario)
+    assert puts == [2, 2]
 
 
 def test_a_bad_upload_is_refused_and_not_cached(folders: ServingFolders, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,146 @@
+"""OpenAI's Uploads: a file in parts, which becomes an upload like any other when it is completed."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import IO, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from timeviper_platform.common.storage import (
+    exists,
+    files_in,
+    join_uri,
+    open_file,
+    read_json,
+    split_uri,
+    write_atomic,
+    write_json,
+)
+from timeviper_platform.serving.gateway.openai_protocol import ApiError
+from timeviper_platform.serving.gateway.uploads import FileRecord, MediaStore, display_name
+
+UPLOAD_ID = re.compile(r"upload_[0-9a-f]{32}")
+PART_ID = re.compile(r"part_[0-9a-f]{32}")
+EXPIRES_AFTER_S = 3600
+"""Seconds in which an upload must be completed, as OpenAI's."""
+MAX_PARTS = 10_000
+_CHUNK_BYTES = 1 << 20
+
+
+class _Lenient(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class UploadRequest(_Lenient):
+    filename: str
+    purpose: str = "user_data"
+    num_bytes: int = Field(alias="bytes", ge=1)
+    mime_type: str = ""
+
+
+class CompleteRequest(_Lenient):
+    part_ids: list[str] = Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)
+
+
+class ChunkedUploads:
+    """Uploads that are not complete, in a folder each below their tenant's."""
+
+    def __init__(self, root: str, store: MediaStore, max_bytes: int) -> None:
+        self._root = root
+        self._store = store
+        self._max_bytes = max_bytes
+
+    def create(self, tenant: str, request: UploadRequest) -> dict[str, Any]:
+        """Raises ApiError 413 for a file over the limit."""
+        if request.num_bytes > self._max_bytes:
+            text = f"the file has {request.num_bytes} bytes, the limit is {self._max_bytes}"
+            raise ApiError(413, text, code="too_large", param="bytes")
+        now = int(time.time())
+        upload: dict[str, Any] = {
+            "id": f"upload_{secrets.token_hex(16)}",
+            "object": "upload",
+            "bytes": request.num_bytes,
+            "created_at": now,
+            "filename": display_name(request.filename),
+            "purpose": request.purpose[:64],
+            "status": "pending",
+            "expires_at": now + EXPIRES_AFTER_S,
+            "file": None,
+        }
+        write_json(self._record(tenant, upload["id"]), upload)
+        return upload
+
+    def add_part(self, tenant: str, upload_id: str, file: IO[bytes]) -> dict[str, Any]:
+        """Stores a part.
+
+        Raises:
+            ApiError: 404 for an unknown upload, 400 for one that is not pending, or parts above its bytes.
+        """
+        upload = self._pending(tenant, upload_id)
+        part_id = f"part_{secrets.token_hex(16)}"
+        num_bytes = file.seek(0, 2)
+        stored = files_in(self._folder(tenant, upload_id), ".part")
+        filesystem, _ = split_uri(self._root)
+        total = num_bytes + sum(int(filesystem.size(split_uri(uri)[1])) for uri in stored)
+        if total > upload["bytes"] or len(stored) >= MAX_PARTS:
+            text = f"the parts have {total} bytes, the upload announced {upload['bytes']}"
+            raise ApiError(400, text, code="invalid_value", param="data")
+        file.seek(0)
+        uri = join_uri(self._folder(tenant, upload_id), f"{part_id}.part")
+        write_atomic(uri, lambda target: shutil.copyfileobj(file, target, _CHUNK_BYTES))
+        return {"id": part_id, "object": "upload.part", "created_at": int(time.time()), "upload_id": upload_id}
+
+    def complete(
+        self, tenant: str, upload_id: str, part_ids: Sequence[str], *, max_total_bytes: int | None
+    ) -> dict[str, Any]:
+        """Joins parts in the given order.
+
+        Raises:
+            ApiError: as `add_part` and MediaStore.put; 400 for unknown parts or other bytes than announced.
+        """
+        upload = self._pending(tenant, upload_id)
+        folder = self._folder(tenant, upload_id)
+        with tempfile.TemporaryFile() as whole:
+            for index, part_id in enumerate(part_ids):
+                uri = join_uri(folder, f"{part_id}.part")
+                if PART_ID.fullmatch(part_id) is None or not exists(uri):
+                    raise ApiError(400, "no such part", code="invalid_value", param=f"part_ids.{index}")
+                with open_file(uri) as part:
+                    shutil.copyfileobj(part, whole, _CHUNK_BYTES)
+                if whole.tell() > upload["bytes"]:
+                    break
+            if whole.tell() != upload["bytes"]:
+                text = f"the parts have {whole.tell()} bytes, the upload announced {upload['bytes']}"
+                raise ApiError(400, text, code="invalid_value", param="part_ids")
+            names = {"filename": upload["filename"], "purpose": upload["purpose"]}
+            record = self._store.put(tenant, whole, **names, max_total_bytes=max_total_bytes)
+        return self._ended(tenant, upload, "completed", record)
+
+    def cancel(self, tenant: str, upload_id: str) -> dict[str, Any]:
+        """Raises ApiError as `add_part`."""
+        return self._ended(tenant, self._pending(tenant, upload_id), "cancelled", None)
+
+    def _pending(self, tenant: str, upload_id: str) -> dict[str, Any]:
+        if UPLOAD_ID.fullmatch(upload_id) is None or not exists(self._record(tenant, upload_id)):
+            raise ApiError(404, "no such upload", code="upload_not_found", param="upload_id")
+        upload: dict[str, Any] = read_json(self._record(tenant, upload_id))
+        if upload["expires_at"] <= time.time():
+            raise ApiError(400, "the upload has expired", code="invalid_value", param="upload_id")
+        return upload
+
+    def _ended(self, tenant: str, upload: dict[str, Any], status: str, record: FileRecord | None) -> dict[str, Any]:
+        filesystem, path = split_uri(self._folder(tenant, upload["id"]))
+        filesystem.rm(path, recursive=True)
+        return {**upload, "status": status, "file": None if record is None else record.to_json()}
+
+    def _folder(self, tenant: str, upload_id: str) -> str:
+        return join_uri(self._root, tenant, upload_id)
+
+    def _record(self, tenant: str, upload_id: str) -> str:
+        return join_uri(self._folder(tenant, upload_id), "upload.json")
