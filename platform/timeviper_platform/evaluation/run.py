@@ -13,6 +13,12 @@ import pyarrow.parquet as pq
 
 from timeviper_model.weights.weights_folder import config_from_dict
 from timeviper_platform.common import schemas, storage
+from timeviper_platform.common.cluster_checks import (
+    StorageProof,
+    check_cluster_can_give,
+    check_every_node,
+    refuse_lost_outputs,
+)
 from timeviper_platform.common.config import with_absolute_paths
 from timeviper_platform.common.job import JobError
 from timeviper_platform.common.listing import list_files
@@ -121,6 +127,7 @@ def run_evaluation(config: EvaluateConfig, answer: AnswerQuestionsOf | None = No
     Raises:
         JobError: after the report, when no question was scored, or too many failed.
     """
+    refuse_lost_outputs({"output": config.output})
     config = with_absolute_paths(config, PATHS)
     assert config.questions is not None
     questions = read_questions(config.questions, config.tasks, config.max_questions)
@@ -187,6 +194,13 @@ def answer_on_ray(questions: Sequence[Question], config: EvaluateConfig) -> Iter
     context.enable_progress_bars = False
     workers = config.workers
     size = workers.batch_size
+    needed = {"CPU": workers.cpus_per_worker, "GPU": workers.gpus_per_worker}
+    check_cluster_can_give(
+        {name: amount for name, amount in needed.items() if amount},
+        wanted_by="each worker (workers.cpus_per_worker, workers.gpus_per_worker)",
+        way_out="lower them, or start Ray on larger machines",
+    )
+    check_every_node(StorageProof(inputs={key: getattr(config, key) for key in ("weights", "feature_store")}))
     # a read task would need a whole CPU
     blocks = [_questions_table(questions[first : first + size]) for first in range(0, len(questions), size)]
     dataset = ray.data.from_arrow(blocks).map_batches(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -14,6 +15,7 @@ from timeviper_model.config import TimeViperConfig
 from timeviper_model.timeviper import TimeViper
 from timeviper_model.weights.weights_folder import TOKENIZER_FILES, config_from_dict, load_tokenizer
 from timeviper_platform.common import schemas, storage
+from timeviper_platform.common.cluster_checks import check_cluster_can_give
 from timeviper_platform.common.machine_cache import local_copy
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.training.batches.rows import source_files
@@ -73,29 +75,44 @@ def load_tokenizer_or_fail(name: str) -> Any:
         ) from error
 
 
-def check_resources(config: TrainConfig, total: Mapping[str, float], *, can_grow: bool) -> None:
-    """Compares the smallest worker group with a cluster's resources.
-
-    Args:
-        can_grow: whether an autoscaler may add nodes.
+def check_resources(config: TrainConfig) -> None:
+    """Refuses workers that no node can ever hold; warns if the run will wait for nodes. Needs a connected Ray.
 
     Raises:
-        ValueError: if GPUs are needed, there is none, and none can be added.
+        ValueError: if no node is large enough for a worker, and none can be added.
     """
+    import ray
+
     workers = config.workers
     needed = {"CPU": 1.0, **workers.resources_per_worker, **({"GPU": 1.0} if workers.use_gpu else {})}
-    lacking = {
-        name: f"{total.get(name, 0.0):g} of {amount * workers.min_workers:g} {name}"
+    check_cluster_can_give(
+        needed,
+        wanted_by="each worker (workers.use_gpu, workers.resources_per_worker)",
+        way_out="set workers.use_gpu: false, lower workers.resources_per_worker, or start Ray on larger machines",
+    )
+    total = ray.cluster_resources()
+    lacking = [
+        f"{total.get(name, 0.0):g} of {amount * workers.min_workers:g} {name}"
         for name, amount in needed.items()
         if total.get(name, 0.0) < amount * workers.min_workers
-    }
-    if "GPU" in lacking and not total.get("GPU") and not can_grow:
-        raise ValueError(
-            "workers.use_gpu: this Ray has no GPU and no autoscaler; set workers.use_gpu: false, or start Ray on a"
-            " machine with a GPU"
-        )
+    ]
     if lacking:
-        logger.warning("the cluster has %s; the run waits until nodes are added", ", ".join(lacking.values()))
+        logger.warning("the cluster has %s; the run waits until nodes are added", ", ".join(lacking))
+
+
+def storage_inputs(config: TrainConfig) -> dict[str, str]:
+    """Returns what every node must see, by configuration key; names on a hub are left out."""
+    found = {"feature_store": config.feature_store}
+    for name, phase in config.phases.items():
+        validation = () if phase.validation is None else phase.validation.samples
+        for key, sources in (("samples", phase.samples), ("validation.samples", validation)):
+            found |= {f"phases.{name}.{key}.{number}": source.uri for number, source in enumerate(sources)}
+        if phase.init is not None and phase.init.weights is not None:
+            found[f"phases.{name}.init.weights"] = phase.init.weights
+        if phase.init is not None and phase.init.backbone is not None:
+            found[f"phases.{name}.init.backbone"] = phase.init.backbone
+    found["tokenizer"] = config.tokenizer
+    return {key: uri for key, uri in found.items() if not storage.is_local(uri) or Path(uri).is_absolute()}
 
 
 def _check_samples(name: str, phase: PhaseConfig, model: TimeViperConfig, store: FeatureStore, tokenizer: Any) -> None:

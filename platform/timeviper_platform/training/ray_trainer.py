@@ -19,9 +19,9 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.util.metrics import Gauge
 
 from timeviper_platform.common import storage
+from timeviper_platform.common.cluster_checks import check_every_node, refuse_lost_outputs, storage_proof
 from timeviper_platform.common.lease import hold_lease
 from timeviper_platform.common.logs import setup_logging
-from timeviper_platform.common.ray_cluster import has_autoscaler
 from timeviper_platform.common.ray_task import task_options
 from timeviper_platform.training.batches.loader import prefetch_in_thread
 from timeviper_platform.training.batches.ray_loader import prefetch_on_ray
@@ -33,7 +33,7 @@ from timeviper_platform.training.hooks import RunHooks
 from timeviper_platform.training.interrupts import FatalTrainingError, StoppedError
 from timeviper_platform.training.metrics.attempt_record import describe_environment
 from timeviper_platform.training.metrics.trackers import check_trackers
-from timeviper_platform.training.preflight import check_inputs, check_resources
+from timeviper_platform.training.preflight import check_inputs, check_resources, storage_inputs
 from timeviper_platform.training.ray_interrupts import PreemptionWatch, Pulse, StopFile
 from timeviper_platform.training.run import RunFolder, run_training
 from timeviper_platform.training.validation.async_eval import EvalTask
@@ -56,18 +56,21 @@ def train_on_ray(config: TrainConfig, *, resume: str = "auto") -> dict[str, Any]
         resume: auto, never, or a checkpoint's URI. Restarts always resume.
 
     Raises:
-        ValueError: if the configuration is wrong, or the run would get two histories.
+        ValueError: if the configuration is wrong, no node can hold a worker, or the run would get two histories.
         LeaseHeldError: if another job trains in the same run folder.
         StoppedError: after SIGTERM, once the workers have saved.
-        RuntimeError: if the run fails for good.
+        RuntimeError: if a node does not see the run's storage, or the run fails for good.
     """
     check_trackers(config.metrics.mlflow, config.metrics.wandb)
+    refuse_lost_outputs({"runs": config.runs})
     config = resolve_paths(config)
-    check_resources(config, ray.cluster_resources(), can_grow=has_autoscaler())
+    check_resources(config)
     folder = RunFolder.of(config)
     with hold_lease(folder.uri, f"training run {config.name}"):
         start = resolve_resume(folder.checkpoints, resume)
         check_inputs(config, start)
+        with storage_proof({"runs": folder.uri}, storage_inputs(config) if start is None else {}) as proof:
+            check_every_node(proof)
         return _fit(config, folder, start)
 
 

@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from reference.training_corpus import Corpus, make_corpus, sample_row, train_values, write_samples
 from timeviper_model.weights.weights_folder import load_tokenizer
+from timeviper_platform.common import cluster_checks
 from timeviper_platform.common.config import parse_config
 from timeviper_platform.training import preflight
 from timeviper_platform.training.config import TrainConfig
-from timeviper_platform.training.preflight import check_inputs, check_resources
+from timeviper_platform.training.preflight import check_inputs, check_resources, storage_inputs
+from timeviper_platform.training.ray_trainer import train_on_ray
 
 
 @pytest.fixture(scope="module")
@@ -90,15 +93,39 @@ def test_the_search_for_a_usable_sample_ends(corpus: Corpus, monkeypatch: pytest
         check_inputs(config_with(corpus, phases__align__samples=samples), None)
 
 
-def test_a_gpu_that_no_node_has_or_will_have_is_a_mistake(corpus: Corpus, caplog: pytest.LogCaptureFixture) -> None:
-    config = config_with(corpus, workers={"use_gpu": True, "num_workers": [2, 8]})
-    with pytest.raises(ValueError, match=r"workers\.use_gpu: this Ray has no GPU"):
-        check_resources(config, {"CPU": 16.0}, can_grow=False)
-    check_resources(config, {"CPU": 16.0}, can_grow=True)
-    check_resources(config, {"CPU": 16.0, "GPU": 1.0}, can_grow=False)
-    assert caplog.messages == [f"the cluster has {n} of 2 GPU; the run waits until nodes are added" for n in (0, 1)]
-    check_resources(config, {"CPU": 2.0, "GPU": 2.0}, can_grow=False)
-    assert len(caplog.messages) == 2
+def test_a_worker_that_no_node_can_hold_is_a_mistake_and_too_few_nodes_are_waited_for(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before, two nodes of one GPU passed for a worker that needs two, and the run waited for ever."""
+    nodes = [{"Resources": {"CPU": 8.0, "GPU": 1.0}}, {"Resources": {"CPU": 8.0, "GPU": 1.0}}]
+    monkeypatch.setattr(cluster_checks, "working_nodes", lambda: nodes)
+    monkeypatch.setattr(cluster_checks, "largest_node_types", lambda: None)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 16.0, "GPU": 2.0})
+    workers = {"use_gpu": True, "num_workers": [4, 8]}
+    check_resources(config_with(corpus, workers=workers))
+    assert caplog.messages == ["the cluster has 2 of 4 GPU; the run waits until nodes are added"]
+    with pytest.raises(ValueError, match=r"12 CPUs wanted by each worker .*, largest node has 8, .*use_gpu"):
+        check_resources(config_with(corpus, workers=workers | {"resources_per_worker": {"CPU": 12}}))
+    del nodes[0]["Resources"]["GPU"], nodes[1]["Resources"]["GPU"]
+    with pytest.raises(ValueError, match=r"1 GPU wanted by each worker .*, largest node has 0"):
+        check_resources(config_with(corpus, workers=workers))
+
+
+def test_a_submitted_run_into_a_relative_folder_is_refused(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, it succeeded into a folder that Ray deletes."""
+    monkeypatch.setenv(cluster_checks.SUBMITTED_VARIABLE, "{}")
+    with pytest.raises(ValueError, match=r"runs = 'outputs/runs' lies in the working folder of a submitted job"):
+        train_on_ray(config_with(corpus, runs="outputs/runs"))
+
+
+def test_every_node_must_see_all_inputs_but_names_on_a_hub(corpus: Corpus) -> None:
+    config = config_with(corpus, tokenizer="owner/name", phases__align__init={"weights": "s3://bucket/weights"})
+    assert storage_inputs(config) == {
+        "feature_store": corpus.features,
+        "phases.align.samples.0": corpus.samples,
+        "phases.align.init.weights": "s3://bucket/weights",
+        "phases.instruct.samples.0": corpus.samples,
+    }
 
 
 def test_a_resumed_run_needs_no_initial_weights(corpus: Corpus, tmp_path: Path, group_of_one: None) -> None:

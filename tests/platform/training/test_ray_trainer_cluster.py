@@ -141,7 +141,7 @@ def test_a_run_that_waits_for_resources_ends_within_ten_seconds_of_sigterm(
 ) -> None:
     """Before, it waited until it was killed."""
     values = train_values(make_corpus(tmp_path))
-    values["workers"] = {"num_workers": 1, "resources_per_worker": {"CPU": 99}}
+    values["workers"] = {"num_workers": 99, "resources_per_worker": {"CPU": 1}}
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     sent = [0.0]
 
