@@ -9,6 +9,8 @@ from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
 
+import httpx2
+import openai
 from starlette.testclient import TestClient
 
 from timeviper_model.inference.answer import Usage
@@ -113,6 +115,17 @@ class Server:
         body = {"model": "timeviper", "messages": [{"role": "user", "content": content}], **values}
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         return self.http.post("/v1/chat/completions", json=body, headers=headers)
+
+    def openai(self) -> openai.OpenAI:
+        """The openai package over ASGI."""
+
+        def send(request: httpx2.Request) -> httpx2.Response:
+            path, headers = request.url.raw_path.decode(), dict(request.headers)
+            answer = self.http.request(request.method, path, content=request.read(), headers=headers)
+            return httpx2.Response(answer.status_code, headers=dict(answer.headers), content=answer.content)
+
+        http = httpx2.Client(transport=httpx2.MockTransport(send))
+        return openai.OpenAI(base_url="http://localhost/v1", api_key="none", max_retries=0, http_client=http)
 
     def upload(self, data: bytes = MP4, *, key: str | None = None) -> Any:
         headers = {"Authorization": f"Bearer {key}"} if key else {}

@@ -358,7 +358,7 @@ def _max_stored_bytes(request: Request) -> int | None:
 
 
 async def read_json(request: Request, *, max_values: int) -> bytes:
-    """Returns the body. Stops at too many values, so that it never holds what could not be parsed.
+    """Returns the body. Keeps none that has too many values.
 
     Raises:
         ApiError: 415 for other content types, which browsers let any page send; 400 for too many values.
@@ -369,9 +369,12 @@ async def read_json(request: Request, *, max_values: int) -> bytes:
     chunks, num_values = [], 0
     async for chunk in request.stream():
         num_values += count_values(chunk)
-        if num_values > max_values:
-            raise ApiError(400, f"the body holds more than {max_values} JSON values", code="too_many_values")
-        chunks.append(chunk)
+        if num_values <= max_values:
+            chunks.append(chunk)
+        else:  # reads on, since a client that is still sending would not see the answer
+            chunks.clear()
+    if num_values > max_values:
+        raise ApiError(400, f"the body holds more than {max_values} JSON values", code="too_many_values")
     return b"".join(chunks)
 
 

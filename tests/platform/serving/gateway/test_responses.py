@@ -4,29 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import httpx2
-import openai
 import pytest
 
 from reference.synthetic_gateway import MP4, Server, check_error
 from timeviper_platform.serving.messages import MediaFile, Refusal
 
 
-def client_of(server: Server) -> openai.OpenAI:
-    """The openai package over ASGI."""
-
-    def send(request: httpx2.Request) -> httpx2.Response:
-        answer = server.http.request(
-            request.method, request.url.raw_path.decode(), content=request.read(), headers=dict(request.headers)
-        )
-        return httpx2.Response(answer.status_code, headers=dict(answer.headers), content=answer.content)
-
-    http = httpx2.Client(transport=httpx2.MockTransport(send))
-    return openai.OpenAI(base_url="http://localhost/v1", api_key="none", max_retries=0, http_client=http)
-
-
 def test_a_response_is_whole_or_streamed(server: Server) -> None:
-    client = client_of(server)
+    client = server.openai()
     whole = client.responses.create(model="timeviper", input="hi", instructions="Be brief.", store=True)
     assert (whole.output_text, whole.status) == ("hello world", "completed")
     assert whole.usage is not None
@@ -43,7 +28,7 @@ def test_a_response_is_whole_or_streamed(server: Server) -> None:
 
 
 def test_items_parts_and_the_last_answer_are_inputs(server: Server) -> None:
-    client = client_of(server)
+    client = server.openai()
     file_id = server.upload(MP4).json()["id"]
     first = client.responses.create(model="timeviper", input="hi")
     parts: Any = [{"type": "input_file", "file_id": file_id}, {"type": "input_text", "text": "What?"}]
