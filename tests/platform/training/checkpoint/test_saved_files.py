@@ -24,7 +24,8 @@ from timeviper_platform.training.checkpoint.commit import (
 )
 from timeviper_platform.training.checkpoint.deepspeed_files import load_saved, num_tensor_bytes
 from timeviper_platform.training.checkpoint.export import export_newest, export_weights, num_parameters
-from timeviper_platform.training.checkpoint.manager import is_committed
+from timeviper_platform.training.checkpoint.local_files import open_for_resume
+from timeviper_platform.training.checkpoint.manager import Checkpoints, is_committed
 from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.cost.memory import ModelSizes
 from timeviper_platform.training.cost.node import checkpoint_bytes
@@ -135,7 +136,14 @@ def test_a_run_neither_resumes_from_nor_exports_a_checkpoint_that_would_run_code
 
 
 @pytest.mark.parametrize(
-    ("stage", "dtype"), [(0, "float32"), (0, "bfloat16"), (1, "bfloat16"), (2, "bfloat16"), (3, "bfloat16")]
+    ("stage", "dtype"),
+    [
+        pytest.param(0, "float32", marks=pytest.mark.slow),
+        (0, "bfloat16"),
+        pytest.param(1, "bfloat16", marks=pytest.mark.slow),
+        (2, "bfloat16"),
+        (3, "bfloat16"),
+    ],
 )
 def test_every_stage_and_dtype_saves_plain_data(
     values: dict[str, Any], group_of_one: None, stage: int, dtype: str
@@ -154,7 +162,32 @@ def test_every_stage_and_dtype_saves_plain_data(
     assert [row["loss"] for row in rows] == [row["loss"] for row in expected]
 
 
-@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.unlink()  # a hard link
+    file.write_bytes(content)
+
+
+def test_one_flipped_bit_in_any_file_is_found_and_an_older_checkpoint_taken(
+    finished: TrainConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = sorted(file.name for file in before_its_last_step(finished, "found").iterdir())
+    assert len(names) == 7
+    for number, name in enumerate(names):
+        newest = before_its_last_step(finished, f"found-{number}")
+        flip_a_bit(newest / name)
+        caplog.clear()
+        checkpoints = Checkpoints(str(newest.parent))
+        uris = lambda checkpoints=checkpoints: list(reversed(checkpoints.committed()))  # noqa: E731
+        opened = open_for_resume(uris, zero_stage=2, dtype="float32")
+        assert Path(opened.uri).name == "step-00000001", name
+        if name != "COMMIT":
+            assert f"{newest}: {name}" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
 def test_one_flipped_bit_in_any_file_resumes_from_an_older_checkpoint_and_names_the_file(
     values: dict[str, Any], finished: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture, stage: int
 ) -> None:
@@ -167,11 +200,7 @@ def test_one_flipped_bit_in_any_file_resumes_from_an_older_checkpoint_and_names_
     for number, name in enumerate(names):
         run = f"flipped-{stage}-{number}"
         newest = before_its_last_step(whole, run)
-        file = newest / name
-        content = bytearray(file.read_bytes())
-        content[len(content) // 2] ^= 1
-        file.unlink()  # a hard link
-        file.write_bytes(content)
+        flip_a_bit(newest / name)
         caplog.clear()
         config = trained(values, run, **changes)
         rows = read_metrics(RunFolder.of(config).uri)
