@@ -66,7 +66,7 @@ def _plain_video(path: str, enters: bool) -> Shown:
         for stream in streams:
             stream.thread_type = "NONE"
         packets = []
-        with contextlib.suppress(av.error.FFmpegError):
+        with contextlib.suppress(av.error.FFmpegError, IndexError):  # PyAV's, when streams appear meanwhile
             packets.extend(container.demux(streams))
         for stream in streams:
             own = [packet for packet in packets if packet.stream_index == stream.index and packet.size]

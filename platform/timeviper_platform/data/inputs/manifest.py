@@ -19,12 +19,14 @@ from timeviper_platform.common.schemas import MANIFEST
 from timeviper_platform.data.inputs.tables import Fault, NumberedRow, read_rows
 from timeviper_platform.data.media.container import DecodeError, ErrorType
 from timeviper_platform.data.media.http_file import is_web
-from timeviper_platform.data.media.medium import Medium, media_id_of
+from timeviper_platform.data.media.medium import Medium, exact, media_id_of
 
 URL_COLUMN = "url"
 """Alternative to `uri` in CC12M, PixelProse and img2dataset."""
 
 COLUMNS = (*MANIFEST.names, URL_COLUMN)
+
+_ZERO = Fraction(0)
 
 NO_NUMBER = frozenset({"", "nan", "null", "none", "na", "n/a", "#n/a", "#na", "<na>", "-nan"})
 """Texts of missing numbers, in lower case, as pandas and Arrow read them."""
@@ -98,14 +100,15 @@ def text_of(value: Any) -> str | None:
 
 
 def _real(value: Any) -> float | None:
-    if type(value) is not float:
-        if isinstance(value, str) and value.strip().lower() in NO_NUMBER:
-            return None
-        if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal) or "_" in str(value):
-            raise ValueError(f"{value!r:.80} is not a number")
+    kind = type(value)
+    if kind is not float:
         try:
+            if kind is bool or not isinstance(value, (str, int, float, Decimal)) or (kind is str and "_" in str(value)):
+                raise ValueError
             value = float(value)
         except (ValueError, OverflowError):
+            if kind is str and str(value).strip().lower() in NO_NUMBER:
+                return None
             raise ValueError(f"{value!r:.80} is not a number") from None
     return value if value == value else None
 
@@ -215,7 +218,7 @@ def _headers(row: dict[str, Any]) -> dict[str, Any]:
         return {}
     return {
         "modality": "image" if is_image else "video",
-        "duration_seconds": Fraction(repr(float(duration))) if duration and not is_image else Fraction(0),
+        "duration_seconds": exact(duration) if duration and not is_image else _ZERO,
         "source_fps": row.get("source_fps") or 0.0,
         "width": row.get("width") or 0,
         "height": row.get("height") or 0,

@@ -5,7 +5,6 @@ Equal inputs give equal segment ids, so that jobs can resume. Does not import Ra
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +25,7 @@ from timeviper_platform.data.media.container import (
     check_size,
     source_name,
 )
-from timeviper_platform.data.media.medium import Medium
+from timeviper_platform.data.media.medium import Medium, exact
 from timeviper_platform.data.media.probe import LocalProbes, ProbeSource, file_version, sha256_of
 from timeviper_platform.data.video.sampling import count_frames, sample_times
 from timeviper_platform.data.video_worker.frame_source import DecodeConfig
@@ -105,12 +104,6 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         if not 0 < self.fps <= 240:
             raise ValueError(f"{self.fps = } must be above 0 and at most 240")
-
-
-@functools.lru_cache(maxsize=1024)  # parsing a decimal would dominate the planning of an image; most are 0
-def exact(seconds: float) -> Fraction:
-    """Returns the decimal that the float prints as: 0.1 becomes 1/10."""
-    return Fraction(repr(float(seconds)))
 
 
 def plan_page(media: Sequence[Medium], spec: PlanSpec, probes: ProbeSource | None = None) -> Iterator[pa.Table]:

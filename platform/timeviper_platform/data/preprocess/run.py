@@ -16,7 +16,8 @@ from timeviper_platform.common.lease import hold_lease
 from timeviper_platform.common.ray_cluster import has_cluster
 from timeviper_platform.data.encode.frame_encoder import EncoderDescription, describe_encoder
 from timeviper_platform.data.inputs.readers import origin_of, read_pages
-from timeviper_platform.data.plan.segments import PlanSpec, Segment, exact
+from timeviper_platform.data.media.medium import exact
+from timeviper_platform.data.plan.segments import PlanSpec, Segment
 from timeviper_platform.data.plan.stored_plan import Plan, finished_segments, plan_here, write_plan
 from timeviper_platform.data.preprocess.config import ExecutionConfig, PreprocessConfig
 from timeviper_platform.data.preprocess.failures import ConsecutiveFailureLimit

@@ -13,12 +13,11 @@ from PIL import Image
 
 from reference.synthetic_media import make_video
 from timeviper_platform.data.media.container import ErrorType, MediaLimits
-from timeviper_platform.data.media.medium import Medium
+from timeviper_platform.data.media.medium import Medium, exact
 from timeviper_platform.data.plan.segments import (
     PlanSpec,
     SamplingConfig,
     Segment,
-    exact,
     plan_page,
     segments_of,
 )
@@ -100,6 +99,8 @@ def test_bad_media_become_error_rows_in_order(tmp_path: Path) -> None:
 
 def test_fps_is_the_decimal_number_in_the_configuration() -> None:
     assert exact(0.1) == Fraction(1, 10)
+    assert exact(-1.5) == Fraction(-3, 2)
+    assert [exact(1e-7), exact(1e22)] == [Fraction(1, 10**7), 10**22]
     assert exact(SamplingConfig(fps=29.97).fps) == Fraction(2997, 100)
     with pytest.raises(ValueError, match="fps"):
         SamplingConfig(fps=0)
