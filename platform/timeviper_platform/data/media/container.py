@@ -158,6 +158,9 @@ def decode_errors(stage: Stage, source: str | bytes, limits: MediaLimits | None 
         raise DecodeError(stage, ErrorType.TIMED_OUT, f"{name}: {error}") from error
     except socket.gaierror as error:
         raise DecodeError(stage, ErrorType.UNKNOWN_HOST, f"{name}: {error}") from error
+    except av.error.PermissionError as error:  # FFmpeg's word for contents: files are opened before
+        message = f"{name}: its packets contradict its headers, or are encrypted; fetch it again"
+        raise DecodeError(stage, ErrorType.CORRUPT_FILE, message) from error
     except PermissionError as error:
         raise DecodeError(stage, ErrorType.PERMISSION_DENIED, f"{name}: {error}") from error
     except av.error.DecoderNotFoundError as error:

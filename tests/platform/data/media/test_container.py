@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import av
 import pytest
 from av.stream import Disposition
 
 from reference.numbered_videos import Shown, check_every_path, numbered_video, on_screen
-from timeviper_platform.data.media.container import DecodeError
+from timeviper_platform.data.media.container import DecodeError, decode_errors
 from timeviper_platform.data.media.probe import probe_media
 
 FILM = range(75)
@@ -41,3 +42,12 @@ def test_a_cover_alone_is_not_a_video() -> None:
     music = numbered_video([0], format="mp4", codec="mjpeg", disposition=Disposition.attached_pic, sound=(0, 2))
     with pytest.raises(DecodeError, match=r"no_video_stream: .* only audio, video"):
         probe_media(music)
+
+
+def test_contents_that_ffmpeg_does_not_permit_are_corrupt() -> None:
+    with pytest.raises(DecodeError, match=r"corrupt_file: .* its packets contradict its headers, or are encrypted"):
+        with decode_errors("probe", b"damaged WMV"):
+            raise av.error.PermissionError(1, "Operation not permitted", "file:film.wmv")
+    with pytest.raises(DecodeError, match="permission_denied"):
+        with decode_errors("probe", "film.mp4"):
+            raise PermissionError(13, "Permission denied", "film.mp4")
