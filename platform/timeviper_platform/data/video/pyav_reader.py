@@ -1,7 +1,8 @@
 """Samples exactly with PyAV, and decodes only wanted frames and their references.
 
 Packets are held until `LookAhead` finds a wanted one, and dropped if a keyframe comes first. `skip_frame = NONREF`
-leaves out unwanted frames that no other refers to (most B-frames). Streams without usable PTS are decoded in full.
+leaves out unwanted frames that no other refers to (most B-frames), up to the first damage, which decoders fill from
+whatever they decoded before. Streams without usable PTS are decoded in full.
 
     decode order   P8   b7   I0   P4   B2   b1   b3   P8 ...    t = 1 wants b1: its references I0, P4 and B2
     sent with       -    -   skip skip skip ALL  skip skip      are decoded, b3 is not
@@ -55,6 +56,10 @@ class _NoTimestamps(Exception):
 
 class _UncleanKeyframe(Exception):
     """A keyframe whose picture needs earlier ones, as in streams with intra refresh."""
+
+
+class _SkippedDamage(Exception):
+    """Damage while frames are skipped: decoders fill it from whatever they decoded before."""
 
 
 @dataclass(slots=True)
@@ -142,6 +147,7 @@ class PyAVReader:
         self._pixels: dict[int, np.ndarray] = {}  # of the wanted frames, by PTS
         self._joined_parts = joined_parts
         self._has_clean_keyframes = True
+        self._skips_frames = True
         self._first: tuple[int, np.ndarray] | None = None
         """The first frame that decodes, shown before its PTS."""
         self._starts_damaged = False
@@ -171,15 +177,18 @@ class PyAVReader:
         self._container.close()
 
     def _find(self, ticks: Sequence[int]) -> dict[int, tuple[int, np.ndarray]]:
-        if self._has_timestamps:
+        while self._has_timestamps:
             try:
-                try:
-                    return self._find_selectively(ticks)
-                except _UncleanKeyframe:
-                    logger.info("%s: keyframes need earlier frames; decoding without seeks", self._name)
-                    self._has_clean_keyframes = False
-                    self._reopen()
-                    return self._find_selectively(ticks)
+                return self._find_selectively(ticks)
+            except _UncleanKeyframe:
+                logger.info("%s: keyframes need earlier frames; decoding without seeks", self._name)
+                self._has_clean_keyframes = False
+                self._reopen()
+            except _SkippedDamage:
+                logger.info("%s: damaged; decoding again without skipping frames", self._name)
+                self._skips_frames = False
+                self._walk.ahead = LookAhead()
+                self._seek(ticks[0], ticks[0])
             except _NoTimestamps as error:
                 logger.info("%s: %s; decoding every frame", self._name, error)
                 self._has_timestamps = False
@@ -313,7 +322,7 @@ class PyAVReader:
 
     def _decode(self, packet: Any, needed: bool) -> None:
         walk = self._walk
-        self._context.skip_frame = "DEFAULT" if needed else "NONREF"
+        self._context.skip_frame = "NONREF" if self._skips_frames and not needed else "DEFAULT"
         for frame in self._send(packet):
             if frame.pts is None:
                 raise _NoTimestamps("a frame has no PTS")
@@ -343,6 +352,8 @@ class PyAVReader:
         if walk.has_keyframe:  # else it begins inside a group of pictures
             walk.is_damaged, walk.clean_from = True, None
             self._starts_damaged |= self._first is None and walk.is_from_start
+            if self._skips_frames and self._has_timestamps:
+                raise _SkippedDamage
 
     def _mark(self, pts: int) -> None:
         walk = self._walk

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 from reference.numbered_videos import SIZE, check_every_path, numbered_video, on_screen, remux, shown
 from reference.painted_numbers import read_number
+from reference.plain_decode import IMAGE_SIZE, not_in, plain_decode
 from reference.synthetic_media import make_video
 from timeviper_platform.data.video.decord_reader import DecordReader
 from timeviper_platform.data.video.keyframe_reader import KeyframeReader
@@ -152,3 +154,17 @@ def test_the_picture_of_a_cut_packet_is_damaged() -> None:
     assert (len(batch.frames), batch.num_missing, batch.num_damaged) == (10, 0, 1)
     keyframes = open_video(cut, SIZE, keyframe_step=Fraction(1, 8)).sample([Fraction(k, 8) for k in range(10)])
     assert (len(keyframes.frames), keyframes.num_missing) == (9, 1)
+
+
+def test_damage_is_filled_as_by_plain_decoding_though_frames_are_skipped(tmp_path: Path) -> None:
+    film, path, drawn = io.BytesIO(), tmp_path / "film.mp4", random.Random(1)
+    make_video(film, range(24), format="mp4", gop=10)
+    with av.open(io.BytesIO(film.getvalue())) as container:
+        packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size][10:20]
+    for _ in range(30):
+        content = bytearray(film.getvalue())
+        for position, size in drawn.choices(packets, k=3):
+            content[position + drawn.randrange(8, size)] ^= 1 << drawn.randrange(8)
+        path.write_bytes(content)
+        batch = open_video(str(path), IMAGE_SIZE).sample([Fraction(k, 2) for k in range(6)])
+        assert not_in(batch, plain_decode(str(path))) == []
