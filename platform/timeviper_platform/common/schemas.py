@@ -79,13 +79,14 @@ _OUTCOME = [
 
 PLAN = _schema(
     "plan",
-    3,
+    4,
     [
         *_IDENTITY,
         *_MEDIUM,
         *_STREAM,
         pa.field("joined_parts", pa.int32()),  # recordings in one file; null = unknown, or an image
-        pa.field("grid_start_seconds", pa.float64()),  # frame k is sampled at grid_start_seconds + k / fps
+        pa.field("grid_start_seconds", pa.float64()),  # frame k is sampled at grid_start_seconds + k x step
+        pa.field("step_seconds", pa.float64()),  # null = 1 / fps
         pa.field("first_frame", pa.int32()),
         pa.field("num_frames", pa.int32()),
         *_OUTCOME,

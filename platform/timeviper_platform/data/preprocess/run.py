@@ -76,6 +76,8 @@ def make_recipe(encoder: EncoderDescription, config: PreprocessConfig) -> dict[s
     is_whole = config.sampling.frame_selection == "all"
     rule = "last frame with PTS <= t" if is_whole else "last keyframe with t - 1 / fps < PTS <= t, if any"
     sampling = {"fps": config.sampling.fps, "rule": rule, "backend": config.decode.backend}
+    if config.sampling.min_frames is not None:
+        sampling["min_frames"] = config.sampling.min_frames
     return {**encoder.recipe, "sampling": sampling}
 
 
@@ -87,6 +89,7 @@ def plan_tables(config: PreprocessConfig, recipe_hash: str, left_out: Counter[st
         limits=config.limits,
         hash_mode=config.hash,
         decode=config.decode,
+        min_frames=config.sampling.min_frames,
     )
     media = read_pages(config.input, bytes_column=config.bytes_column, left_out=left_out)
     return (plan_on_ray if has_cluster() else plan_here)(media, spec)

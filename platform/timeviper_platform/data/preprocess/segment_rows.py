@@ -221,6 +221,6 @@ def _cpu_of_other_threads() -> float:
 _PLAN_FIELDS = tuple(
     field.name
     for field in fields(Segment)
-    if field.name not in ("grid_start_seconds", "first_frame", "num_frames", "joined_parts")
+    if field.name not in ("grid_start_seconds", "step_seconds", "first_frame", "num_frames", "joined_parts")
 )
 """`asdict` would copy every value: slow for images."""

@@ -33,7 +33,7 @@ DENSE_QUESTION = "Describe the events of the video in order, each with its start
 def read_charades_sta(
     folder: str, *, videos: str = "Charades_v1_480", subtitles: bool = False
 ) -> list[BenchmarkQuestion]:
-    """Ends are cut at the video's length, as usual."""
+    """Ends are cut at the video's length, but for the official score."""
     lengths = _charades_lengths(storage.join_uri(folder, "Charades_v1_test.csv"))
     questions = []
     for number, (where, line) in enumerate(read_text_lines(storage.join_uri(folder, "charades_sta_test.txt"))):
@@ -55,7 +55,7 @@ def read_charades_sta(
                 text=sentence.strip(),
                 spans=(Span(span.start_seconds, min(span.end_seconds, float(lengths[video]))),),
                 duration=lengths[video],
-                details={"key": f"{video}>>>{sentence.strip()}>>>{list(span)}"},
+                details={"key": f"{video}>>>{sentence.strip()}>>>{list(span)}", "uncut_span": list(span)},
             )
         )
     return questions

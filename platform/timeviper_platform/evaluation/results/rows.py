@@ -11,7 +11,7 @@ import pyarrow as pa
 from timeviper_platform.evaluation.benchmark_answers import BENCHMARK_ANSWERS, BenchmarkAnswer
 from timeviper_platform.evaluation.benchmarks.question import BenchmarkQuestion
 from timeviper_platform.evaluation.benchmarks.registry import BENCHMARKS, Benchmark, BenchmarkName
-from timeviper_platform.evaluation.results.scores import likeliest_label, official_label, strict_label
+from timeviper_platform.evaluation.results.scores import likeliest_label, official_label, strict_label, true_span
 from timeviper_platform.evaluation.scoring.spans import find_span, temporal_iou
 
 ANSWER_ROWS = pa.schema(
@@ -69,5 +69,7 @@ def _span(spec: Benchmark, question: BenchmarkQuestion, answer: BenchmarkAnswer)
     row: dict[str, Any] = {}
     for name, span in spans.items():
         row[name] = None if span is None else f"{span.start_seconds:g} - {span.end_seconds:g}"
-        row[f"{name}_score"] = 0.0 if span is None else temporal_iou(span, question.spans[0])
+        row[f"{name}_score"] = (
+            0.0 if span is None else temporal_iou(span, true_span(question, is_official=name == "official"))
+        )
     return row

@@ -76,6 +76,20 @@ def test_a_clip_is_sampled_on_the_clock_of_its_source(tmp_path: Path) -> None:
     assert (times[0], times[-1], len(times)) == (Fraction(5, 2), Fraction(19, 2), 15)
 
 
+def test_a_short_video_is_sampled_at_the_middles_of_equal_parts(tmp_path: Path) -> None:
+    """The public code fills up to a multiple of 4 first, so that 29 frames become 32 without new times."""
+    make_video(tmp_path / "28.mp4", range(0, 28 * 8), gop=100)
+    make_video(tmp_path / "29.mp4", range(0, 29 * 8), gop=100)
+    short, long = (Medium(str(tmp_path / name), name) for name in ("28.mp4", "29.mp4"))
+    (segment,) = segments([short], min_frames=32)
+    assert segment.times(Fraction(1)) == [Fraction(28, 32) * k + Fraction(28, 64) for k in range(32)]
+    assert segment.time(32, Fraction(1)) - segment.time(0, Fraction(1)) == 28
+    assert [s.num_frames for s in segments([long], min_frames=32)] == [29]
+    (clip,) = segments([Medium(str(tmp_path / "28.mp4"), "clip", 4.0, 8.0)], min_frames=32)
+    assert clip.times(Fraction(1))[:2] == [Fraction("4.0625"), Fraction("4.1875")]
+    assert [s.num_frames for s in segments([short])] == [28]
+
+
 def test_bad_media_become_error_rows_in_order(tmp_path: Path) -> None:
     make_video(tmp_path / "clip.mp4", range(40))
     Image.new("RGB", (8, 8)).save(tmp_path / "image.png")

@@ -108,7 +108,7 @@ def test_grounding_reports_both_readings_of_a_threshold(tmp_path: Path) -> None:
 
 
 def test_charades_official_score_counts_equal_rows_once(tmp_path: Path) -> None:
-    scorers = _scores("charades_sta", tmp_path, ["1 - 2", "24.3 - 30.4", "0 - 11.5"])
+    scorers = _scores("charades_sta", tmp_path, ["1 - 2", "24.3 - 30.4", "0 - 12"])
     assert scorers["official"]["metrics"]["mIoU"] | {"interval_95": 0} == {
         "score": 100,
         "interval_95": 0,
