@@ -229,7 +229,7 @@ class Answerer:
     def _answer_read(self, waiting: Sequence[tuple[_ReadPrompt, list[list[int]]]], max_new_tokens: int) -> list[Answer]:
         reads = [read for read, _ in waiting]
         texts = self._decode(reads, max_new_tokens)
-        scores = [self._log_probs([(read, ids) for ids in options]) if options else [] for read, options in waiting]
+        scores = self._option_log_probs(waiting)
         return [
             Answer(
                 text=text,
@@ -239,6 +239,19 @@ class Answerer:
             )
             for read, text, row in zip(reads, texts, scores, strict=True)
         ]
+
+    def _option_log_probs(self, waiting: Sequence[tuple[_ReadPrompt, list[list[int]]]]) -> list[list[float]]:
+        """Scores options of all prompts together, in groups of states that fit into the prefix cache's bytes."""
+        found: list[float] = []
+        group: list[tuple[_ReadPrompt, list[int]]] = []
+        for read, ids in ((read, ids) for read, options in waiting for ids in options):
+            num_bytes = sum(other.slot.num_bytes for other, _ in group) + read.slot.num_bytes
+            if group and num_bytes > self._prefixes.max_bytes:
+                found += self._log_probs(group)
+                group = []
+            group.append((read, ids))
+        scores = iter(found + (self._log_probs(group) if group else []))
+        return [[next(scores) for _ in options] for _, options in waiting]
 
     def _decode(self, reads: Sequence[_ReadPrompt], max_new_tokens: int) -> list[str]:
         cache = self._open(reads, [max_new_tokens] * len(reads))

@@ -124,6 +124,8 @@ class GenerateRequest:
     """Number of answers."""
     time_text: bool | None = None
     """Whether the prompt states each video's length; None = as all prompts of the weights' training."""
+    answer_prefix: str = ""
+    """Start of every answer, which the model continues and which the answer leaves out."""
 
     @property
     def num_frames(self) -> int:

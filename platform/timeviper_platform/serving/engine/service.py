@@ -167,7 +167,13 @@ class EngineService:
 
     def _prompt(self, request: GenerateRequest) -> Sample:
         states_length = self._states_length if request.time_text is None else request.time_text
-        return build_prompt(self._tokenizer, request.turns, self._template, with_time_text=states_length)
+        return build_prompt(
+            self._tokenizer,
+            request.turns,
+            self._template,
+            with_time_text=states_length,
+            answer_prefix=request.answer_prefix,
+        )
 
     async def _answers(self, requests: list[Request], *, with_logprobs: bool) -> AsyncGenerator[AnswerDelta | Refusal]:
         try:
@@ -241,9 +247,14 @@ class EngineService:
 
 
 def build_prompt(
-    tokenizer: Any, turns: Sequence[ChatTurn], template: ChatTemplate, *, with_time_text: bool = False
+    tokenizer: Any,
+    turns: Sequence[ChatTurn],
+    template: ChatTemplate,
+    *,
+    with_time_text: bool = False,
+    answer_prefix: str = "",
 ) -> Sample:
-    """Builds the prompt up to the assistant's turn.
+    """Builds the prompt up to the assistant's turn, or up to the given start of its answer.
 
     Raises:
         ValueError: for turns out of order.
@@ -255,7 +266,13 @@ def build_prompt(
         conversation = add_time_texts(conversation, times, marker=marker)
     num_tokens = [medium.num_frames * medium.num_tokens_per_frame for turn in turns for medium in turn.media]
     return build_sample(
-        tokenizer, conversation, num_tokens, template=template, add_generation_prompt=True, marker=marker
+        tokenizer,
+        conversation,
+        num_tokens,
+        template=template,
+        add_generation_prompt=True,
+        marker=marker,
+        answer_prefix=answer_prefix,
     )
 
 

@@ -15,6 +15,7 @@ import torch
 
 from reference.counted_files import LOG_VARIABLE, reads
 from reference.tiny_serving import CONFIG_WITH_TRANSV, byte_tokenizer, generate_alone, prompt, random_model
+from timeviper_model.batching.batch import TokenKind
 from timeviper_model.batching.prompt import NEMOTRON, TEMPLATES, time_text
 from timeviper_model.inference.answer import SamplingParams
 from timeviper_model.inference.engine import InferenceEngine
@@ -321,3 +322,10 @@ def test_the_time_text_follows_each_video_when_it_is_on() -> None:
     text = TOKENIZER.decode([i for i, row in zip(sample.input_ids, sample.vision_index, strict=True) if row < 0])
     assert f"{time_text(2.0, 2)}When?" in text
     assert text.count("The video lasts") == 1
+
+
+def test_a_prompt_may_open_its_answer() -> None:
+    turns = [ChatTurn(role="user", text="Which?", media=(video(1),))]
+    sample = build_prompt(TOKENIZER, turns, NEMOTRON, answer_prefix="Best Option: (")
+    assert TOKENIZER.decode(sample.input_ids).endswith("<SPECIAL_11>Assistant\nBest Option: (")
+    assert TokenKind.RESPONSE not in sample.token_kind
