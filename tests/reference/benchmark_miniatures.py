@@ -273,6 +273,19 @@ def _vdc(root: Path) -> None:
         write_lines(root / "post_eval" / f"{aspect}.jsonl", [{"uuid1": pairs}, {"uuid2": pairs * 2}])
 
 
+def _synth(root: Path) -> None:
+    row: dict[str, Any] = {"video": "v.mp4", "seconds": 30, "question": "Which?", "options": _lettered(), "answer": "B"}
+    rows = [row | {"question_id": f"v/{task}", "task": task, "span": None} for task in ("choice", "order", "count")]
+    when = {
+        "question_id": "v/g",
+        "task": "grounding",
+        "options": [],
+        "answer": "1 to 2",
+        "span": [1.0, 2.0],
+    }
+    write_parquet(root / "test.parquet", [*rows, row | when, row | when | {"question_id": "v/c", "task": "caption"}])
+
+
 MINIATURES: dict[BenchmarkName, tuple[Callable[[Path], None], int]] = {
     "videomme": (_videomme, 6),
     "videomme_v2": (_videomme_v2, 12),
@@ -291,6 +304,8 @@ MINIATURES: dict[BenchmarkName, tuple[Callable[[Path], None], int]] = {
     "vdc": (_vdc, 10),
     "activitynet_dense": (_activitynet, 2),
     "youcook2": (_youcook2, 1),
+    "synth": (_synth, 3),
+    "synth_grounding": (_synth, 1),
 }
 """What writes each miniature, and its number of questions."""
 

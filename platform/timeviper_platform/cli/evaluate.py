@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from timeviper_platform.common.config import load_config
 from timeviper_platform.common.job import JobParser, JobResult, run_job
 from timeviper_platform.common.ray_cluster import connect
+from timeviper_platform.data.synthetic.benchmark import SynthBenchmarkConfig, make_benchmark
 from timeviper_platform.evaluation.benchmark_run import rescore, run_benchmark, write_manifest
 from timeviper_platform.evaluation.report import report_lines
 from timeviper_platform.evaluation.results.scores import score_lines
@@ -28,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--rescore", action="store_true", help="score stored answers again, without a model")
     task.add_argument("--write-manifest", metavar="FILE", help="list a benchmark's videos for jobs/preprocess.py")
+    task.add_argument("--make-synth", metavar="N", type=int, help="generate timeviper-synth, N videos a kind")
     return run_job(parser, evaluate, arguments)
 
 
@@ -35,14 +37,19 @@ def evaluate(options: argparse.Namespace) -> JobResult:
     config = load_config(EvaluateConfig, options.config, options.overrides)
     if config.benchmark is not None:
         return _evaluate_benchmark(config, options)
-    if options.rescore or options.write_manifest:
-        raise ValueError("--rescore and --write-manifest need a configuration with `benchmark`, see ray_configs/eval")
+    if options.rescore or options.write_manifest or options.make_synth:
+        raise ValueError("this option needs a configuration with `benchmark`, see ray_configs/eval")
     with connect():
         report = run_evaluation(config)
     return JobResult([*report_lines(report), f"report: {config.output}"])
 
 
 def _evaluate_benchmark(config: EvaluateConfig, options: argparse.Namespace) -> JobResult:
+    if options.make_synth:
+        if config.benchmark is None or not config.benchmark.name.startswith("synth"):
+            raise ValueError("--make-synth needs a configuration such as ray_configs/eval/synth.yaml")
+        synth = SynthBenchmarkConfig(output=config.benchmark.folder, videos_per_kind=options.make_synth)
+        return JobResult([f"{make_benchmark(synth)} questions: {synth.output}"])
     if options.write_manifest:
         num_media, missing = write_manifest(config, options.write_manifest)
         lines = [f"{num_media} videos and clips, {len(missing)} videos missing", *missing[:10]]

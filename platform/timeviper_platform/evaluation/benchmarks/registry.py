@@ -18,6 +18,7 @@ from timeviper_platform.evaluation.benchmarks.choice_readers import (
 )
 from timeviper_platform.evaluation.benchmarks.question import BenchmarkQuestion
 from timeviper_platform.evaluation.benchmarks.short_video_readers import read_mvbench, read_tempcompass
+from timeviper_platform.evaluation.benchmarks.synth_reader import read_synth_choices, read_synth_grounding
 from timeviper_platform.evaluation.benchmarks.time_readers import (
     read_activitynet,
     read_activitynet_dense,
@@ -48,6 +49,8 @@ BenchmarkName = Literal[
     "vdc",
     "activitynet_dense",
     "youcook2",
+    "synth",
+    "synth_grounding",
 ]
 
 Headline = Literal["mean", "mean_of_tasks", "groups_of_four"]
@@ -106,4 +109,6 @@ BENCHMARKS: dict[BenchmarkName, Benchmark] = {
         title="ActivityNet dense captions", read=read_activitynet_dense, max_new_tokens=1024
     ),
     "youcook2": Benchmark(title="YouCook2 dense captions", read=read_youcook2_dense, max_new_tokens=1024),
+    "synth": Benchmark(title="timeviper-synth", read=read_synth_choices, headline="mean_of_tasks"),
+    "synth_grounding": Benchmark(title="timeviper-synth grounding", read=read_synth_grounding),
 }
