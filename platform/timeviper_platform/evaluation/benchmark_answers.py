@@ -15,6 +15,7 @@ from torch import Tensor
 from timeviper_model.batching.prompt import MEDIA_MARKER, time_text
 from timeviper_model.weights import weights_folder as weights
 from timeviper_model.weights.metadata import trained_time_text
+from timeviper_platform.common.machine_cache import local_copy
 from timeviper_platform.data.store.reader import FeatureStore, MediaInfo
 from timeviper_platform.evaluation.answering import Answerer, Prompt
 from timeviper_platform.evaluation.benchmarks.prompts import PromptStyle, build_prompt, option_lines
@@ -118,6 +119,7 @@ class BenchmarkAnswerer:
     """Answers tasks in one process.
 
     Args:
+        weights_folder: any URI.
         media_prefix: path from the preprocessed folder to the benchmark's folder.
         scores_options: whether to compute the options' log-probabilities.
     """
@@ -136,6 +138,7 @@ class BenchmarkAnswerer:
         torch.set_num_threads(config.num_threads)
         self._config, self._benchmark, self._style = config, benchmark, prompts
         self._media_prefix, self._scores_options = media_prefix, scores_options
+        weights_folder = local_copy(weights_folder)
         self._time_text = trained_time_text(weights_folder)
         self._store = FeatureStore.open(feature_store)
         model = load_model(weights_folder, config)

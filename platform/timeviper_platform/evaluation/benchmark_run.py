@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from timeviper_platform.common import schemas, storage
+from timeviper_platform.common.cluster_checks import refuse_lost_outputs
 from timeviper_platform.common.config import with_absolute_paths
 from timeviper_platform.common.job import JobError
 from timeviper_platform.common.listing import list_files
@@ -30,7 +31,14 @@ from timeviper_platform.evaluation.partial_log import PartialLog, write_rows
 from timeviper_platform.evaluation.results.html_report import html_report
 from timeviper_platform.evaluation.results.rows import ANSWER_ROWS, answer_rows
 from timeviper_platform.evaluation.results.scores import score_answers
-from timeviper_platform.evaluation.run import MAX_FAILED_SHARE, PATHS, SPEED_OPTIONS, EvaluateConfig, check_inputs
+from timeviper_platform.evaluation.run import (
+    MAX_FAILED_SHARE,
+    PATHS,
+    SPEED_OPTIONS,
+    EvaluateConfig,
+    check_cluster,
+    check_inputs,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +57,7 @@ def run_benchmark(config: EvaluateConfig, answer: AnswerTasks | None = None) -> 
     Raises:
         JobError: after the report, when every video is missing, or too many questions failed.
     """
+    refuse_lost_outputs({"output": config.output})
     config = with_absolute_paths(config, PATHS)
     tasks = read_tasks(config)
     check_inputs(config.weights, config.feature_store)
@@ -156,6 +165,7 @@ def answer_on_ray(blocks: Sequence[Sequence[BenchmarkTask]], config: EvaluateCon
 
     assert config.benchmark is not None
     ray.data.DataContext.get_current().enable_progress_bars = False
+    check_cluster(config)
     workers = config.workers
     # a read task would need a whole CPU
     dataset = ray.data.from_arrow([_task_table(block) for block in blocks]).map_batches(

@@ -186,6 +186,17 @@ def check_inputs(weights: str, feature_store: str) -> None:
     check_same_towers(vision, FeatureStore.open(feature_store), weights)
 
 
+def check_cluster(config: EvaluateConfig) -> None:
+    """Raises ValueError or RuntimeError for workers that no node can hold, or a node that lacks the inputs."""
+    needed = {"CPU": config.workers.cpus_per_worker, "GPU": config.workers.gpus_per_worker}
+    check_cluster_can_give(
+        {name: amount for name, amount in needed.items() if amount},
+        wanted_by="each worker (workers.cpus_per_worker, workers.gpus_per_worker)",
+        way_out="lower them, or start Ray on larger machines",
+    )
+    check_every_node(StorageProof(inputs={key: getattr(config, key) for key in ("weights", "feature_store")}))
+
+
 def answer_on_ray(questions: Sequence[Question], config: EvaluateConfig) -> Iterator[list[Outcome]]:
     """Yields batches of outcomes in any order."""
     import ray
@@ -194,13 +205,7 @@ def answer_on_ray(questions: Sequence[Question], config: EvaluateConfig) -> Iter
     context.enable_progress_bars = False
     workers = config.workers
     size = workers.batch_size
-    needed = {"CPU": workers.cpus_per_worker, "GPU": workers.gpus_per_worker}
-    check_cluster_can_give(
-        {name: amount for name, amount in needed.items() if amount},
-        wanted_by="each worker (workers.cpus_per_worker, workers.gpus_per_worker)",
-        way_out="lower them, or start Ray on larger machines",
-    )
-    check_every_node(StorageProof(inputs={key: getattr(config, key) for key in ("weights", "feature_store")}))
+    check_cluster(config)
     # a read task would need a whole CPU
     blocks = [_questions_table(questions[first : first + size]) for first in range(0, len(questions), size)]
     dataset = ray.data.from_arrow(blocks).map_batches(
