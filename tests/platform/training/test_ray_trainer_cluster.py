@@ -22,6 +22,7 @@ from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.eval_worker import evaluate_checkpoint
 from timeviper_platform.training.hooks import RunHooks
 from timeviper_platform.training.interrupts import Interrupt, StoppedError
+from timeviper_platform.training.local import train_local
 from timeviper_platform.training.metrics.writer import read_metrics
 from timeviper_platform.training.run import run_training
 from timeviper_platform.training.validation.async_eval import EvalTask
@@ -30,36 +31,34 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.cluster
-def test_two_workers_train_and_a_killed_run_resumes(
-    tmp_path: Path, ray_address: str, capsys: pytest.CaptureFixture[str]
+def test_two_workers_take_over_the_run_of_one(
+    tmp_path: Path, ray_address: str, group_of_one: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Resumes on Ray, with validation by a task, what one rank had trained up to its checkpoint at step 5."""
     corpus = make_corpus(tmp_path)
     values = train_values(corpus, workers={"num_workers": 2, "resources_per_worker": {"CPU": 0.5}})
-    values["checkpoint"]["every_steps"] = 3
+    train_local(parse_config(TrainConfig, values))
+    run = tmp_path / "runs" / "run"
+    whole = read_metrics(str(run))
+    for checkpoint in (run / "checkpoints").glob("step-*"):
+        if int(checkpoint.name[-8:]) > 5:
+            shutil.rmtree(checkpoint)
+    shutil.rmtree(run / "weights" / "instruct")
     validation = {"samples": [{"uri": corpus.samples}], "every_steps": 3, "resources": {"CPU": 0.1}}
     values["phases"]["instruct"]["validation"] = validation
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
     train = runpy.run_path(str(ROOT / "jobs" / "train.py"))["main"]
 
-    assert train(["--config", str(tmp_path / "train.yaml"), "--resume", "never"]) == 0
-    printed = capsys.readouterr().out
-    assert "instruct           6" in printed
-    run = tmp_path / "runs" / "run"
-    whole = read_metrics(str(run))
-    assert [row["global_step"] for row in whole] == list(range(1, 10))
-    losses = {row["global_step"]: row["validation_loss"] for row in whole if "validation_loss" in row}
+    assert train(["--config", str(tmp_path / "train.yaml")]) == 0
+    assert "instruct           6" in capsys.readouterr().out
+    rows = read_metrics(str(run))
+    assert [row["attempt"] for row in rows] == [1] * 5 + [2] * 4
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in whole], rel=1e-5)
+    losses = {row["global_step"]: row["validation_loss"] for row in rows if "validation_loss" in row}
     assert list(losses) == [6, 9]  # by a task, and by the ranks after the last step
-    middle = Checkpoints(str(run / "checkpoints")).committed()[-2]
+    middle = str(run / "checkpoints" / "step-00000006")
     metrics = evaluate_checkpoint(EvalTask(parse_config(TrainConfig, values), "instruct", middle, 3, 6))
     assert losses[6] == pytest.approx(metrics["validation_loss"], rel=1e-5)
-
-    # the state after a kill at step 6
-    shutil.rmtree(Checkpoints(str(run / "checkpoints")).committed()[-1])
-    shutil.rmtree(run / "weights" / "instruct")
-    assert train(["--config", str(tmp_path / "train.yaml")]) == 0
-    again = read_metrics(str(run))
-    assert [row["attempt"] for row in again] == [1] * 6 + [2] * 3
-    assert [row["loss"] for row in again] == [row["loss"] for row in whole]
     assert (run / "weights" / "instruct" / "config.json").is_file()
 
     assert train(["--config", str(tmp_path / "train.yaml"), "--resume", "never"]) == 1
