@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,23 @@ from timeviper_platform.serving.messages import (
     FeatureReference,
     GenerateRequest,
     MediaAddress,
+    MediaPage,
     MediaSource,
     Refusal,
     StoredFeatures,
+    StoredMedium,
     TokenLogprob,
 )
 
 MP4 = b"\x00\x00\x00\x20ftypisom" + bytes(100)
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(50)
 USAGE = Usage(prompt_tokens=9, completion_tokens=3, vision_tokens=8, vision_tokens_kept=2, cached_tokens=0)
+
+
+def stored_medium(media_id: str, uri: str = "/films/a.mp4") -> StoredMedium:
+    return StoredMedium(
+        media_id=media_id, uri=uri, modality="video", duration_seconds=2.0, num_frames=2, num_tokens_per_frame=4
+    )
 
 
 class Features:
@@ -39,6 +48,7 @@ class Features:
         self.sources: list[MediaSource] = []
         self.limits: list[tuple[float | None, int | None]] = []
         self.ready = True
+        self.stored = [stored_medium(media_id) for media_id in ("films/a", "films/b", "known")]
         self.known_addresses: set[str] = set()
 
     async def features(
@@ -52,6 +62,16 @@ class Features:
         return FeatureReference(
             key="k", ref=None, num_frames=2, num_tokens_per_frame=4, modality="video", duration_seconds=2.0
         )
+
+    async def list_media(self, *, after: str, prefix: str, limit: int) -> MediaPage | Refusal:
+        found = [medium for medium in self.stored if medium.media_id.startswith(prefix) and medium.media_id > after]
+        return MediaPage(media=tuple(found[:limit]), has_more=len(found) > limit)
+
+    async def medium(self, media_id: str) -> StoredMedium | Refusal:
+        found = [medium for medium in self.stored if medium.media_id == media_id]
+        if not found:
+            return Refusal(status=404, message="no such medium", code="media_not_found")
+        return replace(found[0], pts_seconds=(0.0, 1.5), selected=(0,))
 
     async def is_ready(self) -> bool:
         return self.ready

@@ -16,7 +16,15 @@ from starlette.types import ASGIApp
 from timeviper_platform.common.logs import setup_logging
 from timeviper_platform.serving.gateway.config import HAPROXY_VARIABLE, GatewayConfig
 from timeviper_platform.serving.gateway.routes import create_app
-from timeviper_platform.serving.messages import AnswerDelta, FeatureReference, GenerateRequest, MediaSource, Refusal
+from timeviper_platform.serving.messages import (
+    AnswerDelta,
+    FeatureReference,
+    GenerateRequest,
+    MediaPage,
+    MediaSource,
+    Refusal,
+    StoredMedium,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -34,13 +42,13 @@ class ServiceHandle:
     async def features(
         self, source: MediaSource, *, fps: float | None = None, max_frames: int | None = None
     ) -> FeatureReference | Refusal:
-        try:
-            answer: FeatureReference | Refusal = await self._handle.features.remote(
-                source, fps=fps, max_frames=max_frames
-            )
-        except (RayError, RayServeException) as error:
-            return self._refusal(error)
-        return answer
+        return await self._answer(self._handle.features.remote(source, fps=fps, max_frames=max_frames))
+
+    async def list_media(self, *, after: str, prefix: str, limit: int) -> MediaPage | Refusal:
+        return await self._answer(self._handle.list_media.remote(after=after, prefix=prefix, limit=limit))
+
+    async def medium(self, media_id: str) -> StoredMedium | Refusal:
+        return await self._answer(self._handle.medium.remote(media_id))
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[AnswerDelta | Refusal]:
         response = self._stream_handle.generate.remote(request)
@@ -61,6 +69,12 @@ class ServiceHandle:
             return bool(await asyncio.wait_for(self._handle.is_ready.remote(), READY_TIMEOUT_S))
         except (RayError, RayServeException, TimeoutError):
             return False
+
+    async def _answer(self, response: Any) -> Any:
+        try:
+            return await response
+        except (RayError, RayServeException) as error:
+            return self._refusal(error)
 
     def _refusal(self, error: Exception) -> Refusal:
         if isinstance(error, BackPressureError):

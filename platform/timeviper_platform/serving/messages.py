@@ -88,6 +88,29 @@ class FeatureReference:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StoredMedium:
+    """A medium of the feature store, for lists."""
+
+    media_id: str
+    uri: str
+    """Its address in the manifest."""
+    modality: Modality
+    duration_seconds: float
+    num_frames: int
+    num_tokens_per_frame: int
+    pts_seconds: tuple[float, ...] | None = None
+    """Time of each frame on the source's clock; None in a list of many media."""
+    selected: tuple[int, ...] | None = None
+    """Indices of the frames that answer a question without lower limits."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MediaPage:
+    media: tuple[StoredMedium, ...]
+    has_more: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ChatTurn:
     """A message of a conversation."""
 
@@ -160,6 +183,12 @@ class FeatureClient(Protocol):
         self, source: MediaSource, *, fps: float | None = None, max_frames: int | None = None
     ) -> FeatureReference | Refusal:
         """Returns features. `fps` and `max_frames` can only lower the server's limits."""
+
+    async def list_media(self, *, after: str, prefix: str, limit: int) -> MediaPage | Refusal:
+        """Returns stored media with ids that start with `prefix` and come after `after`, by id."""
+
+    async def medium(self, media_id: str) -> StoredMedium | Refusal:
+        """Returns a stored medium with the times of its frames."""
 
     async def is_ready(self) -> bool:
         """Returns whether a replica answers."""

@@ -10,10 +10,11 @@ import hashlib
 import json
 import logging
 import time
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,10 +32,12 @@ from timeviper_platform.serving.messages import (
     MediaBytes,
     MediaFile,
     MediaFrames,
+    MediaPage,
     MediaSource,
     Modality,
     Refusal,
     StoredFeatures,
+    StoredMedium,
 )
 
 logger = logging.getLogger(__name__)
@@ -128,16 +131,36 @@ class FeatureService:
             key = _key("upload", source.sha256, self.recipe, fps, max_frames, self._config.frame_selection)
             return await self._once(key, lambda: self._encode(source, key, fps, max_frames))
         if self.store is None or media_id is None or media_id not in self.store:
-            return Refusal(
-                status=404,
-                message="the feature store has no such medium; GET /v1/files lists uploads",
-                code="media_not_found",
-            )
+            return _no_such_medium()
         info = self.store.info(media_id)
         frames = info.select(max_frames=max_frames, frame_selection=self._config.frame_selection, fps=fps)
         content = info.sha256 or (self.store.uri, media_id)  # a store may hold no hashes
         key = _key("store", content, self.store.recipe_hash, info.times_seconds[frames].tobytes())
         return await self._once(key, lambda: self._read(info, key, frames))
+
+    async def list_media(self, *, after: str, prefix: str, limit: int) -> MediaPage | Refusal:
+        """Returns stored media with ids that start with `prefix` and come after `after`, by id."""
+        return await asyncio.to_thread(self._list_media, after, prefix, limit)
+
+    def _list_media(self, after: str, prefix: str, limit: int) -> MediaPage:
+        store = self.store
+        if store is None:
+            return MediaPage(media=(), has_more=False)
+        ids = store.media_ids
+        start = max(bisect_left(ids, prefix), bisect_right(ids, after) if after else 0)
+        found = [media_id for media_id in ids[start : start + limit + 1] if media_id.startswith(prefix)]
+        media = tuple(_stored_medium(store.info(media_id)) for media_id in found[:limit])
+        return MediaPage(media=media, has_more=len(found) > limit)
+
+    async def medium(self, media_id: str) -> StoredMedium | Refusal:
+        """Returns a stored medium with the times of its frames."""
+        if self.store is None or media_id not in self.store:
+            return _no_such_medium()
+        info = await asyncio.to_thread(self.store.info, media_id)
+        limits = self._config
+        selected = info.select(max_frames=limits.max_frames, frame_selection=limits.frame_selection, fps=limits.fps)
+        times = tuple(info.pts_seconds.tolist())
+        return replace(_stored_medium(info), pts_seconds=times, selected=tuple(selected))
 
     async def is_ready(self) -> bool:
         return True
@@ -215,6 +238,22 @@ async def _guarded(make: Callable[[], Awaitable[FeatureReference | Refusal]]) ->
         logger.error("computing features failed: %s", type(error).__name__, exc_info=True)
         message = "computing the features failed, try again"
         return Refusal(status=503, message=message, code="features_failed", retry_after_s=5.0)
+
+
+def _stored_medium(info: MediaInfo) -> StoredMedium:
+    return StoredMedium(
+        media_id=info.media_id,
+        uri=info.uri,
+        modality=info.modality,
+        duration_seconds=info.duration_seconds,
+        num_frames=info.num_frames,
+        num_tokens_per_frame=info.num_tokens_per_frame,
+    )
+
+
+def _no_such_medium() -> Refusal:
+    message = "the feature store has no such medium; GET /v1/videos lists them, GET /v1/files uploads"
+    return Refusal(status=404, message=message, code="media_not_found")
 
 
 def _key(*parts: object) -> str:

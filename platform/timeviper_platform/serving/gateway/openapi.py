@@ -82,6 +82,29 @@ class FileList(BaseModel):
     has_more: bool
 
 
+class StoredVideo(BaseModel):
+    id: str
+    object: Literal["video"]
+    url: str
+    modality: Literal["video", "image"]
+    duration_seconds: float
+    num_frames: int
+    num_tokens_per_frame: int
+
+
+class VideoWithTimes(StoredVideo):
+    frame_seconds: list[float]
+    selected_frames: list[int]
+
+
+class VideoList(BaseModel):
+    object: Literal["list"]
+    data: list[StoredVideo]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
 class DeletedFile(BaseModel):
     id: str
     object: Literal["file"]
@@ -163,6 +186,7 @@ _ERRORS = {
     408: "The body arrived too slowly, or the answer took too long.",
     413: "The body is too large.",
     415: "Unsupported content type or medium.",
+    416: "The file has no byte in this range.",
     422: "The medium cannot be decoded.",
     429: "The server, or the key's quota, is full; see Retry-After.",
     500: "A fault of the server.",
@@ -178,6 +202,8 @@ _MODELS: tuple[type[BaseModel], ...] = (
     UploadRequest,
     CompleteRequest,
     DeletedFile,
+    VideoList,
+    VideoWithTimes,
     ChatCompletion,
     ResponseRequest,
     ResponseObject,
@@ -202,6 +228,7 @@ class RouteDocument:
     is_open: bool = False
     """Whether the route needs no key."""
     also_streams: bool = False
+    has_ranges: bool = False
 
     def options(self) -> dict[str, Any]:
         """Returns options of FastAPI's route."""
@@ -217,6 +244,8 @@ class RouteDocument:
                 "content": {"application/json": {"schema": {"anyOf": [_schema(Ready), _schema(ErrorBody)]}}},
             }
         extra: dict[str, Any] = {"responses": {"200": {"description": "OK", "content": content}}}
+        if self.has_ranges:
+            extra["responses"]["206"] = {"description": "The range.", "content": content}
         if self.body is not None:
             extra["requestBody"] = {"required": True, "content": self.body}
         if self.query:
@@ -321,7 +350,24 @@ FILES = RouteDocument(
 )
 FILE = RouteDocument(summary="Returns an upload's record.", answer=FileObject, errors=(404,))
 DELETED = RouteDocument(summary="Deletes an upload.", answer=DeletedFile, errors=(404,))
-CONTENT = RouteDocument(summary="Returns an upload's bytes.", media_type="application/octet-stream", errors=(404,))
+VIDEOS = RouteDocument(
+    summary="Lists media of the feature store.",
+    answer=VideoList,
+    query={
+        "prefix": {"type": "string"},
+        "after": {"type": "string"},
+        "limit": {"type": "integer", "minimum": 1, "maximum": 1000},
+    },
+)
+VIDEO = RouteDocument(
+    summary="Returns a stored medium with the times of its frames.", answer=VideoWithTimes, errors=(404,)
+)
+CONTENT = RouteDocument(
+    summary="Returns a file's bytes, or a range of them.",
+    media_type="application/octet-stream",
+    errors=(404, 416),
+    has_ranges=True,
+)
 LIVE = RouteDocument(summary="Whether the gateway runs.", answer=Live, is_open=True)
 READY = RouteDocument(summary="Whether both services are ready.", answer=Ready, is_open=True)
 METRICS = RouteDocument(summary="Prometheus metrics of this gateway.", media_type="text/plain")

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
@@ -19,7 +20,8 @@ from starlette.formparsers import MultiPartException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
-from timeviper_platform.serving.gateway.chat import ChatPreparation
+from timeviper_platform.serving.gateway.byte_ranges import content_response
+from timeviper_platform.serving.gateway.chat import FEATURE_SCHEME, ChatPreparation
 from timeviper_platform.serving.gateway.chat_request import (
     ChatCompletionRequest,
     chat_request,
@@ -51,17 +53,23 @@ from timeviper_platform.serving.gateway.openapi import (
     READY,
     RESPONSE,
     UPLOAD,
+    VIDEO,
+    VIDEOS,
     RouteDocument,
     document,
 )
+from timeviper_platform.serving.gateway.remote import FILE as FILE_SCHEME
+from timeviper_platform.serving.gateway.remote import local_path
 from timeviper_platform.serving.gateway.responses import ResponseAnswer, chat_values
-from timeviper_platform.serving.gateway.uploads import FileRecord, MediaStore, no_such_file, page_of
-from timeviper_platform.serving.messages import AnswerDelta, EngineClient, FeatureClient, Refusal
+from timeviper_platform.serving.gateway.uploads import FileRecord, MediaStore, no_such_file, page_of, read_chunks
+from timeviper_platform.serving.messages import AnswerDelta, EngineClient, FeatureClient, Refusal, StoredMedium
 
 T = TypeVar("T")
 
 EXPIRES_AFTER_S = 3600, 2_592_000
 """OpenAI's shortest and longest age of a file: an hour, 30 days."""
+MAX_VIDEOS = 1000
+"""Stored media per page."""
 _CONTENT_TYPE = "text/event-stream; charset=utf-8"
 
 
@@ -91,6 +99,9 @@ def create_app(config: GatewayConfig, features: FeatureClient, engine: EngineCli
     route("/v1/files/{file_id}", gateway.get_file, "GET", FILE)
     route("/v1/files/{file_id}", gateway.delete_file, "DELETE", DELETED)
     route("/v1/files/{file_id}/content", gateway.get_content, "GET", CONTENT)
+    route("/v1/videos", gateway.list_videos, "GET", VIDEOS)
+    route("/v1/videos/{video_id:path}/content", gateway.get_video_content, "GET", CONTENT)
+    route("/v1/videos/{video_id:path}", gateway.get_video, "GET", VIDEO)
     route("/v1/uploads", gateway.create_upload, "POST", NEW_UPLOAD)
     route("/v1/uploads/{upload_id}/parts", gateway.add_upload_part, "POST", PART)
     route("/v1/uploads/{upload_id}/complete", gateway.complete_upload, "POST", COMPLETED)
@@ -217,13 +228,38 @@ class _Gateway:
 
     async def get_content(self, request: Request, file_id: str) -> Response:
         record = await self._record(request, file_id)
-        headers = {
-            "Content-Length": str(record.num_bytes),
-            "Content-Disposition": f"attachment; filename*=UTF-8''{quote(record.filename)}",
-            "X-Content-Type-Options": "nosniff",
-        }
-        chunks = self.store.read(request.state.tenant, record)
-        return StreamingResponse(chunks, media_type="application/octet-stream", headers=headers)
+        headers = {"Content-Disposition": f"attachment; filename*=UTF-8''{quote(record.filename)}"}
+        read = partial(self.store.read, request.state.tenant, record)
+        return content_response(request, read, size=record.num_bytes, etag=record.sha256, headers=headers)
+
+    async def list_videos(self, request: Request) -> dict[str, object]:
+        """Lists stored media by id; `prefix`, `after` and `limit`."""
+        query = request.query_params
+        limit = query.get("limit", "100")
+        if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= MAX_VIDEOS):
+            raise ApiError(400, f"limit must be between 1 and {MAX_VIDEOS}", code="invalid_value", param="limit")
+        after, prefix = query.get("after", ""), query.get("prefix", "")
+        page = _accepted(await self._features.list_media(after=after, prefix=prefix, limit=int(limit)))
+        data = [_video_json(medium) for medium in page.media]
+        ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
+        return {"object": "list", "data": data, **ends, "has_more": page.has_more}
+
+    async def get_video(self, video_id: str) -> dict[str, object]:
+        """Returns a stored medium with the times of its frames."""
+        return _video_json(_accepted(await self._features.medium(video_id)))
+
+    async def get_video_content(self, request: Request, video_id: str) -> Response:
+        """Returns the file that a stored medium was made from, if requests may read its folder."""
+        medium = _accepted(await self._features.medium(video_id))
+        url = medium.uri if medium.uri.startswith(FILE_SCHEME) else FILE_SCHEME + quote(medium.uri)
+        try:
+            path = await asyncio.to_thread(local_path, url, self._config.allowed_local_media, "video_id")
+        except ApiError:
+            text = "the medium's file is not below gateway.allowed_local_media of this server"
+            raise ApiError(404, text, code="content_not_available", param="video_id") from None
+        status = Path(path).stat()
+        etag = f"{status.st_mtime_ns:x}-{status.st_size:x}"
+        return content_response(request, partial(read_chunks, path), size=status.st_size, etag=etag, headers={})
 
     async def delete_file(self, request: Request, file_id: str) -> dict[str, object]:
         if not await asyncio.to_thread(self.store.delete, request.state.tenant, file_id):
@@ -395,6 +431,28 @@ def _expires_after(form: FormData) -> int | None:
         text = f"expires_after[seconds] must be between {shortest} and {longest}"
         raise ApiError(400, text, code="invalid_value", param="expires_after")
     return value
+
+
+def _video_json(medium: StoredMedium) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "id": medium.media_id,
+        "object": "video",
+        "url": FEATURE_SCHEME + medium.media_id,
+        "modality": medium.modality,
+        "duration_seconds": medium.duration_seconds,
+        "num_frames": medium.num_frames,
+        "num_tokens_per_frame": medium.num_tokens_per_frame,
+    }
+    if medium.pts_seconds is not None:
+        values |= {"frame_seconds": medium.pts_seconds, "selected_frames": medium.selected}
+    return values
+
+
+def _accepted(answer: T | Refusal) -> T:
+    """Raises ApiError for a refusal."""
+    if isinstance(answer, Refusal):
+        raise ApiError.from_refusal(answer)
+    return answer
 
 
 async def _checked(items: AsyncIterator[AnswerDelta | Refusal]) -> AsyncGenerator[AnswerDelta]:

@@ -217,11 +217,9 @@ class MediaStore:
         entries = filesystem.ls(path, detail=True)
         return [str(entry["name"]).rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "directory"]
 
-    def read(self, tenant: str, record: FileRecord) -> Iterator[bytes]:
-        """Yields the content in chunks."""
-        with open_file(self.uri(tenant, record)) as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                yield chunk
+    def read(self, tenant: str, record: FileRecord, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
+        """Yields the content, or its bytes from `start` to `stop`, in chunks."""
+        return read_chunks(self.uri(tenant, record), start, record.num_bytes if stop is None else stop)
 
     def delete(self, tenant: str, file_id: str) -> bool:
         """Returns False for an unknown file."""
@@ -252,6 +250,15 @@ class MediaStore:
 
     def _record_uri(self, tenant: str, file_id: str) -> str:
         return join_uri(self._root, tenant, f"{file_id}.json")
+
+
+def read_chunks(uri: str, start: int, stop: int) -> Iterator[bytes]:
+    """Yields the bytes of a file from `start` to `stop`."""
+    with open_file(uri) as file:
+        file.seek(start)
+        while start < stop and (chunk := file.read(min(_CHUNK_BYTES, stop - start))):
+            start += len(chunk)
+            yield chunk
 
 
 def page_of(records: Sequence[FileRecord], query: Mapping[str, str]) -> dict[str, object]:

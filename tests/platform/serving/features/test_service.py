@@ -77,6 +77,35 @@ def upload(data: bytes) -> MediaBytes:
     return MediaBytes(data=data, sha256=hashlib.sha256(data).hexdigest(), modality="video")
 
 
+def test_stored_media_are_listed_with_the_times_of_their_frames(folders: ServingFolders) -> None:
+    service = service_of(folders, max_frames=3)
+    store = FeatureStore.open(folders.store)
+    ids = list(store.media_ids)
+
+    async def scenario(service: FeatureService) -> None:
+        seen: list[str] = []
+        while True:
+            page = await service.list_media(after=seen[-1] if seen else "", prefix="", limit=1)
+            assert not isinstance(page, Refusal)
+            seen += [medium.media_id for medium in page.media]
+            if not page.has_more:
+                break
+        assert seen == ids
+        page = await service.list_media(after="", prefix="fil", limit=10)
+        assert [medium.media_id for medium in page.media] == [name for name in ids if name.startswith("fil")]  # type: ignore[union-attr]
+        found = await service.medium("film")
+        info = store.info("film")
+        assert not isinstance(found, Refusal)
+        assert found.pts_seconds == tuple(info.pts_seconds)
+        assert found.selected == tuple(info.select(max_frames=3, fps=1.0))
+        assert (found.num_frames, found.duration_seconds) == (info.num_frames, info.duration_seconds)
+        missing = await service.medium("none")
+        assert isinstance(missing, Refusal)
+        assert missing.status == 404
+
+    run(service, scenario)
+
+
 def test_stored_features_are_thinned_to_the_lower_of_both_limits(folders: ServingFolders) -> None:
     async def scenario(service: FeatureService) -> list[int]:
         limits = [{}, {"max_frames": 3}, {"max_frames": 1000}, {"fps": 0.25}, {"fps": 30.0}]

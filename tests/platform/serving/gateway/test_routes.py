@@ -186,6 +186,22 @@ def test_the_openapi_document_is_complete(server: Server) -> None:
     assert names <= set(document["components"]["schemas"])
 
 
+def test_stored_videos_are_listed_in_pages_and_found_with_their_times(server: Server) -> None:
+    """Before: 404, so that a client could not learn any feature:// id."""
+    first = server.http.get("/v1/videos", params={"limit": 2}).json()
+    assert [video["id"] for video in first["data"]] == ["films/a", "films/b"]
+    assert (first["first_id"], first["last_id"], first["has_more"]) == ("films/a", "films/b", True)
+    rest = server.http.get("/v1/videos", params={"after": first["last_id"]}).json()
+    assert ([video["url"] for video in rest["data"]], rest["has_more"]) == (["feature://known"], False)
+    assert server.chat(video(rest["data"][0]["url"])).status_code == 200
+    assert server.http.get("/v1/videos", params={"prefix": "k"}).json()["data"] == rest["data"]
+    found = server.http.get("/v1/videos/films/a").json()
+    assert (found["num_frames"], found["frame_seconds"], found["selected_frames"]) == (2, [0.0, 1.5], [0])
+    check_error(server.http.get("/v1/videos/films/c"), 404, "media_not_found")
+    for limit in ("0", "1001", "x"):
+        check_error(server.http.get("/v1/videos", params={"limit": limit}), 400, "invalid_value")
+
+
 def test_models_are_listed_and_found_by_name(server: Server) -> None:
     assert [model["id"] for model in server.http.get("/v1/models").json()["data"]] == ["timeviper"]
     assert server.http.get("/v1/models/timeviper").json()["object"] == "model"

@@ -1,0 +1,58 @@
+"""Answers with a file's bytes, whole or the one range that a player asks for (RFC 9110, section 14)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from timeviper_platform.serving.gateway.openai_protocol import ApiError
+
+_RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.ASCII)
+
+
+class UnsatisfiableRangeError(ValueError):
+    """The range begins after the last byte."""
+
+
+def parse_range(header: str | None, size: int) -> tuple[int, int] | None:
+    """Returns start and stop in bytes; None = the whole file, as for several ranges or an invalid header.
+
+    Raises:
+        UnsatisfiableRangeError: if no byte of the file is in the range.
+    """
+    found = None if header is None else _RANGE.fullmatch(header.strip().lower())
+    if found is None or found.group(1) == found.group(2) == "":
+        return None
+    first, last = found.groups()
+    if first == "":  # the last bytes
+        start, stop = max(0, size - int(last)), size
+    else:
+        start, stop = int(first), size if last == "" else min(size, int(last) + 1)
+        if last and int(last) < start:
+            return None
+    if start >= stop:
+        raise UnsatisfiableRangeError(f"bytes {header} of a file of {size} bytes")
+    return start, stop
+
+
+def content_response(
+    request: Request, read: Callable[[int, int], Iterator[bytes]], *, size: int, etag: str, headers: dict[str, str]
+) -> Response:
+    """Answers 200, 206 or 416. `read` yields the bytes from start to stop."""
+    tag = f'"{etag}"'
+    headers = {**headers, "Accept-Ranges": "bytes", "ETag": tag, "X-Content-Type-Options": "nosniff"}
+    wants_range = request.headers.get("if-range", tag) == tag
+    try:
+        found = parse_range(request.headers.get("range") if wants_range else None, size)
+    except UnsatisfiableRangeError:
+        error = ApiError(416, f"the file has {size} bytes; ask for a range inside", code="invalid_range", param="Range")
+        return JSONResponse(error.body(), 416, {"Content-Range": f"bytes */{size}"})
+    start, stop = found or (0, size)
+    headers["Content-Length"] = str(stop - start)
+    if found is not None:
+        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
+    status = 200 if found is None else 206
+    return StreamingResponse(read(start, stop), status, headers, media_type="application/octet-stream")
