@@ -15,6 +15,7 @@ from timeviper_platform.common.job import config_folder, find_config
 from timeviper_platform.data.preprocess.config import PreprocessConfig
 from timeviper_platform.evaluation.run import EvaluateConfig
 from timeviper_platform.serving.app import ServeConfig
+from timeviper_platform.serving.gateway import connections
 from timeviper_platform.training.config import TrainConfig
 
 Resource = dict[str, Any]
@@ -29,6 +30,8 @@ MARGIN_S = 30
 JOB_TTL_S = 3600
 """Seconds that a finished job's head stays, for its logs."""
 GPU_RESOURCE = "nvidia.com/gpu"
+KEYS_MOUNT = "/etc/timeviper/keys"
+KEYS_FILE = "keys.yaml"
 
 
 class Deployment:
@@ -50,7 +53,10 @@ class Deployment:
         self.evaluate = parse_config(EvaluateConfig, keys["evaluate"], source=files.evaluate)
         self.serve_file = keys["serve"]
         (application,) = self.serve_file["applications"]
+        if values.keys_secret is not None:
+            application["args"].setdefault("gateway", {})["api_keys_file"] = f"{KEYS_MOUNT}/{KEYS_FILE}"
         self.serve = parse_config(ServeConfig, application["args"], source=f"{files.serve}: args")
+        self.serve.gateway.require_keys(f"in {files.serve}, nor a keys_secret")
         self._check_sizes()
 
     def resources(self) -> dict[str, list[Resource]]:
@@ -92,6 +98,8 @@ class Deployment:
         """The endpoint. Its nodes are never spot machines, and its state outlives the head."""
         password = {"valueFrom": {"secretKeyRef": {"name": self.values.redis_secret, "key": "password"}}}
         cluster = self._cluster(self.grace_seconds("serve"), with_cpu_workers=False, on_spot=False, min_gpu_nodes=1)
+        for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+            self._add_serving(group["template"]["spec"])
         cluster["gcsFaultToleranceOptions"] = {"redisAddress": self.values.redis_address, "redisPassword": password}
         spec = {
             "serveConfigV2": yaml.safe_dump(self.serve_file, sort_keys=False),
@@ -115,6 +123,15 @@ class Deployment:
             each = (deployments.gateway, deployments.features, deployments.engine)
             return int(max(deployment.graceful_shutdown_timeout_s for deployment in each)) + MARGIN_S
         return 2 * MARGIN_S
+
+    def _add_serving(self, pod: Resource) -> None:
+        """API keys as a file that follows its Secret, and the limits of Ray Serve's HTTP servers."""
+        (container,) = pod["containers"]
+        limits = connections.environment(self.serve.gateway.connections)
+        container["env"] += [{"name": key, "value": value} for key, value in limits.items()]
+        if self.values.keys_secret is not None:
+            pod["volumes"].append({"name": "keys", "secret": {"secretName": self.values.keys_secret}})
+            container["volumeMounts"].append({"name": "keys", "mountPath": KEYS_MOUNT, "readOnly": True})
 
     def _check_sizes(self) -> None:
         gpu_workers = self.values.gpu_workers

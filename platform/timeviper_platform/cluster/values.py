@@ -104,6 +104,8 @@ class ClusterValues:
     """Kubernetes namespace."""
     token_secret: str = "timeviper-token"
     """Secret with Ray's token under `auth_token`."""
+    keys_secret: str | None = "timeviper-keys"
+    """Secret with the API keys of the endpoint under `keys.yaml` (docs/serve.md); null = those of its configuration."""
     storage_secret: str | None = None
     """Secret whose keys become environment variables (AWS_ACCESS_KEY_ID ...); null = the service account's role."""
     service_account: str | None = None

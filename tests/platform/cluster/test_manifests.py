@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from timeviper_platform.cluster.launcher import launcher_file
 from timeviper_platform.cluster.manifests import CONFIG_MOUNT, Deployment
 from timeviper_platform.cluster.values import ClusterValues
 from timeviper_platform.common.config import load_config
+from timeviper_platform.serving.gateway.config import ConnectionLimits
+from timeviper_platform.serving.gateway.connections import CALLBACK_VARIABLE, LIMITS_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[3]
 VALUES = ROOT / "ray_configs" / "cluster" / "values.yaml"
@@ -223,9 +227,28 @@ def test_jobs_are_not_run_twice_and_the_endpoint_survives_its_head(resources: di
     assert options["redisPassword"]["valueFrom"]["secretKeyRef"]["name"] == "timeviper-redis"
 
 
+def test_the_endpoint_alone_has_its_keys_and_the_limits_of_its_http_servers(resources: dict[str, Any]) -> None:
+    gateway = yaml.safe_load(resources["rayservice"]["spec"]["serveConfigV2"])["applications"][0]["args"]["gateway"]
+    for name, _, template in pods(resources):
+        (container,) = template["spec"]["containers"]
+        environment = {entry["name"]: entry["value"] for entry in container["env"]}
+        mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+        volumes = {volume["name"]: volume for volume in template["spec"]["volumes"]}
+        if name != "rayservice":
+            assert CALLBACK_VARIABLE not in environment
+            assert "keys" not in mounts
+            continue
+        module, _, function = environment[CALLBACK_VARIABLE].partition(":")
+        assert callable(getattr(importlib.import_module(module), function))
+        assert json.loads(environment[LIMITS_VARIABLE]) == asdict(ConnectionLimits())
+        assert gateway["api_keys_file"] == f"{mounts['keys']}/keys.yaml"
+        assert volumes["keys"]["secret"] == {"secretName": "timeviper-keys"}
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("keys_secret=null", "no API keys are configured in ray_configs/serve.yaml, nor a keys_secret; set"),
         ("gpu_workers.gpus=2", "train wants 8 workers of 8 CPUs and 1 GPUs, and gpu_workers holds 2 a node on at most"),
         ("gpu_workers.gpus=0", "self.gpu_workers.gpus = 0 must be at least 1"),
         ("configs.train=ray_configs/none.yaml", "no configuration file at 'ray_configs/none.yaml'"),
