@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import openai
@@ -255,32 +255,3 @@ def test_an_invalid_setting_is_an_error_with_its_name(
 ) -> None:
     assert job.main(["--config", str(ROOT / "ray_configs/tiny/serve.yaml"), override]) == 1
     assert message in capsys.readouterr().err
-
-
-MESSAGE = """The deployment failed to start 2 times in a row. See controller logs for details. Error:
-ray::ServeReplica:timeviper:features.initialize_and_get_metadata() (pid=1)
-  File "replica.py", line 1928, in initialize
-    raise RuntimeError(traceback.format_exc()) from None
-RuntimeError: Traceback (most recent call last):
-  File "compatibility.py", line 63, in _refuse
-    raise ValueError(f"{one} and {other} do not fit")
-          ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^
-ValueError: encoder and store do not fit:
-  recipe_version: 2 and 1
-preprocess into a new folder
-"""
-
-
-def test_a_failed_deployments_cause_has_no_traceback(job: ModuleType) -> None:
-    def deployment(status: str, message: str) -> SimpleNamespace:
-        return SimpleNamespace(status=status, message=message)
-
-    deployments = {
-        "engine": deployment("HEALTHY", ""),
-        "features": deployment("DEPLOY_FAILED", MESSAGE),
-        "gateway": deployment("UNHEALTHY", "no node has room"),
-    }
-    status = SimpleNamespace(applications={"timeviper": SimpleNamespace(deployments=deployments)})
-    cause = "encoder and store do not fit:\n  recipe_version: 2 and 1\npreprocess into a new folder"
-    assert job.failure_causes(status, "timeviper") == f"\nfeatures: ValueError: {cause}\ngateway: no node has room"
-    assert job.failure_causes(status, "another") == ""

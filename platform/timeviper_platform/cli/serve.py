@@ -1,17 +1,20 @@
 """Serves weights over HTTP until SIGINT or SIGTERM.
 
     timeviper serve --config ray_configs/tiny/serve.yaml [--port 8000] [weights=outputs/demo/weights ...]
+    timeviper serve status [--wait] [--timeout 600]
 
 The Serve configuration file also works with `serve run` and `serve deploy`. Joins the cluster at RAY_ADDRESS, else
-starts a local Ray. On exit it removes its application and stops everything it started.
+starts a local Ray. On exit it removes its application and stops everything it started. `status` goes with
+`serve deploy`, whose exit code is 0 before the application runs, and also when it fails.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import logging
+import os
 import signal
+import sys
 import threading
 import time
 import urllib.error
@@ -29,11 +32,14 @@ from timeviper_platform.common.config import load_config
 from timeviper_platform.common.job import JobParser, JobResult, run_job
 from timeviper_platform.serving.app import ServeConfig, build_application, resolve_paths
 from timeviper_platform.serving.gateway.connections import CALLBACK_VARIABLE, environment
+from timeviper_platform.serving.status import RUNNING, failure_causes, wait_for_application
 
 logger = logging.getLogger("serve")
 
 READY_TIMEOUT_S = 180.0
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+DASHBOARD = "http://127.0.0.1:8265"
+STATUS_HELP = "Says whether a deployed application is RUNNING (exit code 0), or its state and why (1)."
 CONTROLLER = "SERVE_CONTROLLER_ACTOR"
 """Ray Serve's name for its controller."""
 
@@ -81,6 +87,9 @@ class ServeFile:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["status"]:
+        return _status_main(given[1:])
     parser = JobParser(
         __doc__,
         config_class=ServeConfig,
@@ -88,7 +97,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         override="weights=FOLDER",
     )
     parser.add_argument("--port", type=int, help="instead of http_options.port")
-    return run_job(parser, serve_until_stopped, arguments)
+    return run_job(parser, serve_until_stopped, given)
+
+
+def _status_main(arguments: Sequence[str]) -> int:
+    parser = JobParser(STATUS_HELP)
+    parser.prog += " status"
+    parser.add_argument("--wait", action="store_true", help="until it runs, has failed, or the timeout")
+    parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="of --wait (600)")
+    parser.add_argument("--name", default="timeviper", help="the application (timeviper)")
+    parser.add_argument(
+        "--address",
+        default=os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_DASHBOARD_ADDRESS") or DASHBOARD,
+        help=f"of Ray's dashboard (RAY_API_SERVER_ADDRESS, else {DASHBOARD})",
+    )
+    return run_job(parser, show_status, arguments)
+
+
+def show_status(options: argparse.Namespace) -> JobResult:
+    """Reports the application's state, and why it does not run; exit code 0 if it runs."""
+    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+    state = wait_for_application(
+        lambda: ServeSubmissionClient(options.address).get_serve_details(),
+        options.name,
+        timeout_s=options.timeout if options.wait else 0.0,
+    )
+    return JobResult([str(state)], exit_code=0 if state.state == RUNNING else 1)
 
 
 def serve_until_stopped(options: argparse.Namespace) -> JobResult:
@@ -157,24 +192,6 @@ def _serve(file: ServeFile, entry: ApplicationEntry, port: int, stop: threading.
         serve.delete(entry.name)
         if not was_running:
             serve.shutdown()
-
-
-def failure_causes(status: Any, application: str) -> str:
-    """Returns the message of each failed deployment, without its traceback."""
-    found = status.applications.get(application)
-    deployments = {} if found is None else found.deployments
-    return "".join(
-        f"\n{name}: {_without_traceback(deployment.message)}"
-        for name, deployment in deployments.items()
-        if deployment.message and deployment.status not in ("HEALTHY", "UPDATING")
-    )
-
-
-def _without_traceback(message: str) -> str:
-    lines = message.strip().splitlines()
-    frames = [number for number, line in enumerate(lines) if line.startswith('  File "')]
-    message_lines = lines[frames[-1] + 1 :] if frames else lines
-    return "\n".join(itertools.dropwhile(lambda line: line.startswith("    "), message_lines))
 
 
 def _is_serve_running() -> bool:
