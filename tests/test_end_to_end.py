@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 
 from timeviper_model.weights.weights_folder import from_pretrained
 from timeviper_platform.data.store.reader import FeatureStore
@@ -101,6 +104,27 @@ def test_a_failing_job_fails_at_the_submitter(ray_cluster: dict[str, str], tmp_p
     )
     assert failed.returncode != 0
     assert re.search(r"^error: there is no folder .*nowhere", failed.stdout, re.MULTILINE), failed.stdout
+
+
+def test_a_submission_ships_jobs_and_configurations_and_never_strays(tmp_path: Path) -> None:
+    from ray._private.runtime_env import packaging
+
+    for name in ("jobs/serve.py", "ray_configs/tiny/serve.yaml", "platform/a.py", "test.log", "x", ".env", "weights/w"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    shutil.copy(ROOT / ".rayignore", tmp_path)
+    values = yaml.safe_load((ROOT / "ray_configs" / "runtime_env.yaml").read_text())
+    uri = packaging.get_uri_for_directory(str(tmp_path), include_gitignore=True, excludes=values["excludes"])
+    package = tmp_path.parent / uri.removeprefix("gcs://")
+    (tmp_path / "test.log").write_text("grows between hashing and packing")
+    packaging.create_package(str(tmp_path), package, include_gitignore=True, excludes=values["excludes"])
+    names = {name for name in zipfile.ZipFile(package).namelist() if not name.endswith("/")}
+    assert {name.removeprefix(f"{tmp_path.name}/") for name in names} == {
+        "jobs/serve.py",
+        "ray_configs/tiny/serve.yaml",
+    }
+    again = packaging.get_uri_for_directory(str(tmp_path), include_gitignore=True, excludes=values["excludes"])
+    assert again == uri
 
 
 def _manifest_with_a_broken_file(corpus: Path, folder: Path) -> Path:
