@@ -35,11 +35,12 @@ class JobError(RuntimeError):
         self.exit_code = exit_code
 
 
-class Terminated(SystemExit):
-    """SIGTERM arrived."""
+class Terminated(KeyboardInterrupt):
+    """SIGTERM arrived. Ray passes interrupts out of its waits, though as a plain KeyboardInterrupt."""
 
-    def __init__(self) -> None:
-        super().__init__(128 + signal.SIGTERM)  # the shell's convention
+
+SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
+"""The shell's convention."""
 
 
 class JobParser(argparse.ArgumentParser):
@@ -120,8 +121,9 @@ def run_job(
     """
     options = parser.parse_args(arguments)
     setup_logging(logging.DEBUG if options.debug else logging.INFO)
+    terminated = threading.Event()
     try:
-        with _sigterm_raises():
+        with _sigterm_raises(terminated):
             result = work(options)
             for line in result.lines:
                 sys.stdout.write(f"{line}\n")
@@ -132,16 +134,13 @@ def run_job(
         sys.stderr.write(f"error: {message}\n")
         return getattr(error, "exit_code", 1)
     except KeyboardInterrupt:
-        sys.stderr.write("error: interrupted\n")
-        return 130
-    except Terminated as ended:
-        sys.stderr.write("error: stopped by SIGTERM\n")
-        return int(ended.code or 0)
+        sys.stderr.write(f"error: {'stopped by SIGTERM' if terminated.is_set() else 'interrupted'}\n")
+        return SIGTERM_EXIT_CODE if terminated.is_set() else 130
     return result.exit_code
 
 
 @contextlib.contextmanager
-def _sigterm_raises() -> Iterator[None]:
+def _sigterm_raises(received: threading.Event) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -151,6 +150,7 @@ def _sigterm_raises() -> Iterator[None]:
         signal.signal(number, signal.SIG_DFL)  # a second SIGTERM ends the process at once
         if os.getpid() != process:  # a forked child
             os.kill(os.getpid(), number)
+        received.set()
         raise Terminated
 
     before = signal.signal(signal.SIGTERM, end)
