@@ -24,6 +24,7 @@ from timeviper_platform.common.metrics import prometheus_metrics
 from timeviper_platform.serving.gateway.config import ApiKey, GatewayConfig
 from timeviper_platform.serving.gateway.keys import KeyRing, Quotas
 from timeviper_platform.serving.gateway.openai_protocol import ApiError
+from timeviper_platform.serving.page.static_files import PATHS as PAGE_PATHS
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +170,7 @@ class RequestGuard:
             raise ApiError(403, text, code="host_not_allowed")
 
     def _key(self, request: Request) -> ApiKey | None:
-        if not self._config.requires_keys or _path(request.scope) in OPEN_PATHS:
+        if not self._config.requires_keys or _path(request.scope) in (*OPEN_PATHS, *PAGE_PATHS):
             return None
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         found = self._keys.find(key.strip())

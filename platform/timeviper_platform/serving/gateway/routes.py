@@ -63,6 +63,7 @@ from timeviper_platform.serving.gateway.remote import local_path
 from timeviper_platform.serving.gateway.responses import ResponseAnswer, chat_values
 from timeviper_platform.serving.gateway.uploads import FileRecord, MediaStore, no_such_file, page_of, read_chunks
 from timeviper_platform.serving.messages import AnswerDelta, EngineClient, FeatureClient, Refusal, StoredMedium
+from timeviper_platform.serving.page import static_files as page
 
 T = TypeVar("T")
 
@@ -109,6 +110,7 @@ def create_app(config: GatewayConfig, features: FeatureClient, engine: EngineCli
     route("/health/live", gateway.live, "GET", LIVE)
     route("/health/ready", gateway.ready, "GET", READY)
     route("/metrics", lambda: PlainTextResponse(metrics.render()), "GET", METRICS)
+    api.routes.extend(page.routes())
     api.add_exception_handler(ApiError, _answer_api_error)
     api.add_exception_handler(HTTPException, _answer_http_exception)
     api.openapi = lambda: document(api)  # type: ignore[method-assign]  # as FastAPI's documentation extends it
