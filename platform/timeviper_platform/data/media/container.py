@@ -149,33 +149,33 @@ def decode_errors(stage: Stage, source: str | bytes, limits: MediaLimits | None 
     except FileNotFoundError as error:
         raise DecodeError(stage, ErrorType.NOT_FOUND, f"{name}: no such file") from error
     except DomainNotAllowedError as error:
-        raise DecodeError(stage, ErrorType.DOMAIN_NOT_ALLOWED, f"{name}: {error}") from error
+        raise DecodeError(stage, ErrorType.DOMAIN_NOT_ALLOWED, _named(name, error)) from error
     except BadUrlError as error:
-        raise DecodeError(stage, ErrorType.BAD_URI, f"{name}: {error}") from error
+        raise DecodeError(stage, ErrorType.BAD_URI, _named(name, error)) from error
     except TooManyBytesError as error:
-        raise DecodeError(stage, ErrorType.TOO_MANY_BYTES, f"{name}: {error}") from error
+        raise DecodeError(stage, ErrorType.TOO_MANY_BYTES, _named(name, error)) from error
     except TimeoutError as error:
-        raise DecodeError(stage, ErrorType.TIMED_OUT, f"{name}: {error}") from error
+        raise DecodeError(stage, ErrorType.TIMED_OUT, _named(name, error)) from error
     except socket.gaierror as error:
-        raise DecodeError(stage, ErrorType.UNKNOWN_HOST, f"{name}: {error}") from error
+        raise DecodeError(stage, ErrorType.UNKNOWN_HOST, _named(name, error)) from error
     except av.error.PermissionError as error:  # FFmpeg's word for contents: files are opened before
         message = f"{name}: its packets contradict its headers, or are encrypted; fetch it again"
         raise DecodeError(stage, ErrorType.CORRUPT_FILE, message) from error
     except PermissionError as error:
-        raise DecodeError(stage, ErrorType.PERMISSION_DENIED, f"{name}: {error}") from error
+        raise DecodeError(stage, ErrorType.PERMISSION_DENIED, _named(name, error)) from error
     except av.error.DecoderNotFoundError as error:
-        raise DecodeError(stage, ErrorType.NO_DECODER, f"{name}: {error}") from error
+        raise DecodeError(stage, ErrorType.NO_DECODER, _named(name, error)) from error
     except MemoryError as error:  # before FFmpegError: PyAV's MemoryError is both
         raise DecodeError(stage, ErrorType.OUT_OF_MEMORY, f"{name}: reading it exceeds the memory limit") from error
     except Image.DecompressionBombError as error:
-        raise DecodeError(stage, ErrorType.TOO_MANY_PIXELS, f"{name}: {error}") from error
+        raise DecodeError(stage, ErrorType.TOO_MANY_PIXELS, _named(name, error)) from error
     except (av.error.FFmpegError, UnidentifiedImageError) as error:
         kind, fact = unreadable(source, limits)
         raise DecodeError(stage, kind, f"{name}: {fact or error}") from error
     except OSError as error:
         # Pillow raises OSError without an errno for truncated images
         kind = ErrorType.READ_FAILED if error.errno else ErrorType.CORRUPT_FILE
-        raise DecodeError(stage, kind, f"{name}: {error}") from error
+        raise DecodeError(stage, kind, _named(name, error)) from error
     except (ValueError, ArithmeticError, LookupError, EOFError, struct.error) as error:
         # parsers' ways to say that a field makes no sense
         raise DecodeError(stage, ErrorType.CORRUPT_FILE, f"{name}: {type(error).__name__}: {error}") from error
@@ -195,6 +195,11 @@ def open_binary(source: str | bytes, limits: MediaLimits | None = None) -> Any:
 
 def is_local_file(uri: str) -> bool:
     return not is_web(uri) and parse_location(uri) is None and storage.is_local(uri)
+
+
+def _named(name: str, error: Exception) -> str:
+    """The error's text after the medium's name, which storage's own errors begin with."""
+    return f"{name}: {str(error).removeprefix(f'{name}: ')}"
 
 
 def source_name(source: str | bytes) -> str:
