@@ -26,6 +26,8 @@ class SamplingParams:
     """Texts or token ids that end the answer and are left out of it."""
     num_logprobs: int | None = None
     """Alternatives reported with each token's log-probability; None = no log-probabilities."""
+    json_schema: str | None = None
+    """JSON schema, as JSON, that the answer follows; None = any text. An answer cut at max_new_tokens is not whole."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:

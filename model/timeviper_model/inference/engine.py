@@ -27,6 +27,7 @@ from timeviper_model.inference.answer import FinishReason, Usage
 from timeviper_model.inference.chunked_transv import plan_sites
 from timeviper_model.inference.decode_graph import DecodeGraph
 from timeviper_model.inference.detokenize import TextStream
+from timeviper_model.inference.grammar import GrammarCompiler, Matcher, allowed_tokens
 from timeviper_model.inference.memory import (
     RequestMemory,
     check_limits,
@@ -77,6 +78,8 @@ class ActiveRequest:
     prefix_key: Hashable | None
     generator: torch.Generator
     text: TextStream | None
+    matcher: Matcher | None
+    """State in the answer's JSON schema."""
     state: RequestState = RequestState.WAITING
     memory: RequestMemory
     slot: int = -1
@@ -124,9 +127,12 @@ class InferenceEngine:
         self.end_token_ids = eos_token_ids(model.config.text)
         self.feature_size = model.config.vision.row_size
         self._closing = ""
+        self.grammars: GrammarCompiler | None = None
+        """Compiles JSON schemas; None without a tokenizer. A caller may compile early, in another thread."""
         if tokenizer is not None:
             template = chat_template(model.config.chat_template, tokenizer)
             self.end_token_ids = end_token_ids(tokenizer, template, model.config.text)
+            self.grammars = GrammarCompiler(tokenizer, self.end_token_ids)
             ids = encode_text(tokenizer, template.assistant[1], split_special_tokens=False)
             self._closing = str(tokenizer.decode(ids, skip_special_tokens=True))
         self._ids = itertools.count()
@@ -168,6 +174,9 @@ class InferenceEngine:
                 f" values, more than {self.config.kv_cache_bytes = }; use fewer frames or a shorter answer"
             )
         length = 0 if request.prefix_key is None else prefix_length(token_kind)
+        schema, matcher = request.sampling.json_schema, None
+        if self.grammars is not None and schema is not None:
+            matcher = self.grammars.matcher(schema)
         stop_texts = [stop for stop in request.sampling.stop if isinstance(stop, str)]
         active = ActiveRequest(
             submitted=time.monotonic(),
@@ -179,6 +188,7 @@ class InferenceEngine:
             prefix_key=self._prefix_key(request, length),
             generator=torch.Generator().manual_seed(request.sampling.seed),
             text=TextStream(self._tokenizer, stop=stop_texts, closing=self._closing) if self._tokenizer else None,
+            matcher=matcher,
             memory=memory,
         )
         self._requests[active.id] = active
@@ -426,7 +436,7 @@ class InferenceEngine:
             not self._use_graphs
             or self._num_same_steps < self._steps_before_graph
             or left < self._min_graph_steps
-            or any(sampling.temperature > 0 or sampling.num_logprobs for sampling in params)
+            or any(sampling.temperature > 0 or sampling.num_logprobs or sampling.json_schema for sampling in params)
         ):
             return None
         try:
@@ -448,8 +458,9 @@ class InferenceEngine:
             self._graph = None
 
     def _choose(self, logits_BV: Tensor, rows: Sequence[ActiveRequest]) -> list[Event]:
-        sampled = sample_tokens(logits_BV, [row.request.sampling for row in rows], [row.generator for row in rows])
-        return self._accept_all(rows, sampled)
+        params, generators = [row.request.sampling for row in rows], [row.generator for row in rows]
+        allowed_BV = allowed_tokens([row.matcher for row in rows], logits_BV.shape[1])
+        return self._accept_all(rows, sample_tokens(logits_BV, params, generators, allowed_BV))
 
     def _accept_all(self, rows: Sequence[ActiveRequest], sampled: Sequence[SampledToken]) -> list[Event]:
         events: list[Event] = []
@@ -473,12 +484,15 @@ class InferenceEngine:
             self._num_answers += 1
             self._first_token_seconds += time.monotonic() - active.submitted
         ended = token.id in self.end_token_ids
+        if active.matcher is not None:
+            active.matcher.accept(token.id)
         stopped = ended or token.id in sampling.stop
         new_text = text.push(token.id) if text is not None and not stopped else ""
         event = Token(
             request_id=active.id, id=token.id, logprob=token.logprob, top_logprobs=token.top_logprobs, text=new_text
         )
         stopped = stopped or (text is not None and text.stopped)
+        stopped = stopped or (active.matcher is not None and active.matcher.is_done)
         if not stopped and len(active.tokens) < sampling.max_new_tokens:
             return [event]
         self._release(active)

@@ -149,6 +149,8 @@ def check_request(
         raise ValueError(f"{sampling.max_new_tokens = } exceeds the limit of {limits.max_new_tokens}")
     if not has_tokenizer and any(isinstance(stop, str) for stop in sampling.stop):
         raise ValueError("stop strings need an engine with a tokenizer; pass token ids")
+    if not has_tokenizer and sampling.json_schema is not None:
+        raise ValueError("a JSON schema needs an engine with a tokenizer")
     if isinstance(request.vision_features, Tensor):
         expected = (prompt.num_vision_tokens, model.vision.row_size)
         if tuple(request.vision_features.shape) != expected:

@@ -16,7 +16,7 @@ ROUNDING = 1e-6
 
 
 class SampledToken(NamedTuple):
-    """A token with log-probabilities before temperature, top-k and top-p."""
+    """A token with log-probabilities before temperature, top-k, top-p and JSON schemas."""
 
     id: int
     logprob: float
@@ -27,14 +27,20 @@ class SampledToken(NamedTuple):
 
 
 def sample_tokens(
-    logits_BV: Tensor, params: Sequence[SamplingParams], generators: Sequence[torch.Generator]
+    logits_BV: Tensor,
+    params: Sequence[SamplingParams],
+    generators: Sequence[torch.Generator],
+    allowed_BV: Tensor | None = None,
 ) -> list[SampledToken]:
-    """Chooses one token per row of float32 or float64 logits.
+    """Chooses one token per row of float32 or float64 logits, among those of `allowed_BV` (bool).
 
     `generators` are on the CPU; greedy rows do not advance theirs.
     """
     num_rows = len(params)
     logprobs_BV = torch.log_softmax(logits_BV, dim=-1)
+    is_finite_B = logits_BV.sum(dim=-1).isfinite()  # five times as fast as isfinite().all()
+    if allowed_BV is not None:
+        logits_BV = logits_BV.masked_fill(~allowed_BV.to(logits_BV.device), -torch.inf)
     drawn = [row for row in range(num_rows) if params[row].temperature > 0]
     options = [params[row] for row in drawn]
     uniforms = [torch.rand((), generator=generators[row], dtype=torch.float64).item() for row in drawn]
@@ -45,7 +51,6 @@ def sample_tokens(
         if drawn:
             index = torch.tensor(drawn, device=logits_BV.device)
             ids_B = ids_B.index_copy(0, index, _draw(logits_BV.index_select(0, index), options, uniforms))
-    is_finite_B = logits_BV.sum(dim=-1).isfinite()  # five times as fast as isfinite().all()
     columns = [ids_B, logprobs_BV.gather(1, ids_B[:, None])[:, 0], is_finite_B]
     table = torch.stack([column.double() for column in columns], dim=1)
     shown = [row for row in range(num_rows) if params[row].num_logprobs]
