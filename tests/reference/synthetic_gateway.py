@@ -60,7 +60,13 @@ class Features:
         if not is_known or (isinstance(source, StoredFeatures) and source.media_id != "known"):
             return Refusal(status=404, message="no such medium", code="media_not_found")
         return FeatureReference(
-            key="k", ref=None, num_frames=2, num_tokens_per_frame=4, modality="video", duration_seconds=2.0
+            key="k",
+            ref=None,
+            num_frames=2,
+            num_tokens_per_frame=4,
+            modality="video",
+            duration_seconds=2.0,
+            times_seconds=(0.0, 1.04),
         )
 
     async def list_media(self, *, after: str, prefix: str, limit: int) -> MediaPage | Refusal:
@@ -90,6 +96,7 @@ class Engine:
         self.during: Callable[[], object] | None = None
         """Called while a request runs."""
         self.usage = USAGE
+        self.texts = "hello", " world"
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[AnswerDelta | Refusal]:
         self.requests.append(request)
@@ -99,7 +106,7 @@ class Engine:
             if self.during is not None:
                 await asyncio.to_thread(self.during)
             logprobs = (TokenLogprob(token="hello", logprob=-0.1),) if request.sampling.num_logprobs is not None else ()
-            for number, text in enumerate(("hello", " world")):
+            for number, text in enumerate(self.texts):
                 for index in range(request.n):
                     if self.refusal is not None and number == self.refuse_at:
                         yield self.refusal

@@ -85,6 +85,8 @@ class FeatureReference:
     num_tokens_per_frame: int
     modality: Modality
     duration_seconds: float
+    times_seconds: tuple[float, ...] = ()
+    """Presentation time of each frame."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,13 +148,19 @@ class GenerateRequest:
     n: int = 1
     """Number of answers."""
     time_text: bool | None = None
-    """Whether the prompt states each video's length; None = as all prompts of the weights' training."""
+    """Whether the prompt states each video's length; None = as the weights' training did for such prompts."""
+    is_temporal: bool = False
+    """Whether it asks for times."""
     answer_prefix: str = ""
     """Start of every answer, which the model continues and which the answer leaves out."""
 
     @property
+    def media(self) -> list[FeatureReference]:
+        return [medium for turn in self.turns for medium in turn.media]
+
+    @property
     def num_frames(self) -> int:
-        return sum(medium.num_frames for turn in self.turns for medium in turn.media)
+        return sum(medium.num_frames for medium in self.media)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

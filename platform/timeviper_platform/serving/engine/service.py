@@ -96,7 +96,7 @@ class EngineService:
         weights = local_copy(weights)
         model = from_pretrained(weights, dtype=dtype, device=config.device).eval()
         set_backend(model, config.backend, device=config.device, dtype=dtype)
-        self._states_length = trained_time_text(weights) == "always"
+        self._trained_time_text = trained_time_text(weights)
         # two tokenizers: a fast tokenizer must not be called from two threads at once
         self._tokenizer = load_tokenizer(weights)
         self._template = chat_template(model.config.chat_template, self._tokenizer)
@@ -141,7 +141,7 @@ class EngineService:
         self._prompts.shutdown(wait=False, cancel_futures=True)
 
     async def _requests(self, request: GenerateRequest) -> list[Request] | Refusal:
-        media = [reference for turn in request.turns for reference in turn.media]
+        media = request.media
         try:
             arrays = await asyncio.gather(*(self._fetch(reference) for reference in media))
         except RuntimeError as error:
@@ -152,6 +152,12 @@ class EngineService:
             sample = await loop.run_in_executor(self._prompts, self._prompt, request)
         except ValueError as error:
             return Refusal(status=400, message=str(error), code="invalid_value", param="messages")
+        schema, grammars = request.sampling.json_schema, self._engine.grammars
+        if schema is not None and grammars is not None:
+            try:  # in this thread, as a large schema takes longer than a step
+                await loop.run_in_executor(self._prompts, grammars.matcher, schema)
+            except ValueError as error:
+                return Refusal(status=400, message=str(error), code="invalid_schema", param="response_format")
         features = _rows(arrays)
         if features is None:
             features = torch.zeros(0, self._engine.feature_size)
@@ -166,7 +172,10 @@ class EngineService:
         ]
 
     def _prompt(self, request: GenerateRequest) -> Sample:
-        states_length = self._states_length if request.time_text is None else request.time_text
+        states_length = request.time_text
+        if states_length is None:  # as in training
+            trained = self._trained_time_text
+            states_length = trained == "always" or (trained == "temporal" and request.is_temporal)
         return build_prompt(
             self._tokenizer,
             request.turns,

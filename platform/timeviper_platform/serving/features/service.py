@@ -188,7 +188,7 @@ class FeatureService:
     async def _read(self, info: MediaInfo, key: str, frames: list[int]) -> FeatureReference:
         assert self.store is not None
         medium = await asyncio.to_thread(self.store.read, info.media_id, frames)
-        return await self._keep(key, medium.features, info.modality, info.duration_seconds)
+        return await self._keep(key, medium.features, info.modality, info.duration_seconds, medium.pts_seconds)
 
     async def _encode(
         self, source: MediaFile | MediaBytes | MediaFrames, key: str, fps: float, max_frames: int
@@ -203,9 +203,11 @@ class FeatureService:
             return decoded
         loop = asyncio.get_running_loop()
         features = await loop.run_in_executor(self._encode_thread, self._encoder.encode, decoded.frames)
-        return await self._keep(key, features, decoded.modality, decoded.end_seconds)
+        return await self._keep(key, features, decoded.modality, decoded.end_seconds, decoded.pts_seconds)
 
-    async def _keep(self, key: str, features: Tensor, modality: Modality, duration_seconds: float) -> FeatureReference:
+    async def _keep(
+        self, key: str, features: Tensor, modality: Modality, duration_seconds: float, pts_seconds: np.ndarray
+    ) -> FeatureReference:
         """Stores (F, N, dim) bfloat16 features; evicts the least recently used."""
         bits = features.cpu().contiguous().view(torch.int16).numpy()
         reference = FeatureReference(
@@ -215,6 +217,7 @@ class FeatureService:
             num_tokens_per_frame=bits.shape[1],
             modality=modality,
             duration_seconds=duration_seconds,
+            times_seconds=tuple(np.round(pts_seconds, 6).tolist()),
         )
         self._kept[key] = _Kept(reference, bits.nbytes, time.monotonic())
         self._kept_bytes += bits.nbytes

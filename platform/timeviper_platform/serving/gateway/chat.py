@@ -11,6 +11,7 @@ from itertools import groupby
 
 from timeviper_model.inference.answer import SamplingParams
 from timeviper_platform.data.media.signatures import HEAD_BYTES, may_be_animation
+from timeviper_platform.serving.answer_schemas import segments_schema
 from timeviper_platform.serving.gateway.chat_request import (
     ChatCompletionRequest,
     ChatMessage,
@@ -20,6 +21,7 @@ from timeviper_platform.serving.gateway.chat_request import (
     MediaPart,
     MediaUrl,
     RefusalPart,
+    ResponseFormat,
     TextPart,
 )
 from timeviper_platform.serving.gateway.config import GatewayConfig
@@ -86,8 +88,11 @@ class ChatPreparation:
         self._check_limits(messages)
         limits = chat.media_limits()
         media = [medium for message in messages for medium in message.media]
-        references = iter(await asyncio.gather(*(self._feature(medium, limits) for medium in media)))
+        features = await asyncio.gather(*(self._feature(medium, limits) for medium in media))
+        references = iter(features)
         wanted = chat.max_completion_tokens or chat.max_tokens or self._config.default_max_tokens
+        answer_format = chat.response_format or ResponseFormat(type="text")
+        schema = segments_schema(features) if answer_format.is_segments else answer_format.schema_text()
         return GenerateRequest(
             tenant=tenant,
             turns=tuple(
@@ -107,9 +112,11 @@ class ChatPreparation:
                 seed=secrets.randbits(32) if chat.seed is None else chat.seed % 2**63,
                 stop=chat.stop_texts(),
                 num_logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
+                json_schema=schema,
             ),
             n=chat.n or 1,
             time_text=limits.time_text,
+            is_temporal=answer_format.is_segments,
         )
 
     def _check_limits(self, messages: Sequence[_Message]) -> None:

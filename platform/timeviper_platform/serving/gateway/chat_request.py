@@ -12,10 +12,12 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from timeviper_platform.serving.answer_schemas import SEGMENTS
 from timeviper_platform.serving.gateway.openai_protocol import ApiError
 
 MAX_MESSAGES = 256
 MAX_STOPS = 4
+MAX_SCHEMA_CHARACTERS = 65_536
 MAX_FIELD_CHARACTERS = 64
 """Length of an unknown field's name up to which an error repeats it."""
 
@@ -223,10 +225,27 @@ class StreamOptions(_Lenient):
     include_usage: bool = False
 
 
-class ResponseFormat(_Lenient):
-    """Only plain text is supported."""
+class JsonSchema(_Lenient):
+    name: str = ""
+    """`segments` without a schema is the built-in schema of time spans."""
+    json_schema: dict[str, Any] | None = Field(default=None, alias="schema")
 
-    type: Literal["text"]
+
+class ResponseFormat(_Lenient):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @property
+    def is_segments(self) -> bool:
+        own = self.json_schema
+        return self.type == "json_schema" and own is not None and own.json_schema is None and own.name == SEGMENTS
+
+    def schema_text(self) -> str | None:
+        """Returns the client's JSON schema; None for text and the built-in schema."""
+        if self.type == "text" or self.is_segments:
+            return None
+        own = None if self.json_schema is None else self.json_schema.json_schema
+        return json.dumps({"type": "object"} if self.type == "json_object" else own)
 
 
 class MediaIo(_Lenient):
@@ -310,9 +329,21 @@ def chat_request(values: dict[str, Any], *, max_parts: int = 2048) -> ChatComple
     request = validated(ChatCompletionRequest, values)
     if request.top_logprobs and not request.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", code="invalid_value", param="top_logprobs")
+    _check_format(request.response_format)
     if "" in request.stop_texts():
         raise ApiError(400, "an empty stop would end every answer at once", code="invalid_value", param="stop")
     return request
+
+
+def _check_format(given: ResponseFormat | None) -> None:
+    if given is None or given.type != "json_schema" or given.is_segments:
+        return
+    if given.json_schema is None or given.json_schema.json_schema is None:
+        text = f"a json_schema needs its schema, or the name {SEGMENTS!r} of the built-in one"
+        raise ApiError(400, text, code="missing_required_parameter", param="response_format.json_schema.schema")
+    if len(given.schema_text() or "") > MAX_SCHEMA_CHARACTERS:
+        text = f"the schema has more than {MAX_SCHEMA_CHARACTERS} characters"
+        raise ApiError(400, text, code="invalid_value", param="response_format.json_schema.schema")
 
 
 def parse_object(body: bytes) -> dict[str, Any]:

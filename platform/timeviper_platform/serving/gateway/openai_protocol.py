@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from timeviper_model.inference.answer import Usage
-from timeviper_platform.serving.messages import AnswerDelta, Refusal, TokenLogprob
+from timeviper_platform.serving.messages import AnswerDelta, FeatureReference, Refusal, TokenLogprob
 
 ERROR_TYPES: dict[int, str] = {
     401: "authentication_error",
@@ -68,11 +68,18 @@ class ApiError(Exception):
 class Completion:
     """JSON of the answers to one request, whole or in chunks."""
 
-    def __init__(self, model: str, *, num_choices: int, with_logprobs: bool) -> None:
+    def __init__(
+        self, model: str, *, num_choices: int, with_logprobs: bool, media: Sequence[FeatureReference] = ()
+    ) -> None:
+        """`media`: whose clock the answers' times are on; shown beside the answers."""
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._model = model
         self._with_logprobs = with_logprobs
+        self._media = [
+            {"duration_seconds": medium.duration_seconds, "frame_times_seconds": list(medium.times_seconds)}
+            for medium in media
+        ]
         self._deltas: list[list[AnswerDelta]] = [[] for _ in range(num_choices)]
 
     def add(self, delta: AnswerDelta) -> None:
@@ -95,11 +102,13 @@ class Completion:
                     "finish_reason": deltas[-1].finish_reason,
                 }
             )
-        return {**self._head("chat.completion"), "choices": choices, "usage": self.usage()}
+        own = {"media": self._media} if self._media else {}
+        return {**self._head("chat.completion"), "choices": choices, "usage": self.usage(), **own}
 
     def opening(self, index: int) -> dict[str, Any]:
         """Returns the first chunk of a choice."""
-        return self._chunk({"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None})
+        chunk = self._chunk({"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None})
+        return {**chunk, "media": self._media} if self._media and index == 0 else chunk
 
     def chunks(self, delta: AnswerDelta) -> list[dict[str, Any]]:
         """Returns a chunk for the text, if any, and one for the end of the answer."""

@@ -137,6 +137,12 @@ class UsageObject(BaseModel):
     prompt_tokens_details: PromptTokens
 
 
+class MediaTimes(BaseModel):
+    duration_seconds: float
+    frame_times_seconds: list[float]
+    """Presentation times of the frames that the model saw."""
+
+
 class ChatCompletion(BaseModel):
     id: str
     object: Literal["chat.completion"]
@@ -144,6 +150,8 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[Choice]
     usage: UsageObject
+    media: list[MediaTimes] | None = None
+    """With the built-in schema of time spans: the clock of its seconds."""
 
 
 class ResponseRequest(BaseModel):

@@ -312,7 +312,12 @@ class _Gateway:
             async with asyncio.timeout_at(deadline):
                 generate = await self._preparation.prepare(chat, request.state.tenant)
                 self._quotas.add_frames(request.state.key, generate.num_frames)
-                completion = Completion(chat.model, num_choices=generate.n, with_logprobs=bool(chat.logprobs))
+                completion = Completion(
+                    chat.model,
+                    num_choices=generate.n,
+                    with_logprobs=bool(chat.logprobs),
+                    media=generate.media if generate.is_temporal else (),
+                )
                 deltas = _checked(self._engine.generate(generate))
                 completion.add(first := await anext(deltas))
         return _Running(completion, first, deltas, deadline)

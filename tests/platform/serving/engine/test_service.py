@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
@@ -21,6 +22,7 @@ from timeviper_model.inference.answer import SamplingParams
 from timeviper_model.inference.engine import InferenceEngine
 from timeviper_model.inference.requests import EngineConfig
 from timeviper_model.weights.weights_folder import from_pretrained, save_pretrained
+from timeviper_platform.serving.answer_schemas import segments_schema
 from timeviper_platform.serving.engine import service as service_module
 from timeviper_platform.serving.engine.service import EngineService, EngineServiceConfig, build_prompt
 from timeviper_platform.serving.messages import AnswerDelta, ChatTurn, FeatureReference, GenerateRequest, Refusal
@@ -329,3 +331,32 @@ def test_a_prompt_may_open_its_answer() -> None:
     sample = build_prompt(TOKENIZER, turns, NEMOTRON, answer_prefix="Best Option: (")
     assert TOKENIZER.decode(sample.input_ids).endswith("<SPECIAL_11>Assistant\nBest Option: (")
     assert TokenKind.RESPONSE not in sample.token_kind
+
+
+def test_time_spans_follow_the_built_in_schema_within_the_video(weights: Path) -> None:
+    media = (video(6),)
+    asked = request(
+        "When?", media=media, json_schema=segments_schema(media), max_new_tokens=400, temperature=1.0, seed=1
+    )
+    beside = request("What?", media=media)
+
+    async def scenario(service: EngineService) -> list[str]:
+        answers = await asyncio.gather(*(collect(service, one) for one in (asked, beside)))
+        return [text_of(items) for items in [*answers, await collect(service, beside)]]
+
+    spans, plain, plain_alone = run(weights, scenario, engine=EngineConfig(num_slots=2))
+    assert plain == plain_alone
+    whole = spans[: spans.rindex("}, {")] + "}]}"  # random weights are cut before they end
+    (segments,) = json.loads(whole).values()
+    assert segments
+    for segment in segments:
+        assert set(segment) - {"label"} == {"start_seconds", "end_seconds"}
+        assert 0 <= segment["start_seconds"] <= 6.0
+        assert 0 <= segment["end_seconds"] <= 6.0
+
+
+def test_a_schema_that_is_not_supported_is_the_clients_mistake(weights: Path) -> None:
+    asked = request(json_schema='{"type": "array", "uniqueItems": true}')
+    refusal = refusal_of(run(weights, lambda service: collect(service, asked)))
+    assert (refusal.status, refusal.code, refusal.param) == (400, "invalid_schema", "response_format")
+    assert "uniqueItems" in refusal.message

@@ -162,3 +162,36 @@ def test_values_are_counted_without_parsing() -> None:
 
 def test_a_text_may_be_all_commas() -> None:
     assert parse(messages=[{"role": "user", "content": "," * 100_000}]).messages[0].content.count(",") == 100_000
+
+
+def schema_format(**values: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "answer", **values}}
+
+
+def test_response_formats_become_schemas() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    texts = [
+        parse(response_format=given).response_format.schema_text()
+        for given in ({"type": "text"}, {"type": "json_object"}, schema_format(schema=schema, strict=True))
+    ]
+    assert texts[0] is None
+    assert [json.loads(text) for text in texts[1:]] == [{"type": "object"}, schema]
+    built_in = parse(response_format=schema_format(name="segments")).response_format
+    assert (built_in.is_segments, built_in.schema_text()) == (True, None)
+    assert not parse(response_format=schema_format(name="segments", schema=schema)).response_format.is_segments
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"type": "json_schema"},
+        schema_format(),
+        schema_format(schema="text"),
+        schema_format(schema={"enum": ["x" * 70_000]}),
+        {"type": "grammar"},
+    ],
+)
+def test_a_response_format_without_a_usable_schema_is_named(given: dict[str, Any]) -> None:
+    error = error_of(body_of(response_format=given))
+    assert error.status == 400
+    assert str(error.param).startswith("response_format")

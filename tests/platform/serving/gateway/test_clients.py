@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
-from reference.synthetic_gateway import MP4, PNG, Server
+from reference.synthetic_gateway import MP4, PNG, Server, video
 from timeviper_platform.serving.messages import MediaBytes, MediaFrames
 
 VIDEO = "data:video/mp4;base64," + base64.b64encode(MP4).decode()
@@ -44,6 +45,36 @@ def test_the_openai_package_stores_files_and_uploads(server: Server) -> None:
     assert upload.file is not None
     assert (upload.status, client.files.retrieve(upload.file.id).filename) == ("completed", "b.mp4")
     assert [model.id for model in client.models.list()] == ["timeviper"]
+
+
+def test_the_openai_package_parses_answers_by_schema_and_reads_time_spans(server: Server) -> None:
+    class Answer(BaseModel):
+        count: int
+
+    client = server.openai()
+    server.engine.texts = '{"count"', ": 3}"
+    messages: Any = [{"role": "user", "content": "How many?"}]
+    parsed = client.chat.completions.parse(model="timeviper", messages=messages, response_format=Answer)
+    assert parsed.choices[0].message.parsed == Answer(count=3)
+    assert client.responses.parse(model="timeviper", input="How many?", text_format=Answer).output_parsed == Answer(
+        count=3
+    )
+    schemas = [json.loads(request.sampling.json_schema or "") for request in server.engine.requests]
+    assert [schema["properties"]["count"]["type"] for schema in schemas] == ["integer", "integer"]
+
+    segments: Any = {"type": "json_schema", "json_schema": {"name": "segments"}}
+    messages = [{"role": "user", "content": video("feature://known")}]
+    spans = client.chat.completions.create(model="timeviper", messages=messages, response_format=segments)
+    assert spans.to_dict()["media"] == [{"duration_seconds": 2.0, "frame_times_seconds": [0.0, 1.04]}]
+    asked = server.engine.requests[-1]
+    limits = json.loads(asked.sampling.json_schema or "")["properties"]["segments"]["items"]["properties"][
+        "end_seconds"
+    ]
+    assert (asked.is_temporal, limits["minimum"], limits["maximum"]) == (True, 0, 2.0)
+    chunks = list(
+        client.chat.completions.create(model="timeviper", messages=messages, response_format=segments, stream=True)
+    )
+    assert ["media" in chunk.to_dict() for chunk in chunks] == [True] + [False] * (len(chunks) - 1)
 
 
 RECORDED = {
@@ -128,6 +159,8 @@ _NAMES = [
     "seed",
     "fps",
     "response_format",
+    "json_schema",
+    "schema",
     "stream_options",
     "mm_processor_kwargs",
     "media_io_kwargs",
