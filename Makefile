@@ -15,7 +15,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # Ray finds its own programs, and starts workers, through PATH
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-slow coverage check format env clean
+.PHONY: demo bench test test-slow coverage check format env clean
 
 env: $(STAMP)
 
@@ -28,6 +28,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: env
 	@$(BIN)/python jobs/demo.py $(if $(FILM),--film '$(FILM)') $(if $(QUICK),--quick)
+
+# every suite of jobs/benchmark.py that this machine can run, hours on two cores; rewrites the tables of docs/benchmarks.md
+bench: env
+	@$(BIN)/python jobs/benchmark.py all --record docs/benchmarks.md $(if $(FILM),--film '$(FILM)')
 
 test: check
 	@$(BIN)/python -m pytest $(TEST_FLAGS)

@@ -1,7 +1,7 @@
-"""Measures every figure of the documents: `timeviper benchmark SUITE [--only GROUP,...] [--json PATH]`.
+"""Measures every figure of the documents: `timeviper benchmark SUITE [--only GROUP,...] [--record docs/benchmarks.md]`.
 
 Both sides of a ratio run in turn in one process. A row is the median of five or more turns, or of three if a turn takes
-over a minute.
+over a minute. `all` runs every group that this machine can run, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import logging
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
@@ -16,7 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from timeviper_platform.benchmarks.measure import Row, StolenTime, format_rows
+from timeviper_platform.benchmarks.record import record
 from timeviper_platform.common.job import USAGE_EXIT_CODE, JobError, JobParser, JobResult, job_command, run_job
+
+logger = logging.getLogger("benchmark")
+
+EVERY_SUITE = "all"
 
 Groups = dict[str, Callable[[Path | None], list[Row]]]
 """Groups of rows by key; few of them use the film."""
@@ -24,9 +30,10 @@ Groups = dict[str, Callable[[Path | None], list[Row]]]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = JobParser(__doc__)
-    parser.add_argument("suite", choices=sorted(SUITES))
+    parser.add_argument("suite", choices=[*sorted(SUITES), EVERY_SUITE])
     parser.add_argument("--only", help="these of the suite's groups of rows, with commas between them")
     parser.add_argument("--json", type=Path, help="also write the rows there")
+    parser.add_argument("--record", type=Path, metavar="FILE.md", help="replace these rows in its tables and its .json")
     parser.add_argument("--film", type=Path, help="a film to measure on as well, such as Big Buck Bunny")
     return run_job(parser, benchmark, arguments)
 
@@ -39,6 +46,10 @@ def benchmark(options: argparse.Namespace) -> JobResult:
     """
     if options.film is not None and not options.film.is_file():
         raise JobError(f"there is no film at {str(options.film)!r}", exit_code=USAGE_EXIT_CODE)
+    if options.record is not None and not options.record.is_file():
+        raise JobError(f"there is no document at {str(options.record)!r}", exit_code=USAGE_EXIT_CODE)
+    if options.suite == EVERY_SUITE:
+        return _every_group(options)
     groups = SUITES[options.suite]()
     chosen = options.only.split(",") if options.only else list(groups)
     if unknown := sorted(set(chosen) - set(groups)):
@@ -46,12 +57,36 @@ def benchmark(options: argparse.Namespace) -> JobResult:
         raise JobError(message, exit_code=USAGE_EXIT_CODE)
     rows, stolen = [], StolenTime()
     for key in chosen:
-        rows += groups[key](options.film)
+        meanwhile = StolenTime()
+        found = groups[key](options.film)
+        rows += found
+        if options.record is not None:
+            record(options.record, options.suite, key, found, stolen=meanwhile.share())
         gc.collect()  # frees the models of a group before the next one starts
     if options.json is not None:
         options.json.write_text(json.dumps([row.as_dict() for row in rows], indent=2) + "\n")
     note = f"stolen from this machine's cores by others on its host meanwhile: {stolen.share():.0%}"
     return JobResult([format_rows(rows), note], exit_code=1 if any(row.holds is False for row in rows) else 0)
+
+
+def _every_group(options: argparse.Namespace) -> JobResult:
+    """Runs one group after the other; a group that fails leaves the others' rows as they are."""
+    if options.only is not None or options.json is not None:
+        raise JobError("--only and --json go with one suite", exit_code=USAGE_EXIT_CODE)
+    shared = [f"--{name}={getattr(options, name)}" for name in ("record", "film") if getattr(options, name)]
+    failed = []
+    for suite in sorted(SUITES):
+        try:
+            keys = list(SUITES[suite]())
+        except RuntimeError as error:  # the gpu suite without a CUDA device
+            logger.warning("no rows of %s: %s", suite, error)
+            continue
+        for key in keys:
+            logger.info("%s %s", suite, key)
+            if subprocess.run(job_command("benchmark", suite, "--only", key, *shared), check=False).returncode:
+                failed.append(f"{suite} --only {key}")
+    lines = [f"failed, or misses its bar: {group}" for group in failed]
+    return JobResult(lines or ["every bar is met"], exit_code=1 if failed else 0)
 
 
 def demo_suite(film: Path | None) -> list[Row]:
