@@ -86,3 +86,32 @@ def test_a_path_has_few_named_forms(path: str) -> None:
     rows = re.findall(r"^\| \d+ \| `(timeviper_[\w.]+)` \|", section, flags=re.MULTILINE)
     assert 3 <= len(rows) <= MAX_FORMS
     assert [name for name in rows if not _exists(name)] == []
+
+
+def test_every_step_from_a_video_to_an_answer_is_reached_from_the_one_named_before_it() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    section = text.split("## From a video to an answer")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if re.match(r"\| \d", line)]
+    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in lines]
+    files = {number: file for number, _, file, _, _ in rows}
+    assert list(files) == [str(number) for number in range(1, len(rows) + 1)]
+    assert len(rows) > 20
+    for number, _, file, name, source in rows:
+        defined, used = _definitions_and_uses(file)
+        assert name in (defined if source else used), f"step {number}: {file} has no {name}"
+        if source:
+            _, used = _definitions_and_uses(files.get(source, source))
+            assert name in used, f"step {number}: {source} does not use {name}"
+
+
+def _definitions_and_uses(file: str) -> tuple[set[str], set[str]]:
+    """Names that a file defines at its top, and those that it imports or uses."""
+    tree = ast.parse((ROOT / file).read_text("utf-8"))
+    kinds = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    used = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            used.add(node.id)
+        elif isinstance(node, ast.ImportFrom):
+            used |= {alias.name for alias in node.names}
+    return {node.name for node in tree.body if isinstance(node, kinds)}, used
