@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import json
 import os
 import secrets
 import shutil
@@ -55,6 +56,7 @@ def local_cluster(
     token_file: Path | None = None,
     environment: Mapping[str, str] | None = None,
     ray_program: Path | None = None,
+    autoscaling: Callable[[str], Mapping[str, object]] | None = None,
 ) -> Iterator[dict[str, str]]:
     """Runs a cluster; yields the environment variables by which child processes connect.
 
@@ -62,6 +64,7 @@ def local_cluster(
         with_dashboard: needed by `ray job submit`, and for workers' output in drivers.
         token_file: None = a new token.
         ray_program: None = `ray` of this Python environment.
+        autoscaling: the cluster's address to the configuration of Ray's autoscaler, in the cloud launcher's format.
 
     Raises:
         RuntimeError: when Ray does not start, with the end of its log.
@@ -92,6 +95,10 @@ def local_cluster(
     command += [f"--{name}={port}" for name, port in ports.items()]
     command += [f"--include-dashboard={with_dashboard}", f"--include-log-monitor={with_dashboard}"]
     command += [f"--num-cpus={num_cpus}", f"--object-store-memory={object_store_bytes}", f"--temp-dir={folder}/ray"]
+    if autoscaling is not None:
+        configuration = folder / "autoscaling.json"
+        configuration.write_text(json.dumps(autoscaling(variables["RAY_ADDRESS"])))
+        command += [f"--autoscaling-config={configuration}"]
     log = folder / "start.log"
     process: subprocess.Popen[bytes] | None = None
     try:
