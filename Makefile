@@ -15,7 +15,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # Ray finds its own programs, and starts workers, through PATH
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo bench test test-slow coverage check format env clean
+.PHONY: demo bench test test-slow test-exhaustive coverage check format env clean
 
 env: $(STAMP)
 
@@ -51,7 +51,11 @@ check: env
 
 # what takes minutes and is not the only guard of its behaviour; after `make test`
 test-slow: env $(KERNELS)/.installed
-	@$(BIN)/python -m pytest $(TEST_FLAGS) -m 'slow and not gpu'
+	@$(BIN)/python -m pytest $(TEST_FLAGS) -m 'slow and not gpu and not exhaustive'
+
+# every combination that test-slow draws from; hours
+test-exhaustive: env $(KERNELS)/.installed
+	@$(BIN)/python -m pytest $(TEST_FLAGS) -m 'exhaustive and not gpu'
 
 $(KERNELS)/.installed: $(STAMP)
 	@echo "installing mamba-ssm's kernels into $(KERNELS)"

@@ -116,7 +116,7 @@ def test_pins_for_cuda_are_those_for_the_cpu_and_more() -> None:
         assert f"{name}=={cuda[name]}" in makefile
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(2400)
 def test_the_install_lines_work_as_they_stand(tmp_path: Path) -> None:
     build, environment = tmp_path / "build", tmp_path / "python"

@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.local import train_local
 from timeviper_platform.training.metrics.writer import read_metrics
 from timeviper_platform.training.run import RunFolder
+
+UNEQUAL_CASES = [(1, 3, "float32"), (2, 2, "float32"), (3, 2, "bfloat16")]
+"""(stage, world_size, dtype) of `make test-slow`."""
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +71,7 @@ def test_two_ranks_killed_and_restarted_have_the_curve_of_one_rank(
     expect_same(curve(run), curve(RunFolder.of(alone).uri), rel=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(3600)  # 21 starts of two processes
 @pytest.mark.parametrize("stage", [2, 3])
 def test_twenty_kills_at_random_moments_leave_no_trace_in_the_curve(corpus: Corpus, tmp_path: Path, stage: int) -> None:
@@ -174,7 +178,7 @@ def test_all_ranks_fail_if_rank_0_cannot_open_its_files(corpus: Corpus, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # six processes on two cores
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [*(pytest.param(n, marks=pytest.mark.exhaustive) for n in (1, 2)), 3])
 def test_sixty_steps_on_two_then_one_then_three_ranks_equal_those_of_one_rank(
     corpus: Corpus, tmp_path: Path, group_of_one: None, stage: int
 ) -> None:
@@ -194,9 +198,13 @@ def test_sixty_steps_on_two_then_one_then_three_ranks_equal_those_of_one_rank(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("stage", "world_size", "dtype"),
+    [
+        pytest.param(*case, marks=[] if case in UNEQUAL_CASES else pytest.mark.exhaustive)
+        for case in product([1, 2, 3], [2, 3], ["float32", "bfloat16"])
+    ],
+)
 def test_ranks_with_unequal_numbers_of_labels_have_the_curve_of_one_rank(
     corpus: Corpus, tmp_path: Path, group_of_one: None, stage: int, world_size: int, dtype: str
 ) -> None:
@@ -211,7 +219,7 @@ def test_ranks_with_unequal_numbers_of_labels_have_the_curve_of_one_rank(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (1, 2, 3))])
 def test_two_ranks_under_every_zero_stage_have_the_curve_of_one_rank(
     corpus: Corpus, tmp_path: Path, group_of_one: None, stage: int
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -18,6 +19,8 @@ from timeviper_platform.training.metrics.writer import read_metrics
 
 Moment = Literal["upload", "before_commit", "after_commit"]
 NUM_STEPS = 10
+KILL_CASES = [(2, "float32"), (3, "bfloat16")]
+"""(stage, dtype) of `make test-slow`."""
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +130,13 @@ def test_kills_while_a_checkpoint_is_written_leave_no_trace_in_the_curve(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # ten processes on two cores
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("stage", "dtype"),
+    [
+        pytest.param(*case, marks=[] if case in KILL_CASES else pytest.mark.exhaustive)
+        for case in product([1, 2, 3], ["float32", "bfloat16"])
+    ],
+)
 def test_kills_leave_no_trace_under_every_zero_stage_and_precision(
     corpus: Corpus, tmp_path: Path, store: Faults, stage: int, dtype: str
 ) -> None:

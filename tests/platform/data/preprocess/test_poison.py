@@ -68,7 +68,7 @@ def make_poison(folder: Path) -> None:
     (folder / "huge.png").write_bytes(picture.getvalue())
 
 
-@pytest.mark.parametrize("num_good", [6, pytest.param(190, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
+@pytest.mark.parametrize("num_good", [6, pytest.param(190, marks=[pytest.mark.exhaustive, pytest.mark.timeout(1200)])])
 def test_bad_inputs_are_one_row_each_and_good_ones_are_complete(
     bucket: s3fs.S3FileSystem, server: Faults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_good: int
 ) -> None:
