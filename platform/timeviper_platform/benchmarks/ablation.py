@@ -36,9 +36,9 @@ DEMO_FOLDER = "outputs/demo"
 NUM_LOGICAL_CPUS = 4
 SHARED_RUN = "ablation-shared"
 STEPS = {"language": 400, "align": 100, "instruct": 600}
-"""More than the demo's, so that rows differ by their sites and not by how far they came."""
+"""Enough that rows differ by their sites and not by how far they came."""
 QUICK_STEPS = {"language": 20, "align": 10, "instruct": 30}
-CORPUS = ("which_per_video=1", "fps=4")
+CORPUS = ("fps=4",)
 """Differences from the demo's corpus."""
 DEFAULT_FOLDER = "outputs/ablation"
 TASKS = {"choice": "which", "order": "order", "count": "count", "grounding": "grounding mIoU"}

@@ -74,7 +74,7 @@ def make_films(folder: Path, *, num_films: int = 24, num_frames: int = 256, dim:
     names = [f"film-{number:04d}" for number in range(num_films)]
     _write_features(corpus.store, dict.fromkeys(names, num_frames), vision)
     question = Question(task="caption", text="Describe the video.", answer="A red circle appears from 3 to 5 seconds.")
-    rows = [sample_row(f"{name}-0", question, media_id=name) for name in names]
+    rows = [sample_row(f"{name}-0", [question], media_id=name) for name in names]
     _write_samples(corpus, "films", rows)
     _write_tokenizer(corpus, rows, 300)
     model = TimeViper(replace(TINY, vision=vision))

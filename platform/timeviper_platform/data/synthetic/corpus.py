@@ -30,6 +30,7 @@ from timeviper_platform.data.synthetic.backgrounds import Background, Split, fil
 from timeviper_platform.data.synthetic.pictures import ALL_PICTURES, Picture, draw_picture
 from timeviper_platform.data.synthetic.questions import (
     Question,
+    conversations,
     image_question,
     listing,
     question_row,
@@ -42,6 +43,8 @@ from timeviper_platform.data.synthetic.scenes import Scene, SceneKind, draw_plac
 logger = logging.getLogger(__name__)
 
 FINISHED_FILE = "corpus.json"
+CORPUS_VERSION = 2
+"""Rises when the same configuration makes other files: older corpora are made again."""
 FILM_FILE = ".film.npy"
 MEDIA_CHUNK = 32
 """Media per pool task: about half a second of work."""
@@ -105,14 +108,14 @@ class CorpusConfig:
     output: str
     """Local folder. A finished corpus of the same configuration in it is reused, anything else replaced."""
     seed: int = 0
-    train: SceneCounts = SceneCounts(needle=1200, order=400, count=400)
+    train: SceneCounts = SceneCounts(needle=1000, order=600, count=400)
     held_out: SceneCounts = SceneCounts(needle=440, order=120, count=120)
     num_images: int = 640
     """Image-caption pairs for the align phase."""
     num_language_samples: int = 6000
     """Text-only samples: the same questions about videos in words."""
     which_per_video: int = 1
-    """'Which' questions per training video, each with its own options."""
+    """'Which' questions per training video, each with its own options and conversation."""
     duration_seconds: int = 24
     fps: int = 2
     """Frame rate of the video files."""
@@ -175,7 +178,7 @@ def make_corpus(config: CorpusConfig) -> CorpusReport:
 
 
 def _identity(config: CorpusConfig) -> dict[str, Any]:
-    values = asdict(config)
+    values = {"version": CORPUS_VERSION, **asdict(config)}
     del values["output"], values["num_workers"]
     if config.film is not None:
         film = Path(config.film)
@@ -310,7 +313,7 @@ def _write_tables(
     _write_rows(root / "samples" / "held_out.parquet", held_out[::step], schemas.SAMPLES)
     questions: dict[str, list[dict[str, Any]]] = {"choice": [], "order": [], "count": [], "grounding": []}
     for scene in scenes["held_out"]:
-        for n, question in enumerate(_questions(config, scene)):
+        for n, question in enumerate(scene_questions(scene, _question_rng(config, scene))):
             if question.task in questions:
                 row = question_row(f"{scene.media_id}-{n}", question, media_id=scene.media_id)
                 questions[question.task].append(row)
@@ -325,7 +328,7 @@ def training_samples(config: CorpusConfig, scenes: Sequence[Scene]) -> dict[str,
     return {
         "language": _language_samples(config),
         "align": [
-            sample_row(image_id(n), image_question(_image_picture(n)), media_id=image_id(n))
+            sample_row(image_id(n), [image_question(_image_picture(n))], media_id=image_id(n))
             for n in range(config.num_images)
         ],
         "instruct": _video_samples(config, scenes),
@@ -334,9 +337,9 @@ def training_samples(config: CorpusConfig, scenes: Sequence[Scene]) -> dict[str,
 
 def _video_samples(config: CorpusConfig, scenes: Sequence[Scene]) -> list[dict[str, Any]]:
     return [
-        sample_row(f"{scene.media_id}-{n}", question, media_id=scene.media_id)
+        sample_row(f"{scene.media_id}-{n}", questions, media_id=scene.media_id)
         for scene in scenes
-        for n, question in enumerate(_questions(config, scene, num_which=config.which_per_video))
+        for n, questions in enumerate(_conversations(config, scene, num_which=config.which_per_video))
     ]
 
 
@@ -349,21 +352,24 @@ def _language_samples(config: CorpusConfig) -> list[dict[str, Any]]:
     )
     rows = []
     for number, scene in enumerate(scenes):
-        questions = list(_questions(config, scene))
-        # one question per listing, so that listings do not repeat
-        question = questions[number % len(questions)]
-        rows.append(sample_row(f"language-{scene.media_id}", question, media_id=None, prefix=f"{listing(scene)}\n"))
+        choices = _conversations(config, scene)
+        # one conversation per listing, so that listings do not repeat
+        questions = choices[number % len(choices)]
+        rows.append(sample_row(f"language-{scene.media_id}", questions, media_id=None, prefix=f"{listing(scene)}\n"))
     for number in range(config.num_language_samples - len(rows)):
         picture = _image_picture(number)
         prefix = f"{picture}\n"
-        rows.append(sample_row(f"language-{image_id(number)}", image_question(picture), media_id=None, prefix=prefix))
+        rows.append(sample_row(f"language-{image_id(number)}", [image_question(picture)], media_id=None, prefix=prefix))
     return rows
 
 
-def _questions(config: CorpusConfig, scene: Scene, *, num_which: int = 1) -> Iterator[Question]:
+def _conversations(config: CorpusConfig, scene: Scene, *, num_which: int = 1) -> list[tuple[Question, ...]]:
+    return conversations(scene, _question_rng(config, scene), num_which=num_which)
+
+
+def _question_rng(config: CorpusConfig, scene: Scene) -> np.random.Generator:
     # seeded by the name: Python's hash() is salted
-    rng = np.random.default_rng([config.seed, QUESTION_SEED, *scene.media_id.encode()])
-    return scene_questions(scene, rng, num_which=num_which)
+    return np.random.default_rng([config.seed, QUESTION_SEED, *scene.media_id.encode()])
 
 
 def _truth(scene: Scene) -> dict[str, Any]:

@@ -46,6 +46,19 @@ def scene_questions(scene: Scene, rng: np.random.Generator, *, num_which: int = 
     yield Question(task="caption", text="Describe the video.", answer=caption(scene))
 
 
+def conversations(scene: Scene, rng: np.random.Generator, *, num_which: int = 1) -> list[tuple[Question, ...]]:
+    """All questions about a scene, two in some conversations: a video's tokens are then read once for two answers.
+
+    No turn gives away what a later one asks for, and each kind of question begins some conversations.
+    """
+    *asked, captioned = scene_questions(scene, rng, num_which=num_which)
+    if scene.kind != "needle":
+        return [tuple(asked[int(n)] for n in rng.permutation(len(asked))), (captioned,)]
+    *which, grounding = asked
+    second, alone = (grounding, captioned) if rng.random() < 0.5 else (captioned, grounding)
+    return [*[(question,) for question in which[1:]], (*which[:1], second), (alone,)]
+
+
 def which_question(picture: Picture, rng: np.random.Generator) -> Question:
     other_color = _other(picture.color, tuple(COLORS), rng)
     other_shape = _other(picture.shape, SHAPES, rng)
@@ -94,16 +107,23 @@ def listing(scene: Scene) -> str:
     return " ".join("nothing" if appearance is None else str(appearance.picture) for appearance in shown)
 
 
-def sample_row(sample_id: str, question: Question, *, media_id: str | None, prefix: str = "") -> dict[str, Any]:
+def sample_row(
+    sample_id: str, questions: Sequence[Question], *, media_id: str | None, prefix: str = ""
+) -> dict[str, Any]:
+    """A conversation of `questions` about one medium, of the first one's task; `prefix` stands before the first."""
     media = [] if media_id is None else [{"media_id": media_id, "start_seconds": None, "end_seconds": None}]
     return {
         "sample_id": sample_id,
         "media": media,
         "conversation": [
-            {"role": "user", "text": prefix + question.text},
-            {"role": "assistant", "text": question.answer},
+            turn
+            for number, question in enumerate(questions)
+            for turn in (
+                {"role": "user", "text": (prefix if number == 0 else "") + question.text},
+                {"role": "assistant", "text": question.answer},
+            )
         ],
-        "source": question.task,
+        "source": questions[0].task,
         "weight": 1.0,
     }
 

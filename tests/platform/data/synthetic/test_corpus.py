@@ -178,6 +178,6 @@ def test_impossible_sizes_are_refused(field: str, value: float) -> None:
 def test_the_demo_configuration_loads() -> None:
     root = Path(__file__).parents[4]
     config = load_config(CorpusConfig, root / "ray_configs" / "tiny" / "corpus.yaml")
-    assert config == CorpusConfig(output="outputs/demo/corpus", which_per_video=2)
+    assert config == CorpusConfig(output="outputs/demo/corpus")
     assert config.held_out.needle >= 400
-    assert json.dumps(config.train.by_kind()) == '{"needle": 1200, "order": 400, "count": 400}'
+    assert json.dumps(config.train.by_kind()) == '{"needle": 1000, "order": 600, "count": 400}'

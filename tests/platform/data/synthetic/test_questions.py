@@ -9,6 +9,7 @@ from timeviper_platform.data.synthetic.pictures import ALL_PICTURES, Picture
 from timeviper_platform.data.synthetic.questions import (
     HOW_OFTEN,
     caption,
+    conversations,
     count_question,
     listing,
     order_question,
@@ -102,3 +103,23 @@ def test_a_prompt_ends_with_the_end_token() -> None:
     assert end_token_id(tokenizer, NEMOTRON) == 12
     assert sample.input_ids[-1] == 12
     assert sample.input_ids.count(10) == 1
+
+
+def test_conversations_ask_every_question_and_none_after_its_answer() -> None:
+    def tasks(kind: str, num_which: int) -> set[str]:
+        """Of conversations with any seed: tasks joined by '>', conversations by ' '."""
+        scene = _scene(kind)
+        drawn = (conversations(scene, np.random.default_rng(seed), num_which=num_which) for seed in range(8))
+        return {" ".join(">".join(question.task for question in turns) for turns in rows) for rows in drawn}
+
+    assert tasks("needle", 0) == {"grounding caption", "caption grounding"}
+    assert tasks("needle", 1) == {"choice>grounding caption", "choice>caption grounding"}
+    assert tasks("needle", 2) == {"choice choice>grounding caption", "choice choice>caption grounding"}
+    assert tasks("order", 1) == {"order>order caption"}
+    assert tasks("count", 1) == {"count caption"}
+
+
+def test_either_order_question_begins_some_conversations() -> None:
+    scene = _scene("order")
+    firsts = {conversations(scene, np.random.default_rng(seed))[0][0].answer for seed in range(8)}
+    assert firsts == {str(scene.appearances[0].picture), str(scene.appearances[-1].picture)}
