@@ -36,9 +36,12 @@ from timeviper_platform.evaluation.figures import (
     layer_maps,
 )
 from timeviper_platform.evaluation.outcomes import Question
-from timeviper_platform.evaluation.run import PATHS, check_inputs, read_questions
+from timeviper_platform.evaluation.run import check_inputs, read_questions
 
 logger = logging.getLogger(__name__)
+
+PATHS = ("weights", "feature_store", "questions", "output")
+"""Keys made absolute for a task, which runs in another folder."""
 
 Figure = Literal["blocking", "dropping", "maps"]
 
