@@ -48,6 +48,7 @@ class Features:
         self.sources: list[MediaSource] = []
         self.limits: list[tuple[float | None, int | None]] = []
         self.ready = True
+        self.deep = False
         self.stored = [stored_medium(media_id) for media_id in ("films/a", "films/b", "known")]
         self.known_addresses: set[str] = set()
 
@@ -79,7 +80,8 @@ class Features:
             return Refusal(status=404, message="no such medium", code="media_not_found")
         return replace(found[0], pts_seconds=(0.0, 1.5), selected=(0,))
 
-    async def is_ready(self) -> bool:
+    async def is_ready(self, *, deep: bool) -> bool:
+        self.deep = deep
         return self.ready
 
 
@@ -96,7 +98,8 @@ class Engine:
         self.during: Callable[[], object] | None = None
         """Called while a request runs."""
         self.usage = USAGE
-        self.texts = "hello", " world"
+        self.texts: tuple[str, ...] = ("hello", " world")
+        self.delay_after_s = 0.0
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[AnswerDelta | Refusal]:
         self.requests.append(request)
@@ -119,11 +122,11 @@ class Engine:
                         finish_reason="stop" if last else None,
                         usage=self.usage if last else None,
                     )
-                await asyncio.sleep(self.delay_s)
+                await asyncio.sleep(self.delay_after_s if number == 1 else self.delay_s)
         finally:
             self.closed += 1
 
-    async def is_ready(self) -> bool:
+    async def is_ready(self, *, deep: bool) -> bool:
         return True
 
 

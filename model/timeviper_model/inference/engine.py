@@ -141,6 +141,7 @@ class InferenceEngine:
         self._undelivered: dict[RequestId, list[Event]] = {}
         self._num_prompt_tokens = 0
         self._num_completion_tokens = 0
+        self._num_vision_tokens = self._num_kept_vision_tokens = 0
         self._num_answers = 0
         self._first_token_seconds = 0.0
         self._graph: DecodeGraph | None = None
@@ -237,6 +238,8 @@ class InferenceEngine:
             reserved_kv_bytes=sum(self._cache.slot_bytes(slot) for slot in range(self.config.num_slots)),
             prompt_tokens=self._num_prompt_tokens,
             completion_tokens=self._num_completion_tokens,
+            vision_tokens=self._num_vision_tokens,
+            kept_vision_tokens=self._num_kept_vision_tokens,
             answers=self._num_answers,
             first_token_seconds=self._first_token_seconds,
             prefix_hits=self._prefixes.num_hits,
@@ -482,6 +485,9 @@ class InferenceEngine:
         self._num_completion_tokens += 1
         if len(active.tokens) == 1:
             self._num_answers += 1
+            usage = self._usage(active)
+            self._num_vision_tokens += usage.vision_tokens
+            self._num_kept_vision_tokens += usage.vision_tokens_kept
             self._first_token_seconds += time.monotonic() - active.submitted
         ended = token.id in self.end_token_ids
         if active.matcher is not None:

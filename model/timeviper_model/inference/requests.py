@@ -82,6 +82,10 @@ class EngineStats:
     prompt_tokens: int
     """Total prefilled tokens, without cached prefixes."""
     completion_tokens: int
+    vision_tokens: int
+    """Total of prompts, those of cached prefixes included."""
+    kept_vision_tokens: int
+    """Total left after the last TransV site."""
     answers: int
     """Total answers whose first token is there."""
     first_token_seconds: float

@@ -54,7 +54,7 @@ def render(options: argparse.Namespace) -> JobResult:
     files["launcher.yaml"] = _dump([launcher_file(values)])
     labels = {"app.kubernetes.io/part-of": values.name}
     files["podmonitor.yaml"] = _dump([pod_monitor(values.name, values.namespace, labels)])
-    files["prometheus.yaml"] = _dump([prometheus_config(f"{values.name}-serve-svc.{values.namespace}:8000")])
+    files["prometheus.yaml"] = _dump([prometheus_config()])
     files |= {f"dashboard-{name}.json": json.dumps(grafana_dashboard(name), indent=2) + "\n" for name in DASHBOARDS}
     options.output.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():

@@ -8,8 +8,6 @@ from timeviper_platform.common.metrics import METRICS
 
 RAY_PREFIX = "ray_"
 """Ray's exporter puts it before the names of all metrics."""
-GATEWAY_PREFIX = "timeviper_gateway_"
-"""These are on the endpoint's own page, /metrics, without Ray's prefix."""
 DISCOVERY_FILE = "/tmp/ray/prom_metrics_service_discovery.json"
 """The head writes the addresses of all nodes there."""
 WINDOW = "5m"
@@ -33,6 +31,7 @@ _SECONDS = "ray_timeviper_preprocess_stage_seconds_total"
 _ENCODING = f'sum (rate({_SECONDS}{{stage="encode"}}[{WINDOW}]))'
 _TRAIN = "ray_timeviper_train_"
 _ENGINE = "ray_timeviper_engine_"
+_GATEWAY = "ray_timeviper_gateway_"
 
 DASHBOARDS: dict[str, tuple[Panel, ...]] = {
     "preprocess": (
@@ -87,7 +86,7 @@ DASHBOARDS: dict[str, tuple[Panel, ...]] = {
             (
                 (_rate(f"{_ENGINE}completion_tokens_total"), "generated"),
                 (_rate(f"{_ENGINE}prompt_tokens_total"), "prefilled"),
-                (_rate("timeviper_gateway_prompt_tokens_total"), "prompts, cached included"),
+                (_rate(f"{_GATEWAY}prompt_tokens_total"), "prompts, cached included"),
             ),
         ),
         Panel(
@@ -98,12 +97,12 @@ DASHBOARDS: dict[str, tuple[Panel, ...]] = {
                 (f"sum ({_ENGINE}queued_requests)", "waiting"),
             ),
         ),
-        Panel("Requests a second, by status", ((_rate("timeviper_gateway_requests_total", "status"), "{{status}}"),)),
+        Panel("Requests a second, by status", ((_rate(f"{_GATEWAY}requests_total", "status"), "{{status}}"),)),
         Panel(
             "Refused as full (429), a second",
-            ((f'sum (rate(timeviper_gateway_requests_total{{status="429"}}[{WINDOW}]))', "429"),),
+            ((f'sum (rate({_GATEWAY}requests_total{{status="429"}}[{WINDOW}]))', "429"),),
         ),
-        Panel("Requests in progress", (("sum (timeviper_gateway_ongoing_requests)", "requests"),)),
+        Panel("Requests in progress", ((f"sum ({_GATEWAY}ongoing_requests)", "requests"),)),
         Panel(
             "Video-prefix cache: share of hits",
             (
@@ -126,6 +125,13 @@ DASHBOARDS: dict[str, tuple[Panel, ...]] = {
             "bytes",
         ),
         Panel(
+            "Vision tokens a second, before and after TransV",
+            (
+                (_rate(f"{_ENGINE}vision_tokens_total"), "of prompts"),
+                (_rate(f"{_ENGINE}kept_vision_tokens_total"), "kept"),
+            ),
+        ),
+        Panel(
             "Cached prefixes",
             (
                 (f"sum ({_ENGINE}prefix_entries)", "entries"),
@@ -135,8 +141,8 @@ DASHBOARDS: dict[str, tuple[Panel, ...]] = {
         Panel(
             "Answered tokens a second at the gateway",
             (
-                (_rate("timeviper_gateway_completion_tokens_total"), "generated"),
-                (_rate("timeviper_gateway_cached_prompt_tokens_total"), "cached prompt tokens"),
+                (_rate(f"{_GATEWAY}completion_tokens_total"), "generated"),
+                (_rate(f"{_GATEWAY}cached_prompt_tokens_total"), "cached prompt tokens"),
             ),
         ),
     ),
@@ -145,12 +151,7 @@ DASHBOARDS: dict[str, tuple[Panel, ...]] = {
 
 def exported_names() -> set[str]:
     """Returns the names in Prometheus of all metrics in METRICS."""
-    return {
-        ("" if metric.name.startswith(GATEWAY_PREFIX) else RAY_PREFIX)
-        + metric.name
-        + ("_total" if metric.kind == "counter" else "")
-        for metric in METRICS
-    }
+    return {RAY_PREFIX + metric.name + ("_total" if metric.kind == "counter" else "") for metric in METRICS}
 
 
 def grafana_dashboard(name: str) -> dict[str, Any]:
@@ -189,13 +190,12 @@ def grafana_dashboard(name: str) -> dict[str, Any]:
     }
 
 
-def prometheus_config(gateway: str) -> dict[str, Any]:
-    """Returns a configuration for a Prometheus on the head; `gateway` is the host and port of the endpoint."""
+def prometheus_config() -> dict[str, Any]:
+    """Returns a configuration for a Prometheus on the head."""
     return {
         "global": {"scrape_interval": "15s"},
         "scrape_configs": [
             {"job_name": "ray", "file_sd_configs": [{"files": [DISCOVERY_FILE]}]},
-            {"job_name": "gateway", "metrics_path": "/metrics", "static_configs": [{"targets": [gateway]}]},
         ],
     }
 

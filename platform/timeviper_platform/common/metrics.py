@@ -32,6 +32,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("timeviper_engine_reserved_kv_bytes", "gauge", "Bytes of keys and values reserved by requests"),
     Metric("timeviper_engine_prompt_tokens", "counter", "Prompt tokens prefilled, without those of cached prefixes"),
     Metric("timeviper_engine_completion_tokens", "counter", "Tokens generated"),
+    Metric("timeviper_engine_vision_tokens", "counter", "Vision tokens of prompts, those of cached prefixes included"),
+    Metric("timeviper_engine_kept_vision_tokens", "counter", "Vision tokens of them left after the last TransV site"),
     Metric("timeviper_engine_answers", "counter", "Answers whose first token is there"),
     Metric("timeviper_engine_first_token_seconds", "counter", "Seconds from requests to their first tokens"),
     Metric("timeviper_engine_prefix_hits", "counter", "Hits in the video-prefix cache"),

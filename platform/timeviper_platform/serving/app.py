@@ -117,7 +117,7 @@ def build_application(config: ServeConfig) -> Any:
         capacity=FEATURE_QUEUE, served_at_once=config.features.sandbox.num_workers
     )
     engine_options = deployments.engine.options(
-        capacity=engine.num_slots + engine.max_queued_requests, served_at_once=engine.num_slots
+        capacity=engine.num_slots + engine.max_queued_requests, served_at_once=engine.num_slots, has_sessions=True
     )
     gateway_options = deployments.gateway.options(capacity=MAX_GATEWAY_REQUESTS, served_at_once=GATEWAY_TARGET)
     features = serve.deployment(name="features", **feature_options)(FeatureReplica)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+SESSION_ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AutoscalingSettings:
@@ -46,16 +48,19 @@ class DeploymentSettings:
     """Seconds for running requests when a replica stops. Must exceed the longest answer."""
     autoscaling: AutoscalingSettings = field(default_factory=AutoscalingSettings)
 
-    def options(self, *, capacity: int, served_at_once: int) -> dict[str, Any]:
+    def options(self, *, capacity: int, served_at_once: int, has_sessions: bool = False) -> dict[str, Any]:
         """Returns keyword arguments for `serve.deployment`.
 
         Args:
             capacity: running and waiting requests per replica.
             served_at_once: running requests per replica.
+            has_sessions: whether requests of a session go to one replica, or to its neighbours while it is full.
         """
         scaling = self.autoscaling
         target = scaling.target_ongoing_requests or max(1.0, 0.65 * served_at_once)
+        sessions = {"request_router_config": {"request_router_class": SESSION_ROUTER}} if has_sessions else {}
         return {
+            **sessions,
             "ray_actor_options": {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus},
             "max_ongoing_requests": self.max_ongoing_requests or capacity,
             "max_queued_requests": self.max_queued_requests,

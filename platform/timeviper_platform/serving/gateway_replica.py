@@ -10,11 +10,14 @@ from typing import Any
 
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve import metrics as serve_metrics
 from ray.serve.exceptions import BackPressureError, RayServeException
 from starlette.types import ASGIApp
 
 from timeviper_platform.common.logs import setup_logging
+from timeviper_platform.common.metrics import RayMetrics
 from timeviper_platform.serving.gateway.config import HAPROXY_VARIABLE, GatewayConfig
+from timeviper_platform.serving.gateway.middleware import GatewayMetrics
 from timeviper_platform.serving.gateway.routes import create_app
 from timeviper_platform.serving.messages import (
     AnswerDelta,
@@ -29,6 +32,8 @@ from timeviper_platform.serving.messages import (
 logger = logging.getLogger(__name__)
 
 READY_TIMEOUT_S = 5.0
+SCALED = ("HEALTHY", "UPSCALING", "DOWNSCALING")
+"""Ray Serve's states of deployments that have been deployed and may be at zero replicas, or on their way from there."""
 
 
 class ServiceHandle:
@@ -51,10 +56,16 @@ class ServiceHandle:
         return await self._answer(self._handle.medium.remote(media_id))
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[AnswerDelta | Refusal]:
-        response = self._stream_handle.generate.remote(request)
+        handle = self._stream_handle
+        if request.session_id is not None:
+            handle = handle.options(session_id=request.session_id)
+        response = handle.generate.remote(request)
+        unfinished = request.n
         is_done = False
         try:
             async for item in response:
+                unfinished -= isinstance(item, AnswerDelta) and item.finish_reason is not None
+                is_done = unfinished == 0
                 yield item
             is_done = True
         except (RayError, RayServeException) as error:
@@ -64,11 +75,21 @@ class ServiceHandle:
             if not is_done:  # the client has disconnected: cancelling the replica's generator frees its slots
                 response.cancel()
 
-    async def is_ready(self) -> bool:
+    async def is_ready(self, *, deep: bool) -> bool:
         try:
-            return bool(await asyncio.wait_for(self._handle.is_ready.remote(), READY_TIMEOUT_S))
+            if deep:
+                return bool(await asyncio.wait_for(self._handle.is_ready.remote(), READY_TIMEOUT_S))
+            return await asyncio.wait_for(asyncio.to_thread(self._can_serve), READY_TIMEOUT_S)
         except (RayError, RayServeException, TimeoutError):
             return False
+
+    def _can_serve(self) -> bool:
+        """Whether replicas run or, with none, start on demand."""
+        application = serve.status().applications.get(self._handle.app_name)
+        deployment = None if application is None else application.deployments.get(self._handle.deployment_name)
+        if deployment is None:
+            return False
+        return deployment.replica_states.get("RUNNING", 0) > 0 or deployment.status in SCALED
 
     async def _answer(self, response: Any) -> Any:
         try:
@@ -93,7 +114,10 @@ class GatewayReplica:
                 f"behind HAProxy ({HAPROXY_VARIABLE}=1), which hides whether a client is on this machine"
             )
         self._app = create_app(
-            config, ServiceHandle("feature service", features), ServiceHandle("engine service", engine)
+            config,
+            ServiceHandle("feature service", features),
+            ServiceHandle("engine service", engine),
+            GatewayMetrics(RayMetrics("timeviper_gateway_", module=serve_metrics)),
         )
 
     def __serve_build_asgi_app__(self) -> ASGIApp:

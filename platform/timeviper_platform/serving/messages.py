@@ -6,6 +6,7 @@ A refusal is a message, because an exception's traceback may contain a user's te
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -162,6 +163,13 @@ class GenerateRequest:
     def num_frames(self) -> int:
         return sum(medium.num_frames for medium in self.media)
 
+    @property
+    def session_id(self) -> str | None:
+        """Equal for a tenant's questions about one first medium, so that they meet in one replica's cache."""
+        if not self.media:
+            return None
+        return hashlib.sha256(json.dumps([self.tenant, self.media[0].key]).encode()).hexdigest()
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenLogprob:
@@ -198,13 +206,13 @@ class FeatureClient(Protocol):
     async def medium(self, media_id: str) -> StoredMedium | Refusal:
         """Returns a stored medium with the times of its frames."""
 
-    async def is_ready(self) -> bool:
-        """Returns whether a replica answers."""
+    async def is_ready(self, *, deep: bool) -> bool:
+        """Returns whether replicas run or can start; with `deep`, whether one answers."""
 
 
 class EngineClient(Protocol):
     def generate(self, request: GenerateRequest) -> AsyncIterator[AnswerDelta | Refusal]:
         """Yields deltas; a Refusal is last. Closing the iterator cancels the answers."""
 
-    async def is_ready(self) -> bool:
-        """Returns whether a replica answers."""
+    async def is_ready(self, *, deep: bool) -> bool:
+        """Returns whether replicas run or can start; with `deep`, whether one answers."""

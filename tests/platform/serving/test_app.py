@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.schema import ServeDeploySchema
 
 from timeviper_model.config import PRESETS
+from timeviper_model.inference.answer import SamplingParams
 from timeviper_model.inference.memory import check_limits, request_memory
 from timeviper_model.layers.cache import HybridCache
 from timeviper_platform.common.config import parse_config
@@ -25,7 +28,7 @@ from timeviper_platform.data.encode.frame_encoder import TowerConfig, VisionTowe
 from timeviper_platform.serving.app import ServeConfig, build, resolve_paths
 from timeviper_platform.serving.deployment import AutoscalingSettings, DeploymentSettings
 from timeviper_platform.serving.gateway_replica import ServiceHandle
-from timeviper_platform.serving.messages import AnswerDelta, Refusal
+from timeviper_platform.serving.messages import AnswerDelta, ChatTurn, FeatureReference, GenerateRequest, Refusal
 
 CONFIGS = Path(__file__).resolve().parents[3] / "ray_configs"
 FILES = [CONFIGS / "serve.yaml", CONFIGS / "tiny" / "serve.yaml"]
@@ -139,6 +142,19 @@ def test_paths_become_absolute_but_names_and_uris_stay(tmp_path: Path) -> None:
     assert config.features.encoder.second == TowerConfig(model=str(tmp_path / "second"), layer=-1)
 
 
+QUESTION = GenerateRequest(tenant="a", turns=(ChatTurn(role="user", text="?"),), sampling=SamplingParams())
+
+
+def about(*media: str, tenant: str = "a") -> GenerateRequest:
+    references = tuple(
+        FeatureReference(
+            key=key, ref=None, num_frames=1, num_tokens_per_frame=1, modality="video", duration_seconds=1.0
+        )
+        for key in media
+    )
+    return replace(QUESTION, tenant=tenant, turns=(ChatTurn(role="user", text="?", media=references),))
+
+
 class Handle:
     """A deployment handle whose calls all raise `error` or return `answer`."""
 
@@ -147,8 +163,11 @@ class Handle:
         self.answer = answer
         self.features = self.generate = self.is_ready = self
         self.cancelled = 0
+        self.app_name, self.deployment_name = "app", "engine"
+        self.session_ids: list[str | None] = []
 
-    def options(self, *, stream: bool) -> Handle:
+    def options(self, *, stream: bool = False, session_id: str | None = None) -> Handle:
+        self.session_ids.append(session_id)
         return self
 
     def remote(self, *_: Any, **options: Any) -> Any:
@@ -176,10 +195,10 @@ class Handle:
 def test_rays_errors_become_refusals() -> None:
     async def ask(error: Exception) -> tuple[Any, list[Any], bool]:
         handle = Handle(error)
-        items = [item async for item in ServiceHandle("engine service", handle).generate(None)]  # type: ignore[arg-type]
+        items = [item async for item in ServiceHandle("engine service", handle).generate(QUESTION)]
         assert handle.cancelled == 0
         features = await ServiceHandle("feature service", handle).features(None)  # type: ignore[arg-type]
-        return features, items, await ServiceHandle("feature service", handle).is_ready()
+        return features, items, await ServiceHandle("feature service", handle).is_ready(deep=True)
 
     features, items, is_ready = asyncio.run(ask(RayActorError()))
     assert isinstance(features, Refusal)
@@ -191,13 +210,21 @@ def test_rays_errors_become_refusals() -> None:
 def test_a_stream_closed_early_is_cancelled_and_a_complete_one_is_not() -> None:
     async def run(whole: bool) -> int:
         handle = Handle()
-        items = ServiceHandle("engine service", handle).generate(None)  # type: ignore[arg-type]
+        items = ServiceHandle("engine service", handle).generate(QUESTION)
         await anext(items)
         if whole:
             assert len([item async for item in items]) == 1
         await items.aclose()
         return handle.cancelled
 
+    async def close_after_the_last_delta() -> int:
+        handle = Handle()
+        items = ServiceHandle("engine service", handle).generate(QUESTION)
+        assert [(await anext(items)).text, (await anext(items)).text] == ["a", "b"]  # type: ignore[union-attr]
+        await items.aclose()
+        return handle.cancelled
+
+    assert asyncio.run(close_after_the_last_delta()) == 0
     assert asyncio.run(run(whole=False)) == 1
     assert asyncio.run(run(whole=True)) == 0
 
@@ -206,3 +233,51 @@ def test_a_gateway_replica_imports_no_torch() -> None:
     code = "import sys, timeviper_platform.serving.gateway_replica; print('torch' in sys.modules, 'av' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     assert result.stdout.strip() == "False False"
+
+
+def test_a_tenants_questions_about_one_video_are_one_session() -> None:
+    handle = Handle()
+    service = ServiceHandle("engine service", handle)
+
+    async def session_of(request: GenerateRequest) -> str | None:
+        handle.session_ids.clear()
+        _ = [item async for item in service.generate(request)]
+        return handle.session_ids[-1] if handle.session_ids else None
+
+    async def sessions() -> list[str | None]:
+        asked = [about("x"), about("x", "y"), about("y"), about("x", tenant="b"), QUESTION]
+        return [await session_of(request) for request in asked]
+
+    first, more, other, another_tenant, text = asyncio.run(sessions())
+    assert first == more
+    assert len({first, other, another_tenant}) == 3
+    assert text is None
+    options = build(args_of(FILES[1]))._bound_deployment.init_args[2]._bound_deployment._deployment_config
+    assert "ConsistentHashRouter" in str(options.request_router_config.request_router_class)
+
+
+def states(status: str, **replicas: int) -> Any:
+    deployment = SimpleNamespace(status=status, replica_states=replicas)
+    return SimpleNamespace(applications={"app": SimpleNamespace(deployments={"engine": deployment})})
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (states("HEALTHY", RUNNING=1), True),
+        (states("HEALTHY"), True),  # scaled to zero
+        (states("UPSCALING", RUNNING=1, STARTING=1), True),
+        (states("UPSCALING", STARTING=1), True),  # held requests wait for it
+        (states("UPDATING", STARTING=1), False),
+        (states("UPDATING", RUNNING=1, STARTING=1), True),
+        (states("DEPLOY_FAILED"), False),
+        (states("UNHEALTHY"), False),
+        (SimpleNamespace(applications={}), False),
+    ],
+)
+def test_readiness_does_not_wake_a_service_that_can_start(
+    found: Any, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("timeviper_platform.serving.gateway_replica.serve.status", lambda: found)
+    handle = Handle(RuntimeError("called"))
+    assert asyncio.run(ServiceHandle("engine service", handle).is_ready(deep=False)) is expected

@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Mapping
 from ipaddress import ip_address
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from fastapi import Request
@@ -34,23 +34,47 @@ UPLOAD_PATHS = re.compile(r"/v1/files|/v1/uploads/[^/]+/parts")
 PUBLIC_TENANT = "public"
 
 
+class MetricsSink(Protocol):
+    """RayMetrics, in a replica."""
+
+    def add(self, name: str, amount: float, **tags: str) -> None: ...
+
+    def report(self, values: Mapping[str, float]) -> None: ...
+
+
 class GatewayMetrics:
-    def __init__(self) -> None:
+    """Counts for the page /metrics of this replica, and for `sink`, which sees all replicas."""
+
+    def __init__(self, sink: MetricsSink | None = None) -> None:
         self._registry = CollectorRegistry()
         self._metrics = prometheus_metrics("timeviper_gateway_", self._registry)
+        self._sink = sink
+        self._num_ongoing = 0
 
     def start_request(self) -> None:
-        self._metrics["ongoing_requests"].inc()
+        self._set_ongoing(self._num_ongoing + 1)
 
     def end_request(self, route: str, status: int) -> None:
-        self._metrics["ongoing_requests"].dec()
-        self._metrics["requests"].labels(route=route, status=str(status)).inc()
+        self._set_ongoing(self._num_ongoing - 1)
+        self._add("requests", 1, route=route, status=str(status))
 
     def add_usage(self, usage: Mapping[str, Any]) -> None:
         """Counts the tokens of OpenAI's usage object."""
-        self._metrics["prompt_tokens"].inc(usage["prompt_tokens"])
-        self._metrics["cached_prompt_tokens"].inc(usage["prompt_tokens_details"]["cached_tokens"])
-        self._metrics["completion_tokens"].inc(usage["completion_tokens"])
+        self._add("prompt_tokens", usage["prompt_tokens"])
+        self._add("cached_prompt_tokens", usage["prompt_tokens_details"]["cached_tokens"])
+        self._add("completion_tokens", usage["completion_tokens"])
+
+    def _add(self, name: str, amount: float, **tags: str) -> None:
+        metric = self._metrics[name]
+        (metric.labels(**tags) if tags else metric).inc(amount)
+        if self._sink is not None:
+            self._sink.add(name, amount, **tags)
+
+    def _set_ongoing(self, count: int) -> None:
+        self._num_ongoing = count
+        self._metrics["ongoing_requests"].set(count)
+        if self._sink is not None:
+            self._sink.report({"ongoing_requests": count})
 
     def render(self) -> bytes:
         return generate_latest(self._registry)

@@ -85,6 +85,11 @@ class Completion:
     def add(self, delta: AnswerDelta) -> None:
         self._deltas[delta.index].append(delta)
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether all answers have ended."""
+        return all(deltas and deltas[-1].finish_reason is not None for deltas in self._deltas)
+
     def response(self) -> dict[str, Any]:
         """Returns a chat.completion."""
         choices = []

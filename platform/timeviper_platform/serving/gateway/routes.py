@@ -74,8 +74,10 @@ MAX_VIDEOS = 1000
 _CONTENT_TYPE = "text/event-stream; charset=utf-8"
 
 
-def create_app(config: GatewayConfig, features: FeatureClient, engine: EngineClient) -> ASGIApp:
-    metrics = GatewayMetrics()
+def create_app(
+    config: GatewayConfig, features: FeatureClient, engine: EngineClient, metrics: GatewayMetrics | None = None
+) -> ASGIApp:
+    metrics = metrics or GatewayMetrics()
     keys, quotas = KeyRing(config), Quotas()
     gateway = _Gateway(config, features, engine, metrics, quotas)
 
@@ -175,9 +177,10 @@ class _Gateway:
     async def live(self) -> dict[str, str]:
         return {"status": "live"}
 
-    async def ready(self) -> Response:
-        """Returns 503 until both services are ready."""
-        features, engine = await asyncio.gather(self._features.is_ready(), self._engine.is_ready())
+    async def ready(self, request: Request) -> Response:
+        """Returns 503 unless both services run or can start. `deep=1` asks a replica of each, and so starts one."""
+        deep = request.query_params.get("deep") == "1"
+        features, engine = await asyncio.gather(self._features.is_ready(deep=deep), self._engine.is_ready(deep=deep))
         body = {"status": "ready" if features and engine else "not ready", "features": features, "engine": engine}
         return JSONResponse(body, 200 if features and engine else 503)
 
@@ -326,8 +329,8 @@ class _Gateway:
         """Waits for the whole answers; closes them even when cancelled."""
         with self._timed():
             async with contextlib.aclosing(running.deltas), asyncio.timeout_at(running.deadline):
-                async for delta in running.deltas:
-                    running.completion.add(delta)
+                while not running.completion.is_finished:
+                    running.completion.add(await _next(running.deltas))
         self._metrics.add_usage(running.completion.usage())
 
     def _streamed(self, running: _Running, answer: ChatStream | ResponseAnswer) -> Response:
@@ -339,12 +342,10 @@ class _Gateway:
         async with contextlib.aclosing(running.deltas):
             try:
                 yield answer.opening() + answer.delta(running.first)
-                while True:
+                while not running.completion.is_finished:
                     with self._timed():
                         async with asyncio.timeout_at(running.deadline):
-                            delta = await anext(running.deltas, None)
-                    if delta is None:
-                        break
+                            delta = await _next(running.deltas)
                     running.completion.add(delta)
                     yield answer.delta(delta)
             except ApiError as error:
@@ -460,6 +461,14 @@ def _accepted(answer: T | Refusal) -> T:
     if isinstance(answer, Refusal):
         raise ApiError.from_refusal(answer)
     return answer
+
+
+async def _next(deltas: AsyncGenerator[AnswerDelta]) -> AnswerDelta:
+    """Raises ApiError when the service has ended an unfinished answer."""
+    delta = await anext(deltas, None)
+    if delta is None:
+        raise ApiError(503, "the answer ended early, try again", code="unavailable", retry_after_s=1.0)
+    return delta
 
 
 async def _checked(items: AsyncIterator[AnswerDelta | Refusal]) -> AsyncGenerator[AnswerDelta]:

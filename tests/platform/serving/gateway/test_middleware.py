@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from starlette.testclient import TestClient
 
 from reference.synthetic_gateway import MP4, USAGE, Server, check_error, keys, video
+from timeviper_platform.serving.gateway.middleware import GatewayMetrics
 
 
 def test_bodies_above_the_limit_are_refused_with_and_without_content_length(tmp_path: Path) -> None:
@@ -157,3 +159,29 @@ def test_logs_contain_no_bodies_keys_or_queries(tmp_path: Path, caplog: pytest.L
     ours = [record.getMessage() for record in caplog.records if record.name.startswith("timeviper_platform")]
     assert any("POST /v1/chat/completions 200" in line for line in ours)
     assert not any("private" in line or "key-" in line for line in ours)
+
+
+def test_a_sink_gets_the_counts_of_this_replica() -> None:
+    class Sink:
+        values: ClassVar[dict[str, float]] = {}
+
+        def add(self, name: str, amount: float, **tags: str) -> None:
+            key = name + "".join(tags.values())
+            self.values[key] = self.values.get(key, 0) + amount
+
+        def report(self, values: Mapping[str, float]) -> None:
+            self.values.update(values)
+
+    metrics = GatewayMetrics(Sink())
+    metrics.start_request()
+    metrics.start_request()
+    metrics.end_request("/v1/models", 200)
+    usage = {"prompt_tokens": 9, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 0}}
+    metrics.add_usage(usage)
+    assert Sink.values == {
+        "ongoing_requests": 1,
+        "requests/v1/models200": 1,
+        "prompt_tokens": 9,
+        "cached_prompt_tokens": 0,
+        "completion_tokens": 3,
+    }

@@ -211,8 +211,10 @@ def test_models_are_listed_and_found_by_name(server: Server) -> None:
 def test_health_distinguishes_live_and_ready(server: Server) -> None:
     assert server.http.get("/health/live").status_code == 200
     assert server.http.get("/health/ready").status_code == 200
+    assert not server.features.deep
     server.features.ready = False
-    response = server.http.get("/health/ready")
+    response = server.http.get("/health/ready?deep=1")
+    assert server.features.deep
     assert (response.status_code, response.json()["features"]) == (503, False)
 
 
@@ -280,3 +282,17 @@ def test_the_gateway_imports_no_torch_and_no_decoder() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_an_answer_that_has_ended_is_closed_by_done_whatever_the_service_does_then(tmp_path: Path) -> None:
+    """A service that hangs after the last delta made a finished answer end in a timeout."""
+    server = Server(tmp_path, request_timeout_s=3.0)
+    server.engine.delay_after_s = 30.0
+    assert events(server.chat(stream=True))[-1] == "[DONE]"
+    assert server.chat().json()["choices"][0]["finish_reason"] == "stop"
+
+
+def test_an_answer_that_ends_early_is_an_error(server: Server) -> None:
+    server.engine.texts = ("hello",)
+    assert events(server.chat(stream=True))[-1]["error"]["code"] == "unavailable"
+    check_error(server.chat(), 503, "unavailable")
