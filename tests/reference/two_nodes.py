@@ -48,16 +48,7 @@ class TwoNodes:
         self._second.wait()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        command = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--node-ip-address=127.0.0.1"]
-        command += [f"--address={self.environment['RAY_ADDRESS']}", "--num-cpus=2", "--object-store-memory=200000000"]
-        command += [f"--{name}={free_port()}" for name in PORTS]
-        return subprocess.Popen(
-            command,
-            env={**os.environ, **self.environment},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        return start_node(self.environment, num_cpus=2)
 
     def _raylet(self) -> psutil.Process | None:
         """The second node's raylet, waiting until it has started."""
@@ -90,6 +81,20 @@ class TwoNodes:
         except psutil.NoSuchProcess:
             return False
         return True
+
+
+def start_node(environment: dict[str, str], *, num_cpus: int) -> subprocess.Popen[bytes]:
+    """Starts another node of a cluster on this machine, in a process group of its own."""
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--node-ip-address=127.0.0.1"]
+    command += [f"--address={environment['RAY_ADDRESS']}", f"--num-cpus={num_cpus}", "--object-store-memory=200000000"]
+    command += [f"--{name}={free_port()}" for name in PORTS]
+    return subprocess.Popen(
+        command,
+        env={**os.environ, **environment},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ def preprocess(options: argparse.Namespace) -> JobResult:
     if options.dry_run:
         return JobResult(_estimate_lines(config))
     report = run_preprocess(config)
-    return JobResult([f"features   {config.feature_store}", *report.lines()])
+    return JobResult([f"features   {config.resolve_paths().feature_store}", *report.lines()])
 
 
 def _estimate_lines(config: PreprocessConfig) -> list[str]:

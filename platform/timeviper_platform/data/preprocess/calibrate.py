@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from threading import Barrier
 from typing import Literal
 
@@ -37,6 +37,10 @@ class Calibration:
     decode_seconds: float
     encode_seconds: float
     write_seconds: float = 0.0
+
+    def __add__(self, other: Calibration) -> Calibration:
+        names = (field.name for field in fields(self))
+        return Calibration(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
     def ideal_frames_per_second(
         self, decode_slots: int, encode_slots: int, *, is_fused: bool, num_cores: int, has_gpu: bool = False

@@ -19,13 +19,15 @@ class ExecutionConfig:
     """fused = workers decode and encode; split = decoding has its own workers, so that GPU encoders never wait;
     auto = the faster of both, measured."""
     num_workers: int | None = None
-    """Maximum encoding processes; null = one per GPU if gpus_per_worker > 0, else per CPU."""
+    """Maximum encoding processes; null = one per GPU if gpus_per_worker > 0, else per CPU. They follow nodes that join
+    and leave.
+    """
     min_workers: int | None = None
-    """Minimum encoding processes; null = initial_workers, or num_workers."""
+    """Minimum encoding processes, requested even while no node has room for them; null = 1."""
     initial_workers: int | None = None
-    """Encoding processes at the start; null = min_workers."""
+    """Encoding processes at the start; null = as many as the nodes hold."""
     num_decode_workers: int | None = None
-    """Decoding processes in mode split; null = one per CPU."""
+    """Decoding processes in mode split; null = as many as the encoders need by the measured costs."""
     cpus_per_worker: float = 0.75
     """CPUs reserved per worker. Below 1, so that Ray's own tasks fit on small machines."""
     gpus_per_worker: float = 0.0

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
+from timeviper_platform.common.ray_cluster import has_cluster
 from timeviper_platform.data.encode.frame_encoder import describe_encoder
 from timeviper_platform.data.encode.recipe import differences, older_recipe, recipe_hash
+from timeviper_platform.data.plan.segments import Segment
 from timeviper_platform.data.plan.stored_plan import PlanCounts, finished_segments, missing_rows
-from timeviper_platform.data.preprocess.calibrate import Calibration, SegmentSample, calibrate
+from timeviper_platform.data.preprocess.calibrate import Calibration, SegmentSample
 from timeviper_platform.data.preprocess.config import PreprocessConfig
-from timeviper_platform.data.preprocess.ray_graph import num_cpus, worker_slots
+from timeviper_platform.data.preprocess.ray_graph import Nodes, calibrate_here, calibrate_on_ray, pool_sizes
 from timeviper_platform.data.preprocess.run import last_rate, make_recipe, plan_tables, worker_spec
+from timeviper_platform.data.preprocess.worker import WorkerSpec
 from timeviper_platform.data.store.layout import find_header
 
 
@@ -55,7 +58,7 @@ def estimate(config: PreprocessConfig) -> Estimate:
         counts.add(table, is_missing)
         sample.add(table.filter(pa.array(is_missing)))
     segments, spec = sample.segments, worker_spec(config, encoder, digest)
-    calibration = calibrate(segments, spec, spec.new_encoder()) if segments else None
+    calibration = _measure(segments, spec, config) if segments else None
     frames, rate = counts.frames_missing, last_rate(config.feature_store)
     return Estimate(
         media=counts.media,
@@ -72,9 +75,18 @@ def estimate(config: PreprocessConfig) -> Estimate:
     )
 
 
+def _measure(segments: list[Segment], spec: WorkerSpec, config: PreprocessConfig) -> Calibration | None:
+    return calibrate_on_ray(segments, spec, config.execution) if has_cluster() else calibrate_here(segments, spec)
+
+
 def _ideal(calibration: Calibration, config: PreprocessConfig) -> float:
-    slots, cores = worker_slots(config.execution), num_cpus()
+    nodes = Nodes.now()
     has_gpu, mode = config.encoder.device != "cpu", config.execution.mode
+    split = replace(config.execution, mode="split")
     if mode == "auto":
-        mode = calibration.best_mode(*slots, num_cores=cores, has_gpu=has_gpu)
-    return calibration.ideal_frames_per_second(*slots, is_fused=mode == "fused", num_cores=cores, has_gpu=has_gpu)
+        slots = pool_sizes(nodes, split, calibration)
+        mode = calibration.best_mode(*slots, num_cores=nodes.num_cpus, has_gpu=has_gpu)
+    slots = pool_sizes(nodes, replace(config.execution, mode=mode), calibration)
+    return calibration.ideal_frames_per_second(
+        *slots, is_fused=mode == "fused", num_cores=nodes.num_cpus, has_gpu=has_gpu
+    )

@@ -7,13 +7,14 @@ import math
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from timeviper_platform.common.metrics import RayMetrics
+from timeviper_platform.data.preprocess.report import RunTotals
 from timeviper_platform.data.preprocess.tasks import TaskResult
 from timeviper_platform.data.store.audit import Outcomes
 
@@ -28,8 +29,7 @@ class Progress:
     num_frames: int
     every_seconds: float
     """seconds between log lines"""
-    results: list[TaskResult] = field(default_factory=list)
-    """results without per-medium lists: ten million segments have 300 000 tasks"""
+    totals: RunTotals = field(default_factory=RunTotals)
     _last_logged: float = field(default_factory=time.monotonic)
     _segments: Outcomes = field(default_factory=Outcomes)
     _frames: int = 0
@@ -53,7 +53,7 @@ class Progress:
             self._log_redirection.__exit__(*error)
 
     def add(self, result: TaskResult) -> None:
-        self.results.append(replace(result, media=[], reasons=[], error_types=[], messages=[]))
+        self.totals.add(result)
         self._segments += result.segments
         self._frames += result.num_frames
         self._reasons.update(result.error_types)

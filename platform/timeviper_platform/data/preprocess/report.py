@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from timeviper_platform.data.inputs.readers import count_text
 from timeviper_platform.data.media.container import RETRYABLE
-from timeviper_platform.data.preprocess.calibrate import cost_of
+from timeviper_platform.data.preprocess.calibrate import Calibration, cost_of
 from timeviper_platform.data.preprocess.repeats import RepeatingMedium
-from timeviper_platform.data.preprocess.tasks import TaskResult
+from timeviper_platform.data.preprocess.tasks import TaskResult, process_name
 from timeviper_platform.data.store.audit import Outcomes
 
 
@@ -117,21 +120,60 @@ class PreprocessReport:
         ]
 
 
-def steady_rate(results: Sequence[TaskResult]) -> float:
+STAGES = {"decode": "decoder", "encode": "encoder", "write": "worker"}
+"""stage -> field of TaskResult that names its process"""
+
+
+class RunTotals:
+    """Sums over task results. Grows by 24 bytes a task and a name a process."""
+
+    def __init__(self, results: Iterable[TaskResult] = ()) -> None:
+        self.segments = self.frames = self.retries_elsewhere = 0
+        """`retries_elsewhere`: storage retries of other processes than this one"""
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+        """busy wall seconds by stage"""
+        self.processes: dict[str, set[str]] = {stage: set() for stage in STAGES}
+        self.cost = Calibration(segments=0, frames=0, decode_seconds=0.0, encode_seconds=0.0)
+        """CPU seconds by stage"""
+        self.is_fused = True
+        self._spans = tuple(array("d") for _ in range(3))  # start, end and frames of each task
+        for result in results:
+            self.add(result)
+
+    def add(self, result: TaskResult) -> None:
+        self.segments += result.segments.planned
+        self.frames += result.num_frames
+        self.retries_elsewhere += result.retries if result.worker != process_name() else 0
+        for stage, process in STAGES.items():
+            self.seconds[stage] += getattr(result, f"{stage}_seconds")
+            self.processes[stage].add(getattr(result, process))
+        self.cost += cost_of([result])
+        self.is_fused = self.is_fused and result.decoder == result.encoder
+        for values, value in zip(self._spans, (result.started, result.ended, result.num_frames), strict=True):
+            values.append(value)
+
+    def __bool__(self) -> bool:
+        return len(self._spans[0]) > 0
+
+    def spans(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns start and end, in seconds since the epoch, and frames of each task."""
+        started, ended, frames = (np.array(values) for values in self._spans)
+        return started, ended, frames
+
+
+def steady_rate(totals: RunTotals) -> float:
     """Frames per second in the middle 60 % of a run, since workers start and end one after the other.
 
     Spreads a task's frames evenly over its time.
     """
-    if not results:
+    if not totals:
         return 0.0
-    begin, end = min(r.started for r in results), max(r.ended for r in results)
+    started, ended, frames = totals.spans()
+    begin, end = started.min(), ended.max()
     low, high = begin + 0.2 * (end - begin), end - 0.2 * (end - begin)
-    low = min(max(low, min(r.ended for r in results)), (low + high) / 2)  # at least half of a run with few long tasks
-    frames = sum(
-        r.num_frames * max(0.0, min(high, r.ended) - max(low, r.started)) / max(1e-9, r.ended - r.started)
-        for r in results
-    )
-    return frames / max(1e-9, high - low)
+    low = min(max(low, ended.min()), (low + high) / 2)  # at least half of a run with few long tasks
+    shares = np.clip(np.minimum(high, ended) - np.maximum(low, started), 0, None) / np.maximum(1e-9, ended - started)
+    return float((frames * shares).sum() / max(1e-9, high - low))
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,26 +185,21 @@ class Speed:
     cores_per_encoder: float
 
 
-def measure_speed(results: Sequence[TaskResult], *, num_cores: int, has_gpu: bool = False) -> Speed:
+def measure_speed(totals: RunTotals, *, num_cores: int, has_gpu: bool = False) -> Speed:
     """Compares the speed with 1 / max(CPU seconds per frame / workers) over the stages."""
-    frames = sum(r.num_frames for r in results)
-    if not frames:
+    if not totals.frames:
         return Speed({}, {}, 0.0, 0.0, 0.0)
-    stages = {"decode": "decoder", "encode": "encoder", "write": "worker"}
-    busy = {stage: sum(getattr(r, f"{stage}_seconds") for r in results) for stage in stages}
-    workers = {stage: len({getattr(r, process) for r in results}) for stage, process in stages.items()}
-    wall = max(1e-9, max(r.ended for r in results) - min(r.started for r in results))
-    ideal = cost_of(results).ideal_frames_per_second(
-        workers["decode"],
-        workers["encode"],
-        is_fused=all(r.decoder == r.encoder for r in results),
-        num_cores=num_cores,
-        has_gpu=has_gpu,
+    busy = totals.seconds
+    workers = {stage: len(names) for stage, names in totals.processes.items()}
+    started, ended, _ = totals.spans()
+    wall = max(1e-9, float(ended.max() - started.min()))
+    ideal = totals.cost.ideal_frames_per_second(
+        workers["decode"], workers["encode"], is_fused=totals.is_fused, num_cores=num_cores, has_gpu=has_gpu
     )
     return Speed(
         workers=workers,
-        utilisation={stage: round(busy[stage] / (workers[stage] * wall), 3) for stage in busy},
+        utilisation={stage: round(busy[stage] / (workers[stage] * wall), 3) for stage in STAGES},
         ideal_frames_per_second=round(ideal, 2),
-        share_of_ideal=round(steady_rate(results) / ideal, 3),
+        share_of_ideal=round(steady_rate(totals) / ideal, 3),
         cores_per_encoder=round((busy["decode"] + busy["write"]) / max(1e-9, busy["encode"]), 2),
     )

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict, replace
 from typing import Any
 
 import pyarrow as pa
 
 from timeviper_platform.common import storage
+from timeviper_platform.common.cluster_checks import StorageProof, check_every_node, refuse_lost_outputs, storage_proof
 from timeviper_platform.common.lease import hold_lease
-from timeviper_platform.common.ray_cluster import has_cluster
+from timeviper_platform.common.ray_cluster import connect, has_cluster
 from timeviper_platform.data.encode.frame_encoder import EncoderDescription, describe_encoder
 from timeviper_platform.data.inputs.readers import origin_of, read_pages
+from timeviper_platform.data.media.http_file import is_web
 from timeviper_platform.data.media.medium import exact
 from timeviper_platform.data.plan.segments import PlanSpec, Segment
 from timeviper_platform.data.plan.stored_plan import Plan, finished_segments, plan_here, write_plan
@@ -23,9 +26,9 @@ from timeviper_platform.data.preprocess.config import ExecutionConfig, Preproces
 from timeviper_platform.data.preprocess.failures import ConsecutiveFailureLimit
 from timeviper_platform.data.preprocess.finalize import finalize_store
 from timeviper_platform.data.preprocess.progress import Progress
-from timeviper_platform.data.preprocess.ray_graph import num_cpus, plan_on_ray, run_on_ray
-from timeviper_platform.data.preprocess.report import PreprocessReport, measure_speed, steady_rate
-from timeviper_platform.data.preprocess.tasks import TaskResult, cut_tasks, process_name
+from timeviper_platform.data.preprocess.ray_graph import Nodes, plan_on_ray, run_on_ray
+from timeviper_platform.data.preprocess.report import PreprocessReport, RunTotals, measure_speed, steady_rate
+from timeviper_platform.data.preprocess.tasks import TaskResult, cut_tasks
 from timeviper_platform.data.preprocess.worker import WorkerSpec, run_here
 from timeviper_platform.data.store.writer import StoreWriter
 
@@ -45,30 +48,42 @@ def run_preprocess(config: PreprocessConfig, *, run: Runner = run_on_ray) -> Pre
         LeaseHeldError: if another job writes to the store.
         RuntimeError: if the store cannot be written, or the audit finds a gap.
     """
+    refuse_lost_outputs({"feature_store": config.feature_store})
     config = config.resolve_paths()
     storage.ensure_writable(config.feature_store)
-    with hold_lease(config.feature_store, "jobs/preprocess.py"):
-        return _run(config, run)
+    folders, inputs = {"feature_store": config.feature_store}, _checkable_input(config.input)
+    with hold_lease(config.feature_store, "jobs/preprocess.py"), storage_proof(folders, inputs) as proof:
+        return _run(config, run, proof)
 
 
-def _run(config: PreprocessConfig, run: Runner) -> PreprocessReport:
+def _checkable_input(uri: str) -> dict[str, str]:
+    """The file or folder that nodes must see; nothing if it is missing here, where reading it gives a better error."""
+    root = uri if not any(mark in uri for mark in "*?[") else re.split(r"[^/]*[*?\[]", uri, maxsplit=1)[0]
+    return {"input": root} if root and not is_web(uri) and storage.exists(root) else {}
+
+
+def _run(config: PreprocessConfig, run: Runner, proof: StorageProof) -> PreprocessReport:
     stopwatch = _Stopwatch()
     retries_before = storage.num_retries()
     if config.decode.backend != "pyav":  # the decoding child processes have no log
         logger.info("decode.backend %s takes the local files it supports; pyav the rest", config.decode.backend)
     encoder = describe_encoder(config.encoder)
+    if has_cluster():
+        with connect():
+            logger.info("%d nodes see the feature store and the input", check_every_node(proof))
     store = StoreWriter.create(config.feature_store, make_recipe(encoder, config))
     if num_removed := store.remove_uncommitted():
         logger.info("removed %d files that an earlier run had not committed", num_removed)
     left_out = Counter[str]()
     plan = _plan(config, store.recipe_hash, left_out)
     stopwatch.lap("plan")
-    spec = worker_spec(config, encoder, store.recipe_hash)
-    results = _process(plan, spec, config, run) if plan.missing else []
-    if results:
-        stopwatch.lap("start_up", until=min(result.started for result in results))
-        stopwatch.lap("run", until=max(result.ended for result in results))
-    return _finalize(config, plan, results, stopwatch, retries_before, left_out)
+    spec = replace(worker_spec(config, encoder, store.recipe_hash), proof=proof)
+    done = _process(plan, spec, config, run) if plan.missing else RunTotals()
+    if done:
+        started, ended, _ = done.spans()
+        stopwatch.lap("start_up", until=float(started.min()))
+        stopwatch.lap("run", until=float(ended.max()))
+    return _finalize(config, plan, done, stopwatch, retries_before, left_out)
 
 
 def make_recipe(encoder: EncoderDescription, config: PreprocessConfig) -> dict[str, Any]:
@@ -134,7 +149,7 @@ def _plan(config: PreprocessConfig, recipe_hash: str, left_out: Counter[str]) ->
     return plan
 
 
-def _process(plan: Plan, spec: WorkerSpec, config: PreprocessConfig, run: Runner) -> list[TaskResult]:
+def _process(plan: Plan, spec: WorkerSpec, config: PreprocessConfig, run: Runner) -> RunTotals:
     execution = config.execution
     failures = ConsecutiveFailureLimit(
         execution.max_consecutive_failures,
@@ -144,13 +159,13 @@ def _process(plan: Plan, spec: WorkerSpec, config: PreprocessConfig, run: Runner
         for result in run(plan.missing, spec, execution):
             progress.add(result)
             failures.add(result.media, result.reasons, result.messages)
-    return progress.results
+    return progress.totals
 
 
 def _finalize(
     config: PreprocessConfig,
     plan: Plan,
-    results: Sequence[TaskResult],
+    done: RunTotals,
     stopwatch: _Stopwatch,
     retries_before: int,
     left_out: Counter[str],
@@ -159,14 +174,13 @@ def _finalize(
     totals = finalize_store(config.feature_store, plan.tables(), max_repeated_share=max_repeated_share)
     media, segments, repeats = totals.audit.media, totals.audit.segments, totals.repeats
     stopwatch.lap("finalize")
-    retries_elsewhere = sum(result.retries for result in results if result.worker != process_name())
     report = PreprocessReport(
         media=media,
         segments=segments,
-        segments_encoded=sum(result.segments.planned for result in results),
+        segments_encoded=done.segments,
         files_left_out=dict(left_out.most_common()),
         frames=totals.frames,
-        frames_encoded=sum(result.num_frames for result in results),
+        frames_encoded=done.frames,
         frames_missing=totals.frames_missing,
         frames_repeated=repeats.frames,
         media_repeating=repeats.media,
@@ -174,15 +188,12 @@ def _finalize(
         errors_by_stage=totals.errors_by_stage(),
         joined_media=plan.counts.joined_media,
         joined_parts=plan.counts.joined_parts,
-        frames_per_second=round(steady_rate(results), 2) if results else last_rate(config.feature_store),
+        frames_per_second=round(steady_rate(done), 2) if done else last_rate(config.feature_store),
         bytes=totals.bytes,
         seconds=stopwatch.seconds,
-        stage_seconds={
-            stage: round(sum(getattr(result, f"{stage}_seconds") for result in results), 2)
-            for stage in ("decode", "encode", "write")
-        },
-        **asdict(measure_speed(results, num_cores=num_cpus(), has_gpu=config.encoder.device != "cpu")),
-        retries=storage.num_retries() - retries_before + retries_elsewhere,
+        stage_seconds={stage: round(seconds, 2) for stage, seconds in done.seconds.items()},
+        **asdict(measure_speed(done, num_cores=Nodes.now().num_cpus, has_gpu=config.encoder.device != "cpu")),
+        retries=storage.num_retries() - retries_before + done.retries_elsewhere,
     )
     storage.write_json(storage.join_uri(config.feature_store, REPORT_FILE), report.to_json())
     if repeats.frames > max_repeated_share * totals.frames:

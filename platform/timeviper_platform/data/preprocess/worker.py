@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from threading import Lock
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from timeviper_platform.common import storage
+from timeviper_platform.common.cluster_checks import StorageProof
 from timeviper_platform.data.encode.frame_encoder import FrameEncoder, VisionTowerConfig
 from timeviper_platform.data.media.container import MediaLimits
 from timeviper_platform.data.preprocess.segment_rows import SegmentDecoder, SegmentEncoder, TimedIterator
@@ -40,6 +41,8 @@ class WorkerSpec:
     keyframes_only: bool = False
     row_group_bytes: int = ROW_GROUP_BYTES
     resample: Resample = "bicubic"
+    proof: StorageProof = field(default_factory=StorageProof)
+    """checked by each worker before its first task"""
 
     def new_decoder(self) -> SegmentDecoder:
         return SegmentDecoder(

@@ -19,8 +19,20 @@ from reference.media_corpus import BAD, contents, make_config, no_runner
 from timeviper_platform.common import ray_cluster as session
 from timeviper_platform.common import storage
 from timeviper_platform.data.plan.segments import Segment
+from timeviper_platform.data.preprocess import ray_graph
+from timeviper_platform.data.preprocess.calibrate import Calibration
 from timeviper_platform.data.preprocess.config import ExecutionConfig
-from timeviper_platform.data.preprocess.ray_graph import DecodeStep, EncodeStep, FusedStep, from_block, to_block
+from timeviper_platform.data.preprocess.ray_graph import (
+    DecodeStep,
+    EncodeStep,
+    FusedStep,
+    Nodes,
+    from_block,
+    fused_cpus,
+    pool_sizes,
+    rounds,
+    to_block,
+)
 from timeviper_platform.data.preprocess.run import run_preprocess
 from timeviper_platform.data.preprocess.segment_rows import SegmentDecoder
 from timeviper_platform.data.preprocess.tasks import TaskResult, WriteTask, cut_tasks
@@ -190,3 +202,57 @@ def test_contradictory_pool_sizes_are_refused(bounds: tuple[int | None, int | No
     with pytest.raises(ValueError, match=r"<= self\.num_workers = .* must hold"):
         ExecutionConfig(min_workers=min_workers, initial_workers=initial_workers, num_workers=num_workers)
     assert ExecutionConfig(min_workers=1, initial_workers=2, num_workers=2).num_workers == 2
+
+
+CPU_NODE, GPU_NODE = {"CPU": 16.0}, {"CPU": 16.0, "GPU": 8.0}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "options", "expected"),
+    [
+        ([CPU_NODE], {}, (0, 16)),
+        ([CPU_NODE, CPU_NODE, {"CPU": 0.5}], {}, (0, 32)),
+        ([CPU_NODE], {"num_workers": 4}, (0, 4)),
+        ([], {}, (0, 1)),
+        ([], {"min_workers": 3}, (0, 3)),
+        ([GPU_NODE, CPU_NODE], {"gpus_per_worker": 1}, (0, 8)),
+        ([GPU_NODE], {"gpus_per_worker": 0.25}, (0, 32)),
+        # 3 times as long to decode as to encode: 3 decoders an encoder, and a tenth more
+        ([GPU_NODE, CPU_NODE, CPU_NODE], {"gpus_per_worker": 1, "mode": "split"}, (27, 8)),
+        ([GPU_NODE], {"gpus_per_worker": 1, "mode": "split"}, (13, 8)),  # the CPUs that the encoders leave
+        ([GPU_NODE], {"gpus_per_worker": 1, "mode": "split", "num_decode_workers": 5}, (5, 8)),
+        ([CPU_NODE], {"mode": "split"}, (16, 5)),
+    ],
+)
+def test_pools_begin_with_what_nodes_and_measured_costs_ask_for(
+    nodes: list[dict[str, float]], options: dict[str, Any], expected: tuple[int, int]
+) -> None:
+    cost = Calibration(segments=1, frames=100, decode_seconds=3.0, encode_seconds=1.0)
+    assert pool_sizes(Nodes(nodes), ExecutionConfig(**options), cost) == expected
+
+
+def test_a_node_holds_one_fused_worker_per_cpu() -> None:
+    for num_cpus in (1, 2, 3, 4, 16, 192):
+        reserved = fused_cpus(ExecutionConfig(), Nodes([{"CPU": num_cpus}]))
+        assert int(num_cpus / reserved) == num_cpus
+    assert fused_cpus(ExecutionConfig(cpus_per_worker=3), Nodes([CPU_NODE])) == 3
+    assert fused_cpus(ExecutionConfig(num_workers=2), Nodes([CPU_NODE])) == 0.75
+
+
+def test_a_round_is_bounded_in_tasks_blocks_and_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"TASKS_PER_ROUND": 64, "SEGMENTS_PER_ROUND": 100, "BLOCKS_PER_ROUND": 8}.items():
+        monkeypatch.setattr(ray_graph, name, value)
+
+    def sizes(num_tasks: int, num_segments: int = 1, num_workers: int = 0) -> list[list[int]]:
+        tasks = [WriteTask(str(n), (n,) * num_segments) for n in range(num_tasks)]  # type: ignore[arg-type]
+        found = list(rounds(iter(tasks), num_tasks, num_workers))
+        names = [task.name for blocks in found for block in blocks for task in from_block(block)]
+        assert names == [task.name for task in tasks]
+        return [[len(block) for block in blocks] for blocks in found]
+
+    assert sizes(0) == []
+    assert sizes(8) == [[1] * 8]
+    assert sizes(15) == [[2] * 7 + [1]]
+    assert sizes(8 * 8 + 9) == [[8] * 8, [2] * 4 + [1]]
+    assert sizes(16, num_workers=1) == [[1] * 16]
+    assert sizes(8, num_segments=50) == [[1] * 2] * 4
