@@ -6,6 +6,7 @@ Sets `request.state.tenant`.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import re
 import time
@@ -22,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from timeviper_platform.common.metrics import prometheus_metrics
 from timeviper_platform.serving.gateway.config import ApiKey, GatewayConfig
+from timeviper_platform.serving.gateway.connections import MAX_REQUEST_ID
 from timeviper_platform.serving.gateway.keys import KeyRing, Quotas
 from timeviper_platform.serving.gateway.openai_protocol import ApiError
 from timeviper_platform.serving.page.static_files import PATHS as PAGE_PATHS
@@ -99,6 +101,8 @@ class RequestGuard:
         started = time.monotonic()
         status = 0
         is_head = scope["method"] == "HEAD"
+        # Ray Serve's server gives every request an id, and sends it back
+        request_id = Request(scope).headers.get("x-request-id", "")[:MAX_REQUEST_ID]
         scope = _plain_scope(scope)
 
         async def send_noting_status(message: Message) -> None:
@@ -115,14 +119,16 @@ class RequestGuard:
         except Exception as error:  # noqa: BLE001 - a bug becomes a 500 in OpenAI's format
             # the message is not logged, because it may quote the request
             frames = "".join(traceback.format_tb(error.__traceback__))
-            logger.error("%s failed: %s at\n%s", _route(scope), type(error).__name__, frames)
+            failure = {"route": _route(scope), "error": type(error).__name__, "trace": frames}
+            logger.error("%s", json.dumps({"event": "failure", "request_id": request_id, **failure}))
             if status == 0:
                 bug = ApiError(500, "the server failed to answer this request", code="internal_error")
                 await JSONResponse(bug.body(), 500)(scope, receive, send_noting_status)
         finally:
             self._metrics.end_request(_route(scope), status)
             seconds = time.monotonic() - started
-            logger.info("%s %s %d in %.3f s", scope["method"], _route(scope), status, seconds)
+            values = {"method": scope["method"], "route": _route(scope), "status": status, "seconds": round(seconds, 3)}
+            logger.info("%s", json.dumps({"event": "request", "request_id": request_id, **values}))
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import Mapping
@@ -154,10 +155,14 @@ def test_an_unexpected_error_is_a_500_without_private_text_in_log_and_answer(
 def test_logs_contain_no_bodies_keys_or_queries(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     server = Server(tmp_path, api_keys=keys("alice"))
     with caplog.at_level(logging.INFO, logger="timeviper_platform"):
+        server.http.headers["x-request-id"] = "id-1"
         server.chat("a private question", key="key-alice")
         server.http.get("/v1/models?token=private", headers={"Authorization": "Bearer key-private"})
     ours = [record.getMessage() for record in caplog.records if record.name.startswith("timeviper_platform")]
-    assert any("POST /v1/chat/completions 200" in line for line in ours)
+    first = json.loads(ours[0])
+    assert first.pop("seconds") >= 0
+    route = "/v1/chat/completions"
+    assert first == {"event": "request", "request_id": "id-1", "method": "POST", "route": route, "status": 200}
     assert not any("private" in line or "key-" in line for line in ours)
 
 
