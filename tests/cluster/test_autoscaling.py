@@ -107,6 +107,7 @@ def test_a_cluster_grows_from_no_node_to_two_and_shrinks_again(tmp_path: Path) -
     (tmp_path / "preprocess.yaml").write_text(yaml.safe_dump(values))
     fake = {
         "RAY_FAKE_CLUSTER": "1",
+        "RAY_raylet_start_wait_time_s": "120",
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "RAY_enable_autoscaler_v2": "1",
         "RAY_CLOUD_INSTANCE_ID": HEAD,

@@ -110,6 +110,7 @@ def isolated_nodes(
 ) -> Iterator[Nodes]:
     """Runs a head without CPUs and `num_nodes` nodes; `environment` is set in all processes of Ray."""
     quick = {"RAY_health_check_period_ms": "1000", "RAY_health_check_initial_delay_ms": "1000"}
+    quick["RAY_raylet_start_wait_time_s"] = f"{START_SECONDS:.0f}"  # Ray's 30 s are short where cores are shared
     (folder / "token").mkdir()
     token = make_token(folder / "token")
     settings = {**quick, **environment}
