@@ -174,28 +174,13 @@ def test_training_on_two_nodes_has_the_losses_of_an_undisturbed_run_when_one_is_
     assert [row["loss"] for row in rows] == [row["loss"] for row in whole]
 
 
-@pytest.mark.parametrize(
-    ("job", "key"), [("preprocess", "feature_store"), ("train", "runs")], ids=["features", "checkpoints"]
-)
-def test_outputs_on_the_disk_of_one_node_are_refused(nodes: Nodes, tmp_path: Path, job: str, key: str) -> None:
+def test_checkpoints_on_the_disk_of_one_node_are_refused(nodes: Nodes, tmp_path: Path) -> None:
     """The head, where the driver runs, sees the folder; the nodes have a /tmp of their own."""
-    if job == "preprocess":
-        (tmp_path / "media").mkdir()
-        make_video(tmp_path / "media" / "clip.mp4", range(8))
-        make_encoder(tmp_path / "encoder")
-        values = {
-            "input": upload(tmp_path / "media", "one"),
-            "encoder": {"model": upload(tmp_path / "encoder", "tower")},
-        }
-    else:
-        values = uploaded_training(
-            tmp_path / "corpus", workers={"num_workers": 2, "resources_per_worker": {"CPU": 0.9}}
-        )
-    values[key] = str(tmp_path / "outputs")
-    log = tmp_path / "job.log"
-    submitted = submit(nodes, log, f"jobs/{job}.py", "--config", write_yaml(values, tmp_path / "job.yaml"))
-    assert submitted.wait(300) != 0
-    message = rf"^error: nodes lack storage of the run: .*{key} .* is not the folder that the driver writes to"
+    values = uploaded_training(tmp_path / "corpus", workers=WORKERS) | {"runs": str(tmp_path / "runs")}
+    log = tmp_path / "train.log"
+    job = submit(nodes, log, "jobs/train.py", "--config", write_yaml(values, tmp_path / "train.yaml"))
+    assert job.wait(300) == 1
+    message = r"^error: nodes lack storage of the run: .*runs .* is not the folder that the driver writes to"
     assert re.search(message, log.read_text(), re.MULTILINE), log.read_text()[-3000:]
 
 
