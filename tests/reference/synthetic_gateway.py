@@ -19,6 +19,7 @@ from timeviper_platform.serving.gateway.config import ApiKey, GatewayConfig
 from timeviper_platform.serving.gateway.routes import create_app
 from timeviper_platform.serving.messages import (
     AnswerDelta,
+    FeatureProgress,
     FeatureReference,
     GenerateRequest,
     MediaAddress,
@@ -69,6 +70,12 @@ class Features:
             duration_seconds=2.0,
             times_seconds=(0.0, 1.04),
         )
+
+    async def watch(
+        self, source: MediaSource, *, fps: float | None = None, max_frames: int | None = None
+    ) -> AsyncGenerator[FeatureProgress | FeatureReference | Refusal]:
+        yield FeatureProgress(stage="encoding", frames_done=1, frames_total=2)
+        yield await self.features(source, fps=fps, max_frames=max_frames)
 
     async def list_media(self, *, after: str, prefix: str, limit: int) -> MediaPage | Refusal:
         found = [medium for medium in self.stored if medium.media_id.startswith(prefix) and medium.media_id > after]

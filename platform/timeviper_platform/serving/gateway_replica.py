@@ -21,6 +21,7 @@ from timeviper_platform.serving.gateway.middleware import GatewayMetrics
 from timeviper_platform.serving.gateway.routes import create_app
 from timeviper_platform.serving.messages import (
     AnswerDelta,
+    FeatureProgress,
     FeatureReference,
     GenerateRequest,
     MediaPage,
@@ -48,6 +49,22 @@ class ServiceHandle:
         self, source: MediaSource, *, fps: float | None = None, max_frames: int | None = None
     ) -> FeatureReference | Refusal:
         return await self._answer(self._handle.features.remote(source, fps=fps, max_frames=max_frames))
+
+    async def watch(
+        self, source: MediaSource, *, fps: float | None = None, max_frames: int | None = None
+    ) -> AsyncGenerator[FeatureProgress | FeatureReference | Refusal]:
+        response = self._stream_handle.watch.remote(source, fps=fps, max_frames=max_frames)
+        is_done = False
+        try:
+            async for item in response:
+                yield item
+            is_done = True
+        except (RayError, RayServeException) as error:
+            is_done = True
+            yield self._refusal(error)
+        finally:
+            if not is_done:  # the job was cancelled
+                response.cancel()
 
     async def list_media(self, *, after: str, prefix: str, limit: int) -> MediaPage | Refusal:
         return await self._answer(self._handle.list_media.remote(after=after, prefix=prefix, limit=limit))

@@ -91,6 +91,16 @@ class FeatureReference:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FeatureProgress:
+    """How far a job's video is. `answering` has all frames."""
+
+    stage: Literal["decoding", "encoding", "answering"]
+    frames_done: int
+    frames_total: int | None
+    """None until the video is decoded."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StoredMedium:
     """A medium of the feature store, for lists."""
 
@@ -199,6 +209,11 @@ class FeatureClient(Protocol):
         self, source: MediaSource, *, fps: float | None = None, max_frames: int | None = None
     ) -> FeatureReference | Refusal:
         """Returns features. `fps` and `max_frames` can only lower the server's limits."""
+
+    def watch(
+        self, source: MediaSource, *, fps: float | None = None, max_frames: int | None = None
+    ) -> AsyncIterator[FeatureProgress | FeatureReference | Refusal]:
+        """Yields the progress of `features`, and its answer last."""
 
     async def list_media(self, *, after: str, prefix: str, limit: int) -> MediaPage | Refusal:
         """Returns stored media with ids that start with `prefix` and come after `after`, by id."""

@@ -12,7 +12,7 @@ import logging
 import time
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from timeviper_platform.data.video.sampling import FrameSelection
 from timeviper_platform.serving.features.compatibility import check_features_fit
 from timeviper_platform.serving.features.sandbox import DecodeSandbox, SandboxConfig
 from timeviper_platform.serving.messages import (
+    FeatureProgress,
     FeatureReference,
     MediaAddress,
     MediaBytes,
@@ -41,6 +42,10 @@ from timeviper_platform.serving.messages import (
 )
 
 logger = logging.getLogger(__name__)
+
+PROGRESS_S = 0.3
+ENCODE_BATCHES = 4
+"""Batches of the encoder between two notes of its progress."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,6 +104,8 @@ class FeatureService:
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
         """Least recently used first."""
         self._kept_bytes = 0
+        self._encoding: dict[str, FeatureProgress] = {}
+        """By the medium's SHA-256."""
         self._ongoing: dict[str, asyncio.Task[FeatureReference | Refusal]] = {}
         num_stored = 0 if self.store is None else len(self.store.media_ids)
         logger.info("features of %d stored media, uploads %s", num_stored, "on" if self._encoder else "off")
@@ -137,6 +144,19 @@ class FeatureService:
         content = info.sha256 or (self.store.uri, media_id)  # a store may hold no hashes
         key = _key("store", content, self.store.recipe_hash, info.times_seconds[frames].tobytes())
         return await self._once(key, lambda: self._read(info, key, frames))
+
+    async def watch(
+        self, source: MediaSource, *, fps: float | None = None, max_frames: int | None = None
+    ) -> AsyncGenerator[FeatureProgress | FeatureReference | Refusal]:
+        """Yields the progress of `features`, and its answer last."""
+        task = asyncio.ensure_future(self.features(source, fps=fps, max_frames=max_frames))
+        waiting = FeatureProgress(stage="decoding", frames_done=0, frames_total=None)
+        try:
+            while not (await asyncio.wait({task}, timeout=PROGRESS_S))[0]:
+                yield self._encoding.get(getattr(source, "sha256", ""), waiting)
+            yield task.result()
+        finally:
+            task.cancel()
 
     async def list_media(self, *, after: str, prefix: str, limit: int) -> MediaPage | Refusal:
         """Returns stored media with ids that start with `prefix` and come after `after`, by id."""
@@ -201,9 +221,22 @@ class FeatureService:
         )
         if isinstance(decoded, Refusal):
             return decoded
-        loop = asyncio.get_running_loop()
-        features = await loop.run_in_executor(self._encode_thread, self._encoder.encode, decoded.frames)
+        features = await self._encode_frames(self._encoder, decoded.frames, source.sha256)
         return await self._keep(key, features, decoded.modality, decoded.end_seconds, decoded.pts_seconds)
+
+    async def _encode_frames(self, encoder: FrameEncoder, frames: np.ndarray, sha256: str) -> Tensor:
+        """Encodes whole batches at a time, which notes the progress and lets other media take turns."""
+        loop, total = asyncio.get_running_loop(), len(frames)
+        step = ENCODE_BATCHES * encoder.config.encode_batch_frames
+        parts = []
+        try:
+            for start in range(0, max(total, 1), step):
+                self._encoding[sha256] = FeatureProgress(stage="encoding", frames_done=start, frames_total=total)
+                some = frames[start : start + step]
+                parts.append(await loop.run_in_executor(self._encode_thread, encoder.encode, some))
+        finally:
+            self._encoding.pop(sha256, None)
+        return torch.cat(parts)
 
     async def _keep(
         self, key: str, features: Tensor, modality: Modality, duration_seconds: float, pts_seconds: np.ndarray

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
@@ -31,6 +31,7 @@ from timeviper_platform.serving.gateway.uploads import DATA_SCHEME, MediaStore, 
 from timeviper_platform.serving.messages import (
     ChatTurn,
     FeatureClient,
+    FeatureProgress,
     FeatureReference,
     GenerateRequest,
     MediaAddress,
@@ -78,8 +79,10 @@ class ChatPreparation:
         self._store = store
         self._addresses = Addresses(config, store)
 
-    async def prepare(self, chat: ChatCompletionRequest, tenant: str) -> GenerateRequest:
-        """Returns the engine's request, with all features computed concurrently.
+    async def prepare(
+        self, chat: ChatCompletionRequest, tenant: str, *, note: Callable[[FeatureProgress], None] | None = None
+    ) -> GenerateRequest:
+        """Returns the engine's request, with all features computed concurrently. `note` takes their progress.
 
         Raises:
             ApiError: for exceeded limits, unknown media, or a refusal by the feature service.
@@ -88,7 +91,7 @@ class ChatPreparation:
         self._check_limits(messages)
         limits = chat.media_limits()
         media = [medium for message in messages for medium in message.media]
-        features = await asyncio.gather(*(self._feature(medium, limits) for medium in media))
+        features = await asyncio.gather(*(self._feature(medium, limits, note) for medium in media))
         references = iter(features)
         wanted = chat.max_completion_tokens or chat.max_tokens or self._config.default_max_tokens
         answer_format = chat.response_format or ResponseFormat(type="text")
@@ -196,9 +199,13 @@ class ChatPreparation:
             param=param,
         )
 
-    async def _feature(self, medium: _Medium, limits: MediaLimits) -> FeatureReference:
+    async def _feature(
+        self, medium: _Medium, limits: MediaLimits, note: Callable[[FeatureProgress], None] | None
+    ) -> FeatureReference:
         lowest = limits.lower_of(medium.limits)
         get = partial(self._features.features, fps=lowest.fps, max_frames=lowest.max_frames)
+        if note is not None:
+            get = partial(self._watched, note=note, fps=lowest.fps, max_frames=lowest.max_frames)
         answer = await get(medium.source)
         if (
             isinstance(medium.source, MediaAddress)
@@ -209,6 +216,21 @@ class ChatPreparation:
         if isinstance(answer, Refusal):
             raise ApiError.from_refusal(answer, param=medium.param)
         return answer
+
+    async def _watched(
+        self,
+        source: MediaSource,
+        *,
+        note: Callable[[FeatureProgress], None],
+        fps: float | None,
+        max_frames: int | None,
+    ) -> FeatureReference | Refusal:
+        async for item in self._features.watch(source, fps=fps, max_frames=max_frames):
+            if not isinstance(item, FeatureProgress):
+                return item
+            note(item)
+        message = "the feature service ended without an answer, try again"
+        return Refusal(status=503, message=message, code="unavailable")
 
 
 def _own_limits(part: MediaPart) -> MediaLimits:

@@ -58,7 +58,7 @@ class Retention:
     """Which uploads are deleted. None = none for this reason."""
 
     max_age_days: float | None = 30.0
-    """Days after which an upload is deleted."""
+    """Days after which an upload, or a job that has ended, is deleted."""
     max_bytes: int | None = 100 * 2**30
     """Maximum bytes of all uploads; the oldest are deleted first."""
     interval_s: float = 600.0
@@ -138,6 +138,10 @@ class GatewayConfig:
     """Maximum videos and pictures per request. Consecutive pictures of a message are the frames of one video."""
     max_parts_per_request: int = 2048
     """Maximum content parts per request, over all messages."""
+    max_running_jobs: int = 2
+    """Maximum jobs that a gateway replica runs at once."""
+    max_unfinished_jobs: int = 100
+    """Maximum unfinished jobs of a tenant."""
     max_text_characters: int = 100_000
     """Maximum characters per request, over all messages."""
     default_max_tokens: int = 256
@@ -161,7 +165,14 @@ class GatewayConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.default_max_tokens <= self.max_tokens:
             raise ValueError(f"{self.default_max_tokens = } must be between 1 and {self.max_tokens = }")
-        for name in ("request_timeout_s", "body_grace_s", "min_body_bytes_per_s", "max_parts_per_request"):
+        for name in (
+            "request_timeout_s",
+            "body_grace_s",
+            "min_body_bytes_per_s",
+            "max_parts_per_request",
+            "max_running_jobs",
+            "max_unfinished_jobs",
+        ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} = {getattr(self, name)} must be above 0")
 

@@ -42,6 +42,10 @@ class KeyRing:
         matches = [entry for entry in self._keys if hmac.compare_digest(entry.sha256, digest)]
         return matches[0] if matches else None
 
+    def of_hash(self, sha256: str | None) -> ApiKey | None:
+        """Returns the key with this hash, if it is still accepted."""
+        return next((entry for entry in self._keys if entry.sha256 == sha256), None)
+
     async def refresh(self) -> None:
         """Reads the file again when it is due. A file that is away or invalid leaves the keys as they are."""
         if self._uri is None or time.monotonic() < self._due:

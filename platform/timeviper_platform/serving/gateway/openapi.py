@@ -15,6 +15,7 @@ from pydantic.json_schema import models_json_schema
 
 from timeviper_platform.serving.gateway.chat_request import ChatCompletionRequest
 from timeviper_platform.serving.gateway.chunked_uploads import CompleteRequest, UploadRequest
+from timeviper_platform.serving.gateway.job_routes import NewJob
 
 FASTAPIS_422 = "Validation Error"
 """Description of the answer that FastAPI documents for every route with a parameter."""
@@ -154,6 +155,33 @@ class ChatCompletion(BaseModel):
     """With the built-in schema of time spans: the clock of its seconds."""
 
 
+class JobProgress(BaseModel):
+    stage: Literal["waiting", "decoding", "encoding", "answering", "ended"]
+    frames_done: int
+    frames_total: int | None
+    questions_done: int
+    questions_total: int
+
+
+class JobObject(BaseModel):
+    id: str
+    object: Literal["job"]
+    created_at: int
+    finished_at: int | None
+    status: Literal["queued", "running", "completed", "failed", "cancelled"]
+    model: str
+    video: str
+    questions: list[str]
+    progress: JobProgress
+    answers: list[ChatCompletion] | None
+    error: ErrorContent | None
+
+
+class JobList(BaseModel):
+    object: Literal["list"]
+    data: list[JobObject]
+
+
 class ResponseRequest(BaseModel):
     """Other fields of OpenAI's Responses API are ignored or a 400 by name."""
 
@@ -211,6 +239,9 @@ _MODELS: tuple[type[BaseModel], ...] = (
     CompleteRequest,
     DeletedFile,
     VideoList,
+    NewJob,
+    JobObject,
+    JobList,
     VideoWithTimes,
     ChatCompletion,
     ResponseRequest,
@@ -236,6 +267,8 @@ class RouteDocument:
     is_open: bool = False
     """Whether the route needs no key."""
     also_streams: bool = False
+    status: int = 200
+    """Status of a good answer."""
     has_ranges: bool = False
 
     def options(self) -> dict[str, Any]:
@@ -251,7 +284,7 @@ class RouteDocument:
                 "description": "A service is not ready.",
                 "content": {"application/json": {"schema": {"anyOf": [_schema(Ready), _schema(ErrorBody)]}}},
             }
-        extra: dict[str, Any] = {"responses": {"200": {"description": "OK", "content": content}}}
+        extra: dict[str, Any] = {"responses": {str(self.status): {"description": "OK", "content": content}}}
         if self.has_ranges:
             extra["responses"]["206"] = {"description": "The range.", "content": content}
         if self.body is not None:
@@ -263,7 +296,7 @@ class RouteDocument:
             ]
         if self.is_open:
             extra["security"] = []
-        return {"summary": self.summary, "responses": responses, "openapi_extra": extra}
+        return {"summary": self.summary, "status_code": self.status, "responses": responses, "openapi_extra": extra}
 
 
 def _schema(model: type[BaseModel] | None) -> dict[str, Any]:
@@ -358,6 +391,15 @@ FILES = RouteDocument(
 )
 FILE = RouteDocument(summary="Returns an upload's record.", answer=FileObject, errors=(404,))
 DELETED = RouteDocument(summary="Deletes an upload.", answer=DeletedFile, errors=(404,))
+NEW_JOB = RouteDocument(
+    summary="Answers questions about a video in the background.",
+    answer=JobObject,
+    status=202,
+    errors=(404, 415),
+    body={"application/json": {"schema": _schema(NewJob)}},
+)
+JOBS = RouteDocument(summary="Lists jobs without their answers.", answer=JobList)
+JOB = RouteDocument(summary="Returns a job with its progress and answers.", answer=JobObject, errors=(404,))
 VIDEOS = RouteDocument(
     summary="Lists media of the feature store.",
     answer=VideoList,

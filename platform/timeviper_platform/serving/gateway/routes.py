@@ -32,7 +32,8 @@ from timeviper_platform.serving.gateway.chat_request import (
 )
 from timeviper_platform.serving.gateway.chunked_uploads import ChunkedUploads, CompleteRequest, UploadRequest
 from timeviper_platform.serving.gateway.config import ApiKey, GatewayConfig
-from timeviper_platform.serving.gateway.janitor import keep_clean
+from timeviper_platform.serving.gateway.janitor import DAY_S, keep_clean
+from timeviper_platform.serving.gateway.job_routes import Jobs, NewJob
 from timeviper_platform.serving.gateway.keys import KeyRing, Quotas
 from timeviper_platform.serving.gateway.middleware import GatewayMetrics, RequestGuard
 from timeviper_platform.serving.gateway.openai_protocol import ApiError, ChatStream, Completion
@@ -44,10 +45,13 @@ from timeviper_platform.serving.gateway.openapi import (
     DELETED,
     FILE,
     FILES,
+    JOB,
+    JOBS,
     LIVE,
     METRICS,
     MODEL,
     MODELS,
+    NEW_JOB,
     NEW_UPLOAD,
     PART,
     READY,
@@ -62,7 +66,14 @@ from timeviper_platform.serving.gateway.remote import FILE as FILE_SCHEME
 from timeviper_platform.serving.gateway.remote import local_path
 from timeviper_platform.serving.gateway.responses import ResponseAnswer, chat_values
 from timeviper_platform.serving.gateway.uploads import FileRecord, MediaStore, no_such_file, page_of, read_chunks
-from timeviper_platform.serving.messages import AnswerDelta, EngineClient, FeatureClient, Refusal, StoredMedium
+from timeviper_platform.serving.messages import (
+    AnswerDelta,
+    EngineClient,
+    FeatureClient,
+    FeatureProgress,
+    Refusal,
+    StoredMedium,
+)
 from timeviper_platform.serving.page import static_files as page
 
 T = TypeVar("T")
@@ -79,13 +90,18 @@ def create_app(
 ) -> ASGIApp:
     metrics = metrics or GatewayMetrics()
     keys, quotas = KeyRing(config), Quotas()
-    gateway = _Gateway(config, features, engine, metrics, quotas)
+    gateway = _Gateway(config, features, engine, metrics, quotas, keys)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         janitor = asyncio.create_task(keep_clean(gateway.store, config.retention))
+        days = config.retention.max_age_days
+        runner = gateway.jobs.runner
+        jobs = asyncio.create_task(runner.take_over(keep_s=None if days is None else days * DAY_S))
         yield
         janitor.cancel()
+        jobs.cancel()
+        await runner.close()
 
     # no pages of documentation: they load scripts from a CDN
     api = FastAPI(title="TimeViper", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
@@ -105,6 +121,10 @@ def create_app(
     route("/v1/videos", gateway.list_videos, "GET", VIDEOS)
     route("/v1/videos/{video_id:path}/content", gateway.get_video_content, "GET", CONTENT)
     route("/v1/videos/{video_id:path}", gateway.get_video, "GET", VIDEO)
+    route("/v1/jobs", gateway.create_job, "POST", NEW_JOB)
+    route("/v1/jobs", gateway.jobs.list, "GET", JOBS)
+    route("/v1/jobs/{job_id}", gateway.jobs.get, "GET", JOB)
+    route("/v1/jobs/{job_id}/cancel", gateway.jobs.cancel, "POST", JOB)
     route("/v1/uploads", gateway.create_upload, "POST", NEW_UPLOAD)
     route("/v1/uploads/{upload_id}/parts", gateway.add_upload_part, "POST", PART)
     route("/v1/uploads/{upload_id}/complete", gateway.complete_upload, "POST", COMPLETED)
@@ -161,6 +181,7 @@ class _Gateway:
         engine: EngineClient,
         metrics: GatewayMetrics,
         quotas: Quotas,
+        keys: KeyRing,
     ) -> None:
         self._config = config
         self._metrics = metrics
@@ -170,6 +191,7 @@ class _Gateway:
         self.store = MediaStore(config.media_root)
         self._uploads = ChunkedUploads(config.media_root, self.store, config.max_upload_bytes)
         self._preparation = ChatPreparation(config, features, self.store)
+        self.jobs = Jobs(config, self._answer_for_job, keys.of_hash)
         self._created = int(time.time())
         self._parser = ThreadPoolExecutor(max_workers=1, thread_name_prefix="parse")
         """One, so that many large bodies are not in memory as Python objects at once."""
@@ -287,6 +309,27 @@ class _Gateway:
             return JSONResponse(running.completion.response())
         include_usage = chat.stream_options is not None and chat.stream_options.include_usage
         return self._streamed(running, ChatStream(running.completion, include_usage=include_usage))
+
+    async def create_job(self, request: Request) -> Response:
+        """Answers questions about a video in the background."""
+        new = validated(NewJob, await self._parsed(request, parse_object))
+        self._check_model(new.model)
+        return await self.jobs.create(new, request.state.tenant, request.state.key)
+
+    async def _answer_for_job(
+        self, chat: ChatCompletionRequest, tenant: str, key: ApiKey | None, note: Callable[[FeatureProgress], None]
+    ) -> dict[str, Any]:
+        """Returns a whole answer, without a deadline."""
+        self._check_model(chat.model)
+        generate = await self._preparation.prepare(chat, tenant, note=note)
+        self._quotas.add_frames(key, total := generate.num_frames)
+        note(FeatureProgress(stage="answering", frames_done=total, frames_total=total))
+        completion = Completion(chat.model, num_choices=1, with_logprobs=False)
+        async with contextlib.aclosing(_checked(self._engine.generate(generate))) as deltas:
+            async for delta in deltas:
+                completion.add(delta)
+        self._metrics.add_usage(completion.usage())
+        return completion.response()
 
     async def create_response(self, request: Request) -> Response:
         """Answers in the Responses API, whole or streamed. Nothing is stored."""

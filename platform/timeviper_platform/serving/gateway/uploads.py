@@ -215,7 +215,8 @@ class MediaStore:
         if not filesystem.isdir(path):
             return []
         entries = filesystem.ls(path, detail=True)
-        return [str(entry["name"]).rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "directory"]
+        names = [str(entry["name"]).rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "directory"]
+        return [name for name in names if not name.startswith("_")]  # jobs
 
     def read(self, tenant: str, record: FileRecord, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
         """Yields the content, or its bytes from `start` to `stop`, in chunks."""

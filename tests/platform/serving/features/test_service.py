@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from fractions import Fraction
@@ -29,9 +30,11 @@ from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.data.video.pictures import read_image
 from timeviper_platform.data.video.reader import read_frames
 from timeviper_platform.data.video.sampling import FrameSelection, thin_to_fps
+from timeviper_platform.serving.features import service as module
 from timeviper_platform.serving.features.sandbox import DecodeSandbox
 from timeviper_platform.serving.features.service import FeatureService, FeatureServiceConfig
 from timeviper_platform.serving.messages import (
+    FeatureProgress,
     FeatureReference,
     MediaAddress,
     MediaBytes,
@@ -104,6 +107,31 @@ def test_stored_media_are_listed_with_the_times_of_their_frames(folders: Serving
         assert missing.status == 404
 
     run(service, scenario)
+
+
+def test_progress_counts_encoded_frames_and_ends_with_the_same_features(
+    folders: ServingFolders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PROGRESS_S", 0.001)
+    monkeypatch.setattr(module, "ENCODE_BATCHES", 1)
+    service = service_of(folders)
+    assert service._encoder is not None
+    service._encoder.config = replace(service._encoder.config, encode_batch_frames=2)
+    encode = service._encoder.encode
+    monkeypatch.setattr(service._encoder, "encode", lambda frames: (time.sleep(0.05), encode(frames))[1])
+    source = upload(video_bytes(tmp_path))
+
+    async def scenario(service: FeatureService) -> tuple[list[Any], Any]:
+        return [item async for item in service.watch(source)], await service.features(source)
+
+    (*notes, answer), again = run(service, scenario)
+    assert notes[0] == FeatureProgress(stage="decoding", frames_done=0, frames_total=None)
+    encoding = [note for note in notes if note.stage == "encoding"]
+    assert sorted({note.frames_done for note in encoding}) == [0, 2, 4]
+    assert {note.frames_total for note in encoding} == {6}
+    assert answer is again
+    plain = run(service_of(folders), lambda service: service.features(source))
+    np.testing.assert_array_equal(answer.ref, plain.ref)
 
 
 def test_stored_features_are_thinned_to_the_lower_of_both_limits(folders: ServingFolders) -> None:

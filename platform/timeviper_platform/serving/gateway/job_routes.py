@@ -1,0 +1,140 @@
+"""Routes of jobs: several questions about a long video, answered in the background."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, Field
+
+from timeviper_platform.serving.gateway.chat_request import ChatCompletionRequest, chat_request
+from timeviper_platform.serving.gateway.config import ApiKey, GatewayConfig
+from timeviper_platform.serving.gateway.openai_protocol import ApiError
+from timeviper_platform.serving.gateway.uploads import DATA_SCHEME
+from timeviper_platform.serving.jobs.job_store import Job, JobState, JobStore
+from timeviper_platform.serving.jobs.runner import FinalError, JobRunner, TransientError
+from timeviper_platform.serving.messages import FeatureProgress
+
+OPTIONS = ("fps", "max_frames", "max_tokens", "temperature", "top_p", "seed")
+
+
+class NewJob(BaseModel):
+    """Questions are answered one after another, each by itself, as POST /v1/chat/completions answers them."""
+
+    model: str
+    video: str = Field(min_length=1, max_length=4096)
+    questions: list[str] = Field(min_length=1, max_length=64)
+    fps: float | None = None
+    max_frames: int | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+
+
+class AnswerChat(Protocol):
+    async def __call__(
+        self, chat: ChatCompletionRequest, tenant: str, key: ApiKey | None, note: Callable[[FeatureProgress], None]
+    ) -> dict[str, Any]:
+        """Returns a chat completion; raises ApiError."""
+
+
+class Jobs:
+    def __init__(
+        self, config: GatewayConfig, answer: AnswerChat, find_key: Callable[[str | None], ApiKey | None]
+    ) -> None:
+        self._config = config
+        self._answer_chat = answer
+        self._find_key = find_key
+        self._store = JobStore(config.media_root)
+        self.runner = JobRunner(self._store, self._answer, max_running=config.max_running_jobs)
+
+    async def create(self, new: NewJob, tenant: str, key: ApiKey | None) -> Response:
+        """Returns 202 with the job.
+
+        Raises:
+            ApiError: 400 for what no question may ask, 429 for too many unfinished jobs.
+        """
+        if new.video.lower().startswith(DATA_SCHEME):
+            text = "a job's video must be stored: upload it to /v1/files"
+            raise ApiError(400, text, code="invalid_url", param="video")
+        options = {name: value for name in OPTIONS if (value := getattr(new, name)) is not None}
+        part = {"type": "video_url", "video_url": {"url": new.video}}
+        requests = []
+        for question in new.questions:
+            content = [part, {"type": "text", "text": question}]
+            body = {"model": new.model, "messages": [{"role": "user", "content": content}], **options}
+            chat_request(body, max_parts=self._config.max_parts_per_request)
+            requests.append(body)
+        store, limit = self._store, self._config.max_unfinished_jobs
+
+        def make() -> Job:
+            if sum(not store.state(job).is_final for job in store.jobs(tenant)) >= limit:
+                text = f"{limit} jobs are not finished; wait for one or cancel it"
+                raise ApiError(429, text, code="too_many_jobs", retry_after_s=10.0)
+            sha256 = None if key is None else key.sha256
+            values: dict[str, Any] = {"model": new.model, "video": new.video, "questions": new.questions}
+            return store.create(tenant, requests=requests, key_sha256=sha256, **values)
+
+        job = await asyncio.to_thread(make)
+        self.runner.start(job)
+        return JSONResponse(job_json(job, JobState()), 202, {"Location": f"jobs/{job.id}"})
+
+    async def list(self, request: Request) -> dict[str, Any]:
+        """Lists the tenant's jobs, the newest first, without their answers."""
+
+        def read() -> list[dict[str, Any]]:
+            jobs = self._store.jobs(request.state.tenant)
+            return [job_json(job, self._store.state(job), with_answers=False) for job in jobs]
+
+        return {"object": "list", "data": await asyncio.to_thread(read)}
+
+    async def get(self, request: Request, job_id: str) -> dict[str, Any]:
+        job = await self._job(request, job_id)
+        return job_json(job, await asyncio.to_thread(self._store.state, job))
+
+    async def cancel(self, request: Request, job_id: str) -> dict[str, Any]:
+        """Ends a job; what is answered stays. A job that has ended is left as it is."""
+        job = await self._job(request, job_id)
+        if not (await asyncio.to_thread(self._store.state, job)).is_final:
+            await self.runner.cancel(job)
+        return job_json(job, await asyncio.to_thread(self._store.state, job))
+
+    async def _job(self, request: Request, job_id: str) -> Job:
+        job = await asyncio.to_thread(self._store.get, request.state.tenant, job_id)
+        if job is None:
+            raise ApiError(404, "no such job; GET /v1/jobs lists them", code="job_not_found", param="job_id")
+        return job
+
+    async def _answer(self, job: Job, number: int, note: Callable[[FeatureProgress], None]) -> dict[str, Any]:
+        chat = chat_request(job.requests[number], max_parts=self._config.max_parts_per_request)
+        try:
+            return await self._answer_chat(chat, job.tenant, self._find_key(job.key_sha256), note)
+        except ApiError as error:
+            kind = TransientError if error.status in (429, 503) else FinalError
+            raise kind(error.body()["error"]) from None
+
+
+def job_json(job: Job, state: JobState, *, with_answers: bool = True) -> dict[str, Any]:
+    return {
+        "id": job.id,
+        "object": "job",
+        "created_at": job.created_at,
+        "finished_at": state.finished_at,
+        "status": state.status,
+        "model": job.model,
+        "video": job.video,
+        "questions": job.questions,
+        "progress": {
+            "stage": state.stage,
+            "frames_done": state.frames_done,
+            "frames_total": state.frames_total,
+            "questions_done": len(state.answers),
+            "questions_total": len(job.questions),
+        },
+        "answers": state.answers if with_answers else None,
+        "error": state.error,
+    }

@@ -1,0 +1,1 @@
+"""Questions about long videos, answered after the request has ended."""

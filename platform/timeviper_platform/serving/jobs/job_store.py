@@ -1,0 +1,142 @@
+"""Jobs on storage: the request, the state and a wish to cancel are files of the job's folder."""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from timeviper_platform.common.storage import exists, join_uri, read_json, split_uri, write_bytes, write_json
+
+JobStatus = Literal["queued", "running", "completed", "failed", "cancelled"]
+FINAL: tuple[JobStatus, ...] = ("completed", "failed", "cancelled")
+FOLDER = "_jobs"
+"""Beside the tenants' folders; no tenant may have such a name."""
+JOB_ID = re.compile(r"job-[0-9a-f]{32}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What was asked. Never changes."""
+
+    id: str
+    tenant: str
+    created_at: int
+    """Unix seconds."""
+    model: str
+    video: str
+    questions: list[str]
+    requests: list[dict[str, Any]]
+    """Body of a chat completion for each question."""
+    key_sha256: str | None = None
+    """Hash of the API key whose quota the frames count for."""
+
+
+@dataclass(kw_only=True, slots=True)
+class JobState:
+    """Written by the process that holds the job's lease."""
+
+    status: JobStatus = "queued"
+    stage: Literal["waiting", "decoding", "encoding", "answering", "ended"] = "waiting"
+    frames_done: int = 0
+    frames_total: int | None = None
+    """None until the video is decoded."""
+    answers: list[dict[str, Any]] = field(default_factory=list)
+    """Chat completions of the first questions."""
+    error: dict[str, Any] | None = None
+    finished_at: int | None = None
+
+    @property
+    def is_final(self) -> bool:
+        return self.status in FINAL
+
+    def end(self, status: JobStatus, error: dict[str, Any] | None = None) -> None:
+        self.status, self.stage, self.error, self.finished_at = status, "ended", error, int(time.time())
+
+
+class JobStore:
+    def __init__(self, media_root: str) -> None:
+        self._root = join_uri(media_root, FOLDER)
+
+    def create(
+        self,
+        tenant: str,
+        *,
+        model: str,
+        video: str,
+        questions: list[str],
+        requests: list[dict[str, Any]],
+        key_sha256: str | None = None,
+    ) -> Job:
+        job = Job(
+            id=f"job-{uuid.uuid4().hex}",
+            tenant=tenant,
+            created_at=int(time.time()),
+            model=model,
+            video=video,
+            questions=questions,
+            requests=requests,
+            key_sha256=key_sha256,
+        )
+        write_json(self._uri(job, "job.json"), asdict(job))
+        return job
+
+    def get(self, tenant: str, job_id: str) -> Job | None:
+        uri = join_uri(self._root, tenant, job_id, "job.json")
+        return Job(**read_json(uri)) if JOB_ID.fullmatch(job_id) and exists(uri) else None
+
+    def state(self, job: Job) -> JobState:
+        """Returns the state; a job that is to be cancelled is cancelled for its owner."""
+        uri = self._uri(job, "state.json")
+        state = JobState(**read_json(uri)) if exists(uri) else JobState()
+        if not state.is_final and self.is_cancelled(job):
+            state.end("cancelled")
+        return state
+
+    def write_state(self, job: Job, state: JobState) -> None:
+        write_json(self._uri(job, "state.json"), asdict(state))
+
+    def cancel(self, job: Job) -> None:
+        write_bytes(self._uri(job, "cancel"), b"")
+
+    def is_cancelled(self, job: Job) -> bool:
+        return exists(self._uri(job, "cancel"))
+
+    def jobs(self, tenant: str) -> list[Job]:
+        """Returns the newest first."""
+        found = [self.get(tenant, job_id) for job_id in _folders(join_uri(self._root, tenant))]
+        return sorted((job for job in found if job is not None), key=lambda job: (-job.created_at, job.id))
+
+    def unfinished(self) -> Iterator[Job]:
+        """Yields jobs that no process has finished, of any tenant, cancelled ones too."""
+        for tenant in _folders(self._root):
+            for job in self.jobs(tenant):
+                uri = self._uri(job, "state.json")
+                if not exists(uri) or not JobState(**read_json(uri)).is_final:
+                    yield job
+
+    def delete_finished(self, *, before: float) -> None:
+        """Deletes jobs that ended before Unix seconds."""
+        for tenant in _folders(self._root):
+            for job in self.jobs(tenant):
+                if (self.state(job).finished_at or before) < before:
+                    filesystem, path = split_uri(self.folder(job))
+                    filesystem.rm(path, recursive=True)
+
+    def folder(self, job: Job) -> str:
+        return join_uri(self._root, job.tenant, job.id)
+
+    def _uri(self, job: Job, name: str) -> str:
+        return join_uri(self.folder(job), name)
+
+
+def _folders(uri: str) -> list[str]:
+    filesystem, path = split_uri(uri)
+    filesystem.invalidate_cache()  # other processes write here, too
+    if not filesystem.isdir(path):
+        return []
+    entries = filesystem.ls(path, detail=True)
+    return [str(entry["name"]).rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "directory"]
