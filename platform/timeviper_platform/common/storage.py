@@ -90,8 +90,8 @@ class _Counter:
 
 _retries = _Counter()
 _counted_clients: weakref.WeakSet[Any] = weakref.WeakSet()
-_refreshed: weakref.WeakKeyDictionary[Any, float] = weakref.WeakKeyDictionary()
-"""s3fs file system (one a thread) -> when its credentials were read again"""
+_REFRESHED_AT = "timeviper_refreshed_at"
+"""Attribute of an s3fs file system (one a thread): when its credentials were read again."""
 
 
 def shown_uri(uri: str) -> str:
@@ -226,9 +226,9 @@ def _read_credentials_again(uri: str) -> bool:
         return False
     filesystem, _ = split_uri(uri)
     now = time.monotonic()
-    if "s3" not in filesystem.protocol or now - _refreshed.get(filesystem, -math.inf) < REFRESH_S:
+    if "s3" not in filesystem.protocol or now - getattr(filesystem, _REFRESHED_AT, -math.inf) < REFRESH_S:
         return False
-    _refreshed[filesystem] = now
+    setattr(filesystem, _REFRESHED_AT, now)
     logger.info("%s: access refused; reading the credentials again", shown_uri(uri))
     filesystem.connect(refresh=True)
     return True
@@ -423,7 +423,10 @@ def open_file(uri: str) -> Any:
         except Exception as error:  # noqa: BLE001 - raised again
             if not (_may_be_refused(error) and _read_credentials_again(uri)):
                 _raise_with_advice(error, uri)
+        try:
             return _open(uri)
+        except Exception as error:  # noqa: BLE001 - raised again
+            _raise_with_advice(error, uri)
 
 
 def _open(uri: str) -> Any:
