@@ -124,6 +124,7 @@ def test_a_run_of_two_ranks_resumes_on_one(corpus: Corpus, tmp_path: Path, group
     expect_same(curve(run), whole, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_folder_that_only_one_rank_sees_is_refused_before_the_first_step(corpus: Corpus, tmp_path: Path) -> None:
     """Before, such a run trained up to its first save and committed one rank's files."""
     values = one_phase(corpus, "private", steps=3) | {"runs": "~/runs"}
@@ -139,6 +140,7 @@ def test_a_folder_that_only_one_rank_sees_is_refused_before_the_first_step(corpu
     assert read_metrics(str(homes[0] / "runs" / "private")) == []
 
 
+@pytest.mark.slow
 def test_a_resume_fetches_its_checkpoint_once_a_machine_and_a_start_its_weights(corpus: Corpus, tmp_path: Path) -> None:
     """Before, every rank fetched the weights: 1.5 times the bytes with two ranks."""
     weights, log = corpus.folder / "weights", tmp_path / "log"

@@ -34,7 +34,7 @@ def lora_values(corpus: Corpus, name: str, **changes: Any) -> dict[str, Any]:
     return values
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_only_the_adapted_projections_differ_after_the_phase(corpus: Corpus, stage: int) -> None:
     config = parse_config(TrainConfig, lora_values(corpus, f"lora-{stage}", zero={"stage": stage}))
     report = train_local(config)

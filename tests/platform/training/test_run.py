@@ -210,6 +210,7 @@ def test_a_snapshot_does_not_change_while_training_continues(corpus: Corpus) -> 
     assert not any(torch.equal(one, other) for one, other in zip(values_of(files), values_of(after), strict=True))
 
 
+@pytest.mark.slow  # test_kills has the same store
 def test_a_run_on_an_object_store_resumes_from_there(
     finished: TrainConfig, corpus: Corpus, s3_bucket: s3fs.S3FileSystem
 ) -> None:

@@ -184,7 +184,7 @@ _VALUES = st.recursive(
 
 
 @settings(
-    max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(body=st.dictionaries(st.sampled_from(_NAMES), _VALUES, max_size=6))
 def test_any_json_is_answered_with_a_documented_status(server: Server, body: dict[str, Any]) -> None:
