@@ -9,20 +9,16 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import pyarrow as pa
-import torch
 from torch import Tensor
 
 from timeviper_model.batching.prompt import MEDIA_MARKER, time_text
-from timeviper_model.weights import weights_folder as weights
-from timeviper_model.weights.metadata import trained_time_text
-from timeviper_platform.common.machine_cache import local_copy
-from timeviper_platform.data.store.reader import FeatureStore, MediaInfo
-from timeviper_platform.evaluation.answering import Answerer, Prompt
+from timeviper_platform.data.store.reader import MediaInfo
+from timeviper_platform.evaluation.answering import Prompt
 from timeviper_platform.evaluation.benchmarks.prompts import PromptStyle, build_prompt, option_lines
 from timeviper_platform.evaluation.benchmarks.question import BenchmarkQuestion, question_of
 from timeviper_platform.evaluation.benchmarks.registry import BenchmarkName
 from timeviper_platform.evaluation.benchmarks.subtitles import subtitle_text
-from timeviper_platform.evaluation.evaluator import AnsweringConfig, load_model
+from timeviper_platform.evaluation.evaluator import AnsweringConfig, open_answerer
 from timeviper_platform.evaluation.outcomes import hash_of
 from timeviper_platform.evaluation.protocols import Protocol, protocol_frames
 
@@ -135,20 +131,9 @@ class BenchmarkAnswerer:
         media_prefix: str = "",
         scores_options: bool = True,
     ) -> None:
-        torch.set_num_threads(config.num_threads)
         self._config, self._benchmark, self._style = config, benchmark, prompts
         self._media_prefix, self._scores_options = media_prefix, scores_options
-        weights_folder = local_copy(weights_folder)
-        self._time_text = trained_time_text(weights_folder)
-        self._store = FeatureStore.open(feature_store)
-        model = load_model(weights_folder, config)
-        self._dim = model.config.vision.row_size
-        self._answerer = Answerer(
-            model,
-            weights.load_tokenizer(weights_folder),
-            max_pack_tokens=config.max_pack_tokens,
-            prefix_cache_bytes=config.prefix_cache_bytes,
-        )
+        self._store, self._answerer, self._dim, self._time_text = open_answerer(weights_folder, feature_store, config)
 
     def answer(self, tasks: Sequence[BenchmarkTask]) -> list[BenchmarkAnswer]:
         """Returns one answer per task, in order. Tasks about one clip should be neighbours.

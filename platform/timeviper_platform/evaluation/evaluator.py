@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,22 +61,35 @@ class AnsweringConfig:
     """PyTorch threads per worker."""
 
 
+class OpenAnswerer(NamedTuple):
+    store: FeatureStore
+    answerer: Answerer
+    dim: int
+    """Width of the features."""
+    time_text: TimeText
+    """Which prompts of the training stated the length of their video."""
+
+
+def open_answerer(weights_folder: str, feature_store: str, config: AnsweringConfig) -> OpenAnswerer:
+    """Loads weights at any URI into this process, and opens the store."""
+    torch.set_num_threads(config.num_threads)
+    weights_folder = local_copy(weights_folder)
+    model = load_model(weights_folder, config)
+    answerer = Answerer(
+        model,
+        weights.load_tokenizer(weights_folder),
+        max_pack_tokens=config.max_pack_tokens,
+        prefix_cache_bytes=config.prefix_cache_bytes,
+    )
+    store, time_text = FeatureStore.open(feature_store), trained_time_text(weights_folder)
+    return OpenAnswerer(store, answerer, model.config.vision.row_size, time_text)
+
+
 class Evaluator:
     def __init__(self, *, weights_folder: str, feature_store: str, config: AnsweringConfig) -> None:
         """`weights_folder` may be any URI."""
-        torch.set_num_threads(config.num_threads)
         self._config = config
-        weights_folder = local_copy(weights_folder)
-        self._time_text = trained_time_text(weights_folder)
-        self._store = FeatureStore.open(feature_store)
-        model = load_model(weights_folder, config)
-        self._dim = model.config.vision.row_size
-        self._answerer = Answerer(
-            model,
-            weights.load_tokenizer(weights_folder),
-            max_pack_tokens=config.max_pack_tokens,
-            prefix_cache_bytes=config.prefix_cache_bytes,
-        )
+        self._store, self._answerer, self._dim, self._time_text = open_answerer(weights_folder, feature_store, config)
 
     def evaluate(self, questions: Sequence[Question]) -> list[Outcome]:
         """Returns one outcome per question, in order; a question that fails has the status of its cause.
