@@ -35,7 +35,7 @@ _GATEWAY = "ray_timeviper_gateway_"
 
 DASHBOARDS: dict[str, tuple[Panel, ...]] = {
     "preprocess": (
-        Panel("Frames a second", ((_rate(_FRAMES), "frames/s"),)),
+        Panel("Frames a second", ((_rate(_FRAMES, "store"), "{{store}}"),)),
         Panel(
             "Share of the ideal: GPUs that encode",
             ((f'{_ENCODING} / clamp_min(sum (ray_resources{{Name="GPU", State="USED"}}), 1)', "share"),),

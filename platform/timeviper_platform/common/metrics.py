@@ -41,12 +41,18 @@ METRICS: tuple[Metric, ...] = (
     Metric("timeviper_engine_prefix_evictions", "counter", "Entries evicted from the video-prefix cache"),
     Metric("timeviper_engine_prefix_entries", "gauge", "Entries in the video-prefix cache"),
     Metric("timeviper_engine_prefix_bytes", "gauge", "Bytes of the video-prefix cache"),
-    Metric("timeviper_preprocess_frames", "counter", "Frames encoded and committed"),
-    Metric("timeviper_preprocess_feature_bytes", "counter", "Bytes of features committed"),
-    Metric("timeviper_preprocess_segments", "counter", "Segments committed: ok, partial or rejected", ("status",)),
-    Metric("timeviper_preprocess_errors", "counter", "Partial and rejected segments, by error type", ("type",)),
-    Metric("timeviper_preprocess_stage_seconds", "counter", "Seconds that workers were busy, by stage", ("stage",)),
-    Metric("timeviper_preprocess_retries", "counter", "Storage requests that failed for a transient reason"),
+    Metric("timeviper_preprocess_frames", "counter", "Frames encoded and committed", ("store",)),
+    Metric("timeviper_preprocess_feature_bytes", "counter", "Bytes of features committed", ("store",)),
+    Metric(
+        "timeviper_preprocess_segments", "counter", "Segments committed: ok, partial or rejected", ("store", "status")
+    ),
+    Metric("timeviper_preprocess_errors", "counter", "Partial and rejected segments, by error type", ("store", "type")),
+    Metric(
+        "timeviper_preprocess_stage_seconds", "counter", "Seconds that workers were busy, by stage", ("store", "stage")
+    ),
+    Metric(
+        "timeviper_preprocess_retries", "counter", "Storage requests that failed for a transient reason", ("store",)
+    ),
 )
 
 

@@ -57,8 +57,8 @@ def test_reported_totals_raise_counters_by_the_difference(module: Any) -> None:
 
 def test_a_counter_takes_tags_and_ignores_zero(module: Any) -> None:
     metrics = RayMetrics("timeviper_preprocess_", module=module)
-    metrics.add("segments", 2, status="ok")
-    metrics.add("segments", 0, status="rejected")
+    metrics.add("segments", 2, store="s3://b/s", status="ok")
+    metrics.add("segments", 0, store="s3://b/s", status="rejected")
     assert module.values == {"timeviper_preprocess_segments": 2}
 
 

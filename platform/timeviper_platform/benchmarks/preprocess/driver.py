@@ -81,7 +81,7 @@ def driver_rows(film: Path | None = None, sizes: DriverSizes | None = None) -> l
         enable_true_multi_threading=True,
     )
     step = {"fn": SleepStep, "fn_constructor_args": (sizes.sleep_seconds,), "compute": compute, "num_cpus": 0.01}
-    metrics, num_segments = RunMetrics(), sizes.num_units * sizes.segments_per_unit
+    metrics, num_segments = RunMetrics("sleep"), sizes.num_units * sizes.segments_per_unit
     with connect(), Progress(num_segments, num_segments * SEGMENT_FRAMES, 30.0) as progress:
         cpu_before, memory_before = time.process_time(), _megabytes()
         for blocks in rounds(sleep_tasks(sizes), sizes.num_units, num_workers=NUM_GPUS):

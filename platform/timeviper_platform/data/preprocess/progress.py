@@ -14,6 +14,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from timeviper_platform.common.metrics import RayMetrics
+from timeviper_platform.common.storage import shown_uri
 from timeviper_platform.data.preprocess.report import RunTotals
 from timeviper_platform.data.preprocess.tasks import TaskResult
 from timeviper_platform.data.store.audit import Outcomes
@@ -81,16 +82,20 @@ class Progress:
 
 
 class RunMetrics:
-    def __init__(self) -> None:
+    def __init__(self, store: str) -> None:
         self._metrics = RayMetrics("timeviper_preprocess_")
+        self._store = shown_uri(store)
 
     def add(self, result: TaskResult) -> None:
-        self._metrics.add("frames", result.num_frames)
-        self._metrics.add("feature_bytes", result.feature_bytes)
-        self._metrics.add("retries", result.retries)
+        self._add("frames", result.num_frames)
+        self._add("feature_bytes", result.feature_bytes)
+        self._add("retries", result.retries)
         for status in ("ok", "partial", "rejected"):
-            self._metrics.add("segments", getattr(result.segments, status), status=status)
+            self._add("segments", getattr(result.segments, status), status=status)
         for kind in result.error_types:
-            self._metrics.add("errors", 1, type=kind)
+            self._add("errors", 1, type=kind)
         for stage in ("decode", "encode", "write"):
-            self._metrics.add("stage_seconds", getattr(result, f"{stage}_seconds"), stage=stage)
+            self._add("stage_seconds", getattr(result, f"{stage}_seconds"), stage=stage)
+
+    def _add(self, name: str, amount: float, **tags: str) -> None:
+        self._metrics.add(name, amount, store=self._store, **tags)

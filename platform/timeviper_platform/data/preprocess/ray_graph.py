@@ -159,7 +159,7 @@ def run_on_ray(missing: Collection[Segment], spec: WorkerSpec, config: Execution
         logger.info("%d segments to process; starting %d workers", len(missing), num_workers)
         num_tasks = sum(segment.num_frames for segment in missing) // config.frames_per_file
         tasks = cut_tasks(missing, config.frames_per_file, num_workers)
-        metrics = RunMetrics()
+        metrics = RunMetrics(spec.feature_store)
         with NodeLog():
             for blocks in rounds(tasks, num_tasks, num_workers):
                 steps = pipeline_steps(spec, config, cost, Nodes.now(), len(blocks))
