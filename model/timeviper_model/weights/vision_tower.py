@@ -35,7 +35,7 @@ SIGLIP_TYPES = {"siglip", "siglip_vision_model"}
 NAFLEX_TYPES = {"siglip2", "siglip2_vision_model"}
 
 PROCESSOR_FILES = (PREPROCESSOR_FILE, "processor_config.json")
-"""The second is transformers 5's, whose image processor is one of its entries."""
+"""transformers 5 writes the second file; the image processor is an entry of it."""
 
 UNUSED_PARTS = ("pooler.", "head.")
 """Parts of a tower after its last block."""

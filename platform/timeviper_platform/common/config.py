@@ -70,7 +70,7 @@ def with_absolute_paths(config: T, keys: Iterable[str], *, root: Path | None = N
 
 
 def absolute_path(path: str, *, if_exists: bool = False) -> str:
-    """`with_absolute_paths` of one path."""
+    """Makes a local path absolute; leaves URIs, and with `if_exists` also names of files that do not exist."""
     return _absolute(path, root=Path.cwd(), if_exists=if_exists)
 
 

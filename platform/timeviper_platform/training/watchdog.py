@@ -93,7 +93,7 @@ class Watchdog:
         self._store.set(str(self._rank), json.dumps(self._mark))
 
     def _agreed_report(self) -> str | None:
-        """Returns the first rank's report: it saw all ranks before any ended."""
+        """Returns the report that was made first: at that time no rank had ended yet."""
         report = self._report()
         first = [report]
 
