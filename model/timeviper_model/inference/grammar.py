@@ -1,4 +1,4 @@
-"""JSON schemas to the tokens that an answer may have next, by llguidance."""
+"""JSON schemas to allowed next tokens, by llguidance."""
 
 from __future__ import annotations
 
@@ -16,52 +16,47 @@ from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 from torch import Tensor
 
 MAX_COMPILED = 64
-"""Schemas that stay compiled."""
+"""Compiled schemas kept."""
 STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""Python's json.dumps. Free white space would let an answer never end."""
+"""As json.dumps; free white space might never end."""
 
 
 class Matcher:
-    """The state of one answer in its grammar."""
+    """One answer's state."""
 
     def __init__(self, matcher: Any, num_tokens: int) -> None:
         self._matcher = matcher
         self.num_tokens = num_tokens
-        """Size of the tokenizer's vocabulary."""
+        """Of the tokenizer."""
 
     @property
     def is_done(self) -> bool:
-        """True when the text is whole and can only end."""
+        """True when the text can only end."""
         return bool(self._matcher.is_stopped())
 
     def write_mask(self, mask_BW: np.ndarray, row: int) -> None:
-        """Sets the bits of the allowed tokens and clears the others. After an error, the next `accept` raises."""
-        mask_BW[row] = 0  # a model may have more ids than its tokenizer
+        """Sets the bits of allowed tokens alone; `accept` raises errors."""
+        mask_BW[row] = 0  # the model may have more ids
         fill_next_token_bitmask(self._matcher, mask_BW[:, : (self.num_tokens + 31) // 32], row)
 
     def accept(self, token_id: int) -> None:
-        """Goes on by a token. Raises ValueError when the schema is too complex to go on."""
+        """Appends a token; ValueError for a too complex schema."""
         self._matcher.consume_token(token_id)
         if error := self._matcher.get_error():
             raise ValueError(f"the schema cannot be followed: {error}")
 
 
 class GrammarCompiler:
-    """Thread-safe. Equal schemas are compiled once."""
+    """Thread-safe; compiles equal schemas once."""
 
     def __init__(self, tokenizer: Any, end_token_ids: Collection[int]) -> None:
-        """`end_token_ids` are allowed where a text may end."""
         self._hf_tokenizer, self._end_ids = tokenizer, sorted(end_token_ids)
         self._tokenizer: Any = None
         self._compiled: OrderedDict[str, Any] = OrderedDict()
         self._lock = Lock()
 
     def matcher(self, schema: str) -> Matcher:
-        """Returns a new matcher of a JSON schema.
-
-        Raises:
-            ValueError: for an invalid schema, or keywords that llguidance does not support.
-        """
+        """New matcher; ValueError for an invalid or unsupported schema."""
         with self._lock:
             compiled = self._compiled.pop(schema, None)
             self._compiled[schema] = compiled = self._compile(schema) if compiled is None else compiled
@@ -84,7 +79,7 @@ class GrammarCompiler:
 
 
 def allowed_tokens(matchers: Sequence[Matcher | None], vocab_size: int) -> Tensor | None:
-    """Returns (B, vocab_size) bool, all True in rows without a matcher; None when no row has one."""
+    """(B, vocab_size) bool, all True without a matcher; None without any."""
     sizes = [matcher.num_tokens for matcher in matchers if matcher is not None]
     if not sizes:
         return None

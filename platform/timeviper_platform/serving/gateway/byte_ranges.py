@@ -1,4 +1,4 @@
-"""Answers with a file's bytes, whole or the one range that a player asks for (RFC 9110, section 14)."""
+"""A file's bytes as a response, whole or one range (RFC 9110, section 14)."""
 
 from __future__ import annotations
 
@@ -14,20 +14,16 @@ _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.ASCII)
 
 
 class UnsatisfiableRangeError(ValueError):
-    """The range begins after the last byte."""
+    """The range holds no byte of the file."""
 
 
 def parse_range(header: str | None, size: int) -> tuple[int, int] | None:
-    """Returns start and stop in bytes; None = the whole file, as for several ranges or an invalid header.
-
-    Raises:
-        UnsatisfiableRangeError: if no byte of the file is in the range.
-    """
+    """Returns (start, stop) or raises UnsatisfiableRangeError; None = the whole file, as for several ranges."""
     found = None if header is None else _RANGE.fullmatch(header.strip().lower())
     if found is None or found.group(1) == found.group(2) == "":
         return None
     first, last = found.groups()
-    if first == "":  # the last bytes
+    if first == "":
         start, stop = max(0, size - int(last)), size
     else:
         start, stop = int(first), size if last == "" else min(size, int(last) + 1)
@@ -41,7 +37,7 @@ def parse_range(header: str | None, size: int) -> tuple[int, int] | None:
 def content_response(
     request: Request, read: Callable[[int, int], Iterator[bytes]], *, size: int, etag: str, headers: dict[str, str]
 ) -> Response:
-    """Answers 200, 206 or 416. `read` yields the bytes from start to stop."""
+    """Status 200, 206 or 416; `read` takes start and stop."""
     tag = f'"{etag}"'
     headers = {**headers, "Accept-Ranges": "bytes", "ETag": tag, "X-Content-Type-Options": "nosniff"}
     wants_range = request.headers.get("if-range", tag) == tag
