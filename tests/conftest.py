@@ -43,6 +43,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not _shares_ray(item.path))  # stable: the order inside a file stays
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Names long bytes by their number: a file's time inside them would differ between the processes of a run."""
+    return f"{len(val)}_bytes" if isinstance(val, bytes) and len(val) > 20 else None
+
+
 @pytest.hookimpl(optionalhook=True)  # pytest -p no:xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     """Under `-n`, keeps a file's tests in one process, and all files with cluster tests in one that shares a Ray."""
