@@ -121,7 +121,7 @@ def train_values(corpus: Corpus, **changes: Any) -> dict[str, Any]:
             },
         },
         "checkpoint": {"every_steps": 2, "keep": 20},
-        "metrics": {"tensorboard": False, "log_every_steps": 2},
+        "metrics": {"tensorboard": False, "curves": False, "log_every_steps": 2},
         **changes,
     }
 

@@ -176,5 +176,7 @@ def _saved(figure: Figure, file_format: FileFormat) -> bytes:
     metadata = {"Date": None} if file_format == "svg" else None
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "timeviper", "svg.fonttype": "none"}):  # text stays text
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # it is laid out: saving would do that twice more
         figure.savefig(buffer, format=file_format, metadata=metadata)
     return buffer.getvalue()

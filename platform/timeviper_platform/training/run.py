@@ -218,5 +218,6 @@ class _Run:
             counts["damaged_features"] = num_damaged
         report[name] = {**phase_report(rows), "rejects": counts}
         storage.write_json(self._folder.report, report)
-        picture = draw_curves(all_rows, self._config.name)
-        storage.write_bytes(storage.join_uri(self._folder.uri, CURVES_FILE), picture)
+        if self._config.metrics.curves:
+            picture = draw_curves(all_rows, self._config.name)
+            storage.write_bytes(storage.join_uri(self._folder.uri, CURVES_FILE), picture)

@@ -38,6 +38,8 @@ class MetricsConfig:
     """Steps between progress lines in the log."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
+    curves: bool = True
+    """Draw curves.svg at the end of each phase."""
     mlflow: MlflowConfig | None = None
     wandb: WandbConfig | None = None
 

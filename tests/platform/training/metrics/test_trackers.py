@@ -100,7 +100,7 @@ def test_another_attempt_continues_the_mlflow_run_of_the_same_name(monkeypatch: 
 
 @pytest.mark.usefixtures("group_of_one")
 def test_the_validation_loss_is_the_loss_of_the_model_on_validation_samples(corpus: Corpus) -> None:
-    values = train_values(corpus, name="validation")
+    values = train_values(corpus, name="validation", metrics={"tensorboard": False})
     validation = {"samples": [{"uri": write_validation_samples(corpus)}], "every_steps": 4, "where": "ranks"}
     values["phases"]["instruct"]["validation"] = validation
     config = parse_config(TrainConfig, values)
