@@ -55,9 +55,14 @@ def test_a_missing_file_is_one_line_and_exit_code_1(job: str, capsys: pytest.Cap
     ("job", "arguments", "code", "message"),
     [
         ("store", ["inspect", "/nowhere/store"], 1, "error: no feature store at '/nowhere/store'"),
-        ("convert", ["--config", "ray_configs/convert.yaml", "inptu=x"], 1, "did you mean 'input'"),
-        ("benchmark", ["gpu"], 1, "needs a CUDA device"),
-        ("benchmark", ["demo", "--only", "x"], 2, "error: the demo suite has no rows x"),
+        pytest.param(
+            *("convert", ["--config", "ray_configs/convert.yaml", "inptu=x"], 1, "did you mean 'input'"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("benchmark", ["gpu"], 1, "needs a CUDA device", marks=pytest.mark.slow),
+        pytest.param(
+            *("benchmark", ["demo", "--only", "x"], 2, "error: the demo suite has no rows x"), marks=pytest.mark.slow
+        ),
         ("export", ["--nowhere"], 2, "error: the following arguments are required: --output"),
     ],
     ids=["storage", "key", "device", "group", "usage"],

@@ -134,7 +134,7 @@ def test_a_phase_can_replace_the_transv_sites_of_its_weights(finished: TrainConf
     assert from_pretrained(weights).config.transv == PRESETS["tiny"].transv
 
 
-@pytest.mark.parametrize("max_grad_norm", [1.0, 0.05])
+@pytest.mark.parametrize("max_grad_norm", [pytest.param(1.0, marks=pytest.mark.slow), 0.05])
 def test_losses_equal_those_of_a_bare_loop(corpus: Corpus, max_grad_norm: float) -> None:
     values = train_values(corpus, name=f"clip-{max_grad_norm}", zero={"max_grad_norm": max_grad_norm})
     del values["phases"]["instruct"]
@@ -170,7 +170,9 @@ def test_metrics_rows_describe_their_step(finished: TrainConfig) -> None:
     assert align["tokens_per_second"] == pytest.approx(align["num_tokens"] / align["seconds"])
 
 
-@pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 3, 5])  # in a phase, at its end, in the next
+@pytest.mark.parametrize(
+    "step", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow)]
+)  # in a phase, at its end, in the next
 def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(
     finished: TrainConfig, corpus: Corpus, step: int
 ) -> None:
@@ -344,7 +346,7 @@ def expect_same_run(config: TrainConfig, expected: TrainConfig, first_step: int 
         torch.testing.assert_close(own[name], tensor, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow), 3])
 def test_zero_stages_agree_and_export_the_same(
     runs_by_stage: Callable[[int], TrainConfig], finished: TrainConfig, stage: int
 ) -> None:
@@ -359,7 +361,10 @@ def test_an_offloaded_optimizer_trains_the_same(corpus: Corpus, finished: TrainC
         train_config(corpus, zero={"stage": 0, "offload_optimizer": True})
 
 
-@pytest.mark.parametrize(("saved", "resumed"), [pytest.param(2, 3, marks=pytest.mark.slow), (3, 0), (0, 2)])
+@pytest.mark.parametrize(
+    ("saved", "resumed"),
+    [pytest.param(2, 3, marks=pytest.mark.slow), (3, 0), pytest.param(0, 2, marks=pytest.mark.slow)],
+)
 def test_a_run_resumes_under_another_zero_stage(
     runs_by_stage: Callable[[int], TrainConfig], finished: TrainConfig, corpus: Corpus, saved: int, resumed: int
 ) -> None:

@@ -104,7 +104,9 @@ def test_a_changed_medium_supersedes_its_old_version_and_inputs_can_be_added(cor
     assert run_preprocess(every, run=no_runner).segments_encoded == 0
 
 
-@pytest.mark.parametrize("num_workers", [1, 3, 7])
+@pytest.mark.parametrize(
+    "num_workers", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(7, marks=pytest.mark.slow)]
+)
 def test_a_run_with_other_workers_and_file_sizes_ends_with_the_same_bytes(
     corpus: Path, finished: Path, tmp_path: Path, num_workers: int
 ) -> None:

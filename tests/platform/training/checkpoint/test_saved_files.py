@@ -139,9 +139,9 @@ def test_a_run_neither_resumes_from_nor_exports_a_checkpoint_that_would_run_code
     ("stage", "dtype"),
     [
         pytest.param(0, "float32", marks=pytest.mark.slow),
-        (0, "bfloat16"),
+        pytest.param(0, "bfloat16", marks=pytest.mark.slow),
         pytest.param(1, "bfloat16", marks=pytest.mark.slow),
-        (2, "bfloat16"),
+        pytest.param(2, "bfloat16", marks=pytest.mark.slow),
         (3, "bfloat16"),
     ],
 )

@@ -82,7 +82,7 @@ class FailAfter:
         return Interrupt.NONE
 
 
-@pytest.mark.parametrize("step", [2, 4])
+@pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_failed_validation_costs_no_step_and_is_repeated(
     corpus: Corpus, whole: list[tuple[float, ...]], step: int
 ) -> None:
@@ -96,7 +96,10 @@ def test_failed_validation_costs_no_step_and_is_repeated(
     assert report["instruct"]["validation_loss"] == whole[-1][1]
 
 
-@pytest.mark.parametrize("num_checks", [0, 1, 3])  # before the first batch, after one, between answers
+@pytest.mark.parametrize(
+    "num_checks",  # before the first batch, after one, between answers
+    [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow), 3],
+)
 def test_a_stop_request_during_validation_saves_first(
     corpus: Corpus, whole: list[tuple[float, ...]], num_checks: int
 ) -> None:
