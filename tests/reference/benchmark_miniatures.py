@@ -305,6 +305,7 @@ MINIATURES: dict[BenchmarkName, tuple[Callable[[Path], None], int]] = {
     "activitynet_dense": (_activitynet, 2),
     "youcook2": (_youcook2, 1),
     "synth": (_synth, 3),
+    "synth_words": (_synth, 3),
     "synth_grounding": (_synth, 1),
 }
 """What writes each miniature, and its number of questions."""

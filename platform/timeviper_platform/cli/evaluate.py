@@ -14,6 +14,7 @@ from timeviper_platform.common.job import JobParser, JobResult, run_job
 from timeviper_platform.common.ray_cluster import connect
 from timeviper_platform.data.synthetic.benchmark import SynthBenchmarkConfig, make_benchmark
 from timeviper_platform.evaluation.benchmark_run import rescore, run_benchmark, write_manifest
+from timeviper_platform.evaluation.harness.task_files import write_task_files
 from timeviper_platform.evaluation.report import report_lines
 from timeviper_platform.evaluation.results.scores import score_lines
 from timeviper_platform.evaluation.run import EvaluateConfig, run_evaluation
@@ -49,7 +50,8 @@ def _evaluate_benchmark(config: EvaluateConfig, options: argparse.Namespace) -> 
         if config.benchmark is None or not config.benchmark.name.startswith("synth"):
             raise ValueError("--make-synth needs a configuration such as ray_configs/eval/synth.yaml")
         synth = SynthBenchmarkConfig(output=config.benchmark.folder, videos_per_kind=options.make_synth)
-        return JobResult([f"{make_benchmark(synth)} questions: {synth.output}"])
+        lines = [f"{make_benchmark(synth)} questions: {synth.output}"]
+        return JobResult([*lines, f"lmms-eval: --include_path {write_task_files(synth.output)}"])
     if options.write_manifest:
         num_media, missing = write_manifest(config, options.write_manifest)
         lines = [f"{num_media} videos and clips, {len(missing)} videos missing", *missing[:10]]

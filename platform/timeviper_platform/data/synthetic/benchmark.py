@@ -56,8 +56,8 @@ class SynthBenchmarkConfig:
     """Differs from the corpus's, whose scenes a model may have been trained on."""
     fps: int = 2
     """Frame rate of the video files."""
-    side: int = 96
-    """Width and height in pixels."""
+    side: int = 112
+    """Width and height in pixels; a multiple of 28, to which many clients resize frames, keeps them as they are."""
     num_workers: int | None = None
     """Processes that draw and encode; null = one per core. Does not change the benchmark."""
 

@@ -73,6 +73,8 @@ OWNER_PROMPTS: dict[str, Prompt] = {
     "activitynet": Prompt(_CHARADES),
     "timelens": Prompt(_TIMELENS),
     "extremewhen": Prompt(_EXTREMEWHEN),
+    "synth": Prompt(_DIRECT),
+    "synth_grounding": Prompt("{text} Answer with 'start to end' seconds."),
 }
 """Templates; other benchmarks have the paper's form."""
 
@@ -105,6 +107,8 @@ def build_prompt(
         tail = _TEMPCOMPASS_TAILS[question.details["tempcompass"]]
         is_yes_no = question.details["tempcompass"] == "yes_no"
         return Prompt(f"{question.text}\n{tail}" if is_yes_no else f"{question.text}\n{fields['options']}\n{tail}")
+    if question.details.get("form") == "words":
+        return Prompt(f"{head}{question.text} Options: {', '.join(question.options)}.")
     if style == "owner" and benchmark in OWNER_PROMPTS:
         owner = OWNER_PROMPTS[benchmark]
         return owner._replace(text=head + owner.text.format(**fields))
@@ -118,10 +122,10 @@ def build_prompt(
 
 
 def option_lines(question: BenchmarkQuestion) -> tuple[str, ...]:
-    """Options as the prompt lists them: 'A. text', or 'Sentence A: text' for named options."""
+    """Options as the prompt lists them: 'A. text', 'Sentence A: text' for named options, or texts alone."""
     if "tempcompass" in question.details and question.details["tempcompass"] == "caption_matching":
         return tuple(f"{label}: {text}" for label, text in zip(question.labels, question.options, strict=True))
-    if question.labels == question.options:
+    if question.labels == question.options or question.details.get("form") == "words":
         return question.options
     return tuple(f"{label}. {text}" for label, text in zip(question.labels, question.options, strict=True))
 

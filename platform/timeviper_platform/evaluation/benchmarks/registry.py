@@ -18,7 +18,11 @@ from timeviper_platform.evaluation.benchmarks.choice_readers import (
 )
 from timeviper_platform.evaluation.benchmarks.question import BenchmarkQuestion
 from timeviper_platform.evaluation.benchmarks.short_video_readers import read_mvbench, read_tempcompass
-from timeviper_platform.evaluation.benchmarks.synth_reader import read_synth_choices, read_synth_grounding
+from timeviper_platform.evaluation.benchmarks.synth_reader import (
+    read_synth_choices,
+    read_synth_grounding,
+    read_synth_words,
+)
 from timeviper_platform.evaluation.benchmarks.time_readers import (
     read_activitynet,
     read_activitynet_dense,
@@ -50,6 +54,7 @@ BenchmarkName = Literal[
     "activitynet_dense",
     "youcook2",
     "synth",
+    "synth_words",
     "synth_grounding",
 ]
 
@@ -109,6 +114,9 @@ BENCHMARKS: dict[BenchmarkName, Benchmark] = {
         title="ActivityNet dense captions", read=read_activitynet_dense, max_new_tokens=1024
     ),
     "youcook2": Benchmark(title="YouCook2 dense captions", read=read_youcook2_dense, max_new_tokens=1024),
-    "synth": Benchmark(title="timeviper-synth", read=read_synth_choices, headline="mean_of_tasks"),
+    "synth": Benchmark(title="timeviper-synth", read=read_synth_choices, headline="mean_of_tasks", letter_rule="synth"),
+    "synth_words": Benchmark(
+        title="timeviper-synth in words", read=read_synth_words, headline="mean_of_tasks", letter_rule="synth"
+    ),
     "synth_grounding": Benchmark(title="timeviper-synth grounding", read=read_synth_grounding),
 }

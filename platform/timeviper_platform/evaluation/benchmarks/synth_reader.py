@@ -5,6 +5,8 @@ timeviper-synth   test.parquet, videos/
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from timeviper_platform.evaluation.benchmarks.annotation_files import parquet_files, read_parquet_rows
 from timeviper_platform.evaluation.benchmarks.question import BenchmarkQuestion, Clip
 from timeviper_platform.evaluation.scoring.letters import bare_option
@@ -29,6 +31,11 @@ def read_synth_choices(folder: str, *, videos: str = "videos", subtitles: bool =
             )
         )
     return questions
+
+
+def read_synth_words(folder: str, *, videos: str = "videos", subtitles: bool = False) -> list[BenchmarkQuestion]:
+    """The same questions, with options as words: a small model names a picture long before it looks up a letter."""
+    return [replace(question, details={"form": "words"}) for question in read_synth_choices(folder, videos=videos)]
 
 
 def read_synth_grounding(folder: str, *, videos: str = "videos", subtitles: bool = False) -> list[BenchmarkQuestion]:

@@ -20,11 +20,13 @@ LetterRule = Literal[
     "lmms_eval_longvideobench",
     "lmms_eval_egoschema",
     "vlmevalkit",
+    "synth",
 ]
 """strict            no letter in an ambiguous or unparsable answer
 lmms_eval         `extract_mcq_answer` of lmms-eval 0.7.3, for VideoMME, LVBench and MLVU
 lmms_eval_NAME    the functions of lmms-eval 0.7.3 for one benchmark
 vlmevalkit        VLMEvalKit's for VideoMME and LongVideoBench, as in VideoMME's own script
+synth             the task files of timeviper-synth: an option's text, else lmms_eval
 """
 
 
@@ -223,6 +225,14 @@ def _drawn(answer: str, options: Sequence[str]) -> str | None:
     return random.Random(f"{answer}\n{len(options)}").choice(LETTERS[: len(options)]) if options else None
 
 
+def _synth(answer: str, options: Sequence[str]) -> str | None:
+    bare = answer.strip().rstrip(".").lower()
+    texts = [bare_option(option).lower() for option in options]
+    if bare in texts:
+        return LETTERS[texts.index(bare)]
+    return _lmms_eval(answer, options, LETTERS[: len(options)])
+
+
 _RULES: dict[LetterRule, Callable[[str, Sequence[str]], str | None]] = {
     "strict": _strict,
     "lmms_eval": _lmms_eval,
@@ -231,4 +241,5 @@ _RULES: dict[LetterRule, Callable[[str, Sequence[str]], str | None]] = {
     "lmms_eval_longvideobench": _lmms_eval_longvideobench,
     "lmms_eval_egoschema": _lmms_eval_egoschema,
     "vlmevalkit": _vlmevalkit,
+    "synth": _synth,
 }

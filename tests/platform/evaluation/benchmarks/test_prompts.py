@@ -43,6 +43,9 @@ def test_the_papers_grounding_prompt_states_length_and_frames(tmp_path: Path) ->
         ("mvbench", "Only give the best option.", "Best option:("),
         ("extremewhen", "4800-second long video", ""),
         ("timelens", "'a man runs', determining", ""),
+        ("synth", "Which?\nA. a dog", ""),
+        ("synth_words", "Which? Options: a dog, a cat", ""),
+        ("synth_grounding", "Which? Answer with 'start to end' seconds.", ""),
         ("tempcompass", "A. jumping\nB. running\nPlease directly give the best option:", ""),
     ],
 )

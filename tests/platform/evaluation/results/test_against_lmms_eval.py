@@ -6,13 +6,14 @@ import ast
 import json
 import logging
 import random
+import runpy
 import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from reference.benchmark_miniatures import make_miniature
 from timeviper_platform.evaluation.benchmark_answers import BenchmarkAnswer
 from timeviper_platform.evaluation.benchmarks.question import BenchmarkQuestion
 from timeviper_platform.evaluation.benchmarks.registry import BENCHMARKS, BenchmarkName
+from timeviper_platform.evaluation.harness.task_files import TASKS
 from timeviper_platform.evaluation.results.scores import score_answers
 from timeviper_platform.evaluation.scoring.letters import find_letter
 from timeviper_platform.evaluation.scoring.spans import find_span
@@ -207,6 +209,30 @@ def test_videomme_lvbench_and_mlvu(lmms_eval: Any, tmp_path: Path) -> None:
     ]
     expected = module.mlvu_aggregate_results_dev(rows)
     assert _official("mlvu", answers)["M-Avg"] == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_task_files_of_timeviper_synth_score_as_official(lmms_eval: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    utils = runpy.run_path(str(TASKS / "utils.py"))
+    module = ModuleType("lmms_eval.tasks._task_utils.mcq_extract")
+    module.extract_mcq_answer = _mcq(lmms_eval)  # type: ignore[attr-defined]
+    for name in ("lmms_eval", "lmms_eval.tasks", "lmms_eval.tasks._task_utils"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    options = ["A. a dog", "B. a cat", "C. a bird", "D. a fish"]
+    for answer in (*ANSWERS, "a cat", "A cat.", "a fish", "two cats"):
+        found = utils["find_letter"](answer, options)
+        assert found == find_letter("synth", answer, options), answer
+        rows = utils["choice_results"]({"task": "count", "options": options, "answer": "B"}, [answer])
+        assert rows == {"accuracy": found == "B", "accuracy_count": found == "B", "unparsable": found is None}
+    assert utils["find_letter"]("[LMMS_EVAL_REQUEST_FAILED after 5 retries] D.", options) is None
+    doc = {"span": [10.0, 20.0]}
+    assert utils["grounding_results"](doc, ["From 15 to 25 seconds."]) == {
+        "mIoU": pytest.approx(1 / 3),
+        "R1@0.5": 0.0,
+        "unparsable": 0.0,
+    }
+    assert utils["grounding_results"](doc, ["20 - 10"])["mIoU"] == 0.0
+    assert utils["grounding_results"](doc, ["never"])["unparsable"] == 1.0
 
 
 def test_mvbench(lmms_eval: Any, tmp_path: Path) -> None:

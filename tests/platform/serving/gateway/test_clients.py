@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from reference.synthetic_gateway import MP4, PNG, Server, video
-from timeviper_platform.serving.messages import MediaBytes, MediaFrames
+from timeviper_platform.serving.messages import MediaAddress, MediaBytes, MediaFrames
 
 VIDEO = "data:video/mp4;base64," + base64.b64encode(MP4).decode()
 PICTURE = "data:image/png;base64," + base64.b64encode(PNG).decode()
@@ -124,20 +125,100 @@ def test_recorded_requests_are_answered(server: Server, name: str) -> None:
     assert "hello" in response.text
 
 
-def test_frames_and_videos_in_the_forms_of_evaluation_harnesses(server: Server) -> None:
-    frames = [{"type": "image_url", "image_url": {"url": JPEG, "detail": "low"}} for _ in range(64)]
-    with_keys = {"url": VIDEO, "fps": 1, "max_pixels": 360 * 420, "min_pixels": 4, "nframes": 8}
-    contents = [
-        [*frames, {"type": "text", "text": "A, B, C or D?"}],
-        [{"type": "video_url", "video_url": with_keys}, {"type": "text", "text": "A, B, C or D?"}],
-        [{"type": "video_url", "video_url": {"url": VIDEO}}, {"type": "text", "text": "A, B, C or D?"}],
-    ]
-    options = {"max_tokens": 16, "temperature": 0, "n": 1, "stop": None, "top_p": None}
-    for content in contents:
-        assert server.chat(content, **options).status_code == 200
-    kinds = [type(source) for source in server.features.sources]
-    assert kinds == [MediaFrames, MediaBytes, MediaBytes]
-    assert server.features.limits == [(None, None), (1.0, 8), (None, None)]
+_ASK = {"type": "text", "text": "Which?\nA. red\nB. blue\nAnswer with the option's letter."}
+_FRAMES = [{"type": "image_url", "image_url": {"url": PICTURE}} for _ in range(64)]
+_LOW = [{"type": "image_url", "image_url": {"url": JPEG, "detail": "low"}} for _ in range(64)]
+_STORED = "file:///films/a.mp4"
+
+HARNESSES: dict[str, tuple[dict[str, Any], type, tuple[float | None, int | None]]] = {
+    "lmms-eval 0.7.3, openai with pass_video_url": (
+        {
+            "messages": [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": _STORED}}, _ASK]}],
+            "max_tokens": 32,
+            "temperature": 0,
+            "media_io_kwargs": {"video": {"num_frames": 32}},
+            "chat_template_kwargs": {"enable_thinking": False},
+        },
+        MediaAddress,
+        (None, 32),
+    ),
+    "lmms-eval 0.7.3, async_openai": (
+        {
+            "messages": [{"role": "user", "content": [*_FRAMES, _ASK]}],
+            "max_tokens": 32,
+            "temperature": 0,
+        },
+        MediaFrames,
+        (None, None),
+    ),
+    "lmms-eval 0.7.3, openai with --force_simple": (
+        {
+            "messages": [{"role": "user", "content": [_ASK, *_FRAMES]}],
+            "max_tokens": 1024,
+            "temperature": 0,
+        },
+        MediaFrames,
+        (None, None),
+    ),
+    "VLMEvalKit, frames": (
+        {
+            "messages": [{"role": "user", "content": [*_LOW, _ASK]}],
+            "max_tokens": 16,
+            "temperature": 0,
+            "n": 1,
+            "stop": None,
+        },
+        MediaFrames,
+        (None, None),
+    ),
+    "VLMEvalKit, video": (
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [
+                        {
+                            "type": "video_url",
+                            "video_url": {"url": VIDEO, "fps": 1, "max_pixels": 151200, "min_pixels": 4, "nframes": 8},
+                        },
+                        _ASK,
+                    ],
+                }
+            ],
+            "max_tokens": 16,
+            "temperature": 0,
+            "n": 1,
+        },
+        MediaBytes,
+        (1.0, 8),
+    ),
+    "sgl-eval": (
+        {
+            "messages": [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": VIDEO}}, _ASK]}],
+            "max_tokens": 16,
+            "temperature": 0,
+            "top_p": None,
+        },
+        MediaBytes,
+        (None, None),
+    ),
+}
+"""Bodies of evaluation harnesses, with the source and the limits (fps, frames) that they ask for."""
+
+
+@pytest.mark.parametrize("name", HARNESSES)
+def test_requests_of_evaluation_harnesses_are_answered(tmp_path: Path, name: str) -> None:
+    body, kind, limits = HARNESSES[name]
+    film = tmp_path / "a.mp4"
+    film.write_bytes(MP4)
+    server = Server(tmp_path, allowed_local_media=(str(tmp_path),))
+    server.features.known_addresses = {str(film)}
+    text = json.dumps({"model": "timeviper", **body}).replace(_STORED, film.as_uri())
+    headers = {"content-type": "application/json"}
+    response = server.http.post("/v1/chat/completions", content=text.encode(), headers=headers)
+    assert response.status_code == 200, response.text
+    assert [type(source) for source in server.features.sources] == [kind]
+    assert server.features.limits == [limits]
 
 
 _NAMES = [

@@ -1,0 +1,1 @@
+"""The public harness lmms-eval on this project's benchmark and models."""
