@@ -120,6 +120,24 @@ def test_questions_about_stored_and_uploaded_videos_are_answered_plain_and_strea
 
 
 @pytest.mark.cluster
+def test_a_long_upload_is_answered_from_blocks_as_from_whole_features(endpoint: Endpoint, tmp_path: Path) -> None:
+    """20 frames are three blocks; time spans wait for all of them."""
+    answers = []
+    for number, first in enumerate(("What?", "When?")):
+        video = write_video(tmp_path / f"{number}.mp4", seconds=20)
+        data = base64.b64encode(video.read_bytes() + bytes(number)).decode()  # another file, of the same frames
+        messages: Any = question("What?", f"data:video/mp4;base64,{data}")
+        options: Any = {"model": MODEL, "messages": messages, "max_tokens": 12}
+        if first == "When?":
+            segments: Any = {"type": "json_schema", "json_schema": {"name": "segments"}}
+            endpoint.client.chat.completions.create(**options, response_format=segments)
+        answer = endpoint.client.chat.completions.create(**options)
+        assert answer.usage is not None
+        answers.append((answer.choices[0].message.content, answer.usage.prompt_tokens))
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.cluster
 def test_concurrent_questions_get_their_own_answers(endpoint: Endpoint) -> None:
     client = endpoint.client
 

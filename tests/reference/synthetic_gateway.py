@@ -48,16 +48,18 @@ class Features:
     def __init__(self) -> None:
         self.sources: list[MediaSource] = []
         self.limits: list[tuple[float | None, int | None]] = []
+        self.whole: list[bool] = []
         self.ready = True
         self.deep = False
         self.stored = [stored_medium(media_id) for media_id in ("films/a", "films/b", "known")]
         self.known_addresses: set[str] = set()
 
     async def features(
-        self, source: MediaSource, *, fps: float | None = None, max_frames: int | None = None
+        self, source: MediaSource, *, fps: float | None = None, max_frames: int | None = None, whole: bool = True
     ) -> FeatureReference | Refusal:
         self.sources.append(source)
         self.limits.append((fps, max_frames))
+        self.whole.append(whole)
         is_known = not isinstance(source, MediaAddress) or source.uri in self.known_addresses
         if not is_known or (isinstance(source, StoredFeatures) and source.media_id != "known"):
             return Refusal(status=404, message="no such medium", code="media_not_found")

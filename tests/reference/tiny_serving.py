@@ -119,7 +119,7 @@ def write_video(path: Path, *, seconds: int = 4, size: int = 64, fps: int = 4) -
         stream.width = stream.height = size
         stream.pix_fmt = "yuv420p"
         for number in range(seconds * fps):
-            grey = np.full((size, size, 3), 40 * (number // fps) + 20, dtype=np.uint8)
+            grey = np.full((size, size, 3), (40 * (number // fps) + 20) % 256, dtype=np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
         container.mux(stream.encode())
     return path

@@ -148,6 +148,9 @@ class InferenceEngine:
         self._use_graphs = self._device.type == "cuda" and self.config.max_graph_steps >= min_graph_steps
         self._decoded_ids: list[RequestId] = []
         self._num_same_steps = 0
+        self.is_stalled = False
+        """True after a step in which every request that has a slot lacked features. Until some come, or `submit` or
+        `cancel` is called, further steps do nothing."""
 
     def submit(self, request: Request) -> RequestId:
         """Queues `request`, whose events `step` returns.
@@ -193,6 +196,7 @@ class InferenceEngine:
             memory=memory,
         )
         self._requests[active.id] = active
+        self.is_stalled = False
         return active.id
 
     def step(self) -> list[Event]:
@@ -219,6 +223,7 @@ class InferenceEngine:
         if active is None:
             return False
         self._release(active)
+        self.is_stalled = False
         finished = Finished(request_id=request_id, reason="cancelled", text="", usage=self._usage(active))
         self._undelivered.setdefault(request_id, []).append(finished)
         return True
@@ -254,7 +259,12 @@ class InferenceEngine:
 
     @torch.inference_mode()
     def _advance(self) -> list[Event]:
-        return [*self._admit(), *self._prefill_chunks(), *self._decode()]
+        events = [*self._admit(), *self._prefill_chunks(), *self._decode()]
+        prefills = [active.prefill for active in self._in_slots()]  # None: it decodes
+        self.is_stalled = (
+            not events and bool(prefills) and all(prefill is not None and prefill.is_waiting for prefill in prefills)
+        )
+        return events
 
     def _admit(self) -> list[Event]:
         """Gives slots in order of arrival: a long prompt waits for space, and no later one overtakes it."""

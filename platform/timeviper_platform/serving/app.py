@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,11 @@ from timeviper_platform.common.logs import setup_logging
 from timeviper_platform.common.metrics import RayMetrics
 from timeviper_platform.serving.deployment import DeploymentSettings
 from timeviper_platform.serving.engine.service import EngineService, EngineServiceConfig
+from timeviper_platform.serving.features.blocks import BlockBoard, read_blocks
 from timeviper_platform.serving.features.service import FeatureService, FeatureServiceConfig
 from timeviper_platform.serving.gateway.config import GatewayConfig
 from timeviper_platform.serving.gateway_replica import GatewayReplica
-from timeviper_platform.serving.messages import (
-    FeatureReference,
-)
+from timeviper_platform.serving.messages import FeatureReference, FeatureStream, Refusal
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,8 @@ GATEWAY_TARGET = 256
 """Requests per replica that are served well."""
 STATS_TIMEOUT_S = 2.0
 """The engine reports statistics only between two steps."""
+MAX_STREAM_READERS = 10_000
+"""Requests that wait for blocks of features, per feature replica."""
 FEATURE_QUEUE = 64
 """Concurrent requests per replica; most are lookups in the store."""
 
@@ -73,7 +76,7 @@ class FeatureReplica(FeatureService):
 
     async def __init__(self, weights: str, config: FeatureServiceConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         setup_logging()
-        super().__init__(weights, config, ray.put)
+        super().__init__(weights, config, ray.put, None if config.encoder is None else RayBlockWriter())
         await self.start()
 
     async def __del__(self) -> None:
@@ -86,7 +89,7 @@ class EngineReplica(EngineService):
 
     def __init__(self, weights: str, config: EngineServiceConfig) -> None:
         setup_logging()
-        super().__init__(weights, config, _fetch)
+        super().__init__(weights, config, read_features)
         self._metrics = RayMetrics("timeviper_engine_", module=serve_metrics)
 
     async def check_health(self) -> None:  # type: ignore[override]  # Serve takes both kinds
@@ -153,9 +156,38 @@ def resolve_paths(config: ServeConfig, root: Path) -> ServeConfig:
     return with_absolute_paths(config, keys, root=root, if_exists=True)
 
 
-async def _fetch(reference: FeatureReference) -> np.ndarray:
+class RayBlockWriter:
+    """A `BlockBoard` in an actor, which ends with this replica."""
+
+    def __init__(self) -> None:
+        self._actor: Any = ray.remote(num_cpus=0, max_concurrency=MAX_STREAM_READERS)(BlockBoard).remote()
+
+    def append(self, stream_id: str, number: int, ref: Any) -> None:
+        self._actor.append.remote(stream_id, number, [ref])
+
+    def end(self, stream_id: str, end: FeatureReference | Refusal) -> None:
+        self._actor.end.remote(stream_id, end)
+
+    def forget(self, stream_id: str) -> None:
+        self._actor.forget.remote(stream_id)
+
+    def address(self) -> Any:
+        return self._actor
+
+
+async def read_features(reference: FeatureReference) -> AsyncGenerator[np.ndarray | Refusal]:
+    """See `ReadFeatures`."""
+
+    async def fetch(ref: Any) -> np.ndarray:
+        array: np.ndarray = await ref
+        return array
+
+    async def next_blocks(stream: FeatureStream, number: int) -> Any:
+        return await stream.board.read.remote(stream.stream_id, number)
+
     try:
-        array: np.ndarray = await reference.ref
+        async with aclosing(read_blocks(reference, fetch=fetch, next_blocks=next_blocks)) as blocks:
+            async for block in blocks:
+                yield block
     except RayError as error:  # its owner, a feature replica, has died
         raise RuntimeError(f"the features {reference.key} are lost: {type(error).__name__}") from error
-    return array

@@ -46,9 +46,10 @@ class ServiceHandle:
         self._stream_handle = handle.options(stream=True)
 
     async def features(
-        self, source: MediaSource, *, fps: float | None = None, max_frames: int | None = None
+        self, source: MediaSource, *, fps: float | None = None, max_frames: int | None = None, whole: bool = True
     ) -> FeatureReference | Refusal:
-        return await self._answer(self._handle.features.remote(source, fps=fps, max_frames=max_frames))
+        response = self._handle.features.remote(source, fps=fps, max_frames=max_frames, whole=whole)
+        return await self._answer(response)
 
     async def watch(
         self, source: MediaSource, *, fps: float | None = None, max_frames: int | None = None

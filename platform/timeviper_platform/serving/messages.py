@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from timeviper_model.inference.answer import SamplingParams, Usage
@@ -77,11 +77,25 @@ MediaSource = StoredFeatures | MediaAddress | MediaFile | MediaBytes | MediaFram
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FeatureStream:
+    """Where blocks of features are read while later frames are still being decoded."""
+
+    board: Any
+    """Actor handle of the feature replica's `BlockBoard`. Tests pass the board."""
+    stream_id: str
+    param: str | None = None
+    """Dotted path of the medium in the request, for a refusal."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FeatureReference:
     key: str
     """Hash of content, encoder recipe and frames."""
     ref: Any
-    """Ray object reference to bfloat16 as int16 bits, (num_frames, num_tokens_per_frame, dim). Tests pass an array."""
+    """Ray object reference to bfloat16 as int16 bits, (num_frames, num_tokens_per_frame, dim). Tests pass an array.
+    None while there is a `stream`."""
+    stream: FeatureStream | None = None
+    """Set while frames are being decoded. Damaged frames then still count in `num_frames`, and times are unknown."""
     num_frames: int
     num_tokens_per_frame: int
     modality: Modality
@@ -169,6 +183,12 @@ class GenerateRequest:
     def media(self) -> list[FeatureReference]:
         return [medium for turn in self.turns for medium in turn.media]
 
+    def with_media(self, media: Sequence[FeatureReference]) -> GenerateRequest:
+        """Returns the request with other references of the same media."""
+        references = iter(media)
+        turns = tuple(replace(turn, media=tuple(next(references) for _ in turn.media)) for turn in self.turns)
+        return replace(self, turns=turns)
+
     @property
     def num_frames(self) -> int:
         return sum(medium.num_frames for medium in self.media)
@@ -206,9 +226,12 @@ class AnswerDelta:
 
 class FeatureClient(Protocol):
     async def features(
-        self, source: MediaSource, *, fps: float | None = None, max_frames: int | None = None
+        self, source: MediaSource, *, fps: float | None = None, max_frames: int | None = None, whole: bool = True
     ) -> FeatureReference | Refusal:
-        """Returns features. `fps` and `max_frames` can only lower the server's limits."""
+        """Returns features. `fps` and `max_frames` can only lower the server's limits.
+
+        Unless `whole`, returns once the first block is there: a reference with a `stream`.
+        """
 
     def watch(
         self, source: MediaSource, *, fps: float | None = None, max_frames: int | None = None

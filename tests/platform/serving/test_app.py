@@ -7,12 +7,15 @@ import os
 import subprocess
 import sys
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import ray
 import yaml
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
@@ -25,10 +28,17 @@ from timeviper_model.layers.cache import HybridCache
 from timeviper_platform.common.config import parse_config
 from timeviper_platform.common.devices import torch_dtype
 from timeviper_platform.data.encode.frame_encoder import TowerConfig, VisionTowerConfig
-from timeviper_platform.serving.app import ServeConfig, build, resolve_paths
+from timeviper_platform.serving.app import RayBlockWriter, ServeConfig, build, read_features, resolve_paths
 from timeviper_platform.serving.deployment import AutoscalingSettings, DeploymentSettings
 from timeviper_platform.serving.gateway_replica import ServiceHandle
-from timeviper_platform.serving.messages import AnswerDelta, ChatTurn, FeatureReference, GenerateRequest, Refusal
+from timeviper_platform.serving.messages import (
+    AnswerDelta,
+    ChatTurn,
+    FeatureReference,
+    FeatureStream,
+    GenerateRequest,
+    Refusal,
+)
 
 CONFIGS = Path(__file__).resolve().parents[3] / "ray_configs"
 FILES = [CONFIGS / "serve.yaml", CONFIGS / "tiny" / "serve.yaml"]
@@ -190,6 +200,34 @@ class Handle:
 
     def cancel(self) -> None:
         self.cancelled += 1
+
+
+@pytest.mark.cluster
+def test_blocks_of_features_cross_ray_before_the_last_and_are_lost_with_their_replica(ray_address: str) -> None:
+    ray.init(address=ray_address, logging_level="WARNING")
+    arrays = [np.full((2, 1, 3), number, np.int16) for number in range(3)]
+
+    def of(writer: RayBlockWriter) -> FeatureReference:
+        (media,) = about("x").media
+        return replace(media, num_frames=6, stream=FeatureStream(board=writer.address(), stream_id="s"))
+
+    async def read() -> list[Any]:
+        writer = RayBlockWriter()
+        writer.append("s", 0, ray.put(arrays[0]))
+        found = []
+        async with aclosing(read_features(of(writer))) as blocks:
+            found.append(await anext(blocks))
+            writer.append("s", 1, ray.put(arrays[1]))
+            found.append(await anext(blocks))
+            writer.end("s", replace(of(writer), stream=None, ref=ray.put(np.concatenate(arrays))))
+            found += [block async for block in blocks]
+        dead = of(writer)
+        ray.kill(writer.address())
+        with pytest.raises(RuntimeError, match="features x are lost"):
+            await anext(read_features(dead))
+        return found
+
+    np.testing.assert_array_equal(np.concatenate(asyncio.run(read())), np.concatenate(arrays))
 
 
 def test_rays_errors_become_refusals() -> None:

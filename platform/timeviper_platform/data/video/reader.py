@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from typing import Literal
@@ -19,6 +20,7 @@ from timeviper_platform.data.media.container import (
     ErrorType,
     MediaFile,
     MediaLimits,
+    Modality,
     decode_errors,
     source_name,
 )
@@ -116,18 +118,17 @@ def read_frames(
     Raises:
         DecodeError: when it is not a medium, exceeds a limit, or no frame decodes.
     """
-    batches = list(
-        iter_frames(
-            source,
-            image_size,
-            fps=fps,
-            max_frames=max_frames,
-            frame_selection=frame_selection,
-            limits=limits,
-            backend=backend,
-            resample=resample,
-        )
+    medium = open_medium(
+        source,
+        image_size,
+        fps=fps,
+        max_frames=max_frames,
+        frame_selection=frame_selection,
+        limits=limits,
+        backend=backend,
+        resample=resample,
     )
+    batches = list(medium.batches)
     return FrameBatch(
         np.concatenate([batch.frames for batch in batches]),
         np.concatenate([batch.pts_seconds for batch in batches]),
@@ -137,7 +138,20 @@ def read_frames(
     )
 
 
-def iter_frames(
+@dataclass(frozen=True, slots=True)
+class OpenMedium:
+    """A probed medium whose frames are yet to be decoded."""
+
+    modality: Modality
+    duration_seconds: Fraction
+    """0 for a picture."""
+    num_frames: int
+    """Sampled frames; those that do not decode are missing in `batches`."""
+    batches: Iterator[FrameBatch]
+    """Decodes while iterating; raises DecodeError."""
+
+
+def open_medium(
     source: str | bytes,
     image_size: int,
     *,
@@ -148,13 +162,17 @@ def iter_frames(
     backend: Backend = "pyav",
     resample: Resample = "bicubic",
     frames_per_batch: int = 64,
-) -> Iterator[FrameBatch]:
-    """Yields `read_frames` in batches of at most `frames_per_batch`."""
+) -> OpenMedium:
+    """Probes a medium and chooses its frames, which `batches` decodes.
+
+    Raises:
+        DecodeError: when it is not a medium or exceeds a limit.
+    """
     limits = limits or MediaLimits()
     probe = probe_media(source, limits)
     if probe.modality == "image":
-        yield read_image(source, image_size, limits=limits, resample=resample)
-        return
+        pictures = (read_image(source, image_size, limits=limits, resample=resample) for _ in range(1))
+        return OpenMedium("image", probe.duration_seconds, 1, pictures)
     count = count_frames(Fraction(0), probe.duration_seconds, fps)
     if count > limits.max_frames:
         message = f"{count} frames at {float(fps)} fps are over {limits.max_frames = }"
@@ -163,19 +181,24 @@ def iter_frames(
     times = [
         grid[k] for k in select_frames([float(t) for t in grid], max_frames=max_frames, frame_selection=frame_selection)
     ]
-    reader = open_video(
-        source, image_size, limits=limits, backend=backend, joined_parts=probe.joined_parts, resample=resample
-    )
-    num_frames = 0
-    try:
-        for start in range(0, len(times), frames_per_batch):
-            batch = reader.sample(times[start : start + frames_per_batch])
-            num_frames += len(batch.frames)
-            yield batch
-    finally:
-        reader.close()
-    if num_frames == 0:
-        raise DecodeError("decode_video", ErrorType.FRAMES_MISSING, f"none of the {len(times)} sampled frames decodes")
+
+    def batches() -> Iterator[FrameBatch]:
+        reader = open_video(
+            source, image_size, limits=limits, backend=backend, joined_parts=probe.joined_parts, resample=resample
+        )
+        num_frames = 0
+        try:
+            for start in range(0, len(times), frames_per_batch):
+                batch = reader.sample(times[start : start + frames_per_batch])
+                num_frames += len(batch.frames)
+                yield batch
+        finally:
+            reader.close()
+        if num_frames == 0:
+            message = f"none of the {len(times)} sampled frames decodes"
+            raise DecodeError("decode_video", ErrorType.FRAMES_MISSING, message)
+
+    return OpenMedium("video", probe.duration_seconds, len(times), batches())
 
 
 class DecoderPool:

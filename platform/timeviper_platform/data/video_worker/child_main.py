@@ -3,8 +3,8 @@
     job    12 bytes (length of JSON and data) with a file descriptor; JSON; data
     reply  4 bytes (length); JSON. Frames follow each other in the descriptor's memory.
 
-Jobs of kind `segments` get a reply per request, in order; `probes` one per medium, as they finish; `medium` one, and
-`pictures` one with all of them as frames.
+Jobs of kind `segments` get a reply per request, in order; `probes` one per medium, as they finish. `medium` opens a
+medium, and `pictures` several as the frames of one; each `block` job after them gets the next frames.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from timeviper_platform.data.media.medium import HEADER_FIELDS
 from timeviper_platform.data.media.probe import PROBE_THREADS, probe_media
 from timeviper_platform.data.video.frames import FrameBatch
 from timeviper_platform.data.video.pictures import read_image
-from timeviper_platform.data.video.reader import read_frames
+from timeviper_platform.data.video.reader import OpenMedium, open_medium
 from timeviper_platform.data.video_worker.frame_source import DecodeConfig, DecodeRequest, LocalFrames, decode_stage
 
 JOB = struct.Struct("<IQ")
@@ -72,6 +72,8 @@ class JobRunner:
 
     def __init__(self) -> None:
         self._source: LocalFrames | None = None
+        self._blocks: Iterator[FrameBatch] = iter(())
+        """Frames left of the medium that is open."""
         self._cpu_seconds = time.process_time()
         """Process time at the last segment's reply."""
 
@@ -79,8 +81,9 @@ class JobRunner:
         kinds: dict[str, Callable[[dict[str, Any]], Iterator[_Reply]]] = {
             "segments": self._segments,
             "probes": _probes,
-            "medium": partial(_media, data=data),
-            "pictures": partial(_pictures, data=data),
+            "medium": partial(self._open, opened=_medium, data=data),
+            "pictures": partial(self._open, opened=_pictures, data=data),
+            "block": self._block,
         }
         retries = storage.num_retries()
         for reply, frames in kinds[job["kind"]](job):
@@ -101,29 +104,27 @@ class JobRunner:
             seconds, self._cpu_seconds = time.perf_counter() - began, time.process_time()
             yield reply | {"seconds": seconds, "cpu_seconds": self._cpu_seconds - cpu_seconds}, frames
 
+    def _open(
+        self, job: dict[str, Any], opened: Callable[[dict[str, Any], bytes], OpenMedium], data: bytes
+    ) -> Iterator[_Reply]:
+        def head() -> _Reply:
+            medium = opened(job, data)
+            self._blocks = medium.batches
+            facts = {"modality": medium.modality, "end_seconds": float(medium.duration_seconds)}
+            return facts | {"num_frames": medium.num_frames}, _NO_FRAMES
+
+        yield _reply_or_error(head, "decode_video", job.get("uri") or data)
+
+    def _block(self, job: dict[str, Any]) -> Iterator[_Reply]:
+        def block() -> _Reply:
+            batch = next(self._blocks, None)
+            return ({"is_end": True}, _NO_FRAMES) if batch is None else _reply(batch)
+
+        yield _reply_or_error(block, "decode_video", "")
+
 
 def _frames(source: LocalFrames, request: DecodeRequest) -> _Reply:
     return _reply(source.frames(request))
-
-
-def _media(job: dict[str, Any], data: bytes) -> Iterator[_Reply]:
-    yield _reply_or_error(lambda: _medium(job, data), "decode_video", job["uri"] or data)
-
-
-def _pictures(job: dict[str, Any], data: bytes) -> Iterator[_Reply]:
-    yield _reply_or_error(lambda: _read_pictures(job, data), "decode_image", data)
-
-
-def _read_pictures(job: dict[str, Any], data: bytes) -> _Reply:
-    """Decodes pictures, each at a URI or the next bytes of `data`."""
-    limits, frames, start = _limits(job), [], 0
-    for uri, num_bytes in job["pictures"]:
-        source: str | bytes = uri if uri is not None else data[start : start + num_bytes]
-        start += num_bytes
-        frames.append(read_image(source, job["image_size"], limits=limits, resample=job["resample"]).frames)
-    numbers = np.arange(len(frames), dtype=float)
-    reply, pixels = _reply(FrameBatch(np.concatenate(frames), numbers, numbers))
-    return reply | {"end_seconds": 0.0, "modality": "image"}, pixels
 
 
 def _probes(job: dict[str, Any]) -> Iterator[_Reply]:
@@ -155,14 +156,29 @@ def _reply_or_error(work: Callable[[], _Reply], stage: Stage, source: str | byte
         return _error(stage, ErrorType.DECODER_CRASHED, f"{source_name(source)}: {type(error).__name__}: {error}")
 
 
-def _medium(job: dict[str, Any], data: bytes) -> _Reply:
+def _medium(job: dict[str, Any], data: bytes) -> OpenMedium:
     source: str | bytes = job["uri"] if job["uri"] is not None else data
-    limits = _limits(job)
-    medium = probe_media(source, limits)
     choice = {name: job[name] for name in ("max_frames", "frame_selection", "resample")}
-    batch = read_frames(source, job["image_size"], fps=Fraction(job["fps"]), limits=limits, **choice)
-    reply, frames = _reply(batch)
-    return reply | {"end_seconds": float(medium.duration_seconds), "modality": medium.modality}, frames
+    size, fps = job["image_size"], Fraction(job["fps"])
+    return open_medium(source, size, fps=fps, limits=_limits(job), frames_per_batch=job["block_frames"], **choice)
+
+
+def _pictures(job: dict[str, Any], data: bytes) -> OpenMedium:
+    """Opens pictures, each at a URI or the next bytes of `data`."""
+    limits, sources, start = _limits(job), list[str | bytes](), 0
+    for uri, num_bytes in job["pictures"]:
+        sources.append(uri if uri is not None else data[start : start + num_bytes])
+        start += num_bytes
+
+    def batches() -> Iterator[FrameBatch]:
+        for first in range(0, len(sources), job["block_frames"]):
+            some = sources[first : first + job["block_frames"]]
+            read = partial(read_image, image_size=job["image_size"], limits=limits, resample=job["resample"])
+            frames = [read(one).frames for one in some]
+            numbers = np.arange(first, first + len(some), dtype=float)
+            yield FrameBatch(np.concatenate(frames), numbers, numbers)
+
+    return OpenMedium("image", Fraction(0), len(sources), batches())
 
 
 def _limits(job: dict[str, Any]) -> MediaLimits:

@@ -24,6 +24,8 @@ class EngineThread:
         self._engine = engine
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._listeners: dict[RequestId, Callable[[Event], None]] = {}
+        self._has_news = False
+        """Whether features have come since the last step began."""
         self.error: str | None = None
         """The engine's failure; None while it runs."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -72,6 +74,14 @@ class EngineThread:
 
         self._commands.put(cancel_all)
 
+    def wake(self) -> None:
+        """Lets an engine that waits for features look for them. Callable from any thread."""
+
+        def note() -> None:
+            self._has_news = True
+
+        self._commands.put(note)
+
     async def stats(self) -> EngineStats:
         """Reads the statistics between two steps."""
         return await asyncio.wrap_future(self._call(self._engine.stats))
@@ -101,7 +111,7 @@ class EngineThread:
     def _run(self) -> None:
         while True:
             try:
-                command = self._commands.get(block=self.error is not None or not self._engine.has_work)
+                command = self._commands.get(block=self._is_idle())
             except queue.Empty:
                 self._step()
                 continue
@@ -109,7 +119,13 @@ class EngineThread:
                 return
             command()
 
+    def _is_idle(self) -> bool:
+        if self.error is not None or not self._engine.has_work:
+            return True
+        return self._engine.is_stalled and not self._has_news
+
     def _step(self) -> None:
+        self._has_news = False
         try:
             events = self._engine.step()
         except Exception as error:  # reported to every listener; the replica ends

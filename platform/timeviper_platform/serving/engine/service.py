@@ -6,15 +6,13 @@ import asyncio
 import hashlib
 import json
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from timeviper_model.batching.batch import Sample
 from timeviper_model.batching.prompt import ChatTemplate, Turn, add_time_texts, build_sample, time_text, unused_marker
@@ -39,6 +37,7 @@ from timeviper_model.weights.weights_folder import from_pretrained, load_config,
 from timeviper_platform.common.devices import Dtype, free_bytes, torch_device, torch_dtype
 from timeviper_platform.common.machine_cache import CONFIG_FILES, local_copy
 from timeviper_platform.serving.engine.engine_thread import EngineThread
+from timeviper_platform.serving.engine.media_feed import MediaFeed, ReadFeatures
 from timeviper_platform.serving.messages import (
     AnswerDelta,
     ChatTurn,
@@ -84,13 +83,13 @@ class EngineService:
         self,
         weights: str,
         config: EngineServiceConfig,
-        fetch: Callable[[FeatureReference], Awaitable[np.ndarray]],
+        read: ReadFeatures,
     ) -> None:
-        """Loads the weights of any URI. `fetch` returns a reference's array, or raises RuntimeError when it is lost."""
+        """Loads the weights of any URI."""
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         self._config = config
-        self._fetch = fetch
+        self._read = read
         dtype = torch_dtype(config.dtype)
         check_memory(load_config(local_copy(weights, CONFIG_FILES)), config)
         weights = local_copy(weights)
@@ -114,14 +113,16 @@ class EngineService:
             return
         self._ongoing += request.n
         try:
-            requests = await self._requests(request)
-            if isinstance(requests, Refusal):
-                yield requests
-                return
-            answers = self._answers(requests, with_logprobs=request.sampling.num_logprobs is not None)
-            async with aclosing(answers):  # closing a generator does not close the one it iterates over
-                async for item in answers:
-                    yield item
+            feed: MediaFeed | None = MediaFeed(request.media, self._read, self._thread.wake)
+            while feed is not None:
+                answers, recounted = self._answers(request, feed), None
+                async with aclosing(answers):  # closing a generator does not close the one it iterates over
+                    async for item in answers:
+                        if isinstance(item, MediaFeed):
+                            recounted = item
+                        else:
+                            yield item
+                feed = recounted
         finally:
             self._ongoing -= request.n
 
@@ -140,13 +141,7 @@ class EngineService:
         self._thread.stop()
         self._prompts.shutdown(wait=False, cancel_futures=True)
 
-    async def _requests(self, request: GenerateRequest) -> list[Request] | Refusal:
-        media = request.media
-        try:
-            arrays = await asyncio.gather(*(self._fetch(reference) for reference in media))
-        except RuntimeError as error:
-            logger.warning("features are lost: %s", type(error).__name__)
-            return Refusal(status=503, message="the video's features were lost, try again", code="features_lost")
+    async def _requests(self, request: GenerateRequest, feed: MediaFeed) -> list[Request] | Refusal:
         loop = asyncio.get_running_loop()
         try:
             sample = await loop.run_in_executor(self._prompts, self._prompt, request)
@@ -158,15 +153,13 @@ class EngineService:
                 await loop.run_in_executor(self._prompts, grammars.matcher, schema)
             except ValueError as error:
                 return Refusal(status=400, message=str(error), code="invalid_schema", param="response_format")
-        features = _rows(arrays)
-        if features is None:
-            features = torch.zeros(0, self._engine.feature_size)
+        features = feed.blocks if feed.media else torch.zeros(0, self._engine.feature_size)
         return [
             Request(
                 prompt=sample,
                 vision_features=features,
                 sampling=replace(request.sampling, seed=request.sampling.seed + number),
-                prefix_key=prefix_key(request.tenant, media),
+                prefix_key=prefix_key(request.tenant, feed.media),
             )
             for number in range(request.n)
         ]
@@ -184,35 +177,53 @@ class EngineService:
             answer_prefix=request.answer_prefix,
         )
 
-    async def _answers(self, requests: list[Request], *, with_logprobs: bool) -> AsyncGenerator[AnswerDelta | Refusal]:
+    async def _answers(
+        self, request: GenerateRequest, feed: MediaFeed
+    ) -> AsyncGenerator[AnswerDelta | Refusal | MediaFeed]:
+        """Yields a feed alone when frames that the prompt counts are missing."""
         try:
-            ids, events = await self._thread.submit(requests)
-        except QueueFull:
-            yield _busy()
-            return
-        except ValueError as error:
-            yield Refusal(status=400, message=str(error), code="context_length_exceeded", param="messages")
-            return
-        except RuntimeError as error:
-            yield Refusal(status=503, message=str(error), code="engine_failed", retry_after_s=5.0)
-            return
-        try:
-            deltas = self._deltas(ids, events, with_logprobs=with_logprobs)
-            async with aclosing(deltas):
-                async for item in deltas:
-                    yield item
+            outcome = None if feed.is_streamed else await feed.outcome
+            requests = await self._requests(request.with_media(feed.media), feed) if outcome is None else outcome
+            if not isinstance(requests, list):
+                yield requests
+                return
+            try:
+                ids, events = await self._thread.submit(requests)
+            except QueueFull:
+                yield _busy()
+                return
+            except ValueError as error:
+                yield Refusal(status=400, message=str(error), code="context_length_exceeded", param="messages")
+                return
+            except RuntimeError as error:
+                yield Refusal(status=503, message=str(error), code="engine_failed", retry_after_s=5.0)
+                return
+            try:
+                with_logprobs = request.sampling.num_logprobs is not None
+                deltas = self._deltas(ids, events, feed, with_logprobs=with_logprobs)
+                async with aclosing(deltas):
+                    async for item in deltas:
+                        yield item
+            finally:
+                self._thread.cancel(ids)
         finally:
-            self._thread.cancel(ids)
+            feed.close()
 
     async def _deltas(
-        self, ids: Sequence[RequestId], events: asyncio.Queue[Event], *, with_logprobs: bool
-    ) -> AsyncGenerator[AnswerDelta | Refusal]:
+        self, ids: Sequence[RequestId], events: asyncio.Queue[Event], feed: MediaFeed, *, with_logprobs: bool
+    ) -> AsyncGenerator[AnswerDelta | Refusal | MediaFeed]:
         """Gathers the events of each `coalesce_ms` into deltas; the first token is sent at once."""
         loop = asyncio.get_running_loop()
         unfinished = len(ids)
         next_send = loop.time()
+        opening = await _first(events, feed)
+        if isinstance(opening, Refusal | MediaFeed):
+            yield opening
+            return
+        first: Event | None = opening
         while unfinished:
-            batch = [await events.get()]
+            batch = [await events.get()] if first is None else [first]
+            first = None
             if (wait_s := next_send - loop.time()) > 0:
                 await asyncio.sleep(wait_s)
             while not events.empty():
@@ -299,12 +310,18 @@ def _time_text(medium: FeatureReference) -> str:
     return time_text(medium.duration_seconds, medium.num_frames) if medium.modality == "video" else ""
 
 
-def _rows(arrays: Sequence[np.ndarray]) -> Tensor | None:
-    """Returns (V, dim) bfloat16 rows of all media; None without media."""
-    if not arrays:
-        return None
-    # copied: the object store returns read-only arrays, which PyTorch does not support
-    return torch.cat([torch.from_numpy(array.copy()).view(torch.bfloat16).flatten(0, 1) for array in arrays])
+async def _first(events: asyncio.Queue[Event], feed: MediaFeed) -> Event | Refusal | MediaFeed:
+    """Returns the first event, unless the feed has ended the request before a token."""
+    event = asyncio.ensure_future(events.get())
+    try:
+        waiting: set[asyncio.Future[Any]] = {event, feed.outcome}
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        outcome = feed.outcome.result() if feed.outcome.done() else None
+        if outcome is not None and not (event.done() and isinstance(event.result(), Token)):
+            return outcome
+        return await event
+    finally:
+        event.cancel()
 
 
 def _busy() -> Refusal:

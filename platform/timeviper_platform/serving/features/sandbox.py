@@ -10,10 +10,14 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -25,7 +29,12 @@ from timeviper_platform.data.video_worker.child_process import ChildDiedError, C
 from timeviper_platform.serving.messages import MediaBytes, MediaFile, MediaFrames, Refusal
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
+BLOCK_FRAMES = 64
+"""Frames decoded at once: 28 MB at 384 pixels."""
+BLOCKS_AHEAD = 2
+"""Blocks decoded before the caller takes them."""
 MAX_OPEN_FILES = 64
 MAX_WRITTEN_BYTES = 4 * 2**20
 """Per file; decoded frames go through memory."""
@@ -64,15 +73,25 @@ class SandboxConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class DecodedMedium:
-    frames: np.ndarray
-    """(F, S, S, 3) uint8."""
-    pts_seconds: np.ndarray
-    """(F,) float64."""
+class MediumHead:
+    """What a medium's headers tell, before any frame is decoded."""
+
+    num_frames: int
+    """Sampled frames; damaged ones are missing later."""
     end_seconds: float
     """Duration by the video's timestamps; 0 for a picture."""
     modality: Modality
     """By the content: an animation is a video."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedBlock:
+    """The next frames of a medium."""
+
+    frames: np.ndarray
+    """(F, S, S, 3) uint8."""
+    pts_seconds: np.ndarray
+    """(F,) float64."""
 
 
 class _Child:
@@ -111,48 +130,80 @@ class DecodeSandbox:
         self._spare: asyncio.Task[_Child] | None = None
         self._has_warned = False
 
-    async def decode(
+    async def blocks(
         self,
         source: MediaFile | MediaBytes | MediaFrames,
         *,
         fps: float,
         max_frames: int,
         frame_selection: FrameSelection = "uniform",
-    ) -> DecodedMedium | Refusal:
-        """Returns frames at `fps`, thinned to `max_frames`. Pictures have no times, only `max_frames` thins them."""
+    ) -> AsyncGenerator[MediumHead | DecodedBlock | Refusal]:
+        """Yields a medium's head, then its frames at `fps`, thinned to `max_frames`, as they are decoded.
+
+        A Refusal is last. Pictures have no times, only `max_frames` thins them. Decoding runs `BLOCKS_AHEAD` blocks
+        ahead of the caller, which must close the generator.
+        """
         if isinstance(source, MediaFrames):
             indices = range(len(source.frames))
             chosen = select_frames(indices, max_frames=max_frames, frame_selection=frame_selection)
             pictures = [source.frames[index] for index in chosen]
-            return await self._run({"kind": "pictures"}, pictures, len(pictures))
-        job = {"kind": "medium", "fps": str(fps), "max_frames": max_frames, "frame_selection": frame_selection}
-        return await self._run(job, [source], max_frames)
-
-    async def _run(
-        self, job: dict[str, Any], media: Sequence[MediaFile | MediaBytes], num_frames: int
-    ) -> DecodedMedium | Refusal:
-        limits = MediaLimits(max_pixels=self._config.max_pixels, max_frames=self._config.max_frames)
-        sizes = {"image_size": self._image_size, "resample": self._resample, "limits": asdict(limits)}
-        data = b"".join(medium.data for medium in media if isinstance(medium, MediaBytes))
-        deadline_s = self._config.deadline_s
+            media: Sequence[MediaFile | MediaBytes] = pictures
+            job: dict[str, Any] = {"kind": "pictures"}
+            max_frames = len(pictures)
+        else:
+            job = {"kind": "medium", "fps": str(fps), "max_frames": max_frames, "frame_selection": frame_selection}
+            media = [source]
         async with self._slots:
             child = await self._take_child()
             try:
                 places = await asyncio.to_thread(_places, media, child)
                 where = {"pictures": places} if job["kind"] == "pictures" else {"uri": places[0][0]}
-                answer, memory = await asyncio.to_thread(
-                    child.process.run, job | sizes | where, data, num_frames=num_frames, deadline_seconds=deadline_s
-                )
-                return self._medium(answer, memory)
+                data = b"".join(medium.data for medium in media if isinstance(medium, MediaBytes))
+                async with aclosing(self._replies(child.process, job | where, data, max_frames)) as items:
+                    async for item in items:
+                        yield item
             except TimeoutError:
-                message = f"decoding took longer than {deadline_s:g} s; send a shorter or smaller video"
-                return Refusal(status=408, message=message, code="decode_timeout")
+                message = f"decoding took longer than {self._config.deadline_s:g} s; send a shorter or smaller video"
+                yield Refusal(status=408, message=message, code="decode_timeout")
             except OSError:
-                return _refusal("read_failed")
+                yield _refusal("read_failed")
             except (ChildDiedError, KeyError, TypeError, ValueError):  # ended by a limit or the medium, or compromised
-                return _refusal("decode_failed")
+                yield _refusal("decode_failed")
             finally:
                 await asyncio.to_thread(child.end)
+
+    async def _replies(
+        self, process: DecodeChild, job: dict[str, Any], data: bytes, max_frames: int
+    ) -> AsyncGenerator[MediumHead | DecodedBlock | Refusal]:
+        limits = MediaLimits(max_pixels=self._config.max_pixels, max_frames=self._config.max_frames)
+        num_frames = min(BLOCK_FRAMES, max_frames)
+        sizes = {"image_size": self._image_size, "resample": self._resample, "block_frames": num_frames}
+        deadline = _Deadline(self._config.deadline_s)
+        await deadline.call(process.send, {**job, **sizes, "limits": asdict(limits)}, data)
+        answer = await deadline.call(process.reply)
+        if "error" in answer:
+            yield _refusal(answer["error"][1])
+            return
+        modality: Modality = "image" if answer["modality"] == "image" else "video"
+        head = MediumHead(int(answer["num_frames"]), float(answer["end_seconds"]), modality)
+        yield head
+        left, memories = head.num_frames, deque[np.ndarray]()
+        while True:
+            while len(memories) <= BLOCKS_AHEAD:
+                block = {"kind": "block", "image_size": self._image_size}
+                memories.append(await deadline.call(partial(process.send, num_frames=num_frames), block))
+            answer = await deadline.call(process.reply)
+            if "error" in answer:
+                yield _refusal(answer["error"][1])
+                return
+            if "is_end" in answer:
+                return
+            shape = (int(answer["num_frames"]), self._image_size, self._image_size, 3)
+            if not 0 <= shape[0] <= min(left, num_frames) or len(answer["pts_seconds"]) != shape[0]:
+                raise ValueError(f"a block of {shape[0]} frames, of {left} left")
+            left -= shape[0]
+            frames = memories.popleft()[: math.prod(shape)].reshape(shape)  # writable, as PyTorch requires
+            yield DecodedBlock(frames, np.asarray(answer["pts_seconds"], np.float64))
 
     async def start(self) -> None:
         if self._spare is None:
@@ -184,14 +235,19 @@ class DecodeSandbox:
             logger.warning("decode processes share this machine's network: the kernel allows no network namespaces")
         return child
 
-    def _medium(self, answer: dict[str, Any], memory: np.ndarray) -> DecodedMedium | Refusal:
-        if "error" in answer:
-            return _refusal(answer["error"][1])
-        shape = (int(answer["num_frames"]), self._image_size, self._image_size, 3)
-        frames = memory[: math.prod(shape)].reshape(shape)  # writable, as PyTorch requires
-        pts_seconds = np.asarray(answer["pts_seconds"], np.float64)
-        modality: Modality = "image" if answer["modality"] == "image" else "video"
-        return DecodedMedium(frames, pts_seconds, float(answer["end_seconds"]), modality)
+
+class _Deadline:
+    """Seconds that may be spent waiting for a child; the time its caller takes between two waits does not count."""
+
+    def __init__(self, seconds: float) -> None:
+        self._left_s = seconds
+
+    async def call(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Raises TimeoutError."""
+        began = time.monotonic()
+        answer = await asyncio.to_thread(function, *arguments, deadline_seconds=max(1e-3, self._left_s))
+        self._left_s -= time.monotonic() - began
+        return answer
 
 
 def _places(media: Sequence[MediaFile | MediaBytes], child: _Child) -> list[tuple[str | None, int]]:

@@ -1,6 +1,7 @@
 """The feature service: turns a medium into a reference to its vision features. Does not import Ray.
 
-Media in the feature store, by id or SHA-256, are read. Others are decoded in a sandbox and encoded as in preprocessing.
+Media in the feature store, by id or SHA-256, are read. Others are decoded in a sandbox and encoded as in preprocessing,
+block by block, so that an engine may read the first frames while later ones are still decoded.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ import hashlib
 import json
 import logging
 import time
+import uuid
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,11 +28,13 @@ from torch import Tensor
 from timeviper_platform.data.encode.frame_encoder import FrameEncoder, VisionTowerConfig
 from timeviper_platform.data.store.reader import FeatureStore, MediaInfo
 from timeviper_platform.data.video.sampling import FrameSelection
+from timeviper_platform.serving.features.blocks import BlockWriter
 from timeviper_platform.serving.features.compatibility import check_features_fit
-from timeviper_platform.serving.features.sandbox import DecodeSandbox, SandboxConfig
+from timeviper_platform.serving.features.sandbox import DecodedBlock, DecodeSandbox, MediumHead, SandboxConfig
 from timeviper_platform.serving.messages import (
     FeatureProgress,
     FeatureReference,
+    FeatureStream,
     MediaAddress,
     MediaBytes,
     MediaFile,
@@ -44,8 +50,8 @@ from timeviper_platform.serving.messages import (
 logger = logging.getLogger(__name__)
 
 PROGRESS_S = 0.3
-ENCODE_BATCHES = 4
-"""Batches of the encoder between two notes of its progress."""
+ENCODE_BATCHES = 2
+"""Batches of the encoder between two notes of its progress, at most. They are a block of a stream."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,11 +85,37 @@ class _Kept(NamedTuple):
     reference: FeatureReference
     num_bytes: int
     used_at: float
+    stream_id: str | None
+    """Stream that ended with it, for requests that have yet to read."""
+
+
+class _EncodedBlock(NamedTuple):
+    features: Tensor
+    """(F, N, dim) bfloat16."""
+    pts: np.ndarray
+    """(F,) seconds."""
+
+
+@dataclass(slots=True)
+class _Work:
+    """A computation of features that requests wait for."""
+
+    announced: asyncio.Future[FeatureReference]
+    """The stream, once its first block is there; never set for what is computed in one go."""
+    stream_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    task: asyncio.Task[FeatureReference | Refusal] | None = None
 
 
 class FeatureService:
-    def __init__(self, weights: str, config: FeatureServiceConfig, put: Callable[[np.ndarray], Any]) -> None:
-        """Opens the store and the encoder. `put` stores an array and returns a reference to it.
+    def __init__(
+        self,
+        weights: str,
+        config: FeatureServiceConfig,
+        put: Callable[[np.ndarray], Any],
+        board: BlockWriter | None = None,
+    ) -> None:
+        """Opens the store and the encoder. `put` stores an array and returns a reference to it. Without a `board`, all
+        references are whole.
 
         Raises:
             ValueError: when the features do not fit the weights.
@@ -92,6 +124,7 @@ class FeatureService:
             torch.set_num_threads(config.num_threads)
         self._config = config
         self._put = put
+        self._board = board
         self.store = None if config.feature_store is None else FeatureStore.open(config.feature_store)
         self._encoder = None if config.encoder is None else FrameEncoder(config.encoder)
         check_features_fit(weights, store=self.store, encoder=self._encoder)
@@ -106,7 +139,7 @@ class FeatureService:
         self._kept_bytes = 0
         self._encoding: dict[str, FeatureProgress] = {}
         """By the medium's SHA-256."""
-        self._ongoing: dict[str, asyncio.Task[FeatureReference | Refusal]] = {}
+        self._ongoing: dict[str, _Work] = {}
         num_stored = 0 if self.store is None else len(self.store.media_ids)
         logger.info("features of %d stored media, uploads %s", num_stored, "on" if self._encoder else "off")
 
@@ -115,9 +148,12 @@ class FeatureService:
             await self._sandbox.start()
 
     async def features(
-        self, source: MediaSource, *, fps: float | None = None, max_frames: int | None = None
+        self, source: MediaSource, *, fps: float | None = None, max_frames: int | None = None, whole: bool = True
     ) -> FeatureReference | Refusal:
-        """Returns features. `fps` and `max_frames` can only lower the configured limits."""
+        """Returns features. `fps` and `max_frames` can only lower the configured limits.
+
+        Unless `whole`, an upload of several blocks returns with its first one, and has a `stream` with the others.
+        """
         fps = min(fps or self._config.fps, self._config.fps)
         max_frames = min(max_frames or self._config.max_frames, self._config.max_frames)
         if isinstance(source, MediaFrames) and len(source.frames) > self._config.max_frames:
@@ -136,14 +172,15 @@ class FeatureService:
         if media_id is None and not isinstance(source, StoredFeatures | MediaAddress):
             # decoding is deterministic: content and limits determine the frames
             key = _key("upload", source.sha256, self.recipe, fps, max_frames, self._config.frame_selection)
-            return await self._once(key, lambda: self._encode(source, key, fps, max_frames))
+            make = partial(self._encode, source, key, fps, max_frames)
+            return await self._once(key, make, whole=whole)
         if self.store is None or media_id is None or media_id not in self.store:
             return _no_such_medium()
         info = self.store.info(media_id)
         frames = info.select(max_frames=max_frames, frame_selection=self._config.frame_selection, fps=fps)
         content = info.sha256 or (self.store.uri, media_id)  # a store may hold no hashes
         key = _key("store", content, self.store.recipe_hash, info.times_seconds[frames].tobytes())
-        return await self._once(key, lambda: self._read(info, key, frames))
+        return await self._once(key, lambda _: self._read(info, key, frames))
 
     async def watch(
         self, source: MediaSource, *, fps: float | None = None, max_frames: int | None = None
@@ -190,7 +227,7 @@ class FeatureService:
             await self._sandbox.close()
 
     async def _once(
-        self, key: str, make: Callable[[], Awaitable[FeatureReference | Refusal]]
+        self, key: str, make: Callable[[_Work], Awaitable[FeatureReference | Refusal]], *, whole: bool = True
     ) -> FeatureReference | Refusal:
         """Returns the cached reference, or calls `make` once for all concurrent requests."""
         self._drop_old()
@@ -198,12 +235,31 @@ class FeatureService:
             self._kept.move_to_end(key)
             kept = self._kept[key] = self._kept[key]._replace(used_at=time.monotonic())
             return kept.reference
-        task = self._ongoing.get(key)
-        if task is None:
-            task = asyncio.ensure_future(_guarded(make))
-            self._ongoing[key] = task
-            task.add_done_callback(lambda _: self._ongoing.pop(key))
-        return await asyncio.shield(task)  # the first caller may disconnect while others wait
+        work = self._ongoing.get(key)
+        if work is None:
+            work = self._ongoing[key] = _Work(asyncio.get_running_loop().create_future())
+            work.task = asyncio.ensure_future(self._guarded(make, work))
+            work.task.add_done_callback(lambda _: self._ongoing.pop(key))
+        assert work.task is not None
+        if not whole:
+            waiting: set[asyncio.Future[Any]] = {work.task, work.announced}
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            if not work.task.done():
+                return work.announced.result()
+        return await asyncio.shield(work.task)  # the first caller may disconnect while others wait
+
+    async def _guarded(
+        self, make: Callable[[_Work], Awaitable[FeatureReference | Refusal]], work: _Work
+    ) -> FeatureReference | Refusal:
+        try:
+            answer = await make(work)
+        except (RuntimeError, OSError) as error:  # the store's disk or the encoder's device, not the client
+            logger.error("computing features failed: %s", type(error).__name__, exc_info=True)
+            message = "computing the features failed, try again"
+            answer = Refusal(status=503, message=message, code="features_failed", retry_after_s=5.0)
+        if self._board is not None and work.announced.done():
+            self._board.end(work.stream_id, answer)
+        return answer
 
     async def _read(self, info: MediaInfo, key: str, frames: list[int]) -> FeatureReference:
         assert self.store is not None
@@ -211,38 +267,98 @@ class FeatureService:
         return await self._keep(key, medium.features, info.modality, info.duration_seconds, medium.pts_seconds)
 
     async def _encode(
-        self, source: MediaFile | MediaBytes | MediaFrames, key: str, fps: float, max_frames: int
+        self, source: MediaFile | MediaBytes | MediaFrames, key: str, fps: float, max_frames: int, work: _Work
     ) -> FeatureReference | Refusal:
         if self._sandbox is None or self._encoder is None:
             message = "this server accepts no uploads; use a stored medium, feature://ID"
             return Refusal(status=400, message=message, code="uploads_disabled")
-        decoded = await self._sandbox.decode(
-            source, fps=fps, max_frames=max_frames, frame_selection=self._config.frame_selection
-        )
-        if isinstance(decoded, Refusal):
-            return decoded
-        features = await self._encode_frames(self._encoder, decoded.frames, source.sha256)
-        return await self._keep(key, features, decoded.modality, decoded.end_seconds, decoded.pts_seconds)
+        head, parts = None, list[_EncodedBlock]()
+        async with aclosing(self._encoded(self._sandbox, self._encoder, source, fps, max_frames)) as items:
+            async for item in items:
+                if isinstance(item, Refusal):
+                    return item
+                if isinstance(item, MediumHead):
+                    head = item
+                    continue
+                parts.append(item)
+                if self._board is not None and head is not None:
+                    await self._publish(parts, head, key, work, self._board)
+        assert head is not None
+        features, times = torch.cat([part.features for part in parts]), np.concatenate([part.pts for part in parts])
+        stream_id = work.stream_id if work.announced.done() else None
+        return await self._keep(key, features, head.modality, head.end_seconds, times, stream_id)
 
-    async def _encode_frames(self, encoder: FrameEncoder, frames: np.ndarray, sha256: str) -> Tensor:
-        """Encodes whole batches at a time, which notes the progress and lets other media take turns."""
-        loop, total = asyncio.get_running_loop(), len(frames)
-        step = ENCODE_BATCHES * encoder.config.encode_batch_frames
-        parts = []
+    async def _publish(
+        self, parts: Sequence[_EncodedBlock], head: MediumHead, key: str, work: _Work, board: BlockWriter
+    ) -> None:
+        """Adds the last of `parts` to the stream, which the first of several announces."""
+        if not work.announced.done():
+            if len(parts[0].features) >= head.num_frames:
+                return
+            reference = FeatureReference(
+                key=key,
+                ref=None,
+                stream=FeatureStream(board=board.address(), stream_id=work.stream_id),
+                num_frames=head.num_frames,
+                num_tokens_per_frame=parts[0].features.shape[1],
+                modality=head.modality,
+                duration_seconds=head.end_seconds,
+            )
+        ref = await asyncio.to_thread(self._put, _bits(parts[-1].features))
+        board.append(work.stream_id, len(parts) - 1, ref)
+        if not work.announced.done():
+            work.announced.set_result(reference)
+
+    async def _encoded(
+        self,
+        sandbox: DecodeSandbox,
+        encoder: FrameEncoder,
+        source: MediaFile | MediaBytes | MediaFrames,
+        fps: float,
+        max_frames: int,
+    ) -> AsyncGenerator[MediumHead | _EncodedBlock | Refusal]:
+        """Encodes whole batches while later frames are decoded; other media take turns between blocks."""
+        loop, batch, total, done = asyncio.get_running_loop(), encoder.config.encode_batch_frames, 0, 0
+        frames = np.empty((0, encoder.image_size, encoder.image_size, 3), np.uint8)
+        pts = np.empty(0)
+
+        async def encode(size: int) -> _EncodedBlock:
+            nonlocal frames, pts, done
+            progress = FeatureProgress(stage="encoding", frames_done=done, frames_total=total)
+            self._encoding[source.sha256] = progress
+            features = await loop.run_in_executor(self._encode_thread, encoder.encode, frames[:size])
+            block = _EncodedBlock(features, pts[:size])
+            frames, pts, done = frames[size:], pts[size:], done + size
+            return block
+
+        blocks = sandbox.blocks(source, fps=fps, max_frames=max_frames, frame_selection=self._config.frame_selection)
         try:
-            for start in range(0, max(total, 1), step):
-                self._encoding[sha256] = FeatureProgress(stage="encoding", frames_done=start, frames_total=total)
-                some = frames[start : start + step]
-                parts.append(await loop.run_in_executor(self._encode_thread, encoder.encode, some))
+            async with aclosing(blocks):
+                async for item in blocks:
+                    if not isinstance(item, DecodedBlock):
+                        total = item.num_frames if isinstance(item, MediumHead) else total
+                        yield item
+                        continue
+                    frames = np.concatenate([frames, item.frames]) if len(frames) else item.frames
+                    pts = np.concatenate([pts, item.pts_seconds])
+                    while len(frames) >= batch:
+                        yield await encode(min(len(frames) // batch, ENCODE_BATCHES) * batch)
+            if len(frames):
+                yield await encode(len(frames))
         finally:
-            self._encoding.pop(sha256, None)
-        return torch.cat(parts)
+            self._encoding.pop(source.sha256, None)
 
     async def _keep(
-        self, key: str, features: Tensor, modality: Modality, duration_seconds: float, pts_seconds: np.ndarray
+        self,
+        key: str,
+        features: Tensor,
+        modality: Modality,
+        duration_seconds: float,
+        pts_seconds: np.ndarray,
+        stream_id: str | None = None,
     ) -> FeatureReference:
         """Stores (F, N, dim) bfloat16 features; evicts the least recently used."""
-        bits = features.cpu().contiguous().view(torch.int16).numpy()
+        bits = _bits(features)
         reference = FeatureReference(
             key=key,
             ref=await asyncio.to_thread(self._put, bits),
@@ -252,7 +368,7 @@ class FeatureService:
             duration_seconds=duration_seconds,
             times_seconds=tuple(np.round(pts_seconds, 6).tolist()),
         )
-        self._kept[key] = _Kept(reference, bits.nbytes, time.monotonic())
+        self._kept[key] = _Kept(reference, bits.nbytes, time.monotonic(), stream_id)
         self._kept_bytes += bits.nbytes
         while self._kept_bytes > self._config.cache_bytes:
             self._drop_oldest()
@@ -264,16 +380,15 @@ class FeatureService:
             self._drop_oldest()
 
     def _drop_oldest(self) -> None:
-        self._kept_bytes -= self._kept.popitem(last=False)[1].num_bytes
+        kept = self._kept.popitem(last=False)[1]
+        self._kept_bytes -= kept.num_bytes
+        if kept.stream_id is not None and self._board is not None:
+            self._board.forget(kept.stream_id)
 
 
-async def _guarded(make: Callable[[], Awaitable[FeatureReference | Refusal]]) -> FeatureReference | Refusal:
-    try:
-        return await make()
-    except (RuntimeError, OSError) as error:  # the store's disk or the encoder's device, not the client
-        logger.error("computing features failed: %s", type(error).__name__, exc_info=True)
-        message = "computing the features failed, try again"
-        return Refusal(status=503, message=message, code="features_failed", retry_after_s=5.0)
+def _bits(features: Tensor) -> np.ndarray:
+    """bfloat16 as int16, since NumPy has no bfloat16."""
+    return features.cpu().contiguous().view(torch.int16).numpy()
 
 
 def _stored_medium(info: MediaInfo) -> StoredMedium:

@@ -80,9 +80,18 @@ class ChatPreparation:
         self._addresses = Addresses(config, store)
 
     async def prepare(
-        self, chat: ChatCompletionRequest, tenant: str, *, note: Callable[[FeatureProgress], None] | None = None
+        self,
+        chat: ChatCompletionRequest,
+        tenant: str,
+        *,
+        note: Callable[[FeatureProgress], None] | None = None,
+        whole: bool = False,
     ) -> GenerateRequest:
-        """Returns the engine's request, with all features computed concurrently. `note` takes their progress.
+        """Returns the engine's request, with all features computed concurrently.
+
+        Args:
+            note: takes the progress of the features, which then are complete.
+            whole: whether to wait until all frames are decoded. Time spans always do, as their answer has the times.
 
         Raises:
             ApiError: for exceeded limits, unknown media, or a refusal by the feature service.
@@ -91,10 +100,11 @@ class ChatPreparation:
         self._check_limits(messages)
         limits = chat.media_limits()
         media = [medium for message in messages for medium in message.media]
-        features = await asyncio.gather(*(self._feature(medium, limits, note) for medium in media))
+        answer_format = chat.response_format or ResponseFormat(type="text")
+        whole = whole or answer_format.is_segments
+        features = await asyncio.gather(*(self._feature(medium, limits, note, whole) for medium in media))
         references = iter(features)
         wanted = chat.max_completion_tokens or chat.max_tokens or self._config.default_max_tokens
-        answer_format = chat.response_format or ResponseFormat(type="text")
         schema = segments_schema(features) if answer_format.is_segments else answer_format.schema_text()
         return GenerateRequest(
             tenant=tenant,
@@ -200,10 +210,10 @@ class ChatPreparation:
         )
 
     async def _feature(
-        self, medium: _Medium, limits: MediaLimits, note: Callable[[FeatureProgress], None] | None
+        self, medium: _Medium, limits: MediaLimits, note: Callable[[FeatureProgress], None] | None, whole: bool
     ) -> FeatureReference:
         lowest = limits.lower_of(medium.limits)
-        get = partial(self._features.features, fps=lowest.fps, max_frames=lowest.max_frames)
+        get = partial(self._features.features, fps=lowest.fps, max_frames=lowest.max_frames, whole=whole)
         if note is not None:
             get = partial(self._watched, note=note, fps=lowest.fps, max_frames=lowest.max_frames)
         answer = await get(medium.source)
@@ -215,6 +225,8 @@ class ChatPreparation:
             answer = await get(await self._addresses.load(medium.source, medium.param))
         if isinstance(answer, Refusal):
             raise ApiError.from_refusal(answer, param=medium.param)
+        if answer.stream is not None:
+            answer = replace(answer, stream=replace(answer.stream, param=medium.param))
         return answer
 
     async def _watched(

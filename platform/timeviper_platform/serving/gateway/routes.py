@@ -356,16 +356,28 @@ class _Gateway:
         deadline = asyncio.get_running_loop().time() + self._config.request_timeout_s
         with self._timed():
             async with asyncio.timeout_at(deadline):
-                generate = await self._preparation.prepare(chat, request.state.tenant)
-                self._quotas.add_frames(request.state.key, generate.num_frames)
-                completion = Completion(
-                    chat.model,
-                    num_choices=generate.n,
-                    with_logprobs=bool(chat.logprobs),
-                    media=generate.media if generate.is_temporal else (),
-                )
-                deltas = _checked(self._engine.generate(generate))
-                completion.add(first := await anext(deltas))
+                try:
+                    running = await self._first(chat, request, deadline)
+                except ApiError as error:
+                    if error.code != "features_lost":  # their replica has died or forgotten them
+                        raise
+                    running = await self._first(chat, request, deadline, whole=True)
+        return running
+
+    async def _first(
+        self, chat: ChatCompletionRequest, request: Request, deadline: float, *, whole: bool = False
+    ) -> _Running:
+        generate = await self._preparation.prepare(chat, request.state.tenant, whole=whole)
+        if not whole:
+            self._quotas.add_frames(request.state.key, generate.num_frames)
+        completion = Completion(
+            chat.model,
+            num_choices=generate.n,
+            with_logprobs=bool(chat.logprobs),
+            media=generate.media if generate.is_temporal else (),
+        )
+        deltas = _checked(self._engine.generate(generate))
+        completion.add(first := await anext(deltas))
         return _Running(completion, first, deltas, deadline)
 
     async def _collect(self, running: _Running) -> None:

@@ -16,7 +16,7 @@ from reference.synthetic_media import make_sound, make_video, picture
 from timeviper_platform.data.media.container import DecodeError, ErrorType, MediaLimits
 from timeviper_platform.data.media.probe import probe_media
 from timeviper_platform.data.video.frames import FrameBatch
-from timeviper_platform.data.video.reader import DecoderPool, iter_frames, open_video, read_frames
+from timeviper_platform.data.video.reader import DecoderPool, open_medium, open_video, read_frames
 from timeviper_platform.data.video.sampling import count_frames
 
 
@@ -141,7 +141,7 @@ def test_thinning_selects_the_same_frames_as_the_store(videos: dict[str, Path]) 
 
 
 def test_a_long_video_comes_in_batches(videos: dict[str, Path]) -> None:
-    batches = list(iter_frames(str(videos["one_keyframe.mp4"]), SIZE, frames_per_batch=8))
+    batches = list(open_medium(str(videos["one_keyframe.mp4"]), SIZE, frames_per_batch=8).batches)
     assert [len(batch.frames) for batch in batches] == [8, 8, 8, 8]
 
 

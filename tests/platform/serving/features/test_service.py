@@ -31,6 +31,7 @@ from timeviper_platform.data.video.pictures import read_image
 from timeviper_platform.data.video.reader import read_frames
 from timeviper_platform.data.video.sampling import FrameSelection, thin_to_fps
 from timeviper_platform.serving.features import service as module
+from timeviper_platform.serving.features.blocks import BlockBoard, LostStreamError, read_blocks
 from timeviper_platform.serving.features.sandbox import DecodeSandbox
 from timeviper_platform.serving.features.service import FeatureService, FeatureServiceConfig
 from timeviper_platform.serving.messages import (
@@ -134,6 +135,107 @@ def test_progress_counts_encoded_frames_and_ends_with_the_same_features(
     np.testing.assert_array_equal(answer.ref, plain.ref)
 
 
+class LocalWriter:
+    """A board on the test's event loop."""
+
+    def __init__(self) -> None:
+        self.board = BlockBoard()
+        self.calls: list[Any] = []
+
+    def append(self, stream_id: str, number: int, ref: Any) -> None:
+        self._call(self.board.append(stream_id, number, [ref]))
+
+    def end(self, stream_id: str, end: FeatureReference | Refusal) -> None:
+        self._call(self.board.end(stream_id, end))
+
+    def forget(self, stream_id: str) -> None:
+        self._call(self.board.forget(stream_id))
+
+    def address(self) -> BlockBoard:
+        return self.board
+
+    def _call(self, call: Any) -> None:
+        self.calls.append(asyncio.ensure_future(call))
+
+
+async def read_all(reference: FeatureReference) -> list[Any]:
+    async def fetch(ref: Any) -> np.ndarray:
+        array: np.ndarray = ref
+        return array
+
+    blocks = read_blocks(
+        reference, fetch=fetch, next_blocks=lambda stream, number: stream.board.read(stream.stream_id, number)
+    )
+    return [block async for block in blocks]
+
+
+def streaming_service(folders: ServingFolders, **config: Any) -> FeatureService:
+    values = FeatureServiceConfig(feature_store=folders.store, encoder=folders.encoder, **config)
+    return FeatureService(folders.weights, values, lambda array: array, LocalWriter())
+
+
+def test_an_upload_is_read_in_blocks_before_its_last_frame_and_has_the_same_features(
+    folders: ServingFolders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, the first frame waited for the last one."""
+    monkeypatch.setattr(module, "ENCODE_BATCHES", 1)
+    source = upload(write_video(tmp_path / "long.mp4", seconds=18).read_bytes())
+
+    async def scenario(service: FeatureService) -> tuple[Any, list[Any], Any, list[Any]]:
+        early = await service.features(source, whole=False)
+        assert isinstance(early, FeatureReference)
+        reading = asyncio.create_task(read_all(early))
+        whole = await service.features(source)
+        return early, await reading, whole, await read_all(early)
+
+    early, blocks, whole, late = run(streaming_service(folders), scenario)
+    assert early.stream is not None
+    assert (early.ref, early.key, early.num_frames, early.times_seconds) == (None, whole.key, 18, ())
+    assert (early.duration_seconds, early.num_tokens_per_frame) == (whole.duration_seconds, whole.num_tokens_per_frame)
+    assert len(blocks) > 1
+    plain = run(service_of(folders), lambda service: service.features(source, whole=False))
+    assert plain.stream is None
+    assert plain.times_seconds == whole.times_seconds
+    for arrays in (blocks, [whole.ref], late):
+        np.testing.assert_array_equal(np.concatenate(arrays), plain.ref)
+
+
+def test_a_stream_ends_with_a_refusal_or_when_its_features_are_dropped(
+    folders: ServingFolders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = [upload(write_video(tmp_path / "a.mp4", seconds=count).read_bytes()) for count in (10, 11)]
+    monkeypatch.setattr(module, "ENCODE_BATCHES", 1)
+    broken = Refusal(status=422, message="damaged", code="corrupt_file")
+    blocks = DecodeSandbox.blocks
+
+    async def breaking(*arguments: Any, **options: Any) -> Any:
+        async for item in blocks(*arguments, **options):
+            yield item
+        yield broken
+
+    async def refused(service: FeatureService) -> list[Any]:
+        early = await service.features(sources[0], whole=False)
+        assert isinstance(early, FeatureReference)
+        assert early.stream is not None
+        named = replace(early, stream=replace(early.stream, param="messages.0"))
+        return [(await read_all(named))[-1], await service.features(sources[0])]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DecodeSandbox, "blocks", breaking)
+        last, again = run(streaming_service(folders), refused)
+    assert (last, again) == (replace(broken, param="messages.0"), broken)
+
+    async def dropped(service: FeatureService) -> None:
+        early = await service.features(sources[0], whole=False)
+        await service.features(sources[0])
+        await service.features(sources[1])
+        assert isinstance(early, FeatureReference)
+        with pytest.raises(LostStreamError):
+            await read_all(early)
+
+    run(streaming_service(folders, cache_bytes=12 * 4 * VISION.hidden_size * 2), dropped)
+
+
 def test_stored_features_are_thinned_to_the_lower_of_both_limits(folders: ServingFolders) -> None:
     async def scenario(service: FeatureService) -> list[int]:
         limits = [{}, {"max_frames": 3}, {"max_frames": 1000}, {"fps": 0.25}, {"fps": 30.0}]
@@ -191,7 +293,7 @@ def test_a_medium_is_found_by_its_manifests_address(folders: ServingFolders, mon
 
 
 def test_pictures_in_a_row_are_encoded_as_one_video(folders: ServingFolders, tmp_path: Path) -> None:
-    """One decode task and one encoder batch: each picture alone would fill its batch with padding."""
+    """One decode task and full encoder batches: each picture alone would fill its batch with padding."""
     pictures = []
     for number in range(6):
         Image.new("RGB", (40 + number, 30), (40 * number, 0, 0)).save(tmp_path / f"{number}.png")
@@ -210,7 +312,7 @@ def test_pictures_in_a_row_are_encoded_as_one_video(folders: ServingFolders, tmp
         return [whole, thinned, too_many, damaged]
 
     whole, thinned, too_many, damaged = run(service, scenario)
-    assert batches == [6, 3]
+    assert batches == [4, 2, 3]  # of four
     frames = [read_image(picture.data, IMAGE_SIZE).frames for picture in pictures]
     expected = FrameEncoder(folders.encoder).encode(np.concatenate(frames)).view(torch.int16).numpy()
     assert np.array_equal(whole.ref, expected)
@@ -281,16 +383,16 @@ def test_cached_features_end_with_their_age(folders: ServingFolders) -> None:
 
 def test_a_bad_upload_is_refused_and_not_cached(folders: ServingFolders, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = []
-    decode = DecodeSandbox.decode
+    decode = DecodeSandbox.blocks
 
-    async def counted(*arguments: Any, **options: Any) -> Any:
+    def counted(*arguments: Any, **options: Any) -> Any:
         decoded.append(arguments)
-        return await decode(*arguments, **options)
+        return decode(*arguments, **options)
 
     async def scenario(service: FeatureService) -> Any:
         return [await service.features(upload(b"this is not a video" * 10)) for _ in range(2)]
 
-    monkeypatch.setattr(DecodeSandbox, "decode", counted)
+    monkeypatch.setattr(DecodeSandbox, "blocks", counted)
     for refusal in run(service_of(folders), scenario):
         assert (refusal.status, refusal.code) == (422, "unknown_format")
     assert len(decoded) == 2

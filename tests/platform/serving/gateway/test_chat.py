@@ -144,5 +144,12 @@ def test_more_tokens_than_the_limit_are_clamped(tmp_path: Path) -> None:
     assert [request.sampling.max_new_tokens for request in server.engine.requests] == [9, 9, 4, 5]
 
 
+def test_frames_may_come_later_unless_the_answer_has_their_times(server: Server) -> None:
+    segments = {"type": "json_schema", "json_schema": {"name": "segments"}}
+    for values in ({}, {"response_format": segments}):
+        assert server.chat(video("feature://known"), **values).status_code == 200
+    assert server.features.whole == [False, True]
+
+
 def test_texts_above_the_limit_are_refused(tmp_path: Path) -> None:
     check_error(Server(tmp_path, max_text_characters=10).chat("x" * 11), 413, "too_large")

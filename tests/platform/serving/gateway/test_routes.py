@@ -229,6 +229,21 @@ def test_a_refusal_becomes_its_status_before_a_stream_and_an_event_within_one(se
     check_error(server.chat(), 429, "busy")
 
 
+def test_lost_features_are_computed_once_more_before_a_client_sees_it(server: Server) -> None:
+    """Before, the death of a feature replica was a 503."""
+    server.engine.refusal = lost = Refusal(status=503, message="lost", code="features_lost")
+    check_error(server.chat(video("feature://known")), 503, "features_lost")
+    assert server.features.whole == [False, True]
+    server.features.whole.clear()
+
+    def found() -> None:
+        server.engine.refusal = None if len(server.features.whole) == 2 else lost
+
+    server.engine.during = found
+    assert server.chat(video("feature://known")).status_code == 200
+    assert server.features.whole == [False, True]
+
+
 def test_a_slow_request_is_a_408_and_frees_its_slot(tmp_path: Path) -> None:
     server = Server(tmp_path, request_timeout_s=0.2)
     server.engine.delay_s = 5.0
