@@ -13,9 +13,10 @@ import pyarrow as pa
 from timeviper_platform.benchmarks.measure import Row
 from timeviper_platform.common.ray_cluster import connect
 from timeviper_platform.data.plan.segments import SEGMENT_FRAMES, Segment
+from timeviper_platform.data.preprocess.config import ExecutionConfig
 from timeviper_platform.data.preprocess.cost_model import ScaleConfig, compute_scale
 from timeviper_platform.data.preprocess.progress import Progress, RunMetrics
-from timeviper_platform.data.preprocess.ray_graph import from_block, rounds, run_round, to_block
+from timeviper_platform.data.preprocess.ray_graph import from_block, rounds, run_round, tasks_per_row, to_block
 from timeviper_platform.data.preprocess.tasks import TaskResult, WriteTask, process_name
 from timeviper_platform.data.store.audit import Outcomes
 
@@ -42,7 +43,8 @@ class SleepStep:
         self._seconds = sleep_seconds
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        return to_block([self._process(task) for task in from_block(block)])
+        results = [self._process(task) for task in from_block(block)]
+        return to_block(results, len(results))
 
     def _process(self, task: WriteTask) -> TaskResult:
         started = time.time()
@@ -81,10 +83,11 @@ def driver_rows(film: Path | None = None, sizes: DriverSizes | None = None) -> l
         enable_true_multi_threading=True,
     )
     step = {"fn": SleepStep, "fn_constructor_args": (sizes.sleep_seconds,), "compute": compute, "num_cpus": 0.01}
+    per_row = tasks_per_row(ExecutionConfig(mode="fused", gpus_per_worker=1, frames_per_file=512))
     metrics, num_segments = RunMetrics("sleep"), sizes.num_units * sizes.segments_per_unit
     with connect(), Progress(num_segments, num_segments * SEGMENT_FRAMES, 30.0) as progress:
         cpu_before, memory_before = time.process_time(), _megabytes()
-        for blocks in rounds(sleep_tasks(sizes), sizes.num_units, num_workers=NUM_GPUS):
+        for blocks in rounds(sleep_tasks(sizes), sizes.num_units, NUM_GPUS, per_row):
             for result in run_round(blocks, [step]):
                 metrics.add(result)
                 progress.add(result)

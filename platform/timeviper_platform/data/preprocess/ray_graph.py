@@ -52,6 +52,9 @@ BLOCKS_PER_ROUND = 4096
 BLOCKS_PER_WORKER = 16
 """Minimum blocks per worker in a large round: during its last block other workers wait."""
 
+FRAMES_PER_ROW = 4096
+"""Maximum frames of the tasks whose results reach the driver together: 7 s of a GPU of 617 frames/s."""
+
 DECODE_MARGIN = 1.1
 """Decoders beyond those that the calibration asks for: a waiting GPU costs more than a waiting core."""
 
@@ -161,7 +164,7 @@ def run_on_ray(missing: Collection[Segment], spec: WorkerSpec, config: Execution
         tasks = cut_tasks(missing, config.frames_per_file, num_workers)
         metrics = RunMetrics(spec.feature_store)
         with NodeLog():
-            for blocks in rounds(tasks, num_tasks, num_workers):
+            for blocks in rounds(tasks, num_tasks, num_workers, tasks_per_row(config)):
                 steps = pipeline_steps(spec, config, cost, Nodes.now(), len(blocks))
                 for result in run_round(blocks, steps):
                     metrics.add(result)
@@ -214,11 +217,20 @@ def calibrate_here(segments: list[Segment], spec: WorkerSpec) -> Calibration | N
     return calibrate(segments, spec, spec.new_encoder())
 
 
-def rounds(tasks: Iterable[WriteTask], num_tasks: int, num_workers: int) -> Iterator[list[pa.Table]]:
+def tasks_per_row(config: ExecutionConfig) -> int:
+    """Returns how many results reach the driver together. A CPU takes long for one, and split passes frames on."""
+    is_fast = config.mode == "fused" and config.gpus_per_worker > 0
+    return max(1, FRAMES_PER_ROW // config.frames_per_file) if is_fast else 1
+
+
+def rounds(
+    tasks: Iterable[WriteTask], num_tasks: int, num_workers: int, tasks_per_row: int = 1
+) -> Iterator[list[pa.Table]]:
     """Yields the blocks of each round. Only a large round has several tasks in a block.
 
     Args:
         num_tasks: an estimate, such as the number that `tasks` cannot fall below.
+        tasks_per_row: the number is fixed, not by time: when Ray repeats a call it leaves out as many rows as it has.
     """
     max_blocks = max(BLOCKS_PER_ROUND, BLOCKS_PER_WORKER * num_workers)
     iterator, num_done = iter(tasks), 0
@@ -229,7 +241,7 @@ def rounds(tasks: Iterable[WriteTask], num_tasks: int, num_workers: int) -> Iter
         while len(blocks) < max_blocks and num_segments < SEGMENTS_PER_ROUND:
             if not (block := list(itertools.islice(iterator, per_block))):
                 break
-            blocks.append(to_block(block))
+            blocks.append(to_block(block, tasks_per_row))
             num_segments += sum(len(task.segments) for task in block)
             num_done += len(block)
         if not blocks:
@@ -244,7 +256,7 @@ def run_round(blocks: list[pa.Table], steps: Sequence[dict[str, Any]]) -> Iterat
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = False
-    context.target_max_block_size = 1  # bytes: each result is a block of its own, and arrives at once
+    context.target_max_block_size = 1  # bytes: each row of results is a block of its own, and arrives at once
     # a pool grows while all calls of its actors are taken, and shrinks where one has none
     context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
     context.autoscaling_config.actor_pool_util_downscaling_threshold = 0.0
@@ -254,8 +266,9 @@ def run_round(blocks: list[pa.Table], steps: Sequence[dict[str, Any]]) -> Iterat
         blocks.clear()
         for step in steps:
             dataset = dataset.map_batches(batch_size=1, batch_format="pyarrow", zero_copy_batch=True, **step)
-    for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        yield from from_block(block)
+    for bundle in dataset.iter_internal_ref_bundles():  # `iter_batches` calls an actor for its statistics per block
+        for block in ray.get(bundle.block_refs):
+            yield from from_block(block)
 
 
 def pipeline_steps(
@@ -317,7 +330,8 @@ class _Step:
         gc.freeze()  # the 400 000 objects loaded so far stay: scanning them takes 0.25 s per collection
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        return to_block([self._worker.process(task) for task in from_block(block)])
+        results = [self._worker.process(task) for task in from_block(block)]
+        return to_block(results, len(results))
 
 
 class FusedStep(_Step):
@@ -332,21 +346,22 @@ class EncodeStep(_Step):
     worker = EncodeWorker
 
 
-def to_block(values: Sequence[WriteTask | TaskResult]) -> pa.Table:
+def to_block(values: Sequence[WriteTask | TaskResult], values_per_row: int = 1) -> pa.Table:
     """Pickles values into Arrow rows whose arrays are read without a copy."""
     rows = []
-    for value in values:
+    for start in range(0, len(values), values_per_row):
         arrays: list[pickle.PickleBuffer] = []
-        pickled = pickle.dumps(value, protocol=5, buffer_callback=arrays.append)
+        row = list(values[start : start + values_per_row])
+        pickled = pickle.dumps(row, protocol=5, buffer_callback=arrays.append)
         rows.append({"pickled": pickled, "arrays": [array.raw() for array in arrays]})
     return pa.Table.from_pylist(rows, schema=BLOCK)
 
 
 def from_block(block: pa.Table) -> list[Any]:
     """Returns the values; their arrays are views of the block."""
+    rows = zip(block["pickled"], block["arrays"], strict=True)
     return [
-        pickle.loads(pickled.as_py(), buffers=_buffers(arrays.values))
-        for pickled, arrays in zip(block["pickled"], block["arrays"], strict=True)
+        value for pickled, arrays in rows for value in pickle.loads(pickled.as_py(), buffers=_buffers(arrays.values))
     ]
 
 

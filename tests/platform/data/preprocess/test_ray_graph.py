@@ -16,6 +16,7 @@ import pyarrow as pa
 import pytest
 
 from reference.media_corpus import BAD, contents, make_config, no_runner
+from timeviper_platform.benchmarks.preprocess.driver import DriverSizes, SleepStep, sleep_tasks
 from timeviper_platform.common import ray_cluster as session
 from timeviper_platform.common import storage
 from timeviper_platform.data.plan.segments import Segment
@@ -31,6 +32,7 @@ from timeviper_platform.data.preprocess.ray_graph import (
     fused_cpus,
     pool_sizes,
     rounds,
+    tasks_per_row,
     to_block,
 )
 from timeviper_platform.data.preprocess.run import run_preprocess
@@ -143,6 +145,21 @@ def test_arrays_in_a_block_are_read_without_a_copy() -> None:
     memory = block["arrays"][0].values.buffers()[2]
     assert memory.address <= array.ctypes.data < memory.address + memory.size
     assert (found.name, found.decoded[0].seconds) == ("name", 1.0)
+
+
+def test_results_of_a_fast_worker_reach_the_driver_together() -> None:
+    assert tasks_per_row(ExecutionConfig(mode="fused", gpus_per_worker=1, frames_per_file=512)) == 8
+    assert tasks_per_row(ExecutionConfig(mode="fused", gpus_per_worker=1, frames_per_file=8192)) == 1
+    assert tasks_per_row(ExecutionConfig(mode="fused")) == 1
+    assert tasks_per_row(ExecutionConfig(mode="split", gpus_per_worker=1)) == 1
+    tasks = list(sleep_tasks(DriverSizes(num_units=20, segments_per_unit=1)))
+    (block,) = next(rounds(tasks, num_tasks=20 * ray_graph.BLOCKS_PER_ROUND, num_workers=1, tasks_per_row=8))
+    assert block.num_rows == 3
+    rows = [SleepStep(0.0)(block.slice(row, 1)) for row in range(3)]  # Ray Data calls a step with a row
+    assert [row.num_rows for row in rows] == [1, 1, 1]
+    assert [[result.task for result in from_block(row)] for row in rows] == [
+        [task.name for task in tasks[start : start + 8]] for start in (0, 8, 16)
+    ]
 
 
 def test_a_fused_worker_decodes_the_next_task_while_a_commit_waits(
