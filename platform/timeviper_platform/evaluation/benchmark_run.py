@@ -36,7 +36,7 @@ from timeviper_platform.evaluation.run import (
     PATHS,
     SPEED_OPTIONS,
     EvaluateConfig,
-    check_cluster,
+    answer_tables_on_ray,
     check_inputs,
 )
 
@@ -161,33 +161,16 @@ def _check(answers: Sequence[BenchmarkAnswer]) -> None:
 
 def answer_on_ray(blocks: Sequence[Sequence[BenchmarkTask]], config: EvaluateConfig) -> Iterator[list[BenchmarkAnswer]]:
     """Yields answers a block at a time, in any order."""
-    import ray
-
     assert config.benchmark is not None
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    check_cluster(config)
-    workers = config.workers
-    # a read task would need a whole CPU
-    dataset = ray.data.from_arrow([_task_table(block) for block in blocks]).map_batches(
-        AnswerTaskTables,
-        fn_constructor_kwargs={
-            "weights_folder": config.weights,
-            "feature_store": config.feature_store,
-            "config": config.answering,
-            "benchmark": config.benchmark.name,
-            "prompts": config.benchmark.prompts,
-            "media_prefix": config.benchmark.media_prefix,
-            "scores_options": config.benchmark.scores_options,
-        },
-        batch_size=None,
-        batch_format="pyarrow",
-        zero_copy_batch=True,
-        num_cpus=workers.cpus_per_worker,
-        num_gpus=workers.gpus_per_worker or None,
-        compute=ray.data.ActorPoolStrategy(size=min(workers.num_workers, len(blocks))),
-    )
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        yield [BenchmarkAnswer.from_row(row) for row in batch.to_pylist()]
+    options = {
+        "benchmark": config.benchmark.name,
+        "prompts": config.benchmark.prompts,
+        "media_prefix": config.benchmark.media_prefix,
+        "scores_options": config.benchmark.scores_options,
+    }
+    tables = [_task_table(block) for block in blocks]
+    for table in answer_tables_on_ray(tables, AnswerTaskTables, config, **options):
+        yield [BenchmarkAnswer.from_row(row) for row in table.to_pylist()]
 
 
 class AnswerTaskTables:

@@ -186,44 +186,50 @@ def check_inputs(weights: str, feature_store: str) -> None:
     check_same_towers(vision, FeatureStore.open(feature_store), weights)
 
 
-def check_cluster(config: EvaluateConfig) -> None:
-    """Raises ValueError or RuntimeError for workers that no node can hold, or a node that lacks the inputs."""
-    needed = {"CPU": config.workers.cpus_per_worker, "GPU": config.workers.gpus_per_worker}
+def answer_tables_on_ray(
+    tables: Sequence[pa.Table], step: type, config: EvaluateConfig, **options: Any
+) -> Iterator[pa.Table]:
+    """Yields `step` of each table in any order, from an actor pool of the connected Ray.
+
+    Args:
+        step: a class of one table to another; its constructor gets weights_folder, feature_store, config and `options`.
+
+    Raises:
+        ValueError: for workers that no node can hold.
+        RuntimeError: for a node that lacks the inputs.
+    """
+    import ray
+
+    workers = config.workers
+    needed = {"CPU": workers.cpus_per_worker, "GPU": workers.gpus_per_worker}
     check_cluster_can_give(
         {name: amount for name, amount in needed.items() if amount},
         wanted_by="each worker (workers.cpus_per_worker, workers.gpus_per_worker)",
         way_out="lower them, or start Ray on larger machines",
     )
     check_every_node(StorageProof(inputs={key: getattr(config, key) for key in ("weights", "feature_store")}))
-
-
-def answer_on_ray(questions: Sequence[Question], config: EvaluateConfig) -> Iterator[list[Outcome]]:
-    """Yields batches of outcomes in any order."""
-    import ray
-
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    workers = config.workers
-    size = workers.batch_size
-    check_cluster(config)
-    # a read task would need a whole CPU
-    blocks = [_questions_table(questions[first : first + size]) for first in range(0, len(questions), size)]
-    dataset = ray.data.from_arrow(blocks).map_batches(
-        AnswerQuestions,
-        fn_constructor_kwargs={
-            "weights_folder": config.weights,
-            "feature_store": config.feature_store,
-            "config": config.answering,
-        },
-        batch_size=size,
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    inputs = {"weights_folder": config.weights, "feature_store": config.feature_store, "config": config.answering}
+    # from the driver: a read task would need a whole CPU
+    dataset = ray.data.from_arrow(list(tables)).map_batches(
+        step,
+        fn_constructor_kwargs=inputs | options,
+        batch_size=None,
         batch_format="pyarrow",
         zero_copy_batch=True,
         num_cpus=workers.cpus_per_worker,
         num_gpus=workers.gpus_per_worker or None,
-        compute=ray.data.ActorPoolStrategy(size=min(workers.num_workers, len(blocks))),
+        compute=ray.data.ActorPoolStrategy(size=min(workers.num_workers, len(tables))),
     )
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        yield outcomes_of(batch)
+    yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+
+
+def answer_on_ray(questions: Sequence[Question], config: EvaluateConfig) -> Iterator[list[Outcome]]:
+    """Yields batches of outcomes in any order."""
+    size = config.workers.batch_size
+    tables = [_questions_table(questions[first : first + size]) for first in range(0, len(questions), size)]
+    for table in answer_tables_on_ray(tables, AnswerQuestions, config):
+        yield outcomes_of(table)
 
 
 class AnswerQuestions:
