@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-from timeviper_platform.cluster.values import ClusterValues, NodeSize, WorkerSize
+from timeviper_platform.cluster.values import NODE_ENVIRONMENT, ClusterValues, NodeSize, WorkerSize
 
 TOKEN_FILE = "/home/ray/.ray/auth_token"
 """Where the images' user finds the token."""
@@ -24,8 +24,8 @@ def launcher_file(values: ClusterValues) -> dict[str, Any]:
     environment = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": TOKEN_FILE,
-        "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_enable_autoscaler_v2": "1",
+        **NODE_ENVIRONMENT,
         **values.environment,
     }
     start = "ulimit -n 65536; ray start"

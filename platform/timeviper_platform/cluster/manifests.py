@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from timeviper_platform.cluster.kuberay import API_VERSION
-from timeviper_platform.cluster.values import BUCKET, ClusterValues, NodeSize, WorkerSize
+from timeviper_platform.cluster.values import BUCKET, NODE_ENVIRONMENT, ClusterValues, NodeSize, WorkerSize
 from timeviper_platform.common.config import parse_config
 from timeviper_platform.common.job import config_folder, find_config
 from timeviper_platform.data.preprocess.config import PreprocessConfig
@@ -247,7 +247,7 @@ class Deployment:
     def _container(self, name: str, image: str, size: NodeSize) -> Resource:
         probe = {"httpGet": {"path": HEALTH_PATH, "port": HEALTH_PORT}, "periodSeconds": PROBE_PERIOD_S}
         memory, disk = f"{size.memory_gib}Gi", f"{size.disk_gib}Gi"
-        environment = {"RAY_USAGE_STATS_ENABLED": "0", **self.values.environment}
+        environment = {**NODE_ENVIRONMENT, **self.values.environment}
         container: Resource = {
             "name": name,
             "image": image,

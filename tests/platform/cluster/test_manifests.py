@@ -116,6 +116,17 @@ def test_built_in_kinds_are_valid_for_kubernetes(resources: dict[str, Any]) -> N
         validator.validate(pod, "1.31", strict=True)
 
 
+def test_a_silent_node_is_given_up_within_15_seconds_everywhere(resources: dict[str, Any]) -> None:
+    values = load_config(ClusterValues, VALUES, [f"bucket={BUCKET}"])
+    options = [option.removeprefix("--env=") for option in launcher_file(values)["docker"]["run_options"]]
+    environments = [dict(option.split("=", 1) for option in options)]
+    containers = [item for _, _, template in pods(resources) for item in template["spec"]["containers"]]
+    environments += [{item["name"]: item.get("value") for item in container["env"]} for container in containers]
+    for environment in environments:
+        period, timeout = (int(environment[f"RAY_health_check_{name}_ms"]) for name in ("period", "timeout"))
+        assert int(environment["RAY_health_check_failure_threshold"]) * (period + timeout) <= 15_000
+
+
 def test_ray_reads_the_resources_of_each_group(resources: dict[str, Any]) -> None:
     for name, cluster in clusters(resources).items():
         metadata = resources[name]["metadata"]

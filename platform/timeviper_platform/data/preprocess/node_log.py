@@ -41,10 +41,14 @@ class NodeLog:
 
     def _compare(self, nodes: dict[str, str]) -> None:
         for node in nodes.keys() - self._known.keys():
-            logger.info("node %s joined: %d nodes", nodes[node], len(nodes))
+            logger.info("node %s joined: %s", nodes[node], _count(nodes))
         for node in self._known.keys() - nodes.keys():
-            logger.warning("lost node %s: %d nodes; its unfinished work starts anew", self._known[node], len(nodes))
+            logger.warning("lost node %s: %s left; its unfinished work starts anew", self._known[node], _count(nodes))
         self._known = nodes
+
+
+def _count(nodes: dict[str, str]) -> str:
+    return "1 node" if len(nodes) == 1 else f"{len(nodes)} nodes"
 
 
 def _addresses() -> dict[str, str]:

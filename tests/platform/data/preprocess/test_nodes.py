@@ -13,11 +13,13 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from reference.synthetic_media import make_encoder, make_video
 from reference.two_nodes import start_node
 from timeviper_platform.benchmarks.preprocess.driver import DriverSizes, SleepStep, sleep_tasks
+from timeviper_platform.cluster.values import NODE_ENVIRONMENT
 from timeviper_platform.common.ray_cluster import connect, local_cluster
 from timeviper_platform.data.preprocess import node_log
 from timeviper_platform.data.preprocess.config import ExecutionConfig
@@ -44,7 +46,7 @@ def test_nodes_that_join_and_leave_are_a_line_each(
             time.sleep(0.01)
     assert [record.getMessage() for record in caplog.records] == [
         "node 10.0.0.2 joined: 2 nodes",
-        "lost node 10.0.0.1: 1 nodes; its unfinished work starts anew",
+        "lost node 10.0.0.1: 1 node left; its unfinished work starts anew",
     ]
 
 
@@ -54,7 +56,11 @@ def growing() -> Iterator[tuple[dict[str, str], list[subprocess.Popen[bytes]]]]:
     nodes: list[subprocess.Popen[bytes]] = []
     token_file = Path(os.environ["RAY_AUTH_TOKEN_PATH"])  # Ray reads it once in a process
     with local_cluster(
-        num_cpus=1, object_store_bytes=200_000_000, with_dashboard=False, token_file=token_file
+        num_cpus=1,
+        object_store_bytes=200_000_000,
+        with_dashboard=False,
+        token_file=token_file,
+        environment=NODE_ENVIRONMENT,
     ) as environment:
         try:
             yield environment, nodes
@@ -99,6 +105,55 @@ def test_a_node_that_joins_is_used_and_one_that_is_lost_loses_nothing(
     assert len(processed) >= 2, "the second node was not used"
     assert "joined: 2 nodes" in caplog.text
     assert "lost node" in caplog.text
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_work_of_a_lost_node_is_taken_up_within_15_seconds_and_the_start_of_a_worker(
+    growing: tuple[dict[str, str], list[subprocess.Popen[bytes]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One worker and two nodes, of which it takes one."""
+    import ray
+
+    environment, nodes = growing
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    ray.shutdown()
+    nodes += [start_node(environment, num_cpus=2) for _ in range(2)]
+    sizes = DriverSizes(num_units=30, segments_per_unit=1)
+    killed_at = taken_up_seconds = start_seconds = None
+    tasks = []
+    with connect():
+        wait_for_nodes(3)
+        (blocks,) = rounds(sleep_tasks(sizes), sizes.num_units, num_workers=1)
+        config = ExecutionConfig(num_workers=1, cpus_per_worker=2)  # the head has one CPU
+        steps = pipeline_steps(None, config, None, Nodes.now(), len(blocks))  # type: ignore[arg-type]
+        began_at = time.monotonic()
+        for result in run_round(blocks, [{**step, "fn": SleepStep, "fn_constructor_args": (0.1,)} for step in steps]):
+            tasks.append(result.task)
+            if start_seconds is None:
+                start_seconds, first_worker = time.monotonic() - began_at, result.worker
+                os.killpg(node_of(first_worker, nodes).pid, signal.SIGKILL)
+                killed_at = time.monotonic()
+            elif killed_at is not None and taken_up_seconds is None and result.worker != first_worker:
+                taken_up_seconds = time.monotonic() - killed_at
+    assert sorted(tasks) == [task.name for task in sleep_tasks(sizes)]
+    assert start_seconds is not None
+    assert taken_up_seconds is not None
+    assert taken_up_seconds <= 15 + start_seconds, (taken_up_seconds, start_seconds)
+
+
+def wait_for_nodes(num_nodes: int, timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while len(Nodes.now().resources) < num_nodes:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def node_of(worker: str, nodes: list[subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
+    """The node among whose processes is the worker, named by host and process id."""
+    above = {process.pid for process in psutil.Process(int(worker.rpartition("/")[2])).parents()}
+    return next(node for node in nodes if node.pid in above)
 
 
 @pytest.mark.cluster
