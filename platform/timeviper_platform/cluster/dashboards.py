@@ -71,6 +71,7 @@ DASHBOARDS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel("Seconds a step", ((f"{_TRAIN}seconds", "{{run}} {{phase}}"),), "s"),
         Panel("Restarts that lost steps, in 6 h", ((f"resets({_TRAIN}global_step[6h])", "{{run}}"),)),
+        Panel("Attempts: starts of the run", ((f"max by (run) ({_TRAIN}attempt)", "{{run}}"),)),
         Panel("Gradient norm", ((f"{_TRAIN}grad_norm", "{{run}} {{phase}}"),)),
         Panel("Fill of packs", ((f"{_TRAIN}fill", "{{run}} {{phase}}"),), "percentunit"),
         Panel("Peak memory of a rank", ((f"{_TRAIN}peak_memory_bytes", "{{run}} {{phase}}"),), "bytes"),

@@ -41,7 +41,8 @@ def named(prefix: str) -> set[str]:
 def training_keys() -> set[str]:
     """Keys of the dictionaries that become a step's row, from the source."""
     keys = set()
-    for file in (TRAINING / "metrics" / "step_log.py", TRAINING / "phase_trainer.py"):
+    metrics = TRAINING / "metrics"
+    for file in (metrics / "step_log.py", metrics / "writer.py", TRAINING / "phase_trainer.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Dict):
                 keys |= {key.value for key in node.keys if isinstance(key, ast.Constant) and isinstance(key.value, str)}
@@ -58,7 +59,9 @@ def test_training_panels_show_the_keys_of_a_step() -> None:
     keys = training_keys()
     assert shown - {"validation_loss"} <= keys
     step_keys = {"loss", "grad_norm", "tokens_per_second", "mfu", "fill", "seconds", "data_wait_share"}
-    assert step_keys | {"peak_memory_bytes", "global_step", "checkpoint_stall_s", "num_failed_saves"} <= shown
+    assert (
+        step_keys | {"peak_memory_bytes", "global_step", "checkpoint_stall_s", "num_failed_saves", "attempt"} <= shown
+    )
     row = next(
         node
         for node in ast.walk(ast.parse((TRAINING / "metrics" / "step_log.py").read_text()))

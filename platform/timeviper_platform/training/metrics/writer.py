@@ -78,6 +78,7 @@ class MetricsWriter:
         if self._tensorboard is not None:
             for name, value in scalars.items():
                 self._tensorboard.add_scalar(name, value, row["step"])
+        scalars[f"{row['phase']}/attempt"] = float(self._attempt)
         for tracker in self._trackers:
             tracker.log(scalars, row["global_step"])
 

@@ -79,12 +79,13 @@ def test_every_step_reaches_the_configured_trackers(tmp_path: Path, monkeypatch:
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     trackers = open_trackers(MlflowConfig(tracking_uri="file:///x"), WandbConfig(project="p"), "run")
     row = {"phase": "align", "step": 3, "global_step": 7, "loss": 2.5, "lr": {r"a\..* decay": 0.1}}
-    with MetricsWriter(str(tmp_path), 1, tensorboard=False, trackers=trackers) as writer:
+    with MetricsWriter(str(tmp_path), 2, tensorboard=False, trackers=trackers) as writer:
         writer.write(row)
-    expected = {"align/loss": 2.5, r"align/lr/a\..* decay": 0.1}
+    expected = {"align/loss": 2.5, r"align/lr/a\..* decay": 0.1, "align/attempt": 2.0}
     assert ("log", ({**expected, "global_step": 7},), {}) in wandb.calls
     assert ("define_metric", ("*",), {"step_metric": "global_step"}) in wandb.calls
-    assert ("log_metrics", ({"align/loss": 2.5, "align/lr/a_.._ decay": 0.1},), {"step": 7}) in mlflow.calls
+    sent = {"align/loss": 2.5, "align/lr/a_.._ decay": 0.1, "align/attempt": 2.0}
+    assert ("log_metrics", (sent,), {"step": 7}) in mlflow.calls
     assert [mlflow.calls[-1][0], wandb.calls[-1][0]] == ["end_run", "finish"]
 
 
