@@ -7,6 +7,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -53,7 +54,9 @@ def run_preprocess(config: PreprocessConfig, *, run: Runner = run_on_ray) -> Pre
     storage.ensure_writable(config.feature_store)
     folders, inputs = {"feature_store": config.feature_store}, _checkable_input(config.input)
     with hold_lease(config.feature_store, "jobs/preprocess.py"), storage_proof(folders, inputs) as proof:
-        return _run(config, run, proof)
+        # one connection: in a process that connects a third time, Ray exports each counter twice
+        with connect() if has_cluster() else nullcontext():
+            return _run(config, run, proof)
 
 
 def _checkable_input(uri: str) -> dict[str, str]:
@@ -69,8 +72,7 @@ def _run(config: PreprocessConfig, run: Runner, proof: StorageProof) -> Preproce
         logger.info("decode.backend %s takes the local files it supports; pyav the rest", config.decode.backend)
     encoder = describe_encoder(config.encoder)
     if has_cluster():
-        with connect():
-            logger.info("%d nodes see the feature store and the input", check_every_node(proof))
+        logger.info("%d nodes see the feature store and the input", check_every_node(proof))
     store = StoreWriter.create(config.feature_store, make_recipe(encoder, config))
     if num_removed := store.remove_uncommitted():
         logger.info("removed %d files that an earlier run had not committed", num_removed)

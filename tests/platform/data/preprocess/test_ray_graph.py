@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import multiprocessing
 import time
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,20 +68,29 @@ def exported_once_it_is(expected: float, port: int, name: str, store: str) -> fl
 def test_a_run_on_ray_gives_the_same_bytes_and_a_second_run_does_nothing(
     corpus: Path, finished: Path, tmp_path: Path, ray_address: str
 ) -> None:
-    import ray
-
-    ray.init(log_to_driver=False)  # a run keeps a connection that existed before
-    port, frames = ray.nodes()[0]["MetricsExportPort"], "ray_timeviper_preprocess_frames"
     config = make_config(corpus, tmp_path / "store", num_workers=2, min_workers=1)
     report = run_preprocess(config)
     assert report.share_of_ideal > 0
     assert report.workers["decode"] in (1, 2)  # so few tasks may be done before the second worker has started
-    encoded = report.frames_encoded
-    assert exported_once_it_is(encoded, port, frames, config.feature_store) == encoded
     assert (report.segments.ok, report.segments.rejected, report.media.rejected) == (14, 1, len(BAD))
     assert report.segments.missing == report.segments.duplicate == 0
     assert contents(config.feature_store) == contents(str(finished))
     assert run_preprocess(config, run=no_runner).segments_encoded == 0
+
+
+@pytest.mark.cluster
+def test_the_exported_counter_of_frames_is_the_reports(corpus: Path, tmp_path: Path, ray_address: str) -> None:
+    """In a process of its own, as the counters of one that has connected often are multiplied."""
+    import ray
+
+    store = str(tmp_path / "store")
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool, session.connect():
+        config = make_config(corpus, store, num_workers=2)
+        encoded = pool.submit(run_preprocess, config).result().frames_encoded
+        port = ray.nodes()[0]["MetricsExportPort"]
+        assert encoded > 0
+        assert exported_once_it_is(encoded, port, "ray_timeviper_preprocess_frames", store) == encoded
 
 
 @pytest.mark.cluster
