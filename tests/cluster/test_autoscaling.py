@@ -67,14 +67,21 @@ def fake_provider(address: str) -> dict[str, Any]:
     }
 
 
-def num_worker_nodes(environment: dict[str, str]) -> int:
-    """Nodes that are alive, without the head."""
+def num_worker_nodes(environment: dict[str, str], timeout_s: float = 180.0) -> int:
+    """Nodes that are alive, without the head. Asks again while a busy machine does not answer."""
     token = Path(environment["RAY_AUTH_TOKEN_PATH"]).read_text()
     request = urllib.request.Request(
         f"{environment['RAY_API_SERVER_ADDRESS']}/api/v0/nodes", headers={"Authorization": f"Bearer {token}"}
     )
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        nodes = json.load(answer)["data"]["result"]["result"]
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                nodes = json.load(answer)["data"]["result"]["result"]
+            break
+        except OSError:  # also a timeout, and an answer of 5xx
+            if time.monotonic() > deadline:
+                raise
     return sum(node["state"] == "ALIVE" and not node["is_head_node"] for node in nodes)
 
 

@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[4]
 NUM_CLIPS = 24
-NUM_KILLS = int(os.environ.get("TIMEVIPER_TEST_KILLS", "8"))
-"""Ray takes most of a minute to replace a dead worker."""
+NUM_KILLS = int(os.environ.get("TIMEVIPER_TEST_KILLS", "4"))
+"""At least. Ray takes most of a minute to replace a dead worker."""
 
 
 @pytest.fixture(scope="module")
@@ -103,32 +103,15 @@ def nodes() -> Iterator[TwoNodes]:
 
 @pytest.mark.cluster
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_second_node_and_driver_killed_on_ray_lose_nothing(
-    corpus: Path, expected: dict[str, bytes], tmp_path: Path, nodes: TwoNodes
-) -> None:
-    victims = KILLED[2:]  # Ray takes a minute to replace a dead worker: the slow test kills those
-    killed: Counter[str] = Counter()
-    for attempt in range(3):  # on a busy machine a run may end before its driver is killed
-        config = write_config(corpus, tmp_path / f"store{attempt}")
-        killed += run_killed(config, nodes, victims, random.Random(attempt))
-        finish(config, nodes)
-        check(str(tmp_path / f"store{attempt}"), expected)
-        if set(killed) == set(victims):
-            return
-    raise AssertionError(f"only {killed} were killed during a run")
-
-
-@pytest.mark.cluster
-@pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_kills_at_random_moments_on_ray_lose_nothing(
     corpus: Path, expected: dict[str, bytes], tmp_path: Path, nodes: TwoNodes
 ) -> None:
-    rng = random.Random(1)
+    """Kills each victim at least once; more often where a run ended before its kill."""
+    rng, each = random.Random(1), max(1, NUM_KILLS // 8)
     killed: Counter[str] = Counter()
     for attempt in range(8):
-        if killed.total() >= NUM_KILLS and all(killed[victim] >= NUM_KILLS // 8 for victim in KILLED):
+        if killed.total() >= NUM_KILLS and all(killed[victim] >= each for victim in KILLED):
             break
         config = write_config(corpus, tmp_path / f"store{attempt}")
         steps = rng.sample(("DecodeStep", "EncodeStep"), 2)
@@ -137,7 +120,7 @@ def test_kills_at_random_moments_on_ray_lose_nothing(
         finish(config, nodes)
         check(str(tmp_path / f"store{attempt}"), expected)
     assert killed.total() >= NUM_KILLS, killed
-    assert all(killed[victim] >= NUM_KILLS // 8 for victim in KILLED), killed
+    assert all(killed[victim] >= each for victim in KILLED), killed
 
 
 def run_killed(config: Path, nodes: TwoNodes, victims: Sequence[str], rng: random.Random) -> Counter[str]:
