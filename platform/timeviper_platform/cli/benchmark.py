@@ -144,6 +144,12 @@ def _preprocess_groups() -> Groups:
     return {"ideal": ideal_rows, "pipelines": pipeline_rows, "driver": driver_rows}
 
 
+def _serving_groups() -> Groups:
+    from timeviper_platform.benchmarks.serving.suite import SERVING_GROUPS
+
+    return {key: lambda film, rows=rows: rows() for key, rows in SERVING_GROUPS.items()}  # type: ignore[misc]
+
+
 def _store_groups() -> Groups:
     from timeviper_platform.benchmarks.store.open_and_read import opening_rows, reading_rows
     from timeviper_platform.benchmarks.store.scale import dry_run_rows, finalize_rows, upkeep_rows
@@ -170,6 +176,7 @@ SUITES: dict[str, Callable[[], Groups]] = {
     "gpu": _gpu_groups,
     "model": _model_groups,
     "preprocess": _preprocess_groups,
+    "serving": _serving_groups,
     "store": _store_groups,
     "training": _training_groups,
 }
