@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 from ray.serve import metrics as serve_metrics
 from ray.serve.exceptions import BackPressureError, RayServeException
 from starlette.types import ASGIApp
@@ -33,6 +33,9 @@ from timeviper_platform.serving.messages import (
 logger = logging.getLogger(__name__)
 
 READY_TIMEOUT_S = 5.0
+ATTEMPTS = 3
+RETRY_S = 0.2
+"""Ray Serve's router drops a dead replica meanwhile."""
 SCALED = ("HEALTHY", "UPSCALING", "DOWNSCALING")
 """Ray Serve's states of deployments that have been deployed and may be at zero replicas, or on their way from there."""
 
@@ -48,8 +51,9 @@ class ServiceHandle:
     async def features(
         self, source: MediaSource, *, fps: float | None = None, max_frames: int | None = None, whole: bool = True
     ) -> FeatureReference | Refusal:
-        response = self._handle.features.remote(source, fps=fps, max_frames=max_frames, whole=whole)
-        return await self._answer(response)
+        return await self._answer(
+            lambda: self._handle.features.remote(source, fps=fps, max_frames=max_frames, whole=whole)
+        )
 
     async def watch(
         self, source: MediaSource, *, fps: float | None = None, max_frames: int | None = None
@@ -68,30 +72,35 @@ class ServiceHandle:
                 response.cancel()
 
     async def list_media(self, *, after: str, prefix: str, limit: int) -> MediaPage | Refusal:
-        return await self._answer(self._handle.list_media.remote(after=after, prefix=prefix, limit=limit))
+        return await self._answer(lambda: self._handle.list_media.remote(after=after, prefix=prefix, limit=limit))
 
     async def medium(self, media_id: str) -> StoredMedium | Refusal:
-        return await self._answer(self._handle.medium.remote(media_id))
+        return await self._answer(lambda: self._handle.medium.remote(media_id))
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[AnswerDelta | Refusal]:
         handle = self._stream_handle
         if request.session_id is not None:
             handle = handle.options(session_id=request.session_id)
-        response = handle.generate.remote(request)
-        unfinished = request.n
-        is_done = False
-        try:
-            async for item in response:
-                unfinished -= isinstance(item, AnswerDelta) and item.finish_reason is not None
-                is_done = unfinished == 0
-                yield item
-            is_done = True
-        except (RayError, RayServeException) as error:
-            is_done = True
-            yield self._refusal(error)
-        finally:
-            if not is_done:  # the client has disconnected: cancelling the replica's generator frees its slots
-                response.cancel()
+        for attempt in range(ATTEMPTS):
+            response = handle.generate.remote(request)
+            unfinished, has_begun, is_done = request.n, False, False
+            try:
+                async for item in response:
+                    has_begun = True
+                    unfinished -= isinstance(item, AnswerDelta) and item.finish_reason is not None
+                    is_done = unfinished == 0
+                    yield item
+                is_done = True
+                return
+            except (RayError, RayServeException) as error:
+                is_done = True
+                if has_begun or not isinstance(error, RayActorError) or attempt + 1 == ATTEMPTS:
+                    yield self._refusal(error)
+                    return
+            finally:
+                if not is_done:  # the client has disconnected: cancelling the replica's generator frees its slots
+                    response.cancel()
+            await asyncio.sleep(RETRY_S)  # the replica has died before the first token: another one answers
 
     async def is_ready(self, *, deep: bool) -> bool:
         try:
@@ -109,11 +118,16 @@ class ServiceHandle:
             return False
         return deployment.replica_states.get("RUNNING", 0) > 0 or deployment.status in SCALED
 
-    async def _answer(self, response: Any) -> Any:
-        try:
-            return await response
-        except (RayError, RayServeException) as error:
-            return self._refusal(error)
+    async def _answer(self, call: Callable[[], Any]) -> Any:
+        """Calls again when a replica has died; every call only reads or computes."""
+        for attempt in range(ATTEMPTS):
+            try:
+                return await call()
+            except (RayError, RayServeException) as error:
+                if not isinstance(error, RayActorError) or attempt + 1 == ATTEMPTS:
+                    return self._refusal(error)
+            await asyncio.sleep(RETRY_S)
+        raise AssertionError("the last attempt returns")
 
     def _refusal(self, error: Exception) -> Refusal:
         if isinstance(error, BackPressureError):

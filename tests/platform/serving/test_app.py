@@ -28,6 +28,7 @@ from timeviper_model.layers.cache import HybridCache
 from timeviper_platform.common.config import parse_config
 from timeviper_platform.common.devices import torch_dtype
 from timeviper_platform.data.encode.frame_encoder import TowerConfig, VisionTowerConfig
+from timeviper_platform.serving import gateway_replica
 from timeviper_platform.serving.app import RayBlockWriter, ServeConfig, build, read_features, resolve_paths
 from timeviper_platform.serving.deployment import AutoscalingSettings, DeploymentSettings
 from timeviper_platform.serving.gateway_replica import ServiceHandle
@@ -243,6 +244,39 @@ def test_rays_errors_become_refusals() -> None:
     assert (features.status, items[-1].status, is_ready) == (503, 503, False)
     features, items, _ = asyncio.run(ask(BackPressureError(1, 1)))
     assert (features.status, items[-1].status, items[-1].retry_after_s) == (429, 429, 1.0)
+
+
+@pytest.mark.parametrize("num_deaths", [2, 3])
+def test_a_replica_that_dies_before_the_first_token_is_replaced_by_another(
+    num_deaths: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, every question that the replica had taken was a 503."""
+    monkeypatch.setattr(gateway_replica, "RETRY_S", 0.0)
+
+    class Dying(Handle):
+        deaths = 0
+
+        async def _items(self) -> AsyncGenerator[Any]:
+            self.deaths += 1
+            if self.deaths <= num_deaths:
+                raise RayActorError
+            async for item in super()._items():
+                yield item
+
+        def __await__(self) -> Any:
+            self.deaths += 1
+            self.error = RayActorError() if self.deaths <= num_deaths else None
+            return super().__await__()
+
+    async def ask() -> tuple[list[Any], Any]:
+        items = [item async for item in ServiceHandle("engine service", Dying()).generate(QUESTION)]
+        return items, await ServiceHandle("feature service", Dying()).features(None)  # type: ignore[arg-type]
+
+    items, features = asyncio.run(ask())
+    if num_deaths == 2:
+        assert ([item.text for item in items], features) == (["a", "b"], True)
+    else:
+        assert ([item.status for item in items], features.status) == ([503], 503)
 
 
 def test_a_stream_closed_early_is_cancelled_and_a_complete_one_is_not() -> None:
