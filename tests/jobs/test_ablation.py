@@ -18,7 +18,7 @@ from timeviper_model.config import TINY, pyramid_drop
 from timeviper_model.inference.chunked_transv import plan_sites
 from timeviper_model.timeviper import TimeViper
 from timeviper_model.weights.weights_folder import load_tokenizer, save_pretrained
-from timeviper_platform.benchmarks.ablation import (
+from timeviper_platform.benchmarks.ablation.plans import (
     DEMO_PLAN,
     ROWS,
     SHARED_RUN,

@@ -58,8 +58,13 @@ def draw_scenes(
     seed: int,
     film_segments: Sequence[int] = (),
     film_share: float = 0.0,
+    needle_seconds: tuple[int, int] = (3, 8),
 ) -> Iterator[Scene]:
-    """Draws `counts` scenes of each kind; the same arguments give the same scenes."""
+    """Draws `counts` scenes of each kind; the same arguments give the same scenes.
+
+    Args:
+        needle_seconds: shortest and longest appearance in scenes of the kind `needle`.
+    """
     for kind_number, (kind, count) in enumerate(counts.items()):
         for number in range(count):
             split_number = 0 if split == "train" else 1
@@ -73,7 +78,7 @@ def draw_scenes(
                 kind=kind,
                 duration_seconds=duration_seconds,
                 background=background,
-                appearances=tuple(_draw_appearances(rng, kind, duration_seconds)),
+                appearances=tuple(_draw_appearances(rng, kind, duration_seconds, needle_seconds)),
             )
 
 
@@ -95,9 +100,11 @@ def _draw_background(
     return Background(kind="film", segments=tuple(film_segments[first : first + count]))
 
 
-def _draw_appearances(rng: np.random.Generator, kind: SceneKind, duration_seconds: int) -> Iterator[Appearance]:
+def _draw_appearances(
+    rng: np.random.Generator, kind: SceneKind, duration_seconds: int, needle_seconds: tuple[int, int]
+) -> Iterator[Appearance]:
     if kind == "needle":
-        lengths = [int(rng.integers(3, 9))]
+        lengths = [int(rng.integers(*needle_seconds, endpoint=True))]
         pictures = [_draw_pictures(rng, 1)[0]]
     elif kind == "order":
         lengths = [int(n) for n in rng.integers(2, 5, size=NUM_ORDER_PICTURES)]

@@ -1,4 +1,4 @@
-"""What TransV is worth on the synthetic corpus: one model a row, trained and evaluated alike, as one table.
+"""TransV plans on the demo's corpus: one model a row, trained and evaluated alike, as one table.
 
 All rows share the corpus, features and the phases `language` and `align`. Each row trains the demo's `instruct` phase
 with its own TransV sites and answers every held-out question. Finished rows are kept: an interrupted run continues.
@@ -132,7 +132,7 @@ class Ablation:
         }
 
 
-def run_ablation(options: argparse.Namespace) -> JobResult:
+def run_plans(options: argparse.Namespace) -> JobResult:
     """Runs the rows that are not finished; writes and reports the table."""
     ablation, rows = _plan(options)
     missing = [row for row in rows if read_row(ablation, row) is None]
@@ -162,7 +162,7 @@ def run_ablation(options: argparse.Namespace) -> JobResult:
 
 
 def _plan(options: argparse.Namespace) -> tuple[Ablation, list[str]]:
-    rows = options.rows.split(",")
+    rows = (options.rows or ",".join(ROWS)).split(",")
     if unknown := sorted(set(rows) - set(ROWS)):
         message = f"there are no rows {', '.join(unknown)}; there are {', '.join(ROWS)}"
         raise JobError(message, exit_code=USAGE_EXIT_CODE)
@@ -238,12 +238,12 @@ def done_rows(ablation: Ablation) -> dict[str, dict[str, Any]]:
 def format_table(rows: Mapping[str, Mapping[str, Any]], plan: str = DEMO_PLAN) -> str:
     """Markdown table of rows: sites, scores with 95 % intervals, tokens at the last block, command."""
     heads = ["row", "sites (layer: kept)", *TASKS.values(), "prompt tokens, first -> last block", "command"]
-    lines = [_line(heads), _line(["---"] * len(heads))]
+    lines = [table_line(heads), table_line(["---"] * len(heads))]
     for row, outcome in rows.items():
         scores = [_score(outcome["scores"][task]) for task in TASKS]
         tokens = f"{outcome['tokens']['first']:.0f} -> {outcome['tokens']['last']:.0f}"
         command = f"python jobs/ablation.py --rows {row}" + ("" if plan == DEMO_PLAN else f" --plan {plan}")
-        lines.append(_line([ROWS[row], describe_sites(sites_of(row, plan)), *scores, tokens, f"`{command}`"]))
+        lines.append(table_line([ROWS[row], describe_sites(sites_of(row, plan)), *scores, tokens, f"`{command}`"]))
     return "\n".join(lines)
 
 
@@ -257,7 +257,7 @@ def _score(scores: Mapping[str, Any]) -> str:
     return f"{value:.3f} ({low:.2f} - {high:.2f})"
 
 
-def _line(cells: Sequence[str]) -> str:
+def table_line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 

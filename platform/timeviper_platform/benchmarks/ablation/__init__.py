@@ -1,0 +1,1 @@
+"""What TransV is worth on synthetic corpora."""
