@@ -97,8 +97,8 @@ def harness_python(tmp_path_factory: pytest.TempPathFactory) -> str:
     if install.returncode:
         pytest.skip(f"lmms-eval 0.7.3 cannot be installed: {install.stderr.decode()[-300:]}")
     (site,) = (folder / "lib").glob("python*/site-packages")
-    own = next(path for path in sys.path if path.endswith("site-packages"))
-    (site / "this-projects-environment.pth").write_text(own)
+    own = [path for path in sys.path if path.endswith("site-packages")]
+    (site / "this-projects-environment.pth").write_text("\n".join(own))
     return python
 
 
@@ -160,9 +160,11 @@ def _serving(folders: ServingFolders, root: Path) -> Iterator[str]:
     features = FeatureServiceConfig(
         feature_store=str(root / "features"), encoder=folders.encoder, max_frames=MAX_FRAMES
     )
-    engine = EngineServiceConfig(engine=EngineConfig(num_slots=2, max_prompt_tokens=2048, max_new_tokens=64))
+    engine = EngineServiceConfig(
+        engine=EngineConfig(num_slots=2, max_prompt_tokens=2048, max_new_tokens=256, prefix_cache_bytes=64 << 20)
+    )
     gateway = GatewayConfig(
-        media_root=str(root / "media"), model_name="tiny", allowed_local_media=(str(root / "videos"),), max_tokens=64
+        media_root=str(root / "media"), model_name="tiny", allowed_local_media=(str(root / "videos"),), max_tokens=256
     )
 
     async def fetch(reference: Any) -> Any:

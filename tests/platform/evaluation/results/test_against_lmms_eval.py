@@ -219,7 +219,8 @@ def test_the_task_files_of_timeviper_synth_score_as_official(lmms_eval: Any, mon
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, module.__name__, module)
     options = ["A. a dog", "B. a cat", "C. a bird", "D. a fish"]
-    for answer in (*ANSWERS, "a cat", "A cat.", "a fish", "two cats"):
+    answered = [answer for answer in ANSWERS if not answer.startswith("[LMMS_EVAL_")]
+    for answer in (*answered, "a cat", "A cat.", "a fish", "two cats"):
         found = utils["find_letter"](answer, options)
         assert found == find_letter("synth", answer, options), answer
         rows = utils["choice_results"]({"task": "count", "options": options, "answer": "B"}, [answer])
