@@ -124,6 +124,13 @@ def _decode_groups() -> Groups:
     return dict(DECODE_GROUPS)
 
 
+def _evaluation_groups() -> Groups:
+    from timeviper_platform.benchmarks.evaluation.questions import question_rows
+    from timeviper_platform.benchmarks.model.suite import on_one_thread
+
+    return {"questions": lambda film: on_one_thread(question_rows)()}
+
+
 def _gpu_groups() -> Groups:
     from timeviper_platform.benchmarks.gpu.suite import gpu_groups, require_cuda
 
@@ -173,6 +180,7 @@ def _training_groups() -> Groups:
 SUITES: dict[str, Callable[[], Groups]] = {
     "decode": _decode_groups,
     "demo": lambda: {"demo": demo_suite},
+    "evaluation": _evaluation_groups,
     "gpu": _gpu_groups,
     "model": _model_groups,
     "preprocess": _preprocess_groups,

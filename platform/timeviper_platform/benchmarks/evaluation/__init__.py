@@ -1,0 +1,1 @@
+"""Measurements of evaluation on a CPU."""
