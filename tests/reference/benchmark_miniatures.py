@@ -123,6 +123,8 @@ def _mlvu(root: Path) -> None:
                 "question_type": task,
             }
         ]
+        if task == "sub_scene":
+            rows[0] |= {"scoring_points": "a cat; on a roof", "question": "What does the cat do?"}
         if task == "needle":  # as in the data set: equal candidates, and an answer that is no candidate
             rows.append(rows[0] | {"candidates": ["a dog", "a cat", "a cat", "a fish"]})
             rows.append(rows[0] | {"answer": "a horse"})
@@ -201,6 +203,8 @@ def _tempcompass(root: Path) -> None:
     write_json(root / "questions" / "multi-choice.json", {"101": {"action": [choice], "speed": [choice]}})
     write_json(root / "questions" / "yes_no.json", {"101": {"action": [{"question": "Does it run?", "answer": "yes"}]}})
     write_json(root / "questions" / "caption_matching.json", {"101": {"action": [matching]}})
+    captioning = {"question": "Describe the video.", "mc_question": choice["question"], "mc_answer": choice["answer"]}
+    write_json(root / "questions" / "captioning.json", {"101": {"action": [captioning]}})
 
 
 def _charades_sta(root: Path) -> None:
@@ -302,6 +306,8 @@ MINIATURES: dict[BenchmarkName, tuple[Callable[[Path], None], int]] = {
     "extremewhen": (_extremewhen, 2),
     "qvhighlights": (_qvhighlights, 1),
     "vdc": (_vdc, 10),
+    "mlvu_generation": (_mlvu, 2),
+    "tempcompass_captioning": (_tempcompass, 1),
     "activitynet_dense": (_activitynet, 2),
     "youcook2": (_youcook2, 1),
     "synth": (_synth, 3),

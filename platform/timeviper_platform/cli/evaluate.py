@@ -13,7 +13,7 @@ from timeviper_platform.common.config import load_config
 from timeviper_platform.common.job import JobParser, JobResult, run_job
 from timeviper_platform.common.ray_cluster import connect
 from timeviper_platform.data.synthetic.benchmark import SynthBenchmarkConfig, make_benchmark
-from timeviper_platform.evaluation.benchmark_run import rescore, run_benchmark, write_manifest
+from timeviper_platform.evaluation.benchmark_run import judge, rescore, run_benchmark, write_manifest
 from timeviper_platform.evaluation.harness.task_files import write_task_files
 from timeviper_platform.evaluation.report import report_lines
 from timeviper_platform.evaluation.results.scores import score_lines
@@ -29,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--rescore", action="store_true", help="score stored answers again, without a model")
+    task.add_argument("--judge", action="store_true", help="ask the configured judge about stored captions")
     task.add_argument("--write-manifest", metavar="FILE", help="list a benchmark's videos for jobs/preprocess.py")
     task.add_argument("--make-synth", metavar="N", type=int, help="generate timeviper-synth, N videos a kind")
     return run_job(parser, evaluate, arguments)
@@ -38,7 +39,7 @@ def evaluate(options: argparse.Namespace) -> JobResult:
     config = load_config(EvaluateConfig, options.config, options.overrides)
     if config.benchmark is not None:
         return _evaluate_benchmark(config, options)
-    if options.rescore or options.write_manifest or options.make_synth:
+    if options.rescore or options.judge or options.write_manifest or options.make_synth:
         raise ValueError("this option needs a configuration with `benchmark`, see ray_configs/eval")
     with connect():
         report = run_evaluation(config)
@@ -58,6 +59,8 @@ def _evaluate_benchmark(config: EvaluateConfig, options: argparse.Namespace) -> 
         return JobResult([*lines, f"manifest: {options.write_manifest}"])
     if options.rescore:
         report = rescore(config)
+    elif options.judge:
+        report = judge(config)
     else:
         with connect():
             report = run_benchmark(config)

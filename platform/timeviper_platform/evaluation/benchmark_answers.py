@@ -255,8 +255,10 @@ def _neighbours(tasks: Iterable[BenchmarkTask]) -> list[list[BenchmarkTask]]:
 
 
 def _shown_seconds(seen: _Seen) -> tuple[float, ...]:
-    step = max(1, len(seen.frames) // NUM_SHOWN_FRAMES)
-    return tuple(float(seen.info.pts_seconds[frame]) for frame in seen.frames[::step][:NUM_SHOWN_FRAMES])
+    """Spread from the first frame to the last."""
+    last, count = len(seen.frames) - 1, min(len(seen.frames), NUM_SHOWN_FRAMES)
+    shown = [seen.frames[round(number * last / max(1, count - 1))] for number in range(count)]
+    return tuple(float(seen.info.pts_seconds[frame]) for frame in shown)
 
 
 def _failed(task: BenchmarkTask, status: AnswerStatus, detail: str) -> BenchmarkAnswer:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from timeviper_platform.common import schemas, storage
 from timeviper_platform.common.cluster_checks import refuse_lost_outputs
-from timeviper_platform.common.config import with_absolute_paths
+from timeviper_platform.common.config import absolute_path, with_absolute_paths
 from timeviper_platform.common.job import JobError
 from timeviper_platform.common.listing import list_files
 from timeviper_platform.data.store.reader import FeatureStore
@@ -24,8 +24,11 @@ from timeviper_platform.evaluation.benchmark_answers import (
     BenchmarkAnswerer,
     BenchmarkTask,
 )
+from timeviper_platform.evaluation.benchmarks.frame_folders import is_frame_folder, write_frames_as_video
 from timeviper_platform.evaluation.benchmarks.question import BenchmarkQuestion, Clip, question_of
 from timeviper_platform.evaluation.benchmarks.registry import BENCHMARKS
+from timeviper_platform.evaluation.judging.exams import Call
+from timeviper_platform.evaluation.judging.run import ask_judge, read_replies
 from timeviper_platform.evaluation.outcomes import hash_of
 from timeviper_platform.evaluation.partial_log import PartialLog, write_rows
 from timeviper_platform.evaluation.results.html_report import html_report
@@ -41,6 +44,8 @@ from timeviper_platform.evaluation.run import (
 )
 
 logger = logging.getLogger(__name__)
+
+FRAME_VIDEOS = "frame_videos"
 
 AnswerTasks = Callable[[Sequence[Sequence[BenchmarkTask]], EvaluateConfig], Iterator[list[BenchmarkAnswer]]]
 """Answers blocks of tasks, each about whole videos; yields answers of a block in any order."""
@@ -199,17 +204,24 @@ def answers_uri(output: str) -> str:
 def write_benchmark_report(config: EvaluateConfig, answers: Sequence[BenchmarkAnswer]) -> dict[str, Any]:
     """Writes and returns the JSON report, with one row per answer beside it, and the HTML report."""
     assert config.benchmark is not None
+    replies = read_replies(config.output)
     report = {
         "weights": config.weights,
         "feature_store": config.feature_store,
         "prompts": config.benchmark.prompts,
         "subtitles": config.benchmark.subtitles,
         "max_frames": config.answering.max_frames,
-        **score_answers(config.benchmark.name, answers),
+        **score_answers(config.benchmark.name, answers, replies),
     }
-    write_rows(answers_uri(config.output), answer_rows(config.benchmark.name, answers), ANSWER_ROWS)
+    write_rows(answers_uri(config.output), answer_rows(config.benchmark.name, answers, replies), ANSWER_ROWS)
     storage.write_json(config.output, report)
-    page = html_report(report, answers, feature_store=config.feature_store, num_examples=config.benchmark.num_examples)
+    page = html_report(
+        report,
+        answers,
+        feature_store=config.feature_store,
+        num_examples=config.benchmark.num_examples,
+        replies=replies,
+    )
     storage.write_bytes(f"{config.output.removesuffix('.json')}.html", page.encode())
     return report
 
@@ -221,16 +233,48 @@ def rescore(config: EvaluateConfig) -> dict[str, Any]:
         ValueError: when there are no answers.
     """
     config = with_absolute_paths(config, PATHS)
+    return write_benchmark_report(config, _stored_answers(config))
+
+
+def judge(config: EvaluateConfig, ask: Callable[[Call], str] | None = None) -> dict[str, Any]:
+    """Asks the judge about stored captions, then scores again. Calls that were answered before are not repeated.
+
+    Args:
+        ask: default: the endpoint of `config.judge`.
+
+    Raises:
+        ValueError: without a judge, answers, or captions.
+        JobError: after the report, when calls failed.
+    """
+    config = with_absolute_paths(config, PATHS)
+    if config.judge is None:
+        raise ValueError("set judge.base_url and judge.model, see docs/evaluate.md")
+    answers = _stored_answers(config)
+    if not any(answer.asked().kind == "caption" for answer in answers):
+        raise ValueError(f"{answers_uri(config.output)} has no captions; a judge is for vdc, mlvu_generation and such")
+    outcome = ask_judge(config.judge, config.output, answers, ask=ask)
+    report = write_benchmark_report(config, answers)
+    if outcome.num_failed:
+        raise JobError(
+            f"{outcome.num_failed} of {outcome.num_asked} calls to the judge failed, the first by"
+            f" {outcome.first_failure}; run the same command to repeat those alone"
+        )
+    return report
+
+
+def _stored_answers(config: EvaluateConfig) -> list[BenchmarkAnswer]:
     uri = answers_uri(config.output)
     if not storage.exists(uri):
         raise ValueError(f"no answers at {uri}; run the evaluation first")
     with storage.open_file(uri) as file:
         rows = pq.read_table(file).to_pylist()
-    return write_benchmark_report(config, [BenchmarkAnswer.from_row(row) for row in rows])
+    return [BenchmarkAnswer.from_row(row) for row in rows]
 
 
 def write_manifest(config: EvaluateConfig, uri: str) -> tuple[int, list[str]]:
     """Writes a manifest of the benchmark's videos and clips for jobs/preprocess.py.
+
+    Folders of frames become video files in FRAME_VIDEOS beside the manifest.
 
     Returns:
         the number of media in it, and the paths of missing videos, which are not.
@@ -239,11 +283,16 @@ def write_manifest(config: EvaluateConfig, uri: str) -> tuple[int, list[str]]:
     assert config.benchmark is not None
     folder, prefix = config.benchmark.folder, config.benchmark.media_prefix
     rows, missing = [], []
+    beside = storage.join_uri(absolute_path(uri).rpartition("/")[0], FRAME_VIDEOS)
     for clip in dict.fromkeys(question.clip for question in read_benchmark(config)):
         path = storage.join_uri(folder, clip.path)
         if not storage.exists(path):
             missing.append(clip.path)
             continue
+        if is_frame_folder(path):
+            frames, path = path, storage.join_uri(beside, f"{clip.path}.mkv")
+            if not storage.exists(path):
+                write_frames_as_video(frames, path)
         own_id, _ = clip.media_ids(prefix)
         bounds = {"start_seconds": clip.start_seconds, "end_seconds": clip.end_seconds}
         rows.append({"uri": path, "media_id": own_id, **bounds})

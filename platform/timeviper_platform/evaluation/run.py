@@ -26,6 +26,7 @@ from timeviper_platform.data.store.compatibility import check_same_towers
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.evaluation.benchmark_config import BenchmarkConfig
 from timeviper_platform.evaluation.evaluator import AnsweringConfig, Evaluator
+from timeviper_platform.evaluation.judging.judge import JudgeConfig
 from timeviper_platform.evaluation.outcomes import (
     OUTCOMES,
     SCORED,
@@ -87,6 +88,8 @@ class EvaluateConfig:
     max_questions: int | None = None
     """Maximum questions per task, or of the benchmark; null = all."""
     answering: AnsweringConfig = field(default_factory=AnsweringConfig)
+    judge: JudgeConfig | None = None
+    """Judge of captions, asked by `--judge` after the evaluation."""
     workers: EvalWorkersConfig = field(default_factory=EvalWorkersConfig)
 
     def __post_init__(self) -> None:

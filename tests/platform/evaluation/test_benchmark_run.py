@@ -3,19 +3,23 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
-from reference.benchmark_miniatures import write_json
+from reference.benchmark_miniatures import make_miniature, write_json
 from reference.known_answers import NAMES, WHICH, KnownAnswers
 from timeviper_platform.common.config import load_config
 from timeviper_platform.common.job import JobError
 from timeviper_platform.data.media.medium import media_id_of
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.data.store.writer import write_store
+from timeviper_platform.data.video.reader import open_video
 from timeviper_platform.evaluation.benchmark_answers import BenchmarkAnswer, BenchmarkAnswerer, BenchmarkTask
 from timeviper_platform.evaluation.benchmark_config import BenchmarkConfig
 from timeviper_platform.evaluation.benchmark_run import (
@@ -37,21 +41,7 @@ ROOT = Path(__file__).parents[3]
 def config(known: KnownAnswers, tmp_path_factory: pytest.TempPathFactory) -> EvaluateConfig:
     """A miniature of LongVideoBench about the known model's four videos, two questions each, and a missing video."""
     root = tmp_path_factory.mktemp("benchmark")
-    rows = [
-        {
-            "id": f"v{video}_{number}",
-            "video_path": f"v{video}.mp4",
-            "subtitle_path": f"v{video}.json",
-            "question": (WHICH, f"{WHICH} Again.")[number],
-            "candidates": list(NAMES),
-            "correct_choice": min(video, 3),
-            "duration": 4.0,
-            "duration_group": 15,
-            "question_category": "T2E",
-        }
-        for number in range(2)
-        for video in range(5)
-    ]
+    rows = [_row(video, number) for number in range(2) for video in range(5)]
     write_json(root / "lvb_val.json", rows)
     store = FeatureStore.open(known.feature_store)
     media = {media_id_of(f"videos/v{n}.mp4", ""): store.read(f"video-{n}").features for n in range(4)}
@@ -64,6 +54,20 @@ def config(known: KnownAnswers, tmp_path_factory: pytest.TempPathFactory) -> Eva
         answering=AnsweringConfig(max_new_tokens=8),
         workers=EvalWorkersConfig(batch_size=4),
     )
+
+
+def _row(video: int, number: int) -> dict[str, Any]:
+    return {
+        "id": f"v{video}_{number}",
+        "video_path": f"v{video}.mp4",
+        "subtitle_path": f"v{video}.json",
+        "question": (WHICH, f"{WHICH} Again.")[number],
+        "candidates": list(NAMES),
+        "correct_choice": min(video, 3),
+        "duration": 4.0,
+        "duration_group": 15,
+        "question_category": "T2E",
+    }
 
 
 class _Killed(BaseException):
@@ -181,6 +185,46 @@ def test_a_manifest_lists_clips_that_exist(config: EvaluateConfig, tmp_path: Pat
     assert write_manifest(config, str(tmp_path / "manifest.parquet")) == (1, [f"videos/v{n}.mp4" for n in (0, 2, 3, 4)])
     (row,) = pq.read_table(tmp_path / "manifest.parquet").to_pylist()
     assert row["media_id"] == media_id_of("videos/v1.mp4", "")
+
+
+def test_the_report_shows_frames_from_the_first_to_the_last(known: KnownAnswers, tmp_path: Path) -> None:
+    media = {media_id_of("videos/v0.mp4", ""): torch.zeros(20, 1, 8).bfloat16()}
+    write_store(str(tmp_path / "features"), media, recipe={"synthetic": "frames"})
+    write_json(tmp_path / "lvb_val.json", [_row(0, 0)])
+    config = EvaluateConfig(
+        weights=known.weights,
+        feature_store=str(tmp_path / "features"),
+        output=str(tmp_path / "report.json"),
+        benchmark=BenchmarkConfig(name="longvideobench", folder=str(tmp_path), protocols=("whole",)),
+    )
+    run_benchmark(config, _InProcess())
+    (row,) = pq.read_table(tmp_path / "report.answers.parquet").to_pylist()
+    assert row["frame_seconds"] == [0.0, 3.0, 5.0, 8.0, 11.0, 14.0, 16.0, 19.0]
+    assert "Expected: A (red (A))" in (tmp_path / "report.html").read_text()
+
+
+def test_folders_of_frames_become_videos_in_the_manifest(config: EvaluateConfig, tmp_path: Path) -> None:
+    folder = make_miniature("mvbench", tmp_path / "mvbench")
+    config = replace(config, benchmark=BenchmarkConfig(name="mvbench", folder=folder))
+    (clip,) = {q.clip for q in read_benchmark(config) if q.groups["task"] == ("episodic_reasoning",)}
+    frames = Path(folder, clip.path)
+    frames.mkdir(parents=True)
+    for number in range(1, 37):
+        Image.new("RGB", (64, 48), (7 * number,) * 3).save(frames / f"{number:05d}.jpg", quality=95)
+    assert write_manifest(config, str(tmp_path / "manifest.parquet"))[0] == 1
+    (row,) = pq.read_table(tmp_path / "manifest.parquet").to_pylist()
+    assert (row["start_seconds"], row["end_seconds"]) == (clip.start_seconds, clip.end_seconds)
+    assert row["media_id"] == clip.media_ids("")[0], "features are found by the benchmark's own path"
+    reader = open_video(row["uri"], 32)
+    batch = reader.sample([Fraction(second) for second in (0, 5, 11)])
+    reader.close()
+    assert batch.pts_seconds.tolist() == [0.0, 5.0, 11.0]
+    assert [round(float(pixels.mean()) / 7) for pixels in batch.frames] == [1, 16, 34], "3 frames a second"
+
+    (frames / "00007.jpg").unlink()
+    Path(row["uri"]).unlink()
+    with pytest.raises(ValueError, match="lacks frame 7; copy the folder again"):
+        write_manifest(config, str(tmp_path / "manifest.parquet"))
 
 
 def test_the_papers_protocol_repeats_the_last_frame_up_to_a_multiple_of_4(tmp_path: Path) -> None:

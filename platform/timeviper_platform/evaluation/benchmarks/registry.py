@@ -6,7 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from timeviper_platform.evaluation.benchmarks.caption_readers import read_vdc
+from timeviper_platform.evaluation.benchmarks.caption_readers import (
+    read_mlvu_generation,
+    read_tempcompass_captioning,
+    read_vdc,
+)
 from timeviper_platform.evaluation.benchmarks.choice_readers import (
     read_egoschema,
     read_longvideobench,
@@ -51,6 +55,8 @@ BenchmarkName = Literal[
     "extremewhen",
     "qvhighlights",
     "vdc",
+    "mlvu_generation",
+    "tempcompass_captioning",
     "activitynet_dense",
     "youcook2",
     "synth",
@@ -110,6 +116,8 @@ BENCHMARKS: dict[BenchmarkName, Benchmark] = {
     "extremewhen": Benchmark(title="ExtremeWhenBench", read=read_extremewhen, span_rule="lmms_eval_extremewhen"),
     "qvhighlights": Benchmark(title="QVHighlights", read=read_qvhighlights),
     "vdc": Benchmark(title="VDC", read=read_vdc, max_new_tokens=512),
+    "mlvu_generation": Benchmark(title="MLVU dev, generation", read=read_mlvu_generation, headline="mean_of_tasks"),
+    "tempcompass_captioning": Benchmark(title="TempCompass captioning", read=read_tempcompass_captioning),
     "activitynet_dense": Benchmark(
         title="ActivityNet dense captions", read=read_activitynet_dense, max_new_tokens=1024
     ),

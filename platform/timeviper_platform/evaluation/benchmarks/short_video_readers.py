@@ -50,9 +50,6 @@ MVBENCH_TASKS: dict[str, _Task] = {
 }
 """Folder of each task's videos below `video`, and whether its rows bound a clip of them."""
 
-FRAMES_FPS = 3
-"""Rate of the JPEG folders of episodic_reasoning (tvqa)."""
-
 
 def read_mvbench(folder: str, *, videos: str = "video", subtitles: bool = False) -> list[BenchmarkQuestion]:
     if subtitles:

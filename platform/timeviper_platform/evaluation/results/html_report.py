@@ -21,8 +21,9 @@ from timeviper_platform.evaluation.benchmarks.prompts import option_lines
 from timeviper_platform.evaluation.benchmarks.question import BenchmarkQuestion
 from timeviper_platform.evaluation.benchmarks.registry import BENCHMARKS, BenchmarkName
 from timeviper_platform.evaluation.results.rows import answer_rows
+from timeviper_platform.evaluation.results.scores import Replies
 
-FRAME_SIDE = 160
+FRAME_SIDE = 128
 """Width and height of shown frames in pixels."""
 
 BAR_PIXELS = 260
@@ -32,29 +33,37 @@ MAX_BREAKDOWN_ROWS = 40
 _STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#1c1c1c;background:#fff}
 h1,h2,h3{line-height:1.2}table{border-collapse:collapse;margin:.6em 0 1.4em}
-th,td{padding:.25em .7em;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}
+table.scores{width:100%}table.scores td:last-child,table.scores th:last-child{width:280px}
+th,td{padding:.25em .7em;border-bottom:1px solid #ddd;text-align:left;vertical-align:middle}
 td.number,th.number{text-align:right;font-variant-numeric:tabular-nums}
 .bar{position:relative;height:12px;background:#eee;border-radius:2px}
 .bar i{position:absolute;height:12px;background:#3f7fbf;border-radius:2px}
 .bar b{position:absolute;top:5px;height:2px;background:#123}
 .published .bar i{background:#b8b8b8}.warn{color:#8a3b00}.right{color:#146c2e}.wrong{color:#a11}
-.frames img{margin:2px;border-radius:3px}.example{border-top:1px solid #ccc;padding:.6em 0}
+.frames{display:flex;flex-wrap:wrap;gap:4px}.frames figure{margin:0}.frames img{border-radius:3px;display:block}
+figcaption,.label{font-size:13px;color:#666}.example{border-top:1px solid #ccc;padding:.6em 0}
 pre{white-space:pre-wrap;background:#f6f6f6;padding:.6em;border-radius:4px;margin:.3em 0}
 @media(prefers-color-scheme:dark){body{color:#e4e4e4;background:#161616}th,td{border-color:#383838}
 .bar{background:#2c2c2c}.bar b{background:#fff}pre{background:#222}
-.warn{color:#f0a868}.right{color:#76c893}.wrong{color:#ff8a8a}}
+figcaption,.label{color:#aaa}.warn{color:#f0a868}.right{color:#76c893}.wrong{color:#ff8a8a}}
 """
 
 _COUNTS = (
     ("num_missing_videos", "videos are not in the feature store; their {num_missing} questions are in no score"),
     ("num_no_frames", "clips have no frame"),
     ("num_failed", "questions failed"),
+    ("num_unjudged", "captions are not judged"),
     ("num_empty", "answers are empty"),
 )
 
 
 def html_report(
-    report: Mapping[str, Any], answers: Sequence[BenchmarkAnswer], *, feature_store: str, num_examples: int
+    report: Mapping[str, Any],
+    answers: Sequence[BenchmarkAnswer],
+    *,
+    feature_store: str,
+    num_examples: int,
+    replies: Replies | None = None,
 ) -> str:
     """Returns the page: scores beside published ones, breakdowns, and examples with frames of their videos.
 
@@ -70,7 +79,7 @@ def html_report(
         "<table>" + "".join(f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in facts) + "</table>",
         _headlines(report),
         *(_protocol(name, found) for name, found in report["protocols"].items()),
-        _examples(report["benchmark"], answers, feature_store, num_examples),
+        _examples(report["benchmark"], answers, feature_store, num_examples, replies),
     ]
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
@@ -117,7 +126,7 @@ def _protocol(name: str, found: Mapping[str, Any]) -> str:
 def _table(names: Sequence[str], rows: Iterable[str]) -> str:
     heads = "".join(f"<th>{escape(name)}</th>" for name in names)
     numbers = '<th class="number">score</th><th>95 % interval</th><th class="number">questions</th><th></th>'
-    return f"<table><tr>{heads}{numbers}</tr>{''.join(rows)}</table>"
+    return f'<table class="scores"><tr>{heads}{numbers}</tr>{"".join(rows)}</table>'
 
 
 def _score_row(names: Sequence[str], score: Mapping[str, Any], css_class: str = "") -> str:
@@ -136,21 +145,30 @@ def _score_row(names: Sequence[str], score: Mapping[str, Any], css_class: str = 
 
 
 def _examples(
-    benchmark: BenchmarkName, answers: Sequence[BenchmarkAnswer], feature_store: str, num_examples: int
+    benchmark: BenchmarkName,
+    answers: Sequence[BenchmarkAnswer],
+    feature_store: str,
+    num_examples: int,
+    replies: Replies | None,
 ) -> str:
     """Half right and half wrong answers of the first protocol with a video, evenly over the benchmark."""
     shown = [answer for answer in answers if answer.status == "ok" and answer.media_id]
     shown = [answer for answer in shown if answer.protocol == shown[0].protocol]
     if not shown or not num_examples:
         return ""
-    rows = answer_rows(benchmark, shown)
+    rows = answer_rows(benchmark, shown, replies)
     scored = list(zip(shown, rows, strict=True))
-    wrong = [pair for pair in scored if (pair[1].get("strict_score") or 0.0) < 0.5]
-    right = [pair for pair in scored if (pair[1].get("strict_score") or 0.0) >= 0.5]
+    wrong = [pair for pair in scored if (_score(pair[1])[1] or 0.0) < 0.5]
+    right = [pair for pair in scored if (_score(pair[1])[1] or 0.0) >= 0.5]
     half = max(num_examples // 2, num_examples - len(wrong))
     chosen = [*_spread(right, half), *_spread(wrong, num_examples - min(half, len(right)))]
     store = FeatureStore.open(feature_store)
     return "<h2>Examples</h2>" + "\n".join(_example(benchmark, answer, row, store) for answer, row in chosen)
+
+
+def _score(row: Mapping[str, Any]) -> tuple[str, float | None]:
+    """Name and value of the score that decides whether an example is right."""
+    return ("judge", row["judge_score"]) if "judge_score" in row else ("strict", row.get("strict_score"))
 
 
 def _spread(pairs: Sequence[Any], count: int) -> list[Any]:
@@ -162,15 +180,20 @@ def _example(benchmark: BenchmarkName, answer: BenchmarkAnswer, row: Mapping[str
     question = answer.asked()
     options = "\n".join(option_lines(question))
     verdict = ""
-    if row.get("strict_score") is not None:
-        css_class = "right" if row["strict_score"] >= 0.5 else "wrong"
-        found = row.get("strict") or "nothing"
-        verdict = f'<p class="{css_class}">strict: {escape(found)}, score {row["strict_score"]:.2f}</p>'
+    scorer, score = _score(row)
+    if score is not None:
+        css_class = "right" if score >= 0.5 else "wrong"
+        found = f"{scorer}: {row.get('strict') or 'nothing'}, score" if scorer == "strict" else scorer
+        verdict = f'<p class="{css_class}">{escape(found)} {score:.2f}</p>'
+    right = [f"{label} ({text})" for label, text in zip(question.labels, question.options, strict=True)]
+    right = [text for label, text in zip(question.labels, right, strict=True) if label in question.answers]
+    expected = ", ".join(right) or row["expected"]
+    expected = f"<p>Expected: {escape(expected)}</p>" if expected else ""
     return (
         f'<div class="example"><h3>{escape(BENCHMARKS[benchmark].title)} {escape(question.question_id)}</h3>'
         f'<div class="frames">{_frames(answer, question, store)}</div>'
-        f"<pre>{escape(question.text)}\n{escape(options)}</pre>"
-        f"<p>Expected: {escape(row['expected'])}</p><pre>{escape(answer.answer) or '(empty)'}</pre>{verdict}</div>"
+        f'<div class="label">Question</div><pre>{escape(question.text)}\n{escape(options)}</pre>'
+        f'<div class="label">Answer</div><pre>{escape(answer.answer) or "(empty)"}</pre>{expected}{verdict}</div>'
     )
 
 
@@ -187,8 +210,8 @@ def _frames(answer: BenchmarkAnswer, question: BenchmarkQuestion, store: Feature
     except (DecodeError, OSError, ValueError, RuntimeError) as error:  # a report needs no pictures
         return f"<p>{escape(storage.shown_uri(uri))}: no frames to show ({escape(storage.shown_text(str(error)))})</p>"
     return "".join(
-        f'<img src="data:image/jpeg;base64,{_jpeg(pixels)}" width="{FRAME_SIDE}" alt="frame at {seconds:.1f} s"'
-        f' title="{seconds:.1f} s">'
+        f'<figure><img src="data:image/jpeg;base64,{_jpeg(pixels)}" width="{FRAME_SIDE}" height="{FRAME_SIDE}"'
+        f' alt="frame at {seconds:.1f} s"><figcaption>{seconds:.1f} s</figcaption></figure>'
         for pixels, seconds in zip(batch.frames, batch.pts_seconds, strict=True)
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -11,7 +11,14 @@ import pyarrow as pa
 from timeviper_platform.evaluation.benchmark_answers import BENCHMARK_ANSWERS, BenchmarkAnswer
 from timeviper_platform.evaluation.benchmarks.question import BenchmarkQuestion
 from timeviper_platform.evaluation.benchmarks.registry import BENCHMARKS, Benchmark, BenchmarkName
-from timeviper_platform.evaluation.results.scores import likeliest_label, official_label, strict_label, true_span
+from timeviper_platform.evaluation.results.scores import (
+    Replies,
+    judged,
+    likeliest_label,
+    official_label,
+    strict_label,
+    true_span,
+)
 from timeviper_platform.evaluation.scoring.spans import find_span, temporal_iou
 
 ANSWER_ROWS = pa.schema(
@@ -25,19 +32,30 @@ ANSWER_ROWS = pa.schema(
         pa.field("official_score", pa.float64()),  # 1 or 0; temporal IoU; null for other kinds, or a missing video
         pa.field("strict_score", pa.float64()),
         pa.field("likelihood_score", pa.float64()),
+        pa.field("judge_score", pa.float64()),  # of a caption by the first judge, 0 to 1; null = not judged
         *BENCHMARK_ANSWERS,
     ]
 )
 
 
-def answer_rows(benchmark: BenchmarkName, answers: Sequence[BenchmarkAnswer]) -> list[dict[str, Any]]:
-    return [_row(BENCHMARKS[benchmark], answer) for answer in answers]
+def answer_rows(
+    benchmark: BenchmarkName, answers: Sequence[BenchmarkAnswer], replies: Replies | None = None
+) -> list[dict[str, Any]]:
+    first_judge = replies[min(replies)] if replies else {}
+    return [_row(BENCHMARKS[benchmark], answer, first_judge) for answer in answers]
 
 
-def _row(spec: Benchmark, answer: BenchmarkAnswer) -> dict[str, Any]:
+def _row(spec: Benchmark, answer: BenchmarkAnswer, known: Mapping[str, str]) -> dict[str, Any]:
     question = answer.asked()
-    row = {"question_id": question.question_id, "video": question.clip.path, "expected": _expected(question)}
-    if answer.status in ("ok", "failed"):
+    row: dict[str, Any] = {
+        "question_id": question.question_id,
+        "video": question.clip.path,
+        "expected": _expected(question),
+    }
+    if question.kind == "caption" and answer.status == "ok":
+        verdict = judged(question, answer.answer, known)
+        row["judge_score"] = None if verdict is None else next(iter(verdict.values.values()))
+    elif answer.status in ("ok", "failed"):
         row |= _choice(spec, question, answer) if question.kind == "choice" else _span(spec, question, answer)
     return row | asdict(answer)
 

@@ -11,6 +11,7 @@ import numpy as np
 from timeviper_platform.evaluation.benchmark_answers import BenchmarkAnswer
 from timeviper_platform.evaluation.benchmarks.question import BenchmarkQuestion
 from timeviper_platform.evaluation.benchmarks.registry import BENCHMARKS, Benchmark, BenchmarkName
+from timeviper_platform.evaluation.judging.exams import Verdict, exams_of, verdict_of
 from timeviper_platform.evaluation.protocols import PAPER_MIN_FRAMES
 from timeviper_platform.evaluation.results.published import published_scores
 from timeviper_platform.evaluation.scoring import dense, tempcompass, windows
@@ -24,6 +25,9 @@ from timeviper_platform.evaluation.scoring.intervals import (
 )
 from timeviper_platform.evaluation.scoring.letters import LetterRule, find_letter
 from timeviper_platform.evaluation.scoring.spans import Span, SpanRule, find_span, parse_spans, temporal_iou
+
+JUDGE = "judge"
+"""Start of a judge's name as scorer."""
 
 RECALL_THRESHOLDS = (0.3, 0.5, 0.7)
 
@@ -46,12 +50,19 @@ class _Scorer:
     rows: list[_Scored] = field(default_factory=list)
 
 
-def score_answers(benchmark: BenchmarkName, answers: Sequence[BenchmarkAnswer]) -> dict[str, Any]:
+Replies = Mapping[str, Mapping[str, str]]
+"""Of judges: judge, then call hash, to reply."""
+
+
+def score_answers(
+    benchmark: BenchmarkName, answers: Sequence[BenchmarkAnswer], replies: Replies | None = None
+) -> dict[str, Any]:
     """Returns the report of a benchmark; scores are in percent, with 95 % intervals by video.
 
     {benchmark, title, published, protocols: {protocol: {num_questions, num_videos, num_missing_videos, num_missing,
-    num_no_frames, num_failed, num_below_32_frames, scorers: {scorer: {num_unparsable, metrics: {metric: score},
-    breakdowns: {group: {value: score}}}}}}}, where a score is {score, interval_95, num_questions}.
+    num_no_frames, num_failed, num_below_32_frames, num_unjudged, scorers: {scorer: {num_unparsable,
+    metrics: {metric: score}, breakdowns: {group: {value: score}}}}}}}, where a score is {score, interval_95,
+    num_questions}.
 
     Questions whose video is missing are in no score. Failed ones are wrong, as empty answers, in every scorer but
     `likelihood`, which leaves them out.
@@ -63,16 +74,21 @@ def score_answers(benchmark: BenchmarkName, answers: Sequence[BenchmarkAnswer]) 
         "title": spec.title,
         "published": published_scores(benchmark),
         "protocols": {
-            protocol: _score_protocol(spec, [answer for answer in answers if answer.protocol == protocol])
+            protocol: _score_protocol(
+                spec, [answer for answer in answers if answer.protocol == protocol], replies or {}
+            )
             for protocol in protocols
         },
     }
 
 
-def _score_protocol(spec: Benchmark, answers: Sequence[BenchmarkAnswer]) -> dict[str, Any]:
+def _score_protocol(spec: Benchmark, answers: Sequence[BenchmarkAnswer], replies: Replies) -> dict[str, Any]:
     asked = [(answer.asked(), answer) for answer in answers]
     missing = [question for question, answer in asked if answer.status == "no_features"]
     scored = [(question, answer) for question, answer in asked if answer.status in ("ok", "failed")]
+    scorers = [scorer for scorer in _scorers(spec, scored, replies) if scorer.rows]
+    judged = [len(scorer.rows) for scorer in scorers if scorer.name.startswith(JUDGE)]
+    num_captions = sum(question.kind == "caption" for question, _ in scored)
     short = [answer for _, answer in scored if 0 < answer.num_frames < PAPER_MIN_FRAMES]
     return {
         "num_questions": len(scored),
@@ -83,14 +99,15 @@ def _score_protocol(spec: Benchmark, answers: Sequence[BenchmarkAnswer]) -> dict
         "num_failed": sum(answer.status == "failed" for answer in answers),
         "num_empty": sum(not answer.answer.strip() for _, answer in scored),
         "num_below_32_frames": len(short),
-        "scorers": {scorer.name: _summary(spec, scorer) for scorer in _scorers(spec, scored) if scorer.rows},
+        "num_unjudged": num_captions - min(judged, default=0),
+        "scorers": {scorer.name: _summary(spec, scorer) for scorer in scorers},
     }
 
 
 _Asked = Sequence[tuple[BenchmarkQuestion, BenchmarkAnswer]]
 
 
-def _scorers(spec: Benchmark, asked: _Asked) -> list[_Scorer]:
+def _scorers(spec: Benchmark, asked: _Asked, replies: Replies) -> list[_Scorer]:
     kinds = {question.kind for question, _ in asked}
     if "choice" in kinds:
         return _choice_scorers(spec, asked)
@@ -105,7 +122,20 @@ def _scorers(spec: Benchmark, asked: _Asked) -> list[_Scorer]:
         return [_Scorer("strict", [_windows(question, answer.answer) for question, answer in asked])]
     if "dense" in kinds:
         return [_Scorer("strict", [_dense(question, answer.answer) for question, answer in asked])]
-    return []  # captions are scored by a judge
+    return [_judge_scorer(judge, known, asked) for judge, known in sorted(replies.items())]
+
+
+def _judge_scorer(judge: str, known: Mapping[str, str], asked: _Asked) -> _Scorer:
+    found = [(question, judged(question, answer.answer, known)) for question, answer in asked]
+    rows = [_Scored(question, v.values, v.num_unparsable == 0) for question, v in found if v is not None]
+    return _Scorer(f"{JUDGE} {judge}", rows)
+
+
+def judged(question: BenchmarkQuestion, caption: str, known: Mapping[str, str]) -> Verdict | None:
+    """Returns the verdict by a judge's replies; None if a call about the caption was not answered."""
+    found = [exam.replies(known) for exam in exams_of(question, caption)]
+    complete = [replies for replies in found if replies is not None]
+    return verdict_of(question, complete) if len(complete) == len(found) else None
 
 
 def _choice_scorers(spec: Benchmark, asked: _Asked) -> list[_Scorer]:
@@ -119,7 +149,7 @@ def _choice_scorers(spec: Benchmark, asked: _Asked) -> list[_Scorer]:
         *(
             _Scorer(rule, [_choice(q, find_letter(rule, a.answer, q.options), q.answers[:1]) for q, a in asked])
             for rule in rules
-            if not any("tempcompass" in question.details for question, _ in asked)
+            if not any({"tempcompass", "form"} & set(question.details) for question, _ in asked)
         ),
     ]
 
@@ -222,8 +252,9 @@ def _metrics(spec: Benchmark, rows: Sequence[_Scored]) -> dict[str, Any]:
     metrics = {name: _mean([row for row in rows if name in row.values], name) for name in names}
     if spec.headline == "mean_of_tasks":
         tasks = [row.question.groups["task"][0] for row in rows]
-        statistic = mean_of_means([row.values["accuracy"] for row in rows], tasks)
-        return {"M-Avg": _score(statistic, rows)} | metrics
+        name, own = ("M-Avg", "accuracy") if "accuracy" in names else ("G-Avg", "G-Avg")
+        statistic = mean_of_means([row.values[own] for row in rows], tasks)
+        return {name: _score(statistic, rows)} | {key: value for key, value in metrics.items() if key != name}
     if any(len(group) > 1 for row in rows for group in row.question.groups.values()):
         name = next(name for row in rows for name, group in row.question.groups.items() if len(group) > 1)
         counts = np.array([len(row.question.groups[name]) for row in rows], dtype=np.float64)
