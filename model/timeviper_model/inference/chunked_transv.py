@@ -8,6 +8,7 @@ A uniform site's selection depends on counts alone; a site that selects by atten
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -104,6 +105,11 @@ class TransferSources:
     def num_bytes(self) -> int:
         return self.keys.nbytes + self.values.nbytes
 
+    def to(self, device: torch.device | str) -> TransferSources:
+        moved = copy.copy(self)
+        moved.keys, moved.values = self.keys.to(device), self.values.to(device)
+        return moved
+
 
 class Crossing:
     """A site with selection known in advance."""
@@ -162,6 +168,13 @@ class WaitingTokens:
     @property
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
+
+    def to(self, device: torch.device | str) -> WaitingTokens:
+        moved = copy.copy(self)
+        for name in ("hidden_TD", "token_kind_T", "position_T", "score_keys"):
+            setattr(moved, name, getattr(self, name).to(device))
+        moved.sources = self.sources and self.sources.to(device)
+        return moved
 
     def add(self, chunk: TokenChunk, block: DecoderBlock, layer: TransVLayer | None) -> None:
         rows = slice(self.count, self.count + len(chunk))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import enum
 import itertools
 import logging
-import time
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,8 +88,6 @@ class ActiveRequest:
     lease: PrefixLease | None = None
     cached_tokens: int = 0
     tokens: list[int] = field(default_factory=list)
-    submitted: float
-    """time.monotonic() when it came."""
 
 
 class InferenceEngine:
@@ -137,13 +134,14 @@ class InferenceEngine:
             self._closing = str(tokenizer.decode(ids, skip_special_tokens=True))
         self._ids = itertools.count()
         self._requests: dict[RequestId, ActiveRequest] = {}  # prefilling requests move to the end after their turn
-        self._prefixes = PrefixCache(self.config.prefix_cache_bytes)
+        self._prefixes = PrefixCache(
+            self.config.prefix_cache_bytes, max_host_bytes=self.config.prefix_host_bytes, device=self._device
+        )
         self._undelivered: dict[RequestId, list[Event]] = {}
         self._num_prompt_tokens = 0
         self._num_completion_tokens = 0
         self._num_vision_tokens = self._num_kept_vision_tokens = 0
         self._num_answers = 0
-        self._first_token_seconds = 0.0
         self._graph: DecodeGraph | None = None
         self._use_graphs = self._device.type == "cuda" and self.config.max_graph_steps >= min_graph_steps
         self._decoded_ids: list[RequestId] = []
@@ -183,7 +181,6 @@ class InferenceEngine:
             matcher = self.grammars.matcher(schema)
         stop_texts = [stop for stop in request.sampling.stop if isinstance(stop, str)]
         active = ActiveRequest(
-            submitted=time.monotonic(),
             id=RequestId(next(self._ids)),
             request=request,
             input_ids=input_ids,
@@ -246,12 +243,14 @@ class InferenceEngine:
             vision_tokens=self._num_vision_tokens,
             kept_vision_tokens=self._num_kept_vision_tokens,
             answers=self._num_answers,
-            first_token_seconds=self._first_token_seconds,
             prefix_hits=self._prefixes.num_hits,
             prefix_misses=self._prefixes.num_misses,
             prefix_evictions=self._prefixes.num_evictions,
             prefix_entries=len(self._prefixes),
             prefix_bytes=self._prefixes.num_bytes,
+            prefix_host_hits=self._prefixes.num_host_hits,
+            prefix_host_entries=self._prefixes.num_host_entries,
+            prefix_host_bytes=self._prefixes.num_host_bytes,
         )
 
     def _in_state(self, state: RequestState) -> list[ActiveRequest]:
@@ -276,16 +275,18 @@ class InferenceEngine:
                 break
             if active.prefix_key is not None and self._prefixes.is_computing(active.prefix_key):
                 continue
-            entry = None if active.prefix_key is None else self._prefixes.peek(active.prefix_key)
-            active.working_bytes = max(0, active.memory.working_bytes - (0 if entry is None else entry.working_bytes))
+            shared = 0 if active.prefix_key is None else self._prefixes.shared_bytes(active.prefix_key)
+            active.working_bytes = max(0, active.memory.working_bytes - shared)
             max_bytes = self._max_kv_bytes()
             if max_bytes is not None and not self._cache.has_space(active.memory.tokens, max_bytes):
                 active.working_bytes = 0
                 break
             active.slot = free[-1]  # the highest: running slots come first
-            if active.prefix_key is not None:
-                active.lease = self._prefixes.lease(active.prefix_key)
+            entry = None
             try:
+                if active.prefix_key is not None:
+                    active.lease = self._prefixes.lease(active.prefix_key)
+                    entry = active.lease.entry
                 active.prefill = self._new_prefill(active, entry, max_bytes)
             except Exception as error:  # noqa: BLE001 - no memory for so long a prompt: only this request fails
                 if is_out_of_memory(error) and (self._prefixes.drop_idle() or self._in_slots(but=active)):
@@ -498,7 +499,6 @@ class InferenceEngine:
             usage = self._usage(active)
             self._num_vision_tokens += usage.vision_tokens
             self._num_kept_vision_tokens += usage.vision_tokens_kept
-            self._first_token_seconds += time.monotonic() - active.submitted
         ended = token.id in self.end_token_ids
         if active.matcher is not None:
             active.matcher.accept(token.id)

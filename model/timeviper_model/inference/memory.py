@@ -94,7 +94,7 @@ def serving_bytes(
         weights=weights,
         mamba_states=cache.num_bytes,
         keys_and_values=keys_and_values,
-        prefix_cache=limits.prefix_cache_bytes,
+        prefix_cache=limits.prefix_cache_bytes + (limits.prefix_host_bytes if device_type == "cpu" else 0),
         activations=_activation_bytes(model, limits, dtype),
     )
 

@@ -52,6 +52,14 @@ class PrefixEntry:
         tensors += [] if self.waiting is None else self.waiting.tensors
         return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
+    def to(self, device: torch.device | str) -> PrefixEntry:
+        return PrefixEntry(
+            num_tokens=self.num_tokens,
+            slot=self.slot.to(device),
+            sources={layer: source.to(device) for layer, source in self.sources.items()},
+            waiting=self.waiting and self.waiting.to(device),
+        )
+
 
 def prefix_length(token_kind: Tensor) -> int:
     """Number of leading tokens that no question changes.

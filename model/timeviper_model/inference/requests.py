@@ -88,13 +88,15 @@ class EngineStats:
     """Total left after the last TransV site."""
     answers: int
     """Total answers whose first token is there."""
-    first_token_seconds: float
-    """Total seconds from the submission of those to their first tokens."""
     prefix_hits: int
     prefix_misses: int
     prefix_evictions: int
     prefix_entries: int
     prefix_bytes: int
+    prefix_host_hits: int
+    """Of `prefix_hits`, those that came back from host memory."""
+    prefix_host_entries: int
+    prefix_host_bytes: int
 
 
 class QueueFull(RuntimeError):
@@ -115,6 +117,8 @@ class EngineConfig:
     """Maximum tokens of one answer."""
     prefix_cache_bytes: int = 0
     """Maximum bytes of the video-prefix cache; 0 = no cache."""
+    prefix_host_bytes: int = 0
+    """Maximum bytes of host memory for prefixes that the cache evicts, and questions bring back; 0 = none."""
     kv_cache_bytes: int = 0
     """Maximum bytes of keys and values, and of what TransV keeps of prompts being read; 0 = no limit. Requests wait for
     space for their prompt and whole answer."""
@@ -133,6 +137,8 @@ class EngineConfig:
             raise ValueError(f"{self.max_queued_requests = } must be at least 0 (0 = only free slots)")
         if self.prefix_cache_bytes < 0:
             raise ValueError(f"{self.prefix_cache_bytes = } must be at least 0 (0 = no cache)")
+        if self.prefix_host_bytes < 0 or (self.prefix_host_bytes and not self.prefix_cache_bytes):
+            raise ValueError(f"{self.prefix_host_bytes = } must be 0 (none), or above 0 with prefix_cache_bytes")
         if self.kv_cache_bytes < 0:
             raise ValueError(f"{self.kv_cache_bytes = } must be at least 0 (0 = no limit)")
         if self.max_graph_steps < 0:

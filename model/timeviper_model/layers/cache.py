@@ -201,6 +201,15 @@ class SavedSlot:
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
 
+    def to(self, device: torch.device | str) -> SavedSlot:
+        return SavedSlot(
+            mamba={
+                layer: Mamba2State(window_BKD=state.window_BKD.to(device), ssm_BHPN=state.ssm_BHPN.to(device))
+                for layer, state in self.mamba.items()
+            },
+            attention={layer: (keys.to(device), values.to(device)) for layer, (keys, values) in self.attention.items()},
+        )
+
 
 class HybridCache:
     def __init__(

@@ -78,8 +78,11 @@ DASHBOARDS: dict[str, tuple[Panel, ...]] = {
     ),
     "serving": (
         Panel(
-            "Seconds to the first token, mean",
-            ((f"{_rate(_ENGINE + 'first_token_seconds_total')} / {_rate(_ENGINE + 'answers_total')}", "first token"),),
+            "Seconds to the first token",
+            tuple(
+                (f"histogram_quantile({share}, {_rate(_ENGINE + 'first_token_seconds_bucket', 'le')})", legend)
+                for share, legend in ((0.5, "half of the answers"), (0.99, "99 of 100"))
+            ),
             "s",
         ),
         Panel(
@@ -98,6 +101,7 @@ DASHBOARDS: dict[str, tuple[Panel, ...]] = {
                 (f"sum ({_ENGINE}queued_requests)", "waiting"),
             ),
         ),
+        Panel("Answers that began, a second", ((_rate(f"{_ENGINE}answers_total"), "answers"),)),
         Panel("Requests a second, by status", ((_rate(f"{_GATEWAY}requests_total", "status"), "{{status}}"),)),
         Panel(
             "Refused as full (429), a second",
@@ -112,6 +116,11 @@ DASHBOARDS: dict[str, tuple[Panel, ...]] = {
                     f" + {_rate(_ENGINE + 'prefix_misses_total')})",
                     "hits",
                 ),
+                (
+                    f"{_rate(_ENGINE + 'prefix_host_hits_total')} / ({_rate(_ENGINE + 'prefix_hits_total')}"
+                    f" + {_rate(_ENGINE + 'prefix_misses_total')})",
+                    "from host memory",
+                ),
             ),
             "percentunit",
         ),
@@ -122,6 +131,7 @@ DASHBOARDS: dict[str, tuple[Panel, ...]] = {
                 (f"sum ({_ENGINE}kv_bytes)", "keys and values"),
                 (f"sum ({_ENGINE}cache_bytes)", "with Mamba states"),
                 (f"sum ({_ENGINE}prefix_bytes)", "cached prefixes"),
+                (f"sum ({_ENGINE}prefix_host_bytes)", "prefixes in host memory"),
             ),
             "bytes",
         ),
@@ -136,6 +146,7 @@ DASHBOARDS: dict[str, tuple[Panel, ...]] = {
             "Cached prefixes",
             (
                 (f"sum ({_ENGINE}prefix_entries)", "entries"),
+                (f"sum ({_ENGINE}prefix_host_entries)", "in host memory"),
                 (f"sum (increase({_ENGINE}prefix_evictions_total[{WINDOW}]))", "evicted in 5 min"),
             ),
         ),
@@ -152,7 +163,8 @@ DASHBOARDS: dict[str, tuple[Panel, ...]] = {
 
 def exported_names() -> set[str]:
     """Returns the names in Prometheus of all metrics in METRICS."""
-    return {RAY_PREFIX + metric.name + ("_total" if metric.kind == "counter" else "") for metric in METRICS}
+    suffixes = {"counter": "_total", "gauge": "", "histogram": "_bucket"}
+    return {RAY_PREFIX + metric.name + suffixes[metric.kind] for metric in METRICS}
 
 
 def grafana_dashboard(name: str) -> dict[str, Any]:

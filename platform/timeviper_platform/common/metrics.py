@@ -13,9 +13,14 @@ if TYPE_CHECKING:
 class Metric(NamedTuple):
     name: str
     """Name without Prometheus' suffix `_total` and Ray's prefix `ray_`."""
-    kind: Literal["counter", "gauge"]
+    kind: Literal["counter", "gauge", "histogram"]
     description: str
     tags: tuple[str, ...] = ()
+    boundaries: tuple[float, ...] = ()
+    """Upper bounds of a histogram's buckets."""
+
+
+FIRST_TOKEN_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0)
 
 
 METRICS: tuple[Metric, ...] = (
@@ -35,12 +40,20 @@ METRICS: tuple[Metric, ...] = (
     Metric("timeviper_engine_vision_tokens", "counter", "Vision tokens of prompts, those of cached prefixes included"),
     Metric("timeviper_engine_kept_vision_tokens", "counter", "Vision tokens of them left after the last TransV site"),
     Metric("timeviper_engine_answers", "counter", "Answers whose first token is there"),
-    Metric("timeviper_engine_first_token_seconds", "counter", "Seconds from requests to their first tokens"),
+    Metric(
+        "timeviper_engine_first_token_seconds",
+        "histogram",
+        "Seconds from requests to their first tokens, frames that are still decoded included",
+        boundaries=FIRST_TOKEN_S,
+    ),
     Metric("timeviper_engine_prefix_hits", "counter", "Hits in the video-prefix cache"),
     Metric("timeviper_engine_prefix_misses", "counter", "Misses in the video-prefix cache"),
     Metric("timeviper_engine_prefix_evictions", "counter", "Entries evicted from the video-prefix cache"),
     Metric("timeviper_engine_prefix_entries", "gauge", "Entries in the video-prefix cache"),
     Metric("timeviper_engine_prefix_bytes", "gauge", "Bytes of the video-prefix cache"),
+    Metric("timeviper_engine_prefix_host_hits", "counter", "Hits of them that came back from host memory"),
+    Metric("timeviper_engine_prefix_host_entries", "gauge", "Entries of the video-prefix cache in host memory"),
+    Metric("timeviper_engine_prefix_host_bytes", "gauge", "Bytes of the video-prefix cache in host memory"),
     Metric("timeviper_preprocess_frames", "counter", "Frames encoded and committed", ("store",)),
     Metric("timeviper_preprocess_feature_bytes", "counter", "Bytes of features committed", ("store",)),
     Metric(
@@ -66,10 +79,14 @@ class RayMetrics:
         """`module` is `ray.util.metrics` or `ray.serve.metrics`, which adds deployment and replica as tags."""
         module = module or importlib.import_module("ray.util.metrics")
         kinds = {"counter": module.Counter, "gauge": module.Gauge}
-        self._metrics = {
-            name: kinds[metric.kind](metric.name, description=metric.description, tag_keys=metric.tags)
-            for name, metric in metrics_of(prefix).items()
-        }
+
+        def made(metric: Metric) -> Any:
+            options = {"description": metric.description, "tag_keys": metric.tags}
+            if metric.kind == "histogram":
+                return module.Histogram(metric.name, boundaries=list(metric.boundaries), **options)
+            return kinds[metric.kind](metric.name, **options)
+
+        self._metrics = {name: made(metric) for name, metric in metrics_of(prefix).items()}
         self._kinds = {name: metric.kind for name, metric in metrics_of(prefix).items()}
         self._totals: dict[str, float] = {}
 
@@ -77,6 +94,10 @@ class RayMetrics:
         """Increases a counter; 0 is allowed."""
         if amount > 0:  # Ray raises for 0
             self._metrics[name].inc(amount, tags=tags)
+
+    def observe(self, name: str, value: float) -> None:
+        """Adds a value to a histogram."""
+        self._metrics[name].observe(value)
 
     def report(self, values: Mapping[str, float]) -> None:
         """Sets gauges to values and raises counters to totals."""

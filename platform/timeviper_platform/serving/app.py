@@ -9,6 +9,7 @@ import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,8 @@ class EngineReplica(EngineService):
 
     def __init__(self, weights: str, config: EngineServiceConfig) -> None:
         setup_logging()
-        super().__init__(weights, config, read_features)
         self._metrics = RayMetrics("timeviper_engine_", module=serve_metrics)
+        super().__init__(weights, config, read_features, partial(self._metrics.observe, "first_token_seconds"))
 
     async def check_health(self) -> None:  # type: ignore[override]  # Serve takes both kinds
         """Also sends metrics, because Ray Serve calls this every few seconds."""

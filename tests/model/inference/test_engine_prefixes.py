@@ -28,6 +28,26 @@ def model() -> TimeViper:
 
 
 @pytest.mark.parametrize("plan", [CONFIG_WITH_TRANSV.transv, CONFIG_WITH_TRANSV.transv[:1], ()])
+def test_answers_are_the_same_from_host_memory(plan: tuple[TransVSite, ...]) -> None:
+    """Three films in turn, with room for one on the device: before, each question read its film again."""
+    model = random_model(replace(CONFIG_WITH_TRANSV, transv=plan))
+    films = ["one", "two", "three"]
+    requests = [ask(text, 60, prefix_key=film, max_new_tokens=6) for text in ("What?", "When?") for film in films]
+    num_system = prefix_length(torch.tensor(requests[0].prompt.token_kind)) - 60
+    entry_bytes = prefix_entry_bytes(model.config, num_system, 60, dtype=torch.float64)
+    limits = {"num_slots": 1, "max_prefill_tokens": 24}
+    plain, _, _ = answers(model, requests, **limits)
+    tiers = {"prefix_cache_bytes": entry_bytes, "prefix_host_bytes": 2 * entry_bytes}
+    kept, cached, stats = answers(model, requests, **limits, **tiers)
+    assert [ids_of(answer) for answer in kept] == [ids_of(answer) for answer in plain]
+    assert [answer[0].logprob for answer in kept] == [answer[0].logprob for answer in plain]  # to the last bit
+    assert cached == [0] * 3 + [num_system + 60] * 3
+    assert (stats.prefix_hits, stats.prefix_host_hits, stats.prefix_misses) == (3, 3, 3)
+    assert (stats.prefix_entries, stats.prefix_bytes) == (1, entry_bytes)
+    assert (stats.prefix_host_entries, stats.prefix_host_bytes) == (2, 2 * entry_bytes)
+
+
+@pytest.mark.parametrize("plan", [CONFIG_WITH_TRANSV.transv, CONFIG_WITH_TRANSV.transv[:1], ()])
 def test_answers_are_the_same_with_the_prefix_cache_and_without(plan: tuple[TransVSite, ...]) -> None:
     model = random_model(replace(CONFIG_WITH_TRANSV, transv=plan))
     questions = ["What?", "Which picture appears?", "When?"]

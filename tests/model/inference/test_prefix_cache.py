@@ -72,6 +72,37 @@ def test_one_request_computes_while_others_wait_and_another_takes_over() -> None
     assert holds(cache, "a")
 
 
+def test_evicted_entries_come_back_from_host_memory() -> None:
+    """Before, the video was read again."""
+    cache = PrefixCache(100, max_host_bytes=120)
+    for key in "abcd":
+        put(cache, key, 50)
+    assert (len(cache), cache.num_bytes, cache.num_host_entries, cache.num_host_bytes) == (2, 100, 2, 100)
+    assert cache.shared_bytes("a") == 0  # it has nothing but a slot
+    assert holds(cache, "a")  # c, the oldest on the device, makes room
+    assert (len(cache), cache.num_bytes, cache.num_host_entries, cache.num_host_bytes) == (2, 100, 2, 100)
+    assert (cache.num_hits, cache.num_host_hits) == (1, 1)
+    assert cache.drop_idle() == 2  # a and d push out b and c
+    assert (len(cache), cache.num_host_bytes) == (0, 100)
+    assert [holds(cache, key) for key in "bcad"] == [False, False, True, True]
+    put(small := PrefixCache(100, max_host_bytes=40), "large", 50)
+    assert (small.drop_idle(), small.num_host_entries) == (1, 0)
+
+
+def test_an_entry_in_host_memory_serves_a_request_while_others_leave_it_no_room() -> None:
+    cache = PrefixCache(100, max_host_bytes=100)
+    put(cache, "a", 60)
+    put(cache, "b", 60)
+    using = cache.lease("b")
+    guest = cache.lease("a")
+    assert guest.entry is not None
+    assert (len(cache), cache.num_host_entries, cache.num_evictions) == (1, 1, 1)
+    guest.release()
+    using.release()
+    assert holds(cache, "a")
+    assert cache.num_host_hits == 2
+
+
 @pytest.mark.parametrize(
     ("plan", "gigabytes"),
     [

@@ -95,7 +95,7 @@ def test_queries_are_balanced_and_names_end_as_their_kind() -> None:
     for line in queries().splitlines():
         assert all(line.count(left) == line.count(right) for left, right in ("()", "[]", "{}"))
         for counter in re.findall(r"(?:rate|increase)\((\w+)", line):
-            assert counter.endswith("_total")
+            assert counter.endswith(("_total", "_bucket"))
         for name in re.findall(r"\b\w+_total\b", line):
             assert re.search(rf"(?:rate|increase)\({name}[\[{{]", line), f"{name} is a counter"
 
@@ -108,7 +108,7 @@ def test_a_dashboard_is_grafanas_json(name: str) -> None:
     assert len(set(places)) == len(places)
     assert all(x + panel["gridPos"]["w"] <= 24 for (x, _), panel in zip(places, board["panels"], strict=True))
     for panel in board["panels"]:
-        assert [target["refId"] for target in panel["targets"]] == list("ABCD")[: len(panel["targets"])]
+        assert [target["refId"] for target in panel["targets"]] == list("ABCDEF")[: len(panel["targets"])]
     (variable,) = board["templating"]["list"]
     assert variable["name"] == "datasource"
 

@@ -16,11 +16,13 @@ PARTS = ("timeviper_gateway_", "timeviper_engine_", "timeviper_preprocess_")
 
 
 class Recorded:
-    """A counter or gauge in the shape of Ray's, which need a cluster."""
+    """A counter, gauge or histogram in the shape of Ray's, which need a cluster."""
 
     values: dict[str, float]
 
-    def __init__(self, name: str, *, description: str, tag_keys: tuple[str, ...]) -> None:
+    def __init__(
+        self, name: str, *, description: str, tag_keys: tuple[str, ...], boundaries: list[float] | None = None
+    ) -> None:
         assert description
         self.name, self.tag_keys = name, tag_keys
 
@@ -29,6 +31,9 @@ class Recorded:
         assert set(tags) == set(self.tag_keys)
         self.values[self.name] = self.values.get(self.name, 0) + value
 
+    def observe(self, value: float) -> None:
+        self.values[self.name] = value
+
     def set(self, value: float) -> None:
         self.values[self.name] = value
 
@@ -36,7 +41,7 @@ class Recorded:
 @pytest.fixture
 def module() -> Any:
     recorded = type("Recorded", (Recorded,), {"values": {}})
-    return SimpleNamespace(Counter=recorded, Gauge=recorded, values=recorded.values)
+    return SimpleNamespace(Counter=recorded, Gauge=recorded, Histogram=recorded, values=recorded.values)
 
 
 def test_names_are_unique_and_every_part_has_some() -> None:
@@ -45,7 +50,17 @@ def test_names_are_unique_and_every_part_has_some() -> None:
 
 
 def test_every_field_of_the_engines_statistics_is_a_metric() -> None:
-    assert set(metrics_of("timeviper_engine_")) == {field.name for field in dataclasses.fields(EngineStats)}
+    metrics = metrics_of("timeviper_engine_")
+    own = {name for name, metric in metrics.items() if metric.kind != "histogram"}
+    assert own == {field.name for field in dataclasses.fields(EngineStats)}
+
+
+def test_a_histogram_has_boundaries_and_takes_values(module: Any) -> None:
+    """Before, the first tokens of all answers were one sum, whose tail nobody could see."""
+    RayMetrics("timeviper_engine_", module=module).observe("first_token_seconds", 1.5)
+    assert module.values == {"timeviper_engine_first_token_seconds": 1.5}
+    assert all(bool(metric.boundaries) == (metric.kind == "histogram") for metric in METRICS)
+    assert all(list(metric.boundaries) == sorted(set(metric.boundaries)) for metric in METRICS)
 
 
 def test_reported_totals_raise_counters_by_the_difference(module: Any) -> None:

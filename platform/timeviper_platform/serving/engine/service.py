@@ -6,7 +6,8 @@ import asyncio
 import hashlib
 import json
 import logging
-from collections.abc import AsyncGenerator, Sequence
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -84,12 +85,14 @@ class EngineService:
         weights: str,
         config: EngineServiceConfig,
         read: ReadFeatures,
+        on_first_token: Callable[[float], None] = lambda seconds: None,
     ) -> None:
-        """Loads the weights of any URI."""
+        """Loads the weights of any URI. `on_first_token` takes the seconds from a request to a first token."""
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         self._config = config
         self._read = read
+        self._on_first_token = on_first_token
         dtype = torch_dtype(config.dtype)
         check_memory(load_config(local_copy(weights, CONFIG_FILES)), config)
         weights = local_copy(weights)
@@ -112,10 +115,11 @@ class EngineService:
             yield _busy()
             return
         self._ongoing += request.n
+        began = time.monotonic()
         try:
             feed: MediaFeed | None = MediaFeed(request.media, self._read, self._thread.wake)
             while feed is not None:
-                answers, recounted = self._answers(request, feed), None
+                answers, recounted = self._answers(request, feed, began), None
                 async with aclosing(answers):  # closing a generator does not close the one it iterates over
                     async for item in answers:
                         if isinstance(item, MediaFeed):
@@ -178,7 +182,7 @@ class EngineService:
         )
 
     async def _answers(
-        self, request: GenerateRequest, feed: MediaFeed
+        self, request: GenerateRequest, feed: MediaFeed, began: float
     ) -> AsyncGenerator[AnswerDelta | Refusal | MediaFeed]:
         """Yields a feed alone when frames that the prompt counts are missing."""
         try:
@@ -200,7 +204,7 @@ class EngineService:
                 return
             try:
                 with_logprobs = request.sampling.num_logprobs is not None
-                deltas = self._deltas(ids, events, feed, with_logprobs=with_logprobs)
+                deltas = self._deltas(ids, events, feed, began, with_logprobs=with_logprobs)
                 async with aclosing(deltas):
                     async for item in deltas:
                         yield item
@@ -210,11 +214,17 @@ class EngineService:
             feed.close()
 
     async def _deltas(
-        self, ids: Sequence[RequestId], events: asyncio.Queue[Event], feed: MediaFeed, *, with_logprobs: bool
+        self,
+        ids: Sequence[RequestId],
+        events: asyncio.Queue[Event],
+        feed: MediaFeed,
+        began: float,
+        *,
+        with_logprobs: bool,
     ) -> AsyncGenerator[AnswerDelta | Refusal | MediaFeed]:
         """Gathers the events of each `coalesce_ms` into deltas; the first token is sent at once."""
         loop = asyncio.get_running_loop()
-        unfinished = len(ids)
+        unfinished, without_token = len(ids), set(ids)
         next_send = loop.time()
         opening = await _first(events, feed)
         if isinstance(opening, Refusal | MediaFeed):
@@ -239,6 +249,9 @@ class EngineService:
                         message, code = own[-1].error, "out_of_memory"
                     yield Refusal(status=503, message=message, code=code)
                     return
+                if request_id in without_token and isinstance(own[0], Token):
+                    without_token.remove(request_id)
+                    self._on_first_token(time.monotonic() - began)
                 delta = self._delta(index, own, with_logprobs=with_logprobs)
                 unfinished -= delta.finish_reason is not None
                 if delta.text or delta.logprobs or delta.finish_reason is not None:

@@ -228,6 +228,24 @@ def test_the_first_token_is_sent_at_once_and_the_rest_is_gathered(weights: Path)
     assert len(sizes) < sum(sizes) / 2
 
 
+def test_every_answers_first_token_is_observed_with_the_time_spent_waiting(weights: Path) -> None:
+    async def late() -> AsyncGenerator[Any]:
+        yield bits(6)[:2]
+        await asyncio.sleep(0.2)
+        yield bits(6)[2:]
+
+    async def scenario(service: EngineService) -> list[float]:
+        seconds: list[float] = []
+        service._on_first_token = seconds.append
+        await collect(service, request(media=(streamed(late),), n=2))
+        await collect(service, request())
+        return seconds
+
+    first, second, third = run(weights, scenario)
+    assert min(first, second) >= 0.2
+    assert third > 0
+
+
 def test_a_caller_that_disconnects_frees_its_slots(weights: Path) -> None:
     async def scenario(service: EngineService) -> tuple[int, int]:
         items = service.generate(request(max_new_tokens=1000, temperature=1.0, n=3))
