@@ -5,7 +5,8 @@ text = generate(model, tokenizer, "What happens?", features, max_new_tokens=64)
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -20,6 +21,9 @@ from timeviper_model.inference.prefill import prefill
 from timeviper_model.inference.sampling import sample_tokens
 from timeviper_model.layers.cache import HybridCache
 from timeviper_model.timeviper import TimeViper
+
+ReadPrompt = Callable[[PackedBatch, HybridCache, int], Tensor]
+"""(prompt, cache, slot) -> the next token's (V,) logits."""
 
 
 def generate(model: TimeViper, tokenizer: Any, prompt: str, features: Tensor | None = None, **sampling: Any) -> str:
@@ -45,12 +49,18 @@ def generate(model: TimeViper, tokenizer: Any, prompt: str, features: Tensor | N
 
 
 def generate_ids(
-    model: TimeViper, prompts: Sequence[PackedBatch], *, end_ids: Collection[int], params: SamplingParams | None = None
+    model: TimeViper,
+    prompts: Sequence[PackedBatch],
+    *,
+    end_ids: Collection[int],
+    params: SamplingParams | None = None,
+    read: ReadPrompt | None = None,
 ) -> list[list[int]]:
-    """Returns one answer per prompt (one segment each), without end tokens."""
+    """Returns one answer per prompt (one segment each), without end tokens. `read` replaces `prefill`."""
     params = params or SamplingParams()
     answers: list[list[int]] = [[] for _ in prompts]
-    for tokens in islice(stream_ids(model, prompts, end_ids=end_ids, params=params), params.max_new_tokens):
+    stream = stream_ids(model, prompts, end_ids=end_ids, params=params, read=read)
+    for tokens in islice(stream, params.max_new_tokens):
         for index, token in tokens.items():
             if token not in end_ids:
                 answers[index].append(token)
@@ -64,6 +74,7 @@ def stream_ids(
     end_ids: Collection[int] = (),
     params: SamplingParams | None = None,
     cache: HybridCache | None = None,
+    read: ReadPrompt | None = None,
 ) -> Iterator[dict[int, int]]:
     """Yields each unfinished prompt's next token by index, endlessly and lazily."""
     if not prompts:
@@ -74,9 +85,8 @@ def stream_ids(
     generators = [torch.Generator().manual_seed(params.seed) for _ in prompts]
     active = list(range(len(prompts)))  # the prompt in each running slot
     num_new = params.max_new_tokens
-    logits_BV = torch.stack(
-        [prefill(model, prompt, cache, slot, max_new_tokens=num_new) for slot, prompt in enumerate(prompts)]
-    )
+    read = read or partial(prefill, model, max_new_tokens=num_new)
+    logits_BV = torch.stack([read(prompt, cache, slot) for slot, prompt in enumerate(prompts)])
     while active:
         sampled = sample_tokens(logits_BV, [params] * len(active), [generators[index] for index in active])
         tokens = {index: token.id for index, token in zip(active, sampled, strict=True)}

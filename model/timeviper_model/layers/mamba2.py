@@ -58,8 +58,18 @@ class Mamba2Mixer(nn.Module):
         self.convolve_step: ConvolveStep = causal_conv_silu_step
         self.scan_step: ScanStep = ssd_step
 
-    def forward(self, h_TD: Tensor, segments: Segments, state: Mamba2State | None = None) -> Tensor:
-        """(T, D); continues and updates `state` (one segment, B = 1)."""
+    def forward(
+        self, h_TD: Tensor, segments: Segments, state: Mamba2State | None = None, *, scan_inputs: bool = False
+    ) -> Tensor:
+        """(T, D); continues and updates `state` (one segment, B = 1).
+
+        With `scan_inputs`: B, C and dt instead, (T, 2 * G * N + H).
+        """
+        if scan_inputs:  # a call of the module, so that ZeRO-3 gathers its parameters
+            _, channels, dt = self.project(h_TD)
+            taps = self.conv1d.weight.squeeze(1), self.conv1d.bias
+            convolved = self.convolve(channels, *taps, positions_T=segments.positions_T)
+            return torch.cat([convolved[:, self.intermediate_size :].to(dt.dtype), dt], dim=-1)
         length = self._tokens_per_pass(h_TD)
         if len(h_TD) <= length or segments.seq_idx_T is not None:
             return self._mix(h_TD, segments, state)
@@ -92,7 +102,7 @@ class Mamba2Mixer(nn.Module):
             seq_idx_T=segments.seq_idx_T,
         )
         if state is not None:
-            _shift_window(state.window_BKD[0], channels)
+            shift_window(state.window_BKD[0], channels)
             state.ssm_BHPN[0] = last
         return self.out_proj(self.norm(y.flatten(1), gate))
 
@@ -138,6 +148,7 @@ class Mamba2Mixer(nn.Module):
         return -torch.exp(widen(self.A_log))
 
 
-def _shift_window(window_KD: Tensor, channels_TD: Tensor) -> None:
+def shift_window(window_KD: Tensor, channels_TD: Tensor) -> None:
+    """Appends inputs of the convolution, in place."""
     recent = torch.cat([window_KD, channels_TD[max(0, len(channels_TD) - len(window_KD)) :].to(window_KD.dtype)])
     window_KD.copy_(recent[len(recent) - len(window_KD) :])

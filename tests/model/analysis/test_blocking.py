@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,8 +10,11 @@ from torch import Tensor
 
 from reference.slow_timeviper import slow_logits
 from reference.small_models import SMALL, SMALL_QWEN, make_features, make_model, make_sample, pack
-from timeviper_model.analysis.blocking import Blocking, cut_flow
-from timeviper_model.batching.batch import IGNORE_INDEX, PackedBatch, TokenKind
+from timeviper_model.analysis.blocking import Blocking, cut_flow, read_blocked
+from timeviper_model.batching.batch import IGNORE_INDEX, PackedBatch, TokenKind, pack_samples
+from timeviper_model.config import TimeViperConfig
+from timeviper_model.inference.answer import SamplingParams
+from timeviper_model.inference.generate import generate_ids
 from timeviper_model.timeviper import TimeViper
 
 LAYOUTS = ["ssvvvvvviiiirrr", "vviivvvirriirr", "siirr"]
@@ -116,3 +120,37 @@ def test_invalid_blockings_are_refused() -> None:
         Blocking(flow="v2i", scope="layer", layer=2, window=3)
     with pytest.raises(ValueError, match="0 to 5"):
         cut_flow(MODEL, Blocking(flow="v2i", scope="layer", layer=6))
+
+
+@pytest.mark.parametrize("config", [SMALL, SMALL_QWEN], ids=["hybrid", "transformer"])
+@pytest.mark.parametrize("flow", ["v2i", "v2r"])
+@pytest.mark.parametrize("scope", [{"scope": "layer", "layer": 0}, {"scope": "from_layer", "layer": 0}])
+def test_blocked_decoding_equals_a_blocked_pass_over_all_tokens(
+    config: TimeViperConfig, flow: Any, scope: dict[str, Any]
+) -> None:
+    model, blocking, answer = make_model(config), Blocking(flow=flow, **scope), [7, 3, 11, 5, 2]
+    cache = model.new_cache(1, device="cpu", dtype=torch.float64)
+    for layout in ("ssvvvvvviii", "vviivvvii", "sii", "siv" + "v" * 40 + "i"):
+        prompt = make_sample(layout)
+        features = make_features(prompt)
+        logits = [read_blocked(model, pack_samples([prompt], [features]), cache, 0, blocking)]
+        logits += [model.decode_step(torch.tensor([token]), cache, torch.tensor([0]))[0] for token in answer[:-1]]
+        num_new = len(answer) - 1
+        whole = replace(
+            prompt,
+            input_ids=prompt.input_ids + answer[:-1],
+            vision_index=prompt.vision_index + [-1] * num_new,
+            token_kind=prompt.token_kind + [int(TokenKind.RESPONSE)] * num_new,
+            labels=[IGNORE_INDEX] * (len(prompt) - 1) + answer,
+        )
+        expected = blocked_logits(model, pack_samples([whole], [features]), blocking)
+        torch.testing.assert_close(torch.stack(logits), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_blocked_generation_has_its_own_reader() -> None:
+    prompt = make_sample("ssvvvvvviiii")
+    batch = pack_samples([prompt], [make_features(prompt)])
+    params = SamplingParams(max_new_tokens=8)
+    read = partial(read_blocked, MODEL, blocking=Blocking(flow="v2i", scope="from_layer", layer=0))
+    blocked = generate_ids(MODEL, [batch], end_ids=(), params=params, read=read)
+    assert blocked != generate_ids(MODEL, [batch], end_ids=(), params=params)
