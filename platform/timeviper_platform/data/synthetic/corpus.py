@@ -1,7 +1,7 @@
 """Generates a corpus in one folder: videos, images, samples, held-out questions, tokenizer and vision tower.
 
 corpus/ videos/*.mp4  images/*.png|jpg  manifest.parquet  truth.parquet  corpus.json (written last)
-        samples/{language,align,instruct,held_out}.parquet   held_out/{choice,order,count,grounding}.parquet
+        samples/{language,align,instruct,held_out}.parquet   held_out/{choice,order,count,grounding,caption}.parquet
         encoder/  tokenizer/
 """
 
@@ -43,7 +43,7 @@ from timeviper_platform.data.synthetic.scenes import Scene, SceneKind, draw_plac
 logger = logging.getLogger(__name__)
 
 FINISHED_FILE = "corpus.json"
-CORPUS_VERSION = 2
+CORPUS_VERSION = 3
 """Rises when the same configuration makes other files: older corpora are made again."""
 FILM_FILE = ".film.npy"
 MEDIA_CHUNK = 32
@@ -55,6 +55,8 @@ MAX_ENCODER_FRAMES = 16384
 """200 MB at the tower's size. With half as many frames the tiny tower overfitted."""
 
 MAX_HELD_OUT_SAMPLES = 48
+HELD_OUT_TASKS = ("choice", "order", "count", "grounding", "caption")
+"""Captions are for the analysis; the evaluation has no score for them."""
 
 TRUTH = pa.schema(
     [
@@ -311,7 +313,7 @@ def _write_tables(
     held_out = _video_samples(config, scenes["held_out"])
     step = max(1, -(-len(held_out) // MAX_HELD_OUT_SAMPLES))
     _write_rows(root / "samples" / "held_out.parquet", held_out[::step], schemas.SAMPLES)
-    questions: dict[str, list[dict[str, Any]]] = {"choice": [], "order": [], "count": [], "grounding": []}
+    questions: dict[str, list[dict[str, Any]]] = {task: [] for task in HELD_OUT_TASKS}
     for scene in scenes["held_out"]:
         for n, question in enumerate(scene_questions(scene, _question_rng(config, scene))):
             if question.task in questions:

@@ -90,13 +90,13 @@ def test_tables_have_their_schemas_and_existing_media(corpus: tuple[Path, Corpus
     shown = {medium["media_id"] for media in held_out["media"].to_pylist() for medium in media}
     assert shown
     assert all(media_id.startswith("held-out-") for media_id in shown)
-    for name, number in {"choice": 3, "order": 2, "count": 2, "grounding": 3}.items():
+    for name, number in {"choice": 3, "order": 2, "count": 2, "grounding": 3, "caption": 6}.items():
         table = pq.read_table(folder / "held_out" / f"{name}.parquet")
         schemas.check_version(table.schema, schemas.QUESTIONS, source=name)
         rows = table.to_pylist()
         assert len(rows) == number == report.num_questions[name]
         assert all(medium["media_id"].startswith("held-out-") for row in rows for medium in row["media"])
-        assert all((row["answer"] in row["choices"]) == (name != "grounding") for row in rows)
+        assert all((row["answer"] in row["choices"]) == (name not in ("grounding", "caption")) for row in rows)
 
 
 def test_a_finished_corpus_is_reused_and_an_unfinished_one_is_regenerated(corpus: tuple[Path, CorpusReport]) -> None:
