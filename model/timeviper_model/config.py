@@ -151,13 +151,22 @@ def eos_token_ids(config: TextConfig) -> frozenset[int]:
     return frozenset({ids} if isinstance(ids, int) else ids)
 
 
+Select = Literal["uniform", "attention", "importance", "evs"]
+"""Criteria for keeping vision tokens."""
+PLAN_WORDS: dict[str, Select] = {"uni": "uniform", "attn": "attention", "imp": "importance", "evs": "evs"}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TransVSite:
     """A site that drops vision tokens (paper section 3.3)."""
 
     layer: int
     """0-based index of the first block with fewer tokens."""
-    select: Literal["uniform", "attention"]
+    select: Select
+    """`uniform` in time; `attention` of the last token before the answer; `importance` for the instruction, at an
+    attention or Mamba-2 block (after arXiv 2603.00198); `evs`, before the first block, for what differs most from the
+    frame before (arXiv 2510.14624).
+    """
     keep: float
     """Fraction of the ORIGINAL vision tokens to keep."""
     transfer: Literal["cross_attention", "none"] = "cross_attention"
@@ -169,20 +178,31 @@ class TransVSite:
             raise ValueError(f"{self.layer = } must be at least 0")
         if not 0.0 <= self.keep <= 1.0:
             raise ValueError(f"{self.keep = } must be a fraction between 0 and 1")
+        if self.select == "evs" and (self.layer or self.transfer != "none"):
+            raise ValueError(
+                f"evs selects before block 0 and has no transfer, not {self.layer = } and {self.transfer = }"
+            )
 
 
 def parse_transv_plan(text: str) -> tuple[TransVSite, ...]:
-    """Parses the paper's layers and DROP rates, `uni_7_0.5-attn_39_0.9`."""
+    """Parses the paper's layers and DROP rates, `uni_7_0.5-attn_39_0.9`; `imp` and `evs` sites have no transfer."""
     sites = []
     for site in filter(None, text.split("-")):
-        match = re.fullmatch(r"(uni|attn)_(\d+)_(0(?:\.\d+)?|1(?:\.0+)?)", site)
+        match = re.fullmatch(rf"({'|'.join(PLAN_WORDS)})_(\d+)_(0(?:\.\d+)?|1(?:\.0+)?)", site)
         if match is None:
             raise ValueError(
-                f"{site!r} in {text!r} is not (uni|attn)_LAYER_DROPRATE; the last number is the fraction dropped,"
-                " so uni_7_0.5 keeps half"
+                f"{site!r} in {text!r} is not ({'|'.join(PLAN_WORDS)})_LAYER_DROPRATE; the last number is the fraction"
+                " dropped, so uni_7_0.5 keeps half"
             )
-        select: Literal["uniform", "attention"] = "uniform" if match[1] == "uni" else "attention"
-        sites.append(TransVSite(layer=int(match[2]), select=select, keep=round(1.0 - float(match[3]), 12)))
+        select = PLAN_WORDS[match[1]]
+        sites.append(
+            TransVSite(
+                layer=int(match[2]),
+                select=select,
+                keep=round(1.0 - float(match[3]), 12),
+                transfer="cross_attention" if select in ("uniform", "attention") else "none",
+            )
+        )
     return tuple(sites)
 
 
@@ -192,6 +212,20 @@ def pyramid_drop(text: TextConfig) -> tuple[TransVSite, ...]:
     return tuple(
         TransVSite(layer=layer, select="attention", keep=0.5**count, transfer="none")
         for count, layer in enumerate(layers, start=1)
+    )
+
+
+def progressive_importance(text: TextConfig, keep: float) -> tuple[TransVSite, ...]:
+    """Drops equal parts before every attention and Mamba-2 block but the first, down to `keep` (arXiv 2603.00198)."""
+    layers = [layer for layer, kind in enumerate(text.block_types) if kind != "mlp"][1:]
+    return tuple(
+        TransVSite(
+            layer=layer,
+            select="importance",
+            keep=round(1.0 - (1.0 - keep) * step / len(layers), 12),
+            transfer="none",
+        )
+        for step, layer in enumerate(layers, start=1)
     )
 
 
@@ -219,6 +253,11 @@ class VisionConfig:
         """Width of feature rows: the wider tower's."""
         return self.hidden_size if self.second is None else max(self.hidden_size, self.second.hidden_size)
 
+    @property
+    def tokens_per_frame(self) -> int:
+        """Tokens of both towers."""
+        return self.num_tokens_per_frame + (0 if self.second is None else self.second.num_tokens_per_frame)
+
 
 ChatTemplateName = Literal["nemotron", "chatml", "tokenizer"]
 """The paper's templates, or the tokenizer's own."""
@@ -244,6 +283,10 @@ class TimeViperConfig:
                 raise ValueError(
                     f"TransV selects by attention at layer {site.layer}, which is a {blocks[site.layer]} block;"
                     f" attention blocks are at {attention_layers}"
+                )
+            if site.select == "importance" and blocks[site.layer] == "mlp":
+                raise ValueError(
+                    f"TransV selects by importance at layer {site.layer}, an MLP block; choose attention or Mamba-2"
                 )
             if site.transfer == "cross_attention" and "attention" not in blocks:
                 raise ValueError("TransV starts as a copy of an attention block, but this pattern has none")
@@ -339,6 +382,10 @@ PRESETS: dict[str, TimeViperConfig] = {
     "tiny-qwen": TINY_QWEN,
     "qwen2.5-7b": TimeViperConfig(text=QWEN2_5_7B, chat_template="chatml"),
     "tiny-pdrop": replace(TINY, transv=pyramid_drop(TINY.text)),
+    "tiny-importance": replace(TINY, transv=progressive_importance(TINY.text, 0.25)),
+    "9b-importance": TimeViperConfig(
+        text=NEMOTRON_NANO_9B_V2, transv=progressive_importance(NEMOTRON_NANO_9B_V2, 0.25)
+    ),
     "9b-pdrop": TimeViperConfig(text=NEMOTRON_NANO_9B_V2, transv=pyramid_drop(NEMOTRON_NANO_9B_V2)),
 }
-"""`qwen` is the paper's Transformer backbone, `pdrop` uses PyramidDrop instead of TransV."""
+"""`qwen` is the paper's Transformer backbone, `pdrop` and `importance` use these instead of TransV."""

@@ -17,8 +17,9 @@ from timeviper_model.batching.shapes import take_rows
 from timeviper_model.config import TimeViperConfig, TransVSite
 from timeviper_model.layers.backbone import Backbone, DecoderBlock, init_backbone
 from timeviper_model.layers.cache import HybridCache
+from timeviper_model.layers.evs import keep_changes
 from timeviper_model.layers.projector import make_projector
-from timeviper_model.layers.transv import TokenStream, TransVLayer, apply_site
+from timeviper_model.layers.transv import TokenStream, TransVLayer, apply_site, num_kept
 from timeviper_model.ops.output_layer import OutputLayer, chunks
 from timeviper_model.ops.precision import widen
 
@@ -100,7 +101,7 @@ class TimeViper(nn.Module):
 
     def forward(self, batch: PackedBatch, *, use_transv: bool = True) -> TimeViperOutput:
         """Sums the loss; with gradients, every trainable parameter takes part."""
-        stream, num_vision_tokens = self.run_blocks(self.embed(batch), use_transv=use_transv)
+        stream, num_vision_tokens = self.run_blocks(self.embed(batch, use_transv=use_transv), use_transv=use_transv)
         hidden, targets, _ = self.labelled(stream)
         return TimeViperOutput(
             loss_sum=self.lm_head.loss_sum(self.backbone.norm_f(hidden), targets, self._chunk_length),
@@ -113,7 +114,9 @@ class TimeViper(nn.Module):
         self, batch: PackedBatch, *, use_transv: bool = True, run_block: RunBlock | None = None
     ) -> tuple[Tensor, Tensor]:
         """fp32 log-probability (K,) and segment (K,) of each target."""
-        stream, _ = self.run_blocks(self.embed(batch), use_transv=use_transv, run_block=run_block)
+        stream, _ = self.run_blocks(
+            self.embed(batch, use_transv=use_transv), use_transv=use_transv, run_block=run_block
+        )
         hidden, targets, segment_ids = self.labelled(stream)
         losses = [
             F.cross_entropy(self.logits(hidden_KD), targets_K, reduction="none")
@@ -148,11 +151,16 @@ class TimeViper(nn.Module):
             cache.num_tokens[slot] += 1
         return self.logits(hidden if is_sorted else hidden[torch.tensor(order, device=device).argsort()])
 
-    def embed(self, batch: PackedBatch) -> TokenStream:
+    def embed(self, batch: PackedBatch, *, use_transv: bool = True) -> TokenStream:
+        """Returns the input of block 0, without the tokens that EVS drops."""
         real = (batch.segment_ids != PADDING_SEGMENT).nonzero().squeeze(1)
         num_segments = batch.num_segments
         segments = Segments(batch.segment_ids[real], num_segments)
         kinds, vision_index = batch.token_kind[real], batch.vision_index[real]
+        counts = torch.bincount(segments.ids[vision_index >= 0], minlength=num_segments).tolist()
+        if use_transv and self.evs_site is not None:
+            stays = self._evs_stays(batch.vision_features, segments, kinds, vision_index, counts)
+            real, segments, kinds, vision_index = real[stays], segments.keep(stays), kinds[stays], vision_index[stays]
         is_vision = vision_index >= 0
         text, vision = (~is_vision).nonzero().squeeze(1), is_vision.nonzero().squeeze(1)
         hidden = self.backbone.embeddings(batch.input_ids[real][text])
@@ -170,8 +178,28 @@ class TimeViper(nn.Module):
             segments=segments,
             token_kind_T=kinds,
             labels_T=batch.labels[real],
-            original_counts=tuple(torch.bincount(segments.ids[vision], minlength=num_segments).tolist()),
+            original_counts=tuple(counts),
         )
+
+    @property
+    def evs_site(self) -> TransVSite | None:
+        site = self._sites.get(0)
+        return site if site is not None and site.select == "evs" else None
+
+    def _evs_stays(
+        self, features_VD: Tensor, segments: Segments, kinds: Tensor, vision_index: Tensor, counts: list[int]
+    ) -> Tensor:
+        """Indices of tokens that stay."""
+        assert self.evs_site is not None
+        stays_T = torch.ones(len(kinds), dtype=torch.bool, device=kinds.device)
+        for start, length, count in zip(segments.starts_S.tolist(), segments.lengths, counts, strict=True):
+            own = slice(start, start + length)
+            rows = vision_index[own][vision_index[own] >= 0]
+            kept = num_kept(count, count, self.evs_site.keep)
+            if kept < count:
+                kept_V = keep_changes(features_VD[rows], kinds[own], self.config.vision.tokens_per_frame, kept)
+                stays_T[own][kinds[own] == TokenKind.VISION] = kept_V
+        return stays_T.nonzero().squeeze(1)
 
     def run_blocks(
         self, stream: TokenStream, *, use_transv: bool = True, run_block: RunBlock | None = None
@@ -200,6 +228,8 @@ class TimeViper(nn.Module):
 
     def _site(self, stream: TokenStream, layer: int, use_transv: bool) -> TokenStream:
         module = self.transv_layer(layer)
+        if self._sites[layer] is self.evs_site:
+            return stream  # `embed` has applied it
         if use_transv:
             block = self.backbone.block(layer)
             return apply_site(stream, self._sites[layer], module, block, checkpointing=self._checkpoints)

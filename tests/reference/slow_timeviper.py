@@ -47,6 +47,10 @@ def slow_logits(
     h = torch.stack(rows)
     tokens = list(range(len(sample)))
     sites = {site.layer: site for site in model.config.transv}
+    if use_transv and 0 in sites and sites[0].select == "evs":
+        num_kept = math.floor(sites.pop(0).keep * sample.num_vision_tokens + 0.5)
+        tokens = slow_evs(sample, features, model.config.vision.tokens_per_frame, num_kept)
+        h = h[tokens]
     for layer, kind in enumerate(text.block_types):
         block = {
             name.removeprefix(f"backbone.layers.{layer}."): value
@@ -83,19 +87,9 @@ def _mlp(x: Tensor, p: dict[str, Tensor], config: HybridConfig) -> Tensor:
 
 
 def _mamba(x: Tensor, p: dict[str, Tensor], c: HybridConfig, may_read: Tensor | None) -> Tensor:
-    inner, shared = c.mamba_intermediate_size, c.n_groups * c.ssm_state_size
-    gate, channels, dt = (x @ p["mixer.in_proj.weight"].t()).split([inner, inner + 2 * shared, c.mamba_num_heads], -1)
-    channels = slow_conv_silu(
-        channels, p["mixer.conv1d.weight"].squeeze(1), p["mixer.conv1d.bias"], torch.arange(len(x)), may_read
-    )
-    values, B, C = channels.split([inner, shared, shared], -1)
-    values = values.reshape(len(x), c.mamba_num_heads, c.mamba_head_dim)
-    operands = (
-        F.softplus(dt + p["mixer.dt_bias"]).clamp(*c.time_step_limit),
-        -torch.exp(p["mixer.A_log"]),
-        B.reshape(len(x), c.n_groups, c.ssm_state_size),
-        C.reshape(len(x), c.n_groups, c.ssm_state_size),
-    )
+    inner = c.mamba_intermediate_size
+    (gate, values), *operands = _mamba_inputs(x, p, c, may_read)
+    operands.insert(1, -torch.exp(p["mixer.A_log"]))
     if may_read is None:
         y, _ = slow_scan(values, *operands, p["mixer.D"])
     else:
@@ -104,6 +98,24 @@ def _mamba(x: Tensor, p: dict[str, Tensor], c: HybridConfig, may_read: Tensor | 
     gated = (y.reshape(len(x), inner) * F.silu(gate)).reshape(len(x), c.n_groups, inner // c.n_groups)
     normed = _rms(gated, torch.ones(()), c.layer_norm_epsilon).reshape(len(x), inner) * p["mixer.norm.weight"]
     return normed @ p["mixer.out_proj.weight"].t()
+
+
+def _mamba_inputs(
+    x: Tensor, p: dict[str, Tensor], c: HybridConfig, may_read: Tensor | None
+) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor, Tensor]:
+    """(gate, values), dt, B and C after the convolution."""
+    inner, shared = c.mamba_intermediate_size, c.n_groups * c.ssm_state_size
+    gate, channels, dt = (x @ p["mixer.in_proj.weight"].t()).split([inner, inner + 2 * shared, c.mamba_num_heads], -1)
+    channels = slow_conv_silu(
+        channels, p["mixer.conv1d.weight"].squeeze(1), p["mixer.conv1d.bias"], torch.arange(len(x)), may_read
+    )
+    values, B, C = channels.split([inner, shared, shared], -1)
+    return (
+        (gate, values.reshape(len(x), c.mamba_num_heads, c.mamba_head_dim)),
+        F.softplus(dt + p["mixer.dt_bias"]).clamp(*c.time_step_limit),
+        B.reshape(len(x), c.n_groups, c.ssm_state_size),
+        C.reshape(len(x), c.n_groups, c.ssm_state_size),
+    )
 
 
 def _heads(x: Tensor, head_dim: int) -> Tensor:
@@ -180,7 +192,8 @@ def _transv(
     if site.select == "uniform":
         kept = [vision[j * (len(vision) - 1) // (k - 1) if k > 1 else 0] for j in range(k)]
     else:
-        scores = slow_scores(h, tokens, kinds, block, c)
+        score = slow_importance if site.select == "importance" else slow_scores
+        scores = score(h, tokens, kinds, block, c)
         kept = sorted(sorted(vision, key=lambda index: (-scores[index], index))[:k])
     dropped = [index for index in vision if index not in kept]
     if cross:
@@ -203,6 +216,45 @@ def slow_scores(h: Tensor, tokens: list[int], kinds: list[int], block: dict[str,
         logits = k[: row + 1, head // repeats] @ q[row, head] / math.sqrt(c.head_dim)
         total[: row + 1] += torch.softmax(logits, 0) / q.shape[1]
     return total.tolist()
+
+
+def slow_importance(
+    h: Tensor, tokens: list[int], kinds: list[int], block: dict[str, Tensor], c: TextConfig
+) -> list[float]:
+    """Mean share of each token in the reads of the instruction before the first response, over heads and queries."""
+    end = kinds.index(TokenKind.RESPONSE) if TokenKind.RESPONSE in kinds else len(kinds)
+    rows = [index for index in range(end) if kinds[index] == TokenKind.INSTRUCTION] or [max(0, end - 1)]
+    if "mixer.in_proj.weight" not in block:
+        total = [0.0] * len(kinds)
+        for row in rows:  # attention of a score token that is `row`
+            asked = [TokenKind.INSTRUCTION] * (row + 1) + [TokenKind.RESPONSE] * (len(kinds) - row - 1)
+            total = [a + b for a, b in zip(total, slow_scores(h, tokens, asked, block, c), strict=True)]
+        return [value / len(rows) for value in total]
+    assert isinstance(c, HybridConfig)
+    _, dt, B, C = _mamba_inputs(_rms(h, block["norm.weight"], c.layer_norm_epsilon), block, c, None)
+    heads = range(c.mamba_num_heads)
+    shares = torch.zeros(len(kinds), dtype=h.dtype)
+    for row in rows:
+        for head in heads:
+            group = head // (c.mamba_num_heads // c.n_groups)
+            weights = [abs(float(C[row, group] @ B[j, group])) * float(dt[j, head]) for j in range(row + 1)]
+            shares[: row + 1] += torch.tensor(weights, dtype=h.dtype) / sum(weights)
+    return (shares / (len(rows) * len(heads))).tolist()
+
+
+def slow_evs(sample: Sample, features: Tensor, tokens_per_frame: int, num_kept: int) -> list[int]:
+    """Indices of the sample's tokens that EVS leaves."""
+    change = {}
+    rank = 0  # in its run of vision tokens
+    for index, vision in enumerate(sample.vision_index):
+        rank = rank + 1 if index and vision >= 0 and sample.vision_index[index - 1] >= 0 else 0
+        if vision >= 0:
+            first = vision - rank % tokens_per_frame - tokens_per_frame  # of the frame before
+            before = range(first, first + tokens_per_frame) if rank >= tokens_per_frame else []
+            cosines = [float(F.cosine_similarity(features[vision], features[other], dim=0)) for other in before]
+            change[index] = 1 - max(cosines) if cosines else math.inf
+    kept = sorted(change, key=lambda index: (-round(change[index], 12), index))[:num_kept]
+    return [index for index, vision in enumerate(sample.vision_index) if vision < 0 or index in kept]
 
 
 def _update(h: Tensor, kinds: list[int], sources: list[int], cross: dict[str, Tensor], c: TextConfig) -> Tensor:

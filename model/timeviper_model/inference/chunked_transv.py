@@ -1,6 +1,6 @@
 """TransV for prompts in chunks, with the same result as in one pass. Inference only.
 
-A uniform site's selection depends on counts alone; a site that selects by attention waits for the instruction.
+A uniform site's selection depends on counts alone; attention and importance wait for the instruction.
 
     chunk 1   SSvvv     uniform site    SSv.v     keys and values of dropped tokens stay in TransferSources
     chunk 2   vvvii  ->  keep half  ->  .v.ii     for the instruction of a later chunk
@@ -18,9 +18,12 @@ from torch import Tensor
 
 from timeviper_model.batching.batch import TokenKind
 from timeviper_model.batching.segments import Segments
-from timeviper_model.config import TimeViperConfig, TransVSite
+from timeviper_model.config import Select, TimeViperConfig, TransVSite
 from timeviper_model.layers.attention import grouped_scores
 from timeviper_model.layers.backbone import DecoderBlock
+from timeviper_model.layers.importance import importance_of, instruction_index, score_inputs
+from timeviper_model.layers.mamba2 import Mamba2Mixer
+from timeviper_model.layers.nemotron_h import Block
 from timeviper_model.layers.transv import TransVLayer, evenly_spaced, num_kept
 
 
@@ -34,7 +37,7 @@ class SitePlan(NamedTuple):
     @property
     def waits(self) -> bool:
         """Whether selection needs the instruction."""
-        return self.site.select == "attention" and 0 < self.num_kept < self.num_present
+        return self.site.select in ("attention", "importance") and 0 < self.num_kept < self.num_present
 
     @property
     def num_sources(self) -> int:
@@ -141,14 +144,20 @@ class Crossing:
 
 
 class WaitingTokens:
-    """Tokens before a site that selects by attention."""
+    """Tokens before a site that waits for the instruction."""
 
-    def __init__(self, num_tokens: int, num_vision: int, block: DecoderBlock, layer: TransVLayer | None) -> None:
-        weight, attention = block.attention_norm.weight, block.attention
+    def __init__(
+        self, num_tokens: int, num_vision: int, block: DecoderBlock, layer: TransVLayer | None, *, select: Select
+    ) -> None:
+        weight = block.attention_norm.weight
         self.hidden_TD = weight.new_empty(num_tokens, len(weight))
         self.token_kind_T = torch.empty(num_tokens, dtype=torch.int8, device=weight.device)
         self.position_T = torch.empty(num_tokens, dtype=torch.int64, device=weight.device)
-        self.score_keys = weight.new_empty(attention.num_kv_heads, num_tokens, attention.head_dim)
+        self.score_keys: Tensor | None = None
+        """(Hkv, T, E) for `select: attention`; importance is computed at the end."""
+        if select == "attention":
+            attention = block.attention
+            self.score_keys = weight.new_empty(attention.num_kv_heads, num_tokens, attention.head_dim)
         self.sources = None if layer is None else TransferSources(num_vision, layer)
         """Every vision token may be a source."""
         self.count = 0
@@ -162,7 +171,8 @@ class WaitingTokens:
 
     @property
     def tensors(self) -> list[Tensor]:
-        own = [self.hidden_TD, self.token_kind_T, self.position_T, self.score_keys]
+        own = [self.hidden_TD, self.token_kind_T, self.position_T]
+        own += [] if self.score_keys is None else [self.score_keys]
         return own + ([] if self.sources is None else list(self.sources.tensors))
 
     @property
@@ -181,8 +191,9 @@ class WaitingTokens:
         self.hidden_TD[rows] = chunk.hidden_TD
         self.token_kind_T[rows] = chunk.token_kind_T
         self.position_T[rows] = chunk.position_T
-        keys = block.attention.keys(block.attention_norm(chunk.hidden_TD), chunk.position_T)
-        self.score_keys[:, rows] = keys.transpose(0, 1)
+        if self.score_keys is not None:
+            keys = block.attention.keys(block.attention_norm(chunk.hidden_TD), chunk.position_T)
+            self.score_keys[:, rows] = keys.transpose(0, 1)
         if self.sources is not None and layer is not None:
             self.sources.add(chunk.hidden_TD[chunk.is_vision_T], layer)
         self.count = rows.stop
@@ -197,14 +208,22 @@ def release_waiting(
     first_response: int,
     max_tokens: int,
 ) -> Iterator[TokenChunk]:
-    """Yields the tokens kept by a site that selects by attention.
+    """Yields the tokens kept by a site that selects by attention or importance.
 
     Args:
         block: block after the site, whose queries and keys select.
         first_response: index of the first response token, or the prompt's length.
     """
     is_vision_T = torch.cat([tokens.token_kind_T for tokens in waiting]) == TokenKind.VISION
-    kept_N = _select(waiting, is_vision_T, plan.num_kept, block, first_response)
+    position_T = torch.cat([tokens.position_T for tokens in waiting])
+    last = max(0, int((position_T < first_response).sum()) - 1)
+    if plan.site.select == "importance":
+        score_T = _importance(waiting, block, last, max_tokens)
+    else:
+        score_T = _attention_row(waiting, block, last)
+    best = score_T[is_vision_T].sort(descending=True, stable=True).indices[: plan.num_kept]
+    kept_N = torch.zeros(plan.num_present, dtype=torch.bool, device=best.device)
+    kept_N[best] = True
     stays_T = torch.ones_like(is_vision_T)
     stays_T[is_vision_T] = kept_N
     source_N = kept_N if plan.site.transfer_from == "kept" else ~kept_N
@@ -220,21 +239,36 @@ def release_waiting(
         yield chunk
 
 
-def _select(
-    waiting: Sequence[WaitingTokens], is_vision_T: Tensor, num_kept: int, block: DecoderBlock, first_response: int
-) -> Tensor:
-    """Selects by attention of the last token before the response; ties go to the lower index."""
-    position_T = torch.cat([tokens.position_T for tokens in waiting])
-    last = max(0, int((position_T < first_response).sum()) - 1)
-    row = _gather(waiting, torch.tensor([last], device=position_T.device))
+def _attention_row(waiting: Sequence[WaitingTokens], block: DecoderBlock, last: int) -> Tensor:
+    """(T,) attention of token `last`, averaged over heads."""
+    row = _gather(waiting, torch.tensor([last], device=waiting[0].position_T.device))
     query_1HE = block.attention.queries(block.attention_norm(row.hidden_TD), row.position_T)
-    scores = torch.cat([grouped_scores(query_1HE, tokens.score_keys[None]) for tokens in waiting], -1)[..., : last + 1]
-    score_T = scores.new_zeros(len(position_T))
-    score_T[: last + 1] = scores.softmax(-1).mean((0, 1, 2))
-    best = score_T[is_vision_T].sort(descending=True, stable=True).indices[:num_kept]
-    kept_N = torch.zeros(int(is_vision_T.sum()), dtype=torch.bool, device=best.device)
-    kept_N[best] = True
-    return kept_N
+    keys = [tokens.score_keys for tokens in waiting if tokens.score_keys is not None]
+    scores = torch.cat([grouped_scores(query_1HE, keys_GLE[None]) for keys_GLE in keys], -1)
+    score_T = scores.new_zeros(scores.shape[-1])
+    score_T[: last + 1] = scores[..., : last + 1].softmax(-1).mean((0, 1, 2))
+    return score_T
+
+
+def _importance(waiting: Sequence[WaitingTokens], block: DecoderBlock, last: int, max_tokens: int) -> Tensor:
+    """(T,) importance for the instruction up to `last`."""
+    kind_T = torch.cat([tokens.token_kind_T for tokens in waiting])
+    query_index = instruction_index(kind_T, last)
+    is_query_T = torch.zeros_like(kind_T, dtype=torch.bool)
+    is_query_T[query_index] = True
+    num_before = 0  # tokens that a convolution at a chunk's start reads
+    if isinstance(block, Block) and isinstance(block.mixer, Mamba2Mixer):
+        num_before = block.mixer.conv1d.kernel_size[0] - 1
+    parts, queries = [], []
+    for start in range(0, len(kind_T), max_tokens):
+        first, stop = max(0, start - num_before), min(start + max_tokens, len(kind_T))
+        chunk = _gather(waiting, torch.arange(first, stop, device=kind_T.device))
+        part = score_inputs(block, chunk.hidden_TD, chunk.segments()).take(slice(start - first, None))
+        queries.append(part.queries[is_query_T[start:stop]])
+        parts.append(part)
+    dt = [part.dt_TH for part in parts if part.dt_TH is not None]
+    keys = torch.cat([part.keys for part in parts])
+    return importance_of(torch.cat(queries), keys, torch.cat(dt) if dt else None, query_index)
 
 
 def _gather(waiting: Sequence[WaitingTokens], index: Tensor) -> TokenChunk:

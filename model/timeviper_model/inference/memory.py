@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from timeviper_model.config import HybridConfig, TimeViperConfig
-from timeviper_model.inference.chunked_transv import plan_sites
+from timeviper_model.inference.chunked_transv import SitePlan, plan_sites
 from timeviper_model.inference.requests import EngineConfig
 from timeviper_model.layers.cache import HybridCache
 from timeviper_model.ops.linear import Linear
@@ -134,24 +134,37 @@ def tokens_by_layer(config: TimeViperConfig, num_text: int, num_vision: int) -> 
 
 
 def working_bytes(config: TimeViperConfig, num_text: int, num_vision: int, *, dtype: torch.dtype) -> int:
-    """Bytes that TransV sites keep of a prompt while it is read: sources, and tokens that wait for the instruction."""
+    """Bytes that sites keep of a prompt while it is read: sources, tokens that wait for the instruction with the inputs
+    of their importance, and features of a whole video for EVS.
+    """
     total = 0
     for plan in plan_sites(config, num_vision).values():
-        transfers = plan.site.transfer == "cross_attention"
         if plan.waits:
-            total += _waiting_bytes(config, num_text, plan.num_present, dtype=dtype, transfers=transfers)
+            total += _waiting_bytes(config, num_text, plan, dtype=dtype)
+            if plan.site.select == "importance":
+                total += (num_text + plan.num_present) * _score_bytes(config, plan.site.layer, dtype)
+        elif plan.site.select == "evs":
+            total += 2 * num_vision * config.vision.row_size * dtype.itemsize
         else:
             total += plan.num_sources * _kv_bytes(config, dtype)
     return total
 
 
-def _waiting_bytes(
-    config: TimeViperConfig, num_text: int, num_vision: int, *, dtype: torch.dtype, transfers: bool
-) -> int:
-    """Bytes of tokens before a site that selects by attention: state, score key, position and kind, and sources."""
+def _waiting_bytes(config: TimeViperConfig, num_text: int, plan: SitePlan, *, dtype: torch.dtype) -> int:
+    """Bytes of tokens before a site that waits: state, score key for attention, position and kind, and sources."""
     kv_bytes = _kv_bytes(config, dtype)
-    token_bytes = config.text.hidden_size * dtype.itemsize + kv_bytes // 2 + 8 + 1
-    return (num_text + num_vision) * token_bytes + num_vision * kv_bytes * transfers
+    key_bytes = kv_bytes // 2 if plan.site.select == "attention" else 0
+    token_bytes = config.text.hidden_size * dtype.itemsize + key_bytes + 8 + 1
+    transfers = plan.site.transfer == "cross_attention"
+    return (num_text + plan.num_present) * token_bytes + plan.num_present * kv_bytes * transfers
+
+
+def _score_bytes(config: TimeViperConfig, layer: int, dtype: torch.dtype) -> int:
+    """Bytes per token of the keys that importance reads: B and dt of Mamba-2, both at least fp32."""
+    text = config.text
+    if isinstance(text, HybridConfig) and text.block_types[layer] == "mamba":
+        return (text.n_groups * text.ssm_state_size + text.mamba_num_heads) * max(4, dtype.itemsize)
+    return _kv_bytes(config, dtype) // 2
 
 
 def _kv_bytes(config: TimeViperConfig, dtype: torch.dtype) -> int:
@@ -171,9 +184,8 @@ def prefix_entry_bytes(config: TimeViperConfig, num_system: int, num_vision: int
     total, present = 0, num_vision
     for layer, block_type in enumerate(text.block_types):
         plan = plans.get(layer)
-        transfers = plan is not None and plan.site.transfer == "cross_attention"
         if plan is not None and plan.waits:
-            return total + _waiting_bytes(config, num_system, plan.num_present, dtype=dtype, transfers=transfers)
+            return total + _waiting_bytes(config, num_system, plan, dtype=dtype)
         if plan is not None:
             total += plan.num_sources * kv_bytes
             present = plan.num_kept

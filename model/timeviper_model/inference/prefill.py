@@ -1,6 +1,7 @@
 """Prefill of one prompt into a cache slot, in chunks of bounded size.
 
-Spans of blocks end before each TransV site that selects by attention. There tokens wait for the instruction.
+Spans of blocks end before each TransV site that selects by attention or importance. There tokens wait for the
+instruction. EVS needs the whole video before the first block.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from timeviper_model.inference.chunked_transv import (
 from timeviper_model.inference.memory import tokens_by_layer
 from timeviper_model.inference.requests import DEFAULT_CHUNK_TOKENS
 from timeviper_model.layers.cache import MIN_CAPACITY, HybridCache, SavedSlot
+from timeviper_model.layers.evs import keep_changes
 from timeviper_model.timeviper import TimeViper
 
 
@@ -110,6 +112,10 @@ class Prefill:
         self._model, self._cache, self._slot = model, cache, slot
         self._input_ids, self._token_kind = input_ids, token_kind
         self._max_tokens, self._boundary = max_chunk_tokens, boundary
+        self._boundary_left = boundary
+        """The boundary among the tokens that EVS left."""
+        self.num_tokens = len(input_ids)
+        """Tokens of the prompt, dropped ones included."""
         self._on_prefix = on_prefix
         num_vision = int((token_kind == TokenKind.VISION).sum())
         self._num_text = len(input_ids) - num_vision
@@ -121,9 +127,10 @@ class Prefill:
         self._crossings = {
             layer: Crossing(plan, model.transv_layer(layer), input_ids.device)
             for layer, plan in self._plans.items()
-            if not plan.waits
+            if not plan.waits and plan.site.select != "evs"
         }
         self._rows = _FeatureRows(features, num_vision)
+        self._position_T = torch.arange(len(input_ids), device=input_ids.device)
         self._last_1D: Tensor | None = None
         self.num_read = 0
         """Tokens read, counted once per span."""
@@ -134,16 +141,13 @@ class Prefill:
         kept = tokens_by_layer(model.config, self._num_text, num_vision)
         cache.reserve(slot, {layer: count + max_new_tokens for layer, count in kept.items()}, max_bytes=max_bytes)
         self._waiting = self._waiting_at(stops[0], boundary) if stops else []
+        self._start = 0
         self.num_resumed = 0
         """Tokens that came with the prefix."""
         if prefix is not None:
             self._resume(prefix)
         self._steps = self._run()
         self._next_size: int | None = 0
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self._input_ids)
 
     def move(self, slot: int) -> None:
         """Goes on in `slot`, to which the cache has moved the state."""
@@ -166,11 +170,13 @@ class Prefill:
             return None
         if self._last_1D is None:
             raise ValueError("TransV has dropped every token of the prompt; end it with text")
-        self._cache.num_tokens[self._slot] = len(self._input_ids)
+        self._cache.num_tokens[self._slot] = self.num_tokens
         return self._model.logits(self._last_1D)[0]
 
     def _run(self) -> Iterator[int]:
         """Yields each chunk's size before running it, and again while its features are missing."""
+        if self._model.evs_site is not None and self._plans[0].num_kept < self._rows.num_rows:
+            yield from self._drop_unchanged(self._plans[0].num_kept)
         for chunk in self._chunks():
             yield chunk.stop - chunk.start
             while not self._rows.has(int((self._token_kind[chunk] == TokenKind.VISION).sum())):
@@ -178,7 +184,7 @@ class Prefill:
                 yield chunk.stop - chunk.start
             self.is_waiting = False
             self._run_span(self._embed(chunk), *self._spans[0])
-            if self._on_prefix is not None and chunk.stop == self._boundary:
+            if self._on_prefix is not None and chunk.stop == self._boundary_left:
                 self._on_prefix(self._entry())
         self._rows.finish()
         for number, (layer, stop) in enumerate(self._spans[1:], start=2):
@@ -196,10 +202,32 @@ class Prefill:
                 yield len(tokens)
                 self._run_span(tokens, layer, stop)
 
+    def _drop_unchanged(self, num_kept: int) -> Iterator[int]:
+        """Applies EVS to the prompt and its features; yields while features are missing."""
+        is_vision_T = self._token_kind == TokenKind.VISION
+        num_vision = self._rows.num_rows
+        if self.num_resumed:  # which tokens the prefix kept is in its state; their number is enough here
+            kept_V = torch.arange(num_vision, device=is_vision_T.device) < num_kept
+        else:
+            while not self._rows.has(num_vision):
+                self.is_waiting = True
+                yield 0
+            self.is_waiting = False
+            tokens_per_frame = self._model.config.vision.tokens_per_frame
+            features = self._rows.all.to(is_vision_T.device)
+            kept_V = keep_changes(features, self._token_kind, tokens_per_frame, num_kept)
+            self._rows.keep(kept_V.cpu())
+        stays_T = ~is_vision_T
+        stays_T[is_vision_T] = kept_V
+        self._input_ids, self._token_kind = self._input_ids[stays_T], self._token_kind[stays_T]
+        self._position_T = self._position_T[stays_T]
+        self._boundary_left = max(0, self._boundary - (num_vision - num_kept)) if self._boundary else 0
+        self._start = self._boundary_left if self.num_resumed else 0
+
     def _chunks(self) -> Iterator[slice]:
-        stop = self.num_resumed
+        stop = self._start
         while stop < len(self._input_ids):
-            start, limit = stop, self._boundary if stop < self._boundary else len(self._input_ids)
+            start, limit = stop, self._boundary_left if stop < self._boundary_left else len(self._input_ids)
             stop = min(start + self._max_tokens, limit)
             yield slice(start, stop)
 
@@ -212,8 +240,7 @@ class Prefill:
             indices, features = self._rows.take(num_rows)
             projected = self._model.projector(features.to(weight.device, weight.dtype), indices.to(weight.device))
             hidden[is_vision] = projected.to(hidden.dtype)
-        positions = torch.arange(chunk.start, chunk.stop, device=hidden.device)
-        return TokenChunk(hidden_TD=hidden, token_kind_T=kinds, position_T=positions)
+        return TokenChunk(hidden_TD=hidden, token_kind_T=kinds, position_T=self._position_T[chunk])
 
     def _run_span(self, chunk: TokenChunk, first: int, stop: int) -> None:
         segments = chunk.segments()
@@ -236,7 +263,8 @@ class Prefill:
         before = boundary - self._rows.num_rows + num_vision if boundary else total
         block, module = self._model.backbone.block(layer), self._model.transv_layer(layer)
         sizes = [(before, num_vision), (total - before, 0)] if boundary else [(total, num_vision)]
-        return [WaitingTokens(tokens, vision, block, module) for tokens, vision in sizes]
+        select = self._plans[layer].site.select
+        return [WaitingTokens(tokens, vision, block, module, select=select) for tokens, vision in sizes]
 
     def _entry(self) -> PrefixEntry:
         stop = self._spans[0][1]
@@ -259,7 +287,7 @@ class Prefill:
                 crossing.resume(prefix.sources.get(layer))
         if prefix.waiting is not None:
             self._waiting[0] = prefix.waiting
-        self.num_resumed = prefix.num_tokens
+        self.num_resumed = self._start = prefix.num_tokens
 
 
 class _FeatureRows:
@@ -270,7 +298,19 @@ class _FeatureRows:
         self._open = blocks
         self._blocks: Iterator[Tensor] | None = None
         self._held: list[Tensor] = []
+        self._index = torch.arange(num_rows)
+        """Rows of the prompt's features that are read."""
         self._num_taken = 0
+
+    @property
+    def all(self) -> Tensor:
+        """Every row, once `has` has found all."""
+        return torch.cat(self._held) if self._held else torch.zeros(0, 1)
+
+    def keep(self, kept_V: Tensor) -> None:
+        """Forgets the other rows; call before `take`."""
+        self._held = [self.all[kept_V]] if bool(kept_V.any()) else []
+        self._index = kept_V.nonzero().squeeze(1)
 
     def has(self, count: int) -> bool:
         """False when `count` rows have not come yet."""
@@ -289,7 +329,7 @@ class _FeatureRows:
     def take(self, count: int) -> tuple[Tensor, Tensor]:
         rows = torch.cat(self._held) if len(self._held) > 1 else self._held[0]
         self._held = [rows[count:]] if len(rows) > count else []
-        indices = torch.arange(self._num_taken, self._num_taken + count)
+        indices = self._index[self._num_taken : self._num_taken + count]
         self._num_taken += count
         return indices, rows[:count]
 

@@ -21,6 +21,7 @@ from timeviper_model.batching.shapes import put_rows, take_rows
 from timeviper_model.config import TextConfig, TransVSite
 from timeviper_model.layers.attention import Attention, full_attention, grouped_scores, repeat_kv
 from timeviper_model.layers.backbone import DecoderBlock
+from timeviper_model.layers.importance import importance, instruction_index, score_inputs
 from timeviper_model.ops.linear import Linear
 
 
@@ -135,7 +136,7 @@ def apply_site(
 
     Args:
         layer: None for `transfer: none`.
-        block: block `site.layer`, for `select: attention`.
+        block: block `site.layer`, for `select: attention` and `importance`.
         checkpointing: recompute the cross-attention in the backward pass.
     """
     vision_T = stream.token_kind_T == TokenKind.VISION
@@ -165,7 +166,8 @@ def _select(stream: TokenStream, site: TransVSite, block: DecoderBlock | None, v
     if site.select == "uniform":
         return vision_T if stay == present else _select_uniform(vision_T, present, stay)
     assert block is not None  # guaranteed by TimeViperConfig
-    return _select_by_attention(stream, block, vision_T, present, stay)
+    select = _select_by_importance if site.select == "importance" else _select_by_attention
+    return select(stream, block, vision_T, present, stay)
 
 
 def _select_uniform(vision_T: Tensor, present: list[int], stay: list[int]) -> Tensor:
@@ -200,6 +202,29 @@ def _select_by_attention(
         chosen_RL = torch.arange(rows.length, device=vision_T.device) < k_R1
         kept_RL = torch.zeros_like(vision_RL).scatter_(1, ranked, chosen_RL)
         kept_T[rows.token_index] = rows.unpad(kept_RL)
+    return kept_T
+
+
+@torch.no_grad()
+def _select_by_importance(
+    stream: TokenStream, block: DecoderBlock, vision_T: Tensor, present: list[int], stay: list[int]
+) -> Tensor:
+    """Breaks ties by the lower index."""
+    kept_T, segments = vision_T.clone(), stream.segments
+    if stay == present:
+        one = _one_token(stream.hidden_TD)  # the projections are collectives under ZeRO-3
+        score_inputs(block, one, Segments(torch.zeros(1, dtype=torch.long, device=one.device), 1))
+        return kept_T
+    inputs = score_inputs(block, stream.hidden_TD, segments)
+    starts, lasts = segments.starts_S.tolist(), _score_tokens(stream).tolist()
+    for start, length, last, n, k in zip(starts, segments.lengths, lasts, present, stay, strict=True):
+        if k < n:
+            own = slice(start, start + length)
+            queries = instruction_index(stream.token_kind_T[own], last - start)
+            vision = vision_T[own].nonzero().squeeze(1)
+            scores = importance(inputs.take(own), queries)[vision]
+            dropped = scores.sort(descending=True, stable=True).indices[k:]
+            kept_T[start + vision[dropped]] = False
     return kept_T
 
 

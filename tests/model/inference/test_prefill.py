@@ -30,12 +30,21 @@ def by_attention(layer: int, keep: float) -> TransVSite:
     return TransVSite(layer=layer, select="attention", keep=keep)
 
 
+def by_importance(layer: int, keep: float) -> TransVSite:
+    return TransVSite(layer=layer, select="importance", keep=keep, transfer="none")
+
+
+EVS = TransVSite(layer=0, select="evs", keep=0.6, transfer="none")
+
 PLANS: dict[str, tuple[TransVSite, ...]] = {
     "none": (),
     "uniform": (uniform(1, 0.5),),
     "attention first": (by_attention(2, 0.4),),
     "two uniform, then attention": (uniform(1, 0.7), uniform(3, 0.5), by_attention(4, 0.2)),
     "attention twice, uniform between": (by_attention(2, 0.6), uniform(3, 0.4), by_attention(4, 0.25)),
+    "importance at Mamba, then at attention": (by_importance(3, 0.5), by_importance(4, 0.2)),
+    "EVS": (EVS,),
+    "EVS, then uniform and importance": (EVS, uniform(1, 0.4), by_importance(3, 0.3)),
     "all dropped": (uniform(1, 0.5), by_attention(4, 0.0)),
     "all kept by attention": (by_attention(2, 1.0), uniform(3, 0.5)),
 }
@@ -43,6 +52,7 @@ PLANS: dict[str, tuple[TransVSite, ...]] = {
 QWEN_PLANS: dict[str, tuple[TransVSite, ...]] = {
     "none, RoPE": (),
     "uniform, then attention, RoPE": (uniform(1, 0.5), by_attention(2, 0.2)),
+    "EVS, then importance, RoPE": (EVS, by_importance(1, 0.3)),
     "attention twice, RoPE": (by_attention(0, 0.7), by_attention(2, 0.3)),
 }
 CONFIGS = {name: replace(SMALL, transv=plan) for name, plan in PLANS.items()} | {
@@ -52,7 +62,8 @@ CONFIGS = {name: replace(SMALL, transv=plan) for name, plan in PLANS.items()} | 
 
 def with_plan(name: str, **changes: Any) -> TimeViper:
     config = CONFIGS[name]
-    return make_model(replace(config, transv=tuple(replace(site, **changes) for site in config.transv)))
+    sites = (site if site.select == "evs" else replace(site, **changes) for site in config.transv)
+    return make_model(replace(config, transv=tuple(sites)))
 
 
 def start(

@@ -13,7 +13,8 @@ from reference.slow_timeviper import slow_loss_sum
 from reference.small_models import SMALL, make_features, make_model, make_sample, pack
 from timeviper_model.batching.batch import Sample, pack_samples
 from timeviper_model.batching.segments import Segments
-from timeviper_model.config import PRESETS, TransVSite, pyramid_drop
+from timeviper_model.config import PRESETS, TransVSite, parse_transv_plan, progressive_importance, pyramid_drop
+from timeviper_model.layers.evs import keep_changes
 from timeviper_model.layers.transv import TokenStream, apply_site, num_kept
 from timeviper_model.timeviper import TimeViper
 
@@ -76,6 +77,62 @@ def test_packed_samples_equal_the_formulas_written_out(
     expected = sum(slow_loss_sum(model, sample, features_of(sample)).item() for sample in samples)
     out = model(pack(samples))
     assert out.loss_sum.item() == pytest.approx(expected, rel=1e-9)
+
+
+EVS = TransVSite(layer=0, select="evs", keep=0.6, transfer="none")
+REDUCTIONS = {
+    "evs": (EVS,),
+    "importance": (
+        TransVSite(layer=2, select="importance", keep=0.6, transfer="none"),
+        TransVSite(layer=3, select="importance", keep=0.3),
+    ),
+    "evs, uniform, importance": (
+        EVS,
+        TransVSite(layer=1, select="uniform", keep=0.5),
+        TransVSite(layer=4, select="importance", keep=0.2),
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "s" + "v" * 13 + "iivvvvvvvvvirr"])
+@pytest.mark.parametrize("plan", REDUCTIONS)
+def test_packed_reductions_equal_the_formulas_written_out(layout: str, plan: str) -> None:
+    model = with_sites(*REDUCTIONS[plan])
+    samples = [make_sample("s" + "v" * 12 + "iirrr", seed=7), make_sample(layout, seed=8), make_sample("siirr", seed=9)]
+    expected = sum(slow_loss_sum(model, sample, features_of(sample)).item() for sample in samples)
+    assert model(pack(samples)).loss_sum.item() == pytest.approx(expected, rel=1e-9)
+    whole = sum(slow_loss_sum(model, sample, features_of(sample), use_transv=False).item() for sample in samples)
+    assert model(pack(samples), use_transv=False).loss_sum.item() == pytest.approx(whole, rel=1e-9)
+
+
+def test_evs_keeps_the_first_frame_and_what_changes() -> None:
+    still, changed = torch.eye(6)[:4], torch.eye(6)[2:]
+    frames = torch.stack([still, still, still.flip(0) * 3, changed, changed])  # the third has the same tokens elsewhere
+    kinds = torch.tensor([0] + [1] * 20 + [2], dtype=torch.int8)
+    kept = keep_changes(frames.flatten(0, 1), kinds, 4, num_kept=6)
+    assert kept.nonzero().squeeze(1).tolist() == [0, 1, 2, 3, 14, 15]
+    assert keep_changes(frames.flatten(0, 1), kinds, 4, num_kept=2).nonzero().squeeze(1).tolist() == [0, 1]
+
+
+def test_plans_have_words_for_every_selection() -> None:
+    sites = parse_transv_plan("evs_0_0.5-imp_3_0.75")
+    assert [(site.select, site.layer, site.keep, site.transfer) for site in sites] == [
+        ("evs", 0, 0.5, "none"),
+        ("importance", 3, 0.25, "none"),
+    ]
+    with pytest.raises(ValueError, match="evs selects before block 0"):
+        parse_transv_plan("evs_2_0.5")
+    with pytest.raises(ValueError, match=r"is not \(uni\|attn\|imp\|evs\)_LAYER_DROPRATE"):
+        parse_transv_plan("random_2_0.5")
+    with pytest.raises(ValueError, match="importance at layer 1, an MLP block"):
+        replace(SMALL, transv=(TransVSite(layer=1, select="importance", keep=0.5, transfer="none"),))
+
+
+def test_progressive_importance_drops_equal_parts_down_to_its_end() -> None:
+    sites = progressive_importance(PRESETS["tiny"].text, 0.25)
+    assert [(site.layer, site.keep) for site in sites] == [(2, 0.85), (3, 0.7), (5, 0.55), (7, 0.4), (8, 0.25)]
+    assert all((site.select, site.transfer) == ("importance", "none") for site in sites)
+    assert len(PRESETS["9b-importance"].transv) == 30
 
 
 @settings(max_examples=15, deadline=None)
