@@ -1,1 +1,1 @@
-"""Measurements for the paper's Figures 3 to 6."""
+"""Measurements for the paper's figures."""

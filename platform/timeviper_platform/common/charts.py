@@ -39,6 +39,9 @@ class Panel(NamedTuple):
     is_log: bool = False
     """Whether y is logarithmic; points that are not positive are left out."""
     y_range: tuple[float, float] | None = None
+    bands: Mapping[str, Sequence[tuple[float, float, float]]] = {}
+    """Intervals (x, low, high) by line name, shaded in the line's colour."""
+    title: str = ""
 
 
 class Part(NamedTuple):
@@ -49,6 +52,17 @@ class Part(NamedTuple):
     """End as a share of the map, from 0 to 1; the part begins where the previous one ends."""
 
 
+class Example(NamedTuple):
+    """Frames of a video in a row, and the text below them."""
+
+    title: str
+    frames: Sequence[np.ndarray]
+    """(H, W, 3) uint8 each."""
+    seconds: Sequence[float]
+    """Time of each frame."""
+    lines: Sequence[str]
+
+
 def line_chart(
     panels: Sequence[Panel],
     *,
@@ -56,26 +70,38 @@ def line_chart(
     x_label: str,
     markers: bool = False,
     integer_x: bool = True,
+    log_x: bool = False,
+    num_columns: int = 1,
     file_format: FileFormat = "svg",
 ) -> bytes:
-    """Draws panels below each other. `markers` draws a dot at every point, `integer_x` labels integers alone."""
+    """Draws panels below each other, or row by row in `num_columns`.
+
+    `markers` draws a dot at every point, `integer_x` labels integers alone.
+    """
     from matplotlib.ticker import MaxNLocator
 
-    figure = _figure(9, 1 + 2.4 * len(panels))
+    num_rows = -(-len(panels) // num_columns)
+    figure = _figure(3 + 6 * num_columns, 1 + 2.4 * num_rows)
     figure.suptitle(title)
     colours: dict[str, str] = {}
     explained: set[str] = set()
-    for panel, axes in zip(panels, figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0], strict=True):
+    grid = figure.subplots(num_rows, num_columns, sharex="col", squeeze=False)
+    for panel, axes in zip(panels, grid.flat, strict=True):
         _draw(panel, axes, colours, markers=markers)
+        axes.set_title(panel.title, fontsize="medium")
         new = {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
         new = {label: handle for label, handle in new.items() if label not in explained}
         explained |= set(new)
         if new:
             names = [textwrap.fill(label, LEGEND_CHARACTERS) for label in new]
             axes.legend(new.values(), names, fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.02))
-    figure.axes[-1].set_xlabel(x_label)
-    if integer_x:
-        figure.axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in grid[-1]:
+        axes.set_xlabel(x_label)
+        if log_x:
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter("{x:g}")
+        elif integer_x:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return _saved(figure, file_format)
 
 
@@ -113,12 +139,60 @@ def heat_map(
     return _saved(figure, file_format)
 
 
+def value_grid(
+    matrix: Sequence[Sequence[float | None]],
+    *,
+    x_names: Sequence[str],
+    y_names: Sequence[str],
+    title: str,
+    x_label: str = "",
+    y_label: str = "",
+    colour_label: str = "",
+    file_format: FileFormat = "svg",
+) -> bytes:
+    """Draws named cells with their values, from 0 (white) to 1 (dark); None stays empty."""
+    values = np.array([[np.nan if value is None else value for value in row] for row in matrix], dtype=float)
+    figure = _figure(2.4 + 0.62 * len(x_names), 2.0 + 0.42 * len(y_names))
+    axes = figure.subplots()
+    image = axes.imshow(np.ma.masked_invalid(values), cmap="Blues", vmin=0.0, vmax=1.0, aspect="auto")
+    figure.colorbar(image, label=colour_label)
+    axes.set_xticks(range(len(x_names)), x_names)
+    axes.set_yticks(range(len(y_names)), y_names)
+    axes.set(xlabel=x_label, ylabel=y_label)
+    figure.suptitle(title)
+    for (row, column), value in np.ndenumerate(values):
+        if not np.isnan(value):
+            colour = "white" if value > 0.6 else "black"
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize="x-small", color=colour)
+    return _saved(figure, file_format)
+
+
+def examples_picture(examples: Sequence[Example], *, title: str, file_format: FileFormat = "svg") -> bytes:
+    """Draws a panel per example: a row of frames with their times, then its lines of text."""
+    figure = _figure(11, 0.6 + 2.6 * len(examples))
+    figure.suptitle(title)
+    for part, example in zip(np.atleast_1d(np.asarray(figure.subfigures(len(examples)))), examples, strict=True):
+        part.suptitle(example.title, fontsize="medium", x=0.01, ha="left")
+        grid = part.subplots(2, max(1, len(example.frames)), squeeze=False, height_ratios=[2, 1])
+        for axes in grid.flat:
+            axes.axis("off")
+        for axes, pixels, seconds in zip(grid[0], example.frames, example.seconds, strict=False):
+            axes.imshow(pixels)
+            axes.set_title(f"{seconds:g} s", fontsize="x-small", pad=2)
+        text = "\n".join(line for each in example.lines for line in textwrap.wrap(each, 130) or [""])
+        part.text(0.01, 0.3, text, va="top", ha="left", fontsize="small")  # outside of the layout of the frames
+    return _saved(figure, file_format)
+
+
 def _draw(panel: Panel, axes: Axes, colours: dict[str, str], *, markers: bool) -> None:
     for name, points in panel.lines.items():
         colour = colours.setdefault(name, f"C{len(colours)}")
         if panel.is_log:
             points = [point for point in points if point[1] > 0]
         axes.plot(*_columns(points), marker="." if markers else "", color=colour, label=name, gid=name)
+        if band := panel.bands.get(name):
+            xs, low, high = zip(*band, strict=True)
+            axes.fill_between(xs, low, high, color=colour, alpha=0.12, linewidth=0)
         axes.plot(*_columns(panel.dots.get(name, ())), "o", mec="black", ms=5, color=colour, gid=f"{name} dots")
     if any(panel.dots.values()) and panel.dots_label:
         axes.plot([], [], "o", mec="black", ms=5, color="white", label=panel.dots_label)

@@ -1,22 +1,22 @@
-"""Writes the paper's Figures 3 to 6 as JSON, CSV and SVG."""
+"""Writes the paper's Figures 1 and 3 to 7, and two curves of importance, as JSON, CSV, SVG and PNG."""
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 
+from timeviper_model.batching.batch import PackedBatch
+from timeviper_model.inference.frame_limit import frames_that_fit
 from timeviper_model.timeviper import TimeViper
 from timeviper_model.weights.metadata import trained_time_text
 from timeviper_model.weights.weights_folder import load_tokenizer
 from timeviper_platform.common import storage
-from timeviper_platform.common.charts import Panel, Part, heat_map, line_chart
 from timeviper_platform.common.cluster_checks import refuse_lost_outputs
 from timeviper_platform.common.config import with_absolute_paths
 from timeviper_platform.common.machine_cache import local_copy
@@ -24,26 +24,32 @@ from timeviper_platform.common.ray_task import run_as_task
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.evaluation.answering import Answerer, Prompt
 from timeviper_platform.evaluation.evaluator import AnsweringConfig, QuestionFault, load_model, read_prompt
-from timeviper_platform.evaluation.figures import (
-    KINDS,
-    Answered,
+from timeviper_platform.evaluation.figures import pictures
+from timeviper_platform.evaluation.figures.curves import CurvesConfig, importance_curves
+from timeviper_platform.evaluation.figures.examples import answered_examples
+from timeviper_platform.evaluation.figures.files import Draw, write_csv, write_json, write_pictures
+from timeviper_platform.evaluation.figures.maps import KINDS, LayerMap, MapsConfig, layer_maps
+from timeviper_platform.evaluation.figures.needle import NeedleConfig, find_needles, needle_rows
+from timeviper_platform.evaluation.figures.reduction import ReductionConfig, reduction_rows
+from timeviper_platform.evaluation.figures.speed import SpeedConfig, speed_rows
+from timeviper_platform.evaluation.figures.sweeps import (
     BlockingSweep,
     DroppingSweep,
-    LayerMap,
-    MapsConfig,
+    TaskPrompts,
     blocking_rows,
     dropping_rows,
-    layer_maps,
 )
 from timeviper_platform.evaluation.outcomes import Question
 from timeviper_platform.evaluation.run import check_inputs, read_questions
 
 logger = logging.getLogger(__name__)
 
-PATHS = ("weights", "feature_store", "questions", "output")
+PATHS = ("weights", "transformer", "feature_store", "questions", "output")
 """Keys made absolute for a task, which runs in another folder."""
 
-Figure = Literal["blocking", "dropping", "maps"]
+LOGITS: tuple[Literal["last", "all"], ...] = ("last", "all")
+
+Figure = Literal["blocking", "dropping", "maps", "curves", "examples", "speed", "needle", "frames", "reduction"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,18 +62,28 @@ class AnalyzeConfig:
     """Folder of the QUESTIONS files."""
     output: str
     """Folder for the figures; existing files are replaced."""
-    tasks: tuple[str, ...] = ("choice",)
-    """File names in `questions`, without .parquet."""
+    transformer: str | None = None
+    """URI of a Transformer's weights for the same questions, drawn beside `weights` in Figure 6; null = none."""
+    tasks: tuple[str, ...] = ("choice", "grounding", "caption")
+    """File names in `questions`, without .parquet. Each is a panel of Figures 3, 4 and 7."""
     max_questions: int | None = 64
     """Maximum questions per task; null = all."""
-    figures: tuple[Figure, ...] = ("blocking", "dropping", "maps")
-    """Figure 3 (blocking), 4 (dropping), 5 and 6 (maps)."""
+    figures: tuple[Figure, ...] = ("blocking", "dropping", "maps", "curves", "examples")
+    """Figure 3 (blocking), 4 (dropping), 5 and 6 (maps), sparsity and stability of importance (curves), 7 (examples),
+    1 (speed), accuracy by length and depth (needle), how many frames fit a memory (frames),
+    other ways to drop tokens (reduction)."""
     resources: dict[str, float] = field(default_factory=lambda: {"CPU": 1.0})
     """Ray resources of the task on a cluster, with at least one GPU if `answering.device` is one."""
     answering: AnsweringConfig = field(default_factory=AnsweringConfig)
     blocking: BlockingSweep = field(default_factory=BlockingSweep)
     dropping: DroppingSweep = field(default_factory=DroppingSweep)
     maps: MapsConfig = field(default_factory=MapsConfig)
+    curves: CurvesConfig = field(default_factory=CurvesConfig)
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
+    needle: NeedleConfig = field(default_factory=NeedleConfig)
+    reduction: ReductionConfig = field(default_factory=ReductionConfig)
+    memory_gb: tuple[float, ...] = (16.0, 24.0, 48.0, 80.0, 141.0)
+    """Memories in units of 10^9 bytes for figure `frames`."""
 
     def __post_init__(self) -> None:
         if not self.tasks or not self.figures:
@@ -107,179 +123,218 @@ def run_analysis(config: AnalyzeConfig) -> list[str]:
     storage.ensure_writable(config.output)
     torch.set_num_threads(config.answering.num_threads)
     config = replace(config, weights=local_copy(config.weights))
-    model = load_model(config.weights, config.answering)
-    answerer = Answerer(model, load_tokenizer(config.weights), max_pack_tokens=config.answering.max_pack_tokens)
-    prompts = list(_with_media(rows, config, dim=model.config.vision.row_size))
-    if not prompts:
+    opened = _open(config.weights, config, rows)
+    if not opened.tasks:
         raise ValueError(f"none of {len(rows)} questions has its media in {config.feature_store!r}")
-    logger.info("analyze: %d of %d questions have their media", len(prompts), len(rows))
     written: list[str] = []
     for figure in config.figures:
-        written += _WRITERS[figure](model, answerer, prompts, config)
+        written += _WRITERS[figure](opened, config, rows)
     return written
 
 
-_QuestionPrompt = tuple[Question, Prompt]
+class _Opened(NamedTuple):
+    """A model with the questions whose media are stored."""
+
+    model: TimeViper
+    answerer_of: Callable[[TimeViper], Answerer]
+    tasks: list[TaskPrompts]
+
+    @property
+    def answerer(self) -> Answerer:
+        return self.answerer_of(self.model)
+
+    def answered_batches(self, num_questions: int) -> list[PackedBatch]:
+        """The first questions, with their right answers, one per batch."""
+        answerer = self.answerer
+        pairs = [
+            (prompt, row["answer"])
+            for task in self.tasks
+            for row, prompt in zip(task.questions, task.prompts, strict=True)
+        ]
+        step = max(1, len(pairs) // num_questions)
+        return [batch for pair in pairs[::step][:num_questions] for batch in answerer.pack_answers([pair])]
 
 
-def _with_media(rows: Sequence[Question], config: AnalyzeConfig, *, dim: int) -> Iterator[_QuestionPrompt]:
-    store, trained = FeatureStore.open(config.feature_store), trained_time_text(config.weights)
+def _open(weights: str, config: AnalyzeConfig, rows: Sequence[Question]) -> _Opened:
+    model = load_model(weights, config.answering)
+    tokenizer = load_tokenizer(weights)
+    answerer_of = partial(_make_answerer, tokenizer=tokenizer, max_pack_tokens=config.answering.max_pack_tokens)
+    store, trained = FeatureStore.open(config.feature_store), trained_time_text(weights)
+    found: dict[str, list[tuple[Question, Prompt]]] = {}
     for row in rows:
         try:
-            prompt = read_prompt(store, row, config.answering, dim=dim, trained=trained)
+            prompt = read_prompt(store, row, config.answering, dim=model.config.vision.row_size, trained=trained)
         except QuestionFault as fault:
             logger.info("%s is left out: %s", row["sample_id"], fault.detail)
         else:
-            yield row, prompt
+            found.setdefault(row["source"], []).append((row, prompt))
+    logger.info("analyze: %d of %d questions have their media", sum(map(len, found.values())), len(rows))
+    tasks = [TaskPrompts(name, *map(tuple, zip(*pairs, strict=True))) for name, pairs in found.items()]
+    return _Opened(model, answerer_of, tasks)
 
 
-def make_answered(answerer: Answerer, prompts: Sequence[_QuestionPrompt]) -> Answered:
-    """Packs each question with its choices or, without choices, its answer."""
-    options = [row["choices"] if row["answer"] in (row["choices"] or []) else [row["answer"]] for row, _ in prompts]
-    pairs = [(prompt, text) for (_, prompt), texts in zip(prompts, options, strict=True) for text in texts]
-    return Answered(
-        batches=tuple(answerer.pack_answers(pairs)),
-        num_options=tuple(len(texts) for texts in options),
-        right=tuple(texts.index(row["answer"]) for (row, _), texts in zip(prompts, options, strict=True)),
-    )
+def _make_answerer(model: TimeViper, *, tokenizer: Any, max_pack_tokens: int) -> Answerer:
+    return Answerer(model, tokenizer, max_pack_tokens=max_pack_tokens)
 
 
-def _write_blocking(
-    model: TimeViper, answerer: Answerer, prompts: Sequence[_QuestionPrompt], config: AnalyzeConfig
-) -> list[str]:
-    rows = list(_logged("blocking", blocking_rows(model, make_answered(answerer, prompts), config.blocking)))
-    return _write_sweep(config.output, "blocking", rows, _blocking_series, "Figure 3: flows from vision cut")
+def _write_blocking(opened: _Opened, config: AnalyzeConfig, _: Sequence[Question]) -> list[str]:
+    num_new = config.answering.max_new_tokens
+    rows = [
+        row
+        for task in opened.tasks
+        for row in _logged(
+            "blocking",
+            blocking_rows(opened.model, opened.answerer, task, config.blocking, max_new_tokens=num_new),
+        )
+    ]
+    return _write_rows(config.output, "blocking", rows, lambda kind: pictures.blocking(rows, kind))
 
 
-def _write_dropping(
-    model: TimeViper, answerer: Answerer, prompts: Sequence[_QuestionPrompt], config: AnalyzeConfig
-) -> list[str]:
-    rows = list(_logged("dropping", dropping_rows(model, make_answered(answerer, prompts), config.dropping)))
-    return _write_sweep(config.output, "dropping", rows, _dropping_series, "Figure 4: vision tokens dropped")
+def _write_dropping(opened: _Opened, config: AnalyzeConfig, _: Sequence[Question]) -> list[str]:
+    num_new = config.answering.max_new_tokens
+    rows = [
+        row
+        for task in opened.tasks
+        for row in _logged(
+            "dropping",
+            dropping_rows(opened.model, opened.answerer_of, task, config.dropping, max_new_tokens=num_new),
+        )
+    ]
+    return _write_rows(config.output, "dropping", rows, lambda kind: pictures.dropping(rows, kind))
 
 
-def _write_maps(
-    model: TimeViper, answerer: Answerer, prompts: Sequence[_QuestionPrompt], config: AnalyzeConfig
-) -> list[str]:
-    pairs = [(prompt, row["answer"]) for row, prompt in prompts[: config.maps.num_questions]]
-    batches = [batch for pair in pairs for batch in answerer.pack_answers([pair])]
-    maps = layer_maps(model, batches, config.maps)
-    rows = [row for layer_map in maps for row in layer_map.rows()]
-    values = [_map_values(layer_map) for layer_map in maps]
-    pictures = {f"map-{layer_map.layer:02d}.svg": _map_picture(layer_map) for layer_map in maps}
-    pictures["groups.svg"] = _groups_picture(rows)
+def _write_maps(opened: _Opened, config: AnalyzeConfig, questions: Sequence[Question]) -> list[str]:
+    maps = layer_maps(opened.model, opened.answered_batches(config.maps.num_questions), config.maps)
+    models = {"weights": maps}
+    if config.transformer is not None:
+        other = _open(local_copy(config.transformer), config, questions)
+        own = replace(config.maps, layers=None, heads=())
+        models["transformer"] = layer_maps(other.model, other.answered_batches(own.num_questions), own)
+    rows = [{"model": name} | row for name, own_maps in models.items() for one in own_maps for row in one.rows()]
+    written = [
+        write_json(config.output, "maps", [_map_values(one, config.maps.heads) for one in maps]),
+        write_csv(config.output, "groups", rows),
+        *write_pictures(config.output, "groups", lambda kind: pictures.groups(rows, kind)),
+    ]
+    for one in maps:
+        written += write_pictures(config.output, f"map-{one.layer:02d}", partial(pictures.layer_map, one, None))
+    by_layer = {one.layer: one for one in maps}
+    for layer, head in config.maps.heads:
+        draw = partial(pictures.layer_map, by_layer[layer], head)
+        written += write_pictures(config.output, f"map-{layer:02d}-head-{head:03d}", draw)
+    return written
+
+
+def _write_curves(opened: _Opened, config: AnalyzeConfig, _: Sequence[Question]) -> list[str]:
+    found = importance_curves(opened.model, opened.answered_batches(config.curves.num_questions), config.curves)
     return [
-        _write_json(config.output, "maps.json", values),
-        _write_csv(config.output, "groups.csv", rows),
-        *(_write(config.output, name, picture) for name, picture in pictures.items()),
+        write_json(config.output, "curves", found),
+        *write_pictures(config.output, "curves", lambda kind: pictures.curves(found, kind)),
+        *write_pictures(config.output, "curves-overlap", lambda kind: pictures.overlaps(found, kind)),
     ]
 
 
-_WRITERS = {"blocking": _write_blocking, "dropping": _write_dropping, "maps": _write_maps}
+def _write_examples(opened: _Opened, config: AnalyzeConfig, _: Sequence[Question]) -> list[str]:
+    store = FeatureStore.open(config.feature_store)
+    found = answered_examples(opened.answerer, opened.tasks, store, config.answering)
+    return [
+        write_json(config.output, "examples", [example.row for example in found]),
+        *write_pictures(config.output, "examples", lambda kind: pictures.examples(found, kind)),
+    ]
 
 
-def _map_picture(layer_map: LayerMap) -> bytes:
-    return heat_map(
-        layer_map.picture_BB.nan_to_num().tolist(),
-        title=f"Figure 5: block {layer_map.layer}, {layer_map.block_type}",
-        x_label="token read, position in the block's input (%)",
-        y_label="query, position in the block's input (%)",
-        colour_label="share of the query's absolute weights, mean over heads",
-        parts=[Part(name, end) for name, end in zip(KINDS, layer_map.kind_ends, strict=True)],
+def _write_speed(opened: _Opened, config: AnalyzeConfig, _: Sequence[Question]) -> list[str]:
+    rows = list(_logged("speed", speed_rows(opened.model, config.speed, backend=config.answering.backend)))
+    device = str(config.answering.device)
+    return _write_rows(config.output, "speed", rows, lambda kind: pictures.speed(rows, device, kind))
+
+
+def _write_needle(opened: _Opened, config: AnalyzeConfig, _: Sequence[Question]) -> list[str]:
+    own = config.needle
+    questions, intervals = (read_questions(config.questions, (task,), None) for task in (own.task, own.intervals))
+    needles, haystack = find_needles(FeatureStore.open(config.feature_store), questions, intervals, own)
+    num_new = config.answering.max_new_tokens
+    found = needle_rows(opened.model, opened.answerer_of, needles, haystack, own, max_new_tokens=num_new)
+    rows: list[dict[str, Any]] = []
+    written: list[str] = []
+    for row in _logged("needle", found):  # hours at the longest: each cell is kept
+        rows.append(row)
+        written = [write_json(config.output, "needle", rows), write_csv(config.output, "needle", rows)]
+    for name in dict.fromkeys(row["model"] for row in rows):
+        draw = partial(pictures.needle, [row for row in rows if row["model"] == name], name)
+        written += write_pictures(config.output, f"needle-{name.replace(' ', '-').lower()}", draw)
+    return written
+
+
+def _write_frames(opened: _Opened, config: AnalyzeConfig, _: Sequence[Question]) -> list[str]:
+    whole = opened.model.config
+    dtype, device_type = opened.model.lm_head.weight.dtype, opened.model.lm_head.weight.device.type
+    rows: list[dict[str, Any]] = []
+    for plan, own in {"as trained": whole, "without TransV": replace(whole, transv=())}.items():
+        for size in config.memory_gb:
+            counts = {
+                f"num_frames_{kind}_logits": frames_that_fit(
+                    own, int(size * 1e9), dtype=dtype, logits=kind, device_type=device_type
+                )
+                for kind in LOGITS
+            }
+            rows.append({"plan": plan, "memory_gb": size} | counts)
+    return [write_json(config.output, "frames", rows), write_csv(config.output, "frames", rows)]
+
+
+def _write_reduction(opened: _Opened, config: AnalyzeConfig, _: Sequence[Question]) -> list[str]:
+    found = reduction_rows(
+        opened.model,
+        opened.answerer_of,
+        opened.tasks,
+        config.reduction,
+        max_new_tokens=config.answering.max_new_tokens,
     )
+    rows = list(_logged("reduction", found))
+    return [write_json(config.output, "reduction", rows), write_csv(config.output, "reduction", rows)]
 
 
-def _groups_picture(rows: Sequence[dict[str, Any]]) -> bytes:
-    """Draws a panel per kind of query; a system token reads system tokens alone."""
-    panels = []
-    for query in KINDS[1:]:
-        lines: dict[str, list[tuple[float, float]]] = {}
-        attention: dict[str, list[tuple[float, float]]] = {}
-        for row in rows:
-            if row["from"] == query:
-                point, name = (row["layer"], row["share"]), f"reads {row['to']}"
-                lines.setdefault(name, []).append(point)
-                if row["block"] == "attention":
-                    attention.setdefault(name, []).append(point)
-        label = f"share of weights,\n{query} queries"
-        panels.append(Panel(lines, label, dots=attention, dots_label="attention block", y_range=(-0.03, 1.03)))
-    title = "Figure 6: what each kind of token reads"
-    return line_chart(panels, title=title, x_label="block (from 0)", markers=True)
+_WRITERS = {
+    "blocking": _write_blocking,
+    "dropping": _write_dropping,
+    "maps": _write_maps,
+    "curves": _write_curves,
+    "examples": _write_examples,
+    "speed": _write_speed,
+    "needle": _write_needle,
+    "frames": _write_frames,
+    "reduction": _write_reduction,
+}
 
 
-def _map_values(layer_map: LayerMap) -> dict[str, Any]:
-    shares = layer_map.groups.share_HAB
+def _write_rows(folder: str, name: str, rows: Sequence[dict[str, Any]], draw: Draw) -> list[str]:
+    return [
+        write_json(folder, name, rows),
+        write_csv(folder, name, rows),
+        *write_pictures(folder, name, draw),
+    ]
+
+
+def _map_values(layer_map: LayerMap, heads: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    own = {head: layer_map.picture_HBB[head] for layer, head in heads if layer == layer_map.layer}
     return {
         "layer": layer_map.layer,
         "block": layer_map.block_type,
         "groups": list(layer_map.rows()),
-        "groups_by_head": [[[_plain(value) for value in row] for row in head] for head in shares.tolist()],
-        "picture": [[_plain(value) for value in row] for row in layer_map.picture_BB.tolist()],
+        "groups_by_head": [[_plain(row) for row in head] for head in layer_map.groups.share_HAB.tolist()],
+        "picture": [_plain(row) for row in layer_map.picture_BB.tolist()],
+        "picture_by_head": {head: [_plain(row) for row in picture.tolist()] for head, picture in own.items()},
         "kind_ends": dict(zip(KINDS, layer_map.kind_ends, strict=True)),
         "heads": {name: values.tolist() for name, values in layer_map.heads._asdict().items()},
     }
 
 
-def _write_sweep(
-    folder: str, name: str, rows: Sequence[dict[str, Any]], series: Callable[[dict[str, Any]], str], title: str
-) -> list[str]:
-    """Writes JSON, CSV, and a chart with a line per name that `series` gives."""
-    baseline, *measured = rows
-    reference = "as trained" if name == "blocking" else "nothing dropped"
-    panels = []
-    labels = {"log_prob": "log-probability of the right\nanswer (nats per token)", "accuracy": "accuracy of choices"}
-    for value, y_label in labels.items():
-        lines: dict[str, list[tuple[float, float]]] = {}
-        for row in measured:
-            if row[value] is not None:
-                lines.setdefault(series(row), []).append((row["layer"], row[value]))
-        if lines:
-            y_range = (-0.03, 1.03) if value == "accuracy" else None
-            panels.append(Panel(lines, y_label, levels={reference: baseline[value]}, y_range=y_range))
-    picture = line_chart(panels, title=title, x_label="block (from 0)", markers=True)
-    return [
-        _write_json(folder, f"{name}.json", rows),
-        _write_csv(folder, f"{name}.csv", rows),
-        _write(folder, f"{name}.svg", picture),
-    ]
-
-
-def _blocking_series(row: dict[str, Any]) -> str:
-    flow = {"v2i": "vision to instruction", "v2r": "vision to response"}[row["flow"]]
-    scope = {"layer": "one block", "window": "window", "from_layer": "from the block on"}[row["scope"]]
-    return f"{flow}, {scope}" + ("" if row["kind"] == "both" else f", {row['kind']}")
-
-
-def _dropping_series(row: dict[str, Any]) -> str:
-    return f"{row['select']}, keep {row['keep']:.0%}"
+def _plain(values: Iterable[float]) -> list[float | None]:
+    """Replaces NaN, which JSON lacks, by None."""
+    return [None if math.isnan(value) else value for value in values]
 
 
 def _logged(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for count, row in enumerate(rows, start=1):
         logger.info("%s %d: %s", name, count, row)
         yield row
-
-
-def _plain(value: float) -> float | None:
-    """Replaces NaN, which JSON lacks, by None."""
-    return None if math.isnan(value) else value
-
-
-def _write_csv(folder: str, name: str, rows: Sequence[dict[str, Any]]) -> str:
-    file = io.StringIO()
-    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return _write(folder, name, file.getvalue().encode())
-
-
-def _write_json(folder: str, name: str, value: Any) -> str:
-    uri = storage.join_uri(folder, name)
-    storage.write_json(uri, value)
-    return uri
-
-
-def _write(folder: str, name: str, content: bytes) -> str:
-    uri = storage.join_uri(folder, name)
-    storage.write_bytes(uri, content)
-    return uri

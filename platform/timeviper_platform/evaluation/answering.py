@@ -13,6 +13,8 @@ from torch import Tensor
 from timeviper_model.batching.batch import IGNORE_INDEX, PackedBatch, Sample, TokenKind, pack_samples
 from timeviper_model.batching.prompt import Turn, add_time_texts, build_sample, end_token_ids
 from timeviper_model.batching.tokenizer_template import chat_template
+from timeviper_model.inference.answer import SamplingParams
+from timeviper_model.inference.generate import ReadPrompt, generate_ids
 from timeviper_model.inference.prefill import Prefill, prefix_length
 from timeviper_model.inference.prefix_cache import PrefixCache
 from timeviper_model.layers.cache import HybridCache, SavedSlot
@@ -198,6 +200,16 @@ class Answerer:
     def pack_answers(self, pairs: Sequence[tuple[Prompt, str]]) -> Iterator[PackedBatch]:
         """Yields packs of at most `max_pack_tokens`, in order."""
         return self._packs([(self.sample(prompt, answer), prompt) for prompt, answer in pairs])
+
+    def prompt_batch(self, prompt: Prompt) -> PackedBatch:
+        """Packs one prompt without an answer."""
+        return next(self._packs([(self.sample(prompt, None), prompt)]))
+
+    def generate_with(self, read: ReadPrompt, batches: Sequence[PackedBatch], *, max_new_tokens: int) -> list[str]:
+        """Decodes greedy answers to packs of one prompt each, which `read` reads into a cache."""
+        params = SamplingParams(max_new_tokens=max_new_tokens)
+        answers = generate_ids(self._model, batches, end_ids=self._end_ids, params=params, read=read)
+        return [self._tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
 
     def _packs(self, samples: Sequence[tuple[Sample, Prompt]]) -> Iterator[PackedBatch]:
         for members in _group([len(sample) for sample, _ in samples], self._max_pack_tokens):

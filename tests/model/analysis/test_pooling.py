@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from reference.small_models import make_model, make_sample, pack
-from timeviper_model.analysis.maps import TokenMap, observe
+from timeviper_model.analysis.maps import TokenMap, observe, token_map
 from timeviper_model.analysis.pooling import equal_bins, head_statistics, pool_map
 from timeviper_model.batching.segments import Segments
 from timeviper_model.layers.transv import TokenStream
+from timeviper_platform.benchmarks.measure import cost_elsewhere
 
 MODEL = make_model()
 ONE_OR_TWO_QUERIES = 200
@@ -71,3 +72,27 @@ def test_shares_of_a_query_are_positive_and_sum_to_one(seen: tuple[TokenMap, Tok
 def test_equal_bins_cut_each_segment_evenly() -> None:
     segments = Segments(torch.tensor([0] * 6 + [1] * 3, dtype=torch.int32), 2)
     assert equal_bins(segments, 3).tolist() == [0, 0, 1, 1, 2, 2, 0, 1, 2]
+
+
+def _pool_long_video() -> None:
+    """Pools maps of a Mamba-2 and an attention block of a video of 10,000 frames of 4 tokens."""
+    model, num_tokens = make_model(dtype=torch.float32), 40_016
+    segments = Segments(torch.zeros(num_tokens, dtype=torch.int32), 1)
+    labels = torch.arange(num_tokens) * 8 // num_tokens
+    hidden = torch.randn(num_tokens, 24, generator=torch.Generator().manual_seed(0))
+    stream = TokenStream(
+        hidden_TD=hidden,
+        segments=segments,
+        token_kind_T=torch.zeros(num_tokens, dtype=torch.int8),
+        labels_T=torch.full((num_tokens,), -100),
+        original_counts=(0,),
+    )
+    queries = torch.arange(num_tokens)[::1000]
+    for layer in (0, 2):
+        shares = pool_map(token_map(model.backbone.block(layer), stream), labels, 8, normalise=True, queries=queries)
+        assert torch.allclose(shares.share_HAB.sum(-1), torch.ones(4, 8, dtype=torch.float64))
+
+
+def test_ten_thousand_frames_are_pooled_in_bounded_memory() -> None:
+    # the dense matrix of one head alone would be 6.4 GB in fp32
+    assert cost_elsewhere(_pool_long_video).peak_bytes < 400_000_000

@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from timeviper_platform.common.charts import FileFormat, Panel, Part, heat_map, line_chart
+from timeviper_platform.common.charts import (
+    Example,
+    FileFormat,
+    Panel,
+    Part,
+    examples_picture,
+    heat_map,
+    line_chart,
+    value_grid,
+)
 
 PANEL = Panel({"a & b": [(0, 0.0), (10, 2.0)], "c": [(0, 1.0), (10, 1.0)]}, "y", dots={"c": [(5, 1.5)]})
 
@@ -73,3 +82,32 @@ def test_larger_values_of_a_heat_map_are_darker() -> None:
 def test_equal_inputs_give_equal_bytes(file_format: FileFormat) -> None:
     assert len({line_chart([PANEL], title="t", x_label="x", file_format=file_format) for _ in range(2)}) == 1
     assert len({heat_map([[1.0, 0.1]], title="t", file_format=file_format) for _ in range(2)}) == 1
+
+
+def test_columns_have_their_own_x_axis_and_title() -> None:
+    panels = [Panel({"a": [(0, 1.0), (x, 2.0)]}, title=f"to {x}") for x in (5, 60)]
+    svg = line_chart(panels, title="t", x_label="block", num_columns=2).decode()
+    assert svg.count(">block<") == 2
+    assert ">to 5<" in svg
+
+
+def test_a_band_lies_around_its_line() -> None:
+    panel = Panel({"a": [(0, 1.0), (1, 2.0)]}, bands={"a": [(0, 0.5, 1.5), (1, 1.5, 2.5)]})
+    assert b"FillBetweenPolyCollection" in line_chart([panel], title="t", x_label="x")
+
+
+def test_cells_of_a_grid_show_their_values() -> None:
+    svg = value_grid([[0.0, 0.25], [1.0, None]], x_names=["a", "b"], y_names=["c", "d"], title="t").decode()
+    assert all(svg.count(f">{text}<") == 1 for text in ("0.25", "c", "b"))
+    assert "nan" not in svg
+
+
+def test_examples_show_frames_and_text() -> None:
+    frame = np.zeros((8, 8, 3), dtype=np.uint8)
+    shown = [
+        Example("choice", [frame, frame], [0.5, 2.0], ["Which?", "red"]),
+        Example("caption", [], [], ["no frames"]),
+    ]
+    svg = examples_picture(shown, title="answers").decode()
+    assert svg.count("<image") == 2
+    assert all(f">{text}<" in svg for text in ("choice", "0.5 s", "2 s", "Which?", "no frames"))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import runpy
+import statistics
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
@@ -15,22 +16,28 @@ import torch
 
 from reference.counted_files import LOG_VARIABLE
 from reference.known_answers import KnownAnswers, choice_row, grounding_row, write_questions
-from timeviper_model.analysis.blocking import Blocking, cut_flow
+from reference.small_models import SMALL_QWEN, make_model
+from timeviper_model.analysis.blocking import Blocking, read_blocked
 from timeviper_model.analysis.maps import observe
 from timeviper_model.analysis.pooling import pool_map
+from timeviper_model.config import TINY, TINY_QWEN
 from timeviper_model.weights.weights_folder import load_tokenizer
 from timeviper_platform.data.store.reader import FeatureStore
-from timeviper_platform.evaluation.analyze import AnalyzeConfig, analyze, make_answered, run_analysis
+from timeviper_platform.evaluation.analyze import AnalyzeConfig, analyze, run_analysis
 from timeviper_platform.evaluation.answering import Answerer, Prompt
 from timeviper_platform.evaluation.evaluator import AnsweringConfig, load_model, read_media
-from timeviper_platform.evaluation.figures import (
+from timeviper_platform.evaluation.figures.curves import CurvesConfig, importance_curves, vision_importance
+from timeviper_platform.evaluation.figures.maps import MapsConfig, layer_maps, spread
+from timeviper_platform.evaluation.figures.needle import NeedleConfig, find_needles, place_needle
+from timeviper_platform.evaluation.figures.reduction import ReductionConfig, reduction_plans, reduction_rows
+from timeviper_platform.evaluation.figures.speed import SpeedConfig, speed_rows
+from timeviper_platform.evaluation.figures.sweeps import (
     BlockingSweep,
     DroppingSweep,
-    MapsConfig,
+    TaskPrompts,
     blocking_rows,
     dropping_rows,
-    layer_maps,
-    spread,
+    score_text,
 )
 
 ROOT = Path(__file__).parents[3]
@@ -58,46 +65,156 @@ def config_of(known: KnownAnswers, output: Path, **changes: Any) -> AnalyzeConfi
         "output": str(output),
     }
     maps = MapsConfig(num_questions=2, num_bins=6)
-    return replace(AnalyzeConfig(**values, maps=maps), **changes)
+    return replace(AnalyzeConfig(**values, maps=maps, tasks=("choice",)), **changes)
 
 
-def test_scores_equal_those_of_the_evaluation(known: KnownAnswers, loaded: tuple[Any, Answerer, list[Any]]) -> None:
+def task_of(prompts: list[Any], name: str = "choice") -> TaskPrompts:
+    return TaskPrompts(name, tuple(row for row, _ in prompts), tuple(prompt for _, prompt in prompts))
+
+
+def test_generated_answers_and_log_probs_equal_those_of_the_evaluation(
+    known: KnownAnswers, loaded: tuple[Any, Answerer, list[Any]]
+) -> None:
     model, answerer, prompts = loaded
-    start = next(blocking_rows(model, make_answered(answerer, prompts), BlockingSweep()))
-    assert start["accuracy"] == 1.0
-    options = [row["choices"] for row, _ in prompts]
-    scores = answerer.score_options([prompt for _, prompt in prompts], options)
+    task = task_of(prompts)
+    start = next(blocking_rows(model, answerer, task, BlockingSweep(), max_new_tokens=16))
+    assert (start["score"], start["metric"], start["num_questions"]) == (1.0, "accuracy", 4)
+    assert start["low"] < 1.0 == pytest.approx(start["high"])
+    assert (start["change"], -start["change_low"]) == (0.0, start["change_high"])
+    scores = answerer.score_options(list(task.prompts), [[row["answer"]] for row in task.questions])
     tokenizer = load_tokenizer(known.weights)
     expected = []
-    for (row, _), texts, of in zip(prompts, options, scores, strict=True):
+    for row, (score,) in zip(task.questions, scores, strict=True):
         length = len(tokenizer(row["answer"], add_special_tokens=False)["input_ids"]) + 2  # a new line, the end
-        expected.append(of[texts.index(row["answer"])] / length)
+        expected.append(score / length)
     assert start["log_prob"] == pytest.approx(sum(expected) / 4, rel=1e-4)
 
 
 def test_blocking_the_video_everywhere_leaves_a_guess(loaded: tuple[Any, Answerer, list[Any]]) -> None:
     model, answerer, prompts = loaded
     sweep = BlockingSweep(flows=("v2i", "v2r"), scopes=("from_layer",))
-    start, *rows = blocking_rows(model, make_answered(answerer, prompts), sweep)
+    task = task_of(prompts)
+    start, *rows = blocking_rows(model, answerer, task, sweep, max_new_tokens=16)
     assert [(row["flow"], row["layer"]) for row in rows] == [("v2i", 0), ("v2i", 1), ("v2r", 0), ("v2r", 1)]
     assert all(row["log_prob"] < start["log_prob"] for row in rows if row["layer"] == 0)
-    answered = make_answered(answerer, prompts)
-    run_block = cut_flow(model, Blocking(flow="v2i", scope="from_layer", layer=1))
-    by_hand = answered.score(partial(model.target_log_probs, run_block=run_block))
-    assert {key: rows[1][key] for key in by_hand} == by_hand
+    read = partial(read_blocked, model, blocking=Blocking(flow="v2i", scope="from_layer", layer=0))
+    batches = [answerer.prompt_batch(prompt) for prompt in task.prompts]
+    texts = answerer.generate_with(read, batches, max_new_tokens=16)
+    scores = [score_text(row, text) for row, text in zip(task.questions, texts, strict=True)]
+    assert rows[0]["score"] == sum(scores) / 4 < 1.0
+    assert rows[0]["change"] == rows[0]["score"] - 1.0
+    assert rows[0]["change_low"] <= rows[0]["change"] <= rows[0]["change_high"] <= 0.0
 
 
 def test_dropping_all_at_the_entrance_is_a_guess_and_none_is_the_model(loaded: tuple[Any, Answerer, list[Any]]) -> None:
     model, answerer, prompts = loaded
-    start, *rows = dropping_rows(model, make_answered(answerer, prompts), DroppingSweep(keep_ratios=(1.0, 0.0)))
+    tokenizer = answerer._tokenizer
+    start, *rows = dropping_rows(
+        model, lambda twin: Answerer(twin, tokenizer), task_of(prompts), DroppingSweep(keep_ratios=(1.0, 0.0)),
+        max_new_tokens=16,
+    )  # fmt: skip
     keys = [(row["select"], row["keep"], row["layer"]) for row in rows]
     assert keys == [
         ("uniform", 1.0, 0), ("uniform", 1.0, 1), ("uniform", 0.0, 0), ("uniform", 0.0, 1),
         ("attention", 1.0, 1), ("attention", 0.0, 1),
     ]  # fmt: skip
     assert rows[0]["log_prob"] == start["log_prob"]
-    assert rows[2]["accuracy"] == 0.25
-    assert start["accuracy"] == 1.0
+    assert rows[2]["score"] <= 0.25
+    assert start["score"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("question", "text", "score"),
+    [
+        (choice_row(0), "Red (A).", 1.0),
+        (choice_row(0), "blue (B)", 0.0),
+        (grounding_row(0), "From 1 to 3 seconds.", 1 / 3),
+        (grounding_row(0), "soon", 0.0),
+        (grounding_row(0, start_seconds=None, answer="A red square appears."), "a RED circle appears", 6 / 8),
+    ],
+)
+def test_each_kind_of_answer_has_its_score(question: Any, text: str, score: float) -> None:
+    assert score_text(question, text) == pytest.approx(score)
+
+
+def test_curves_of_importance_are_shares_of_the_vision_tokens(loaded: tuple[Any, Answerer, list[Any]]) -> None:
+    model, answerer, prompts = loaded
+    batches = [answerer.prompt_batch(prompt) for _, prompt in prompts]
+    found = importance_curves(model, batches, CurvesConfig(top_share=0.25))
+    assert (found["layers"], found["blocks"]) == ([0, 1], ["mamba", "attention"])
+    assert all(0 < half <= most <= 1 for half, most in zip(*found["sparsity"].values(), strict=True))
+    assert found["overlap_LL"][0][0] == found["overlap_LL"][1][1] == pytest.approx(1.0)
+    assert found["overlap_LL"][0][1] == found["overlap_LL"][1][0]
+    assert -1 <= found["correlation_LL"][0][1] <= 1
+    by_hand = []
+    for batch in batches:
+        scores_LV = vision_importance(model, batch, [0, 1])
+        by_hand.append(float(scores_LV[0].argmax() == scores_LV[1].argmax()))  # the top quarter of four tokens
+    assert found["overlap_LL"][0][1] == pytest.approx(sum(by_hand) / 4)
+
+
+def test_plans_of_the_reduction_table_keep_equally_many_tokens_at_the_end() -> None:
+    for text, trained in ((TINY.text, TINY.transv), (TINY_QWEN.text, TINY_QWEN.transv)):
+        plans = reduction_plans(text, trained, None)
+        assert list(plans) == ["none", "uniform", "attention", "TransV", "TD", "PDrop", "EVS", "importance"]
+        assert plans["TransV"] == trained
+        for name, sites in plans.items():
+            replace(TINY, text=text, transv=sites)  # a valid plan
+            assert name == "none" or sites[-1].keep == 0.25
+            assert name == "TransV" or all(site.transfer == "none" for site in sites)
+    assert "TransV" not in reduction_plans(TINY.text, TINY.transv, 0.5)
+    with pytest.raises(ValueError, match=r"set reduction\.keep"):
+        reduction_plans(TINY.text, (), None)
+
+
+def test_the_reduction_table_scores_and_times_every_plan(loaded: tuple[Any, Answerer, list[Any]]) -> None:
+    model, answerer, prompts = loaded
+    config = ReductionConfig(keep=0.5, num_frames=8, repeats=1)
+    rows = list(
+        reduction_rows(
+            model, lambda twin: Answerer(twin, answerer._tokenizer), [task_of(prompts)], config, max_new_tokens=16
+        )
+    )
+    none, *others = rows
+    assert (none["plan"], none["kept_on_average"], none["prefill_time_over_none"]) == ("none", 1.0, 1.0)
+    assert none["choice_score"] == 1.0
+    for row in others:
+        assert row["kept_at_the_end"] == 0.5 <= row["kept_on_average"] < 1.0
+        assert row["choice_change"] == row["choice_score"] - 1.0
+        assert len(row["prefill_seconds"]) == 1
+
+
+def test_a_needle_lies_at_its_depth_among_repeated_haystack() -> None:
+    hay, needle = torch.arange(3.0).view(3, 1, 1), torch.full((2, 1, 1), 9.0)
+    places = {depth: place_needle(needle, hay, 7, depth).flatten().tolist() for depth in (0.0, 0.5, 1.0)}
+    assert places == {
+        0.0: [9, 9, 0, 1, 2, 0, 1],
+        0.5: [0, 1, 9, 9, 2, 0, 1],
+        1.0: [0, 1, 2, 0, 1, 9, 9],
+    }
+
+
+def test_needles_are_the_frames_of_an_interval_and_the_haystack_is_far_from_any(known: KnownAnswers) -> None:
+    store = FeatureStore.open(known.feature_store)
+    config = NeedleConfig(num_frames=(6,), num_depths=2, num_questions=2)
+    intervals = [grounding_row(number, start_seconds=0.0, end_seconds=1.0) for number in range(4)]
+    needles, haystack = find_needles(store, [choice_row(number) for number in range(4)], intervals, config)
+    assert [needle.question["sample_id"] for needle in needles] == ["choice-0", "choice-1"]
+    assert [tuple(needle.frames_FND.shape) for needle in needles] == [(1, 1, 8)] * 2
+    assert tuple(haystack.shape) == (3 * 2, 1, 8)  # frames 2 and 3 of three videos, as many as are needed
+    with pytest.raises(ValueError, match=r"set needle\.task and needle\.intervals"):
+        find_needles(store, [choice_row(0)], [], config)
+
+
+def test_speed_counts_the_tokens_of_all_answers(loaded: tuple[Any, Answerer, list[Any]]) -> None:
+    config = SpeedConfig(num_frames=(2,), batch_sizes=(2,), num_new_tokens=3, repeats=2)
+    rows = list(speed_rows(loaded[0], config, backend="auto"))
+    assert [row["model"] for row in rows] == ["hybrid", "Transformer of its size"]
+    for row in rows:
+        assert row["num_prompt_tokens"] == 2 + 32
+        assert row["tokens_per_second"] == pytest.approx(2 * 3 / statistics.median(row["seconds"]))
+    with pytest.raises(ValueError, match="compares a hybrid"):
+        next(speed_rows(make_model(SMALL_QWEN), config, backend="auto"))
 
 
 def test_maps_of_several_questions_are_their_average(loaded: tuple[Any, Answerer, list[Any]]) -> None:
@@ -140,23 +257,40 @@ def test_the_job_writes_numbers_and_pictures_that_parse(known: KnownAnswers, tmp
     }
     code = main(
         ["--config", str(config), *(f"{key}={value}" for key, value in keys.items()), "tasks=[choice, grounding]",
-         "answering.num_threads=1", "maps.num_bins=6"]
+         f"transformer={known.weights}", "answering.num_threads=1", "maps.num_bins=6", "maps.num_questions=2",
+         "maps.heads=[[0, 1], [1, 3]]", "blocking.flows=[v2i]", "dropping.keep_ratios=[0.5]",
+         "figures=[blocking, dropping, maps, curves, examples, speed, needle, frames, reduction]",
+         "needle.num_frames=[4, 8]", "needle.num_depths=2", "needle.num_questions=2", "memory_gb=[1]",
+         "reduction.keep=0.5", "reduction.num_frames=4", "reduction.repeats=1", "speed.num_frames=[2]",
+         "speed.batch_sizes=[1]", "speed.num_new_tokens=2", "speed.repeats=1"]
     )  # fmt: skip
     assert code == 0
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == sorted(
-        [f"{figure}.{kind}" for figure in ("blocking", "dropping") for kind in ("csv", "json", "svg")]
-        + ["maps.json", "groups.csv", "groups.svg", "map-00.svg", "map-01.svg"]
-    )
+    names = {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")}
+    drawn = ["blocking", "dropping", "groups", "curves", "curves-overlap", "examples", "speed"]
+    drawn += ["map-00", "map-01", "map-00-head-001", "map-01-head-003"]
+    drawn += ["needle-without-transv"]
+    rows_of = ("blocking", "dropping", "speed", "needle", "frames", "reduction")
+    tables = {f"{name}.{kind}" for name in rows_of for kind in ("csv", "json")}
+    tables |= {"maps.json", "groups.csv", "curves.json", "examples.json"}
+    assert names == tables | {f"{name}.{kind}" for name in drawn for kind in ("svg", "png")}
     for path in tmp_path.glob("*.svg"):
         assert ElementTree.parse(path).getroot().tag.endswith("svg")
-    for text in (">system<", ">vision<", "token read, position", "absolute weights"):
-        assert text in (tmp_path / "map-01.svg").read_text()
-    assert (tmp_path / "groups.svg").read_text().count(">reads vision<") == 1
+    for text in (">system<", ">vision<", "token read, position", "absolute weights", "head 3"):
+        assert text in (tmp_path / "map-01-head-003.svg").read_text()
+    groups = (tmp_path / "groups.svg").read_text()
+    assert groups.count(">reads vision<") == groups.count(">hybrid<") == groups.count(">Transformer<") == 1
     rows = json.loads((tmp_path / "blocking.json").read_text())
     with (tmp_path / "blocking.csv").open() as file:
-        assert len(list(csv.DictReader(file))) == len(rows) == 1 + 2 * 2 * 2
-    assert [entry["layer"] for entry in json.loads((tmp_path / "maps.json").read_text())] == [0, 1]
+        assert len(list(csv.DictReader(file))) == len(rows) == 2 * (1 + 2 * 2)
+    assert {row["metric"] for row in rows} == {"accuracy", "mIoU"}
+    needle = json.loads((tmp_path / "needle.json").read_text())
+    assert [(row["num_frames"], row["depth"]) for row in needle] == [(4, 0.0), (4, 1.0), (8, 0.0), (8, 1.0)]
+    assert all(row["chance"] == 0.25 <= 1.0 and row["num_questions"] == 2 for row in needle)
+    maps = json.loads((tmp_path / "maps.json").read_text())
+    assert [(entry["layer"], list(entry["picture_by_head"])) for entry in maps] == [(0, ["1"]), (1, ["3"])]
+    example = json.loads((tmp_path / "examples.json").read_text())[0]
+    assert (example["generated"], example["score"]) == ("red (A)", 1.0)
+    assert example["note"].startswith("no frames of ")  # the store's videos do not exist
 
 
 def test_weights_may_be_remote(known: KnownAnswers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,3 +308,5 @@ def test_questions_without_media_are_skipped_and_none_left_is_an_error(known: Kn
         run_analysis(config_of(known, tmp_path / "out", questions=str(tmp_path)))
     with pytest.raises(ValueError, match="at least one"):
         config_of(known, tmp_path, figures=())
+    with pytest.raises(ValueError, match=r"head 9 of block 1, which has 4 mapped heads; mapped blocks are \[0, 1\]"):
+        run_analysis(config_of(known, tmp_path / "out", figures=("maps",), maps=MapsConfig(heads=((1, 9),))))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -49,28 +48,6 @@ def narrow_config(
     )
     vision = VisionConfig(encoder="none", num_tokens_per_frame=TOKENS_PER_FRAME, hidden_size=FEATURE_SIZE)
     return TimeViperConfig(text=text, vision=vision, transv=plan)
-
-
-def all_attention(config: TimeViperConfig) -> TimeViperConfig:
-    """Control: attention instead of Mamba, and wider MLPs for the same number of weights."""
-    text = config.text
-    assert isinstance(text, HybridConfig)
-    num_mamba, num_mlp = text.hybrid_override_pattern.count("M"), text.hybrid_override_pattern.count("-")
-    missing = num_mamba * (mamba_weights(text) - attention_weights(text))
-    wider = round(missing / (2 * text.hidden_size * num_mlp)) if num_mlp else 0
-    pattern = text.hybrid_override_pattern.replace("M", "*")
-    wide = replace(text, hybrid_override_pattern=pattern, intermediate_size=text.intermediate_size + wider)
-    return replace(config, text=wide)
-
-
-def mamba_weights(text: HybridConfig) -> int:
-    """Weights of a Mamba-2 mixer's projections."""
-    inner = text.mamba_intermediate_size
-    return text.hidden_size * (inner + text.conv_dim + text.mamba_num_heads) + inner * text.hidden_size
-
-
-def attention_weights(text: HybridConfig) -> int:
-    return 2 * text.hidden_size * text.head_dim * (text.num_attention_heads + text.num_key_value_heads)
 
 
 def make_model(config: TimeViperConfig) -> TimeViper:

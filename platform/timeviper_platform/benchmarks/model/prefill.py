@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from timeviper_model.analysis.transformer_twin import attention_weights, mamba_weights, transformer_twin
 from timeviper_model.config import PATTERN_LETTERS, HybridConfig, TimeViperConfig
 from timeviper_model.inference.chunked_transv import plan_sites
 from timeviper_model.inference.prefill import Prefill
@@ -27,11 +28,8 @@ from timeviper_platform.benchmarks.model.models import (
     NUM_QUESTION,
     NUM_SYSTEM,
     TOKENS_PER_FRAME,
-    all_attention,
-    attention_weights,
     iter_features,
     make_model,
-    mamba_weights,
     narrow_config,
     video_question,
 )
@@ -185,7 +183,7 @@ def _control_rows(
     config: TimeViperConfig, num_frames: int, seconds: float, run: Callable[[TimeViperConfig, int], PrefillRun]
 ) -> list[Row]:
     """Measured and counted speed-up over attention everywhere, under the same plan."""
-    control = all_attention(config)
+    control = transformer_twin(config)
     measured = run(control, num_frames).seconds / seconds
     promised = count_flops(control, num_frames) / count_flops(config, num_frames)
     name = f"width {config.text.hidden_size}, {num_frames} frames, the paper's plan in both; one pass of the control"

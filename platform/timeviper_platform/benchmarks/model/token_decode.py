@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from timeviper_model.analysis.transformer_twin import transformer_twin
 from timeviper_model.config import TimeViperConfig
 from timeviper_model.inference.memory import tokens_by_layer
 from timeviper_model.layers.cache import HybridCache
@@ -17,7 +18,6 @@ from timeviper_platform.benchmarks.measure import Row, compare
 from timeviper_platform.benchmarks.model.models import (
     NUM_QUESTION,
     NUM_SYSTEM,
-    all_attention,
     make_model,
     narrow_config,
 )
@@ -44,7 +44,7 @@ def decode_rows(
     kinds: list[tuple[str, TimeViperConfig, str | None]] = [
         ("the paper's plan", paper, ">= 0.9"),
         ("no TransV", no_plan, None),
-        ("all-attention control, no TransV", all_attention(no_plan), None),
+        ("all-attention control, no TransV", transformer_twin(no_plan), None),
     ]
     rows = [_context_row(name, config, bar, contexts, num_steps, context_repeats) for name, config, bar in kinds]
     return [*rows, _batch_row(narrow_config(batch_width, plan=()), batch, num_steps, repeats)]

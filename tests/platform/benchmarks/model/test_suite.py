@@ -7,13 +7,13 @@ import math
 import pytest
 import torch
 
+from timeviper_model.analysis.transformer_twin import transformer_twin
 from timeviper_model.config import TimeViperConfig, TransVSite, parse_transv_plan
 from timeviper_model.inference.prefill import Prefill
 from timeviper_platform.benchmarks.measure import Row, peak_resident_bytes, reset_peak, resident_bytes
 from timeviper_platform.benchmarks.model import engine, generate, prefill, prefix, scan
 from timeviper_platform.benchmarks.model import token_decode as decode
 from timeviper_platform.benchmarks.model.models import (
-    all_attention,
     iter_features,
     make_model,
     narrow_config,
@@ -123,7 +123,7 @@ def test_block_seconds_by_kind_add_up_to_less_than_the_total() -> None:
 
 def test_the_control_has_equally_many_weights_and_only_attention() -> None:
     config = narrow_config(64, plan=())
-    control = all_attention(config)
+    control = transformer_twin(config)
     sizes = [sum(p.numel() for p in make_model(c).backbone.parameters()) for c in (config, control)]
     assert sizes[1] == pytest.approx(sizes[0], rel=0.02)
     assert set(control.text.block_types) == {"attention", "mlp"}

@@ -1,0 +1,134 @@
+"""A needle in a long video: accuracy by length and depth, on stored features."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from timeviper_model.analysis.dropping import with_plan
+from timeviper_model.timeviper import TimeViper
+from timeviper_platform.data.store.reader import FeatureStore
+from timeviper_platform.evaluation.answering import Answerer, Prompt
+from timeviper_platform.evaluation.figures.sweeps import score_text
+from timeviper_platform.evaluation.outcomes import Question
+from timeviper_platform.evaluation.scoring.intervals import interval_by_video, mean_of
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NeedleConfig:
+    """Questions about a few frames between thousands without what they show."""
+
+    num_frames: tuple[int, ...] = (256, 1024, 4096, 10_000)
+    """Lengths, in frames."""
+    num_depths: int = 10
+    """Places of the needle, evenly spaced from the beginning to the end."""
+    num_questions: int = 16
+    """Questions per cell."""
+    task: str = "choice"
+    """Questions, with choices, about what an interval shows."""
+    intervals: str = "grounding"
+    """Questions about the same media that name the interval: its frames are the needle, all others the haystack."""
+
+    def __post_init__(self) -> None:
+        if not self.num_frames or min(*self.num_frames, self.num_depths, self.num_questions) < 1:
+            raise ValueError(f"{self}: lengths, depths and questions must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Needle:
+    question: Question
+    frames_FND: Tensor
+    """Features of the interval."""
+
+
+def find_needles(
+    store: FeatureStore, questions: Sequence[Question], intervals: Sequence[Question], config: NeedleConfig
+) -> tuple[list[Needle], Tensor]:
+    """Returns questions with the features of their intervals, and (F, N, D) features without any interval.
+
+    Raises:
+        ValueError: if no question has an interval in a stored medium, or nothing lies outside of the intervals.
+    """
+    by_medium = {row["media"][0]["media_id"]: row for row in intervals if row["media"]}
+    needles: list[Needle] = []
+    haystack: list[Tensor] = []
+    needed = max(config.num_frames)
+    for row in questions:
+        medium: str = row["media"][0]["media_id"] if row["media"] else ""
+        span = by_medium.get(medium)
+        if span is None or medium not in store or span["start_seconds"] is None:
+            continue
+        features = store.read(medium)
+        times = torch.from_numpy(features.info.times_seconds)
+        inside = (times >= span["start_seconds"]) & (times < span["end_seconds"])
+        near = (times >= span["start_seconds"] - 1) & (times < span["end_seconds"] + 1)
+        if len(needles) < config.num_questions and bool(inside.any()):
+            needles.append(Needle(question=row, frames_FND=features.features[inside]))
+        if sum(map(len, haystack)) < needed:
+            haystack.append(features.features[~near])
+        elif len(needles) == config.num_questions:
+            break
+    if not needles or not sum(map(len, haystack)):
+        raise ValueError(
+            f"no {config.task!r} question of a stored medium has an interval in {config.intervals!r} with frames"
+            " around it; set needle.task and needle.intervals to files about the same media"
+        )
+    return needles, torch.cat(haystack)
+
+
+def place_needle(needle_FND: Tensor, haystack_FND: Tensor, num_frames: int, depth: float) -> Tensor:
+    """(num_frames, N, D): the needle at `depth` (0 = first, 1 = last) of repeated haystack frames."""
+    needle_FND = needle_FND[:num_frames]
+    num_hay = num_frames - len(needle_FND)
+    hay = haystack_FND[torch.arange(num_hay) % len(haystack_FND)]
+    before = round(depth * num_hay)
+    return torch.cat([hay[:before], needle_FND, hay[before:]])
+
+
+def needle_rows(
+    model: TimeViper,
+    answerer_of: Callable[[TimeViper], Answerer],
+    needles: Sequence[Needle],
+    haystack_FND: Tensor,
+    config: NeedleConfig,
+    *,
+    max_new_tokens: int,
+) -> Iterator[dict[str, Any]]:
+    """Yields accuracies of generated answers by length, model and depth, with and without the model's own sites."""
+    models = {"without TransV": with_plan(model, ())}
+    if model.config.transv:
+        models = {"with TransV": model} | models
+    videos = [needle.question["media"][0]["media_id"] for needle in needles]
+    for num_frames in config.num_frames:
+        for name, one in models.items():
+            answerer = answerer_of(one)
+            for step in range(config.num_depths):
+                depth = step / max(1, config.num_depths - 1)
+                started = time.perf_counter()
+                scores = []
+                for number, needle in enumerate(needles):
+                    shifted = haystack_FND.roll(-number * (len(haystack_FND) // len(needles)), 0)
+                    frames = place_needle(needle.frames_FND, shifted, num_frames, depth)
+                    prompt = Prompt(text=needle.question["question"], media=(frames.flatten(0, 1),))
+                    (text,) = answerer.generate([prompt], max_new_tokens=max_new_tokens)
+                    scores.append(score_text(needle.question, text))
+                low, high = interval_by_video(mean_of(scores), videos)
+                yield {
+                    "model": name,
+                    "num_frames": num_frames,
+                    "depth": round(depth, 4),
+                    "num_questions": len(scores),
+                    "accuracy": sum(scores) / len(scores),
+                    "low": low,
+                    "high": high,
+                    "chance": sum(1 / len(needle.question["choices"]) for needle in needles) / len(needles),
+                    "seconds": time.perf_counter() - started,
+                }
