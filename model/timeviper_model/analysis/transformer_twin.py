@@ -20,7 +20,8 @@ def transformer_twin(config: TimeViperConfig) -> TimeViperConfig:
     missing = num_mamba * (mamba_weights(text) - attention_weights(text))
     wider = round(missing / (2 * text.hidden_size * num_mlp)) if num_mlp else 0
     pattern = text.hybrid_override_pattern.replace("M", "*")
-    wide = replace(text, hybrid_override_pattern=pattern, intermediate_size=text.intermediate_size + wider)
+    width = max(1, text.intermediate_size + wider)  # narrow Mamba-2 blocks may have fewer weights than attention
+    wide = replace(text, hybrid_override_pattern=pattern, intermediate_size=width)
     return replace(config, text=wide)
 
 
