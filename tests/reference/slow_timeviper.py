@@ -237,7 +237,9 @@ def slow_importance(
     for row in rows:
         for head in heads:
             group = head // (c.mamba_num_heads // c.n_groups)
-            weights = [float((C[row, group] @ B[j, group]).detach().abs() * dt[j, head].detach()) for j in range(row + 1)]
+            weights = [
+                float((C[row, group] @ B[j, group]).detach().abs() * dt[j, head].detach()) for j in range(row + 1)
+            ]
             shares[: row + 1] += torch.tensor(weights, dtype=h.dtype) / sum(weights)
     return (shares / (len(rows) * len(heads))).tolist()
 
