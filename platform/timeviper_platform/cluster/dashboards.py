@@ -26,6 +26,8 @@ def _rate(metric: str, by: str = "") -> str:
     return f"sum{f' by ({by})' if by else ''} (rate({metric}[{WINDOW}]))"
 
 
+_OR_0 = "or vector(0)"
+"""For what is exported once it has happened, or where there are GPUs: 0 instead of 'No data'."""
 _FRAMES = "ray_timeviper_preprocess_frames_total"
 _SECONDS = "ray_timeviper_preprocess_stage_seconds_total"
 _ENCODING = f'sum (rate({_SECONDS}{{stage="encode"}}[{WINDOW}]))'
@@ -38,7 +40,7 @@ DASHBOARDS: dict[str, tuple[Panel, ...]] = {
         Panel("Frames a second", ((_rate(_FRAMES, "store"), "{{store}}"),)),
         Panel(
             "Share of the ideal: GPUs that encode",
-            ((f'{_ENCODING} / clamp_min(sum (ray_resources{{Name="GPU", State="USED"}}), 1)', "share"),),
+            ((f'{_ENCODING} / clamp_min(sum (ray_resources{{Name="GPU", State="USED"}}) {_OR_0}, 1)', "share"),),
             "percentunit",
         ),
         Panel(
@@ -51,7 +53,9 @@ DASHBOARDS: dict[str, tuple[Panel, ...]] = {
             ((_rate("ray_timeviper_preprocess_segments_total", "status"), "{{status}}"),),
         ),
         Panel("Rejects by reason", ((_rate("ray_timeviper_preprocess_errors_total", "type"), "{{type}}"),)),
-        Panel("Storage retries a second", ((_rate("ray_timeviper_preprocess_retries_total"), "retries/s"),)),
+        Panel(
+            "Storage retries a second", ((f"{_rate('ray_timeviper_preprocess_retries_total')} {_OR_0}", "retries/s"),)
+        ),
         Panel("Features written", ((_rate("ray_timeviper_preprocess_feature_bytes_total"), "bytes/s"),), "Bps"),
     ),
     "training": (
@@ -66,7 +70,10 @@ DASHBOARDS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel(
             "Stall by checkpoints, and failed saves",
-            ((f"{_TRAIN}checkpoint_stall_s", "stall"), (f"{_TRAIN}num_failed_saves", "failed saves")),
+            (
+                (f"{_TRAIN}checkpoint_stall_s", "{{run}} {{phase}} stall"),
+                (f"{_TRAIN}num_failed_saves", "{{run}} {{phase}} failed saves"),
+            ),
             "s",
         ),
         Panel("Seconds a step", ((f"{_TRAIN}seconds", "{{run}} {{phase}}"),), "s"),
@@ -105,7 +112,7 @@ DASHBOARDS: dict[str, tuple[Panel, ...]] = {
         Panel("Requests a second, by status", ((_rate(f"{_GATEWAY}requests_total", "status"), "{{status}}"),)),
         Panel(
             "Refused as full (429), a second",
-            ((f'sum (rate({_GATEWAY}requests_total{{status="429"}}[{WINDOW}]))', "429"),),
+            ((f'sum (rate({_GATEWAY}requests_total{{status="429"}}[{WINDOW}])) {_OR_0}', "429"),),
         ),
         Panel("Requests in progress", ((f"sum ({_GATEWAY}ongoing_requests)", "requests"),)),
         Panel(

@@ -91,6 +91,12 @@ def test_labels_in_queries_are_tags_of_their_metrics() -> None:
                     assert legend == f"{{{{{label}}}}}"
 
 
+def test_what_has_not_happened_yet_is_0_and_not_missing() -> None:
+    for metric in ("preprocess_retries_total", 'gateway_requests_total{status="429"', 'ray_resources{Name="GPU"'):
+        (line,) = (line for line in queries().splitlines() if metric in line)
+        assert "or vector(0)" in line
+
+
 def test_queries_are_balanced_and_names_end_as_their_kind() -> None:
     for line in queries().splitlines():
         assert all(line.count(left) == line.count(right) for left, right in ("()", "[]", "{}"))
