@@ -218,10 +218,13 @@ def test_the_openai_package_talks_files_models_and_second_turns(endpoint: Endpoi
 def test_slow_clients_and_overrides_are_bounded_before_the_gateway(endpoint: Endpoint) -> None:
     """Ray Serve's own server waits for ever, and lets clients switch off its timeouts."""
     port = int(endpoint.url.rpartition(":")[2])
+    head = (
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9"
+    )
     held = [socket.create_connection(("127.0.0.1", port)) for _ in range(700)]  # the limit is 512
     try:
         for connection in held:
-            connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n")
+            connection.sendall(head + b"\r\n\r\n")
         with urllib.request.urlopen(f"{endpoint.url}/health/live", timeout=10) as response:
             assert response.status == 200
         held[0].settimeout(10)

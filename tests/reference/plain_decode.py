@@ -139,7 +139,10 @@ def _plain_gif(path: str) -> Shown:
 
 
 def _webp_frames(path: str) -> Shown:
-    """Each frame of an animation as a file of its own: Pillow shows none after one that does not decode."""
+    """Each frame of an animation as a file of its own: Pillow shows none after one that does not decode.
+
+    Also on a white canvas: Pillow's is black where no frame has drawn.
+    """
     content = Path(path).read_bytes()
     if not (content.startswith(b"RIFF") and content[8:12] == b"WEBP"):
         return
@@ -149,8 +152,21 @@ def _webp_frames(path: str) -> Shown:
         still = b"RIFF" + (len(frame) - 12).to_bytes(4, "little", signed=True) + b"WEBP" + frame[16:]
         with contextlib.suppress(Exception), Image.open(io.BytesIO(still)) as image:
             yield _shown(image), elapsed
+            yield _shown(_on_canvas(image, content, frame)), elapsed
         elapsed += _played(int.from_bytes(frame[12:15], "little"))
         place = content.find(b"ANMF", place + 4)
+
+
+def _on_canvas(image: Image.Image, content: bytes, frame: bytes) -> Image.Image:
+    """The frame at its place on an empty canvas of the size in the VP8X chunk."""
+    width, height, left, top = (
+        int.from_bytes(data, "little") for data in (content[24:27], content[27:30], frame[:3], frame[3:6])
+    )
+    if width * height > 1 << 22:  # damage can make it huge
+        return image
+    canvas = Image.new("RGBA", (width + 1, height + 1))
+    canvas.paste(image.convert("RGBA"), (2 * left, 2 * top))
+    return canvas
 
 
 def _plain_pictures(path: str) -> Shown:

@@ -29,7 +29,10 @@ class InitConfig:
 
     weights: str | None = None
     """URI of a weights folder written by save_pretrained or jobs/export.py. Excludes `backbone`."""
-    preset: Literal["tiny", "9b", "tiny-qwen", "qwen2.5-7b", "tiny-pdrop", "9b-pdrop"] | None = None
+    preset: (
+        Literal["tiny", "9b", "tiny-qwen", "qwen2.5-7b", "tiny-pdrop", "9b-pdrop", "tiny-importance", "9b-importance"]
+        | None
+    ) = None
     """Model sizes. If `weights` are given too, both must match; a dry run then needs no weights."""
     seed: int = 0
     backbone: str | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -217,11 +217,10 @@ def test_an_upload_is_encoded_by_both_towers(setup: Setup) -> None:
 
 
 async def answer(weights: str, video: FeatureReference) -> str:
-    async def fetch(reference: FeatureReference) -> np.ndarray:
-        array: np.ndarray = reference.ref
-        return array
+    async def read(reference: FeatureReference) -> AsyncGenerator[np.ndarray]:
+        yield reference.ref
 
-    service = EngineService(weights, EngineServiceConfig(), fetch)
+    service = EngineService(weights, EngineServiceConfig(), read)
     request = GenerateRequest(
         tenant="a",
         turns=(ChatTurn(role="user", text="What?", media=(video,)),),

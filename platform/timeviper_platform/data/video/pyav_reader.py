@@ -441,8 +441,9 @@ class PyAVReader:
                     if frame.is_corrupt:
                         self._note_damage()
                     self._mark(pts)
-                    last = pts if last is None else max(last, pts)
-                    yield last, frame
+                    if last is None or pts >= last:  # players drop a frame that comes too late
+                        last = pts
+                        yield pts, frame
 
     # -- container and decoder ---------------------------------------------------------------------------------------
 

@@ -83,6 +83,10 @@ class MediaFeed:
                 message = "the video's features were lost, try again"
                 self._fail(Refusal(status=503, message=message, code="features_lost"))
                 return
+            except Exception:  # the request would wait for ever
+                logger.exception("features cannot be read")
+                self._fail(Refusal(status=500, message="the video's features cannot be read", code="internal_error"))
+                return
         if counts == expected:
             self._is_complete = True
             self.outcome.set_result(None)

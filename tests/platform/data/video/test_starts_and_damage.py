@@ -168,3 +168,14 @@ def test_damage_is_filled_as_by_plain_decoding_though_frames_are_skipped(tmp_pat
         path.write_bytes(content)
         batch = open_video(str(path), IMAGE_SIZE).sample([Fraction(k, 2) for k in range(6)])
         assert not_in(batch, plain_decode(str(path))) == []
+
+
+def test_a_frame_whose_time_lies_before_the_last_ones_does_not_replace_it() -> None:
+    target = io.BytesIO()
+    make_video(target, range(24), time_base=Fraction(1, 8), format="webm", codec="libvpx-vp9")
+    sound = target.getvalue()
+    block = b"\x81" + (1125).to_bytes(2, "big")
+    late = sound.replace(block, b"\x81" + (101).to_bytes(2, "big"))
+    assert (sound.count(block), len(late)) == (1, len(sound))
+    expected, found = (read_frames(film, image_size=32, fps=Fraction(2)) for film in (sound, late))
+    assert np.array_equal(found.frames, expected.frames)

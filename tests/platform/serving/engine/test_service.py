@@ -274,7 +274,7 @@ def test_beyond_slots_and_queue_callers_get_429(weights: Path) -> None:
 
 
 def test_impossible_requests_are_refused(weights: Path) -> None:
-    lost = replace(video(), ref=None)
+    lost, unreadable = replace(video(), ref=None), replace(video(), ref="no array")
 
     async def scenario(service: EngineService) -> list[Refusal]:
         two_users = (ChatTurn(role="user", text="a"), ChatTurn(role="user", text="b"))
@@ -282,6 +282,7 @@ def test_impossible_requests_are_refused(weights: Path) -> None:
             request("x" * 200),
             request(turns=two_users),
             request(media=(lost,)),
+            request(media=(unreadable,)),
         ]
         return [refusal_of(await collect(service, one)) for one in submitted]
 
@@ -290,6 +291,7 @@ def test_impossible_requests_are_refused(weights: Path) -> None:
         (400, "context_length_exceeded"),
         (400, "invalid_value"),
         (503, "features_lost"),
+        (500, "internal_error"),
     ]
 
 
