@@ -175,7 +175,7 @@ def test_unknown_rows_and_unusable_plans_are_named(capsys: pytest.CaptureFixture
     assert "there are no rows all; there are none, attention, uniform, td, pdrop" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1800)
 def test_the_job_runs_missing_rows_and_writes_the_table(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ["--quick", "--folder", str(tmp_path), "--rows"]

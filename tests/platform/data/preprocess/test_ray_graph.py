@@ -79,6 +79,7 @@ def test_a_run_on_ray_gives_the_same_bytes_and_a_second_run_does_nothing(
 
 
 @pytest.mark.cluster
+@pytest.mark.slow
 def test_the_exported_counter_of_frames_is_the_reports(corpus: Path, tmp_path: Path, ray_address: str) -> None:
     """In a process of its own, as the counters of one that has connected often are multiplied."""
     import ray
