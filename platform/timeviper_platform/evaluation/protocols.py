@@ -15,7 +15,7 @@ without_video   the question alone
 PAPER_MAX_FRAMES = 256
 FRAME_MULTIPLE = 4
 PAPER_MIN_FRAMES = 32
-"""Fewer frames are sampled anew, by `sampling.min_frames` of preprocessing."""
+"""Fewer frames are sampled again, by `sampling.min_frames` of preprocessing."""
 
 
 def protocol_frames(

@@ -43,7 +43,7 @@ class NodeLog:
         for node in nodes.keys() - self._known.keys():
             logger.info("node %s joined: %s", nodes[node], _count(nodes))
         for node in self._known.keys() - nodes.keys():
-            logger.warning("lost node %s: %s left; its unfinished work starts anew", self._known[node], _count(nodes))
+            logger.warning("lost node %s: %s left; its unfinished work starts again", self._known[node], _count(nodes))
         self._known = nodes
 
 

@@ -46,7 +46,7 @@ def test_nodes_that_join_and_leave_are_a_line_each(
             time.sleep(0.01)
     assert [record.getMessage() for record in caplog.records] == [
         "node 10.0.0.2 joined: 2 nodes",
-        "lost node 10.0.0.1: 1 node left; its unfinished work starts anew",
+        "lost node 10.0.0.1: 1 node left; its unfinished work starts again",
     ]
 
 
