@@ -28,10 +28,11 @@ def bytes_of(path: Path) -> MediaBytes:
     return MediaBytes(data=data, sha256=hashlib.sha256(data).hexdigest(), modality="video")
 
 
-def decode_process() -> psutil.Process:
-    """The sandbox's spare process."""
-    (process,) = (child for child in psutil.Process().children() if "video_worker" in " ".join(child.cmdline()))
-    return process
+async def decode_process(sandbox: DecodeSandbox) -> psutil.Process:
+    """The spare process. Other tests in this process may have decode processes of their own."""
+    await sandbox.start()
+    assert sandbox._spare is not None
+    return psutil.Process((await sandbox._spare).process.pid)
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,7 @@ def test_a_killed_decode_process_ends_a_medium_after_its_first_frames(tmp_path: 
     media = bytes_of(write_video(tmp_path / "a.mp4", seconds=400, fps=1))
 
     async def scenario(sandbox: DecodeSandbox) -> list[Any]:
-        await sandbox.start()
-        process, found = decode_process(), []
+        process, found = await decode_process(sandbox), []
         async with aclosing(sandbox.blocks(media, fps=1.0, max_frames=1000)) as items:
             async for item in items:
                 found.append(item)
@@ -174,8 +174,7 @@ def test_a_killed_decode_process_is_a_refusal_and_the_next_one_works(tmp_path: P
     media = bytes_of(write_video(tmp_path / "a.mp4"))
 
     async def scenario(sandbox: DecodeSandbox) -> tuple[Any, Any]:
-        await sandbox.start()
-        decode_process().kill()
+        (await decode_process(sandbox)).kill()
         return (
             await decode(sandbox, media, max_frames=4),
             await decode(sandbox, media, max_frames=4),
@@ -192,8 +191,7 @@ def test_decode_processes_get_no_secrets_from_the_environment(tmp_path: Path, mo
         monkeypatch.setenv(name, "x")
 
     async def scenario(sandbox: DecodeSandbox) -> tuple[bytes, Path, str, bool]:
-        await sandbox.start()
-        process = decode_process()
+        process = await decode_process(sandbox)
         assert sandbox._spare is not None
         has_network = (await sandbox._spare).process.has_network
         interfaces = Path(f"/proc/{process.pid}/net/dev").read_text()
