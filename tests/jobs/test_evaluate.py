@@ -50,6 +50,7 @@ def test_a_wrong_key_ends_with_its_path_before_ray_starts(capsys: pytest.Capture
     assert "answering.max_framez" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_a_benchmark_is_answered_on_ray_and_scored_again(
     tmp_path: Path, ray_address: str, capsys: pytest.CaptureFixture[str]

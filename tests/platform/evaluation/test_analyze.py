@@ -246,6 +246,7 @@ def test_queries_are_spread_and_end_with_the_last_token() -> None:
     assert spread(3, 9, torch.device("cpu")).tolist() == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_the_job_writes_numbers_and_pictures_that_parse(known: KnownAnswers, tmp_path: Path) -> None:
     main = runpy.run_path(str(ROOT / "jobs" / "analyze.py"))["main"]
     config = ROOT / "ray_configs" / "tiny" / "analyze.yaml"

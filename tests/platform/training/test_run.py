@@ -263,6 +263,7 @@ def test_only_the_newest_checkpoints_are_kept(corpus: Corpus) -> None:
     assert sorted(path.name for path in Path(folder).glob("step-*")) == ["step-00000002", "step-00000003"]
 
 
+@pytest.mark.slow
 def test_bfloat16_learns_and_exports_its_float32_masters(corpus: Corpus, finished: TrainConfig) -> None:
     values = train_values(corpus, name="bfloat16", dtype="bfloat16", activation_checkpointing=True)
     config = parse_config(TrainConfig, values)
@@ -353,6 +354,7 @@ def test_zero_stages_agree_and_export_the_same(
     expect_same_run(runs_by_stage(stage), finished)
 
 
+@pytest.mark.slow
 def test_an_offloaded_optimizer_trains_the_same(corpus: Corpus, finished: TrainConfig) -> None:
     config = train_config(corpus, name="offload", zero={"stage": 2, "offload_optimizer": True})
     train_local(config)

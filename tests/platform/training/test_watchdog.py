@@ -37,7 +37,7 @@ with Watchdog(float(sys.argv[4])) as watchdog:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("stopped", "no sign of life from rank 1: the process is stopped"),
+        pytest.param("stopped", "no sign of life from rank 1: the process is stopped", marks=pytest.mark.slow),
         ("asleep", "the others wait for rank 1 at step 3, reading"),
     ],
 )
