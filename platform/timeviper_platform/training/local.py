@@ -78,7 +78,15 @@ def process_group(*, use_gpu: bool) -> Iterator[torch.device]:
         try:
             yield device
         finally:
-            dist.destroy_process_group()
+            _destroy_group()
+
+
+def _destroy_group() -> None:
+    comm = sys.modules.get("deepspeed.comm")
+    if comm is not None and comm.is_initialized():
+        comm.destroy_process_group()  # DeepSpeed keeps groups of its own, and would use them in the next one
+    else:
+        dist.destroy_process_group()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -35,7 +35,7 @@ from timeviper_platform.evaluation.run import EvaluateConfig, run_evaluation
 from timeviper_platform.evaluation.scoring.intervals import interval_by_video, mean_of
 from timeviper_platform.training.config import TrainConfig
 from timeviper_platform.training.interrupts import StoppedError
-from timeviper_platform.training.local import process_group, train_local
+from timeviper_platform.training.local import train_local
 
 logger = logging.getLogger(__name__)
 
@@ -164,10 +164,9 @@ def run_one_site(options: argparse.Namespace) -> JobResult:
     """Runs what is missing, seed by seed; writes and reports the table."""
     study, rows, seeds = _plan(options)
     try:
-        with process_group(use_gpu=False):  # one for all rows: DeepSpeed keeps the first
-            for seed, row in itertools.product(seeds, rows):
-                if read_row(study, row, seed) is None:
-                    do_row(study, row, seed)
+        for seed, row in itertools.product(seeds, rows):
+            if read_row(study, row, seed) is None:
+                do_row(study, row, seed)
     except StoppedError as error:
         raise JobError(f"{error}; run the same command to go on", exit_code=128 + signal.SIGTERM) from error
     table = format_table(study, rows, seeds)

@@ -144,7 +144,7 @@ def test_the_number_of_media_fills_the_requested_seconds(tmp_path: Path) -> None
     assert len(list((tmp_path / "images").iterdir())) == 40  # 0.2 s at 200 images/s
     (tmp_path / "images" / "bad.jpg").write_text("no image")
     execution = preprocess_benchmark.executions(2)["fused"]
-    with pytest.raises(RuntimeError, match=r"1 of the 41 images were rejected: {'probe': "):
+    with pytest.raises(RuntimeError, match=r"images: 41 planned = 40 ok \+ 0 partial \+ 1 rejected: {'probe': "):
         preprocess_benchmark.media_rate(tmp_path, tmp_path / "images", encoder, execution, run_in_process)
 
 

@@ -48,6 +48,7 @@ PACKAGES = (
     "av==15.1.0",
     "chardet==7.7.0",
     "DataProperty==1.1.1",
+    "colorama==0.4.6",
     "datasets==5.2.0",
     "dill==0.4.1",
     "evaluate==0.4.6",
