@@ -32,6 +32,7 @@ from timeviper_platform.common.config import load_config
 from timeviper_platform.common.job import JobParser, JobResult, run_job
 from timeviper_platform.serving.app import ServeConfig, build_application, resolve_paths
 from timeviper_platform.serving.gateway.connections import CALLBACK_VARIABLE, environment
+from timeviper_platform.serving.limits import DeploymentName
 from timeviper_platform.serving.status import RUNNING, failure_causes, wait_for_application
 
 logger = logging.getLogger("serve")
@@ -57,6 +58,14 @@ class HttpOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DeploymentEntry:
+    name: DeploymentName
+    """The deployment."""
+    user_config: dict[str, Any] = field(default_factory=dict)
+    """Limits over those of `args`, which `serve deploy` changes without new replicas."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ApplicationEntry:
     args: ServeConfig
     """Configuration of the application."""
@@ -68,6 +77,8 @@ class ApplicationEntry:
     """URL path of the application."""
     runtime_env: dict[str, Any] = field(default_factory=dict)
     """Ray's runtime environment of the replicas."""
+    deployments: list[DeploymentEntry] = field(default_factory=list)
+    """Limits by deployment."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,7 +188,9 @@ def _serve(file: ServeFile, entry: ApplicationEntry, port: int, stop: threading.
         },  # for its proxies
     )
     try:
-        application = build_application(resolve_paths(entry.args, Path.cwd()))
+        application = build_application(
+            resolve_paths(entry.args, Path.cwd()), {limits.name: limits.user_config for limits in entry.deployments}
+        )
         try:
             serve.run(application, name=entry.name, route_prefix=entry.route_prefix)
         except RuntimeError as error:  # Serve names the failed deployments; the causes are in their status

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,7 +27,8 @@ from timeviper_platform.serving.engine.service import EngineService, EngineServi
 from timeviper_platform.serving.features.blocks import BlockBoard, read_blocks
 from timeviper_platform.serving.features.service import FeatureService, FeatureServiceConfig
 from timeviper_platform.serving.gateway.config import GatewayConfig
-from timeviper_platform.serving.gateway_replica import GatewayReplica
+from timeviper_platform.serving.gateway_replica import GatewayReplica, check_max_tokens
+from timeviper_platform.serving.limits import IN_PLACE, DeploymentName, Limits, limits_text, with_limits
 from timeviper_platform.serving.messages import FeatureReference, FeatureStream, Refusal
 
 logger = logging.getLogger(__name__)
@@ -66,10 +67,7 @@ class ServeConfig:
     def __post_init__(self) -> None:
         if self.deployments.gateway.autoscaling.min_replicas < 1:
             raise ValueError("deployments.gateway.autoscaling.min_replicas must be at least 1 to accept requests")
-        if self.gateway.max_tokens > self.engine.engine.max_new_tokens:
-            raise ValueError(
-                f"{self.gateway.max_tokens = } exceeds {self.engine.engine.max_new_tokens = }; lower the first"
-            )
+        check_max_tokens(self.gateway, self.engine.engine.max_new_tokens)
 
 
 class FeatureReplica(FeatureService):
@@ -77,8 +75,14 @@ class FeatureReplica(FeatureService):
 
     async def __init__(self, weights: str, config: FeatureServiceConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         setup_logging()
+        self._limits = Limits("features", config)
         super().__init__(weights, config, ray.put, None if config.encoder is None else RayBlockWriter())
         await self.start()
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """See `Limits.reconfigure`."""
+        if self._limits.reconfigure(user_config):
+            self.set_limits(self._limits.config)
 
     async def __del__(self) -> None:
         if hasattr(self, "_sandbox"):  # construction may have failed
@@ -91,7 +95,13 @@ class EngineReplica(EngineService):
     def __init__(self, weights: str, config: EngineServiceConfig) -> None:
         setup_logging()
         self._metrics = RayMetrics("timeviper_engine_", module=serve_metrics)
+        self._limits = Limits("engine", config)
         super().__init__(weights, config, read_features, partial(self._metrics.observe, "first_token_seconds"))
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """See `Limits.reconfigure`."""
+        if self._limits.reconfigure(user_config):
+            self.set_limits(self._limits.config)
 
     async def check_health(self) -> None:  # type: ignore[override]  # Serve takes both kinds
         """Also sends metrics, because Ray Serve calls this every few seconds."""
@@ -113,9 +123,18 @@ def build(args: dict[str, Any]) -> Any:
     return build_application(parse_config(ServeConfig, args, source="args"))
 
 
-def build_application(config: ServeConfig) -> Any:
-    for name in ("gateway", "features", "engine"):
-        logger.info("limits of %s: %s", name, limits_text(getattr(config, name)))
+def build_application(
+    config: ServeConfig, user_configs: Mapping[DeploymentName, Mapping[str, Any]] | None = None
+) -> Any:
+    """Builds the application. `user_configs` are those of the deployments in a Serve configuration file.
+
+    Raises:
+        ValueError: for an invalid one.
+    """
+    user_configs = user_configs or {}
+    for name in IN_PLACE:
+        limits = with_limits(getattr(config, name), user_configs.get(name, {}), name)
+        logger.info("limits of %s: %s", name, limits_text(limits))
     deployments, engine = config.deployments, config.engine.engine
     feature_options = deployments.features.options(
         capacity=FEATURE_QUEUE, served_at_once=config.features.sandbox.num_workers
@@ -124,28 +143,20 @@ def build_application(config: ServeConfig) -> Any:
         capacity=engine.num_slots + engine.max_queued_requests, served_at_once=engine.num_slots, has_sessions=True
     )
     gateway_options = deployments.gateway.options(capacity=MAX_GATEWAY_REQUESTS, served_at_once=GATEWAY_TARGET)
-    features = serve.deployment(name="features", **feature_options)(FeatureReplica)
-    engines = serve.deployment(name="engine", **engine_options)(EngineReplica)
-    gateway = serve.deployment(name="gateway", **gateway_options)(GatewayReplica)
+
+    def deployment(name: DeploymentName, options: dict[str, Any], replica: type) -> Any:
+        # never None: when a file no longer has a user_config, replicas go back to their args
+        return serve.deployment(name=name, user_config=dict(user_configs.get(name, {})), **options)(replica)
+
+    features = deployment("features", feature_options, FeatureReplica)
+    engines = deployment("engine", engine_options, EngineReplica)
+    gateway = deployment("gateway", gateway_options, GatewayReplica)
     return gateway.bind(
         config.gateway,
+        config.engine.engine.max_new_tokens,
         features.bind(config.weights, config.features),
         engines.bind(config.weights, config.engine),
     )
-
-
-def limits_text(config: object) -> str:
-    """Returns all numbers of a configuration as `key = value, section.key = value`."""
-    texts = []
-    for entry in dataclasses.fields(config):  # type: ignore[arg-type]  # a dataclass
-        value = getattr(config, entry.name)
-        if dataclasses.is_dataclass(value):
-            texts += [f"{entry.name}.{text}" for text in limits_text(value).split(", ") if text]
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            texts.append(f"{entry.name} = {value}")
-        elif value is None and entry.name.startswith("max_"):
-            texts.append(f"{entry.name} = none")
-    return ", ".join(texts)
 
 
 def resolve_paths(config: ServeConfig, root: Path) -> ServeConfig:

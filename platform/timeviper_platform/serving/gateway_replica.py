@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncGenerator, Callable
+from functools import partial
 from typing import Any
 
 from ray import serve
@@ -19,6 +20,7 @@ from timeviper_platform.common.metrics import RayMetrics
 from timeviper_platform.serving.gateway.config import HAPROXY_VARIABLE, GatewayConfig
 from timeviper_platform.serving.gateway.middleware import GatewayMetrics
 from timeviper_platform.serving.gateway.routes import create_app
+from timeviper_platform.serving.limits import Limits
 from timeviper_platform.serving.messages import (
     AnswerDelta,
     FeatureProgress,
@@ -139,8 +141,10 @@ class ServiceHandle:
 
 @serve.ingress()
 class GatewayReplica:
-    def __init__(self, config: GatewayConfig, features: Any, engine: Any) -> None:
+    def __init__(self, config: GatewayConfig, max_new_tokens: int, features: Any, engine: Any) -> None:
+        """`max_new_tokens` is the engine's limit for an answer."""
         setup_logging()
+        self._limits = Limits("gateway", config, check=partial(check_max_tokens, max_new_tokens=max_new_tokens))
         if os.environ.get(HAPROXY_VARIABLE) == "1":
             config.require_keys(
                 f"behind HAProxy ({HAPROXY_VARIABLE}=1), which hides whether a client is on this machine"
@@ -152,5 +156,19 @@ class GatewayReplica:
             GatewayMetrics(RayMetrics("timeviper_gateway_", module=serve_metrics)),
         )
 
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """See `Limits.reconfigure`."""
+        if self._limits.reconfigure(user_config):
+            self._app.state.current.config = self._limits.config
+
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._app
+
+
+def check_max_tokens(config: GatewayConfig, max_new_tokens: int) -> None:
+    """Raises ValueError when requests may ask for longer answers than the engine gives."""
+    if config.max_tokens > max_new_tokens:
+        raise ValueError(
+            f"gateway.max_tokens = {config.max_tokens} exceeds engine.engine.max_new_tokens = {max_new_tokens}; lower"
+            " the first"
+        )

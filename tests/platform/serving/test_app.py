@@ -324,7 +324,7 @@ def test_a_tenants_questions_about_one_video_are_one_session() -> None:
     assert first == more
     assert len({first, other, another_tenant}) == 3
     assert text is None
-    options = build(args_of(FILES[1]))._bound_deployment.init_args[2]._bound_deployment._deployment_config
+    options = build(args_of(FILES[1]))._bound_deployment.init_args[3]._bound_deployment._deployment_config
     assert "ConsistentHashRouter" in str(options.request_router_config.request_router_class)
 
 

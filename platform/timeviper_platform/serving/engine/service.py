@@ -108,6 +108,11 @@ class EngineService:
         self._ongoing = 0
         logger.info("serving %s with %d slots", weights, config.engine.num_slots)
 
+    def set_limits(self, config: EngineServiceConfig) -> None:
+        """Applies another queue and `coalesce_ms` to later requests. All else must be as at the start."""
+        self._config = config
+        self._engine.config = config.engine
+
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[AnswerDelta | Refusal]:
         """Yields deltas; a Refusal is last. Closing the generator frees the slots."""
         limits = self._config.engine

@@ -147,6 +147,10 @@ class FeatureService:
         if self._sandbox is not None:
             await self._sandbox.start()
 
+    def set_limits(self, config: FeatureServiceConfig) -> None:
+        """Applies other limits to later requests. All else must be as at the start."""
+        self._config = config
+
     async def features(
         self, source: MediaSource, *, fps: float | None = None, max_frames: int | None = None, whole: bool = True
     ) -> FeatureReference | Refusal:

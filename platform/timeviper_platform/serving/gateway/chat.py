@@ -24,7 +24,7 @@ from timeviper_platform.serving.gateway.chat_request import (
     ResponseFormat,
     TextPart,
 )
-from timeviper_platform.serving.gateway.config import GatewayConfig
+from timeviper_platform.serving.gateway.config import CurrentConfig, GatewayConfig
 from timeviper_platform.serving.gateway.openai_protocol import ApiError
 from timeviper_platform.serving.gateway.remote import FILE, HTTPS, Addresses
 from timeviper_platform.serving.gateway.uploads import DATA_SCHEME, MediaStore, no_such_file, parse_data_uri
@@ -73,11 +73,15 @@ class _Message:
 
 
 class ChatPreparation:
-    def __init__(self, config: GatewayConfig, features: FeatureClient, store: MediaStore) -> None:
-        self._config = config
+    def __init__(self, current: CurrentConfig, features: FeatureClient, store: MediaStore) -> None:
+        self._current = current
         self._features = features
         self._store = store
-        self._addresses = Addresses(config, store)
+        self._addresses = Addresses(current.config, store)
+
+    @property
+    def _config(self) -> GatewayConfig:
+        return self._current.config
 
     async def prepare(
         self,

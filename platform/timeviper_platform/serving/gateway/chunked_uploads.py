@@ -7,7 +7,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import IO, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -51,15 +51,15 @@ class CompleteRequest(_Lenient):
 class ChunkedUploads:
     """Uploads that are not complete, in a folder each below their tenant's."""
 
-    def __init__(self, root: str, store: MediaStore, max_bytes: int) -> None:
+    def __init__(self, root: str, store: MediaStore, max_bytes: Callable[[], int]) -> None:
         self._root = root
         self._store = store
         self._max_bytes = max_bytes
 
     def create(self, tenant: str, request: UploadRequest) -> dict[str, Any]:
         """Raises ApiError 413 for a file over the limit."""
-        if request.num_bytes > self._max_bytes:
-            text = f"the file has {request.num_bytes} bytes, the limit is {self._max_bytes}"
+        if request.num_bytes > (limit := self._max_bytes()):
+            text = f"the file has {request.num_bytes} bytes, the limit is {limit}"
             raise ApiError(413, text, code="too_large", param="bytes")
         now = int(time.time())
         upload: dict[str, Any] = {

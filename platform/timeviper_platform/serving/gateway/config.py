@@ -187,3 +187,10 @@ class GatewayConfig:
                 f"gateway: no API keys are configured {where}; set gateway.api_keys or"
                 " gateway.api_keys_file, or gateway.allow_anonymous: true to answer anyone"
             )
+
+
+@dataclass(slots=True)
+class CurrentConfig:
+    """The gateway's configuration, in which limits and keys may change while it runs."""
+
+    config: GatewayConfig

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 
 from timeviper_platform.serving.gateway.chat_request import ChatCompletionRequest, chat_request
-from timeviper_platform.serving.gateway.config import ApiKey, GatewayConfig
+from timeviper_platform.serving.gateway.config import ApiKey, CurrentConfig, GatewayConfig
 from timeviper_platform.serving.gateway.openai_protocol import ApiError
 from timeviper_platform.serving.gateway.uploads import DATA_SCHEME
 from timeviper_platform.serving.jobs.job_store import Job, JobState, JobStore
@@ -44,13 +44,17 @@ class AnswerChat(Protocol):
 
 class Jobs:
     def __init__(
-        self, config: GatewayConfig, answer: AnswerChat, find_key: Callable[[str | None], ApiKey | None]
+        self, current: CurrentConfig, answer: AnswerChat, find_key: Callable[[str | None], ApiKey | None]
     ) -> None:
-        self._config = config
+        self._current = current
         self._answer_chat = answer
         self._find_key = find_key
-        self._store = JobStore(config.media_root)
-        self.runner = JobRunner(self._store, self._answer, max_running=config.max_running_jobs)
+        self._store = JobStore(current.config.media_root)
+        self.runner = JobRunner(self._store, self._answer, max_running=current.config.max_running_jobs)
+
+    @property
+    def _config(self) -> GatewayConfig:
+        return self._current.config
 
     async def create(self, new: NewJob, tenant: str, key: ApiKey | None) -> Response:
         """Returns 202 with the job.

@@ -15,7 +15,7 @@ import yaml
 
 from timeviper_platform.common.config import parse_config
 from timeviper_platform.common.storage import read_bytes, shown_uri
-from timeviper_platform.serving.gateway.config import ApiKey, GatewayConfig, KeyFile
+from timeviper_platform.serving.gateway.config import ApiKey, CurrentConfig, KeyFile
 from timeviper_platform.serving.gateway.openai_protocol import ApiError
 
 logger = logging.getLogger(__name__)
@@ -26,14 +26,14 @@ MINUTE_S = 60.0
 
 
 class KeyRing:
-    """The accepted keys. Those of the file may change while the server runs."""
+    """The accepted keys. They may change while the server runs."""
 
-    def __init__(self, config: GatewayConfig) -> None:
+    def __init__(self, current: CurrentConfig) -> None:
         """Raises ValueError for a file that is not a list of keys, OSError for one that cannot be read."""
-        self._fixed = config.api_keys
-        self._uri = config.api_keys_file
+        self._current = current
+        self._uri = current.config.api_keys_file
         self._content = b"" if self._uri is None else read_bytes(self._uri)
-        self._keys = self._fixed if self._uri is None else (*self._fixed, *self._parsed(self._content))
+        self._of_file = () if self._uri is None else self._parsed(self._content)
         self._due = time.monotonic() + REFRESH_S
 
     def find(self, key: str) -> ApiKey | None:
@@ -46,6 +46,10 @@ class KeyRing:
         """Returns the key with this hash, if it is still accepted."""
         return next((entry for entry in self._keys if entry.sha256 == sha256), None)
 
+    @property
+    def _keys(self) -> tuple[ApiKey, ...]:
+        return (*self._current.config.api_keys, *self._of_file)
+
     async def refresh(self) -> None:
         """Reads the file again when it is due. A file that is away or invalid leaves the keys as they are."""
         if self._uri is None or time.monotonic() < self._due:
@@ -54,9 +58,8 @@ class KeyRing:
         try:
             content = await asyncio.to_thread(read_bytes, self._uri)
             if content != self._content:
-                keys = self._parsed(content)
-                self._keys, self._content = (*self._fixed, *keys), content
-                logger.info("%s: %d keys", shown_uri(self._uri), len(keys))
+                self._of_file, self._content = self._parsed(content), content
+                logger.info("%s: %d keys", shown_uri(self._uri), len(self._of_file))
         except (OSError, ValueError) as error:
             logger.error("%s: the API keys stay as they are: %s", shown_uri(self._uri), type(error).__name__)
 

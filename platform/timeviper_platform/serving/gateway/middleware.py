@@ -22,7 +22,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from timeviper_platform.common.metrics import prometheus_metrics
-from timeviper_platform.serving.gateway.config import ApiKey, GatewayConfig
+from timeviper_platform.serving.gateway.config import ApiKey, CurrentConfig, GatewayConfig
 from timeviper_platform.serving.gateway.connections import MAX_REQUEST_ID
 from timeviper_platform.serving.gateway.keys import KeyRing, Quotas
 from timeviper_platform.serving.gateway.openai_protocol import ApiError
@@ -86,13 +86,17 @@ class RequestGuard:
     """Authenticates, limits, counts and logs requests; answers 500 to unexpected errors."""
 
     def __init__(
-        self, app: ASGIApp, *, config: GatewayConfig, keys: KeyRing, quotas: Quotas, metrics: GatewayMetrics
+        self, app: ASGIApp, *, current: CurrentConfig, keys: KeyRing, quotas: Quotas, metrics: GatewayMetrics
     ) -> None:
         self._app = app
-        self._config = config
+        self._current = current
         self._keys = keys
         self._quotas = quotas
         self._metrics = metrics
+
+    @property
+    def _config(self) -> GatewayConfig:
+        return self._current.config
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

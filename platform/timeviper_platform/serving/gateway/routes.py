@@ -18,7 +18,6 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.types import ASGIApp
 
 from timeviper_platform.serving.gateway.byte_ranges import content_response
 from timeviper_platform.serving.gateway.chat import FEATURE_SCHEME, ChatPreparation
@@ -31,7 +30,7 @@ from timeviper_platform.serving.gateway.chat_request import (
     validated,
 )
 from timeviper_platform.serving.gateway.chunked_uploads import ChunkedUploads, CompleteRequest, UploadRequest
-from timeviper_platform.serving.gateway.config import ApiKey, GatewayConfig
+from timeviper_platform.serving.gateway.config import ApiKey, CurrentConfig, GatewayConfig
 from timeviper_platform.serving.gateway.janitor import DAY_S, keep_clean
 from timeviper_platform.serving.gateway.job_routes import Jobs, NewJob
 from timeviper_platform.serving.gateway.keys import KeyRing, Quotas
@@ -87,10 +86,12 @@ _CONTENT_TYPE = "text/event-stream; charset=utf-8"
 
 def create_app(
     config: GatewayConfig, features: FeatureClient, engine: EngineClient, metrics: GatewayMetrics | None = None
-) -> ASGIApp:
+) -> FastAPI:
+    """Builds the application. Limits and keys may change: assign another `state.current.config`."""
     metrics = metrics or GatewayMetrics()
-    keys, quotas = KeyRing(config), Quotas()
-    gateway = _Gateway(config, features, engine, metrics, quotas, keys)
+    current = CurrentConfig(config)
+    keys, quotas = KeyRing(current), Quotas()
+    gateway = _Gateway(current, features, engine, metrics, quotas, keys)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -143,7 +144,8 @@ def create_app(
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["Authorization", "Content-Type"],
         )
-    api.add_middleware(RequestGuard, config=config, keys=keys, quotas=quotas, metrics=metrics)
+    api.state.current = current
+    api.add_middleware(RequestGuard, current=current, keys=keys, quotas=quotas, metrics=metrics)
     return api
 
 
@@ -176,25 +178,30 @@ class _Running(NamedTuple):
 class _Gateway:
     def __init__(
         self,
-        config: GatewayConfig,
+        current: CurrentConfig,
         features: FeatureClient,
         engine: EngineClient,
         metrics: GatewayMetrics,
         quotas: Quotas,
         keys: KeyRing,
     ) -> None:
-        self._config = config
+        self._current = current
         self._metrics = metrics
         self._quotas = quotas
         self._features = features
         self._engine = engine
-        self.store = MediaStore(config.media_root)
-        self._uploads = ChunkedUploads(config.media_root, self.store, config.max_upload_bytes)
-        self._preparation = ChatPreparation(config, features, self.store)
-        self.jobs = Jobs(config, self._answer_for_job, keys.of_hash)
+        root = current.config.media_root
+        self.store = MediaStore(root)
+        self._uploads = ChunkedUploads(root, self.store, lambda: current.config.max_upload_bytes)
+        self._preparation = ChatPreparation(current, features, self.store)
+        self.jobs = Jobs(current, self._answer_for_job, keys.of_hash)
         self._created = int(time.time())
         self._parser = ThreadPoolExecutor(max_workers=1, thread_name_prefix="parse")
         """One, so that many large bodies are not in memory as Python objects at once."""
+
+    @property
+    def _config(self) -> GatewayConfig:
+        return self._current.config
 
     async def live(self) -> dict[str, str]:
         return {"status": "live"}
@@ -424,7 +431,12 @@ class _Gateway:
             raise ApiError(404, f"unknown model; use {name!r}", code="model_not_found", param="model")
 
     def _model(self) -> dict[str, Any]:
-        return {"id": self._config.model_name, "object": "model", "created": self._created, "owned_by": "timeviper"}
+        return {
+            "id": self._config.model_name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "timeviper",
+        }
 
 
 @contextlib.asynccontextmanager

@@ -273,6 +273,25 @@ def test_beyond_slots_and_queue_callers_get_429(weights: Path) -> None:
     assert text_of(served)
 
 
+def test_another_queue_counts_for_the_next_caller(weights: Path) -> None:
+    limits = EngineConfig(num_slots=1, max_queued_requests=0)
+
+    async def scenario(service: EngineService) -> list[list[Any]]:
+        busy = service.generate(request(max_new_tokens=500, temperature=1.0))
+        await anext(busy)
+        answers = [await collect(service, request())]
+        service.set_limits(EngineServiceConfig(engine=replace(limits, max_queued_requests=1)))
+        waiting = asyncio.create_task(collect(service, request()))
+        await asyncio.sleep(0.1)
+        answers.append(await collect(service, request()))
+        await busy.aclose()
+        return [*answers, await waiting]
+
+    refused, also_refused, served = run(weights, scenario, engine=limits)
+    assert [refusal_of(items).status for items in (refused, also_refused)] == [429, 429]
+    assert text_of(served)
+
+
 def test_impossible_requests_are_refused(weights: Path) -> None:
     lost, unreadable = replace(video(), ref=None), replace(video(), ref="no array")
 

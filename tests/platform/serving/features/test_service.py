@@ -244,6 +244,15 @@ def test_stored_features_are_thinned_to_the_lower_of_both_limits(folders: Servin
     assert run(service_of(folders, max_frames=24), scenario) == [24, 3, 24, 10, 24]
 
 
+def test_other_limits_count_for_the_next_request(folders: ServingFolders) -> None:
+    async def scenario(service: FeatureService) -> list[int]:
+        before = await service.features(stored())
+        service.set_limits(FeatureServiceConfig(feature_store=folders.store, encoder=folders.encoder, max_frames=3))
+        return [found.num_frames for found in (before, await service.features(stored()))]  # type: ignore[union-attr]
+
+    assert run(service_of(folders, max_frames=24), scenario) == [24, 3]
+
+
 def test_stored_features_are_returned_bit_for_bit(folders: ServingFolders) -> None:
     reference = run(service_of(folders), lambda service: service.features(stored()))
     expected = FeatureStore.open(folders.store).read("film")

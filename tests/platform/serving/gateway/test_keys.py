@@ -12,7 +12,7 @@ import yaml
 
 from reference.synthetic_gateway import MP4, PNG, Server, check_error, video
 from timeviper_platform.serving.gateway import keys
-from timeviper_platform.serving.gateway.config import ApiKey, GatewayConfig, Quota
+from timeviper_platform.serving.gateway.config import ApiKey, CurrentConfig, GatewayConfig, Quota
 from timeviper_platform.serving.gateway.keys import KeyRing
 
 
@@ -65,9 +65,9 @@ def test_a_file_that_is_no_list_of_keys_stops_the_start(tmp_path: Path) -> None:
     path = tmp_path / "keys.yaml"
     path.write_text("keys: [{tenant: x, sha: 3}]")
     with pytest.raises(ValueError, match="sha256"):
-        KeyRing(GatewayConfig(api_keys_file=str(path)))
+        KeyRing(CurrentConfig(GatewayConfig(api_keys_file=str(path))))
     with pytest.raises(OSError, match="none"):
-        KeyRing(GatewayConfig(api_keys_file=str(tmp_path / "none")))
+        KeyRing(CurrentConfig(GatewayConfig(api_keys_file=str(tmp_path / "none"))))
 
 
 def test_requests_per_minute_come_back(tmp_path: Path, clock: Callable[[float], None]) -> None:
