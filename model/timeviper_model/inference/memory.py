@@ -109,13 +109,15 @@ def longest_request_bytes(config: TimeViperConfig, limits: EngineConfig, cache: 
 
 
 def _activation_bytes(model: TimeViper, limits: EngineConfig, dtype: torch.dtype) -> int:
-    """A block's input, output and widest product of a chunk of a prompt, and the float32 logits of a step."""
+    """What a block holds of a chunk of a prompt, three times its output and widest product (a Mamba-2 block: the
+    projection, the convolution, the scan and the gated norm), and the float32 logits of a step.
+    """
     text = model.config.text
     tokens = min(limits.max_prompt_tokens, limits.max_prefill_tokens)
     blocks = (module for name, module in model.named_modules() if name.startswith("backbone.layers"))
     widest = max(module.out_features for module in blocks if isinstance(module, Linear))
     logits = limits.num_slots * text.vocab_size * torch.float32.itemsize
-    return tokens * 2 * (text.hidden_size + widest) * dtype.itemsize + 2 * logits
+    return tokens * 3 * (text.hidden_size + widest) * dtype.itemsize + 2 * logits
 
 
 def is_out_of_memory(error: Exception) -> bool:

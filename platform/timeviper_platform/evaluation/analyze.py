@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from timeviper_model.batching.batch import PackedBatch
-from timeviper_model.inference.frame_limit import frames_that_fit
+from timeviper_model.config import PRESETS
 from timeviper_model.timeviper import TimeViper
 from timeviper_model.weights.metadata import trained_time_text
 from timeviper_model.weights.weights_folder import load_tokenizer
@@ -28,6 +28,7 @@ from timeviper_platform.evaluation.figures import pictures
 from timeviper_platform.evaluation.figures.curves import CurvesConfig, importance_curves
 from timeviper_platform.evaluation.figures.examples import answered_examples
 from timeviper_platform.evaluation.figures.files import Draw, write_csv, write_json, write_pictures
+from timeviper_platform.evaluation.figures.frames import frame_rows
 from timeviper_platform.evaluation.figures.maps import KINDS, LayerMap, MapsConfig, layer_maps
 from timeviper_platform.evaluation.figures.needle import NeedleConfig, find_needles, needle_rows
 from timeviper_platform.evaluation.figures.reduction import ReductionConfig, reduction_rows
@@ -46,8 +47,6 @@ logger = logging.getLogger(__name__)
 
 PATHS = ("weights", "transformer", "feature_store", "questions", "output")
 """Keys made absolute for a task, which runs in another folder."""
-
-LOGITS: tuple[Literal["last", "all"], ...] = ("last", "all")
 
 Figure = Literal["blocking", "dropping", "maps", "curves", "examples", "speed", "needle", "frames", "reduction"]
 
@@ -84,10 +83,14 @@ class AnalyzeConfig:
     reduction: ReductionConfig = field(default_factory=ReductionConfig)
     memory_gb: tuple[float, ...] = (16.0, 24.0, 48.0, 80.0, 141.0)
     """Memories in units of 10^9 bytes for figure `frames`."""
+    memory_presets: tuple[str, ...] = ()
+    """Presets that figure `frames` computes beside `weights`, in bfloat16 on a GPU. They need no weights."""
 
     def __post_init__(self) -> None:
         if not self.tasks or not self.figures:
             raise ValueError(f"{self.tasks = } and {self.figures = } must each name at least one")
+        if unknown := sorted(set(self.memory_presets) - set(PRESETS)):
+            raise ValueError(f"memory_presets: there are no presets {unknown}; there are {sorted(PRESETS)}")
 
 
 def analyze(config: AnalyzeConfig) -> list[str]:
@@ -267,18 +270,11 @@ def _write_needle(opened: _Opened, config: AnalyzeConfig, _: Sequence[Question])
 
 
 def _write_frames(opened: _Opened, config: AnalyzeConfig, _: Sequence[Question]) -> list[str]:
-    whole = opened.model.config
-    dtype, device_type = opened.model.lm_head.weight.dtype, opened.model.lm_head.weight.device.type
-    rows: list[dict[str, Any]] = []
-    for plan, own in {"as trained": whole, "without TransV": replace(whole, transv=())}.items():
-        for size in config.memory_gb:
-            counts = {
-                f"num_frames_{kind}_logits": frames_that_fit(
-                    own, int(size * 1e9), dtype=dtype, logits=kind, device_type=device_type
-                )
-                for kind in LOGITS
-            }
-            rows.append({"plan": plan, "memory_gb": size} | counts)
+    weight = opened.model.lm_head.weight
+    own = opened.model.config
+    rows = list(frame_rows("weights", own, config.memory_gb, dtype=weight.dtype, device_type=weight.device.type))
+    for name in config.memory_presets:
+        rows += frame_rows(name, PRESETS[name], config.memory_gb, dtype=torch.bfloat16, device_type="cuda")
     return [write_json(config.output, "frames", rows), write_csv(config.output, "frames", rows)]
 
 

@@ -261,7 +261,8 @@ def test_the_job_writes_numbers_and_pictures_that_parse(known: KnownAnswers, tmp
          f"transformer={known.weights}", "answering.num_threads=1", "maps.num_bins=6", "maps.num_questions=2",
          "maps.heads=[[0, 1], [1, 3]]", "blocking.flows=[v2i]", "dropping.keep_ratios=[0.5]",
          "figures=[blocking, dropping, maps, curves, examples, speed, needle, frames, reduction]",
-         "needle.num_frames=[4, 8]", "needle.num_depths=2", "needle.num_questions=2", "memory_gb=[1]",
+         "needle.num_frames=[4, 8]", "needle.num_depths=2", "needle.num_questions=2", "memory_gb=[30]",
+         "memory_presets=[9b]",
          "reduction.keep=0.5", "reduction.num_frames=4", "reduction.repeats=1", "speed.num_frames=[2]",
          "speed.batch_sizes=[1]", "speed.num_new_tokens=2", "speed.repeats=1"]
     )  # fmt: skip
@@ -289,6 +290,12 @@ def test_the_job_writes_numbers_and_pictures_that_parse(known: KnownAnswers, tmp
     assert all(row["chance"] == 0.25 <= 1.0 and row["num_questions"] == 2 for row in needle)
     maps = json.loads((tmp_path / "maps.json").read_text())
     assert [(entry["layer"], list(entry["picture_by_head"])) for entry in maps] == [(0, ["1"]), (1, ["3"])]
+    frames = json.loads((tmp_path / "frames.json").read_text())
+    assert [(row["model"], row["dtype"], row["plan"]) for row in frames] == [
+        ("weights", "float32", "as trained"), ("weights", "float32", "without TransV"),
+        ("9b", "bfloat16", "as trained"), ("9b", "bfloat16", "without TransV"),
+    ]  # fmt: skip
+    assert all(row["num_frames_last_logits"] > 20 * row["num_frames_all_logits"] > 0 for row in frames[2:])
     example = json.loads((tmp_path / "examples.json").read_text())[0]
     assert (example["generated"], example["score"]) == ("red (A)", 1.0)
     assert example["note"].startswith("no frames of ")  # the store's videos do not exist
@@ -309,5 +316,7 @@ def test_questions_without_media_are_skipped_and_none_left_is_an_error(known: Kn
         run_analysis(config_of(known, tmp_path / "out", questions=str(tmp_path)))
     with pytest.raises(ValueError, match="at least one"):
         config_of(known, tmp_path, figures=())
+    with pytest.raises(ValueError, match=r"there are no presets \['9B'\]; there are \['9b'"):
+        config_of(known, tmp_path, memory_presets=("9B",))
     with pytest.raises(ValueError, match=r"head 9 of block 1, which has 4 mapped heads; mapped blocks are \[0, 1\]"):
         run_analysis(config_of(known, tmp_path / "out", figures=("maps",), maps=MapsConfig(heads=((1, 9),))))
