@@ -5,6 +5,7 @@ import json
 import runpy
 import statistics
 import tempfile
+import time
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from functools import partial
@@ -13,10 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from reference.counted_files import LOG_VARIABLE
 from reference.known_answers import KnownAnswers, choice_row, grounding_row, write_questions
-from reference.small_models import SMALL_QWEN, make_model
+from reference.small_models import SMALL, SMALL_QWEN, make_model
 from timeviper_model.analysis.blocking import Blocking, read_blocked
 from timeviper_model.analysis.maps import observe
 from timeviper_model.analysis.pooling import pool_map
@@ -24,11 +26,12 @@ from timeviper_model.config import TINY, TINY_QWEN
 from timeviper_model.weights.weights_folder import load_tokenizer
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.evaluation.analyze import AnalyzeConfig, analyze, run_analysis
-from timeviper_platform.evaluation.answering import Answerer, Prompt
+from timeviper_platform.evaluation.answering import Answer, Answerer, Prompt
 from timeviper_platform.evaluation.evaluator import AnsweringConfig, load_model, read_media
+from timeviper_platform.evaluation.figures import reduction
 from timeviper_platform.evaluation.figures.curves import CurvesConfig, importance_curves, vision_importance
 from timeviper_platform.evaluation.figures.maps import MapsConfig, layer_maps, spread
-from timeviper_platform.evaluation.figures.needle import NeedleConfig, find_needles, place_needle
+from timeviper_platform.evaluation.figures.needle import Needle, NeedleConfig, find_needles, needle_rows, place_needle
 from timeviper_platform.evaluation.figures.reduction import ReductionConfig, reduction_plans, reduction_rows
 from timeviper_platform.evaluation.figures.speed import SpeedConfig, speed_rows
 from timeviper_platform.evaluation.figures.sweeps import (
@@ -182,6 +185,21 @@ def test_the_reduction_table_scores_and_times_every_plan(loaded: tuple[Any, Answ
         assert row["kept_at_the_end"] == 0.5 <= row["kept_on_average"] < 1.0
         assert row["choice_change"] == row["choice_score"] - 1.0
         assert len(row["prefill_seconds"]) == 1
+        assert row["prefill_time_over_none"] == row["prefill_seconds"][0] / none["prefill_seconds"][0]
+
+
+def test_waiting_for_other_processes_is_no_prefill_time(
+    loaded: tuple[Any, Answerer, list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(*args: Any) -> Tensor:
+        time.sleep(0.1)
+        return torch.zeros(1)
+
+    monkeypatch.setattr(reduction, "prefill", slow)
+    config = ReductionConfig(keep=0.5, num_frames=1, repeats=1)
+    model, answerer, _ = loaded
+    none = next(reduction_rows(model, lambda twin: Answerer(twin, answerer._tokenizer), [], config, max_new_tokens=1))
+    assert none["prefill_seconds"][0] < 0.09
 
 
 def test_a_needle_lies_at_its_depth_among_repeated_haystack() -> None:
@@ -204,6 +222,32 @@ def test_needles_are_the_frames_of_an_interval_and_the_haystack_is_far_from_any(
     assert tuple(haystack.shape) == (3 * 2, 1, 8)  # frames 2 and 3 of three videos, as many as are needed
     with pytest.raises(ValueError, match=r"set needle\.task and needle\.intervals"):
         find_needles(store, [choice_row(0)], [], config)
+
+
+class ScriptedAnswerer:
+    """Generates "once", and finds the second option the most probable."""
+
+    def __init__(self, frames: list[int]) -> None:
+        self.frames = frames
+
+    def answer(self, prompts: list[Prompt], options: list[Any], *, max_new_tokens: int) -> list[Answer]:
+        self.frames.append(len(prompts[0].media[0]))
+        scores = tuple(-float(abs(number - 1)) for number in range(len(options[0])))
+        return [Answer(text="once", option_log_probs=scores, num_prompt_tokens=1, num_cached_tokens=0)]
+
+
+def test_a_needle_is_found_by_the_most_probable_option_whatever_is_generated() -> None:
+    model, frames = make_model(SMALL), list[int]()
+    rows = [choice_row(number) for number in range(2)]
+    needles = [Needle(question=row | {"answer": row["choices"][1]}, frames_FND=torch.ones(1, 2, 8)) for row in rows]
+    config = NeedleConfig(num_frames=(3, 5), num_depths=2)
+    answerer: Any = ScriptedAnswerer(frames)
+    found = list(needle_rows(model, lambda _: answerer, needles, torch.zeros(4, 2, 8), config, max_new_tokens=4))
+    assert [(row["num_frames"], row["model"], row["depth"]) for row in found] == [
+        (length, name, depth) for length in (3, 5) for name in ("with TransV", "without TransV") for depth in (0, 1)
+    ]
+    assert all((row["accuracy"], row["generated"]) == (1.0, 0.0) for row in found)
+    assert frames == [3 * 2] * 8 + [5 * 2] * 8
 
 
 def test_speed_counts_the_tokens_of_all_answers(loaded: tuple[Any, Answerer, list[Any]]) -> None:

@@ -1,7 +1,8 @@
 """Generates a corpus in one folder: videos, images, samples, held-out questions, tokenizer and vision tower.
 
 corpus/ videos/*.mp4  images/*.png|jpg  manifest.parquet  truth.parquet  corpus.json (written last)
-        samples/{language,align,instruct,held_out}.parquet   held_out/{choice,order,count,grounding,caption}.parquet
+        samples/{language,align,instruct,long_films,held_out}.parquet
+        held_out/{choice,order,count,grounding,caption}.parquet
         encoder/  tokenizer/
 """
 
@@ -27,6 +28,7 @@ from PIL import Image
 
 from timeviper_platform.common import schemas, storage
 from timeviper_platform.data.synthetic.backgrounds import Background, Split, film_segments, read_film
+from timeviper_platform.data.synthetic.long_films import long_film_samples
 from timeviper_platform.data.synthetic.pictures import ALL_PICTURES, Picture, draw_picture
 from timeviper_platform.data.synthetic.questions import (
     Question,
@@ -43,12 +45,12 @@ from timeviper_platform.data.synthetic.scenes import Scene, SceneKind, draw_plac
 logger = logging.getLogger(__name__)
 
 FINISHED_FILE = "corpus.json"
-CORPUS_VERSION = 3
+CORPUS_VERSION = 4
 """Rises when the same configuration makes other files: older corpora are made again."""
 FILM_FILE = ".film.npy"
 MEDIA_CHUNK = 32
 """Media per pool task: about half a second of work."""
-LANGUAGE_SEED, IMAGE_SEED, QUESTION_SEED, ENCODER_SEED = 1, 2, 3, 4
+LANGUAGE_SEED, IMAGE_SEED, QUESTION_SEED, ENCODER_SEED, FILM_SEED = 1, 2, 3, 4, 5
 """Separate random streams of one corpus seed."""
 
 MAX_ENCODER_FRAMES = 16384
@@ -118,6 +120,8 @@ class CorpusConfig:
     """Text-only samples: the same questions about videos in words."""
     which_per_video: int = 1
     """'Which' questions per training video, each with its own options and conversation."""
+    num_long_films: int = 2000
+    """Samples about films of up to 256 s, each a row of clips of training videos."""
     duration_seconds: int = 24
     fps: int = 2
     """Frame rate of the video files."""
@@ -139,6 +143,8 @@ class CorpusConfig:
             raise ValueError(f"{self.side = } must be even and at least 48 pixels")
         if self.which_per_video < 0:
             raise ValueError(f"{self.which_per_video = } must be at least 0")
+        if self.num_long_films < 0:
+            raise ValueError(f"{self.num_long_films = } must be at least 0")
         if self.fps < 1:
             raise ValueError(f"{self.fps = } must be at least 1")
         if not 0.0 <= self.film_share <= 1.0:
@@ -307,7 +313,8 @@ def _write_tables(
     _write_rows(root / "manifest.parquet", manifest, schemas.MANIFEST)
     _write_rows(root / "truth.parquet", [_truth(scene) for scene in all_scenes], TRUTH)
     samples = training_samples(config, scenes["train"])
-    for name, rows in samples.items():
+    films = list(long_film_samples(scenes["train"], config.num_long_films, seed=(config.seed, FILM_SEED)))
+    for name, rows in (samples | {"long_films": films}).items():
         _write_rows(root / "samples" / f"{name}.parquet", rows, schemas.SAMPLES)
     # not even the tokenizer trains on these
     held_out = _video_samples(config, scenes["held_out"])
@@ -322,7 +329,7 @@ def _write_tables(
     for name, rows in questions.items():
         _write_rows(root / "held_out" / f"{name}.parquet", rows, schemas.QUESTIONS)
     texts = [turn["text"] for rows in samples.values() for row in rows for turn in row["conversation"]]
-    return _lengths(samples), _lengths(questions), texts
+    return _lengths(samples | {"long_films": films}), _lengths(questions), texts
 
 
 def training_samples(config: CorpusConfig, scenes: Sequence[Scene]) -> dict[str, list[dict[str, Any]]]:

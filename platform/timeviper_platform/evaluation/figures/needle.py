@@ -102,7 +102,11 @@ def needle_rows(
     *,
     max_new_tokens: int,
 ) -> Iterator[dict[str, Any]]:
-    """Yields accuracies of generated answers by length, model and depth, with and without the model's own sites."""
+    """Yields accuracies by length, model and depth, with and without the model's own sites.
+
+    `accuracy` is that of the most probable option, as in the evaluation; `generated` that of the generated answer,
+    which may be none of the options.
+    """
     models = {"without TransV": with_plan(model, ())}
     if model.config.transv:
         models = {"with TransV": model} | models
@@ -113,22 +117,26 @@ def needle_rows(
             for step in range(config.num_depths):
                 depth = step / max(1, config.num_depths - 1)
                 started = time.perf_counter()
-                scores = []
+                right, generated = [], []
                 for number, needle in enumerate(needles):
                     shifted = haystack_FND.roll(-number * (len(haystack_FND) // len(needles)), 0)
                     frames = place_needle(needle.frames_FND, shifted, num_frames, depth)
                     prompt = Prompt(text=needle.question["question"], media=(frames.flatten(0, 1),))
-                    (text,) = answerer.generate([prompt], max_new_tokens=max_new_tokens)
-                    scores.append(score_text(needle.question, text))
-                low, high = interval_by_video(mean_of(scores), videos)
+                    choices = needle.question["choices"]
+                    (answer,) = answerer.answer([prompt], [choices], max_new_tokens=max_new_tokens)
+                    best = max(range(len(choices)), key=answer.option_log_probs.__getitem__)
+                    right.append(float(choices[best] == needle.question["answer"]))
+                    generated.append(score_text(needle.question, answer.text))
+                low, high = interval_by_video(mean_of(right), videos)
                 yield {
                     "model": name,
                     "num_frames": num_frames,
                     "depth": round(depth, 4),
-                    "num_questions": len(scores),
-                    "accuracy": sum(scores) / len(scores),
+                    "num_questions": len(right),
+                    "accuracy": sum(right) / len(right),
                     "low": low,
                     "high": high,
+                    "generated": sum(generated) / len(generated),
                     "chance": sum(1 / len(needle.question["choices"]) for needle in needles) / len(needles),
                     "seconds": time.perf_counter() - started,
                 }

@@ -27,6 +27,7 @@ SMALL = CorpusConfig(
     held_out=SceneCounts(needle=3, order=1, count=2),
     num_images=4,
     num_language_samples=16,
+    num_long_films=5,
     encoder_steps=4,
     num_workers=1,
 )
@@ -76,7 +77,7 @@ def test_tables_have_their_schemas_and_existing_media(corpus: tuple[Path, Corpus
     assert all((folder / uri).is_file() for uri in media.values())
     assert len(media) == 8 + 6 + 4
     used = {}
-    for name in ("language", "align", "instruct"):
+    for name in ("language", "align", "instruct", "long_films"):
         table = pq.read_table(folder / "samples" / f"{name}.parquet")
         schemas.check_version(table.schema, schemas.SAMPLES, source=name)
         rows = table.to_pylist()
@@ -84,6 +85,8 @@ def test_tables_have_their_schemas_and_existing_media(corpus: tuple[Path, Corpus
         used[name] = {medium["media_id"] for row in rows for medium in row["media"]}
         assert used[name] <= set(media)
     assert used["language"] == set()
+    assert report.num_samples["long_films"] == 5
+    assert used["long_films"] <= used["instruct"]
     assert used["instruct"] == {media_id for media_id in media if media_id.startswith("train-")}
     held_out = pq.read_table(folder / "samples" / "held_out.parquet")
     schemas.check_version(held_out.schema, schemas.SAMPLES, source="held_out")
