@@ -20,7 +20,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,6 +82,18 @@ class ApplicationEntry:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TracingOptions:
+    """Ray Serve's own. A request whose `traceparent` is sampled is always traced."""
+
+    enabled: bool = False
+    """Whether requests have OpenTelemetry spans."""
+    exporter_import_path: str = "timeviper_platform.serving.tracing:otlp"
+    """Function that returns span processors."""
+    sampling_ratio: float = 0.01
+    """Share of the other requests that are traced."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ServeFile:
     """Supported options of Ray Serve's file format; others need `serve deploy`."""
 
@@ -91,6 +103,8 @@ class ServeFile:
     """Nodes with an HTTP proxy."""
     http_options: HttpOptions = field(default_factory=HttpOptions)
     """Options of the proxies."""
+    tracing_config: TracingOptions | None = None
+    """None = RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH decides."""
 
     def __post_init__(self) -> None:
         if len(self.applications) != 1:
@@ -183,6 +197,7 @@ def _serve(file: ServeFile, entry: ApplicationEntry, port: int, stop: threading.
             "request_timeout_s": http.request_timeout_s,
             "keep_alive_timeout_s": http.keep_alive_timeout_s,
         },
+        tracing_config=None if file.tracing_config is None else asdict(file.tracing_config),
         controller_options={
             "runtime_env": {"env_vars": environment(entry.args.gateway.connections)}
         },  # for its proxies

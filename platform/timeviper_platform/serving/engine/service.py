@@ -47,6 +47,7 @@ from timeviper_platform.serving.messages import (
     Refusal,
     TokenLogprob,
 )
+from timeviper_platform.serving.tracing import AnswerSpans
 
 logger = logging.getLogger(__name__)
 
@@ -190,6 +191,7 @@ class EngineService:
         self, request: GenerateRequest, feed: MediaFeed, began: float
     ) -> AsyncGenerator[AnswerDelta | Refusal | MediaFeed]:
         """Yields a feed alone when frames that the prompt counts are missing."""
+        spans = AnswerSpans()
         try:
             outcome = None if feed.is_streamed else await feed.outcome
             requests = await self._requests(request.with_media(feed.media), feed) if outcome is None else outcome
@@ -209,13 +211,14 @@ class EngineService:
                 return
             try:
                 with_logprobs = request.sampling.num_logprobs is not None
-                deltas = self._deltas(ids, events, feed, began, with_logprobs=with_logprobs)
+                deltas = self._deltas(ids, events, feed, began, spans, with_logprobs=with_logprobs)
                 async with aclosing(deltas):
                     async for item in deltas:
                         yield item
             finally:
                 self._thread.cancel(ids)
         finally:
+            spans.end()
             feed.close()
 
     async def _deltas(
@@ -224,6 +227,7 @@ class EngineService:
         events: asyncio.Queue[Event],
         feed: MediaFeed,
         began: float,
+        spans: AnswerSpans,
         *,
         with_logprobs: bool,
     ) -> AsyncGenerator[AnswerDelta | Refusal | MediaFeed]:
@@ -233,6 +237,8 @@ class EngineService:
         next_send = loop.time()
         opening = await _first(events, feed)
         if isinstance(opening, Refusal | MediaFeed):
+            if isinstance(opening, Refusal):
+                spans.refused(opening.code)
             yield opening
             return
         first: Event | None = opening
@@ -252,12 +258,16 @@ class EngineService:
                     message, code = "the model failed on this request", "generation_failed"
                     if own[-1].is_out_of_memory:
                         message, code = own[-1].error, "out_of_memory"
+                    spans.refused(code)
                     yield Refusal(status=503, message=message, code=code)
                     return
                 if request_id in without_token and isinstance(own[0], Token):
                     without_token.remove(request_id)
+                    spans.first_token()
                     self._on_first_token(time.monotonic() - began)
                 delta = self._delta(index, own, with_logprobs=with_logprobs)
+                if delta.usage is not None:
+                    spans.finished(delta.usage)
                 unfinished -= delta.finish_reason is not None
                 if delta.text or delta.logprobs or delta.finish_reason is not None:
                     yield delta

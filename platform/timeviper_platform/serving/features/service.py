@@ -23,11 +23,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from opentelemetry.trace import INVALID_SPAN, Span
 from torch import Tensor
 
 from timeviper_platform.data.encode.frame_encoder import FrameEncoder, VisionTowerConfig
 from timeviper_platform.data.store.reader import FeatureStore, MediaInfo
 from timeviper_platform.data.video.sampling import FrameSelection
+from timeviper_platform.serving import tracing
 from timeviper_platform.serving.features.blocks import BlockWriter
 from timeviper_platform.serving.features.compatibility import check_features_fit
 from timeviper_platform.serving.features.sandbox import DecodedBlock, DecodeSandbox, MediumHead, SandboxConfig
@@ -267,8 +269,10 @@ class FeatureService:
 
     async def _read(self, info: MediaInfo, key: str, frames: list[int]) -> FeatureReference:
         assert self.store is not None
-        medium = await asyncio.to_thread(self.store.read, info.media_id, frames)
-        return await self._keep(key, medium.features, info.modality, info.duration_seconds, medium.pts_seconds)
+        with tracing.span("fetch") as fetch:
+            fetch.set_attribute(tracing.FRAMES, len(frames))
+            medium = await asyncio.to_thread(self.store.read, info.media_id, frames)
+            return await self._keep(key, medium.features, info.modality, info.duration_seconds, medium.pts_seconds)
 
     async def _encode(
         self, source: MediaFile | MediaBytes | MediaFrames, key: str, fps: float, max_frames: int, work: _Work
@@ -325,9 +329,13 @@ class FeatureService:
         loop, batch, total, done = asyncio.get_running_loop(), encoder.config.encode_batch_frames, 0, 0
         frames = np.empty((0, encoder.image_size, encoder.image_size, 3), np.uint8)
         pts = np.empty(0)
+        decode_span = tracing.start_span("decode")
+        encode_span: Span = INVALID_SPAN
 
         async def encode(size: int) -> _EncodedBlock:
-            nonlocal frames, pts, done
+            nonlocal frames, pts, done, encode_span
+            if done == 0:
+                encode_span = tracing.start_span("encode")
             progress = FeatureProgress(stage="encoding", frames_done=done, frames_total=total)
             self._encoding[source.sha256] = progress
             features = await loop.run_in_executor(self._encode_thread, encoder.encode, frames[:size])
@@ -341,15 +349,20 @@ class FeatureService:
                 async for item in blocks:
                     if not isinstance(item, DecodedBlock):
                         total = item.num_frames if isinstance(item, MediumHead) else total
+                        if isinstance(item, Refusal):
+                            tracing.fail(decode_span, item.code)
                         yield item
                         continue
                     frames = np.concatenate([frames, item.frames]) if len(frames) else item.frames
                     pts = np.concatenate([pts, item.pts_seconds])
                     while len(frames) >= batch:
                         yield await encode(min(len(frames) // batch, ENCODE_BATCHES) * batch)
+            tracing.end_span(decode_span, done + len(frames))
             if len(frames):
                 yield await encode(len(frames))
         finally:
+            tracing.end_span(decode_span, done)
+            tracing.end_span(encode_span, done)
             self._encoding.pop(source.sha256, None)
 
     async def _keep(

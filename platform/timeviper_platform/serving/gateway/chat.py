@@ -11,6 +11,7 @@ from itertools import groupby
 
 from timeviper_model.inference.answer import SamplingParams
 from timeviper_platform.data.media.signatures import HEAD_BYTES, may_be_animation
+from timeviper_platform.serving import tracing
 from timeviper_platform.serving.answer_schemas import segments_schema
 from timeviper_platform.serving.gateway.chat_request import (
     ChatCompletionRequest,
@@ -226,7 +227,9 @@ class ChatPreparation:
             and isinstance(answer, Refusal)
             and answer.code == "media_not_found"  # the store does not have the address, but perhaps the content
         ):
-            answer = await get(await self._addresses.load(medium.source, medium.param))
+            with tracing.span("fetch"):
+                file = await self._addresses.load(medium.source, medium.param)
+            answer = await get(file)
         if isinstance(answer, Refusal):
             raise ApiError.from_refusal(answer, param=medium.param)
         if answer.stream is not None:

@@ -18,10 +18,12 @@ from urllib.parse import urlsplit
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
+from opentelemetry.trace import Span
 from prometheus_client import CollectorRegistry, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from timeviper_platform.common.metrics import prometheus_metrics
+from timeviper_platform.serving import tracing
 from timeviper_platform.serving.gateway.config import ApiKey, CurrentConfig, GatewayConfig
 from timeviper_platform.serving.gateway.connections import MAX_REQUEST_ID
 from timeviper_platform.serving.gateway.keys import KeyRing, Quotas
@@ -118,8 +120,13 @@ class RequestGuard:
             await send(message)
 
         self._metrics.start_request()
+        parent = tracing.request_context(Request(scope).headers)
         try:
-            await self._guarded(scope, receive, send_noting_status)
+            with tracing.span("request", parent) as request_span:
+                try:
+                    await self._guarded(scope, receive, send_noting_status)
+                finally:
+                    _describe(request_span, scope, status)
         except Exception as error:  # noqa: BLE001 - a bug becomes a 500 in OpenAI's format
             # the message is not logged, because it may quote the request
             frames = "".join(traceback.format_tb(error.__traceback__))
@@ -211,6 +218,16 @@ class RequestGuard:
         if scheme.lower() != "bearer" or found is None:
             raise ApiError(401, "a valid API key is required: Authorization: Bearer KEY", code="invalid_api_key")
         return found
+
+
+def _describe(request_span: Span, scope: Scope, status: int) -> None:
+    """Names a span as OpenTelemetry's conventions for HTTP servers do."""
+    request_span.update_name(f"{scope['method']} {_route(scope)}")
+    request_span.set_attributes({"http.request.method": scope["method"], "http.route": _route(scope)})
+    if status:
+        request_span.set_attribute("http.response.status_code", status)
+    if status >= 500:
+        tracing.fail(request_span, str(status))
 
 
 def _plain_scope(scope: Scope) -> Scope:

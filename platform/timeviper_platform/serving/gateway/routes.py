@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.telemetry import TelemetryConfig
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
@@ -81,6 +82,8 @@ EXPIRES_AFTER_S = 3600, 2_592_000
 """OpenAI's shortest and longest age of a file: an hour, 30 days."""
 MAX_VIDEOS = 1000
 """Stored media per page."""
+NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
+"""FastAPI's own records paths with their ids, and the messages of exceptions; `RequestGuard` has spans and counts."""
 _CONTENT_TYPE = "text/event-stream; charset=utf-8"
 
 
@@ -105,7 +108,14 @@ def create_app(
         await runner.close()
 
     # no pages of documentation: they load scripts from a CDN
-    api = FastAPI(title="TimeViper", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
+    api = FastAPI(
+        title="TimeViper",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=lifespan,
+        telemetry=NO_TELEMETRY,
+    )
 
     def route(path: str, handler: Callable[..., Any], method: str, kinds: RouteDocument) -> None:
         api.add_api_route(path, handler, methods=[method], response_model=None, **kinds.options())
