@@ -145,11 +145,17 @@ def _model_groups() -> Groups:
 
 
 def _preprocess_groups() -> Groups:
+    from timeviper_platform.benchmarks.preprocess.backpressure import backpressure_rows
     from timeviper_platform.benchmarks.preprocess.driver import driver_rows
     from timeviper_platform.benchmarks.preprocess.other_pipelines import pipeline_rows
     from timeviper_platform.benchmarks.preprocess.share_of_ideal import ideal_rows
 
-    return {"ideal": ideal_rows, "pipelines": pipeline_rows, "driver": driver_rows}
+    return {
+        "ideal": ideal_rows,
+        "backpressure": backpressure_rows,
+        "pipelines": pipeline_rows,
+        "driver": driver_rows,
+    }
 
 
 def _serving_groups() -> Groups:

@@ -52,6 +52,10 @@ DASHBOARDS: dict[str, tuple[Panel, ...]] = {
             "Segments a second, by outcome",
             ((_rate("ray_timeviper_preprocess_segments_total", "status"), "{{status}}"),),
         ),
+        Panel(
+            "Media rejected by headers",
+            (("max by (store, type) (ray_timeviper_plan_rejected_media_total)", "{{type}}"),),
+        ),
         Panel("Rejects by reason", ((_rate("ray_timeviper_preprocess_errors_total", "type"), "{{type}}"),)),
         Panel(
             "Storage retries a second", ((f"{_rate('ray_timeviper_preprocess_retries_total')} {_OR_0}", "retries/s"),)

@@ -54,6 +54,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("timeviper_engine_prefix_host_hits", "counter", "Hits of them that came back from host memory"),
     Metric("timeviper_engine_prefix_host_entries", "gauge", "Entries of the video-prefix cache in host memory"),
     Metric("timeviper_engine_prefix_host_bytes", "gauge", "Bytes of the video-prefix cache in host memory"),
+    Metric(
+        "timeviper_plan_rejected_media", "counter", "Media rejected by their headers, once a run", ("store", "type")
+    ),
     Metric("timeviper_preprocess_frames", "counter", "Frames encoded and committed", ("store",)),
     Metric("timeviper_preprocess_feature_bytes", "counter", "Bytes of features committed", ("store",)),
     Metric(

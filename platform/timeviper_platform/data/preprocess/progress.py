@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,6 +80,13 @@ class Progress:
         reasons = ", ".join(f"{count} {kind}" for kind, count in sorted(self._reasons.items()))
         counts = self._segments.parts() + (f" ({reasons})" if reasons else "")
         return f"{counts}; {rate:.1f} frames/s, {left:.0f} s left"
+
+
+def report_plan(store: str, errors: Mapping[str, int]) -> None:
+    """Exports the number of media that planning rejected, by error type, once a run. Needs a connection to Ray."""
+    metrics = RayMetrics("timeviper_plan_")
+    for kind, count in errors.items():
+        metrics.add("rejected_media", count, store=shown_uri(store), type=kind)
 
 
 class RunMetrics:

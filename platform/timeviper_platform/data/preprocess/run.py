@@ -26,7 +26,7 @@ from timeviper_platform.data.plan.stored_plan import Plan, finished_segments, pl
 from timeviper_platform.data.preprocess.config import ExecutionConfig, PreprocessConfig
 from timeviper_platform.data.preprocess.failures import ConsecutiveFailureLimit
 from timeviper_platform.data.preprocess.finalize import finalize_store
-from timeviper_platform.data.preprocess.progress import Progress
+from timeviper_platform.data.preprocess.progress import Progress, report_plan
 from timeviper_platform.data.preprocess.ray_graph import Nodes, plan_on_ray, run_on_ray
 from timeviper_platform.data.preprocess.report import PreprocessReport, RunTotals, measure_speed, steady_rate
 from timeviper_platform.data.preprocess.tasks import TaskResult, cut_tasks
@@ -148,6 +148,8 @@ def _plan(config: PreprocessConfig, recipe_hash: str, left_out: Counter[str]) ->
         "%d media: %d segments planned, %d missing, %d media rejected by their headers",
         *(plan.counts.media, len(plan.segments), len(plan.missing), plan.counts.errors.total()),
     )
+    if has_cluster():
+        report_plan(config.feature_store, plan.counts.errors)
     return plan
 
 

@@ -92,6 +92,8 @@ def test_the_exported_counter_of_frames_is_the_reports(corpus: Path, tmp_path: P
         port = ray.nodes()[0]["MetricsExportPort"]
         assert encoded > 0
         assert exported_once_it_is(encoded, port, "ray_timeviper_preprocess_frames", store) == encoded
+        by_headers = len(BAD) - 1  # the other one when it is decoded
+        assert exported_once_it_is(by_headers, port, "ray_timeviper_plan_rejected_media", store) == by_headers
 
 
 @pytest.mark.cluster

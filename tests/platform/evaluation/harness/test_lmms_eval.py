@@ -15,11 +15,11 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import uvicorn
@@ -40,6 +40,7 @@ from timeviper_platform.serving.engine.service import EngineService, EngineServi
 from timeviper_platform.serving.features.service import FeatureService, FeatureServiceConfig
 from timeviper_platform.serving.gateway.config import GatewayConfig
 from timeviper_platform.serving.gateway.routes import create_app
+from timeviper_platform.serving.messages import FeatureReference, Refusal
 
 ROOT = Path(__file__).parents[4]
 PACKAGES = (
@@ -168,13 +169,13 @@ def _serving(folders: ServingFolders, root: Path) -> Iterator[str]:
         media_root=str(root / "media"), model_name="tiny", allowed_local_media=(str(root / "videos"),), max_tokens=256
     )
 
-    async def fetch(reference: Any) -> Any:
-        return reference.ref
+    async def read(reference: FeatureReference) -> AsyncGenerator[np.ndarray | Refusal]:
+        yield reference.ref
 
     async def run() -> None:
         service = FeatureService(folders.weights, features, lambda array: array)
         await service.start()
-        app = create_app(gateway, service, EngineService(folders.weights, engine, fetch))
+        app = create_app(gateway, service, EngineService(folders.weights, engine, read))
         servers.append(uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning")))
         await servers[0].serve()
         await service.close()
