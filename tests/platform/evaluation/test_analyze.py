@@ -214,7 +214,7 @@ def test_a_needle_lies_at_its_depth_among_repeated_haystack() -> None:
 
 def test_needles_are_the_frames_of_an_interval_and_the_haystack_is_far_from_any(known: KnownAnswers) -> None:
     store = FeatureStore.open(known.feature_store)
-    config = NeedleConfig(num_frames=(6,), num_depths=2, num_questions=2)
+    config = NeedleConfig(num_frames=(6,), num_depths=2, num_questions=1)
     intervals = [grounding_row(number, start_seconds=0.0, end_seconds=1.0) for number in range(4)]
     needles, haystack = find_needles(store, [choice_row(number) for number in range(4)], intervals, config)
     assert [needle.question["sample_id"] for needle in needles] == ["choice-0", "choice-1"]
@@ -227,27 +227,29 @@ def test_needles_are_the_frames_of_an_interval_and_the_haystack_is_far_from_any(
 class ScriptedAnswerer:
     """Generates "once", and finds the second option the most probable."""
 
-    def __init__(self, frames: list[int]) -> None:
-        self.frames = frames
+    def __init__(self, frames: list[int], asked: list[str]) -> None:
+        self.frames, self.asked = frames, asked
 
     def answer(self, prompts: list[Prompt], options: list[Any], *, max_new_tokens: int) -> list[Answer]:
         self.frames.append(len(prompts[0].media[0]))
+        self.asked.append(prompts[0].text)
         scores = tuple(-float(abs(number - 1)) for number in range(len(options[0])))
         return [Answer(text="once", option_log_probs=scores, num_prompt_tokens=1, num_cached_tokens=0)]
 
 
 def test_a_needle_is_found_by_the_most_probable_option_whatever_is_generated() -> None:
-    model, frames = make_model(SMALL), list[int]()
-    rows = [choice_row(number) for number in range(2)]
+    model, frames, asked = make_model(SMALL), list[int](), list[str]()
+    rows = [choice_row(number, question=f"{number}") for number in range(2)]
     needles = [Needle(question=row | {"answer": row["choices"][1]}, frames_FND=torch.ones(1, 2, 8)) for row in rows]
-    config = NeedleConfig(num_frames=(3, 5), num_depths=2)
-    answerer: Any = ScriptedAnswerer(frames)
+    config = NeedleConfig(num_frames=(3, 5), num_depths=2, num_questions=1)
+    answerer: Any = ScriptedAnswerer(frames, asked)
     found = list(needle_rows(model, lambda _: answerer, needles, torch.zeros(4, 2, 8), config, max_new_tokens=4))
     assert [(row["num_frames"], row["model"], row["depth"]) for row in found] == [
         (length, name, depth) for length in (3, 5) for name in ("with TransV", "without TransV") for depth in (0, 1)
     ]
     assert all((row["accuracy"], row["generated"]) == (1.0, 0.0) for row in found)
-    assert frames == [3 * 2] * 8 + [5 * 2] * 8
+    assert frames == [3 * 2] * 4 + [5 * 2] * 4
+    assert asked == ["0", "1"] * 4  # each depth has its own question
 
 
 def test_speed_counts_the_tokens_of_all_answers(loaded: tuple[Any, Answerer, list[Any]]) -> None:

@@ -31,7 +31,7 @@ class NeedleConfig:
     num_depths: int = 10
     """Places of the needle, evenly spaced from the beginning to the end."""
     num_questions: int = 16
-    """Questions per cell."""
+    """Questions per cell. Each depth has its own, as far as there are enough; all lengths have the same."""
     task: str = "choice"
     """Questions, with choices, about what an interval shows."""
     intervals: str = "grounding"
@@ -60,7 +60,7 @@ def find_needles(
     by_medium = {row["media"][0]["media_id"]: row for row in intervals if row["media"]}
     needles: list[Needle] = []
     haystack: list[Tensor] = []
-    needed = max(config.num_frames)
+    num_needles, needed = config.num_questions * config.num_depths, max(config.num_frames)
     for row in questions:
         medium: str = row["media"][0]["media_id"] if row["media"] else ""
         span = by_medium.get(medium)
@@ -70,11 +70,11 @@ def find_needles(
         times = torch.from_numpy(features.info.times_seconds)
         inside = (times >= span["start_seconds"]) & (times < span["end_seconds"])
         near = (times >= span["start_seconds"] - 1) & (times < span["end_seconds"] + 1)
-        if len(needles) < config.num_questions and bool(inside.any()):
+        if len(needles) < num_needles and bool(inside.any()):
             needles.append(Needle(question=row, frames_FND=features.features[inside]))
         if sum(map(len, haystack)) < needed:
             haystack.append(features.features[~near])
-        elif len(needles) == config.num_questions:
+        elif len(needles) == num_needles:
             break
     if not needles or not sum(map(len, haystack)):
         raise ValueError(
@@ -110,15 +110,18 @@ def needle_rows(
     models = {"without TransV": with_plan(model, ())}
     if model.config.transv:
         models = {"with TransV": model} | models
-    videos = [needle.question["media"][0]["media_id"] for needle in needles]
+    chance = sum(1 / len(needle.question["choices"]) for needle in needles) / len(needles)
     for num_frames in config.num_frames:
         for name, one in models.items():
             answerer = answerer_of(one)
             for step in range(config.num_depths):
                 depth = step / max(1, config.num_depths - 1)
                 started = time.perf_counter()
-                right, generated = [], []
-                for number, needle in enumerate(needles):
+                right, generated, videos = [], [], []
+                for count in range(config.num_questions):
+                    number = (step * config.num_questions + count) % len(needles)
+                    needle = needles[number]
+                    videos.append(needle.question["media"][0]["media_id"])
                     shifted = haystack_FND.roll(-number * (len(haystack_FND) // len(needles)), 0)
                     frames = place_needle(needle.frames_FND, shifted, num_frames, depth)
                     prompt = Prompt(text=needle.question["question"], media=(frames.flatten(0, 1),))
@@ -137,6 +140,6 @@ def needle_rows(
                     "low": low,
                     "high": high,
                     "generated": sum(generated) / len(generated),
-                    "chance": sum(1 / len(needle.question["choices"]) for needle in needles) / len(needles),
+                    "chance": chance,
                     "seconds": time.perf_counter() - started,
                 }
