@@ -5,105 +5,41 @@ from __future__ import annotations
 import asyncio
 import json
 import tempfile
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from reference.counted_files import LOG_VARIABLE, reads
-from reference.tiny_serving import CONFIG_WITH_TRANSV, byte_tokenizer, generate_alone, prompt, random_model
-from timeviper_model.batching.batch import TokenKind
-from timeviper_model.batching.prompt import NEMOTRON, TEMPLATES, time_text
-from timeviper_model.inference.answer import SamplingParams
+from reference.engine_service import (
+    DIM,
+    TOKENIZER,
+    bits,
+    collect,
+    read,
+    refusal_of,
+    request,
+    run,
+    streamed,
+    text_of,
+    usages,
+    video,
+)
+from reference.tiny_serving import generate_alone, prompt
 from timeviper_model.inference.engine import InferenceEngine
 from timeviper_model.inference.requests import EngineConfig
-from timeviper_model.weights.weights_folder import from_pretrained, save_pretrained
+from timeviper_model.weights.weights_folder import from_pretrained
 from timeviper_platform.serving.answer_schemas import segments_schema
 from timeviper_platform.serving.engine import service as service_module
-from timeviper_platform.serving.engine.service import EngineService, EngineServiceConfig, build_prompt
+from timeviper_platform.serving.engine.service import EngineService, EngineServiceConfig
 from timeviper_platform.serving.messages import (
     AnswerDelta,
     ChatTurn,
-    FeatureReference,
-    FeatureStream,
-    GenerateRequest,
     Refusal,
 )
-
-TOKENIZER = byte_tokenizer()
-DIM = CONFIG_WITH_TRANSV.vision.hidden_size
-Scenario = Callable[[EngineService], Awaitable[Any]]
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("engine") / "weights"
-    save_pretrained(random_model(dtype=torch.float32), folder, tokenizer=TOKENIZER)
-    return folder
-
-
-def bits(num_frames: int) -> np.ndarray:
-    generator = torch.Generator().manual_seed(num_frames)
-    features = torch.randn(num_frames, 4, DIM, generator=generator).to(torch.bfloat16)
-    return features.view(torch.int16).numpy()
-
-
-def video(num_frames: int = 6) -> FeatureReference:
-    return FeatureReference(
-        key="k",
-        ref=bits(num_frames),
-        num_frames=num_frames,
-        num_tokens_per_frame=4,
-        modality="video",
-        duration_seconds=float(num_frames),
-    )
-
-
-def request(text: str = "What?", *, media: tuple[FeatureReference, ...] = (), **values: Any) -> GenerateRequest:
-    turns = (ChatTurn(role="user", text=text, media=media),)
-    options = {name: values.pop(name) for name in SamplingParams.__dataclass_fields__ if name in values}
-    sampling = SamplingParams(**{"max_new_tokens": 8, **options})
-    return GenerateRequest(**{"tenant": "a", "turns": turns, "sampling": sampling, **values})
-
-
-async def read(reference: FeatureReference) -> AsyncGenerator[np.ndarray | Refusal]:
-    """Yields a whole array, or the items of an iterator that stands for a stream."""
-    if reference.stream is not None:
-        async for item in reference.stream.board():
-            yield item
-        return
-    if reference.ref is None:
-        raise RuntimeError("its owner has died")
-    yield reference.ref
-
-
-def run(weights: Path | str, scenario: Scenario, **config: Any) -> Any:
-    async def main() -> Any:
-        service = EngineService(str(weights), EngineServiceConfig(**config), read)
-        try:
-            return await asyncio.wait_for(scenario(service), 60)
-        finally:
-            service.stop()
-
-    return asyncio.run(main())
-
-
-async def collect(service: EngineService, submitted: GenerateRequest) -> list[AnswerDelta | Refusal]:
-    return [item async for item in service.generate(submitted)]
-
-
-def text_of(items: list[AnswerDelta | Refusal], index: int = 0) -> str:
-    return "".join(item.text for item in items if isinstance(item, AnswerDelta) and item.index == index)
-
-
-def refusal_of(items: list[AnswerDelta | Refusal]) -> Refusal:
-    (item,) = items
-    assert isinstance(item, Refusal)
-    return item
 
 
 def test_answers_of_many_callers_equal_plain_generation(weights: Path) -> None:
@@ -166,12 +102,6 @@ def test_deltas_have_index_reason_usage_and_log_probabilities(weights: Path) -> 
         weights, lambda service: collect(service, replace(submitted, n=1, sampling=replace(submitted.sampling, seed=6)))
     )
     assert text_of(alone) == text_of(items, index=1)
-
-
-def usages(items: list[AnswerDelta | Refusal]) -> list[tuple[int, int]]:
-    """(prompt tokens, cached tokens) of every answer."""
-    found = [item.usage for item in items if isinstance(item, AnswerDelta) and item.usage is not None]
-    return [(usage.prompt_tokens, usage.cached_tokens) for usage in found]
 
 
 def test_a_second_question_prefills_only_its_own_text_and_gets_the_same_answer(weights: Path) -> None:
@@ -314,120 +244,6 @@ def test_impossible_requests_are_refused(weights: Path) -> None:
     ]
 
 
-def streamed(items: Callable[[], AsyncGenerator[Any]], num_frames: int = 6) -> FeatureReference:
-    stream = FeatureStream(board=items, stream_id="s", param="messages.0.content.0")
-    return replace(video(num_frames), ref=None, stream=stream)
-
-
-TWO_FRAMES = EngineConfig(num_slots=2, max_prefill_tokens=8, prefix_cache_bytes=2**24)
-"""Chunks of two frames."""
-
-
-def test_a_video_is_read_while_its_later_frames_are_still_decoded_and_answered_alike(weights: Path) -> None:
-    """Before, the first question about an upload waited for its last frame."""
-    read_early: list[int] = []
-
-    async def scenario(service: EngineService) -> list[list[AnswerDelta | Refusal]]:
-        async def items() -> AsyncGenerator[Any]:
-            yield bits(6)[:3]
-            yield bits(6)[3:5]
-            while not read_early or read_early[-1] < 16:
-                await asyncio.sleep(0.001)
-                prefills = [active.prefill for active in service._engine._requests.values()]
-                read_early.extend(prefill.num_read for prefill in prefills if prefill is not None)
-            yield bits(6)[5:]
-
-        return [await collect(service, request(media=(medium,), n=2)) for medium in (streamed(items), video(6))]
-
-    stream, hit = run(weights, scenario, engine=TWO_FRAMES)
-    plain = run(weights, lambda service: collect(service, request(media=(video(6),), n=2)), engine=TWO_FRAMES)
-    assert max(read_early) >= 16  # four of six frames
-    assert text_of(plain)
-    for items in (stream, hit):
-        assert [text_of(items, index) for index in (0, 1)] == [text_of(plain, index) for index in (0, 1)]
-    assert sorted(usages(stream)) == sorted(usages(plain))
-    assert all(cached > 24 for _, cached in usages(hit))
-
-
-def test_missing_frames_and_several_media_are_answered_as_if_known_before(weights: Path) -> None:
-    """Damaged frames are known only once the video is decoded; the prompt has as many tokens as frames."""
-
-    async def scenario(service: EngineService) -> list[list[AnswerDelta | Refusal]]:
-        async def five() -> AsyncGenerator[Any]:
-            yield bits(5)[:3]
-            await asyncio.sleep(0.02)
-            yield bits(5)[3:]
-
-        media = [(streamed(five), replace(video(3), key="other")), (video(5), replace(video(3), key="other"))]
-        answers = [await collect(service, request(media=own)) for own in media]
-        stats = await service.stats()
-        assert (stats.active_slots, stats.queued_requests) == (0, 0)
-        return answers
-
-    stream, plain = run(weights, scenario, engine=TWO_FRAMES)
-    assert text_of(stream) == text_of(plain)
-    assert usages(stream)[0][0] == usages(plain)[0][0]
-
-
-def test_a_video_that_breaks_in_the_middle_is_refused_and_leaves_nothing_behind(weights: Path) -> None:
-    refused = Refusal(status=422, message="the medium cannot be decoded", code="corrupt_file")
-
-    async def scenario(service: EngineService) -> tuple[Any, Any, str]:
-        async def broken() -> AsyncGenerator[Any]:
-            yield bits(6)[:4]
-            await asyncio.sleep(0.02)
-            yield refused
-
-        async def lost() -> AsyncGenerator[Any]:
-            yield bits(6)[:4]
-            raise RuntimeError("its replica has died")
-
-        first, second = [refusal_of(await collect(service, request(media=(streamed(own),)))) for own in (broken, lost)]
-        stats = await service.stats()
-        assert (stats.active_slots, stats.prefix_entries) == (0, 0)
-        return first, second, text_of(await collect(service, request(media=(video(6),))))
-
-    first, second, answer = run(weights, scenario, engine=TWO_FRAMES)
-    plain = run(weights, lambda service: collect(service, request(media=(video(6),))), engine=TWO_FRAMES)
-    assert first == refused
-    assert (second.status, second.code) == (503, "features_lost")
-    assert answer == text_of(plain)
-
-
-def test_others_are_answered_while_a_video_waits_for_frames_and_the_thread_rests(weights: Path) -> None:
-    async def scenario(service: EngineService) -> tuple[str, int, int]:
-        started, steps = asyncio.Event(), 0
-        step = service._engine.step
-
-        def counted() -> Any:
-            nonlocal steps
-            steps += 1
-            return step()
-
-        service._engine.step = counted  # type: ignore[method-assign]
-
-        async def endless() -> AsyncGenerator[Any]:
-            yield bits(6)[:4]
-            started.set()
-            await asyncio.sleep(60)
-
-        waiting = asyncio.create_task(collect(service, request(media=(streamed(endless),))))
-        await started.wait()
-        answer = text_of(await collect(service, request("Who?")))
-        await asyncio.sleep(0.05)
-        before = steps
-        await asyncio.sleep(0.3)
-        rested = steps - before
-        waiting.cancel()
-        await asyncio.wait({waiting})
-        return answer, rested, (await service.stats()).active_slots
-
-    answer, rested, active = run(weights, scenario, engine=TWO_FRAMES)
-    assert answer == text_of(run(weights, lambda service: collect(service, request("Who?")), engine=TWO_FRAMES))
-    assert rested == 0
-    assert active == 0
-
-
 def test_a_failed_engine_refuses_every_request_and_is_unhealthy(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(service: EngineService) -> tuple[Any, Any, bool]:
         items = service.generate(request(max_new_tokens=1000, temperature=1.0))
@@ -447,52 +263,6 @@ def test_a_failed_engine_refuses_every_request_and_is_unhealthy(weights: Path, m
 def test_unusable_kernels_stop_the_replica_with_a_reason(weights: Path) -> None:
     with pytest.raises(RuntimeError, match=r"backend = kernels cannot be used .*need CUDA, not cpu"):
         EngineService(str(weights), EngineServiceConfig(backend="kernels"), read)
-
-
-def test_a_turns_media_come_before_its_text() -> None:
-    turns = [
-        ChatTurn(role="system", text="Be brief."),
-        ChatTurn(role="user", text="First?", media=(video(1), video(2))),
-        ChatTurn(role="assistant", text="Yes"),
-        ChatTurn(role="user", text="Second?"),
-    ]
-    sample = build_prompt(TOKENIZER, turns, TEMPLATES["nemotron"])
-    places = [place for place, row in enumerate(sample.vision_index) if row >= 0]
-    assert len(places) == 12
-    assert places == list(range(places[0], places[0] + 12))
-    assert TOKENIZER.decode(sample.input_ids[places[-1] + 1 :]).startswith("First?\n<SPECIAL_12>")
-    assert TOKENIZER.decode(sample.input_ids).endswith("<SPECIAL_11>Assistant\n")
-
-
-def test_media_stand_where_the_turn_has_them_and_a_typed_marker_is_text() -> None:
-    """Before, a text with <media> was refused."""
-    typed = "Is <media> or <media 1> a tag?"
-    turn = ChatTurn(role="user", text=f"A:B:{typed}", media=(video(1), video(2)), offsets=(2, 4))
-    sample = build_prompt(TOKENIZER, [turn], NEMOTRON, with_time_text=True)
-    shown = "".join(
-        "*" if row >= 0 else TOKENIZER.decode([token])
-        for token, row in zip(sample.input_ids, sample.vision_index, strict=True)
-    )
-    first, second = (f"{'*' * (4 * frames)}{time_text(frames, frames)}" for frames in (1, 2))
-    assert f"A:{first}B:{second}{typed}" in shown
-    with pytest.raises(ValueError, match="as many offsets"):
-        ChatTurn(role="user", text="", media=(video(1),), offsets=())
-
-
-def test_the_time_text_follows_each_video_when_it_is_on() -> None:
-    picture = replace(video(1), modality="image", duration_seconds=0.0)
-    turns = [ChatTurn(role="user", text="When?", media=(picture, video(2)))]
-    sample = build_prompt(TOKENIZER, turns, NEMOTRON, with_time_text=True)
-    text = TOKENIZER.decode([i for i, row in zip(sample.input_ids, sample.vision_index, strict=True) if row < 0])
-    assert f"{time_text(2.0, 2)}When?" in text
-    assert text.count("The video lasts") == 1
-
-
-def test_a_prompt_may_open_its_answer() -> None:
-    turns = [ChatTurn(role="user", text="Which?", media=(video(1),))]
-    sample = build_prompt(TOKENIZER, turns, NEMOTRON, answer_prefix="Best Option: (")
-    assert TOKENIZER.decode(sample.input_ids).endswith("<SPECIAL_11>Assistant\nBest Option: (")
-    assert TokenKind.RESPONSE not in sample.token_kind
 
 
 def test_time_spans_follow_the_built_in_schema_within_the_video(weights: Path) -> None:
