@@ -14,6 +14,8 @@ from typing import Any, Literal, Protocol
 from timeviper_model.inference.answer import SamplingParams, Usage
 
 Modality = Literal["video", "image"]
+FEATURE_SCHEME = "feature://"
+"""Begins the address of a medium of the feature store."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

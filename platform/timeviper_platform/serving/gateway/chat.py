@@ -26,10 +26,11 @@ from timeviper_platform.serving.gateway.chat_request import (
     TextPart,
 )
 from timeviper_platform.serving.gateway.config import CurrentConfig, GatewayConfig
+from timeviper_platform.serving.gateway.media.remote import FILE, HTTPS, Addresses
+from timeviper_platform.serving.gateway.media.uploads import DATA_SCHEME, MediaStore, no_such_file, parse_data_uri
 from timeviper_platform.serving.gateway.openai_protocol import ApiError
-from timeviper_platform.serving.gateway.remote import FILE, HTTPS, Addresses
-from timeviper_platform.serving.gateway.uploads import DATA_SCHEME, MediaStore, no_such_file, parse_data_uri
 from timeviper_platform.serving.messages import (
+    FEATURE_SCHEME,
     ChatTurn,
     FeatureClient,
     FeatureProgress,
@@ -45,7 +46,6 @@ from timeviper_platform.serving.messages import (
     StoredFeatures,
 )
 
-FEATURE_SCHEME = "feature://"
 MIN_TOP_P = 1e-6
 """Stands for 0, which clients send for the most likely token alone."""
 PARAGRAPH = "\n\n"

@@ -12,8 +12,8 @@ from pydantic import BaseModel, Field
 
 from timeviper_platform.serving.gateway.chat_request import ChatCompletionRequest, chat_request
 from timeviper_platform.serving.gateway.config import ApiKey, CurrentConfig, GatewayConfig
+from timeviper_platform.serving.gateway.media.uploads import DATA_SCHEME
 from timeviper_platform.serving.gateway.openai_protocol import ApiError
-from timeviper_platform.serving.gateway.uploads import DATA_SCHEME
 from timeviper_platform.serving.jobs.job_store import Job, JobState, JobStore
 from timeviper_platform.serving.jobs.runner import FinalError, JobRunner, TransientError
 from timeviper_platform.serving.messages import FeatureProgress

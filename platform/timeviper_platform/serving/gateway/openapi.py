@@ -14,8 +14,8 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from timeviper_platform.serving.gateway.chat_request import ChatCompletionRequest
-from timeviper_platform.serving.gateway.chunked_uploads import CompleteRequest, UploadRequest
 from timeviper_platform.serving.gateway.job_routes import NewJob
+from timeviper_platform.serving.gateway.media.chunked_uploads import CompleteRequest, UploadRequest
 
 FASTAPIS_422 = "Validation Error"
 """Description of the answer that FastAPI documents for every route with a parameter."""

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from reference.synthetic_gateway import MP4, Engine, Features, Server, check_error, events, video
-from timeviper_platform.serving.gateway import uploads
 from timeviper_platform.serving.gateway.config import GatewayConfig
+from timeviper_platform.serving.gateway.media import uploads
 from timeviper_platform.serving.gateway.routes import create_app
 from timeviper_platform.serving.messages import Refusal
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from timeviper_platform.serving.gateway.uploads import MediaStore
+from timeviper_platform.serving.gateway.media.uploads import MediaStore
 from timeviper_platform.serving.jobs import runner as module
 from timeviper_platform.serving.jobs.job_store import Job, JobStore
 from timeviper_platform.serving.jobs.runner import JobRunner

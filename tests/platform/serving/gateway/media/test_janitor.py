@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from timeviper_platform.serving.gateway import uploads
 from timeviper_platform.serving.gateway.config import Retention
-from timeviper_platform.serving.gateway.janitor import clean, keep_clean
-from timeviper_platform.serving.gateway.uploads import FileRecord, MediaStore
+from timeviper_platform.serving.gateway.media import uploads
+from timeviper_platform.serving.gateway.media.janitor import clean, keep_clean
+from timeviper_platform.serving.gateway.media.uploads import FileRecord, MediaStore
 
 NOW = time.time()
 MP4 = b"\x00\x00\x00\x20ftypisom" + bytes(100)

@@ -22,8 +22,8 @@ from timeviper_platform.common.storage import (
     write_atomic,
     write_json,
 )
+from timeviper_platform.serving.gateway.media.uploads import FileRecord, MediaStore, display_name
 from timeviper_platform.serving.gateway.openai_protocol import ApiError
-from timeviper_platform.serving.gateway.uploads import FileRecord, MediaStore, display_name
 
 UPLOAD_ID = re.compile(r"upload_[0-9a-f]{32}")
 PART_ID = re.compile(r"part_[0-9a-f]{32}")

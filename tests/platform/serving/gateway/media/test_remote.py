@@ -24,11 +24,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from reference.synthetic_gateway import MP4, PNG, Server, check_error, video
-from timeviper_platform.serving.gateway import remote
 from timeviper_platform.serving.gateway.config import GatewayConfig, RemoteMedia
+from timeviper_platform.serving.gateway.media import remote
+from timeviper_platform.serving.gateway.media.remote import Addresses, RemoteFetcher, is_global, local_path, resolve
+from timeviper_platform.serving.gateway.media.uploads import MediaStore
 from timeviper_platform.serving.gateway.openai_protocol import ApiError
-from timeviper_platform.serving.gateway.remote import Addresses, RemoteFetcher, is_global, local_path, resolve
-from timeviper_platform.serving.gateway.uploads import MediaStore
 from timeviper_platform.serving.messages import MediaAddress, MediaFile
 
 HOST = "videos.example"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from reference.synthetic_gateway import MP4, Server, check_error, stored_medium
-from timeviper_platform.serving.gateway.byte_ranges import UnsatisfiableRangeError, parse_range
+from timeviper_platform.serving.gateway.media.byte_ranges import UnsatisfiableRangeError, parse_range
 
 
 @pytest.mark.parametrize(

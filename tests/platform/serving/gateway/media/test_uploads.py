@@ -10,8 +10,8 @@ from urllib.parse import quote
 import pytest
 
 from timeviper_platform.data.media.signatures import sniff_modality
+from timeviper_platform.serving.gateway.media.uploads import MediaStore, parse_data_uri
 from timeviper_platform.serving.gateway.openai_protocol import ApiError
-from timeviper_platform.serving.gateway.uploads import MediaStore, parse_data_uri
 from timeviper_platform.serving.messages import MediaBytes, MediaFrames
 
 MP4 = b"\x00\x00\x00\x20ftypisom" + bytes(100)

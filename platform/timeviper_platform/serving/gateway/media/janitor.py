@@ -8,7 +8,7 @@ import random
 import time
 
 from timeviper_platform.serving.gateway.config import Retention
-from timeviper_platform.serving.gateway.uploads import FileRecord, MediaStore
+from timeviper_platform.serving.gateway.media.uploads import FileRecord, MediaStore
 
 logger = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from reference.synthetic_gateway import MP4, Server, check_error, keys
-from timeviper_platform.serving.gateway import chunked_uploads
 from timeviper_platform.serving.gateway.config import Retention
-from timeviper_platform.serving.gateway.janitor import clean
-from timeviper_platform.serving.gateway.uploads import MediaStore
+from timeviper_platform.serving.gateway.media import chunked_uploads
+from timeviper_platform.serving.gateway.media.janitor import clean
+from timeviper_platform.serving.gateway.media.uploads import MediaStore
 
 
 def begin(server: Server, num_bytes: int = len(MP4), **options: Any) -> Any:

@@ -24,8 +24,8 @@ from urllib.parse import unquote, urljoin, urlsplit
 from timeviper_platform.data.media.http_file import BadUrlError, ascii_url
 from timeviper_platform.data.media.signatures import HEAD_BYTES
 from timeviper_platform.serving.gateway.config import GatewayConfig, RemoteMedia
+from timeviper_platform.serving.gateway.media.uploads import MediaStore, require_media
 from timeviper_platform.serving.gateway.openai_protocol import ApiError
-from timeviper_platform.serving.gateway.uploads import MediaStore, require_media
 from timeviper_platform.serving.messages import MediaAddress, MediaFile
 
 HTTPS = "https://"

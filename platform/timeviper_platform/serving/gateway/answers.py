@@ -1,0 +1,200 @@
+"""Answers to conversations, whole or streamed, in the two APIs that take them and for jobs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from timeviper_platform.serving.gateway.bodies import Bodies
+from timeviper_platform.serving.gateway.chat import ChatPreparation
+from timeviper_platform.serving.gateway.chat_request import (
+    ChatCompletionRequest,
+    chat_request,
+    parse_chat_request,
+    parse_object,
+)
+from timeviper_platform.serving.gateway.config import ApiKey, CurrentConfig, GatewayConfig
+from timeviper_platform.serving.gateway.keys import Quotas
+from timeviper_platform.serving.gateway.middleware import GatewayMetrics
+from timeviper_platform.serving.gateway.openai_protocol import ApiError, ChatStream, Completion
+from timeviper_platform.serving.gateway.responses import ResponseAnswer, chat_values
+from timeviper_platform.serving.messages import (
+    AnswerDelta,
+    EngineClient,
+    FeatureProgress,
+    Refusal,
+)
+
+_CONTENT_TYPE = "text/event-stream; charset=utf-8"
+
+
+class _Running(NamedTuple):
+    """Answers of which the first text is there."""
+
+    completion: Completion
+    first: AnswerDelta
+    deltas: AsyncGenerator[AnswerDelta]
+    deadline: float
+
+
+class Answers:
+    def __init__(
+        self,
+        current: CurrentConfig,
+        preparation: ChatPreparation,
+        engine: EngineClient,
+        bodies: Bodies,
+        metrics: GatewayMetrics,
+        quotas: Quotas,
+    ) -> None:
+        self._current = current
+        self._preparation = preparation
+        self._engine = engine
+        self._bodies = bodies
+        self._metrics = metrics
+        self._quotas = quotas
+
+    @property
+    def _config(self) -> GatewayConfig:
+        return self._current.config
+
+    async def chat_completions(self, request: Request) -> Response:
+        """Answers a conversation, whole or streamed."""
+        parse = partial(parse_chat_request, max_parts=self._config.max_parts_per_request)
+        chat = await self._bodies.parsed(request, parse)
+        running = await self._start(chat, request)
+        if not chat.stream:
+            await self._collect(running)
+            return JSONResponse(running.completion.response())
+        include_usage = chat.stream_options is not None and chat.stream_options.include_usage
+        return self._streamed(running, ChatStream(running.completion, include_usage=include_usage))
+
+    async def answer_for_job(
+        self, chat: ChatCompletionRequest, tenant: str, key: ApiKey | None, note: Callable[[FeatureProgress], None]
+    ) -> dict[str, Any]:
+        """Returns a whole answer, without a deadline."""
+        self.check_model(chat.model)
+        generate = await self._preparation.prepare(chat, tenant, note=note)
+        self._quotas.add_frames(key, total := generate.num_frames)
+        note(FeatureProgress(stage="answering", frames_done=total, frames_total=total))
+        completion = Completion(chat.model, num_choices=1, with_logprobs=False)
+        async with contextlib.aclosing(_checked(self._engine.generate(generate))) as deltas:
+            async for delta in deltas:
+                completion.add(delta)
+        self._metrics.add_usage(completion.usage())
+        return completion.response()
+
+    async def create_response(self, request: Request) -> Response:
+        """Answers in the Responses API, whole or streamed. Nothing is stored."""
+
+        def parse(body: bytes) -> tuple[dict[str, Any], ChatCompletionRequest]:
+            values = parse_object(body)
+            return values, chat_request(chat_values(values), max_parts=self._config.max_parts_per_request)
+
+        values, chat = await self._bodies.parsed(request, parse)
+        running = await self._start(chat, request)
+        answer = ResponseAnswer(running.completion, values)
+        if not chat.stream:
+            await self._collect(running)
+            return JSONResponse(answer.response())
+        return self._streamed(running, answer)
+
+    async def _start(self, chat: ChatCompletionRequest, request: Request) -> _Running:
+        """Returns the answers once the first text is there, so that refusals have their own status."""
+        self.check_model(chat.model)
+        deadline = asyncio.get_running_loop().time() + self._config.request_timeout_s
+        with self._timed():
+            async with asyncio.timeout_at(deadline):
+                try:
+                    running = await self._first(chat, request, deadline)
+                except ApiError as error:
+                    if error.code != "features_lost":  # their replica has died or forgotten them
+                        raise
+                    running = await self._first(chat, request, deadline, whole=True)
+        return running
+
+    async def _first(
+        self, chat: ChatCompletionRequest, request: Request, deadline: float, *, whole: bool = False
+    ) -> _Running:
+        generate = await self._preparation.prepare(chat, request.state.tenant, whole=whole)
+        if not whole:
+            self._quotas.add_frames(request.state.key, generate.num_frames)
+        completion = Completion(
+            chat.model,
+            num_choices=generate.n,
+            with_logprobs=bool(chat.logprobs),
+            media=generate.media if generate.is_temporal else (),
+        )
+        deltas = _checked(self._engine.generate(generate))
+        completion.add(first := await anext(deltas))
+        return _Running(completion, first, deltas, deadline)
+
+    async def _collect(self, running: _Running) -> None:
+        """Waits for the whole answers; closes them even when cancelled."""
+        with self._timed():
+            async with contextlib.aclosing(running.deltas), asyncio.timeout_at(running.deadline):
+                while not running.completion.is_finished:
+                    running.completion.add(await _next(running.deltas))
+        self._metrics.add_usage(running.completion.usage())
+
+    def _streamed(self, running: _Running, answer: ChatStream | ResponseAnswer) -> Response:
+        headers = {"Cache-Control": "no-cache"}
+        return StreamingResponse(self._events(running, answer), media_type=_CONTENT_TYPE, headers=headers)
+
+    async def _events(self, running: _Running, answer: ChatStream | ResponseAnswer) -> AsyncIterator[bytes]:
+        """Yields server-sent events. Closing the generator, as on a disconnect, frees the slots."""
+        async with contextlib.aclosing(running.deltas):
+            try:
+                yield answer.opening() + answer.delta(running.first)
+                while not running.completion.is_finished:
+                    with self._timed():
+                        async with asyncio.timeout_at(running.deadline):
+                            delta = await _next(running.deltas)
+                    running.completion.add(delta)
+                    yield answer.delta(delta)
+            except ApiError as error:
+                yield answer.error(error)
+                return
+        self._metrics.add_usage(running.completion.usage())
+        yield answer.end()
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Turns a timeout into a 408."""
+        try:
+            yield
+        except TimeoutError:
+            text = f"not answered within {self._config.request_timeout_s:g} s"
+            raise ApiError(408, text, code="timeout") from None
+
+    def check_model(self, model: str) -> None:
+        if model != self._config.model_name:
+            name = self._config.model_name
+            raise ApiError(404, f"unknown model; use {name!r}", code="model_not_found", param="model")
+
+
+async def _next(deltas: AsyncGenerator[AnswerDelta]) -> AnswerDelta:
+    """Raises ApiError when the service has ended an unfinished answer."""
+    delta = await anext(deltas, None)
+    if delta is None:
+        raise ApiError(503, "the answer ended early, try again", code="unavailable", retry_after_s=1.0)
+    return delta
+
+
+async def _checked(items: AsyncIterator[AnswerDelta | Refusal]) -> AsyncGenerator[AnswerDelta]:
+    """Yields deltas; raises ApiError for a refusal."""
+    try:
+        async for item in items:
+            if isinstance(item, Refusal):
+                raise ApiError.from_refusal(item)
+            yield item
+    finally:
+        close: Callable[[], Awaitable[None]] | None = getattr(items, "aclose", None)
+        if close is not None:
+            await close()

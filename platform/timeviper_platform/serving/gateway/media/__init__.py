@@ -1,0 +1,1 @@
+"""Media that requests bring or name: uploads, addresses and their contents."""
