@@ -206,6 +206,6 @@ def needle(rows: Sequence[Row], model: str, file_format: FileFormat) -> bytes:
         title=f"Needle, {model}",
         x_label="frames",
         y_label="depth of the needle",
-        colour_label=f"accuracy, {rows[0]['num_questions']} questions (chance {rows[0]['chance']:.2f})",
+        colour_label=f"accuracy (questions per cell: {rows[0]['num_questions']}, chance {rows[0]['chance']:.2f})",
         file_format=file_format,
     )
