@@ -231,6 +231,11 @@ def test_limits_change_in_running_replicas_and_args_replace_them_without_a_faile
         ]
         site.redeploy()
         site.wait(lambda: site.ask(long).status_code == 413 and vision_tokens(site) == 40)
+        site.application["deployments"][0]["user_config"] = {"max_tokens": 10**6}
+        site.redeploy()
+        faults = site.status("--wait", expected=1)
+        assert faults.startswith("RUNNING\ngateway.max_tokens = 1000000 exceeds"), faults
+        assert site.ask(long).status_code == 413
         del site.application["deployments"]
         site.redeploy()
         site.wait(lambda: site.ask(long).status_code == 200 and vision_tokens(site) == 160)

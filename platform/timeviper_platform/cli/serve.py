@@ -30,7 +30,7 @@ from ray import serve
 from timeviper_platform.common import ray_cluster
 from timeviper_platform.common.config import load_config
 from timeviper_platform.common.job import JobParser, JobResult, run_job
-from timeviper_platform.serving.app import ServeConfig, build_application, resolve_paths
+from timeviper_platform.serving.app import ServeConfig, build_application, limit_faults, resolve_paths
 from timeviper_platform.serving.gateway.connections import CALLBACK_VARIABLE, environment
 from timeviper_platform.serving.limits import DeploymentName
 from timeviper_platform.serving.status import RUNNING, failure_causes, wait_for_application
@@ -140,15 +140,16 @@ def _status_main(arguments: Sequence[str]) -> int:
 
 
 def show_status(options: argparse.Namespace) -> JobResult:
-    """Reports the application's state, and why it does not run; exit code 0 if it runs."""
+    """Reports the application's state and faults; exit code 0 if it runs without."""
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
     state = wait_for_application(
         lambda: ServeSubmissionClient(options.address).get_serve_details(),
         options.name,
         timeout_s=options.timeout if options.wait else 0.0,
+        faults=limit_faults,
     )
-    return JobResult([str(state)], exit_code=0 if state.state == RUNNING else 1)
+    return JobResult([str(state)], exit_code=0 if state.state == RUNNING and not state.causes else 1)
 
 
 def serve_until_stopped(options: argparse.Namespace) -> JobResult:

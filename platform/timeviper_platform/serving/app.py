@@ -33,6 +33,7 @@ from timeviper_platform.serving.messages import FeatureReference, FeatureStream,
 
 logger = logging.getLogger(__name__)
 
+BUILDER = "timeviper_platform.serving.app:build"
 MAX_GATEWAY_REQUESTS = 8192
 """Concurrent requests per replica. They cost little; with fewer, slow bodies would block health checks."""
 GATEWAY_TARGET = 256
@@ -157,6 +158,27 @@ def build_application(
         features.bind(config.weights, config.features),
         engines.bind(config.weights, config.engine),
     )
+
+
+def limit_faults(application: Mapping[str, Any]) -> list[str]:
+    """Returns why running replicas have not taken the limits of a deployed application.
+
+    Args:
+        application: an entry of a Serve file's `applications`; others than of `build` have no faults.
+    """
+    if application.get("import_path") != BUILDER:
+        return []
+    config = parse_config(ServeConfig, application["args"], source="args")
+    faults = []
+    for deployment in application.get("deployments", ()):
+        name = deployment["name"]
+        try:
+            limits = with_limits(getattr(config, name), deployment.get("user_config") or {}, name)
+            if isinstance(limits, GatewayConfig):
+                check_max_tokens(limits, config.engine.engine.max_new_tokens)
+        except ValueError as error:
+            faults.append(f"{error}; running replicas keep the limits that they had")
+    return faults
 
 
 def resolve_paths(config: ServeConfig, root: Path) -> ServeConfig:

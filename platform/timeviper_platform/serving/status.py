@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 RUNNING = "RUNNING"
@@ -25,11 +25,14 @@ class ApplicationState(NamedTuple):
         return "\n".join([self.state, *self.causes])
 
 
-def application_state(details: Mapping[str, Any], name: str) -> ApplicationState:
+def application_state(
+    details: Mapping[str, Any], name: str, faults: Callable[[Mapping[str, Any]], Sequence[str]] = lambda application: ()
+) -> ApplicationState:
     """Returns the state of application `name`.
 
     Args:
         details: answer of the dashboard's GET /api/serve/applications/.
+        faults: returns faults of a running application from its entry in the Serve file.
     """
     applications = details["applications"]
     if name not in applications:
@@ -37,7 +40,7 @@ def application_state(details: Mapping[str, Any], name: str) -> ApplicationState
         return ApplicationState(NOT_DEPLOYED, (f"no application {name!r}{others}; deploy it with `serve deploy FILE`",))
     found = applications[name]
     if found["status"] == RUNNING:
-        return ApplicationState(RUNNING)
+        return ApplicationState(RUNNING, tuple(faults(found.get("deployed_app_config") or {})))
     causes = [
         f"{deployment} {values['status']}: {without_traceback(values['message'])}".rstrip(": ")
         for deployment, values in found["deployments"].items()
@@ -48,17 +51,23 @@ def application_state(details: Mapping[str, Any], name: str) -> ApplicationState
 
 
 def wait_for_application(
-    read: Callable[[], Mapping[str, Any]], name: str, *, timeout_s: float, poll_s: float = POLL_SECONDS
+    read: Callable[[], Mapping[str, Any]],
+    name: str,
+    *,
+    timeout_s: float,
+    poll_s: float = POLL_SECONDS,
+    faults: Callable[[Mapping[str, Any]], Sequence[str]] = lambda application: (),
 ) -> ApplicationState:
     """Returns the state once it is RUNNING or DEPLOY_FAILED, else the last one after `timeout_s`; 0 = the state now.
 
     Args:
         read: returns the details of `application_state`; a ConnectionError counts as UNREACHABLE.
+        faults: as `application_state`'s.
     """
     deadline = time.monotonic() + timeout_s
     while True:
         try:
-            state = application_state(read(), name)
+            state = application_state(read(), name, faults)
         except ConnectionError as error:
             state = ApplicationState(UNREACHABLE, (" ".join(str(error).split()),))
         if state.state in FINAL_STATES or time.monotonic() >= deadline:

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from reference.synthetic_gateway import Server, check_error, keys
-from timeviper_platform.serving.app import ServeConfig, build, build_application
+from timeviper_platform.serving.app import BUILDER, ServeConfig, build, build_application, limit_faults
 from timeviper_platform.serving.engine.service import EngineServiceConfig
 from timeviper_platform.serving.features.service import FeatureServiceConfig
 from timeviper_platform.serving.gateway.config import GatewayConfig
 from timeviper_platform.serving.gateway_replica import GatewayReplica, check_max_tokens
 from timeviper_platform.serving.limits import IN_PLACE, DeploymentName, Limits, with_limits
+from timeviper_platform.serving.status import application_state
 
 CONFIGS: dict[DeploymentName, Any] = {
     "gateway": GatewayConfig(api_keys=keys("a")),
@@ -103,6 +104,25 @@ def test_a_gateways_answers_are_never_longer_than_the_engines() -> None:
     assert limits.reconfigure({"max_tokens": 2000})
     assert not limits.reconfigure({"max_tokens": 2001})
     assert limits.config.max_tokens == 2000
+
+
+def test_status_says_which_limits_running_replicas_have_not_taken() -> None:
+    """A deploy with a wrong user_config leaves the application RUNNING."""
+    limits = [
+        {"name": "gateway", "user_config": {"max_tokens": 5000}},
+        {"name": "features", "user_config": {"fps": 0.5}},
+        {"name": "engine", "user_config": {"max_queued_requests": 3}},
+    ]
+    args = {"weights": "w", "features": {"feature_store": "s"}}
+    application = {"import_path": BUILDER, "args": args, "deployments": limits}
+    found = {"status": "RUNNING", "deployments": {}, "message": "", "deployed_app_config": application}
+    state = application_state({"applications": {"timeviper": found}}, "timeviper", limit_faults)
+    kept = "running replicas keep the limits that they had"
+    assert state.state == "RUNNING"
+    assert [cause.endswith(kept) for cause in state.causes] == [True, True]
+    assert "gateway.max_tokens = 5000 exceeds" in state.causes[0]
+    assert "'max_queued_requests' cannot change" in state.causes[1]
+    assert limit_faults({"import_path": "other:app", "args": {}}) == limit_faults({}) == []
 
 
 def test_an_application_is_built_with_the_user_configs_of_its_file() -> None:
