@@ -69,11 +69,13 @@ def process_group(*, use_gpu: bool) -> Iterator[torch.device]:
     if dist.is_initialized():
         yield device
         return
-    with tempfile.TemporaryDirectory(prefix="timeviper-rendezvous-") as folder:
+    with tempfile.TemporaryDirectory(prefix="timeviper-rendezvous-") as folder, contextlib.ExitStack() as stack:
         if "RANK" in os.environ:
             dist.init_process_group(backend)
         else:
-            os.environ.setdefault("LOCAL_RANK", "0")  # required by DeepSpeed
+            if "LOCAL_RANK" not in os.environ:  # DeepSpeed needs it; other libraries take it for a launcher's
+                os.environ["LOCAL_RANK"] = "0"
+                stack.callback(os.environ.pop, "LOCAL_RANK", None)
             dist.init_process_group(backend, init_method=f"file://{Path(folder) / 'group'}", rank=0, world_size=1)
         try:
             yield device

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 TWO_GROUPS = """
+import os
 import torch
 from timeviper_platform.training.config import ZeroConfig
 from timeviper_platform.training.local import process_group
@@ -21,6 +22,7 @@ for stage in (2, 3):
         engine.backward(engine(torch.ones(1, 4)).sum())
         engine.step()
     assert not torch.distributed.is_initialized()
+    assert "LOCAL_RANK" not in os.environ
 """
 
 

@@ -199,7 +199,8 @@ def _run(python: str, root: Path, model: str, arguments: str, **environment: str
     command += ["--include_path", str(root / "lmms_eval"), "--batch_size", "1", "--log_samples"]
     command += ["--output_path", str(output)]
     variables = {"HF_HOME": str(root / "hf"), "HF_HUB_OFFLINE": "1", "OPENAI_API_KEY": "none", **environment}
-    done = subprocess.run(command, env=os.environ | variables, cwd=root, capture_output=True, text=True)
+    inherited = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"}  # of a process group here
+    done = subprocess.run(command, env=inherited | variables, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found: dict[str, list[str]] = {}
     for file in output.rglob("*_samples_*.jsonl"):
