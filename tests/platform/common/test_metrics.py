@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 from timeviper_model.inference.requests import EngineStats
 from timeviper_platform.common.metrics import METRICS, RayMetrics, metrics_of, prometheus_metrics
 
-PARTS = ("timeviper_gateway_", "timeviper_engine_", "timeviper_preprocess_")
+PARTS = ("timeviper_gateway_", "timeviper_engine_", "timeviper_plan_", "timeviper_preprocess_")
 
 
 class Recorded:

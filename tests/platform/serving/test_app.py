@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -224,6 +224,9 @@ def test_blocks_of_features_cross_ray_before_the_last_and_are_lost_with_their_re
             found += [block async for block in blocks]
         dead = of(writer)
         ray.kill(writer.address())
+        with suppress(RayActorError):  # the kill takes a moment
+            while True:
+                await writer.address().__ray_ready__.remote()
         with pytest.raises(RuntimeError, match="features x are lost"):
             await anext(read_features(dead))
         return found

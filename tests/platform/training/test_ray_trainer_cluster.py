@@ -30,6 +30,7 @@ from timeviper_platform.training.validation.async_eval import EvalTask
 ROOT = Path(__file__).resolve().parents[3]
 
 
+@pytest.mark.slow
 @pytest.mark.cluster
 def test_two_workers_take_over_the_run_of_one(
     tmp_path: Path, ray_address: str, group_of_one: None, capsys: pytest.CaptureFixture[str]
