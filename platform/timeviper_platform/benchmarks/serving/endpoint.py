@@ -32,8 +32,6 @@ ENGINE = "engine"
 REPLICA = "ray::ServeReplica:timeviper:"
 """Start of the process title of a replica, before its deployment's name."""
 ENCODE_BATCH_FRAMES = 32
-END_TOKEN_ID = 12
-"""Of the synthetic tokenizer."""
 NUM_SLOTS = 16
 
 
@@ -83,7 +81,7 @@ def make_folders(
     tokenizer = train_tokenizer(texts, min(512, config.text.vocab_size))
     model = make_model(config)
     with torch.no_grad():
-        model.lm_head.weight[END_TOKEN_ID] = 0.0  # greedy answers then have their full length
+        model.lm_head.weight[tokenizer.all_special_ids] = 0.0  # greedy answers then have their full length
     save_pretrained(model, root / "weights", tokenizer=tokenizer)
     sizes = built.num_tokens_per_frame, built.dim
     write_store(
