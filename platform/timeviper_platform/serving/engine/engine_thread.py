@@ -6,6 +6,7 @@ import asyncio
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
@@ -16,14 +17,21 @@ from timeviper_model.inference.requests import EngineStats, Event, Failed, Reque
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+DELIVERY_S = 0.01
+"""Tokens wait so long for others, since a delivery takes the interpreter from a step. Starts and ends do not wait."""
+
+Batch = list[tuple[asyncio.Queue[Event], Event]]
+
 
 class EngineThread:
     """Steps the engine while it has work."""
 
-    def __init__(self, engine: InferenceEngine) -> None:
-        self._engine = engine
+    def __init__(self, engine: InferenceEngine, *, delivery_s: float = DELIVERY_S) -> None:
+        self._engine, self._delivery_s = engine, delivery_s
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._listeners: dict[RequestId, Callable[[Event], None]] = {}
+        self._listeners: dict[RequestId, _Listener] = {}
+        self._waiting: dict[asyncio.AbstractEventLoop, Batch] = {}
+        self._delivered = 0.0
         self._has_news = False
         """Whether features have come since the last step began."""
         self.error: str | None = None
@@ -41,10 +49,6 @@ class EngineThread:
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event] = asyncio.Queue()
 
-        def deliver(event: Event) -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(events.put_nowait, event)
-
         def submit_all() -> list[RequestId]:
             ids: list[RequestId] = []
             try:
@@ -54,7 +58,7 @@ class EngineThread:
                 for request_id in ids:
                     self._engine.cancel(request_id)
                 raise
-            self._listeners.update(dict.fromkeys(ids, deliver))
+            self._listeners.update({request_id: _Listener(loop, events) for request_id in ids})
             return ids
 
         command = asyncio.wrap_future(self._call(submit_all))
@@ -132,10 +136,36 @@ class EngineThread:
             logger.exception("the engine's step failed; this replica takes no more requests")
             self.error = f"the engine has failed: {type(error).__name__}"
             events = [Failed(request_id=request_id, error=self.error) for request_id in self._listeners]
+        is_urgent = False
         for event in events:
-            deliver = self._listeners.get(event.request_id)
-            if deliver is None:
+            listener = self._listeners.get(event.request_id)
+            if listener is None:
                 continue
             if not isinstance(event, Token):
                 del self._listeners[event.request_id]
-            deliver(event)
+            is_urgent = is_urgent or not listener.has_token or not isinstance(event, Token)
+            listener.has_token = True
+            self._waiting.setdefault(listener.loop, []).append((listener.events, event))
+        if is_urgent or self._is_idle() or time.monotonic() - self._delivered >= self._delivery_s:
+            self._deliver()
+
+    def _deliver(self) -> None:
+        """Wakes each event loop once."""
+        self._delivered = time.monotonic()
+        for loop, batch in self._waiting.items():
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_put_all, batch)
+        self._waiting = {}
+
+
+class _Listener:
+    """Where a request's events go."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Event]) -> None:
+        self.loop, self.events = loop, events
+        self.has_token = False
+
+
+def _put_all(batch: Batch) -> None:
+    for events, event in batch:
+        events.put_nowait(event)
