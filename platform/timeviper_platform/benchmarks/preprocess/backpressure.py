@@ -26,7 +26,7 @@ CLIP = ClipSpec(seconds=24)
 def backpressure_rows(
     film: Path | None = None,
     *,
-    num_clips: int = 512,
+    num_clips: int = 128,
     clip: ClipSpec = CLIP,
     repeats: int = 5,
     run: Runner = run_on_ray,
