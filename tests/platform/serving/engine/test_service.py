@@ -34,7 +34,7 @@ from timeviper_model.inference.requests import EngineConfig
 from timeviper_model.weights.weights_folder import from_pretrained
 from timeviper_platform.serving.answer_schemas import segments_schema
 from timeviper_platform.serving.engine import service as service_module
-from timeviper_platform.serving.engine.service import EngineService, EngineServiceConfig
+from timeviper_platform.serving.engine.service import EngineService, EngineServiceConfig, coalesce_seconds
 from timeviper_platform.serving.messages import (
     AnswerDelta,
     ChatTurn,
@@ -156,6 +156,21 @@ def test_the_first_token_is_sent_at_once_and_the_rest_is_gathered(weights: Path)
     sizes = [len(item.logprobs) for item in items if isinstance(item, AnswerDelta)]
     assert sizes[0] <= 3
     assert len(sizes) < sum(sizes) / 2
+
+
+def test_the_end_of_an_answer_waits_for_no_more_tokens(weights: Path) -> None:
+    """Before, it waited for `coalesce_ms` after the delta before it."""
+    items = run(weights, lambda service: collect(service, request(max_new_tokens=8)), coalesce_ms=600_000.0)
+    assert isinstance(items[-1], AnswerDelta)
+    assert items[-1].finish_reason is not None
+    assert len(items) <= 2
+
+
+def test_many_streams_send_fewer_deltas_each() -> None:
+    """Before, 16 streams had a quarter of the engine's tokens a second: their deltas took the processors."""
+    assert [coalesce_seconds(30.0, streams) for streams in (1, 3, 16, 32)] == [0.03, 0.03, 0.16, 0.25]
+    assert coalesce_seconds(500.0, 32) == 0.5
+    assert coalesce_seconds(0.0, 32) == 0.0
 
 
 def test_every_answers_first_token_is_observed_with_the_time_spent_waiting(weights: Path) -> None:
