@@ -60,7 +60,8 @@ def benchmark(options: argparse.Namespace) -> JobResult:
         meanwhile = StolenTime()
         found = groups[key](options.film)
         rows += found
-        logger.info("%s %s:\n%s", options.suite, key, format_rows(found))
+        if len(chosen) > 1:  # a suite that is stopped has shown them
+            logger.info("%s %s:\n%s", options.suite, key, format_rows(found))
         if options.record is not None:
             record(options.record, options.suite, key, found, stolen=meanwhile.share())
         gc.collect()  # frees the models of a group before the next one starts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import statistics
 import tempfile
@@ -14,8 +13,6 @@ from timeviper_platform.benchmarks.video.clips import ClipSpec, make_clip
 from timeviper_platform.common.ray_cluster import connect
 from timeviper_platform.data.preprocess.ray_graph import run_on_ray
 from timeviper_platform.data.preprocess.run import Runner
-
-logger = logging.getLogger(__name__)
 
 COMMAND = "python jobs/benchmark.py preprocess --only backpressure"
 RATIOS = (2.0, 10.0)
