@@ -36,9 +36,7 @@ ROOMS = {
 
 
 def _tracked_files() -> list[Path]:
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
-    )
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:  # an unpacked sdist has no git
         return [path for path in ROOT.rglob("*") if path.is_file() and ".venv" not in path.parts]
     return [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
