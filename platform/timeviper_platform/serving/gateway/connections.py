@@ -30,7 +30,9 @@ STRIPPED_HEADERS = (b"x-request-timeout-seconds", b"x-request-disconnect-disable
 """By these, any client could switch off Ray Serve's timeouts, or its watch for a disconnect."""
 MAX_REQUEST_ID = 128
 LINGER_S = 2.0
-"""Delay before closing a connection whose request was answered before its end, so that the answer is read."""
+"""A request answered before its end is read until it stops this long, or its client would not see the answer."""
+LINGER_MAX_S = 30.0
+"""And for this long at most."""
 
 
 def environment(limits: ConnectionLimits) -> dict[str, str]:
@@ -62,6 +64,7 @@ class BoundedProtocol(HttpToolsProtocol):
     _header_timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
     _header_bytes = 0
+    _last_body = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         super().connection_made(transport)
@@ -97,14 +100,37 @@ class BoundedProtocol(HttpToolsProtocol):
         elif self._header_timer is None and self.timeout_keep_alive_task is None and not self._in_request():
             self._await_headers()  # the next request of the connection has begun
 
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._unset_keepalive_if_required()
+
     def on_headers_complete(self) -> None:
         self._end_headers()
         super().on_headers_complete()
+        if self.cycle is not None:
+            self.cycle.transport = ClosedAfterRequest(self.transport, self.cycle)  # type: ignore[assignment]
+
+    def on_body(self, body: bytes) -> None:
+        super().on_body(body)
+        self._last_body = self.loop.time()
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        if self.cycle is not None and self.cycle.response_complete:
+            self.cycle.more_body = False
+            if self.cycle.keep_alive:
+                self.timeout_keep_alive_task = self.loop.call_later(
+                    self.timeout_keep_alive, self.timeout_keep_alive_handler
+                )
+            else:
+                self.transport.close()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self.cycle.more_body:
-            self.loop.call_later(LINGER_S, self._end_unread, self.cycle)
+            self._unset_keepalive_if_required()
+            self._last_body = self.loop.time()
+            self._end_unread(self.cycle, self.loop.time() + LINGER_MAX_S)
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -123,10 +149,15 @@ class BoundedProtocol(HttpToolsProtocol):
         self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
         self.transport.close()
 
-    def _end_unread(self, cycle: RequestResponseCycle) -> None:
-        """Closes a connection whose answered request still arrives; until now, its body was read and dropped."""
-        if self.cycle is cycle:
+    def _end_unread(self, cycle: RequestResponseCycle, deadline: float) -> None:
+        """Closes a connection whose answered request stopped before its end; what arrives until then is dropped."""
+        if self.cycle is not cycle or not cycle.more_body:
+            return
+        wait_s = min(self._last_body + LINGER_S, deadline) - self.loop.time()
+        if wait_s <= 0:
             self.transport.close()
+        else:
+            self.loop.call_later(wait_s, self._end_unread, cycle, deadline)
 
     def _address(self) -> str:
         return self.client[0] if self.client else ""
@@ -136,7 +167,7 @@ class BoundedProtocol(HttpToolsProtocol):
         return not self._in_request() or self.cycle.more_body
 
     def _in_request(self) -> bool:
-        return self.cycle is not None and not self.cycle.response_complete
+        return self.cycle is not None and (self.cycle.more_body or not self.cycle.response_complete)
 
     def _await_headers(self) -> None:
         self._header_bytes = 0
@@ -151,6 +182,27 @@ class BoundedProtocol(HttpToolsProtocol):
         self._end_headers()
         if self._write_timer is not None:
             self._write_timer.cancel()
+
+
+class ClosedAfterRequest:
+    """The transport of one request. Closed by uvicorn with an answer before the request's end, it stays open.
+
+    A closed socket with unread data resets the connection, and the client loses the answer.
+    """
+
+    def __init__(self, transport: asyncio.Transport, cycle: RequestResponseCycle) -> None:
+        self._transport = transport
+        self._cycle = cycle
+
+    def write(self, data: bytes) -> None:
+        self._transport.write(data)
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+    def close(self) -> None:
+        if not (self._cycle.response_complete and self._cycle.more_body):
+            self._transport.close()
 
 
 class RayAnswers:

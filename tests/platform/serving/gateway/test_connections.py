@@ -31,6 +31,11 @@ async def answer(scope: Scope, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.body", "body": b"ok"})
 
 
+async def early(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers before it reads the body."""
+    await answer({**scope, "method": "GET"}, receive, send)
+
+
 @asynccontextmanager
 async def serving(app: ASGIApp = answer) -> AsyncIterator[int]:
     config = uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, lifespan="off")  # as Ray Serve: no `http`
@@ -194,14 +199,50 @@ def test_a_request_answered_before_its_end_does_not_stay_open(
     limits()
     monkeypatch.setattr(connections, "LINGER_S", 0.2)
 
-    async def early(scope: Scope, receive: Receive, send: Send) -> None:
-        await answer({**scope, "method": "GET"}, receive, send)
-
     async def scenario(port: int) -> None:
         reader, writer = await send(port, POST)
         assert b"200 OK" in await reader.readuntil(b"ok")
         writer.write(b"x")  # a trickle that would keep an idle connection alive
         assert await closed(reader)
+
+    run(scenario, early)
+
+
+@pytest.mark.parametrize("connection", ["close", "keep-alive"])
+def test_a_client_that_is_still_sending_gets_the_answer(limits: Callable[..., None], connection: str) -> None:
+    limits(max_header_bytes=2000)
+    num_chunks, chunk = 16, bytes(1 << 20)
+
+    async def scenario(port: int) -> None:
+        head = f"POST / HTTP/1.1\r\nHost: x\r\nConnection: {connection}\r\nContent-Length: {num_chunks << 20}\r\n\r\n"
+        reader, writer = await send(port, head.encode())
+        for _ in range(num_chunks):
+            writer.write(chunk)
+            await writer.drain()
+        assert b"200 OK" in await reader.readuntil(b"ok")
+        if connection == "close":
+            assert await closed(reader)
+        else:
+            writer.write(GET)
+            assert b"200 OK" in await reader.readuntil(b"ok")
+
+    run(scenario, early)
+
+
+def test_a_trickle_after_its_answer_is_closed(limits: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    limits()
+    monkeypatch.setattr(connections, "LINGER_MAX_S", 0.5)
+
+    async def scenario(port: int) -> None:
+        reader, writer = await send(port, POST)
+        assert b"200 OK" in await reader.readuntil(b"ok")
+        end = asyncio.create_task(closed(reader))
+        for _ in range(50):
+            if end.done():
+                break
+            writer.write(b"x")
+            await asyncio.sleep(0.1)
+        assert await end
 
     run(scenario, early)
 
