@@ -8,11 +8,9 @@ are those of the request alone; in bfloat16, tokens of nearly equal probability 
 
 from __future__ import annotations
 
-import enum
 import itertools
 import logging
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,20 +20,19 @@ from timeviper_model.batching.batch import TokenKind
 from timeviper_model.batching.prompt import encode_text, end_token_ids
 from timeviper_model.batching.tokenizer_template import chat_template
 from timeviper_model.config import eos_token_ids
-from timeviper_model.inference.answer import FinishReason, Usage
+from timeviper_model.inference.active_request import ActiveRequest, RequestState
 from timeviper_model.inference.chunked_transv import plan_sites
-from timeviper_model.inference.decode_graph import DecodeGraph
 from timeviper_model.inference.detokenize import TextStream
-from timeviper_model.inference.grammar import GrammarCompiler, Matcher, allowed_tokens
+from timeviper_model.inference.grammar import GrammarCompiler, allowed_tokens
+from timeviper_model.inference.graph_choice import MIN_GRAPH_STEPS, STEPS_BEFORE_GRAPH, DecodeGraphs
 from timeviper_model.inference.memory import (
-    RequestMemory,
     check_limits,
     is_out_of_memory,
     prefix_entry_bytes,
     request_memory,
 )
 from timeviper_model.inference.prefill import Prefill, PrefixEntry, prefix_length
-from timeviper_model.inference.prefix_cache import PrefixCache, PrefixLease
+from timeviper_model.inference.prefix_cache import PrefixCache
 from timeviper_model.inference.requests import (
     EngineConfig,
     EngineStats,
@@ -55,40 +52,6 @@ from timeviper_model.timeviper import TimeViper
 
 logger = logging.getLogger(__name__)
 
-MIN_GRAPH_STEPS = 32
-"""Minimum decode steps for a CUDA graph; its capture costs about five steps."""
-STEPS_BEFORE_GRAPH = 8
-"""Decode steps of the same requests before a capture."""
-
-
-class RequestState(enum.Enum):
-    WAITING = "waiting"
-    PREFILLING = "prefilling"
-    DECODING = "decoding"
-
-
-@dataclass(kw_only=True, slots=True, eq=False)
-class ActiveRequest:
-    id: RequestId
-    request: Request
-    input_ids: Tensor
-    token_kind: Tensor
-    prefix_length: int
-    prefix_key: Hashable | None
-    generator: torch.Generator
-    text: TextStream | None
-    matcher: Matcher | None
-    """State in the answer's JSON schema."""
-    state: RequestState = RequestState.WAITING
-    memory: RequestMemory
-    slot: int = -1
-    working_bytes: int = 0
-    """Bytes that TransV keeps of the prompt now."""
-    prefill: Prefill | None = None
-    lease: PrefixLease | None = None
-    cached_tokens: int = 0
-    tokens: list[int] = field(default_factory=list)
-
 
 class InferenceEngine:
     """Continuous batching over the slots of one cache. Not thread-safe."""
@@ -105,7 +68,6 @@ class InferenceEngine:
         """Allocates the cache. Without `tokenizer`, answers are ids that end at eos_token_id, and stop strings are
         rejected.
         """
-        self._min_graph_steps, self._steps_before_graph = min_graph_steps, steps_before_graph
         self.config = config or EngineConfig()
         if self.config.pack_weights:
             pack_linears(model)
@@ -142,10 +104,13 @@ class InferenceEngine:
         self._num_completion_tokens = 0
         self._num_vision_tokens = self._num_kept_vision_tokens = 0
         self._num_answers = 0
-        self._graph: DecodeGraph | None = None
-        self._use_graphs = self._device.type == "cuda" and self.config.max_graph_steps >= min_graph_steps
-        self._decoded_ids: list[RequestId] = []
-        self._num_same_steps = 0
+        self._graphs = DecodeGraphs(
+            model,
+            self._cache,
+            max_steps=self.config.max_graph_steps,
+            min_steps=min_graph_steps,
+            steps_before=steps_before_graph,
+        )
         self.is_stalled = False
         """True after a step in which every request that has a slot lacked features. Until some come, or `submit` or
         `cancel` is called, further steps do nothing."""
@@ -168,6 +133,7 @@ class InferenceEngine:
                 f" (limits {self.config.num_slots} and {self.config.max_queued_requests}); try again later"
             )
         num_vision, num_new = request.prompt.num_vision_tokens, request.sampling.max_new_tokens
+        plans = plan_sites(self._model.config, num_vision)
         memory = request_memory(self._model.config, len(input_ids) - num_vision, num_vision, num_new, dtype=self._dtype)
         needed = self._cache.room_bytes(memory.tokens) + memory.working_bytes
         if 0 < self.config.kv_cache_bytes < needed:
@@ -185,6 +151,7 @@ class InferenceEngine:
             request=request,
             input_ids=input_ids,
             token_kind=token_kind,
+            num_kept_vision=min((plan.num_kept for plan in plans.values()), default=num_vision),
             prefix_length=length,
             prefix_key=self._prefix_key(request, length),
             generator=torch.Generator().manual_seed(request.sampling.seed),
@@ -221,7 +188,7 @@ class InferenceEngine:
             return False
         self._release(active)
         self.is_stalled = False
-        finished = Finished(request_id=request_id, reason="cancelled", text="", usage=self._usage(active))
+        finished = Finished(request_id=request_id, reason="cancelled", text="", usage=active.usage())
         self._undelivered.setdefault(request_id, []).append(finished)
         return True
 
@@ -326,7 +293,7 @@ class InferenceEngine:
             boundary=active.prefix_length,
             prefix=prefix,
             on_prefix=None if active.lease is None or prefix is not None else active.lease.publish,
-            max_new_tokens=active.request.sampling.max_new_tokens - len(active.tokens),
+            max_new_tokens=active.num_tokens_left,
             max_bytes=max_bytes,
         )
 
@@ -373,7 +340,7 @@ class InferenceEngine:
         assert active.prefill is not None
         self._num_prompt_tokens += active.prefill.num_tokens - active.prefill.num_resumed
         active.prefill, active.working_bytes = None, 0
-        self._end_graph()
+        self._graphs.end()
         self._move(active, len(self._in_state(RequestState.DECODING)))
         active.state = RequestState.DECODING
         return self._choose(logits_V[None], [active])
@@ -382,7 +349,7 @@ class InferenceEngine:
         """Keeps the running slots neighbours, from 0: others cost a copy of their states in every step."""
         if active.slot == slot:
             return
-        self._end_graph()
+        self._graphs.end()
         self._cache.swap(active.slot, slot)
         for other in self._in_slots(but=active):
             if other.slot == slot:
@@ -428,48 +395,13 @@ class InferenceEngine:
         self._requests = {active.id: active, **others}
 
     def _decode_step(self, rows: Sequence[ActiveRequest]) -> list[Event]:
-        ids = [active.id for active in rows]
-        self._num_same_steps = self._num_same_steps + 1 if ids == self._decoded_ids else 0
-        self._decoded_ids = ids
-        graph = self._decode_graph(rows)
+        graph = self._graphs.graph(rows)
         if graph is not None:
             graph.step()
             return self._accept_all(rows, graph.sampled())
         ids_B = torch.tensor([active.tokens[-1] for active in rows], device=self._device)
         slots_B = torch.tensor([active.slot for active in rows])
         return self._choose(self._model.decode_step(ids_B, self._cache, slots_B), rows)
-
-    def _decode_graph(self, rows: Sequence[ActiveRequest]) -> DecodeGraph | None:
-        """Returns None where plain steps are faster."""
-        if self._graph is not None and self._graph.num_steps_left:
-            return self._graph
-        self._end_graph()
-        params = [active.request.sampling for active in rows]
-        left = min(sampling.max_new_tokens - len(active.tokens) for sampling, active in zip(params, rows, strict=True))
-        if (
-            not self._use_graphs
-            or self._num_same_steps < self._steps_before_graph
-            or left < self._min_graph_steps
-            or any(sampling.temperature > 0 or sampling.num_logprobs or sampling.json_schema for sampling in params)
-        ):
-            return None
-        try:
-            self._graph = DecodeGraph(
-                self._model,
-                self._cache,
-                [active.slot for active in rows],
-                [active.tokens[-1] for active in rows],
-                max_steps=min(left, self.config.max_graph_steps),
-            )
-        except torch.OutOfMemoryError:
-            logger.warning("no memory for a CUDA graph of decode steps: decoding without graphs from now on")
-            self._use_graphs = False
-        return self._graph
-
-    def _end_graph(self) -> None:
-        if self._graph is not None:
-            self._graph.finish()
-            self._graph = None
 
     def _choose(self, logits_BV: Tensor, rows: Sequence[ActiveRequest]) -> list[Event]:
         params, generators = [row.request.sampling for row in rows], [row.generator for row in rows]
@@ -491,31 +423,15 @@ class InferenceEngine:
         return events
 
     def _accept(self, active: ActiveRequest, token: SampledToken) -> list[Event]:
-        sampling, text = active.request.sampling, active.text
-        active.tokens.append(token.id)
+        events = active.accept(token, self.end_token_ids)
         self._num_completion_tokens += 1
         if len(active.tokens) == 1:
             self._num_answers += 1
-            usage = self._usage(active)
-            self._num_vision_tokens += usage.vision_tokens
-            self._num_kept_vision_tokens += usage.vision_tokens_kept
-        ended = token.id in self.end_token_ids
-        if active.matcher is not None:
-            active.matcher.accept(token.id)
-        stopped = ended or token.id in sampling.stop
-        new_text = text.push(token.id) if text is not None and not stopped else ""
-        event = Token(
-            request_id=active.id, id=token.id, logprob=token.logprob, top_logprobs=token.top_logprobs, text=new_text
-        )
-        stopped = stopped or (text is not None and text.stopped)
-        stopped = stopped or (active.matcher is not None and active.matcher.is_done)
-        if not stopped and len(active.tokens) < sampling.max_new_tokens:
-            return [event]
-        self._release(active)
-        rest = text.finish(closed=ended) if text is not None else ""
-        stopped = stopped or (text is not None and text.stopped)  # a stop string within the held-back text
-        reason: FinishReason = "stop" if stopped else "length"
-        return [event, Finished(request_id=active.id, reason=reason, text=rest, usage=self._usage(active))]
+            self._num_vision_tokens += active.request.prompt.num_vision_tokens
+            self._num_kept_vision_tokens += active.num_kept_vision
+        if isinstance(events[-1], Finished):
+            self._release(active)
+        return events
 
     def _release(self, active: ActiveRequest) -> None:
         """Frees the slot. Safe to repeat."""
@@ -528,24 +444,13 @@ class InferenceEngine:
             active.lease.release()
         if active.slot < 0:
             return
-        self._end_graph()
+        self._graphs.end()
         self._cache.reset(active.slot)
         if active.state is RequestState.DECODING:
             last = max(self._in_state(RequestState.DECODING), key=lambda other: other.slot, default=active)
             if last.slot > active.slot:
                 self._move(last, active.slot)
         active.slot = -1
-
-    def _usage(self, active: ActiveRequest) -> Usage:
-        vision_tokens = active.request.prompt.num_vision_tokens
-        plans = plan_sites(self._model.config, vision_tokens)
-        return Usage(
-            prompt_tokens=len(active.request.prompt),
-            completion_tokens=len(active.tokens),
-            vision_tokens=vision_tokens,
-            vision_tokens_kept=min((plan.num_kept for plan in plans.values()), default=vision_tokens),
-            cached_tokens=active.cached_tokens,
-        )
 
 
 def _failed(request_id: RequestId, error: Exception) -> Failed:

@@ -9,7 +9,7 @@ import torch
 
 from reference.simulated_cuda import simulated_cuda
 from reference.small_models import make_features, make_model, make_sample
-from timeviper_model.inference import engine as engine_module
+from timeviper_model.inference import graph_choice
 from timeviper_model.inference.answer import SamplingParams
 from timeviper_model.inference.decode_graph import DecodeGraph
 from timeviper_model.inference.engine import InferenceEngine
@@ -39,7 +39,7 @@ class CountedGraph(DecodeGraph):
 @pytest.fixture(autouse=True)
 def graphs(monkeypatch: pytest.MonkeyPatch) -> type[CountedGraph]:
     CountedGraph.sizes, CountedGraph.num_replays = [], 0
-    monkeypatch.setattr(engine_module, "DecodeGraph", CountedGraph)
+    monkeypatch.setattr(graph_choice, "DecodeGraph", CountedGraph)
     return CountedGraph
 
 

@@ -10,7 +10,8 @@ import torch
 
 from reference.engine_requests import TOKENIZER, ask, engine_of, ids_of, run, text_of
 from reference.tiny_serving import CONFIG_WITH_TRANSV, random_model
-from timeviper_model.inference import engine as engine_module
+from timeviper_model.inference import graph_choice
+from timeviper_model.inference.engine import InferenceEngine
 from timeviper_model.inference.grammar import GrammarCompiler, allowed_tokens
 from timeviper_model.inference.requests import EngineConfig, Failed, Finished, Token
 from timeviper_model.timeviper import TimeViper
@@ -144,14 +145,12 @@ def test_a_schema_too_complex_to_go_on_fails_alone(model: TimeViper, monkeypatch
 
 
 def test_decode_graphs_are_not_used_beside_a_schema(model: TimeViper, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = engine_module.InferenceEngine(
-        model, EngineConfig(), tokenizer=TOKENIZER, min_graph_steps=2, steps_before_graph=0
-    )
-    engine._use_graphs = True
+    engine = InferenceEngine(model, EngineConfig(), tokenizer=TOKENIZER, min_graph_steps=2, steps_before_graph=0)
+    engine._graphs._is_on = True
 
     def no_graph(*args: Any, **options: Any) -> None:
         raise AssertionError("a graph chooses tokens without the schema")
 
-    monkeypatch.setattr(engine_module, "DecodeGraph", no_graph)
+    monkeypatch.setattr(graph_choice, "DecodeGraph", no_graph)
     request_id = engine.submit(ask(json_schema=json.dumps(SCHEMA), max_new_tokens=60))
     assert json.loads(text_of(run(engine)[request_id]))
