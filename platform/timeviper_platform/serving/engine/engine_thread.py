@@ -7,7 +7,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
@@ -17,20 +17,20 @@ from timeviper_model.inference.requests import EngineStats, Event, Failed, Reque
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-DELIVERY_S = 0.01
-"""Tokens wait so long for others, since a delivery takes the interpreter from a step. Starts and ends do not wait."""
-
-Batch = list[tuple[asyncio.Queue[Event], Event]]
+Batch = list[tuple["asyncio.Queue[list[Event]]", list[Event]]]
 
 
 class EngineThread:
     """Steps the engine while it has work."""
 
-    def __init__(self, engine: InferenceEngine, *, delivery_s: float = DELIVERY_S) -> None:
+    def __init__(self, engine: InferenceEngine, *, delivery_s: Callable[[], float] = lambda: 0.0) -> None:
+        """Delivers the tokens of all callers together, `delivery_s()` seconds apart, as a delivery takes the
+        interpreter from a step. Starts and ends of answers do not wait.
+        """
         self._engine, self._delivery_s = engine, delivery_s
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._listeners: dict[RequestId, _Listener] = {}
-        self._waiting: dict[asyncio.AbstractEventLoop, Batch] = {}
+        self._waiting: dict[_Listener, list[Event]] = {}
         self._delivered = 0.0
         self._has_news = False
         """Whether features have come since the last step began."""
@@ -39,15 +39,15 @@ class EngineThread:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    async def submit(self, requests: Sequence[Request]) -> tuple[list[RequestId], asyncio.Queue[Event]]:
-        """Submits all requests or none; returns their ids and a queue of their events.
+    async def submit(self, requests: Sequence[Request]) -> tuple[list[RequestId], asyncio.Queue[list[Event]]]:
+        """Submits all requests or none; returns their ids and a queue of their events, as delivered.
 
         Raises:
             QueueFull, ValueError: as InferenceEngine.submit.
             RuntimeError: when the engine has failed.
         """
         loop = asyncio.get_running_loop()
-        events: asyncio.Queue[Event] = asyncio.Queue()
+        events: asyncio.Queue[list[Event]] = asyncio.Queue()
 
         def submit_all() -> list[RequestId]:
             ids: list[RequestId] = []
@@ -58,7 +58,7 @@ class EngineThread:
                 for request_id in ids:
                     self._engine.cancel(request_id)
                 raise
-            self._listeners.update({request_id: _Listener(loop, events) for request_id in ids})
+            self._listeners.update(dict.fromkeys(ids, _Listener(loop, events, set(ids))))
             return ids
 
         command = asyncio.wrap_future(self._call(submit_all))
@@ -136,36 +136,43 @@ class EngineThread:
             logger.exception("the engine's step failed; this replica takes no more requests")
             self.error = f"the engine has failed: {type(error).__name__}"
             events = [Failed(request_id=request_id, error=self.error) for request_id in self._listeners]
-        is_urgent = False
+        urgent: dict[_Listener, None] = {}
         for event in events:
             listener = self._listeners.get(event.request_id)
             if listener is None:
                 continue
             if not isinstance(event, Token):
                 del self._listeners[event.request_id]
-            is_urgent = is_urgent or not listener.has_token or not isinstance(event, Token)
-            listener.has_token = True
-            self._waiting.setdefault(listener.loop, []).append((listener.events, event))
-        if is_urgent or self._is_idle() or time.monotonic() - self._delivered >= self._delivery_s:
-            self._deliver()
+            if event.request_id in listener.without_token or not isinstance(event, Token):
+                listener.without_token.discard(event.request_id)
+                urgent[listener] = None
+            self._waiting.setdefault(listener, []).append(event)
+        if self._is_idle() or time.monotonic() - self._delivered >= self._delivery_s():
+            self._delivered = time.monotonic()
+            self._deliver(list(self._waiting))
+        else:
+            self._deliver(urgent)
 
-    def _deliver(self) -> None:
+    def _deliver(self, listeners: Iterable[_Listener]) -> None:
         """Wakes each event loop once."""
-        self._delivered = time.monotonic()
-        for loop, batch in self._waiting.items():
+        batches: dict[asyncio.AbstractEventLoop, Batch] = {}
+        for listener in listeners:
+            batches.setdefault(listener.loop, []).append((listener.events, self._waiting.pop(listener)))
+        for loop, batch in batches.items():
             if not loop.is_closed():
                 loop.call_soon_threadsafe(_put_all, batch)
-        self._waiting = {}
 
 
 class _Listener:
-    """Where a request's events go."""
+    """Where the events of requests submitted together go."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Event]) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, events: asyncio.Queue[list[Event]], without_token: set[RequestId]
+    ) -> None:
         self.loop, self.events = loop, events
-        self.has_token = False
+        self.without_token = without_token
 
 
 def _put_all(batch: Batch) -> None:
-    for events, event in batch:
-        events.put_nowait(event)
+    for queue_, events in batch:
+        queue_.put_nowait(events)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import json
 import logging
@@ -109,9 +108,11 @@ class EngineService:
         self._tokenizer = load_tokenizer(weights)
         self._template = chat_template(model.config.chat_template, self._tokenizer)
         self._engine = InferenceEngine(model, config.engine, tokenizer=load_tokenizer(weights))
-        self._thread = EngineThread(self._engine)
-        self._prompts = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prompt")
         self._ongoing = 0
+        self._thread = EngineThread(
+            self._engine, delivery_s=lambda: coalesce_seconds(self._config.coalesce_ms, self._ongoing)
+        )
+        self._prompts = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prompt")
         logger.info("serving %s with %d slots", weights, config.engine.num_slots)
 
     def set_limits(self, config: EngineServiceConfig) -> None:
@@ -229,28 +230,21 @@ class EngineService:
     async def _deltas(
         self,
         ids: Sequence[RequestId],
-        events: asyncio.Queue[Event],
+        events: asyncio.Queue[list[Event]],
         feed: MediaFeed,
         began: float,
         spans: AnswerSpans,
         *,
         with_logprobs: bool,
     ) -> AsyncGenerator[AnswerDelta | Refusal | MediaFeed]:
-        """Gathers the events of each `coalesce_ms` into deltas; the first token is sent at once."""
-        loop = asyncio.get_running_loop()
         unfinished, without_token = len(ids), set(ids)
-        next_send = loop.time()
-        opening = await _first(events, feed)
-        if isinstance(opening, Refusal | MediaFeed):
-            if isinstance(opening, Refusal):
-                spans.refused(opening.code)
-            yield opening
+        batch = await _first(events, feed)
+        if isinstance(batch, Refusal | MediaFeed):
+            if isinstance(batch, Refusal):
+                spans.refused(batch.code)
+            yield batch
             return
-        first: Event | None = opening
         while unfinished:
-            batch = [await events.get()] if first is None else [first]
-            first = None
-            await _gather(events, batch, until=next_send)
             for index, request_id in enumerate(ids):
                 own = [event for event in batch if event.request_id == request_id]
                 if not own:
@@ -273,7 +267,9 @@ class EngineService:
                 unfinished -= delta.finish_reason is not None
                 if delta.text or delta.logprobs or delta.finish_reason is not None:
                     yield delta
-            next_send = loop.time() + coalesce_seconds(self._config.coalesce_ms, self._ongoing)
+            batch = await events.get() if unfinished else []
+            while not events.empty():  # the reader is slow
+                batch += events.get_nowait()
 
     def _delta(self, index: int, events: Sequence[Event], *, with_logprobs: bool) -> AnswerDelta:
         tokens = [event for event in events if isinstance(event, Token)]
@@ -299,16 +295,6 @@ class EngineService:
 def coalesce_seconds(coalesce_ms: float, num_streams: int) -> float:
     """Returns the seconds between two deltas of a stream; many streams send fewer each."""
     return max(coalesce_ms, min(DELTA_MS * num_streams, MAX_COALESCE_MS)) / 1000 if coalesce_ms else 0.0
-
-
-async def _gather(events: asyncio.Queue[Event], batch: list[Event], until: float) -> None:
-    """Adds what comes until then (loop time), or up to the end of an answer."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout_at(until):
-            while isinstance(batch[-1], Token):
-                batch.append(await events.get())
-    while not events.empty():
-        batch.append(events.get_nowait())
 
 
 def build_prompt(
@@ -355,18 +341,18 @@ def _time_text(medium: FeatureReference) -> str:
     return time_text(medium.duration_seconds, medium.num_frames) if medium.modality == "video" else ""
 
 
-async def _first(events: asyncio.Queue[Event], feed: MediaFeed) -> Event | Refusal | MediaFeed:
-    """Returns the first event, unless the feed has ended the request before a token."""
-    event = asyncio.ensure_future(events.get())
+async def _first(events: asyncio.Queue[list[Event]], feed: MediaFeed) -> list[Event] | Refusal | MediaFeed:
+    """Returns the first events, unless the feed has ended the request before a token."""
+    batch = asyncio.ensure_future(events.get())
     try:
-        waiting: set[asyncio.Future[Any]] = {event, feed.outcome}
+        waiting: set[asyncio.Future[Any]] = {batch, feed.outcome}
         await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         outcome = feed.outcome.result() if feed.outcome.done() else None
-        if outcome is not None and not (event.done() and isinstance(event.result(), Token)):
+        if outcome is not None and not (batch.done() and isinstance(batch.result()[0], Token)):
             return outcome
-        return await event
+        return await batch
     finally:
-        event.cancel()
+        batch.cancel()
 
 
 def _busy() -> Refusal:
