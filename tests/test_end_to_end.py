@@ -177,6 +177,7 @@ def test_a_failing_job_fails_at_the_submitter(ray_cluster: dict[str, str], tmp_p
         ray_cluster,
         "jobs/preprocess.py",
         "--config=ray_configs/tiny/preprocess.yaml",
+        f"feature_store={tmp_path / 'features'}",
         f"encoder.model={tmp_path / 'nowhere'}",
         exit_code=1,
     )
