@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import os
+import re
 import socket
 import sys
 import tempfile
@@ -39,8 +40,8 @@ _LOOPBACK = ("127.", "::1", "localhost", "0.0.0.0")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Runs files with cluster tests first: they take longest, and under `-n` one process runs them all."""
-    items.sort(key=lambda item: not _shares_ray(item.path))  # stable: the order inside a file stays
+    """Runs files that start a Ray first, since they take longest."""
+    items.sort(key=lambda item: (not _shares_ray(item.path), not _has_ray(item.path)))  # stable: as in the file
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:
@@ -50,7 +51,7 @@ def pytest_make_parametrize_id(val: object) -> str | None:
 
 @pytest.hookimpl(optionalhook=True)  # pytest -p no:xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
-    """Under `-n`, keeps a file's tests in one process, and all files with cluster tests in one that shares a Ray."""
+    """Under `-n`, keeps a file's tests in one process, and all files that share a Ray in one."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
@@ -63,6 +64,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 
 @functools.cache
 def _shares_ray(file: Path) -> bool:
+    return re.search(r"\b(ray_address|ray_cluster)\b[,:)]", file.read_text()) is not None
+
+
+@functools.cache
+def _has_ray(file: Path) -> bool:
     return "pytest.mark.cluster" in file.read_text()
 
 
