@@ -6,6 +6,7 @@ from timeviper_platform.benchmarks.evaluation import questions
 from timeviper_platform.evaluation.answering import Answer
 
 
+@pytest.mark.slow
 def test_questions_at_toy_sizes() -> None:
     (row,) = questions.question_rows(width=16, num_frames=8, repeats=3)
     assert (row.bar, row.unit, row.command) == ("<= 1.3", "x", questions.COMMAND)
