@@ -6,7 +6,6 @@ import contextlib
 import functools
 import logging
 import os
-import re
 import socket
 import sys
 import tempfile
@@ -40,8 +39,8 @@ _LOOPBACK = ("127.", "::1", "localhost", "0.0.0.0")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Runs files that start a Ray first, since they take longest."""
-    items.sort(key=lambda item: (not _shares_ray(item.path), not _has_ray(item.path)))  # stable: as in the file
+    """Runs files with cluster tests first: they take longest, and under `-n` one process runs them all."""
+    items.sort(key=lambda item: not _has_ray(item.path))  # stable: the order inside a file stays
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:
@@ -51,20 +50,18 @@ def pytest_make_parametrize_id(val: object) -> str | None:
 
 @pytest.hookimpl(optionalhook=True)  # pytest -p no:xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
-    """Under `-n`, keeps a file's tests in one process, and all files that share a Ray in one."""
+    """Under `-n`, keeps a file's tests in one process, and all files with cluster tests in one.
+
+    They share a Ray; with Rays of their own beside each other, two cores are too slow for Ray's timeouts.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0]
-            return "cluster" if _shares_ray(config.rootpath / file) else file
+            return "cluster" if _has_ray(config.rootpath / file) else file
 
     return ByFile(config, log)
-
-
-@functools.cache
-def _shares_ray(file: Path) -> bool:
-    return re.search(r"\b(ray_address|ray_cluster)\b[,:)]", file.read_text()) is not None
 
 
 @functools.cache
