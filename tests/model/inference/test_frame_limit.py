@@ -54,7 +54,10 @@ def peak_bytes(run: Callable[[], object], folder: Path) -> int:
     return int(max(event["Total Allocated"] for event in memory) - before)
 
 
-@pytest.mark.parametrize("config", [TINY, replace(TINY, transv=())], ids=["TransV", "without"])
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(TINY, id="TransV"), pytest.param(replace(TINY, transv=()), id="without", marks=pytest.mark.slow)],
+)
 def test_the_arithmetic_is_what_a_prefill_takes(config: TimeViperConfig, tmp_path: Path) -> None:
     model = TimeViper(config).eval().requires_grad_(False)
     model.init_weights(torch.Generator().manual_seed(0))

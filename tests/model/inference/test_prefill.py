@@ -81,7 +81,7 @@ def finish(reading: Prefill) -> Tensor:
     return logits
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @example(plan="two uniform, then attention", changes={}, layout="ss" + "v" * 20 + "iii", max_tokens=7, rows=3)
 @example(plan="attention first", changes={}, layout="svviivvvvirriivvi", max_tokens=4, rows=5)
 @given(

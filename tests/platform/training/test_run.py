@@ -347,7 +347,8 @@ def expect_same_run(config: TrainConfig, expected: TrainConfig, first_step: int 
         torch.testing.assert_close(own[name], tensor, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 3])
 def test_zero_stages_agree_and_export_the_same(
     runs_by_stage: Callable[[int], TrainConfig], finished: TrainConfig, stage: int
 ) -> None:

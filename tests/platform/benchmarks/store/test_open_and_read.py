@@ -18,6 +18,7 @@ def run(action: Callable[..., object], *arguments: object) -> Cost:
     return Cost(1.0, 1.0, 1_000_000)
 
 
+@pytest.mark.slow
 def test_every_group_finds_the_segments_and_media_it_wrote() -> None:
     assert [row.holds for row in scale_benchmark.finalize_rows(1000, run)] == [None, None, True, None, True]
     assert [row.holds for row in scale_benchmark.dry_run_rows(100, run)] == [True, True]
