@@ -116,7 +116,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
-        if self.cycle is not None and self.cycle.response_complete:
+        if self.cycle is not None and self.cycle.response_complete and self.cycle.more_body:
             self.cycle.more_body = False
             if self.cycle.keep_alive:
                 self.timeout_keep_alive_task = self.loop.call_later(
@@ -127,7 +127,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self.cycle.more_body:
+        if self.cycle.response_complete and self.cycle.more_body:  # not a next request, already on its way
             self._unset_keepalive_if_required()
             self._last_body = self.loop.time()
             self._end_unread(self.cycle, self.loop.time() + LINGER_MAX_S)

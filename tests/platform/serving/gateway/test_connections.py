@@ -229,6 +229,21 @@ def test_a_client_that_is_still_sending_gets_the_answer(limits: Callable[..., No
     run(scenario, early)
 
 
+def test_a_next_request_may_be_slow(limits: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, it was taken for the rest of an answered one, and its connection closed."""
+    limits()
+    monkeypatch.setattr(connections, "LINGER_S", 0.1)
+
+    async def scenario(port: int) -> None:
+        reader, writer = await send(port, GET + POST)
+        assert b"200 OK" in await reader.readuntil(b"ok")
+        await asyncio.sleep(0.5)
+        writer.write(bytes(100))
+        assert b"200 OK" in await reader.readuntil(b"ok")
+
+    run(scenario)
+
+
 def test_a_trickle_after_its_answer_is_closed(limits: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     limits()
     monkeypatch.setattr(connections, "LINGER_MAX_S", 0.5)
