@@ -16,7 +16,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 
 from timeviper_platform.data.video.frames import VideoReader
 from timeviper_platform.data.video.pyav_reader import PyAVReader
-from timeviper_platform.data.video.reader import Backend, open_video
+from timeviper_platform.data.video.reader import open_video
 
 FRAMES_PER_CALL = 64
 
@@ -35,7 +35,8 @@ def sample_keyframes(path: Path, times: Sequence[Fraction], image_size: int) -> 
 
 
 def sample_with_decord(path: Path, times: Sequence[Fraction], image_size: int) -> Iterator[np.ndarray]:
-    yield from _sample_with("decord", path, times, image_size)
+    """Scales bilinear, as only decord itself can."""
+    yield from _sample(open_video(str(path), image_size, backend="decord", resample="bilinear"), times)
 
 
 def sample_selectively(path: Path, times: Sequence[Fraction], image_size: int) -> Iterator[np.ndarray]:
@@ -77,10 +78,6 @@ class _Walker(PyAVReader):
 
     def _jump(self) -> bool:
         return False
-
-
-def _sample_with(backend: Backend, path: Path, times: Sequence[Fraction], image_size: int) -> Iterator[np.ndarray]:
-    yield from _sample(open_video(str(path), image_size, backend=backend), times)
 
 
 def _sample(reader: VideoReader, times: Sequence[Fraction]) -> Iterator[np.ndarray]:

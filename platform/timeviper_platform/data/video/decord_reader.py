@@ -1,4 +1,8 @@
-"""Samples with decord (optional), from local files whose timestamps it reads correctly."""
+"""Samples with decord (optional), from local files whose timestamps it reads correctly.
+
+decord itself scales bilinear only. For bicubic it returns full-size frames, one at a time, and Pillow scales them, as
+in the public code.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,13 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from timeviper_platform.common import storage
 from timeviper_platform.data.media.container import DecodeError, ErrorType, MediaLimits, is_local_file
-from timeviper_platform.data.video.frames import MAX_TAIL_SECONDS, BackendUnfitError, FrameBatch
+from timeviper_platform.data.video.frames import MAX_TAIL_SECONDS, BackendUnfitError, FrameBatch, Resample
 from timeviper_platform.data.video.orientation import UPRIGHT
+from timeviper_platform.data.video.pictures import scaled
 from timeviper_platform.data.video.stream_info import StreamInfo, read_stream_info
 
 ROUNDING_SECONDS = 1e-5
@@ -32,17 +38,25 @@ def load_decord() -> Any:
 class DecordReader:
     """VideoReader over decord. Raises BackendUnfitError for files that it would misread."""
 
-    def __init__(self, source: str | bytes, image_size: int, *, limits: MediaLimits | None = None) -> None:
+    def __init__(
+        self,
+        source: str | bytes,
+        image_size: int,
+        *,
+        limits: MediaLimits | None = None,
+        resample: Resample = "bicubic",
+    ) -> None:
         decord = load_decord()
         if isinstance(source, bytes) or not is_local_file(source):
             raise BackendUnfitError("decord copies all but whole local files many times over")
-        self._name, self._size = source, image_size
+        self._name, self._size, self._resample = source, image_size, resample
         self._info = read_stream_info(source, limits or MediaLimits())
         _check_fit(self._info)
         path = storage.split_uri(source)[1]
         self._errors = (decord.DECORDError, decord.DECORDLimitReachedError)
         try:
-            self._reader = decord.VideoReader(path, width=image_size, height=image_size, num_threads=1)
+            scaled_size = image_size if resample == "bilinear" else -1  # -1 = the frame's own
+            self._reader = decord.VideoReader(path, width=scaled_size, height=scaled_size, num_threads=1)
             starts = self._reader.get_frame_timestamp(range(len(self._reader)))[:, 0]
         except self._errors as error:
             raise BackendUnfitError(f"decord cannot open it: {error}") from error
@@ -54,7 +68,7 @@ class DecordReader:
         kept = ticks < info.end_tick
         indices = np.maximum(0, np.searchsorted(info.ticks, ticks[kept], side="right") - 1)
         try:
-            frames = self._reader.get_batch(indices).asnumpy() if len(indices) else self._no_frames()
+            frames = self._read(indices) if len(indices) else self._no_frames()
         except self._errors as error:
             raise DecodeError("decode_video", ErrorType.CORRUPT_FILE, f"{self._name}: {error}") from error
         return FrameBatch(
@@ -66,6 +80,13 @@ class DecordReader:
 
     def close(self) -> None:
         del self._reader
+
+    def _read(self, indices: np.ndarray) -> np.ndarray:
+        if self._resample == "bilinear":
+            return np.asarray(self._reader.get_batch(indices).asnumpy())
+        unique, positions = np.unique(indices, return_inverse=True)
+        frames = [self._reader.get_batch([index]).asnumpy()[0] for index in unique]
+        return np.stack([scaled(Image.fromarray(frame), self._size, self._resample) for frame in frames])[positions]
 
     def _no_frames(self) -> np.ndarray:
         return np.empty((0, self._size, self._size, 3), np.uint8)

@@ -51,7 +51,6 @@ def open_video(
         backend: PyAV replaces it for keyframes and on BackendUnfitError, Pillow for animations.
         keyframe_step: see `KeyframeReader`; None = all frames, as for animations always.
         joined_parts: see `Medium`; 1 lets a transport stream be seeked.
-        resample: decord always scales bilinear.
 
     Raises:
         DecodeError: when the video cannot be opened.
@@ -78,7 +77,7 @@ def open_video(
         if backend == "decord":
             from timeviper_platform.data.video.decord_reader import DecordReader
 
-            return DecordReader(source, image_size, limits=limits)
+            return DecordReader(source, image_size, limits=limits, resample=resample)
         if backend == "torchcodec" or backend == "nvdec":
             from timeviper_platform.data.video.torchcodec_reader import TorchcodecReader
 

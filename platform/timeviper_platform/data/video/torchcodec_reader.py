@@ -10,15 +10,14 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, Literal
 
-import av
 import numpy as np
 import torch
-from av.video.reformatter import VideoReformatter
+from PIL import Image
 
 from timeviper_platform.common import storage
 from timeviper_platform.data.media.container import DecodeError, ErrorType, MediaLimits, is_local_file, source_name
 from timeviper_platform.data.video.frames import MAX_TAIL_SECONDS, BackendUnfitError, FrameBatch, Resample
-from timeviper_platform.data.video.pyav_reader import INTERPOLATIONS
+from timeviper_platform.data.video.pictures import scaled
 from timeviper_platform.data.video.stream_info import read_stream_info
 
 logger = logging.getLogger(__name__)
@@ -64,7 +63,7 @@ class TorchcodecReader:
         backend: TorchcodecBackend = "torchcodec",
         resample: Resample = "bicubic",
     ) -> None:
-        self._interpolation = INTERPOLATIONS[resample]
+        self._resample = resample
         self._decoder_type = load_torchcodec(backend)
         if not isinstance(source, bytes) and not is_local_file(source):
             raise BackendUnfitError(f"{backend} reads only whole local files and bytes")
@@ -78,7 +77,6 @@ class TorchcodecReader:
         rotation = round(self._decoder.metadata.rotation or 0) % 360
         if rotation != info.orientation.counterclockwise_degrees:
             raise BackendUnfitError(f"torchcodec rotates it by {rotation} degrees, against its display matrix")
-        self._scaler = VideoReformatter()
 
     def sample(self, times: Sequence[Fraction]) -> FrameBatch:
         first = self._decoder.metadata.begin_stream_seconds
@@ -93,7 +91,7 @@ class TorchcodecReader:
                 logger.info("%s: no frame at %s s: %s", self._name, t, error)
                 num_missing += t < self._end or (self._is_cut_short and t >= self._end + MAX_TAIL_SECONDS)
                 continue
-            frames.append(self._scale(frame.data[0].cpu().numpy()))
+            frames.append(scaled(Image.fromarray(frame.data[0].cpu().numpy()), self._size, self._resample))
             pts_seconds.append(float(frame.pts_seconds[0]) - self._origin)
             sampled.append(float(t))
         pixels = np.stack(frames) if frames else np.empty((0, self._size, self._size, 3), np.uint8)
@@ -121,9 +119,3 @@ class TorchcodecReader:
                 f"backend nvdec: torchcodec opens {self._name} only on the CPU ({error}); install a build for CUDA,"
                 " pip install 'timeviper-platform[nvdec]', and FFmpeg with NVDEC, or use pyav"
             ) from error
-
-    def _scale(self, pixels: np.ndarray) -> np.ndarray:
-        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-        size = self._size
-        scaled = self._scaler.reformat(frame, size, size, "rgb24", interpolation=self._interpolation, threads=1)
-        return np.asarray(scaled.to_ndarray())

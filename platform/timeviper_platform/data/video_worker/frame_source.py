@@ -19,8 +19,7 @@ from timeviper_platform.data.video.reader import Backend, DecoderPool
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeConfig:
     backend: Backend = "pyav"
-    """Decoder library. pyav replaces the others for remote files, and where they would misread a file. decord always
-    scales bilinear, the others as the encoder's processor says.
+    """Decoder library. pyav replaces the others for remote files, and where they would misread a file.
     nvdec uses the encoder's GPU: it needs execution.mode fused, rounds differently and ignores max_memory_bytes.
     """
     max_open_videos: int = 4

@@ -10,12 +10,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from reference.awkward_videos import KINDS, SIZE
 from reference.synthetic_media import make_video
 from timeviper_platform.data.media.container import DecodeError
-from timeviper_platform.data.video.decord_reader import DecordReader
-from timeviper_platform.data.video.frames import FrameBatch
+from timeviper_platform.data.video.decord_reader import DecordReader, load_decord
+from timeviper_platform.data.video.frames import FrameBatch, Resample
 from timeviper_platform.data.video.reader import Backend, check_backend, open_video, read_frames
 from timeviper_platform.data.video.torchcodec_reader import TorchcodecReader, load_torchcodec
 
@@ -27,7 +28,9 @@ def assert_alike(ours: FrameBatch, theirs: FrameBatch) -> None:
     assert theirs.num_missing == ours.num_missing
     assert np.array_equal(theirs.times_seconds, ours.times_seconds)
     assert np.allclose(theirs.pts_seconds, ours.pts_seconds, rtol=0, atol=1e-9)
-    assert np.abs(theirs.frames.astype(int) - ours.frames).mean(axis=(1, 2, 3)).max(initial=0) < 4
+    assert (
+        np.abs(theirs.frames.astype(int) - ours.frames).mean(axis=(1, 2, 3)).max(initial=0) < 6
+    )  # of hard edges in 64 x 48
 
 
 @pytest.mark.parametrize("name", list(KINDS))
@@ -60,6 +63,24 @@ def test_decord_returns_the_same_frames_wherever_a_clock_starts(tmp_path: Path, 
 def test_decord_returns_rotated_videos_upright(tmp_path: Path, format: str, turned: tuple[int, bool, bool]) -> None:
     make_video(tmp_path / "film", range(40), format=format, turned=turned)
     assert_alike(*(read_frames(str(tmp_path / "film"), SIZE, backend=backend) for backend in ("pyav", "decord")))
+
+
+def test_decord_scales_as_the_processor_says(videos: dict[str, Path]) -> None:
+    """Bicubic: full-size frames through Pillow, as the public code does."""
+    path, times = str(videos["b_frames.mp4"]), [Fraction(n, 2) for n in (0, 1, 1, 4, 5)]
+
+    def frames(resample: Resample) -> np.ndarray:
+        reader = open_video(path, SIZE, backend="decord", resample=resample)
+        batch = reader.sample(times)
+        reader.close()
+        return batch.frames
+
+    plain = load_decord().VideoReader(path)
+    indices = [round(seconds * plain.get_avg_fps()) for seconds in (0, 0.5, 0.5, 2, 2.5)]
+    for pixels, index in zip(frames("bicubic"), indices, strict=True):
+        picture = Image.fromarray(plain[index].asnumpy())
+        assert np.array_equal(pixels, picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+    assert not np.array_equal(frames("bicubic"), frames("bilinear"))
 
 
 def test_decord_handles_a_wrong_header(tmp_path: Path) -> None:
