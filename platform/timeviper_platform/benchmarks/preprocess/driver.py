@@ -86,12 +86,15 @@ def driver_rows(film: Path | None = None, sizes: DriverSizes | None = None) -> l
     per_row = tasks_per_row(ExecutionConfig(mode="fused", gpus_per_worker=1, frames_per_file=512))
     metrics, num_segments = RunMetrics("sleep"), sizes.num_units * sizes.segments_per_unit
     with connect(), Progress(num_segments, num_segments * SEGMENT_FRAMES, 30.0) as progress:
-        cpu_before, memory_before = time.process_time(), _megabytes()
+        cpu_before, memory = time.process_time(), [_megabytes()]
         for blocks in rounds(sleep_tasks(sizes), sizes.num_units, NUM_GPUS, per_row):
-            for result in run_round(blocks, [step]):
+            for number, result in enumerate(run_round(blocks, [step])):
+                if not number:
+                    memory.append(_megabytes())
                 metrics.add(result)
                 progress.add(result)
-        cpu_seconds, growth = time.process_time() - cpu_before, _megabytes() - memory_before
+        cpu_seconds = time.process_time() - cpu_before
+        memory.append(_megabytes())
     num_started = len(progress.totals.processes["write"])
     milliseconds = 1e3 * cpu_seconds / sizes.num_units
     scale = compute_scale(ScaleConfig(num_gpus=NUM_GPUS))
@@ -112,10 +115,16 @@ def driver_rows(film: Path | None = None, sizes: DriverSizes | None = None) -> l
             command=COMMAND,
         ),
         Row(
-            name="driver, growth of its memory, without shared pages",
-            value=growth,
+            name=f"driver, memory to cut and send {sizes.num_units:,} units, without shared pages",
+            value=memory[1] - memory[0],
             unit="MB",
-            bar="<= 1000",
+            command=COMMAND,
+        ),
+        Row(
+            name=f"driver, growth of its memory from the first of {sizes.num_units:,} results to the last",
+            value=memory[-1] - memory[1],
+            unit="MB",
+            bar="<= 50",
             command=COMMAND,
         ),
         Row(
