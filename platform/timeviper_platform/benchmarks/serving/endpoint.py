@@ -164,8 +164,11 @@ class Endpoint:
 
 
 @contextlib.contextmanager
-def serving_endpoint(values: Mapping[str, Any]) -> Iterator[Endpoint]:
+def serving_endpoint(values: Mapping[str, Any], *, environment: Mapping[str, str] | None = None) -> Iterator[Endpoint]:
     """Runs the serve job until the context ends.
+
+    Args:
+        environment: variables of Ray and the job.
 
     Raises:
         RuntimeError: when it does not start, with the end of its output.
@@ -179,14 +182,18 @@ def serving_endpoint(values: Mapping[str, Any]) -> Iterator[Endpoint]:
     }
     with (
         tempfile.TemporaryDirectory(prefix="timeviper-serving-") as folder,
-        local_cluster(num_cpus=os.cpu_count() or 2, with_dashboard=False) as variables,
+        local_cluster(num_cpus=os.cpu_count() or 2, with_dashboard=False, environment=environment) as variables,
     ):
         file, log = Path(folder, "serve.yaml"), Path(folder, "serve.log")
         file.write_text(yaml.safe_dump({"proxy_location": "HeadOnly", "applications": [application]}))
         command = job_command("serve", "--config", str(file), "--port", str(port))
         with log.open("w") as errors:
             process = subprocess.Popen(
-                command, env={**os.environ, **variables}, stdout=subprocess.PIPE, stderr=errors, text=True
+                command,
+                env={**os.environ, **(environment or {}), **variables},
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
             )
         try:
             assert process.stdout is not None

@@ -10,10 +10,11 @@ from timeviper_platform.benchmarks.serving.failures import disconnect_rows, kill
 from timeviper_platform.benchmarks.serving.film import film_rows
 from timeviper_platform.benchmarks.serving.first_token import first_rows, second_rows
 from timeviper_platform.benchmarks.serving.overload import overload_rows
-from timeviper_platform.benchmarks.serving.throughput import throughput_rows
+from timeviper_platform.benchmarks.serving.throughput import haproxy_rows, throughput_rows
 
 SERVING_GROUPS: dict[str, Callable[[], list[Row]]] = {
     "throughput": throughput_rows,
+    "haproxy": haproxy_rows,
     "edge": edge_rows,
     "first": first_rows,
     "second": second_rows,

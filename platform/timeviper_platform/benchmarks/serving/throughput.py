@@ -1,8 +1,13 @@
-"""Row group `throughput`: tokens a second over HTTP against the engine in process, and what HTTP adds to a request."""
+"""Row groups about HTTP itself.
+
+throughput   tokens a second over those of the engine in process, and what HTTP adds to a request
+haproxy      what both become behind HAProxy with Ray Serve's throughput mode
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import statistics
 import tempfile
 import time
@@ -27,6 +32,7 @@ from timeviper_platform.benchmarks.serving.endpoint import (
 from timeviper_platform.benchmarks.serving.load import ask, question, with_session
 
 COMMAND = "python jobs/benchmark.py serving --only throughput"
+HAPROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
 
 
 def throughput_rows(*, num_tokens: int = 256, repeats: int = 5, num_single: int = 100) -> list[Row]:
@@ -48,6 +54,39 @@ def throughput_rows(*, num_tokens: int = 256, repeats: int = 5, num_single: int 
             command=COMMAND,
         ),
         Row(name="p50 that HTTP adds to a request of one token", value=1000 * added, unit="ms", command=COMMAND),
+    ]
+
+
+def haproxy_rows(*, num_tokens: int = 256, repeats: int = 5, num_single: int = 40) -> list[Row]:
+    """The same application behind Ray's proxy and behind HAProxy, in turn; both are up meanwhile."""
+    command = "python jobs/benchmark.py serving --only haproxy"
+    with tempfile.TemporaryDirectory(prefix="timeviper-serving-") as folder, contextlib.ExitStack() as stack:
+        folders = make_folders(Path(folder), media={})
+        values = serve_values(folders, gateway={"allow_anonymous": True})
+        proxy = stack.enter_context(serving_endpoint(values))
+        haproxy = stack.enter_context(serving_endpoint(values, environment=HAPROXY))
+        engine = LocalEngine(folders)
+        turns = [
+            (single_seconds(haproxy, num_single), single_seconds(proxy, num_single), engine.single_seconds(num_single))
+            for _ in range(repeats)
+        ]
+        found = compare(lambda: over_http(haproxy, num_tokens), lambda: over_http(proxy, num_tokens), repeats=repeats)
+    through_haproxy, through_proxy, alone = (1000 * statistics.median(seconds) for seconds in zip(*turns, strict=True))
+    return [
+        Row(
+            name="p50 that HTTP adds to a request of one token, behind HAProxy in throughput mode",
+            value=through_haproxy - alone,
+            unit="ms",
+            command=command,
+        ),
+        Row(name="the same in turn behind Ray's own proxy", value=through_proxy - alone, unit="ms", command=command),
+        Row(
+            name=f"tokens/s behind HAProxy over those behind Ray's proxy, {NUM_SLOTS} streams of {num_tokens} tokens"
+            f" (spread {found.noise:.0%})",
+            value=found.speedup,
+            unit="x",
+            command=command,
+        ),
     ]
 
 

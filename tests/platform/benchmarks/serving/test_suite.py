@@ -91,7 +91,17 @@ def test_the_second_questions_of_uploads_and_stored_media_are_compared_with_cold
 
 def test_the_suite_has_a_group_for_every_bar() -> None:
     assert list(SUITES["serving"]()) == list(SERVING_GROUPS)
-    assert set(SERVING_GROUPS) >= {"throughput", "edge", "first", "second", "overload", "kill", "disconnect", "film"}
+    assert set(SERVING_GROUPS) >= {
+        "throughput",
+        "haproxy",
+        "edge",
+        "first",
+        "second",
+        "overload",
+        "kill",
+        "disconnect",
+        "film",
+    }
 
 
 @pytest.mark.slow
