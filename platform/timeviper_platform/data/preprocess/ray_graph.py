@@ -218,7 +218,7 @@ def calibrate_here(segments: list[Segment], spec: WorkerSpec) -> Calibration | N
 
 
 def tasks_per_row(config: ExecutionConfig) -> int:
-    """Returns how many results reach the driver together. A CPU takes long for one, and split passes frames on."""
+    """Returns how many results reach the driver together: one on CPUs, which are slow, and in split mode."""
     is_fast = config.mode == "fused" and config.gpus_per_worker > 0
     return max(1, FRAMES_PER_ROW // config.frames_per_file) if is_fast else 1
 
