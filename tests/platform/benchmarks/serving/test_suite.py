@@ -50,7 +50,12 @@ def endpoint_without_ray(config: ServeConfig) -> Iterator[Endpoint]:
     server = uvicorn.Server(
         uvicorn.Config(create_app(config.gateway, features, engine), port=0, log_level="warning")  # type: ignore[arg-type]
     )
-    thread = threading.Thread(target=server.run, daemon=True)
+
+    async def run() -> None:
+        await server.serve()
+        await features.close()  # in the loop that starts its children
+
+    thread = threading.Thread(target=lambda: asyncio.run(run()), daemon=True)
     thread.start()
     while not server.started:
         assert thread.is_alive()
@@ -60,7 +65,6 @@ def endpoint_without_ray(config: ServeConfig) -> Iterator[Endpoint]:
         server.should_exit = True
         thread.join(20)
         engine.stop()
-        asyncio.run(features.close())
 
 
 @pytest.fixture(scope="module")
