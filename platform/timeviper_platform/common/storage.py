@@ -323,6 +323,14 @@ def read_json(uri: str) -> Any:
     return json.loads(read_bytes(uri))
 
 
+def read_json_or_none(uri: str) -> Any | None:
+    """None = no such file; asking for it first could be too early for a process that deletes it."""
+    try:
+        return read_json(uri)
+    except FileNotFoundError:
+        return None
+
+
 def download(uri: str, local: Path) -> None:
     """Copies a file to a local path."""
     filesystem, path = split_uri(uri)

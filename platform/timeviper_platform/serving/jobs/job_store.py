@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 import uuid
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from timeviper_platform.common.storage import exists, join_uri, read_json, split_uri, write_bytes, write_json
+from timeviper_platform.common.storage import exists, join_uri, read_json_or_none, split_uri, write_bytes, write_json
 
 JobStatus = Literal["queued", "running", "completed", "failed", "cancelled"]
 FINAL: tuple[JobStatus, ...] = ("completed", "failed", "cancelled")
@@ -85,13 +86,14 @@ class JobStore:
         return job
 
     def get(self, tenant: str, job_id: str) -> Job | None:
-        uri = join_uri(self._root, tenant, job_id, "job.json")
-        return Job(**read_json(uri)) if JOB_ID.fullmatch(job_id) and exists(uri) else None
+        if JOB_ID.fullmatch(job_id) is None:
+            return None
+        found = read_json_or_none(join_uri(self._root, tenant, job_id, "job.json"))
+        return None if found is None else Job(**found)
 
     def state(self, job: Job) -> JobState:
         """Returns the state; a job that is to be cancelled is cancelled for its owner."""
-        uri = self._uri(job, "state.json")
-        state = JobState(**read_json(uri)) if exists(uri) else JobState()
+        state = self._written_state(job)
         if not state.is_final and self.is_cancelled(job):
             state.end("cancelled")
         return state
@@ -114,8 +116,7 @@ class JobStore:
         """Yields jobs that no process has finished, of any tenant, cancelled ones too."""
         for tenant in _folders(self._root):
             for job in self.jobs(tenant):
-                uri = self._uri(job, "state.json")
-                if not exists(uri) or not JobState(**read_json(uri)).is_final:
+                if not self._written_state(job).is_final:
                     yield job
 
     def delete_finished(self, *, before: float) -> None:
@@ -124,10 +125,14 @@ class JobStore:
             for job in self.jobs(tenant):
                 if (self.state(job).finished_at or before) < before:
                     filesystem, path = split_uri(self.folder(job))
-                    filesystem.rm(path, recursive=True)
+                    with contextlib.suppress(FileNotFoundError):  # deleted by another gateway
+                        filesystem.rm(path, recursive=True)
 
     def folder(self, job: Job) -> str:
         return join_uri(self._root, job.tenant, job.id)
+
+    def _written_state(self, job: Job) -> JobState:
+        return JobState(**(read_json_or_none(self._uri(job, "state.json")) or {}))
 
     def _uri(self, job: Job, name: str) -> str:
         return join_uri(self.folder(job), name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from timeviper_platform.serving.gateway.media.uploads import MediaStore
+from timeviper_platform.serving.jobs import job_store
 from timeviper_platform.serving.jobs import runner as module
 from timeviper_platform.serving.jobs.job_store import Job, JobStore
 from timeviper_platform.serving.jobs.runner import JobRunner
@@ -109,6 +111,19 @@ def test_a_job_is_cancelled_by_a_process_that_does_not_run_it(tmp_path: Path) ->
 
     asyncio.run(main())
     assert (store.state(job).status, stopped) == ("cancelled", [0])
+
+
+def test_a_job_that_another_process_deletes_while_it_is_looked_up_is_no_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = JobStore(str(tmp_path))
+    job, other = make(store), make(store)
+    shutil.rmtree(store.folder(job))
+    monkeypatch.setattr(job_store, "exists", lambda uri: uri.endswith(".json"))  # it existed a moment ago
+    monkeypatch.setattr(job_store, "_folders", lambda uri: ["a"] if uri.endswith("_jobs") else [job.id, other.id])
+    assert store.get("a", job.id) is None
+    assert [found.id for found in store.unfinished()] == [other.id]
+    assert not store.state(job).is_final
 
 
 def test_ended_jobs_are_deleted_by_age_and_are_no_tenant_of_the_uploads(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import secrets
 import shutil
@@ -13,11 +14,10 @@ from typing import IO, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from timeviper_platform.common.storage import (
-    exists,
     files_in,
     join_uri,
     open_file,
-    read_json,
+    read_json_or_none,
     split_uri,
     write_atomic,
     write_json,
@@ -109,10 +109,13 @@ class ChunkedUploads:
         with tempfile.TemporaryFile() as whole:
             for index, part_id in enumerate(part_ids):
                 uri = join_uri(folder, f"{part_id}.part")
-                if PART_ID.fullmatch(part_id) is None or not exists(uri):
-                    raise ApiError(400, "no such part", code="invalid_value", param=f"part_ids.{index}")
-                with open_file(uri) as part:
-                    shutil.copyfileobj(part, whole, _CHUNK_BYTES)
+                try:
+                    if PART_ID.fullmatch(part_id) is None:
+                        raise FileNotFoundError(part_id)
+                    with open_file(uri) as part:
+                        shutil.copyfileobj(part, whole, _CHUNK_BYTES)
+                except FileNotFoundError:
+                    raise ApiError(400, "no such part", code="invalid_value", param=f"part_ids.{index}") from None
                 if whole.tell() > upload["bytes"]:
                     break
             if whole.tell() != upload["bytes"]:
@@ -127,16 +130,18 @@ class ChunkedUploads:
         return self._ended(tenant, self._pending(tenant, upload_id), "cancelled", None)
 
     def _pending(self, tenant: str, upload_id: str) -> dict[str, Any]:
-        if UPLOAD_ID.fullmatch(upload_id) is None or not exists(self._record(tenant, upload_id)):
+        found = read_json_or_none(self._record(tenant, upload_id)) if UPLOAD_ID.fullmatch(upload_id) else None
+        if found is None:
             raise ApiError(404, "no such upload", code="upload_not_found", param="upload_id")
-        upload: dict[str, Any] = read_json(self._record(tenant, upload_id))
+        upload: dict[str, Any] = found
         if upload["expires_at"] <= time.time():
             raise ApiError(400, "the upload has expired", code="invalid_value", param="upload_id")
         return upload
 
     def _ended(self, tenant: str, upload: dict[str, Any], status: str, record: FileRecord | None) -> dict[str, Any]:
         filesystem, path = split_uri(self._folder(tenant, upload["id"]))
-        filesystem.rm(path, recursive=True)
+        with contextlib.suppress(FileNotFoundError):  # the janitor was here
+            filesystem.rm(path, recursive=True)
         return {**upload, "status": status, "file": None if record is None else record.to_json()}
 
     def _folder(self, tenant: str, upload_id: str) -> str:

@@ -14,11 +14,11 @@ from typing import IO
 from urllib.parse import unquote_to_bytes
 
 from timeviper_platform.common.storage import (
-    exists,
     files_in,
     join_uri,
     open_file,
     read_json,
+    read_json_or_none,
     remove,
     split_uri,
     write_atomic,
@@ -194,10 +194,11 @@ class MediaStore:
             raise ApiError(429, text, code="insufficient_quota", param="file")
 
     def get(self, tenant: str, file_id: str) -> FileRecord | None:
-        if FILE_ID.fullmatch(file_id) is None or not exists(self._record_uri(tenant, file_id)):
+        if FILE_ID.fullmatch(file_id) is None:
             return None
-        record = FileRecord(**read_json(self._record_uri(tenant, file_id)))
-        return None if record.is_expired() else record
+        found = read_json_or_none(self._record_uri(tenant, file_id))
+        record = None if found is None else FileRecord(**found)
+        return None if record is None or record.is_expired() else record
 
     def list(self, tenant: str) -> list[FileRecord]:
         """Returns the newest first."""
