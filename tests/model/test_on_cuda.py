@@ -142,7 +142,7 @@ def answers(model: TimeViper) -> list[list[Token]]:
     return [[event for event in events if isinstance(event, Token) and event.request_id == own] for own in ids]
 
 
-@pytest.mark.parametrize("name", ["hybrid", slow("rope")])
+@pytest.mark.parametrize("name", [slow("hybrid"), slow("rope")])
 def test_the_engine_gives_the_same_answers(name: str) -> None:
     model = make_model(CONFIGS[name]).eval()
     expected = answers(model)

@@ -93,6 +93,7 @@ def _pool_long_video() -> None:
         assert torch.allclose(shares.share_HAB.sum(-1), torch.ones(4, 8, dtype=torch.float64))
 
 
+@pytest.mark.slow
 def test_ten_thousand_frames_are_pooled_in_bounded_memory() -> None:
     # the dense matrix of one head alone would be 6.4 GB in fp32
     assert cost_elsewhere(_pool_long_video).peak_bytes < 400_000_000

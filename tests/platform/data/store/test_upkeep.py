@@ -286,7 +286,7 @@ def test_inspect_counts_media_segments_frames_and_bytes(store: str) -> None:
         inspect_store,
         # with more threads the peak varies
         pytest.param(partial(verify_store, num_threads=1), marks=pytest.mark.slow),
-        partial(compact, file_bytes=12_000, index_row_group_rows=16),
+        pytest.param(partial(compact, file_bytes=12_000, index_row_group_rows=16), marks=pytest.mark.slow),
     ],
 )
 def test_three_times_the_files_take_no_more_memory(
