@@ -85,8 +85,11 @@ class DecordReader:
         if self._resample == "bilinear":
             return np.asarray(self._reader.get_batch(indices).asnumpy())
         unique, positions = np.unique(indices, return_inverse=True)
-        frames = [self._reader.get_batch([index]).asnumpy()[0] for index in unique]
-        return np.stack([scaled(Image.fromarray(frame), self._size, self._resample) for frame in frames])[positions]
+        return np.stack([self._read_scaled(index) for index in unique])[positions]
+
+    def _read_scaled(self, index: int) -> np.ndarray:
+        full_size = self._reader.get_batch([index]).asnumpy()[0]
+        return scaled(Image.fromarray(full_size), self._size, self._resample)
 
     def _no_frames(self) -> np.ndarray:
         return np.empty((0, self._size, self._size, 3), np.uint8)
