@@ -7,6 +7,7 @@ import itertools
 import statistics
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,7 +53,10 @@ def overload_rows(*, seconds: float = 60.0, num_tokens: int = 64) -> list[Row]:
             load = with_session(lambda session: _overload(session, endpoint, FACTOR * rate, seconds, num_tokens))
     accepted = sorted(answer.seconds for answer in load.answers if answer.is_whole)
     refused = [answer for answer in load.answers if answer.status == 429]
+    refusal_s = _percentile(sorted(answer.seconds for answer in refused), 0.5)
     errors = [answer for answer in load.answers if not answer.is_whole and answer.status != 429]
+    kinds = Counter(f"{answer.status} {answer.error}" for answer in errors)
+    kinds_text = f" ({', '.join(f'{count} of {kind}' for kind, count in sorted(kinds.items()))})" if kinds else ""
     bound = (NUM_SLOTS + NUM_QUEUED + NUM_WAITING + 1) / rate
     offered = f"{FACTOR:g} x {rate:.1f} requests/s for {seconds:.0f} s"
     values_of: list[tuple[str, float, str, str | None]] = [
@@ -69,7 +73,8 @@ def overload_rows(*, seconds: float = 60.0, num_tokens: int = 64) -> list[Row]:
             "",
             "<= 0",
         ),
-        (f"other failures beside {len(refused)} of 429", float(len(errors)), "", "<= 0"),
+        ("until a refusal arrives, median", refusal_s, "s", None),
+        (f"other failures beside {len(refused)} of 429{kinds_text}", float(len(errors)), "", "<= 0"),
         ("memory of the replicas, end over a third of the load", load.memory[1] / load.memory[0], "", "<= 1.1"),
         ("a second engine replica answers after the load began", load.second_replica_s, "s", "<= 15"),
         ("one engine replica again after the last answer", load.back_s, "s", "<= 30"),

@@ -106,7 +106,7 @@ class ConnectionLimits:
     write_timeout_s: float = 60.0
     """Seconds that a client may leave an answer unread."""
     max_per_client: int = 512
-    """Maximum connections per client address; one more closes the client's oldest that waits for its request."""
+    """Maximum connections per client address. One more closes the client's oldest stalled one, or is answered 429."""
 
     def __post_init__(self) -> None:
         for name in ("header_timeout_s", "max_header_bytes", "write_timeout_s", "max_per_client"):

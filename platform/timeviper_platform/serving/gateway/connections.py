@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import uvicorn.config
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
@@ -29,6 +30,10 @@ LIMITS_VARIABLE = "TIMEVIPER_CONNECTION_LIMITS"
 STRIPPED_HEADERS = (b"x-request-timeout-seconds", b"x-request-disconnect-disabled")
 """By these, any client could switch off Ray Serve's timeouts, or its watch for a disconnect."""
 MAX_REQUEST_ID = 128
+STALL_S = 2.0
+"""A request of which nothing has arrived for so long may lose its connection to a new one of the same client."""
+REFUSED_CONNECTIONS = 128
+"""Connections above a client's limit that are answered 429; further ones are closed unread."""
 LINGER_S = 2.0
 """A request answered before its end is read until it stops this long, or its client would not see the answer."""
 LINGER_MAX_S = 30.0
@@ -64,19 +69,24 @@ class BoundedProtocol(HttpToolsProtocol):
     _header_timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
     _header_bytes = 0
-    _last_body = 0.0
+    _last_data = 0.0
+    """Time of the last data, of the end of the last answer, or of the connection."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         super().connection_made(transport)
+        self._last_data = self.loop.time()
         own = self._open.setdefault(self._address(), {})
         if self.counts_clients and len(own) >= self.limits.max_per_client:
             # not this one: a client whose connections are all held open could not even ask for the server's health
-            oldest = next((other for other in own if other._waits()), None)
-            if oldest is None:
+            stalled = next((other for other in own if other._is_stalled()), None)
+            if stalled is not None:
+                del own[stalled]
+                stalled.transport.abort()
+            elif len(own) < self.limits.max_per_client + REFUSED_CONNECTIONS:
+                self.app = refuse_connection
+            else:
                 transport.close()
                 return
-            del own[oldest]
-            oldest.transport.abort()
         own[self] = None
         self._await_headers()
 
@@ -92,6 +102,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._header_timer is not None:
             self._header_bytes += len(data)
+        self._last_data = self.loop.time()
         super().data_received(data)
         if self.transport.is_closing():
             return
@@ -110,10 +121,6 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.cycle is not None:
             self.cycle.transport = ClosedAfterRequest(self.transport, self.cycle)  # type: ignore[assignment]
 
-    def on_body(self, body: bytes) -> None:
-        super().on_body(body)
-        self._last_body = self.loop.time()
-
     def on_message_complete(self) -> None:
         super().on_message_complete()
         if self.cycle is not None and self.cycle.response_complete and self.cycle.more_body:
@@ -127,9 +134,9 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        self._last_data = self.loop.time()
         if self.cycle.response_complete and self.cycle.more_body:  # not a next request, already on its way
             self._unset_keepalive_if_required()
-            self._last_body = self.loop.time()
             self._end_unread(self.cycle, self.loop.time() + LINGER_MAX_S)
 
     def pause_writing(self) -> None:
@@ -153,7 +160,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """Closes a connection whose answered request stopped before its end; what arrives until then is dropped."""
         if self.cycle is not cycle or not cycle.more_body:
             return
-        wait_s = min(self._last_body + LINGER_S, deadline) - self.loop.time()
+        wait_s = min(self._last_data + LINGER_S, deadline) - self.loop.time()
         if wait_s <= 0:
             self.transport.close()
         else:
@@ -162,9 +169,10 @@ class BoundedProtocol(HttpToolsProtocol):
     def _address(self) -> str:
         return self.client[0] if self.client else ""
 
-    def _waits(self) -> bool:
-        """Whether the request has not arrived as a whole."""
-        return not self._in_request() or self.cycle.more_body
+    def _is_stalled(self) -> bool:
+        """Whether a request's rest, or a next request, is awaited for STALL_S."""
+        is_awaited = not self._in_request() or self.cycle.more_body
+        return is_awaited and self.loop.time() - self._last_data >= STALL_S
 
     def _in_request(self) -> bool:
         return self.cycle is not None and (self.cycle.more_body or not self.cycle.response_complete)
@@ -182,6 +190,13 @@ class BoundedProtocol(HttpToolsProtocol):
         self._end_headers()
         if self._write_timer is not None:
             self._write_timer.cancel()
+
+
+async def refuse_connection(scope: Scope, receive: Receive, send: Send) -> None:
+    """The application of connections above a client's limit."""
+    text = "this address has too many connections open (gateway.connections.max_per_client), try again"
+    error = ApiError(429, text, code="too_many_connections", retry_after_s=1.0, closes=True)
+    await JSONResponse(error.body(), error.status, error.headers())(scope, receive, send)
 
 
 class ClosedAfterRequest:

@@ -120,13 +120,16 @@ def test_headers_above_the_limit_are_refused(limits: Callable[..., None]) -> Non
     run(scenario)
 
 
-def test_a_client_that_holds_all_its_connections_still_gets_an_answer(limits: Callable[..., None]) -> None:
+def test_a_client_that_holds_all_its_connections_still_gets_an_answer(
+    limits: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before, 600 bodies that were held back blocked every route."""
     limits(max_per_client=20)
+    monkeypatch.setattr(connections, "STALL_S", 0.2)
 
     async def scenario(port: int) -> None:
         held = [await send(port, POST) for _ in range(20)]
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.4)
         reader, _ = await send(port, GET)
         assert b"200 OK" in await reader.readuntil(b"ok")
         assert await closed(held[0][0])
@@ -147,13 +150,71 @@ def test_running_answers_are_not_closed_for_new_connections(limits: Callable[...
     async def scenario(port: int) -> None:
         running = [await send(port, GET) for _ in range(2)]
         await asyncio.sleep(0.1)
-        refused, _ = await send(port, GET)
-        assert await closed(refused)
+        refused, writer = await send(port, POST)
+        writer.write(bytes(100))
+        head, _, body = (await refused.read()).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 429 ")
+        assert b"retry-after: 1" in head.lower()
+        assert json.loads(body)["error"]["code"] == "too_many_connections"
         release.set()
         for reader, _ in running:
             assert b"200 OK" in await reader.readuntil(b"ok")
 
     run(scenario, slow)
+
+
+def test_far_above_the_limit_connections_are_closed_unread(
+    limits: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits(max_per_client=2)
+    monkeypatch.setattr(connections, "REFUSED_CONNECTIONS", 3)
+
+    async def scenario(port: int) -> None:
+        held = [await send(port, b"") for _ in range(5)]
+        await asyncio.sleep(0.1)
+        assert await closed((await send(port, GET))[0])
+        held[0][1].write(GET)
+        assert b"200 OK" in await held[0][0].readuntil(b"ok")
+        held[4][1].write(GET)
+        assert b"429 Too Many" in await held[4][0].read()
+
+    run(scenario)
+
+
+def test_a_connection_about_to_be_used_is_not_closed_for_a_new_one(limits: Callable[..., None]) -> None:
+    """Before, a client's pooled connection was reset while its next request was on its way."""
+    limits(max_per_client=2)
+
+    async def scenario(port: int) -> None:
+        pool = [await send(port, GET) for _ in range(2)]
+        for reader, _ in pool:
+            await reader.readuntil(b"ok")
+        refused, _ = await send(port, GET)
+        assert b"429 Too Many" in await refused.read()
+        for reader, writer in pool:
+            writer.write(GET)
+            assert b"200 OK" in await reader.readuntil(b"ok")
+
+    run(scenario)
+
+
+def test_an_upload_on_its_way_is_not_closed_for_a_new_connection(
+    limits: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits(max_per_client=1)
+    monkeypatch.setattr(connections, "STALL_S", 0.5)
+
+    async def scenario(port: int) -> None:
+        reader, writer = await send(port, POST)
+        for _ in range(10):
+            await asyncio.sleep(0.1)
+            writer.write(bytes(10))
+            await asyncio.sleep(0.02)
+            refused, _ = await send(port, GET)
+            assert b"429 Too Many" in await refused.read()
+        assert b"200 OK" in await reader.readuntil(b"ok")
+
+    run(scenario)
 
 
 def test_behind_haproxy_one_address_is_all_clients(
