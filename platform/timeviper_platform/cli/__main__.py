@@ -20,8 +20,8 @@ COMMANDS = {
     "serve": "serve weights over HTTP",
     "store": "inspect, verify or compact a feature store",
     "benchmark": "measure the figures of the documents",
-    "ablation": "measure what TransV is worth on the synthetic corpus",
-    "demo": "run all of it on generated videos, on this machine",
+    "ablation": "measure the effect of TransV on the synthetic corpus",
+    "demo": "run the whole platform on generated videos, on this machine",
     "doctor": "check this machine and what a run needs",
     "render": "write manifests, dashboards and a launcher file from one file of values",
 }
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = "\n".join(f"  {name:12}{text}" for name, text in COMMANDS.items())
     parser = JobParser(f"{(__doc__ or '').splitlines()[0]}\n\ncommands:\n{names}", prog="timeviper")
     parser.add_argument("--version", action="version", version=f"timeviper {__version__}")
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="with --help: its keys")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="COMMAND --help lists its keys")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of the command")
     options = parser.parse_args(given)
     # only the chosen command is imported: a GPU machine may have neither Ray nor video decoders

@@ -1,7 +1,7 @@
 """Measures every figure of the documents: `timeviper benchmark SUITE [--only GROUP,...] [--record docs/benchmarks.md]`.
 
-Both sides of a ratio run in turn in one process. A row is the median of five or more turns, or of three if a turn takes
-over a minute. `all` runs every group that this machine can run, each in a process of its own.
+Both sides of a ratio take turns in one process. A row is the median of five or more turns, or of three if a turn takes
+over a minute. `all` runs every group that this machine can run, each in a separate process.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ Groups = dict[str, Callable[[Path | None], list[Row]]]
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = JobParser(__doc__)
     parser.add_argument("suite", choices=[*sorted(SUITES), EVERY_SUITE])
-    parser.add_argument("--only", help="these of the suite's groups of rows, with commas between them")
-    parser.add_argument("--json", type=Path, help="also write the rows there")
+    parser.add_argument("--only", help="comma-separated groups of the suite's rows")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("--record", type=Path, metavar="FILE.md", help="replace these rows in its tables and its .json")
     parser.add_argument("--film", type=Path, help="a film to measure on as well, such as Big Buck Bunny")
     return run_job(parser, benchmark, arguments)
@@ -60,14 +60,14 @@ def benchmark(options: argparse.Namespace) -> JobResult:
         meanwhile = StolenTime()
         found = groups[key](options.film)
         rows += found
-        if len(chosen) > 1:  # a suite that is stopped has shown them
+        if len(chosen) > 1:  # shown even if the suite is stopped later
             logger.info("%s %s:\n%s", options.suite, key, format_rows(found))
         if options.record is not None:
             record(options.record, options.suite, key, found, stolen=meanwhile.share())
         gc.collect()  # frees the models of a group before the next one starts
     if options.json is not None:
         options.json.write_text(json.dumps([row.as_dict() for row in rows], indent=2) + "\n")
-    note = f"stolen from this machine's cores by others on its host meanwhile: {stolen.share():.0%}"
+    note = f"CPU time taken by other machines on this host meanwhile (steal): {stolen.share():.0%}"
     return JobResult([format_rows(rows), note], exit_code=1 if any(row.holds is False for row in rows) else 0)
 
 

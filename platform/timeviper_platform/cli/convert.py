@@ -1,7 +1,7 @@
 """Converts annotations to samples: `timeviper convert --config ray_configs/convert.yaml [key=value ...]`.
 
 Reads LLaVA rows, messages, captions, dense captions and temporal grounding; writes the table that training reads.
-Unusable rows are counted by reason and written beside it.
+Unusable rows are counted by reason and written to a second file.
 """
 
 from __future__ import annotations

@@ -103,9 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--film", type=Path, help="a film for the backgrounds, preprocessed and asked about as well")
     parser.add_argument("--quick", action="store_true", help="a small corpus and few steps")
     parser.add_argument("--until", choices=STEPS, default=STEPS[-1], help="the last step to do")
-    parser.add_argument(
-        "--folder", type=Path, help=f"where the files go (default {DEFAULT_FOLDER}, with -quick, -film)"
-    )
+    parser.add_argument("--folder", type=Path, help=f"output folder (default {DEFAULT_FOLDER}, with -quick, -film)")
     parser.add_argument(
         "--corpus", action="append", default=[], metavar="KEY=VALUE", help="a key of ray_configs/tiny/corpus.yaml"
     )
@@ -115,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_demo(options: argparse.Namespace) -> JobResult:
     """Runs the steps, writes report.json and reports the table."""
     demo, steps = _plan(options)
-    logging.getLogger("httpx2").setLevel(logging.WARNING)  # one line a request otherwise
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # otherwise one line per request
     started = time.monotonic()
     _announce("corpus", "videos, questions, tokenizer and encoder")
     corpus = make_corpus(load_config(CorpusConfig, demo.config("corpus"), demo.overrides("corpus")))
@@ -184,7 +182,6 @@ def _run_jobs(demo: Demo, steps: Sequence[str], environment: dict[str, str]) -> 
 
 
 def write_manifest_with_film(demo: Demo, film: Path) -> None:
-    """Adds the film to the corpus's manifest."""
     table = pq.read_table(demo.path("corpus", "manifest.parquet"))
     row = dict.fromkeys(table.schema.names) | {"uri": str(film), "media_id": film.stem}
     rows = pa.Table.from_pylist([*table.to_pylist(), row], schema=table.schema)
@@ -251,7 +248,7 @@ def is_right(answer: str, expected: str) -> bool:
 
 
 def _answer(client: openai.OpenAI, media_id: str, question: str) -> str:
-    video = {"type": "video_url", "video_url": {"url": f"feature://{media_id}"}}  # not among OpenAI's types
+    video = {"type": "video_url", "video_url": {"url": f"feature://{media_id}"}}  # not one of OpenAI's types
     messages: Any = [{"role": "user", "content": [video, {"type": "text", "text": question}]}]
     completion = client.chat.completions.create(model=MODEL_NAME, temperature=0.0, messages=messages)
     return completion.choices[0].message.content or ""

@@ -1,7 +1,7 @@
 """Checks this machine and what a run needs: `timeviper doctor [URI ...]`.
 
 Versions, GPUs and kernels, decoders, /dev/shm, disk, token, the cluster of RAY_API_SERVER_ADDRESS, ports, and each URI
-(written, read, deleted). Every fault is followed by its way out; the exit code is 1 if any is an error.
+(written, read, deleted). Every fault is followed by a remedy; the exit code is 1 if any is an error.
 """
 
 from __future__ import annotations

@@ -31,14 +31,14 @@ from timeviper_platform.training.config import TrainConfig, resolve_paths
 from timeviper_platform.training.run import RunFolder
 
 PROCESS_BYTES = 1 << 30
-"""Memory of a process beside its tensors."""
+"""Memory of a process besides its tensors."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = JobParser(
         __doc__,
         config_class=TrainConfig,
-        config_file="ray_configs/train.yaml: takes its run's newest committed checkpoint",
+        config_file="ray_configs/train.yaml: exports its run's newest committed checkpoint",
         override="name=second",
         config_required=False,
     )

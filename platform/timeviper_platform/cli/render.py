@@ -1,11 +1,11 @@
 """Writes the files of a deployment: `timeviper render --config ray_configs/cluster/values.yaml [key=value ...]`.
 
-    kubectl apply -f deploy/configs.yaml -f deploy/rayjob-preprocess.yaml      # one run on a cluster of its own
+    kubectl apply -f deploy/configs.yaml -f deploy/rayjob-preprocess.yaml      # one run on its own cluster
     kubectl apply -f deploy/raycluster.yaml                                    # a cluster for `ray job submit`
     kubectl apply -f deploy/rayservice.yaml                                    # the endpoint
     ray up deploy/launcher.yaml                                                # on AWS without Kubernetes
 
-Every resource is checked against the fields of KubeRay's release; docs/operate.md says what must exist before.
+Every resource is checked against the fields of KubeRay's release; docs/operate.md lists what must exist before.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def render(options: argparse.Namespace) -> JobResult:
-    """Raises ValueError for values from which no valid resource follows."""
+    """Raises ValueError for values that yield an invalid resource."""
     values = load_config(ClusterValues, options.config, options.overrides)
     resources = Deployment(values).resources()
     wrong = [

@@ -4,8 +4,8 @@
     timeviper serve status [--wait] [--timeout 600]
 
 The Serve configuration file also works with `serve run` and `serve deploy`. Joins the cluster at RAY_ADDRESS, else
-starts a local Ray. On exit it removes its application and stops everything it started. `status` goes with
-`serve deploy`, whose exit code is 0 before the application runs, and also when it fails.
+starts a local Ray. On exit it removes its application and stops everything it started. Use `status`
+after `serve deploy`, which exits with 0 before the application runs, even if it then fails.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ logger = logging.getLogger("serve")
 READY_TIMEOUT_S = 180.0
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 DASHBOARD = "http://127.0.0.1:8265"
-STATUS_HELP = "Says whether a deployed application is RUNNING (exit code 0), or its state and why (1)."
+STATUS_HELP = "Reports whether a deployed application is RUNNING (exit code 0), or its state and why (1)."
 CONTROLLER = "SERVE_CONTROLLER_ACTOR"
 """Ray Serve's name for its controller."""
 
@@ -62,7 +62,7 @@ class DeploymentEntry:
     name: DeploymentName
     """The deployment."""
     user_config: dict[str, Any] = field(default_factory=dict)
-    """Limits over those of `args`, which `serve deploy` changes without new replicas."""
+    """Limits that override those of `args`; `serve deploy` changes them without new replicas."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,14 +83,14 @@ class ApplicationEntry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TracingOptions:
-    """Ray Serve's own. A request whose `traceparent` is sampled is always traced."""
+    """Ray Serve's tracing. A request whose `traceparent` is sampled is always traced."""
 
     enabled: bool = False
     """Whether requests have OpenTelemetry spans."""
     exporter_import_path: str = "timeviper_platform.serving.tracing:otlp"
     """Function that returns span processors."""
     sampling_ratio: float = 0.01
-    """Share of the other requests that are traced."""
+    """Share of the other requests to trace."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,7 +140,7 @@ def _status_main(arguments: Sequence[str]) -> int:
 
 
 def show_status(options: argparse.Namespace) -> JobResult:
-    """Reports the application's state and faults; exit code 0 if it runs without."""
+    """Reports the application's state and faults; exit code 0 if it runs without faults."""
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
     state = wait_for_application(
@@ -186,7 +186,7 @@ def _serve(file: ServeFile, entry: ApplicationEntry, port: int, stop: threading.
     http = file.http_options
     if was_running:
         logger.warning(
-            "Ray Serve was running already: slow clients are bounded only if %s was set where it started; see"
+            "Ray Serve was running already: slow clients are bounded only if %s was set where it was started; see"
             " docs/serve.md",
             CALLBACK_VARIABLE,
         )

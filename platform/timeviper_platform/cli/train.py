@@ -32,7 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         override="phases.align.steps=10",
     )
     parser.add_argument("--resume", default="auto", help="auto (default), never, or the URI of a checkpoint")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan, groups and memory; exit 1 if data lack")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print plan, groups and memory; exit 1 if data are missing"
+    )
     return run_job(parser, train, arguments)
 
 

@@ -27,7 +27,7 @@ def _rate(metric: str, by: str = "") -> str:
 
 
 _OR_0 = "or vector(0)"
-"""For what is exported once it has happened, or where there are GPUs: 0 instead of 'No data'."""
+"""Shows 0 instead of 'No data' for metrics that are exported only after an event, or only with GPUs."""
 _FRAMES = "ray_timeviper_preprocess_frames_total"
 _SECONDS = "ray_timeviper_preprocess_stage_seconds_total"
 _ENCODING = f'sum (rate({_SECONDS}{{stage="encode"}}[{WINDOW}]))'
@@ -37,19 +37,19 @@ _GATEWAY = "ray_timeviper_gateway_"
 
 DASHBOARDS: dict[str, tuple[Panel, ...]] = {
     "preprocess": (
-        Panel("Frames a second", ((_rate(_FRAMES, "store"), "{{store}}"),)),
+        Panel("Frames per second", ((_rate(_FRAMES, "store"), "{{store}}"),)),
         Panel(
             "Share of the ideal: GPUs that encode",
             ((f'{_ENCODING} / clamp_min(sum (ray_resources{{Name="GPU", State="USED"}}) {_OR_0}, 1)', "share"),),
             "percentunit",
         ),
         Panel(
-            "Busy seconds a frame, by stage",
+            "Busy seconds per frame, by stage",
             ((f"{_rate(_SECONDS, 'stage')} / scalar({_rate(_FRAMES)})", "{{stage}}"),),
             "s",
         ),
         Panel(
-            "Segments a second, by outcome",
+            "Segments per second, by outcome",
             ((_rate("ray_timeviper_preprocess_segments_total", "status"), "{{status}}"),),
         ),
         Panel(
@@ -58,7 +58,7 @@ DASHBOARDS: dict[str, tuple[Panel, ...]] = {
         ),
         Panel("Rejects by reason", ((_rate("ray_timeviper_preprocess_errors_total", "type"), "{{type}}"),)),
         Panel(
-            "Storage retries a second", ((f"{_rate('ray_timeviper_preprocess_retries_total')} {_OR_0}", "retries/s"),)
+            "Storage retries per second", ((f"{_rate('ray_timeviper_preprocess_retries_total')} {_OR_0}", "retries/s"),)
         ),
         Panel("Features written", ((_rate("ray_timeviper_preprocess_feature_bytes_total"), "bytes/s"),), "Bps"),
     ),
@@ -67,7 +67,7 @@ DASHBOARDS: dict[str, tuple[Panel, ...]] = {
             "Loss",
             ((f"{_TRAIN}loss", "{{run}} {{phase}}"), (f"{_TRAIN}validation_loss", "{{run}} {{phase}} validation")),
         ),
-        Panel("Tokens a second", ((f"{_TRAIN}tokens_per_second", "{{run}} {{phase}}"),)),
+        Panel("Tokens per second", ((f"{_TRAIN}tokens_per_second", "{{run}} {{phase}}"),)),
         Panel("MFU", ((f"{_TRAIN}mfu", "{{run}} {{phase}}"),), "percentunit"),
         Panel(
             "Share of a step that waits for data", ((f"{_TRAIN}data_wait_share", "{{run}} {{phase}}"),), "percentunit"
@@ -80,7 +80,7 @@ DASHBOARDS: dict[str, tuple[Panel, ...]] = {
             ),
             "s",
         ),
-        Panel("Seconds a step", ((f"{_TRAIN}seconds", "{{run}} {{phase}}"),), "s"),
+        Panel("Seconds per step", ((f"{_TRAIN}seconds", "{{run}} {{phase}}"),), "s"),
         Panel("Restarts that lost steps, in 6 h", ((f"resets({_TRAIN}global_step[6h])", "{{run}}"),)),
         Panel("Attempts: starts of the run", ((f"max by (run) ({_TRAIN}attempt)", "{{run}}"),)),
         Panel("Gradient norm", ((f"{_TRAIN}grad_norm", "{{run}} {{phase}}"),)),
@@ -97,7 +97,7 @@ DASHBOARDS: dict[str, tuple[Panel, ...]] = {
             "s",
         ),
         Panel(
-            "Tokens a second",
+            "Tokens per second",
             (
                 (_rate(f"{_ENGINE}completion_tokens_total"), "generated"),
                 (_rate(f"{_ENGINE}prompt_tokens_total"), "prefilled"),
@@ -112,10 +112,10 @@ DASHBOARDS: dict[str, tuple[Panel, ...]] = {
                 (f"sum ({_ENGINE}queued_requests)", "waiting"),
             ),
         ),
-        Panel("Answers that began, a second", ((_rate(f"{_ENGINE}answers_total"), "answers"),)),
-        Panel("Requests a second, by status", ((_rate(f"{_GATEWAY}requests_total", "status"), "{{status}}"),)),
+        Panel("Answers started per second", ((_rate(f"{_ENGINE}answers_total"), "answers"),)),
+        Panel("Requests per second, by status", ((_rate(f"{_GATEWAY}requests_total", "status"), "{{status}}"),)),
         Panel(
-            "Refused as full (429), a second",
+            "Refused as full (429) per second",
             ((f'sum (rate({_GATEWAY}requests_total{{status="429"}}[{WINDOW}])) {_OR_0}', "429"),),
         ),
         Panel("Requests in progress", ((f"sum ({_GATEWAY}ongoing_requests)", "requests"),)),
@@ -147,7 +147,7 @@ DASHBOARDS: dict[str, tuple[Panel, ...]] = {
             "bytes",
         ),
         Panel(
-            "Vision tokens a second, before and after TransV",
+            "Vision tokens per second, before and after TransV",
             (
                 (_rate(f"{_ENGINE}vision_tokens_total"), "of prompts"),
                 (_rate(f"{_ENGINE}kept_vision_tokens_total"), "kept"),
@@ -162,7 +162,7 @@ DASHBOARDS: dict[str, tuple[Panel, ...]] = {
             ),
         ),
         Panel(
-            "Answered tokens a second at the gateway",
+            "Answered tokens per second at the gateway",
             (
                 (_rate(f"{_GATEWAY}completion_tokens_total"), "generated"),
                 (_rate(f"{_GATEWAY}cached_prompt_tokens_total"), "cached prompt tokens"),

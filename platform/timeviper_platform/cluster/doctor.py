@@ -1,4 +1,4 @@
-"""Checks a machine for what the jobs need; every fault comes with its way out."""
+"""Checks a machine for what the jobs need; every fault comes with a remedy."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Finding(NamedTuple):
 
 
 def examine(uris: Sequence[str] = (), *, need_gpu: bool = False) -> list[Finding]:
-    """Runs every check; a check that fails itself is an error of its own.
+    """Runs every check. A check that raises becomes a finding of status error.
 
     Args:
         uris: folders to write to, read from and delete in.
@@ -76,7 +76,7 @@ def examine(uris: Sequence[str] = (), *, need_gpu: bool = False) -> list[Finding
 
 
 def describe(findings: Sequence[Finding]) -> list[str]:
-    """Returns a line per finding, with its way out below it, and a line of counts."""
+    """Returns a line per finding, with its remedy below, and a line of counts."""
     lines = []
     for finding in findings:
         lines.append(f"{finding.status:8} {finding.check:10} {finding.text}")

@@ -27,7 +27,7 @@ def kuberay_fields() -> dict[str, Any]:
 
 
 def problems(resource: dict[str, Any]) -> list[str]:
-    """Returns what the Kubernetes API or the operator would refuse, a line each with the dotted path of the field."""
+    """Returns what the Kubernetes API or the operator would refuse: a line per fault, with the field's dotted path."""
     fields, kind = kuberay_fields(), str(resource.get("kind"))
     if resource.get("apiVersion") != API_VERSION or kind not in fields["max_name_length"]:
         return [f"apiVersion {resource.get('apiVersion')!r}, kind {kind!r}: not a resource of {API_VERSION}"]

@@ -12,7 +12,7 @@ TOKEN_FILE = "/home/ray/.ray/auth_token"
 
 
 def launcher_file(values: ClusterValues) -> dict[str, Any]:
-    """Returns the keys of the file. GPU machines are spot machines where there are any, else on demand."""
+    """Returns the keys of the file. GPU machines are spot machines where available, else on demand."""
     launcher, cpu, gpu = values.launcher, values.cpu_workers, values.gpu_workers
     spot = {"InstanceMarketOptions": {"MarketType": "spot"}}
     types = {

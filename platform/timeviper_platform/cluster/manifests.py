@@ -35,10 +35,10 @@ KEYS_FILE = "keys.yaml"
 
 
 class Deployment:
-    """Reads the jobs' configurations once, with the bucket in place; renders every resource.
+    """Reads the jobs' configurations once, with `bucket` filled in; renders every resource.
 
     Raises:
-        ValueError: for a wrong key in a configuration, or one that the nodes can never run.
+        ValueError: for a wrong key in a configuration, or a configuration that the nodes can never run.
     """
 
     def __init__(self, values: ClusterValues) -> None:
@@ -75,12 +75,12 @@ class Deployment:
         return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": self._metadata("configs"), "data": data}
 
     def ray_cluster(self) -> Resource:
-        """A cluster for `ray job submit`, which grows and shrinks with the work."""
+        """A cluster for `ray job submit` that grows and shrinks with the work."""
         grace = max(self.grace_seconds(job) for job in ("preprocess", "train", "evaluate"))
         return self._resource("RayCluster", None, self._cluster(grace, with_cpu_workers=True))
 
     def ray_job(self, job: str) -> Resource:
-        """A cluster of its own for one run. A failed run is not submitted again: jobs retry what is worth it."""
+        """A cluster for one run alone. A failed run is not submitted again: jobs retry transient errors themselves."""
         cluster = self._cluster(self.grace_seconds(job), with_cpu_workers=job == "preprocess")
         spec = {
             "entrypoint": f"timeviper {job} --config {CONFIG_MOUNT}/{job}.yaml",
@@ -114,7 +114,7 @@ class Deployment:
         """Seconds between SIGTERM and SIGKILL of a node.
 
         Training: the time in which a checkpoint is saved (RAY_JOB_STOP_WAIT_TIME_S of ray_configs/runtime_env.yaml).
-        The endpoint: the longest shutdown of a deployment. Others lose nothing but the file being written. Each + 30.
+        The endpoint: the longest shutdown of a deployment. Others lose only the file being written. Each + MARGIN_S.
         """
         if job == "train":
             return int(_job_environment()["RAY_JOB_STOP_WAIT_TIME_S"]) + MARGIN_S
@@ -154,8 +154,8 @@ class Deployment:
             fits = int(min(gpu_workers.cpus / cpus if cpus else 1e9, gpu_workers.gpus / gpus if gpus else 1e9))
             if count > fits * gpu_workers.max_nodes:
                 raise ValueError(
-                    f"{name} wants {count} workers of {cpus:g} CPUs and {gpus:g} GPUs, and gpu_workers holds"
-                    f" {fits} a node on at most {gpu_workers.max_nodes} nodes; raise max_nodes, or lower the workers"
+                    f"{name} needs {count} workers of {cpus:g} CPUs and {gpus:g} GPUs, and gpu_workers holds"
+                    f" {fits} per node on at most {gpu_workers.max_nodes} nodes; raise max_nodes, or lower the workers"
                 )
 
     def _cluster(
@@ -219,7 +219,7 @@ class Deployment:
         tolerations = [{"key": GPU_RESOURCE, "operator": "Exists", "effect": "NoSchedule"}] if size.gpus else []
         if not on_spot:
             spec["affinity"] = _node_affinity(required=_terms(spot.labels, "NotIn"))
-        elif size.gpus:  # on demand where there is no spot machine
+        elif size.gpus:  # on demand where no spot machine is available
             spec["affinity"] = _node_affinity(preferred=_terms(spot.labels, "In"))
         else:
             spec["affinity"] = _node_affinity(required=_terms(spot.labels, "In"))
@@ -230,7 +230,7 @@ class Deployment:
     def _pod(self, container: Resource, size: NodeSize, grace_seconds: int) -> Resource:
         values = self.values
         spec: Resource = {
-            "restartPolicy": "Never",  # as autoscaler v2 wants it: a new pod replaces a failed one
+            "restartPolicy": "Never",  # autoscaler v2 requires it: a new pod replaces a failed one
             "terminationGracePeriodSeconds": grace_seconds,
             "containers": [container],
             "volumes": [
@@ -257,7 +257,7 @@ class Deployment:
                 "limits": {"memory": memory, "ephemeral-storage": disk},
             },
             "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}, {"name": "ray", "mountPath": "/tmp"}],
-            # readiness is the operator's, which also asks the endpoint's proxy
+            # the operator checks readiness, that of the endpoint's proxy included
             "startupProbe": {**probe, "failureThreshold": self.values.start_seconds // PROBE_PERIOD_S},
             "livenessProbe": {**probe, "timeoutSeconds": 5, "failureThreshold": 12},
         }

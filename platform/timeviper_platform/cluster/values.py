@@ -17,7 +17,7 @@ NODE_ENVIRONMENT = {
     "RAY_health_check_timeout_ms": "3000",
     "RAY_health_check_failure_threshold": "3",
 }
-"""Of all nodes. Ray gives up a node whose process is gone after 3 s, a silent one after 12, not after 15 and 65."""
+"""Of all nodes. Ray gives up a node 3 s after its process ended (default 15) and after 12 s of silence (default 65)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,7 +27,7 @@ class NodeSize:
     memory_gib: int
     """GiB of memory a pod requests and may use, /dev/shm included."""
     disk_gib: int
-    """GiB of ephemeral storage: Ray's logs and spilled objects, cached weights, checkpoints on their way."""
+    """GiB of ephemeral storage: Ray's logs and spilled objects, cached weights, checkpoints being uploaded."""
 
     def __post_init__(self) -> None:
         for name in ("cpus", "memory_gib", "disk_gib"):
@@ -36,7 +36,6 @@ class NodeSize:
 
     @property
     def shm_gib(self) -> int:
-        """GiB of /dev/shm."""
         return max(1, int(SHM_SHARE * self.memory_gib))
 
 
@@ -45,7 +44,7 @@ class WorkerSize(NodeSize):
     gpus: int = 0
     """GPUs of a node."""
     min_nodes: int = 0
-    """Nodes that stay while nothing runs."""
+    """Nodes kept while nothing runs."""
     max_nodes: int = 4
     """Maximum nodes."""
     node_selector: dict[str, str] = field(default_factory=dict)
@@ -82,7 +81,7 @@ class LauncherValues:
     instance_profile: str = "ray-autoscaler-v1"
     """Name of the instance profile whose role reads and writes the bucket."""
     token_file: str = "~/.ray/auth_token"
-    """File with the token, here; it is copied to the nodes."""
+    """Local file with the token; it is copied to the nodes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,7 +121,7 @@ class ClusterValues:
     image_pull_secret: str | None = None
     """Secret for the registry of the images."""
     redis_address: str = "redis:6379"
-    """Redis that keeps the endpoint's cluster state, so that answers go on while its head restarts."""
+    """Redis that keeps the endpoint's cluster state, so that answers continue while its head restarts."""
     redis_secret: str = "timeviper-redis"
     """Secret with the password of Redis under `password`."""
     environment: dict[str, str] = field(default_factory=dict)
@@ -133,13 +132,13 @@ class ClusterValues:
     cpu_workers: WorkerSize
     """Decoding, on spot machines."""
     gpu_workers: WorkerSize
-    """Encoding, training and evaluation, on spot machines where there are any; the endpoint, never on spot machines."""
+    """Encoding, training and evaluation, on spot machines where available; the endpoint, never on spot machines."""
     spot: SpotValues = field(default_factory=SpotValues)
     launcher: LauncherValues = field(default_factory=LauncherValues)
     idle_seconds: int = 300
     """Seconds after which an idle node is removed."""
     start_seconds: int = 900
-    """Seconds a pod may take to start Ray, the download of its image not included."""
+    """Seconds a pod may take to start Ray, not counting the download of its image."""
 
     def __post_init__(self) -> None:
         if self.gpu_workers.gpus < 1:

@@ -76,7 +76,7 @@ def line_chart(
 ) -> bytes:
     """Draws panels below each other, or row by row in `num_columns`.
 
-    `markers` draws a dot at every point, `integer_x` labels integers alone.
+    `markers` draws a dot at every point, `integer_x` labels only integers.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -180,7 +180,7 @@ def examples_picture(examples: Sequence[Example], *, title: str, file_format: Fi
             axes.imshow(pixels)
             axes.set_title(f"{seconds:g} s", fontsize="x-small", pad=2)
         text = "\n".join(line for each in example.lines for line in textwrap.wrap(each, 130) or [""])
-        part.text(0.01, 0.3, text, va="top", ha="left", fontsize="small")  # outside of the layout of the frames
+        part.text(0.01, 0.3, text, va="top", ha="left", fontsize="small")  # outside the frames' layout
     return _saved(figure, file_format)
 
 
@@ -207,7 +207,7 @@ def _draw(panel: Panel, axes: Axes, colours: dict[str, str], *, markers: bool) -
 
 
 def _use_log_scale(axes: Axes, values: Sequence[float]) -> None:
-    """Labels 1, 2 and 5 of each decade, or round numbers within less than one."""
+    """Labels 1, 2 and 5 of each decade, or round numbers if the values span less than a decade."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     axes.set_yscale("log")
@@ -249,8 +249,8 @@ def _saved(figure: Figure, file_format: FileFormat) -> bytes:
 
     metadata = {"Date": None} if file_format == "svg" else None
     buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "timeviper", "svg.fonttype": "none"}):  # text stays text
+    with matplotlib.rc_context({"svg.hashsalt": "timeviper", "svg.fonttype": "none"}):  # text, not outlines
         figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # it is laid out: saving would do that twice more
+        figure.set_layout_engine("none")  # already laid out; saving would do it twice more
         figure.savefig(buffer, format=file_format, metadata=metadata)
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Checks before a run waits for workers: outputs that last, storage that all nodes see, resources to be had."""
+"""Checks before a run waits for workers: durable outputs, storage that all nodes share, sufficient resources."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SUBMITTED_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
 def refuse_lost_outputs(outputs: Mapping[str, str | None]) -> None:
-    """Refuses outputs of a submitted job that lie where Ray unpacked the job, a cache that it deletes.
+    """Refuses outputs of a submitted job in the folder where Ray unpacked it, a cache that Ray deletes.
 
     Call it before paths are made absolute.
 
@@ -165,8 +165,8 @@ def working_nodes() -> list[dict[str, Any]]:
 def check_cluster_can_give(bundle: Mapping[str, float], *, wanted_by: str, way_out: str) -> None:
     """Refuses a worker that no node can ever hold. Needs a connected Ray.
 
-    Passes, with a warning, where nodes may still come: with an autoscaler, or as long as only a head without CPUs and
-    GPUs is up.
+    Passes with a warning while nodes may still join: with an autoscaler, or while only a head without CPUs and GPUs
+    is up.
 
     Args:
         bundle: resources that one node must have, for example {"GPU": 8}.
@@ -202,7 +202,7 @@ def _plural(name: str, amount: float) -> str:
 
 def largest_node_types() -> list[dict[str, float]] | None:
     """Returns the resources of the node types that may be added; None if no autoscaler (v2) has reported them."""
-    from ray._private.state import state  # no public name; Ray Train reads it here, too
+    from ray._private.state import state  # no public API; Ray Train also reads it here
 
     config = state.get_cluster_config()
     groups = [] if config is None else list(config.node_group_configs)

@@ -36,7 +36,7 @@ class JobError(RuntimeError):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM arrived. Ray passes interrupts out of its waits, though as a plain KeyboardInterrupt."""
+    """SIGTERM arrived. Ray's waits let interrupts through, but raise them as plain KeyboardInterrupt."""
 
 
 SIGTERM_EXIT_CODE = 128 + signal.SIGTERM
@@ -103,7 +103,7 @@ def job_command(name: str, *arguments: str) -> list[str]:
 
 
 def _program() -> str:
-    """The name of the program in a usage line: `timeviper train`, or `train.py`."""
+    """The program's name in the usage line: `timeviper train`, or `train.py`."""
     script = Path(sys.argv[0])
     is_console = script.name == "timeviper" or script.match("timeviper_platform/cli/__main__.py")
     return " ".join(["timeviper", *sys.argv[1:2]]) if is_console else script.name
@@ -116,8 +116,8 @@ def run_job(
 ) -> int:
     """Runs `work`, prints its lines and returns the exit code.
 
-    A user error becomes one line on standard error; other exceptions keep their traceback. SIGTERM ends `work` by the
-    exception `Terminated` in the main thread, so that what the job started ends, too; the exit code is 143.
+    A user error becomes one line on standard error; other exceptions keep their traceback. SIGTERM raises `Terminated`
+    in the main thread, so that `work` ends what it started; the exit code is 143.
     """
     options = parser.parse_args(arguments)
     setup_logging(logging.DEBUG if options.debug else logging.INFO)
@@ -127,7 +127,7 @@ def run_job(
             result = work(options)
             for line in result.lines:
                 sys.stdout.write(f"{line}\n")
-    except Exception as error:  # user errors are one line, all others are raised again
+    except Exception as error:  # user errors become one line, others are raised again
         message = user_error(error)
         if message is None or options.debug:
             raise

@@ -30,12 +30,12 @@ HEARTBEAT_S = 5.0
 STALE_S = 30.0
 POLL_S = 1.0
 SETTLE_S = 1.0
-"""Seconds after which the later of two writers is known, on storage without locks."""
+"""Seconds between writing and reading back: on storage without locks, the later of two writers wins."""
 LOCAL_SETTLE_S = 0.02
 
 
 _held_here: set[Any] = set()
-"""Ids of this process's leases; a release that failed leaves a file without one."""
+"""Ids of the leases this process holds. A file of this process with another id is left from a failed release."""
 
 
 class LeaseHeldError(RuntimeError):
@@ -97,7 +97,7 @@ class _Lease:
         _held_here.discard(self._owner["id"])
         self._released.set()
         self._thread.join()
-        with contextlib.suppress(OSError, RuntimeError):  # it goes stale by itself
+        with contextlib.suppress(OSError, RuntimeError):  # it becomes stale
             if (found := self._read()) is not None and found["id"] == self._owner["id"]:
                 storage.remove(self._uri)
 
@@ -146,7 +146,7 @@ class _Lease:
     def _held(self, found: dict[str, Any]) -> str:
         return (
             f"{self._folder} is in use by {_shown(found)}; wait for that job, end it, or write to another folder"
-            f" (if it is gone for certain, remove {self._uri})"
+            f" (if it has certainly ended, remove {self._uri})"
         )
 
 

@@ -80,7 +80,7 @@ def sizes_in(folder: str) -> Iterator[tuple[str, int]]:
 
 def _walk_now(folder: str) -> Iterator[tuple[str, FileVersion | None]]:
     filesystem, path = storage.split_uri(folder)
-    filesystem.invalidate_cache()  # other processes write there, too
+    filesystem.invalidate_cache()  # other processes write there
     if storage.exists(folder):
         yield from _walk(filesystem, path, storage.is_local(folder), is_strict=True)
 

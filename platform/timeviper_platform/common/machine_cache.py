@@ -1,4 +1,4 @@
-"""Files that the processes of a machine compute or download once and map together."""
+"""Files that the processes of a machine compute or download once and share."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ MAX_UNUSED_SECONDS = 7 * 24 * 3600.0
 """Seconds after which an unused file is deleted."""
 
 FREE_SPACE_MARGIN = 1.02
-"""Free bytes that a write needs, over its own."""
+"""Free bytes that a write needs, over its size."""
 
 CONFIG_FILES = ("config.json",)
-"""Files of a weights folder that tell its sizes."""
+"""Files of a weights folder that state the model's sizes."""
 
 
 def machine_file(kind: str, name: str, write: Callable[[Path], object]) -> Path:
@@ -59,7 +59,7 @@ def local_copy(name_or_uri: str, patterns: Sequence[str] = ("*",)) -> str:
     Local paths, and names on a hub, are returned as they are.
 
     Args:
-        patterns: names of files to take; folders inside are left out.
+        patterns: glob patterns of the files to copy; subfolders are left out.
 
     Raises:
         ValueError: if there are no such files.

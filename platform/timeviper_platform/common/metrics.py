@@ -38,12 +38,12 @@ METRICS: tuple[Metric, ...] = (
     Metric("timeviper_engine_prompt_tokens", "counter", "Prompt tokens prefilled, without those of cached prefixes"),
     Metric("timeviper_engine_completion_tokens", "counter", "Tokens generated"),
     Metric("timeviper_engine_vision_tokens", "counter", "Vision tokens of prompts, those of cached prefixes included"),
-    Metric("timeviper_engine_kept_vision_tokens", "counter", "Vision tokens of them left after the last TransV site"),
-    Metric("timeviper_engine_answers", "counter", "Answers whose first token is there"),
+    Metric("timeviper_engine_kept_vision_tokens", "counter", "Vision tokens left after the last TransV site"),
+    Metric("timeviper_engine_answers", "counter", "Answers that have produced a token"),
     Metric(
         "timeviper_engine_first_token_seconds",
         "histogram",
-        "Seconds from requests to their first tokens, frames that are still decoded included",
+        "Seconds from request to first token, including the wait for frames still being decoded",
         boundaries=FIRST_TOKEN_S,
     ),
     Metric("timeviper_engine_prefix_hits", "counter", "Hits in the video-prefix cache"),
@@ -51,11 +51,11 @@ METRICS: tuple[Metric, ...] = (
     Metric("timeviper_engine_prefix_evictions", "counter", "Entries evicted from the video-prefix cache"),
     Metric("timeviper_engine_prefix_entries", "gauge", "Entries in the video-prefix cache"),
     Metric("timeviper_engine_prefix_bytes", "gauge", "Bytes of the video-prefix cache"),
-    Metric("timeviper_engine_prefix_host_hits", "counter", "Hits of them that came back from host memory"),
+    Metric("timeviper_engine_prefix_host_hits", "counter", "Hits restored from host memory"),
     Metric("timeviper_engine_prefix_host_entries", "gauge", "Entries of the video-prefix cache in host memory"),
     Metric("timeviper_engine_prefix_host_bytes", "gauge", "Bytes of the video-prefix cache in host memory"),
     Metric(
-        "timeviper_plan_rejected_media", "counter", "Media rejected by their headers, once a run", ("store", "type")
+        "timeviper_plan_rejected_media", "counter", "Media rejected by their headers, once per run", ("store", "type")
     ),
     Metric("timeviper_preprocess_frames", "counter", "Frames encoded and committed", ("store",)),
     Metric("timeviper_preprocess_feature_bytes", "counter", "Bytes of features committed", ("store",)),

@@ -64,7 +64,7 @@ def local_cluster(
         with_dashboard: needed by `ray job submit`, and for workers' output in drivers.
         token_file: None = a new token.
         ray_program: None = `ray` of this Python environment.
-        autoscaling: the cluster's address to the configuration of Ray's autoscaler, in the cloud launcher's format.
+        autoscaling: maps the cluster's address to the configuration of Ray's autoscaler (cloud launcher's format).
 
     Raises:
         RuntimeError: when Ray does not start, with the end of its log.
@@ -206,7 +206,7 @@ def _connection(**options: Any) -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
     ray.init(**options)
     if callable(before) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, before)  # Ray has set its own
+        signal.signal(signal.SIGTERM, before)  # Ray replaced it
     try:
         yield
     finally:
@@ -219,6 +219,6 @@ def has_cluster() -> bool:
 
 
 def has_autoscaler() -> bool:
-    """Returns whether nodes may be added on demand: by KubeRay, Anyscale or `ray up`. Ray itself does not tell."""
+    """Returns whether nodes may be added on demand: by KubeRay, Anyscale or `ray up`. Ray has no API for this."""
     managed = ("KUBERAY_CRD_VER", "KUBERAY_GEN_RAY_START_CMD", "ANYSCALE_CLUSTER_ID")
     return any(name in os.environ for name in managed) or Path("~/ray_bootstrap_config.yaml").expanduser().exists()

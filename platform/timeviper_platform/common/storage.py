@@ -75,7 +75,7 @@ _CREDENTIALS_ADVICE = (
 )
 
 REFRESH_S = 60.0
-"""Minimum seconds between two readings of credentials: a path that is forbidden stays so."""
+"""Minimum seconds between two readings of credentials, for a path that stays forbidden."""
 
 
 class _Counter:
@@ -91,7 +91,7 @@ class _Counter:
 _retries = _Counter()
 _counted_clients: weakref.WeakSet[Any] = weakref.WeakSet()
 _REFRESHED_AT = "timeviper_refreshed_at"
-"""Attribute of an s3fs file system (one a thread): when its credentials were read again."""
+"""Attribute of an s3fs file system (one per thread): when its credentials were last read again."""
 
 
 def shown_uri(uri: str) -> str:
@@ -176,7 +176,7 @@ def is_transient(error: BaseException | None) -> bool:
 
 
 def retrying(action: Callable[[], T], uri: str, *, first_wait_s: float | None = None) -> T:
-    """Repeats `action` on transient errors, and once with credentials read again if the storage refuses them.
+    """Repeats `action` on transient errors, and once after reading credentials again if the storage refuses access.
 
     Raises:
         StorageUnavailableError: after the last attempt.
@@ -307,7 +307,7 @@ def files_in(uri: str, suffix: str = "") -> list[str]:
     filesystem, path = split_uri(uri)
 
     def list_folder() -> list[dict[str, Any]]:
-        filesystem.invalidate_cache()  # other processes write here, too
+        filesystem.invalidate_cache()  # other processes write here
         return list(filesystem.ls(path, detail=True)) if filesystem.isdir(path) else []
 
     names = [PurePosixPath(item["name"]).name for item in retrying(list_folder, uri) if item["type"] == "file"]
@@ -324,7 +324,7 @@ def read_json(uri: str) -> Any:
 
 
 def read_json_or_none(uri: str) -> Any | None:
-    """None = no such file; asking for it first could be too early for a process that deletes it."""
+    """None = no such file. Checking `exists` first would race with a process that deletes it."""
     try:
         return read_json(uri)
     except FileNotFoundError:
@@ -332,7 +332,6 @@ def read_json_or_none(uri: str) -> Any | None:
 
 
 def download(uri: str, local: Path) -> None:
-    """Copies a file to a local path."""
     filesystem, path = split_uri(uri)
     retrying(lambda: filesystem.get_file(path, str(local)), uri)
 

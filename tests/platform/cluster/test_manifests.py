@@ -260,7 +260,10 @@ def test_the_endpoint_alone_has_its_keys_and_the_limits_of_its_http_servers(reso
     ("override", "message"),
     [
         ("keys_secret=null", "no API keys are configured in ray_configs/serve.yaml, nor a keys_secret; set"),
-        ("gpu_workers.gpus=2", "train wants 8 workers of 8 CPUs and 1 GPUs, and gpu_workers holds 2 a node on at most"),
+        (
+            "gpu_workers.gpus=2",
+            "train needs 8 workers of 8 CPUs and 1 GPUs, and gpu_workers holds 2 per node on at most",
+        ),
         ("gpu_workers.gpus=0", "self.gpu_workers.gpus = 0 must be at least 1"),
         ("configs.train=ray_configs/none.yaml", "no configuration file at 'ray_configs/none.yaml'"),
         ("gpu_workers.max_nodes=0", "self.min_nodes = 0 must be between 0 and self.max_nodes = 0"),
