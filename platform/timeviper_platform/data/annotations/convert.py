@@ -81,7 +81,7 @@ class ConvertReport:
     rejects: dict[str, int] = field(default_factory=dict)
     """Rows by reason."""
     ignored_fields: dict[str, int] = field(default_factory=dict)
-    """Objects by field that no converter reads; a turn's field is named `conversations.weight`."""
+    """Number of objects by field that no converter reads; a turn's field is named `conversations.weight`."""
 
     def lines(self) -> list[str]:
         num_rejects = sum(self.rejects.values())

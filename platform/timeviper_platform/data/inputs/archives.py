@@ -30,11 +30,11 @@ _STATUS_COLUMNS = ["key", "status", "error_message"]
 
 MAX_SUFFIX_CHARS = 8
 MAX_SUFFIXES = 50
-"""Kinds of suffixes to count apart; data in names would have millions."""
+"""Maximum suffixes counted separately: names that hold data would give millions."""
 
 
 def leave_out(left_out: Counter[str], name: str) -> None:
-    """Counts a file that is not taken because of its name."""
+    """Counts a file that is left out because of its name."""
     suffix = PurePosixPath(name).suffix.lower() or "without a suffix"
     is_odd = len(suffix) > MAX_SUFFIX_CHARS + 1 and suffix.startswith(".")
     left_out["others" if is_odd or (suffix not in left_out and len(left_out) >= MAX_SUFFIXES) else suffix] += 1
@@ -79,7 +79,7 @@ def failed_downloads(tar_uri: str, root: str) -> Iterator[Medium]:
                         yield Medium(name, media_id_of(name, root), error=failure)
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:
-            raise  # of the storage
+            raise  # the storage's error
         raise DamagedTableError(f"{source_name(table_uri)}: failures of a download cannot be read: {error}") from error
 
 
@@ -95,7 +95,7 @@ def _tar_medium(uri: str, root: str, version: FileVersion, member: tarfile.TarIn
 
 
 def _other_content(file: Any) -> str | None:
-    """Returns what the file is if it is certainly no tar, so that it is not searched for members."""
+    """Returns what the file is if it is certainly not a tar, so that it is not searched for members."""
     head = file.read(tarfile.BLOCKSIZE)
     file.seek(0)
     return None if TAR_MAGIC in head or not head.strip(b"\0") else describe_content(file)

@@ -1,6 +1,6 @@
 """Lists the media in Parquet files with a column of bytes, without reading the bytes.
 
-Also the layouts of Hugging Face: {bytes, path}, where either may be null, and lists of them.
+Also reads Hugging Face's layouts: {bytes, path}, where either may be null, and lists of them.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from timeviper_platform.data.media.medium import Medium, media_id_of
 from timeviper_platform.data.media.probe import file_version
 
 LABEL_COLUMNS = ("media_id", "key", "status", "error_message")
-"""The job's, and img2dataset's."""
+"""Columns of this job and of img2dataset."""
 
 BATCH_ROWS_WITH_BYTES = 8
-"""Rows read at once where no statistics tell which bytes are null."""
+"""Rows read at once where no statistics show which bytes are null."""
 
 BATCH_ROWS = 4096
 
@@ -44,8 +44,6 @@ class BytesColumn(NamedTuple):
 
 
 class _Entry(NamedTuple):
-    """A medium of a row."""
-
     item: int | None
     """Position in a list."""
     has_bytes: bool
@@ -76,8 +74,8 @@ def find_bytes_column(schema: pa.Schema, wanted: str | None) -> BytesColumn | No
 def cell_media(uri: str, root: str, column: BytesColumn, version: FileVersion | None = None) -> Iterator[Medium]:
     """Yields the media of a column. A row group that cannot be read is one error.
 
-    Ids are `media_id`, or those of FILE/KEY or FILE/ROW; of list items with /ITEM. A path without bytes is read as a
-    manifest's `uri`.
+    Ids are `media_id`, or derived from FILE/KEY or FILE/ROW, with /ITEM for list items. A path without bytes is read as
+    a manifest's `uri`.
     """
     version = version or file_version(uri)
     with open_file(uri) as file:
@@ -134,7 +132,7 @@ def _bad_row(location: CellLocation, root: str, message: str) -> Medium:
 
 
 def _entries(parquet: Any, group: int, column: BytesColumn) -> Iterator[list[_Entry]]:
-    """Yields the media of every row. Reads bytes only where statistics do not tell which are null."""
+    """Yields the media of every row. Reads bytes only where statistics do not show which are null."""
     metadata = parquet.metadata.row_group(group)
     if column.field is None and not column.is_list:
         yield from ([_Entry(None, True, None)] for _ in range(metadata.num_rows))
@@ -157,7 +155,7 @@ def _entries(parquet: Any, group: int, column: BytesColumn) -> Iterator[list[_En
 
 
 def _has_bytes(parquet: Any, group: int, leaf: Any, path_path: str | None) -> bool | None:
-    """Returns None for some, or without statistics."""
+    """Returns whether all or none have bytes; None if only some have, or without statistics."""
     if not leaf.is_stats_set or not leaf.statistics.has_null_count:
         return None
     num_null = leaf.statistics.null_count
@@ -166,7 +164,7 @@ def _has_bytes(parquet: Any, group: int, leaf: Any, path_path: str | None) -> bo
     if path_path is None:
         return None
     batches = parquet.iter_batches(BATCH_ROWS, row_groups=[group], columns=[path_path])
-    num_empty = sum(not cell for batch in batches for cell in batch.column(0).to_pylist())  # rows without a place
+    num_empty = sum(not cell for batch in batches for cell in batch.column(0).to_pylist())  # rows without a path
     return True if num_null == num_empty else None
 
 
@@ -203,7 +201,7 @@ def _plain(data_type: pa.DataType) -> pa.DataType:
 
 
 def _is_bytes(data_type: pa.DataType) -> bool:
-    """Not of a fixed size, as hashes are."""
+    """Returns False for bytes of a fixed size, such as hashes."""
     return pa.types.is_binary(data_type) or pa.types.is_large_binary(data_type) or pa.types.is_binary_view(data_type)
 
 

@@ -142,7 +142,7 @@ _TEXTS = frozenset(name for name, converter in _CONVERTERS.items() if converter 
 
 
 def _typed(row: dict[str, Any]) -> dict[str, Any] | Fault:
-    """Returns the values that are there, in the types and ranges of MANIFEST."""
+    """Returns the values that are not missing, in the types and ranges of MANIFEST."""
     typed: dict[str, Any] = {}
     name = ""
     try:

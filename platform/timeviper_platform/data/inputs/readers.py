@@ -150,12 +150,12 @@ def _schema(opened: object, uri: str) -> pa.Schema:
         return pq.ParquetFile(opened).schema_arrow
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:
-            raise  # of the storage
+            raise  # the storage's error
         raise_unreadable(uri, str(error), error)
 
 
 def _up_to_error(media: Iterator[Medium], uri: str, own_id: str) -> Iterator[Medium]:
-    """Ends with a medium in error where the file cannot be read on."""
+    """Ends with a medium in error where the rest of the file cannot be read."""
     try:
         with decode_errors("list", uri):
             try:

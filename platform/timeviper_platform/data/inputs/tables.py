@@ -61,7 +61,7 @@ def is_table(uri: str) -> bool:
 def read_rows(uri: str, columns: Sequence[str], needed: Sequence[str], page_rows: int) -> Iterator[list[NumberedRow]]:
     """Yields pages of rows with those of `columns` that the file has, in its own types.
 
-    Case and blanks of column names do not count. A bad row, or the rest of a damaged file, is one Fault.
+    Ignores case and blanks of column names. A bad row, or the rest of a damaged file, is one Fault.
 
     Raises:
         TableError: for a file without rows that can be read, or without any of the columns `needed`.
@@ -133,7 +133,7 @@ def open_text(uri: str, newline: str | None = None) -> Iterator[TextIO]:
 
 
 def _up_to_damage(rows: Iterator[NumberedRow], uri: str, page_rows: int) -> Iterator[list[NumberedRow]]:
-    """Ends with a Fault at damage behind the first rows."""
+    """Ends with a Fault where the file is damaged after some rows."""
     page: list[NumberedRow] = []
     number = 0
     try:
@@ -147,7 +147,7 @@ def _up_to_damage(rows: Iterator[NumberedRow], uri: str, page_rows: int) -> Iter
     except _DAMAGE as error:
         number = page[-1][0] if page else number
         if not number and isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile) and error.errno:
-            raise  # of the storage
+            raise  # the storage's error
         text = storage.shown_text(str(error)) or type(error).__name__
         if not number:
             raise_unreadable(uri, text, error)
@@ -157,7 +157,7 @@ def _up_to_damage(rows: Iterator[NumberedRow], uri: str, page_rows: int) -> Iter
 
 
 def raise_unreadable(uri: str, reason: str, cause: Exception | None = None) -> NoReturn:
-    """Raises DamagedTableError: what the file is, if any rule knows it, else why it cannot be read."""
+    """Raises DamagedTableError with what the file is, if it is recognised, else why it cannot be read."""
     text = f"it is {known}" if (known := _known_content(uri)) else f"{reason}; write or fetch it again"
     raise DamagedTableError(f"{storage.shown_uri(uri)} is not a readable manifest: {text}") from cause
 
@@ -223,7 +223,7 @@ def _array_values(text: TextIO, first: str) -> Iterator[Any]:
 
 
 def _read_up_to_damage(text: TextIO, size: int) -> str:
-    """Raises the error of a damaged file only when nothing is left before it."""
+    """Raises the error of a damaged file only when nothing was read before it."""
     parts: list[str] = []
     try:
         while size > 0 and (part := text.read(min(size, io.DEFAULT_BUFFER_SIZE))):
@@ -280,7 +280,7 @@ def _csv_rows(uri: str, columns: Sequence[str], needed: Sequence[str], delimiter
 
 
 def _picker(indices: Sequence[int]) -> Callable[[Sequence[str]], Sequence[str]]:
-    """Returns a function to the values at `indices`."""
+    """Returns a function that picks the values at `indices`."""
     if len(indices) == 1:
         return lambda values: (values[indices[0]],)
     return itemgetter(*indices) if indices else lambda _: ()

@@ -17,7 +17,7 @@ RECORD_SIZES = (tarfile.RECORDSIZE, *(BLOCK << power for power in range(1, 12)))
 """The default, and blocking factors up to 2048."""
 
 MAX_EXTENDED_HEADER = 1 << 20
-"""A damaged size would read the whole file as a name."""
+"""Above it a size is damage, which would make the whole file a name."""
 
 TAR_MAGIC = b"ustar"
 _MAGIC_OFFSET = 257
@@ -40,7 +40,7 @@ class TarBreak(NamedTuple):
     """Nothing follows."""
 
     def __str__(self) -> str:
-        rest = f"members go on at byte {self.end}"
+        rest = f"members continue at byte {self.end}"
         if self.is_last:
             rest = (
                 f"nothing up to byte {self.end} is a member" if self.end > self.start else "it is the end of the file"
@@ -116,7 +116,7 @@ def _is_end(num_zeros: int, archive_bytes: int) -> bool:
 
 
 def _is_joint(num_zeros: int, archive_bytes: int) -> bool:
-    """Tells the end of an archive from a zeroed member: by the exact padding of common writers."""
+    """Distinguishes an archive's end from a zeroed member, by the exact padding of common writers."""
     is_padded = not archive_bytes % tarfile.RECORDSIZE and END_MARK <= num_zeros < tarfile.RECORDSIZE + END_MARK
     return num_zeros == END_MARK or is_padded
 

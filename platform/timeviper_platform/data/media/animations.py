@@ -71,7 +71,7 @@ class Animation:
     height: int
     frames: Sequence[AnimationFrame]
     header: bytes = b""
-    """What each frame's own file begins with: GIF's screen and global palette, PNG's IHDR, palette and transparency."""
+    """Start of a file that holds one frame: GIF's screen and global palette, PNG's IHDR, palette and transparency."""
     _ends: list[Fraction] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -241,7 +241,7 @@ def _webp_frames(file: Any) -> Iterator[AnimationFrame]:
         file.seek(offset)
         kind, length = struct.unpack("<4sI", file.read(8))
         is_chunk = kind.replace(b" ", b"").isalnum() or offset >= end_of_chunks
-        if last is not None:  # what follows a frame tells whether its length is right
+        if last is not None:  # what follows a frame shows whether its length is right
             yield last if is_chunk else replace(last, is_cut=True)
             last = None
         if not is_chunk:

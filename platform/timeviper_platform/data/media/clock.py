@@ -1,7 +1,7 @@
 """Places the packets of a video stream on the medium's clock, and finds its end.
 
 0 s is the container's start_time where that is above 0. In formats whose clocks may restart (MPEG-TS, MPEG-PS, Ogg) it
-is start_time always, and a jump goes on where the film stood:
+is always start_time, and after a jump the clock continues where it was:
 
     PTS in the file     0  1  2 | 0  1  2  a second recording, joined
     PTS on the clock    0  1  2   3  4  5
@@ -20,10 +20,10 @@ import av
 logger = logging.getLogger(__name__)
 
 MAX_GAP_SECONDS = 10
-"""A greater step ahead in DTS is a jump, as for FFmpeg's dts_delta_threshold."""
+"""A larger step forward in DTS is a jump, as with FFmpeg's dts_delta_threshold."""
 
 MAX_STEP_BACK_SECONDS = Fraction(1, 10)
-"""A greater step back in DTS is a jump. FFmpeg's tolerance."""
+"""A larger step back in DTS is a jump. FFmpeg's tolerance."""
 
 
 class StreamClock:
@@ -56,7 +56,7 @@ class StreamClock:
 
 
 class VideoPackets:
-    """Packets of one stream in decode order, from where its container stands.
+    """Packets of one stream in decode order, from the container's current position.
 
     In joined recordings it rewrites their PTS and DTS. Packets of size 0 repeat the last picture: decoders take them
     for the end.
@@ -91,7 +91,7 @@ class VideoPackets:
             except av.error.FFmpegError as error:
                 logger.info("%s: reading ends early: %s", self._name, error)
                 return None
-            except IndexError:  # PyAV's at the end, when streams appeared meanwhile
+            except IndexError:  # raised by PyAV at the end if streams appeared while reading
                 return None
             if packet is None:
                 return None
@@ -123,7 +123,7 @@ class VideoPackets:
         """Moves a packet to the medium's clock. Returns False for one that cannot be shown."""
         clock = self._clock
         if packet.pts is not None:
-            if self._is_jump(packet.pts - stamp):  # of the last packet before a jump, FFmpeg guesses it by the next
+            if self._is_jump(packet.pts - stamp):  # FFmpeg guesses that of the last packet before a jump
                 packet.pts = stamp + self._reorder
             self._reorder = packet.pts - stamp
         if self._expected is not None:
@@ -134,13 +134,13 @@ class VideoPackets:
                 self._offset = self._part_start - first
                 self._waits_for_keyframe = True
                 self.num_parts += 1
-                logger.info("%s: the clock jumps by %.1f s; going on", self._name, float(ahead * clock.time_base))
+                logger.info("%s: the clock jumps by %.1f s; continuing", self._name, float(ahead * clock.time_base))
         self._expected = stamp + self._offset + (packet.duration or clock.frame_ticks)
         if self._offset:
             packet.pts = None if packet.pts is None else packet.pts + self._offset
             packet.dts = None if packet.dts is None else packet.dts + self._offset
         if self._waits_for_keyframe and not packet.is_keyframe:
-            self._extend(packet)  # the last part's picture stays meanwhile
+            self._extend(packet)  # the previous recording's last picture stays until then
             return False
         self._waits_for_keyframe = False
         return self._part_start is None or packet.pts is None or packet.pts >= self._part_start
@@ -160,7 +160,7 @@ class VideoPackets:
 
 
 def _exact_start(container: Any, stream: Any) -> Fraction:
-    """Returns start_time in seconds. The container's microseconds would round away from a stream's tick."""
+    """Returns start_time in seconds, without the container's rounding to microseconds."""
     if container.start_time is None:
         return (stream.start_time or 0) * Fraction(stream.time_base)
     rounded = Fraction(container.start_time, av.time_base)

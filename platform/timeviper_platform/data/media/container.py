@@ -158,7 +158,7 @@ def decode_errors(stage: Stage, source: str | bytes, limits: MediaLimits | None 
         raise DecodeError(stage, ErrorType.TIMED_OUT, _named(name, error)) from error
     except socket.gaierror as error:
         raise DecodeError(stage, ErrorType.UNKNOWN_HOST, _named(name, error)) from error
-    except av.error.PermissionError as error:  # FFmpeg's word for contents: files are opened before
+    except av.error.PermissionError as error:  # about the contents: the file is already open
         message = f"{name}: its packets contradict its headers, or are encrypted; fetch it again"
         raise DecodeError(stage, ErrorType.CORRUPT_FILE, message) from error
     except PermissionError as error:
@@ -177,7 +177,7 @@ def decode_errors(stage: Stage, source: str | bytes, limits: MediaLimits | None 
         kind = ErrorType.READ_FAILED if error.errno else ErrorType.CORRUPT_FILE
         raise DecodeError(stage, kind, _named(name, error)) from error
     except (ValueError, ArithmeticError, LookupError, EOFError, struct.error) as error:
-        # parsers' ways to say that a field makes no sense
+        # raised by parsers for fields that make no sense
         raise DecodeError(stage, ErrorType.CORRUPT_FILE, f"{name}: {type(error).__name__}: {error}") from error
 
 
@@ -198,7 +198,7 @@ def is_local_file(uri: str) -> bool:
 
 
 def _named(name: str, error: Exception) -> str:
-    """The error's text after the medium's name, which storage's own errors begin with."""
+    """Puts the medium's name before the error's text, once: storage errors already begin with it."""
     return f"{name}: {str(error).removeprefix(f'{name}: ')}"
 
 
@@ -210,7 +210,7 @@ def source_name(source: str | bytes) -> str:
 
 
 class MediaFile:
-    """A medium opened once for its first bytes and its first reader, because a remote file fetches them when opened."""
+    """A medium opened once for both its first bytes and its first reader: opening a remote file fetches them."""
 
     def __init__(self, source: str | bytes, limits: MediaLimits | None = None) -> None:
         """Raises OSError."""
@@ -242,7 +242,7 @@ class MediaFile:
 
 
 def video_stream(container: Any, stage: Stage, name: str) -> Any:
-    """Returns the video stream that players take (av_find_best_stream), and discards all others. Raises DecodeError."""
+    """Returns the video stream that players choose (av_find_best_stream); discards all others. Raises DecodeError."""
     videos = container.streams.video
     for stream in videos:
         if stream.disposition & av.stream.Disposition.attached_pic:  # a cover: the last choice
@@ -260,7 +260,7 @@ def video_stream(container: Any, stage: Stage, name: str) -> Any:
 
 
 def unreadable(source: str | bytes, limits: MediaLimits | None) -> tuple[ErrorType, str | None]:
-    """Returns the type of a file that no decoder reads, and what it is if any rule knows it."""
+    """Returns the error type of a file that no decoder reads, and what it is if recognised."""
     try:
         with open_binary(source, limits) as file:
             head = file.read(HEAD_BYTES)

@@ -1,4 +1,4 @@
-"""Says what a file is that no decoder reads, and what to do about it."""
+"""Describes files that no decoder reads, and what to do about them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _BOXES = _SEGMENT_BOXES | {b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip",
 
 
 def describe_content(file: IO[bytes]) -> str | None:
-    """Returns what the file holds and the way out, from "a ..." on; None for contents without a rule.
+    """Returns what the file holds and what to do, beginning with "a ..."; None if it is not recognised.
 
     Never repeats the content, which may be secret.
     """
@@ -70,7 +70,7 @@ def describe_content(file: IO[bytes]) -> str | None:
 
 
 def describe_manifest(file: IO[bytes], suffix: str) -> str | None:
-    """Returns what a file *.`suffix` holds instead of a table, and the way out; None for contents without a rule."""
+    """Returns what a file *.`suffix` holds instead of a table, and what to do; None if it is not recognised."""
     head = file.read(HEAD_BYTES)
     file.seek(0)
     if head.startswith(b"PAR1"):
@@ -116,7 +116,7 @@ def _text(head: bytes) -> str | None:
 
 
 def _describe_boxes(file: IO[bytes]) -> str | None:
-    """Says whether an MP4 or MOV lacks its index (ISO/IEC 14496-12, box `moov`), or is cut inside it."""
+    """Describes an MP4 or MOV whose index (ISO/IEC 14496-12, box `moov`) is missing or cut."""
     size, offset = file.seek(0, io.SEEK_END), 0
     for _ in range(MAX_BOXES):
         if offset + 8 > size:

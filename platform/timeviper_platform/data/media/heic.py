@@ -1,6 +1,6 @@
 """Reads HEIC pictures (ISO/IEC 23008-12): single HEVC images and grids of tiles, as phones write them.
 
-FFmpeg decodes the tiles; it offers no way to PyAV to put them together.
+FFmpeg decodes the tiles; PyAV has no way to make it assemble them.
 """
 
 from __future__ import annotations

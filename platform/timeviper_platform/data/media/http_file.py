@@ -1,6 +1,6 @@
 """Reads https URLs of allowed hosts by ranges; plain http from loopback only.
 
-Not on httpx: domain check, URL quoting and error mapping would remain.
+Does not use httpx: domain check, URL quoting and error mapping would remain.
 """
 
 from __future__ import annotations

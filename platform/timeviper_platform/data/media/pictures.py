@@ -1,4 +1,4 @@
-"""Opens and decodes pictures with Pillow, and repairs what viewers show nevertheless.
+"""Opens and decodes pictures with Pillow, and repairs broken ones that viewers still show.
 
 Pillow's own switch for broken files, LOAD_TRUNCATED_IMAGES, is global and lifts its limits for compressed text.
 """
@@ -23,7 +23,7 @@ from timeviper_platform.data.media.signatures import HEAD_BYTES, is_heic
 
 logger = logging.getLogger(__name__)
 
-AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # as all decoders here: workers share the cores
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # like all decoders here: workers share the cores
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -34,11 +34,11 @@ _START_OF_FRAME, _START_OF_SCAN = (0xC0, 0xC1, 0xC2), 0xDA
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _END_OF_JPEG = b"\xff\xd9"
 _FILLERS = tuple(bytes([pattern]) * 64 for pattern in (0x00, 0x24, 0x49, 0x6D, 0x92, 0xB6, 0xDB, 0xFE))
-"""Every beginning of three bits: a decoder that lacks data takes some of them for different coefficients."""
+"""Bytes that begin with each pattern of three bits; where data are missing, some decode to different coefficients."""
 
 
 class PictureError(Exception):
-    """A picture that no part of decodes."""
+    """A picture of which nothing decodes."""
 
 
 class PictureHeader(NamedTuple):
@@ -220,7 +220,7 @@ def _without_text(file: Any, image: Image.Image) -> LoadedPicture | None:
 
 
 def _with_end(file: Any, image: Image.Image) -> LoadedPicture | None:
-    """Decodes a JPEG that lacks its end marker. It is whole if what follows its last byte changes no pixel."""
+    """Decodes a JPEG that lacks its end marker. It is whole if appending bytes changes no pixel."""
     if image.format not in ("JPEG", "MPO"):
         return None
     file.seek(0)

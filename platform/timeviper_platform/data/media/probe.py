@@ -137,7 +137,7 @@ def _probe_video(source: str | bytes, opened: MediaFile, limits: MediaLimits) ->
         is_cut = is_cut_short(opened.head, container, stream)
         packets = None if is_cut and stream.duration else read_to_end(container, stream, clock, name=name)
         ends = [] if packets is None or not packets.num_shown else [packets.end_tick]
-        if is_cut:  # the frames that are gone count as missing
+        if is_cut:  # the frames that were cut off count as missing
             ends.append(header_end_tick(container, stream, clock))
         if not ends:
             message = f"{name}: its video stream has no packet with a timestamp; remux the file"

@@ -14,7 +14,7 @@ from timeviper_platform.data.media.clock import StreamClock, VideoPackets
 logger = logging.getLogger(__name__)
 
 TAIL_PACKETS = 64
-"""Read from the end of an index of all packets: H.264 and HEVC show a frame at most 16 packets late."""
+"""Packets read at the end of an index of all packets: H.264 and HEVC show a frame at most 16 packets late."""
 
 STEP_BACK_SECONDS = 2
 """First step back from the end by the header. Doubles each time."""
@@ -23,7 +23,7 @@ _EBML_HEADER, _SEGMENT = b"\x1aE\xdf\xa3", b"\x18\x53\x80\x67"
 
 
 def read_to_end(container: Any, stream: Any, clock: StreamClock, *, name: str) -> VideoPackets:
-    """Returns the packets after the last was read.
+    """Returns the stream's packets, read to the last.
 
     Starts near the end, except where clocks may jump and where no header has a duration.
     """
@@ -54,7 +54,7 @@ def header_end_tick(container: Any, stream: Any, clock: StreamClock) -> int:
 
 
 def is_cut_short(head: bytes, container: Any, stream: Any) -> bool:
-    """Returns True when the index, or the size in the header, ends after the file.
+    """Returns True when the index, or the size in the header, extends past the end of the file.
 
     Args:
         head: the file's first bytes.

@@ -107,8 +107,8 @@ class SamplingConfig:
     fraction of the cost.
     """
     min_frames: int | None = None
-    """Frames of a video that has fewer at `fps` (rounded up to a multiple of 4): the middles of as many equal parts. 32
-    in the paper's evaluation; null = none. Part of the recipe."""
+    """Minimum frames of a video. One with fewer at `fps` (rounded up to a multiple of 4) is sampled at the middles of
+    this many equal parts instead. 32 in the paper's evaluation; null = none. Part of the recipe."""
 
     def __post_init__(self) -> None:
         if not 0 < self.fps <= 240:

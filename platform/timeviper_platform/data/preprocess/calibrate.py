@@ -23,7 +23,7 @@ from timeviper_platform.data.preprocess.worker import FusedWorker, WorkerSpec
 
 MAX_SEGMENTS = 6
 MAX_SECONDS = 20.0
-"""Time limit for starting a segment."""
+"""Seconds after which no further segment is started."""
 
 SPLIT_GAIN = 1.05
 """Minimum gain: passing frames through the object store costs about 5 %."""

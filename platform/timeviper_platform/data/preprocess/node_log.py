@@ -13,7 +13,7 @@ EVERY_S = 2.0
 
 
 class NodeLog:
-    """Looks at the connected Ray's nodes in a thread, as a context manager."""
+    """Context manager with a thread that watches the connected Ray's nodes."""
 
     def __init__(self, every_seconds: float = EVERY_S) -> None:
         self._every_seconds = every_seconds

@@ -83,7 +83,7 @@ class Progress:
 
 
 def report_plan(store: str, errors: Mapping[str, int]) -> None:
-    """Exports the number of media that planning rejected, by error type, once a run. Needs a connection to Ray."""
+    """Exports the number of media that planning rejected, by error type, once per run. Needs a connection to Ray."""
     metrics = RayMetrics("timeviper_plan_")
     for kind, count in errors.items():
         metrics.add("rejected_media", count, store=shown_uri(store), type=kind)

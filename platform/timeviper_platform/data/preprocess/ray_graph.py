@@ -41,25 +41,27 @@ TASKS_PER_ACTOR = 2
 """An actor decodes or encodes one and writes the other."""
 
 TASKS_PER_ROUND = 131_072
-"""Maximum tasks per Ray Data pipeline, whose actors are its own: 64 GPUs take half an hour for one."""
+"""Maximum tasks per Ray Data pipeline: half an hour of 64 GPUs. Each pipeline starts new actors."""
 
 SEGMENTS_PER_ROUND = 8 * TASKS_PER_ROUND
 """Maximum segments in the object store, at about 200 bytes each."""
 
 BLOCKS_PER_ROUND = 4096
-"""A block costs the driver milliseconds and 43 KB, so that one of a large round holds several tasks."""
+"""Blocks of a large round, or more for many workers. Each costs the driver milliseconds and 43 KB, so it holds several
+tasks.
+"""
 
 BLOCKS_PER_WORKER = 16
-"""Minimum blocks per worker in a large round: during its last block other workers wait."""
+"""Minimum blocks per worker in a large round, because workers wait for the last block."""
 
 FRAMES_PER_ROW = 4096
 """Maximum frames of the tasks whose results reach the driver together: 7 s of a GPU of 617 frames/s."""
 
 DECODE_MARGIN = 1.1
-"""Decoders beyond those that the calibration asks for: a waiting GPU costs more than a waiting core."""
+"""Factor on the decoders that the calibration requires: a waiting GPU costs more than a waiting core."""
 
 UNKNOWN_SLOTS = 8
-"""Workers for which a small input is cut, while no node is up."""
+"""Number of workers assumed when a small input is cut into tasks while no node is up."""
 
 MAX_BLOCK_BYTES = 512 << 20
 """Maximum size of a task's frames in the object store."""
@@ -183,7 +185,7 @@ def check_workers_fit(config: ExecutionConfig) -> None:
 def settle_mode(
     config: ExecutionConfig, missing: Iterable[Segment], spec: WorkerSpec
 ) -> tuple[ExecutionConfig, Calibration | None]:
-    """Measures costs in a worker where they decide something; replaces mode auto by the faster mode."""
+    """Measures costs in a worker if a setting depends on them; replaces mode auto by the faster mode."""
     if config.mode == "fused" or (config.mode == "split" and config.num_decode_workers is not None):
         return config, None
     cost = calibrate_on_ray(sample_of(missing), spec, config)
@@ -229,8 +231,8 @@ def rounds(
     """Yields the blocks of each round. Only a large round has several tasks in a block.
 
     Args:
-        num_tasks: an estimate, such as the number that `tasks` cannot fall below.
-        tasks_per_row: the number is fixed, not by time: when Ray repeats a call it leaves out as many rows as it has.
+        num_tasks: an estimate, such as a lower bound.
+        tasks_per_row: must be fixed: when Ray repeats a call, it skips as many rows as it already has.
     """
     max_blocks = max(BLOCKS_PER_ROUND, BLOCKS_PER_WORKER * num_workers)
     iterator, num_done = iter(tasks), 0
@@ -256,8 +258,8 @@ def run_round(blocks: list[pa.Table], steps: Sequence[dict[str, Any]]) -> Iterat
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = False
-    context.target_max_block_size = 1  # bytes: each row of results is a block of its own, and arrives at once
-    # a pool grows while all calls of its actors are taken, and shrinks where one has none
+    context.target_max_block_size = 1  # bytes: each row of results is a separate block and arrives at once
+    # a pool grows while all actors have all calls they may have, and shrinks when one has none
     context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
     context.autoscaling_config.actor_pool_util_downscaling_threshold = 0.0
     # From the driver: read tasks need a whole CPU, and a small machine has none left.
@@ -276,7 +278,7 @@ def pipeline_steps(
 ) -> list[dict[str, Any]]:
     """Returns the arguments of `Dataset.map_batches` for each step.
 
-    Pools begin with what `nodes` hold, and at most a worker per block.
+    Pools start with the workers that `nodes` hold, at most one per block.
     """
     import ray
 

@@ -28,7 +28,7 @@ class Repeats:
     """Sums over media. Counted from stored PTS, so that all runs that filled a store count alike."""
 
     max_share: float = 1.0
-    """share of a medium's frames above which `media` and `worst` have it"""
+    """share of repeated frames above which a medium counts in `media` and `worst`"""
     frames: int = 0
     media: int = 0
     worst: list[RepeatingMedium] = field(default_factory=list)

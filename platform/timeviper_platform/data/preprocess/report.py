@@ -26,7 +26,7 @@ class PreprocessReport:
     segments: Outcomes
     """planned = ok + partial + rejected; missing = duplicate = 0"""
     files_left_out: dict[str, int]
-    """files of scanned folders and tars without the name of a medium, by suffix"""
+    """files in scanned folders and tars whose names are not those of media, by suffix"""
     segments_encoded: int
     """segments tried in this run"""
     frames: int
@@ -40,7 +40,7 @@ class PreprocessReport:
     media_repeating: int
     """media above `execution.warn_repeated_share`"""
     most_repeating: list[RepeatingMedium]
-    """a few of them"""
+    """the worst of them"""
     errors_by_stage: dict[str, dict[str, int]]
     """stage -> error type -> media that are partial or rejected; a medium may have several reasons"""
     joined_media: int
@@ -125,7 +125,7 @@ STAGES = {"decode": "decoder", "encode": "encoder", "write": "worker"}
 
 
 class RunTotals:
-    """Sums over task results. Grows by 24 bytes a task and a name a process."""
+    """Sums over task results. Grows by 24 bytes per task and a name per process."""
 
     def __init__(self, results: Iterable[TaskResult] = ()) -> None:
         self.segments = self.frames = self.retries_elsewhere = 0

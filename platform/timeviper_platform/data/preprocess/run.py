@@ -60,7 +60,7 @@ def run_preprocess(config: PreprocessConfig, *, run: Runner = run_on_ray) -> Pre
 
 
 def _checkable_input(uri: str) -> dict[str, str]:
-    """The file or folder that nodes must see; nothing if it is missing here, where reading it gives a better error."""
+    """The file or folder that nodes must see; empty if it is missing here, because reading it gives a better error."""
     root = uri if not any(mark in uri for mark in "*?[") else re.split(r"[^/]*[*?\[]", uri, maxsplit=1)[0]
     return {"input": root} if root and not is_web(uri) and storage.exists(root) else {}
 
@@ -69,7 +69,7 @@ def _run(config: PreprocessConfig, run: Runner, proof: StorageProof) -> Preproce
     stopwatch = _Stopwatch()
     retries_before = storage.num_retries()
     if config.decode.backend != "pyav":  # the decoding child processes have no log
-        logger.info("decode.backend %s takes the local files it supports; pyav the rest", config.decode.backend)
+        logger.info("decode.backend %s reads the local files it supports; pyav reads the rest", config.decode.backend)
     encoder = describe_encoder(config.encoder)
     if has_cluster():
         logger.info("%d nodes see the feature store and the input", check_every_node(proof))

@@ -60,7 +60,6 @@ class SortedStrings(Sequence[str]):
         return isinstance(value, str) and self.position(value) is not None
 
     def position(self, value: str) -> int | None:
-        """Position of `value`, or None."""
         position = bisect_left(self, value)
         return position if position < len(self) and self[position] == value else None
 
@@ -152,7 +151,6 @@ class StoreIndex:
         return int(frames), int(tokens), int(dim)
 
     def num_frames(self, rows: range) -> np.ndarray:
-        """Number of frames of each row."""
         return self._counts["num_frames"][rows.start : rows.stop]
 
     def modality(self, row: int) -> Modality:

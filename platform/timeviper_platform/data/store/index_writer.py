@@ -33,8 +33,6 @@ _VERSIONS = pa.schema([INDEX.field("media_id"), INDEX.field("source_version")])
 
 
 class MediaRows(NamedTuple):
-    """All rows of a few media."""
-
     index: pa.Table
     """current INDEX rows, sorted by (media_id, segment_index)"""
     committed: pa.Table

@@ -1,1 +1,1 @@
-"""Generated corpora whose truth is exact."""
+"""Generated corpora with exact ground truth."""

@@ -1,4 +1,4 @@
-"""Generates timeviper-synth: a benchmark in the field's form whose truth is exact, at any length of video.
+"""Generates timeviper-synth: a benchmark in the usual format with exact ground truth, for videos of any length.
 
 folder/ test.parquet   videos/{seconds}s-{kind}-00000.mp4   benchmark.json (written last)
 """
@@ -51,9 +51,9 @@ class SynthBenchmarkConfig:
     seconds: tuple[int, ...] = (30, 120, 600, 3600, 10800)
     """Lengths of videos, from 30 seconds to 3 hours."""
     videos_per_kind: int = 20
-    """Videos of each length with one picture, with four in turn, and with one that returns."""
+    """Videos of each length and kind: one picture, four in turn, and one that returns."""
     seed: int = 1
-    """Differs from the corpus's, whose scenes a model may have been trained on."""
+    """Seed of the scenes. Differs from the corpus's, whose scenes a model may have been trained on."""
     fps: int = 2
     """Frame rate of the video files."""
     side: int = 112

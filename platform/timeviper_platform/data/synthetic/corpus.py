@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 FINISHED_FILE = "corpus.json"
 CORPUS_VERSION = 4
-"""Rises when the same configuration makes other files: older corpora are made again."""
+"""Raised when the same configuration makes different files; older corpora are then made again."""
 FILM_FILE = ".film.npy"
 MEDIA_CHUNK = 32
 """Media per pool task: about half a second of work."""
@@ -117,11 +117,11 @@ class CorpusConfig:
     num_images: int = 640
     """Image-caption pairs for the align phase."""
     num_language_samples: int = 6000
-    """Text-only samples: the same questions about videos in words."""
+    """Text-only samples: the same questions about videos described in words."""
     which_per_video: int = 1
     """'Which' questions per training video, each with its own options and conversation."""
     num_long_films: int = 2000
-    """Samples about films of up to 256 s, each a row of clips of training videos."""
+    """Samples about films of up to 256 s, each a sequence of clips of training videos."""
     duration_seconds: int = 24
     fps: int = 2
     """Frame rate of the video files."""

@@ -31,8 +31,6 @@ def train_encoder(frames_FHWC: np.ndarray, labels_F: np.ndarray, *, steps: int, 
     Args:
         frames_FHWC: uint8, IMAGE_SIZE square.
         labels_F: indices into ALL_PICTURES, or NOTHING.
-        steps: optimizer steps.
-        seed: for weights and batches.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

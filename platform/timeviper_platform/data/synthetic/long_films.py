@@ -1,6 +1,6 @@
 """Samples about long films: clips of many training videos in a row, of which one shows a picture.
 
-A film is a list of media, whose tokens follow each other in the prompt as those of one video do; nothing is rendered.
+A film is a list of media, whose tokens are consecutive in the prompt, like those of one video; nothing is rendered.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from timeviper_platform.data.synthetic.questions import sample_row, which_questi
 from timeviper_platform.data.synthetic.scenes import Appearance, Scene
 
 FILM_SECONDS = (16, 256)
-"""Shortest and longest film, in frames too."""
+"""Shortest and longest film; also in frames, at 1 fps."""
 
 
 class Clip(NamedTuple):

@@ -110,7 +110,7 @@ def listing(scene: Scene) -> str:
 def sample_row(
     sample_id: str, questions: Sequence[Question], *, media_id: str | None, prefix: str = ""
 ) -> dict[str, Any]:
-    """A conversation of `questions` about one medium, of the first one's task; `prefix` stands before the first."""
+    """A conversation of `questions` about one medium, with the task of the first, which `prefix` precedes."""
     media = [] if media_id is None else [{"media_id": media_id, "start_seconds": None, "end_seconds": None}]
     return {
         "sample_id": sample_id,

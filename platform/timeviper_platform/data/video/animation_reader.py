@@ -1,7 +1,7 @@
 """Samples animated GIF, APNG, WebP and AVIF, composed as browsers show them, on white.
 
-Pillow decodes each frame. Drawing is done here: its own differs from browsers in GIFs that clear to transparency or mix
-disposals, and in translucent APNGs. One canvas is held, whatever the number of frames.
+Pillow decodes each frame but does not draw it: it differs from browsers in GIFs that clear to transparency or mix
+disposals, and in translucent APNGs. Holds one canvas, whatever the number of frames.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class _Canvas:
         self._replaced: Image.Image | None = None
         self._is_empty = True
         self.is_damaged = False
-        """True when a part of what is shown does not decode."""
+        """True when a part of the shown picture does not decode."""
 
     def show(self, index: int) -> Image.Image | None:
         """Returns the RGBA canvas while frame `index` is on screen, or None if nothing was drawn yet."""
@@ -137,7 +137,7 @@ class _Canvas:
         self._is_empty, self.is_damaged = True, False
 
     def _covers_all(self, index: int) -> bool:
-        """Returns whether nothing before frame `index` is seen from it on."""
+        """Returns whether frame `index` hides everything drawn before it."""
         if index == 0:
             return True
         before, frame = self._animation.frames[index - 1 : index + 1]
@@ -203,7 +203,7 @@ class _Canvas:
         data = PNG_SIGNATURE + self._read(frame)
         file = io.BytesIO(data)
         content = b"".join(
-            data[chunk.offset + (4 if chunk.kind == b"fdAT" else 0) : chunk.offset + chunk.length]  # its own number
+            data[chunk.offset + (4 if chunk.kind == b"fdAT" else 0) : chunk.offset + chunk.length]  # less its number
             for chunk in png_chunks(file)
             if chunk.kind in (b"IDAT", b"fdAT")
         )

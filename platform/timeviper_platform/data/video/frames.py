@@ -14,7 +14,7 @@ MAX_TAIL_SECONDS = 1
 
 
 Resample = Literal["bilinear", "bicubic"]
-"""Interpolation to the encoder's size, as its processor asks."""
+"""Interpolation to the encoder's size, as its processor specifies."""
 
 
 class BackendUnfitError(Exception):
@@ -34,8 +34,8 @@ class FrameBatch:
     num_missing: int = 0
     """Frames that do not decode, or that the decoder flags as corrupt."""
     num_damaged: int = 0
-    """Frames with visible damage, among `frames`: of a cut picture, or after damage that the decoder reported, up to
-    the next keyframe.
+    """Those of `frames` with visible damage: a cut picture, or frames after damage that the decoder reported, up to the
+    next keyframe.
     """
 
     def __post_init__(self) -> None:

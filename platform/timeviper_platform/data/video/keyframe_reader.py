@@ -69,7 +69,7 @@ class KeyframeReader:
         with decode_errors("decode_video", self._source, self._limits):
             if ticks:
                 for packet in self._keyframes(self._clock.tick(times[0] - self._step), ticks[-1]):
-                    packets[bisect.bisect_left(ticks, _stamp(packet))] = packet  # the last of a step wins
+                    packets[bisect.bisect_left(ticks, _stamp(packet))] = packet  # the last keyframe of a step wins
             for index, packet in packets.items():
                 try:
                     frame = self._decode(packet)

@@ -92,7 +92,7 @@ def scaled(image: Image.Image, image_size: int, resample: Resample = "bicubic") 
 def _upright(image: Image.Image) -> Image.Image:
     try:
         orientation: Any = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # noqa: BLE001 - a broken EXIF block is no reason to lose the picture
+    except Exception:  # noqa: BLE001 - a broken EXIF block must not lose the picture
         orientation = None
     method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
     return image if method is None else image.transpose(method)

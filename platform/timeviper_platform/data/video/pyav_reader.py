@@ -1,8 +1,8 @@
 """Samples exactly with PyAV, and decodes only wanted frames and their references.
 
 Packets are held until `LookAhead` finds a wanted one, and dropped if a keyframe comes first. `skip_frame = NONREF`
-leaves out unwanted frames that no other refers to (most B-frames), up to the first damage, which decoders fill from
-whatever they decoded before. Streams without usable PTS are decoded in full.
+leaves out unwanted frames that no other refers to (most B-frames), until damage is found: decoders fill it from the
+frames before. Streams without usable PTS are decoded in full.
 
     decode order   P8   b7   I0   P4   B2   b1   b3   P8 ...    t = 1 wants b1: its references I0, P4 and B2
     sent with       -    -   skip skip skip ALL  skip skip      are decoded, b3 is not
@@ -59,7 +59,7 @@ class _UncleanKeyframe(Exception):
 
 
 class _SkippedDamage(Exception):
-    """Damage while frames are skipped: decoders fill it from whatever they decoded before."""
+    """Damage while frames are skipped, which decoders would fill from other frames than without skipping."""
 
 
 @dataclass(slots=True)
@@ -125,7 +125,7 @@ def scale_frame(
 class PyAVReader:
     """VideoReader on one thread.
 
-    A transport stream is read from its start, unless `joined_parts` is 1: else a seek could not tell its parts apart.
+    A transport stream is read from its start, unless `joined_parts` is 1: after a seek, its part would be unknown.
     """
 
     def __init__(
@@ -196,7 +196,7 @@ class PyAVReader:
         return self._find_fully(ticks)
 
     def _is_past_end(self, tick: int) -> bool:
-        """Returns True where the film has ended. Past a cut, only its first second counts as ended."""
+        """Returns True after the end. In a cut file, only up to MAX_TAIL_SECONDS after it: later frames are missing."""
         end = self._walk.packets.end_tick
         if not self._walk.at_end or tick < end:
             return False
@@ -339,7 +339,7 @@ class PyAVReader:
             self._check_entry(None)
 
     def _check_entry(self, pts: int | None) -> None:
-        """Raises _UncleanKeyframe when a later frame, or the end (None), comes without the keyframe's."""
+        """Raises _UncleanKeyframe when a later frame, or the end (None), comes before the keyframe's own."""
         entry = self._walk.entry
         if entry is not None and (pts is None or pts >= entry):
             self._walk.entry = None

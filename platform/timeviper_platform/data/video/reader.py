@@ -49,8 +49,8 @@ def open_video(
 
     Args:
         backend: PyAV replaces it for keyframes and on BackendUnfitError, Pillow for animations.
-        keyframe_step: see `KeyframeReader`; None = all frames, as for animations always.
-        joined_parts: see `Medium`; 1 lets a transport stream be seeked.
+        keyframe_step: see `KeyframeReader`; None = all frames. Ignored for animations.
+        joined_parts: see `Medium`; 1 allows seeks in a transport stream.
 
     Raises:
         DecodeError: when the video cannot be opened.

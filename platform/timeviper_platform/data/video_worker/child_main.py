@@ -152,7 +152,7 @@ def _reply_or_error(work: Callable[[], _Reply], stage: Stage, source: str | byte
         return _error(error.stage, error.error_type, error.message)
     except MemoryError:
         return _error(stage, ErrorType.OUT_OF_MEMORY, f"{source_name(source)}: decoding exceeds the memory limit")
-    except Exception as error:  # noqa: BLE001 - any error of a library is the file's
+    except Exception as error:  # noqa: BLE001 - libraries raise any type for a broken file
         return _error(stage, ErrorType.DECODER_CRASHED, f"{source_name(source)}: {type(error).__name__}: {error}")
 
 
@@ -201,7 +201,7 @@ def _error(stage: Stage, error_type: ErrorType, message: str) -> _Reply:
 
 
 def leave_network() -> bool:
-    """Moves this process to a network of its own, without interfaces; returns False where the kernel forbids that."""
+    """Moves this process to a new network namespace without interfaces; returns False where the kernel forbids that."""
     unshare = getattr(ctypes.CDLL(None), "unshare", None)
     # without privileges, a user namespace is needed, which administrators may switch off
     return unshare is not None and (unshare(CLONE_NEWNET) == 0 or unshare(CLONE_NEWUSER | CLONE_NEWNET) == 0)

@@ -1,6 +1,6 @@
 """Starts and kills the decode child, and exchanges jobs and replies with it.
 
-Not on pebble, which lacks queued jobs, deadlines per reply and resource limits.
+Does not use pebble, which lacks queued jobs, deadlines per reply and resource limits.
 """
 
 from __future__ import annotations

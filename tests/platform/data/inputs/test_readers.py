@@ -267,7 +267,7 @@ def test_a_damaged_tar_is_read_on_from_disk_and_from_s3(
         items = items_of(source)
         (broken,) = (item for item in items if item.error)
         assert broken.error is not None
-        assert f"a.tar: broken at byte {start}: it is not a tar header; members go on at byte {start + 1024}" in str(
+        assert f"a.tar: broken at byte {start}: it is not a tar header; members continue at byte {start + 1024}" in str(
             broken.error
         )
         assert broken.media_id == media_id_of(f"/r/a.tar#byte={start}", "/r")
