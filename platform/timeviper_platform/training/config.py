@@ -25,8 +25,6 @@ from timeviper_platform.training.optim.parameter_groups import ParameterRule
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InitConfig:
-    """Initial weights of a phase."""
-
     weights: str | None = None
     """URI of a weights folder written by save_pretrained or jobs/export.py. Excludes `backbone`."""
     preset: (
@@ -92,7 +90,9 @@ class ValidationConfig:
     every_steps: int = 500
     """Steps between validations. The phase's last step is always validated."""
     where: Literal["task", "ranks"] = "task"
-    """task: in another process, from a checkpoint. ranks: between two steps, as always after the last step."""
+    """task: in another process, from a checkpoint. ranks: in the training processes, between two steps. The last step
+    is always validated by the ranks.
+    """
     resources: dict[str, float] = field(default_factory=lambda: {"CPU": 1.0})
     """Ray resources of the task, which uses a GPU if one is listed."""
     max_wait_s: float = 600.0

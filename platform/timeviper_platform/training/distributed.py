@@ -93,7 +93,7 @@ def _becomes_visible(uri: str) -> bool:
 def ranks_of_machine() -> list[int]:
     """Returns the ranks that share this rank's machine and temporary folder; collective."""
     machine = [socket.gethostname()]
-    with suppress(OSError):  # only Linux tells boots and mount namespaces apart
+    with suppress(OSError):  # only Linux identifies boots and mount namespaces
         machine.append(Path("/proc/sys/kernel/random/boot_id").read_text())
         machine.append(str(Path("/proc/self/ns/mnt").readlink()))
     machines: list[list[str]] = [machine] * dist.get_world_size()

@@ -153,7 +153,7 @@ def _load_tokenizer(config: TrainConfig, problems: list[str]) -> object | None:
 
 
 def _known_init(name: str, init: InitConfig | None, problems: list[str]) -> InitConfig | None:
-    """Replaces a backbone that cannot be read by its preset, whose sizes then stand in."""
+    """Replaces a backbone that cannot be read by the preset alone, for its sizes."""
     if init is None or init.backbone is None or init.preset is None:
         return init
     try:

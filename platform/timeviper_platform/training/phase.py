@@ -196,7 +196,7 @@ def first_model_config(
 def vision_of(
     store: FeatureStore, default: VisionConfig, encoder: str | None, second_encoder: str | None = None
 ) -> VisionConfig:
-    """Returns the store's vision towers; `default` where the store does not describe the first.
+    """Returns the store's vision towers; `default` if the store does not describe the first.
 
     Raises:
         ValueError: if the features have another width than the projector.

@@ -1,4 +1,4 @@
-"""Finds mistakes of a configuration on the driver, before resources are waited for."""
+"""Finds mistakes in a configuration on the driver, before the run waits for resources."""
 
 from __future__ import annotations
 

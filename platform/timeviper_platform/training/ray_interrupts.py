@@ -25,12 +25,12 @@ LAST_SAVE_S = 120.0
 SIGNAL_POLL_S = 0.2
 PULSE_S = 1.0
 NO_PULSE_S = 5.0
-"""No worker runs after this time without a pulse."""
+"""Seconds without a pulse after which no worker is running."""
 PULSE_NAMESPACE = b"timeviper-pulse"
 
 
 class Pulse:
-    """Signs of life of a run's workers in the cluster's key-value store, which has no public name."""
+    """Signs of life of a run's workers, in the cluster's key-value store, which has no public API."""
 
     def __init__(self, run: str) -> None:
         self._key = run.encode()
@@ -41,7 +41,7 @@ class Pulse:
     def _send(self) -> None:
         number = 0
         while True:
-            with contextlib.suppress(Exception):  # the cluster's store restarts; the next one arrives
+            with contextlib.suppress(Exception):  # while the cluster's store restarts; a later pulse arrives
                 internal_kv._internal_kv_put(self._key, f"{os.getpid()} {number}".encode(), namespace=PULSE_NAMESPACE)
             number += 1
             time.sleep(PULSE_S)
@@ -73,7 +73,7 @@ class StopFile:
             last_pulse: the workers' last sign of life.
 
         Raises:
-            StoppedError: after SIGTERM, if no worker shows a sign of life: none runs that could stop.
+            StoppedError: after SIGTERM, if no worker shows a sign of life, so that none can stop.
         """
         if threading.current_thread() is not threading.main_thread():  # signals arrive in the main thread only
             yield
@@ -107,7 +107,7 @@ class StopFile:
         except KeyboardInterrupt:
             if not no_worker.is_set():
                 raise
-            raise StoppedError("stopped on request while no worker was running; start it again to go on") from None
+            raise StoppedError("stopped on request while no worker was running; start it again to continue") from None
         finally:
             ended.set()
             thread.join()

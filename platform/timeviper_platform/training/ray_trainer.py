@@ -1,4 +1,4 @@
-"""Trains under Ray Train with its own checkpoints, because Ray does not always store reported ones."""
+"""Trains under Ray Train. Checkpoints are the platform's own, because Ray does not always store reported ones."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class _EarlyEnd(NamedTuple):
 
 
 def _worker(arguments: dict[str, Any]) -> dict[str, Any] | _EarlyEnd:
-    """Runs one rank, again in a new process after a failure."""
+    """Runs one rank. After a failure, Ray runs it again in a new process."""
     config: TrainConfig = arguments["config"]
     stop_file: StopFile = arguments["stop_file"]
     setup_logging(logging.WARNING)  # Ray and DeepSpeed log a page per checkpoint

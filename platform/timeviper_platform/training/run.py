@@ -64,7 +64,6 @@ class RunFolder:
         return storage.join_uri(self.uri, REPORT_FILE)
 
     def weights(self, phase: str) -> str:
-        """Weights at the end of a phase."""
         return storage.join_uri(self.uri, WEIGHTS_FOLDER, phase)
 
     def rejects(self, phase: str) -> str:

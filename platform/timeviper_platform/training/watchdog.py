@@ -93,7 +93,7 @@ class Watchdog:
         self._store.set(str(self._rank), json.dumps(self._mark))
 
     def _agreed_report(self) -> str | None:
-        """Returns the report that was made first: at that time no rank had ended yet."""
+        """Returns the first rank's report, made before any rank ended."""
         report = self._report()
         first = [report]
 

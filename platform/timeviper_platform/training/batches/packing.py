@@ -20,7 +20,7 @@ from timeviper_platform.common.machine_cache import machine_file
 from timeviper_platform.training.batches.sizes import SampleTable
 
 MIN_SHARED_SAMPLES = 200_000
-"""Samples from which the processes of a machine share a plan; smaller ones take less than a second."""
+"""Minimum samples of a plan that the processes of a machine share; smaller plans take less than a second."""
 ARRIVAL_BITS = 40
 ARRIVAL_MASK = (1 << ARRIVAL_BITS) - 1
 
@@ -30,8 +30,6 @@ PLAN_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackingConfig:
-    """Caps of one pack."""
-
     max_tokens: int
     """Maximum text and vision tokens per pack; longer samples are rejected."""
     max_frames: int | None = None
@@ -197,7 +195,7 @@ def pack_best_fit(
 
 
 def assign_packs(costs: Sequence[float], world_size: int) -> list[list[int]]:
-    """Assigns costly packs first, each to the least loaded rank. A rank gets at most ceil(G / world_size).
+    """Assigns costly packs first, each to the least loaded rank. A rank gets at most ceil(packs / world_size).
 
     assign_packs([5, 1, 4, 2], 2) -> [[0, 1], [2, 3]]
     """

@@ -43,8 +43,6 @@ class ExpectedSamples:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceConfig:
-    """One source of a mixture."""
-
     uri: str
     """Parquet file of SAMPLES rows, or a folder of such files."""
     weight: float = 1.0

@@ -39,8 +39,8 @@ class FramesConfig:
     frame_selection: Literal["uniform", "first"] = "uniform"
     """Frames to keep. The paper trains with `uniform`."""
     time_text: TimeText = "temporal"
-    """Samples that state, after each video, the length of its clip and the number of frames. The paper's grounding and
-    dense captions do (`temporal`: samples of that kind)."""
+    """Samples whose prompts state, after each video, the length of its clip and the number of frames. In the paper,
+    grounding and dense captions (`temporal`)."""
 
 
 class TokenizedSample(NamedTuple):

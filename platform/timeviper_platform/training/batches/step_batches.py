@@ -23,7 +23,6 @@ class BatchShape:
     """Cost of a vision token relative to text: the share that TransV keeps, averaged over blocks."""
 
     def cost(self, pack: Pack) -> float:
-        """Relative cost, for balancing ranks."""
         return pack.num_tokens - pack.num_vision_tokens * (1.0 - self.vision_cost)
 
 

@@ -103,7 +103,7 @@ def _render(files: Mapping[str, FileFacts]) -> bytes:
 
 
 def check_sizes(uri: str) -> dict[str, FileFacts]:
-    """As `read_commit`, and checks that all files are there with their sizes."""
+    """Like `read_commit`; also checks that all files exist with their sizes."""
     files = read_commit(uri)
     found = _sizes(uri)
     wrong = [f"{name} ({_size_fault(found.get(name))})" for name in files if found.get(name) != files[name].num_bytes]

@@ -97,7 +97,7 @@ def export_bytes(checkpoint: str) -> int:
         ValueError: if there is no committed checkpoint.
     """
     state, description = read_state(checkpoint), read_model(checkpoint)
-    copies = 2 if state.dtype == "bfloat16" else 1  # beside its own, the tensors that the phase started from
+    copies = 2 if state.dtype == "bfloat16" else 1  # its own tensors, and those that the phase started from
     return copies * FLOAT32_BYTES * num_parameters(config_from_dict(description["config"], where=checkpoint))
 
 
@@ -107,7 +107,7 @@ def num_parameters(config: TimeViperConfig) -> int:
 
 
 def _local_file_or_folder(uri: str) -> Path:
-    """Downloads a remote file with the tokenizer and configuration beside it, or a folder."""
+    """Downloads a remote folder, or a file with the tokenizer and configuration in its folder."""
     if storage.is_local(uri):
         return Path(local_copy(uri))
     filesystem, path = storage.split_uri(uri)
@@ -132,7 +132,7 @@ def checkpoint_model(checkpoint: str, *, unrounded: bool = False) -> tuple[Train
     """Returns state, model.json and the float32 model with merged adapters.
 
     Args:
-        unrounded: take tensors that were frozen in bfloat16 from where the phase started, as they came.
+        unrounded: take tensors that were frozen in bfloat16 from the phase's initial weights, without rounding.
     """
     with open_checkpoint(checkpoint) as saved:
         state, description, tensors = saved.state, saved.model, saved.shards().tensors()

@@ -1,4 +1,4 @@
-"""Initial weights of a phase, built again for the tensors that training in bfloat16 only keeps rounded."""
+"""Rebuilds the initial weights of a phase, for frozen tensors that training in bfloat16 only keeps rounded."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class CheckpointConfig:
     every_steps: int = 500
     """Steps between checkpoints; 0 saves only at each phase's end."""
     interval_minutes: float = 0.0
-    """Maximum minutes between checkpoints, beside `every_steps`; 0 counts steps alone."""
+    """Maximum minutes between checkpoints, in addition to `every_steps`; 0 = no time limit."""
     keep: int = 2
     """Number of newest checkpoints to keep."""
     max_failed_saves: int = 3

@@ -70,7 +70,6 @@ class SavedShards:
         return next(rank.steps[rank.slices[name].flat] for rank in self._ranks if name in rank.slices)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Yields all parameters by name."""
         tensors = {name: tensor.float() for name, tensor in self._frozen().items()}
         return tensors | {name: self.parameter(name) for name in self._shapes}
 

@@ -54,7 +54,7 @@ class Checkpointer:
         self._settle()
         snapshot = self._snapshot(state)
         row |= {"checkpoint_stall_s": time.perf_counter() - started, "num_failed_saves": self.num_failed}
-        self._log(row)  # before the commit, which must not lack its row
+        self._log(row)  # before the commit: a committed step must have its row
         self._last = state, row
         self._checkpoints.write(snapshot, self._before_commit)
         if 0 < self._config.max_failed_saves <= self._failures_in_a_row:

@@ -1,4 +1,4 @@
-"""What a node of a run needs beside device memory: host memory, disk, and the time of saves and resumes."""
+"""Estimates what a node needs besides device memory: host memory, disk, and time for saves and resumes."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class NodeNeeds(NamedTuple):
     traffic: int
     """Bytes of a save or a resume."""
     host_start: int
-    """Float32 weights that each rank builds before its device takes them."""
+    """Float32 weights that each rank builds before it moves them to its device."""
     host_save: int
-    """Copies that a save writes while training goes on."""
+    """Copies that a save writes while training continues."""
     host_optimizer: int
     """Optimizer of all ranks, if `zero.offload_optimizer`."""
     host_caches: int
@@ -55,7 +55,7 @@ class NodeNeeds(NamedTuple):
 def checkpoint_bytes(sizes: ModelSizes, *, zero_stage: int, world_size: int, dtype: Dtype) -> CheckpointBytes:
     """Returns the tensors' bytes in DeepSpeed's files.
 
-    Stage 0 in float32 has no master weights beside the parameters; stage 3 saves trained parameters as masters alone.
+    Stage 0 in float32 has no master weights; stage 3 saves trained parameters only as master weights.
     """
     width = torch_dtype(dtype).itemsize
     has_masters = zero_stage > 0 or dtype != "float32"

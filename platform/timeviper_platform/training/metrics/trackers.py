@@ -23,8 +23,6 @@ class Tracker(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MlflowConfig:
-    """MLflow server or folder."""
-
     tracking_uri: str
     experiment: str = "timeviper"
 

@@ -32,8 +32,6 @@ REPORT_WINDOW = 5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MetricsConfig:
-    """Logging and metrics of a run."""
-
     log_every_steps: int = 20
     """Steps between progress lines in the log."""
     tensorboard: bool = True
@@ -146,7 +144,7 @@ def _parsed(uri: str) -> Iterator[dict[str, Any]]:
         except (ValueError, KeyError, TypeError):
             num_cut += 1
     if num_cut:
-        logger.warning("%s: passing over %d damaged lines", uri, num_cut)
+        logger.warning("%s: skipping %d damaged lines", uri, num_cut)
 
 
 def phase_report(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:

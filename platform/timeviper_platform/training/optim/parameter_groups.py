@@ -85,7 +85,7 @@ def any_block_trained(groups: Sequence[ParameterGroup]) -> bool:
 
 
 def trained_share(model: nn.Module, groups: Sequence[ParameterGroup]) -> float:
-    """Returns the trained elements of the blocks' and output matrices, adapters included, over all but adapters."""
+    """Returns trained elements, adapters included, over all elements without adapters, of blocks and output matrix."""
     trained = {name for group in groups for name in group.parameter_names}
     matrices = {
         name: parameter.numel()

@@ -60,7 +60,7 @@ def test_cut_lines_anywhere_and_damaged_bytes_are_passed_over_with_a_warning(
     file.write_bytes(b'{"global_step": 1, "lo\n' + whole[:20] + b"\xff\n[1]\n" + whole)  # a full disk cut lines off
     write_attempt(str(tmp_path), [row(3, 3.0)])
     assert [(item["step"], item["loss"]) for item in read_metrics(str(tmp_path))] == [(1, 5.0), (2, 4.0), (3, 3.0)]
-    assert "attempt-0001.jsonl: passing over 3 damaged lines" in caplog.text
+    assert "attempt-0001.jsonl: skipping 3 damaged lines" in caplog.text
 
 
 def test_rows_of_a_remote_run_arrive_with_each_flush() -> None:
