@@ -37,7 +37,7 @@ BUILDER = "timeviper_platform.serving.app:build"
 MAX_GATEWAY_REQUESTS = 8192
 """Concurrent requests per replica. They cost little; with fewer, slow bodies would block health checks."""
 GATEWAY_TARGET = 256
-"""Requests per replica that are served well."""
+"""Concurrent requests per replica that the autoscaler aims at."""
 STATS_TIMEOUT_S = 2.0
 """The engine reports statistics only between two steps."""
 MAX_STREAM_READERS = 10_000
@@ -104,7 +104,7 @@ class EngineReplica(EngineService):
         if self._limits.reconfigure(user_config):
             self.set_limits(self._limits.config)
 
-    async def check_health(self) -> None:  # type: ignore[override]  # Serve takes both kinds
+    async def check_health(self) -> None:  # type: ignore[override]  # Serve accepts both kinds
         """Also sends metrics, because Ray Serve calls this every few seconds."""
         super().check_health()
         with contextlib.suppress(TimeoutError):  # a long step is running
@@ -146,7 +146,7 @@ def build_application(
     gateway_options = deployments.gateway.options(capacity=MAX_GATEWAY_REQUESTS, served_at_once=GATEWAY_TARGET)
 
     def deployment(name: DeploymentName, options: dict[str, Any], replica: type) -> Any:
-        # never None: when a file no longer has a user_config, replicas go back to their args
+        # never None: when a file no longer has a user_config, replicas return to their args
         return serve.deployment(name=name, user_config=dict(user_configs.get(name, {})), **options)(replica)
 
     features = deployment("features", feature_options, FeatureReplica)
@@ -164,7 +164,7 @@ def limit_faults(application: Mapping[str, Any]) -> list[str]:
     """Returns why running replicas have not taken the limits of a deployed application.
 
     Args:
-        application: an entry of a Serve file's `applications`; others than of `build` have no faults.
+        application: an entry of a Serve file's `applications`; none are found in those not of `build`.
     """
     if application.get("import_path") != BUILDER:
         return []
@@ -177,7 +177,7 @@ def limit_faults(application: Mapping[str, Any]) -> list[str]:
             if isinstance(limits, GatewayConfig):
                 check_max_tokens(limits, config.engine.engine.max_new_tokens)
         except ValueError as error:
-            faults.append(f"{error}; running replicas keep the limits that they had")
+            faults.append(f"{error}; running replicas keep their earlier limits")
     return faults
 
 

@@ -37,9 +37,9 @@ logger = logging.getLogger(__name__)
 READY_TIMEOUT_S = 5.0
 ATTEMPTS = 3
 RETRY_S = 0.2
-"""Ray Serve's router drops a dead replica meanwhile."""
+"""Seconds between attempts, in which Ray Serve's router drops a dead replica."""
 SCALED = ("HEALTHY", "UPSCALING", "DOWNSCALING")
-"""Ray Serve's states of deployments that have been deployed and may be at zero replicas, or on their way from there."""
+"""Ray Serve's states of deployments that may have no replica yet, but start one on demand."""
 
 
 class ServiceHandle:

@@ -15,7 +15,7 @@ from timeviper_model.inference.answer import SamplingParams, Usage
 
 Modality = Literal["video", "image"]
 FEATURE_SCHEME = "feature://"
-"""Begins the address of a medium of the feature store."""
+"""Prefix of the address of a medium of the feature store."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +36,7 @@ class StoredFeatures:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MediaAddress:
-    """A medium of the feature store by the address that its manifest has."""
+    """A medium of the feature store, by its address in the manifest."""
 
     uri: str
 
@@ -108,7 +108,7 @@ class FeatureReference:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeatureProgress:
-    """How far a job's video is. `answering` has all frames."""
+    """Progress of a job's video. In stage `answering`, all frames are done."""
 
     stage: Literal["decoding", "encoding", "answering"]
     frames_done: int
@@ -141,13 +141,11 @@ class MediaPage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChatTurn:
-    """A message of a conversation."""
-
     role: Literal["system", "user", "assistant"]
     text: str
     media: tuple[FeatureReference, ...] = ()
     offsets: tuple[int, ...] | None = None
-    """Where each medium stands in `text`, in characters, ascending; None = all before it."""
+    """Position of each medium in `text`, in characters, ascending; None = all before it."""
 
     def __post_init__(self) -> None:
         if self.offsets is not None and len(self.offsets) != len(self.media):
@@ -177,9 +175,9 @@ class GenerateRequest:
     time_text: bool | None = None
     """Whether the prompt states each video's length; None = as the weights' training did for such prompts."""
     is_temporal: bool = False
-    """Whether it asks for times."""
+    """Whether the request is about times."""
     answer_prefix: str = ""
-    """Start of every answer, which the model continues and which the answer leaves out."""
+    """Text that the model continues, not repeated in the answers."""
 
     @property
     def media(self) -> list[FeatureReference]:
@@ -197,7 +195,7 @@ class GenerateRequest:
 
     @property
     def session_id(self) -> str | None:
-        """Equal for a tenant's questions about one first medium, so that they meet in one replica's cache."""
+        """Equal for a tenant's requests with the same first medium, so that they use one replica's cache."""
         if not self.media:
             return None
         return hashlib.sha256(json.dumps([self.tenant, self.media[0].key]).encode()).hexdigest()
@@ -205,8 +203,6 @@ class GenerateRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenLogprob:
-    """A token and its alternatives."""
-
     token: str
     logprob: float
     top: tuple[tuple[str, float], ...] = ()
@@ -232,16 +228,16 @@ class FeatureClient(Protocol):
     ) -> FeatureReference | Refusal:
         """Returns features. `fps` and `max_frames` can only lower the server's limits.
 
-        Unless `whole`, returns once the first block is there: a reference with a `stream`.
+        Unless `whole`, returns once the first block exists: a reference with a `stream`.
         """
 
     def watch(
         self, source: MediaSource, *, fps: float | None = None, max_frames: int | None = None
     ) -> AsyncIterator[FeatureProgress | FeatureReference | Refusal]:
-        """Yields the progress of `features`, and its answer last."""
+        """Yields the progress of `features`, and its result last."""
 
     async def list_media(self, *, after: str, prefix: str, limit: int) -> MediaPage | Refusal:
-        """Returns stored media with ids that start with `prefix` and come after `after`, by id."""
+        """Returns stored media with ids that start with `prefix` and follow `after`, by id."""
 
     async def medium(self, media_id: str) -> StoredMedium | Refusal:
         """Returns a stored medium with the times of its frames."""

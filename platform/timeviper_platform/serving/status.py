@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 RUNNING = "RUNNING"
 NOT_DEPLOYED = "NOT_DEPLOYED"
 UNREACHABLE = "UNREACHABLE"
-"""Ours, beside the values of Ray's ApplicationStatus."""
+"""A state in addition to Ray's ApplicationStatus, like NOT_DEPLOYED."""
 FINAL_STATES = (RUNNING, "DEPLOY_FAILED")
 POLL_SECONDS = 1.0
 

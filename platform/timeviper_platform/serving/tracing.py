@@ -53,7 +53,7 @@ def start_span(name: str, parent: Context | None = None) -> Span:
 
 @contextmanager
 def span(name: str, parent: Context | None = None) -> Iterator[Span]:
-    """Runs a block as a span, the current one meanwhile. Not for generators, whose steps may run in other contexts."""
+    """Runs a block inside a span. Not for generators, whose steps may run in other contexts."""
     started = start_span(name, parent)
     try:
         with trace.use_span(started, record_exception=False, set_status_on_exception=False):

@@ -117,7 +117,7 @@ def test_status_says_which_limits_running_replicas_have_not_taken() -> None:
     application = {"import_path": BUILDER, "args": args, "deployments": limits}
     found = {"status": "RUNNING", "deployments": {}, "message": "", "deployed_app_config": application}
     state = application_state({"applications": {"timeviper": found}}, "timeviper", limit_faults)
-    kept = "running replicas keep the limits that they had"
+    kept = "running replicas keep their earlier limits"
     assert state.state == "RUNNING"
     assert [cause.endswith(kept) for cause in state.causes] == [True, True]
     assert "gateway.max_tokens = 5000 exceeds" in state.causes[0]

@@ -24,8 +24,8 @@ class EngineThread:
     """Steps the engine while it has work."""
 
     def __init__(self, engine: InferenceEngine, *, delivery_s: Callable[[], float] = lambda: 0.0) -> None:
-        """Delivers the tokens of all callers together, `delivery_s()` seconds apart, as a delivery takes the
-        interpreter from a step. Starts and ends of answers do not wait.
+        """Delivers the tokens of all callers together, `delivery_s()` seconds apart, because a delivery interrupts a
+        step. Starts and ends of answers do not wait.
         """
         self._engine, self._delivery_s = engine, delivery_s
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -33,7 +33,7 @@ class EngineThread:
         self._waiting: dict[_Listener, list[Event]] = {}
         self._delivered = 0.0
         self._has_news = False
-        """Whether features have come since the last step began."""
+        """Whether features have arrived since the last step began."""
         self.error: str | None = None
         """The engine's failure; None while it runs."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -79,7 +79,7 @@ class EngineThread:
         self._commands.put(cancel_all)
 
     def wake(self) -> None:
-        """Lets an engine that waits for features look for them. Callable from any thread."""
+        """Makes an engine that waits for features check for them. Callable from any thread."""
 
         def note() -> None:
             self._has_news = True
@@ -106,7 +106,7 @@ class EngineThread:
                 return
             try:
                 future.set_result(function())
-            except Exception as error:  # noqa: BLE001 - belongs to the caller; the thread must go on
+            except Exception as error:  # noqa: BLE001 - raised in the caller; the thread must continue
                 future.set_exception(error)
 
         self._commands.put(run)
@@ -133,7 +133,7 @@ class EngineThread:
         try:
             events = self._engine.step()
         except Exception as error:  # reported to every listener; the replica ends
-            logger.exception("the engine's step failed; this replica takes no more requests")
+            logger.exception("the engine's step failed; this replica accepts no more requests")
             self.error = f"the engine has failed: {type(error).__name__}"
             events = [Failed(request_id=request_id, error=self.error) for request_id in self._listeners]
         urgent: dict[_Listener, None] = {}
@@ -164,7 +164,7 @@ class EngineThread:
 
 
 class _Listener:
-    """Where the events of requests submitted together go."""
+    """Receiver of the events of requests submitted together."""
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, events: asyncio.Queue[list[Event]], without_token: set[RequestId]

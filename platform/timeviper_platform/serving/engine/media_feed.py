@@ -1,4 +1,4 @@
-"""Vision rows of one request, handed to the engine as they come. Does not import Ray."""
+"""Vision rows of one request, passed to the engine as they arrive. Does not import Ray."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class MediaFeed:
     """Reads media in order, on the running event loop, for requests that another thread runs."""
 
     def __init__(self, media: Sequence[FeatureReference], read: ReadFeatures, on_rows: Callable[[], None]) -> None:
-        """Begins to read. `on_rows` is called when rows have come."""
+        """Begins to read. `on_rows` is called when rows have arrived."""
         self.media = tuple(media)
         self._read, self._on_rows = read, on_rows
         self._blocks: list[Tensor] = []
         self._is_complete = False
         self._error: str | None = None
         self.outcome: asyncio.Future[Refusal | MediaFeed | None] = asyncio.get_running_loop().create_future()
-        """None when all rows are there; the reason why a medium cannot be read; or, when fewer frames have decoded than
-        `media` count, a complete feed with their number, for another prompt."""
+        """None once all rows have arrived; a Refusal if a medium cannot be read; if fewer frames decoded than `media`
+        count, a complete feed of those frames, for another prompt."""
         self._task = asyncio.create_task(self._run(self.media))
 
     @property
@@ -44,7 +44,7 @@ class MediaFeed:
         self._task.cancel()
 
     def blocks(self) -> Iterator[Tensor]:
-        """Yields (rows, dim) bfloat16 rows; an empty block where none has come yet.
+        """Yields (rows, dim) bfloat16 rows; an empty block while none has arrived.
 
         Raises:
             RuntimeError: when a medium cannot be read.
@@ -75,7 +75,7 @@ class MediaFeed:
                             return
                         counts[-1] += len(array)
                         blocks.append(_rows(array))
-                        if counts[:number] == expected[:number]:  # else they are not where the prompt has them
+                        if counts[:number] == expected[:number]:  # else the prompt has them elsewhere
                             self._blocks.append(blocks[-1])
                             self._on_rows()
             except RuntimeError as error:

@@ -68,11 +68,13 @@ class EngineServiceConfig:
     """PyTorch's CPU threads; 0 = its default."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     coalesce_ms: float = 30.0
-    """Least milliseconds of tokens per delta, more for many streams; 0 = none. First and last tokens do not wait."""
+    """Minimum milliseconds between deltas, more for many streams; 0 = send every token. First and last tokens do not
+    wait.
+    """
 
 
 def check_memory(model: TimeViperConfig, config: EngineServiceConfig) -> None:
-    """Raises ValueError if the engine, once full, does not fit into what its device has free now."""
+    """Raises ValueError if the engine, once full, does not fit into its device's free memory."""
     device = torch_device(config.device)
     needed = serving_bytes(model, config.engine, dtype=torch_dtype(config.dtype), device_type=device.type)
     free = free_bytes(device)
@@ -92,7 +94,7 @@ class EngineService:
         read: ReadFeatures,
         on_first_token: Callable[[float], None] = lambda seconds: None,
     ) -> None:
-        """Loads the weights of any URI. `on_first_token` takes the seconds from a request to a first token."""
+        """Loads the weights of any URI. `on_first_token` receives the seconds from a request to a first token."""
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         self._config = config
@@ -116,7 +118,7 @@ class EngineService:
         logger.info("serving %s with %d slots", weights, config.engine.num_slots)
 
     def set_limits(self, config: EngineServiceConfig) -> None:
-        """Applies another queue and `coalesce_ms` to later requests. All else must be as at the start."""
+        """Applies another queue and `coalesce_ms` to later requests. Other values must not have changed."""
         self._config = config
         self._engine.config = config.engine
 
@@ -165,7 +167,7 @@ class EngineService:
             return Refusal(status=400, message=str(error), code="invalid_value", param="messages")
         schema, grammars = request.sampling.json_schema, self._engine.grammars
         if schema is not None and grammars is not None:
-            try:  # in this thread, as a large schema takes longer than a step
+            try:  # in this thread, because a large schema takes longer than a step
                 await loop.run_in_executor(self._prompts, grammars.matcher, schema)
             except ValueError as error:
                 return Refusal(status=400, message=str(error), code="invalid_schema", param="response_format")
@@ -196,7 +198,7 @@ class EngineService:
     async def _answers(
         self, request: GenerateRequest, feed: MediaFeed, began: float
     ) -> AsyncGenerator[AnswerDelta | Refusal | MediaFeed]:
-        """Yields a feed alone when frames that the prompt counts are missing."""
+        """Yields only a feed when frames that the prompt counts are missing."""
         spans = AnswerSpans()
         try:
             outcome = None if feed.is_streamed else await feed.outcome

@@ -18,7 +18,7 @@ from timeviper_platform.serving.messages import FeatureReference, FeatureStream,
 MAX_ENDED = 256
 """Ended streams per board."""
 POLL_S = 10.0
-"""Seconds after which a reader that got nothing asks again."""
+"""Seconds after which a reader that received nothing reads again."""
 UNKNOWN_S = 2.0
 """Seconds for which a stream may be read before its first block arrives."""
 
@@ -26,7 +26,7 @@ End = FeatureReference | Refusal
 
 
 class LostStreamError(RuntimeError):
-    """The board does not have the stream, or no longer."""
+    """The board does not have the stream, or no longer has it."""
 
 
 @dataclass(slots=True)
@@ -47,7 +47,7 @@ class BlockBoard:
     def __init__(self) -> None:
         self._streams: dict[str, _Stream] = {}
         self._unknown: dict[str, _Stream] = {}
-        """Read before their first block."""
+        """Streams read before their first block."""
 
     async def append(self, stream_id: str, number: int, block: list[Any]) -> None:
         """Adds one reference, in a list, since Ray would send its array otherwise."""
@@ -61,7 +61,7 @@ class BlockBoard:
         self._streams.pop(stream_id, None)
         stream.end = end
         stream.blocks.clear()
-        self._streams[stream_id] = stream  # last, as the ended ones go by age
+        self._streams[stream_id] = stream  # last, because the oldest ended streams are dropped
         stream.wake()
         ended = [other for other, found in self._streams.items() if found.end is not None]
         for other in ended[:-MAX_ENDED]:
@@ -74,11 +74,11 @@ class BlockBoard:
         self._streams.pop(stream_id, None)
 
     async def read(self, stream_id: str, number: int) -> list[Any] | End | None:
-        """Waits for references from `number` on, or the end. Returns none when nothing has come for `POLL_S`, and None
+        """Waits for references from `number` on, or the end. Returns [] when nothing has arrived for `POLL_S`, and None
         for a stream that stays unknown.
         """
         stream = self._streams.get(stream_id)
-        if stream is None:  # calls may overtake each other
+        if stream is None:  # calls may arrive out of order
             stream = self._unknown.setdefault(stream_id, _Stream())
             try:
                 await asyncio.wait_for(stream.changed.wait(), UNKNOWN_S)
@@ -99,7 +99,7 @@ class BlockBoard:
 
 
 class BlockWriter(Protocol):
-    """A board's methods for its feature service, which waits for none of them."""
+    """A board's methods for its feature service, which does not wait for them."""
 
     def append(self, stream_id: str, number: int, ref: Any) -> None: ...
 
@@ -108,7 +108,7 @@ class BlockWriter(Protocol):
     def forget(self, stream_id: str) -> None: ...
 
     def address(self) -> Any:
-        """Returns what readers call."""
+        """Returns the object that readers call."""
 
 
 async def read_blocks(

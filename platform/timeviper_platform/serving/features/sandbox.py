@@ -74,7 +74,7 @@ class SandboxConfig:
 
 @dataclass(frozen=True, slots=True)
 class MediumHead:
-    """What a medium's headers tell, before any frame is decoded."""
+    """Facts from a medium's headers, before any frame is decoded."""
 
     num_frames: int
     """Sampled frames; damaged ones are missing later."""
@@ -86,8 +86,6 @@ class MediumHead:
 
 @dataclass(frozen=True, slots=True)
 class DecodedBlock:
-    """The next frames of a medium."""
-
     frames: np.ndarray
     """(F, S, S, 3) uint8."""
     pts_seconds: np.ndarray
@@ -95,7 +93,7 @@ class DecodedBlock:
 
 
 class _Child:
-    """A decode process with a folder of its own, which ends with it."""
+    """A decode process and its folder, which is removed with it."""
 
     def __init__(self, limits: ChildLimits) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="decode-")
@@ -121,8 +119,6 @@ class _Child:
 
 
 class DecodeSandbox:
-    """Decode processes, each for one medium."""
-
     def __init__(self, config: SandboxConfig, image_size: int, resample: Resample = "bicubic") -> None:
         self._config = config
         self._image_size, self._resample = image_size, resample
@@ -140,7 +136,7 @@ class DecodeSandbox:
     ) -> AsyncGenerator[MediumHead | DecodedBlock | Refusal]:
         """Yields a medium's head, then its frames at `fps`, thinned to `max_frames`, as they are decoded.
 
-        A Refusal is last. Pictures have no times, only `max_frames` thins them. Decoding runs `BLOCKS_AHEAD` blocks
+        A Refusal is last. Pictures have no times: only `max_frames` thins them. Decoding runs `BLOCKS_AHEAD` blocks
         ahead of the caller, which must close the generator.
         """
         if isinstance(source, MediaFrames):

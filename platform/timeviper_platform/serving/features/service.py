@@ -1,7 +1,7 @@
 """The feature service: turns a medium into a reference to its vision features. Does not import Ray.
 
 Media in the feature store, by id or SHA-256, are read. Others are decoded in a sandbox and encoded as in preprocessing,
-block by block, so that an engine may read the first frames while later ones are still decoded.
+block by block, so that an engine can read the first frames while later ones are still being decoded.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ logger = logging.getLogger(__name__)
 
 PROGRESS_S = 0.3
 ENCODE_BATCHES = 2
-"""Batches of the encoder between two notes of its progress, at most. They are a block of a stream."""
+"""Maximum encoder batches between two progress reports. Together they are a block of a stream."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +103,7 @@ class _Work:
     """A computation of features that requests wait for."""
 
     announced: asyncio.Future[FeatureReference]
-    """The stream, once its first block is there; never set for what is computed in one go."""
+    """The stream, once its first block exists; never set for features of a single block."""
     stream_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     task: asyncio.Task[FeatureReference | Refusal] | None = None
 
@@ -150,16 +150,13 @@ class FeatureService:
             await self._sandbox.start()
 
     def set_limits(self, config: FeatureServiceConfig) -> None:
-        """Applies other limits to later requests. All else must be as at the start."""
+        """Applies other limits to later requests. Other values must not have changed."""
         self._config = config
 
     async def features(
         self, source: MediaSource, *, fps: float | None = None, max_frames: int | None = None, whole: bool = True
     ) -> FeatureReference | Refusal:
-        """Returns features. `fps` and `max_frames` can only lower the configured limits.
-
-        Unless `whole`, an upload of several blocks returns with its first one, and has a `stream` with the others.
-        """
+        """See `FeatureClient.features`."""
         fps = min(fps or self._config.fps, self._config.fps)
         max_frames = min(max_frames or self._config.max_frames, self._config.max_frames)
         if isinstance(source, MediaFrames) and len(source.frames) > self._config.max_frames:
@@ -191,7 +188,7 @@ class FeatureService:
     async def watch(
         self, source: MediaSource, *, fps: float | None = None, max_frames: int | None = None
     ) -> AsyncGenerator[FeatureProgress | FeatureReference | Refusal]:
-        """Yields the progress of `features`, and its answer last."""
+        """See `FeatureClient.watch`."""
         task = asyncio.ensure_future(self.features(source, fps=fps, max_frames=max_frames))
         waiting = FeatureProgress(stage="decoding", frames_done=0, frames_total=None)
         try:
@@ -202,7 +199,7 @@ class FeatureService:
             task.cancel()
 
     async def list_media(self, *, after: str, prefix: str, limit: int) -> MediaPage | Refusal:
-        """Returns stored media with ids that start with `prefix` and come after `after`, by id."""
+        """See `FeatureClient.list_media`."""
         return await asyncio.to_thread(self._list_media, after, prefix, limit)
 
     def _list_media(self, after: str, prefix: str, limit: int) -> MediaPage:
@@ -216,7 +213,7 @@ class FeatureService:
         return MediaPage(media=media, has_more=len(found) > limit)
 
     async def medium(self, media_id: str) -> StoredMedium | Refusal:
-        """Returns a stored medium with the times of its frames."""
+        """See `FeatureClient.medium`."""
         if self.store is None or media_id not in self.store:
             return _no_such_medium()
         info = await asyncio.to_thread(self.store.info, media_id)
@@ -299,7 +296,7 @@ class FeatureService:
     async def _publish(
         self, parts: Sequence[_EncodedBlock], head: MediumHead, key: str, work: _Work, board: BlockWriter
     ) -> None:
-        """Adds the last of `parts` to the stream, which the first of several announces."""
+        """Adds the last of `parts` to the stream. The first part announces the stream, unless it has all frames."""
         if not work.announced.done():
             if len(parts[0].features) >= head.num_frames:
                 return

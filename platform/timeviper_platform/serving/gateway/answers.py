@@ -1,4 +1,4 @@
-"""Answers to conversations, whole or streamed, in the two APIs that take them and for jobs."""
+"""Answers conversations, whole or streamed, for both of OpenAI's APIs and for jobs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _CONTENT_TYPE = "text/event-stream; charset=utf-8"
 
 
 class _Running(NamedTuple):
-    """Answers of which the first text is there."""
+    """Answers whose first text has arrived."""
 
     completion: Completion
     first: AnswerDelta
@@ -106,7 +106,7 @@ class Answers:
         return self._streamed(running, answer)
 
     async def _start(self, chat: ChatCompletionRequest, request: Request) -> _Running:
-        """Returns the answers once the first text is there, so that refusals have their own status."""
+        """Returns the answers once the first text has arrived, so that refusals have their own status."""
         self.check_model(chat.model)
         deadline = asyncio.get_running_loop().time() + self._config.request_timeout_s
         with self._timed():

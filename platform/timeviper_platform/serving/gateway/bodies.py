@@ -23,12 +23,10 @@ T = TypeVar("T")
 
 
 class Bodies:
-    """Parses the bodies of a replica."""
-
     def __init__(self, current: CurrentConfig) -> None:
         self._current = current
         self._parser = ThreadPoolExecutor(max_workers=1, thread_name_prefix="parse")
-        """One, so that many large bodies are not in memory as Python objects at once."""
+        """One thread, so that many large bodies are not in memory as Python objects at once."""
 
     async def parsed(self, request: Request, parse: Callable[[bytes], T]) -> T:
         body = await read_json(request, max_values=max_json_values(self._current.config))
@@ -36,7 +34,7 @@ class Bodies:
 
 
 async def read_json(request: Request, *, max_values: int) -> bytes:
-    """Returns the body. Keeps none that has too many values.
+    """Returns the body. Drops one with too many values while it arrives.
 
     Raises:
         ApiError: 415 for other content types, which browsers let any page send; 400 for too many values.
@@ -49,7 +47,7 @@ async def read_json(request: Request, *, max_values: int) -> bytes:
         num_values += count_values(chunk)
         if num_values <= max_values:
             chunks.append(chunk)
-        else:  # reads on, since a client that is still sending would not see the answer
+        else:  # keeps reading, because a client that is still sending would not see the answer
             chunks.clear()
     if num_values > max_values:
         raise ApiError(400, f"the body holds more than {max_values} JSON values", code="too_many_values")

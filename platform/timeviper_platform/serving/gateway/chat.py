@@ -47,14 +47,14 @@ from timeviper_platform.serving.messages import (
 )
 
 MIN_TOP_P = 1e-6
-"""Stands for 0, which clients send for the most likely token alone."""
+"""Replaces 0, which clients send to get only the most likely token."""
 PARAGRAPH = "\n\n"
-"""Between messages of one role in a row, which the model's prompt has as one."""
+"""Joins consecutive messages of one role, because the model's prompt alternates roles."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Medium:
-    """A medium of a request and its place."""
+    """A medium of a request and its position."""
 
     source: MediaSource
     offset: int
@@ -66,7 +66,7 @@ class _Medium:
 
 @dataclass(slots=True)
 class _Message:
-    """Messages of one role in a row."""
+    """Consecutive messages of one role."""
 
     role: str
     text: str = ""
@@ -95,8 +95,8 @@ class ChatPreparation:
         """Returns the engine's request, with all features computed concurrently.
 
         Args:
-            note: takes the progress of the features, which then are complete.
-            whole: whether to wait until all frames are decoded. Time spans always do, as their answer has the times.
+            note: receives the progress of the features; then waits until all frames are decoded.
+            whole: waits for them too. Requests for time spans always wait, because their answers contain the times.
 
         Raises:
             ApiError: for exceeded limits, unknown media, or a refusal by the feature service.
@@ -146,7 +146,7 @@ class ChatPreparation:
             raise ApiError(400, message, code="too_many_media", param="messages")
 
     async def _messages(self, chat: ChatCompletionRequest, tenant: str) -> list[_Message]:
-        """Returns messages of alternating roles; those of one role in a row become one."""
+        """Returns messages of alternating roles; joins consecutive ones of one role."""
         messages: list[_Message] = []
         for index, given in enumerate(chat.messages):
             role = "system" if given.role == "developer" else given.role
@@ -258,7 +258,7 @@ def _own_limits(part: MediaPart) -> MediaLimits:
 
 
 def _joined(run: Sequence[_Medium]) -> list[_Medium]:
-    """Makes pictures that follow each other the frames of one video."""
+    """Joins consecutive pictures as the frames of one video."""
     result: list[_Medium] = []
     for are_frames, group in groupby(run, lambda medium: _is_still(medium.source)):
         media = list(group)

@@ -19,7 +19,7 @@ MAX_MESSAGES = 256
 MAX_STOPS = 4
 MAX_SCHEMA_CHARACTERS = 65_536
 MAX_FIELD_CHARACTERS = 64
-"""Length of an unknown field's name up to which an error repeats it."""
+"""Longest name of an unknown field that an error repeats."""
 
 IGNORED = frozenset(
     [
@@ -67,7 +67,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
 }
-"""Fields that the server does not support, with the values that ask for nothing."""
+"""Fields that the server does not support, with the values that request nothing."""
 
 UNSUPPORTED = frozenset(
     [
@@ -108,7 +108,7 @@ UNSUPPORTED_IN_MESSAGE = frozenset(("tool_call_id", "function_call", "audio"))
 PIXEL_LIMITS = frozenset(
     ["min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width", "size", "do_resize"]
 )
-"""Other models' image sizes; this model's vision tower has one."""
+"""Image sizes of other models, ignored: this model's vision tower has a fixed one."""
 LIMIT_NAMES = {"num_frames": "max_frames", "nframes": "max_frames"}
 """Other servers' names of limits."""
 
@@ -264,7 +264,7 @@ class ChatCompletionRequest(BaseModel):
     stream: bool = False
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(default=None, ge=1)
-    """Above the server's limit, the limit counts."""
+    """Values above the server's limit are lowered to it."""
     max_completion_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
@@ -293,7 +293,7 @@ class ChatCompletionRequest(BaseModel):
 
 
 def count_values(body: bytes) -> int:
-    """Counts the commas and brackets of JSON, in texts too: at least the number of its values, before it is parsed.
+    """Bounds the number of JSON values before parsing, by commas and brackets, in texts too.
 
     An empty list takes 3 bytes in JSON and 56 in Python.
     """

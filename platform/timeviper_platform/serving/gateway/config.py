@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from timeviper_platform.data.media.http_file import is_host
 
 HAPROXY_VARIABLE = "RAY_SERVE_ENABLE_HA_PROXY"
-"""Set to 1 where Ray Serve puts HAProxy before the gateways."""
+"""Set to 1 where Ray Serve runs HAProxy in front of the gateways."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Quota:
-    """Limits of one key; None = unlimited. Each gateway replica counts for itself, except bytes."""
+    """Limits of one key; None = unlimited. Each gateway replica counts separately, except bytes."""
 
     requests_per_minute: int | None = None
     """Maximum requests per minute."""
@@ -62,7 +62,7 @@ class Retention:
     max_bytes: int | None = 100 * 2**30
     """Maximum bytes of all uploads; the oldest are deleted first."""
     interval_s: float = 600.0
-    """Seconds between two looks at the folder."""
+    """Seconds between two scans of the folder."""
 
     def __post_init__(self) -> None:
         for name in ("max_age_days", "max_bytes", "interval_s"):
@@ -82,7 +82,7 @@ class RemoteMedia:
     timeout_s: float = 60.0
     """Maximum seconds of a download, redirects included."""
     keep_s: float = 3600.0
-    """Seconds for which a download answers further requests for the same address."""
+    """Seconds for which a download is reused for the same address."""
 
     def __post_init__(self) -> None:
         if wrong := [domain for domain in self.allowed_domains if not is_host(domain) or domain != domain.lower()]:
@@ -123,11 +123,11 @@ class GatewayConfig:
     api_keys: tuple[ApiKey, ...] = ()
     """Accepted API keys. Without keys, only clients on this machine are answered."""
     api_keys_file: str | None = None
-    """YAML file or URI with further keys, `keys: [{tenant: ..., sha256: ...}]`. Changes count within seconds."""
+    """YAML file or URI with further keys, `keys: [{tenant: ..., sha256: ...}]`. Changes take effect within seconds."""
     allow_anonymous: bool = False
     """Answer clients on other machines without keys. Anyone who reaches the port can then use the model."""
     allowed_hosts: tuple[str, ...] = ()
-    """Further names of this server in `Host`, where there are no keys. Names of this machine always pass."""
+    """Further names of this server that `Host` may contain when there are no keys. This machine's names always may."""
     cors_origins: tuple[str, ...] = ()
     """Origins of web pages that may call the API, such as https://app.example.com."""
     max_request_bytes: int = 16 * 2**20

@@ -28,16 +28,16 @@ LIMITS_VARIABLE = "TIMEVIPER_CONNECTION_LIMITS"
 """ConnectionLimits as JSON; Ray passes no arguments to the callback."""
 
 STRIPPED_HEADERS = (b"x-request-timeout-seconds", b"x-request-disconnect-disabled")
-"""By these, any client could switch off Ray Serve's timeouts, or its watch for a disconnect."""
+"""Any client could use these to switch off Ray Serve's timeouts or its detection of disconnects."""
 MAX_REQUEST_ID = 128
 STALL_S = 2.0
-"""A request of which nothing has arrived for so long may lose its connection to a new one of the same client."""
+"""Seconds without data after which a request may lose its connection to a new one of the same client."""
 REFUSED_CONNECTIONS = 128
 """Connections above a client's limit that are answered 429; further ones are closed unread."""
 LINGER_S = 2.0
-"""A request answered before its end is read until it stops this long, or its client would not see the answer."""
+"""A request answered before its end is read until it pauses this long; else its client would not see the answer."""
 LINGER_MAX_S = 30.0
-"""And for this long at most."""
+"""Maximum seconds of that reading."""
 
 
 def environment(limits: ConnectionLimits) -> dict[str, str]:
@@ -49,7 +49,7 @@ def middlewares() -> list[Middleware]:
     """Bounds the connections of the server about to start in this process; returns its middleware."""
     limits = ConnectionLimits(**json.loads(os.environ.get(LIMITS_VARIABLE, "{}")))
     BoundedProtocol.limits = limits
-    BoundedProtocol.counts_clients = os.environ.get(HAPROXY_VARIABLE) != "1"  # its address would stand for all clients
+    BoundedProtocol.counts_clients = os.environ.get(HAPROXY_VARIABLE) != "1"  # all clients would have its address
     # Ray Serve leaves the choice of the protocol to uvicorn, which looks it up here
     uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{__name__}:{BoundedProtocol.__name__}"
     return [Middleware(RayAnswers)]
@@ -157,7 +157,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self.transport.close()
 
     def _end_unread(self, cycle: RequestResponseCycle, deadline: float) -> None:
-        """Closes a connection whose answered request stopped before its end; what arrives until then is dropped."""
+        """Closes a connection once its answered request pauses; drops what arrives until then."""
         if self.cycle is not cycle or not cycle.more_body:
             return
         wait_s = min(self._last_data + LINGER_S, deadline) - self.loop.time()
@@ -170,7 +170,7 @@ class BoundedProtocol(HttpToolsProtocol):
         return self.client[0] if self.client else ""
 
     def _is_stalled(self) -> bool:
-        """Whether a request's rest, or a next request, is awaited for STALL_S."""
+        """Whether the rest of a request, or a next request, has been awaited for STALL_S."""
         is_awaited = not self._in_request() or self.cycle.more_body
         return is_awaited and self.loop.time() - self._last_data >= STALL_S
 
@@ -200,7 +200,7 @@ async def refuse_connection(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 class ClosedAfterRequest:
-    """The transport of one request. Closed by uvicorn with an answer before the request's end, it stays open.
+    """The transport of one request. Stays open when uvicorn answers and closes it before the request's end.
 
     A closed socket with unread data resets the connection, and the client loses the answer.
     """

@@ -22,7 +22,7 @@ OPTIONS = ("fps", "max_frames", "max_tokens", "temperature", "top_p", "seed")
 
 
 class NewJob(BaseModel):
-    """Questions are answered one after another, each by itself, as POST /v1/chat/completions answers them."""
+    """Questions are answered one after another, each as its own POST /v1/chat/completions."""
 
     model: str
     video: str = Field(min_length=1, max_length=4096)
@@ -60,7 +60,7 @@ class Jobs:
         """Returns 202 with the job.
 
         Raises:
-            ApiError: 400 for what no question may ask, 429 for too many unfinished jobs.
+            ApiError: 400 for questions that chat completions refuse, 429 for too many unfinished jobs.
         """
         if new.video.lower().startswith(DATA_SCHEME):
             text = "a job's video must be stored: upload it to /v1/files"
@@ -101,7 +101,7 @@ class Jobs:
         return job_json(job, await asyncio.to_thread(self._store.state, job))
 
     async def cancel(self, request: Request, job_id: str) -> dict[str, Any]:
-        """Ends a job; what is answered stays. A job that has ended is left as it is."""
+        """Ends a job and keeps its answers so far. Does nothing to a job that has ended."""
         job = await self._job(request, job_id)
         if not (await asyncio.to_thread(self._store.state, job)).is_final:
             await self.runner.cancel(job)

@@ -21,7 +21,7 @@ from timeviper_platform.serving.gateway.openai_protocol import ApiError
 logger = logging.getLogger(__name__)
 
 REFRESH_S = 5.0
-"""Seconds after which a changed file of keys counts."""
+"""Seconds between two readings of the file of keys."""
 MINUTE_S = 60.0
 
 
@@ -51,7 +51,7 @@ class KeyRing:
         return (*self._current.config.api_keys, *self._of_file)
 
     async def refresh(self) -> None:
-        """Reads the file again when it is due. A file that is away or invalid leaves the keys as they are."""
+        """Reads the file again when it is due. Keeps the keys if it cannot be read or is invalid."""
         if self._uri is None or time.monotonic() < self._due:
             return
         self._due = time.monotonic() + REFRESH_S
@@ -76,7 +76,7 @@ class KeyRing:
 
 @dataclass(slots=True)
 class _Bucket:
-    """Tokens that come back over a minute."""
+    """Token bucket that refills in a minute."""
 
     size: int
     level: float
@@ -88,12 +88,12 @@ class _Bucket:
         self.at = now
 
     def wait_s(self, tokens: float) -> float:
-        """Seconds until there are so many tokens."""
+        """Seconds until it has this many tokens."""
         return max(0.0, (tokens - self.level) * MINUTE_S / self.size)
 
 
 class Quotas:
-    """What each key has used in this replica; further replicas count for themselves."""
+    """Use of each key in this replica; other replicas count separately."""
 
     def __init__(self) -> None:
         self._ongoing: dict[str, int] = {}
@@ -133,7 +133,7 @@ class Quotas:
         if per_minute is None:
             return None
         bucket = self._buckets.get((key.sha256, kind))
-        if bucket is None or bucket.size != per_minute:  # a new quota counts at once
+        if bucket is None or bucket.size != per_minute:  # a new quota applies at once
             bucket = self._buckets[key.sha256, kind] = _Bucket(per_minute, per_minute, time.monotonic())
         bucket.fill()
         return bucket

@@ -186,7 +186,7 @@ class RequestGuard:
         return receive_bounded
 
     def _check_origin(self, request: Request) -> None:
-        """Refuses other sites' pages, and without keys other machines and names that are not this server's.
+        """Refuses pages of other sites; without keys, also other machines and foreign host names.
 
         A page of any site can send forms to a server on its visitor's machine (CSRF), or call it by a name of its own
         that resolves to loopback (DNS rebinding).

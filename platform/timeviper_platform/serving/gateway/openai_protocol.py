@@ -71,7 +71,7 @@ class Completion:
     def __init__(
         self, model: str, *, num_choices: int, with_logprobs: bool, media: Sequence[FeatureReference] = ()
     ) -> None:
-        """`media`: whose clock the answers' times are on; shown beside the answers."""
+        """`media` define the clock of the answers' times, and are returned with the answers."""
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._model = model

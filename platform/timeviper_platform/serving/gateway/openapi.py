@@ -268,11 +268,10 @@ class RouteDocument:
     """Whether the route needs no key."""
     also_streams: bool = False
     status: int = 200
-    """Status of a good answer."""
+    """Status of a successful answer."""
     has_ranges: bool = False
 
     def options(self) -> dict[str, Any]:
-        """Returns options of FastAPI's route."""
         content: dict[str, Any] = {self.media_type: {"schema": _schema(self.answer)}}
         if self.also_streams:
             content["text/event-stream"] = {"schema": {"type": "string"}}

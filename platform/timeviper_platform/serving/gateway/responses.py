@@ -119,7 +119,6 @@ class ResponseAnswer:
         self._number = 0
 
     def response(self) -> dict[str, Any]:
-        """Returns the whole response."""
         (choice,) = self._completion.response()["choices"]
         is_cut = choice["finish_reason"] == "length"
         item = self._item(choice["message"]["content"], "incomplete" if is_cut else "completed")

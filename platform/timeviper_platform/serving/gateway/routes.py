@@ -154,7 +154,7 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
 
 
 class _Gateway:
-    """What does not belong to answers, files or jobs."""
+    """Routes other than those of answers, files and jobs."""
 
     def __init__(
         self,
@@ -180,7 +180,7 @@ class _Gateway:
         return {"status": "live"}
 
     async def ready(self, request: Request) -> Response:
-        """Returns 503 unless both services run or can start. `deep=1` asks a replica of each, and so starts one."""
+        """Returns 503 unless both services run or can start. `deep=1` calls a replica of each, which may start one."""
         deep = request.query_params.get("deep") == "1"
         features, engine = await asyncio.gather(self._features.is_ready(deep=deep), self._engine.is_ready(deep=deep))
         body = {"status": "ready" if features and engine else "not ready", "features": features, "engine": engine}

@@ -1,4 +1,4 @@
-"""Jobs on storage: the request, the state and a wish to cancel are files of the job's folder."""
+"""Jobs on storage: request, state and cancellation are files in the job's folder."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from timeviper_platform.common.storage import exists, join_uri, read_json_or_non
 JobStatus = Literal["queued", "running", "completed", "failed", "cancelled"]
 FINAL: tuple[JobStatus, ...] = ("completed", "failed", "cancelled")
 FOLDER = "_jobs"
-"""Beside the tenants' folders; no tenant may have such a name."""
+"""Next to the tenants' folders; no tenant may have such a name."""
 JOB_ID = re.compile(r"job-[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """What was asked. Never changes."""
+    """The request. Never changes."""
 
     id: str
     tenant: str
@@ -92,7 +92,7 @@ class JobStore:
         return None if found is None else Job(**found)
 
     def state(self, job: Job) -> JobState:
-        """Returns the state; a job that is to be cancelled is cancelled for its owner."""
+        """Returns the state; an unfinished job with a cancellation counts as cancelled."""
         state = self._written_state(job)
         if not state.is_final and self.is_cancelled(job):
             state.end("cancelled")
@@ -140,7 +140,7 @@ class JobStore:
 
 def _folders(uri: str) -> list[str]:
     filesystem, path = split_uri(uri)
-    filesystem.invalidate_cache()  # other processes write here, too
+    filesystem.invalidate_cache()  # other processes write here
     if not filesystem.isdir(path):
         return []
     entries = filesystem.ls(path, detail=True)

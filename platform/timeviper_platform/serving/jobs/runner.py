@@ -16,19 +16,19 @@ from timeviper_platform.serving.messages import FeatureProgress
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.4
-"""Seconds between looks for a wish to cancel, and between writes of the progress."""
+"""Seconds between checks for a cancellation, and between writes of the progress."""
 SCAN_S = 5.0
-"""Seconds between looks for jobs without a process."""
+"""Seconds between searches for jobs without a process."""
 RETRY_S = 1800.0
-"""Seconds for which a question is tried again while a service is away or full."""
+"""Seconds for which a question is retried while a service is unavailable or full."""
 MAX_WAIT_S = 15.0
 
 AnswerQuestion = Callable[[Job, int, Callable[[FeatureProgress], None]], Awaitable[dict[str, Any]]]
-"""Answers a job's question by its number; tells progress."""
+"""Answers a job's question by its number; reports progress."""
 
 
 class TransientError(Exception):
-    """A service is away or full; `error` is what the job shows if that lasts."""
+    """A service is unavailable or full; the job shows `error` if that lasts."""
 
     def __init__(self, error: dict[str, Any]) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class JobRunner:
             await asyncio.sleep(SCAN_S)
 
     async def close(self) -> None:
-        """Stops all jobs here; another process, or the next, goes on with them."""
+        """Stops all jobs here; another process, or the next one, continues them."""
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
@@ -125,7 +125,7 @@ class JobRunner:
         await asyncio.to_thread(self._store.write_state, job, state)
 
     async def _pause(self, job: Job, answering: asyncio.Task[None]) -> None:
-        """Waits for a moment, the end or a wish to cancel."""
+        """Waits for the end, a cancellation, or POLL_S."""
         wish = asyncio.create_task(self._wakes[job.id].wait())
         try:
             await asyncio.wait({wish, answering}, timeout=POLL_S, return_when=asyncio.FIRST_COMPLETED)

@@ -13,7 +13,7 @@ from starlette.routing import BaseRoute, Route
 FOLDER = Path(__file__).parent
 SCRIPT, STYLE = "/page/app.js", "/page/style.css"
 PATHS = ("/", SCRIPT, STYLE)
-"""Need no API key: the page asks its user for it."""
+"""Paths that need no API key: the page asks its user for it."""
 BASE = "<!-- base -->"
 HEADERS = {
     "Content-Security-Policy": (

@@ -1,4 +1,4 @@
-"""OpenAI's Uploads: a file in parts, which becomes an upload like any other when it is completed."""
+"""OpenAI's Uploads: files in parts, which become ordinary uploads on completion."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from timeviper_platform.serving.gateway.openai_protocol import ApiError
 UPLOAD_ID = re.compile(r"upload_[0-9a-f]{32}")
 PART_ID = re.compile(r"part_[0-9a-f]{32}")
 EXPIRES_AFTER_S = 3600
-"""Seconds in which an upload must be completed, as OpenAI's."""
+"""Seconds in which an upload must be completed, as in OpenAI's API."""
 MAX_PARTS = 10_000
 _CHUNK_BYTES = 1 << 20
 
@@ -49,7 +49,7 @@ class CompleteRequest(_Lenient):
 
 
 class ChunkedUploads:
-    """Uploads that are not complete, in a folder each below their tenant's."""
+    """Incomplete uploads, each in a folder below its tenant's."""
 
     def __init__(self, root: str, store: MediaStore, max_bytes: Callable[[], int]) -> None:
         self._root = root
@@ -140,7 +140,7 @@ class ChunkedUploads:
 
     def _ended(self, tenant: str, upload: dict[str, Any], status: str, record: FileRecord | None) -> dict[str, Any]:
         filesystem, path = split_uri(self._folder(tenant, upload["id"]))
-        with contextlib.suppress(FileNotFoundError):  # the janitor was here
+        with contextlib.suppress(FileNotFoundError):  # the janitor deleted it
             filesystem.rm(path, recursive=True)
         return {**upload, "status": status, "file": None if record is None else record.to_json()}
 

@@ -16,7 +16,7 @@ DAY_S = 86_400.0
 
 
 async def keep_clean(store: MediaStore, retention: Retention) -> None:
-    """Cleans every `interval_s`, until cancelled. Every gateway replica does; deleting twice does no harm."""
+    """Cleans every `interval_s`, until cancelled. Runs in every gateway replica; deleting twice is harmless."""
     while True:
         await asyncio.sleep(retention.interval_s * random.uniform(0.5, 1.5))  # replicas take turns
         try:

@@ -40,7 +40,7 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 TENANT = "_downloads"
 """Folder of downloads; no key's tenant can have this name."""
 KEPT_LONGER_S = 600.0
-"""Time that running requests have left when a download is no longer used."""
+"""Further seconds for which a download stays on storage, for requests that still read it."""
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
@@ -178,7 +178,7 @@ def _no_location() -> NoReturn:
 
 
 class _PinnedConnection(http.client.HTTPSConnection):
-    """A connection to one address, whose certificate must be the host's. Knows no proxies."""
+    """A connection to one address, whose certificate must be the host's. Uses no proxy."""
 
     def __init__(self, host: str, address: str, port: int, context: ssl.SSLContext, deadline: float) -> None:
         super().__init__(host, port, context=context)

@@ -42,7 +42,7 @@ MAX_PAGE = 10_000
 
 
 def require_media(head: bytes, *, expected: Modality | None = None, param: str) -> Modality:
-    """Returns the modality by signature. What may be an animation passes as either.
+    """Returns the modality by signature. A possible animation passes as either.
 
     Raises:
         ApiError: 415 for an unsupported or unexpected type.
@@ -208,7 +208,7 @@ class MediaStore:
     def records(self, tenant: str) -> Iterator[FileRecord]:
         """Yields all records, expired ones too."""
         for uri in files_in(join_uri(self._root, tenant), ".json"):
-            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+            with contextlib.suppress(FileNotFoundError):  # just deleted
                 yield FileRecord(**read_json(uri))
 
     def tenants(self) -> Sequence[str]:
