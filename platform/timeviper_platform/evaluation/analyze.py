@@ -62,7 +62,7 @@ class AnalyzeConfig:
     output: str
     """Folder for the figures; existing files are replaced."""
     transformer: str | None = None
-    """URI of a Transformer's weights for the same questions, drawn beside `weights` in Figure 6; null = none."""
+    """URI of a Transformer's weights for the same questions, drawn next to `weights` in Figure 6; null = none."""
     tasks: tuple[str, ...] = ("choice", "grounding", "caption")
     """File names in `questions`, without .parquet. Each is a panel of Figures 3, 4 and 7."""
     max_questions: int | None = 64
@@ -84,7 +84,7 @@ class AnalyzeConfig:
     memory_gb: tuple[float, ...] = (16.0, 24.0, 48.0, 80.0, 141.0)
     """Memories in units of 10^9 bytes for figure `frames`."""
     memory_presets: tuple[str, ...] = ()
-    """Presets that figure `frames` computes beside `weights`, in bfloat16 on a GPU. They need no weights."""
+    """Presets that figure `frames` computes in addition to `weights`, in bfloat16 on a GPU. They need no weights."""
 
     def __post_init__(self) -> None:
         if not self.tasks or not self.figures:
@@ -260,7 +260,7 @@ def _write_needle(opened: _Opened, config: AnalyzeConfig, _: Sequence[Question])
     found = needle_rows(opened.model, opened.answerer_of, needles, haystack, own, max_new_tokens=num_new)
     rows: list[dict[str, Any]] = []
     written: list[str] = []
-    for row in _logged("needle", found):  # hours at the longest: each cell is kept
+    for row in _logged("needle", found):  # the longest take hours: each cell is logged
         rows.append(row)
         written = [write_json(config.output, "needle", rows), write_csv(config.output, "needle", rows)]
     for name in dict.fromkeys(row["model"] for row in rows):

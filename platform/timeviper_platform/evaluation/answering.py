@@ -38,7 +38,7 @@ class Prompt:
     """Identifies `media`, so that further prompts reuse what the model has read; None = no reuse."""
     system: str = ""
     answer_prefix: str = ""
-    """Start of the answer, which the model continues and which the answer leaves out."""
+    """Text that the model continues, not repeated in the answer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,8 +93,8 @@ class Answerer:
     def score_options(self, prompts: Sequence[Prompt], options: Sequence[Sequence[str]]) -> list[list[float]]:
         """Returns log-probabilities per prompt and option, end token included.
 
-        A prompt with media is read once; then its options are read together, a token of each per step. Short prompts,
-        without media, are packed once per option: that has fewer and larger operations.
+        A prompt with media is read once; then its options are read together, one token each per step. Short prompts,
+        without media, are packed once per option, which needs fewer, larger operations.
         """
         samples = [
             (index, self.sample(prompt, text))
@@ -202,7 +202,6 @@ class Answerer:
         return self._packs([(self.sample(prompt, answer), prompt) for prompt, answer in pairs])
 
     def prompt_batch(self, prompt: Prompt) -> PackedBatch:
-        """Packs one prompt without an answer."""
         return next(self._packs([(self.sample(prompt, None), prompt)]))
 
     def generate_with(self, read: ReadPrompt, batches: Sequence[PackedBatch], *, max_new_tokens: int) -> list[str]:
@@ -226,7 +225,7 @@ class Answerer:
     ) -> list[Answer]:
         """Returns a greedy answer per prompt, and the log-probabilities of its options (() = none).
 
-        Each prompt is read once; prompts about the same media in a row read it once for all.
+        Each prompt is read once; consecutive prompts about the same media read the media once.
         """
         answers: list[Answer] = []
         waiting: list[tuple[_ReadPrompt, list[list[int]]]] = []

@@ -25,13 +25,11 @@ from timeviper_platform.evaluation.protocols import Protocol, protocol_frames
 logger = logging.getLogger(__name__)
 
 AnswerStatus = Literal["ok", "no_features", "no_frames", "failed"]
-"""no_features: the store lacks the video; no_frames: the clip has none; failed: see `detail`, asked again next time."""
+"""no_features: the store lacks the video; no_frames: the clip has none; failed: see `detail`, tried again next time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchmarkTask:
-    """One question under one protocol."""
-
     question: BenchmarkQuestion
     protocol: Protocol
 
@@ -152,7 +150,7 @@ class BenchmarkAnswerer:
         return answers
 
     def _answer_together(self, tasks: Sequence[BenchmarkTask], seen: _Seen | None) -> list[BenchmarkAnswer]:
-        """After an error, each question is asked alone, so that one of them fails."""
+        """After an error, answers each question alone, so that only the faulty one fails."""
         try:
             prompts = [self._prompt(task.question, seen) for task in tasks]
             options = [option_lines(task.question) if self._scores_options else () for task in tasks]
@@ -243,7 +241,7 @@ class BenchmarkAnswerer:
 
 
 def _neighbours(tasks: Iterable[BenchmarkTask]) -> list[list[BenchmarkTask]]:
-    """Groups tasks in a row that have the same clip and protocol."""
+    """Groups consecutive tasks that have the same clip and protocol."""
     groups: list[list[BenchmarkTask]] = []
     for task in tasks:
         last = groups[-1][-1] if groups else None

@@ -15,7 +15,7 @@ class BenchmarkConfig:
     folder: str
     """URI of the data set in its owner's layout, see docs/evaluate.md."""
     videos: str | None = None
-    """Folder of the videos below `folder`; null = the owner's."""
+    """Folder of the videos below `folder`; null = as in the owner's layout."""
     media_prefix: str = ""
     """Path from the preprocessed folder to `folder`, if videos were preprocessed without the benchmark's manifest."""
     protocols: tuple[Protocol, ...] = ("paper", "whole", "without_video")
@@ -26,7 +26,7 @@ class BenchmarkConfig:
     subtitles: bool = False
     """Whether prompts hold the subtitles on screen at the sampled frames."""
     scores_options: bool = True
-    """Whether to score options by likelihood too, a number of its own."""
+    """Whether to score options by likelihood too, as a separate number."""
     num_examples: int = 6
     """Questions shown with frames in the HTML report, half of them answered wrong."""
 

@@ -54,7 +54,7 @@ AnswerTasks = Callable[[Sequence[Sequence[BenchmarkTask]], EvaluateConfig], Iter
 def run_benchmark(config: EvaluateConfig, answer: AnswerTasks | None = None) -> dict[str, Any]:
     """Writes and returns the report, using the connected cluster.
 
-    Answers are written as they come; after a kill, the same configuration goes on with the tasks that are left.
+    Answers are written as they arrive; after a kill, the same configuration continues with the remaining tasks.
 
     Args:
         answer: default `answer_on_ray`.
@@ -130,7 +130,7 @@ def read_tasks(config: EvaluateConfig) -> list[BenchmarkTask]:
 
 
 def blocks_of(tasks: Sequence[BenchmarkTask], size: int) -> list[list[BenchmarkTask]]:
-    """Groups tasks in a row to blocks of about `size` that never part a clip's."""
+    """Groups consecutive tasks into blocks of about `size`, never splitting the tasks of a clip."""
     blocks: list[list[BenchmarkTask]] = []
     for task in tasks:
         last = blocks[-1][-1] if blocks else None
@@ -202,7 +202,7 @@ def answers_uri(output: str) -> str:
 
 
 def write_benchmark_report(config: EvaluateConfig, answers: Sequence[BenchmarkAnswer]) -> dict[str, Any]:
-    """Writes and returns the JSON report, with one row per answer beside it, and the HTML report."""
+    """Writes and returns the JSON report; also writes one row per answer, and the HTML report."""
     assert config.benchmark is not None
     replies = read_replies(config.output)
     report = {
@@ -237,7 +237,7 @@ def rescore(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def judge(config: EvaluateConfig, ask: Callable[[Call], str] | None = None) -> dict[str, Any]:
-    """Asks the judge about stored captions, then scores again. Calls that were answered before are not repeated.
+    """Asks the judge about stored captions, then scores again. Repeats no answered call.
 
     Args:
         ask: default: the endpoint of `config.judge`.
@@ -274,10 +274,10 @@ def _stored_answers(config: EvaluateConfig) -> list[BenchmarkAnswer]:
 def write_manifest(config: EvaluateConfig, uri: str) -> tuple[int, list[str]]:
     """Writes a manifest of the benchmark's videos and clips for jobs/preprocess.py.
 
-    Folders of frames become video files in FRAME_VIDEOS beside the manifest.
+    Folders of frames become video files in FRAME_VIDEOS next to the manifest.
 
     Returns:
-        the number of media in it, and the paths of missing videos, which are not.
+        the number of its media, and the paths of missing videos, which it leaves out.
     """
     config = with_absolute_paths(config, PATHS)
     assert config.benchmark is not None

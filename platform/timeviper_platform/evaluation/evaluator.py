@@ -67,7 +67,7 @@ class OpenAnswerer(NamedTuple):
     dim: int
     """Width of the features."""
     time_text: TimeText
-    """Which prompts of the training stated the length of their video."""
+    """Which training prompts stated the length of their video."""
 
 
 def open_answerer(weights_folder: str, feature_store: str, config: AnsweringConfig) -> OpenAnswerer:
@@ -146,8 +146,8 @@ def read_prompt(
     """Returns the prompt as in training.
 
     Args:
-        trained: prompts of the training that state the length of their video. Questions with an interval for an answer
-            are the temporal ones.
+        trained: training prompts that stated the length of their video. Questions with an interval for an answer count
+            as temporal.
 
     Raises:
         QuestionFault: see `read_media`.
@@ -213,7 +213,7 @@ _AnswerQuestions = Callable[[Sequence[Question], Sequence[Prompt]], list[str]]
 
 
 def _answer(entries: Sequence[_Entry], answer: _AnswerQuestions) -> dict[int, Outcome]:
-    """Answers with and without media. After an error, each question is answered alone, so that one of them fails."""
+    """Answers with and without media. After an error, answers each question alone, so that only a faulty one fails."""
     if not entries:
         return {}
     questions = [question for _, question, _ in entries]

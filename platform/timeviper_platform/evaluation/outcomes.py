@@ -1,4 +1,4 @@
-"""Outcomes of questions, written as they come, so that a killed evaluation goes on."""
+"""Outcomes of questions, written as they arrive, so that a killed evaluation can continue."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ no_frames             no frame lies in a clip
 bad_times             a clip, or the expected interval, does not exist
 no_answer_format      neither choices nor an interval are given
 answer_is_no_choice   the expected answer is not among the choices
-failed                see `detail`; asked again by the next run
+failed                see `detail`; tried again by the next run
 """
 
 SCORED: tuple[Status, ...] = ("ok", "unparsable")
@@ -102,7 +102,7 @@ class OutcomeLog:
         self._log = PartialLog(output, run_hash, OUTCOMES)
 
     def read(self) -> dict[str, Outcome]:
-        """Returns what earlier runs answered, by question hash. Failed questions are left out, to be asked again."""
+        """Returns what earlier runs answered, by question hash. Leaves out failed questions, which are tried again."""
         outcomes = [Outcome(**row) for row in self._log.read()]
         return {outcome.question_hash: outcome for outcome in outcomes if outcome.status != "failed"}
 

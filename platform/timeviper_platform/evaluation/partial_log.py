@@ -1,4 +1,4 @@
-"""Rows of an unfinished evaluation, a file per batch below OUTPUT.partial, so that a killed run goes on."""
+"""Rows of an unfinished evaluation, a file per batch below OUTPUT.partial, so that a killed run can continue."""
 
 from __future__ import annotations
 

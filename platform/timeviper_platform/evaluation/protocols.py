@@ -1,4 +1,4 @@
-"""Frames that a question's model sees."""
+"""Frames that the model sees for a question."""
 
 from __future__ import annotations
 

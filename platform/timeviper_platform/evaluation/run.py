@@ -122,7 +122,7 @@ def read_questions(folder: str, tasks: Sequence[str], max_questions: int | None)
 def run_evaluation(config: EvaluateConfig, answer: AnswerQuestionsOf | None = None) -> dict[str, Any]:
     """Writes and returns the report, using the connected cluster.
 
-    Outcomes are written as they come; after a kill, the same configuration goes on with the questions that are left.
+    Outcomes are written as they arrive; after a kill, the same configuration continues with the remaining questions.
 
     Args:
         answer: default `answer_on_ray`.

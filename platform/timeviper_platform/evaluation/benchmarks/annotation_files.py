@@ -130,7 +130,7 @@ def read_parquet_rows(*uris: str) -> list[Fields]:
 
 
 def read_text_lines(uri: str) -> list[tuple[str, str]]:
-    """Non-blank lines, each after its place."""
+    """Non-blank lines, each after its file and number."""
     try:
         text = storage.read_bytes(uri).decode("utf-8-sig")
     except FileNotFoundError as error:

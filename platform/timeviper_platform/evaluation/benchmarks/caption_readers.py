@@ -37,11 +37,11 @@ VDC_PROMPTS: dict[str, tuple[str, ...]] = {
         "What is happening in the video? Provide a one-sentence summary.",
     ),
 }
-"""Instructions, of which each video gets one by its id. The owners draw from about 20 without a seed."""
+"""Instructions; each video's id chooses one. The owners draw from about 20 without a seed."""
 
 
 def read_vdc(folder: str, *, videos: str = "videos", subtitles: bool = False) -> list[BenchmarkQuestion]:
-    """One question a video and aspect."""
+    """One question per video and aspect."""
     questions = []
     for aspect, prompts in VDC_PROMPTS.items():
         for row in read_json_rows(storage.join_uri(folder, "post_eval", f"{aspect}.jsonl")):

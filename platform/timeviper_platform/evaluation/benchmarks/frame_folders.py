@@ -26,7 +26,7 @@ def write_frames_as_video(folder: str, output: str, *, fps: int = FRAMES_FPS) ->
         the number of frames.
 
     Raises:
-        ValueError: if the first frame is no JPEG, or numbers are missing between the first and the last.
+        ValueError: if the first frame is not a JPEG, or numbers are missing between the first and the last.
     """
     files = _frames_in(folder)
     numbers = [_number(uri) for uri in files]

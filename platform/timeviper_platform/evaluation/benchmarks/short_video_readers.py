@@ -78,7 +78,7 @@ def read_mvbench(folder: str, *, videos: str = "video", subtitles: bool = False)
 
 
 TEMPCOMPASS_TASKS = ("multi-choice", "yes_no", "caption_matching")
-"""`captioning` is scored by a judge alone."""
+"""`captioning` is scored only by a judge."""
 
 
 def read_tempcompass(folder: str, *, videos: str = "videos", subtitles: bool = False) -> list[BenchmarkQuestion]:
@@ -124,7 +124,7 @@ def _tempcompass_options(row: Fields, task: str) -> tuple[str, tuple[str, ...], 
         text, options = split_options(row.text("question"))
         labels = tuple(LETTERS[: len(options)])
         right = answer[:1]
-    else:  # a line each: 'Sentence A: ..', 'Option 1: ..'
+    else:  # one per line: 'Sentence A: ..', 'Option 1: ..'
         text, *lines = row.text("question").splitlines()
         if not all(": " in line for line in lines):
             raise row.error("question", "a text with options 'Sentence A: ..' on lines of their own")

@@ -34,7 +34,7 @@ def subtitle_text(uri: str, times_seconds: Sequence[float], *, start_seconds: fl
     ]
     times = sorted(times_seconds)
     shown = [cue for cue in cues if any(cue.start_seconds <= time < cue.end_seconds for time in times)]
-    return (" " if uri.endswith(".jsonl") else "\n").join(cue.text for cue in shown)  # .jsonl has a word a line
+    return (" " if uri.endswith(".jsonl") else "\n").join(cue.text for cue in shown)  # .jsonl has one word per line
 
 
 def read_subtitles(uri: str, duration_seconds: float) -> list[Cue]:

@@ -34,7 +34,7 @@ def read_synth_choices(folder: str, *, videos: str = "videos", subtitles: bool =
 
 
 def read_synth_words(folder: str, *, videos: str = "videos", subtitles: bool = False) -> list[BenchmarkQuestion]:
-    """The same questions, with options as words: a small model names a picture long before it looks up a letter."""
+    """The same questions, with options as words: a small model learns to name a picture long before a letter."""
     return [replace(question, details={"form": "words"}) for question in read_synth_choices(folder, videos=videos)]
 
 

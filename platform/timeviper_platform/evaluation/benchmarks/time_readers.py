@@ -33,7 +33,7 @@ DENSE_QUESTION = "Describe the events of the video in order, each with its start
 def read_charades_sta(
     folder: str, *, videos: str = "Charades_v1_480", subtitles: bool = False
 ) -> list[BenchmarkQuestion]:
-    """Ends are cut at the video's length, but for the official score."""
+    """Ends are cut at the video's length, except for the official score."""
     lengths = _charades_lengths(storage.join_uri(folder, "Charades_v1_test.csv"))
     questions = []
     for number, (where, line) in enumerate(read_text_lines(storage.join_uri(folder, "charades_sta_test.txt"))):
@@ -94,7 +94,7 @@ def read_activitynet(folder: str, *, videos: str = "videos", subtitles: bool = F
 
 
 def read_activitynet_dense(folder: str, *, videos: str = "videos", subtitles: bool = False) -> list[BenchmarkQuestion]:
-    """One question a video, with the annotations of both annotators that have it."""
+    """One question per video, with the events of each annotator."""
     references: dict[str, list[dict[str, object]]] = {}
     durations = {}
     for name in ("val_1.json", "val_2.json"):

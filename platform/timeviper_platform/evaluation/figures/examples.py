@@ -1,4 +1,4 @@
-"""Generated answers beside the frames of their videos (Figure 7)."""
+"""Generated answers with frames of their videos (Figure 7)."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _answered(answerer: Answerer, task: TaskPrompts, store: FeatureStore, config
 def _frames(
     question: Question, store: FeatureStore, config: AnsweringConfig
 ) -> tuple[list[float], list[np.ndarray], str]:
-    """Times and pixels of frames, and what is wrong without them."""
+    """Times and pixels of frames, and the reason if there are none."""
     media = question["media"] or []
     if not media:
         return [], [], "the question has no video"
@@ -78,6 +78,6 @@ def _frames(
             batch = reader.sample([Fraction(seconds) + _ROUNDING for seconds in times])
         finally:
             reader.close()
-    except (DecodeError, OSError, ValueError, RuntimeError) as error:  # the answer is worth showing without
+    except (DecodeError, OSError, ValueError, RuntimeError) as error:  # the answer is shown without frames
         return [], [], f"no frames of {storage.shown_uri(info.uri)}: {storage.shown_text(str(error))}"
     return [round(float(seconds), 3) for seconds in batch.pts_seconds], list(batch.frames), ""

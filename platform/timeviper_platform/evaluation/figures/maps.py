@@ -25,8 +25,6 @@ KINDS = [kind.name.lower() for kind in TokenKind]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MapsConfig:
-    """Pooled maps of attention and Mamba's hidden attention (Figures 5 and 6)."""
-
     num_questions: int = 8
     """Number of questions to map."""
     num_bins: int = 48

@@ -24,14 +24,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NeedleConfig:
-    """Questions about a few frames between thousands without what they show."""
+    """Questions about a few frames among thousands of others."""
 
     num_frames: tuple[int, ...] = (256, 1024, 4096, 10_000)
     """Lengths, in frames."""
     num_depths: int = 10
-    """Places of the needle, evenly spaced from the beginning to the end."""
+    """Number of positions of the needle, evenly spaced from the beginning to the end."""
     num_questions: int = 16
-    """Questions per cell. Each depth has its own, as far as there are enough; all lengths have the same."""
+    """Questions per cell. Depths have different ones while there are enough; all lengths have the same."""
     task: str = "choice"
     """Questions, with choices, about what an interval shows."""
     intervals: str = "grounding"

@@ -1,4 +1,4 @@
-"""Ways to drop vision tokens beside each other: scores, and prefill time, with equally many tokens at the end."""
+"""Compares ways to drop vision tokens: scores and prefill time, with equally many tokens at the end."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ReductionConfig:
     num_frames: int = 1024
     """Length of the random video whose prefill is timed."""
     repeats: int = 5
-    """Prefills of each plan in turn, after one that is not measured; the median of each turn's ratio counts."""
+    """Timed prefills of each plan, in turn, after an untimed one; the result is the median of the turns' ratios."""
 
     def __post_init__(self) -> None:
         if self.num_frames < 1 or self.repeats < 1 or not 0.0 < (self.keep or 1.0) <= 1.0:

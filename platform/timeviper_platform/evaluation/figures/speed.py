@@ -29,7 +29,7 @@ NUM_SYSTEM, NUM_QUESTION = 8, 24
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpeedConfig:
-    """Batches of prompts about random videos; a time holds the prefill of all prompts and all decode steps."""
+    """Batches of prompts about random videos. Times include the prefill of all prompts and all decode steps."""
 
     num_frames: tuple[int, ...] = (64, 256, 1024)
     """Lengths of videos, in frames."""
@@ -38,7 +38,7 @@ class SpeedConfig:
     num_new_tokens: int = 128
     """Tokens of every answer. The paper's figure has 1,024."""
     repeats: int = 3
-    """Runs of each model in turn, after one that is not measured; the median counts."""
+    """Timed runs of each model, in turn, after an untimed one; the result is their median."""
 
     def __post_init__(self) -> None:
         numbers = (*self.num_frames, *self.batch_sizes, self.num_new_tokens, self.repeats)
@@ -98,7 +98,6 @@ def _models(model: TimeViper, backend: Backend) -> dict[str, TimeViper]:
 
 
 def random_prompt(model: TimeViper, num_frames: int, seed: int) -> PackedBatch:
-    """Random text around a random video."""
     vision = model.config.vision
     second = 0 if vision.second is None else vision.second.num_tokens_per_frame
     num_vision = num_frames * (vision.num_tokens_per_frame + second)

@@ -55,8 +55,6 @@ class DroppingSweep:
 
 
 class TaskPrompts(NamedTuple):
-    """Questions of one task with their prompts."""
-
     task: str
     questions: tuple[Question, ...]
     prompts: tuple[Prompt, ...]
@@ -114,7 +112,7 @@ def score_row(task: TaskPrompts, found: Scores, baseline: Scores) -> dict[str, A
     changes = [own - before for own, before in zip(found.scores, baseline.scores, strict=True)]
     if any(changes):
         change_low, change_high = interval_by_video(mean_of(changes), task.videos)
-    else:  # no question changed: as many as could have changed unseen
+    else:  # none changed: the bootstrap would give no width
         change_high = wilson_interval(0, len(set(task.videos)))[1]
         change_low = -change_high
     return {

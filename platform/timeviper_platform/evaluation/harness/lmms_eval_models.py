@@ -1,6 +1,6 @@
 """TimeViper as a model of lmms-eval 0.7.3: `--model timeviper --model_args weights=...,feature_store=...`.
 
-Imported by lmms-eval alone. Videos are named by path and read from the feature store; nothing is decoded.
+Imported only by lmms-eval. Videos are named by path and read from the feature store; nothing is decoded.
 """
 
 from __future__ import annotations

@@ -48,8 +48,6 @@ class Asked:
 
 
 class _Clip(NamedTuple):
-    """What the model sees of a video."""
-
     media_id: str
     frames: tuple[int, ...]
     seconds: float
@@ -58,10 +56,7 @@ class _Clip(NamedTuple):
 class StoredVideoAnswerer:
     """Finds a path in the feature store by its address in the manifest, else by its path below `media_root`.
 
-    Args:
-        weights: any URI.
-        protocol: paper = the first 256 frames at 1 fps; whole = `config.max_frames` spread over the video.
-        answer_prefix: start of every answer, which the model continues.
+    See `TimeViperSimple` for the arguments.
     """
 
     def __init__(
@@ -107,7 +102,7 @@ class StoredVideoAnswerer:
                 yield index, -answer.option_log_probs[0] / length, answer.text == text
 
     def _groups(self, asked: Sequence[Asked]) -> Iterator[tuple[list[int], list[Prompt]]]:
-        """Yields indices and prompts, a group after the other, so that few features are in memory."""
+        """Yields indices and prompts, one group at a time, so that few features are in memory."""
         order = sorted(range(len(asked)), key=lambda index: str(asked[index].videos))
         for start in range(0, len(order), NUM_TOGETHER):
             members = order[start : start + NUM_TOGETHER]

@@ -1,4 +1,4 @@
-"""Task files of timeviper-synth for lmms-eval, which lie in the benchmark's folder."""
+"""Puts task files for lmms-eval into the folder of timeviper-synth."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Captions to verdicts of a judge, another language model behind an OpenAI-compatible endpoint."""
+"""Captions to verdicts of a judge, a language model at an OpenAI-compatible endpoint."""

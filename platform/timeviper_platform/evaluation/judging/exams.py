@@ -1,4 +1,4 @@
-"""What a judge is asked about a caption, and how its replies are read.
+"""Builds a judge's prompts about a caption, and reads its replies.
 
 VDC           two calls per question-answer pair: an answer from the caption alone, then whether it is right
 MLVU          two marks from 1 to 5: of a scene's points, or of a summary

@@ -19,11 +19,11 @@ class JudgeConfig:
     max_tokens: int = 256
     """Maximum tokens per reply."""
     num_concurrent: int = 16
-    """Calls at a time."""
+    """Maximum concurrent calls."""
     timeout_s: float = 120.0
     """Seconds per call."""
     max_retries: int = 2
-    """Further tries of a call that fails."""
+    """Maximum retries of a failed call."""
 
     def __post_init__(self) -> None:
         if min(self.max_tokens, self.num_concurrent) < 1 or self.timeout_s <= 0 or self.max_retries < 0:
@@ -34,7 +34,7 @@ class JudgeConfig:
 
 
 class Judge:
-    """Asks without sampling, with one seed. Safe for several threads."""
+    """Asks without sampling, with a fixed seed. Thread-safe."""
 
     def __init__(self, config: JudgeConfig) -> None:
         import openai

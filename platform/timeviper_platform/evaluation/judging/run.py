@@ -1,4 +1,4 @@
-"""Asks a judge about stored captions. Replies are written as they come, so that no call is made twice."""
+"""Asks a judge about stored captions. Replies are written as they arrive, so that no call is made twice."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ REPLIES = pa.schema(
 WRITE_SECONDS = 2.0
 """Seconds of replies that a kill may lose."""
 MAX_FAILURES_IN_A_ROW = 50
-"""Failed calls in a row after which the judge counts as gone."""
+"""Consecutive failed calls after which the judge counts as unavailable."""
 
 Ask = Callable[[Call], str]
 
@@ -75,7 +75,7 @@ def _log(output: str) -> PartialLog:
 def ask_judge(
     config: JudgeConfig, output: str, answers: Sequence[BenchmarkAnswer], *, ask: Ask | None = None
 ) -> JudgeOutcome:
-    """Asks about every caption what the judge has not answered yet; replies go to `replies_uri(output)`.
+    """Makes the calls about every caption that have no reply yet; writes replies to `replies_uri(output)`.
 
     A failed call leaves its caption unjudged until the next run.
 
@@ -86,7 +86,7 @@ def ask_judge(
     rows = {(row["judge"], row["call_hash"]): row for row in _stored_rows(output)}
     known = {call_hash: row["reply"] for (judge, call_hash), row in rows.items() if judge == config.model}
     log = _log(output)
-    log.read()  # goes on after the files of an earlier run
+    log.read()  # continues after the files of an earlier run
     waiting: list[dict[str, Any]] = []
     num_asked = num_failed = in_a_row = 0
     first_failure, written_at = "", time.monotonic()
@@ -118,7 +118,7 @@ def ask_judge(
 def _replies(
     config: JudgeConfig, answers: Sequence[BenchmarkAnswer], known: Mapping[str, str], ask: Ask
 ) -> Iterator[tuple[str, Call, str, str]]:
-    """Yields (question id, call, reply, failure) of calls that are not known, exams at once but steps in order."""
+    """Yields (question id, call, reply, failure) of new calls; runs exams concurrently, steps in order."""
     found = dict(known)
     exams = (
         (answer.asked().question_id, exam)
@@ -132,7 +132,7 @@ def _replies(
     pool = ThreadPoolExecutor(config.num_concurrent, thread_name_prefix="judge")
 
     def start(question_id: str, exam: Exam) -> None:
-        """Asks the first step that is not known, once for all exams that have it."""
+        """Makes the first call without a reply, once for all exams that share it."""
         call = exam.next_call(found)
         if call is None or call.call_hash in failed:
             return

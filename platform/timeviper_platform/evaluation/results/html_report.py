@@ -65,7 +65,7 @@ def html_report(
     num_examples: int,
     replies: Replies | None = None,
 ) -> str:
-    """Returns the page: scores beside published ones, breakdowns, and examples with frames of their videos.
+    """Returns the page: scores, published ones for comparison, breakdowns, and examples with frames of their videos.
 
     Args:
         report: of `score_answers`.

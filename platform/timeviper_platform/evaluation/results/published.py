@@ -1,4 +1,4 @@
-"""Published scores to stand beside ours, in percent: the paper's (arXiv 2511.16595, Tables 1 and 2), and its peers'."""
+"""Published scores for comparison, in percent: the paper's (arXiv 2511.16595, Tables 1 and 2), and its peers'."""
 
 from __future__ import annotations
 
@@ -60,6 +60,6 @@ OTHERS: dict[BenchmarkName, dict[str, float]] = {
 
 
 def published_scores(benchmark: BenchmarkName) -> dict[str, float]:
-    """Returns scores by model: the paper's, its peers', then its ablation's. None if nobody's is known here."""
+    """Returns scores by model: the paper's, its peers', then its ablation's; {} if none is known."""
     table_2 = {f"Table 2: {row}": scores[benchmark] for row, scores in TABLE_2.items() if benchmark in scores}
     return TABLE_1.get(benchmark, {}) | PEERS.get(benchmark, {}) | OTHERS.get(benchmark, {}) | table_2

@@ -32,7 +32,7 @@ JUDGE = "judge"
 RECALL_THRESHOLDS = (0.3, 0.5, 0.7)
 
 OTHER_RULES: tuple[LetterRule, ...] = ("lmms_eval", "vlmevalkit")
-"""Public rules for letters whose scores stand beside the official one of each benchmark."""
+"""Public rules for letters whose scores are given in addition to each benchmark's official one."""
 
 
 @dataclass(frozen=True, slots=True)

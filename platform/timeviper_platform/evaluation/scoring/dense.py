@@ -1,4 +1,4 @@
-"""Events of dense captions: their places in time, without a comparison of their words."""
+"""Scores dense captions by the times of their events, not by their words."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ THRESHOLDS = (0.3, 0.5, 0.7, 0.9)
 
 
 def event_spans(text: str, duration_seconds: float | None = None) -> list[Span]:
-    """Reads 'at 3 - 8 seconds, a man runs.' and 'From 3 to 8 seconds: ..', one event a line or sentence."""
+    """Reads 'at 3 - 8 seconds, a man runs.' and 'From 3 to 8 seconds: ..', one event per line or sentence."""
     lines = re.split(r"\n|(?<=[.!?])\s+(?=(?:at|from|between)\b)", text, flags=re.IGNORECASE)
     return [spans[0] for line in lines if (spans := parse_spans(line, duration_seconds))]
 
 
 def precision_recall(predicted: Sequence[Span], references: Sequence[Sequence[Span]]) -> tuple[float, float]:
-    """Mean over thresholds and reference sets of the shares of predicted and of true events that the other covers."""
+    """Shares of predicted events that match a true one, and of true events that match a predicted one.
+    Means over thresholds and reference sets.
+    """
     precisions, recalls = [], []
     for true in references:
         for threshold in THRESHOLDS:

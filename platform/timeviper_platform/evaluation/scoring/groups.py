@@ -11,7 +11,9 @@ _LOGIC: dict[str, tuple[tuple[float, ...], int]] = {
     "[1, [2, 3], 4]": ((0.0, 1 / 12, 4 / 12, 7 / 12, 1.0), 1),
     "[[1, 2], 3, 4]": ((0.0, 1 / 10, 2 / 10, 5 / 10, 1.0), 0),
 }
-"""Score by length of the right chain, and the length that the question after the first wrong one may extend."""
+"""Score by the number of right answers before the first wrong one, and the number at which the question after the wrong
+one may replace it.
+"""
 
 
 def relevance_score(right: Sequence[bool]) -> float:

@@ -35,8 +35,8 @@ def parse_span(text: str, duration_seconds: float | None = None) -> Span | None:
     """Returns the last span after the word 'answer', else the last one; cut at the duration.
 
     Reads 'from 3 to 5 seconds', '3 - 5', '00:03 to 1:02:05', 'between 3s and 5s', 'starts at 3 and ends at 5',
-    {"start": 3, "end": 5} and {"start_seconds": 3, "end_seconds": 5}. A reversed span stays reversed,
-    a negative time is no span.
+    {"start": 3, "end": 5} and {"start_seconds": 3, "end_seconds": 5}. A reversed span stays reversed; one with a
+    negative time is None.
     """
     spans = parse_spans(text, duration_seconds)
     if (answer := text.lower().rfind("answer")) >= 0 and (stated := parse_spans(text[answer:], duration_seconds)):

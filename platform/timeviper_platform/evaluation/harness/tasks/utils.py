@@ -1,4 +1,4 @@
-"""Functions of the task files beside this one, for lmms-eval 0.7.3. Imports nothing of this project.
+"""Functions of the task files in this folder, for lmms-eval 0.7.3. Imports nothing of this project.
 
 This folder lies in a benchmark's: `..` has test.parquet and videos/.
 """
