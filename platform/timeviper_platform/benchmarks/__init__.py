@@ -1,1 +1,1 @@
-"""Every measured number, by the part it measures. Imported by jobs alone."""
+"""Every measured number, by the part it measures. Imported only by jobs."""

@@ -143,7 +143,6 @@ def _status_bytes(name: str) -> int:
 
 
 def format_rows(rows: Sequence[Row]) -> str:
-    """A Markdown table."""
     lines = ["| figure | value | bar | holds | command |", "| --- | --- | --- | --- | --- |"]
     for row in rows:
         verdict = {None: "", True: "yes", False: "NO"}[row.holds]

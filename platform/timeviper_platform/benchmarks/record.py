@@ -1,4 +1,4 @@
-"""Measured rows kept as JSON beside a document, and shown there in tables between markers."""
+"""Keeps measured rows as JSON next to a document, and shows them there in tables between markers."""
 
 from __future__ import annotations
 

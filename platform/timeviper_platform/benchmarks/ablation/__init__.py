@@ -1,1 +1,1 @@
-"""What TransV is worth on synthetic corpora."""
+"""Measures the effect of TransV on synthetic corpora."""

@@ -1,7 +1,7 @@
 """TransV at one site where transfer is needed: the paper's Table 2, rows 2 and 3, with a control, over several seeds.
 
-A base without a site is trained on short clips. Each row trains on from its weights with one site, a low rate for the
-model and a high one for the transfer. Finished rows are kept, interrupted ones go on. Does not start Ray.
+A base without a site is trained on short clips. Each row continues from its weights with one site, a low rate for the
+model and a high one for the transfer. Finished rows are kept, interrupted ones continue. Does not start Ray.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ BASE_TOKENS, ROW_TOKENS = 1200, 600
 """Per step: 11 and 5 conversations."""
 BASE_LR = 1e-3
 ROW_LR, TRANSV_LR, GATE_LR = 1e-4, 3e-3, 3e-2
-"""The model barely moves, so that its site makes the difference."""
+"""The model barely changes, so that differences come from its site."""
 BASE_SEED = 0
-"""Seeds are of the rows' data order."""
+"""Seed of the base; `--seeds` set the rows' data order."""
 MAX_QUESTIONS = 64
 """Per task."""
 BATCH_QUESTIONS = 40
@@ -71,8 +71,6 @@ TITLES = {"choice": "which", "grounding": "grounding mIoU"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OneSite:
-    """Folders and scale."""
-
     folder: Path
     demo: Path
     site: int = DEFAULT_SITE
@@ -168,7 +166,7 @@ def run_one_site(options: argparse.Namespace) -> JobResult:
             if read_row(study, row, seed) is None:
                 do_row(study, row, seed)
     except StoppedError as error:
-        raise JobError(f"{error}; run the same command to go on", exit_code=128 + signal.SIGTERM) from error
+        raise JobError(f"{error}; run the same command to continue", exit_code=128 + signal.SIGTERM) from error
     table = format_table(study, rows, seeds)
     (study.folder / f"site-{study.site}.md").write_text(table + "\n", encoding="utf-8")
     return JobResult([table])
@@ -182,7 +180,7 @@ def _plan(options: argparse.Namespace) -> tuple[OneSite, list[str], list[int]]:
     try:
         seeds = [int(seed) for seed in options.seeds.split(",")]
     except ValueError as error:
-        message = f"--seeds {options.seeds} must be whole numbers with commas between them"
+        message = f"--seeds {options.seeds} must be comma-separated whole numbers"
         raise JobError(message, exit_code=USAGE_EXIT_CODE) from error
     num_blocks = TINY.text.num_hidden_layers
     if not 0 <= options.site < num_blocks:
@@ -194,7 +192,7 @@ def _plan(options: argparse.Namespace) -> tuple[OneSite, list[str], list[int]]:
 
 
 def do_row(study: OneSite, row: str, seed: int) -> None:
-    """Trains and evaluates a row, after what it needs, and writes its outcome."""
+    """Trains and evaluates a row and whatever it starts from, and writes its outcome."""
     logger.info("=== seed %d, row %s: %s", seed, row, ROWS[row])
     prepare(study)
     recipe = study.recipe(row, seed)
@@ -213,7 +211,7 @@ def do_row(study: OneSite, row: str, seed: int) -> None:
 
 
 def prepare(study: OneSite) -> None:
-    """Generates the corpus and the base's start: the demo's weights for one token a frame, without sites."""
+    """Generates the corpus and the base's start: the demo's weights for one token per frame, without sites."""
     make_short_clips(study.folder / "corpus", study.demo, study.clips)
     start, trained = study.folder / "start", study.demo / "runs" / "tiny" / "weights" / "instruct"
     if start.is_dir():
@@ -238,7 +236,6 @@ def _train(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def gate_values(model: TimeViper) -> list[float]:
-    """tanh(alpha) of each site."""
     return [round(math.tanh(value.item()), 4) for name, value in model.named_parameters() if name.endswith(".alpha")]
 
 

@@ -1,4 +1,4 @@
-"""TransV plans on the demo's corpus: one model a row, trained and evaluated alike, as one table.
+"""TransV plans on the demo's corpus: one model per row, trained and evaluated alike, as one table.
 
 All rows share the corpus, features and the phases `language` and `align`. Each row trains the demo's `instruct` phase
 with its own TransV sites and answers every held-out question. Finished rows are kept: an interrupted run continues.
@@ -36,7 +36,7 @@ DEMO_FOLDER = "outputs/demo"
 NUM_LOGICAL_CPUS = 4
 SHARED_RUN = "ablation-shared"
 STEPS = {"language": 400, "align": 100, "instruct": 600}
-"""Enough that rows differ by their sites and not by how far they came."""
+"""Enough that rows differ by their sites, not by unfinished training."""
 QUICK_STEPS = {"language": 20, "align": 10, "instruct": 30}
 CORPUS = ("fps=4",)
 """Differences from the demo's corpus."""
@@ -83,8 +83,6 @@ def sites_of(row: str, plan: str) -> tuple[TransVSite, ...]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ablation:
-    """Folder and scale of an ablation."""
-
     folder: Path
     quick: bool = False
     plan: str = DEMO_PLAN

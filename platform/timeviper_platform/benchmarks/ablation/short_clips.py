@@ -1,7 +1,7 @@
 """Videos with one appearance of 1 or 2 s, from the frames of a finished demo in a new order.
 
-Nothing is drawn or decoded. A frame's token is the mean of the demo's. A video takes its background from one of the
-demo's and its picture from any; training and held-out frames stay apart.
+Nothing is drawn or decoded. A frame's token is the mean of its tokens in the demo. A video takes its background from
+one video of the demo and its picture from any; training and held-out frames stay separate.
 """
 
 from __future__ import annotations
@@ -48,8 +48,6 @@ class ShortClipsConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShortClips:
-    """Paths of a finished corpus."""
-
     folder: Path
 
     @property
@@ -109,8 +107,6 @@ def _scenes(config: ShortClipsConfig, split: Split, count: int) -> Iterator[Scen
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Frames:
-    """Frames of one split."""
-
     backgrounds: list[Tensor]
     """(F, D) per video."""
     pictures: Mapping[str, Tensor]
@@ -135,7 +131,7 @@ def _read_frames(store: FeatureStore, videos: list[dict[str, Any]]) -> _Frames:
 
 
 def _features(scene: Scene, frames: _Frames, seed: int) -> Tensor:
-    """(F, 1, D), one frame a second."""
+    """(F, 1, D), one frame per second."""
     rng = np.random.default_rng([seed, FRAME_SEED, *scene.media_id.encode()])
     background = frames.backgrounds[int(rng.integers(len(frames.backgrounds)))]
     tokens_FD = background[np.sort(rng.integers(len(background), size=scene.duration_seconds))]
@@ -149,7 +145,7 @@ def _features(scene: Scene, frames: _Frames, seed: int) -> Tensor:
 
 
 def _recipe(store: FeatureStore) -> dict[str, Any]:
-    """The demo's towers, but one token a frame and frames in a new order."""
+    """The demo's towers, but one token per frame and frames in a new order."""
     merge = {**store.recipe["merge"], "num_tokens_per_frame": 1, "then": "mean of a frame's tokens"}
     return {**store.recipe, "merge": merge, "frames": "in a new order"}
 

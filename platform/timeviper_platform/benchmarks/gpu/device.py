@@ -44,8 +44,6 @@ def measure(
     """Times `run`, including the work it queues on the device.
 
     Args:
-        run: function to measure.
-        device: device it uses.
         repeats: maximum number of passes.
         budget_seconds: no further pass starts after this total.
         warm_up: run one unmeasured pass first.
@@ -98,7 +96,6 @@ def make_model(config: TimeViperConfig, device: torch.device, *, dtype: torch.dt
 
 
 def iter_features(config: TimeViperConfig, num_frames: int, device: torch.device) -> Iterator[Tensor]:
-    """Random features in blocks of frames."""
     generator = torch.Generator(device=device).manual_seed(1)
     per_frame = config.vision.num_tokens_per_frame
     for start in range(0, num_frames, FRAMES_PER_BLOCK):

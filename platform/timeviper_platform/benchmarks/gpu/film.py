@@ -73,16 +73,10 @@ def film_rows(
     """Rows of each backend; an unusable backend is logged instead.
 
     Args:
-        device: CUDA, or a CPU at toy sizes.
-        film: file to read; None = `clip` repeated `repetitions` times.
-        size: size of the vision tower.
-        backends: decoders to compare.
+        film: None = `clip` repeated `repetitions` times.
         num_decoders: threads; None = one per CPU.
         batch_frames: frames sampled and encoded together.
-        clip: synthetic clip.
-        repetitions: repetitions of the clip.
         peak: peak FLOP/s; None = that of the device. An unknown device has no MFU row.
-        repeats: measured passes.
     """
     size = size or TowerSize()
     encode = _encoder(size, device, batch_frames)

@@ -37,7 +37,6 @@ class Pair(NamedTuple):
 def kernel_rows(
     device: torch.device, *, text: HybridConfig = NEMOTRON_NANO_9B_V2, num_tokens: int = 8192, repeats: int = 20
 ) -> list[Row]:
-    """Error and speed of each available kernel."""
     rows: list[Row] = []
     for pair in pairs(text, num_tokens, device):
         name = f"{pair.name}, {num_tokens} tokens of the 9B's sizes"

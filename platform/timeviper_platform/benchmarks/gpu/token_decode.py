@@ -59,14 +59,9 @@ def decode_rows(
     """Rows of three models, and ratios of the first two to the third.
 
     Args:
-        device: CUDA, or a CPU at toy sizes.
         ours: hybrid with its TransV plan; also measured without.
-        transformer: language model of the other side.
         num_frames: frames per prompt, 16 tokens each.
-        num_new: tokens per answer.
-        batch: sequences decoded together.
         num_steps: steps per measured pass.
-        repeats: measured passes.
     """
     plain = TimeViperConfig(text=ours.text, vision=ours.vision)
     configs = {
@@ -92,7 +87,6 @@ def decode_rows(
 
 
 def fitting_batch(config: TimeViperConfig, num_vision: int, num_text: int, free_bytes: float) -> int:
-    """Number of sequences whose cache fits into `free_bytes`."""
     return int(free_bytes // slot_bytes(config, num_vision, num_text))
 
 

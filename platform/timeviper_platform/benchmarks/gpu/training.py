@@ -53,10 +53,8 @@ def training_rows(
     """Errors of packing, then seconds, MFU and memory by tokens per pack.
 
     Args:
-        device: device to measure.
         config: model, trained completely with activation checkpointing.
         num_tokens: tokens per pack.
-        repeats: passes per row.
         peak: peak FLOP/s; None = that of the device. An unknown device has no MFU.
     """
     model, words = make_model(config, device)
@@ -75,7 +73,6 @@ def synthetic_samples(num_tokens: int) -> list[Sample]:
 
 
 def padded(samples: Sequence[Sample]) -> list[Sample]:
-    """Pads to the longest sample."""
     longest = max(map(len, samples))
     return [_padded(sample, longest - len(sample)) for sample in samples]
 

@@ -51,12 +51,8 @@ def vision_rows(
     """Frames per second and MFU.
 
     Args:
-        device: CUDA, or a CPU at toy sizes.
-        size: size of the tower.
-        batch_frames: frames per batch.
         num_batches: batches per measured pass.
         peak: peak FLOP/s; None = that of the device. An unknown device has no MFU row.
-        repeats: measured passes.
     """
     size = size or TowerSize()
     encoder = make_tower(size, device)
@@ -94,7 +90,6 @@ def vision_rows(
 
 
 def make_tower(size: TowerSize, device: torch.device) -> VisionTransformer:
-    """An encoder with random bf16 weights."""
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
     config: Any = SiglipVisionConfig(

@@ -41,13 +41,9 @@ def vllm_rows(
     """Tokens per second including prefill, ours over vLLM's; no rows if vLLM is not installed.
 
     Args:
-        device: CUDA, or a CPU at toy sizes.
-        ours: model; its TransV plan is ignored.
+        ours: its TransV plan is ignored.
         num_frames: frames of our prompt; vLLM reads equally many text tokens.
-        num_new: tokens per answer.
-        batch: sequences decoded together.
         num_steps: our steps per measured pass.
-        repeats: our passes.
         other: tokens per second of vLLM for a config.json, prompt length, batch and new tokens.
     """
     if other is None:
@@ -84,7 +80,6 @@ def huggingface_config(config: TimeViperConfig) -> dict[str, Any]:
 
 
 def run_vllm_apart(values: dict[str, Any], num_prompt: int, batch: int, num_new: int) -> float:
-    """`run_vllm` in its own process."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(run_vllm, values, num_prompt, batch, num_new).result()

@@ -75,14 +75,12 @@ def video_question(num_frames: int, *, seed: int = 0) -> Sample:
 
 
 def text_prompt(num_tokens: int, *, seed: int = 0) -> Sample:
-    """Random ids without a video."""
     ids = torch.randint(VOCAB_SIZE, (num_tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
     kinds = [int(TokenKind.SYSTEM)] * num_tokens
     return Sample(input_ids=ids, vision_index=[-1] * num_tokens, token_kind=kinds, labels=[IGNORE_INDEX] * num_tokens)
 
 
 def iter_features(num_frames: int) -> Iterator[Tensor]:
-    """Random features in blocks of frames."""
     generator = torch.Generator().manual_seed(1)
     for start in range(0, num_frames, FRAMES_PER_BLOCK):
         rows = min(FRAMES_PER_BLOCK, num_frames - start) * TOKENS_PER_FRAME

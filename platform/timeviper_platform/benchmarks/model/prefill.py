@@ -48,7 +48,6 @@ class PrefillRun(NamedTuple):
 
     @property
     def linear_seconds(self) -> float:
-        """Seconds of Mamba and MLP blocks."""
         return self.block_seconds["mamba"] + self.block_seconds["mlp"]
 
 
@@ -105,7 +104,6 @@ def run_apart(config: TimeViperConfig, num_frames: int) -> PrefillRun:
 
 
 def run_prefill(model: TimeViper, num_frames: int) -> PrefillRun:
-    """One prefill in this process."""
     prompt = video_question(num_frames)
     ids, kinds = torch.tensor(prompt.input_ids), torch.tensor(prompt.token_kind)
     with torch.inference_mode(), timed_blocks(model) as block_seconds:

@@ -1,6 +1,6 @@
 """Row group `decode`: tokens per second with a long context against a short one, and many sequences against one.
 
-Slots hold random keys and values, as many as prefill would leave: the time of a step depends on their number alone.
+Slots hold random keys and values, as many as prefill would leave: a step's time depends only on their number.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def backpressure_rows(
     repeats: int = 5,
     run: Runner = run_on_ray,
 ) -> list[Row]:
-    """Frames a second of split mode with each of RATIOS, in turn, after a run that is not measured."""
+    """Frames per second of split mode with each of RATIOS, in turn, after an unmeasured run."""
     import ray
 
     rates: dict[float, list[float]] = {ratio: [] for ratio in RATIOS}

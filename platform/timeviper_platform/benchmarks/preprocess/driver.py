@@ -1,4 +1,4 @@
-"""Row group `driver`: what a unit of work costs the driver, with workers that only sleep."""
+"""Row group `driver`: the driver's cost of a unit of work, with workers that only sleep."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class DriverSizes:
     segments_per_unit: int = 8
     """512 frames, as in ray_configs/preprocess.yaml."""
     num_processes: int = 4
-    """Hold the calls of 64 GPUs together."""
+    """Worker processes that hold the calls of all 64 GPUs."""
     sleep_seconds: float = 0.05
 
 

@@ -1,7 +1,6 @@
 """Compares fused preprocessing with a plain Ray Data pipeline and with Daft.
 
-All sample the same shuffled clips at 1 fps through the same encoder and write Parquet, as their documentation
-recommends:
+All sample the same shuffled clips at 1 fps with the same encoder and write Parquet, as their documentation recommends:
 
     plain   ray.data.read_videos(fps=1, resize=...) -> map_batches(EncodeFrames) -> write_parquet. decord decodes every
             frame; fractional CPUs let it read one file per core.
@@ -226,7 +225,7 @@ def has_daft() -> bool:
     """Whether Daft is installed; logs how to install it otherwise."""
     os.environ.setdefault("DO_NOT_TRACK", "true")  # disables telemetry, which starts at import
     os.environ.setdefault("DAFT_PROGRESS_BAR", "0")
-    logging.getLogger("tracing").setLevel(logging.WARNING)  # one line per file read otherwise
+    logging.getLogger("tracing").setLevel(logging.WARNING)  # otherwise one line per file
     try:
         import daft  # noqa: F401
     except ImportError:

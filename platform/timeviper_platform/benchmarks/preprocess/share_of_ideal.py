@@ -1,8 +1,8 @@
 """Compares the rate of preprocessing, fused and split, with the ideal rate of its costs.
 
-The CPU cost of a frame is calibrated between runs, without Ray, on all cores, because the speed of a shared machine
-changes by a tenth within minutes. A run's ideal is the mean of its two neighbouring calibrations, without stolen time.
-The run's own share uses the costs of its frames instead: independent of other runs, but blind to overheads per frame.
+The CPU cost of a frame is calibrated between runs, without Ray, on all cores, because a shared machine's speed changes
+by a tenth within minutes. A run's ideal is the mean of the calibrations before and after it, without stolen time. Its
+own share uses the costs of its own frames instead, and so does not show overheads per frame.
 """
 
 from __future__ import annotations
@@ -150,11 +150,9 @@ def speed_rows(
     """Shares of the ideal, rates and the share of decoding; medians over runs.
 
     Args:
-        media: description of the input.
         rates: runs by mode.
         costs: calibrations before the first run and after each.
         num_cores: decoders or fused workers; the split encoder is one more process.
-        command: command of the rows.
     """
     rows = []
     for index, (mode, runs) in enumerate(rates.items()):

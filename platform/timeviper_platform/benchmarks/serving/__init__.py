@@ -1,1 +1,1 @@
-"""Measurements of the HTTP endpoint, with random weights and a Ray of its own."""
+"""Measurements of the HTTP endpoint, with random weights and a private Ray."""

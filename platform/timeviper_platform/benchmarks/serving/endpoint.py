@@ -1,4 +1,4 @@
-"""Random weights, a feature store and an encoder, and the serve job on a Ray of its own."""
+"""Random weights, a feature store and an encoder, and the serve job on a private Ray."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def make_folders(
     encoder_layers: int = 3,
     image_size: int = 64,
 ) -> ServingFolders:
-    """Writes random weights, a random encoder, and a store of media with so many random frames."""
+    """Writes random weights, a random encoder, and a store; `media` gives the random frames of each id."""
     tower = SiglipVisionConfig(
         hidden_size=config.vision.hidden_size,
         intermediate_size=4 * config.vision.hidden_size,

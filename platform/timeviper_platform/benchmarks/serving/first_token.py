@@ -1,7 +1,7 @@
 """Row groups `first` and `second`: time to first token of the first question about an upload, and of the second.
 
-`first` compares with the parts alone, which share this machine's cores: their CPU time over its cores is what the time
-cannot go below.
+`first` compares with the parts alone, which share this machine's cores: their CPU time divided by the cores is a lower
+bound.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from timeviper_platform.data.video.reader import read_frames
 NUM_TOKENS = 8
 STORED = "film"
 WARM = "warm"
-"""Asked about before anything is measured, so that no other medium is in the cache."""
+"""Medium of the warm-up, so that no measured one is in the cache."""
 TEXTS = "What happens?", "When does it rain?"
 
 
@@ -163,7 +163,7 @@ _files: dict[tuple[str, Path | str], str] = {}
 
 
 def _asked(endpoint: Endpoint, medium: Path | str, *, text: str, system: str | None = None) -> HttpAnswer:
-    """Uploads a path once, and asks about it."""
+    """Uploads a path once, and sends a question about it."""
 
     async def run(session: aiohttp.ClientSession) -> HttpAnswer:
         url = medium if isinstance(medium, str) else _files.get((endpoint.url, medium))

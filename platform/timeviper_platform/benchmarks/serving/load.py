@@ -67,7 +67,7 @@ async def ask(
     *,
     on_tokens: Callable[[HttpAnswer], None] | None = None,
 ) -> HttpAnswer:
-    """Streams an answer. `on_tokens` is called with what is there after each event."""
+    """Streams an answer. `on_tokens` is called after each event with the answer so far."""
     answer, start = HttpAnswer(), time.perf_counter()
     try:
         async with session.post(f"{endpoint.url}/v1/chat/completions", json=body) as response:
@@ -101,7 +101,6 @@ def _add(answer: HttpAnswer, event: dict[str, Any], seconds: float) -> None:
 
 
 async def upload(session: aiohttp.ClientSession, endpoint: Endpoint, path: Path) -> str:
-    """Returns the id of the file."""
     with path.open("rb") as file:
         form = aiohttp.FormData({"purpose": "vision"})
         form.add_field("file", file, filename=path.name, content_type="video/mp4")

@@ -25,7 +25,7 @@ from timeviper_platform.benchmarks.serving.load import HttpAnswer, ask, question
 
 COMMAND = "python jobs/benchmark.py serving --only overload"
 NUM_SLOTS, NUM_QUEUED, NUM_WAITING = 8, 32, 256
-"""Slots, queue and requests that wait for a replica, as shipped."""
+"""Default slots, queue, and requests waiting for a replica."""
 FACTOR = 5.0
 MEMORY_AT = 1 / 3
 """Share of the load after which memory is compared with that at its end."""
@@ -83,7 +83,7 @@ def overload_rows(*, seconds: float = 60.0, num_tokens: int = 64) -> list[Row]:
 
 
 async def _capacity(session: aiohttp.ClientSession, endpoint: Endpoint, num_tokens: int) -> float:
-    """Answers a second with every slot taken, of three rounds."""
+    """Answers per second with every slot taken, over three rounds."""
     rates = []
     for number in range(3):
         start = time.perf_counter()
@@ -117,7 +117,7 @@ async def _overload(
 
 
 async def _watch(endpoint: Endpoint, count: int, timeout_s: float = 180.0) -> float:
-    """Returns when there are so many engine replicas; infinity if never."""
+    """Returns when there are `count` engine replicas; infinity if never."""
     deadline = time.perf_counter() + timeout_s
     while time.perf_counter() < deadline:
         if len(await asyncio.to_thread(endpoint.replicas, ENGINE)) == count:

@@ -1,6 +1,6 @@
 """Row groups about HTTP itself.
 
-throughput   tokens a second over those of the engine in process, and what HTTP adds to a request
+throughput   tokens per second over those of the engine in process, and the time that HTTP adds to a request
 haproxy      the same behind HAProxy with Ray Serve's throughput mode
 """
 

@@ -148,7 +148,7 @@ def _plan_tables(store: str) -> Iterator[pa.Table]:
 
 
 def write_small_store(store: str, num_segments: int) -> None:
-    """Writes full segments with one feature value per frame, eight segments a file."""
+    """Writes full segments with one feature value per frame, eight segments per file."""
     writer = StoreWriter.create(store, {"synthetic": True})
     for table in synthetic_index_tables(num_segments):
         for start in range(0, len(table), SEGMENTS_PER_SMALL_FILE):
@@ -200,7 +200,6 @@ def dry_run(folder: str, num_media: int) -> None:
 
 
 def write_small_encoder(folder: Path) -> None:
-    """Saves an encoder for the recipe."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     save_encoder(SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=64, patch_size=16)), folder)

@@ -23,7 +23,6 @@ MEGABATCH = 50
 
 
 def packing_rows(config: CorpusConfig = DEMO, packing: PackingConfig | None = None) -> list[Row]:
-    """Fill of one epoch of the mixture."""
     packing = packing or PackingConfig(max_tokens=2400, max_frames=480)
     table = measure_mixture(config, packing)
     packs = PackPlan(table, packing, seed=0).epoch(0)

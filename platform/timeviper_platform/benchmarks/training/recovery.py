@@ -1,7 +1,6 @@
 """Row group `recovery`: from the SIGKILL of a training job to its next finished step, and to its next new step.
 
-Starts training without Ray, kills it, and starts the same command again. The time includes the start of Python,
-imports, the plan, the newest checkpoint and a step.
+Trains without Ray. The time includes the start of Python, imports, the plan, the newest checkpoint and a step.
 """
 
 from __future__ import annotations
@@ -53,8 +52,6 @@ def recovery_rows(config: CorpusConfig = DEMO, steps_before_kill: Sequence[int] 
 
 
 class Recovery(NamedTuple):
-    """Seconds after a kill."""
-
     finished_s: float
     """Until the first row of the next attempt."""
     new_s: float
@@ -63,11 +60,6 @@ class Recovery(NamedTuple):
 
 def kill_and_measure(command: Sequence[str], run_uri: str, steps_before_kill: Sequence[int]) -> list[Recovery]:
     """Kills and restarts a run that resumes from its newest checkpoint.
-
-    Args:
-        command: starts the run.
-        run_uri: folder of the run.
-        steps_before_kill: steps finished before each kill.
 
     Raises:
         RuntimeError: if the run ends or makes no progress.

@@ -1,7 +1,6 @@
 """Row groups `checkpoint` and `data`: share of a run spent waiting for checkpoints and for features.
 
-Runs train without Ray in their own process and report through their metrics. Features come from local disk, and from
-an S3 server on loopback.
+Runs train without Ray in their own process. Features come from local disk, and from an S3 server on loopback.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Row group `step`: the platform's training steps against a bare loop on the same packs, in turn, in several processes.
 
 The bare loop holds its packs in memory: forward, backward, clipping and torch's AdamW. The platform adds reading,
-packing, DeepSpeed, agreement between ranks and metrics. Memory layout shifts the ratio of a process by several percent,
-hence the median over processes.
+packing, DeepSpeed, agreement between ranks and metrics. The row is the median over processes, whose memory layouts
+shift the ratio by several percent.
 """
 
 from __future__ import annotations

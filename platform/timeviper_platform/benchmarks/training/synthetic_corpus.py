@@ -32,8 +32,6 @@ TOY = CorpusConfig(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SyntheticCorpus:
-    """Inputs of a run, in one folder."""
-
     folder: Path
     init: Mapping[str, Any]
     """First weights, as a phase's `init`."""
@@ -68,7 +66,7 @@ def make_mixture(folder: Path, config: CorpusConfig) -> SyntheticCorpus:
 
 
 def make_films(folder: Path, *, num_films: int = 24, num_frames: int = 256, dim: int = 1152) -> SyntheticCorpus:
-    """Films with 16 tokens a frame and 256 frames a sample, 9 MB each, and a tiny model of that width."""
+    """Films with 16 tokens per frame and 256 frames per sample, 9 MB each, and a tiny model of that width."""
     corpus = SyntheticCorpus(folder=folder, init={"weights": str(folder / "weights")})
     vision = replace(TINY.vision, num_tokens_per_frame=16, hidden_size=dim)
     names = [f"film-{number:04d}" for number in range(num_films)]

@@ -1,6 +1,6 @@
 """Strategies to read the frames on screen at given times, each on one thread.
 
-All but decord and keyframes alone give the same bits.
+All except decord and `sample_keyframes` give the same bits.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ Strategy = Callable[[Path, Sequence[Fraction], int], Iterator[np.ndarray]]
 
 
 def sample_ours(path: Path, times: Sequence[Fraction], image_size: int) -> Iterator[np.ndarray]:
-    """The default backend."""
     yield from _sample(open_video(str(path), image_size), times)
 
 
@@ -35,7 +34,7 @@ def sample_keyframes(path: Path, times: Sequence[Fraction], image_size: int) -> 
 
 
 def sample_with_decord(path: Path, times: Sequence[Fraction], image_size: int) -> Iterator[np.ndarray]:
-    """Scales bilinear, as only decord itself can."""
+    """Scales bilinearly, the only way decord can."""
     yield from _sample(open_video(str(path), image_size, backend="decord", resample="bilinear"), times)
 
 

@@ -36,8 +36,6 @@ HOUR = 3600
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeSizes:
-    """Sizes and numbers of passes."""
-
     clip: ClipSpec = field(default_factory=ClipSpec)
     repetitions: int = 10
     """Length of the synthetic video, in clips."""

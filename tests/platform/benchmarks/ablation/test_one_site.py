@@ -167,7 +167,7 @@ def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     arguments = ["--study", "one-site", "--folder", str(tmp_path / "study"), "--demo", str(tmp_path)]
     for more, message in (
         (["--rows", "pdrop"], "there are no rows pdrop at one site; there are none, dropped, td, transv, kept"),
-        (["--seeds", "a"], "--seeds a must be whole numbers with commas between them"),
+        (["--seeds", "a"], "--seeds a must be comma-separated whole numbers"),
         (["--site", "10"], "--site 10 must be one of the 10 blocks, 0 to 9"),
     ):
         assert main([*arguments, *more]) == 2
