@@ -344,7 +344,7 @@ TINY = TimeViperConfig(
         ssm_state_size=32,
         n_groups=2,
         chunk_size=32,
-        # above the 9B's 0.02, too small for the projector to align; below 1 / sqrt(hidden_size), too large for seconds
+        # at the 9B's 0.02 the projector does not align; at 1 / sqrt(hidden_size) the model does not learn seconds
         initializer_range=0.045,
     ),
     vision=VisionConfig(encoder="tiny", num_tokens_per_frame=4, merge_heads=4, hidden_size=64),

@@ -264,7 +264,7 @@ class _Writer:
         )
 
     def _begin(self, response: bool) -> None:
-        """An answer is tokenised apart from its header, which ends the prompt of a generation."""
+        """An answer is tokenised separately from its header, which ends the prompt of a generation."""
         if response != self._is_response:
             self._flush()
             self._is_response = response

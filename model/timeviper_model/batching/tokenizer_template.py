@@ -8,7 +8,7 @@ from typing import Any
 from timeviper_model.batching.prompt import SPECIAL_TOKEN, TEMPLATES, ChatTemplate
 
 DIRECTIVES = ("/no_think", "/think")
-"""Words of a user that Nemotron's template takes as commands."""
+"""Words of a user that Nemotron's template reads as commands."""
 
 SYSTEM, FIRST, ANSWER, SECOND = "SYSTEMTEXT", "FIRSTTEXT", "ANSWERTEXT", "SECONDTEXT"
 

@@ -1,4 +1,4 @@
-"""One request within the engine: its place, its progress and its answer so far."""
+"""One request within the engine: its slot, its progress and its answer so far."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class ActiveRequest:
         )
 
     def accept(self, token: SampledToken, end_token_ids: Collection[int]) -> list[Event]:
-        """Adds a token to the answer. Returns its event, and Finished behind it when no other may follow."""
+        """Adds a token to the answer. Returns its event, then Finished if it is the last."""
         sampling, text = self.request.sampling, self.text
         self.tokens.append(token.id)
         ended = token.id in end_token_ids

@@ -106,7 +106,7 @@ class DecodeGraph:
             with torch.cuda.stream(side):
                 for _ in range(num_steps):
                     self._advance()
-        finally:  # plain steps go on from here if the device has no memory for a graph
+        finally:  # plain steps continue from here if the device has no memory for a graph
             torch.cuda.current_stream().wait_stream(side)
             for tensor, before in zip(changed, saved, strict=True):
                 tensor.copy_(before)

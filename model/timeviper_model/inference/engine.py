@@ -2,7 +2,7 @@
 
     engine.submit(request);   while engine.has_work: for event in engine.step(): ...
 
-Other requests change an answer by rounding alone: a product's sums depend on its number of rows. In float32 the tokens
+Other requests change an answer only by rounding: a product's sums depend on its number of rows. In float32 the tokens
 are those of the request alone; in bfloat16, tokens of nearly equal probability may change places.
 """
 
@@ -112,7 +112,7 @@ class InferenceEngine:
             steps_before=steps_before_graph,
         )
         self.is_stalled = False
-        """True after a step in which every request that has a slot lacked features. Until some come, or `submit` or
+        """True after a step in which every request that has a slot lacked features. Until some arrive, or `submit` or
         `cancel` is called, further steps do nothing."""
 
     def submit(self, request: Request) -> RequestId:
@@ -269,7 +269,7 @@ class InferenceEngine:
         return events
 
     def _max_kv_bytes(self) -> int | None:
-        """Bytes for keys and values beside what TransV keeps of prompts; None = no limit."""
+        """Bytes for keys and values, less what TransV keeps of prompts; None = no limit."""
         if not self.config.kv_cache_bytes:
             return None
         return self.config.kv_cache_bytes - sum(active.working_bytes for active in self._requests.values())
@@ -319,7 +319,7 @@ class InferenceEngine:
                 logits_V = prefill.advance(budget)
                 if logits_V is not None:
                     events += self._start_answer(active, logits_V)
-            except Exception as error:  # noqa: BLE001 - its features, its length: only this request fails
+            except Exception as error:  # noqa: BLE001 - of its features or length: only this request fails
                 if is_out_of_memory(error):
                     return events + self._end_longest([active])
                 events.append(_failed(active.id, error))
@@ -346,7 +346,7 @@ class InferenceEngine:
         return self._choose(logits_V[None], [active])
 
     def _move(self, active: ActiveRequest, slot: int) -> None:
-        """Keeps the running slots neighbours, from 0: others cost a copy of their states in every step."""
+        """Keeps the running slots contiguous from 0: otherwise every step copies their states."""
         if active.slot == slot:
             return
         self._graphs.end()
@@ -417,7 +417,7 @@ class InferenceEngine:
                 continue
             try:
                 events += self._accept(active, token)
-            except Exception as error:  # noqa: BLE001 - its text: only this request fails
+            except Exception as error:  # noqa: BLE001 - of its text: only this request fails
                 events.append(_failed(active.id, error))
                 self._release(active)
         return events

@@ -18,7 +18,7 @@ from torch import Tensor
 MAX_COMPILED = 64
 """Compiled schemas kept."""
 STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""As json.dumps; free white space might never end."""
+"""Formats as json.dumps does; free white space might never end."""
 
 
 class Matcher:
@@ -35,7 +35,7 @@ class Matcher:
         return bool(self._matcher.is_stopped())
 
     def write_mask(self, mask_BW: np.ndarray, row: int) -> None:
-        """Sets the bits of allowed tokens alone; `accept` raises errors."""
+        """Sets the bits of allowed tokens, clears the others; `accept` raises errors."""
         mask_BW[row] = 0  # the model may have more ids
         fill_next_token_bitmask(self._matcher, mask_BW[:, : (self.num_tokens + 31) // 32], row)
 

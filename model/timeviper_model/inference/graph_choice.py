@@ -65,7 +65,7 @@ class DecodeGraphs:
         return self._graph
 
     def end(self) -> None:
-        """Leaves the graph, before the slots change."""
+        """Must precede changes of the slots."""
         if self._graph is not None:
             self._graph.finish()
             self._graph = None

@@ -51,7 +51,7 @@ def check_limits(config: TimeViperConfig, limits: EngineConfig, cache: HybridCac
         caches, free = limits.kv_cache_bytes + limits.prefix_cache_bytes, torch.cuda.mem_get_info(device)[0]
         if caches > free:
             raise ValueError(
-                f"kv_cache_bytes and prefix_cache_bytes may take {caches} bytes, but {device} has {free} left beside"
+                f"kv_cache_bytes and prefix_cache_bytes may take {caches} bytes, but {device} has {free} left besides"
                 " the weights and Mamba states; lower them or num_slots"
             )
 
@@ -109,8 +109,8 @@ def longest_request_bytes(config: TimeViperConfig, limits: EngineConfig, cache: 
 
 
 def _activation_bytes(model: TimeViper, limits: EngineConfig, dtype: torch.dtype) -> int:
-    """What a block holds of a chunk of a prompt, three times its output and widest product (a Mamba-2 block: the
-    projection, the convolution, the scan and the gated norm), and the float32 logits of a step.
+    """Memory of one block for a chunk of a prompt, three times its output and widest product (of a Mamba-2 block:
+    projection, convolution, scan and gated norm), and the float32 logits of a step.
     """
     text = model.config.text
     tokens = min(limits.max_prompt_tokens, limits.max_prefill_tokens)

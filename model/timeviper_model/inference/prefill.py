@@ -150,7 +150,7 @@ class Prefill:
         self._next_size: int | None = 0
 
     def move(self, slot: int) -> None:
-        """Goes on in `slot`, to which the cache has moved the state."""
+        """Continues in `slot`, to which the cache has moved the state."""
         self._slot, self._view = slot, self._cache.view([slot])
 
     def advance(self, max_tokens: int | None = None) -> Tensor | None:
@@ -313,7 +313,7 @@ class _FeatureRows:
         self._index = kept_V.nonzero().squeeze(1)
 
     def has(self, count: int) -> bool:
-        """False when `count` rows have not come yet."""
+        """False when `count` rows have not arrived yet."""
         while sum(len(block) for block in self._held) < count:
             if self._blocks is None:
                 self._blocks = iter(self._open())

@@ -21,7 +21,7 @@ class PrefixCache:
         self.num_bytes = self.num_host_bytes = 0
         self.num_hits = self.num_misses = self.num_evictions = 0
         self.num_host_hits = 0
-        """Hits among `num_hits` that came back from host memory."""
+        """Those of `num_hits` that were restored from host memory."""
         self._device = device
         self._entries: OrderedDict[Hashable, PrefixEntry] = OrderedDict()
         self._host: OrderedDict[Hashable, PrefixEntry] = OrderedDict()
@@ -46,7 +46,7 @@ class PrefixCache:
     def lease(self, key: Hashable) -> PrefixLease:
         """Pins the entry; on a miss, reserves the key. Raises RuntimeError while the key is reserved.
 
-        An entry in host memory is copied back; while pinned ones leave it no room, for this lease alone.
+        An entry in host memory is copied back; if pinned ones leave it no room, only for this lease.
         """
         if key in self._computing:
             raise RuntimeError("another request is computing this prefix; check is_computing() first")
@@ -91,7 +91,7 @@ class PrefixCache:
         return True
 
     def _has_room(self, entry: PrefixEntry) -> bool:
-        """Whether the entry fits beside those in use."""
+        """Whether the entry fits together with those in use."""
         in_use = sum(other.num_bytes for key, other in self._entries.items() if self._pins.get(key))
         return in_use + entry.num_bytes <= self.max_bytes
 

@@ -87,14 +87,14 @@ class EngineStats:
     kept_vision_tokens: int
     """Total left after the last TransV site."""
     answers: int
-    """Total answers whose first token is there."""
+    """Total answers that have produced a token."""
     prefix_hits: int
     prefix_misses: int
     prefix_evictions: int
     prefix_entries: int
     prefix_bytes: int
     prefix_host_hits: int
-    """Of `prefix_hits`, those that came back from host memory."""
+    """Those of `prefix_hits` that were restored from host memory."""
     prefix_host_entries: int
     prefix_host_bytes: int
 

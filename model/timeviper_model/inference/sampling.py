@@ -12,7 +12,7 @@ from torch import Tensor
 from timeviper_model.inference.answer import SamplingParams
 
 ROUNDING = 1e-6
-"""Relative error of fp32 sums, with room to spare."""
+"""Bound on the relative error of fp32 sums."""
 
 
 class SampledToken(NamedTuple):
@@ -105,7 +105,7 @@ def _draw_on_cpu(logits_V: Tensor, params: SamplingParams, uniform: float, buffe
 def _likely(probs_V: np.ndarray, top_p: float) -> tuple[Tensor, float]:
     """Ascending indices that include the smallest set with `top_p` of the sum, and the sum of all others.
 
-    Tokens below `floor` hold less than 1 - top_p, often those below 32 times as much too. Overwrites `probs_V`.
+    Tokens below `floor` hold less than 1 - top_p, and often so do those below 32 * `floor`. Overwrites `probs_V`.
     """
     total = float(probs_V.sum())
     floor = (1 - top_p) * total / len(probs_V) * (1 - ROUNDING)

@@ -406,7 +406,6 @@ class BankGroup(NamedTuple):
     lengths: list[int]
 
     def take(self, x_B: Tensor) -> Tensor:
-        """Rows of a batch."""
         if self.batch == list(range(len(x_B))):
             return x_B
         return x_B.index_select(0, torch.tensor(self.batch, device=x_B.device))

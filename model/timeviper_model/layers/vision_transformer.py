@@ -32,7 +32,7 @@ class Preprocessing:
     def from_processor(cls, values: Mapping[str, Any], *, image_size: int, where: str) -> Preprocessing:
         """Parses a `preprocessor_config.json` or transformers 5's `processor_config.json`.
 
-        A null is an absent key, and a number for `image_mean` or `image_std` is for all channels.
+        A null is an absent key; a number for `image_mean` or `image_std` applies to all channels.
 
         Raises:
             ValueError: for unsupported steps.
@@ -143,7 +143,7 @@ def _side(values: Mapping[str, Any], where: str) -> int | None:
 
 
 def _channels(value: Any, name: str, where: str) -> tuple[float, ...]:
-    """Three channels' values; a number is for all."""
+    """Three channels' values; a number applies to all."""
     values = (float(value),) * 3 if isinstance(value, int | float) else tuple(float(each) for each in value)
     if len(values) != 3:
         raise ValueError(f"{where}: {name} = {value} must hold three values, for red, green and blue")

@@ -16,7 +16,7 @@ MIN_PRODUCTS = 2**20
 
 
 def _find_onednn() -> Any | None:
-    """oneDNN's linear map has no public name."""
+    """oneDNN's linear map has no public API."""
     is_built_in = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None) if is_built_in else None
 

@@ -2,8 +2,8 @@
 
     h_t = exp(dt_t A) h_(t-1) + dt_t B_t x_t      y_t = C_t h_t + D x_t      (per head; h is P x N)
 
-Runs in at least fp32 without positive exponents; sums of log decays, whose differences count, are fp64. The backward
-pass recomputes the C x C matrices.
+Runs in at least fp32 without positive exponents; sums of log decays are fp64, because only their differences matter.
+The backward pass recomputes the C x C matrices.
 """
 
 from __future__ import annotations

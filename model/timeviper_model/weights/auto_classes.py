@@ -62,7 +62,7 @@ class TimeViperHubConfig(PreTrainedConfig):
 
 
 class TimeViperForConditionalGeneration(nn.Module):
-    """A model with its vision towers, which are loaded when frames first come."""
+    """A model with its vision towers, which are loaded with the first frames."""
 
     config_class = TimeViperHubConfig
     main_input_name = "input_ids"

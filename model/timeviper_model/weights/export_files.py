@@ -1,4 +1,4 @@
-"""Files beside the weights: tokenizer, chat template, generation settings, processor, model card and licence."""
+"""Files next to the weights: tokenizer, chat template, generation settings, processor, model card and licence."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ FIXED_KEYS: dict[type, dict[str, Any]] = {
     | {"sliding_window": None},
     Qwen2Config: {"use_mrope": False},
 }
-"""Keys of which this model computes one value."""
+"""Keys of which this model supports one value."""
 
 UNUSED_TENSORS = re.compile(r"mtp\..*|.*\.rotary_emb\.inv_freq")
 """Multi-token-prediction heads, which the model lacks, and buffers that transformers once stored."""

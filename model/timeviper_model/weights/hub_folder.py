@@ -21,7 +21,7 @@ CONFIG_FILE = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 
 WEIGHT_FILES = ("model.safetensors", INDEX_NAME, "pytorch_model.bin", "pytorch_model.bin.index.json")
-"""In the order in which transformers looks for them."""
+"""In the order in which transformers tries them."""
 
 PICKLED = "*.bin"
 """Downloaded only from repositories without safetensors."""
@@ -67,7 +67,7 @@ def local_folder(
     Args:
         revision: commit, tag or branch of a repository; a folder ignores it.
         patterns: files to download.
-        cached_only: whether to look only at what was downloaded before.
+        cached_only: whether to use only earlier downloads.
 
     Raises:
         ValueError: if there is neither.

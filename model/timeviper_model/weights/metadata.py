@@ -1,4 +1,4 @@
-"""What a weights folder says about its training."""
+"""A weights folder's metadata about its training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def load_metadata(folder: str | Path) -> dict[str, str]:
 
 
 def trained_time_text(folder: str | Path) -> TimeText:
-    """Returns which prompts of the training stated the length of their video.
+    """Returns which training prompts stated the length of their video.
 
     Raises:
         ValueError: for an unknown value.

@@ -48,7 +48,7 @@ def load_public_checkpoint(
 
 
 def public_files(path: Path) -> list[Path]:
-    """Returns the file of the whole model, or its shards: beside it, training saves the language model alone."""
+    """Returns the file of the whole model, or its shards; training also saves the language model alone."""
     if not path.is_dir():
         return [path]
     whole = [path / name for name in WHOLE_FILES if (path / name).is_file()]

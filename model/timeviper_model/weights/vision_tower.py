@@ -52,7 +52,7 @@ OTHER_PARTS = (
     "pooler",
     "head",
 )
-"""Parts of whole checkpoints beside their tower."""
+"""Parts of whole checkpoints other than their tower."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -206,7 +206,7 @@ class _TowerFiles:
             return _vision_part(AutoModel.from_config(self.config))
 
     def unused_prefixes(self, tower: Any, layer: int) -> tuple[str, ...]:
-        """Names of the parts that features of `layer` do not need begin so."""
+        """Prefixes of the names of parts that features of `layer` do not need."""
         num_blocks = int(tower.config.num_hidden_layers)
         prefix, _ = find_blocks(tower, num_blocks)
         num_used = num_used_blocks(layer, num_blocks)

@@ -127,7 +127,7 @@ def from_pretrained(
 
 
 def load_tokenizer(name_or_folder: str | Path, *, revision: str | None = None) -> Any:
-    """Loads a tokenizer without code of its own. Raises ValueError for a missing or damaged one."""
+    """Loads a tokenizer, without running code from its folder. Raises ValueError for a missing or damaged one."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # slow import
 
     folder = local_folder(name_or_folder, revision=revision, patterns=TOKENIZER_FILES)

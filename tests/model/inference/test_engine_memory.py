@@ -105,7 +105,7 @@ def test_caches_beyond_the_devices_memory_are_refused_at_the_start() -> None:
         model = random_model().cuda()
         limits = {"max_prompt_tokens": 900, "max_new_tokens": 8}
         engine_of(model, kv_cache_bytes=MEMORY_BYTES, **limits)
-        with pytest.raises(ValueError, match="left beside the weights"):
+        with pytest.raises(ValueError, match="left besides the weights"):
             engine_of(model, kv_cache_bytes=MEMORY_BYTES, prefix_cache_bytes=1, **limits)
 
 
