@@ -7,6 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -49,9 +50,9 @@ def list_files(source: str) -> Listing:
         root = path[: wildcard.start()].rpartition("/")[0]
         matches = re.compile(glob_translate(path)).match
         found = filter(lambda file: matches(file[0]), _walk(filesystem, root, local))
-    elif filesystem.isdir(path):
+    elif storage.is_folder(source):
         root, found = path, _walk(filesystem, path, local)
-    elif filesystem.exists(path):
+    elif storage.exists(source):
         root, found = path.rpartition("/")[0], iter([(path, None)])
     else:
         raise ValueError(f"no manifest, folder or file at {storage.shown_uri(source)!r}; fix `input`")
@@ -144,7 +145,7 @@ def _walk_s3(filesystem: Any, root: str) -> Iterator[tuple[str, FileVersion | No
     bucket, _, prefix = root.partition("/")
     request = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else "", "MaxKeys": S3_PAGE_KEYS}
     while True:
-        answer = filesystem.call_s3("list_objects_v2", **request)
+        answer = storage.retrying(partial(filesystem.call_s3, "list_objects_v2", **request), f"s3://{root}")
         for found in answer.get("Contents", ()):
             etag = found["ETag"].strip('"')
             if not found["Key"].endswith("/"):

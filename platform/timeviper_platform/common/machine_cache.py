@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from timeviper_platform.common import storage
 
@@ -108,14 +108,8 @@ class _RemoteFile(NamedTuple):
 
 
 def _listed(uri: str) -> list[_RemoteFile]:
-    filesystem, path = storage.split_uri(uri)
-
-    def list_folder() -> list[dict[str, Any]]:
-        filesystem.invalidate_cache()  # a job may have written the folder just now
-        return list(filesystem.ls(path, detail=True)) if filesystem.isdir(path) else []
-
     with storage.plain_errors(of_any_library=True):
-        items = [item for item in storage.retrying(list_folder, uri) if item["type"] == "file"]
+        items = [item for item in storage.entries_in(uri) if item["type"] == "file"]
     keys = ("ETag", "etag", "LastModified", "last_modified", "mtime", "updated", "created")
     files = [
         _RemoteFile(

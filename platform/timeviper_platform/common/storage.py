@@ -10,6 +10,7 @@ import os
 import random
 import re
 import socket
+import stat
 import tempfile
 import textwrap
 import threading
@@ -23,6 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, NoReturn, TypeVar
 
 import fsspec
+from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 logger = logging.getLogger(__name__)
@@ -36,9 +38,15 @@ FIRST_WAIT_VARIABLE = "TIMEVIPER_RETRY_SECONDS"
 """Environment variable with another first wait, in seconds."""
 
 _TRANSIENT_ERRNOS = frozenset(
-    {errno.EBUSY, errno.EREMOTEIO, errno.EIO, errno.ETIMEDOUT, errno.EAGAIN, errno.ENETUNREACH, errno.EHOSTUNREACH}
+    {
+        *(errno.EBUSY, errno.EREMOTEIO, errno.EIO, errno.ETIMEDOUT, errno.EAGAIN, errno.ENETUNREACH),
+        *(errno.EHOSTUNREACH, errno.ESTALE),
+    }
 )
-"""s3fs maps 503 and SlowDown to EBUSY, 500 to EREMOTEIO, and unknown codes (502, 504) to EIO."""
+"""s3fs maps 503 and SlowDown to EBUSY, 500 to EREMOTEIO, and unknown codes (502, 504) to EIO; NFS raises ESTALE."""
+
+_ABSENT_ERRNOS = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP})
+"""Errors that mean that there is no such file."""
 
 
 class StorageUnavailableError(OSError):
@@ -297,21 +305,79 @@ def is_local(uri: str) -> bool:
 
 
 def exists(uri: str) -> bool:
+    """Raises OSError if the storage does not answer: an error is not an absence."""
     with plain_errors(of_any_library=True):
         filesystem, path = split_uri(uri)
-        return retrying(lambda: bool(filesystem.exists(path)), uri)
+        return retrying(lambda: _exists(filesystem, path), uri)
 
 
-def files_in(uri: str, suffix: str = "") -> list[str]:
-    """Returns sorted URIs of visible files; none when the folder is missing."""
+def is_folder(uri: str) -> bool:
+    """Reads at most one page of a listing. Raises OSError if the storage does not answer."""
+    with plain_errors(of_any_library=True):
+        filesystem, path = split_uri(uri)
+        return retrying(lambda: _is_there(lambda: _is_folder(filesystem, path)), uri)
+
+
+def _exists(filesystem: Any, path: str) -> bool:
+    if isinstance(filesystem, LocalFileSystem):  # os.path.exists hides errors
+        return _is_there(lambda: bool(os.stat(path)))  # noqa: PTH116 - fsspec paths are strings
+    if getattr(filesystem.exists, "__func__", None) is AbstractFileSystem.exists:  # fsspec's default hides errors too
+        return _is_there(lambda: bool(filesystem.info(path)))
+    return bool(filesystem.exists(path))
+
+
+def _is_folder(filesystem: Any, path: str) -> bool:
+    if isinstance(filesystem, LocalFileSystem):
+        return stat.S_ISDIR(os.stat(path).st_mode)  # noqa: PTH116
+    if "s3" in filesystem.protocol:  # `isdir` of s3fs keeps the whole listing
+        bucket, _, prefix = path.partition("/")
+        request = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else "", "MaxKeys": 1}
+        return bool(filesystem.call_s3("list_objects_v2", **request).get("Contents")) or not prefix
+    return bool(filesystem.info(path)["type"] == "directory")
+
+
+def _is_there(test: Callable[[], bool]) -> bool:
+    try:
+        return test()
+    except ValueError:  # a name with a zero byte
+        return False
+    except OSError as error:
+        if isinstance(error, FileNotFoundError | NotADirectoryError) or error.errno in _ABSENT_ERRNOS:
+            return False
+        raise
+
+
+def entries_in(uri: str) -> list[dict[str, Any]]:
+    """Returns fsspec's details of files and folders in a folder, from the storage itself; none when it is missing.
+
+    Raises:
+        OSError: if the storage does not answer.
+    """
     filesystem, path = split_uri(uri)
 
     def list_folder() -> list[dict[str, Any]]:
         filesystem.invalidate_cache()  # other processes write here
-        return list(filesystem.ls(path, detail=True)) if filesystem.isdir(path) else []
+        try:
+            found = filesystem.ls(path, detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            if _exists(filesystem, path):
+                raise
+            return []
+        return [item for item in found if item["name"].rstrip("/") != path.rstrip("/")]  # `ls` of a file is the file
 
-    names = [PurePosixPath(item["name"]).name for item in retrying(list_folder, uri) if item["type"] == "file"]
+    return retrying(list_folder, uri)
+
+
+def files_in(uri: str, suffix: str = "") -> list[str]:
+    """Returns sorted URIs of visible files; none when the folder is missing. Raises as `entries_in`."""
+    names = [PurePosixPath(item["name"]).name for item in entries_in(uri) if item["type"] == "file"]
     return [join_uri(uri, name) for name in sorted(names) if name.endswith(suffix) and not name.startswith(".")]
+
+
+def folders_in(uri: str) -> list[str]:
+    """Returns sorted URIs of folders; none when the folder is missing. Raises as `entries_in`."""
+    names = [PurePosixPath(item["name"]).name for item in entries_in(uri) if item["type"] == "directory"]
+    return [join_uri(uri, name) for name in sorted(names)]
 
 
 def read_bytes(uri: str) -> bytes:
@@ -373,7 +439,7 @@ def remove(uri: str) -> None:
     filesystem, path = split_uri(uri)
 
     def remove_all() -> None:
-        if filesystem.exists(path):
+        if _exists(filesystem, path):
             filesystem.rm(path, recursive=True)
 
     retrying(remove_all, uri)

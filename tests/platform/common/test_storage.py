@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import s3fs
 
 from reference.faulty_s3 import Faults, s3_server
+from reference.hiccups import HiccupFileSystem
 from timeviper_platform.common import storage
 
 
@@ -21,6 +23,44 @@ def test_json_round_trip_and_listing(tmp_path: Path) -> None:
     assert storage.files_in(f"{root}/a") == [f"{root}/a/a.bin", f"{root}/a/b.json"]
     assert storage.files_in(f"{root}/a", ".json") == [f"{root}/a/b.json"]
     assert storage.files_in(f"{root}/missing") == []
+
+
+@pytest.mark.parametrize(
+    "ask", [storage.exists, storage.is_folder, storage.files_in, storage.folders_in, storage.remove]
+)
+def test_an_error_of_the_storage_is_not_an_absent_file(
+    ask: Callable[[str], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fsspec's default `exists` and `isdir`, and os.path's, answer False."""
+    monkeypatch.setenv(storage.FIRST_WAIT_VARIABLE, "0")
+    monkeypatch.setattr(HiccupFileSystem, "broken", {"/commits"})
+    (tmp_path / "commits").mkdir()
+    with pytest.raises(storage.StorageUnavailableError, match=r"hiccup://.*/commits.*hiccups.*is the storage up"):
+        ask(f"hiccup://{tmp_path}/commits")
+    stat = os.stat
+
+    def stale(path: object, *arguments: object, **options: object) -> os.stat_result:
+        if str(path).endswith("/commits"):
+            raise OSError(errno.ESTALE, "Stale file handle", path)
+        return stat(path, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "stat", stale)
+    with pytest.raises(storage.StorageUnavailableError, match=r"/commits.*Stale file handle"):
+        ask(str(tmp_path / "commits"))
+
+
+def test_absent_files_and_folders(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dangling").symlink_to("nothing")
+    for root in (str(tmp_path), f"hiccup://{tmp_path}"):
+        for name in ("missing", "file/below", "n" * 300, "dangling", "loop", "zero\0byte"):
+            assert not storage.exists(f"{root}/{name}")
+            assert not storage.is_folder(f"{root}/{name}")
+        assert storage.exists(f"{root}/file")
+        assert not storage.is_folder(f"{root}/file")
+        assert storage.is_folder(root)
+        assert storage.files_in(f"{root}/file") == storage.files_in(f"{root}/missing") == []
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:

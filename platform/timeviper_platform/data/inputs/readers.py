@@ -90,8 +90,7 @@ class _Scan:
 
     def media(self, source: str) -> Iterator[Medium]:
         is_pattern = is_glob(source)
-        filesystem, path = storage.split_uri(source)
-        is_folder = not is_pattern and filesystem.isdir(path)
+        is_folder = not is_pattern and storage.is_folder(source)
         if is_table(source) and not is_pattern and not is_folder:
             uri = absolute(source)
             return self._of_source(FileEntry(uri, None), uri.rpartition("/")[0])

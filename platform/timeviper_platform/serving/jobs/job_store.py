@@ -10,7 +10,15 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from timeviper_platform.common.storage import exists, join_uri, read_json_or_none, split_uri, write_bytes, write_json
+from timeviper_platform.common.storage import (
+    exists,
+    folders_in,
+    join_uri,
+    read_json_or_none,
+    split_uri,
+    write_bytes,
+    write_json,
+)
 
 JobStatus = Literal["queued", "running", "completed", "failed", "cancelled"]
 FINAL: tuple[JobStatus, ...] = ("completed", "failed", "cancelled")
@@ -139,9 +147,4 @@ class JobStore:
 
 
 def _folders(uri: str) -> list[str]:
-    filesystem, path = split_uri(uri)
-    filesystem.invalidate_cache()  # other processes write here
-    if not filesystem.isdir(path):
-        return []
-    entries = filesystem.ls(path, detail=True)
-    return [str(entry["name"]).rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "directory"]
+    return [folder.rpartition("/")[2] for folder in folders_in(uri)]

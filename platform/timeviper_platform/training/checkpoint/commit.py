@@ -152,11 +152,5 @@ def _size_fault(num_bytes: int | None) -> str:
 
 
 def _sizes(uri: str) -> dict[str, int]:
-    filesystem, path = storage.split_uri(uri)
-
-    def list_folder() -> list[dict[str, Any]]:
-        filesystem.invalidate_cache()
-        return list(filesystem.ls(path, detail=True))
-
-    found = storage.retrying(list_folder, uri)
+    found = storage.entries_in(uri)
     return {PurePosixPath(item["name"]).name: int(item["size"]) for item in found if item["type"] == "file"}

@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -103,11 +103,11 @@ class Checkpoints:
         self.newest_written = 0
 
     def newest(self) -> str | None:
-        return next((uri for uri in reversed(list_folders(self.uri)) if is_committed(uri)), None)
+        return next((uri for uri in reversed(storage.folders_in(self.uri)) if is_committed(uri)), None)
 
     def committed(self) -> list[str]:
         """Returns the URIs, oldest first."""
-        return [uri for uri in list_folders(self.uri) if is_committed(uri)]
+        return [uri for uri in storage.folders_in(self.uri) if is_committed(uri)]
 
     def uri_of(self, state: TrainState) -> str:
         return storage.join_uri(self.uri, _tag(state.global_step))
@@ -198,7 +198,7 @@ class Checkpoints:
     def _prune(self) -> None:
         try:
             committed = self.committed()
-            for uri in list_folders(self.uri):
+            for uri in storage.folders_in(self.uri):
                 mark = storage.join_uri(uri, COMMIT_FILE)
                 is_remains = TAG.search(uri) and uri < committed[-1] and not storage.exists(mark)
                 if is_remains or uri in committed[: -self._keep]:
@@ -221,7 +221,7 @@ def resolve_resume(uri: str, resume: Literal["auto", "never"] | str) -> str | No
     committed = checkpoints.committed()
     newest = committed[-1] if committed else None
     if resume == "auto":
-        if newest is None and (marked := [folder for folder in list_folders(uri) if is_marked(folder)]):
+        if newest is None and (marked := [folder for folder in storage.folders_in(uri) if is_marked(folder)]):
             raise ValueError(
                 f"every checkpoint in {uri} is damaged ({', '.join(marked)}); restore their files, or choose another"
                 " name to start again"
@@ -313,17 +313,6 @@ def read_model(uri: str) -> dict[str, Any]:
     """Reads the model's configuration and metadata; raises as `read_state`."""
     model: dict[str, Any] = read_document(uri, MODEL_FILE, check_sizes(uri)[MODEL_FILE])
     return model
-
-
-def list_folders(uri: str) -> list[str]:
-    filesystem, path = storage.split_uri(uri)
-    filesystem.invalidate_cache()
-    if not filesystem.isdir(path):
-        return []
-    names = [
-        PurePosixPath(item["name"]).name for item in filesystem.ls(path, detail=True) if item["type"] == "directory"
-    ]
-    return [storage.join_uri(uri, name) for name in sorted(names)]
 
 
 def _tag(global_step: int) -> str:

@@ -8,6 +8,7 @@ import tarfile
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
+from urllib.parse import parse_qs
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from reference.faulty_s3 import Faults
 from reference.synthetic_media import make_encoder, make_video, picture
 from timeviper_platform.common.hash_table import HashTable
 from timeviper_platform.data.encode.frame_encoder import VisionTowerConfig
@@ -247,6 +249,18 @@ def test_the_hash_table_is_a_dict(batches: list[list[tuple[int, int]]]) -> None:
     found, values = table.find(np.arange(41, dtype=np.uint64))
     assert {int(key): int(values[key]) for key in np.flatnonzero(found)} == expected
     assert len(table) == len(expected)
+
+
+def test_a_prefix_of_many_objects_is_listed_page_by_page(bucket: s3fs.S3FileSystem, server: Faults) -> None:
+    """s3fs's `isdir` would list all of them first, and keep the listing."""
+    for number in range(5):
+        bucket.pipe(f"bucket/in/{number}.jpg", b"-")
+    bucket.invalidate_cache()
+    del server.requests[:]
+    assert len(items_of("s3://bucket/in")) == 5
+    sizes = [parse_qs(query).get("max-keys") for _, _, query in server.requests if "list-type" in query]
+    assert sizes == [["1"], ["1"], ["1000"]]  # is it a folder, asked twice, then its pages
+    assert not bucket.dircache
 
 
 def test_a_damaged_tar_is_read_on_from_disk_and_from_s3(

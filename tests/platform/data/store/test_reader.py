@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from reference.hiccups import HiccupFileSystem
 from reference.synthetic_store import RECIPE, error_row, read_committed, segment_row, write_files
 from timeviper_platform.common import storage
 from timeviper_platform.common.schemas import FEATURES, INDEX, check_version
@@ -237,6 +238,23 @@ def test_uncommitted_files_are_ignored_and_removed(tmp_path: Path) -> None:
     assert StoreWriter.open(str(tmp_path)).remove_uncommitted() == 3
     assert len(list((tmp_path / "data").iterdir())) == 1
     assert StoreWriter.open(str(tmp_path)).remove_uncommitted() == 0
+
+
+@pytest.mark.parametrize("broken", ["/commits", "/data"])
+def test_storage_that_does_not_answer_costs_no_committed_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    """Without the commit records every data file is a leftover, and without the data files every record is lost."""
+    monkeypatch.setenv(storage.FIRST_WAIT_VARIABLE, "0")
+    write_store(str(tmp_path), synthetic_media(4), recipe=RECIPE)
+    store = StoreWriter.open(f"hiccup://{tmp_path}")
+    monkeypatch.setattr(HiccupFileSystem, "broken", {broken})
+    for clean in (store.remove_uncommitted, store.commits.remove_lost):
+        with pytest.raises(storage.StorageUnavailableError, match="hiccups"):
+            clean()
+    monkeypatch.setattr(HiccupFileSystem, "broken", set())
+    assert store.remove_uncommitted() == 0
+    assert len(FeatureStore.open(str(tmp_path)).read("m003").features) == 4
 
 
 def test_a_writer_that_dies_leaves_no_data_file(tmp_path: Path) -> None:

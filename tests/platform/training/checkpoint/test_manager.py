@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from reference.hiccups import HiccupFileSystem
 from timeviper_platform.common import storage
 from timeviper_platform.training.batches.packing import PackPosition
 from timeviper_platform.training.checkpoint.commit import (
@@ -60,6 +61,17 @@ def test_the_newest_committed_checkpoint_counts(tmp_path: Path, remote: bool) ->
     with open_checkpoint(newest) as opened:
         assert (opened.folder / "rank_states.pt").read_bytes() == b"12345"
         assert opened.state == state_of(10)
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_storage_that_does_not_answer_is_not_a_run_without_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: str
+) -> None:
+    monkeypatch.setenv(storage.FIRST_WAIT_VARIABLE, "0")
+    make_checkpoint(str(tmp_path / "checkpoints"), 2)
+    monkeypatch.setattr(HiccupFileSystem, "broken", {"/checkpoints"})
+    with pytest.raises(storage.StorageUnavailableError, match="hiccups"):
+        resolve_resume(f"hiccup://{tmp_path}/checkpoints", resume)
 
 
 def test_a_checkpoint_with_a_short_or_missing_file_is_skipped(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from urllib.parse import unquote_to_bytes
 
 from timeviper_platform.common.storage import (
     files_in,
+    folders_in,
     join_uri,
     open_file,
     read_json,
@@ -212,11 +213,7 @@ class MediaStore:
                 yield FileRecord(**read_json(uri))
 
     def tenants(self) -> Sequence[str]:
-        filesystem, path = split_uri(self._root)
-        if not filesystem.isdir(path):
-            return []
-        entries = filesystem.ls(path, detail=True)
-        names = [str(entry["name"]).rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "directory"]
+        names = [folder.rpartition("/")[2] for folder in folders_in(self._root)]
         return [name for name in names if not name.startswith("_")]  # jobs
 
     def read(self, tenant: str, record: FileRecord, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
