@@ -27,6 +27,7 @@ from timeviper_platform.common.storage import (
 )
 from timeviper_platform.data.media.signatures import HEAD_BYTES, may_be_animation, sniff_modality
 from timeviper_platform.serving.gateway.openai_protocol import ApiError
+from timeviper_platform.serving.jobs.job_store import FOLDER as JOBS_FOLDER
 from timeviper_platform.serving.messages import MediaBytes, MediaFrames, Modality
 
 FILE_ID = re.compile(r"file-[0-9a-f]{32}")
@@ -213,8 +214,9 @@ class MediaStore:
                 yield FileRecord(**read_json(uri))
 
     def tenants(self) -> Sequence[str]:
+        """Returns the owners of files, that of downloads included."""
         names = [folder.rpartition("/")[2] for folder in folders_in(self._root)]
-        return [name for name in names if not name.startswith("_")]  # jobs
+        return [name for name in names if name != JOBS_FOLDER]
 
     def read(self, tenant: str, record: FileRecord, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
         """Yields the content, or its bytes from `start` to `stop`, in chunks."""

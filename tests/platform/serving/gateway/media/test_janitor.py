@@ -13,7 +13,9 @@ import pytest
 from timeviper_platform.serving.gateway.config import Retention
 from timeviper_platform.serving.gateway.media import uploads
 from timeviper_platform.serving.gateway.media.janitor import clean, keep_clean
+from timeviper_platform.serving.gateway.media.remote import TENANT
 from timeviper_platform.serving.gateway.media.uploads import FileRecord, MediaStore
+from timeviper_platform.serving.jobs.job_store import JobStore
 
 NOW = time.time()
 MP4 = b"\x00\x00\x00\x20ftypisom" + bytes(100)
@@ -52,6 +54,15 @@ def test_expired_uploads_and_contents_without_a_record_are_deleted(store: MediaS
         os.utime(folder / f"{name}.media", (NOW - age_s, NOW - age_s))
     assert clean(store, Retention()) == [record]
     assert [path.name for path in folder.iterdir()] == ["new.media"]
+
+
+def test_expired_downloads_are_deleted_and_jobs_are_kept(store: MediaStore, tmp_path: Path) -> None:
+    jobs = JobStore(str(tmp_path / "media"))
+    job = jobs.create("a", model="m", video="v", questions=["?"], requests=[{}])
+    download = store.put(TENANT, io.BytesIO(MP4), filename="a", purpose="download", expires_after_s=-1)
+    assert clean(store, Retention()) == [download]
+    assert not Path(store.uri(TENANT, download)).exists()
+    assert jobs.get("a", job.id) == job
 
 
 def test_a_folder_that_does_not_exist_is_clean(store: MediaStore) -> None:
