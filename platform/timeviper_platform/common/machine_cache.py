@@ -68,7 +68,7 @@ def local_copy(name_or_uri: str, patterns: Sequence[str] = ("*",)) -> str:
     """
     if storage.is_local(name_or_uri):
         return str(storage.split_uri(name_or_uri)[1]) if "://" in name_or_uri else name_or_uri
-    files = [file for file in _listed(name_or_uri) if any(fnmatch(file.name, pattern) for pattern in patterns)]
+    files = [file for file in listed_files(name_or_uri) if any(fnmatch(file.name, pattern) for pattern in patterns)]
     shown = storage.shown_uri(name_or_uri)
     if not files:
         raise ValueError(f"there is no {' or '.join(patterns)} in {shown}; name a folder that holds the files")
@@ -100,19 +100,20 @@ def check_free_space(path: str | Path, num_bytes: int, what: str, advice: str) -
         raise RuntimeError(f"{what} needs {num_bytes / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB; {advice}")
 
 
-class _RemoteFile(NamedTuple):
+class ListedFile(NamedTuple):
     name: str
     num_bytes: int
     version: str
     """ETag, else the time of the last change."""
 
 
-def _listed(uri: str) -> list[_RemoteFile]:
+def listed_files(uri: str) -> list[ListedFile]:
+    """Returns the files of a folder, sorted by name; equal lists mean equal contents."""
     with storage.plain_errors(of_any_library=True):
         items = [item for item in storage.entries_in(uri) if item["type"] == "file"]
     keys = ("ETag", "etag", "LastModified", "last_modified", "mtime", "updated", "created")
     files = [
-        _RemoteFile(
+        ListedFile(
             name=PurePosixPath(item["name"]).name,
             num_bytes=int(item["size"]),
             version=next((str(item[key]) for key in keys if item.get(key)), ""),

@@ -16,8 +16,6 @@ from timeviper_platform.common import schemas, storage
 from timeviper_platform.common.cluster_checks import refuse_lost_outputs
 from timeviper_platform.common.config import absolute_path, with_absolute_paths
 from timeviper_platform.common.job import JobError
-from timeviper_platform.common.listing import list_files
-from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.evaluation.benchmark_answers import (
     BENCHMARK_ANSWERS,
     BenchmarkAnswer,
@@ -37,9 +35,9 @@ from timeviper_platform.evaluation.results.scores import score_answers
 from timeviper_platform.evaluation.run import (
     MAX_FAILED_SHARE,
     PATHS,
-    SPEED_OPTIONS,
     EvaluateConfig,
     answer_tables_on_ray,
+    answering_facts,
     check_inputs,
 )
 
@@ -144,12 +142,9 @@ def blocks_of(tasks: Sequence[BenchmarkTask], size: int) -> list[list[BenchmarkT
 def _run_hash(config: EvaluateConfig) -> str:
     """Identifies what determines an answer besides its task, without reading the weights."""
     assert config.benchmark is not None
-    store = FeatureStore.open(config.feature_store)
-    files = [[entry.uri, *(entry.version or ())] for entry in list_files(config.weights).files]
-    answering = {name: value for name, value in asdict(config.answering).items() if name not in SPEED_OPTIONS}
     options = config.benchmark
     asked = [options.name, options.prompts, options.subtitles, options.scores_options, options.media_prefix]
-    return hash_of([files, store.recipe_hash, store.index_digest(), answering, asked, BENCHMARK_ANSWERS.names])
+    return hash_of([*answering_facts(config), asked, BENCHMARK_ANSWERS.names])
 
 
 def _check(answers: Sequence[BenchmarkAnswer]) -> None:

@@ -21,7 +21,7 @@ from timeviper_platform.common.cluster_checks import (
 )
 from timeviper_platform.common.config import with_absolute_paths
 from timeviper_platform.common.job import JobError
-from timeviper_platform.common.listing import list_files
+from timeviper_platform.common.machine_cache import listed_files
 from timeviper_platform.data.store.compatibility import check_same_towers
 from timeviper_platform.data.store.reader import FeatureStore
 from timeviper_platform.evaluation.benchmark_config import BenchmarkConfig
@@ -160,10 +160,14 @@ def run_evaluation(config: EvaluateConfig, answer: AnswerQuestionsOf | None = No
 
 def run_hash(config: EvaluateConfig) -> str:
     """Identifies what determines an outcome besides its question, without reading the weights."""
+    return hash_of([*answering_facts(config), OUTCOMES.names])
+
+
+def answering_facts(config: EvaluateConfig) -> list[Any]:
+    """Returns versions of weights and features, and the options that change an answer, as JSON values."""
     store = FeatureStore.open(config.feature_store)
-    files = [[entry.uri, *(entry.version or ())] for entry in list_files(config.weights).files]
     answering = {name: value for name, value in asdict(config.answering).items() if name not in SPEED_OPTIONS}
-    return hash_of([files, store.recipe_hash, store.index_digest(), answering, OUTCOMES.names])
+    return [listed_files(config.weights), store.recipe_hash, store.index_digest(), answering]
 
 
 def check_outcomes(outcomes: Sequence[Outcome]) -> None:

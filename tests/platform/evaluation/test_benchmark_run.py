@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -125,6 +127,18 @@ def test_a_killed_evaluation_repeats_no_question(config: EvaluateConfig, tmp_pat
     rows = pq.read_table(tmp_path / "report.answers.parquet").to_pylist()
     assert len(rows) == 20
     assert [row["question_id"] for row in rows[:4]] == ["v0_0", "v0_1", "v0_0", "v0_1"], "by clip, then protocol"
+
+
+def test_answers_of_weights_that_were_exported_again_are_not_taken(config: EvaluateConfig, tmp_path: Path) -> None:
+    weights = Path(shutil.copytree(config.weights, tmp_path / "weights"))
+    config = replace(config, weights=str(weights), output=str(tmp_path / "out" / "report.json"))
+    with pytest.raises(_Killed):
+        run_benchmark(config, _InProcess(killed_before_block=2))
+    (file,) = weights.glob("*.safetensors")
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 1_000_000))
+    again = _InProcess()
+    run_benchmark(config, again)
+    assert len(again.asked) == 20
 
 
 def test_answers_are_scored_again_without_weights_features_or_annotations(

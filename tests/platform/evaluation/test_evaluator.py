@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -343,6 +345,21 @@ def test_a_killed_evaluation_goes_on_with_the_questions_that_are_left(
     assert last.asked == ["grounding-2", "grounding-3"]
     assert (report["choice"]["accuracy"], report["grounding"]["miou"]) == (1.0, 1.0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.outcomes.parquet"]
+
+
+def test_outcomes_of_weights_that_were_exported_again_are_not_taken(
+    known: KnownAnswers, evaluator: Evaluator, tmp_path: Path
+) -> None:
+    """On a local disk a file's version is its time of change."""
+    weights = Path(shutil.copytree(known.weights, tmp_path / "weights"))
+    config = _config(known, tmp_path / "out" / "report.json", weights=str(weights))
+    with pytest.raises(_Killed):
+        run_evaluation(config, _InProcess(evaluator, killed_before_batch=1))
+    (file,) = weights.glob("*.safetensors")
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 1_000_000))
+    again = _InProcess(evaluator)
+    run_evaluation(config, again)
+    assert len(again.asked) == 8
 
 
 def test_outcomes_of_other_options_are_not_taken_and_failed_questions_are_asked_again(
