@@ -23,6 +23,7 @@ from timeviper_platform.evaluation.benchmarks.annotation_files import (
 )
 from timeviper_platform.evaluation.benchmarks.options import split_options
 from timeviper_platform.evaluation.benchmarks.question import BenchmarkQuestion, Clip
+from timeviper_platform.evaluation.scoring.groups import structure_of
 from timeviper_platform.evaluation.scoring.letters import LETTERS, bare_option
 
 MLVU_CHOICE_TASKS = ("plotQA", "needle", "ego", "count", "order", "anomaly_reco", "topic_reasoning")
@@ -59,6 +60,8 @@ def read_videomme_v2(folder: str, *, videos: str = "", subtitles: bool = False) 
         _, options = split_options(row.text("options"))
         if len(options) < 2:
             raise row.error("options", "a text with options 'A. ..' on lines of their own")
+        if row.text("group_type", "none") != "relevance" and structure_of(row.text("group_structure", "")) is None:
+            raise row.error("group_structure", "an order of four questions, such as '[1, [2, 3], 4]'")
         questions.append(
             BenchmarkQuestion(
                 question_id=row.text("question_id"),

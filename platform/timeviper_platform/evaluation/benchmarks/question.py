@@ -69,6 +69,10 @@ class BenchmarkQuestion:
         object.__setattr__(self, "labels", labels)
         if len(labels) != len(self.options) or not set(self.answers) <= set(labels):
             raise ValueError(f"{self.question_id}: {self.answers = } must be among the labels {labels} of the options")
+        try:
+            _ = self.duration_seconds
+        except ValueError as error:  # now, not when all answers are scored
+            raise ValueError(f"{self.question_id}: {self.duration = } must be seconds, such as 612.3") from error
 
     @property
     def duration_seconds(self) -> float | None:

@@ -15,7 +15,7 @@ from timeviper_platform.evaluation.judging.exams import Verdict, exams_of, verdi
 from timeviper_platform.evaluation.protocols import PAPER_MIN_FRAMES
 from timeviper_platform.evaluation.results.published import published_scores
 from timeviper_platform.evaluation.scoring import dense, tempcompass, windows
-from timeviper_platform.evaluation.scoring.groups import logic_score, relevance_score
+from timeviper_platform.evaluation.scoring.groups import GROUP_SIZE, logic_score, relevance_score
 from timeviper_platform.evaluation.scoring.intervals import (
     Statistic,
     interval_by_video,
@@ -264,13 +264,18 @@ def _metrics(spec: Benchmark, rows: Sequence[_Scored]) -> dict[str, Any]:
 
 
 def _group_metrics(rows: Sequence[_Scored]) -> tuple[dict[str, Any], list[_Scored]]:
-    """Returns VideoMME-v2's metrics, and a row per group with the level and heads of its last question."""
+    """Returns VideoMME-v2's metrics, and a row per group with the level and heads of its last question.
+
+    Groups that lack a question, by `max_questions` or because it failed, are in the accuracy alone.
+    """
     by_group: dict[str, list[_Scored]] = {}
     for row in rows:
         by_group.setdefault(row.question.details["group"], []).append(row)
     groups = []
     for members in by_group.values():
-        members.sort(key=lambda row: int(row.question.question_id.rpartition("-")[2]))
+        if len(members) != GROUP_SIZE:
+            continue
+        members.sort(key=lambda row: _number(row.question.question_id))
         right = [row.values["accuracy"] == 1.0 for row in members]
         last = members[-1].question
         if last.groups["group_type"] == ("relevance",):
@@ -278,8 +283,14 @@ def _group_metrics(rows: Sequence[_Scored]) -> tuple[dict[str, Any], list[_Score
         else:
             score = logic_score(right, last.details["group_structure"])
         groups.append(_Scored(last, {"group score": score}))
-    metrics = {"group score": _mean(groups, "group score"), "accuracy": _mean(rows, "accuracy")}
-    return metrics, groups
+    metrics = {"group score": _mean(groups, "group score")} if groups else {}
+    return metrics | {"accuracy": _mean(rows, "accuracy")}, groups
+
+
+def _number(question_id: str) -> int:
+    """The number at the end of an id, such as 2 of 001-2; equal ones keep the order of the file."""
+    digits = question_id.rpartition("-")[2]
+    return int(digits) if digits.isdecimal() else 0
 
 
 def _breakdowns(rows: Sequence[_Scored], metric: str) -> dict[str, Any]:

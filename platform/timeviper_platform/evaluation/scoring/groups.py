@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 from collections.abc import Sequence
 
+GROUP_SIZE = 4
+
 _RELEVANCE = (0.0, 1 / 16, 4 / 16, 9 / 16, 1.0)
 _LOGIC: dict[str, tuple[tuple[float, ...], int]] = {
     "[1, 2, 3, 4]": (_RELEVANCE, -1),
@@ -14,6 +16,15 @@ _LOGIC: dict[str, tuple[tuple[float, ...], int]] = {
 """Score by the number of right answers before the first wrong one, and the number at which the question after the wrong
 one may replace it.
 """
+
+
+def structure_of(text: str) -> str | None:
+    """Returns the structure of a logic group as `logic_score` knows it; None if it is unknown."""
+    try:
+        found = str(ast.literal_eval(text))
+    except (ValueError, SyntaxError):
+        return None
+    return found if found in _LOGIC else None
 
 
 def relevance_score(right: Sequence[bool]) -> float:
@@ -27,10 +38,9 @@ def logic_score(right: Sequence[bool], structure: str) -> float:
     Raises:
         ValueError: for an unknown structure.
     """
-    try:
-        scores, replaceable = _LOGIC[str(ast.literal_eval(structure))]
-    except (KeyError, ValueError, SyntaxError) as error:
-        raise ValueError(f"group_structure is {structure!r}, not one of {', '.join(_LOGIC)}") from error
+    if (known := structure_of(structure)) is None:
+        raise ValueError(f"group_structure is {structure!r}, not one of {', '.join(_LOGIC)}")
+    scores, replaceable = _LOGIC[known]
     length = next((index for index, is_right in enumerate(right) if not is_right), len(right))
     if length == replaceable and right[length + 1]:
         length += 1

@@ -71,6 +71,16 @@ def test_a_wrong_field_is_named_with_its_file_and_row(tmp_path: Path) -> None:
     (tmp_path / "d" / "charades_sta_test.txt").write_text("AAAAA 1.0##a person sits.\n")
     with pytest.raises(AnnotationError, match=r"charades_sta_test.txt line 1: 'AAAAA 1.0##a person"):
         BENCHMARKS["charades_sta"].read(str(tmp_path / "d"))
+    make_miniature("videomme_v2", tmp_path / "f")
+    _edit_parquet(tmp_path / "f" / "test.parquet", group_type="logic", group_structure="[4, 3]")
+    with pytest.raises(
+        AnnotationError, match=r"test.parquet row 11: field 'group_structure' is '\[4, 3\]', not"
+    ):
+        BENCHMARKS["videomme_v2"].read(str(tmp_path / "f"))
+    make_miniature("longvideobench", tmp_path / "g")
+    _edit_json(tmp_path / "g" / "lvb_val.json", lambda rows: rows[1].update(duration="3 min"))
+    with pytest.raises(ValueError, match=r"duration = '3 min' must be seconds"):
+        BENCHMARKS["longvideobench"].read(str(tmp_path / "g"))
     make_miniature("mvbench", tmp_path / "e")
     (tmp_path / "e" / "json" / "scene_transition.json").write_text('{"video": ')
     with pytest.raises(AnnotationError, match=r"scene_transition.json"):

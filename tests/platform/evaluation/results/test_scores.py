@@ -98,6 +98,19 @@ def test_videomme_v2_scores_groups_by_their_structure(tmp_path: Path) -> None:
     assert "level" not in strict["breakdowns"], "all groups end at level 3"
 
 
+def test_a_group_that_lacks_a_question_is_in_the_accuracy_alone(tmp_path: Path) -> None:
+    questions = _questions("videomme_v2", tmp_path)
+    # the first group is whole; of the second, max_questions left [1, [2, 3], 4] two
+    answers = [answered(question, text) for question, text in zip(questions[:6], [*"GGGG", *"GA"], strict=True)]
+    strict = score_answers("videomme_v2", answers)["protocols"]["paper"]["scorers"]["strict"]
+    assert strict["metrics"]["group score"] | {"interval_95": []} == {
+        "score": 100, "num_questions": 1, "interval_95": []
+    }  # fmt: skip
+    assert strict["metrics"]["accuracy"]["score"] == pytest.approx(100 * 5 / 6)
+    alone = score_answers("videomme_v2", answers[4:])["protocols"]["paper"]["scorers"]["strict"]
+    assert list(alone["metrics"]) == ["accuracy"]
+
+
 def test_grounding_reports_both_readings_of_a_threshold(tmp_path: Path) -> None:
     questions = _questions("extremewhen", tmp_path)
     answers = [answered(questions[0], "from 100 to 115 seconds"), answered(questions[1], "130 - 100")]
