@@ -137,9 +137,11 @@ def _is_kept(target: Path) -> bool:
             os.utime(target)
             return True
         for path in target.parent.iterdir():
-            is_old = time.time() - path.stat().st_mtime > MAX_UNUSED_SECONDS
-            if is_old and path.suffix != ".lock" and path.name != "lock":  # a process may wait for a lock
-                _remove(path)
+            if path.suffix == ".lock" or path.name == "lock":  # a process may wait for a lock
+                continue
+            with contextlib.suppress(FileNotFoundError):  # another process renames what it has written
+                if time.time() - path.stat().st_mtime > MAX_UNUSED_SECONDS:
+                    _remove(path)
         return False
 
 

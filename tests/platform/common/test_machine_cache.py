@@ -98,3 +98,9 @@ def test_copies_that_nobody_used_for_a_week_are_removed(remote: Path) -> None:
     local_copy(f"counted://{remote}")
     assert used.exists()
     assert not old.exists()
+
+
+def test_a_file_that_another_process_renames_meanwhile_is_passed_over(remote: Path) -> None:
+    folder = Path(local_copy(f"counted://{remote}", ("config.json",)))
+    (folder.parent / "gone.partial").symlink_to("renamed")  # listed, but no longer there
+    assert local_copy(f"counted://{remote}")
