@@ -51,9 +51,10 @@ class Judge:
         """Returns the reply.
 
         Raises:
-            RuntimeError: if the endpoint fails, or its reply is empty.
+            RuntimeError: if the endpoint fails, is no such API, or its reply is empty.
         """
         import openai
+        from openai.types.chat import ChatCompletion
 
         try:
             completion = self._client.chat.completions.create(
@@ -65,6 +66,10 @@ class Judge:
             )
         except openai.OpenAIError as error:
             raise RuntimeError(f"{type(error).__name__}: {error}"[:500]) from error
+        if not isinstance(completion, ChatCompletion):  # the text of another page
+            raise RuntimeError(
+                f"{self._config.base_url} does not answer like OpenAI's API; judge.base_url ends with /v1 in most cases"
+            )
         reply = completion.choices[0].message.content if completion.choices else None
         if not reply:
             raise RuntimeError("the reply is empty")

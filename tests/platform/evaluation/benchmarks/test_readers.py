@@ -73,9 +73,7 @@ def test_a_wrong_field_is_named_with_its_file_and_row(tmp_path: Path) -> None:
         BENCHMARKS["charades_sta"].read(str(tmp_path / "d"))
     make_miniature("videomme_v2", tmp_path / "f")
     _edit_parquet(tmp_path / "f" / "test.parquet", group_type="logic", group_structure="[4, 3]")
-    with pytest.raises(
-        AnnotationError, match=r"test.parquet row 11: field 'group_structure' is '\[4, 3\]', not"
-    ):
+    with pytest.raises(AnnotationError, match=r"test.parquet row 11: field 'group_structure' is '\[4, 3\]', not"):
         BENCHMARKS["videomme_v2"].read(str(tmp_path / "f"))
     make_miniature("longvideobench", tmp_path / "g")
     _edit_json(tmp_path / "g" / "lvb_val.json", lambda rows: rows[1].update(duration="3 min"))

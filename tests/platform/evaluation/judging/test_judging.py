@@ -129,6 +129,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        if not self.path.startswith("/v1/"):
+            self.send_response(200)
+            self.send_header("content-type", "text/html")
+            self.end_headers()
+            self.wfile.write(b"<html>welcome</html>")
+            return
         with self.server.lock:
             self.server.num_requests += 1
             number = self.server.num_requests
@@ -275,6 +281,12 @@ def test_a_judge_that_is_gone_ends_the_run_soon(tmp_path: Path) -> None:
     with pytest.raises(JobError, match=rf"{MAX_FAILURES_IN_A_ROW} of {MAX_FAILURES_IN_A_ROW} calls .* refused"):
         judge(config, ask)
     assert len(asked) < MAX_FAILURES_IN_A_ROW + 10
+
+
+def test_an_address_without_the_api_is_named(tmp_path: Path, endpoint: _Endpoint) -> None:
+    config = _captions(tmp_path, _judge_config(endpoint.url.removesuffix("/v1")))
+    with pytest.raises(JobError, match=r"http://127.0.0.1:\d+ does not answer like OpenAI's API; judge.base_url ends"):
+        judge(config)
 
 
 def test_a_judge_needs_a_configuration_and_captions(tmp_path: Path) -> None:
