@@ -78,6 +78,9 @@ class TokenChunk:
     def with_hidden(self, hidden_TD: Tensor) -> TokenChunk:
         return TokenChunk(hidden_TD=hidden_TD, token_kind_T=self.token_kind_T, position_T=self.position_T)
 
+    def last(self, hidden_1D: Tensor) -> TokenChunk:
+        return TokenChunk(hidden_TD=hidden_1D, token_kind_T=self.token_kind_T[-1:], position_T=self.position_T[-1:])
+
     def keep(self, index: Tensor) -> TokenChunk:
         return TokenChunk(
             hidden_TD=self.hidden_TD[index], token_kind_T=self.token_kind_T[index], position_T=self.position_T[index]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from timeviper_model.batching.batch import PADDING_SEGMENT, PackedBatch, TokenKind
+from timeviper_model.config import TimeViperConfig
 from timeviper_model.inference.chunked_transv import (
     Crossing,
     TokenChunk,
@@ -129,6 +130,7 @@ class Prefill:
             for layer, plan in self._plans.items()
             if not plan.waits and plan.site.select != "evs"
         }
+        self._last_mixer = last_mixer(model.config)
         self._rows = _FeatureRows(features, num_vision)
         self._position_T = torch.arange(len(input_ids), device=input_ids.device)
         self._last_1D: Tensor | None = None
@@ -248,9 +250,14 @@ class Prefill:
             if layer in self._crossings:
                 chunk = self._crossings[layer].cross(chunk)
                 segments = chunk.segments()
-            if len(chunk):
-                block = self._model.backbone.block(layer)
-                chunk = chunk.with_hidden(block(chunk.hidden_TD, segments, self._view.layer(layer)))
+            if not len(chunk):
+                continue
+            block, state = self._model.backbone.block(layer), self._view.layer(layer)
+            if layer == self._last_mixer:
+                chunk = chunk.last(block.last(chunk.hidden_TD, segments, state))
+                segments = chunk.segments()
+            else:
+                chunk = chunk.with_hidden(block(chunk.hidden_TD, segments, state))
         if self._waiting:
             waiting = next((tokens for tokens in self._waiting if not tokens.is_full), self._waiting[-1])
             waiting.add(chunk, self._model.backbone.block(stop), self._model.transv_layer(stop))
@@ -288,6 +295,16 @@ class Prefill:
         if prefix.waiting is not None:
             self._waiting[0] = prefix.waiting
         self.num_resumed = self._start = prefix.num_tokens
+
+
+def last_mixer(config: TimeViperConfig) -> int | None:
+    """Returns the layer from which the last token alone is computed, as only its logits are read.
+
+    It is the last layer where tokens read others; None with a TransV site behind it.
+    """
+    mixers = (layer for layer, block_type in enumerate(config.text.block_types) if block_type != "mlp")
+    layer = max(mixers, default=-1)
+    return None if any(site.layer > layer for site in config.transv) else layer
 
 
 class _FeatureRows:

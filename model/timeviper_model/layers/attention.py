@@ -23,7 +23,7 @@ class KeyValueStore(Protocol):
     """Keys and values of one layer."""
 
     def extend(self, q_THE: Tensor, k_THE: Tensor, v_THE: Tensor) -> Tensor:
-        """Appends T tokens to the only slot; returns (T, H, E)."""
+        """Appends keys and values to the only slot; returns (T, H, E) for the last T tokens."""
         ...
 
     def attend(self, q_BHE: Tensor, k_BHE: Tensor, v_BHE: Tensor) -> Tensor:
@@ -89,6 +89,12 @@ class Attention(nn.Module):
         q, k, v = self.queries(h_TD, positions_T), self.keys(h_TD, positions_T), self.values(h_TD)
         mixed = self.attend(q, k, v, segments) if store is None else store.extend(q, k, v)
         return self.o_proj(mixed.flatten(1))
+
+    def last(self, h_TD: Tensor, segments: Segments, store: KeyValueStore) -> Tensor:
+        """(1, D): the last row of `forward`, without the queries of the others."""
+        positions_T = segments.original_positions_T
+        q, k, v = self.queries(h_TD[-1:], positions_T[-1:]), self.keys(h_TD, positions_T), self.values(h_TD)
+        return self.o_proj(store.extend(q, k, v).flatten(1))
 
     def step(self, h_BD: Tensor, store: KeyValueStore, positions_B: Tensor) -> Tensor:
         """(B, D)"""

@@ -51,6 +51,14 @@ class Block(nn.Module):
         mixed = self.mixer(normed) if isinstance(self.mixer, MLP) else self.mixer(normed, segments, state)
         return h_TD + mixed
 
+    def last(self, h_TD: Tensor, segments: Segments, state: LayerState) -> Tensor:
+        """(1, D): the last row of `forward`; every token enters `state`."""
+        if not isinstance(self.mixer, Attention):
+            return self.forward(h_TD, segments, state)[-1:]
+        assert state is not None
+        assert not isinstance(state, Mamba2State)
+        return h_TD[-1:] + self.mixer.last(self.norm(h_TD), segments, state)
+
     def step(self, h_BD: Tensor, state: LayerState, positions_B: Tensor) -> Tensor:
         """(B, D)"""
         normed = self.norm(h_BD)

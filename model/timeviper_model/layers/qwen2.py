@@ -43,6 +43,13 @@ class Qwen2Block(nn.Module):
         h_TD = h_TD + self.self_attn(self.input_layernorm(h_TD), segments, state)
         return h_TD + self.mlp(self.post_attention_layernorm(h_TD))
 
+    def last(self, h_TD: Tensor, segments: Segments, state: LayerState) -> Tensor:
+        """(1, D): the last row of `forward`; every token enters `state`."""
+        assert state is not None
+        assert not isinstance(state, Mamba2State)
+        h_1D = h_TD[-1:] + self.self_attn.last(self.input_layernorm(h_TD), segments, state)
+        return h_1D + self.mlp(self.post_attention_layernorm(h_1D))
+
     def step(self, h_BD: Tensor, state: LayerState, positions_B: Tensor) -> Tensor:
         """(B, D)"""
         assert state is not None

@@ -17,7 +17,7 @@ from reference.slow_timeviper import slow_logits
 from reference.small_models import SMALL, SMALL_QWEN, first_tokens, make_features, make_model, make_sample, pack
 from timeviper_model.batching.batch import Sample
 from timeviper_model.config import TransVSite
-from timeviper_model.inference.prefill import Prefill, PrefixEntry, prefill, prefix_length
+from timeviper_model.inference.prefill import Prefill, PrefixEntry, last_mixer, prefill, prefix_length
 from timeviper_model.layers.cache import MIN_CAPACITY, HybridCache
 from timeviper_model.timeviper import TimeViper
 
@@ -132,6 +132,31 @@ def test_logits_are_computed_only_for_the_last_token() -> None:
         model, pack([make_sample("ss" + "v" * 40 + "iiii")]), model.new_cache(1, device="cpu", dtype=torch.float64), 0
     )
     assert rows == [1]
+
+
+@pytest.mark.parametrize("plan", ["two uniform, then attention", "uniform, then attention, RoPE"])
+def test_behind_the_last_mixer_only_a_chunks_last_token_is_computed(plan: str) -> None:
+    model = with_plan(plan)
+    last = last_mixer(model.config)
+    assert last is not None
+    rows: dict[str, list[int]] = {}
+    for name, module in model.backbone.block(last).named_modules():
+        if name.endswith("_proj"):
+            seen = rows.setdefault(name.rpartition(".")[2], [])
+            module.register_forward_hook(lambda module, args, output, seen=seen: seen.append(len(args[0])))
+    prompt = pack([make_sample("ss" + "v" * 40 + "iiii")])
+    cache = model.new_cache(1, device="cpu", dtype=torch.float64)
+    prefill(model, prompt, cache, 0, max_chunk_tokens=10)
+    num_chunks = len(rows["v_proj"])
+    assert sum(rows["v_proj"]) == 2 + 8 + 4
+    assert rows["o_proj"] == [1] * num_chunks
+    assert rows["q_proj"][-num_chunks:] == [1] * num_chunks  # the site's own query is before
+
+
+def test_a_site_behind_the_last_mixer_needs_every_token() -> None:
+    assert last_mixer(replace(SMALL, transv=())) == 4
+    assert SMALL.text.block_types[5:] == ("mlp",)
+    assert last_mixer(replace(SMALL, transv=(uniform(5, 0.5),))) is None
 
 
 class _LargestTensor(TorchDispatchMode):
