@@ -16,6 +16,7 @@ from timeviper_platform.data.preprocess.config import PreprocessConfig
 from timeviper_platform.evaluation.run import EvaluateConfig
 from timeviper_platform.serving.app import ServeConfig
 from timeviper_platform.serving.gateway import connections
+from timeviper_platform.serving.limits import IN_PLACE
 from timeviper_platform.training.config import TrainConfig
 
 Resource = dict[str, Any]
@@ -119,9 +120,7 @@ class Deployment:
         if job == "train":
             return int(_job_environment()["RAY_JOB_STOP_WAIT_TIME_S"]) + MARGIN_S
         if job == "serve":
-            deployments = self.serve.deployments
-            each = (deployments.gateway, deployments.features, deployments.engine)
-            return int(max(deployment.graceful_shutdown_timeout_s for deployment in each)) + MARGIN_S
+            return int(max(self.serve.shutdown_timeout_s(name) for name in IN_PLACE)) + MARGIN_S
         return 2 * MARGIN_S
 
     def _add_serving(self, pod: Resource) -> None:

@@ -42,6 +42,8 @@ STATS_TIMEOUT_S = 2.0
 """The engine reports statistics only between two steps."""
 MAX_STREAM_READERS = 10_000
 """Requests that wait for blocks of features, per feature replica."""
+SHUTDOWN_MARGIN_S = 30.0
+"""Seconds a stopping replica has on top of the longest request."""
 FEATURE_QUEUE = 64
 """Concurrent requests per replica; most are lookups in the store."""
 
@@ -69,6 +71,13 @@ class ServeConfig:
         if self.deployments.gateway.autoscaling.min_replicas < 1:
             raise ValueError("deployments.gateway.autoscaling.min_replicas must be at least 1 to accept requests")
         check_max_tokens(self.gateway, self.engine.engine.max_new_tokens)
+
+    def shutdown_timeout_s(self, name: DeploymentName) -> float:
+        """Seconds that running requests have when a replica of a deployment stops."""
+        settings: DeploymentSettings = getattr(self.deployments, name)
+        if settings.graceful_shutdown_timeout_s is not None:
+            return settings.graceful_shutdown_timeout_s
+        return self.gateway.request_timeout_s + SHUTDOWN_MARGIN_S
 
 
 class FeatureReplica(FeatureService):
@@ -138,10 +147,20 @@ def build_application(
         logger.info("limits of %s: %s", name, limits_text(limits))
     deployments, engine = config.deployments, config.engine.engine
     feature_options = deployments.features.options(
-        capacity=FEATURE_QUEUE, served_at_once=config.features.sandbox.num_workers
+        capacity=FEATURE_QUEUE,
+        served_at_once=config.features.sandbox.num_workers,
+        shutdown_timeout_s=config.shutdown_timeout_s("features"),
     )
     engine_options = deployments.engine.options(
-        capacity=engine.num_slots + engine.max_queued_requests, served_at_once=engine.num_slots, has_sessions=True
+        capacity=engine.num_slots + engine.max_queued_requests,
+        served_at_once=engine.num_slots,
+        shutdown_timeout_s=config.shutdown_timeout_s("engine"),
+        has_sessions=True,
+    )
+    gateway_options = deployments.gateway.options(
+        capacity=MAX_GATEWAY_REQUESTS,
+        served_at_once=GATEWAY_TARGET,
+        shutdown_timeout_s=config.shutdown_timeout_s("gateway"),
     )
     gateway_options = deployments.gateway.options(capacity=MAX_GATEWAY_REQUESTS, served_at_once=GATEWAY_TARGET)
 

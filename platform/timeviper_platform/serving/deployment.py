@@ -44,16 +44,20 @@ class DeploymentSettings:
     """Maximum concurrent requests per replica; None = the service's capacity."""
     max_queued_requests: int = 256
     """Maximum waiting requests per caller; more are answered with 429."""
-    graceful_shutdown_timeout_s: float = 60.0
-    """Seconds for running requests when a replica stops. Must exceed the longest answer."""
+    graceful_shutdown_timeout_s: float | None = None
+    """Seconds for running requests when a replica stops; None = 30 above gateway.request_timeout_s, so that an update
+    cuts no answer."""
     autoscaling: AutoscalingSettings = field(default_factory=AutoscalingSettings)
 
-    def options(self, *, capacity: int, served_at_once: int, has_sessions: bool = False) -> dict[str, Any]:
+    def options(
+        self, *, capacity: int, served_at_once: int, shutdown_timeout_s: float, has_sessions: bool = False
+    ) -> dict[str, Any]:
         """Returns keyword arguments for `serve.deployment`.
 
         Args:
             capacity: running and waiting requests per replica.
             served_at_once: running requests per replica.
+            shutdown_timeout_s: seconds for running requests when a replica stops.
             has_sessions: whether requests of a session go to one replica, or to its neighbours while it is full.
         """
         scaling = self.autoscaling
@@ -65,7 +69,7 @@ class DeploymentSettings:
             "max_ongoing_requests": self.max_ongoing_requests or capacity,
             "max_queued_requests": self.max_queued_requests,
             "backpressure_config": {"status_code": 429, "retry_after_s": 1.0},
-            "graceful_shutdown_timeout_s": self.graceful_shutdown_timeout_s,
+            "graceful_shutdown_timeout_s": shutdown_timeout_s,
             "max_constructor_retry_count": 2,  # the default of 20 hides a wrong configuration for minutes
             "autoscaling_config": {
                 "min_replicas": scaling.min_replicas,

@@ -206,13 +206,13 @@ def test_pods_run_where_they_may_be_lost_without_harm(resources: dict[str, Any])
 
 def test_grace_covers_what_a_node_must_finish(resources: dict[str, Any]) -> None:
     grace = {name: {pod["spec"]["terminationGracePeriodSeconds"]} for name, _, pod in pods(resources)}
-    # training: 300 s to save + 30; the endpoint: the engine's 660 s + 30
+    # training: 300 s to save + 30; the endpoint: answers of 600 s + 30 + 30
     assert grace == {
         "raycluster": {330},
         "rayjob-preprocess": {60},
         "rayjob-train": {330},
         "rayjob-evaluate": {60},
-        "rayservice": {690},
+        "rayservice": {660},
     }
 
 

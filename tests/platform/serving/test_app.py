@@ -119,14 +119,28 @@ def test_a_gateway_needs_a_replica_and_at_most_the_engines_max_tokens() -> None:
 
 
 def test_the_default_target_is_two_thirds_of_the_concurrent_requests() -> None:
-    options = DeploymentSettings(num_cpus=0.2).options(capacity=40, served_at_once=8)
+    options = DeploymentSettings(num_cpus=0.2).options(capacity=40, served_at_once=8, shutdown_timeout_s=5)
     assert options["autoscaling_config"]["target_ongoing_requests"] == pytest.approx(5.2)
     assert options["max_ongoing_requests"] == 40
     assert options["backpressure_config"] == {"status_code": 429, "retry_after_s": 1.0}
     chosen = DeploymentSettings(autoscaling=AutoscalingSettings(target_ongoing_requests=3.0), max_ongoing_requests=7)
-    options = chosen.options(capacity=40, served_at_once=8)
+    options = chosen.options(capacity=40, served_at_once=8, shutdown_timeout_s=5)
     assert options["autoscaling_config"]["target_ongoing_requests"] == 3.0
     assert options["max_ongoing_requests"] == 7
+
+
+@pytest.mark.parametrize("path", FILES, ids=["full", "tiny"])
+def test_every_stopping_replica_waits_for_the_longest_answer(path: Path) -> None:
+    """Before, a gateway that an update replaced cut all streams of more than a minute."""
+    args = args_of(path)
+    gateway = build(args)._bound_deployment
+    others = [argument._bound_deployment for argument in gateway.init_args[2:]]
+    limits = {bound.name: bound._deployment_config.graceful_shutdown_timeout_s for bound in (gateway, *others)}
+    longest = args["gateway"]["request_timeout_s"]
+    assert limits == dict.fromkeys(("gateway", "features", "engine"), longest + 30)
+    args["deployments"]["engine"]["graceful_shutdown_timeout_s"] = 7.0
+    config = parse_config(ServeConfig, args)
+    assert [config.shutdown_timeout_s(name) for name in ("engine", "gateway")] == [7.0, longest + 30]
 
 
 @pytest.mark.parametrize("values", [{"min_replicas": 3}, {"look_back_period_s": 1.0}, {"max_replicas": 0}])
