@@ -49,15 +49,23 @@ class Features:
         self.sources: list[MediaSource] = []
         self.limits: list[tuple[float | None, int | None]] = []
         self.whole: list[bool] = []
+        self.tenants: list[str] = []
         self.ready = True
         self.deep = False
         self.stored = [stored_medium(media_id) for media_id in ("films/a", "films/b", "known")]
         self.known_addresses: set[str] = set()
 
     async def features(
-        self, source: MediaSource, *, fps: float | None = None, max_frames: int | None = None, whole: bool = True
+        self,
+        source: MediaSource,
+        *,
+        tenant: str = "",
+        fps: float | None = None,
+        max_frames: int | None = None,
+        whole: bool = True,
     ) -> FeatureReference | Refusal:
         self.sources.append(source)
+        self.tenants.append(tenant)
         self.limits.append((fps, max_frames))
         self.whole.append(whole)
         is_known = not isinstance(source, MediaAddress) or source.uri in self.known_addresses
@@ -74,10 +82,10 @@ class Features:
         )
 
     async def watch(
-        self, source: MediaSource, *, fps: float | None = None, max_frames: int | None = None
+        self, source: MediaSource, *, tenant: str = "", fps: float | None = None, max_frames: int | None = None
     ) -> AsyncGenerator[FeatureProgress | FeatureReference | Refusal]:
         yield FeatureProgress(stage="encoding", frames_done=1, frames_total=2)
-        yield await self.features(source, fps=fps, max_frames=max_frames)
+        yield await self.features(source, tenant=tenant, fps=fps, max_frames=max_frames)
 
     async def list_media(self, *, after: str, prefix: str, limit: int) -> MediaPage | Refusal:
         found = [medium for medium in self.stored if medium.media_id.startswith(prefix) and medium.media_id > after]
@@ -185,7 +193,7 @@ def video(url: str) -> list[dict[str, Any]]:
 
 
 def events(response: Any) -> list[Any]:
-    lines = [line for line in response.text.split("\n\n") if line]
+    lines = [line for line in response.text.split("\n\n") if line and not line.startswith(":")]
     assert all(line.startswith("data: ") for line in lines)
     return [line[6:] if line == "data: [DONE]" else json.loads(line[6:]) for line in lines]
 

@@ -34,6 +34,15 @@ _ENCODING = f'sum (rate({_SECONDS}{{stage="encode"}}[{WINDOW}]))'
 _TRAIN = "ray_timeviper_train_"
 _ENGINE = "ray_timeviper_engine_"
 _GATEWAY = "ray_timeviper_gateway_"
+_FEATURES = "ray_timeviper_features_"
+
+
+def _quantiles(metric: str, what: str) -> tuple[tuple[str, str], ...]:
+    return tuple(
+        (f"histogram_quantile({share}, {_rate(f'{metric}_bucket', 'le')})", f"{legend} of {what}")
+        for share, legend in ((0.5, "half"), (0.99, "99 of 100"))
+    )
+
 
 DASHBOARDS: dict[str, tuple[Panel, ...]] = {
     "preprocess": (
@@ -89,11 +98,16 @@ DASHBOARDS: dict[str, tuple[Panel, ...]] = {
     ),
     "serving": (
         Panel(
-            "Seconds to the first token",
-            tuple(
-                (f"histogram_quantile({share}, {_rate(_ENGINE + 'first_token_seconds_bucket', 'le')})", legend)
-                for share, legend in ((0.5, "half of the answers"), (0.99, "99 of 100"))
+            "Seconds to the first text at the gateway, and to the first token in the engine",
+            (
+                *_quantiles(f"{_GATEWAY}first_text_seconds", "texts"),
+                *_quantiles(f"{_ENGINE}first_token_seconds", "tokens"),
             ),
+            "s",
+        ),
+        Panel(
+            "Seconds of a request, 99 of 100, by route",
+            ((f"histogram_quantile(0.99, {_rate(f'{_GATEWAY}request_seconds_bucket', 'le, route')})", "{{route}}"),),
             "s",
         ),
         Panel(
@@ -153,6 +167,20 @@ DASHBOARDS: dict[str, tuple[Panel, ...]] = {
                 (_rate(f"{_ENGINE}kept_vision_tokens_total"), "kept"),
             ),
         ),
+        Panel(
+            "Media per second, by origin of their features and outcome",
+            ((_rate(f"{_FEATURES}requests_total", "origin, status"), "{{origin}} {{status}}"),),
+        ),
+        Panel("Seconds to read, or to decode and encode, a medium", _quantiles(f"{_FEATURES}seconds", "media"), "s"),
+        Panel(
+            "The feature service",
+            (
+                (_rate(f"{_FEATURES}frames_total"), "frames of uploads per second"),
+                (f"sum ({_FEATURES}ongoing)", "media in progress"),
+                (f"max ({_FEATURES}stored_media)", "media of the store"),
+            ),
+        ),
+        Panel("Cached features", ((f"sum ({_FEATURES}cache_bytes)", "bytes"),), "bytes"),
         Panel(
             "Cached prefixes",
             (

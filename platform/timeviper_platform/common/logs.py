@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
 
 
-def setup_logging(level: int | str = logging.INFO) -> None:
-    """Logs to standard error; replaces existing handlers."""
-    logging.basicConfig(
-        level=level,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
-        force=True,
-    )
+def setup_logging(level: int | str = logging.INFO, *, as_json: bool = False) -> None:
+    """Logs to standard error; replaces existing handlers. `as_json` writes an object per line."""
+    handler = logging.StreamHandler(sys.stderr)
+    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    handler.setFormatter(JsonLines() if as_json else text)
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+
+
+def log_event(logger: logging.Logger, level: int, event: str, **fields: Any) -> None:
+    """Logs names and values: keys of the line's object, or JSON as its text."""
+    values = {"event": event, **fields}
+    logger.log(level, "%s", json.dumps(values), extra={"values": values})
+
+
+class JsonLines(logging.Formatter):
+    """A JSON object per record, on one line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        values: Mapping[str, Any] | None = getattr(record, "values", None)
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            **({"message": record.getMessage()} if values is None else values),
+        }
+        if record.exc_info:
+            line["trace"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -25,10 +25,40 @@ FIRST_TOKEN_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 20
 
 METRICS: tuple[Metric, ...] = (
     Metric("timeviper_gateway_requests", "counter", "HTTP requests, by route and status", ("route", "status")),
+    Metric(
+        "timeviper_gateway_request_seconds",
+        "histogram",
+        "Seconds from requests to the ends of their answers, by route",
+        ("route",),
+        boundaries=FIRST_TOKEN_S,
+    ),
+    Metric(
+        "timeviper_gateway_first_text_seconds",
+        "histogram",
+        "Seconds from questions to their first text, decoding, encoding and queues included",
+        boundaries=FIRST_TOKEN_S,
+    ),
     Metric("timeviper_gateway_ongoing_requests", "gauge", "HTTP requests in progress"),
     Metric("timeviper_gateway_prompt_tokens", "counter", "Prompt tokens of answered requests"),
     Metric("timeviper_gateway_cached_prompt_tokens", "counter", "Prompt tokens taken from the video-prefix cache"),
     Metric("timeviper_gateway_completion_tokens", "counter", "Generated tokens of answered requests"),
+    Metric(
+        "timeviper_features_requests",
+        "counter",
+        "Media that requests named, by where their features came from (cache, store, upload), and ok or why not",
+        ("origin", "status"),
+    ),
+    Metric(
+        "timeviper_features_seconds",
+        "histogram",
+        "Seconds to read a stored medium, or to decode and encode an upload",
+        ("origin",),
+        boundaries=FIRST_TOKEN_S,
+    ),
+    Metric("timeviper_features_frames", "counter", "Frames of uploads encoded"),
+    Metric("timeviper_features_ongoing", "gauge", "Media being read, or decoded and encoded"),
+    Metric("timeviper_features_cache_bytes", "gauge", "Bytes of cached features"),
+    Metric("timeviper_features_stored_media", "gauge", "Media of the feature store"),
     Metric("timeviper_engine_num_slots", "gauge", "Requests that can be decoded together"),
     Metric("timeviper_engine_active_slots", "gauge", "Requests being prefilled or decoded"),
     Metric("timeviper_engine_queued_requests", "gauge", "Requests waiting for a slot"),
@@ -77,6 +107,30 @@ def metrics_of(prefix: str) -> dict[str, Metric]:
     return {metric.name.removeprefix(prefix): metric for metric in METRICS if metric.name.startswith(prefix)}
 
 
+class MetricsSink(Protocol):
+    """Where a service counts; see RayMetrics."""
+
+    def add(self, name: str, amount: float, **tags: str) -> None: ...
+
+    def observe(self, name: str, value: float, **tags: str) -> None: ...
+
+    def report(self, values: Mapping[str, float]) -> None: ...
+
+
+class _NoMetrics:
+    def add(self, name: str, amount: float, **tags: str) -> None:
+        pass
+
+    def observe(self, name: str, value: float, **tags: str) -> None:
+        pass
+
+    def report(self, values: Mapping[str, float]) -> None:
+        pass
+
+
+NO_METRICS = _NoMetrics()
+
+
 class RayMetrics:
     def __init__(self, prefix: str, *, module: Any = None) -> None:
         """`module` is `ray.util.metrics` or `ray.serve.metrics`, which adds deployment and replica as tags."""
@@ -98,9 +152,9 @@ class RayMetrics:
         if amount > 0:  # Ray raises for 0
             self._metrics[name].inc(amount, tags=tags)
 
-    def observe(self, name: str, value: float) -> None:
+    def observe(self, name: str, value: float, **tags: str) -> None:
         """Adds a value to a histogram."""
-        self._metrics[name].observe(value)
+        self._metrics[name].observe(value, tags=tags)
 
     def report(self, values: Mapping[str, float]) -> None:
         """Sets gauges to values and raises counters to totals."""
@@ -117,7 +171,11 @@ def prometheus_metrics(prefix: str, registry: CollectorRegistry) -> dict[str, An
     import prometheus_client
 
     kinds = {"counter": prometheus_client.Counter, "gauge": prometheus_client.Gauge}
-    return {
-        name: kinds[metric.kind](metric.name, metric.description, metric.tags, registry=registry)
-        for name, metric in metrics_of(prefix).items()
-    }
+
+    def made(metric: Metric) -> Any:
+        options: dict[str, Any] = {"labelnames": metric.tags, "registry": registry}
+        if metric.kind == "histogram":
+            return prometheus_client.Histogram(metric.name, metric.description, buckets=metric.boundaries, **options)
+        return kinds[metric.kind](metric.name, metric.description, **options)
+
+    return {name: made(metric) for name, metric in metrics_of(prefix).items()}

@@ -347,6 +347,17 @@ def _is_there(test: Callable[[], bool]) -> bool:
         raise
 
 
+def state_of(uri: str) -> str:
+    """Returns a text that changes with the file; raises FileNotFoundError when it is missing."""
+    filesystem, path = split_uri(uri)
+
+    def read() -> str:
+        filesystem.invalidate_cache()  # other processes write here
+        return str(filesystem.ukey(path))
+
+    return retrying(read, uri)
+
+
 def entries_in(uri: str) -> list[dict[str, Any]]:
     """Returns fsspec's details of files and folders in a folder, from the storage itself; none when it is missing.
 
@@ -370,8 +381,18 @@ def entries_in(uri: str) -> list[dict[str, Any]]:
 
 def files_in(uri: str, suffix: str = "") -> list[str]:
     """Returns sorted URIs of visible files; none when the folder is missing. Raises as `entries_in`."""
-    names = [PurePosixPath(item["name"]).name for item in entries_in(uri) if item["type"] == "file"]
-    return [join_uri(uri, name) for name in sorted(names) if name.endswith(suffix) and not name.startswith(".")]
+    return list(_files_in(uri, suffix))
+
+
+def file_states(uri: str, suffix: str = "") -> dict[str, str]:
+    """Returns the URIs of `files_in`, each with a text that changes with the file, by one listing."""
+    return {file: str(sorted(entry.items())) for file, entry in _files_in(uri, suffix).items()}
+
+
+def _files_in(uri: str, suffix: str) -> dict[str, dict[str, Any]]:
+    found = {PurePosixPath(item["name"]).name: item for item in entries_in(uri) if item["type"] == "file"}
+    names = [name for name in sorted(found) if name.endswith(suffix) and not name.startswith(".")]
+    return {join_uri(uri, name): found[name] for name in names}
 
 
 def folders_in(uri: str) -> list[str]:

@@ -84,10 +84,15 @@ class FeatureReplica(FeatureService):
     """Ray Serve replica that puts arrays into Ray's object store."""
 
     async def __init__(self, weights: str, config: FeatureServiceConfig) -> None:  # type: ignore[misc]  # Serve awaits it
-        setup_logging()
+        setup_logging(as_json=True)
         self._limits = Limits("features", config)
-        super().__init__(weights, config, ray.put, None if config.encoder is None else RayBlockWriter())
+        metrics = RayMetrics("timeviper_features_", module=serve_metrics)
+        super().__init__(weights, config, ray.put, None if config.encoder is None else RayBlockWriter(), metrics)
         await self.start()
+
+    async def check_health(self) -> None:
+        """Sends metrics, because Ray Serve calls this every few seconds."""
+        self._metrics.report(self.gauges())
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """See `Limits.reconfigure`."""
@@ -103,7 +108,7 @@ class EngineReplica(EngineService):
     """Ray Serve replica that reports statistics to Prometheus."""
 
     def __init__(self, weights: str, config: EngineServiceConfig) -> None:
-        setup_logging()
+        setup_logging(as_json=True)
         self._metrics = RayMetrics("timeviper_engine_", module=serve_metrics)
         self._limits = Limits("engine", config)
         super().__init__(weights, config, read_features, partial(self._metrics.observe, "first_token_seconds"))
@@ -162,7 +167,6 @@ def build_application(
         served_at_once=GATEWAY_TARGET,
         shutdown_timeout_s=config.shutdown_timeout_s("gateway"),
     )
-    gateway_options = deployments.gateway.options(capacity=MAX_GATEWAY_REQUESTS, served_at_once=GATEWAY_TARGET)
 
     def deployment(name: DeploymentName, options: dict[str, Any], replica: type) -> Any:
         # never None: when a file no longer has a user_config, replicas return to their args

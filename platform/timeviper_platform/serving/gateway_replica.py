@@ -35,6 +35,8 @@ from timeviper_platform.serving.messages import (
 logger = logging.getLogger(__name__)
 
 READY_TIMEOUT_S = 5.0
+READY_KEPT_S = 1.0
+"""Seconds for which an answer about readiness counts."""
 ATTEMPTS = 3
 RETRY_S = 0.2
 """Seconds between attempts, in which Ray Serve's router drops a dead replica."""
@@ -47,20 +49,29 @@ class ServiceHandle:
 
     def __init__(self, name: str, handle: Any) -> None:
         self._name = name
-        self._handle = handle
-        self._stream_handle = handle.options(stream=True)
+        # In its throughput mode Ray sends calls by value over gRPC, at most 4 MiB, and objects whose references it
+        # pickles there are never freed: only calls without media may go that way.
+        self._handle = handle.options(_by_reference=True)
+        self._stream_handle = self._handle.options(stream=True)
+        self._text_handle = handle.options(stream=True)
+        self._can_serve, self._ready_until = False, 0.0
 
     async def features(
-        self, source: MediaSource, *, fps: float | None = None, max_frames: int | None = None, whole: bool = True
+        self,
+        source: MediaSource,
+        *,
+        tenant: str = "",
+        fps: float | None = None,
+        max_frames: int | None = None,
+        whole: bool = True,
     ) -> FeatureReference | Refusal:
-        return await self._answer(
-            lambda: self._handle.features.remote(source, fps=fps, max_frames=max_frames, whole=whole)
-        )
+        options = {"tenant": tenant, "fps": fps, "max_frames": max_frames, "whole": whole}
+        return await self._answer(lambda: self._handle.features.remote(source, **options))
 
     async def watch(
-        self, source: MediaSource, *, fps: float | None = None, max_frames: int | None = None
+        self, source: MediaSource, *, tenant: str = "", fps: float | None = None, max_frames: int | None = None
     ) -> AsyncGenerator[FeatureProgress | FeatureReference | Refusal]:
-        response = self._stream_handle.watch.remote(source, fps=fps, max_frames=max_frames)
+        response = self._stream_handle.watch.remote(source, tenant=tenant, fps=fps, max_frames=max_frames)
         is_done = False
         try:
             async for item in response:
@@ -80,7 +91,7 @@ class ServiceHandle:
         return await self._answer(lambda: self._handle.medium.remote(media_id))
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[AnswerDelta | Refusal]:
-        handle = self._stream_handle
+        handle = self._stream_handle if request.media else self._text_handle
         if request.session_id is not None:
             handle = handle.options(session_id=request.session_id)
         for attempt in range(ATTEMPTS):
@@ -108,11 +119,15 @@ class ServiceHandle:
         try:
             if deep:
                 return bool(await asyncio.wait_for(self._handle.is_ready.remote(), READY_TIMEOUT_S))
-            return await asyncio.wait_for(asyncio.to_thread(self._can_serve), READY_TIMEOUT_S)
+            now = asyncio.get_running_loop().time()
+            if now >= self._ready_until:  # anyone may ask, and each answer is a call of Ray Serve's controller
+                self._can_serve = await asyncio.wait_for(asyncio.to_thread(self._ask_controller), READY_TIMEOUT_S)
+                self._ready_until = now + READY_KEPT_S
+            return self._can_serve
         except (RayError, RayServeException, TimeoutError):
             return False
 
-    def _can_serve(self) -> bool:
+    def _ask_controller(self) -> bool:
         """Whether replicas run or, with none, start on demand."""
         application = serve.status().applications.get(self._handle.app_name)
         deployment = None if application is None else application.deployments.get(self._handle.deployment_name)
@@ -143,7 +158,7 @@ class ServiceHandle:
 class GatewayReplica:
     def __init__(self, config: GatewayConfig, max_new_tokens: int, features: Any, engine: Any) -> None:
         """`max_new_tokens` is the engine's limit for an answer."""
-        setup_logging()
+        setup_logging(as_json=True)
         self._limits = Limits("gateway", config, check=partial(check_max_tokens, max_new_tokens=max_new_tokens))
         if os.environ.get(HAPROXY_VARIABLE) == "1":
             config.require_keys(

@@ -39,6 +39,8 @@ class MediaAddress:
     """A medium of the feature store, by its address in the manifest."""
 
     uri: str
+    aliases: tuple[str, ...] = ()
+    """The same address in other forms, such as the path with its symbolic links."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -178,6 +180,8 @@ class GenerateRequest:
     """Whether the request is about times."""
     answer_prefix: str = ""
     """Text that the model continues, not repeated in the answers."""
+    request_id: str = ""
+    """Of the HTTP request, for logs."""
 
     @property
     def media(self) -> list[FeatureReference]:
@@ -224,15 +228,22 @@ class AnswerDelta:
 
 class FeatureClient(Protocol):
     async def features(
-        self, source: MediaSource, *, fps: float | None = None, max_frames: int | None = None, whole: bool = True
+        self,
+        source: MediaSource,
+        *,
+        tenant: str = "",
+        fps: float | None = None,
+        max_frames: int | None = None,
+        whole: bool = True,
     ) -> FeatureReference | Refusal:
         """Returns features. `fps` and `max_frames` can only lower the server's limits.
 
-        Unless `whole`, returns once the first block exists: a reference with a `stream`.
+        Tenants share those of the feature store alone. Unless `whole`, returns once the first block exists: a
+        reference with a `stream`.
         """
 
     def watch(
-        self, source: MediaSource, *, fps: float | None = None, max_frames: int | None = None
+        self, source: MediaSource, *, tenant: str = "", fps: float | None = None, max_frames: int | None = None
     ) -> AsyncIterator[FeatureProgress | FeatureReference | Refusal]:
         """Yields the progress of `features`, and its result last."""
 

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 from timeviper_model.inference.requests import EngineStats
 from timeviper_platform.common.metrics import METRICS, RayMetrics, metrics_of, prometheus_metrics
 
-PARTS = ("timeviper_gateway_", "timeviper_engine_", "timeviper_plan_", "timeviper_preprocess_")
+PARTS = ("timeviper_gateway_", "timeviper_features_", "timeviper_engine_", "timeviper_plan_", "timeviper_preprocess_")
 
 
 class Recorded:
@@ -31,7 +31,8 @@ class Recorded:
         assert set(tags) == set(self.tag_keys)
         self.values[self.name] = self.values.get(self.name, 0) + value
 
-    def observe(self, value: float) -> None:
+    def observe(self, value: float, tags: dict[str, str]) -> None:
+        assert set(tags) == set(self.tag_keys)
         self.values[self.name] = value
 
     def set(self, value: float) -> None:
@@ -58,7 +59,8 @@ def test_every_field_of_the_engines_statistics_is_a_metric() -> None:
 def test_a_histogram_has_boundaries_and_takes_values(module: Any) -> None:
     """Before, the first tokens of all answers were one sum, whose tail nobody could see."""
     RayMetrics("timeviper_engine_", module=module).observe("first_token_seconds", 1.5)
-    assert module.values == {"timeviper_engine_first_token_seconds": 1.5}
+    RayMetrics("timeviper_features_", module=module).observe("seconds", 2.5, origin="store")
+    assert module.values == {"timeviper_engine_first_token_seconds": 1.5, "timeviper_features_seconds": 2.5}
     assert all(bool(metric.boundaries) == (metric.kind == "histogram") for metric in METRICS)
     assert all(list(metric.boundaries) == sorted(set(metric.boundaries)) for metric in METRICS)
 

@@ -191,7 +191,9 @@ class Handle:
         self.app_name, self.deployment_name = "app", "engine"
         self.session_ids: list[str | None] = []
 
-    def options(self, *, stream: bool = False, session_id: str | None = None) -> Handle:
+    def options(
+        self, *, stream: bool = False, session_id: str | None = None, _by_reference: bool | None = None
+    ) -> Handle:
         self.session_ids.append(session_id)
         return self
 
@@ -316,6 +318,39 @@ def test_a_stream_closed_early_is_cancelled_and_a_complete_one_is_not() -> None:
     assert asyncio.run(close_after_the_last_delta()) == 0
     assert asyncio.run(run(whole=False)) == 1
     assert asyncio.run(run(whole=True)) == 0
+
+
+def test_media_never_go_by_value() -> None:
+    """In Ray's throughput mode a call is by value unless its handle says so: 4 MiB at most, and references that it
+    contains are never freed.
+    """
+
+    class Noted(Handle):
+        def __init__(self) -> None:
+            super().__init__()
+            self.by_reference, self.watch = False, self
+            self.calls: list[bool] = []
+
+        def options(self, *, _by_reference: bool | None = None, **_: Any) -> Noted:
+            other = Noted()
+            other.calls = self.calls
+            other.by_reference = self.by_reference if _by_reference is None else _by_reference
+            return other
+
+        def remote(self, *_: Any, **options: Any) -> Any:
+            self.calls.append(self.by_reference)
+            return self
+
+    async def ask() -> list[bool]:
+        handle = Noted()
+        service = ServiceHandle("engine service", handle)
+        await service.features(None)  # type: ignore[arg-type]
+        for request in (about("x"), QUESTION):
+            _ = [item async for item in service.generate(request)]
+        _ = [item async for item in service.watch(None)]  # type: ignore[arg-type]
+        return handle.calls
+
+    assert asyncio.run(ask()) == [True, True, False, True]
 
 
 def test_a_gateway_replica_imports_no_torch() -> None:

@@ -97,11 +97,15 @@ class FeatureStore:
     Reads the index again when a compaction has removed a data file.
     """
 
-    def __init__(self, uri: str, header: dict[str, Any], index: StoreIndex, *, cache_bytes: int = 128 << 20) -> None:
+    def __init__(
+        self, uri: str, header: dict[str, Any], index: StoreIndex, *, state: str = "", cache_bytes: int = 128 << 20
+    ) -> None:
         self.uri = uri
         self.recipe: dict[str, Any] = header["recipe"]
         self.recipe_hash: str = header["recipe_hash"]
         self._index = index
+        self._state = state
+        """Of the index file, from before it was read."""
         self._row_groups = RowGroups(storage.join_uri(uri, DATA_FOLDER), cache_bytes)
         self._infos = lru_cache(maxsize=MAX_INFOS)(lambda media_id: _info(self._index, media_id))
 
@@ -112,7 +116,23 @@ class FeatureStore:
         if header is None or not storage.exists(storage.join_uri(uri, INDEX_FILE)):
             found = "a store without an index (its job has not finished)" if header else "no feature store"
             raise ValueError(f"{found} at {uri!r}; run jobs/preprocess.py with feature_store: {uri}")
-        return cls(uri, header, StoreIndex.open(storage.join_uri(uri, INDEX_FILE)), cache_bytes=cache_bytes)
+        index = storage.join_uri(uri, INDEX_FILE)
+        state = storage.state_of(index)
+        return cls(uri, header, StoreIndex.open(index), state=state, cache_bytes=cache_bytes)
+
+    def refreshed(self) -> FeatureStore:
+        """Returns the store as it is now: this one, or another if preprocessing has written since.
+
+        Raises:
+            ValueError: if another recipe has taken its place.
+            OSError: if it cannot be read.
+        """
+        if storage.state_of(storage.join_uri(self.uri, INDEX_FILE)) == self._state:
+            return self
+        fresh = FeatureStore.open(self.uri, cache_bytes=self._row_groups.cache_bytes)
+        if fresh.recipe_hash != self.recipe_hash:
+            raise ValueError(f"the store at {self.uri!r} now has another recipe; open it again")
+        return fresh
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _open, (self.uri, self._row_groups.cache_bytes)
@@ -132,6 +152,14 @@ class FeatureStore:
     def find_uri(self, uri: str) -> str | None:
         """Finds the whole medium at this address of its manifest; None if absent."""
         return self._index.find_uri(uri)
+
+    def version_of(self, media_id: str) -> str:
+        """Returns the data file of a medium's first segment: another one once it is preprocessed again.
+
+        Raises:
+            KeyError: if the store does not have the medium.
+        """
+        return self._index.location(self._index.rows_of(media_id).start).file
 
     def index_digest(self) -> str:
         """Equal digests mean equal media and frames."""

@@ -36,6 +36,7 @@ from timeviper_model.layers.backends import Backend, set_backend
 from timeviper_model.weights.metadata import trained_time_text
 from timeviper_model.weights.weights_folder import from_pretrained, load_config, load_tokenizer
 from timeviper_platform.common.devices import Dtype, free_bytes, torch_device, torch_dtype
+from timeviper_platform.common.logs import log_event
 from timeviper_platform.common.machine_cache import CONFIG_FILES, local_copy
 from timeviper_platform.serving.engine.engine_thread import EngineThread
 from timeviper_platform.serving.engine.media_feed import MediaFeed, ReadFeatures
@@ -219,7 +220,9 @@ class EngineService:
                 return
             try:
                 with_logprobs = request.sampling.num_logprobs is not None
-                deltas = self._deltas(ids, events, feed, began, spans, with_logprobs=with_logprobs)
+                deltas = self._deltas(
+                    ids, events, feed, began, spans, with_logprobs=with_logprobs, http_request_id=request.request_id
+                )
                 async with aclosing(deltas):
                     async for item in deltas:
                         yield item
@@ -238,6 +241,7 @@ class EngineService:
         spans: AnswerSpans,
         *,
         with_logprobs: bool,
+        http_request_id: str,
     ) -> AsyncGenerator[AnswerDelta | Refusal | MediaFeed]:
         unfinished, without_token = len(ids), set(ids)
         batch = await _first(events, feed)
@@ -252,7 +256,7 @@ class EngineService:
                 if not own:
                     continue
                 if isinstance(own[-1], Failed):
-                    logger.error("request %d failed: %s", own[-1].request_id, own[-1].error)
+                    log_event(logger, logging.ERROR, "failure", request_id=http_request_id, error=own[-1].error)
                     message, code = "the model failed on this request", "generation_failed"
                     if own[-1].is_out_of_memory:
                         message, code = own[-1].error, "out_of_memory"

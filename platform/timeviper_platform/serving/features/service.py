@@ -19,13 +19,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from opentelemetry.trace import INVALID_SPAN, Span
 from torch import Tensor
 
+from timeviper_platform.common.metrics import NO_METRICS, MetricsSink
 from timeviper_platform.data.encode.frame_encoder import FrameEncoder, VisionTowerConfig
 from timeviper_platform.data.store.reader import FeatureStore, MediaInfo
 from timeviper_platform.data.video.sampling import FrameSelection
@@ -68,6 +69,8 @@ class FeatureServiceConfig:
     """Maximum frames per medium. Requests can only lower it."""
     frame_selection: FrameSelection = "uniform"
     """Frames to keep of a longer medium."""
+    store_refresh_s: float = 60.0
+    """Interval of checks for media that preprocessing has added to the store; 0 = only at the start."""
     cache_bytes: int = 512 * 2**20
     """Maximum bytes of cached features per replica."""
     cache_max_age_s: float = 3600.0
@@ -81,6 +84,8 @@ class FeatureServiceConfig:
             raise ValueError("a feature service needs a feature_store, an encoder, or both")
         if self.fps <= 0 or self.max_frames < 1:
             raise ValueError(f"{self.fps = } must be above 0 and {self.max_frames = } at least 1")
+        if self.store_refresh_s < 0:
+            raise ValueError(f"{self.store_refresh_s = } must be at least 0 (0 = only at the start)")
 
 
 class _Kept(NamedTuple):
@@ -115,6 +120,7 @@ class FeatureService:
         config: FeatureServiceConfig,
         put: Callable[[np.ndarray], Any],
         board: BlockWriter | None = None,
+        metrics: MetricsSink = NO_METRICS,
     ) -> None:
         """Opens the store and the encoder. `put` stores an array and returns a reference to it. Without a `board`, all
         references are whole.
@@ -127,6 +133,7 @@ class FeatureService:
         self._config = config
         self._put = put
         self._board = board
+        self._metrics = metrics
         self.store = None if config.feature_store is None else FeatureStore.open(config.feature_store)
         self._encoder = None if config.encoder is None else FrameEncoder(config.encoder)
         check_features_fit(weights, store=self.store, encoder=self._encoder)
@@ -142,21 +149,46 @@ class FeatureService:
         self._encoding: dict[str, FeatureProgress] = {}
         """By the medium's SHA-256."""
         self._ongoing: dict[str, _Work] = {}
-        num_stored = 0 if self.store is None else len(self.store.media_ids)
-        logger.info("features of %d stored media, uploads %s", num_stored, "on" if self._encoder else "off")
+        self._refreshing: asyncio.Task[None] | None = None
+        logger.info("features of %d stored media, uploads %s", self._num_stored, "on" if self._encoder else "off")
 
     async def start(self) -> None:
+        if self.store is not None and self._config.store_refresh_s:
+            self._refreshing = asyncio.create_task(self._refresh(self._config.store_refresh_s))
         if self._sandbox is not None:
             await self._sandbox.start()
+
+    async def _refresh(self, interval_s: float) -> None:
+        """Reads the store again whenever preprocessing has written to it, until cancelled."""
+        while True:
+            await asyncio.sleep(interval_s)
+            before = self.store
+            assert before is not None
+            try:
+                self.store = await asyncio.to_thread(before.refreshed)
+            except (OSError, RuntimeError, ValueError) as error:
+                logger.error("the feature store stays as it was: %s", error)
+            if self.store is not before:
+                logger.info("features of %d stored media", self._num_stored)
+
+    @property
+    def _num_stored(self) -> int:
+        return 0 if self.store is None else len(self.store.media_ids)
 
     def set_limits(self, config: FeatureServiceConfig) -> None:
         """Applies other limits to later requests. Other values must not have changed."""
         self._config = config
 
     async def features(
-        self, source: MediaSource, *, fps: float | None = None, max_frames: int | None = None, whole: bool = True
+        self,
+        source: MediaSource,
+        *,
+        tenant: str = "",
+        fps: float | None = None,
+        max_frames: int | None = None,
+        whole: bool = True,
     ) -> FeatureReference | Refusal:
-        """See `FeatureClient.features`."""
+        """See `FeatureClient.features`. Timing would reveal the videos of a tenant that shared features of uploads."""
         fps = min(fps or self._config.fps, self._config.fps)
         max_frames = min(max_frames or self._config.max_frames, self._config.max_frames)
         if isinstance(source, MediaFrames) and len(source.frames) > self._config.max_frames:
@@ -169,27 +201,28 @@ class FeatureService:
         if isinstance(source, StoredFeatures):
             media_id: str | None = source.media_id
         elif isinstance(source, MediaAddress):
-            media_id = None if self.store is None else self.store.find_uri(source.uri)
+            media_id = None if self.store is None else _find_address(self.store, source)
         else:
             media_id = None if self.store is None else self.store.find(source.sha256)
         if media_id is None and not isinstance(source, StoredFeatures | MediaAddress):
             # decoding is deterministic: content and limits determine the frames
-            key = _key("upload", source.sha256, self.recipe, fps, max_frames, self._config.frame_selection)
+            key = _key("upload", tenant, source.sha256, self.recipe, fps, max_frames, self._config.frame_selection)
             make = partial(self._encode, source, key, fps, max_frames)
-            return await self._once(key, make, whole=whole)
-        if self.store is None or media_id is None or media_id not in self.store:
+            return await self._once(key, "upload", make, whole=whole)
+        store = self.store  # `_refresh` may replace it
+        if store is None or media_id is None or media_id not in store:
             return _no_such_medium()
-        info = self.store.info(media_id)
+        info = store.info(media_id)
         frames = info.select(max_frames=max_frames, frame_selection=self._config.frame_selection, fps=fps)
-        content = info.sha256 or (self.store.uri, media_id)  # a store may hold no hashes
-        key = _key("store", content, self.store.recipe_hash, info.times_seconds[frames].tobytes())
-        return await self._once(key, lambda _: self._read(info, key, frames))
+        content = info.sha256 or (store.uri, media_id, store.version_of(media_id))  # a store may hold no hashes
+        key = _key("store", content, store.recipe_hash, info.times_seconds[frames].tobytes())
+        return await self._once(key, "store", lambda _: self._read(store, info, key, frames))
 
     async def watch(
-        self, source: MediaSource, *, fps: float | None = None, max_frames: int | None = None
+        self, source: MediaSource, *, tenant: str = "", fps: float | None = None, max_frames: int | None = None
     ) -> AsyncGenerator[FeatureProgress | FeatureReference | Refusal]:
         """See `FeatureClient.watch`."""
-        task = asyncio.ensure_future(self.features(source, fps=fps, max_frames=max_frames))
+        task = asyncio.ensure_future(self.features(source, tenant=tenant, fps=fps, max_frames=max_frames))
         waiting = FeatureProgress(stage="decoding", frames_done=0, frames_total=None)
         try:
             while not (await asyncio.wait({task}, timeout=PROGRESS_S))[0]:
@@ -214,9 +247,10 @@ class FeatureService:
 
     async def medium(self, media_id: str) -> StoredMedium | Refusal:
         """See `FeatureClient.medium`."""
-        if self.store is None or media_id not in self.store:
+        store = self.store
+        if store is None or media_id not in store:
             return _no_such_medium()
-        info = await asyncio.to_thread(self.store.info, media_id)
+        info = await asyncio.to_thread(store.info, media_id)
         limits = self._config
         selected = info.select(max_frames=limits.max_frames, frame_selection=limits.frame_selection, fps=limits.fps)
         times = tuple(info.pts_seconds.tolist())
@@ -225,23 +259,35 @@ class FeatureService:
     async def is_ready(self) -> bool:
         return True
 
+    def gauges(self) -> dict[str, float]:
+        """Returns the current values of metrics."""
+        return {"stored_media": self._num_stored, "ongoing": len(self._ongoing), "cache_bytes": self._kept_bytes}
+
     async def close(self) -> None:
+        if self._refreshing is not None:
+            self._refreshing.cancel()
         if self._sandbox is not None:
             await self._sandbox.close()
 
     async def _once(
-        self, key: str, make: Callable[[_Work], Awaitable[FeatureReference | Refusal]], *, whole: bool = True
+        self,
+        key: str,
+        origin: Literal["store", "upload"],
+        make: Callable[[_Work], Awaitable[FeatureReference | Refusal]],
+        *,
+        whole: bool = True,
     ) -> FeatureReference | Refusal:
         """Returns the cached reference, or calls `make` once for all concurrent requests."""
         self._drop_old()
         if key in self._kept:
             self._kept.move_to_end(key)
             kept = self._kept[key] = self._kept[key]._replace(used_at=time.monotonic())
+            self._metrics.add("requests", 1, origin="cache", status="ok")
             return kept.reference
         work = self._ongoing.get(key)
         if work is None:
             work = self._ongoing[key] = _Work(asyncio.get_running_loop().create_future())
-            work.task = asyncio.ensure_future(self._guarded(make, work))
+            work.task = asyncio.ensure_future(self._guarded(make, work, origin))
             work.task.add_done_callback(lambda _: self._ongoing.pop(key))
         assert work.task is not None
         if not whole:
@@ -252,8 +298,9 @@ class FeatureService:
         return await asyncio.shield(work.task)  # the first caller may disconnect while others wait
 
     async def _guarded(
-        self, make: Callable[[_Work], Awaitable[FeatureReference | Refusal]], work: _Work
+        self, make: Callable[[_Work], Awaitable[FeatureReference | Refusal]], work: _Work, origin: str
     ) -> FeatureReference | Refusal:
+        began = time.monotonic()
         try:
             answer = await make(work)
         except (RuntimeError, OSError) as error:  # the store's disk or the encoder's device, not the client
@@ -262,13 +309,14 @@ class FeatureService:
             answer = Refusal(status=503, message=message, code="features_failed", retry_after_s=5.0)
         if self._board is not None and work.announced.done():
             self._board.end(work.stream_id, answer)
+        self._metrics.add("requests", 1, origin=origin, status=answer.code if isinstance(answer, Refusal) else "ok")
+        self._metrics.observe("seconds", time.monotonic() - began, origin=origin)
         return answer
 
-    async def _read(self, info: MediaInfo, key: str, frames: list[int]) -> FeatureReference:
-        assert self.store is not None
+    async def _read(self, store: FeatureStore, info: MediaInfo, key: str, frames: list[int]) -> FeatureReference:
         with tracing.span("fetch") as fetch:
             fetch.set_attribute(tracing.FRAMES, len(frames))
-            medium = await asyncio.to_thread(self.store.read, info.media_id, frames)
+            medium = await asyncio.to_thread(store.read, info.media_id, frames)
             return await self._keep(key, medium.features, info.modality, info.duration_seconds, medium.pts_seconds)
 
     async def _encode(
@@ -336,6 +384,7 @@ class FeatureService:
             progress = FeatureProgress(stage="encoding", frames_done=done, frames_total=total)
             self._encoding[source.sha256] = progress
             features = await loop.run_in_executor(self._encode_thread, encoder.encode, frames[:size])
+            self._metrics.add("frames", size)
             block = _EncodedBlock(features, pts[:size])
             frames, pts, done = frames[size:], pts[size:], done + size
             return block
@@ -398,6 +447,11 @@ class FeatureService:
         self._kept_bytes -= kept.num_bytes
         if kept.stream_id is not None and self._board is not None:
             self._board.forget(kept.stream_id)
+
+
+def _find_address(store: FeatureStore, address: MediaAddress) -> str | None:
+    found = (store.find_uri(uri) for uri in (address.uri, *address.aliases))
+    return next((media_id for media_id in found if media_id is not None), None)
 
 
 def _bits(features: Tensor) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from timeviper_platform.serving.gateway.chat_request import (
     parse_object,
 )
 from timeviper_platform.serving.gateway.config import ApiKey, CurrentConfig, GatewayConfig
+from timeviper_platform.serving.gateway.connections import MAX_REQUEST_ID
 from timeviper_platform.serving.gateway.keys import Quotas
 from timeviper_platform.serving.gateway.middleware import GatewayMetrics
 from timeviper_platform.serving.gateway.openai_protocol import ApiError, ChatStream, Completion
@@ -32,6 +34,11 @@ from timeviper_platform.serving.messages import (
 )
 
 _CONTENT_TYPE = "text/event-stream; charset=utf-8"
+_STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # the second: nginx passes events on at once
+KEEP_ALIVE_S = 15.0
+"""Seconds without a first text after which a stream begins with comments. Load balancers cut connections that are
+silent for 60 s, and a long video takes longer."""
+_KEEP_ALIVE = b": reading the media\n\n"
 
 
 class _Running(NamedTuple):
@@ -68,12 +75,12 @@ class Answers:
         """Answers a conversation, whole or streamed."""
         parse = partial(parse_chat_request, max_parts=self._config.max_parts_per_request)
         chat = await self._bodies.parsed(request, parse)
-        running = await self._start(chat, request)
+        completion = _completion_of(chat)
         if not chat.stream:
-            await self._collect(running)
-            return JSONResponse(running.completion.response())
+            await self._collect(await self._start(chat, completion, request))
+            return JSONResponse(completion.response())
         include_usage = chat.stream_options is not None and chat.stream_options.include_usage
-        return self._streamed(running, ChatStream(running.completion, include_usage=include_usage))
+        return await self._streamed(chat, completion, request, ChatStream(completion, include_usage=include_usage))
 
     async def answer_for_job(
         self, chat: ChatCompletionRequest, tenant: str, key: ApiKey | None, note: Callable[[FeatureProgress], None]
@@ -83,7 +90,9 @@ class Answers:
         generate = await self._preparation.prepare(chat, tenant, note=note)
         self._quotas.add_frames(key, total := generate.num_frames)
         note(FeatureProgress(stage="answering", frames_done=total, frames_total=total))
-        completion = Completion(chat.model, num_choices=1, with_logprobs=False)
+        completion = _completion_of(chat)
+        if generate.is_temporal:
+            completion.show_media(generate.media)
         async with contextlib.aclosing(_checked(self._engine.generate(generate))) as deltas:
             async for delta in deltas:
                 completion.add(delta)
@@ -98,39 +107,44 @@ class Answers:
             return values, chat_request(chat_values(values), max_parts=self._config.max_parts_per_request)
 
         values, chat = await self._bodies.parsed(request, parse)
-        running = await self._start(chat, request)
-        answer = ResponseAnswer(running.completion, values)
+        completion = _completion_of(chat)
+        answer = ResponseAnswer(completion, values)
         if not chat.stream:
-            await self._collect(running)
+            await self._collect(await self._start(chat, completion, request))
             return JSONResponse(answer.response())
-        return self._streamed(running, answer)
+        return await self._streamed(chat, completion, request, answer)
 
-    async def _start(self, chat: ChatCompletionRequest, request: Request) -> _Running:
+    async def _start(self, chat: ChatCompletionRequest, completion: Completion, request: Request) -> _Running:
         """Returns the answers once the first text has arrived, so that refusals have their own status."""
         self.check_model(chat.model)
-        deadline = asyncio.get_running_loop().time() + self._config.request_timeout_s
+        began = asyncio.get_running_loop().time()
+        deadline = began + self._config.request_timeout_s
         with self._timed():
             async with asyncio.timeout_at(deadline):
                 try:
-                    running = await self._first(chat, request, deadline)
+                    running = await self._first(chat, completion, request, deadline)
                 except ApiError as error:
                     if error.code != "features_lost":  # their replica has died or forgotten them
                         raise
-                    running = await self._first(chat, request, deadline, whole=True)
+                    running = await self._first(chat, completion, request, deadline, whole=True)
+        self._metrics.add_first_text(asyncio.get_running_loop().time() - began)
         return running
 
     async def _first(
-        self, chat: ChatCompletionRequest, request: Request, deadline: float, *, whole: bool = False
+        self,
+        chat: ChatCompletionRequest,
+        completion: Completion,
+        request: Request,
+        deadline: float,
+        *,
+        whole: bool = False,
     ) -> _Running:
         generate = await self._preparation.prepare(chat, request.state.tenant, whole=whole)
         if not whole:
             self._quotas.add_frames(request.state.key, generate.num_frames)
-        completion = Completion(
-            chat.model,
-            num_choices=generate.n,
-            with_logprobs=bool(chat.logprobs),
-            media=generate.media if generate.is_temporal else (),
-        )
+        if generate.is_temporal:
+            completion.show_media(generate.media)
+        generate = replace(generate, request_id=request.headers.get("x-request-id", "")[:MAX_REQUEST_ID])
         deltas = _checked(self._engine.generate(generate))
         completion.add(first := await anext(deltas))
         return _Running(completion, first, deltas, deadline)
@@ -143,11 +157,40 @@ class Answers:
                     running.completion.add(await _next(running.deltas))
         self._metrics.add_usage(running.completion.usage())
 
-    def _streamed(self, running: _Running, answer: ChatStream | ResponseAnswer) -> Response:
-        headers = {"Cache-Control": "no-cache"}
-        return StreamingResponse(self._events(running, answer), media_type=_CONTENT_TYPE, headers=headers)
+    async def _streamed(
+        self, chat: ChatCompletionRequest, completion: Completion, request: Request, answer: ChatStream | ResponseAnswer
+    ) -> Response:
+        """Begins a stream with the first text; with comments if that takes long, and then refusals are events."""
+        start = asyncio.create_task(self._start(chat, completion, request))
+        try:
+            await asyncio.wait({start}, timeout=KEEP_ALIVE_S)
+        except asyncio.CancelledError:
+            await _abandon(start)
+            raise
+        events = self._events(start.result(), answer) if start.done() else self._late_events(start, answer)
+        return StreamingResponse(events, media_type=_CONTENT_TYPE, headers=_STREAM_HEADERS)
 
-    async def _events(self, running: _Running, answer: ChatStream | ResponseAnswer) -> AsyncIterator[bytes]:
+    async def _late_events(
+        self, start: asyncio.Task[_Running], answer: ChatStream | ResponseAnswer
+    ) -> AsyncGenerator[bytes]:
+        """Yields comments until the first text has arrived, then the events."""
+        try:
+            while not start.done():
+                yield _KEEP_ALIVE
+                await asyncio.wait({start}, timeout=KEEP_ALIVE_S)
+        except BaseException:
+            await _abandon(start)
+            raise
+        try:
+            running = start.result()
+        except ApiError as error:
+            yield answer.error(error)
+            return
+        async with contextlib.aclosing(self._events(running, answer)) as events:
+            async for event in events:
+                yield event
+
+    async def _events(self, running: _Running, answer: ChatStream | ResponseAnswer) -> AsyncGenerator[bytes]:
         """Yields server-sent events. Closing the generator, as on a disconnect, frees the slots."""
         async with contextlib.aclosing(running.deltas):
             try:
@@ -177,6 +220,18 @@ class Answers:
         if model != self._config.model_name:
             name = self._config.model_name
             raise ApiError(404, f"unknown model; use {name!r}", code="model_not_found", param="model")
+
+
+def _completion_of(chat: ChatCompletionRequest) -> Completion:
+    return Completion(chat.model, num_choices=chat.n or 1, with_logprobs=bool(chat.logprobs))
+
+
+async def _abandon(start: asyncio.Task[_Running]) -> None:
+    """Cancels answers that nobody waits for, even if their first text has just come."""
+    start.cancel()
+    await asyncio.wait({start})
+    if not start.cancelled() and start.exception() is None:
+        await start.result().deltas.aclose()
 
 
 async def _next(deltas: AsyncGenerator[AnswerDelta]) -> AnswerDelta:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
+from typing import Any
 
 from timeviper_model.inference.answer import SamplingParams
 from timeviper_platform.data.media.signatures import HEAD_BYTES, may_be_animation
@@ -62,6 +63,8 @@ class _Medium:
     limits: MediaLimits
     param: str
     """Dotted path in the request."""
+    is_picture: bool
+    """Whether the part says so."""
 
 
 @dataclass(slots=True)
@@ -107,7 +110,7 @@ class ChatPreparation:
         media = [medium for message in messages for medium in message.media]
         answer_format = chat.response_format or ResponseFormat(type="text")
         whole = whole or answer_format.is_segments
-        features = await asyncio.gather(*(self._feature(medium, limits, note, whole) for medium in media))
+        features = await asyncio.gather(*(self._feature(medium, tenant, limits, note, whole) for medium in media))
         references = iter(features)
         wanted = chat.max_completion_tokens or chat.max_tokens or self._config.default_max_tokens
         schema = segments_schema(features) if answer_format.is_segments else answer_format.schema_text()
@@ -167,7 +170,7 @@ class ChatPreparation:
         after_text = False
         for number, part in enumerate(message.content):
             if isinstance(part, TextPart | RefusalPart):
-                result.media += _joined(run)
+                result.media += await self._joined(run, tenant)
                 run = []
                 result.text += ("\n" if after_text else "") + part.text
                 after_text = True
@@ -177,9 +180,27 @@ class ChatPreparation:
             if role != "user":
                 raise ApiError(400, f"a {role} message may contain only text", code="invalid_value", param=param)
             source = await self._source(part, tenant, param)
-            run.append(_Medium(source=source, offset=len(result.text), limits=_own_limits(part), param=param))
-        result.media += _joined(run)
+            limits, is_picture = _own_limits(part), isinstance(part, ImagePart)
+            run.append(
+                _Medium(source=source, offset=len(result.text), limits=limits, param=param, is_picture=is_picture)
+            )
+        result.media += await self._joined(run, tenant)
         return result
+
+    async def _joined(self, run: Sequence[_Medium], tenant: str) -> list[_Medium]:
+        """Joins consecutive pictures as the frames of one video."""
+        result: list[_Medium] = []
+        for are_pictures, group in groupby(run, lambda medium: medium.is_picture):
+            media = list(group)
+            if are_pictures and len(media) > 1:  # at an address, only the content says whether it is a still picture
+                media = await asyncio.gather(*(self._loaded(medium, tenant) for medium in media))
+            result += media
+        return _with_frames(result)
+
+    async def _loaded(self, medium: _Medium, tenant: str) -> _Medium:
+        if not isinstance(medium.source, MediaAddress):
+            return medium
+        return replace(medium, source=await self._addresses.load(medium.source, tenant, medium.param))
 
     async def _source(self, part: MediaPart, tenant: str, param: str) -> MediaSource:
         modality: Modality | None = (
@@ -215,12 +236,17 @@ class ChatPreparation:
         )
 
     async def _feature(
-        self, medium: _Medium, limits: MediaLimits, note: Callable[[FeatureProgress], None] | None, whole: bool
+        self,
+        medium: _Medium,
+        tenant: str,
+        limits: MediaLimits,
+        note: Callable[[FeatureProgress], None] | None,
+        whole: bool,
     ) -> FeatureReference:
         lowest = limits.lower_of(medium.limits)
-        get = partial(self._features.features, fps=lowest.fps, max_frames=lowest.max_frames, whole=whole)
+        get = partial(self._features.features, tenant=tenant, fps=lowest.fps, max_frames=lowest.max_frames, whole=whole)
         if note is not None:
-            get = partial(self._watched, note=note, fps=lowest.fps, max_frames=lowest.max_frames)
+            get = partial(self._watched, note=note, tenant=tenant, fps=lowest.fps, max_frames=lowest.max_frames)
         answer = await get(medium.source)
         if (
             isinstance(medium.source, MediaAddress)
@@ -228,7 +254,7 @@ class ChatPreparation:
             and answer.code == "media_not_found"  # the store does not have the address, but perhaps the content
         ):
             with tracing.span("fetch"):
-                file = await self._addresses.load(medium.source, medium.param)
+                file = await self._addresses.load(medium.source, tenant, medium.param)
             answer = await get(file)
         if isinstance(answer, Refusal):
             raise ApiError.from_refusal(answer, param=medium.param)
@@ -241,10 +267,9 @@ class ChatPreparation:
         source: MediaSource,
         *,
         note: Callable[[FeatureProgress], None],
-        fps: float | None,
-        max_frames: int | None,
+        **options: Any,
     ) -> FeatureReference | Refusal:
-        async for item in self._features.watch(source, fps=fps, max_frames=max_frames):
+        async for item in self._features.watch(source, **options):
             if not isinstance(item, FeatureProgress):
                 return item
             note(item)
@@ -257,8 +282,7 @@ def _own_limits(part: MediaPart) -> MediaLimits:
     return MediaLimits(fps=value.fps, max_frames=value.max_frames) if isinstance(value, MediaUrl) else MediaLimits()
 
 
-def _joined(run: Sequence[_Medium]) -> list[_Medium]:
-    """Joins consecutive pictures as the frames of one video."""
+def _with_frames(run: Sequence[_Medium]) -> list[_Medium]:
     result: list[_Medium] = []
     for are_frames, group in groupby(run, lambda medium: _is_still(medium.source)):
         media = list(group)

@@ -18,6 +18,7 @@ from timeviper_platform.serving.gateway.openai_protocol import ApiError
 MAX_MESSAGES = 256
 MAX_STOPS = 4
 MAX_SCHEMA_CHARACTERS = 65_536
+MAX_MESSAGE_CHARACTERS = 500
 MAX_FIELD_CHARACTERS = 64
 """Longest name of an unknown field that an error repeats."""
 
@@ -198,7 +199,7 @@ class InputVideoPart(_Lenient):
 class FileContent(_Lenient):
     file_id: str | None = None
     file_data: str | None = None
-    """data: URI."""
+    """data: URI, or an address that the server may read."""
 
 
 class FilePart(_Lenient):
@@ -374,7 +375,8 @@ def validated(model: type[Model], values: object) -> Model:
         param = ".".join(str(part)[:MAX_FIELD_CHARACTERS] for part in deepest["loc"])
         codes = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}
         code = codes.get(deepest["type"], "invalid_value")
-        raise ApiError(400, f"{param}: {deepest['msg']}", code=code, param=param) from None
+        message = f"{param}: {deepest['msg']}"  # which repeats an unknown type, of any length
+        raise ApiError(400, message[:MAX_MESSAGE_CHARACTERS], code=code, param=param) from None
 
 
 def _check_counts(messages: list[Any], max_parts: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from timeviper_platform.serving.gateway.chat_request import ChatCompletionRequest, chat_request
 from timeviper_platform.serving.gateway.config import ApiKey, CurrentConfig, GatewayConfig
@@ -18,21 +18,28 @@ from timeviper_platform.serving.jobs.job_store import Job, JobState, JobStore
 from timeviper_platform.serving.jobs.runner import FinalError, JobRunner, TransientError
 from timeviper_platform.serving.messages import FeatureProgress
 
-OPTIONS = ("fps", "max_frames", "max_tokens", "temperature", "top_p", "seed")
+NOT_OF_JOBS = ("messages", "stream", "stream_options")
+DEFAULT_PAGE, MAX_PAGE = 20, 100
 
 
 class NewJob(BaseModel):
-    """Questions are answered one after another, each as its own POST /v1/chat/completions."""
+    """Questions are answered one after another, each as its own POST /v1/chat/completions, with the other fields."""
+
+    model_config = ConfigDict(extra="allow")
 
     model: str
     video: str = Field(min_length=1, max_length=4096)
     questions: list[str] = Field(min_length=1, max_length=64)
-    fps: float | None = None
-    max_frames: int | None = None
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    seed: int | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Raises ApiError 400 for a field that a job cannot have."""
+        given = self.model_extra or {}
+        options = {name: value for name, value in given.items() if value is not None and value is not False}
+        if wrong := next((name for name in NOT_OF_JOBS if name in options), None):
+            text = f"a job does not support {wrong}; leave it out"
+            raise ApiError(400, text, code="unsupported_parameter", param=wrong)
+        return options
 
 
 class AnswerChat(Protocol):
@@ -65,7 +72,7 @@ class Jobs:
         if new.video.lower().startswith(DATA_SCHEME):
             text = "a job's video must be stored: upload it to /v1/files"
             raise ApiError(400, text, code="invalid_url", param="video")
-        options = {name: value for name in OPTIONS if (value := getattr(new, name)) is not None}
+        options = new.options
         part = {"type": "video_url", "video_url": {"url": new.video}}
         requests = []
         for question in new.questions:
@@ -76,7 +83,7 @@ class Jobs:
         store, limit = self._store, self._config.max_unfinished_jobs
 
         def make() -> Job:
-            if sum(not store.state(job).is_final for job in store.jobs(tenant)) >= limit:
+            if store.num_unfinished(tenant) >= limit:
                 text = f"{limit} jobs are not finished; wait for one or cancel it"
                 raise ApiError(429, text, code="too_many_jobs", retry_after_s=10.0)
             sha256 = None if key is None else key.sha256
@@ -88,13 +95,18 @@ class Jobs:
         return JSONResponse(job_json(job, JobState()), 202, {"Location": f"jobs/{job.id}"})
 
     async def list(self, request: Request) -> dict[str, Any]:
-        """Lists the tenant's jobs, the newest first, without their answers."""
+        """Lists the tenant's jobs, the newest first, without their answers; `limit` and `after` as for files."""
+        limit, after = request.query_params.get("limit", str(DEFAULT_PAGE)), request.query_params.get("after")
+        if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= MAX_PAGE):
+            raise ApiError(400, f"limit must be between 1 and {MAX_PAGE}", code="invalid_value", param="limit")
 
-        def read() -> list[dict[str, Any]]:
-            jobs = self._store.jobs(request.state.tenant)
-            return [job_json(job, self._store.state(job), with_answers=False) for job in jobs]
+        def read() -> dict[str, Any]:
+            jobs, has_more = self._store.page(request.state.tenant, limit=int(limit), after=after)
+            data = [job_json(job, self._store.state(job), with_answers=False) for job in jobs]
+            ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
+            return {"object": "list", "data": data, **ends, "has_more": has_more}
 
-        return {"object": "list", "data": await asyncio.to_thread(read)}
+        return await asyncio.to_thread(read)
 
     async def get(self, request: Request, job_id: str) -> dict[str, Any]:
         job = await self._job(request, job_id)

@@ -6,50 +6,44 @@ Sets `request.state.tenant`.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import re
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from ipaddress import ip_address
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
 from opentelemetry.trace import Span
 from prometheus_client import CollectorRegistry, generate_latest
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from timeviper_platform.common.metrics import prometheus_metrics
+from timeviper_platform.common.logs import log_event
+from timeviper_platform.common.metrics import NO_METRICS, MetricsSink, prometheus_metrics
 from timeviper_platform.serving import tracing
 from timeviper_platform.serving.gateway.config import ApiKey, CurrentConfig, GatewayConfig
 from timeviper_platform.serving.gateway.connections import MAX_REQUEST_ID
 from timeviper_platform.serving.gateway.keys import KeyRing, Quotas
+from timeviper_platform.serving.gateway.media.byte_ranges import IS_HEAD
 from timeviper_platform.serving.gateway.openai_protocol import ApiError
 from timeviper_platform.serving.page.static_files import PATHS as PAGE_PATHS
 
 logger = logging.getLogger(__name__)
 
 OPEN_PATHS = ("/health/live", "/health/ready")
-"""Cluster probes, which send no key."""
+"""Cluster probes, which send no key. With `deep=1`, which starts replicas, readiness needs one."""
 UPLOAD_PATHS = re.compile(r"/v1/files|/v1/uploads/[^/]+/parts")
 PUBLIC_TENANT = "public"
-
-
-class MetricsSink(Protocol):
-    """RayMetrics, in a replica."""
-
-    def add(self, name: str, amount: float, **tags: str) -> None: ...
-
-    def report(self, values: Mapping[str, float]) -> None: ...
 
 
 class GatewayMetrics:
     """Counts for the page /metrics of this replica, and for `sink`, which sees all replicas."""
 
-    def __init__(self, sink: MetricsSink | None = None) -> None:
+    def __init__(self, sink: MetricsSink = NO_METRICS) -> None:
         self._registry = CollectorRegistry()
         self._metrics = prometheus_metrics("timeviper_gateway_", self._registry)
         self._sink = sink
@@ -58,9 +52,15 @@ class GatewayMetrics:
     def start_request(self) -> None:
         self._set_ongoing(self._num_ongoing + 1)
 
-    def end_request(self, route: str, status: int) -> None:
+    def end_request(self, route: str, status: int, seconds: float) -> None:
         self._set_ongoing(self._num_ongoing - 1)
         self._add("requests", 1, route=route, status=str(status))
+        self._metrics["request_seconds"].labels(route=route).observe(seconds)
+        self._sink.observe("request_seconds", seconds, route=route)
+
+    def add_first_text(self, seconds: float) -> None:
+        self._metrics["first_text_seconds"].observe(seconds)
+        self._sink.observe("first_text_seconds", seconds)
 
     def add_usage(self, usage: Mapping[str, Any]) -> None:
         """Counts the tokens of OpenAI's usage object."""
@@ -71,14 +71,12 @@ class GatewayMetrics:
     def _add(self, name: str, amount: float, **tags: str) -> None:
         metric = self._metrics[name]
         (metric.labels(**tags) if tags else metric).inc(amount)
-        if self._sink is not None:
-            self._sink.add(name, amount, **tags)
+        self._sink.add(name, amount, **tags)
 
     def _set_ongoing(self, count: int) -> None:
         self._num_ongoing = count
         self._metrics["ongoing_requests"].set(count)
-        if self._sink is not None:
-            self._sink.report({"ongoing_requests": count})
+        self._sink.report({"ongoing_requests": count})
 
     def render(self) -> bytes:
         return generate_latest(self._registry)
@@ -131,29 +129,29 @@ class RequestGuard:
             # the message is not logged, because it may quote the request
             frames = "".join(traceback.format_tb(error.__traceback__))
             failure = {"route": _route(scope), "error": type(error).__name__, "trace": frames}
-            logger.error("%s", json.dumps({"event": "failure", "request_id": request_id, **failure}))
+            log_event(logger, logging.ERROR, "failure", request_id=request_id, **failure)
             if status == 0:
                 bug = ApiError(500, "the server failed to answer this request", code="internal_error")
                 await JSONResponse(bug.body(), 500)(scope, receive, send_noting_status)
         finally:
-            self._metrics.end_request(_route(scope), status)
             seconds = time.monotonic() - started
+            self._metrics.end_request(_route(scope), status, seconds)
             values = {"method": scope["method"], "route": _route(scope), "status": status, "seconds": round(seconds, 3)}
-            logger.info("%s", json.dumps({"event": "request", "request_id": request_id, **values}))
+            log_event(logger, logging.INFO, "request", request_id=request_id, **values)
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope)
         is_upload = UPLOAD_PATHS.fullmatch(_path(scope)) is not None
         max_bytes = self._config.max_upload_bytes if is_upload else self._config.max_request_bytes
         try:
-            if _path(scope) not in OPEN_PATHS:
+            if not _is_open(request):
                 self._check_origin(request)
             await self._keys.refresh()
             key = self._key(request)
             state = scope.setdefault("state", {})
             state["key"], state["tenant"] = key, PUBLIC_TENANT if key is None else key.tenant
             declared = request.headers.get("content-length", "")
-            if declared.isdigit() and int(declared[:20]) > max_bytes:
+            if declared.isascii() and declared.isdigit() and int(declared[:20]) > max_bytes:
                 raise _too_large(max_bytes)
             with self._quotas.request(key):
                 await self._app(scope, self._bounded(receive, max_bytes), send)
@@ -211,13 +209,33 @@ class RequestGuard:
             raise ApiError(403, text, code="host_not_allowed")
 
     def _key(self, request: Request) -> ApiKey | None:
-        if not self._config.requires_keys or _path(request.scope) in (*OPEN_PATHS, *PAGE_PATHS):
+        if not self._config.requires_keys or _is_open(request) or _path(request.scope) in PAGE_PATHS:
             return None
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         found = self._keys.find(key.strip())
         if scheme.lower() != "bearer" or found is None:
             raise ApiError(401, "a valid API key is required: Authorization: Bearer KEY", code="invalid_api_key")
         return found
+
+
+class AllowedOrigins(CORSMiddleware):
+    """CORS for pages of `gateway.cors_origins`. Outside of RequestGuard: preflights come without a key, and a page may
+    read the guard's errors. The guard refuses other origins.
+    """
+
+    def __init__(self, app: ASGIApp, *, origins: Sequence[str]) -> None:
+        super().__init__(
+            app,
+            allow_origins=origins,
+            allow_methods=["*"],
+            allow_headers=["*"],  # OpenAI's package for JavaScript sends some of its own
+            allow_private_network=True,
+            expose_headers=["Accept-Ranges", "Content-Range", "Retry-After", "X-Request-ID"],
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_allowed = scope["type"] == "http" and self.is_allowed_origin(Request(scope).headers.get("origin", ""))
+        await (super().__call__ if is_allowed else self.app)(scope, receive, send)
 
 
 def _describe(request_span: Span, scope: Scope, status: int) -> None:
@@ -235,12 +253,17 @@ def _plain_scope(scope: Scope) -> Scope:
     root, path = scope.get("root_path", ""), scope["path"]
     if len(path) > len(root) + 1:
         path = path.rstrip("/") or "/"
-    return {**scope, "path": path, "method": "GET" if scope["method"] == "HEAD" else scope["method"]}
+    is_head = scope["method"] == "HEAD"
+    return {**scope, "path": path, "method": "GET" if is_head else scope["method"], IS_HEAD: is_head}
 
 
 def _path(scope: Scope) -> str:
     """Returns the path below the application's prefix."""
     return str(scope["path"].removeprefix(scope.get("root_path", "")))
+
+
+def _is_open(request: Request) -> bool:
+    return _path(request.scope) in OPEN_PATHS and request.query_params.get("deep") != "1"
 
 
 def _is_loopback(name: str) -> bool:

@@ -68,19 +68,20 @@ class ApiError(Exception):
 class Completion:
     """JSON of the answers to one request, whole or in chunks."""
 
-    def __init__(
-        self, model: str, *, num_choices: int, with_logprobs: bool, media: Sequence[FeatureReference] = ()
-    ) -> None:
-        """`media` define the clock of the answers' times, and are returned with the answers."""
+    def __init__(self, model: str, *, num_choices: int, with_logprobs: bool) -> None:
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._model = model
         self._with_logprobs = with_logprobs
+        self._media: list[dict[str, Any]] = []
+        self._deltas: list[list[AnswerDelta]] = [[] for _ in range(num_choices)]
+
+    def show_media(self, media: Sequence[FeatureReference]) -> None:
+        """Shows the media whose clock the answers' times are on."""
         self._media = [
             {"duration_seconds": medium.duration_seconds, "frame_times_seconds": list(medium.times_seconds)}
             for medium in media
         ]
-        self._deltas: list[list[AnswerDelta]] = [[] for _ in range(num_choices)]
 
     def add(self, delta: AnswerDelta) -> None:
         self._deltas[delta.index].append(delta)

@@ -180,6 +180,9 @@ class JobObject(BaseModel):
 class JobList(BaseModel):
     object: Literal["list"]
     data: list[JobObject]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
 
 
 class ResponseRequest(BaseModel):
@@ -397,7 +400,11 @@ NEW_JOB = RouteDocument(
     errors=(404, 415),
     body={"application/json": {"schema": _schema(NewJob)}},
 )
-JOBS = RouteDocument(summary="Lists jobs without their answers.", answer=JobList)
+JOBS = RouteDocument(
+    summary="Lists jobs without their answers.",
+    answer=JobList,
+    query={"after": {"type": "string"}, "limit": {"type": "integer", "minimum": 1, "maximum": 100}},
+)
 JOB = RouteDocument(summary="Returns a job with its progress and answers.", answer=JobObject, errors=(404,))
 VIDEOS = RouteDocument(
     summary="Lists media of the feature store.",
@@ -418,5 +425,11 @@ CONTENT = RouteDocument(
     has_ranges=True,
 )
 LIVE = RouteDocument(summary="Whether the gateway runs.", answer=Live, is_open=True)
-READY = RouteDocument(summary="Whether both services are ready.", answer=Ready, is_open=True)
+READY = RouteDocument(
+    summary="Whether both services are ready. With deep=1, which asks a replica of each, it needs a key.",
+    answer=Ready,
+    errors=(401, 403),
+    query={"deep": {"type": "string", "enum": ["0", "1"]}},
+    is_open=True,
+)
 METRICS = RouteDocument(summary="Prometheus metrics of this gateway.", media_type="text/plain")

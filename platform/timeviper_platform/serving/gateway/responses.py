@@ -97,7 +97,8 @@ def _part(part: Any) -> Any:
     """Converts a part of type input_file, whose fields are one level higher than in chat completions."""
     if not isinstance(part, dict) or part.get("type") != "input_file":
         return part
-    return {"type": "file", "file": {name: part.get(name) for name in ("file_id", "file_data")}}
+    data = part.get("file_data") or part.get("file_url")
+    return {"type": "file", "file": {"file_id": part.get("file_id"), "file_data": data}}
 
 
 def _response_format(text: Any) -> Any:

@@ -12,7 +12,6 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from fastapi.telemetry import TelemetryConfig
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 
 from timeviper_platform.serving.gateway.answers import Answers
 from timeviper_platform.serving.gateway.bodies import Bodies
@@ -27,7 +26,7 @@ from timeviper_platform.serving.gateway.keys import KeyRing, Quotas
 from timeviper_platform.serving.gateway.media.file_routes import FileRoutes
 from timeviper_platform.serving.gateway.media.janitor import DAY_S, keep_clean
 from timeviper_platform.serving.gateway.media.uploads import MediaStore
-from timeviper_platform.serving.gateway.middleware import GatewayMetrics, RequestGuard
+from timeviper_platform.serving.gateway.middleware import AllowedOrigins, GatewayMetrics, RequestGuard
 from timeviper_platform.serving.gateway.openai_protocol import ApiError
 from timeviper_platform.serving.gateway.openapi import (
     CANCELLED,
@@ -124,15 +123,10 @@ def create_app(
     api.add_exception_handler(ApiError, _answer_api_error)
     api.add_exception_handler(HTTPException, _answer_http_exception)
     api.openapi = lambda: document(api)  # type: ignore[method-assign]  # as FastAPI's documentation extends it
-    if config.cors_origins:
-        api.add_middleware(
-            CORSMiddleware,
-            allow_origins=list(config.cors_origins),
-            allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["Authorization", "Content-Type"],
-        )
     api.state.current = current
     api.add_middleware(RequestGuard, current=current, keys=keys, quotas=quotas, metrics=metrics)
+    if config.cors_origins:
+        api.add_middleware(AllowedOrigins, origins=config.cors_origins)
     return api
 
 

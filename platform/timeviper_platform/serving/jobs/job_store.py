@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
+import secrets
 import time
-import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -67,8 +67,12 @@ class JobState:
 
 
 class JobStore:
+    """Jobs by tenant. What has ended never changes, and is not read again to look for work."""
+
     def __init__(self, media_root: str) -> None:
         self._root = join_uri(media_root, FOLDER)
+        self._ended: dict[tuple[str, str], int] = {}
+        """Unix seconds of the end, by tenant and id."""
 
     def create(
         self,
@@ -81,7 +85,7 @@ class JobStore:
         key_sha256: str | None = None,
     ) -> Job:
         job = Job(
-            id=f"job-{uuid.uuid4().hex}",
+            id=f"job-{time.time_ns() // 1_000_000:012x}{secrets.token_hex(10)}",  # so that names are in order of time
             tenant=tenant,
             created_at=int(time.time()),
             model=model,
@@ -115,29 +119,42 @@ class JobStore:
     def is_cancelled(self, job: Job) -> bool:
         return exists(self._uri(job, "cancel"))
 
-    def jobs(self, tenant: str) -> list[Job]:
-        """Returns the newest first."""
-        found = [self.get(tenant, job_id) for job_id in _folders(join_uri(self._root, tenant))]
-        return sorted((job for job in found if job is not None), key=lambda job: (-job.created_at, job.id))
+    def page(self, tenant: str, *, limit: int, after: str | None = None) -> tuple[list[Job], bool]:
+        """Returns up to `limit` jobs after an id, the newest first, and whether there are more."""
+        ids = sorted(_folders(join_uri(self._root, tenant)), reverse=True)
+        ids = [job_id for job_id in ids if after is None or job_id < after]
+        found = [self.get(tenant, job_id) for job_id in ids[:limit]]
+        return [job for job in found if job is not None], len(ids) > limit
+
+    def num_unfinished(self, tenant: str) -> int:
+        return sum(not self.state(job).is_final for job in self._unended(tenant))
 
     def unfinished(self) -> Iterator[Job]:
-        """Yields jobs that no process has finished, of any tenant, cancelled ones too."""
+        """Yields jobs that no process has finished, of any tenant, cancelled ones too; the oldest first."""
         for tenant in _folders(self._root):
-            for job in self.jobs(tenant):
-                if not self._written_state(job).is_final:
-                    yield job
+            yield from self._unended(tenant)
 
     def delete_finished(self, *, before: float) -> None:
-        """Deletes jobs that ended before Unix seconds."""
-        for tenant in _folders(self._root):
-            for job in self.jobs(tenant):
-                if (self.state(job).finished_at or before) < before:
-                    filesystem, path = split_uri(self.folder(job))
-                    with contextlib.suppress(FileNotFoundError):  # deleted by another gateway
-                        filesystem.rm(path, recursive=True)
+        """Deletes jobs that ended before Unix seconds, of those that `unfinished` has met."""
+        for (tenant, job_id), ended_at in list(self._ended.items()):
+            if ended_at < before:
+                filesystem, path = split_uri(join_uri(self._root, tenant, job_id))
+                with contextlib.suppress(FileNotFoundError):  # deleted by another gateway
+                    filesystem.rm(path, recursive=True)
+                self._ended.pop((tenant, job_id), None)
 
     def folder(self, job: Job) -> str:
         return join_uri(self._root, job.tenant, job.id)
+
+    def _unended(self, tenant: str) -> Iterator[Job]:
+        for job_id in sorted(_folders(join_uri(self._root, tenant))):
+            if (tenant, job_id) in self._ended or (job := self.get(tenant, job_id)) is None:
+                continue
+            state = self._written_state(job)
+            if state.is_final:
+                self._ended[tenant, job_id] = state.finished_at or job.created_at
+            else:
+                yield job
 
     def _written_state(self, job: Job) -> JobState:
         return JobState(**(read_json_or_none(self._uri(job, "state.json")) or {}))

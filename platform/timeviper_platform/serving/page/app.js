@@ -315,7 +315,8 @@ async function* eventsOf(body) {
     const parts = (rest + value).split("\n\n");
     rest = parts.pop();
     for (const part of parts) {
-      const data = part.replace(/^data: /, "");
+      if (!part.startsWith("data: ")) continue; // a comment, while the first token takes long
+      const data = part.slice(6);
       if (data === "[DONE]") return;
       yield JSON.parse(data);
     }

@@ -27,6 +27,7 @@ from reference.tiny_serving import (
 )
 from timeviper_platform.data.encode.frame_encoder import FrameEncoder
 from timeviper_platform.data.store.reader import FeatureStore
+from timeviper_platform.data.store.writer import write_store
 from timeviper_platform.data.video.pictures import read_image
 from timeviper_platform.data.video.reader import read_frames
 from timeviper_platform.data.video.sampling import FrameSelection, thin_to_fps
@@ -293,10 +294,12 @@ def test_a_medium_is_found_by_its_manifests_address(folders: ServingFolders, mon
     monkeypatch.setattr(FeatureStore, "find_uri", lambda store, uri: {"/film.mp4": "film"}.get(uri))
 
     async def scenario(service: FeatureService) -> list[Any]:
-        return [await service.features(MediaAddress(uri=name), max_frames=2) for name in ("/film.mp4", "/none.mp4")]
+        addresses = [MediaAddress(uri=name) for name in ("/film.mp4", "/none.mp4")]
+        addresses.append(MediaAddress(uri="/disk/film.mp4", aliases=("/none.mp4", "/film.mp4")))
+        return [await service.features(address, max_frames=2) for address in addresses]
 
-    found, unknown = run(service_of(folders), scenario)
-    assert found.num_frames == 2
+    found, unknown, by_alias = run(service_of(folders), scenario)
+    assert (found.num_frames, by_alias) == (2, found)
     for refusal in (unknown, *run(service_of(folders, feature_store=None), scenario)):
         assert (refusal.status, refusal.code) == (404, "media_not_found")
 
@@ -360,6 +363,24 @@ def test_features_are_computed_once_for_concurrent_requests_and_cached(folders: 
     assert all(answer is answers[0] for answer in answers)
 
 
+def test_tenants_share_stored_features_and_no_others(folders: ServingFolders, tmp_path: Path) -> None:
+    """Before, a quick answer about an upload told that another tenant had asked about the same file."""
+    source, puts = upload(video_bytes(tmp_path)), []
+    config = FeatureServiceConfig(feature_store=folders.store, encoder=folders.encoder)
+    service = FeatureService(folders.weights, config, lambda array: puts.append(array) or array)
+
+    async def scenario(service: FeatureService) -> list[Any]:
+        media: list[MediaSource] = [source, stored()]
+        return [await service.features(one, tenant=tenant) for one in media for tenant in ("a", "b", "a")]
+
+    first, other, again, *of_the_store = run(service, scenario)
+    assert first is again
+    assert first.key != other.key
+    np.testing.assert_array_equal(first.ref, other.ref)
+    assert len({id(answer) for answer in of_the_store}) == 1
+    assert len(puts) == 3
+
+
 def test_cached_features_are_evicted_least_recently_used_first(folders: ServingFolders) -> None:
     frame_bytes = 4 * VISION.hidden_size * 2
     puts: list[int] = []
@@ -405,6 +426,73 @@ def test_a_bad_upload_is_refused_and_not_cached(folders: ServingFolders, monkeyp
     for refusal in run(service_of(folders), scenario):
         assert (refusal.status, refusal.code) == (422, "unknown_format")
     assert len(decoded) == 2
+
+
+def test_media_that_are_preprocessed_later_are_found_without_a_restart(
+    folders: ServingFolders, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before, the store was as at the start until the next deployment."""
+    recipe = FeatureStore.open(folders.store).recipe
+    old, new = (torch.full((3, 4, VISION.hidden_size), value).bfloat16() for value in (1.0, 2.0))
+    for name, media in (("store", {"a": old}), ("later", {"a": new, "b": new}), ("other", {"a": new})):
+        write_store(str(tmp_path / name), media, recipe=recipe if name != "other" else {**recipe, "fps": "7"})
+    service = service_of(folders, feature_store=str(tmp_path / "store"), encoder=None, store_refresh_s=0.05)
+
+    async def changed(service: FeatureService, name: str, done: Callable[[], bool]) -> None:
+        shutil.rmtree(tmp_path / "store")
+        shutil.copytree(tmp_path / name, tmp_path / "store")
+        while not done():
+            await asyncio.sleep(0.02)
+
+    async def scenario(service: FeatureService) -> None:
+        await service.start()
+        first = await service.features(stored("a"))
+        assert (await service.features(stored("b"))).code == "media_not_found"  # type: ignore[union-attr]
+        await changed(service, "later", lambda: service.gauges()["stored_media"] == 2)
+        second, added = [await service.features(stored(name)) for name in "ab"]
+        assert first.key != second.key  # type: ignore[union-attr]
+        for reference in (second, added):
+            np.testing.assert_array_equal(reference.ref, new.view(torch.int16).numpy())  # type: ignore[union-attr]
+        await changed(service, "other", lambda: "another recipe" in caplog.text)
+        assert await service.features(stored("b")) is added
+
+    run(service, scenario)
+
+
+def test_metrics_say_where_features_came_from(folders: ServingFolders, tmp_path: Path) -> None:
+    class Counts:
+        def __init__(self) -> None:
+            self.values: dict[Any, float] = {}
+
+        def add(self, name: str, amount: float, **tags: str) -> None:
+            key = (name, *tags.values())
+            self.values[key] = self.values.get(key, 0) + amount
+
+        def observe(self, name: str, value: float, **tags: str) -> None:
+            assert value > 0
+            self.add(name, 1, **tags)
+
+        def report(self, values: Any) -> None:
+            pass
+
+    counts = Counts()
+    config = FeatureServiceConfig(feature_store=folders.store, encoder=folders.encoder)
+    service = FeatureService(folders.weights, config, lambda array: array, metrics=counts)
+
+    async def scenario(service: FeatureService) -> None:
+        for source in (stored(), stored(), upload(video_bytes(tmp_path)), upload(b"no video")):
+            await service.features(source)
+
+    run(service, scenario)
+    assert counts.values == {
+        ("requests", "store", "ok"): 1,
+        ("requests", "cache", "ok"): 1,
+        ("requests", "upload", "ok"): 1,
+        ("requests", "upload", "unknown_format"): 1,
+        ("seconds", "store"): 1,
+        ("seconds", "upload"): 2,
+        ("frames",): 6,
+    }
 
 
 def test_a_failing_store_is_a_503(folders: ServingFolders, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,6 +128,13 @@ def test_an_invalid_content_part_is_reported_by_its_own_path() -> None:
     assert "video_url" in error.param
 
 
+def test_an_error_repeats_no_long_text() -> None:
+    """Before, an unknown type of a megabyte came back in the message."""
+    error = error_of(body_of(messages=[{"role": "user", "content": [{"type": "x" * 100_000}]}]))
+    assert (error.status, len(error.message) <= 500) == (400, True)
+    assert error.message.startswith("messages.0.content")
+
+
 def test_limits_have_several_names_and_the_lowest_counts() -> None:
     assert parse(nframes=8, media_io_kwargs={"video": {"num_frames": 4, "fps": 2}}).media_limits() == MediaLimits(
         max_frames=4, fps=2

@@ -47,8 +47,30 @@ def test_a_job_answers_each_question_as_chat_does(server: Server) -> None:
         assert [request.turns[0].text for request in server.engine.requests] == ["what?", "when?"]
         assert {request.sampling.max_new_tokens for request in server.engine.requests} == {7}
         assert server.features.limits == [(0.5, None)] * 2
-        (listed,) = server.http.get("/v1/jobs").json()["data"]
-        assert (listed["id"], listed["answers"]) == (job["id"], None)
+        page = server.http.get("/v1/jobs?limit=1").json()
+        (listed,) = page["data"]
+        assert (listed["id"], listed["answers"], page["has_more"]) == (job["id"], None, False)
+        assert server.http.get(f"/v1/jobs?after={job['id']}").json()["data"] == []
+        check_error(server.http.get("/v1/jobs?limit=0"), 400, "invalid_value")
+
+
+def test_a_job_takes_what_a_question_takes_and_refuses_the_rest_by_name(server: Server) -> None:
+    """Before, what it did not know was ignored: a job for time spans was answered in prose."""
+    segments = {"type": "json_schema", "json_schema": {"name": "segments"}}
+    options = {"response_format": segments, "temperature": 0, "stop": "x", "nframes": 5, "stream": False, "user": "me"}
+    with server.http:
+        job = wait(server, post(server, **options).json()["id"], has_ended)
+        assert job["status"] == "completed"
+        assert job["answers"][0]["media"] == [{"duration_seconds": 2.0, "frame_times_seconds": [0.0, 1.04]}]
+        asked = server.engine.requests[0]
+        assert (asked.is_temporal, asked.sampling.temperature, asked.sampling.stop) == (True, 0, ("x",))
+        assert server.features.limits == [(None, 5)] * 2
+        twice = wait(server, post(server, n=2).json()["id"], has_ended)
+        assert [len(answer["choices"]) for answer in twice["answers"]] == [2, 2]
+        check_error(post(server, stream=True), 400, "unsupported_parameter")
+        check_error(post(server, messages=[]), 400, "unsupported_parameter")
+        assert check_error(post(server, max_token=3), 400, "unknown_parameter")["param"] == "max_token"
+        check_error(post(server, response_format={"type": "json_schema"}), 400, "missing_required_parameter")
 
 
 def test_a_cancelled_job_ends_within_a_second_and_frees_its_slot(server: Server) -> None:

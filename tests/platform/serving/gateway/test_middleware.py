@@ -15,6 +15,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from reference.synthetic_gateway import MP4, USAGE, Server, check_error, keys, video
+from timeviper_platform.common.logs import JsonLines
 from timeviper_platform.serving.gateway.middleware import GatewayMetrics
 
 
@@ -99,12 +100,35 @@ def test_pages_of_other_sites_may_not_call_unless_configured(tmp_path: Path) -> 
     assert "access-control-allow-origin" not in plain.headers
 
 
+def test_a_page_of_an_allowed_origin_needs_a_key_only_after_its_preflight(tmp_path: Path) -> None:
+    """Before, the preflight, which never has a key, was a 401: with keys no page could call. Errors were hidden."""
+    server = Server(tmp_path, cors_origins=("https://app.example",), api_keys=keys("alice"))
+    origin = {"Origin": "https://app.example"}
+    asked = "authorization,content-type,x-stainless-os,x-stainless-retry-count"  # of OpenAI's package for JavaScript
+    for method, path in (("POST", "/v1/chat/completions"), ("DELETE", "/v1/files/file-0"), ("GET", "/v1/models")):
+        preflight = {**origin, "Access-Control-Request-Method": method, "Access-Control-Request-Headers": asked}
+        answer = server.http.options(path, headers=preflight)
+        assert (answer.status_code, answer.headers["access-control-allow-headers"]) == (200, asked)
+        assert method in answer.headers["access-control-allow-methods"]
+        other = server.http.options(path, headers={**preflight, "Origin": "https://evil.example"})
+        check_error(other, 403, "origin_not_allowed")
+        assert "access-control-allow-origin" not in other.headers
+    refused = server.http.get("/v1/models", headers=origin)
+    check_error(refused, 401, "invalid_api_key")
+    assert refused.headers["access-control-allow-origin"] == origin["Origin"]
+    answer = server.http.get("/v1/models", headers={**origin, "Authorization": "Bearer key-alice"})
+    assert answer.status_code == 200
+    assert "Retry-After" in answer.headers["access-control-expose-headers"]
+
+
 def test_metrics_count_requests_by_route_pattern_and_status(server: Server) -> None:
     server.chat()
     server.http.get("/v1/files/file-private-name")
     text = server.http.get("/metrics").text
     assert 'requests_total{route="/v1/chat/completions",status="200"} 1' in text
     assert 'requests_total{route="/v1/files/{file_id}",status="404"} 1' in text
+    assert 'request_seconds_count{route="/v1/chat/completions"} 1' in text
+    assert "first_text_seconds_count 1" in text
     assert "private" not in text
 
 
@@ -131,6 +155,19 @@ def test_with_keys_configured_every_route_but_health_needs_one(tmp_path: Path) -
     assert [request.tenant for request in server.engine.requests] == ["alice"]
 
 
+def test_readiness_that_starts_replicas_needs_a_key(tmp_path: Path) -> None:
+    """Before, anyone could keep GPUs awake that had been scaled to zero."""
+    server = Server(tmp_path, api_keys=keys("alice"))
+    assert server.http.get("/health/ready?deep=0").status_code == 200
+    for path in ("/health/ready?deep=1", "/health/ready/?deep=1"):
+        check_error(server.http.get(path), 401, "invalid_api_key")
+    assert not server.features.deep
+    assert server.http.get("/health/ready?deep=1", headers={"Authorization": "Bearer key-alice"}).status_code == 200
+    assert server.features.deep
+    local = TestClient(Server(tmp_path).http.app, client=("10.0.0.7", 5))
+    check_error(local.get("/health/ready?deep=1"), 403, "keys_required")
+
+
 def test_another_tenants_file_is_not_found(tmp_path: Path) -> None:
     server = Server(tmp_path, api_keys=keys("alice", "bob"))
     file_id = server.upload(key="key-alice").json()["id"]
@@ -138,6 +175,7 @@ def test_another_tenants_file_is_not_found(tmp_path: Path) -> None:
     check_error(server.http.get(f"/v1/files/{file_id}", headers=bob), 404, "file_not_found")
     check_error(server.chat(video(file_id), key="key-bob"), 404, "file_not_found")
     assert server.chat(video(file_id), key="key-alice").status_code == 200
+    assert server.features.tenants == ["alice"]
 
 
 def test_an_unexpected_error_is_a_500_without_private_text_in_log_and_answer(
@@ -164,6 +202,10 @@ def test_logs_contain_no_bodies_keys_or_queries(tmp_path: Path, caplog: pytest.L
     route = "/v1/chat/completions"
     assert first == {"event": "request", "request_id": "id-1", "method": "POST", "route": route, "status": 200}
     assert not any("private" in line or "key-" in line for line in ours)
+    assert server.engine.requests[0].request_id == "id-1"
+    lines = [json.loads(JsonLines().format(record)) for record in caplog.records]
+    (line,) = [line for line in lines if line.get("event") == "request" and line["route"] == route]
+    assert {**first, "level": "INFO", "logger": "timeviper_platform.serving.gateway.middleware"}.items() <= line.items()
 
 
 def test_a_sink_gets_the_counts_of_this_replica() -> None:
@@ -174,18 +216,24 @@ def test_a_sink_gets_the_counts_of_this_replica() -> None:
             key = name + "".join(tags.values())
             self.values[key] = self.values.get(key, 0) + amount
 
+        def observe(self, name: str, value: float, **tags: str) -> None:
+            self.add(name, value, **tags)
+
         def report(self, values: Mapping[str, float]) -> None:
             self.values.update(values)
 
     metrics = GatewayMetrics(Sink())
     metrics.start_request()
     metrics.start_request()
-    metrics.end_request("/v1/models", 200)
+    metrics.end_request("/v1/models", 200, 0.25)
+    metrics.add_first_text(2.0)
     usage = {"prompt_tokens": 9, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 0}}
     metrics.add_usage(usage)
     assert Sink.values == {
         "ongoing_requests": 1,
         "requests/v1/models200": 1,
+        "request_seconds/v1/models": 0.25,
+        "first_text_seconds": 2.0,
         "prompt_tokens": 9,
         "cached_prompt_tokens": 0,
         "completion_tokens": 3,

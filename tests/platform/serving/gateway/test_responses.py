@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from reference.synthetic_gateway import MP4, Server, check_error
-from timeviper_platform.serving.messages import MediaFile, Refusal
+from timeviper_platform.serving.messages import MediaFile, Refusal, StoredFeatures
 
 
 def test_a_response_is_whole_or_streamed(server: Server) -> None:
@@ -41,6 +41,10 @@ def test_items_parts_and_the_last_answer_are_inputs(server: Server) -> None:
         ("user", "*What?"),
     ]
     assert isinstance(server.features.sources[0], MediaFile)
+    at_address: Any = [{"type": "input_file", "file_url": "feature://known"}]
+    again = client.responses.create(model="timeviper", input=[{"role": "user", "content": at_address}])
+    assert again.output_text == "hello world"
+    assert server.features.sources[1] == StoredFeatures(media_id="known")
 
 
 @pytest.mark.parametrize(

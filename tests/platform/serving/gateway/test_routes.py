@@ -7,17 +7,21 @@ import json
 import re
 import subprocess
 import sys
+import time
 import tracemalloc
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
 from reference.synthetic_gateway import MP4, Engine, Features, Server, check_error, events, video
+from timeviper_platform.serving.gateway import answers
 from timeviper_platform.serving.gateway.config import GatewayConfig
 from timeviper_platform.serving.gateway.media import uploads
 from timeviper_platform.serving.gateway.routes import create_app
-from timeviper_platform.serving.messages import Refusal
+from timeviper_platform.serving.messages import AnswerDelta, GenerateRequest, Refusal
 
 
 def test_an_answer_has_text_reason_and_usage(server: Server) -> None:
@@ -169,6 +173,15 @@ def test_head_and_a_trailing_slash_are_answered(server: Server) -> None:
     assert server.http.post("/v1/chat/completions/", json=body).status_code == 200
 
 
+def test_head_of_a_content_reads_nothing(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, the whole file was read for the length that a player asks first."""
+    path = f"/v1/files/{server.upload().json()['id']}/content"
+    monkeypatch.setattr(uploads, "read_chunks", lambda *_: pytest.fail("read"))
+    whole, part = server.http.head(path), server.http.head(path, headers={"Range": "bytes=1-4"})
+    assert (whole.status_code, whole.headers["content-length"], whole.content) == (200, str(len(MP4)), b"")
+    assert (part.status_code, part.headers["content-range"]) == (206, f"bytes 1-4/{len(MP4)}")
+
+
 def test_the_openapi_document_is_complete(server: Server) -> None:
     document = server.http.get("/openapi.json").json()
     chat = document["paths"]["/v1/chat/completions"]["post"]
@@ -184,6 +197,33 @@ def test_the_openapi_document_is_complete(server: Server) -> None:
     text = json.dumps(document)
     names = set(re.findall(r"#/components/schemas/(\w+)", text))
     assert names <= set(document["components"]["schemas"])
+
+
+ODD = ("x", "file-" + "0" * 32, "job-" + "0" * 32, "upload_" + "f" * 32, "é", "-1", "9" * 40, "\x00", " ")
+JSON_TYPE, TEXT_TYPE = {"content-type": "application/json"}, {"content-type": "text/plain"}
+BODIES: tuple[tuple[bytes, dict[str, str]], ...] = (
+    (b"", JSON_TYPE),
+    (b"[]", JSON_TYPE),
+    (b"{}", JSON_TYPE),
+    (b'{"model": "timeviper", "messages": 3, "input": {}, "video": 1, "part_ids": [2], "bytes": -1}', JSON_TYPE),
+    (b"{}", TEXT_TYPE),
+    (b"--x\r\n", {"content-type": "multipart/form-data; boundary=x"}),
+)
+
+
+def test_every_operation_answers_odd_requests_with_a_documented_status(server: Server) -> None:
+    for path, methods in server.http.get("/openapi.json").json()["paths"].items():
+        for method, operation in methods.items():
+            documented = {int(status) for status in operation["responses"]}
+            query = [entry["name"] for entry in operation.get("parameters", []) if entry["in"] == "query"]
+            for value in ODD if "{" in path or query else ODD[:1]:
+                url = re.sub(r"{\w+}", quote(value, safe=""), path)
+                for content, headers in BODIES if method == "post" else ((None, {}),):
+                    params = dict.fromkeys(query, value)
+                    answer = server.http.request(method, url, content=content, headers=headers, params=params)
+                    assert answer.status_code in documented, (method, url, content, answer.text)
+                    if answer.status_code >= 400:
+                        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
 
 def test_stored_videos_are_listed_in_pages_and_found_with_their_times(server: Server) -> None:
@@ -252,6 +292,92 @@ def test_a_slow_request_is_a_408_and_frees_its_slot(tmp_path: Path) -> None:
     assert server.engine.closed == 2
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
+def test_a_stream_whose_first_text_takes_long_is_kept_alive_by_comments(
+    server: Server, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, nothing was sent meanwhile, and load balancers cut the connection after a minute."""
+    monkeypatch.setattr(answers, "KEEP_ALIVE_S", 0.05)
+    body: dict[str, Any] = {"model": "timeviper", "stream": True}
+    body |= {"input": "hi"} if path == "/v1/responses" else {"messages": [{"role": "user", "content": "hi"}]}
+    server.engine.during = lambda: time.sleep(0.2)
+    response = server.http.post(path, json=body)
+    assert response.headers["x-accel-buffering"] == "no"
+    comments = [event for event in response.text.split("\n\n") if event.startswith(":")]
+    assert 2 <= len(comments) <= 4
+    assert response.text.startswith(":")
+    client = server.openai()  # which leaves comments out
+    if path == "/v1/responses":
+        with client.responses.stream(model="timeviper", input="hi") as stream:
+            assert stream.get_final_response().output_text == "hello world"
+    else:
+        assert events(server.chat(stream=True, n=2))[-1] == "[DONE]"
+        chunks = client.chat.completions.create(model="timeviper", messages=body["messages"], stream=True)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "hello world"
+    server.engine.refusal = Refusal(status=429, message="full", code="busy", retry_after_s=2.0)
+    late = server.http.post(path, json=body)
+    assert (late.status_code, '"code":"busy"' in late.text) == (200, True)
+    server.engine.during = None
+    check_error(server.http.post(path, json=body), 429, "busy")
+
+
+@pytest.mark.parametrize("after_s", [0.02, 0.3])
+def test_a_client_that_leaves_before_the_first_text_ends_its_answer(
+    tmp_path: Path, after_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answers, "KEEP_ALIVE_S", 0.1)
+
+    async def scenario() -> tuple[int, int]:
+        engine = SlowToBegin()
+        app = create_app(GatewayConfig(media_root=str(tmp_path)), Features(), engine)
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        task = asyncio.create_task(app(streaming_scope(), streaming_body(), send))
+        await asyncio.sleep(after_s)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        return engine.closed, len(sent)
+
+    closed, num_sent = asyncio.run(scenario())
+    assert closed == 1
+    assert (num_sent > 1) == (after_s > 0.1)
+
+
+class SlowToBegin(Engine):
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[AnswerDelta | Refusal]:
+        try:
+            await asyncio.sleep(60)
+            yield AnswerDelta(index=0, text="late")
+        finally:
+            self.closed += 1
+
+
+def streaming_scope() -> Any:
+    return {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "query_string": b"",
+        "path": "/v1/chat/completions", "raw_path": b"", "root_path": "", "scheme": "http",
+        "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
+        "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 2),
+    }  # fmt: skip
+
+
+def streaming_body() -> Callable[[], Awaitable[Any]]:
+    """A receive function with the body of a streamed question, and no disconnect."""
+    body = json.dumps({"model": "timeviper", "messages": [{"role": "user", "content": "x"}], "stream": True})
+    messages = iter([{"type": "http.request", "body": body.encode(), "more_body": False}])
+
+    async def receive() -> Any:
+        message = next(messages, None)
+        if message is None:
+            await asyncio.Event().wait()
+        return message
+
+    return receive
+
+
 def test_a_client_that_disconnects_closes_the_answer(tmp_path: Path) -> None:
     """Cancels the request's task during a stream, as Ray Serve does."""
 
@@ -259,28 +385,13 @@ def test_a_client_that_disconnects_closes_the_answer(tmp_path: Path) -> None:
         features, engine = Features(), Engine()
         engine.delay_s = 60.0
         app = create_app(GatewayConfig(media_root=str(tmp_path)), features, engine)
-        body = json.dumps({"model": "timeviper", "messages": [{"role": "user", "content": "x"}], "stream": True})
-        scope = {
-            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "query_string": b"",
-            "path": "/v1/chat/completions", "raw_path": b"", "root_path": "", "scheme": "http",
-            "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
-            "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 2),
-        }  # fmt: skip
         first_chunk = asyncio.Event()
-        sent_body = False
-
-        async def receive() -> dict[str, Any]:
-            nonlocal sent_body
-            if sent_body:
-                await asyncio.Event().wait()
-            sent_body = True
-            return {"type": "http.request", "body": body.encode(), "more_body": False}
 
         async def send(message: Any) -> None:
             if message.get("body"):
                 first_chunk.set()
 
-        task = asyncio.create_task(app(scope, receive, send))  # type: ignore[arg-type]
+        task = asyncio.create_task(app(streaming_scope(), streaming_body(), send))
         await asyncio.wait_for(first_chunk.wait(), 5)
         assert engine.closed == 0
         task.cancel()

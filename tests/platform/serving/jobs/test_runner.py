@@ -149,4 +149,39 @@ def test_ended_jobs_are_deleted_by_age_and_are_no_tenant_of_the_uploads(
         await runner.close()
 
     asyncio.run(main())
-    assert [job.id for job in store.jobs("a")] == [new.id]
+    assert [job.id for job in store.page("a", limit=10)[0]] == [new.id]
+
+
+def test_ended_jobs_are_not_read_again_to_look_for_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, every gateway read all jobs of a month every five seconds, and each new job those of its tenant."""
+    store = JobStore(str(tmp_path))
+    ended, open_ = [make(store) for _ in range(5)], make(store)
+    for job in ended:
+        state = store.state(job)
+        state.end("completed")
+        store.write_state(job, state)
+    assert [job.id for job in store.unfinished()] == [open_.id]
+    reads = []
+    read = job_store.read_json_or_none
+    monkeypatch.setattr(job_store, "read_json_or_none", lambda uri: reads.append(uri) or read(uri))
+    assert [job.id for job in store.unfinished()] == [open_.id]
+    assert store.num_unfinished("a") == 1
+    assert {uri.split("/")[-2] for uri in reads} == {open_.id}
+    store.delete_finished(before=time.time() + 1)
+    assert [job.id for job in store.page("a", limit=10)[0]] == [open_.id]
+
+
+def test_jobs_come_in_pages_the_newest_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = JobStore(str(tmp_path))
+    made = []
+    for number in range(5):
+        monkeypatch.setattr(job_store.time, "time_ns", lambda number=number: (10**9 + number) * 10**9)
+        made.append(make(store).id)
+    seen: list[str] = []
+    while True:
+        jobs, has_more = store.page("a", limit=2, after=seen[-1] if seen else None)
+        seen += [job.id for job in jobs]
+        if not has_more:
+            break
+        assert len(jobs) == 2
+    assert seen == made[::-1]

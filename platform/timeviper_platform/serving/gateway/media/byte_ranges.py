@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterator
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Scope
 
 from timeviper_platform.serving.gateway.openai_protocol import ApiError
 
+IS_HEAD = "timeviper.is_head"
+"""Key of a scope whose HEAD is routed as GET."""
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.ASCII)
 
 
@@ -34,6 +37,10 @@ def parse_range(header: str | None, size: int) -> tuple[int, int] | None:
     return start, stop
 
 
+def is_head(scope: Scope) -> bool:
+    return bool(scope.get(IS_HEAD))
+
+
 def content_response(
     request: Request, read: Callable[[int, int], Iterator[bytes]], *, size: int, etag: str, headers: dict[str, str]
 ) -> Response:
@@ -51,4 +58,6 @@ def content_response(
     if found is not None:
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
     status = 200 if found is None else 206
+    if is_head(request.scope):  # players ask first; nothing is read
+        return Response(None, status, headers, media_type="application/octet-stream")
     return StreamingResponse(read(start, stop), status, headers, media_type="application/octet-stream")

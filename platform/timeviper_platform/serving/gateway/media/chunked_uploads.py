@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -30,11 +30,20 @@ PART_ID = re.compile(r"part_[0-9a-f]{32}")
 EXPIRES_AFTER_S = 3600
 """Seconds in which an upload must be completed, as in OpenAI's API."""
 MAX_PARTS = 10_000
+FILE_EXPIRES_AFTER_S = 3600, 2_592_000
+"""OpenAI's shortest and longest age of a file: an hour, 30 days."""
 _CHUNK_BYTES = 1 << 20
+_FILE_EXPIRY = "file_expires_after_s"
+"""Our key of an upload's record, which clients do not see."""
 
 
 class _Lenient(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class ExpiresAfter(_Lenient):
+    anchor: Literal["created_at"]
+    seconds: int = Field(ge=FILE_EXPIRES_AFTER_S[0], le=FILE_EXPIRES_AFTER_S[1])
 
 
 class UploadRequest(_Lenient):
@@ -42,6 +51,8 @@ class UploadRequest(_Lenient):
     purpose: str = "user_data"
     num_bytes: int = Field(alias="bytes", ge=1)
     mime_type: str = ""
+    expires_after: ExpiresAfter | None = None
+    """When the file is deleted."""
 
 
 class CompleteRequest(_Lenient):
@@ -56,11 +67,13 @@ class ChunkedUploads:
         self._store = store
         self._max_bytes = max_bytes
 
-    def create(self, tenant: str, request: UploadRequest) -> dict[str, Any]:
-        """Raises ApiError 413 for a file over the limit."""
+    def create(self, tenant: str, request: UploadRequest, *, max_total_bytes: int | None) -> dict[str, Any]:
+        """Raises ApiError 413 for a file over the limit, 429 as MediaStore.check_total."""
         if request.num_bytes > (limit := self._max_bytes()):
             text = f"the file has {request.num_bytes} bytes, the limit is {limit}"
             raise ApiError(413, text, code="too_large", param="bytes")
+        if max_total_bytes is not None:
+            self._store.check_total(tenant, request.num_bytes, max_total_bytes, param="bytes")
         now = int(time.time())
         upload: dict[str, Any] = {
             "id": f"upload_{secrets.token_hex(16)}",
@@ -73,14 +86,16 @@ class ChunkedUploads:
             "expires_at": now + EXPIRES_AFTER_S,
             "file": None,
         }
-        write_json(self._record(tenant, upload["id"]), upload)
+        expiry = None if request.expires_after is None else request.expires_after.seconds
+        write_json(self._record(tenant, upload["id"]), {**upload, _FILE_EXPIRY: expiry})
         return upload
 
-    def add_part(self, tenant: str, upload_id: str, file: IO[bytes]) -> dict[str, Any]:
+    def add_part(self, tenant: str, upload_id: str, file: IO[bytes], *, max_total_bytes: int | None) -> dict[str, Any]:
         """Stores a part.
 
         Raises:
-            ApiError: 404 for an unknown upload, 400 for one that is not pending, or parts above its bytes.
+            ApiError: 404 for an unknown upload, 400 for one that is not pending, or parts above its bytes; 429 as
+                MediaStore.check_total.
         """
         upload = self._pending(tenant, upload_id)
         part_id = f"part_{secrets.token_hex(16)}"
@@ -91,6 +106,8 @@ class ChunkedUploads:
         if total > upload["bytes"] or len(stored) >= MAX_PARTS:
             text = f"the parts have {total} bytes, the upload announced {upload['bytes']}"
             raise ApiError(400, text, code="invalid_value", param="data")
+        if max_total_bytes is not None:
+            self._store.check_total(tenant, num_bytes, max_total_bytes, param="data")
         file.seek(0)
         uri = join_uri(self._folder(tenant, upload_id), f"{part_id}.part")
         write_atomic(uri, lambda target: shutil.copyfileobj(file, target, _CHUNK_BYTES))
@@ -105,6 +122,7 @@ class ChunkedUploads:
             ApiError: as `add_part` and MediaStore.put; 400 for unknown parts or other bytes than announced.
         """
         upload = self._pending(tenant, upload_id)
+        expiry = upload.pop(_FILE_EXPIRY, None)
         folder = self._folder(tenant, upload_id)
         with tempfile.TemporaryFile() as whole:
             for index, part_id in enumerate(part_ids):
@@ -121,13 +139,22 @@ class ChunkedUploads:
             if whole.tell() != upload["bytes"]:
                 text = f"the parts have {whole.tell()} bytes, the upload announced {upload['bytes']}"
                 raise ApiError(400, text, code="invalid_value", param="part_ids")
-            names = {"filename": upload["filename"], "purpose": upload["purpose"]}
-            record = self._store.put(tenant, whole, **names, max_total_bytes=max_total_bytes)
+            record = self._store.put(
+                tenant,
+                whole,
+                filename=upload["filename"],
+                purpose=upload["purpose"],
+                expires_after_s=expiry,
+                # its parts, which are deleted next, have counted already
+                max_total_bytes=None if max_total_bytes is None else max_total_bytes + upload["bytes"],
+            )
         return self._ended(tenant, upload, "completed", record)
 
     def cancel(self, tenant: str, upload_id: str) -> dict[str, Any]:
         """Raises ApiError as `add_part`."""
-        return self._ended(tenant, self._pending(tenant, upload_id), "cancelled", None)
+        upload = self._pending(tenant, upload_id)
+        upload.pop(_FILE_EXPIRY, None)
+        return self._ended(tenant, upload, "cancelled", None)
 
     def _pending(self, tenant: str, upload_id: str) -> dict[str, Any]:
         found = read_json_or_none(self._record(tenant, upload_id)) if UPLOAD_ID.fullmatch(upload_id) else None

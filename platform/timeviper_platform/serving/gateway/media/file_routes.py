@@ -19,7 +19,12 @@ from timeviper_platform.serving.gateway.chat_request import (
 )
 from timeviper_platform.serving.gateway.config import ApiKey, CurrentConfig
 from timeviper_platform.serving.gateway.media.byte_ranges import content_response
-from timeviper_platform.serving.gateway.media.chunked_uploads import ChunkedUploads, CompleteRequest, UploadRequest
+from timeviper_platform.serving.gateway.media.chunked_uploads import (
+    FILE_EXPIRES_AFTER_S,
+    ChunkedUploads,
+    CompleteRequest,
+    UploadRequest,
+)
 from timeviper_platform.serving.gateway.media.remote import FILE as FILE_SCHEME
 from timeviper_platform.serving.gateway.media.remote import local_path
 from timeviper_platform.serving.gateway.media.uploads import FileRecord, MediaStore, no_such_file, page_of, read_chunks
@@ -33,8 +38,6 @@ from timeviper_platform.serving.messages import (
 
 T = TypeVar("T")
 
-EXPIRES_AFTER_S = 3600, 2_592_000
-"""OpenAI's shortest and longest age of a file: an hour, 30 days."""
 MAX_VIDEOS = 1000
 """Stored media per page."""
 
@@ -65,11 +68,13 @@ class FileRoutes:
         """Begins an upload in parts."""
         values = await self._bodies.parsed(request, parse_object)
         upload = validated(UploadRequest, values)
-        return await asyncio.to_thread(self._uploads.create, request.state.tenant, upload)
+        create = partial(self._uploads.create, max_total_bytes=_max_stored_bytes(request))
+        return await asyncio.to_thread(create, request.state.tenant, upload)
 
     async def add_upload_part(self, request: Request, upload_id: str) -> dict[str, Any]:
         async with form_file(request, "data") as (_, file):
-            return await asyncio.to_thread(self._uploads.add_part, request.state.tenant, upload_id, file.file)
+            add = partial(self._uploads.add_part, max_total_bytes=_max_stored_bytes(request))
+            return await asyncio.to_thread(add, request.state.tenant, upload_id, file.file)
 
     async def complete_upload(self, request: Request, upload_id: str) -> dict[str, Any]:
         """Joins the parts to a file."""
@@ -144,7 +149,7 @@ def _expires_after(form: FormData) -> int | None:
     seconds, anchor = form.get("expires_after[seconds]"), form.get("expires_after[anchor]")
     if seconds is None and anchor is None:
         return None
-    shortest, longest = EXPIRES_AFTER_S
+    shortest, longest = FILE_EXPIRES_AFTER_S
     if anchor != "created_at" or not str(seconds).isascii() or not str(seconds).isdigit():
         text = "expires_after needs anchor created_at and whole seconds"
         raise ApiError(400, text, code="invalid_value", param="expires_after")

@@ -7,6 +7,7 @@ service; redirects are checked like the first address.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import http.client
 import ipaddress
@@ -15,18 +16,20 @@ import os
 import socket
 import ssl
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, NoReturn
 from urllib.parse import unquote, urljoin, urlsplit
 
 from timeviper_platform.data.media.http_file import BadUrlError, ascii_url
-from timeviper_platform.data.media.signatures import HEAD_BYTES
+from timeviper_platform.data.media.signatures import HEAD_BYTES, may_be_animation
 from timeviper_platform.serving.gateway.config import GatewayConfig, RemoteMedia
 from timeviper_platform.serving.gateway.media.uploads import MediaStore, require_media
 from timeviper_platform.serving.gateway.openai_protocol import ApiError
-from timeviper_platform.serving.messages import MediaAddress, MediaFile
+from timeviper_platform.serving.messages import MediaAddress, MediaFile, Modality
 
 HTTPS = "https://"
 FILE = "file://"
@@ -39,6 +42,8 @@ _CHUNK_BYTES = 1 << 18
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 TENANT = "_downloads"
 """Folder of downloads; no key's tenant can have this name."""
+MAX_HASHES = 4096
+"""Local files whose hash is kept."""
 KEPT_LONGER_S = 600.0
 """Further seconds for which a download stays on storage, for requests that still read it."""
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -139,6 +144,10 @@ class RemoteFetcher:
         host = parts.hostname or ""
         (address, *_) = self._resolve(host, self._port)
         connection = _PinnedConnection(host, address, self._port, self._context, deadline)
+        # a timeout of the socket counts for one read, and headers may come byte by byte
+        timer = threading.Timer(max(0.0, deadline - time.monotonic()), connection.shut_down)
+        timer.daemon = True
+        timer.start()
         try:
             target = parts.path + (f"?{parts.query}" if parts.query else "")
             connection.request("GET", target, headers={"Accept-Encoding": "identity", "User-Agent": "timeviper"})
@@ -149,7 +158,11 @@ class RemoteFetcher:
                 raise OSError(f"HTTP {response.status}")
             self._copy(response, file, connection, deadline)
             return None
+        except (OSError, http.client.HTTPException):
+            _check(deadline)  # past it, that is the reason
+            raise
         finally:
+            timer.cancel()
             connection.close()
 
     def _copy(
@@ -165,12 +178,18 @@ class RemoteFetcher:
                 raise _TooLargeError
             file.write(chunk)
             connection.wait_until(deadline)
+        _check(deadline)  # a connection that was shut down seems to end
         if expected is not None and num_bytes < expected:
             raise OSError("the download ended early")
 
 
 class _TooLargeError(Exception):
     pass
+
+
+def _check(deadline: float) -> None:
+    if time.monotonic() >= deadline:
+        raise TimeoutError
 
 
 def _no_location() -> NoReturn:
@@ -183,14 +202,25 @@ class _PinnedConnection(http.client.HTTPSConnection):
     def __init__(self, host: str, address: str, port: int, context: ssl.SSLContext, deadline: float) -> None:
         super().__init__(host, port, context=context)
         self._address, self._tls, self._deadline = address, context, deadline
+        self._socket: ssl.SSLSocket | None = None
 
     def connect(self) -> None:
         plain = socket.create_connection((self._address, self.port), self._remaining(self._deadline))
-        self.sock = self._socket = self._tls.wrap_socket(plain, server_hostname=self.host)
+        tls = self._tls.wrap_socket(plain, server_hostname=self.host, do_handshake_on_connect=False)
+        self.sock = self._socket = tls
+        tls.do_handshake()
 
     def wait_until(self, deadline: float) -> None:
         """Bounds the next read. Raises TimeoutError after the deadline."""
-        self._socket.settimeout(self._remaining(deadline))  # `sock` is None once the response is the last
+        remaining = self._remaining(deadline)
+        if self._socket is not None:  # `sock` is None once the response is the last
+            self._socket.settimeout(remaining)
+
+    def shut_down(self) -> None:
+        """Ends reads of another thread."""
+        with contextlib.suppress(OSError):
+            if self._socket is not None:
+                self._socket.shutdown(socket.SHUT_RDWR)
 
     def _remaining(self, deadline: float) -> float:
         remaining = deadline - time.monotonic()
@@ -227,7 +257,8 @@ class Addresses:
         self._keep_s = config.remote.keep_s
         self._store = store
         self._fetcher = fetcher or RemoteFetcher(config.remote)
-        self._files: dict[str, tuple[float, asyncio.Task[MediaFile]]] = {}
+        self._files: dict[tuple[str, str], tuple[float, asyncio.Task[MediaFile]]] = {}
+        """By tenant and address: the time of an answer must not tell what others have asked about."""
 
     async def check(self, url: str, param: str) -> MediaAddress:
         """Returns the address as manifests write it.
@@ -236,10 +267,12 @@ class Addresses:
             ApiError: 400 for an address that may not be read.
         """
         if url[: len(FILE)].lower() == FILE:
-            return MediaAddress(uri=await asyncio.to_thread(local_path, url, self._roots, param))
+            path = await asyncio.to_thread(local_path, url, self._roots, param)
+            named = os.path.normpath(unquote(urlsplit(url).path))  # a manifest may have it with its links
+            return MediaAddress(uri=path, aliases=(*({named} - {path}), f"{FILE}{named}"))
         return MediaAddress(uri=self._fetcher.check(url, param))
 
-    async def load(self, address: MediaAddress, param: str) -> MediaFile:
+    async def load(self, address: MediaAddress, tenant: str, param: str) -> MediaFile:
         """Returns the file, downloaded if it is remote.
 
         Raises:
@@ -247,36 +280,45 @@ class Addresses:
         """
         if not address.uri.startswith(HTTPS):
             return await asyncio.to_thread(_local_file, address.uri, param)
-        now = time.monotonic()
-        self._files = {uri: kept for uri, kept in self._files.items() if kept[0] > now}
-        kept = self._files.get(address.uri)
+        now, key = time.monotonic(), (tenant, address.uri)
+        self._files = {key: kept for key, kept in self._files.items() if kept[0] > now}
+        kept = self._files.get(key)
         if kept is None:
             task = asyncio.create_task(asyncio.to_thread(self._download, address.uri, param))
-            kept = self._files[address.uri] = now + self._keep_s, task
-            task.add_done_callback(lambda done: self._forget(address.uri, done))
+            kept = self._files[key] = now + self._keep_s, task
+            task.add_done_callback(lambda done: self._forget(key, done))
         return await asyncio.shield(kept[1])  # others may wait for it
 
-    def _forget(self, uri: str, done: asyncio.Task[MediaFile]) -> None:
-        if (done.cancelled() or done.exception() is not None) and self._files.get(uri, (0, None))[1] is done:
-            del self._files[uri]
+    def _forget(self, key: tuple[str, str], done: asyncio.Task[MediaFile]) -> None:
+        if (done.cancelled() or done.exception() is not None) and self._files.get(key, (0, None))[1] is done:
+            del self._files[key]
 
     def _download(self, url: str, param: str) -> MediaFile:
         with tempfile.TemporaryFile() as file:
             self._fetcher.fetch(url, file, param)
             keep_s = math.ceil(self._keep_s + KEPT_LONGER_S)
             record = self._store.put(TENANT, file, filename="download", purpose="download", expires_after_s=keep_s)
-        return MediaFile(uri=self._store.uri(TENANT, record), sha256=record.sha256, modality=record.modality)
+        modality: Modality = "video" if record.may_be_animation else record.modality
+        return MediaFile(uri=self._store.uri(TENANT, record), sha256=record.sha256, modality=modality)
 
 
 def _local_file(path: str, param: str) -> MediaFile:
     try:
         with Path(path).open("rb") as file:
-            modality = require_media(file.read(HEAD_BYTES), param=param)
-            file.seek(0)
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            head = file.read(HEAD_BYTES)
+        modality = require_media(head, param=param)
+        state = Path(path).stat()
+        sha256 = _sha256(path, state.st_ino, state.st_size, state.st_mtime_ns)
     except OSError:
         _refuse("the address cannot be read", param, "file_not_allowed")
-    return MediaFile(uri=path, sha256=sha256, modality=modality)
+    return MediaFile(uri=path, sha256=sha256, modality="video" if may_be_animation(head) else modality)
+
+
+@lru_cache(maxsize=MAX_HASHES)
+def _sha256(path: str, inode: int, size: int, modified_ns: int) -> str:
+    """Returns a file's hash, read once while the file stays as it is."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _refuse(message: str, param: str, code: str = "invalid_url") -> NoReturn:

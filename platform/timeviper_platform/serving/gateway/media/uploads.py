@@ -14,7 +14,7 @@ from typing import IO
 from urllib.parse import unquote_to_bytes
 
 from timeviper_platform.common.storage import (
-    files_in,
+    file_states,
     folders_in,
     join_uri,
     open_file,
@@ -80,7 +80,8 @@ def parse_data_uri(uri: str, *, expected: Modality | None, param: str, max_frame
     if kind.strip() not in JOINED_FRAMES or not is_base64:
         return _inline(_from_base64(payload, param) if is_base64 else unquote_to_bytes(payload), expected, param)
     if (num_frames := payload.count(",") + 1) > max_frames:
-        raise ApiError(400, f"the video has {num_frames} frames, the limit is {max_frames}", code="too_many_frames")
+        text = f"the video has {num_frames} frames, the limit is {max_frames}"
+        raise ApiError(400, text, code="too_many_frames", param=param)
     if expected == "image":
         raise ApiError(415, "the content is a video, not a picture", code="unsupported_media_type", param=param)
     return MediaFrames.of([_inline(_from_base64(part, param), "image", param) for part in payload.split(",")])
@@ -143,6 +144,8 @@ class MediaStore:
 
     def __init__(self, root: str) -> None:
         self._root = root
+        self._known: dict[str, tuple[object, FileRecord]] = {}
+        """Records by their file, with the file's state when it was read: what has not changed is not read again."""
 
     def put(
         self,
@@ -183,17 +186,21 @@ class MediaStore:
         )
         if self.get(tenant, record.id) is None:
             if max_total_bytes is not None:
-                self._check_total(tenant, num_bytes, max_total_bytes)
+                self.check_total(tenant, num_bytes, max_total_bytes)
             file.seek(0)
             write_atomic(self.uri(tenant, record), lambda target: shutil.copyfileobj(file, target, _CHUNK_BYTES))
         write_json(self._record_uri(tenant, record.id), asdict(record))
         return record
 
-    def _check_total(self, tenant: str, num_bytes: int, max_total_bytes: int) -> None:
-        stored = sum(record.num_bytes for record in self.list(tenant))
+    def check_total(self, tenant: str, num_bytes: int, max_total_bytes: int, *, param: str = "file") -> None:
+        """Raises ApiError 429 when a tenant's files, parts of uploads included, would exceed their quota."""
+        filesystem, path = split_uri(join_uri(self._root, tenant))
+        filesystem.invalidate_cache()  # other processes write here
+        found = filesystem.find(path, detail=True)  # one listing: records would be a read each
+        stored = sum(int(entry["size"]) for name, entry in found.items() if name.endswith((".media", ".part")))
         if stored + num_bytes > max_total_bytes:
             text = f"the uploads have {stored} of {max_total_bytes} bytes, and this one {num_bytes}; delete some files"
-            raise ApiError(429, text, code="insufficient_quota", param="file")
+            raise ApiError(429, text, code="insufficient_quota", param=param)
 
     def get(self, tenant: str, file_id: str) -> FileRecord | None:
         if FILE_ID.fullmatch(file_id) is None:
@@ -209,9 +216,19 @@ class MediaStore:
 
     def records(self, tenant: str) -> Iterator[FileRecord]:
         """Yields all records, expired ones too."""
-        for uri in files_in(join_uri(self._root, tenant), ".json"):
-            with contextlib.suppress(FileNotFoundError):  # just deleted
-                yield FileRecord(**read_json(uri))
+        folder = join_uri(self._root, tenant)
+        states = file_states(folder, ".json")
+        for gone in [uri for uri in self._known if uri.startswith(f"{folder}/") and uri not in states]:
+            self._known.pop(gone, None)
+        for uri, state in states.items():
+            known = self._known.get(uri)
+            if known is None or known[0] != state:
+                try:
+                    known = state, FileRecord(**read_json(uri))
+                except FileNotFoundError:  # just deleted
+                    continue
+                self._known[uri] = known
+            yield known[1]
 
     def tenants(self) -> Sequence[str]:
         """Returns the owners of files, that of downloads included."""

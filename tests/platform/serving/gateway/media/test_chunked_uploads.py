@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from reference.synthetic_gateway import MP4, Server, check_error, keys
-from timeviper_platform.serving.gateway.config import Retention
+from timeviper_platform.serving.gateway.config import Quota, Retention
 from timeviper_platform.serving.gateway.media import chunked_uploads
 from timeviper_platform.serving.gateway.media.janitor import clean
 from timeviper_platform.serving.gateway.media.uploads import MediaStore
@@ -57,6 +58,47 @@ def test_an_upload_holds_what_it_announced(tmp_path: Path) -> None:
     text = begin(server, 9).json()["id"]
     part = add(server, text, b"some text").json()["id"]
     check_error(complete(server, text, part), 415, "unsupported_media_type")
+
+
+def test_the_file_of_an_upload_may_expire(server: Server) -> None:
+    """Before, expires_after was dropped, and the file stayed."""
+    body = {"filename": "cat.mp4", "purpose": "vision", "bytes": len(MP4), "mime_type": "video/mp4"}
+
+    def post(seconds: int) -> Any:
+        return server.http.post("/v1/uploads", json={**body, "expires_after": _after(seconds)})
+
+    for wrong in (3599, 2_592_001):
+        check_error(post(wrong), 400, "invalid_value")
+    upload = post(3600).json()
+    part = add(server, upload["id"], MP4).json()["id"]
+    file = complete(server, upload["id"], part).json()["file"]
+    assert file["expires_at"] == file["created_at"] + 3600
+    client = server.openai()
+    sent = client.uploads.upload_file_chunked(
+        file=MP4 + b"x", filename="b.mp4", bytes=len(MP4) + 1, mime_type="video/mp4", purpose="vision"
+    )
+    assert sent.file is not None
+    assert sent.file.expires_at is None
+    assert set(upload) == set(client.uploads.cancel(post(3600).json()["id"]).to_dict())
+
+
+def _after(seconds: int) -> dict[str, Any]:
+    return {"anchor": "created_at", "seconds": seconds}
+
+
+def test_parts_count_towards_the_keys_bytes(tmp_path: Path) -> None:
+    """Before, uploads that were never completed took any space for a day."""
+    (key,) = keys("alice")
+    server = Server(tmp_path, api_keys=(replace(key, quota=Quota(max_stored_bytes=2 * len(MP4) + 10)),))
+    server.http.headers["Authorization"] = "Bearer key-alice"
+    first, second, third = (begin(server).json()["id"] for _ in range(3))
+    parts = [add(server, upload_id, MP4).json()["id"] for upload_id in (first, second)]
+    check_error(add(server, third, MP4), 429, "insufficient_quota")
+    check_error(begin(server), 429, "insufficient_quota")
+    check_error(server.upload(MP4 + b"y", key="key-alice"), 429, "insufficient_quota")
+    assert complete(server, first, parts[0]).json()["status"] == "completed"
+    assert server.http.post(f"/v1/uploads/{second}/cancel").json()["status"] == "cancelled"
+    assert add(server, third, MP4).status_code == 200
 
 
 def test_an_upload_belongs_to_its_key_and_ends_with_its_hour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

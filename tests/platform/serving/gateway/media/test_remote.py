@@ -29,13 +29,20 @@ from timeviper_platform.serving.gateway.media import remote
 from timeviper_platform.serving.gateway.media.remote import Addresses, RemoteFetcher, is_global, local_path, resolve
 from timeviper_platform.serving.gateway.media.uploads import MediaStore
 from timeviper_platform.serving.gateway.openai_protocol import ApiError
-from timeviper_platform.serving.messages import MediaAddress, MediaFile
+from timeviper_platform.serving.messages import MediaAddress, MediaFile, MediaFrames
 
 HOST = "videos.example"
 
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
+        if self.path == "/drip":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\n")
+            for number in range(90):
+                self.wfile.write(b"X-%d: 1\r\n" % number)
+                time.sleep(0.05)
+            self.wfile.write(b"\r\n")
+            return
         self.server.paths.append(self.path)  # type: ignore[attr-defined]
         status, headers, body = self.server.answers[self.path]  # type: ignore[attr-defined]
         self.send_response(status)
@@ -170,6 +177,15 @@ def test_size_and_time_are_bounded_while_it_streams(site: Site) -> None:
         assert error_of(site.fetcher(), site.put("/x", b"a", status, **headers)) == (400, "remote_failed")
 
 
+def test_headers_that_drip_end_with_the_time(site: Site) -> None:
+    """Before, each byte had its own timeout, and a thread was held as long as the site liked."""
+    began = time.monotonic()
+    assert error_of(site.fetcher(timeout_s=0.3), f"https://{HOST}/drip") == (408, "remote_timeout")
+    assert time.monotonic() - began < 2
+    cut = site.put("/slow-end", (time.sleep(0.5) or bytes(1) for _ in range(3)))  # type: ignore[func-returns-value]
+    assert error_of(site.fetcher(timeout_s=0.8), cut) == (408, "remote_timeout")  # not taken for its end
+
+
 def test_the_certificate_must_be_the_hosts_and_proxies_are_not_used(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,12 +270,63 @@ def test_a_stored_medium_is_found_by_its_address_before_it_is_read(tmp_path: Pat
     server = Server(tmp_path, allowed_local_media=(str(root),))
     server.features.known_addresses = {str(root / "known.mp4")}
     assert server.chat(video(f"file://{root}/known.mp4")).status_code == 200
-    assert server.features.sources == [MediaAddress(uri=str(root / "known.mp4"))]
+    assert server.features.sources == [address_of(root / "known.mp4")]
     assert server.chat(video(f"FILE://{root}/new.mp4")).status_code == 200
     sha256 = hashlib.sha256(MP4).hexdigest()
     assert server.features.sources[2] == MediaFile(uri=str(root / "new.mp4"), sha256=sha256, modality="video")
     (root / "text.mp4").write_bytes(b"text")
     check_error(server.chat(video(f"file://{root}/text.mp4")), 415, "unsupported_media_type")
+
+
+def address_of(path: Path) -> MediaAddress:
+    return MediaAddress(uri=str(path), aliases=(f"file://{path}",))
+
+
+def test_a_manifest_may_name_a_file_through_a_link(tmp_path: Path) -> None:
+    """Before, only the path without links was looked for, and the video was decoded again."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (disk / "a b.mp4").write_bytes(MP4)
+    (tmp_path / "videos").symlink_to(disk)
+    server = Server(tmp_path, allowed_local_media=(str(tmp_path / "videos"),))
+    named = f"{tmp_path}/videos/a b.mp4"
+    assert server.chat(video(f"file://{tmp_path}/videos/./a%20b.mp4")).status_code == 200
+    assert server.features.sources[0] == MediaAddress(uri=str(disk / "a b.mp4"), aliases=(named, f"file://{named}"))
+
+
+def test_a_local_file_is_hashed_once_while_it_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, hashed = tmp_path / "a.mp4", []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(remote.hashlib, "file_digest", lambda file, name: hashed.append(1) or digest(file, name))
+    path.write_bytes(MP4)
+    first = [remote._local_file(str(path), "p") for _ in range(3)]
+    path.write_bytes(MP4 + b"x")
+    second = remote._local_file(str(path), "p")
+    assert ({file.sha256 for file in first}, len(hashed)) == ({hashlib.sha256(MP4).hexdigest()}, 2)
+    assert second.sha256 == hashlib.sha256(MP4 + b"x").hexdigest()
+
+
+def test_pictures_at_addresses_in_a_row_are_the_frames_of_one_video(tmp_path: Path) -> None:
+    """Before, each was a medium of its own, and nine were too many."""
+    paths = [tmp_path / f"{number:02}.png" for number in range(12)]
+    for number, path in enumerate(paths):
+        path.write_bytes(PNG + bytes([number]))
+    (tmp_path / "film.gif").write_bytes(b"GIF89a" + bytes(50))
+    server = Server(tmp_path, allowed_local_media=(str(tmp_path),))
+    pictures = [{"type": "image_url", "image_url": {"url": path.as_uri()}} for path in paths]
+    animation = {"type": "image_url", "image_url": {"url": (tmp_path / "film.gif").as_uri()}}
+    assert server.chat([*pictures, {"type": "text", "text": "?"}, pictures[0], animation]).status_code == 200
+    joined, alone, film = server.features.sources
+    assert isinstance(joined, MediaFrames)
+    assert [frame.uri for frame in joined.frames if isinstance(frame, MediaFile)] == [str(path) for path in paths]
+    assert (alone.modality, film.modality) == ("image", "video")  # type: ignore[union-attr]
+    server.features.sources.clear()
+    server.features.known_addresses = {str(paths[0])}
+    assert server.chat([pictures[0]]).status_code == 200
+    assert server.features.sources == [address_of(paths[0])]  # one picture may be in the feature store
+    bad = {"type": "image_url", "image_url": {"url": (tmp_path / "none.png").as_uri()}}
+    error = check_error(server.chat([*pictures, bad]), 400, "file_not_allowed")
+    assert error["param"] == "messages.0.content.12"
 
 
 def test_a_download_is_shared_kept_and_then_read_again(site: Site, tmp_path: Path) -> None:
@@ -270,8 +337,14 @@ def test_a_download_is_shared_kept_and_then_read_again(site: Site, tmp_path: Pat
         config = GatewayConfig(remote=replace(RemoteMedia(allowed_domains=(HOST,)), keep_s=keep_s))
         addresses = Addresses(config, store, site.fetcher())
         address = await addresses.check(url, "p")
-        together = await asyncio.gather(*(addresses.load(address, "p") for _ in range(3)))
-        return [*together, await addresses.load(address, "p")]
+        together = await asyncio.gather(*(addresses.load(address, "a", "p") for _ in range(3)))
+        return [*together, await addresses.load(address, "a", "p")]
+
+    async def of_another_tenant() -> None:
+        addresses = Addresses(GatewayConfig(remote=RemoteMedia(allowed_domains=(HOST,))), store, site.fetcher())
+        address = await addresses.check(url, "p")
+        for tenant in ("a", "b", "a"):
+            await addresses.load(address, tenant, "p")
 
     files = asyncio.run(scenario(60))
     assert site.server.paths.count("/shared.png") == 1
@@ -280,6 +353,9 @@ def test_a_download_is_shared_kept_and_then_read_again(site: Site, tmp_path: Pat
     asyncio.run(scenario(0))
     assert site.server.paths.count("/shared.png") > 2
     assert store.list("public") == []  # no client's upload
+    site.server.paths.clear()
+    asyncio.run(of_another_tenant())
+    assert site.server.paths.count("/shared.png") == 2  # time tells nobody what others have asked about
 
 
 def test_a_failed_download_is_tried_again(site: Site, tmp_path: Path) -> None:
@@ -289,8 +365,8 @@ def test_a_failed_download_is_tried_again(site: Site, tmp_path: Path) -> None:
         addresses = Addresses(GatewayConfig(), MediaStore(str(tmp_path)), site.fetcher())
         address = await addresses.check(url, "p")
         with pytest.raises(ApiError):
-            await addresses.load(address, "p")
+            await addresses.load(address, "a", "p")
         site.put("/late.png", PNG)
-        assert (await addresses.load(address, "p")).modality == "image"
+        assert (await addresses.load(address, "a", "p")).modality == "image"
 
     asyncio.run(scenario())

@@ -10,6 +10,7 @@ from urllib.parse import quote
 import pytest
 
 from timeviper_platform.data.media.signatures import sniff_modality
+from timeviper_platform.serving.gateway.media import uploads
 from timeviper_platform.serving.gateway.media.uploads import MediaStore, parse_data_uri
 from timeviper_platform.serving.gateway.openai_protocol import ApiError
 from timeviper_platform.serving.messages import MediaBytes, MediaFrames
@@ -118,6 +119,28 @@ def test_the_same_content_again_is_the_same_file(tmp_path: Path) -> None:
     assert store.get("alice", first.id) == again
     other = store.put("alice", io.BytesIO(PNG), filename="c", purpose="vision")
     assert {record.id for record in store.list("alice")} == {first.id, other.id}
+
+
+def test_a_record_is_read_once_while_it_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, a list and a quota read every record of their tenant, and the janitor those of all."""
+    store, other = MediaStore(str(tmp_path)), MediaStore(str(tmp_path))
+    first, second = (
+        store.put("alice", io.BytesIO(data), filename="a", purpose="vision", max_total_bytes=1000)
+        for data in (MP4, PNG)
+    )
+    reads = []
+    read = uploads.read_json
+    monkeypatch.setattr(uploads, "read_json", lambda uri: reads.append(uri) or read(uri))
+    assert {record.id for record in store.list("alice")} == {first.id, second.id}
+    assert len(reads) == 2
+    assert len(store.list("alice")) == len(store.list("alice")) == 2
+    with pytest.raises(ApiError, match="delete some files"):
+        store.put("alice", io.BytesIO(PNG + bytes(900)), filename="a", purpose="vision", max_total_bytes=1000)
+    assert len(reads) == 2
+    other.put("alice", io.BytesIO(MP4), filename="new name", purpose="vision")
+    other.delete("alice", second.id)
+    assert [record.filename for record in store.list("alice")] == ["new name"]
+    assert len(reads) == 3
 
 
 def test_a_deleted_file_is_gone_from_the_disk(tmp_path: Path) -> None:

@@ -1,0 +1,43 @@
+"""logs: lines of text or of JSON."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from timeviper_platform.common.logs import log_event, setup_logging
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    root = logging.getLogger()
+    before, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = before
+    root.setLevel(level)
+
+
+def test_every_line_of_a_replica_is_an_object(capsys: pytest.CaptureFixture[str]) -> None:
+    """Before, the JSON of a request stood behind a time and names, which log collectors do not read."""
+    setup_logging(as_json=True)
+    logger = logging.getLogger("timeviper_platform.test")
+    log_event(logger, logging.INFO, "request", request_id="é", status=200)
+    try:
+        raise ValueError("two\nlines")
+    except ValueError:
+        logger.exception("failed: %s", "x")
+    first, second = map(json.loads, capsys.readouterr().err.splitlines())
+    assert first.pop("time").endswith("+00:00")
+    logger_fields = {"level": "INFO", "logger": logger.name}
+    assert first == {**logger_fields, "event": "request", "request_id": "é", "status": 200}
+    assert (second["level"], second["message"]) == ("ERROR", "failed: x")
+    assert second["trace"].endswith("ValueError: two\nlines")
+
+
+def test_a_job_logs_text(capsys: pytest.CaptureFixture[str]) -> None:
+    setup_logging()
+    log_event(logging.getLogger("timeviper"), logging.WARNING, "request", status=200)
+    assert capsys.readouterr().err.endswith(' WARNING timeviper: {"event": "request", "status": 200}\n')
