@@ -184,8 +184,9 @@ class WaitingTokens:
 
     def to(self, device: torch.device | str) -> WaitingTokens:
         moved = copy.copy(self)
-        for name in ("hidden_TD", "token_kind_T", "position_T", "score_keys"):
+        for name in ("hidden_TD", "token_kind_T", "position_T"):
             setattr(moved, name, getattr(self, name).to(device))
+        moved.score_keys = None if self.score_keys is None else self.score_keys.to(device)
         moved.sources = self.sources and self.sources.to(device)
         return moved
 

@@ -21,13 +21,15 @@ from timeviper_model.inference.memory import prefix_entry_bytes
 from timeviper_model.inference.prefill import prefix_length
 from timeviper_model.timeviper import TimeViper
 
+BY_IMPORTANCE = (TransVSite(layer=CONFIG_WITH_TRANSV.transv[-1].layer, select="importance", keep=0.5, transfer="none"),)
+
 
 @pytest.fixture(scope="module")
 def model() -> TimeViper:
     return random_model()
 
 
-@pytest.mark.parametrize("plan", [CONFIG_WITH_TRANSV.transv, CONFIG_WITH_TRANSV.transv[:1], ()])
+@pytest.mark.parametrize("plan", [CONFIG_WITH_TRANSV.transv, CONFIG_WITH_TRANSV.transv[:1], BY_IMPORTANCE, ()])
 def test_answers_are_the_same_from_host_memory(plan: tuple[TransVSite, ...]) -> None:
     """Three films in turn, with room for one on the device: before, each question read its film again."""
     model = random_model(replace(CONFIG_WITH_TRANSV, transv=plan))
